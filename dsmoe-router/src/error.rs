@@ -1,0 +1,41 @@
+//! The error of this crate.
+
+/// What can be wrong with a router's configuration or initialisation.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A number is outside the range its field allows.
+    #[error("{field} is {found}; use {allowed}")]
+    OutOfRange {
+        /// Name of the field, as in the configuration.
+        field: &'static str,
+        /// The value found.
+        found: String,
+        /// What to use instead.
+        allowed: String,
+    },
+    /// A word is not one of those its field allows.
+    #[error("unknown {field} `{found}`; use {allowed}")]
+    UnknownName {
+        /// Name of the field, as in the configuration.
+        field: &'static str,
+        /// The word found.
+        found: String,
+        /// The words allowed.
+        allowed: &'static str,
+    },
+    /// `centroid` was asked for without centroids.
+    #[error("router init `centroid` needs the mean gate_proj row of every expert; use `random` or `open`")]
+    NoCentroids,
+    /// A centroid has no direction.
+    #[error("centroid of expert {expert} in layer {layer} is zero or not finite; use router init `open`")]
+    BadCentroid {
+        /// Expert index.
+        expert: usize,
+        /// Layer index.
+        layer: usize,
+    },
+}
+
+/// Result of this crate.
+pub type Result<T> = std::result::Result<T, Error>;
