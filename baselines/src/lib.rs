@@ -1,0 +1,2 @@
+//! Methods that DSMoE is compared with, as implementations of dsmoe-core's Ffn.
+#![forbid(unsafe_code)]

@@ -1,0 +1,104 @@
+//! Which instruction set the kernels use, decided at run time.
+
+use std::sync::OnceLock;
+
+use thiserror::Error;
+
+/// Proof that AVX2 and FMA are present; made only by [`Isa::available`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Avx2(());
+
+/// Proof that AVX-512 F, VL, BW and DQ are present; made only by [`Isa::available`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Avx512(());
+
+/// An instruction-set tier, with the proof that this machine has it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Isa {
+    /// Portable Rust, no intrinsics.
+    Scalar,
+    /// 8 lanes.
+    #[cfg(target_arch = "x86_64")]
+    Avx2(Avx2),
+    /// 16 lanes.
+    #[cfg(target_arch = "x86_64")]
+    Avx512(Avx512),
+}
+
+/// `DSMOE_ISA` asks for something this machine does not have, or for no tier at all.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[error("DSMOE_ISA={asked} cannot be used; this machine has {available}")]
+pub struct IsaError {
+    asked: String,
+    available: String,
+}
+
+impl Isa {
+    /// The tiers of this machine, narrowest first; [`Isa::Scalar`] is always there.
+    pub fn available() -> Vec<Isa> {
+        let mut tiers = vec![Isa::Scalar];
+        #[cfg(target_arch = "x86_64")]
+        {
+            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+                tiers.push(Isa::Avx2(Avx2(())));
+            }
+            if is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512vl")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512dq")
+                && is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("fma")
+            {
+                tiers.push(Isa::Avx512(Avx512(())));
+            }
+        }
+        tiers
+    }
+
+    /// The tier that `DSMOE_ISA` names, or the widest one when it is not set.
+    ///
+    /// # Errors
+    /// The named tier is unknown or not on this machine.
+    pub fn from_env() -> Result<Isa, IsaError> {
+        let tiers = Isa::available();
+        let widest = tiers[tiers.len() - 1];
+        match std::env::var("DSMOE_ISA") {
+            Err(_) => Ok(widest),
+            Ok(asked) => tiers.iter().copied().find(|isa| isa.name() == asked).ok_or_else(|| IsaError {
+                asked,
+                available: tiers.iter().map(|isa| isa.name()).collect::<Vec<_>>().join(", "),
+            }),
+        }
+    }
+
+    /// The tier every op uses unless told otherwise. Binaries check [`Isa::from_env`] first, so that a wrong
+    /// `DSMOE_ISA` is reported; a library user who did not gets the widest tier.
+    pub fn current() -> Isa {
+        static CURRENT: OnceLock<Isa> = OnceLock::new();
+        *CURRENT.get_or_init(|| {
+            Isa::from_env().unwrap_or_else(|_| *Isa::available().last().expect("scalar is always available"))
+        })
+    }
+
+    /// `scalar`, `avx2` or `avx512`: the values of `DSMOE_ISA`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Isa::Scalar => "scalar",
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2(_) => "avx2",
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512(_) => "avx512",
+        }
+    }
+
+    /// Runs `kernel` compiled for this tier.
+    pub(crate) fn run<K: crate::simd::Kernel>(self, kernel: K) -> K::Output {
+        match self {
+            Isa::Scalar => kernel.run(crate::simd::Portable),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2(token) => crate::simd::x86::run_avx2(token, kernel),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512(token) => crate::simd::x86::run_avx512(token, kernel),
+        }
+    }
+}

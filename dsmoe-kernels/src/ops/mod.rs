@@ -1,0 +1,4 @@
+//! One folder per op.
+
+pub mod linear;
+pub mod matmul;

@@ -1,0 +1,29 @@
+//! Elementary functions on vectors.
+
+use super::Simd;
+
+/// e^x, within 2 ULP on [-87.3, 88.3]; clamped outside, so that it never overflows or turns denormal.
+///
+/// x = n ln 2 + r with |r| <= ln(2)/2; the polynomial for e^r is the degree-6 one of Cephes' `expf`.
+#[inline(always)]
+pub(crate) fn exp<S: Simd>(s: S, x: S::V) -> S::V {
+    const LN2_HIGH: f32 = 0.693_359_4;
+    const LN2_LOW: f32 = -2.121_944_4e-4;
+    let x = s.min(s.max(x, s.splat(-87.3)), s.splat(88.3));
+    let n = s.round(s.mul(x, s.splat(std::f32::consts::LOG2_E)));
+    let r = s.fma(n, s.splat(-LN2_HIGH), x);
+    let r = s.fma(n, s.splat(-LN2_LOW), r);
+    let mut p = s.splat(1.987_569_1e-4);
+    for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
+        p = s.fma(p, r, s.splat(c));
+    }
+    let p = s.add(s.fma(s.mul(r, r), p, r), s.splat(1.0));
+    s.mul(p, s.exp2_integral(n))
+}
+
+/// 1 / (1 + e^-x).
+#[inline(always)]
+pub(crate) fn sigmoid<S: Simd>(s: S, x: S::V) -> S::V {
+    let one = s.splat(1.0);
+    s.div(one, s.add(one, exp(s, s.sub(s.splat(0.0), x))))
+}

@@ -1,0 +1,263 @@
+//! The AVX2 and AVX-512 tiers.
+//!
+//! Every method takes the tier's token by value. A token exists only where `Isa::available` has seen the
+//! features, which is the proof each `unsafe` block below refers to as "token".
+
+use std::arch::x86_64::*;
+
+use super::{Kernel, Simd};
+use crate::isa::{Avx2, Avx512};
+
+/// Compiles `kernel` with AVX2 and FMA.
+pub(crate) fn run_avx2<K: Kernel>(token: Avx2, kernel: K) -> K::Output {
+    #[target_feature(enable = "avx2,fma")]
+    fn inner<K: Kernel>(token: Avx2, kernel: K) -> K::Output {
+        kernel.run(token)
+    }
+    // SAFETY: token: AVX2 and FMA are present.
+    unsafe { inner(token, kernel) }
+}
+
+/// Compiles `kernel` with AVX-512.
+pub(crate) fn run_avx512<K: Kernel>(token: Avx512, kernel: K) -> K::Output {
+    #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")]
+    fn inner<K: Kernel>(token: Avx512, kernel: K) -> K::Output {
+        kernel.run(token)
+    }
+    // SAFETY: token: AVX-512 F, VL, BW, DQ, AVX2 and FMA are present.
+    unsafe { inner(token, kernel) }
+}
+
+/// All-ones for the first `n` of 8 lanes when read from index `8 - n`.
+static TAIL_MASK: [i32; 16] = [-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0];
+
+#[inline(always)]
+fn tail_mask(_token: Avx2, n: usize) -> __m256i {
+    let window = &TAIL_MASK[8 - n.min(8)..][..8];
+    // SAFETY: token; `window` holds 8 i32, and the load has no alignment requirement.
+    unsafe { _mm256_loadu_si256(window.as_ptr().cast()) }
+}
+
+impl Simd for Avx2 {
+    type V = __m256;
+    const LANES: usize = 8;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> Self::V {
+        // SAFETY: token.
+        unsafe { _mm256_set1_ps(x) }
+    }
+    #[inline(always)]
+    fn load(self, x: &[f32]) -> Self::V {
+        let x = &x[..8];
+        // SAFETY: token; `x` holds 8 f32, and the load has no alignment requirement.
+        unsafe { _mm256_loadu_ps(x.as_ptr()) }
+    }
+    #[inline(always)]
+    fn load_tail(self, x: &[f32]) -> Self::V {
+        let mask = tail_mask(self, x.len());
+        // SAFETY: token; lanes at and past `x.len()` are masked off and not read.
+        unsafe { _mm256_maskload_ps(x.as_ptr(), mask) }
+    }
+    #[inline(always)]
+    fn store(self, out: &mut [f32], v: Self::V) {
+        let out = &mut out[..8];
+        // SAFETY: token; `out` holds 8 f32, and the store has no alignment requirement.
+        unsafe { _mm256_storeu_ps(out.as_mut_ptr(), v) }
+    }
+    #[inline(always)]
+    fn store_tail(self, out: &mut [f32], v: Self::V) {
+        let mask = tail_mask(self, out.len());
+        // SAFETY: token; lanes at and past `out.len()` are masked off and not written.
+        unsafe { _mm256_maskstore_ps(out.as_mut_ptr(), mask, v) }
+    }
+    #[inline(always)]
+    fn add(self, a: Self::V, b: Self::V) -> Self::V {
+        // SAFETY: token.
+        unsafe { _mm256_add_ps(a, b) }
+    }
+    #[inline(always)]
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V {
+        // SAFETY: token.
+        unsafe { _mm256_sub_ps(a, b) }
+    }
+    #[inline(always)]
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V {
+        // SAFETY: token.
+        unsafe { _mm256_mul_ps(a, b) }
+    }
+    #[inline(always)]
+    fn div(self, a: Self::V, b: Self::V) -> Self::V {
+        // SAFETY: token.
+        unsafe { _mm256_div_ps(a, b) }
+    }
+    #[inline(always)]
+    fn max(self, a: Self::V, b: Self::V) -> Self::V {
+        // SAFETY: token.
+        unsafe { _mm256_max_ps(a, b) }
+    }
+    #[inline(always)]
+    fn min(self, a: Self::V, b: Self::V) -> Self::V {
+        // SAFETY: token.
+        unsafe { _mm256_min_ps(a, b) }
+    }
+    #[inline(always)]
+    fn sqrt(self, a: Self::V) -> Self::V {
+        // SAFETY: token.
+        unsafe { _mm256_sqrt_ps(a) }
+    }
+    #[inline(always)]
+    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        // SAFETY: token.
+        unsafe { _mm256_fmadd_ps(a, b, c) }
+    }
+    #[inline(always)]
+    fn round(self, a: Self::V) -> Self::V {
+        // SAFETY: token.
+        unsafe { _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a) }
+    }
+    #[inline(always)]
+    fn exp2_integral(self, a: Self::V) -> Self::V {
+        // SAFETY: token.
+        let n = unsafe { _mm256_cvtps_epi32(a) };
+        // SAFETY: token.
+        let bias = unsafe { _mm256_set1_epi32(127) };
+        // SAFETY: token.
+        let exponent = unsafe { _mm256_add_epi32(n, bias) };
+        // SAFETY: token.
+        let bits = unsafe { _mm256_slli_epi32::<23>(exponent) };
+        // SAFETY: token.
+        unsafe { _mm256_castsi256_ps(bits) }
+    }
+    #[inline(always)]
+    fn reduce_add(self, a: Self::V) -> f32 {
+        let mut lanes = [0.0f32; 8];
+        self.store(&mut lanes, a);
+        let mut width = 4;
+        while width > 0 {
+            for i in 0..width {
+                lanes[i] += lanes[i + width];
+            }
+            width /= 2;
+        }
+        lanes[0]
+    }
+    #[inline(always)]
+    fn reduce_max(self, a: Self::V) -> f32 {
+        let mut lanes = [0.0f32; 8];
+        self.store(&mut lanes, a);
+        lanes.into_iter().fold(f32::NEG_INFINITY, f32::max)
+    }
+}
+
+impl Simd for Avx512 {
+    type V = __m512;
+    const LANES: usize = 16;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> Self::V {
+        // SAFETY: token.
+        unsafe { _mm512_set1_ps(x) }
+    }
+    #[inline(always)]
+    fn load(self, x: &[f32]) -> Self::V {
+        let x = &x[..16];
+        // SAFETY: token; `x` holds 16 f32, and the load has no alignment requirement.
+        unsafe { _mm512_loadu_ps(x.as_ptr()) }
+    }
+    #[inline(always)]
+    fn load_tail(self, x: &[f32]) -> Self::V {
+        let mask = ((1u32 << x.len().min(16)) - 1) as __mmask16;
+        // SAFETY: token; lanes at and past `x.len()` are masked off and not read.
+        unsafe { _mm512_maskz_loadu_ps(mask, x.as_ptr()) }
+    }
+    #[inline(always)]
+    fn store(self, out: &mut [f32], v: Self::V) {
+        let out = &mut out[..16];
+        // SAFETY: token; `out` holds 16 f32, and the store has no alignment requirement.
+        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), v) }
+    }
+    #[inline(always)]
+    fn store_tail(self, out: &mut [f32], v: Self::V) {
+        let mask = ((1u32 << out.len().min(16)) - 1) as __mmask16;
+        // SAFETY: token; lanes at and past `out.len()` are masked off and not written.
+        unsafe { _mm512_mask_storeu_ps(out.as_mut_ptr(), mask, v) }
+    }
+    #[inline(always)]
+    fn add(self, a: Self::V, b: Self::V) -> Self::V {
+        // SAFETY: token.
+        unsafe { _mm512_add_ps(a, b) }
+    }
+    #[inline(always)]
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V {
+        // SAFETY: token.
+        unsafe { _mm512_sub_ps(a, b) }
+    }
+    #[inline(always)]
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V {
+        // SAFETY: token.
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+    #[inline(always)]
+    fn div(self, a: Self::V, b: Self::V) -> Self::V {
+        // SAFETY: token.
+        unsafe { _mm512_div_ps(a, b) }
+    }
+    #[inline(always)]
+    fn max(self, a: Self::V, b: Self::V) -> Self::V {
+        // SAFETY: token.
+        unsafe { _mm512_max_ps(a, b) }
+    }
+    #[inline(always)]
+    fn min(self, a: Self::V, b: Self::V) -> Self::V {
+        // SAFETY: token.
+        unsafe { _mm512_min_ps(a, b) }
+    }
+    #[inline(always)]
+    fn sqrt(self, a: Self::V) -> Self::V {
+        // SAFETY: token.
+        unsafe { _mm512_sqrt_ps(a) }
+    }
+    #[inline(always)]
+    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        // SAFETY: token.
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+    #[inline(always)]
+    fn round(self, a: Self::V) -> Self::V {
+        // SAFETY: token.
+        unsafe { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a) }
+    }
+    #[inline(always)]
+    fn exp2_integral(self, a: Self::V) -> Self::V {
+        // SAFETY: token.
+        let n = unsafe { _mm512_cvtps_epi32(a) };
+        // SAFETY: token.
+        let bias = unsafe { _mm512_set1_epi32(127) };
+        // SAFETY: token.
+        let exponent = unsafe { _mm512_add_epi32(n, bias) };
+        // SAFETY: token.
+        let bits = unsafe { _mm512_slli_epi32::<23>(exponent) };
+        // SAFETY: token.
+        unsafe { _mm512_castsi512_ps(bits) }
+    }
+    #[inline(always)]
+    fn reduce_add(self, a: Self::V) -> f32 {
+        let mut lanes = [0.0f32; 16];
+        self.store(&mut lanes, a);
+        let mut width = 8;
+        while width > 0 {
+            for i in 0..width {
+                lanes[i] += lanes[i + width];
+            }
+            width /= 2;
+        }
+        lanes[0]
+    }
+    #[inline(always)]
+    fn reduce_max(self, a: Self::V) -> f32 {
+        let mut lanes = [0.0f32; 16];
+        self.store(&mut lanes, a);
+        lanes.into_iter().fold(f32::NEG_INFINITY, f32::max)
+    }
+}

@@ -1,0 +1,73 @@
+//! Helpers for tests of kernels, here and in the crates above.
+
+use crate::rng::Rng;
+
+/// `n` normal values, a function of `seed`.
+pub fn normals(n: usize, seed: u64) -> Vec<f32> {
+    let mut out = vec![0.0; n];
+    Rng::new(seed, 0xd5).fill_normal(&mut out, 1.0);
+    out
+}
+
+/// To f64, for the references.
+pub fn f64s(x: &[f32]) -> Vec<f64> {
+    x.iter().map(|&x| f64::from(x)).collect()
+}
+
+/// Panics unless every value of `got` is within `tolerance * max(1, max |want|)` of `want`; says where the
+/// worst one is and what share of the tolerance it used.
+///
+/// # Panics
+/// See above; also when the lengths differ or a value is NaN.
+pub fn assert_close(name: &str, got: &[f32], want: &[f64], tolerance: f64) {
+    assert_close_f64(name, &f64s(got), want, tolerance);
+}
+
+/// [`assert_close`] for f64 results.
+///
+/// # Panics
+/// As [`assert_close`].
+pub fn assert_close_f64(name: &str, got: &[f64], want: &[f64], tolerance: f64) {
+    assert_eq!(got.len(), want.len(), "{name}: length");
+    let scale = want.iter().fold(1.0f64, |m, x| m.max(x.abs()));
+    let mut worst = (0, 0.0f64);
+    for (i, (g, w)) in got.iter().zip(want).enumerate() {
+        let error = (g - w).abs() / scale;
+        assert!(!error.is_nan(), "{name}: NaN at {i}: got {g}, want {w}");
+        if error > worst.1 {
+            worst = (i, error);
+        }
+    }
+    assert!(
+        worst.1 <= tolerance,
+        "{name}: error {:.3e} at {} is {:.1} of the tolerance (got {}, want {})",
+        worst.1,
+        worst.0,
+        worst.1 / tolerance,
+        got[worst.0],
+        want[worst.0]
+    );
+}
+
+/// Central differences of `f` at `x`, one per coordinate, with step `h`.
+pub fn finite_differences(x: &[f64], h: f64, mut f: impl FnMut(&[f64]) -> f64) -> Vec<f64> {
+    let mut point = x.to_vec();
+    (0..x.len())
+        .map(|i| {
+            point[i] = x[i] + h;
+            let up = f(&point);
+            point[i] = x[i] - h;
+            let down = f(&point);
+            point[i] = x[i];
+            (up - down) / (2.0 * h)
+        })
+        .collect()
+}
+
+/// Runs `f` on a pool of `threads` threads.
+///
+/// # Panics
+/// The pool cannot be built.
+pub fn with_threads<R: Send>(threads: usize, f: impl FnOnce() -> R + Send) -> R {
+    rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("thread pool").install(f)
+}
