@@ -70,26 +70,13 @@ const TASKS: usize = 16;
 /// Shapes do not fit.
 pub fn matmul(c: &mut [f32], a: Mat<'_>, b: Mat<'_>, accumulate: bool) {
     let (m, n, k) = (a.rows, b.cols, a.cols);
-    assert!(
-        k == b.rows && c.len() == m * n,
-        "matmul: [{m}, {k}] x [{}, {n}] into {} values",
-        b.rows,
-        c.len()
-    );
-    if m == 0 || n == 0 {
-        return;
-    }
-    if k == 0 {
-        if !accumulate {
-            c.fill(0.0);
-        }
-        return;
-    }
     let tasks = (m * n * k / TASK_WORK).clamp(1, TASKS);
     if tasks == 1 {
-        // SAFETY: C is m rows of n, borrowed mutably here.
-        unsafe { block(&Target { c: c.as_mut_ptr(), n }, m, 0..n, a, b, accumulate) };
-    } else if m >= n / 2 {
+        matmul_serial(c, a, b, accumulate);
+        return;
+    }
+    check(c, a, b);
+    if m >= n / 2 {
         let rows = m.div_ceil(tasks).next_multiple_of(16);
         c.par_chunks_mut(rows * n).enumerate().for_each(|(i, c)| {
             let count = c.len() / n;
@@ -106,6 +93,38 @@ pub fn matmul(c: &mut [f32], a: Mat<'_>, b: Mat<'_>, accumulate: bool) {
             unsafe { block(&target, m, columns, a, b, accumulate) };
         });
     }
+}
+
+/// [`matmul`] on the calling thread alone: for products inside parallel tasks.
+///
+/// # Panics
+/// Shapes do not fit.
+pub fn matmul_serial(c: &mut [f32], a: Mat<'_>, b: Mat<'_>, accumulate: bool) {
+    check(c, a, b);
+    let (m, n) = (a.rows, b.cols);
+    if m == 0 || n == 0 {
+        return;
+    }
+    if a.cols == 0 {
+        if !accumulate {
+            c.fill(0.0);
+        }
+        return;
+    }
+    // SAFETY: C is m rows of n, borrowed mutably here.
+    unsafe { block(&Target { c: c.as_mut_ptr(), n }, m, 0..n, a, b, accumulate) };
+}
+
+fn check(c: &[f32], a: Mat<'_>, b: Mat<'_>) {
+    assert!(
+        a.cols == b.rows && c.len() == a.rows * b.cols,
+        "matmul: [{}, {}] x [{}, {}] into {} values",
+        a.rows,
+        a.cols,
+        b.rows,
+        b.cols,
+        c.len()
+    );
 }
 
 /// Where a block of C goes: the first value of C and its row length.
@@ -130,7 +149,12 @@ unsafe fn block(
     accumulate: bool,
 ) {
     let last = |x: &Mat<'_>| (x.rows - 1) * x.row_stride + (x.cols - 1) * x.col_stride;
-    assert!(rows == a.rows && cols.end <= b.cols.min(target.n) && last(&a) < a.data.len() && last(&b) < b.data.len());
+    assert!(
+        rows == a.rows
+            && cols.end <= b.cols.min(target.n)
+            && last(&a) < a.data.len()
+            && last(&b) < b.data.len()
+    );
     // SAFETY: columns `cols` of `b`, starting here, stay inside `b.data` by the assertion on its last value.
     let first_b = unsafe { b.data.as_ptr().add(cols.start * b.col_stride) };
     // SAFETY: C has rows of `target.n` values, and `cols.start < cols.end <= target.n`.
