@@ -4,8 +4,19 @@
 
 pub mod config;
 mod error;
+pub mod gate;
 pub mod init;
+pub mod reference;
+pub mod routing;
+pub mod sparsity;
+pub mod stats;
+pub mod ste;
+pub mod topk;
 
 pub use config::{GateValue, Rescale, RouterConfig, ZeroActive};
 pub use error::{Error, Result};
+pub use gate::{Routed, route};
 pub use init::{RouterInit, router_weights};
+pub use routing::Routing;
+pub use sparsity::{SparsityGrad, SparsityOver};
+pub use stats::{RoutingStats, RoutingSummary};

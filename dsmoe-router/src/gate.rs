@@ -1,0 +1,146 @@
+//! Gates: from hidden states to a [`Routing`] (paper section 3.2).
+//!
+//! ```text
+//! logits  z = x Y^T + b              router weight Y [n, hidden], bias b [n] or none
+//! gates   q = 1 / (1 + e^-z)
+//! mask    m = [z > logit(threshold)] the same as [q > threshold], without the rounding of a sigmoid
+//! value   S = q m  or  m             sigmoid or binary gates (eqs. 7, 10)
+//! scale   c = 1  or  n / max(k, 1)   none or eq. 8; k = sum_i m_i per token
+//! coefficient of an active pair = c S
+//! ```
+//! With [`ZeroActive::ForceArgmax`] a token with k = 0 gets its largest gate (the first of equals) into the mask.
+
+use dsmoe_kernels::linear;
+use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis};
+
+use crate::{GateValue, Rescale, RouterConfig, Routing, ZeroActive};
+
+/// What routing one layer gave; kept for the backward pass.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Routed {
+    /// z, `[T, n]`.
+    pub logits: Array2<f32>,
+    /// q, `[T, n]`.
+    pub gates: Array2<f32>,
+    /// m, `[T, n]`.
+    pub mask: Array2<bool>,
+    /// The active pairs with their coefficients.
+    pub routing: Routing,
+}
+
+/// Router logits `[T, n]` of hidden states `x` `[T, hidden]`, with `weight` `[n, hidden]` and `bias` `[n]`.
+///
+/// # Panics
+/// The shapes do not fit.
+pub fn logits(
+    x: ArrayView2<'_, f32>,
+    weight: ArrayView2<'_, f32>,
+    bias: Option<ArrayView1<'_, f32>>,
+) -> Array2<f32> {
+    let dims = dims(x.dim(), weight.dim());
+    let mut z = Array2::zeros((dims.rows, dims.outputs));
+    let (x, weight) = (x.as_standard_layout(), weight.as_standard_layout());
+    let (x, weight) = (x.as_slice().expect("standard layout"), weight.as_slice().expect("standard layout"));
+    linear::forward(z.as_slice_mut().expect("standard layout"), x, weight, dims);
+    if let Some(bias) = bias {
+        assert_eq!(bias.len(), dims.outputs, "router logits: bias for {dims:?}");
+        z += &bias;
+    }
+    z
+}
+
+/// Gradients of [`logits`]: **adds** to `dx` `[T, hidden]`, `dweight` `[n, hidden]` and `dbias` `[n]`.
+///
+/// # Panics
+/// The shapes do not fit; `dx` or `dweight` is not in standard layout.
+pub fn logits_backward(
+    mut dx: ArrayViewMut2<'_, f32>,
+    mut dweight: ArrayViewMut2<'_, f32>,
+    dbias: Option<ArrayViewMut1<'_, f32>>,
+    dlogits: ArrayView2<'_, f32>,
+    x: ArrayView2<'_, f32>,
+    weight: ArrayView2<'_, f32>,
+) {
+    let dims = dims(x.dim(), weight.dim());
+    let (x, weight) = (x.as_standard_layout(), weight.as_standard_layout());
+    let dz = dlogits.as_standard_layout();
+    let dz = dz.as_slice().expect("standard layout");
+    let dx = dx.as_slice_mut().expect("router logits: dx is not in standard layout");
+    linear::backward_input_add(dx, dz, weight.as_slice().expect("standard layout"), dims);
+    let dweight = dweight.as_slice_mut().expect("router logits: dweight is not in standard layout");
+    linear::backward_weight(dweight, dz, x.as_slice().expect("standard layout"), dims);
+    if let Some(mut dbias) = dbias {
+        assert_eq!(dbias.len(), dims.outputs, "router logits: dbias for {dims:?}");
+        dbias += &dlogits.sum_axis(Axis(0));
+    }
+}
+
+fn dims((rows, inputs): (usize, usize), weight: (usize, usize)) -> linear::Dims {
+    assert_eq!(weight.1, inputs, "router logits: x [{rows}, {inputs}], weight {weight:?}");
+    linear::Dims { rows, inputs, outputs: weight.0 }
+}
+
+/// Routes tokens by their `logits` `[T, n]`.
+///
+/// # Panics
+/// `logits` has not `config.num_experts` columns.
+pub fn route(config: &RouterConfig, logits: ArrayView2<'_, f32>) -> Routed {
+    let mut routed = Routed::default();
+    routed.rebuild(config, logits);
+    routed
+}
+
+impl Routed {
+    /// [`route`] into the memory of `self`.
+    ///
+    /// # Panics
+    /// As [`route`].
+    pub fn rebuild(&mut self, config: &RouterConfig, logits: ArrayView2<'_, f32>) {
+        let Routed { logits: z, gates, mask, routing } = self;
+        assert_eq!(logits.ncols(), config.num_experts, "route: logits {:?} for {config:?}", logits.dim());
+        assign(z, logits.iter().copied(), logits.dim());
+        assign(gates, logits.iter().map(|&z| 1.0 / (1.0 + (-z).exp())), logits.dim());
+        // Threshold 0 means all, also where a sigmoid is 0.
+        let bar = if config.threshold == 0.0 { None } else { Some(config.threshold_logit() as f32) };
+        assign(mask, logits.iter().map(|&z| bar.is_none_or(|bar| z > bar)), logits.dim());
+        if config.zero_active == ZeroActive::ForceArgmax {
+            for (row, mut mask) in
+                z.outer_iter().zip(mask.outer_iter_mut()).filter(|(_, mask)| !mask.iter().any(|m| *m))
+            {
+                mask[first_max(row)] = true;
+            }
+        }
+        let scales: Vec<f32> = mask.outer_iter().map(|row| scale(config, row)).collect();
+        routing.rebuild(mask.view(), |t, i| match config.gate_value {
+            GateValue::Sigmoid => gates[[t, i]] * scales[t],
+            GateValue::Binary => scales[t],
+        });
+    }
+}
+
+/// The factor c of a token with this mask (eq. 8), 1 without rescale.
+pub(crate) fn scale(config: &RouterConfig, mask: ArrayView1<'_, bool>) -> f32 {
+    match config.rescale {
+        Rescale::None => 1.0,
+        Rescale::Eq8 => mask.len() as f32 / mask.iter().filter(|m| **m).count().max(1) as f32,
+    }
+}
+
+fn first_max(row: ArrayView1<'_, f32>) -> usize {
+    let mut best = 0;
+    for (i, &z) in row.iter().enumerate() {
+        if z > row[best] {
+            best = i;
+        }
+    }
+    best
+}
+
+/// Sets `out` to `values` in row-major order, in its own memory where it is large enough.
+fn assign<T>(out: &mut Array2<T>, values: impl Iterator<Item = T>, dim: (usize, usize)) {
+    let (mut memory, _) = std::mem::replace(out, Array2::from_shape_vec((0, 0), Vec::new()).expect("empty"))
+        .into_raw_vec_and_offset();
+    memory.clear();
+    memory.extend(values);
+    *out = Array2::from_shape_vec(dim, memory).expect("one value per pair");
+}

@@ -1,0 +1,191 @@
+//! Routing statistics over many batches.
+
+use serde::{Deserialize, Serialize};
+
+use crate::Routing;
+
+/// Counts of active experts per layer; batches are added, partial counts merged.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RoutingStats {
+    num_experts: usize,
+    layers: Vec<LayerStats>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct LayerStats {
+    /// `[n]`: tokens of each expert.
+    load: Vec<u64>,
+    /// `[n + 1]`: tokens by their number of active experts.
+    histogram: Vec<u64>,
+}
+
+/// What [`RoutingStats`] says, by layer and in all. Shares are in 0..=1; all are 0 without tokens.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct RoutingSummary {
+    /// Tokens seen by the first layer.
+    pub tokens: u64,
+    /// Active share of all (token, layer, expert) triples.
+    pub active_ratio: f64,
+    /// Active experts per token, mean over layers.
+    pub active_experts: f64,
+    /// Share of (token, layer) pairs without an active expert.
+    pub zero_active_share: f64,
+    /// Active share of each layer.
+    pub active_ratio_per_layer: Vec<f64>,
+    /// Share of tokens without an active expert in each layer.
+    pub zero_active_share_per_layer: Vec<f64>,
+    /// `[layers][n + 1]`: share of tokens with 0, 1, ... n active experts.
+    pub active_histogram_per_layer: Vec<Vec<f64>>,
+    /// `[layers][n]`: share of tokens that run each expert.
+    pub load_per_layer: Vec<Vec<f64>>,
+    /// Entropy of the load of each layer over that of an even load: 1 even, 0 one expert alone (or none at all).
+    pub load_entropy_per_layer: Vec<f64>,
+}
+
+impl RoutingStats {
+    /// No tokens yet.
+    pub fn new(num_layers: usize, num_experts: usize) -> RoutingStats {
+        let layer = LayerStats { load: vec![0; num_experts], histogram: vec![0; num_experts + 1] };
+        RoutingStats { num_experts, layers: vec![layer; num_layers] }
+    }
+
+    /// Adds the tokens of one batch in `layer`.
+    ///
+    /// # Panics
+    /// No such layer; `routing` has another number of experts.
+    pub fn add(&mut self, layer: usize, routing: &Routing) {
+        assert_eq!(routing.num_experts, self.num_experts, "routing stats: experts");
+        let layer = &mut self.layers[layer];
+        for (load, count) in layer.load.iter_mut().zip(routing.counts()) {
+            *load += count as u64;
+        }
+        for active in routing.active_counts() {
+            layer.histogram[active] += 1;
+        }
+    }
+
+    /// Adds the counts of `other`.
+    ///
+    /// # Panics
+    /// `other` has another number of layers or experts.
+    pub fn merge(&mut self, other: &RoutingStats) {
+        let shape = (self.layers.len(), self.num_experts);
+        assert_eq!(shape, (other.layers.len(), other.num_experts), "routing stats: (layers, experts)");
+        for (layer, other) in self.layers.iter_mut().zip(&other.layers) {
+            layer.load.iter_mut().zip(&other.load).for_each(|(a, b)| *a += b);
+            layer.histogram.iter_mut().zip(&other.histogram).for_each(|(a, b)| *a += b);
+        }
+    }
+
+    /// Forgets all tokens.
+    pub fn clear(&mut self) {
+        *self = RoutingStats::new(self.layers.len(), self.num_experts);
+    }
+
+    /// Active share of all (token, layer, expert) triples; 0 without tokens.
+    pub fn active_ratio(&self) -> f64 {
+        let routed = self.layers.iter().map(LayerStats::routed).sum();
+        ratio(routed, self.layers.iter().map(LayerStats::tokens).sum::<u64>() * self.num_experts as u64)
+    }
+
+    /// Shares and entropies.
+    pub fn summary(&self) -> RoutingSummary {
+        let n = self.num_experts as u64;
+        let tokens: u64 = self.layers.iter().map(LayerStats::tokens).sum();
+        let zero: u64 = self.layers.iter().map(|layer| layer.histogram[0]).sum();
+        let per_layer = |f: &dyn Fn(&LayerStats) -> f64| self.layers.iter().map(f).collect::<Vec<_>>();
+        let shares =
+            |counts: &[u64], of: u64| counts.iter().map(|&count| ratio(count, of)).collect::<Vec<_>>();
+        RoutingSummary {
+            tokens: self.layers.first().map_or(0, LayerStats::tokens),
+            active_ratio: self.active_ratio(),
+            active_experts: self.active_ratio() * n as f64,
+            zero_active_share: ratio(zero, tokens),
+            active_ratio_per_layer: per_layer(&|layer| ratio(layer.routed(), layer.tokens() * n)),
+            zero_active_share_per_layer: per_layer(&|layer| ratio(layer.histogram[0], layer.tokens())),
+            active_histogram_per_layer: self
+                .layers
+                .iter()
+                .map(|l| shares(&l.histogram, l.tokens()))
+                .collect(),
+            load_per_layer: self.layers.iter().map(|layer| shares(&layer.load, layer.tokens())).collect(),
+            load_entropy_per_layer: per_layer(&LayerStats::load_entropy),
+        }
+    }
+}
+
+impl LayerStats {
+    fn tokens(&self) -> u64 {
+        self.histogram.iter().sum()
+    }
+
+    fn routed(&self) -> u64 {
+        self.load.iter().sum()
+    }
+
+    fn load_entropy(&self) -> f64 {
+        if self.load.len() < 2 {
+            return 1.0;
+        }
+        let shares = self.load.iter().map(|&load| ratio(load, self.routed())).filter(|&p| p > 0.0);
+        shares.map(|p| -p * p.ln()).sum::<f64>() / (self.load.len() as f64).ln()
+    }
+}
+
+fn ratio(part: u64, whole: u64) -> f64 {
+    part as f64 / whole.max(1) as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use ndarray::array;
+
+    use super::*;
+
+    fn routing(mask: ndarray::Array2<bool>) -> Routing {
+        Routing::from_mask(mask.view(), |_, _| 1.0)
+    }
+
+    #[test]
+    fn counts_by_hand() {
+        let mut stats = RoutingStats::new(2, 2);
+        stats.add(0, &routing(array![[true, false], [true, true], [false, false], [true, false]]));
+        stats.add(1, &routing(array![[true, true], [true, true], [true, true], [true, true]]));
+        let summary = stats.summary();
+        assert_eq!(summary.tokens, 4);
+        assert_eq!(summary.active_ratio, 12.0 / 16.0);
+        assert_eq!(summary.active_experts, 1.5);
+        assert_eq!(summary.zero_active_share, 1.0 / 8.0);
+        assert_eq!(summary.active_ratio_per_layer, [0.5, 1.0]);
+        assert_eq!(summary.zero_active_share_per_layer, [0.25, 0.0]);
+        assert_eq!(summary.active_histogram_per_layer, [[0.25, 0.5, 0.25], [0.0, 0.0, 1.0]]);
+        assert_eq!(summary.load_per_layer, [[0.75, 0.25], [1.0, 1.0]]);
+        assert!((summary.load_entropy_per_layer[0] - 0.811_278).abs() < 1e-6);
+        assert_eq!(summary.load_entropy_per_layer[1], 1.0);
+        let json = serde_json::to_value(&summary).unwrap();
+        assert_eq!(json["active_ratio_per_layer"][1], 1.0);
+    }
+
+    #[test]
+    fn merging_parts_is_adding_all() {
+        let (a, b) = (routing(array![[true, false, true]]), routing(array![[false, false, false]]));
+        let mut whole = RoutingStats::new(1, 3);
+        whole.add(0, &a);
+        whole.add(0, &b);
+        let (mut first, mut second) = (RoutingStats::new(1, 3), RoutingStats::new(1, 3));
+        first.add(0, &a);
+        second.add(0, &b);
+        first.merge(&second);
+        assert_eq!(first, whole);
+        first.clear();
+        assert_eq!(first, RoutingStats::new(1, 3));
+    }
+
+    #[test]
+    fn nothing_seen_is_zero_not_nan() {
+        let summary = RoutingStats::new(1, 4).summary();
+        assert_eq!(summary.active_ratio, 0.0);
+        assert_eq!(summary.zero_active_share, 0.0);
+        assert_eq!(summary.load_entropy_per_layer, [0.0]);
+    }
+}

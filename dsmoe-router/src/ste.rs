@@ -1,0 +1,53 @@
+//! The straight-through estimator (eq. 10): the one place where a gradient is not a derivative.
+
+use ndarray::{ArrayView2, ArrayViewMut2};
+
+use crate::gate::scale;
+use crate::sparsity::{SparsityGrad, SparsityOver};
+use crate::{GateValue, Routed, RouterConfig};
+
+/// **Sets** `dlogits` `[T, n]`, the gradient of the loss by the router logits.
+///
+/// `dcoefficients` `[T, n]` is the gradient by the coefficient of *every* pair, `<dy_t, o_i(x_t)>`, inactive ones
+/// included: an inactive expert's output counts in the router's gradient although it does not in the forward pass.
+///
+/// ```text
+/// forward          S = sg(G) + q - sg(q)                     eq. 10: value G = q m (or m), derivative 1 everywhere
+///                  y = sum_i c S_i o_i                       eq. 11, c of eq. 8 a constant
+/// with STE         dq = c dcoefficient                       eq. 16, active or not
+/// without          dq = c dcoefficient m                     sigmoid gates: the derivative of G
+///                  dq = 0                                    binary gates
+/// sparsity         dq += weight m   or   weight              Active (eq. 19) or All
+///                  dz = dq q (1 - q)
+/// ```
+///
+/// # Panics
+/// The shapes differ from those of `routed`.
+pub fn backward(
+    config: &RouterConfig,
+    routed: &Routed,
+    dcoefficients: ArrayView2<'_, f32>,
+    sparsity: SparsityGrad,
+    mut dlogits: ArrayViewMut2<'_, f32>,
+) {
+    let shape = routed.gates.dim();
+    assert!(
+        dcoefficients.dim() == shape && dlogits.dim() == shape,
+        "ste::backward: gates {shape:?}, dcoefficients {:?}, dlogits {:?}",
+        dcoefficients.dim(),
+        dlogits.dim()
+    );
+    for (t, mut dz) in dlogits.outer_iter_mut().enumerate() {
+        let mask = routed.mask.row(t);
+        let scale = scale(config, mask);
+        for (i, dz) in dz.iter_mut().enumerate() {
+            let (q, active) = (routed.gates[[t, i]], mask[i]);
+            let passes = config.ste || (active && config.gate_value == GateValue::Sigmoid);
+            let mut dq = if passes { scale * dcoefficients[[t, i]] } else { 0.0 };
+            if active || sparsity.over == SparsityOver::All {
+                dq += sparsity.weight;
+            }
+            *dz = dq * q * (1.0 - q);
+        }
+    }
+}

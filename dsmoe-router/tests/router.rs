@@ -1,0 +1,270 @@
+//! The f64 reference against numbers worked by hand and finite differences; the f32 code against the reference.
+
+use dsmoe_kernels::testing::{assert_close, assert_close_f64, f64s, finite_differences, normals};
+use dsmoe_router::reference::{self, RoutedF64};
+use dsmoe_router::{
+    GateValue, Rescale, RouterConfig, SparsityGrad, SparsityOver, ZeroActive, gate, route, sparsity, ste,
+};
+use ndarray::{Array1, Array2, array};
+
+const NO_SPARSITY: SparsityGrad = SparsityGrad { weight: 0.0, over: SparsityOver::Active };
+
+/// Every combination of settings, at thresholds on both sides of a half.
+fn configs(num_experts: usize) -> Vec<RouterConfig> {
+    let mut configs = Vec::new();
+    for threshold in [0.0, 0.3, 0.5, 0.7, 1.0] {
+        for gate_value in [GateValue::Sigmoid, GateValue::Binary] {
+            for rescale in [Rescale::None, Rescale::Eq8] {
+                for zero_active in [ZeroActive::Skip, ZeroActive::ForceArgmax] {
+                    for ste in [true, false] {
+                        configs.push(RouterConfig {
+                            num_experts,
+                            threshold,
+                            gate_value,
+                            rescale,
+                            zero_active,
+                            ste,
+                        });
+                    }
+                }
+            }
+        }
+    }
+    configs
+}
+
+/// The layer with d = D = n = 2, W = V = I, U = [[1, 2], [0, 1]], Y = [[1, -0.5], [0, 0.5]], x = [1, -1]: the
+/// experts' outputs, one row each, and the logits.
+fn hand_layer() -> ([[f64; 2]; 2], [f64; 2]) {
+    let silu = |s: f64| s / (1.0 + (-s).exp());
+    let x = [1.0, -1.0];
+    // Hidden neuron j has gate input x_j and up input (x U)_j; expert j writes output j alone.
+    let up = [x[0], 2.0 * x[0] + x[1]];
+    let outputs = [[silu(x[0]) * up[0], 0.0], [0.0, silu(x[1]) * up[1]]];
+    (outputs, [x[0], -0.5 * x[0] + 0.5 * x[1]])
+}
+
+fn combine(coef: &[f64], outputs: &[[f64; 2]; 2]) -> [f64; 2] {
+    [0, 1].map(|j| coef[0] * outputs[0][j] + coef[1] * outputs[1][j])
+}
+
+#[test]
+fn hand_example_forward() {
+    let (outputs, logits) = hand_layer();
+    let config = RouterConfig::new(2);
+    let routed = reference::route(&config, &logits);
+    assert_close_f64("dense", &combine(&[1.0, 1.0], &outputs), &[0.731059, -0.268941], 1e-6);
+    assert_close_f64("gates", &routed.gates, &[0.731059, 0.268941], 1e-6);
+    assert_eq!(routed.mask, [true, false]);
+    assert_close_f64("eq. 11", &combine(&routed.coef, &outputs), &[0.534447, 0.0], 1e-6);
+    let rescaled = reference::route(&RouterConfig { rescale: Rescale::Eq8, ..config }, &logits);
+    assert_close_f64("eq. 8", &combine(&rescaled.coef, &outputs), &[1.068893, 0.0], 1e-6);
+}
+
+#[test]
+fn hand_example_ste_gradient() {
+    let (outputs, logits) = hand_layer();
+    let config = RouterConfig::new(2);
+    let routed = reference::route(&config, &logits);
+    // loss = sum(h), so <dy, o_i> is the sum of o_i.
+    let dcoef = outputs.map(|o| o[0] + o[1]);
+    let dlogits = reference::backward(&config, &routed, &dcoef, 0.0, SparsityOver::Active);
+    assert_close_f64("dz", &dlogits, &[0.143735, -0.052877], 1e-6);
+    let without = RouterConfig { ste: false, ..config };
+    let dlogits = reference::backward(&without, &routed, &dcoef, 0.0, SparsityOver::Active);
+    assert_close_f64("dz without STE", &dlogits, &[0.143735, 0.0], 1e-6);
+}
+
+#[test]
+fn hand_example_sparsity_loss() {
+    let (_, logits) = hand_layer();
+    let config = RouterConfig::new(2);
+    let routed = reference::route(&config, &logits);
+    let backward = |over| reference::backward(&config, &routed, &[0.0, 0.0], 0.5, over);
+    assert_close_f64("value", &[reference::sparsity(&routed, SparsityOver::Active)], &[0.365529], 1e-6);
+    assert_close_f64("dz", &backward(SparsityOver::Active), &[0.098306, 0.0], 1e-6);
+    assert_close_f64("mean gate", &[reference::sparsity(&routed, SparsityOver::All)], &[0.5], 1e-6);
+    assert_close_f64("dz of the mean gate", &backward(SparsityOver::All), &[0.098306, 0.098306], 1e-6);
+}
+
+#[test]
+fn zero_router_shuts_all_experts_without_nan() {
+    let config = RouterConfig { rescale: Rescale::Eq8, ..RouterConfig::new(4) };
+    let routed = route(&config, Array2::zeros((3, 4)).view());
+    assert_eq!(routed.routing.num_routed(), 0);
+    assert_eq!(sparsity::loss(&routed, SparsityOver::Active), 0.0);
+    let mut dlogits = Array2::zeros((3, 4));
+    ste::backward(&config, &routed, Array2::ones((3, 4)).view(), NO_SPARSITY, dlogits.view_mut());
+    // c = n / max(k, 1) = 4, q (1 - q) = 1/4.
+    assert_eq!(dlogits, Array2::<f32>::ones((3, 4)));
+}
+
+#[test]
+fn soft_surrogate_passes_finite_differences() {
+    // With S replaced by q the layer is smooth and its gradient is the STE's.
+    let n = 8;
+    let (logits, dcoef) = (f64s(&normals(5 * n, 1)), f64s(&normals(5 * n, 2)));
+    let config = RouterConfig::new(n);
+    let soft = |z: &[f64]| z.iter().zip(&dcoef).map(|(z, r)| r / (1.0 + (-z).exp())).sum();
+    let want = finite_differences(&logits, 1e-5, soft);
+    let routed = reference::route(&config, &logits);
+    let got = reference::backward(&config, &routed, &dcoef, 0.0, SparsityOver::Active);
+    assert_close_f64("dz", &got, &want, 1e-9);
+}
+
+/// sum of r c S + weight * sum of the counted gates, with mask, k and (for `S = G`) the value of inactive gates
+/// held at `frozen`: what the STE declares the loss to be around this point.
+fn surrogate(
+    config: &RouterConfig,
+    frozen: &RoutedF64,
+    z: &[f64],
+    r: &[f64],
+    weight: f64,
+    over: SparsityOver,
+) -> f64 {
+    let n = config.num_experts;
+    let mut loss = 0.0;
+    for (pair, &z) in z.iter().enumerate() {
+        let q = 1.0 / (1.0 + (-z).exp());
+        let active = frozen.mask[pair];
+        let token = &frozen.mask[pair / n * n..pair / n * n + n];
+        let k = token.iter().filter(|m| **m).count().max(1);
+        let scale = if config.rescale == Rescale::Eq8 { n as f64 / k as f64 } else { 1.0 };
+        let value = match (config.ste, config.gate_value) {
+            (true, _) => q,
+            (false, GateValue::Sigmoid) => {
+                if active {
+                    q
+                } else {
+                    0.0
+                }
+            }
+            (false, GateValue::Binary) => f64::from(u8::from(active)),
+        };
+        loss += r[pair] * scale * value;
+        if active || over == SparsityOver::All {
+            loss += weight * q;
+        }
+    }
+    loss
+}
+
+#[test]
+fn reference_gradient_is_finite_differences_with_the_mask_frozen() {
+    let n = 5;
+    let (logits, dcoef) = (f64s(&normals(6 * n, 3)), f64s(&normals(6 * n, 4)));
+    for config in configs(n) {
+        for over in [SparsityOver::Active, SparsityOver::All] {
+            let routed = reference::route(&config, &logits);
+            let got = reference::backward(&config, &routed, &dcoef, 0.3, over);
+            let want =
+                finite_differences(&logits, 1e-5, |z| surrogate(&config, &routed, z, &dcoef, 0.3, over));
+            assert_close_f64(&format!("{config:?} {over:?}"), &got, &want, 1e-9);
+        }
+    }
+}
+
+#[test]
+fn f32_agrees_with_the_reference() {
+    for (num_tokens, n) in [(0, 8), (1, 1), (7, 3), (33, 8)] {
+        let shape = (num_tokens, n);
+        let logits = Array2::from_shape_vec(shape, normals(num_tokens * n, 5)).unwrap() * 3.0;
+        let dcoef = Array2::from_shape_vec(shape, normals(num_tokens * n, 6)).unwrap();
+        for config in configs(n) {
+            let name = |what: &str| format!("{what} of {config:?}");
+            let got = route(&config, logits.view());
+            let want = reference::route(&config, &f64s(logits.as_slice().unwrap()));
+            assert_eq!(got.mask.as_slice().unwrap(), want.mask, "{}", name("mask"));
+            assert_close(&name("gates"), got.gates.as_slice().unwrap(), &want.gates, 2e-7);
+
+            let mut coef = vec![0.0f32; num_tokens * n];
+            for expert in 0..n {
+                for slot in got.routing.offsets[expert]..got.routing.offsets[expert + 1] {
+                    coef[got.routing.tokens[slot] as usize * n + expert] = got.routing.coefficients[slot];
+                }
+            }
+            assert_close(&name("coefficients"), &coef, &want.coef, 2e-7);
+
+            for over in [SparsityOver::Active, SparsityOver::All] {
+                let value = sparsity::loss(&got, over);
+                assert_close_f64(&name("sparsity"), &[value], &[reference::sparsity(&want, over)], 2e-7);
+                let mut dlogits = Array2::from_elem(shape, f32::NAN);
+                ste::backward(
+                    &config,
+                    &got,
+                    dcoef.view(),
+                    SparsityGrad { weight: 0.25, over },
+                    dlogits.view_mut(),
+                );
+                let dcoef = f64s(dcoef.as_slice().unwrap());
+                let dwant = reference::backward(&config, &want, &dcoef, 0.25, over);
+                assert_close(&name("dlogits"), dlogits.as_slice().unwrap(), &dwant, 1e-6);
+            }
+        }
+    }
+}
+
+#[test]
+fn threshold_is_strict_and_its_ends_open_and_shut_all() {
+    let logits = array![[0.0f32, f32::MIN_POSITIVE, -200.0, 200.0]];
+    let mask = |threshold| route(&RouterConfig { threshold, ..RouterConfig::new(4) }, logits.view()).mask;
+    assert_eq!(mask(0.5), array![[false, true, false, true]]);
+    assert_eq!(mask(0.0), array![[true, true, true, true]]);
+    assert_eq!(mask(1.0), array![[false, false, false, false]]);
+}
+
+#[test]
+fn force_argmax_opens_the_best_gate_of_a_shut_token_alone() {
+    let logits = array![[-3.0f32, -1.0, -1.0], [-1.0, 2.0, -1.0]];
+    let config =
+        RouterConfig { zero_active: ZeroActive::ForceArgmax, rescale: Rescale::Eq8, ..RouterConfig::new(3) };
+    let routed = route(&config, logits.view());
+    assert_eq!(routed.mask, array![[false, true, false], [false, true, false]]);
+    let q = 1.0 / (1.0 + 1f32.exp());
+    assert_eq!(routed.routing.coefficients[0], 3.0 * q);
+}
+
+#[test]
+fn rebuild_gives_what_route_gives() {
+    let config = RouterConfig::new(4);
+    let logits = |tokens: usize| Array2::from_shape_vec((tokens, 4), normals(tokens * 4, 9)).unwrap();
+    let mut routed = route(&config, logits(9).view());
+    routed.rebuild(&config, logits(5).view());
+    assert_eq!(routed, route(&config, logits(5).view()));
+}
+
+#[test]
+fn logits_and_their_gradients_are_those_of_a_linear_layer() {
+    let (num_tokens, hidden, n) = (6, 10, 3);
+    let make = |shape: (usize, usize), seed| {
+        Array2::from_shape_vec(shape, normals(shape.0 * shape.1, seed)).unwrap()
+    };
+    let (x, weight, dz) = (make((num_tokens, hidden), 1), make((n, hidden), 2), make((num_tokens, n), 3));
+    let bias = Array1::from_vec(normals(n, 4));
+    let wide = |a: &Array2<f32>| a.mapv(f64::from);
+    let check = |name: &str, got: &Array2<f32>, want: Array2<f64>| {
+        assert_close(name, got.as_slice().unwrap(), want.as_standard_layout().as_slice().unwrap(), 1e-6);
+    };
+
+    let plain = wide(&x).dot(&wide(&weight).t());
+    check("z", &gate::logits(x.view(), weight.view(), None), plain.clone());
+    // A transposed copy has another memory layout and the same values.
+    let x_columns = x.t().as_standard_layout().into_owned();
+    let z = gate::logits(x_columns.t(), weight.view(), Some(bias.view()));
+    check("z + b", &z, plain + bias.mapv(f64::from));
+
+    let (mut dx, mut dweight, mut dbias) =
+        (Array2::ones((num_tokens, hidden)), Array2::ones((n, hidden)), Array1::ones(n));
+    gate::logits_backward(
+        dx.view_mut(),
+        dweight.view_mut(),
+        Some(dbias.view_mut()),
+        dz.view(),
+        x.view(),
+        weight.view(),
+    );
+    check("dx", &dx, wide(&dz).dot(&wide(&weight)) + 1.0);
+    check("dweight", &dweight, wide(&dz).t().dot(&wide(&x)) + 1.0);
+    let sums: Vec<f64> = wide(&dz).columns().into_iter().map(|column| column.sum() + 1.0).collect();
+    assert_close("dbias", dbias.as_slice().unwrap(), &sums, 1e-6);
+}
