@@ -19,9 +19,17 @@
 //! depend on the number of threads. The `dense` functions are the same op with one expert, always active with
 //! coefficient 1.
 
+mod few;
+mod grouped;
+mod kernel;
+mod plan;
 pub mod reference;
+#[cfg(test)]
+mod tests;
 
 use crate::buf::Buf;
+use crate::isa::Isa;
+use plan::Pairs;
 
 /// Sizes of an expert FFN.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,15 +101,93 @@ pub struct Saved {
     pub b: Buf,
 }
 
-/// Work space, grown on demand and kept between calls. Any scratch serves any shape.
-#[derive(Debug, Default)]
-pub struct Scratch {}
+/// Work space and instruction-set tier. The space grows on demand and is kept; any scratch serves any shape.
+#[derive(Debug)]
+pub struct Scratch {
+    isa: Isa,
+    xs: Buf,
+    dys: Buf,
+    g: Buf,
+    da: Buf,
+    db: Buf,
+    scaled: Buf,
+    columns: Buf,
+    partial: Buf,
+}
 
 impl Scratch {
-    /// An empty scratch.
+    /// An empty scratch for the current tier.
     pub fn new() -> Scratch {
-        Scratch::default()
+        Scratch::on(Isa::current())
     }
+
+    /// An empty scratch: the ops it is given to run on `isa` (the matrix products choose for themselves).
+    pub fn on(isa: Isa) -> Scratch {
+        let empty = Buf::default;
+        Scratch {
+            isa,
+            xs: empty(),
+            dys: empty(),
+            g: empty(),
+            da: empty(),
+            db: empty(),
+            scaled: empty(),
+            columns: empty(),
+            partial: empty(),
+        }
+    }
+}
+
+impl Default for Scratch {
+    fn default() -> Scratch {
+        Scratch::new()
+    }
+}
+
+fn check(op: &str, y: &[f32], x: &[f32], weights: &Weights<'_>, dims: Dims) {
+    let Dims { tokens, hidden, intermediate, num_experts, .. } = dims;
+    assert!(
+        num_experts > 0 && intermediate.is_multiple_of(num_experts),
+        "expert_ffn::{op}: num_experts does not divide intermediate in {dims:?}"
+    );
+    let w = [weights.gate.len(), weights.up.len(), weights.down.len()];
+    assert!(
+        x.len() == tokens * hidden && y.len() == x.len() && w == [intermediate * hidden; 3],
+        "expert_ffn::{op}: input {}, output {}, weights {w:?} values for {dims:?}",
+        x.len(),
+        y.len()
+    );
+}
+
+fn check_routes(op: &str, routes: &Routes<'_>, dims: Dims) {
+    let r = routes.tokens.len();
+    assert!(
+        routes.offsets.len() == dims.num_experts + 1
+            && routes.offsets.first() == Some(&0)
+            && routes.offsets.last() == Some(&r)
+            && routes.offsets.is_sorted()
+            && routes.coefficients.len() == r
+            && routes.token_offsets.len() == dims.tokens + 1
+            && routes.token_offsets.last() == Some(&r)
+            && routes.slots.len() == r,
+        "expert_ffn::{op}: offsets {:?}, {r} tokens, {} coefficients, {} token_offsets, {} slots for {dims:?}",
+        routes.offsets,
+        routes.coefficients.len(),
+        routes.token_offsets.len(),
+        routes.slots.len()
+    );
+}
+
+fn check_grads(op: &str, grads: &WeightGrads<'_>, dims: Dims) {
+    let w = [grads.gate.len(), grads.up.len(), grads.down.len()];
+    assert!(
+        w == [dims.intermediate * dims.hidden; 3],
+        "expert_ffn::{op}: weight gradients {w:?} values for {dims:?}"
+    );
+}
+
+fn is_empty(dims: Dims) -> bool {
+    dims.tokens == 0 || dims.hidden == 0 || dims.intermediate == 0
 }
 
 /// Sets y `[tokens, hidden]` to the sum of the active experts' outputs of x `[tokens, hidden]`.
@@ -114,14 +200,45 @@ pub fn forward(
     weights: &Weights<'_>,
     routes: &Routes<'_>,
     dims: Dims,
-    _scratch: &mut Scratch,
+    scratch: &mut Scratch,
 ) {
-    let (mask, coef) = dense_routes(routes, dims);
-    let f = |x: &[f32]| x.iter().map(|&x| f64::from(x)).collect::<Vec<_>>();
-    let want =
-        reference::forward(&f(x), &f(weights.gate), &f(weights.up), &f(weights.down), &mask, &coef, dims);
-    for (y, want) in y.iter_mut().zip(want) {
-        *y = want as f32;
+    check("forward", y, x, weights, dims);
+    check_routes("forward", routes, dims);
+    forward_pairs(y, x, weights, Pairs::Routed(routes), dims, scratch);
+}
+
+/// Sets y to the dense FFN `(silu(x Wg^T) * (x Wu^T)) Wd`.
+///
+/// # Panics
+/// Lengths do not fit the sizes.
+pub fn forward_dense(
+    y: &mut [f32],
+    x: &[f32],
+    weights: &Weights<'_>,
+    tokens: usize,
+    hidden: usize,
+    intermediate: usize,
+    scratch: &mut Scratch,
+) {
+    let dims = Dims { tokens, hidden, intermediate, num_experts: 1, all_pairs: true };
+    check("forward_dense", y, x, weights, dims);
+    forward_pairs(y, x, weights, Pairs::Dense, dims, scratch);
+}
+
+fn forward_pairs(
+    y: &mut [f32],
+    x: &[f32],
+    weights: &Weights<'_>,
+    pairs: Pairs<'_>,
+    dims: Dims,
+    scratch: &mut Scratch,
+) {
+    if is_empty(dims) {
+        y.fill(0.0);
+    } else if dims.tokens <= few::FEW_TOKENS {
+        few::forward(y, x, weights, pairs, dims, scratch);
+    } else {
+        grouped::forward(y, x, weights, pairs, dims, scratch);
     }
 }
 
@@ -138,73 +255,13 @@ pub fn forward_train(
     dims: Dims,
     scratch: &mut Scratch,
 ) {
-    saved.a.resize(0);
-    forward(y, x, weights, routes, dims, scratch);
-}
-
-/// Sets dx `[tokens, hidden]` and dcoefficients `[tokens, num_experts]`, adds to the weights' gradients.
-/// dcoefficients is `<dy_t, o_i(x_t)>`, of inactive pairs only when [`Dims::all_pairs`] (else 0).
-/// `saved` is of [`forward_train`] with the same x, weights, routes and dims.
-///
-/// # Panics
-/// Lengths do not fit `dims`.
-#[expect(
-    clippy::too_many_arguments,
-    reason = "outputs, inputs and sizes of one op, each with its own meaning"
-)]
-pub fn backward(
-    dx: &mut [f32],
-    dcoefficients: &mut [f32],
-    grads: WeightGrads<'_>,
-    dy: &[f32],
-    _saved: &Saved,
-    x: &[f32],
-    weights: &Weights<'_>,
-    routes: &Routes<'_>,
-    dims: Dims,
-    _scratch: &mut Scratch,
-) {
-    let (mask, coef) = dense_routes(routes, dims);
-    let f = |x: &[f32]| x.iter().map(|&x| f64::from(x)).collect::<Vec<_>>();
-    let want = reference::backward(
-        &f(dy),
-        &f(x),
-        &f(weights.gate),
-        &f(weights.up),
-        &f(weights.down),
-        &mask,
-        &coef,
-        dims,
-    );
-    let add = |g: &mut [f32], want: &[f64]| g.iter_mut().zip(want).for_each(|(g, w)| *g += *w as f32);
-    dx.fill(0.0);
-    dcoefficients.fill(0.0);
-    add(dx, &want.dx);
-    add(dcoefficients, &want.dcoef);
-    add(grads.gate, &want.dgate);
-    add(grads.up, &want.dup);
-    add(grads.down, &want.ddown);
-}
-
-/// Sets y to the dense FFN `(silu(x Wg^T) * (x Wu^T)) Wd`.
-///
-/// # Panics
-/// Lengths do not fit the sizes.
-pub fn forward_dense(
-    y: &mut [f32],
-    x: &[f32],
-    weights: &Weights<'_>,
-    tokens: usize,
-    hidden: usize,
-    intermediate: usize,
-    scratch: &mut Scratch,
-) {
-    let all: Vec<u32> = (0..tokens as u32).collect();
-    let (offsets, ones, each) = ([0, tokens], vec![1.0; tokens], (0..=tokens).collect::<Vec<_>>());
-    let routes =
-        Routes { offsets: &offsets, tokens: &all, coefficients: &ones, token_offsets: &each, slots: &all };
-    let dims = Dims { tokens, hidden, intermediate, num_experts: 1, all_pairs: true };
-    forward(y, x, weights, &routes, dims, scratch);
+    check("forward_train", y, x, weights, dims);
+    check_routes("forward_train", routes, dims);
+    if is_empty(dims) {
+        y.fill(0.0);
+    } else {
+        grouped::forward_train(y, saved, x, weights, Pairs::Routed(routes), dims, scratch);
+    }
 }
 
 /// [`forward_dense`] that keeps what [`backward_dense`] needs.
@@ -225,8 +282,53 @@ pub fn forward_dense_train(
     intermediate: usize,
     scratch: &mut Scratch,
 ) {
-    saved.a.resize(0);
-    forward_dense(y, x, weights, tokens, hidden, intermediate, scratch);
+    let dims = Dims { tokens, hidden, intermediate, num_experts: 1, all_pairs: true };
+    check("forward_dense_train", y, x, weights, dims);
+    if is_empty(dims) {
+        y.fill(0.0);
+    } else {
+        grouped::forward_train(y, saved, x, weights, Pairs::Dense, dims, scratch);
+    }
+}
+
+/// Sets dx `[tokens, hidden]` and dcoefficients `[tokens, num_experts]`, adds to the weights' gradients.
+/// dcoefficients is `<dy_t, o_i(x_t)>`, of inactive pairs only when [`Dims::all_pairs`] (else 0).
+/// `saved` is of [`forward_train`] with the same x, weights, routes and dims.
+///
+/// # Panics
+/// Lengths do not fit `dims`.
+#[expect(
+    clippy::too_many_arguments,
+    reason = "outputs, inputs and sizes of one op, each with its own meaning"
+)]
+pub fn backward(
+    dx: &mut [f32],
+    dcoefficients: &mut [f32],
+    grads: WeightGrads<'_>,
+    dy: &[f32],
+    saved: &Saved,
+    x: &[f32],
+    weights: &Weights<'_>,
+    routes: &Routes<'_>,
+    dims: Dims,
+    scratch: &mut Scratch,
+) {
+    check("backward", dx, x, weights, dims);
+    check("backward", dx, dy, weights, dims);
+    check_routes("backward", routes, dims);
+    check_grads("backward", &grads, dims);
+    assert!(
+        dcoefficients.len() == dims.tokens * dims.num_experts,
+        "expert_ffn::backward: {} coefficient gradients for {dims:?}",
+        dcoefficients.len()
+    );
+    if is_empty(dims) {
+        dx.fill(0.0);
+        dcoefficients.fill(0.0);
+    } else {
+        let pairs = Pairs::Routed(routes);
+        grouped::backward(dx, Some(dcoefficients), grads, dy, saved, x, weights, pairs, dims, scratch);
+    }
 }
 
 /// Sets dx, adds to the weights' gradients: the backward of [`forward_dense_train`].
@@ -249,23 +351,13 @@ pub fn backward_dense(
     intermediate: usize,
     scratch: &mut Scratch,
 ) {
-    let all: Vec<u32> = (0..tokens as u32).collect();
-    let (offsets, ones, each) = ([0, tokens], vec![1.0; tokens], (0..=tokens).collect::<Vec<_>>());
-    let routes =
-        Routes { offsets: &offsets, tokens: &all, coefficients: &ones, token_offsets: &each, slots: &all };
     let dims = Dims { tokens, hidden, intermediate, num_experts: 1, all_pairs: true };
-    backward(dx, &mut vec![0.0; tokens], grads, dy, saved, x, weights, &routes, dims, scratch);
-}
-
-fn dense_routes(routes: &Routes<'_>, dims: Dims) -> (Vec<bool>, Vec<f64>) {
-    let n = dims.num_experts;
-    let (mut mask, mut coef) = (vec![false; dims.tokens * n], vec![0.0; dims.tokens * n]);
-    for i in 0..n {
-        for r in routes.offsets[i]..routes.offsets[i + 1] {
-            let pair = routes.tokens[r] as usize * n + i;
-            mask[pair] = true;
-            coef[pair] = f64::from(routes.coefficients[r]);
-        }
+    check("backward_dense", dx, x, weights, dims);
+    check("backward_dense", dx, dy, weights, dims);
+    check_grads("backward_dense", &grads, dims);
+    if is_empty(dims) {
+        dx.fill(0.0);
+    } else {
+        grouped::backward(dx, None, grads, dy, saved, x, weights, Pairs::Dense, dims, scratch);
     }
-    (mask, coef)
 }

@@ -1,0 +1,335 @@
+use super::*;
+use crate::testing::{assert_close, assert_close_f64, f64s, finite_differences, normals, with_threads};
+
+/// A routing with its dense form.
+struct Routing {
+    mask: Vec<bool>,
+    coef: Vec<f32>,
+    offsets: Vec<usize>,
+    tokens: Vec<u32>,
+    coefficients: Vec<f32>,
+    token_offsets: Vec<usize>,
+    slots: Vec<u32>,
+}
+
+impl Routing {
+    fn new(tokens: usize, n: usize, active: impl Fn(usize, usize) -> bool, seed: u64) -> Routing {
+        let mask: Vec<bool> = (0..tokens * n).map(|pair| active(pair / n, pair % n)).collect();
+        let coef: Vec<f32> = normals(tokens * n, seed).iter().map(|z| 0.5 + z * z).collect();
+        Routing::of(mask, coef, tokens, n)
+    }
+
+    fn of(mask: Vec<bool>, coef: Vec<f32>, num_tokens: usize, n: usize) -> Routing {
+        let (mut offsets, mut tokens, mut coefficients) = (vec![0], Vec::new(), Vec::new());
+        let mut slot_of = vec![0; num_tokens * n];
+        for i in 0..n {
+            for t in (0..num_tokens).filter(|t| mask[t * n + i]) {
+                slot_of[t * n + i] = tokens.len() as u32;
+                tokens.push(t as u32);
+                coefficients.push(coef[t * n + i]);
+            }
+            offsets.push(tokens.len());
+        }
+        let (mut token_offsets, mut slots) = (vec![0], Vec::new());
+        for t in 0..num_tokens {
+            slots.extend((0..n).filter(|i| mask[t * n + i]).map(|i| slot_of[t * n + i]));
+            token_offsets.push(slots.len());
+        }
+        Routing { mask, coef, offsets, tokens, coefficients, token_offsets, slots }
+    }
+
+    fn routes(&self) -> Routes<'_> {
+        Routes {
+            offsets: &self.offsets,
+            tokens: &self.tokens,
+            coefficients: &self.coefficients,
+            token_offsets: &self.token_offsets,
+            slots: &self.slots,
+        }
+    }
+}
+
+/// Inputs of one problem.
+struct Problem {
+    dims: Dims,
+    x: Vec<f32>,
+    gate: Vec<f32>,
+    up: Vec<f32>,
+    down: Vec<f32>,
+    dy: Vec<f32>,
+    routing: Routing,
+}
+
+/// What the op computes; the weights' gradients start at 1.
+#[derive(Clone, Debug, PartialEq)]
+struct Results {
+    y: Vec<f32>,
+    dx: Vec<f32>,
+    dcoef: Vec<f32>,
+    dgate: Vec<f32>,
+    dup: Vec<f32>,
+    ddown: Vec<f32>,
+}
+
+impl Problem {
+    fn new(dims: Dims, active: impl Fn(usize, usize) -> bool) -> Problem {
+        let scaled = |n: usize, seed: u64, scale: f32| -> Vec<f32> {
+            normals(n, seed).iter().map(|x| x * scale).collect()
+        };
+        let (activations, weights) = (dims.tokens * dims.hidden, dims.intermediate * dims.hidden);
+        let narrow = 1.0 / (dims.hidden as f32).sqrt();
+        Problem {
+            dims,
+            x: scaled(activations, 1, 1.0),
+            gate: scaled(weights, 2, narrow),
+            up: scaled(weights, 3, narrow),
+            down: scaled(weights, 4, 1.0 / (dims.intermediate as f32).sqrt()),
+            dy: scaled(activations, 5, 1.0),
+            routing: Routing::new(dims.tokens, dims.num_experts, active, 6),
+        }
+    }
+
+    fn weights(&self) -> Weights<'_> {
+        Weights { gate: &self.gate, up: &self.up, down: &self.down }
+    }
+
+    fn results(&self) -> Results {
+        let weights = vec![1.0; self.gate.len()];
+        Results {
+            y: vec![f32::NAN; self.x.len()],
+            dx: vec![f32::NAN; self.x.len()],
+            dcoef: vec![f32::NAN; self.dims.tokens * self.dims.num_experts],
+            dgate: weights.clone(),
+            dup: weights.clone(),
+            ddown: weights,
+        }
+    }
+
+    fn forward(&self, scratch: &mut Scratch) -> Vec<f32> {
+        let mut y = vec![f32::NAN; self.x.len()];
+        forward(&mut y, &self.x, &self.weights(), &self.routing.routes(), self.dims, scratch);
+        y
+    }
+
+    fn train(&self, scratch: &mut Scratch) -> Results {
+        let (mut r, mut saved) = (self.results(), Saved::default());
+        let (weights, routes) = (self.weights(), self.routing.routes());
+        forward_train(&mut r.y, &mut saved, &self.x, &weights, &routes, self.dims, scratch);
+        let grads = WeightGrads { gate: &mut r.dgate, up: &mut r.dup, down: &mut r.ddown };
+        let (dx, dcoef) = (&mut r.dx, &mut r.dcoef);
+        backward(dx, dcoef, grads, &self.dy, &saved, &self.x, &weights, &routes, self.dims, scratch);
+        r
+    }
+
+    fn dense(&self, scratch: &mut Scratch) -> (Vec<f32>, Results) {
+        let (mut r, mut saved, weights) = (self.results(), Saved::default(), self.weights());
+        let Dims { tokens, hidden, intermediate, .. } = self.dims;
+        let mut y = vec![f32::NAN; self.x.len()];
+        forward_dense(&mut y, &self.x, &weights, tokens, hidden, intermediate, scratch);
+        forward_dense_train(&mut r.y, &mut saved, &self.x, &weights, tokens, hidden, intermediate, scratch);
+        let grads = WeightGrads { gate: &mut r.dgate, up: &mut r.dup, down: &mut r.ddown };
+        let (x, dy) = (&self.x, &self.dy);
+        backward_dense(&mut r.dx, grads, dy, &saved, x, &weights, tokens, hidden, intermediate, scratch);
+        (y, r)
+    }
+
+    fn expected(&self) -> (Vec<f64>, reference::Grads) {
+        let [x, gate, up, down, dy, coef] =
+            [&self.x, &self.gate, &self.up, &self.down, &self.dy, &self.routing.coef].map(|x| f64s(x));
+        let mask = &self.routing.mask;
+        let y = reference::forward(&x, &gate, &up, &down, mask, &coef, self.dims);
+        (y, reference::backward(&dy, &x, &gate, &up, &down, mask, &coef, self.dims))
+    }
+
+    fn check_train(&self, name: &str, got: &Results) {
+        let (y, want) = self.expected();
+        let plus_one = |x: &[f64]| x.iter().map(|x| x + 1.0).collect::<Vec<_>>();
+        assert_close(&format!("{name} y"), &got.y, &y, TOLERANCE);
+        assert_close(&format!("{name} dx"), &got.dx, &want.dx, TOLERANCE);
+        assert_close(&format!("{name} dcoef"), &got.dcoef, &want.dcoef, TOLERANCE);
+        assert_close(&format!("{name} dgate"), &got.dgate, &plus_one(&want.dgate), TOLERANCE);
+        assert_close(&format!("{name} dup"), &got.dup, &plus_one(&want.dup), TOLERANCE);
+        assert_close(&format!("{name} ddown"), &got.ddown, &plus_one(&want.ddown), TOLERANCE);
+    }
+}
+
+/// Of the largest value, at inner dimensions up to a few hundred.
+const TOLERANCE: f64 = 3e-6;
+
+fn dims(tokens: usize, hidden: usize, width: usize, num_experts: usize) -> Dims {
+    Dims { tokens, hidden, intermediate: width * num_experts, num_experts, all_pairs: true }
+}
+
+/// About three in eight pairs, in no pattern the blocks know.
+fn scattered(t: usize, i: usize) -> bool {
+    (t * 5 + i * 3 + t * i) % 8 < 3
+}
+
+#[test]
+fn the_reference_gradient_is_the_derivative_with_the_mask_frozen() {
+    for all_pairs in [true, false] {
+        let problem = Problem::new(Dims { all_pairs, ..dims(3, 4, 2, 3) }, scattered);
+        let dims = problem.dims;
+        let [x, gate, up, down, dy, coef] =
+            [&problem.x, &problem.gate, &problem.up, &problem.down, &problem.dy, &problem.routing.coef]
+                .map(|x| f64s(x));
+        let mask = &problem.routing.mask;
+        let loss = |x: &[f64], gate: &[f64], up: &[f64], down: &[f64], mask: &[bool], coef: &[f64]| -> f64 {
+            let y = reference::forward(x, gate, up, down, mask, coef, dims);
+            y.iter().zip(&dy).map(|(y, dy)| y * dy).sum()
+        };
+        let got = reference::backward(&dy, &x, &gate, &up, &down, mask, &coef, dims);
+        let check = |name: &str, got: &[f64], at: &[f64], f: &dyn Fn(&[f64]) -> f64| {
+            assert_close_f64(name, got, &finite_differences(at, 1e-5, f), 1e-8);
+        };
+        check("dx", &got.dx, &x, &|x| loss(x, &gate, &up, &down, mask, &coef));
+        check("dgate", &got.dgate, &gate, &|gate| loss(&x, gate, &up, &down, mask, &coef));
+        check("dup", &got.dup, &up, &|up| loss(&x, &gate, up, &down, mask, &coef));
+        check("ddown", &got.ddown, &down, &|down| loss(&x, &gate, &up, down, mask, &coef));
+        // The straight-through rule reads an inactive pair's derivative as if the pair were active.
+        let open = vec![true; mask.len()];
+        let mut want = finite_differences(&coef, 1e-5, |coef| loss(&x, &gate, &up, &down, &open, coef));
+        if !all_pairs {
+            want.iter_mut().zip(mask).filter(|(_, active)| !**active).for_each(|(want, _)| *want = 0.0);
+        }
+        assert_close_f64("dcoef", &got.dcoef, &want, 1e-8);
+    }
+}
+
+#[test]
+fn the_hand_example_comes_out() {
+    // d = D = 2, n = 2, gate = I, up = [[1,2],[0,1]] transposed to rows, down = I, x = [1,-1].
+    let dims = dims(1, 2, 1, 2);
+    let (identity, up) = ([1.0, 0.0, 0.0, 1.0], [1.0, 0.0, 2.0, 1.0]);
+    let y = reference::forward(&[1.0, -1.0], &identity, &up, &identity, &[true, true], &[1.0, 1.0], dims);
+    assert_close_f64("dense", &y, &[0.731_058_578_63, -0.268_941_421_37], 1e-10);
+    let coef = [0.731_058_578_63, 0.268_941_421_37];
+    let y = reference::forward(&[1.0, -1.0], &identity, &up, &identity, &[true, false], &coef, dims);
+    assert_close_f64("gated", &y, &[0.534_446_645_39, 0.0], 1e-10);
+}
+
+type Active = fn(usize, usize) -> bool;
+
+fn problems() -> Vec<Problem> {
+    let shapes = [
+        dims(1, 1, 1, 1),
+        dims(9, 33, 17, 1),
+        dims(19, 50, 11, 7),
+        dims(40, 70, 130, 3),
+        dims(0, 5, 3, 2),
+        dims(33, 600, 40, 4),
+        dims(3, 1500, 130, 2),
+    ];
+    let few = (1..=5).map(|tokens| dims(tokens, 37, 75, 4));
+    let patterns: [Active; 6] = [
+        scattered,
+        |_, _| true,
+        |_, _| false,
+        // One expert has no token, and token 1 has no expert.
+        |t, i| i != 1 && t != 1 && scattered(t, i),
+        // Every token at the last expert.
+        |_, i| i == 0,
+        |t, _| t % 3 == 2,
+    ];
+    shapes.into_iter().chain(few).flat_map(|d| patterns.map(|active| Problem::new(d, active))).collect()
+}
+
+#[test]
+fn kernels_agree_with_the_reference_on_every_tier() {
+    for isa in Isa::available() {
+        // One scratch for all shapes: leftovers of another problem must not show.
+        let mut scratch = Scratch::on(isa);
+        for mut problem in problems() {
+            for all_pairs in [true, false] {
+                problem.dims.all_pairs = all_pairs;
+                let name = format!("{} {:?} {:?}", isa.name(), problem.dims, problem.routing.offsets);
+                let (want, _) = problem.expected();
+                assert_close(&format!("{name} forward"), &problem.forward(&mut scratch), &want, TOLERANCE);
+                problem.check_train(&name, &problem.train(&mut scratch));
+            }
+        }
+    }
+}
+
+#[test]
+fn the_dense_entry_is_one_expert_always_on() {
+    for (tokens, hidden, width) in [(1, 40, 70), (3, 33, 200), (6, 40, 150), (50, 130, 300), (0, 3, 3)] {
+        let mut problem = Problem::new(dims(tokens, hidden, width, 1), |_, _| true);
+        problem.routing = Routing::of(vec![true; tokens], vec![1.0; tokens], tokens, 1);
+        let mut scratch = Scratch::new();
+        let (y, mut dense) = problem.dense(&mut scratch);
+        assert_eq!(y, problem.forward(&mut scratch), "forward of {:?}", problem.dims);
+        let routed = problem.train(&mut scratch);
+        dense.dcoef.clone_from(&routed.dcoef);
+        assert_eq!(dense, routed, "training of {:?}", problem.dims);
+    }
+}
+
+#[test]
+fn all_experts_with_coefficient_one_are_the_dense_ffn() {
+    for n in [1, 2, 4, 8] {
+        for tokens in [2, 21] {
+            let mut problem = Problem::new(dims(tokens, 48, 96 / n, n), |_, _| true);
+            problem.routing = Routing::of(vec![true; tokens * n], vec![1.0; tokens * n], tokens, n);
+            let mut scratch = Scratch::new();
+            let (dense, _) = problem.dense(&mut scratch);
+            assert_close(&format!("{n} experts"), &problem.forward(&mut scratch), &f64s(&dense), 1e-5);
+        }
+    }
+}
+
+#[test]
+fn threads_do_not_change_a_bit() {
+    for tokens in [2, 70] {
+        for all_pairs in [true, false] {
+            let problem = Problem::new(Dims { all_pairs, ..dims(tokens, 160, 96, 5) }, scattered);
+            let run = |threads| {
+                with_threads(threads, || {
+                    let mut scratch = Scratch::new();
+                    (problem.forward(&mut scratch), problem.train(&mut scratch))
+                })
+            };
+            let one = run(1);
+            for threads in [2, 3] {
+                assert!(run(threads) == one, "{tokens} tokens on {threads} threads");
+            }
+        }
+    }
+}
+
+#[test]
+fn the_order_of_the_experts_does_not_matter() {
+    let (tokens, hidden, width, n) = (30, 40, 24, 4);
+    let problem = Problem::new(dims(tokens, hidden, width, n), scattered);
+    let order = [2, 0, 3, 1];
+    let experts = |w: &[f32]| -> Vec<f32> {
+        order.iter().flat_map(|i| w[i * width * hidden..(i + 1) * width * hidden].to_vec()).collect()
+    };
+    let pairs = |t: usize| order.iter().map(move |i| t * n + i);
+    let mask = (0..tokens).flat_map(pairs).map(|pair| problem.routing.mask[pair]).collect();
+    let coef = (0..tokens).flat_map(pairs).map(|pair| problem.routing.coef[pair]).collect();
+    let permuted = Problem {
+        dims: problem.dims,
+        x: problem.x.clone(),
+        gate: experts(&problem.gate),
+        up: experts(&problem.up),
+        down: experts(&problem.down),
+        dy: problem.dy.clone(),
+        routing: Routing::of(mask, coef, tokens, n),
+    };
+    let mut scratch = Scratch::new();
+    let (plain, moved) = (problem.train(&mut scratch), permuted.train(&mut scratch));
+    assert_close("y", &moved.y, &f64s(&plain.y), 1e-6);
+    assert_close("dx", &moved.dx, &f64s(&plain.dx), 1e-6);
+    assert_close("dgate", &moved.dgate, &f64s(&experts(&plain.dgate)), 1e-6);
+    assert_close("ddown", &moved.ddown, &f64s(&experts(&plain.ddown)), 1e-6);
+}
+
+#[test]
+#[should_panic(expected = "expert_ffn::forward: offsets")]
+fn routes_of_another_shape_are_refused() {
+    let problem = Problem::new(dims(3, 4, 2, 2), scattered);
+    let other = Routing::new(3, 3, scattered, 1);
+    let mut y = vec![0.0; 12];
+    forward(&mut y, &problem.x, &problem.weights(), &other.routes(), problem.dims, &mut Scratch::new());
+}
