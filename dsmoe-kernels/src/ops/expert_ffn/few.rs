@@ -7,7 +7,7 @@ use super::plan::{Pairs, Plan};
 use super::{Dims, Scratch, Weights};
 
 /// Up to this many tokens the weights are streamed.
-pub(super) const FEW_TOKENS: usize = 4;
+pub(super) const FEW_TOKENS: usize = 8;
 
 /// Weights read by one task.
 const TASK_WEIGHTS: usize = 1 << 18;

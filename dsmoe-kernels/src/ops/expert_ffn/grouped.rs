@@ -2,13 +2,15 @@
 
 use rayon::prelude::*;
 
-use super::few::FEW_TOKENS;
 use super::kernel::{FewDots, FewSums, GateBackward, GateInPlace, GatedDot};
 use super::plan::{Layout, Pairs, Plan, for_parts};
 use super::{Dims, Saved, Scratch, WeightGrads, Weights};
 use crate::buf::Buf;
 use crate::isa::Isa;
 use crate::matmul::{Mat, matmul, matmul_serial};
+
+/// Up to this many tokens of an expert the weights are read in place; more are worth the matrix product's packing.
+const FEW_ROWS: usize = 32;
 
 /// Sets y; see [`super::forward`].
 pub(super) fn forward(
@@ -182,7 +184,10 @@ fn project_saved(out: &mut [f32], x: &[f32], w: &[f32], plan: &Plan<'_>, isa: Is
 /// `out = x w^T` on this thread: x `[rows, hidden]`, w `[neurons, hidden]`.
 fn project(isa: Isa, out: &mut [f32], x: &[f32], w: &[f32], hidden: usize) {
     let (rows, neurons) = (x.len() / hidden, w.len() / hidden);
-    if rows <= FEW_TOKENS {
+    if rows == 0 {
+        return;
+    }
+    if rows <= FEW_ROWS {
         isa.run(FewDots { out, x, w, inputs: hidden });
     } else {
         matmul_serial(out, Mat::new(x, rows, hidden), Mat::new(w, neurons, hidden).t(), false);
@@ -284,7 +289,7 @@ fn expert_product<const N: usize>(
             let (rows, neurons) = (task.pairs.len(), task.neurons.len());
             let h = &h[plan.packed_start(number)..plan.packed_start(number + 1)];
             let w = &task.weights(w, hidden)[columns.start..];
-            if rows <= FEW_TOKENS {
+            if rows <= FEW_ROWS {
                 if !accumulate {
                     out.fill(0.0);
                 }

@@ -1,6 +1,6 @@
 //! Vector bodies: the SwiGLU unit forward and backward, and products with a few rows.
 
-use crate::simd::{Kernel, Simd, dot, sigmoid};
+use crate::simd::{Kernel, Simd, sigmoid};
 
 /// `a[r, j] = coefficient(r) * silu(a[r, j]) * b[r, j]`, rows of `neurons` values.
 pub(super) struct GateInPlace<'a, C> {
@@ -18,18 +18,23 @@ impl<C: Fn(usize) -> f32> Kernel for GateInPlace<'_, C> {
             self.a.chunks_exact_mut(self.neurons).zip(self.b.chunks_exact(self.neurons)).enumerate()
         {
             let coefficient = s.splat((self.coefficient)(r));
-            let unit = |a, b| s.mul(coefficient, s.mul(s.mul(a, sigmoid(s, a)), b));
             let mut head = a.chunks_exact_mut(S::LANES);
             let mut bs = b.chunks_exact(S::LANES);
             for (a, b) in (&mut head).zip(&mut bs) {
-                s.store(a, unit(s.load(a), s.load(b)));
+                s.store(a, gated(s, s.load(a), s.load(b), coefficient));
             }
             let tail = head.into_remainder();
             if !tail.is_empty() {
-                s.store_tail(tail, unit(s.load_tail(tail), s.load_tail(bs.remainder())));
+                s.store_tail(tail, gated(s, s.load_tail(tail), s.load_tail(bs.remainder()), coefficient));
             }
         }
     }
+}
+
+/// `silu(a) * b * g`. A function, as closures are not sure to be inlined into the tier's code.
+#[inline(always)]
+fn gated<S: Simd>(s: S, a: S::V, b: S::V, g: S::V) -> S::V {
+    s.mul(s.mul(s.mul(a, sigmoid(s, a)), b), g)
 }
 
 /// `sum over j of silu(a[j]) * b[j] * g[j]`.
@@ -45,14 +50,14 @@ impl Kernel for GatedDot<'_> {
     fn run<S: Simd>(self, s: S) -> f32 {
         let GatedDot { a, b, g } = self;
         assert!(a.len() == b.len() && a.len() == g.len());
-        let unit = |a, b, g, sum| s.fma(s.mul(s.mul(a, sigmoid(s, a)), b), g, sum);
         let mut sum = s.splat(0.0);
         let head = a.len() - a.len() % S::LANES;
         for j in (0..head).step_by(S::LANES) {
-            sum = unit(s.load(&a[j..]), s.load(&b[j..]), s.load(&g[j..]), sum);
+            sum = s.add(sum, gated(s, s.load(&a[j..]), s.load(&b[j..]), s.load(&g[j..])));
         }
         if head < a.len() {
-            sum = unit(s.load_tail(&a[head..]), s.load_tail(&b[head..]), s.load_tail(&g[head..]), sum);
+            let tail = gated(s, s.load_tail(&a[head..]), s.load_tail(&b[head..]), s.load_tail(&g[head..]));
+            sum = s.add(sum, tail);
         }
         s.reduce_add(sum)
     }
@@ -77,29 +82,39 @@ impl Kernel for GateBackward<'_> {
         let GateBackward { da, db, scaled, a, b, g, coefficient } = self;
         let n = a.len();
         assert!([da.len(), db.len(), scaled.len(), b.len(), g.len()] == [n; 5]);
-        let (one, coefficient) = (s.splat(1.0), s.splat(coefficient));
-        let unit = |a, b, g| {
-            let gate = sigmoid(s, a);
-            let silu = s.mul(a, gate);
-            let dc = s.mul(coefficient, g);
-            // silu'(a) = s (1 + a (1 - s)) with s = sigmoid(a)
-            let slope = s.mul(gate, s.fma(a, s.sub(one, gate), one));
-            (s.mul(s.mul(dc, b), slope), s.mul(dc, silu), s.mul(coefficient, s.mul(silu, b)))
-        };
+        let coefficient = s.splat(coefficient);
         let head = n - n % S::LANES;
         for j in (0..head).step_by(S::LANES) {
-            let (x, y, z) = unit(s.load(&a[j..]), s.load(&b[j..]), s.load(&g[j..]));
+            let (x, y, z) = gated_backward(s, s.load(&a[j..]), s.load(&b[j..]), s.load(&g[j..]), coefficient);
             s.store(&mut da[j..], x);
             s.store(&mut db[j..], y);
             s.store(&mut scaled[j..], z);
         }
         if head < n {
-            let (x, y, z) = unit(s.load_tail(&a[head..]), s.load_tail(&b[head..]), s.load_tail(&g[head..]));
+            let (x, y, z) = gated_backward(
+                s,
+                s.load_tail(&a[head..]),
+                s.load_tail(&b[head..]),
+                s.load_tail(&g[head..]),
+                coefficient,
+            );
             s.store_tail(&mut da[head..], x);
             s.store_tail(&mut db[head..], y);
             s.store_tail(&mut scaled[head..], z);
         }
     }
+}
+
+/// `(da, db, scaled)` of [`GateBackward`].
+#[inline(always)]
+fn gated_backward<S: Simd>(s: S, a: S::V, b: S::V, g: S::V, coefficient: S::V) -> (S::V, S::V, S::V) {
+    let one = s.splat(1.0);
+    let gate = sigmoid(s, a);
+    let silu = s.mul(a, gate);
+    let dc = s.mul(coefficient, g);
+    // silu'(a) = s (1 + a (1 - s)) with s = sigmoid(a)
+    let slope = s.mul(gate, s.fma(a, s.sub(one, gate), one));
+    (s.mul(s.mul(dc, b), slope), s.mul(dc, silu), s.mul(coefficient, s.mul(silu, b)))
 }
 
 /// `out[r, j] = <x_r, w_j>` for a few rows x of `inputs` values: w is read once, `[neurons, inputs]`.
@@ -114,11 +129,78 @@ impl Kernel for FewDots<'_> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let neurons = self.w.len() / self.inputs;
-        for (j, w) in self.w.chunks_exact(self.inputs).enumerate() {
-            for (r, x) in self.x.chunks_exact(self.inputs).enumerate() {
-                self.out[r * neurons + j] = dot(s, w, x);
+        let FewDots { out, x, w, inputs } = self;
+        let neurons = w.len() / inputs;
+        let mut j = 0;
+        // Four rows by four neurons need more than the 16 registers of the narrower tiers.
+        while S::LANES >= 16 && j + 4 <= neurons {
+            neurons_dots::<S, 4>(s, &mut out[j..], x, &w[j * inputs..], inputs, neurons);
+            j += 4;
+        }
+        while j + 2 <= neurons {
+            neurons_dots::<S, 2>(s, &mut out[j..], x, &w[j * inputs..], inputs, neurons);
+            j += 2;
+        }
+        if j < neurons {
+            neurons_dots::<S, 1>(s, &mut out[j..], x, &w[j * inputs..], inputs, neurons);
+        }
+    }
+}
+
+/// [`dots`] of J neurons with every row of x.
+#[inline(always)]
+fn neurons_dots<S: Simd, const J: usize>(
+    s: S,
+    out: &mut [f32],
+    x: &[f32],
+    w: &[f32],
+    inputs: usize,
+    stride: usize,
+) {
+    for (quad, x) in x.chunks(4 * inputs).enumerate() {
+        let out = &mut out[quad * 4 * stride..];
+        match x.len() / inputs {
+            1 => dots::<S, 1, J>(s, out, x, w, inputs, stride),
+            2 => dots::<S, 2, J>(s, out, x, w, inputs, stride),
+            3 => dots::<S, 3, J>(s, out, x, w, inputs, stride),
+            _ => dots::<S, 4, J>(s, out, x, w, inputs, stride),
+        }
+    }
+}
+
+/// `out[r * stride + j] = <x_r, w_j>` for R rows and J neurons, one accumulator each: the sum's order does not
+/// depend on how many there are.
+#[inline(always)]
+fn dots<S: Simd, const R: usize, const J: usize>(
+    s: S,
+    out: &mut [f32],
+    x: &[f32],
+    w: &[f32],
+    inputs: usize,
+    stride: usize,
+) {
+    let x: [&[f32]; R] = std::array::from_fn(|r| &x[r * inputs..][..inputs]);
+    let w: [&[f32]; J] = std::array::from_fn(|j| &w[j * inputs..][..inputs]);
+    let mut sums = [[s.splat(0.0); J]; R];
+    let head = inputs - inputs % S::LANES;
+    for k in (0..head).step_by(S::LANES) {
+        let mut ws = [s.splat(0.0); J];
+        for j in 0..J {
+            ws[j] = s.load(&w[j][k..]);
+        }
+        for r in 0..R {
+            let x = s.load(&x[r][k..]);
+            for j in 0..J {
+                sums[r][j] = s.fma(x, ws[j], sums[r][j]);
             }
+        }
+    }
+    for r in 0..R {
+        for j in 0..J {
+            if head < inputs {
+                sums[r][j] = s.fma(s.load_tail(&x[r][head..]), s.load_tail(&w[j][head..]), sums[r][j]);
+            }
+            out[r * stride + j] = s.reduce_add(sums[r][j]);
         }
     }
 }
@@ -139,40 +221,77 @@ impl Kernel for FewSums<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let FewSums { out, h, w, columns, stride, neurons } = self;
-        let row = |j: usize| &w[j * stride..][..columns];
         let grouped = neurons - neurons % 4;
         for j in (0..grouped).step_by(4) {
-            let rows = [row(j), row(j + 1), row(j + 2), row(j + 3)];
-            for (out, h) in out.chunks_exact_mut(columns).zip(h.chunks_exact(neurons)) {
-                add_rows(s, out, &h[j..j + 4], rows);
-            }
+            neurons_sums::<S, 4>(s, out, &h[j..], &w[j * stride..], columns, stride, neurons);
         }
         for j in grouped..neurons {
-            for (out, h) in out.chunks_exact_mut(columns).zip(h.chunks_exact(neurons)) {
-                add_rows(s, out, &h[j..=j], [row(j)]);
-            }
+            neurons_sums::<S, 1>(s, out, &h[j..], &w[j * stride..], columns, stride, neurons);
         }
     }
 }
 
-/// `out += sum over k of h[k] * rows[k]`.
+/// `out[r, :] += sum over k < N of h[r * neurons + k] * w_k`, for every row of `out`.
 #[inline(always)]
-fn add_rows<S: Simd, const N: usize>(s: S, out: &mut [f32], h: &[f32], rows: [&[f32]; N]) {
-    let h: [S::V; N] = std::array::from_fn(|k| s.splat(h[k]));
-    let n = out.len();
-    let head = n - n % S::LANES;
-    for c in (0..head).step_by(S::LANES) {
-        let mut sum = s.load(&out[c..]);
-        for k in 0..N {
-            sum = s.fma(h[k], s.load(&rows[k][c..]), sum);
+fn neurons_sums<S: Simd, const N: usize>(
+    s: S,
+    out: &mut [f32],
+    h: &[f32],
+    w: &[f32],
+    columns: usize,
+    stride: usize,
+    neurons: usize,
+) {
+    let w: [&[f32]; N] = std::array::from_fn(|k| &w[k * stride..][..columns]);
+    for (pair, out) in out.chunks_mut(2 * columns).enumerate() {
+        let h = &h[pair * 2 * neurons..];
+        if out.len() == 2 * columns {
+            sums::<S, 2, N>(s, out, h, w, columns, neurons);
+        } else {
+            sums::<S, 1, N>(s, out, h, w, columns, neurons);
         }
-        s.store(&mut out[c..], sum);
     }
-    if head < n {
-        let mut sum = s.load_tail(&out[head..]);
+}
+
+/// [`neurons_sums`] of R rows.
+#[inline(always)]
+fn sums<S: Simd, const R: usize, const N: usize>(
+    s: S,
+    out: &mut [f32],
+    h: &[f32],
+    w: [&[f32]; N],
+    columns: usize,
+    neurons: usize,
+) {
+    let mut factors = [[s.splat(0.0); N]; R];
+    for r in 0..R {
         for k in 0..N {
-            sum = s.fma(h[k], s.load_tail(&rows[k][head..n]), sum);
+            factors[r][k] = s.splat(h[r * neurons + k]);
         }
-        s.store_tail(&mut out[head..], sum);
+    }
+    let head = columns - columns % S::LANES;
+    for c in (0..head).step_by(S::LANES) {
+        let mut ws = [s.splat(0.0); N];
+        for k in 0..N {
+            ws[k] = s.load(&w[k][c..]);
+        }
+        for r in 0..R {
+            let out = &mut out[r * columns + c..];
+            let mut sum = s.load(out);
+            for k in 0..N {
+                sum = s.fma(factors[r][k], ws[k], sum);
+            }
+            s.store(out, sum);
+        }
+    }
+    if head < columns {
+        for r in 0..R {
+            let out = &mut out[r * columns + head..(r + 1) * columns];
+            let mut sum = s.load_tail(out);
+            for k in 0..N {
+                sum = s.fma(factors[r][k], s.load_tail(&w[k][head..]), sum);
+            }
+            s.store_tail(out, sum);
+        }
     }
 }

@@ -219,8 +219,9 @@ fn problems() -> Vec<Problem> {
         dims(0, 5, 3, 2),
         dims(33, 600, 40, 4),
         dims(3, 1500, 130, 2),
+        dims(110, 90, 70, 2),
     ];
-    let few = (1..=5).map(|tokens| dims(tokens, 37, 75, 4));
+    let few = (1..=9).map(|tokens| dims(tokens, 37, 75, 4));
     let patterns: [Active; 6] = [
         scattered,
         |_, _| true,
@@ -268,7 +269,7 @@ fn the_dense_entry_is_one_expert_always_on() {
 #[test]
 fn all_experts_with_coefficient_one_are_the_dense_ffn() {
     for n in [1, 2, 4, 8] {
-        for tokens in [2, 21] {
+        for tokens in [2, 21, 90] {
             let mut problem = Problem::new(dims(tokens, 48, 96 / n, n), |_, _| true);
             problem.routing = Routing::of(vec![true; tokens * n], vec![1.0; tokens * n], tokens, n);
             let mut scratch = Scratch::new();
@@ -280,7 +281,7 @@ fn all_experts_with_coefficient_one_are_the_dense_ffn() {
 
 #[test]
 fn threads_do_not_change_a_bit() {
-    for tokens in [2, 70] {
+    for tokens in [2, 20, 150] {
         for all_pairs in [true, false] {
             let problem = Problem::new(Dims { all_pairs, ..dims(tokens, 160, 96, 5) }, scattered);
             let run = |threads| {
