@@ -3,6 +3,7 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 pub mod config;
+pub mod controller;
 mod error;
 pub mod gate;
 pub mod init;
@@ -14,6 +15,7 @@ pub mod ste;
 pub mod topk;
 
 pub use config::{GateValue, Rescale, RouterConfig, ZeroActive};
+pub use controller::BudgetController;
 pub use error::{Error, Result};
 pub use gate::{Routed, route};
 pub use init::{RouterInit, router_weights};

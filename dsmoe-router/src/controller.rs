@@ -1,0 +1,119 @@
+//! Drives the activated share to a target by the weight of the mean-gate loss.
+//!
+//! The plant is a slow integrator of unknown speed: the weight sets how fast gate logits move (about the learning
+//! rate per step under Adam, whatever the gradient's size once it dominates), and the language-model loss pushes
+//! back, so a weight that holds the share is not 0 and not known. The controller is a velocity loop:
+//!
+//! ```text
+//! f        <- f + (measured - f) / 5                              light filter
+//! e         = f - target
+//! wanted    = -clamp(e / settle, -fastest, fastest)               share per step: a ramp with a soft landing
+//! weight   <- clamp(weight + gain (change of f - wanted), -50, 50)
+//! gain     <- 0.6 gain when e has crossed from one side of the target to the other by over 1.5 points
+//! ```
+//! with `fastest` = distance at the start / `ramp_steps` and `settle` = `ramp_steps` / 4. In the dead time before
+//! the first gates cross the threshold the weight grows steadily; as soon as the share moves faster than wanted it
+//! falls. The weight is two-sided: a negative one opens gates.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Error, Result};
+
+const WEIGHT_LIMIT: f64 = 50.0;
+const FILTER: f64 = 0.2;
+const GAIN_PER_RAMP_STEP: f64 = 0.3;
+const GAIN_RANGE: (f64, f64) = (4.0, 1000.0);
+const GAIN_CUT: f64 = 0.6;
+/// An excursion beyond this on each side of the target is an overshoot.
+const OVERSHOOT: f64 = 0.015;
+const SETTLES_PER_RAMP: f64 = 4.0;
+const SHORTEST_SETTLE: f64 = 15.0;
+/// Distance that a start close to the target counts as, so that it is not held back.
+const SHORTEST_DISTANCE: f64 = 0.05;
+
+/// Controller of the activated share. Its serialised form resumes bit for bit.
+///
+/// The weight multiplies the mean gate over all pairs ([`crate::SparsityOver::All`]). The approach takes about
+/// `ramp_steps` after the first gates cross the threshold; a third of the run is a good choice. It settles on
+/// plants whose logits move by up to about 0.02 per step; far faster ones need a lower router learning rate.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BudgetController {
+    target: f64,
+    ramp_steps: f64,
+    gain: f64,
+    weight: f64,
+    /// Absent before the first measurement.
+    state: Option<State>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct State {
+    filtered: f64,
+    fastest: f64,
+    /// Side of the target of the last excursion: -1, 1, or 0 before one.
+    side: f64,
+}
+
+impl BudgetController {
+    /// Drives the share of active pairs to `target`, in about `ramp_steps` steps.
+    ///
+    /// # Errors
+    /// `target` is not in 0..=1, `ramp_steps` is 0.
+    pub fn new(target: f32, ramp_steps: u64) -> Result<BudgetController> {
+        if !(0.0..=1.0).contains(&target) {
+            let allowed = "a share from 0 to 1".into();
+            return Err(Error::OutOfRange { field: "active target", found: target.to_string(), allowed });
+        }
+        if ramp_steps == 0 {
+            let allowed = "a third of the steps of the run, 1 at least".into();
+            return Err(Error::OutOfRange { field: "ramp_steps", found: "0".into(), allowed });
+        }
+        let ramp_steps = ramp_steps as f64;
+        Ok(BudgetController {
+            target: f64::from(target),
+            ramp_steps,
+            gain: (GAIN_PER_RAMP_STEP * ramp_steps).clamp(GAIN_RANGE.0, GAIN_RANGE.1),
+            weight: 0.0,
+            state: None,
+        })
+    }
+
+    /// The weight for the next step.
+    pub fn weight(&self) -> f32 {
+        self.weight as f32
+    }
+
+    /// Share aimed at.
+    pub fn target(&self) -> f32 {
+        self.target as f32
+    }
+
+    /// Takes the share measured in a step, mean over tokens and layers, and gives the weight for the next one, in
+    /// -50..=50. A measurement that is not finite changes nothing.
+    pub fn update(&mut self, measured_share: f32) -> f32 {
+        let measured = f64::from(measured_share);
+        if !measured.is_finite() {
+            return self.weight();
+        }
+        let state = self.state.get_or_insert_with(|| State {
+            filtered: measured,
+            fastest: (measured - self.target).abs().max(SHORTEST_DISTANCE) / self.ramp_steps,
+            side: 0.0,
+        });
+        let change = FILTER * (measured - state.filtered);
+        state.filtered += change;
+        let error = state.filtered - self.target;
+        if error.abs() > OVERSHOOT {
+            if state.side * error < 0.0 {
+                self.gain = (GAIN_CUT * self.gain).max(GAIN_RANGE.0);
+            }
+            state.side = error.signum();
+        }
+        let settle = (self.ramp_steps / SETTLES_PER_RAMP).max(SHORTEST_SETTLE);
+        let wanted = -(error / settle).clamp(-state.fastest, state.fastest);
+        self.weight = (self.weight + self.gain * (change - wanted)).clamp(-WEIGHT_LIMIT, WEIGHT_LIMIT);
+        self.weight()
+    }
+}
