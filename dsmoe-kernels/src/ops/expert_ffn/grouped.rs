@@ -153,16 +153,19 @@ pub(super) fn backward(
 }
 
 /// The rows of x that the pairs need, in expert-major order: `[num_pairs, hidden]`.
-fn gather<'a>(buf: &'a mut Buf, x: &'a [f32], plan: &Plan<'_>) -> &'a [f32] {
+pub(super) fn gather<'a>(buf: &'a mut Buf, x: &'a [f32], plan: &Plan<'_>) -> &'a [f32] {
     if let Pairs::Dense = plan.pairs {
         return x;
     }
     let hidden = plan.dims.hidden;
     buf.resize(plan.num_pairs() * hidden);
-    buf.par_chunks_exact_mut(hidden)
-        .enumerate()
-        .with_min_len(16)
-        .for_each(|(pair, row)| row.copy_from_slice(&x[plan.token(pair) * hidden..][..hidden]));
+    let copy =
+        |(pair, row): (usize, &mut [f32])| row.copy_from_slice(&x[plan.token(pair) * hidden..][..hidden]);
+    if plan.num_pairs() <= FEW_ROWS {
+        buf.chunks_exact_mut(hidden).enumerate().for_each(copy);
+    } else {
+        buf.par_chunks_exact_mut(hidden).enumerate().with_min_len(16).for_each(copy);
+    }
     buf
 }
 
