@@ -1,0 +1,159 @@
+//! Which tensors a LLaMA or DSMoE checkpoint must hold.
+
+use std::collections::HashSet;
+
+use super::stream::same_bytes;
+use super::{Checkpoint, Dtype};
+use crate::config::{Config, PartitionKind};
+use crate::error::{Error, Result};
+use crate::partition::Partition;
+
+pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
+pub(crate) const HEAD: &str = "lm_head.weight";
+
+/// Names and shapes of all tensors of `config`, as stored, in the order of the forward pass. A tied model has no
+/// `lm_head.weight`.
+pub fn tensor_names(config: &Config) -> impl Iterator<Item = (String, Vec<usize>)> + '_ {
+    let &Config { vocab_size, hidden, intermediate, head_dim, .. } = config;
+    let (q, kv) = (config.num_heads * head_dim, config.num_kv_heads * head_dim);
+    let layer = move |i: usize| {
+        let mut tensors = vec![
+            (format!("model.layers.{i}.input_layernorm.weight"), vec![hidden]),
+            (format!("model.layers.{i}.self_attn.q_proj.weight"), vec![q, hidden]),
+            (format!("model.layers.{i}.self_attn.k_proj.weight"), vec![kv, hidden]),
+            (format!("model.layers.{i}.self_attn.v_proj.weight"), vec![kv, hidden]),
+            (format!("model.layers.{i}.self_attn.o_proj.weight"), vec![hidden, q]),
+            (norm_name(i), vec![hidden]),
+            (format!("model.layers.{i}.mlp.gate_proj.weight"), vec![intermediate, hidden]),
+            (format!("model.layers.{i}.mlp.up_proj.weight"), vec![intermediate, hidden]),
+            (format!("model.layers.{i}.mlp.down_proj.weight"), vec![hidden, intermediate]),
+        ];
+        if let Some(moe) = &config.moe {
+            tensors.push((router_name(i), vec![moe.router.num_experts, hidden]));
+            if moe.router_bias {
+                tensors.push((router_bias_name(i), vec![moe.router.num_experts]));
+            }
+            if moe.partition == PartitionKind::Permuted {
+                tensors.push((partition_name(i), vec![intermediate]));
+            }
+        }
+        tensors
+    };
+    let head = (!config.tie_word_embeddings).then(|| (HEAD.to_owned(), vec![vocab_size, hidden]));
+    std::iter::once((EMBEDDING.to_owned(), vec![vocab_size, hidden]))
+        .chain((0..config.num_layers).flat_map(layer))
+        .chain(std::iter::once(("model.norm.weight".to_owned(), vec![hidden])))
+        .chain(head)
+}
+
+/// Name of the norm before a layer's FFN.
+pub(crate) fn norm_name(layer: usize) -> String {
+    format!("model.layers.{layer}.post_attention_layernorm.weight")
+}
+
+/// Name of a layer's router, `[num_experts, hidden]`.
+pub(crate) fn router_name(layer: usize) -> String {
+    format!("model.layers.{layer}.mlp.router.weight")
+}
+
+/// Name of a layer's router bias, `[num_experts]`.
+pub(crate) fn router_bias_name(layer: usize) -> String {
+    format!("model.layers.{layer}.mlp.router.bias")
+}
+
+/// Name of a layer's original neuron indices, `[intermediate]`.
+pub(crate) fn partition_name(layer: usize) -> String {
+    format!("model.layers.{layer}.mlp.partition")
+}
+
+/// Whether a tensor is one that old conversions left and nobody reads.
+pub(crate) fn is_ignored(name: &str) -> bool {
+    name.ends_with(".rotary_emb.inv_freq")
+}
+
+/// A checkpoint that was found to hold the model of a configuration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LlamaTensors {
+    embedding_is_head: bool,
+}
+
+impl LlamaTensors {
+    /// Name under which the tensor `name` of [`tensor_names`] is stored: a tied model may have stored its embedding
+    /// as `lm_head.weight`.
+    pub fn stored_name<'a>(&self, name: &'a str) -> &'a str {
+        if self.embedding_is_head && name == EMBEDDING { HEAD } else { name }
+    }
+}
+
+/// Checks that `checkpoint` holds exactly the tensors of `config`, of the right shapes and types.
+///
+/// # Errors
+/// The first tensor that is missing, surplus, or of another shape or type; a tied model whose head differs from its
+/// embedding; a stored partition that is none.
+pub fn check_llama_tensors(config: &Config, checkpoint: &Checkpoint) -> Result<LlamaTensors> {
+    let (embedding, head) = (checkpoint.tensor(EMBEDDING), checkpoint.tensor(HEAD));
+    let tied = config.tie_word_embeddings;
+    if let (true, Some(embedding), Some(head)) = (tied, embedding, head)
+        && !same_bytes(checkpoint, embedding, head)?
+    {
+        let problem = format!("differs from {EMBEDDING} and config.json has tie_word_embeddings true");
+        let mend = "set tie_word_embeddings to false".to_owned();
+        return Err(checkpoint.wrong(HEAD, head, problem, mend));
+    }
+    let tensors = LlamaTensors { embedding_is_head: tied && embedding.is_none() && head.is_some() };
+
+    let mut expected = HashSet::new();
+    for (name, shape) in tensor_names(config) {
+        let name = tensors.stored_name(&name).to_owned();
+        let view = match checkpoint.tensor(&name) {
+            Some(view) => view,
+            None if name == HEAD => {
+                let problem = "is missing and config.json has tie_word_embeddings false";
+                let mend =
+                    "set tie_word_embeddings to true, or use the weights that belong to this config.json";
+                return Err(Error::tensor(checkpoint.path(), &name, problem, mend));
+            }
+            None => return Err(checkpoint.need(&name).expect_err("the tensor is absent")),
+        };
+        if view.shape != shape {
+            let problem = format!("has shape {:?} and config.json says {shape:?}", view.shape);
+            let mend = "use the weights that belong to this config.json".to_owned();
+            return Err(checkpoint.wrong(&name, view, problem, mend));
+        }
+        let is_partition = name.ends_with(".mlp.partition");
+        if !(if is_partition { view.dtype == Dtype::I32 } else { view.dtype.is_float() }) {
+            let wanted = if is_partition { "I32" } else { "F32, F16, BF16 or F64" };
+            let mend = format!("store it as {wanted}");
+            return Err(checkpoint.wrong(&name, view, format!("has dtype {}", view.dtype), mend));
+        }
+        expected.insert(name);
+    }
+    let known = |name: &str| expected.contains(name) || is_ignored(name) || (tied && name == HEAD);
+    if let Some(name) = checkpoint.names().find(|name| !known(name)) {
+        let view = checkpoint.need(name)?;
+        let problem = "is not part of the model of config.json";
+        let mend = "use the config.json that belongs to the weights, or remove the tensor".to_owned();
+        return Err(checkpoint.wrong(name, view, problem, mend));
+    }
+    read_partitions(config, checkpoint)?;
+    Ok(tensors)
+}
+
+/// The partition of every layer of a DSMoE checkpoint; empty for a dense one.
+pub(crate) fn read_partitions(config: &Config, checkpoint: &Checkpoint) -> Result<Vec<Partition>> {
+    let Some(moe) = &config.moe else { return Ok(Vec::new()) };
+    let num_experts = moe.router.num_experts;
+    let read = |layer| match moe.partition {
+        PartitionKind::Contiguous => Partition::contiguous(config.intermediate, num_experts),
+        PartitionKind::Permuted => {
+            let name = partition_name(layer);
+            let order = checkpoint.read_i32(&name)?;
+            let unsigned = order.iter().map(|&i| u32::try_from(i).unwrap_or(u32::MAX)).collect();
+            Partition::from_order(unsigned, num_experts).map_err(|cause| {
+                let mend = "convert the model again";
+                Error::tensor(checkpoint.path(), &name, format!("is no partition ({cause})"), mend)
+            })
+        }
+    };
+    (0..config.num_layers).map(read).collect()
+}

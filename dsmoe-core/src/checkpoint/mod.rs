@@ -1,0 +1,50 @@
+//! Hugging Face checkpoints: safetensors files, sharded or not, read and written without ever holding a model.
+
+mod dtype;
+mod header;
+mod llama;
+mod output;
+mod reader;
+mod stream;
+mod writer;
+
+pub use dtype::{Dtype, transpose};
+pub use header::{Header, HeaderEntry};
+pub use llama::{LlamaTensors, check_llama_tensors, tensor_names};
+pub use output::{OutputDir, write_synced};
+pub use reader::{Checkpoint, TensorView};
+pub use stream::Progress;
+pub(crate) use stream::{Change, Meter, TensorSource};
+pub use writer::{DEFAULT_SHARD_BYTES, TensorInfo, Writer};
+
+/// The only weights file of an unsharded directory.
+pub const SINGLE_FILE: &str = "model.safetensors";
+/// The table of a sharded directory: which tensor is in which file.
+pub const INDEX_FILE: &str = "model.safetensors.index.json";
+
+/// The files beside the weights that make a directory usable; copied when present.
+const COMPANIONS: [&str; 6] = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "tokenizer.model",
+    "chat_template.jinja",
+];
+
+/// Copies tokenizer and generation files from one model directory to another, synced.
+///
+/// # Errors
+/// The file system refuses; the message names the file.
+pub fn copy_companions(from: &std::path::Path, to: &std::path::Path) -> crate::Result<()> {
+    for name in COMPANIONS {
+        let (source, target) = (from.join(name), to.join(name));
+        if source.is_file() {
+            std::fs::copy(&source, &target).map_err(crate::Error::io(&target))?;
+            std::fs::File::open(&target)
+                .and_then(|file| file.sync_all())
+                .map_err(crate::Error::io(&target))?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,147 @@
+//! Output directories that appear complete or not at all.
+
+use std::fs::{self, File};
+use std::io::{ErrorKind, Write};
+use std::path::{Path, PathBuf};
+
+use crate::config::CONFIG_FILE;
+use crate::error::{Error, Result};
+
+/// A directory being written beside its target, `.NAME.tmp-PID`; [`OutputDir::commit`] renames it. Dropped without
+/// that, it is removed.
+#[derive(Debug)]
+pub struct OutputDir {
+    target: PathBuf,
+    temporary: PathBuf,
+    name: String,
+    committed: bool,
+}
+
+impl OutputDir {
+    /// Starts a directory that is to become `path`. With `force`, a model directory that is there is replaced at the
+    /// end.
+    ///
+    /// # Errors
+    /// `path` is a file, or a directory that is not empty: without `force`, or with it when there is no config.json
+    /// in it; or the file system refuses.
+    pub fn create(path: &Path, force: bool) -> Result<OutputDir> {
+        let wrong = |problem: &str, mend| {
+            Err(Error::Path { path: path.to_path_buf(), problem: problem.to_owned(), mend })
+        };
+        let target =
+            if path.exists() { path.canonicalize().map_err(Error::io(path))? } else { path.to_path_buf() };
+        if target.exists() && !target.is_dir() {
+            return wrong("is a file", "choose another --out");
+        }
+        if !is_empty(&target)? {
+            if !force {
+                return Err(Error::OutputNotEmpty { path: path.to_path_buf() });
+            }
+            if !target.join(CONFIG_FILE).is_file() {
+                return wrong("is not a model directory and is not replaced", "choose another --out");
+            }
+        }
+        let Some(name) = target.file_name().map(|name| name.to_string_lossy().into_owned()) else {
+            return wrong("is not the name of a directory", "choose another --out");
+        };
+        let parent = parent(&target);
+        fs::create_dir_all(parent).map_err(Error::io(parent))?;
+        let temporary = parent.join(format!(".{name}.tmp-{}", std::process::id()));
+        remove_if_there(&temporary)?;
+        fs::create_dir(&temporary).map_err(Error::io(&temporary))?;
+        Ok(OutputDir { target, temporary, name, committed: false })
+    }
+
+    /// [`OutputDir::create`] for a directory made from `source`, which must survive.
+    ///
+    /// # Errors
+    /// As `create`; also when `source` is `path` or inside it.
+    pub(crate) fn create_from(source: &Path, path: &Path, force: bool) -> Result<OutputDir> {
+        if let (Ok(source), Ok(target)) = (source.canonicalize(), path.canonicalize())
+            && source.starts_with(&target)
+        {
+            let problem = "holds the model that is read".to_owned();
+            return Err(Error::Path { path: path.to_path_buf(), problem, mend: "choose another --out" });
+        }
+        OutputDir::create(path, force)
+    }
+
+    /// Where to write.
+    pub fn path(&self) -> &Path {
+        &self.temporary
+    }
+
+    /// Makes the directory appear under its name; what was there is deleted after.
+    ///
+    /// # Errors
+    /// The file system refuses; what was there is then still there.
+    pub fn commit(mut self) -> Result<()> {
+        let target = &self.target;
+        sync_dir(&self.temporary)?;
+        let parent = parent(target);
+        if is_empty(target)? {
+            fs::rename(&self.temporary, target).map_err(Error::io(target))?;
+            self.committed = true;
+        } else {
+            let old = parent.join(format!(".{}.old-{}", self.name, std::process::id()));
+            remove_if_there(&old)?;
+            fs::rename(target, &old).map_err(Error::io(target))?;
+            if let Err(cause) = fs::rename(&self.temporary, target) {
+                fs::rename(&old, target).map_err(Error::io(&old))?;
+                return Err(Error::io(target)(cause));
+            }
+            self.committed = true;
+            sync_dir(parent)?;
+            fs::remove_dir_all(&old).map_err(Error::io(&old))?;
+        }
+        sync_dir(parent)
+    }
+}
+
+impl Drop for OutputDir {
+    fn drop(&mut self) {
+        if !self.committed {
+            // Nobody is left to tell when this fails too.
+            let _ = fs::remove_dir_all(&self.temporary);
+        }
+    }
+}
+
+/// Writes a small file and syncs it.
+///
+/// # Errors
+/// The file system refuses; the message names the file.
+pub fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
+    let mut file = File::create(path).map_err(Error::io(path))?;
+    file.write_all(bytes).and_then(|()| file.sync_all()).map_err(Error::io(path))
+}
+
+fn parent(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// Whether there is nothing at `path`, or a directory with nothing in it.
+fn is_empty(path: &Path) -> Result<bool> {
+    match fs::read_dir(path) {
+        Ok(mut entries) => Ok(entries.next().is_none()),
+        Err(cause) if cause.kind() == ErrorKind::NotFound => Ok(true),
+        Err(cause) => Err(Error::io(path)(cause)),
+    }
+}
+
+fn remove_if_there(path: &Path) -> Result<()> {
+    match fs::remove_dir_all(path) {
+        Err(cause) if cause.kind() != ErrorKind::NotFound => Err(Error::io(path)(cause)),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(unix)]
+fn sync_dir(path: &Path) -> Result<()> {
+    File::open(path).and_then(|dir| dir.sync_all()).map_err(Error::io(path))
+}
+
+#[cfg(not(unix))]
+fn sync_dir(_path: &Path) -> Result<()> {
+    Ok(())
+}

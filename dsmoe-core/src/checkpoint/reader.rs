@@ -1,0 +1,269 @@
+//! Reading the tensors of a directory or a file.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use dsmoe_kernels::buf::Mmap;
+use serde::Deserialize;
+
+use super::dtype::{decode, decode_transposed};
+use super::{Dtype, Header, INDEX_FILE, SINGLE_FILE};
+use crate::config::read_json;
+use crate::error::{Error, Result, shown};
+
+/// A tensor's place in a checkpoint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorView {
+    /// Element type.
+    pub dtype: Dtype,
+    /// Shape, outermost first.
+    pub shape: Vec<usize>,
+    /// Which of [`Checkpoint::files`] it is in.
+    pub file: usize,
+    /// First byte, from the start of the file.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u64,
+}
+
+impl TensorView {
+    /// Number of elements.
+    pub fn numel(&self) -> usize {
+        self.shape.iter().product()
+    }
+}
+
+/// The weights of a model directory: one file, or the shards of an index. Headers are read and checked when it is
+/// opened; data is mapped when it is asked for.
+#[derive(Debug)]
+pub struct Checkpoint {
+    /// The directory, or the single file.
+    path: PathBuf,
+    files: Vec<Shard>,
+    tensors: BTreeMap<String, TensorView>,
+}
+
+#[derive(Debug)]
+struct Shard {
+    path: PathBuf,
+    file: File,
+    map: OnceLock<Mmap>,
+}
+
+#[derive(Deserialize)]
+struct Index {
+    weight_map: BTreeMap<String, String>,
+}
+
+impl Checkpoint {
+    /// Opens `model.safetensors` in `dir`, or all shards of `model.safetensors.index.json`.
+    ///
+    /// # Errors
+    /// A file is missing or its header is wrong, or index and shards disagree about a tensor.
+    pub fn open(dir: &Path) -> Result<Checkpoint> {
+        let single = dir.join(SINGLE_FILE);
+        let index = dir.join(INDEX_FILE);
+        if single.exists() {
+            Ok(Checkpoint { path: dir.to_path_buf(), ..Checkpoint::open_file(&single)? })
+        } else if index.exists() {
+            Checkpoint::open_index(dir, &index)
+        } else {
+            Err(Error::Path {
+                path: dir.to_path_buf(),
+                problem: format!("there is no {SINGLE_FILE} and no {INDEX_FILE}"),
+                mend: "name a model directory with safetensors weights (transformers' save_pretrained writes them)",
+            })
+        }
+    }
+
+    /// Opens one safetensors file.
+    ///
+    /// # Errors
+    /// The file cannot be read or its header is wrong.
+    pub fn open_file(path: &Path) -> Result<Checkpoint> {
+        let (shard, header) = open_shard(path)?;
+        let tensors = views(header, 0).collect();
+        Ok(Checkpoint { path: path.to_path_buf(), files: vec![shard], tensors })
+    }
+
+    fn open_index(dir: &Path, path: &Path) -> Result<Checkpoint> {
+        let index: Index = serde_json::from_str(&read_json(path)?).map_err(|cause| Error::Json {
+            path: path.to_path_buf(),
+            message: format!("not an index of shards: {}", shown(&cause.to_string())),
+            mend: "copy the file again",
+        })?;
+        let mut numbers: BTreeMap<&str, usize> = BTreeMap::new();
+        for (tensor, name) in &index.weight_map {
+            if !is_plain_name(name) {
+                let problem = format!("is mapped to {:?}, not a file name", shown(name));
+                return Err(Error::tensor(path, tensor, problem, "name a file of the same directory"));
+            }
+            if !numbers.contains_key(name.as_str()) && !dir.join(name).is_file() {
+                let problem = format!("is in shard {}, which is missing", shown(name));
+                return Err(Error::tensor(path, tensor, problem, "copy that file into the directory"));
+            }
+            let next = numbers.len();
+            numbers.entry(name).or_insert(next);
+        }
+        let mut files: Vec<(usize, Shard)> = Vec::new();
+        let mut found: HashMap<(usize, String), TensorView> = HashMap::new();
+        for (name, &number) in &numbers {
+            let (shard, header) = open_shard(&dir.join(name))?;
+            for (tensor, view) in views(header, number) {
+                if !index.weight_map.contains_key(&tensor) {
+                    let mend = format!("add it to {INDEX_FILE} or remove it");
+                    return Err(Error::tensor(&shard.path, &tensor, "is not in the index", mend));
+                }
+                found.insert((number, tensor), view);
+            }
+            files.push((number, shard));
+        }
+        files.sort_by_key(|(number, _)| *number);
+        let mut tensors = BTreeMap::new();
+        for (tensor, name) in &index.weight_map {
+            let view = found.remove(&(numbers[name.as_str()], tensor.clone())).ok_or_else(|| {
+                let problem = format!("is not in the shard {} the index names", shown(name));
+                Error::tensor(path, tensor, problem, "copy index and shards again from one source")
+            })?;
+            tensors.insert(tensor.clone(), view);
+        }
+        let files = files.into_iter().map(|(_, shard)| shard).collect();
+        Ok(Checkpoint { path: dir.to_path_buf(), files, tensors })
+    }
+
+    /// The directory or file that was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Names of all tensors, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    /// Where a tensor is.
+    pub fn tensor(&self, name: &str) -> Option<&TensorView> {
+        self.tensors.get(name)
+    }
+
+    /// The files, as [`TensorView::file`] numbers them.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        self.files.iter().map(|shard| shard.path.as_path())
+    }
+
+    pub(crate) fn file(&self, number: usize) -> (&Path, &File) {
+        (&self.files[number].path, &self.files[number].file)
+    }
+
+    /// The bytes of a tensor, memory mapped.
+    ///
+    /// # Errors
+    /// There is no such tensor, or the system refuses the map.
+    pub fn bytes(&self, name: &str) -> Result<&[u8]> {
+        let view = self.need(name)?;
+        let shard = &self.files[view.file];
+        let map = match shard.map.get() {
+            Some(map) => map,
+            None => {
+                let map = Mmap::open(&shard.file).map_err(Error::io(&shard.path))?;
+                shard.map.get_or_init(|| map)
+            }
+        };
+        // The file may have shrunk since its header was checked.
+        map.get(view.offset as usize..(view.offset + view.len) as usize).ok_or_else(|| {
+            self.wrong(name, view, "is beyond the end of the file", "copy the file again".to_owned())
+        })
+    }
+
+    /// Sets `out` to a tensor of any float type.
+    ///
+    /// # Errors
+    /// There is no such tensor, it is not of a float type, or has another number of elements.
+    pub fn read_f32(&self, name: &str, out: &mut [f32]) -> Result<()> {
+        let view = self.need_float(name)?;
+        if view.numel() != out.len() {
+            let problem = format!("has shape {:?}, not {} elements", view.shape, out.len());
+            return Err(self.wrong(name, view, problem, "use the weights of this model".to_owned()));
+        }
+        decode(out, self.bytes(name)?, view.dtype);
+        Ok(())
+    }
+
+    /// Sets `out` `[cols, rows]` to the transpose of a tensor `[rows, cols]` of any float type.
+    ///
+    /// # Errors
+    /// There is no such tensor, it is not of a float type, or has another shape.
+    ///
+    /// # Panics
+    /// `out` has not `rows * cols` elements.
+    pub fn read_f32_transposed(&self, name: &str, rows: usize, cols: usize, out: &mut [f32]) -> Result<()> {
+        let view = self.need_float(name)?;
+        if view.shape != [rows, cols] {
+            let problem = format!("has shape {:?}, not [{rows}, {cols}]", view.shape);
+            return Err(self.wrong(name, view, problem, "use the weights of this model".to_owned()));
+        }
+        decode_transposed(out, self.bytes(name)?, view.dtype, rows, cols);
+        Ok(())
+    }
+
+    /// A tensor of type I32, flat.
+    ///
+    /// # Errors
+    /// There is no such tensor, or it is of another type.
+    pub fn read_i32(&self, name: &str) -> Result<Vec<i32>> {
+        let view = self.need(name)?;
+        if view.dtype != Dtype::I32 {
+            let problem = format!("has dtype {}, not I32", view.dtype);
+            return Err(self.wrong(name, view, problem, "convert the model again".to_owned()));
+        }
+        let (elements, _) = self.bytes(name)?.as_chunks();
+        Ok(elements.iter().map(|&element| i32::from_le_bytes(element)).collect())
+    }
+
+    pub(crate) fn need(&self, name: &str) -> Result<&TensorView> {
+        self.tensor(name).ok_or_else(|| {
+            Error::tensor(&self.path, name, "is missing", "use the weights that belong to this config.json")
+        })
+    }
+
+    fn need_float(&self, name: &str) -> Result<&TensorView> {
+        let view = self.need(name)?;
+        if !view.dtype.is_float() {
+            let problem = format!("has dtype {}", view.dtype);
+            let mend = "use F32, F16, BF16 or F64".to_owned();
+            return Err(self.wrong(name, view, problem, mend));
+        }
+        Ok(view)
+    }
+
+    /// An error about a tensor that is there, naming its file.
+    pub(crate) fn wrong(
+        &self,
+        name: &str,
+        view: &TensorView,
+        problem: impl Into<String>,
+        mend: String,
+    ) -> Error {
+        Error::tensor(&self.files[view.file].path, name, problem, mend)
+    }
+}
+
+fn open_shard(path: &Path) -> Result<(Shard, Header)> {
+    let mut file = File::open(path).map_err(Error::io(path))?;
+    let header = Header::read(path, &mut file)?;
+    Ok((Shard { path: path.to_path_buf(), file, map: OnceLock::new() }, header))
+}
+
+fn views(header: Header, file: usize) -> impl Iterator<Item = (String, TensorView)> {
+    header.entries.into_iter().map(move |entry| {
+        let offset = header.data_start + entry.offset;
+        (entry.name, TensorView { dtype: entry.dtype, shape: entry.shape, file, offset, len: entry.len })
+    })
+}
+
+/// Whether `name` is a file of the same directory.
+fn is_plain_name(name: &str) -> bool {
+    !name.is_empty() && name != "." && name != ".." && !name.contains(['/', '\\', '\0'])
+}

@@ -1,0 +1,153 @@
+//! Copying tensors through memory of bounded size: positioned reads, since mapped pages count as resident.
+
+use std::io::{Read, Seek, SeekFrom};
+
+use rayon::prelude::*;
+
+use super::{Checkpoint, TensorView};
+use crate::error::{Error, Result};
+
+/// Bytes read or written at once.
+const CHUNK: usize = 8 << 20;
+
+/// How far a streamed operation is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// Bytes written.
+    pub done_bytes: u64,
+    /// Bytes to write.
+    pub total_bytes: u64,
+}
+
+/// Reports [`Progress`] as bytes are written.
+pub(crate) struct Meter<'a> {
+    state: Progress,
+    report: &'a mut dyn FnMut(Progress),
+}
+
+impl<'a> Meter<'a> {
+    pub(crate) fn new(total_bytes: u64, report: &'a mut dyn FnMut(Progress)) -> Meter<'a> {
+        Meter { state: Progress { done_bytes: 0, total_bytes }, report }
+    }
+
+    pub(crate) fn add(&mut self, bytes: usize) {
+        self.state.done_bytes += bytes as u64;
+        (self.report)(self.state);
+    }
+}
+
+/// What happens to a tensor `[rows, cols]` on its way.
+#[derive(Clone, Copy)]
+pub(crate) enum Change<'a> {
+    /// Nothing.
+    None,
+    /// Row j becomes the source's row `order[j]`.
+    Rows(&'a [u32]),
+    /// Column j becomes the source's column `order[j]`.
+    Cols(&'a [u32]),
+}
+
+/// Reads tensors of a checkpoint in chunks of whole rows; a tensor of one dimension is one row.
+pub(crate) struct TensorSource<'a> {
+    checkpoint: &'a Checkpoint,
+    input: Vec<u8>,
+    output: Vec<u8>,
+}
+
+impl<'a> TensorSource<'a> {
+    pub(crate) fn new(checkpoint: &'a Checkpoint) -> TensorSource<'a> {
+        TensorSource { checkpoint, input: Vec::new(), output: Vec::new() }
+    }
+
+    /// Gives all of a tensor, changed, to `sink`, in order.
+    pub(crate) fn stream(
+        &mut self,
+        name: &str,
+        change: Change<'_>,
+        mut sink: impl FnMut(&[u8]) -> Result<()>,
+    ) -> Result<()> {
+        let view = self.checkpoint.need(name)?;
+        let cols = view.shape.last().copied().unwrap_or(1);
+        let row = cols * view.dtype.size();
+        if view.len == 0 {
+            return Ok(());
+        }
+        let rows = view.len as usize / row;
+        let per_chunk = (CHUNK / row).max(1);
+        if let Change::Rows(order) = change {
+            assert_eq!(order.len(), rows, "stream: order and rows of {name}");
+            self.input.resize(view.len as usize, 0);
+            read_at(self.checkpoint, view, 0, &mut self.input)?;
+            for order in order.chunks(per_chunk) {
+                self.output.resize(order.len() * row, 0);
+                gather_rows(&mut self.output, &self.input, order, row);
+                sink(&self.output)?;
+            }
+            return Ok(());
+        }
+        for first in (0..rows).step_by(per_chunk) {
+            let len = per_chunk.min(rows - first) * row;
+            self.input.resize(len, 0);
+            read_at(self.checkpoint, view, (first * row) as u64, &mut self.input)?;
+            if let Change::Cols(order) = change {
+                assert_eq!(order.len(), cols, "stream: order and columns of {name}");
+                self.output.resize(len, 0);
+                gather_cols(&mut self.output, &self.input, order, view.dtype.size());
+                sink(&self.output)?;
+            } else {
+                sink(&self.input)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether two tensors have the same bytes.
+pub(crate) fn same_bytes(checkpoint: &Checkpoint, a: &TensorView, b: &TensorView) -> Result<bool> {
+    if (a.dtype, &a.shape) != (b.dtype, &b.shape) {
+        return Ok(false);
+    }
+    let (mut left, mut right) = (Vec::new(), Vec::new());
+    for first in (0..a.len).step_by(CHUNK) {
+        let len = (a.len - first).min(CHUNK as u64) as usize;
+        left.resize(len, 0);
+        right.resize(len, 0);
+        read_at(checkpoint, a, first, &mut left)?;
+        read_at(checkpoint, b, first, &mut right)?;
+        if left != right {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+fn read_at(checkpoint: &Checkpoint, view: &TensorView, first: u64, out: &mut [u8]) -> Result<()> {
+    let (path, mut file) = checkpoint.file(view.file);
+    file.seek(SeekFrom::Start(view.offset + first))
+        .and_then(|_| file.read_exact(out))
+        .map_err(Error::io(path))
+}
+
+fn gather_rows(out: &mut [u8], input: &[u8], order: &[u32], row: usize) {
+    out.par_chunks_mut(row).zip(order).for_each(|(out, &from)| {
+        out.copy_from_slice(&input[from as usize * row..][..row]);
+    });
+}
+
+fn gather_cols(out: &mut [u8], input: &[u8], order: &[u32], size: usize) {
+    fn each<const N: usize>(out: &mut [u8], input: &[u8], order: &[u32]) {
+        let row = order.len() * N;
+        out.par_chunks_mut(row).zip(input.par_chunks(row)).for_each(|(out, input)| {
+            let input = input.as_chunks::<N>().0;
+            for (out, &from) in out.as_chunks_mut::<N>().0.iter_mut().zip(order) {
+                *out = input[from as usize];
+            }
+        });
+    }
+    match size {
+        1 => each::<1>(out, input, order),
+        2 => each::<2>(out, input, order),
+        4 => each::<4>(out, input, order),
+        _ => each::<8>(out, input, order),
+    }
+}

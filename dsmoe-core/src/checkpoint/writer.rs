@@ -1,0 +1,292 @@
+//! Writing tensors in the order they were declared, to one file or to shards.
+
+use std::collections::HashSet;
+use std::fs::File;
+use std::io::{self, BufWriter, Write};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value, json};
+
+use super::dtype::encode;
+use super::{Dtype, INDEX_FILE, SINGLE_FILE, write_synced};
+use crate::error::{Error, Result};
+
+/// Largest shard unless told otherwise, as `save_pretrained` has it.
+pub const DEFAULT_SHARD_BYTES: u64 = 5_000_000_000;
+const BUFFER: usize = 1 << 20;
+
+/// A tensor to be written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorInfo {
+    /// Name.
+    pub name: String,
+    /// Element type.
+    pub dtype: Dtype,
+    /// Shape, outermost first.
+    pub shape: Vec<usize>,
+}
+
+impl TensorInfo {
+    /// Bytes of the tensor.
+    ///
+    /// # Panics
+    /// They do not fit 64 bits.
+    pub fn len_bytes(&self) -> u64 {
+        let len = self.shape.iter().try_fold(self.dtype.size() as u64, |len, &n| len.checked_mul(n as u64));
+        len.unwrap_or_else(|| panic!("tensor {} of shape {:?} is too large", self.name, self.shape))
+    }
+}
+
+/// A streaming writer of safetensors: all tensors are declared first, then written in that order.
+#[derive(Debug)]
+pub struct Writer {
+    infos: Vec<TensorInfo>,
+    shards: Vec<Shard>,
+    index: Option<PathBuf>,
+    /// The tensor that comes next, or is being written.
+    next: usize,
+    /// Bytes of it that are still to come; none between tensors.
+    left: Option<u64>,
+    /// The shard being written.
+    shard: usize,
+    file: Option<BufWriter<File>>,
+    scratch: Vec<u8>,
+}
+
+#[derive(Debug)]
+struct Shard {
+    path: PathBuf,
+    tensors: Range<usize>,
+}
+
+impl Writer {
+    /// Writes `model.safetensors`, or shards of at most [`DEFAULT_SHARD_BYTES`] with their index, into the existing
+    /// directory `dir`.
+    ///
+    /// # Errors
+    /// The file system refuses.
+    ///
+    /// # Panics
+    /// Two tensors have one name.
+    pub fn create(dir: &Path, infos: Vec<TensorInfo>) -> Result<Writer> {
+        Writer::create_sharded(dir, infos, DEFAULT_SHARD_BYTES)
+    }
+
+    /// [`Writer::create`] with shards of at most `max_shard_bytes`; a larger tensor has a shard for itself.
+    ///
+    /// # Errors
+    /// The file system refuses.
+    ///
+    /// # Panics
+    /// Two tensors have one name.
+    pub fn create_sharded(dir: &Path, infos: Vec<TensorInfo>, max_shard_bytes: u64) -> Result<Writer> {
+        let mut ranges: Vec<Range<usize>> = Vec::new();
+        let mut filled = 0u64;
+        for (i, info) in infos.iter().enumerate() {
+            let len = info.len_bytes();
+            match ranges.last_mut() {
+                Some(range) if filled.saturating_add(len) <= max_shard_bytes => {
+                    range.end = i + 1;
+                    filled += len;
+                }
+                _ => {
+                    ranges.push(i..i + 1);
+                    filled = len;
+                }
+            }
+        }
+        if ranges.len() <= 1 {
+            return Writer::create_file(&dir.join(SINGLE_FILE), infos);
+        }
+        let total = ranges.len();
+        let named = ranges.into_iter().enumerate().map(|(i, tensors)| {
+            let path = dir.join(format!("model-{:05}-of-{total:05}.safetensors", i + 1));
+            Shard { path, tensors }
+        });
+        Writer::start(named.collect(), Some(dir.join(INDEX_FILE)), infos)
+    }
+
+    /// Writes one file of any name.
+    ///
+    /// # Errors
+    /// The file system refuses.
+    ///
+    /// # Panics
+    /// Two tensors have one name.
+    pub fn create_file(path: &Path, infos: Vec<TensorInfo>) -> Result<Writer> {
+        let shard = Shard { path: path.to_path_buf(), tensors: 0..infos.len() };
+        Writer::start(vec![shard], None, infos)
+    }
+
+    fn start(shards: Vec<Shard>, index: Option<PathBuf>, infos: Vec<TensorInfo>) -> Result<Writer> {
+        let mut names = HashSet::new();
+        for info in &infos {
+            assert!(names.insert(info.name.as_str()), "writer: two tensors named {}", info.name);
+        }
+        let (file, scratch) = (None, Vec::new());
+        let mut writer = Writer { infos, shards, index, next: 0, left: None, shard: 0, file, scratch };
+        writer.open()?;
+        Ok(writer)
+    }
+
+    /// Tensors declared.
+    pub fn infos(&self) -> &[TensorInfo] {
+        &self.infos
+    }
+
+    /// Starts the next tensor, which must be `name`.
+    ///
+    /// # Errors
+    /// The file system refuses.
+    ///
+    /// # Panics
+    /// Another tensor was declared to come next, or the one before is not complete.
+    pub fn begin(&mut self, name: &str) -> Result<()> {
+        assert!(self.left.is_none(), "writer: tensor {} is not complete", self.infos[self.next].name);
+        let declared = self.infos.get(self.next).map(|info| info.name.as_str());
+        assert!(declared == Some(name), "writer: tensor {name} written where {declared:?} was declared");
+        if self.file.is_none() {
+            self.open()?;
+        }
+        self.left = Some(self.infos[self.next].len_bytes());
+        self.write_chunk(&[])
+    }
+
+    /// Appends bytes to the tensor that was begun.
+    ///
+    /// # Errors
+    /// The file system refuses.
+    ///
+    /// # Panics
+    /// No tensor was begun, or it has fewer bytes.
+    pub fn write_chunk(&mut self, bytes: &[u8]) -> Result<()> {
+        let left = self.left.and_then(|left| left.checked_sub(bytes.len() as u64));
+        let left = left.unwrap_or_else(|| panic!("writer: {} bytes too many", bytes.len()));
+        self.put(bytes)?;
+        self.left = Some(left);
+        if left == 0 {
+            self.left = None;
+            self.next += 1;
+            if self.next == self.shards[self.shard].tensors.end {
+                self.close()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes the next tensor, which must be `name`, as a whole.
+    ///
+    /// # Errors
+    /// The file system refuses.
+    ///
+    /// # Panics
+    /// Another tensor was declared to come next, or it has another length.
+    pub fn write(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
+        self.begin(name)?;
+        if !bytes.is_empty() {
+            self.write_chunk(bytes)?;
+        }
+        assert!(self.left.is_none(), "writer: {} bytes are not all of tensor {name}", bytes.len());
+        Ok(())
+    }
+
+    /// Writes the next tensor, which must be `name`, converted to its declared float type.
+    ///
+    /// # Errors
+    /// The file system refuses.
+    ///
+    /// # Panics
+    /// Another tensor was declared to come next, it has another number of elements or is not of a float type.
+    pub fn write_f32(&mut self, name: &str, values: &[f32]) -> Result<()> {
+        self.begin(name)?;
+        self.write_f32_chunk(values)?;
+        assert!(self.left.is_none(), "writer: {} elements are not all of tensor {name}", values.len());
+        Ok(())
+    }
+
+    /// Appends elements to the tensor that was begun, converted to its declared float type.
+    ///
+    /// # Errors
+    /// The file system refuses.
+    ///
+    /// # Panics
+    /// No tensor was begun, it has fewer elements or is not of a float type.
+    pub fn write_f32_chunk(&mut self, values: &[f32]) -> Result<()> {
+        if values.is_empty() {
+            return Ok(());
+        }
+        let dtype = self.infos[self.next].dtype;
+        let mut scratch = std::mem::take(&mut self.scratch);
+        for values in values.chunks(BUFFER) {
+            scratch.resize(values.len() * dtype.size(), 0);
+            encode(&mut scratch, values, dtype);
+            self.write_chunk(&scratch)?;
+        }
+        self.scratch = scratch;
+        Ok(())
+    }
+
+    /// Writes the index of several shards; everything is on disk after this.
+    ///
+    /// # Errors
+    /// The file system refuses.
+    ///
+    /// # Panics
+    /// A declared tensor was not written.
+    pub fn finish(mut self) -> Result<()> {
+        let missing = self.infos.get(self.next).map(|info| info.name.as_str());
+        assert!(missing.is_none(), "writer: tensor {missing:?} was declared and not written");
+        if self.file.is_some() {
+            self.close()?;
+        }
+        let Some(path) = &self.index else { return Ok(()) };
+        let total: u64 = self.infos.iter().map(TensorInfo::len_bytes).sum();
+        let mut weight_map = Map::new();
+        for shard in &self.shards {
+            let file = shard.path.file_name().map(|name| name.to_string_lossy());
+            for info in &self.infos[shard.tensors.clone()] {
+                weight_map.insert(info.name.clone(), json!(file));
+            }
+        }
+        let index = json!({"metadata": {"total_size": total}, "weight_map": weight_map});
+        write_synced(path, format!("{index:#}\n").as_bytes())
+    }
+
+    fn open(&mut self) -> Result<()> {
+        let shard = &self.shards[self.shard];
+        let mut header = Map::new();
+        header.insert("__metadata__".to_owned(), json!({"format": "pt"}));
+        let mut end = 0;
+        for info in &self.infos[shard.tensors.clone()] {
+            let start = end;
+            end += info.len_bytes();
+            let entry =
+                json!({"dtype": info.dtype.to_string(), "shape": info.shape, "data_offsets": [start, end]});
+            header.insert(info.name.clone(), entry);
+        }
+        let mut header = Value::Object(header).to_string().into_bytes();
+        header.resize(header.len().next_multiple_of(8), b' ');
+        let file = File::create(&shard.path).map_err(Error::io(&shard.path))?;
+        self.file = Some(BufWriter::with_capacity(BUFFER, file));
+        self.put(&(header.len() as u64).to_le_bytes())?;
+        self.put(&header)
+    }
+
+    fn put(&mut self, bytes: &[u8]) -> Result<()> {
+        if let Some(file) = &mut self.file {
+            file.write_all(bytes).map_err(Error::io(&self.shards[self.shard].path))?;
+        }
+        Ok(())
+    }
+
+    fn close(&mut self) -> Result<()> {
+        if let Some(file) = self.file.take() {
+            let path = &self.shards[self.shard].path;
+            let file = file.into_inner().map_err(io::IntoInnerError::into_error).map_err(Error::io(path))?;
+            file.sync_all().map_err(Error::io(path))?;
+        }
+        self.shard += 1;
+        Ok(())
+    }
+}
