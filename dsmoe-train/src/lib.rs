@@ -1,2 +1,21 @@
-//! Continued training of DSMoE: AdamW, schedules, budget control, metrics, checkpoints that resume bit for bit, evaluation.
+#![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
+#![cfg_attr(docsrs, feature(doc_cfg))]
+
+mod checkpoint;
+pub mod config;
+mod error;
+pub mod eval;
+mod files;
+pub mod metrics;
+pub mod optim;
+pub mod run;
+pub mod schedule;
+mod step;
+pub mod tensorboard;
+
+pub use config::TrainConfig;
+pub use error::{Error, Result};
+pub use eval::{EvalOptions, EvalReport, evaluate};
+pub use metrics::StepRecord;
+pub use run::{Observer, Outcome, RunOptions, Trainer};

@@ -1,0 +1,326 @@
+//! Checkpoints of a run: weights, moments, and where the run stands, written as a whole or not at all.
+//!
+//! ```text
+//! checkpoints/step-00000020/config.json, model.safetensors   the model in f32, a model directory of its own
+//!                           optimizer.safetensors            NAME.m and NAME.v of every tensor, as in memory
+//!                           state.json                       step, controller, identities, fixed settings
+//! checkpoints/.step-00000020.tmp/                            the same while it is written
+//! ```
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use dsmoe_core::Model;
+use dsmoe_core::checkpoint::{Checkpoint, Dtype, TensorInfo, Writer};
+use dsmoe_core::params::Layout;
+use dsmoe_router::BudgetController;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+
+use crate::config::TrainConfig;
+use crate::error::{Error, Result};
+use crate::files;
+use crate::optim::AdamW;
+
+/// Version of `state.json` and of the header of `metrics.jsonl`.
+pub(crate) const FORMAT_VERSION: u32 = 1;
+const STATE_FILE: &str = "state.json";
+const OPTIMIZER_FILE: &str = "optimizer.safetensors";
+/// Values of each tensor that the identity of a model covers.
+const IDENTITY_VALUES: usize = 1024;
+
+/// Settings that a resumed run cannot change: the weights would not be those of any one run.
+const FIXED: [&str; 17] = [
+    "seed",
+    "batch",
+    "seq",
+    "accumulate",
+    "valid_fraction",
+    "lr",
+    "min_lr_ratio",
+    "warmup_steps",
+    "schedule",
+    "beta1",
+    "beta2",
+    "eps",
+    "weight_decay",
+    "clip",
+    "sparsity",
+    "active_target",
+    "router_lr_scale",
+];
+
+/// Where a run stands: `state.json`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct State {
+    pub(crate) format_version: u32,
+    /// Steps done.
+    pub(crate) step: u64,
+    /// Tokens predicted.
+    pub(crate) tokens: u64,
+    /// Next sample in the shuffled order of the windows.
+    pub(crate) data_cursor: u64,
+    /// Weight of the sparsity loss in the next step.
+    pub(crate) sparsity_weight: f32,
+    pub(crate) controller: Option<BudgetController>,
+    /// Of the model the run started from.
+    pub(crate) model_sha256: String,
+    /// Of all token ids.
+    pub(crate) data_sha256: String,
+    /// The resolved configuration.
+    pub(crate) config: TrainConfig,
+}
+
+impl State {
+    /// Whether a run of `self` may go on as the run of `now`: same model, data and fixed settings.
+    pub(crate) fn check(&self, path: &Path, now: &State) -> Result<()> {
+        let same = |field, saved: &str, now: &str, mend| match saved == now {
+            true => Ok(()),
+            false => {
+                let (saved, now) = (saved.to_owned(), now.to_owned());
+                Err(Error::ResumeMismatch { path: path.join(STATE_FILE), field, saved, now, mend })
+            }
+        };
+        let short = |sha: &str| sha.chars().take(12).collect::<String>();
+        let (saved, wanted) = (short(&self.model_sha256), short(&now.model_sha256));
+        same(
+            "the starting model",
+            &saved,
+            &wanted,
+            "give the model this run started from, or another --out",
+        )?;
+        let (saved, wanted) = (short(&self.data_sha256), short(&now.data_sha256));
+        same("the text", &saved, &wanted, "give the data this run started with, or another --out")?;
+        let fields = |state: &State| serde_json::to_value(&state.config).unwrap_or(Value::Null);
+        let (saved, wanted) = (fields(self), fields(now));
+        for field in FIXED {
+            let (saved, wanted) = (saved[field].to_string(), wanted[field].to_string());
+            same(field, &saved, &wanted, "use the old value, or another --out")?;
+        }
+        Ok(())
+    }
+}
+
+/// A hash by which a model is recognised: names, shapes and the first values of every tensor.
+pub(crate) fn model_identity(model: &Model) -> String {
+    let mut hasher = Sha256::new();
+    for entry in model.layout().entries() {
+        hasher.update(entry.spec.name.as_bytes());
+        hasher.update([0]);
+        for &size in &entry.spec.shape {
+            hasher.update((size as u64).to_le_bytes());
+        }
+        let values = &model.params()[entry.range.clone()];
+        for value in &values[..values.len().min(IDENTITY_VALUES)] {
+            hasher.update(value.to_le_bytes());
+        }
+    }
+    hex(&hasher.finalize())
+}
+
+/// A hash of all token ids.
+pub(crate) fn data_identity(ids: &[u32]) -> String {
+    let mut hasher = Sha256::new();
+    let mut bytes = Vec::with_capacity(1 << 16);
+    for chunk in ids.chunks(1 << 14) {
+        bytes.clear();
+        bytes.extend(chunk.iter().flat_map(|id| id.to_le_bytes()));
+        hasher.update(&bytes);
+    }
+    hex(&hasher.finalize())
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn dir_name(step: u64) -> String {
+    format!("step-{step:08}")
+}
+
+/// Checkpoints in `dir`, newest first, whole or not.
+pub(crate) fn list(dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
+    let parse = |name: &str| -> Option<u64> {
+        let step = name.strip_prefix("step-")?.parse().ok()?;
+        (dir_name(step) == name).then_some(step)
+    };
+    let names = files::names(dir)?;
+    let mut found: Vec<(u64, PathBuf)> =
+        names.iter().filter_map(|name| parse(name).map(|step| (step, dir.join(name)))).collect();
+    found.sort_unstable_by_key(|(step, _)| std::cmp::Reverse(*step));
+    Ok(found)
+}
+
+/// Writes the checkpoint of `state.step` to `dir`, then removes all but the newest `keep`, those of later steps
+/// (a resumed run has left them behind), and what an interrupted write left.
+pub(crate) fn save(
+    dir: &Path,
+    state: &State,
+    model: &Model,
+    optimizer: &AdamW,
+    keep: usize,
+) -> Result<PathBuf> {
+    fs::create_dir_all(dir).map_err(Error::io(dir))?;
+    let path = dir.join(dir_name(state.step));
+    let temporary = dir.join(format!(".{}.tmp", dir_name(state.step)));
+    files::fresh_dir(&temporary)?;
+    let written = write(&temporary, state, model, optimizer);
+    if let Err(error) = written {
+        // Frees the disk; the error that matters is the first one.
+        drop(files::remove_dir(&temporary));
+        return Err(error);
+    }
+    files::remove_dir(&path)?;
+    fs::rename(&temporary, &path).map_err(Error::io(&path))?;
+    files::sync_dir(dir)?;
+
+    let mut kept = 0;
+    for (step, old) in list(dir)? {
+        kept += usize::from(step <= state.step);
+        if step > state.step || kept > keep {
+            files::remove_dir(&old)?;
+        }
+    }
+    for name in files::names(dir)? {
+        if name.starts_with(".step-") && name.ends_with(".tmp") {
+            files::remove_dir(&dir.join(name))?;
+        }
+    }
+    Ok(path)
+}
+
+fn write(dir: &Path, state: &State, model: &Model, optimizer: &AdamW) -> Result<()> {
+    model.save(dir, Dtype::F32)?;
+    let mut infos = Vec::new();
+    for entry in model.layout().entries() {
+        for moment in ["m", "v"] {
+            let name = format!("{}.{moment}", entry.spec.name);
+            infos.push(TensorInfo { name, dtype: Dtype::F32, shape: entry.spec.shape.clone() });
+        }
+    }
+    let mut writer = Writer::create_file(&dir.join(OPTIMIZER_FILE), infos)?;
+    for entry in model.layout().entries() {
+        for (moment, values) in [("m", &optimizer.m), ("v", &optimizer.v)] {
+            writer.write_f32(&format!("{}.{moment}", entry.spec.name), &values[entry.range.clone()])?;
+        }
+    }
+    writer.finish()?;
+    let state = serde_json::to_string_pretty(state).expect("numbers and strings are JSON");
+    files::write_synced(&dir.join(STATE_FILE), state.as_bytes())?;
+    files::sync_dir(dir)
+}
+
+/// Reads where the run of the checkpoint `path` stood.
+pub(crate) fn read_state(path: &Path) -> Result<State> {
+    let file = path.join(STATE_FILE);
+    let text = fs::read_to_string(&file).map_err(Error::io(&file))?;
+    let bad = |message: String| Error::BadCheckpoint { path: file.clone(), message };
+    let version = serde_json::from_str::<Value>(&text).map_err(|cause| bad(cause.to_string()))?;
+    match version.get("format_version").and_then(Value::as_u64) {
+        Some(version) if version == u64::from(FORMAT_VERSION) => {}
+        version => {
+            return Err(bad(format!("format_version is {version:?}, this program reads {FORMAT_VERSION}")));
+        }
+    }
+    let state: State = serde_json::from_str(&text).map_err(|cause| bad(cause.to_string()))?;
+    let config = state.config.clone().resolve()?;
+    let samples = (config.batch * config.accumulate) as u64;
+    let counts = (state.step.checked_mul(config.tokens_per_step()), state.step.checked_mul(samples));
+    if counts != (Some(state.tokens), Some(state.data_cursor)) {
+        return Err(bad(format!("step {}, tokens {} and data_cursor disagree", state.step, state.tokens)));
+    }
+    Ok(state)
+}
+
+/// Reads the weights and moments of the checkpoint `path`, which must be those of a model laid out as `layout`.
+pub(crate) fn load(path: &Path, layout: &Layout) -> Result<(Model, AdamW)> {
+    let model = Model::load(path)?;
+    if model.layout().entries() != layout.entries() {
+        let message = "its tensors are not those of the starting model".to_owned();
+        return Err(Error::BadCheckpoint { path: path.to_path_buf(), message });
+    }
+    let moments = Checkpoint::open_file(&path.join(OPTIMIZER_FILE))?;
+    let mut optimizer = AdamW::new(layout);
+    for entry in layout.entries() {
+        moments.read_f32(&format!("{}.m", entry.spec.name), &mut optimizer.m[entry.range.clone()])?;
+        moments.read_f32(&format!("{}.v", entry.spec.name), &mut optimizer.v[entry.range.clone()])?;
+    }
+    Ok((model, optimizer))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn state() -> State {
+        let config = TrainConfig { steps: Some(9), active_target: Some(0.5), ..TrainConfig::default() };
+        let mut controller = BudgetController::new(0.5, 3).unwrap();
+        controller.update(0.9);
+        State {
+            format_version: FORMAT_VERSION,
+            step: 2,
+            tokens: 2 * 32 * 1024,
+            data_cursor: 64,
+            sparsity_weight: controller.update(0.87),
+            controller: Some(controller),
+            model_sha256: "ab".repeat(32),
+            data_sha256: "cd".repeat(32),
+            config: config.resolve().unwrap(),
+        }
+    }
+
+    fn written(text: &str) -> (tempfile::TempDir, Result<State>) {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join(STATE_FILE), text).unwrap();
+        let read = read_state(dir.path());
+        (dir, read)
+    }
+
+    #[test]
+    fn a_state_comes_back_to_the_bit() {
+        let state = state();
+        let text = serde_json::to_string_pretty(&state).unwrap();
+        let read = written(&text).1.unwrap();
+        assert_eq!(read.controller, state.controller);
+        assert_eq!(read.sparsity_weight.to_bits(), state.sparsity_weight.to_bits());
+        assert_eq!(read.config, state.config);
+        for (from, to, wanted) in [
+            ("\"format_version\": 1", "\"format_version\": 2", "format_version"),
+            ("\"step\": 2", "\"step\": 3", "disagree"),
+            ("\"seq\": 1024", "\"seq\": 0", "seq is 0"),
+            ("\"tokens\"", "\"token\"", "unknown field `token`"),
+        ] {
+            let message = written(&text.replacen(from, to, 1)).1.unwrap_err().to_string();
+            assert!(message.contains(wanted) && message.lines().count() == 1, "{message}");
+        }
+    }
+
+    #[test]
+    fn only_whole_names_are_checkpoints() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["step-00000010", "step-123456789", ".step-00000011.tmp", "step-12", "step-x", "other"] {
+            std::fs::create_dir(dir.path().join(name)).unwrap();
+        }
+        let steps: Vec<u64> = list(dir.path()).unwrap().into_iter().map(|(step, _)| step).collect();
+        assert_eq!(steps, [123_456_789, 10]);
+        assert!(list(&dir.path().join("none")).unwrap().is_empty());
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_the_reader_panic(at in 0usize..2000, byte: u8, cut in 0usize..3000) {
+            let mut bytes = serde_json::to_string(&state()).unwrap().into_bytes();
+            let at = at % bytes.len();
+            bytes[at] = byte;
+            bytes.truncate(cut);
+            // Whatever is accepted can be counted on.
+            if let Ok(state) = written(&String::from_utf8_lossy(&bytes)).1 {
+                prop_assert_eq!(state.tokens, state.step * state.config.tokens_per_step());
+            }
+        }
+    }
+}

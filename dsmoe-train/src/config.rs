@@ -1,0 +1,371 @@
+//! The configuration of a run: one flat TOML table whose keys are the fields of [`TrainConfig`].
+
+use std::ops::RangeInclusive;
+use std::path::Path;
+
+use dsmoe_datasets::Bos;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::schedule::{Decay, Schedule};
+
+/// Most tokens in one micro-batch.
+const MAX_MICRO_TOKENS: usize = 1 << 24;
+/// Most tokens in a run: counts stay exact in f64.
+const MAX_RUN_TOKENS: u64 = 1 << 53;
+/// Warm-up when none is given: this many steps, or a tenth of a shorter run.
+const WARMUP_STEPS: u64 = 100;
+/// The paper's coefficient of the sparsity loss.
+const PAPER_SPARSITY: f64 = 1.0;
+
+/// Everything a run is told, apart from the model and the text. Unknown keys are errors.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TrainConfig {
+    /// Optimiser steps of the whole run. Excludes `tokens`.
+    pub steps: Option<u64>,
+    /// Tokens of the whole run, rounded up to whole steps. Excludes `steps`.
+    pub tokens: Option<u64>,
+    /// Sequences in a micro-batch; default 32.
+    pub batch: usize,
+    /// Tokens in a sequence; default 1024.
+    pub seq: usize,
+    /// Micro-batches per optimiser step; default 1.
+    pub accumulate: usize,
+    /// Peak learning rate; default 2e-5.
+    pub lr: f64,
+    /// The cosine ends at this share of `lr`; default 0.1.
+    pub min_lr_ratio: f64,
+    /// Steps of linear warm-up; default min(100, steps / 10).
+    pub warmup_steps: Option<u64>,
+    /// `cosine` (default) or `constant`.
+    pub schedule: Decay,
+    /// Decay of the first moment; default 0.9.
+    pub beta1: f64,
+    /// Decay of the second moment; default 0.95.
+    pub beta2: f64,
+    /// Added to the root of the second moment; default 1e-8.
+    pub eps: f64,
+    /// Decoupled weight decay, not on norms and routers; default 0.1.
+    pub weight_decay: f64,
+    /// Largest global gradient norm; 0 turns clipping off; default 1.
+    pub clip: f64,
+    /// Weight of the sparsity loss over active gates, constant; default 1, the paper's. Excludes `active_target`.
+    pub sparsity: Option<f64>,
+    /// Share of experts to be active, mean over tokens and layers, held by the budget controller. Excludes
+    /// `sparsity`.
+    pub active_target: Option<f64>,
+    /// Learning rate of the routers over that of the rest; default 1.
+    pub router_lr_scale: f64,
+    /// Seed of the order of the windows; default 0.
+    pub seed: u64,
+    /// Steps between checkpoints, apart from the one at the end; default none.
+    pub save_every: Option<u64>,
+    /// Checkpoints kept; default 2.
+    pub keep: usize,
+    /// Steps between lines on a console; the metrics file has every step; default 10.
+    pub log_every: u64,
+    /// Steps between evaluations of the held-out text, apart from the one at the end; default none.
+    pub eval_every: Option<u64>,
+    /// Share of the text held out for evaluation; default 0.02.
+    pub valid_fraction: f64,
+    /// Worker threads; default all. Results do not depend on it.
+    pub threads: Option<usize>,
+    /// Splits text files into documents.
+    pub doc_separator: Option<String>,
+    /// Column of JSONL files; default `text`.
+    pub text_column: String,
+    /// When documents get a BOS token: `auto` (default), `always`, `never`.
+    pub bos: Bos,
+}
+
+impl Default for TrainConfig {
+    fn default() -> TrainConfig {
+        TrainConfig {
+            steps: None,
+            tokens: None,
+            batch: 32,
+            seq: 1024,
+            accumulate: 1,
+            lr: 2e-5,
+            min_lr_ratio: 0.1,
+            warmup_steps: None,
+            schedule: Decay::Cosine,
+            beta1: 0.9,
+            beta2: 0.95,
+            eps: 1e-8,
+            weight_decay: 0.1,
+            clip: 1.0,
+            sparsity: None,
+            active_target: None,
+            router_lr_scale: 1.0,
+            seed: 0,
+            save_every: None,
+            keep: 2,
+            log_every: 10,
+            eval_every: None,
+            valid_fraction: 0.02,
+            threads: None,
+            doc_separator: None,
+            text_column: "text".to_owned(),
+            bos: Bos::Auto,
+        }
+    }
+}
+
+/// How far the gates are pushed shut.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Budget {
+    /// A constant weight of the sparsity loss over active gates.
+    Weight(f64),
+    /// A share of active experts for the controller to hold.
+    Target(f64),
+}
+
+impl TrainConfig {
+    /// Reads a TOML file.
+    ///
+    /// # Errors
+    /// The file cannot be read, is not TOML, or has an unknown key or a value of the wrong type.
+    pub fn from_toml(path: &Path) -> Result<TrainConfig> {
+        let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
+        toml::from_str(&text).map_err(|cause| {
+            let line = cause.span().map_or(1, |span| text[..span.start].matches('\n').count() + 1);
+            let message = format!("line {line}: {}", one_line(cause.message()));
+            Error::ConfigFile { path: path.to_path_buf(), message }
+        })
+    }
+
+    /// The table as TOML.
+    pub(crate) fn to_toml(&self) -> String {
+        toml::to_string(self).expect("a flat table of numbers and strings is TOML")
+    }
+
+    /// Applies one `key=value` word, as of `--set`. The value is TOML; a bare word is a string. Of two keys that
+    /// exclude each other the one set last holds.
+    ///
+    /// # Errors
+    /// No `=`, an unknown key, or a value of the wrong type.
+    pub fn set(&mut self, setting: &str) -> Result<()> {
+        let wrong = |message: String| Error::Setting { setting: setting.to_owned(), message };
+        let Some((key, value)) = setting.split_once('=').map(|(key, value)| (key.trim(), value.trim()))
+        else {
+            return Err(wrong("no `=`; write key=value, such as lr=3e-4".to_owned()));
+        };
+        let mut table = toml::Table::try_from(&*self).expect("a flat table of numbers and strings is TOML");
+        let excluded = match key {
+            "steps" => "tokens",
+            "tokens" => "steps",
+            "sparsity" => "active_target",
+            "active_target" => "sparsity",
+            _ => "",
+        };
+        table.remove(excluded);
+        let parsed =
+            format!("value = {value}").parse::<toml::Table>().ok().and_then(|mut t| t.remove("value"));
+        table.insert(key.to_owned(), parsed.unwrap_or_else(|| toml::Value::String(value.to_owned())));
+        *self = table.try_into().map_err(|cause: toml::de::Error| wrong(one_line(cause.message())))?;
+        Ok(())
+    }
+
+    /// Checks every field and fills in what follows from others: `steps` from `tokens`, `warmup_steps`, and the
+    /// paper's `sparsity` when there is no target.
+    ///
+    /// # Errors
+    /// A field outside its range, fields that exclude each other, or neither `steps` nor `tokens`.
+    pub fn resolve(mut self) -> Result<TrainConfig> {
+        in_range("batch", self.batch, 1..=MAX_MICRO_TOKENS)?;
+        in_range("seq", self.seq, 1..=MAX_MICRO_TOKENS)?;
+        in_range("accumulate", self.accumulate, 1..=1 << 20)?;
+        let micro = self.batch.saturating_mul(self.seq);
+        if micro > MAX_MICRO_TOKENS {
+            let allowed =
+                format!("at most {MAX_MICRO_TOKENS} tokens in a micro-batch; raise accumulate instead");
+            return Err(Error::Field {
+                field: "batch",
+                found: format!("{} x seq {}", self.batch, self.seq),
+                allowed,
+            });
+        }
+        for (field, value, range, allowed) in [
+            ("lr", self.lr, 0.0..=1e3, "0 to 1000"),
+            ("min_lr_ratio", self.min_lr_ratio, 0.0..=1.0, "0 to 1"),
+            ("beta1", self.beta1, 0.0..=0.999_999, "0 or more and below 1"),
+            ("beta2", self.beta2, 0.0..=0.999_999, "0 or more and below 1"),
+            ("eps", self.eps, 1e-30..=1.0, "a small positive number such as 1e-8"),
+            ("weight_decay", self.weight_decay, 0.0..=1e3, "0 to 1000"),
+            ("clip", self.clip, 0.0..=f64::MAX, "a positive number, or 0 for no clipping"),
+            ("sparsity", self.sparsity.unwrap_or(0.0), 0.0..=1e6, "0 to 1000000"),
+            ("active_target", self.active_target.unwrap_or(1.0), 1e-6..=1.0, "a share above 0 and up to 1"),
+            ("router_lr_scale", self.router_lr_scale, 0.0..=1e6, "0 to 1000000"),
+            ("valid_fraction", self.valid_fraction, 0.0..=0.999, "0 or more and below 1"),
+        ] {
+            if !range.contains(&value) {
+                return Err(Error::Field { field, found: value.to_string(), allowed: allowed.to_owned() });
+            }
+        }
+        in_range("seed", self.seed, 0..=i64::MAX as u64)?;
+        in_range("keep", self.keep, 1..=usize::MAX)?;
+        in_range("log_every", self.log_every, 1..=u64::MAX)?;
+        in_range("save_every", self.save_every.unwrap_or(1), 1..=u64::MAX)?;
+        in_range("eval_every", self.eval_every.unwrap_or(1), 1..=u64::MAX)?;
+        in_range("threads", self.threads.unwrap_or(1), 1..=1024)?;
+        if self.eval_every.is_some() && self.valid_fraction == 0.0 {
+            return Err(Error::Field {
+                field: "eval_every",
+                found: "set with valid_fraction 0".to_owned(),
+                allowed: "valid_fraction above 0, or leave eval_every out".to_owned(),
+            });
+        }
+
+        let steps = match (self.steps, self.tokens.take()) {
+            (Some(_), Some(_)) => return Err(exclusive("steps", "tokens")),
+            (None, None) => {
+                return Err(Error::Field {
+                    field: "steps",
+                    found: "not set".to_owned(),
+                    allowed: "--steps N or --tokens N".to_owned(),
+                });
+            }
+            (Some(steps), None) => steps,
+            (None, Some(tokens)) => tokens.div_ceil(self.tokens_per_step()),
+        };
+        in_range("steps", steps, 1..=MAX_RUN_TOKENS / self.tokens_per_step())?;
+        self.steps = Some(steps);
+        self.warmup_steps.get_or_insert(WARMUP_STEPS.min(steps / 10));
+        match (self.sparsity, self.active_target) {
+            (Some(_), Some(_)) => return Err(exclusive("sparsity", "active_target")),
+            (None, None) => self.sparsity = Some(PAPER_SPARSITY),
+            _ => {}
+        }
+        Ok(self)
+    }
+
+    /// Tokens predicted in one optimiser step.
+    pub fn tokens_per_step(&self) -> u64 {
+        self.batch as u64 * self.accumulate as u64 * self.seq as u64
+    }
+
+    /// The learning rate of every step, of a resolved configuration.
+    pub fn schedule(&self) -> Schedule {
+        Schedule {
+            lr: self.lr,
+            min_lr_ratio: self.min_lr_ratio,
+            warmup_steps: self.warmup_steps.unwrap_or(0),
+            steps: self.steps.unwrap_or(0),
+            decay: self.schedule,
+        }
+    }
+
+    /// How far the gates are pushed shut.
+    pub fn budget(&self) -> Budget {
+        match self.active_target {
+            Some(target) => Budget::Target(target),
+            None => Budget::Weight(self.sparsity.unwrap_or(PAPER_SPARSITY)),
+        }
+    }
+}
+
+fn exclusive(field: &'static str, other: &str) -> Error {
+    Error::Field { field, found: format!("set together with {other}"), allowed: "one of the two".to_owned() }
+}
+
+fn in_range<T: PartialOrd + std::fmt::Display>(
+    field: &'static str,
+    value: T,
+    range: RangeInclusive<T>,
+) -> Result<()> {
+    if range.contains(&value) {
+        return Ok(());
+    }
+    let allowed = format!("{} to {}", range.start(), range.end());
+    Err(Error::Field { field, found: value.to_string(), allowed })
+}
+
+fn one_line(message: &str) -> String {
+    message.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn with(settings: &[&str]) -> Result<TrainConfig> {
+        let mut config = TrainConfig { steps: Some(50), ..TrainConfig::default() };
+        for setting in settings {
+            config.set(setting)?;
+        }
+        config.resolve()
+    }
+
+    #[test]
+    fn defaults_resolve_to_the_recipe() {
+        let config = with(&[]).unwrap();
+        assert_eq!((config.steps, config.warmup_steps, config.sparsity), (Some(50), Some(5), Some(1.0)));
+        assert_eq!(config.budget(), Budget::Weight(1.0));
+        let long = with(&["tokens=1_000_000_000", "batch=4"]).unwrap();
+        assert_eq!((long.steps, long.warmup_steps, long.tokens), (Some(244_141), Some(100), None));
+        assert_eq!(with(&["warmup_steps=7"]).unwrap().warmup_steps, Some(7));
+        let text = long.to_toml();
+        assert_eq!(toml::from_str::<TrainConfig>(&text).unwrap(), long);
+    }
+
+    #[test]
+    fn settings_take_toml_and_bare_words() {
+        let config =
+            with(&["lr=1", "schedule=constant", "bos = \"never\"", "doc_separator=<|endoftext|>"]).unwrap();
+        assert_eq!((config.lr, config.schedule, config.bos), (1.0, Decay::Constant, Bos::Never));
+        assert_eq!(config.doc_separator.as_deref(), Some("<|endoftext|>"));
+        assert_eq!(with(&["sparsity=2", "active_target=0.5"]).unwrap().budget(), Budget::Target(0.5));
+        assert_eq!(with(&["active_target=0.5", "sparsity=2"]).unwrap().budget(), Budget::Weight(2.0));
+    }
+
+    #[test]
+    fn errors_are_one_line_with_field_and_mend() {
+        for (settings, wanted) in [
+            (vec!["lr"], ["setting `lr`", "key=value"]),
+            (vec!["lrr=1"], ["setting `lrr=1`: unknown field", "`min_lr_ratio`"]),
+            (vec!["lr=fast"], ["setting `lr=fast`", "expected f64"]),
+            (vec!["seq=-1"], ["setting `seq=-1`", "expected usize"]),
+            (vec!["lr=nan"], ["lr is NaN", "use 0 to 1000"]),
+            (vec!["seq=0"], ["seq is 0", "use 1 to"]),
+            (vec!["batch=100000", "seq=100000"], ["batch is 100000 x seq 100000", "raise accumulate"]),
+            (vec!["beta2=1"], ["beta2 is 1", "below 1"]),
+            (vec!["active_target=0"], ["active_target is 0", "above 0"]),
+            (vec!["keep=0"], ["keep is 0", "use 1 to"]),
+            (vec!["steps=0"], ["steps is 0", "use 1 to"]),
+            (vec!["valid_fraction=0", "eval_every=5"], ["eval_every", "valid_fraction above 0"]),
+        ] {
+            let message = with(&settings).unwrap_err().to_string();
+            assert!(
+                wanted.iter().all(|part| message.contains(part)) && message.lines().count() == 1,
+                "{message}"
+            );
+        }
+        let none = TrainConfig::default().resolve().unwrap_err().to_string();
+        assert_eq!(none, "steps is not set; use --steps N or --tokens N");
+        let both = TrainConfig { steps: Some(1), tokens: Some(1), ..TrainConfig::default() };
+        assert!(both.resolve().unwrap_err().to_string().starts_with("steps is set together with tokens"));
+    }
+
+    #[test]
+    fn files_are_checked_with_their_line() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("run.toml");
+        std::fs::write(&path, "steps = 3\nlr = 1e-3\n").unwrap();
+        assert_eq!(TrainConfig::from_toml(&path).unwrap().lr, 1e-3);
+        for (text, wanted) in [
+            ("steps = 3\nspeed = 2\n", "line 2: unknown field `speed`"),
+            ("steps = 3\n\nlr = \"x\"\n", "line 3: invalid type"),
+            ("steps = \n", "line 1: "),
+        ] {
+            std::fs::write(&path, text).unwrap();
+            let message = TrainConfig::from_toml(&path).unwrap_err().to_string();
+            assert!(message.contains("run.toml") && message.contains(wanted), "{message}");
+            assert_eq!(message.lines().count(), 1, "{message}");
+        }
+        assert!(
+            TrainConfig::from_toml(&dir.path().join("no.toml")).unwrap_err().to_string().contains("no.toml")
+        );
+    }
+}

@@ -1,0 +1,127 @@
+//! Evaluation: negative log-likelihood of a token stream in windows, with what the model activates for it.
+
+use std::time::Instant;
+
+use dsmoe_core::Model;
+use dsmoe_core::model::Workspace;
+use dsmoe_datasets::{EvalWindow, eval_windows};
+use serde::Serialize;
+
+use crate::error::Result;
+
+/// How a stream is cut into windows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EvalOptions {
+    /// Tokens in a window; its first is context only.
+    pub seq: usize,
+    /// Tokens from one window's start to the next; `seq` for windows that do not overlap.
+    pub stride: usize,
+    /// Tokens per forward pass, about; windows of one length go together.
+    pub batch_tokens: usize,
+}
+
+impl EvalOptions {
+    /// Windows of `seq` tokens that do not overlap, about 1024 tokens in a forward pass.
+    pub fn new(seq: usize) -> EvalOptions {
+        EvalOptions { seq, stride: seq, batch_tokens: 1024 }
+    }
+}
+
+/// What an evaluation found. Shares are in 0..=1, and absent for a model without routers; they are means over all
+/// tokens that were run.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[non_exhaustive]
+pub struct EvalReport {
+    /// Tokens of the stream.
+    pub tokens: usize,
+    /// Tokens predicted.
+    pub predicted: usize,
+    /// Mean negative log-likelihood of a predicted token, nats.
+    pub nll: f64,
+    /// exp(nll).
+    pub ppl: f64,
+    /// Active share of all (token, layer, expert) triples.
+    pub active_ratio: Option<f64>,
+    /// The same by layer.
+    pub active_ratio_per_layer: Option<Vec<f64>>,
+    /// Share of (token, layer) pairs without an active expert.
+    pub zero_active_share: Option<f64>,
+    /// Parameters of the model.
+    pub params_total: u64,
+    /// Parameters a token uses, mean.
+    pub params_activated: f64,
+    /// Floating-point operations of a forward pass per token, mean, at half a window of context.
+    pub flops_per_token: f64,
+    /// Tokens run per second.
+    pub tokens_per_s: f64,
+    /// Duration.
+    pub seconds: f64,
+}
+
+/// Evaluates `model` on `ids`, all documents one after the other (see [`eval_windows`] for the protocol). `progress`
+/// hears how many windows of how many are done.
+///
+/// # Errors
+/// Options out of range, fewer than two tokens, a token id outside the vocabulary, or windows longer than the model
+/// has positions.
+pub fn evaluate(
+    model: &Model,
+    ids: &[u32],
+    options: EvalOptions,
+    progress: &mut dyn FnMut(usize, usize),
+) -> Result<EvalReport> {
+    let started = Instant::now();
+    let windows = eval_windows(ids.len(), options.seq, options.stride)?;
+    let mut stats = model.new_stats();
+    let mut workspace = Workspace::default();
+    let (mut inputs, mut targets, mut losses) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut nll_sum, mut predicted, mut run, mut done) = (0.0f64, 0, 0, 0);
+    let mut rest = &windows[..];
+    while let Some(first) = rest.first() {
+        let len = first.end - first.start - 1;
+        let most = (options.batch_tokens / len).max(1);
+        let same = rest.iter().take(most).take_while(|w| w.end - w.start - 1 == len).count();
+        let (batch, later) = rest.split_at(same);
+        rest = later;
+        inputs.clear();
+        targets.clear();
+        for window in batch {
+            gather(window, ids, &mut inputs, &mut targets);
+            predicted += window.end - window.first_target;
+        }
+        losses.resize(inputs.len(), 0.0f32);
+        model.score(&mut losses, &inputs, &targets, len, stats.as_mut(), &mut workspace)?;
+        nll_sum += losses.iter().map(|&loss| f64::from(loss)).sum::<f64>();
+        run += inputs.len();
+        done += batch.len();
+        progress(done, windows.len());
+    }
+
+    let routing = stats.map(|stats| stats.summary());
+    let accounting = dsmoe_core::accounting::Accounting::of(model.config());
+    let active = routing.as_ref().map_or(0.0, |routing| routing.active_experts);
+    let nll = nll_sum / predicted as f64;
+    let seconds = started.elapsed().as_secs_f64();
+    Ok(EvalReport {
+        tokens: ids.len(),
+        predicted,
+        nll,
+        ppl: nll.exp(),
+        active_ratio: routing.as_ref().map(|routing| routing.active_ratio),
+        active_ratio_per_layer: routing.as_ref().map(|routing| routing.active_ratio_per_layer.clone()),
+        zero_active_share: routing.as_ref().map(|routing| routing.zero_active_share),
+        params_total: accounting.total,
+        params_activated: accounting.activated(active),
+        flops_per_token: accounting.flops_per_token(active, options.seq as f64 / 2.0),
+        tokens_per_s: run as f64 / seconds.max(1e-9),
+        seconds,
+    })
+}
+
+/// Appends a window's inputs, and its targets with those already scored masked.
+fn gather(window: &EvalWindow, ids: &[u32], inputs: &mut Vec<u32>, targets: &mut Vec<u32>) {
+    inputs.extend_from_slice(&ids[window.start..window.end - 1]);
+    for (at, &id) in ids.iter().enumerate().take(window.end).skip(window.start + 1) {
+        targets.push(if at < window.first_target { dsmoe_kernels::cross_entropy::IGNORE } else { id });
+    }
+}

@@ -1,0 +1,207 @@
+//! `metrics.jsonl`: one JSON object per line, a header first, then one line per step and per evaluation.
+//!
+//! A number that is not finite is written as `null`, and its line carries `"nan": true`.
+
+use std::fs::{File, OpenOptions};
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use serde_json::{Map, Value};
+
+use crate::error::{Error, Result};
+
+/// What one optimiser step showed. Shares are in 0..=1; fields about routing are empty for a dense model.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[non_exhaustive]
+pub struct StepRecord {
+    /// Steps done, this one included.
+    pub step: u64,
+    /// Tokens predicted so far, this step's included.
+    pub tokens: u64,
+    /// `lm_loss` + `sparsity_weight` times the sparsity loss or, under a target, the mean gate.
+    pub loss: f64,
+    /// Mean negative log-likelihood of the step's tokens, nats.
+    pub lm_loss: f64,
+    /// Mean gate of active experts over layers, tokens and experts (eqs. 17-19).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sparsity_loss: Option<f64>,
+    /// Learning rate.
+    pub lr: f64,
+    /// Global gradient norm before clipping.
+    pub grad_norm: f64,
+    /// Gradient norm of the routers.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub router_grad_norm: Option<f64>,
+    /// Tokens per second of this step.
+    pub tokens_per_s: f64,
+    /// Active share of all (token, layer, expert) triples.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub activation_ratio: Option<f64>,
+    /// The same by layer.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub layer_activation: Vec<f64>,
+    /// Share of (token, layer) pairs without an active expert.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub zero_active_share: Option<f64>,
+    /// Mean over layers of the entropy of the expert load, over that of an even load.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub load_entropy: Option<f64>,
+    /// Weight of the sparsity loss in this step.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sparsity_weight: Option<f64>,
+    /// Resident memory of the process, where the system tells.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rss_bytes: Option<u64>,
+    /// Seconds since this invocation began to train.
+    pub wall_s: f64,
+}
+
+/// The open metrics file.
+#[derive(Debug)]
+pub(crate) struct Metrics {
+    file: File,
+    path: PathBuf,
+}
+
+impl Metrics {
+    /// Starts the file anew with `header` as its first line.
+    pub(crate) fn create(path: &Path, header: &Value) -> Result<Metrics> {
+        let file = File::create(path).map_err(Error::io(path))?;
+        let mut metrics = Metrics { file, path: path.to_path_buf() };
+        metrics.line(header)?;
+        Ok(metrics)
+    }
+
+    /// Continues a file after `step`: lines of later steps, and whatever follows a torn line, are cut off. A file
+    /// that is missing or has no whole header is started anew.
+    pub(crate) fn resume(path: &Path, step: u64, header: &Value) -> Result<Metrics> {
+        let Ok(file) = OpenOptions::new().read(true).append(true).open(path) else {
+            return Metrics::create(path, header);
+        };
+        let mut reader = BufReader::new(&file);
+        let (mut kept, mut line) = (0u64, Vec::new());
+        loop {
+            line.clear();
+            let len = reader.read_until(b'\n', &mut line).map_err(Error::io(path))?;
+            let whole = line.ends_with(b"\n").then(|| serde_json::from_slice::<Value>(&line).ok()).flatten();
+            let Some(value) = whole else { break };
+            let is_header = value.get("step").is_none();
+            let in_run = value.get("step").and_then(Value::as_u64).is_some_and(|at| at <= step);
+            if (kept == 0) != is_header || !(is_header || in_run) {
+                break;
+            }
+            kept += len as u64;
+        }
+        if kept == 0 {
+            return Metrics::create(path, header);
+        }
+        file.set_len(kept).map_err(Error::io(path))?;
+        Ok(Metrics { file, path: path.to_path_buf() })
+    }
+
+    /// Appends one object.
+    pub(crate) fn line(&mut self, value: &Value) -> Result<()> {
+        let mut text = value.to_string();
+        text.push('\n');
+        self.file.write_all(text.as_bytes()).map_err(Error::io(&self.path))
+    }
+
+    /// Waits until all lines are on the disk.
+    pub(crate) fn sync(&self) -> Result<()> {
+        self.file.sync_all().map_err(Error::io(&self.path))
+    }
+}
+
+/// A step as a line of the file.
+pub(crate) fn step_line(record: &StepRecord) -> Value {
+    let numbers =
+        [record.loss, record.lm_loss, record.lr, record.grad_norm, record.tokens_per_s, record.wall_s];
+    let routing = [
+        record.sparsity_loss,
+        record.router_grad_norm,
+        record.activation_ratio,
+        record.zero_active_share,
+        record.load_entropy,
+        record.sparsity_weight,
+    ];
+    let finite =
+        numbers.iter().chain(routing.iter().flatten()).chain(&record.layer_activation).all(|x| x.is_finite());
+    // serde_json writes a number that is not finite as null.
+    let mut value = serde_json::to_value(record).expect("a record of numbers is JSON");
+    if let (false, Value::Object(map)) = (finite, &mut value) {
+        map.insert("nan".to_owned(), Value::Bool(true));
+    }
+    value
+}
+
+/// An evaluation as a line of the file: its fields prefixed with `eval_`.
+pub(crate) fn eval_line(step: u64, report: &crate::eval::EvalReport) -> Value {
+    let mut map = Map::new();
+    map.insert("step".to_owned(), step.into());
+    if let Ok(Value::Object(fields)) = serde_json::to_value(report) {
+        map.extend(fields.into_iter().map(|(key, value)| (format!("eval_{key}"), value)));
+    }
+    if !report.nll.is_finite() {
+        map.insert("nan".to_owned(), Value::Bool(true));
+    }
+    Value::Object(map)
+}
+
+/// Resident memory of this process, bytes; `None` where `/proc` does not tell.
+pub(crate) fn resident_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    line.split_whitespace().next()?.parse::<u64>().ok().map(|kib| kib * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_number_that_is_not_finite_is_null_and_flagged() {
+        let record = StepRecord { step: 3, loss: f64::NAN, lm_loss: 1.5, ..StepRecord::default() };
+        let line = step_line(&record);
+        assert_eq!(
+            (&line["loss"], &line["lm_loss"], &line["nan"]),
+            (&Value::Null, &json!(1.5), &json!(true))
+        );
+        assert!(line.get("activation_ratio").is_none());
+        let line = step_line(&StepRecord { activation_ratio: Some(0.5), ..StepRecord::default() });
+        assert_eq!((&line["activation_ratio"], line.get("nan")), (&json!(0.5), None));
+    }
+
+    #[test]
+    fn resuming_cuts_later_steps_and_torn_lines() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("metrics.jsonl");
+        let header = json!({"format_version": 1});
+        let resumed = |text: &str, step| {
+            std::fs::write(&path, text).unwrap();
+            Metrics::resume(&path, step, &header).unwrap().line(&json!({"step": 99})).unwrap();
+            std::fs::read_to_string(&path).unwrap()
+        };
+        let head = "{\"format_version\":1}\n";
+        let steps = "{\"step\":1}\n{\"step\":2}\n{\"step\":2,\"eval_nll\":1}\n";
+        assert_eq!(
+            resumed(&format!("{head}{steps}{{\"step\":3}}\n"), 2),
+            format!("{head}{steps}{{\"step\":99}}\n")
+        );
+        assert_eq!(resumed(&format!("{head}{steps}{{\"st"), 5), format!("{head}{steps}{{\"step\":99}}\n"));
+        assert_eq!(resumed(&format!("{head}{{\"step\":3}}\n"), 0), format!("{head}{{\"step\":99}}\n"));
+        assert_eq!(resumed("{\"form", 4), format!("{head}{{\"step\":99}}\n"));
+        std::fs::remove_file(&path).unwrap();
+        Metrics::resume(&path, 4, &header).unwrap();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), head);
+    }
+
+    #[test]
+    fn this_process_is_resident() {
+        if cfg!(target_os = "linux") {
+            assert!(resident_bytes().unwrap() > 1 << 20);
+        }
+    }
+}

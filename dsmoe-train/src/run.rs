@@ -1,0 +1,528 @@
+//! A run: its directory, its loop, and how it goes on after an interruption.
+//!
+//! ```text
+//! OUT/run.toml                     the resolved configuration
+//! OUT/metrics.jsonl                a header, then a line per step and per evaluation
+//! OUT/events.out.tfevents.*        the same for TensorBoard, one file per invocation
+//! OUT/checkpoints/step-00000020/   see the checkpoint files there
+//! OUT/config.json, *.safetensors   the trained model, with its tokenizer, once the run is finished
+//! ```
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use dsmoe_core::Model;
+use dsmoe_core::checkpoint::{Dtype, copy_companions};
+use dsmoe_datasets::{Batches, Split, TokenStream};
+use dsmoe_router::{BudgetController, SparsityOver};
+use serde_json::{Value, json};
+
+use crate::checkpoint::{self, FORMAT_VERSION, State};
+use crate::config::{Budget, TrainConfig};
+use crate::error::{Error, Result};
+use crate::eval::{EvalOptions, EvalReport, evaluate};
+use crate::files;
+use crate::metrics::{Metrics, StepRecord, eval_line, resident_bytes, step_line};
+use crate::optim::AdamW;
+use crate::step::Stepper;
+use crate::tensorboard::EventWriter;
+
+const CONFIG_FILE: &str = "run.toml";
+const METRICS_FILE: &str = "metrics.jsonl";
+const CHECKPOINTS: &str = "checkpoints";
+const FINAL_TEMPORARY: &str = ".final.tmp";
+/// The share of active experts approaches its target over one part in so many of the run.
+const RAMP_SHARE: u64 = 3;
+/// Where a run reads and writes.
+#[derive(Clone, Debug)]
+pub struct RunOptions {
+    /// The run directory.
+    pub out: PathBuf,
+    /// The directory the model was loaded from; its tokenizer goes into the result.
+    pub source: PathBuf,
+    /// Go on from the newest checkpoint in `out`; start there if it has none.
+    pub resume: bool,
+    /// Start over in an `out` that is not empty. Only files of runs and models are removed from it.
+    pub force: bool,
+    /// Stop with a checkpoint after so many steps of this invocation, as if interrupted.
+    pub stop_after: Option<u64>,
+}
+
+/// Hears of a run as it goes.
+pub trait Observer: Send {
+    /// A step is done.
+    fn step(&mut self, _record: &StepRecord) {}
+    /// The held-out text was evaluated after `step` steps.
+    fn evaluated(&mut self, _step: u64, _report: &EvalReport) {}
+    /// A checkpoint of `step` is on the disk.
+    fn saved(&mut self, _step: u64, _path: &Path) {}
+    /// Something a person should know.
+    fn note(&mut self, _message: &str) {}
+}
+
+/// An observer that hears nothing.
+impl Observer for () {}
+
+/// How a run ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// All steps are done and the trained model is in the run directory.
+    Finished,
+    /// Stopped on request after `step` steps, with a checkpoint.
+    Interrupted {
+        /// Steps done.
+        step: u64,
+    },
+}
+
+/// A run, ready to go on.
+pub struct Trainer {
+    config: TrainConfig,
+    options: RunOptions,
+    model: Model,
+    split: Split,
+    batches: Batches,
+    stepper: Stepper,
+    state: State,
+    metrics: Metrics,
+    events: EventWriter,
+    pool: Option<rayon::ThreadPool>,
+    notes: Vec<String>,
+    /// Step of the newest checkpoint.
+    saved: Option<u64>,
+}
+
+impl Trainer {
+    /// Prepares a run of `model` on `stream`: checks everything, makes the run directory or finds where it stands.
+    ///
+    /// # Errors
+    /// The configuration, text and model do not fit together; the directory is not empty or holds another run.
+    pub fn new(
+        model: Model,
+        stream: &TokenStream,
+        config: TrainConfig,
+        options: RunOptions,
+    ) -> Result<Trainer> {
+        let wished_warmup = config.warmup_steps;
+        let mut config = config.resolve()?;
+        check_fit(&model, stream, &config)?;
+        let split = Split::new(stream, config.seq, config.valid_fraction)?;
+        let batches = Batches::new(split.num_windows(), config.batch, config.seed)?;
+        let pool = config.threads.map(thread_pool).transpose()?;
+        let (controller, sparsity_weight) = budget(&model, &config)?;
+        let mut state = State {
+            format_version: FORMAT_VERSION,
+            step: 0,
+            tokens: 0,
+            data_cursor: 0,
+            sparsity_weight,
+            controller,
+            model_sha256: checkpoint::model_identity(&model),
+            data_sha256: checkpoint::data_identity(&stream.ids),
+            config: config.clone(),
+        };
+        prepare_directory(&options)?;
+
+        let mut notes = Vec::new();
+        let (model, optimizer) = match options.resume {
+            true => load_newest(&options.out, model, &mut state, wished_warmup, &mut notes)?,
+            false => (model, None),
+        };
+        config = state.config.clone();
+        let saved = optimizer.as_ref().map(|_| state.step);
+        let optimizer = optimizer.unwrap_or_else(|| AdamW::new(model.layout()));
+
+        files::replace(&options.out.join(CONFIG_FILE), config.to_toml().as_bytes())?;
+        let header = header(&model, &split, &state);
+        let path = options.out.join(METRICS_FILE);
+        let metrics = match saved {
+            Some(step) => Metrics::resume(&path, step, &header)?,
+            None => Metrics::create(&path, &header)?,
+        };
+        let events = EventWriter::create(&options.out, options.resume.then_some(state.step))?;
+        let stepper = Stepper::new(&model, optimizer);
+        Ok(Trainer {
+            config,
+            options,
+            model,
+            split,
+            batches,
+            stepper,
+            state,
+            metrics,
+            events,
+            pool,
+            notes,
+            saved,
+        })
+    }
+
+    /// The resolved configuration.
+    pub fn config(&self) -> &TrainConfig {
+        &self.config
+    }
+
+    /// The model as it stands.
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// Steps done.
+    pub fn step(&self) -> u64 {
+        self.state.step
+    }
+
+    /// Tokens to train on and tokens held out.
+    pub fn split(&self) -> &Split {
+        &self.split
+    }
+
+    /// Trains until all steps are done, `stop` is raised, or [`RunOptions::stop_after`] steps have been taken. The
+    /// numbers do not depend on how often a run was interrupted, nor on the number of threads.
+    ///
+    /// # Errors
+    /// A loss or gradient that is not finite (nothing is saved after it), or the file system refuses.
+    pub fn run(&mut self, observer: &mut dyn Observer, stop: &AtomicBool) -> Result<Outcome> {
+        match self.pool.take() {
+            None => self.run_here(observer, stop),
+            Some(pool) => {
+                let outcome = pool.install(|| self.run_here(observer, stop));
+                self.pool = Some(pool);
+                outcome
+            }
+        }
+    }
+
+    fn run_here(&mut self, observer: &mut dyn Observer, stop: &AtomicBool) -> Result<Outcome> {
+        for note in self.notes.drain(..) {
+            observer.note(&note);
+        }
+        let total = self.config.steps.unwrap_or(0);
+        if self.state.step >= total {
+            observer.note(&format!("all {total} steps are done; writing the trained model"));
+            self.write_final()?;
+            return Ok(Outcome::Finished);
+        }
+        let last =
+            self.options.stop_after.map_or(total, |most| total.min(self.state.step.saturating_add(most)));
+        let started = Instant::now();
+        while self.state.step < last {
+            let Some(record) = self.take_step(started, stop)? else { break };
+            observer.step(&record);
+            let step = self.state.step;
+            let due = |every: Option<u64>| every.is_some_and(|every| step.is_multiple_of(every));
+            if due(self.config.eval_every) || step == total {
+                self.evaluate_held_out(observer)?;
+            }
+            if due(self.config.save_every) {
+                self.save(observer)?;
+            }
+        }
+        self.save(observer)?;
+        if self.state.step < total {
+            return Ok(Outcome::Interrupted { step: self.state.step });
+        }
+        self.write_final()?;
+        Ok(Outcome::Finished)
+    }
+
+    /// One step with its records; `None` when `stop` was raised, and then nothing has changed.
+    fn take_step(&mut self, started: Instant, stop: &AtomicBool) -> Result<Option<StepRecord>> {
+        let began = Instant::now();
+        if stop.load(Ordering::Relaxed) {
+            return Ok(None);
+        }
+        let over = match self.config.budget() {
+            Budget::Weight(_) => SparsityOver::Active,
+            Budget::Target(_) => SparsityOver::All,
+        };
+        let sparsity = (self.state.sparsity_weight, over);
+        let step = self.state.step;
+        let result = self.stepper.take(
+            &mut self.model,
+            &self.split,
+            &mut self.batches,
+            &self.config,
+            step,
+            sparsity,
+            stop,
+        )?;
+        let Some(result) = result else { return Ok(None) };
+
+        let routed = result.routing.is_some();
+        let penalty = match over {
+            SparsityOver::Active => result.sparsity_loss,
+            SparsityOver::All => result.mean_gate,
+        };
+        let step_tokens = self.config.tokens_per_step();
+        let mut record = StepRecord {
+            step: step + 1,
+            tokens: self.state.tokens + step_tokens,
+            loss: result.lm_loss + f64::from(self.state.sparsity_weight) * penalty,
+            lm_loss: result.lm_loss,
+            sparsity_loss: routed.then_some(result.sparsity_loss),
+            lr: self.config.schedule().lr_at(step),
+            grad_norm: result.norms.all,
+            router_grad_norm: routed.then_some(result.norms.router),
+            sparsity_weight: routed.then_some(f64::from(self.state.sparsity_weight)),
+            rss_bytes: resident_bytes(),
+            ..StepRecord::default()
+        };
+        if let Some(routing) = &result.routing {
+            record.activation_ratio = Some(routing.active_ratio);
+            record.layer_activation = routing.active_ratio_per_layer.clone();
+            record.zero_active_share = Some(routing.zero_active_share);
+            let entropies = &routing.load_entropy_per_layer;
+            record.load_entropy = Some(entropies.iter().sum::<f64>() / entropies.len().max(1) as f64);
+        }
+        record.tokens_per_s = step_tokens as f64 / began.elapsed().as_secs_f64().max(1e-9);
+        record.wall_s = started.elapsed().as_secs_f64();
+        self.metrics.line(&step_line(&record))?;
+        if let Some(place) = result.non_finite {
+            self.metrics.sync()?;
+            return Err(self.non_finite(place));
+        }
+        self.write_events(&record)?;
+
+        if let (Some(controller), Some(share)) = (&mut self.state.controller, record.activation_ratio) {
+            self.state.sparsity_weight = controller.update(share as f32);
+        }
+        self.state.step = record.step;
+        self.state.tokens = record.tokens;
+        self.state.data_cursor = record.step * (self.config.batch * self.config.accumulate) as u64;
+        Ok(Some(record))
+    }
+
+    fn write_events(&mut self, record: &StepRecord) -> Result<()> {
+        let mut values = vec![
+            ("train/loss", record.loss),
+            ("train/lm_loss", record.lm_loss),
+            ("train/learning_rate", record.lr),
+            ("train/grad_norm", record.grad_norm),
+            ("train/tokens_per_s", record.tokens_per_s),
+        ];
+        let routing = [
+            ("train/sparsity_loss", record.sparsity_loss),
+            ("train/sparsity_weight", record.sparsity_weight),
+            ("train/activation_ratio", record.activation_ratio),
+            ("train/zero_active_share", record.zero_active_share),
+            ("train/router_grad_norm", record.router_grad_norm),
+        ];
+        values.extend(routing.into_iter().filter_map(|(tag, value)| value.map(|value| (tag, value))));
+        self.events.scalars(record.step, &values)
+    }
+
+    fn evaluate_held_out(&mut self, observer: &mut dyn Observer) -> Result<()> {
+        let ids = self.split.valid_tokens();
+        if ids.len() < 2 {
+            return Ok(());
+        }
+        // A window of `seq` predicted tokens, as in training.
+        let seq = (self.config.seq + 1).max(2);
+        let report = evaluate(&self.model, ids, EvalOptions::new(seq), &mut |_, _| {})?;
+        let step = self.state.step;
+        self.metrics.line(&eval_line(step, &report))?;
+        let mut values = vec![("eval/nll", report.nll), ("eval/ppl", report.ppl)];
+        values.extend(report.active_ratio.map(|ratio| ("eval/activation_ratio", ratio)));
+        self.events.scalars(step, &values)?;
+        observer.evaluated(step, &report);
+        Ok(())
+    }
+
+    /// A checkpoint of the present step, unless there is one.
+    fn save(&mut self, observer: &mut dyn Observer) -> Result<()> {
+        if self.saved == Some(self.state.step) {
+            return Ok(());
+        }
+        let layout = self.model.layout();
+        if let Some(entry) = crate::optim::last_non_finite(layout, self.model.params()) {
+            let place = entry.spec.name.clone();
+            return Err(self.non_finite(place));
+        }
+        self.metrics.sync()?;
+        let dir = self.options.out.join(CHECKPOINTS);
+        let path =
+            checkpoint::save(&dir, &self.state, &self.model, &self.stepper.optimizer, self.config.keep)?;
+        self.saved = Some(self.state.step);
+        observer.saved(self.state.step, &path);
+        Ok(())
+    }
+
+    /// Puts the trained model into the run directory; `config.json` comes last.
+    fn write_final(&self) -> Result<()> {
+        let out = &self.options.out;
+        let temporary = out.join(FINAL_TEMPORARY);
+        files::fresh_dir(&temporary)?;
+        let written = self.write_model(&temporary);
+        if let Err(error) = written {
+            // Frees the disk; the error that matters is the first one.
+            drop(files::remove_dir(&temporary));
+            return Err(error);
+        }
+        let mut names = files::names(&temporary)?;
+        names.sort_by_key(|name| name == "config.json");
+        for name in names {
+            let target = out.join(&name);
+            fs::rename(temporary.join(&name), &target).map_err(Error::io(&target))?;
+        }
+        files::sync_dir(out)?;
+        files::remove_dir(&temporary)
+    }
+
+    fn write_model(&self, dir: &Path) -> Result<()> {
+        self.model.save(dir, Dtype::F32)?;
+        Ok(copy_companions(&self.options.source, dir)?)
+    }
+
+    fn non_finite(&self, place: String) -> Error {
+        let intact = match self.saved {
+            Some(step) => format!("the checkpoint of step {step} is intact"),
+            None => "no checkpoint was saved yet".to_owned(),
+        };
+        Error::NonFinite { step: self.state.step + 1, place, intact }
+    }
+}
+
+/// What the trainer needs of a model and a text beyond their own soundness.
+fn check_fit(model: &Model, stream: &TokenStream, config: &TrainConfig) -> Result<()> {
+    let of = model.config();
+    if config.seq > of.max_position {
+        let allowed = format!("at most the model's max_position_embeddings {}", of.max_position);
+        return Err(Error::Field { field: "seq", found: config.seq.to_string(), allowed });
+    }
+    if let Some(id) = stream.ids.iter().find(|&&id| id as usize >= of.vocab_size) {
+        let allowed = format!("the model's own tokenizer: ids are below vocab_size {}", of.vocab_size);
+        return Err(Error::Field { field: "a token id of the text", found: id.to_string(), allowed });
+    }
+    Ok(())
+}
+
+/// The controller, under a target, and the weight of the sparsity loss in the first step.
+fn budget(model: &Model, config: &TrainConfig) -> Result<(Option<BudgetController>, f32)> {
+    match config.budget() {
+        Budget::Weight(weight) => Ok((None, weight as f32)),
+        Budget::Target(target) if model.num_experts().is_none() => Err(Error::Field {
+            field: "active_target",
+            found: target.to_string(),
+            allowed: "a model with experts (dsmoe convert), or no target for a dense model".to_owned(),
+        }),
+        Budget::Target(target) => {
+            let ramp_steps = (config.steps.unwrap_or(1) / RAMP_SHARE).max(1);
+            let controller = BudgetController::new(target as f32, ramp_steps)?;
+            let weight = controller.weight();
+            Ok((Some(controller), weight))
+        }
+    }
+}
+
+fn thread_pool(threads: usize) -> Result<rayon::ThreadPool> {
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .build()
+        .map_err(|cause| Error::Threads { threads, message: cause.to_string() })
+}
+
+/// Makes the run directory, or checks that it may be used.
+fn prepare_directory(options: &RunOptions) -> Result<()> {
+    let out = &options.out;
+    fs::create_dir_all(out).map_err(Error::io(out))?;
+    let names = files::names(out)?;
+    let ours = |name: &str| {
+        [METRICS_FILE, CHECKPOINTS, FINAL_TEMPORARY].contains(&name) || name.starts_with(CONFIG_FILE)
+    };
+    if options.resume {
+        let is_run = names.is_empty() || names.iter().any(|name| ours(name));
+        return if is_run { Ok(()) } else { Err(Error::NotARun { path: out.clone() }) };
+    }
+    if !names.is_empty() && !options.force {
+        return Err(Error::OutNotEmpty { path: out.clone() });
+    }
+    if let (Ok(source), Ok(inside)) = (options.source.canonicalize(), out.canonicalize())
+        && source.starts_with(inside)
+    {
+        return Err(Error::OutHoldsSource { path: out.clone() });
+    }
+    let model_file = |name: &str| {
+        ["config.json", "generation_config.json", "special_tokens_map.json"].contains(&name)
+            || ["tokenizer", "chat_template.", "events.out.tfevents."]
+                .iter()
+                .any(|start| name.starts_with(start))
+            || (name.starts_with("model")
+                && (name.ends_with(".safetensors") || name.ends_with(".index.json")))
+    };
+    for name in names.iter().filter(|name| ours(name) || model_file(name)) {
+        let path = out.join(name);
+        let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+        removed.map_err(Error::io(&path))?;
+    }
+    Ok(())
+}
+
+/// Loads the newest whole checkpoint and moves `state` there; gives `model` back when there is none yet. Checkpoints
+/// that cannot be read are passed over with a note.
+fn load_newest(
+    out: &Path,
+    model: Model,
+    state: &mut State,
+    wished_warmup: Option<u64>,
+    notes: &mut Vec<String>,
+) -> Result<(Model, Option<AdamW>)> {
+    let layout = model.layout().clone();
+    let mut start = Some(model);
+    let mut newest_error = None;
+    for (_, path) in checkpoint::list(&out.join(CHECKPOINTS))? {
+        let loaded = match checkpoint::read_state(&path) {
+            Ok(saved) => {
+                let mut now = state.clone();
+                now.config.warmup_steps = wished_warmup.or(saved.config.warmup_steps);
+                saved.check(&path, &now)?;
+                // Two models at once may be more than the memory holds.
+                start = None;
+                checkpoint::load(&path, &layout)
+                    .map(|(model, optimizer)| (saved, now.config, model, optimizer))
+            }
+            Err(error) => Err(error),
+        };
+        match loaded {
+            Ok((saved, config, model, optimizer)) => {
+                let (then, steps) = (saved.config.steps.unwrap_or(0), config.steps.unwrap_or(0));
+                notes.push(format!("resumed from {} at step {} of {steps}", path.display(), saved.step));
+                if then != steps {
+                    notes.push(format!(
+                        "steps was {then} and is now {steps}: the learning rate follows the new end"
+                    ));
+                }
+                *state = State { config, ..saved };
+                return Ok((model, Some(optimizer)));
+            }
+            Err(error) => {
+                notes.push(format!("passed over a broken checkpoint: {error}"));
+                newest_error.get_or_insert(error);
+            }
+        }
+    }
+    match (newest_error, start) {
+        (None, Some(model)) => {
+            notes.push(format!("{} has no checkpoint yet; starting from step 0", out.display()));
+            Ok((model, None))
+        }
+        (error, _) => Err(error.unwrap_or(Error::NotARun { path: out.to_path_buf() })),
+    }
+}
+
+/// First line of the metrics file.
+fn header(model: &Model, split: &Split, state: &State) -> Value {
+    json!({
+        "format_version": FORMAT_VERSION,
+        "program": concat!("dsmoe-train ", env!("CARGO_PKG_VERSION")),
+        "model_sha256": state.model_sha256,
+        "data_sha256": state.data_sha256,
+        "params": model.layout().entries().iter().map(|entry| entry.range.len()).sum::<usize>(),
+        "num_experts": model.num_experts(),
+        "train_tokens": split.train_tokens().len(),
+        "valid_tokens": split.valid_tokens().len(),
+        "config": state.config,
+    })
+}

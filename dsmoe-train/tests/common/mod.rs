@@ -1,0 +1,131 @@
+//! A tiny model, a tiny text, and a run on them.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+
+use dsmoe_core::Model;
+use dsmoe_core::checkpoint::Dtype;
+use dsmoe_core::config::Config;
+use dsmoe_datasets::TokenStream;
+use dsmoe_kernels::rng::Rng;
+use dsmoe_train::{EvalReport, Observer, Outcome, Result, RunOptions, StepRecord, TrainConfig, Trainer};
+
+pub const VOCAB: usize = 48;
+
+/// Configuration of a model of 2 layers, hidden 32: DSMoE with 4 experts, or dense.
+pub fn config_json(experts: bool) -> String {
+    let moe = r#", "dsmoe": {"format_version": 1, "num_experts": 4, "threshold": 0.5, "partition": "contiguous",
+        "router_bias": true, "gate_value": "sigmoid", "rescale": "none", "zero_active": "skip", "ste": true}"#;
+    let (kind, architecture, moe) = match experts {
+        true => ("dsmoe", "DsmoeForCausalLM", moe),
+        false => ("llama", "LlamaForCausalLM", ""),
+    };
+    format!(
+        r#"{{"model_type": "{kind}", "architectures": ["{architecture}"], "hidden_size": 32,
+        "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "vocab_size": {VOCAB}, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "hidden_act": "silu", "tie_word_embeddings": false, "bos_token_id": 1, "eos_token_id": 2,
+        "torch_dtype": "float32"{moe}}}"#
+    )
+}
+
+/// A model directory with random weights, gates open.
+pub fn model_dir(parent: &Path, name: &str, experts: bool, seed: u64) -> PathBuf {
+    let dir = parent.join(name);
+    std::fs::create_dir_all(&dir).unwrap();
+    let config = Config::from_json(&dir.join("config.json"), &config_json(experts)).unwrap();
+    let mut model = Model::new(config);
+    let mut rng = Rng::new(seed, 0);
+    let entries = model.layout().entries().to_vec();
+    for entry in entries {
+        let values = &mut model.params_mut()[entry.range.clone()];
+        match entry.spec.name.as_str() {
+            name if name.ends_with("router.bias") => values.fill(1.0),
+            name if name.contains("norm") => values.fill(1.0),
+            _ => rng.fill_normal(values, 0.08),
+        }
+    }
+    model.save(&dir, Dtype::F32).unwrap();
+    std::fs::write(dir.join("tokenizer.json"), "{\"made\": \"up\"}").unwrap();
+    dir
+}
+
+/// Text with something to learn: each document walks the vocabulary in steps of its own size.
+pub fn text(seed: u64) -> TokenStream {
+    let mut rng = Rng::new(seed, 1);
+    let mut stream = TokenStream { ids: Vec::new(), doc_starts: Vec::new() };
+    for _ in 0..60 {
+        stream.doc_starts.push(stream.ids.len());
+        let (mut id, stride) = (rng.below(VOCAB as u64), 1 + rng.below(3));
+        for _ in 0..40 {
+            stream.ids.push(id as u32);
+            id = (id + stride) % VOCAB as u64;
+        }
+    }
+    stream
+}
+
+/// 20 steps of 2 micro-batches under a target.
+pub fn settings(more: &[&str]) -> TrainConfig {
+    let mut config = TrainConfig::default();
+    for setting in [
+        "steps=20",
+        "batch=2",
+        "seq=16",
+        "accumulate=2",
+        "lr=3e-3",
+        "active_target=0.5",
+        "valid_fraction=0.1",
+    ] {
+        config.set(setting).unwrap();
+    }
+    for setting in more {
+        config.set(setting).unwrap();
+    }
+    config
+}
+
+/// Keeps what it hears.
+#[derive(Debug, Default)]
+pub struct Heard {
+    pub records: Vec<StepRecord>,
+    pub evals: Vec<(u64, EvalReport)>,
+    pub saved: Vec<u64>,
+    pub notes: String,
+}
+
+impl Observer for Heard {
+    fn step(&mut self, record: &StepRecord) {
+        self.records.push(record.clone());
+    }
+    fn evaluated(&mut self, step: u64, report: &EvalReport) {
+        self.evals.push((step, report.clone()));
+    }
+    fn saved(&mut self, step: u64, path: &Path) {
+        assert!(path.join("state.json").is_file());
+        self.saved.push(step);
+    }
+    fn note(&mut self, message: &str) {
+        self.notes.push_str(message);
+        self.notes.push('\n');
+    }
+}
+
+/// Where to, and how: the rest of [`RunOptions`] is false.
+pub fn options(source: &Path, out: &Path) -> RunOptions {
+    RunOptions { out: out.into(), source: source.into(), resume: false, force: false, stop_after: None }
+}
+
+/// One invocation.
+pub fn train(config: TrainConfig, stream: &TokenStream, options: RunOptions) -> Result<(Outcome, Heard)> {
+    let model = Model::load(&options.source)?;
+    let mut heard = Heard::default();
+    let mut trainer = Trainer::new(model, stream, config, options)?;
+    let outcome = trainer.run(&mut heard, &AtomicBool::new(false))?;
+    Ok((outcome, heard))
+}
+
+/// The bytes of the weights in `dir`.
+pub fn weights(dir: &Path) -> Vec<u8> {
+    std::fs::read(dir.join("model.safetensors")).unwrap()
+}

@@ -1,0 +1,79 @@
+//! Evaluation against windows scored one by one.
+
+mod common;
+
+use common::*;
+use dsmoe_core::Model;
+use dsmoe_core::model::Workspace;
+use dsmoe_train::{EvalOptions, evaluate};
+
+/// Mean loss over `windows` of (start, end, first scored), each in a forward pass of its own.
+fn by_hand(model: &Model, ids: &[u32], windows: &[(usize, usize, usize)]) -> (f64, usize) {
+    let (mut sum, mut count) = (0.0, 0);
+    for &(start, end, first) in windows {
+        let len = end - start - 1;
+        let mut losses = vec![0.0; len];
+        let mut workspace = Workspace::default();
+        model
+            .score(&mut losses, &ids[start..end - 1], &ids[start + 1..end], len, None, &mut workspace)
+            .unwrap();
+        let scored = &losses[first - start - 1..];
+        sum += scored.iter().map(|&x| f64::from(x)).sum::<f64>();
+        count += scored.len();
+    }
+    (sum / count as f64, count)
+}
+
+#[test]
+fn windows_are_those_of_the_protocol() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = Model::load(&model_dir(dir.path(), "source", true, 1)).unwrap();
+    let ids = &text(1).ids[..100];
+    let windows: Vec<_> =
+        (0..100).step_by(16).map(|start| (start, (start + 16).min(100), start + 1)).collect();
+    let (nll, predicted) = by_hand(&model, ids, &windows);
+    for batch_tokens in [1, 40, 1024] {
+        let mut heard = Vec::new();
+        let options = EvalOptions { batch_tokens, ..EvalOptions::new(16) };
+        let report = evaluate(&model, ids, options, &mut |done, of| heard.push((done, of))).unwrap();
+        assert_eq!((report.tokens, report.predicted), (100, predicted));
+        assert!((report.nll - nll).abs() < 1e-6, "{} {nll}", report.nll);
+        assert_eq!(report.ppl, report.nll.exp());
+        assert_eq!(heard.last(), Some(&(7, 7)));
+        let by_layer = report.active_ratio_per_layer.unwrap();
+        assert!((by_layer.iter().sum::<f64>() / 2.0 - report.active_ratio.unwrap()).abs() < 1e-12);
+        assert!(report.params_activated < report.params_total as f64 && report.flops_per_token > 0.0);
+    }
+
+    let strided = [(0, 16, 1), (8, 24, 16), (16, 30, 24)];
+    let (nll, predicted) = by_hand(&model, &ids[..30], &strided);
+    let options = EvalOptions { stride: 8, ..EvalOptions::new(16) };
+    let report = evaluate(&model, &ids[..30], options, &mut |_, _| {}).unwrap();
+    assert_eq!((report.predicted, predicted), (29, 29));
+    assert!((report.nll - nll).abs() < 1e-6, "{} {nll}", report.nll);
+}
+
+#[test]
+fn a_dense_model_reports_no_shares() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = Model::load(&model_dir(dir.path(), "source", false, 1)).unwrap();
+    let report = evaluate(&model, &text(1).ids, EvalOptions::new(32), &mut |_, _| {}).unwrap();
+    let json = serde_json::to_value(&report).unwrap();
+    for key in ["active_ratio", "active_ratio_per_layer", "zero_active_share"] {
+        assert!(json[key].is_null(), "{key}");
+    }
+    assert_eq!(report.params_activated, report.params_total as f64);
+}
+
+#[test]
+fn what_cannot_be_evaluated_is_said() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = Model::load(&model_dir(dir.path(), "source", false, 1)).unwrap();
+    let error = |ids: &[u32], seq| {
+        evaluate(&model, ids, EvalOptions::new(seq), &mut |_, _| {}).unwrap_err().to_string()
+    };
+    assert!(error(&[1], 8).contains("1 tokens"));
+    assert!(error(&[1, 2, 3], 1).contains("--seq"));
+    assert!(error(&[1, 2, 999, 4], 8).contains("999"));
+    assert!(error(&text(1).ids, 80).contains("max_position_embeddings"));
+}
