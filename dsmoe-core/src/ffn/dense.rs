@@ -1,0 +1,114 @@
+//! The SwiGLU FFN of a dense LLaMA.
+
+use std::any::Any;
+
+use dsmoe_kernels::expert_ffn::{self, Saved, WeightGrads, Weights};
+use dsmoe_router::SparsityGrad;
+
+use super::{Ffn, FfnReport, FfnScratch, Record, projections, split, split_mut};
+use crate::params::TensorSpec;
+
+/// `y = (silu(x W_gate^T) * (x W_up^T)) W_down`.
+#[derive(Clone, Debug)]
+pub struct DenseFfn {
+    hidden: usize,
+    intermediate: usize,
+}
+
+impl DenseFfn {
+    /// For inputs of width `hidden` and `intermediate` neurons.
+    pub fn new(hidden: usize, intermediate: usize) -> DenseFfn {
+        DenseFfn { hidden, intermediate }
+    }
+
+    fn lens(&self) -> [usize; 3] {
+        [self.hidden * self.intermediate; 3]
+    }
+}
+
+impl Ffn for DenseFfn {
+    fn tensors(&self) -> Vec<TensorSpec> {
+        projections(self.hidden, self.intermediate)
+    }
+
+    fn forward(
+        &self,
+        y: &mut [f32],
+        x: &[f32],
+        params: &[f32],
+        _record: Option<Record<'_>>,
+        scratch: &mut FfnScratch,
+    ) {
+        let [gate, up, down] = split(params, self.lens());
+        let tokens = x.len() / self.hidden;
+        let weights = Weights { gate, up, down };
+        expert_ffn::forward_dense(
+            y,
+            x,
+            &weights,
+            tokens,
+            self.hidden,
+            self.intermediate,
+            &mut scratch.experts,
+        );
+    }
+
+    fn new_saved(&self) -> Box<dyn Any + Send> {
+        Box::new(Saved::default())
+    }
+
+    fn forward_train(
+        &self,
+        y: &mut [f32],
+        saved: &mut (dyn Any + Send),
+        x: &[f32],
+        params: &[f32],
+        _record: Option<Record<'_>>,
+        scratch: &mut FfnScratch,
+    ) -> FfnReport {
+        let saved = saved.downcast_mut::<Saved>().expect("saved by a dense FFN");
+        let [gate, up, down] = split(params, self.lens());
+        let tokens = x.len() / self.hidden;
+        let weights = Weights { gate, up, down };
+        expert_ffn::forward_dense_train(
+            y,
+            saved,
+            x,
+            &weights,
+            tokens,
+            self.hidden,
+            self.intermediate,
+            &mut scratch.experts,
+        );
+        FfnReport::default()
+    }
+
+    fn backward(
+        &self,
+        dx: &mut [f32],
+        grads: &mut [f32],
+        dy: &[f32],
+        saved: &mut (dyn Any + Send),
+        x: &[f32],
+        params: &[f32],
+        _sparsity: SparsityGrad,
+        scratch: &mut FfnScratch,
+    ) {
+        let saved = saved.downcast_mut::<Saved>().expect("saved by a dense FFN");
+        let [gate, up, down] = split(params, self.lens());
+        let [dgate, dup, ddown] = split_mut(grads, self.lens());
+        let tokens = x.len() / self.hidden;
+        expert_ffn::backward_dense(
+            dx,
+            WeightGrads { gate: dgate, up: dup, down: ddown },
+            dy,
+            saved,
+            x,
+            &Weights { gate, up, down },
+            tokens,
+            self.hidden,
+            self.intermediate,
+            &mut scratch.experts,
+        );
+    }
+}

@@ -1,0 +1,219 @@
+//! DSMoE's FFN: the dense FFN cut into experts, each token running those whose gate is above the threshold.
+
+use std::any::Any;
+
+use dsmoe_kernels::expert_ffn::{self, Dims, Routes, Saved, WeightGrads, Weights};
+use dsmoe_kernels::linear;
+use dsmoe_router::sparsity::{self, SparsityOver};
+use dsmoe_router::{Routed, RouterConfig, Routing, SparsityGrad, ste};
+use ndarray::{ArrayView2, ArrayViewMut2};
+
+use super::{Ffn, FfnReport, FfnScratch, Record, projections, split, split_mut};
+use crate::params::TensorSpec;
+
+/// `y = sum over active experts i of S_i o_i` (eq. 11), experts being row ranges of the projections (eq. 6).
+#[derive(Clone, Debug)]
+pub struct DsmoeFfn {
+    hidden: usize,
+    intermediate: usize,
+    router: RouterConfig,
+    router_bias: bool,
+}
+
+/// What the backward needs.
+#[derive(Debug, Default)]
+struct DsmoeSaved {
+    experts: Saved,
+    routed: Routed,
+}
+
+impl DsmoeFfn {
+    /// For inputs of width `hidden` and `intermediate` neurons in `router.num_experts` experts.
+    ///
+    /// # Panics
+    /// The experts do not divide `intermediate`: the caller's configuration was not checked.
+    pub fn new(hidden: usize, intermediate: usize, router: RouterConfig, router_bias: bool) -> DsmoeFfn {
+        assert!(
+            router.num_experts > 0 && intermediate.is_multiple_of(router.num_experts),
+            "dsmoe ffn: {intermediate} neurons in {} experts",
+            router.num_experts
+        );
+        DsmoeFfn { hidden, intermediate, router, router_bias }
+    }
+
+    fn lens(&self) -> [usize; 5] {
+        let (n, projection) = (self.router.num_experts, self.hidden * self.intermediate);
+        let bias = if self.router_bias { n } else { 0 };
+        [projection, projection, projection, n * self.hidden, bias]
+    }
+
+    fn dims(&self, x: &[f32]) -> Dims {
+        Dims {
+            tokens: x.len() / self.hidden,
+            hidden: self.hidden,
+            intermediate: self.intermediate,
+            num_experts: self.router.num_experts,
+            all_pairs: self.router.ste,
+        }
+    }
+
+    fn router_dims(&self, tokens: usize) -> linear::Dims {
+        linear::Dims { rows: tokens, inputs: self.hidden, outputs: self.router.num_experts }
+    }
+
+    /// Routes `x`; sets `routed` and adds to `record`.
+    fn route(
+        &self,
+        routed: &mut Routed,
+        logits: &mut dsmoe_kernels::buf::Buf,
+        x: &[f32],
+        router: &[f32],
+        bias: &[f32],
+        record: Option<Record<'_>>,
+    ) {
+        let (tokens, n) = (x.len() / self.hidden, self.router.num_experts);
+        logits.resize(tokens * n);
+        linear::forward(logits, x, router, self.router_dims(tokens));
+        if self.router_bias {
+            for row in logits.chunks_exact_mut(n) {
+                for (z, b) in row.iter_mut().zip(bias) {
+                    *z += b;
+                }
+            }
+        }
+        routed.rebuild(&self.router, matrix(logits, tokens, n));
+        if let Some(Record { stats, layer }) = record {
+            stats.add(layer, &routed.routing);
+        }
+    }
+}
+
+fn matrix(values: &[f32], rows: usize, cols: usize) -> ArrayView2<'_, f32> {
+    ArrayView2::from_shape((rows, cols), values).expect("rows * cols values")
+}
+
+fn routes(routing: &Routing) -> Routes<'_> {
+    Routes {
+        offsets: &routing.offsets,
+        tokens: &routing.tokens,
+        coefficients: &routing.coefficients,
+        token_offsets: &routing.token_offsets,
+        slots: &routing.slots,
+    }
+}
+
+impl Ffn for DsmoeFfn {
+    fn tensors(&self) -> Vec<TensorSpec> {
+        let n = self.router.num_experts;
+        let mut tensors = projections(self.hidden, self.intermediate);
+        tensors.push(TensorSpec::router("router.weight", vec![n, self.hidden]));
+        if self.router_bias {
+            tensors.push(TensorSpec::router("router.bias", vec![n]));
+        }
+        tensors
+    }
+
+    fn num_experts(&self) -> Option<usize> {
+        Some(self.router.num_experts)
+    }
+
+    fn set_threshold(&mut self, threshold: f32) -> bool {
+        self.router.threshold = threshold;
+        true
+    }
+
+    fn forward(
+        &self,
+        y: &mut [f32],
+        x: &[f32],
+        params: &[f32],
+        record: Option<Record<'_>>,
+        scratch: &mut FfnScratch,
+    ) {
+        let [gate, up, down, router, bias] = split(params, self.lens());
+        let FfnScratch { experts, logits, routed, .. } = scratch;
+        self.route(routed, logits, x, router, bias, record);
+        let weights = Weights { gate, up, down };
+        expert_ffn::forward(y, x, &weights, &routes(&routed.routing), self.dims(x), experts);
+    }
+
+    fn new_saved(&self) -> Box<dyn Any + Send> {
+        Box::new(DsmoeSaved::default())
+    }
+
+    fn forward_train(
+        &self,
+        y: &mut [f32],
+        saved: &mut (dyn Any + Send),
+        x: &[f32],
+        params: &[f32],
+        record: Option<Record<'_>>,
+        scratch: &mut FfnScratch,
+    ) -> FfnReport {
+        let saved = saved.downcast_mut::<DsmoeSaved>().expect("saved by a DSMoE FFN");
+        let [gate, up, down, router, bias] = split(params, self.lens());
+        let FfnScratch { experts, logits, .. } = scratch;
+        self.route(&mut saved.routed, logits, x, router, bias, record);
+        expert_ffn::forward_train(
+            y,
+            &mut saved.experts,
+            x,
+            &Weights { gate, up, down },
+            &routes(&saved.routed.routing),
+            self.dims(x),
+            experts,
+        );
+        FfnReport {
+            sparsity_loss: sparsity::loss(&saved.routed, SparsityOver::Active),
+            mean_gate: sparsity::loss(&saved.routed, SparsityOver::All),
+        }
+    }
+
+    fn backward(
+        &self,
+        dx: &mut [f32],
+        grads: &mut [f32],
+        dy: &[f32],
+        saved: &mut (dyn Any + Send),
+        x: &[f32],
+        params: &[f32],
+        sparsity: SparsityGrad,
+        scratch: &mut FfnScratch,
+    ) {
+        let DsmoeSaved { experts: saved, routed } =
+            saved.downcast_mut::<DsmoeSaved>().expect("saved by a DSMoE FFN");
+        let [gate, up, down, router, _] = split(params, self.lens());
+        let [dgate, dup, ddown, drouter, dbias] = split_mut(grads, self.lens());
+        let (dims, n) = (self.dims(x), self.router.num_experts);
+        let FfnScratch { experts, dcoefficients, dlogits, .. } = scratch;
+        dcoefficients.resize(dims.tokens * n);
+        dlogits.resize(dims.tokens * n);
+        expert_ffn::backward(
+            dx,
+            dcoefficients,
+            WeightGrads { gate: dgate, up: dup, down: ddown },
+            dy,
+            saved,
+            x,
+            &Weights { gate, up, down },
+            &routes(&routed.routing),
+            dims,
+            experts,
+        );
+        ste::backward(
+            &self.router,
+            routed,
+            matrix(dcoefficients, dims.tokens, n),
+            sparsity,
+            ArrayViewMut2::from_shape((dims.tokens, n), dlogits).expect("tokens * experts values"),
+        );
+        let router_dims = self.router_dims(dims.tokens);
+        linear::backward_weight(drouter, dlogits, x, router_dims);
+        linear::backward_input_add(dx, dlogits, router, router_dims);
+        for row in dlogits.chunks_exact(n) {
+            for (db, dz) in dbias.iter_mut().zip(row) {
+                *db += dz;
+            }
+        }
+    }
+}

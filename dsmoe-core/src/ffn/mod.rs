@@ -1,0 +1,149 @@
+//! The FFN of a decoder layer, whatever its form.
+//!
+//! [`Ffn`] is the one abstraction other crates implement: a dense FFN, DSMoE's gated experts, and any method that
+//! DSMoE is compared with. The model, the trainer and the checkpoints know nothing else of an FFN.
+
+mod dense;
+mod dsmoe;
+
+use std::any::Any;
+
+use dsmoe_kernels::buf::Buf;
+use dsmoe_kernels::expert_ffn;
+use dsmoe_router::{Routed, RoutingStats, SparsityGrad};
+
+pub use dense::DenseFfn;
+pub use dsmoe::DsmoeFfn;
+
+use crate::params::{TensorSpec, padded};
+
+/// Memory an FFN works in; one serves all layers, and nothing in it outlives a call.
+#[derive(Debug, Default)]
+pub struct FfnScratch {
+    /// For the expert kernels.
+    pub experts: expert_ffn::Scratch,
+    /// Router logits and their like, `[tokens, experts]`.
+    pub logits: Buf,
+    /// Gradient by the coefficient of every pair, `[tokens, experts]`.
+    pub dcoefficients: Buf,
+    /// Gradient of the router logits, `[tokens, experts]`.
+    pub dlogits: Buf,
+    /// Routing of an inference pass.
+    pub routed: Routed,
+}
+
+/// Where one layer's routing is counted.
+#[derive(Debug)]
+pub struct Record<'a> {
+    /// The model's statistics.
+    pub stats: &'a mut RoutingStats,
+    /// The layer within them.
+    pub layer: usize,
+}
+
+/// What a training forward reports beside its output.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct FfnReport {
+    /// Mean over tokens and experts of the gates of active experts (eq. 17-19 for one layer); 0 without a router.
+    pub sparsity_loss: f64,
+    /// Mean over tokens and experts of all gates; 0 without a router.
+    pub mean_gate: f64,
+}
+
+/// One layer's FFN. It holds settings, not weights: `params` is this FFN's part of the arena, laid out as
+/// [`Ffn::tensors`] says, each tensor padded to whole cache lines (see [`split`]).
+pub trait Ffn: std::fmt::Debug + Send + Sync {
+    /// Its tensors, named relative to `model.layers.{i}.mlp.`.
+    fn tensors(&self) -> Vec<TensorSpec>;
+
+    /// Experts, when there is a router.
+    fn num_experts(&self) -> Option<usize> {
+        None
+    }
+
+    /// Moves the gates' threshold, when there is one; says whether there is.
+    fn set_threshold(&mut self, _threshold: f32) -> bool {
+        false
+    }
+
+    /// Sets `y = ffn(x)`, both `[tokens, hidden]`. Adds the routing of these tokens to `record`.
+    fn forward(
+        &self,
+        y: &mut [f32],
+        x: &[f32],
+        params: &[f32],
+        record: Option<Record<'_>>,
+        scratch: &mut FfnScratch,
+    );
+
+    /// A place for what [`Ffn::backward`] needs; made once, reused every step.
+    fn new_saved(&self) -> Box<dyn Any + Send>;
+
+    /// [`Ffn::forward`] that also fills `saved`, which must come from this FFN's [`Ffn::new_saved`].
+    fn forward_train(
+        &self,
+        y: &mut [f32],
+        saved: &mut (dyn Any + Send),
+        x: &[f32],
+        params: &[f32],
+        record: Option<Record<'_>>,
+        scratch: &mut FfnScratch,
+    ) -> FfnReport;
+
+    /// Sets `dx`, adds to `grads` (laid out as `params`). `saved` is that of the forward over the same `x`;
+    /// `sparsity` is the part of the sparsity loss in the gradient.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "the forward's arguments with their gradients, all of them slices"
+    )]
+    fn backward(
+        &self,
+        dx: &mut [f32],
+        grads: &mut [f32],
+        dy: &[f32],
+        saved: &mut (dyn Any + Send),
+        x: &[f32],
+        params: &[f32],
+        sparsity: SparsityGrad,
+        scratch: &mut FfnScratch,
+    );
+}
+
+/// Values that `tensors` take in the arena.
+pub fn block_len(tensors: &[TensorSpec]) -> usize {
+    tensors.iter().map(|t| padded(t.numel())).sum()
+}
+
+/// The views of tensors with `lens` values in an FFN's part of an arena.
+///
+/// # Panics
+/// The block is shorter than the tensors.
+pub fn split<const N: usize>(mut block: &[f32], lens: [usize; N]) -> [&[f32]; N] {
+    lens.map(|len| {
+        let (tensor, rest) = block.split_at(padded(len));
+        block = rest;
+        &tensor[..len]
+    })
+}
+
+/// [`split`] for gradients.
+///
+/// # Panics
+/// As [`split`].
+pub fn split_mut<const N: usize>(block: &mut [f32], lens: [usize; N]) -> [&mut [f32]; N] {
+    let mut rest = block;
+    lens.map(|len| {
+        let (tensor, tail) = std::mem::take(&mut rest).split_at_mut(padded(len));
+        rest = tail;
+        &mut tensor[..len]
+    })
+}
+
+/// The three projections every FFN here has, `[intermediate, hidden]` each, the down projection transposed.
+pub fn projections(hidden: usize, intermediate: usize) -> Vec<TensorSpec> {
+    vec![
+        TensorSpec::matrix("gate_proj.weight", intermediate, hidden),
+        TensorSpec::matrix("up_proj.weight", intermediate, hidden),
+        TensorSpec::matrix("down_proj.weight", intermediate, hidden).transposed(),
+    ]
+}

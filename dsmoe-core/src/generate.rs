@@ -1,0 +1,244 @@
+//! Generation of tokens: greedy or sampled, with or without the KV cache.
+
+use dsmoe_kernels::rng::Rng;
+use dsmoe_router::RoutingStats;
+
+use crate::error::{Error, Result};
+use crate::model::{Cache, Model, Workspace};
+
+/// How to choose the next token, and when to stop.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GenerateOptions {
+    /// Tokens to generate at the most.
+    pub max_tokens: usize,
+    /// 0 takes the most likely token; otherwise the logits are divided by it before sampling.
+    pub temperature: f32,
+    /// Sample among this many most likely tokens; 0 for all.
+    pub top_k: usize,
+    /// Sample among the fewest most likely tokens whose probabilities reach this; 1 for all.
+    pub top_p: f32,
+    /// Seed of the sampling.
+    pub seed: u64,
+    /// Tokens that end the text; they are not part of it.
+    pub stop: Vec<u32>,
+    /// Keep keys and values of earlier positions; without, every step runs the whole text.
+    pub kv_cache: bool,
+    /// Feed the prompt in pieces of this many tokens; 0 for all at once.
+    pub prefill_chunk: usize,
+}
+
+impl Default for GenerateOptions {
+    fn default() -> GenerateOptions {
+        GenerateOptions {
+            max_tokens: 128,
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            seed: 0,
+            stop: Vec::new(),
+            kv_cache: true,
+            prefill_chunk: 0,
+        }
+    }
+}
+
+impl GenerateOptions {
+    fn check(&self) -> Result<()> {
+        if !(self.temperature >= 0.0 && self.temperature.is_finite()) {
+            return Err(Error::Argument(format!("temperature {} is negative; use 0", self.temperature)));
+        }
+        if !(self.top_p > 0.0 && self.top_p <= 1.0) {
+            return Err(Error::Argument(format!("top-p {} is outside 0..1; use 1", self.top_p)));
+        }
+        Ok(())
+    }
+}
+
+/// Why generation ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Finish {
+    /// `max_tokens` were generated.
+    MaxTokens,
+    /// A stop token came.
+    Stop,
+    /// The model has no more positions.
+    Positions,
+    /// The caller's callback said so.
+    Caller,
+}
+
+/// What was generated.
+#[derive(Clone, Debug)]
+pub struct Generation {
+    /// The new tokens, without the prompt and without a stop token.
+    pub tokens: Vec<u32>,
+    /// Why it ended.
+    pub finish: Finish,
+    /// Routing over all positions that were run; none without routers.
+    pub stats: Option<RoutingStats>,
+    /// Seconds until the first logits.
+    pub prefill_seconds: f64,
+    /// Seconds after that.
+    pub decode_seconds: f64,
+}
+
+/// Continues `prompt`; `on_token` gets every token as it comes and returns whether to go on.
+///
+/// # Errors
+/// Options out of range, an empty prompt, a token outside the vocabulary, or a prompt longer than the model's
+/// positions.
+pub fn generate(
+    model: &Model,
+    prompt: &[u32],
+    options: &GenerateOptions,
+    mut on_token: impl FnMut(u32) -> bool,
+) -> Result<Generation> {
+    options.check()?;
+    let mut workspace = Workspace::default();
+    let mut cache = Cache::new(model);
+    let mut stats = model.new_stats();
+    let mut rng = Rng::new(options.seed, 0x9e);
+    let mut text = prompt.to_vec();
+    let mut scratch = Vec::new();
+    let mut finish = Finish::MaxTokens;
+    let started = std::time::Instant::now();
+    let mut prefill_seconds = 0.0;
+
+    while text.len() - prompt.len() < options.max_tokens {
+        if text.len() > prompt.len() && text.len() > model.config().max_position {
+            finish = Finish::Positions;
+            break;
+        }
+        if !options.kv_cache {
+            cache = Cache::new(model);
+        }
+        let mut rest = &text[cache.len()..];
+        while options.prefill_chunk > 0 && rest.len() > options.prefill_chunk {
+            let (chunk, tail) = rest.split_at(options.prefill_chunk);
+            model.decode(chunk, &mut cache, stats.as_mut(), &mut workspace)?;
+            rest = tail;
+        }
+        let logits = model.decode(rest, &mut cache, stats.as_mut(), &mut workspace)?;
+        let next = choose(logits, options, &mut rng, &mut scratch);
+        if text.len() == prompt.len() {
+            prefill_seconds = started.elapsed().as_secs_f64();
+        }
+        if options.stop.contains(&next) {
+            finish = Finish::Stop;
+            break;
+        }
+        text.push(next);
+        if !on_token(next) {
+            finish = Finish::Caller;
+            break;
+        }
+    }
+    Ok(Generation {
+        tokens: text.split_off(prompt.len()),
+        finish,
+        stats,
+        prefill_seconds,
+        decode_seconds: started.elapsed().as_secs_f64() - prefill_seconds,
+    })
+}
+
+/// The next token. Ties go to the lower id.
+fn choose(logits: &[f32], options: &GenerateOptions, rng: &mut Rng, candidates: &mut Vec<(u32, f32)>) -> u32 {
+    if options.temperature == 0.0 || options.top_k == 1 {
+        return argmax(logits);
+    }
+    candidates.clear();
+    candidates.extend((0u32..).zip(logits.iter().copied()));
+    let likely_first = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
+    if options.top_k > 0 && options.top_k < candidates.len() {
+        candidates.select_nth_unstable_by(options.top_k - 1, likely_first);
+        candidates.truncate(options.top_k);
+    }
+    candidates.sort_unstable_by(likely_first);
+    let largest = candidates[0].1;
+    let mut total = 0.0;
+    for (_, p) in candidates.iter_mut() {
+        *p = ((*p - largest) / options.temperature).exp();
+        total += *p;
+    }
+    if options.top_p < 1.0 {
+        let mut mass = 0.0;
+        let reached = candidates.iter().position(|(_, p)| {
+            mass += p;
+            mass >= options.top_p * total
+        });
+        candidates.truncate(reached.map_or(candidates.len(), |i| i + 1));
+        total = candidates.iter().map(|(_, p)| p).sum();
+    }
+    let mut left = rng.uniform() * total;
+    for &(id, p) in candidates.iter() {
+        left -= p;
+        if left < 0.0 {
+            return id;
+        }
+    }
+    candidates[candidates.len() - 1].0
+}
+
+/// Index of the largest logit; the lowest on ties.
+pub fn argmax(logits: &[f32]) -> u32 {
+    let mut best = 0;
+    for (i, &x) in logits.iter().enumerate() {
+        if x > logits[best] {
+            best = i;
+        }
+    }
+    best as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn counts(options: &GenerateOptions, logits: &[f32]) -> Vec<usize> {
+        let mut rng = Rng::new(3, 0);
+        let mut counts = vec![0; logits.len()];
+        for _ in 0..20_000 {
+            counts[choose(logits, options, &mut rng, &mut Vec::new()) as usize] += 1;
+        }
+        counts
+    }
+
+    #[test]
+    fn greedy_takes_the_first_of_the_largest() {
+        let options = GenerateOptions::default();
+        let mut rng = Rng::new(0, 0);
+        assert_eq!(choose(&[1.0, 3.0, 3.0, -1.0], &options, &mut rng, &mut Vec::new()), 1);
+    }
+
+    #[test]
+    fn sampling_follows_the_softmax_and_its_cuts() {
+        let logits = [0.0f32, 1.0, 2.0, -1.0];
+        let total: f32 = logits.iter().map(|x| x.exp()).sum();
+        let all = GenerateOptions { temperature: 1.0, ..GenerateOptions::default() };
+        for (i, count) in counts(&all, &logits).into_iter().enumerate() {
+            let want = logits[i].exp() / total;
+            assert!((count as f32 / 20_000.0 - want).abs() < 0.012, "token {i}: {count}");
+        }
+        let two = GenerateOptions { top_k: 2, ..all.clone() };
+        let got = counts(&two, &logits);
+        assert!(got[0] == 0 && got[3] == 0 && got[1] > 4000 && got[2] > 12_000, "{got:?}");
+        // The most likely token alone holds 0.61 of the mass, the two most likely 0.83.
+        let nucleus = GenerateOptions { top_p: 0.7, ..all.clone() };
+        let got = counts(&nucleus, &logits);
+        assert!(got[0] == 0 && got[3] == 0 && got[1] > 0, "{got:?}");
+        let cold = GenerateOptions { temperature: 0.01, ..all };
+        assert_eq!(counts(&cold, &logits)[2], 20_000);
+    }
+
+    #[test]
+    fn options_out_of_range_are_refused() {
+        for options in [
+            GenerateOptions { temperature: -1.0, ..GenerateOptions::default() },
+            GenerateOptions { temperature: f32::NAN, ..GenerateOptions::default() },
+            GenerateOptions { top_p: 0.0, ..GenerateOptions::default() },
+        ] {
+            assert!(options.check().is_err(), "{options:?}");
+        }
+    }
+}

@@ -1,0 +1,273 @@
+//! The LLaMA decoder over any [`Ffn`]: loading, saving, and the parameter arena.
+//!
+//! ```text
+//! x = embed(ids)
+//! per layer:  x += attention(rms_norm(x)) W_o^T;   x += ffn(rms_norm(x))
+//! logits = rms_norm(x) W_head^T
+//! ```
+
+mod cache;
+mod infer;
+mod step;
+
+use std::ops::Range;
+use std::path::Path;
+
+use dsmoe_kernels::buf::Buf;
+use dsmoe_kernels::rope;
+
+pub use cache::Cache;
+pub use infer::Workspace;
+pub use step::{StepArgs, StepOutput, TrainWorkspace};
+
+use crate::checkpoint::{Checkpoint, Dtype, TensorInfo, Writer};
+use crate::config::{Config, PartitionKind, RopeScaling};
+use crate::error::{Error, Result};
+use crate::ffn::{DenseFfn, DsmoeFfn, Ffn};
+use crate::params::{Layout, Stored, TensorSpec};
+
+/// Arena ranges of one decoder layer.
+#[derive(Clone, Debug)]
+struct LayerRanges {
+    input_norm: Range<usize>,
+    q: Range<usize>,
+    k: Range<usize>,
+    v: Range<usize>,
+    o: Range<usize>,
+    post_norm: Range<usize>,
+    ffn: Range<usize>,
+}
+
+/// Arena ranges of everything.
+#[derive(Clone, Debug)]
+struct Ranges {
+    embed: Range<usize>,
+    layers: Vec<LayerRanges>,
+    norm: Range<usize>,
+    /// Equal to `embed` when tied.
+    head: Range<usize>,
+}
+
+/// A LLaMA decoder with its parameters in f32.
+#[derive(Debug)]
+pub struct Model {
+    config: Config,
+    ffns: Vec<Box<dyn Ffn>>,
+    layout: Layout,
+    ranges: Ranges,
+    params: Buf,
+    rope: rope::Table,
+    /// Per layer, the original neuron of each row of a permuted partition; carried from load to save.
+    partitions: Option<Vec<Vec<i32>>>,
+}
+
+impl Model {
+    /// A model of `config` with the given FFNs, one per layer, and all parameters zero: the way in for FFNs of
+    /// other crates.
+    ///
+    /// # Panics
+    /// The number of FFNs is not the number of layers.
+    pub fn with_ffns(config: Config, ffns: Vec<Box<dyn Ffn>>) -> Model {
+        assert_eq!(ffns.len(), config.num_layers, "model: FFNs and layers");
+        let mut layout = Layout::default();
+        let hidden = config.hidden;
+        let (q_width, kv_width) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
+        let embed =
+            layout.push(TensorSpec::matrix("model.embed_tokens.weight", config.vocab_size, hidden), None);
+        let layers = ffns
+            .iter()
+            .enumerate()
+            .map(|(i, ffn)| {
+                let name = |suffix: &str| format!("model.layers.{i}.{suffix}.weight");
+                let mut matrix = |suffix: &str, rows, cols| {
+                    layout.push(TensorSpec::matrix(name(suffix), rows, cols), Some(i))
+                };
+                let q = matrix("self_attn.q_proj", q_width, hidden);
+                let k = matrix("self_attn.k_proj", kv_width, hidden);
+                let v = matrix("self_attn.v_proj", kv_width, hidden);
+                let o = matrix("self_attn.o_proj", hidden, q_width);
+                let mut norm = |suffix: &str| layout.push(TensorSpec::norm(name(suffix), hidden), Some(i));
+                let input_norm = norm("input_layernorm");
+                let post_norm = norm("post_attention_layernorm");
+                let start = layout.len();
+                for mut spec in ffn.tensors() {
+                    spec.name = format!("model.layers.{i}.mlp.{}", spec.name);
+                    layout.push(spec, Some(i));
+                }
+                LayerRanges { input_norm, q, k, v, o, post_norm, ffn: start..layout.len() }
+            })
+            .collect();
+        let norm = layout.push(TensorSpec::norm("model.norm.weight", hidden), None);
+        let head = if config.tie_word_embeddings {
+            embed.clone()
+        } else {
+            layout.push(TensorSpec::matrix("lm_head.weight", config.vocab_size, hidden), None)
+        };
+        let scaling = match config.rope_scaling {
+            RopeScaling::None => rope::Scaling::None,
+            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position } => {
+                rope::Scaling::Llama3 {
+                    factor,
+                    low_freq_factor,
+                    high_freq_factor,
+                    original_max_position: original_max_position as f64,
+                }
+            }
+        };
+        let rope = rope::Table::new(config.head_dim, config.rope_theta, scaling, config.max_position);
+        let params = Buf::zeros(layout.len());
+        let ranges = Ranges { embed, layers, norm, head };
+        Model { config, ffns, layout, ranges, params, rope, partitions: None }
+    }
+
+    /// A model of `config` with all parameters zero: dense, or DSMoE when the configuration says so.
+    pub fn new(config: Config) -> Model {
+        let ffns = (0..config.num_layers)
+            .map(|_| -> Box<dyn Ffn> {
+                match &config.moe {
+                    None => Box::new(DenseFfn::new(config.hidden, config.intermediate)),
+                    Some(moe) => Box::new(DsmoeFfn::new(
+                        config.hidden,
+                        config.intermediate,
+                        moe.router.clone(),
+                        moe.router_bias,
+                    )),
+                }
+            })
+            .collect();
+        Model::with_ffns(config, ffns)
+    }
+
+    /// Loads a dense LLaMA or a native DSMoE directory.
+    ///
+    /// # Errors
+    /// Anything wrong with the directory; the message names the file, the field or tensor, and the mend.
+    pub fn load(dir: &Path) -> Result<Model> {
+        let config = Config::load(dir)?;
+        let checkpoint = Checkpoint::open(dir)?;
+        let tensors = crate::checkpoint::check_llama_tensors(&config, &checkpoint)?;
+        let mut model = Model::new(config);
+        let Model { layout, params, .. } = &mut model;
+        for entry in layout.entries() {
+            let name = tensors.stored_name(&entry.spec.name);
+            let out = &mut params[entry.range.clone()];
+            match entry.spec.stored {
+                Stored::AsIs => checkpoint.read_f32(name, out)?,
+                Stored::Transposed => {
+                    let stored = entry.spec.stored_shape();
+                    checkpoint.read_f32_transposed(name, stored[0], stored[1], out)?;
+                }
+            }
+        }
+        if model.config.moe.as_ref().is_some_and(|moe| moe.partition == PartitionKind::Permuted) {
+            let partitions = (0..model.config.num_layers).map(|i| checkpoint.read_i32(&partition_name(i)));
+            model.partitions = Some(partitions.collect::<Result<_>>()?);
+        }
+        Ok(model)
+    }
+
+    /// Writes config.json and the weights, in Hugging Face layout, to the existing directory `dir`; every file is
+    /// synced. Routers and partitions stay f32 and i32 whatever `dtype` is.
+    ///
+    /// # Errors
+    /// The file system refuses; the message names the file.
+    pub fn save(&self, dir: &Path, dtype: Dtype) -> Result<()> {
+        let mut infos = Vec::new();
+        for entry in self.layout.entries() {
+            let dtype = if entry.spec.router { Dtype::F32 } else { dtype };
+            infos.push(TensorInfo { name: entry.spec.name.clone(), dtype, shape: entry.spec.stored_shape() });
+        }
+        for (i, order) in self.partitions.iter().flatten().enumerate() {
+            infos.push(TensorInfo { name: partition_name(i), dtype: Dtype::I32, shape: vec![order.len()] });
+        }
+        let mut writer = Writer::create(dir, infos)?;
+        for entry in self.layout.entries() {
+            let values = &self.params[entry.range.clone()];
+            match entry.spec.stored {
+                Stored::AsIs => writer.write_f32(&entry.spec.name, values)?,
+                Stored::Transposed => {
+                    let (rows, cols) = (entry.spec.shape[0], entry.spec.shape[1]);
+                    let mut transposed = vec![0.0; values.len()];
+                    crate::checkpoint::transpose(&mut transposed, values, rows, cols);
+                    writer.write_f32(&entry.spec.name, &transposed)?;
+                }
+            }
+        }
+        for (i, order) in self.partitions.iter().flatten().enumerate() {
+            writer.write(&partition_name(i), bytemuck::cast_slice(order))?;
+        }
+        writer.finish()?;
+        self.config.save(dir)
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Names, shapes and places of all parameters.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// The parameter arena.
+    pub fn params(&self) -> &[f32] {
+        &self.params
+    }
+
+    /// The parameter arena, to change.
+    pub fn params_mut(&mut self) -> &mut [f32] {
+        &mut self.params
+    }
+
+    /// Experts per layer, when there are routers.
+    pub fn num_experts(&self) -> Option<usize> {
+        self.ffns.first().and_then(|ffn| ffn.num_experts())
+    }
+
+    /// Moves the gates' threshold of every layer (the paper's table 4), here and in what [`Model::save`] writes.
+    ///
+    /// # Errors
+    /// The threshold is outside 0..=1, or the model has no gates.
+    pub fn set_threshold(&mut self, threshold: f32) -> Result<()> {
+        if !(0.0..=1.0).contains(&threshold) {
+            return Err(Error::Argument(format!("threshold {threshold} is outside 0..=1; use 0.5")));
+        }
+        let moved = self.ffns.iter_mut().map(|ffn| ffn.set_threshold(threshold)).all(|moved| moved);
+        match &mut self.config.moe {
+            Some(moe) if moved => moe.router.threshold = threshold,
+            _ => {
+                return Err(Error::Argument(
+                    "this model has no gates to set a threshold for; convert it first".to_owned(),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks that `ids` can be fed at positions `start..`.
+    fn check_input(&self, ids: &[u32], start: usize, seq: usize) -> Result<()> {
+        if let Some(id) = ids.iter().find(|&&id| id as usize >= self.config.vocab_size) {
+            return Err(Error::Argument(format!(
+                "token id {id} is not below vocab_size {}; use the model's own tokenizer",
+                self.config.vocab_size
+            )));
+        }
+        if start + seq > self.config.max_position {
+            return Err(Error::Argument(format!(
+                "{} positions are more than max_position_embeddings {}; use shorter sequences",
+                start + seq,
+                self.config.max_position
+            )));
+        }
+        Ok(())
+    }
+
+    fn param(&self, range: &Range<usize>) -> &[f32] {
+        &self.params[range.clone()]
+    }
+}
+
+fn partition_name(layer: usize) -> String {
+    format!("model.layers.{layer}.mlp.partition")
+}

@@ -1,0 +1,125 @@
+//! One arena for all parameters, with named views.
+//!
+//! Parameters, their gradients and the optimiser's moments are three arenas with one [`Layout`].
+
+use std::collections::HashMap;
+use std::ops::Range;
+
+/// How a tensor in memory relates to the one in a checkpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stored {
+    /// The same row-major values.
+    AsIs,
+    /// The checkpoint holds the transpose (the FFN's down projection: an expert is then a row range in memory).
+    Transposed,
+}
+
+/// What a tensor is, before it has a place.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorSpec {
+    /// Name in the checkpoint; for an [`crate::ffn::Ffn`], relative to `model.layers.{i}.mlp.`.
+    pub name: String,
+    /// Shape in memory.
+    pub shape: Vec<usize>,
+    /// Relation to the checkpoint.
+    pub stored: Stored,
+    /// Whether weight decay applies (not to norms and routers).
+    pub decay: bool,
+    /// Whether it belongs to a router.
+    pub router: bool,
+}
+
+impl TensorSpec {
+    /// A weight matrix, stored as it is, with decay.
+    pub fn matrix(name: impl Into<String>, rows: usize, cols: usize) -> TensorSpec {
+        let shape = vec![rows, cols];
+        TensorSpec { name: name.into(), shape, stored: Stored::AsIs, decay: true, router: false }
+    }
+
+    /// A norm's weight: no decay.
+    pub fn norm(name: impl Into<String>, len: usize) -> TensorSpec {
+        TensorSpec { name: name.into(), shape: vec![len], stored: Stored::AsIs, decay: false, router: false }
+    }
+
+    /// A router's tensor: no decay.
+    pub fn router(name: impl Into<String>, shape: Vec<usize>) -> TensorSpec {
+        TensorSpec { name: name.into(), shape, stored: Stored::AsIs, decay: false, router: true }
+    }
+
+    /// The same, stored transposed.
+    pub fn transposed(self) -> TensorSpec {
+        TensorSpec { stored: Stored::Transposed, ..self }
+    }
+
+    /// Number of values.
+    pub fn numel(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Shape in the checkpoint.
+    pub fn stored_shape(&self) -> Vec<usize> {
+        match self.stored {
+            Stored::AsIs => self.shape.clone(),
+            Stored::Transposed => self.shape.iter().rev().copied().collect(),
+        }
+    }
+}
+
+/// A tensor with its place in the arena.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// What it is, with its full name.
+    pub spec: TensorSpec,
+    /// Where it lies.
+    pub range: Range<usize>,
+    /// The decoder layer it belongs to.
+    pub layer: Option<usize>,
+}
+
+/// The table of all tensors of a model.
+#[derive(Clone, Debug, Default)]
+pub struct Layout {
+    entries: Vec<Entry>,
+    by_name: HashMap<String, usize>,
+    len: usize,
+}
+
+/// Values a tensor of `numel` values occupies: whole cache lines.
+pub(crate) fn padded(numel: usize) -> usize {
+    numel.next_multiple_of(16)
+}
+
+impl Layout {
+    /// Appends a tensor; returns its range.
+    ///
+    /// # Panics
+    /// The name is taken: two modules claim one tensor.
+    pub(crate) fn push(&mut self, spec: TensorSpec, layer: Option<usize>) -> Range<usize> {
+        let range = self.len..self.len + spec.numel();
+        self.len += padded(spec.numel());
+        let taken = self.by_name.insert(spec.name.clone(), self.entries.len());
+        assert!(taken.is_none(), "layout: two tensors named {}", spec.name);
+        self.entries.push(Entry { spec, range: range.clone(), layer });
+        range
+    }
+
+    /// All tensors, in arena order.
+    pub fn entries(&self) -> &[Entry] {
+        &self.entries
+    }
+
+    /// The tensor of that checkpoint name.
+    pub fn get(&self, name: &str) -> Option<&Entry> {
+        self.by_name.get(name).map(|&i| &self.entries[i])
+    }
+
+    /// Length of the arena, padding included.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are no tensors.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+}
