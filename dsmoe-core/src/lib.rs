@@ -1,9 +1,19 @@
 //! DSMoE models: LLaMA checkpoints, FFN partition into experts, the model with its KV cache, generation, accounting.
 #![forbid(unsafe_code)]
 
+pub mod accounting;
 pub mod checkpoint;
 pub mod config;
+pub mod convert;
 mod error;
+pub mod export;
+pub mod ffn;
+pub mod generate;
+pub mod init;
+pub mod model;
+pub mod params;
 pub mod partition;
 
+pub use config::Config;
 pub use error::{Error, Result};
+pub use model::Model;

@@ -1,0 +1,315 @@
+//! From a dense LLaMA directory to a DSMoE directory, streamed.
+
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use dsmoe_kernels::buf::Buf;
+use dsmoe_router::{RouterConfig, RouterInit, router_weights};
+use ndarray::Array2;
+
+use crate::accounting::Accounting;
+use crate::checkpoint::{
+    Change, Checkpoint, Dtype, Meter, OutputDir, Progress, TensorInfo, TensorSource, Writer,
+    check_llama_tensors, copy_companions, is_ignored, norm_name, partition_name, router_bias_name,
+    router_name,
+};
+use crate::config::{CONFIG_FILE, Config, MoeConfig, PartitionKind};
+use crate::error::{Error, Result};
+use crate::partition::{Partition, check_divisible};
+
+/// How neurons are given to experts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PartitionSpec {
+    /// In blocks, as the paper does (eq. 6).
+    Contiguous,
+    /// At random, by [`ConvertOptions::seed`], every layer differently.
+    Random,
+    /// As a JSON file says, see [`Partition::read_file`].
+    File(PathBuf),
+}
+
+impl FromStr for PartitionSpec {
+    type Err = Error;
+
+    /// `contiguous`, `random`, or else a path.
+    fn from_str(s: &str) -> Result<PartitionSpec> {
+        Ok(match s {
+            "contiguous" => PartitionSpec::Contiguous,
+            "random" => PartitionSpec::Random,
+            path => PartitionSpec::File(PathBuf::from(path)),
+        })
+    }
+}
+
+/// What to convert to.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ConvertOptions {
+    /// What the routers do, and the number of experts.
+    pub router: RouterConfig,
+    /// How neurons are given to experts.
+    pub partition: PartitionSpec,
+    /// How router weights start.
+    pub router_init: RouterInit,
+    /// Seed of router weights and of a random partition.
+    pub seed: u64,
+    /// Replace an output directory that is not empty.
+    pub force: bool,
+}
+
+impl ConvertOptions {
+    /// Contiguous experts with the paper's router.
+    pub fn new(num_experts: usize) -> ConvertOptions {
+        ConvertOptions {
+            router: RouterConfig::new(num_experts),
+            partition: PartitionSpec::Contiguous,
+            router_init: RouterInit::Random,
+            seed: 0,
+            force: false,
+        }
+    }
+}
+
+/// What was made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ConvertReport {
+    /// Decoder layers.
+    pub num_layers: usize,
+    /// Experts per layer.
+    pub num_experts: usize,
+    /// Neurons per expert.
+    pub expert_width: usize,
+    /// Parameters of all routers, new in this model.
+    pub router_params: u64,
+    /// Bytes of all tensors.
+    pub bytes: u64,
+}
+
+/// Converts the dense LLaMA in `model` to a DSMoE model in the new directory `out`. Weights keep their types and
+/// names; routers are f32. The directory appears when it is complete.
+///
+/// # Errors
+/// `model` cannot be read, is no dense LLaMA or cannot be cut into that many experts; an option is out of range;
+/// `out` is not empty; the file system refuses.
+pub fn convert(
+    model: &Path,
+    out: &Path,
+    options: &ConvertOptions,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<ConvertReport> {
+    let mut config = Config::load(model)?;
+    let config_path = model.join(CONFIG_FILE);
+    if config.moe.is_some() {
+        let mend = "name a dense model, or export this one with --as dense first";
+        return Err(Error::field(&config_path, "model_type", "is already dsmoe", mend));
+    }
+    options.router.validate()?;
+    let num_experts = options.router.num_experts;
+    check_divisible(config.intermediate, num_experts, Some(&config_path))?;
+    let checkpoint = Checkpoint::open(model)?;
+    check_llama_tensors(&config, &checkpoint)?;
+    let partitions = partitions(&config, options)?;
+    let permuted = partitions.iter().any(|partition| partition.order().is_some());
+    // Options that cannot work are told before anything is written.
+    if !matches!(options.router_init, RouterInit::Centroid) {
+        router_weights(&options.router_init, num_experts, 1, options.seed, 0, None)?;
+    }
+    config.moe = Some(MoeConfig {
+        router: options.router.clone(),
+        partition: if permuted { PartitionKind::Permuted } else { PartitionKind::Contiguous },
+        router_bias: options.router_init.has_bias(),
+    });
+
+    let output = OutputDir::create_from(model, out, options.force)?;
+    let mut infos = source_infos(&checkpoint);
+    let num_copied = infos.len();
+    infos.extend(new_infos(&config));
+    let bytes = infos.iter().map(TensorInfo::len_bytes).sum();
+    let mut meter = Meter::new(bytes, progress);
+    let copied: Vec<String> = infos[..num_copied].iter().map(|info| info.name.clone()).collect();
+    let mut writer = Writer::create(output.path(), infos)?;
+    let mut centroids = match options.router_init {
+        RouterInit::Centroid => Some(Centroids::new(&config, num_experts)),
+        _ => None,
+    };
+    let mut source = TensorSource::new(&checkpoint);
+    for name in &copied {
+        writer.begin(name)?;
+        let change = ffn_change(name, |layer| partitions[layer].order());
+        let mut tap = centroids.as_mut().and_then(|centroids| centroids.tap(name, &checkpoint));
+        source.stream(name, change, |bytes| {
+            if let Some(tap) = &mut tap {
+                tap.add(bytes);
+            }
+            meter.add(bytes.len());
+            writer.write_chunk(bytes)
+        })?;
+    }
+    for (layer, partition) in partitions.iter().enumerate() {
+        let means = centroids.as_ref().map(|centroids| centroids.means(layer));
+        let view = means.as_ref().map(|means| means.view());
+        let (init, hidden) = (&options.router_init, config.hidden);
+        let (mut weight, bias) = router_weights(init, num_experts, hidden, options.seed, layer, view)?;
+        if means.is_some() {
+            scale_to_norm(&mut weight, layer, &checkpoint)?;
+        }
+        writer.write_f32(&router_name(layer), &weight.iter().copied().collect::<Vec<_>>())?;
+        meter.add(4 * weight.len());
+        if let Some(bias) = bias {
+            writer.write_f32(&router_bias_name(layer), &bias.to_vec())?;
+            meter.add(4 * bias.len());
+        }
+        if permuted {
+            let order: Vec<u8> = match partition.order() {
+                Some(order) => order.iter().flat_map(|neuron| neuron.to_le_bytes()).collect(),
+                None => (0..config.intermediate as u32).flat_map(u32::to_le_bytes).collect(),
+            };
+            writer.write(&partition_name(layer), &order)?;
+            meter.add(order.len());
+        }
+    }
+    writer.finish()?;
+    copy_companions(model, output.path())?;
+    config.save(output.path())?;
+    output.commit()?;
+    let counts = Accounting::of(&config);
+    Ok(ConvertReport {
+        num_layers: config.num_layers,
+        num_experts,
+        expert_width: config.intermediate / num_experts,
+        router_params: counts.num_layers * counts.router,
+        bytes,
+    })
+}
+
+fn partitions(config: &Config, options: &ConvertOptions) -> Result<Vec<Partition>> {
+    let (layers, width, experts) = (config.num_layers, config.intermediate, options.router.num_experts);
+    match &options.partition {
+        PartitionSpec::Contiguous => (0..layers).map(|_| Partition::contiguous(width, experts)).collect(),
+        PartitionSpec::Random => {
+            (0..layers).map(|layer| Partition::random(width, experts, options.seed, layer)).collect()
+        }
+        PartitionSpec::File(path) => Partition::read_file(path, layers, width, experts),
+    }
+}
+
+/// All tensors of a checkpoint that are worth keeping, in the order they lie on disk.
+pub(crate) fn source_infos(checkpoint: &Checkpoint) -> Vec<TensorInfo> {
+    let mut tensors: Vec<_> = checkpoint
+        .names()
+        .filter(|name| !is_ignored(name))
+        .filter_map(|name| checkpoint.tensor(name).map(|view| (name, view)))
+        .collect();
+    tensors.sort_by_key(|(_, view)| (view.file, view.offset));
+    let info = |(name, view): (&str, &crate::checkpoint::TensorView)| TensorInfo {
+        name: name.to_owned(),
+        dtype: view.dtype,
+        shape: view.shape.clone(),
+    };
+    tensors.into_iter().map(info).collect()
+}
+
+/// The tensors a conversion adds, layer by layer.
+fn new_infos(config: &Config) -> Vec<TensorInfo> {
+    let Some(moe) = &config.moe else { return Vec::new() };
+    let num_experts = moe.router.num_experts;
+    let mut infos = Vec::new();
+    for layer in 0..config.num_layers {
+        let mut push = |name, dtype, shape| infos.push(TensorInfo { name, dtype, shape });
+        push(router_name(layer), Dtype::F32, vec![num_experts, config.hidden]);
+        if moe.router_bias {
+            push(router_bias_name(layer), Dtype::F32, vec![num_experts]);
+        }
+        if moe.partition == PartitionKind::Permuted {
+            push(partition_name(layer), Dtype::I32, vec![config.intermediate]);
+        }
+    }
+    infos
+}
+
+/// What a permutation of neurons, given by layer, does to the tensor `name`.
+pub(crate) fn ffn_change<'a>(name: &str, order: impl Fn(usize) -> Option<&'a [u32]>) -> Change<'a> {
+    let Some((layer, projection)) = ffn_tensor(name) else { return Change::None };
+    match (order(layer), projection) {
+        (Some(order), "gate_proj" | "up_proj") => Change::Rows(order),
+        (Some(order), "down_proj") => Change::Cols(order),
+        _ => Change::None,
+    }
+}
+
+/// Layer and projection of an FFN weight.
+fn ffn_tensor(name: &str) -> Option<(usize, &str)> {
+    let (layer, rest) = name.strip_prefix("model.layers.")?.split_once(".mlp.")?;
+    Some((layer.parse().ok()?, rest.strip_suffix(".weight")?))
+}
+
+/// Means of the `gate_proj` rows of every expert, gathered while they are copied.
+struct Centroids {
+    width: usize,
+    hidden: usize,
+    num_experts: usize,
+    /// Per layer `[num_experts, hidden]`.
+    sums: Vec<Vec<f64>>,
+}
+
+/// The rows of one layer's `gate_proj` on their way.
+struct Tap<'a> {
+    sums: &'a mut [f64],
+    row: usize,
+    width: usize,
+    hidden: usize,
+    dtype: Dtype,
+    values: Buf,
+}
+
+impl Centroids {
+    fn new(config: &Config, num_experts: usize) -> Centroids {
+        let sums = vec![vec![0.0; num_experts * config.hidden]; config.num_layers];
+        Centroids { width: config.intermediate / num_experts, hidden: config.hidden, num_experts, sums }
+    }
+
+    fn tap(&mut self, name: &str, checkpoint: &Checkpoint) -> Option<Tap<'_>> {
+        let (layer, "gate_proj") = ffn_tensor(name)? else { return None };
+        let dtype = checkpoint.tensor(name)?.dtype;
+        let sums = self.sums.get_mut(layer)?;
+        let (width, hidden) = (self.width, self.hidden);
+        Some(Tap { sums, row: 0, width, hidden, dtype, values: Buf::default() })
+    }
+
+    /// Mean row of every expert of a layer, `[num_experts, hidden]`.
+    fn means(&self, layer: usize) -> Array2<f32> {
+        Array2::from_shape_fn((self.num_experts, self.hidden), |(expert, i)| {
+            (self.sums[layer][expert * self.hidden + i] / self.width as f64) as f32
+        })
+    }
+}
+
+/// Scales router rows to logits of standard deviation about 1: the router's input is of root mean square 1 only before
+/// the norm's weight.
+fn scale_to_norm(weight: &mut Array2<f32>, layer: usize, checkpoint: &Checkpoint) -> Result<()> {
+    let mut norm = vec![0.0; weight.ncols()];
+    checkpoint.read_f32(&norm_name(layer), &mut norm)?;
+    for (expert, mut row) in weight.outer_iter_mut().enumerate() {
+        let variance: f64 = row.iter().zip(&norm).map(|(w, n)| f64::from(w * n).powi(2)).sum();
+        let std = variance.sqrt();
+        if !(std.is_finite() && std > 0.0) {
+            return Err(dsmoe_router::Error::BadCentroid { expert, layer }.into());
+        }
+        row.mapv_inplace(|w| (f64::from(w) / std) as f32);
+    }
+    Ok(())
+}
+
+impl Tap<'_> {
+    fn add(&mut self, bytes: &[u8]) {
+        self.values.resize(bytes.len() / self.dtype.size());
+        crate::checkpoint::decode(&mut self.values, bytes, self.dtype);
+        for row in self.values.chunks_exact(self.hidden) {
+            let expert = self.row / self.width;
+            let sums = &mut self.sums[expert * self.hidden..][..self.hidden];
+            for (sum, &x) in sums.iter_mut().zip(row) {
+                *sum += f64::from(x);
+            }
+            self.row += 1;
+        }
+    }
+}

@@ -1,0 +1,122 @@
+//! From a model directory to a plain LLaMA directory or a copy of itself, streamed.
+
+use std::path::Path;
+use std::str::FromStr;
+
+use crate::checkpoint::{
+    Checkpoint, Dtype, Meter, OutputDir, Progress, TensorInfo, TensorSource, Writer, check_llama_tensors,
+    copy_companions, decode, encode, read_partitions,
+};
+use crate::config::{CONFIG_FILE, Config};
+use crate::convert::{ffn_change, source_infos};
+use crate::error::{Error, Result, shown};
+
+/// What to export as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExportAs {
+    /// A plain LLaMA: neurons in their original order, no routers.
+    Dense,
+    /// The same model.
+    Native,
+}
+
+impl FromStr for ExportAs {
+    type Err = Error;
+
+    /// `dense` or `native`.
+    fn from_str(s: &str) -> Result<ExportAs> {
+        match s {
+            "dense" => Ok(ExportAs::Dense),
+            "native" => Ok(ExportAs::Native),
+            _ => Err(Error::Argument(format!("unknown export format `{}`; use dense or native", shown(s)))),
+        }
+    }
+}
+
+/// What was made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExportReport {
+    /// Tensors written.
+    pub tensors: usize,
+    /// Bytes of all tensors.
+    pub bytes: u64,
+}
+
+/// Exports the model in `model` to the new directory `out`, which appears when it is complete. Weights keep their
+/// types unless `dtype` is given; routers stay as they are. A dense export of a model that was not trained has the
+/// bytes of the original.
+///
+/// # Errors
+/// `model` cannot be read or is not what its configuration says; a dense export of a dense model; `dtype` is not a
+/// float; `out` is not empty; the file system refuses.
+pub fn export(
+    model: &Path,
+    out: &Path,
+    format: ExportAs,
+    dtype: Option<Dtype>,
+    force: bool,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<ExportReport> {
+    if let Some(dtype) = dtype.filter(|dtype| !dtype.is_float()) {
+        return Err(Error::Argument(format!("dtype {dtype} is not for weights; use bf16, f16 or f32")));
+    }
+    let mut config = Config::load(model)?;
+    let checkpoint = Checkpoint::open(model)?;
+    check_llama_tensors(&config, &checkpoint)?;
+    let mut inverses = Vec::new();
+    if format == ExportAs::Dense {
+        if config.moe.is_none() {
+            let mend = "use --as native to copy it";
+            return Err(Error::field(&model.join(CONFIG_FILE), "model_type", "is llama already", mend));
+        }
+        inverses =
+            read_partitions(&config, &checkpoint)?.iter().map(|partition| partition.inverse()).collect();
+        config.moe = None;
+    }
+    if let Some(dtype) = dtype {
+        config.set_dtype(dtype);
+    }
+
+    let output = OutputDir::create_from(model, out, force)?;
+    let sources: Vec<TensorInfo> = source_infos(&checkpoint)
+        .into_iter()
+        .filter(|info| format == ExportAs::Native || !is_router(&info.name))
+        .collect();
+    let infos: Vec<TensorInfo> =
+        sources.iter().map(|info| TensorInfo { dtype: cast(info, dtype), ..info.clone() }).collect();
+    let report = ExportReport { tensors: infos.len(), bytes: infos.iter().map(TensorInfo::len_bytes).sum() };
+    let mut meter = Meter::new(report.bytes, progress);
+    let mut writer = Writer::create(output.path(), infos)?;
+    let mut source = TensorSource::new(&checkpoint);
+    let (mut values, mut casted) = (Vec::new(), Vec::new());
+    for info in &sources {
+        writer.begin(&info.name)?;
+        let (from, to) = (info.dtype, cast(info, dtype));
+        let change = ffn_change(&info.name, |layer| inverses.get(layer)?.as_deref());
+        source.stream(&info.name, change, |bytes| {
+            if from == to {
+                meter.add(bytes.len());
+                return writer.write_chunk(bytes);
+            }
+            values.resize(bytes.len() / from.size(), 0.0);
+            decode(&mut values, bytes, from);
+            casted.resize(values.len() * to.size(), 0);
+            encode(&mut casted, &values, to);
+            meter.add(casted.len());
+            writer.write_chunk(&casted)
+        })?;
+    }
+    writer.finish()?;
+    copy_companions(model, output.path())?;
+    config.save(output.path())?;
+    output.commit()?;
+    Ok(report)
+}
+
+fn is_router(name: &str) -> bool {
+    [".mlp.router.weight", ".mlp.router.bias", ".mlp.partition"].iter().any(|suffix| name.ends_with(suffix))
+}
+
+fn cast(info: &TensorInfo, dtype: Option<Dtype>) -> Dtype {
+    if is_router(&info.name) { info.dtype } else { dtype.unwrap_or(info.dtype) }
+}

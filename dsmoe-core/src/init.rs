@@ -1,0 +1,196 @@
+//! Models with random weights, for size tests and training from scratch.
+
+use std::path::Path;
+
+use dsmoe_kernels::rng::Rng;
+use rayon::prelude::*;
+use serde_json::{Value, json};
+
+use crate::checkpoint::{
+    DEFAULT_SHARD_BYTES, Dtype, Meter, OutputDir, Progress, TensorInfo, Writer, tensor_names,
+};
+use crate::config::Config;
+use crate::error::{Error, Result, shown};
+
+/// Values drawn from one stream of random numbers.
+const STREAM: usize = 1 << 16;
+/// Values in memory at a time.
+const CHUNK: usize = 32 * STREAM;
+
+/// How to write random weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct InitOptions {
+    /// Type of the stored weights.
+    pub dtype: Dtype,
+    /// Seed of the weights.
+    pub seed: u64,
+    /// Largest shard.
+    pub max_shard_bytes: u64,
+    /// Replace an output directory that is not empty.
+    pub force: bool,
+}
+
+impl Default for InitOptions {
+    fn default() -> InitOptions {
+        InitOptions { dtype: Dtype::F32, seed: 0, max_shard_bytes: DEFAULT_SHARD_BYTES, force: false }
+    }
+}
+
+/// The published sizes of a preset.
+struct Preset {
+    name: &'static str,
+    vocab: usize,
+    hidden: usize,
+    intermediate: usize,
+    layers: usize,
+    heads: usize,
+    kv_heads: usize,
+    tied: bool,
+    kind: Kind,
+}
+
+/// What goes with a generation of models.
+enum Kind {
+    /// Base 10000, 4096 positions, tokens 1 and 2.
+    Llama2,
+    /// Base 500000 with llama3 scaling by this factor.
+    Llama3(f64),
+    /// Base 10000 and this many positions.
+    Small(usize),
+}
+
+const PRESETS: [Preset; 7] = [
+    Preset::new("tiny", [2048, 128, 512, 4, 4, 2], true, Kind::Small(512)),
+    Preset::new("small", [8192, 512, 1536, 8, 8, 4], true, Kind::Small(1024)),
+    Preset::new("llama-3.2-1b", [128_256, 2048, 8192, 16, 32, 8], true, Kind::Llama3(32.0)),
+    Preset::new("llama-3.2-3b", [128_256, 3072, 8192, 28, 24, 8], true, Kind::Llama3(32.0)),
+    Preset::new("llama-3.1-8b", [128_256, 4096, 14_336, 32, 32, 8], false, Kind::Llama3(8.0)),
+    Preset::new("llama-2-7b", [32_000, 4096, 11_008, 32, 32, 32], false, Kind::Llama2),
+    Preset::new("llama-2-13b", [32_000, 5120, 13_824, 40, 40, 40], false, Kind::Llama2),
+];
+
+impl Preset {
+    const fn new(name: &'static str, sizes: [usize; 6], tied: bool, kind: Kind) -> Preset {
+        let [vocab, hidden, intermediate, layers, heads, kv_heads] = sizes;
+        Preset { name, vocab, hidden, intermediate, layers, heads, kv_heads, tied, kind }
+    }
+
+    fn json(&self) -> Value {
+        let (theta, positions, bos, eos) = match self.kind {
+            Kind::Llama2 => (10_000.0, 4096, 1, 2),
+            Kind::Llama3(_) => (500_000.0, 131_072, 128_000, 128_001),
+            Kind::Small(positions) => (10_000.0, positions, 1, 2),
+        };
+        let scaling = match self.kind {
+            Kind::Llama3(factor) => json!({
+                "factor": factor,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+                "rope_type": "llama3",
+            }),
+            _ => Value::Null,
+        };
+        json!({
+            "architectures": ["LlamaForCausalLM"],
+            "attention_bias": false,
+            "attention_dropout": 0.0,
+            "bos_token_id": bos,
+            "eos_token_id": eos,
+            "head_dim": self.hidden / self.heads,
+            "hidden_act": "silu",
+            "hidden_size": self.hidden,
+            "initializer_range": 0.02,
+            "intermediate_size": self.intermediate,
+            "max_position_embeddings": positions,
+            "mlp_bias": false,
+            "model_type": "llama",
+            "num_attention_heads": self.heads,
+            "num_hidden_layers": self.layers,
+            "num_key_value_heads": self.kv_heads,
+            "pretraining_tp": 1,
+            "rms_norm_eps": 1e-5,
+            "rope_scaling": scaling,
+            "rope_theta": theta,
+            "tie_word_embeddings": self.tied,
+            "torch_dtype": "float32",
+            "use_cache": true,
+            "vocab_size": self.vocab,
+        })
+    }
+}
+
+/// Names of all presets, small to large.
+pub fn preset_names() -> impl Iterator<Item = &'static str> {
+    PRESETS.iter().map(|preset| preset.name)
+}
+
+/// The configuration of a preset.
+///
+/// # Errors
+/// There is no preset of that name.
+pub fn preset(name: &str) -> Result<Config> {
+    let preset = PRESETS.iter().find(|preset| preset.name == name).ok_or_else(|| {
+        let names = preset_names().collect::<Vec<_>>().join(", ");
+        Error::Argument(format!("unknown preset `{}`; use one of {names}", shown(name)))
+    })?;
+    Config::from_json(Path::new(name), &preset.json().to_string())
+}
+
+/// Writes a dense model of `config` with weights N(0, `initializer_range`^2) and norms 1 to the new directory `out`,
+/// which appears when it is complete. The weights are a function of the configuration and the seed alone.
+///
+/// # Errors
+/// `config` is not dense, the type is not a float, `out` is not empty, or the file system refuses.
+pub fn init(
+    config: &Config,
+    out: &Path,
+    options: &InitOptions,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<()> {
+    let dtype = options.dtype;
+    if config.moe.is_some() {
+        let message =
+            "random weights are made for dense models; use a configuration without `dsmoe`, then convert";
+        return Err(Error::Argument(message.to_owned()));
+    }
+    if !dtype.is_float() {
+        return Err(Error::Argument(format!("dtype {dtype} is not for weights; use bf16, f16 or f32")));
+    }
+    let output = OutputDir::create(out, options.force)?;
+    let infos: Vec<TensorInfo> =
+        tensor_names(config).map(|(name, shape)| TensorInfo { name, dtype, shape }).collect();
+    let mut meter = Meter::new(infos.iter().map(TensorInfo::len_bytes).sum(), progress);
+    let mut writer = Writer::create_sharded(output.path(), infos.clone(), options.max_shard_bytes)?;
+    let mut values = Vec::new();
+    for info in &infos {
+        writer.begin(&info.name)?;
+        let numel: usize = info.shape.iter().product();
+        let seed = options.seed ^ hash(&info.name);
+        for first in (0..numel).step_by(CHUNK) {
+            values.resize(CHUNK.min(numel - first), 1.0);
+            if info.shape.len() == 1 {
+                values.fill(1.0);
+            } else {
+                values.par_chunks_mut(STREAM).enumerate().for_each(|(i, values)| {
+                    let stream = (first / STREAM + i) as u64;
+                    Rng::new(seed, stream).fill_normal(values, config.initializer_range as f32);
+                });
+            }
+            writer.write_f32_chunk(&values)?;
+            meter.add(values.len() * dtype.size());
+        }
+    }
+    writer.finish()?;
+    let mut config = config.clone();
+    config.set_dtype(dtype);
+    config.save(output.path())?;
+    output.commit()
+}
+
+/// FNV-1a: a seed of its own for every tensor.
+fn hash(name: &str) -> u64 {
+    name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
+    })
+}

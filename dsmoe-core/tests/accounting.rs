@@ -1,0 +1,94 @@
+//! The parameter counts of the published models and of the paper's rows.
+
+use std::path::Path;
+
+use dsmoe_core::accounting::Accounting;
+use dsmoe_core::config::Config;
+use dsmoe_core::init::preset;
+
+fn converted(name: &str, bias: bool) -> Accounting {
+    let dense = preset(name).unwrap().to_json();
+    let mut map: serde_json::Map<String, serde_json::Value> = serde_json::from_str(&dense).unwrap();
+    map.insert("model_type".into(), "dsmoe".into());
+    map.insert(
+        "dsmoe".into(),
+        serde_json::json!({"format_version": 1, "num_experts": 8, "threshold": 0.5, "partition": "contiguous",
+            "router_bias": bias, "gate_value": "sigmoid", "rescale": "none", "zero_active": "skip", "ste": true}),
+    );
+    let text = serde_json::Value::Object(map).to_string();
+    Accounting::of(&Config::from_json(Path::new("config.json"), &text).unwrap())
+}
+
+/// What the table of the paper counts: no routers.
+fn without_routers(accounting: &Accounting, mean_active: f64) -> f64 {
+    accounting.activated(mean_active) - (accounting.num_layers * accounting.router) as f64
+}
+
+#[test]
+fn published_totals() {
+    let one = Accounting::of(&preset("llama-3.2-1b").unwrap());
+    assert_eq!((one.attn_layer, one.ffn_layer, one.embedding), (10_485_760, 50_331_648, 262_668_288));
+    assert_eq!((one.total, one.non_ffn, one.router), (1_235_814_400, 430_508_032, 0));
+    let seven = Accounting::of(&preset("llama-2-7b").unwrap());
+    assert_eq!((seven.attn_layer, seven.ffn_layer, seven.embedding), (67_108_864, 135_266_304, 262_144_000));
+    assert_eq!((seven.total, seven.non_ffn), (6_738_415_616, 2_409_893_888));
+    let total = |name| Accounting::of(&preset(name).unwrap()).total;
+    assert_eq!(total("llama-3.2-3b"), 3_212_749_824);
+    assert_eq!(total("llama-3.1-8b"), 8_030_261_248);
+    assert_eq!(total("llama-2-13b"), 13_015_864_320);
+}
+
+#[test]
+fn experts_and_routers() {
+    let (one, seven) = (converted("llama-3.2-1b", false), converted("llama-2-7b", false));
+    assert_eq!((one.expert, seven.expert), (6_291_456, 16_908_288));
+    assert_eq!((one.num_layers * one.router, seven.num_layers * seven.router), (262_144, 1_048_576));
+    assert_eq!(one.total, 1_235_814_400 + 262_144);
+    assert_eq!(one.activated(8.0), one.total as f64);
+    assert_eq!(converted("llama-3.2-1b", true).router, 8 * 2048 + 8);
+}
+
+#[test]
+fn activated_parameters_of_the_paper() {
+    let (one, seven) = (converted("llama-3.2-1b", false), converted("llama-2-7b", false));
+    for (experts, million, billion) in [(2.0, 631.8, 3.492), (3.0, 732.5, 4.033), (4.0, 833.2, 4.574)] {
+        assert!((without_routers(&one, experts) / 1e6 - million).abs() < 0.06, "{experts}");
+        assert!((without_routers(&seven, experts) / 1e9 - billion).abs() < 0.0006, "{experts}");
+    }
+    assert!((without_routers(&one, 3.0248) / 1e6 - 735.0).abs() < 0.1);
+    assert!((one.activated(3.0248) / 1e6 - 735.256).abs() < 0.001);
+    assert!((without_routers(&seven, 2.81) / 1e9 - 3.93).abs() < 0.001);
+}
+
+#[test]
+fn shares_of_the_threshold_table() {
+    let (one, seven) = (converted("llama-3.2-1b", false), converted("llama-2-7b", false));
+    for (seven_share, seven_experts, one_share, one_experts) in [
+        (65.45, 3.70, 64.19, 3.60),
+        (62.70, 3.35, 62.32, 3.37),
+        (60.43, 3.07, 60.79, 3.19),
+        (58.46, 2.83, 59.35, 3.01),
+        (56.54, 2.59, 57.87, 2.83),
+        (54.77, 2.37, 56.34, 2.64),
+        (52.54, 2.09, 54.37, 2.40),
+    ] {
+        // Two decimals of experts are half a hundredth of one: 0.03 % of the 1B model, 0.04 % of the 7B.
+        let share = |model, experts, total| 100.0 * without_routers(model, experts) / total;
+        assert!((share(&one, one_experts, 1_235_814_400.0) - one_share).abs() < 0.05, "{one_share}");
+        assert!((share(&seven, seven_experts, 6_738_415_616.0) - seven_share).abs() < 0.05, "{seven_share}");
+    }
+}
+
+#[test]
+fn operations_per_token() {
+    let dense = Accounting::of(&preset("llama-3.2-1b").unwrap());
+    let matrices = 16.0 * (10_485_760.0 + 50_331_648.0) + 128_256.0 * 2048.0;
+    let attention = 16.0 * 4.0 * 32.0 * 64.0 * 512.0;
+    assert_eq!(dense.flops_per_token(0.0, 512.0), 2.0 * matrices + attention);
+    let moe = converted("llama-3.2-1b", true);
+    let active = matrices - 16.0 * 50_331_648.0 * 5.0 / 8.0 + 16.0 * 8.0 * 2048.0;
+    assert_eq!(moe.flops_per_token(3.0, 512.0), 2.0 * active + attention);
+    // An untied head is multiplied too, its embedding only looked up.
+    let seven = Accounting::of(&preset("llama-2-7b").unwrap());
+    assert_eq!(seven.flops_per_token(0.0, 0.0), 2.0 * (6_738_415_616.0 - 131_072_000.0 - 65.0 * 4096.0));
+}
