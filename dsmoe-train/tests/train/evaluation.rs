@@ -1,8 +1,6 @@
 //! Evaluation against windows scored one by one.
 
-mod common;
-
-use common::*;
+use crate::common::*;
 use dsmoe_core::Model;
 use dsmoe_core::model::Workspace;
 use dsmoe_train::{EvalOptions, evaluate};

@@ -1,8 +1,6 @@
 //! AdamW over a model's arena against its formula in f64, and the gradient's norm.
 
-mod common;
-
-use common::config_json;
+use crate::common::config_json;
 use dsmoe_core::Model;
 use dsmoe_core::config::Config;
 use dsmoe_train::TrainConfig;

@@ -1,10 +1,8 @@
 //! What a run leaves on the disk, and what it refuses.
 
-mod common;
-
 use std::path::Path;
 
-use common::*;
+use crate::common::*;
 use dsmoe_core::Model;
 use dsmoe_core::checkpoint::Dtype;
 use dsmoe_train::{Error, Outcome, RunOptions};

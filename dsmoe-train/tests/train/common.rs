@@ -10,10 +10,10 @@ use dsmoe_datasets::TokenStream;
 use dsmoe_kernels::rng::Rng;
 use dsmoe_train::{EvalReport, Observer, Outcome, Result, RunOptions, StepRecord, TrainConfig, Trainer};
 
-pub const VOCAB: usize = 48;
+pub(crate) const VOCAB: usize = 48;
 
 /// Configuration of a model of 2 layers, hidden 32: DSMoE with 4 experts, or dense.
-pub fn config_json(experts: bool) -> String {
+pub(crate) fn config_json(experts: bool) -> String {
     let moe = r#", "dsmoe": {"format_version": 1, "num_experts": 4, "threshold": 0.5, "partition": "contiguous",
         "router_bias": true, "gate_value": "sigmoid", "rescale": "none", "zero_active": "skip", "ste": true}"#;
     let (kind, architecture, moe) = match experts {
@@ -30,7 +30,7 @@ pub fn config_json(experts: bool) -> String {
 }
 
 /// A model directory with random weights, gates open.
-pub fn model_dir(parent: &Path, name: &str, experts: bool, seed: u64) -> PathBuf {
+pub(crate) fn model_dir(parent: &Path, name: &str, experts: bool, seed: u64) -> PathBuf {
     let dir = parent.join(name);
     std::fs::create_dir_all(&dir).unwrap();
     let config = Config::from_json(&dir.join("config.json"), &config_json(experts)).unwrap();
@@ -51,7 +51,7 @@ pub fn model_dir(parent: &Path, name: &str, experts: bool, seed: u64) -> PathBuf
 }
 
 /// Text with something to learn: each document walks the vocabulary in steps of its own size.
-pub fn text(seed: u64) -> TokenStream {
+pub(crate) fn text(seed: u64) -> TokenStream {
     let mut rng = Rng::new(seed, 1);
     let mut stream = TokenStream { ids: Vec::new(), doc_starts: Vec::new() };
     for _ in 0..60 {
@@ -66,7 +66,7 @@ pub fn text(seed: u64) -> TokenStream {
 }
 
 /// 20 steps of 2 micro-batches under a target.
-pub fn settings(more: &[&str]) -> TrainConfig {
+pub(crate) fn settings(more: &[&str]) -> TrainConfig {
     let mut config = TrainConfig::default();
     for setting in [
         "steps=20",
@@ -87,11 +87,11 @@ pub fn settings(more: &[&str]) -> TrainConfig {
 
 /// Keeps what it hears.
 #[derive(Debug, Default)]
-pub struct Heard {
-    pub records: Vec<StepRecord>,
-    pub evals: Vec<(u64, EvalReport)>,
-    pub saved: Vec<u64>,
-    pub notes: String,
+pub(crate) struct Heard {
+    pub(crate) records: Vec<StepRecord>,
+    pub(crate) evals: Vec<(u64, EvalReport)>,
+    pub(crate) saved: Vec<u64>,
+    pub(crate) notes: String,
 }
 
 impl Observer for Heard {
@@ -112,12 +112,16 @@ impl Observer for Heard {
 }
 
 /// Where to, and how: the rest of [`RunOptions`] is false.
-pub fn options(source: &Path, out: &Path) -> RunOptions {
+pub(crate) fn options(source: &Path, out: &Path) -> RunOptions {
     RunOptions { out: out.into(), source: source.into(), resume: false, force: false, stop_after: None }
 }
 
 /// One invocation.
-pub fn train(config: TrainConfig, stream: &TokenStream, options: RunOptions) -> Result<(Outcome, Heard)> {
+pub(crate) fn train(
+    config: TrainConfig,
+    stream: &TokenStream,
+    options: RunOptions,
+) -> Result<(Outcome, Heard)> {
     let model = Model::load(&options.source)?;
     let mut heard = Heard::default();
     let mut trainer = Trainer::new(model, stream, config, options)?;
@@ -126,6 +130,6 @@ pub fn train(config: TrainConfig, stream: &TokenStream, options: RunOptions) -> 
 }
 
 /// The bytes of the weights in `dir`.
-pub fn weights(dir: &Path) -> Vec<u8> {
+pub(crate) fn weights(dir: &Path) -> Vec<u8> {
     std::fs::read(dir.join("model.safetensors")).unwrap()
 }

@@ -1,10 +1,8 @@
 //! The weights of a run are a function of model, text and configuration, to the bit.
 
-mod common;
-
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use common::*;
+use crate::common::*;
 use dsmoe_core::Model;
 use dsmoe_train::{Observer, Outcome, RunOptions, StepRecord, Trainer};
 

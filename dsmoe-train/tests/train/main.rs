@@ -1,0 +1,7 @@
+//! Runs and evaluations of tiny models, from files to files.
+
+mod common;
+mod determinism;
+mod evaluation;
+mod optimizer;
+mod run_directory;
