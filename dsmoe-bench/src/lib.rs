@@ -1,2 +1,22 @@
-//! The dsmoe command: inspect, convert, export, train, evaluate, generate, and reproduce DSMoE's comparisons.
+#![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
+
+mod cli;
+mod commands;
+mod progress;
+mod report;
+mod ui;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+/// Parses the command line of this process, does what it says, and reports a failure in one line.
+pub fn run() -> ExitCode {
+    let cli = cli::Cli::parse();
+    let mut ui = ui::Ui::new(cli.json, cli.quiet);
+    match commands::run(cli, &mut ui) {
+        Ok(code) => code,
+        Err(error) => ui.fail(&error),
+    }
+}

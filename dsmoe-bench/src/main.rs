@@ -1,1 +1,6 @@
-fn main() {}
+//! The `dsmoe` command.
+#![forbid(unsafe_code)]
+
+fn main() -> std::process::ExitCode {
+    dsmoe_bench::run()
+}

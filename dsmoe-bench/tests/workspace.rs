@@ -18,14 +18,7 @@ const LAYERS: [(&str, &[&str]); 7] = [
     ("dsmoe-baselines", &["dsmoe-kernels", "dsmoe-router", "dsmoe-core"]),
     (
         "dsmoe-bench",
-        &[
-            "dsmoe-kernels",
-            "dsmoe-router",
-            "dsmoe-core",
-            "dsmoe-train",
-            "dsmoe-baselines",
-            "dsmoe-datasets",
-        ],
+        &["dsmoe-kernels", "dsmoe-router", "dsmoe-core", "dsmoe-train", "dsmoe-baselines", "dsmoe-datasets"],
     ),
 ];
 
@@ -45,12 +38,8 @@ fn metadata() -> Value {
 #[test]
 fn crates_depend_downwards_only() {
     let metadata = metadata();
-    let members: Vec<&Value> = metadata["packages"]
-        .as_array()
-        .expect("packages")
-        .iter()
-        .filter(|p| p["source"].is_null())
-        .collect();
+    let members: Vec<&Value> =
+        metadata["packages"].as_array().expect("packages").iter().filter(|p| p["source"].is_null()).collect();
     let names: BTreeSet<&str> = members.iter().map(|p| p["name"].as_str().expect("name")).collect();
     assert_eq!(names, LAYERS.iter().map(|(name, _)| *name).collect(), "packages of the workspace");
     for (name, allowed) in LAYERS {
@@ -115,7 +104,8 @@ fn unsafe_code_is_forbidden_everywhere_but_in_the_kernels() {
 
 #[test]
 fn every_package_is_publishable() {
-    for package in metadata()["packages"].as_array().expect("packages").iter().filter(|p| p["source"].is_null())
+    for package in
+        metadata()["packages"].as_array().expect("packages").iter().filter(|p| p["source"].is_null())
     {
         for field in ["description", "license", "repository", "readme", "rust_version"] {
             assert!(package[field].is_string(), "{} has no {field}", package["name"]);

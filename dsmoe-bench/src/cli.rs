@@ -1,0 +1,404 @@
+//! The command line.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::{Args, Parser, Subcommand};
+use dsmoe_core::checkpoint::Dtype;
+use dsmoe_core::convert::PartitionSpec;
+use dsmoe_core::export::ExportAs;
+use dsmoe_datasets::Bos;
+use dsmoe_router::{GateValue, Rescale, RouterInit, ZeroActive};
+
+/// Router weights of a conversion that does not say otherwise: the converted model starts close to the dense one.
+const DEFAULT_ROUTER_INIT: &str = "open";
+
+/// Turn a Hugging Face LLaMA into a DSMoE model, train it, see what it costs and how good it is, and generate text.
+#[derive(Debug, Parser)]
+#[command(name = "dsmoe", version, propagate_version = true, max_term_width = 100, after_help = AFTER_HELP)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+    /// Print the result as one JSON object on stdout
+    #[arg(long, global = true, display_order = 100)]
+    pub(crate) json: bool,
+    /// No progress and no notes on stderr
+    #[arg(long, short, global = true, display_order = 101)]
+    pub(crate) quiet: bool,
+    /// Worker threads; results do not depend on it [default: all cores]
+    #[arg(long, global = true, value_name = "N", display_order = 102,
+        value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub(crate) threads: Option<u16>,
+}
+
+const AFTER_HELP: &str = "\
+Results go to stdout, progress and errors to stderr.
+
+Exit status: 0 done; 1 error; 2 wrong usage; 3 a result out of its tolerance; 130 interrupted.
+
+Environment: DSMOE_ISA=scalar|avx2|avx512 narrows the instruction set; DSMOE_SHARED names the data folder that
+`dsmoe doctor` looks into.";
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Show a model's configuration, layout, parameters and FLOPs; reads headers only
+    Inspect(Inspect),
+    /// Turn a dense LLaMA directory into a DSMoE directory
+    Convert(Convert),
+    /// Write a DSMoE model as a plain LLaMA, or a model again in another precision
+    Export(Export),
+    /// Train a DSMoE or dense model on text
+    Train(Box<Train>),
+    /// Measure perplexity and the active share of experts on text
+    Eval(Eval),
+    /// Continue a prompt
+    Generate(Generate),
+    /// Make a model with random weights in Hugging Face layout
+    Init(Init),
+    /// Show CPU features, threads, memory, and what a data folder lacks
+    Doctor(Doctor),
+    /// Generate text, train a tiny LLaMA, convert it, train it to a budget, and compare, in about two minutes
+    Demo(Demo),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Inspect {
+    /// Dense LLaMA or DSMoE directory
+    pub(crate) model: PathBuf,
+    /// Active experts per token and layer, mean, to count activated parameters at [default: all experts]
+    #[arg(long, value_name = "K")]
+    pub(crate) mean_active: Option<f64>,
+    /// Tokens a token attends to, to count FLOPs at [default: 1024, or all positions of a smaller model]
+    #[arg(long, value_name = "TOKENS")]
+    pub(crate) context: Option<usize>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Convert {
+    /// Dense LLaMA directory
+    pub(crate) model: PathBuf,
+    /// Directory to write
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
+    /// Experts to cut each FFN into; must divide intermediate_size
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65536))]
+    pub(crate) experts: u32,
+    /// Which neurons form an expert: contiguous, random, or a JSON file {"layers": [[[neuron, ...], ...], ...]}
+    #[arg(long, value_name = "contiguous|random|FILE", default_value = "contiguous")]
+    pub(crate) partition: PartitionSpec,
+    /// How router weights start: random (the paper), open (all experts active), centroid, or warm(K) (K experts open)
+    #[arg(long, value_name = "random|open|centroid|warm(K)", default_value = DEFAULT_ROUTER_INIT)]
+    pub(crate) router_init: RouterInit,
+    /// An expert is active when its gate is above this, 0 to 1
+    #[arg(long, value_name = "SHARE", default_value_t = 0.5)]
+    pub(crate) threshold: f32,
+    /// What multiplies an active expert: its sigmoid gate (eq. 7), or 1
+    #[arg(long, default_value = "sigmoid", value_parser = words::<GateValue>(&["sigmoid", "binary"]))]
+    pub(crate) gate_value: GateValue,
+    /// Rescale the sum of the experts by experts / active experts (eq. 8), or not
+    #[arg(long, default_value = "none", value_parser = words::<Rescale>(&["none", "eq8"]))]
+    pub(crate) rescale: Rescale,
+    /// A token without an active expert skips the FFN, or takes the expert with the largest gate
+    #[arg(long, default_value = "skip", value_parser = words::<ZeroActive>(&["skip", "force_argmax"]))]
+    pub(crate) zero_active: ZeroActive,
+    /// Train without the straight-through rule (eq. 10): inactive gates get no gradient of the language-model loss
+    #[arg(long)]
+    pub(crate) no_ste: bool,
+    /// Seed of router weights and of a random partition
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// Replace the output directory if it exists
+    #[arg(long)]
+    pub(crate) force: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Export {
+    /// DSMoE directory (or a dense one, as native)
+    pub(crate) model: PathBuf,
+    /// dense: a plain LlamaForCausalLM without routers, neurons in their original order; native: the model as it is
+    #[arg(long = "as", value_name = "FORM", value_parser = words::<ExportAs>(&["dense", "native"]))]
+    pub(crate) form: ExportAs,
+    /// Directory to write
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
+    /// Precision of the weights [default: as they are]
+    #[arg(long, value_parser = words::<Dtype>(&["f32", "bf16", "f16"]))]
+    pub(crate) dtype: Option<Dtype>,
+    /// Replace the output directory if it exists
+    #[arg(long)]
+    pub(crate) force: bool,
+}
+
+/// Where text comes from.
+#[derive(Debug, Args)]
+pub(crate) struct DataArgs {
+    /// Text files or folders: .txt .md .tex .jsonl .json, also .gz and .zst
+    #[arg(long, value_name = "PATH", num_args = 1.., required = true)]
+    pub(crate) data: Vec<PathBuf>,
+    /// What stands between documents in a text file [default: a text file is one document]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub(crate) doc_separator: Option<String>,
+    /// Field of a JSON object that holds the text [default: text]
+    #[arg(long, value_name = "NAME")]
+    pub(crate) text_column: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Train {
+    /// Model directory to start from, DSMoE or dense, with its tokenizer.json
+    pub(crate) model: PathBuf,
+    #[command(flatten)]
+    pub(crate) data: DataArgs,
+    /// Run directory: metrics, checkpoints, and at the end the trained model
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
+    /// Optimiser steps of the whole run
+    #[arg(long, value_name = "N", conflicts_with = "tokens")]
+    pub(crate) steps: Option<u64>,
+    /// Tokens of the whole run, rounded up to whole steps; 5M, 10B and the like are understood
+    #[arg(long, value_name = "N", value_parser = quantity)]
+    pub(crate) tokens: Option<u64>,
+    /// Sequences per micro-batch [default: 32]
+    #[arg(long, value_name = "N")]
+    pub(crate) batch: Option<usize>,
+    /// Tokens per sequence [default: 1024]
+    #[arg(long, value_name = "TOKENS")]
+    pub(crate) seq: Option<usize>,
+    /// Micro-batches per optimiser step [default: 1]
+    #[arg(long, value_name = "N")]
+    pub(crate) accumulate: Option<usize>,
+    /// Peak learning rate [default: 2e-5]
+    #[arg(long, value_name = "X")]
+    pub(crate) lr: Option<f64>,
+    /// Steps of linear warm-up [default: a tenth of the steps, at most 100]
+    #[arg(long, value_name = "N")]
+    pub(crate) warmup_steps: Option<u64>,
+    /// Learning rate of routers over that of the rest [default: 1]
+    #[arg(long, value_name = "X")]
+    pub(crate) router_lr_scale: Option<f64>,
+    /// Constant weight of the sparsity loss [default: 1]
+    #[arg(long, value_name = "WEIGHT", conflicts_with = "active_target")]
+    pub(crate) sparsity: Option<f64>,
+    /// Share of experts to be active, mean over tokens and layers, held by a controller; 0.375 is 3 of 8
+    #[arg(long, value_name = "SHARE")]
+    pub(crate) active_target: Option<f64>,
+    /// TOML file with any of the settings; flags override it
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// One setting by its key in the TOML file, such as weight_decay=0; overrides flags too
+    #[arg(long = "set", value_name = "KEY=VALUE", allow_hyphen_values = true)]
+    pub(crate) set: Vec<String>,
+    /// Seed of the order of the text [default: 0]
+    #[arg(long)]
+    pub(crate) seed: Option<u64>,
+    /// When a document gets a BOS token in front: auto asks the tokenizer [default: auto]
+    #[arg(long, value_parser = words::<Bos>(&["auto", "always", "never"]))]
+    pub(crate) bos: Option<Bos>,
+    /// Share of the text held out for evaluation [default: 0.02]
+    #[arg(long, value_name = "SHARE")]
+    pub(crate) valid_fraction: Option<f64>,
+    /// Steps between evaluations of the held-out text [default: at the end only]
+    #[arg(long, value_name = "N")]
+    pub(crate) eval_every: Option<u64>,
+    /// Steps between checkpoints [default: at the end only]
+    #[arg(long, value_name = "N")]
+    pub(crate) save_every: Option<u64>,
+    /// Checkpoints to keep [default: 2]
+    #[arg(long, value_name = "N")]
+    pub(crate) keep: Option<usize>,
+    /// Continue the run in --out from its newest checkpoint
+    #[arg(long, conflicts_with = "force")]
+    pub(crate) resume: bool,
+    /// Discard the run in --out and start over
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// Save a checkpoint and stop after this many steps of this invocation
+    #[arg(long, value_name = "N")]
+    pub(crate) stop_after: Option<u64>,
+    /// Show the plan - steps, tokens, parameters, memory - and stop
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Eval {
+    /// Model directory, DSMoE or dense, with its tokenizer.json
+    pub(crate) model: PathBuf,
+    #[command(flatten)]
+    pub(crate) data: DataArgs,
+    /// Tokens per window; the first of each is context only [default: 1024, or all positions of a smaller model]
+    #[arg(long, value_name = "TOKENS")]
+    pub(crate) seq: Option<usize>,
+    /// Tokens between the starts of windows; below --seq they overlap and each token is scored once [default: --seq]
+    #[arg(long, value_name = "TOKENS")]
+    pub(crate) stride: Option<usize>,
+    /// When a document gets a BOS token in front: auto asks the tokenizer [default: always, if the model has one]
+    #[arg(long, value_parser = words::<Bos>(&["auto", "always", "never"]))]
+    pub(crate) bos: Option<Bos>,
+    /// Use this threshold of the gates, 0 to 1, in place of the model's
+    #[arg(long, value_name = "SHARE")]
+    pub(crate) threshold: Option<f32>,
+    /// Use no more than this many tokens from the start of the text
+    #[arg(long, value_name = "N", value_parser = quantity)]
+    pub(crate) limit_tokens: Option<u64>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Generate {
+    /// Model directory, DSMoE or dense, with its tokenizer.json
+    pub(crate) model: PathBuf,
+    /// Text to continue
+    #[arg(
+        long,
+        value_name = "TEXT",
+        allow_hyphen_values = true,
+        conflicts_with = "prompt_file",
+        required_unless_present = "prompt_file"
+    )]
+    pub(crate) prompt: Option<String>,
+    /// File with the text to continue; its line end at the very end is left out
+    #[arg(long, value_name = "FILE")]
+    pub(crate) prompt_file: Option<PathBuf>,
+    /// New tokens at the most
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    pub(crate) max_tokens: usize,
+    /// 0 takes the most likely token every time; higher is more varied
+    #[arg(long, value_name = "X", default_value_t = 0.0)]
+    pub(crate) temperature: f32,
+    /// Sample among this many most likely tokens; 0 for all
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) top_k: usize,
+    /// Sample among the most likely tokens that hold this share of the probability; 1 for all
+    #[arg(long, value_name = "SHARE", default_value_t = 1.0)]
+    pub(crate) top_p: f32,
+    /// Seed of the sampling
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// Stop before this text; may be given several times
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true, value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    pub(crate) stop: Vec<String>,
+    /// Go on after an end-of-text token
+    #[arg(long)]
+    pub(crate) ignore_eos: bool,
+    /// Run the whole text anew for every token, to check the cache
+    #[arg(long)]
+    pub(crate) no_kv_cache: bool,
+    /// Feed the prompt in pieces of this many tokens; 0 for all at once
+    #[arg(long, value_name = "TOKENS", default_value_t = 0)]
+    pub(crate) prefill_chunk: usize,
+    /// Use this threshold of the gates, 0 to 1, in place of the model's
+    #[arg(long, value_name = "SHARE")]
+    pub(crate) threshold: Option<f32>,
+    /// Whether the prompt gets a BOS token in front: auto asks the tokenizer [default: always, if the model has one]
+    #[arg(long, value_parser = words::<Bos>(&["auto", "always", "never"]))]
+    pub(crate) bos: Option<Bos>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Init {
+    /// Architecture by name; see --list
+    #[arg(long, value_name = "NAME", conflicts_with = "config", required_unless_present_any = ["config", "list"])]
+    pub(crate) preset: Option<String>,
+    /// Architecture by a config.json
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// Directory to write
+    #[arg(long, value_name = "DIR", required_unless_present = "list")]
+    pub(crate) out: Option<PathBuf>,
+    /// Precision of the weights
+    #[arg(long, default_value = "f32", value_parser = words::<Dtype>(&["bf16", "f32"]))]
+    pub(crate) dtype: Dtype,
+    /// Seed of the weights
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// A tokenizer.json to copy into the directory
+    #[arg(long, value_name = "FILE")]
+    pub(crate) tokenizer: Option<PathBuf>,
+    /// Largest file of weights, such as 500MB or 5GB
+    #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = quantity)]
+    pub(crate) max_shard_size: u64,
+    /// Replace the output directory if it exists
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// List the presets and stop
+    #[arg(long)]
+    pub(crate) list: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Doctor {
+    /// Data folder to look into [default: $DSMOE_SHARED, or ../shared]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) data: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Demo {
+    /// Keep text, models and runs in this directory [default: a temporary one, removed at the end]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: Option<PathBuf>,
+    /// Seed of the text, the weights and the order of training
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// Training steps of the dense model, and again of the DSMoE model
+    #[arg(long, value_name = "N", default_value_t = crate::commands::demo::STEPS,
+        value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    pub(crate) steps: u64,
+}
+
+/// A parser of the enum whose words these are.
+fn words<T>(words: &'static [&'static str]) -> impl TypedValueParser<Value = T>
+where
+    T: FromStr + Clone + Send + Sync + 'static,
+    T::Err: std::error::Error + Send + Sync + 'static,
+{
+    PossibleValuesParser::new(words).try_map(|word| word.parse::<T>())
+}
+
+/// A whole number with an optional decimal suffix: `1000`, `1_000`, `1.5M`, `10B`, `500MB`, `5GB`.
+fn quantity(text: &str) -> Result<u64, String> {
+    let wrong = || format!("`{text}` is not an amount; write 1000, 500MB, 1.5M or 10B");
+    let plain = text.replace('_', "");
+    let split = plain.find(|c: char| c.is_ascii_alphabetic()).unwrap_or(plain.len());
+    let (number, suffix) = plain.split_at(split);
+    let scale = match suffix.to_ascii_uppercase().as_str() {
+        "" => 1u64,
+        "K" | "KB" => 1000,
+        "M" | "MB" => 1_000_000,
+        "B" | "G" | "GB" => 1_000_000_000,
+        "T" | "TB" => 1_000_000_000_000,
+        _ => return Err(wrong()),
+    };
+    if let Ok(whole) = number.parse::<u64>() {
+        return whole.checked_mul(scale).ok_or_else(wrong);
+    }
+    let value = number.parse::<f64>().map_err(|_| wrong())? * scale as f64;
+    // Whole numbers up to 2^53 are exact.
+    if value.is_finite() && value >= 0.0 && value.fract() == 0.0 && value < 9e15 {
+        Ok(value as u64)
+    } else {
+        Err(wrong())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_definition_is_sound() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn amounts_take_suffixes() {
+        let good = ["7", "1_000", "1.5M", "10B", "500MB", "5gb"].map(|text| quantity(text).unwrap());
+        assert_eq!(good, [7, 1000, 1_500_000, 10_000_000_000, 500_000_000, 5_000_000_000]);
+        for bad in ["", "x", "-1", "1.5", "3parsecs", "nan", "1e40", "99999999999TB", "inf"] {
+            assert!(quantity(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,215 @@
+//! `dsmoe generate`: continues a prompt.
+
+use anyhow::{Context, Result, bail};
+use dsmoe_core::generate::{Finish, GenerateOptions, generate};
+use serde::Serialize;
+
+use super::{bos_or_default, load_model, tokenizer};
+use crate::cli::Generate;
+use crate::report;
+use crate::ui::Ui;
+
+#[derive(Debug, Serialize)]
+struct Report {
+    prompt: String,
+    /// The new text alone.
+    text: String,
+    /// The prompt's and the new ones.
+    token_ids: Vec<u32>,
+    new_token_ids: Vec<u32>,
+    prompt_tokens: usize,
+    generated_tokens: usize,
+    finish: &'static str,
+    prefill_seconds: f64,
+    decode_seconds: f64,
+    prefill_tokens_per_s: f64,
+    /// Of the tokens after the first; none when there was only one.
+    tokens_per_s: Option<f64>,
+    active_ratio: Option<f64>,
+    active_ratio_per_layer: Option<Vec<f64>>,
+}
+
+pub(crate) fn run(args: &Generate, ui: &mut Ui) -> Result<()> {
+    let prompt = read_prompt(args)?;
+    let model = load_model(&args.model, args.threshold)?;
+    let config = model.config();
+    let tokenizer = tokenizer(&args.model, config)?;
+    let prompt_ids = tokenizer.encode(&prompt, bos_or_default(args.bos, config))?;
+    if prompt_ids.is_empty() {
+        bail!("the prompt is empty and the model has no BOS token to start from; give --prompt a text");
+    }
+    let options = GenerateOptions {
+        max_tokens: args.max_tokens,
+        temperature: args.temperature,
+        top_k: args.top_k,
+        top_p: args.top_p,
+        seed: args.seed,
+        stop: if args.ignore_eos { Vec::new() } else { config.eos_token_ids.clone() },
+        kv_cache: !args.no_kv_cache,
+        prefill_chunk: args.prefill_chunk,
+    };
+
+    // The first new token decodes with the prompt before it: some tokenizers drop a space at the very beginning.
+    let mut decoder = tokenizer.stream();
+    for &id in &prompt_ids {
+        decoder.push(id)?;
+    }
+    let mut text = StoppedText::new(&args.stop);
+    let mut failure = None;
+    let generation = generate(&model, &prompt_ids, &options, |id| {
+        let shown = decoder.push(id).map_err(anyhow::Error::from).and_then(|piece| {
+            let ready = text.push(piece.as_deref().unwrap_or(""));
+            if !ui.json && !ready.is_empty() { ui.text(ready) } else { Ok(()) }
+        });
+        failure = shown.err();
+        failure.is_none() && !text.stopped
+    })?;
+    if let Some(failure) = failure {
+        return Err(failure);
+    }
+    if !text.stopped {
+        let held = decoder.finish()?.unwrap_or_default();
+        text.push(&held);
+    }
+    let rest = text.finish();
+    if !ui.json {
+        ui.text(rest)?;
+        ui.text("\n")?;
+    }
+
+    let summary = generation.stats.as_ref().map(|stats| stats.summary());
+    // Every step but the first is timed as decoding, that of a stop token included.
+    let steps = match generation.finish {
+        Finish::Stop => generation.tokens.len(),
+        _ => generation.tokens.len().saturating_sub(1),
+    };
+    let report = Report {
+        prompt_tokens: prompt_ids.len(),
+        generated_tokens: generation.tokens.len(),
+        finish: match generation.finish {
+            Finish::MaxTokens => "max_tokens",
+            Finish::Stop => "eos",
+            Finish::Positions => "positions",
+            Finish::Caller => "stop",
+        },
+        prefill_seconds: generation.prefill_seconds,
+        decode_seconds: generation.decode_seconds,
+        prefill_tokens_per_s: prompt_ids.len() as f64 / generation.prefill_seconds.max(1e-9),
+        tokens_per_s: (steps > 0).then(|| steps as f64 / generation.decode_seconds.max(1e-9)),
+        active_ratio: summary.as_ref().map(|summary| summary.active_ratio),
+        active_ratio_per_layer: summary.map(|summary| summary.active_ratio_per_layer),
+        token_ids: [&prompt_ids[..], &generation.tokens].concat(),
+        new_token_ids: generation.tokens,
+        text: text.text,
+        prompt,
+    };
+    if ui.json {
+        return ui.result(&report, |_| String::new());
+    }
+    ui.note(show(&report));
+    Ok(())
+}
+
+fn read_prompt(args: &Generate) -> Result<String> {
+    if let Some(prompt) = &args.prompt {
+        return Ok(prompt.clone());
+    }
+    let path = args.prompt_file.as_ref().context("no prompt; use --prompt TEXT")?;
+    let bytes = std::fs::read(path).with_context(|| format!("{}", path.display()))?;
+    let text = String::from_utf8(bytes)
+        .with_context(|| format!("{}: not UTF-8; convert it (iconv -t UTF-8)", path.display()))?;
+    let text = text.strip_suffix('\n').unwrap_or(&text);
+    Ok(text.strip_suffix('\r').unwrap_or(text).to_owned())
+}
+
+fn show(report: &Report) -> String {
+    let mut line = format!(
+        "[{} prompt tokens at {:.1}/s, {} new",
+        report.prompt_tokens, report.prefill_tokens_per_s, report.generated_tokens
+    );
+    if let Some(rate) = report.tokens_per_s {
+        line += &format!(" at {rate:.1}/s");
+    }
+    if let Some(ratio) = report.active_ratio {
+        line += &format!(", {} of experts active", report::percent(ratio));
+    }
+    line + &format!(", ended by {}]", report.finish)
+}
+
+/// Text that ends where a stop text begins. What may be the beginning of one is held back.
+struct StoppedText<'a> {
+    stops: &'a [String],
+    text: String,
+    /// Bytes of `text` that were given out.
+    shown: usize,
+    stopped: bool,
+}
+
+impl StoppedText<'_> {
+    fn new(stops: &[String]) -> StoppedText<'_> {
+        StoppedText { stops, text: String::new(), shown: 0, stopped: false }
+    }
+
+    /// Adds a piece; returns what became certain.
+    fn push(&mut self, piece: &str) -> &str {
+        self.text.push_str(piece);
+        let first = self.stops.iter().filter_map(|stop| self.text.find(stop)).min();
+        let certain = match first {
+            Some(at) => {
+                self.text.truncate(at);
+                self.stopped = true;
+                at
+            }
+            None => {
+                let starts = |(at, _): &(usize, char)| {
+                    self.stops.iter().any(|stop| stop.starts_with(&self.text[*at..]))
+                };
+                self.text.char_indices().find(starts).map_or(self.text.len(), |(at, _)| at)
+            }
+        };
+        let from = self.shown.min(certain);
+        self.shown = certain.max(from);
+        &self.text[from..certain]
+    }
+
+    /// What was held back until the end.
+    fn finish(&mut self) -> &str {
+        let from = std::mem::replace(&mut self.shown, self.text.len());
+        &self.text[from.min(self.text.len())..]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stream(stops: &[&str], pieces: &[&str]) -> (Vec<String>, String, bool) {
+        let stops: Vec<String> = stops.iter().map(|s| (*s).to_owned()).collect();
+        let mut text = StoppedText::new(&stops);
+        let mut shown = Vec::new();
+        for piece in pieces {
+            shown.push(text.push(piece).to_owned());
+            if text.stopped {
+                break;
+            }
+        }
+        shown.push(text.finish().to_owned());
+        assert_eq!(shown.concat(), text.text);
+        (shown, text.text, text.stopped)
+    }
+
+    #[test]
+    fn a_stop_text_is_found_across_pieces_and_cut() {
+        let (shown, text, stopped) = stream(&["END", "\n\n"], &["one E", "ND two"]);
+        assert_eq!(
+            (&shown[..], text.as_str(), stopped),
+            (&["one ", "", ""].map(String::from)[..], "one ", true)
+        );
+        let (shown, text, stopped) = stream(&["END"], &["one E", "N", "ough"]);
+        assert_eq!(shown, ["one ", "", "ENough", ""]);
+        assert_eq!((text.as_str(), stopped), ("one ENough", false));
+        assert_eq!(stream(&["\n"], &["é", "a\nb"]).1, "éa");
+        assert_eq!(stream(&["ab"], &["xa"]), (vec!["x".into(), "a".into()], "xa".into(), false));
+        assert_eq!(stream(&[], &["x", "y"]).0, ["x", "y", ""]);
+    }
+}

@@ -1,0 +1,93 @@
+//! One module per command.
+
+mod convert;
+pub(crate) mod demo;
+mod doctor;
+mod eval;
+mod export;
+mod generate;
+mod init;
+mod inspect;
+mod train;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context, Result};
+use dsmoe_core::Model;
+use dsmoe_core::config::Config;
+use dsmoe_datasets::{Bos, Corpus, CorpusOptions, TokenStream, Tokenizer};
+use dsmoe_kernels::Isa;
+
+use crate::cli::{Cli, Command};
+use crate::progress::{Progress, Unit};
+use crate::ui::{Ui, stderr_line};
+
+/// What a shell reports for a program ended by Ctrl-C.
+const INTERRUPTED: u8 = 130;
+
+/// Raised by Ctrl-C or SIGTERM once [`catch_interrupts`] was called.
+static STOP: AtomicBool = AtomicBool::new(false);
+
+pub(crate) fn run(cli: Cli, ui: &mut Ui) -> Result<ExitCode> {
+    Isa::from_env()?;
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(cli.threads.map_or(0, usize::from));
+    pool.build_global().context("cannot start the worker threads; use a smaller --threads")?;
+    match &cli.command {
+        Command::Inspect(args) => inspect::run(args, ui)?,
+        Command::Convert(args) => convert::run(args, ui)?,
+        Command::Export(args) => export::run(args, ui)?,
+        Command::Train(args) => return train::run(args, cli.threads, ui),
+        Command::Eval(args) => eval::run(args, ui)?,
+        Command::Generate(args) => generate::run(args, ui)?,
+        Command::Init(args) => init::run(args, ui)?,
+        Command::Doctor(args) => doctor::run(args, ui)?,
+        Command::Demo(args) => return demo::run(args, ui),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Makes the first Ctrl-C or SIGTERM raise the flag it returns, and the second end the process.
+fn catch_interrupts() -> Result<&'static AtomicBool> {
+    ctrlc::set_handler(|| {
+        if STOP.swap(true, Ordering::Relaxed) {
+            std::process::exit(i32::from(INTERRUPTED));
+        }
+        stderr_line("dsmoe: stopping after this step; interrupt again to stop at once");
+    })
+    .context("cannot listen for Ctrl-C")?;
+    Ok(&STOP)
+}
+
+/// The tokenizer of the model in `dir`.
+fn tokenizer(dir: &Path, config: &Config) -> Result<Tokenizer> {
+    Ok(Tokenizer::load(dir, config.bos_token_id, config.vocab_size)?)
+}
+
+/// The BOS rule asked for; without one, always for a model that has the token.
+fn bos_or_default(asked: Option<Bos>, config: &Config) -> Bos {
+    asked.unwrap_or(if config.bos_token_id.is_some() { Bos::Always } else { Bos::Never })
+}
+
+/// Loads a model, with another threshold if one is given.
+fn load_model(dir: &Path, threshold: Option<f32>) -> Result<Model> {
+    let mut model = Model::load(dir)?;
+    if let Some(threshold) = threshold {
+        model.set_threshold(threshold)?;
+    }
+    Ok(model)
+}
+
+fn open_corpus(data: &[PathBuf], doc_separator: Option<String>, text_column: String) -> Result<Corpus> {
+    Ok(Corpus::open(data, CorpusOptions { doc_separator, text_column })?)
+}
+
+fn tokenize(corpus: &Corpus, tokenizer: &Tokenizer, bos: Bos, ui: &Ui) -> Result<TokenStream> {
+    let total = corpus.total_bytes();
+    let mut progress = Progress::new(ui, "reading text", Unit::Bytes, total);
+    let stream =
+        dsmoe_datasets::tokenize(corpus, tokenizer, bos, None, &mut |done| progress.set(done, total, ""));
+    progress.finish();
+    Ok(stream?)
+}

@@ -1,0 +1,380 @@
+//! `dsmoe train`: a run, its plan, and its progress.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::atomic::Ordering;
+
+use anyhow::{Result, bail};
+use dsmoe_core::accounting::Accounting;
+use dsmoe_core::config::Config;
+use dsmoe_train::config::{Budget, TrainConfig};
+use dsmoe_train::eval::EvalReport;
+use dsmoe_train::metrics::StepRecord;
+use dsmoe_train::run::{Observer, Outcome, RunOptions, Trainer};
+use serde::Serialize;
+
+use super::{INTERRUPTED, STOP, catch_interrupts, load_model, open_corpus, tokenize, tokenizer};
+use crate::cli::Train;
+use crate::progress::{Progress, Unit};
+use crate::report;
+use crate::ui::Ui;
+
+/// What a run would do.
+#[derive(Debug, Serialize)]
+struct Plan {
+    model: PathBuf,
+    out: PathBuf,
+    steps: u64,
+    tokens: u64,
+    tokens_per_step: u64,
+    /// Of all files, as they lie.
+    data_bytes: u64,
+    data_files: usize,
+    params: u64,
+    budget: String,
+    flops_per_step: f64,
+    /// Weights, gradients and the optimiser's two moments.
+    state_bytes: u64,
+    /// What the backward pass keeps of a micro-batch; an estimate.
+    activation_bytes: u64,
+    config: TrainConfig,
+}
+
+/// What a run came to.
+#[derive(Debug, Serialize)]
+pub(crate) struct Summary {
+    pub(crate) finished: bool,
+    step: u64,
+    steps: u64,
+    tokens: u64,
+    loss: Option<f64>,
+    lm_loss: Option<f64>,
+    sparsity_loss: Option<f64>,
+    activation_ratio: Option<f64>,
+    valid_tokens: usize,
+    valid_nll: Option<f64>,
+    valid_ppl: Option<f64>,
+    valid_active_ratio: Option<f64>,
+    seconds: f64,
+    tokens_per_s: f64,
+    out: PathBuf,
+    checkpoint: Option<PathBuf>,
+}
+
+pub(crate) fn run(args: &Train, threads: Option<u16>, ui: &mut Ui) -> Result<ExitCode> {
+    let config = settings(args, threads)?;
+    keep_apart(&args.model, &args.out)?;
+    let corpus = open_corpus(&args.data.data, config.doc_separator.clone(), config.text_column.clone())?;
+    if args.dry_run {
+        let files = corpus.files().len();
+        let plan = plan(args, config.resolve()?, corpus.total_bytes(), files)?;
+        ui.result(&plan, show_plan)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    // Wrong settings are told before the model and the text are read.
+    config.clone().resolve()?;
+    let model = load_model(&args.model, None)?;
+    let stream = tokenize(&corpus, &tokenizer(&args.model, model.config())?, config.bos, ui)?;
+    let options = RunOptions {
+        out: args.out.clone(),
+        source: args.model.clone(),
+        resume: args.resume,
+        force: args.force,
+        stop_after: args.stop_after,
+    };
+    let mut trainer = Trainer::new(model, &stream, config, options)?;
+    drop(stream);
+    catch_interrupts()?;
+
+    let summary = drive(&mut trainer, "training", &args.out, ui)?;
+    ui.result(&summary, show_summary)?;
+    if summary.finished {
+        return Ok(ExitCode::SUCCESS);
+    }
+    ui.note(format_args!("continue with: {}", resume_command(std::env::args())));
+    let interrupted = STOP.load(Ordering::Relaxed);
+    Ok(if interrupted { ExitCode::from(INTERRUPTED) } else { ExitCode::SUCCESS })
+}
+
+/// Runs `trainer` to its end or to an interruption, with progress.
+pub(crate) fn drive(trainer: &mut Trainer, what: &str, out: &Path, ui: &Ui) -> Result<Summary> {
+    let config = trainer.config().clone();
+    let steps = config.steps.unwrap_or(0);
+    let first = trainer.step();
+    ui.note(format_args!(
+        "{what}: {} parameters, {} steps of {} tokens out of {}",
+        report::amount(
+            trainer.model().layout().entries().iter().map(|entry| entry.range.len()).sum::<usize>() as f64
+        ),
+        report::count(steps),
+        report::count(config.tokens_per_step()),
+        report::count(trainer.split().train_tokens().len() as u64)
+    ));
+    let mut progress = Progress::new(ui, what, Unit::Steps, steps);
+    progress.line_every(config.log_every);
+    let mut view = View { progress, steps, last: None, eval: None, saved: None };
+    let outcome = trainer.run(&mut view, &STOP);
+    let View { progress, last, eval, saved, .. } = view;
+    progress.finish();
+    let finished = outcome? == Outcome::Finished;
+    let step = trainer.step();
+    let seconds = last.as_ref().map_or(0.0, |record| record.wall_s);
+    let trained = (step - first) * config.tokens_per_step();
+    Ok(Summary {
+        finished,
+        step,
+        steps,
+        tokens: step * config.tokens_per_step(),
+        loss: last.as_ref().map(|record| record.loss),
+        lm_loss: last.as_ref().map(|record| record.lm_loss),
+        sparsity_loss: last.as_ref().and_then(|record| record.sparsity_loss),
+        activation_ratio: last.as_ref().and_then(|record| record.activation_ratio),
+        valid_tokens: trainer.split().valid_tokens().len(),
+        valid_nll: eval.as_ref().map(|eval| eval.nll),
+        valid_ppl: eval.as_ref().map(|eval| eval.ppl),
+        valid_active_ratio: eval.as_ref().and_then(|eval| eval.active_ratio),
+        seconds,
+        tokens_per_s: if seconds > 0.0 { trained as f64 / seconds } else { 0.0 },
+        out: out.to_path_buf(),
+        checkpoint: saved,
+    })
+}
+
+/// The file's settings, overridden by flags, overridden by `--set`.
+fn settings(args: &Train, threads: Option<u16>) -> Result<TrainConfig> {
+    let mut config = match &args.config {
+        Some(path) => TrainConfig::from_toml(path)?,
+        None => TrainConfig::default(),
+    };
+    fn over<T: Clone>(field: &mut T, flag: &Option<T>) {
+        if let Some(value) = flag {
+            field.clone_from(value);
+        }
+    }
+    fn over_option<T: Clone>(field: &mut Option<T>, flag: &Option<T>) {
+        if flag.is_some() {
+            field.clone_from(flag);
+        }
+    }
+    if args.steps.is_some() || args.tokens.is_some() {
+        (config.steps, config.tokens) = (args.steps, args.tokens);
+    }
+    if args.sparsity.is_some() || args.active_target.is_some() {
+        (config.sparsity, config.active_target) = (args.sparsity, args.active_target);
+    }
+    over(&mut config.batch, &args.batch);
+    over(&mut config.seq, &args.seq);
+    over(&mut config.accumulate, &args.accumulate);
+    over(&mut config.lr, &args.lr);
+    over(&mut config.router_lr_scale, &args.router_lr_scale);
+    over(&mut config.seed, &args.seed);
+    over(&mut config.keep, &args.keep);
+    over(&mut config.valid_fraction, &args.valid_fraction);
+    over(&mut config.bos, &args.bos);
+    over(&mut config.text_column, &args.data.text_column);
+    over_option(&mut config.warmup_steps, &args.warmup_steps);
+    over_option(&mut config.eval_every, &args.eval_every);
+    over_option(&mut config.save_every, &args.save_every);
+    over_option(&mut config.doc_separator, &args.data.doc_separator);
+    over_option(&mut config.threads, &threads.map(usize::from));
+    for setting in &args.set {
+        config.set(setting)?;
+    }
+    Ok(config)
+}
+
+fn plan(args: &Train, config: TrainConfig, data_bytes: u64, data_files: usize) -> Result<Plan> {
+    let model = Config::load(&args.model)?;
+    let accounting = Accounting::of(&model);
+    let (tokens_per_step, steps) = (config.tokens_per_step(), config.steps.unwrap_or(0));
+    let all_experts = model.moe.as_ref().map_or(0.0, |moe| moe.router.num_experts as f64);
+    // Backward is twice the forward.
+    let flops_per_token = 3.0 * accounting.flops_per_token(all_experts, config.seq as f64 / 2.0);
+    Ok(Plan {
+        model: args.model.clone(),
+        out: args.out.clone(),
+        steps,
+        tokens: steps * tokens_per_step,
+        tokens_per_step,
+        data_bytes,
+        data_files,
+        params: accounting.total,
+        budget: match (&model.moe, config.budget()) {
+            (None, _) => "dense model, no routers".to_owned(),
+            (Some(_), Budget::Weight(weight)) => format!("sparsity loss of weight {weight}"),
+            (Some(_), Budget::Target(share)) => format!("{} of experts active", report::percent(share)),
+        },
+        flops_per_step: flops_per_token * tokens_per_step as f64,
+        state_bytes: 16 * accounting.total,
+        activation_bytes: activation_bytes(&model, (config.batch * config.seq) as u64),
+        config,
+    })
+}
+
+/// Refuses to write a run over the model that it starts from.
+fn keep_apart(source: &Path, out: &Path) -> Result<()> {
+    let same = match (source.canonicalize(), out.canonicalize()) {
+        (Ok(source), Ok(out)) => source.starts_with(&out),
+        _ => false,
+    };
+    if same {
+        bail!("--out {}: it holds the model that is read; choose another --out", out.display());
+    }
+    Ok(())
+}
+
+/// f32 values kept per token and layer: four of the residual stream's width, queries, keys, values and attention's
+/// output, and three of the FFN's width; beside them some temporaries of one layer.
+fn activation_bytes(model: &Config, tokens: u64) -> u64 {
+    let attention = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim;
+    let layer = 4 * model.hidden + attention + 3 * model.intermediate;
+    let temporaries = 8 * model.hidden + 2 * attention + 3 * model.intermediate;
+    4 * tokens * (model.num_layers * layer + temporaries) as u64
+}
+
+fn show_plan(plan: &Plan) -> String {
+    report::fields([
+        ("model", format!("{}, {} parameters", plan.model.display(), report::count(plan.params))),
+        ("text", format!("{} in {} files", report::bytes(plan.data_bytes), plan.data_files)),
+        (
+            "steps",
+            format!(
+                "{} of {} tokens, {} tokens in all",
+                report::count(plan.steps),
+                report::count(plan.tokens_per_step),
+                report::count(plan.tokens)
+            ),
+        ),
+        ("budget", plan.budget.clone()),
+        ("arithmetic", format!("{} FLOPs per step", report::amount(plan.flops_per_step))),
+        (
+            "memory",
+            format!(
+                "{} of weights, gradients and moments; about {} of activations",
+                report::bytes(plan.state_bytes),
+                report::bytes(plan.activation_bytes)
+            ),
+        ),
+        ("out", plan.out.display().to_string()),
+    ])
+}
+
+fn show_summary(summary: &Summary) -> String {
+    let state = if summary.finished { "finished" } else { "stopped" };
+    let mut fields = vec![(
+        state,
+        format!(
+            "step {} of {}, {} tokens in {} ({:.0}/s)",
+            summary.step,
+            summary.steps,
+            report::count(summary.tokens),
+            report::duration(summary.seconds),
+            summary.tokens_per_s
+        ),
+    )];
+    if let Some(loss) = summary.lm_loss {
+        fields.push(("training loss", format!("{loss:.4} nats per token")));
+    }
+    if let Some(ratio) = summary.activation_ratio {
+        fields.push(("active share", format!("{} of experts in the last step", report::percent(ratio))));
+    }
+    if let (Some(ppl), Some(nll)) = (summary.valid_ppl, summary.valid_nll) {
+        let share =
+            summary.valid_active_ratio.map(|ratio| format!(", {} of experts active", report::percent(ratio)));
+        let held_out = report::count(summary.valid_tokens as u64);
+        fields.push((
+            "held-out text",
+            format!("perplexity {ppl:.3}, nll {nll:.4}{} ({held_out} tokens)", share.unwrap_or_default()),
+        ));
+    }
+    if summary.finished {
+        fields.push(("model", summary.out.display().to_string()));
+    }
+    if let Some(path) = &summary.checkpoint {
+        fields.push(("checkpoint", path.display().to_string()));
+    }
+    report::fields(fields)
+}
+
+/// Shows a run and remembers the last of everything.
+struct View {
+    progress: Progress,
+    steps: u64,
+    last: Option<StepRecord>,
+    eval: Option<EvalReport>,
+    saved: Option<PathBuf>,
+}
+
+impl Observer for View {
+    fn step(&mut self, record: &StepRecord) {
+        let mut detail = format!("loss {:.4}", record.lm_loss);
+        if let Some(ratio) = record.activation_ratio {
+            detail += &format!("  active {}", report::percent(ratio));
+        }
+        detail += &format!("  {} tokens/s", report::count(record.tokens_per_s as u64));
+        self.progress.set(record.step, self.steps, &detail);
+        self.last = Some(record.clone());
+    }
+
+    fn evaluated(&mut self, step: u64, report: &EvalReport) {
+        let share = report.active_ratio.map(|ratio| format!(", {} active", report::percent(ratio)));
+        self.progress.note(&format!(
+            "step {step}: held-out perplexity {:.3}{}",
+            report.ppl,
+            share.unwrap_or_default()
+        ));
+        self.eval = Some(report.clone());
+    }
+
+    fn saved(&mut self, step: u64, path: &Path) {
+        self.progress.note(&format!("step {step}: saved {}", path.display()));
+        self.saved = Some(path.to_path_buf());
+    }
+
+    fn note(&mut self, message: &str) {
+        self.progress.note(message);
+    }
+}
+
+/// The command that continues the run that `args` started.
+fn resume_command(args: impl Iterator<Item = String>) -> String {
+    let mut words = Vec::new();
+    let mut skip_value = false;
+    for arg in args {
+        let stop_after = arg == "--stop-after";
+        if !(skip_value
+            || stop_after
+            || arg.starts_with("--stop-after=")
+            || arg == "--resume"
+            || arg == "--force")
+        {
+            words.push(quoted(&arg));
+        }
+        skip_value = stop_after;
+    }
+    words.push("--resume".to_owned());
+    words.join(" ")
+}
+
+fn quoted(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./=:,+@%".contains(c);
+    if !word.is_empty() && word.chars().all(plain) {
+        return word.to_owned();
+    }
+    format!("'{}'", word.replace('\'', r"'\''"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_resume_command_can_be_pasted() {
+        let args =
+            ["dsmoe", "train", "a b", "--force", "--stop-after", "5", "--doc-separator", "it's", "--steps=3"];
+        assert_eq!(
+            resume_command(args.into_iter().map(str::to_owned)),
+            r"dsmoe train 'a b' --doc-separator 'it'\''s' --steps=3 --resume"
+        );
+    }
+}

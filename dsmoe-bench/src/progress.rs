@@ -1,0 +1,136 @@
+//! Progress of long work on stderr: a bar on a terminal, otherwise a line every few seconds.
+
+use std::io::{IsTerminal, stderr};
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::report;
+use crate::ui::{Ui, stderr_line};
+
+/// Least time between two plain lines.
+const LINE_EVERY: Duration = Duration::from_secs(5);
+
+/// What is counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Unit {
+    Bytes,
+    Steps,
+    Windows,
+}
+
+impl Unit {
+    fn show(self, amount: f64) -> String {
+        match self {
+            Unit::Bytes => report::bytes(amount as u64),
+            Unit::Steps | Unit::Windows if amount < 10.0 && amount.fract() != 0.0 => {
+                format!("{amount:.1}")
+            }
+            Unit::Steps | Unit::Windows => report::count(amount as u64),
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Unit::Bytes => "",
+            Unit::Steps => " steps",
+            Unit::Windows => " windows",
+        }
+    }
+}
+
+#[derive(Debug)]
+enum Sink {
+    Silent,
+    Bar(ProgressBar),
+    Lines { last: Instant },
+}
+
+/// One piece of work with a known end.
+#[derive(Debug)]
+pub(crate) struct Progress {
+    what: String,
+    unit: Unit,
+    total: u64,
+    /// When and where this run of the work began: a resumed one does not begin at 0.
+    started: Option<(Instant, u64)>,
+    /// A plain line is due at multiples of this.
+    line_every: u64,
+    sink: Sink,
+}
+
+impl Progress {
+    /// Starts showing `what`, unless the user wants quiet.
+    pub(crate) fn new(ui: &Ui, what: impl Into<String>, unit: Unit, total: u64) -> Progress {
+        let what = what.into();
+        let sink = if ui.quiet {
+            Sink::Silent
+        } else if stderr().is_terminal() {
+            let style = ProgressStyle::with_template("{prefix} [{bar:24}] {msg}")
+                .expect("a constant template")
+                .progress_chars("=> ");
+            let bar = ProgressBar::new(total).with_style(style).with_prefix(what.clone());
+            Sink::Bar(bar)
+        } else {
+            Sink::Lines { last: Instant::now() }
+        };
+        Progress { what, unit, total, started: None, line_every: 1, sink }
+    }
+
+    /// Plain lines come at multiples of `every` only.
+    pub(crate) fn line_every(&mut self, every: u64) {
+        self.line_every = every;
+    }
+
+    /// `done` of the total are done; `detail` is shown behind it.
+    pub(crate) fn set(&mut self, done: u64, total: u64, detail: &str) {
+        if matches!(self.sink, Sink::Silent) {
+            return;
+        }
+        self.total = total;
+        let (started, first) = *self.started.get_or_insert_with(|| (Instant::now(), done));
+        let elapsed = started.elapsed().as_secs_f64();
+        let rate = (done - first.min(done)) as f64 / elapsed.max(1e-9);
+        let status = || {
+            let unit = self.unit;
+            let mut line = format!("{}/{}{}", unit.show(done as f64), unit.show(total as f64), unit.name());
+            if !detail.is_empty() {
+                line += &format!("  {detail}");
+            }
+            if rate > 0.0 && elapsed > 0.5 {
+                let left = total.saturating_sub(done) as f64 / rate;
+                line += &format!("  {}/s  eta {}", unit.show(rate), report::duration(left));
+            }
+            line
+        };
+        match &mut self.sink {
+            Sink::Silent => {}
+            Sink::Bar(bar) => {
+                bar.set_length(total);
+                bar.set_message(status());
+                bar.set_position(done);
+            }
+            Sink::Lines { last } if last.elapsed() >= LINE_EVERY && done.is_multiple_of(self.line_every) => {
+                *last = Instant::now();
+                stderr_line(format_args!("{}: {}", self.what, status()));
+            }
+            Sink::Lines { .. } => {}
+        }
+    }
+
+    /// A line of its own, above the bar if there is one.
+    pub(crate) fn note(&self, line: &str) {
+        match &self.sink {
+            Sink::Silent => {}
+            Sink::Bar(bar) => bar.suspend(|| stderr_line(line)),
+            Sink::Lines { .. } => stderr_line(line),
+        }
+    }
+
+    /// Removes the bar.
+    pub(crate) fn finish(self) {
+        if let Sink::Bar(bar) = self.sink {
+            bar.finish_and_clear();
+        }
+    }
+}

@@ -1,0 +1,105 @@
+//! What the command writes: results to stdout, everything else to stderr.
+
+use std::fmt::{Display, Write as _};
+use std::io::{self, Write as _};
+use std::process::ExitCode;
+
+use anyhow::Result;
+use serde::Serialize;
+
+/// Stdout was closed by its reader: the rest is not wanted, and that is no failure.
+#[derive(Debug)]
+struct ClosedPipe;
+
+impl Display for ClosedPipe {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("stdout is closed")
+    }
+}
+
+impl std::error::Error for ClosedPipe {}
+
+/// Where a command reports to.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ui {
+    pub(crate) json: bool,
+    pub(crate) quiet: bool,
+}
+
+impl Ui {
+    pub(crate) fn new(json: bool, quiet: bool) -> Ui {
+        Ui { json, quiet }
+    }
+
+    /// Writes text to stdout as it is, at once.
+    pub(crate) fn text(&mut self, text: &str) -> Result<()> {
+        let mut stdout = io::stdout().lock();
+        match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+            Err(cause) if cause.kind() == io::ErrorKind::BrokenPipe => Err(ClosedPipe.into()),
+            Err(cause) => Err(anyhow::anyhow!("stdout: {cause}")),
+            Ok(()) => Ok(()),
+        }
+    }
+
+    /// The one result of a command: an object on one line with `--json`, otherwise what `human` makes of it.
+    pub(crate) fn result<T: Serialize>(&mut self, value: &T, human: impl FnOnce(&T) -> String) -> Result<()> {
+        let mut text = if self.json { serde_json::to_string(value)? } else { human(value) };
+        if !text.ends_with('\n') {
+            text.push('\n');
+        }
+        self.text(&text)
+    }
+
+    /// A line on stderr, unless `--quiet`.
+    pub(crate) fn note(&self, line: impl Display) {
+        if !self.quiet {
+            stderr_line(line);
+        }
+    }
+
+    /// Reports a failure: one line on stderr, and an object on stdout with `--json`.
+    pub(crate) fn fail(&mut self, error: &anyhow::Error) -> ExitCode {
+        if error.is::<ClosedPipe>() {
+            return ExitCode::SUCCESS;
+        }
+        let message = one_line(error);
+        stderr_line(format_args!("dsmoe: error: {message}"));
+        if self.json {
+            // Whatever is wrong with stdout, the failure is reported already.
+            let _ = self.text(&format!("{}\n", serde_json::json!({ "error": message })));
+        }
+        ExitCode::FAILURE
+    }
+}
+
+/// A line on stderr; if nobody reads stderr there is nobody to tell.
+pub(crate) fn stderr_line(line: impl Display) {
+    let _ = writeln!(io::stderr().lock(), "{line}");
+}
+
+/// The chain of causes joined by `: `, without a cause that its outer error already tells.
+fn one_line(error: &anyhow::Error) -> String {
+    let mut message = String::new();
+    for cause in error.chain() {
+        let cause = cause.to_string();
+        if message.is_empty() {
+            message = cause;
+        } else if !message.contains(&cause) {
+            let _ = write!(message, ": {cause}");
+        }
+    }
+    message.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::anyhow;
+
+    use super::*;
+
+    #[test]
+    fn a_chain_is_one_line_that_says_everything_once() {
+        let error = anyhow!("no such\nfile").context("a.json: no such\nfile").context("loading");
+        assert_eq!(one_line(&error), "loading: a.json: no such file");
+    }
+}

@@ -1,0 +1,5 @@
+//! The built command, run as a user runs it.
+
+mod bad_input;
+mod commands;
+mod common;
