@@ -2,14 +2,15 @@
 
 use super::Simd;
 
-/// e^x, within 2 ULP on [-87.3, 88.3]; clamped outside, so that it never overflows or turns denormal.
+/// e^x, within 2 ULP on [-87.3, 88.3]; clamped outside, so that it never overflows or turns denormal. NaN stays NaN.
 ///
 /// x = n ln 2 + r with |r| <= ln(2)/2; the polynomial for e^r is the degree-6 one of Cephes' `expf`.
 #[inline(always)]
 pub(crate) fn exp<S: Simd>(s: S, x: S::V) -> S::V {
     const LN2_HIGH: f32 = 0.693_359_4;
     const LN2_LOW: f32 = -2.121_944_4e-4;
-    let x = s.min(s.max(x, s.splat(-87.3)), s.splat(88.3));
+    // `max` and `min` return their second operand when one is NaN.
+    let x = s.min(s.splat(88.3), s.max(s.splat(-87.3), x));
     let n = s.round(s.mul(x, s.splat(std::f32::consts::LOG2_E)));
     let r = s.fma(n, s.splat(-LN2_HIGH), x);
     let r = s.fma(n, s.splat(-LN2_LOW), r);

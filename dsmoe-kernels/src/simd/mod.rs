@@ -33,7 +33,9 @@ pub(crate) trait Simd: Copy + Send + Sync {
     fn mul(self, a: Self::V, b: Self::V) -> Self::V;
     fn div(self, a: Self::V, b: Self::V) -> Self::V;
     fn sqrt(self, a: Self::V) -> Self::V;
+    /// The larger; `b` when one is NaN.
     fn max(self, a: Self::V, b: Self::V) -> Self::V;
+    /// The smaller; `b` when one is NaN.
     fn min(self, a: Self::V, b: Self::V) -> Self::V;
     /// `a * b + c`, fused where the tier has it.
     fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
@@ -54,38 +56,6 @@ pub(crate) trait Simd: Copy + Send + Sync {
 pub(crate) trait Kernel {
     type Output;
     fn run<S: Simd>(self, s: S) -> Self::Output;
-}
-
-/// `out[i] = f(x[i])`, tails included.
-#[inline(always)]
-pub(crate) fn map<S: Simd>(s: S, out: &mut [f32], x: &[f32], f: impl Fn(S::V) -> S::V) {
-    assert_eq!(out.len(), x.len());
-    let mut outs = out.chunks_exact_mut(S::LANES);
-    let mut xs = x.chunks_exact(S::LANES);
-    for (o, x) in (&mut outs).zip(&mut xs) {
-        s.store(o, f(s.load(x)));
-    }
-    let o = outs.into_remainder();
-    if !o.is_empty() {
-        s.store_tail(o, f(s.load_tail(xs.remainder())));
-    }
-}
-
-/// `out[i] = f(a[i], b[i])`, tails included.
-#[inline(always)]
-pub(crate) fn map2<S: Simd>(s: S, out: &mut [f32], a: &[f32], b: &[f32], f: impl Fn(S::V, S::V) -> S::V) {
-    assert_eq!(out.len(), a.len());
-    assert_eq!(out.len(), b.len());
-    let mut outs = out.chunks_exact_mut(S::LANES);
-    let mut xs = a.chunks_exact(S::LANES);
-    let mut ys = b.chunks_exact(S::LANES);
-    for ((o, x), y) in (&mut outs).zip(&mut xs).zip(&mut ys) {
-        s.store(o, f(s.load(x), s.load(y)));
-    }
-    let o = outs.into_remainder();
-    if !o.is_empty() {
-        s.store_tail(o, f(s.load_tail(xs.remainder()), s.load_tail(ys.remainder())));
-    }
 }
 
 /// `y[i] += a * x[i]`.
@@ -125,25 +95,6 @@ pub(crate) fn dot<S: Simd>(s: S, a: &[f32], b: &[f32]) -> f32 {
         acc[1] = s.fma(s.load_tail(a1.remainder()), s.load_tail(b1.remainder()), acc[1]);
     }
     s.reduce_add(s.add(s.add(acc[0], acc[1]), s.add(acc[2], acc[3])))
-}
-
-/// `sum of f(x[i])`; `f(0)` must be 0 (missing lanes of the tail are 0).
-#[inline(always)]
-pub(crate) fn sum_map<S: Simd>(s: S, x: &[f32], f: impl Fn(S::V) -> S::V) -> f32 {
-    let mut acc = [s.splat(0.0); 2];
-    let mut xs = x.chunks_exact(2 * S::LANES);
-    for x in &mut xs {
-        acc[0] = s.add(acc[0], f(s.load(x)));
-        acc[1] = s.add(acc[1], f(s.load(&x[S::LANES..])));
-    }
-    let mut rest = xs.remainder().chunks_exact(S::LANES);
-    for x in &mut rest {
-        acc[0] = s.add(acc[0], f(s.load(x)));
-    }
-    if !rest.remainder().is_empty() {
-        acc[1] = s.add(acc[1], f(s.load_tail(rest.remainder())));
-    }
-    s.reduce_add(s.add(acc[0], acc[1]))
 }
 
 /// Largest value of `x`; negative infinity for an empty slice.

@@ -58,7 +58,6 @@ impl Simd for Portable {
     fn sqrt(self, a: Self::V) -> Self::V {
         a.map(f32::sqrt)
     }
-    // A NaN in `a` must survive, as it does in no x86 `max`; both orders are written for that: see `x86`.
     #[inline(always)]
     fn max(self, a: Self::V, b: Self::V) -> Self::V {
         zip(a, b, |a, b| if a > b { a } else { b })

@@ -50,8 +50,8 @@ impl Kernel for Block<'_> {
     fn run<S: Simd>(self, s: S) {
         for (o, y) in self.y.chunks_exact_mut(self.stride).enumerate() {
             let w = &self.w[o * self.inputs..][..self.inputs];
-            for t in 0..self.rows {
-                y[t] = dot(s, w, &self.x[t * self.inputs..][..self.inputs]);
+            for (t, y) in y[..self.rows].iter_mut().enumerate() {
+                *y = dot(s, w, &self.x[t * self.inputs..][..self.inputs]);
             }
         }
     }

@@ -18,9 +18,11 @@ fn the_reference_gradient_is_the_derivative() {
 
 #[test]
 fn forward_and_backward_agree_with_the_reference_on_every_tier() {
-    for (rows, inputs, outputs) in [(1, 1, 1), (1, 70, 33), (3, 129, 5), (4, 64, 300), (9, 31, 17), (0, 5, 5)] {
+    for (rows, inputs, outputs) in [(1, 1, 1), (1, 70, 33), (3, 129, 5), (4, 64, 300), (9, 31, 17), (0, 5, 5)]
+    {
         let dims = Dims { rows, inputs, outputs };
-        let (x, w, dy) = (normals(rows * inputs, 1), normals(outputs * inputs, 2), normals(rows * outputs, 3));
+        let (x, w, dy) =
+            (normals(rows * inputs, 1), normals(outputs * inputs, 2), normals(rows * outputs, 3));
         let want = reference::forward(&f64s(&x), &f64s(&w), dims);
         for isa in Isa::available() {
             let mut y = vec![f32::NAN; rows * outputs];

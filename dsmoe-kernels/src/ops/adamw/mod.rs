@@ -1,0 +1,92 @@
+//! AdamW with decoupled weight decay, as `torch.optim.AdamW` computes it.
+//!
+//! ```text
+//! g = grad_scale grad
+//! p <- p (1 - lr weight_decay)
+//! m <- beta1 m + (1 - beta1) g,   v <- beta2 v + (1 - beta2) g^2
+//! p <- p - lr / (1 - beta1^step) m / (sqrt(v) / sqrt(1 - beta2^step) + eps)
+//! ```
+//! An update has no backward pass. The scalars are computed in f64.
+
+mod kernel;
+pub mod reference;
+#[cfg(test)]
+mod tests;
+
+use rayon::prelude::*;
+
+use super::blocks::{BLOCK, each};
+use crate::isa::Isa;
+
+/// What one step uses besides the tensors.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Hyper {
+    /// Learning rate of this step.
+    pub lr: f64,
+    /// Decay of the mean of gradients.
+    pub beta1: f64,
+    /// Decay of the mean of squared gradients.
+    pub beta2: f64,
+    /// Added to the denominator.
+    pub eps: f64,
+    /// Share of a parameter taken away per unit of learning rate.
+    pub weight_decay: f64,
+    /// This step's number; the first is 1.
+    pub step: u64,
+}
+
+impl Hyper {
+    /// `(lr / (1 - beta1^step), 1 / sqrt(1 - beta2^step))`.
+    fn corrections(&self) -> (f64, f64) {
+        let power = self.step as f64;
+        (self.lr / (1.0 - self.beta1.powf(power)), (1.0 - self.beta2.powf(power)).sqrt().recip())
+    }
+}
+
+/// Updates `param` and its moments `m` and `v` in place from `grad_scale * grad`.
+///
+/// # Panics
+/// The lengths differ, or `hyper.step` is 0.
+pub fn step(param: &mut [f32], m: &mut [f32], v: &mut [f32], grad: &[f32], grad_scale: f32, hyper: &Hyper) {
+    step_on(Isa::current(), param, m, v, grad, grad_scale, hyper);
+}
+
+/// [`step`] on a given tier.
+pub fn step_on(
+    isa: Isa,
+    param: &mut [f32],
+    m: &mut [f32],
+    v: &mut [f32],
+    grad: &[f32],
+    grad_scale: f32,
+    hyper: &Hyper,
+) {
+    assert!(
+        [param.len(), m.len(), v.len()] == [grad.len(); 3] && hyper.step > 0,
+        "adamw::step: param {}, m {}, v {}, grad {} values, step {}",
+        param.len(),
+        m.len(),
+        v.len(),
+        grad.len(),
+        hyper.step
+    );
+    let moments = m.par_chunks_mut(BLOCK).zip(v.par_chunks_mut(BLOCK));
+    let blocks = param.par_chunks_mut(BLOCK).zip(moments).zip(grad.par_chunks(BLOCK));
+    let scalars = kernel::Scalars::new(hyper, grad_scale);
+    each(blocks, |((param, (m, v)), grad)| isa.run(kernel::Step { param, m, v, grad, scalars }));
+}
+
+/// Sum of the squares of `x`, in f64: per block of fixed size, the blocks in order.
+pub fn sum_of_squares(x: &[f32]) -> f64 {
+    let mut sums = vec![0.0; x.len().div_ceil(BLOCK)];
+    each(sums.par_iter_mut().with_min_len(4).zip(x.par_chunks(BLOCK)), |(sum, x)| {
+        let mut lanes = [0.0f64; 8];
+        for x in x.chunks(lanes.len()) {
+            for (lane, &x) in lanes.iter_mut().zip(x) {
+                *lane += f64::from(x) * f64::from(x);
+            }
+        }
+        *sum = lanes.iter().sum();
+    });
+    sums.iter().sum()
+}

@@ -1,0 +1,177 @@
+//! Rotary position embedding, rotate-half layout as in Hugging Face checkpoints.
+//!
+//! ```text
+//! angle[p, i] = p f_i,  f_i = theta^(-2i / head_dim),  i < half = head_dim / 2     (f_i scaled by Scaling)
+//! forward   x[i]        <- x[i] cos - x[i + half] sin        in place, every head at position p
+//!           x[i + half] <- x[i + half] cos + x[i] sin
+//! backward  the inverse rotation (sin negated), in place on the gradient
+//! ```
+//! Angles, sines and cosines are computed in f64 and kept in f32.
+
+mod kernel;
+pub mod reference;
+#[cfg(test)]
+mod tests;
+
+use std::f64::consts::PI;
+use std::sync::OnceLock;
+
+use rayon::prelude::*;
+
+use super::blocks::{block_rows, each};
+use crate::isa::Isa;
+
+/// How the frequencies of a model with a stretched context differ from theta's powers.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Scaling {
+    /// Not at all.
+    None,
+    /// LLaMA-3.1's rule. With wavelength l = 2 pi / f and s = (original_max_position / l - low) / (high - low):
+    /// f is kept for l < original_max_position / high, f / factor for l > original_max_position / low, and
+    /// (1 - s) f / factor + s f between.
+    Llama3 {
+        /// What long wavelengths are divided by.
+        factor: f64,
+        /// `low` of the rule.
+        low_freq_factor: f64,
+        /// `high` of the rule.
+        high_freq_factor: f64,
+        /// Context length of the first training, in tokens.
+        original_max_position: f64,
+    },
+}
+
+/// The frequencies `[head_dim / 2]` in radians per position.
+pub fn frequencies(head_dim: usize, theta: f64, scaling: Scaling) -> Vec<f64> {
+    let plain = (0..head_dim / 2).map(|i| theta.powf(-2.0 * i as f64 / head_dim as f64));
+    let Scaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position } = scaling else {
+        return plain.collect();
+    };
+    plain
+        .map(|f| {
+            let wavelength = 2.0 * PI / f;
+            if wavelength < original_max_position / high_freq_factor {
+                f
+            } else if wavelength > original_max_position / low_freq_factor {
+                f / factor
+            } else {
+                let kept = (original_max_position / wavelength - low_freq_factor)
+                    / (high_freq_factor - low_freq_factor);
+                (1.0 - kept) * f / factor + kept * f
+            }
+        })
+        .collect()
+}
+
+/// Positions tabulated at a time.
+const PAGE: usize = 256;
+
+/// Cosines and sines of a model's positions, computed when a position is first used.
+#[derive(Debug)]
+pub struct Table {
+    frequencies: Vec<f64>,
+    positions: usize,
+    /// Per page, the rows of its positions: `half` cosines, then `half` sines.
+    pages: Vec<OnceLock<Vec<f32>>>,
+}
+
+impl Table {
+    /// For heads of `head_dim` values and positions below `max_position`.
+    ///
+    /// # Panics
+    /// `head_dim` is odd.
+    pub fn new(head_dim: usize, theta: f64, scaling: Scaling, max_position: usize) -> Table {
+        assert!(head_dim.is_multiple_of(2), "rope::Table: head_dim {head_dim} is odd");
+        let pages = std::iter::repeat_with(OnceLock::new).take(max_position.div_ceil(PAGE)).collect();
+        Table { frequencies: frequencies(head_dim, theta, scaling), positions: max_position, pages }
+    }
+
+    /// Positions there are: one more than the last.
+    pub fn positions(&self) -> usize {
+        self.positions
+    }
+
+    /// `(cos, sin)` `[head_dim / 2]` each, of position `p`.
+    fn row(&self, p: usize) -> (&[f32], &[f32]) {
+        let half = self.frequencies.len();
+        let page = self.pages[p / PAGE].get_or_init(|| {
+            let mut page = vec![0.0; PAGE * 2 * half];
+            for (i, row) in page.chunks_exact_mut((2 * half).max(1)).enumerate() {
+                let (cos, sin) = row.split_at_mut(half);
+                for ((cos, sin), f) in cos.iter_mut().zip(sin).zip(&self.frequencies) {
+                    let angle = (p / PAGE * PAGE + i) as f64 * f;
+                    (*cos, *sin) = (angle.cos() as f32, angle.sin() as f32);
+                }
+            }
+            page
+        });
+        page[p % PAGE * 2 * half..][..2 * half].split_at(half)
+    }
+}
+
+/// Which rows are rotated by what.
+#[derive(Clone, Copy, Debug)]
+pub struct Args<'a> {
+    /// The model's angles.
+    pub table: &'a Table,
+    /// Rows of a sequence; row r is at position `start + r % seq`.
+    pub seq: usize,
+    /// Position of a sequence's first row.
+    pub start: usize,
+    /// Heads in a row.
+    pub heads: usize,
+}
+
+/// Rotates the rows of `x` `[batch * seq, heads * head_dim]` in place.
+///
+/// # Panics
+/// `x` is no whole number of sequences, or a position is not in the table.
+pub fn forward(x: &mut [f32], args: Args<'_>) {
+    forward_on(Isa::current(), x, args);
+}
+
+/// [`forward`] on a given tier.
+pub fn forward_on(isa: Isa, x: &mut [f32], args: Args<'_>) {
+    rotate("rope::forward", isa, x, args, 1.0);
+}
+
+/// Rotates the rows of the gradient `dx` `[batch * seq, heads * head_dim]` back, in place.
+///
+/// # Panics
+/// As [`forward`].
+pub fn backward(dx: &mut [f32], args: Args<'_>) {
+    backward_on(Isa::current(), dx, args);
+}
+
+/// [`backward`] on a given tier.
+pub fn backward_on(isa: Isa, dx: &mut [f32], args: Args<'_>) {
+    rotate("rope::backward", isa, dx, args, -1.0);
+}
+
+fn rotate(op: &str, isa: Isa, x: &mut [f32], args: Args<'_>, direction: f32) {
+    let Args { table, seq, start, heads } = args;
+    let half = table.frequencies.len();
+    let width = heads * 2 * half;
+    if x.is_empty() {
+        return;
+    }
+    assert!(
+        width > 0 && seq > 0 && x.len().is_multiple_of(seq * width),
+        "{op}: {} values for sequences of {seq} rows of {heads} heads of {}",
+        x.len(),
+        2 * half
+    );
+    assert!(
+        start <= table.positions && seq <= table.positions - start,
+        "{op}: position {} of {}",
+        start.saturating_add(seq - 1),
+        table.positions
+    );
+    let rows = block_rows(width);
+    each(x.par_chunks_mut(rows * width).enumerate(), |(block, x)| {
+        for (i, x) in x.chunks_exact_mut(width).enumerate() {
+            let (cos, sin) = table.row(start + (block * rows + i) % seq);
+            isa.run(kernel::Rotate { x, cos, sin, direction });
+        }
+    });
+}
