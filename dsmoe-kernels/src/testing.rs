@@ -71,3 +71,14 @@ pub fn finite_differences(x: &[f64], h: f64, mut f: impl FnMut(&[f64]) -> f64) -
 pub fn with_threads<R: Send>(threads: usize, f: impl FnOnce() -> R + Send) -> R {
     rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("thread pool").install(f)
 }
+
+/// Panics unless `f` gives the same result on 1, 2 and 3 threads.
+///
+/// # Panics
+/// See above.
+pub fn assert_same_on_threads<R: PartialEq + Send>(name: &str, f: impl Fn() -> R + Sync) {
+    let one = with_threads(1, &f);
+    for threads in [2, 3] {
+        assert!(with_threads(threads, &f) == one, "{name}: {threads} threads give another result");
+    }
+}

@@ -1,1 +1,35 @@
+use super::{add_on, reference, sum};
+use crate::isa::Isa;
+use crate::testing::{assert_same_on_threads, f64s, normals};
 
+#[test]
+fn sums_are_exact_to_rounding_on_every_tier() {
+    for n in [0, 1, 7, 16, 33, 40_000] {
+        let (a, b) = (normals(n, 1), normals(n, 2));
+        let want: Vec<f32> = reference::sum(&f64s(&a), &f64s(&b)).iter().map(|&x| x as f32).collect();
+        for isa in Isa::available() {
+            let mut y = a.clone();
+            add_on(isa, &mut y, &b);
+            assert_eq!(y, want, "{} {n}", isa.name());
+        }
+        let mut out = vec![f32::NAN; n];
+        sum(&mut out, &a, &b);
+        assert_eq!(out, want);
+    }
+}
+
+#[test]
+fn threads_do_not_change_a_bit() {
+    let (a, b) = (normals(100_000, 1), normals(100_000, 2));
+    assert_same_on_threads("add", || {
+        let mut out = vec![0.0; a.len()];
+        sum(&mut out, &a, &b);
+        out
+    });
+}
+
+#[test]
+#[should_panic(expected = "add::add: y 2 values, x 3")]
+fn other_lengths_are_refused() {
+    super::add(&mut [0.0; 2], &[0.0; 3]);
+}

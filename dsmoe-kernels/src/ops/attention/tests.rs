@@ -1,1 +1,196 @@
+use super::{DECODE_QUERIES, Dims, backward_on, decode_on, forward_on, reference};
+use crate::isa::Isa;
+use crate::testing::{
+    assert_close, assert_close_f64, assert_same_on_threads, f64s, finite_differences, normals,
+};
 
+struct Problem {
+    dims: Dims,
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+    dout: Vec<f32>,
+}
+
+impl Problem {
+    fn new(dims: Dims) -> Problem {
+        let queries = dims.batch * dims.queries * dims.width();
+        let keys = dims.batch * dims.keys * dims.kv_width();
+        Problem {
+            dims,
+            q: normals(queries, 1),
+            k: normals(keys, 2),
+            v: normals(keys, 3),
+            dout: normals(queries, 4),
+        }
+    }
+
+    /// `[out, lse]`.
+    fn forward(&self, isa: Isa) -> [Vec<f32>; 2] {
+        let mut out = vec![f32::NAN; self.q.len()];
+        let mut lse = vec![f32::NAN; self.q.len() / self.dims.head_dim];
+        forward_on(isa, &mut out, &mut lse, &self.q, &self.k, &self.v, self.dims);
+        [out, lse]
+    }
+
+    fn decode(&self, isa: Isa) -> Vec<f32> {
+        let mut out = vec![f32::NAN; self.q.len()];
+        decode_on(isa, &mut out, &self.q, &self.k, &self.v, self.dims);
+        out
+    }
+
+    /// `[dq, dk, dv]`.
+    fn backward(&self, isa: Isa) -> [Vec<f32>; 3] {
+        let [out, lse] = self.forward(isa);
+        let [mut dq, mut dk, mut dv] =
+            [self.q.len(), self.k.len(), self.v.len()].map(|len| vec![f32::NAN; len]);
+        let Problem { q, k, v, dout, dims } = self;
+        backward_on(isa, &mut dq, &mut dk, &mut dv, dout, &out, q, k, v, &lse, *dims);
+        [dq, dk, dv]
+    }
+}
+
+fn dims(batch: usize, queries: usize, keys: usize, heads: usize, kv_heads: usize, head_dim: usize) -> Dims {
+    Dims { batch, queries, keys, heads, kv_heads, head_dim }
+}
+
+#[test]
+fn the_reference_gradient_is_the_derivative() {
+    let Problem { dims, q, k, v, dout } = Problem::new(dims(2, 3, 5, 4, 2, 2));
+    let [q, k, v, dout] = [q, k, v, dout].map(|x| f64s(&x));
+    let loss = |q: &[f64], k: &[f64], v: &[f64]| -> f64 {
+        reference::forward(q, k, v, dims).0.iter().zip(&dout).map(|(y, dy)| y * dy).sum()
+    };
+    let (dq, dk, dv) = reference::backward(&dout, &q, &k, &v, dims);
+    assert_close_f64("dq", &dq, &finite_differences(&q, 1e-5, |q| loss(q, &k, &v)), 1e-9);
+    assert_close_f64("dk", &dk, &finite_differences(&k, 1e-5, |k| loss(&q, k, &v)), 1e-9);
+    assert_close_f64("dv", &dv, &finite_differences(&v, 1e-5, |v| loss(&q, &k, v)), 1e-9);
+}
+
+#[test]
+fn the_hand_example_comes_out() {
+    // Scores of the second query: (ln 3) and 0, so weights 3/4 and 1/4; the first query sees key 0 alone.
+    let dims = dims(1, 2, 2, 1, 1, 1);
+    let (out, lse) = reference::forward(&[5.0, 1.0], &[3f64.ln(), 0.0], &[4.0, 8.0], dims);
+    assert_close_f64("out", &out, &[4.0, 5.0], 1e-15);
+    assert_close_f64("lse", &lse, &[5.0 * 3f64.ln(), 4f64.ln()], 1e-15);
+}
+
+/// Odd sizes, several tiles of queries and keys, every sharing of heads, and queries that continue a sequence.
+fn problems() -> Vec<Problem> {
+    let shapes = [
+        dims(0, 3, 3, 2, 1, 4),
+        dims(2, 0, 3, 2, 1, 4),
+        dims(1, 1, 1, 1, 1, 1),
+        dims(2, 5, 5, 3, 3, 8),
+        dims(3, 7, 12, 4, 2, 16),
+        dims(1, 130, 130, 2, 2, 16),
+        dims(2, 65, 200, 6, 2, 5),
+        dims(1, 33, 90, 8, 1, 64),
+        dims(1, 70, 70, 3, 1, 80),
+        dims(1, 40, 129, 2, 1, 128),
+        dims(1, 3, 70, 70, 1, 8),
+    ];
+    let decodes = (1..=DECODE_QUERIES).flat_map(|queries| {
+        [8, 20, 64, 80, 128].map(|head_dim| dims(2, queries, 66 + queries, 6, 3, head_dim))
+    });
+    shapes.into_iter().chain(decodes).map(Problem::new).collect()
+}
+
+#[test]
+fn forward_backward_and_decode_agree_with_the_reference_on_every_tier() {
+    for problem in problems() {
+        let Problem { dims, q, k, v, dout } = &problem;
+        let [q, k, v, dout] = [q, k, v, dout].map(|x| f64s(x));
+        let (want_out, want_lse) = reference::forward(&q, &k, &v, *dims);
+        let (want_dq, want_dk, want_dv) = reference::backward(&dout, &q, &k, &v, *dims);
+        for isa in Isa::available() {
+            let name = format!("{} {dims:?}", isa.name());
+            let [out, lse] = problem.forward(isa);
+            assert_close(&format!("out {name}"), &out, &want_out, 1e-6);
+            assert_close(&format!("lse {name}"), &lse, &want_lse, 1e-6);
+            let [dq, dk, dv] = problem.backward(isa);
+            assert_close(&format!("dq {name}"), &dq, &want_dq, 2e-6);
+            assert_close(&format!("dk {name}"), &dk, &want_dk, 2e-6);
+            assert_close(&format!("dv {name}"), &dv, &want_dv, 2e-6);
+            if dims.queries <= DECODE_QUERIES {
+                assert_close(&format!("decode {name}"), &problem.decode(isa), &want_out, 1e-6);
+            }
+        }
+    }
+}
+
+#[test]
+fn any_chunking_of_the_queries_gives_the_same_rows() {
+    let whole = Problem::new(dims(1, 150, 150, 4, 2, 16));
+    let [out, _] = whole.forward(Isa::current());
+    for (first, end) in [(0, 1), (0, 150), (10, 90), (149, 150), (63, 65)] {
+        let part = Problem {
+            dims: Dims { queries: end - first, keys: end, ..whole.dims },
+            q: whole.q[first * 64..end * 64].to_vec(),
+            k: whole.k[..end * 32].to_vec(),
+            v: whole.v[..end * 32].to_vec(),
+            dout: Vec::new(),
+        };
+        let want = f64s(&out[first * 64..end * 64]);
+        let [got, _] = part.forward(Isa::current());
+        assert_close(&format!("{first}..{end}"), &got, &want, 1e-6);
+        if end - first <= DECODE_QUERIES {
+            assert_close(&format!("decode {first}..{end}"), &part.decode(Isa::current()), &want, 1e-6);
+        }
+    }
+}
+
+#[test]
+fn large_scores_do_not_overflow() {
+    let mut problem = Problem::new(dims(1, 100, 100, 2, 1, 8));
+    problem.q.iter_mut().for_each(|q| *q *= 1e4);
+    let [q, k, v] = [&problem.q, &problem.k, &problem.v].map(|x| f64s(x));
+    let (want, _) = reference::forward(&q, &k, &v, problem.dims);
+    for isa in Isa::available() {
+        // A softmax this sharp turns the rounding of a score into a relative error of its weight.
+        let [out, lse] = problem.forward(isa);
+        assert!(out.iter().chain(&lse).all(|x| x.is_finite()));
+        assert_close(isa.name(), &out, &want, 2e-2);
+        assert!(problem.backward(isa).iter().flatten().all(|x| x.is_finite()));
+    }
+}
+
+#[test]
+fn a_nan_reaches_every_query_that_sees_it() {
+    for key in [0, 5, 69, 99] {
+        for in_value in [false, true] {
+            let mut problem = Problem::new(dims(1, 100, 100, 1, 1, 8));
+            let at = if in_value { &mut problem.v } else { &mut problem.k };
+            at[key * 8 + 3] = f32::NAN;
+            for isa in Isa::available() {
+                let [out, _] = problem.forward(isa);
+                for (i, out) in out.chunks(8).enumerate().skip(key) {
+                    let got = if in_value { out[3] } else { out[0] };
+                    assert!(got.is_nan(), "{} key {key}, query {i}", isa.name());
+                }
+                let mut last = Problem::new(dims(1, 1, 100, 1, 1, 8));
+                (last.k, last.v) = (problem.k.clone(), problem.v.clone());
+                assert!(last.decode(isa)[3].is_nan(), "{} decode, key {key}", isa.name());
+            }
+        }
+    }
+}
+
+#[test]
+fn threads_do_not_change_a_bit() {
+    for dims in [dims(3, 70, 70, 4, 2, 16), dims(1, 200, 300, 4, 4, 32), dims(2, 2, 900, 8, 4, 64)] {
+        let problem = Problem::new(dims);
+        assert_same_on_threads("attention", || {
+            let isa = Isa::current();
+            let decoded = if dims.queries <= DECODE_QUERIES { problem.decode(isa) } else { Vec::new() };
+            (problem.forward(isa), problem.backward(isa), decoded)
+        });
+    }
+}
+
+#[test]
+#[should_panic(expected = "attention::forward: q and its like [8, 8], k and its like [4, 4] values")]
+fn fewer_keys_than_queries_are_refused() {
+    Problem::new(dims(1, 2, 1, 1, 1, 4)).forward(Isa::Scalar);
+}

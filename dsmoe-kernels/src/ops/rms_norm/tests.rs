@@ -1,1 +1,66 @@
+use super::{backward_on, forward_on, reference};
+use crate::isa::Isa;
+use crate::testing::{
+    assert_close, assert_close_f64, assert_same_on_threads, f64s, finite_differences, normals,
+};
 
+const EPS: f32 = 1e-5;
+
+#[test]
+fn the_reference_gradient_is_the_derivative() {
+    let (x, w, dy) = (f64s(&normals(10, 1)), f64s(&normals(5, 2)), f64s(&normals(10, 3)));
+    let loss = |x: &[f64], w: &[f64]| -> f64 {
+        reference::forward(x, w, 0.1).0.iter().zip(&dy).map(|(y, dy)| y * dy).sum()
+    };
+    let (dx, dw) = reference::backward(&dy, &x, &w, &reference::forward(&x, &w, 0.1).1);
+    assert_close_f64("dx", &dx, &finite_differences(&x, 1e-5, |x| loss(x, &w)), 1e-9);
+    assert_close_f64("dw", &dw, &finite_differences(&w, 1e-5, |w| loss(&x, w)), 1e-9);
+}
+
+#[test]
+fn forward_and_backward_agree_with_the_reference_on_every_tier() {
+    for (tokens, hidden) in [(0, 8), (1, 1), (3, 7), (5, 16), (33, 100), (700, 65), (9, 2049)] {
+        let (x, w) = (normals(tokens * hidden, 1), normals(hidden, 2));
+        let dy = normals(tokens * hidden, 3);
+        let (want_y, want_rstd) = reference::forward(&f64s(&x), &f64s(&w), f64::from(EPS));
+        let (want_dx, want_dw) = reference::backward(&f64s(&dy), &f64s(&x), &f64s(&w), &want_rstd);
+        let want_dw: Vec<f64> = want_dw.iter().map(|x| x + 1.0).collect();
+        for isa in Isa::available() {
+            let name = format!("{} [{tokens}, {hidden}]", isa.name());
+            let [mut y, mut dx] = [(); 2].map(|()| vec![f32::NAN; tokens * hidden]);
+            let mut rstd = vec![f32::NAN; tokens];
+            let mut dw = vec![1.0; hidden];
+            forward_on(isa, &mut y, &mut rstd, &x, &w, EPS, hidden);
+            backward_on(isa, &mut dx, &mut dw, &dy, &x, &w, &rstd, hidden);
+            assert_close(&format!("y {name}"), &y, &want_y, 5e-7);
+            assert_close(&format!("rstd {name}"), &rstd, &want_rstd, 5e-7);
+            assert_close(&format!("dx {name}"), &dx, &want_dx, 1e-6);
+            assert_close(&format!("dw {name}"), &dw, &want_dw, 2e-6);
+        }
+    }
+}
+
+#[test]
+fn a_nan_reaches_its_row_and_no_other() {
+    let mut x = normals(3 * 37, 1);
+    x[37 + 36] = f32::NAN;
+    for isa in Isa::available() {
+        let (mut y, mut rstd) = (vec![0.0; 3 * 37], [0.0; 3]);
+        forward_on(isa, &mut y, &mut rstd, &x, &[1.0; 37], EPS, 37);
+        assert!(y[37..74].iter().all(|y| y.is_nan()));
+        assert!(y[..37].iter().chain(&y[74..]).all(|y| y.is_finite()));
+    }
+}
+
+#[test]
+fn threads_do_not_change_a_bit() {
+    let (tokens, hidden) = (700, 130);
+    let (x, w, dy) = (normals(tokens * hidden, 1), normals(hidden, 2), normals(tokens * hidden, 3));
+    assert_same_on_threads("rms_norm", || {
+        let [mut y, mut dx] = [(); 2].map(|()| vec![0.0; tokens * hidden]);
+        let (mut rstd, mut dw) = (vec![0.0; tokens], vec![0.0; hidden]);
+        super::forward(&mut y, &mut rstd, &x, &w, EPS, hidden);
+        super::backward(&mut dx, &mut dw, &dy, &x, &w, &rstd, hidden);
+        [y, dx, rstd, dw]
+    });
+}
