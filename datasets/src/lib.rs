@@ -1,2 +1,28 @@
-//! Text for DSMoE: tokenizers, corpora (text, JSONL, gz, zst), packed windows, held-out splits, token cache.
+//! Text for DSMoE: tokenizers, corpora, token streams with a cache, evaluation and training windows, synthetic text.
+//!
+//! The path of a text: [`Corpus`] reads documents from files, [`Tokenizer`] turns each into ids, [`tokenize`]
+//! concatenates them to one [`TokenStream`] (kept in a hashed cache), and from there either [`eval_windows`] lays out
+//! what is scored or [`Split`] and [`Batches`] what is trained on. Everything is a function of its inputs alone: no
+//! clock, no thread count, no path enters a result.
 #![forbid(unsafe_code)]
+
+mod bpe;
+pub mod corpus;
+mod error;
+mod reader;
+pub mod synthetic;
+pub mod token_cache;
+pub mod tokenizer;
+pub mod tokens;
+pub mod windows;
+
+pub use corpus::{Corpus, CorpusOptions, Document};
+pub use error::{Error, Result};
+pub use synthetic::{DOC_SEPARATOR, synthetic_text};
+pub use tokenizer::{Bos, DecodeStream, Tokenizer, train_bpe};
+pub use tokens::{TokenStream, tokenize};
+pub use windows::{Batches, EvalWindow, Split, eval_windows};
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -1,0 +1,378 @@
+//! Documents out of files: text, JSON lines, JSON arrays; plain, gzip or Zstandard.
+
+use crate::reader::{Packing, Records};
+use crate::tokenizer::hex;
+use crate::{Error, Result};
+use serde::de::{DeserializeSeed, Error as _, SeqAccess, Visitor};
+use serde_json::{Map, Value};
+use sha2::{Digest, Sha256};
+use std::fmt;
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// The largest document of a text file or line of a JSONL file, in bytes: encoding takes some sixty times as much.
+const MAX_DOCUMENT: u64 = 64 << 20;
+
+/// The largest JSON array, in bytes; it is parsed whole.
+const MAX_JSON: u64 = 1 << 30;
+
+/// How documents are found in files.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CorpusOptions {
+    /// What stands between two documents of a text file; none: a text file is one document.
+    pub doc_separator: Option<String>,
+    /// The field of a JSON object that holds the text; `"text"` by default.
+    pub text_column: String,
+}
+
+impl Default for CorpusOptions {
+    fn default() -> CorpusOptions {
+        CorpusOptions { doc_separator: None, text_column: "text".into() }
+    }
+}
+
+/// Files that are read as documents.
+pub struct Corpus {
+    files: Vec<Source>,
+    options: CorpusOptions,
+    total_bytes: u64,
+}
+
+/// A piece of text on its own: no context of it reaches another.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Document {
+    /// The text, without whitespace at either end; not empty.
+    pub text: String,
+    /// Index into [`Corpus::files`] of the file it is from.
+    pub source: usize,
+}
+
+struct Source {
+    path: PathBuf,
+    format: Format,
+    packing: Packing,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Format {
+    Text,
+    JsonLines,
+    /// One array of objects, or JSON lines under another name.
+    Json,
+}
+
+impl Corpus {
+    /// Names the files of a corpus: each of `paths` is a file or a directory. A directory is searched recursively, in
+    /// the order of names, for `.txt`, `.text`, `.md`, `.tex`, `.jsonl` and `.json` files, also with `.gz` or `.zst`
+    /// appended. A file named by itself may end otherwise and is read as text.
+    ///
+    /// # Errors
+    /// A path that does not exist or is no regular file, a directory without such files, an empty separator.
+    pub fn open(paths: &[PathBuf], options: CorpusOptions) -> Result<Corpus> {
+        if options.doc_separator.as_deref() == Some("") {
+            return Err(Error::option("--doc-separator", "\"\"", "at least one character, or leave it out"));
+        }
+        let mut files = Vec::new();
+        for path in paths {
+            let metadata = fs::metadata(path).map_err(Error::io(path))?;
+            if metadata.is_dir() {
+                let before = files.len();
+                search(path, &mut files)?;
+                if files.len() == before {
+                    return Err(Error::NoTextFiles { path: path.clone() });
+                }
+            } else if metadata.is_file() {
+                let (format, packing) = format_of(path);
+                files.push(Source { path: path.clone(), format: format.unwrap_or(Format::Text), packing });
+            } else {
+                return Err(Error::NotAFile { path: path.clone() });
+            }
+        }
+        let mut total_bytes = 0;
+        for file in &files {
+            total_bytes += fs::metadata(&file.path).map_err(Error::io(&file.path))?.len();
+        }
+        Ok(Corpus { files, options, total_bytes })
+    }
+
+    /// The files, in the order in which they are read.
+    pub fn files(&self) -> impl ExactSizeIterator<Item = &Path> {
+        self.files.iter().map(|file| file.path.as_path())
+    }
+
+    /// The options given to [`Corpus::open`].
+    pub fn options(&self) -> &CorpusOptions {
+        &self.options
+    }
+
+    /// Size of all files on disk, in bytes.
+    pub fn total_bytes(&self) -> u64 {
+        self.total_bytes
+    }
+
+    /// Reads the documents, one after the other. After an error the iterator ends; a corpus without a document gives
+    /// the one error [`Error::EmptyCorpus`].
+    pub fn documents(&self) -> Documents<'_> {
+        Documents {
+            corpus: self,
+            next_file: 0,
+            current: None,
+            bytes_read: Arc::default(),
+            found: false,
+            ended: false,
+        }
+    }
+
+    /// What identifies the content of each file whatever its name: its bytes and how they are read.
+    pub(crate) fn content_hashes(&self) -> Result<Vec<String>> {
+        let hash = |file: &Source| {
+            let mut hasher = Sha256::new();
+            let mut bytes = File::open(&file.path).map_err(Error::io(&file.path))?;
+            io::copy(&mut bytes, &mut HashWriter(&mut hasher)).map_err(Error::io(&file.path))?;
+            Ok(format!("{:?} {:?} {}", file.format, file.packing, hex(&hasher.finalize())))
+        };
+        self.files.iter().map(hash).collect()
+    }
+
+    pub(crate) fn empty(&self) -> Error {
+        let files = match &self.files[..] {
+            [] => "no file given".into(),
+            [file] => file.path.display().to_string(),
+            [file, rest @ ..] => format!("{} and {} more", file.path.display(), rest.len()),
+        };
+        Error::EmptyCorpus { files }
+    }
+}
+
+struct HashWriter<'a>(&'a mut Sha256);
+
+impl io::Write for HashWriter<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.update(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Adds the text files under `dir`. Linked directories are passed over: a link can lead back up.
+fn search(dir: &Path, files: &mut Vec<Source>) -> Result<()> {
+    let entries = fs::read_dir(dir).and_then(|entries| entries.collect::<io::Result<Vec<_>>>());
+    let mut paths: Vec<PathBuf> = entries.map_err(Error::io(dir))?.iter().map(fs::DirEntry::path).collect();
+    paths.sort_unstable();
+    for path in paths {
+        let kind = fs::symlink_metadata(&path).map_err(Error::io(&path))?;
+        if kind.is_dir() {
+            search(&path, files)?;
+        } else if let (Some(format), packing) = format_of(&path)
+            && fs::metadata(&path).map_err(Error::io(&path))?.is_file()
+        {
+            files.push(Source { path, format, packing });
+        }
+    }
+    Ok(())
+}
+
+fn format_of(path: &Path) -> (Option<Format>, Packing) {
+    let extension = |path: &Path| path.extension().map(|e| e.to_string_lossy().to_ascii_lowercase());
+    let outer = extension(path);
+    let (inner, packing) = match outer.as_deref() {
+        Some("gz") => (extension(&path.with_extension("")), Packing::Gzip),
+        Some("zst") => (extension(&path.with_extension("")), Packing::Zstd),
+        _ => (outer, Packing::Plain),
+    };
+    let format = match inner.as_deref() {
+        Some("txt" | "text" | "md" | "tex") => Some(Format::Text),
+        Some("jsonl") => Some(Format::JsonLines),
+        Some("json") => Some(Format::Json),
+        _ => None,
+    };
+    (format, packing)
+}
+
+/// The documents of a corpus; made by [`Corpus::documents`].
+pub struct Documents<'a> {
+    corpus: &'a Corpus,
+    next_file: usize,
+    current: Option<OpenFile>,
+    bytes_read: Arc<AtomicU64>,
+    found: bool,
+    ended: bool,
+}
+
+/// What is left of the file being read.
+enum OpenFile {
+    Text(Records),
+    Lines { records: Records, line: u64 },
+    Rows(std::vec::IntoIter<String>),
+}
+
+impl Documents<'_> {
+    /// How many bytes of [`Corpus::total_bytes`] have been read.
+    pub fn bytes_read(&self) -> u64 {
+        self.bytes_read.load(Ordering::Relaxed)
+    }
+
+    fn open(&self, file: &Source) -> Result<OpenFile> {
+        const DOCUMENT: (&str, u64) = ("document", MAX_DOCUMENT);
+        const LINE: (&str, u64) = ("line", MAX_DOCUMENT);
+        let records = |delimiter, limit| {
+            Records::open(&file.path, file.packing, delimiter, limit, self.bytes_read.clone())
+        };
+        let options = &self.corpus.options;
+        Ok(match file.format {
+            Format::Text => {
+                OpenFile::Text(records(options.doc_separator.as_deref().unwrap_or_default(), DOCUMENT)?)
+            }
+            Format::JsonLines => OpenFile::Lines { records: records("\n", LINE)?, line: 0 },
+            Format::Json => {
+                let mut records = records("\n", LINE)?;
+                if records.peek()? == Some(b'[') {
+                    records.set_delimiter("", ("JSON array", MAX_JSON));
+                    let text = records.next()?.unwrap_or_default();
+                    OpenFile::Rows(rows(&file.path, &text, &options.text_column)?.into_iter())
+                } else {
+                    OpenFile::Lines { records, line: 0 }
+                }
+            }
+        })
+    }
+
+    /// The next text of the open file, as it stands there.
+    fn next_text(&mut self, path: &Path) -> Result<Option<String>> {
+        match &mut self.current {
+            None => Ok(None),
+            Some(OpenFile::Text(records)) => records.next(),
+            Some(OpenFile::Rows(rows)) => Ok(rows.next()),
+            Some(OpenFile::Lines { records, line }) => loop {
+                let Some(text) = records.next()? else { return Ok(None) };
+                *line += 1;
+                if !text.trim().is_empty() {
+                    return row(path, *line, &text, &self.corpus.options.text_column).map(Some);
+                }
+            },
+        }
+    }
+
+    fn advance(&mut self) -> Result<Option<Document>> {
+        loop {
+            if self.current.is_none() {
+                let Some(file) = self.corpus.files.get(self.next_file) else {
+                    return if self.found { Ok(None) } else { Err(self.corpus.empty()) };
+                };
+                self.current = Some(self.open(file)?);
+                self.next_file += 1;
+            }
+            let source = self.next_file - 1;
+            let Some(text) = self.next_text(&self.corpus.files[source].path)? else {
+                self.current = None;
+                continue;
+            };
+            let trimmed = text.trim();
+            if !trimmed.is_empty() {
+                self.found = true;
+                let text = if trimmed.len() == text.len() { text } else { trimmed.to_string() };
+                return Ok(Some(Document { text, source }));
+            }
+        }
+    }
+}
+
+impl Iterator for Documents<'_> {
+    type Item = Result<Document>;
+
+    fn next(&mut self) -> Option<Result<Document>> {
+        if self.ended {
+            return None;
+        }
+        let document = self.advance().transpose();
+        self.ended = !matches!(document, Some(Ok(_)));
+        document
+    }
+}
+
+/// The text of one line of JSON.
+fn row(path: &Path, line: u64, json: &str, column: &str) -> Result<String> {
+    let path = || path.to_path_buf();
+    match serde_json::from_str(json) {
+        Ok(object) => text_of(object, column).map_err(|reason| Error::Column { path: path(), line, reason }),
+        Err(cause) => Err(Error::Json { path: path(), line, reason: parse_reason(&cause) }),
+    }
+}
+
+/// What the parser said and where in its line; the line number is told apart.
+fn parse_reason(cause: &serde_json::Error) -> String {
+    let text = cause.to_string();
+    format!("{} at column {}", text.split(" at line ").next().unwrap_or_default(), cause.column())
+}
+
+/// The text column of `object`, or why there is none.
+fn text_of(mut object: Map<String, Value>, column: &str) -> std::result::Result<String, String> {
+    let kind = match object.remove(column) {
+        Some(Value::String(text)) => return Ok(text),
+        Some(Value::Null) => "null",
+        Some(Value::Bool(_)) => "a boolean",
+        Some(Value::Number(_)) => "a number",
+        Some(Value::Array(_)) => "an array",
+        Some(Value::Object(_)) => "an object",
+        None => {
+            let columns: Vec<String> = object.keys().take(20).map(|name| format!("{name:?}")).collect();
+            return Err(format!("no column {column:?} (columns: {})", columns.join(", ")));
+        }
+    };
+    Err(format!("column {column:?} holds {kind}, not text"))
+}
+
+/// The texts of a JSON array of objects. The objects are dropped as soon as their text is out.
+fn rows(path: &Path, json: &str, column: &str) -> Result<Vec<String>> {
+    struct Rows<'a> {
+        column: &'a str,
+        column_error: Option<String>,
+    }
+
+    impl<'de> DeserializeSeed<'de> for &mut Rows<'_> {
+        type Value = Vec<String>;
+
+        fn deserialize<D: serde::Deserializer<'de>>(
+            self,
+            deserializer: D,
+        ) -> std::result::Result<Vec<String>, D::Error> {
+            deserializer.deserialize_seq(self)
+        }
+    }
+
+    impl<'de> Visitor<'de> for &mut Rows<'_> {
+        type Value = Vec<String>;
+
+        fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+            formatter.write_str("an array of objects")
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> std::result::Result<Vec<String>, A::Error> {
+            let mut texts = Vec::new();
+            while let Some(object) = seq.next_element()? {
+                texts.push(text_of(object, self.column).map_err(|reason| {
+                    self.column_error = Some(reason);
+                    A::Error::custom("column")
+                })?);
+            }
+            Ok(texts)
+        }
+    }
+
+    let mut rows = Rows { column, column_error: None };
+    let mut deserializer = serde_json::Deserializer::from_str(json);
+    let texts = rows.deserialize(&mut deserializer).and_then(|texts| deserializer.end().map(|()| texts));
+    texts.map_err(|cause| {
+        let (path, line) = (path.to_path_buf(), cause.line() as u64);
+        match rows.column_error.take() {
+            Some(reason) => Error::Column { path, line, reason },
+            None => Error::Json { path, line, reason: parse_reason(&cause) },
+        }
+    })
+}

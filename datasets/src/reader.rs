@@ -1,0 +1,291 @@
+//! Records of one file: decompressed on the way, cut at a delimiter, never more in memory than one record.
+
+use crate::{Error, Result};
+use flate2::read::MultiGzDecoder;
+use ruzstd::decoding::FrameDecoder;
+use ruzstd::decoding::errors::{FrameDecoderError, ReadFrameHeaderError};
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Bytes asked for at a time.
+const CHUNK: u64 = 1 << 16;
+
+/// The largest window of a Zstandard frame that is decoded, as in the reference decoder: 128 MiB.
+const MAX_ZSTD_WINDOW: u64 = 1 << 27;
+
+/// How the bytes of a file are packed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Packing {
+    Plain,
+    Gzip,
+    Zstd,
+}
+
+/// Cuts the content of a file into records.
+pub(crate) struct Records {
+    reader: Box<dyn Read + Send>,
+    path: PathBuf,
+    packing: Packing,
+    /// Ends a record; empty: the whole file is one.
+    delimiter: Vec<u8>,
+    what: &'static str,
+    limit: u64,
+    buffer: Vec<u8>,
+    /// Where in `buffer` the next record starts.
+    begin: usize,
+    /// Where in the content of the file it starts.
+    offset: u64,
+    at_end: bool,
+}
+
+impl Records {
+    /// Opens `path`. A record of more than `limit` bytes is an error that calls it a `what`. `bytes_read` counts the
+    /// bytes taken from the file itself.
+    pub(crate) fn open(
+        path: &Path,
+        packing: Packing,
+        delimiter: &str,
+        (what, limit): (&'static str, u64),
+        bytes_read: Arc<AtomicU64>,
+    ) -> Result<Records> {
+        let file = BufReader::new(Counted { file: File::open(path).map_err(Error::io(path))?, bytes_read });
+        let reader: Box<dyn Read + Send> = match packing {
+            Packing::Plain => Box::new(file),
+            Packing::Gzip => Box::new(MultiGzDecoder::new(file)),
+            Packing::Zstd => Box::new(ZstdReader::new(file)),
+        };
+        let (path, delimiter) = (path.to_path_buf(), delimiter.as_bytes().to_vec());
+        Ok(Records {
+            reader,
+            path,
+            packing,
+            delimiter,
+            what,
+            limit,
+            buffer: Vec::new(),
+            begin: 0,
+            offset: 0,
+            at_end: false,
+        })
+    }
+
+    /// Another delimiter and limit for the records still to come.
+    pub(crate) fn set_delimiter(&mut self, delimiter: &str, (what, limit): (&'static str, u64)) {
+        (self.delimiter, self.what, self.limit) = (delimiter.as_bytes().to_vec(), what, limit);
+    }
+
+    /// The first byte of the content that is neither whitespace nor part of a byte-order mark, among those that come
+    /// with the first read.
+    pub(crate) fn peek(&mut self) -> Result<Option<u8>> {
+        self.fill()?;
+        Ok(self.buffer.iter().copied().find(|byte| byte.is_ascii() && !byte.is_ascii_whitespace()))
+    }
+
+    /// The next record as text, without its delimiter and without a byte-order mark.
+    pub(crate) fn next(&mut self) -> Result<Option<String>> {
+        let mut searched = 0;
+        let length = loop {
+            let ahead = &self.buffer[self.begin..];
+            if let Some(at) = find(&ahead[searched..], &self.delimiter) {
+                break searched + at;
+            }
+            if self.at_end {
+                break ahead.len();
+            }
+            if ahead.len() as u64 > self.limit {
+                return Err(self.too_large());
+            }
+            searched = (ahead.len() + 1).saturating_sub(self.delimiter.len().max(1));
+            self.fill()?;
+        };
+        if length as u64 > self.limit {
+            return Err(self.too_large());
+        }
+        let ahead = &self.buffer[self.begin..];
+        if self.at_end && ahead.is_empty() {
+            return Ok(None);
+        }
+        let mut text = str::from_utf8(&ahead[..length])
+            .map_err(|cause| Error::NotUtf8 {
+                path: self.path.clone(),
+                offset: self.offset + cause.valid_up_to() as u64,
+            })?
+            .to_string();
+        let start = self.offset;
+        let taken = (length + self.delimiter.len()).min(ahead.len());
+        self.begin += taken;
+        self.offset += taken as u64;
+        if start == 0 && text.starts_with('\u{FEFF}') {
+            text.remove(0);
+        }
+        Ok(Some(text))
+    }
+
+    fn fill(&mut self) -> Result<()> {
+        self.buffer.drain(..self.begin);
+        self.begin = 0;
+        let read = (&mut self.reader).take(CHUNK).read_to_end(&mut self.buffer).map_err(|cause| {
+            let path = self.path.clone();
+            match self.packing {
+                Packing::Plain => Error::Io { path, cause },
+                Packing::Gzip => Error::Compressed { path, format: "gzip", cause },
+                Packing::Zstd => Error::Compressed { path, format: "zstd", cause },
+            }
+        })?;
+        self.at_end |= read == 0;
+        Ok(())
+    }
+
+    fn too_large(&self) -> Error {
+        Error::TooLarge { path: self.path.clone(), what: self.what, limit: self.limit }
+    }
+}
+
+/// Where `needle` starts in `bytes`.
+fn find(bytes: &[u8], needle: &[u8]) -> Option<usize> {
+    let (&first, rest) = needle.split_first()?;
+    let mut at = 0;
+    loop {
+        at += bytes[at..].iter().position(|&byte| byte == first)?;
+        if bytes[at + 1..].starts_with(rest) {
+            return Some(at);
+        }
+        at += 1;
+    }
+}
+
+struct Counted {
+    file: File,
+    bytes_read: Arc<AtomicU64>,
+}
+
+impl Read for Counted {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let read = self.file.read(buf)?;
+        self.bytes_read.fetch_add(read as u64, Ordering::Relaxed);
+        Ok(read)
+    }
+}
+
+/// Decodes a sequence of Zstandard frames, checks their checksums, passes over skippable ones.
+struct ZstdReader<R> {
+    source: R,
+    decoder: FrameDecoder,
+    started: bool,
+}
+
+impl<R: BufRead> ZstdReader<R> {
+    fn new(source: R) -> ZstdReader<R> {
+        let mut decoder = FrameDecoder::new();
+        decoder.set_max_window_size(MAX_ZSTD_WINDOW);
+        ZstdReader { source, decoder, started: false }
+    }
+
+    /// Starts the next frame; false if the file ends here.
+    fn next_frame(&mut self) -> io::Result<bool> {
+        loop {
+            if self.source.fill_buf()?.is_empty() {
+                return if self.started { Ok(false) } else { Err(io::ErrorKind::UnexpectedEof.into()) };
+            }
+            match self.decoder.init(&mut self.source) {
+                Ok(()) => {
+                    self.started = true;
+                    return Ok(true);
+                }
+                Err(FrameDecoderError::ReadFrameHeaderError(ReadFrameHeaderError::SkipFrame {
+                    length,
+                    ..
+                })) => {
+                    let length = u64::from(length);
+                    if io::copy(&mut (&mut self.source).take(length), &mut io::sink())? < length {
+                        return Err(io::ErrorKind::UnexpectedEof.into());
+                    }
+                    self.started = true;
+                }
+                Err(cause) => return Err(io::Error::other(cause)),
+            }
+        }
+    }
+}
+
+impl<R: BufRead> Read for ZstdReader<R> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        loop {
+            if self.decoder.can_collect() > 0 {
+                return self.decoder.read(buf);
+            }
+            if !self.decoder.is_finished() {
+                let blocks = ruzstd::decoding::BlockDecodingStrategy::UptoBlocks(1);
+                self.decoder.decode_blocks(&mut self.source, blocks).map_err(io::Error::other)?;
+                continue;
+            }
+            if let Some(stored) = self.decoder.get_checksum_from_data()
+                && self.decoder.get_calculated_checksum() != Some(stored)
+            {
+                return Err(io::Error::other("checksum mismatch"));
+            }
+            if !self.next_frame()? {
+                return Ok(0);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    fn open(content: &[u8], delimiter: &str, limit: u64) -> (tempfile::NamedTempFile, Records) {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(content).unwrap();
+        let records =
+            Records::open(file.path(), Packing::Plain, delimiter, ("document", limit), Arc::default())
+                .unwrap();
+        (file, records)
+    }
+
+    fn all(content: &[u8], delimiter: &str) -> Vec<String> {
+        let (_file, mut records) = open(content, delimiter, 1 << 20);
+        std::iter::from_fn(|| records.next().unwrap()).collect()
+    }
+
+    #[test]
+    fn records_end_at_the_delimiter() {
+        assert_eq!(all(b"a<>b<>", "<>"), ["a", "b"]);
+        assert_eq!(all(b"<>a<<>>", "<>"), ["", "a<", ">"]);
+        assert_eq!(all(b"a\nb", "\n"), ["a", "b"]);
+        assert_eq!(all(b"a\nb", ""), ["a\nb"]);
+        assert!(all(b"", "\n").is_empty());
+        assert_eq!(all("\u{FEFF}a\n\u{FEFF}b".as_bytes(), "\n"), ["a", "\u{FEFF}b"]);
+    }
+
+    #[test]
+    fn a_delimiter_across_two_reads_is_found() {
+        for before in CHUNK as usize - 4..=CHUNK as usize + 1 {
+            let content = [&vec![b'x'; before], &b"<sep>tail"[..]].concat();
+            let records = all(&content, "<sep>");
+            assert_eq!((records[0].len(), &records[1][..]), (before, "tail"), "{before}");
+        }
+    }
+
+    #[test]
+    fn a_record_over_the_limit_is_refused() {
+        let (_file, mut records) = open(&vec![b'x'; 1 << 18], "\n", 1000);
+        assert!(matches!(records.next(), Err(Error::TooLarge { limit: 1000, .. })));
+        let (_file, mut records) = open(&[b'x'; 1001], "", 1000);
+        assert!(matches!(records.next(), Err(Error::TooLarge { .. })));
+        let (_file, mut records) = open(&[b'x'; 1000], "", 1000);
+        assert_eq!(records.next().unwrap().unwrap().len(), 1000);
+    }
+
+    #[test]
+    fn invalid_utf8_is_named_by_its_offset() {
+        let (_file, mut records) = open(b"ab\ncd\xffe", "\n", 1000);
+        assert_eq!(records.next().unwrap().unwrap(), "ab");
+        assert!(matches!(records.next(), Err(Error::NotUtf8 { offset: 5, .. })));
+    }
+}

@@ -1,0 +1,362 @@
+//! `tokenizer.json` of a model: encoding with a stated BOS rule, decoding at once or token by token, and training of
+//! a small byte-level BPE.
+
+use crate::{Error, Result, bpe};
+use serde::de::IgnoredAny;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::panic::catch_unwind;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use tokenizers::models::bpe::{BPE, Vocab};
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::processors::template::TemplateProcessing;
+use tokenizers::{
+    AddedToken, ModelWrapper, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer,
+    Tokenizer as Inner,
+};
+
+/// Tokens that a [`DecodeStream`] holds back at most: more than one character can need.
+const MAX_HELD: usize = 16;
+
+/// When a text gets the beginning-of-sequence token in front.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Bos {
+    /// When the tokenizer's own files say so.
+    #[default]
+    Auto,
+    /// Always; the model must name a BOS token.
+    Always,
+    /// Never.
+    Never,
+}
+
+impl FromStr for Bos {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Bos> {
+        match text {
+            "auto" => Ok(Bos::Auto),
+            "always" => Ok(Bos::Always),
+            "never" => Ok(Bos::Never),
+            _ => Err(Error::option("--bos", format!("{text:?}"), "auto, always or never")),
+        }
+    }
+}
+
+/// The tokenizer of one model.
+pub struct Tokenizer {
+    inner: Inner,
+    path: PathBuf,
+    sha256: String,
+    bos_id: Option<u32>,
+    auto_bos: Option<u32>,
+    special_ids: BTreeSet<u32>,
+    vocab_size: usize,
+}
+
+/// What is read of `tokenizer_config.json`.
+#[derive(Default, Deserialize)]
+struct TokenizerConfig {
+    #[serde(default)]
+    add_bos_token: Option<bool>,
+    #[serde(default)]
+    bos_token: Option<TokenText>,
+}
+
+/// A token by its text, as old and new files write it.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum TokenText {
+    Plain(String),
+    Added { content: String },
+}
+
+impl Tokenizer {
+    /// Reads `tokenizer.json` and, where present, `tokenizer_config.json` of `model_dir`. `bos_id` is the
+    /// `bos_token_id` of the model's config; `vocab_size` the number of rows of its embedding.
+    ///
+    /// Truncation, padding and merge dropout that the file may ask for are switched off: they would drop, add or
+    /// randomise tokens of a corpus.
+    ///
+    /// # Errors
+    /// No `tokenizer.json`, one that does not parse, or one that can produce an id outside the embedding.
+    pub fn load(model_dir: &Path, bos_id: Option<u32>, vocab_size: usize) -> Result<Tokenizer> {
+        let path = model_dir.join("tokenizer.json");
+        if !path.exists() {
+            let dir = model_dir.to_path_buf();
+            return Err(match model_dir.join("tokenizer.model").exists() {
+                true => Error::SentencePieceOnly { dir },
+                false => Error::NoTokenizer { dir },
+            });
+        }
+        let bytes = fs::read(&path).map_err(Error::io(&path))?;
+        let bad =
+            |cause: tokenizers::Error| Error::BadTokenizer { path: path.clone(), reason: one_line(cause) };
+        let mut inner = parse(&bytes).map_err(bad)?;
+        inner.with_truncation(None).map_err(bad)?.with_padding(None);
+        if let ModelWrapper::BPE(model) = inner.get_model()
+            && model.dropout.is_some()
+        {
+            let mut model = model.clone();
+            model.dropout = None;
+            inner.with_model(model);
+        }
+
+        let largest = inner.get_vocab(true).into_iter().max_by(|a, b| (a.1, &a.0).cmp(&(b.1, &b.0)));
+        let Some((token, largest_id)) = largest else {
+            return Err(Error::BadTokenizer { path, reason: "its vocabulary is empty".into() });
+        };
+        if largest_id as usize >= vocab_size {
+            return Err(Error::TokenizerTooLarge { path, token, largest_id, vocab_size });
+        }
+        if let Some(id) = bos_id
+            && id as usize >= vocab_size
+        {
+            return Err(Error::option("bos_token_id in config.json", id, "an id below vocab_size"));
+        }
+        let config = read_config(&model_dir.join("tokenizer_config.json"))?;
+        let template_bos = template_bos(&inner).map_err(bad)?;
+        let auto_bos = match config.add_bos_token {
+            Some(true) => {
+                let named = config.bos_token.and_then(|token| match token {
+                    TokenText::Plain(content) | TokenText::Added { content } => inner.token_to_id(&content),
+                });
+                template_bos.or(bos_id).or(named)
+            }
+            _ => template_bos,
+        };
+        let added = inner.get_added_tokens_decoder();
+        let special_ids = added.into_iter().filter(|(_, token)| token.special).map(|(id, _)| id).collect();
+        let sha256 = hex(&Sha256::digest(&bytes));
+        Ok(Tokenizer {
+            inner,
+            path,
+            sha256,
+            bos_id,
+            auto_bos,
+            special_ids,
+            vocab_size: largest_id as usize + 1,
+        })
+    }
+
+    /// Whether special tokens written out in a text (`"</s>"`) become those tokens (the default) or plain text.
+    #[must_use]
+    pub fn special_in_text(mut self, parse: bool) -> Tokenizer {
+        self.inner.set_encode_special_tokens(!parse);
+        self
+    }
+
+    /// Encodes `text`, with the BOS token in front as `bos` says unless the text already starts with it. Never adds
+    /// an end token.
+    pub fn encode(&self, text: &str, bos: Bos) -> Result<Vec<u32>> {
+        let prefix = self.bos_prefix(bos)?;
+        let encoding = self.inner.encode_fast(text, false).map_err(|cause| self.failed("encoding", cause))?;
+        Ok(with_prefix(prefix, encoding.get_ids()))
+    }
+
+    /// Encodes each of `texts` as [`Tokenizer::encode`] does, on all threads.
+    pub(crate) fn encode_all(&self, texts: Vec<String>, bos: Bos) -> Result<Vec<Vec<u32>>> {
+        let prefix = self.bos_prefix(bos)?;
+        let encodings =
+            self.inner.encode_batch_fast(texts, false).map_err(|cause| self.failed("encoding", cause))?;
+        Ok(encodings.iter().map(|encoding| with_prefix(prefix, encoding.get_ids())).collect())
+    }
+
+    /// The text of `ids`, without special tokens if `skip_special`. Ids outside the vocabulary are left out.
+    pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
+        // The library compares normalised texts here and so misses special tokens marked `normalized`.
+        let kept: Vec<u32> =
+            ids.iter().copied().filter(|id| !(skip_special && self.special_ids.contains(id))).collect();
+        self.inner.decode(&kept, false).map_err(|cause| self.failed("decoding", cause))
+    }
+
+    /// A decoder that is fed one token at a time; special tokens give no text.
+    pub fn stream(&self) -> DecodeStream<'_> {
+        DecodeStream { tokenizer: self, ids: Vec::new(), shown: 0 }
+    }
+
+    /// SHA-256 of the bytes of `tokenizer.json`, in hexadecimal.
+    pub fn sha256(&self) -> &str {
+        &self.sha256
+    }
+
+    /// One more than the largest id this tokenizer produces.
+    pub fn vocab_size(&self) -> usize {
+        self.vocab_size
+    }
+
+    /// The model's BOS id, as given to [`Tokenizer::load`].
+    pub fn bos_id(&self) -> Option<u32> {
+        self.bos_id
+    }
+
+    /// The id that `bos` puts in front of a text.
+    pub(crate) fn bos_prefix(&self, bos: Bos) -> Result<Option<u32>> {
+        match bos {
+            Bos::Never => Ok(None),
+            Bos::Auto => Ok(self.auto_bos),
+            Bos::Always => match self.bos_id {
+                Some(id) => Ok(Some(id)),
+                None => Err(Error::NoBos { path: self.path.clone() }),
+            },
+        }
+    }
+
+    /// Whether special tokens in a text are parsed.
+    pub(crate) fn parses_special(&self) -> bool {
+        !self.inner.get_encode_special_tokens()
+    }
+
+    fn failed(&self, what: &'static str, cause: tokenizers::Error) -> Error {
+        Error::Tokenizer { path: self.path.clone(), what, reason: one_line(cause) }
+    }
+}
+
+/// Text of a token sequence that grows; made by [`Tokenizer::stream`].
+///
+/// The pieces it gives, put together, are the text that [`Tokenizer::decode`] gives for the whole sequence. A token
+/// that ends inside a character is held back until the character is complete.
+pub struct DecodeStream<'a> {
+    tokenizer: &'a Tokenizer,
+    /// The tokens of the last piece, for context, then those held back.
+    ids: Vec<u32>,
+    /// How many of `ids` have been shown.
+    shown: usize,
+}
+
+impl DecodeStream<'_> {
+    /// Adds a token; the text that became certain by it, if any.
+    pub fn push(&mut self, id: u32) -> Result<Option<String>> {
+        self.ids.push(id);
+        self.advance(self.ids.len() - self.shown >= MAX_HELD)
+    }
+
+    /// What is still held back: an incomplete character as U+FFFD.
+    pub fn finish(mut self) -> Result<Option<String>> {
+        self.advance(true)
+    }
+
+    fn advance(&mut self, incomplete_too: bool) -> Result<Option<String>> {
+        let before = self.tokenizer.decode(&self.ids[..self.shown], true)?;
+        let now = self.tokenizer.decode(&self.ids, true)?;
+        if now.len() <= before.len() || (now.ends_with('\u{FFFD}') && !incomplete_too) {
+            return Ok(None);
+        }
+        // Invalid bytes can change how the bytes before them decode: then only the number of characters is common.
+        let delta = match now.strip_prefix(&before) {
+            Some(rest) => rest.to_string(),
+            None => now.chars().skip(before.chars().count()).collect(),
+        };
+        self.ids.drain(..self.shown);
+        self.shown = self.ids.len();
+        Ok(Some(delta))
+    }
+}
+
+/// Trains a byte-level BPE of at most `vocab_size` tokens on `texts` and writes `tokenizer.json`,
+/// `tokenizer_config.json` and `special_tokens_map.json` to `out_dir`. Id 0 is `<s>` (BOS, put in front by the
+/// tokenizer's template), id 1 `</s>`, ids 2 to 257 the bytes. Equal texts give equal files.
+///
+/// Returns the size of the vocabulary, which is smaller than asked for when no pair repeats any more.
+///
+/// # Errors
+/// `vocab_size` below 258, or a file that cannot be written.
+pub fn train_bpe(texts: impl Iterator<Item = String>, vocab_size: usize, out_dir: &Path) -> Result<usize> {
+    const SPECIAL: [&str; 2] = ["<s>", "</s>"];
+    let mut alphabet: Vec<char> = ByteLevel::alphabet().into_iter().collect();
+    alphabet.sort_unstable();
+    if vocab_size < SPECIAL.len() + alphabet.len() {
+        return Err(Error::option("vocab_size", vocab_size, "at least 258 (256 bytes, <s> and </s>)"));
+    }
+    let path = out_dir.join("tokenizer.json");
+    let failed = |cause: tokenizers::Error| Error::Tokenizer {
+        path: path.clone(),
+        what: "writing",
+        reason: one_line(cause),
+    };
+
+    let byte_level = ByteLevel::new(false, true, true);
+    let mut words: BTreeMap<String, i64> = BTreeMap::new();
+    for text in texts {
+        let mut split = PreTokenizedString::from(text);
+        byte_level.pre_tokenize(&mut split).map_err(failed)?;
+        for (word, ..) in split.get_splits(OffsetReferential::Original, OffsetType::None) {
+            *words.entry(word.to_string()).or_default() += 1;
+        }
+    }
+    let tokens =
+        SPECIAL.iter().map(ToString::to_string).chain(alphabet.iter().map(char::to_string)).collect();
+    let bpe::Vocabulary { tokens, merges } = bpe::learn(tokens, &words, vocab_size);
+    let size = tokens.len();
+
+    let vocab: Vocab = tokens.into_iter().zip(0..).collect();
+    let model = BPE::builder().vocab_and_merges(vocab, merges).build().map_err(failed)?;
+    let template = TemplateProcessing::builder()
+        .try_single("<s> $A")
+        .and_then(|builder| builder.try_pair("<s> $A <s> $B"))
+        .and_then(|builder| builder.special_tokens(vec![("<s>", 0)]).build().map_err(|e| e.to_string()))
+        .map_err(|reason| failed(reason.into()))?;
+    let mut inner = Inner::new(model);
+    inner
+        .with_pre_tokenizer(Some(byte_level))
+        .with_decoder(Some(byte_level))
+        .with_post_processor(Some(template));
+    inner.add_special_tokens(SPECIAL.map(|token| AddedToken::from(token, true))).map_err(failed)?;
+
+    let config = serde_json::json!({
+        "add_bos_token": true, "add_eos_token": false, "bos_token": "<s>", "eos_token": "</s>",
+        "clean_up_tokenization_spaces": false, "tokenizer_class": "PreTrainedTokenizerFast",
+    });
+    let special = serde_json::json!({ "bos_token": "<s>", "eos_token": "</s>" });
+    fs::create_dir_all(out_dir).map_err(Error::io(out_dir))?;
+    for (name, text) in [
+        ("tokenizer.json", inner.to_string(true).map_err(failed)?),
+        ("tokenizer_config.json", format!("{config:#}\n")),
+        ("special_tokens_map.json", format!("{special:#}\n")),
+    ] {
+        let path = out_dir.join(name);
+        fs::write(&path, text).map_err(Error::io(&path))?;
+    }
+    Ok(size)
+}
+
+/// Parses `tokenizer.json`. The library panics on some broken files; the check of the syntax spares most of them that.
+fn parse(bytes: &[u8]) -> tokenizers::Result<Inner> {
+    serde_json::from_slice::<IgnoredAny>(bytes)?;
+    catch_unwind(|| Inner::from_bytes(bytes))
+        .unwrap_or_else(|_| Err("a field has a value of the wrong kind".into()))
+}
+
+/// The token that the tokenizer's own post-processor puts in front of a text.
+fn template_bos(inner: &Inner) -> tokenizers::Result<Option<u32>> {
+    let encoding = inner.encode("a", true)?;
+    let first = encoding.get_ids().first().copied();
+    Ok(first.filter(|_| encoding.get_special_tokens_mask().first() == Some(&1)))
+}
+
+fn with_prefix(prefix: Option<u32>, ids: &[u32]) -> Vec<u32> {
+    let prefix = prefix.filter(|id| ids.first() != Some(id));
+    prefix.into_iter().chain(ids.iter().copied()).collect()
+}
+
+fn read_config(path: &Path) -> Result<TokenizerConfig> {
+    if !path.exists() {
+        return Ok(TokenizerConfig::default());
+    }
+    let bytes = fs::read(path).map_err(Error::io(path))?;
+    serde_json::from_slice(&bytes)
+        .map_err(|cause| Error::BadTokenizer { path: path.to_path_buf(), reason: cause.to_string() })
+}
+
+fn one_line(cause: impl ToString) -> String {
+    cause.to_string().replace('\n', " ")
+}
+
+/// Lowercase hexadecimal of `bytes`.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}

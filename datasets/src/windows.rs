@@ -1,0 +1,349 @@
+//! Windows over a token stream: what an evaluation scores, and what a training step sees.
+
+use crate::{Error, Result, TokenStream};
+use rand_pcg::Pcg64;
+use rand_pcg::rand_core::Rng;
+use sha2::{Digest, Sha256};
+
+/// Documents are cut into pieces of at most this many tokens (or one window) to be held out.
+const MAX_PIECE: usize = 8192;
+
+/// Largest number of windows in a batch.
+const MAX_BATCH: usize = 1 << 20;
+
+/// One forward pass of an evaluation: tokens `start..end` go in, tokens `first_target..end` are scored, each from
+/// those before it in the window.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EvalWindow {
+    /// First token of the window.
+    pub start: usize,
+    /// One past its last token.
+    pub end: usize,
+    /// First token that is scored; at least `start + 1`.
+    pub first_target: usize,
+}
+
+/// Lays out the evaluation of `len` tokens: windows of `window` tokens that start every `stride`; the last may be
+/// shorter. The first token of a window is context only. With `stride == window` the windows do not overlap; with a
+/// smaller stride every token but the first is scored once, in the first window that reaches it.
+///
+/// # Errors
+/// `len` below 2, `window` below 2, or a stride that is 0 or larger than the window.
+pub fn eval_windows(len: usize, window: usize, stride: usize) -> Result<Vec<EvalWindow>> {
+    if window < 2 {
+        return Err(Error::option("--seq", window, "at least 2"));
+    }
+    if stride == 0 || stride > window {
+        return Err(Error::option("--stride", stride, "1 to --seq"));
+    }
+    if len < 2 {
+        return Err(Error::TooFewTokens { side: "evaluation text", tokens: len, window: 2 });
+    }
+    let mut windows: Vec<EvalWindow> = Vec::new();
+    let mut scored = 1;
+    for start in (0..len).step_by(stride) {
+        let end = len.min(start.saturating_add(window));
+        let first_target = scored.max(start + 1);
+        if first_target < end {
+            windows.push(EvalWindow { start, end, first_target });
+            scored = end;
+        }
+        if end == len {
+            break;
+        }
+    }
+    Ok(windows)
+}
+
+/// A token stream cut into a training side and a held-out side that share no piece of text.
+///
+/// Documents are cut into pieces; the pieces whose content has the smallest SHA-256 are held out until their share is
+/// reached. Equal pieces have equal hashes and so stay together: text that occurs twice is never on both sides.
+pub struct Split {
+    train: Vec<u32>,
+    valid: Vec<u32>,
+    seq: usize,
+}
+
+impl Split {
+    /// Splits `stream` for windows of `seq` inputs; `valid_fraction` of the tokens, in [0, 1), is held out, at least
+    /// one piece if it is above 0.
+    ///
+    /// # Errors
+    /// A fraction or `seq` outside its range, or fewer tokens left to train on than one window, `seq + 1`.
+    pub fn new(stream: &TokenStream, seq: usize, valid_fraction: f64) -> Result<Split> {
+        if !(0.0..1.0).contains(&valid_fraction) {
+            return Err(Error::option("valid_fraction", valid_fraction, "0 or more and below 1"));
+        }
+        let total = stream.ids.len();
+        let window = match seq.checked_add(1) {
+            Some(window) if seq > 0 => window,
+            _ => return Err(Error::option("--seq", seq, "at least 1")),
+        };
+        if total < window {
+            return Err(Error::TooFewTokens { side: "training text", tokens: total, window });
+        }
+        let piece_len = window.max((total / 64).min(MAX_PIECE));
+        let pieces: Vec<&[u32]> =
+            stream.documents().flat_map(|document| document.chunks(piece_len)).collect();
+        let mut order: Vec<([u8; 32], usize)> = pieces.iter().map(|piece| hash(piece)).zip(0..).collect();
+        order.sort_unstable();
+
+        let wanted =
+            if valid_fraction > 0.0 { ((valid_fraction * total as f64).ceil() as usize).max(2) } else { 0 };
+        let mut held_out = vec![false; pieces.len()];
+        let mut held_tokens = 0;
+        let mut last = None;
+        for (hash, piece) in order {
+            if held_tokens >= wanted && last != Some(hash) {
+                break;
+            }
+            held_out[piece] = true;
+            held_tokens += pieces[piece].len();
+            last = Some(hash);
+        }
+        let side = |held: bool| -> Vec<u32> {
+            let kept = pieces.iter().zip(&held_out).filter(|(_, out)| **out == held);
+            kept.flat_map(|(piece, _)| piece.iter().copied()).collect()
+        };
+        let split = Split { train: side(false), valid: side(true), seq };
+        if split.train.len() < window {
+            return Err(Error::TooFewTokens {
+                side: "training text without the held-out part",
+                tokens: split.train.len(),
+                window,
+            });
+        }
+        Ok(split)
+    }
+
+    /// Inputs per window.
+    pub fn seq(&self) -> usize {
+        self.seq
+    }
+
+    /// Number of training windows, at least 1. Tokens after the last whole window are not trained on.
+    pub fn num_windows(&self) -> usize {
+        (self.train.len() - 1) / self.seq
+    }
+
+    /// Training window `index`: `seq + 1` tokens, of which `[..seq]` are the inputs and `[1..]` the targets.
+    ///
+    /// # Panics
+    /// If `index` is not below [`Split::num_windows`].
+    pub fn window(&self, index: usize) -> &[u32] {
+        assert!(index < self.num_windows(), "window {index} of {}", self.num_windows());
+        &self.train[index * self.seq..(index + 1) * self.seq + 1]
+    }
+
+    /// All tokens of the training side, in the order of the corpus.
+    pub fn train_tokens(&self) -> &[u32] {
+        &self.train
+    }
+
+    /// All tokens of the held-out side, in the order of the corpus; empty if nothing is held out.
+    pub fn valid_tokens(&self) -> &[u32] {
+        &self.valid
+    }
+}
+
+fn hash(piece: &[u32]) -> [u8; 32] {
+    let mut hasher = Sha256::new();
+    for id in piece {
+        hasher.update(id.to_le_bytes());
+    }
+    hasher.finalize().into()
+}
+
+/// Which windows a training step sees: epochs, each a permutation of all windows that is a function of the seed and
+/// the epoch, run into one another and are cut into batches. The step number is the whole state.
+pub struct Batches {
+    num_windows: usize,
+    batch: usize,
+    seed: u64,
+    /// The permutation used last, and its epoch.
+    epoch: Option<(u64, Vec<usize>)>,
+}
+
+impl Batches {
+    /// Batches of `batch` out of `num_windows` windows.
+    ///
+    /// # Errors
+    /// A batch of 0 or above 2^20 windows, or no window at all.
+    pub fn new(num_windows: usize, batch: usize, seed: u64) -> Result<Batches> {
+        if batch == 0 || batch > MAX_BATCH {
+            return Err(Error::option("--batch", batch, "1 to 1048576"));
+        }
+        if num_windows == 0 {
+            return Err(Error::TooFewTokens { side: "training text", tokens: 0, window: 1 });
+        }
+        Ok(Batches { num_windows, batch, seed, epoch: None })
+    }
+
+    /// The windows of step `step`, counted from 0. Depends on nothing but the arguments of [`Batches::new`] and
+    /// `step`.
+    pub fn batch_at(&mut self, step: u64) -> Vec<usize> {
+        let first = u128::from(step) * self.batch as u128;
+        (first..first + self.batch as u128)
+            .map(|sample| {
+                let epoch = (sample / self.num_windows as u128) as u64;
+                let at = (sample % self.num_windows as u128) as usize;
+                self.permutation(epoch)[at]
+            })
+            .collect()
+    }
+
+    fn permutation(&mut self, epoch: u64) -> &[usize] {
+        let order = match self.epoch.take() {
+            Some((kept, order)) if kept == epoch => order,
+            _ => shuffled(self.num_windows, self.seed, epoch),
+        };
+        &self.epoch.insert((epoch, order)).1
+    }
+}
+
+/// Fisher-Yates on raw PCG output: the order is ours and does not change with a version of a library.
+fn shuffled(len: usize, seed: u64, epoch: u64) -> Vec<usize> {
+    let mut rng = Pcg64::new(u128::from(mix(seed)) << 64 | u128::from(mix(epoch)), 0);
+    let mut order: Vec<usize> = (0..len).collect();
+    for last in (1..len).rev() {
+        let other = (u128::from(rng.next_u64()) * (last as u128 + 1)) >> 64;
+        order.swap(last, other as usize);
+    }
+    order
+}
+
+/// The finaliser of SplitMix64: near seeds and epochs give far states.
+pub(crate) fn mix(value: u64) -> u64 {
+    let mut z = value.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::collection::{hash_set, vec};
+    use proptest::prelude::*;
+    use std::collections::HashSet;
+
+    #[test]
+    fn eval_windows_by_hand() {
+        let window = |start, end, first_target| EvalWindow { start, end, first_target };
+        assert_eq!(eval_windows(9, 4, 4).unwrap(), [window(0, 4, 1), window(4, 8, 5)]);
+        assert_eq!(eval_windows(10, 4, 4).unwrap(), [window(0, 4, 1), window(4, 8, 5), window(8, 10, 9)]);
+        assert_eq!(eval_windows(7, 4, 2).unwrap(), [window(0, 4, 1), window(2, 6, 4), window(4, 7, 6)]);
+        assert_eq!(eval_windows(3, 8, 8).unwrap(), [window(0, 3, 1)]);
+    }
+
+    #[test]
+    fn eval_windows_out_of_range() {
+        for (len, window, stride) in [(1, 4, 4), (0, 4, 4), (9, 1, 1), (9, 4, 0), (9, 4, 5)] {
+            assert!(eval_windows(len, window, stride).is_err(), "{len} {window} {stride}");
+        }
+        assert_eq!(
+            eval_windows(1, 4, 4).unwrap_err().to_string(),
+            "evaluation text: 1 tokens are fewer than one window of 2; give more text, or a smaller --seq"
+        );
+        assert_eq!(eval_windows(4, usize::MAX, usize::MAX).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn split_out_of_range() {
+        let stream = TokenStream { ids: (0..100).collect(), doc_starts: vec![0, 50] };
+        assert!(Split::new(&stream, 0, 0.1).is_err());
+        assert!(Split::new(&stream, usize::MAX, 0.1).is_err());
+        for fraction in [-0.1, 1.0, f64::NAN, f64::INFINITY] {
+            assert!(Split::new(&stream, 8, fraction).is_err(), "{fraction}");
+        }
+        let error = Split::new(&stream, 100, 0.0).err().unwrap().to_string();
+        assert!(error.contains("100 tokens") && error.contains("101") && error.contains("--seq"), "{error}");
+        let short = TokenStream { ids: (0..10).collect(), doc_starts: vec![0] };
+        assert!(Split::new(&short, 9, 0.0).is_ok());
+        assert!(Split::new(&short, 9, 0.5).is_err(), "the only piece is held out");
+    }
+
+    #[test]
+    fn batches_are_a_function_of_seed_and_step() {
+        let mut batches = Batches::new(10, 4, 7).unwrap();
+        let late = batches.batch_at(1000);
+        let steps: Vec<_> = (0..5).map(|step| batches.batch_at(step)).collect();
+        assert_eq!(batches.batch_at(1000), late);
+        assert_eq!(Batches::new(10, 4, 7).unwrap().batch_at(3), steps[3]);
+        let other: Vec<_> = (0..5).map(|step| Batches::new(10, 4, 8).unwrap().batch_at(step)).collect();
+        assert_ne!(other, steps);
+        // Fixed for good: a checkpoint of an older version resumes on the same windows.
+        assert_eq!(shuffled(10, 7, 0), [4, 9, 0, 5, 3, 8, 7, 2, 1, 6]);
+        assert_eq!(batches.batch_at(u64::MAX).len(), 4);
+        assert!(Batches::new(10, 0, 7).is_err() && Batches::new(0, 4, 7).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn every_target_is_scored_once(len in 2usize..300, window in 2usize..40, stride in 1usize..40) {
+            prop_assume!(stride <= window);
+            let windows = eval_windows(len, window, stride).unwrap();
+            let mut scored = vec![0; len];
+            for w in &windows {
+                prop_assert!(w.end - w.start <= window && w.start < w.first_target && w.first_target < w.end);
+                scored[w.first_target..w.end].iter_mut().for_each(|count| *count += 1);
+            }
+            for (at, count) in scored.into_iter().enumerate() {
+                let context_only = at == 0 || (stride == window && at % window == 0);
+                prop_assert_eq!(count, usize::from(!context_only), "token {}", at);
+            }
+        }
+
+        #[test]
+        fn an_epoch_covers_every_window_once(n in 1usize..60, batch in 1usize..70, seed: u64, epoch in 0usize..4) {
+            let mut batches = Batches::new(n, batch, seed).unwrap();
+            let steps = ((epoch + 1) * n).div_ceil(batch);
+            let samples: Vec<usize> = (0..steps).flat_map(|step| batches.batch_at(step as u64)).collect();
+            let seen: HashSet<usize> = samples[epoch * n..(epoch + 1) * n].iter().copied().collect();
+            prop_assert_eq!(seen, (0..n).collect::<HashSet<_>>());
+        }
+
+        #[test]
+        fn split_sides_are_disjoint_and_whole(
+            starts in hash_set(1usize..2000, 0..30),
+            len in 600u32..2000,
+            seq in 1usize..12,
+            fraction in 0.0f64..0.6,
+        ) {
+            let mut doc_starts: Vec<usize> = starts.into_iter().filter(|&s| s < len as usize).chain([0]).collect();
+            doc_starts.sort_unstable();
+            let stream = TokenStream { ids: (0..len).collect(), doc_starts };
+            let Ok(split) = Split::new(&stream, seq, fraction) else { return Ok(()) };
+
+            let (train, valid) = (split.train_tokens(), split.valid_tokens());
+            let mut both = [train, valid].concat();
+            both.sort_unstable();
+            prop_assert_eq!(both, stream.ids);
+            prop_assert!(train.is_sorted() && valid.is_sorted());
+            prop_assert!(valid.len() as f64 >= fraction * f64::from(len));
+            prop_assert_eq!(valid.is_empty(), fraction == 0.0);
+
+            let windows: Vec<&[u32]> = (0..split.num_windows()).map(|i| split.window(i)).collect();
+            prop_assert!(windows.iter().all(|w| w.len() == seq + 1));
+            let inputs: Vec<u32> = windows.iter().flat_map(|w| w[..seq].to_vec()).collect();
+            prop_assert_eq!(&inputs[..], &train[..inputs.len()]);
+            let targets: Vec<u32> = windows.iter().flat_map(|w| w[1..].to_vec()).collect();
+            prop_assert_eq!(&targets[..], &train[1..=targets.len()]);
+        }
+
+        #[test]
+        fn equal_documents_stay_on_one_side(documents in vec(vec(0u32..4, 1..6), 8..60), fraction in 0.05f64..0.5) {
+            let mut stream = TokenStream { ids: vec![], doc_starts: vec![] };
+            for (index, document) in documents.iter().enumerate() {
+                // The first token marks a document's content, so that it can be found again on a side.
+                stream.doc_starts.push(stream.ids.len());
+                let marker = 100 + documents.iter().position(|d| d == document).unwrap_or(index) as u32;
+                stream.ids.extend([marker].into_iter().chain(document.iter().copied()));
+            }
+            let Ok(split) = Split::new(&stream, 8, fraction) else { return Ok(()) };
+            let markers = |side: &[u32]| side.iter().copied().filter(|&id| id >= 100).collect::<HashSet<_>>();
+            prop_assert!(markers(split.train_tokens()).is_disjoint(&markers(split.valid_tokens())));
+        }
+    }
+}

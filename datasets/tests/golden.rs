@@ -1,0 +1,114 @@
+//! Token ids and window counts of real tokenizers against the numbers that transformers gave.
+
+use dsmoe_datasets::{Bos, Corpus, CorpusOptions, Error, Tokenizer, eval_windows, tokenize};
+use serde_json::Value;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// The folder of reference material, if this machine has it.
+#[expect(clippy::print_stdout, reason = "a skipped test says so")]
+fn shared(test: &str) -> Option<PathBuf> {
+    let default = concat!(env!("CARGO_MANIFEST_DIR"), "/../../shared");
+    let path = PathBuf::from(std::env::var_os("DSMOE_SHARED").unwrap_or_else(|| default.into()));
+    if path.join("golden").is_dir() {
+        return Some(path);
+    }
+    let required = std::env::var("DSMOE_REQUIRE").unwrap_or_default();
+    assert!(!required.split(',').any(|name| name == "shared"), "{test}: no {}", path.display());
+    println!("SKIP {test}: no {}", path.display());
+    None
+}
+
+fn json(path: &Path) -> Value {
+    serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
+}
+
+fn ids(value: &Value) -> Vec<u32> {
+    value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
+}
+
+const MODELS: [&str; 3] = ["tinystories-656k", "stories-260k", "babyllama-1m"];
+
+fn load(shared: &Path, model: &str) -> Tokenizer {
+    let dir = shared.join("models").join(model);
+    let config = json(&dir.join("config.json"));
+    let field = |name: &str| config[name].as_u64().unwrap();
+    Tokenizer::load(&dir, Some(field("bos_token_id") as u32), field("vocab_size") as usize).unwrap()
+}
+
+#[test]
+fn ids_and_windows_are_those_of_transformers() {
+    let Some(shared) = shared("ids_and_windows_are_those_of_transformers") else { return };
+    let options = CorpusOptions { doc_separator: Some("<|endoftext|>".into()), ..CorpusOptions::default() };
+    let corpus = Corpus::open(&[shared.join("golden/stories_100.txt")], options).unwrap();
+    for model in MODELS {
+        let golden = json(&shared.join(format!("golden/nll_{model}.json")));
+        let number = |name: &str| golden[name].as_u64().unwrap() as usize;
+        let tokenizer = load(&shared, model);
+        for bos in [Bos::Always, Bos::Auto] {
+            let stream = tokenize(&corpus, &tokenizer, bos, None, &mut |_| ()).unwrap();
+            assert_eq!(stream.ids.len(), number("tokens"), "{model}");
+            assert_eq!(stream.ids[..24], ids(&golden["first_ids"]), "{model}");
+            let windows = eval_windows(stream.ids.len(), number("window"), number("window")).unwrap();
+            let predicted: usize = windows.iter().map(|window| window.end - window.first_target).sum();
+            assert_eq!(predicted, number("predicted"), "{model}");
+        }
+    }
+}
+
+#[test]
+fn generated_ids_decode_to_the_same_text_at_once_and_streamed() {
+    let Some(shared) = shared("generated_ids_decode_to_the_same_text_at_once_and_streamed") else { return };
+    for model in MODELS {
+        let golden = json(&shared.join(format!("golden/nll_{model}.json")));
+        let tokenizer = load(&shared, model);
+        let greedy = ids(&golden["greedy_ids"]);
+        let prompt = tokenizer.encode(golden["prompt"].as_str().unwrap(), Bos::Auto).unwrap();
+        assert_eq!(greedy[..prompt.len()], prompt, "{model}");
+        let text = golden["greedy_text"].as_str().unwrap();
+        assert_eq!(tokenizer.decode(&greedy, true).unwrap(), text, "{model}");
+        let mut stream = tokenizer.stream();
+        let mut streamed: String = greedy.iter().filter_map(|&id| stream.push(id).unwrap()).collect();
+        streamed.extend(stream.finish().unwrap());
+        assert_eq!(streamed, text, "{model}");
+    }
+}
+
+#[test]
+fn byte_fallback_streams_whole_characters() {
+    let Some(shared) = shared("byte_fallback_streams_whole_characters") else { return };
+    let tokenizer = load(&shared, "stories-260k");
+    let text = "one 🦊 two  é\n ü!";
+    let mut stream = tokenizer.stream();
+    let mut streamed = String::new();
+    for id in tokenizer.encode(text, Bos::Auto).unwrap() {
+        let delta = stream.push(id).unwrap().unwrap_or_default();
+        assert!(!delta.contains('\u{FFFD}'), "{delta:?}");
+        streamed += &delta;
+    }
+    assert_eq!(streamed, text);
+
+    // A byte that belongs to no character spoils its neighbours; nothing panics and nothing stalls.
+    let byte = |value: u8| 3 + u32::from(value);
+    let mut stream = tokenizer.stream();
+    let mut streamed = String::new();
+    for value in [0xc3, 0xa9, 0xff, 0x41, 0xc3].into_iter().chain([0x80; 40]) {
+        streamed.extend(stream.push(byte(value)).unwrap());
+    }
+    assert!(streamed.starts_with('é') && streamed.chars().count() > 10, "{streamed:?}");
+}
+
+#[test]
+fn a_tokenizer_larger_than_the_embedding_is_refused() {
+    let Some(shared) = shared("a_tokenizer_larger_than_the_embedding_is_refused") else { return };
+    let dir = shared.join("models/llama-tokenizer");
+    let Err(error @ Error::TokenizerTooLarge { largest_id: 32002, vocab_size: 32000, .. }) =
+        Tokenizer::load(&dir, Some(1), 32000)
+    else {
+        panic!("must be refused");
+    };
+    assert!(error.to_string().contains("larger than the embedding"), "{error}");
+    let tokenizer = Tokenizer::load(&dir, Some(1), 32003).unwrap();
+    assert_eq!(tokenizer.vocab_size(), 32003);
+    assert_eq!(tokenizer.encode("Hello world", Bos::Auto).unwrap(), [1, 15043, 3186]);
+}

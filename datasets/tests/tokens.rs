@@ -1,0 +1,267 @@
+//! Tokenizers of one's own training: BOS rules, streaming, the token cache.
+
+use dsmoe_datasets::{
+    Bos, Corpus, CorpusOptions, DOC_SEPARATOR, Error, TokenStream, Tokenizer, synthetic_text, token_cache,
+    tokenize, train_bpe,
+};
+use proptest::prelude::*;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
+use tempfile::TempDir;
+
+const VOCAB: usize = 400;
+
+/// A directory with a tokenizer trained on synthetic text.
+fn trained() -> TempDir {
+    let dir = TempDir::new().unwrap();
+    let text = synthetic_text(1, 60_000);
+    let size = train_bpe(text.split(DOC_SEPARATOR).map(String::from), VOCAB, dir.path()).unwrap();
+    assert_eq!(size, VOCAB);
+    dir
+}
+
+fn load(dir: &Path) -> Tokenizer {
+    Tokenizer::load(dir, Some(0), VOCAB).unwrap()
+}
+
+/// Changes `tokenizer.json` in `dir`.
+fn edit(dir: &Path, change: impl FnOnce(&mut serde_json::Value)) {
+    let path = dir.join("tokenizer.json");
+    let mut json = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    change(&mut json);
+    fs::write(path, json.to_string()).unwrap();
+}
+
+static TOKENIZER: LazyLock<(TempDir, Tokenizer)> = LazyLock::new(|| {
+    let dir = trained();
+    let tokenizer = load(dir.path());
+    (dir, tokenizer)
+});
+
+#[test]
+fn equal_texts_train_equal_files() {
+    let (one, two) = (trained(), trained());
+    for name in ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"] {
+        assert_eq!(
+            fs::read(one.path().join(name)).unwrap(),
+            fs::read(two.path().join(name)).unwrap(),
+            "{name}"
+        );
+    }
+    assert!(matches!(train_bpe(std::iter::empty(), 257, one.path()), Err(Error::Option { .. })));
+    assert_eq!(train_bpe(std::iter::empty(), 300, one.path()).unwrap(), 258);
+}
+
+#[test]
+fn training_shortens_text() {
+    let text = synthetic_text(2, 5000);
+    let ids = TOKENIZER.1.encode(&text, Bos::Never).unwrap();
+    assert!(ids.len() * 5 < text.len() * 3, "{} ids for {} bytes", ids.len(), text.len());
+    assert_eq!(TOKENIZER.1.decode(&ids, true).unwrap(), text);
+}
+
+#[test]
+fn bos_rules() {
+    let tokenizer = &TOKENIZER.1;
+    let bare = tokenizer.encode("A day", Bos::Never).unwrap();
+    assert_ne!(bare[0], 0);
+    for bos in [Bos::Auto, Bos::Always] {
+        assert_eq!(tokenizer.encode("A day", bos).unwrap(), [&[0], &bare[..]].concat());
+        assert_eq!(tokenizer.encode("<s>A day", bos).unwrap(), [&[0], &bare[..]].concat(), "no second BOS");
+        assert_eq!(tokenizer.encode("", bos).unwrap(), [0]);
+    }
+    assert_eq!("always".parse::<Bos>().unwrap(), Bos::Always);
+    assert!("Always".parse::<Bos>().unwrap_err().to_string().contains("auto, always or never"));
+}
+
+#[test]
+fn special_tokens_in_text_can_be_plain_text() {
+    let ends = |tokenizer: &Tokenizer| tokenizer.encode("a</s>", Bos::Never).unwrap().last() == Some(&1);
+    assert!(ends(&TOKENIZER.1));
+    let plain = load(TOKENIZER.0.path()).special_in_text(false);
+    assert!(!ends(&plain));
+    assert_eq!(plain.encode("<s>", Bos::Always).unwrap()[0], 0);
+    assert!(plain.encode("<s>", Bos::Always).unwrap().len() > 1);
+}
+
+#[test]
+fn auto_bos_follows_template_then_config() {
+    let dir = trained();
+    let starts = |bos_id| {
+        let tokenizer = Tokenizer::load(dir.path(), bos_id, VOCAB).unwrap();
+        tokenizer.encode("a", Bos::Auto).unwrap()[0] == 0
+    };
+    assert!(starts(None), "the template alone");
+    edit(dir.path(), |json| json["post_processor"] = serde_json::Value::Null);
+    assert!(starts(None) && starts(Some(0)), "add_bos_token of the config");
+    fs::write(dir.path().join("tokenizer_config.json"), "{\"add_bos_token\": false}").unwrap();
+    assert!(!starts(Some(0)));
+    fs::remove_file(dir.path().join("tokenizer_config.json")).unwrap();
+    assert!(!starts(Some(0)));
+    let none = Tokenizer::load(dir.path(), None, VOCAB).unwrap();
+    assert!(matches!(none.encode("a", Bos::Always), Err(Error::NoBos { .. })));
+}
+
+#[test]
+fn what_a_file_asks_beyond_encoding_is_switched_off() {
+    let dir = trained();
+    let text = "A day on the hill with a goat and a fox.";
+    let expected = load(dir.path()).encode(text, Bos::Auto).unwrap();
+    edit(dir.path(), |json| {
+        json["model"]["dropout"] = 0.9.into();
+        json["truncation"] = serde_json::json!(
+            {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0});
+        json["padding"] = serde_json::json!({"strategy": {"Fixed": 90}, "direction": "Right",
+            "pad_to_multiple_of": null, "pad_id": 1, "pad_type_id": 0, "pad_token": "</s>"});
+    });
+    assert_eq!(load(dir.path()).encode(text, Bos::Auto).unwrap(), expected);
+}
+
+#[test]
+fn tokenizers_that_cannot_be_used() {
+    let dir = trained();
+    let message = |vocab_size| match Tokenizer::load(dir.path(), Some(0), vocab_size) {
+        Ok(_) => panic!("must not load"),
+        Err(error) => error.to_string(),
+    };
+    assert!(
+        message(VOCAB - 1).contains("has id 399, the model's vocab_size is 399"),
+        "{}",
+        message(VOCAB - 1)
+    );
+    assert!(Tokenizer::load(dir.path(), Some(VOCAB as u32), VOCAB).is_err());
+    fs::write(dir.path().join("tokenizer_config.json"), "{\"add_bos_token\": 3}").unwrap();
+    assert!(message(VOCAB).contains("tokenizer_config.json: not a tokenizer file"));
+    edit(dir.path(), |json| {
+        json["normalizer"] = serde_json::json!({"type": "Precompiled", "precompiled_charsmap": 3});
+    });
+    assert!(message(VOCAB).contains("a field has a value of the wrong kind"));
+    edit(dir.path(), |json| json["normalizer"] = serde_json::Value::Null);
+    let good = fs::read(dir.path().join("tokenizer.json")).unwrap();
+    let cuts = (0..60).map(|cut| &good[..cut * 30]);
+    for content in cuts.chain([&b"{}"[..], &b"[]"[..], &b"\u{0}"[..], &b"{\"version\": \"1.0\", \"model\": {\"type\": \"BPE\"}}"[..]])
+    {
+        fs::write(dir.path().join("tokenizer.json"), content).unwrap();
+        assert!(message(VOCAB).contains("tokenizer.json: not a tokenizer file"), "{content:?}");
+    }
+    fs::remove_file(dir.path().join("tokenizer.json")).unwrap();
+    assert!(message(VOCAB).contains("no tokenizer.json"));
+    fs::write(dir.path().join("tokenizer.model"), "x").unwrap();
+    assert!(message(VOCAB).contains("only tokenizer.model; convert it"));
+}
+
+/// All that a stream gives for `ids`, and its pieces.
+fn streamed(tokenizer: &Tokenizer, ids: &[u32]) -> (String, Vec<String>) {
+    let mut stream = tokenizer.stream();
+    let mut pieces: Vec<String> = ids.iter().filter_map(|&id| stream.push(id).unwrap()).collect();
+    pieces.extend(stream.finish().unwrap());
+    (pieces.concat(), pieces)
+}
+
+#[test]
+fn a_stream_holds_back_half_characters() {
+    let tokenizer = &TOKENIZER.1;
+    let ids = tokenizer.encode("a🦊é", Bos::Always).unwrap();
+    let (text, pieces) = streamed(tokenizer, &ids);
+    assert_eq!((text.as_str(), pieces.len()), ("a🦊é", 3), "{pieces:?}");
+    let (cut, pieces) = streamed(tokenizer, &ids[..ids.len() - 1]);
+    assert_eq!(cut, "a🦊\u{FFFD}");
+    assert!(!pieces[1].contains('\u{FFFD}'));
+}
+
+proptest! {
+    #[test]
+    fn streamed_text_is_decoded_text(text in "(\\PC|\n| |<s>|[a-z]){0,40}") {
+        let tokenizer = &TOKENIZER.1;
+        let ids = tokenizer.encode(&text, Bos::Auto).unwrap();
+        prop_assert_eq!(streamed(tokenizer, &ids).0, tokenizer.decode(&ids, true).unwrap());
+    }
+
+    #[test]
+    fn any_ids_stream_and_decode(ids in proptest::collection::vec(0u32..VOCAB as u32 + 50, 0..60)) {
+        let text = TOKENIZER.1.decode(&ids, true).unwrap();
+        let (streamed, _) = streamed(&TOKENIZER.1, &ids);
+        prop_assert_eq!(text.is_empty(), streamed.is_empty());
+    }
+}
+
+struct Case {
+    _dir: TempDir,
+    text: PathBuf,
+    cache: PathBuf,
+}
+
+impl Case {
+    fn new() -> Case {
+        let dir = TempDir::new().unwrap();
+        let (text, cache) = (dir.path().join("a.txt"), dir.path().join("cache"));
+        fs::write(&text, synthetic_text(5, 20_000)).unwrap();
+        Case { _dir: dir, text, cache }
+    }
+
+    fn tokenize(&self, tokenizer: &Tokenizer, bos: Bos, separator: &str) -> TokenStream {
+        let options = CorpusOptions { doc_separator: Some(separator.into()), ..CorpusOptions::default() };
+        let corpus = Corpus::open(std::slice::from_ref(&self.text), options).unwrap();
+        let mut done = 0;
+        let stream = tokenize(&corpus, tokenizer, bos, Some(&self.cache), &mut |bytes| done = bytes).unwrap();
+        assert_eq!(done, corpus.total_bytes());
+        stream
+    }
+
+    fn cache_files(&self) -> Vec<PathBuf> {
+        fs::read_dir(&self.cache).unwrap().map(|entry| entry.unwrap().path()).collect()
+    }
+}
+
+#[test]
+fn a_stream_is_the_documents_each_with_bos() {
+    let (case, tokenizer) = (Case::new(), &TOKENIZER.1);
+    let stream = case.tokenize(tokenizer, Bos::Auto, DOC_SEPARATOR);
+    let text = fs::read_to_string(&case.text).unwrap();
+    let documents: Vec<&str> = text.split(DOC_SEPARATOR).map(str::trim).filter(|d| !d.is_empty()).collect();
+    assert_eq!(stream.documents().count(), documents.len());
+    for (ids, document) in stream.documents().zip(documents) {
+        assert_eq!(ids, tokenizer.encode(document, Bos::Auto).unwrap());
+        assert_eq!(ids[0], 0);
+    }
+}
+
+#[test]
+fn the_cache_is_used_and_keyed_by_content() {
+    let (case, tokenizer) = (Case::new(), &TOKENIZER.1);
+    let stream = case.tokenize(tokenizer, Bos::Auto, DOC_SEPARATOR);
+    let [file] = &case.cache_files()[..] else { panic!("one cache file") };
+    assert_eq!(token_cache::read(file).unwrap(), stream);
+
+    // A marked cache shows that it is taken; the rule that gives the same ids shares it.
+    let mut marked = stream.clone();
+    marked.ids.truncate(marked.ids.len() - 1);
+    token_cache::write(file, &marked).unwrap();
+    assert_eq!(case.tokenize(tokenizer, Bos::Auto, DOC_SEPARATOR), marked);
+    assert_eq!(case.tokenize(tokenizer, Bos::Always, DOC_SEPARATOR), marked);
+    assert_eq!(case.cache_files().len(), 1);
+
+    assert_ne!(case.tokenize(tokenizer, Bos::Never, DOC_SEPARATOR), stream);
+    assert_ne!(case.tokenize(tokenizer, Bos::Auto, "."), stream);
+    case.tokenize(&load(TOKENIZER.0.path()).special_in_text(false), Bos::Auto, DOC_SEPARATOR);
+    assert_eq!(case.cache_files().len(), 4);
+    fs::write(&case.text, "other").unwrap();
+    assert_eq!(case.tokenize(tokenizer, Bos::Auto, DOC_SEPARATOR).doc_starts, [0]);
+    assert_eq!(case.cache_files().len(), 5);
+}
+
+#[test]
+fn a_cache_that_lies_is_made_again() {
+    let (case, tokenizer) = (Case::new(), &TOKENIZER.1);
+    let stream = case.tokenize(tokenizer, Bos::Auto, DOC_SEPARATOR);
+    let [file] = &case.cache_files()[..] else { panic!("one cache file") };
+    let good = fs::read(file).unwrap();
+    let foreign = TokenStream { ids: vec![1, VOCAB as u32], doc_starts: vec![0] };
+    token_cache::write(file, &foreign).unwrap();
+    for bad in [fs::read(file).unwrap(), good[..good.len() / 2].to_vec(), vec![], b"DSMOETOK".to_vec()] {
+        fs::write(file, bad).unwrap();
+        assert_eq!(case.tokenize(tokenizer, Bos::Auto, DOC_SEPARATOR), stream);
+        assert_eq!(fs::read(file).unwrap(), good);
+    }
+}
