@@ -118,7 +118,7 @@ impl Header {
         for (name, stored) in stored.0 {
             entries.push(check_entry(path, name, stored)?);
         }
-        entries.sort_by(|a, b| (a.offset, a.len).cmp(&(b.offset, b.len)));
+        entries.sort_by_key(|entry| (entry.offset, entry.len));
         let mut end = 0;
         for entry in &entries {
             if entry.offset != end {
