@@ -140,8 +140,12 @@ fn tokenizers_that_cannot_be_used() {
     edit(dir.path(), |json| json["normalizer"] = serde_json::Value::Null);
     let good = fs::read(dir.path().join("tokenizer.json")).unwrap();
     let cuts = (0..60).map(|cut| &good[..cut * 30]);
-    for content in cuts.chain([&b"{}"[..], &b"[]"[..], &b"\u{0}"[..], &b"{\"version\": \"1.0\", \"model\": {\"type\": \"BPE\"}}"[..]])
-    {
+    for content in cuts.chain([
+        &b"{}"[..],
+        &b"[]"[..],
+        &b"\0"[..],
+        &b"{\"version\": \"1.0\", \"model\": {\"type\": \"BPE\"}}"[..],
+    ]) {
         fs::write(dir.path().join("tokenizer.json"), content).unwrap();
         assert!(message(VOCAB).contains("tokenizer.json: not a tokenizer file"), "{content:?}");
     }
