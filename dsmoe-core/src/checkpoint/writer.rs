@@ -130,11 +130,6 @@ impl Writer {
         Ok(writer)
     }
 
-    /// Tensors declared.
-    pub fn infos(&self) -> &[TensorInfo] {
-        &self.infos
-    }
-
     /// Starts the next tensor, which must be `name`.
     ///
     /// # Errors
