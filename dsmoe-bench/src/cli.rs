@@ -10,6 +10,7 @@ use dsmoe_core::convert::PartitionSpec;
 use dsmoe_core::export::ExportAs;
 use dsmoe_datasets::Bos;
 use dsmoe_router::{GateValue, Rescale, RouterInit, ZeroActive};
+use dsmoe_train::TrainConfig;
 
 /// Router weights of a conversion that does not say otherwise: the converted model starts close to the dense one.
 const DEFAULT_ROUTER_INIT: &str = "open";
@@ -145,7 +146,16 @@ pub(crate) struct DataArgs {
     pub(crate) text_column: Option<String>,
 }
 
+/// The keys of a run's TOML file.
+fn train_keys() -> String {
+    let keys = serde_json::to_value(TrainConfig::default());
+    let keys =
+        keys.ok().and_then(|keys| keys.as_object().map(|keys| keys.keys().cloned().collect::<Vec<_>>()));
+    format!("Keys of --config and --set: {}.", keys.unwrap_or_default().join(", "))
+}
+
 #[derive(Debug, Args)]
+#[command(after_help = train_keys())]
 pub(crate) struct Train {
     /// Model directory to start from, DSMoE or dense, with its tokenizer.json
     pub(crate) model: PathBuf,

@@ -3,6 +3,7 @@
 
 mod cli;
 mod commands;
+mod memory;
 mod progress;
 mod report;
 mod ui;

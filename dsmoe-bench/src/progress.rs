@@ -99,7 +99,7 @@ impl Progress {
             }
             if rate > 0.0 && elapsed > 0.5 {
                 let left = total.saturating_sub(done) as f64 / rate;
-                line += &format!("  {}/s  eta {}", unit.show(rate), report::duration(left));
+                line += &format!("  {}{}/s  eta {}", unit.show(rate), unit.name(), report::duration(left));
             }
             line
         };

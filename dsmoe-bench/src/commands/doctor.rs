@@ -7,6 +7,7 @@ use dsmoe_kernels::Isa;
 use serde::Serialize;
 
 use crate::cli::Doctor;
+use crate::memory;
 use crate::report;
 use crate::ui::Ui;
 
@@ -61,8 +62,8 @@ pub(crate) fn run(args: &Doctor, ui: &mut Ui) -> Result<()> {
         isa_forced: std::env::var("DSMOE_ISA").ok(),
         cores: std::thread::available_parallelism().map_or(1, |n| n.get()),
         threads: rayon::current_num_threads(),
-        memory_total_bytes: memory("MemTotal:"),
-        memory_available_bytes: memory("MemAvailable:"),
+        memory_total_bytes: memory::total(),
+        memory_available_bytes: memory::available(),
         data: look_into(data),
     };
     ui.result(&machine, show)
@@ -147,11 +148,4 @@ fn features() -> Vec<&'static str> {
     }
     #[cfg(not(target_arch = "x86_64"))]
     Vec::new()
-}
-
-/// A field of `/proc/meminfo`, in bytes.
-fn memory(field: &str) -> Option<u64> {
-    let info = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = info.lines().find_map(|line| line.strip_prefix(field))?;
-    line.split_whitespace().next()?.parse::<u64>().ok().map(|kib| kib * 1024)
 }

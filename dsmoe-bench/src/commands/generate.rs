@@ -69,11 +69,13 @@ pub(crate) fn run(args: &Generate, ui: &mut Ui) -> Result<()> {
     }
     if !text.stopped {
         let held = decoder.finish()?.unwrap_or_default();
-        text.push(&held);
+        let ready = text.push(&held);
+        if !ui.json {
+            ui.text(ready)?;
+        }
     }
-    let rest = text.finish();
     if !ui.json {
-        ui.text(rest)?;
+        ui.text(text.finish())?;
         ui.text("\n")?;
     }
 

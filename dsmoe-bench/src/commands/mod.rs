@@ -16,11 +16,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
 use dsmoe_core::Model;
+use dsmoe_core::accounting::Accounting;
 use dsmoe_core::config::Config;
 use dsmoe_datasets::{Bos, Corpus, CorpusOptions, TokenStream, Tokenizer};
 use dsmoe_kernels::Isa;
 
 use crate::cli::{Cli, Command};
+use crate::memory;
 use crate::progress::{Progress, Unit};
 use crate::ui::{Ui, stderr_line};
 
@@ -72,6 +74,9 @@ fn bos_or_default(asked: Option<Bos>, config: &Config) -> Bos {
 
 /// Loads a model, with another threshold if one is given.
 fn load_model(dir: &Path, threshold: Option<f32>) -> Result<Model> {
+    let params = Accounting::of(&Config::load(dir)?).total;
+    let what = format!("{}: the model in f32", dir.display());
+    memory::check(&what, 4 * params, memory::total(), "use a machine with more, or a smaller model")?;
     let mut model = Model::load(dir)?;
     if let Some(threshold) = threshold {
         model.set_threshold(threshold)?;

@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 use anyhow::{Result, bail};
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::config::Config;
+use dsmoe_datasets::Corpus;
 use dsmoe_train::config::{Budget, TrainConfig};
 use dsmoe_train::eval::EvalReport;
 use dsmoe_train::metrics::StepRecord;
@@ -15,9 +16,10 @@ use serde::Serialize;
 
 use super::{INTERRUPTED, STOP, catch_interrupts, load_model, open_corpus, tokenize, tokenizer};
 use crate::cli::Train;
+use crate::memory;
 use crate::progress::{Progress, Unit};
 use crate::report;
-use crate::ui::Ui;
+use crate::ui::{Ui, stderr_line};
 
 /// What a run would do.
 #[derive(Debug, Serialize)]
@@ -65,14 +67,14 @@ pub(crate) fn run(args: &Train, threads: Option<u16>, ui: &mut Ui) -> Result<Exi
     let config = settings(args, threads)?;
     keep_apart(&args.model, &args.out)?;
     let corpus = open_corpus(&args.data.data, config.doc_separator.clone(), config.text_column.clone())?;
+    // Wrong settings are told before the model and the text are read.
+    let plan = plan(args, config.clone().resolve()?, &corpus)?;
     if args.dry_run {
-        let files = corpus.files().len();
-        let plan = plan(args, config.resolve()?, corpus.total_bytes(), files)?;
         ui.result(&plan, show_plan)?;
         return Ok(ExitCode::SUCCESS);
     }
-    // Wrong settings are told before the model and the text are read.
-    config.clone().resolve()?;
+    let needed = plan.state_bytes + plan.activation_bytes;
+    memory::check("training", needed, memory::total(), "use a smaller --batch and a larger --accumulate")?;
     let model = load_model(&args.model, None)?;
     let stream = tokenize(&corpus, &tokenizer(&args.model, model.config())?, config.bos, ui)?;
     let options = RunOptions {
@@ -91,9 +93,13 @@ pub(crate) fn run(args: &Train, threads: Option<u16>, ui: &mut Ui) -> Result<Exi
     if summary.finished {
         return Ok(ExitCode::SUCCESS);
     }
-    ui.note(format_args!("continue with: {}", resume_command(std::env::args())));
-    let interrupted = STOP.load(Ordering::Relaxed);
-    Ok(if interrupted { ExitCode::from(INTERRUPTED) } else { ExitCode::SUCCESS })
+    let advice = format!("continue with: {}", resume_command(std::env::args()));
+    if STOP.load(Ordering::Relaxed) {
+        stderr_line(advice);
+        return Ok(ExitCode::from(INTERRUPTED));
+    }
+    ui.note(advice);
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Runs `trainer` to its end or to an interruption, with progress.
@@ -183,7 +189,7 @@ fn settings(args: &Train, threads: Option<u16>) -> Result<TrainConfig> {
     Ok(config)
 }
 
-fn plan(args: &Train, config: TrainConfig, data_bytes: u64, data_files: usize) -> Result<Plan> {
+fn plan(args: &Train, config: TrainConfig, corpus: &Corpus) -> Result<Plan> {
     let model = Config::load(&args.model)?;
     let accounting = Accounting::of(&model);
     let (tokens_per_step, steps) = (config.tokens_per_step(), config.steps.unwrap_or(0));
@@ -196,8 +202,8 @@ fn plan(args: &Train, config: TrainConfig, data_bytes: u64, data_files: usize) -
         steps,
         tokens: steps * tokens_per_step,
         tokens_per_step,
-        data_bytes,
-        data_files,
+        data_bytes: corpus.total_bytes(),
+        data_files: corpus.files().len(),
         params: accounting.total,
         budget: match (&model.moe, config.budget()) {
             (None, _) => "dense model, no routers".to_owned(),
@@ -235,7 +241,13 @@ fn activation_bytes(model: &Config, tokens: u64) -> u64 {
 fn show_plan(plan: &Plan) -> String {
     report::fields([
         ("model", format!("{}, {} parameters", plan.model.display(), report::count(plan.params))),
-        ("text", format!("{} in {} files", report::bytes(plan.data_bytes), plan.data_files)),
+        (
+            "text",
+            match plan.data_files {
+                1 => format!("{} in 1 file", report::bytes(plan.data_bytes)),
+                files => format!("{} in {files} files", report::bytes(plan.data_bytes)),
+            },
+        ),
         (
             "steps",
             format!(

@@ -1,0 +1,50 @@
+//! How much memory there is, and whether a model fits.
+
+use anyhow::{Result, bail};
+
+use crate::report;
+
+/// All memory, bytes; `None` where `/proc` does not tell.
+pub(crate) fn total() -> Option<u64> {
+    field("MemTotal:")
+}
+
+/// Memory that can be had without swapping, bytes.
+pub(crate) fn available() -> Option<u64> {
+    field("MemAvailable:")
+}
+
+fn field(name: &str) -> Option<u64> {
+    let info = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = info.lines().find_map(|line| line.strip_prefix(name))?;
+    line.split_whitespace().next()?.parse::<u64>().ok().map(|kib| kib * 1024)
+}
+
+/// Refuses what cannot fit, before the system ends the process for it.
+pub(crate) fn check(what: &str, needed: u64, total: Option<u64>, mend: &str) -> Result<()> {
+    match total {
+        Some(total) if needed > total => {
+            bail!(
+                "{what} needs {} of memory and this machine has {}; {mend}",
+                report::bytes(needed),
+                report::bytes(total)
+            )
+        }
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_cannot_fit_is_refused() {
+        let error = check("m", 30_000_000_000, Some(25_000_000_000), "use less").unwrap_err().to_string();
+        assert_eq!(error, "m needs 30.0 GB of memory and this machine has 25.0 GB; use less");
+        assert!(
+            check("m", 25_000_000_000, Some(25_000_000_000), "").is_ok()
+                && check("m", u64::MAX, None, "").is_ok()
+        );
+    }
+}
