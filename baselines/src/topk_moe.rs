@@ -62,7 +62,13 @@ impl TopkMoeFfn {
         linear::Dims { rows, inputs: self.hidden, outputs: self.config.num_experts }
     }
 
-    fn route(&self, x: &[f32], gate: &[f32], record: Option<Record<'_>>, scratch: &mut FfnScratch) -> TopKRouted {
+    fn route(
+        &self,
+        x: &[f32],
+        gate: &[f32],
+        record: Option<Record<'_>>,
+        scratch: &mut FfnScratch,
+    ) -> TopKRouted {
         let dims = self.gate_dims(x);
         scratch.logits.resize(dims.rows * dims.outputs);
         linear::forward(&mut scratch.logits, x, gate, dims);

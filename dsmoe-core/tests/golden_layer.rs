@@ -54,8 +54,11 @@ impl Case {
     }
 }
 
+type Cases = HashMap<String, Case>;
+type Tensors = HashMap<String, Vec<f64>>;
+
 /// The tensors of every case, by `case.tensor`; masks as 0 and 1.
-fn golden() -> Option<(HashMap<String, Case>, HashMap<String, Vec<f64>>)> {
+fn golden() -> Option<(Cases, Tensors)> {
     let dir = common::shared("golden_layer")?.join("golden");
     let cases = std::fs::read(dir.join("layer.json")).expect("layer.json");
     let bytes = std::fs::read(dir.join("layer.safetensors")).expect("layer.safetensors");

@@ -316,7 +316,8 @@ fn every_gradient_is_that_of_autograd() {
         let entries = model.layout().entries();
         // Leaves in the orientation the formulas use: x W^T as a product with the transpose. A tied head is a leaf
         // of its own, whose gradient joins the embedding's.
-        let mut leaves: Vec<Leaf> = entries.iter().map(|entry| Leaf::new(&model, &entry.spec.name, entry)).collect();
+        let mut leaves: Vec<Leaf> =
+            entries.iter().map(|entry| Leaf::new(&model, &entry.spec.name, entry)).collect();
         if case.tied {
             leaves.push(Leaf::new(&model, "lm_head.weight", &entries[0]));
         }

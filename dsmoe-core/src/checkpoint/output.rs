@@ -48,6 +48,7 @@ impl OutputDir {
         fs::create_dir_all(parent).map_err(Error::io(parent))?;
         let temporary = parent.join(format!(".{name}.tmp-{}", std::process::id()));
         remove_if_there(&temporary)?;
+        remove_abandoned(parent, &format!(".{name}.tmp-"))?;
         fs::create_dir(&temporary).map_err(Error::io(&temporary))?;
         Ok(OutputDir { target, temporary, name, committed: false })
     }
@@ -136,6 +137,24 @@ fn remove_if_there(path: &Path) -> Result<()> {
     }
 }
 
+/// Removes what killed processes left: `PREFIX<pid>` of processes that are no more. Where processes are not listed
+/// in /proc nothing is removed.
+fn remove_abandoned(parent: &Path, prefix: &str) -> Result<()> {
+    if !Path::new("/proc/self").exists() {
+        return Ok(());
+    }
+    for entry in fs::read_dir(parent).map_err(Error::io(parent))? {
+        let entry = entry.map_err(Error::io(parent))?;
+        let name = entry.file_name();
+        let pid =
+            name.to_str().and_then(|name| name.strip_prefix(prefix)).and_then(|pid| pid.parse::<u32>().ok());
+        if pid.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists()) {
+            remove_if_there(&entry.path())?;
+        }
+    }
+    Ok(())
+}
+
 #[cfg(unix)]
 fn sync_dir(path: &Path) -> Result<()> {
     File::open(path).and_then(|dir| dir.sync_all()).map_err(Error::io(path))
@@ -144,4 +163,23 @@ fn sync_dir(path: &Path) -> Result<()> {
 #[cfg(not(unix))]
 fn sync_dir(_path: &Path) -> Result<()> {
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_killed_process_left_is_removed_and_what_a_live_one_writes_is_not() {
+        let dir = tempfile::tempdir().expect("directory");
+        // No process has the largest pid; process 1 is always there.
+        let [dead, live] = [u32::MAX, 1].map(|pid| dir.path().join(format!(".out.tmp-{pid}")));
+        fs::create_dir(&dead).expect("directory");
+        fs::create_dir(&live).expect("directory");
+        let out = OutputDir::create(&dir.path().join("out"), false).expect("output");
+        assert!(!dead.exists() || !Path::new("/proc/self").exists());
+        assert!(live.exists());
+        out.commit().expect("commit");
+        assert!(dir.path().join("out").is_dir());
+    }
 }

@@ -20,7 +20,7 @@ pub use cache::Cache;
 pub use infer::Workspace;
 pub use step::{StepArgs, StepOutput, TrainWorkspace};
 
-use crate::checkpoint::{Checkpoint, Dtype, TensorInfo, Writer};
+use crate::checkpoint::{Checkpoint, Dtype, TensorInfo, Writer, partition_name};
 use crate::config::{Config, PartitionKind, RopeScaling};
 use crate::error::{Error, Result};
 use crate::ffn::{DenseFfn, DsmoeFfn, Ffn};
@@ -197,7 +197,9 @@ impl Model {
             writer.write(&partition_name(i), bytemuck::cast_slice(order))?;
         }
         writer.finish()?;
-        self.config.save(dir)
+        let mut config = self.config.clone();
+        config.set_dtype(dtype);
+        config.save(dir)
     }
 
     /// The configuration.
@@ -233,7 +235,7 @@ impl Model {
         if !(0.0..=1.0).contains(&threshold) {
             return Err(Error::Argument(format!("threshold {threshold} is outside 0..=1; use 0.5")));
         }
-        let moved = self.ffns.iter_mut().map(|ffn| ffn.set_threshold(threshold)).all(|moved| moved);
+        let moved = self.ffns.iter_mut().all(|ffn| ffn.set_threshold(threshold));
         match &mut self.config.moe {
             Some(moe) if moved => moe.router.threshold = threshold,
             _ => {
@@ -266,8 +268,4 @@ impl Model {
     fn param(&self, range: &Range<usize>) -> &[f32] {
         &self.params[range.clone()]
     }
-}
-
-fn partition_name(layer: usize) -> String {
-    format!("model.layers.{layer}.mlp.partition")
 }

@@ -6,7 +6,8 @@ use std::path::PathBuf;
 ///
 /// # Panics
 /// They are absent, and `DSMOE_REQUIRE` names `shared`.
-pub fn shared(test: &str) -> Option<PathBuf> {
+#[expect(clippy::print_stdout, reason = "a skipped test says so")]
+pub(crate) fn shared(test: &str) -> Option<PathBuf> {
     let dir = std::env::var_os("DSMOE_SHARED")
         .map_or_else(|| PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../shared")), PathBuf::from);
     if dir.join("golden").exists() {
