@@ -18,3 +18,7 @@ pub mod testing;
 
 pub use isa::Isa;
 pub use ops::*;
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

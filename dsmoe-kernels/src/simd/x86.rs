@@ -38,6 +38,30 @@ fn tail_mask(_token: Avx2, n: usize) -> __m256i {
     unsafe { _mm256_loadu_si256(window.as_ptr().cast()) }
 }
 
+/// Sum of the lanes, the upper half added to the lower until one is left.
+///
+/// # Safety
+/// AVX is present.
+#[inline(always)]
+unsafe fn sum_of_8(a: __m256) -> f32 {
+    // SAFETY: AVX by contract.
+    let low = unsafe { _mm256_castps256_ps128(a) };
+    // SAFETY: AVX by contract.
+    let high = unsafe { _mm256_extractf128_ps::<1>(a) };
+    // SAFETY: AVX by contract includes SSE.
+    let four = unsafe { _mm_add_ps(low, high) };
+    // SAFETY: as above.
+    let upper = unsafe { _mm_movehl_ps(four, four) };
+    // SAFETY: as above.
+    let two = unsafe { _mm_add_ps(four, upper) };
+    // SAFETY: AVX by contract includes SSE3.
+    let odd = unsafe { _mm_movehdup_ps(two) };
+    // SAFETY: as above.
+    let one = unsafe { _mm_add_ss(two, odd) };
+    // SAFETY: as above.
+    unsafe { _mm_cvtss_f32(one) }
+}
+
 impl Simd for Avx2 {
     type V = __m256;
     const LANES: usize = 8;
@@ -131,16 +155,8 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     fn reduce_add(self, a: Self::V) -> f32 {
-        let mut lanes = [0.0f32; 8];
-        self.store(&mut lanes, a);
-        let mut width = 4;
-        while width > 0 {
-            for i in 0..width {
-                lanes[i] += lanes[i + width];
-            }
-            width /= 2;
-        }
-        lanes[0]
+        // SAFETY: token.
+        unsafe { sum_of_8(a) }
     }
     #[inline(always)]
     fn reduce_max(self, a: Self::V) -> f32 {
@@ -243,16 +259,14 @@ impl Simd for Avx512 {
     }
     #[inline(always)]
     fn reduce_add(self, a: Self::V) -> f32 {
-        let mut lanes = [0.0f32; 16];
-        self.store(&mut lanes, a);
-        let mut width = 8;
-        while width > 0 {
-            for i in 0..width {
-                lanes[i] += lanes[i + width];
-            }
-            width /= 2;
-        }
-        lanes[0]
+        // SAFETY: token.
+        let low = unsafe { _mm512_castps512_ps256(a) };
+        // SAFETY: token.
+        let high = unsafe { _mm512_extractf32x8_ps::<1>(a) };
+        // SAFETY: token.
+        let sums = unsafe { _mm256_add_ps(low, high) };
+        // SAFETY: token.
+        unsafe { sum_of_8(sums) }
     }
     #[inline(always)]
     fn reduce_max(self, a: Self::V) -> f32 {

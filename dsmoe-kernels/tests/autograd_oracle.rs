@@ -1,0 +1,302 @@
+//! Every op against reverse-mode differentiation by the `autograd` crate, which shares no code with it.
+//!
+//! The ops are written there with matrix products, elementwise functions of equal shapes, and constant matrices:
+//! sums are products with ones, because the crate's gradients of broadcasts are wrong. Its `transpose` fails too,
+//! so that a factor needed transposed enters transposed.
+
+use autograd as ag;
+use autograd::tensor_ops as T;
+use dsmoe_kernels::testing::{assert_close, assert_close_f64, f64s, normals};
+use dsmoe_kernels::{Isa, attention, cross_entropy, embedding, linear, rms_norm, rope, swiglu};
+
+const EXACT: f64 = 1e-12;
+const TOLERANCE: f64 = 2e-6;
+
+#[derive(Clone)]
+struct Matrix {
+    values: Vec<f64>,
+    rows: usize,
+    cols: usize,
+}
+
+impl Matrix {
+    fn new(values: &[f64], rows: usize, cols: usize) -> Matrix {
+        assert_eq!(values.len(), rows * cols);
+        Matrix { values: values.to_vec(), rows, cols }
+    }
+
+    fn of(rows: usize, cols: usize, f: impl Fn(usize, usize) -> f64) -> Matrix {
+        let values = (0..rows * cols).map(|k| f(k / cols, k % cols)).collect();
+        Matrix { values, rows, cols }
+    }
+
+    fn constant(rows: usize, cols: usize, x: f64) -> Matrix {
+        Matrix::of(rows, cols, |_, _| x)
+    }
+
+    fn t(&self) -> Matrix {
+        Matrix::of(self.cols, self.rows, |i, j| self.values[j * self.cols + i])
+    }
+}
+
+/// y = f(leaves), and the gradient of `sum(dy * y)` for each of the first `count` leaves.
+fn gradients(
+    leaves: &[Matrix],
+    count: usize,
+    dy: &Matrix,
+    f: impl for<'g> Fn(&[ag::Tensor<'g, f64>]) -> ag::Tensor<'g, f64>,
+) -> (Vec<f64>, Vec<Matrix>) {
+    let array = |m: &Matrix| {
+        ag::ndarray::Array::from_shape_vec(ag::ndarray::IxDyn(&[m.rows, m.cols]), m.values.clone())
+            .expect("shape")
+    };
+    ag::run(|ctx: &mut ag::Context<'_, '_, f64>| {
+        let tensors: Vec<_> = leaves.iter().map(|m| T::convert_to_tensor(array(m), ctx)).collect();
+        let y = f(&tensors);
+        let loss = T::sum_all(y * T::convert_to_tensor(array(dy), ctx));
+        let grads = T::grad(&[loss], &tensors[..count]);
+        let values = |t: ag::Tensor<'_, f64>| -> Vec<f64> {
+            t.eval(ctx).expect("the graph evaluates").iter().copied().collect()
+        };
+        let grads = grads.iter().zip(leaves).map(|(g, m)| Matrix::new(&values(*g), m.rows, m.cols)).collect();
+        (values(y), grads)
+    })
+}
+
+fn one_hot(ids: &[u32], width: usize) -> Matrix {
+    Matrix::of(ids.len(), width, |t, id| if ids[t] as usize == id { 1.0 } else { 0.0 })
+}
+
+#[test]
+fn embedding_agrees_with_autograd() {
+    let (ids, vocab, hidden) = ([3, 0, 3, 5, 1], 7, 4);
+    let (table, dout) = (normals(vocab * hidden, 1), normals(ids.len() * hidden, 2));
+    let leaves = [Matrix::new(&f64s(&table), vocab, hidden), one_hot(&ids, vocab)];
+    let dy = Matrix::new(&f64s(&dout), ids.len(), hidden);
+    let (want, grads) = gradients(&leaves, 1, &dy, |l| T::matmul(l[1], l[0]));
+    let (mut out, mut dtable) = (vec![f32::NAN; dout.len()], vec![0.0; table.len()]);
+    embedding::forward(&mut out, &table, &ids, hidden);
+    embedding::backward(&mut dtable, &dout, &ids, hidden);
+    assert_close("out", &out, &want, 0.0);
+    assert_close("dtable", &dtable, &grads[0].values, TOLERANCE);
+    let reference = embedding::reference::backward(&f64s(&dout), &ids, vocab, hidden);
+    assert_close_f64("reference dtable", &reference, &grads[0].values, EXACT);
+}
+
+#[test]
+fn rms_norm_agrees_with_autograd() {
+    let (tokens, hidden, eps) = (5, 19, 1e-3f32);
+    let (x, w, dout) = (normals(tokens * hidden, 1), normals(hidden, 2), normals(tokens * hidden, 3));
+    let leaves = [
+        Matrix::new(&f64s(&x), tokens, hidden),
+        Matrix::new(&f64s(&w), 1, hidden),
+        Matrix::constant(hidden, hidden, 1.0 / hidden as f64),
+        Matrix::constant(tokens, hidden, f64::from(eps)),
+        Matrix::constant(tokens, 1, 1.0),
+    ];
+    let dy = Matrix::new(&f64s(&dout), tokens, hidden);
+    let (want, grads) = gradients(&leaves, 2, &dy, |l| {
+        let [x, w, mean, eps, ones] = [l[0], l[1], l[2], l[3], l[4]];
+        x / T::sqrt(T::matmul(x * x, mean) + eps) * T::matmul(ones, w)
+    });
+    let (y, rstd) = rms_norm::reference::forward(&f64s(&x), &f64s(&w), f64::from(eps));
+    let (dx, dw) = rms_norm::reference::backward(&f64s(&dout), &f64s(&x), &f64s(&w), &rstd);
+    assert_close_f64("reference y", &y, &want, EXACT);
+    assert_close_f64("reference dx", &dx, &grads[0].values, EXACT);
+    assert_close_f64("reference dw", &dw, &grads[1].values, EXACT);
+    for isa in Isa::available() {
+        let [mut y, mut dx] = [(); 2].map(|()| vec![f32::NAN; x.len()]);
+        let (mut rstd, mut dw) = (vec![f32::NAN; tokens], vec![0.0; hidden]);
+        rms_norm::forward_on(isa, &mut y, &mut rstd, &x, &w, eps, hidden);
+        rms_norm::backward_on(isa, &mut dx, &mut dw, &dout, &x, &w, &rstd, hidden);
+        assert_close("y", &y, &want, TOLERANCE);
+        assert_close("dx", &dx, &grads[0].values, TOLERANCE);
+        assert_close("dw", &dw, &grads[1].values, TOLERANCE);
+    }
+}
+
+#[test]
+fn linear_agrees_with_autograd() {
+    let dims = linear::Dims { rows: 6, inputs: 9, outputs: 5 };
+    let (x, w, dout) = (normals(54, 1), normals(45, 2), normals(30, 3));
+    let leaves = [Matrix::new(&f64s(&x), 6, 9), Matrix::new(&f64s(&w), 5, 9).t()];
+    let (want, grads) = gradients(&leaves, 2, &Matrix::new(&f64s(&dout), 6, 5), |l| T::matmul(l[0], l[1]));
+    let want_dw = grads[1].t().values;
+    let (dx, dw) = linear::reference::backward(&f64s(&dout), &f64s(&x), &f64s(&w), dims);
+    assert_close_f64("reference y", &linear::reference::forward(&f64s(&x), &f64s(&w), dims), &want, EXACT);
+    assert_close_f64("reference dx", &dx, &grads[0].values, EXACT);
+    assert_close_f64("reference dw", &dw, &want_dw, EXACT);
+    let (mut y, mut dx, mut dw) = (vec![f32::NAN; 30], vec![f32::NAN; 54], vec![0.0; 45]);
+    linear::forward(&mut y, &x, &w, dims);
+    linear::backward_input(&mut dx, &dout, &w, dims);
+    linear::backward_weight(&mut dw, &dout, &x, dims);
+    assert_close("y", &y, &want, TOLERANCE);
+    assert_close("dx", &dx, &grads[0].values, TOLERANCE);
+    assert_close("dw", &dw, &want_dw, TOLERANCE);
+}
+
+#[test]
+fn rope_agrees_with_autograd() {
+    let (seq, start, heads, head_dim, theta) = (3, 4, 2, 6, 50.0f64);
+    let n = 2 * seq * heads * head_dim;
+    // x as one row, times one rotation matrix for all: value i of the pair (i, i + half) of row r is turned by
+    // p theta^(-2i / head_dim), p the position of r.
+    let rotation = Matrix::of(n, n, |from, to| {
+        let (i, j, half) = (from % head_dim, to % head_dim, head_dim / 2);
+        if from / head_dim != to / head_dim || i % half != j % half {
+            return 0.0;
+        }
+        let position = (start + to / (heads * head_dim) % seq) as f64;
+        let angle = position / theta.powf(2.0 * (i % half) as f64 / head_dim as f64);
+        match (i < half, j < half) {
+            (true, true) | (false, false) => angle.cos(),
+            (true, false) => angle.sin(),
+            (false, true) => -angle.sin(),
+        }
+    });
+    let (x, dout) = (normals(n, 1), normals(n, 2));
+    let leaves = [Matrix::new(&f64s(&x), 1, n), rotation];
+    let (want, grads) = gradients(&leaves, 1, &Matrix::new(&f64s(&dout), 1, n), |l| T::matmul(l[0], l[1]));
+    let table = rope::Table::new(head_dim, theta, rope::Scaling::None, start + seq);
+    let args = rope::Args { table: &table, seq, start, heads };
+    for isa in Isa::available() {
+        let (mut y, mut dx) = (x.clone(), dout.clone());
+        rope::forward_on(isa, &mut y, args);
+        rope::backward_on(isa, &mut dx, args);
+        assert_close("y", &y, &want, TOLERANCE);
+        assert_close("dx", &dx, &grads[0].values, TOLERANCE);
+    }
+    let frequencies = rope::frequencies(head_dim, theta, rope::Scaling::None);
+    let positions: Vec<usize> = (0..2 * seq).map(|r| start + r % seq).collect();
+    let y = rope::reference::forward(&f64s(&x), &frequencies, &positions, heads);
+    let dx = rope::reference::backward(&f64s(&dout), &frequencies, &positions, heads);
+    assert_close_f64("reference y", &y, &want, EXACT);
+    assert_close_f64("reference dx", &dx, &grads[0].values, EXACT);
+}
+
+/// Attention of one sequence; k enters transposed. Leaves: q, k^T, v, mask, ones, 1 / sqrt(head_dim), then per
+/// head the matrices that select its columns of q, its rows of k^T, its columns of v, and that put it in its
+/// place.
+fn attention_graph<'g>(l: &[ag::Tensor<'g, f64>]) -> ag::Tensor<'g, f64> {
+    let [q, kt, v, mask, ones, scale] = [l[0], l[1], l[2], l[3], l[4], l[5]];
+    let heads = l[6..].chunks(4).map(|select| {
+        let scores = T::matmul(T::matmul(q, select[0]), T::matmul(select[1], kt));
+        let e = T::exp(scores * scale) * mask;
+        let p = e / T::matmul(e, ones);
+        T::matmul(T::matmul(p, T::matmul(v, select[2])), select[3])
+    });
+    heads.reduce(|a, b| a + b).expect("there are heads")
+}
+
+#[test]
+fn attention_agrees_with_autograd() {
+    for (queries, keys, heads, kv_heads, head_dim) in [(7, 7, 4, 2, 6), (3, 8, 3, 1, 4), (6, 6, 2, 2, 8)] {
+        let dims = attention::Dims { batch: 1, queries, keys, heads, kv_heads, head_dim };
+        let (width, kv_width) = (heads * head_dim, kv_heads * head_dim);
+        let [q, dout] = [1, 2].map(|seed| normals(queries * width, seed));
+        let [k, v] = [3, 4].map(|seed| normals(keys * kv_width, seed));
+        let select = |width: usize, head: usize| {
+            Matrix::of(width, head_dim, |i, j| if i == head * head_dim + j { 1.0 } else { 0.0 })
+        };
+        let mut leaves = vec![
+            Matrix::new(&f64s(&q), queries, width),
+            Matrix::new(&f64s(&k), keys, kv_width).t(),
+            Matrix::new(&f64s(&v), keys, kv_width),
+            Matrix::of(queries, keys, |i, j| if j + queries <= i + keys { 1.0 } else { 0.0 }),
+            Matrix::constant(keys, keys, 1.0),
+            Matrix::constant(queries, keys, (head_dim as f64).powf(-0.5)),
+        ];
+        for head in 0..heads {
+            let kv = select(kv_width, head / (heads / kv_heads));
+            leaves.extend([select(width, head), kv.t(), kv, select(width, head).t()]);
+        }
+        let dy = Matrix::new(&f64s(&dout), queries, width);
+        let (want, grads) = gradients(&leaves, 3, &dy, attention_graph);
+        let want_dk = grads[1].t().values;
+        let (out, _) = attention::reference::forward(&f64s(&q), &f64s(&k), &f64s(&v), dims);
+        let (dq, dk, dv) =
+            attention::reference::backward(&f64s(&dout), &f64s(&q), &f64s(&k), &f64s(&v), dims);
+        assert_close_f64("reference out", &out, &want, EXACT);
+        assert_close_f64("reference dq", &dq, &grads[0].values, EXACT);
+        assert_close_f64("reference dk", &dk, &want_dk, EXACT);
+        assert_close_f64("reference dv", &dv, &grads[2].values, EXACT);
+        for isa in Isa::available() {
+            let (mut out, mut lse) = (vec![f32::NAN; q.len()], vec![f32::NAN; queries * heads]);
+            let [mut dq, mut dk, mut dv] = [&q, &k, &v].map(|x| vec![f32::NAN; x.len()]);
+            attention::forward_on(isa, &mut out, &mut lse, &q, &k, &v, dims);
+            attention::backward_on(isa, &mut dq, &mut dk, &mut dv, &dout, &out, &q, &k, &v, &lse, dims);
+            assert_close("out", &out, &want, TOLERANCE);
+            assert_close("dq", &dq, &grads[0].values, TOLERANCE);
+            assert_close("dk", &dk, &want_dk, TOLERANCE);
+            assert_close("dv", &dv, &grads[2].values, TOLERANCE);
+        }
+    }
+}
+
+#[test]
+fn swiglu_agrees_with_autograd() {
+    let n = 37;
+    let [a, b, dc] = [1, 2, 3].map(|seed| normals(n, seed));
+    let leaves = [Matrix::new(&f64s(&a), 1, n), Matrix::new(&f64s(&b), 1, n)];
+    let (want, grads) =
+        gradients(&leaves, 2, &Matrix::new(&f64s(&dc), 1, n), |l| l[0] * T::sigmoid(l[0]) * l[1]);
+    let (da, db) = swiglu::reference::backward(&f64s(&dc), &f64s(&a), &f64s(&b));
+    assert_close_f64("reference c", &swiglu::reference::forward(&f64s(&a), &f64s(&b)), &want, EXACT);
+    assert_close_f64("reference da", &da, &grads[0].values, EXACT);
+    assert_close_f64("reference db", &db, &grads[1].values, EXACT);
+    for isa in Isa::available() {
+        let [mut c, mut da, mut db] = [(); 3].map(|()| vec![f32::NAN; n]);
+        swiglu::forward_on(isa, &mut c, &a, &b);
+        swiglu::backward_on(isa, &mut da, &mut db, &dc, &a, &b);
+        assert_close("c", &c, &want, TOLERANCE);
+        assert_close("da", &da, &grads[0].values, TOLERANCE);
+        assert_close("db", &db, &grads[1].values, TOLERANCE);
+    }
+}
+
+#[test]
+fn cross_entropy_agrees_with_autograd() {
+    let dims = cross_entropy::Dims { tokens: 6, hidden: 5, vocab: 21 };
+    let targets = [20, 0, cross_entropy::IGNORE, 7, 7, 3];
+    let scale = 0.3f32;
+    let (h, head) = (normals(30, 1), normals(105, 2));
+    // An ignored target has no one-hot entry, and no weight in the sum.
+    let scored = |t: usize| targets[t] != cross_entropy::IGNORE;
+    let leaves = [
+        Matrix::new(&f64s(&h), 6, 5),
+        Matrix::new(&f64s(&head), 21, 5).t(),
+        one_hot(&targets, 21),
+        Matrix::constant(21, 1, 1.0),
+        Matrix::of(6, 1, |t, _| if scored(t) { 1.0 } else { 0.0 }),
+    ];
+    let dy = Matrix::constant(6, 1, f64::from(scale));
+    let (want, grads) = gradients(&leaves, 2, &dy, |l| {
+        let [h, head, onehot, ones, scored] = [l[0], l[1], l[2], l[3], l[4]];
+        let logits = T::matmul(h, head);
+        (T::ln(T::matmul(T::exp(logits), ones)) - T::matmul(logits * onehot, ones)) * scored
+    });
+    let want_dhead = grads[1].t().values;
+    let losses = cross_entropy::reference::forward(&f64s(&h), &f64s(&head), &targets, dims);
+    let (dh, dhead) =
+        cross_entropy::reference::backward(&f64s(&h), &f64s(&head), &targets, f64::from(scale), dims);
+    assert_close_f64("reference losses", &losses, &want, EXACT);
+    assert_close_f64("reference dh", &dh, &grads[0].values, EXACT);
+    assert_close_f64("reference dhead", &dhead, &want_dhead, EXACT);
+    for isa in Isa::available() {
+        let (mut losses, mut dh, mut dhead) = ([f32::NAN; 6], [f32::NAN; 30], [0.0; 105]);
+        cross_entropy::forward_backward_on(
+            isa,
+            &mut losses,
+            &mut dh,
+            &mut dhead,
+            &h,
+            &head,
+            &targets,
+            scale,
+            dims,
+        );
+        assert_close("losses", &losses, &want, TOLERANCE);
+        assert_close("dh", &dh, &grads[0].values, TOLERANCE);
+        assert_close("dhead", &dhead, &want_dhead, TOLERANCE);
+    }
+}
