@@ -17,7 +17,7 @@ const DEFAULT_ROUTER_INIT: &str = "open";
 
 /// Turn a Hugging Face LLaMA into a DSMoE model, train it, see what it costs and how good it is, and generate text.
 #[derive(Debug, Parser)]
-#[command(name = "dsmoe", version, propagate_version = true, max_term_width = 100, after_help = AFTER_HELP)]
+#[command(name = "dsmoe", version, propagate_version = true, after_help = AFTER_HELP)]
 pub(crate) struct Cli {
     #[command(subcommand)]
     pub(crate) command: Command,
