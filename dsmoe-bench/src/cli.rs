@@ -12,8 +12,8 @@ use dsmoe_datasets::Bos;
 use dsmoe_router::{GateValue, Rescale, RouterInit, ZeroActive};
 use dsmoe_train::TrainConfig;
 
-/// Router weights of a conversion that does not say otherwise: the converted model starts close to the dense one.
-const DEFAULT_ROUTER_INIT: &str = "open";
+/// Router weights of a conversion that does not say otherwise: the paper's.
+const DEFAULT_ROUTER_INIT: &str = "random";
 
 /// Turn a Hugging Face LLaMA into a DSMoE model, train it, see what it costs and how good it is, and generate text.
 #[derive(Debug, Parser)]

@@ -22,7 +22,7 @@ use crate::{Error, Result};
 const WEIGHT_LIMIT: f64 = 50.0;
 const FILTER: f64 = 0.2;
 const GAIN_PER_RAMP_STEP: f64 = 0.3;
-const GAIN_RANGE: (f64, f64) = (4.0, 1000.0);
+const GAIN_RANGE: (f64, f64) = (4.0, 32.0);
 const GAIN_CUT: f64 = 0.6;
 /// An excursion beyond this on each side of the target is an overshoot.
 const OVERSHOOT: f64 = 0.015;

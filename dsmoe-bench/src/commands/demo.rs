@@ -36,7 +36,7 @@ const ACTIVE_TARGET: f64 = 0.5;
 const SEQ: usize = 128;
 const BATCH: usize = 8;
 const DENSE_LR: f64 = 4e-3;
-const CONTINUED_LR: f64 = 2e-3;
+const CONTINUED_LR: f64 = 1e-3;
 const VALID_FRACTION: f64 = 0.03;
 const DECODED_TOKENS: usize = 384;
 const SAMPLE_TOKENS: usize = 96;
@@ -133,7 +133,7 @@ impl DemoRun<'_> {
         let Some(held_out) = self.train(&random, &dense, &stream, DENSE_LR, None)? else { return Ok(None) };
         let converted = self.path("dsmoe-start");
         let options =
-            ConvertOptions { router_init: RouterInit::Open, seed: self.seed, ..ConvertOptions::new(EXPERTS) };
+            ConvertOptions { router_init: RouterInit::Random, seed: self.seed, ..ConvertOptions::new(EXPERTS) };
         convert(&dense, &converted, &options, &mut |_| {})?;
         if self.train(&converted, &dsmoe, &stream, CONTINUED_LR, Some(ACTIVE_TARGET))?.is_none()
             || self.train(&dense, &continued, &stream, CONTINUED_LR, None)?.is_none()
