@@ -165,6 +165,8 @@ fn search(dir: &Path, files: &mut Vec<Source>) -> Result<()> {
     let entries = fs::read_dir(dir).and_then(|entries| entries.collect::<io::Result<Vec<_>>>());
     let mut paths: Vec<PathBuf> = entries.map_err(Error::io(dir))?.iter().map(fs::DirEntry::path).collect();
     paths.sort_unstable();
+    // Editors and file managers leave hidden copies that nobody means to train on.
+    paths.retain(|path| !path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.')));
     for path in paths {
         let kind = fs::symlink_metadata(&path).map_err(Error::io(&path))?;
         if kind.is_dir() {

@@ -72,8 +72,14 @@ pub enum Error {
         /// The output directory.
         path: PathBuf,
     },
-    /// `--resume` on a directory that is no run.
-    #[error("{path} is not empty and holds no run to resume; choose another --out")]
+    /// Another process is writing the run.
+    #[error("{path} is in use by another run; wait for it, or choose another --out")]
+    Busy {
+        /// The output directory.
+        path: PathBuf,
+    },
+    /// `--resume` or `--force` on a directory that is no run.
+    #[error("{path} is not empty and holds no run; choose another --out")]
     NotARun {
         /// The output directory.
         path: PathBuf,

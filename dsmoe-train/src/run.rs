@@ -92,6 +92,8 @@ pub struct Trainer {
     notes: Vec<String>,
     /// Step of the newest checkpoint.
     saved: Option<u64>,
+    /// Held as long as the trainer lives.
+    _lock: Option<fs::File>,
 }
 
 impl Trainer {
@@ -123,7 +125,7 @@ impl Trainer {
             data_sha256: checkpoint::data_identity(&stream.ids),
             config: config.clone(),
         };
-        prepare_directory(&options)?;
+        let lock = prepare_directory(&options)?;
 
         let mut notes = Vec::new();
         let (model, optimizer) = match options.resume {
@@ -156,6 +158,7 @@ impl Trainer {
             pool,
             notes,
             saved,
+            _lock: lock,
         })
     }
 
@@ -424,17 +427,31 @@ fn thread_pool(threads: usize) -> Result<rayon::ThreadPool> {
         .map_err(|cause| Error::Threads { threads, message: cause.to_string() })
 }
 
-/// Makes the run directory, or checks that it may be used.
-fn prepare_directory(options: &RunOptions) -> Result<()> {
-    let out = &options.out;
+/// Makes the run directory and holds it for this process: two runs in one directory would spoil each other. The
+/// system lets go of it when the process ends, however it ends. Where directories cannot be locked nothing is held.
+fn lock(out: &Path) -> Result<Option<fs::File>> {
     fs::create_dir_all(out).map_err(Error::io(out))?;
+    if !cfg!(unix) {
+        return Ok(None);
+    }
+    let directory = fs::File::open(out).map_err(Error::io(out))?;
+    match directory.try_lock() {
+        Err(fs::TryLockError::WouldBlock) => Err(Error::Busy { path: out.to_path_buf() }),
+        // Some network file systems have no locks.
+        Ok(()) | Err(fs::TryLockError::Error(_)) => Ok(Some(directory)),
+    }
+}
+
+/// Checks that the run directory may be used, and holds it.
+fn prepare_directory(options: &RunOptions) -> Result<Option<fs::File>> {
+    let out = &options.out;
     let names = files::names(out)?;
     let ours = |name: &str| {
         [METRICS_FILE, CHECKPOINTS, FINAL_TEMPORARY].contains(&name) || name.starts_with(CONFIG_FILE)
     };
     if options.resume {
         let is_run = names.is_empty() || names.iter().any(|name| ours(name));
-        return if is_run { Ok(()) } else { Err(Error::NotARun { path: out.clone() }) };
+        return if is_run { lock(out) } else { Err(Error::NotARun { path: out.clone() }) };
     }
     if !names.is_empty() && !options.force {
         return Err(Error::OutNotEmpty { path: out.clone() });
@@ -444,6 +461,9 @@ fn prepare_directory(options: &RunOptions) -> Result<()> {
     {
         return Err(Error::OutHoldsSource { path: out.clone() });
     }
+    if !names.is_empty() && !names.iter().any(|name| ours(name) || name == "config.json") {
+        return Err(Error::NotARun { path: out.clone() });
+    }
     let model_file = |name: &str| {
         ["config.json", "generation_config.json", "special_tokens_map.json"].contains(&name)
             || ["tokenizer", "chat_template.", "events.out.tfevents."]
@@ -452,12 +472,13 @@ fn prepare_directory(options: &RunOptions) -> Result<()> {
             || (name.starts_with("model")
                 && (name.ends_with(".safetensors") || name.ends_with(".index.json")))
     };
+    let held = lock(out)?;
     for name in names.iter().filter(|name| ours(name) || model_file(name)) {
         let path = out.join(name);
         let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
         removed.map_err(Error::io(&path))?;
     }
-    Ok(())
+    Ok(held)
 }
 
 /// Loads the newest whole checkpoint and moves `state` there; gives `model` back when there is none yet. Checkpoints

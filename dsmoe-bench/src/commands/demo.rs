@@ -132,8 +132,11 @@ impl DemoRun<'_> {
             (self.path("dense"), self.path("dsmoe"), self.path("dense-continued"));
         let Some(held_out) = self.train(&random, &dense, &stream, DENSE_LR, None)? else { return Ok(None) };
         let converted = self.path("dsmoe-start");
-        let options =
-            ConvertOptions { router_init: RouterInit::Random, seed: self.seed, ..ConvertOptions::new(EXPERTS) };
+        let options = ConvertOptions {
+            router_init: RouterInit::Random,
+            seed: self.seed,
+            ..ConvertOptions::new(EXPERTS)
+        };
         convert(&dense, &converted, &options, &mut |_| {})?;
         if self.train(&converted, &dsmoe, &stream, CONTINUED_LR, Some(ACTIVE_TARGET))?.is_none()
             || self.train(&dense, &continued, &stream, CONTINUED_LR, None)?.is_none()

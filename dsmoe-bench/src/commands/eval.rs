@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use dsmoe_core::Model;
 use dsmoe_datasets::Bos;
 use dsmoe_train::eval::{EvalOptions, EvalReport, evaluate};
@@ -62,7 +62,13 @@ pub(crate) fn measure(model: &Model, ids: &[u32], options: EvalOptions, ui: &Ui)
     let result =
         evaluate(model, ids, options, &mut |done, total| progress.set(done as u64, total as u64, ""));
     progress.finish();
-    Ok(result?)
+    let report = result?;
+    if !report.nll.is_finite() {
+        bail!(
+            "the mean likelihood is not finite: the model overflows on this text; take an earlier checkpoint of it"
+        );
+    }
+    Ok(report)
 }
 
 fn show(report: &Report<'_>) -> String {

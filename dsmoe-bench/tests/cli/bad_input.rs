@@ -230,7 +230,7 @@ fn output_folders() {
         "16",
         "--resume",
     ];
-    fails(&train, &["out-occupied", "no run to resume"]);
+    fails(&train, &["out-occupied", "holds no run"]);
 }
 
 #[test]

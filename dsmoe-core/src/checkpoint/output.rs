@@ -80,9 +80,21 @@ impl OutputDir {
         let target = &self.target;
         sync_dir(&self.temporary)?;
         let parent = parent(target);
-        if is_empty(target)? {
+        if !target.exists() {
             fs::rename(&self.temporary, target).map_err(Error::io(target))?;
             self.committed = true;
+        } else if is_empty(target)? {
+            // Filled, not replaced: it may be somebody's working directory. What makes it a model comes last.
+            let mut names = Vec::new();
+            for entry in fs::read_dir(&self.temporary).map_err(Error::io(&self.temporary))? {
+                names.push(entry.map_err(Error::io(&self.temporary))?.file_name());
+            }
+            names.sort_by_key(|name| name == CONFIG_FILE);
+            for name in names {
+                let file = target.join(&name);
+                fs::rename(self.temporary.join(&name), &file).map_err(Error::io(&file))?;
+            }
+            sync_dir(target)?;
         } else {
             let old = parent.join(format!(".{}.old-{}", self.name, std::process::id()));
             remove_if_there(&old)?;
@@ -181,5 +193,25 @@ mod tests {
         assert!(live.exists());
         out.commit().expect("commit");
         assert!(dir.path().join("out").is_dir());
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn an_empty_directory_is_filled_and_not_replaced() {
+        use std::os::unix::fs::MetadataExt;
+        let dir = tempfile::tempdir().expect("directory");
+        let target = dir.path().join("out");
+        fs::create_dir(&target).expect("directory");
+        let inode = fs::metadata(&target).expect("metadata").ino();
+        let out = OutputDir::create(&target, false).expect("output");
+        write_synced(&out.path().join(CONFIG_FILE), b"{}").expect("file");
+        out.commit().expect("commit");
+        assert_eq!(fs::metadata(&target).expect("metadata").ino(), inode);
+        assert_eq!(fs::read(target.join(CONFIG_FILE)).expect("file"), b"{}");
+        assert_eq!(
+            fs::read_dir(dir.path()).expect("directory").count(),
+            1,
+            "the temporary directory is left"
+        );
     }
 }

@@ -15,6 +15,7 @@ use std::path::Path;
 
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::rope;
+use rayon::prelude::*;
 
 pub use cache::Cache;
 pub use infer::Workspace;
@@ -157,6 +158,10 @@ impl Model {
                     let stored = entry.spec.stored_shape();
                     checkpoint.read_f32_transposed(name, stored[0], stored[1], out)?;
                 }
+            }
+            if !out.par_chunks(1 << 16).all(|values| values.iter().all(|x| x.is_finite())) {
+                let problem = "holds a value that is not finite";
+                return Err(Error::tensor(dir, name, problem, "take an undamaged copy of the checkpoint"));
             }
         }
         if model.config.moe.as_ref().is_some_and(|moe| moe.partition == PartitionKind::Permuted) {

@@ -253,3 +253,33 @@ fn model_and_text_must_fit() {
     one_line(&error, &["10 tokens", "17"]);
     assert!(!out.exists(), "nothing is made before all is checked");
 }
+
+#[cfg(unix)]
+#[test]
+fn a_directory_in_use_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = model_dir(dir.path(), "source", true, 1);
+    let out = dir.path().join("out");
+    let start = |resume| {
+        let options = RunOptions { resume, ..options(&source, &out) };
+        dsmoe_train::Trainer::new(Model::load(&source).unwrap(), &text(1), settings(&[]), options)
+    };
+    let first = start(false).unwrap();
+    let Err(busy) = start(true) else { panic!("a second run in one directory") };
+    one_line(&busy, &["out is in use by another run; wait for it"]);
+    drop(first);
+    start(true).unwrap();
+}
+
+#[test]
+fn force_does_not_clear_what_is_no_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = model_dir(dir.path(), "source", true, 1);
+    let out = dir.path().join("out");
+    std::fs::create_dir(&out).unwrap();
+    std::fs::write(out.join("thesis.txt"), "years of work").unwrap();
+    let options = RunOptions { force: true, ..options(&source, &out) };
+    let Err(error) = train(settings(&[]), &text(1), options) else { panic!("a run among other files") };
+    one_line(&error, &["is not empty and holds no run; choose another --out"]);
+    assert_eq!(names(&out), ["thesis.txt"]);
+}
