@@ -376,3 +376,18 @@ fn full_disk() {
     drop(output);
     assert_eq!(fs::read_dir(work.path()).unwrap().count(), 0);
 }
+
+#[test]
+fn a_weight_that_is_not_finite() {
+    let fixture = Fixture::new();
+    let path = fixture.dir.join("model.safetensors");
+    let name = "model.layers.1.mlp.down_proj.weight";
+    let view = Checkpoint::open(&fixture.dir).unwrap().tensor(name).unwrap().clone();
+    let mut bytes = fs::read(&path).unwrap();
+    // All bits of an element set is a NaN in every float type.
+    let at = view.offset as usize;
+    bytes[at..at + 4].fill(0xff);
+    fs::write(&path, bytes).unwrap();
+    let loaded = dsmoe_core::Model::load(&fixture.dir).map(|_| ());
+    refused(loaded, &[name, "not finite", "undamaged copy"]);
+}

@@ -33,9 +33,9 @@ fn newest_checkpoint(out: &Path) -> Option<PathBuf> {
 fn twenty_kills_at_random_moments_do_not_change_a_bit() {
     let fixture = fixture();
     let (calm, killed) = (fixture.out("calm"), fixture.out("killed"));
-    let more = ["--save-every", "3", "--resume"];
-    succeeds(&train(fixture, &calm, "300", &more));
-    let args = train(fixture, &killed, "300", &more);
+    let more = ["--save-every", "5", "--resume"];
+    succeeds(&train(fixture, &calm, "1500", &more));
+    let args = train(fixture, &killed, "1500", &more);
     let mut random = 1u64;
     let mut kills = 0;
     for _ in 0..20 {
