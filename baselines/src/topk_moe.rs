@@ -2,9 +2,9 @@
 
 use std::any::Any;
 
-use dsmoe_core::ffn::{Ffn, FfnReport, FfnScratch, Record, projections, split, split_mut};
+use dsmoe_core::ffn::{Ffn, FfnReport, FfnScratch, Record, projections, routes, split, split_mut};
 use dsmoe_core::params::TensorSpec;
-use dsmoe_kernels::expert_ffn::{self, Dims, Routes, Saved, WeightGrads, Weights};
+use dsmoe_kernels::expert_ffn::{self, Dims, Saved, WeightGrads, Weights};
 use dsmoe_kernels::linear;
 use dsmoe_router::SparsityGrad;
 use dsmoe_router::topk::{self, TopKConfig, TopKRouted};
@@ -85,17 +85,6 @@ fn matrix(values: &[f32], dims: linear::Dims) -> ArrayView2<'_, f32> {
     ArrayView2::from_shape((dims.rows, dims.outputs), values).expect("rows * experts values")
 }
 
-fn routes(routed: &TopKRouted) -> Routes<'_> {
-    let routing = &routed.routing;
-    Routes {
-        offsets: &routing.offsets,
-        tokens: &routing.tokens,
-        coefficients: &routing.coefficients,
-        token_offsets: &routing.token_offsets,
-        slots: &routing.slots,
-    }
-}
-
 impl Ffn for TopkMoeFfn {
     fn tensors(&self) -> Vec<TensorSpec> {
         let mut tensors = projections(self.hidden, self.intermediate);
@@ -118,7 +107,7 @@ impl Ffn for TopkMoeFfn {
         let [gate, up, down, router] = split(params, self.lens());
         let routed = self.route(x, router, record, scratch);
         let weights = Weights { gate, up, down };
-        expert_ffn::forward(y, x, &weights, &routes(&routed), self.dims(x), &mut scratch.experts);
+        expert_ffn::forward(y, x, &weights, &routes(&routed.routing), self.dims(x), &mut scratch.experts);
     }
 
     fn new_saved(&self) -> Box<dyn Any + Send> {
@@ -142,7 +131,7 @@ impl Ffn for TopkMoeFfn {
             &mut saved.experts,
             x,
             &Weights { gate, up, down },
-            &routes(routed),
+            &routes(&routed.routing),
             self.dims(x),
             &mut scratch.experts,
         );
@@ -177,7 +166,7 @@ impl Ffn for TopkMoeFfn {
             saved,
             x,
             &Weights { gate, up, down },
-            &routes(routed),
+            &routes(&routed.routing),
             self.dims(x),
             experts,
         );

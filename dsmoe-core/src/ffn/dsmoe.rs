@@ -2,13 +2,13 @@
 
 use std::any::Any;
 
-use dsmoe_kernels::expert_ffn::{self, Dims, Routes, Saved, WeightGrads, Weights};
+use dsmoe_kernels::expert_ffn::{self, Dims, Saved, WeightGrads, Weights};
 use dsmoe_kernels::linear;
 use dsmoe_router::sparsity::{self, SparsityOver};
-use dsmoe_router::{Routed, RouterConfig, Routing, SparsityGrad, ste};
+use dsmoe_router::{Routed, RouterConfig, SparsityGrad, ste};
 use ndarray::{ArrayView2, ArrayViewMut2};
 
-use super::{Ffn, FfnReport, FfnScratch, Record, projections, split, split_mut};
+use super::{Ffn, FfnReport, FfnScratch, Record, projections, routes, split, split_mut};
 use crate::params::TensorSpec;
 
 /// `y = sum over active experts i of S_i o_i` (eq. 11), experts being row ranges of the projections (eq. 6).
@@ -90,16 +90,6 @@ impl DsmoeFfn {
 
 fn matrix(values: &[f32], rows: usize, cols: usize) -> ArrayView2<'_, f32> {
     ArrayView2::from_shape((rows, cols), values).expect("rows * cols values")
-}
-
-fn routes(routing: &Routing) -> Routes<'_> {
-    Routes {
-        offsets: &routing.offsets,
-        tokens: &routing.tokens,
-        coefficients: &routing.coefficients,
-        token_offsets: &routing.token_offsets,
-        slots: &routing.slots,
-    }
 }
 
 impl Ffn for DsmoeFfn {

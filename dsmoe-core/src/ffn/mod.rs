@@ -10,7 +10,7 @@ use std::any::Any;
 
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::expert_ffn;
-use dsmoe_router::{Routed, RoutingStats, SparsityGrad};
+use dsmoe_router::{Routed, Routing, RoutingStats, SparsityGrad};
 
 pub use dense::DenseFfn;
 pub use dsmoe::DsmoeFfn;
@@ -146,4 +146,15 @@ pub fn projections(hidden: usize, intermediate: usize) -> Vec<TensorSpec> {
         TensorSpec::matrix("up_proj.weight", intermediate, hidden),
         TensorSpec::matrix("down_proj.weight", intermediate, hidden).transposed(),
     ]
+}
+
+/// A routing as the expert kernels take it.
+pub fn routes(routing: &Routing) -> expert_ffn::Routes<'_> {
+    expert_ffn::Routes {
+        offsets: &routing.offsets,
+        tokens: &routing.tokens,
+        coefficients: &routing.coefficients,
+        token_offsets: &routing.token_offsets,
+        slots: &routing.slots,
+    }
 }
