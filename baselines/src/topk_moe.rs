@@ -5,7 +5,7 @@ use std::any::Any;
 use dsmoe_core::ffn::{Ffn, FfnReport, FfnScratch, Record, projections, routes, split, split_mut};
 use dsmoe_core::params::TensorSpec;
 use dsmoe_kernels::expert_ffn::{self, Dims, Saved, WeightGrads, Weights};
-use dsmoe_kernels::linear;
+use dsmoe_kernels::{Precision, linear};
 use dsmoe_router::SparsityGrad;
 use dsmoe_router::topk::{self, TopKConfig, TopKRouted};
 use ndarray::{ArrayView2, ArrayViewMut2};
@@ -59,7 +59,7 @@ impl TopkMoeFfn {
 
     fn gate_dims(&self, x: &[f32]) -> linear::Dims {
         let rows = x.len() / self.hidden;
-        linear::Dims { rows, inputs: self.hidden, outputs: self.config.num_experts }
+        linear::Dims { rows, inputs: self.hidden, outputs: self.config.num_experts, precision: Precision::F32 }
     }
 
     fn route(

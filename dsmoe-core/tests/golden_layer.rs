@@ -88,7 +88,7 @@ fn the_f64_definition_is_pytorchs() {
         let (x, r) = (get("x"), get("r"));
         let (gate, up) = (get("gate_proj"), get("up_proj"));
         let down = transpose(get("down_proj"), d, case.intermediate);
-        let router_dims = linear::Dims { rows: case.tokens, inputs: d, outputs: n };
+        let router_dims = linear::Dims { rows: case.tokens, inputs: d, outputs: n, precision: dsmoe_kernels::Precision::F32 };
 
         let logits = linear_reference::forward(x, get("router"), router_dims);
         let routed = router_reference::route(&config, &logits);

@@ -5,6 +5,7 @@
 use std::hint::black_box;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use dsmoe_kernels::Precision;
 use dsmoe_kernels::testing::normals;
 use dsmoe_kernels::{
     adamw, add, attention, cross_entropy, embedding, expert_ffn, linear, rms_norm, rope, swiglu,
@@ -88,7 +89,7 @@ fn attentions(c: &mut Criterion) {
 }
 
 fn products(c: &mut Criterion) {
-    let dims = linear::Dims { rows: TOKENS, inputs: HIDDEN, outputs: HIDDEN };
+    let dims = linear::Dims { rows: TOKENS, inputs: HIDDEN, outputs: HIDDEN, precision: Precision::F32 };
     let [x, w] = [(TOKENS * HIDDEN, 1), (HIDDEN * HIDDEN, 2)].map(|(n, seed)| normals(n, seed));
     let mut y = vec![0.0; TOKENS * HIDDEN];
     let mut group = c.benchmark_group("products");

@@ -12,6 +12,18 @@ pub struct Avx2(());
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Avx512(());
 
+/// Proof that AVX512_BF16 is present beside [`Avx512`]; made only by [`Isa::available`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Avx512Bf16(());
+
+#[cfg(target_arch = "x86_64")]
+impl Avx512Bf16 {
+    /// The features this tier builds on.
+    pub(crate) fn base(self) -> Avx512 {
+        Avx512(())
+    }
+}
+
 /// An instruction-set tier, with the proof that this machine has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Isa {
@@ -23,6 +35,9 @@ pub enum Isa {
     /// 16 lanes.
     #[cfg(target_arch = "x86_64")]
     Avx512(Avx512),
+    /// 16 lanes, and bf16 products in matrix products.
+    #[cfg(target_arch = "x86_64")]
+    Avx512Bf16(Avx512Bf16),
 }
 
 /// `DSMOE_ISA` asks for something this machine does not have, or for no tier at all.
@@ -50,20 +65,36 @@ impl Isa {
                 && is_x86_feature_detected!("fma")
             {
                 tiers.push(Isa::Avx512(Avx512(())));
+                if is_x86_feature_detected!("avx512bf16") {
+                    tiers.push(Isa::Avx512Bf16(Avx512Bf16(())));
+                }
             }
         }
         tiers
     }
 
-    /// The tier that `DSMOE_ISA` names, or the widest one when it is not set.
+    /// The tier for this machine: the widest one, but without bf16 products where they are the slower way. Intel's
+    /// cores issue one `vdpbf16ps` for every four fused multiply-adds, AMD's one for one.
+    pub fn best() -> Isa {
+        let tiers = Isa::available();
+        let widest = tiers[tiers.len() - 1];
+        #[cfg(target_arch = "x86_64")]
+        if let Isa::Avx512Bf16(token) = widest
+            && !crate::simd::x86::is_amd()
+        {
+            return Isa::Avx512(token.base());
+        }
+        widest
+    }
+
+    /// The tier that `DSMOE_ISA` names, or [`Isa::best`] when it is not set.
     ///
     /// # Errors
     /// The named tier is unknown or not on this machine.
     pub fn from_env() -> Result<Isa, IsaError> {
         let tiers = Isa::available();
-        let widest = tiers[tiers.len() - 1];
         match std::env::var("DSMOE_ISA") {
-            Err(_) => Ok(widest),
+            Err(_) => Ok(Isa::best()),
             Ok(asked) => tiers.iter().copied().find(|isa| isa.name() == asked).ok_or_else(|| IsaError {
                 asked,
                 available: tiers.iter().map(|isa| isa.name()).collect::<Vec<_>>().join(", "),
@@ -72,15 +103,13 @@ impl Isa {
     }
 
     /// The tier every op uses unless told otherwise. Binaries check [`Isa::from_env`] first, so that a wrong
-    /// `DSMOE_ISA` is reported; a library user who did not gets the widest tier.
+    /// `DSMOE_ISA` is reported; a library user who did not gets [`Isa::best`].
     pub fn current() -> Isa {
         static CURRENT: OnceLock<Isa> = OnceLock::new();
-        *CURRENT.get_or_init(|| {
-            Isa::from_env().unwrap_or_else(|_| *Isa::available().last().expect("scalar is always available"))
-        })
+        *CURRENT.get_or_init(|| Isa::from_env().unwrap_or_else(|_| Isa::best()))
     }
 
-    /// `scalar`, `avx2` or `avx512`: the values of `DSMOE_ISA`.
+    /// `scalar`, `avx2`, `avx512` or `avx512bf16`: the values of `DSMOE_ISA`.
     pub fn name(self) -> &'static str {
         match self {
             Isa::Scalar => "scalar",
@@ -88,7 +117,17 @@ impl Isa {
             Isa::Avx2(_) => "avx2",
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512(_) => "avx512",
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Bf16(_) => "avx512bf16",
         }
+    }
+
+    /// Whether bf16 products run on pairs.
+    pub(crate) fn dots(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return matches!(self, Isa::Avx512Bf16(_));
+        #[cfg(not(target_arch = "x86_64"))]
+        false
     }
 
     /// Runs `kernel` compiled for this tier.
@@ -99,6 +138,21 @@ impl Isa {
             Isa::Avx2(token) => crate::simd::x86::run_avx2(token, kernel),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512(token) => crate::simd::x86::run_avx512(token, kernel),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Bf16(token) => crate::simd::x86::run_avx512(token.base(), kernel),
+        }
+    }
+
+    /// Runs a kernel of matrix products compiled for this tier.
+    pub(crate) fn run_product<K: crate::simd::ProductKernel>(self, kernel: K) -> K::Output {
+        match self {
+            Isa::Scalar => kernel.run(crate::simd::Portable),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2(token) => crate::simd::x86::run_product_avx2(token, kernel),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512(token) => crate::simd::x86::run_product_avx512(token, kernel),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Bf16(token) => crate::simd::x86::run_product_avx512bf16(token, kernel),
         }
     }
 }

@@ -17,6 +17,7 @@ mod simd;
 pub mod testing;
 
 pub use isa::Isa;
+pub use matmul::Precision;
 pub use ops::*;
 
 #[cfg(doctest)]

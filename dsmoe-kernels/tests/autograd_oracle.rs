@@ -117,7 +117,7 @@ fn rms_norm_agrees_with_autograd() {
 
 #[test]
 fn linear_agrees_with_autograd() {
-    let dims = linear::Dims { rows: 6, inputs: 9, outputs: 5 };
+    let dims = linear::Dims { rows: 6, inputs: 9, outputs: 5, precision: dsmoe_kernels::Precision::F32 };
     let (x, w, dout) = (normals(54, 1), normals(45, 2), normals(30, 3));
     let leaves = [Matrix::new(&f64s(&x), 6, 9), Matrix::new(&f64s(&w), 5, 9).t()];
     let (want, grads) = gradients(&leaves, 2, &Matrix::new(&f64s(&dout), 6, 5), |l| T::matmul(l[0], l[1]));

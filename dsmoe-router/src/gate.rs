@@ -10,7 +10,7 @@
 //! ```
 //! With [`ZeroActive::ForceArgmax`] a token with k = 0 gets its largest gate (the first of equals) into the mask.
 
-use dsmoe_kernels::linear;
+use dsmoe_kernels::{Precision, linear};
 use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis};
 
 use crate::{GateValue, Rescale, RouterConfig, Routing, ZeroActive};
@@ -77,7 +77,7 @@ pub fn logits_backward(
 
 fn dims((rows, inputs): (usize, usize), weight: (usize, usize)) -> linear::Dims {
     assert_eq!(weight.1, inputs, "router logits: x [{rows}, {inputs}], weight {weight:?}");
-    linear::Dims { rows, inputs, outputs: weight.0 }
+    linear::Dims { rows, inputs, outputs: weight.0, precision: Precision::F32 }
 }
 
 /// Routes tokens by their `logits` `[T, n]`.

@@ -3,7 +3,7 @@
 use std::any::Any;
 
 use dsmoe_kernels::expert_ffn::{self, Dims, Saved, WeightGrads, Weights};
-use dsmoe_kernels::linear;
+use dsmoe_kernels::{Precision, linear};
 use dsmoe_router::sparsity::{self, SparsityOver};
 use dsmoe_router::{Routed, RouterConfig, SparsityGrad, ste};
 use ndarray::{ArrayView2, ArrayViewMut2};
@@ -58,7 +58,7 @@ impl DsmoeFfn {
     }
 
     fn router_dims(&self, tokens: usize) -> linear::Dims {
-        linear::Dims { rows: tokens, inputs: self.hidden, outputs: self.router.num_experts }
+        linear::Dims { rows: tokens, inputs: self.hidden, outputs: self.router.num_experts, precision: Precision::F32 }
     }
 
     /// Routes `x`; sets `routed` and adds to `record`.

@@ -1,5 +1,6 @@
 //! Inference: scoring windows of text, and decoding with a cache.
 
+use dsmoe_kernels::Precision;
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::{add, attention, cross_entropy, embedding, linear, rms_norm, rope};
 use dsmoe_router::RoutingStats;
@@ -103,7 +104,7 @@ impl Model {
         let (hidden, vocab) = (self.config.hidden, self.config.vocab_size);
         let Workspace { h, logits, .. } = workspace;
         logits.resize(last * vocab);
-        let dims = linear::Dims { rows: last, inputs: hidden, outputs: vocab };
+        let dims = linear::Dims { rows: last, inputs: hidden, outputs: vocab, precision: Precision::F32 };
         linear::forward(logits, &h[(ids.len() - last) * hidden..], self.param(&self.ranges.head), dims);
         Ok(&workspace.logits)
     }
@@ -132,7 +133,7 @@ impl Model {
         y.resize(tokens * hidden);
         lse.resize(tokens * config.num_heads);
         rstd.resize(tokens);
-        let dims = |inputs, outputs| linear::Dims { rows: tokens, inputs, outputs };
+        let dims = |inputs, outputs| linear::Dims { rows: tokens, inputs, outputs, precision: Precision::F32 };
         embedding::forward(x, self.param(&self.ranges.embed), ids, hidden);
         for (i, layer) in self.ranges.layers.iter().enumerate() {
             rms_norm::forward(h, rstd, x, self.param(&layer.input_norm), eps, hidden);

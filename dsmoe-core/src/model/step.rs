@@ -3,6 +3,7 @@
 use std::any::Any;
 use std::ops::Range;
 
+use dsmoe_kernels::Precision;
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::{add, attention, cross_entropy, embedding, linear, rms_norm, rope};
 use dsmoe_router::{RoutingStats, SparsityGrad, SparsityOver};
@@ -198,7 +199,7 @@ impl Model {
         let config = &self.config;
         let (tokens, hidden, eps) = (inputs.len(), config.hidden, config.rms_norm_eps as f32);
         let (q_width, kv_width) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
-        let dims = |inputs, outputs| linear::Dims { rows: tokens, inputs, outputs };
+        let dims = |inputs, outputs| linear::Dims { rows: tokens, inputs, outputs, precision: Precision::F32 };
         let mut output = StepOutput { stats: self.new_stats(), ..StepOutput::default() };
         let TrainWorkspace { layers, x, rstd, h, y, scratch, .. } = workspace;
         embedding::forward(x, self.param(&self.ranges.embed), inputs, hidden);
@@ -242,7 +243,7 @@ impl Model {
         let config = &self.config;
         let (tokens, hidden) = (inputs.len(), config.hidden);
         let (q_width, kv_width) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
-        let dims = |inputs, outputs| linear::Dims { rows: tokens, inputs, outputs };
+        let dims = |inputs, outputs| linear::Dims { rows: tokens, inputs, outputs, precision: Precision::F32 };
         let gates = config.num_layers * tokens * self.num_experts().unwrap_or(1);
         let sparsity = SparsityGrad { weight: args.sparsity_weight / gates as f32, over: args.sparsity_over };
         let TrainWorkspace { layers, x, rstd, y: dy, dx, dh, dq, dk, dv, da, scratch, .. } = workspace;

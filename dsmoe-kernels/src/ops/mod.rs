@@ -3,7 +3,7 @@
 pub mod adamw;
 pub mod add;
 pub mod attention;
-mod blocks;
+pub(crate) mod blocks;
 pub mod cross_entropy;
 pub mod embedding;
 pub mod expert_ffn;

@@ -6,13 +6,17 @@
 
 mod math;
 mod portable;
+mod product;
 #[cfg(test)]
 mod tests;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod x86;
+#[cfg(target_arch = "x86_64")]
+mod x86_product;
 
 pub(crate) use math::{exp, sigmoid};
 pub(crate) use portable::Portable;
+pub(crate) use product::{Product, ProductKernel, SQUARE, pair};
 
 /// A vector of `f32` lanes and the operations kernels need.
 pub(crate) trait Simd: Copy + Send + Sync {

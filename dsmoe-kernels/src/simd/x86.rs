@@ -5,8 +5,8 @@
 
 use std::arch::x86_64::*;
 
-use super::{Kernel, Simd};
-use crate::isa::{Avx2, Avx512};
+use super::{Kernel, ProductKernel, Simd};
+use crate::isa::{Avx2, Avx512, Avx512Bf16};
 
 /// Compiles `kernel` with AVX2 and FMA.
 pub(crate) fn run_avx2<K: Kernel>(token: Avx2, kernel: K) -> K::Output {
@@ -26,6 +26,42 @@ pub(crate) fn run_avx512<K: Kernel>(token: Avx512, kernel: K) -> K::Output {
     }
     // SAFETY: token: AVX-512 F, VL, BW, DQ, AVX2 and FMA are present.
     unsafe { inner(token, kernel) }
+}
+
+/// Compiles `kernel` with AVX2 and FMA.
+pub(crate) fn run_product_avx2<K: ProductKernel>(token: Avx2, kernel: K) -> K::Output {
+    #[target_feature(enable = "avx2,fma")]
+    fn inner<K: ProductKernel>(token: Avx2, kernel: K) -> K::Output {
+        kernel.run(token)
+    }
+    // SAFETY: token: AVX2 and FMA are present.
+    unsafe { inner(token, kernel) }
+}
+
+/// Compiles `kernel` with AVX-512.
+pub(crate) fn run_product_avx512<K: ProductKernel>(token: Avx512, kernel: K) -> K::Output {
+    #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")]
+    fn inner<K: ProductKernel>(token: Avx512, kernel: K) -> K::Output {
+        kernel.run(token)
+    }
+    // SAFETY: token: AVX-512 F, VL, BW, DQ, AVX2 and FMA are present.
+    unsafe { inner(token, kernel) }
+}
+
+/// Compiles `kernel` with AVX-512 and its bf16 products.
+pub(crate) fn run_product_avx512bf16<K: ProductKernel>(token: Avx512Bf16, kernel: K) -> K::Output {
+    #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx512bf16,avx2,fma")]
+    fn inner<K: ProductKernel>(token: Avx512Bf16, kernel: K) -> K::Output {
+        kernel.run(token)
+    }
+    // SAFETY: token: AVX-512 F, VL, BW, DQ, BF16, AVX2 and FMA are present.
+    unsafe { inner(token, kernel) }
+}
+
+/// Whether the processor is AMD's, by its CPUID vendor string.
+pub(crate) fn is_amd() -> bool {
+    let vendor = __cpuid(0);
+    (vendor.ebx, vendor.edx, vendor.ecx) == (0x6874_7541, 0x6974_6e65, 0x444d_4163)
 }
 
 /// All-ones for the first `n` of 8 lanes when read from index `8 - n`.
@@ -166,112 +202,120 @@ impl Simd for Avx2 {
     }
 }
 
-impl Simd for Avx512 {
-    type V = __m512;
-    const LANES: usize = 16;
+/// The 16-lane tiers differ in their matrix products alone.
+macro_rules! sixteen_lanes {
+    ($token:ty) => {
+        impl Simd for $token {
+            type V = __m512;
+            const LANES: usize = 16;
 
-    #[inline(always)]
-    fn splat(self, x: f32) -> Self::V {
-        // SAFETY: token.
-        unsafe { _mm512_set1_ps(x) }
-    }
-    #[inline(always)]
-    fn load(self, x: &[f32]) -> Self::V {
-        let x = &x[..16];
-        // SAFETY: token; `x` holds 16 f32, and the load has no alignment requirement.
-        unsafe { _mm512_loadu_ps(x.as_ptr()) }
-    }
-    #[inline(always)]
-    fn load_tail(self, x: &[f32]) -> Self::V {
-        let mask = ((1u32 << x.len().min(16)) - 1) as __mmask16;
-        // SAFETY: token; lanes at and past `x.len()` are masked off and not read.
-        unsafe { _mm512_maskz_loadu_ps(mask, x.as_ptr()) }
-    }
-    #[inline(always)]
-    fn store(self, out: &mut [f32], v: Self::V) {
-        let out = &mut out[..16];
-        // SAFETY: token; `out` holds 16 f32, and the store has no alignment requirement.
-        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), v) }
-    }
-    #[inline(always)]
-    fn store_tail(self, out: &mut [f32], v: Self::V) {
-        let mask = ((1u32 << out.len().min(16)) - 1) as __mmask16;
-        // SAFETY: token; lanes at and past `out.len()` are masked off and not written.
-        unsafe { _mm512_mask_storeu_ps(out.as_mut_ptr(), mask, v) }
-    }
-    #[inline(always)]
-    fn add(self, a: Self::V, b: Self::V) -> Self::V {
-        // SAFETY: token.
-        unsafe { _mm512_add_ps(a, b) }
-    }
-    #[inline(always)]
-    fn sub(self, a: Self::V, b: Self::V) -> Self::V {
-        // SAFETY: token.
-        unsafe { _mm512_sub_ps(a, b) }
-    }
-    #[inline(always)]
-    fn mul(self, a: Self::V, b: Self::V) -> Self::V {
-        // SAFETY: token.
-        unsafe { _mm512_mul_ps(a, b) }
-    }
-    #[inline(always)]
-    fn div(self, a: Self::V, b: Self::V) -> Self::V {
-        // SAFETY: token.
-        unsafe { _mm512_div_ps(a, b) }
-    }
-    #[inline(always)]
-    fn max(self, a: Self::V, b: Self::V) -> Self::V {
-        // SAFETY: token.
-        unsafe { _mm512_max_ps(a, b) }
-    }
-    #[inline(always)]
-    fn min(self, a: Self::V, b: Self::V) -> Self::V {
-        // SAFETY: token.
-        unsafe { _mm512_min_ps(a, b) }
-    }
-    #[inline(always)]
-    fn sqrt(self, a: Self::V) -> Self::V {
-        // SAFETY: token.
-        unsafe { _mm512_sqrt_ps(a) }
-    }
-    #[inline(always)]
-    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
-        // SAFETY: token.
-        unsafe { _mm512_fmadd_ps(a, b, c) }
-    }
-    #[inline(always)]
-    fn round(self, a: Self::V) -> Self::V {
-        // SAFETY: token.
-        unsafe { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a) }
-    }
-    #[inline(always)]
-    fn exp2_integral(self, a: Self::V) -> Self::V {
-        // SAFETY: token.
-        let n = unsafe { _mm512_cvtps_epi32(a) };
-        // SAFETY: token.
-        let bias = unsafe { _mm512_set1_epi32(127) };
-        // SAFETY: token.
-        let exponent = unsafe { _mm512_add_epi32(n, bias) };
-        // SAFETY: token.
-        let bits = unsafe { _mm512_slli_epi32::<23>(exponent) };
-        // SAFETY: token.
-        unsafe { _mm512_castsi512_ps(bits) }
-    }
-    #[inline(always)]
-    fn reduce_add(self, a: Self::V) -> f32 {
-        // SAFETY: token.
-        let low = unsafe { _mm512_castps512_ps256(a) };
-        // SAFETY: token.
-        let high = unsafe { _mm512_extractf32x8_ps::<1>(a) };
-        // SAFETY: token.
-        let sums = unsafe { _mm256_add_ps(low, high) };
-        // SAFETY: token.
-        unsafe { sum_of_8(sums) }
-    }
-    #[inline(always)]
-    fn reduce_max(self, a: Self::V) -> f32 {
-        let mut lanes = [0.0f32; 16];
-        self.store(&mut lanes, a);
-        lanes.into_iter().fold(f32::NEG_INFINITY, f32::max)
-    }
+            #[inline(always)]
+            fn splat(self, x: f32) -> Self::V {
+                // SAFETY: token.
+                unsafe { _mm512_set1_ps(x) }
+            }
+            #[inline(always)]
+            fn load(self, x: &[f32]) -> Self::V {
+                let x = &x[..16];
+                // SAFETY: token; `x` holds 16 f32, and the load has no alignment requirement.
+                unsafe { _mm512_loadu_ps(x.as_ptr()) }
+            }
+            #[inline(always)]
+            fn load_tail(self, x: &[f32]) -> Self::V {
+                let mask = ((1u32 << x.len().min(16)) - 1) as __mmask16;
+                // SAFETY: token; lanes at and past `x.len()` are masked off and not read.
+                unsafe { _mm512_maskz_loadu_ps(mask, x.as_ptr()) }
+            }
+            #[inline(always)]
+            fn store(self, out: &mut [f32], v: Self::V) {
+                let out = &mut out[..16];
+                // SAFETY: token; `out` holds 16 f32, and the store has no alignment requirement.
+                unsafe { _mm512_storeu_ps(out.as_mut_ptr(), v) }
+            }
+            #[inline(always)]
+            fn store_tail(self, out: &mut [f32], v: Self::V) {
+                let mask = ((1u32 << out.len().min(16)) - 1) as __mmask16;
+                // SAFETY: token; lanes at and past `out.len()` are masked off and not written.
+                unsafe { _mm512_mask_storeu_ps(out.as_mut_ptr(), mask, v) }
+            }
+            #[inline(always)]
+            fn add(self, a: Self::V, b: Self::V) -> Self::V {
+                // SAFETY: token.
+                unsafe { _mm512_add_ps(a, b) }
+            }
+            #[inline(always)]
+            fn sub(self, a: Self::V, b: Self::V) -> Self::V {
+                // SAFETY: token.
+                unsafe { _mm512_sub_ps(a, b) }
+            }
+            #[inline(always)]
+            fn mul(self, a: Self::V, b: Self::V) -> Self::V {
+                // SAFETY: token.
+                unsafe { _mm512_mul_ps(a, b) }
+            }
+            #[inline(always)]
+            fn div(self, a: Self::V, b: Self::V) -> Self::V {
+                // SAFETY: token.
+                unsafe { _mm512_div_ps(a, b) }
+            }
+            #[inline(always)]
+            fn max(self, a: Self::V, b: Self::V) -> Self::V {
+                // SAFETY: token.
+                unsafe { _mm512_max_ps(a, b) }
+            }
+            #[inline(always)]
+            fn min(self, a: Self::V, b: Self::V) -> Self::V {
+                // SAFETY: token.
+                unsafe { _mm512_min_ps(a, b) }
+            }
+            #[inline(always)]
+            fn sqrt(self, a: Self::V) -> Self::V {
+                // SAFETY: token.
+                unsafe { _mm512_sqrt_ps(a) }
+            }
+            #[inline(always)]
+            fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+                // SAFETY: token.
+                unsafe { _mm512_fmadd_ps(a, b, c) }
+            }
+            #[inline(always)]
+            fn round(self, a: Self::V) -> Self::V {
+                // SAFETY: token.
+                unsafe { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a) }
+            }
+            #[inline(always)]
+            fn exp2_integral(self, a: Self::V) -> Self::V {
+                // SAFETY: token.
+                let n = unsafe { _mm512_cvtps_epi32(a) };
+                // SAFETY: token.
+                let bias = unsafe { _mm512_set1_epi32(127) };
+                // SAFETY: token.
+                let exponent = unsafe { _mm512_add_epi32(n, bias) };
+                // SAFETY: token.
+                let bits = unsafe { _mm512_slli_epi32::<23>(exponent) };
+                // SAFETY: token.
+                unsafe { _mm512_castsi512_ps(bits) }
+            }
+            #[inline(always)]
+            fn reduce_add(self, a: Self::V) -> f32 {
+                // SAFETY: token.
+                let low = unsafe { _mm512_castps512_ps256(a) };
+                // SAFETY: token.
+                let high = unsafe { _mm512_extractf32x8_ps::<1>(a) };
+                // SAFETY: token.
+                let sums = unsafe { _mm256_add_ps(low, high) };
+                // SAFETY: token.
+                unsafe { sum_of_8(sums) }
+            }
+            #[inline(always)]
+            fn reduce_max(self, a: Self::V) -> f32 {
+                let mut lanes = [0.0f32; 16];
+                self.store(&mut lanes, a);
+                lanes.into_iter().fold(f32::NEG_INFINITY, f32::max)
+            }
+        }
+    };
 }
+
+sixteen_lanes!(Avx512);
+sixteen_lanes!(Avx512Bf16);

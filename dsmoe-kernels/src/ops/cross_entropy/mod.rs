@@ -18,7 +18,7 @@ use rayon::prelude::*;
 
 use super::blocks::{block_rows, each};
 use crate::isa::Isa;
-use crate::matmul::{Mat, matmul};
+use crate::matmul::{Mat, Precision, matmul};
 
 /// A target that is not scored.
 pub const IGNORE: u32 = u32::MAX;
@@ -138,8 +138,8 @@ pub fn forward_backward_on(
         let n = targets.len();
         let dz = &mut logits[..n * vocab];
         rows(isa, losses, dz, h, head, targets, Some(scale), dims);
-        matmul(dh, Mat::new(dz, n, vocab), Mat::new(head, vocab, hidden), false);
-        matmul(dhead, Mat::new(dz, n, vocab).t(), Mat::new(h, n, hidden), true);
+        matmul(dh, Mat::new(dz, n, vocab), Mat::new(head, vocab, hidden), false, Precision::F32);
+        matmul(dhead, Mat::new(dz, n, vocab).t(), Mat::new(h, n, hidden), true, Precision::F32);
     }
 }
 
@@ -156,7 +156,7 @@ fn rows(
     dims: Dims,
 ) {
     let Dims { hidden, vocab, .. } = dims;
-    matmul(z, Mat::new(h, targets.len(), hidden), Mat::new(head, vocab, hidden).t(), false);
+    matmul(z, Mat::new(h, targets.len(), hidden), Mat::new(head, vocab, hidden).t(), false, Precision::F32);
     let rows = block_rows(vocab);
     let blocks =
         losses.par_chunks_mut(rows).zip(z.par_chunks_mut(rows * vocab)).zip(targets.par_chunks(rows));

@@ -32,5 +32,10 @@ pub fn backward(h: &[f64], head: &[f64], targets: &[u32], scale: f64, dims: Dims
 }
 
 fn linear_dims(dims: Dims) -> linear::Dims {
-    linear::Dims { rows: dims.tokens, inputs: dims.hidden, outputs: dims.vocab }
+    linear::Dims {
+        rows: dims.tokens,
+        inputs: dims.hidden,
+        outputs: dims.vocab,
+        precision: crate::Precision::F32,
+    }
 }

@@ -7,7 +7,7 @@ use super::plan::{Layout, Pairs, Plan, for_parts};
 use super::{Dims, Saved, Scratch, WeightGrads, Weights};
 use crate::buf::Buf;
 use crate::isa::Isa;
-use crate::matmul::{Mat, matmul, matmul_serial};
+use crate::matmul::{Mat, Precision, matmul, matmul_serial};
 
 /// Up to this many tokens of an expert the weights are read in place; more are worth the matrix product's packing.
 const FEW_ROWS: usize = 32;
@@ -144,7 +144,14 @@ pub(super) fn backward(
             for (dw, left, right) in [(gate, da, xs), (up, db, xs), (down, scaled, dys)] {
                 let left = Mat::new(&left[packed.clone()], task.pairs.len(), task.neurons.len());
                 let right = &right[task.pairs.start * hidden..task.pairs.end * hidden];
-                matmul_serial(dw, left.t(), Mat::new(right, task.pairs.len(), hidden), true);
+                matmul_serial(
+                    isa,
+                    dw,
+                    left.t(),
+                    Mat::new(right, task.pairs.len(), hidden),
+                    true,
+                    Precision::F32,
+                );
             }
         },
     );
@@ -173,7 +180,13 @@ pub(super) fn gather<'a>(buf: &'a mut Buf, x: &'a [f32], plan: &Plan<'_>) -> &'a
 fn project_saved(out: &mut [f32], x: &[f32], w: &[f32], plan: &Plan<'_>, isa: Isa, rows: &mut Buf) {
     let Dims { tokens, hidden, intermediate, all_pairs, .. } = plan.dims;
     if all_pairs {
-        matmul(out, Mat::new(x, tokens, hidden), Mat::new(w, intermediate, hidden).t(), false);
+        matmul(
+            out,
+            Mat::new(x, tokens, hidden),
+            Mat::new(w, intermediate, hidden).t(),
+            false,
+            Precision::F32,
+        );
         return;
     }
     let xs = gather(rows, x, plan);
@@ -193,7 +206,14 @@ fn project(isa: Isa, out: &mut [f32], x: &[f32], w: &[f32], hidden: usize) {
     if rows <= FEW_ROWS {
         isa.run(FewDots { out, x, w, inputs: hidden });
     } else {
-        matmul_serial(out, Mat::new(x, rows, hidden), Mat::new(w, neurons, hidden).t(), false);
+        matmul_serial(
+            isa,
+            out,
+            Mat::new(x, rows, hidden),
+            Mat::new(w, neurons, hidden).t(),
+            false,
+            Precision::F32,
+        );
     }
 }
 
@@ -299,7 +319,7 @@ fn expert_product<const N: usize>(
                 isa.run(FewSums { out, h, w, columns: columns.len(), stride: hidden, neurons });
             } else {
                 let w = Mat::with_stride(w, neurons, columns.len(), hidden);
-                matmul_serial(out, Mat::new(h, rows, neurons), w, accumulate);
+                matmul_serial(isa, out, Mat::new(h, rows, neurons), w, accumulate, Precision::F32);
             }
             accumulate = true;
         }

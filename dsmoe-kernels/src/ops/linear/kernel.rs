@@ -11,7 +11,7 @@ const TASK_WEIGHTS: usize = 1 << 16;
 
 /// Sets y; see [`super::forward`].
 pub(super) fn few_rows(isa: Isa, y: &mut [f32], x: &[f32], w: &[f32], dims: Dims) {
-    let Dims { rows, inputs, outputs } = dims;
+    let Dims { rows, inputs, outputs, .. } = dims;
     if rows == 0 || outputs == 0 {
         return;
     }

@@ -1,10 +1,11 @@
 use super::{Dims, backward_input, backward_input_add, backward_weight, forward_on, reference};
+use crate::Precision;
 use crate::isa::Isa;
 use crate::testing::{assert_close, f64s, finite_differences, normals};
 
 #[test]
 fn the_reference_gradient_is_the_derivative() {
-    let dims = Dims { rows: 2, inputs: 3, outputs: 4 };
+    let dims = Dims { rows: 2, inputs: 3, outputs: 4, precision: Precision::F32 };
     let (x, w, dy) = (f64s(&normals(6, 1)), f64s(&normals(12, 2)), f64s(&normals(8, 3)));
     let loss = |x: &[f64], w: &[f64]| -> f64 {
         reference::forward(x, w, dims).iter().zip(&dy).map(|(y, dy)| y * dy).sum()
@@ -20,7 +21,7 @@ fn the_reference_gradient_is_the_derivative() {
 fn forward_and_backward_agree_with_the_reference_on_every_tier() {
     for (rows, inputs, outputs) in [(1, 1, 1), (1, 70, 33), (3, 129, 5), (4, 64, 300), (9, 31, 17), (0, 5, 5)]
     {
-        let dims = Dims { rows, inputs, outputs };
+        let dims = Dims { rows, inputs, outputs, precision: Precision::F32 };
         let (x, w, dy) =
             (normals(rows * inputs, 1), normals(outputs * inputs, 2), normals(rows * outputs, 3));
         let want = reference::forward(&f64s(&x), &f64s(&w), dims);

@@ -4,15 +4,66 @@
 //! forward   C[i,j] (+)= sum_k A[i,k] B[k,j]      A [m,k], B [k,n], C [m,n]
 //! backward  dA = dC B^T,  dB = A^T dC            two more products: see [`Mat::t`]
 //! ```
-//! Accumulates in f32. The product is cut into blocks of C by shape alone, each computed on one thread, so the
-//! result does not depend on the number of threads. The blocks run on the `gemm` crate, which picks its own
-//! instruction set.
+//! With [`Precision::Bf16`] A and B are rounded to bf16 first. Sums are f32: every value of C is a sum over k in one
+//! fixed order (chains of 256 multiply-adds, added up), so neither the number of threads nor the way the product
+//! is cut changes a bit.
 
+mod block;
+mod pack;
+mod packed;
+mod product;
 pub mod reference;
 #[cfg(test)]
 mod tests;
+mod tile;
 
-use rayon::prelude::*;
+pub use packed::Packed;
+
+use crate::isa::Isa;
+
+/// What the operands of matrix products are rounded to; sums are f32 always.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Precision {
+    /// Not at all.
+    #[default]
+    F32,
+    /// To bf16, ties to even.
+    Bf16,
+}
+
+impl Precision {
+    /// `f32` or `bf16`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Precision::F32 => "f32",
+            Precision::Bf16 => "bf16",
+        }
+    }
+
+    /// Bytes of a stored value.
+    pub fn bytes(self) -> usize {
+        match self {
+            Precision::F32 => 4,
+            Precision::Bf16 => 2,
+        }
+    }
+}
+
+impl std::str::FromStr for Precision {
+    type Err = String;
+    fn from_str(name: &str) -> Result<Precision, String> {
+        [Precision::F32, Precision::Bf16]
+            .into_iter()
+            .find(|precision| precision.name() == name)
+            .ok_or_else(|| format!("unknown precision `{name}`; use f32 or bf16"))
+    }
+}
+
+impl std::fmt::Display for Precision {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
 
 /// A borrowed matrix with arbitrary strides.
 #[derive(Clone, Copy, Debug)]
@@ -57,65 +108,74 @@ impl<'a> Mat<'a> {
             ..self
         }
     }
-}
 
-/// Smallest product, in multiply-adds, worth a task of its own.
-const TASK_WORK: usize = 1 << 18;
-/// Tasks a large product is cut into.
-const TASKS: usize = 16;
+    pub(crate) fn at(&self, row: usize, col: usize) -> f32 {
+        self.data[row * self.row_stride + col * self.col_stride]
+    }
+}
 
 /// `C = A B` (sets), or `C += A B` when `accumulate`. `c` is row-major `[a.rows, b.cols]`.
 ///
 /// # Panics
 /// Shapes do not fit.
-pub fn matmul(c: &mut [f32], a: Mat<'_>, b: Mat<'_>, accumulate: bool) {
-    let (m, n, k) = (a.rows, b.cols, a.cols);
-    let tasks = (m * n * k / TASK_WORK).clamp(1, TASKS);
-    if tasks == 1 {
-        matmul_serial(c, a, b, accumulate);
-        return;
-    }
-    check(c, a, b);
-    if m >= n / 2 {
-        let rows = m.div_ceil(tasks).next_multiple_of(16);
-        c.par_chunks_mut(rows * n).enumerate().for_each(|(i, c)| {
-            let count = c.len() / n;
-            let a = Mat { data: &a.data[i * rows * a.row_stride..], rows: count, ..a };
-            // SAFETY: this chunk of C is `count` rows of n, borrowed mutably here.
-            unsafe { block(&Target { c: c.as_mut_ptr(), n }, count, 0..n, a, b, accumulate) };
-        });
-    } else {
-        let cols = n.div_ceil(tasks).next_multiple_of(16);
-        let target = Target { c: c.as_mut_ptr(), n };
-        (0..n.div_ceil(cols)).into_par_iter().for_each(|i| {
-            let columns = i * cols..n.min((i + 1) * cols);
-            // SAFETY: C is m rows of n, borrowed mutably by this call; every task has columns of its own.
-            unsafe { block(&target, m, columns, a, b, accumulate) };
-        });
-    }
+pub fn matmul(c: &mut [f32], a: Mat<'_>, b: Mat<'_>, accumulate: bool, precision: Precision) {
+    matmul_on(Isa::current(), c, a, b, accumulate, precision);
+}
+
+/// [`matmul`] on a given tier.
+///
+/// # Panics
+/// As [`matmul`].
+pub fn matmul_on(isa: Isa, c: &mut [f32], a: Mat<'_>, b: Mat<'_>, accumulate: bool, precision: Precision) {
+    run(isa, c, a, b, accumulate, precision, true);
 }
 
 /// [`matmul`] on the calling thread alone: for products inside parallel tasks.
 ///
 /// # Panics
-/// Shapes do not fit.
-pub fn matmul_serial(c: &mut [f32], a: Mat<'_>, b: Mat<'_>, accumulate: bool) {
-    check(c, a, b);
-    let (m, n) = (a.rows, b.cols);
-    if m == 0 || n == 0 {
-        return;
-    }
-    if a.cols == 0 {
-        if !accumulate {
-            c.fill(0.0);
-        }
-        return;
-    }
-    // SAFETY: C is m rows of n, borrowed mutably here.
-    unsafe { block(&Target { c: c.as_mut_ptr(), n }, m, 0..n, a, b, accumulate) };
+/// As [`matmul`].
+pub fn matmul_serial(
+    isa: Isa,
+    c: &mut [f32],
+    a: Mat<'_>,
+    b: Mat<'_>,
+    accumulate: bool,
+    precision: Precision,
+) {
+    run(isa, c, a, b, accumulate, precision, false);
 }
 
-fn check(c: &[f32], a: Mat<'_>, b: Mat<'_>) {
+/// `C = A W^T` for a packed `w`: A `[rows, inputs]`, `c` row-major `[rows, outputs]`. A is rounded to the weights'
+/// precision.
+///
+/// # Panics
+/// Shapes do not fit.
+pub fn matmul_packed(isa: Isa, c: &mut [f32], a: Mat<'_>, w: &Packed) {
+    assert!(
+        a.cols == w.inputs() && c.len() == a.rows * w.outputs(),
+        "matmul_packed: [{}, {}] x packed [{}, {}] into {} values",
+        a.rows,
+        a.cols,
+        w.outputs(),
+        w.inputs(),
+        c.len()
+    );
+    if a.cols == 0 {
+        c.fill(0.0);
+    } else if !c.is_empty() {
+        product::product_packed(isa, c, a, w);
+    }
+}
+
+fn run(
+    isa: Isa,
+    c: &mut [f32],
+    a: Mat<'_>,
+    b: Mat<'_>,
+    accumulate: bool,
+    precision: Precision,
+    parallel: bool,
+) {
     assert!(
         a.cols == b.rows && c.len() == a.rows * b.cols,
         "matmul: [{}, {}] x [{}, {}] into {} values",
@@ -125,63 +185,14 @@ fn check(c: &[f32], a: Mat<'_>, b: Mat<'_>) {
         b.cols,
         c.len()
     );
-}
-
-/// Where a block of C goes: the first value of C and its row length.
-struct Target {
-    c: *mut f32,
-    n: usize,
-}
-
-// SAFETY: only `matmul` shares a Target between threads, and there every thread writes columns of its own.
-unsafe impl Sync for Target {}
-
-/// Columns `cols` of the first `rows` rows of `C (+)= A B`, on this thread.
-///
-/// # Safety
-/// `target` points to `rows` rows of `target.n` f32 of which no other thread touches columns `cols` meanwhile.
-unsafe fn block(
-    target: &Target,
-    rows: usize,
-    cols: std::ops::Range<usize>,
-    a: Mat<'_>,
-    b: Mat<'_>,
-    accumulate: bool,
-) {
-    let last = |x: &Mat<'_>| (x.rows - 1) * x.row_stride + (x.cols - 1) * x.col_stride;
-    assert!(
-        rows == a.rows
-            && cols.end <= b.cols.min(target.n)
-            && last(&a) < a.data.len()
-            && last(&b) < b.data.len()
-    );
-    // SAFETY: columns `cols` of `b`, starting here, stay inside `b.data` by the assertion on its last value.
-    let first_b = unsafe { b.data.as_ptr().add(cols.start * b.col_stride) };
-    // SAFETY: C has rows of `target.n` values, and `cols.start < cols.end <= target.n`.
-    let first_c = unsafe { target.c.add(cols.start) };
-    // SAFETY: the pointers and strides address only values inside A, B (asserted above) and this block of C,
-    // which nobody else touches meanwhile; A and B cannot overlap C, which is borrowed mutably by `matmul`.
-    unsafe {
-        gemm::gemm(
-            rows,
-            cols.len(),
-            a.cols,
-            first_c,
-            1,
-            target.n as isize,
-            accumulate,
-            a.data.as_ptr(),
-            a.col_stride as isize,
-            a.row_stride as isize,
-            first_b,
-            b.col_stride as isize,
-            b.row_stride as isize,
-            1.0,
-            1.0,
-            false,
-            false,
-            false,
-            gemm::Parallelism::None,
-        );
+    if c.is_empty() {
+        return;
     }
+    if a.cols == 0 {
+        if !accumulate {
+            c.fill(0.0);
+        }
+        return;
+    }
+    product::product(isa, c, a, b, accumulate, precision, parallel);
 }

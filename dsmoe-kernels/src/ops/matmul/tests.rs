@@ -1,7 +1,8 @@
-use super::{Mat, matmul, reference};
+use super::{Mat, Packed, Precision, matmul, matmul_on, matmul_packed, reference};
+use crate::isa::Isa;
 use crate::testing::{assert_close, f64s, normals, with_threads};
 
-const SHAPES: [(usize, usize, usize); 10] = [
+const SHAPES: [(usize, usize, usize); 12] = [
     (1, 1, 1),
     (3, 5, 2),
     (1, 64, 33),
@@ -12,29 +13,96 @@ const SHAPES: [(usize, usize, usize); 10] = [
     (7, 200, 1000),
     (300, 40, 30),
     (0, 4, 3),
+    (29, 700, 45),
+    (5, 4200, 40),
 ];
 
+/// What an operand becomes in `precision`.
+fn rounded(x: &[f32], precision: Precision) -> Vec<f64> {
+    match precision {
+        Precision::F32 => f64s(x),
+        Precision::Bf16 => x.iter().map(|&x| half::bf16::from_f32(x).to_f64()).collect(),
+    }
+}
+
+fn transposed(x: &[f32], rows: usize, cols: usize) -> Vec<f32> {
+    reference::transpose(&f64s(x), rows, cols).into_iter().map(|x| x as f32).collect()
+}
+
 #[test]
-fn all_layouts_agree_with_the_reference() {
+fn all_layouts_agree_with_the_reference_on_every_tier() {
     for (m, k, n) in SHAPES {
         let (a, b, c0) = (normals(m * k, 1), normals(k * n, 2), normals(m * n, 3));
-        let want = reference::matmul(&f64s(&a), &f64s(&b), m, k, n);
-        let added: Vec<f64> = want.iter().zip(f64s(&c0)).map(|(x, y)| x + y).collect();
-        let transposed = |x: &[f32], r, c| {
-            reference::transpose(&f64s(x), r, c).into_iter().map(|x| x as f32).collect::<Vec<_>>()
-        };
         let (at, bt) = (transposed(&a, m, k), transposed(&b, k, n));
-        for (layout, a, b) in [
-            ("nn", Mat::new(&a, m, k), Mat::new(&b, k, n)),
-            ("nt", Mat::new(&a, m, k), Mat::new(&bt, n, k).t()),
-            ("tn", Mat::new(&at, k, m).t(), Mat::new(&b, k, n)),
-        ] {
-            let mut c = c0.clone();
-            matmul(&mut c, a, b, false);
-            assert_close(&format!("{layout} {m}x{k}x{n}"), &c, &want, 3e-6 * (k as f64).sqrt());
-            let mut c = c0.clone();
-            matmul(&mut c, a, b, true);
-            assert_close(&format!("{layout} {m}x{k}x{n} +="), &c, &added, 3e-6 * (k as f64).sqrt());
+        for precision in [Precision::F32, Precision::Bf16] {
+            let want = reference::matmul(&rounded(&a, precision), &rounded(&b, precision), m, k, n);
+            let added: Vec<f64> = want.iter().zip(f64s(&c0)).map(|(x, y)| x + y).collect();
+            for (layout, a, b) in [
+                ("nn", Mat::new(&a, m, k), Mat::new(&b, k, n)),
+                ("nt", Mat::new(&a, m, k), Mat::new(&bt, n, k).t()),
+                ("tn", Mat::new(&at, k, m).t(), Mat::new(&b, k, n)),
+                ("tt", Mat::new(&at, k, m).t(), Mat::new(&bt, n, k).t()),
+            ] {
+                for isa in Isa::available() {
+                    let name = format!("{layout} {m}x{k}x{n} {precision} {}", isa.name());
+                    let mut c = c0.clone();
+                    matmul_on(isa, &mut c, a, b, false, precision);
+                    assert_close(&name, &c, &want, 3e-6 * (k as f64).sqrt());
+                    let mut c = c0.clone();
+                    matmul_on(isa, &mut c, a, b, true, precision);
+                    assert_close(&format!("{name} +="), &c, &added, 3e-6 * (k as f64).sqrt());
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn packed_weights_give_the_same_bits_as_packing_on_the_way() {
+    for (m, k, n) in SHAPES {
+        let (a, w) = (normals(m * k, 1), normals(n * k, 2));
+        for precision in [Precision::F32, Precision::Bf16] {
+            let packed = Packed::new(precision, Mat::new(&w, n, k));
+            for isa in Isa::available() {
+                let (mut got, mut want) = (vec![f32::NAN; m * n], vec![f32::NAN; m * n]);
+                matmul_packed(isa, &mut got, Mat::new(&a, m, k), &packed);
+                matmul_on(isa, &mut want, Mat::new(&a, m, k), Mat::new(&w, n, k).t(), false, precision);
+                assert!(got == want, "{m}x{k}x{n} {precision} {}", isa.name());
+            }
+        }
+    }
+}
+
+#[test]
+fn packed_rows_come_back_and_can_be_set_in_pieces() {
+    let (n, k) = (75, 9);
+    let w = normals(n * k, 1);
+    for precision in [Precision::F32, Precision::Bf16] {
+        let whole = Packed::new(precision, Mat::new(&w, n, k));
+        let mut pieces = Packed::zeros(precision, n, k);
+        for (first, end) in [(0, 32), (32, 40), (40, 41), (41, 75)] {
+            pieces.set_rows(first, Mat::new(&w[first * k..end * k], end - first, k));
+        }
+        for packed in [&whole, &pieces] {
+            for (j, want) in w.chunks(k).enumerate() {
+                let mut row = vec![f32::NAN; k];
+                packed.row(j, &mut row);
+                assert_eq!(f64s(&row), rounded(want, precision), "{precision} row {j}");
+            }
+        }
+    }
+}
+
+#[test]
+fn rounding_keeps_what_is_not_finite() {
+    let a = [f32::NAN, f32::INFINITY, -f32::NAN, 1.0 + f32::EPSILON];
+    let identity: Vec<f32> = (0..16).map(|i| f32::from(i % 5 == 0)).collect();
+    for isa in Isa::available() {
+        for (i, want) in [f32::NAN, f32::INFINITY, f32::NAN, 1.0].into_iter().enumerate() {
+            let mut c = [0.0];
+            let (row, col) = (Mat::new(&a[i..=i], 1, 1), Mat::new(&identity[..1], 1, 1));
+            matmul_on(isa, &mut c, row, col, false, Precision::Bf16);
+            assert!(c[0] == want || (c[0].is_nan() && want.is_nan()), "{} {want}: {}", isa.name(), c[0]);
         }
     }
 }
@@ -45,17 +113,17 @@ fn strided_rows_are_read_in_place() {
     let b = normals(7 * 3, 5);
     let narrow: Vec<f32> = wide.chunks(12).flat_map(|row| row[..7].to_vec()).collect();
     let (mut got, mut want) = (vec![0.0; 15], vec![0.0; 15]);
-    matmul(&mut got, Mat::with_stride(&wide, 5, 7, 12), Mat::new(&b, 7, 3), false);
-    matmul(&mut want, Mat::new(&narrow, 5, 7), Mat::new(&b, 7, 3), false);
+    matmul(&mut got, Mat::with_stride(&wide, 5, 7, 12), Mat::new(&b, 7, 3), false, Precision::F32);
+    matmul(&mut want, Mat::new(&narrow, 5, 7), Mat::new(&b, 7, 3), false, Precision::F32);
     assert_eq!(got, want);
 }
 
 #[test]
 fn an_empty_inner_dimension_gives_zero() {
     let mut c = vec![1.0; 6];
-    matmul(&mut c, Mat::new(&[], 2, 0), Mat::new(&[], 0, 3), true);
+    matmul(&mut c, Mat::new(&[], 2, 0), Mat::new(&[], 0, 3), true, Precision::F32);
     assert_eq!(c, [1.0; 6]);
-    matmul(&mut c, Mat::new(&[], 2, 0), Mat::new(&[], 0, 3), false);
+    matmul(&mut c, Mat::new(&[], 2, 0), Mat::new(&[], 0, 3), false, Precision::F32);
     assert_eq!(c, [0.0; 6]);
 }
 
@@ -66,7 +134,7 @@ fn threads_do_not_change_a_bit() {
         let run = |threads| {
             with_threads(threads, || {
                 let mut c = vec![0.0; m * n];
-                matmul(&mut c, Mat::new(&a, m, k), Mat::new(&b, k, n), false);
+                matmul(&mut c, Mat::new(&a, m, k), Mat::new(&b, k, n), false, Precision::F32);
                 c
             })
         };

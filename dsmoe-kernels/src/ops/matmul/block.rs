@@ -1,0 +1,258 @@
+//! One task of a matrix product: rows of A, packed here or before, with a range of panels of B.
+
+use std::cell::RefCell;
+use std::ops::Range;
+
+use super::pack::{DEPTH, PANEL, SLACK, Source, pack, pairs, round};
+use super::tile::{Depth, product};
+use crate::buf::Buf;
+use crate::isa::Isa;
+use crate::simd::{Product, ProductKernel};
+
+/// Panels of B, one after the other, each a tile of [`PANEL`] lanes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Panels<'a> {
+    F32(&'a [f32]),
+    Pairs(&'a [u32]),
+}
+
+/// The rows of A.
+#[derive(Clone, Copy)]
+pub(crate) enum Left<'a> {
+    /// To be packed; rounded to bf16 when the flag is set.
+    Source(Source<'a>, bool),
+    /// Tiles in f32, one after the other, cut as [`tiles`] does.
+    Tiles(&'a [f32]),
+}
+
+/// A tile of C: rows of the task and a panel.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct At {
+    /// First row, counted as [`Block::rows`].
+    pub(crate) row: usize,
+    pub(crate) rows: usize,
+    pub(crate) panel: usize,
+}
+
+/// Where the product goes. A tile is `[at.rows, PANEL]`.
+pub(crate) trait Sink: Sync {
+    /// Sets the tile to what the product is added to; or says false: zero.
+    fn start<S: Product>(&self, s: S, tile: &mut [f32], at: At) -> bool;
+    /// Takes the finished tile.
+    fn finish<S: Product>(&self, s: S, tile: &[f32], at: At);
+}
+
+/// How many tiles `rows` rows are cut into, each of `most` at most.
+fn tile_count(rows: usize, most: usize) -> usize {
+    rows.div_ceil(most)
+}
+
+/// The tiles of `rows` rows: as even as can be, larger ones first.
+pub(crate) fn tiles(rows: usize, most: usize) -> impl Iterator<Item = Range<usize>> {
+    let count = tile_count(rows, most).max(1);
+    let (size, larger) = (rows / count, rows % count);
+    (0..tile_count(rows, most)).map(move |i| {
+        let start = i * size + i.min(larger);
+        start..start + size + usize::from(i < larger)
+    })
+}
+
+/// See the module's first line.
+pub(crate) struct Block<'a, K> {
+    pub(crate) left: Left<'a>,
+    /// Rows of A, of [`Left::Source`]; of [`Left::Tiles`] their number counts.
+    pub(crate) rows: Range<usize>,
+    /// The inner dimension: k of the source from `ks.start`, panels from their beginning.
+    pub(crate) ks: Range<usize>,
+    /// All panels; `range` says which ones to use.
+    pub(crate) panels: Panels<'a>,
+    pub(crate) range: Range<usize>,
+    pub(crate) sink: &'a K,
+}
+
+/// Memory of one thread's tasks.
+#[derive(Default)]
+struct Work {
+    a: Buf,
+    a_pairs: Buf,
+    sums: Buf,
+    widened: Buf,
+}
+
+thread_local! {
+    static WORK: RefCell<Work> = RefCell::default();
+}
+
+impl<K: Sink> Block<'_, K> {
+    /// Computes the block on this thread.
+    pub(crate) fn run(self, isa: Isa) {
+        WORK.with_borrow_mut(|work| isa.run_product(Task { block: self, work }));
+    }
+}
+
+struct Task<'a, 'w, K> {
+    block: Block<'a, K>,
+    work: &'w mut Work,
+}
+
+impl<K: Sink> ProductKernel for Task<'_, '_, K> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Product>(self, s: S) {
+        let Task { block, work } = self;
+        let Work { a, a_pairs, sums, widened } = work;
+        let (rows, k) = (block.rows.len(), block.ks.len());
+        let in_pairs = matches!(block.panels, Panels::Pairs(_));
+        // Pairs need an even depth: A gets a row of zeros.
+        let depth = if in_pairs { k.next_multiple_of(2) } else { k };
+        let dots = in_pairs && S::DOTS;
+        let values = match block.left {
+            Left::Tiles(tiles) if !dots => tiles,
+            left => {
+                a.resize(rows * depth + SLACK);
+                match left {
+                    Left::Tiles(tiles) => a[..rows * depth].copy_from_slice(&tiles[..rows * depth]),
+                    Left::Source(source, rounded) => {
+                        pack_tiles(s, a, &source, &block, depth, rounded && !dots);
+                    }
+                }
+                a
+            }
+        };
+        a_pairs.resize(if dots { rows * depth / 2 + SLACK } else { 0 });
+        let paired = bytemuck::cast_slice_mut(a_pairs);
+        if dots {
+            pair_tiles(s, paired, values, rows, depth);
+        }
+        let most = tiles(rows, S::ROWS).map(|t| t.len()).max().unwrap_or(0);
+        sums.resize(2 * rows * PANEL);
+        // Widening a panel once for all tiles pays from the second tile on.
+        let widen_first = in_pairs && !S::DOTS && rows > S::ROWS;
+        widened.resize(if widen_first { DEPTH * PANEL } else { 0 });
+        let mut passes = Passes { s, block: &block, values, paired, sums, widened, rows, depth };
+        let mut panel = block.range.start;
+        while most <= S::ROWS_OF_WIDE && panel + 2 <= block.range.end {
+            passes.panels::<2>(panel);
+            panel += 2;
+        }
+        while panel < block.range.end {
+            passes.panels::<1>(panel);
+            panel += 1;
+        }
+    }
+}
+
+#[inline(always)]
+fn pack_tiles<S: Product, K>(
+    s: S,
+    out: &mut [f32],
+    source: &Source<'_>,
+    block: &Block<'_, K>,
+    depth: usize,
+    rounded: bool,
+) {
+    let k = block.ks.len();
+    for tile in tiles(block.rows.len(), S::ROWS) {
+        let (width, out) = (tile.len(), &mut out[tile.start * depth..]);
+        let lanes = block.rows.start + tile.start..block.rows.start + tile.end;
+        for start in (0..k).step_by(DEPTH) {
+            let end = k.min(start + DEPTH);
+            let out = &mut out[start * width..];
+            pack(s, out, width, source, lanes.clone(), block.ks.start + start..block.ks.start + end);
+            if rounded {
+                round(s, &mut out[..(end - start) * width]);
+            }
+        }
+        out[k * width..depth * width].fill(0.0);
+    }
+}
+
+#[inline(always)]
+fn pair_tiles<S: Product>(s: S, out: &mut [u32], values: &[f32], rows: usize, depth: usize) {
+    for tile in tiles(rows, S::ROWS) {
+        let start = tile.start * depth;
+        pairs(s, &mut out[start / 2..], &values[start..], tile.len(), depth);
+    }
+}
+
+/// What the passes over one block share.
+struct Passes<'a, 'w, S, K> {
+    s: S,
+    block: &'a Block<'a, K>,
+    values: &'w [f32],
+    paired: &'w [u32],
+    sums: &'w mut [f32],
+    widened: &'w mut [f32],
+    rows: usize,
+    depth: usize,
+}
+
+impl<S: Product, K: Sink> Passes<'_, '_, S, K> {
+    /// P panels from `first`, all rows.
+    #[inline(always)]
+    fn panels<const P: usize>(&mut self, first: usize) {
+        let Passes { s, block, rows, depth, .. } = *self;
+        let mut halves = self.sums.chunks_exact_mut(rows * PANEL);
+        let mut sums: [&mut [f32]; P] = std::array::from_fn(|_| halves.next().expect("two halves"));
+        for start in (0..depth).step_by(DEPTH) {
+            let end = depth.min(start + DEPTH);
+            let wide = !self.widened.is_empty();
+            if let (Panels::Pairs(b), true) = (block.panels, wide) {
+                let b = &b[(first * depth + start) / 2 * PANEL..][..(end - start) / 2 * PANEL];
+                widen(s, self.widened, b);
+            }
+            for tile in tiles(rows, S::ROWS) {
+                let at = |p| At { row: block.rows.start + tile.start, rows: tile.len(), panel: first + p };
+                let mut part = sums.each_mut().map(|sums| &mut sums[tile.start * PANEL..tile.end * PANEL]);
+                let mut resume = start > 0;
+                if start == 0 {
+                    for (p, part) in part.iter_mut().enumerate() {
+                        resume = block.sink.start(s, part, at(p));
+                    }
+                }
+                let a = tile.start * depth + start * tile.len()..tile.start * depth + end * tile.len();
+                let pass = match block.panels {
+                    Panels::F32(b) => {
+                        let b = std::array::from_fn(|p| {
+                            &b[((first + p) * depth + start) * PANEL..((first + p) * depth + end) * PANEL]
+                        });
+                        Depth::F32(&self.values[a], b)
+                    }
+                    Panels::Pairs(_) if wide => {
+                        Depth::F32(&self.values[a], std::array::from_fn(|_| &self.widened[..]))
+                    }
+                    Panels::Pairs(b) => {
+                        let b = std::array::from_fn(|p| {
+                            let panel = (first + p) * depth;
+                            &b[(panel + start) / 2 * PANEL..(panel + end) / 2 * PANEL]
+                        });
+                        if S::DOTS {
+                            Depth::Pairs(&self.paired[a.start / 2..a.end / 2], b)
+                        } else {
+                            Depth::Widened(&self.values[a], b)
+                        }
+                    }
+                };
+                product(s, tile.len(), pass, part.each_mut().map(|part| &mut **part), resume);
+                if end == depth {
+                    for (p, part) in part.iter().enumerate() {
+                        block.sink.finish(s, part, at(p));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Sets `out` to the values of `pairs`, k-major.
+#[inline(always)]
+fn widen<S: Product>(s: S, out: &mut [f32], pairs: &[u32]) {
+    for (out, pairs) in out.chunks_exact_mut(2 * PANEL).zip(pairs.chunks_exact(PANEL)) {
+        let (evens, odds) = out.split_at_mut(PANEL);
+        for i in (0..PANEL).step_by(S::LANES) {
+            let (even, odd) = s.widen(&pairs[i..]);
+            s.store(&mut evens[i..], even);
+            s.store(&mut odds[i..], odd);
+        }
+    }
+}

@@ -1,0 +1,154 @@
+//! Operands in the order the product kernels read them.
+//!
+//! A *tile* holds `width` lanes (rows of A, or the columns of one panel of B) k-major: value (k, lane) lies at
+//! `k * width + lane`. In pairs, (k, k + 1) of a lane are one `u32` at `k / 2 * width + lane`.
+
+use std::ops::Range;
+
+use super::Mat;
+use crate::simd::{Product, SQUARE};
+
+/// Columns of a panel of B.
+pub(crate) const PANEL: usize = 32;
+/// Inner dimension of one pass: a panel of that depth stays in the first-level cache. Even.
+pub(crate) const DEPTH: usize = 256;
+/// Values past a tile's end that packing may overwrite.
+pub(crate) const SLACK: usize = SQUARE;
+
+/// A matrix of lanes by k, whose lanes or k may be picked by a list.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Source<'a> {
+    data: &'a [f32],
+    lane_stride: usize,
+    k_stride: usize,
+    lanes: Option<&'a [u32]>,
+    ks: Option<&'a [u32]>,
+}
+
+impl<'a> Source<'a> {
+    /// Rows are lanes.
+    pub(crate) fn rows(mat: Mat<'a>) -> Source<'a> {
+        Source {
+            data: mat.data,
+            lane_stride: mat.row_stride,
+            k_stride: mat.col_stride,
+            lanes: None,
+            ks: None,
+        }
+    }
+
+    /// Row `list[lane]` for every lane.
+    pub(crate) fn picked_rows(mat: Mat<'a>, list: Option<&'a [u32]>) -> Source<'a> {
+        Source { lanes: list, ..Source::rows(mat) }
+    }
+
+    /// Columns are lanes, and row `list[k]` is k.
+    pub(crate) fn columns_of_picked_rows(mat: Mat<'a>, list: Option<&'a [u32]>) -> Source<'a> {
+        Source { ks: list, ..Source::rows(mat.t()) }
+    }
+
+    fn at_lane(&self, lane: usize) -> usize {
+        self.lanes.map_or(lane, |list| list[lane] as usize) * self.lane_stride
+    }
+
+    fn at_k(&self, k: usize) -> usize {
+        self.ks.map_or(k, |list| list[k] as usize) * self.k_stride
+    }
+}
+
+/// Sets a tile of `width` lanes to lanes `lanes` and depth `ks` of `source`. Lanes that are missing up to `width`
+/// become 0. Overwrites up to [`SLACK`] values past the tile.
+#[inline(always)]
+pub(crate) fn pack<S: Product>(
+    s: S,
+    out: &mut [f32],
+    width: usize,
+    source: &Source<'_>,
+    lanes: Range<usize>,
+    ks: Range<usize>,
+) {
+    if source.k_stride == 1 && source.ks.is_none() {
+        transposed(s, out, width, source, lanes, ks);
+    } else if source.lane_stride == 1 && source.lanes.is_none() {
+        copied(s, out, width, source, lanes, ks);
+    } else {
+        for (i, k) in ks.enumerate() {
+            let row = &mut out[i * width..(i + 1) * width];
+            row.fill(0.0);
+            for (value, lane) in row.iter_mut().zip(lanes.clone()) {
+                *value = source.data[source.at_lane(lane) + source.at_k(k)];
+            }
+        }
+    }
+}
+
+static ZEROS: [f32; SQUARE] = [0.0; SQUARE];
+
+#[inline(always)]
+fn transposed<S: Product>(
+    s: S,
+    out: &mut [f32],
+    width: usize,
+    source: &Source<'_>,
+    lanes: Range<usize>,
+    ks: Range<usize>,
+) {
+    let squares = ks.len() / SQUARE;
+    for first in (0..width).step_by(SQUARE) {
+        let mut rows = [&ZEROS[..0]; SQUARE];
+        for (row, lane) in rows.iter_mut().zip(lanes.start + first..lanes.end) {
+            *row = &source.data[source.at_lane(lane) + ks.start..][..ks.len()];
+        }
+        for square in 0..squares {
+            let k = square * SQUARE;
+            let block = rows.map(|row| if row.is_empty() { &ZEROS[..] } else { &row[k..k + SQUARE] });
+            s.transpose(&mut out[k * width + first..], width, block);
+        }
+        for k in squares * SQUARE..ks.len() {
+            let out = &mut out[k * width + first..][..SQUARE.min(width - first)];
+            for (out, row) in out.iter_mut().zip(rows) {
+                *out = if row.is_empty() { 0.0 } else { row[k] };
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn copied<S: Product>(
+    s: S,
+    out: &mut [f32],
+    width: usize,
+    source: &Source<'_>,
+    lanes: Range<usize>,
+    ks: Range<usize>,
+) {
+    for (i, k) in ks.enumerate() {
+        let row = &source.data[source.at_k(k) + lanes.start..][..lanes.len()];
+        let out = &mut out[i * width..];
+        for first in (0..width).step_by(S::LANES) {
+            s.store(&mut out[first..], s.load_tail(&row[first.min(row.len())..]));
+        }
+    }
+}
+
+/// Rounds to bf16, in place.
+#[inline(always)]
+pub(crate) fn round<S: Product>(s: S, values: &mut [f32]) {
+    for x in values.chunks_mut(S::LANES) {
+        let rounded = s.round_bf16(s.load_tail(x));
+        s.store_tail(x, rounded);
+    }
+}
+
+/// Sets the pairs of a tile of `width` lanes and `depth` values of k, which is even or followed by zeros. Both
+/// need [`SLACK`].
+#[inline(always)]
+pub(crate) fn pairs<S: Product>(s: S, out: &mut [u32], values: &[f32], width: usize, depth: usize) {
+    for k in (0..depth).step_by(2) {
+        let out = &mut out[k / 2 * width..];
+        let (even, odd) = (&values[k * width..], &values[(k + 1) * width..]);
+        for first in (0..width).step_by(S::LANES) {
+            s.store_pairs(&mut out[first..], s.load(&even[first..]), s.load(&odd[first..]));
+        }
+    }
+}

@@ -1,0 +1,284 @@
+//! How a whole product is cut into tasks.
+
+use std::cell::Cell;
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::block::{At, Block, Left, Panels, Sink};
+use super::pack::{PANEL, Source, round};
+use super::packed::{PackPanel, panel_len, panels};
+use super::{Mat, Precision};
+use crate::blocks::each_when;
+use crate::buf::Buf;
+use crate::isa::Isa;
+use crate::simd::{Product, ProductKernel};
+
+/// Multiply-adds below which waking a second thread costs more than it saves.
+const SERIAL_WORK: usize = 1 << 18;
+/// Inner dimension of one round over C: what a task packs of A stays in the second-level cache.
+const ROUND: usize = 2048;
+/// f32 values of A that a task packs, about.
+const LEFT_LEN: usize = 1 << 18;
+/// Most rows of a task.
+const MOST_ROWS: usize = 224;
+/// f32 values of B packed at a time.
+const RIGHT_LEN: usize = 1 << 22;
+/// Tasks per thread that keep the threads busy to the end.
+const TASKS_PER_THREAD: usize = 4;
+
+/// Rows of C, row-major; tasks write different rows or different columns.
+#[derive(Clone, Copy)]
+pub(crate) struct Rows<'a> {
+    c: *mut f32,
+    len: usize,
+    row_stride: usize,
+    /// Columns of C, of which the panels cover those from 0.
+    columns: usize,
+    /// Row of C for every row of the product.
+    picked: Option<&'a [u32]>,
+    accumulate: bool,
+}
+
+// SAFETY: a `Rows` only writes through `row`, whose callers own the columns of the rows they ask for.
+unsafe impl Send for Rows<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for Rows<'_> {}
+
+impl<'a> Rows<'a> {
+    /// All of `c`, whose rows have `columns` values; `picked` says which row of C a row of the product is added to
+    /// or stored in, no row twice.
+    ///
+    /// # Safety
+    /// While the value is used, nobody else touches `c`, and no two tasks run at once whose rows and panels
+    /// overlap.
+    pub(crate) unsafe fn new(
+        c: &'a mut [f32],
+        columns: usize,
+        picked: Option<&'a [u32]>,
+        accumulate: bool,
+    ) -> Rows<'a> {
+        Rows { c: c.as_mut_ptr(), len: c.len(), row_stride: columns, columns, picked, accumulate }
+    }
+
+    /// The columns of `panel` in row `row` of the product.
+    #[inline(always)]
+    fn row(&self, row: usize, panel: usize) -> &mut [f32] {
+        let row = self.picked.map_or(row, |rows| rows[row] as usize);
+        let first = panel * PANEL;
+        let width = PANEL.min(self.columns - first);
+        let start = row * self.row_stride + first;
+        assert!(start + width <= self.len);
+        // SAFETY: `start + width <= len` of the slice that `new` was given, and by its contract no other task
+        // uses this row's columns of this panel.
+        let start = unsafe { self.c.add(start) };
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts_mut(start, width) }
+    }
+}
+
+impl Sink for Rows<'_> {
+    #[inline(always)]
+    fn start<S: Product>(&self, s: S, tile: &mut [f32], at: At) -> bool {
+        if self.accumulate {
+            for (r, sums) in tile.chunks_exact_mut(PANEL).enumerate() {
+                copy(s, sums, self.row(at.row + r, at.panel));
+            }
+        }
+        self.accumulate
+    }
+
+    #[inline(always)]
+    fn finish<S: Product>(&self, s: S, tile: &[f32], at: At) {
+        for (r, sums) in tile.chunks_exact(PANEL).enumerate() {
+            copy(s, self.row(at.row + r, at.panel), sums);
+        }
+    }
+}
+
+/// Copies the values both have, at most [`PANEL`].
+#[inline(always)]
+fn copy<S: Product>(s: S, to: &mut [f32], from: &[f32]) {
+    let n = to.len().min(from.len());
+    if n == PANEL {
+        for i in (0..PANEL).step_by(S::LANES) {
+            s.store(&mut to[i..], s.load(&from[i..]));
+        }
+    } else {
+        to[..n].copy_from_slice(&from[..n]);
+    }
+}
+
+/// Rows and panels of one task.
+pub(crate) type Cut = (Range<usize>, Range<usize>);
+
+/// A grid of tasks over rows and panels; the result does not depend on it.
+#[derive(Clone, Copy)]
+pub(crate) struct Grid {
+    rows: usize,
+    panels: usize,
+    row_blocks: usize,
+    panel_blocks: usize,
+}
+
+impl Grid {
+    /// For `rows` rows, `panels` panels, inner dimension k; `parallel` asks for enough tasks for all threads.
+    pub(crate) fn new(rows: usize, panels: usize, k: usize, tasks: usize) -> Grid {
+        let most = (LEFT_LEN / k.max(1)).clamp(28, MOST_ROWS);
+        let fewest = rows.div_ceil(most).max(1);
+        let row_blocks = if fewest >= 2 * tasks { fewest } else { fewest.next_multiple_of(tasks.max(1)) };
+        let row_blocks = row_blocks.min(rows.div_ceil(56).max(fewest));
+        let panel_blocks = tasks.div_ceil(row_blocks).clamp(1, panels.max(1));
+        Grid { rows, panels, row_blocks, panel_blocks }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.row_blocks * self.panel_blocks
+    }
+
+    pub(crate) fn get(&self, task: usize) -> Cut {
+        let part = |i, of, total: usize| i * total / of..(i + 1) * total / of;
+        let (row, panel) = (task % self.row_blocks, task / self.row_blocks);
+        (part(row, self.row_blocks, self.rows), part(panel, self.panel_blocks, self.panels))
+    }
+}
+
+/// Tasks to aim for with `work` multiply-adds.
+pub(crate) fn tasks_for(work: usize) -> usize {
+    let threads = rayon::current_num_threads();
+    if threads == 1 || work < SERIAL_WORK {
+        1
+    } else {
+        (TASKS_PER_THREAD * threads).min(work / (SERIAL_WORK / 4))
+    }
+}
+
+/// Runs `task` for 0..tasks, in parallel when there are several.
+pub(crate) fn for_tasks(tasks: usize, task: impl Fn(usize) + Send + Sync) {
+    each_when(tasks > 1, (0..tasks).into_par_iter().with_max_len(1), task);
+}
+
+thread_local! {
+    /// Packed B of the product this thread has started. Taken while in use: a thread that waits may be given
+    /// another product to start.
+    static RIGHT: Cell<Buf> = Cell::default();
+}
+
+/// Runs `f` with a buffer of `len` values of unspecified contents that is kept for the next call.
+pub(crate) fn with_right<R>(len: usize, f: impl FnOnce(&mut Buf) -> R) -> R {
+    let mut buf = RIGHT.take();
+    buf.resize(len);
+    let result = f(&mut buf);
+    RIGHT.set(buf);
+    result
+}
+
+/// How B is packed for one product: pairs where they are multiplied, else f32, rounded for bf16.
+fn storage(isa: Isa, precision: Precision) -> Precision {
+    if precision == Precision::Bf16 && isa.dots() { Precision::Bf16 } else { Precision::F32 }
+}
+
+/// One panel of a product's B.
+pub(crate) struct PackRight<'a> {
+    pub(crate) out: &'a mut [f32],
+    /// Lanes are columns of B.
+    pub(crate) source: Source<'a>,
+    pub(crate) lanes: Range<usize>,
+    pub(crate) inputs: usize,
+    pub(crate) precision: Precision,
+}
+
+impl PackRight<'_> {
+    pub(crate) fn run(self, isa: Isa) {
+        isa.run_product(self);
+    }
+
+    /// f32 values of a panel.
+    pub(crate) fn len(isa: Isa, precision: Precision, inputs: usize) -> usize {
+        panel_len(storage(isa, precision), inputs)
+    }
+
+    /// The packed panels.
+    pub(crate) fn panels(isa: Isa, precision: Precision, data: &[f32]) -> Panels<'_> {
+        panels(storage(isa, precision), data)
+    }
+}
+
+impl ProductKernel for PackRight<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Product>(self, s: S) {
+        let PackRight { out, source, lanes, inputs, precision } = self;
+        let stored = if S::DOTS { precision } else { Precision::F32 };
+        PackPanel { out: &mut *out, source, lanes, precision: stored, inputs }.run(s);
+        if stored != precision {
+            round(s, &mut out[..inputs * PANEL]);
+        }
+    }
+}
+
+/// `C = A B` or `C += A B`; see [`super::matmul`].
+pub(super) fn product(
+    isa: Isa,
+    c: &mut [f32],
+    a: Mat<'_>,
+    b: Mat<'_>,
+    accumulate: bool,
+    precision: Precision,
+    parallel: bool,
+) {
+    let (m, n, k) = (a.rows, b.cols, a.cols);
+    let tasks = if parallel { tasks_for(m * n * k) } else { 1 };
+    let panels = n.div_ceil(PANEL);
+    for start in (0..k).step_by(ROUND) {
+        let ks = start..k.min(start + ROUND);
+        let depth = ks.len();
+        let len = PackRight::len(isa, precision, depth);
+        let at_once = (RIGHT_LEN / len).clamp(1, panels);
+        let b = Mat { data: &b.data[start * b.row_stride..], rows: depth, ..b };
+        with_right(at_once * len, |right| {
+            for first in (0..panels).step_by(at_once) {
+                let count = at_once.min(panels - first);
+                let packing = right[..count * len].par_chunks_exact_mut(len).enumerate();
+                each_when(tasks > 1, packing, |(panel, out)| {
+                    let lanes = (first + panel) * PANEL..n.min((first + panel + 1) * PANEL);
+                    PackRight { out, source: Source::rows(b.t()), lanes, inputs: depth, precision }.run(isa);
+                });
+                // SAFETY: C is borrowed mutably, and the grid's tasks differ in rows or panels.
+                let sink = unsafe { Rows::new(c, n, None, accumulate || start > 0) };
+                let sink = sink.from_panel(first);
+                let grid = Grid::new(m, count, depth, tasks);
+                let packed = PackRight::panels(isa, precision, &right[..count * len]);
+                for_tasks(grid.len(), |task| {
+                    let (rows, range) = grid.get(task);
+                    let left = Left::Source(Source::rows(a), precision == Precision::Bf16);
+                    Block { left, rows, ks: ks.clone(), panels: packed, range, sink: &sink }.run(isa);
+                });
+            }
+        });
+    }
+}
+
+impl<'a> Rows<'a> {
+    /// The same rows, with panel 0 being panel `first` of C.
+    fn from_panel(self, first: usize) -> Rows<'a> {
+        let skip = first * PANEL;
+        // SAFETY: `first` is a panel of C: the pointer stays inside its first row.
+        let c = unsafe { self.c.add(skip) };
+        Rows { c, len: self.len - skip, columns: self.columns - skip, ..self }
+    }
+}
+
+/// `C = A W^T` with packed weights.
+pub(super) fn product_packed(isa: Isa, c: &mut [f32], a: Mat<'_>, w: &super::Packed) {
+    let (m, n, k) = (a.rows, w.outputs(), a.cols);
+    let panels = n.div_ceil(PANEL);
+    // SAFETY: C is borrowed mutably, and the grid's tasks differ in rows or panels.
+    let sink = unsafe { Rows::new(c, n, None, false) };
+    let grid = Grid::new(m, panels, k, tasks_for(m * n * k));
+    for_tasks(grid.len(), |task| {
+        let (rows, range) = grid.get(task);
+        let left = Left::Source(Source::rows(a), w.precision() == Precision::Bf16);
+        Block { left, rows, ks: 0..k, panels: w.panels(), range, sink: &sink }.run(isa);
+    });
+}

@@ -1,0 +1,155 @@
+//! The innermost products: a few rows of A with one or two panels of B, sums in registers.
+//!
+//! A pass sums from zero and adds its sums at its end, so rounding errors grow with the depth of a pass and the
+//! number of passes, not with the whole inner dimension.
+
+use super::pack::PANEL;
+use crate::simd::Product;
+
+/// What one pass multiplies.
+#[derive(Clone, Copy)]
+pub(super) enum Depth<'a, const P: usize> {
+    /// A tile and panels in f32.
+    F32(&'a [f32], [&'a [f32]; P]),
+    /// A tile in f32, panels in pairs that are widened on the way.
+    Widened(&'a [f32], [&'a [u32]; P]),
+    /// Both in pairs.
+    Pairs(&'a [u32], [&'a [u32]; P]),
+}
+
+/// Sets `sums[p]`, `[rows, PANEL]`, to the product of the tile with panel p, or adds to it when `resume`.
+#[inline(always)]
+pub(super) fn product<S: Product, const P: usize>(
+    s: S,
+    rows: usize,
+    depth: Depth<'_, P>,
+    sums: [&mut [f32]; P],
+    resume: bool,
+) {
+    match rows {
+        1 => tile::<S, 1, P>(s, depth, sums, resume),
+        2 => tile::<S, 2, P>(s, depth, sums, resume),
+        3 => tile::<S, 3, P>(s, depth, sums, resume),
+        4 => tile::<S, 4, P>(s, depth, sums, resume),
+        5 => tile::<S, 5, P>(s, depth, sums, resume),
+        6 => tile::<S, 6, P>(s, depth, sums, resume),
+        _ if P > 1 => unreachable!("{rows} rows with {P} panels"),
+        7 => tile::<S, 7, P>(s, depth, sums, resume),
+        8 => tile::<S, 8, P>(s, depth, sums, resume),
+        9 => tile::<S, 9, P>(s, depth, sums, resume),
+        10 => tile::<S, 10, P>(s, depth, sums, resume),
+        11 => tile::<S, 11, P>(s, depth, sums, resume),
+        12 => tile::<S, 12, P>(s, depth, sums, resume),
+        13 => tile::<S, 13, P>(s, depth, sums, resume),
+        14 => tile::<S, 14, P>(s, depth, sums, resume),
+        _ => unreachable!("{rows} rows in a tile"),
+    }
+}
+
+/// Two registers of every panel: columns `at` and `at + PANEL / 2` onwards, for each row.
+type Sums<V, const R: usize, const P: usize> = [[[V; 2]; P]; R];
+
+#[inline(always)]
+fn tile<S: Product, const R: usize, const P: usize>(
+    s: S,
+    depth: Depth<'_, P>,
+    sums: [&mut [f32]; P],
+    resume: bool,
+) {
+    for first in (0..PANEL / 2).step_by(S::LANES) {
+        let at = [first, first + PANEL / 2];
+        let mut acc: Sums<S::V, R, P> = [[[s.splat(0.0); 2]; P]; R];
+        match depth {
+            Depth::F32(a, b) => f32s(s, &mut acc, a, b, at),
+            Depth::Widened(a, b) => widened(s, &mut acc, a, b, at),
+            Depth::Pairs(a, b) => dots(s, &mut acc, a, b, at),
+        }
+        for r in 0..R {
+            for p in 0..P {
+                for v in 0..2 {
+                    let sum = &mut sums[p][r * PANEL + at[v]..];
+                    let old = if resume { s.load(sum) } else { s.splat(0.0) };
+                    s.store(sum, s.add(old, acc[r][p][v]));
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn f32s<S: Product, const R: usize, const P: usize>(
+    s: S,
+    acc: &mut Sums<S::V, R, P>,
+    a: &[f32],
+    b: [&[f32]; P],
+    at: [usize; 2],
+) {
+    let a = a.as_chunks::<R>().0;
+    let b = b.map(|b| &b.as_chunks::<PANEL>().0[..a.len()]);
+    for (k, a) in a.iter().enumerate() {
+        let mut columns = [[s.splat(0.0); 2]; P];
+        for p in 0..P {
+            for v in 0..2 {
+                columns[p][v] = s.load(&b[p][k][at[v]..]);
+            }
+        }
+        for r in 0..R {
+            let x = s.splat(a[r]);
+            for p in 0..P {
+                for v in 0..2 {
+                    acc[r][p][v] = s.fma(x, columns[p][v], acc[r][p][v]);
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn widened<S: Product, const R: usize, const P: usize>(
+    s: S,
+    acc: &mut Sums<S::V, R, P>,
+    a: &[f32],
+    b: [&[u32]; P],
+    at: [usize; 2],
+) {
+    let a = a.as_chunks::<R>().0.as_chunks::<2>().0;
+    let b = b.map(|b| &b.as_chunks::<PANEL>().0[..a.len()]);
+    for (k, [even, odd]) in a.iter().enumerate() {
+        let mut columns = [[(s.splat(0.0), s.splat(0.0)); 2]; P];
+        for p in 0..P {
+            for v in 0..2 {
+                columns[p][v] = s.widen(&b[p][k][at[v]..]);
+            }
+        }
+        for r in 0..R {
+            let (x, y) = (s.splat(even[r]), s.splat(odd[r]));
+            for p in 0..P {
+                for v in 0..2 {
+                    acc[r][p][v] = s.fma(x, columns[p][v].0, acc[r][p][v]);
+                    acc[r][p][v] = s.fma(y, columns[p][v].1, acc[r][p][v]);
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn dots<S: Product, const R: usize, const P: usize>(
+    s: S,
+    acc: &mut Sums<S::V, R, P>,
+    a: &[u32],
+    b: [&[u32]; P],
+    at: [usize; 2],
+) {
+    let a = a.as_chunks::<R>().0;
+    let b = b.map(|b| &b.as_chunks::<PANEL>().0[..a.len()]);
+    for (k, a) in a.iter().enumerate() {
+        for r in 0..R {
+            for p in 0..P {
+                for v in 0..2 {
+                    acc[r][p][v] = s.dot(acc[r][p][v], a[r], &b[p][k][at[v]..]);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,85 @@
+//! What matrix products need of a tier beyond [`Simd`].
+
+use half::bf16;
+
+use super::{Portable, Simd};
+
+/// Rows or columns of a block that [`Product::transpose`] moves.
+pub(crate) const SQUARE: usize = 16;
+
+/// A tier's part in matrix products. *Pairs* are two bf16 in a `u32`, the even index in the low half.
+pub(crate) trait Product: Simd {
+    /// Most rows of a tile of two registers' width.
+    const ROWS: usize;
+    /// Most rows of a tile of four registers' width.
+    const ROWS_OF_WIDE: usize;
+    /// Whether [`Product::dot`] is one instruction: bf16 products then run on pairs, otherwise on widened f32.
+    const DOTS: bool;
+
+    /// Sets `out[j * stride + i] = rows[i][j]` for i, j < 16, ascending j: a stride below 16 overwrites what is past it.
+    fn transpose(self, out: &mut [f32], stride: usize, rows: [&[f32]; SQUARE]);
+    /// The nearest bf16, ties to even; NaN stays NaN.
+    fn round_bf16(self, a: Self::V) -> Self::V;
+    /// Stores the pairs (even, odd), rounded to bf16.
+    fn store_pairs(self, out: &mut [u32], even: Self::V, odd: Self::V);
+    /// The even and the odd values of the first [`Simd::LANES`] pairs.
+    fn widen(self, pairs: &[u32]) -> (Self::V, Self::V);
+    /// `acc + even(a) even(b) + odd(a) odd(b)` in every lane.
+    fn dot(self, acc: Self::V, a: u32, b: &[u32]) -> Self::V;
+}
+
+/// As [`super::Kernel`], for bodies that need [`Product`].
+pub(crate) trait ProductKernel {
+    type Output;
+    fn run<S: Product>(self, s: S) -> Self::Output;
+}
+
+impl Product for Portable {
+    const ROWS: usize = 2;
+    const ROWS_OF_WIDE: usize = 0;
+    const DOTS: bool = false;
+
+    #[inline(always)]
+    fn transpose(self, out: &mut [f32], stride: usize, rows: [&[f32]; SQUARE]) {
+        let rows = rows.map(|row| &row[..SQUARE]);
+        for j in 0..SQUARE {
+            for (out, row) in out[j * stride..][..SQUARE].iter_mut().zip(rows) {
+                *out = row[j];
+            }
+        }
+    }
+    #[inline(always)]
+    fn round_bf16(self, a: Self::V) -> Self::V {
+        a.map(|x| bf16::from_f32(x).to_f32())
+    }
+    #[inline(always)]
+    fn store_pairs(self, out: &mut [u32], even: Self::V, odd: Self::V) {
+        for (i, out) in out[..Self::LANES].iter_mut().enumerate() {
+            *out = pair(even[i], odd[i]);
+        }
+    }
+    #[inline(always)]
+    fn widen(self, pairs: &[u32]) -> (Self::V, Self::V) {
+        let pairs = &pairs[..Self::LANES];
+        let even = std::array::from_fn(|i| f32::from_bits(pairs[i] << 16));
+        (even, std::array::from_fn(|i| f32::from_bits(pairs[i] & 0xffff_0000)))
+    }
+    #[inline(always)]
+    fn dot(self, acc: Self::V, a: u32, b: &[u32]) -> Self::V {
+        widened_dot(self, acc, a, b)
+    }
+}
+
+/// A pair of bf16, rounded.
+#[inline(always)]
+pub(crate) fn pair(even: f32, odd: f32) -> u32 {
+    u32::from(bf16::from_f32(even).to_bits()) | u32::from(bf16::from_f32(odd).to_bits()) << 16
+}
+
+/// [`Product::dot`] in f32.
+#[inline(always)]
+pub(super) fn widened_dot<S: Product>(s: S, acc: S::V, a: u32, b: &[u32]) -> S::V {
+    let (even, odd) = s.widen(b);
+    let acc = s.fma(s.splat(f32::from_bits(a << 16)), even, acc);
+    s.fma(s.splat(f32::from_bits(a & 0xffff_0000)), odd, acc)
+}

@@ -1,0 +1,227 @@
+//! [`Product`] for the x86 tiers.
+//!
+//! As in [`super::x86`], the token passed by value proves the features. The functions that carry a
+//! `target_feature` hold the instructions; calling one is the `unsafe` step.
+
+use std::arch::x86_64::*;
+
+use super::Simd;
+use super::product::{Product, SQUARE, widened_dot};
+use crate::isa::{Avx2, Avx512, Avx512Bf16};
+
+impl Product for Avx2 {
+    const ROWS: usize = 6;
+    const ROWS_OF_WIDE: usize = 0;
+    const DOTS: bool = false;
+
+    #[inline(always)]
+    fn transpose(self, out: &mut [f32], stride: usize, rows: [&[f32]; SQUARE]) {
+        for j in [0, 8] {
+            let left: [__m256; 8] = std::array::from_fn(|r| self.load(&rows[r][j..]));
+            let right: [__m256; 8] = std::array::from_fn(|r| self.load(&rows[8 + r][j..]));
+            // SAFETY: token: AVX is present.
+            let left = unsafe { transpose8(left) };
+            // SAFETY: token: AVX is present.
+            let right = unsafe { transpose8(right) };
+            for c in 0..8 {
+                let out = &mut out[(j + c) * stride..];
+                self.store(out, left[c]);
+                self.store(&mut out[8..], right[c]);
+            }
+        }
+    }
+    #[inline(always)]
+    fn round_bf16(self, a: Self::V) -> Self::V {
+        // SAFETY: token: AVX2 is present.
+        unsafe { round8(a) }
+    }
+    #[inline(always)]
+    fn store_pairs(self, out: &mut [u32], even: Self::V, odd: Self::V) {
+        let out = &mut out[..8];
+        // SAFETY: token: AVX2 is present.
+        let pairs = unsafe { pairs8(even, odd) };
+        // SAFETY: token; `out` holds 8 u32, and the store has no alignment requirement.
+        unsafe { _mm256_storeu_si256(out.as_mut_ptr().cast(), pairs) }
+    }
+    #[inline(always)]
+    fn widen(self, pairs: &[u32]) -> (Self::V, Self::V) {
+        let pairs = &pairs[..8];
+        // SAFETY: token; `pairs` holds 8 u32, and the load has no alignment requirement.
+        let pairs = unsafe { _mm256_loadu_si256(pairs.as_ptr().cast()) };
+        // SAFETY: token: AVX2 is present.
+        unsafe { widen8(pairs) }
+    }
+    #[inline(always)]
+    fn dot(self, acc: Self::V, a: u32, b: &[u32]) -> Self::V {
+        widened_dot(self, acc, a, b)
+    }
+}
+
+#[target_feature(enable = "avx2")]
+fn transpose8(r: [__m256; 8]) -> [__m256; 8] {
+    let pairs: [__m256; 8] = std::array::from_fn(|i| {
+        let (a, b) = (r[i / 2 * 2], r[i / 2 * 2 + 1]);
+        if i % 2 == 0 { _mm256_unpacklo_ps(a, b) } else { _mm256_unpackhi_ps(a, b) }
+    });
+    let quads: [__m256; 8] = std::array::from_fn(|i| {
+        let (base, k) = (i / 4 * 4, i % 4);
+        let (a, b) = (_mm256_castps_pd(pairs[base + k / 2]), _mm256_castps_pd(pairs[base + k / 2 + 2]));
+        _mm256_castpd_ps(if k % 2 == 0 { _mm256_unpacklo_pd(a, b) } else { _mm256_unpackhi_pd(a, b) })
+    });
+    std::array::from_fn(|i| {
+        let (a, b) = (quads[i % 4], quads[i % 4 + 4]);
+        if i < 4 { _mm256_permute2f128_ps::<0x20>(a, b) } else { _mm256_permute2f128_ps::<0x31>(a, b) }
+    })
+}
+
+/// Bits of the nearest bf16 in the upper halves; the lower halves are zero.
+#[target_feature(enable = "avx2")]
+fn round_bits8(a: __m256) -> __m256i {
+    let bits = _mm256_castps_si256(a);
+    let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+    let rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x0040_0000));
+    let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(a, a));
+    _mm256_and_si256(_mm256_blendv_epi8(rounded, quiet, nan), _mm256_set1_epi32(-0x1_0000))
+}
+
+#[target_feature(enable = "avx2")]
+fn round8(a: __m256) -> __m256 {
+    _mm256_castsi256_ps(round_bits8(a))
+}
+
+#[target_feature(enable = "avx2")]
+fn pairs8(even: __m256, odd: __m256) -> __m256i {
+    _mm256_or_si256(_mm256_srli_epi32::<16>(round_bits8(even)), round_bits8(odd))
+}
+
+#[target_feature(enable = "avx2")]
+fn widen8(pairs: __m256i) -> (__m256, __m256) {
+    let odd = _mm256_and_si256(pairs, _mm256_set1_epi32(-0x1_0000));
+    (_mm256_castsi256_ps(_mm256_slli_epi32::<16>(pairs)), _mm256_castsi256_ps(odd))
+}
+
+macro_rules! sixteen_lanes {
+    ($token:ty, $dots:literal, $dot:ident) => {
+        impl Product for $token {
+            const ROWS: usize = 14;
+            const ROWS_OF_WIDE: usize = 6;
+            const DOTS: bool = $dots;
+
+            #[inline(always)]
+            fn transpose(self, out: &mut [f32], stride: usize, rows: [&[f32]; SQUARE]) {
+                let block: [__m512; 16] = std::array::from_fn(|r| self.load(rows[r]));
+                // SAFETY: token: AVX-512 F is present.
+                let columns = unsafe { transpose16(block) };
+                for (c, column) in columns.into_iter().enumerate() {
+                    self.store(&mut out[c * stride..], column);
+                }
+            }
+            #[inline(always)]
+            fn round_bf16(self, a: Self::V) -> Self::V {
+                // SAFETY: token: AVX-512 F is present.
+                unsafe { round16(a) }
+            }
+            #[inline(always)]
+            fn store_pairs(self, out: &mut [u32], even: Self::V, odd: Self::V) {
+                let out = &mut out[..16];
+                // SAFETY: token: AVX-512 F is present.
+                let pairs = unsafe { pairs16(even, odd) };
+                // SAFETY: token; `out` holds 16 u32, and the store has no alignment requirement.
+                unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), pairs) }
+            }
+            #[inline(always)]
+            fn widen(self, pairs: &[u32]) -> (Self::V, Self::V) {
+                let pairs = &pairs[..16];
+                // SAFETY: token; `pairs` holds 16 u32, and the load has no alignment requirement.
+                let pairs = unsafe { _mm512_loadu_si512(pairs.as_ptr().cast()) };
+                // SAFETY: token: AVX-512 F is present.
+                unsafe { widen16(pairs) }
+            }
+            #[inline(always)]
+            fn dot(self, acc: Self::V, a: u32, b: &[u32]) -> Self::V {
+                $dot(self, acc, a, b)
+            }
+        }
+    };
+}
+
+sixteen_lanes!(Avx512, false, widened_dot);
+sixteen_lanes!(Avx512Bf16, true, pair_dot);
+
+#[inline(always)]
+fn pair_dot(_token: Avx512Bf16, acc: __m512, a: u32, b: &[u32]) -> __m512 {
+    let b = &b[..16];
+    // SAFETY: token; `b` holds 16 u32, and the load has no alignment requirement.
+    let b = unsafe { _mm512_loadu_si512(b.as_ptr().cast()) };
+    // SAFETY: token: AVX512_BF16 is present.
+    unsafe { dot16(acc, a, b) }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn dot16(acc: __m512, a: u32, b: __m512i) -> __m512 {
+    // SAFETY: both are 512 bits, and every bit pattern is a vector of bf16.
+    let a = unsafe { std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(a.cast_signed())) };
+    // SAFETY: as above.
+    let b = unsafe { std::mem::transmute::<__m512i, __m512bh>(b) };
+    _mm512_dpbf16_ps(acc, a, b)
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn transpose16(r: [__m512; 16]) -> [__m512; 16] {
+    let pairs: [__m512; 16] = std::array::from_fn(|i| {
+        let (a, b) = (r[i / 2 * 2], r[i / 2 * 2 + 1]);
+        if i % 2 == 0 { _mm512_unpacklo_ps(a, b) } else { _mm512_unpackhi_ps(a, b) }
+    });
+    // quads[4 g + c]: lane 4 q + i holds row 4 g + i, column 4 q + c.
+    let quads: [__m512; 16] = std::array::from_fn(|i| {
+        let (base, k) = (i / 4 * 4, i % 4);
+        let (a, b) = (_mm512_castps_pd(pairs[base + k / 2]), _mm512_castps_pd(pairs[base + k / 2 + 2]));
+        _mm512_castpd_ps(if k % 2 == 0 { _mm512_unpacklo_pd(a, b) } else { _mm512_unpackhi_pd(a, b) })
+    });
+    // The 4 x 4 blocks of 128 bits: for each column c, blocks q of row groups g.
+    let mut out = [_mm512_setzero_ps(); 16];
+    for c in 0..4 {
+        let (a, b, d, e) = (quads[c], quads[4 + c], quads[8 + c], quads[12 + c]);
+        let (ab02, ab13) = (_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b));
+        let (de02, de13) = (_mm512_shuffle_f32x4::<0x88>(d, e), _mm512_shuffle_f32x4::<0xdd>(d, e));
+        out[c] = _mm512_shuffle_f32x4::<0x88>(ab02, de02);
+        out[4 + c] = _mm512_shuffle_f32x4::<0x88>(ab13, de13);
+        out[8 + c] = _mm512_shuffle_f32x4::<0xdd>(ab02, de02);
+        out[12 + c] = _mm512_shuffle_f32x4::<0xdd>(ab13, de13);
+    }
+    out
+}
+
+/// Bits of the nearest bf16 in the upper halves; the lower halves are zero.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn round_bits16(a: __m512) -> __m512i {
+    let bits = _mm512_castps_si512(a);
+    let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+    let rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    let quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x0040_0000));
+    let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(a, a);
+    _mm512_and_si512(_mm512_mask_mov_epi32(rounded, nan, quiet), _mm512_set1_epi32(-0x1_0000))
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn round16(a: __m512) -> __m512 {
+    _mm512_castsi512_ps(round_bits16(a))
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn pairs16(even: __m512, odd: __m512) -> __m512i {
+    _mm512_or_si512(_mm512_srli_epi32::<16>(round_bits16(even)), round_bits16(odd))
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn widen16(pairs: __m512i) -> (__m512, __m512) {
+    let odd = _mm512_and_si512(pairs, _mm512_set1_epi32(-0x1_0000));
+    (_mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs)), _mm512_castsi512_ps(odd))
+}
