@@ -16,6 +16,8 @@ pub(crate) trait Product: Simd {
     /// Whether [`Product::dot`] is one instruction: bf16 products then run on pairs, otherwise on widened f32.
     const DOTS: bool;
 
+    /// Runs `kernel` in a function of its own: what keeps all registers for one inner loop.
+    fn isolated<K: ProductKernel>(self, kernel: K) -> K::Output;
     /// Sets `out[j * stride + i] = rows[i][j]` for i, j < 16, ascending j: a stride below 16 overwrites what is past it.
     fn transpose(self, out: &mut [f32], stride: usize, rows: [&[f32]; SQUARE]);
     /// The nearest bf16, ties to even; NaN stays NaN.
@@ -39,6 +41,10 @@ impl Product for Portable {
     const ROWS_OF_WIDE: usize = 0;
     const DOTS: bool = false;
 
+    #[inline(never)]
+    fn isolated<K: ProductKernel>(self, kernel: K) -> K::Output {
+        kernel.run(self)
+    }
     #[inline(always)]
     fn transpose(self, out: &mut [f32], stride: usize, rows: [&[f32]; SQUARE]) {
         let rows = rows.map(|row| &row[..SQUARE]);

@@ -31,6 +31,7 @@ pub(crate) fn run_avx512<K: Kernel>(token: Avx512, kernel: K) -> K::Output {
 /// Compiles `kernel` with AVX2 and FMA.
 pub(crate) fn run_product_avx2<K: ProductKernel>(token: Avx2, kernel: K) -> K::Output {
     #[target_feature(enable = "avx2,fma")]
+    #[inline(never)]
     fn inner<K: ProductKernel>(token: Avx2, kernel: K) -> K::Output {
         kernel.run(token)
     }
@@ -41,6 +42,7 @@ pub(crate) fn run_product_avx2<K: ProductKernel>(token: Avx2, kernel: K) -> K::O
 /// Compiles `kernel` with AVX-512.
 pub(crate) fn run_product_avx512<K: ProductKernel>(token: Avx512, kernel: K) -> K::Output {
     #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")]
+    #[inline(never)]
     fn inner<K: ProductKernel>(token: Avx512, kernel: K) -> K::Output {
         kernel.run(token)
     }
@@ -51,6 +53,7 @@ pub(crate) fn run_product_avx512<K: ProductKernel>(token: Avx512, kernel: K) -> 
 /// Compiles `kernel` with AVX-512 and its bf16 products.
 pub(crate) fn run_product_avx512bf16<K: ProductKernel>(token: Avx512Bf16, kernel: K) -> K::Output {
     #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx512bf16,avx2,fma")]
+    #[inline(never)]
     fn inner<K: ProductKernel>(token: Avx512Bf16, kernel: K) -> K::Output {
         kernel.run(token)
     }

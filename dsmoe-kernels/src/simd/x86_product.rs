@@ -6,7 +6,8 @@
 use std::arch::x86_64::*;
 
 use super::Simd;
-use super::product::{Product, SQUARE, widened_dot};
+use super::product::{Product, ProductKernel, SQUARE, widened_dot};
+use super::x86::{run_product_avx2, run_product_avx512, run_product_avx512bf16};
 use crate::isa::{Avx2, Avx512, Avx512Bf16};
 
 impl Product for Avx2 {
@@ -14,6 +15,10 @@ impl Product for Avx2 {
     const ROWS_OF_WIDE: usize = 0;
     const DOTS: bool = false;
 
+    #[inline(always)]
+    fn isolated<K: ProductKernel>(self, kernel: K) -> K::Output {
+        run_product_avx2(self, kernel)
+    }
     #[inline(always)]
     fn transpose(self, out: &mut [f32], stride: usize, rows: [&[f32]; SQUARE]) {
         for j in [0, 8] {
@@ -102,12 +107,16 @@ fn widen8(pairs: __m256i) -> (__m256, __m256) {
 }
 
 macro_rules! sixteen_lanes {
-    ($token:ty, $dots:literal, $dot:ident) => {
+    ($token:ty, $run:ident, $dots:literal, $dot:ident) => {
         impl Product for $token {
             const ROWS: usize = 14;
             const ROWS_OF_WIDE: usize = 6;
             const DOTS: bool = $dots;
 
+            #[inline(always)]
+            fn isolated<K: ProductKernel>(self, kernel: K) -> K::Output {
+                $run(self, kernel)
+            }
             #[inline(always)]
             fn transpose(self, out: &mut [f32], stride: usize, rows: [&[f32]; SQUARE]) {
                 let block: [__m512; 16] = std::array::from_fn(|r| self.load(rows[r]));
@@ -146,8 +155,8 @@ macro_rules! sixteen_lanes {
     };
 }
 
-sixteen_lanes!(Avx512, false, widened_dot);
-sixteen_lanes!(Avx512Bf16, true, pair_dot);
+sixteen_lanes!(Avx512, run_product_avx512, false, widened_dot);
+sixteen_lanes!(Avx512Bf16, run_product_avx512bf16, true, pair_dot);
 
 #[inline(always)]
 fn pair_dot(_token: Avx512Bf16, acc: __m512, a: u32, b: &[u32]) -> __m512 {

@@ -4,7 +4,7 @@
 //! number of passes, not with the whole inner dimension.
 
 use super::pack::PANEL;
-use crate::simd::Product;
+use crate::simd::{Product, ProductKernel};
 
 /// What one pass multiplies.
 #[derive(Clone, Copy)]
@@ -56,98 +56,125 @@ fn tile<S: Product, const R: usize, const P: usize>(
     sums: [&mut [f32]; P],
     resume: bool,
 ) {
-    for first in (0..PANEL / 2).step_by(S::LANES) {
-        let at = [first, first + PANEL / 2];
-        let mut acc: Sums<S::V, R, P> = [[[s.splat(0.0); 2]; P]; R];
-        match depth {
-            Depth::F32(a, b) => f32s(s, &mut acc, a, b, at),
-            Depth::Widened(a, b) => widened(s, &mut acc, a, b, at),
-            Depth::Pairs(a, b) => dots(s, &mut acc, a, b, at),
-        }
-        for r in 0..R {
-            for p in 0..P {
-                for v in 0..2 {
-                    let sum = &mut sums[p][r * PANEL + at[v]..];
-                    let old = if resume { s.load(sum) } else { s.splat(0.0) };
-                    s.store(sum, s.add(old, acc[r][p][v]));
+    match depth {
+        Depth::F32(a, b) => s.isolated(Tile::<_, R, P> { pass: F32s { a, b }, sums, resume }),
+        Depth::Widened(a, b) => s.isolated(Tile::<_, R, P> { pass: Widened { a, b }, sums, resume }),
+        Depth::Pairs(a, b) => s.isolated(Tile::<_, R, P> { pass: Dots { a, b }, sums, resume }),
+    }
+}
+
+/// The sums of R rows with P panels.
+struct Tile<'a, T, const R: usize, const P: usize> {
+    pass: T,
+    sums: [&'a mut [f32]; P],
+    resume: bool,
+}
+
+/// The inner loop of a tile.
+trait Pass<const R: usize, const P: usize> {
+    fn add<S: Product>(&self, s: S, acc: &mut Sums<S::V, R, P>, at: [usize; 2]);
+}
+
+impl<T: Pass<R, P>, const R: usize, const P: usize> ProductKernel for Tile<'_, T, R, P> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Product>(self, s: S) {
+        let Tile { pass, sums, resume } = self;
+        for first in (0..PANEL / 2).step_by(S::LANES) {
+            let at = [first, first + PANEL / 2];
+            let mut acc: Sums<S::V, R, P> = [[[s.splat(0.0); 2]; P]; R];
+            pass.add(s, &mut acc, at);
+            for r in 0..R {
+                for p in 0..P {
+                    for v in 0..2 {
+                        let sum = &mut sums[p][r * PANEL + at[v]..];
+                        let old = if resume { s.load(sum) } else { s.splat(0.0) };
+                        s.store(sum, s.add(old, acc[r][p][v]));
+                    }
                 }
             }
         }
     }
 }
 
-#[inline(always)]
-fn f32s<S: Product, const R: usize, const P: usize>(
-    s: S,
-    acc: &mut Sums<S::V, R, P>,
-    a: &[f32],
-    b: [&[f32]; P],
-    at: [usize; 2],
-) {
-    let a = a.as_chunks::<R>().0;
-    let b = b.map(|b| &b.as_chunks::<PANEL>().0[..a.len()]);
-    for (k, a) in a.iter().enumerate() {
-        let mut columns = [[s.splat(0.0); 2]; P];
-        for p in 0..P {
-            for v in 0..2 {
-                columns[p][v] = s.load(&b[p][k][at[v]..]);
-            }
-        }
-        for r in 0..R {
-            let x = s.splat(a[r]);
+struct F32s<'a, const P: usize> {
+    a: &'a [f32],
+    b: [&'a [f32]; P],
+}
+
+impl<const R: usize, const P: usize> Pass<R, P> for F32s<'_, P> {
+    #[inline(always)]
+    fn add<S: Product>(&self, s: S, acc: &mut Sums<S::V, R, P>, at: [usize; 2]) {
+        let F32s { a, b } = *self;
+        let a = a.as_chunks::<R>().0;
+        let b = b.map(|b| &b.as_chunks::<PANEL>().0[..a.len()]);
+        for (k, a) in a.iter().enumerate() {
+            let mut columns = [[s.splat(0.0); 2]; P];
             for p in 0..P {
                 for v in 0..2 {
-                    acc[r][p][v] = s.fma(x, columns[p][v], acc[r][p][v]);
+                    columns[p][v] = s.load(&b[p][k][at[v]..]);
+                }
+            }
+            for r in 0..R {
+                let x = s.splat(a[r]);
+                for p in 0..P {
+                    for v in 0..2 {
+                        acc[r][p][v] = s.fma(x, columns[p][v], acc[r][p][v]);
+                    }
                 }
             }
         }
     }
 }
 
-#[inline(always)]
-fn widened<S: Product, const R: usize, const P: usize>(
-    s: S,
-    acc: &mut Sums<S::V, R, P>,
-    a: &[f32],
-    b: [&[u32]; P],
-    at: [usize; 2],
-) {
-    let a = a.as_chunks::<R>().0.as_chunks::<2>().0;
-    let b = b.map(|b| &b.as_chunks::<PANEL>().0[..a.len()]);
-    for (k, [even, odd]) in a.iter().enumerate() {
-        let mut columns = [[(s.splat(0.0), s.splat(0.0)); 2]; P];
-        for p in 0..P {
-            for v in 0..2 {
-                columns[p][v] = s.widen(&b[p][k][at[v]..]);
-            }
-        }
-        for r in 0..R {
-            let (x, y) = (s.splat(even[r]), s.splat(odd[r]));
+struct Widened<'a, const P: usize> {
+    a: &'a [f32],
+    b: [&'a [u32]; P],
+}
+
+impl<const R: usize, const P: usize> Pass<R, P> for Widened<'_, P> {
+    #[inline(always)]
+    fn add<S: Product>(&self, s: S, acc: &mut Sums<S::V, R, P>, at: [usize; 2]) {
+        let Widened { a, b } = *self;
+        let a = a.as_chunks::<R>().0.as_chunks::<2>().0;
+        let b = b.map(|b| &b.as_chunks::<PANEL>().0[..a.len()]);
+        for (k, [even, odd]) in a.iter().enumerate() {
+            let mut columns = [[(s.splat(0.0), s.splat(0.0)); 2]; P];
             for p in 0..P {
                 for v in 0..2 {
-                    acc[r][p][v] = s.fma(x, columns[p][v].0, acc[r][p][v]);
-                    acc[r][p][v] = s.fma(y, columns[p][v].1, acc[r][p][v]);
+                    columns[p][v] = s.widen(&b[p][k][at[v]..]);
+                }
+            }
+            for r in 0..R {
+                let (x, y) = (s.splat(even[r]), s.splat(odd[r]));
+                for p in 0..P {
+                    for v in 0..2 {
+                        acc[r][p][v] = s.fma(x, columns[p][v].0, acc[r][p][v]);
+                        acc[r][p][v] = s.fma(y, columns[p][v].1, acc[r][p][v]);
+                    }
                 }
             }
         }
     }
 }
 
-#[inline(always)]
-fn dots<S: Product, const R: usize, const P: usize>(
-    s: S,
-    acc: &mut Sums<S::V, R, P>,
-    a: &[u32],
-    b: [&[u32]; P],
-    at: [usize; 2],
-) {
-    let a = a.as_chunks::<R>().0;
-    let b = b.map(|b| &b.as_chunks::<PANEL>().0[..a.len()]);
-    for (k, a) in a.iter().enumerate() {
-        for r in 0..R {
-            for p in 0..P {
-                for v in 0..2 {
-                    acc[r][p][v] = s.dot(acc[r][p][v], a[r], &b[p][k][at[v]..]);
+struct Dots<'a, const P: usize> {
+    a: &'a [u32],
+    b: [&'a [u32]; P],
+}
+
+impl<const R: usize, const P: usize> Pass<R, P> for Dots<'_, P> {
+    #[inline(always)]
+    fn add<S: Product>(&self, s: S, acc: &mut Sums<S::V, R, P>, at: [usize; 2]) {
+        let Dots { a, b } = *self;
+        let a = a.as_chunks::<R>().0;
+        let b = b.map(|b| &b.as_chunks::<PANEL>().0[..a.len()]);
+        for (k, a) in a.iter().enumerate() {
+            for r in 0..R {
+                for p in 0..P {
+                    for v in 0..2 {
+                        acc[r][p][v] = s.dot(acc[r][p][v], a[r], &b[p][k][at[v]..]);
+                    }
                 }
             }
         }
