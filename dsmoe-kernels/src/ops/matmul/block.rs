@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
+use super::Precision;
 use super::pack::{DEPTH, PANEL, SLACK, Source, pack, pairs, round};
 use super::tile::{Depth, product};
 use crate::buf::Buf;
@@ -23,6 +24,8 @@ pub(crate) enum Left<'a> {
     Source(Source<'a>, bool),
     /// Tiles in f32, one after the other, cut as [`tiles`] does.
     Tiles(&'a [f32]),
+    /// The same in pairs, with [`SLACK`] behind them.
+    PairTiles(&'a [u32]),
 }
 
 /// A tile of C: rows of the task and a panel.
@@ -106,24 +109,39 @@ impl<K: Sink> ProductKernel for Task<'_, '_, K> {
         // Pairs need an even depth: A gets a row of zeros.
         let depth = if in_pairs { k.next_multiple_of(2) } else { k };
         let dots = in_pairs && S::DOTS;
-        let values = match block.left {
+        let values: &[f32] = match block.left {
             Left::Tiles(tiles) if !dots => tiles,
+            Left::PairTiles(_) => &[],
             left => {
                 a.resize(rows * depth + SLACK);
                 match left {
-                    Left::Tiles(tiles) => a[..rows * depth].copy_from_slice(&tiles[..rows * depth]),
                     Left::Source(source, rounded) => {
-                        pack_tiles(s, a, &source, &block, depth, rounded && !dots);
+                        pack_tiles(
+                            s,
+                            a,
+                            &source,
+                            block.rows.clone(),
+                            block.ks.clone(),
+                            depth,
+                            rounded && !dots,
+                        );
                     }
+                    Left::Tiles(tiles) => a[..rows * depth].copy_from_slice(&tiles[..rows * depth]),
+                    Left::PairTiles(_) => {}
                 }
                 a
             }
         };
-        a_pairs.resize(if dots { rows * depth / 2 + SLACK } else { 0 });
-        let paired = bytemuck::cast_slice_mut(a_pairs);
-        if dots {
-            pair_tiles(s, paired, values, rows, depth);
-        }
+        let paired: &[u32] = match block.left {
+            Left::PairTiles(tiles) => tiles,
+            _ if dots => {
+                a_pairs.resize(rows * depth / 2 + SLACK);
+                let out = bytemuck::cast_slice_mut(a_pairs);
+                pair_tiles(s, out, values, rows, depth);
+                out
+            }
+            _ => &[],
+        };
         let most = tiles(rows, S::ROWS).map(|t| t.len()).max().unwrap_or(0);
         sums.resize(2 * rows * PANEL);
         // Widening a panel once for all tiles pays from the second tile on.
@@ -142,28 +160,81 @@ impl<K: Sink> ProductKernel for Task<'_, '_, K> {
     }
 }
 
+/// Sets `out` to the tiles of rows `rows` and columns `ks` of `source`, followed by zeros up to `depth`.
 #[inline(always)]
-fn pack_tiles<S: Product, K>(
+fn pack_tiles<S: Product>(
     s: S,
     out: &mut [f32],
     source: &Source<'_>,
-    block: &Block<'_, K>,
+    rows: Range<usize>,
+    ks: Range<usize>,
     depth: usize,
     rounded: bool,
 ) {
-    let k = block.ks.len();
-    for tile in tiles(block.rows.len(), S::ROWS) {
+    let k = ks.len();
+    for tile in tiles(rows.len(), S::ROWS) {
         let (width, out) = (tile.len(), &mut out[tile.start * depth..]);
-        let lanes = block.rows.start + tile.start..block.rows.start + tile.end;
+        let lanes = rows.start + tile.start..rows.start + tile.end;
         for start in (0..k).step_by(DEPTH) {
             let end = k.min(start + DEPTH);
             let out = &mut out[start * width..];
-            pack(s, out, width, source, lanes.clone(), block.ks.start + start..block.ks.start + end);
+            pack(s, out, width, source, lanes.clone(), ks.start + start..ks.start + end);
             if rounded {
                 round(s, &mut out[..(end - start) * width]);
             }
         }
         out[k * width..depth * width].fill(0.0);
+    }
+}
+
+/// Packs the rows of A for several blocks: f32 values that [`PackLeft::tiles`] reads.
+pub(crate) struct PackLeft<'a> {
+    /// [`PackLeft::len`] values.
+    pub(crate) out: &'a mut [f32],
+    pub(crate) source: Source<'a>,
+    pub(crate) rows: Range<usize>,
+    pub(crate) ks: Range<usize>,
+    pub(crate) precision: Precision,
+}
+
+impl PackLeft<'_> {
+    pub(crate) fn len(isa: Isa, precision: Precision, rows: usize, depth: usize) -> usize {
+        if precision == Precision::Bf16 && isa.dots() {
+            rows * depth.next_multiple_of(2) / 2 + SLACK
+        } else {
+            rows * depth + SLACK
+        }
+    }
+
+    /// Packs on this thread.
+    pub(crate) fn run(self, isa: Isa) {
+        WORK.with_borrow_mut(|work| isa.run_product((self, work)));
+    }
+
+    /// What `run` has set.
+    pub(crate) fn tiles(isa: Isa, precision: Precision, out: &[f32]) -> Left<'_> {
+        if precision == Precision::Bf16 && isa.dots() {
+            Left::PairTiles(bytemuck::cast_slice(out))
+        } else {
+            Left::Tiles(out)
+        }
+    }
+}
+
+impl ProductKernel for (PackLeft<'_>, &mut Work) {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Product>(self, s: S) {
+        let (PackLeft { out, source, rows, ks, precision }, Work { a, .. }) = self;
+        let (count, depth) = (rows.len(), ks.len());
+        if precision == Precision::Bf16 && S::DOTS {
+            let depth = depth.next_multiple_of(2);
+            a.resize(count * depth + SLACK);
+            pack_tiles(s, a, &source, rows, ks, depth, false);
+            pair_tiles(s, bytemuck::cast_slice_mut(out), a, count, depth);
+        } else {
+            pack_tiles(s, out, &source, rows, ks, depth, precision == Precision::Bf16);
+        }
     }
 }
 

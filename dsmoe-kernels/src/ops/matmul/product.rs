@@ -1,11 +1,11 @@
 //! How a whole product is cut into tasks.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::block::{At, Block, Left, Panels, Sink};
+use super::block::{At, Block, Left, PackLeft, Panels, Sink};
 use super::pack::{PANEL, Source, round};
 use super::packed::{PackPanel, panel_len, panels};
 use super::{Mat, Precision};
@@ -24,6 +24,8 @@ const LEFT_LEN: usize = 1 << 18;
 const MOST_ROWS: usize = 224;
 /// f32 values of B packed at a time.
 const RIGHT_LEN: usize = 1 << 22;
+/// f32 values of B that a task packs for itself, about.
+const PRIVATE_LEN: usize = 1 << 18;
 /// Tasks per thread that keep the threads busy to the end.
 const TASKS_PER_THREAD: usize = 4;
 
@@ -173,6 +175,11 @@ pub(crate) fn with_right<R>(len: usize, f: impl FnOnce(&mut Buf) -> R) -> R {
     result
 }
 
+thread_local! {
+    /// Panels of B that one task has packed for itself.
+    static PRIVATE: RefCell<Buf> = RefCell::default();
+}
+
 /// How B is packed for one product: pairs where they are multiplied, else f32, rounded for bf16.
 fn storage(isa: Isa, precision: Precision) -> Precision {
     if precision == Precision::Bf16 && isa.dots() { Precision::Bf16 } else { Precision::F32 }
@@ -218,6 +225,9 @@ impl ProductKernel for PackRight<'_> {
 }
 
 /// `C = A B` or `C += A B`; see [`super::matmul`].
+///
+/// The smaller operand is packed once for all tasks, the larger one piece by piece by the task that uses the
+/// piece, so that it never leaves that core's cache.
 pub(super) fn product(
     isa: Isa,
     c: &mut [f32],
@@ -229,32 +239,94 @@ pub(super) fn product(
 ) {
     let (m, n, k) = (a.rows, b.cols, a.cols);
     let tasks = if parallel { tasks_for(m * n * k) } else { 1 };
-    let panels = n.div_ceil(PANEL);
     for start in (0..k).step_by(ROUND) {
-        let ks = start..k.min(start + ROUND);
-        let depth = ks.len();
+        // SAFETY: C is borrowed mutably, and the tasks of `by_rows` and `by_columns` differ in rows or panels.
+        let sink = unsafe { Rows::new(c, n, None, accumulate || start > 0) };
+        let round = Round { isa, precision, m, n, ks: start..k.min(start + ROUND), tasks, sink };
+        if m < n {
+            round.by_columns(Source::rows(a), b);
+        } else {
+            round.by_rows(Source::rows(a), b);
+        }
+    }
+}
+
+/// One range of the inner dimension of a product.
+struct Round<'a> {
+    isa: Isa,
+    precision: Precision,
+    m: usize,
+    n: usize,
+    ks: Range<usize>,
+    tasks: usize,
+    sink: Rows<'a>,
+}
+
+impl Round<'_> {
+    /// Sets `out` to panel `panel` of `b`.
+    fn pack_right(&self, out: &mut [f32], b: Mat<'_>, panel: usize) {
+        let depth = self.ks.len();
+        let b = Mat { data: &b.data[self.ks.start * b.row_stride..], rows: depth, ..b };
+        let lanes = panel * PANEL..self.n.min((panel + 1) * PANEL);
+        let source = Source::rows(b.t());
+        PackRight { out, source, lanes, inputs: depth, precision: self.precision }.run(self.isa);
+    }
+
+    /// B packed for all tasks, A by each task.
+    fn by_rows(&self, a: Source<'_>, b: Mat<'_>) {
+        let Round { isa, precision, tasks, .. } = *self;
+        let (panels, depth) = (self.n.div_ceil(PANEL), self.ks.len());
         let len = PackRight::len(isa, precision, depth);
         let at_once = (RIGHT_LEN / len).clamp(1, panels);
-        let b = Mat { data: &b.data[start * b.row_stride..], rows: depth, ..b };
         with_right(at_once * len, |right| {
             for first in (0..panels).step_by(at_once) {
                 let count = at_once.min(panels - first);
                 let packing = right[..count * len].par_chunks_exact_mut(len).enumerate();
-                each_when(tasks > 1, packing, |(panel, out)| {
-                    let lanes = (first + panel) * PANEL..n.min((first + panel + 1) * PANEL);
-                    PackRight { out, source: Source::rows(b.t()), lanes, inputs: depth, precision }.run(isa);
-                });
-                // SAFETY: C is borrowed mutably, and the grid's tasks differ in rows or panels.
-                let sink = unsafe { Rows::new(c, n, None, accumulate || start > 0) };
-                let sink = sink.from_panel(first);
-                let grid = Grid::new(m, count, depth, tasks);
-                let packed = PackRight::panels(isa, precision, &right[..count * len]);
+                each_when(tasks > 1, packing, |(panel, out)| self.pack_right(out, b, first + panel));
+                let sink = self.sink.from_panel(first);
+                let grid = Grid::new(self.m, count, depth, tasks);
+                let panels = PackRight::panels(isa, precision, &right[..count * len]);
                 for_tasks(grid.len(), |task| {
                     let (rows, range) = grid.get(task);
-                    let left = Left::Source(Source::rows(a), precision == Precision::Bf16);
-                    Block { left, rows, ks: ks.clone(), panels: packed, range, sink: &sink }.run(isa);
+                    let left = Left::Source(a, precision == Precision::Bf16);
+                    Block { left, rows, ks: self.ks.clone(), panels, range, sink: &sink }.run(isa);
                 });
             }
+        });
+    }
+
+    /// A packed for all tasks, B by each task.
+    fn by_columns(&self, a: Source<'_>, b: Mat<'_>) {
+        let Round { isa, precision, m, tasks, .. } = *self;
+        let (panels, depth) = (self.n.div_ceil(PANEL), self.ks.len());
+        let blocks = m.div_ceil((LEFT_LEN / depth).clamp(28, MOST_ROWS));
+        let rows_of = |block: usize| block * m / blocks..(block + 1) * m / blocks;
+        let left_len = PackLeft::len(isa, precision, m.div_ceil(blocks), depth);
+        let right_len = PackRight::len(isa, precision, depth);
+        let per_task = (PRIVATE_LEN / right_len).clamp(1, panels.div_ceil(tasks));
+        with_right(blocks * left_len, |left| {
+            let packing = left.par_chunks_exact_mut(left_len).enumerate();
+            each_when(tasks > 1, packing, |(block, out)| {
+                PackLeft { out, source: a, rows: rows_of(block), ks: self.ks.clone(), precision }.run(isa);
+            });
+            let left = &left[..];
+            for_tasks(panels.div_ceil(per_task), |task| {
+                let first = task * per_task;
+                let count = per_task.min(panels - first);
+                let sink = self.sink.from_panel(first);
+                PRIVATE.with_borrow_mut(|right| {
+                    right.resize(count * right_len);
+                    for (panel, out) in right.chunks_exact_mut(right_len).enumerate() {
+                        self.pack_right(out, b, first + panel);
+                    }
+                    let panels = PackRight::panels(isa, precision, right);
+                    for block in 0..blocks {
+                        let left = PackLeft::tiles(isa, precision, &left[block * left_len..][..left_len]);
+                        let (rows, ks, range) = (rows_of(block), self.ks.clone(), 0..count);
+                        Block { left, rows, ks, panels, range, sink: &sink }.run(isa);
+                    }
+                });
+            });
         });
     }
 }
