@@ -22,8 +22,8 @@ pub(crate) enum Panels<'a> {
 pub(crate) enum Left<'a> {
     /// To be packed; rounded to bf16 when the flag is set.
     Source(Source<'a>, bool),
-    /// Tiles in f32, one after the other, cut as [`tiles`] does.
-    Tiles(&'a [f32]),
+    /// Tiles in f32, one after the other, cut as [`tiles`] does, with `depth` values of k each.
+    Tiles { data: &'a [f32], depth: usize },
     /// The same in pairs, with [`SLACK`] behind them.
     PairTiles(&'a [u32]),
 }
@@ -63,12 +63,14 @@ pub(crate) fn tiles(rows: usize, most: usize) -> impl Iterator<Item = Range<usiz
 /// See the module's first line.
 pub(crate) struct Block<'a, K> {
     pub(crate) left: Left<'a>,
-    /// Rows of A, of [`Left::Source`]; of [`Left::Tiles`] their number counts.
+    /// Rows of A, of [`Left::Source`]; of tiles their number counts.
     pub(crate) rows: Range<usize>,
-    /// The inner dimension: k of the source from `ks.start`, panels from their beginning.
+    /// The part of the inner dimension, even in its start; of [`Left::PairTiles`] all of it.
     pub(crate) ks: Range<usize>,
     /// All panels; `range` says which ones to use.
     pub(crate) panels: Panels<'a>,
+    /// The inner dimension of the panels: `ks`, or all that `ks` is a part of.
+    pub(crate) panel_ks: Range<usize>,
     pub(crate) range: Range<usize>,
     pub(crate) sink: &'a K,
 }
@@ -109,25 +111,24 @@ impl<K: Sink> ProductKernel for Task<'_, '_, K> {
         // Pairs need an even depth: A gets a row of zeros.
         let depth = if in_pairs { k.next_multiple_of(2) } else { k };
         let dots = in_pairs && S::DOTS;
+        let mut layout = (depth, 0);
         let values: &[f32] = match block.left {
-            Left::Tiles(tiles) if !dots => tiles,
+            Left::Tiles { data, depth } if !dots => {
+                layout = (depth, block.ks.start);
+                data
+            }
             Left::PairTiles(_) => &[],
-            left => {
+            Left::Source(source, rounded) => {
                 a.resize(rows * depth + SLACK);
-                match left {
-                    Left::Source(source, rounded) => {
-                        pack_tiles(
-                            s,
-                            a,
-                            &source,
-                            block.rows.clone(),
-                            block.ks.clone(),
-                            depth,
-                            rounded && !dots,
-                        );
-                    }
-                    Left::Tiles(tiles) => a[..rows * depth].copy_from_slice(&tiles[..rows * depth]),
-                    Left::PairTiles(_) => {}
+                pack_tiles(s, a, &source, block.rows.clone(), block.ks.clone(), depth, rounded && !dots);
+                a
+            }
+            Left::Tiles { data, depth: whole } => {
+                a.resize(rows * depth + SLACK);
+                for tile in tiles(rows, S::ROWS) {
+                    let from = tile.start * whole + block.ks.start * tile.len();
+                    a[tile.start * depth..tile.end * depth]
+                        .copy_from_slice(&data[from..][..tile.len() * depth]);
                 }
                 a
             }
@@ -147,7 +148,13 @@ impl<K: Sink> ProductKernel for Task<'_, '_, K> {
         // Widening a panel once for all tiles pays from the second tile on.
         let widen_first = in_pairs && !S::DOTS && rows > S::ROWS;
         widened.resize(if widen_first { DEPTH * PANEL } else { 0 });
-        let mut passes = Passes { s, block: &block, values, paired, sums, widened, rows, depth };
+        let mut panel_depth = block.panel_ks.len();
+        if in_pairs {
+            panel_depth = panel_depth.next_multiple_of(2);
+        }
+        let panel_layout = (panel_depth, block.ks.start - block.panel_ks.start);
+        let mut passes =
+            Passes { s, block: &block, values, paired, sums, widened, rows, depth, layout, panel_layout };
         let mut panel = block.range.start;
         while most <= S::ROWS_OF_WIDE && panel + 2 <= block.range.end {
             passes.panels::<2>(panel);
@@ -178,7 +185,7 @@ fn pack_tiles<S: Product>(
         for start in (0..k).step_by(DEPTH) {
             let end = k.min(start + DEPTH);
             let out = &mut out[start * width..];
-            pack(s, out, width, source, lanes.clone(), ks.start + start..ks.start + end);
+            pack(s, out, (width, width), source, lanes.clone(), ks.start + start..ks.start + end);
             if rounded {
                 round(s, &mut out[..(end - start) * width]);
             }
@@ -212,11 +219,11 @@ impl PackLeft<'_> {
     }
 
     /// What `run` has set.
-    pub(crate) fn tiles(isa: Isa, precision: Precision, out: &[f32]) -> Left<'_> {
+    pub(crate) fn tiles(isa: Isa, precision: Precision, out: &[f32], depth: usize) -> Left<'_> {
         if precision == Precision::Bf16 && isa.dots() {
             Left::PairTiles(bytemuck::cast_slice(out))
         } else {
-            Left::Tiles(out)
+            Left::Tiles { data: out, depth }
         }
     }
 }
@@ -256,20 +263,25 @@ struct Passes<'a, 'w, S, K> {
     widened: &'w mut [f32],
     rows: usize,
     depth: usize,
+    /// Of `values`: depth of a tile, and where the block's k begin in it.
+    layout: (usize, usize),
+    /// The same of the panels.
+    panel_layout: (usize, usize),
 }
 
 impl<S: Product, K: Sink> Passes<'_, '_, S, K> {
     /// P panels from `first`, all rows.
     #[inline(always)]
     fn panels<const P: usize>(&mut self, first: usize) {
-        let Passes { s, block, rows, depth, .. } = *self;
+        let Passes { s, block, rows, depth, layout, panel_layout, .. } = *self;
+        let panel_at = |p: usize, k: usize| ((first + p) * panel_layout.0 + panel_layout.1 + k) * PANEL;
         let mut halves = self.sums.chunks_exact_mut(rows * PANEL);
         let mut sums: [&mut [f32]; P] = std::array::from_fn(|_| halves.next().expect("two halves"));
         for start in (0..depth).step_by(DEPTH) {
             let end = depth.min(start + DEPTH);
             let wide = !self.widened.is_empty();
             if let (Panels::Pairs(b), true) = (block.panels, wide) {
-                let b = &b[(first * depth + start) / 2 * PANEL..][..(end - start) / 2 * PANEL];
+                let b = &b[panel_at(0, start) / 2..panel_at(0, end) / 2];
                 widen(s, self.widened, b);
             }
             for tile in tiles(rows, S::ROWS) {
@@ -281,26 +293,23 @@ impl<S: Product, K: Sink> Passes<'_, '_, S, K> {
                         resume = block.sink.start(s, part, at(p));
                     }
                 }
-                let a = tile.start * depth + start * tile.len()..tile.start * depth + end * tile.len();
+                let a_at = |k| tile.start * layout.0 + (layout.1 + k) * tile.len();
+                let values = || &self.values[a_at(start)..a_at(end)];
                 let pass = match block.panels {
                     Panels::F32(b) => {
-                        let b = std::array::from_fn(|p| {
-                            &b[((first + p) * depth + start) * PANEL..((first + p) * depth + end) * PANEL]
-                        });
-                        Depth::F32(&self.values[a], b)
+                        let b = std::array::from_fn(|p| &b[panel_at(p, start)..panel_at(p, end)]);
+                        Depth::F32(values(), b)
                     }
                     Panels::Pairs(_) if wide => {
-                        Depth::F32(&self.values[a], std::array::from_fn(|_| &self.widened[..]))
+                        Depth::F32(values(), std::array::from_fn(|_| &self.widened[..]))
                     }
                     Panels::Pairs(b) => {
-                        let b = std::array::from_fn(|p| {
-                            let panel = (first + p) * depth;
-                            &b[(panel + start) / 2 * PANEL..(panel + end) / 2 * PANEL]
-                        });
+                        let b = std::array::from_fn(|p| &b[panel_at(p, start) / 2..panel_at(p, end) / 2]);
                         if S::DOTS {
-                            Depth::Pairs(&self.paired[a.start / 2..a.end / 2], b)
+                            let at = |k| (tile.start * depth + k * tile.len()) / 2;
+                            Depth::Pairs(&self.paired[at(start)..at(end)], b)
                         } else {
-                            Depth::Widened(&self.values[a], b)
+                            Depth::Widened(values(), b)
                         }
                     }
                 };

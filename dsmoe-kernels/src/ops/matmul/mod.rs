@@ -194,5 +194,13 @@ fn run(
         }
         return;
     }
-    product::product(isa, c, a, b, accumulate, precision, parallel);
+    let operands = product::Operands {
+        a: pack::Source::rows(a),
+        b: pack::Source::rows(b.t()),
+        m: a.rows,
+        n: b.cols,
+        k: a.cols,
+        precision,
+    };
+    operands.multiply(isa, c, accumulate, parallel);
 }

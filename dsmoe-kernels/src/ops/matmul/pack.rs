@@ -56,24 +56,25 @@ impl<'a> Source<'a> {
     }
 }
 
-/// Sets a tile of `width` lanes to lanes `lanes` and depth `ks` of `source`. Lanes that are missing up to `width`
-/// become 0. Overwrites up to [`SLACK`] values past the tile.
+/// Sets `width` lanes of a tile of `stride` lanes to lanes `lanes` and depth `ks` of `source`. Lanes that are
+/// missing up to `width` become 0. Where `width` is `stride`, overwrites up to [`SLACK`] values past the tile;
+/// elsewhere `width` is a multiple of 16.
 #[inline(always)]
 pub(crate) fn pack<S: Product>(
     s: S,
     out: &mut [f32],
-    width: usize,
+    (width, stride): (usize, usize),
     source: &Source<'_>,
     lanes: Range<usize>,
     ks: Range<usize>,
 ) {
     if source.k_stride == 1 && source.ks.is_none() {
-        transposed(s, out, width, source, lanes, ks);
+        transposed(s, out, (width, stride), source, lanes, ks);
     } else if source.lane_stride == 1 && source.lanes.is_none() {
-        copied(s, out, width, source, lanes, ks);
+        copied(s, out, (width, stride), source, lanes, ks);
     } else {
         for (i, k) in ks.enumerate() {
-            let row = &mut out[i * width..(i + 1) * width];
+            let row = &mut out[i * stride..][..width];
             row.fill(0.0);
             for (value, lane) in row.iter_mut().zip(lanes.clone()) {
                 *value = source.data[source.at_lane(lane) + source.at_k(k)];
@@ -88,7 +89,7 @@ static ZEROS: [f32; SQUARE] = [0.0; SQUARE];
 fn transposed<S: Product>(
     s: S,
     out: &mut [f32],
-    width: usize,
+    (width, stride): (usize, usize),
     source: &Source<'_>,
     lanes: Range<usize>,
     ks: Range<usize>,
@@ -102,10 +103,10 @@ fn transposed<S: Product>(
         for square in 0..squares {
             let k = square * SQUARE;
             let block = rows.map(|row| if row.is_empty() { &ZEROS[..] } else { &row[k..k + SQUARE] });
-            s.transpose(&mut out[k * width + first..], width, block);
+            s.transpose(&mut out[k * stride + first..], stride, block);
         }
         for k in squares * SQUARE..ks.len() {
-            let out = &mut out[k * width + first..][..SQUARE.min(width - first)];
+            let out = &mut out[k * stride + first..][..SQUARE.min(width - first)];
             for (out, row) in out.iter_mut().zip(rows) {
                 *out = if row.is_empty() { 0.0 } else { row[k] };
             }
@@ -117,14 +118,14 @@ fn transposed<S: Product>(
 fn copied<S: Product>(
     s: S,
     out: &mut [f32],
-    width: usize,
+    (width, stride): (usize, usize),
     source: &Source<'_>,
     lanes: Range<usize>,
     ks: Range<usize>,
 ) {
     for (i, k) in ks.enumerate() {
         let row = &source.data[source.at_k(k) + lanes.start..][..lanes.len()];
-        let out = &mut out[i * width..];
+        let out = &mut out[i * stride..];
         for first in (0..width).step_by(S::LANES) {
             s.store(&mut out[first..], s.load_tail(&row[first.min(row.len())..]));
         }

@@ -1,5 +1,7 @@
 //! Weight matrices kept in the order the product kernels read.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use super::block::Panels;
@@ -60,13 +62,8 @@ impl Packed {
             let lanes = first.max(panel * PANEL)..(first + w.rows).min((panel + 1) * PANEL);
             if lanes.len() == PANEL || lanes == (panel * PANEL..self.outputs) {
                 let rows = lanes.start - first..lanes.end - first;
-                Isa::current().run_product(PackPanel {
-                    out: data,
-                    source: Source::rows(w),
-                    lanes: rows,
-                    precision,
-                    inputs,
-                });
+                let parts = [(Source::rows(w), rows)];
+                Isa::current().run_product(PackPanel { out: data, parts, ks: 0..inputs, precision });
                 return;
             }
             for lane in lanes {
@@ -160,31 +157,40 @@ fn set(panel: &mut [f32], precision: Precision, lane: usize, k: usize, value: f3
     }
 }
 
-/// Sets one panel to the lanes of `source`, rounded to the precision; missing lanes become 0.
-pub(crate) struct PackPanel<'a> {
+/// Sets one panel to lanes of one source, or of two that share the panel half and half, rounded to the precision;
+/// missing lanes become 0.
+pub(crate) struct PackPanel<'a, const N: usize> {
     pub(crate) out: &'a mut [f32],
-    pub(crate) source: Source<'a>,
-    pub(crate) lanes: std::ops::Range<usize>,
+    pub(crate) parts: [(Source<'a>, Range<usize>); N],
+    pub(crate) ks: Range<usize>,
     pub(crate) precision: Precision,
-    pub(crate) inputs: usize,
 }
 
 /// Inputs that are packed before they are rounded: the block stays in the first-level cache.
 const STEP: usize = 128;
 
-impl ProductKernel for PackPanel<'_> {
+impl<const N: usize> ProductKernel for PackPanel<'_, N> {
     type Output = ();
     #[inline(always)]
     fn run<S: Product>(self, s: S) {
-        let PackPanel { out, source, lanes, precision, inputs } = self;
+        let PackPanel { out, parts, ks, precision } = self;
+        let width = PANEL / N;
         match precision {
-            Precision::F32 => pack(s, out, PANEL, &source, lanes, 0..inputs),
+            Precision::F32 => {
+                for (part, (source, lanes)) in parts.into_iter().enumerate() {
+                    pack(s, &mut out[part * width..], (width, PANEL), &source, lanes, ks.clone());
+                }
+            }
             Precision::Bf16 => {
                 let mut values = [0.0; STEP * PANEL + SLACK];
                 let out: &mut [u32] = bytemuck::cast_slice_mut(out);
-                for start in (0..inputs).step_by(STEP) {
-                    let depth = STEP.min(inputs - start);
-                    pack(s, &mut values, PANEL, &source, lanes.clone(), start..start + depth);
+                for start in (0..ks.len()).step_by(STEP) {
+                    let depth = STEP.min(ks.len() - start);
+                    let now = ks.start + start..ks.start + start + depth;
+                    for (part, (source, lanes)) in parts.iter().enumerate() {
+                        let values = &mut values[part * width..];
+                        pack(s, values, (width, PANEL), source, lanes.clone(), now.clone());
+                    }
                     if depth % 2 == 1 {
                         values[depth * PANEL..(depth + 1) * PANEL].fill(0.0);
                     }

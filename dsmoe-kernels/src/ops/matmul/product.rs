@@ -185,68 +185,75 @@ fn storage(isa: Isa, precision: Precision) -> Precision {
     if precision == Precision::Bf16 && isa.dots() { Precision::Bf16 } else { Precision::F32 }
 }
 
-/// One panel of a product's B.
-pub(crate) struct PackRight<'a> {
+/// One panel of a product's B, packed for one call.
+pub(crate) struct PackRight<'a, const N: usize> {
     pub(crate) out: &'a mut [f32],
     /// Lanes are columns of B.
-    pub(crate) source: Source<'a>,
-    pub(crate) lanes: Range<usize>,
-    pub(crate) inputs: usize,
+    pub(crate) parts: [(Source<'a>, Range<usize>); N],
+    pub(crate) ks: Range<usize>,
     pub(crate) precision: Precision,
 }
 
-impl PackRight<'_> {
+impl<const N: usize> PackRight<'_, N> {
     pub(crate) fn run(self, isa: Isa) {
         isa.run_product(self);
     }
-
-    /// f32 values of a panel.
-    pub(crate) fn len(isa: Isa, precision: Precision, inputs: usize) -> usize {
-        panel_len(storage(isa, precision), inputs)
-    }
-
-    /// The packed panels.
-    pub(crate) fn panels(isa: Isa, precision: Precision, data: &[f32]) -> Panels<'_> {
-        panels(storage(isa, precision), data)
-    }
 }
 
-impl ProductKernel for PackRight<'_> {
+/// f32 values of a panel packed for one call.
+pub(crate) fn right_len(isa: Isa, precision: Precision, depth: usize) -> usize {
+    panel_len(storage(isa, precision), depth)
+}
+
+/// Panels packed for one call.
+pub(crate) fn right_panels(isa: Isa, precision: Precision, data: &[f32]) -> Panels<'_> {
+    panels(storage(isa, precision), data)
+}
+
+impl<const N: usize> ProductKernel for PackRight<'_, N> {
     type Output = ();
     #[inline(always)]
     fn run<S: Product>(self, s: S) {
-        let PackRight { out, source, lanes, inputs, precision } = self;
+        let PackRight { out, parts, ks, precision } = self;
         let stored = if S::DOTS { precision } else { Precision::F32 };
-        PackPanel { out: &mut *out, source, lanes, precision: stored, inputs }.run(s);
+        let values = ks.len() * PANEL;
+        PackPanel { out: &mut *out, parts, ks, precision: stored }.run(s);
         if stored != precision {
-            round(s, &mut out[..inputs * PANEL]);
+            round(s, &mut out[..values]);
         }
     }
 }
 
-/// `C = A B` or `C += A B`; see [`super::matmul`].
+/// A product of rows of `a` `[m, k]` with columns of `b` `[k, n]`; the sources' lanes are those rows and columns.
 ///
 /// The smaller operand is packed once for all tasks, the larger one piece by piece by the task that uses the
 /// piece, so that it never leaves that core's cache.
-pub(super) fn product(
-    isa: Isa,
-    c: &mut [f32],
-    a: Mat<'_>,
-    b: Mat<'_>,
-    accumulate: bool,
-    precision: Precision,
-    parallel: bool,
-) {
-    let (m, n, k) = (a.rows, b.cols, a.cols);
-    let tasks = if parallel { tasks_for(m * n * k) } else { 1 };
-    for start in (0..k).step_by(ROUND) {
-        // SAFETY: C is borrowed mutably, and the tasks of `by_rows` and `by_columns` differ in rows or panels.
-        let sink = unsafe { Rows::new(c, n, None, accumulate || start > 0) };
-        let round = Round { isa, precision, m, n, ks: start..k.min(start + ROUND), tasks, sink };
-        if m < n {
-            round.by_columns(Source::rows(a), b);
-        } else {
-            round.by_rows(Source::rows(a), b);
+#[derive(Clone, Copy)]
+pub(crate) struct Operands<'a> {
+    pub(crate) a: Source<'a>,
+    pub(crate) b: Source<'a>,
+    pub(crate) m: usize,
+    pub(crate) n: usize,
+    pub(crate) k: usize,
+    pub(crate) precision: Precision,
+}
+
+impl Operands<'_> {
+    /// Sets C, row-major with n columns, or adds to it; on this thread alone unless `parallel`.
+    pub(crate) fn multiply(self, isa: Isa, c: &mut [f32], accumulate: bool, parallel: bool) {
+        let Operands { m, n, k, .. } = self;
+        if m == 0 || n == 0 {
+            return;
+        }
+        if k == 0 && !accumulate {
+            c[..m * n].fill(0.0);
+        }
+        let tasks = if parallel { tasks_for(m * n * k) } else { 1 };
+        for start in (0..k).step_by(ROUND) {
+            // SAFETY: C is borrowed mutably, and the tasks of `by_rows` and `by_columns` differ in rows or panels.
+            let sink = unsafe { Rows::new(c, n, None, accumulate || start > 0) };
+            let round = Round { isa, operands: self, ks: start..k.min(start + ROUND), tasks, sink };
+            if m < n { round.by_columns() } else { round.by_rows() }
         }
     }
 }
@@ -254,55 +261,52 @@ pub(super) fn product(
 /// One range of the inner dimension of a product.
 struct Round<'a> {
     isa: Isa,
-    precision: Precision,
-    m: usize,
-    n: usize,
+    operands: Operands<'a>,
     ks: Range<usize>,
     tasks: usize,
     sink: Rows<'a>,
 }
 
 impl Round<'_> {
-    /// Sets `out` to panel `panel` of `b`.
-    fn pack_right(&self, out: &mut [f32], b: Mat<'_>, panel: usize) {
-        let depth = self.ks.len();
-        let b = Mat { data: &b.data[self.ks.start * b.row_stride..], rows: depth, ..b };
-        let lanes = panel * PANEL..self.n.min((panel + 1) * PANEL);
-        let source = Source::rows(b.t());
-        PackRight { out, source, lanes, inputs: depth, precision: self.precision }.run(self.isa);
+    /// Sets `out` to panel `panel` of B.
+    fn pack_right(&self, out: &mut [f32], panel: usize) {
+        let Operands { b, n, precision, .. } = self.operands;
+        let lanes = panel * PANEL..n.min((panel + 1) * PANEL);
+        PackRight { out, parts: [(b, lanes)], ks: self.ks.clone(), precision }.run(self.isa);
     }
 
     /// B packed for all tasks, A by each task.
-    fn by_rows(&self, a: Source<'_>, b: Mat<'_>) {
-        let Round { isa, precision, tasks, .. } = *self;
-        let (panels, depth) = (self.n.div_ceil(PANEL), self.ks.len());
-        let len = PackRight::len(isa, precision, depth);
+    fn by_rows(&self) {
+        let Round { isa, tasks, operands: Operands { a, m, n, precision, .. }, .. } = *self;
+        let (panels, depth) = (n.div_ceil(PANEL), self.ks.len());
+        let len = right_len(isa, precision, depth);
         let at_once = (RIGHT_LEN / len).clamp(1, panels);
         with_right(at_once * len, |right| {
             for first in (0..panels).step_by(at_once) {
                 let count = at_once.min(panels - first);
                 let packing = right[..count * len].par_chunks_exact_mut(len).enumerate();
-                each_when(tasks > 1, packing, |(panel, out)| self.pack_right(out, b, first + panel));
+                each_when(tasks > 1, packing, |(panel, out)| self.pack_right(out, first + panel));
                 let sink = self.sink.from_panel(first);
-                let grid = Grid::new(self.m, count, depth, tasks);
-                let panels = PackRight::panels(isa, precision, &right[..count * len]);
+                let grid = Grid::new(m, count, depth, tasks);
+                let panels = right_panels(isa, precision, &right[..count * len]);
                 for_tasks(grid.len(), |task| {
                     let (rows, range) = grid.get(task);
                     let left = Left::Source(a, precision == Precision::Bf16);
-                    Block { left, rows, ks: self.ks.clone(), panels, range, sink: &sink }.run(isa);
+                    let (ks, panel_ks) = (self.ks.clone(), self.ks.clone());
+                    Block { left, rows, ks, panels, panel_ks, range, sink: &sink }.run(isa);
                 });
             }
         });
     }
 
     /// A packed for all tasks, B by each task.
-    fn by_columns(&self, a: Source<'_>, b: Mat<'_>) {
-        let Round { isa, precision, m, tasks, .. } = *self;
-        let (panels, depth) = (self.n.div_ceil(PANEL), self.ks.len());
+    fn by_columns(&self) {
+        let Round { isa, tasks, operands: Operands { a, m, n, precision, .. }, .. } = *self;
+        let (panels, depth) = (n.div_ceil(PANEL), self.ks.len());
         let blocks = m.div_ceil((LEFT_LEN / depth).clamp(28, MOST_ROWS));
         let rows_of = |block: usize| block * m / blocks..(block + 1) * m / blocks;
         let left_len = PackLeft::len(isa, precision, m.div_ceil(blocks), depth);
-        let right_len = PackRight::len(isa, precision, depth);
+        let right_len = right_len(isa, precision, depth);
         let per_task = (PRIVATE_LEN / right_len).clamp(1, panels.div_ceil(tasks));
         with_right(blocks * left_len, |left| {
             let packing = left.par_chunks_exact_mut(left_len).enumerate();
@@ -317,13 +321,15 @@ impl Round<'_> {
                 PRIVATE.with_borrow_mut(|right| {
                     right.resize(count * right_len);
                     for (panel, out) in right.chunks_exact_mut(right_len).enumerate() {
-                        self.pack_right(out, b, first + panel);
+                        self.pack_right(out, first + panel);
                     }
-                    let panels = PackRight::panels(isa, precision, right);
+                    let panels = right_panels(isa, precision, right);
                     for block in 0..blocks {
-                        let left = PackLeft::tiles(isa, precision, &left[block * left_len..][..left_len]);
-                        let (rows, ks, range) = (rows_of(block), self.ks.clone(), 0..count);
-                        Block { left, rows, ks, panels, range, sink: &sink }.run(isa);
+                        let left = &left[block * left_len..][..left_len];
+                        let left = PackLeft::tiles(isa, precision, left, depth);
+                        let (rows, range) = (rows_of(block), 0..count);
+                        let (ks, panel_ks) = (0..depth, 0..depth);
+                        Block { left, rows, ks, panels, panel_ks, range, sink: &sink }.run(isa);
                     }
                 });
             });
@@ -345,12 +351,16 @@ impl<'a> Rows<'a> {
 pub(super) fn product_packed(isa: Isa, c: &mut [f32], a: Mat<'_>, w: &super::Packed) {
     let (m, n, k) = (a.rows, w.outputs(), a.cols);
     let panels = n.div_ceil(PANEL);
-    // SAFETY: C is borrowed mutably, and the grid's tasks differ in rows or panels.
-    let sink = unsafe { Rows::new(c, n, None, false) };
-    let grid = Grid::new(m, panels, k, tasks_for(m * n * k));
-    for_tasks(grid.len(), |task| {
-        let (rows, range) = grid.get(task);
-        let left = Left::Source(Source::rows(a), w.precision() == Precision::Bf16);
-        Block { left, rows, ks: 0..k, panels: w.panels(), range, sink: &sink }.run(isa);
-    });
+    for start in (0..k).step_by(ROUND) {
+        // SAFETY: C is borrowed mutably, and the grid's tasks differ in rows or panels.
+        let sink = unsafe { Rows::new(c, n, None, start > 0) };
+        let ks = start..k.min(start + ROUND);
+        let grid = Grid::new(m, panels, ks.len(), tasks_for(m * n * ks.len()));
+        for_tasks(grid.len(), |task| {
+            let (rows, range) = grid.get(task);
+            let left = Left::Source(Source::rows(a), w.precision() == Precision::Bf16);
+            let (ks, panels) = (ks.clone(), w.panels());
+            Block { left, rows, ks, panels, panel_ks: 0..k, range, sink: &sink }.run(isa);
+        });
+    }
 }
