@@ -22,8 +22,12 @@ impl Product for Avx2 {
     #[inline(always)]
     fn transpose(self, out: &mut [f32], stride: usize, rows: [&[f32]; SQUARE]) {
         for j in [0, 8] {
-            let left: [__m256; 8] = std::array::from_fn(|r| self.load(&rows[r][j..]));
-            let right: [__m256; 8] = std::array::from_fn(|r| self.load(&rows[8 + r][j..]));
+            let mut left = [self.splat(0.0); 8];
+            let mut right = left;
+            for r in 0..8 {
+                left[r] = self.load(&rows[r][j..]);
+                right[r] = self.load(&rows[8 + r][j..]);
+            }
             // SAFETY: token: AVX is present.
             let left = unsafe { transpose8(left) };
             // SAFETY: token: AVX is present.
@@ -64,19 +68,24 @@ impl Product for Avx2 {
 
 #[target_feature(enable = "avx2")]
 fn transpose8(r: [__m256; 8]) -> [__m256; 8] {
-    let pairs: [__m256; 8] = std::array::from_fn(|i| {
+    // Loops, not `array::from_fn`: what that calls is not sure to be compiled with the tier's features.
+    let (mut pairs, mut quads, mut out) = (r, r, r);
+    for i in 0..8 {
         let (a, b) = (r[i / 2 * 2], r[i / 2 * 2 + 1]);
-        if i % 2 == 0 { _mm256_unpacklo_ps(a, b) } else { _mm256_unpackhi_ps(a, b) }
-    });
-    let quads: [__m256; 8] = std::array::from_fn(|i| {
+        pairs[i] = if i % 2 == 0 { _mm256_unpacklo_ps(a, b) } else { _mm256_unpackhi_ps(a, b) };
+    }
+    for i in 0..8 {
         let (base, k) = (i / 4 * 4, i % 4);
         let (a, b) = (_mm256_castps_pd(pairs[base + k / 2]), _mm256_castps_pd(pairs[base + k / 2 + 2]));
-        _mm256_castpd_ps(if k % 2 == 0 { _mm256_unpacklo_pd(a, b) } else { _mm256_unpackhi_pd(a, b) })
-    });
-    std::array::from_fn(|i| {
+        quads[i] =
+            _mm256_castpd_ps(if k % 2 == 0 { _mm256_unpacklo_pd(a, b) } else { _mm256_unpackhi_pd(a, b) });
+    }
+    for i in 0..8 {
         let (a, b) = (quads[i % 4], quads[i % 4 + 4]);
-        if i < 4 { _mm256_permute2f128_ps::<0x20>(a, b) } else { _mm256_permute2f128_ps::<0x31>(a, b) }
-    })
+        out[i] =
+            if i < 4 { _mm256_permute2f128_ps::<0x20>(a, b) } else { _mm256_permute2f128_ps::<0x31>(a, b) };
+    }
+    out
 }
 
 /// Bits of the nearest bf16 in the upper halves; the lower halves are zero.
@@ -119,7 +128,10 @@ macro_rules! sixteen_lanes {
             }
             #[inline(always)]
             fn transpose(self, out: &mut [f32], stride: usize, rows: [&[f32]; SQUARE]) {
-                let block: [__m512; 16] = std::array::from_fn(|r| self.load(rows[r]));
+                let mut block = [self.splat(0.0); 16];
+                for r in 0..16 {
+                    block[r] = self.load(rows[r]);
+                }
                 // SAFETY: token: AVX-512 F is present.
                 let columns = unsafe { transpose16(block) };
                 for (c, column) in columns.into_iter().enumerate() {
@@ -180,16 +192,18 @@ fn dot16(acc: __m512, a: u32, b: __m512i) -> __m512 {
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn transpose16(r: [__m512; 16]) -> [__m512; 16] {
-    let pairs: [__m512; 16] = std::array::from_fn(|i| {
+    let (mut pairs, mut quads) = (r, r);
+    for i in 0..16 {
         let (a, b) = (r[i / 2 * 2], r[i / 2 * 2 + 1]);
-        if i % 2 == 0 { _mm512_unpacklo_ps(a, b) } else { _mm512_unpackhi_ps(a, b) }
-    });
+        pairs[i] = if i % 2 == 0 { _mm512_unpacklo_ps(a, b) } else { _mm512_unpackhi_ps(a, b) };
+    }
     // quads[4 g + c]: lane 4 q + i holds row 4 g + i, column 4 q + c.
-    let quads: [__m512; 16] = std::array::from_fn(|i| {
+    for i in 0..16 {
         let (base, k) = (i / 4 * 4, i % 4);
         let (a, b) = (_mm512_castps_pd(pairs[base + k / 2]), _mm512_castps_pd(pairs[base + k / 2 + 2]));
-        _mm512_castpd_ps(if k % 2 == 0 { _mm512_unpacklo_pd(a, b) } else { _mm512_unpackhi_pd(a, b) })
-    });
+        quads[i] =
+            _mm512_castpd_ps(if k % 2 == 0 { _mm512_unpacklo_pd(a, b) } else { _mm512_unpackhi_pd(a, b) });
+    }
     // The 4 x 4 blocks of 128 bits: for each column c, blocks q of row groups g.
     let mut out = [_mm512_setzero_ps(); 16];
     for c in 0..4 {

@@ -90,6 +90,7 @@ fn problems() -> Vec<Problem> {
         dims(1, 70, 70, 3, 1, 80),
         dims(1, 40, 129, 2, 1, 128),
         dims(1, 3, 70, 70, 1, 8),
+        dims(1, 2, 600, 20, 2, 20),
     ];
     let decodes = (1..=DECODE_QUERIES).flat_map(|queries| {
         [8, 20, 64, 80, 128].map(|head_dim| dims(2, queries, 66 + queries, 6, 3, head_dim))

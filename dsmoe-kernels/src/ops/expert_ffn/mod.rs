@@ -19,17 +19,21 @@
 //! depend on the number of threads. The `dense` functions are the same op with one expert, always active with
 //! coefficient 1.
 
-mod few;
-mod grouped;
+mod infer;
 mod kernel;
+mod packed;
 mod plan;
 pub mod reference;
 #[cfg(test)]
 mod tests;
+mod train;
+
+pub use packed::PackedWeights;
 
 use crate::buf::Buf;
 use crate::isa::Isa;
-use plan::Pairs;
+use crate::matmul::Precision;
+use plan::{Cut, Pairs};
 
 /// Sizes of an expert FFN.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,7 +47,7 @@ pub struct Dims {
     /// Experts; divides `intermediate`.
     pub num_experts: usize,
     /// Training: whether inactive pairs get a coefficient gradient too, as the straight-through rule needs
-    /// (eq. 16). Without it a, b and B are computed for active pairs only. Not used by [`forward`].
+    /// (eq. 16). Without it a, b and B are computed for active pairs only. Not used by inference.
     pub all_pairs: bool,
 }
 
@@ -95,46 +99,58 @@ pub struct WeightGrads<'a> {
 /// What the backward needs of the forward; made by [`forward_train`] and [`forward_dense_train`].
 #[derive(Clone, Debug, Default)]
 pub struct Saved {
-    /// `x Wg^T`: `[tokens, intermediate]`, or of the active pairs alone in an order of its own.
+    /// `x Wg^T`: `[tokens, intermediate]`, or of the active pairs alone `[R, expert_width]`.
     pub a: Buf,
     /// `x Wu^T`, as `a`.
     pub b: Buf,
 }
 
-/// Work space and instruction-set tier. The space grows on demand and is kept; any scratch serves any shape.
+/// Work space, instruction-set tier and precision of training. The space grows on demand and is kept; any scratch
+/// serves any shape.
 #[derive(Debug)]
 pub struct Scratch {
     isa: Isa,
-    xs: Buf,
-    dys: Buf,
+    precision: Precision,
+    tiles: Buf,
     g: Buf,
     da: Buf,
     db: Buf,
     scaled: Buf,
-    columns: Buf,
-    partial: Buf,
+    dpairs: Buf,
+    cut: Cut,
 }
 
 impl Scratch {
-    /// An empty scratch for the current tier.
+    /// An empty scratch for the current tier; training is in f32.
     pub fn new() -> Scratch {
-        Scratch::on(Isa::current())
+        Scratch::with(Isa::current(), Precision::F32)
     }
 
-    /// An empty scratch: the ops it is given to run on `isa` (the matrix products choose for themselves).
-    pub fn on(isa: Isa) -> Scratch {
+    /// An empty scratch: the ops it is given to run on `isa`, and in training round the operands of their products
+    /// to `precision`. (Inference has the precision of its packed weights.)
+    pub fn with(isa: Isa, precision: Precision) -> Scratch {
         let empty = Buf::default;
         Scratch {
             isa,
-            xs: empty(),
-            dys: empty(),
+            precision,
+            tiles: empty(),
             g: empty(),
             da: empty(),
             db: empty(),
             scaled: empty(),
-            columns: empty(),
-            partial: empty(),
+            dpairs: empty(),
+            cut: Cut::default(),
         }
+    }
+
+    /// What training rounds to.
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// Changes what training rounds to.
+    pub fn set_precision(&mut self, precision: Precision) {
+        self.precision = precision;
     }
 }
 
@@ -190,7 +206,68 @@ fn is_empty(dims: Dims) -> bool {
     dims.tokens == 0 || dims.hidden == 0 || dims.intermediate == 0
 }
 
-/// Sets y `[tokens, hidden]` to the sum of the active experts' outputs of x `[tokens, hidden]`.
+/// Sets y `[tokens, hidden]` to the sum of the active experts' outputs of x `[tokens, hidden]`. x and c are rounded
+/// to the weights' precision.
+///
+/// # Panics
+/// Lengths do not fit `dims`, or the weights are of another shape.
+pub fn forward_packed(
+    y: &mut [f32],
+    x: &[f32],
+    weights: &PackedWeights,
+    routes: &Routes<'_>,
+    dims: Dims,
+    scratch: &mut Scratch,
+) {
+    check_packed("forward_packed", y, x, weights, dims);
+    check_routes("forward_packed", routes, dims);
+    infer(y, x, weights, Pairs::Routed(routes), dims, scratch);
+}
+
+/// Sets y to the dense FFN `(silu(x Wg^T) * (x Wu^T)) Wd` of weights packed as one expert.
+///
+/// # Panics
+/// Lengths do not fit, or there are several experts.
+pub fn forward_dense_packed(
+    y: &mut [f32],
+    x: &[f32],
+    weights: &PackedWeights,
+    tokens: usize,
+    scratch: &mut Scratch,
+) {
+    let (hidden, intermediate) = (weights.hidden(), weights.intermediate());
+    let dims = Dims { tokens, hidden, intermediate, num_experts: 1, all_pairs: false };
+    check_packed("forward_dense_packed", y, x, weights, dims);
+    infer(y, x, weights, Pairs::Dense, dims, scratch);
+}
+
+fn check_packed(op: &str, y: &[f32], x: &[f32], weights: &PackedWeights, dims: Dims) {
+    let Dims { tokens, hidden, intermediate, num_experts, .. } = dims;
+    let packed = (weights.hidden(), weights.intermediate(), weights.num_experts());
+    assert!(
+        x.len() == tokens * hidden && y.len() == x.len() && packed == (hidden, intermediate, num_experts),
+        "expert_ffn::{op}: input {}, output {} values, weights {packed:?} for {dims:?}",
+        x.len(),
+        y.len()
+    );
+}
+
+fn infer(
+    y: &mut [f32],
+    x: &[f32],
+    weights: &PackedWeights,
+    pairs: Pairs<'_>,
+    dims: Dims,
+    scratch: &mut Scratch,
+) {
+    if is_empty(dims) {
+        y.fill(0.0);
+    } else {
+        infer::forward(y, x, weights, pairs, dims, scratch);
+    }
+}
+
+/// [`forward_packed`] over packed copies of `weights`: for a single call.
 ///
 /// # Panics
 /// Lengths do not fit `dims`.
@@ -203,11 +280,12 @@ pub fn forward(
     scratch: &mut Scratch,
 ) {
     check("forward", y, x, weights, dims);
-    check_routes("forward", routes, dims);
-    forward_pairs(y, x, weights, Pairs::Routed(routes), dims, scratch);
+    let packed =
+        PackedWeights::new(Precision::F32, weights, dims.hidden, dims.intermediate, dims.num_experts);
+    forward_packed(y, x, &packed, routes, dims, scratch);
 }
 
-/// Sets y to the dense FFN `(silu(x Wg^T) * (x Wu^T)) Wd`.
+/// [`forward_dense_packed`] over packed copies of `weights`: for a single call.
 ///
 /// # Panics
 /// Lengths do not fit the sizes.
@@ -222,27 +300,11 @@ pub fn forward_dense(
 ) {
     let dims = Dims { tokens, hidden, intermediate, num_experts: 1, all_pairs: true };
     check("forward_dense", y, x, weights, dims);
-    forward_pairs(y, x, weights, Pairs::Dense, dims, scratch);
+    let packed = PackedWeights::new(Precision::F32, weights, hidden, intermediate, 1);
+    forward_dense_packed(y, x, &packed, tokens, scratch);
 }
 
-fn forward_pairs(
-    y: &mut [f32],
-    x: &[f32],
-    weights: &Weights<'_>,
-    pairs: Pairs<'_>,
-    dims: Dims,
-    scratch: &mut Scratch,
-) {
-    if is_empty(dims) {
-        y.fill(0.0);
-    } else if dims.tokens <= few::FEW_TOKENS {
-        few::forward(y, x, weights, pairs, dims, scratch);
-    } else {
-        grouped::forward(y, x, weights, pairs, dims, scratch);
-    }
-}
-
-/// [`forward`] that keeps what [`backward`] needs.
+/// [`forward_packed`] over row-major weights that keeps what [`backward`] needs.
 ///
 /// # Panics
 /// As [`forward`].
@@ -260,11 +322,11 @@ pub fn forward_train(
     if is_empty(dims) {
         y.fill(0.0);
     } else {
-        grouped::forward_train(y, saved, x, weights, Pairs::Routed(routes), dims, scratch);
+        train::forward(y, saved, x, weights, Pairs::Routed(routes), dims, scratch);
     }
 }
 
-/// [`forward_dense`] that keeps what [`backward_dense`] needs.
+/// [`forward_dense_packed`] over row-major weights that keeps what [`backward_dense`] needs.
 ///
 /// # Panics
 /// As [`forward_dense`].
@@ -287,7 +349,7 @@ pub fn forward_dense_train(
     if is_empty(dims) {
         y.fill(0.0);
     } else {
-        grouped::forward_train(y, saved, x, weights, Pairs::Dense, dims, scratch);
+        train::forward(y, saved, x, weights, Pairs::Dense, dims, scratch);
     }
 }
 
@@ -327,7 +389,7 @@ pub fn backward(
         dcoefficients.fill(0.0);
     } else {
         let pairs = Pairs::Routed(routes);
-        grouped::backward(dx, Some(dcoefficients), grads, dy, saved, x, weights, pairs, dims, scratch);
+        train::backward(dx, Some(dcoefficients), grads, dy, saved, x, weights, pairs, dims, scratch);
     }
 }
 
@@ -358,6 +420,6 @@ pub fn backward_dense(
     if is_empty(dims) {
         dx.fill(0.0);
     } else {
-        grouped::backward(dx, None, grads, dy, saved, x, weights, Pairs::Dense, dims, scratch);
+        train::backward(dx, None, grads, dy, saved, x, weights, Pairs::Dense, dims, scratch);
     }
 }

@@ -17,7 +17,14 @@ pub mod reference;
 mod tests;
 mod tile;
 
+pub(crate) use block::{At, Block, Left, Panels, Sink, tiles};
+pub(crate) use pack::{PANEL, Source};
 pub use packed::Packed;
+pub(crate) use packed::{PackPanel, panel_len, panels};
+pub(crate) use product::{
+    Grid, Operands, PackRight, RIGHT_LEN, ROUND, Rows, for_tasks, right_len, right_panels, tasks_for,
+    with_right,
+};
 
 use crate::isa::Isa;
 

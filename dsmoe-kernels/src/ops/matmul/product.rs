@@ -17,13 +17,13 @@ use crate::simd::{Product, ProductKernel};
 /// Multiply-adds below which waking a second thread costs more than it saves.
 const SERIAL_WORK: usize = 1 << 18;
 /// Inner dimension of one round over C: what a task packs of A stays in the second-level cache.
-const ROUND: usize = 2048;
+pub(crate) const ROUND: usize = 2048;
 /// f32 values of A that a task packs, about.
 const LEFT_LEN: usize = 1 << 18;
 /// Most rows of a task.
 const MOST_ROWS: usize = 224;
 /// f32 values of B packed at a time.
-const RIGHT_LEN: usize = 1 << 22;
+pub(crate) const RIGHT_LEN: usize = 1 << 22;
 /// f32 values of B that a task packs for itself, about.
 const PRIVATE_LEN: usize = 1 << 18;
 /// Tasks per thread that keep the threads busy to the end.
@@ -61,6 +61,11 @@ impl<'a> Rows<'a> {
         accumulate: bool,
     ) -> Rows<'a> {
         Rows { c: c.as_mut_ptr(), len: c.len(), row_stride: columns, columns, picked, accumulate }
+    }
+
+    /// The same for a product whose rows are other rows of C.
+    pub(crate) fn picked(self, rows: Option<&'a [u32]>) -> Rows<'a> {
+        Rows { picked: rows, ..self }
     }
 
     /// The columns of `panel` in row `row` of the product.
@@ -115,7 +120,7 @@ fn copy<S: Product>(s: S, to: &mut [f32], from: &[f32]) {
 pub(crate) type Cut = (Range<usize>, Range<usize>);
 
 /// A grid of tasks over rows and panels; the result does not depend on it.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Grid {
     rows: usize,
     panels: usize,
@@ -139,10 +144,19 @@ impl Grid {
     }
 
     pub(crate) fn get(&self, task: usize) -> Cut {
-        let part = |i, of, total: usize| i * total / of..(i + 1) * total / of;
         let (row, panel) = (task % self.row_blocks, task / self.row_blocks);
         (part(row, self.row_blocks, self.rows), part(panel, self.panel_blocks, self.panels))
     }
+
+    /// The blocks of rows.
+    pub(crate) fn row_blocks(self) -> impl Iterator<Item = Range<usize>> {
+        (0..self.row_blocks).map(move |row| part(row, self.row_blocks, self.rows))
+    }
+}
+
+/// Part `i` of `total` things cut into `of` parts.
+fn part(i: usize, of: usize, total: usize) -> Range<usize> {
+    i * total / of..(i + 1) * total / of
 }
 
 /// Tasks to aim for with `work` multiply-adds.
@@ -339,7 +353,7 @@ impl Round<'_> {
 
 impl<'a> Rows<'a> {
     /// The same rows, with panel 0 being panel `first` of C.
-    fn from_panel(self, first: usize) -> Rows<'a> {
+    pub(crate) fn from_panel(self, first: usize) -> Rows<'a> {
         let skip = first * PANEL;
         // SAFETY: `first` is a panel of C: the pointer stays inside its first row.
         let c = unsafe { self.c.add(skip) };

@@ -91,6 +91,13 @@ impl Table {
         self.positions
     }
 
+    /// Computes the angles of the first `positions` positions now, for calls that must not allocate.
+    pub fn prepare(&self, positions: usize) {
+        for p in (0..positions.min(self.positions)).step_by(PAGE) {
+            self.row(p);
+        }
+    }
+
     /// `(cos, sin)` `[head_dim / 2]` each, of position `p`.
     fn row(&self, p: usize) -> (&[f32], &[f32]) {
         let half = self.frequencies.len();

@@ -1,0 +1,157 @@
+//! Expert weights kept in the order the kernels read them.
+
+use rayon::prelude::*;
+
+use super::{Dims, Weights};
+use crate::buf::Buf;
+use crate::isa::Isa;
+use crate::matmul::{Mat, PANEL, PackPanel, Panels, Precision, Source, panel_len, panels};
+
+/// Neurons of a panel of gate and up weights: its first half is gate, its second up.
+pub(super) const NEURONS: usize = PANEL / 2;
+
+/// The three matrices of an expert FFN for inference, f32 or bf16.
+///
+/// An expert's gate and up rows are interleaved by 16 neurons, so one product gives both inputs of the same
+/// neurons' SwiGLU. Experts are apart from each other: what is not active is not read.
+#[derive(Clone, Debug)]
+pub struct PackedWeights {
+    precision: Precision,
+    hidden: usize,
+    intermediate: usize,
+    num_experts: usize,
+    gate_up: Buf,
+    down: Buf,
+}
+
+impl PackedWeights {
+    /// Packs `weights`, rounded to bf16 where that is the precision. A dense FFN has one expert.
+    ///
+    /// # Panics
+    /// Lengths do not fit, or `num_experts` does not divide `intermediate`.
+    pub fn new(
+        precision: Precision,
+        weights: &Weights<'_>,
+        hidden: usize,
+        intermediate: usize,
+        num_experts: usize,
+    ) -> PackedWeights {
+        let dims = Dims { tokens: 0, hidden, intermediate, num_experts, all_pairs: false };
+        super::check("PackedWeights::new", &[], &[], weights, dims);
+        let sizes = Sizes { precision, hidden, width: intermediate / num_experts };
+        let mut packed = PackedWeights {
+            precision,
+            hidden,
+            intermediate,
+            num_experts,
+            gate_up: Buf::zeros(num_experts * sizes.gate_up_panels() * sizes.gate_up_len()),
+            down: Buf::zeros(num_experts * sizes.down_panels() * sizes.down_len()),
+        };
+        if intermediate == 0 || hidden == 0 {
+            return packed;
+        }
+        let isa = Isa::current();
+        packed.gate_up.par_chunks_exact_mut(sizes.gate_up_len()).enumerate().for_each(|(i, out)| {
+            let (expert, panel) = (i / sizes.gate_up_panels(), i % sizes.gate_up_panels());
+            let parts = gate_up_parts(weights, hidden, sizes.width, expert, panel);
+            isa.run_product(PackPanel { out, parts, ks: 0..hidden, precision });
+        });
+        packed.down.par_chunks_exact_mut(sizes.down_len()).enumerate().for_each(|(i, out)| {
+            let (expert, panel) = (i / sizes.down_panels(), i % sizes.down_panels());
+            let part = row_columns(weights.down, hidden, panel);
+            let ks = expert * sizes.width..(expert + 1) * sizes.width;
+            isa.run_product(PackPanel { out, parts: [part], ks, precision });
+        });
+        packed
+    }
+
+    /// Bytes of memory, padding included.
+    pub fn bytes(&self) -> usize {
+        4 * (self.gate_up.len() + self.down.len())
+    }
+
+    /// Bytes of one expert.
+    pub fn expert_bytes(&self) -> usize {
+        self.bytes() / self.num_experts
+    }
+
+    /// What the weights are stored as.
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// Columns of x and y.
+    pub fn hidden(&self) -> usize {
+        self.hidden
+    }
+
+    /// Neurons of all experts together.
+    pub fn intermediate(&self) -> usize {
+        self.intermediate
+    }
+
+    /// Experts; 1 when dense.
+    pub fn num_experts(&self) -> usize {
+        self.num_experts
+    }
+
+    pub(super) fn gate_up(&self, expert: usize) -> Panels<'_> {
+        let len = self.gate_up.len() / self.num_experts;
+        panels(self.precision, &self.gate_up[expert * len..][..len])
+    }
+
+    pub(super) fn down(&self, expert: usize) -> Panels<'_> {
+        let len = self.down.len() / self.num_experts;
+        panels(self.precision, &self.down[expert * len..][..len])
+    }
+}
+
+/// Sizes of one expert's panels.
+#[derive(Clone, Copy)]
+struct Sizes {
+    precision: Precision,
+    hidden: usize,
+    width: usize,
+}
+
+impl Sizes {
+    fn gate_up_panels(self) -> usize {
+        self.width.div_ceil(NEURONS)
+    }
+
+    fn gate_up_len(self) -> usize {
+        panel_len(self.precision, self.hidden)
+    }
+
+    fn down_panels(self) -> usize {
+        self.hidden.div_ceil(PANEL)
+    }
+
+    fn down_len(self) -> usize {
+        panel_len(self.precision, tile_depth(self.width))
+    }
+}
+
+/// Neurons of a tile of activations: whole panels, the missing ones zero.
+pub(super) fn tile_depth(width: usize) -> usize {
+    width.next_multiple_of(NEURONS)
+}
+
+/// The gate and the up rows of panel `panel` of `expert`.
+fn gate_up_parts<'a>(
+    weights: &Weights<'a>,
+    hidden: usize,
+    width: usize,
+    expert: usize,
+    panel: usize,
+) -> [(Source<'a>, std::ops::Range<usize>); 2] {
+    let first = expert * width;
+    let neurons = first + panel * NEURONS..first + width.min((panel + 1) * NEURONS);
+    [weights.gate, weights.up].map(|w| (Source::rows(Mat::new(w, w.len() / hidden, hidden)), neurons.clone()))
+}
+
+/// Columns of panel `panel` of a matrix with rows of `hidden` values, the rows being k.
+pub(super) fn row_columns(w: &[f32], hidden: usize, panel: usize) -> (Source<'_>, std::ops::Range<usize>) {
+    let columns = panel * PANEL..hidden.min((panel + 1) * PANEL);
+    (Source::rows(Mat::new(w, w.len() / hidden, hidden).t()), columns)
+}
