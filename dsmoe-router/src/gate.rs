@@ -110,10 +110,12 @@ impl Routed {
                 mask[first_max(row)] = true;
             }
         }
-        let scales: Vec<f32> = mask.outer_iter().map(|row| scale(config, row)).collect();
-        routing.rebuild(mask.view(), |t, i| match config.gate_value {
-            GateValue::Sigmoid => gates[[t, i]] * scales[t],
-            GateValue::Binary => scales[t],
+        routing.rebuild(mask.view(), |t, i| {
+            let scale = scale(config, mask.row(t));
+            match config.gate_value {
+                GateValue::Sigmoid => gates[[t, i]] * scale,
+                GateValue::Binary => scale,
+            }
         });
     }
 }
