@@ -12,6 +12,7 @@
 pub mod buf;
 pub mod isa;
 pub mod ops;
+pub mod peak;
 pub mod rng;
 mod simd;
 pub mod testing;
