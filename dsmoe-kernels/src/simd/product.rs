@@ -20,6 +20,8 @@ pub(crate) trait Product: Simd {
     fn isolated<K: ProductKernel>(self, kernel: K) -> K::Output;
     /// Sets `out[j * stride + i] = rows[i][j]` for i, j < 16, ascending j: a stride below 16 overwrites what is past it.
     fn transpose(self, out: &mut [f32], stride: usize, rows: [&[f32]; SQUARE]);
+    /// Asks for the cache line `ahead` values after the start of `x`, which may lie past its end.
+    fn prefetch(self, x: &[f32], ahead: usize);
     /// The nearest bf16, ties to even; NaN stays NaN.
     fn round_bf16(self, a: Self::V) -> Self::V;
     /// Stores the pairs (even, odd), rounded to bf16.
@@ -54,6 +56,8 @@ impl Product for Portable {
             }
         }
     }
+    #[inline(always)]
+    fn prefetch(self, _x: &[f32], _ahead: usize) {}
     #[inline(always)]
     fn round_bf16(self, a: Self::V) -> Self::V {
         a.map(|x| bf16::from_f32(x).to_f32())

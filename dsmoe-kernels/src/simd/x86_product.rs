@@ -40,6 +40,10 @@ impl Product for Avx2 {
         }
     }
     #[inline(always)]
+    fn prefetch(self, x: &[f32], ahead: usize) {
+        prefetch(x, ahead);
+    }
+    #[inline(always)]
     fn round_bf16(self, a: Self::V) -> Self::V {
         // SAFETY: token: AVX2 is present.
         unsafe { round8(a) }
@@ -64,6 +68,13 @@ impl Product for Avx2 {
     fn dot(self, acc: Self::V, a: u32, b: &[u32]) -> Self::V {
         widened_dot(self, acc, a, b)
     }
+}
+
+#[inline(always)]
+fn prefetch(x: &[f32], ahead: usize) {
+    let line = x.as_ptr().wrapping_add(ahead);
+    // SAFETY: SSE is part of x86-64; a prefetch of any address is harmless.
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) }
 }
 
 #[target_feature(enable = "avx2")]
@@ -137,6 +148,10 @@ macro_rules! sixteen_lanes {
                 for (c, column) in columns.into_iter().enumerate() {
                     self.store(&mut out[c * stride..], column);
                 }
+            }
+            #[inline(always)]
+            fn prefetch(self, x: &[f32], ahead: usize) {
+                prefetch(x, ahead);
             }
             #[inline(always)]
             fn round_bf16(self, a: Self::V) -> Self::V {

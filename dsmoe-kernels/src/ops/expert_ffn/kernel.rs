@@ -80,9 +80,7 @@ pub(super) struct Gate<C> {
 
 impl<C: Fn(usize) -> f32 + Sync> Sink for Gate<C> {
     #[inline(always)]
-    fn start<S: Product>(&self, _s: S, _tile: &mut [f32], _at: At) -> bool {
-        false
-    }
+    fn start<S: Product>(&self, _s: S, _at: At) {}
 
     #[inline(always)]
     fn finish<S: Product>(&self, s: S, tile: &[f32], at: At) {

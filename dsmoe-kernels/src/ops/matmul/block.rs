@@ -8,7 +8,7 @@ use super::pack::{DEPTH, PANEL, SLACK, Source, pack, pairs, round};
 use super::tile::{Depth, product};
 use crate::buf::Buf;
 use crate::isa::Isa;
-use crate::simd::{Product, ProductKernel};
+use crate::simd::{Product, ProductKernel, SQUARE};
 
 /// Panels of B, one after the other, each a tile of [`PANEL`] lanes.
 #[derive(Clone, Copy, Debug)]
@@ -39,8 +39,8 @@ pub(crate) struct At {
 
 /// Where the product goes. A tile is `[at.rows, PANEL]`.
 pub(crate) trait Sink: Sync {
-    /// Sets the tile to what the product is added to; or says false: zero.
-    fn start<S: Product>(&self, s: S, tile: &mut [f32], at: At) -> bool;
+    /// A tile is begun: the place to ask for the memory that `finish` needs.
+    fn start<S: Product>(&self, s: S, at: At);
     /// Takes the finished tile.
     fn finish<S: Product>(&self, s: S, tile: &[f32], at: At);
 }
@@ -284,14 +284,16 @@ impl<S: Product, K: Sink> Passes<'_, '_, S, K> {
                 let b = &b[panel_at(0, start) / 2..panel_at(0, end) / 2];
                 widen(s, self.widened, b);
             }
-            for tile in tiles(rows, S::ROWS) {
+            // What the next pass reads of B: the first tiles ask for it, a line for each k.
+            let next: &[f32] = match block.panels {
+                Panels::F32(b) => &b[panel_at(P - 1, end)..],
+                Panels::Pairs(b) => bytemuck::cast_slice(&b[panel_at(P - 1, end) / 2..]),
+            };
+            for (i, tile) in tiles(rows, S::ROWS).enumerate() {
                 let at = |p| At { row: block.rows.start + tile.start, rows: tile.len(), panel: first + p };
                 let mut part = sums.each_mut().map(|sums| &mut sums[tile.start * PANEL..tile.end * PANEL]);
-                let mut resume = start > 0;
                 if start == 0 {
-                    for (p, part) in part.iter_mut().enumerate() {
-                        resume = block.sink.start(s, part, at(p));
-                    }
+                    (0..P).for_each(|p| block.sink.start(s, at(p)));
                 }
                 let a_at = |k| tile.start * layout.0 + (layout.1 + k) * tile.len();
                 let values = || &self.values[a_at(start)..a_at(end)];
@@ -313,7 +315,9 @@ impl<S: Product, K: Sink> Passes<'_, '_, S, K> {
                         }
                     }
                 };
-                product(s, tile.len(), pass, part.each_mut().map(|part| &mut **part), resume);
+                let next = next.get(i * (end - start) * SQUARE..).unwrap_or(&[]);
+                let sums = part.each_mut().map(|part| &mut **part);
+                product(s, tile.len(), pass, sums, start > 0, next);
                 if end == depth {
                     for (p, part) in part.iter().enumerate() {
                         block.sink.finish(s, part, at(p));

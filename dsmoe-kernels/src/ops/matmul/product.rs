@@ -86,33 +86,29 @@ impl<'a> Rows<'a> {
 
 impl Sink for Rows<'_> {
     #[inline(always)]
-    fn start<S: Product>(&self, s: S, tile: &mut [f32], at: At) -> bool {
+    fn start<S: Product>(&self, s: S, at: At) {
         if self.accumulate {
-            for (r, sums) in tile.chunks_exact_mut(PANEL).enumerate() {
-                copy(s, sums, self.row(at.row + r, at.panel));
+            for r in 0..at.rows {
+                let row = self.row(at.row + r, at.panel);
+                s.prefetch(row, 0);
+                s.prefetch(row, PANEL / 2);
             }
         }
-        self.accumulate
     }
 
     #[inline(always)]
     fn finish<S: Product>(&self, s: S, tile: &[f32], at: At) {
         for (r, sums) in tile.chunks_exact(PANEL).enumerate() {
-            copy(s, self.row(at.row + r, at.panel), sums);
+            let row = self.row(at.row + r, at.panel);
+            for (row, sums) in row.chunks_mut(S::LANES).zip(sums.chunks_exact(S::LANES)) {
+                let sum = s.load(sums);
+                if self.accumulate {
+                    s.store_tail(row, s.add(s.load_tail(row), sum));
+                } else {
+                    s.store_tail(row, sum);
+                }
+            }
         }
-    }
-}
-
-/// Copies the values both have, at most [`PANEL`].
-#[inline(always)]
-fn copy<S: Product>(s: S, to: &mut [f32], from: &[f32]) {
-    let n = to.len().min(from.len());
-    if n == PANEL {
-        for i in (0..PANEL).step_by(S::LANES) {
-            s.store(&mut to[i..], s.load(&from[i..]));
-        }
-    } else {
-        to[..n].copy_from_slice(&from[..n]);
     }
 }
 

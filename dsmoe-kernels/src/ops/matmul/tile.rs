@@ -4,7 +4,7 @@
 //! number of passes, not with the whole inner dimension.
 
 use super::pack::PANEL;
-use crate::simd::{Product, ProductKernel};
+use crate::simd::{Product, ProductKernel, SQUARE};
 
 /// What one pass multiplies.
 #[derive(Clone, Copy)]
@@ -17,7 +17,8 @@ pub(super) enum Depth<'a, const P: usize> {
     Pairs(&'a [u32], [&'a [u32]; P]),
 }
 
-/// Sets `sums[p]`, `[rows, PANEL]`, to the product of the tile with panel p, or adds to it when `resume`.
+/// Sets `sums[p]`, `[rows, PANEL]`, to the product of the tile with panel p, or adds to it when `resume`. Asks for the memory of
+/// `next` on the way.
 #[inline(always)]
 pub(super) fn product<S: Product, const P: usize>(
     s: S,
@@ -25,23 +26,24 @@ pub(super) fn product<S: Product, const P: usize>(
     depth: Depth<'_, P>,
     sums: [&mut [f32]; P],
     resume: bool,
+    next: &[f32],
 ) {
     match rows {
-        1 => tile::<S, 1, P>(s, depth, sums, resume),
-        2 => tile::<S, 2, P>(s, depth, sums, resume),
-        3 => tile::<S, 3, P>(s, depth, sums, resume),
-        4 => tile::<S, 4, P>(s, depth, sums, resume),
-        5 => tile::<S, 5, P>(s, depth, sums, resume),
-        6 => tile::<S, 6, P>(s, depth, sums, resume),
+        1 => tile::<S, 1, P>(s, depth, sums, resume, next),
+        2 => tile::<S, 2, P>(s, depth, sums, resume, next),
+        3 => tile::<S, 3, P>(s, depth, sums, resume, next),
+        4 => tile::<S, 4, P>(s, depth, sums, resume, next),
+        5 => tile::<S, 5, P>(s, depth, sums, resume, next),
+        6 => tile::<S, 6, P>(s, depth, sums, resume, next),
         _ if P > 1 => unreachable!("{rows} rows with {P} panels"),
-        7 => tile::<S, 7, P>(s, depth, sums, resume),
-        8 => tile::<S, 8, P>(s, depth, sums, resume),
-        9 => tile::<S, 9, P>(s, depth, sums, resume),
-        10 => tile::<S, 10, P>(s, depth, sums, resume),
-        11 => tile::<S, 11, P>(s, depth, sums, resume),
-        12 => tile::<S, 12, P>(s, depth, sums, resume),
-        13 => tile::<S, 13, P>(s, depth, sums, resume),
-        14 => tile::<S, 14, P>(s, depth, sums, resume),
+        7 => tile::<S, 7, P>(s, depth, sums, resume, next),
+        8 => tile::<S, 8, P>(s, depth, sums, resume, next),
+        9 => tile::<S, 9, P>(s, depth, sums, resume, next),
+        10 => tile::<S, 10, P>(s, depth, sums, resume, next),
+        11 => tile::<S, 11, P>(s, depth, sums, resume, next),
+        12 => tile::<S, 12, P>(s, depth, sums, resume, next),
+        13 => tile::<S, 13, P>(s, depth, sums, resume, next),
+        14 => tile::<S, 14, P>(s, depth, sums, resume, next),
         _ => unreachable!("{rows} rows in a tile"),
     }
 }
@@ -55,11 +57,12 @@ fn tile<S: Product, const R: usize, const P: usize>(
     depth: Depth<'_, P>,
     sums: [&mut [f32]; P],
     resume: bool,
+    next: &[f32],
 ) {
     match depth {
-        Depth::F32(a, b) => s.isolated(Tile::<_, R, P> { pass: F32s { a, b }, sums, resume }),
-        Depth::Widened(a, b) => s.isolated(Tile::<_, R, P> { pass: Widened { a, b }, sums, resume }),
-        Depth::Pairs(a, b) => s.isolated(Tile::<_, R, P> { pass: Dots { a, b }, sums, resume }),
+        Depth::F32(a, b) => s.isolated(Tile::<_, R, P> { pass: F32s { a, b, next }, sums, resume }),
+        Depth::Widened(a, b) => s.isolated(Tile::<_, R, P> { pass: Widened { a, b, next }, sums, resume }),
+        Depth::Pairs(a, b) => s.isolated(Tile::<_, R, P> { pass: Dots { a, b, next }, sums, resume }),
     }
 }
 
@@ -100,15 +103,17 @@ impl<T: Pass<R, P>, const R: usize, const P: usize> ProductKernel for Tile<'_, T
 struct F32s<'a, const P: usize> {
     a: &'a [f32],
     b: [&'a [f32]; P],
+    next: &'a [f32],
 }
 
 impl<const R: usize, const P: usize> Pass<R, P> for F32s<'_, P> {
     #[inline(always)]
     fn add<S: Product>(&self, s: S, acc: &mut Sums<S::V, R, P>, at: [usize; 2]) {
-        let F32s { a, b } = *self;
+        let F32s { a, b, next } = *self;
         let a = a.as_chunks::<R>().0;
         let b = b.map(|b| &b.as_chunks::<PANEL>().0[..a.len()]);
         for (k, a) in a.iter().enumerate() {
+            s.prefetch(next, k * SQUARE);
             let mut columns = [[s.splat(0.0); 2]; P];
             for p in 0..P {
                 for v in 0..2 {
@@ -130,15 +135,17 @@ impl<const R: usize, const P: usize> Pass<R, P> for F32s<'_, P> {
 struct Widened<'a, const P: usize> {
     a: &'a [f32],
     b: [&'a [u32]; P],
+    next: &'a [f32],
 }
 
 impl<const R: usize, const P: usize> Pass<R, P> for Widened<'_, P> {
     #[inline(always)]
     fn add<S: Product>(&self, s: S, acc: &mut Sums<S::V, R, P>, at: [usize; 2]) {
-        let Widened { a, b } = *self;
+        let Widened { a, b, next } = *self;
         let a = a.as_chunks::<R>().0.as_chunks::<2>().0;
         let b = b.map(|b| &b.as_chunks::<PANEL>().0[..a.len()]);
         for (k, [even, odd]) in a.iter().enumerate() {
+            s.prefetch(next, k * SQUARE);
             let mut columns = [[(s.splat(0.0), s.splat(0.0)); 2]; P];
             for p in 0..P {
                 for v in 0..2 {
@@ -161,15 +168,17 @@ impl<const R: usize, const P: usize> Pass<R, P> for Widened<'_, P> {
 struct Dots<'a, const P: usize> {
     a: &'a [u32],
     b: [&'a [u32]; P],
+    next: &'a [f32],
 }
 
 impl<const R: usize, const P: usize> Pass<R, P> for Dots<'_, P> {
     #[inline(always)]
     fn add<S: Product>(&self, s: S, acc: &mut Sums<S::V, R, P>, at: [usize; 2]) {
-        let Dots { a, b } = *self;
+        let Dots { a, b, next } = *self;
         let a = a.as_chunks::<R>().0;
         let b = b.map(|b| &b.as_chunks::<PANEL>().0[..a.len()]);
         for (k, a) in a.iter().enumerate() {
+            s.prefetch(next, k * SQUARE);
             for r in 0..R {
                 for p in 0..P {
                     for v in 0..2 {
