@@ -17,8 +17,9 @@ mod tests;
 use rayon::prelude::*;
 
 use super::blocks::{block_rows, each};
+use crate::buf::Buf;
 use crate::isa::Isa;
-use crate::matmul::{Mat, Precision, matmul};
+use crate::matmul::{Mat, Packed, Precision, matmul, matmul_packed};
 
 /// A target that is not scored.
 pub const IGNORE: u32 = u32::MAX;
@@ -90,8 +91,41 @@ pub fn forward_on(
     let inputs = hidden_states.chunks(chunk * dims.hidden).zip(targets.chunks(chunk));
     for (losses, (h, targets)) in losses.chunks_mut(chunk).zip(inputs) {
         let z = &mut logits[..targets.len() * dims.vocab];
-        rows(isa, losses, z, h, head, targets, None, dims);
+        project(z, h, head, dims);
+        rows(isa, losses, z, targets, None, dims);
     }
+}
+
+/// [`forward`] with a packed head, to whose precision the hidden states are rounded; `logits` is work space.
+///
+/// # Panics
+/// As [`forward`].
+pub fn forward_packed(
+    losses: &mut [f32],
+    hidden_states: &[f32],
+    head: &Packed,
+    targets: &[u32],
+    logits: &mut Buf,
+) {
+    let dims = Dims { tokens: losses.len(), hidden: head.inputs(), vocab: head.outputs() };
+    let weights = head.outputs() * head.inputs();
+    dims.check("cross_entropy::forward_packed", losses.len(), hidden_states.len(), weights, targets);
+    let isa = Isa::current();
+    let chunk = dims.chunk();
+    logits.resize(chunk.min(dims.tokens) * dims.vocab);
+    let inputs = hidden_states.chunks(chunk * dims.hidden).zip(targets.chunks(chunk));
+    for (losses, (h, targets)) in losses.chunks_mut(chunk).zip(inputs) {
+        let z = &mut logits[..targets.len() * dims.vocab];
+        matmul_packed(isa, z, Mat::new(h, targets.len(), dims.hidden), head);
+        rows(isa, losses, z, targets, None, dims);
+    }
+}
+
+/// Sets `z` to the logits of a chunk.
+fn project(z: &mut [f32], h: &[f32], head: &[f32], dims: Dims) {
+    let Dims { hidden, vocab, .. } = dims;
+    let h = Mat::new(h, h.len() / hidden, hidden);
+    matmul(z, h, Mat::new(head, vocab, hidden).t(), false, Precision::F32);
 }
 
 /// Sets `losses` `[T]` and `dhidden` `[T, hidden]` and adds to `dhead` `[vocab, hidden]` the gradients of
@@ -137,26 +171,16 @@ pub fn forward_backward_on(
     for ((losses, dh), (h, targets)) in outputs.zip(inputs) {
         let n = targets.len();
         let dz = &mut logits[..n * vocab];
-        rows(isa, losses, dz, h, head, targets, Some(scale), dims);
+        project(dz, h, head, dims);
+        rows(isa, losses, dz, targets, Some(scale), dims);
         matmul(dh, Mat::new(dz, n, vocab), Mat::new(head, vocab, hidden), false, Precision::F32);
         matmul(dhead, Mat::new(dz, n, vocab).t(), Mat::new(h, n, hidden), true, Precision::F32);
     }
 }
 
-/// Losses of a chunk. Leaves in `z` the logits, or their gradient when there is a `scale`.
-#[expect(clippy::too_many_arguments, reason = "the op's operands, in the order of its formula")]
-fn rows(
-    isa: Isa,
-    losses: &mut [f32],
-    z: &mut [f32],
-    h: &[f32],
-    head: &[f32],
-    targets: &[u32],
-    scale: Option<f32>,
-    dims: Dims,
-) {
-    let Dims { hidden, vocab, .. } = dims;
-    matmul(z, Mat::new(h, targets.len(), hidden), Mat::new(head, vocab, hidden).t(), false, Precision::F32);
+/// Losses of a chunk from its logits `z`. Leaves `z`, or sets it to its gradient when there is a `scale`.
+fn rows(isa: Isa, losses: &mut [f32], z: &mut [f32], targets: &[u32], scale: Option<f32>, dims: Dims) {
+    let vocab = dims.vocab;
     let rows = block_rows(vocab);
     let blocks =
         losses.par_chunks_mut(rows).zip(z.par_chunks_mut(rows * vocab)).zip(targets.par_chunks(rows));

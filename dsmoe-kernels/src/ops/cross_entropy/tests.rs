@@ -1,5 +1,9 @@
-use super::{Dims, IGNORE, forward, forward_backward_on, forward_on, log_softmax_row_on, reference};
+use super::{
+    Dims, IGNORE, forward, forward_backward_on, forward_on, forward_packed, log_softmax_row_on, reference,
+};
+use crate::buf::Buf;
 use crate::isa::Isa;
+use crate::matmul::{Mat, Packed, Precision};
 use crate::testing::{
     assert_close, assert_close_f64, assert_same_on_threads, f64s, finite_differences, normals,
 };
@@ -52,6 +56,19 @@ fn forward_and_backward_agree_with_the_reference_on_every_tier() {
             assert_close(&format!("dh {name}"), &dh, &want_dh, 1e-6);
             assert_close(&format!("dhead {name}"), &dhead, &want_dhead, 1e-6);
         }
+    }
+}
+
+#[test]
+fn a_packed_head_gives_the_same_losses() {
+    for (tokens, hidden, vocab) in [(0, 3, 5), (1, 1, 1), (9, 20, 33), (1300, 4, 37), (3, 700, 20_000)] {
+        let dims = Dims { tokens, hidden, vocab };
+        let (h, head) = (normals(tokens * hidden, 1), normals(vocab * hidden, 2));
+        let [mut want, mut got] = [(); 2].map(|()| vec![f32::NAN; tokens]);
+        forward(&mut want, &h, &head, &targets(dims), dims);
+        let packed = Packed::new(Precision::F32, Mat::new(&head, vocab, hidden));
+        forward_packed(&mut got, &h, &packed, &targets(dims), &mut Buf::default());
+        assert_eq!(got, want, "{dims:?}");
     }
 }
 
