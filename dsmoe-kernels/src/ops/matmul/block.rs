@@ -284,20 +284,23 @@ impl<S: Product, K: Sink> Passes<'_, '_, S, K> {
                 let b = &b[panel_at(0, start) / 2..panel_at(0, end) / 2];
                 widen(s, self.widened, b);
             }
-            // What the next pass reads of B: the first tiles ask for it, a line for each k.
+            // What the next pass reads of B: the first tiles ask for it.
             let next: &[f32] = match block.panels {
                 Panels::F32(b) => &b[panel_at(P - 1, end)..],
                 Panels::Pairs(b) => bytemuck::cast_slice(&b[panel_at(P - 1, end) / 2..]),
             };
             for (i, tile) in tiles(rows, S::ROWS).enumerate() {
                 let at = |p| At { row: block.rows.start + tile.start, rows: tile.len(), panel: first + p };
-                let mut part = sums.each_mut().map(|sums| &mut sums[tile.start * PANEL..tile.end * PANEL]);
+                let mut halves = sums.iter_mut();
+                let mut part: [&mut [f32]; P] = std::array::from_fn(|_| {
+                    &mut halves.next().expect("P halves")[tile.start * PANEL..tile.end * PANEL]
+                });
                 if start == 0 {
                     (0..P).for_each(|p| block.sink.start(s, at(p)));
                 }
                 let a_at = |k| tile.start * layout.0 + (layout.1 + k) * tile.len();
                 let values = || &self.values[a_at(start)..a_at(end)];
-                let pass = match block.panels {
+                let pass: Depth<'_, P> = match block.panels {
                     Panels::F32(b) => {
                         let b = std::array::from_fn(|p| &b[panel_at(p, start)..panel_at(p, end)]);
                         Depth::F32(values(), b)
@@ -315,8 +318,16 @@ impl<S: Product, K: Sink> Passes<'_, '_, S, K> {
                         }
                     }
                 };
-                let next = next.get(i * (end - start) * SQUARE..).unwrap_or(&[]);
-                let sums = part.each_mut().map(|part| &mut **part);
+                // A line for each k and tile; the only tile asks for twice as many. The rest ask for A.
+                let here: &[f32] = if S::DOTS && !self.paired.is_empty() {
+                    bytemuck::cast_slice(&self.paired[(tile.start * depth + start * tile.len()) / 2..])
+                } else {
+                    &self.values[a_at(start)..]
+                };
+                let line = |i: usize| next.get(i * (end - start) * SQUARE..).unwrap_or(here);
+                let next = if rows == tile.len() { [line(0), line(1)] } else { [line(i), here] };
+                let mut parts = part.iter_mut();
+                let sums: [&mut [f32]; P] = std::array::from_fn(|_| &mut **parts.next().expect("P parts"));
                 product(s, tile.len(), pass, sums, start > 0, next);
                 if end == depth {
                     for (p, part) in part.iter().enumerate() {

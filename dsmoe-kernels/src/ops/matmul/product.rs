@@ -20,6 +20,8 @@ const SERIAL_WORK: usize = 1 << 18;
 pub(crate) const ROUND: usize = 2048;
 /// f32 values of A that a task packs, about.
 const LEFT_LEN: usize = 1 << 18;
+/// Rows below which a task uses too little of what it reads of B: finer tasks share rows instead.
+const ENOUGH_ROWS: usize = 96;
 /// Most rows of a task.
 const MOST_ROWS: usize = 224;
 /// f32 values of B packed at a time.
@@ -27,7 +29,7 @@ pub(crate) const RIGHT_LEN: usize = 1 << 22;
 /// f32 values of B that a task packs for itself, about.
 const PRIVATE_LEN: usize = 1 << 18;
 /// Tasks per thread that keep the threads busy to the end.
-const TASKS_PER_THREAD: usize = 4;
+const TASKS_PER_THREAD: usize = 8;
 
 /// Rows of C, row-major; tasks write different rows or different columns.
 #[derive(Clone, Copy)]
@@ -129,8 +131,7 @@ impl Grid {
     pub(crate) fn new(rows: usize, panels: usize, k: usize, tasks: usize) -> Grid {
         let most = (LEFT_LEN / k.max(1)).clamp(28, MOST_ROWS);
         let fewest = rows.div_ceil(most).max(1);
-        let row_blocks = if fewest >= 2 * tasks { fewest } else { fewest.next_multiple_of(tasks.max(1)) };
-        let row_blocks = row_blocks.min(rows.div_ceil(56).max(fewest));
+        let row_blocks = tasks.min(rows / ENOUGH_ROWS).max(fewest);
         let panel_blocks = tasks.div_ceil(row_blocks).clamp(1, panels.max(1));
         Grid { rows, panels, row_blocks, panel_blocks }
     }

@@ -26,7 +26,7 @@ pub(super) fn product<S: Product, const P: usize>(
     depth: Depth<'_, P>,
     sums: [&mut [f32]; P],
     resume: bool,
-    next: &[f32],
+    next: [&[f32]; 2],
 ) {
     match rows {
         1 => tile::<S, 1, P>(s, depth, sums, resume, next),
@@ -43,7 +43,6 @@ pub(super) fn product<S: Product, const P: usize>(
         11 => tile::<S, 11, P>(s, depth, sums, resume, next),
         12 => tile::<S, 12, P>(s, depth, sums, resume, next),
         13 => tile::<S, 13, P>(s, depth, sums, resume, next),
-        14 => tile::<S, 14, P>(s, depth, sums, resume, next),
         _ => unreachable!("{rows} rows in a tile"),
     }
 }
@@ -57,7 +56,7 @@ fn tile<S: Product, const R: usize, const P: usize>(
     depth: Depth<'_, P>,
     sums: [&mut [f32]; P],
     resume: bool,
-    next: &[f32],
+    next: [&[f32]; 2],
 ) {
     match depth {
         Depth::F32(a, b) => s.isolated(Tile::<_, R, P> { pass: F32s { a, b, next }, sums, resume }),
@@ -103,7 +102,7 @@ impl<T: Pass<R, P>, const R: usize, const P: usize> ProductKernel for Tile<'_, T
 struct F32s<'a, const P: usize> {
     a: &'a [f32],
     b: [&'a [f32]; P],
-    next: &'a [f32],
+    next: [&'a [f32]; 2],
 }
 
 impl<const R: usize, const P: usize> Pass<R, P> for F32s<'_, P> {
@@ -113,7 +112,9 @@ impl<const R: usize, const P: usize> Pass<R, P> for F32s<'_, P> {
         let a = a.as_chunks::<R>().0;
         let b = b.map(|b| &b.as_chunks::<PANEL>().0[..a.len()]);
         for (k, a) in a.iter().enumerate() {
-            s.prefetch(next, k * SQUARE);
+            for next in next {
+                s.prefetch(next, k * SQUARE);
+            }
             let mut columns = [[s.splat(0.0); 2]; P];
             for p in 0..P {
                 for v in 0..2 {
@@ -135,7 +136,7 @@ impl<const R: usize, const P: usize> Pass<R, P> for F32s<'_, P> {
 struct Widened<'a, const P: usize> {
     a: &'a [f32],
     b: [&'a [u32]; P],
-    next: &'a [f32],
+    next: [&'a [f32]; 2],
 }
 
 impl<const R: usize, const P: usize> Pass<R, P> for Widened<'_, P> {
@@ -145,7 +146,9 @@ impl<const R: usize, const P: usize> Pass<R, P> for Widened<'_, P> {
         let a = a.as_chunks::<R>().0.as_chunks::<2>().0;
         let b = b.map(|b| &b.as_chunks::<PANEL>().0[..a.len()]);
         for (k, [even, odd]) in a.iter().enumerate() {
-            s.prefetch(next, k * SQUARE);
+            for next in next {
+                s.prefetch(next, k * SQUARE);
+            }
             let mut columns = [[(s.splat(0.0), s.splat(0.0)); 2]; P];
             for p in 0..P {
                 for v in 0..2 {
@@ -168,7 +171,7 @@ impl<const R: usize, const P: usize> Pass<R, P> for Widened<'_, P> {
 struct Dots<'a, const P: usize> {
     a: &'a [u32],
     b: [&'a [u32]; P],
-    next: &'a [f32],
+    next: [&'a [f32]; 2],
 }
 
 impl<const R: usize, const P: usize> Pass<R, P> for Dots<'_, P> {
@@ -178,7 +181,9 @@ impl<const R: usize, const P: usize> Pass<R, P> for Dots<'_, P> {
         let a = a.as_chunks::<R>().0;
         let b = b.map(|b| &b.as_chunks::<PANEL>().0[..a.len()]);
         for (k, a) in a.iter().enumerate() {
-            s.prefetch(next, k * SQUARE);
+            for next in next {
+                s.prefetch(next, k * SQUARE);
+            }
             for r in 0..R {
                 for p in 0..P {
                     for v in 0..2 {
