@@ -102,7 +102,10 @@ fn transposed<S: Product>(
         }
         for square in 0..squares {
             let k = square * SQUARE;
-            let block = rows.map(|row| if row.is_empty() { &ZEROS[..] } else { &row[k..k + SQUARE] });
+            let block = std::array::from_fn(|lane| {
+                let row: &[f32] = rows[lane];
+                if row.is_empty() { &ZEROS[..] } else { &row[k..k + SQUARE] }
+            });
             s.transpose(&mut out[k * stride + first..], stride, block);
         }
         for k in squares * SQUARE..ks.len() {
