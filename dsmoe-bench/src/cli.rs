@@ -12,6 +12,8 @@ use dsmoe_datasets::Bos;
 use dsmoe_router::{GateValue, Rescale, RouterInit, ZeroActive};
 use dsmoe_train::TrainConfig;
 
+use crate::commands::bench::args::Bench;
+
 /// Router weights of a conversion that does not say otherwise: the paper's.
 const DEFAULT_ROUTER_INIT: &str = "random";
 
@@ -61,6 +63,8 @@ pub(crate) enum Command {
     Doctor(Doctor),
     /// Generate text, train a tiny LLaMA, convert it, train it to a budget, and compare, in about two minutes
     Demo(Demo),
+    /// Time kernels, FFNs, training and decoding against what the machine can do
+    Bench(Bench),
 }
 
 #[derive(Debug, Args)]

@@ -1,5 +1,6 @@
 //! One module per command.
 
+pub(crate) mod bench;
 mod convert;
 pub(crate) mod demo;
 mod doctor;
@@ -46,6 +47,7 @@ pub(crate) fn run(cli: Cli, ui: &mut Ui) -> Result<ExitCode> {
         Command::Init(args) => init::run(args, ui)?,
         Command::Doctor(args) => doctor::run(args, ui)?,
         Command::Demo(args) => return demo::run(args, ui),
+        Command::Bench(args) => bench::run(args, ui)?,
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -1,0 +1,180 @@
+//! `dsmoe bench`: the rows it prints, and the shapes it refuses.
+
+use std::collections::BTreeSet;
+
+use serde_json::Value;
+
+use crate::common::{fails, succeeds};
+
+/// What every row says, whatever was measured.
+const KEYS: [&str; 11] = [
+    "work",
+    "impl",
+    "tokens",
+    "hidden",
+    "intermediate",
+    "experts",
+    "active",
+    "dtype",
+    "seconds",
+    "dense_seconds",
+    "peak_share",
+];
+
+fn rows(args: &[&str]) -> Vec<Value> {
+    let stdout = succeeds(&[&["bench"], args, &["--json", "--repeats", "1"]].concat());
+    let rows: Vec<Value> = stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    for row in &rows {
+        for key in KEYS {
+            assert!(row.get(key).is_some(), "{args:?}: no {key} in {row}");
+        }
+        assert!(row["seconds"].as_f64().unwrap() > 0.0, "{row}");
+        if let Some(dense) = row["dense_seconds"].as_f64() {
+            let ratio = row["seconds"].as_f64().unwrap() / dense;
+            assert!((row["ratio_to_dense"].as_f64().unwrap() / ratio - 1.0).abs() < 1e-9, "{row}");
+        }
+        if let Some(share) = row["peak_share"].as_f64() {
+            let part = |rate: &str, peak: &str| Some(row[rate].as_f64()? / row[peak].as_f64()?);
+            let arithmetic = part("gflops", "peak_gflops").unwrap_or(0.0);
+            let reading = part("gb_per_s", "peak_gb_per_s").unwrap_or(0.0);
+            assert!((share / arithmetic.max(reading) - 1.0).abs() < 1e-9, "{row}");
+        }
+    }
+    rows
+}
+
+fn texts<'a>(rows: &'a [Value], key: &str) -> Vec<&'a str> {
+    rows.iter().map(|row| row[key].as_str().unwrap()).collect()
+}
+
+#[test]
+fn products_have_a_row_per_layout_and_precision() {
+    let rows = rows(&["kernels", "--tokens", "5", "--hidden", "48", "--intermediate", "40"]);
+    let layouts = ["forward", "packed", "backward_input", "backward_weight"];
+    assert_eq!(texts(&rows, "impl"), [layouts, layouts].concat());
+    assert_eq!(texts(&rows, "dtype"), [["f32"; 4], ["bf16"; 4]].concat());
+    for row in &rows {
+        assert_eq!(
+            (&row["tokens"], &row["hidden"], &row["intermediate"]),
+            (&5.into(), &48.into(), &40.into())
+        );
+        let flops = row["gflops"].as_f64().unwrap() * 1e9 * row["seconds"].as_f64().unwrap();
+        assert!((flops - (2 * 5 * 48 * 40) as f64).abs() < 1.0, "{row}");
+        assert!(
+            row["experts"].is_null() && row["active"].is_null() && row["dense_seconds"].is_null(),
+            "{row}"
+        );
+    }
+}
+
+#[test]
+fn experts_are_compared_with_the_dense_ffn() {
+    let shape = ["ffn", "--hidden", "32", "--intermediate", "64", "--experts", "4,8", "--tokens", "1,16"];
+    for backward in [&[][..], &["--backward"]] {
+        let rows = rows(&[&shape, backward, &["--active", "0.25,1", "--dtype", "f32"]].concat());
+        assert_eq!(rows.len(), 2 * (1 + 2 * 2), "{rows:?}");
+        for group in rows.chunks(5) {
+            assert_eq!(texts(group, "impl"), ["dense", "dsmoe", "dsmoe", "dsmoe", "dsmoe"]);
+            assert_eq!(
+                group.iter().map(|r| r["experts"].as_u64().unwrap()).collect::<Vec<_>>(),
+                [1, 4, 4, 8, 8]
+            );
+            for row in group {
+                assert_eq!(row["dense_seconds"], group[0]["seconds"]);
+                assert_eq!(row["active"], row["active_measured"], "the share is exact: {row}");
+            }
+            assert!(group[1..].iter().all(|row| (0.0..=1.0).contains(&row["break_even"].as_f64().unwrap())));
+            assert!(group[0]["break_even"].is_null());
+        }
+    }
+}
+
+#[test]
+fn routings_other_than_random_and_no_tokens_at_all_are_measured_too() {
+    let shape = ["ffn", "--hidden", "32", "--intermediate", "64", "--experts", "4", "--dtype", "bf16"];
+    let measure = |more: &[&str]| {
+        let rows = rows(&[&shape, more].concat());
+        assert_eq!(rows.len(), 2, "{rows:?}");
+        rows[1].clone()
+    };
+    let one = measure(&["--tokens", "8", "--routing", "one-expert"]);
+    assert_eq!((&one["active_measured"], &one["routing"]), (&0.25.into(), &"one-expert".into()));
+    let none = measure(&["--tokens", "8", "--routing", "none"]);
+    assert_eq!(none["active_measured"], 0.0);
+    let zero = measure(&["--tokens", "0", "--active", "0.5"]);
+    assert_eq!(zero["tokens"], 0);
+    assert!(zero["peak_share"].is_null() && zero["tokens_per_s"].is_null(), "{zero}");
+}
+
+#[test]
+fn results_have_the_same_bits_on_one_thread_and_on_two() {
+    for work in [
+        &["kernels", "--tokens", "70", "--hidden", "300", "--intermediate", "130"][..],
+        &[
+            "ffn",
+            "--tokens",
+            "70",
+            "--hidden",
+            "96",
+            "--intermediate",
+            "320",
+            "--experts",
+            "5",
+            "--active",
+            "0.4",
+        ],
+        &["ffn", "--backward", "--tokens", "40", "--hidden", "96", "--intermediate", "320", "--experts", "5"],
+    ] {
+        let bits = |threads| {
+            let rows = rows(&[work, &["--threads", threads]].concat());
+            assert!(rows.iter().all(|row| row["threads"].to_string() == threads));
+            rows.iter().map(|row| row["bits"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+        };
+        let one = bits("1");
+        assert_eq!(one, bits("2"), "{work:?}");
+        assert!(one.iter().collect::<BTreeSet<_>>().len() > 2, "{one:?}");
+    }
+}
+
+#[test]
+fn people_get_a_table_with_the_break_even() {
+    let table = succeeds(&[
+        "bench",
+        "ffn",
+        "--tokens",
+        "4",
+        "--hidden",
+        "32",
+        "--intermediate",
+        "64",
+        "--experts",
+        "4",
+        "--active",
+        "0.25,1",
+        "--repeats",
+        "1",
+        "--quiet",
+        "--dtype",
+        "f32",
+    ]);
+    assert!(table.starts_with("work") && table.contains("of dense") && table.contains("of peak"), "{table}");
+    assert!(table.contains("ffn dense") && table.contains("25.0 %"), "{table}");
+    assert!(table.contains("ffn of 4 tokens, 32 to 64, 4 experts, f32: "), "{table}");
+}
+
+#[test]
+fn shapes_that_cannot_be_are_refused_in_one_line() {
+    for (args, parts) in [
+        (&["ffn", "--experts", "7"][..], &["--experts 7", "--intermediate 8192", "divisor"][..]),
+        (&["ffn", "--experts", "0"], &["--experts 0", "divisor"]),
+        (&["ffn", "--active", "1.5"], &["--active 1.5", "outside 0..1"]),
+        (&["ffn", "--active", "NaN"], &["--active NaN", "outside 0..1"]),
+        (&["ffn", "--hidden", "0"], &["--hidden 0", "at least 1"]),
+        (&["ffn", "--tokens", "99999999999"], &["--tokens 99999999999", "smaller"]),
+        (&["ffn", "--tokens", "16777216", "--experts", "1024"], &["more pairs", "fewer"]),
+        (&["kernels", "--tokens", "16777216", "--hidden", "1048576"], &["memory", "smaller"]),
+        (&["kernels", "--intermediate", "0"], &["--intermediate 0", "at least 1"]),
+    ] {
+        fails(&[&["bench"], args].concat(), parts);
+    }
+}
