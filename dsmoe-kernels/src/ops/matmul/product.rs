@@ -22,6 +22,11 @@ pub(crate) const ROUND: usize = 2048;
 const LEFT_LEN: usize = 1 << 18;
 /// Rows below which a task uses too little of what it reads of B: finer tasks share rows instead.
 const ENOUGH_ROWS: usize = 96;
+/// The same for a B of at most [`SMALL_RIGHT`] values of a lane, which stays in the cache.
+const FEW_ROWS: usize = 26;
+const SMALL_RIGHT: usize = 1 << 13;
+/// Panels below which a task uses too little of what it packs of A.
+const ENOUGH_PANELS: usize = 16;
 /// Most rows of a task.
 const MOST_ROWS: usize = 224;
 /// f32 values of B packed at a time.
@@ -131,8 +136,11 @@ impl Grid {
     pub(crate) fn new(rows: usize, panels: usize, k: usize, tasks: usize) -> Grid {
         let most = (LEFT_LEN / k.max(1)).clamp(28, MOST_ROWS);
         let fewest = rows.div_ceil(most).max(1);
-        let row_blocks = tasks.min(rows / ENOUGH_ROWS).max(fewest);
-        let panel_blocks = tasks.div_ceil(row_blocks).clamp(1, panels.max(1));
+        // Every block of rows reads all of B again, every block of panels packs A again.
+        let enough = if panels * k <= SMALL_RIGHT { FEW_ROWS } else { ENOUGH_ROWS };
+        let row_blocks = tasks.min(rows / enough).max(fewest);
+        let most_panel_blocks = if 4 * row_blocks >= tasks { panels / ENOUGH_PANELS } else { panels };
+        let panel_blocks = tasks.div_ceil(row_blocks).clamp(1, most_panel_blocks.max(1));
         Grid { rows, panels, row_blocks, panel_blocks }
     }
 
