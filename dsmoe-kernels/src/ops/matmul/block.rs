@@ -156,9 +156,11 @@ impl<K: Sink> ProductKernel for Task<'_, '_, K> {
         let mut passes =
             Passes { s, block: &block, values, paired, sums, widened, rows, depth, layout, panel_layout };
         let mut panel = block.range.start;
-        while most <= S::ROWS_OF_WIDE && panel + 2 <= block.range.end {
-            passes.panels::<2>(panel);
-            panel += 2;
+        if const { S::ROWS_OF_WIDE > 0 } {
+            while most <= S::ROWS_OF_WIDE && panel + 2 <= block.range.end {
+                passes.panels::<2>(panel);
+                panel += 2;
+            }
         }
         while panel < block.range.end {
             passes.panels::<1>(panel);

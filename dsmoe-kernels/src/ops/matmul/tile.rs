@@ -31,19 +31,18 @@ pub(super) fn product<S: Product, const P: usize>(
     match rows {
         1 => tile::<S, 1, P>(s, depth, sums, resume, next),
         2 => tile::<S, 2, P>(s, depth, sums, resume, next),
-        3 => tile::<S, 3, P>(s, depth, sums, resume, next),
-        4 => tile::<S, 4, P>(s, depth, sums, resume, next),
-        5 => tile::<S, 5, P>(s, depth, sums, resume, next),
-        6 => tile::<S, 6, P>(s, depth, sums, resume, next),
-        _ if P > 1 => unreachable!("{rows} rows with {P} panels"),
-        7 => tile::<S, 7, P>(s, depth, sums, resume, next),
-        8 => tile::<S, 8, P>(s, depth, sums, resume, next),
-        9 => tile::<S, 9, P>(s, depth, sums, resume, next),
-        10 => tile::<S, 10, P>(s, depth, sums, resume, next),
-        11 => tile::<S, 11, P>(s, depth, sums, resume, next),
-        12 => tile::<S, 12, P>(s, depth, sums, resume, next),
-        13 => tile::<S, 13, P>(s, depth, sums, resume, next),
-        _ => unreachable!("{rows} rows in a tile"),
+        3 if const { 3 <= S::ROWS } => tile::<S, 3, P>(s, depth, sums, resume, next),
+        4 if const { 4 <= S::ROWS } => tile::<S, 4, P>(s, depth, sums, resume, next),
+        5 if const { 5 <= S::ROWS } => tile::<S, 5, P>(s, depth, sums, resume, next),
+        6 if const { 6 <= S::ROWS } => tile::<S, 6, P>(s, depth, sums, resume, next),
+        7 if const { 7 <= S::ROWS && P == 1 } => tile::<S, 7, P>(s, depth, sums, resume, next),
+        8 if const { 8 <= S::ROWS && P == 1 } => tile::<S, 8, P>(s, depth, sums, resume, next),
+        9 if const { 9 <= S::ROWS && P == 1 } => tile::<S, 9, P>(s, depth, sums, resume, next),
+        10 if const { 10 <= S::ROWS && P == 1 } => tile::<S, 10, P>(s, depth, sums, resume, next),
+        11 if const { 11 <= S::ROWS && P == 1 } => tile::<S, 11, P>(s, depth, sums, resume, next),
+        12 if const { 12 <= S::ROWS && P == 1 } => tile::<S, 12, P>(s, depth, sums, resume, next),
+        13 if const { 13 <= S::ROWS && P == 1 } => tile::<S, 13, P>(s, depth, sums, resume, next),
+        _ => unreachable!("{rows} rows in a tile with {P} panels"),
     }
 }
 
@@ -60,8 +59,13 @@ fn tile<S: Product, const R: usize, const P: usize>(
 ) {
     match depth {
         Depth::F32(a, b) => s.isolated(Tile::<_, R, P> { pass: F32s { a, b, next }, sums, resume }),
-        Depth::Widened(a, b) => s.isolated(Tile::<_, R, P> { pass: Widened { a, b, next }, sums, resume }),
-        Depth::Pairs(a, b) => s.isolated(Tile::<_, R, P> { pass: Dots { a, b, next }, sums, resume }),
+        Depth::Widened(a, b) if const { !S::DOTS } => {
+            s.isolated(Tile::<_, R, P> { pass: Widened { a, b, next }, sums, resume })
+        }
+        Depth::Pairs(a, b) if const { S::DOTS } => {
+            s.isolated(Tile::<_, R, P> { pass: Dots { a, b, next }, sums, resume })
+        }
+        _ => unreachable!("pairs are widened exactly where there is no product of them"),
     }
 }
 
