@@ -2,9 +2,9 @@
 
 use std::any::Any;
 
-use dsmoe_core::ffn::{Ffn, FfnReport, FfnScratch, Record, projections, routes, split, split_mut};
+use dsmoe_core::ffn::{Ffn, FfnReport, FfnScratch, PackedFfn, Record, projections, routes, split, split_mut};
 use dsmoe_core::params::TensorSpec;
-use dsmoe_kernels::expert_ffn::{self, Dims, Saved, WeightGrads, Weights};
+use dsmoe_kernels::expert_ffn::{self, Dims, PackedWeights, Saved, WeightGrads, Weights};
 use dsmoe_kernels::{Precision, linear};
 use dsmoe_router::SparsityGrad;
 use dsmoe_router::topk::{self, TopKConfig, TopKRouted};
@@ -59,7 +59,12 @@ impl TopkMoeFfn {
 
     fn gate_dims(&self, x: &[f32]) -> linear::Dims {
         let rows = x.len() / self.hidden;
-        linear::Dims { rows, inputs: self.hidden, outputs: self.config.num_experts, precision: Precision::F32 }
+        linear::Dims {
+            rows,
+            inputs: self.hidden,
+            outputs: self.config.num_experts,
+            precision: Precision::F32,
+        }
     }
 
     fn route(
@@ -81,6 +86,30 @@ impl TopkMoeFfn {
     }
 }
 
+/// A top-k FFN for inference; the router stays f32.
+#[derive(Debug)]
+struct PackedTopk {
+    ffn: TopkMoeFfn,
+    weights: PackedWeights,
+    router: Vec<f32>,
+}
+
+impl PackedFfn for PackedTopk {
+    fn forward(&self, y: &mut [f32], x: &[f32], record: Option<Record<'_>>, scratch: &mut FfnScratch) {
+        let routed = self.ffn.route(x, &self.router, record, scratch);
+        let routes = routes(&routed.routing);
+        expert_ffn::forward_packed(y, x, &self.weights, &routes, self.ffn.dims(x), &mut scratch.experts);
+    }
+
+    fn bytes(&self) -> usize {
+        self.weights.bytes() + 4 * self.router.len()
+    }
+
+    fn num_experts(&self) -> Option<usize> {
+        self.ffn.num_experts()
+    }
+}
+
 fn matrix(values: &[f32], dims: linear::Dims) -> ArrayView2<'_, f32> {
     ArrayView2::from_shape((dims.rows, dims.outputs), values).expect("rows * experts values")
 }
@@ -96,18 +125,14 @@ impl Ffn for TopkMoeFfn {
         Some(self.config.num_experts)
     }
 
-    fn forward(
-        &self,
-        y: &mut [f32],
-        x: &[f32],
-        params: &[f32],
-        record: Option<Record<'_>>,
-        scratch: &mut FfnScratch,
-    ) {
+    fn pack(&self, params: &[f32], precision: Precision) -> Box<dyn PackedFfn> {
         let [gate, up, down, router] = split(params, self.lens());
-        let routed = self.route(x, router, record, scratch);
-        let weights = Weights { gate, up, down };
-        expert_ffn::forward(y, x, &weights, &routes(&routed.routing), self.dims(x), &mut scratch.experts);
+        let (weights, n) = (Weights { gate, up, down }, self.config.num_experts);
+        Box::new(PackedTopk {
+            ffn: self.clone(),
+            weights: PackedWeights::new(precision, &weights, self.hidden, self.intermediate, n),
+            router: router.to_vec(),
+        })
     }
 
     fn new_saved(&self) -> Box<dyn Any + Send> {
@@ -217,9 +242,10 @@ mod tests {
         let x = normals(7 * HIDDEN, 2);
         let (mut y, mut want) = (vec![0.0; x.len()], vec![0.0; x.len()]);
         let mut scratch = FfnScratch::default();
-        ffn.forward(&mut y, &x, &params, None, &mut scratch);
+        ffn.pack(&params, Precision::F32).forward(&mut y, &x, None, &mut scratch);
         let dense = DenseFfn::new(HIDDEN, WIDTH);
-        dense.forward(&mut want, &x, &params[..block_len(&dense.tensors())], None, &mut scratch);
+        let dense = dense.pack(&params[..block_len(&dense.tensors())], Precision::F32);
+        dense.forward(&mut want, &x, None, &mut scratch);
         dsmoe_kernels::testing::assert_close("y", &y, &f64s(&want), 1e-5);
     }
 
@@ -231,7 +257,7 @@ mod tests {
         let mut scratch = FfnScratch::default();
         let loss = |x: &[f32], params: &[f32]| {
             let mut y = vec![0.0; x.len()];
-            ffn.forward(&mut y, x, params, None, &mut FfnScratch::default());
+            ffn.pack(params, Precision::F32).forward(&mut y, x, None, &mut FfnScratch::default());
             f64s(&y).iter().zip(f64s(&dy)).map(|(y, dy)| y * dy).sum::<f64>()
         };
         let mut saved = ffn.new_saved();

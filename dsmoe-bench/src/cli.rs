@@ -9,6 +9,7 @@ use dsmoe_core::checkpoint::Dtype;
 use dsmoe_core::convert::PartitionSpec;
 use dsmoe_core::export::ExportAs;
 use dsmoe_datasets::Bos;
+use dsmoe_kernels::Precision;
 use dsmoe_router::{GateValue, Rescale, RouterInit, ZeroActive};
 use dsmoe_train::TrainConfig;
 
@@ -254,6 +255,9 @@ pub(crate) struct Eval {
     /// Use this threshold of the gates, 0 to 1, in place of the model's
     #[arg(long, value_name = "SHARE")]
     pub(crate) threshold: Option<f32>,
+    /// Precision of the weights: bf16 takes half the memory and less time, and rounds what products multiply
+    #[arg(long, default_value = "f32", value_parser = words::<Precision>(&["f32", "bf16"]))]
+    pub(crate) dtype: Precision,
     /// Use no more than this many tokens from the start of the text
     #[arg(long, value_name = "N", value_parser = quantity)]
     pub(crate) limit_tokens: Option<u64>,
@@ -305,6 +309,9 @@ pub(crate) struct Generate {
     /// Use this threshold of the gates, 0 to 1, in place of the model's
     #[arg(long, value_name = "SHARE")]
     pub(crate) threshold: Option<f32>,
+    /// Precision of the weights [default: bf16 for a model stored as bf16 or f16, f32 for one stored as f32]
+    #[arg(long, value_parser = words::<Precision>(&["f32", "bf16"]))]
+    pub(crate) dtype: Option<Precision>,
     /// Whether the prompt gets a BOS token in front: auto asks the tokenizer [default: always, if the model has one]
     #[arg(long, value_parser = words::<Bos>(&["auto", "always", "never"]))]
     pub(crate) bos: Option<Bos>,
@@ -366,7 +373,7 @@ pub(crate) struct Demo {
 fn words<T>(words: &'static [&'static str]) -> impl TypedValueParser<Value = T>
 where
     T: FromStr + Clone + Send + Sync + 'static,
-    T::Err: std::error::Error + Send + Sync + 'static,
+    T::Err: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
     PossibleValuesParser::new(words).try_map(|word| word.parse::<T>())
 }

@@ -1,10 +1,12 @@
 //! Generation of tokens: greedy or sampled, with or without the KV cache.
 
+use std::cmp::Ordering;
+
 use dsmoe_kernels::rng::Rng;
 use dsmoe_router::RoutingStats;
 
 use crate::error::{Error, Result};
-use crate::model::{Cache, Model, Workspace};
+use crate::model::{Cache, Inference, Workspace, in_pool};
 
 /// How to choose the next token, and when to stop.
 #[derive(Clone, Debug, PartialEq)]
@@ -82,24 +84,38 @@ pub struct Generation {
     pub decode_seconds: f64,
 }
 
-/// Continues `prompt`; `on_token` gets every token as it comes and returns whether to go on.
+/// Positions that the cache has room for from the start, beside the prompt.
+const ROOM: usize = 4096;
+
+/// Continues `prompt`; `on_token` gets every token as it comes and returns whether to go on. It is called on a
+/// thread of the pool, where all of the generation runs.
 ///
 /// # Errors
 /// Options out of range, an empty prompt, a token outside the vocabulary, or a prompt longer than the model's
 /// positions.
 pub fn generate(
-    model: &Model,
+    model: &Inference,
+    prompt: &[u32],
+    options: &GenerateOptions,
+    on_token: impl FnMut(u32) -> bool + Send,
+) -> Result<Generation> {
+    options.check()?;
+    in_pool(|| run(model, prompt, options, on_token))
+}
+
+fn run(
+    model: &Inference,
     prompt: &[u32],
     options: &GenerateOptions,
     mut on_token: impl FnMut(u32) -> bool,
 ) -> Result<Generation> {
-    options.check()?;
+    let room = prompt.len() + options.max_tokens.min(ROOM);
     let mut workspace = Workspace::default();
-    let mut cache = Cache::new(model);
+    let mut cache = Cache::new(model, room);
     let mut stats = model.new_stats();
-    let mut rng = Rng::new(options.seed, 0x9e);
-    let mut text = prompt.to_vec();
-    let mut scratch = Vec::new();
+    let mut sampler = Sampler::new(options, model.config().vocab_size);
+    let mut text = Vec::with_capacity(room);
+    text.extend_from_slice(prompt);
     let mut finish = Finish::MaxTokens;
     let started = std::time::Instant::now();
     let mut prefill_seconds = 0.0;
@@ -110,7 +126,7 @@ pub fn generate(
             break;
         }
         if !options.kv_cache {
-            cache = Cache::new(model);
+            cache.clear();
         }
         let mut rest = &text[cache.len()..];
         while options.prefill_chunk > 0 && rest.len() > options.prefill_chunk {
@@ -119,7 +135,7 @@ pub fn generate(
             rest = tail;
         }
         let logits = model.decode(rest, &mut cache, stats.as_mut(), &mut workspace)?;
-        let next = choose(logits, options, &mut rng, &mut scratch);
+        let next = sampler.choose(logits);
         if text.len() == prompt.len() {
             prefill_seconds = started.elapsed().as_secs_f64();
         }
@@ -142,42 +158,77 @@ pub fn generate(
     })
 }
 
-/// The next token. Ties go to the lower id.
-fn choose(logits: &[f32], options: &GenerateOptions, rng: &mut Rng, candidates: &mut Vec<(u32, f32)>) -> u32 {
-    if options.temperature == 0.0 || options.top_k == 1 {
-        return argmax(logits);
+/// Chooses tokens by their logits.
+struct Sampler<'a> {
+    options: &'a GenerateOptions,
+    rng: Rng,
+    candidates: Vec<(u32, f32)>,
+}
+
+/// More likely first; the lower id on ties.
+fn likely_first(a: &(u32, f32), b: &(u32, f32)) -> Ordering {
+    b.1.total_cmp(&a.1).then(a.0.cmp(&b.0))
+}
+
+impl Sampler<'_> {
+    fn new(options: &GenerateOptions, vocab: usize) -> Sampler<'_> {
+        let candidates = Vec::with_capacity(if options.temperature == 0.0 { 0 } else { vocab });
+        Sampler { options, rng: Rng::new(options.seed, 0x9e), candidates }
     }
-    candidates.clear();
-    candidates.extend((0u32..).zip(logits.iter().copied()));
-    let likely_first = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
-    if options.top_k > 0 && options.top_k < candidates.len() {
-        candidates.select_nth_unstable_by(options.top_k - 1, likely_first);
-        candidates.truncate(options.top_k);
-    }
-    candidates.sort_unstable_by(likely_first);
-    let largest = candidates[0].1;
-    let mut total = 0.0;
-    for (_, p) in candidates.iter_mut() {
-        *p = ((*p - largest) / options.temperature).exp();
-        total += *p;
-    }
-    if options.top_p < 1.0 {
-        let mut mass = 0.0;
-        let reached = candidates.iter().position(|(_, p)| {
-            mass += p;
-            mass >= options.top_p * total
-        });
-        candidates.truncate(reached.map_or(candidates.len(), |i| i + 1));
-        total = candidates.iter().map(|(_, p)| p).sum();
-    }
-    let mut left = rng.uniform() * total;
-    for &(id, p) in candidates.iter() {
-        left -= p;
-        if left < 0.0 {
-            return id;
+
+    /// The next token. Of tokens with equal logits, top-k and top-p prefer the lower id.
+    fn choose(&mut self, logits: &[f32]) -> u32 {
+        let GenerateOptions { temperature, top_k, top_p, .. } = *self.options;
+        let best = argmax(logits);
+        if temperature == 0.0 || top_k == 1 {
+            return best;
         }
+        let candidates = &mut self.candidates;
+        let largest = logits[best as usize];
+        let weight = |z: f32| ((z - largest) / temperature).exp();
+        candidates.clear();
+        candidates.extend((0u32..).zip(logits.iter().copied()));
+        if (1..candidates.len()).contains(&top_k) {
+            candidates.select_nth_unstable_by(top_k - 1, likely_first);
+            candidates.truncate(top_k);
+        }
+        candidates.iter_mut().for_each(|(_, z)| *z = weight(*z));
+        let mut total: f32 = candidates.iter().map(|(_, p)| p).sum();
+        if top_p < 1.0 {
+            nucleus(candidates, top_p * total);
+            total = candidates.iter().map(|(_, p)| p).sum();
+        }
+        let mut left = self.rng.uniform() * total;
+        for &(id, p) in candidates.iter() {
+            left -= p;
+            if left < 0.0 {
+                return id;
+            }
+        }
+        best
     }
-    candidates[candidates.len() - 1].0
+}
+
+/// Keeps the fewest most likely candidates whose weights reach `mass`.
+fn nucleus(candidates: &mut Vec<(u32, f32)>, mass: f32) {
+    let (mut sorted, mut reached) = (0, 0.0);
+    while sorted < candidates.len() {
+        // A few at a time: most often the first ones suffice.
+        let rest = &mut candidates[sorted..];
+        let count = (2 * sorted).clamp(64, rest.len().max(64)).min(rest.len());
+        if count < rest.len() {
+            rest.select_nth_unstable_by(count - 1, likely_first);
+        }
+        rest[..count].sort_unstable_by(likely_first);
+        for (i, (_, p)) in rest[..count].iter().enumerate() {
+            reached += p;
+            if reached >= mass {
+                candidates.truncate(sorted + i + 1);
+                return;
+            }
+        }
+        sorted += count;
+    }
 }
 
 /// Index of the largest logit; the lowest on ties.
@@ -196,10 +247,11 @@ mod tests {
     use super::*;
 
     fn counts(options: &GenerateOptions, logits: &[f32]) -> Vec<usize> {
-        let mut rng = Rng::new(3, 0);
+        let options = GenerateOptions { seed: 3, ..options.clone() };
+        let mut sampler = Sampler::new(&options, 0);
         let mut counts = vec![0; logits.len()];
         for _ in 0..20_000 {
-            counts[choose(logits, options, &mut rng, &mut Vec::new()) as usize] += 1;
+            counts[sampler.choose(logits) as usize] += 1;
         }
         counts
     }
@@ -207,8 +259,30 @@ mod tests {
     #[test]
     fn greedy_takes_the_first_of_the_largest() {
         let options = GenerateOptions::default();
-        let mut rng = Rng::new(0, 0);
-        assert_eq!(choose(&[1.0, 3.0, 3.0, -1.0], &options, &mut rng, &mut Vec::new()), 1);
+        assert_eq!(Sampler::new(&options, 4).choose(&[1.0, 3.0, 3.0, -1.0]), 1);
+    }
+
+    #[test]
+    fn the_nucleus_is_the_shortest_prefix_of_the_sorted_weights() {
+        let mut rng = Rng::new(5, 0);
+        for n in [1, 3, 64, 65, 1000] {
+            let all: Vec<(u32, f32)> = (0..n).map(|id| (id, (3.0 * rng.normal()).exp())).collect();
+            let mut sorted = all.clone();
+            sorted.sort_by(likely_first);
+            let total: f32 = sorted.iter().map(|(_, p)| p).sum();
+            for share in [1e-6, 0.5, 0.9, 0.999, 2.0] {
+                let mut sum = 0.0;
+                let mut want = sorted.clone();
+                want.retain(|(_, p)| {
+                    let before = sum;
+                    sum += p;
+                    before < share * total
+                });
+                let mut got = all.clone();
+                nucleus(&mut got, share * total);
+                assert_eq!(got, want, "{n} candidates, share {share}");
+            }
+        }
     }
 
     #[test]

@@ -16,4 +16,4 @@ pub mod partition;
 
 pub use config::Config;
 pub use error::{Error, Result};
-pub use model::Model;
+pub use model::{Inference, Model};

@@ -113,6 +113,12 @@ impl Layout {
         self.by_name.get(name).map(|&i| &self.entries[i])
     }
 
+    /// The tensors that start in `range`, in arena order.
+    pub(crate) fn within(&self, range: &Range<usize>) -> &[Entry] {
+        let first_from = |at| self.entries.partition_point(|entry| entry.range.start < at);
+        &self.entries[first_from(range.start)..first_from(range.end)]
+    }
+
     /// Length of the arena, padding included.
     pub fn len(&self) -> usize {
         self.len

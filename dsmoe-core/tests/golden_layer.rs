@@ -4,10 +4,10 @@ use std::collections::HashMap;
 
 use dsmoe_core::ffn::{DsmoeFfn, Ffn, FfnScratch, block_len, split, split_mut};
 use dsmoe_kernels::buf::Buf;
-use dsmoe_kernels::expert_ffn;
 use dsmoe_kernels::linear::{self, reference as linear_reference};
 use dsmoe_kernels::matmul::reference::transpose;
 use dsmoe_kernels::testing::{assert_close, assert_close_f64};
+use dsmoe_kernels::{Precision, expert_ffn};
 use dsmoe_router::sparsity::{SparsityGrad, SparsityOver};
 use dsmoe_router::{GateValue, Rescale, RouterConfig, ZeroActive, reference as router_reference};
 use serde::Deserialize;
@@ -88,7 +88,8 @@ fn the_f64_definition_is_pytorchs() {
         let (x, r) = (get("x"), get("r"));
         let (gate, up) = (get("gate_proj"), get("up_proj"));
         let down = transpose(get("down_proj"), d, case.intermediate);
-        let router_dims = linear::Dims { rows: case.tokens, inputs: d, outputs: n, precision: dsmoe_kernels::Precision::F32 };
+        let router_dims =
+            linear::Dims { rows: case.tokens, inputs: d, outputs: n, precision: Precision::F32 };
 
         let logits = linear_reference::forward(x, get("router"), router_dims);
         let routed = router_reference::route(&config, &logits);
@@ -150,7 +151,7 @@ fn the_f32_layer_is_pytorchs() {
         };
 
         let mut y = vec![f32::NAN; x.len()];
-        ffn.forward(&mut y, &x, &params, None, &mut scratch);
+        ffn.pack(&params, Precision::F32).forward(&mut y, &x, None, &mut scratch);
         check("y", &y);
         let mut saved = ffn.new_saved();
         y.fill(f32::NAN);

@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use dsmoe_core::generate::{GenerateOptions, generate};
-use dsmoe_core::model::{Cache, Model, Workspace};
+use dsmoe_core::model::{Cache, Inference, Workspace};
+use dsmoe_kernels::Precision;
 use serde_json::Value;
 
 mod common;
@@ -39,11 +40,11 @@ fn logits_are_those_of_transformers_however_the_text_is_fed() {
             .chunks_exact(4)
             .map(|b| f32::from_le_bytes(b.try_into().expect("4 bytes")))
             .collect();
-        let model = Model::load(&dir).expect("model");
+        let model = Inference::load(&dir, Precision::F32).expect("model");
         let vocab = model.config().vocab_size;
         let mut workspace = Workspace::default();
         for chunk in [ids.len(), 1, 5, 17] {
-            let mut cache = Cache::new(&model);
+            let mut cache = Cache::new(&model, ids.len());
             let mut worst = 0.0f32;
             for (i, piece) in ids.chunks(chunk).enumerate() {
                 let got = model.logits(piece, piece.len(), &mut cache, None, &mut workspace).expect("logits");
@@ -68,7 +69,7 @@ fn greedy_text_is_that_of_transformers_with_and_without_cache_and_in_any_chunks(
     let golden = json(&shared.join("models/stories-260k/golden_greedy.json"));
     cases.push(("stories-260k", ids(&golden["greedy_token_ids_from_bos_200"]), 1));
     for (name, greedy, prompt) in cases {
-        let model = Model::load(&shared.join("models").join(name)).expect("model");
+        let model = Inference::load(&shared.join("models").join(name), Precision::F32).expect("model");
         for (kv_cache, prefill_chunk) in [(true, 0), (true, 1), (true, 3), (false, 0), (false, 7)] {
             let options = GenerateOptions {
                 max_tokens: greedy.len() - prompt,

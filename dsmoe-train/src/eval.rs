@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use dsmoe_core::Model;
+use dsmoe_core::Inference;
 use dsmoe_core::model::Workspace;
 use dsmoe_datasets::{EvalWindow, eval_windows};
 use serde::Serialize;
@@ -65,7 +65,7 @@ pub struct EvalReport {
 /// Options out of range, fewer than two tokens, a token id outside the vocabulary, or windows longer than the model
 /// has positions.
 pub fn evaluate(
-    model: &Model,
+    model: &Inference,
     ids: &[u32],
     options: EvalOptions,
     progress: &mut dyn FnMut(usize, usize),

@@ -13,9 +13,10 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use dsmoe_core::Model;
 use dsmoe_core::checkpoint::{Dtype, copy_companions};
+use dsmoe_core::{Inference, Model};
 use dsmoe_datasets::{Batches, Split, TokenStream};
+use dsmoe_kernels::Precision;
 use dsmoe_router::{BudgetController, SparsityOver};
 use serde_json::{Value, json};
 
@@ -324,7 +325,8 @@ impl Trainer {
         }
         // A window of `seq` predicted tokens, as in training.
         let seq = (self.config.seq + 1).max(2);
-        let report = evaluate(&self.model, ids, EvalOptions::new(seq), &mut |_, _| {})?;
+        let model = Inference::new(&self.model, Precision::F32);
+        let report = evaluate(&model, ids, EvalOptions::new(seq), &mut |_, _| {})?;
         let step = self.state.step;
         self.metrics.line(&eval_line(step, &report))?;
         let mut values = vec![("eval/nll", report.nll), ("eval/ppl", report.ppl)];

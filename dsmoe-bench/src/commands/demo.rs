@@ -5,12 +5,13 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use dsmoe_core::Model;
 use dsmoe_core::config::Config;
 use dsmoe_core::convert::{ConvertOptions, convert};
 use dsmoe_core::generate::{GenerateOptions, generate};
 use dsmoe_core::init::{InitOptions, init};
+use dsmoe_core::{Inference, Model};
 use dsmoe_datasets::{Bos, DOC_SEPARATOR, TokenStream, Tokenizer, synthetic_text, train_bpe};
+use dsmoe_kernels::Precision;
 use dsmoe_router::RouterInit;
 use dsmoe_train::config::TrainConfig;
 use dsmoe_train::eval::EvalOptions;
@@ -150,7 +151,7 @@ impl DemoRun<'_> {
         for (name, path, runs) in
             [("dense", &dense, 1), ("dense, continued", &continued, 2), ("DSMoE, 8 experts", &dsmoe, 2)]
         {
-            let model = Model::load(path)?;
+            let model = Inference::load(path, Precision::F32)?;
             let result = measure(&model, &held_out, EvalOptions::new(SEQ), &self.ui)?;
             let row = Row {
                 model: name,

@@ -3,12 +3,12 @@
 use std::path::PathBuf;
 
 use anyhow::{Result, bail};
-use dsmoe_core::Model;
+use dsmoe_core::Inference;
 use dsmoe_datasets::Bos;
 use dsmoe_train::eval::{EvalOptions, EvalReport, evaluate};
 use serde::Serialize;
 
-use super::{bos_or_default, load_model, open_corpus, tokenize, tokenizer};
+use super::{bos_or_default, load_inference, open_corpus, tokenize, tokenizer};
 use crate::cli::Eval;
 use crate::progress::{Progress, Unit};
 use crate::report;
@@ -25,6 +25,7 @@ struct Report<'a> {
     seq: usize,
     stride: usize,
     bos: Bos,
+    dtype: &'static str,
     threshold: Option<f32>,
     #[serde(flatten)]
     result: EvalReport,
@@ -33,7 +34,7 @@ struct Report<'a> {
 pub(crate) fn run(args: &Eval, ui: &mut Ui) -> Result<()> {
     let text_column = args.data.text_column.clone().unwrap_or_else(|| "text".to_owned());
     let corpus = open_corpus(&args.data.data, args.data.doc_separator.clone(), text_column)?;
-    let model = load_model(&args.model, args.threshold)?;
+    let model = load_inference(&args.model, args.dtype, args.threshold)?;
     let config = model.config();
     let bos = bos_or_default(args.bos, config);
     let mut stream = tokenize(&corpus, &tokenizer(&args.model, config)?, bos, ui)?;
@@ -50,6 +51,7 @@ pub(crate) fn run(args: &Eval, ui: &mut Ui) -> Result<()> {
         seq,
         stride,
         bos,
+        dtype: args.dtype.name(),
         threshold: config.moe.as_ref().map(|moe| moe.router.threshold),
         result,
     };
@@ -57,7 +59,7 @@ pub(crate) fn run(args: &Eval, ui: &mut Ui) -> Result<()> {
 }
 
 /// Evaluates with progress.
-pub(crate) fn measure(model: &Model, ids: &[u32], options: EvalOptions, ui: &Ui) -> Result<EvalReport> {
+pub(crate) fn measure(model: &Inference, ids: &[u32], options: EvalOptions, ui: &Ui) -> Result<EvalReport> {
     let mut progress = Progress::new(ui, "evaluating", Unit::Windows, 0);
     let result =
         evaluate(model, ids, options, &mut |done, total| progress.set(done as u64, total as u64, ""));

@@ -1,10 +1,11 @@
 //! `dsmoe generate`: continues a prompt.
 
 use anyhow::{Context, Result, bail};
+use dsmoe_core::checkpoint::Checkpoint;
 use dsmoe_core::generate::{Finish, GenerateOptions, generate};
 use serde::Serialize;
 
-use super::{bos_or_default, load_model, tokenizer};
+use super::{bos_or_default, load_inference, tokenizer};
 use crate::cli::Generate;
 use crate::report;
 use crate::ui::Ui;
@@ -20,6 +21,7 @@ struct Report {
     prompt_tokens: usize,
     generated_tokens: usize,
     finish: &'static str,
+    dtype: &'static str,
     prefill_seconds: f64,
     decode_seconds: f64,
     prefill_tokens_per_s: f64,
@@ -31,7 +33,11 @@ struct Report {
 
 pub(crate) fn run(args: &Generate, ui: &mut Ui) -> Result<()> {
     let prompt = read_prompt(args)?;
-    let model = load_model(&args.model, args.threshold)?;
+    let dtype = match args.dtype {
+        Some(dtype) => dtype,
+        None => Checkpoint::open(&args.model)?.precision(),
+    };
+    let model = load_inference(&args.model, dtype, args.threshold)?;
     let config = model.config();
     let tokenizer = tokenizer(&args.model, config)?;
     let prompt_ids = tokenizer.encode(&prompt, bos_or_default(args.bos, config))?;
@@ -94,6 +100,7 @@ pub(crate) fn run(args: &Generate, ui: &mut Ui) -> Result<()> {
             Finish::Positions => "positions",
             Finish::Caller => "stop",
         },
+        dtype: dtype.name(),
         prefill_seconds: generation.prefill_seconds,
         decode_seconds: generation.decode_seconds,
         prefill_tokens_per_s: prompt_ids.len() as f64 / generation.prefill_seconds.max(1e-9),

@@ -16,11 +16,11 @@ use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
-use dsmoe_core::Model;
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::config::Config;
+use dsmoe_core::{Inference, Model};
 use dsmoe_datasets::{Bos, Corpus, CorpusOptions, TokenStream, Tokenizer};
-use dsmoe_kernels::Isa;
+use dsmoe_kernels::{Isa, Precision};
 
 use crate::cli::{Cli, Command};
 use crate::memory;
@@ -74,12 +74,24 @@ fn bos_or_default(asked: Option<Bos>, config: &Config) -> Bos {
     asked.unwrap_or(if config.bos_token_id.is_some() { Bos::Always } else { Bos::Never })
 }
 
-/// Loads a model, with another threshold if one is given.
-fn load_model(dir: &Path, threshold: Option<f32>) -> Result<Model> {
+/// Loads a model for training.
+fn load_model(dir: &Path) -> Result<Model> {
+    check_memory(dir, Precision::F32)?;
+    Ok(Model::load(dir)?)
+}
+
+/// Refuses a model whose weights do not fit into memory.
+fn check_memory(dir: &Path, precision: Precision) -> Result<()> {
     let params = Accounting::of(&Config::load(dir)?).total;
-    let what = format!("{}: the model in f32", dir.display());
-    memory::check(&what, 4 * params, memory::total(), "use a machine with more, or a smaller model")?;
-    let mut model = Model::load(dir)?;
+    let what = format!("{}: the model in {precision}", dir.display());
+    let needed = precision.bytes() as u64 * params;
+    memory::check(&what, needed, memory::total(), "use a machine with more, or a smaller model")
+}
+
+/// Loads a model for inference, with another threshold if one is given.
+fn load_inference(dir: &Path, precision: Precision, threshold: Option<f32>) -> Result<Inference> {
+    check_memory(dir, precision)?;
+    let mut model = Inference::load(dir, precision)?;
     if let Some(threshold) = threshold {
         model.set_threshold(threshold)?;
     }

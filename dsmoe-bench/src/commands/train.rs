@@ -75,7 +75,7 @@ pub(crate) fn run(args: &Train, threads: Option<u16>, ui: &mut Ui) -> Result<Exi
     }
     let needed = plan.state_bytes + plan.activation_bytes;
     memory::check("training", needed, memory::total(), "use a smaller --batch and a larger --accumulate")?;
-    let model = load_model(&args.model, None)?;
+    let model = load_model(&args.model)?;
     let stream = tokenize(&corpus, &tokenizer(&args.model, model.config())?, config.bos, ui)?;
     let options = RunOptions {
         out: args.out.clone(),

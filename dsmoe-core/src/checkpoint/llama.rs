@@ -56,6 +56,11 @@ pub(crate) fn router_name(layer: usize) -> String {
     format!("model.layers.{layer}.mlp.router.weight")
 }
 
+/// Whether a tensor is a layer's router.
+pub(crate) fn is_router(name: &str) -> bool {
+    name.ends_with(".mlp.router.weight")
+}
+
 /// Name of a layer's router bias, `[num_experts]`.
 pub(crate) fn router_bias_name(layer: usize) -> String {
     format!("model.layers.{layer}.mlp.router.bias")

@@ -6,6 +6,7 @@ mod llama;
 mod output;
 mod reader;
 mod stream;
+mod weights;
 mod writer;
 
 pub use dtype::{Dtype, transpose};
@@ -19,6 +20,7 @@ pub use output::{OutputDir, write_synced};
 pub use reader::{Checkpoint, TensorView};
 pub use stream::Progress;
 pub(crate) use stream::{Change, Meter, TensorSource};
+pub(crate) use weights::WeightReader;
 pub use writer::{DEFAULT_SHARD_BYTES, TensorInfo, Writer};
 
 /// The only weights file of an unsharded directory.

@@ -5,10 +5,12 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+use dsmoe_kernels::Precision;
 use dsmoe_kernels::buf::Mmap;
 use serde::Deserialize;
 
-use super::dtype::{decode, decode_transposed};
+use super::dtype::decode;
+use super::llama::is_router;
 use super::{Dtype, Header, INDEX_FILE, SINGLE_FILE};
 use crate::config::read_json;
 use crate::error::{Error, Result, shown};
@@ -148,6 +150,15 @@ impl Checkpoint {
         self.tensors.get(name)
     }
 
+    /// The precision that keeps what is stored: bf16 when no matrix but routers takes more than two bytes a value.
+    /// (Of f16, bf16 keeps the range and eight bits.)
+    pub fn precision(&self) -> Precision {
+        let narrow = |(name, view): (&String, &TensorView)| {
+            view.shape.len() < 2 || view.dtype.size() <= 2 || is_router(name)
+        };
+        if self.tensors.iter().all(narrow) { Precision::Bf16 } else { Precision::F32 }
+    }
+
     /// The files, as [`TensorView::file`] numbers them.
     pub fn files(&self) -> impl Iterator<Item = &Path> {
         self.files.iter().map(|shard| shard.path.as_path())
@@ -191,23 +202,6 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// Sets `out` `[cols, rows]` to the transpose of a tensor `[rows, cols]` of any float type.
-    ///
-    /// # Errors
-    /// There is no such tensor, it is not of a float type, or has another shape.
-    ///
-    /// # Panics
-    /// `out` has not `rows * cols` elements.
-    pub fn read_f32_transposed(&self, name: &str, rows: usize, cols: usize, out: &mut [f32]) -> Result<()> {
-        let view = self.need_float(name)?;
-        if view.shape != [rows, cols] {
-            let problem = format!("has shape {:?}, not [{rows}, {cols}]", view.shape);
-            return Err(self.wrong(name, view, problem, "use the weights of this model".to_owned()));
-        }
-        decode_transposed(out, self.bytes(name)?, view.dtype, rows, cols);
-        Ok(())
-    }
-
     /// A tensor of type I32, flat.
     ///
     /// # Errors
@@ -228,7 +222,7 @@ impl Checkpoint {
         })
     }
 
-    fn need_float(&self, name: &str) -> Result<&TensorView> {
+    pub(crate) fn need_float(&self, name: &str) -> Result<&TensorView> {
         let view = self.need(name)?;
         if !view.dtype.is_float() {
             let problem = format!("has dtype {}", view.dtype);

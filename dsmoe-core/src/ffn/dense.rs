@@ -2,10 +2,11 @@
 
 use std::any::Any;
 
-use dsmoe_kernels::expert_ffn::{self, Saved, WeightGrads, Weights};
+use dsmoe_kernels::Precision;
+use dsmoe_kernels::expert_ffn::{self, PackedWeights, Saved, WeightGrads, Weights};
 use dsmoe_router::SparsityGrad;
 
-use super::{Ffn, FfnReport, FfnScratch, Record, projections, split, split_mut};
+use super::{Ffn, FfnReport, FfnScratch, PackedFfn, Record, projections, split, split_mut};
 use crate::params::TensorSpec;
 
 /// `y = (silu(x W_gate^T) * (x W_up^T)) W_down`.
@@ -26,31 +27,30 @@ impl DenseFfn {
     }
 }
 
+/// A dense FFN for inference.
+#[derive(Debug)]
+struct PackedDense(PackedWeights);
+
+impl PackedFfn for PackedDense {
+    fn forward(&self, y: &mut [f32], x: &[f32], _record: Option<Record<'_>>, scratch: &mut FfnScratch) {
+        let tokens = x.len() / self.0.hidden();
+        expert_ffn::forward_dense_packed(y, x, &self.0, tokens, &mut scratch.experts);
+    }
+
+    fn bytes(&self) -> usize {
+        self.0.bytes()
+    }
+}
+
 impl Ffn for DenseFfn {
     fn tensors(&self) -> Vec<TensorSpec> {
         projections(self.hidden, self.intermediate)
     }
 
-    fn forward(
-        &self,
-        y: &mut [f32],
-        x: &[f32],
-        params: &[f32],
-        _record: Option<Record<'_>>,
-        scratch: &mut FfnScratch,
-    ) {
+    fn pack(&self, params: &[f32], precision: Precision) -> Box<dyn PackedFfn> {
         let [gate, up, down] = split(params, self.lens());
-        let tokens = x.len() / self.hidden;
         let weights = Weights { gate, up, down };
-        expert_ffn::forward_dense(
-            y,
-            x,
-            &weights,
-            tokens,
-            self.hidden,
-            self.intermediate,
-            &mut scratch.experts,
-        );
+        Box::new(PackedDense(PackedWeights::new(precision, &weights, self.hidden, self.intermediate, 1)))
     }
 
     fn new_saved(&self) -> Box<dyn Any + Send> {

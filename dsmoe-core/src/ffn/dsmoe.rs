@@ -2,13 +2,13 @@
 
 use std::any::Any;
 
-use dsmoe_kernels::expert_ffn::{self, Dims, Saved, WeightGrads, Weights};
+use dsmoe_kernels::expert_ffn::{self, Dims, PackedWeights, Saved, WeightGrads, Weights};
 use dsmoe_kernels::{Precision, linear};
 use dsmoe_router::sparsity::{self, SparsityOver};
 use dsmoe_router::{Routed, RouterConfig, SparsityGrad, ste};
 use ndarray::{ArrayView2, ArrayViewMut2};
 
-use super::{Ffn, FfnReport, FfnScratch, Record, projections, routes, split, split_mut};
+use super::{Ffn, FfnReport, FfnScratch, PackedFfn, Record, projections, routes, split, split_mut};
 use crate::params::TensorSpec;
 
 /// `y = sum over active experts i of S_i o_i` (eq. 11), experts being row ranges of the projections (eq. 6).
@@ -58,7 +58,12 @@ impl DsmoeFfn {
     }
 
     fn router_dims(&self, tokens: usize) -> linear::Dims {
-        linear::Dims { rows: tokens, inputs: self.hidden, outputs: self.router.num_experts, precision: Precision::F32 }
+        linear::Dims {
+            rows: tokens,
+            inputs: self.hidden,
+            outputs: self.router.num_experts,
+            precision: Precision::F32,
+        }
     }
 
     /// Routes `x`; sets `routed` and adds to `record`.
@@ -88,6 +93,36 @@ impl DsmoeFfn {
     }
 }
 
+/// A DSMoE FFN for inference; the router stays f32.
+#[derive(Debug)]
+struct PackedDsmoe {
+    ffn: DsmoeFfn,
+    weights: PackedWeights,
+    router: Vec<f32>,
+    bias: Vec<f32>,
+}
+
+impl PackedFfn for PackedDsmoe {
+    fn forward(&self, y: &mut [f32], x: &[f32], record: Option<Record<'_>>, scratch: &mut FfnScratch) {
+        let FfnScratch { experts, logits, routed, .. } = scratch;
+        self.ffn.route(routed, logits, x, &self.router, &self.bias, record);
+        let routes = routes(&routed.routing);
+        expert_ffn::forward_packed(y, x, &self.weights, &routes, self.ffn.dims(x), experts);
+    }
+
+    fn bytes(&self) -> usize {
+        self.weights.bytes() + 4 * (self.router.len() + self.bias.len())
+    }
+
+    fn num_experts(&self) -> Option<usize> {
+        self.ffn.num_experts()
+    }
+
+    fn set_threshold(&mut self, threshold: f32) -> bool {
+        self.ffn.set_threshold(threshold)
+    }
+}
+
 fn matrix(values: &[f32], rows: usize, cols: usize) -> ArrayView2<'_, f32> {
     ArrayView2::from_shape((rows, cols), values).expect("rows * cols values")
 }
@@ -112,19 +147,15 @@ impl Ffn for DsmoeFfn {
         true
     }
 
-    fn forward(
-        &self,
-        y: &mut [f32],
-        x: &[f32],
-        params: &[f32],
-        record: Option<Record<'_>>,
-        scratch: &mut FfnScratch,
-    ) {
+    fn pack(&self, params: &[f32], precision: Precision) -> Box<dyn PackedFfn> {
         let [gate, up, down, router, bias] = split(params, self.lens());
-        let FfnScratch { experts, logits, routed, .. } = scratch;
-        self.route(routed, logits, x, router, bias, record);
-        let weights = Weights { gate, up, down };
-        expert_ffn::forward(y, x, &weights, &routes(&routed.routing), self.dims(x), experts);
+        let (weights, n) = (Weights { gate, up, down }, self.router.num_experts);
+        Box::new(PackedDsmoe {
+            ffn: self.clone(),
+            weights: PackedWeights::new(precision, &weights, self.hidden, self.intermediate, n),
+            router: router.to_vec(),
+            bias: bias.to_vec(),
+        })
     }
 
     fn new_saved(&self) -> Box<dyn Any + Send> {

@@ -1,7 +1,8 @@
 //! The FFN of a decoder layer, whatever its form.
 //!
 //! [`Ffn`] is the one abstraction other crates implement: a dense FFN, DSMoE's gated experts, and any method that
-//! DSMoE is compared with. The model, the trainer and the checkpoints know nothing else of an FFN.
+//! DSMoE is compared with; [`PackedFfn`] is its form for inference. The model, the trainer and the checkpoints know
+//! nothing else of an FFN.
 
 mod dense;
 mod dsmoe;
@@ -9,7 +10,7 @@ mod dsmoe;
 use std::any::Any;
 
 use dsmoe_kernels::buf::Buf;
-use dsmoe_kernels::expert_ffn;
+use dsmoe_kernels::{Precision, expert_ffn};
 use dsmoe_router::{Routed, Routing, RoutingStats, SparsityGrad};
 
 pub use dense::DenseFfn;
@@ -66,20 +67,14 @@ pub trait Ffn: std::fmt::Debug + Send + Sync {
         false
     }
 
-    /// Sets `y = ffn(x)`, both `[tokens, hidden]`. Adds the routing of these tokens to `record`.
-    fn forward(
-        &self,
-        y: &mut [f32],
-        x: &[f32],
-        params: &[f32],
-        record: Option<Record<'_>>,
-        scratch: &mut FfnScratch,
-    );
+    /// This FFN for inference: its projections packed in `precision`, its router in f32.
+    fn pack(&self, params: &[f32], precision: Precision) -> Box<dyn PackedFfn>;
 
     /// A place for what [`Ffn::backward`] needs; made once, reused every step.
     fn new_saved(&self) -> Box<dyn Any + Send>;
 
-    /// [`Ffn::forward`] that also fills `saved`, which must come from this FFN's [`Ffn::new_saved`].
+    /// Sets `y = ffn(x)`, both `[tokens, hidden]`, and `saved`, which must come from this FFN's [`Ffn::new_saved`].
+    /// Adds the routing of these tokens to `record`.
     fn forward_train(
         &self,
         y: &mut [f32],
@@ -107,6 +102,25 @@ pub trait Ffn: std::fmt::Debug + Send + Sync {
         sparsity: SparsityGrad,
         scratch: &mut FfnScratch,
     );
+}
+
+/// One layer's FFN for inference, with its weights; made by [`Ffn::pack`].
+pub trait PackedFfn: std::fmt::Debug + Send + Sync {
+    /// Sets `y = ffn(x)`, both `[tokens, hidden]`. Adds the routing of these tokens to `record`.
+    fn forward(&self, y: &mut [f32], x: &[f32], record: Option<Record<'_>>, scratch: &mut FfnScratch);
+
+    /// Bytes that the weights take.
+    fn bytes(&self) -> usize;
+
+    /// Experts, when there is a router.
+    fn num_experts(&self) -> Option<usize> {
+        None
+    }
+
+    /// Moves the gates' threshold, when there is one; says whether there is.
+    fn set_threshold(&mut self, _threshold: f32) -> bool {
+        false
+    }
 }
 
 /// Values that `tensors` take in the arena.

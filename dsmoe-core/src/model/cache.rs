@@ -1,9 +1,9 @@
 //! The key-value cache of a decoding sequence.
 
-use super::Model;
+use super::Inference;
 
-/// Keys and values of all positions so far, per layer; grows as positions come.
-#[derive(Clone, Debug, Default)]
+/// Keys and values of all positions so far, per layer.
+#[derive(Debug)]
 pub struct Cache {
     /// Per layer: keys, values, `[len, kv_heads * head_dim]` each.
     pub(super) layers: Vec<(Vec<f32>, Vec<f32>)>,
@@ -11,9 +11,23 @@ pub struct Cache {
 }
 
 impl Cache {
-    /// An empty cache for `model`.
-    pub fn new(model: &Model) -> Cache {
-        Cache { layers: vec![(Vec::new(), Vec::new()); model.config.num_layers], len: 0 }
+    /// An empty cache for `model` with room for `positions`: until they are used up, decoding allocates nothing for
+    /// them; after that the room doubles.
+    pub fn new(model: &Inference, positions: usize) -> Cache {
+        let positions = positions.min(model.config().max_position);
+        let values = positions * model.config().num_kv_heads * model.config().head_dim;
+        let layer = || (Vec::with_capacity(values), Vec::with_capacity(values));
+        model.prepare(positions);
+        Cache { layers: std::iter::repeat_with(layer).take(model.config().num_layers).collect(), len: 0 }
+    }
+
+    /// Forgets all positions and keeps the room.
+    pub fn clear(&mut self) {
+        for (keys, values) in &mut self.layers {
+            keys.clear();
+            values.clear();
+        }
+        self.len = 0;
     }
 
     /// Positions held.

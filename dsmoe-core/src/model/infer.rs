@@ -1,13 +1,28 @@
 //! Inference: scoring windows of text, and decoding with a cache.
 
-use dsmoe_kernels::Precision;
 use dsmoe_kernels::buf::Buf;
-use dsmoe_kernels::{add, attention, cross_entropy, embedding, linear, rms_norm, rope};
+use dsmoe_kernels::matmul::Packed;
+use dsmoe_kernels::{Precision, add, attention, cross_entropy, linear, rms_norm, rope};
 use dsmoe_router::RoutingStats;
 
-use super::{Cache, Model};
-use crate::error::Result;
+use super::pack::{Embedding, Layer};
+use super::{Cache, check_input};
+use crate::config::Config;
+use crate::error::{Error, Result};
 use crate::ffn::{FfnScratch, Record};
+
+/// A LLaMA decoder for inference: weight matrices packed in a [`Precision`], norms and routers in f32. With bf16
+/// the operands of matrix products are rounded to it; sums, softmax and the residual stream are f32.
+#[derive(Debug)]
+pub struct Inference {
+    pub(super) config: Config,
+    pub(super) precision: Precision,
+    pub(super) embedding: Embedding,
+    pub(super) layers: Vec<Layer>,
+    pub(super) norm: Buf,
+    pub(super) head: Packed,
+    pub(super) rope: rope::Table,
+}
 
 /// Activations of one forward pass; reused from call to call.
 #[derive(Debug, Default)]
@@ -25,15 +40,59 @@ pub struct Workspace {
     ffn: FfnScratch,
 }
 
-impl Model {
+impl Workspace {
+    fn prepare(&mut self, config: &Config, tokens: usize) {
+        let (q_width, kv_width) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
+        for buf in [&mut self.x, &mut self.h, &mut self.y] {
+            buf.resize(tokens * config.hidden);
+        }
+        for buf in [&mut self.q, &mut self.a] {
+            buf.resize(tokens * q_width);
+        }
+        for buf in [&mut self.k, &mut self.v] {
+            buf.resize(tokens * kv_width);
+        }
+        self.lse.resize(tokens * config.num_heads);
+        self.rstd.resize(tokens);
+    }
+}
+
+impl Inference {
+    /// The configuration.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// What the weights are stored as.
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// Bytes that the weights take.
+    pub fn bytes(&self) -> usize {
+        let layers = self.layers.iter().map(Layer::bytes).sum::<usize>();
+        self.embedding.bytes() + layers + 4 * self.norm.len() + self.head.bytes()
+    }
+
     /// Empty routing statistics for this model; none without routers.
     pub fn new_stats(&self) -> Option<RoutingStats> {
-        self.num_experts().map(|n| RoutingStats::new(self.config.num_layers, n))
+        let experts = self.layers.first().and_then(|layer| layer.ffn.num_experts());
+        experts.map(|n| RoutingStats::new(self.config.num_layers, n))
+    }
+
+    /// Moves the gates' threshold of every layer (the paper's table 4).
+    ///
+    /// # Errors
+    /// The threshold is outside 0..=1, or the model has no gates.
+    pub fn set_threshold(&mut self, threshold: f32) -> Result<()> {
+        super::set_threshold(&mut self.config, threshold, || {
+            self.layers.iter_mut().all(|layer| layer.ffn.set_threshold(threshold))
+        })
     }
 
     /// Sets `losses[t]` to the negative log-likelihood (nats) of `targets[t]` after `inputs` up to t, for
     /// `inputs.len() / seq` sequences of `seq` tokens each. A target of [`cross_entropy::IGNORE`] scores 0. Adds
-    /// the routing of all inputs to `stats` (from [`Model::new_stats`]).
+    /// the routing of all inputs to `stats` (from [`Inference::new_stats`]).
     ///
     /// # Errors
     /// A token id outside the vocabulary, or more positions than the model has.
@@ -56,14 +115,12 @@ impl Model {
             inputs.len(),
             targets.len()
         );
-        self.check_input(inputs, 0, seq)?;
-        self.hidden_states(inputs, seq, None, stats, workspace);
-        let dims = cross_entropy::Dims {
-            tokens: inputs.len(),
-            hidden: self.config.hidden,
-            vocab: self.config.vocab_size,
-        };
-        cross_entropy::forward(losses, &workspace.h, self.param(&self.ranges.head), targets, dims);
+        check_input(&self.config, inputs, 0, seq)?;
+        in_pool(|| {
+            self.hidden_states(inputs, seq, None, stats, workspace);
+            let Workspace { h, logits, .. } = workspace;
+            cross_entropy::forward_packed(losses, h, &self.head, targets, logits);
+        });
         Ok(())
     }
 
@@ -94,19 +151,25 @@ impl Model {
         workspace: &'w mut Workspace,
     ) -> Result<&'w [f32]> {
         if ids.len() < last || ids.is_empty() {
-            return Err(crate::error::Error::Argument(format!(
+            return Err(Error::Argument(format!(
                 "{} tokens to read logits of {last}; give at least one token",
                 ids.len()
             )));
         }
-        self.check_input(ids, cache.len, ids.len())?;
-        self.hidden_states(ids, ids.len(), Some(cache), stats, workspace);
-        let (hidden, vocab) = (self.config.hidden, self.config.vocab_size);
-        let Workspace { h, logits, .. } = workspace;
-        logits.resize(last * vocab);
-        let dims = linear::Dims { rows: last, inputs: hidden, outputs: vocab, precision: Precision::F32 };
-        linear::forward(logits, &h[(ids.len() - last) * hidden..], self.param(&self.ranges.head), dims);
+        check_input(&self.config, ids, cache.len, ids.len())?;
+        in_pool(|| {
+            self.hidden_states(ids, ids.len(), Some(cache), stats, workspace);
+            let Workspace { h, logits, .. } = &mut *workspace;
+            logits.resize(last * self.config.vocab_size);
+            let h = &h[(ids.len() - last) * self.config.hidden..];
+            linear::forward_packed(logits, h, &self.head, last);
+        });
         Ok(&workspace.logits)
+    }
+
+    /// Computes now what the first `positions` positions need, for calls that must not allocate.
+    pub(super) fn prepare(&self, positions: usize) {
+        self.rope.prepare(positions);
     }
 
     /// Sets `workspace.h` to the normed hidden states `[ids.len(), hidden]` of sequences of `seq` tokens. With a
@@ -121,36 +184,26 @@ impl Model {
     ) {
         let config = &self.config;
         let (tokens, hidden, eps) = (ids.len(), config.hidden, config.rms_norm_eps as f32);
-        let (q_width, kv_width) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
         let start = cache.as_ref().map_or(0, |cache| cache.len);
+        workspace.prepare(config, tokens);
         let Workspace { x, h, q, k, v, a, y, lse, rstd, ffn: scratch, .. } = workspace;
-        x.resize(tokens * hidden);
-        h.resize(tokens * hidden);
-        q.resize(tokens * q_width);
-        k.resize(tokens * kv_width);
-        v.resize(tokens * kv_width);
-        a.resize(tokens * q_width);
-        y.resize(tokens * hidden);
-        lse.resize(tokens * config.num_heads);
-        rstd.resize(tokens);
-        let dims = |inputs, outputs| linear::Dims { rows: tokens, inputs, outputs, precision: Precision::F32 };
-        embedding::forward(x, self.param(&self.ranges.embed), ids, hidden);
-        for (i, layer) in self.ranges.layers.iter().enumerate() {
-            rms_norm::forward(h, rstd, x, self.param(&layer.input_norm), eps, hidden);
-            linear::forward(q, h, self.param(&layer.q), dims(hidden, q_width));
-            linear::forward(k, h, self.param(&layer.k), dims(hidden, kv_width));
-            linear::forward(v, h, self.param(&layer.v), dims(hidden, kv_width));
-            let at = |heads| rope::Args { table: &self.rope, seq, start, heads };
+        let mut shape = attention::Dims {
+            batch: tokens / seq,
+            queries: seq,
+            keys: start + seq,
+            heads: config.num_heads,
+            kv_heads: config.num_kv_heads,
+            head_dim: config.head_dim,
+        };
+        let at = |heads| rope::Args { table: &self.rope, seq, start, heads };
+        self.embedding.rows(x, ids, &self.head);
+        for (i, layer) in self.layers.iter().enumerate() {
+            rms_norm::forward(h, rstd, x, &layer.input_norm, eps, hidden);
+            linear::forward_packed(q, h, &layer.q, tokens);
+            linear::forward_packed(k, h, &layer.k, tokens);
+            linear::forward_packed(v, h, &layer.v, tokens);
             rope::forward(q, at(config.num_heads));
             rope::forward(k, at(config.num_kv_heads));
-            let mut shape = attention::Dims {
-                batch: tokens / seq,
-                queries: seq,
-                keys: start + seq,
-                heads: config.num_heads,
-                kv_heads: config.num_kv_heads,
-                head_dim: config.head_dim,
-            };
             match cache.as_deref_mut() {
                 Some(cache) => {
                     let (keys, values) = &mut cache.layers[i];
@@ -165,16 +218,22 @@ impl Model {
                 }
                 None => attention::forward(a, lse, q, k, v, shape),
             }
-            linear::forward(y, a, self.param(&layer.o), dims(q_width, hidden));
+            linear::forward_packed(y, a, &layer.o, tokens);
             add::add(x, y);
-            rms_norm::forward(h, rstd, x, self.param(&layer.post_norm), eps, hidden);
+            rms_norm::forward(h, rstd, x, &layer.post_norm, eps, hidden);
             let record = stats.as_deref_mut().map(|stats| Record { stats, layer: i });
-            self.ffns[i].forward(y, h, self.param(&layer.ffn), record, scratch);
+            layer.ffn.forward(y, h, record, scratch);
             add::add(x, y);
         }
-        rms_norm::forward(h, rstd, x, self.param(&self.ranges.norm), eps, hidden);
+        rms_norm::forward(h, rstd, x, &self.norm, eps, hidden);
         if let Some(cache) = cache {
             cache.len += seq;
         }
     }
+}
+
+/// Runs `op` on a thread of the pool: a product started there wakes no thread that only waits for it, and queues
+/// its tasks without allocating.
+pub(crate) fn in_pool<R: Send>(op: impl FnOnce() -> R + Send) -> R {
+    rayon::scope(|_| op())
 }

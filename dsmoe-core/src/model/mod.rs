@@ -1,4 +1,5 @@
-//! The LLaMA decoder over any [`Ffn`]: loading, saving, and the parameter arena.
+//! The LLaMA decoder over any [`Ffn`]: [`Model`], an arena of f32 parameters, to train, load and save; [`Inference`],
+//! packed weights in a precision, to score and to decode.
 //!
 //! ```text
 //! x = embed(ids)
@@ -8,6 +9,7 @@
 
 mod cache;
 mod infer;
+mod pack;
 mod step;
 
 use std::ops::Range;
@@ -15,13 +17,14 @@ use std::path::Path;
 
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::rope;
-use rayon::prelude::*;
+use dsmoe_router::RoutingStats;
 
 pub use cache::Cache;
-pub use infer::Workspace;
+pub(crate) use infer::in_pool;
+pub use infer::{Inference, Workspace};
 pub use step::{StepArgs, StepOutput, TrainWorkspace};
 
-use crate::checkpoint::{Checkpoint, Dtype, TensorInfo, Writer, partition_name};
+use crate::checkpoint::{Checkpoint, Dtype, TensorInfo, WeightReader, Writer, partition_name};
 use crate::config::{Config, PartitionKind, RopeScaling};
 use crate::error::{Error, Result};
 use crate::ffn::{DenseFfn, DsmoeFfn, Ffn};
@@ -49,7 +52,7 @@ struct Ranges {
     head: Range<usize>,
 }
 
-/// A LLaMA decoder with its parameters in f32.
+/// A LLaMA decoder with its parameters in f32, for training.
 #[derive(Debug)]
 pub struct Model {
     config: Config,
@@ -70,72 +73,14 @@ impl Model {
     /// The number of FFNs is not the number of layers.
     pub fn with_ffns(config: Config, ffns: Vec<Box<dyn Ffn>>) -> Model {
         assert_eq!(ffns.len(), config.num_layers, "model: FFNs and layers");
-        let mut layout = Layout::default();
-        let hidden = config.hidden;
-        let (q_width, kv_width) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
-        let embed =
-            layout.push(TensorSpec::matrix("model.embed_tokens.weight", config.vocab_size, hidden), None);
-        let layers = ffns
-            .iter()
-            .enumerate()
-            .map(|(i, ffn)| {
-                let name = |suffix: &str| format!("model.layers.{i}.{suffix}.weight");
-                let mut matrix = |suffix: &str, rows, cols| {
-                    layout.push(TensorSpec::matrix(name(suffix), rows, cols), Some(i))
-                };
-                let q = matrix("self_attn.q_proj", q_width, hidden);
-                let k = matrix("self_attn.k_proj", kv_width, hidden);
-                let v = matrix("self_attn.v_proj", kv_width, hidden);
-                let o = matrix("self_attn.o_proj", hidden, q_width);
-                let mut norm = |suffix: &str| layout.push(TensorSpec::norm(name(suffix), hidden), Some(i));
-                let input_norm = norm("input_layernorm");
-                let post_norm = norm("post_attention_layernorm");
-                let start = layout.len();
-                for mut spec in ffn.tensors() {
-                    spec.name = format!("model.layers.{i}.mlp.{}", spec.name);
-                    layout.push(spec, Some(i));
-                }
-                LayerRanges { input_norm, q, k, v, o, post_norm, ffn: start..layout.len() }
-            })
-            .collect();
-        let norm = layout.push(TensorSpec::norm("model.norm.weight", hidden), None);
-        let head = if config.tie_word_embeddings {
-            embed.clone()
-        } else {
-            layout.push(TensorSpec::matrix("lm_head.weight", config.vocab_size, hidden), None)
-        };
-        let scaling = match config.rope_scaling {
-            RopeScaling::None => rope::Scaling::None,
-            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position } => {
-                rope::Scaling::Llama3 {
-                    factor,
-                    low_freq_factor,
-                    high_freq_factor,
-                    original_max_position: original_max_position as f64,
-                }
-            }
-        };
-        let rope = rope::Table::new(config.head_dim, config.rope_theta, scaling, config.max_position);
-        let params = Buf::zeros(layout.len());
-        let ranges = Ranges { embed, layers, norm, head };
+        let (layout, ranges) = lay_out(&config, &ffns);
+        let (params, rope) = (Buf::zeros(layout.len()), rope_table(&config));
         Model { config, ffns, layout, ranges, params, rope, partitions: None }
     }
 
     /// A model of `config` with all parameters zero: dense, or DSMoE when the configuration says so.
     pub fn new(config: Config) -> Model {
-        let ffns = (0..config.num_layers)
-            .map(|_| -> Box<dyn Ffn> {
-                match &config.moe {
-                    None => Box::new(DenseFfn::new(config.hidden, config.intermediate)),
-                    Some(moe) => Box::new(DsmoeFfn::new(
-                        config.hidden,
-                        config.intermediate,
-                        moe.router.clone(),
-                        moe.router_bias,
-                    )),
-                }
-            })
-            .collect();
+        let ffns = ffns_of(&config);
         Model::with_ffns(config, ffns)
     }
 
@@ -146,23 +91,10 @@ impl Model {
     pub fn load(dir: &Path) -> Result<Model> {
         let config = Config::load(dir)?;
         let checkpoint = Checkpoint::open(dir)?;
-        let tensors = crate::checkpoint::check_llama_tensors(&config, &checkpoint)?;
+        let mut reader = WeightReader::new(&config, &checkpoint)?;
         let mut model = Model::new(config);
-        let Model { layout, params, .. } = &mut model;
-        for entry in layout.entries() {
-            let name = tensors.stored_name(&entry.spec.name);
-            let out = &mut params[entry.range.clone()];
-            match entry.spec.stored {
-                Stored::AsIs => checkpoint.read_f32(name, out)?,
-                Stored::Transposed => {
-                    let stored = entry.spec.stored_shape();
-                    checkpoint.read_f32_transposed(name, stored[0], stored[1], out)?;
-                }
-            }
-            if !out.par_chunks(1 << 16).all(|values| values.iter().all(|x| x.is_finite())) {
-                let problem = "holds a value that is not finite";
-                return Err(Error::tensor(dir, name, problem, "take an undamaged copy of the checkpoint"));
-            }
+        for entry in model.layout.entries() {
+            reader.read(&entry.spec, &mut model.params[entry.range.clone()])?;
         }
         if model.config.moe.as_ref().is_some_and(|moe| moe.partition == PartitionKind::Permuted) {
             let partitions = (0..model.config.num_layers).map(|i| checkpoint.read_i32(&partition_name(i)));
@@ -237,40 +169,115 @@ impl Model {
     /// # Errors
     /// The threshold is outside 0..=1, or the model has no gates.
     pub fn set_threshold(&mut self, threshold: f32) -> Result<()> {
-        if !(0.0..=1.0).contains(&threshold) {
-            return Err(Error::Argument(format!("threshold {threshold} is outside 0..=1; use 0.5")));
-        }
-        let moved = self.ffns.iter_mut().all(|ffn| ffn.set_threshold(threshold));
-        match &mut self.config.moe {
-            Some(moe) if moved => moe.router.threshold = threshold,
-            _ => {
-                return Err(Error::Argument(
-                    "this model has no gates to set a threshold for; convert it first".to_owned(),
-                ));
-            }
-        }
-        Ok(())
+        set_threshold(&mut self.config, threshold, || {
+            self.ffns.iter_mut().all(|ffn| ffn.set_threshold(threshold))
+        })
     }
 
-    /// Checks that `ids` can be fed at positions `start..`.
-    fn check_input(&self, ids: &[u32], start: usize, seq: usize) -> Result<()> {
-        if let Some(id) = ids.iter().find(|&&id| id as usize >= self.config.vocab_size) {
-            return Err(Error::Argument(format!(
-                "token id {id} is not below vocab_size {}; use the model's own tokenizer",
-                self.config.vocab_size
-            )));
-        }
-        if start + seq > self.config.max_position {
-            return Err(Error::Argument(format!(
-                "{} positions are more than max_position_embeddings {}; use shorter sequences",
-                start + seq,
-                self.config.max_position
-            )));
-        }
-        Ok(())
+    /// Empty routing statistics for this model; none without routers.
+    pub fn new_stats(&self) -> Option<RoutingStats> {
+        self.num_experts().map(|n| RoutingStats::new(self.config.num_layers, n))
     }
 
     fn param(&self, range: &Range<usize>) -> &[f32] {
         &self.params[range.clone()]
     }
+}
+
+/// The FFNs that `config` asks for, one per layer.
+fn ffns_of(config: &Config) -> Vec<Box<dyn Ffn>> {
+    let (hidden, intermediate) = (config.hidden, config.intermediate);
+    let ffn = || -> Box<dyn Ffn> {
+        match &config.moe {
+            None => Box::new(DenseFfn::new(hidden, intermediate)),
+            Some(moe) => Box::new(DsmoeFfn::new(hidden, intermediate, moe.router.clone(), moe.router_bias)),
+        }
+    };
+    std::iter::repeat_with(ffn).take(config.num_layers).collect()
+}
+
+/// The table of all tensors, and where they lie.
+fn lay_out(config: &Config, ffns: &[Box<dyn Ffn>]) -> (Layout, Ranges) {
+    let mut layout = Layout::default();
+    let hidden = config.hidden;
+    let (q_width, kv_width) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
+    let embed = layout.push(TensorSpec::matrix("model.embed_tokens.weight", config.vocab_size, hidden), None);
+    let layers = ffns
+        .iter()
+        .enumerate()
+        .map(|(i, ffn)| {
+            let name = |suffix: &str| format!("model.layers.{i}.{suffix}.weight");
+            let mut matrix =
+                |suffix: &str, rows, cols| layout.push(TensorSpec::matrix(name(suffix), rows, cols), Some(i));
+            let q = matrix("self_attn.q_proj", q_width, hidden);
+            let k = matrix("self_attn.k_proj", kv_width, hidden);
+            let v = matrix("self_attn.v_proj", kv_width, hidden);
+            let o = matrix("self_attn.o_proj", hidden, q_width);
+            let mut norm = |suffix: &str| layout.push(TensorSpec::norm(name(suffix), hidden), Some(i));
+            let input_norm = norm("input_layernorm");
+            let post_norm = norm("post_attention_layernorm");
+            let start = layout.len();
+            for mut spec in ffn.tensors() {
+                spec.name = format!("model.layers.{i}.mlp.{}", spec.name);
+                layout.push(spec, Some(i));
+            }
+            LayerRanges { input_norm, q, k, v, o, post_norm, ffn: start..layout.len() }
+        })
+        .collect();
+    let norm = layout.push(TensorSpec::norm("model.norm.weight", hidden), None);
+    let head = if config.tie_word_embeddings {
+        embed.clone()
+    } else {
+        layout.push(TensorSpec::matrix("lm_head.weight", config.vocab_size, hidden), None)
+    };
+    (layout, Ranges { embed, layers, norm, head })
+}
+
+fn rope_table(config: &Config) -> rope::Table {
+    let scaling = match config.rope_scaling {
+        RopeScaling::None => rope::Scaling::None,
+        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position } => {
+            rope::Scaling::Llama3 {
+                factor,
+                low_freq_factor,
+                high_freq_factor,
+                original_max_position: original_max_position as f64,
+            }
+        }
+    };
+    rope::Table::new(config.head_dim, config.rope_theta, scaling, config.max_position)
+}
+
+/// Moves the threshold in `config`, and in the FFNs by `move_gates`, which says whether all have gates.
+fn set_threshold(config: &mut Config, threshold: f32, move_gates: impl FnOnce() -> bool) -> Result<()> {
+    if !(0.0..=1.0).contains(&threshold) {
+        return Err(Error::Argument(format!("threshold {threshold} is outside 0..=1; use 0.5")));
+    }
+    match &mut config.moe {
+        Some(moe) if move_gates() => moe.router.threshold = threshold,
+        _ => {
+            return Err(Error::Argument(
+                "this model has no gates to set a threshold for; convert it first".to_owned(),
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Checks that `ids` can be fed at positions `start..`.
+fn check_input(config: &Config, ids: &[u32], start: usize, seq: usize) -> Result<()> {
+    if let Some(id) = ids.iter().find(|&&id| id as usize >= config.vocab_size) {
+        return Err(Error::Argument(format!(
+            "token id {id} is not below vocab_size {}; use the model's own tokenizer",
+            config.vocab_size
+        )));
+    }
+    if start + seq > config.max_position {
+        return Err(Error::Argument(format!(
+            "{} positions are more than max_position_embeddings {}; use shorter sequences",
+            start + seq,
+            config.max_position
+        )));
+    }
+    Ok(())
 }

@@ -8,7 +8,7 @@ use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::{add, attention, cross_entropy, embedding, linear, rms_norm, rope};
 use dsmoe_router::{RoutingStats, SparsityGrad, SparsityOver};
 
-use super::{LayerRanges, Model};
+use super::{LayerRanges, Model, check_input};
 use crate::error::Result;
 use crate::ffn::{FfnScratch, Record};
 
@@ -166,7 +166,7 @@ impl Model {
             inputs.len(),
             targets.len()
         );
-        self.check_input(inputs, 0, seq)?;
+        check_input(&self.config, inputs, 0, seq)?;
         workspace.prepare(self, inputs.len());
         let mut output = self.forward_train(inputs, seq, workspace);
         let dims = cross_entropy::Dims {
@@ -199,7 +199,8 @@ impl Model {
         let config = &self.config;
         let (tokens, hidden, eps) = (inputs.len(), config.hidden, config.rms_norm_eps as f32);
         let (q_width, kv_width) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
-        let dims = |inputs, outputs| linear::Dims { rows: tokens, inputs, outputs, precision: Precision::F32 };
+        let dims =
+            |inputs, outputs| linear::Dims { rows: tokens, inputs, outputs, precision: Precision::F32 };
         let mut output = StepOutput { stats: self.new_stats(), ..StepOutput::default() };
         let TrainWorkspace { layers, x, rstd, h, y, scratch, .. } = workspace;
         embedding::forward(x, self.param(&self.ranges.embed), inputs, hidden);
@@ -243,7 +244,8 @@ impl Model {
         let config = &self.config;
         let (tokens, hidden) = (inputs.len(), config.hidden);
         let (q_width, kv_width) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
-        let dims = |inputs, outputs| linear::Dims { rows: tokens, inputs, outputs, precision: Precision::F32 };
+        let dims =
+            |inputs, outputs| linear::Dims { rows: tokens, inputs, outputs, precision: Precision::F32 };
         let gates = config.num_layers * tokens * self.num_experts().unwrap_or(1);
         let sparsity = SparsityGrad { weight: args.sparsity_weight / gates as f32, over: args.sparsity_over };
         let TrainWorkspace { layers, x, rstd, y: dy, dx, dh, dq, dk, dv, da, scratch, .. } = workspace;

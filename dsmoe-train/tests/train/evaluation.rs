@@ -1,12 +1,13 @@
 //! Evaluation against windows scored one by one.
 
 use crate::common::*;
-use dsmoe_core::Model;
+use dsmoe_core::Inference;
 use dsmoe_core::model::Workspace;
+use dsmoe_kernels::Precision;
 use dsmoe_train::{EvalOptions, evaluate};
 
 /// Mean loss over `windows` of (start, end, first scored), each in a forward pass of its own.
-fn by_hand(model: &Model, ids: &[u32], windows: &[(usize, usize, usize)]) -> (f64, usize) {
+fn by_hand(model: &Inference, ids: &[u32], windows: &[(usize, usize, usize)]) -> (f64, usize) {
     let (mut sum, mut count) = (0.0, 0);
     for &(start, end, first) in windows {
         let len = end - start - 1;
@@ -25,7 +26,7 @@ fn by_hand(model: &Model, ids: &[u32], windows: &[(usize, usize, usize)]) -> (f6
 #[test]
 fn windows_are_those_of_the_protocol() {
     let dir = tempfile::tempdir().unwrap();
-    let model = Model::load(&model_dir(dir.path(), "source", true, 1)).unwrap();
+    let model = Inference::load(&model_dir(dir.path(), "source", true, 1), Precision::F32).unwrap();
     let ids = &text(1).ids[..100];
     let windows: Vec<_> =
         (0..100).step_by(16).map(|start| (start, (start + 16).min(100), start + 1)).collect();
@@ -54,7 +55,7 @@ fn windows_are_those_of_the_protocol() {
 #[test]
 fn a_dense_model_reports_no_shares() {
     let dir = tempfile::tempdir().unwrap();
-    let model = Model::load(&model_dir(dir.path(), "source", false, 1)).unwrap();
+    let model = Inference::load(&model_dir(dir.path(), "source", false, 1), Precision::F32).unwrap();
     let report = evaluate(&model, &text(1).ids, EvalOptions::new(32), &mut |_, _| {}).unwrap();
     let json = serde_json::to_value(&report).unwrap();
     for key in ["active_ratio", "active_ratio_per_layer", "zero_active_share"] {
@@ -66,7 +67,7 @@ fn a_dense_model_reports_no_shares() {
 #[test]
 fn what_cannot_be_evaluated_is_said() {
     let dir = tempfile::tempdir().unwrap();
-    let model = Model::load(&model_dir(dir.path(), "source", false, 1)).unwrap();
+    let model = Inference::load(&model_dir(dir.path(), "source", false, 1), Precision::F32).unwrap();
     let error = |ids: &[u32], seq| {
         evaluate(&model, ids, EvalOptions::new(seq), &mut |_, _| {}).unwrap_err().to_string()
     };

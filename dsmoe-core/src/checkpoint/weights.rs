@@ -1,0 +1,83 @@
+//! Reading a model's weights tensor by tensor, in memory of bounded size.
+
+use std::path::Path;
+
+use rayon::prelude::*;
+
+use super::dtype::{decode, decode_transposed};
+use super::stream::{Change, TensorSource};
+use super::{Checkpoint, LlamaTensors, check_llama_tensors};
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::params::{Stored, TensorSpec};
+
+/// Values checked by one task.
+const TASK: usize = 1 << 16;
+
+/// The weights of a checked checkpoint, in f32. A value that is not finite is refused.
+pub(crate) struct WeightReader<'a> {
+    checkpoint: &'a Checkpoint,
+    names: LlamaTensors,
+    source: TensorSource<'a>,
+    bytes: Vec<u8>,
+    values: Vec<f32>,
+}
+
+impl<'a> WeightReader<'a> {
+    /// Checks that `checkpoint` holds the model of `config`.
+    pub(crate) fn new(config: &Config, checkpoint: &'a Checkpoint) -> Result<WeightReader<'a>> {
+        let names = check_llama_tensors(config, checkpoint)?;
+        let source = TensorSource::new(checkpoint);
+        Ok(WeightReader { checkpoint, names, source, bytes: Vec::new(), values: Vec::new() })
+    }
+
+    /// Sets `out` to a tensor as it is in memory.
+    pub(crate) fn read(&mut self, spec: &TensorSpec, out: &mut [f32]) -> Result<()> {
+        match spec.stored {
+            Stored::AsIs => {
+                let mut rest = out;
+                self.rows(spec, &mut |values| {
+                    let (now, later) = std::mem::take(&mut rest).split_at_mut(values.len());
+                    now.copy_from_slice(values);
+                    rest = later;
+                })
+            }
+            Stored::Transposed => {
+                let name = self.names.stored_name(&spec.name);
+                let dtype = self.checkpoint.need_float(name)?.dtype;
+                let bytes = &mut self.bytes;
+                bytes.clear();
+                self.source.stream(name, Change::None, |piece| {
+                    bytes.extend_from_slice(piece);
+                    Ok(())
+                })?;
+                let stored = spec.stored_shape();
+                decode_transposed(out, bytes, dtype, stored[0], stored[1]);
+                check_finite(self.checkpoint.path(), name, out)
+            }
+        }
+    }
+
+    /// Gives all of a tensor that is in memory as it is stored to `sink`, in order, in pieces of whole rows.
+    pub(crate) fn rows(&mut self, spec: &TensorSpec, sink: &mut dyn FnMut(&[f32])) -> Result<()> {
+        assert_eq!(spec.stored, Stored::AsIs, "weights: pieces of {}", spec.name);
+        let name = self.names.stored_name(&spec.name);
+        let dtype = self.checkpoint.need_float(name)?.dtype;
+        let (checkpoint, values) = (self.checkpoint, &mut self.values);
+        self.source.stream(name, Change::None, |piece| {
+            values.resize(piece.len() / dtype.size(), 0.0);
+            decode(values, piece, dtype);
+            check_finite(checkpoint.path(), name, values)?;
+            sink(values);
+            Ok(())
+        })
+    }
+}
+
+fn check_finite(path: &Path, name: &str, values: &[f32]) -> Result<()> {
+    if values.par_chunks(TASK).all(|values| values.iter().all(|x| x.is_finite())) {
+        return Ok(());
+    }
+    let problem = "holds a value that is not finite";
+    Err(Error::tensor(path, name, problem, "take an undamaged copy of the checkpoint"))
+}

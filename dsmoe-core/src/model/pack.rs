@@ -1,0 +1,215 @@
+//! From parameters to packed weights: of a model in memory, or of a directory, tensor by tensor.
+
+use std::ops::Range;
+use std::path::Path;
+
+use dsmoe_kernels::Precision;
+use dsmoe_kernels::buf::Buf;
+use dsmoe_kernels::matmul::{Mat, Packed};
+use half::bf16;
+use half::slice::HalfFloatSliceExt;
+
+use super::{Inference, Model, Ranges, ffns_of, lay_out, rope_table};
+use crate::checkpoint::{Checkpoint, WeightReader};
+use crate::config::Config;
+use crate::error::Result;
+use crate::ffn::{Ffn, PackedFfn};
+use crate::params::Layout;
+
+/// One decoder layer. Matrices are `[outputs, inputs]`.
+#[derive(Debug)]
+pub(super) struct Layer {
+    pub(super) input_norm: Buf,
+    pub(super) q: Packed,
+    pub(super) k: Packed,
+    pub(super) v: Packed,
+    pub(super) o: Packed,
+    pub(super) post_norm: Buf,
+    pub(super) ffn: Box<dyn PackedFfn>,
+}
+
+impl Layer {
+    pub(super) fn bytes(&self) -> usize {
+        let matrices = [&self.q, &self.k, &self.v, &self.o].map(Packed::bytes);
+        let norms = 4 * (self.input_norm.len() + self.post_norm.len());
+        matrices.iter().sum::<usize>() + norms + self.ffn.bytes()
+    }
+}
+
+/// Where tokens' first hidden states come from.
+#[derive(Debug)]
+pub(super) enum Embedding {
+    /// The output head's rows.
+    Tied,
+    /// A table `[vocab, hidden]`.
+    F32(Buf),
+    /// The same in bf16.
+    Bf16(Vec<bf16>),
+}
+
+impl Embedding {
+    /// Sets `out` `[ids.len(), hidden]` to the rows `ids`.
+    pub(super) fn rows(&self, out: &mut [f32], ids: &[u32], head: &Packed) {
+        let hidden = head.inputs();
+        for (out, &id) in out.chunks_exact_mut(hidden).zip(ids) {
+            let id = id as usize;
+            match self {
+                Embedding::Tied => head.row(id, out),
+                Embedding::F32(table) => out.copy_from_slice(&table[id * hidden..][..hidden]),
+                Embedding::Bf16(table) => table[id * hidden..][..hidden].convert_to_f32_slice(out),
+            }
+        }
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        match self {
+            Embedding::Tied => 0,
+            Embedding::F32(table) => 4 * table.len(),
+            Embedding::Bf16(table) => 2 * table.len(),
+        }
+    }
+}
+
+/// Where weights come from. Tensors are named by their range in an arena.
+trait Source {
+    /// Gives the rows of a matrix to `sink`, in order, in pieces.
+    fn rows(&mut self, matrix: &Range<usize>, sink: &mut dyn FnMut(&[f32])) -> Result<()>;
+    /// Adjacent tensors as they lie in the arena.
+    fn part(&mut self, range: &Range<usize>) -> Result<&[f32]>;
+}
+
+/// An arena.
+impl Source for &[f32] {
+    fn rows(&mut self, matrix: &Range<usize>, sink: &mut dyn FnMut(&[f32])) -> Result<()> {
+        sink(&self[matrix.clone()]);
+        Ok(())
+    }
+
+    fn part(&mut self, range: &Range<usize>) -> Result<&[f32]> {
+        Ok(&self[range.clone()])
+    }
+}
+
+/// A directory: one part at a time is in memory.
+struct Stored<'a> {
+    layout: &'a Layout,
+    reader: WeightReader<'a>,
+    part: Buf,
+}
+
+impl Source for Stored<'_> {
+    fn rows(&mut self, matrix: &Range<usize>, sink: &mut dyn FnMut(&[f32])) -> Result<()> {
+        self.layout.within(matrix).iter().try_for_each(|entry| self.reader.rows(&entry.spec, sink))
+    }
+
+    fn part(&mut self, range: &Range<usize>) -> Result<&[f32]> {
+        self.part.resize(range.len());
+        for entry in self.layout.within(range) {
+            let out = &mut self.part[entry.range.start - range.start..][..entry.range.len()];
+            self.reader.read(&entry.spec, out)?;
+        }
+        Ok(&self.part)
+    }
+}
+
+impl Inference {
+    /// Packs the weights of `model`, rounded where the precision is bf16.
+    pub fn new(model: &Model, precision: Precision) -> Inference {
+        let packed =
+            build(model.config.clone(), &model.ffns, &model.ranges, precision, &mut &model.params[..]);
+        packed.expect("an arena is there to be read")
+    }
+
+    /// Loads a dense LLaMA or a native DSMoE directory tensor by tensor: beside the packed weights, one FFN at the
+    /// most is in memory in f32. Weights stored as bf16 stay what they are in [`Precision::Bf16`]; f16 and f32 are
+    /// rounded.
+    ///
+    /// # Errors
+    /// Anything wrong with the directory; the message names the file, the field or tensor, and the mend.
+    pub fn load(dir: &Path, precision: Precision) -> Result<Inference> {
+        let config = Config::load(dir)?;
+        let checkpoint = Checkpoint::open(dir)?;
+        let reader = WeightReader::new(&config, &checkpoint)?;
+        let ffns = ffns_of(&config);
+        let (layout, ranges) = lay_out(&config, &ffns);
+        let mut source = Stored { layout: &layout, reader, part: Buf::default() };
+        build(config, &ffns, &ranges, precision, &mut source)
+    }
+}
+
+fn build(
+    config: Config,
+    ffns: &[Box<dyn Ffn>],
+    ranges: &Ranges,
+    precision: Precision,
+    source: &mut dyn Source,
+) -> Result<Inference> {
+    let hidden = config.hidden;
+    let q_width = config.num_heads * config.head_dim;
+    let head = pack(source, &ranges.head, hidden, precision)?;
+    let embedding = match precision {
+        _ if config.tie_word_embeddings => Embedding::Tied,
+        Precision::F32 => {
+            let mut table = Buf::zeros(ranges.embed.len());
+            fill(&mut table, source, &ranges.embed, |to, from| to.copy_from_slice(from))?;
+            Embedding::F32(table)
+        }
+        Precision::Bf16 => {
+            let mut table = vec![bf16::ZERO; ranges.embed.len()];
+            fill(&mut table, source, &ranges.embed, |to, from| to.convert_from_f32_slice(from))?;
+            Embedding::Bf16(table)
+        }
+    };
+    let mut layers = Vec::with_capacity(config.num_layers);
+    for (ranges, ffn) in ranges.layers.iter().zip(ffns) {
+        layers.push(Layer {
+            input_norm: vector(source.part(&ranges.input_norm)?),
+            q: pack(source, &ranges.q, hidden, precision)?,
+            k: pack(source, &ranges.k, hidden, precision)?,
+            v: pack(source, &ranges.v, hidden, precision)?,
+            o: pack(source, &ranges.o, q_width, precision)?,
+            post_norm: vector(source.part(&ranges.post_norm)?),
+            ffn: ffn.pack(source.part(&ranges.ffn)?, precision),
+        });
+    }
+    let norm = vector(source.part(&ranges.norm)?);
+    let rope = rope_table(&config);
+    Ok(Inference { config, precision, embedding, layers, norm, head, rope })
+}
+
+/// A matrix with `inputs` columns, packed.
+fn pack(
+    source: &mut dyn Source,
+    matrix: &Range<usize>,
+    inputs: usize,
+    precision: Precision,
+) -> Result<Packed> {
+    let mut packed = Packed::zeros(precision, matrix.len() / inputs, inputs);
+    let mut first = 0;
+    source.rows(matrix, &mut |values| {
+        let rows = values.len() / inputs;
+        packed.set_rows(first, Mat::new(values, rows, inputs));
+        first += rows;
+    })?;
+    Ok(packed)
+}
+
+/// Sets all of `table`, piece by piece.
+fn fill<T>(
+    table: &mut [T],
+    source: &mut dyn Source,
+    matrix: &Range<usize>,
+    set: impl Fn(&mut [T], &[f32]),
+) -> Result<()> {
+    let mut first = 0;
+    source.rows(matrix, &mut |values| {
+        set(&mut table[first..first + values.len()], values);
+        first += values.len();
+    })
+}
+
+fn vector(values: &[f32]) -> Buf {
+    let mut buf = Buf::zeros(values.len());
+    buf.copy_from_slice(values);
+    buf
+}
