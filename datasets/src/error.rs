@@ -149,6 +149,38 @@ pub enum Error {
         /// Tokens that a window needs.
         window: usize,
     },
+    /// A row of a task's file that cannot be used.
+    #[error("{}: row {row}: {reason}; {mend}", path.display())]
+    Row {
+        /// The file.
+        path: PathBuf,
+        /// Number of the row from 1, blank lines and a header not counted.
+        row: u64,
+        /// What is wrong with it.
+        reason: String,
+        /// What would do.
+        mend: String,
+    },
+    /// A task's file that cannot be used as a whole.
+    #[error("{}: {reason}; {mend}", path.display())]
+    TaskFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+        /// What would do.
+        mend: String,
+    },
+    /// A task that cannot be run as asked.
+    #[error("task {task}: {reason}; {mend}")]
+    Task {
+        /// The task.
+        task: String,
+        /// What is wrong.
+        reason: String,
+        /// What would do.
+        mend: String,
+    },
     /// An option outside its range.
     #[error("{option}: {value} is out of range; use {range}")]
     Option {

@@ -11,6 +11,7 @@ pub mod corpus;
 mod error;
 mod reader;
 pub mod synthetic;
+pub mod tasks;
 pub mod token_cache;
 pub mod tokenizer;
 pub mod tokens;

@@ -1,0 +1,182 @@
+//! Where a task's rows lie in a folder of benchmarks.
+//!
+//! `FOLDER/<task>/` holds the files as they are distributed: Parquet or JSONL of the Hugging Face dataset, with or
+//! without the folder of its configuration, or the original files. Of the files whose name, or else folder, says the
+//! split, those are taken whose names say nothing else.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use super::read::{format_of, stem};
+use super::task::Task;
+use crate::{Error, Result};
+
+/// Folders below a task's folder that are searched.
+const MAX_DEPTH: usize = 3;
+
+/// A part of a dataset.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Split {
+    /// Shown in prompts, never scored.
+    Train,
+    /// Scored.
+    Validation,
+    /// Scored.
+    Test,
+}
+
+impl Split {
+    /// The name in results.
+    pub fn name(self) -> &'static str {
+        match self {
+            Split::Train => "train",
+            Split::Validation => "validation",
+            Split::Test => "test",
+        }
+    }
+
+    /// What file names call it.
+    fn words(self) -> &'static [&'static str] {
+        match self {
+            Split::Train => &["train"],
+            Split::Validation => &["validation", "valid", "val", "dev"],
+            Split::Test => &["test"],
+        }
+    }
+
+    /// What else may stand for it.
+    fn stand_ins(self) -> &'static [&'static str] {
+        match self {
+            Split::Train => &["trainmodel", "pool"],
+            Split::Validation | Split::Test => &["eval"],
+        }
+    }
+}
+
+/// The files of `split` of `task` under `folder`, in the order in which they are read; none if there are none.
+///
+/// # Errors
+/// No folder of the task, or files of which it cannot be said which to take.
+pub(crate) fn find(folder: &Path, task: &Task, split: Split) -> Result<Option<Vec<PathBuf>>> {
+    let base = task_folder(folder, task)?;
+    let mut files = Vec::new();
+    search(&base, 0, &mut files)?;
+    // By how much their names say besides the split, then by what they are called without the number of a shard.
+    let mut sets: BTreeMap<(usize, String), Vec<PathBuf>> = BTreeMap::new();
+    for path in files {
+        if let Some((surplus, set)) = rate(&path, &base, task, split) {
+            sets.entry((surplus, set)).or_default().push(path);
+        }
+    }
+    let mut sets = sets.into_iter();
+    let Some(((surplus, _), mut best)) = sets.next() else { return Ok(None) };
+    if let Some(((same, _), other)) = sets.next()
+        && same == surplus
+    {
+        return Err(Error::Task {
+            task: task.name.into(),
+            reason: format!(
+                "{} and {} both look like its {} split",
+                best[0].display(),
+                other[0].display(),
+                split.name()
+            ),
+            mend: format!("keep one of them, or name it: --task-file {}=FILE", task.name),
+        });
+    }
+    best.sort_unstable();
+    Ok(Some(best))
+}
+
+/// The folder of `task`: one of its names, or a name that begins with one.
+fn task_folder(folder: &Path, task: &Task) -> Result<PathBuf> {
+    let mut there: Vec<String> = Vec::new();
+    for entry in fs::read_dir(folder).map_err(Error::io(folder))? {
+        let entry = entry.map_err(Error::io(folder))?;
+        if entry.path().is_dir() {
+            there.push(entry.file_name().to_string_lossy().into_owned());
+        }
+    }
+    there.sort_unstable();
+    for name in task.folders {
+        if let Some(found) = there.iter().find(|folder| plain(folder) == plain(name)) {
+            return Ok(folder.join(found));
+        }
+    }
+    let begins = |folder: &&String| plain(folder).starts_with(&plain(task.folders[0]));
+    match there.iter().filter(begins).collect::<Vec<_>>()[..] {
+        [one] => Ok(folder.join(one)),
+        _ => Err(Error::Task {
+            task: task.name.into(),
+            reason: format!("no folder `{}` in {}", task.folders.join("` or `"), folder.display()),
+            mend: format!("put its files there, or name them: --task-file {}=FILE", task.name),
+        }),
+    }
+}
+
+/// Lower case without separators.
+fn plain(name: &str) -> String {
+    name.chars().filter(|c| c.is_alphanumeric()).flat_map(char::to_lowercase).collect()
+}
+
+fn search(dir: &Path, depth: usize, files: &mut Vec<PathBuf>) -> Result<()> {
+    for entry in fs::read_dir(dir).map_err(Error::io(dir))? {
+        let path = entry.map_err(Error::io(dir))?.path();
+        let hidden = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'));
+        if hidden {
+            continue;
+        }
+        if path.is_dir() {
+            if depth < MAX_DEPTH {
+                search(&path, depth + 1, files)?;
+            }
+        } else if format_of(&path).is_some() {
+            files.push(path);
+        }
+    }
+    Ok(())
+}
+
+/// How much the name of `path` says besides `split` and the task, and that name without the number of a shard; none
+/// if it is not of `split`.
+fn rate(path: &Path, base: &Path, task: &Task, split: Split) -> Option<(usize, String)> {
+    let within = path.strip_prefix(base).ok()?;
+    let folders: Vec<String> =
+        within.parent()?.components().map(|part| part.as_os_str().to_string_lossy().into_owned()).collect();
+    let name = words(&stem(path));
+    let folders = words(&folders.join(" "));
+    let says = |words: &[String], split: &[&str]| words.iter().any(|word| split.contains(&&word[..]));
+    let is_split = |given: &[&str]| says(&name, given) || (!says_split(&name) && says(&folders, given));
+    let stand_in = !is_split(split.words());
+    if stand_in && !is_split(split.stand_ins()) {
+        return None;
+    }
+    let config = words(task.subset);
+    let own = words(&task.folders.join(" "));
+    let all: Vec<&String> = folders.iter().chain(&name).filter(|word| !is_shard(word)).collect();
+    let known = |word: &str| {
+        let split = [split.words(), split.stand_ins()].concat();
+        let usual = ["data", "default", "of"];
+        split.contains(&word) || usual.contains(&word) || config.iter().chain(&own).any(|own| own == word)
+    };
+    let surplus = all.iter().filter(|word| !known(word)).count();
+    let missing = config.iter().filter(|word| !all.contains(word)).count();
+    let set = all.iter().map(|word| word.as_str()).collect::<Vec<_>>().join(" ");
+    Some((4 * surplus + 2 * missing + usize::from(stand_in), set))
+}
+
+fn says_split(words: &[String]) -> bool {
+    let splits = [Split::Train, Split::Validation, Split::Test];
+    words.iter().any(|word| splits.iter().any(|split| split.words().contains(&&word[..])))
+}
+
+/// `00000`, as in `train-00000-of-00002`.
+fn is_shard(word: &str) -> bool {
+    word.len() >= 4 && word.chars().all(|c| c.is_ascii_digit())
+}
+
+fn words(name: &str) -> Vec<String> {
+    let words = name.split(|c: char| !c.is_alphanumeric()).filter(|word| !word.is_empty());
+    words.map(str::to_lowercase).collect()
+}

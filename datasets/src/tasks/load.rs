@@ -1,0 +1,327 @@
+//! From rows to prompts.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::Serialize;
+use serde_json::{Map, Value};
+
+use super::Request;
+use super::files::{Split, find};
+use super::profile::Profile;
+use super::random::Random;
+use super::read::read_rows;
+use super::row::Row;
+use super::task::{Ask, Item, Rules, Task};
+use crate::{Error, Result};
+
+/// Seed of the few-shot examples.
+const SHOT_SEED: u32 = 1234;
+/// Seed of the order of documents and of the examples in harness 0.3.0.
+const OLD_SEED: u32 = 42;
+
+/// Where the rows of tasks come from.
+#[derive(Clone, Debug, Default)]
+pub struct Source {
+    /// A folder with a folder for each task.
+    pub folder: Option<PathBuf>,
+    /// Files to score, by the name of the task, in place of those in the folder.
+    pub files: BTreeMap<String, Vec<PathBuf>>,
+    /// Files to draw examples from, likewise.
+    pub shot_files: BTreeMap<String, Vec<PathBuf>>,
+}
+
+impl Source {
+    /// The folder `folder`.
+    pub fn folder(folder: &Path) -> Source {
+        Source { folder: Some(folder.to_path_buf()), ..Source::default() }
+    }
+
+    /// The files of a split of a task.
+    fn find(&self, task: &Task, split: Split) -> Result<Option<Vec<PathBuf>>> {
+        let named = if split == Split::Train { &self.shot_files } else { &self.files };
+        if let Some(files) = named.get(task.name) {
+            return Ok(Some(files.clone()));
+        }
+        match &self.folder {
+            // A task whose files are named need not have a folder too.
+            Some(folder) if split != Split::Train || !self.files.contains_key(task.name) => {
+                find(folder, task, split)
+            }
+            _ => Ok(None),
+        }
+    }
+}
+
+/// How tasks are loaded.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options {
+    /// The conventions.
+    pub profile: Profile,
+    /// Score only so many documents, the first ones.
+    pub limit: Option<usize>,
+}
+
+/// A document of a task.
+#[derive(Clone, Debug)]
+pub struct Document {
+    /// Its number from 0 in the order of the profile.
+    pub id: usize,
+    /// Its row.
+    pub fields: Map<String, Value>,
+    /// What to ask a model.
+    pub requests: Vec<Request>,
+    pub(crate) item: Item,
+}
+
+/// Where the documents and the examples of a task are from.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Origin {
+    /// The split that is scored.
+    pub split: &'static str,
+    /// Its files.
+    pub files: Vec<PathBuf>,
+    /// The split of the examples, where there are any.
+    pub shot_split: Option<&'static str>,
+    /// Their files.
+    pub shot_files: Vec<PathBuf>,
+}
+
+/// A task with its documents and prompts.
+#[derive(Clone, Debug)]
+pub struct Loaded {
+    pub(crate) task: &'static Task,
+    pub(crate) name: String,
+    pub(crate) profile: Profile,
+    pub(crate) rules: Rules,
+    pub(crate) documents: Vec<Document>,
+    pub(crate) original: usize,
+    pub(crate) origin: Origin,
+}
+
+impl Loaded {
+    /// Reads the rows of `task` and writes its prompts. Without files of a test split the validation split is scored;
+    /// without a training split examples come from the scored split, never the document itself.
+    ///
+    /// # Errors
+    /// No files, files that are not the task's, too few rows to draw examples from, or a profile without the task.
+    /// Each names the file, the row and the mend.
+    pub fn load(task: &'static Task, source: &Source, options: &Options) -> Result<Loaded> {
+        let rules = task.checked_rules(options.profile)?;
+        let mut split = task.split;
+        let mut files = source.find(task, split)?;
+        if files.is_none() && split == Split::Test {
+            split = Split::Validation;
+            files = source.find(task, split)?;
+        }
+        let Some(files) = files else {
+            return Err(Error::Task {
+                task: task.name.into(),
+                reason: format!("no files of its {} split", task.split.name()),
+                mend: format!("put them into its folder, or name them: --task-file {}=FILE", task.name),
+            });
+        };
+        let shot_files = if task.shots > 0 { source.find(task, Split::Train)? } else { None };
+        let mut builder = Builder::new(task, rules, options, shot_files.is_none());
+        for file in &files {
+            builder.read(file, task)?;
+        }
+        for file in shot_files.iter().flatten() {
+            read_rows(file, task.name, &mut |row| builder.example(&row))?;
+        }
+        builder.origin = Origin {
+            split: split.name(),
+            files,
+            shot_split: (task.shots > 0)
+                .then(|| if shot_files.is_some() { Split::Train } else { split }.name()),
+            shot_files: shot_files.unwrap_or_default(),
+        };
+        builder.finish(task.name.to_owned())
+    }
+
+    /// Makes documents of rows in memory: `rows` are scored, examples come from `examples`. `name` is what the results
+    /// call it and `place` what errors call the rows' file.
+    ///
+    /// # Errors
+    /// As [`Loaded::load`].
+    pub fn from_rows(
+        task: &'static Task,
+        (name, place): (&str, &str),
+        rows: impl IntoIterator<Item = Map<String, Value>>,
+        examples: impl IntoIterator<Item = Map<String, Value>>,
+        options: &Options,
+    ) -> Result<Loaded> {
+        let mut builder = Builder::new(task, task.checked_rules(options.profile)?, options, false);
+        let place: Arc<Path> = Path::new(place).into();
+        for (number, fields) in (1..).zip(rows) {
+            builder.document(Row::new(fields, Arc::clone(&place), number, task.name))?;
+        }
+        if task.shots > 0 {
+            for (number, fields) in (1..).zip(examples) {
+                builder.example(&Row::new(fields, Arc::clone(&place), number, task.name))?;
+            }
+        }
+        builder.origin = Origin {
+            split: task.split.name(),
+            files: vec![place.to_path_buf()],
+            shot_split: (task.shots > 0).then_some(Split::Train.name()),
+            shot_files: Vec::new(),
+        };
+        builder.finish(name.to_owned())
+    }
+
+    /// The task.
+    pub fn task(&self) -> &'static Task {
+        self.task
+    }
+
+    /// What results call it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The conventions.
+    pub fn profile(&self) -> Profile {
+        self.profile
+    }
+
+    /// The documents, in their order.
+    pub fn documents(&self) -> &[Document] {
+        &self.documents
+    }
+
+    /// Documents there are without a limit.
+    pub fn original(&self) -> usize {
+        self.original
+    }
+
+    /// Where the rows are from.
+    pub fn origin(&self) -> &Origin {
+        &self.origin
+    }
+}
+
+struct Builder {
+    task: &'static Task,
+    rules: Rules,
+    options: Options,
+    /// Examples come from the scored documents.
+    own_examples: bool,
+    rows: Vec<(Map<String, Value>, Item)>,
+    examples: Vec<Item>,
+    seen: usize,
+    origin: Origin,
+}
+
+impl Builder {
+    fn new(task: &'static Task, rules: Rules, options: &Options, without_examples: bool) -> Builder {
+        let own_examples = task.shots > 0 && without_examples;
+        let (rows, examples, origin) = (Vec::new(), Vec::new(), Origin::default());
+        Builder { task, rules, options: *options, own_examples, rows, examples, seen: 0, origin }
+    }
+
+    fn old(&self) -> bool {
+        self.options.profile == Profile::LmEval030
+    }
+
+    fn read(&mut self, file: &Path, task: &'static Task) -> Result<()> {
+        read_rows(file, task.name, &mut |row| self.document(row)).map(drop)
+    }
+
+    fn document(&mut self, row: Row) -> Result<()> {
+        self.seen += 1;
+        // Rows beyond the limit are counted only, unless they are drawn from.
+        let limit = self.options.limit.unwrap_or(usize::MAX);
+        if self.seen > limit && !self.own_examples && !self.old() {
+            return Ok(());
+        }
+        let item = (self.task.read)(&row, self.options.profile)?;
+        if self.own_examples {
+            self.examples.push(item.clone());
+        }
+        if self.seen <= limit || self.old() {
+            self.rows.push((self.logged(row, &item), item));
+        }
+        Ok(())
+    }
+
+    /// The row as samples show it.
+    fn logged(&self, row: Row, item: &Item) -> Map<String, Value> {
+        let labelled = row.find(&["label", "answer"]).is_some();
+        let mut fields = row.fields;
+        if let (Some(label), false) = (row.label, labelled) {
+            fields.insert("label".into(), label.into());
+        }
+        if let (Ask::Choice { choices, gold }, true) = (&item.ask, fields.contains_key("endings")) {
+            fields.insert("query".into(), item.prompt.clone().into());
+            fields.insert("choices".into(), choices.clone().into());
+            fields.insert("gold".into(), (*gold).into());
+        }
+        fields
+    }
+
+    fn example(&mut self, row: &Row) -> Result<()> {
+        self.examples.push((self.task.read)(row, self.options.profile)?);
+        Ok(())
+    }
+
+    fn finish(mut self, name: String) -> Result<Loaded> {
+        let wrong = |reason: String, mend: String| Error::Task { task: name.clone(), reason, mend };
+        let shots = self.task.shots;
+        if self.rows.is_empty() {
+            let files = self.origin.files.iter().map(|file| file.display().to_string()).collect::<Vec<_>>();
+            return Err(wrong(format!("no row in {}", files.join(", ")), "give a file with rows".into()));
+        }
+        // One more is drawn where the document itself may be among them; then it is left out.
+        let spare = self.own_examples || (shots > 0 && !self.old() && self.task.spare_shot);
+        let drawn = if shots > 0 { shots + usize::from(spare) } else { 0 };
+        if self.examples.len() < drawn {
+            return Err(wrong(
+                format!("{} rows to draw {drawn} examples from", self.examples.len()),
+                format!("name a training file: --shots-file {}=FILE", self.task.name),
+            ));
+        }
+        let mut random = Random::new(if self.old() { OLD_SEED } else { SHOT_SEED });
+        if self.old() {
+            random.shuffle(&mut self.rows);
+            self.rows.truncate(self.options.limit.unwrap_or(usize::MAX));
+        }
+        let Builder { task, rules, examples, rows, .. } = self;
+        let document = |(id, (fields, item)): (usize, (Map<String, Value>, Item))| {
+            let mut before = rules.description.to_owned();
+            let picked = random.sample(examples.len().max(drawn), drawn);
+            let others = picked.iter().map(|&i| &examples[i]).filter(|example| !spare || **example != item);
+            for example in others.take(shots) {
+                before += &example.prompt;
+                before += example.shown.as_deref().unwrap_or_default();
+                before += rules.delimiter;
+            }
+            Document { id, requests: requests(&before, &item, &rules), fields, item }
+        };
+        let documents = rows.into_iter().enumerate().map(document).collect();
+        let (profile, original, origin) = (self.options.profile, self.seen, self.origin);
+        Ok(Loaded { task, name, profile, rules, documents, original, origin })
+    }
+}
+
+/// What to ask for a document, with `before` in front of its question.
+fn requests(before: &str, item: &Item, rules: &Rules) -> Vec<Request> {
+    let behind = |context: &str| -> Arc<str> { format!("{before}{context}").into() };
+    let context = behind(&item.prompt);
+    let likelihood = |context: &Arc<str>, continuation: String| Request::LogLikelihood {
+        context: Arc::clone(context),
+        continuation,
+    };
+    match &item.ask {
+        Ask::Choice { choices: texts, .. } | Ask::AnyGreedy { answers: texts } => {
+            texts.iter().map(|text| likelihood(&context, format!(" {text}"))).collect()
+        }
+        Ask::Gap { prompts, ending, .. } => {
+            prompts.iter().map(|prompt| likelihood(&behind(prompt), ending.clone())).collect()
+        }
+        Ask::LastWord { word } => vec![likelihood(&context, word.clone())],
+        Ask::Generate { .. } => vec![Request::Generate { context, until: rules.until }],
+        Ask::Rolling { .. } => vec![Request::Rolling { text: item.prompt.clone() }],
+    }
+}

@@ -1,0 +1,160 @@
+//! From responses to metrics.
+
+use super::filter::Filter;
+use super::load::Loaded;
+use super::metrics::{Metric, Part, argmax};
+use super::task::{Ask, Item, Rules};
+use super::{Request, Response};
+
+/// A metric of a task.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Score {
+    /// The harness's name of the metric.
+    pub metric: &'static str,
+    /// What was done to answers before.
+    pub filter: &'static str,
+    /// The value.
+    pub value: f64,
+    /// Its standard error, where one is defined.
+    pub stderr: Option<f64>,
+    /// Whether more is better.
+    pub higher_is_better: bool,
+}
+
+/// A task's scores.
+#[derive(Clone, Debug)]
+pub struct Scored {
+    /// The metrics.
+    pub scores: Vec<Score>,
+    /// Documents that could not be scored, by id, and why; they count in no metric.
+    pub unscored: Vec<(usize, String)>,
+    pub(crate) samples: Vec<Sample>,
+}
+
+/// A document under one filter.
+#[derive(Clone, Debug)]
+pub(crate) struct Sample {
+    /// Index of the document.
+    pub(crate) document: usize,
+    pub(crate) filter: &'static str,
+    pub(crate) responses: Vec<Response>,
+    pub(crate) filtered: Vec<Response>,
+    pub(crate) parts: Vec<(Metric, Part)>,
+}
+
+impl Loaded {
+    /// Scores `responses`, one list per document as its requests, each a response or why there is none.
+    ///
+    /// # Panics
+    /// The lists do not fit the documents and their requests.
+    pub fn score(&self, responses: &[Vec<Result<Response, String>>]) -> Scored {
+        assert_eq!(responses.len(), self.documents.len(), "{}: responses and documents", self.name);
+        let mut scored = Scored { scores: Vec::new(), unscored: Vec::new(), samples: Vec::new() };
+        let mut answered = Vec::new();
+        for (i, (document, responses)) in self.documents.iter().zip(responses).enumerate() {
+            assert_eq!(responses.len(), document.requests.len(), "{}: responses to document {i}", self.name);
+            match responses.iter().cloned().collect::<Result<Vec<Response>, String>>() {
+                Ok(responses) => answered.push((i, responses)),
+                Err(reason) => scored.unscored.push((document.id, reason)),
+            }
+        }
+        for &filter in self.rules.filters {
+            let first = scored.samples.len();
+            for (i, responses) in &answered {
+                let (filtered, parts) = judge(&self.documents[*i].item, responses, filter, &self.rules);
+                let (filter, responses) = (filter.name(), responses.clone());
+                scored.samples.push(Sample { document: *i, filter, responses, filtered, parts });
+            }
+            if answered.is_empty() {
+                continue;
+            }
+            for (at, metric) in self.rules.metrics.iter().enumerate() {
+                let parts: Vec<Part> = scored.samples[first..].iter().map(|s| s.parts[at].1).collect();
+                let (value, stderr) = metric.aggregate(&parts);
+                let higher_is_better = metric.higher_is_better();
+                let score =
+                    Score { metric: metric.name(), filter: filter.name(), value, stderr, higher_is_better };
+                scored.scores.push(score);
+            }
+        }
+        scored
+    }
+}
+
+/// The filtered responses to a document, and its part of every metric.
+fn judge(
+    item: &Item,
+    responses: &[Response],
+    filter: Filter,
+    rules: &Rules,
+) -> (Vec<Response>, Vec<(Metric, Part)>) {
+    let filtered: Vec<Response> = responses
+        .iter()
+        .map(|response| match response {
+            Response::Generated { text } => Response::Generated { text: filter.apply(text) },
+            other => other.clone(),
+        })
+        .collect();
+    let parts = rules.metrics.iter().map(|&metric| (metric, part(metric, item, &filtered, rules)));
+    let parts = parts.collect();
+    (filtered, parts)
+}
+
+fn part(metric: Metric, item: &Item, responses: &[Response], rules: &Rules) -> Part {
+    let yes = |right: bool| Part { value: f64::from(u8::from(right)), weight: 1.0 };
+    let sums = || responses.iter().map(sum);
+    match (metric, &item.ask) {
+        (Metric::Acc, Ask::Choice { gold, .. } | Ask::Gap { gold, .. }) => yes(argmax(sums()) == *gold),
+        (Metric::AccNorm, Ask::Choice { choices, gold }) => {
+            let lengths = choices.iter().map(|choice| choice.chars().count() as f64);
+            yes(argmax(sums().zip(lengths).map(|(sum, length)| sum / length)) == *gold)
+        }
+        (Metric::AccBytes, Ask::Choice { choices, gold }) => {
+            let lengths = choices.iter().map(|choice| choice.len() as f64);
+            yes(argmax(sums().zip(lengths).map(|(sum, length)| sum / length)) == *gold)
+        }
+        (Metric::Acc, Ask::LastWord { .. }) | (Metric::AnyMatch | Metric::AnyAcc, Ask::AnyGreedy { .. }) => {
+            yes(responses.iter().any(|r| matches!(r, Response::LogLikelihood { greedy: true, .. })))
+        }
+        (Metric::Perplexity | Metric::Ppl, Ask::LastWord { .. }) => {
+            Part { value: sum(&responses[0]), weight: 1.0 }
+        }
+        (Metric::ExactMatch, Ask::Generate { answers, .. }) => {
+            yes(rules.exact.any(generated(&responses[0]), answers))
+        }
+        (Metric::AccOfNumber, Ask::Generate { answers, .. }) => {
+            yes(generated(&responses[0]) == Filter::FirstNumber.apply(&answers[0]))
+        }
+        (Metric::WordPerplexity, Ask::Rolling { words, .. }) => {
+            Part { value: sum(&responses[0]), weight: *words as f64 }
+        }
+        (Metric::BytePerplexity | Metric::BitsPerByte, Ask::Rolling { bytes, .. }) => {
+            Part { value: sum(&responses[0]), weight: *bytes as f64 }
+        }
+        (metric, ask) => panic!("{metric:?} of {ask:?}"),
+    }
+}
+
+fn sum(response: &Response) -> f64 {
+    match response {
+        Response::LogLikelihood { sum, .. } | Response::Rolling { sum } => *sum,
+        Response::Generated { .. } => panic!("a text where a likelihood was asked for"),
+    }
+}
+
+fn generated(response: &Response) -> &str {
+    match response {
+        Response::Generated { text } => text,
+        _ => panic!("a likelihood where a text was asked for"),
+    }
+}
+
+impl Request {
+    /// What stands before the answer.
+    pub fn context(&self) -> &str {
+        match self {
+            Request::LogLikelihood { context, .. } | Request::Generate { context, .. } => context,
+            Request::Rolling { .. } => "",
+        }
+    }
+}

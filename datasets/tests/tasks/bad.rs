@@ -1,0 +1,141 @@
+//! Bad files: an error with the file, the row and the mend.
+
+use dsmoe_datasets::tasks::Task;
+
+use crate::rows::{PIQA, folder, good_rows, gzip, jsonl, load, piqa_parquet};
+
+/// The error of one bad file under `name`, without its path.
+fn refused(task: &str, name: &str, content: &[u8]) -> String {
+    let dir = folder(&[(&format!("{task}/{name}"), content)]);
+    let error = load(dir.path(), task).map(drop).unwrap_err();
+    assert!(!error.contains('\n'), "{error}");
+    let place = dir.path().join(task).join(name).display().to_string();
+    error.strip_prefix(&format!("{place}: ")).unwrap_or_else(|| panic!("{error}")).to_owned()
+}
+
+#[test]
+fn bad_rows_are_named_with_their_mend() {
+    let original = "take the row from the original";
+    let removed = "remove the row or take it from the original";
+    for (task, from, to, reason, mend) in [
+        (
+            "hellaswag",
+            "\"endings\"",
+            "\"options\"",
+            "no column `endings`, there is activity_label, ctx_a, ctx_b, options, label",
+            "give a file of hellaswag",
+        ),
+        ("hellaswag", "\"3\"", "4", "`label` is \"4\", not one of 0 to 3", original),
+        (
+            "hellaswag",
+            "\"3\"",
+            "\"\"",
+            "`label` is \"\", not one of 0 to 3",
+            "public test splits come without labels: give the validation split",
+        ),
+        (
+            "hellaswag",
+            "[\"d\", \"e\", \"f\", \"g\"]",
+            "[]",
+            "`endings` has 0 texts, at least 2 needed",
+            removed,
+        ),
+        ("hellaswag", "\"d\"", "\" \"", "text 0 of `endings` is empty", removed),
+        ("hellaswag", "\"d\"", "7", "`endings` is a number, not a list of texts", "give a file of hellaswag"),
+        ("hellaswag", "\"d\"", "\"[step]\"", "text 0 of `endings` is markup alone", original),
+        (
+            "lambada_openai",
+            "\"text\"",
+            "\"txt\"",
+            "no column `text`, there is txt",
+            "give a file of lambada_openai",
+        ),
+        ("piqa", "\"two\"", "\"\"", "`sol2` is empty", removed),
+        ("piqa", "\"two\"", "[]", "`sol2` is a list, not a text", "give a file of piqa"),
+        ("piqa", "1}", "1.5}", "`label` is \"1.5\", not one of 0 to 1", original),
+        ("social_iqa", "\"3\"", "\"0\"", "`label` is \"0\", not one of 1 to 3", original),
+        ("storycloze_2016", ": 2}", ": 3}", "`answer_right_ending` is \"3\", not one of 1 to 2", original),
+        ("winogrande", "a _ b", "a b", "`sentence` has no gap `_`", original),
+        ("gsm8k", "#### 1", "1", "`answer` does not end in `#### ` and a number", original),
+        ("nq_open", "[\"a\"]", "[]", "`answer` has 0 texts, at least 1 needed", removed),
+        (
+            "triviaqa",
+            "{\"aliases\": [\"a\"], \"value\": \"a\"}",
+            "\"a\"",
+            "no column `answer` with `aliases`",
+            "give a file of triviaqa",
+        ),
+        (
+            "webqs",
+            "[\"a\"]",
+            "null",
+            "no column `answers`, there is question, answers",
+            "give a file of webqs",
+        ),
+    ] {
+        let good = good_rows()[task].replace('\n', " ");
+        let bad = good.replace(from, to);
+        assert_ne!(good, bad, "{task} {from}");
+        let split = Task::named(task).unwrap().split.name();
+        let error = refused(task, &format!("{split}.jsonl"), format!("{good}\n\n{bad}\n").as_bytes());
+        assert_eq!(error, format!("row 2: {reason}; {mend}"), "{task} {from}");
+    }
+}
+
+#[test]
+fn damaged_files_are_named_with_the_row() {
+    let lines = jsonl(&[PIQA; 2000]);
+    let packed = gzip(lines.as_bytes());
+    let error = refused("piqa", "valid.jsonl.gz", &packed[..packed.len() / 2]);
+    assert!(error.starts_with("row ") && error.contains("damaged or truncated gzip data"), "{error}");
+    assert!(error.ends_with("; fetch the file again"), "{error}");
+    let broken_line = format!("{PIQA}\n{{\"goal\": \n");
+    let broken_array = format!("[{PIQA}, {{\"goal\"");
+    for (name, content, message) in [
+        ("valid.jsonl", broken_line.as_bytes(), "row 2: not a JSON object"),
+        ("valid.json", broken_array.as_bytes(), "row 2: not a JSON object"),
+        ("valid.json", b"[1]", "row 1: not a JSON object"),
+        ("valid.json", b"", "row 1: not a JSON object"),
+        ("valid.csv", b"goal,sol1,sol2,label\na,b\n", "row 1: 2 fields under 4 columns"),
+        ("valid.jsonl", b"{\"goal\": \"\xff\"}\n", "row 1: not UTF-8"),
+    ] {
+        let error = refused("piqa", name, content);
+        assert!(error.starts_with(message) && error.contains("; "), "{error}");
+    }
+}
+
+#[test]
+fn damaged_and_foreign_parquet_files_are_refused() {
+    let good = piqa_parquet(&["g"; 50]);
+    assert_eq!(
+        refused("hellaswag", "validation.parquet", &good),
+        "row 1: no column `activity_label`, there is goal, sol1, sol2, label; give a file of hellaswag"
+    );
+    for end in [0, 3, good.len() / 2, good.len() - 1] {
+        let error = refused("piqa", "validation.parquet", &good[..end]);
+        assert!(error.starts_with("row 1: unreadable Parquet data ("), "{end}: {error}");
+    }
+    // Whatever is wrong inside, it is an error or the rows, never a panic.
+    for at in (0..good.len()).step_by(3) {
+        let mut bad = good.clone();
+        bad[at] ^= 0x55;
+        let dir = folder(&[("piqa/validation.parquet", &bad)]);
+        if let Err(error) = load(dir.path(), "piqa") {
+            assert!(error.contains(": row "), "{at}: {error}");
+        }
+    }
+}
+
+#[test]
+fn labels_in_a_file_of_their_own_must_fit() {
+    let rows = jsonl(&[PIQA; 2]).replace(", \"label\": 1", "");
+    for (labels, message) in [
+        (&b"1\n"[..], "valid.jsonl: row 2: "),
+        (b"1\n0\n1\n", "valid-labels.lst: 3 labels for 2 rows; take both files from the original"),
+        (b"1\n2\n", "valid.jsonl: row 2: `label` is \"2\", not one of 0 to 1"),
+    ] {
+        let dir = folder(&[("piqa/valid.jsonl", rows.as_bytes()), ("piqa/valid-labels.lst", labels)]);
+        let error = load(dir.path(), "piqa").map(drop).unwrap_err();
+        assert!(error.contains(message), "{error}");
+    }
+}

@@ -1,0 +1,139 @@
+//! Files of benchmarks made for a test.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+use std::sync::Arc;
+
+use dsmoe_datasets::tasks::{Loaded, Options, Request, Source, Task};
+use flate2::{Compression, write::GzEncoder};
+use parquet::data_type::{ByteArray, ByteArrayType, Int64Type};
+use parquet::file::properties::WriterProperties;
+use parquet::file::writer::SerializedFileWriter;
+use parquet::schema::parser::parse_message_type;
+use tempfile::TempDir;
+
+/// A folder with these files, by path and content.
+pub(crate) fn folder(files: &[(&str, &[u8])]) -> TempDir {
+    let dir = TempDir::new().unwrap();
+    for (name, content) in files {
+        let path = dir.path().join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, content).unwrap();
+    }
+    dir
+}
+
+pub(crate) fn load_as(dir: &Path, task: &str, options: &Options) -> Result<Loaded, String> {
+    Loaded::load(Task::named(task).unwrap(), &Source::folder(dir), options).map_err(|cause| cause.to_string())
+}
+
+pub(crate) fn load(dir: &Path, task: &str) -> Result<Loaded, String> {
+    load_as(dir, task, &Options::default())
+}
+
+/// The contexts and continuations of all documents.
+pub(crate) fn asked(loaded: &Loaded) -> Vec<(String, String)> {
+    let requests = loaded.documents().iter().flat_map(|document| &document.requests);
+    requests
+        .map(|request| match request {
+            Request::LogLikelihood { context, continuation } => (context.to_string(), continuation.clone()),
+            Request::Generate { context, .. } => (context.to_string(), String::new()),
+            Request::Rolling { text } => (String::new(), text.clone()),
+        })
+        .collect()
+}
+
+pub(crate) fn gzip(bytes: &[u8]) -> Vec<u8> {
+    let mut encoder = GzEncoder::new(Vec::new(), Compression::default());
+    encoder.write_all(bytes).unwrap();
+    encoder.finish().unwrap()
+}
+
+pub(crate) const PIQA: &str = r#"{"goal": "g", "sol1": "one", "sol2": "two", "label": 1}"#;
+
+/// A good row of each task, as JSON.
+pub(crate) fn good_rows() -> BTreeMap<&'static str, &'static str> {
+    BTreeMap::from([
+        (
+            "hellaswag",
+            r#"{"activity_label": "a", "ctx_a": "b.", "ctx_b": "c", "endings": ["d", "e", "f", "g"], "label": "3"}"#,
+        ),
+        ("lambada_openai", r#"{"text": "a b c"}"#),
+        ("lambada_standard", r#"{"text": "a b c"}"#),
+        ("piqa", PIQA),
+        (
+            "social_iqa",
+            r#"{"context": "c", "question": "q", "answerA": "a", "answerB": "b", "answerC": "c", "label": "3"}"#,
+        ),
+        (
+            "storycloze_2016",
+            r#"{"input_sentence_1": "1", "input_sentence_2": "2", "input_sentence_3": "3", "input_sentence_4": "4",
+                "sentence_quiz1": "a", "sentence_quiz2": "b", "answer_right_ending": 2}"#,
+        ),
+        ("winogrande", r#"{"sentence": "a _ b", "option1": "x", "option2": "y", "answer": "2"}"#),
+        ("gsm8k", r##"{"question": "q", "answer": "a\n#### 1"}"##),
+        ("nq_open", r#"{"question": "q", "answer": ["a"]}"#),
+        ("triviaqa", r#"{"question": "q", "answer": {"aliases": ["a"], "value": "a"}}"#),
+        ("webqs", r#"{"question": "q", "answers": ["a"]}"#),
+        ("wikitext", r#"{"page": "a b"}"#),
+    ])
+}
+
+/// The rows as one line each.
+pub(crate) fn jsonl(rows: &[&str]) -> String {
+    rows.iter().map(|row| row.replace('\n', " ") + "\n").collect()
+}
+
+/// A file of PIQA rows in Parquet.
+pub(crate) fn piqa_parquet(goals: &[&str]) -> Vec<u8> {
+    let texts = |texts: &[&str]| texts.iter().map(|&text| ByteArray::from(text)).collect::<Vec<_>>();
+    let n = goals.len();
+    let columns = [texts(goals), texts(&vec!["one"; n]), texts(&vec!["two"; n])];
+    let schema = "message piqa { required binary goal (UTF8); required binary sol1 (UTF8);
+        required binary sol2 (UTF8); required int64 label; }";
+    let mut bytes = Vec::new();
+    let schema = Arc::new(parse_message_type(schema).unwrap());
+    let properties = WriterProperties::builder().set_compression(parquet::basic::Compression::SNAPPY);
+    let mut writer = SerializedFileWriter::new(&mut bytes, schema, Arc::new(properties.build())).unwrap();
+    let mut group = writer.next_row_group().unwrap();
+    for column in &columns {
+        let mut out = group.next_column().unwrap().unwrap();
+        out.typed::<ByteArrayType>().write_batch(column, None, None).unwrap();
+        out.close().unwrap();
+    }
+    let mut out = group.next_column().unwrap().unwrap();
+    out.typed::<Int64Type>().write_batch(&vec![1; n], None, None).unwrap();
+    out.close().unwrap();
+    group.close().unwrap();
+    writer.close().unwrap();
+    bytes
+}
+
+/// A HellaSwag row in Parquet with a list of endings, as the `datasets` library writes it.
+pub(crate) fn hellaswag_parquet(endings: &[&str]) -> Vec<u8> {
+    let schema = "message hellaswag { optional binary activity_label (UTF8); optional binary ctx_a (UTF8);
+        optional binary ctx_b (UTF8); optional group endings (LIST) { repeated group list {
+        optional binary element (UTF8); } } optional binary label (UTF8); }";
+    let mut bytes = Vec::new();
+    let schema = Arc::new(parse_message_type(schema).unwrap());
+    let mut writer = SerializedFileWriter::new(&mut bytes, schema, Arc::default()).unwrap();
+    let mut group = writer.next_row_group().unwrap();
+    for text in ["Cooking", "A cook stirs.", "the cook", "", "1"] {
+        let mut out = group.next_column().unwrap().unwrap();
+        if text.is_empty() {
+            let list: Vec<ByteArray> = endings.iter().map(|&ending| ByteArray::from(ending)).collect();
+            let repeated: Vec<i16> = (0..list.len()).map(|i| i16::from(i > 0)).collect();
+            let defined = vec![3; list.len()];
+            out.typed::<ByteArrayType>().write_batch(&list, Some(&defined), Some(&repeated)).unwrap();
+        } else {
+            let column = [ByteArray::from(text)];
+            out.typed::<ByteArrayType>().write_batch(&column, Some(&[1]), None).unwrap();
+        }
+        out.close().unwrap();
+    }
+    group.close().unwrap();
+    writer.close().unwrap();
+    bytes
+}
