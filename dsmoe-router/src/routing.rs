@@ -89,10 +89,14 @@ impl Routing {
         }
 
         self.tokens.clear();
-        self.tokens.resize(total, 0);
         self.coefficients.clear();
-        self.coefficients.resize(total, 0.0);
         self.slots.clear();
+        // Room for all pairs: a token with more active experts than any before it allocates nothing.
+        self.tokens.reserve(mask.len());
+        self.coefficients.reserve(mask.len());
+        self.slots.reserve(mask.len());
+        self.tokens.resize(total, 0);
+        self.coefficients.resize(total, 0.0);
         // `offsets[i]` serves as the next free slot of expert i; afterwards it is the start of expert i + 1.
         for (token, row) in mask.outer_iter().enumerate() {
             for (expert, _) in row.iter().enumerate().filter(|(_, active)| **active) {
