@@ -1,0 +1,120 @@
+//! Decoding allocates nothing once it is under way.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use dsmoe_core::config::Config;
+use dsmoe_core::generate::{GenerateOptions, generate};
+use dsmoe_core::init::preset;
+use dsmoe_core::model::{Inference, Model};
+use dsmoe_kernels::Precision;
+use dsmoe_kernels::rng::Rng;
+
+struct Counting;
+
+static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: every method hands its arguments to the system's allocator unchanged and returns what that returns.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: the caller's promises are those that `System` asks for.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
+        // SAFETY: as above; `ptr` came from `System`.
+        unsafe { System.dealloc(ptr, layout) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: as above.
+        unsafe { System.alloc_zeroed(layout) }
+    }
+
+    unsafe fn realloc(&self, ptr: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: as above.
+        unsafe { System.realloc(ptr, layout, size) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// Large enough for its products to be cut into tasks for several threads.
+fn model(threshold: Option<f64>, precision: Precision) -> Inference {
+    let mut json: serde_json::Value = serde_json::from_str(&preset("small").unwrap().to_json()).unwrap();
+    json["num_hidden_layers"] = 2.into();
+    json["vocab_size"] = 1000.into();
+    if let Some(threshold) = threshold {
+        json["model_type"] = "dsmoe".into();
+        json["architectures"] = serde_json::json!(["DsmoeForCausalLM"]);
+        json["dsmoe"] = serde_json::json!({
+            "format_version": 1, "num_experts": 8, "threshold": threshold, "partition": "contiguous", "router_bias": true,
+            "gate_value": "sigmoid", "rescale": "eq8", "zero_active": "force_argmax", "ste": true,
+        });
+    }
+    let mut model = Model::new(Config::from_json(Path::new("config.json"), &json.to_string()).unwrap());
+    let mut rng = Rng::new(1, 0);
+    model.params_mut().iter_mut().for_each(|p| *p = 0.05 * rng.normal());
+    Inference::new(&model, precision)
+}
+
+/// Allocations up to each token; on one thread, or called from outside of the pool of all.
+fn allocations(model: &Inference, serial: bool, tokens: usize, temperature: f32) -> Vec<usize> {
+    let options = GenerateOptions {
+        max_tokens: tokens,
+        temperature,
+        top_p: 0.9,
+        stop: vec![u32::MAX],
+        ..GenerateOptions::default()
+    };
+    let mut counts = Vec::with_capacity(tokens);
+    let on_token = |_| {
+        counts.push(ALLOCATIONS.load(Ordering::Relaxed));
+        true
+    };
+    let prompt: Vec<u32> = (1..20).collect();
+    let run = || generate(model, &prompt, &options, on_token).unwrap();
+    if serial {
+        rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap().install(run);
+    } else {
+        run();
+    }
+    assert_eq!(counts.len(), tokens);
+    counts
+}
+
+/// One test, as the allocator counts for the whole process.
+///
+/// What a token costs is exact on one thread. With several, a worker that comes late to its first task of a kind
+/// makes its scratch then, and with gates so does a token with more active experts than any before it; what every
+/// token costs, or every so many, would be in every window of tokens.
+#[test]
+fn decoding_allocates_nothing_after_the_first_tokens() {
+    const WINDOW: usize = 128;
+    let cases = [
+        (None, Precision::F32),
+        (None, Precision::Bf16),
+        (Some(0.0), Precision::Bf16),
+        (Some(0.5), Precision::Bf16),
+    ];
+    for (threshold, precision) in cases {
+        let model = model(threshold, precision);
+        for temperature in [0.0, 1.0] {
+            let case = format!("threshold {threshold:?}, {precision}, temperature {temperature}");
+            for serial in [true, false] {
+                let counts = allocations(&model, serial, 4 * WINDOW, temperature);
+                assert!(counts[0] > 0, "{case}: nothing was counted");
+                if serial && threshold != Some(0.5) {
+                    assert_eq!(counts[1], counts[4 * WINDOW - 1], "{case}");
+                }
+                let least = counts.windows(WINDOW).map(|window| window[WINDOW - 1] - window[0]).min();
+                assert_eq!(least, Some(0), "{case}, one thread {serial}");
+            }
+        }
+    }
+}
