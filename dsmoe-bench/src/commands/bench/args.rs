@@ -15,17 +15,28 @@ pub(crate) enum Work {
     Kernels(Kernels),
     /// One FFN, dense and cut into experts
     Ffn(Ffn),
+    /// Whole training steps, dense and DSMoE
+    Train(Train),
+    /// Decoding with random weights, dense and DSMoE
+    Decode(Decode),
 }
 
 /// What every kind of work has.
 #[derive(Debug, Args)]
 pub(crate) struct Common {
-    /// What matrix products round their operands to: f32, bf16 [default: both]
-    #[arg(long, value_delimiter = ',', default_value = "f32,bf16", hide_default_value = true)]
+    /// What matrix products round their operands to, f32 or bf16 or both [default: both; decode: bf16]
+    #[arg(long, value_name = "DTYPE,...", value_delimiter = ',')]
     pub(crate) dtype: Vec<Precision>,
     /// Rounds in which all contestants take their turn; the median counts
     #[arg(long, value_name = "N", default_value_t = 7, value_parser = clap::value_parser!(u16).range(1..=1000))]
     pub(crate) repeats: u16,
+}
+
+impl Common {
+    /// The precisions asked for, or else `default`.
+    pub(crate) fn precisions<'a>(&'a self, default: &'a [Precision]) -> &'a [Precision] {
+        if self.dtype.is_empty() { default } else { &self.dtype }
+    }
 }
 
 #[derive(Debug, Args)]
@@ -69,7 +80,13 @@ pub(crate) struct Ffn {
     #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "8,16,32")]
     pub(crate) experts: Vec<usize>,
     /// Share of active pairs of a token and an expert, one or several of 0 to 1
-    #[arg(long, value_name = "SHARE,...", value_delimiter = ',', default_value = "0.125,0.375,0.625,1")]
+    #[arg(
+        long,
+        value_name = "SHARE,...",
+        value_delimiter = ',',
+        default_value = "0.125,0.375,0.625,1",
+        allow_negative_numbers = true
+    )]
     pub(crate) active: Vec<f64>,
     /// Which experts get which tokens; --active is about random routing alone
     #[arg(long, value_enum, default_value = "random")]
@@ -77,6 +94,63 @@ pub(crate) struct Ffn {
     /// Training: forward and backward, over weights as the optimiser keeps them
     #[arg(long)]
     pub(crate) backward: bool,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+/// A LLaMA by its sizes.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct Architecture {
+    /// Width of the model
+    #[arg(long, value_name = "N")]
+    pub(crate) hidden: Option<usize>,
+    /// Width of the FFN
+    #[arg(long, value_name = "N")]
+    pub(crate) intermediate: Option<usize>,
+    /// Decoder layers
+    #[arg(long, value_name = "N")]
+    pub(crate) layers: Option<usize>,
+    /// Query heads
+    #[arg(long, value_name = "N")]
+    pub(crate) heads: Option<usize>,
+    /// Key and value heads [default: as --heads, or as the default shape]
+    #[arg(long, value_name = "N")]
+    pub(crate) kv_heads: Option<usize>,
+    /// Vocabulary
+    #[arg(long, value_name = "N")]
+    pub(crate) vocab: Option<usize>,
+    /// Experts of every layer; divides --intermediate
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    pub(crate) experts: usize,
+    /// Share of active pairs of a token and an expert, 0 to 1
+    #[arg(long, value_name = "SHARE", default_value_t = 0.375, allow_negative_numbers = true)]
+    pub(crate) active: f64,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Train {
+    #[command(flatten)]
+    pub(crate) architecture: Architecture,
+    /// Tokens per sequence
+    #[arg(long, value_name = "TOKENS", default_value_t = 128)]
+    pub(crate) seq: usize,
+    /// Sequences per step
+    #[arg(long, value_name = "N", default_value_t = 16)]
+    pub(crate) batch: usize,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Decode {
+    #[command(flatten)]
+    pub(crate) architecture: Architecture,
+    /// Tokens of the prompt
+    #[arg(long, value_name = "TOKENS", default_value_t = 16)]
+    pub(crate) prompt: usize,
+    /// New tokens per round
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    pub(crate) tokens: usize,
     #[command(flatten)]
     pub(crate) common: Common,
 }

@@ -14,7 +14,7 @@ use super::routing::{experts_in_use, routing};
 use super::row::{Row, bits, find_break_evens};
 use super::timing::{Task, take_turns};
 use super::{
-    Output, bytes_in, check_active, check_experts, check_memory, check_size, f32_bytes, product, random,
+    BOTH, Output, bytes_in, check_active, check_experts, check_memory, check_size, f32_bytes, product, random,
 };
 
 pub(super) fn check(args: &Ffn) -> Result<()> {
@@ -42,7 +42,7 @@ pub(super) fn run(args: &Ffn, output: &mut Output<'_>) -> Result<()> {
     let deviation = 1.0 / (hidden as f32).sqrt();
     let [gate, up, down] = [1, 2, 3].map(|seed| random(hidden * intermediate, deviation, seed));
     let weights = Weights { gate: &gate, up: &up, down: &down };
-    for &precision in &args.common.dtype {
+    for &precision in args.common.precisions(&BOTH) {
         let layer = Layer { hidden, intermediate, precision };
         if args.backward {
             let mut grads = [(); 3].map(|()| vec![0.0; hidden * intermediate]);

@@ -11,7 +11,7 @@ use super::args::Kernels;
 use super::machine::Cost;
 use super::row::{Row, bits};
 use super::timing::{Task, take_turns};
-use super::{Output, bytes_in, check_memory, check_size, f32_bytes, product, random};
+use super::{BOTH, Output, bytes_in, check_memory, check_size, f32_bytes, product, random};
 
 /// Rows of x, columns of x, rows of w.
 type Shape = [usize; 3];
@@ -46,7 +46,7 @@ pub(super) fn check(args: &Kernels) -> Result<()> {
 
 pub(super) fn run(args: &Kernels, output: &mut Output<'_>) -> Result<()> {
     for shape in shapes(args) {
-        for &precision in &args.common.dtype {
+        for &precision in args.common.precisions(&BOTH) {
             let rows = measure(shape, precision, usize::from(args.common.repeats), output);
             output.extend(rows)?;
         }

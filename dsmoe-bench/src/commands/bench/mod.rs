@@ -1,13 +1,17 @@
 //! `dsmoe bench`: how long our kernels and models take, and how near that is to what the machine can do.
 
 pub(crate) mod args;
+mod decode;
 mod ffn;
 mod machine;
 mod matmul;
+mod model;
 mod ops;
+mod resident;
 mod routing;
 mod row;
 mod timing;
+mod train;
 
 use anyhow::{Result, bail};
 use dsmoe_kernels::Precision;
@@ -20,6 +24,7 @@ use args::{Bench, Kernels, Work};
 use machine::Machine;
 use row::Row;
 
+const BOTH: [Precision; 2] = [Precision::F32, Precision::Bf16];
 /// The largest size of a tensor's side that is taken.
 const LARGEST: usize = 1 << 24;
 
@@ -45,16 +50,20 @@ impl Output<'_> {
 }
 
 pub(crate) fn run(args: &Bench, ui: &mut Ui) -> Result<()> {
-    let common = match &args.work {
-        Work::Kernels(args) => matmul::check(args).map(|()| &args.common)?,
-        Work::Ffn(args) => ffn::check(args).map(|()| &args.common)?,
+    let precisions = match &args.work {
+        Work::Kernels(args) => matmul::check(args).map(|()| args.common.precisions(&BOTH))?,
+        Work::Ffn(args) => ffn::check(args).map(|()| args.common.precisions(&BOTH))?,
+        Work::Train(args) => train::check(args).map(|()| args.common.precisions(&train::PRECISIONS))?,
+        Work::Decode(args) => decode::check(args).map(|()| args.common.precisions(&decode::PRECISIONS))?,
     };
     // On a thread of the pool, where handing work to the others is cheapest.
     rayon::scope(|_| {
-        let mut output = Output { machine: Machine::measure(&common.dtype), ui, rows: Vec::new() };
+        let mut output = Output { machine: Machine::measure(precisions), ui, rows: Vec::new() };
         match &args.work {
             Work::Kernels(args) => kernels(args, &mut output)?,
             Work::Ffn(args) => ffn::run(args, &mut output)?,
+            Work::Train(args) => train::run(args, &mut output)?,
+            Work::Decode(args) => decode::run(args, &mut output)?,
         }
         if output.ui.json { Ok(()) } else { output.ui.text(&row::show(&output.rows)) }
     })
@@ -63,7 +72,7 @@ pub(crate) fn run(args: &Bench, ui: &mut Ui) -> Result<()> {
 fn kernels(args: &Kernels, output: &mut Output<'_>) -> Result<()> {
     matmul::run(args, output)?;
     let any_shape = args.tokens.is_none() && args.hidden.is_none() && args.intermediate.is_none();
-    if any_shape && args.common.dtype.contains(&Precision::F32) {
+    if any_shape && args.common.precisions(&BOTH).contains(&Precision::F32) {
         ops::run(args, output)?;
     }
     Ok(())
@@ -99,14 +108,20 @@ fn check_memory(bytes: u128) -> Result<()> {
     memory::check("this shape", bytes, memory::total(), "use a smaller one")
 }
 
-/// `len` values uniform with that standard deviation, a function of `seed`.
+/// `len` values as [`fill_random`] makes them.
 fn random(len: usize, deviation: f32, seed: u64) -> Vec<f32> {
     let mut values = vec![0.0; len];
+    fill_random(&mut values, deviation, seed);
+    values
+}
+
+/// Sets `values` to uniform ones around 0 with that standard deviation, a function of `seed`.
+fn fill_random(values: &mut [f32], deviation: f32, seed: u64) {
+    let width = 12f32.sqrt() * deviation;
     values.par_chunks_mut(1 << 14).enumerate().for_each(|(stream, values)| {
         let mut rng = Rng::new(seed, stream as u64);
-        values.iter_mut().for_each(|x| *x = deviation * 12f32.sqrt() * (rng.uniform() - 0.5));
+        values.iter_mut().for_each(|x| *x = width * (rng.uniform() - 0.5));
     });
-    values
 }
 
 /// As a cost counts it.

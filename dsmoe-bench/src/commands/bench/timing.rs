@@ -1,5 +1,6 @@
 //! Times of contestants that take turns.
 
+use std::convert::Infallible;
 use std::hint::black_box;
 use std::time::Instant;
 
@@ -22,13 +23,27 @@ pub(super) fn take_turns(tasks: &mut [Task<'_>], rounds: usize) -> Vec<f64> {
             (SAMPLE_SECONDS / call).clamp(1.0, MOST_CALLS) as usize
         })
         .collect();
-    let mut samples = vec![Vec::with_capacity(rounds); tasks.len()];
+    let Ok(times) =
+        medians(tasks.len(), rounds, |task| Ok::<_, Infallible>(seconds(&mut tasks[task], calls[task])));
+    times
+}
+
+/// The median of the samples that `sample(i)` gives for each of `tasks` tasks, in turns.
+///
+/// # Errors
+/// The first of a sample.
+pub(super) fn medians<E>(
+    tasks: usize,
+    rounds: usize,
+    mut sample: impl FnMut(usize) -> Result<f64, E>,
+) -> Result<Vec<f64>, E> {
+    let mut samples = vec![Vec::with_capacity(rounds); tasks];
     for _ in 0..rounds {
-        for ((task, &calls), samples) in tasks.iter_mut().zip(&calls).zip(&mut samples) {
-            samples.push(seconds(task, calls));
+        for (task, samples) in samples.iter_mut().enumerate() {
+            samples.push(sample(task)?);
         }
     }
-    samples.into_iter().map(median).collect()
+    Ok(samples.into_iter().map(median).collect())
 }
 
 /// Seconds per call.

@@ -1,0 +1,43 @@
+//! How much memory work takes.
+
+use std::fs;
+
+/// A moment to measure memory from.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Mark {
+    resident: u64,
+}
+
+impl Mark {
+    /// Now; none where `/proc` does not let the peak be reset.
+    pub(super) fn now() -> Option<Mark> {
+        // 5 sets the peak to what is resident at the moment.
+        fs::write("/proc/self/clear_refs", "5").ok()?;
+        Some(Mark { resident: status("VmRSS:")? })
+    }
+
+    /// The most bytes that were resident since, beyond those of the mark.
+    pub(super) fn peak_since(self) -> Option<u64> {
+        Some(status("VmHWM:")?.saturating_sub(self.resident))
+    }
+}
+
+/// A field of `/proc/self/status`, bytes.
+fn status(name: &str) -> Option<u64> {
+    let status = fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+    line.split_whitespace().next()?.parse::<u64>().ok().map(|kib| 1024 * kib)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Mark;
+
+    #[test]
+    fn memory_is_seen_after_it_is_given_back() {
+        let Some(mark) = Mark::now() else { return };
+        drop(std::hint::black_box(vec![1u8; 200 << 20]));
+        let peak = mark.peak_since().unwrap();
+        assert!(peak > 190 << 20, "{peak}");
+    }
+}

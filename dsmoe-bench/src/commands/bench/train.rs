@@ -1,0 +1,180 @@
+//! `dsmoe bench train`: whole optimiser steps of a dense and a DSMoE model.
+
+use std::time::Instant;
+
+use anyhow::{Result, bail};
+use dsmoe_core::Model;
+use dsmoe_core::accounting::Accounting;
+use dsmoe_core::config::Config;
+use dsmoe_core::model::{StepArgs, StepOutput, TrainWorkspace};
+use dsmoe_kernels::Precision;
+use dsmoe_kernels::buf::Buf;
+use dsmoe_kernels::rng::Rng;
+use dsmoe_router::SparsityOver;
+use dsmoe_train::TrainConfig;
+use dsmoe_train::optim::{AdamW, clip_scale, grad_norms};
+
+use super::args::Train;
+use super::machine::Cost;
+use super::model::{Sizes, describe, parameters, random_model, reach_share};
+use super::resident::Mark;
+use super::row::{Row, bits};
+use super::timing::medians;
+use super::{Output, check_memory, check_size, f32_bytes, product};
+
+const DEFAULTS: [Sizes; 2] = [[128, 512, 4, 4, 4, 2048], [512, 1536, 8, 8, 8, 8192]];
+pub(super) const PRECISIONS: [Precision; 1] = [Precision::F32];
+/// So small that the gates stay where they are.
+const LEARNING_RATE: f64 = 1e-9;
+/// Weight of the sparsity loss: the paper's.
+const SPARSITY_WEIGHT: f32 = 1.0;
+/// A sample takes this long at least.
+const SAMPLE_SECONDS: f64 = 0.1;
+
+pub(super) fn check(args: &Train) -> Result<()> {
+    check_size("seq", args.seq)?;
+    check_size("batch", args.batch)?;
+    check_size("batch times --seq", args.batch.saturating_mul(args.seq))?;
+    if args.common.dtype.contains(&Precision::Bf16) {
+        bail!("--dtype bf16 is not for training; use f32");
+    }
+    for sizes in args.architecture.sizes(&DEFAULTS) {
+        args.architecture.check(sizes)?;
+        let [_, dsmoe] = args.architecture.configs(sizes, args.seq)?;
+        let [hidden, intermediate, layers, ..] = sizes.map(|size| size as u128);
+        let saved = (args.batch * args.seq) as u128 * layers * (8 * hidden + 2 * intermediate);
+        // Two models with gradients and moments, and what their forward passes keep.
+        check_memory(2 * 4 * (4 * parameters(&dsmoe) + saved))?;
+    }
+    Ok(())
+}
+
+pub(super) fn run(args: &Train, output: &mut Output<'_>) -> Result<()> {
+    for sizes in args.architecture.sizes(&DEFAULTS) {
+        for &precision in args.common.precisions(&PRECISIONS) {
+            let rows = measure(args, sizes, precision, output)?;
+            output.extend(rows)?;
+        }
+    }
+    Ok(())
+}
+
+fn measure(args: &Train, sizes: Sizes, precision: Precision, output: &mut Output<'_>) -> Result<Vec<Row>> {
+    let configs = args.architecture.configs(sizes, args.seq)?;
+    let tokens = args.batch * args.seq;
+    let mut rng = Rng::new(0x7a, 0);
+    let ids: Vec<u32> = (0..=tokens).map(|_| rng.below(configs[0].vocab_size as u64) as u32).collect();
+
+    let mut contestants = Vec::new();
+    for (name, config) in ["dense", "dsmoe"].into_iter().zip(configs) {
+        let mark = Mark::now();
+        let mut run = Run::new(config, &ids, args.seq);
+        let share = if run.model.config().moe.is_some() {
+            reach_share(args.architecture.active, |threshold| {
+                run.model.set_threshold(threshold)?;
+                Ok(run.gradients()?.stats.map_or(0.0, |stats| stats.active_ratio()))
+            })?;
+            Some(run.gradients()?.stats.map_or(0.0, |stats| stats.active_ratio()))
+        } else {
+            None
+        };
+        run.gradients()?;
+        let bits = bits(&[&run.grads]);
+        run.step()?;
+        let memory = mark.and_then(Mark::peak_since);
+        let started = Instant::now();
+        run.step()?;
+        let steps = (SAMPLE_SECONDS / started.elapsed().as_secs_f64()).clamp(1.0, 1000.0) as usize;
+        contestants.push((name, run, share, bits, memory, steps));
+    }
+
+    let times = medians(contestants.len(), usize::from(args.common.repeats), |i| -> Result<f64> {
+        let (_, run, .., steps) = &mut contestants[i];
+        let started = Instant::now();
+        for _ in 0..*steps {
+            run.step()?;
+        }
+        Ok(started.elapsed().as_secs_f64() / *steps as f64)
+    })?;
+    let rows = contestants.into_iter().zip(&times).map(|((name, run, share, bits, memory, _), &seconds)| {
+        let config = run.model.config();
+        let mut row = Row::new("train", name, tokens, config.hidden, precision);
+        describe(&mut row, config, share.map(|share| (args.architecture.active, share)));
+        (row.seq, row.batch) = (Some(args.seq), Some(args.batch));
+        (row.bits, row.peak_memory_bytes) = (bits, memory);
+        let cost = cost(config, share.unwrap_or(1.0), tokens, args.seq);
+        row.measured(seconds, cost, precision, &mut output.machine);
+        row.tokens_per_s = Some(tokens as f64 / seconds);
+        row.against_dense(times[0]);
+        row
+    });
+    Ok(rows.collect())
+}
+
+/// A model with all that training needs.
+struct Run<'a> {
+    model: Model,
+    grads: Buf,
+    optimizer: AdamW,
+    workspace: TrainWorkspace,
+    inputs: &'a [u32],
+    targets: &'a [u32],
+    seq: usize,
+    config: TrainConfig,
+    steps: u64,
+}
+
+impl<'a> Run<'a> {
+    /// Predicts each of `ids` from those before it.
+    fn new(config: Config, ids: &'a [u32], seq: usize) -> Run<'a> {
+        let model = random_model(config);
+        Run {
+            grads: Buf::zeros(model.layout().len()),
+            optimizer: AdamW::new(model.layout()),
+            workspace: TrainWorkspace::default(),
+            inputs: &ids[..ids.len() - 1],
+            targets: &ids[1..],
+            seq,
+            config: TrainConfig::default(),
+            steps: 0,
+            model,
+        }
+    }
+
+    /// Forward and backward.
+    fn gradients(&mut self) -> Result<StepOutput> {
+        self.grads.clear();
+        let args = StepArgs {
+            loss_scale: 1.0 / self.inputs.len() as f32,
+            sparsity_weight: SPARSITY_WEIGHT,
+            sparsity_over: SparsityOver::Active,
+        };
+        let Run { model, grads, inputs, targets, seq, workspace, .. } = self;
+        Ok(model.train_step(grads, inputs, targets, *seq, &args, workspace)?)
+    }
+
+    /// A whole step, as `dsmoe train` takes it.
+    fn step(&mut self) -> Result<()> {
+        self.gradients()?;
+        self.steps += 1;
+        let layout = self.model.layout().clone();
+        let scale = clip_scale(grad_norms(&layout, &self.grads).all, self.config.clip);
+        let params = self.model.params_mut();
+        self.optimizer.step(params, &self.grads, &layout, &self.config, LEARNING_RATE, scale, self.steps);
+        Ok(())
+    }
+}
+
+/// What a step has to do: of every inactive pair of token and expert a third of the products.
+fn cost(config: &Config, active: f64, tokens: usize, seq: usize) -> Cost {
+    let counts = Accounting::of(config);
+    let layers = config.num_layers as f64;
+    let head = product(&[config.vocab_size, config.hidden]);
+    let always = layers * (counts.attn_layer + counts.router) as f64 + head;
+    let ffns = layers * counts.ffn_layer as f64;
+    // Scores and their use, forward and with the scores anew backward; a position sees half the sequence.
+    let attention = 3.5 * 4.0 * layers * product(&[config.num_heads, config.head_dim, seq]) / 2.0;
+    let per_token = 6.0 * always + (2.0 + 4.0 * active) * ffns + attention;
+    // Weights twice, gradients once, and AdamW: four read, three written.
+    Cost { flops: tokens as f64 * per_token, bytes: f32_bytes(10.0 * counts.total as f64) }
+}
