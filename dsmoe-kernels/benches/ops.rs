@@ -110,12 +110,13 @@ fn products(c: &mut Criterion) {
     let intermediate = 2 * HIDDEN;
     let [gate, up, down] = [4, 5, 6].map(|seed| normals(intermediate * HIDDEN, seed));
     let weights = expert_ffn::Weights { gate: &gate, up: &up, down: &down };
+    let packed = expert_ffn::PackedWeights::new(Precision::F32, &weights, HIDDEN, intermediate, 1);
     let mut scratch = expert_ffn::Scratch::new();
     group.throughput(Throughput::Elements((6 * TOKENS * HIDDEN * intermediate) as u64));
     group.bench_function("dense ffn forward", |b| {
         b.iter(|| {
             let x = black_box(&x);
-            expert_ffn::forward_dense(&mut y, x, &weights, TOKENS, HIDDEN, intermediate, &mut scratch);
+            expert_ffn::forward_dense_packed(&mut y, x, &packed, TOKENS, &mut scratch);
         });
     });
     group.finish();

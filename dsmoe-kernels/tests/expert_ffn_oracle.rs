@@ -5,8 +5,10 @@
 
 use autograd as ag;
 use autograd::tensor_ops as T;
+use dsmoe_kernels::Precision;
 use dsmoe_kernels::expert_ffn::{
-    Dims, Routes, Saved, Scratch, WeightGrads, Weights, backward, forward, forward_train, reference,
+    Dims, PackedWeights, Routes, Saved, Scratch, WeightGrads, Weights, backward, forward_packed,
+    forward_train, reference,
 };
 use dsmoe_kernels::testing::{assert_close, assert_close_f64, f64s, normals};
 
@@ -133,7 +135,9 @@ fn the_kernels_agree_with_autograd() {
     let weights = Weights { gate: &inputs.gate, up: &inputs.up, down: &inputs.down };
     let (mut scratch, mut saved) = (Scratch::new(), Saved::default());
     let mut y = vec![f32::NAN; inputs.x.len()];
-    forward(&mut y, &inputs.x, &weights, &routes, DIMS, &mut scratch);
+    let packed =
+        PackedWeights::new(Precision::F32, &weights, DIMS.hidden, DIMS.intermediate, DIMS.num_experts);
+    forward_packed(&mut y, &inputs.x, &packed, &routes, DIMS, &mut scratch);
     assert_close("y", &y, &want.y, 2e-6);
     forward_train(&mut y, &mut saved, &inputs.x, &weights, &routes, DIMS, &mut scratch);
     assert_close("y of training", &y, &want.y, 2e-6);

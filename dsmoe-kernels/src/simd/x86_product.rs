@@ -85,10 +85,10 @@ fn transpose8(r: [__m256; 8]) -> [__m256; 8] {
         let (a, b) = (r[i / 2 * 2], r[i / 2 * 2 + 1]);
         pairs[i] = if i % 2 == 0 { _mm256_unpacklo_ps(a, b) } else { _mm256_unpackhi_ps(a, b) };
     }
-    for i in 0..8 {
+    for (i, quad) in quads.iter_mut().enumerate() {
         let (base, k) = (i / 4 * 4, i % 4);
         let (a, b) = (_mm256_castps_pd(pairs[base + k / 2]), _mm256_castps_pd(pairs[base + k / 2 + 2]));
-        quads[i] =
+        *quad =
             _mm256_castpd_ps(if k % 2 == 0 { _mm256_unpacklo_pd(a, b) } else { _mm256_unpackhi_pd(a, b) });
     }
     for i in 0..8 {
@@ -198,8 +198,9 @@ fn pair_dot(_token: Avx512Bf16, acc: __m512, a: u32, b: &[u32]) -> __m512 {
 #[inline]
 #[target_feature(enable = "avx512f,avx512bf16")]
 fn dot16(acc: __m512, a: u32, b: __m512i) -> __m512 {
+    let a = _mm512_set1_epi32(a.cast_signed());
     // SAFETY: both are 512 bits, and every bit pattern is a vector of bf16.
-    let a = unsafe { std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(a.cast_signed())) };
+    let a = unsafe { std::mem::transmute::<__m512i, __m512bh>(a) };
     // SAFETY: as above.
     let b = unsafe { std::mem::transmute::<__m512i, __m512bh>(b) };
     _mm512_dpbf16_ps(acc, a, b)
@@ -214,10 +215,10 @@ fn transpose16(r: [__m512; 16]) -> [__m512; 16] {
         pairs[i] = if i % 2 == 0 { _mm512_unpacklo_ps(a, b) } else { _mm512_unpackhi_ps(a, b) };
     }
     // quads[4 g + c]: lane 4 q + i holds row 4 g + i, column 4 q + c.
-    for i in 0..16 {
+    for (i, quad) in quads.iter_mut().enumerate() {
         let (base, k) = (i / 4 * 4, i % 4);
         let (a, b) = (_mm512_castps_pd(pairs[base + k / 2]), _mm512_castps_pd(pairs[base + k / 2 + 2]));
-        quads[i] =
+        *quad =
             _mm512_castpd_ps(if k % 2 == 0 { _mm512_unpacklo_pd(a, b) } else { _mm512_unpackhi_pd(a, b) });
     }
     // The 4 x 4 blocks of 128 bits: for each column c, blocks q of row groups g.

@@ -267,43 +267,6 @@ fn infer(
     }
 }
 
-/// [`forward_packed`] over packed copies of `weights`: for a single call.
-///
-/// # Panics
-/// Lengths do not fit `dims`.
-pub fn forward(
-    y: &mut [f32],
-    x: &[f32],
-    weights: &Weights<'_>,
-    routes: &Routes<'_>,
-    dims: Dims,
-    scratch: &mut Scratch,
-) {
-    check("forward", y, x, weights, dims);
-    let packed =
-        PackedWeights::new(Precision::F32, weights, dims.hidden, dims.intermediate, dims.num_experts);
-    forward_packed(y, x, &packed, routes, dims, scratch);
-}
-
-/// [`forward_dense_packed`] over packed copies of `weights`: for a single call.
-///
-/// # Panics
-/// Lengths do not fit the sizes.
-pub fn forward_dense(
-    y: &mut [f32],
-    x: &[f32],
-    weights: &Weights<'_>,
-    tokens: usize,
-    hidden: usize,
-    intermediate: usize,
-    scratch: &mut Scratch,
-) {
-    let dims = Dims { tokens, hidden, intermediate, num_experts: 1, all_pairs: true };
-    check("forward_dense", y, x, weights, dims);
-    let packed = PackedWeights::new(Precision::F32, weights, hidden, intermediate, 1);
-    forward_dense_packed(y, x, &packed, tokens, scratch);
-}
-
 /// [`forward_packed`] over row-major weights that keeps what [`backward`] needs.
 ///
 /// # Panics

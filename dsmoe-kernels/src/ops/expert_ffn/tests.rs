@@ -93,6 +93,11 @@ impl Problem {
         Weights { gate: &self.gate, up: &self.up, down: &self.down }
     }
 
+    fn packed(&self, num_experts: usize) -> PackedWeights {
+        let Dims { hidden, intermediate, .. } = self.dims;
+        PackedWeights::new(Precision::F32, &self.weights(), hidden, intermediate, num_experts)
+    }
+
     fn results(&self) -> Results {
         let weights = vec![1.0; self.gate.len()];
         Results {
@@ -107,7 +112,8 @@ impl Problem {
 
     fn forward(&self, scratch: &mut Scratch) -> Vec<f32> {
         let mut y = vec![f32::NAN; self.x.len()];
-        forward(&mut y, &self.x, &self.weights(), &self.routing.routes(), self.dims, scratch);
+        let packed = self.packed(self.dims.num_experts);
+        forward_packed(&mut y, &self.x, &packed, &self.routing.routes(), self.dims, scratch);
         y
     }
 
@@ -125,7 +131,7 @@ impl Problem {
         let (mut r, mut saved, weights) = (self.results(), Saved::default(), self.weights());
         let Dims { tokens, hidden, intermediate, .. } = self.dims;
         let mut y = vec![f32::NAN; self.x.len()];
-        forward_dense(&mut y, &self.x, &weights, tokens, hidden, intermediate, scratch);
+        forward_dense_packed(&mut y, &self.x, &self.packed(1), tokens, scratch);
         forward_dense_train(&mut r.y, &mut saved, &self.x, &weights, tokens, hidden, intermediate, scratch);
         let grads = WeightGrads { gate: &mut r.dgate, up: &mut r.dup, down: &mut r.ddown };
         let (x, dy) = (&self.x, &self.dy);
@@ -360,5 +366,6 @@ fn routes_of_another_shape_are_refused() {
     let problem = Problem::new(dims(3, 4, 2, 2), scattered);
     let other = Routing::new(3, 3, scattered, 1);
     let mut y = vec![0.0; 12];
-    forward(&mut y, &problem.x, &problem.weights(), &other.routes(), problem.dims, &mut Scratch::new());
+    let packed = problem.packed(2);
+    forward_packed(&mut y, &problem.x, &packed, &other.routes(), problem.dims, &mut Scratch::new());
 }

@@ -269,7 +269,7 @@ fn combine<A: Activation, const N: usize>(
                 }
             });
             let right = &right[..];
-            let sink = all.from_panel(first);
+            let sink = all.starting_at_panel(first);
             for_tasks(tasks, |task| {
                 let range = task * count / tasks..(task + 1) * count / tasks;
                 add_blocks(&sink, tiles, depth, cut, plan, isa, range, |expert| {

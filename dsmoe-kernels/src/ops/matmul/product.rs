@@ -76,6 +76,7 @@ impl<'a> Rows<'a> {
     }
 
     /// The columns of `panel` in row `row` of the product.
+    #[expect(clippy::mut_from_ref, reason = "tasks share the sink and own different parts of C: see `new`")]
     #[inline(always)]
     fn row(&self, row: usize, panel: usize) -> &mut [f32] {
         let row = self.picked.map_or(row, |rows| rows[row] as usize);
@@ -305,7 +306,7 @@ impl Round<'_> {
                 let count = at_once.min(panels - first);
                 let packing = right[..count * len].par_chunks_exact_mut(len).enumerate();
                 each_when(tasks > 1, packing, |(panel, out)| self.pack_right(out, first + panel));
-                let sink = self.sink.from_panel(first);
+                let sink = self.sink.starting_at_panel(first);
                 let grid = Grid::new(m, count, depth, tasks);
                 let panels = right_panels(isa, precision, &right[..count * len]);
                 for_tasks(grid.len(), |task| {
@@ -336,7 +337,7 @@ impl Round<'_> {
             for_tasks(panels.div_ceil(per_task), |task| {
                 let first = task * per_task;
                 let count = per_task.min(panels - first);
-                let sink = self.sink.from_panel(first);
+                let sink = self.sink.starting_at_panel(first);
                 PRIVATE.with_borrow_mut(|right| {
                     right.resize(count * right_len);
                     for (panel, out) in right.chunks_exact_mut(right_len).enumerate() {
@@ -358,7 +359,7 @@ impl Round<'_> {
 
 impl<'a> Rows<'a> {
     /// The same rows, with panel 0 being panel `first` of C.
-    pub(crate) fn from_panel(self, first: usize) -> Rows<'a> {
+    pub(crate) fn starting_at_panel(self, first: usize) -> Rows<'a> {
         let skip = first * PANEL;
         // SAFETY: `first` is a panel of C: the pointer stays inside its first row.
         let c = unsafe { self.c.add(skip) };
