@@ -31,7 +31,7 @@ const OPTIMIZER_FILE: &str = "optimizer.safetensors";
 const IDENTITY_VALUES: usize = 1024;
 
 /// Settings that a resumed run cannot change: the weights would not be those of any one run.
-const FIXED: [&str; 17] = [
+const FIXED: [&str; 18] = [
     "seed",
     "batch",
     "seq",
@@ -49,6 +49,7 @@ const FIXED: [&str; 17] = [
     "sparsity",
     "active_target",
     "router_lr_scale",
+    "dtype",
 ];
 
 /// Where a run stands: `state.json`.

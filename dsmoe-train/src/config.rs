@@ -4,6 +4,7 @@ use std::ops::RangeInclusive;
 use std::path::Path;
 
 use dsmoe_datasets::Bos;
+use dsmoe_kernels::Precision;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -57,6 +58,9 @@ pub struct TrainConfig {
     pub active_target: Option<f64>,
     /// Learning rate of the routers over that of the rest; default 1.
     pub router_lr_scale: f64,
+    /// What the operands of the layers' matrix products are rounded to: `f32` (default) or `bf16`. Weights,
+    /// gradients and moments are f32 either way.
+    pub dtype: Dtype,
     /// Seed of the order of the windows; default 0.
     pub seed: u64,
     /// Steps between checkpoints, apart from the one at the end; default none.
@@ -99,6 +103,7 @@ impl Default for TrainConfig {
             sparsity: None,
             active_target: None,
             router_lr_scale: 1.0,
+            dtype: Dtype::F32,
             seed: 0,
             save_every: None,
             keep: 2,
@@ -110,6 +115,37 @@ impl Default for TrainConfig {
             text_column: "text".to_owned(),
             bos: Bos::Auto,
         }
+    }
+}
+
+/// What matrix products compute with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Dtype {
+    /// `f32`
+    #[default]
+    F32,
+    /// `bf16`
+    Bf16,
+}
+
+impl Dtype {
+    /// As the kernels call it.
+    pub fn precision(self) -> Precision {
+        match self {
+            Dtype::F32 => Precision::F32,
+            Dtype::Bf16 => Precision::Bf16,
+        }
+    }
+}
+
+impl std::str::FromStr for Dtype {
+    type Err = String;
+    fn from_str(name: &str) -> std::result::Result<Dtype, String> {
+        [Dtype::F32, Dtype::Bf16]
+            .into_iter()
+            .find(|dtype| dtype.precision().name() == name)
+            .ok_or_else(|| format!("unknown dtype `{name}`; use f32 or bf16"))
     }
 }
 
@@ -333,6 +369,7 @@ mod tests {
             (vec!["beta2=1"], ["beta2 is 1", "below 1"]),
             (vec!["active_target=0"], ["active_target is 0", "above 0"]),
             (vec!["keep=0"], ["keep is 0", "use 1 to"]),
+            (vec!["dtype=f16"], ["unknown variant `f16`", "`bf16`"]),
             (vec!["steps=0"], ["steps is 0", "use 1 to"]),
             (vec!["valid_fraction=0", "eval_every=5"], ["eval_every", "valid_fraction above 0"]),
         ] {

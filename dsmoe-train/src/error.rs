@@ -108,6 +108,20 @@ pub enum Error {
         /// What is wrong.
         message: String,
     },
+    /// A file of responses that cannot be read.
+    #[error("{path}: line {line} is no response; delete the file, or choose another --out")]
+    BadResponses {
+        /// The file.
+        path: PathBuf,
+        /// Number of the line from 1.
+        line: usize,
+    },
+    /// A file of responses of another model, or made in another way.
+    #[error("{path}: the responses of another model or of other settings; choose another --out, or delete the file")]
+    OtherResponses {
+        /// The file.
+        path: PathBuf,
+    },
     /// A NaN or an infinity.
     #[error("step {step}: {place} is not finite; stopped, {intact}; use a smaller --lr or look at the data")]
     NonFinite {

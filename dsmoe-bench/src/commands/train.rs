@@ -8,6 +8,7 @@ use anyhow::{Result, bail};
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::config::Config;
 use dsmoe_datasets::Corpus;
+use dsmoe_kernels::cross_entropy;
 use dsmoe_train::config::{Budget, TrainConfig};
 use dsmoe_train::eval::EvalReport;
 use dsmoe_train::metrics::StepRecord;
@@ -35,11 +36,18 @@ struct Plan {
     params: u64,
     budget: String,
     flops_per_step: f64,
-    /// Weights, gradients and the optimiser's two moments.
-    state_bytes: u64,
-    /// What the backward pass keeps of a micro-batch; an estimate.
-    activation_bytes: u64,
+    /// What the run will hold in memory, by its use.
+    memory: Vec<Memory>,
+    /// All of it together.
+    memory_bytes: u64,
     config: TrainConfig,
+}
+
+/// One use of memory.
+#[derive(Debug, Serialize)]
+struct Memory {
+    what: &'static str,
+    bytes: u64,
 }
 
 /// What a run came to.
@@ -73,8 +81,8 @@ pub(crate) fn run(args: &Train, threads: Option<u16>, ui: &mut Ui) -> Result<Exi
         ui.result(&plan, show_plan)?;
         return Ok(ExitCode::SUCCESS);
     }
-    let needed = plan.state_bytes + plan.activation_bytes;
-    memory::check("training", needed, memory::total(), "use a smaller --batch and a larger --accumulate")?;
+    let mend = "use a smaller --batch and a larger --accumulate";
+    memory::check("training", plan.memory_bytes, memory::total(), mend)?;
     let model = load_model(&args.model)?;
     let stream = tokenize(&corpus, &tokenizer(&args.model, model.config())?, config.bos, ui)?;
     let options = RunOptions {
@@ -173,6 +181,7 @@ fn settings(args: &Train, threads: Option<u16>) -> Result<TrainConfig> {
     over(&mut config.accumulate, &args.accumulate);
     over(&mut config.lr, &args.lr);
     over(&mut config.router_lr_scale, &args.router_lr_scale);
+    over(&mut config.dtype, &args.dtype);
     over(&mut config.seed, &args.seed);
     over(&mut config.keep, &args.keep);
     over(&mut config.valid_fraction, &args.valid_fraction);
@@ -196,6 +205,7 @@ fn plan(args: &Train, config: TrainConfig, corpus: &Corpus) -> Result<Plan> {
     let all_experts = model.moe.as_ref().map_or(0.0, |moe| moe.router.num_experts as f64);
     // Backward is twice the forward.
     let flops_per_token = 3.0 * accounting.flops_per_token(all_experts, config.seq as f64 / 2.0);
+    let memory = memory_plan(&model, &config, accounting.total, corpus.total_bytes());
     Ok(Plan {
         model: args.model.clone(),
         out: args.out.clone(),
@@ -211,8 +221,8 @@ fn plan(args: &Train, config: TrainConfig, corpus: &Corpus) -> Result<Plan> {
             (Some(_), Budget::Target(share)) => format!("{} of experts active", report::percent(share)),
         },
         flops_per_step: flops_per_token * tokens_per_step as f64,
-        state_bytes: 16 * accounting.total,
-        activation_bytes: activation_bytes(&model, (config.batch * config.seq) as u64),
+        memory_bytes: memory.iter().map(|memory| memory.bytes).sum(),
+        memory,
         config,
     })
 }
@@ -229,17 +239,39 @@ fn keep_apart(source: &Path, out: &Path) -> Result<()> {
     Ok(())
 }
 
-/// f32 values kept per token and layer: four of the residual stream's width, queries, keys, values and attention's
-/// output, and three of the FFN's width; beside them some temporaries of one layer.
-fn activation_bytes(model: &Config, tokens: u64) -> u64 {
-    let attention = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim;
-    let layer = 4 * model.hidden + attention + 3 * model.intermediate;
-    let temporaries = 8 * model.hidden + 2 * attention + 3 * model.intermediate;
-    4 * tokens * (model.num_layers * layer + temporaries) as u64
+/// What training allocates, from the sizes alone: the arenas, then what a micro-batch of `tokens` needs.
+fn memory_plan(model: &Config, config: &TrainConfig, params: u64, data_bytes: u64) -> Vec<Memory> {
+    let tokens = config.batch * config.seq;
+    let (queries, keys) = (model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim);
+    // Of a layer: its two inputs and their norms, queries and attention's output, keys, values, the FFN's two.
+    let kept = 4 * model.hidden + 2 * queries + 2 * keys + model.num_heads + 2 + 2 * model.intermediate;
+    let flow = 5 * model.hidden + 2 * queries + 2 * keys + 2;
+    // Of the FFN at work: one activation of every pair, and five of the active ones.
+    let active = match config.budget() {
+        _ if model.moe.is_none() => 1.0,
+        Budget::Target(share) => share,
+        Budget::Weight(_) => 1.0,
+    };
+    let ffn = tokens as f64 * model.intermediate as f64 * (1.0 + 5.0 * active);
+    let head = cross_entropy::Dims { tokens, hidden: model.hidden, vocab: model.vocab_size };
+    let logits = head.chunk().min(tokens) * model.vocab_size;
+    let f32s = |values: usize| 4 * values as u64;
+    let memory = |what, bytes| Memory { what, bytes };
+    vec![
+        memory("  weights", 4 * params),
+        memory("  gradients", 4 * params),
+        memory("  moments", 8 * params),
+        memory("  kept activations", f32s(tokens * model.num_layers * kept)),
+        memory("  residual stream", f32s(tokens * flow)),
+        memory("  FFN at work", 4 * ffn as u64),
+        memory("  logits", f32s(logits)),
+        // A token of text is about four bytes, and four bytes as a number.
+        memory("  text", data_bytes),
+    ]
 }
 
 fn show_plan(plan: &Plan) -> String {
-    report::fields([
+    let mut fields = vec![
         ("model", format!("{}, {} parameters", plan.model.display(), report::count(plan.params))),
         (
             "text",
@@ -259,16 +291,11 @@ fn show_plan(plan: &Plan) -> String {
         ),
         ("budget", plan.budget.clone()),
         ("arithmetic", format!("{} FLOPs per step", report::amount(plan.flops_per_step))),
-        (
-            "memory",
-            format!(
-                "{} of weights, gradients and moments; about {} of activations",
-                report::bytes(plan.state_bytes),
-                report::bytes(plan.activation_bytes)
-            ),
-        ),
-        ("out", plan.out.display().to_string()),
-    ])
+        ("memory", format!("about {}", report::bytes(plan.memory_bytes))),
+    ];
+    fields.extend(plan.memory.iter().map(|memory| (memory.what, report::bytes(memory.bytes))));
+    fields.push(("out", plan.out.display().to_string()));
+    report::fields(fields)
 }
 
 fn show_summary(summary: &Summary) -> String {

@@ -333,7 +333,7 @@ fn settings_come_from_file_flags_and_set() {
     let plan = json_of(&training(at(&fixture.dense), at(&out), &more));
     assert_eq!((&plan["steps"], &plan["tokens_per_step"]), (&7.into(), &32.into()));
     assert_eq!((&plan["config"]["lr"], &plan["config"]["weight_decay"]), (&1e-3.into(), &0.0.into()));
-    has(&plan, &["params", "state_bytes", "activation_bytes", "flops_per_step", "budget"]);
+    has(&plan, &["params", "memory", "memory_bytes", "flops_per_step", "budget"]);
     assert!(!out.exists(), "a dry run writes nothing");
     let more = ["--tokens", "1k", "--dry-run"];
     assert_eq!(json_of(&training(at(&fixture.dense), at(&out), &more))["steps"], 32);

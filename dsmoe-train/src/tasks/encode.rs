@@ -1,0 +1,129 @@
+//! From texts to tokens, as lm-evaluation-harness does it.
+
+use dsmoe_datasets::tasks::{Profile, strip_end};
+use dsmoe_datasets::{Bos, Tokenizer};
+
+use crate::error::Result;
+
+/// Why a request has no response; of the document, not of the run.
+pub(crate) type Refusal = String;
+
+/// How texts are encoded, and for how long a model.
+#[derive(Clone, Copy)]
+pub(crate) struct Encoder<'a> {
+    pub(crate) tokenizer: &'a Tokenizer,
+    pub(crate) bos: Bos,
+    pub(crate) profile: Profile,
+    /// What a text without anything before it starts from.
+    pub(crate) start: Option<u32>,
+    /// Positions of the model.
+    pub(crate) positions: usize,
+}
+
+/// Tokens to run, and those to look for behind them.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Scored {
+    /// What the model reads.
+    pub(crate) inputs: Vec<u32>,
+    /// The tokens behind the last so many inputs.
+    pub(crate) targets: Vec<u32>,
+}
+
+impl Encoder<'_> {
+    pub(crate) fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        Ok(self.tokenizer.encode(text, self.bos)?)
+    }
+
+    /// A context by itself, and the white space at its end, which belongs to what follows it.
+    pub(crate) fn context<'t>(&self, context: &'t str) -> Result<(Vec<u32>, &'t str, &'t str)> {
+        if context.is_empty() {
+            return Ok((self.start.into_iter().collect(), "", ""));
+        }
+        let text = if self.profile.encodes_apart() { context } else { strip_end(context) };
+        Ok((self.encode(text)?, text, &context[text.len()..]))
+    }
+
+    /// A continuation behind a context encoded by [`Encoder::context`].
+    pub(crate) fn pair(
+        &self,
+        (context, text, space): &(Vec<u32>, &str, &str),
+        continuation: &str,
+    ) -> Result<std::result::Result<Scored, Refusal>> {
+        let mut context = context.clone();
+        let targets = if text.is_empty() && space.is_empty() {
+            let mut targets = self.tokenizer.encode(continuation, Bos::Never)?;
+            // A continuation that brings its own start takes the place of the start.
+            if targets.first() == context.first() && !targets.is_empty() {
+                context = vec![targets.remove(0)];
+            }
+            targets
+        } else if self.profile.encodes_apart() {
+            self.tokenizer.encode(continuation, Bos::Never)?
+        } else {
+            let whole = self.encode(&format!("{text}{space}{continuation}"))?;
+            // A tokenizer whose pieces end in a word mark makes other tokens of the context here; the harness keeps
+            // those of the context alone.
+            whole.get(context.len()..).unwrap_or_default().to_vec()
+        };
+        Ok(self.scored(context, targets))
+    }
+
+    /// The last tokens that the model has positions for.
+    pub(crate) fn scored(
+        &self,
+        context: Vec<u32>,
+        targets: Vec<u32>,
+    ) -> std::result::Result<Scored, Refusal> {
+        if context.is_empty() {
+            return Err("nothing stands before the continuation; use --bos always".into());
+        }
+        if targets.is_empty() {
+            return Err("the continuation has no token of its own with this tokenizer".into());
+        }
+        if targets.len() > self.positions {
+            let (tokens, positions) = (targets.len(), self.positions);
+            return Err(format!("a continuation of {tokens} tokens for a model of {positions} positions"));
+        }
+        let mut inputs = context;
+        inputs.extend_from_slice(&targets[..targets.len() - 1]);
+        inputs.drain(..inputs.len().saturating_sub(self.positions));
+        Ok(Scored { inputs, targets })
+    }
+
+    /// A text in windows that do not overlap, each as long as the model, the first behind the start token; the last
+    /// has all the context there is room for.
+    pub(crate) fn rolling(&self, text: &str) -> Result<std::result::Result<Vec<Scored>, Refusal>> {
+        let Some(start) = self.start else {
+            return Ok(Err("the model names no token to start a text from".into()));
+        };
+        let tokens = self.encode(text)?;
+        let whole = [&[start][..], &tokens].concat();
+        let mut windows = Vec::new();
+        let mut done = 0;
+        while done < tokens.len() {
+            let end = tokens.len().min(done + self.positions);
+            let first = end.saturating_sub(self.positions);
+            windows.push(Scored { inputs: whole[first..end].to_vec(), targets: tokens[done..end].to_vec() });
+            done = end;
+        }
+        Ok(Ok(windows))
+    }
+
+    /// A prompt that leaves room for `max_tokens` new ones.
+    pub(crate) fn prompt(
+        &self,
+        context: &str,
+        max_tokens: usize,
+    ) -> Result<std::result::Result<Vec<u32>, Refusal>> {
+        let Some(room) = self.positions.checked_sub(max_tokens).filter(|&room| room > 0) else {
+            let positions = self.positions;
+            return Ok(Err(format!("an answer of {max_tokens} tokens for a model of {positions} positions")));
+        };
+        let mut tokens = self.encode(context)?;
+        tokens.drain(..tokens.len().saturating_sub(room));
+        if tokens.is_empty() {
+            return Ok(Err("the prompt is empty; use --bos always".into()));
+        }
+        Ok(Ok(tokens))
+    }
+}
