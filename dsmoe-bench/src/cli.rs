@@ -12,7 +12,6 @@ use dsmoe_datasets::Bos;
 use dsmoe_kernels::Precision;
 use dsmoe_router::{GateValue, Rescale, RouterInit, ZeroActive};
 use dsmoe_train::TrainConfig;
-use dsmoe_train::config::Dtype as TrainDtype;
 
 use crate::commands::bench::args::Bench;
 
@@ -207,8 +206,8 @@ pub(crate) struct Train {
     #[arg(long = "set", value_name = "KEY=VALUE", allow_hyphen_values = true)]
     pub(crate) set: Vec<String>,
     /// What matrix products round their operands to; weights, gradients and sums stay f32 [default: f32]
-    #[arg(long, value_parser = words::<TrainDtype>(&["f32", "bf16"]))]
-    pub(crate) dtype: Option<TrainDtype>,
+    #[arg(long, value_parser = words::<Precision>(&["f32", "bf16"]))]
+    pub(crate) dtype: Option<Precision>,
     /// Seed of the order of the text [default: 0]
     #[arg(long)]
     pub(crate) seed: Option<u64>,

@@ -35,6 +35,7 @@ const FIXED: [&str; 18] = [
     "seed",
     "batch",
     "seq",
+    "dtype",
     "accumulate",
     "valid_fraction",
     "lr",
@@ -49,7 +50,6 @@ const FIXED: [&str; 18] = [
     "sparsity",
     "active_target",
     "router_lr_scale",
-    "dtype",
 ];
 
 /// Where a run stands: `state.json`.

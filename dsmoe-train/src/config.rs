@@ -31,6 +31,10 @@ pub struct TrainConfig {
     pub batch: usize,
     /// Tokens in a sequence; default 1024.
     pub seq: usize,
+    /// What operands of matrix products are rounded to: `f32` (default) or `bf16`. Weights, gradients, moments, sums,
+    /// norms, softmax and routers are f32 either way.
+    #[serde(with = "precision")]
+    pub dtype: Precision,
     /// Micro-batches per optimiser step; default 1.
     pub accumulate: usize,
     /// Peak learning rate; default 2e-5.
@@ -58,9 +62,6 @@ pub struct TrainConfig {
     pub active_target: Option<f64>,
     /// Learning rate of the routers over that of the rest; default 1.
     pub router_lr_scale: f64,
-    /// What the operands of the layers' matrix products are rounded to: `f32` (default) or `bf16`. Weights,
-    /// gradients and moments are f32 either way.
-    pub dtype: Dtype,
     /// Seed of the order of the windows; default 0.
     pub seed: u64,
     /// Steps between checkpoints, apart from the one at the end; default none.
@@ -90,6 +91,7 @@ impl Default for TrainConfig {
             tokens: None,
             batch: 32,
             seq: 1024,
+            dtype: Precision::F32,
             accumulate: 1,
             lr: 2e-5,
             min_lr_ratio: 0.1,
@@ -103,7 +105,6 @@ impl Default for TrainConfig {
             sparsity: None,
             active_target: None,
             router_lr_scale: 1.0,
-            dtype: Dtype::F32,
             seed: 0,
             save_every: None,
             keep: 2,
@@ -118,34 +119,21 @@ impl Default for TrainConfig {
     }
 }
 
-/// What matrix products compute with.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Dtype {
-    /// `f32`
-    #[default]
-    F32,
-    /// `bf16`
-    Bf16,
-}
+/// A precision by its name.
+mod precision {
+    use super::{Deserialize, Precision};
 
-impl Dtype {
-    /// As the kernels call it.
-    pub fn precision(self) -> Precision {
-        match self {
-            Dtype::F32 => Precision::F32,
-            Dtype::Bf16 => Precision::Bf16,
-        }
+    pub(super) fn serialize<S: serde::Serializer>(
+        value: &Precision,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(value.name())
     }
-}
 
-impl std::str::FromStr for Dtype {
-    type Err = String;
-    fn from_str(name: &str) -> std::result::Result<Dtype, String> {
-        [Dtype::F32, Dtype::Bf16]
-            .into_iter()
-            .find(|dtype| dtype.precision().name() == name)
-            .ok_or_else(|| format!("unknown dtype `{name}`; use f32 or bf16"))
+    pub(super) fn deserialize<'de, D: serde::Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Precision, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
     }
 }
 
@@ -363,13 +351,13 @@ mod tests {
             (vec!["lrr=1"], ["setting `lrr=1`: unknown field", "`min_lr_ratio`"]),
             (vec!["lr=fast"], ["setting `lr=fast`", "expected f64"]),
             (vec!["seq=-1"], ["setting `seq=-1`", "expected usize"]),
+            (vec!["dtype=fp8"], ["setting `dtype=fp8`", "use f32 or bf16"]),
             (vec!["lr=nan"], ["lr is NaN", "use 0 to 1000"]),
             (vec!["seq=0"], ["seq is 0", "use 1 to"]),
             (vec!["batch=100000", "seq=100000"], ["batch is 100000 x seq 100000", "raise accumulate"]),
             (vec!["beta2=1"], ["beta2 is 1", "below 1"]),
             (vec!["active_target=0"], ["active_target is 0", "above 0"]),
             (vec!["keep=0"], ["keep is 0", "use 1 to"]),
-            (vec!["dtype=f16"], ["unknown variant `f16`", "`bf16`"]),
             (vec!["steps=0"], ["steps is 0", "use 1 to"]),
             (vec!["valid_fraction=0", "eval_every=5"], ["eval_every", "valid_fraction above 0"]),
         ] {

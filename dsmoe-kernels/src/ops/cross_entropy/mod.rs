@@ -62,7 +62,7 @@ impl Dims {
         }
     }
 
-    /// Rows of logits at a time: what the op allocates room for, unless there are fewer tokens.
+    /// Rows of logits at a time.
     pub fn chunk(self) -> usize {
         (CHUNK_BYTES / size_of::<f32>() / self.vocab).clamp(1, MAX_ROWS)
     }
