@@ -7,7 +7,7 @@ use std::sync::Arc;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use super::Request;
+use super::{MAX_NEW_TOKENS, Request};
 use super::files::{Split, find};
 use super::profile::Profile;
 use super::random::Random;
@@ -55,12 +55,20 @@ impl Source {
 }
 
 /// How tasks are loaded.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub struct Options {
     /// The conventions.
     pub profile: Profile,
     /// Score only so many documents, the first ones.
     pub limit: Option<usize>,
+    /// Tokens of a generated answer at the most.
+    pub max_new_tokens: usize,
+}
+
+impl Default for Options {
+    fn default() -> Options {
+        Options { profile: Profile::default(), limit: None, max_new_tokens: MAX_NEW_TOKENS }
+    }
 }
 
 /// A document of a task.
@@ -287,6 +295,7 @@ impl Builder {
             random.shuffle(&mut self.rows);
             self.rows.truncate(self.options.limit.unwrap_or(usize::MAX));
         }
+        let max_tokens = self.options.max_new_tokens;
         let Builder { task, rules, examples, rows, .. } = self;
         let document = |(id, (fields, item)): (usize, (Map<String, Value>, Item))| {
             let mut before = rules.description.to_owned();
@@ -297,7 +306,7 @@ impl Builder {
                 before += example.shown.as_deref().unwrap_or_default();
                 before += rules.delimiter;
             }
-            Document { id, requests: requests(&before, &item, &rules), fields, item }
+            Document { id, requests: requests(&before, &item, &rules, max_tokens), fields, item }
         };
         let documents = rows.into_iter().enumerate().map(document).collect();
         let (profile, original, origin) = (self.options.profile, self.seen, self.origin);
@@ -306,7 +315,7 @@ impl Builder {
 }
 
 /// What to ask for a document, with `before` in front of its question.
-fn requests(before: &str, item: &Item, rules: &Rules) -> Vec<Request> {
+fn requests(before: &str, item: &Item, rules: &Rules, max_tokens: usize) -> Vec<Request> {
     let behind = |context: &str| -> Arc<str> { format!("{before}{context}").into() };
     let context = behind(&item.prompt);
     let likelihood = |context: &Arc<str>, continuation: String| Request::LogLikelihood {
@@ -321,7 +330,7 @@ fn requests(before: &str, item: &Item, rules: &Rules) -> Vec<Request> {
             prompts.iter().map(|prompt| likelihood(&behind(prompt), ending.clone())).collect()
         }
         Ask::LastWord { word } => vec![likelihood(&context, word.clone())],
-        Ask::Generate { .. } => vec![Request::Generate { context, until: rules.until }],
+        Ask::Generate { .. } => vec![Request::Generate { context, until: rules.until, max_tokens }],
         Ask::Rolling { .. } => vec![Request::Rolling { text: item.prompt.clone() }],
     }
 }

@@ -47,7 +47,7 @@ pub use score::{Score, Scored};
 pub use task::{TASKS, Task};
 pub use text::strip_end;
 
-/// Tokens that a generated answer has at most.
+/// Tokens that a generated answer has at the most in the harness.
 pub const MAX_NEW_TOKENS: usize = 256;
 
 /// One question to a model.
@@ -71,6 +71,8 @@ pub enum Request {
         context: Arc<str>,
         /// Texts before which the answer ends; the end token ends it too. See [`cut`].
         until: &'static [&'static str],
+        /// Tokens it has at the most.
+        max_tokens: usize,
     },
 }
 

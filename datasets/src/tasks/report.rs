@@ -97,7 +97,7 @@ impl Loaded {
                         json!({ "arg_0": **context, "arg_1": continuation })
                     }
                     Request::Rolling { text } => json!({ "arg_0": text }),
-                    Request::Generate { context, until } => {
+                    Request::Generate { context, until, .. } => {
                         json!({ "arg_0": **context, "arg_1": generation(until) })
                     }
                 };

@@ -42,7 +42,7 @@ fn load(shared: &Path, set: &str, profile: Profile) -> Loaded {
     if let Some(examples) = examples {
         source.shot_files.insert(task.into(), vec![inputs.join(examples)]);
     }
-    let options = Options { profile, limit: None };
+    let options = Options { profile, ..Options::default() };
     Loaded::load(Task::named(task).unwrap(), &source, &options).unwrap()
 }
 
@@ -153,7 +153,7 @@ fn check_prompt(set: &str, loaded: &Loaded, sample: &Value) {
             Request::LogLikelihood { context, continuation } => {
                 json!({ "arg_0": **context, "arg_1": continuation })
             }
-            Request::Generate { context, until } => json!({
+            Request::Generate { context, until, .. } => json!({
                 "arg_0": **context,
                 "arg_1": { "until": until, "do_sample": false, "temperature": 0.0 },
             }),

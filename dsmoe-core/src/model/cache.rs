@@ -21,6 +21,14 @@ impl Cache {
         Cache { layers: std::iter::repeat_with(layer).take(model.config().num_layers).collect(), len: 0 }
     }
 
+    /// Adds the newest positions of a layer; returns its keys and values.
+    pub(super) fn push(&mut self, layer: usize, k: &[f32], v: &[f32]) -> (&[f32], &[f32]) {
+        let (keys, values) = &mut self.layers[layer];
+        keys.extend_from_slice(k);
+        values.extend_from_slice(v);
+        (keys, values)
+    }
+
     /// Forgets all positions and keeps the room.
     pub fn clear(&mut self) {
         for (keys, values) in &mut self.layers {

@@ -28,7 +28,7 @@ pub struct Inference {
 #[derive(Debug, Default)]
 pub struct Workspace {
     x: Buf,
-    h: Buf,
+    pub(super) h: Buf,
     q: Buf,
     k: Buf,
     v: Buf,
@@ -36,7 +36,7 @@ pub struct Workspace {
     y: Buf,
     lse: Buf,
     rstd: Buf,
-    logits: Buf,
+    pub(super) logits: Buf,
     ffn: FfnScratch,
 }
 
@@ -179,45 +179,56 @@ impl Inference {
         ids: &[u32],
         seq: usize,
         mut cache: Option<&mut Cache>,
-        mut stats: Option<&mut RoutingStats>,
+        stats: Option<&mut RoutingStats>,
         workspace: &mut Workspace,
     ) {
-        let config = &self.config;
-        let (tokens, hidden, eps) = (ids.len(), config.hidden, config.rms_norm_eps as f32);
         let start = cache.as_ref().map_or(0, |cache| cache.len);
-        workspace.prepare(config, tokens);
-        let Workspace { x, h, q, k, v, a, y, lse, rstd, ffn: scratch, .. } = workspace;
-        let mut shape = attention::Dims {
-            batch: tokens / seq,
-            queries: seq,
-            keys: start + seq,
-            heads: config.num_heads,
-            kv_heads: config.num_kv_heads,
-            head_dim: config.head_dim,
-        };
+        let shape = self.attention(ids.len() / seq, seq, start + seq);
         let at = |heads| rope::Args { table: &self.rope, seq, start, heads };
+        self.forward(ids, stats, workspace, |i, Heads { a, lse, q, k, v }| {
+            rope::forward(q, at(shape.heads));
+            rope::forward(k, at(shape.kv_heads));
+            let Some(cache) = cache.as_deref_mut() else {
+                attention::forward(a, lse, q, k, v, shape);
+                return;
+            };
+            let (keys, values) = cache.push(i, k, v);
+            if seq <= attention::DECODE_QUERIES {
+                attention::decode(a, q, keys, values, shape);
+            } else {
+                attention::forward(a, lse, q, keys, values, shape);
+            }
+        });
+        if let Some(cache) = cache {
+            cache.len += seq;
+        }
+    }
+
+    /// The shape of an attention of this model.
+    pub(super) fn attention(&self, batch: usize, queries: usize, keys: usize) -> attention::Dims {
+        let Config { num_heads: heads, num_kv_heads: kv_heads, head_dim, .. } = self.config;
+        attention::Dims { batch, queries, keys, heads, kv_heads, head_dim }
+    }
+
+    /// Sets `workspace.h` to the normed hidden states `[ids.len(), hidden]`, where `attend` does what a layer's
+    /// tokens do with each other: it turns queries and keys by their positions and sets `a`.
+    pub(super) fn forward(
+        &self,
+        ids: &[u32],
+        mut stats: Option<&mut RoutingStats>,
+        workspace: &mut Workspace,
+        mut attend: impl FnMut(usize, Heads<'_>),
+    ) {
+        let (tokens, hidden, eps) = (ids.len(), self.config.hidden, self.config.rms_norm_eps as f32);
+        workspace.prepare(&self.config, tokens);
+        let Workspace { x, h, q, k, v, a, y, lse, rstd, ffn: scratch, .. } = workspace;
         self.embedding.rows(x, ids, &self.head);
         for (i, layer) in self.layers.iter().enumerate() {
             rms_norm::forward(h, rstd, x, &layer.input_norm, eps, hidden);
             linear::forward_packed(q, h, &layer.q, tokens);
             linear::forward_packed(k, h, &layer.k, tokens);
             linear::forward_packed(v, h, &layer.v, tokens);
-            rope::forward(q, at(config.num_heads));
-            rope::forward(k, at(config.num_kv_heads));
-            match cache.as_deref_mut() {
-                Some(cache) => {
-                    let (keys, values) = &mut cache.layers[i];
-                    keys.extend_from_slice(k);
-                    values.extend_from_slice(v);
-                    shape.batch = 1;
-                    if seq <= attention::DECODE_QUERIES {
-                        attention::decode(a, q, keys, values, shape);
-                    } else {
-                        attention::forward(a, lse, q, keys, values, shape);
-                    }
-                }
-                None => attention::forward(a, lse, q, k, v, shape),
-            }
+            attend(i, Heads { a, lse, q, k, v });
             linear::forward_packed(y, a, &layer.o, tokens);
             add::add(x, y);
             rms_norm::forward(h, rstd, x, &layer.post_norm, eps, hidden);
@@ -226,10 +237,16 @@ impl Inference {
             add::add(x, y);
         }
         rms_norm::forward(h, rstd, x, &self.norm, eps, hidden);
-        if let Some(cache) = cache {
-            cache.len += seq;
-        }
     }
+}
+
+/// Queries, keys and values of one layer, and where its attention and its log-sums go.
+pub(super) struct Heads<'a> {
+    pub(super) a: &'a mut [f32],
+    pub(super) lse: &'a mut [f32],
+    pub(super) q: &'a mut [f32],
+    pub(super) k: &'a mut [f32],
+    pub(super) v: &'a mut [f32],
 }
 
 /// Runs `op` on a thread of the pool: a product started there wakes no thread that only waits for it, and queues

@@ -10,6 +10,7 @@
 mod cache;
 mod infer;
 mod pack;
+mod ragged;
 mod step;
 
 use std::ops::Range;
@@ -22,6 +23,7 @@ use dsmoe_router::RoutingStats;
 pub use cache::Cache;
 pub(crate) use infer::in_pool;
 pub use infer::{Inference, Workspace};
+pub use ragged::{After, Likelihood, Segment};
 pub use step::{StepArgs, StepOutput, TrainWorkspace};
 
 use crate::checkpoint::{Checkpoint, Dtype, TensorInfo, WeightReader, Writer, partition_name};
