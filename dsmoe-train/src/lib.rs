@@ -12,7 +12,6 @@ pub mod optim;
 pub mod run;
 pub mod schedule;
 mod step;
-pub mod tasks;
 pub mod tensorboard;
 
 pub use config::TrainConfig;
