@@ -117,7 +117,9 @@ pub enum Error {
         line: usize,
     },
     /// A file of responses of another model, or made in another way.
-    #[error("{path}: the responses of another model or of other settings; choose another --out, or delete the file")]
+    #[error(
+        "{path}: the responses of another model or of other settings; choose another --out, or delete the file"
+    )]
     OtherResponses {
         /// The file.
         path: PathBuf,

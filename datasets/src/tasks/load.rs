@@ -7,13 +7,13 @@ use std::sync::Arc;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use super::{MAX_NEW_TOKENS, Request};
 use super::files::{Split, find};
 use super::profile::Profile;
 use super::random::Random;
 use super::read::read_rows;
 use super::row::Row;
 use super::task::{Ask, Item, Rules, Task};
+use super::{MAX_NEW_TOKENS, Request};
 use crate::{Error, Result};
 
 /// Seed of the few-shot examples.
