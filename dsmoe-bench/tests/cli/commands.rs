@@ -236,6 +236,30 @@ fn generate_agrees_with_itself() {
 }
 
 #[test]
+fn the_precision_is_the_one_asked_for_or_that_of_the_weights() {
+    let fixture = fixture();
+    let narrow = fixture.out("narrow");
+    succeeds(&["export", at(&fixture.moe), "--as", "native", "--dtype", "bf16", "--out", at(&narrow)]);
+    let generate = |model, more: &[&str]| {
+        json_of(&[&["generate", at(model), "--prompt", "one", "--max-tokens", "3"], more].concat())["dtype"]
+            .take()
+    };
+    let asked = ["--dtype", "bf16"];
+    assert_eq!((generate(&fixture.moe, &[]), generate(&fixture.moe, &asked)), ("f32".into(), "bf16".into()));
+    assert_eq!(
+        (generate(&narrow, &[]), generate(&narrow, &["--dtype", "f32"])),
+        ("bf16".into(), "f32".into())
+    );
+    let eval = |more: &[&str]| {
+        let args = ["eval", at(&narrow), "--data", at(&fixture.text), "--limit-tokens", "300"];
+        json_of(&[&args[..], more].concat())
+    };
+    let (wide, half) = (eval(&[]), eval(&asked));
+    assert_eq!((&wide["dtype"], &half["dtype"]), (&"f32".into(), &"bf16".into()));
+    assert_ne!(wide["nll"], half["nll"]);
+}
+
+#[test]
 fn a_closed_pipe_is_no_failure() {
     let fixture = fixture();
     let args =
