@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result, bail};
 use dsmoe_core::checkpoint::Checkpoint;
+use dsmoe_core::config::Config;
 use dsmoe_core::generate::{Finish, GenerateOptions, generate};
 use serde::Serialize;
 
@@ -33,17 +34,18 @@ struct Report {
 
 pub(crate) fn run(args: &Generate, ui: &mut Ui) -> Result<()> {
     let prompt = read_prompt(args)?;
+    // What is wrong with the prompt is told before the weights are read.
+    let config = Config::load(&args.model)?;
+    let tokenizer = tokenizer(&args.model, &config)?;
+    let prompt_ids = tokenizer.encode(&prompt, bos_or_default(args.bos, &config))?;
+    if prompt_ids.is_empty() {
+        bail!("the prompt is empty and the model has no BOS token to start from; give --prompt a text");
+    }
     let dtype = match args.dtype {
         Some(dtype) => dtype,
         None => Checkpoint::open(&args.model)?.precision(),
     };
     let model = load_inference(&args.model, dtype, args.threshold)?;
-    let config = model.config();
-    let tokenizer = tokenizer(&args.model, config)?;
-    let prompt_ids = tokenizer.encode(&prompt, bos_or_default(args.bos, config))?;
-    if prompt_ids.is_empty() {
-        bail!("the prompt is empty and the model has no BOS token to start from; give --prompt a text");
-    }
     let options = GenerateOptions {
         max_tokens: args.max_tokens,
         temperature: args.temperature,
