@@ -79,10 +79,7 @@ impl RoutingStats {
 
     /// Forgets all tokens.
     pub fn clear(&mut self) {
-        for layer in &mut self.layers {
-            layer.load.fill(0);
-            layer.histogram.fill(0);
-        }
+        *self = RoutingStats::new(self.layers.len(), self.num_experts);
     }
 
     /// Active share of all (token, layer, expert) triples; 0 without tokens.

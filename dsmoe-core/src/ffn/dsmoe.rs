@@ -21,7 +21,7 @@ pub struct DsmoeFfn {
 }
 
 /// What the backward needs.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct DsmoeSaved {
     experts: Saved,
     routed: Routed,
@@ -47,9 +47,9 @@ impl DsmoeFfn {
         [projection, projection, projection, n * self.hidden, bias]
     }
 
-    fn dims(&self, tokens: usize) -> Dims {
+    fn dims(&self, x: &[f32]) -> Dims {
         Dims {
-            tokens,
+            tokens: x.len() / self.hidden,
             hidden: self.hidden,
             intermediate: self.intermediate,
             num_experts: self.router.num_experts,
@@ -107,14 +107,7 @@ impl PackedFfn for PackedDsmoe {
         let FfnScratch { experts, logits, routed, .. } = scratch;
         self.ffn.route(routed, logits, x, &self.router, &self.bias, record);
         let routes = routes(&routed.routing);
-        expert_ffn::forward_packed(
-            y,
-            x,
-            &self.weights,
-            &routes,
-            self.ffn.dims(x.len() / self.ffn.hidden),
-            experts,
-        );
+        expert_ffn::forward_packed(y, x, &self.weights, &routes, self.ffn.dims(x), experts);
     }
 
     fn bytes(&self) -> usize {
@@ -165,16 +158,8 @@ impl Ffn for DsmoeFfn {
         })
     }
 
-    fn new_saved(&self, tokens: usize) -> Box<dyn Any + Send> {
-        let experts = Saved::with_room(self.dims(tokens));
-        Box::new(DsmoeSaved { experts, routed: Routed::default() })
-    }
-
-    fn reserve(&self, scratch: &mut FfnScratch, tokens: usize) {
-        scratch.experts.reserve(self.dims(tokens));
-        for buf in [&mut scratch.logits, &mut scratch.dcoefficients, &mut scratch.dlogits] {
-            buf.resize(tokens * self.router.num_experts);
-        }
+    fn new_saved(&self) -> Box<dyn Any + Send> {
+        Box::new(DsmoeSaved::default())
     }
 
     fn forward_train(
@@ -196,7 +181,7 @@ impl Ffn for DsmoeFfn {
             x,
             &Weights { gate, up, down },
             &routes(&saved.routed.routing),
-            self.dims(x.len() / self.hidden),
+            self.dims(x),
             experts,
         );
         FfnReport {
@@ -220,7 +205,7 @@ impl Ffn for DsmoeFfn {
             saved.downcast_mut::<DsmoeSaved>().expect("saved by a DSMoE FFN");
         let [gate, up, down, router, _] = split(params, self.lens());
         let [dgate, dup, ddown, drouter, dbias] = split_mut(grads, self.lens());
-        let (dims, n) = (self.dims(x.len() / self.hidden), self.router.num_experts);
+        let (dims, n) = (self.dims(x), self.router.num_experts);
         let FfnScratch { experts, dcoefficients, dlogits, .. } = scratch;
         dcoefficients.resize(dims.tokens * n);
         dlogits.resize(dims.tokens * n);

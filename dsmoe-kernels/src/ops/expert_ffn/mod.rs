@@ -29,7 +29,6 @@ mod tests;
 mod train;
 
 pub use packed::PackedWeights;
-use packed::tile_depth;
 
 use crate::buf::Buf;
 use crate::isa::Isa;
@@ -106,14 +105,6 @@ pub struct Saved {
     pub b: Buf,
 }
 
-impl Saved {
-    /// A place that no routing of `dims` outgrows.
-    pub fn with_room(dims: Dims) -> Saved {
-        let len = dims.tokens * dims.intermediate;
-        Saved { a: Buf::zeros(len), b: Buf::zeros(len) }
-    }
-}
-
 /// Work space, instruction-set tier and precision of training. The space grows on demand and is kept; any scratch
 /// serves any shape.
 #[derive(Debug)]
@@ -150,17 +141,6 @@ impl Scratch {
             dpairs: empty(),
             cut: Cut::default(),
         }
-    }
-
-    /// Makes room for training on `dims`, whatever the routing. Memory is taken when it is used.
-    pub fn reserve(&mut self, dims: Dims) {
-        let values = dims.tokens * dims.intermediate;
-        for buf in [&mut self.g, &mut self.da, &mut self.db, &mut self.scaled] {
-            buf.resize(values);
-        }
-        let pairs = dims.tokens * dims.num_experts;
-        self.tiles.resize(2 * pairs * tile_depth(dims.expert_width()));
-        self.dpairs.resize(pairs);
     }
 
     /// What training rounds to.
