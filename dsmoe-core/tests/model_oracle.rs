@@ -303,6 +303,7 @@ fn every_gradient_is_that_of_autograd() {
             loss_scale: scale as f32,
             sparsity_weight: case.sparsity_weight as f32,
             sparsity_over: case.over,
+            precision: dsmoe_kernels::Precision::F32,
         };
         let output = model
             .train_step(&mut grads, &inputs, &targets, SEQ, &args, &mut TrainWorkspace::default())

@@ -67,6 +67,7 @@ impl Stepper {
             loss_scale: (1.0 / config.tokens_per_step() as f64) as f32,
             sparsity_weight: sparsity.0 / micro_batches as f32,
             sparsity_over: sparsity.1,
+            precision: config.dtype,
         };
         let mut stats = model.new_stats();
         let (mut loss_sum, mut predicted, mut sparsity_loss, mut mean_gate) = (0.0, 0, 0.0, 0.0);

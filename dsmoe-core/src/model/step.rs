@@ -22,6 +22,9 @@ pub struct StepArgs {
     pub sparsity_weight: f32,
     /// Which gates the sparsity loss acts on.
     pub sparsity_over: SparsityOver,
+    /// What the operands of the layers' matrix products are rounded to. Parameters, gradients, norms, attention,
+    /// routers and the residual stream are f32.
+    pub precision: Precision,
 }
 
 /// What a micro-batch showed.
@@ -168,7 +171,8 @@ impl Model {
         );
         check_input(&self.config, inputs, 0, seq)?;
         workspace.prepare(self, inputs.len());
-        let mut output = self.forward_train(inputs, seq, workspace);
+        workspace.scratch.experts.set_precision(args.precision);
+        let mut output = self.forward_train(inputs, seq, args.precision, workspace);
         let dims = cross_entropy::Dims {
             tokens: inputs.len(),
             hidden: self.config.hidden,
@@ -195,12 +199,17 @@ impl Model {
         Ok(output)
     }
 
-    fn forward_train(&self, inputs: &[u32], seq: usize, workspace: &mut TrainWorkspace) -> StepOutput {
+    fn forward_train(
+        &self,
+        inputs: &[u32],
+        seq: usize,
+        precision: Precision,
+        workspace: &mut TrainWorkspace,
+    ) -> StepOutput {
         let config = &self.config;
         let (tokens, hidden, eps) = (inputs.len(), config.hidden, config.rms_norm_eps as f32);
         let (q_width, kv_width) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
-        let dims =
-            |inputs, outputs| linear::Dims { rows: tokens, inputs, outputs, precision: Precision::F32 };
+        let dims = |inputs, outputs| linear::Dims { rows: tokens, inputs, outputs, precision };
         let mut output = StepOutput { stats: self.new_stats(), ..StepOutput::default() };
         let TrainWorkspace { layers, x, rstd, h, y, scratch, .. } = workspace;
         embedding::forward(x, self.param(&self.ranges.embed), inputs, hidden);
@@ -245,7 +254,7 @@ impl Model {
         let (tokens, hidden) = (inputs.len(), config.hidden);
         let (q_width, kv_width) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
         let dims =
-            |inputs, outputs| linear::Dims { rows: tokens, inputs, outputs, precision: Precision::F32 };
+            |inputs, outputs| linear::Dims { rows: tokens, inputs, outputs, precision: args.precision };
         let gates = config.num_layers * tokens * self.num_experts().unwrap_or(1);
         let sparsity = SparsityGrad { weight: args.sparsity_weight / gates as f32, over: args.sparsity_over };
         let TrainWorkspace { layers, x, rstd, y: dy, dx, dh, dq, dk, dv, da, scratch, .. } = workspace;

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use dsmoe_core::Model;
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::config::Config;
@@ -23,7 +23,7 @@ use super::timing::medians;
 use super::{Output, check_memory, check_size, f32_bytes, product};
 
 const DEFAULTS: [Sizes; 2] = [[128, 512, 4, 4, 4, 2048], [512, 1536, 8, 8, 8, 8192]];
-pub(super) const PRECISIONS: [Precision; 1] = [Precision::F32];
+pub(super) const PRECISIONS: [Precision; 2] = [Precision::F32, Precision::Bf16];
 /// So small that the gates stay where they are.
 const LEARNING_RATE: f64 = 1e-9;
 /// Weight of the sparsity loss: the paper's.
@@ -35,9 +35,6 @@ pub(super) fn check(args: &Train) -> Result<()> {
     check_size("seq", args.seq)?;
     check_size("batch", args.batch)?;
     check_size("batch times --seq", args.batch.saturating_mul(args.seq))?;
-    if args.common.dtype.contains(&Precision::Bf16) {
-        bail!("--dtype bf16 is not for training; use f32");
-    }
     for sizes in args.architecture.sizes(&DEFAULTS) {
         args.architecture.check(sizes)?;
         let [_, dsmoe] = args.architecture.configs(sizes, args.seq)?;
@@ -68,7 +65,7 @@ fn measure(args: &Train, sizes: Sizes, precision: Precision, output: &mut Output
     let mut contestants = Vec::new();
     for (name, config) in ["dense", "dsmoe"].into_iter().zip(configs) {
         let mark = Mark::now();
-        let mut run = Run::new(config, &ids, args.seq);
+        let mut run = Run::new(config, &ids, args.seq, precision);
         let share = if run.model.config().moe.is_some() {
             reach_share(args.architecture.active, |threshold| {
                 run.model.set_threshold(threshold)?;
@@ -120,13 +117,14 @@ struct Run<'a> {
     inputs: &'a [u32],
     targets: &'a [u32],
     seq: usize,
+    precision: Precision,
     config: TrainConfig,
     steps: u64,
 }
 
 impl<'a> Run<'a> {
     /// Predicts each of `ids` from those before it.
-    fn new(config: Config, ids: &'a [u32], seq: usize) -> Run<'a> {
+    fn new(config: Config, ids: &'a [u32], seq: usize, precision: Precision) -> Run<'a> {
         let model = random_model(config);
         Run {
             grads: Buf::zeros(model.layout().len()),
@@ -135,6 +133,7 @@ impl<'a> Run<'a> {
             inputs: &ids[..ids.len() - 1],
             targets: &ids[1..],
             seq,
+            precision,
             config: TrainConfig::default(),
             steps: 0,
             model,
@@ -148,6 +147,7 @@ impl<'a> Run<'a> {
             loss_scale: 1.0 / self.inputs.len() as f32,
             sparsity_weight: SPARSITY_WEIGHT,
             sparsity_over: SparsityOver::Active,
+            precision: self.precision,
         };
         let Run { model, grads, inputs, targets, seq, workspace, .. } = self;
         Ok(model.train_step(grads, inputs, targets, *seq, &args, workspace)?)
