@@ -20,7 +20,7 @@ pub struct TopkMoeFfn {
 }
 
 /// What the backward needs.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct TopkSaved {
     experts: Saved,
     routed: Option<TopKRouted>,
@@ -47,9 +47,9 @@ impl TopkMoeFfn {
     }
 
     /// Only selected experts take part in the gradient (LLaMA-MoE has no straight-through rule).
-    fn dims(&self, x: &[f32]) -> Dims {
+    fn dims(&self, tokens: usize) -> Dims {
         Dims {
-            tokens: x.len() / self.hidden,
+            tokens,
             hidden: self.hidden,
             intermediate: self.intermediate,
             num_experts: self.config.num_experts,
@@ -98,7 +98,14 @@ impl PackedFfn for PackedTopk {
     fn forward(&self, y: &mut [f32], x: &[f32], record: Option<Record<'_>>, scratch: &mut FfnScratch) {
         let routed = self.ffn.route(x, &self.router, record, scratch);
         let routes = routes(&routed.routing);
-        expert_ffn::forward_packed(y, x, &self.weights, &routes, self.ffn.dims(x), &mut scratch.experts);
+        expert_ffn::forward_packed(
+            y,
+            x,
+            &self.weights,
+            &routes,
+            self.ffn.dims(x.len() / self.ffn.hidden),
+            &mut scratch.experts,
+        );
     }
 
     fn bytes(&self) -> usize {
@@ -135,8 +142,12 @@ impl Ffn for TopkMoeFfn {
         })
     }
 
-    fn new_saved(&self) -> Box<dyn Any + Send> {
-        Box::new(TopkSaved::default())
+    fn new_saved(&self, tokens: usize) -> Box<dyn Any + Send> {
+        Box::new(TopkSaved { experts: Saved::with_room(self.dims(tokens)), routed: None })
+    }
+
+    fn reserve(&self, scratch: &mut FfnScratch, tokens: usize) {
+        scratch.experts.reserve(self.dims(tokens));
     }
 
     fn forward_train(
@@ -157,7 +168,7 @@ impl Ffn for TopkMoeFfn {
             x,
             &Weights { gate, up, down },
             &routes(&routed.routing),
-            self.dims(x),
+            self.dims(x.len() / self.hidden),
             &mut scratch.experts,
         );
         FfnReport::default()
@@ -192,7 +203,7 @@ impl Ffn for TopkMoeFfn {
             x,
             &Weights { gate, up, down },
             &routes(&routed.routing),
-            self.dims(x),
+            self.dims(x.len() / self.hidden),
             experts,
         );
         topk::backward(
@@ -260,7 +271,7 @@ mod tests {
             ffn.pack(params, Precision::F32).forward(&mut y, x, None, &mut FfnScratch::default());
             f64s(&y).iter().zip(f64s(&dy)).map(|(y, dy)| y * dy).sum::<f64>()
         };
-        let mut saved = ffn.new_saved();
+        let mut saved = ffn.new_saved(6);
         let (mut y, mut dx) = (vec![0.0; x.len()], vec![0.0; x.len()]);
         let mut grads = Buf::zeros(params.len());
         let none = SparsityGrad { weight: 0.0, over: SparsityOver::Active };

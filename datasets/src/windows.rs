@@ -182,35 +182,34 @@ impl Batches {
 
     /// The windows of step `step`, counted from 0. Depends on nothing but the arguments of [`Batches::new`] and
     /// `step`.
-    pub fn batch_at(&mut self, step: u64) -> Vec<usize> {
+    pub fn batch_at(&mut self, step: u64) -> impl Iterator<Item = usize> + '_ {
         let first = u128::from(step) * self.batch as u128;
-        (first..first + self.batch as u128)
-            .map(|sample| {
-                let epoch = (sample / self.num_windows as u128) as u64;
-                let at = (sample % self.num_windows as u128) as usize;
-                self.permutation(epoch)[at]
-            })
-            .collect()
+        (first..first + self.batch as u128).map(|sample| {
+            let epoch = (sample / self.num_windows as u128) as u64;
+            let at = (sample % self.num_windows as u128) as usize;
+            self.permutation(epoch)[at]
+        })
     }
 
     fn permutation(&mut self, epoch: u64) -> &[usize] {
-        let order = match self.epoch.take() {
-            Some((kept, order)) if kept == epoch => order,
-            _ => shuffled(self.num_windows, self.seed, epoch),
-        };
+        let (kept, mut order) = self.epoch.take().unwrap_or_default();
+        if kept != epoch || order.is_empty() {
+            shuffle(&mut order, self.num_windows, self.seed, epoch);
+        }
         &self.epoch.insert((epoch, order)).1
     }
 }
 
-/// Fisher-Yates on raw PCG output: the order is ours and does not change with a version of a library.
-fn shuffled(len: usize, seed: u64, epoch: u64) -> Vec<usize> {
+/// Sets `order` to a permutation of 0..len. Fisher-Yates on raw PCG output: the order is ours and does not change
+/// with a version of a library.
+fn shuffle(order: &mut Vec<usize>, len: usize, seed: u64, epoch: u64) {
     let mut rng = Pcg64::new(u128::from(mix(seed)) << 64 | u128::from(mix(epoch)), 0);
-    let mut order: Vec<usize> = (0..len).collect();
+    order.clear();
+    order.extend(0..len);
     for last in (1..len).rev() {
         let other = (u128::from(rng.next_u64()) * (last as u128 + 1)) >> 64;
         order.swap(last, other as usize);
     }
-    order
 }
 
 /// The finaliser of SplitMix64: near seeds and epochs give far states.
@@ -266,16 +265,20 @@ mod tests {
 
     #[test]
     fn batches_are_a_function_of_seed_and_step() {
-        let mut batches = Batches::new(10, 4, 7).unwrap();
-        let late = batches.batch_at(1000);
-        let steps: Vec<_> = (0..5).map(|step| batches.batch_at(step)).collect();
-        assert_eq!(batches.batch_at(1000), late);
-        assert_eq!(Batches::new(10, 4, 7).unwrap().batch_at(3), steps[3]);
-        let other: Vec<_> = (0..5).map(|step| Batches::new(10, 4, 8).unwrap().batch_at(step)).collect();
+        let new = |seed| Batches::new(10, 4, seed).unwrap();
+        let at = |batches: &mut Batches, step| batches.batch_at(step).collect::<Vec<_>>();
+        let mut batches = new(7);
+        let late = at(&mut batches, 1000);
+        let steps: Vec<_> = (0..5).map(|step| at(&mut batches, step)).collect();
+        assert_eq!(at(&mut batches, 1000), late);
+        assert_eq!(at(&mut new(7), 3), steps[3]);
+        let other: Vec<_> = (0..5).map(|step| at(&mut new(8), step)).collect();
         assert_ne!(other, steps);
         // Fixed for good: a checkpoint of an older version resumes on the same windows.
-        assert_eq!(shuffled(10, 7, 0), [4, 9, 0, 5, 3, 8, 7, 2, 1, 6]);
-        assert_eq!(batches.batch_at(u64::MAX).len(), 4);
+        let mut order = Vec::new();
+        shuffle(&mut order, 10, 7, 0);
+        assert_eq!(order, [4, 9, 0, 5, 3, 8, 7, 2, 1, 6]);
+        assert_eq!(at(&mut batches, u64::MAX).len(), 4);
         assert!(Batches::new(10, 0, 7).is_err() && Batches::new(0, 4, 7).is_err());
     }
 
@@ -299,7 +302,7 @@ mod tests {
         fn an_epoch_covers_every_window_once(n in 1usize..60, batch in 1usize..70, seed: u64, epoch in 0usize..4) {
             let mut batches = Batches::new(n, batch, seed).unwrap();
             let steps = ((epoch + 1) * n).div_ceil(batch);
-            let samples: Vec<usize> = (0..steps).flat_map(|step| batches.batch_at(step as u64)).collect();
+            let samples: Vec<usize> = (0..steps).flat_map(|step| batches.batch_at(step as u64).collect::<Vec<_>>()).collect();
             let seen: HashSet<usize> = samples[epoch * n..(epoch + 1) * n].iter().copied().collect();
             prop_assert_eq!(seen, (0..n).collect::<HashSet<_>>());
         }

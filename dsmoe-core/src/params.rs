@@ -95,8 +95,27 @@ impl Layout {
     /// # Panics
     /// The name is taken: two modules claim one tensor.
     pub(crate) fn push(&mut self, spec: TensorSpec, layer: Option<usize>) -> Range<usize> {
+        let [range] = self.push_joined([spec], layer);
+        range
+    }
+
+    /// Appends tensors with nothing between them: matrices of one width are then one matrix.
+    ///
+    /// # Panics
+    /// As [`Layout::push`].
+    pub(crate) fn push_joined<const N: usize>(
+        &mut self,
+        specs: [TensorSpec; N],
+        layer: Option<usize>,
+    ) -> [Range<usize>; N] {
+        let ranges = specs.map(|spec| self.place(spec, layer));
+        self.len = padded(self.len);
+        ranges
+    }
+
+    fn place(&mut self, spec: TensorSpec, layer: Option<usize>) -> Range<usize> {
         let range = self.len..self.len + spec.numel();
-        self.len += padded(spec.numel());
+        self.len = range.end;
         let taken = self.by_name.insert(spec.name.clone(), self.entries.len());
         assert!(taken.is_none(), "layout: two tensors named {}", spec.name);
         self.entries.push(Entry { spec, range: range.clone(), layer });

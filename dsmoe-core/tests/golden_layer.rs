@@ -153,7 +153,7 @@ fn the_f32_layer_is_pytorchs() {
         let mut y = vec![f32::NAN; x.len()];
         ffn.pack(&params, Precision::F32).forward(&mut y, &x, None, &mut scratch);
         check("y", &y);
-        let mut saved = ffn.new_saved();
+        let mut saved = ffn.new_saved(x.len() / case.hidden);
         y.fill(f32::NAN);
         let report = ffn.forward_train(&mut y, saved.as_mut(), &x, &params, None, &mut scratch);
         check("y", &y);

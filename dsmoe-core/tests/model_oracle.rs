@@ -12,6 +12,7 @@ use autograd::tensor_ops as t;
 use dsmoe_core::config::Config;
 use dsmoe_core::model::{Model, StepArgs, TrainWorkspace};
 use dsmoe_core::params::Entry;
+use dsmoe_kernels::Precision;
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::matmul::reference::transpose;
 use dsmoe_kernels::rng::Rng;
@@ -303,13 +304,12 @@ fn every_gradient_is_that_of_autograd() {
             loss_scale: scale as f32,
             sparsity_weight: case.sparsity_weight as f32,
             sparsity_over: case.over,
-            precision: dsmoe_kernels::Precision::F32,
         };
-        let output = model
-            .train_step(&mut grads, &inputs, &targets, SEQ, &args, &mut TrainWorkspace::default())
-            .expect("step");
+        let mut workspace = TrainWorkspace::new(&model, TOKENS, Precision::F32);
+        let output =
+            model.train_step(&mut grads, &inputs, &targets, SEQ, &args, &mut workspace).expect("step");
         assert_eq!(output.predicted, TOKENS - 1, "{case:?}");
-        if let Some(stats) = &output.stats {
+        if let Some(stats) = workspace.stats() {
             let active = stats.active_ratio();
             assert!(active > 0.2 && active < 0.9, "{case:?}: {active} active tests little");
         }

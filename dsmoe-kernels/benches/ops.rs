@@ -76,13 +76,12 @@ fn attentions(c: &mut Criterion) {
         group.bench_function("forward", |b| {
             b.iter(|| attention::forward(&mut out, &mut lse, black_box(&q), &k, &v, dims));
         });
-        let (mut dq, mut dk, mut dv) = (q.clone(), k.clone(), v.clone());
+        let qkv = normals(batch * queries * dims.joined_width(), 5);
+        let mut dqkv = qkv.clone();
         group.throughput(Throughput::Elements(flops * 5 / 2));
+        attention::forward_joined(&mut out, &mut lse, &qkv, dims);
         group.bench_function("backward", |b| {
-            b.iter(|| {
-                let dout = black_box(&dout);
-                attention::backward(&mut dq, &mut dk, &mut dv, dout, &out, &q, &k, &v, &lse, dims);
-            });
+            b.iter(|| attention::backward(&mut dqkv, black_box(&dout), &out, &qkv, &lse, dims));
         });
         group.finish();
     }
@@ -100,11 +99,22 @@ fn products(c: &mut Criterion) {
     let head = normals(vocab * HIDDEN, 3);
     let targets: Vec<u32> = (0..TOKENS as u32).map(|t| t * t % vocab as u32).collect();
     let (mut losses, mut dhead) = (vec![0.0; TOKENS], vec![0.0; vocab * HIDDEN]);
+    let scratch = &mut cross_entropy::Scratch::default();
     group.throughput(Throughput::Elements((6 * TOKENS * HIDDEN * vocab) as u64));
     group.bench_function("cross_entropy forward_backward", |b| {
         b.iter(|| {
             let x = black_box(&x);
-            cross_entropy::forward_backward(&mut losses, &mut y, &mut dhead, x, &head, &targets, 1.0, dims);
+            cross_entropy::forward_backward(
+                &mut losses,
+                &mut y,
+                &mut dhead,
+                x,
+                &head,
+                &targets,
+                1.0,
+                dims,
+                scratch,
+            );
         });
     });
     let intermediate = 2 * HIDDEN;

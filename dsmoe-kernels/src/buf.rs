@@ -1,5 +1,6 @@
 //! Memory: cache-line aligned `f32` buffers and read-only file maps.
 
+use std::cell::Cell;
 use std::fs::File;
 use std::io;
 use std::ops::{Deref, DerefMut};
@@ -59,6 +60,20 @@ impl std::fmt::Debug for Buf {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Buf({} f32)", self.len)
     }
+}
+
+thread_local! {
+    static SPARE: Cell<Buf> = Cell::default();
+}
+
+/// Runs `work` with `len` values of unspecified contents, in memory that this thread keeps for the next call.
+pub(crate) fn with_spare<R>(len: usize, work: impl FnOnce(&mut [f32]) -> R) -> R {
+    // Taken while in use: a thread that waits may be given another op to run.
+    let mut buf = SPARE.take();
+    buf.resize(len);
+    let result = work(&mut buf);
+    SPARE.set(buf);
+    result
 }
 
 /// A file mapped for reading.

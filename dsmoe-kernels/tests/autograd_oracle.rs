@@ -108,7 +108,7 @@ fn rms_norm_agrees_with_autograd() {
         let [mut y, mut dx] = [(); 2].map(|()| vec![f32::NAN; x.len()]);
         let (mut rstd, mut dw) = (vec![f32::NAN; tokens], vec![0.0; hidden]);
         rms_norm::forward_on(isa, &mut y, &mut rstd, &x, &w, eps, hidden);
-        rms_norm::backward_on(isa, &mut dx, &mut dw, &dout, &x, &w, &rstd, hidden);
+        rms_norm::backward_on(isa, &mut dx, &mut dw, &dout, &x, &w, &rstd, hidden, false);
         assert_close("y", &y, &want, TOLERANCE);
         assert_close("dx", &dx, &grads[0].values, TOLERANCE);
         assert_close("dw", &dw, &grads[1].values, TOLERANCE);
@@ -162,7 +162,7 @@ fn rope_agrees_with_autograd() {
     for isa in Isa::available() {
         let (mut y, mut dx) = (x.clone(), dout.clone());
         rope::forward_on(isa, &mut y, args);
-        rope::backward_on(isa, &mut dx, args);
+        rope::backward_columns_on(isa, &mut dx, heads * head_dim, args);
         assert_close("y", &y, &want, TOLERANCE);
         assert_close("dx", &dx, &grads[0].values, TOLERANCE);
     }
@@ -186,6 +186,14 @@ fn attention_graph<'g>(l: &[ag::Tensor<'g, f64>]) -> ag::Tensor<'g, f64> {
         T::matmul(T::matmul(p, T::matmul(v, select[2])), select[3])
     });
     heads.reduce(|a, b| a + b).expect("there are heads")
+}
+
+/// The columns of matrices with these widths, in one matrix.
+fn joined(parts: [(&Vec<f64>, usize); 3], rows: usize) -> Vec<f64> {
+    (0..rows)
+        .flat_map(|t| parts.into_iter().flat_map(move |(x, width)| &x[t * width..(t + 1) * width]))
+        .copied()
+        .collect()
 }
 
 #[test]
@@ -222,13 +230,18 @@ fn attention_agrees_with_autograd() {
         assert_close_f64("reference dv", &dv, &grads[2].values, EXACT);
         for isa in Isa::available() {
             let (mut out, mut lse) = (vec![f32::NAN; q.len()], vec![f32::NAN; queries * heads]);
-            let [mut dq, mut dk, mut dv] = [&q, &k, &v].map(|x| vec![f32::NAN; x.len()]);
             attention::forward_on(isa, &mut out, &mut lse, &q, &k, &v, dims);
-            attention::backward_on(isa, &mut dq, &mut dk, &mut dv, &dout, &out, &q, &k, &v, &lse, dims);
             assert_close("out", &out, &want, TOLERANCE);
-            assert_close("dq", &dq, &grads[0].values, TOLERANCE);
-            assert_close("dk", &dk, &want_dk, TOLERANCE);
-            assert_close("dv", &dv, &grads[2].values, TOLERANCE);
+            if queries == keys {
+                let parts = [(&f64s(&q), width), (&f64s(&k), kv_width), (&f64s(&v), kv_width)];
+                let qkv: Vec<f32> = joined(parts, queries).iter().map(|&x| x as f32).collect();
+                let mut dqkv = vec![f32::NAN; qkv.len()];
+                attention::forward_joined_on(isa, &mut out, &mut lse, &qkv, dims);
+                attention::backward_on(isa, &mut dqkv, &dout, &out, &qkv, &lse, dims);
+                let parts = [(&grads[0].values, width), (&want_dk, kv_width), (&grads[2].values, kv_width)];
+                assert_close("joined out", &out, &want, TOLERANCE);
+                assert_close("dqkv", &dqkv, &joined(parts, queries), TOLERANCE);
+            }
         }
     }
 }
@@ -284,8 +297,8 @@ fn cross_entropy_agrees_with_autograd() {
     assert_close_f64("reference dhead", &dhead, &want_dhead, EXACT);
     for isa in Isa::available() {
         let (mut losses, mut dh, mut dhead) = ([f32::NAN; 6], [f32::NAN; 30], [0.0; 105]);
-        cross_entropy::forward_backward_on(
-            isa,
+        let scratch = &mut cross_entropy::Scratch::with(isa, dsmoe_kernels::Precision::F32);
+        cross_entropy::forward_backward(
             &mut losses,
             &mut dh,
             &mut dhead,
@@ -294,6 +307,7 @@ fn cross_entropy_agrees_with_autograd() {
             &targets,
             scale,
             dims,
+            scratch,
         );
         assert_close("losses", &losses, &want, TOLERANCE);
         assert_close("dh", &dh, &grads[0].values, TOLERANCE);

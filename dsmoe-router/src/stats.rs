@@ -79,7 +79,10 @@ impl RoutingStats {
 
     /// Forgets all tokens.
     pub fn clear(&mut self) {
-        *self = RoutingStats::new(self.layers.len(), self.num_experts);
+        for layer in &mut self.layers {
+            layer.load.fill(0);
+            layer.histogram.fill(0);
+        }
     }
 
     /// Active share of all (token, layer, expert) triples; 0 without tokens.

@@ -11,7 +11,7 @@ pub mod metrics;
 pub mod optim;
 pub mod run;
 pub mod schedule;
-mod step;
+pub mod step;
 pub mod tensorboard;
 
 pub use config::TrainConfig;

@@ -1,7 +1,9 @@
 //! AdamW over the parameter arena, with the decay and the learning rate each tensor asks for, and clipping by the
 //! global gradient norm.
 
-use dsmoe_core::params::{Entry, Layout};
+use std::ops::Range;
+
+use dsmoe_core::params::{Entry, Layout, TensorSpec};
 use dsmoe_kernels::adamw;
 use dsmoe_kernels::buf::Buf;
 
@@ -22,14 +24,24 @@ pub struct GradNorms {
 /// Norms of `grads`, laid out as `layout`, summed in f64 in the order of the layout.
 pub fn grad_norms(layout: &Layout, grads: &[f32]) -> GradNorms {
     let (mut all, mut router) = (0.0, 0.0);
-    for entry in layout.entries() {
-        let squares = adamw::sum_of_squares(&grads[entry.range.clone()]);
+    for (spec, range) in runs(layout) {
+        let squares = adamw::sum_of_squares(&grads[range]);
         all += squares;
-        if entry.spec.router {
+        if spec.router {
             router += squares;
         }
     }
     GradNorms { all: all.sqrt(), router: router.sqrt() }
+}
+
+/// Neighbours in the layout that are treated alike, as one: the first of them, and where they lie. What pads them is
+/// zero in every arena.
+fn runs(layout: &Layout) -> impl Iterator<Item = (&TensorSpec, Range<usize>)> {
+    let alike = |a: &Entry, b: &Entry| (a.spec.decay, a.spec.router) == (b.spec.decay, b.spec.router);
+    layout
+        .entries()
+        .chunk_by(alike)
+        .map(|run| (&run[0].spec, run[0].range.start..run[run.len() - 1].range.end))
 }
 
 /// What a gradient of that norm is multiplied by so that its norm is at most `clip`; 1 when `clip` is 0.
@@ -82,16 +94,15 @@ impl AdamW {
             self.m.len(),
             layout.len()
         );
-        for entry in layout.entries() {
+        for (spec, range) in runs(layout) {
             let hyper = adamw::Hyper {
-                lr: if entry.spec.router { lr * config.router_lr_scale } else { lr },
+                lr: if spec.router { lr * config.router_lr_scale } else { lr },
                 beta1: config.beta1,
                 beta2: config.beta2,
                 eps: config.eps,
-                weight_decay: if entry.spec.decay { config.weight_decay } else { 0.0 },
+                weight_decay: if spec.decay { config.weight_decay } else { 0.0 },
                 step,
             };
-            let range = entry.range.clone();
             adamw::step(
                 &mut params[range.clone()],
                 &mut self.m[range.clone()],

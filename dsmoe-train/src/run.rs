@@ -16,7 +16,6 @@ use std::time::Instant;
 use dsmoe_core::checkpoint::{Dtype, copy_companions};
 use dsmoe_core::{Inference, Model};
 use dsmoe_datasets::{Batches, Split, TokenStream};
-use dsmoe_kernels::Precision;
 use dsmoe_router::{BudgetController, SparsityOver};
 use serde_json::{Value, json};
 
@@ -145,7 +144,7 @@ impl Trainer {
             None => Metrics::create(&path, &header)?,
         };
         let events = EventWriter::create(&options.out, options.resume.then_some(state.step))?;
-        let stepper = Stepper::new(&model, optimizer);
+        let stepper = Stepper::new(&model, optimizer, &config);
         Ok(Trainer {
             config,
             options,
@@ -190,7 +189,8 @@ impl Trainer {
     /// A loss or gradient that is not finite (nothing is saved after it), or the file system refuses.
     pub fn run(&mut self, observer: &mut dyn Observer, stop: &AtomicBool) -> Result<Outcome> {
         match self.pool.take() {
-            None => self.run_here(observer, stop),
+            // On a thread of the pool: parallel work then starts without waking one first.
+            None => rayon::scope(|_| self.run_here(observer, stop)),
             Some(pool) => {
                 let outcome = pool.install(|| self.run_here(observer, stop));
                 self.pool = Some(pool);
@@ -255,7 +255,8 @@ impl Trainer {
         )?;
         let Some(result) = result else { return Ok(None) };
 
-        let routed = result.routing.is_some();
+        let routing = self.stepper.stats().map(|stats| stats.summary());
+        let routed = routing.is_some();
         let penalty = match over {
             SparsityOver::Active => result.sparsity_loss,
             SparsityOver::All => result.mean_gate,
@@ -274,7 +275,7 @@ impl Trainer {
             rss_bytes: resident_bytes(),
             ..StepRecord::default()
         };
-        if let Some(routing) = &result.routing {
+        if let Some(routing) = &routing {
             record.activation_ratio = Some(routing.active_ratio);
             record.layer_activation = routing.active_ratio_per_layer.clone();
             record.zero_active_share = Some(routing.zero_active_share);
@@ -325,7 +326,7 @@ impl Trainer {
         }
         // A window of `seq` predicted tokens, as in training.
         let seq = (self.config.seq + 1).max(2);
-        let model = Inference::new(&self.model, Precision::F32);
+        let model = Inference::new(&self.model, self.config.dtype);
         let report = evaluate(&model, ids, EvalOptions::new(seq), &mut |_, _| {})?;
         let step = self.state.step;
         self.metrics.line(&eval_line(step, &report))?;

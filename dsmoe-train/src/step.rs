@@ -7,51 +7,63 @@ use dsmoe_core::model::{StepArgs, TrainWorkspace};
 use dsmoe_core::params::Layout;
 use dsmoe_datasets::{Batches, Split};
 use dsmoe_kernels::buf::Buf;
-use dsmoe_router::{RoutingSummary, SparsityOver};
+use dsmoe_router::{RoutingStats, SparsityOver};
 
 use crate::config::TrainConfig;
 use crate::error::Result;
 use crate::optim::{AdamW, GradNorms, clip_scale, grad_norms, last_non_finite};
 
-/// The memory of training, and what moves with it.
+/// The memory of training, sized for a configuration; steps allocate nothing.
 #[derive(Debug)]
-pub(crate) struct Stepper {
-    pub(crate) optimizer: AdamW,
+pub struct Stepper {
+    /// The moments.
+    pub optimizer: AdamW,
     layout: Layout,
     grads: Buf,
     workspace: TrainWorkspace,
     inputs: Vec<u32>,
     targets: Vec<u32>,
+    /// Routing of the last step.
+    stats: Option<RoutingStats>,
 }
 
 /// What a step showed.
 #[derive(Debug)]
-pub(crate) struct StepResult {
-    pub(crate) lm_loss: f64,
-    /// Of active gates (eqs. 17-19).
-    pub(crate) sparsity_loss: f64,
-    pub(crate) mean_gate: f64,
-    pub(crate) norms: GradNorms,
-    pub(crate) routing: Option<RoutingSummary>,
+pub struct StepResult {
+    /// Mean negative log-likelihood of the step's tokens, nats.
+    pub lm_loss: f64,
+    /// Mean gate of active experts over layers, tokens and experts (eqs. 17-19).
+    pub sparsity_loss: f64,
+    /// The same of all gates.
+    pub mean_gate: f64,
+    /// Norms of the gradient.
+    pub norms: GradNorms,
     /// Where a NaN or infinity showed first; the parameters were then left alone.
-    pub(crate) non_finite: Option<String>,
+    pub non_finite: Option<String>,
 }
 
 impl Stepper {
-    pub(crate) fn new(model: &Model, optimizer: AdamW) -> Stepper {
+    /// For `model` under a resolved `config`.
+    pub fn new(model: &Model, optimizer: AdamW, config: &TrainConfig) -> Stepper {
+        let tokens = config.batch * config.seq;
         Stepper {
             optimizer,
             layout: model.layout().clone(),
             grads: Buf::zeros(model.layout().len()),
-            workspace: TrainWorkspace::default(),
-            inputs: Vec::new(),
-            targets: Vec::new(),
+            workspace: TrainWorkspace::new(model, tokens, config.dtype),
+            inputs: Vec::with_capacity(tokens),
+            targets: Vec::with_capacity(tokens),
+            stats: model.new_stats(),
         }
     }
 
-    /// Takes step `step`, counted from 0. `None` when `stop` was raised meanwhile: nothing has changed then.
+    /// Takes step `step`, counted from 0, with this weight of the sparsity loss. `None` when `stop` was raised
+    /// meanwhile: nothing has changed then.
+    ///
+    /// # Errors
+    /// A token id outside the vocabulary, or sequences longer than the model has positions.
     #[expect(clippy::too_many_arguments, reason = "the trainer's parts, borrowed one by one")]
-    pub(crate) fn take(
+    pub fn take(
         &mut self,
         model: &mut Model,
         split: &Split,
@@ -67,9 +79,10 @@ impl Stepper {
             loss_scale: (1.0 / config.tokens_per_step() as f64) as f32,
             sparsity_weight: sparsity.0 / micro_batches as f32,
             sparsity_over: sparsity.1,
-            precision: config.dtype,
         };
-        let mut stats = model.new_stats();
+        if let Some(stats) = &mut self.stats {
+            stats.clear();
+        }
         let (mut loss_sum, mut predicted, mut sparsity_loss, mut mean_gate) = (0.0, 0, 0.0, 0.0);
         let mut non_finite = None;
         for micro in 0..micro_batches {
@@ -95,7 +108,7 @@ impl Stepper {
             predicted += output.predicted;
             sparsity_loss += output.sparsity_loss / micro_batches as f64;
             mean_gate += output.mean_gate / micro_batches as f64;
-            if let (Some(sum), Some(part)) = (&mut stats, &output.stats) {
+            if let (Some(sum), Some(part)) = (&mut self.stats, self.workspace.stats()) {
                 sum.merge(part);
             }
             non_finite = output.non_finite;
@@ -119,13 +132,11 @@ impl Stepper {
             let scale = clip_scale(norms.all, config.clip);
             self.optimizer.step(model.params_mut(), &self.grads, &self.layout, config, lr, scale, step + 1);
         }
-        Ok(Some(StepResult {
-            lm_loss,
-            sparsity_loss,
-            mean_gate,
-            norms,
-            routing: stats.map(|stats| stats.summary()),
-            non_finite,
-        }))
+        Ok(Some(StepResult { lm_loss, sparsity_loss, mean_gate, norms, non_finite }))
+    }
+
+    /// The routing of the last step's tokens; none without routers.
+    pub fn stats(&self) -> Option<&RoutingStats> {
+        self.stats.as_ref()
     }
 }

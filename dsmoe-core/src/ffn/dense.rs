@@ -3,7 +3,7 @@
 use std::any::Any;
 
 use dsmoe_kernels::Precision;
-use dsmoe_kernels::expert_ffn::{self, PackedWeights, Saved, WeightGrads, Weights};
+use dsmoe_kernels::expert_ffn::{self, Dims, PackedWeights, Saved, WeightGrads, Weights};
 use dsmoe_router::SparsityGrad;
 
 use super::{Ffn, FfnReport, FfnScratch, PackedFfn, Record, projections, split, split_mut};
@@ -20,6 +20,11 @@ impl DenseFfn {
     /// For inputs of width `hidden` and `intermediate` neurons.
     pub fn new(hidden: usize, intermediate: usize) -> DenseFfn {
         DenseFfn { hidden, intermediate }
+    }
+
+    fn dims(&self, tokens: usize) -> Dims {
+        let (hidden, intermediate) = (self.hidden, self.intermediate);
+        Dims { tokens, hidden, intermediate, num_experts: 1, all_pairs: true }
     }
 
     fn lens(&self) -> [usize; 3] {
@@ -53,8 +58,12 @@ impl Ffn for DenseFfn {
         Box::new(PackedDense(PackedWeights::new(precision, &weights, self.hidden, self.intermediate, 1)))
     }
 
-    fn new_saved(&self) -> Box<dyn Any + Send> {
-        Box::new(Saved::default())
+    fn new_saved(&self, tokens: usize) -> Box<dyn Any + Send> {
+        Box::new(Saved::with_room(self.dims(tokens)))
+    }
+
+    fn reserve(&self, scratch: &mut FfnScratch, tokens: usize) {
+        scratch.experts.reserve(self.dims(tokens));
     }
 
     fn forward_train(

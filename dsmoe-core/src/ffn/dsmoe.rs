@@ -21,7 +21,7 @@ pub struct DsmoeFfn {
 }
 
 /// What the backward needs.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct DsmoeSaved {
     experts: Saved,
     routed: Routed,
@@ -47,9 +47,9 @@ impl DsmoeFfn {
         [projection, projection, projection, n * self.hidden, bias]
     }
 
-    fn dims(&self, x: &[f32]) -> Dims {
+    fn dims(&self, tokens: usize) -> Dims {
         Dims {
-            tokens: x.len() / self.hidden,
+            tokens,
             hidden: self.hidden,
             intermediate: self.intermediate,
             num_experts: self.router.num_experts,
@@ -107,7 +107,14 @@ impl PackedFfn for PackedDsmoe {
         let FfnScratch { experts, logits, routed, .. } = scratch;
         self.ffn.route(routed, logits, x, &self.router, &self.bias, record);
         let routes = routes(&routed.routing);
-        expert_ffn::forward_packed(y, x, &self.weights, &routes, self.ffn.dims(x), experts);
+        expert_ffn::forward_packed(
+            y,
+            x,
+            &self.weights,
+            &routes,
+            self.ffn.dims(x.len() / self.ffn.hidden),
+            experts,
+        );
     }
 
     fn bytes(&self) -> usize {
@@ -158,8 +165,16 @@ impl Ffn for DsmoeFfn {
         })
     }
 
-    fn new_saved(&self) -> Box<dyn Any + Send> {
-        Box::new(DsmoeSaved::default())
+    fn new_saved(&self, tokens: usize) -> Box<dyn Any + Send> {
+        let experts = Saved::with_room(self.dims(tokens));
+        Box::new(DsmoeSaved { experts, routed: Routed::default() })
+    }
+
+    fn reserve(&self, scratch: &mut FfnScratch, tokens: usize) {
+        scratch.experts.reserve(self.dims(tokens));
+        for buf in [&mut scratch.logits, &mut scratch.dcoefficients, &mut scratch.dlogits] {
+            buf.resize(tokens * self.router.num_experts);
+        }
     }
 
     fn forward_train(
@@ -181,7 +196,7 @@ impl Ffn for DsmoeFfn {
             x,
             &Weights { gate, up, down },
             &routes(&saved.routed.routing),
-            self.dims(x),
+            self.dims(x.len() / self.hidden),
             experts,
         );
         FfnReport {
@@ -205,7 +220,7 @@ impl Ffn for DsmoeFfn {
             saved.downcast_mut::<DsmoeSaved>().expect("saved by a DSMoE FFN");
         let [gate, up, down, router, _] = split(params, self.lens());
         let [dgate, dup, ddown, drouter, dbias] = split_mut(grads, self.lens());
-        let (dims, n) = (self.dims(x), self.router.num_experts);
+        let (dims, n) = (self.dims(x.len() / self.hidden), self.router.num_experts);
         let FfnScratch { experts, dcoefficients, dlogits, .. } = scratch;
         dcoefficients.resize(dims.tokens * n);
         dlogits.resize(dims.tokens * n);

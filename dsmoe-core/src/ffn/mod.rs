@@ -70,8 +70,11 @@ pub trait Ffn: std::fmt::Debug + Send + Sync {
     /// This FFN for inference: its projections packed in `precision`, its router in f32.
     fn pack(&self, params: &[f32], precision: Precision) -> Box<dyn PackedFfn>;
 
-    /// A place for what [`Ffn::backward`] needs; made once, reused every step.
-    fn new_saved(&self) -> Box<dyn Any + Send>;
+    /// A place for what [`Ffn::backward`] needs of `tokens` tokens; made once, reused every step.
+    fn new_saved(&self, tokens: usize) -> Box<dyn Any + Send>;
+
+    /// Makes room in `scratch` for training on `tokens` tokens, where the FFN uses it.
+    fn reserve(&self, _scratch: &mut FfnScratch, _tokens: usize) {}
 
     /// Sets `y = ffn(x)`, both `[tokens, hidden]`, and `saved`, which must come from this FFN's [`Ffn::new_saved`].
     /// Adds the routing of these tokens to `record`.

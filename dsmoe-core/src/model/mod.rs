@@ -12,6 +12,7 @@ mod infer;
 mod pack;
 mod ragged;
 mod step;
+mod train_workspace;
 
 use std::ops::Range;
 use std::path::Path;
@@ -24,7 +25,8 @@ pub use cache::Cache;
 pub(crate) use infer::in_pool;
 pub use infer::{Inference, Workspace};
 pub use ragged::{After, Likelihood, Segment};
-pub use step::{StepArgs, StepOutput, TrainWorkspace};
+pub use step::{StepArgs, StepOutput};
+pub use train_workspace::TrainWorkspace;
 
 use crate::checkpoint::{Checkpoint, Dtype, TensorInfo, WeightReader, Writer, partition_name};
 use crate::config::{Config, PartitionKind, RopeScaling};
@@ -42,6 +44,13 @@ struct LayerRanges {
     o: Range<usize>,
     post_norm: Range<usize>,
     ffn: Range<usize>,
+}
+
+impl LayerRanges {
+    /// q, k and v, which are one matrix.
+    fn qkv(&self) -> Range<usize> {
+        self.q.start..self.v.end
+    }
 }
 
 /// Arena ranges of everything.
@@ -209,12 +218,11 @@ fn lay_out(config: &Config, ffns: &[Box<dyn Ffn>]) -> (Layout, Ranges) {
         .enumerate()
         .map(|(i, ffn)| {
             let name = |suffix: &str| format!("model.layers.{i}.{suffix}.weight");
-            let mut matrix =
-                |suffix: &str, rows, cols| layout.push(TensorSpec::matrix(name(suffix), rows, cols), Some(i));
-            let q = matrix("self_attn.q_proj", q_width, hidden);
-            let k = matrix("self_attn.k_proj", kv_width, hidden);
-            let v = matrix("self_attn.v_proj", kv_width, hidden);
-            let o = matrix("self_attn.o_proj", hidden, q_width);
+            let matrix = |suffix: &str, rows, cols| TensorSpec::matrix(name(suffix), rows, cols);
+            let projections = [("q", q_width), ("k", kv_width), ("v", kv_width)]
+                .map(|(which, rows)| matrix(&format!("self_attn.{which}_proj"), rows, hidden));
+            let [q, k, v] = layout.push_joined(projections, Some(i));
+            let o = layout.push(matrix("self_attn.o_proj", hidden, q_width), Some(i));
             let mut norm = |suffix: &str| layout.push(TensorSpec::norm(name(suffix), hidden), Some(i));
             let input_norm = norm("input_layernorm");
             let post_norm = norm("post_attention_layernorm");

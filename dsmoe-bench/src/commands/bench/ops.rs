@@ -89,9 +89,12 @@ fn attentions(rounds: usize, output: &mut Output<'_>) -> Result<()> {
         let [q, k, v, dout] =
             [(rows, 1), (columns, 2), (columns, 3), (rows, 4)].map(|(len, seed)| random(len, 1.0, seed));
         let (mut out, mut lse) = (vec![0.0; rows], vec![0.0; batch * queries * heads]);
-        attention::forward(&mut out, &mut lse, &q, &k, &v, dims);
-        let (result, (mut dq, mut dk, mut dv)) = (out.clone(), (q.clone(), k.clone(), v.clone()));
-        let saved = lse.clone();
+        // Training has queries, keys and values in one matrix.
+        let qkv = random(if queries == keys { batch * queries * dims.joined_width() } else { 0 }, 1.0, 5);
+        let (mut result, mut saved, mut dqkv) = (out.clone(), lse.clone(), qkv.clone());
+        if queries == keys {
+            attention::forward_joined(&mut result, &mut saved, &qkv, dims);
+        }
         let parts: Vec<(&'static str, f64, Task<'_>)> = if queries == 1 {
             vec![("decode", 1.0, Box::new(|| attention::decode(&mut out, &q, &k, &v, dims)))]
         } else {
@@ -100,11 +103,7 @@ fn attentions(rounds: usize, output: &mut Output<'_>) -> Result<()> {
                 (
                     "backward",
                     2.5,
-                    Box::new(|| {
-                        attention::backward(
-                            &mut dq, &mut dk, &mut dv, &dout, &result, &q, &k, &v, &saved, dims,
-                        );
-                    }),
+                    Box::new(|| attention::backward(&mut dqkv, &dout, &result, &qkv, &saved, dims)),
                 ),
             ]
         };
@@ -134,8 +133,19 @@ fn loss(rounds: usize, output: &mut Output<'_>) -> Result<()> {
     let [h, head] = [(TOKENS * HIDDEN, 1), (VOCAB * HIDDEN, 2)].map(|(len, seed)| random(len, 0.1, seed));
     let targets: Vec<u32> = (0..TOKENS as u32).map(|t| t * t % VOCAB as u32).collect();
     let (mut losses, mut dh, mut dhead) = (vec![0.0; TOKENS], vec![0.0; h.len()], vec![0.0; head.len()]);
+    let scratch = &mut cross_entropy::Scratch::default();
     let mut tasks: [Task<'_>; 1] = [Box::new(|| {
-        cross_entropy::forward_backward(&mut losses, &mut dh, &mut dhead, &h, &head, &targets, 1.0, dims);
+        cross_entropy::forward_backward(
+            &mut losses,
+            &mut dh,
+            &mut dhead,
+            &h,
+            &head,
+            &targets,
+            1.0,
+            dims,
+            scratch,
+        );
     })];
     let times = take_turns(&mut tasks, rounds);
     let mut row = Row::new("cross_entropy", "forward_backward", TOKENS, HIDDEN, Precision::F32);

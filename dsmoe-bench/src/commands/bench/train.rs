@@ -69,9 +69,9 @@ fn measure(args: &Train, sizes: Sizes, precision: Precision, output: &mut Output
         let share = if run.model.config().moe.is_some() {
             reach_share(args.architecture.active, |threshold| {
                 run.model.set_threshold(threshold)?;
-                Ok(run.gradients()?.stats.map_or(0.0, |stats| stats.active_ratio()))
+                run.active_ratio()
             })?;
-            Some(run.gradients()?.stats.map_or(0.0, |stats| stats.active_ratio()))
+            Some(run.active_ratio()?)
         } else {
             None
         };
@@ -117,7 +117,6 @@ struct Run<'a> {
     inputs: &'a [u32],
     targets: &'a [u32],
     seq: usize,
-    precision: Precision,
     config: TrainConfig,
     steps: u64,
 }
@@ -129,11 +128,10 @@ impl<'a> Run<'a> {
         Run {
             grads: Buf::zeros(model.layout().len()),
             optimizer: AdamW::new(model.layout()),
-            workspace: TrainWorkspace::default(),
+            workspace: TrainWorkspace::new(&model, ids.len() - 1, precision),
             inputs: &ids[..ids.len() - 1],
             targets: &ids[1..],
             seq,
-            precision,
             config: TrainConfig::default(),
             steps: 0,
             model,
@@ -147,10 +145,15 @@ impl<'a> Run<'a> {
             loss_scale: 1.0 / self.inputs.len() as f32,
             sparsity_weight: SPARSITY_WEIGHT,
             sparsity_over: SparsityOver::Active,
-            precision: self.precision,
         };
         let Run { model, grads, inputs, targets, seq, workspace, .. } = self;
         Ok(model.train_step(grads, inputs, targets, *seq, &args, workspace)?)
+    }
+
+    /// The share of experts that a step runs.
+    fn active_ratio(&mut self) -> Result<f64> {
+        self.gradients()?;
+        Ok(self.workspace.stats().map_or(0.0, |stats| stats.active_ratio()))
     }
 
     /// A whole step, as `dsmoe train` takes it.

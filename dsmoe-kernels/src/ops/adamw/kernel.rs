@@ -77,3 +77,25 @@ fn step<S: Simd>(s: S, [p, m, v]: [S::V; 3], grad: S::V, scalars: Scalars) -> [S
     let decayed = s.mul(p, s.splat(scalars.kept));
     [s.fma(s.splat(scalars.rate), s.div(m, spread), decayed), m, v]
 }
+
+/// See [`super::sum_of_squares`].
+pub(super) struct SumOfSquares<'a>(pub(super) &'a [f32]);
+
+impl Kernel for SumOfSquares<'_> {
+    type Output = f64;
+    /// Plain loops: [`Simd`] has no f64, and these become vectors by themselves.
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) -> f64 {
+        let mut lanes = [0.0f64; 32];
+        let (whole, rest) = self.0.as_chunks::<32>();
+        for x in whole {
+            for (lane, &x) in lanes.iter_mut().zip(x) {
+                *lane += f64::from(x) * f64::from(x);
+            }
+        }
+        for (lane, &x) in lanes.iter_mut().zip(rest) {
+            *lane += f64::from(x) * f64::from(x);
+        }
+        lanes.iter().sum()
+    }
+}

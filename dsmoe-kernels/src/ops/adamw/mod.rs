@@ -76,17 +76,15 @@ pub fn step_on(
     each(blocks, |((param, (m, v)), grad)| isa.run(kernel::Step { param, m, v, grad, scalars }));
 }
 
-/// Sum of the squares of `x`, in f64: per block of fixed size, the blocks in order.
+/// Most blocks of [`sum_of_squares`].
+const MOST_SUMS: usize = 64;
+
+/// Sum of the squares of `x`, in f64: per block, the blocks in order, cut by the length alone.
 pub fn sum_of_squares(x: &[f32]) -> f64 {
-    let mut sums = vec![0.0; x.len().div_ceil(BLOCK)];
-    each(sums.par_iter_mut().with_min_len(4).zip(x.par_chunks(BLOCK)), |(sum, x)| {
-        let mut lanes = [0.0f64; 8];
-        for x in x.chunks(lanes.len()) {
-            for (lane, &x) in lanes.iter_mut().zip(x) {
-                *lane += f64::from(x) * f64::from(x);
-            }
-        }
-        *sum = lanes.iter().sum();
-    });
+    let isa = Isa::current();
+    let block = x.len().div_ceil(MOST_SUMS).next_multiple_of(BLOCK).max(1);
+    let mut sums = [0.0; MOST_SUMS];
+    let sums = &mut sums[..x.len().div_ceil(block)];
+    each(sums.par_iter_mut().zip(x.par_chunks(block)), |(sum, x)| *sum = isa.run(kernel::SumOfSquares(x)));
     sums.iter().sum()
 }

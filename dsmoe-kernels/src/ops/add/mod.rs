@@ -34,9 +34,14 @@ pub fn add_on(isa: Isa, y: &mut [f32], x: &[f32]) {
 /// # Panics
 /// The lengths differ.
 pub fn sum(out: &mut [f32], a: &[f32], b: &[f32]) {
-    assert_eq!(out.len(), a.len(), "add::sum: out {} values, a {}", out.len(), a.len());
-    out.copy_from_slice(a);
-    add(out, b);
+    sum_on(Isa::current(), out, a, b);
+}
+
+/// [`sum`] on a given tier.
+pub fn sum_on(isa: Isa, out: &mut [f32], a: &[f32], b: &[f32]) {
+    assert_eq!([a.len(), b.len()], [out.len(); 2], "add::sum: a and b for {} values", out.len());
+    let blocks = out.par_chunks_mut(BLOCK).zip(a.par_chunks(BLOCK)).zip(b.par_chunks(BLOCK));
+    each(blocks, |((out, a), b)| isa.run(Sum { out, a, b }));
 }
 
 struct Add<'a> {
@@ -49,5 +54,27 @@ impl Kernel for Add<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         crate::simd::axpy(s, self.y, 1.0, self.x);
+    }
+}
+
+/// Sets `out = a + b`, equally long.
+pub(crate) struct Sum<'a> {
+    pub(crate) out: &'a mut [f32],
+    pub(crate) a: &'a [f32],
+    pub(crate) b: &'a [f32],
+}
+
+impl Kernel for Sum<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Sum { out, a, b } = self;
+        let head = out.len() - out.len() % S::LANES;
+        for j in (0..head).step_by(S::LANES) {
+            s.store(&mut out[j..], s.add(s.load(&a[j..]), s.load(&b[j..])));
+        }
+        if head < out.len() {
+            s.store_tail(&mut out[head..], s.add(s.load_tail(&a[head..]), s.load_tail(&b[head..])));
+        }
     }
 }

@@ -1,125 +1,158 @@
 //! Backward of one head of keys and values: the scores are computed again, tile by tile.
 
+use std::cell::RefCell;
+
 use super::Dims;
-use super::tile::{self, KEYS, Left, Rows, product};
-use crate::simd::{Kernel, Simd, exp};
+use super::tile::{
+    KEYS, Left, Rows, Shared, View, pack_keys, padded, padded_keys, product, transpose, unit_queries,
+};
+use crate::buf::Buf;
+use crate::isa::Isa;
+use crate::simd::{Product, ProductKernel, dot, exp};
 
-/// Where the gradients of one kv head lie in its buffer: dq `[queries, group * head_dim]`, then dk and dv
-/// `[keys, padded]`.
+/// Head `kv_head` of batch item `item`, with the query heads that read it.
 #[derive(Clone, Copy)]
-pub(super) struct Shape {
-    pub(super) dk: usize,
-    pub(super) dv: usize,
-    pub(super) padded: usize,
-    len: usize,
-}
-
-impl Shape {
-    pub(super) fn new(dims: Dims) -> Shape {
-        let padded = tile::padded(dims.head_dim);
-        let dk = dims.queries * dims.group() * dims.head_dim;
-        let dv = dk + dims.keys * padded;
-        Shape { dk, dv, padded, len: dv + dims.keys * padded }
-    }
-
-    pub(super) fn len(self) -> usize {
-        self.len
-    }
-}
-
-/// Head `kv_head` of batch item `item`, with the query heads that read it; `buffer` starts as zeros.
 pub(super) struct Head<'a> {
-    pub(super) buffer: &'a mut [f32],
-    pub(super) dout: &'a [f32],
-    pub(super) out: &'a [f32],
-    pub(super) q: &'a [f32],
-    pub(super) k: &'a [f32],
-    pub(super) v: &'a [f32],
-    pub(super) lse: &'a [f32],
+    pub(super) dq: Shared<'a>,
+    pub(super) dk: Shared<'a>,
+    pub(super) dv: Shared<'a>,
+    pub(super) dout: View<'a>,
+    pub(super) out: View<'a>,
+    pub(super) q: View<'a>,
+    pub(super) k: View<'a>,
+    pub(super) v: View<'a>,
+    pub(super) lse: View<'a>,
     pub(super) item: usize,
     pub(super) kv_head: usize,
     pub(super) dims: Dims,
 }
 
-impl Kernel for Head<'_> {
+/// Memory of one thread.
+#[derive(Default)]
+struct Work {
+    k: Buf,
+    v: Buf,
+    dk: Buf,
+    dv: Buf,
+    q_columns: Buf,
+    q_rows: Buf,
+    dout_columns: Buf,
+    dout_rows: Buf,
+    /// Per row: logsumexp, and `<dout, out>`.
+    logs: Buf,
+    deltas: Buf,
+    scores: Buf,
+    slopes: Buf,
+    /// dq of a unit, transposed, and as it is.
+    sums: Buf,
+    rows: Buf,
+}
+
+thread_local! {
+    static WORK: RefCell<Work> = RefCell::default();
+}
+
+impl Head<'_> {
+    /// Computes the head on this thread.
+    pub(super) fn run(self, isa: Isa) {
+        WORK.with_borrow_mut(|work| isa.run_product((self, work)));
+    }
+}
+
+impl ProductKernel for (Head<'_>, &mut Work) {
     type Output = ();
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let Head { buffer, dout, out, q, k, v, lse, item, kv_head, dims } = self;
-        let (head_dim, stride) = (dims.head_dim, dims.kv_width());
-        let Shape { dk, padded, .. } = Shape::new(dims);
-        let (dq, kv) = buffer.split_at_mut(dk);
-        let (dk, dv) = kv.split_at_mut(dims.keys * padded);
-        let base = item * dims.keys * stride + kv_head * head_dim;
-        let [mut q_columns, mut q_rows, mut dout_columns, mut dout_rows] = [const { Vec::new() }; 4];
-        let [mut scores, mut slopes] = [const { Vec::new() }; 2];
-        for first in (0..dims.queries).step_by(tile::queries(dims)) {
-            let count = tile::queries(dims).min(dims.queries - first);
-            let rows = Rows { item, kv_head, first, count, dims };
-            let n = rows.padded();
-            rows.pack_columns(&mut q_columns, q, dims.scale());
-            rows.pack_rows(&mut q_rows, q, dims.scale());
-            rows.pack_columns(&mut dout_columns, dout, 1.0);
-            rows.pack_rows(&mut dout_rows, dout, 1.0);
-            // Per row: logsumexp, and <dout, out>.
-            let (mut logs, mut deltas) = (vec![0.0; n], vec![0.0; n]);
-            for (row, at, head) in rows.each() {
-                logs[row] = lse[head];
-                deltas[row] = crate::simd::dot(s, &dout[at..][..head_dim], &out[at..][..head_dim]);
-            }
-            let mut sums = vec![0.0; head_dim * n];
-            scores.resize(KEYS * n, 0.0);
-            slopes.resize(KEYS * n, 0.0);
-            let visible = rows.visible();
-            for first_key in (0..visible).step_by(KEYS) {
-                let keys = KEYS.min(visible - first_key);
-                let at = base + first_key * stride;
-                let (k, v) = (&k[at..], &v[at..]);
-                let (p, ds) = (&mut scores[..keys * n], &mut slopes[..keys * n]);
-                product(s, p, k, Left::Rows(stride), &q_columns, [keys, n, head_dim], false);
-                product(s, ds, v, Left::Rows(stride), &dout_columns, [keys, n, head_dim], false);
-                probabilities(s, p, &logs);
-                if first_key + keys > dims.visible(first) {
-                    rows.mask(p, first_key, 0.0);
-                }
-                score_gradients(s, ds, p, &deltas);
-                let dv = &mut dv[first_key * padded..][..keys * padded];
-                product(s, dv, p, Left::Rows(n), &dout_rows, [keys, padded, n], true);
-                let dk = &mut dk[first_key * padded..][..keys * padded];
-                product(s, dk, ds, Left::Rows(n), &q_rows, [keys, padded, n], true);
-                product(s, &mut sums, k, Left::Columns(stride), ds, [head_dim, n, keys], true);
-            }
-            let scale = dims.scale();
-            for row in 0..dims.group() * count {
-                let (h, i) = (row / count, row % count);
-                let dq = &mut dq[((first + i) * dims.group() + h) * head_dim..][..head_dim];
-                for (dq, sum) in dq.iter_mut().zip(sums[row..].iter().step_by(n)) {
-                    *dq = scale * sum;
-                }
+    fn run<S: Product>(self, s: S) {
+        let (head, work) = self;
+        let Head { dk, dv, k, v, item, kv_head, dims, .. } = head;
+        let (head_dim, width) = (dims.head_dim, padded(dims.head_dim));
+        let (first_row, column) = (item * dims.keys, kv_head * head_dim);
+        let keys = padded_keys(dims.keys);
+        for buf in [&mut work.k, &mut work.v, &mut work.dk, &mut work.dv] {
+            buf.resize(keys * width);
+        }
+        pack_keys(s, &mut work.k, k, [first_row, dims.keys], column, head_dim);
+        pack_keys(s, &mut work.v, v, [first_row, dims.keys], column, head_dim);
+        work.dk.fill(0.0);
+        work.dv.fill(0.0);
+        let size = unit_queries(dims);
+        for first in (0..dims.queries).step_by(size) {
+            let rows = Rows { item, kv_head, first, count: size.min(dims.queries - first), dims };
+            head.unit(s, work, rows);
+        }
+        for j in 0..dims.keys {
+            dk.row(first_row + j, column, head_dim).copy_from_slice(&work.dk[j * width..][..head_dim]);
+            dv.row(first_row + j, column, head_dim).copy_from_slice(&work.dv[j * width..][..head_dim]);
+        }
+    }
+}
+
+impl Head<'_> {
+    /// Sets dq of one unit and adds what it gives to dk and dv.
+    #[inline(always)]
+    fn unit<S: Product>(self, s: S, work: &mut Work, rows: Rows) {
+        let Head { dq, dout, out, q, lse, dims, .. } = self;
+        let (head_dim, width, n) = (dims.head_dim, padded(dims.head_dim), rows.padded());
+        let Work { q_columns, q_rows, dout_columns, dout_rows, logs, deltas, scores, slopes, .. } = work;
+        for buf in [&mut *q_columns, dout_columns] {
+            buf.resize(head_dim * n);
+        }
+        for buf in [&mut *q_rows, dout_rows, &mut work.sums, &mut work.rows] {
+            buf.resize(width * n);
+        }
+        rows.pack_columns(s, q_columns, q, dims.scale());
+        rows.pack_rows(s, q_rows, q, dims.scale());
+        rows.pack_columns(s, dout_columns, dout, 1.0);
+        rows.pack_rows(s, dout_rows, dout, 1.0);
+        for buf in [&mut *logs, deltas] {
+            buf.resize(n);
+            buf.fill(0.0);
+        }
+        for (row, (token, head)) in rows.places().enumerate() {
+            logs[row] = lse.row(token, head, 1)[0];
+            let out = out.row(token, head * head_dim, head_dim);
+            deltas[row] = dot(s, &dout_rows[row * width..][..head_dim], out);
+        }
+        let visible = rows.visible();
+        let tile = padded_keys(KEYS.min(visible)) * n;
+        scores.resize(tile);
+        slopes.resize(tile);
+        for first_key in (0..visible).step_by(KEYS) {
+            let seen = rows.visible_of(first_key, KEYS);
+            let part = first_key * width..(first_key + seen) * width;
+            let (k, v) = (&work.k[part.clone()], &work.v[part.clone()]);
+            let (p, ds) = (&mut scores[..seen * n], &mut slopes[..seen * n]);
+            product(s, p, k, Left::Rows(width), q_columns, [seen, n, head_dim], false);
+            product(s, ds, v, Left::Rows(width), dout_columns, [seen, n, head_dim], false);
+            gradients(s, p, ds, logs, deltas);
+            rows.mask(p, first_key, 0.0);
+            rows.mask(ds, first_key, 0.0);
+            product(s, &mut work.dv[part.clone()], p, Left::Rows(n), dout_rows, [seen, width, n], true);
+            product(s, &mut work.dk[part], ds, Left::Rows(n), q_rows, [seen, width, n], true);
+            let sizes = [width, n, seen];
+            product(s, &mut work.sums, k, Left::Columns(width), ds, sizes, first_key > 0);
+        }
+        transpose(s, &mut work.rows, &work.sums, [width, n]);
+        let scale = dims.scale();
+        for (row, (token, head)) in rows.places().enumerate() {
+            let dq = dq.row(token, head * head_dim, head_dim);
+            for (dq, sum) in dq.iter_mut().zip(&work.rows[row * width..]) {
+                *dq = scale * sum;
             }
         }
     }
 }
 
-/// `scores[j, row] <- e^(scores[j, row] - logs[row])`.
+/// From scores and `<dout, v>`, both `[keys, n]`: `p <- e^(p - logs)`, `ds <- p (ds - deltas)`.
 #[inline(always)]
-fn probabilities<S: Simd>(s: S, scores: &mut [f32], logs: &[f32]) {
-    for scores in scores.chunks_exact_mut(logs.len()) {
-        for j in (0..logs.len()).step_by(S::LANES) {
-            let p = exp(s, s.sub(s.load(&scores[j..]), s.load(&logs[j..])));
-            s.store(&mut scores[j..], p);
-        }
-    }
-}
-
-/// `slopes[j, row] <- p[j, row] (slopes[j, row] - deltas[row])`.
-#[inline(always)]
-fn score_gradients<S: Simd>(s: S, slopes: &mut [f32], p: &[f32], deltas: &[f32]) {
-    let n = deltas.len();
-    for (slopes, p) in slopes.chunks_exact_mut(n).zip(p.chunks_exact(n)) {
+fn gradients<S: Product>(s: S, p: &mut [f32], ds: &mut [f32], logs: &[f32], deltas: &[f32]) {
+    let n = logs.len();
+    for (p, ds) in p.chunks_exact_mut(n).zip(ds.chunks_exact_mut(n)) {
         for j in (0..n).step_by(S::LANES) {
-            let slope = s.sub(s.load(&slopes[j..]), s.load(&deltas[j..]));
-            s.store(&mut slopes[j..], s.mul(s.load(&p[j..]), slope));
+            let share = exp(s, s.sub(s.load(&p[j..]), s.load(&logs[j..])));
+            let slope = s.sub(s.load(&ds[j..]), s.load(&deltas[j..]));
+            s.store(&mut p[j..], share);
+            s.store(&mut ds[j..], s.mul(share, slope));
         }
     }
 }

@@ -1,68 +1,131 @@
-//! Forward of one tile of queries: online softmax over tiles of keys.
+//! Forward of one block of queries: online softmax over tiles of keys.
+
+use std::cell::RefCell;
 
 use super::Dims;
-use super::tile::{KEYS, Left, Rows, product};
-use crate::simd::{Kernel, Simd, exp};
+use super::tile::{
+    KEYS, Left, Rows, Shared, View, pack_keys, padded, padded_keys, product, transpose, unit_queries,
+};
+use crate::buf::Buf;
+use crate::isa::Isa;
+use crate::simd::{Product, ProductKernel, exp};
 
-/// Queries from `first` on of batch item `item`, all heads; `out` and `lse` start at the first of them.
-pub(super) struct Tile<'a> {
-    pub(super) out: &'a mut [f32],
-    pub(super) lse: &'a mut [f32],
-    pub(super) q: &'a [f32],
-    pub(super) k: &'a [f32],
-    pub(super) v: &'a [f32],
+/// `count` queries from `first` on of batch item `item`, the heads of `kv_head`.
+#[derive(Clone, Copy)]
+pub(super) struct Block<'a> {
+    pub(super) out: Shared<'a>,
+    pub(super) lse: Shared<'a>,
+    pub(super) q: View<'a>,
+    pub(super) k: View<'a>,
+    pub(super) v: View<'a>,
     pub(super) item: usize,
+    pub(super) kv_head: usize,
     pub(super) first: usize,
+    pub(super) count: usize,
     pub(super) dims: Dims,
 }
 
-impl Kernel for Tile<'_> {
+/// Memory of one thread.
+#[derive(Default)]
+struct Work {
+    k: Buf,
+    v: Buf,
+    /// The queries of all units, transposed.
+    columns: Buf,
+    scores: Buf,
+    /// Of all units: outputs so far, transposed; per row the largest score so far and the sum of
+    /// `e^(score - largest)`.
+    sums: Buf,
+    largest: Buf,
+    total: Buf,
+    transposed: Buf,
+}
+
+thread_local! {
+    static WORK: RefCell<Work> = RefCell::default();
+}
+
+impl Block<'_> {
+    /// Computes the block on this thread.
+    pub(super) fn run(self, isa: Isa) {
+        WORK.with_borrow_mut(|work| isa.run_product((self, work)));
+    }
+
+    fn units(self) -> impl Iterator<Item = Rows> {
+        let Block { item, kv_head, first, count, dims, .. } = self;
+        let size = unit_queries(dims);
+        (0..count).step_by(size).map(move |start| Rows {
+            item,
+            kv_head,
+            first: first + start,
+            count: size.min(count - start),
+            dims,
+        })
+    }
+}
+
+impl ProductKernel for (Block<'_>, &mut Work) {
     type Output = ();
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let Tile { out, lse, q, k, v, item, first, dims } = self;
-        let count = out.len() / dims.width();
-        let (mut columns, mut scores) = (Vec::new(), Vec::new());
-        let token = item * dims.queries + first;
-        for kv_head in 0..dims.kv_heads {
-            let rows = Rows { item, kv_head, first, count, dims };
-            let n = rows.padded();
-            rows.pack_columns(&mut columns, q, dims.scale());
-            scores.resize(KEYS * n, 0.0);
-            let mut sums = vec![0.0; dims.head_dim * n];
-            // Per row: the largest score so far, and the sum of e^(score - largest).
-            let (mut largest, mut total) = (vec![f32::NEG_INFINITY; n], vec![0.0; n]);
-            let base = item * dims.keys * dims.kv_width() + kv_head * dims.head_dim;
-            let visible = rows.visible();
-            for first_key in (0..visible).step_by(KEYS) {
-                let keys = KEYS.min(visible - first_key);
-                let at = base + first_key * dims.kv_width();
-                let scores = &mut scores[..keys * n];
-                product(
-                    s,
-                    scores,
-                    &k[at..],
-                    Left::Rows(dims.kv_width()),
-                    &columns,
-                    [keys, n, dims.head_dim],
-                    false,
-                );
-                let hides = first_key + keys > dims.visible(first);
-                if hides {
-                    rows.mask(scores, first_key, f32::NEG_INFINITY);
+    fn run<S: Product>(self, s: S) {
+        let (block, work) = self;
+        let Block { out, lse, q, k, v, item, kv_head, first, count, dims } = block;
+        let (head_dim, width) = (dims.head_dim, padded(dims.head_dim));
+        // Rows of the largest unit, and of all.
+        let n = padded(dims.group() * unit_queries(dims).min(count));
+        let all = n * count.div_ceil(unit_queries(dims));
+        let visible = dims.visible(first + count - 1);
+        let keys = padded_keys(KEYS.min(visible));
+        for (buf, len) in [
+            (&mut work.k, keys * width),
+            (&mut work.v, keys * width),
+            (&mut work.columns, all * head_dim),
+            (&mut work.scores, keys * n),
+            (&mut work.sums, all * width),
+            (&mut work.largest, all),
+            (&mut work.total, all),
+            (&mut work.transposed, n * width),
+        ] {
+            buf.resize(len);
+        }
+        let Work { k: keys_packed, v: values_packed, columns, scores, sums, largest, total, transposed } =
+            work;
+        largest.fill(f32::NEG_INFINITY);
+        total.fill(0.0);
+        for (unit, columns) in block.units().zip(columns.chunks_mut(n * head_dim)) {
+            unit.pack_columns(s, columns, q, dims.scale());
+        }
+        for first_key in (0..visible).step_by(KEYS) {
+            let keys = KEYS.min(visible - first_key);
+            let (row, column) = (item * dims.keys + first_key, kv_head * head_dim);
+            pack_keys(s, keys_packed, k, [row, keys], column, head_dim);
+            pack_keys(s, values_packed, v, [row, keys], column, head_dim);
+            for (i, unit) in block.units().enumerate() {
+                let (n, start, seen) = (unit.padded(), i * n, unit.visible_of(first_key, keys));
+                if seen == 0 {
+                    continue;
                 }
-                softmax(s, scores, &mut largest, &mut total, &mut sums);
-                if hides {
-                    rows.mask(scores, first_key, 0.0);
-                }
-                let left = Left::Columns(dims.kv_width());
-                product(s, &mut sums, &v[at..], left, scores, [dims.head_dim, n, keys], true);
+                let scores = &mut scores[..seen * n];
+                let columns = &columns[start * head_dim..];
+                product(s, scores, keys_packed, Left::Rows(width), columns, [seen, n, head_dim], false);
+                unit.mask(scores, first_key, f32::NEG_INFINITY);
+                let (largest, total) = (&mut largest[start..start + n], &mut total[start..start + n]);
+                let sums = &mut sums[start * width..][..width * n];
+                softmax(s, scores, largest, total, (first_key > 0).then_some(&mut *sums));
+                unit.mask(scores, first_key, 0.0);
+                let sizes = [width, n, seen];
+                product(s, sums, values_packed, Left::Columns(width), scores, sizes, first_key > 0);
             }
-            for (row, at, head) in rows.each() {
-                lse[head - token * dims.heads] = largest[row] + total[row].ln();
-                let out = &mut out[at - token * dims.width()..][..dims.head_dim];
-                let share = 1.0 / total[row];
-                for (out, sum) in out.iter_mut().zip(sums[row..].iter().step_by(n)) {
+        }
+        for (i, unit) in block.units().enumerate() {
+            let (n, start) = (unit.padded(), i * n);
+            transpose(s, transposed, &sums[start * width..][..width * n], [width, n]);
+            for (row, (token, head)) in unit.places().enumerate() {
+                let (largest, total) = (largest[start + row], total[start + row]);
+                lse.row(token, head, 1)[0] = largest + total.ln();
+                let share = 1.0 / total;
+                let out = out.row(token, head * head_dim, head_dim);
+                for (out, sum) in out.iter_mut().zip(&transposed[row * width..]) {
                     *out = sum * share;
                 }
             }
@@ -71,17 +134,30 @@ impl Kernel for Tile<'_> {
 }
 
 /// Turns `scores` `[keys, n]` into e^(score - largest), with `largest` now over these keys too, and brings `total`
-/// and `sums` `[head_dim, n]` to it.
+/// and `sums` `[width, n]`, unless these are the first keys, to it.
 #[inline(always)]
-fn softmax<S: Simd>(s: S, scores: &mut [f32], largest: &mut [f32], total: &mut [f32], sums: &mut [f32]) {
+fn softmax<S: Product>(
+    s: S,
+    scores: &mut [f32],
+    largest: &mut [f32],
+    total: &mut [f32],
+    mut sums: Option<&mut [f32]>,
+) {
     let n = largest.len();
     for j in (0..n).step_by(S::LANES) {
         let old = s.load(&largest[j..]);
         // A NaN may be lost here; the differences below keep it.
-        let mut new = old;
-        for scores in scores.chunks_exact(n) {
-            new = s.max(new, s.load(&scores[j..]));
+        let mut maxima = [old; 4];
+        let mut fours = scores.chunks_exact(4 * n);
+        for scores in &mut fours {
+            for (i, max) in maxima.iter_mut().enumerate() {
+                *max = s.max(*max, s.load(&scores[i * n + j..]));
+            }
         }
+        for scores in fours.remainder().chunks_exact(n) {
+            maxima[0] = s.max(maxima[0], s.load(&scores[j..]));
+        }
+        let new = s.max(s.max(maxima[0], maxima[1]), s.max(maxima[2], maxima[3]));
         s.store(&mut largest[j..], new);
         let mut sum = s.splat(0.0);
         for scores in scores.chunks_exact_mut(n) {
@@ -92,9 +168,11 @@ fn softmax<S: Simd>(s: S, scores: &mut [f32], largest: &mut [f32], total: &mut [
         let shrink = exp(s, s.sub(old, new));
         let total = &mut total[j..];
         s.store(total, s.fma(s.load(total), shrink, sum));
-        for sums in sums.chunks_exact_mut(n) {
-            let sums = &mut sums[j..];
-            s.store(sums, s.mul(s.load(sums), shrink));
+        if let Some(sums) = &mut sums {
+            for sums in sums.chunks_exact_mut(n) {
+                let sums = &mut sums[j..];
+                s.store(sums, s.mul(s.load(sums), shrink));
+            }
         }
     }
 }

@@ -10,6 +10,8 @@
 //! ```
 //! per batch item and head; head h reads keys and values of head h / (heads / kv_heads). q, out
 //! `[batch * queries, heads * head_dim]`; k, v `[batch * keys, kv_heads * head_dim]`; lse `[batch * queries, heads]`.
+//! In training q, k and v are columns of one matrix, qkv `[batch * queries, (heads + 2 kv_heads) * head_dim]`, and so
+//! are their gradients: they come out of one linear layer.
 
 mod backward;
 mod decode;
@@ -21,8 +23,9 @@ mod tile;
 
 use rayon::prelude::*;
 
-use super::blocks::{block_rows, each, each_when};
+use super::blocks::each_when;
 use crate::isa::Isa;
+use tile::{Shared, View};
 
 /// Sizes of an attention.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,6 +69,21 @@ impl Dims {
         1.0 / (self.head_dim as f32).sqrt()
     }
 
+    /// Row length of qkv.
+    pub fn joined_width(self) -> usize {
+        self.width() + 2 * self.kv_width()
+    }
+
+    /// Where q, k and v start in a row of qkv.
+    fn starts(self) -> [usize; 3] {
+        [0, self.width(), self.width() + self.kv_width()]
+    }
+
+    /// q, k and v of a qkv that is not empty.
+    fn views(self, qkv: &[f32]) -> [View<'_>; 3] {
+        self.starts().map(|start| View { data: &qkv[start..], stride: self.joined_width() })
+    }
+
     fn check(self, op: &str, queries: &[usize], keys: &[usize]) {
         assert!(
             self.kv_heads > 0
@@ -80,8 +98,24 @@ impl Dims {
     }
 }
 
+impl Dims {
+    fn check_joined(self, op: &str, outs: &[usize], joined: &[usize], lse: usize) {
+        let rows = self.batch * self.queries;
+        self.check(op, outs, &[]);
+        assert!(
+            self.queries == self.keys
+                && lse == rows * self.heads
+                && joined.iter().all(|&len| len == rows * self.joined_width()),
+            "{op}: qkv and its like {joined:?}, lse {lse} values for {self:?}"
+        );
+    }
+}
+
 /// Up to this many queries, [`decode`] serves.
 pub const DECODE_QUERIES: usize = 4;
+
+/// Queries times heads of a group in a task of the forward pass: what the packing of keys is shared by.
+const BLOCK_ROWS: usize = 128;
 
 /// Multiply-adds below which threads cost more than they bring.
 const SERIAL_WORK: usize = 1 << 17;
@@ -99,19 +133,43 @@ pub fn forward_on(isa: Isa, out: &mut [f32], lse: &mut [f32], q: &[f32], k: &[f3
     dims.check("attention::forward", &[out.len(), q.len()], &[k.len(), v.len()]);
     let Dims { batch, queries, heads, .. } = dims;
     assert_eq!(lse.len(), batch * queries * heads, "attention::forward: lse for {dims:?}");
-    if out.is_empty() {
-        return;
+    if !out.is_empty() {
+        let [k, v] = [k, v].map(|data| View { data, stride: dims.kv_width() });
+        forward_views(isa, out, lse, [View { data: q, stride: dims.width() }, k, v], dims);
     }
-    let rows = tile::queries(dims);
-    let outs = out.chunks_mut(queries * dims.width()).zip(lse.chunks_mut(queries * heads)).enumerate();
-    let tasks: Vec<_> = outs
-        .flat_map(|(item, (out, lse))| {
-            let tiles = out.chunks_mut(rows * dims.width()).zip(lse.chunks_mut(rows * heads)).enumerate();
-            tiles.map(move |(i, (out, lse))| (item, i * rows, out, lse))
-        })
-        .collect();
-    each(tasks.into_par_iter(), |(item, first, out, lse)| {
-        isa.run(forward::Tile { out, lse, q, k, v, item, first, dims });
+}
+
+/// [`forward`] over `qkv`, with as many queries as keys.
+///
+/// # Panics
+/// Lengths do not fit `dims`.
+pub fn forward_joined(out: &mut [f32], lse: &mut [f32], qkv: &[f32], dims: Dims) {
+    forward_joined_on(Isa::current(), out, lse, qkv, dims);
+}
+
+/// [`forward_joined`] on a given tier.
+pub fn forward_joined_on(isa: Isa, out: &mut [f32], lse: &mut [f32], qkv: &[f32], dims: Dims) {
+    dims.check_joined("attention::forward_joined", &[out.len()], &[qkv.len()], lse.len());
+    if !out.is_empty() {
+        forward_views(isa, out, lse, dims.views(qkv), dims);
+    }
+}
+
+fn forward_views(isa: Isa, out: &mut [f32], lse: &mut [f32], [q, k, v]: [View<'_>; 3], dims: Dims) {
+    let Dims { batch, queries, heads, kv_heads, .. } = dims;
+    // SAFETY: the slices are borrowed until the end of this function, and every task writes the rows of its queries
+    // at the columns of its heads.
+    let out = unsafe { Shared::new(out, dims.width()) };
+    // SAFETY: as above.
+    let lse = unsafe { Shared::new(lse, heads) };
+    let rows = (BLOCK_ROWS / dims.group()).max(1);
+    let blocks = queries.div_ceil(rows);
+    let tasks = batch * kv_heads * blocks;
+    each_when(tasks > 1, (0..tasks).into_par_iter().with_max_len(1), |task| {
+        let (item, kv_head, first) =
+            (task / blocks / kv_heads, task / blocks % kv_heads, task % blocks * rows);
+        let count = rows.min(queries - first);
+        forward::Block { out, lse, q, k, v, item, kv_head, first, count, dims }.run(isa);
     });
 }
 
@@ -140,78 +198,39 @@ pub fn decode_on(isa: Isa, out: &mut [f32], q: &[f32], k: &[f32], v: &[f32], dim
     });
 }
 
-/// Sets `dq`, `dk` and `dv`; `out` and `lse` are the forward pass's.
+/// Sets `dqkv`; `out` and `lse` are those of [`forward_joined`].
 ///
 /// # Panics
-/// As [`forward`].
-#[expect(clippy::too_many_arguments, reason = "the op's operands, in the order of its formula")]
-pub fn backward(
-    dq: &mut [f32],
-    dk: &mut [f32],
-    dv: &mut [f32],
-    dout: &[f32],
-    out: &[f32],
-    q: &[f32],
-    k: &[f32],
-    v: &[f32],
-    lse: &[f32],
-    dims: Dims,
-) {
-    backward_on(Isa::current(), dq, dk, dv, dout, out, q, k, v, lse, dims);
+/// Lengths do not fit `dims`, or there are fewer queries than keys.
+pub fn backward(dqkv: &mut [f32], dout: &[f32], out: &[f32], qkv: &[f32], lse: &[f32], dims: Dims) {
+    backward_on(Isa::current(), dqkv, dout, out, qkv, lse, dims);
 }
 
 /// [`backward`] on a given tier.
-#[expect(clippy::too_many_arguments, reason = "the op's operands, in the order of its formula")]
 pub fn backward_on(
     isa: Isa,
-    dq: &mut [f32],
-    dk: &mut [f32],
-    dv: &mut [f32],
+    dqkv: &mut [f32],
     dout: &[f32],
     out: &[f32],
-    q: &[f32],
-    k: &[f32],
-    v: &[f32],
+    qkv: &[f32],
     lse: &[f32],
     dims: Dims,
 ) {
-    dims.check(
-        "attention::backward",
-        &[dq.len(), dout.len(), out.len(), q.len()],
-        &[dk.len(), dv.len(), k.len(), v.len()],
-    );
-    let Dims { batch, queries, keys, heads, kv_heads, head_dim } = dims;
-    assert_eq!(lse.len(), batch * queries * heads, "attention::backward: lse for {dims:?}");
-    if dk.is_empty() {
+    dims.check_joined("attention::backward", &[dout.len(), out.len()], &[dqkv.len(), qkv.len()], lse.len());
+    if out.is_empty() {
         return;
     }
-    // Every (batch item, kv head) sums into a buffer of its own; the buffers' columns are then interleaved.
-    let shape = backward::Shape::new(dims);
-    let mut buffers = vec![0.0; batch * kv_heads * shape.len()];
-    each(buffers.par_chunks_mut(shape.len()).enumerate(), |(i, buffer)| {
-        let (item, kv_head) = (i / kv_heads, i % kv_heads);
-        isa.run(backward::Head { buffer, dout, out, q, k, v, lse, item, kv_head, dims });
-    });
-    let group = dims.group() * head_dim;
-    let rows = block_rows(dims.width());
-    each(dq.par_chunks_mut(rows * dims.width()).enumerate(), |(block, dq)| {
-        for (i, dq) in dq.chunks_exact_mut(group).enumerate() {
-            let (row, kv_head) = (block * rows + i / kv_heads, i % kv_heads);
-            let (item, row) = (row / queries, row % queries);
-            let buffer = &buffers[(item * kv_heads + kv_head) * shape.len()..];
-            dq.copy_from_slice(&buffer[row * group..][..group]);
-        }
-    });
-    let rows = block_rows(dims.kv_width());
-    let grads = dk.par_chunks_mut(rows * dims.kv_width()).zip(dv.par_chunks_mut(rows * dims.kv_width()));
-    each(grads.enumerate(), |(block, (dk, dv))| {
-        let heads = dk.chunks_exact_mut(head_dim).zip(dv.chunks_exact_mut(head_dim));
-        for (i, (dk, dv)) in heads.enumerate() {
-            let (row, kv_head) = (block * rows + i / kv_heads, i % kv_heads);
-            let (item, row) = (row / keys, row % keys);
-            let buffer = &buffers[(item * kv_heads + kv_head) * shape.len()..];
-            dk.copy_from_slice(&buffer[shape.dk + row * shape.padded..][..head_dim]);
-            dv.copy_from_slice(&buffer[shape.dv + row * shape.padded..][..head_dim]);
-        }
+    let Dims { batch, heads, kv_heads, .. } = dims;
+    let [q, k, v] = dims.views(qkv);
+    let [dout, out] = [dout, out].map(|data| View { data, stride: dims.width() });
+    let lse = View { data: lse, stride: heads };
+    // SAFETY: the slice is borrowed until the end of this function, and every task writes the rows of its batch item
+    // at the columns of its heads.
+    let all = unsafe { Shared::new(dqkv, dims.joined_width()) };
+    let [dq, dk, dv] = dims.starts().map(|start| all.from_column(start));
+    let tasks = batch * kv_heads;
+    each_when(tasks > 1, (0..tasks).into_par_iter().with_max_len(1), |task| {
+        let (item, kv_head) = (task / kv_heads, task % kv_heads);
+        backward::Head { dq, dk, dv, dout, out, q, k, v, lse, item, kv_head, dims }.run(isa);
     });
 }

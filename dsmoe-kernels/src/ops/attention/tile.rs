@@ -1,31 +1,96 @@
 //! Tiles: small products in registers, and the packing they need.
 //!
-//! A tile's scores are kept transposed, `[keys, rows]`, where a row is one (head of the group, query): every
-//! vector then holds as many rows at one key, so that the softmax needs no sum across lanes, and keys and values
-//! are read in place, one value at a time for all lanes.
+//! A *unit* is a few queries with all heads of one group; a row of it is one (query, head). Its scores are kept
+//! transposed, `[keys, rows]`: every vector then holds as many rows at one key, so that the softmax needs no sum
+//! across lanes, and rows that see few keys lie in the first lanes. What is packed is padded with zeros to whole
+//! vectors: a padded key is one that no row sees, a padded row gets zeros and gives them.
+
+use std::marker::PhantomData;
 
 use super::Dims;
-use crate::simd::Simd;
+use crate::simd::{Product, ProductKernel, SQUARE, Simd};
 
-/// Rows of a tile, about: queries times heads of a group.
-const ROWS: usize = 64;
+/// Rows of a unit, about.
+const ROWS: usize = 32;
 /// Keys of a tile.
-pub(super) const KEYS: usize = 64;
-/// Widths are padded to this, a multiple of every tier's lanes.
-const PAD: usize = 16;
+pub(super) const KEYS: usize = 128;
+/// Rows and head widths are padded to this, a multiple of every tier's lanes.
+const PAD: usize = SQUARE;
+/// Keys are padded to this, a multiple of the rows of every tier's blocks.
+const KEY_PAD: usize = 8;
 
-/// Queries of a tile.
-pub(super) fn queries(dims: Dims) -> usize {
+/// Queries of a unit.
+pub(super) fn unit_queries(dims: Dims) -> usize {
     (ROWS / dims.group()).max(1)
 }
 
-/// `n` padded to whole vectors.
+/// `n` rows or values of a head, padded.
 pub(super) fn padded(n: usize) -> usize {
     n.next_multiple_of(PAD)
 }
 
-/// The rows of one tile: `count` queries from `first` on of batch item `item`, for the heads of `kv_head`.
-/// Row `h * count + i` is query `first + i` at the group's head h.
+/// `n` keys, padded.
+pub(super) fn padded_keys(n: usize) -> usize {
+    n.next_multiple_of(KEY_PAD)
+}
+
+/// Rows of `stride` values.
+#[derive(Clone, Copy)]
+pub(super) struct View<'a> {
+    pub(super) data: &'a [f32],
+    pub(super) stride: usize,
+}
+
+impl<'a> View<'a> {
+    pub(super) fn row(self, row: usize, first: usize, width: usize) -> &'a [f32] {
+        &self.data[row * self.stride + first..][..width]
+    }
+}
+
+/// Rows that several tasks write at once, each its own columns of its own rows.
+#[derive(Clone, Copy)]
+pub(super) struct Shared<'a> {
+    data: *mut f32,
+    len: usize,
+    stride: usize,
+    borrowed: PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: memory is reached through `row` alone, whose callers own the columns of the rows they ask for.
+unsafe impl Send for Shared<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for Shared<'_> {}
+
+impl<'a> Shared<'a> {
+    /// All of `data`, rows of `stride` values.
+    ///
+    /// # Safety
+    /// While the value is used, nobody else touches `data`, and no place is asked for again as long as a slice with
+    /// it lives.
+    pub(super) unsafe fn new(data: &'a mut [f32], stride: usize) -> Shared<'a> {
+        Shared { data: data.as_mut_ptr(), len: data.len(), stride, borrowed: PhantomData }
+    }
+
+    /// The same rows, with column 0 being `column`.
+    pub(super) fn from_column(self, column: usize) -> Shared<'a> {
+        assert!(column <= self.len);
+        // SAFETY: `column` is inside the slice that `new` was given, or its end.
+        let data = unsafe { self.data.add(column) };
+        Shared { data, len: self.len - column, ..self }
+    }
+
+    pub(super) fn row(self, row: usize, first: usize, width: usize) -> &'a mut [f32] {
+        let start = row * self.stride + first;
+        assert!(start + width <= self.len);
+        // SAFETY: `start` is inside the slice that `new` was given.
+        let start = unsafe { self.data.add(start) };
+        // SAFETY: so are the `width` values from there, which by the contract of `new` nobody else uses.
+        unsafe { std::slice::from_raw_parts_mut(start, width) }
+    }
+}
+
+/// The rows of one unit: `count` queries from `first` on of batch item `item`, for the heads of `kv_head`. Row
+/// `i * group + h` is query `first + i` at the group's head h.
 #[derive(Clone, Copy)]
 pub(super) struct Rows {
     pub(super) item: usize,
@@ -38,7 +103,11 @@ pub(super) struct Rows {
 impl Rows {
     /// Rows, padded.
     pub(super) fn padded(self) -> usize {
-        padded(self.dims.group() * self.count)
+        padded(self.len())
+    }
+
+    fn len(self) -> usize {
+        self.dims.group() * self.count
     }
 
     /// Keys that some row sees.
@@ -46,50 +115,131 @@ impl Rows {
         self.dims.visible(self.first + self.count - 1)
     }
 
-    /// `(row, index of the query's values in the whole q, index of its head in lse)` of every row.
-    pub(super) fn each(self) -> impl Iterator<Item = (usize, usize, usize)> {
-        let Rows { item, kv_head, first, count, dims } = self;
-        let group = dims.group();
-        (0..group * count).map(move |row| {
-            let (h, i) = (row / count, row % count);
-            let token = item * dims.queries + first + i;
-            let head = token * dims.heads + kv_head * group + h;
-            (row, head * dims.head_dim, head)
-        })
+    /// Of the `keys` keys from `first_key` on, those that some row sees, padded.
+    pub(super) fn visible_of(self, first_key: usize, keys: usize) -> usize {
+        padded_keys(self.visible().saturating_sub(first_key).min(keys))
     }
 
-    /// `out[d, row] = factor * x[row, d]`, zero in the padding.
-    pub(super) fn pack_columns(self, out: &mut Vec<f32>, x: &[f32], factor: f32) {
+    /// `(token, head)` of a row.
+    pub(super) fn place(self, row: usize) -> (usize, usize) {
+        let group = self.dims.group();
+        (self.item * self.dims.queries + self.first + row / group, self.kv_head * group + row % group)
+    }
+
+    /// Places of all rows, in their order.
+    pub(super) fn places(self) -> impl Iterator<Item = (usize, usize)> {
+        (0..self.len()).map(move |row| self.place(row))
+    }
+
+    /// Sets `out[d, row] = factor * x[row, d]`, `[head_dim, padded rows]`.
+    #[inline(always)]
+    pub(super) fn pack_columns<S: Product>(self, s: S, out: &mut [f32], x: View<'_>, factor: f32) {
         let (n, head_dim) = (self.padded(), self.dims.head_dim);
-        out.clear();
-        out.resize(head_dim * n, 0.0);
-        for (row, first, _) in self.each() {
-            for (out, x) in out[row..].iter_mut().step_by(n).zip(&x[first..][..head_dim]) {
-                *out = factor * x;
+        let out = &mut out[..head_dim * n];
+        for first in (0..n).step_by(SQUARE) {
+            let mut rows = [&ZEROS[..0]; SQUARE];
+            for (slot, row) in rows.iter_mut().zip(first..self.len()) {
+                let (token, head) = self.place(row);
+                *slot = x.row(token, head * head_dim, head_dim);
             }
+            let whole = head_dim - head_dim % SQUARE;
+            for d in (0..whole).step_by(SQUARE) {
+                let mut block = [&ZEROS[..]; SQUARE];
+                for (part, row) in block.iter_mut().zip(rows) {
+                    if !row.is_empty() {
+                        *part = &row[d..d + SQUARE];
+                    }
+                }
+                s.transpose(&mut out[d * n + first..], n, block);
+            }
+            for d in whole..head_dim {
+                for (out, row) in out[d * n + first..][..SQUARE].iter_mut().zip(rows) {
+                    *out = if row.is_empty() { 0.0 } else { row[d] };
+                }
+            }
+        }
+        if factor != 1.0 {
+            scale(s, out, factor);
         }
     }
 
-    /// `out[row, d] = factor * x[row, d]`, rows and columns padded with zeros.
-    pub(super) fn pack_rows(self, out: &mut Vec<f32>, x: &[f32], factor: f32) {
+    /// Sets `out[row, d] = factor * x[row, d]`, `[padded rows, padded head_dim]`.
+    #[inline(always)]
+    pub(super) fn pack_rows<S: Product>(self, s: S, out: &mut [f32], x: View<'_>, factor: f32) {
         let (width, head_dim) = (padded(self.dims.head_dim), self.dims.head_dim);
-        out.clear();
-        out.resize(self.padded() * width, 0.0);
-        for (row, first, _) in self.each() {
-            for (out, x) in out[row * width..].iter_mut().zip(&x[first..][..head_dim]) {
-                *out = factor * x;
+        let out = &mut out[..self.padded() * width];
+        let mut places = self.places();
+        for out in out.chunks_exact_mut(width) {
+            match places.next() {
+                Some((token, head)) => copy(s, out, x.row(token, head * head_dim, head_dim)),
+                None => out.fill(0.0),
             }
+        }
+        if factor != 1.0 {
+            scale(s, out, factor);
         }
     }
 
-    /// Fills the places of `scores` `[keys, rows]` that causality hides, for the keys from `first_key` on.
+    /// Sets the places of `scores` `[keys, padded rows]` that causality hides, for the keys from `first_key` on.
+    #[inline(always)]
     pub(super) fn mask(self, scores: &mut [f32], first_key: usize, value: f32) {
         let seen_by_all = self.dims.visible(self.first);
-        for (j, scores) in scores.chunks_exact_mut(self.padded()).enumerate() {
-            let hidden = (first_key + j + 1).saturating_sub(seen_by_all).min(self.count);
-            for scores in scores[..self.dims.group() * self.count].chunks_exact_mut(self.count) {
-                scores[..hidden].fill(value);
+        let first_hidden = seen_by_all.saturating_sub(first_key);
+        for (j, scores) in scores.chunks_exact_mut(self.padded()).enumerate().skip(first_hidden) {
+            let hidden = (first_key + j + 1 - seen_by_all).min(self.count);
+            scores[..hidden * self.dims.group()].fill(value);
+        }
+    }
+}
+
+static ZEROS: [f32; SQUARE] = [0.0; SQUARE];
+
+/// Sets `out` to `x` followed by zeros.
+#[inline(always)]
+fn copy<S: Product>(s: S, out: &mut [f32], x: &[f32]) {
+    for (i, out) in out.chunks_exact_mut(S::LANES).enumerate() {
+        s.store(out, s.load_tail(&x[(i * S::LANES).min(x.len())..]));
+    }
+}
+
+#[inline(always)]
+fn scale<S: Product>(s: S, x: &mut [f32], factor: f32) {
+    let factor = s.splat(factor);
+    for x in x.chunks_exact_mut(S::LANES) {
+        s.store(x, s.mul(factor, s.load(x)));
+    }
+}
+
+/// Sets `out` `[padded keys, padded head_dim]` to `keys` rows of `x` from `row` on, columns from `column` on.
+#[inline(always)]
+pub(super) fn pack_keys<S: Product>(
+    s: S,
+    out: &mut [f32],
+    x: View<'_>,
+    [row, keys]: [usize; 2],
+    column: usize,
+    head_dim: usize,
+) {
+    let width = padded(head_dim);
+    for (j, out) in out[..padded_keys(keys) * width].chunks_exact_mut(width).enumerate() {
+        if j < keys {
+            copy(s, out, x.row(row + j, column, head_dim));
+        } else {
+            out.fill(0.0);
+        }
+    }
+}
+
+/// Sets `out` `[n, m]` to the transpose of `x` `[m, n]`; both are multiples of [`SQUARE`].
+#[inline(always)]
+pub(super) fn transpose<S: Product>(s: S, out: &mut [f32], x: &[f32], [m, n]: [usize; 2]) {
+    for i in (0..m).step_by(SQUARE) {
+        for j in (0..n).step_by(SQUARE) {
+            let mut block = [&ZEROS[..]; SQUARE];
+            for (r, part) in block.iter_mut().enumerate() {
+                *part = &x[(i + r) * n + j..][..SQUARE];
             }
+            s.transpose(&mut out[j * m + i..], m, block);
         }
     }
 }
@@ -103,10 +253,10 @@ pub(super) enum Left {
     Columns(usize),
 }
 
-/// `C = A B`, or `C += A B` when `accumulate`: C `[m, n]`, A `[m, k]` as `left` says, B `[k, n]`; n is whole
-/// vectors.
+/// `C = A B`, or `C += A B` when `accumulate`: C `[m, n]`, A `[m, k]` as `left` says, B `[k, n]`; m is a multiple of
+/// [`KEY_PAD`] and n of [`PAD`].
 #[inline(always)]
-pub(super) fn product<S: Simd>(
+pub(super) fn product<S: Product>(
     s: S,
     c: &mut [f32],
     a: &[f32],
@@ -116,94 +266,111 @@ pub(super) fn product<S: Simd>(
     accumulate: bool,
 ) {
     match left {
-        Left::Rows(stride) => sized::<S, false>(s, c, a, stride, b, [m, n, k], accumulate),
-        Left::Columns(stride) => sized::<S, true>(s, c, a, stride, b, [m, n, k], accumulate),
+        Left::Rows(stride) => columns::<S, false>(s, c, a, stride, b, [m, n, k], accumulate),
+        Left::Columns(stride) => columns::<S, true>(s, c, a, stride, b, [m, n, k], accumulate),
     }
 }
 
 #[inline(always)]
-fn sized<S: Simd, const COLUMNS: bool>(
+fn columns<S: Product, const COLUMNS: bool>(
     s: S,
     c: &mut [f32],
     a: &[f32],
     stride: usize,
     b: &[f32],
-    [m, n, k]: [usize; 3],
+    sizes: [usize; 3],
     accumulate: bool,
 ) {
+    let n = sizes[1];
     let mut j = 0;
-    while j + 2 * S::LANES <= n {
-        column::<S, 2, COLUMNS>(s, &mut c[j..], a, stride, &b[j..], [m, n, k], accumulate);
-        j += 2 * S::LANES;
-    }
-    if j < n {
-        column::<S, 1, COLUMNS>(s, &mut c[j..], a, stride, &b[j..], [m, n, k], accumulate);
+    while j < n {
+        let (c, b) = (&mut c[j..], &b[j..]);
+        if j + 2 * S::LANES <= n {
+            s.isolated(Column::<2, COLUMNS> { c, a, stride, b, sizes, accumulate });
+            j += 2 * S::LANES;
+        } else {
+            s.isolated(Column::<1, COLUMNS> { c, a, stride, b, sizes, accumulate });
+            j += S::LANES;
+        }
     }
 }
 
 /// N vectors of every row of C.
-#[inline(always)]
-fn column<S: Simd, const N: usize, const COLUMNS: bool>(
-    s: S,
-    c: &mut [f32],
-    a: &[f32],
+struct Column<'a, const N: usize, const COLUMNS: bool> {
+    c: &'a mut [f32],
+    a: &'a [f32],
     stride: usize,
-    b: &[f32],
-    [m, n, k]: [usize; 3],
+    b: &'a [f32],
+    sizes: [usize; 3],
     accumulate: bool,
-) {
-    let step = if COLUMNS { 1 } else { stride };
-    let mut i = 0;
-    // Eight rows of two vectors need more than the 16 registers of the narrower tiers.
-    while S::LANES >= 16 && i + 8 <= m {
-        block::<S, 8, N, COLUMNS>(s, &mut c[i * n..], &a[i * step..], stride, b, n, k, accumulate);
-        i += 8;
-    }
-    while i + 4 <= m {
-        block::<S, 4, N, COLUMNS>(s, &mut c[i * n..], &a[i * step..], stride, b, n, k, accumulate);
-        i += 4;
-    }
-    while i < m {
-        block::<S, 1, N, COLUMNS>(s, &mut c[i * n..], &a[i * step..], stride, b, n, k, accumulate);
-        i += 1;
+}
+
+impl<const N: usize, const COLUMNS: bool> ProductKernel for Column<'_, N, COLUMNS> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Product>(self, s: S) {
+        // As many rows as the tier's registers hold.
+        if S::ROWS >= 8 {
+            self.blocks::<S, 8>(s);
+        } else if S::ROWS >= 4 {
+            self.blocks::<S, 4>(s);
+        } else {
+            self.blocks::<S, 2>(s);
+        }
     }
 }
 
-/// N vectors of M rows of C, in registers.
-#[expect(clippy::too_many_arguments, reason = "a product's operands and sizes")]
-#[inline(always)]
-fn block<S: Simd, const M: usize, const N: usize, const COLUMNS: bool>(
-    s: S,
-    c: &mut [f32],
-    a: &[f32],
-    stride: usize,
-    b: &[f32],
-    n: usize,
-    k: usize,
-    accumulate: bool,
-) {
-    let rows: [&[f32]; M] = std::array::from_fn(|i| if COLUMNS { a } else { &a[i * stride..][..k] });
-    let mut sums = [[s.splat(0.0); N]; M];
-    for l in 0..k {
-        let b = &b[l * n..][..N * S::LANES];
-        let mut bs = [s.splat(0.0); N];
-        for v in 0..N {
-            bs[v] = s.load(&b[v * S::LANES..]);
-        }
-        let column = if COLUMNS { &a[l * stride..][..M] } else { &[] };
-        for i in 0..M {
-            let x = s.splat(if COLUMNS { column[i] } else { rows[i][l] });
-            for v in 0..N {
-                sums[i][v] = s.fma(x, bs[v], sums[i][v]);
+impl<const N: usize, const COLUMNS: bool> Column<'_, N, COLUMNS> {
+    #[inline(always)]
+    fn blocks<S: Product, const M: usize>(self, s: S) {
+        let Column { c, a, stride, b, sizes: [m, n, k], accumulate } = self;
+        for i in (0..m).step_by(M) {
+            let c = &mut c[i * n..];
+            let mut sums = [[s.splat(0.0); N]; M];
+            if COLUMNS {
+                for (a, b) in a[i..].chunks(stride).zip(b.chunks(n)).take(k) {
+                    let a: &[f32; M] = a.first_chunk().expect("M values");
+                    let bs = load::<S, N>(s, b);
+                    for r in 0..M {
+                        let x = s.splat(a[r]);
+                        for v in 0..N {
+                            sums[r][v] = s.fma(x, bs[v], sums[r][v]);
+                        }
+                    }
+                }
+            } else {
+                let mut rows = [&a[..0]; M];
+                for (r, row) in rows.iter_mut().enumerate() {
+                    *row = &a[(i + r) * stride..][..k];
+                }
+                for (l, b) in b.chunks(n).take(k).enumerate() {
+                    let bs = load::<S, N>(s, b);
+                    for r in 0..M {
+                        let x = s.splat(rows[r][l]);
+                        for v in 0..N {
+                            sums[r][v] = s.fma(x, bs[v], sums[r][v]);
+                        }
+                    }
+                }
+            }
+            for r in 0..M {
+                let c = &mut c[r * n..][..N * S::LANES];
+                for v in 0..N {
+                    let c = &mut c[v * S::LANES..];
+                    let sum = if accumulate { s.add(s.load(c), sums[r][v]) } else { sums[r][v] };
+                    s.store(c, sum);
+                }
             }
         }
     }
-    for i in 0..M {
-        let c = &mut c[i * n..][..N * S::LANES];
-        for v in 0..N {
-            let c = &mut c[v * S::LANES..];
-            let sum = if accumulate { s.add(s.load(c), sums[i][v]) } else { sums[i][v] };
-            s.store(c, sum);
-        }
+}
+
+/// N vectors.
+#[inline(always)]
+fn load<S: Simd, const N: usize>(s: S, x: &[f32]) -> [S::V; N] {
+    let mut vectors = [s.splat(0.0); N];
+    for (v, vector) in vectors.iter_mut().enumerate() {
+        *vector = s.load(&x[v * S::LANES..]);
     }
+    vectors
 }

@@ -22,6 +22,30 @@ fn softmax_sums<S: Simd>(s: S, z: &[f32]) -> (f32, f32) {
     (max, s.reduce_add(s.add(sums[0], sums[1])) + rest)
 }
 
+/// [`softmax_sums`] that also sets z to e^(z - max).
+#[inline(always)]
+fn softmax_terms<S: Simd>(s: S, z: &mut [f32]) -> (f32, f32) {
+    let max = max_of(s, z);
+    let m = s.splat(max);
+    let mut sums = [s.splat(0.0); 2];
+    let pairs = z.len() - z.len() % (2 * S::LANES);
+    for j in (0..pairs).step_by(2 * S::LANES) {
+        for (i, sum) in sums.iter_mut().enumerate() {
+            let z = &mut z[j + i * S::LANES..];
+            let term = exp(s, s.sub(s.load(z), m));
+            *sum = s.add(*sum, term);
+            s.store(z, term);
+        }
+    }
+    let mut rest = 0.0;
+    for z in z[pairs..].chunks_mut(S::LANES) {
+        let term = exp(s, s.sub(s.load_tail(z), m));
+        s.store_tail(z, term);
+        rest += z.iter().sum::<f32>();
+    }
+    (max, s.reduce_add(s.add(sums[0], sums[1])) + rest)
+}
+
 /// The loss of one row of logits; with a `scale`, z becomes the gradient of `scale * loss`. Without a target the
 /// loss and the gradient are 0.
 pub(super) struct Row<'a> {
@@ -41,23 +65,20 @@ impl Kernel for Row<'_> {
             }
             return 0.0;
         };
-        let (max, sum) = softmax_sums(s, z);
-        let loss = sum.ln() - (z[target] - max);
+        let at_target = z[target];
+        let (max, sum) = match scale {
+            None => softmax_sums(s, z),
+            Some(_) => softmax_terms(s, z),
+        };
         if let Some(scale) = scale {
-            let (m, factor) = (s.splat(max), s.splat(scale / sum));
-            let head = z.len() - z.len() % S::LANES;
-            for j in (0..head).step_by(S::LANES) {
-                let p = exp(s, s.sub(s.load(&z[j..]), m));
-                s.store(&mut z[j..], s.mul(p, factor));
-            }
-            if head < z.len() {
-                let z = &mut z[head..];
-                let p = exp(s, s.sub(s.load_tail(z), m));
-                s.store_tail(z, s.mul(p, factor));
+            let factor = s.splat(scale / sum);
+            for z in z.chunks_mut(S::LANES) {
+                let term = s.load_tail(z);
+                s.store_tail(z, s.mul(term, factor));
             }
             z[target] -= scale;
         }
-        loss
+        sum.ln() - (at_target - max)
     }
 }
 

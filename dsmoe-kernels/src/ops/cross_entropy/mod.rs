@@ -7,7 +7,8 @@
 //!           dh = dz W                          set
 //!           dW += dz^T h                       added to
 //! ```
-//! Works on a few rows of logits at a time, never on more than [`CHUNK_BYTES`] of them (but at least one row).
+//! Works on a few rows of logits at a time, never on more than [`CHUNK_BYTES`] of them (but at least one row), so
+//! that `[T, vocab]` is never stored.
 
 mod kernel;
 pub mod reference;
@@ -19,7 +20,7 @@ use rayon::prelude::*;
 use super::blocks::{block_rows, each};
 use crate::buf::Buf;
 use crate::isa::Isa;
-use crate::matmul::{Mat, Packed, Precision, matmul, matmul_packed};
+use crate::matmul::{Mat, Packed, Precision, matmul_on, matmul_packed};
 
 /// A target that is not scored.
 pub const IGNORE: u32 = u32::MAX;
@@ -91,7 +92,7 @@ pub fn forward_on(
     let inputs = hidden_states.chunks(chunk * dims.hidden).zip(targets.chunks(chunk));
     for (losses, (h, targets)) in losses.chunks_mut(chunk).zip(inputs) {
         let z = &mut logits[..targets.len() * dims.vocab];
-        project(z, h, head, dims);
+        project(isa, z, h, head, dims, Precision::F32);
         rows(isa, losses, z, targets, None, dims);
     }
 }
@@ -122,10 +123,37 @@ pub fn forward_packed(
 }
 
 /// Sets `z` to the logits of a chunk.
-fn project(z: &mut [f32], h: &[f32], head: &[f32], dims: Dims) {
+fn project(isa: Isa, z: &mut [f32], h: &[f32], head: &[f32], dims: Dims, precision: Precision) {
     let Dims { hidden, vocab, .. } = dims;
     let h = Mat::new(h, h.len() / hidden, hidden);
-    matmul(z, h, Mat::new(head, vocab, hidden).t(), false, Precision::F32);
+    matmul_on(isa, z, h, Mat::new(head, vocab, hidden).t(), false, precision);
+}
+
+/// Work space and precision of training. The space grows on demand and is kept.
+#[derive(Debug)]
+pub struct Scratch {
+    isa: Isa,
+    precision: Precision,
+    logits: Buf,
+}
+
+impl Default for Scratch {
+    fn default() -> Scratch {
+        Scratch::with(Isa::current(), Precision::F32)
+    }
+}
+
+impl Scratch {
+    /// An empty scratch: the ops it is given to run on `isa` and round the operands of their products to
+    /// `precision`.
+    pub fn with(isa: Isa, precision: Precision) -> Scratch {
+        Scratch { isa, precision, logits: Buf::default() }
+    }
+
+    /// Makes room for `dims`, so that the op allocates nothing.
+    pub fn reserve(&mut self, dims: Dims) {
+        self.logits.resize(dims.chunk().min(dims.tokens) * dims.vocab);
+    }
 }
 
 /// Sets `losses` `[T]` and `dhidden` `[T, hidden]` and adds to `dhead` `[vocab, hidden]` the gradients of
@@ -143,38 +171,24 @@ pub fn forward_backward(
     targets: &[u32],
     scale: f32,
     dims: Dims,
-) {
-    forward_backward_on(Isa::current(), losses, dhidden, dhead, hidden_states, head, targets, scale, dims);
-}
-
-/// [`forward_backward`] on a given tier.
-#[expect(clippy::too_many_arguments, reason = "the op's operands, in the order of its formula")]
-pub fn forward_backward_on(
-    isa: Isa,
-    losses: &mut [f32],
-    dhidden: &mut [f32],
-    dhead: &mut [f32],
-    hidden_states: &[f32],
-    head: &[f32],
-    targets: &[u32],
-    scale: f32,
-    dims: Dims,
+    scratch: &mut Scratch,
 ) {
     let op = "cross_entropy::forward_backward";
     dims.check(op, losses.len(), hidden_states.len(), head.len(), targets);
     dims.check(op, losses.len(), dhidden.len(), dhead.len(), targets);
     let Dims { hidden, vocab, .. } = dims;
+    scratch.reserve(dims);
+    let (isa, precision) = (scratch.isa, scratch.precision);
     let chunk = dims.chunk();
-    let mut logits = vec![0.0; chunk.min(dims.tokens) * vocab];
     let inputs = hidden_states.chunks(chunk * hidden).zip(targets.chunks(chunk));
     let outputs = losses.chunks_mut(chunk).zip(dhidden.chunks_mut(chunk * hidden));
     for ((losses, dh), (h, targets)) in outputs.zip(inputs) {
         let n = targets.len();
-        let dz = &mut logits[..n * vocab];
-        project(dz, h, head, dims);
+        let dz = &mut scratch.logits[..n * vocab];
+        project(isa, dz, h, head, dims, precision);
         rows(isa, losses, dz, targets, Some(scale), dims);
-        matmul(dh, Mat::new(dz, n, vocab), Mat::new(head, vocab, hidden), false, Precision::F32);
-        matmul(dhead, Mat::new(dz, n, vocab).t(), Mat::new(h, n, hidden), true, Precision::F32);
+        matmul_on(isa, dh, Mat::new(dz, n, vocab), Mat::new(head, vocab, hidden), false, precision);
+        matmul_on(isa, dhead, Mat::new(dz, n, vocab).t(), Mat::new(h, n, hidden), true, precision);
     }
 }
 

@@ -1,5 +1,6 @@
 use super::{
-    Dims, IGNORE, forward, forward_backward_on, forward_on, forward_packed, log_softmax_row_on, reference,
+    Dims, IGNORE, Scratch, forward, forward_backward, forward_on, forward_packed, log_softmax_row_on,
+    reference,
 };
 use crate::buf::Buf;
 use crate::isa::Isa;
@@ -50,7 +51,8 @@ fn forward_and_backward_agree_with_the_reference_on_every_tier() {
             let mut dh = vec![f32::NAN; tokens * hidden];
             let mut dhead = vec![1.0; vocab * hidden];
             forward_on(isa, &mut losses, &h, &head, &targets, dims);
-            forward_backward_on(isa, &mut again, &mut dh, &mut dhead, &h, &head, &targets, 0.25, dims);
+            let mut scratch = Scratch::with(isa, Precision::F32);
+            forward_backward(&mut again, &mut dh, &mut dhead, &h, &head, &targets, 0.25, dims, &mut scratch);
             assert_eq!(losses, again, "{name}");
             assert_close(&format!("losses {name}"), &losses, &want, 5e-7);
             assert_close(&format!("dh {name}"), &dh, &want_dh, 1e-6);
@@ -69,6 +71,25 @@ fn a_packed_head_gives_the_same_losses() {
         let packed = Packed::new(Precision::F32, Mat::new(&head, vocab, hidden));
         forward_packed(&mut got, &h, &packed, &targets(dims), &mut Buf::default());
         assert_eq!(got, want, "{dims:?}");
+    }
+}
+
+/// Rounding the operands to bf16 by hand and multiplying in f32 is what the precision means.
+#[test]
+fn bf16_rounds_the_operands_of_the_products() {
+    let dims = Dims { tokens: 50, hidden: 24, vocab: 90 };
+    let rounded = |x: Vec<f32>| -> Vec<f32> { x.iter().map(|&x| half::bf16::from_f32(x).to_f32()).collect() };
+    let (h, head) = (normals(50 * 24, 1), normals(90 * 24, 2));
+    let targets = targets(dims);
+    let want = reference::forward(&f64s(&rounded(h.clone())), &f64s(&rounded(head.clone())), &targets, dims);
+    let (want_dh, want_dhead) = reference::backward(&f64s(&h), &f64s(&head), &targets, 1.0, dims);
+    for isa in Isa::available() {
+        let (mut losses, mut dh, mut dhead) = (vec![0.0; 50], vec![0.0; h.len()], vec![0.0; head.len()]);
+        let scratch = &mut Scratch::with(isa, Precision::Bf16);
+        forward_backward(&mut losses, &mut dh, &mut dhead, &h, &head, &targets, 1.0, dims, scratch);
+        assert_close(&format!("losses {}", isa.name()), &losses, &want, 2e-6);
+        assert_close(&format!("dh {}", isa.name()), &dh, &want_dh, 3e-2);
+        assert_close(&format!("dhead {}", isa.name()), &dhead, &want_dhead, 3e-2);
     }
 }
 
@@ -117,7 +138,8 @@ fn threads_do_not_change_a_bit() {
     let (h, head, targets) = (normals(600 * 40, 1), normals(333 * 40, 2), targets(dims));
     assert_same_on_threads("cross_entropy", || {
         let (mut losses, mut dh, mut dhead) = (vec![0.0; 600], vec![0.0; h.len()], vec![0.0; head.len()]);
-        super::forward_backward(&mut losses, &mut dh, &mut dhead, &h, &head, &targets, 0.1, dims);
+        let scratch = &mut Scratch::default();
+        forward_backward(&mut losses, &mut dh, &mut dhead, &h, &head, &targets, 0.1, dims, scratch);
         [losses, dh, dhead]
     });
 }

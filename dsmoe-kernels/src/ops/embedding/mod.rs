@@ -13,6 +13,9 @@ use rayon::prelude::*;
 
 use super::blocks::{block_rows, each};
 
+/// Tasks of the backward: each reads all ids.
+const TASKS: usize = 16;
+
 fn check(op: &str, activations: usize, table: usize, ids: &[u32], hidden: usize) {
     assert!(
         hidden > 0 && table.is_multiple_of(hidden) && activations == ids.len() * hidden,
@@ -45,21 +48,16 @@ pub fn forward(out: &mut [f32], table: &[f32], ids: &[u32], hidden: usize) {
 /// Lengths do not fit, or an id is not below the number of rows.
 pub fn backward(dtable: &mut [f32], dout: &[f32], ids: &[u32], hidden: usize) {
     check("embedding::backward", dout.len(), dtable.len(), ids, hidden);
-    let mut order: Vec<usize> = (0..ids.len()).collect();
-    order.sort_by_key(|&t| ids[t]);
-    // One row of the table with all its tokens is one item, so that no two threads meet.
-    let mut items = Vec::new();
-    let (mut rest, mut first) = (dtable, 0);
-    for tokens in order.chunk_by(|&s, &t| ids[s] == ids[t]) {
-        let id = ids[tokens[0]] as usize;
-        let (row, after) = rest[(id - first) * hidden..].split_at_mut(hidden);
-        items.push((row, tokens));
-        (rest, first) = (after, id + 1);
-    }
-    let add = |(row, tokens): (&mut [f32], &[usize])| {
-        for &t in tokens {
-            super::add::add(row, &dout[t * hidden..][..hidden]);
+    // Every task owns some rows of the table and looks for their tokens, so that no two threads meet.
+    let rows = (dtable.len() / hidden).div_ceil(TASKS).max(1);
+    each(dtable.par_chunks_mut(rows * hidden).enumerate(), |(task, dtable)| {
+        let first = task * rows;
+        for (&id, dout) in ids.iter().zip(dout.chunks_exact(hidden)) {
+            if let Some(at) = (id as usize).checked_sub(first)
+                && let Some(row) = dtable.get_mut(at * hidden..(at + 1) * hidden)
+            {
+                super::add::add(row, dout);
+            }
         }
-    };
-    each(items.into_par_iter().with_min_len(block_rows(hidden)), add);
+    });
 }

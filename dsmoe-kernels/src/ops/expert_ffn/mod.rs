@@ -29,6 +29,7 @@ mod tests;
 mod train;
 
 pub use packed::PackedWeights;
+use packed::tile_depth;
 
 use crate::buf::Buf;
 use crate::isa::Isa;
@@ -105,6 +106,14 @@ pub struct Saved {
     pub b: Buf,
 }
 
+impl Saved {
+    /// A place that no routing of `dims` outgrows.
+    pub fn with_room(dims: Dims) -> Saved {
+        let len = dims.tokens * dims.intermediate;
+        Saved { a: Buf::zeros(len), b: Buf::zeros(len) }
+    }
+}
+
 /// Work space, instruction-set tier and precision of training. The space grows on demand and is kept; any scratch
 /// serves any shape.
 #[derive(Debug)]
@@ -141,6 +150,17 @@ impl Scratch {
             dpairs: empty(),
             cut: Cut::default(),
         }
+    }
+
+    /// Makes room for training on `dims`, whatever the routing. Memory is taken when it is used.
+    pub fn reserve(&mut self, dims: Dims) {
+        let values = dims.tokens * dims.intermediate;
+        for buf in [&mut self.g, &mut self.da, &mut self.db, &mut self.scaled] {
+            buf.resize(values);
+        }
+        let pairs = dims.tokens * dims.num_experts;
+        self.tiles.resize(2 * pairs * tile_depth(dims.expert_width()));
+        self.dpairs.resize(pairs);
     }
 
     /// What training rounds to.
@@ -270,7 +290,7 @@ fn infer(
 /// [`forward_packed`] over row-major weights that keeps what [`backward`] needs.
 ///
 /// # Panics
-/// As [`forward`].
+/// As [`forward_packed`].
 pub fn forward_train(
     y: &mut [f32],
     saved: &mut Saved,
@@ -292,7 +312,7 @@ pub fn forward_train(
 /// [`forward_dense_packed`] over row-major weights that keeps what [`backward_dense`] needs.
 ///
 /// # Panics
-/// As [`forward_dense`].
+/// As [`forward_dense_packed`].
 #[expect(
     clippy::too_many_arguments,
     reason = "outputs, inputs and sizes of one op, each with its own meaning"

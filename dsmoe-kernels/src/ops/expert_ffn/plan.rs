@@ -98,6 +98,7 @@ impl Cut {
     /// Cuts a product of inner dimension k with `panels` panels per expert into about `tasks` tasks.
     pub(super) fn set(&mut self, plan: &Plan<'_>, panels: usize, k: usize, tasks: usize) {
         self.experts.clear();
+        self.experts.reserve(plan.dims.num_experts);
         self.tasks = 0;
         for expert in 0..plan.dims.num_experts {
             let rows = plan.pairs_of(expert).len();

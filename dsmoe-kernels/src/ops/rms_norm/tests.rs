@@ -1,4 +1,4 @@
-use super::{backward_on, forward_on, reference};
+use super::{backward_on, forward_on, forward_sum_on, reference, restore_on};
 use crate::isa::Isa;
 use crate::testing::{
     assert_close, assert_close_f64, assert_same_on_threads, f64s, finite_differences, normals,
@@ -31,12 +31,36 @@ fn forward_and_backward_agree_with_the_reference_on_every_tier() {
             let mut rstd = vec![f32::NAN; tokens];
             let mut dw = vec![1.0; hidden];
             forward_on(isa, &mut y, &mut rstd, &x, &w, EPS, hidden);
-            backward_on(isa, &mut dx, &mut dw, &dy, &x, &w, &rstd, hidden);
+            backward_on(isa, &mut dx, &mut dw, &dy, &x, &w, &rstd, hidden, false);
             assert_close(&format!("y {name}"), &y, &want_y, 5e-7);
             assert_close(&format!("rstd {name}"), &rstd, &want_rstd, 5e-7);
             assert_close(&format!("dx {name}"), &dx, &want_dx, 1e-6);
             assert_close(&format!("dw {name}"), &dw, &want_dw, 2e-6);
         }
+    }
+}
+
+#[test]
+fn joined_forms_are_the_sum_of_their_parts() {
+    let (tokens, hidden) = (300, 70);
+    let [a, b, dy] = [1, 2, 3].map(|seed| normals(tokens * hidden, seed));
+    let w = normals(hidden, 4);
+    let x: Vec<f32> = a.iter().zip(&b).map(|(a, b)| a + b).collect();
+    for isa in Isa::available() {
+        let [mut y, mut want_y, mut sum, mut dx] = [(); 4].map(|()| vec![f32::NAN; tokens * hidden]);
+        let [mut rstd, mut want_rstd] = [(); 2].map(|()| vec![f32::NAN; tokens]);
+        forward_on(isa, &mut want_y, &mut want_rstd, &x, &w, EPS, hidden);
+        forward_sum_on(isa, &mut y, &mut rstd, &mut sum, &a, &b, &w, EPS, hidden);
+        assert_eq!((&y, &rstd, &sum), (&want_y, &want_rstd, &x), "{}", isa.name());
+        restore_on(isa, &mut y, &x, &w, &rstd, hidden);
+        assert_eq!(y, want_y, "{} restored", isa.name());
+
+        let [mut dw, mut dw_again] = [(); 2].map(|()| vec![1.0; hidden]);
+        backward_on(isa, &mut dx, &mut dw, &dy, &x, &w, &rstd, hidden, false);
+        let mut added = a.clone();
+        backward_on(isa, &mut added, &mut dw_again, &dy, &x, &w, &rstd, hidden, true);
+        let want: Vec<f32> = a.iter().zip(&dx).map(|(a, dx)| a + dx).collect();
+        assert_eq!((added, dw), (want, dw_again), "{}", isa.name());
     }
 }
 
@@ -61,6 +85,8 @@ fn threads_do_not_change_a_bit() {
         let (mut rstd, mut dw) = (vec![0.0; tokens], vec![0.0; hidden]);
         super::forward(&mut y, &mut rstd, &x, &w, EPS, hidden);
         super::backward(&mut dx, &mut dw, &dy, &x, &w, &rstd, hidden);
+        super::backward_add(&mut dx, &mut dw, &dy, &x, &w, &rstd, hidden);
+        super::restore(&mut y, &x, &w, &rstd, hidden);
         [y, dx, rstd, dw]
     });
 }

@@ -139,34 +139,49 @@ pub fn forward(x: &mut [f32], args: Args<'_>) {
 
 /// [`forward`] on a given tier.
 pub fn forward_on(isa: Isa, x: &mut [f32], args: Args<'_>) {
-    rotate("rope::forward", isa, x, args, 1.0);
+    rotate("rope::forward", isa, x, args.width(), args, 1.0);
 }
 
-/// Rotates the rows of the gradient `dx` `[batch * seq, heads * head_dim]` back, in place.
+/// Rotates the first `heads * head_dim` columns of the rows of `x` `[batch * seq, stride]` in place: queries and keys
+/// of a matrix that has values too.
 ///
 /// # Panics
 /// As [`forward`].
-pub fn backward(dx: &mut [f32], args: Args<'_>) {
-    backward_on(Isa::current(), dx, args);
+pub fn forward_columns(x: &mut [f32], stride: usize, args: Args<'_>) {
+    rotate("rope::forward_columns", Isa::current(), x, stride, args, 1.0);
 }
 
-/// [`backward`] on a given tier.
-pub fn backward_on(isa: Isa, dx: &mut [f32], args: Args<'_>) {
-    rotate("rope::backward", isa, dx, args, -1.0);
+/// Rotates those columns of the gradient `dx` `[batch * seq, stride]` back, in place.
+///
+/// # Panics
+/// As [`forward`].
+pub fn backward_columns(dx: &mut [f32], stride: usize, args: Args<'_>) {
+    backward_columns_on(Isa::current(), dx, stride, args);
 }
 
-fn rotate(op: &str, isa: Isa, x: &mut [f32], args: Args<'_>, direction: f32) {
+/// [`backward_columns`] on a given tier.
+pub fn backward_columns_on(isa: Isa, dx: &mut [f32], stride: usize, args: Args<'_>) {
+    rotate("rope::backward_columns", isa, dx, stride, args, -1.0);
+}
+
+impl Args<'_> {
+    /// Columns that are rotated.
+    fn width(&self) -> usize {
+        self.heads * 2 * self.table.frequencies.len()
+    }
+}
+
+fn rotate(op: &str, isa: Isa, x: &mut [f32], stride: usize, args: Args<'_>, direction: f32) {
     let Args { table, seq, start, heads } = args;
-    let half = table.frequencies.len();
-    let width = heads * 2 * half;
+    let width = args.width();
     if x.is_empty() {
         return;
     }
     assert!(
-        width > 0 && seq > 0 && x.len().is_multiple_of(seq * width),
-        "{op}: {} values for sequences of {seq} rows of {heads} heads of {}",
+        width > 0 && seq > 0 && stride >= width && x.len().is_multiple_of(seq * stride),
+        "{op}: {} values for sequences of {seq} rows of {heads} heads of {}, rows of {stride}",
         x.len(),
-        2 * half
+        2 * table.frequencies.len()
     );
     assert!(
         start <= table.positions && seq <= table.positions - start,
@@ -174,11 +189,11 @@ fn rotate(op: &str, isa: Isa, x: &mut [f32], args: Args<'_>, direction: f32) {
         start.saturating_add(seq - 1),
         table.positions
     );
-    let rows = block_rows(width);
-    each(x.par_chunks_mut(rows * width).enumerate(), |(block, x)| {
-        for (i, x) in x.chunks_exact_mut(width).enumerate() {
+    let rows = block_rows(stride);
+    each(x.par_chunks_mut(rows * stride).enumerate(), |(block, x)| {
+        for (i, x) in x.chunks_exact_mut(stride).enumerate() {
             let (cos, sin) = table.row(start + (block * rows + i) % seq);
-            isa.run(kernel::Rotate { x, cos, sin, direction });
+            isa.run(kernel::Rotate { x: &mut x[..width], cos, sin, direction });
         }
     });
 }

@@ -1,4 +1,7 @@
-use super::{Args, Scaling, Table, backward_on, forward_on, frequencies, reference};
+use super::{
+    Args, Scaling, Table, backward_columns, backward_columns_on, forward, forward_columns, forward_on,
+    frequencies, reference,
+};
 use crate::isa::Isa;
 use crate::testing::{
     assert_close, assert_close_f64, assert_same_on_threads, f64s, finite_differences, normals,
@@ -67,7 +70,7 @@ fn forward_and_backward_agree_with_the_reference_on_every_tier() {
                 let args = Args { table: &table, seq, start, heads };
                 let (mut y, mut dx) = (x.clone(), x.clone());
                 forward_on(isa, &mut y, args);
-                backward_on(isa, &mut dx, args);
+                backward_columns_on(isa, &mut dx, heads * head_dim, args);
                 assert_close(&format!("y {} {head_dim}", isa.name()), &y, &want, 3e-7);
                 assert_close(&format!("dx {} {head_dim}", isa.name()), &dx, &want_dx, 3e-7);
             }
@@ -76,12 +79,29 @@ fn forward_and_backward_agree_with_the_reference_on_every_tier() {
 }
 
 #[test]
+fn columns_past_the_heads_are_left_alone() {
+    let (seq, heads, head_dim, stride) = (9, 3, 8, 31);
+    let table = Table::new(head_dim, 1e4, Scaling::None, seq);
+    let args = Args { table: &table, seq, start: 0, heads };
+    let x = normals(2 * seq * stride, 1);
+    let columns = |x: &[f32]| -> Vec<f32> { x.chunks(stride).flat_map(|x| x[..24].to_vec()).collect() };
+    let rest = |x: &[f32]| -> Vec<f32> { x.chunks(stride).flat_map(|x| x[24..].to_vec()).collect() };
+    let mut want = columns(&x);
+    forward(&mut want, args);
+    let mut y = x.clone();
+    forward_columns(&mut y, stride, args);
+    assert_eq!((columns(&y), rest(&y)), (want, rest(&x)));
+    backward_columns(&mut y, stride, args);
+    assert_close("back", &y, &f64s(&x), 1e-6);
+}
+
+#[test]
 fn threads_do_not_change_a_bit() {
     let x = normals(2 * 300 * 4 * 32, 1);
     assert_same_on_threads("rope", || {
         let table = Table::new(32, 1e4, Scaling::None, 300);
         let mut y = x.clone();
-        super::forward(&mut y, Args { table: &table, seq: 300, start: 0, heads: 4 });
+        forward(&mut y, Args { table: &table, seq: 300, start: 0, heads: 4 });
         y
     });
 }
@@ -90,5 +110,5 @@ fn threads_do_not_change_a_bit() {
 #[should_panic(expected = "rope::forward: position 10 of 10")]
 fn a_position_past_the_table_is_refused() {
     let table = Table::new(2, 1e4, Scaling::None, 10);
-    super::forward(&mut [0.0; 4], Args { table: &table, seq: 2, start: 9, heads: 1 });
+    forward(&mut [0.0; 4], Args { table: &table, seq: 2, start: 9, heads: 1 });
 }

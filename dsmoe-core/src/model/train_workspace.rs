@@ -1,0 +1,146 @@
+//! The memory of training: what one step keeps and works in.
+
+use std::any::Any;
+
+use dsmoe_kernels::buf::Buf;
+use dsmoe_kernels::{Isa, Precision, cross_entropy, expert_ffn};
+use dsmoe_router::RoutingStats;
+
+use super::Model;
+use crate::config::Config;
+use crate::ffn::FfnScratch;
+
+/// What one layer's backward needs from its forward. Normed inputs are computed again from the residual stream.
+#[derive(Debug)]
+pub(super) struct LayerActs {
+    /// Input of the layer.
+    pub(super) x: Buf,
+    pub(super) rstd: Buf,
+    /// Queries, keys and values, rotated.
+    pub(super) qkv: Buf,
+    pub(super) a: Buf,
+    pub(super) lse: Buf,
+    /// Residual stream between attention and FFN.
+    pub(super) x_mid: Buf,
+    pub(super) rstd_mid: Buf,
+    pub(super) ffn: Box<dyn Any + Send>,
+}
+
+/// Activations and scratch of training in one precision, sized for a number of tokens and reused every step.
+#[derive(Debug)]
+pub struct TrainWorkspace {
+    pub(super) precision: Precision,
+    tokens: usize,
+    pub(super) layers: Vec<LayerActs>,
+    pub(super) x: Buf,
+    pub(super) rstd: Buf,
+    /// Normed input of the block at work.
+    pub(super) h: Buf,
+    pub(super) losses: Buf,
+    /// Output of a block before it joins the residual stream; on the way back the gradient of a block's input.
+    pub(super) y: Buf,
+    /// Gradient of the residual stream.
+    pub(super) dx: Buf,
+    pub(super) dqkv: Buf,
+    pub(super) da: Buf,
+    pub(super) head: cross_entropy::Scratch,
+    pub(super) scratch: FfnScratch,
+    pub(super) stats: Option<RoutingStats>,
+}
+
+/// Values per token.
+#[derive(Clone, Copy)]
+struct Widths {
+    hidden: usize,
+    qkv: usize,
+    /// Attention's output.
+    attention: usize,
+    heads: usize,
+}
+
+impl Widths {
+    fn of(config: &Config) -> Widths {
+        let (attention, kv) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
+        Widths { hidden: config.hidden, qkv: attention + 2 * kv, attention, heads: config.num_heads }
+    }
+
+    /// What a layer keeps apart from its FFN, as [`LayerActs`] lists it.
+    fn layer(self) -> [usize; 7] {
+        [self.hidden, 1, self.qkv, self.attention, self.heads, self.hidden, 1]
+    }
+
+    /// What all layers share, as [`TrainWorkspace`] lists it.
+    fn shared(self) -> [usize; 8] {
+        [self.hidden, 1, self.hidden, 1, self.hidden, self.hidden, self.qkv, self.attention]
+    }
+}
+
+impl TrainWorkspace {
+    /// For micro-batches of `tokens` tokens of `model`; operands of matrix products are rounded to `precision`
+    /// (routers stay f32).
+    pub fn new(model: &Model, tokens: usize, precision: Precision) -> TrainWorkspace {
+        let config = &model.config;
+        let widths = Widths::of(config);
+        let room = |width: usize| Buf::zeros(tokens * width);
+        let layer = |ffn: &dyn crate::ffn::Ffn| {
+            let [x, rstd, qkv, a, lse, x_mid, rstd_mid] = widths.layer().map(room);
+            LayerActs { x, rstd, qkv, a, lse, x_mid, rstd_mid, ffn: ffn.new_saved(tokens) }
+        };
+        let layers = model.ffns.iter().map(|ffn| layer(ffn.as_ref())).collect();
+        let [x, rstd, h, losses, y, dx, dqkv, da] = widths.shared().map(room);
+        let mut head = cross_entropy::Scratch::with(Isa::current(), precision);
+        head.reserve(cross_entropy::Dims { tokens, hidden: config.hidden, vocab: config.vocab_size });
+        let experts = expert_ffn::Scratch::with(Isa::current(), precision);
+        let mut scratch = FfnScratch { experts, ..FfnScratch::default() };
+        for ffn in &model.ffns {
+            ffn.reserve(&mut scratch, tokens);
+        }
+        let stats = model.new_stats();
+        TrainWorkspace {
+            precision,
+            tokens,
+            layers,
+            x,
+            rstd,
+            h,
+            losses,
+            y,
+            dx,
+            dqkv,
+            da,
+            head,
+            scratch,
+            stats,
+        }
+    }
+
+    /// The routing of the last step; none without routers.
+    pub fn stats(&self) -> Option<&RoutingStats> {
+        self.stats.as_ref()
+    }
+
+    /// Tokens of a micro-batch.
+    pub(super) fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// Where the forward pass first left the finite numbers.
+    pub(super) fn first_non_finite(&self) -> String {
+        let bad = |buf: &Buf| buf.iter().any(|x| !x.is_finite());
+        for (i, layer) in self.layers.iter().enumerate() {
+            if bad(&layer.x) {
+                return match i {
+                    0 => "embedding".to_owned(),
+                    _ => format!("layer {} ffn", i - 1),
+                };
+            }
+            if bad(&layer.x_mid) {
+                return format!("layer {i} attention");
+            }
+        }
+        match bad(&self.x) {
+            true => format!("layer {} ffn", self.layers.len() - 1),
+            false => "head".to_owned(),
+        }
+    }
+}
