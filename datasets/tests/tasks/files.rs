@@ -130,6 +130,31 @@ fn configurations_of_a_dataset_are_told_apart() {
 }
 
 #[test]
+fn the_two_lambadas_share_a_folder() {
+    let openai = ("lambada/lambada_test.jsonl", &b"{\"text\": \"one two three\"}\n"[..]);
+    let standard = ("lambada/lambada_test_plain_text.txt", &b"one two 's four\r\nfive six\n\n"[..]);
+    let notes = ("piqa/valid.txt", &b"not rows\n"[..]);
+    let rows = ("piqa/valid.jsonl", PIQA.as_bytes());
+    let dir = folder(&[openai, standard, notes, rows]);
+    let all = |task: &str| load(dir.path(), task).map(|loaded| asked(&loaded)).unwrap();
+    assert_eq!(all("lambada_openai"), [("one two".to_owned(), " three".to_owned())]);
+    let cut = [("one two 's", " four"), ("five", " six")];
+    assert_eq!(all("lambada_standard"), cut.map(|(context, word)| (context.to_owned(), word.to_owned())));
+    assert_eq!(all("piqa").len(), 2);
+    // Neither takes the other's file.
+    for (file, task, other) in
+        [(openai, "lambada_openai", "lambada_standard"), (standard, "lambada_standard", "lambada_openai")]
+    {
+        let dir = folder(&[file]);
+        let source = Source::folder(dir.path());
+        let has = |name: &str| source.has(Task::named(name).unwrap()).unwrap();
+        assert_eq!((has(task), has(other), has("piqa")), (true, false, false), "{task}");
+        let error = load(dir.path(), other).map(drop).unwrap_err();
+        assert!(error.contains("no files of its test split; put them into its folder"), "{error}");
+    }
+}
+
+#[test]
 fn a_limit_takes_the_first_documents_and_the_same_examples() {
     let rows: Vec<String> =
         (0..9).map(|i| format!(r#"{{"question": "q{i}", "answer": ["a{i}"]}}"#)).collect();
