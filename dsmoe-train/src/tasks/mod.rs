@@ -27,10 +27,14 @@ use encode::{Encoder, Refusal, Scored};
 use generation::{Ends, Prompt};
 use likelihood::{Batch, Unit, total};
 
-/// Tokens of a forward pass, about.
-pub const BATCH_TOKENS: usize = 2048;
+/// Tokens of a forward pass of a small model, about.
+const BATCH_TOKENS: usize = 2048;
+/// The same of a large one: enough to make good use of its weights, and an interrupt need not wait for long.
+const LARGE_BATCH_TOKENS: usize = 512;
+/// Bytes of weights from which a model is large.
+const LARGE: usize = 256 << 20;
 
-/// Forward passes side by side at the most: while one waits for its last piece, others go on.
+/// Forward passes of a small model side by side at the most: while one waits for its last piece, others go on.
 const SIDE_BY_SIDE: usize = 4;
 
 /// A response, or why the document has none.
@@ -66,10 +70,11 @@ enum Work {
 impl<'a> Responder<'a> {
     /// For `model` with its `tokenizer`; `bos` says when a text gets the BOS token in front.
     pub fn new(model: &'a Inference, tokenizer: &'a Tokenizer, bos: Bos, profile: Profile) -> Responder<'a> {
-        Responder { model, tokenizer, bos, profile, batch_tokens: BATCH_TOKENS, stop: None }
+        let batch_tokens = if model.bytes() < LARGE { BATCH_TOKENS } else { LARGE_BATCH_TOKENS };
+        Responder { model, tokenizer, bos, profile, batch_tokens, stop: None }
     }
 
-    /// Runs about so many tokens in a forward pass, in place of [`BATCH_TOKENS`]; responses do not depend on it.
+    /// Runs about so many tokens in a forward pass, in place of what suits the model; responses do not depend on it.
     #[must_use]
     pub fn batch_tokens(mut self, tokens: usize) -> Responder<'a> {
         self.batch_tokens = tokens;
@@ -135,7 +140,8 @@ impl<'a> Responder<'a> {
     fn likelihoods(&self, mut units: Vec<Unit>, sheet: &mut Sheet<'_>) -> Result<bool> {
         units.sort_by_key(|unit| (Reverse(unit.tokens()), unit.document));
         let mut passes: Vec<Pass<'_>> = Vec::new();
-        passes.resize_with(rayon::current_num_threads().min(SIDE_BY_SIDE), Pass::default);
+        let most = if self.model.bytes() < LARGE { SIDE_BY_SIDE } else { 1 };
+        passes.resize_with(rayon::current_num_threads().min(most), Pass::default);
         let mut rest = &units[..];
         while !rest.is_empty() {
             if self.stopped() {
