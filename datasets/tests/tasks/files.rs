@@ -141,17 +141,14 @@ fn the_two_lambadas_share_a_folder() {
     let cut = [("one two 's", " four"), ("five", " six")];
     assert_eq!(all("lambada_standard"), cut.map(|(context, word)| (context.to_owned(), word.to_owned())));
     assert_eq!(all("piqa").len(), 2);
-    // Neither takes the other's file.
-    for (file, task, other) in
-        [(openai, "lambada_openai", "lambada_standard"), (standard, "lambada_standard", "lambada_openai")]
-    {
+    // A file that says that it is of one is not the other's; one that says nothing is of either.
+    let files = |file: (&str, &[u8]), name: &str| {
         let dir = folder(&[file]);
-        let source = Source::folder(dir.path());
-        let has = |name: &str| source.has(Task::named(name).unwrap()).unwrap();
-        assert_eq!((has(task), has(other), has("piqa")), (true, false, false), "{task}");
-        let error = load(dir.path(), other).map(drop).unwrap_err();
-        assert!(error.contains("no files of its test split; put them into its folder"), "{error}");
-    }
+        Source::folder(dir.path()).files_of(Task::named(name).unwrap()).unwrap().map(|files| files.len())
+    };
+    assert_eq!((files(standard, "lambada_standard"), files(standard, "lambada_openai")), (Some(1), None));
+    assert_eq!((files(openai, "lambada_standard"), files(openai, "lambada_openai")), (Some(1), Some(1)));
+    assert_eq!((files(rows, "piqa"), files(rows, "hellaswag")), (Some(1), None));
 }
 
 #[test]
@@ -184,7 +181,7 @@ fn named_files_take_the_place_of_the_folders() {
     let source = Source { files: file("a/one.jsonl"), shot_files: file("b/two.jsonl"), ..Source::default() };
     let loaded = Loaded::load(Task::named("gsm8k").unwrap(), &source, &Options::default()).unwrap();
     assert_eq!(loaded.origin().shot_files, [dir.path().join("b/two.jsonl")]);
-    let source = Source { files: file("a/one.txt"), ..Source::default() };
+    let source = Source { files: file("a/one.md"), ..Source::default() };
     let error = Loaded::load(Task::named("gsm8k").unwrap(), &source, &Options::default()).map(drop);
     assert!(error.unwrap_err().to_string().contains("not a file of rows by its name; give a .jsonl"));
 }
