@@ -2,6 +2,7 @@
 
 pub(crate) mod bench;
 mod convert;
+pub(crate) mod data;
 pub(crate) mod demo;
 mod doctor;
 mod eval;
@@ -9,6 +10,7 @@ mod export;
 mod generate;
 mod init;
 mod inspect;
+mod sources;
 mod train;
 
 use std::path::{Path, PathBuf};
@@ -48,6 +50,7 @@ pub(crate) fn run(cli: Cli, ui: &mut Ui) -> Result<ExitCode> {
         Command::Doctor(args) => doctor::run(args, ui)?,
         Command::Demo(args) => return demo::run(args, ui),
         Command::Bench(args) => bench::run(args, ui)?,
+        Command::Data(args) => return data::run(args, ui),
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -25,6 +25,8 @@ fn help_and_usage() {
         vec!["init", "--help"],
         vec!["doctor", "--help"],
         vec!["demo", "--help"],
+        vec!["data", "--help"],
+        vec!["data", "prepare", "--help"],
         vec!["--version"],
     ] {
         assert!(!succeeds(&args).is_empty(), "{args:?}");

@@ -5,4 +5,5 @@ mod bench;
 mod benchmarks;
 mod commands;
 mod common;
+mod data;
 mod faults;
