@@ -20,8 +20,9 @@ pub(crate) trait Product: Simd {
 
     /// Runs `kernel` in a function of its own: what keeps all registers for one inner loop.
     fn isolated<K: ProductKernel>(self, kernel: K) -> K::Output;
-    /// Sets `out[j * stride + i] = rows[i][j]` for i, j < 16, ascending j: a stride below 16 overwrites what is past it.
-    fn transpose(self, out: &mut [f32], stride: usize, rows: [&[f32]; SQUARE]);
+    /// Sets `out[j * stride + i] = rows[i][j]` for i < lanes and j < 16, ascending j. What lies at `lanes <= i < 16` is of
+    /// unspecified value after: a stride below 16 overwrites what is past it.
+    fn transpose(self, out: &mut [f32], stride: usize, rows: [&[f32]; SQUARE], lanes: usize);
     /// Asks for the cache line `ahead` values after the start of `x`, which may lie past its end.
     fn prefetch(self, x: &[f32], ahead: usize);
     /// The nearest bf16, ties to even; NaN stays NaN.
@@ -51,10 +52,10 @@ impl Product for Portable {
         kernel.run(self)
     }
     #[inline(always)]
-    fn transpose(self, out: &mut [f32], stride: usize, rows: [&[f32]; SQUARE]) {
+    fn transpose(self, out: &mut [f32], stride: usize, rows: [&[f32]; SQUARE], lanes: usize) {
         let rows = rows.map(|row| &row[..SQUARE]);
         for j in 0..SQUARE {
-            for (out, row) in out[j * stride..][..SQUARE].iter_mut().zip(rows) {
+            for (out, row) in out[j * stride..][..lanes].iter_mut().zip(rows) {
                 *out = row[j];
             }
         }

@@ -22,16 +22,24 @@ impl Product for Avx2 {
         run_product_avx2(self, kernel)
     }
     #[inline(always)]
-    fn transpose(self, out: &mut [f32], stride: usize, rows: [&[f32]; SQUARE]) {
+    fn transpose(self, out: &mut [f32], stride: usize, rows: [&[f32]; SQUARE], lanes: usize) {
         for j in [0, 8] {
             let mut left = [self.splat(0.0); 8];
-            let mut right = left;
             for r in 0..8 {
                 left[r] = self.load(&rows[r][j..]);
-                right[r] = self.load(&rows[8 + r][j..]);
             }
             // SAFETY: token: AVX is present.
             let left = unsafe { transpose8(left) };
+            if lanes <= 8 {
+                for c in 0..8 {
+                    self.store(&mut out[(j + c) * stride..], left[c]);
+                }
+                continue;
+            }
+            let mut right = left;
+            for r in 0..8 {
+                right[r] = self.load(&rows[8 + r][j..]);
+            }
             // SAFETY: token: AVX is present.
             let right = unsafe { transpose8(right) };
             for c in 0..8 {
@@ -142,7 +150,7 @@ macro_rules! sixteen_lanes {
                 $run(self, kernel)
             }
             #[inline(always)]
-            fn transpose(self, out: &mut [f32], stride: usize, rows: [&[f32]; SQUARE]) {
+            fn transpose(self, out: &mut [f32], stride: usize, rows: [&[f32]; SQUARE], _lanes: usize) {
                 let mut block = [self.splat(0.0); 16];
                 for r in 0..16 {
                     block[r] = self.load(rows[r]);

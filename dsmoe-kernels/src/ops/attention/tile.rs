@@ -150,7 +150,7 @@ impl Rows {
                         *part = &row[d..d + SQUARE];
                     }
                 }
-                s.transpose(&mut out[d * n + first..], n, block);
+                s.transpose(&mut out[d * n + first..], n, block, SQUARE);
             }
             for d in whole..head_dim {
                 for (out, row) in out[d * n + first..][..SQUARE].iter_mut().zip(rows) {
@@ -239,7 +239,7 @@ pub(super) fn transpose<S: Product>(s: S, out: &mut [f32], x: &[f32], [m, n]: [u
             for (r, part) in block.iter_mut().enumerate() {
                 *part = &x[(i + r) * n + j..][..SQUARE];
             }
-            s.transpose(&mut out[j * m + i..], m, block);
+            s.transpose(&mut out[j * m + i..], m, block, SQUARE);
         }
     }
 }

@@ -54,14 +54,21 @@ impl Tiles {
         // SAFETY: as above; by the contract of `new` no other task uses these neurons of this block.
         let out = unsafe { std::slice::from_raw_parts_mut(start, NEURONS * width) };
         let mut columns = [0.0; NEURONS * NEURONS];
-        s.transpose(&mut columns, NEURONS, std::array::from_fn(|r| &rows[r * NEURONS..(r + 1) * NEURONS]));
-        for (out, column) in out.chunks_exact_mut(width).zip(columns.chunks_exact(NEURONS)) {
+        let rows = std::array::from_fn(|r| &rows[r * NEURONS..(r + 1) * NEURONS]);
+        s.transpose(&mut columns, NEURONS, rows, width);
+        for (k, column) in columns.chunks_exact(NEURONS).enumerate() {
             for first in (0..width).step_by(S::LANES) {
                 let mut values = s.load(&column[first..]);
                 if self.rounded {
                     values = s.round_bf16(values);
                 }
-                s.store_tail(&mut out[first..], values);
+                let out = &mut out[k * width + first..];
+                // Whole vectors as long as there is room: what is past a column is written again by the next.
+                if out.len() >= S::LANES {
+                    s.store(out, values);
+                } else {
+                    s.store_tail(&mut out[..width - first], values);
+                }
             }
         }
     }

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use super::Precision;
-use super::pack::{DEPTH, PANEL, SLACK, Source, pack, pairs, round};
+use super::pack::{DEPTH, PANEL, SLACK, Source, copied_tiles, pack, pairs, round};
 use super::tile::{Depth, Next, product};
 use crate::buf::Buf;
 use crate::isa::Isa;
@@ -181,6 +181,17 @@ fn pack_tiles<S: Product>(
     rounded: bool,
 ) {
     let k = ks.len();
+    if source.lanes_are_dense() {
+        copied_tiles(s, out, source, rows.clone(), ks, depth, || tiles(rows.len(), S::ROWS));
+        for tile in tiles(rows.len(), S::ROWS) {
+            let out = &mut out[tile.start * depth..tile.end * depth];
+            if rounded {
+                round(s, &mut out[..k * tile.len()]);
+            }
+            out[k * tile.len()..].fill(0.0);
+        }
+        return;
+    }
     for tile in tiles(rows.len(), S::ROWS) {
         let (width, out) = (tile.len(), &mut out[tile.start * depth..]);
         let lanes = rows.start + tile.start..rows.start + tile.end;

@@ -47,6 +47,11 @@ impl<'a> Source<'a> {
         Source { ks: list, ..Source::rows(mat.t()) }
     }
 
+    /// Whether neighbouring lanes lie side by side.
+    pub(crate) fn lanes_are_dense(&self) -> bool {
+        self.lane_stride == 1 && self.lanes.is_none() && !(self.k_stride == 1 && self.ks.is_none())
+    }
+
     fn at_lane(&self, lane: usize) -> usize {
         self.lanes.map_or(lane, |list| list[lane] as usize) * self.lane_stride
     }
@@ -106,7 +111,7 @@ fn transposed<S: Product>(
                 let row: &[f32] = rows[lane];
                 if row.is_empty() { &ZEROS[..] } else { &row[k..k + SQUARE] }
             });
-            s.transpose(&mut out[k * stride + first..], stride, block);
+            s.transpose(&mut out[k * stride + first..], stride, block, SQUARE.min(width - first));
         }
         for k in squares * SQUARE..ks.len() {
             let out = &mut out[k * stride + first..][..SQUARE.min(width - first)];
@@ -131,6 +136,49 @@ fn copied<S: Product>(
         let out = &mut out[i * stride..];
         for first in (0..width).step_by(S::LANES) {
             s.store(&mut out[first..], s.load_tail(&row[first.min(row.len())..]));
+        }
+    }
+}
+
+/// Values of k that [`copied_tiles`] moves of all tiles before the next: what it reads is at one place of every row, and
+/// rows may be apart by a power of two, which the first-level cache holds eight of.
+const ROWS_AT_ONCE: usize = 8;
+
+/// Sets the tiles of lanes `lanes` of a source with dense lanes, cut as `tiles` says and `depth` deep each, to depth `ks`.
+/// What is past `ks` in a tile is left as it is or of unspecified value.
+#[inline(always)]
+pub(crate) fn copied_tiles<S: Product, T: Iterator<Item = Range<usize>>>(
+    s: S,
+    out: &mut [f32],
+    source: &Source<'_>,
+    lanes: Range<usize>,
+    ks: Range<usize>,
+    depth: usize,
+    tiles: impl Fn() -> T,
+) {
+    for start in (0..ks.len()).step_by(ROWS_AT_ONCE) {
+        let count = ROWS_AT_ONCE.min(ks.len() - start);
+        let mut rows = [&ZEROS[..0]; ROWS_AT_ONCE];
+        for (i, row) in rows[..count].iter_mut().enumerate() {
+            *row = &source.data[source.at_k(ks.start + start + i) + lanes.start..][..lanes.len()];
+        }
+        for tile in tiles() {
+            let width = tile.len();
+            let out = &mut out[tile.start * depth + start * width..];
+            // Whole vectors where what is past the tile's lanes belongs to a later k of this tile, which comes after.
+            let after = (ks.len() - start - count + 1) * width;
+            let whole = after >= S::LANES && width <= S::LANES && tile.start + S::LANES <= lanes.len();
+            if whole {
+                for (i, row) in rows[..count].iter().enumerate() {
+                    s.store(&mut out[i * width..], s.load(&row[tile.start..]));
+                }
+            } else {
+                for (out, row) in out.chunks_exact_mut(width).zip(&rows[..count]) {
+                    for first in (0..width).step_by(S::LANES) {
+                        s.store_tail(&mut out[first..], s.load_tail(&row[tile.start + first..]));
+                    }
+                }
+            }
         }
     }
 }
