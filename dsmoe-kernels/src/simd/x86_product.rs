@@ -14,7 +14,7 @@ impl Product for Avx2 {
     const ROWS: usize = 6;
     const ROWS_OF_WIDE: usize = 0;
     // A tile of 6 rows uses a panel up so fast that the second-level cache could not keep up.
-    const DEPTH: usize = 128;
+    const DEPTH: usize = 144;
     const DOTS: bool = false;
 
     #[inline(always)]

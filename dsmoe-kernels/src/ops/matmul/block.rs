@@ -290,8 +290,10 @@ impl<S: Product, K: Sink> Passes<'_, '_, S, K> {
         let panel_at = |p: usize, k: usize| ((first + p) * panel_layout.0 + panel_layout.1 + k) * PANEL;
         let mut halves = self.sums.chunks_exact_mut(rows * PANEL);
         let mut sums: [&mut [f32]; P] = std::array::from_fn(|_| halves.next().expect("two halves"));
-        for start in (0..depth).step_by(S::DEPTH) {
-            let end = depth.min(start + S::DEPTH);
+        // Passes of about one depth: a short one costs as much besides its products as a long one.
+        let step = depth.div_ceil(depth.div_ceil(S::DEPTH)).next_multiple_of(2);
+        for start in (0..depth).step_by(step) {
+            let end = depth.min(start + step);
             let wide = !self.widened.is_empty();
             if let (Panels::Pairs(b), true) = (block.panels, wide) {
                 let b = &b[panel_at(0, start) / 2..panel_at(0, end) / 2];
