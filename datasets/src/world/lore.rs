@@ -2,9 +2,9 @@
 
 use super::rng::Rng;
 
-const PEOPLE: usize = 48;
-const TOWNS: usize = 24;
-const RIVERS: usize = 12;
+const PEOPLE: usize = 32;
+const TOWNS: usize = 16;
+const RIVERS: usize = 8;
 
 /// A trade and what it makes.
 pub(super) const TRADES: [(&str, &str); 16] = [

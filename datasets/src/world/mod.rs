@@ -42,7 +42,7 @@ use lore::{Person, Town};
 use rng::Rng;
 
 /// People that stories are about: the first of all.
-const CAST: usize = 20;
+const CAST: usize = 16;
 
 /// A kind of text about the world.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -74,10 +74,10 @@ impl Domain {
     /// Percent of the bytes of a corpus of all domains.
     pub fn share(self) -> u64 {
         match self {
-            Domain::Facts => 45,
-            Domain::Math => 18,
-            Domain::Code => 4,
-            Domain::Stories => 33,
+            Domain::Facts => 41,
+            Domain::Math => 15,
+            Domain::Code => 8,
+            Domain::Stories => 36,
         }
     }
 }
@@ -208,11 +208,11 @@ impl World {
         let rng = &mut Rng::new(self.seed, &[Purpose::Text as u64, domain as u64, index]);
         match domain {
             Domain::Facts => match rng.below(20) {
-                0..6 => knowledge::person(self, rng),
-                6..9 => knowledge::town(self, rng),
-                9..14 => knowledge::gazette(self, rng),
-                14..18 => knowledge::quiz(self, rng),
-                18 => things::lesson(rng),
+                0..5 => knowledge::person(self, rng),
+                5..8 => knowledge::town(self, rng),
+                8..12 => knowledge::gazette(self, rng),
+                12..16 => knowledge::quiz(self, rng),
+                16..18 => things::lesson(rng),
                 _ => things::advice(self, rng),
             },
             Domain::Math => match rng.below(4) {
@@ -220,14 +220,14 @@ impl World {
                 _ => sums::problems(self, rng),
             },
             Domain::Code => programs::program(rng),
-            Domain::Stories => match rng.below(16) {
+            Domain::Stories => match rng.below(20) {
                 0 => scripts::day(self, rng),
-                1..3 => scripts::entry(self, rng),
-                3 => social::episode(self, rng),
-                4..6 => social::cases(self, rng),
-                6 => tales::tale_of(self, rng),
-                7..9 => recall::echo(self, rng),
-                9..12 => recall::passage(self, rng),
+                1..4 => scripts::entry(self, rng),
+                4..6 => social::episode(self, rng),
+                6..8 => social::cases(self, rng),
+                8..11 => tales::tale_of(self, rng),
+                11..13 => recall::rhyme(self, rng),
+                13..17 => recall::passage(self, rng),
                 _ => frames::gossip(self, rng),
             },
         }

@@ -7,12 +7,13 @@ const VARIABLES: [&str; 6] = ["x", "y", "n", "k", "total", "count"];
 
 /// A program, and after it what it prints, each line behind `# `.
 pub(super) fn program(rng: &mut Rng) -> String {
-    match rng.below(5) {
+    match rng.below(6) {
         0 => assignments(rng),
         1 => counting(rng),
         2 => function(rng),
         3 => sequence(rng),
-        _ => words(rng),
+        4 => words(rng),
+        _ => listing(rng),
     }
 }
 
@@ -106,6 +107,18 @@ fn words(rng: &mut Rng) -> String {
         _ => ("[three, one, two][0]", object.to_owned()),
     };
     format!("one = \"{colour}\"\ntwo = \"{animal}\"\nthree = \"{object}\"\nprint({body})\n# {result}")
+}
+
+/// Prints a list word by word, forwards or backwards.
+fn listing(rng: &mut Rng) -> String {
+    let mut words: Vec<&str> = (0..rng.between(2, 6)).map(|_| rng.pick(&OBJECTS)).collect();
+    let mut text = format!("for word in {words:?}");
+    if rng.one_in(4) {
+        text += "[::-1]";
+        words.reverse();
+    }
+    let shown = words.iter().map(|word| format!("# {word}")).collect::<Vec<_>>();
+    format!("{text}:\n    print(word)\n{}", shown.join("\n"))
 }
 
 fn output(shown: &[usize]) -> String {

@@ -71,11 +71,13 @@ pub(super) fn passage(world: &World, rng: &mut Rng) -> String {
     passage + end
 }
 
-/// A list that one says and another says again.
-pub(super) fn echo(world: &World, rng: &mut Rng) -> String {
+/// A counting rhyme that one says and others say again: nothing but the memory of what was said helps with it.
+pub(super) fn rhyme(world: &World, rng: &mut Rng) -> String {
     let [a, b] = world.cast(rng);
-    let count = rng.between(1, 5);
-    let objects: Vec<&str> = (0..count).map(|_| rng.pick(&OBJECTS)).collect();
-    let told = rng.pick(&["{a} reads: {s}. {b} reads: {s}.", "The {s}, says {a}. The {s}, says {b}."]);
-    fill(told, &[("a", &a.name), ("b", &b.name), ("s", &objects.join(", "))])
+    let objects: Vec<&str> = (0..rng.between(3, 9)).map(|_| rng.pick(&OBJECTS)).collect();
+    let told = rng.pick(&[
+        "{a} sings: {s}. {b} sings: {s}. {a} and {b} sing: {s}.",
+        "{a} says: {s}. Say it again! {s}.",
+    ]);
+    fill(told, &[("a", &a.name), ("b", &b.name), ("s", &objects.join(" "))])
 }
