@@ -44,7 +44,7 @@ pub struct Corpus {
 /// A piece of text on its own: no context of it reaches another.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Document {
-    /// The text, without whitespace at either end; not empty.
+    /// The text, without whitespace at either end and not empty; of [`Corpus::texts`] as it stands.
     pub text: String,
     /// Index into [`Corpus::files`] of the file it is from.
     pub source: usize,
@@ -118,12 +118,19 @@ impl Corpus {
     pub fn documents(&self) -> Documents<'_> {
         Documents {
             corpus: self,
+            as_they_stand: false,
             next_file: 0,
             current: None,
             bytes_read: Arc::default(),
             found: false,
             ended: false,
         }
+    }
+
+    /// As [`Corpus::documents`], with the texts as they stand in the files: with the white space around them, and blank
+    /// ones too.
+    pub fn texts(&self) -> Documents<'_> {
+        Documents { as_they_stand: true, ..self.documents() }
     }
 
     /// What identifies the content of each file whatever its name: its bytes and how they are read.
@@ -197,9 +204,10 @@ fn format_of(path: &Path) -> (Option<Format>, Packing) {
     (format, packing)
 }
 
-/// The documents of a corpus; made by [`Corpus::documents`].
+/// The documents of a corpus; made by [`Corpus::documents`] and [`Corpus::texts`].
 pub struct Documents<'a> {
     corpus: &'a Corpus,
+    as_they_stand: bool,
     next_file: usize,
     current: Option<OpenFile>,
     bytes_read: Arc<AtomicU64>,
@@ -276,8 +284,11 @@ impl Documents<'_> {
                 continue;
             };
             let trimmed = text.trim();
+            self.found |= !trimmed.is_empty();
+            if self.as_they_stand {
+                return Ok(Some(Document { text, source }));
+            }
             if !trimmed.is_empty() {
-                self.found = true;
                 let text = if trimmed.len() == text.len() { text } else { trimmed.to_string() };
                 return Ok(Some(Document { text, source }));
             }

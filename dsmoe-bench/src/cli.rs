@@ -9,6 +9,7 @@ use dsmoe_core::checkpoint::Dtype;
 use dsmoe_core::convert::PartitionSpec;
 use dsmoe_core::export::ExportAs;
 use dsmoe_datasets::Bos;
+use dsmoe_datasets::tasks::Profile;
 use dsmoe_kernels::Precision;
 use dsmoe_router::{GateValue, Rescale, RouterInit, ZeroActive};
 use dsmoe_train::TrainConfig;
@@ -54,8 +55,8 @@ pub(crate) enum Command {
     Export(Export),
     /// Train a DSMoE or dense model on text
     Train(Box<Train>),
-    /// Measure perplexity and the active share of experts on text
-    Eval(Eval),
+    /// Measure perplexity and the active share of experts on text, or score benchmarks
+    Eval(Box<Eval>),
     /// Continue a prompt
     Generate(Generate),
     /// Make a model with random weights in Hugging Face layout
@@ -240,19 +241,41 @@ pub(crate) struct Train {
     pub(crate) dry_run: bool,
 }
 
+const EVAL_EXAMPLES: &str = "\
+Benchmarks are scored as lm-evaluation-harness scores them. FOLDER has a folder for each, with the files as they are
+distributed: Parquet or JSONL of the Hugging Face dataset, or the original ones. With --out an interrupted run goes on
+where it was.
+
+  dsmoe eval MODEL --data heldout.txt
+  dsmoe eval MODEL --data wiki.test.raw --perplexity window,rolling
+  dsmoe eval MODEL --tasks hellaswag,piqa --task-data FOLDER --out RESULTS
+  dsmoe eval MODEL --tasks all --task-data FOLDER --profile lm-eval-0.4.9 --limit 100 --json";
+
 #[derive(Debug, Args)]
+#[command(after_help = EVAL_EXAMPLES)]
+#[command(mut_arg("data", |data| data.required(false).required_unless_present("tasks").conflicts_with("tasks")))]
+#[command(mut_arg("doc_separator", |separator| separator.conflicts_with("tasks")))]
+#[command(mut_arg("text_column", |column| column.conflicts_with("tasks")))]
 pub(crate) struct Eval {
     /// Model directory, DSMoE or dense, with its tokenizer.json
     pub(crate) model: PathBuf,
     #[command(flatten)]
     pub(crate) data: DataArgs,
-    /// Tokens per window; the first of each is context only [default: 1024, or all positions of a smaller model]
-    #[arg(long, value_name = "TOKENS")]
+    /// How perplexity is measured: stream (documents one after the other, every token scored), window (documents joined
+    /// by blank lines, whole windows of --seq only, as SparseGPT and others do), rolling (by word and byte of each
+    /// document, as lm-evaluation-harness does); the three do not compare
+    #[arg(long, value_name = "HOW,...", value_delimiter = ',', default_value = "stream", conflicts_with = "tasks",
+        value_parser = words::<Perplexity>(&["stream", "window", "rolling"]))]
+    pub(crate) perplexity: Vec<Perplexity>,
+    /// Tokens per window; the first of each is context only [default: 1024, or all positions of a smaller model; with
+    /// --perplexity window 2048]
+    #[arg(long, value_name = "TOKENS", conflicts_with = "tasks")]
     pub(crate) seq: Option<usize>,
     /// Tokens between the starts of windows; below --seq they overlap and each token is scored once [default: --seq]
-    #[arg(long, value_name = "TOKENS")]
+    #[arg(long, value_name = "TOKENS", conflicts_with = "tasks")]
     pub(crate) stride: Option<usize>,
-    /// When a document gets a BOS token in front: auto asks the tokenizer [default: always, if the model has one]
+    /// When a text gets a BOS token in front: auto asks the tokenizer [default: always, if the model has one; with --tasks
+    /// what the profile does]
     #[arg(long, value_parser = words::<Bos>(&["auto", "always", "never"]))]
     pub(crate) bos: Option<Bos>,
     /// Use this threshold of the gates, 0 to 1, in place of the model's
@@ -262,8 +285,93 @@ pub(crate) struct Eval {
     #[arg(long, default_value = "f32", value_parser = words::<Precision>(&["f32", "bf16"]))]
     pub(crate) dtype: Precision,
     /// Use no more than this many tokens from the start of the text
-    #[arg(long, value_name = "N", value_parser = quantity)]
+    #[arg(long, value_name = "N", value_parser = quantity, conflicts_with = "tasks")]
     pub(crate) limit_tokens: Option<u64>,
+    /// Benchmarks: hellaswag, lambada_openai, lambada_standard, piqa, social_iqa, storycloze_2016, winogrande, gsm8k,
+    /// nq_open, triviaqa, webqs, wikitext, or all there are files of
+    #[arg(long, value_name = "TASK,...", value_delimiter = ',', help_heading = "Benchmarks",
+        value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    pub(crate) tasks: Vec<String>,
+    /// Folder with a folder of files for each benchmark
+    #[arg(long, value_name = "FOLDER", requires = "tasks", help_heading = "Benchmarks")]
+    pub(crate) task_data: Option<PathBuf>,
+    /// A file to score, in place of those in the folder
+    #[arg(long, value_name = "TASK=FILE", requires = "tasks", help_heading = "Benchmarks")]
+    pub(crate) task_file: Vec<TaskFile>,
+    /// A file to draw the examples in prompts from, in place of those in the folder
+    #[arg(long, value_name = "TASK=FILE", requires = "tasks", help_heading = "Benchmarks")]
+    pub(crate) shots_file: Vec<TaskFile>,
+    /// Release of lm-evaluation-harness whose prompts and scores to follow; dsmoe is 0.4.12 with WebQuestions mended
+    #[arg(long, value_name = "NAME", default_value = "dsmoe", requires = "tasks", help_heading = "Benchmarks",
+        value_parser = words::<Profile>(&PROFILES))]
+    pub(crate) profile: Profile,
+    /// Score the first N documents of each benchmark only
+    #[arg(long, value_name = "N", requires = "tasks", help_heading = "Benchmarks", value_parser = documents)]
+    pub(crate) limit: Option<usize>,
+    /// Write results and samples to DIR/<model>/, and keep answers there until all are done, to go on after an
+    /// interrupt
+    #[arg(long, value_name = "DIR", requires = "tasks", help_heading = "Benchmarks")]
+    pub(crate) out: Option<PathBuf>,
+}
+
+/// The names of all profiles.
+const PROFILES: [&str; Profile::ALL.len()] = {
+    let mut names = [""; Profile::ALL.len()];
+    let mut i = 0;
+    while i < names.len() {
+        names[i] = Profile::ALL[i].name();
+        i += 1;
+    }
+    names
+};
+
+/// A convention of measuring perplexity.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Perplexity {
+    Stream,
+    Window,
+    Rolling,
+}
+
+impl FromStr for Perplexity {
+    type Err = String;
+
+    fn from_str(word: &str) -> Result<Perplexity, String> {
+        match word {
+            "stream" => Ok(Perplexity::Stream),
+            "window" => Ok(Perplexity::Window),
+            "rolling" => Ok(Perplexity::Rolling),
+            _ => Err(format!("`{word}` is not stream, window or rolling")),
+        }
+    }
+}
+
+/// A benchmark's file.
+#[derive(Clone, Debug)]
+pub(crate) struct TaskFile {
+    pub(crate) task: String,
+    pub(crate) path: PathBuf,
+}
+
+impl FromStr for TaskFile {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<TaskFile, String> {
+        match text.split_once('=') {
+            Some((task, path)) if !task.is_empty() && !path.is_empty() => {
+                Ok(TaskFile { task: task.to_owned(), path: path.into() })
+            }
+            _ => Err(format!("`{text}` is not TASK=FILE; write piqa=valid.jsonl")),
+        }
+    }
+}
+
+/// A number of documents, at least 1.
+fn documents(text: &str) -> Result<usize, String> {
+    match quantity(text)? {
+        0 => Err("score at least 1 document".into()),
+        count => usize::try_from(count).map_err(|cause| cause.to_string()),
+    }
 }
 
 #[derive(Debug, Args)]

@@ -17,16 +17,17 @@ pub(crate) enum Unit {
     Bytes,
     Steps,
     Windows,
+    Documents,
 }
 
 impl Unit {
     fn show(self, amount: f64) -> String {
         match self {
             Unit::Bytes => report::bytes(amount as u64),
-            Unit::Steps | Unit::Windows if amount < 10.0 && amount.fract() != 0.0 => {
+            Unit::Steps | Unit::Windows | Unit::Documents if amount < 10.0 && amount.fract() != 0.0 => {
                 format!("{amount:.1}")
             }
-            Unit::Steps | Unit::Windows => report::count(amount as u64),
+            Unit::Steps | Unit::Windows | Unit::Documents => report::count(amount as u64),
         }
     }
 
@@ -35,6 +36,7 @@ impl Unit {
             Unit::Bytes => "",
             Unit::Steps => " steps",
             Unit::Windows => " windows",
+            Unit::Documents => " documents",
         }
     }
 }

@@ -64,6 +64,14 @@ impl RoutingStats {
         }
     }
 
+    /// Whether `other` has the same layers and experts, so that [`RoutingStats::merge`] takes it.
+    pub fn is_like(&self, other: &RoutingStats) -> bool {
+        let shape = |stats: &RoutingStats| -> Vec<(usize, usize)> {
+            stats.layers.iter().map(|layer| (layer.load.len(), layer.histogram.len())).collect()
+        };
+        self.num_experts == other.num_experts && shape(self) == shape(other)
+    }
+
     /// Adds the counts of `other`.
     ///
     /// # Panics

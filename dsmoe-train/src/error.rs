@@ -108,6 +108,14 @@ pub enum Error {
         /// What is wrong.
         message: String,
     },
+    /// A document of a text that a model cannot score.
+    #[error("document {document} of the text: {reason}")]
+    Unscorable {
+        /// Its number from 1.
+        document: usize,
+        /// What keeps it from being scored.
+        reason: String,
+    },
     /// A file of responses that cannot be read.
     #[error("{path}: line {line} is no response; delete the file, or choose another --out")]
     BadResponses {

@@ -12,6 +12,7 @@ pub mod optim;
 pub mod run;
 pub mod schedule;
 pub mod step;
+pub mod tasks;
 pub mod tensorboard;
 
 pub use config::TrainConfig;

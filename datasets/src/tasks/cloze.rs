@@ -18,6 +18,7 @@ pub(crate) const LAMBADA_OPENAI: Task = Task {
     version: 1.0,
     shots: 0,
     spare_shot: false,
+    reads_lines: false,
     read: lambada,
     rules: lambada_rules,
     old: true,
@@ -29,6 +30,7 @@ pub(crate) const LAMBADA_STANDARD: Task = Task {
     aliases: &[],
     folders: &["lambada_standard", "lambada"],
     subset: "plain_text",
+    reads_lines: true,
     ..LAMBADA_OPENAI
 };
 
@@ -42,6 +44,7 @@ pub(crate) const WINOGRANDE: Task = Task {
     version: 1.0,
     shots: 0,
     spare_shot: false,
+    reads_lines: false,
     read: winogrande,
     rules: |_| Rules::of(&[Metric::Acc]),
     old: true,

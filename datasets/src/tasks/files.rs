@@ -8,8 +8,8 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::read::{format_of, stem};
-use super::task::Task;
+use super::read::{Format, format_of, stem};
+use super::task::{TASKS, Task};
 use crate::{Error, Result};
 
 /// Folders below a task's folder that are searched.
@@ -59,9 +59,17 @@ impl Split {
 /// # Errors
 /// No folder of the task, or files of which it cannot be said which to take.
 pub(crate) fn find(folder: &Path, task: &Task, split: Split) -> Result<Option<Vec<PathBuf>>> {
-    let base = task_folder(folder, task)?;
+    let Some(base) = task_folder(folder, task)? else {
+        return Err(Error::Task {
+            task: task.name.into(),
+            reason: format!("no folder `{}` in {}", task.folders.join("` or `"), folder.display()),
+            mend: format!("put its files there, or name them: --task-file {}=FILE", task.name),
+        });
+    };
     let mut files = Vec::new();
     search(&base, 0, &mut files)?;
+    // Lines of text are rows of one task only; elsewhere they are notes.
+    files.retain(|path| task.reads_lines || !matches!(format_of(path), Some((Format::Lines, _))));
     // By how much their names say besides the split, then by what they are called without the number of a shard.
     let mut sets: BTreeMap<(usize, String), Vec<PathBuf>> = BTreeMap::new();
     for path in files {
@@ -89,8 +97,8 @@ pub(crate) fn find(folder: &Path, task: &Task, split: Split) -> Result<Option<Ve
     Ok(Some(best))
 }
 
-/// The folder of `task`: one of its names, or a name that begins with one.
-fn task_folder(folder: &Path, task: &Task) -> Result<PathBuf> {
+/// The folder of `task`: one of its names, or the one name that begins with its first.
+pub(crate) fn task_folder(folder: &Path, task: &Task) -> Result<Option<PathBuf>> {
     let mut there: Vec<String> = Vec::new();
     for entry in fs::read_dir(folder).map_err(Error::io(folder))? {
         let entry = entry.map_err(Error::io(folder))?;
@@ -101,17 +109,13 @@ fn task_folder(folder: &Path, task: &Task) -> Result<PathBuf> {
     there.sort_unstable();
     for name in task.folders {
         if let Some(found) = there.iter().find(|folder| plain(folder) == plain(name)) {
-            return Ok(folder.join(found));
+            return Ok(Some(folder.join(found)));
         }
     }
     let begins = |folder: &&String| plain(folder).starts_with(&plain(task.folders[0]));
     match there.iter().filter(begins).collect::<Vec<_>>()[..] {
-        [one] => Ok(folder.join(one)),
-        _ => Err(Error::Task {
-            task: task.name.into(),
-            reason: format!("no folder `{}` in {}", task.folders.join("` or `"), folder.display()),
-            mend: format!("put its files there, or name them: --task-file {}=FILE", task.name),
-        }),
+        [one] => Ok(Some(folder.join(one))),
+        _ => Ok(None),
     }
 }
 
@@ -161,7 +165,17 @@ fn rate(path: &Path, base: &Path, task: &Task, split: Split) -> Option<(usize, S
         split.contains(&word) || usual.contains(&word) || config.iter().chain(&own).any(|own| own == word)
     };
     let surplus = all.iter().filter(|word| !known(word)).count();
-    let missing = config.iter().filter(|word| !all.contains(word)).count();
+    let lacks = |config: &[String]| config.iter().filter(|word| !all.contains(word)).count();
+    let missing = lacks(&config);
+    // Where tasks share a folder, the configuration tells their files apart.
+    let here = plain(&base.file_name()?.to_string_lossy());
+    let mut others = TASKS.iter().filter(|other| {
+        other.name != task.name && other.folders.iter().any(|folder| plain(folder) == here)
+    });
+    let theirs = |other: &Task| !other.subset.is_empty() && lacks(&words(other.subset)) == 0;
+    if others.clone().next().is_some() && (missing > 0 || others.any(theirs)) {
+        return None;
+    }
     let set = all.iter().map(|word| word.as_str()).collect::<Vec<_>>().join(" ");
     Some((4 * surplus + 2 * missing + usize::from(stand_in), set))
 }

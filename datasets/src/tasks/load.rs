@@ -7,7 +7,7 @@ use std::sync::Arc;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use super::files::{Split, find};
+use super::files::{Split, find, task_folder};
 use super::profile::Profile;
 use super::random::Random;
 use super::read::read_rows;
@@ -36,6 +36,29 @@ impl Source {
     /// The folder `folder`.
     pub fn folder(folder: &Path) -> Source {
         Source { folder: Some(folder.to_path_buf()), ..Source::default() }
+    }
+
+    /// Whether there are files of `task` to score.
+    ///
+    /// # Errors
+    /// A folder that cannot be read, or files of which it cannot be said which to take.
+    pub fn has(&self, task: &Task) -> Result<bool> {
+        if let (Some(folder), false) = (&self.folder, self.files.contains_key(task.name))
+            && task_folder(folder, task)?.is_none()
+        {
+            return Ok(false);
+        }
+        Ok(self.scored(task)?.is_some())
+    }
+
+    /// The split of `task` that is scored, with its files: its own, or the validation split in place of a test split.
+    fn scored(&self, task: &Task) -> Result<Option<(Split, Vec<PathBuf>)>> {
+        for split in [task.split, Split::Validation] {
+            if let Some(files) = self.find(task, split)? {
+                return Ok(Some((split, files)));
+            }
+        }
+        Ok(None)
     }
 
     /// The files of a split of a task.
@@ -117,13 +140,7 @@ impl Loaded {
     /// Each names the file, the row and the mend.
     pub fn load(task: &'static Task, source: &Source, options: &Options) -> Result<Loaded> {
         let rules = task.checked_rules(options.profile)?;
-        let mut split = task.split;
-        let mut files = source.find(task, split)?;
-        if files.is_none() && split == Split::Test {
-            split = Split::Validation;
-            files = source.find(task, split)?;
-        }
-        let Some(files) = files else {
+        let Some((split, files)) = source.scored(task)? else {
             return Err(Error::Task {
                 task: task.name.into(),
                 reason: format!("no files of its {} split", task.split.name()),

@@ -31,7 +31,7 @@ impl Profile {
         [Profile::Dsmoe, Profile::LmEval0412, Profile::LmEval0492, Profile::LmEval049, Profile::LmEval030];
 
     /// The name on the command line and in results.
-    pub fn name(self) -> &'static str {
+    pub const fn name(self) -> &'static str {
         match self {
             Profile::Dsmoe => "dsmoe",
             Profile::LmEval0412 => "lm-eval-0.4.12",

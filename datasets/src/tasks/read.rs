@@ -1,4 +1,5 @@
-//! Rows out of the files that benchmarks come in: JSON lines, JSON arrays, CSV, Parquet; text also as .gz and .zst.
+//! Rows out of the files that benchmarks come in: JSON lines, JSON arrays, CSV, lines of text, also as .gz and .zst;
+//! Parquet.
 
 use std::fmt;
 use std::path::Path;
@@ -26,6 +27,8 @@ pub(crate) enum Format {
     JsonLines,
     Json,
     Csv,
+    /// Each line is the text of a row.
+    Lines,
     Parquet,
 }
 
@@ -42,6 +45,7 @@ pub(crate) fn format_of(path: &Path) -> Option<(Format, Packing)> {
         "jsonl" | "ndjson" => Format::JsonLines,
         "json" => Format::Json,
         "csv" => Format::Csv,
+        "txt" => Format::Lines,
         "parquet" if packing == Packing::Plain => Format::Parquet,
         _ => return None,
     };
@@ -62,7 +66,7 @@ pub(crate) fn read_rows(path: &Path, task: &'static str, sink: &mut Sink<'_>) ->
         return Err(Error::TaskFile {
             path: path.to_path_buf(),
             reason: "not a file of rows by its name".into(),
-            mend: "give a .jsonl, .json, .csv (also .gz, .zst) or .parquet file".into(),
+            mend: "give a .jsonl, .json, .csv, .txt (also .gz, .zst) or .parquet file".into(),
         });
     };
     let mut labels = Labels::beside(path)?;
@@ -75,7 +79,12 @@ pub(crate) fn read_rows(path: &Path, task: &'static str, sink: &mut Sink<'_>) ->
         sink(row)
     };
     match format {
-        Format::JsonLines => json_lines(&path, packing, &mut take)?,
+        Format::JsonLines => lines(&path, packing, &mut |line, row| {
+            take(serde_json::from_str(line).map_err(|cause| not_json(&path, row, cause))?)
+        })?,
+        Format::Lines => lines(&path, packing, &mut |line, _| {
+            take(Map::from_iter([("text".to_owned(), Value::from(line.strip_suffix('\r').unwrap_or(line)))]))
+        })?,
         Format::Json => json(&path, packing, &mut take)?,
         Format::Csv => csv::rows(&path, &whole(&path, packing)?, &mut take)?,
         Format::Parquet => parquet::rows(&path, &mut take)?,
@@ -149,10 +158,11 @@ fn not_json(path: &Path, row: u64, reason: impl fmt::Display) -> Error {
     }
 }
 
-fn json_lines(
+/// Hands the lines that are not blank to `take`, each with its number as a row.
+fn lines(
     path: &Path,
     packing: Packing,
-    take: &mut dyn FnMut(Map<String, Value>) -> Result<()>,
+    take: &mut dyn FnMut(&str, u64) -> Result<()>,
 ) -> Result<()> {
     let mut records = Records::open(path, packing, "\n", ("line", MAX_LINE), Arc::default())?;
     let mut row = 1;
@@ -160,7 +170,7 @@ fn json_lines(
         if line.trim().is_empty() {
             continue;
         }
-        take(serde_json::from_str(&line).map_err(|cause| not_json(path, row, cause))?)?;
+        take(&line, row)?;
         row += 1;
     }
     Ok(())

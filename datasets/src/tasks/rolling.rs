@@ -22,6 +22,7 @@ pub(crate) const WIKITEXT: Task = Task {
     version: 2.0,
     shots: 0,
     spare_shot: false,
+    reads_lines: false,
     read: wikitext,
     rules: |_| Rules::of(&[Metric::WordPerplexity, Metric::BytePerplexity, Metric::BitsPerByte]),
     old: true,

@@ -27,6 +27,8 @@ pub struct Task {
     pub shots: usize,
     /// Whether one example more is drawn, and the document itself left out if it is among them.
     pub(crate) spare_shot: bool,
+    /// Whether the lines of a text file are its rows.
+    pub(crate) reads_lines: bool,
     /// Makes a document of a row.
     pub(crate) read: fn(&Row, Profile) -> Result<Item>,
     /// How it is prompted and scored.
@@ -64,6 +66,11 @@ impl Task {
             reason: "unknown".into(),
             mend: format!("use {}", ALL.iter().map(|task| task.name).collect::<Vec<_>>().join(", ")),
         })
+    }
+
+    /// Whether the release that `profile` follows can run this task.
+    pub fn is_in(&self, profile: Profile) -> bool {
+        self.checked_rules(profile).is_ok()
     }
 
     /// How `profile` prompts and scores this task.

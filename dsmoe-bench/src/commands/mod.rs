@@ -42,7 +42,7 @@ pub(crate) fn run(cli: Cli, ui: &mut Ui) -> Result<ExitCode> {
         Command::Convert(args) => convert::run(args, ui)?,
         Command::Export(args) => export::run(args, ui)?,
         Command::Train(args) => return train::run(args, cli.threads, ui),
-        Command::Eval(args) => eval::run(args, ui)?,
+        Command::Eval(args) => return eval::run(args, ui),
         Command::Generate(args) => generate::run(args, ui)?,
         Command::Init(args) => init::run(args, ui)?,
         Command::Doctor(args) => doctor::run(args, ui)?,

@@ -4,9 +4,9 @@ use dsmoe_core::generate::argmax;
 use dsmoe_core::model::{Cache, Inference, Workspace};
 use dsmoe_datasets::Tokenizer;
 use dsmoe_datasets::tasks::cut;
-use dsmoe_router::RoutingStats;
 use rayon::prelude::*;
 
+use super::Ran;
 use crate::error::Result;
 
 /// Sequences side by side at the most.
@@ -18,8 +18,8 @@ const SLACK: usize = 2;
 
 /// A prompt, and when its answer ends.
 pub(crate) struct Prompt {
-    /// What the caller knows it by.
-    pub(crate) id: usize,
+    /// Its document and its request.
+    pub(crate) id: (usize, usize),
     pub(crate) tokens: Vec<u32>,
     pub(crate) until: &'static [&'static str],
     pub(crate) max_tokens: usize,
@@ -78,7 +78,8 @@ impl<'a> Ends<'a> {
     }
 }
 
-/// Answers all `prompts`; `finished` hears of each answer as it is complete.
+/// Answers all `prompts`, unless `stopped`; whether to the end. `finished` hears of each answer as it is complete, and
+/// of what was run since it heard last.
 ///
 /// # Errors
 /// The model or the tokenizer refuses tokens, or `finished` fails.
@@ -86,48 +87,56 @@ pub(crate) fn generate(
     model: &Inference,
     mut prompts: Vec<Prompt>,
     ends: &Ends<'_>,
-    mut stats: Option<&mut RoutingStats>,
-    finished: &mut dyn FnMut(usize, String) -> Result<()>,
-) -> Result<()> {
+    stopped: &dyn Fn() -> bool,
+    finished: &mut dyn FnMut((usize, usize), String, Ran) -> Result<()>,
+) -> Result<bool> {
     // The longest first: what is left at the end is quickly done.
     prompts.sort_by_key(|prompt| (prompt.tokens.len(), std::cmp::Reverse(prompt.id)));
     let side_by_side = side_by_side(model, prompts.last());
+    let fresh = || Ran { tokens: 0, routing: model.new_stats() };
+    let mut ran = fresh();
     let mut workspace = Workspace::default();
     let mut answers: Vec<Answer> = Vec::new();
     let mut caches: Vec<Cache> = Vec::new();
-    loop {
+    while !(prompts.is_empty() && answers.is_empty()) {
         while answers.len() < side_by_side
             && let Some(prompt) = prompts.pop()
         {
+            if stopped() {
+                return Ok(false);
+            }
             let room = prompt.tokens.len() + prompt.max_tokens;
             let cache = caches.pop().unwrap_or_else(|| Cache::new(model, room));
             let mut answer = Answer { prompt, cache, new: Vec::new(), done: false };
             let Answer { prompt, cache, .. } = &mut answer;
-            let logits = model.decode(&prompt.tokens, cache, stats.as_deref_mut(), &mut workspace)?;
+            let logits = model.decode(&prompt.tokens, cache, ran.routing.as_mut(), &mut workspace)?;
+            ran.tokens += prompt.tokens.len() as u64;
             answer.done = ends.take(&mut answer, argmax(logits))?;
             answers.push(answer);
         }
         for answer in answers.extract_if(.., |answer| answer.done) {
-            finished(answer.prompt.id, ends.text(&answer)?)?;
+            finished(answer.prompt.id, ends.text(&answer)?, std::mem::replace(&mut ran, fresh()))?;
             let mut cache = answer.cache;
             cache.clear();
             caches.push(cache);
         }
         if answers.is_empty() {
-            match prompts.is_empty() {
-                true => return Ok(()),
-                false => continue,
-            }
+            continue;
+        }
+        if stopped() {
+            return Ok(false);
         }
         let ids: Vec<u32> = answers.iter().filter_map(|answer| answer.new.last().copied()).collect();
         let mut used: Vec<&mut Cache> = answers.iter_mut().map(|answer| &mut answer.cache).collect();
-        let logits = model.decode_each(&ids, &mut used, stats.as_deref_mut(), &mut workspace)?;
+        let logits = model.decode_each(&ids, &mut used, ran.routing.as_mut(), &mut workspace)?;
+        ran.tokens += ids.len() as u64;
         let rows = logits.par_chunks(model.config().vocab_size);
         answers.par_iter_mut().zip(rows).try_for_each(|(answer, logits)| {
             answer.done = ends.take(answer, argmax(logits))?;
             Ok::<(), crate::Error>(())
         })?;
     }
+    Ok(true)
 }
 
 /// How many sequences as long as `longest` and its answer there is memory for.

@@ -8,17 +8,19 @@ mod encode;
 mod generation;
 mod journal;
 mod likelihood;
+mod rolling;
 
 use std::cmp::Reverse;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use dsmoe_core::Inference;
 use dsmoe_core::model::Workspace;
 use dsmoe_datasets::tasks::{Profile, Request, Response};
 use dsmoe_datasets::{Bos, Tokenizer};
-use dsmoe_router::RoutingStats;
 use rayon::prelude::*;
 
-pub use journal::Journal;
+pub use journal::{Journal, Ran, model_sha256};
+pub use rolling::{RollingReport, rolling};
 
 use crate::error::Result;
 use encode::{Encoder, Refusal, Scored};
@@ -32,15 +34,23 @@ pub const BATCH_TOKENS: usize = 2048;
 pub type Answer = std::result::Result<Response, String>;
 
 /// Answers requests with a model.
-#[derive(Debug)]
 pub struct Responder<'a> {
     model: &'a Inference,
     tokenizer: &'a Tokenizer,
     bos: Bos,
     profile: Profile,
     batch_tokens: usize,
-    stats: Option<RoutingStats>,
-    tokens: usize,
+    stop: Option<&'a AtomicBool>,
+}
+
+/// The answers to documents' requests.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Answers {
+    /// One list a document, one answer a request.
+    pub documents: Vec<Vec<Answer>>,
+    /// What was run for them, by this and earlier runs with the same journal. An answer that was cut short by an
+    /// interrupt and begun anew counts with what was run of it.
+    pub ran: Ran,
 }
 
 /// What a request is turned into.
@@ -53,8 +63,7 @@ enum Work {
 impl<'a> Responder<'a> {
     /// For `model` with its `tokenizer`; `bos` says when a text gets the BOS token in front.
     pub fn new(model: &'a Inference, tokenizer: &'a Tokenizer, bos: Bos, profile: Profile) -> Responder<'a> {
-        let stats = model.new_stats();
-        Responder { model, tokenizer, bos, profile, batch_tokens: BATCH_TOKENS, stats, tokens: 0 }
+        Responder { model, tokenizer, bos, profile, batch_tokens: BATCH_TOKENS, stop: None }
     }
 
     /// Runs about so many tokens in a forward pass, in place of [`BATCH_TOKENS`]; responses do not depend on it.
@@ -64,81 +73,70 @@ impl<'a> Responder<'a> {
         self
     }
 
-    /// Routing of all tokens that were run so far; none without routers.
-    pub fn stats(&self) -> Option<&RoutingStats> {
-        self.stats.as_ref()
+    /// Stops before the next forward pass once `flag` is raised.
+    #[must_use]
+    pub fn stop_at(mut self, flag: &'a AtomicBool) -> Responder<'a> {
+        self.stop = Some(flag);
+        self
     }
 
-    /// Tokens that were run so far.
-    pub fn tokens(&self) -> usize {
-        self.tokens
-    }
-
-    /// Answers the requests of `documents`, in their order. What `journal` knows is not run again, and what is run is
-    /// kept there. `progress` hears how many documents of how many are done.
+    /// Answers the requests of `documents`, in their order; none if it was stopped. What `journal` knows is not run
+    /// again, and what is run is kept there. `progress` hears how many documents of how many are done.
     ///
     /// # Errors
     /// The tokenizer or the model fails, or the journal cannot be written. A request that cannot be answered is no
     /// error but an answer.
     pub fn answer(
-        &mut self,
+        &self,
         documents: &[&[Request]],
-        mut journal: Option<&mut Journal>,
+        journal: Option<&mut Journal>,
         progress: &mut dyn FnMut(usize, usize),
-    ) -> Result<Vec<Vec<Answer>>> {
-        let known = |request: &Request| journal.as_ref().and_then(|journal| journal.get(request).cloned());
-        let mut answers: Vec<Vec<Option<Answer>>> =
-            documents.iter().map(|requests| requests.iter().map(|r| known(r).map(Ok)).collect()).collect();
-        // A document is run whole: its requests share a beginning.
-        let open: Vec<usize> =
-            (0..documents.len()).filter(|&i| answers[i].iter().any(Option::is_none)).collect();
-        let mut left: Vec<usize> = vec![0; documents.len()];
+    ) -> Result<Option<Answers>> {
+        let mut sheet = Sheet::new(documents, journal, progress);
         let (mut units, mut prompts) = (Vec::new(), Vec::new());
         let encoder = self.encoder();
+        let open = sheet.open();
         let encoded: Vec<Vec<std::result::Result<Work, Refusal>>> =
             open.par_iter().map(|&i| encode(&encoder, documents[i])).collect::<Result<_>>()?;
         for (&i, works) in open.iter().zip(encoded) {
             let mut scored = Vec::new();
             for (j, work) in works.into_iter().enumerate() {
                 match work {
-                    Err(refusal) => answers[i][j] = Some(Err(refusal)),
+                    Err(refusal) => sheet.answers[i][j] = Some(Err(refusal)),
                     Ok(Work::Likelihood(work)) => scored.push((j, work)),
                     Ok(Work::Rolling(windows)) => {
                         units.extend(windows.into_iter().map(|window| Unit::new(i, vec![(j, window)])));
                     }
-                    Ok(Work::Generate(prompt)) => prompts.push(Prompt { id: i, ..prompt }),
+                    Ok(Work::Generate(prompt)) => prompts.push(Prompt { id: (i, j), ..prompt }),
                 }
             }
             if !scored.is_empty() {
                 units.push(Unit::new(i, scored));
             }
         }
-        for document in units.iter().map(|unit| unit.document).chain(prompts.iter().map(|p| p.id)) {
-            left[document] += 1;
+        for document in units.iter().map(|unit| unit.document).chain(prompts.iter().map(|p| p.id.0)) {
+            sheet.left[document] += 1;
         }
-        let total_documents = documents.len();
-        let mut done = left.iter().filter(|&&left| left == 0).count();
-        progress(done, total_documents);
-        let mut finish = |document: usize, answers: &mut [Vec<Option<Answer>>]| -> Result<()> {
-            left[document] -= 1;
-            if left[document] > 0 {
-                return Ok(());
-            }
-            done += 1;
-            if let Some(journal) = journal.as_deref_mut() {
-                let pairs = documents[document].iter().zip(&answers[document]);
-                journal.put(
-                    pairs.filter_map(|(request, answer)| Some((request, answer.as_ref()?.as_ref().ok()?))),
-                )?;
-            }
-            progress(done, total_documents);
-            Ok(())
-        };
+        sheet.begin();
+        if !self.likelihoods(units, &mut sheet)? || !self.generate(prompts, &mut sheet)? {
+            return Ok(None);
+        }
+        Ok(Some(sheet.finish()))
+    }
 
+    fn stopped(&self) -> bool {
+        self.stop.is_some_and(|stop| stop.load(Ordering::Relaxed))
+    }
+
+    /// Runs the likelihoods; whether to the end.
+    fn likelihoods(&self, mut units: Vec<Unit>, sheet: &mut Sheet<'_>) -> Result<bool> {
         units.sort_by_key(|unit| (Reverse(unit.tokens()), unit.document));
         let mut workspace = Workspace::default();
         let mut rest = &units[..];
         while !rest.is_empty() {
+            if self.stopped() {
+                return Ok(false);
+            }
             let mut tokens = 0;
             let fits = |unit: &&Unit| {
                 tokens += unit.tokens();
@@ -149,32 +147,33 @@ impl<'a> Responder<'a> {
             rest = later;
             let mut batch = Batch::default();
             now.iter().for_each(|unit| batch.push(unit));
-            self.tokens += batch.ids.len();
             let Batch { ids, segments, targets } = &batch;
+            let mut ran = Ran { tokens: ids.len() as u64, routing: self.model.new_stats() };
             let found =
-                self.model.likelihoods(ids, segments, targets, self.stats.as_mut(), &mut workspace)?;
+                self.model.likelihoods(ids, segments, targets, ran.routing.as_mut(), &mut workspace)?;
             let mut found = found.into_iter();
             for unit in now {
                 for (j, scored) in &unit.scored {
                     let (sum, greedy) = total(&mut found, scored.targets.len());
-                    let answer = &mut answers[unit.document][*j];
-                    let request = &documents[unit.document][*j];
-                    *answer = Some(joined(answer.take(), request, sum, greedy));
+                    sheet.add_likelihood((unit.document, *j), sum, greedy);
                 }
-                finish(unit.document, &mut answers)?;
             }
+            sheet.done(now.iter().map(|unit| unit.document), ran)?;
         }
+        Ok(true)
+    }
 
+    /// Generates the answers; whether to the end.
+    fn generate(&self, prompts: Vec<Prompt>, sheet: &mut Sheet<'_>) -> Result<bool> {
+        if prompts.is_empty() {
+            return Ok(true);
+        }
         let ends = Ends::new(self.tokenizer, &self.model.config().eos_token_ids)?;
-        generation::generate(self.model, prompts, &ends, self.stats.as_mut(), &mut |document, text| {
-            answers[document][0] = Some(Ok(Response::Generated { text }));
-            finish(document, &mut answers)
-        })?;
-        let unanswered = || Err("no window of text".to_owned());
-        Ok(answers
-            .into_iter()
-            .map(|answers| answers.into_iter().map(|answer| answer.unwrap_or_else(unanswered)).collect())
-            .collect())
+        let stopped = || self.stopped();
+        generation::generate(self.model, prompts, &ends, &stopped, &mut |(document, request), text, ran| {
+            sheet.answers[document][request] = Some(Ok(Response::Generated { text }));
+            sheet.done([document], ran)
+        })
     }
 
     fn encoder(&self) -> Encoder<'a> {
@@ -191,16 +190,91 @@ impl<'a> Responder<'a> {
     }
 }
 
-/// A request's answer with one more window of it.
-fn joined(before: Option<Answer>, request: &Request, sum: f64, greedy: bool) -> Answer {
-    if !sum.is_finite() {
-        return Err("its likelihood is not finite: the model overflows on it".into());
+/// What is answered so far.
+struct Sheet<'a> {
+    documents: &'a [&'a [Request]],
+    answers: Vec<Vec<Option<Answer>>>,
+    /// Pieces of work that each document waits for.
+    left: Vec<usize>,
+    finished: usize,
+    ran: Ran,
+    journal: Option<&'a mut Journal>,
+    progress: &'a mut dyn FnMut(usize, usize),
+}
+
+impl<'a> Sheet<'a> {
+    /// With what `journal` knows. A document is run whole, as its requests share a beginning: the answers to some of
+    /// them are as good as none.
+    fn new(
+        documents: &'a [&'a [Request]],
+        journal: Option<&'a mut Journal>,
+        progress: &'a mut dyn FnMut(usize, usize),
+    ) -> Sheet<'a> {
+        let known = |requests: &&[Request]| -> Option<Vec<Option<Answer>>> {
+            let journal = journal.as_ref()?;
+            requests.iter().map(|request| Some(Some(Ok(journal.get(request)?.clone())))).collect()
+        };
+        let answers = documents.iter().map(|d| known(d).unwrap_or_else(|| vec![None; d.len()])).collect();
+        let ran = journal.as_ref().map(|journal| journal.ran().clone()).unwrap_or_default();
+        let left = vec![0; documents.len()];
+        Sheet { documents, answers, left, finished: 0, ran, journal, progress }
     }
-    match (before, request) {
-        (Some(Err(refusal)), _) => Err(refusal),
-        (Some(Ok(Response::Rolling { sum: before })), _) => Ok(Response::Rolling { sum: before + sum }),
-        (_, Request::Rolling { .. }) => Ok(Response::Rolling { sum }),
-        _ => Ok(Response::LogLikelihood { sum, greedy }),
+
+    /// The documents that are not answered.
+    fn open(&self) -> Vec<usize> {
+        (0..self.answers.len()).filter(|&i| self.answers[i].iter().any(Option::is_none)).collect()
+    }
+
+    fn begin(&mut self) {
+        self.finished = self.left.iter().filter(|&&left| left == 0).count();
+        (self.progress)(self.finished, self.documents.len());
+    }
+
+    /// Adds one more window to the answer of a request.
+    fn add_likelihood(&mut self, (document, request): (usize, usize), sum: f64, greedy: bool) {
+        let answer = &mut self.answers[document][request];
+        *answer = Some(if sum.is_finite() {
+            match (answer.take(), &self.documents[document][request]) {
+                (Some(Err(refusal)), _) => Err(refusal),
+                (Some(Ok(Response::Rolling { sum: before })), _) => {
+                    Ok(Response::Rolling { sum: before + sum })
+                }
+                (_, Request::Rolling { .. }) => Ok(Response::Rolling { sum }),
+                _ => Ok(Response::LogLikelihood { sum, greedy }),
+            }
+        } else {
+            Err("its likelihood is not finite: the model overflows on it".into())
+        });
+    }
+
+    /// A piece of work of each of `documents` is done.
+    fn done(&mut self, documents: impl IntoIterator<Item = usize>, ran: Ran) -> Result<()> {
+        let mut whole = Vec::new();
+        for document in documents {
+            self.left[document] -= 1;
+            if self.left[document] == 0 {
+                whole.push(document);
+            }
+        }
+        self.finished += whole.len();
+        self.ran.add(&ran);
+        if let Some(journal) = self.journal.as_deref_mut() {
+            let pairs = whole.iter().flat_map(|&i| self.documents[i].iter().zip(&self.answers[i]));
+            journal.put(
+                pairs.filter_map(|(request, answer)| Some((request, answer.as_ref()?.as_ref().ok()?))),
+                ran,
+            )?;
+        }
+        (self.progress)(self.finished, self.documents.len());
+        Ok(())
+    }
+
+    fn finish(self) -> Answers {
+        let unanswered = || Err("it has no text".to_owned());
+        let all = |answers: Vec<Option<Answer>>| {
+            answers.into_iter().map(|answer| answer.unwrap_or_else(unanswered)).collect()
+        };
+        Answers { documents: self.answers.into_iter().map(all).collect(), ran: self.ran }
     }
 }
 
@@ -224,7 +298,7 @@ fn encode(encoder: &Encoder<'_>, requests: &[Request]) -> Result<Vec<std::result
                 let (until, max_tokens) = (*until, *max_tokens);
                 encoder
                     .prompt(context, max_tokens)?
-                    .map(|tokens| Work::Generate(Prompt { id: 0, tokens, until, max_tokens }))
+                    .map(|tokens| Work::Generate(Prompt { id: (0, 0), tokens, until, max_tokens }))
             }
         });
     }

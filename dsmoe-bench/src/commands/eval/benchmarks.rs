@@ -1,0 +1,215 @@
+//! `dsmoe eval --tasks`: benchmarks, scored as lm-evaluation-harness scores them.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use dsmoe_core::Inference;
+use dsmoe_core::config::Config;
+use dsmoe_datasets::tasks::{Loaded, Options, Request, Source, TASKS, Task};
+use dsmoe_datasets::{Bos, Tokenizer};
+use dsmoe_kernels::Isa;
+use dsmoe_train::tasks::{Journal, Responder, model_sha256};
+
+use super::results::{Measured, Results, TaskResult};
+use crate::cli::{Eval, TaskFile};
+use crate::commands::{INTERRUPTED, STOP, catch_interrupts, load_inference, tokenizer};
+use crate::progress::{Progress, Unit};
+use crate::report;
+use crate::ui::Ui;
+
+/// All benchmarks there are files of.
+pub(crate) const ALL: &str = "all";
+
+pub(crate) fn run(args: &Eval, ui: &mut Ui) -> Result<ExitCode> {
+    let started = Instant::now();
+    // Wrong files are told before the weights are read.
+    let config = Config::load(&args.model)?;
+    let tokenizer = tokenizer(&args.model, &config)?;
+    let bos = args.bos.unwrap_or(args.profile.bos());
+    // A rule that the tokenizer cannot follow is told now, too.
+    tokenizer.encode("", bos)?;
+    let loaded = load(args, ui)?;
+    let folder = args.out.as_ref().map(|out| out.join(model_name(&args.model)));
+    if let Some(folder) = &folder {
+        std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
+        catch_interrupts()?;
+    }
+    let model = load_inference(&args.model, args.dtype, args.threshold)?;
+    let runner = Runner { args, model: &model, tokenizer: &tokenizer, bos, hash: model_sha256(&args.model)? };
+
+    let mut done = Vec::new();
+    let mut journals = Vec::new();
+    for loaded in loaded {
+        let mut journal = folder.as_ref().map(|folder| runner.journal(folder, loaded.name())).transpose()?;
+        let Some(measured) = runner.measure(&loaded, journal.as_mut(), ui)? else {
+            ui.note("dsmoe: stopped; the same command goes on from here");
+            return Ok(ExitCode::from(INTERRUPTED));
+        };
+        for line in remarks(&loaded, &measured) {
+            ui.note(line);
+        }
+        done.push(TaskResult::new(loaded, measured));
+        journals.extend(journal);
+    }
+
+    let mut results = Results {
+        args,
+        name: model_name(&args.model),
+        bos,
+        model: &model,
+        tokenizer: &tokenizer,
+        model_sha256: runner.hash,
+        seconds: started.elapsed().as_secs_f64(),
+        tasks: done,
+        files: Vec::new(),
+    };
+    if let Some(folder) = &folder {
+        results.write(folder)?;
+        // The answers stand in the samples now.
+        for journal in journals {
+            journal.remove()?;
+        }
+    }
+    ui.result(&results.json()?, |_| results.show())?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Reads the benchmarks asked for. Documents need not come from files: what follows knows only [`Loaded`].
+fn load(args: &Eval, ui: &Ui) -> Result<Vec<Loaded>> {
+    if let Some(folder) = &args.task_data
+        && !folder.is_dir()
+    {
+        bail!(
+            "{}: no such folder; give --task-data a folder that has one for each benchmark (hellaswag, piqa, ...)",
+            folder.display()
+        );
+    }
+    let source = Source {
+        folder: args.task_data.clone(),
+        files: named_files(&args.task_file)?,
+        shot_files: named_files(&args.shots_file)?,
+    };
+    let options = Options { profile: args.profile, limit: args.limit, ..Options::default() };
+    let mut tasks: Vec<&'static Task> = Vec::new();
+    for name in &args.tasks {
+        if name == ALL {
+            tasks.extend(all(args, &source, ui)?);
+        } else {
+            tasks.push(Task::named(name)?);
+        }
+    }
+    let mut loaded: Vec<Loaded> = Vec::new();
+    for task in tasks {
+        if loaded.iter().any(|other| other.name() == task.name) {
+            continue;
+        }
+        if source.folder.is_none() && !source.files.contains_key(task.name) {
+            bail!("task {0}: no files; give --task-data FOLDER or --task-file {0}=FILE", task.name);
+        }
+        loaded.push(Loaded::load(task, &source, &options)?);
+    }
+    Ok(loaded)
+}
+
+/// The benchmarks there are files of.
+fn all(args: &Eval, source: &Source, ui: &Ui) -> Result<Vec<&'static Task>> {
+    let mut found = Vec::new();
+    for task in &TASKS {
+        if !source.has(task)? {
+            ui.note(format_args!("{}: left out, there are no files of it", task.name));
+        } else if !task.is_in(args.profile) {
+            ui.note(format_args!("{}: left out, {} cannot run it", task.name, args.profile));
+        } else {
+            found.push(Task::named(task.name)?);
+        }
+    }
+    if found.is_empty() {
+        bail!("--tasks {ALL}: no files of any benchmark; give --task-data the folder that has their folders");
+    }
+    Ok(found)
+}
+
+fn named_files(files: &[TaskFile]) -> Result<BTreeMap<String, Vec<PathBuf>>> {
+    let mut all: BTreeMap<String, Vec<PathBuf>> = BTreeMap::new();
+    for TaskFile { task, path } in files {
+        all.entry(Task::named(task)?.name.to_owned()).or_default().push(path.clone());
+    }
+    Ok(all)
+}
+
+/// What a user should know about how a benchmark went.
+fn remarks(loaded: &Loaded, measured: &Measured) -> Vec<String> {
+    let mut remarks = Vec::new();
+    let origin = loaded.origin();
+    if origin.shot_split == Some(origin.split) {
+        remarks.push(format!(
+            "{}: no training file; its examples are other documents of its {} split",
+            loaded.name(),
+            origin.split
+        ));
+    }
+    let unscored = &measured.scored.unscored;
+    if let Some((id, reason)) = unscored.first() {
+        remarks.push(format!(
+            "{}: {} of {} documents could not be scored and count in no metric; document {id}: {reason}",
+            loaded.name(),
+            report::count(unscored.len() as u64),
+            report::count(loaded.documents().len() as u64),
+        ));
+    }
+    remarks
+}
+
+/// The last part of the path, with what cannot stand in a file name replaced.
+fn model_name(model: &Path) -> String {
+    let whole = model.canonicalize().unwrap_or_else(|_| model.to_path_buf());
+    let name = whole.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    name.chars().map(|c| if c.is_alphanumeric() || "-_.".contains(c) { c } else { '_' }).collect()
+}
+
+struct Runner<'a> {
+    args: &'a Eval,
+    model: &'a Inference,
+    tokenizer: &'a Tokenizer,
+    bos: Bos,
+    hash: String,
+}
+
+impl Runner<'_> {
+    /// The journal of a benchmark's answers.
+    fn journal(&self, folder: &Path, task: &str) -> Result<Journal> {
+        let threshold = self.model.config().moe.as_ref().map(|moe| moe.router.threshold);
+        let made_by = serde_json::json!({
+            "model": self.hash,
+            "dtype": self.args.dtype.name(),
+            "threshold": threshold,
+            "bos": self.bos,
+            "profile": self.args.profile,
+            // Another tier may answer with other last bits.
+            "isa": Isa::current().name(),
+        });
+        let path = folder.join(format!("answers_{task}.jsonl"));
+        Ok(Journal::open(&path, &made_by.to_string(), self.model.new_stats().as_ref())?)
+    }
+
+    /// Scores a benchmark; none if it was interrupted.
+    fn measure(&self, loaded: &Loaded, journal: Option<&mut Journal>, ui: &Ui) -> Result<Option<Measured>> {
+        let started = Instant::now();
+        let documents: Vec<&[Request]> = loaded.documents().iter().map(|d| &d.requests[..]).collect();
+        let responder =
+            Responder::new(self.model, self.tokenizer, self.bos, self.args.profile).stop_at(&STOP);
+        let mut progress = Progress::new(ui, loaded.name(), Unit::Documents, documents.len() as u64);
+        let answers = responder.answer(&documents, journal, &mut |done, total| {
+            progress.set(done as u64, total as u64, "");
+        });
+        progress.finish();
+        Ok(answers?.map(|answers| Measured {
+            scored: loaded.score(&answers.documents),
+            ran: answers.ran,
+            seconds: started.elapsed().as_secs_f64(),
+        }))
+    }
+}

@@ -1,0 +1,241 @@
+//! `dsmoe eval --data`: perplexity and active share on text.
+
+use std::path::PathBuf;
+
+use anyhow::{Result, bail};
+use dsmoe_core::Inference;
+use dsmoe_core::accounting::Accounting;
+use dsmoe_datasets::tasks::Profile;
+use dsmoe_datasets::{Bos, Corpus, Tokenizer};
+use dsmoe_train::eval::{EvalOptions, EvalReport, evaluate};
+use dsmoe_train::tasks::{Ran, Responder, RollingReport, rolling};
+use serde::Serialize;
+
+use crate::cli::{Eval, Perplexity};
+use crate::commands::{bos_or_default, load_inference, open_corpus, tokenize, tokenizer};
+use crate::progress::{Progress, Unit};
+use crate::report;
+use crate::ui::Ui;
+
+/// Window length when none is given.
+const SEQ: usize = 1024;
+/// The same of [`Perplexity::Window`].
+const WINDOW_SEQ: usize = 2048;
+/// What stands between documents there.
+const JOINT: &str = "\n\n";
+
+#[derive(Debug, Serialize)]
+struct Report<'a> {
+    model: &'a PathBuf,
+    data: &'a [PathBuf],
+    doc_separator: Option<&'a str>,
+    bos: Bos,
+    dtype: &'static str,
+    threshold: Option<f32>,
+    #[serde(flatten)]
+    stream: Option<Stream>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    window: Option<Window>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rolling: Option<Rolling>,
+}
+
+/// Documents one after the other, every token scored.
+#[derive(Debug, Serialize)]
+struct Stream {
+    seq: usize,
+    stride: usize,
+    #[serde(flatten)]
+    result: EvalReport,
+}
+
+/// Documents joined by blank lines and encoded as one text, in whole windows.
+#[derive(Debug, Serialize)]
+struct Window {
+    seq: usize,
+    windows: usize,
+    #[serde(flatten)]
+    result: EvalReport,
+}
+
+/// Documents by themselves, by word and byte.
+#[derive(Debug, Serialize)]
+struct Rolling {
+    #[serde(flatten)]
+    result: RollingReport,
+    /// Tokens run.
+    tokens: u64,
+    active_ratio: Option<f64>,
+    params_activated: f64,
+}
+
+pub(crate) fn run(args: &Eval, ui: &mut Ui) -> Result<()> {
+    let text_column = args.data.text_column.clone().unwrap_or_else(|| "text".to_owned());
+    let corpus = open_corpus(&args.data.data, args.data.doc_separator.clone(), text_column)?;
+    let only_stream = [args.stride.is_some(), args.limit_tokens.is_some()].contains(&true);
+    if only_stream && args.perplexity[..] != [Perplexity::Stream] {
+        bail!("--stride and --limit-tokens are for --perplexity stream; leave them out");
+    }
+    let model = load_inference(&args.model, args.dtype, args.threshold)?;
+    let config = model.config();
+    let bos = bos_or_default(args.bos, config);
+    let tokenizer = tokenizer(&args.model, config)?;
+    let mut report = Report {
+        model: &args.model,
+        data: &args.data.data,
+        doc_separator: args.data.doc_separator.as_deref(),
+        bos,
+        dtype: args.dtype.name(),
+        threshold: config.moe.as_ref().map(|moe| moe.router.threshold),
+        stream: None,
+        window: None,
+        rolling: None,
+    };
+    for how in &args.perplexity {
+        match how {
+            Perplexity::Stream => report.stream = Some(stream(args, &model, &tokenizer, &corpus, bos, ui)?),
+            Perplexity::Window => report.window = Some(window(args, &model, &tokenizer, &corpus, bos, ui)?),
+            Perplexity::Rolling => report.rolling = Some(by_word(&model, &tokenizer, &corpus, bos, ui)?),
+        }
+    }
+    ui.result(&report, show)
+}
+
+fn stream(
+    args: &Eval,
+    model: &Inference,
+    tokenizer: &Tokenizer,
+    corpus: &Corpus,
+    bos: Bos,
+    ui: &Ui,
+) -> Result<Stream> {
+    let mut stream = tokenize(corpus, tokenizer, bos, ui)?;
+    if let Some(limit) = args.limit_tokens {
+        stream.ids.truncate(usize::try_from(limit).unwrap_or(usize::MAX));
+    }
+    let seq = args.seq.unwrap_or(SEQ.min(model.config().max_position));
+    let stride = args.stride.unwrap_or(seq);
+    let result = measure(model, &stream.ids, EvalOptions { stride, ..EvalOptions::new(seq) }, ui)?;
+    Ok(Stream { seq, stride, result })
+}
+
+fn window(
+    args: &Eval,
+    model: &Inference,
+    tokenizer: &Tokenizer,
+    corpus: &Corpus,
+    bos: Bos,
+    ui: &Ui,
+) -> Result<Window> {
+    let texts = corpus.texts().map(|document| document.map(|document| document.text));
+    let text = texts.collect::<Result<Vec<_>, _>>()?.join(JOINT);
+    let ids = tokenizer.encode(&text, bos)?;
+    let seq = args.seq.unwrap_or(WINDOW_SEQ.min(model.config().max_position));
+    let windows = ids.len().checked_div(seq).unwrap_or(0);
+    if windows == 0 && seq > 1 {
+        bail!("{} tokens are fewer than one window of {seq}; give more text, or a smaller --seq", ids.len());
+    }
+    // Windows of one length weigh the same, so the mean over all tokens is the mean over windows.
+    let result = measure(model, &ids[..windows * seq], EvalOptions::new(seq), ui)?;
+    Ok(Window { seq, windows, result })
+}
+
+fn by_word(model: &Inference, tokenizer: &Tokenizer, corpus: &Corpus, bos: Bos, ui: &Ui) -> Result<Rolling> {
+    let responder = Responder::new(model, tokenizer, bos, Profile::default());
+    let texts = corpus.documents().map(|document| Ok(document?.text));
+    let total = corpus.total_bytes();
+    let mut progress = Progress::new(ui, "evaluating", Unit::Bytes, total);
+    let result = rolling(&responder, texts, &mut |done| progress.set(done as u64, total, ""));
+    progress.finish();
+    let Some((result, Ran { tokens, routing })) = result? else { bail!("interrupted") };
+    let routing = routing.map(|routing| routing.summary());
+    let active = routing.as_ref().map_or(0.0, |routing| routing.active_experts);
+    let params_activated = Accounting::of(model.config()).activated(active);
+    Ok(Rolling { result, tokens, active_ratio: routing.map(|routing| routing.active_ratio), params_activated })
+}
+
+/// Evaluates with progress.
+pub(crate) fn measure(model: &Inference, ids: &[u32], options: EvalOptions, ui: &Ui) -> Result<EvalReport> {
+    let mut progress = Progress::new(ui, "evaluating", Unit::Windows, 0);
+    let result =
+        evaluate(model, ids, options, &mut |done, total| progress.set(done as u64, total as u64, ""));
+    progress.finish();
+    let report = result?;
+    if !report.nll.is_finite() {
+        bail!(
+            "the mean likelihood is not finite: the model overflows on this text; take an earlier checkpoint of it"
+        );
+    }
+    Ok(report)
+}
+
+fn show(report: &Report<'_>) -> String {
+    let mut blocks = Vec::new();
+    if let Some(Stream { seq, stride, result }) = &report.stream {
+        blocks.push(show_windows(result, "perplexity", &format!("windows of {seq} every {stride}")));
+    }
+    if let Some(Window { seq, windows, result }) = &report.window {
+        let shape = format!("{windows} whole windows of {seq} of the text joined by blank lines");
+        blocks.push(show_windows(result, "window perplexity", &shape));
+    }
+    if let Some(Rolling { result, tokens, active_ratio, params_activated }) = &report.rolling {
+        let mut fields = vec![
+            ("word perplexity", format!("{:.4}", result.word_perplexity)),
+            ("byte perplexity", format!("{:.6}", result.byte_perplexity)),
+            ("bits per byte", format!("{:.6}", result.bits_per_byte)),
+            (
+                "text",
+                format!(
+                    "{} words, {} bytes in {} documents; {} tokens",
+                    report::count(result.words as u64),
+                    report::count(result.bytes as u64),
+                    report::count(result.documents as u64),
+                    report::count(*tokens)
+                ),
+            ),
+            ("parameters", format!("{} activated", report::amount(*params_activated))),
+        ];
+        if let Some(ratio) = active_ratio {
+            fields.push(("active share", format!("{} of experts", report::percent(*ratio))));
+        }
+        blocks.push(report::fields(fields));
+    }
+    blocks.join("\n")
+}
+
+fn show_windows(result: &EvalReport, name: &'static str, shape: &str) -> String {
+    let mut fields = vec![
+        (name, format!("{:.4}", result.ppl)),
+        ("nll", format!("{:.6} nats per token", result.nll)),
+        (
+            "tokens",
+            format!(
+                "{} predicted of {}, {shape}",
+                report::count(result.predicted as u64),
+                report::count(result.tokens as u64),
+            ),
+        ),
+    ];
+    if let (Some(ratio), Some(layers), Some(zero)) =
+        (result.active_ratio, &result.active_ratio_per_layer, result.zero_active_share)
+    {
+        let layers: Vec<String> = layers.iter().map(|share| format!("{:.1}", 100.0 * share)).collect();
+        fields.push(("active share", format!("{} of experts", report::percent(ratio))));
+        fields.push(("by layer", format!("{} %", layers.join(" "))));
+        fields.push(("no expert active", format!("{} of tokens and layers", report::percent(zero))));
+    }
+    fields.push((
+        "parameters",
+        format!(
+            "{} activated of {}",
+            report::amount(result.params_activated),
+            report::amount(result.params_total as f64)
+        ),
+    ));
+    fields.push(("FLOPs per token", report::amount(result.flops_per_token)));
+    fields.push((
+        "speed",
+        format!("{:.0} tokens/s, {}", result.tokens_per_s, report::duration(result.seconds)),
+    ));
+    report::fields(fields)
+}

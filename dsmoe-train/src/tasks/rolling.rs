@@ -1,0 +1,84 @@
+//! Perplexity by word and byte of whole documents.
+
+use dsmoe_datasets::tasks::{Request, Response, count_words};
+use serde::Serialize;
+
+use super::{Ran, Responder};
+use crate::error::{Error, Result};
+
+/// Bytes of text that are held as tokens at a time, about.
+const PIECE_BYTES: usize = 8 << 20;
+
+/// Perplexity by units that do not depend on a tokenizer. Every document is scored by itself from the start token on,
+/// in windows as long as the model that do not overlap, as lm-evaluation-harness does.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[non_exhaustive]
+pub struct RollingReport {
+    /// Documents.
+    pub documents: usize,
+    /// Pieces between white space.
+    pub words: usize,
+    /// UTF-8 bytes.
+    pub bytes: usize,
+    /// exp of the negative log-likelihood per word.
+    pub word_perplexity: f64,
+    /// exp of the negative log-likelihood per byte.
+    pub byte_perplexity: f64,
+    /// Negative log-likelihood per byte in bits.
+    pub bits_per_byte: f64,
+}
+
+/// Measures the documents that `texts` gives; none if the responder was stopped. `progress` hears how many bytes of
+/// text are done.
+///
+/// # Errors
+/// A text cannot be read or scored, or there is none.
+pub fn rolling(
+    responder: &Responder<'_>,
+    texts: impl IntoIterator<Item = Result<String>>,
+    progress: &mut dyn FnMut(usize),
+) -> Result<Option<(RollingReport, Ran)>> {
+    let mut texts = texts.into_iter();
+    let mut ran = Ran::default();
+    let (mut documents, mut words, mut bytes, mut sum) = (0, 0, 0, 0.0);
+    loop {
+        let mut piece = Vec::new();
+        let mut held = 0;
+        while held < PIECE_BYTES
+            && let Some(text) = texts.next().transpose()?
+        {
+            words += count_words(&text);
+            held += text.len();
+            piece.push([Request::Rolling { text }]);
+        }
+        if piece.is_empty() {
+            break;
+        }
+        bytes += held;
+        let requests: Vec<&[Request]> = piece.iter().map(|request| &request[..]).collect();
+        let Some(answers) = responder.answer(&requests, None, &mut |_, _| {})? else { return Ok(None) };
+        for answer in answers.documents.into_iter().flatten() {
+            documents += 1;
+            match answer {
+                Ok(Response::Rolling { sum: one }) => sum += one,
+                Ok(_) => unreachable!("the answer to another request"),
+                Err(reason) => return Err(Error::Unscorable { document: documents, reason }),
+            }
+        }
+        ran.add(&answers.ran);
+        progress(bytes);
+    }
+    if documents == 0 {
+        return Err(Error::Unscorable { document: 1, reason: "there is none".into() });
+    }
+    let per_byte = -sum / bytes as f64;
+    let report = RollingReport {
+        documents,
+        words,
+        bytes,
+        word_perplexity: (-sum / words as f64).exp(),
+        byte_perplexity: per_byte.exp(),
+        bits_per_byte: per_byte / std::f64::consts::LN_2,
+    };
+    Ok(Some((report, ran)))
+}

@@ -1,0 +1,4 @@
+//! A model's answers to benchmarks: against lm-evaluation-harness, and against themselves in other circumstances.
+
+mod golden;
+mod responder;
