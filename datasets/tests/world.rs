@@ -1,5 +1,6 @@
 //! The embedded world: the same everywhere, right in itself, and held out where it is asked.
 
+use dsmoe_datasets::tasks::{Loaded, Options, Request, Response, Source};
 use dsmoe_datasets::world::{Domain, Item, Probe, World};
 use dsmoe_datasets::{Corpus, CorpusOptions};
 use sha2::{Digest, Sha256};
@@ -14,17 +15,11 @@ fn sha256(text: &str) -> String {
 
 /// Documents of `domain` of at least `bytes` bytes together.
 fn documents(world: &World, domain: Domain, bytes: usize) -> Vec<String> {
-    let mut have = 0;
-    let enough = |document: &String| {
-        let more = have < bytes;
-        have += document.len();
-        more
-    };
-    world.text(domain).take_while(enough).collect()
+    world.documents(domain, (bytes * 100).div_ceil(domain.share() as usize) as u64 + 100).collect()
 }
 
 /// What a model sees of an item, its choices or right answers, and the indices of the right ones.
-fn asked(item: &Item) -> (String, Vec<String>, Vec<usize>) {
+fn asked_of(item: &Item) -> (String, Vec<String>, Vec<usize>) {
     let open = |prompt: String, answers: &[String]| {
         (prompt, answers.iter().map(|answer| format!(" {answer}")).collect(), (0..answers.len()).collect())
     };
@@ -127,17 +122,24 @@ fn documents_can_be_had_one_by_one_and_seeds_differ() {
 fn a_written_corpus_is_the_text_of_the_domains_in_their_shares() {
     let dir = tempfile::tempdir().unwrap();
     let world = World::new(3);
-    let paths = world.write(dir.path(), 400_000).unwrap();
-    for (path, domain) in paths.iter().zip(Domain::ALL) {
-        assert_eq!(path, &dir.path().join(format!("{}.jsonl", domain.name())));
-        let corpus = Corpus::open(std::slice::from_ref(path), CorpusOptions::default()).unwrap();
+    let mut heard = 0;
+    let written = world.write_text(dir.path(), 400_000, &mut |done| heard = done).unwrap();
+    for (written, domain) in written.iter().zip(Domain::ALL) {
+        let path = dir.path().join(format!("{}.jsonl", domain.name()));
+        let corpus = Corpus::open(&[path], CorpusOptions::default()).unwrap();
         let read: Vec<String> = corpus.documents().map(|document| document.unwrap().text).collect();
-        assert_eq!(read, documents(&world, domain, 4000 * domain.share() as usize));
+        assert!(read.iter().eq(&world.text(domain).take(read.len()).collect::<Vec<_>>()));
+        let bytes = read.iter().map(|text| text.len() as u64).sum::<u64>();
+        assert_eq!((written.documents, written.bytes), (read.len() as u64, bytes));
+        let last = read.last().unwrap().len() as u64;
+        let want = 4000 * domain.share();
+        assert!(bytes >= want && bytes - last < want, "{}: {bytes} of {want}", domain.name());
     }
+    assert_eq!(heard, written.iter().map(|written| written.bytes).sum::<u64>());
     assert_eq!(Domain::ALL.map(Domain::share).iter().sum::<u64>(), 100);
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 4);
     let file = dir.path().join("facts.jsonl");
-    let refused = world.write(&file, 1000).expect_err("a file is no folder").to_string();
+    let refused = world.write_text(&file, 1000, &mut |_| ()).expect_err("a file is no folder").to_string();
     assert!(refused.contains("facts.jsonl") && !refused.contains('\n'), "{refused}");
 }
 
@@ -166,10 +168,10 @@ fn every_item_is_well_formed_and_items_differ() {
         for probe in Probe::ALL {
             let set = world.probe(probe, ITEMS);
             for items in [&set.train, &set.test] {
-                assert!(items.len() >= ITEMS / 2, "{}: {} items", probe.name(), items.len());
+                assert!(items.len() >= ITEMS / 4, "{}: {} items", probe.name(), items.len());
                 assert_eq!(items.iter().collect::<HashSet<_>>().len(), items.len(), "{}", probe.name());
                 for item in items {
-                    let (prompt, choices, gold) = asked(item);
+                    let (prompt, choices, gold) = asked_of(item);
                     assert!(!prompt.contains(['{', '}', '_']) && !prompt.contains("  "), "{item:?}");
                     assert_eq!(choices.iter().collect::<HashSet<_>>().len(), choices.len(), "{item:?}");
                     assert!(!gold.is_empty() && gold.iter().all(|&gold| gold < choices.len()), "{item:?}");
@@ -184,7 +186,7 @@ fn every_item_is_well_formed_and_items_differ() {
 
 #[test]
 fn no_test_item_is_answered_in_the_text_in_the_form_in_which_it_is_asked() {
-    const BYTES: usize = 8_000_000;
+    const BYTES: usize = 4_000_000;
     for seed in [0, 1] {
         let world = World::new(seed);
         let mut answered = HashSet::new();
@@ -192,7 +194,7 @@ fn no_test_item_is_answered_in_the_text_in_the_form_in_which_it_is_asked() {
         for probe in Probe::ALL {
             let set = world.probe(probe, ITEMS);
             let right = |item: &Item| {
-                let (prompt, choices, gold) = asked(item);
+                let (prompt, choices, gold) = asked_of(item);
                 gold.into_iter().map(|gold| format!("{prompt}{}", choices[gold])).collect::<Vec<_>>()
             };
             answered.extend(set.test.iter().flat_map(right));
@@ -221,7 +223,7 @@ fn what_is_asked_from_memory_is_stated_in_the_text() {
         .collect();
     for probe in [Probe::NqOpen, Probe::TriviaQa] {
         for item in world.probe(probe, ITEMS).test {
-            let (prompt, answers, _) = asked(&item);
+            let (prompt, answers, _) = asked_of(&item);
             let names = prompt
                 .split([' ', '?'])
                 .filter(|word| word.len() > 2 && word.starts_with(char::is_uppercase));
@@ -244,7 +246,7 @@ fn right_choices_stand_anywhere_and_are_not_told_by_their_length() {
         let mut at = vec![0_usize; count];
         let (mut longest, mut shortest) = (0, 0);
         for item in &items {
-            let (_, choices, gold) = asked(item);
+            let (_, choices, gold) = asked_of(item);
             at[gold[0]] += 1;
             let length = |index: &usize| choices[*index].len();
             longest += usize::from((0..count).max_by_key(length) == Some(gold[0]));
@@ -285,6 +287,104 @@ fn every_sum_is_right() {
         }
     }
     assert!(checked > 4000, "{checked}");
+}
+
+/// What a model is asked in an item: contexts, and the continuations whose likelihood decides.
+fn requests(loaded: &Loaded, at: usize) -> Vec<(&str, &str)> {
+    let requests = loaded.documents()[at].requests.iter().map(|request| match request {
+        Request::LogLikelihood { context, continuation } => (&**context, continuation.as_str()),
+        Request::Generate { context, .. } => (&**context, ""),
+        Request::Rolling { .. } => panic!("no probe asks for a whole text"),
+    });
+    requests.collect()
+}
+
+#[test]
+fn items_are_asked_as_the_benchmarks_ask_and_their_files_give_the_same() {
+    let dir = tempfile::tempdir().unwrap();
+    let world = World::new(5);
+    let counts = world.write_probes(dir.path(), 40).unwrap();
+    assert_eq!(counts.iter().map(|count| count.0).collect::<Vec<_>>(), Probe::ALL);
+    for (probe, count) in counts {
+        let loaded = world.load(probe, 40, &Options::default()).unwrap();
+        assert_eq!(loaded.name(), format!("world_{}", probe.name()));
+        let from_files =
+            Loaded::load(probe.task(), &Source::folder(dir.path()), &Options::default()).unwrap();
+        assert_eq!((loaded.documents().len(), from_files.documents().len()), (count, count));
+        for (at, item) in world.probe(probe, 40).test.iter().enumerate() {
+            let (asked, same) = (requests(&loaded, at), requests(&from_files, at));
+            assert_eq!(asked, same, "{}", probe.name());
+            let (prompt, choices, _) = asked_of(item);
+            for (number, (context, continuation)) in asked.into_iter().enumerate() {
+                if probe == Probe::WinoGrande {
+                    assert_eq!(format!("{context}{continuation}"), format!("{prompt}{}", choices[number]));
+                    continue;
+                }
+                let examples = context.strip_suffix(&prompt).expect("the question comes last");
+                assert_eq!(examples.is_empty(), probe.task().shots == 0, "{context}");
+                if !continuation.is_empty() && probe != Probe::WebQs {
+                    assert_eq!(continuation, choices[number]);
+                }
+            }
+        }
+    }
+}
+
+/// Scores of `probe` when every item of it is answered as `answer` says: is this continuation the one to choose, and
+/// what is the text to generate?
+fn scored(world: &World, probe: Probe, right: bool) -> f64 {
+    let loaded = world.load(probe, 60, &Options::default()).unwrap();
+    let items = world.probe(probe, 60).test;
+    let answer = |(at, item): (usize, &Item)| {
+        let (prompt, choices, gold) = asked_of(item);
+        let respond = |request: &Request| match request {
+            Request::Generate { .. } if right => Response::Generated { text: choices[gold[0]].clone() },
+            Request::Generate { .. } => Response::Generated { text: " nothing\n#### 0".to_owned() },
+            Request::LogLikelihood { context, continuation } => {
+                let whole = format!("{context}{continuation}");
+                let good = gold.iter().any(|&gold| whole.ends_with(&format!("{prompt}{}", choices[gold])));
+                Response::LogLikelihood {
+                    sum: if good == right { -1.0 } else { -90.0 },
+                    greedy: good == right,
+                }
+            }
+            Request::Rolling { .. } => panic!("no probe asks for a whole text"),
+        };
+        loaded.documents()[at].requests.iter().map(|request| Ok(respond(request))).collect()
+    };
+    let answers: Vec<Vec<Result<Response, String>>> = items.iter().enumerate().map(answer).collect();
+    let scored = loaded.score(&answers);
+    assert!(scored.unscored.is_empty());
+    scored.scores.iter().find(|score| score.metric != "perplexity").expect("a share of right answers").value
+}
+
+#[test]
+fn right_answers_score_one_and_wrong_ones_nothing() {
+    let world = World::new(1);
+    for probe in Probe::ALL {
+        let shares = (scored(&world, probe, true), scored(&world, probe, false));
+        assert_eq!(shares, (1.0, 0.0), "{}", probe.name());
+    }
+}
+
+#[test]
+fn one_answer_to_all_questions_is_hardly_ever_right() {
+    for seed in [0, 1] {
+        let world = World::new(seed);
+        for probe in Probe::ALL.into_iter().filter(|probe| probe.choices().is_none()) {
+            let items = world.probe(probe, ITEMS).test;
+            let mut right: HashMap<String, usize> = HashMap::new();
+            for item in &items {
+                let (_, answers, _) = asked_of(item);
+                for answer in answers {
+                    let answer = answer.rsplit("#### ").next().unwrap_or(&answer).to_owned();
+                    *right.entry(answer).or_default() += 1;
+                }
+            }
+            let (answer, times) = right.into_iter().max_by_key(|(_, times)| *times).expect("an answer");
+            assert!(times * 100 <= items.len() * 15, "{}: {answer} {times} of {}", probe.name(), items.len());
+        }
+    }
 }
 
 const TEXT_SHA256: [&str; 4] = ["", "", "", ""];

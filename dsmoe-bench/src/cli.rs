@@ -51,6 +51,9 @@ pub(crate) enum Command {
     Inspect(Inspect),
     /// Turn a dense LLaMA directory into a DSMoE directory
     Convert(Convert),
+    /// Make text to train on
+    #[command(subcommand)]
+    Data(Data),
     /// Write a DSMoE model as a plain LLaMA, or a model again in another precision
     Export(Export),
     /// Train a DSMoE or dense model on text
@@ -116,6 +119,44 @@ pub(crate) struct Convert {
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
     /// Replace the output directory if it exists
+    #[arg(long)]
+    pub(crate) force: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Data {
+    /// Write the embedded world: text in four domains, a tokenizer, and ten probes of what a model learns from the text
+    World(DataWorld),
+}
+
+const WORLD_EXAMPLE: &str = "\
+A model of the world, from nothing:
+
+  dsmoe data world --out WORLD
+  dsmoe init --preset world --tokenizer WORLD/tokenizer.json --out START
+  dsmoe train START --data WORLD/text --out RUN --steps 1800 --batch 8 --seq 256 --lr 4e-3 --bos always
+  dsmoe eval RUN --tasks world";
+
+#[derive(Debug, Args)]
+#[command(after_help = WORLD_EXAMPLE)]
+pub(crate) struct DataWorld {
+    /// Folder to write: text/, probes/, tokenizer.json
+    #[arg(long, value_name = "FOLDER")]
+    pub(crate) out: PathBuf,
+    /// Which world
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// Bytes of text, about
+    #[arg(long, value_name = "N", default_value = "16MB", value_parser = quantity)]
+    pub(crate) bytes: u64,
+    /// Tokens of the tokenizer at the most; the preset `world` has 1536
+    #[arg(long, value_name = "N", default_value_t = 1536, value_parser = clap::value_parser!(u32).range(258..=65536))]
+    pub(crate) vocab: u32,
+    /// Items of each probe at the most
+    #[arg(long, value_name = "N", default_value_t = dsmoe_datasets::world::ITEMS as u32,
+        value_parser = clap::value_parser!(u32).range(6..=100_000))]
+    pub(crate) items: u32,
+    /// Write into a folder that is not empty
     #[arg(long)]
     pub(crate) force: bool,
 }
@@ -249,7 +290,8 @@ where it was.
   dsmoe eval MODEL --data heldout.txt
   dsmoe eval MODEL --data wiki.test.raw --perplexity window,rolling
   dsmoe eval MODEL --tasks hellaswag,piqa --task-data FOLDER --out RESULTS
-  dsmoe eval MODEL --tasks all --task-data FOLDER --profile lm-eval-0.4.9 --limit 100 --json";
+  dsmoe eval MODEL --tasks all --task-data FOLDER --profile lm-eval-0.4.9 --limit 100 --json
+  dsmoe eval MODEL --tasks world    (the probes of a model trained on what `dsmoe data world` writes; no files needed)";
 
 #[derive(Debug, Args)]
 #[command(after_help = EVAL_EXAMPLES)]
@@ -288,7 +330,7 @@ pub(crate) struct Eval {
     #[arg(long, value_name = "N", value_parser = quantity, conflicts_with = "tasks")]
     pub(crate) limit_tokens: Option<u64>,
     /// Benchmarks: hellaswag, lambada_openai, lambada_standard, piqa, social_iqa, storycloze_2016, winogrande, gsm8k,
-    /// nq_open, triviaqa, webqs, wikitext, or all there are files of
+    /// nq_open, triviaqa, webqs, wikitext, or all there are files of; world for the ten probes of the embedded world
     #[arg(long, value_name = "TASK,...", value_delimiter = ',', help_heading = "Benchmarks",
         value_parser = clap::builder::NonEmptyStringValueParser::new())]
     pub(crate) tasks: Vec<String>,
@@ -308,6 +350,9 @@ pub(crate) struct Eval {
     /// Score the first N documents of each benchmark only
     #[arg(long, value_name = "N", requires = "tasks", help_heading = "Benchmarks", value_parser = documents)]
     pub(crate) limit: Option<usize>,
+    /// Which world `--tasks world` asks about
+    #[arg(long, value_name = "SEED", default_value_t = 0, requires = "tasks", help_heading = "Benchmarks")]
+    pub(crate) world_seed: u64,
     /// Write results and samples to DIR/<model>/, and keep answers there until all are done, to go on after an
     /// interrupt
     #[arg(long, value_name = "DIR", requires = "tasks", help_heading = "Benchmarks")]

@@ -169,9 +169,9 @@ fn rate(path: &Path, base: &Path, task: &Task, split: Split) -> Option<(usize, S
     let missing = lacks(&config);
     // Where tasks share a folder, the configuration tells their files apart.
     let here = plain(&base.file_name()?.to_string_lossy());
-    let mut others = TASKS.iter().filter(|other| {
-        other.name != task.name && other.folders.iter().any(|folder| plain(folder) == here)
-    });
+    let mut others = TASKS
+        .iter()
+        .filter(|other| other.name != task.name && other.folders.iter().any(|folder| plain(folder) == here));
     let theirs = |other: &Task| !other.subset.is_empty() && lacks(&words(other.subset)) == 0;
     if others.clone().next().is_some() && (missing > 0 || others.any(theirs)) {
         return None;

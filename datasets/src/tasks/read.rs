@@ -159,11 +159,7 @@ fn not_json(path: &Path, row: u64, reason: impl fmt::Display) -> Error {
 }
 
 /// Hands the lines that are not blank to `take`, each with its number as a row.
-fn lines(
-    path: &Path,
-    packing: Packing,
-    take: &mut dyn FnMut(&str, u64) -> Result<()>,
-) -> Result<()> {
+fn lines(path: &Path, packing: Packing, take: &mut dyn FnMut(&str, u64) -> Result<()>) -> Result<()> {
     let mut records = Records::open(path, packing, "\n", ("line", MAX_LINE), Arc::default())?;
     let mut row = 1;
     while let Some(line) = records.next().map_err(|cause| at_row(path, row, cause))? {

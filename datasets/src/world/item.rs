@@ -1,6 +1,7 @@
 //! Items of the probes, in the columns of the public benchmarks that they mirror.
 
 use serde::Serialize;
+use serde_json::{Map, Value};
 
 /// One question of a probe. Written as JSON it is a row of the benchmark's public files.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize)]
@@ -124,6 +125,14 @@ pub struct TriviaAnswer {
 }
 
 impl Item {
+    /// The columns and their values.
+    pub(super) fn row(&self) -> Map<String, Value> {
+        match serde_json::to_value(self) {
+            Ok(Value::Object(row)) => row,
+            other => unreachable!("an item is an object, not {other:?}"),
+        }
+    }
+
     pub(super) fn trivia_qa(question: String, aliases: Vec<String>) -> Item {
         Item::TriviaQa { question, answer: TriviaAnswer { value: aliases[0].clone(), aliases } }
     }

@@ -37,9 +37,16 @@ mod write;
 use std::collections::HashSet;
 
 pub use item::{Item, TriviaAnswer};
+pub use write::Written;
 
 use lore::{Person, Town};
 use rng::Rng;
+
+use crate::Result;
+use crate::tasks::{Loaded, Options, Task};
+
+/// Test items of a probe that are scored when nothing else is asked for, where there are as many.
+pub const ITEMS: usize = 400;
 
 /// People that stories are about: the first of all.
 const CAST: usize = 16;
@@ -138,6 +145,11 @@ impl Probe {
         }
     }
 
+    /// The benchmark.
+    pub fn task(self) -> &'static Task {
+        Task::named(self.name()).expect("a probe is named after a benchmark")
+    }
+
     /// Choices of an item; none where the model has to find the words itself.
     pub fn choices(self) -> Option<usize> {
         match self {
@@ -231,6 +243,29 @@ impl World {
                 _ => frames::gossip(self, rng),
             },
         }
+    }
+
+    /// Documents of `domain` of together about its [`Domain::share`] of `bytes` bytes of text.
+    pub fn documents(&self, domain: Domain, bytes: u64) -> impl Iterator<Item = String> {
+        let (want, mut have) = (bytes / 100 * domain.share(), 0);
+        self.text(domain).take_while(move |text| {
+            let wanted = have < want;
+            have += text.len() as u64;
+            wanted
+        })
+    }
+
+    /// `items` test items of `probe` as documents to ask a model, with examples where its benchmark shows some. Results
+    /// call it `world_` and the name of the benchmark.
+    ///
+    /// # Errors
+    /// A profile without that benchmark, or too few `items` to draw examples from.
+    pub fn load(&self, probe: Probe, items: usize, options: &Options) -> Result<Loaded> {
+        let set = self.probe(probe, items);
+        let name = format!("world_{}", probe.name());
+        let place = format!("world of seed {}", self.seed);
+        let rows = |items: Vec<Item>| items.into_iter().map(|item| item.row());
+        Loaded::from_rows(probe.task(), (&name, &place), rows(set.test), rows(set.train), options)
     }
 
     /// `items` test items of `probe`, and as many training items, or fewer where the world has no more.

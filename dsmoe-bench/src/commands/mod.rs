@@ -2,6 +2,7 @@
 
 pub(crate) mod bench;
 mod convert;
+mod data;
 pub(crate) mod demo;
 mod doctor;
 mod eval;
@@ -40,6 +41,7 @@ pub(crate) fn run(cli: Cli, ui: &mut Ui) -> Result<ExitCode> {
     match &cli.command {
         Command::Inspect(args) => inspect::run(args, ui)?,
         Command::Convert(args) => convert::run(args, ui)?,
+        Command::Data(args) => data::run(args, ui)?,
         Command::Export(args) => export::run(args, ui)?,
         Command::Train(args) => return train::run(args, cli.threads, ui),
         Command::Eval(args) => return eval::run(args, ui),

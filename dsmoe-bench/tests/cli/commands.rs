@@ -18,6 +18,8 @@ fn help_and_usage() {
         vec!["--help"],
         vec!["inspect", "--help"],
         vec!["convert", "--help"],
+        vec!["data", "--help"],
+        vec!["data", "world", "--help"],
         vec!["export", "--help"],
         vec!["train", "--help"],
         vec!["eval", "--help"],

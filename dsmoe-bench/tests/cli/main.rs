@@ -5,3 +5,4 @@ mod bench;
 mod commands;
 mod common;
 mod faults;
+mod world;

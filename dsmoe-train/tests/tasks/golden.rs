@@ -194,7 +194,8 @@ fn check_model(name: &str) {
         for (bos, rule) in [("bos", Bos::Always), ("nobos", Bos::Never)] {
             let release = format!("{release}_{bos}");
             let results = golden.results(&release);
-            for (set, name) in [("webqs", "webqs_official"), ("nq_open", "nq_open"), ("triviaqa", "triviaqa")] {
+            for (set, name) in [("webqs", "webqs_official"), ("nq_open", "nq_open"), ("triviaqa", "triviaqa")]
+            {
                 let loaded = golden.load(set, profile);
                 let answers = golden.answer(&loaded, rule);
                 let place = format!("{release} {name}");

@@ -59,7 +59,8 @@ impl Setup {
         for (i, texts) in self.texts.windows(3).take(24).enumerate() {
             let words: Vec<&str> = texts[0].split(' ').take(5 + 7 * (i % 6)).collect();
             let context = words.join(" ");
-            let word = |text: &str, n: usize| text.split(' ').skip(n).take(1 + n).collect::<Vec<_>>().join(" ");
+            let word =
+                |text: &str, n: usize| text.split(' ').skip(n).take(1 + n).collect::<Vec<_>>().join(" ");
             documents.push(match i % 4 {
                 0 | 1 => (0..3)
                     .map(|j| likelihood(&context, &format!(" {}", word(&texts[1 + j % 2], j))))
@@ -180,7 +181,11 @@ fn answers_are_those_of_the_model_run_token_by_token() {
                 for (i, &token) in tokens.iter().enumerate() {
                     // Windows as long as the model; the last one reaches back.
                     let whole = (tokens.len() / POSITIONS) * POSITIONS;
-                    let first = if i < whole { i / POSITIONS * POSITIONS } else { tokens.len().saturating_sub(POSITIONS) };
+                    let first = if i < whole {
+                        i / POSITIONS * POSITIONS
+                    } else {
+                        tokens.len().saturating_sub(POSITIONS)
+                    };
                     let before = if first == 0 { 0 } else { tokens[first - 1] };
                     let ids: Vec<u32> = [&[before], &tokens[first..i]].concat();
                     wanted += logits(&ids, &mut workspace)[token as usize];
@@ -196,7 +201,8 @@ fn answers_are_those_of_the_model_run_token_by_token() {
 fn what_cannot_be_answered_is_told_of_its_document_alone() {
     let setup = Setup::new();
     let long = "word ".repeat(2 * POSITIONS);
-    let generate = |context: &str, max_tokens| Request::Generate { context: context.into(), until: &[], max_tokens };
+    let generate =
+        |context: &str, max_tokens| Request::Generate { context: context.into(), until: &[], max_tokens };
     let documents = vec![
         vec![likelihood("a", ""), likelihood("a", " b")],
         vec![likelihood("a", &format!(" {long}"))],
@@ -220,7 +226,9 @@ fn what_cannot_be_answered_is_told_of_its_document_alone() {
     }
     assert!(answers[0][1].is_ok() && answers[4][0].is_ok(), "{answers:?}");
     let empty = answer(&never, &[vec![generate("", 5)], vec![likelihood(" ", "b")]], None).documents;
-    assert!(empty.concat().iter().all(|answer| answer.as_ref().is_err_and(|r| r.contains("use --bos always"))));
+    assert!(
+        empty.concat().iter().all(|answer| answer.as_ref().is_err_and(|r| r.contains("use --bos always")))
+    );
 }
 
 #[test]

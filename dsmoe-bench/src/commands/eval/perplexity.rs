@@ -151,7 +151,12 @@ fn by_word(model: &Inference, tokenizer: &Tokenizer, corpus: &Corpus, bos: Bos, 
     let routing = routing.map(|routing| routing.summary());
     let active = routing.as_ref().map_or(0.0, |routing| routing.active_experts);
     let params_activated = Accounting::of(model.config()).activated(active);
-    Ok(Rolling { result, tokens, active_ratio: routing.map(|routing| routing.active_ratio), params_activated })
+    Ok(Rolling {
+        result,
+        tokens,
+        active_ratio: routing.map(|routing| routing.active_ratio),
+        params_activated,
+    })
 }
 
 /// Evaluates with progress.

@@ -146,7 +146,8 @@ impl Results<'_> {
         self.add_cost(&mut extras, &self.ran());
         let tasks = self.tasks.iter().map(|task| {
             let Measured { scored, ran, seconds } = &task.measured;
-            let unscored = scored.unscored.iter().map(|(id, reason)| json!({ "doc_id": id, "reason": reason }));
+            let unscored =
+                scored.unscored.iter().map(|(id, reason)| json!({ "doc_id": id, "reason": reason }));
             let mut fields = json!({ "unscored": unscored.collect::<Vec<_>>(), "seconds": seconds });
             self.add_cost(&mut fields, ran);
             (task.loaded.name().to_owned(), fields)
@@ -210,10 +211,8 @@ impl Results<'_> {
                 report::amount(accounting.total as f64)
             ),
         ));
-        fields.push((
-            "tokens",
-            format!("{} run in {}", report::count(ran.tokens), report::duration(seconds)),
-        ));
+        fields
+            .push(("tokens", format!("{} run in {}", report::count(ran.tokens), report::duration(seconds))));
         if let Some(file) = self.files.first() {
             fields.push(("results", file.display().to_string()));
         }
