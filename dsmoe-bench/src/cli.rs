@@ -9,7 +9,7 @@ use dsmoe_core::checkpoint::Dtype;
 use dsmoe_core::convert::PartitionSpec;
 use dsmoe_core::export::ExportAs;
 use dsmoe_datasets::Bos;
-use dsmoe_datasets::tasks::Profile;
+use dsmoe_datasets::tasks::{MAX_NEW_TOKENS, Profile};
 use dsmoe_kernels::Precision;
 use dsmoe_router::{GateValue, Rescale, RouterInit, ZeroActive};
 use dsmoe_train::TrainConfig;
@@ -295,6 +295,9 @@ where it was.
 
 #[derive(Debug, Args)]
 #[command(after_help = EVAL_EXAMPLES)]
+#[command(
+    override_usage = "dsmoe eval [OPTIONS] <MODEL> --data <PATH>...\n       dsmoe eval [OPTIONS] <MODEL> --tasks <TASK,...> --task-data <FOLDER>"
+)]
 #[command(mut_arg("data", |data| data.required(false).required_unless_present("tasks").conflicts_with("tasks")))]
 #[command(mut_arg("doc_separator", |separator| separator.conflicts_with("tasks")))]
 #[command(mut_arg("text_column", |column| column.conflicts_with("tasks")))]
@@ -335,27 +338,31 @@ pub(crate) struct Eval {
         value_parser = clap::builder::NonEmptyStringValueParser::new())]
     pub(crate) tasks: Vec<String>,
     /// Folder with a folder of files for each benchmark
-    #[arg(long, value_name = "FOLDER", requires = "tasks", help_heading = "Benchmarks")]
+    #[arg(long, value_name = "FOLDER", conflicts_with = "data", help_heading = "Benchmarks")]
     pub(crate) task_data: Option<PathBuf>,
     /// A file to score, in place of those in the folder
-    #[arg(long, value_name = "TASK=FILE", requires = "tasks", help_heading = "Benchmarks")]
+    #[arg(long, value_name = "TASK=FILE", conflicts_with = "data", help_heading = "Benchmarks")]
     pub(crate) task_file: Vec<TaskFile>,
     /// A file to draw the examples in prompts from, in place of those in the folder
-    #[arg(long, value_name = "TASK=FILE", requires = "tasks", help_heading = "Benchmarks")]
+    #[arg(long, value_name = "TASK=FILE", conflicts_with = "data", help_heading = "Benchmarks")]
     pub(crate) shots_file: Vec<TaskFile>,
     /// Release of lm-evaluation-harness whose prompts and scores to follow; dsmoe is 0.4.12 with WebQuestions mended
-    #[arg(long, value_name = "NAME", default_value = "dsmoe", requires = "tasks", help_heading = "Benchmarks",
+    #[arg(long, value_name = "NAME", default_value = "dsmoe", conflicts_with = "data", help_heading = "Benchmarks",
         value_parser = words::<Profile>(&PROFILES))]
     pub(crate) profile: Profile,
     /// Score the first N documents of each benchmark only
-    #[arg(long, value_name = "N", requires = "tasks", help_heading = "Benchmarks", value_parser = documents)]
+    #[arg(long, value_name = "N", conflicts_with = "data", help_heading = "Benchmarks", value_parser = at_least_one)]
     pub(crate) limit: Option<usize>,
     /// Which world `--tasks world` asks about
-    #[arg(long, value_name = "SEED", default_value_t = 0, requires = "tasks", help_heading = "Benchmarks")]
+    #[arg(long, value_name = "SEED", default_value_t = 0, conflicts_with = "data", help_heading = "Benchmarks")]
     pub(crate) world_seed: u64,
+    /// New tokens of a generated answer at the most; scores compare with the harness's at its 256
+    #[arg(long, value_name = "N", default_value_t = MAX_NEW_TOKENS, conflicts_with = "data",
+        help_heading = "Benchmarks", value_parser = at_least_one)]
+    pub(crate) max_new_tokens: usize,
     /// Write results and samples to DIR/<model>/, and keep answers there until all are done, to go on after an
     /// interrupt
-    #[arg(long, value_name = "DIR", requires = "tasks", help_heading = "Benchmarks")]
+    #[arg(long, value_name = "DIR", conflicts_with = "data", help_heading = "Benchmarks")]
     pub(crate) out: Option<PathBuf>,
 }
 
@@ -411,10 +418,10 @@ impl FromStr for TaskFile {
     }
 }
 
-/// A number of documents, at least 1.
-fn documents(text: &str) -> Result<usize, String> {
+/// A number of which 0 makes no sense.
+fn at_least_one(text: &str) -> Result<usize, String> {
     match quantity(text)? {
-        0 => Err("score at least 1 document".into()),
+        0 => Err("use at least 1".into()),
         count => usize::try_from(count).map_err(|cause| cause.to_string()),
     }
 }

@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod bench;
+mod benchmarks;
 mod commands;
 mod common;
 mod faults;

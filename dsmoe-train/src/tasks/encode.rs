@@ -117,7 +117,9 @@ impl Encoder<'_> {
     ) -> Result<std::result::Result<Vec<u32>, Refusal>> {
         let Some(room) = self.positions.checked_sub(max_tokens).filter(|&room| room > 0) else {
             let positions = self.positions;
-            return Ok(Err(format!("an answer of {max_tokens} tokens for a model of {positions} positions")));
+            return Ok(Err(format!(
+                "an answer of {max_tokens} tokens for a model of {positions} positions; use a smaller --max-new-tokens"
+            )));
         };
         let mut tokens = self.encode(context)?;
         tokens.drain(..tokens.len().saturating_sub(room));

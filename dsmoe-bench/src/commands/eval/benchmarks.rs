@@ -95,7 +95,7 @@ fn load(args: &Eval, ui: &Ui) -> Result<Vec<Loaded>> {
         files: named_files(&args.task_file)?,
         shot_files: named_files(&args.shots_file)?,
     };
-    let options = Options { profile: args.profile, limit: args.limit, ..Options::default() };
+    let options = Options { profile: args.profile, limit: args.limit, max_new_tokens: args.max_new_tokens };
     let mut tasks: Vec<&'static Task> = Vec::new();
     let mut loaded: Vec<Loaded> = Vec::new();
     for name in &args.tasks {

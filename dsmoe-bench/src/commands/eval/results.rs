@@ -109,6 +109,7 @@ impl Results<'_> {
                 "batch_size": "auto",
                 "device": "cpu",
                 "limit": self.args.limit,
+                "max_gen_toks": self.args.max_new_tokens,
                 "bootstrap_iters": 100_000,
                 "random_seed": 0,
                 "numpy_seed": 1234,
@@ -168,7 +169,8 @@ impl Results<'_> {
         let routing = ran.routing.as_ref().map(|routing| routing.summary());
         let active = routing.as_ref().map_or(0.0, |routing| routing.active_experts);
         fields["tokens"] = ran.tokens.into();
-        fields["params_activated"] = Accounting::of(self.model.config()).activated(active).into();
+        let activated = (ran.tokens > 0).then(|| Accounting::of(self.model.config()).activated(active));
+        fields["params_activated"] = json!(activated);
         fields["active_ratio"] = json!(routing.as_ref().map(|routing| routing.active_ratio));
         fields["active_ratio_per_layer"] =
             json!(routing.as_ref().map(|routing| &routing.active_ratio_per_layer));
