@@ -34,13 +34,13 @@ fn draw(world: &World, rng: &mut Rng, split: Split) -> (String, String) {
         let problem = rng.below(PROBLEMS.len());
         let (pattern, way) = PROBLEMS[problem];
         let (x, y) = match way {
-            Way::Add => (rng.between(2, 20), rng.between(2, 12)),
+            Way::Add => (rng.between(2, 14), rng.between(2, 9)),
             Way::Take => {
-                let x = rng.between(4, 24);
-                (x, rng.between(2, (x - 1).min(12)))
+                let x = rng.between(4, 18);
+                (x, rng.between(2, (x - 1).min(9)))
             }
             Way::Multiply => (rng.between(2, 6), rng.between(2, 6)),
-            Way::AddThenTake => (rng.between(3, 12), rng.between(2, 9)),
+            Way::AddThenTake => (rng.between(3, 9), rng.between(2, 9)),
         };
         if world.split(Probe::Gsm8k, &[problem as u64, x as u64, y as u64]) != split {
             continue;
@@ -97,10 +97,10 @@ pub(super) fn problems(world: &World, rng: &mut Rng) -> String {
 pub(super) fn table(rng: &mut Rng) -> String {
     let sums = (0..rng.between(4, 8)).map(|_| {
         let (x, sign, y) = match rng.below(5) {
-            0 | 1 => (rng.between(2, 24), '+', rng.between(2, 12)),
+            0 | 1 => (rng.between(2, 14), '+', rng.between(2, 9)),
             2 | 3 => {
-                let x = rng.between(3, 28);
-                (x, '-', rng.between(2, (x - 1).min(12)))
+                let x = rng.between(3, 18);
+                (x, '-', rng.between(2, (x - 1).min(9)))
             }
             _ => (rng.between(2, 6), '*', rng.between(2, 6)),
         };
