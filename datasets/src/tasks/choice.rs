@@ -162,7 +162,7 @@ mod tests {
 
     #[test]
     fn markup_goes_as_in_the_harness() {
-        assert_eq!(without_markup(" [header] How to [title] Go. [step] Run.  \n"), "How to. Go. Run.");
+        assert_eq!(without_markup(" [header] How to [title] Go. [step] Run.  \n"), " How to. Go. Run.");
         assert_eq!(without_markup("a   b [x\ny] c"), "a  b [x\ny] c");
     }
 

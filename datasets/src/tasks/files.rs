@@ -167,13 +167,13 @@ fn rate(path: &Path, base: &Path, task: &Task, split: Split) -> Option<(usize, S
     let surplus = all.iter().filter(|word| !known(word)).count();
     let lacks = |config: &[String]| config.iter().filter(|word| !all.contains(word)).count();
     let missing = lacks(&config);
-    // Where tasks share a folder, the configuration tells their files apart.
+    // Tasks may share a folder: a file that says another's configuration is that one's.
     let here = plain(&base.file_name()?.to_string_lossy());
     let mut others = TASKS
         .iter()
         .filter(|other| other.name != task.name && other.folders.iter().any(|folder| plain(folder) == here));
     let theirs = |other: &Task| !other.subset.is_empty() && lacks(&words(other.subset)) == 0;
-    if others.clone().next().is_some() && (missing > 0 || others.any(theirs)) {
+    if others.any(theirs) {
         return None;
     }
     let set = all.iter().map(|word| word.as_str()).collect::<Vec<_>>().join(" ");

@@ -38,17 +38,17 @@ impl Source {
         Source { folder: Some(folder.to_path_buf()), ..Source::default() }
     }
 
-    /// Whether there are files of `task` to score.
+    /// The files of `task` to score; none if there are none.
     ///
     /// # Errors
     /// A folder that cannot be read, or files of which it cannot be said which to take.
-    pub fn has(&self, task: &Task) -> Result<bool> {
+    pub fn files_of(&self, task: &Task) -> Result<Option<Vec<PathBuf>>> {
         if let (Some(folder), false) = (&self.folder, self.files.contains_key(task.name))
             && task_folder(folder, task)?.is_none()
         {
-            return Ok(false);
+            return Ok(None);
         }
-        Ok(self.scored(task)?.is_some())
+        Ok(self.scored(task)?.map(|(_, files)| files))
     }
 
     /// The split of `task` that is scored, with its files: its own, or the validation split in place of a test split.

@@ -130,6 +130,28 @@ fn configurations_of_a_dataset_are_told_apart() {
 }
 
 #[test]
+fn the_two_lambadas_share_a_folder() {
+    let openai = ("lambada/lambada_test.jsonl", &b"{\"text\": \"one two three\"}\n"[..]);
+    let standard = ("lambada/lambada_test_plain_text.txt", &b"one two 's four\r\nfive six\n\n"[..]);
+    let notes = ("piqa/valid.txt", &b"not rows\n"[..]);
+    let rows = ("piqa/valid.jsonl", PIQA.as_bytes());
+    let dir = folder(&[openai, standard, notes, rows]);
+    let all = |task: &str| load(dir.path(), task).map(|loaded| asked(&loaded)).unwrap();
+    assert_eq!(all("lambada_openai"), [("one two".to_owned(), " three".to_owned())]);
+    let cut = [("one two 's", " four"), ("five", " six")];
+    assert_eq!(all("lambada_standard"), cut.map(|(context, word)| (context.to_owned(), word.to_owned())));
+    assert_eq!(all("piqa").len(), 2);
+    // A file that says that it is of one is not the other's; one that says nothing is of either.
+    let files = |file: (&str, &[u8]), name: &str| {
+        let dir = folder(&[file]);
+        Source::folder(dir.path()).files_of(Task::named(name).unwrap()).unwrap().map(|files| files.len())
+    };
+    assert_eq!((files(standard, "lambada_standard"), files(standard, "lambada_openai")), (Some(1), None));
+    assert_eq!((files(openai, "lambada_standard"), files(openai, "lambada_openai")), (Some(1), Some(1)));
+    assert_eq!((files(rows, "piqa"), files(rows, "hellaswag")), (Some(1), None));
+}
+
+#[test]
 fn a_limit_takes_the_first_documents_and_the_same_examples() {
     let rows: Vec<String> =
         (0..9).map(|i| format!(r#"{{"question": "q{i}", "answer": ["a{i}"]}}"#)).collect();
@@ -159,7 +181,7 @@ fn named_files_take_the_place_of_the_folders() {
     let source = Source { files: file("a/one.jsonl"), shot_files: file("b/two.jsonl"), ..Source::default() };
     let loaded = Loaded::load(Task::named("gsm8k").unwrap(), &source, &Options::default()).unwrap();
     assert_eq!(loaded.origin().shot_files, [dir.path().join("b/two.jsonl")]);
-    let source = Source { files: file("a/one.txt"), ..Source::default() };
+    let source = Source { files: file("a/one.md"), ..Source::default() };
     let error = Loaded::load(Task::named("gsm8k").unwrap(), &source, &Options::default()).map(drop);
     assert!(error.unwrap_err().to_string().contains("not a file of rows by its name; give a .jsonl"));
 }

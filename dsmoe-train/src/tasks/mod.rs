@@ -14,7 +14,7 @@ use std::cmp::Reverse;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use dsmoe_core::Inference;
-use dsmoe_core::model::Workspace;
+use dsmoe_core::model::{Likelihood, Workspace};
 use dsmoe_datasets::tasks::{Profile, Request, Response};
 use dsmoe_datasets::{Bos, Tokenizer};
 use rayon::prelude::*;
@@ -27,8 +27,15 @@ use encode::{Encoder, Refusal, Scored};
 use generation::{Ends, Prompt};
 use likelihood::{Batch, Unit, total};
 
-/// Tokens of a forward pass, about.
-pub const BATCH_TOKENS: usize = 2048;
+/// Tokens of a forward pass of a small model, about.
+const BATCH_TOKENS: usize = 2048;
+/// The same of a large one: enough to make good use of its weights, and an interrupt need not wait for long.
+const LARGE_BATCH_TOKENS: usize = 512;
+/// Bytes of weights from which a model is large.
+const LARGE: usize = 256 << 20;
+
+/// Forward passes of a small model side by side at the most: while one waits for its last piece, others go on.
+const SIDE_BY_SIDE: usize = 4;
 
 /// A response, or why the document has none.
 pub type Answer = std::result::Result<Response, String>;
@@ -63,10 +70,11 @@ enum Work {
 impl<'a> Responder<'a> {
     /// For `model` with its `tokenizer`; `bos` says when a text gets the BOS token in front.
     pub fn new(model: &'a Inference, tokenizer: &'a Tokenizer, bos: Bos, profile: Profile) -> Responder<'a> {
-        Responder { model, tokenizer, bos, profile, batch_tokens: BATCH_TOKENS, stop: None }
+        let batch_tokens = if model.bytes() < LARGE { BATCH_TOKENS } else { LARGE_BATCH_TOKENS };
+        Responder { model, tokenizer, bos, profile, batch_tokens, stop: None }
     }
 
-    /// Runs about so many tokens in a forward pass, in place of [`BATCH_TOKENS`]; responses do not depend on it.
+    /// Runs about so many tokens in a forward pass, in place of what suits the model; responses do not depend on it.
     #[must_use]
     pub fn batch_tokens(mut self, tokens: usize) -> Responder<'a> {
         self.batch_tokens = tokens;
@@ -131,34 +139,35 @@ impl<'a> Responder<'a> {
     /// Runs the likelihoods; whether to the end.
     fn likelihoods(&self, mut units: Vec<Unit>, sheet: &mut Sheet<'_>) -> Result<bool> {
         units.sort_by_key(|unit| (Reverse(unit.tokens()), unit.document));
-        let mut workspace = Workspace::default();
+        let mut passes: Vec<Pass<'_>> = Vec::new();
+        let most = if self.model.bytes() < LARGE { SIDE_BY_SIDE } else { 1 };
+        passes.resize_with(rayon::current_num_threads().min(most), Pass::default);
         let mut rest = &units[..];
         while !rest.is_empty() {
             if self.stopped() {
                 return Ok(false);
             }
-            let mut tokens = 0;
-            let fits = |unit: &&Unit| {
-                tokens += unit.tokens();
-                tokens <= self.batch_tokens
-            };
-            let count = rest.iter().take_while(fits).count().max(1);
-            let (now, later) = rest.split_at(count);
-            rest = later;
-            let mut batch = Batch::default();
-            now.iter().for_each(|unit| batch.push(unit));
-            let Batch { ids, segments, targets } = &batch;
-            let mut ran = Ran { tokens: ids.len() as u64, routing: self.model.new_stats() };
-            let found =
-                self.model.likelihoods(ids, segments, targets, ran.routing.as_mut(), &mut workspace)?;
-            let mut found = found.into_iter();
-            for unit in now {
-                for (j, scored) in &unit.scored {
-                    let (sum, greedy) = total(&mut found, scored.targets.len());
-                    sheet.add_likelihood((unit.document, *j), sum, greedy);
-                }
+            for pass in &mut passes {
+                let mut tokens = 0;
+                let fits = |unit: &&Unit| {
+                    tokens += unit.tokens();
+                    tokens <= self.batch_tokens
+                };
+                let count = rest.iter().take_while(fits).count().max(1).min(rest.len());
+                (pass.units, rest) = rest.split_at(count);
             }
-            sheet.done(now.iter().map(|unit| unit.document), ran)?;
+            passes.retain(|pass| !pass.units.is_empty());
+            passes.par_iter_mut().try_for_each(|pass| pass.run(self.model))?;
+            for Pass { units, found, ran, .. } in &mut passes {
+                let mut found = found.drain(..);
+                for unit in *units {
+                    for (j, scored) in &unit.scored {
+                        let (sum, greedy) = total(&mut found, scored.targets.len());
+                        sheet.add_likelihood((unit.document, *j), sum, greedy);
+                    }
+                }
+                sheet.done(units.iter().map(|unit| unit.document), std::mem::take(ran))?;
+            }
         }
         Ok(true)
     }
@@ -187,6 +196,27 @@ impl<'a> Responder<'a> {
             start,
             positions: config.max_position,
         }
+    }
+}
+
+/// A forward pass over some units.
+#[derive(Default)]
+struct Pass<'a> {
+    units: &'a [Unit],
+    found: Vec<Likelihood>,
+    ran: Ran,
+    workspace: Workspace,
+}
+
+impl Pass<'_> {
+    fn run(&mut self, model: &Inference) -> Result<()> {
+        let mut batch = Batch::default();
+        self.units.iter().for_each(|unit| batch.push(unit));
+        let Batch { ids, segments, targets } = &batch;
+        self.ran = Ran { tokens: ids.len() as u64, routing: model.new_stats() };
+        let routing = self.ran.routing.as_mut();
+        self.found = model.likelihoods(ids, segments, targets, routing, &mut self.workspace)?;
+        Ok(())
     }
 }
 

@@ -136,13 +136,19 @@ fn load(args: &Eval, ui: &Ui) -> Result<Vec<Loaded>> {
 /// The benchmarks there are files of.
 fn all(args: &Eval, source: &Source, ui: &Ui) -> Result<Vec<&'static Task>> {
     let mut found = Vec::new();
+    let mut taken: Vec<(&str, Vec<PathBuf>)> = Vec::new();
     for task in &TASKS {
-        if !source.has(task)? {
+        let Some(files) = source.files_of(task)? else {
             ui.note(format_args!("{}: left out, there are no files of it", task.name));
+            continue;
+        };
+        if let Some((other, _)) = taken.iter().find(|(_, others)| *others == files) {
+            ui.note(format_args!("{}: left out, its files are those of {other}", task.name));
         } else if !task.is_in(args.profile) {
             ui.note(format_args!("{}: left out, {} cannot run it", task.name, args.profile));
         } else {
             found.push(Task::named(task.name)?);
+            taken.push((task.name, files));
         }
     }
     if found.is_empty() {

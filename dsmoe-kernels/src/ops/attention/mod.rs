@@ -227,7 +227,7 @@ pub fn backward_on(
     // SAFETY: the slice is borrowed until the end of this function, and every task writes the rows of its batch item
     // at the columns of its heads.
     let all = unsafe { Shared::new(dqkv, dims.joined_width()) };
-    let [dq, dk, dv] = dims.starts().map(|start| all.from_column(start));
+    let [dq, dk, dv] = dims.starts().map(|start| all.starting_at_column(start));
     let tasks = batch * kv_heads;
     each_when(tasks > 1, (0..tasks).into_par_iter().with_max_len(1), |task| {
         let (item, kv_head) = (task / kv_heads, task % kv_heads);

@@ -72,7 +72,7 @@ impl<'a> Shared<'a> {
     }
 
     /// The same rows, with column 0 being `column`.
-    pub(super) fn from_column(self, column: usize) -> Shared<'a> {
+    pub(super) fn starting_at_column(self, column: usize) -> Shared<'a> {
         assert!(column <= self.len);
         // SAFETY: `column` is inside the slice that `new` was given, or its end.
         let data = unsafe { self.data.add(column) };
