@@ -134,7 +134,7 @@ A model of the world, from nothing:
 
   dsmoe data world --out WORLD
   dsmoe init --preset world --tokenizer WORLD/tokenizer.json --out START
-  dsmoe train START --data WORLD/text --out RUN --steps 1800 --batch 8 --seq 256 --lr 4e-3 --bos always
+  dsmoe train START --data WORLD/text --out RUN --steps 1200 --batch 8 --seq 256 --lr 4e-3 --bos always
   dsmoe eval RUN --tasks world";
 
 #[derive(Debug, Args)]
