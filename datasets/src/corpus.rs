@@ -1,6 +1,8 @@
-//! Documents out of files: text, JSON lines, JSON arrays; plain, gzip or Zstandard.
+//! Documents out of files: text, JSON lines, JSON arrays, each plain, gzip or Zstandard; Parquet.
 
+use crate::parquet_texts::ParquetTexts;
 use crate::reader::{Packing, Records};
+use crate::token_cache::Position;
 use crate::tokenizer::hex;
 use crate::{Error, Result};
 use serde::de::{DeserializeSeed, Error as _, SeqAccess, Visitor};
@@ -8,10 +10,11 @@ use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 use std::fmt;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::SystemTime;
 
 /// The largest document of a text file or line of a JSONL file, in bytes: encoding takes some sixty times as much.
 const MAX_DOCUMENT: u64 = 64 << 20;
@@ -24,7 +27,8 @@ const MAX_JSON: u64 = 1 << 30;
 pub struct CorpusOptions {
     /// What stands between two documents of a text file; none: a text file is one document.
     pub doc_separator: Option<String>,
-    /// The field of a JSON object that holds the text; `"text"` by default.
+    /// The field of a JSON object, or the column of a Parquet file, that holds the text; `"text"` by default. Several,
+    /// with commas between them, are joined by line ends: `question,answer`.
     pub text_column: String,
 }
 
@@ -62,12 +66,16 @@ enum Format {
     JsonLines,
     /// One array of objects, or JSON lines under another name.
     Json,
+    Parquet,
 }
+
+/// Size and time of a file, to see whether it changes.
+pub(crate) type Stamp = (u64, Option<SystemTime>);
 
 impl Corpus {
     /// Names the files of a corpus: each of `paths` is a file or a directory. A directory is searched recursively, in
     /// the order of names, for `.txt`, `.text`, `.md`, `.tex`, `.jsonl` and `.json` files, also with `.gz` or `.zst`
-    /// appended. A file named by itself may end otherwise and is read as text.
+    /// appended, and `.parquet` files. A file named by itself may end otherwise and is read as text.
     ///
     /// # Errors
     /// A path that does not exist or is no regular file, a directory without such files, an empty separator.
@@ -120,6 +128,7 @@ impl Corpus {
             corpus: self,
             as_they_stand: false,
             next_file: 0,
+            in_file: 0,
             current: None,
             bytes_read: Arc::default(),
             found: false,
@@ -133,15 +142,50 @@ impl Corpus {
         Documents { as_they_stand: true, ..self.documents() }
     }
 
-    /// What identifies the content of each file whatever its name: its bytes and how they are read.
-    pub(crate) fn content_hashes(&self) -> Result<Vec<String>> {
+    /// The documents from `start` on: files before it are not opened, documents before it in its file are passed over.
+    pub(crate) fn documents_from(&self, start: Position) -> Result<Documents<'_>> {
+        let mut documents = self.documents();
+        for file in &self.files[..start.file.min(self.files.len())] {
+            let size = fs::metadata(&file.path).map_err(Error::io(&file.path))?.len();
+            documents.bytes_read.fetch_add(size, Ordering::Relaxed);
+        }
+        documents.next_file = start.file;
+        documents.found = start != Position::default();
+        for _ in 0..start.documents {
+            documents.next().transpose()?;
+        }
+        Ok(documents)
+    }
+
+    /// What identifies the content of each file whatever its name: its bytes and how they are read. `progress` hears
+    /// how many bytes are done.
+    pub(crate) fn content_hashes(&self, progress: &mut dyn FnMut(u64)) -> Result<Vec<String>> {
+        let mut done = 0;
         let hash = |file: &Source| {
-            let mut hasher = Sha256::new();
-            let mut bytes = File::open(&file.path).map_err(Error::io(&file.path))?;
-            io::copy(&mut bytes, &mut HashWriter(&mut hasher)).map_err(Error::io(&file.path))?;
-            Ok(format!("{:?} {:?} {}", file.format, file.packing, hex(&hasher.finalize())))
+            let hash = sha256_of(&file.path, &mut |bytes| {
+                done += bytes;
+                progress(done);
+            })?;
+            Ok(format!("{:?} {:?} {hash}", file.format, file.packing))
         };
         self.files.iter().map(hash).collect()
+    }
+
+    /// Size and time of every file.
+    pub(crate) fn stamps(&self) -> Result<Vec<Stamp>> {
+        let stamp = |file: &Source| {
+            let metadata = fs::metadata(&file.path).map_err(Error::io(&file.path))?;
+            Ok((metadata.len(), metadata.modified().ok()))
+        };
+        self.files.iter().map(stamp).collect()
+    }
+
+    /// Whether the files are still as `stamps` says.
+    pub(crate) fn check_stamps(&self, stamps: &[Stamp]) -> Result<()> {
+        match self.stamps()?.iter().zip(stamps).position(|(now, then)| now != then) {
+            Some(file) => Err(Error::Changed { path: self.files[file].path.clone() }),
+            None => Ok(()),
+        }
     }
 
     pub(crate) fn empty(&self) -> Error {
@@ -154,16 +198,18 @@ impl Corpus {
     }
 }
 
-struct HashWriter<'a>(&'a mut Sha256);
-
-impl io::Write for HashWriter<'_> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.update(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
+/// SHA-256 of a file, in hexadecimal. `progress` hears of bytes as they are done.
+pub(crate) fn sha256_of(path: &Path, progress: &mut dyn FnMut(u64)) -> Result<String> {
+    let mut file = File::open(path).map_err(Error::io(path))?;
+    let (mut hasher, mut buffer) = (Sha256::new(), vec![0; 1 << 20]);
+    loop {
+        match file.read(&mut buffer).map_err(Error::io(path))? {
+            0 => return Ok(hex(&hasher.finalize())),
+            read => {
+                hasher.update(&buffer[..read]);
+                progress(read as u64);
+            }
+        }
     }
 }
 
@@ -199,6 +245,7 @@ fn format_of(path: &Path) -> (Option<Format>, Packing) {
         Some("txt" | "text" | "md" | "tex") => Some(Format::Text),
         Some("jsonl") => Some(Format::JsonLines),
         Some("json") => Some(Format::Json),
+        Some("parquet") if packing == Packing::Plain => Some(Format::Parquet),
         _ => None,
     };
     (format, packing)
@@ -209,6 +256,8 @@ pub struct Documents<'a> {
     corpus: &'a Corpus,
     as_they_stand: bool,
     next_file: usize,
+    /// Documents given of the file being read.
+    in_file: u64,
     current: Option<OpenFile>,
     bytes_read: Arc<AtomicU64>,
     found: bool,
@@ -220,12 +269,21 @@ enum OpenFile {
     Text(Records),
     Lines { records: Records, line: u64 },
     Rows(std::vec::IntoIter<String>),
+    Parquet(ParquetTexts),
 }
 
 impl Documents<'_> {
     /// How many bytes of [`Corpus::total_bytes`] have been read.
     pub fn bytes_read(&self) -> u64 {
         self.bytes_read.load(Ordering::Relaxed)
+    }
+
+    /// Where the next document comes from.
+    pub(crate) fn position(&self) -> Position {
+        match self.current {
+            Some(_) => Position { file: self.next_file - 1, documents: self.in_file },
+            None => Position { file: self.next_file, documents: 0 },
+        }
     }
 
     fn open(&self, file: &Source) -> Result<OpenFile> {
@@ -250,6 +308,10 @@ impl Documents<'_> {
                     OpenFile::Lines { records, line: 0 }
                 }
             }
+            Format::Parquet => {
+                let names: Vec<&str> = options.text_column.split(',').collect();
+                OpenFile::Parquet(ParquetTexts::open(&file.path, &names, self.bytes_read.clone())?)
+            }
         })
     }
 
@@ -259,6 +321,7 @@ impl Documents<'_> {
             None => Ok(None),
             Some(OpenFile::Text(records)) => records.next(),
             Some(OpenFile::Rows(rows)) => Ok(rows.next()),
+            Some(OpenFile::Parquet(texts)) => texts.next(),
             Some(OpenFile::Lines { records, line }) => loop {
                 let Some(text) = records.next()? else { return Ok(None) };
                 *line += 1;
@@ -277,6 +340,7 @@ impl Documents<'_> {
                 };
                 self.current = Some(self.open(file)?);
                 self.next_file += 1;
+                self.in_file = 0;
             }
             let source = self.next_file - 1;
             let Some(text) = self.next_text(&self.corpus.files[source].path)? else {
@@ -289,6 +353,7 @@ impl Documents<'_> {
                 return Ok(Some(Document { text, source }));
             }
             if !trimmed.is_empty() {
+                self.in_file += 1;
                 let text = if trimmed.len() == text.len() { text } else { trimmed.to_string() };
                 return Ok(Some(Document { text, source }));
             }
@@ -324,21 +389,34 @@ fn parse_reason(cause: &serde_json::Error) -> String {
     format!("{} at column {}", text.split(" at line ").next().unwrap_or_default(), cause.column())
 }
 
-/// The text column of `object`, or why there is none.
+/// The text column of `object`, or the columns between commas joined; or why there is none.
 fn text_of(mut object: Map<String, Value>, column: &str) -> std::result::Result<String, String> {
-    let kind = match object.remove(column) {
-        Some(Value::String(text)) => return Ok(text),
-        Some(Value::Null) => "null",
-        Some(Value::Bool(_)) => "a boolean",
-        Some(Value::Number(_)) => "a number",
-        Some(Value::Array(_)) => "an array",
-        Some(Value::Object(_)) => "an object",
-        None => {
-            let columns: Vec<String> = object.keys().take(20).map(|name| format!("{name:?}")).collect();
-            return Err(format!("no column {column:?} (columns: {})", columns.join(", ")));
-        }
-    };
-    Err(format!("column {column:?} holds {kind}, not text"))
+    let mut text = String::new();
+    let single = object.contains_key(column);
+    for name in column.split(if single { '\0' } else { ',' }) {
+        let kind = match object.get_mut(name).map(Value::take) {
+            Some(Value::String(part)) => {
+                if text.is_empty() {
+                    text = part;
+                } else if !part.is_empty() {
+                    text.push('\n');
+                    text.push_str(&part);
+                }
+                continue;
+            }
+            Some(Value::Null) => "null",
+            Some(Value::Bool(_)) => "a boolean",
+            Some(Value::Number(_)) => "a number",
+            Some(Value::Array(_)) => "an array",
+            Some(Value::Object(_)) => "an object",
+            None => {
+                let columns: Vec<String> = object.keys().take(20).map(|name| format!("{name:?}")).collect();
+                return Err(format!("no column {name:?} (columns: {})", columns.join(", ")));
+            }
+        };
+        return Err(format!("column {name:?} holds {kind}, not text"));
+    }
+    Ok(text)
 }
 
 /// The texts of a JSON array of objects. The objects are dropped as soon as their text is out.

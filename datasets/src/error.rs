@@ -22,7 +22,7 @@ pub enum Error {
         path: PathBuf,
     },
     /// A directory holds no file that is read as text.
-    #[error("{}: no .txt, .text, .md, .tex, .jsonl or .json file (plain, .gz or .zst) in this directory", path.display())]
+    #[error("{}: no .txt, .text, .md, .tex, .jsonl or .json file (plain, .gz or .zst) and no .parquet file in this directory", path.display())]
     NoTextFiles {
         /// The directory.
         path: PathBuf,
@@ -136,6 +136,38 @@ pub enum Error {
         path: PathBuf,
         /// What is wrong with it.
         reason: String,
+    },
+    /// Another process is making the same token cache.
+    #[error("{}: in use by another process; wait for it, or use another --cache", path.display())]
+    CacheBusy {
+        /// The directory of the cache in the making.
+        path: PathBuf,
+    },
+    /// A file is not any more what was hashed.
+    #[error("{}: changed while it was read; run this again when nothing writes to it", path.display())]
+    Changed {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A mixture of sources that cannot be used.
+    #[error("{place}: {reason}; {mend}")]
+    Mixture {
+        /// The file with its line, or the argument.
+        place: String,
+        /// What is wrong.
+        reason: String,
+        /// What would do.
+        mend: String,
+    },
+    /// A manifest that cannot be used.
+    #[error("{}: {reason}; {mend}", path.display())]
+    Manifest {
+        /// The manifest.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+        /// What would do.
+        mend: String,
     },
     /// Too little text for even one window.
     #[error(

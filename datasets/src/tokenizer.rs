@@ -1,11 +1,14 @@
 //! `tokenizer.json` of a model: encoding with a stated BOS rule, decoding at once or token by token, and training of
 //! a small byte-level BPE.
 
+use crate::encoder::{ByteLevelWords, Encoder, byte_char};
+use crate::overlap::TokenTexts;
 use crate::{Error, Result, bpe};
+use rayon::prelude::*;
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
 use std::panic::catch_unwind;
 use std::path::{Path, PathBuf};
@@ -13,10 +16,7 @@ use std::str::FromStr;
 use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::processors::template::TemplateProcessing;
-use tokenizers::{
-    AddedToken, ModelWrapper, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer,
-    Tokenizer as Inner,
-};
+use tokenizers::{AddedToken, DecoderWrapper, ModelWrapper, Tokenizer as Inner};
 
 /// Tokens that a [`DecodeStream`] holds back at most: more than one character can need.
 const MAX_HELD: usize = 16;
@@ -50,6 +50,8 @@ impl FromStr for Bos {
 /// The tokenizer of one model.
 pub struct Tokenizer {
     inner: Inner,
+    /// The quicker way to the same ids, for the kinds of tokenizers it knows.
+    encoder: Option<Encoder>,
     path: PathBuf,
     sha256: String,
     bos_id: Option<u32>,
@@ -132,8 +134,10 @@ impl Tokenizer {
         let added = inner.get_added_tokens_decoder();
         let special_ids = added.into_iter().filter(|(_, token)| token.special).map(|(id, _)| id).collect();
         let sha256 = hex(&Sha256::digest(&bytes));
+        let encoder = serde_json::from_slice(&bytes).ok().as_ref().and_then(Encoder::new);
         Ok(Tokenizer {
             inner,
+            encoder,
             path,
             sha256,
             bos_id,
@@ -154,16 +158,25 @@ impl Tokenizer {
     /// an end token.
     pub fn encode(&self, text: &str, bos: Bos) -> Result<Vec<u32>> {
         let prefix = self.bos_prefix(bos)?;
-        let encoding = self.inner.encode_fast(text, false).map_err(|cause| self.failed("encoding", cause))?;
-        Ok(with_prefix(prefix, encoding.get_ids()))
+        let mut ids: Vec<u32> = prefix.into_iter().collect();
+        let quick = match (&self.encoder, self.inner.get_model()) {
+            (Some(encoder), ModelWrapper::BPE(model)) => encoder.encode(model, text, &mut ids),
+            _ => Ok(false),
+        };
+        if !quick.map_err(|cause| self.failed("encoding", cause))? {
+            let encoding =
+                self.inner.encode_fast(text, false).map_err(|cause| self.failed("encoding", cause))?;
+            ids.extend_from_slice(encoding.get_ids());
+        }
+        if prefix.is_some() && ids.get(1) == prefix.as_ref() {
+            ids.remove(0);
+        }
+        Ok(ids)
     }
 
     /// Encodes each of `texts` as [`Tokenizer::encode`] does, on all threads.
-    pub(crate) fn encode_all(&self, texts: Vec<String>, bos: Bos) -> Result<Vec<Vec<u32>>> {
-        let prefix = self.bos_prefix(bos)?;
-        let encodings =
-            self.inner.encode_batch_fast(texts, false).map_err(|cause| self.failed("encoding", cause))?;
-        Ok(encodings.iter().map(|encoding| with_prefix(prefix, encoding.get_ids())).collect())
+    pub(crate) fn encode_all(&self, texts: &[String], bos: Bos) -> Result<Vec<Vec<u32>>> {
+        texts.par_iter().map(|text| self.encode(text, bos)).collect()
     }
 
     /// The text of `ids`, without special tokens if `skip_special`. Ids outside the vocabulary are left out.
@@ -177,6 +190,26 @@ impl Tokenizer {
     /// A decoder that is fed one token at a time; special tokens give no text.
     pub fn stream(&self) -> DecodeStream<'_> {
         DecodeStream { tokenizer: self, ids: Vec::new(), shown: 0 }
+    }
+
+    /// The bytes that each token stands for; special ones stand for none.
+    pub fn token_texts(&self) -> TokenTexts {
+        let bytes_of_chars: HashMap<char, u8> = (0..=255).map(|byte| (byte_char(byte), byte)).collect();
+        let byte_level = matches!(self.inner.get_decoder(), Some(DecoderWrapper::ByteLevel(_)));
+        let bytes_of = |id: u32| -> Option<Vec<u8>> {
+            let token = self.inner.id_to_token(id).filter(|_| !self.special_ids.contains(&id))?;
+            if byte_level
+                && let Some(bytes) = token.chars().map(|c| bytes_of_chars.get(&c).copied()).collect()
+            {
+                return Some(bytes);
+            }
+            let byte = token
+                .strip_prefix("<0x")
+                .and_then(|rest| u8::from_str_radix(rest.strip_suffix('>')?, 16).ok());
+            Some(byte.map_or_else(|| token.replace('\u{2581}', " ").into_bytes(), |byte| vec![byte]))
+        };
+        let texts: Vec<_> = (0..self.vocab_size as u32).map(bytes_of).collect();
+        TokenTexts::new(texts.iter().map(Option::as_deref))
     }
 
     /// SHA-256 of the bytes of `tokenizer.json`, in hexadecimal.
@@ -280,14 +313,13 @@ pub fn train_bpe(texts: impl Iterator<Item = String>, vocab_size: usize, out_dir
     };
 
     let byte_level = ByteLevel::new(false, true, true);
-    let mut words: BTreeMap<String, i64> = BTreeMap::new();
+    let splitter = ByteLevelWords::new();
+    let mut counts = HashMap::new();
     for text in texts {
-        let mut split = PreTokenizedString::from(text);
-        byte_level.pre_tokenize(&mut split).map_err(failed)?;
-        for (word, ..) in split.get_splits(OffsetReferential::Original, OffsetType::None) {
-            *words.entry(word.to_string()).or_default() += 1;
-        }
+        splitter.count(&text, &mut counts).map_err(failed)?;
     }
+    let words: BTreeMap<String, i64> =
+        counts.into_iter().map(|(word, count)| (splitter.spelling(word), count)).collect();
     let tokens =
         SPECIAL.iter().map(ToString::to_string).chain(alphabet.iter().map(char::to_string)).collect();
     let bpe::Vocabulary { tokens, merges } = bpe::learn(tokens, &words, vocab_size);
@@ -336,11 +368,6 @@ fn template_bos(inner: &Inner) -> tokenizers::Result<Option<u32>> {
     let encoding = inner.encode("a", true)?;
     let first = encoding.get_ids().first().copied();
     Ok(first.filter(|_| encoding.get_special_tokens_mask().first() == Some(&1)))
-}
-
-fn with_prefix(prefix: Option<u32>, ids: &[u32]) -> Vec<u32> {
-    let prefix = prefix.filter(|id| ids.first() != Some(id));
-    prefix.into_iter().chain(ids.iter().copied()).collect()
 }
 
 fn read_config(path: &Path) -> Result<TokenizerConfig> {

@@ -1,12 +1,18 @@
-//! A corpus as one stream of token ids, made once and kept in a cache.
+//! A corpus as one stream of token ids, in memory or in a cache file.
 
+use crate::token_cache::{Position, TokenFile, Writer};
 use crate::tokenizer::hex;
 use crate::{Bos, Corpus, Result, Tokenizer, token_cache};
 use sha2::{Digest, Sha256};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// Documents are encoded together until they have this many bytes.
 const BATCH_BYTES: usize = 4 << 20;
+
+/// A cache in the making is put on the disk every so many batches.
+const CHECKPOINT_BATCHES: u64 = 2;
 
 /// The ids of all documents of a corpus, one after the other.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -32,10 +38,121 @@ impl TokenStream {
     }
 }
 
-/// Encodes every document of `corpus`, each with BOS as `bos` says. With a `cache_dir` the result is taken from there
-/// if it was made before from files of the same content, the same tokenizer and the same options, wherever the files
-/// lie; a cache file that is damaged or does not fit is made again. `progress` hears how many bytes of
-/// [`Corpus::total_bytes`] are done.
+/// A token stream wherever it lies; a clone is the same stream.
+#[derive(Clone, Debug)]
+pub struct Tokens(Arc<Place>);
+
+#[derive(Debug)]
+enum Place {
+    Memory(TokenStream),
+    File(TokenFile),
+}
+
+impl From<TokenStream> for Tokens {
+    fn from(stream: TokenStream) -> Tokens {
+        Tokens(Arc::new(Place::Memory(stream)))
+    }
+}
+
+impl From<&TokenStream> for Tokens {
+    fn from(stream: &TokenStream) -> Tokens {
+        stream.clone().into()
+    }
+}
+
+impl From<TokenFile> for Tokens {
+    fn from(file: TokenFile) -> Tokens {
+        Tokens(Arc::new(Place::File(file)))
+    }
+}
+
+impl Tokens {
+    /// Number of ids.
+    pub fn len(&self) -> usize {
+        match &*self.0 {
+            Place::Memory(stream) => stream.ids.len(),
+            Place::File(file) => file.len(),
+        }
+    }
+
+    /// Whether there is no id.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Where each document starts: ascending, from 0.
+    pub fn doc_starts(&self) -> &[usize] {
+        match &*self.0 {
+            Place::Memory(stream) => &stream.doc_starts,
+            Place::File(file) => file.doc_starts(),
+        }
+    }
+
+    /// The largest id; 0 if there is none.
+    pub fn max_id(&self) -> u32 {
+        match &*self.0 {
+            Place::Memory(stream) => stream.ids.iter().copied().max().unwrap_or(0),
+            Place::File(file) => file.max_id(),
+        }
+    }
+
+    /// Appends the ids `range` to `out`.
+    ///
+    /// # Errors
+    /// The cache file cannot be read any more.
+    ///
+    /// # Panics
+    /// A range that ends after [`Tokens::len`].
+    pub fn read(&self, range: Range<usize>, out: &mut Vec<u32>) -> Result<()> {
+        match &*self.0 {
+            Place::Memory(stream) => {
+                out.extend_from_slice(&stream.ids[range]);
+                Ok(())
+            }
+            Place::File(file) => file.read(range, out),
+        }
+    }
+
+    /// All ids, some at a time.
+    ///
+    /// # Errors
+    /// Those of [`Tokens::read`].
+    pub fn for_each(&self, take: &mut dyn FnMut(&[u32])) -> Result<()> {
+        const IDS: usize = 1 << 16;
+        let mut ids = Vec::new();
+        for start in (0..self.len()).step_by(IDS) {
+            ids.clear();
+            self.read(start..self.len().min(start + IDS), &mut ids)?;
+            take(&ids);
+        }
+        Ok(())
+    }
+}
+
+/// What [`prepare`] is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// The files are hashed.
+    Hashing,
+    /// The documents are encoded.
+    Encoding,
+}
+
+/// A corpus in a cache.
+#[derive(Debug)]
+pub struct Prepared {
+    /// Its ids.
+    pub tokens: Tokens,
+    /// The cache file.
+    pub path: PathBuf,
+    /// Whether it was there already.
+    pub reused: bool,
+    /// Ids that an interrupted call had left behind.
+    pub resumed: u64,
+}
+
+/// Encodes every document of `corpus`, each with BOS as `bos` says, into memory. With a `cache_dir` through a cache
+/// there, as [`prepare`] does. `progress` hears how many bytes of [`Corpus::total_bytes`] are done.
 ///
 /// # Errors
 /// Whatever reading the corpus or encoding gives, an empty corpus, or a cache directory that cannot be written.
@@ -46,14 +163,100 @@ pub fn tokenize(
     cache_dir: Option<&Path>,
     progress: &mut dyn FnMut(u64),
 ) -> Result<TokenStream> {
-    let cache = cache_dir.map(|dir| cache_path(dir, corpus, tokenizer, bos)).transpose()?;
-    if let Some(stream) = cache.as_deref().and_then(|path| cached(path, tokenizer)) {
+    if let Some(dir) = cache_dir {
+        let prepared = prepare(corpus, tokenizer, bos, dir, &mut |stage, bytes| {
+            if stage == Stage::Encoding {
+                progress(bytes);
+            }
+        })?;
         progress(corpus.total_bytes());
-        return Ok(stream);
+        return match Arc::into_inner(prepared.tokens.0) {
+            Some(Place::File(file)) => file.into_stream(),
+            Some(Place::Memory(stream)) => Ok(stream),
+            None => Ok(TokenStream::default()),
+        };
     }
-
     let mut stream = TokenStream::default();
-    let mut documents = corpus.documents();
+    encode(corpus, tokenizer, bos, Position::default(), &mut |batch, _, bytes| {
+        batch.iter().for_each(|ids| stream.push(ids));
+        progress(bytes);
+        Ok(())
+    })?;
+    if stream.ids.is_empty() { Err(corpus.empty()) } else { Ok(stream) }
+}
+
+/// Encodes every document of `corpus`, each with BOS as `bos` says, into a file of `cache_dir`, unless it is there
+/// from files of the same content, the same tokenizer and the same options, wherever the files lie. Neither the text
+/// nor the ids are held in memory. A cache file that is damaged or does not fit is made again; after a kill the next
+/// call goes on. `progress` hears how many bytes of [`Corpus::total_bytes`] are done in a stage.
+///
+/// # Errors
+/// Whatever reading the corpus or encoding gives, an empty corpus, files that change meanwhile, another process that
+/// makes the same cache, or a directory that cannot be written.
+pub fn prepare(
+    corpus: &Corpus,
+    tokenizer: &Tokenizer,
+    bos: Bos,
+    cache_dir: &Path,
+    progress: &mut dyn FnMut(Stage, u64),
+) -> Result<Prepared> {
+    let stamps = corpus.stamps()?;
+    let key = cache_key(corpus, tokenizer, bos, &mut |bytes| progress(Stage::Hashing, bytes))?;
+    let path = cache_dir.join(format!("{key}.tokens"));
+    if let Some(file) = cached(&path, tokenizer) {
+        return Ok(Prepared { tokens: file.into(), path, reused: true, resumed: 0 });
+    }
+    let largest = tokenizer.vocab_size().max(tokenizer.bos_id().map_or(0, |id| id as usize + 1));
+    let mut writer = Writer::open(&cache_dir.join(format!("{key}.part")), largest)?;
+    let resumed = writer.len();
+    let mut batches = 0;
+    encode(corpus, tokenizer, bos, writer.position(), &mut |batch, position, bytes| {
+        for ids in batch {
+            writer.push(ids)?;
+        }
+        batches += 1;
+        if batches % CHECKPOINT_BATCHES == 0 {
+            writer.checkpoint(position)?;
+        }
+        progress(Stage::Encoding, bytes);
+        Ok(())
+    })?;
+    if writer.len() == 0 {
+        return Err(corpus.empty());
+    }
+    corpus.check_stamps(&stamps)?;
+    writer.finish(&path)?;
+    Ok(Prepared { tokens: TokenFile::open(&path)?.into(), path, reused: false, resumed })
+}
+
+/// The number of ids that [`tokenize`] would give, without keeping them. `progress` hears how many bytes of
+/// [`Corpus::total_bytes`] are done.
+///
+/// # Errors
+/// Those of [`tokenize`].
+pub fn count(corpus: &Corpus, tokenizer: &Tokenizer, bos: Bos, progress: &mut dyn FnMut(u64)) -> Result<u64> {
+    let mut count = 0;
+    encode(corpus, tokenizer, bos, Position::default(), &mut |batch, _, bytes| {
+        count += batch.iter().map(|ids| ids.len() as u64).sum::<u64>();
+        progress(bytes);
+        Ok(())
+    })?;
+    Ok(count)
+}
+
+/// Takes the ids of some documents, the place after them, and the bytes read up to there.
+type TakeIds<'a> = &'a mut dyn FnMut(&[Vec<u32>], Position, u64) -> Result<()>;
+
+/// Hands on the ids of the documents from `start` on, batch by batch, with the place after each batch and the bytes
+/// read up to there.
+fn encode(
+    corpus: &Corpus,
+    tokenizer: &Tokenizer,
+    bos: Bos,
+    start: Position,
+    take: TakeIds<'_>,
+) -> Result<()> {
+    let mut documents = corpus.documents_from(start)?;
     let (mut batch, mut batch_bytes) = (Vec::new(), 0);
     loop {
         let document = documents.next().transpose()?;
@@ -62,35 +265,32 @@ pub fn tokenize(
             batch_bytes += document.text.len();
             batch.push(document.text);
         }
-        if last || batch_bytes >= BATCH_BYTES {
-            for ids in tokenizer.encode_all(std::mem::take(&mut batch), bos)? {
-                stream.push(&ids);
-            }
+        if batch_bytes >= BATCH_BYTES || (last && !batch.is_empty()) {
+            let ids = tokenizer.encode_all(&batch, bos)?;
+            take(&ids, documents.position(), documents.bytes_read())?;
+            batch.clear();
             batch_bytes = 0;
-            progress(documents.bytes_read());
         }
         if last {
-            break;
+            return Ok(());
         }
     }
-    if stream.ids.is_empty() {
-        return Err(corpus.empty());
-    }
-    if let Some(path) = cache {
-        token_cache::write(&path, &stream)?;
-    }
-    Ok(stream)
 }
 
-/// The stream in the cache file, if it is whole and its ids are of this tokenizer.
-fn cached(path: &Path, tokenizer: &Tokenizer) -> Option<TokenStream> {
-    let stream = token_cache::read(path).ok()?;
-    let fits = |id: &u32| (*id as usize) < tokenizer.vocab_size() || tokenizer.bos_id() == Some(*id);
-    (!stream.ids.is_empty() && stream.ids.iter().all(fits)).then_some(stream)
+/// The cache file, if it is whole and its ids are of this tokenizer.
+fn cached(path: &Path, tokenizer: &Tokenizer) -> Option<TokenFile> {
+    let file = TokenFile::open(path).ok()?;
+    let fits = (file.max_id() as usize) < tokenizer.vocab_size() || tokenizer.bos_id() == Some(file.max_id());
+    (!file.is_empty() && fits).then_some(file)
 }
 
-/// The file in `dir` for this content, tokenizer and options.
-fn cache_path(dir: &Path, corpus: &Corpus, tokenizer: &Tokenizer, bos: Bos) -> Result<PathBuf> {
+/// The name of the cache for this content, tokenizer and options.
+fn cache_key(
+    corpus: &Corpus,
+    tokenizer: &Tokenizer,
+    bos: Bos,
+    progress: &mut dyn FnMut(u64),
+) -> Result<String> {
     let options = corpus.options();
     let mut fields = vec![
         token_cache::FORMAT_VERSION.to_string(),
@@ -100,11 +300,25 @@ fn cache_path(dir: &Path, corpus: &Corpus, tokenizer: &Tokenizer, bos: Bos) -> R
         format!("{:?}", options.doc_separator),
         options.text_column.clone(),
     ];
-    fields.extend(corpus.content_hashes()?);
+    fields.extend(corpus.content_hashes(progress)?);
     let mut hasher = Sha256::new();
     for field in fields {
         hasher.update((field.len() as u64).to_le_bytes());
         hasher.update(field);
     }
-    Ok(dir.join(format!("{}.tokens", hex(&hasher.finalize()))))
+    Ok(hex(&hasher.finalize()))
+}
+
+/// SHA-256 of all ids, each in four bytes, in hexadecimal.
+///
+/// # Errors
+/// Those of [`Tokens::read`].
+pub fn identity(tokens: &Tokens) -> Result<String> {
+    let (mut hasher, mut bytes) = (Sha256::new(), Vec::new());
+    tokens.for_each(&mut |ids| {
+        bytes.clear();
+        bytes.extend(ids.iter().flat_map(|id| id.to_le_bytes()));
+        hasher.update(&bytes);
+    })?;
+    Ok(hex(&hasher.finalize()))
 }

@@ -1,9 +1,10 @@
 //! Windows over a token stream: what an evaluation scores, and what a training step sees.
 
-use crate::{Error, Result, TokenStream};
+use crate::{Error, Result, Tokens};
 use rand_pcg::Pcg64;
 use rand_pcg::rand_core::Rng;
 use sha2::{Digest, Sha256};
+use std::ops::Range;
 
 /// Documents are cut into pieces of at most this many tokens (or one window) to be held out.
 const MAX_PIECE: usize = 8192;
@@ -55,27 +56,79 @@ pub fn eval_windows(len: usize, window: usize, stride: usize) -> Result<Vec<Eval
     Ok(windows)
 }
 
+/// What is trained on and what is held out.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SplitOptions {
+    /// Inputs per window.
+    pub seq: usize,
+    /// Share of the tokens that is held out, in [0, 1).
+    pub valid_fraction: f64,
+    /// Windows that are held out at most.
+    pub valid_samples: u64,
+}
+
 /// A token stream cut into a training side and a held-out side that share no piece of text.
 ///
-/// Documents are cut into pieces; the pieces whose content has the smallest SHA-256 are held out until their share is
-/// reached. Equal pieces have equal hashes and so stay together: text that occurs twice is never on both sides.
+/// Documents are cut into pieces; the pieces whose content has the smallest SHA-256 are held out until their share, or
+/// the most that is wanted, is reached. Equal pieces have equal hashes and so stay together: text that occurs twice is
+/// never on both sides. The training side stays where the stream is, the held-out side is in memory.
+#[derive(Debug)]
 pub struct Split {
-    train: Vec<u32>,
+    tokens: Tokens,
+    train: Runs,
     valid: Vec<u32>,
     seq: usize,
 }
 
-impl Split {
-    /// Splits `stream` for windows of `seq` inputs; `valid_fraction` of the tokens, in [0, 1), is held out, at least
-    /// one piece if it is above 0.
-    ///
-    /// # Errors
-    /// A fraction or `seq` outside its range, or fewer tokens left to train on than one window, `seq + 1`.
-    pub fn new(stream: &TokenStream, seq: usize, valid_fraction: f64) -> Result<Split> {
+/// Ranges of a stream, one after the other as one text.
+#[derive(Debug, Default)]
+struct Runs {
+    /// Where each range begins in the text, and the range.
+    ranges: Vec<(usize, Range<usize>)>,
+    len: usize,
+}
+
+impl Runs {
+    fn new(ranges: impl IntoIterator<Item = Range<usize>>) -> Runs {
+        let mut runs = Runs::default();
+        for range in ranges {
+            runs.len += range.len();
+            match runs.ranges.last_mut() {
+                Some((_, last)) if last.end == range.start => last.end = range.end,
+                _ => runs.ranges.push((runs.len - range.len(), range)),
+            }
+        }
+        runs
+    }
+
+    /// Appends the ids `start..end` of the text to `out`.
+    fn read(&self, tokens: &Tokens, start: usize, end: usize, out: &mut Vec<u32>) -> Result<()> {
+        let first = self.ranges.partition_point(|(begin, _)| *begin <= start).saturating_sub(1);
+        for (begin, range) in &self.ranges[first..] {
+            if *begin >= end {
+                break;
+            }
+            let from = range.start + start.saturating_sub(*begin);
+            tokens.read(from..range.end.min(range.start + end - begin), out)?;
+        }
+        Ok(())
+    }
+}
+
+/// The pieces of a stream, by side.
+pub(crate) struct Pieces {
+    pub(crate) train: Vec<Range<usize>>,
+    pub(crate) valid: Vec<Range<usize>>,
+}
+
+impl Pieces {
+    /// Cuts `tokens` and holds out.
+    pub(crate) fn of(tokens: &Tokens, options: SplitOptions) -> Result<Pieces> {
+        let SplitOptions { seq, valid_fraction, valid_samples } = options;
         if !(0.0..1.0).contains(&valid_fraction) {
             return Err(Error::option("valid_fraction", valid_fraction, "0 or more and below 1"));
         }
-        let total = stream.ids.len();
+        let total = tokens.len();
         let window = match seq.checked_add(1) {
             Some(window) if seq > 0 => window,
             _ => return Err(Error::option("--seq", seq, "at least 1")),
@@ -84,34 +137,62 @@ impl Split {
             return Err(Error::TooFewTokens { side: "training text", tokens: total, window });
         }
         let piece_len = window.max((total / 64).min(MAX_PIECE));
-        let pieces: Vec<&[u32]> =
-            stream.documents().flat_map(|document| document.chunks(piece_len)).collect();
-        let mut order: Vec<([u8; 32], usize)> = pieces.iter().map(|piece| hash(piece)).zip(0..).collect();
-        order.sort_unstable();
-
-        let wanted =
-            if valid_fraction > 0.0 { ((valid_fraction * total as f64).ceil() as usize).max(2) } else { 0 };
-        let mut held_out = vec![false; pieces.len()];
-        let mut held_tokens = 0;
-        let mut last = None;
-        for (hash, piece) in order {
-            if held_tokens >= wanted && last != Some(hash) {
-                break;
-            }
-            held_out[piece] = true;
-            held_tokens += pieces[piece].len();
-            last = Some(hash);
+        let starts = tokens.doc_starts();
+        let ends = starts.iter().skip(1).copied().chain([total]);
+        let pieces = starts.iter().zip(ends).flat_map(|(&start, end)| {
+            (start..end).step_by(piece_len).map(move |at| at..end.min(at.saturating_add(piece_len)))
+        });
+        if valid_fraction == 0.0 || valid_samples == 0 {
+            return Ok(Pieces { train: pieces.collect(), valid: Vec::new() });
         }
-        let side = |held: bool| -> Vec<u32> {
-            let kept = pieces.iter().zip(&held_out).filter(|(_, out)| **out == held);
-            kept.flat_map(|(piece, _)| piece.iter().copied()).collect()
+        let mut order = Vec::new();
+        let mut ids = Vec::new();
+        for range in pieces {
+            ids.clear();
+            tokens.read(range.clone(), &mut ids)?;
+            order.push((hash(&ids), range));
+        }
+        // Among equal pieces the order of the text.
+        order.sort_by_key(|(hash, _)| *hash);
+
+        let wanted = ((valid_fraction * total as f64).ceil() as usize).max(2);
+        let wanted = wanted.min(usize::try_from(valid_samples).unwrap_or(usize::MAX).saturating_mul(window));
+        let (mut held, mut held_tokens) = (0, 0);
+        while held < order.len() && (held_tokens < wanted || (held > 0 && order[held - 1].0 == order[held].0))
+        {
+            held_tokens += order[held].1.len();
+            held += 1;
+        }
+        let side = |pieces: &[(u128, Range<usize>)]| {
+            let mut side: Vec<Range<usize>> = pieces.iter().map(|(_, range)| range.clone()).collect();
+            side.sort_unstable_by_key(|range| range.start);
+            side
         };
-        let split = Split { train: side(false), valid: side(true), seq };
-        if split.train.len() < window {
+        Ok(Pieces { train: side(&order[held..]), valid: side(&order[..held]) })
+    }
+}
+
+impl Split {
+    /// Splits `tokens`.
+    ///
+    /// # Errors
+    /// An option outside its range, fewer tokens left to train on than one window, `seq + 1`, or tokens that cannot be
+    /// read.
+    pub fn new(tokens: &Tokens, options: SplitOptions) -> Result<Split> {
+        Split::of(tokens, Pieces::of(tokens, options)?, options.seq)
+    }
+
+    pub(crate) fn of(tokens: &Tokens, pieces: Pieces, seq: usize) -> Result<Split> {
+        let mut valid = Vec::new();
+        for range in pieces.valid {
+            tokens.read(range, &mut valid)?;
+        }
+        let split = Split { tokens: tokens.clone(), train: Runs::new(pieces.train), valid, seq };
+        if split.train.len <= seq {
             return Err(Error::TooFewTokens {
                 side: "training text without the held-out part",
-                tokens: split.train.len(),
-                window,
+                tokens: split.train.len,
+                window: seq + 1,
             });
         }
         Ok(split)
@@ -124,21 +205,25 @@ impl Split {
 
     /// Number of training windows, at least 1. Tokens after the last whole window are not trained on.
     pub fn num_windows(&self) -> usize {
-        (self.train.len() - 1) / self.seq
+        (self.train.len - 1) / self.seq
     }
 
-    /// Training window `index`: `seq + 1` tokens, of which `[..seq]` are the inputs and `[1..]` the targets.
+    /// Appends training window `index` to `out`: `seq + 1` tokens, of which `[..seq]` are the inputs and `[1..]` the
+    /// targets.
+    ///
+    /// # Errors
+    /// Tokens that cannot be read.
     ///
     /// # Panics
     /// If `index` is not below [`Split::num_windows`].
-    pub fn window(&self, index: usize) -> &[u32] {
+    pub fn window(&self, index: usize, out: &mut Vec<u32>) -> Result<()> {
         assert!(index < self.num_windows(), "window {index} of {}", self.num_windows());
-        &self.train[index * self.seq..(index + 1) * self.seq + 1]
+        self.train.read(&self.tokens, index * self.seq, (index + 1) * self.seq + 1, out)
     }
 
-    /// All tokens of the training side, in the order of the corpus.
-    pub fn train_tokens(&self) -> &[u32] {
-        &self.train
+    /// Number of tokens of the training side.
+    pub fn train_len(&self) -> usize {
+        self.train.len
     }
 
     /// All tokens of the held-out side, in the order of the corpus; empty if nothing is held out.
@@ -147,12 +232,14 @@ impl Split {
     }
 }
 
-fn hash(piece: &[u32]) -> [u8; 32] {
+/// The first half of the SHA-256 of a piece.
+fn hash(piece: &[u32]) -> u128 {
     let mut hasher = Sha256::new();
-    for id in piece {
-        hasher.update(id.to_le_bytes());
-    }
-    hasher.finalize().into()
+    let bytes: Vec<u8> = piece.iter().flat_map(|id| id.to_le_bytes()).collect();
+    hasher.update(bytes);
+    let mut first = [0; 16];
+    first.copy_from_slice(&hasher.finalize()[..16]);
+    u128::from_be_bytes(first)
 }
 
 /// Which windows a training step sees: epochs, each a permutation of all windows that is a function of the seed and
@@ -223,6 +310,7 @@ pub(crate) fn mix(value: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::TokenStream;
     use proptest::collection::{hash_set, vec};
     use proptest::prelude::*;
     use std::collections::HashSet;
@@ -248,19 +336,40 @@ mod tests {
         assert_eq!(eval_windows(4, usize::MAX, usize::MAX).unwrap().len(), 1);
     }
 
+    fn split(stream: &TokenStream, seq: usize, valid_fraction: f64) -> Result<Split> {
+        Split::new(&stream.into(), SplitOptions { seq, valid_fraction, valid_samples: u64::MAX })
+    }
+
+    fn train_tokens(split: &Split) -> Vec<u32> {
+        let mut tokens = Vec::new();
+        split.train.read(&split.tokens, 0, split.train.len, &mut tokens).unwrap();
+        tokens
+    }
+
+    #[test]
+    fn no_more_is_held_out_than_samples_are_wanted() {
+        let ids: Vec<u32> = (0..20_000).collect();
+        let stream = TokenStream { doc_starts: (0..20_000).step_by(50).collect(), ids };
+        let held = |valid_samples| {
+            let options = SplitOptions { seq: 99, valid_fraction: 0.5, valid_samples };
+            Split::new(&Tokens::from(&stream), options).unwrap().valid_tokens().len()
+        };
+        assert_eq!([held(0), held(3), held(100), held(5000)], [0, 300, 10_000, 10_000]);
+    }
+
     #[test]
     fn split_out_of_range() {
         let stream = TokenStream { ids: (0..100).collect(), doc_starts: vec![0, 50] };
-        assert!(Split::new(&stream, 0, 0.1).is_err());
-        assert!(Split::new(&stream, usize::MAX, 0.1).is_err());
+        assert!(split(&stream, 0, 0.1).is_err());
+        assert!(split(&stream, usize::MAX, 0.1).is_err());
         for fraction in [-0.1, 1.0, f64::NAN, f64::INFINITY] {
-            assert!(Split::new(&stream, 8, fraction).is_err(), "{fraction}");
+            assert!(split(&stream, 8, fraction).is_err(), "{fraction}");
         }
-        let error = Split::new(&stream, 100, 0.0).err().unwrap().to_string();
+        let error = split(&stream, 100, 0.0).err().unwrap().to_string();
         assert!(error.contains("100 tokens") && error.contains("101") && error.contains("--seq"), "{error}");
         let short = TokenStream { ids: (0..10).collect(), doc_starts: vec![0] };
-        assert!(Split::new(&short, 9, 0.0).is_ok());
-        assert!(Split::new(&short, 9, 0.5).is_err(), "the only piece is held out");
+        assert!(split(&short, 9, 0.0).is_ok());
+        assert!(split(&short, 9, 0.5).is_err(), "the only piece is held out");
     }
 
     #[test]
@@ -317,17 +426,23 @@ mod tests {
             let mut doc_starts: Vec<usize> = starts.into_iter().filter(|&s| s < len as usize).chain([0]).collect();
             doc_starts.sort_unstable();
             let stream = TokenStream { ids: (0..len).collect(), doc_starts };
-            let Ok(split) = Split::new(&stream, seq, fraction) else { return Ok(()) };
+            let Ok(split) = split(&stream, seq, fraction) else { return Ok(()) };
 
-            let (train, valid) = (split.train_tokens(), split.valid_tokens());
-            let mut both = [train, valid].concat();
+            let (train, valid) = (train_tokens(&split), split.valid_tokens());
+            prop_assert_eq!(split.train_len(), train.len());
+            let mut both = [&train[..], valid].concat();
             both.sort_unstable();
             prop_assert_eq!(both, stream.ids);
             prop_assert!(train.is_sorted() && valid.is_sorted());
             prop_assert!(valid.len() as f64 >= fraction * f64::from(len));
             prop_assert_eq!(valid.is_empty(), fraction == 0.0);
 
-            let windows: Vec<&[u32]> = (0..split.num_windows()).map(|i| split.window(i)).collect();
+            let window = |index| {
+                let mut window = Vec::new();
+                split.window(index, &mut window).unwrap();
+                window
+            };
+            let windows: Vec<Vec<u32>> = (0..split.num_windows()).map(window).collect();
             prop_assert!(windows.iter().all(|w| w.len() == seq + 1));
             let inputs: Vec<u32> = windows.iter().flat_map(|w| w[..seq].to_vec()).collect();
             prop_assert_eq!(&inputs[..], &train[..inputs.len()]);
@@ -344,9 +459,9 @@ mod tests {
                 let marker = 100 + documents.iter().position(|d| d == document).unwrap_or(index) as u32;
                 stream.ids.extend([marker].into_iter().chain(document.iter().copied()));
             }
-            let Ok(split) = Split::new(&stream, 8, fraction) else { return Ok(()) };
+            let Ok(split) = split(&stream, 8, fraction) else { return Ok(()) };
             let markers = |side: &[u32]| side.iter().copied().filter(|&id| id >= 100).collect::<HashSet<_>>();
-            prop_assert!(markers(split.train_tokens()).is_disjoint(&markers(split.valid_tokens())));
+            prop_assert!(markers(&train_tokens(&split)).is_disjoint(&markers(split.valid_tokens())));
         }
     }
 }

@@ -183,3 +183,118 @@ fn paths_that_cannot_be_read() {
     let options = CorpusOptions { doc_separator: Some(String::new()), ..CorpusOptions::default() };
     assert!(matches!(documents_with(&[], options), Err(Error::Option { .. })));
 }
+
+/// A Parquet file of optional text columns and a number, `rows` rows in two row groups.
+fn parquet(path: &Path, rows: &[(Option<&str>, Option<&str>)]) {
+    use parquet::data_type::{ByteArrayType, Int64Type};
+    use parquet::file::properties::WriterProperties;
+    use parquet::file::writer::SerializedFileWriter;
+    use parquet::schema::parser::parse_message_type;
+    let schema = "message m { OPTIONAL BYTE_ARRAY text (UTF8); REQUIRED INT64 id; OPTIONAL GROUP meta { OPTIONAL BYTE_ARRAY answer (UTF8); } }";
+    let schema = std::sync::Arc::new(parse_message_type(schema).unwrap());
+    let properties = WriterProperties::builder().set_compression(parquet::basic::Compression::SNAPPY).build();
+    let file = fs::File::create(path).unwrap();
+    let mut writer = SerializedFileWriter::new(file, schema, properties.into()).unwrap();
+    for half in rows.chunks(rows.len().div_ceil(2).max(1)) {
+        let mut group = writer.next_row_group().unwrap();
+        for column in 0..3 {
+            let mut next = group.next_column().unwrap().unwrap();
+            let texts: Vec<Option<&str>> =
+                half.iter().map(|row| if column == 0 { row.0 } else { row.1 }).collect();
+            if column == 1 {
+                let ids: Vec<i64> = (0..half.len() as i64).collect();
+                next.typed::<Int64Type>().write_batch(&ids, None, None).unwrap();
+            } else {
+                let top = if column == 0 { 1 } else { 2 };
+                let levels: Vec<i16> =
+                    texts.iter().map(|text| if text.is_some() { top } else { top - 1 }).collect();
+                let values: Vec<_> =
+                    texts.iter().flatten().map(|text| text.as_bytes().to_vec().into()).collect();
+                next.typed::<ByteArrayType>().write_batch(&values, Some(&levels), None).unwrap();
+            }
+            next.close().unwrap();
+        }
+        group.close().unwrap();
+    }
+    writer.close().unwrap();
+}
+
+#[test]
+fn parquet_gives_its_text_columns() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("train-00000.parquet");
+    let texts: Vec<String> = (0..500).map(|i| format!("text {i} é")).collect();
+    let answers: Vec<String> = (0..500).map(|i| format!("answer {i}")).collect();
+    let rows: Vec<_> = texts.iter().zip(&answers).map(|(t, a)| (Some(&t[..]), Some(&a[..]))).collect();
+    parquet(&path, &rows);
+    assert_eq!(documents(dir.path()).unwrap(), texts, "found in a folder");
+    let column = |text_column: &str| {
+        documents_with(
+            std::slice::from_ref(&path),
+            CorpusOptions { text_column: text_column.into(), ..CorpusOptions::default() },
+        )
+    };
+    assert_eq!(column("meta.answer").unwrap(), answers);
+    assert_eq!(column("text,meta.answer").unwrap()[499], "text 499 é\nanswer 499");
+    let corpus = Corpus::open(std::slice::from_ref(&path), CorpusOptions::default()).unwrap();
+    let mut iter = corpus.documents();
+    assert_eq!(iter.by_ref().count(), 500);
+    assert_eq!(iter.bytes_read(), corpus.total_bytes());
+
+    for (name, wanted) in [
+        ("body", "row 1: no column \"body\" (columns: \"text\", \"id\", \"meta.answer\"); name the column"),
+        ("id", "row 1: column \"id\" holds INT64, not text; name the column"),
+    ] {
+        let message = column(name).unwrap_err().to_string();
+        assert!(message.contains("train-00000.parquet: ") && message.contains(wanted), "{message}");
+    }
+    parquet(&path, &[(Some("a"), None), (None, None), (Some("c"), None)]);
+    let message = documents(&path).unwrap_err().to_string();
+    assert!(
+        message
+            .ends_with("row 2: column \"text\" holds null, not text; name another column with --text-column"),
+        "{message}"
+    );
+}
+
+#[test]
+fn a_damaged_parquet_is_an_error_or_reads_as_written() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("a.parquet");
+    let texts: Vec<String> = (0..300).map(|i| format!("text {}", i * i)).collect();
+    let rows: Vec<_> = texts.iter().map(|text| (Some(&text[..]), None)).collect();
+    parquet(&path, &rows);
+    let good = fs::read(&path).unwrap();
+    for cut in (0..good.len()).step_by(good.len() / 40) {
+        fs::write(&path, &good[..cut]).unwrap();
+        let message = documents(&path).unwrap_err().to_string();
+        assert!(
+            message.contains("a.parquet: row 1: unreadable Parquet data") && !message.contains('\n'),
+            "{message}"
+        );
+    }
+    for at in (0..good.len()).step_by(good.len() / 150) {
+        let mut bad = good.clone();
+        bad[at] ^= 0xff;
+        fs::write(&path, &bad).unwrap();
+        // No check sum covers the pages: a flipped bit in a text shows only as another text.
+        if let Ok(read) = documents(&path) {
+            assert!(read.len() <= texts.len(), "changed at {at}");
+        }
+    }
+}
+
+#[test]
+fn several_columns_are_joined() {
+    let dir = TempDir::new().unwrap();
+    let columns = |content: &str, text_column: &str| {
+        let path = file(dir.path(), "a.jsonl", content);
+        documents_with(&[path], CorpusOptions { text_column: text_column.into(), ..CorpusOptions::default() })
+    };
+    let row = "{\"question\": \"q\", \"input\": \"\", \"answer\": \"a\", \"x,y\": \"z\"}";
+    assert_eq!(columns(row, "question,input,answer").unwrap(), ["q\na"]);
+    assert_eq!(columns(row, "answer,question").unwrap(), ["a\nq"]);
+    assert_eq!(columns(row, "x,y").unwrap(), ["z"], "a column of that very name comes first");
+    assert!(columns(row, "question,none").unwrap_err().to_string().contains("line 1: no column \"none\""));
+    assert!(columns(row, "question,question").unwrap_err().to_string().contains("holds null"));
+}

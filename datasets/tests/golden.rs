@@ -112,3 +112,34 @@ fn a_tokenizer_larger_than_the_embedding_is_refused() {
     assert_eq!(tokenizer.vocab_size(), 32003);
     assert_eq!(tokenizer.encode("Hello world", Bos::Auto).unwrap(), [1, 15043, 3186]);
 }
+
+/// Every document of the real texts, by every tokenizer: what the tokenizers crate itself gives.
+#[test]
+fn ids_of_real_texts_are_those_of_the_tokenizers_crate() {
+    let Some(shared) = shared("ids_of_real_texts_are_those_of_the_tokenizers_crate") else { return };
+    let corpora = shared.join("data/corpora");
+    let options = |text_column: &str| CorpusOptions {
+        doc_separator: Some("<|endoftext|>".into()),
+        text_column: text_column.into(),
+    };
+    for model in [&MODELS[..], &["llama-tokenizer"]].concat() {
+        let dir = shared.join("models").join(model);
+        let ours = Tokenizer::load(&dir, None, 1 << 20).unwrap();
+        let crates = tokenizers::Tokenizer::from_file(dir.join("tokenizer.json")).unwrap();
+        for (path, column) in [
+            ("web", "text"),
+            ("code/codegen-instruct.json", "instruction,input,response"),
+            ("math/gsm8k_train.jsonl", "question,answer"),
+            ("stories/tinystories_sample_2M.txt", "text"),
+        ] {
+            let corpus = Corpus::open(&[corpora.join(path)], options(column)).unwrap();
+            // Every eighth: the crate takes its time.
+            for (at, document) in corpus.documents().step_by(8).enumerate() {
+                let text = document.unwrap().text;
+                let wanted = crates.encode_fast(text.as_str(), false).unwrap();
+                let ids = ours.encode(&text, Bos::Never).unwrap();
+                assert!(ids == wanted.get_ids(), "{model} {path}: document {}", at * 8);
+            }
+        }
+    }
+}

@@ -1,10 +1,13 @@
 //! Tokenizers of one's own training: BOS rules, streaming, the token cache.
 
+use dsmoe_datasets::token_cache::TokenFile;
+use dsmoe_datasets::tokens::{Stage, prepare};
 use dsmoe_datasets::{
-    Bos, Corpus, CorpusOptions, DOC_SEPARATOR, Error, TokenStream, Tokenizer, synthetic_text, token_cache,
-    tokenize, train_bpe,
+    Bos, Corpus, CorpusOptions, DOC_SEPARATOR, Error, TokenStream, Tokenizer, synthetic_text, tokenize,
+    train_bpe,
 };
 use proptest::prelude::*;
+use sha2::{Digest, Sha256};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
@@ -190,6 +193,18 @@ proptest! {
     }
 }
 
+/// Writes a cache file by the description of its format.
+fn write_cache(path: &Path, stream: &TokenStream) {
+    let mut payload: Vec<u8> = stream.ids.iter().flat_map(|&id| (id as u16).to_le_bytes()).collect();
+    payload.extend(stream.doc_starts.iter().flat_map(|&start| (start as u64).to_le_bytes()));
+    let mut bytes = [&b"DSMOETOK"[..], &2u32.to_le_bytes(), &2u32.to_le_bytes()].concat();
+    bytes.extend((stream.ids.len() as u64).to_le_bytes());
+    bytes.extend((stream.doc_starts.len() as u64).to_le_bytes());
+    bytes.extend(Sha256::digest(&payload));
+    bytes.extend(payload);
+    fs::write(path, bytes).unwrap();
+}
+
 struct Case {
     _dir: TempDir,
     text: PathBuf,
@@ -236,12 +251,12 @@ fn the_cache_is_used_and_keyed_by_content() {
     let (case, tokenizer) = (Case::new(), &TOKENIZER.1);
     let stream = case.tokenize(tokenizer, Bos::Auto, DOC_SEPARATOR);
     let [file] = &case.cache_files()[..] else { panic!("one cache file") };
-    assert_eq!(token_cache::read(file).unwrap(), stream);
+    assert_eq!(TokenFile::open(file).unwrap().into_stream().unwrap(), stream);
 
     // A marked cache shows that it is taken; the rule that gives the same ids shares it.
     let mut marked = stream.clone();
     marked.ids.truncate(marked.ids.len() - 1);
-    token_cache::write(file, &marked).unwrap();
+    write_cache(file, &marked);
     assert_eq!(case.tokenize(tokenizer, Bos::Auto, DOC_SEPARATOR), marked);
     assert_eq!(case.tokenize(tokenizer, Bos::Always, DOC_SEPARATOR), marked);
     assert_eq!(case.cache_files().len(), 1);
@@ -262,10 +277,87 @@ fn a_cache_that_lies_is_made_again() {
     let [file] = &case.cache_files()[..] else { panic!("one cache file") };
     let good = fs::read(file).unwrap();
     let foreign = TokenStream { ids: vec![1, VOCAB as u32], doc_starts: vec![0] };
-    token_cache::write(file, &foreign).unwrap();
+    write_cache(file, &foreign);
     for bad in [fs::read(file).unwrap(), good[..good.len() / 2].to_vec(), vec![], b"DSMOETOK".to_vec()] {
         fs::write(file, bad).unwrap();
         assert_eq!(case.tokenize(tokenizer, Bos::Auto, DOC_SEPARATOR), stream);
         assert_eq!(fs::read(file).unwrap(), good);
     }
+}
+
+/// Text of about `megabytes`, in documents, half of it in a second file of JSON lines.
+fn large(dir: &Path, megabytes: usize) -> Corpus {
+    let story = synthetic_text(9, 60_000);
+    let documents: Vec<&str> = story.split(DOC_SEPARATOR).map(str::trim).filter(|d| !d.is_empty()).collect();
+    let bytes: usize = documents.iter().map(|document| document.len()).sum();
+    let times = megabytes * 500_000 / bytes + 1;
+    let one = (0..times).map(|i| format!("{i} {}", documents.join(DOC_SEPARATOR))).collect::<Vec<_>>();
+    fs::write(dir.join("a.txt"), one.join(DOC_SEPARATOR)).unwrap();
+    let lines = (0..times)
+        .flat_map(|i| documents.iter().map(move |d| serde_json::json!({"text": format!("{d} {i}")})));
+    fs::write(dir.join("b.jsonl"), lines.map(|line| format!("{line}\n")).collect::<String>()).unwrap();
+    let options = CorpusOptions { doc_separator: Some(DOC_SEPARATOR.into()), ..CorpusOptions::default() };
+    Corpus::open(&[dir.join("a.txt"), dir.join("b.jsonl")], options).unwrap()
+}
+
+#[test]
+fn a_cache_goes_on_after_a_kill_and_is_the_same() {
+    let (dir, tokenizer) = (TempDir::new().unwrap(), &TOKENIZER.1);
+    let corpus = large(dir.path(), 24);
+    let cache = |name: &str| dir.path().join(name);
+    let whole = prepare(&corpus, tokenizer, Bos::Auto, &cache("whole"), &mut |_, _| ()).unwrap();
+    assert!(!whole.reused && whole.resumed == 0);
+    // Whatever ends a process in the middle: the state on the disk is all that the next one has.
+    for end in [9_000_000, 14_000_000, 20_000_000] {
+        let killed = std::panic::catch_unwind(|| {
+            prepare(&corpus, tokenizer, Bos::Auto, &cache("killed"), &mut |stage, bytes| {
+                if stage == Stage::Encoding && bytes > end {
+                    std::panic::resume_unwind(Box::new("killed"));
+                }
+            })
+        });
+        assert!(killed.is_err());
+    }
+    let rest = prepare(&corpus, tokenizer, Bos::Auto, &cache("killed"), &mut |_, _| ()).unwrap();
+    assert!(rest.resumed as usize > whole.tokens.len() / 2, "{} of {}", rest.resumed, whole.tokens.len());
+    assert_eq!(rest.path.file_name(), whole.path.file_name());
+    assert!(fs::read(&rest.path).unwrap() == fs::read(&whole.path).unwrap());
+    assert_eq!(fs::read_dir(cache("killed")).unwrap().count(), 1, "nothing else is left");
+    assert!(prepare(&corpus, tokenizer, Bos::Auto, &cache("killed"), &mut |_, _| ()).unwrap().reused);
+    // In memory and from the file: the same.
+    let stream = tokenize(&corpus, tokenizer, Bos::Auto, None, &mut |_| ()).unwrap();
+    let mut ids = Vec::new();
+    rest.tokens.for_each(&mut |some| ids.extend_from_slice(some)).unwrap();
+    assert!(ids == stream.ids && rest.tokens.doc_starts() == stream.doc_starts);
+}
+
+#[test]
+fn a_file_that_changes_while_it_is_read_makes_no_cache() {
+    let (dir, tokenizer) = (TempDir::new().unwrap(), &TOKENIZER.1);
+    let corpus = large(dir.path(), 6);
+    let file = dir.path().join("b.jsonl");
+    let changed = prepare(&corpus, tokenizer, Bos::Auto, &dir.path().join("cache"), &mut |stage, _| {
+        if stage == Stage::Encoding {
+            let mut text = fs::read(&file).unwrap();
+            text.extend(b"{\"text\": \"more\"}\n");
+            fs::write(&file, text).unwrap();
+        }
+    });
+    let message = changed.unwrap_err().to_string();
+    assert!(message.contains("b.jsonl: changed while it was read"), "{message}");
+    assert!(
+        !fs::read_dir(dir.path().join("cache"))
+            .unwrap()
+            .any(|e| e.unwrap().path().extension().unwrap() == "tokens")
+    );
+}
+
+#[test]
+fn the_bytes_of_tokens_are_those_of_the_text() {
+    let (tokenizer, text) = (&TOKENIZER.1, "A day's wörk: 12 foxes\n");
+    let texts = tokenizer.token_texts();
+    let ids = tokenizer.encode(text, Bos::Never).unwrap();
+    let bytes: Vec<u8> = ids.iter().flat_map(|&id| texts.of(id).to_vec()).collect();
+    assert_eq!(bytes, text.as_bytes());
+    assert_eq!(texts.of(0), b" ", "a special token separates");
 }

@@ -13,8 +13,10 @@ use dsmoe_datasets::tasks::{MAX_NEW_TOKENS, Profile};
 use dsmoe_kernels::Precision;
 use dsmoe_router::{GateValue, Rescale, RouterInit, ZeroActive};
 use dsmoe_train::TrainConfig;
+use dsmoe_train::config::NearDuplicates;
 
 use crate::commands::bench::args::Bench;
+use crate::commands::data::args::Data;
 
 /// Router weights of a conversion that does not say otherwise: the paper's.
 const DEFAULT_ROUTER_INIT: &str = "random";
@@ -51,9 +53,6 @@ pub(crate) enum Command {
     Inspect(Inspect),
     /// Turn a dense LLaMA directory into a DSMoE directory
     Convert(Convert),
-    /// Make text to train on
-    #[command(subcommand)]
-    Data(Data),
     /// Write a DSMoE model as a plain LLaMA, or a model again in another precision
     Export(Export),
     /// Train a DSMoE or dense model on text
@@ -68,6 +67,8 @@ pub(crate) enum Command {
     Doctor(Doctor),
     /// Generate text, train a tiny LLaMA, convert it, train it to a budget, and compare, in about two minutes
     Demo(Demo),
+    /// Prepare, check, count and generate text for training; train a tokenizer
+    Data(Data),
     /// Time kernels, FFNs, training and decoding against what the machine can do
     Bench(Bench),
 }
@@ -123,44 +124,6 @@ pub(crate) struct Convert {
     pub(crate) force: bool,
 }
 
-#[derive(Debug, Subcommand)]
-pub(crate) enum Data {
-    /// Write the embedded world: text in four domains, a tokenizer, and ten probes of what a model learns from the text
-    World(DataWorld),
-}
-
-const WORLD_EXAMPLE: &str = "\
-A model of the world, from nothing:
-
-  dsmoe data world --out WORLD
-  dsmoe init --preset world --tokenizer WORLD/tokenizer.json --out START
-  dsmoe train START --data WORLD/text --out RUN --steps 1200 --batch 8 --seq 256 --lr 4e-3 --bos always
-  dsmoe eval RUN --tasks world";
-
-#[derive(Debug, Args)]
-#[command(after_help = WORLD_EXAMPLE)]
-pub(crate) struct DataWorld {
-    /// Folder to write: text/, probes/, tokenizer.json
-    #[arg(long, value_name = "FOLDER")]
-    pub(crate) out: PathBuf,
-    /// Which world
-    #[arg(long, default_value_t = 0)]
-    pub(crate) seed: u64,
-    /// Bytes of text, about
-    #[arg(long, value_name = "N", default_value = "16MB", value_parser = quantity)]
-    pub(crate) bytes: u64,
-    /// Tokens of the tokenizer at the most; the preset `world` has 1536
-    #[arg(long, value_name = "N", default_value_t = 1536, value_parser = clap::value_parser!(u32).range(258..=65536))]
-    pub(crate) vocab: u32,
-    /// Items of each probe at the most
-    #[arg(long, value_name = "N", default_value_t = dsmoe_datasets::world::ITEMS as u32,
-        value_parser = clap::value_parser!(u32).range(6..=100_000))]
-    pub(crate) items: u32,
-    /// Write into a folder that is not empty
-    #[arg(long)]
-    pub(crate) force: bool,
-}
-
 #[derive(Debug, Args)]
 pub(crate) struct Export {
     /// DSMoE directory (or a dense one, as native)
@@ -182,13 +145,21 @@ pub(crate) struct Export {
 /// Where text comes from.
 #[derive(Debug, Args)]
 pub(crate) struct DataArgs {
-    /// Text files or folders: .txt .md .tex .jsonl .json, also .gz and .zst
-    #[arg(long, value_name = "PATH", num_args = 1.., required = true)]
-    pub(crate) data: Vec<PathBuf>,
+    /// Text files or folders: .txt .md .tex .jsonl .json, also .gz and .zst, and .parquet; as NAME=PATH:WEIGHT words,
+    /// sources of a mixture
+    #[arg(long, value_name = "PATH", num_args = 1.., required_unless_present = "mixture")]
+    pub(crate) data: Vec<String>,
+    /// TOML file of [[source]] tables with name, data, weight, and optionally text_column and doc_separator
+    #[arg(long, value_name = "FILE", conflicts_with = "data")]
+    pub(crate) mixture: Option<PathBuf>,
+    /// Folder of token caches: tokens are made there once and read from there, for text larger than the memory
+    #[arg(long, value_name = "DIR")]
+    pub(crate) cache: Option<PathBuf>,
     /// What stands between documents in a text file [default: a text file is one document]
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub(crate) doc_separator: Option<String>,
-    /// Field of a JSON object that holds the text [default: text]
+    /// Field of a JSON object, or column of a Parquet file, that holds the text; several, with commas, are joined by
+    /// line ends [default: text]
     #[arg(long, value_name = "NAME")]
     pub(crate) text_column: Option<String>,
 }
@@ -256,9 +227,16 @@ pub(crate) struct Train {
     /// When a document gets a BOS token in front: auto asks the tokenizer [default: auto]
     #[arg(long, value_parser = words::<Bos>(&["auto", "always", "never"]))]
     pub(crate) bos: Option<Bos>,
-    /// Share of the text held out for evaluation [default: 0.02]
+    /// Share of the text of every source held out for evaluation [default: 0.02]
     #[arg(long, value_name = "SHARE")]
     pub(crate) valid_fraction: Option<f64>,
+    /// Windows of every source held out at most [default: 5000]
+    #[arg(long, value_name = "N")]
+    pub(crate) valid_samples: Option<u64>,
+    /// Text that is held out and trained on too, up to case, punctuation and small changes: drop it from one side, or
+    /// keep it [default: drop for a mixture, keep for one source]
+    #[arg(long, value_parser = words::<NearDuplicates>(&["keep", "drop"]))]
+    pub(crate) near_duplicates: Option<NearDuplicates>,
     /// Steps between evaluations of the held-out text [default: at the end only]
     #[arg(long, value_name = "N")]
     pub(crate) eval_every: Option<u64>,
@@ -298,7 +276,9 @@ where it was.
 #[command(
     override_usage = "dsmoe eval [OPTIONS] <MODEL> --data <PATH>...\n       dsmoe eval [OPTIONS] <MODEL> --tasks <TASK,...> --task-data <FOLDER>"
 )]
-#[command(mut_arg("data", |data| data.required(false).required_unless_present("tasks").conflicts_with("tasks")))]
+#[command(mut_arg("data", |data| data.required_unless_present_any(["mixture", "tasks"]).conflicts_with("tasks")))]
+#[command(mut_arg("mixture", |mixture| mixture.conflicts_with_all(["data", "tasks"])))]
+#[command(mut_arg("cache", |cache| cache.conflicts_with("tasks")))]
 #[command(mut_arg("doc_separator", |separator| separator.conflicts_with("tasks")))]
 #[command(mut_arg("text_column", |column| column.conflicts_with("tasks")))]
 pub(crate) struct Eval {
@@ -329,7 +309,7 @@ pub(crate) struct Eval {
     /// Precision of the weights: bf16 takes half the memory and less time, and rounds what products multiply
     #[arg(long, default_value = "f32", value_parser = words::<Precision>(&["f32", "bf16"]))]
     pub(crate) dtype: Precision,
-    /// Use no more than this many tokens from the start of the text
+    /// Use no more than this many tokens from the start of every source
     #[arg(long, value_name = "N", value_parser = quantity, conflicts_with = "tasks")]
     pub(crate) limit_tokens: Option<u64>,
     /// Benchmarks: hellaswag, lambada_openai, lambada_standard, piqa, social_iqa, storycloze_2016, winogrande, gsm8k,
@@ -354,7 +334,13 @@ pub(crate) struct Eval {
     #[arg(long, value_name = "N", conflicts_with = "data", help_heading = "Benchmarks", value_parser = at_least_one)]
     pub(crate) limit: Option<usize>,
     /// Which world `--tasks world` asks about
-    #[arg(long, value_name = "SEED", default_value_t = 0, conflicts_with = "data", help_heading = "Benchmarks")]
+    #[arg(
+        long,
+        value_name = "SEED",
+        default_value_t = 0,
+        conflicts_with = "data",
+        help_heading = "Benchmarks"
+    )]
     pub(crate) world_seed: u64,
     /// New tokens of a generated answer at the most; scores compare with the harness's at its 256
     #[arg(long, value_name = "N", default_value_t = MAX_NEW_TOKENS, conflicts_with = "data",
@@ -533,7 +519,7 @@ pub(crate) struct Demo {
 }
 
 /// A parser of the enum whose words these are.
-fn words<T>(words: &'static [&'static str]) -> impl TypedValueParser<Value = T>
+pub(crate) fn words<T>(words: &'static [&'static str]) -> impl TypedValueParser<Value = T>
 where
     T: FromStr + Clone + Send + Sync + 'static,
     T::Err: Into<Box<dyn std::error::Error + Send + Sync>>,
@@ -542,7 +528,7 @@ where
 }
 
 /// A whole number with an optional decimal suffix: `1000`, `1_000`, `1.5M`, `10B`, `500MB`, `5GB`.
-fn quantity(text: &str) -> Result<u64, String> {
+pub(crate) fn quantity(text: &str) -> Result<u64, String> {
     let wrong = || format!("`{text}` is not an amount; write 1000, 500MB, 1.5M or 10B");
     let plain = text.replace('_', "");
     let split = plain.find(|c: char| c.is_ascii_alphabetic()).unwrap_or(plain.len());

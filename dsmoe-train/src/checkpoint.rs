@@ -13,6 +13,8 @@ use std::path::{Path, PathBuf};
 use dsmoe_core::Model;
 use dsmoe_core::checkpoint::{Checkpoint, Dtype, TensorInfo, Writer};
 use dsmoe_core::params::Layout;
+use dsmoe_datasets::Source;
+use dsmoe_datasets::tokens::identity;
 use dsmoe_router::BudgetController;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -31,13 +33,15 @@ const OPTIMIZER_FILE: &str = "optimizer.safetensors";
 const IDENTITY_VALUES: usize = 1024;
 
 /// Settings that a resumed run cannot change: the weights would not be those of any one run.
-const FIXED: [&str; 18] = [
+const FIXED: [&str; 20] = [
     "seed",
     "batch",
     "seq",
     "dtype",
     "accumulate",
     "valid_fraction",
+    "valid_samples",
+    "near_duplicates",
     "lr",
     "min_lr_ratio",
     "warmup_steps",
@@ -121,16 +125,17 @@ pub(crate) fn model_identity(model: &Model) -> String {
     hex(&hasher.finalize())
 }
 
-/// A hash of all token ids.
-pub(crate) fn data_identity(ids: &[u32]) -> String {
-    let mut hasher = Sha256::new();
-    let mut bytes = Vec::with_capacity(1 << 16);
-    for chunk in ids.chunks(1 << 14) {
-        bytes.clear();
-        bytes.extend(chunk.iter().flat_map(|id| id.to_le_bytes()));
-        hasher.update(&bytes);
+/// A hash of all token ids; of several sources, of their names, weights and ids.
+pub(crate) fn data_identity(sources: &[Source]) -> Result<String> {
+    if let [source] = sources {
+        return Ok(identity(&source.tokens)?);
     }
-    hex(&hasher.finalize())
+    let mut hasher = Sha256::new();
+    for source in sources {
+        let line = format!("{} {} {}\n", source.name, source.weight, identity(&source.tokens)?);
+        hasher.update(line);
+    }
+    Ok(hex(&hasher.finalize()))
 }
 
 pub(crate) fn hex(bytes: &[u8]) -> String {

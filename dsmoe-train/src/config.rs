@@ -3,7 +3,7 @@
 use std::ops::RangeInclusive;
 use std::path::Path;
 
-use dsmoe_datasets::Bos;
+use dsmoe_datasets::{Bos, SplitOptions};
 use dsmoe_kernels::Precision;
 use serde::{Deserialize, Serialize};
 
@@ -72,8 +72,13 @@ pub struct TrainConfig {
     pub log_every: u64,
     /// Steps between evaluations of the held-out text, apart from the one at the end; default none.
     pub eval_every: Option<u64>,
-    /// Share of the text held out for evaluation; default 0.02.
+    /// Share of the text of every source held out for evaluation; default 0.02.
     pub valid_fraction: f64,
+    /// Windows of every source held out at most; default 5000.
+    pub valid_samples: u64,
+    /// What becomes of text that training and held-out sides have in common: `keep`, or `drop` (see
+    /// [`dsmoe_datasets::overlap`]); default `drop` for several sources, `keep` for one.
+    pub near_duplicates: Option<NearDuplicates>,
     /// Worker threads; default all. Results do not depend on it.
     pub threads: Option<usize>,
     /// Splits text files into documents.
@@ -111,10 +116,38 @@ impl Default for TrainConfig {
             log_every: 10,
             eval_every: None,
             valid_fraction: 0.02,
+            valid_samples: 5000,
+            near_duplicates: None,
             threads: None,
             doc_separator: None,
             text_column: "text".to_owned(),
             bos: Bos::Auto,
+        }
+    }
+}
+
+/// What becomes of text that is on both sides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NearDuplicates {
+    /// Nothing: only equal pieces stay together.
+    Keep,
+    /// It is taken out of one side.
+    Drop,
+}
+
+impl std::str::FromStr for NearDuplicates {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<NearDuplicates> {
+        match text {
+            "keep" => Ok(NearDuplicates::Keep),
+            "drop" => Ok(NearDuplicates::Drop),
+            _ => Err(Error::Field {
+                field: "near_duplicates",
+                found: format!("{text:?}"),
+                allowed: "keep or drop".to_owned(),
+            }),
         }
     }
 }
@@ -234,11 +267,12 @@ impl TrainConfig {
         in_range("save_every", self.save_every.unwrap_or(1), 1..=u64::MAX)?;
         in_range("eval_every", self.eval_every.unwrap_or(1), 1..=u64::MAX)?;
         in_range("threads", self.threads.unwrap_or(1), 1..=1024)?;
-        if self.eval_every.is_some() && self.valid_fraction == 0.0 {
+        in_range("valid_samples", self.valid_samples, 0..=1 << 40)?;
+        if self.eval_every.is_some() && (self.valid_fraction == 0.0 || self.valid_samples == 0) {
             return Err(Error::Field {
                 field: "eval_every",
-                found: "set with valid_fraction 0".to_owned(),
-                allowed: "valid_fraction above 0, or leave eval_every out".to_owned(),
+                found: "set with nothing held out".to_owned(),
+                allowed: "valid_fraction above 0, valid_samples above 0, or leave eval_every out".to_owned(),
             });
         }
 
@@ -279,6 +313,12 @@ impl TrainConfig {
             steps: self.steps.unwrap_or(0),
             decay: self.schedule,
         }
+    }
+
+    /// How a text is split.
+    pub fn split_options(&self) -> SplitOptions {
+        let (seq, valid_fraction) = (self.seq, self.valid_fraction);
+        SplitOptions { seq, valid_fraction, valid_samples: self.valid_samples }
     }
 
     /// How far the gates are pushed shut.

@@ -56,6 +56,106 @@ pub struct EvalReport {
     pub tokens_per_s: f64,
     /// Duration.
     pub seconds: f64,
+    /// The same by source, when there are several; the rest is then the mean by their shares.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub domains: Vec<DomainReport>,
+}
+
+/// What an evaluation found on one of several sources.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct DomainReport {
+    /// The source.
+    pub name: String,
+    /// Its share of all weights.
+    pub share: f64,
+    /// Tokens of its text.
+    pub tokens: usize,
+    /// Tokens predicted.
+    pub predicted: usize,
+    /// Mean negative log-likelihood of a predicted token, nats.
+    pub nll: f64,
+    /// exp(nll).
+    pub ppl: f64,
+    /// Active share of all (token, layer, expert) triples.
+    pub active_ratio: Option<f64>,
+}
+
+/// The text of one source, for an evaluation.
+#[derive(Clone, Copy, Debug)]
+pub struct Domain<'a> {
+    /// The source.
+    pub name: &'a str,
+    /// Its weight.
+    pub weight: f64,
+    /// Its text.
+    pub ids: &'a [u32],
+}
+
+/// Evaluates `model` on every one of `domains`, as [`evaluate`] does, and takes the means by their weights. A domain of
+/// less than two tokens is left out. `progress` hears how many windows of how many are done.
+///
+/// # Errors
+/// Those of [`evaluate`]; no domain with two tokens.
+pub fn evaluate_domains(
+    model: &Inference,
+    domains: &[Domain<'_>],
+    options: EvalOptions,
+    progress: &mut dyn FnMut(usize, usize),
+) -> Result<EvalReport> {
+    let domains: Vec<&Domain<'_>> = domains.iter().filter(|domain| domain.ids.len() > 1).collect();
+    let [_, _, ..] = domains[..] else {
+        return evaluate(model, domains.first().map_or(&[], |domain| domain.ids), options, progress);
+    };
+    let mut windows = Vec::new();
+    for domain in &domains {
+        windows.push(eval_windows(domain.ids.len(), options.seq, options.stride)?.len());
+    }
+    let (all, mut before) = (windows.iter().sum(), 0);
+    let total: f64 = domains.iter().map(|domain| domain.weight).sum();
+    let mut reports = Vec::new();
+    for (domain, windows) in domains.iter().zip(windows) {
+        let report = evaluate(model, domain.ids, options, &mut |done, _| progress(before + done, all))?;
+        before += windows;
+        reports.push((domain.weight / total, report));
+    }
+    let mean = |value: &dyn Fn(&EvalReport) -> f64| -> f64 {
+        reports.iter().map(|(share, report)| share * value(report)).sum()
+    };
+    let mean_of = |value: &dyn Fn(&EvalReport) -> Option<f64>| -> Option<f64> {
+        reports.iter().map(|(share, report)| Some(share * value(report)?)).sum()
+    };
+    let layers = reports[0].1.active_ratio_per_layer.as_ref().map(Vec::len);
+    let layer = |at: usize| mean_of(&|report| report.active_ratio_per_layer.as_ref()?.get(at).copied());
+    let nll = mean(&|report| report.nll);
+    let seconds: f64 = reports.iter().map(|(_, report)| report.seconds).sum();
+    let run: f64 = reports.iter().map(|(_, report)| report.tokens_per_s * report.seconds).sum();
+    Ok(EvalReport {
+        tokens: reports.iter().map(|(_, report)| report.tokens).sum(),
+        predicted: reports.iter().map(|(_, report)| report.predicted).sum(),
+        nll,
+        ppl: nll.exp(),
+        active_ratio: mean_of(&|report| report.active_ratio),
+        active_ratio_per_layer: layers.and_then(|layers| (0..layers).map(layer).collect()),
+        zero_active_share: mean_of(&|report| report.zero_active_share),
+        params_total: reports[0].1.params_total,
+        params_activated: mean(&|report| report.params_activated),
+        flops_per_token: mean(&|report| report.flops_per_token),
+        tokens_per_s: run / seconds.max(1e-9),
+        seconds,
+        domains: domains
+            .iter()
+            .zip(&reports)
+            .map(|(domain, (share, report))| DomainReport {
+                name: domain.name.to_owned(),
+                share: *share,
+                tokens: report.tokens,
+                predicted: report.predicted,
+                nll: report.nll,
+                ppl: report.ppl,
+                active_ratio: report.active_ratio,
+            })
+            .collect(),
+    })
 }
 
 /// Evaluates `model` on `ids`, all documents one after the other (see [`eval_windows`] for the protocol). `progress`
@@ -115,6 +215,7 @@ pub fn evaluate(
         flops_per_token: accounting.flops_per_token(active, options.seq as f64 / 2.0),
         tokens_per_s: run as f64 / seconds.max(1e-9),
         seconds,
+        domains: Vec::new(),
     })
 }
 

@@ -19,4 +19,4 @@ pub use config::TrainConfig;
 pub use error::{Error, Result};
 pub use eval::{EvalOptions, EvalReport, evaluate};
 pub use metrics::StepRecord;
-pub use run::{Observer, Outcome, RunOptions, Trainer};
+pub use run::{Observer, Outcome, RunOptions, TrainData, Trainer};

@@ -15,14 +15,16 @@ use std::time::Instant;
 
 use dsmoe_core::checkpoint::{Dtype, copy_companions};
 use dsmoe_core::{Inference, Model};
-use dsmoe_datasets::{Batches, Split, TokenStream};
+use dsmoe_datasets::mixture::UNNAMED;
+use dsmoe_datasets::overlap::TokenTexts;
+use dsmoe_datasets::{Interleaving, Mixture, Source, TokenStream};
 use dsmoe_router::{BudgetController, SparsityOver};
 use serde_json::{Value, json};
 
 use crate::checkpoint::{self, FORMAT_VERSION, State};
-use crate::config::{Budget, TrainConfig};
+use crate::config::{Budget, NearDuplicates, TrainConfig};
 use crate::error::{Error, Result};
-use crate::eval::{EvalOptions, EvalReport, evaluate};
+use crate::eval::{Domain, EvalOptions, EvalReport, evaluate_domains};
 use crate::files;
 use crate::metrics::{Metrics, StepRecord, eval_line, resident_bytes, step_line};
 use crate::optim::AdamW;
@@ -48,6 +50,22 @@ pub struct RunOptions {
     pub force: bool,
     /// Stop with a checkpoint after so many steps of this invocation, as if interrupted.
     pub stop_after: Option<u64>,
+}
+
+/// The text of a run.
+#[derive(Clone, Debug)]
+pub struct TrainData {
+    /// Its sources.
+    pub sources: Vec<Source>,
+    /// The bytes of the tokens, to compare text by; without them nothing can be dropped as a near duplicate.
+    pub texts: Option<TokenTexts>,
+}
+
+impl From<&TokenStream> for TrainData {
+    fn from(stream: &TokenStream) -> TrainData {
+        let source = Source { name: UNNAMED.to_owned(), weight: 1.0, tokens: stream.into() };
+        TrainData { sources: vec![source], texts: None }
+    }
 }
 
 /// Hears of a run as it goes.
@@ -82,8 +100,8 @@ pub struct Trainer {
     config: TrainConfig,
     options: RunOptions,
     model: Model,
-    split: Split,
-    batches: Batches,
+    mixture: Mixture,
+    order: Interleaving,
     stepper: Stepper,
     state: State,
     metrics: Metrics,
@@ -97,21 +115,23 @@ pub struct Trainer {
 }
 
 impl Trainer {
-    /// Prepares a run of `model` on `stream`: checks everything, makes the run directory or finds where it stands.
+    /// Prepares a run of `model` on `data`: checks everything, makes the run directory or finds where it stands.
     ///
     /// # Errors
     /// The configuration, text and model do not fit together; the directory is not empty or holds another run.
     pub fn new(
         model: Model,
-        stream: &TokenStream,
+        data: impl Into<TrainData>,
         config: TrainConfig,
         options: RunOptions,
     ) -> Result<Trainer> {
+        let data = data.into();
         let wished_warmup = config.warmup_steps;
         let mut config = config.resolve()?;
-        check_fit(&model, stream, &config)?;
-        let split = Split::new(stream, config.seq, config.valid_fraction)?;
-        let batches = Batches::new(split.num_windows(), config.batch, config.seed)?;
+        check_fit(&model, &data, &config)?;
+        let filter = near_duplicates(&data, &mut config)?;
+        let mixture = Mixture::new(&data.sources, config.split_options(), filter)?;
+        let order = mixture.interleaving(config.batch, config.seed)?;
         let pool = config.threads.map(thread_pool).transpose()?;
         let (controller, sparsity_weight) = budget(&model, &config)?;
         let mut state = State {
@@ -122,12 +142,12 @@ impl Trainer {
             sparsity_weight,
             controller,
             model_sha256: checkpoint::model_identity(&model),
-            data_sha256: checkpoint::data_identity(&stream.ids),
+            data_sha256: checkpoint::data_identity(&data.sources)?,
             config: config.clone(),
         };
         let lock = prepare_directory(&options)?;
 
-        let mut notes = Vec::new();
+        let mut notes = mixture_notes(&mixture);
         let (model, optimizer) = match options.resume {
             true => load_newest(&options.out, model, &mut state, wished_warmup, &mut notes)?,
             false => (model, None),
@@ -137,7 +157,7 @@ impl Trainer {
         let optimizer = optimizer.unwrap_or_else(|| AdamW::new(model.layout()));
 
         files::replace(&options.out.join(CONFIG_FILE), config.to_toml().as_bytes())?;
-        let header = header(&model, &split, &state);
+        let header = header(&model, &mixture, &state);
         let path = options.out.join(METRICS_FILE);
         let metrics = match saved {
             Some(step) => Metrics::resume(&path, step, &header)?,
@@ -149,8 +169,8 @@ impl Trainer {
             config,
             options,
             model,
-            split,
-            batches,
+            mixture,
+            order,
             stepper,
             state,
             metrics,
@@ -178,8 +198,8 @@ impl Trainer {
     }
 
     /// Tokens to train on and tokens held out.
-    pub fn split(&self) -> &Split {
-        &self.split
+    pub fn mixture(&self) -> &Mixture {
+        &self.mixture
     }
 
     /// Trains until all steps are done, `stop` is raised, or [`RunOptions::stop_after`] steps have been taken. The
@@ -246,8 +266,8 @@ impl Trainer {
         let step = self.state.step;
         let result = self.stepper.take(
             &mut self.model,
-            &self.split,
-            &mut self.batches,
+            &self.mixture,
+            &mut self.order,
             &self.config,
             step,
             sparsity,
@@ -320,18 +340,24 @@ impl Trainer {
     }
 
     fn evaluate_held_out(&mut self, observer: &mut dyn Observer) -> Result<()> {
-        let ids = self.split.valid_tokens();
-        if ids.len() < 2 {
+        let parts = self.mixture.parts().iter();
+        let domains: Vec<Domain<'_>> = parts
+            .map(|part| Domain { name: &part.name, weight: part.share, ids: part.split.valid_tokens() })
+            .collect();
+        if domains.iter().all(|domain| domain.ids.len() < 2) {
             return Ok(());
         }
         // A window of `seq` predicted tokens, as in training.
         let seq = (self.config.seq + 1).max(2);
         let model = Inference::new(&self.model, self.config.dtype);
-        let report = evaluate(&model, ids, EvalOptions::new(seq), &mut |_, _| {})?;
+        let report = evaluate_domains(&model, &domains, EvalOptions::new(seq), &mut |_, _| {})?;
         let step = self.state.step;
         self.metrics.line(&eval_line(step, &report))?;
         let mut values = vec![("eval/nll", report.nll), ("eval/ppl", report.ppl)];
         values.extend(report.active_ratio.map(|ratio| ("eval/activation_ratio", ratio)));
+        let tags: Vec<(String, f64)> =
+            report.domains.iter().map(|domain| (format!("eval/ppl/{}", domain.name), domain.ppl)).collect();
+        values.extend(tags.iter().map(|(tag, ppl)| (&tag[..], *ppl)));
         self.events.scalars(step, &values)?;
         observer.evaluated(step, &report);
         Ok(())
@@ -392,17 +418,60 @@ impl Trainer {
 }
 
 /// What the trainer needs of a model and a text beyond their own soundness.
-fn check_fit(model: &Model, stream: &TokenStream, config: &TrainConfig) -> Result<()> {
+fn check_fit(model: &Model, data: &TrainData, config: &TrainConfig) -> Result<()> {
     let of = model.config();
     if config.seq > of.max_position {
         let allowed = format!("at most the model's max_position_embeddings {}", of.max_position);
         return Err(Error::Field { field: "seq", found: config.seq.to_string(), allowed });
     }
-    if let Some(id) = stream.ids.iter().find(|&&id| id as usize >= of.vocab_size) {
+    let largest = data.sources.iter().map(|source| source.tokens.max_id()).max().unwrap_or(0);
+    if largest as usize >= of.vocab_size {
         let allowed = format!("the model's own tokenizer: ids are below vocab_size {}", of.vocab_size);
-        return Err(Error::Field { field: "a token id of the text", found: id.to_string(), allowed });
+        return Err(Error::Field { field: "a token id of the text", found: largest.to_string(), allowed });
     }
     Ok(())
+}
+
+/// The filter, if one is wanted; settles what is wanted in `config`.
+fn near_duplicates<'a>(data: &'a TrainData, config: &mut TrainConfig) -> Result<Option<&'a TokenTexts>> {
+    let several = data.sources.len() > 1 && data.texts.is_some();
+    let wanted =
+        config.near_duplicates.unwrap_or(if several { NearDuplicates::Drop } else { NearDuplicates::Keep });
+    config.near_duplicates = Some(wanted);
+    match (wanted, &data.texts) {
+        (NearDuplicates::Keep, _) => Ok(None),
+        (NearDuplicates::Drop, Some(texts)) => Ok(Some(texts)),
+        (NearDuplicates::Drop, None) => Err(Error::Field {
+            field: "near_duplicates",
+            found: "drop, without the texts of the tokens".to_owned(),
+            allowed: "keep, or give TrainData::texts".to_owned(),
+        }),
+    }
+}
+
+/// What a person should know of the sources.
+fn mixture_notes(mixture: &Mixture) -> Vec<String> {
+    let mut notes = Vec::new();
+    for part in mixture.parts() {
+        let of = if mixture.parts().len() > 1 { format!("{}: ", part.name) } else { String::new() };
+        let removed = &part.removed;
+        if removed.train_pieces > 0 || removed.valid_pieces > 0 {
+            notes.push(format!(
+                "{of}near duplicates: {} pieces ({} tokens, {} whole copies) not trained on, {} ({} tokens) not evaluated",
+                removed.train_pieces,
+                removed.train_tokens,
+                removed.train_copies,
+                removed.valid_pieces,
+                removed.valid_tokens
+            ));
+        }
+        if removed.valid_pieces > 0 && part.split.valid_tokens().len() < 2 {
+            notes.push(format!(
+                "{of}all that was held out is in the training text too: it is not evaluated; remove the copies"
+            ));
+        }
+    }
+    notes
 }
 
 /// The controller, under a target, and the weight of the sparsity loss in the first step.
@@ -537,16 +606,29 @@ fn load_newest(
 }
 
 /// First line of the metrics file.
-fn header(model: &Model, split: &Split, state: &State) -> Value {
-    json!({
+fn header(model: &Model, mixture: &Mixture, state: &State) -> Value {
+    let mut header = json!({
         "format_version": FORMAT_VERSION,
         "program": concat!("dsmoe-train ", env!("CARGO_PKG_VERSION")),
         "model_sha256": state.model_sha256,
         "data_sha256": state.data_sha256,
         "params": model.layout().entries().iter().map(|entry| entry.range.len()).sum::<usize>(),
         "num_experts": model.num_experts(),
-        "train_tokens": split.train_tokens().len(),
-        "valid_tokens": split.valid_tokens().len(),
+        "train_tokens": mixture.train_len(),
+        "valid_tokens": mixture.valid_len(),
         "config": state.config,
-    })
+    });
+    if mixture.parts().len() > 1 || mixture.filtered() {
+        let part = |part: &dsmoe_datasets::mixture::Part| {
+            json!({
+                "name": part.name,
+                "share": part.share,
+                "train_tokens": part.split.train_len(),
+                "valid_tokens": part.split.valid_tokens().len(),
+                "removed": part.removed,
+            })
+        };
+        header["sources"] = mixture.parts().iter().map(part).collect();
+    }
+    header
 }

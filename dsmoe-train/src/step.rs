@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use dsmoe_core::Model;
 use dsmoe_core::model::{StepArgs, TrainWorkspace};
 use dsmoe_core::params::Layout;
-use dsmoe_datasets::{Batches, Split};
+use dsmoe_datasets::{Interleaving, Mixture};
 use dsmoe_kernels::buf::Buf;
 use dsmoe_router::{RoutingStats, SparsityOver};
 
@@ -23,6 +23,7 @@ pub struct Stepper {
     workspace: TrainWorkspace,
     inputs: Vec<u32>,
     targets: Vec<u32>,
+    window: Vec<u32>,
     /// Routing of the last step.
     stats: Option<RoutingStats>,
 }
@@ -53,6 +54,7 @@ impl Stepper {
             workspace: TrainWorkspace::new(model, tokens, config.dtype),
             inputs: Vec::with_capacity(tokens),
             targets: Vec::with_capacity(tokens),
+            window: Vec::with_capacity(config.seq + 1),
             stats: model.new_stats(),
         }
     }
@@ -61,13 +63,13 @@ impl Stepper {
     /// meanwhile: nothing has changed then.
     ///
     /// # Errors
-    /// A token id outside the vocabulary, or sequences longer than the model has positions.
+    /// A token id outside the vocabulary, sequences longer than the model has positions, or text that cannot be read.
     #[expect(clippy::too_many_arguments, reason = "the trainer's parts, borrowed one by one")]
     pub fn take(
         &mut self,
         model: &mut Model,
-        split: &Split,
-        batches: &mut Batches,
+        mixture: &Mixture,
+        order: &mut Interleaving,
         config: &TrainConfig,
         step: u64,
         sparsity: (f32, SparsityOver),
@@ -91,10 +93,11 @@ impl Stepper {
             }
             self.inputs.clear();
             self.targets.clear();
-            for index in batches.batch_at(step * micro_batches + micro) {
-                let window = split.window(index);
-                self.inputs.extend_from_slice(&window[..config.seq]);
-                self.targets.extend_from_slice(&window[1..]);
+            for sample in order.batch_at(step * micro_batches + micro) {
+                self.window.clear();
+                mixture.window(sample, &mut self.window)?;
+                self.inputs.extend_from_slice(&self.window[..config.seq]);
+                self.targets.extend_from_slice(&self.window[1..]);
             }
             let output = model.train_step(
                 &mut self.grads,

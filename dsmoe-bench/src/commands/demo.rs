@@ -230,7 +230,7 @@ impl DemoRun<'_> {
         let name = out.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let mut trainer = Trainer::new(Model::load(source)?, stream, config, options)?;
         let summary = drive(&mut trainer, &format!("training {name}"), out, &self.ui)?;
-        Ok(summary.finished.then(|| trainer.split().valid_tokens().to_vec()))
+        Ok(summary.finished.then(|| trainer.mixture().parts()[0].split.valid_tokens().to_vec()))
     }
 }
 

@@ -2,7 +2,7 @@
 
 pub(crate) mod bench;
 mod convert;
-mod data;
+pub(crate) mod data;
 pub(crate) mod demo;
 mod doctor;
 mod eval;
@@ -10,6 +10,7 @@ mod export;
 mod generate;
 mod init;
 mod inspect;
+mod sources;
 mod train;
 
 use std::path::{Path, PathBuf};
@@ -41,7 +42,6 @@ pub(crate) fn run(cli: Cli, ui: &mut Ui) -> Result<ExitCode> {
     match &cli.command {
         Command::Inspect(args) => inspect::run(args, ui)?,
         Command::Convert(args) => convert::run(args, ui)?,
-        Command::Data(args) => data::run(args, ui)?,
         Command::Export(args) => export::run(args, ui)?,
         Command::Train(args) => return train::run(args, cli.threads, ui),
         Command::Eval(args) => return eval::run(args, ui),
@@ -50,6 +50,7 @@ pub(crate) fn run(cli: Cli, ui: &mut Ui) -> Result<ExitCode> {
         Command::Doctor(args) => doctor::run(args, ui)?,
         Command::Demo(args) => return demo::run(args, ui),
         Command::Bench(args) => bench::run(args, ui)?,
+        Command::Data(args) => return data::run(args, ui),
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -7,15 +7,18 @@ use std::sync::atomic::Ordering;
 use anyhow::{Result, bail};
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::config::Config;
-use dsmoe_datasets::Corpus;
+use dsmoe_datasets::CorpusOptions;
+use dsmoe_datasets::overlap::Removed;
 use dsmoe_kernels::cross_entropy;
-use dsmoe_train::config::{Budget, TrainConfig};
-use dsmoe_train::eval::EvalReport;
+use dsmoe_train::config::{Budget, NearDuplicates, TrainConfig};
+use dsmoe_train::eval::{DomainReport, EvalReport};
 use dsmoe_train::metrics::StepRecord;
-use dsmoe_train::run::{Observer, Outcome, RunOptions, Trainer};
+use dsmoe_train::run::{Observer, Outcome, RunOptions, TrainData, Trainer};
 use serde::Serialize;
 
-use super::{INTERRUPTED, STOP, catch_interrupts, load_model, open_corpus, tokenize, tokenizer};
+use super::eval::domain_table;
+use super::sources::{Text, load, open, total_bytes};
+use super::{INTERRUPTED, STOP, catch_interrupts, load_model, tokenizer};
 use crate::cli::Train;
 use crate::memory;
 use crate::progress::{Progress, Unit};
@@ -65,18 +68,52 @@ pub(crate) struct Summary {
     valid_nll: Option<f64>,
     valid_ppl: Option<f64>,
     valid_active_ratio: Option<f64>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    valid_domains: Vec<DomainReport>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    sources: Vec<SourceSummary>,
     seconds: f64,
     tokens_per_s: f64,
     out: PathBuf,
     checkpoint: Option<PathBuf>,
 }
 
+/// What was trained on of one of several sources.
+#[derive(Debug, Serialize)]
+struct SourceSummary {
+    name: String,
+    share: f64,
+    train_tokens: usize,
+    valid_tokens: usize,
+    near_duplicates: Removed,
+}
+
+/// The sources of a mixture, or the one whose near duplicates were dropped.
+fn sources_of(trainer: &Trainer) -> Vec<SourceSummary> {
+    let mixture = trainer.mixture();
+    if mixture.parts().len() == 1 && !mixture.filtered() {
+        return Vec::new();
+    }
+    let source = |part: &dsmoe_datasets::mixture::Part| SourceSummary {
+        name: part.name.clone(),
+        share: part.share,
+        train_tokens: part.split.train_len(),
+        valid_tokens: part.split.valid_tokens().len(),
+        near_duplicates: part.removed,
+    };
+    mixture.parts().iter().map(source).collect()
+}
+
 pub(crate) fn run(args: &Train, threads: Option<u16>, ui: &mut Ui) -> Result<ExitCode> {
     let config = settings(args, threads)?;
     keep_apart(&args.model, &args.out)?;
-    let corpus = open_corpus(&args.data.data, config.doc_separator.clone(), config.text_column.clone())?;
+    let options = CorpusOptions {
+        doc_separator: config.doc_separator.clone(),
+        text_column: config.text_column.clone(),
+    };
+    let texts = open(&args.data, &options)?;
     // Wrong settings are told before the model and the text are read.
-    let plan = plan(args, config.clone().resolve()?, &corpus)?;
+    let plan = plan(args, config.clone().resolve()?, &texts)?;
     if args.dry_run {
         ui.result(&plan, show_plan)?;
         return Ok(ExitCode::SUCCESS);
@@ -84,7 +121,10 @@ pub(crate) fn run(args: &Train, threads: Option<u16>, ui: &mut Ui) -> Result<Exi
     let mend = "use a smaller --batch and a larger --accumulate";
     memory::check("training", plan.memory_bytes, memory::total(), mend)?;
     let model = load_model(&args.model)?;
-    let stream = tokenize(&corpus, &tokenizer(&args.model, model.config())?, config.bos, ui)?;
+    let tokenizer = tokenizer(&args.model, model.config())?;
+    let sources = load(&texts, &tokenizer, config.bos, args.data.cache.as_deref(), ui)?;
+    let filter = texts.len() > 1 || config.near_duplicates == Some(NearDuplicates::Drop);
+    let data = TrainData { sources, texts: filter.then(|| tokenizer.token_texts()) };
     let options = RunOptions {
         out: args.out.clone(),
         source: args.model.clone(),
@@ -92,8 +132,7 @@ pub(crate) fn run(args: &Train, threads: Option<u16>, ui: &mut Ui) -> Result<Exi
         force: args.force,
         stop_after: args.stop_after,
     };
-    let mut trainer = Trainer::new(model, &stream, config, options)?;
-    drop(stream);
+    let mut trainer = Trainer::new(model, data, config, options)?;
     catch_interrupts()?;
 
     let summary = drive(&mut trainer, "training", &args.out, ui)?;
@@ -122,7 +161,7 @@ pub(crate) fn drive(trainer: &mut Trainer, what: &str, out: &Path, ui: &Ui) -> R
         ),
         report::count(steps),
         report::count(config.tokens_per_step()),
-        report::count(trainer.split().train_tokens().len() as u64)
+        report::count(trainer.mixture().train_len() as u64)
     ));
     let mut progress = Progress::new(ui, what, Unit::Steps, steps);
     progress.line_every(config.log_every);
@@ -143,10 +182,12 @@ pub(crate) fn drive(trainer: &mut Trainer, what: &str, out: &Path, ui: &Ui) -> R
         lm_loss: last.as_ref().map(|record| record.lm_loss),
         sparsity_loss: last.as_ref().and_then(|record| record.sparsity_loss),
         activation_ratio: last.as_ref().and_then(|record| record.activation_ratio),
-        valid_tokens: trainer.split().valid_tokens().len(),
+        valid_tokens: trainer.mixture().valid_len(),
         valid_nll: eval.as_ref().map(|eval| eval.nll),
         valid_ppl: eval.as_ref().map(|eval| eval.ppl),
         valid_active_ratio: eval.as_ref().and_then(|eval| eval.active_ratio),
+        valid_domains: eval.map(|eval| eval.domains).unwrap_or_default(),
+        sources: sources_of(trainer),
         seconds,
         tokens_per_s: if seconds > 0.0 { trained as f64 / seconds } else { 0.0 },
         out: out.to_path_buf(),
@@ -185,6 +226,8 @@ fn settings(args: &Train, threads: Option<u16>) -> Result<TrainConfig> {
     over(&mut config.seed, &args.seed);
     over(&mut config.keep, &args.keep);
     over(&mut config.valid_fraction, &args.valid_fraction);
+    over(&mut config.valid_samples, &args.valid_samples);
+    over_option(&mut config.near_duplicates, &args.near_duplicates);
     over(&mut config.bos, &args.bos);
     over(&mut config.text_column, &args.data.text_column);
     over_option(&mut config.warmup_steps, &args.warmup_steps);
@@ -198,22 +241,27 @@ fn settings(args: &Train, threads: Option<u16>) -> Result<TrainConfig> {
     Ok(config)
 }
 
-fn plan(args: &Train, config: TrainConfig, corpus: &Corpus) -> Result<Plan> {
+fn plan(args: &Train, config: TrainConfig, texts: &[Text]) -> Result<Plan> {
     let model = Config::load(&args.model)?;
     let accounting = Accounting::of(&model);
     let (tokens_per_step, steps) = (config.tokens_per_step(), config.steps.unwrap_or(0));
     let all_experts = model.moe.as_ref().map_or(0.0, |moe| moe.router.num_experts as f64);
     // Backward is twice the forward.
     let flops_per_token = 3.0 * accounting.flops_per_token(all_experts, config.seq as f64 / 2.0);
-    let memory = memory_plan(&model, &config, accounting.total, corpus.total_bytes());
+    let memory = memory_plan(
+        &model,
+        &config,
+        accounting.total,
+        if args.data.cache.is_some() { 0 } else { total_bytes(texts) },
+    );
     Ok(Plan {
         model: args.model.clone(),
         out: args.out.clone(),
         steps,
         tokens: steps * tokens_per_step,
         tokens_per_step,
-        data_bytes: corpus.total_bytes(),
-        data_files: corpus.files().len(),
+        data_bytes: total_bytes(texts),
+        data_files: texts.iter().map(|text| text.corpus.files().len()).sum(),
         params: accounting.total,
         budget: match (&model.moe, config.budget()) {
             (None, _) => "dense model, no routers".to_owned(),
@@ -332,7 +380,11 @@ fn show_summary(summary: &Summary) -> String {
     if let Some(path) = &summary.checkpoint {
         fields.push(("checkpoint", path.display().to_string()));
     }
-    report::fields(fields)
+    let fields = report::fields(fields);
+    match summary.valid_domains[..] {
+        [] => fields,
+        _ => format!("{fields}{}", domain_table(&summary.valid_domains)),
+    }
 }
 
 /// Shows a run and remembers the last of everything.
@@ -357,8 +409,11 @@ impl Observer for View {
 
     fn evaluated(&mut self, step: u64, report: &EvalReport) {
         let share = report.active_ratio.map(|ratio| format!(", {} active", report::percent(ratio)));
+        let domains: Vec<String> =
+            report.domains.iter().map(|domain| format!("{} {:.3}", domain.name, domain.ppl)).collect();
+        let domains = if domains.is_empty() { String::new() } else { format!(" ({})", domains.join(", ")) };
         self.progress.note(&format!(
-            "step {step}: held-out perplexity {:.3}{}",
+            "step {step}: held-out perplexity {:.3}{domains}{}",
             report.ppl,
             share.unwrap_or_default()
         ));

@@ -413,5 +413,5 @@ fn perplexities_follow_their_conventions() {
     let long = ["eval", model, "--data", at(&rows), "--perplexity", "window", "--seq", "5000"];
     fails(&long, &["tokens are fewer than one window of 5000; give more text, or a smaller --seq"]);
     let limit = ["eval", model, "--data", at(&rows), "--perplexity", "rolling", "--limit-tokens", "50"];
-    fails(&limit, &["--stride and --limit-tokens are for --perplexity stream; leave them out"]);
+    fails(&limit, &["--stride, --limit-tokens and --cache are for --perplexity stream; leave them out"]);
 }

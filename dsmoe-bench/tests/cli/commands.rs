@@ -18,8 +18,6 @@ fn help_and_usage() {
         vec!["--help"],
         vec!["inspect", "--help"],
         vec!["convert", "--help"],
-        vec!["data", "--help"],
-        vec!["data", "world", "--help"],
         vec!["export", "--help"],
         vec!["train", "--help"],
         vec!["eval", "--help"],
@@ -27,6 +25,9 @@ fn help_and_usage() {
         vec!["init", "--help"],
         vec!["doctor", "--help"],
         vec!["demo", "--help"],
+        vec!["data", "--help"],
+        vec!["data", "prepare", "--help"],
+        vec!["data", "world", "--help"],
         vec!["--version"],
     ] {
         assert!(!succeeds(&args).is_empty(), "{args:?}");

@@ -5,5 +5,6 @@ mod bench;
 mod benchmarks;
 mod commands;
 mod common;
+mod data;
 mod faults;
 mod world;

@@ -13,6 +13,8 @@ pub(crate) trait Product: Simd {
     const ROWS: usize;
     /// Most rows of a tile of four registers' width.
     const ROWS_OF_WIDE: usize;
+    /// Inner dimension of one pass: a panel of that depth and a tile stay in the first-level cache. Even.
+    const DEPTH: usize;
     /// Whether [`Product::dot`] is one instruction: bf16 products then run on pairs, otherwise on widened f32.
     const DOTS: bool;
 
@@ -41,6 +43,7 @@ pub(crate) trait ProductKernel {
 impl Product for Portable {
     const ROWS: usize = 2;
     const ROWS_OF_WIDE: usize = 0;
+    const DEPTH: usize = 256;
     const DOTS: bool = false;
 
     #[inline(never)]

@@ -13,6 +13,8 @@ use crate::isa::{Avx2, Avx512, Avx512Bf16};
 impl Product for Avx2 {
     const ROWS: usize = 6;
     const ROWS_OF_WIDE: usize = 0;
+    // A tile of 6 rows uses a panel up so fast that the second-level cache could not keep up.
+    const DEPTH: usize = 128;
     const DOTS: bool = false;
 
     #[inline(always)]
@@ -132,6 +134,7 @@ macro_rules! sixteen_lanes {
             // Two fewer registers than there are stay free: with one, the compiler spills.
             const ROWS: usize = 13;
             const ROWS_OF_WIDE: usize = 6;
+            const DEPTH: usize = 256;
             const DOTS: bool = $dots;
 
             #[inline(always)]

@@ -3,5 +3,6 @@
 mod common;
 mod determinism;
 mod evaluation;
+mod mixture;
 mod optimizer;
 mod run_directory;

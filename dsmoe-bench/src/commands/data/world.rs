@@ -7,7 +7,7 @@ use dsmoe_datasets::train_bpe;
 use dsmoe_datasets::world::{Domain, Probe, World, Written};
 use serde::Serialize;
 
-use crate::cli::DataWorld;
+use super::args;
 use crate::progress::{Progress, Unit};
 use crate::report::{self, Table};
 use crate::ui::Ui;
@@ -39,7 +39,7 @@ struct ProbeRow {
     shots: usize,
 }
 
-pub(crate) fn run(args: &DataWorld, ui: &mut Ui) -> Result<()> {
+pub(crate) fn run(args: &args::World, ui: &mut Ui) -> Result<()> {
     if args.bytes < MIN_BYTES {
         bail!("--bytes {} is too little for four domains; give {MIN_BYTES} or more", args.bytes);
     }

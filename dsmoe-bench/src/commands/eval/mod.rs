@@ -8,7 +8,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 
-pub(crate) use perplexity::measure;
+pub(crate) use perplexity::{domain_table, measure};
 
 use crate::cli::Eval;
 use crate::ui::Ui;

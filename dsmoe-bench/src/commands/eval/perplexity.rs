@@ -7,14 +7,15 @@ use dsmoe_core::Inference;
 use dsmoe_core::accounting::Accounting;
 use dsmoe_datasets::tasks::Profile;
 use dsmoe_datasets::{Bos, Corpus, Tokenizer};
-use dsmoe_train::eval::{EvalOptions, EvalReport, evaluate};
+use dsmoe_train::eval::{Domain, DomainReport, EvalOptions, EvalReport, evaluate_domains};
 use dsmoe_train::tasks::{Ran, Responder, RollingReport, rolling};
 use serde::Serialize;
 
 use crate::cli::{Eval, Perplexity};
-use crate::commands::{bos_or_default, load_inference, open_corpus, tokenize, tokenizer};
+use crate::commands::sources::{Text, load, open, options};
+use crate::commands::{bos_or_default, load_inference, tokenizer};
 use crate::progress::{Progress, Unit};
-use crate::report;
+use crate::report::{self, Table};
 use crate::ui::Ui;
 
 /// Window length when none is given.
@@ -27,7 +28,10 @@ const JOINT: &str = "\n\n";
 #[derive(Debug, Serialize)]
 struct Report<'a> {
     model: &'a PathBuf,
-    data: &'a [PathBuf],
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    data: &'a [String],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    mixture: Option<&'a PathBuf>,
     doc_separator: Option<&'a str>,
     bos: Bos,
     dtype: &'static str,
@@ -70,12 +74,16 @@ struct Rolling {
 }
 
 pub(crate) fn run(args: &Eval, ui: &mut Ui) -> Result<()> {
-    let text_column = args.data.text_column.clone().unwrap_or_else(|| "text".to_owned());
-    let corpus = open_corpus(&args.data.data, args.data.doc_separator.clone(), text_column)?;
-    let only_stream = [args.stride.is_some(), args.limit_tokens.is_some()].contains(&true);
-    if only_stream && args.perplexity[..] != [Perplexity::Stream] {
-        bail!("--stride and --limit-tokens are for --perplexity stream; leave them out");
+    let texts = open(&args.data, &options(&args.data))?;
+    if args.perplexity[..] != [Perplexity::Stream] {
+        if args.stride.is_some() || args.limit_tokens.is_some() || args.data.cache.is_some() {
+            bail!("--stride, --limit-tokens and --cache are for --perplexity stream; leave them out");
+        }
+        if texts.len() > 1 {
+            bail!("--perplexity window and rolling measure one text; give one source in --data");
+        }
     }
+    let corpus = &texts[0].corpus;
     let model = load_inference(&args.model, args.dtype, args.threshold)?;
     let config = model.config();
     let bos = bos_or_default(args.bos, config);
@@ -83,6 +91,7 @@ pub(crate) fn run(args: &Eval, ui: &mut Ui) -> Result<()> {
     let mut report = Report {
         model: &args.model,
         data: &args.data.data,
+        mixture: args.data.mixture.as_ref(),
         doc_separator: args.data.doc_separator.as_deref(),
         bos,
         dtype: args.dtype.name(),
@@ -93,9 +102,9 @@ pub(crate) fn run(args: &Eval, ui: &mut Ui) -> Result<()> {
     };
     for how in &args.perplexity {
         match how {
-            Perplexity::Stream => report.stream = Some(stream(args, &model, &tokenizer, &corpus, bos, ui)?),
-            Perplexity::Window => report.window = Some(window(args, &model, &tokenizer, &corpus, bos, ui)?),
-            Perplexity::Rolling => report.rolling = Some(by_word(&model, &tokenizer, &corpus, bos, ui)?),
+            Perplexity::Stream => report.stream = Some(stream(args, &model, &tokenizer, &texts, bos, ui)?),
+            Perplexity::Window => report.window = Some(window(args, &model, &tokenizer, corpus, bos, ui)?),
+            Perplexity::Rolling => report.rolling = Some(by_word(&model, &tokenizer, corpus, bos, ui)?),
         }
     }
     ui.result(&report, show)
@@ -105,17 +114,26 @@ fn stream(
     args: &Eval,
     model: &Inference,
     tokenizer: &Tokenizer,
-    corpus: &Corpus,
+    texts: &[Text],
     bos: Bos,
     ui: &Ui,
 ) -> Result<Stream> {
-    let mut stream = tokenize(corpus, tokenizer, bos, ui)?;
-    if let Some(limit) = args.limit_tokens {
-        stream.ids.truncate(usize::try_from(limit).unwrap_or(usize::MAX));
+    let sources = load(texts, tokenizer, bos, args.data.cache.as_deref(), ui)?;
+    let limit = args.limit_tokens.map_or(usize::MAX, |limit| usize::try_from(limit).unwrap_or(usize::MAX));
+    let mut ids = Vec::new();
+    for source in &sources {
+        let mut of_source = Vec::new();
+        source.tokens.read(0..source.tokens.len().min(limit), &mut of_source)?;
+        ids.push(of_source);
     }
+    let domains: Vec<Domain<'_>> = sources
+        .iter()
+        .zip(&ids)
+        .map(|(source, ids)| Domain { name: &source.name, weight: source.weight, ids })
+        .collect();
     let seq = args.seq.unwrap_or(SEQ.min(model.config().max_position));
     let stride = args.stride.unwrap_or(seq);
-    let result = measure(model, &stream.ids, EvalOptions { stride, ..EvalOptions::new(seq) }, ui)?;
+    let result = measure_domains(model, &domains, EvalOptions { stride, ..EvalOptions::new(seq) }, ui)?;
     Ok(Stream { seq, stride, result })
 }
 
@@ -161,9 +179,19 @@ fn by_word(model: &Inference, tokenizer: &Tokenizer, corpus: &Corpus, bos: Bos, 
 
 /// Evaluates with progress.
 pub(crate) fn measure(model: &Inference, ids: &[u32], options: EvalOptions, ui: &Ui) -> Result<EvalReport> {
+    measure_domains(model, &[Domain { name: "", weight: 1.0, ids }], options, ui)
+}
+
+fn measure_domains(
+    model: &Inference,
+    domains: &[Domain<'_>],
+    options: EvalOptions,
+    ui: &Ui,
+) -> Result<EvalReport> {
     let mut progress = Progress::new(ui, "evaluating", Unit::Windows, 0);
-    let result =
-        evaluate(model, ids, options, &mut |done, total| progress.set(done as u64, total as u64, ""));
+    let result = evaluate_domains(model, domains, options, &mut |done, total| {
+        progress.set(done as u64, total as u64, "")
+    });
     progress.finish();
     let report = result?;
     if !report.nll.is_finite() {
@@ -242,5 +270,25 @@ fn show_windows(result: &EvalReport, name: &'static str, shape: &str) -> String 
         "speed",
         format!("{:.0} tokens/s, {}", result.tokens_per_s, report::duration(result.seconds)),
     ));
-    report::fields(fields)
+    let means = report::fields(fields);
+    if result.domains.is_empty() {
+        return means;
+    }
+    format!("{}\nmeans by share:\n{means}", domain_table(&result.domains))
+}
+
+/// Perplexities by source.
+pub(crate) fn domain_table(domains: &[DomainReport]) -> String {
+    let mut table = Table::new(["source", "share", "tokens", "perplexity", "nll", "active share"]);
+    for domain in domains {
+        table.row([
+            domain.name.clone(),
+            report::percent(domain.share),
+            report::count(domain.tokens as u64),
+            format!("{:.4}", domain.ppl),
+            format!("{:.6}", domain.nll),
+            report::percent_or_dash(domain.active_ratio),
+        ]);
+    }
+    table.show()
 }

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use super::Precision;
 use super::pack::{DEPTH, PANEL, SLACK, Source, pack, pairs, round};
-use super::tile::{Depth, product};
+use super::tile::{Depth, Next, product};
 use crate::buf::Buf;
 use crate::isa::Isa;
 use crate::simd::{Product, ProductKernel, SQUARE};
@@ -147,7 +147,7 @@ impl<K: Sink> ProductKernel for Task<'_, '_, K> {
         sums.resize(2 * rows * PANEL);
         // Widening a panel once for all tiles pays from the second tile on.
         let widen_first = in_pairs && !S::DOTS && rows > S::ROWS;
-        widened.resize(if widen_first { DEPTH * PANEL } else { 0 });
+        widened.resize(if widen_first { S::DEPTH * PANEL } else { 0 });
         let mut panel_depth = block.panel_ks.len();
         if in_pairs {
             panel_depth = panel_depth.next_multiple_of(2);
@@ -279,8 +279,8 @@ impl<S: Product, K: Sink> Passes<'_, '_, S, K> {
         let panel_at = |p: usize, k: usize| ((first + p) * panel_layout.0 + panel_layout.1 + k) * PANEL;
         let mut halves = self.sums.chunks_exact_mut(rows * PANEL);
         let mut sums: [&mut [f32]; P] = std::array::from_fn(|_| halves.next().expect("two halves"));
-        for start in (0..depth).step_by(DEPTH) {
-            let end = depth.min(start + DEPTH);
+        for start in (0..depth).step_by(S::DEPTH) {
+            let end = depth.min(start + S::DEPTH);
             let wide = !self.widened.is_empty();
             if let (Panels::Pairs(b), true) = (block.panels, wide) {
                 let b = &b[panel_at(0, start) / 2..panel_at(0, end) / 2];
@@ -320,14 +320,23 @@ impl<S: Product, K: Sink> Passes<'_, '_, S, K> {
                         }
                     }
                 };
-                // A line for each k and tile; the only tile asks for twice as many. The rest ask for A.
-                let here: &[f32] = if S::DOTS && !self.paired.is_empty() {
-                    bytemuck::cast_slice(&self.paired[(tile.start * depth + start * tile.len()) / 2..])
+                // Of B a line for each k and tile; the only tile asks for twice as many, the others for their share of
+                // the tile after them.
+                let line = |i: usize| next.get(i * (end - start) * SQUARE..).unwrap_or(&[]);
+                let next = if rows == tile.len() {
+                    Next { line: line(0), part: line(1), step: SQUARE }
                 } else {
-                    &self.values[a_at(start)..]
+                    let len = tile.len();
+                    let at = a_at(start) + len * layout.0;
+                    let part: &[f32] = if S::DOTS && !self.paired.is_empty() {
+                        bytemuck::cast_slice(
+                            self.paired.get(((tile.start + len) * depth + start * len) / 2..).unwrap_or(&[]),
+                        )
+                    } else {
+                        self.values.get(at..).unwrap_or(&[])
+                    };
+                    Next { line: line(i), part, step: len }
                 };
-                let line = |i: usize| next.get(i * (end - start) * SQUARE..).unwrap_or(here);
-                let next = if rows == tile.len() { [line(0), line(1)] } else { [line(i), here] };
                 let mut parts = part.iter_mut();
                 let sums: [&mut [f32]; P] = std::array::from_fn(|_| &mut **parts.next().expect("P parts"));
                 product(s, tile.len(), pass, sums, start > 0, next);

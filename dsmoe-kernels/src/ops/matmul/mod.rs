@@ -5,7 +5,7 @@
 //! backward  dA = dC B^T,  dB = A^T dC            two more products: see [`Mat::t`]
 //! ```
 //! With [`Precision::Bf16`] A and B are rounded to bf16 first. Sums are f32: every value of C is a sum over k in one
-//! fixed order (chains of 256 multiply-adds, added up), so neither the number of threads nor the way the product
+//! fixed order (chains of a few hundred multiply-adds, added up), so neither the number of threads nor the way the product
 //! is cut changes a bit.
 
 mod block;

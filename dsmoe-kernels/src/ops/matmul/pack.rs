@@ -10,7 +10,7 @@ use crate::simd::{Product, SQUARE};
 
 /// Columns of a panel of B.
 pub(crate) const PANEL: usize = 32;
-/// Inner dimension of one pass: a panel of that depth stays in the first-level cache. Even.
+/// Inner dimension packed at a time: what is packed stays in the first-level cache for the next step. Even.
 pub(crate) const DEPTH: usize = 256;
 /// Values past a tile's end that packing may overwrite.
 pub(crate) const SLACK: usize = SQUARE;

@@ -17,6 +17,24 @@ pub(super) enum Depth<'a, const P: usize> {
     Pairs(&'a [u32], [&'a [u32]; P]),
 }
 
+/// Memory that a pass asks for on its way, a little with every k.
+#[derive(Clone, Copy)]
+pub(super) struct Next<'a> {
+    /// A cache line with every k.
+    pub(super) line: &'a [f32],
+    /// `step` values with every k.
+    pub(super) part: &'a [f32],
+    pub(super) step: usize,
+}
+
+impl Next<'_> {
+    #[inline(always)]
+    fn ask<S: Product>(self, s: S, k: usize) {
+        s.prefetch(self.line, k * SQUARE);
+        s.prefetch(self.part, k * self.step);
+    }
+}
+
 /// Sets `sums[p]`, `[rows, PANEL]`, to the product of the tile with panel p, or adds to it when `resume`. Asks for the memory of
 /// `next` on the way.
 #[inline(always)]
@@ -26,7 +44,7 @@ pub(super) fn product<S: Product, const P: usize>(
     depth: Depth<'_, P>,
     sums: [&mut [f32]; P],
     resume: bool,
-    next: [&[f32]; 2],
+    next: Next<'_>,
 ) {
     match rows {
         1 => tile::<S, 1, P>(s, depth, sums, resume, next),
@@ -46,7 +64,7 @@ pub(super) fn product<S: Product, const P: usize>(
     }
 }
 
-/// Two registers of every panel: columns `at` and `at + PANEL / 2` onwards, for each row.
+/// Two registers of every panel, for each row.
 type Sums<V, const R: usize, const P: usize> = [[[V; 2]; P]; R];
 
 #[inline(always)]
@@ -55,7 +73,7 @@ fn tile<S: Product, const R: usize, const P: usize>(
     depth: Depth<'_, P>,
     sums: [&mut [f32]; P],
     resume: bool,
-    next: [&[f32]; 2],
+    next: Next<'_>,
 ) {
     match depth {
         Depth::F32(a, b) => s.isolated(Tile::<_, R, P> { pass: F32s { a, b, next }, sums, resume }),
@@ -78,7 +96,8 @@ struct Tile<'a, T, const R: usize, const P: usize> {
 
 /// The inner loop of a tile.
 trait Pass<const R: usize, const P: usize> {
-    fn add<S: Product>(&self, s: S, acc: &mut Sums<S::V, R, P>, at: [usize; 2]);
+    /// `ask`: whether to ask for what is next.
+    fn add<S: Product>(&self, s: S, acc: &mut Sums<S::V, R, P>, at: [usize; 2], ask: bool);
 }
 
 impl<T: Pass<R, P>, const R: usize, const P: usize> ProductKernel for Tile<'_, T, R, P> {
@@ -86,10 +105,11 @@ impl<T: Pass<R, P>, const R: usize, const P: usize> ProductKernel for Tile<'_, T
     #[inline(always)]
     fn run<S: Product>(self, s: S) {
         let Tile { pass, sums, resume } = self;
-        for first in (0..PANEL / 2).step_by(S::LANES) {
-            let at = [first, first + PANEL / 2];
+        // Neighbours: a cache line of the panel is read by one pass, not by two.
+        for first in (0..PANEL).step_by(2 * S::LANES) {
+            let at = [first, first + S::LANES];
             let mut acc: Sums<S::V, R, P> = [[[s.splat(0.0); 2]; P]; R];
-            pass.add(s, &mut acc, at);
+            pass.add(s, &mut acc, at, first == 0);
             for r in 0..R {
                 for p in 0..P {
                     for v in 0..2 {
@@ -106,18 +126,18 @@ impl<T: Pass<R, P>, const R: usize, const P: usize> ProductKernel for Tile<'_, T
 struct F32s<'a, const P: usize> {
     a: &'a [f32],
     b: [&'a [f32]; P],
-    next: [&'a [f32]; 2],
+    next: Next<'a>,
 }
 
 impl<const R: usize, const P: usize> Pass<R, P> for F32s<'_, P> {
     #[inline(always)]
-    fn add<S: Product>(&self, s: S, acc: &mut Sums<S::V, R, P>, at: [usize; 2]) {
+    fn add<S: Product>(&self, s: S, acc: &mut Sums<S::V, R, P>, at: [usize; 2], ask: bool) {
         let F32s { a, b, next } = *self;
         let a = a.as_chunks::<R>().0;
         let b = b.map(|b| &b.as_chunks::<PANEL>().0[..a.len()]);
         for (k, a) in a.iter().enumerate() {
-            for next in next {
-                s.prefetch(next, k * SQUARE);
+            if ask {
+                next.ask(s, k);
             }
             let mut columns = [[s.splat(0.0); 2]; P];
             for p in 0..P {
@@ -140,18 +160,18 @@ impl<const R: usize, const P: usize> Pass<R, P> for F32s<'_, P> {
 struct Widened<'a, const P: usize> {
     a: &'a [f32],
     b: [&'a [u32]; P],
-    next: [&'a [f32]; 2],
+    next: Next<'a>,
 }
 
 impl<const R: usize, const P: usize> Pass<R, P> for Widened<'_, P> {
     #[inline(always)]
-    fn add<S: Product>(&self, s: S, acc: &mut Sums<S::V, R, P>, at: [usize; 2]) {
+    fn add<S: Product>(&self, s: S, acc: &mut Sums<S::V, R, P>, at: [usize; 2], ask: bool) {
         let Widened { a, b, next } = *self;
         let a = a.as_chunks::<R>().0.as_chunks::<2>().0;
         let b = b.map(|b| &b.as_chunks::<PANEL>().0[..a.len()]);
         for (k, [even, odd]) in a.iter().enumerate() {
-            for next in next {
-                s.prefetch(next, k * SQUARE);
+            if ask {
+                next.ask(s, k);
             }
             let mut columns = [[(s.splat(0.0), s.splat(0.0)); 2]; P];
             for p in 0..P {
@@ -175,18 +195,18 @@ impl<const R: usize, const P: usize> Pass<R, P> for Widened<'_, P> {
 struct Dots<'a, const P: usize> {
     a: &'a [u32],
     b: [&'a [u32]; P],
-    next: [&'a [f32]; 2],
+    next: Next<'a>,
 }
 
 impl<const R: usize, const P: usize> Pass<R, P> for Dots<'_, P> {
     #[inline(always)]
-    fn add<S: Product>(&self, s: S, acc: &mut Sums<S::V, R, P>, at: [usize; 2]) {
+    fn add<S: Product>(&self, s: S, acc: &mut Sums<S::V, R, P>, at: [usize; 2], ask: bool) {
         let Dots { a, b, next } = *self;
         let a = a.as_chunks::<R>().0;
         let b = b.map(|b| &b.as_chunks::<PANEL>().0[..a.len()]);
         for (k, a) in a.iter().enumerate() {
-            for next in next {
-                s.prefetch(next, k * SQUARE);
+            if ask {
+                next.ask(s, k);
             }
             for r in 0..R {
                 for p in 0..P {

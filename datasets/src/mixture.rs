@@ -1,0 +1,564 @@
+//! Several sources of text as one: which there are, how each is split, and which of their windows a step sees.
+//!
+//! A mixture file:
+//! ```toml
+//! [[source]]
+//! name = "web"                # letters, digits, '.', '_' and '-'
+//! data = ["web", "more.jsonl.zst"]  # files or folders, seen from the file's folder; one may stand without brackets
+//! weight = 0.5                # default 1; only ratios count
+//! text_column = "text"        # the rest as on the command line
+//! doc_separator = "<|end|>"
+//! ```
+
+use crate::overlap::{self, Removed, Sides, TokenTexts};
+use crate::windows::Pieces;
+use crate::{Batches, CorpusOptions, Error, Result, Split, SplitOptions, Tokens};
+use rand_pcg::Pcg64;
+use rand_pcg::rand_core::Rng;
+use serde::Deserialize;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// The name of a source that was not given one.
+pub const UNNAMED: &str = "text";
+
+/// Samples over which weights are kept: in each block every source has its share to one part in so many.
+pub const BLOCK: usize = 10_000;
+
+/// Most sources.
+const MAX_SOURCES: usize = 1000;
+
+/// One source of a mixture, as a user states it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SourceSpec {
+    /// Its name in reports.
+    pub name: String,
+    /// Files and folders.
+    pub paths: Vec<PathBuf>,
+    /// Its weight: samples are drawn in these ratios.
+    pub weight: f64,
+    /// How documents are found.
+    pub options: CorpusOptions,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    source: Vec<Entry>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Entry {
+    name: String,
+    data: Paths,
+    weight: Option<f64>,
+    text_column: Option<String>,
+    doc_separator: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Paths {
+    One(PathBuf),
+    Many(Vec<PathBuf>),
+}
+
+/// Reads a mixture file; what an entry does not say is as in `defaults`.
+///
+/// # Errors
+/// A file that cannot be read or is no such table, names that are wrong or occur twice, weights that are not positive.
+pub fn from_toml(path: &Path, defaults: &CorpusOptions) -> Result<Vec<SourceSpec>> {
+    let text = fs::read_to_string(path).map_err(Error::io(path))?;
+    let wrong = |reason: String| Error::Mixture {
+        place: path.display().to_string(),
+        reason,
+        mend: "write [[source]] tables with name, data and weight".into(),
+    };
+    let file: File = toml::from_str(&text).map_err(|cause| {
+        let line = cause.span().map_or(1, |span| text[..span.start].matches('\n').count() + 1);
+        wrong(format!("line {line}: {}", cause.message().split_whitespace().collect::<Vec<_>>().join(" ")))
+    })?;
+    let folder = path.parent().unwrap_or(Path::new(""));
+    let sources = file.source.into_iter().map(|entry| {
+        let paths = match entry.data {
+            Paths::One(path) => vec![path],
+            Paths::Many(paths) => paths,
+        };
+        if paths.is_empty() {
+            return Err(wrong(format!("source {:?} names no data", entry.name)));
+        }
+        Ok(SourceSpec {
+            name: entry.name,
+            paths: paths.iter().map(|path| folder.join(path)).collect(),
+            weight: entry.weight.unwrap_or(1.0),
+            options: CorpusOptions {
+                doc_separator: entry.doc_separator.or_else(|| defaults.doc_separator.clone()),
+                text_column: entry.text_column.unwrap_or_else(|| defaults.text_column.clone()),
+            },
+        })
+    });
+    let sources = sources.collect::<Result<Vec<_>>>()?;
+    check(&sources, &path.display().to_string())?;
+    Ok(sources)
+}
+
+/// Sources of command-line words: `PATH ...` for one source without a name, or `NAME=PATH[:WEIGHT] ...`, where words of
+/// one name go together.
+///
+/// # Errors
+/// Words of both kinds, names that are wrong, weights that are not positive or contradict each other.
+pub fn from_words(words: &[String], options: &CorpusOptions) -> Result<Vec<SourceSpec>> {
+    let wrong = |word: &str, reason: &str, mend: &str| Error::Mixture {
+        place: format!("--data {word}"),
+        reason: reason.into(),
+        mend: mend.into(),
+    };
+    let mut sources: Vec<SourceSpec> = Vec::new();
+    let mut weighted: Vec<bool> = Vec::new();
+    for word in words {
+        let named = word.split_once('=').filter(|(name, _)| is_name(name) && !Path::new(word).exists());
+        let (name, path) = named.unwrap_or((UNNAMED, word));
+        let number = |text: &str| text.parse::<f64>().ok();
+        let (path, weight) = match path.rsplit_once(':') {
+            Some((before, weight))
+                if named.is_some() && !Path::new(path).exists() && number(weight).is_some() =>
+            {
+                (before, number(weight))
+            }
+            _ => (path, None),
+        };
+        let mixed = sources.iter().any(|source| (source.name == UNNAMED) != (name == UNNAMED));
+        if mixed {
+            return Err(wrong(
+                word,
+                "some sources have names and some do not",
+                "give all as NAME=PATH:WEIGHT",
+            ));
+        }
+        let at = sources.iter().position(|source| source.name == name);
+        let at = at.unwrap_or_else(|| {
+            sources.push(SourceSpec {
+                name: name.into(),
+                paths: vec![],
+                weight: 1.0,
+                options: options.clone(),
+            });
+            weighted.push(false);
+            sources.len() - 1
+        });
+        sources[at].paths.push(path.into());
+        if let Some(weight) = weight {
+            if weighted[at] && sources[at].weight != weight {
+                return Err(wrong(
+                    word,
+                    "its source has another weight already",
+                    "give each source one weight",
+                ));
+            }
+            (sources[at].weight, weighted[at]) = (weight, true);
+        }
+    }
+    check(&sources, "--data")?;
+    Ok(sources)
+}
+
+fn is_name(text: &str) -> bool {
+    !text.is_empty()
+        && text.len() <= 64
+        && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
+}
+
+fn check(sources: &[SourceSpec], place: &str) -> Result<()> {
+    let wrong =
+        |reason: String, mend: &str| Err(Error::Mixture { place: place.into(), reason, mend: mend.into() });
+    if sources.is_empty() || sources.len() > MAX_SOURCES {
+        return wrong(format!("{} sources", sources.len()), "name 1 to 1000");
+    }
+    for (at, source) in sources.iter().enumerate() {
+        if !is_name(&source.name) {
+            return wrong(format!("name {:?}", source.name), "use letters, digits, '.', '_' and '-'");
+        }
+        if sources[..at].iter().any(|other| other.name == source.name) {
+            return wrong(format!("two sources {:?}", source.name), "give each a name of its own");
+        }
+        if !(source.weight > 0.0 && source.weight <= 1e9) {
+            return wrong(format!("weight {} of {:?}", source.weight, source.name), "use a number above 0");
+        }
+    }
+    Ok(())
+}
+
+/// A source as ids.
+#[derive(Clone, Debug)]
+pub struct Source {
+    /// Its name in reports.
+    pub name: String,
+    /// Its weight.
+    pub weight: f64,
+    /// Its text.
+    pub tokens: Tokens,
+}
+
+/// One source of a [`Mixture`].
+#[derive(Debug)]
+pub struct Part {
+    /// The source's name.
+    pub name: String,
+    /// Its share of all weights.
+    pub share: f64,
+    /// Its two sides.
+    pub split: Split,
+    /// What the filter took out of them.
+    pub removed: Removed,
+}
+
+/// Sources, each split into a training side and a held-out side.
+#[derive(Debug)]
+pub struct Mixture {
+    parts: Vec<Part>,
+    filtered: bool,
+}
+
+/// One training window of one part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Sample {
+    /// Index of the part.
+    pub part: usize,
+    /// Index of its window.
+    pub window: usize,
+}
+
+impl Mixture {
+    /// Splits every source. With `filter`, the bytes of the tokens, whatever the two sides have in common is taken out
+    /// (see [`overlap`]).
+    ///
+    /// # Errors
+    /// No source, options out of range, a source with too little text, tokens that cannot be read.
+    pub fn new(sources: &[Source], options: SplitOptions, filter: Option<&TokenTexts>) -> Result<Mixture> {
+        let total: f64 = sources.iter().map(|source| source.weight).sum();
+        let mut sides = Vec::new();
+        for source in sources {
+            let Pieces { train, valid } =
+                Pieces::of(&source.tokens, options).map_err(|error| of_source(error, source, sources))?;
+            sides.push(Sides { tokens: &source.tokens, train, valid });
+        }
+        let removed = match filter {
+            Some(texts) => overlap::remove(&mut sides, texts)?,
+            None => vec![Removed::default(); sides.len()],
+        };
+        let parts = sources.iter().zip(sides).zip(removed).map(|((source, sides), removed)| {
+            let pieces = Pieces { train: sides.train, valid: sides.valid };
+            let split = Split::of(&source.tokens, pieces, options.seq);
+            Ok(Part {
+                name: source.name.clone(),
+                share: source.weight / total,
+                split: split.map_err(|error| of_source(error, source, sources))?,
+                removed,
+            })
+        });
+        let parts = parts.collect::<Result<Vec<_>>>()?;
+        if parts.is_empty() {
+            return Err(Error::TooFewTokens { side: "training text", tokens: 0, window: options.seq });
+        }
+        Ok(Mixture { parts, filtered: filter.is_some() })
+    }
+
+    /// The sources, in their order.
+    pub fn parts(&self) -> &[Part] {
+        &self.parts
+    }
+
+    /// Whether what the sides have in common was taken out.
+    pub fn filtered(&self) -> bool {
+        self.filtered
+    }
+
+    /// Tokens of all training sides.
+    pub fn train_len(&self) -> usize {
+        self.parts.iter().map(|part| part.split.train_len()).sum()
+    }
+
+    /// Tokens of all held-out sides.
+    pub fn valid_len(&self) -> usize {
+        self.parts.iter().map(|part| part.split.valid_tokens().len()).sum()
+    }
+
+    /// Appends the tokens of a training window to `out`; see [`Split::window`].
+    ///
+    /// # Errors
+    /// Tokens that cannot be read.
+    ///
+    /// # Panics
+    /// There is no such window.
+    pub fn window(&self, sample: Sample, out: &mut Vec<u32>) -> Result<()> {
+        self.parts[sample.part].split.window(sample.window, out)
+    }
+
+    /// The order in which windows are trained on.
+    ///
+    /// # Errors
+    /// A batch out of range.
+    pub fn interleaving(&self, batch: usize, seed: u64) -> Result<Interleaving> {
+        let parts: Vec<(usize, f64)> =
+            self.parts.iter().map(|part| (part.split.num_windows(), part.share)).collect();
+        Interleaving::new(&parts, batch, seed)
+    }
+}
+
+/// Says which of several sources is too small.
+fn of_source(error: Error, source: &Source, all: &[Source]) -> Error {
+    match error {
+        Error::TooFewTokens { .. } if all.len() > 1 => Error::Mixture {
+            place: format!("source {}", source.name),
+            reason: error.to_string(),
+            mend: "or leave the source out".into(),
+        },
+        _ => error,
+    }
+}
+
+/// Which windows of which part a training step sees: a function of seed and step alone.
+///
+/// Samples come in blocks of [`BLOCK`]. In each block every part has its share of the weights, rounded to whole samples
+/// and at least one, spread evenly with a jitter. The samples of a part go through its windows in epochs, each a
+/// permutation, as in [`Batches`]; a single part is what [`Batches`] gives.
+pub struct Interleaving {
+    batch: usize,
+    seed: u64,
+    /// Samples of each part in a block.
+    quotas: Vec<usize>,
+    orders: Vec<Batches>,
+    /// The block used last: for each sample its part and its rank among those of the part.
+    block: Option<(u64, Vec<(usize, usize)>)>,
+}
+
+impl Interleaving {
+    /// For parts of (windows, weight).
+    ///
+    /// # Errors
+    /// A batch out of range, or a part without windows.
+    pub fn new(parts: &[(usize, f64)], batch: usize, seed: u64) -> Result<Interleaving> {
+        // Checks the batch; each order is asked for one sample at a time.
+        Batches::new(1, batch, seed)?;
+        let orders =
+            parts.iter().map(|&(windows, _)| Batches::new(windows, 1, seed)).collect::<Result<_>>()?;
+        let quotas = quotas(&parts.iter().map(|&(_, weight)| weight).collect::<Vec<_>>());
+        Ok(Interleaving { batch, seed, quotas, orders, block: None })
+    }
+
+    /// The samples of step `step`, counted from 0.
+    pub fn batch_at(&mut self, step: u64) -> impl Iterator<Item = Sample> + '_ {
+        let first = u128::from(step) * self.batch as u128;
+        (first..first + self.batch as u128).map(|sample| {
+            let (block, at) = ((sample / BLOCK as u128) as u64, (sample % BLOCK as u128) as usize);
+            let (part, rank) = self.pattern(block)[at];
+            // Below 2^64: the sample's number, which a part's number does not exceed, is a step times a batch.
+            let number = block.wrapping_mul(self.quotas[part] as u64).wrapping_add(rank as u64);
+            let window = self.orders[part].batch_at(number).next().unwrap_or(0);
+            Sample { part, window }
+        })
+    }
+
+    fn pattern(&mut self, block: u64) -> &[(usize, usize)] {
+        let pattern = match self.block.take() {
+            Some((kept, pattern)) if kept == block => pattern,
+            _ => pattern(&self.quotas, self.seed, block),
+        };
+        &self.block.insert((block, pattern)).1
+    }
+}
+
+/// Whole numbers that sum up to [`BLOCK`], in the ratio of `weights`, each at least 1: the largest remainders are
+/// rounded up.
+fn quotas(weights: &[f64]) -> Vec<usize> {
+    let total: f64 = weights.iter().sum();
+    let exact: Vec<f64> = weights.iter().map(|weight| weight / total * BLOCK as f64).collect();
+    let mut quotas: Vec<usize> = exact.iter().map(|&share| (share as usize).max(1)).collect();
+    loop {
+        let sum: usize = quotas.iter().sum();
+        // The part that is furthest below its share grows, or the one furthest above it shrinks.
+        let off = |at: &usize| exact[*at] - quotas[*at] as f64;
+        let by = |a: &usize, b: &usize| off(a).total_cmp(&off(b)).then(b.cmp(a));
+        match sum.cmp(&BLOCK) {
+            std::cmp::Ordering::Equal => return quotas,
+            std::cmp::Ordering::Less => {
+                let Some(at) = (0..quotas.len()).max_by(by) else { return quotas };
+                quotas[at] += 1;
+            }
+            std::cmp::Ordering::Greater => {
+                let Some(at) = (0..quotas.len()).filter(|&at| quotas[at] > 1).min_by(by) else {
+                    return quotas;
+                };
+                quotas[at] -= 1;
+            }
+        }
+    }
+}
+
+/// The parts of one block in their order, each with its rank.
+fn pattern(quotas: &[usize], seed: u64, block: u64) -> Vec<(usize, usize)> {
+    let mix = crate::windows::mix;
+    // Another stream than that of the windows.
+    let mut rng = Pcg64::new(u128::from(mix(seed)) << 64 | u128::from(mix(block)), 1);
+    let mut places: Vec<(u128, usize, usize)> = Vec::with_capacity(BLOCK);
+    for (part, &quota) in quotas.iter().enumerate() {
+        for rank in 0..quota {
+            // (rank + jitter) / quota, with the jitter in [0, 1).
+            let place = (((rank as u128) << 64) + u128::from(rng.next_u64())) / quota as u128;
+            places.push((place, part, rank));
+        }
+    }
+    places.sort_unstable();
+    places.into_iter().map(|(_, part, rank)| (part, rank)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::TokenStream;
+    use proptest::prelude::*;
+
+    fn samples(parts: &[(usize, f64)], seed: u64, count: usize) -> Vec<Sample> {
+        let mut order = Interleaving::new(parts, 4, seed).unwrap();
+        (0..count.div_ceil(4) as u64).flat_map(|step| order.batch_at(step).collect::<Vec<_>>()).collect()
+    }
+
+    #[test]
+    fn one_part_is_what_batches_give() {
+        let mut batches = Batches::new(7, 3, 5).unwrap();
+        let mut order = Interleaving::new(&[(7, 0.3)], 3, 5).unwrap();
+        for step in (0..5000).chain([1 << 40]) {
+            let ours: Vec<Sample> = order.batch_at(step).collect();
+            let wanted: Vec<Sample> =
+                batches.batch_at(step).map(|window| Sample { part: 0, window }).collect();
+            assert_eq!(ours, wanted, "step {step}");
+        }
+    }
+
+    #[test]
+    fn weights_are_kept_in_every_stretch() {
+        let parts = [(50, 4.0), (70, 3.0), (11, 2.0), (3, 1.0)];
+        let all = samples(&parts, 9, 2 * BLOCK);
+        for (stretch, slack) in [(100, 3), (1000, 3), (BLOCK, 0)] {
+            for chunk in all.chunks(stretch) {
+                for (part, &(_, weight)) in parts.iter().enumerate() {
+                    let count = chunk.iter().filter(|sample| sample.part == part).count();
+                    let wanted = weight / 10.0 * stretch as f64;
+                    assert!(
+                        (count as f64 - wanted).abs() <= f64::from(slack),
+                        "{part}: {count} of {stretch}"
+                    );
+                }
+            }
+        }
+        // Every epoch of every part has each window once.
+        for (part, &(windows, _)) in parts.iter().enumerate() {
+            let of_part: Vec<usize> = all.iter().filter(|s| s.part == part).map(|s| s.window).collect();
+            for epoch in of_part.chunks_exact(windows) {
+                let mut epoch = epoch.to_vec();
+                epoch.sort_unstable();
+                assert_eq!(epoch, (0..windows).collect::<Vec<_>>());
+            }
+        }
+        assert_ne!(all, samples(&parts, 10, 2 * BLOCK));
+        let mut late = Interleaving::new(&parts, 4, 9).unwrap();
+        assert_eq!(late.batch_at(3000).collect::<Vec<_>>(), all[12_000..12_004], "any step at once");
+        // Fixed for good: a checkpoint of an older version resumes on the same windows.
+        let first: Vec<usize> = all[..12].iter().map(|sample| sample.part).collect();
+        assert_eq!(first, FIRST);
+    }
+
+    const FIRST: [usize; 12] = [2, 1, 0, 0, 1, 0, 0, 1, 3, 2, 0, 3];
+
+    #[test]
+    fn specifications_of_words() {
+        let options = CorpusOptions::default();
+        let parse =
+            |words: &[&str]| from_words(&words.iter().map(ToString::to_string).collect::<Vec<_>>(), &options);
+        let one = parse(&["a.txt", "x:y=b"]).unwrap();
+        assert_eq!((one.len(), &one[0].name[..], one[0].paths.len()), (1, UNNAMED, 2));
+        let two = parse(&["web=a:0.5", "math=c:\\d.txt", "web=b"]).unwrap();
+        assert_eq!(two[0].paths, [PathBuf::from("a"), "b".into()]);
+        assert_eq!((two[0].weight, two[1].weight), (0.5, 1.0));
+        assert_eq!(two[1].paths, [PathBuf::from("c:\\d.txt")]);
+        for (words, wanted) in [
+            (&["web=a", "b"][..], "some sources have names"),
+            (&["web=a:0"], "weight 0"),
+            (&["web=a:-1"], "weight -1"),
+            (&["web=a:inf"], "weight inf"),
+            (&["web=a:1", "web=b:2"], "another weight"),
+            (&[], "0 sources"),
+        ] {
+            let message = parse(words).unwrap_err().to_string();
+            assert!(message.contains(wanted) && message.contains("--data"), "{message}");
+        }
+    }
+
+    #[test]
+    fn specifications_of_files() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("mixture.toml");
+        let read = |text: &str| {
+            fs::write(&path, text).unwrap();
+            from_toml(&path, &CorpusOptions { doc_separator: Some("S".into()), text_column: "t".into() })
+        };
+        let sources = read(
+            "[[source]]\nname = \"web\"\ndata = \"w\"\nweight = 2\n[[source]]\nname = \"m\"\ndata = [\"/a\", \"b\"]\n\
+             text_column = \"q,a\"\ndoc_separator = \"X\"",
+        )
+        .unwrap();
+        assert_eq!(sources[0].paths, [dir.path().join("w")]);
+        assert_eq!(sources[1].paths, [PathBuf::from("/a"), dir.path().join("b")]);
+        assert_eq!((sources[0].weight, sources[1].weight), (2.0, 1.0));
+        assert_eq!(sources[0].options.doc_separator.as_deref(), Some("S"));
+        assert_eq!((&sources[0].options.text_column[..], &sources[1].options.text_column[..]), ("t", "q,a"));
+        let one = "[[source]]\nname = \"web\"\ndata = \"w\"\n";
+        for (text, wanted) in [
+            ("source = 3".to_owned(), "line 1"),
+            (format!("{one}wight = 2\n"), "line 4: unknown field `wight`"),
+            (format!("{one}{one}"), "two sources \"web\""),
+            (format!("{one}weight = 0\n"), "weight 0"),
+            (one.replace("web", "a/b"), "name \"a/b\""),
+            (one.replace("\"w\"", "[]"), "names no data"),
+            ("source = []".to_owned(), "0 sources"),
+        ] {
+            let message = read(&text).unwrap_err().to_string();
+            assert!(message.contains(wanted) && message.contains("mixture.toml"), "{message}");
+            assert_eq!(message.lines().count(), 1, "{message}");
+        }
+    }
+
+    #[test]
+    fn a_source_that_is_too_small_is_named() {
+        let source = |name: &str, len: u32| Source {
+            name: name.into(),
+            weight: 1.0,
+            tokens: TokenStream { ids: (0..len).collect(), doc_starts: vec![0] }.into(),
+        };
+        let options = SplitOptions { seq: 20, valid_fraction: 0.1, valid_samples: 100 };
+        let message = |sources: &[Source]| Mixture::new(sources, options, None).unwrap_err().to_string();
+        assert!(
+            message(&[source("a", 900), source("b", 9)]).starts_with("source b: training text: 9 tokens")
+        );
+        assert!(message(&[source("a", 9)]).starts_with("training text: 9 tokens"));
+        let mixture = Mixture::new(&[source("a", 900), source("b", 300)], options, None).unwrap();
+        assert_eq!(mixture.train_len() + mixture.valid_len(), 1200);
+        let mut window = Vec::new();
+        mixture.window(Sample { part: 1, window: 2 }, &mut window).unwrap();
+        assert_eq!(window.len(), 21);
+    }
+
+    proptest! {
+        #[test]
+        fn quotas_are_whole_and_near(weights in proptest::collection::vec(1e-6f64..1e3, 1..40)) {
+            let quotas = quotas(&weights);
+            let total: f64 = weights.iter().sum();
+            prop_assert_eq!(quotas.iter().sum::<usize>(), BLOCK);
+            for (quota, weight) in quotas.iter().zip(&weights) {
+                let exact = weight / total * BLOCK as f64;
+                prop_assert!(*quota >= 1 && (*quota as f64 - exact).abs() <= 1.0 + 40.0 * f64::from(u8::from(exact < 1.0)) + 1.0);
+            }
+        }
+    }
+}
