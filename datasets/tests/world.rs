@@ -224,10 +224,10 @@ fn what_is_asked_from_memory_is_stated_in_the_text() {
     for probe in [Probe::NqOpen, Probe::TriviaQa] {
         for item in world.probe(probe, ITEMS).test {
             let (prompt, answers, _) = asked_of(&item);
-            let names = prompt
+            let mut names = prompt
                 .split([' ', '?'])
                 .filter(|word| word.len() > 2 && word.starts_with(char::is_uppercase));
-            let name = names.filter(|word| !word.contains(':')).next_back().expect("a name");
+            let name = names.rfind(|word| !word.contains(':')).expect("a name");
             let said = sentences.iter().any(|sentence| {
                 let mut words = sentence.split([' ', '.', ',']);
                 sentence.contains(name) && words.any(|word| word == answers[0].trim())
