@@ -21,6 +21,7 @@ pub mod token_cache;
 pub mod tokenizer;
 pub mod tokens;
 pub mod windows;
+pub mod world;
 
 pub use corpus::{Corpus, CorpusOptions, Document};
 pub use error::{Error, Result};

@@ -67,7 +67,7 @@ pub(crate) enum Command {
     Doctor(Doctor),
     /// Generate text, train a tiny LLaMA, convert it, train it to a budget, and compare, in about two minutes
     Demo(Demo),
-    /// Prepare, check and count text for training; train a tokenizer
+    /// Prepare, check, count and generate text for training; train a tokenizer
     Data(Data),
     /// Time kernels, FFNs, training and decoding against what the machine can do
     Bench(Bench),
@@ -268,7 +268,8 @@ where it was.
   dsmoe eval MODEL --data heldout.txt
   dsmoe eval MODEL --data wiki.test.raw --perplexity window,rolling
   dsmoe eval MODEL --tasks hellaswag,piqa --task-data FOLDER --out RESULTS
-  dsmoe eval MODEL --tasks all --task-data FOLDER --profile lm-eval-0.4.9 --limit 100 --json";
+  dsmoe eval MODEL --tasks all --task-data FOLDER --profile lm-eval-0.4.9 --limit 100 --json
+  dsmoe eval MODEL --tasks world    (the probes of a model trained on what `dsmoe data world` writes; no files needed)";
 
 #[derive(Debug, Args)]
 #[command(after_help = EVAL_EXAMPLES)]
@@ -312,7 +313,7 @@ pub(crate) struct Eval {
     #[arg(long, value_name = "N", value_parser = quantity, conflicts_with = "tasks")]
     pub(crate) limit_tokens: Option<u64>,
     /// Benchmarks: hellaswag, lambada_openai, lambada_standard, piqa, social_iqa, storycloze_2016, winogrande, gsm8k,
-    /// nq_open, triviaqa, webqs, wikitext, or all there are files of
+    /// nq_open, triviaqa, webqs, wikitext, or all there are files of; world for the ten probes of the embedded world
     #[arg(long, value_name = "TASK,...", value_delimiter = ',', help_heading = "Benchmarks",
         value_parser = clap::builder::NonEmptyStringValueParser::new())]
     pub(crate) tasks: Vec<String>,
@@ -332,6 +333,15 @@ pub(crate) struct Eval {
     /// Score the first N documents of each benchmark only
     #[arg(long, value_name = "N", conflicts_with = "data", help_heading = "Benchmarks", value_parser = at_least_one)]
     pub(crate) limit: Option<usize>,
+    /// Which world `--tasks world` asks about
+    #[arg(
+        long,
+        value_name = "SEED",
+        default_value_t = 0,
+        conflicts_with = "data",
+        help_heading = "Benchmarks"
+    )]
+    pub(crate) world_seed: u64,
     /// New tokens of a generated answer at the most; scores compare with the harness's at its 256
     #[arg(long, value_name = "N", default_value_t = MAX_NEW_TOKENS, conflicts_with = "data",
         help_heading = "Benchmarks", value_parser = at_least_one)]
@@ -518,7 +528,7 @@ where
 }
 
 /// A whole number with an optional decimal suffix: `1000`, `1_000`, `1.5M`, `10B`, `500MB`, `5GB`.
-fn quantity(text: &str) -> Result<u64, String> {
+pub(crate) fn quantity(text: &str) -> Result<u64, String> {
     let wrong = || format!("`{text}` is not an amount; write 1000, 500MB, 1.5M or 10B");
     let plain = text.replace('_', "");
     let split = plain.find(|c: char| c.is_ascii_alphabetic()).unwrap_or(plain.len());

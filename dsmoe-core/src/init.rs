@@ -57,9 +57,12 @@ enum Kind {
     Llama3(f64),
     /// Base 10000 and this many positions.
     Small(usize),
+    /// Base 10000, 512 positions, and one token, 0, that begins a text and so ends the one before.
+    World,
 }
 
-const PRESETS: [Preset; 7] = [
+const PRESETS: [Preset; 8] = [
+    Preset::new("world", [1536, 128, 384, 4, 4, 4], true, Kind::World),
     Preset::new("tiny", [2048, 128, 512, 4, 4, 2], true, Kind::Small(512)),
     Preset::new("small", [8192, 512, 1536, 8, 8, 4], true, Kind::Small(1024)),
     Preset::new("llama-3.2-1b", [128_256, 2048, 8192, 16, 32, 8], true, Kind::Llama3(32.0)),
@@ -80,6 +83,7 @@ impl Preset {
             Kind::Llama2 => (10_000.0, 4096, 1, 2),
             Kind::Llama3(_) => (500_000.0, 131_072, 128_000, 128_001),
             Kind::Small(positions) => (10_000.0, positions, 1, 2),
+            Kind::World => (10_000.0, 512, 0, 0),
         };
         let scaling = match self.kind {
             Kind::Llama3(factor) => json!({

@@ -27,6 +27,7 @@ fn help_and_usage() {
         vec!["demo", "--help"],
         vec!["data", "--help"],
         vec!["data", "prepare", "--help"],
+        vec!["data", "world", "--help"],
         vec!["--version"],
     ] {
         assert!(!succeeds(&args).is_empty(), "{args:?}");

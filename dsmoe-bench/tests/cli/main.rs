@@ -7,3 +7,4 @@ mod commands;
 mod common;
 mod data;
 mod faults;
+mod world;

@@ -4,8 +4,17 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 use dsmoe_datasets::Bos;
+use dsmoe_datasets::world::ITEMS;
 
-use crate::cli::{DataArgs, words};
+use crate::cli::{DataArgs, quantity, words};
+
+const WORLD_EXAMPLE: &str = "\
+A model of the world, from nothing:
+
+  dsmoe data world --out WORLD
+  dsmoe init --preset world --tokenizer WORLD/tokenizer.json --out START
+  dsmoe train START --data WORLD/text --out RUN --steps 1200 --batch 8 --seq 256 --lr 4e-3 --bos always
+  dsmoe eval RUN --tasks world";
 
 #[derive(Debug, Args)]
 pub(crate) struct Data {
@@ -25,6 +34,8 @@ pub(crate) enum DataCommand {
     Stats(Stats),
     /// Train a byte-level BPE tokenizer on text
     Tokenizer(TrainTokenizer),
+    /// Write the embedded world: text in four domains, a tokenizer, and ten probes of what a model learns from the text
+    World(World),
 }
 
 #[derive(Debug, Args)]
@@ -79,6 +90,30 @@ pub(crate) struct TrainTokenizer {
     #[arg(long, value_name = "PATH")]
     pub(crate) out: PathBuf,
     /// Replace files that exist
+    #[arg(long)]
+    pub(crate) force: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = WORLD_EXAMPLE)]
+pub(crate) struct World {
+    /// Folder to write: text/, probes/, tokenizer.json
+    #[arg(long, value_name = "FOLDER")]
+    pub(crate) out: PathBuf,
+    /// Which world
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// Bytes of text, about
+    #[arg(long, value_name = "N", default_value = "16MB", value_parser = quantity)]
+    pub(crate) bytes: u64,
+    /// Tokens of the tokenizer at the most; the preset `world` has 1536
+    #[arg(long, value_name = "N", default_value_t = 1536, value_parser = clap::value_parser!(u32).range(258..=65536))]
+    pub(crate) vocab: u32,
+    /// Items of each probe at the most
+    #[arg(long, value_name = "N", default_value_t = ITEMS as u32,
+        value_parser = clap::value_parser!(u32).range(6..=100_000))]
+    pub(crate) items: u32,
+    /// Write into a folder that is not empty
     #[arg(long)]
     pub(crate) force: bool,
 }

@@ -4,6 +4,7 @@ pub(crate) mod args;
 mod prepare;
 mod tokenizer;
 mod verify;
+mod world;
 
 use std::process::ExitCode;
 
@@ -21,6 +22,7 @@ pub(crate) fn run(args: &Data, ui: &mut Ui) -> Result<ExitCode> {
         DataCommand::Verify(args) => return verify::run(args, ui),
         DataCommand::Stats(args) => prepare::stats(args, ui)?,
         DataCommand::Tokenizer(args) => tokenizer::run(args, ui)?,
+        DataCommand::World(args) => world::run(args, ui)?,
     }
     Ok(ExitCode::SUCCESS)
 }

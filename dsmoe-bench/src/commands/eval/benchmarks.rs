@@ -9,6 +9,7 @@ use anyhow::{Context, Result, bail};
 use dsmoe_core::Inference;
 use dsmoe_core::config::Config;
 use dsmoe_datasets::tasks::{Loaded, Options, Request, Source, TASKS, Task};
+use dsmoe_datasets::world::{ITEMS, Probe, World};
 use dsmoe_datasets::{Bos, Tokenizer};
 use dsmoe_kernels::Isa;
 use dsmoe_train::tasks::{Journal, Responder, model_sha256};
@@ -22,6 +23,8 @@ use crate::ui::Ui;
 
 /// All benchmarks there are files of.
 pub(crate) const ALL: &str = "all";
+/// The probes of the embedded world.
+const WORLD: &str = "world";
 
 pub(crate) fn run(args: &Eval, ui: &mut Ui) -> Result<ExitCode> {
     let started = Instant::now();
@@ -94,14 +97,30 @@ fn load(args: &Eval, ui: &Ui) -> Result<Vec<Loaded>> {
     };
     let options = Options { profile: args.profile, limit: args.limit, max_new_tokens: args.max_new_tokens };
     let mut tasks: Vec<&'static Task> = Vec::new();
+    let mut loaded: Vec<Loaded> = Vec::new();
     for name in &args.tasks {
         if name == ALL {
             tasks.extend(all(args, &source, ui)?);
+        } else if name == WORLD {
+            // Asked for twice, it is asked once.
+            if !loaded.is_empty() {
+                continue;
+            }
+            let world = World::new(args.world_seed);
+            for probe in Probe::ALL {
+                match probe.task().is_in(args.profile) {
+                    true => loaded.push(world.load(probe, ITEMS, &options)?),
+                    false => ui.note(format_args!(
+                        "{WORLD}: {} left out, {} cannot run it",
+                        probe.name(),
+                        args.profile
+                    )),
+                }
+            }
         } else {
             tasks.push(Task::named(name)?);
         }
     }
-    let mut loaded: Vec<Loaded> = Vec::new();
     for task in tasks {
         if loaded.iter().any(|other| other.name() == task.name) {
             continue;

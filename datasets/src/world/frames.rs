@@ -1,0 +1,64 @@
+//! Sentences in which a reason tells which of two people is meant.
+
+use super::item::Item;
+use super::lore::{OBJECTS, fill};
+use super::rng::Rng;
+use super::{Probe, Split, World};
+
+/// What `{a}` and `{b}` do with `{o}`, and what is then true of `{a}` and of `{b}`.
+struct Frame {
+    deed: &'static str,
+    reasons: [&'static str; 2],
+}
+
+const fn frame(deed: &'static str, of_a: &'static str, of_b: &'static str) -> Frame {
+    Frame { deed, reasons: [of_a, of_b] }
+}
+
+const FRAMES: [Frame; 12] = [
+    frame("{a} gave the {o} to {b}", "had no use for it", "had asked for it"),
+    frame("{a} sold the {o} to {b}", "needed the money", "offered a good price"),
+    frame("{a} borrowed the {o} from {b}", "had none", "had two of them"),
+    frame("{a} carried the {o} for {b}", "was strong", "was tired"),
+    frame("{a} taught {b} to make a {o}", "knew the craft", "wanted to learn"),
+    frame("{a} hid the {o} from {b}", "wanted to keep it", "often broke things"),
+    frame("{a} paid {b} for the {o}", "was the buyer", "was the seller"),
+    frame("{a} lost the {o} to {b} in a game", "played badly", "played well"),
+    frame("{a} asked {b} about the {o}", "knew nothing", "knew everything"),
+    frame("{a} scolded {b} about the {o}", "was angry", "had been careless"),
+    frame("{a} thanked {b} for the {o}", "got a present", "had been so kind"),
+    frame("{a} took the {o} away from {b}", "was greedy", "began to cry"),
+];
+
+/// A sentence with `_` for the one that its reason is true of, and the two names, the right one first. The key of
+/// the split is the frame and the object.
+fn draw(world: &World, rng: &mut Rng, split: Split) -> (String, [String; 2]) {
+    loop {
+        let (frame, object, meant) = (rng.below(FRAMES.len()), rng.below(OBJECTS.len()), rng.below(2));
+        if world.split(Probe::WinoGrande, &[frame as u64, object as u64]) != split {
+            continue;
+        }
+        let frame = &FRAMES[frame];
+        let people = world.cast(rng);
+        let [a, b] = people.map(|person| person.name.as_str());
+        let deed = fill(frame.deed, &[("a", a), ("b", b), ("o", OBJECTS[object])]);
+        let names = [people[meant].name.clone(), people[1 - meant].name.clone()];
+        return (format!("{deed} because _ {}.", frame.reasons[meant]), names);
+    }
+}
+
+pub(super) fn item(world: &World, rng: &mut Rng, split: Split) -> Item {
+    let (sentence, [right, wrong]) = draw(world, rng, split);
+    let (options, gold) = rng.mingle(right, vec![wrong]);
+    let [option1, option2] = options.try_into().expect("a right and a wrong name");
+    Item::WinoGrande { sentence, option1, option2, answer: (gold + 1).to_string() }
+}
+
+/// Two to four such sentences.
+pub(super) fn gossip(world: &World, rng: &mut Rng) -> String {
+    let told = (0..rng.between(2, 4)).map(|_| {
+        let (sentence, [meant, _]) = draw(world, rng, Split::Train);
+        sentence.replace('_', &meant)
+    });
+    told.collect::<Vec<_>>().join(" ")
+}
