@@ -160,7 +160,9 @@ pub(super) fn show(rows: &[Row]) -> String {
     let mut out = table.show();
     let mut told = Vec::new();
     for row in rows {
-        let Some(share) = row.break_even else { continue };
+        if row.routing.is_none() {
+            continue;
+        }
         let shape = format!(
             "{} of {} tokens, {} to {}, {} experts, {}",
             row.work,
@@ -171,9 +173,11 @@ pub(super) fn show(rows: &[Row]) -> String {
             row.dtype
         );
         if told.last() != Some(&shape) {
-            let verdict = match share {
-                1.0 => "never slower than dense".to_owned(),
-                _ => format!("dense wins above {} active", report::percent(share)),
+            let verdict = match row.break_even {
+                // One share, or times that do not grow with it.
+                None => "no break-even in these times".to_owned(),
+                Some(1.0) => "never slower than dense".to_owned(),
+                Some(share) => format!("dense wins above {} active", report::percent(share)),
             };
             out += &format!("{shape}: {verdict}\n");
             told.push(shape);
