@@ -2,6 +2,10 @@
 #![forbid(unsafe_code)]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+mod error;
+mod method;
 mod topk_moe;
 
+pub use error::{Error, Result};
+pub use method::{Budget, Job, Knob, Knobs, Made, Method, Plan, Progress, method, methods};
 pub use topk_moe::TopkMoeFfn;
