@@ -13,7 +13,8 @@ pub(crate) trait Product: Simd {
     const ROWS: usize;
     /// Most rows of a tile of four registers' width.
     const ROWS_OF_WIDE: usize;
-    /// Inner dimension of one pass: a panel of that depth and a tile stay in the first-level cache. Even.
+    /// Inner dimension of one pass, in values or, where pairs are multiplied, in pairs: a panel of that depth and a tile stay
+    /// in the first-level cache. Even.
     const DEPTH: usize;
     /// Whether [`Product::dot`] is one instruction: bf16 products then run on pairs, otherwise on widened f32.
     const DOTS: bool;
@@ -23,11 +24,22 @@ pub(crate) trait Product: Simd {
     /// Sets `out[j * stride + i] = rows[i][j]` for i < lanes and j < 16, ascending j. What lies at `lanes <= i < 16` is of
     /// unspecified value after: a stride below 16 overwrites what is past it.
     fn transpose(self, out: &mut [f32], stride: usize, rows: [&[f32]; SQUARE], lanes: usize);
+    /// Sets `out[j * stride + i]` to the pair (`rows[i][2 j]`, `rows[i][2 j + 1]`), rounded to bf16, for i < lanes and j < 16;
+    /// else as [`Product::transpose`]. Of use where [`Product::DOTS`].
+    #[inline(always)]
+    fn transpose_pairs(self, out: &mut [u32], stride: usize, rows: [&[f32]; SQUARE], lanes: usize) {
+        let rows = rows.map(|row| &row[..2 * SQUARE]);
+        for j in 0..SQUARE {
+            for (out, row) in out[j * stride..][..lanes].iter_mut().zip(rows) {
+                *out = pair(row[2 * j], row[2 * j + 1]);
+            }
+        }
+    }
     /// Asks for the cache line `ahead` values after the start of `x`, which may lie past its end.
     fn prefetch(self, x: &[f32], ahead: usize);
     /// The nearest bf16, ties to even; NaN stays NaN.
     fn round_bf16(self, a: Self::V) -> Self::V;
-    /// Stores the pairs (even, odd), rounded to bf16.
+    /// Stores the pairs (even, odd), rounded to bf16. Subnormals may become 0, as they do in [`Product::dot`].
     fn store_pairs(self, out: &mut [u32], even: Self::V, odd: Self::V);
     /// The even and the odd values of the first [`Simd::LANES`] pairs.
     fn widen(self, pairs: &[u32]) -> (Self::V, Self::V);

@@ -137,7 +137,7 @@ fn widen8(pairs: __m256i) -> (__m256, __m256) {
 }
 
 macro_rules! sixteen_lanes {
-    ($token:ty, $run:ident, $dots:literal, $dot:ident) => {
+    ($token:ty, $run:ident, $dots:literal, $dot:ident, $pairs:ident, {$($more:tt)*}) => {
         impl Product for $token {
             // Two fewer registers than there are stay free: with one, the compiler spills.
             const ROWS: usize = 13;
@@ -173,8 +173,8 @@ macro_rules! sixteen_lanes {
             #[inline(always)]
             fn store_pairs(self, out: &mut [u32], even: Self::V, odd: Self::V) {
                 let out = &mut out[..16];
-                // SAFETY: token: AVX-512 F is present.
-                let pairs = unsafe { pairs16(even, odd) };
+                // SAFETY: token: its features are present.
+                let pairs = unsafe { $pairs(even, odd) };
                 // SAFETY: token; `out` holds 16 u32, and the store has no alignment requirement.
                 unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), pairs) }
             }
@@ -190,12 +190,28 @@ macro_rules! sixteen_lanes {
             fn dot(self, acc: Self::V, a: u32, b: &[u32]) -> Self::V {
                 $dot(self, acc, a, b)
             }
+            $($more)*
         }
     };
 }
 
-sixteen_lanes!(Avx512, run_product_avx512, false, widened_dot);
-sixteen_lanes!(Avx512Bf16, run_product_avx512bf16, true, pair_dot);
+sixteen_lanes!(Avx512, run_product_avx512, false, widened_dot, pairs16, {});
+sixteen_lanes!(Avx512Bf16, run_product_avx512bf16, true, pair_dot, converted_pairs, {
+    #[inline(always)]
+    fn transpose_pairs(self, out: &mut [u32], stride: usize, rows: [&[f32]; SQUARE], _lanes: usize) {
+        let mut block = [self.splat(0.0); 16];
+        for r in 0..16 {
+            let (left, right) = (self.load(rows[r]), self.load(&rows[r][16..]));
+            // SAFETY: token: AVX512_BF16 is present.
+            block[r] = unsafe { converted(left, right) };
+        }
+        // SAFETY: token: AVX-512 F is present.
+        let columns = unsafe { transpose16(block) };
+        for (c, column) in columns.into_iter().enumerate() {
+            self.store(bytemuck::cast_slice_mut(&mut out[c * stride..]), column);
+        }
+    }
+});
 
 #[inline(always)]
 fn pair_dot(_token: Avx512Bf16, acc: __m512, a: u32, b: &[u32]) -> __m512 {
@@ -215,6 +231,26 @@ fn dot16(acc: __m512, a: u32, b: __m512i) -> __m512 {
     // SAFETY: as above.
     let b = unsafe { std::mem::transmute::<__m512i, __m512bh>(b) };
     _mm512_dpbf16_ps(acc, a, b)
+}
+
+/// The 32 bf16 of `left` and then `right`: pairs of neighbours.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn converted(left: __m512, right: __m512) -> __m512 {
+    let pairs = _mm512_cvtne2ps_pbh(right, left);
+    // SAFETY: both are 512 bits, and every bit pattern is a vector of f32.
+    unsafe { std::mem::transmute::<__m512bh, __m512>(pairs) }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn converted_pairs(even: __m512, odd: __m512) -> __m512i {
+    let (even, odd) = (_mm512_cvtneps_pbh(even), _mm512_cvtneps_pbh(odd));
+    // SAFETY: both are 256 bits, and every bit pattern is a vector of integers.
+    let even = unsafe { std::mem::transmute::<__m256bh, __m256i>(even) };
+    // SAFETY: as above.
+    let odd = unsafe { std::mem::transmute::<__m256bh, __m256i>(odd) };
+    _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(odd)))
 }
 
 #[inline]

@@ -4,7 +4,9 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use super::Precision;
-use super::pack::{DEPTH, PANEL, SLACK, Source, copied_tiles, pack, pairs, round};
+use super::pack::{
+    DEPTH, PANEL, SLACK, Source, copied_pair_tiles, copied_tiles, pack, pack_pairs, packs_pairs, pairs, round,
+};
 use super::tile::{Depth, Next, product};
 use crate::buf::Buf;
 use crate::isa::Isa;
@@ -118,9 +120,15 @@ impl<K: Sink> ProductKernel for Task<'_, '_, K> {
                 data
             }
             Left::PairTiles(_) => &[],
+            Left::Source(source, _) if dots => {
+                a_pairs.resize(rows * depth / 2 + SLACK);
+                let out = bytemuck::cast_slice_mut(a_pairs);
+                pack_pair_tiles(s, out, a, &source, block.rows.clone(), block.ks.clone());
+                &[]
+            }
             Left::Source(source, rounded) => {
                 a.resize(rows * depth + SLACK);
-                pack_tiles(s, a, &source, block.rows.clone(), block.ks.clone(), depth, rounded && !dots);
+                pack_tiles(s, a, &source, block.rows.clone(), block.ks.clone(), depth, rounded);
                 a
             }
             Left::Tiles { data, depth: whole } => {
@@ -135,6 +143,7 @@ impl<K: Sink> ProductKernel for Task<'_, '_, K> {
         };
         let paired: &[u32] = match block.left {
             Left::PairTiles(tiles) => tiles,
+            Left::Source(..) if dots => bytemuck::cast_slice(a_pairs),
             _ if dots => {
                 a_pairs.resize(rows * depth / 2 + SLACK);
                 let out = bytemuck::cast_slice_mut(a_pairs);
@@ -246,15 +255,40 @@ impl ProductKernel for (PackLeft<'_>, &mut Work) {
     #[inline(always)]
     fn run<S: Product>(self, s: S) {
         let (PackLeft { out, source, rows, ks, precision }, Work { a, .. }) = self;
-        let (count, depth) = (rows.len(), ks.len());
+        let depth = ks.len();
         if precision == Precision::Bf16 && S::DOTS {
-            let depth = depth.next_multiple_of(2);
-            a.resize(count * depth + SLACK);
-            pack_tiles(s, a, &source, rows, ks, depth, false);
-            pair_tiles(s, bytemuck::cast_slice_mut(out), a, count, depth);
+            pack_pair_tiles(s, bytemuck::cast_slice_mut(out), a, &source, rows, ks);
         } else {
             pack_tiles(s, out, &source, rows, ks, depth, precision == Precision::Bf16);
         }
+    }
+}
+
+/// Sets `out` to the tiles of rows `rows` and columns `ks` of `source` in pairs; `values` is memory to work in.
+#[inline(always)]
+fn pack_pair_tiles<S: Product>(
+    s: S,
+    out: &mut [u32],
+    values: &mut Buf,
+    source: &Source<'_>,
+    rows: Range<usize>,
+    ks: Range<usize>,
+) {
+    let depth = ks.len().next_multiple_of(2);
+    if source.lanes_are_dense() {
+        copied_pair_tiles(s, out, source, rows.clone(), ks, || tiles(rows.len(), S::ROWS));
+        return;
+    }
+    if !packs_pairs(source) {
+        values.resize(rows.len() * depth + SLACK);
+        pack_tiles(s, values, source, rows.clone(), ks, depth, false);
+        pair_tiles(s, out, values, rows.len(), depth);
+        return;
+    }
+    for tile in tiles(rows.len(), S::ROWS) {
+        let (width, out) = (tile.len(), &mut out[tile.start * depth / 2..]);
+        let lanes = rows.start + tile.start..rows.start + tile.end;
+        pack_pairs(s, out, (width, width), source, lanes, ks.clone());
     }
 }
 
@@ -291,7 +325,8 @@ impl<S: Product, K: Sink> Passes<'_, '_, S, K> {
         let mut halves = self.sums.chunks_exact_mut(rows * PANEL);
         let mut sums: [&mut [f32]; P] = std::array::from_fn(|_| halves.next().expect("two halves"));
         // Passes of about one depth: a short one costs as much besides its products as a long one.
-        let step = depth.div_ceil(depth.div_ceil(S::DEPTH)).next_multiple_of(2);
+        let most = if self.paired.is_empty() { S::DEPTH } else { 2 * S::DEPTH };
+        let step = depth.div_ceil(depth.div_ceil(most)).next_multiple_of(2);
         for start in (0..depth).step_by(step) {
             let end = depth.min(start + step);
             let wide = !self.widened.is_empty();
@@ -335,7 +370,8 @@ impl<S: Product, K: Sink> Passes<'_, '_, S, K> {
                 };
                 // Of B a line for each k and tile; the only tile asks for twice as many, the others for their share of
                 // the tile after them.
-                let line = |i: usize| next.get(i * (end - start) * SQUARE..).unwrap_or(&[]);
+                let turns = if matches!(pass, Depth::F32(..)) { end - start } else { (end - start) / 2 };
+                let line = |i: usize| next.get(i * turns * SQUARE..).unwrap_or(&[]);
                 let next = if rows == tile.len() {
                     Next { line: line(0), part: line(1), step: SQUARE }
                 } else {

@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use super::Mat;
-use crate::simd::{Product, SQUARE};
+use crate::simd::{Product, SQUARE, pair};
 
 /// Columns of a panel of B.
 pub(crate) const PANEL: usize = 32;
@@ -89,6 +89,7 @@ pub(crate) fn pack<S: Product>(
 }
 
 static ZEROS: [f32; SQUARE] = [0.0; SQUARE];
+static WIDE_ZEROS: [f32; 2 * SQUARE] = [0.0; 2 * SQUARE];
 
 #[inline(always)]
 fn transposed<S: Product>(
@@ -178,6 +179,98 @@ pub(crate) fn copied_tiles<S: Product, T: Iterator<Item = Range<usize>>>(
                         s.store_tail(&mut out[first..], s.load_tail(&row[tile.start + first..]));
                     }
                 }
+            }
+        }
+    }
+}
+
+/// As [`copied_tiles`], to pairs; of `depth`, which is even, an odd last value has a zero beside it.
+#[inline(always)]
+pub(crate) fn copied_pair_tiles<S: Product, T: Iterator<Item = Range<usize>>>(
+    s: S,
+    out: &mut [u32],
+    source: &Source<'_>,
+    lanes: Range<usize>,
+    ks: Range<usize>,
+    tiles: impl Fn() -> T,
+) {
+    let depth = ks.len().next_multiple_of(2);
+    for start in (0..ks.len()).step_by(ROWS_AT_ONCE) {
+        let count = ROWS_AT_ONCE.min(ks.len() - start);
+        let mut rows = [&ZEROS[..0]; ROWS_AT_ONCE];
+        for (i, row) in rows[..count].iter_mut().enumerate() {
+            *row = &source.data[source.at_k(ks.start + start + i) + lanes.start..][..lanes.len()];
+        }
+        for tile in tiles() {
+            let width = tile.len();
+            let out = &mut out[(tile.start * depth + start * width) / 2..];
+            let after = ((depth - start - count.next_multiple_of(2)) / 2 + 1) * width;
+            let whole = after >= S::LANES && width <= S::LANES && tile.start + S::LANES <= lanes.len();
+            for (i, rows) in rows[..count].chunks(2).enumerate() {
+                let out = &mut out[i * width..];
+                match *rows {
+                    [even, odd] if whole => {
+                        s.store_pairs(out, s.load(&even[tile.start..]), s.load(&odd[tile.start..]))
+                    }
+                    [even, ref odd @ ..] => {
+                        for (lane, out) in tile.clone().zip(out) {
+                            *out = pair(even[lane], odd.first().map_or(0.0, |odd| odd[lane]));
+                        }
+                    }
+                    [] => {}
+                }
+            }
+        }
+    }
+}
+
+/// Whether [`pack_pairs`] takes this source.
+pub(crate) fn packs_pairs(source: &Source<'_>) -> bool {
+    source.k_stride == 1 && source.ks.is_none() || source.lane_stride == 1 && source.lanes.is_none()
+}
+
+/// As [`pack`], to pairs: `ks.len()` is made even with zeros, and [`SLACK`] pairs past the tile may be overwritten.
+#[inline(always)]
+pub(crate) fn pack_pairs<S: Product>(
+    s: S,
+    out: &mut [u32],
+    (width, stride): (usize, usize),
+    source: &Source<'_>,
+    lanes: Range<usize>,
+    ks: Range<usize>,
+) {
+    if !(source.k_stride == 1 && source.ks.is_none()) {
+        for k in (0..ks.len()).step_by(2) {
+            let row = |k: usize| &source.data[source.at_k(ks.start + k) + lanes.start..][..lanes.len()];
+            let (even, odd) = (row(k), if k + 1 < ks.len() { row(k + 1) } else { &[] });
+            let out = &mut out[k / 2 * stride..];
+            for first in (0..width).step_by(S::LANES) {
+                let part = |row: &'_ [f32]| s.load_tail(&row[first.min(row.len())..]);
+                s.store_pairs(&mut out[first..], part(even), part(odd));
+            }
+        }
+        return;
+    }
+    const WIDE: usize = 2 * SQUARE;
+    let blocks = ks.len() / WIDE;
+    for first in (0..width).step_by(SQUARE) {
+        let mut rows = [&WIDE_ZEROS[..0]; SQUARE];
+        for (row, lane) in rows.iter_mut().zip(lanes.start + first..lanes.end) {
+            *row = &source.data[source.at_lane(lane) + ks.start..][..ks.len()];
+        }
+        let lanes = SQUARE.min(width - first);
+        for block in 0..blocks {
+            let k = block * WIDE;
+            let block = std::array::from_fn(|lane| {
+                let row: &[f32] = rows[lane];
+                if row.is_empty() { &WIDE_ZEROS[..] } else { &row[k..k + WIDE] }
+            });
+            s.transpose_pairs(&mut out[k / 2 * stride + first..], stride, block, lanes);
+        }
+        for k in (blocks * WIDE..ks.len()).step_by(2) {
+            let out = &mut out[k / 2 * stride + first..][..lanes];
+            for (out, row) in out.iter_mut().zip(rows) {
+                *out = pair(row.get(k).copied().unwrap_or(0.0), row.get(k + 1).copied().unwrap_or(0.0));
             }
         }
     }

@@ -5,7 +5,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::block::Panels;
-use super::pack::{PANEL, SLACK, Source, pack, pairs};
+use super::pack::{PANEL, SLACK, Source, pack, pack_pairs, packs_pairs, pairs};
 use super::{Mat, Precision};
 use crate::buf::Buf;
 use crate::isa::Isa;
@@ -179,6 +179,12 @@ impl<const N: usize> ProductKernel for PackPanel<'_, N> {
             Precision::F32 => {
                 for (part, (source, lanes)) in parts.into_iter().enumerate() {
                     pack(s, &mut out[part * width..], (width, PANEL), &source, lanes, ks.clone());
+                }
+            }
+            Precision::Bf16 if S::DOTS && parts.iter().all(|(source, _)| packs_pairs(source)) => {
+                let out: &mut [u32] = bytemuck::cast_slice_mut(out);
+                for (part, (source, lanes)) in parts.into_iter().enumerate() {
+                    pack_pairs(s, &mut out[part * width..], (width, PANEL), &source, lanes, ks.clone());
                 }
             }
             Precision::Bf16 => {
