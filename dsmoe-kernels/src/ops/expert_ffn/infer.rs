@@ -30,7 +30,7 @@ pub(super) fn forward(
     tiles.resize(plan.num_pairs() * depth);
     cut.set(&plan, depth / NEURONS, hidden, tasks_for(2 * work));
     // SAFETY: the cut's tasks differ in blocks or in panels, which are neurons.
-    let out = unsafe { Tiles::new(tiles, depth, rounded) };
+    let out = unsafe { Tiles::new(tiles, depth, weights.precision()) };
     for_tasks(cut.len(), |number| {
         let task = cut.task(number, &plan);
         let start = plan.offset(task.expert);
@@ -56,6 +56,8 @@ pub(super) fn forward(
     let tasks = tasks_for(work).min(panels);
     for_tasks(tasks, |task| {
         let range = task * panels / tasks..(task + 1) * panels / tasks;
-        add_blocks(&all, tiles, depth, cut, &plan, isa, range, |expert| weights.down(expert));
+        add_blocks(&all, tiles, depth, cut, &plan, (isa, weights.precision()), range, |expert| {
+            weights.down(expert)
+        });
     });
 }

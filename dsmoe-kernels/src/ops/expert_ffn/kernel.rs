@@ -3,7 +3,8 @@
 use std::ops::Range;
 
 use super::packed::NEURONS;
-use crate::matmul::{At, PANEL, Sink, tiles};
+use crate::isa::Isa;
+use crate::matmul::{At, Left, PANEL, Precision, Sink, tiles};
 use crate::simd::{Kernel, Product, ProductKernel, Simd, sigmoid};
 
 /// `silu(a) * b * g`. A function, as closures are not sure to be inlined into the tier's code.
@@ -12,15 +13,14 @@ fn gated<S: Simd>(s: S, a: S::V, b: S::V, g: S::V) -> S::V {
     s.mul(s.mul(s.mul(a, sigmoid(s, a)), b), g)
 }
 
-/// Activations `[pairs, depth]` stored as the tiles that [`crate::matmul::Left::Tiles`] reads, block after block.
+/// Activations `[pairs, depth]` stored as the tiles that [`left_tiles`] reads, block after block.
 /// Tasks write different blocks or different neurons.
 #[derive(Clone, Copy)]
 pub(super) struct Tiles {
     start: *mut f32,
     len: usize,
     depth: usize,
-    /// Values are rounded to bf16.
-    rounded: bool,
+    precision: Precision,
 }
 
 // SAFETY: a `Tiles` only writes through `put`, whose callers own the neurons of the blocks they write.
@@ -31,8 +31,8 @@ unsafe impl Sync for Tiles {}
 impl Tiles {
     /// # Safety
     /// While the value is used, nobody else touches `out`, and no two tasks write the same neurons of a block.
-    pub(super) unsafe fn new(out: &mut [f32], depth: usize, rounded: bool) -> Tiles {
-        Tiles { start: out.as_mut_ptr(), len: out.len(), depth, rounded }
+    pub(super) unsafe fn new(out: &mut [f32], depth: usize, precision: Precision) -> Tiles {
+        Tiles { start: out.as_mut_ptr(), len: out.len(), depth, precision }
     }
 
     /// Stores neurons `k..k + NEURONS` of rows `tile` of the block that starts at pair `first`; `rows` holds
@@ -47,23 +47,43 @@ impl Tiles {
         rows: &[f32; NEURONS * NEURONS],
     ) {
         let width = tile.len();
-        let start = (first + tile.start) * self.depth + k * width;
-        assert!(k + NEURONS <= self.depth && start + NEURONS * width <= self.len);
+        let in_pairs = S::DOTS && self.precision == Precision::Bf16;
+        let (per_value, len) = if in_pairs { (2, NEURONS / 2 * width) } else { (1, NEURONS * width) };
+        let start = ((first + tile.start) * self.depth + k * width) / per_value;
+        assert!(k + NEURONS <= self.depth && start + len <= self.len);
         // SAFETY: in bounds by the assertion.
         let start = unsafe { self.start.add(start) };
         // SAFETY: as above; by the contract of `new` no other task uses these neurons of this block.
-        let out = unsafe { std::slice::from_raw_parts_mut(start, NEURONS * width) };
+        let out = unsafe { std::slice::from_raw_parts_mut(start, len) };
         let mut columns = [0.0; NEURONS * NEURONS];
         let rows = std::array::from_fn(|r| &rows[r * NEURONS..(r + 1) * NEURONS]);
         s.transpose(&mut columns, NEURONS, rows, width);
+        // Whole vectors as long as there is room: what is past a column is written again by the next.
+        if in_pairs {
+            let out: &mut [u32] = bytemuck::cast_slice_mut(out);
+            for (k, columns) in columns.chunks_exact(2 * NEURONS).enumerate() {
+                let (even, odd) = columns.split_at(NEURONS);
+                for first in (0..width).step_by(S::LANES) {
+                    let (even, odd) = (s.load(&even[first..]), s.load(&odd[first..]));
+                    let out = &mut out[k * width + first..];
+                    if out.len() >= S::LANES {
+                        s.store_pairs(out, even, odd);
+                    } else {
+                        let mut last = [0; NEURONS];
+                        s.store_pairs(&mut last, even, odd);
+                        out[..width - first].copy_from_slice(&last[..width - first]);
+                    }
+                }
+            }
+            return;
+        }
         for (k, column) in columns.chunks_exact(NEURONS).enumerate() {
             for first in (0..width).step_by(S::LANES) {
                 let mut values = s.load(&column[first..]);
-                if self.rounded {
+                if self.precision == Precision::Bf16 {
                     values = s.round_bf16(values);
                 }
                 let out = &mut out[k * width + first..];
-                // Whole vectors as long as there is room: what is past a column is written again by the next.
                 if out.len() >= S::LANES {
                     s.store(out, values);
                 } else {
@@ -71,6 +91,22 @@ impl Tiles {
                 }
             }
         }
+    }
+}
+
+/// The tiles of a block of pairs.
+pub(super) fn left_tiles(
+    isa: Isa,
+    precision: Precision,
+    tiles: &[f32],
+    depth: usize,
+    pairs: Range<usize>,
+) -> Left<'_> {
+    let values = pairs.start * depth..pairs.end * depth;
+    if isa.dots() && precision == Precision::Bf16 {
+        Left::PairTiles { data: bytemuck::cast_slice(&tiles[values.start / 2..values.end / 2]), depth }
+    } else {
+        Left::Tiles { data: &tiles[values], depth }
     }
 }
 

@@ -2,15 +2,15 @@
 
 use rayon::prelude::*;
 
-use super::kernel::{Activation, FillTiles, GateBackward, Gated, GatedDot, Plain, Tiles};
+use super::kernel::{Activation, FillTiles, GateBackward, Gated, GatedDot, Plain, Tiles, left_tiles};
 use super::packed::{row_columns, tile_depth};
 use super::plan::{Cut, Pairs, Plan};
 use super::{Dims, Saved, Scratch, WeightGrads, Weights};
 use crate::blocks::{BLOCK, each_when};
 use crate::isa::Isa;
 use crate::matmul::{
-    Block, Left, Mat, Operands, PANEL, PackRight, Precision, RIGHT_LEN, ROUND, Rows, Source, for_tasks,
-    right_len, right_panels, tasks_for, with_right,
+    Block, Mat, Operands, PANEL, PackRight, Precision, RIGHT_LEN, ROUND, Rows, Source, for_tasks, right_len,
+    right_panels, tasks_for, with_right,
 };
 
 /// Where the backward finds a pair's activations.
@@ -237,7 +237,7 @@ fn combine<A: Activation, const N: usize>(
     tiles.resize(plan.num_pairs() * depth);
     cut.set(plan, 1, hidden, tasks_for(work));
     // SAFETY: the tasks below write different blocks.
-    let out = unsafe { Tiles::new(tiles, depth, precision == Precision::Bf16) };
+    let out = unsafe { Tiles::new(tiles, depth, precision) };
     for_tasks(cut.len(), |number| {
         let pairs = cut.task(number, plan).pairs;
         for (i, activation) in terms.into_iter().enumerate() {
@@ -272,7 +272,7 @@ fn combine<A: Activation, const N: usize>(
             let sink = all.starting_at_panel(first);
             for_tasks(tasks, |task| {
                 let range = task * count / tasks..(task + 1) * count / tasks;
-                add_blocks(&sink, tiles, depth, cut, plan, isa, range, |expert| {
+                add_blocks(&sink, tiles, depth, cut, plan, (isa, precision), range, |expert| {
                     right_panels(isa, precision, &right[expert * count * len..(expert + 1) * count * len])
                 });
             });
@@ -288,18 +288,18 @@ pub(super) fn add_blocks<'w>(
     depth: usize,
     cut: &Cut,
     plan: &Plan<'_>,
-    isa: Isa,
+    (isa, precision): (Isa, Precision),
     range: std::ops::Range<usize>,
     weights: impl Fn(usize) -> crate::matmul::Panels<'w>,
 ) {
     for (expert, pairs) in cut.blocks(plan) {
-        let data = &tiles[pairs.start * depth..pairs.end * depth];
+        let left = left_tiles(isa, precision, tiles, depth, pairs.clone());
         let sink = all.picked(plan.tokens(pairs.clone()));
         // Without a list, rows count as tokens.
         let rows = if let Pairs::Dense = plan.pairs { pairs } else { 0..pairs.len() };
         for start in (0..depth).step_by(ROUND) {
             Block {
-                left: Left::Tiles { data, depth },
+                left,
                 rows: rows.clone(),
                 ks: start..depth.min(start + ROUND),
                 panels: weights(expert),

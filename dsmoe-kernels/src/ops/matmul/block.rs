@@ -26,8 +26,8 @@ pub(crate) enum Left<'a> {
     Source(Source<'a>, bool),
     /// Tiles in f32, one after the other, cut as [`tiles`] does, with `depth` values of k each.
     Tiles { data: &'a [f32], depth: usize },
-    /// The same in pairs, with [`SLACK`] behind them.
-    PairTiles(&'a [u32]),
+    /// The same in pairs, where pairs are multiplied; `depth` is even.
+    PairTiles { data: &'a [u32], depth: usize },
 }
 
 /// A tile of C: rows of the task and a panel.
@@ -67,7 +67,7 @@ pub(crate) struct Block<'a, K> {
     pub(crate) left: Left<'a>,
     /// Rows of A, of [`Left::Source`]; of tiles their number counts.
     pub(crate) rows: Range<usize>,
-    /// The part of the inner dimension, even in its start; of [`Left::PairTiles`] all of it.
+    /// The part of the inner dimension, even in its start.
     pub(crate) ks: Range<usize>,
     /// All panels; `range` says which ones to use.
     pub(crate) panels: Panels<'a>,
@@ -114,43 +114,27 @@ impl<K: Sink> ProductKernel for Task<'_, '_, K> {
         let depth = if in_pairs { k.next_multiple_of(2) } else { k };
         let dots = in_pairs && S::DOTS;
         let mut layout = (depth, 0);
-        let values: &[f32] = match block.left {
-            Left::Tiles { data, depth } if !dots => {
+        let (values, paired): (&[f32], &[u32]) = match block.left {
+            Left::Tiles { data, depth } => {
+                assert!(!dots, "tiles in f32 where pairs are multiplied");
                 layout = (depth, block.ks.start);
-                data
+                (data, &[])
             }
-            Left::PairTiles(_) => &[],
+            Left::PairTiles { data, depth } => {
+                layout = (depth, block.ks.start);
+                (&[], data)
+            }
             Left::Source(source, _) if dots => {
                 a_pairs.resize(rows * depth / 2 + SLACK);
                 let out = bytemuck::cast_slice_mut(a_pairs);
                 pack_pair_tiles(s, out, a, &source, block.rows.clone(), block.ks.clone());
-                &[]
+                (&[], out)
             }
             Left::Source(source, rounded) => {
                 a.resize(rows * depth + SLACK);
                 pack_tiles(s, a, &source, block.rows.clone(), block.ks.clone(), depth, rounded);
-                a
+                (a, &[])
             }
-            Left::Tiles { data, depth: whole } => {
-                a.resize(rows * depth + SLACK);
-                for tile in tiles(rows, S::ROWS) {
-                    let from = tile.start * whole + block.ks.start * tile.len();
-                    a[tile.start * depth..tile.end * depth]
-                        .copy_from_slice(&data[from..][..tile.len() * depth]);
-                }
-                a
-            }
-        };
-        let paired: &[u32] = match block.left {
-            Left::PairTiles(tiles) => tiles,
-            Left::Source(..) if dots => bytemuck::cast_slice(a_pairs),
-            _ if dots => {
-                a_pairs.resize(rows * depth / 2 + SLACK);
-                let out = bytemuck::cast_slice_mut(a_pairs);
-                pair_tiles(s, out, values, rows, depth);
-                out
-            }
-            _ => &[],
         };
         let most = tiles(rows, S::ROWS).map(|t| t.len()).max().unwrap_or(0);
         sums.resize(2 * rows * PANEL);
@@ -243,7 +227,7 @@ impl PackLeft<'_> {
     /// What `run` has set.
     pub(crate) fn tiles(isa: Isa, precision: Precision, out: &[f32], depth: usize) -> Left<'_> {
         if precision == Precision::Bf16 && isa.dots() {
-            Left::PairTiles(bytemuck::cast_slice(out))
+            Left::PairTiles { data: bytemuck::cast_slice(out), depth: depth.next_multiple_of(2) }
         } else {
             Left::Tiles { data: out, depth }
         }
@@ -361,8 +345,7 @@ impl<S: Product, K: Sink> Passes<'_, '_, S, K> {
                     Panels::Pairs(b) => {
                         let b = std::array::from_fn(|p| &b[panel_at(p, start) / 2..panel_at(p, end) / 2]);
                         if S::DOTS {
-                            let at = |k| (tile.start * depth + k * tile.len()) / 2;
-                            Depth::Pairs(&self.paired[at(start)..at(end)], b)
+                            Depth::Pairs(&self.paired[a_at(start) / 2..a_at(end) / 2], b)
                         } else {
                             Depth::Widened(values(), b)
                         }
@@ -378,9 +361,7 @@ impl<S: Product, K: Sink> Passes<'_, '_, S, K> {
                     let len = tile.len();
                     let at = a_at(start) + len * layout.0;
                     let part: &[f32] = if S::DOTS && !self.paired.is_empty() {
-                        bytemuck::cast_slice(
-                            self.paired.get(((tile.start + len) * depth + start * len) / 2..).unwrap_or(&[]),
-                        )
+                        bytemuck::cast_slice(self.paired.get(at / 2..).unwrap_or(&[]))
                     } else {
                         self.values.get(at..).unwrap_or(&[])
                     };

@@ -206,18 +206,22 @@ pub(crate) fn copied_pair_tiles<S: Product, T: Iterator<Item = Range<usize>>>(
             let out = &mut out[(tile.start * depth + start * width) / 2..];
             let after = ((depth - start - count.next_multiple_of(2)) / 2 + 1) * width;
             let whole = after >= S::LANES && width <= S::LANES && tile.start + S::LANES <= lanes.len();
-            for (i, rows) in rows[..count].chunks(2).enumerate() {
-                let out = &mut out[i * width..];
-                match *rows {
-                    [even, odd] if whole => {
-                        s.store_pairs(out, s.load(&even[tile.start..]), s.load(&odd[tile.start..]))
-                    }
-                    [even, ref odd @ ..] => {
-                        for (lane, out) in tile.clone().zip(out) {
-                            *out = pair(even[lane], odd.first().map_or(0.0, |odd| odd[lane]));
-                        }
-                    }
-                    [] => {}
+            if whole && count == ROWS_AT_ONCE {
+                for i in 0..ROWS_AT_ONCE / 2 {
+                    let (even, odd) = (&rows[2 * i][tile.start..], &rows[2 * i + 1][tile.start..]);
+                    s.store_pairs(&mut out[i * width..], s.load(even), s.load(odd));
+                }
+                continue;
+            }
+            let mut pairs = [0; SQUARE];
+            for (out, rows) in out.chunks_exact_mut(width).zip(rows[..count].chunks(2)) {
+                for first in (0..width).step_by(S::LANES) {
+                    let lanes = S::LANES.min(width - first);
+                    let part = |row: Option<&&[f32]>| {
+                        s.load_tail(row.map_or(&[][..], |row| &row[tile.start + first..][..lanes]))
+                    };
+                    s.store_pairs(&mut pairs, part(rows.first()), part(rows.get(1)));
+                    out[first..first + lanes].copy_from_slice(&pairs[..lanes]);
                 }
             }
         }
