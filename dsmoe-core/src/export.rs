@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use crate::checkpoint::{
     Checkpoint, Dtype, Meter, OutputDir, Progress, TensorInfo, TensorSource, Writer, check_llama_tensors,
-    copy_companions, decode, encode, read_partitions,
+    copy_companions, decode, encode, is_router, read_partitions,
 };
 use crate::config::{CONFIG_FILE, Config};
 use crate::convert::{ffn_change, source_infos};
@@ -66,8 +66,12 @@ pub fn export(
     let mut inverses = Vec::new();
     if format == ExportAs::Dense {
         if config.moe.is_none() {
+            let (field, problem) = match &config.ffn {
+                None => ("model_type", format!("is {} already, without experts", config.model_type())),
+                Some(spec) => ("ffn.type", format!("is {:?}, which has no dense form", spec.kind())),
+            };
             let mend = "use --as native to copy it";
-            return Err(Error::field(&model.join(CONFIG_FILE), "model_type", "is llama already", mend));
+            return Err(Error::field(&model.join(CONFIG_FILE), field, problem, mend));
         }
         inverses =
             read_partitions(&config, &checkpoint)?.iter().map(|partition| partition.inverse()).collect();
@@ -111,10 +115,6 @@ pub fn export(
     config.save(output.path())?;
     output.commit()?;
     Ok(report)
-}
-
-fn is_router(name: &str) -> bool {
-    [".mlp.router.weight", ".mlp.router.bias", ".mlp.partition"].iter().any(|suffix| name.ends_with(suffix))
 }
 
 fn cast(info: &TensorInfo, dtype: Option<Dtype>) -> Dtype {

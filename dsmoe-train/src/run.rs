@@ -285,9 +285,10 @@ impl Trainer {
         let mut record = StepRecord {
             step: step + 1,
             tokens: self.state.tokens + step_tokens,
-            loss: result.lm_loss + f64::from(self.state.sparsity_weight) * penalty,
+            loss: result.lm_loss + result.balance_loss + f64::from(self.state.sparsity_weight) * penalty,
             lm_loss: result.lm_loss,
             sparsity_loss: routed.then_some(result.sparsity_loss),
+            balance_loss: self.model.config().ffn.as_ref().map(|_| result.balance_loss),
             lr: self.config.schedule().lr_at(step),
             grad_norm: result.norms.all,
             router_grad_norm: routed.then_some(result.norms.router),
@@ -331,6 +332,7 @@ impl Trainer {
         let routing = [
             ("train/sparsity_loss", record.sparsity_loss),
             ("train/sparsity_weight", record.sparsity_weight),
+            ("train/balance_loss", record.balance_loss),
             ("train/activation_ratio", record.activation_ratio),
             ("train/zero_active_share", record.zero_active_share),
             ("train/router_grad_norm", record.router_grad_norm),
@@ -482,6 +484,11 @@ fn budget(model: &Model, config: &TrainConfig) -> Result<(Option<BudgetControlle
             field: "active_target",
             found: target.to_string(),
             allowed: "a model with experts (dsmoe convert), or no target for a dense model".to_owned(),
+        }),
+        Budget::Target(target) if model.config().fixed_active().is_some() => Err(Error::Field {
+            field: "active_target",
+            found: target.to_string(),
+            allowed: "no target for a model whose tokens all run the same number of experts".to_owned(),
         }),
         Budget::Target(target) => {
             let ramp_steps = (config.steps.unwrap_or(1) / RAMP_SHARE).max(1);

@@ -89,7 +89,7 @@ pub(crate) fn run(args: &Inspect, ui: &mut Ui) -> Result<()> {
     let layers = layers(&config, &checkpoint);
     let report = Report {
         model: args.model.clone(),
-        model_type: if config.moe.is_some() { "dsmoe" } else { "llama" },
+        model_type: config.model_type(),
         vocab_size: config.vocab_size,
         hidden: config.hidden,
         intermediate: config.intermediate,
@@ -122,7 +122,7 @@ pub(crate) fn run(args: &Inspect, ui: &mut Ui) -> Result<()> {
         params_total: accounting.total,
         params_non_ffn: accounting.non_ffn,
         params_embedding: accounting.embedding,
-        params_router: accounting.num_layers * accounting.router,
+        params_router: accounting.router,
         mean_active: active,
         params_activated: accounting.activated(active.unwrap_or(0.0)),
         context,

@@ -28,10 +28,10 @@ pub use ragged::{After, Likelihood, Segment};
 pub use step::{StepArgs, StepOutput};
 pub use train_workspace::TrainWorkspace;
 
-use crate::checkpoint::{Checkpoint, Dtype, TensorInfo, WeightReader, Writer, partition_name};
-use crate::config::{Config, PartitionKind, RopeScaling};
+use crate::checkpoint::{Checkpoint, Dtype, TensorInfo, WeightReader, Writer, ffn_name, partition_name};
+use crate::config::{Config, LayerShape, PartitionKind, RopeScaling};
 use crate::error::{Error, Result};
-use crate::ffn::{DenseFfn, DsmoeFfn, Ffn};
+use crate::ffn::{self, Ffn};
 use crate::params::{Layout, Stored, TensorSpec};
 
 /// Arena ranges of one decoder layer.
@@ -89,13 +89,14 @@ impl Model {
         Model { config, ffns, layout, ranges, params, rope, partitions: None }
     }
 
-    /// A model of `config` with all parameters zero: dense, or DSMoE when the configuration says so.
+    /// A model of `config` with all parameters zero: dense, DSMoE, or with FFNs of another kind, as the configuration
+    /// says.
     pub fn new(config: Config) -> Model {
         let ffns = ffns_of(&config);
         Model::with_ffns(config, ffns)
     }
 
-    /// Loads a dense LLaMA or a native DSMoE directory.
+    /// Loads a model directory: a dense LLaMA, DSMoE, or FFNs of a kind that is registered ([`ffn::register`]).
     ///
     /// # Errors
     /// Anything wrong with the directory; the message names the file, the field or tensor, and the mend.
@@ -197,26 +198,20 @@ impl Model {
 
 /// The FFNs that `config` asks for, one per layer.
 fn ffns_of(config: &Config) -> Vec<Box<dyn Ffn>> {
-    let (hidden, intermediate) = (config.hidden, config.intermediate);
-    let ffn = || -> Box<dyn Ffn> {
-        match &config.moe {
-            None => Box::new(DenseFfn::new(hidden, intermediate)),
-            Some(moe) => Box::new(DsmoeFfn::new(hidden, intermediate, moe.router.clone(), moe.router_bias)),
-        }
-    };
-    std::iter::repeat_with(ffn).take(config.num_layers).collect()
+    (0..config.num_layers).map(|i| ffn::of_layer(config, i)).collect()
 }
 
 /// The table of all tensors, and where they lie.
 fn lay_out(config: &Config, ffns: &[Box<dyn Ffn>]) -> (Layout, Ranges) {
     let mut layout = Layout::default();
     let hidden = config.hidden;
-    let (q_width, kv_width) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
     let embed = layout.push(TensorSpec::matrix("model.embed_tokens.weight", config.vocab_size, hidden), None);
     let layers = ffns
         .iter()
         .enumerate()
         .map(|(i, ffn)| {
+            let LayerShape { num_heads, num_kv_heads, .. } = config.layer(i);
+            let [q_width, kv_width] = [num_heads, num_kv_heads].map(|heads| heads * config.head_dim);
             let name = |suffix: &str| format!("model.layers.{i}.{suffix}.weight");
             let matrix = |suffix: &str, rows, cols| TensorSpec::matrix(name(suffix), rows, cols);
             let projections = [("q", q_width), ("k", kv_width), ("v", kv_width)]
@@ -228,7 +223,7 @@ fn lay_out(config: &Config, ffns: &[Box<dyn Ffn>]) -> (Layout, Ranges) {
             let post_norm = norm("post_attention_layernorm");
             let start = layout.len();
             for mut spec in ffn.tensors() {
-                spec.name = format!("model.layers.{i}.mlp.{}", spec.name);
+                spec.name = ffn_name(i, &spec.name);
                 layout.push(spec, Some(i));
             }
             LayerRanges { input_norm, q, k, v, o, post_norm, ffn: start..layout.len() }

@@ -120,7 +120,7 @@ impl Inference {
         packed.expect("an arena is there to be read")
     }
 
-    /// Loads a dense LLaMA or a native DSMoE directory tensor by tensor: beside the packed weights, one FFN at the
+    /// Loads a model directory tensor by tensor: beside the packed weights, one FFN at the
     /// most is in memory in f32. Weights stored as bf16 stay what they are in [`Precision::Bf16`]; f16 and f32 are
     /// rounded.
     ///
@@ -145,7 +145,6 @@ fn build(
     source: &mut dyn Source,
 ) -> Result<Inference> {
     let hidden = config.hidden;
-    let q_width = config.num_heads * config.head_dim;
     let head = pack(source, &ranges.head, hidden, precision)?;
     let embedding = match precision {
         _ if config.tie_word_embeddings => Embedding::Tied,
@@ -161,7 +160,8 @@ fn build(
         }
     };
     let mut layers = Vec::with_capacity(config.num_layers);
-    for (ranges, ffn) in ranges.layers.iter().zip(ffns) {
+    for (i, (ranges, ffn)) in ranges.layers.iter().zip(ffns).enumerate() {
+        let q_width = config.layer(i).num_heads * config.head_dim;
         layers.push(Layer {
             input_norm: vector(source.part(&ranges.input_norm)?),
             q: pack(source, &ranges.q, hidden, precision)?,
