@@ -18,22 +18,25 @@ pub(crate) enum Unit {
     Steps,
     Windows,
     Documents,
+    Parts,
 }
 
 impl Unit {
     fn show(self, amount: f64) -> String {
         match self {
             Unit::Bytes => report::bytes(amount as u64),
-            Unit::Steps | Unit::Windows | Unit::Documents if amount < 10.0 && amount.fract() != 0.0 => {
+            Unit::Steps | Unit::Windows | Unit::Documents | Unit::Parts
+                if amount < 10.0 && amount.fract() != 0.0 =>
+            {
                 format!("{amount:.1}")
             }
-            Unit::Steps | Unit::Windows | Unit::Documents => report::count(amount as u64),
+            Unit::Steps | Unit::Windows | Unit::Documents | Unit::Parts => report::count(amount as u64),
         }
     }
 
     fn name(self) -> &'static str {
         match self {
-            Unit::Bytes => "",
+            Unit::Bytes | Unit::Parts => "",
             Unit::Steps => " steps",
             Unit::Windows => " windows",
             Unit::Documents => " documents",

@@ -10,6 +10,8 @@ mod export;
 mod generate;
 mod init;
 mod inspect;
+mod methods;
+mod prune;
 mod sources;
 mod train;
 
@@ -42,6 +44,8 @@ pub(crate) fn run(cli: Cli, ui: &mut Ui) -> Result<ExitCode> {
     match &cli.command {
         Command::Inspect(args) => inspect::run(args, ui)?,
         Command::Convert(args) => convert::run(args, ui)?,
+        Command::Prune(args) => prune::run(args, ui)?,
+        Command::Methods => methods::run(ui)?,
         Command::Export(args) => export::run(args, ui)?,
         Command::Train(args) => return train::run(args, cli.threads, ui),
         Command::Eval(args) => return eval::run(args, ui),

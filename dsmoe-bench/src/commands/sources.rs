@@ -23,6 +23,11 @@ pub(crate) fn open(args: &DataArgs, defaults: &CorpusOptions) -> Result<Vec<Text
         Some(path) => from_toml(path, defaults)?,
         None => from_words(&args.data, defaults)?,
     };
+    find(specs)
+}
+
+/// Finds the files of sources.
+pub(crate) fn find(specs: Vec<SourceSpec>) -> Result<Vec<Text>> {
     let open = |spec: SourceSpec| {
         let corpus = Corpus::open(&spec.paths, spec.options.clone())?;
         Ok(Text { spec, corpus })

@@ -1,0 +1,196 @@
+//! `dsmoe prune`: a dense model made smaller by one of the methods that DSMoE is compared with.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::Instant;
+
+use anyhow::{Result, bail};
+use dsmoe_baselines::{Job, Knobs, Plan, method};
+use dsmoe_core::accounting::Accounting;
+use dsmoe_core::config::Config;
+use dsmoe_datasets::mixture::from_words;
+use dsmoe_datasets::{Bos, CorpusOptions, Mixture, SplitOptions};
+use dsmoe_train::TrainConfig;
+use serde::Serialize;
+
+use crate::cli::Prune;
+use crate::commands::sources::{self, load};
+use crate::commands::tokenizer;
+use crate::progress::{Progress, Unit};
+use crate::report;
+use crate::ui::Ui;
+
+/// Length of a calibration sequence when none is given.
+const SEQ: usize = 1024;
+
+#[derive(Debug, Serialize)]
+struct Report<'a> {
+    model: &'a Path,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    out: Option<&'a Path>,
+    method: &'static str,
+    /// Activated parameters asked for.
+    budget: f64,
+    params_dense: u64,
+    params_total: f64,
+    params_activated: f64,
+    /// Activated parameters over those asked for.
+    reached: f64,
+    reached_by: String,
+    settings: BTreeMap<String, String>,
+    knobs: BTreeMap<&'static str, String>,
+    seed: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    calibration: Option<CalibrationReport<'a>>,
+    measured: BTreeMap<String, f64>,
+    seconds: f64,
+}
+
+#[derive(Debug, Serialize)]
+struct CalibrationReport<'a> {
+    data: &'a [String],
+    bos: Bos,
+    samples: usize,
+    seq: usize,
+}
+
+pub(crate) fn run(args: &Prune, ui: &mut Ui) -> Result<()> {
+    let started = Instant::now();
+    let method = method(&args.method)?;
+    let knobs = Knobs::parse(method.knobs(), args.knobs.iter().map(String::as_str))?;
+    let config = Config::load(&args.model)?;
+    let dense = Accounting::of(&config).total;
+    let plan = method.plan(&config, args.budget, &knobs)?;
+    let needs_text = method.needs_calibration(&knobs);
+    let seq = args.seq.unwrap_or(SEQ.min(config.max_position));
+    let mut report = Report {
+        model: &args.model,
+        out: args.out.as_deref().filter(|_| !args.dry_run),
+        method: method.name(),
+        budget: args.budget.params(dense),
+        params_dense: dense,
+        params_total: 0.0,
+        params_activated: 0.0,
+        reached: 0.0,
+        reached_by: String::new(),
+        settings: BTreeMap::new(),
+        knobs: knobs.iter().map(|(name, value)| (name, value.to_owned())).collect(),
+        seed: args.seed,
+        calibration: needs_text.then_some(CalibrationReport {
+            data: &args.calib,
+            bos: args.bos,
+            samples: args.samples as usize,
+            seq,
+        }),
+        measured: BTreeMap::new(),
+        seconds: 0.0,
+    };
+    report.set_plan(plan);
+    if let (Some(out), false) = (&args.out, args.dry_run) {
+        if needs_text && args.calib.is_empty() {
+            bail!(
+                "--method {} reads calibration text; name the training text with --calib PATH",
+                method.name()
+            );
+        }
+        let calibration = if needs_text { calibration(args, &config, seq, ui)? } else { Vec::new() };
+        let job = Job {
+            model: &args.model,
+            out,
+            force: args.force,
+            budget: args.budget,
+            calibration: &calibration,
+            seed: args.seed,
+            knobs: &knobs,
+        };
+        let mut shown: Option<(&str, Progress)> = None;
+        let made = method.run(&job, &mut |at| {
+            if shown.as_ref().is_none_or(|(stage, _)| *stage != at.stage)
+                && let Some((_, done)) =
+                    shown.replace((at.stage, Progress::new(ui, at.stage, Unit::Parts, at.total)))
+            {
+                done.finish();
+            }
+            if let Some((_, progress)) = &mut shown {
+                progress.set(at.done, at.total, "");
+            }
+        });
+        if let Some((_, progress)) = shown {
+            progress.finish();
+        }
+        let made = made?;
+        report.set_plan(made.plan);
+        report.measured = made.measured.into_iter().collect();
+    }
+    report.seconds = started.elapsed().as_secs_f64();
+    ui.result(&report, show)
+}
+
+/// Sequences of `seq` tokens of the training side of the text, in the order in which a run of this seed takes them.
+fn calibration(args: &Prune, config: &Config, seq: usize, ui: &Ui) -> Result<Vec<Vec<u32>>> {
+    if seq == 0 || seq > config.max_position {
+        bail!("--seq {seq} is not in 1..={}, the positions of the model", config.max_position);
+    }
+    let defaults = CorpusOptions::default();
+    let options = CorpusOptions {
+        doc_separator: args.doc_separator.clone(),
+        text_column: args.text_column.clone().unwrap_or(defaults.text_column),
+    };
+    let specs = from_words(&args.calib, &options)?;
+    let texts = sources::find(specs)?;
+    let sources = load(&texts, &tokenizer(&args.model, config)?, args.bos, None, ui)?;
+    let split = SplitOptions { seq, ..TrainConfig::default().split_options() };
+    let mixture = Mixture::new(&sources, split, None)?;
+    let (samples, windows) =
+        (args.samples as usize, mixture.parts().iter().map(|part| part.split.num_windows()).sum::<usize>());
+    if windows < samples {
+        bail!(
+            "--calib: the text has {windows} sequences of {seq} tokens and --samples is {samples}; give more text or a smaller \
+             --samples or --seq"
+        );
+    }
+    let mut order = mixture.interleaving(samples, args.seed)?;
+    let read = |sample| {
+        let mut ids = Vec::with_capacity(seq + 1);
+        mixture.window(sample, &mut ids)?;
+        ids.truncate(seq);
+        Ok(ids)
+    };
+    order.batch_at(0).map(read).collect()
+}
+
+impl Report<'_> {
+    fn set_plan(&mut self, plan: Plan) {
+        self.params_total = plan.total;
+        self.params_activated = plan.activated;
+        self.reached = plan.activated / self.budget;
+        self.reached_by = plan.reached_by;
+        self.settings = plan.settings.into_iter().collect();
+    }
+}
+
+fn show(report: &Report<'_>) -> String {
+    let millions = |params: f64| report::count(params.round() as u64);
+    let mut text = match report.out {
+        Some(out) => format!("{}: {}", out.display(), report.method),
+        None => format!("{}: {} would be", report.model.display(), report.method),
+    };
+    text += &format!(
+        ", {}; {} parameters, {} of them activated ({} of the budget, {} of the dense model)\n",
+        report.reached_by,
+        millions(report.params_total),
+        millions(report.params_activated),
+        report::percent(report.reached),
+        report::percent(report.params_activated / report.params_dense as f64),
+    );
+    for (name, value) in &report.settings {
+        text += &format!("  {name}: {value}\n");
+    }
+    for (name, value) in &report.measured {
+        text += &format!("  {name}: {value:.6}\n");
+    }
+    if report.out.is_some() {
+        text += &format!("  time: {}\n", report::duration(report.seconds));
+    }
+    text
+}
