@@ -118,8 +118,7 @@ impl Knobs {
     /// # Panics
     /// The method has no knob of that name.
     pub fn get<T: FromStr>(&self, name: &str) -> Result<Option<T>> {
-        let (knob, value) =
-            self.0.iter().find(|(knob, _)| knob.name == name).expect("a knob of this method");
+        let (knob, value) = self.0.iter().find(|(knob, _)| knob.name == name).expect("a knob of this method");
         if value.is_empty() {
             return Ok(None);
         }

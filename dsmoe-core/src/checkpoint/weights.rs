@@ -26,9 +26,13 @@ pub(crate) struct WeightReader<'a> {
 impl<'a> WeightReader<'a> {
     /// Checks that `checkpoint` holds the model of `config`.
     pub(crate) fn new(config: &Config, checkpoint: &'a Checkpoint) -> Result<WeightReader<'a>> {
-        let names = check_llama_tensors(config, checkpoint)?;
+        Ok(WeightReader::resume(check_llama_tensors(config, checkpoint)?, checkpoint))
+    }
+
+    /// For a checkpoint that was checked before.
+    pub(crate) fn resume(names: LlamaTensors, checkpoint: &'a Checkpoint) -> WeightReader<'a> {
         let source = TensorSource::new(checkpoint);
-        Ok(WeightReader { checkpoint, names, source, bytes: Vec::new(), values: Vec::new() })
+        WeightReader { checkpoint, names, source, bytes: Vec::new(), values: Vec::new() }
     }
 
     /// Sets `out` to a tensor as it is in memory.
