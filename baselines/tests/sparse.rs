@@ -5,12 +5,13 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use dsmoe_baselines::{Budget, Job, Knobs, Made, Method, Result, method};
-use dsmoe_core::Config;
+use dsmoe_core::accounting::Accounting;
 use dsmoe_core::calibrate::LayerStream;
 use dsmoe_core::checkpoint::{Checkpoint, Dtype};
 use dsmoe_core::convert::{ConvertOptions, convert};
 use dsmoe_core::init::{InitOptions, init, preset};
-use dsmoe_core::model::{Inference, Workspace};
+use dsmoe_core::model::{Inference, Model, Workspace};
+use dsmoe_core::{Config, Masks};
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::testing::with_threads;
 use serde_json::{Value, json};
@@ -226,6 +227,10 @@ fn the_result_is_a_plain_model_with_zeros_where_its_masks_say() {
                     );
                 }
                 assert_eq!(made.plan.activated, made.plan.total - removed as f64);
+                let counts = Accounting::of(&config).with_masks(&Masks::load(&out).unwrap().unwrap());
+                assert_eq!(counts.activated(0.0), made.plan.activated);
+                // The weights fit their masks, and the trainer keeps them so.
+                assert!(Model::load(&out).unwrap().masks().is_some());
                 assert!(loss(&out, &sequences()).is_finite());
             }
         }
@@ -334,6 +339,8 @@ fn what_cannot_be_done_is_said_in_a_line_and_leaves_nothing() {
     run.to(&out).unwrap();
     assert!(run.to(&out).unwrap_err().to_string().contains("not empty"));
     assert!(run.to(&model).is_err());
+    let again = Run { model: &out, ..run }.to(&work.path().join("again")).unwrap_err().to_string();
+    assert!(again.contains("masks.safetensors: the model is pruned already"), "{again}");
     let left: Vec<_> = fs::read_dir(work.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert!(left.iter().all(|name| !name.to_string_lossy().starts_with('.')), "{left:?}");
 
@@ -396,7 +403,7 @@ fn masks_and_errors_of_a_real_layer_are_pytorchs() {
         let out = work.path().join(case.replace(' ', "-"));
         // Half of the linears.
         let pruned: usize = dense.linears.iter().map(|linear| linear.outputs * linear.inputs).sum();
-        let total = dsmoe_core::accounting::Accounting::of(&config).total;
+        let total = Accounting::of(&config).total;
         let budget = Budget::Params(total as f64 - (pruned * config.num_layers / 2) as f64);
         Run { method: name, model: &model, budget, knobs: set, calibration: &sequences }.to(&out).unwrap();
         losses.insert(case, loss(&out, &sequences));

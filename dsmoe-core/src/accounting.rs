@@ -1,29 +1,35 @@
 //! What a model costs: parameters held and used per token, and floating-point operations.
 //!
 //! ```text
-//! attn_layer = 2 d H hd + 2 d KV hd      ffn_layer = 3 d D      expert = ffn_layer / n
-//! embedding  = vocab d (twice when untied)                      norms  = (2 L + 1) d
-//! total      = L (attn_layer + ffn_layer + router) + embedding + norms
-//! activated  = non_ffn + L ffn_layer k / n + L router           non_ffn = total without FFNs and routers
-//! flops      = 2 (activated matrix weights, head included, embedding excluded) + L 4 H hd context
+//! attention  = sum over layers of 2 d H hd + 2 d KV hd          ffn = sum over layers of 3 d D
+//! embedding  = vocab d (twice when untied)                      norms = (2 L + 1) d
+//! total      = attention + ffn + router + embedding + norms
+//! activated  = attention + embedding + norms + ffn k / n + router, of masked matrices the kept weights
+//! flops      = 2 (activated matrix weights, head included, embedding excluded) + sum over layers of 4 H hd context
 //! ```
+//!
+//! H, KV and D are a layer's own. What only training reads ([`TensorSpec::training_only`]) is in no count.
+//!
+//! [`TensorSpec::training_only`]: crate::params::TensorSpec::training_only
 
 use crate::config::Config;
+use crate::ffn;
+use crate::masks::Masks;
 
 /// Parameter counts of a model.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Accounting {
     /// Decoder layers (L).
     pub num_layers: u64,
     /// Experts per layer (n); 1 for a dense model, whose FFN is always active.
     pub num_experts: u64,
-    /// Attention of one layer.
-    pub attn_layer: u64,
-    /// FFN of one layer, router excluded.
-    pub ffn_layer: u64,
-    /// One expert.
-    pub expert: u64,
-    /// Router of one layer, bias included; 0 for a dense model.
+    /// Experts that every token runs, when their number is fixed.
+    pub fixed_active: Option<f64>,
+    /// Attention of all layers.
+    pub attention: u64,
+    /// FFNs of all layers, routers excluded.
+    pub ffn: u64,
+    /// Routers of all layers, biases included; 0 for a dense model.
     pub router: u64,
     /// Embedding, and the output head when it is not the embedding.
     pub embedding: u64,
@@ -33,12 +39,15 @@ pub struct Accounting {
     pub non_ffn: u64,
     /// Everything.
     pub total: u64,
-    /// Weights of the router of one layer, without bias.
-    router_matrix: u64,
+    /// Weights of all routers, without biases.
+    router_matrices: u64,
     /// Weights of the output head.
     head: u64,
-    /// Width of all query heads of a layer.
+    /// Width of the query heads of all layers.
     query_width: u64,
+    /// Masked weights of attention and of FFNs.
+    pruned_attention: u64,
+    pruned_ffn: u64,
 }
 
 impl Accounting {
@@ -46,53 +55,75 @@ impl Accounting {
     pub fn of(config: &Config) -> Accounting {
         let wide = |n: usize| n as u64;
         let (hidden, num_layers) = (wide(config.hidden), wide(config.num_layers));
-        let query_width = wide(config.num_heads) * wide(config.head_dim);
-        let kv_width = wide(config.num_kv_heads) * wide(config.head_dim);
-        let attn_layer = 2 * hidden * query_width + 2 * hidden * kv_width;
-        let ffn_layer = 3 * hidden * wide(config.intermediate);
+        let (mut query_width, mut attention) = (0, 0);
+        let (mut ffn, mut router, mut router_matrices) = (0, 0, 0);
+        for (i, shape) in config.layers().enumerate() {
+            let (queries, keys) =
+                [shape.num_heads, shape.num_kv_heads].map(|heads| wide(heads * config.head_dim)).into();
+            query_width += queries;
+            attention += 2 * hidden * (queries + keys);
+            for spec in ffn::of_layer(config, i).tensors() {
+                match spec.router {
+                    _ if spec.training_only => {}
+                    false => ffn += wide(spec.numel()),
+                    true => {
+                        router += wide(spec.numel());
+                        router_matrices += if spec.shape.len() > 1 { wide(spec.numel()) } else { 0 };
+                    }
+                }
+            }
+        }
         let head = wide(config.vocab_size) * hidden;
         let embedding = if config.tie_word_embeddings { head } else { 2 * head };
         let norms = (2 * num_layers + 1) * hidden;
-        let experts = config.moe.as_ref().map_or(0, |moe| wide(moe.router.num_experts));
-        let bias = config.moe.as_ref().is_some_and(|moe| moe.router_bias);
-        let router_matrix = experts * hidden;
-        let router = router_matrix + if bias { experts } else { 0 };
-        let num_experts = experts.max(1);
-        let non_ffn = num_layers * attn_layer + embedding + norms;
+        let non_ffn = attention + embedding + norms;
         Accounting {
             num_layers,
-            num_experts,
-            attn_layer,
-            ffn_layer,
-            expert: ffn_layer / num_experts,
+            num_experts: wide(config.num_experts().unwrap_or(1)),
+            fixed_active: config.fixed_active(),
+            attention,
+            ffn,
             router,
             embedding,
             norms,
             non_ffn,
-            total: non_ffn + num_layers * (ffn_layer + router),
-            router_matrix,
+            total: non_ffn + ffn + router,
+            router_matrices,
             head,
             query_width,
+            pruned_attention: 0,
+            pruned_ffn: 0,
         }
     }
 
+    /// The same with linears masked: what is not kept is held, and neither activated nor multiplied.
+    pub fn with_masks(self, masks: &Masks) -> Accounting {
+        let pruned = |part: &str| {
+            masks.iter().filter(|(name, _)| name.contains(part)).map(|(_, mask)| mask.pruned()).sum()
+        };
+        Accounting { pruned_attention: pruned(".self_attn."), pruned_ffn: pruned(".mlp."), ..self }
+    }
+
     /// Parameters used for a token when `mean_active_experts` of each layer's experts are active, mean over tokens
-    /// and layers. For a dense model, [`Accounting::total`] whatever the argument is.
+    /// and layers. Where the number of active experts is fixed, or there are none, the argument does not matter.
     pub fn activated(&self, mean_active_experts: f64) -> f64 {
-        let routers = self.num_layers * self.router;
-        self.non_ffn as f64 + self.active_ffn(mean_active_experts) + routers as f64
+        (self.non_ffn + self.router - self.pruned_attention) as f64 + self.active_ffn(mean_active_experts)
     }
 
     /// Floating-point operations of the forward pass of one token that attends to `context` positions (half the
-    /// sequence length for the mean of a causal sequence). For a dense model the first argument does not matter.
+    /// sequence length for the mean of a causal sequence). The first argument is that of [`Accounting::activated`].
     pub fn flops_per_token(&self, mean_active_experts: f64, context: f64) -> f64 {
-        let matrices = self.num_layers * (self.attn_layer + self.router_matrix) + self.head;
-        let attention = 4.0 * (self.num_layers * self.query_width) as f64 * context;
+        let matrices = self.attention - self.pruned_attention + self.router_matrices + self.head;
+        let attention = 4.0 * self.query_width as f64 * context;
         2.0 * (matrices as f64 + self.active_ffn(mean_active_experts)) + attention
     }
 
     fn active_ffn(&self, mean_active_experts: f64) -> f64 {
-        let share = if self.router == 0 { 1.0 } else { mean_active_experts / self.num_experts as f64 };
-        (self.num_layers * self.ffn_layer) as f64 * share
+        let active = match self.fixed_active {
+            Some(active) => active,
+            None if self.router == 0 => self.num_experts as f64,
+            None => mean_active_experts,
+        };
+        (self.ffn - self.pruned_ffn) as f64 * active / self.num_experts as f64
     }
 }

@@ -126,9 +126,14 @@ impl LayerStream {
     /// model's positions, or with a token outside the vocabulary.
     pub fn open(dir: &Path, sequences: &[Vec<u32>]) -> Result<LayerStream> {
         let config = Config::load(dir)?;
-        if config.moe.is_some() {
+        if !config.is_dense() {
             let mend = "name a dense model, or export this one with --as dense first";
-            return Err(Error::field(&dir.join(CONFIG_FILE), "model_type", "is dsmoe", mend));
+            return Err(Error::field(
+                &dir.join(CONFIG_FILE),
+                "model_type",
+                "is of a model with experts",
+                mend,
+            ));
         }
         let checkpoint = Checkpoint::open(dir)?;
         let names = check_llama_tensors(&config, &checkpoint)?;

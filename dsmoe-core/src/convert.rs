@@ -15,6 +15,7 @@ use crate::checkpoint::{
 };
 use crate::config::{CONFIG_FILE, Config, MoeConfig, PartitionKind};
 use crate::error::{Error, Result};
+use crate::masks::{MASKS_FILE, Masks};
 use crate::partition::{Partition, check_divisible};
 
 /// How neurons are given to experts.
@@ -76,7 +77,7 @@ pub struct ConvertReport {
     pub num_layers: usize,
     /// Experts per layer.
     pub num_experts: usize,
-    /// Neurons per expert.
+    /// Neurons per expert, in the widest layer.
     pub expert_width: usize,
     /// Parameters of all routers, new in this model.
     pub router_params: u64,
@@ -98,17 +99,23 @@ pub fn convert(
 ) -> Result<ConvertReport> {
     let mut config = Config::load(model)?;
     let config_path = model.join(CONFIG_FILE);
-    if config.moe.is_some() {
+    if !config.is_dense() {
         let mend = "name a dense model, or export this one with --as dense first";
         return Err(Error::field(&config_path, "model_type", "is already dsmoe", mend));
     }
     options.router.validate()?;
     let num_experts = options.router.num_experts;
-    check_divisible(config.intermediate, num_experts, Some(&config_path))?;
+    for shape in config.layers() {
+        check_divisible(shape.intermediate, num_experts, Some(&config_path))?;
+    }
     let checkpoint = Checkpoint::open(model)?;
     check_llama_tensors(&config, &checkpoint)?;
     let partitions = partitions(&config, options)?;
     let permuted = partitions.iter().any(|partition| partition.order().is_some());
+    let masks = Masks::read(model, &config)?;
+    if permuted && masks.is_some() {
+        return Err(masks_of_other_order(model, "use --partition contiguous"));
+    }
     // Options that cannot work are told before anything is written.
     if !matches!(options.router_init, RouterInit::Centroid) {
         router_weights(&options.router_init, num_experts, 1, options.seed, 0, None)?;
@@ -161,13 +168,14 @@ pub fn convert(
         if permuted {
             let order: Vec<u8> = match partition.order() {
                 Some(order) => order.iter().flat_map(|neuron| neuron.to_le_bytes()).collect(),
-                None => (0..config.intermediate as u32).flat_map(u32::to_le_bytes).collect(),
+                None => (0..config.layer(layer).intermediate as u32).flat_map(u32::to_le_bytes).collect(),
             };
             writer.write(&partition_name(layer), &order)?;
             meter.add(order.len());
         }
     }
     writer.finish()?;
+    masks.iter().try_for_each(|masks| masks.save(output.path()))?;
     copy_companions(model, output.path())?;
     config.save(output.path())?;
     output.commit()?;
@@ -176,19 +184,33 @@ pub fn convert(
         num_layers: config.num_layers,
         num_experts,
         expert_width: config.intermediate / num_experts,
-        router_params: counts.num_layers * counts.router,
+        router_params: counts.router,
         bytes,
     })
 }
 
+/// That the masks of `model` are in the order its neurons are to leave.
+pub(crate) fn masks_of_other_order(model: &Path, mend: &'static str) -> Error {
+    let problem = "masks neurons in the order they now have, which would change".to_owned();
+    Error::Path { path: model.join(MASKS_FILE), problem, mend }
+}
+
 fn partitions(config: &Config, options: &ConvertOptions) -> Result<Vec<Partition>> {
-    let (layers, width, experts) = (config.num_layers, config.intermediate, options.router.num_experts);
+    let experts = options.router.num_experts;
+    let widths = config.layers().map(|shape| shape.intermediate).enumerate();
     match &options.partition {
-        PartitionSpec::Contiguous => (0..layers).map(|_| Partition::contiguous(width, experts)).collect(),
+        PartitionSpec::Contiguous => widths.map(|(_, width)| Partition::contiguous(width, experts)).collect(),
         PartitionSpec::Random => {
-            (0..layers).map(|layer| Partition::random(width, experts, options.seed, layer)).collect()
+            widths.map(|(layer, width)| Partition::random(width, experts, options.seed, layer)).collect()
         }
-        PartitionSpec::File(path) => Partition::read_file(path, layers, width, experts),
+        PartitionSpec::File(path) if !config.is_even() => Err(Error::Path {
+            path: path.clone(),
+            problem: "lists neurons of layers of one width, and this model's layers differ".to_owned(),
+            mend: "use --partition contiguous or random",
+        }),
+        PartitionSpec::File(path) => {
+            Partition::read_file(path, config.num_layers, config.intermediate, experts)
+        }
     }
 }
 
@@ -220,7 +242,7 @@ fn new_infos(config: &Config) -> Vec<TensorInfo> {
             push(router_bias_name(layer), Dtype::F32, vec![num_experts]);
         }
         if moe.partition == PartitionKind::Permuted {
-            push(partition_name(layer), Dtype::I32, vec![config.intermediate]);
+            push(partition_name(layer), Dtype::I32, vec![config.layer(layer).intermediate]);
         }
     }
     infos
@@ -244,7 +266,8 @@ fn ffn_tensor(name: &str) -> Option<(usize, &str)> {
 
 /// Means of the `gate_proj` rows of every expert, gathered while they are copied.
 struct Centroids {
-    width: usize,
+    /// Neurons of an expert, per layer.
+    widths: Vec<usize>,
     hidden: usize,
     num_experts: usize,
     /// Per layer `[num_experts, hidden]`.
@@ -264,21 +287,22 @@ struct Tap<'a> {
 impl Centroids {
     fn new(config: &Config, num_experts: usize) -> Centroids {
         let sums = vec![vec![0.0; num_experts * config.hidden]; config.num_layers];
-        Centroids { width: config.intermediate / num_experts, hidden: config.hidden, num_experts, sums }
+        let widths = config.layers().map(|shape| shape.intermediate / num_experts).collect();
+        Centroids { widths, hidden: config.hidden, num_experts, sums }
     }
 
     fn tap(&mut self, name: &str, checkpoint: &Checkpoint) -> Option<Tap<'_>> {
         let (layer, "gate_proj") = ffn_tensor(name)? else { return None };
         let dtype = checkpoint.tensor(name)?.dtype;
         let sums = self.sums.get_mut(layer)?;
-        let (width, hidden) = (self.width, self.hidden);
+        let (width, hidden) = (self.widths[layer], self.hidden);
         Some(Tap { sums, row: 0, width, hidden, dtype, values: Buf::default() })
     }
 
     /// Mean row of every expert of a layer, `[num_experts, hidden]`.
     fn means(&self, layer: usize) -> Array2<f32> {
         Array2::from_shape_fn((self.num_experts, self.hidden), |(expert, i)| {
-            (self.sums[layer][expert * self.hidden + i] / self.width as f64) as f32
+            (self.sums[layer][expert * self.hidden + i] / self.widths[layer] as f64) as f32
         })
     }
 }

@@ -5,11 +5,12 @@ use std::str::FromStr;
 
 use crate::checkpoint::{
     Checkpoint, Dtype, Meter, OutputDir, Progress, TensorInfo, TensorSource, Writer, check_llama_tensors,
-    copy_companions, decode, encode, read_partitions,
+    copy_companions, decode, encode, is_router, read_partitions,
 };
 use crate::config::{CONFIG_FILE, Config};
-use crate::convert::{ffn_change, source_infos};
+use crate::convert::{ffn_change, masks_of_other_order, source_infos};
 use crate::error::{Error, Result, shown};
+use crate::masks::Masks;
 
 /// What to export as.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,12 +67,20 @@ pub fn export(
     let mut inverses = Vec::new();
     if format == ExportAs::Dense {
         if config.moe.is_none() {
+            let (field, problem) = match &config.ffn {
+                None => ("model_type", format!("is {} already, without experts", config.model_type())),
+                Some(spec) => ("ffn.type", format!("is {:?}, which has no dense form", spec.kind())),
+            };
             let mend = "use --as native to copy it";
-            return Err(Error::field(&model.join(CONFIG_FILE), "model_type", "is llama already", mend));
+            return Err(Error::field(&model.join(CONFIG_FILE), field, problem, mend));
         }
         inverses =
             read_partitions(&config, &checkpoint)?.iter().map(|partition| partition.inverse()).collect();
         config.moe = None;
+    }
+    let masks = Masks::read(model, &Config::load(model)?)?;
+    if masks.is_some() && inverses.iter().any(Option::is_some) {
+        return Err(masks_of_other_order(model, "use --as native"));
     }
     if let Some(dtype) = dtype {
         config.set_dtype(dtype);
@@ -107,14 +116,11 @@ pub fn export(
         })?;
     }
     writer.finish()?;
+    masks.iter().try_for_each(|masks| masks.save(output.path()))?;
     copy_companions(model, output.path())?;
     config.save(output.path())?;
     output.commit()?;
     Ok(report)
-}
-
-fn is_router(name: &str) -> bool {
-    [".mlp.router.weight", ".mlp.router.bias", ".mlp.partition"].iter().any(|suffix| name.ends_with(suffix))
 }
 
 fn cast(info: &TensorInfo, dtype: Option<Dtype>) -> Dtype {

@@ -153,9 +153,9 @@ pub fn init(
     progress: &mut dyn FnMut(Progress),
 ) -> Result<()> {
     let dtype = options.dtype;
-    if config.moe.is_some() {
+    if !config.is_dense() {
         let message =
-            "random weights are made for dense models; use a configuration without `dsmoe`, then convert";
+            "random weights are made for dense models; use a configuration without experts, then convert";
         return Err(Error::Argument(message.to_owned()));
     }
     if !dtype.is_float() {

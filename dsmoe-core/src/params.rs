@@ -27,28 +27,56 @@ pub struct TensorSpec {
     pub decay: bool,
     /// Whether it belongs to a router.
     pub router: bool,
+    /// Whether inference has no use for it, as for the noise of a gate: no count of parameters has it.
+    pub training_only: bool,
 }
 
 impl TensorSpec {
     /// A weight matrix, stored as it is, with decay.
     pub fn matrix(name: impl Into<String>, rows: usize, cols: usize) -> TensorSpec {
         let shape = vec![rows, cols];
-        TensorSpec { name: name.into(), shape, stored: Stored::AsIs, decay: true, router: false }
+        TensorSpec {
+            name: name.into(),
+            shape,
+            stored: Stored::AsIs,
+            decay: true,
+            router: false,
+            training_only: false,
+        }
     }
 
     /// A norm's weight: no decay.
     pub fn norm(name: impl Into<String>, len: usize) -> TensorSpec {
-        TensorSpec { name: name.into(), shape: vec![len], stored: Stored::AsIs, decay: false, router: false }
+        TensorSpec {
+            name: name.into(),
+            shape: vec![len],
+            stored: Stored::AsIs,
+            decay: false,
+            router: false,
+            training_only: false,
+        }
     }
 
     /// A router's tensor: no decay.
     pub fn router(name: impl Into<String>, shape: Vec<usize>) -> TensorSpec {
-        TensorSpec { name: name.into(), shape, stored: Stored::AsIs, decay: false, router: true }
+        TensorSpec {
+            name: name.into(),
+            shape,
+            stored: Stored::AsIs,
+            decay: false,
+            router: true,
+            training_only: false,
+        }
     }
 
     /// The same, stored transposed.
     pub fn transposed(self) -> TensorSpec {
         TensorSpec { stored: Stored::Transposed, ..self }
+    }
+
+    /// The same, of no use to inference.
+    pub fn training_only(self) -> TensorSpec {
+        TensorSpec { training_only: true, ..self }
     }
 
     /// Number of values.

@@ -21,16 +21,19 @@ fn converted(name: &str, bias: bool) -> Accounting {
 
 /// What the table of the paper counts: no routers.
 fn without_routers(accounting: &Accounting, mean_active: f64) -> f64 {
-    accounting.activated(mean_active) - (accounting.num_layers * accounting.router) as f64
+    accounting.activated(mean_active) - accounting.router as f64
 }
 
 #[test]
 fn published_totals() {
     let one = Accounting::of(&preset("llama-3.2-1b").unwrap());
-    assert_eq!((one.attn_layer, one.ffn_layer, one.embedding), (10_485_760, 50_331_648, 262_668_288));
+    assert_eq!((one.attention, one.ffn, one.embedding), (16 * 10_485_760, 16 * 50_331_648, 262_668_288));
     assert_eq!((one.total, one.non_ffn, one.router), (1_235_814_400, 430_508_032, 0));
     let seven = Accounting::of(&preset("llama-2-7b").unwrap());
-    assert_eq!((seven.attn_layer, seven.ffn_layer, seven.embedding), (67_108_864, 135_266_304, 262_144_000));
+    assert_eq!(
+        (seven.attention, seven.ffn, seven.embedding),
+        (32 * 67_108_864, 32 * 135_266_304, 262_144_000)
+    );
     assert_eq!((seven.total, seven.non_ffn), (6_738_415_616, 2_409_893_888));
     let total = |name| Accounting::of(&preset(name).unwrap()).total;
     assert_eq!(total("llama-3.2-3b"), 3_212_749_824);
@@ -41,11 +44,11 @@ fn published_totals() {
 #[test]
 fn experts_and_routers() {
     let (one, seven) = (converted("llama-3.2-1b", false), converted("llama-2-7b", false));
-    assert_eq!((one.expert, seven.expert), (6_291_456, 16_908_288));
-    assert_eq!((one.num_layers * one.router, seven.num_layers * seven.router), (262_144, 1_048_576));
+    assert_eq!((one.ffn / 16 / 8, seven.ffn / 32 / 8), (6_291_456, 16_908_288));
+    assert_eq!((one.router, seven.router), (262_144, 1_048_576));
     assert_eq!(one.total, 1_235_814_400 + 262_144);
     assert_eq!(one.activated(8.0), one.total as f64);
-    assert_eq!(converted("llama-3.2-1b", true).router, 8 * 2048 + 8);
+    assert_eq!(converted("llama-3.2-1b", true).router, 16 * (8 * 2048 + 8));
 }
 
 #[test]

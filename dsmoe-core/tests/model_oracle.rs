@@ -304,6 +304,8 @@ fn every_gradient_is_that_of_autograd() {
             loss_scale: scale as f32,
             sparsity_weight: case.sparsity_weight as f32,
             sparsity_over: case.over,
+            balance_scale: 1.0,
+            seed: 0,
         };
         let mut workspace = TrainWorkspace::new(&model, TOKENS, Precision::F32);
         let output =

@@ -19,13 +19,16 @@ pub struct StepRecord {
     pub step: u64,
     /// Tokens predicted so far, this step's included.
     pub tokens: u64,
-    /// `lm_loss` + `sparsity_weight` times the sparsity loss or, under a target, the mean gate.
+    /// `lm_loss` + `balance_loss` + `sparsity_weight` times the sparsity loss or, under a target, the mean gate.
     pub loss: f64,
     /// Mean negative log-likelihood of the step's tokens, nats.
     pub lm_loss: f64,
     /// Mean gate of active experts over layers, tokens and experts (eqs. 17-19).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sparsity_loss: Option<f64>,
+    /// What the layers add to the loss so that experts are used evenly, where the FFN has such a loss.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub balance_loss: Option<f64>,
     /// Learning rate.
     pub lr: f64,
     /// Global gradient norm before clipping.
@@ -119,6 +122,7 @@ pub(crate) fn step_line(record: &StepRecord) -> Value {
         [record.loss, record.lm_loss, record.lr, record.grad_norm, record.tokens_per_s, record.wall_s];
     let routing = [
         record.sparsity_loss,
+        record.balance_loss,
         record.router_grad_norm,
         record.activation_ratio,
         record.zero_active_share,

@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use dsmoe_core::checkpoint::{Dtype, copy_companions};
+use dsmoe_core::masks::MASKS_FILE;
 use dsmoe_core::{Inference, Model};
 use dsmoe_datasets::mixture::UNNAMED;
 use dsmoe_datasets::overlap::TokenTexts;
@@ -285,9 +286,10 @@ impl Trainer {
         let mut record = StepRecord {
             step: step + 1,
             tokens: self.state.tokens + step_tokens,
-            loss: result.lm_loss + f64::from(self.state.sparsity_weight) * penalty,
+            loss: result.lm_loss + result.balance_loss + f64::from(self.state.sparsity_weight) * penalty,
             lm_loss: result.lm_loss,
             sparsity_loss: routed.then_some(result.sparsity_loss),
+            balance_loss: self.model.config().ffn.as_ref().map(|_| result.balance_loss),
             lr: self.config.schedule().lr_at(step),
             grad_norm: result.norms.all,
             router_grad_norm: routed.then_some(result.norms.router),
@@ -331,6 +333,7 @@ impl Trainer {
         let routing = [
             ("train/sparsity_loss", record.sparsity_loss),
             ("train/sparsity_weight", record.sparsity_weight),
+            ("train/balance_loss", record.balance_loss),
             ("train/activation_ratio", record.activation_ratio),
             ("train/zero_active_share", record.zero_active_share),
             ("train/router_grad_norm", record.router_grad_norm),
@@ -372,6 +375,10 @@ impl Trainer {
         if let Some(entry) = crate::optim::last_non_finite(layout, self.model.params()) {
             let place = entry.spec.name.clone();
             return Err(self.non_finite(place));
+        }
+        if let Some(masks) = self.model.masks() {
+            let wrong = masks.first_nonzero(self.model.params(), layout);
+            assert!(wrong.is_none(), "train: a weight that is not kept is not 0: {wrong:?}");
         }
         self.metrics.sync()?;
         let dir = self.options.out.join(CHECKPOINTS);
@@ -483,6 +490,11 @@ fn budget(model: &Model, config: &TrainConfig) -> Result<(Option<BudgetControlle
             found: target.to_string(),
             allowed: "a model with experts (dsmoe convert), or no target for a dense model".to_owned(),
         }),
+        Budget::Target(target) if model.config().fixed_active().is_some() => Err(Error::Field {
+            field: "active_target",
+            found: target.to_string(),
+            allowed: "no target for a model whose tokens all run the same number of experts".to_owned(),
+        }),
         Budget::Target(target) => {
             let ramp_steps = (config.steps.unwrap_or(1) / RAMP_SHARE).max(1);
             let controller = BudgetController::new(target as f32, ramp_steps)?;
@@ -537,7 +549,7 @@ fn prepare_directory(options: &RunOptions) -> Result<Option<fs::File>> {
         return Err(Error::NotARun { path: out.clone() });
     }
     let model_file = |name: &str| {
-        ["config.json", "generation_config.json", "special_tokens_map.json"].contains(&name)
+        ["config.json", MASKS_FILE, "generation_config.json", "special_tokens_map.json"].contains(&name)
             || ["tokenizer", "chat_template.", "events.out.tfevents."]
                 .iter()
                 .any(|start| name.starts_with(start))
@@ -562,7 +574,7 @@ fn load_newest(
     wished_warmup: Option<u64>,
     notes: &mut Vec<String>,
 ) -> Result<(Model, Option<AdamW>)> {
-    let layout = model.layout().clone();
+    let (layout, masks) = (model.layout().clone(), model.masks().cloned());
     let mut start = Some(model);
     let mut newest_error = None;
     for (_, path) in checkpoint::list(&out.join(CHECKPOINTS))? {
@@ -573,7 +585,7 @@ fn load_newest(
                 saved.check(&path, &now)?;
                 // Two models at once may be more than the memory holds.
                 start = None;
-                checkpoint::load(&path, &layout)
+                checkpoint::load(&path, &layout, masks.as_ref())
                     .map(|(model, optimizer)| (saved, now.config, model, optimizer))
             }
             Err(error) => Err(error),

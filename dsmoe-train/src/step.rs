@@ -7,6 +7,7 @@ use dsmoe_core::model::{StepArgs, TrainWorkspace};
 use dsmoe_core::params::Layout;
 use dsmoe_datasets::{Interleaving, Mixture};
 use dsmoe_kernels::buf::Buf;
+use dsmoe_kernels::rng::Rng;
 use dsmoe_router::{RoutingStats, SparsityOver};
 
 use crate::config::TrainConfig;
@@ -37,6 +38,8 @@ pub struct StepResult {
     pub sparsity_loss: f64,
     /// The same of all gates.
     pub mean_gate: f64,
+    /// What the layers add to the loss so that experts are used evenly, summed over layers, mean over micro-batches.
+    pub balance_loss: f64,
     /// Norms of the gradient.
     pub norms: GradNorms,
     /// Where a NaN or infinity showed first; the parameters were then left alone.
@@ -77,15 +80,18 @@ impl Stepper {
     ) -> Result<Option<StepResult>> {
         self.grads.clear();
         let micro_batches = config.accumulate as u64;
-        let args = StepArgs {
+        let mut args = StepArgs {
             loss_scale: (1.0 / config.tokens_per_step() as f64) as f32,
             sparsity_weight: sparsity.0 / micro_batches as f32,
             sparsity_over: sparsity.1,
+            balance_scale: 1.0 / micro_batches as f32,
+            seed: 0,
         };
         if let Some(stats) = &mut self.stats {
             stats.clear();
         }
-        let (mut loss_sum, mut predicted, mut sparsity_loss, mut mean_gate) = (0.0, 0, 0.0, 0.0);
+        let (mut loss_sum, mut predicted) = (0.0, 0);
+        let (mut sparsity_loss, mut mean_gate, mut balance_loss) = (0.0, 0.0, 0.0);
         let mut non_finite = None;
         for micro in 0..micro_batches {
             if stop.load(Ordering::Relaxed) {
@@ -99,6 +105,8 @@ impl Stepper {
                 self.inputs.extend_from_slice(&self.window[..config.seq]);
                 self.targets.extend_from_slice(&self.window[1..]);
             }
+            // A function of the run's seed and of where it stands, so that a resumed run draws the same noise.
+            args.seed = Rng::new(config.seed, step * micro_batches + micro).next_u64();
             let output = model.train_step(
                 &mut self.grads,
                 &self.inputs,
@@ -111,6 +119,7 @@ impl Stepper {
             predicted += output.predicted;
             sparsity_loss += output.sparsity_loss / micro_batches as f64;
             mean_gate += output.mean_gate / micro_batches as f64;
+            balance_loss += output.balance_loss;
             if let (Some(sum), Some(part)) = (&mut self.stats, self.workspace.stats()) {
                 sum.merge(part);
             }
@@ -120,6 +129,9 @@ impl Stepper {
             }
         }
 
+        if let Some(masks) = model.masks() {
+            masks.apply(&mut self.grads, &self.layout);
+        }
         let norms = grad_norms(&self.layout, &self.grads);
         let lm_loss = loss_sum / predicted as f64;
         if non_finite.is_none() && !lm_loss.is_finite() {
@@ -134,8 +146,9 @@ impl Stepper {
             let lr = config.schedule().lr_at(step);
             let scale = clip_scale(norms.all, config.clip);
             self.optimizer.step(model.params_mut(), &self.grads, &self.layout, config, lr, scale, step + 1);
+            model.apply_masks();
         }
-        Ok(Some(StepResult { lm_loss, sparsity_loss, mean_gate, norms, non_finite }))
+        Ok(Some(StepResult { lm_loss, sparsity_loss, mean_gate, balance_loss, norms, non_finite }))
     }
 
     /// The routing of the last step's tokens; none without routers.

@@ -3,7 +3,6 @@
 //! weights.
 
 mod hessian;
-mod keep;
 mod magnitude;
 mod pattern;
 mod score;
@@ -12,13 +11,11 @@ mod sparsegpt;
 mod sweep;
 mod wanda;
 
-use std::path::Path;
-
 use dsmoe_core::calibrate::{Input, LayerStream, LayerWeights, Linear};
 use dsmoe_core::checkpoint::{Dtype, OutputDir, TensorInfo, Writer, copy_companions, tensor_names};
+use dsmoe_core::masks::{MASKS_FILE, Mask, Masks};
 
 pub use self::hessian::{Factored, Hessian};
-pub use self::keep::Keep;
 pub use self::magnitude::Magnitude;
 pub use self::pattern::Pattern;
 pub use self::sparsegpt::SparseGpt;
@@ -43,7 +40,7 @@ const NEAREST: Knob = Knob {
 struct Layer<'a> {
     stream: &'a mut LayerStream,
     weights: LayerWeights,
-    keeps: &'a mut Vec<(String, Keep)>,
+    masks: &'a mut Masks,
     measured: &'a mut Vec<(String, f64)>,
 }
 
@@ -55,9 +52,9 @@ impl Layer<'_> {
     }
 
     /// Prunes the linears that read `input`; their weights are rounded to what they are stored as.
-    fn prune(&mut self, input: Input, mut prune: impl FnMut(&mut Linear) -> Keep) -> Result<()> {
+    fn prune(&mut self, input: Input, mut prune: impl FnMut(&mut Linear) -> Mask) -> Result<()> {
         for linear in self.weights.reading(input) {
-            let keep = prune(linear);
+            let mask = prune(linear);
             dtype(self.stream, &linear.name).round(&mut linear.weight);
             if !linear.weight.iter().all(|w| w.is_finite()) {
                 return Err(Error::Numeric {
@@ -66,7 +63,7 @@ impl Layer<'_> {
                     mend: "raise damp, give more calibration text or store the model as bf16".to_owned(),
                 });
             }
-            self.keeps.push((linear.name.clone(), keep));
+            self.masks.set(linear.name.clone(), mask);
         }
         Ok(())
     }
@@ -88,6 +85,15 @@ fn run(
     progress: &mut dyn FnMut(Progress),
     prune: &dyn Fn(&mut Layer<'_>) -> Result<()>,
 ) -> Result<Made> {
+    let masks_file = job.model.join(MASKS_FILE);
+    if masks_file.is_file() {
+        return Err(dsmoe_core::Error::Path {
+            path: masks_file,
+            problem: "the model is pruned already".to_owned(),
+            mend: "name the dense model it was made from",
+        }
+        .into());
+    }
     let mut stream = LayerStream::open(job.model, calibration)?;
     let config = stream.config().clone();
     let output = OutputDir::create_from(job.model, job.out, job.force)?;
@@ -99,7 +105,7 @@ fn run(
         shape,
     });
     let mut writer = Writer::create(output.path(), infos.collect())?;
-    let (mut keeps, mut measured) = (Vec::new(), Vec::new());
+    let (mut masks, mut measured) = (Masks::new(), Vec::new());
     let mut names = names.iter().peekable();
     for i in 0..config.num_layers {
         progress(Progress { stage: "pruning layers", done: i as u64, total: config.num_layers as u64 });
@@ -108,7 +114,7 @@ fn run(
             writer.write(name, stream.checkpoint().bytes(name)?)?;
         }
         let weights = stream.layer(i)?;
-        let mut layer = Layer { stream: &mut stream, weights, keeps: &mut keeps, measured: &mut measured };
+        let mut layer = Layer { stream: &mut stream, weights, masks: &mut masks, measured: &mut measured };
         prune(&mut layer)?;
         let weights = layer.weights;
         while let Some(name) = names.next_if(|name| name.starts_with(&prefix)) {
@@ -125,28 +131,13 @@ fn run(
         writer.write(name, stream.checkpoint().bytes(name)?)?;
     }
     writer.finish()?;
-    write_masks(output.path(), &keeps)?;
+    masks.save(output.path())?;
     copy_companions(job.model, output.path())?;
     config.save(output.path())?;
     output.commit()?;
     let done = config.num_layers as u64;
     progress(Progress { stage: "pruning layers", done, total: done });
-    let removed: u64 = keeps.iter().map(|(_, keep)| (keep.rows * keep.cols) as u64 - keep.kept()).sum();
-    Ok(Made { plan: Plan { activated: plan.total - removed as f64, ..plan }, measured })
-}
-
-/// Writes `masks.safetensors`: of every pruned weight the bits of [`Keep`], U8 `[rows, bytes of a row]`, by its name.
-fn write_masks(dir: &Path, keeps: &[(String, Keep)]) -> Result<()> {
-    let info = |(name, keep): &(String, Keep)| TensorInfo {
-        name: name.clone(),
-        dtype: Dtype::U8,
-        shape: vec![keep.rows, keep.stride()],
-    };
-    let mut writer = Writer::create_file(&dir.join("masks.safetensors"), keeps.iter().map(info).collect())?;
-    for (name, keep) in keeps {
-        writer.write(name, &keep.bits)?;
-    }
-    Ok(writer.finish()?)
+    Ok(Made { plan: Plan { activated: plan.total - masks.pruned() as f64, ..plan }, measured })
 }
 
 /// The calibration text of a method that cannot do without.

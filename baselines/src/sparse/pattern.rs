@@ -123,7 +123,7 @@ impl Target {
     /// The share that reaches `budget`: `density = (budget - the rest) / weights of the seven linears`. Of the knobs,
     /// `pattern` and `nearest` are read.
     pub(crate) fn new(config: &Config, budget: Budget, among: Among, knobs: &Knobs) -> Result<Target> {
-        if config.moe.is_some() {
+        if !config.is_dense() {
             let text =
                 "the model has experts already; name a dense model, or export this one with --as dense first";
             return Err(CoreError::Argument(text.to_owned()).into());

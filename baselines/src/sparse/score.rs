@@ -1,8 +1,8 @@
 //! Pruning by a score of each weight, without an update: Wanda and magnitude.
 
+use dsmoe_core::masks::Mask;
 use rayon::prelude::*;
 
-use super::keep::Keep;
 use super::pattern::{Among, Pattern, Sparsity, removed_of};
 use super::select::{Smallest, mark_smallest};
 
@@ -10,7 +10,7 @@ use super::select::{Smallest, mark_smallest};
 ///
 /// # Panics
 /// Shapes do not fit.
-pub(crate) fn prune(weight: &mut [f32], scale: &[f32], sparsity: &Sparsity) -> Keep {
+pub(crate) fn prune(weight: &mut [f32], scale: &[f32], sparsity: &Sparsity) -> Mask {
     let cols = scale.len();
     assert!(cols > 0 && weight.len().is_multiple_of(cols), "prune: {} weights, {cols} columns", weight.len());
     let rows = weight.len() / cols;
@@ -27,9 +27,9 @@ pub(crate) fn prune(weight: &mut [f32], scale: &[f32], sparsity: &Sparsity) -> K
         }
         _ => None,
     };
-    let mut keep = Keep::none(rows, cols);
-    let stride = keep.stride();
-    let tasks = weight.par_chunks_mut(cols).zip(keep.bits.par_chunks_mut(stride)).enumerate();
+    let stride = cols.div_ceil(8);
+    let mut kept = vec![0u8; rows * stride];
+    let tasks = weight.par_chunks_mut(cols).zip(kept.par_chunks_mut(stride)).enumerate();
     tasks.for_each_init(Default::default, |(row_scores, removed, keys), (row, (w, bits))| {
         let (row_scores, removed): (&mut Vec<f32>, &mut Vec<bool>) = (row_scores, removed);
         row_scores.resize(cols, 0.0);
@@ -57,7 +57,7 @@ pub(crate) fn prune(weight: &mut [f32], scale: &[f32], sparsity: &Sparsity) -> K
             }
         }
     });
-    keep
+    Mask::from_bits(rows, cols, kept)
 }
 
 fn mark(removed: &mut [bool], scores: &[f32], smallest: Smallest, first: usize) {
@@ -83,7 +83,7 @@ mod tests {
         let third = sparsity(Pattern::Unstructured, Among::Row, 1.0 / 3.0);
         let keep = prune(&mut w, &[3.0, 1.0, 0.5], &third);
         assert_eq!(w, [1.0, -2.0, 0.0, 4.0, 0.0, -1.0]);
-        assert_eq!(keep.bits, [0b011, 0b101]);
+        assert_eq!(keep, Mask::from_bits(2, 3, vec![0b011, 0b101]));
     }
 
     #[test]
@@ -100,7 +100,7 @@ mod tests {
         let keep = prune(&mut w, &[1.0; 8], &sparsity(Pattern::Group { removed: 2, of: 4 }, Among::Row, 0.5));
         assert_eq!(w, [0.0, 0.0, 3.0, -4.0, 0.0, 0.0, 0.0, 0.0]);
         // A kept zero stays one of the kept.
-        assert_eq!(keep.bits, [0b1100_1100]);
+        assert_eq!(keep, Mask::from_bits(1, 8, vec![0b1100_1100]));
     }
 
     #[test]

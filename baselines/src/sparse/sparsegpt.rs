@@ -131,7 +131,7 @@ fn prune(layer: &mut Layer<'_>, settings: &Settings) -> Result<()> {
             layer.prune(input, |linear| {
                 let swept = sweep(&mut linear.weight, &factored, &options);
                 loss += swept.loss;
-                swept.keep
+                swept.mask
             })?;
         }
     }

@@ -10,12 +10,12 @@
 //! ```
 
 use dsmoe_core::checkpoint::transpose;
+use dsmoe_core::masks::Mask;
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::matmul::{Mat, matmul};
 use rayon::prelude::*;
 
 use super::hessian::Factored;
-use super::keep::Keep;
 use super::pattern::{Pattern, removed_of};
 use super::select::{Smallest, mark_smallest};
 
@@ -39,7 +39,7 @@ pub struct SweepOptions {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Swept {
     /// What is kept.
-    pub keep: Keep,
+    pub mask: Mask,
     /// Half the sum of e^2: `||W X - W' X||^2` as the Hessian means it, damping included.
     pub loss: f64,
 }
@@ -64,7 +64,8 @@ pub fn sweep(weight: &mut [f32], hessian: &Factored, options: &SweepOptions) -> 
         factor.len(),
     );
     let rows = weight.len() / cols;
-    let mut keep = Keep::none(rows, cols);
+    let stride = cols.div_ceil(8);
+    let mut kept = vec![0u8; rows * stride];
     // Columns are rows here: those right of a block are one piece of memory.
     let mut columns = vec![0.0; weight.len()];
     transpose(&mut columns, weight, rows, cols);
@@ -94,8 +95,7 @@ pub fn sweep(weight: &mut [f32], hessian: &Factored, options: &SweepOptions) -> 
             }
         };
         let tasks = w.par_chunks_mut(ROWS * width).zip(errors.par_chunks_mut(ROWS * width));
-        let stride = keep.stride();
-        let tasks = tasks.zip(losses.par_chunks_mut(ROWS)).zip(keep.bits.par_chunks_mut(ROWS * stride));
+        let tasks = tasks.zip(losses.par_chunks_mut(ROWS)).zip(kept.par_chunks_mut(ROWS * stride));
         tasks.enumerate().for_each(|(task, (((w, errors), losses), bits))| {
             let mut removed = vec![false; width];
             for (r, ((w, errors), loss)) in
@@ -122,7 +122,7 @@ pub fn sweep(weight: &mut [f32], hessian: &Factored, options: &SweepOptions) -> 
         }
     }
     transpose(weight, &columns, cols, rows);
-    Swept { keep, loss: losses.iter().sum() }
+    Swept { mask: Mask::from_bits(rows, cols, kept), loss: losses.iter().sum() }
 }
 
 /// A block of columns.
@@ -220,7 +220,7 @@ mod tests {
             let swept = swept(&mut w, h, &options(Pattern::Unstructured, 0.5, 128));
             assert_close("w", &w, &[0.0, want], 1e-6);
             assert!((swept.loss - loss).abs() < 1e-6, "{}", swept.loss);
-            assert_eq!(swept.keep.bits, [0b10]);
+            assert_eq!(swept.mask, Mask::from_bits(1, 2, vec![0b10]));
         }
     }
 
@@ -231,7 +231,7 @@ mod tests {
         (0..4).for_each(|i| h[i * 4 + i] = 2.0);
         let swept = swept(&mut w, h, &options(TWO_OF_FOUR, 0.0, 128));
         assert_eq!(w, [0.0, 3.0, 2.0, 0.0]);
-        assert_eq!(swept.keep.bits, [0b0110]);
+        assert_eq!(swept.mask, Mask::from_bits(1, 4, vec![0b0110]));
     }
 
     #[test]
@@ -245,13 +245,13 @@ mod tests {
             assert!((swept.loss / error - 1.0).abs() < 1e-4, "{} {error}", swept.loss);
             let mut zeroed = dense.clone();
             zeroed.iter_mut().enumerate().for_each(|(at, w)| {
-                if !swept.keep.has(at / cols, at % cols) {
+                if !swept.mask.keeps(at / cols, at % cols) {
                     *w = 0.0;
                 }
             });
             assert!(error < output_error(&zeroed, &dense, &x, cols));
             for (at, &w) in w.iter().enumerate() {
-                assert_eq!(w == 0.0, !swept.keep.has(at / cols, at % cols));
+                assert_eq!(w == 0.0, !swept.mask.keeps(at / cols, at % cols));
             }
         }
     }
@@ -268,12 +268,12 @@ mod tests {
         let (want, whole) = run(304);
         for block in [4, 16, 128] {
             let (got, part) = run(block);
-            assert_eq!(part.keep, whole.keep, "{block}");
+            assert_eq!(part.mask, whole.mask, "{block}");
             assert_close("w", &got, &f64s(&want), 2e-5);
         }
         for row in 0..37 {
             for group in 0..76 {
-                assert_eq!((0..4).filter(|i| whole.keep.has(row, group * 4 + i)).count(), 2);
+                assert_eq!((0..4).filter(|i| whole.mask.keeps(row, group * 4 + i)).count(), 2);
             }
         }
     }
@@ -287,7 +287,7 @@ mod tests {
             let swept = swept(&mut w, h.clone(), &options(Pattern::Unstructured, share, 128));
             for block in [0..128, 128..256, 256..300] {
                 let kept = (0..rows * block.len())
-                    .filter(|i| swept.keep.has(i / block.len(), block.start + i % block.len()))
+                    .filter(|i| swept.mask.keeps(i / block.len(), block.start + i % block.len()))
                     .count();
                 let removed = (share * (rows * block.len()) as f64) as usize;
                 assert_eq!(kept, rows * block.len() - removed);
@@ -312,11 +312,11 @@ mod tests {
         // Nothing but those weights changes: their inputs are nobody else's.
         let mut want = dense;
         for (row, col) in [(0, 2), (0, 5), (1, 2)] {
-            assert!(!swept.keep.has(row, col));
+            assert!(!swept.mask.keeps(row, col));
             want[row * cols + col] = 0.0;
         }
         assert_eq!(w, want);
-        assert_eq!(swept.keep.kept(), 21);
+        assert_eq!(swept.mask.kept(), 21);
     }
 
     #[test]

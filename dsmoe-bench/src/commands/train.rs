@@ -245,7 +245,7 @@ fn plan(args: &Train, config: TrainConfig, texts: &[Text]) -> Result<Plan> {
     let model = Config::load(&args.model)?;
     let accounting = Accounting::of(&model);
     let (tokens_per_step, steps) = (config.tokens_per_step(), config.steps.unwrap_or(0));
-    let all_experts = model.moe.as_ref().map_or(0.0, |moe| moe.router.num_experts as f64);
+    let all_experts = model.num_experts().map_or(0.0, |experts| experts as f64);
     // Backward is twice the forward.
     let flops_per_token = 3.0 * accounting.flops_per_token(all_experts, config.seq as f64 / 2.0);
     let memory = memory_plan(
@@ -263,10 +263,11 @@ fn plan(args: &Train, config: TrainConfig, texts: &[Text]) -> Result<Plan> {
         data_bytes: total_bytes(texts),
         data_files: texts.iter().map(|text| text.corpus.files().len()).sum(),
         params: accounting.total,
-        budget: match (&model.moe, config.budget()) {
-            (None, _) => "dense model, no routers".to_owned(),
-            (Some(_), Budget::Weight(weight)) => format!("sparsity loss of weight {weight}"),
-            (Some(_), Budget::Target(share)) => format!("{} of experts active", report::percent(share)),
+        budget: match (model.num_experts(), model.fixed_active(), config.budget()) {
+            (None, ..) => "dense model, no routers".to_owned(),
+            (Some(experts), Some(active), _) => format!("{active} of {experts} experts active, by design"),
+            (Some(_), None, Budget::Weight(weight)) => format!("sparsity loss of weight {weight}"),
+            (Some(_), None, Budget::Target(share)) => format!("{} of experts active", report::percent(share)),
         },
         flops_per_step: flops_per_token * tokens_per_step as f64,
         memory_bytes: memory.iter().map(|memory| memory.bytes).sum(),
@@ -292,11 +293,19 @@ fn memory_plan(model: &Config, config: &TrainConfig, params: u64, data_bytes: u6
     let tokens = config.batch * config.seq;
     let (queries, keys) = (model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim);
     // Of a layer: its two inputs and their norms, queries and attention's output, keys, values, the FFN's two.
-    let kept = 4 * model.hidden + 2 * queries + 2 * keys + model.num_heads + 2 + 2 * model.intermediate;
+    let kept: usize = model
+        .layers()
+        .map(|shape| {
+            let attention = 2 * model.head_dim * (shape.num_heads + shape.num_kv_heads) + shape.num_heads;
+            4 * model.hidden + attention + 2 + 2 * shape.intermediate
+        })
+        .sum();
     let flow = 5 * model.hidden + 2 * queries + 2 * keys + 2;
     // Of the FFN at work: one activation of every pair, and five of the active ones.
     let active = match config.budget() {
-        _ if model.moe.is_none() => 1.0,
+        _ if model.moe.is_none() => {
+            model.fixed_active().zip(model.num_experts()).map_or(1.0, |(active, of)| active / of as f64)
+        }
         Budget::Target(share) => share,
         Budget::Weight(_) => 1.0,
     };
@@ -309,7 +318,7 @@ fn memory_plan(model: &Config, config: &TrainConfig, params: u64, data_bytes: u6
         memory("  weights", 4 * params),
         memory("  gradients", 4 * params),
         memory("  moments", 8 * params),
-        memory("  kept activations", f32s(tokens * model.num_layers * kept)),
+        memory("  kept activations", f32s(tokens * kept)),
         memory("  residual stream", f32s(tokens * flow)),
         memory("  FFN at work", 4 * ffn as u64),
         memory("  logits", f32s(logits)),

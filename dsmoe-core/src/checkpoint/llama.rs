@@ -6,6 +6,7 @@ use super::stream::same_bytes;
 use super::{Checkpoint, Dtype};
 use crate::config::{Config, PartitionKind};
 use crate::error::{Error, Result};
+use crate::ffn;
 use crate::partition::Partition;
 
 pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
@@ -14,9 +15,10 @@ pub(crate) const HEAD: &str = "lm_head.weight";
 /// Names and shapes of all tensors of `config`, as stored, in the order of the forward pass. A tied model has no
 /// `lm_head.weight`.
 pub fn tensor_names(config: &Config) -> impl Iterator<Item = (String, Vec<usize>)> + '_ {
-    let &Config { vocab_size, hidden, intermediate, head_dim, .. } = config;
-    let (q, kv) = (config.num_heads * head_dim, config.num_kv_heads * head_dim);
+    let &Config { vocab_size, hidden, head_dim, .. } = config;
     let layer = move |i: usize| {
+        let shape = config.layer(i);
+        let (q, kv) = (shape.num_heads * head_dim, shape.num_kv_heads * head_dim);
         let mut tensors = vec![
             (format!("model.layers.{i}.input_layernorm.weight"), vec![hidden]),
             (format!("model.layers.{i}.self_attn.q_proj.weight"), vec![q, hidden]),
@@ -24,18 +26,11 @@ pub fn tensor_names(config: &Config) -> impl Iterator<Item = (String, Vec<usize>
             (format!("model.layers.{i}.self_attn.v_proj.weight"), vec![kv, hidden]),
             (format!("model.layers.{i}.self_attn.o_proj.weight"), vec![hidden, q]),
             (norm_name(i), vec![hidden]),
-            (format!("model.layers.{i}.mlp.gate_proj.weight"), vec![intermediate, hidden]),
-            (format!("model.layers.{i}.mlp.up_proj.weight"), vec![intermediate, hidden]),
-            (format!("model.layers.{i}.mlp.down_proj.weight"), vec![hidden, intermediate]),
         ];
-        if let Some(moe) = &config.moe {
-            tensors.push((router_name(i), vec![moe.router.num_experts, hidden]));
-            if moe.router_bias {
-                tensors.push((router_bias_name(i), vec![moe.router.num_experts]));
-            }
-            if moe.partition == PartitionKind::Permuted {
-                tensors.push((partition_name(i), vec![intermediate]));
-            }
+        let ffn = ffn::of_layer(config, i);
+        tensors.extend(ffn.tensors().iter().map(|spec| (ffn_name(i, &spec.name), spec.stored_shape())));
+        if config.moe.as_ref().is_some_and(|moe| moe.partition == PartitionKind::Permuted) {
+            tensors.push((partition_name(i), vec![shape.intermediate]));
         }
         tensors
     };
@@ -44,6 +39,11 @@ pub fn tensor_names(config: &Config) -> impl Iterator<Item = (String, Vec<usize>
         .chain((0..config.num_layers).flat_map(layer))
         .chain(std::iter::once(("model.norm.weight".to_owned(), vec![hidden])))
         .chain(head)
+}
+
+/// Full name of a layer's FFN tensor.
+pub(crate) fn ffn_name(layer: usize, name: &str) -> String {
+    format!("model.layers.{layer}.mlp.{name}")
 }
 
 /// Name of the norm before a layer's FFN.
@@ -56,9 +56,9 @@ pub(crate) fn router_name(layer: usize) -> String {
     format!("model.layers.{layer}.mlp.router.weight")
 }
 
-/// Whether a tensor is a layer's router.
-pub(crate) fn is_router(name: &str) -> bool {
-    name.ends_with(".mlp.router.weight")
+/// Whether a tensor is a part of a layer's FFN other than a projection: of its router, or its partition.
+pub fn is_router(name: &str) -> bool {
+    name.contains(".mlp.") && !name.ends_with("_proj.weight")
 }
 
 /// Name of a layer's router bias, `[num_experts]`.
@@ -149,7 +149,7 @@ pub(crate) fn read_partitions(config: &Config, checkpoint: &Checkpoint) -> Resul
     let Some(moe) = &config.moe else { return Ok(Vec::new()) };
     let num_experts = moe.router.num_experts;
     let read = |layer| match moe.partition {
-        PartitionKind::Contiguous => Partition::contiguous(config.intermediate, num_experts),
+        PartitionKind::Contiguous => Partition::contiguous(config.layer(layer).intermediate, num_experts),
         PartitionKind::Permuted => {
             let name = partition_name(layer);
             let order = checkpoint.read_i32(&name)?;

@@ -202,6 +202,7 @@ impl Ffn for DsmoeFfn {
         FfnReport {
             sparsity_loss: sparsity::loss(&saved.routed, SparsityOver::Active),
             mean_gate: sparsity::loss(&saved.routed, SparsityOver::All),
+            balance_loss: 0.0,
         }
     }
 

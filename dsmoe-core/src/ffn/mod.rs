@@ -6,6 +6,7 @@
 
 mod dense;
 mod dsmoe;
+mod spec;
 
 use std::any::Any;
 
@@ -15,11 +16,13 @@ use dsmoe_router::{Routed, Routing, RoutingStats, SparsityGrad};
 
 pub use dense::DenseFfn;
 pub use dsmoe::DsmoeFfn;
+pub use spec::{FfnSpec, ReadSpec, register};
+pub(crate) use spec::{of_layer, read_spec};
 
 use crate::params::{TensorSpec, padded};
 
 /// Memory an FFN works in; one serves all layers, and nothing in it outlives a call.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct FfnScratch {
     /// For the expert kernels.
     pub experts: expert_ffn::Scratch,
@@ -31,6 +34,25 @@ pub struct FfnScratch {
     pub dlogits: Buf,
     /// Routing of an inference pass.
     pub routed: Routed,
+    /// Seed of this layer's noise in this micro-batch, the same in the forward and the backward; for training.
+    pub seed: u64,
+    /// What the balance loss of this micro-batch and its gradient are multiplied by: one over the micro-batches of
+    /// the optimiser step.
+    pub balance_scale: f32,
+}
+
+impl Default for FfnScratch {
+    fn default() -> FfnScratch {
+        FfnScratch {
+            experts: expert_ffn::Scratch::default(),
+            logits: Buf::default(),
+            dcoefficients: Buf::default(),
+            dlogits: Buf::default(),
+            routed: Routed::default(),
+            seed: 0,
+            balance_scale: 1.0,
+        }
+    }
 }
 
 /// Where one layer's routing is counted.
@@ -49,6 +71,9 @@ pub struct FfnReport {
     pub sparsity_loss: f64,
     /// Mean over tokens and experts of all gates; 0 without a router.
     pub mean_gate: f64,
+    /// What this layer adds to the loss so that experts are used evenly, its weight and
+    /// [`FfnScratch::balance_scale`] included; 0 without such a loss.
+    pub balance_loss: f64,
 }
 
 /// One layer's FFN. It holds settings, not weights: `params` is this FFN's part of the arena, laid out as

@@ -15,10 +15,11 @@ impl Cache {
     /// them; after that the room doubles.
     pub fn new(model: &Inference, positions: usize) -> Cache {
         let positions = positions.min(model.config().max_position);
-        let values = positions * model.config().num_kv_heads * model.config().head_dim;
-        let layer = || (Vec::with_capacity(values), Vec::with_capacity(values));
+        let config = model.config();
+        let room = |heads: usize| Vec::with_capacity(positions * heads * config.head_dim);
+        let layers = config.layers().map(|shape| (room(shape.num_kv_heads), room(shape.num_kv_heads)));
         model.prepare(positions);
-        Cache { layers: std::iter::repeat_with(layer).take(model.config().num_layers).collect(), len: 0 }
+        Cache { layers: layers.collect(), len: 0 }
     }
 
     /// Adds the newest positions of a layer; returns its keys and values.

@@ -7,7 +7,8 @@ use dsmoe_router::RoutingStats;
 
 use super::pack::{Embedding, Layer};
 use super::{Cache, check_input};
-use crate::config::Config;
+use crate::accounting::Accounting;
+use crate::config::{Config, LayerShape};
 use crate::error::{Error, Result};
 use crate::ffn::{FfnScratch, Record};
 
@@ -16,6 +17,7 @@ use crate::ffn::{FfnScratch, Record};
 #[derive(Debug)]
 pub struct Inference {
     pub(super) config: Config,
+    pub(super) accounting: Accounting,
     pub(super) precision: Precision,
     pub(super) embedding: Embedding,
     pub(super) layers: Vec<Layer>,
@@ -42,18 +44,22 @@ pub struct Workspace {
 
 impl Workspace {
     fn prepare(&mut self, config: &Config, tokens: usize) {
-        let (q_width, kv_width) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
         for buf in [&mut self.x, &mut self.h, &mut self.y] {
             buf.resize(tokens * config.hidden);
         }
+        self.rstd.resize(tokens);
+        // The largest of any layer: narrower ones then take a part of it.
+        self.prepare_heads(config.num_heads, config.num_kv_heads, config.head_dim, tokens);
+    }
+
+    fn prepare_heads(&mut self, heads: usize, kv_heads: usize, head_dim: usize, tokens: usize) {
         for buf in [&mut self.q, &mut self.a] {
-            buf.resize(tokens * q_width);
+            buf.resize(tokens * heads * head_dim);
         }
         for buf in [&mut self.k, &mut self.v] {
-            buf.resize(tokens * kv_width);
+            buf.resize(tokens * kv_heads * head_dim);
         }
-        self.lse.resize(tokens * config.num_heads);
-        self.rstd.resize(tokens);
+        self.lse.resize(tokens * heads);
     }
 }
 
@@ -61,6 +67,11 @@ impl Inference {
     /// The configuration.
     pub fn config(&self) -> &Config {
         &self.config
+    }
+
+    /// Parameter counts; of masked linears, what is kept counts as activated.
+    pub fn accounting(&self) -> &Accounting {
+        &self.accounting
     }
 
     /// What the weights are stored as.
@@ -183,9 +194,9 @@ impl Inference {
         workspace: &mut Workspace,
     ) {
         let start = cache.as_ref().map_or(0, |cache| cache.len);
-        let shape = self.attention(ids.len() / seq, seq, start + seq);
         let at = |heads| rope::Args { table: &self.rope, seq, start, heads };
         self.forward(ids, stats, workspace, |i, Heads { a, lse, q, k, v }| {
+            let shape = self.attention(i, ids.len() / seq, seq, start + seq);
             rope::forward(q, at(shape.heads));
             rope::forward(k, at(shape.kv_heads));
             let Some(cache) = cache.as_deref_mut() else {
@@ -204,10 +215,10 @@ impl Inference {
         }
     }
 
-    /// The shape of an attention of this model.
-    pub(super) fn attention(&self, batch: usize, queries: usize, keys: usize) -> attention::Dims {
-        let Config { num_heads: heads, num_kv_heads: kv_heads, head_dim, .. } = self.config;
-        attention::Dims { batch, queries, keys, heads, kv_heads, head_dim }
+    /// The shape of an attention of layer `i`.
+    pub(super) fn attention(&self, i: usize, batch: usize, queries: usize, keys: usize) -> attention::Dims {
+        let LayerShape { num_heads: heads, num_kv_heads: kv_heads, .. } = self.config.layer(i);
+        attention::Dims { batch, queries, keys, heads, kv_heads, head_dim: self.config.head_dim }
     }
 
     /// Sets `workspace.h` to the normed hidden states `[ids.len(), hidden]`, where `attend` does what a layer's
@@ -221,9 +232,11 @@ impl Inference {
     ) {
         let (tokens, hidden, eps) = (ids.len(), self.config.hidden, self.config.rms_norm_eps as f32);
         workspace.prepare(&self.config, tokens);
-        let Workspace { x, h, q, k, v, a, y, lse, rstd, ffn: scratch, .. } = workspace;
-        self.embedding.rows(x, ids, &self.head);
+        self.embedding.rows(&mut workspace.x, ids, &self.head);
         for (i, layer) in self.layers.iter().enumerate() {
+            let LayerShape { num_heads, num_kv_heads, .. } = self.config.layer(i);
+            workspace.prepare_heads(num_heads, num_kv_heads, self.config.head_dim, tokens);
+            let Workspace { x, h, q, k, v, a, y, lse, rstd, ffn: scratch, .. } = &mut *workspace;
             rms_norm::forward(h, rstd, x, &layer.input_norm, eps, hidden);
             linear::forward_packed(q, h, &layer.q, tokens);
             linear::forward_packed(k, h, &layer.k, tokens);
@@ -236,6 +249,7 @@ impl Inference {
             layer.ffn.forward(y, h, record, scratch);
             add::add(x, y);
         }
+        let Workspace { x, h, rstd, .. } = workspace;
         rms_norm::forward(h, rstd, x, &self.norm, eps, hidden);
     }
 }

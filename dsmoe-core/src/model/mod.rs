@@ -28,10 +28,12 @@ pub use ragged::{After, Likelihood, Segment};
 pub use step::{StepArgs, StepOutput};
 pub use train_workspace::TrainWorkspace;
 
-use crate::checkpoint::{Checkpoint, Dtype, TensorInfo, WeightReader, Writer, partition_name};
-use crate::config::{Config, PartitionKind, RopeScaling};
+use crate::accounting::Accounting;
+use crate::checkpoint::{Checkpoint, Dtype, TensorInfo, WeightReader, Writer, ffn_name, partition_name};
+use crate::config::{Config, LayerShape, PartitionKind, RopeScaling};
 use crate::error::{Error, Result};
-use crate::ffn::{DenseFfn, DsmoeFfn, Ffn};
+use crate::ffn::{self, Ffn};
+use crate::masks::Masks;
 use crate::params::{Layout, Stored, TensorSpec};
 
 /// Arena ranges of one decoder layer.
@@ -74,6 +76,7 @@ pub struct Model {
     rope: rope::Table,
     /// Per layer, the original neuron of each row of a permuted partition; carried from load to save.
     partitions: Option<Vec<Vec<i32>>>,
+    masks: Option<Masks>,
 }
 
 impl Model {
@@ -86,27 +89,30 @@ impl Model {
         assert_eq!(ffns.len(), config.num_layers, "model: FFNs and layers");
         let (layout, ranges) = lay_out(&config, &ffns);
         let (params, rope) = (Buf::zeros(layout.len()), rope_table(&config));
-        Model { config, ffns, layout, ranges, params, rope, partitions: None }
+        Model { config, ffns, layout, ranges, params, rope, partitions: None, masks: None }
     }
 
-    /// A model of `config` with all parameters zero: dense, or DSMoE when the configuration says so.
+    /// A model of `config` with all parameters zero: dense, DSMoE, or with FFNs of another kind, as the configuration
+    /// says.
     pub fn new(config: Config) -> Model {
         let ffns = ffns_of(&config);
         Model::with_ffns(config, ffns)
     }
 
-    /// Loads a dense LLaMA or a native DSMoE directory.
+    /// Loads a model directory: a dense LLaMA, DSMoE, or FFNs of a kind that is registered ([`ffn::register`]).
     ///
     /// # Errors
     /// Anything wrong with the directory; the message names the file, the field or tensor, and the mend.
     pub fn load(dir: &Path) -> Result<Model> {
         let config = Config::load(dir)?;
         let checkpoint = Checkpoint::open(dir)?;
-        let mut reader = WeightReader::new(&config, &checkpoint)?;
+        let masks = Masks::read(dir, &config)?;
+        let mut reader = WeightReader::new(&config, &checkpoint, masks.as_ref())?;
         let mut model = Model::new(config);
         for entry in model.layout.entries() {
             reader.read(&entry.spec, &mut model.params[entry.range.clone()])?;
         }
+        model.masks = masks;
         if model.config.moe.as_ref().is_some_and(|moe| moe.partition == PartitionKind::Permuted) {
             let partitions = (0..model.config.num_layers).map(|i| checkpoint.read_i32(&partition_name(i)));
             model.partitions = Some(partitions.collect::<Result<_>>()?);
@@ -114,7 +120,7 @@ impl Model {
         Ok(model)
     }
 
-    /// Writes config.json and the weights, in Hugging Face layout, to the existing directory `dir`; every file is
+    /// Writes config.json, masks and the weights, in Hugging Face layout, to the existing directory `dir`; every file is
     /// synced. Routers and partitions stay f32 and i32 whatever `dtype` is.
     ///
     /// # Errors
@@ -145,6 +151,7 @@ impl Model {
             writer.write(&partition_name(i), bytemuck::cast_slice(order))?;
         }
         writer.finish()?;
+        self.masks.iter().try_for_each(|masks| masks.save(dir))?;
         let mut config = self.config.clone();
         config.set_dtype(dtype);
         config.save(dir)
@@ -153,6 +160,35 @@ impl Model {
     /// The configuration.
     pub fn config(&self) -> &Config {
         &self.config
+    }
+
+    /// Parameter counts; of masked linears, what is kept counts as activated.
+    pub fn accounting(&self) -> Accounting {
+        let counts = Accounting::of(&self.config);
+        self.masks.as_ref().map_or(counts, |masks| counts.with_masks(masks))
+    }
+
+    /// Which weights of pruned linears are kept; none where nothing is pruned.
+    pub fn masks(&self) -> Option<&Masks> {
+        self.masks.as_ref()
+    }
+
+    /// Prunes: sets what `masks` does not keep to 0, and has it stay so in training.
+    ///
+    /// # Errors
+    /// A mask is of no linear of this model, or of another shape.
+    pub fn set_masks(&mut self, masks: Masks) -> Result<()> {
+        masks.check(&self.config)?;
+        masks.apply(&mut self.params, &self.layout);
+        self.masks = Some(masks);
+        Ok(())
+    }
+
+    /// Sets the parameters that the masks do not keep to 0.
+    pub fn apply_masks(&mut self) {
+        if let Some(masks) = &self.masks {
+            masks.apply(&mut self.params, &self.layout);
+        }
     }
 
     /// Names, shapes and places of all parameters.
@@ -197,26 +233,20 @@ impl Model {
 
 /// The FFNs that `config` asks for, one per layer.
 fn ffns_of(config: &Config) -> Vec<Box<dyn Ffn>> {
-    let (hidden, intermediate) = (config.hidden, config.intermediate);
-    let ffn = || -> Box<dyn Ffn> {
-        match &config.moe {
-            None => Box::new(DenseFfn::new(hidden, intermediate)),
-            Some(moe) => Box::new(DsmoeFfn::new(hidden, intermediate, moe.router.clone(), moe.router_bias)),
-        }
-    };
-    std::iter::repeat_with(ffn).take(config.num_layers).collect()
+    (0..config.num_layers).map(|i| ffn::of_layer(config, i)).collect()
 }
 
 /// The table of all tensors, and where they lie.
 fn lay_out(config: &Config, ffns: &[Box<dyn Ffn>]) -> (Layout, Ranges) {
     let mut layout = Layout::default();
     let hidden = config.hidden;
-    let (q_width, kv_width) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
     let embed = layout.push(TensorSpec::matrix("model.embed_tokens.weight", config.vocab_size, hidden), None);
     let layers = ffns
         .iter()
         .enumerate()
         .map(|(i, ffn)| {
+            let LayerShape { num_heads, num_kv_heads, .. } = config.layer(i);
+            let [q_width, kv_width] = [num_heads, num_kv_heads].map(|heads| heads * config.head_dim);
             let name = |suffix: &str| format!("model.layers.{i}.{suffix}.weight");
             let matrix = |suffix: &str, rows, cols| TensorSpec::matrix(name(suffix), rows, cols);
             let projections = [("q", q_width), ("k", kv_width), ("v", kv_width)]
@@ -228,7 +258,7 @@ fn lay_out(config: &Config, ffns: &[Box<dyn Ffn>]) -> (Layout, Ranges) {
             let post_norm = norm("post_attention_layernorm");
             let start = layout.len();
             for mut spec in ffn.tensors() {
-                spec.name = format!("model.layers.{i}.mlp.{}", spec.name);
+                spec.name = ffn_name(i, &spec.name);
                 layout.push(spec, Some(i));
             }
             LayerRanges { input_norm, q, k, v, o, post_norm, ffn: start..layout.len() }

@@ -10,6 +10,7 @@ use rayon::prelude::*;
 
 use super::infer::Heads;
 use super::{Cache, Inference, Workspace, check_input, in_pool};
+use crate::config::LayerShape;
 use crate::error::Result;
 
 /// Rows of logits at a time.
@@ -75,7 +76,7 @@ impl Inference {
         check_input(&self.config, &tokens, 0, 0)?;
         let mut found = vec![Likelihood::default(); targets.len()];
         in_pool(|| {
-            self.forward(ids, stats, workspace, |_, heads| self.attend(heads, &places));
+            self.forward(ids, stats, workspace, |layer, heads| self.attend(layer, heads, &places));
             self.look_up(&mut found, targets, workspace);
         });
         Ok(found)
@@ -132,9 +133,9 @@ impl Inference {
     }
 
     /// Attention of every segment by itself.
-    fn attend(&self, heads: Heads<'_>, places: &[Place]) {
+    fn attend(&self, layer: usize, heads: Heads<'_>, places: &[Place]) {
         let Heads { a, lse, q, k, v } = heads;
-        let (num_heads, kv_heads) = (self.config.num_heads, self.config.num_kv_heads);
+        let LayerShape { num_heads, num_kv_heads: kv_heads, .. } = self.config.layer(layer);
         let (width, kv_width) = (num_heads * self.config.head_dim, kv_heads * self.config.head_dim);
         let turn = |x: &mut [f32], place: &Place, heads| {
             rope::forward(
@@ -154,7 +155,7 @@ impl Inference {
             |(keys, values): &mut (Vec<f32>, Vec<f32>), ((a, lse), place)| {
                 let own = |width: usize| place.first * width..(place.first + place.tokens) * width;
                 let (start, before) = place.before;
-                let shape = self.attention(1, place.tokens, before + place.tokens);
+                let shape = self.attention(layer, 1, place.tokens, before + place.tokens);
                 let q = &q[own(width)];
                 let (k_own, v_own) = (&k[own(kv_width)], &v[own(kv_width)]);
                 if before == 0 {
@@ -175,14 +176,14 @@ impl Inference {
     /// Attention of one token each over its cache.
     fn attend_caches(&self, layer: usize, heads: Heads<'_>, caches: &mut [&mut Cache]) {
         let Heads { a, q, k, v, .. } = heads;
-        let (num_heads, kv_heads) = (self.config.num_heads, self.config.num_kv_heads);
+        let LayerShape { num_heads, num_kv_heads: kv_heads, .. } = self.config.layer(layer);
         let (width, kv_width) = (num_heads * self.config.head_dim, kv_heads * self.config.head_dim);
         let rows = a.par_chunks_mut(width).zip(q.par_chunks_mut(width)).zip(k.par_chunks_mut(kv_width));
         rows.zip(v.par_chunks(kv_width)).zip(caches).for_each(|((((a, q), k), v), cache)| {
             let at = |heads| rope::Args { table: &self.rope, seq: 1, start: cache.len, heads };
             rope::forward(q, at(num_heads));
             rope::forward(k, at(kv_heads));
-            let shape = self.attention(1, 1, cache.len + 1);
+            let shape = self.attention(layer, 1, 1, cache.len + 1);
             let (keys, values) = cache.push(layer, k, v);
             attention::decode(a, q, keys, values, shape);
         });

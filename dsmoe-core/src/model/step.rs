@@ -2,7 +2,8 @@
 
 use std::ops::Range;
 
-use dsmoe_kernels::{attention, cross_entropy, embedding, linear, rms_norm, rope};
+use dsmoe_kernels::rng::Rng;
+use dsmoe_kernels::{Precision, attention, cross_entropy, embedding, linear, rms_norm, rope};
 use dsmoe_router::{SparsityGrad, SparsityOver};
 
 use super::train_workspace::{LayerActs, TrainWorkspace};
@@ -20,6 +21,10 @@ pub struct StepArgs {
     pub sparsity_weight: f32,
     /// Which gates the sparsity loss acts on.
     pub sparsity_over: SparsityOver,
+    /// What balance losses are multiplied by: one over the micro-batches of the optimiser step.
+    pub balance_scale: f32,
+    /// Seed of the noise of this micro-batch.
+    pub seed: u64,
 }
 
 /// What a micro-batch showed.
@@ -33,6 +38,8 @@ pub struct StepOutput {
     pub sparsity_loss: f64,
     /// Mean of all gates over layers, tokens and experts.
     pub mean_gate: f64,
+    /// What the layers add to the loss so that experts are used evenly, summed; scaled and weighted.
+    pub balance_loss: f64,
     /// The first place with a NaN or infinity in the forward pass, e.g. `layer 3 ffn`, when the loss has one.
     pub non_finite: Option<String>,
 }
@@ -43,6 +50,7 @@ impl Model {
     ///
     /// ```text
     /// loss_scale * sum of token losses + sparsity_weight * mean over layers, tokens, experts of the gates
+    ///     + sum over layers of the balance loss
     /// ```
     ///
     /// The workspace keeps the routing of the step. Nothing is allocated when this runs on a thread of the pool.
@@ -85,7 +93,7 @@ impl Model {
         args: &StepArgs,
         workspace: &mut TrainWorkspace,
     ) -> StepOutput {
-        let mut output = self.forward_train(inputs, seq, workspace);
+        let mut output = self.forward_train(inputs, seq, args, workspace);
         let dims = cross_entropy::Dims {
             tokens: inputs.len(),
             hidden: self.config.hidden,
@@ -113,11 +121,16 @@ impl Model {
         output
     }
 
-    fn forward_train(&self, inputs: &[u32], seq: usize, workspace: &mut TrainWorkspace) -> StepOutput {
+    fn forward_train(
+        &self,
+        inputs: &[u32],
+        seq: usize,
+        args: &StepArgs,
+        workspace: &mut TrainWorkspace,
+    ) -> StepOutput {
         let config = &self.config;
         let (hidden, eps) = (config.hidden, config.rms_norm_eps as f32);
-        let attention = self.attention_dims(inputs.len(), seq);
-        let dims = self.linear_dims(workspace);
+        let (tokens, precision) = (inputs.len(), workspace.precision);
         let mut output = StepOutput::default();
         let TrainWorkspace { layers, x: x_last, rstd: rstd_last, h, y, scratch, stats, .. } = workspace;
         if let Some(stats) = stats {
@@ -132,11 +145,14 @@ impl Model {
         for (i, ranges) in self.ranges.layers.iter().enumerate() {
             let (done, after) = layers.split_at_mut(i + 1);
             let LayerActs { x, qkv, a, lse, x_mid, rstd_mid, ffn: saved, .. } = &mut done[i];
+            let attention = self.attention_dims(i, tokens, seq);
+            let dims = LinearDims::of(attention, hidden, precision);
             linear::forward(qkv, h, self.param(&ranges.qkv()), dims.qkv);
-            rope::forward_columns(qkv, attention.joined_width(), self.rope_args(seq));
+            rope::forward_columns(qkv, attention.joined_width(), self.rope_args(attention));
             attention::forward_joined(a, lse, qkv, attention);
             linear::forward(y, a, self.param(&ranges.o), dims.o);
             rms_norm::forward_sum(h, rstd_mid, x_mid, x, y, self.param(&ranges.post_norm), eps, hidden);
+            (scratch.seed, scratch.balance_scale) = (layer_seed(args.seed, i), args.balance_scale);
             let report = self.ffns[i].forward_train(
                 y,
                 saved.as_mut(),
@@ -152,6 +168,7 @@ impl Model {
             rms_norm::forward_sum(h, rstd, x, x_mid, y, self.param(norm), eps, hidden);
             output.sparsity_loss += report.sparsity_loss / config.num_layers as f64;
             output.mean_gate += report.mean_gate / config.num_layers as f64;
+            output.balance_loss += report.balance_loss;
         }
         output
     }
@@ -166,8 +183,7 @@ impl Model {
     ) {
         let config = &self.config;
         let (tokens, hidden) = (inputs.len(), config.hidden);
-        let attention = self.attention_dims(tokens, seq);
-        let dims = self.linear_dims(workspace);
+        let precision = workspace.precision;
         let gates = config.num_layers * tokens * self.num_experts().unwrap_or(1);
         let sparsity = SparsityGrad { weight: args.sparsity_weight / gates as f32, over: args.sparsity_over };
         let TrainWorkspace { layers, x, rstd, h, y: dh, dx, dqkv, da, scratch, .. } = workspace;
@@ -177,6 +193,10 @@ impl Model {
         for (i, (ranges, acts)) in self.ranges.layers.iter().zip(layers).enumerate().rev() {
             let LayerRanges { input_norm, o, post_norm, ffn, .. } = ranges;
             let LayerActs { x, rstd, qkv, a, lse, x_mid, rstd_mid, ffn: saved } = acts;
+            let attention = self.attention_dims(i, tokens, seq);
+            let dims = LinearDims::of(attention, hidden, precision);
+            let (dqkv, da) = (&mut dqkv[..qkv.len()], &mut da[..a.len()]);
+            (scratch.seed, scratch.balance_scale) = (layer_seed(args.seed, i), args.balance_scale);
             // x_mid + ffn(h)
             rms_norm::restore(h, x_mid, self.param(post_norm), rstd_mid, hidden);
             self.ffns[i].backward(
@@ -202,7 +222,7 @@ impl Model {
             linear::backward_weight(part(grads, o), dx, a, dims.o);
             linear::backward_input(da, dx, self.param(o), dims.o);
             attention::backward(dqkv, da, a, qkv, lse, attention);
-            rope::backward_columns(dqkv, attention.joined_width(), self.rope_args(seq));
+            rope::backward_columns(dqkv, attention.joined_width(), self.rope_args(attention));
             rms_norm::restore(h, x, self.param(input_norm), rstd, hidden);
             linear::backward_weight(part(grads, &ranges.qkv()), dqkv, h, dims.qkv);
             linear::backward_input(dh, dqkv, self.param(&ranges.qkv()), dims.qkv);
@@ -212,32 +232,22 @@ impl Model {
     }
 
     /// For the rotation of queries and keys, which are the first columns of qkv.
-    fn rope_args(&self, seq: usize) -> rope::Args<'_> {
-        let heads = self.config.num_heads + self.config.num_kv_heads;
-        rope::Args { table: &self.rope, seq, start: 0, heads }
+    fn rope_args(&self, attention: attention::Dims) -> rope::Args<'_> {
+        let heads = attention.heads + attention.kv_heads;
+        rope::Args { table: &self.rope, seq: attention.queries, start: 0, heads }
     }
 
-    fn attention_dims(&self, tokens: usize, seq: usize) -> attention::Dims {
+    /// The shape of the attention of layer `i`.
+    fn attention_dims(&self, i: usize, tokens: usize, seq: usize) -> attention::Dims {
+        let shape = self.config.layer(i);
         attention::Dims {
             batch: tokens / seq,
             queries: seq,
             keys: seq,
-            heads: self.config.num_heads,
-            kv_heads: self.config.num_kv_heads,
+            heads: shape.num_heads,
+            kv_heads: shape.num_kv_heads,
             head_dim: self.config.head_dim,
         }
-    }
-
-    fn linear_dims(&self, workspace: &TrainWorkspace) -> LinearDims {
-        let attention = self.attention_dims(workspace.tokens(), workspace.tokens());
-        let (hidden, width) = (self.config.hidden, self.config.num_heads * self.config.head_dim);
-        let dims = |inputs, outputs| linear::Dims {
-            rows: workspace.tokens(),
-            inputs,
-            outputs,
-            precision: workspace.precision,
-        };
-        LinearDims { qkv: dims(hidden, attention.joined_width()), o: dims(width, hidden) }
     }
 }
 
@@ -245,6 +255,20 @@ impl Model {
 struct LinearDims {
     qkv: linear::Dims,
     o: linear::Dims,
+}
+
+impl LinearDims {
+    fn of(attention: attention::Dims, hidden: usize, precision: Precision) -> LinearDims {
+        let rows = attention.batch * attention.queries;
+        let dims = |inputs, outputs| linear::Dims { rows, inputs, outputs, precision };
+        let width = attention.heads * attention.head_dim;
+        LinearDims { qkv: dims(hidden, attention.joined_width()), o: dims(width, hidden) }
+    }
+}
+
+/// A seed of its own for every layer.
+fn layer_seed(seed: u64, layer: usize) -> u64 {
+    Rng::new(seed, layer as u64).next_u64()
 }
 
 /// One tensor, or one FFN, of the gradients.

@@ -7,8 +7,8 @@ use dsmoe_kernels::{Isa, Precision, cross_entropy, expert_ffn};
 use dsmoe_router::RoutingStats;
 
 use super::Model;
-use crate::config::Config;
-use crate::ffn::FfnScratch;
+use crate::config::{Config, LayerShape};
+use crate::ffn::{Ffn, FfnScratch};
 
 /// What one layer's backward needs from its forward. Normed inputs are computed again from the residual stream.
 #[derive(Debug)]
@@ -59,9 +59,9 @@ struct Widths {
 }
 
 impl Widths {
-    fn of(config: &Config) -> Widths {
-        let (attention, kv) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
-        Widths { hidden: config.hidden, qkv: attention + 2 * kv, attention, heads: config.num_heads }
+    fn of(config: &Config, heads: usize, kv_heads: usize) -> Widths {
+        let (attention, kv) = (heads * config.head_dim, kv_heads * config.head_dim);
+        Widths { hidden: config.hidden, qkv: attention + 2 * kv, attention, heads }
     }
 
     /// What a layer keeps apart from its FFN, as [`LayerActs`] lists it.
@@ -80,14 +80,16 @@ impl TrainWorkspace {
     /// (routers stay f32).
     pub fn new(model: &Model, tokens: usize, precision: Precision) -> TrainWorkspace {
         let config = &model.config;
-        let widths = Widths::of(config);
         let room = |width: usize| Buf::zeros(tokens * width);
-        let layer = |ffn: &dyn crate::ffn::Ffn| {
+        let layer = |(shape, ffn): (LayerShape, &Box<dyn Ffn>)| {
+            let widths = Widths::of(config, shape.num_heads, shape.num_kv_heads);
             let [x, rstd, qkv, a, lse, x_mid, rstd_mid] = widths.layer().map(room);
             LayerActs { x, rstd, qkv, a, lse, x_mid, rstd_mid, ffn: ffn.new_saved(tokens) }
         };
-        let layers = model.ffns.iter().map(|ffn| layer(ffn.as_ref())).collect();
-        let [x, rstd, h, losses, y, dx, dqkv, da] = widths.shared().map(room);
+        let layers = config.layers().zip(&model.ffns).map(layer).collect();
+        // Room for the widest layer.
+        let widest = Widths::of(config, config.num_heads, config.num_kv_heads);
+        let [x, rstd, h, losses, y, dx, dqkv, da] = widest.shared().map(room);
         let mut head = cross_entropy::Scratch::with(Isa::current(), precision);
         head.reserve(cross_entropy::Dims { tokens, hidden: config.hidden, vocab: config.vocab_size });
         let experts = expert_ffn::Scratch::with(Isa::current(), precision);

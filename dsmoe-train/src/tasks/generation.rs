@@ -143,6 +143,7 @@ pub(crate) fn generate(
 fn side_by_side(model: &Inference, longest: Option<&Prompt>) -> usize {
     let config = model.config();
     let positions = longest.map_or(1, |prompt| prompt.tokens.len() + prompt.max_tokens);
-    let bytes = 2 * size_of::<f32>() * config.num_layers * config.num_kv_heads * config.head_dim * positions;
+    let kv_heads: usize = config.layers().map(|shape| shape.num_kv_heads).sum();
+    let bytes = 2 * size_of::<f32>() * kv_heads * config.head_dim * positions;
     (CACHE_BYTES / bytes.max(1)).clamp(1, MOST)
 }

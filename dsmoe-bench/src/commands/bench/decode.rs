@@ -107,12 +107,12 @@ fn active_share(model: &Inference, prompt: &[u32], tokens: usize) -> Result<f64>
 /// What a token costs: the weights that it uses are read once, and the keys and values.
 fn cost(config: &Config, precision: Precision, active: f64, context: f64) -> Cost {
     let counts = Accounting::of(config);
-    let layers = config.num_layers as f64;
     let experts = counts.num_experts as f64;
     let head = product(&[config.vocab_size, config.hidden]);
-    let matrices = layers * (counts.attn_layer as f64 + active * counts.ffn_layer as f64) + head;
-    let exact = layers * counts.router as f64 + counts.norms as f64;
-    let cached = 2.0 * context * product(&[config.num_layers, config.num_kv_heads, config.head_dim]);
+    let matrices = counts.attention as f64 + active * counts.ffn as f64 + head;
+    let exact = (counts.router + counts.norms) as f64;
+    let kv_heads = config.layers().map(|shape| shape.num_kv_heads).sum();
+    let cached = 2.0 * context * product(&[kv_heads, config.head_dim]);
     Cost {
         flops: counts.flops_per_token(active * experts, context),
         bytes: bytes_in(precision, matrices) + f32_bytes(exact + cached),

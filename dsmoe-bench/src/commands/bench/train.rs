@@ -145,6 +145,8 @@ impl<'a> Run<'a> {
             loss_scale: 1.0 / self.inputs.len() as f32,
             sparsity_weight: SPARSITY_WEIGHT,
             sparsity_over: SparsityOver::Active,
+            balance_scale: 1.0,
+            seed: self.steps,
         };
         let Run { model, grads, inputs, targets, seq, workspace, .. } = self;
         Ok(model.train_step(grads, inputs, targets, *seq, &args, workspace)?)
@@ -171,12 +173,12 @@ impl<'a> Run<'a> {
 /// What a step has to do: of every inactive pair of token and expert a third of the products.
 fn cost(config: &Config, active: f64, tokens: usize, seq: usize) -> Cost {
     let counts = Accounting::of(config);
-    let layers = config.num_layers as f64;
     let head = product(&[config.vocab_size, config.hidden]);
-    let always = layers * (counts.attn_layer + counts.router) as f64 + head;
-    let ffns = layers * counts.ffn_layer as f64;
+    let always = (counts.attention + counts.router) as f64 + head;
+    let ffns = counts.ffn as f64;
+    let heads = config.layers().map(|shape| shape.num_heads).sum();
     // Scores and their use, forward and with the scores anew backward; a position sees half the sequence.
-    let attention = 3.5 * 4.0 * layers * product(&[config.num_heads, config.head_dim, seq]) / 2.0;
+    let attention = 3.5 * 4.0 * product(&[heads, config.head_dim, seq]) / 2.0;
     let per_token = 6.0 * always + (2.0 + 4.0 * active) * ffns + attention;
     // Weights twice, gradients once, and AdamW: four read, three written.
     Cost { flops: tokens as f64 * per_token, bytes: f32_bytes(10.0 * counts.total as f64) }

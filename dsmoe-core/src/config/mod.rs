@@ -1,0 +1,401 @@
+//! `config.json` of a LLaMA or DSMoE directory: reading, checking, writing.
+
+mod fields;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use dsmoe_router::{GateValue, Rescale, RouterConfig, ZeroActive};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use crate::checkpoint::Dtype;
+use crate::error::Result;
+use crate::ffn::{self, FfnSpec};
+use crate::partition;
+use fields::{Fields, parse_object};
+
+pub(crate) use fields::read_json;
+
+/// Name of the configuration in a model directory.
+pub const CONFIG_FILE: &str = "config.json";
+const GENERATION_CONFIG_FILE: &str = "generation_config.json";
+const FORMAT_VERSION: u64 = 1;
+/// The largest JSON file that is read.
+const LARGEST_JSON: u64 = 64 << 20;
+/// The largest width, vocabulary or number of positions believed.
+const LARGEST_DIMENSION: u64 = 1 << 24;
+const LARGEST_LAYERS: u64 = 1 << 12;
+const LARGEST_MODEL: u128 = 1 << 42;
+
+/// Configuration of a LLaMA, dense or with experts.
+///
+/// The fields are what was read; [`Config::to_json`] writes the keys of the source and, of these fields, `moe` and
+/// `ffn`. Where layers differ ([`Config::layer`]), the plain sizes are the largest of any layer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Config {
+    /// Rows of the embedding.
+    pub vocab_size: usize,
+    /// Width of the residual stream (d).
+    pub hidden: usize,
+    /// Width of the FFN (D).
+    pub intermediate: usize,
+    /// Decoder layers.
+    pub num_layers: usize,
+    /// Query heads.
+    pub num_heads: usize,
+    /// Key and value heads; divides `num_heads`.
+    pub num_kv_heads: usize,
+    /// Width of a head; even.
+    pub head_dim: usize,
+    /// Added to the mean square in RMSNorm.
+    pub rms_norm_eps: f64,
+    /// Base of the rotary frequencies.
+    pub rope_theta: f64,
+    /// Change of the rotary frequencies.
+    pub rope_scaling: RopeScaling,
+    /// Positions the model was made for.
+    pub max_position: usize,
+    /// Whether the output head is the embedding.
+    pub tie_word_embeddings: bool,
+    /// First token of a text.
+    pub bos_token_id: Option<u32>,
+    /// Tokens that end a text; generation_config.json wins.
+    pub eos_token_ids: Vec<u32>,
+    /// Standard deviation of initial weights.
+    pub initializer_range: f64,
+    /// DSMoE's experts and routers; none for a dense model.
+    pub moe: Option<MoeConfig>,
+    /// An FFN of another kind; none for a dense model and for DSMoE.
+    pub ffn: Option<Arc<dyn FfnSpec>>,
+    /// Every layer's sizes, when they are not the same.
+    layers: Option<Vec<LayerShape>>,
+    raw: Map<String, Value>,
+}
+
+/// Sizes that may differ from layer to layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LayerShape {
+    /// Query heads.
+    #[serde(rename = "num_attention_heads")]
+    pub num_heads: usize,
+    /// Key and value heads; divides `num_heads`.
+    #[serde(rename = "num_key_value_heads")]
+    pub num_kv_heads: usize,
+    /// Width of the FFN (D).
+    #[serde(rename = "intermediate_size")]
+    pub intermediate: usize,
+}
+
+/// Scaling of the rotary frequencies.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum RopeScaling {
+    /// None.
+    None,
+    /// Llama 3.1's: long wavelengths divided by `factor`, short ones kept, a ramp between.
+    Llama3 {
+        /// Divisor of the frequencies of long wavelengths.
+        factor: f64,
+        /// Wavelengths over `original_max_position` / this are long.
+        low_freq_factor: f64,
+        /// Wavelengths under `original_max_position` / this are short.
+        high_freq_factor: f64,
+        /// Positions before scaling.
+        original_max_position: usize,
+    },
+}
+
+/// Order of the neurons in the stored FFN tensors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PartitionKind {
+    /// As in the original; expert i is the i-th block.
+    Contiguous,
+    /// Permuted; `mlp.partition` of each layer holds the original indices.
+    Permuted,
+}
+
+/// The `dsmoe` object of config.json.
+#[derive(Clone, Debug, PartialEq)]
+pub struct MoeConfig {
+    /// What the routers do.
+    pub router: RouterConfig,
+    /// Order of the neurons.
+    pub partition: PartitionKind,
+    /// Whether routers have a bias.
+    pub router_bias: bool,
+}
+
+/// [`MoeConfig`] as it is stored.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct StoredMoe {
+    format_version: u64,
+    num_experts: usize,
+    threshold: f64,
+    partition: PartitionKind,
+    router_bias: bool,
+    gate_value: GateValue,
+    rescale: Rescale,
+    zero_active: ZeroActive,
+    ste: bool,
+}
+
+impl Config {
+    /// Reads `config.json`, and the end-of-text tokens of `generation_config.json` when that exists.
+    ///
+    /// # Errors
+    /// Either file cannot be read or has a field that is missing, out of range or not supported.
+    pub fn load(dir: &Path) -> Result<Config> {
+        let path = dir.join(CONFIG_FILE);
+        let mut config = Config::from_json(&path, &read_json(&path)?)?;
+        let path = dir.join(GENERATION_CONFIG_FILE);
+        if path.is_file() {
+            let map = parse_object(&path, &read_json(&path)?)?;
+            let fields = Fields { path: &path, prefix: "", map: &map };
+            if let Some(ids) = fields.token_ids("eos_token_id")? {
+                config.eos_token_ids = ids;
+            }
+        }
+        Ok(config)
+    }
+
+    /// Parses the text of a `config.json`; `path` is for messages.
+    ///
+    /// # Errors
+    /// Not JSON, or a field that is missing, out of range or not supported.
+    pub fn from_json(path: &Path, text: &str) -> Result<Config> {
+        let raw = parse_object(path, text)?;
+        let fields = Fields { path, prefix: "", map: &raw };
+        fields.refuse_unsupported()?;
+        fields.check_kind()?;
+        let moe = fields.moe()?;
+
+        let hidden = fields.dimension("hidden_size")?;
+        let num_heads = fields.dimension("num_attention_heads")?;
+        let num_kv_heads = fields.dimension_or("num_key_value_heads", num_heads)?;
+        if !num_heads.is_multiple_of(num_kv_heads) {
+            return Err(fields.wrong(
+                "num_key_value_heads",
+                format!("is {num_kv_heads} and does not divide num_attention_heads {num_heads}"),
+                "correct one of them",
+            ));
+        }
+        if fields.get("head_dim").is_none() && !hidden.is_multiple_of(num_heads) {
+            let problem = format!("is {hidden} and not divisible by num_attention_heads {num_heads}");
+            return Err(fields.wrong("hidden_size", problem, "add head_dim"));
+        }
+        let head_dim = fields.dimension_or("head_dim", hidden / num_heads)?;
+        if !head_dim.is_multiple_of(2) {
+            return Err(fields.wrong("head_dim", format!("is {head_dim}"), "use an even number"));
+        }
+        let (rope_theta, rope_scaling) = fields.rope()?;
+        let config = Config {
+            vocab_size: fields.dimension("vocab_size")?,
+            hidden,
+            intermediate: fields.dimension("intermediate_size")?,
+            num_layers: fields.integer("num_hidden_layers", LARGEST_LAYERS)?,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            rms_norm_eps: fields.positive("rms_norm_eps")?.unwrap_or(1e-6),
+            rope_theta,
+            rope_scaling,
+            max_position: fields.dimension_or("max_position_embeddings", 2048)?,
+            tie_word_embeddings: fields.flag("tie_word_embeddings")?.unwrap_or(false),
+            bos_token_id: fields.token_ids("bos_token_id")?.and_then(|ids| ids.first().copied()),
+            eos_token_ids: fields.token_ids("eos_token_id")?.unwrap_or_default(),
+            initializer_range: fields.positive("initializer_range")?.unwrap_or(0.02),
+            moe,
+            ffn: None,
+            layers: None,
+            raw: Map::new(),
+        };
+        let layers = fields.layer_shapes(&config)?;
+        let config = Config { layers, ..config };
+        config.check_size(&fields)?;
+        if let Some(moe) = &config.moe {
+            for i in 0..config.num_layers {
+                partition::check_divisible(config.layer(i).intermediate, moe.router.num_experts, Some(path))?;
+            }
+        }
+        let ffn = fields.ffn()?.map(|(kind, settings)| ffn::read_spec(path, kind, &config, &settings));
+        Ok(Config { ffn: ffn.transpose()?, raw, ..config })
+    }
+
+    /// The sizes of layer `i`.
+    ///
+    /// # Panics
+    /// There is no such layer.
+    pub fn layer(&self, i: usize) -> LayerShape {
+        assert!(i < self.num_layers, "config: layer {i} of {}", self.num_layers);
+        match &self.layers {
+            Some(layers) => layers[i],
+            None => LayerShape {
+                num_heads: self.num_heads,
+                num_kv_heads: self.num_kv_heads,
+                intermediate: self.intermediate,
+            },
+        }
+    }
+
+    /// The sizes of all layers.
+    pub fn layers(&self) -> impl ExactSizeIterator<Item = LayerShape> + '_ {
+        (0..self.num_layers).map(|i| self.layer(i))
+    }
+
+    /// Whether all layers have the same sizes.
+    pub fn is_even(&self) -> bool {
+        self.layers.is_none()
+    }
+
+    /// Sets the sizes of every layer. When all are equal the model stays a plain LLaMA; otherwise config.json gets
+    /// `layer_shapes`.
+    ///
+    /// # Panics
+    /// There are not as many shapes as layers, a size is 0, or key-value heads do not divide the heads of a layer.
+    pub fn set_layers(&mut self, layers: Vec<LayerShape>) {
+        assert_eq!(layers.len(), self.num_layers, "config: shapes and layers");
+        for (i, LayerShape { num_heads, num_kv_heads, intermediate }) in layers.iter().enumerate() {
+            let sound = *num_kv_heads > 0 && num_heads.is_multiple_of(*num_kv_heads) && *num_heads > 0;
+            assert!(sound && *intermediate > 0, "config: layer {i} of shape {:?}", layers[i]);
+        }
+        let largest = largest(&layers);
+        (self.num_heads, self.num_kv_heads) = (largest.num_heads, largest.num_kv_heads);
+        self.intermediate = largest.intermediate;
+        self.raw.insert("num_attention_heads".to_owned(), json!(self.num_heads));
+        self.raw.insert("num_key_value_heads".to_owned(), json!(self.num_kv_heads));
+        self.raw.insert("intermediate_size".to_owned(), json!(self.intermediate));
+        self.layers = layers.iter().any(|layer| *layer != layers[0]).then_some(layers);
+        self.state_head_dim();
+    }
+
+    /// Sets the width of the residual stream; heads keep theirs.
+    ///
+    /// # Panics
+    /// `hidden` is 0.
+    pub fn set_hidden(&mut self, hidden: usize) {
+        assert!(hidden > 0, "config: hidden size 0");
+        self.hidden = hidden;
+        self.raw.insert("hidden_size".to_owned(), json!(hidden));
+        self.state_head_dim();
+    }
+
+    /// Writes out `head_dim` where it would be taken for another.
+    fn state_head_dim(&mut self) {
+        if self.hidden != self.num_heads * self.head_dim || self.raw.contains_key("head_dim") {
+            self.raw.insert("head_dim".to_owned(), json!(self.head_dim));
+        }
+    }
+
+    /// Experts per layer, when there are routers.
+    pub fn num_experts(&self) -> Option<usize> {
+        let moe = self.moe.as_ref().map(|moe| moe.router.num_experts);
+        moe.or_else(|| self.ffn.as_ref().map(|spec| spec.num_experts()))
+    }
+
+    /// Experts that every token runs, when their number is fixed.
+    pub fn fixed_active(&self) -> Option<f64> {
+        self.ffn.as_ref().and_then(|spec| spec.active_experts())
+    }
+
+    /// Whether every FFN is dense.
+    pub fn is_dense(&self) -> bool {
+        self.moe.is_none() && self.ffn.is_none()
+    }
+
+    /// `model_type` of config.json: `llama` for what transformers loads as it is.
+    pub fn model_type(&self) -> &'static str {
+        if self.is_dense() && self.is_even() { "llama" } else { "dsmoe" }
+    }
+
+    fn check_size(&self, fields: &Fields<'_>) -> Result<()> {
+        let wide = |n: usize| n as u128;
+        let layer = |layer: LayerShape| {
+            let heads = wide(layer.num_heads + layer.num_kv_heads);
+            wide(self.hidden) * (2 * wide(self.head_dim) * heads + 3 * wide(layer.intermediate))
+        };
+        let total = self.layers().map(layer).sum::<u128>() + 2 * wide(self.vocab_size) * wide(self.hidden);
+        if wide(self.num_heads) * wide(self.head_dim) > u128::from(LARGEST_DIMENSION) || total > LARGEST_MODEL
+        {
+            let problem = format!("and the other sizes make a model of {total} parameters");
+            return Err(fields.wrong("hidden_size", problem, "correct the sizes"));
+        }
+        Ok(())
+    }
+
+    /// The keys of the source, with `model_type`, `architectures`, `dsmoe`, `ffn` and `layer_shapes` as the fields say.
+    pub fn to_json(&self) -> String {
+        let mut raw = self.raw.clone();
+        let model_type = self.model_type();
+        let architecture = if model_type == "llama" { "LlamaForCausalLM" } else { "DsmoeForCausalLM" };
+        raw.insert("model_type".to_owned(), json!(model_type));
+        raw.insert("architectures".to_owned(), json!([architecture]));
+        let ffn = self.ffn.as_ref().map(|spec| {
+            let kind = std::iter::once(("type".to_owned(), json!(spec.kind())));
+            Value::Object(kind.chain(spec.settings()).collect())
+        });
+        for (key, value) in [
+            ("dsmoe", self.moe.as_ref().map(MoeConfig::to_value)),
+            ("ffn", ffn),
+            ("layer_shapes", self.layers.as_ref().map(|layers| json!(layers))),
+        ] {
+            match value {
+                None => raw.shift_remove(key),
+                Some(value) => raw.insert(key.to_owned(), value),
+            };
+        }
+        format!("{:#}\n", Value::Object(raw))
+    }
+
+    /// Writes `config.json` to the existing directory `dir` and syncs it.
+    ///
+    /// # Errors
+    /// The file system refuses.
+    pub fn save(&self, dir: &Path) -> Result<()> {
+        crate::checkpoint::write_synced(&dir.join(CONFIG_FILE), self.to_json().as_bytes())
+    }
+
+    /// Changes the key that says what the weights are stored as: `dtype` where the source has it, else `torch_dtype`.
+    pub fn set_dtype(&mut self, dtype: Dtype) {
+        let name = match dtype {
+            Dtype::F32 => "float32",
+            Dtype::F16 => "float16",
+            Dtype::BF16 => "bfloat16",
+            Dtype::F64 => "float64",
+            _ => return,
+        };
+        let key = if self.raw.contains_key("dtype") { "dtype" } else { "torch_dtype" };
+        self.raw.insert(key.to_owned(), json!(name));
+    }
+}
+
+impl MoeConfig {
+    fn to_value(&self) -> Value {
+        let router = &self.router;
+        // The shortest decimal of the f32, not the many digits of its f64.
+        let threshold = router.threshold.to_string().parse().unwrap_or(f64::from(router.threshold));
+        json!(StoredMoe {
+            format_version: FORMAT_VERSION,
+            num_experts: router.num_experts,
+            threshold,
+            partition: self.partition,
+            router_bias: self.router_bias,
+            gate_value: router.gate_value,
+            rescale: router.rescale,
+            zero_active: router.zero_active,
+            ste: router.ste,
+        })
+    }
+}
+
+/// The largest of each size.
+fn largest(layers: &[LayerShape]) -> LayerShape {
+    let most = |size: fn(&LayerShape) -> usize| layers.iter().map(size).max().unwrap_or(0);
+    LayerShape {
+        num_heads: most(|layer| layer.num_heads),
+        num_kv_heads: most(|layer| layer.num_kv_heads),
+        intermediate: most(|layer| layer.intermediate),
+    }
+}

@@ -1,0 +1,76 @@
+//! FFN kinds of other crates: how config.json names one, and how it is built.
+
+use std::collections::BTreeMap;
+use std::fmt::Debug;
+use std::path::Path;
+use std::sync::{Arc, PoisonError, RwLock};
+
+use serde_json::{Map, Value};
+
+use super::{DenseFfn, DsmoeFfn, Ffn};
+use crate::config::Config;
+use crate::error::{Error, Result, shown};
+
+/// How the FFNs of a model are configured: the `ffn` object of config.json.
+pub trait FfnSpec: Debug + Send + Sync {
+    /// The object's key `type`.
+    fn kind(&self) -> &'static str;
+
+    /// The object's other keys.
+    fn settings(&self) -> Map<String, Value>;
+
+    /// The FFN of a layer, whose sizes are [`Config::layer`]'s. What only training reads of its tensors is
+    /// [`crate::params::TensorSpec::training_only`].
+    fn build(&self, config: &Config, layer: usize) -> Box<dyn Ffn>;
+
+    /// Experts per layer.
+    fn num_experts(&self) -> usize;
+
+    /// Experts that every token runs, mean over layers, when their number is fixed.
+    fn active_experts(&self) -> Option<f64>;
+}
+
+impl PartialEq for dyn FfnSpec {
+    fn eq(&self, other: &dyn FfnSpec) -> bool {
+        self.kind() == other.kind() && self.settings() == other.settings()
+    }
+}
+
+/// Makes a [`FfnSpec`] of the `ffn` object of the config.json at the path, `type` left out; the configuration is the
+/// rest of the file, all of it checked.
+pub type ReadSpec = fn(&Path, &Config, &Map<String, Value>) -> Result<Arc<dyn FfnSpec>>;
+
+static KINDS: RwLock<BTreeMap<&'static str, ReadSpec>> = RwLock::new(BTreeMap::new());
+
+/// Makes FFNs of `"type": kind` readable in this process; once more changes nothing.
+pub fn register(kind: &'static str, read: ReadSpec) {
+    KINDS.write().unwrap_or_else(PoisonError::into_inner).insert(kind, read);
+}
+
+/// The spec of an `ffn` object.
+pub(crate) fn read_spec(
+    path: &Path,
+    kind: &str,
+    config: &Config,
+    settings: &Map<String, Value>,
+) -> Result<Arc<dyn FfnSpec>> {
+    let kinds = KINDS.read().unwrap_or_else(PoisonError::into_inner);
+    let Some(read) = kinds.get(kind).copied() else {
+        let known = kinds.keys().copied().collect::<Vec<_>>().join(", ");
+        let known =
+            if known.is_empty() { "no type is known here".to_owned() } else { format!("use {known}") };
+        return Err(Error::field(path, "ffn.type", format!("is {:?} and not known", shown(kind)), known));
+    };
+    drop(kinds);
+    read(path, config, settings)
+}
+
+/// The FFN that `config` asks for in a layer.
+pub(crate) fn of_layer(config: &Config, layer: usize) -> Box<dyn Ffn> {
+    let (hidden, intermediate) = (config.hidden, config.layer(layer).intermediate);
+    match (&config.moe, &config.ffn) {
+        (Some(moe), _) => Box::new(DsmoeFfn::new(hidden, intermediate, moe.router.clone(), moe.router_bias)),
+        (None, Some(spec)) => spec.build(config, layer),
+        (None, None) => Box::new(DenseFfn::new(hidden, intermediate)),
+    }
+}
