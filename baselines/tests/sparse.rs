@@ -172,6 +172,10 @@ fn the_papers_budgets_are_reached() {
             assert!(error.contains("749.3M") && error.contains("nearest=yes"), "{error}");
             assert!(plan(&small, "735M", &[pattern, "nearest=yes"]).is_ok());
         }
+        if name == "sparsegpt" {
+            let whole = plan(&small, "735M", &["block=18446744073709551615"]).unwrap();
+            assert!((whole.activated - 735e6).abs() < 1e4, "{whole:?}");
+        }
         assert_eq!(plan(&small, "1", &[]).unwrap().activated, 1_235_814_400.0);
         assert_eq!(plan(&small, "262735872", &[]).unwrap().activated, 262_735_872.0);
         for budget in ["100M", "2B"] {
@@ -313,7 +317,8 @@ fn what_cannot_be_done_is_said_in_a_line_and_leaves_nothing() {
     let uneven = [vec![1, 2, 3], vec![1]];
     let foreign = [vec![99, 1]];
     let good = sequences();
-    let cases: [(&str, &Path, &[&str], &[Vec<u32>], &str); 13] = [
+    let cases: [(&str, &Path, &[&str], &[Vec<u32>], &str); 14] = [
+        ("magnitude", &model, &["nearest=maybe"], &good, "nearest: is \"maybe\"; use yes to accept"),
         ("sparsegpt", &model, &[], &[], "calibration: there is no text"),
         ("wanda", &model, &[], &[], "calibration: there is no text"),
         ("wanda", &model, &[], &uneven, "calibration sequence 1 has 1 tokens"),
@@ -322,7 +327,13 @@ fn what_cannot_be_done_is_said_in_a_line_and_leaves_nothing() {
         ("sparsegpt", &model, &["damp=NaN"], &good, "damp: is NaN"),
         ("sparsegpt", &model, &["block=0"], &good, "block: is 0"),
         ("sparsegpt", &model, &["block=6", "pattern=2:4", "nearest=yes"], &good, "block: is 6"),
-        ("sparsegpt", &model, &["true_sequential=maybe"], &good, "use yes or no"),
+        (
+            "sparsegpt",
+            &model,
+            &["true_sequential=maybe"],
+            &good,
+            "true_sequential: is \"maybe\"; use yes to run",
+        ),
         ("magnitude", &model, &["pattern=3:7"], &good, "use unstructured, 2:4 or 4:8"),
         ("magnitude", &model, &["among=layer"], &good, "use row or matrix"),
         ("magnitude", &experts, &[], &good, "name a dense model"),

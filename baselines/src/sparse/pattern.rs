@@ -74,6 +74,22 @@ impl FromStr for Among {
     }
 }
 
+/// A knob that is `yes` or `no`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct YesNo(pub(crate) bool);
+
+impl FromStr for YesNo {
+    type Err = ();
+
+    fn from_str(text: &str) -> std::result::Result<YesNo, ()> {
+        match text {
+            "yes" => Ok(YesNo(true)),
+            "no" => Ok(YesNo(false)),
+            _ => Err(()),
+        }
+    }
+}
+
 /// What is removed from every matrix.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Sparsity {
@@ -96,6 +112,7 @@ impl Sparsity {
             (_, Among::Row) => rows * removed_of(cols, self.share),
             (_, Among::Matrix) => removed_of(rows * cols, self.share),
             (_, Among::Columns(block)) => {
+                let block = block.min(cols);
                 let rest = removed_of(rows * (cols % block), self.share);
                 cols / block * removed_of(rows * block, self.share) + rest
             }
@@ -129,17 +146,7 @@ impl Target {
             return Err(CoreError::Argument(text.to_owned()).into());
         }
         let pattern: Pattern = knobs.need("pattern")?;
-        let nearest = match knobs.need::<String>("nearest")?.as_str() {
-            "yes" => true,
-            "no" => false,
-            other => {
-                return Err(Error::Knob {
-                    name: "nearest".to_owned(),
-                    problem: format!("is {other:?}"),
-                    mend: "use yes or no".to_owned(),
-                });
-            }
-        };
+        let YesNo(nearest) = knobs.need("nearest")?;
         if let Pattern::Group { of, .. } = pattern
             && let Some((name, _, cols)) = matrices(config).find(|(.., cols)| cols % of != 0)
         {
@@ -160,11 +167,10 @@ impl Target {
         let share = nearest_share(&removed, wanted);
         let removed = removed(share);
         let activated = total as f64 - removed as f64;
+        let pruned: u64 = shapes.iter().map(|&(rows, cols)| (rows * cols) as u64).sum();
         if (activated - asked).abs() > TOLERANCE * asked && !nearest {
-            let pruned: u64 = shapes.iter().map(|&(rows, cols)| (rows * cols) as u64).sum();
             return Err(unreachable(budget, pattern, activated, [total - pruned, total]));
         }
-        let pruned: u64 = shapes.iter().map(|&(rows, cols)| (rows * cols) as u64).sum();
         let density = 1.0 - removed as f64 / pruned as f64;
         let plan = Plan {
             total: total as f64,

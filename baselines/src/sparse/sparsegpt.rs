@@ -8,7 +8,7 @@ use dsmoe_core::Config;
 use dsmoe_core::calibrate::Input;
 
 use super::hessian::{Factored, Hessian};
-use super::pattern::{Among, Pattern, Sparsity, Target};
+use super::pattern::{Among, Pattern, Sparsity, Target, YesNo};
 use super::sweep::{SweepOptions, sweep};
 use super::{Layer, NEAREST, PATTERN, calibration, run};
 use crate::error::{Error, Result};
@@ -44,11 +44,7 @@ impl SparseGpt {
             let mend = "use a number of columns above 0 that is a multiple of the pattern's columns";
             return Err(wrong("block", format!("is {block}"), mend));
         }
-        let true_sequential = match knobs.need::<String>("true_sequential")?.as_str() {
-            "yes" => true,
-            "no" => false,
-            other => return Err(wrong("true_sequential", format!("is {other:?}"), "use yes or no")),
-        };
+        let YesNo(true_sequential) = knobs.need("true_sequential")?;
         let Target { sparsity, plan } = Target::new(config, budget, Among::Columns(block), knobs)?;
         Ok((Settings { sparsity, block, damping, true_sequential }, plan))
     }

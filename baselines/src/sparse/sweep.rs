@@ -47,7 +47,7 @@ pub struct Swept {
 /// Prunes `weight` `[outputs, inputs]` in place. Weights whose input was always zero are the first to go.
 ///
 /// # Panics
-/// Shapes do not fit, or a block is no multiple of the pattern's group.
+/// Shapes do not fit, a block is no multiple of the pattern's group, or that is of more than 8 columns.
 pub fn sweep(weight: &mut [f32], hessian: &Factored, options: &SweepOptions) -> Swept {
     let Factored { factor, dead, .. } = hessian;
     let cols = dead.len();
@@ -58,6 +58,7 @@ pub fn sweep(weight: &mut [f32], hessian: &Factored, options: &SweepOptions) -> 
             && factor.len() == cols * cols
             && options.block > 0
             && options.block.is_multiple_of(of)
+            && of <= LONGEST_GROUP
             && cols.is_multiple_of(of),
         "sweep: {} weights, {} of the factor, {cols} columns, {options:?}",
         weight.len(),
