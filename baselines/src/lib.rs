@@ -3,7 +3,9 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod error;
+mod linalg;
 mod method;
+pub mod sparse;
 mod topk_moe;
 
 pub use error::{Error, Result};

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 pub mod accounting;
+pub mod calibrate;
 pub mod checkpoint;
 pub mod config;
 pub mod convert;

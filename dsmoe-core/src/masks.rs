@@ -46,6 +46,20 @@ impl Mask {
         Mask { rows, cols, bits }
     }
 
+    /// From the bits of [`MASKS_FILE`]: `[rows, cols.div_ceil(8)]`.
+    ///
+    /// # Panics
+    /// There are not as many bytes, or bits behind the last column.
+    pub fn from_bits(rows: usize, cols: usize, bits: Vec<u8>) -> Mask {
+        let mask = Mask { rows, cols, bits };
+        assert!(
+            mask.bits.len() == rows * mask.stride() && !mask.has_bits_behind(),
+            "mask: {} bytes for {rows} x {cols}",
+            mask.bits.len()
+        );
+        mask
+    }
+
     /// Rows of the weight as stored.
     pub fn rows(&self) -> usize {
         self.rows
@@ -77,6 +91,11 @@ impl Mask {
 
     fn stride(&self) -> usize {
         self.cols.div_ceil(BITS)
+    }
+
+    fn has_bits_behind(&self) -> bool {
+        let last = self.cols % BITS;
+        last != 0 && self.bits.chunks_exact(self.stride()).any(|bits| bits[self.cols / BITS] >> last != 0)
     }
 
     /// Sets what is not kept to 0 in the weight as it is in memory.
@@ -155,7 +174,12 @@ impl Masks {
         cols: usize,
         keep: impl Fn(usize, usize) -> bool + Sync,
     ) {
-        self.0.insert(name.into(), Mask::new(rows, cols, keep));
+        self.set(name, Mask::new(rows, cols, keep));
+    }
+
+    /// Sets the mask of the weight `name`.
+    pub fn set(&mut self, name: impl Into<String>, mask: Mask) {
+        self.0.insert(name.into(), mask);
     }
 
     /// The mask of the weight `name`.
@@ -212,8 +236,7 @@ impl Masks {
                 return Err(Error::tensor(&path, name, problem, MEND));
             }
             let mask = Mask { rows, cols, bits: file.bytes(name)?.to_vec() };
-            let behind = |bits: &[u8]| !cols.is_multiple_of(BITS) && bits[cols / BITS] >> (cols % BITS) != 0;
-            if mask.bits.chunks_exact(mask.stride()).any(behind) {
+            if mask.has_bits_behind() {
                 let problem = format!("has bits behind its {cols} columns");
                 return Err(Error::tensor(&path, name, problem, MEND));
             }

@@ -65,6 +65,22 @@ impl Dtype {
         matches!(self, Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16)
     }
 
+    /// Rounds `values` to those that this type can store; what is too large for it becomes infinite.
+    ///
+    /// # Panics
+    /// It is not a float.
+    pub fn round(self, values: &mut [f32]) {
+        let all = |values: &mut [f32], round: fn(f32) -> f32| {
+            values.par_chunks_mut(TASK).for_each(|part| part.iter_mut().for_each(|x| *x = round(*x)));
+        };
+        match self {
+            Dtype::F32 | Dtype::F64 => {}
+            Dtype::F16 => all(values, |x| f16::from_f32(x).to_f32()),
+            Dtype::BF16 => all(values, |x| bf16::from_f32(x).to_f32()),
+            _ => panic!("round: {self} is not a float"),
+        }
+    }
+
     pub(crate) fn from_stored(name: &str) -> Option<Dtype> {
         NAMES.iter().find(|(_, stored, _)| *stored == name).map(|&(dtype, _, _)| dtype)
     }
@@ -207,6 +223,9 @@ mod tests {
             for (a, b) in values.iter().zip(&back) {
                 assert!((a - b).abs() <= tolerance * a.abs(), "{dtype}: {a} {b}");
             }
+            let mut rounded = values.clone();
+            dtype.round(&mut rounded);
+            assert_eq!(rounded, back, "{dtype}");
         }
     }
 

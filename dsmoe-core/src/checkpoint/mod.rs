@@ -12,10 +12,11 @@ mod writer;
 pub use dtype::{Dtype, transpose};
 pub(crate) use dtype::{decode, encode};
 pub use header::{Header, HeaderEntry};
-pub use llama::{LlamaTensors, check_llama_tensors, is_router, tensor_names};
 pub(crate) use llama::{
-    ffn_name, is_ignored, norm_name, partition_name, read_partitions, router_bias_name, router_name,
+    EMBEDDING, ffn_name, is_ignored, norm_name, partition_name, read_partitions, router_bias_name,
+    router_name,
 };
+pub use llama::{LlamaTensors, check_llama_tensors, is_router, tensor_names};
 pub use output::{OutputDir, write_synced};
 pub use reader::{Checkpoint, TensorView};
 pub use stream::Progress;

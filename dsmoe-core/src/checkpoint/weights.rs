@@ -33,8 +33,13 @@ impl<'a> WeightReader<'a> {
         masks: Option<&'a Masks>,
     ) -> Result<WeightReader<'a>> {
         let names = check_llama_tensors(config, checkpoint)?;
+        Ok(WeightReader { masks, ..WeightReader::resume(names, checkpoint) })
+    }
+
+    /// For a checkpoint that was checked before, without masks.
+    pub(crate) fn resume(names: LlamaTensors, checkpoint: &'a Checkpoint) -> WeightReader<'a> {
         let source = TensorSource::new(checkpoint);
-        Ok(WeightReader { checkpoint, names, masks, source, bytes: Vec::new(), values: Vec::new() })
+        WeightReader { checkpoint, names, masks: None, source, bytes: Vec::new(), values: Vec::new() }
     }
 
     /// Sets `out` to a tensor as it is in memory.

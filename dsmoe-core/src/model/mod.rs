@@ -273,7 +273,7 @@ fn lay_out(config: &Config, ffns: &[Box<dyn Ffn>]) -> (Layout, Ranges) {
     (layout, Ranges { embed, layers, norm, head })
 }
 
-fn rope_table(config: &Config) -> rope::Table {
+pub(crate) fn rope_table(config: &Config) -> rope::Table {
     let scaling = match config.rope_scaling {
         RopeScaling::None => rope::Scaling::None,
         RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position } => {
@@ -305,7 +305,7 @@ fn set_threshold(config: &mut Config, threshold: f32, move_gates: impl FnOnce() 
 }
 
 /// Checks that `ids` can be fed at positions `start..`.
-fn check_input(config: &Config, ids: &[u32], start: usize, seq: usize) -> Result<()> {
+pub(crate) fn check_input(config: &Config, ids: &[u32], start: usize, seq: usize) -> Result<()> {
     if let Some(id) = ids.iter().find(|&&id| id as usize >= config.vocab_size) {
         return Err(Error::Argument(format!(
             "token id {id} is not below vocab_size {}; use the model's own tokenizer",

@@ -1,0 +1,216 @@
+//! The Hessian of a layer's squared output error, summed over calibration sequences as they pass.
+//!
+//! ```text
+//! H = (2 / sequences) sum over sequences X^T X        X [seq, inputs]
+//! H^-1 = R^T R                                        of the damped H; R upper triangular
+//! ```
+
+use dsmoe_kernels::Precision;
+use dsmoe_kernels::matmul::{Mat, matmul};
+use rayon::prelude::*;
+
+use crate::error::{Error, Result};
+use crate::linalg::inverse_factor;
+
+/// Dampings tried when one has no factorisation.
+const DAMPINGS: [f64; 3] = [0.01, 0.1, 1.0];
+/// Rows of H in a panel.
+const PANEL: usize = 512;
+/// Rows filled by one task: a cache line of a panel's row.
+const LINE: usize = 16;
+
+/// H, of which panels of rows are kept from the diagonal block on: the rest is symmetric.
+#[derive(Clone, Debug)]
+pub struct Hessian {
+    inputs: usize,
+    sequences: usize,
+    panels: Vec<Vec<f32>>,
+}
+
+/// H with its diagonal raised.
+#[derive(Debug)]
+struct Damped {
+    /// `[inputs, inputs]`.
+    values: Vec<f32>,
+    /// Inputs that were zero in all tokens; their row and column are the identity's.
+    dead: Vec<bool>,
+}
+
+/// The factor of the inverse of a damped Hessian.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Factored {
+    /// R transposed, `[inputs, inputs]`.
+    pub factor: Vec<f32>,
+    /// Inputs that were zero in all tokens.
+    pub dead: Vec<bool>,
+    /// The damping it took.
+    pub damping: f64,
+}
+
+impl Hessian {
+    /// Of a layer of `inputs` columns, before any sequence.
+    pub fn new(inputs: usize) -> Hessian {
+        let panels = (0..inputs)
+            .step_by(PANEL)
+            .map(|first| vec![0.0; PANEL.min(inputs - first) * (inputs - first)])
+            .collect();
+        Hessian { inputs, sequences: 0, panels }
+    }
+
+    /// Adds a sequence `x` `[seq, inputs]`.
+    ///
+    /// # Panics
+    /// `x` holds no whole number of rows.
+    pub fn add(&mut self, x: &[f32]) {
+        assert!(x.len().is_multiple_of(self.inputs), "Hessian: {} values, {} inputs", x.len(), self.inputs);
+        let (inputs, seq) = (self.inputs, x.len() / self.inputs);
+        self.sequences += 1;
+        for (number, panel) in self.panels.iter_mut().enumerate() {
+            let first = number * PANEL;
+            let columns = |count| Mat::with_stride(&x[first..], seq, count, inputs);
+            let rows = PANEL.min(inputs - first);
+            matmul(panel, columns(rows).t(), columns(inputs - first), true, Precision::F32);
+        }
+    }
+
+    fn diagonal(&self, i: usize) -> f32 {
+        let row = i % PANEL;
+        self.panels[i / PANEL][row * (self.inputs - i / PANEL * PANEL) + row]
+    }
+
+    /// Factorises with `damping`, in parts of the diagonal's mean, and while there is no factorisation with 0.01, 0.1
+    /// and 1, so far as they are larger. `place` is for messages.
+    ///
+    /// # Errors
+    /// No damping is enough, or an input was not finite.
+    pub fn factorise(&self, damping: f64, place: &str) -> Result<Factored> {
+        let wrong = |problem: &str, mend: &str| Error::Numeric {
+            place: place.to_owned(),
+            problem: problem.to_owned(),
+            mend: mend.to_owned(),
+        };
+        if !(0..self.inputs).all(|i| self.diagonal(i).is_finite()) {
+            return Err(wrong("reads values that are not finite", "check the model with eval"));
+        }
+        let larger = DAMPINGS.into_iter().filter(|&next| next > damping);
+        for damping in std::iter::once(damping).chain(larger) {
+            let Damped { values, dead } = self.damped(damping);
+            let n = dead.len();
+            if let Ok(factor) = inverse_factor(values, n)
+                && (0..n).all(|i| factor[i * n + i].is_normal())
+            {
+                return Ok(Factored { factor, dead, damping });
+            }
+        }
+        let problem = "has a Hessian that is not positive definite even when damped";
+        Err(wrong(problem, "give more calibration text or raise damp above 1"))
+    }
+
+    /// H, 1 on the diagonal of inputs that were always zero, plus `damping` times the mean of the diagonal on the
+    /// diagonal.
+    fn damped(&self, damping: f64) -> Damped {
+        let n = self.inputs;
+        let scale = 2.0 / self.sequences.max(1) as f64;
+        let dead: Vec<bool> = (0..n).map(|i| self.diagonal(i) == 0.0).collect();
+        let diagonal = |i: usize| if dead[i] { 1.0 } else { scale * f64::from(self.diagonal(i)) };
+        let damp = damping * (0..n).map(diagonal).sum::<f64>() / n.max(1) as f64;
+        let mut values = vec![0.0; n * n];
+        values.par_chunks_mut(LINE * n).enumerate().for_each(|(task, out)| {
+            let top = task * LINE;
+            let rows = out.len() / n;
+            let first = top / PANEL * PANEL;
+            let width = n - first;
+            for (r, out) in out.chunks_exact_mut(n).enumerate() {
+                let row = &self.panels[first / PANEL][(top + r - first) * width..][..width];
+                out[first..].copy_from_slice(row);
+            }
+            for j in 0..first {
+                let panel_first = j / PANEL * PANEL;
+                let at = (j - panel_first) * (n - panel_first) + (top - panel_first);
+                let line = &self.panels[j / PANEL][at..][..rows];
+                line.iter().enumerate().for_each(|(r, &x)| out[r * n + j] = x);
+            }
+            out.iter_mut().for_each(|x| *x *= scale as f32);
+            for r in 0..rows {
+                out[r * n + top + r] = (diagonal(top + r) + damp) as f32;
+            }
+        });
+        Damped { values, dead }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use dsmoe_kernels::testing::{assert_close, assert_same_on_threads, normals};
+
+    use super::*;
+
+    #[test]
+    fn it_is_the_mean_over_sequences_and_damped_by_its_own_diagonal() {
+        for inputs in [1, 5, 40, PANEL + 21, 2 * PANEL + 3] {
+            let (seq, count) = (11, 3);
+            let mut x = normals(count * seq * inputs, inputs as u64);
+            let dead = inputs / 2;
+            if inputs > 1 {
+                x.chunks_exact_mut(inputs).for_each(|row| row[dead] = 0.0);
+            }
+            let mut hessian = Hessian::new(inputs);
+            x.chunks_exact(seq * inputs).for_each(|x| hessian.add(x));
+            let mut want = vec![0.0; inputs * inputs];
+            for row in x.chunks_exact(inputs) {
+                for i in 0..inputs {
+                    for j in 0..inputs {
+                        want[i * inputs + j] += f64::from(row[i]) * f64::from(row[j]) * 2.0 / count as f64;
+                    }
+                }
+            }
+            if inputs > 1 {
+                want[dead * inputs + dead] = 1.0;
+            }
+            let mean = (0..inputs).map(|i| want[i * inputs + i]).sum::<f64>() / inputs as f64;
+            (0..inputs).for_each(|i| want[i * inputs + i] += 0.01 * mean);
+            let got = hessian.damped(0.01);
+            assert_close("H", &got.values, &want, 1e-6);
+            assert!((0..inputs).all(|i| got.dead[i] == (inputs > 1 && i == dead)));
+        }
+    }
+
+    #[test]
+    fn damping_is_raised_until_there_is_a_factorisation() {
+        let mut hessian = Hessian::new(3);
+        // One direction, large: f32 cannot tell it from a singular matrix at the first damping.
+        hessian.add(&[1000.0, 999.0, 998.0]);
+        assert_eq!(hessian.factorise(1e-12, "layer 0 o").unwrap().damping, 0.01);
+        for odd in [f32::INFINITY, f32::NAN] {
+            let mut hessian = Hessian::new(2);
+            hessian.add(&[1.0, odd]);
+            let error = hessian.factorise(0.01, "layer 0 o").unwrap_err().to_string();
+            assert_eq!(error, "layer 0 o: reads values that are not finite; check the model with eval");
+        }
+    }
+
+    #[test]
+    fn the_factor_is_of_the_damped_inverse() {
+        let mut hessian = Hessian::new(2);
+        hessian.add(&[1.0, 0.5, -0.25, 1.0, 2.0, 0.75]);
+        let Factored { factor, dead, damping } = hessian.factorise(0.01, "").unwrap();
+        assert_eq!((dead, damping), (vec![false; 2], 0.01));
+        // H = 2 X^T X = [[10.125, 3.5], [3.5, 3.625]], plus 0.01 * 6.875.
+        let (a, b, c) = (10.193_75, 3.5, 3.693_75);
+        let determinant = a * c - b * b;
+        let inverse = [c / determinant, -b / determinant, -b / determinant, a / determinant];
+        let l: Vec<f32> = factor;
+        let product = [l[0] * l[0], l[0] * l[2], l[2] * l[0], l[2] * l[2] + l[3] * l[3]];
+        assert_close("H^-1", &product, &inverse, 1e-6);
+    }
+
+    #[test]
+    fn threads_do_not_show() {
+        let x = normals(64 * 600, 8);
+        assert_same_on_threads("hessian", || {
+            let mut hessian = Hessian::new(600);
+            hessian.add(&x);
+            hessian.damped(0.01).values
+        });
+    }
+}

@@ -1,0 +1,152 @@
+//! Pruning of the decoder layers' linears to zeros among the weights, layer by layer: every layer is pruned on the
+//! inputs that the pruned layers before it give. The result is a plain LLaMA with `masks.safetensors` beside the
+//! weights.
+
+mod hessian;
+mod magnitude;
+mod pattern;
+mod score;
+mod select;
+mod sparsegpt;
+mod sweep;
+mod wanda;
+
+use dsmoe_core::calibrate::{Input, LayerStream, LayerWeights, Linear};
+use dsmoe_core::checkpoint::{Dtype, OutputDir, TensorInfo, Writer, copy_companions, tensor_names};
+use dsmoe_core::masks::{MASKS_FILE, Mask, Masks};
+
+pub use self::hessian::{Factored, Hessian};
+pub use self::magnitude::Magnitude;
+pub use self::pattern::Pattern;
+pub use self::sparsegpt::SparseGpt;
+pub use self::sweep::{SweepOptions, Swept, sweep};
+pub use self::wanda::Wanda;
+
+use crate::error::{Error, Result};
+use crate::method::{Job, Knob, Made, Plan, Progress};
+
+const PATTERN: Knob = Knob {
+    name: "pattern",
+    default: "unstructured",
+    help: "use unstructured, 2:4 or 4:8 (zeros in every so many columns; these fix the density at 0.5)",
+};
+const NEAREST: Knob = Knob {
+    name: "nearest",
+    default: "no",
+    help: "use yes to accept the reachable budget that is nearest, no to refuse one that is more than 1 % off",
+};
+
+/// A layer that is being pruned.
+struct Layer<'a> {
+    stream: &'a mut LayerStream,
+    weights: LayerWeights,
+    masks: &'a mut Masks,
+    measured: &'a mut Vec<(String, f64)>,
+}
+
+impl Layer<'_> {
+    /// Width of what the linears of `input` read.
+    fn width(&self, input: Input) -> usize {
+        let reading = self.weights.linears.iter().find(|linear| linear.input == input);
+        reading.map_or(0, |linear| linear.inputs)
+    }
+
+    /// Prunes the linears that read `input`; their weights are rounded to what they are stored as.
+    fn prune(&mut self, input: Input, mut prune: impl FnMut(&mut Linear) -> Mask) -> Result<()> {
+        for linear in self.weights.reading(input) {
+            let mask = prune(linear);
+            dtype(self.stream, &linear.name).round(&mut linear.weight);
+            if !linear.weight.iter().all(|w| w.is_finite()) {
+                return Err(Error::Numeric {
+                    place: linear.name.clone(),
+                    problem: "has a weight that its type cannot hold after the update".to_owned(),
+                    mend: "raise damp, give more calibration text or store the model as bf16".to_owned(),
+                });
+            }
+            self.masks.set(linear.name.clone(), mask);
+        }
+        Ok(())
+    }
+
+    fn measure(&mut self, what: &str, value: f64) {
+        self.measured.push((format!("layer {} {what}", self.weights.layer), value));
+    }
+}
+
+fn dtype(stream: &LayerStream, name: &str) -> Dtype {
+    stream.checkpoint().tensor(name).map_or(Dtype::F32, |view| view.dtype)
+}
+
+/// Prunes the model of `job` layer by layer and writes the result.
+fn run(
+    job: &Job<'_>,
+    plan: Plan,
+    calibration: &[Vec<u32>],
+    progress: &mut dyn FnMut(Progress),
+    prune: &dyn Fn(&mut Layer<'_>) -> Result<()>,
+) -> Result<Made> {
+    let masks_file = job.model.join(MASKS_FILE);
+    if masks_file.is_file() {
+        return Err(dsmoe_core::Error::Path {
+            path: masks_file,
+            problem: "the model is pruned already".to_owned(),
+            mend: "name the dense model it was made from",
+        }
+        .into());
+    }
+    let mut stream = LayerStream::open(job.model, calibration)?;
+    let config = stream.config().clone();
+    let output = OutputDir::create_from(job.model, job.out, job.force)?;
+    let names: Vec<String> =
+        tensor_names(&config).map(|(name, _)| stream.tensors().stored_name(&name).to_owned()).collect();
+    let infos = tensor_names(&config).zip(&names).map(|((_, shape), name)| TensorInfo {
+        name: name.clone(),
+        dtype: dtype(&stream, name),
+        shape,
+    });
+    let mut writer = Writer::create(output.path(), infos.collect())?;
+    let (mut masks, mut measured) = (Masks::new(), Vec::new());
+    let mut names = names.iter().peekable();
+    for i in 0..config.num_layers {
+        progress(Progress { stage: "pruning layers", done: i as u64, total: config.num_layers as u64 });
+        let prefix = format!("model.layers.{i}.");
+        while let Some(name) = names.next_if(|name| !name.starts_with(&prefix)) {
+            writer.write(name, stream.checkpoint().bytes(name)?)?;
+        }
+        let weights = stream.layer(i)?;
+        let mut layer = Layer { stream: &mut stream, weights, masks: &mut masks, measured: &mut measured };
+        prune(&mut layer)?;
+        let weights = layer.weights;
+        while let Some(name) = names.next_if(|name| name.starts_with(&prefix)) {
+            match weights.linears.iter().find(|linear| linear.name == *name) {
+                Some(linear) => writer.write_f32(name, &linear.weight)?,
+                None => writer.write(name, stream.checkpoint().bytes(name)?)?,
+            }
+        }
+        if i + 1 < config.num_layers {
+            stream.advance(&weights);
+        }
+    }
+    for name in names {
+        writer.write(name, stream.checkpoint().bytes(name)?)?;
+    }
+    writer.finish()?;
+    masks.save(output.path())?;
+    copy_companions(job.model, output.path())?;
+    config.save(output.path())?;
+    output.commit()?;
+    let done = config.num_layers as u64;
+    progress(Progress { stage: "pruning layers", done, total: done });
+    Ok(Made { plan: Plan { activated: plan.total - masks.pruned() as f64, ..plan }, measured })
+}
+
+/// The calibration text of a method that cannot do without.
+fn calibration<'a>(job: &Job<'a>) -> Result<&'a [Vec<u32>]> {
+    if job.calibration.is_empty() {
+        return Err(Error::Calibration {
+            problem: "there is no text".to_owned(),
+            mend: "give at least one sequence; 128 of the model's length are usual".to_owned(),
+        });
+    }
+    Ok(job.calibration)
+}

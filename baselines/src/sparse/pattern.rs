@@ -1,0 +1,217 @@
+//! Patterns of sparsity, what they reach, and the share to remove for a budget.
+
+use std::fmt;
+use std::str::FromStr;
+
+use dsmoe_core::accounting::Accounting;
+use dsmoe_core::checkpoint::tensor_names;
+use dsmoe_core::{Config, Error as CoreError};
+
+use crate::error::{Error, Result};
+use crate::method::{Budget, Knobs, Plan};
+
+/// A budget that is missed by more than this is an error.
+const TOLERANCE: f64 = 0.01;
+/// What is pruned: the linears of a decoder layer.
+const LINEARS: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+
+/// Where zeros may lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pattern {
+    /// Anywhere.
+    Unstructured,
+    /// `removed` zeros in every `of` consecutive columns of a row.
+    Group {
+        /// Zeros.
+        removed: usize,
+        /// Columns.
+        of: usize,
+    },
+}
+
+impl FromStr for Pattern {
+    type Err = ();
+
+    fn from_str(text: &str) -> std::result::Result<Pattern, ()> {
+        match text {
+            "unstructured" => Ok(Pattern::Unstructured),
+            "2:4" => Ok(Pattern::Group { removed: 2, of: 4 }),
+            "4:8" => Ok(Pattern::Group { removed: 4, of: 8 }),
+            _ => Err(()),
+        }
+    }
+}
+
+impl fmt::Display for Pattern {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Pattern::Unstructured => f.write_str("unstructured"),
+            Pattern::Group { removed, of } => write!(f, "{removed}:{of}"),
+        }
+    }
+}
+
+/// The weights among which the smallest scores are looked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Among {
+    /// Those of a row.
+    Row,
+    /// Those of the matrix.
+    Matrix,
+    /// Those of so many consecutive columns.
+    Columns(usize),
+}
+
+impl FromStr for Among {
+    type Err = ();
+
+    fn from_str(text: &str) -> std::result::Result<Among, ()> {
+        match text {
+            "row" => Ok(Among::Row),
+            "matrix" => Ok(Among::Matrix),
+            _ => Err(()),
+        }
+    }
+}
+
+/// A knob that is `yes` or `no`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct YesNo(pub(crate) bool);
+
+impl FromStr for YesNo {
+    type Err = ();
+
+    fn from_str(text: &str) -> std::result::Result<YesNo, ()> {
+        match text {
+            "yes" => Ok(YesNo(true)),
+            "no" => Ok(YesNo(false)),
+            _ => Err(()),
+        }
+    }
+}
+
+/// What is removed from every matrix.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Sparsity {
+    pub(crate) pattern: Pattern,
+    pub(crate) among: Among,
+    /// Share that is removed; a pattern of groups has its own.
+    pub(crate) share: f64,
+}
+
+/// The part of `count` weights that `share` removes.
+pub(crate) fn removed_of(count: usize, share: f64) -> usize {
+    ((count as f64 * share) as usize).min(count)
+}
+
+impl Sparsity {
+    /// Weights removed from a `[rows, cols]` matrix.
+    fn removed(&self, rows: usize, cols: usize) -> u64 {
+        let count = match (self.pattern, self.among) {
+            (Pattern::Group { removed, of }, _) => rows * (cols / of) * removed,
+            (_, Among::Row) => rows * removed_of(cols, self.share),
+            (_, Among::Matrix) => removed_of(rows * cols, self.share),
+            (_, Among::Columns(block)) => {
+                let block = block.min(cols);
+                let rest = removed_of(rows * (cols % block), self.share);
+                cols / block * removed_of(rows * block, self.share) + rest
+            }
+        };
+        count as u64
+    }
+}
+
+/// Names and shapes `[rows, cols]` of the matrices that are pruned.
+fn matrices(config: &Config) -> impl Iterator<Item = (String, usize, usize)> + '_ {
+    tensor_names(config).filter_map(|(name, shape)| {
+        let module = name.strip_suffix(".weight")?.rsplit('.').next()?;
+        LINEARS.contains(&module).then(|| (name, shape[0], shape[1]))
+    })
+}
+
+/// What a budget asks for and the nearest that can be reached.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Target {
+    pub(crate) sparsity: Sparsity,
+    pub(crate) plan: Plan,
+}
+
+impl Target {
+    /// The share that reaches `budget`: `density = (budget - the rest) / weights of the seven linears`. Of the knobs,
+    /// `pattern` and `nearest` are read.
+    pub(crate) fn new(config: &Config, budget: Budget, among: Among, knobs: &Knobs) -> Result<Target> {
+        if !config.is_dense() {
+            let text =
+                "the model has experts already; name a dense model, or export this one with --as dense first";
+            return Err(CoreError::Argument(text.to_owned()).into());
+        }
+        let pattern: Pattern = knobs.need("pattern")?;
+        let YesNo(nearest) = knobs.need("nearest")?;
+        if let Pattern::Group { of, .. } = pattern
+            && let Some((name, _, cols)) = matrices(config).find(|(.., cols)| cols % of != 0)
+        {
+            return Err(Error::Knob {
+                name: "pattern".to_owned(),
+                problem: format!("is {pattern} and the {cols} columns of {name} are no multiple of {of}"),
+                mend: "use pattern=unstructured".to_owned(),
+            });
+        }
+        let shapes: Vec<(usize, usize)> = matrices(config).map(|(_, rows, cols)| (rows, cols)).collect();
+        let total = Accounting::of(config).total;
+        let removed = |share: f64| -> u64 {
+            let sparsity = Sparsity { pattern, among, share };
+            shapes.iter().map(|&(rows, cols)| sparsity.removed(rows, cols)).sum()
+        };
+        let asked = budget.params(total);
+        let wanted = total as f64 - asked;
+        let share = nearest_share(&removed, wanted);
+        let removed = removed(share);
+        let activated = total as f64 - removed as f64;
+        let pruned: u64 = shapes.iter().map(|&(rows, cols)| (rows * cols) as u64).sum();
+        if (activated - asked).abs() > TOLERANCE * asked && !nearest {
+            return Err(unreachable(budget, pattern, activated, [total - pruned, total]));
+        }
+        let density = 1.0 - removed as f64 / pruned as f64;
+        let plan = Plan {
+            total: total as f64,
+            activated,
+            reached_by: format!("density {density:.4} of the layers' linears"),
+            settings: knobs.iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect(),
+        };
+        Ok(Target { sparsity: Sparsity { pattern, among, share }, plan })
+    }
+}
+
+/// The share for which `removed`, which grows with it, is nearest to `wanted`.
+fn nearest_share(removed: &dyn Fn(f64) -> u64, wanted: f64) -> f64 {
+    if removed(0.0) as f64 >= wanted {
+        return 0.0;
+    }
+    let (mut low, mut high) = (0.0, 1.0);
+    while low < high {
+        let middle = low + (high - low) / 2.0;
+        if middle <= low || middle >= high {
+            break;
+        }
+        if removed(middle) as f64 <= wanted { low = middle } else { high = middle }
+    }
+    let miss = |share: f64| (removed(share) as f64 - wanted).abs();
+    if miss(low) <= miss(high) { low } else { high }
+}
+
+fn unreachable(budget: Budget, pattern: Pattern, nearest: f64, [least, most]: [u64; 2]) -> Error {
+    let shown = |params: f64| match params {
+        big if big >= 1e9 => format!("{:.4}B", big / 1e9),
+        big if big >= 1e6 => format!("{:.1}M", big / 1e6),
+        small => format!("{small}"),
+    };
+    let nearest = shown(nearest);
+    let problem = format!("pattern {pattern} reaches {nearest}, more than 1 % off");
+    let mend = match pattern {
+        Pattern::Unstructured => {
+            format!("ask for {} to {}, or set nearest=yes", shown(least as f64), shown(most as f64))
+        }
+        Pattern::Group { .. } => format!("ask for {nearest}, or set pattern=unstructured or nearest=yes"),
+    };
+    Error::Budget { asked: budget.to_string(), problem, mend }
+}

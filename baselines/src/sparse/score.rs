@@ -1,0 +1,128 @@
+//! Pruning by a score of each weight, without an update: Wanda and magnitude.
+
+use dsmoe_core::masks::Mask;
+use rayon::prelude::*;
+
+use super::pattern::{Among, Pattern, Sparsity, removed_of};
+use super::select::{Smallest, mark_smallest};
+
+/// Zeroes the weights of `weight` `[rows, cols]` with the smallest `|w| * scale[column]`.
+///
+/// # Panics
+/// Shapes do not fit.
+pub(crate) fn prune(weight: &mut [f32], scale: &[f32], sparsity: &Sparsity) -> Mask {
+    let cols = scale.len();
+    assert!(cols > 0 && weight.len().is_multiple_of(cols), "prune: {} weights, {cols} columns", weight.len());
+    let rows = weight.len() / cols;
+    let scores = |out: &mut [f32], w: &[f32]| {
+        for ((out, w), scale) in out.iter_mut().zip(w).zip(scale) {
+            *out = w.abs() * scale;
+        }
+    };
+    let of_matrix = match (sparsity.pattern, sparsity.among) {
+        (Pattern::Unstructured, Among::Matrix) => {
+            let mut all = vec![0.0; weight.len()];
+            all.par_chunks_mut(cols).zip(weight.par_chunks(cols)).for_each(|(out, w)| scores(out, w));
+            Some(Smallest::of(&all, removed_of(weight.len(), sparsity.share)))
+        }
+        _ => None,
+    };
+    let stride = cols.div_ceil(8);
+    let mut kept = vec![0u8; rows * stride];
+    let tasks = weight.par_chunks_mut(cols).zip(kept.par_chunks_mut(stride)).enumerate();
+    tasks.for_each_init(Default::default, |(row_scores, removed, keys), (row, (w, bits))| {
+        let (row_scores, removed): (&mut Vec<f32>, &mut Vec<bool>) = (row_scores, removed);
+        row_scores.resize(cols, 0.0);
+        removed.resize(cols, false);
+        scores(row_scores, w);
+        match (sparsity.pattern, of_matrix) {
+            (Pattern::Group { removed: count, of }, _) => {
+                for (removed, scores) in removed.chunks_exact_mut(of).zip(row_scores.chunks_exact(of)) {
+                    mark_smallest(removed, scores, count);
+                }
+            }
+            (Pattern::Unstructured, Some(smallest)) => {
+                mark(removed, row_scores, smallest, row * cols);
+            }
+            (Pattern::Unstructured, None) => {
+                let count = removed_of(cols, sparsity.share);
+                mark(removed, row_scores, Smallest::of_few(row_scores, count, keys), 0);
+            }
+        }
+        for (col, (w, &removed)) in w.iter_mut().zip(&*removed).enumerate() {
+            if removed {
+                *w = 0.0;
+            } else {
+                bits[col / 8] |= 1 << (col % 8);
+            }
+        }
+    });
+    Mask::from_bits(rows, cols, kept)
+}
+
+fn mark(removed: &mut [bool], scores: &[f32], smallest: Smallest, first: usize) {
+    for (i, (removed, &score)) in removed.iter_mut().zip(scores).enumerate() {
+        *removed = smallest.has(score, first + i);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use dsmoe_kernels::testing::{assert_same_on_threads, normals};
+
+    use super::*;
+
+    fn sparsity(pattern: Pattern, among: Among, share: f64) -> Sparsity {
+        Sparsity { pattern, among, share }
+    }
+
+    #[test]
+    fn rows_lose_their_smallest_scores_and_the_first_of_equals() {
+        // Scores [[3, 2, 1.5], [12, 0.5, 0.5]].
+        let mut w = [1.0, -2.0, 3.0, 4.0, 0.5, -1.0];
+        let third = sparsity(Pattern::Unstructured, Among::Row, 1.0 / 3.0);
+        let keep = prune(&mut w, &[3.0, 1.0, 0.5], &third);
+        assert_eq!(w, [1.0, -2.0, 0.0, 4.0, 0.0, -1.0]);
+        assert_eq!(keep, Mask::from_bits(2, 3, vec![0b011, 0b101]));
+    }
+
+    #[test]
+    fn the_matrix_loses_its_smallest_magnitudes() {
+        let mut w = [1.0, -2.0, 3.0, 4.0, 0.5, -1.0];
+        let third = sparsity(Pattern::Unstructured, Among::Matrix, 1.0 / 3.0);
+        prune(&mut w, &[1.0; 3], &third);
+        assert_eq!(w, [0.0, -2.0, 3.0, 4.0, 0.0, -1.0]);
+    }
+
+    #[test]
+    fn groups_lose_half() {
+        let mut w = [1.0, -2.0, 3.0, -4.0, 0.0, 0.0, 0.0, 0.0];
+        let keep = prune(&mut w, &[1.0; 8], &sparsity(Pattern::Group { removed: 2, of: 4 }, Among::Row, 0.5));
+        assert_eq!(w, [0.0, 0.0, 3.0, -4.0, 0.0, 0.0, 0.0, 0.0]);
+        // A kept zero stays one of the kept.
+        assert_eq!(keep, Mask::from_bits(1, 8, vec![0b1100_1100]));
+    }
+
+    #[test]
+    fn nothing_and_everything() {
+        for among in [Among::Row, Among::Matrix] {
+            let dense = normals(5 * 13, 1);
+            let mut w = dense.clone();
+            assert_eq!(prune(&mut w, &[1.0; 13], &sparsity(Pattern::Unstructured, among, 0.0)).kept(), 65);
+            assert_eq!(w, dense);
+            assert_eq!(prune(&mut w, &[1.0; 13], &sparsity(Pattern::Unstructured, among, 1.0)).kept(), 0);
+            assert!(w.iter().all(|&w| w == 0.0));
+        }
+    }
+
+    #[test]
+    fn threads_do_not_show() {
+        let dense = normals(40 * 301, 9);
+        for among in [Among::Row, Among::Matrix] {
+            assert_same_on_threads("prune", || {
+                let mut w = dense.clone();
+                (prune(&mut w, &[1.0; 301], &sparsity(Pattern::Unstructured, among, 0.4)), w)
+            });
+        }
+    }
+}

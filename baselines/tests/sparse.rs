@@ -1,0 +1,463 @@
+//! SparseGPT, Wanda and magnitude pruning of whole models: budgets, files, and PyTorch's masks.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use dsmoe_baselines::{Budget, Job, Knobs, Made, Method, Result, method};
+use dsmoe_core::accounting::Accounting;
+use dsmoe_core::calibrate::LayerStream;
+use dsmoe_core::checkpoint::{Checkpoint, Dtype};
+use dsmoe_core::convert::{ConvertOptions, convert};
+use dsmoe_core::init::{InitOptions, init, preset};
+use dsmoe_core::model::{Inference, Model, Workspace};
+use dsmoe_core::{Config, Masks};
+use dsmoe_kernels::Precision;
+use dsmoe_kernels::testing::with_threads;
+use serde_json::{Value, json};
+
+const METHODS: [&str; 3] = ["sparsegpt", "wanda", "magnitude"];
+
+fn config(changes: &[(&str, Value)]) -> Config {
+    let mut json: Value = serde_json::from_str(&preset("tiny").unwrap().to_json()).unwrap();
+    for (key, value) in changes {
+        json[key] = value.clone();
+    }
+    Config::from_json(Path::new("config.json"), &json.to_string()).unwrap()
+}
+
+/// A random model in `dir`, with widths that are no multiple of 128.
+fn small(dir: &Path, dtype: Dtype) -> PathBuf {
+    let config = config(&[
+        ("hidden_size", json!(48)),
+        ("num_attention_heads", json!(6)),
+        ("num_key_value_heads", json!(2)),
+        ("head_dim", json!(8)),
+        ("intermediate_size", json!(152)),
+        ("vocab_size", json!(75)),
+        ("num_hidden_layers", json!(2)),
+        ("tie_word_embeddings", json!(false)),
+        ("initializer_range", json!(0.1)),
+    ]);
+    let out = dir.join(format!("dense-{dtype}"));
+    init(&config, &out, &InitOptions { dtype, seed: 3, ..InitOptions::default() }, &mut |_| {}).unwrap();
+    out
+}
+
+fn sequences() -> Vec<Vec<u32>> {
+    (0..5).map(|s| (0..31).map(|t| ((s * 31 + t) * (s + 7 * t + 2) % 75) as u32).collect()).collect()
+}
+
+fn knobs(method: &dyn Method, set: &[&str]) -> Knobs {
+    Knobs::parse(method.knobs(), set.iter().copied()).unwrap()
+}
+
+struct Run<'a> {
+    method: &'a str,
+    model: &'a Path,
+    budget: Budget,
+    knobs: &'a [&'a str],
+    calibration: &'a [Vec<u32>],
+}
+
+impl Run<'_> {
+    fn to(&self, out: &Path) -> Result<Made> {
+        let method = method(self.method)?;
+        let job = Job {
+            model: self.model,
+            out,
+            force: false,
+            budget: self.budget,
+            calibration: self.calibration,
+            seed: 0,
+            knobs: &knobs(method, self.knobs),
+        };
+        let mut last = None;
+        let made = method.run(&job, &mut |progress| last = Some(progress))?;
+        let last = last.expect("progress");
+        assert_eq!(last.done, last.total);
+        Ok(made)
+    }
+}
+
+type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
+
+fn tensors(checkpoint: &Checkpoint) -> Tensors {
+    let read = |name: &str| {
+        let view = checkpoint.tensor(name).unwrap();
+        (name.to_owned(), (view.dtype, view.shape.clone(), checkpoint.bytes(name).unwrap().to_vec()))
+    };
+    checkpoint.names().map(read).collect()
+}
+
+/// Which weights are kept, by weight, row after row.
+fn masks(dir: &Path) -> BTreeMap<String, Vec<bool>> {
+    let weights = Checkpoint::open(dir).unwrap();
+    tensors(&Checkpoint::open_file(&dir.join("masks.safetensors")).unwrap())
+        .into_iter()
+        .map(|(name, (dtype, shape, bytes))| {
+            let of = weights.tensor(&name).unwrap().shape.clone();
+            assert_eq!((dtype, shape), (Dtype::U8, vec![of[0], of[1].div_ceil(8)]));
+            let bit =
+                |at: usize| bytes[at / of[1] * of[1].div_ceil(8) + at % of[1] / 8] >> (at % of[1] % 8) & 1;
+            (name, (0..of[0] * of[1]).map(|at| bit(at) == 1).collect())
+        })
+        .collect()
+}
+
+fn values(checkpoint: &Checkpoint, name: &str) -> Vec<f32> {
+    let mut values = vec![0.0; checkpoint.tensor(name).unwrap().numel()];
+    checkpoint.read_f32(name, &mut values).unwrap();
+    values
+}
+
+/// Mean loss of the model in `dir` on `sequences`.
+fn loss(dir: &Path, sequences: &[Vec<u32>]) -> f32 {
+    let model = Inference::load(dir, Precision::F32).unwrap();
+    let seq = sequences[0].len() - 1;
+    let inputs: Vec<u32> = sequences.iter().flat_map(|ids| &ids[..seq]).copied().collect();
+    let targets: Vec<u32> = sequences.iter().flat_map(|ids| &ids[1..]).copied().collect();
+    let mut losses = vec![0.0; inputs.len()];
+    model.score(&mut losses, &inputs, &targets, seq, None, &mut Workspace::default()).unwrap();
+    losses.iter().sum::<f32>() / losses.len() as f32
+}
+
+#[test]
+fn the_papers_budgets_are_reached() {
+    let small = config(&[
+        ("hidden_size", json!(2048)),
+        ("intermediate_size", json!(8192)),
+        ("num_hidden_layers", json!(16)),
+        ("num_attention_heads", json!(32)),
+        ("num_key_value_heads", json!(8)),
+        ("head_dim", json!(64)),
+        ("vocab_size", json!(128256)),
+        ("tie_word_embeddings", json!(true)),
+    ]);
+    let large = config(&[
+        ("hidden_size", json!(4096)),
+        ("intermediate_size", json!(11008)),
+        ("num_hidden_layers", json!(32)),
+        ("num_attention_heads", json!(32)),
+        ("num_key_value_heads", json!(32)),
+        ("head_dim", json!(128)),
+        ("vocab_size", json!(32000)),
+        ("tie_word_embeddings", json!(false)),
+    ]);
+    for name in METHODS {
+        let method = method(name).unwrap();
+        let plan = |config: &Config, budget: &str, set: &[&str]| {
+            method.plan(config, budget.parse().unwrap(), &knobs(method, set))
+        };
+        for (config, budget, params, density, total) in [
+            (&small, "735M", 735e6, 0.4853, 1_235_814_400.0),
+            (&large, "3.93B", 3.93e9, 0.5663, 6_738_415_616.0),
+        ] {
+            let plan = plan(config, budget, &[]).unwrap();
+            assert_eq!(plan.total, total);
+            assert!((plan.activated - params).abs() < 1e-3 * params, "{name}: {plan:?}");
+            let reached: f64 = plan.reached_by.split(' ').nth(1).unwrap().parse().unwrap();
+            // A row of 4096 weights is cut in steps of 0.00024.
+            let step = if name == "wanda" { 1.3e-4 } else { 1e-6 };
+            assert!((reached - density).abs() < step, "{name}: {plan:?}");
+        }
+        for pattern in ["pattern=2:4", "pattern=4:8"] {
+            for (config, budget, activated) in
+                [(&small, "749.3M", 749_275_136.0), (&large, "3.5B", 3_500_412_928.0)]
+            {
+                let plan = plan(config, budget, &[pattern]).unwrap();
+                assert_eq!((plan.activated, &plan.reached_by[..14]), (activated, "density 0.5000"));
+            }
+            let error = plan(&small, "735M", &[pattern]).unwrap_err().to_string();
+            assert!(error.contains("749.3M") && error.contains("nearest=yes"), "{error}");
+            assert!(plan(&small, "735M", &[pattern, "nearest=yes"]).is_ok());
+        }
+        if name == "sparsegpt" {
+            let whole = plan(&small, "735M", &["block=18446744073709551615"]).unwrap();
+            assert!((whole.activated - 735e6).abs() < 1e4, "{whole:?}");
+        }
+        assert_eq!(plan(&small, "1", &[]).unwrap().activated, 1_235_814_400.0);
+        assert_eq!(plan(&small, "262735872", &[]).unwrap().activated, 262_735_872.0);
+        for budget in ["100M", "2B"] {
+            let error = plan(&small, budget, &[]).unwrap_err().to_string();
+            assert!(error.contains("ask for 262.7M to 1.2358B"), "{error}");
+        }
+    }
+}
+
+#[test]
+fn the_result_is_a_plain_model_with_zeros_where_its_masks_say() {
+    let work = tempfile::tempdir().unwrap();
+    for dtype in [Dtype::BF16, Dtype::F32] {
+        let model = small(work.path(), dtype);
+        let dense = tensors(&Checkpoint::open(&model).unwrap());
+        for name in METHODS {
+            for set in [&[][..], &["pattern=2:4", "nearest=yes"], &["pattern=4:8", "nearest=yes"]] {
+                let out = work.path().join(format!("{dtype}-{name}-{}", set.concat()));
+                let run = Run {
+                    method: name,
+                    model: &model,
+                    budget: Budget::Share(0.6),
+                    knobs: set,
+                    calibration: &sequences(),
+                };
+                let made = run.to(&out).unwrap();
+                let config = Config::load(&out).unwrap();
+                let method = method(name).unwrap();
+                let plan = method.plan(&config, run.budget, &knobs(method, set)).unwrap();
+                assert_eq!(made.plan, plan);
+                assert!(made.measured.iter().all(|(_, value)| value.is_finite()));
+
+                let json = |dir: &Path| -> Value {
+                    serde_json::from_slice(&fs::read(dir.join("config.json")).unwrap()).unwrap()
+                };
+                assert_eq!(json(&out), json(&model));
+                let checkpoint = Checkpoint::open(&out).unwrap();
+                let masks = masks(&out);
+                assert_eq!(masks.len(), 14);
+                let mut removed = 0;
+                for (tensor, (dtype, shape, bytes)) in tensors(&checkpoint) {
+                    assert_eq!((dtype, &shape), (dense[&tensor].0, &dense[&tensor].1));
+                    let Some(mask) = masks.get(&tensor) else {
+                        assert!(bytes == dense[&tensor].2, "{tensor} changed");
+                        continue;
+                    };
+                    let weights = values(&checkpoint, &tensor);
+                    assert!(weights.iter().zip(mask).all(|(&w, &kept)| kept || w.to_bits() == 0));
+                    removed += mask.iter().filter(|kept| !**kept).count();
+                    let of = if set.is_empty() { continue } else { set[0][10..].parse::<usize>().unwrap() };
+                    assert!(
+                        mask.chunks(of).all(|group| group.iter().filter(|kept| **kept).count() == of / 2)
+                    );
+                }
+                assert_eq!(made.plan.activated, made.plan.total - removed as f64);
+                let counts = Accounting::of(&config).with_masks(&Masks::load(&out).unwrap().unwrap());
+                assert_eq!(counts.activated(0.0), made.plan.activated);
+                // The weights fit their masks, and the trainer keeps them so.
+                assert!(Model::load(&out).unwrap().masks().is_some());
+                assert!(loss(&out, &sequences()).is_finite());
+            }
+        }
+    }
+}
+
+#[test]
+fn all_weights_kept_is_the_dense_model_and_none_still_runs() {
+    let work = tempfile::tempdir().unwrap();
+    let model = small(work.path(), Dtype::BF16);
+    for name in METHODS {
+        let run = |budget, out: &str| {
+            let out = work.path().join(format!("{name}-{out}"));
+            Run { method: name, model: &model, budget, knobs: &[], calibration: &sequences() }
+                .to(&out)
+                .unwrap();
+            out
+        };
+        let all = run(Budget::Share(1.0), "all");
+        assert!(
+            tensors(&Checkpoint::open(&all).unwrap()) == tensors(&Checkpoint::open(&model).unwrap()),
+            "{name} changed a weight at density 1"
+        );
+        let config = Config::load(&model).unwrap();
+        let rest = 2 * 75 * 48 + 5 * 48;
+        let none = run(Budget::Params(f64::from(rest)), "none");
+        assert!(masks(&none).values().flatten().all(|kept| !kept));
+        let loss = loss(&none, &sequences());
+        assert!(loss.is_finite(), "{name}: {loss}");
+        assert_eq!(config, Config::load(&none).unwrap());
+    }
+}
+
+#[test]
+fn equal_runs_give_equal_bits_on_any_threads() {
+    let work = tempfile::tempdir().unwrap();
+    let model = small(work.path(), Dtype::F32);
+    for (name, set) in
+        [("sparsegpt", &[][..]), ("sparsegpt", &["true_sequential=yes", "block=16"]), ("wanda", &[])]
+    {
+        let files = |threads: usize| {
+            let out = work.path().join(format!("{name}-{}-{threads}", set.len()));
+            let budget = Budget::Share(0.55);
+            let run = Run { method: name, model: &model, budget, knobs: set, calibration: &sequences() };
+            with_threads(threads, || run.to(&out)).unwrap();
+            ["model.safetensors", "masks.safetensors"].map(|file| fs::read(out.join(file)).unwrap())
+        };
+        assert!(files(1) == files(3), "{name} {set:?}");
+    }
+}
+
+#[test]
+fn the_order_of_the_passes_matters_only_within_a_layer() {
+    let work = tempfile::tempdir().unwrap();
+    let model = small(work.path(), Dtype::F32);
+    let masks = |set: &[&str]| {
+        let out = work.path().join(set.concat());
+        let budget = Budget::Share(0.6);
+        Run { method: "sparsegpt", model: &model, budget, knobs: set, calibration: &sequences() }
+            .to(&out)
+            .unwrap();
+        masks(&out)
+    };
+    let (once, anew) = (masks(&["true_sequential=no"]), masks(&["true_sequential=yes"]));
+    let same = |name: &str| once[name] == anew[name];
+    assert!(same("model.layers.0.self_attn.q_proj.weight"));
+    assert!(!same("model.layers.0.mlp.down_proj.weight"));
+}
+
+#[test]
+fn what_cannot_be_done_is_said_in_a_line_and_leaves_nothing() {
+    let work = tempfile::tempdir().unwrap();
+    let model = small(work.path(), Dtype::F32);
+    let out = work.path().join("out");
+    let experts = work.path().join("experts");
+    convert(&model, &experts, &ConvertOptions::new(4), &mut |_| {}).unwrap();
+    let damaged = work.path().join("damaged");
+    fs::create_dir(&damaged).unwrap();
+    fs::copy(model.join("config.json"), damaged.join("config.json")).unwrap();
+    let uneven = [vec![1, 2, 3], vec![1]];
+    let foreign = [vec![99, 1]];
+    let good = sequences();
+    let cases: [(&str, &Path, &[&str], &[Vec<u32>], &str); 14] = [
+        ("magnitude", &model, &["nearest=maybe"], &good, "nearest: is \"maybe\"; use yes to accept"),
+        ("sparsegpt", &model, &[], &[], "calibration: there is no text"),
+        ("wanda", &model, &[], &[], "calibration: there is no text"),
+        ("wanda", &model, &[], &uneven, "calibration sequence 1 has 1 tokens"),
+        ("sparsegpt", &model, &[], &foreign, "token id 99"),
+        ("sparsegpt", &model, &["damp=0"], &good, "damp: is 0"),
+        ("sparsegpt", &model, &["damp=NaN"], &good, "damp: is NaN"),
+        ("sparsegpt", &model, &["block=0"], &good, "block: is 0"),
+        ("sparsegpt", &model, &["block=6", "pattern=2:4", "nearest=yes"], &good, "block: is 6"),
+        (
+            "sparsegpt",
+            &model,
+            &["true_sequential=maybe"],
+            &good,
+            "true_sequential: is \"maybe\"; use yes to run",
+        ),
+        ("magnitude", &model, &["pattern=3:7"], &good, "use unstructured, 2:4 or 4:8"),
+        ("magnitude", &model, &["among=layer"], &good, "use row or matrix"),
+        ("magnitude", &experts, &[], &good, "name a dense model"),
+        ("magnitude", &damaged, &[], &good, "model.safetensors"),
+    ];
+    for (name, model, set, calibration, part) in cases {
+        let run = Run { method: name, model, budget: Budget::Share(0.6), knobs: set, calibration };
+        let error = run.to(&out).unwrap_err().to_string();
+        assert!(error.contains(part) && !error.contains('\n'), "{name} {set:?}: {error}");
+        assert!(!out.exists());
+    }
+    let run =
+        Run { method: "magnitude", model: &model, budget: Budget::Share(0.6), knobs: &[], calibration: &[] };
+    run.to(&out).unwrap();
+    assert!(run.to(&out).unwrap_err().to_string().contains("not empty"));
+    assert!(run.to(&model).is_err());
+    let again = Run { model: &out, ..run }.to(&work.path().join("again")).unwrap_err().to_string();
+    assert!(again.contains("masks.safetensors: the model is pruned already"), "{again}");
+    let left: Vec<_> = fs::read_dir(work.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert!(left.iter().all(|name| !name.to_string_lossy().starts_with('.')), "{left:?}");
+
+    let odd = config(&[("hidden_size", json!(50)), ("head_dim", json!(8))]);
+    let magnitude = method("magnitude").unwrap();
+    let budget = Budget::Share(0.6);
+    let error = magnitude.plan(&odd, budget, &knobs(magnitude, &["pattern=4:8"])).unwrap_err().to_string();
+    assert!(error.contains("50 columns") && error.contains("pattern=unstructured"), "{error}");
+}
+
+/// The data folder; prints a skip when it is absent.
+#[expect(clippy::print_stdout, reason = "a skipped test says so")]
+fn shared(test: &str) -> Option<PathBuf> {
+    let dir = std::env::var_os("DSMOE_SHARED")
+        .map_or_else(|| PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../shared")), PathBuf::from);
+    if dir.join("models").exists() {
+        return Some(dir);
+    }
+    let required = std::env::var("DSMOE_REQUIRE").is_ok_and(|list| list.split(',').any(|w| w == "shared"));
+    assert!(!required, "{test}: no shared data at {}", dir.display());
+    println!("SKIP {test}: no shared data at {}", dir.display());
+    None
+}
+
+fn base64(text: &str) -> Vec<u8> {
+    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let digit = |byte: &u8| DIGITS.iter().position(|digit| digit == byte).map(|at| at as u32);
+    let mut bytes = Vec::new();
+    for group in text.as_bytes().chunks(4) {
+        let digits: Vec<u32> = group.iter().filter_map(digit).collect();
+        let bits = digits.iter().fold(0, |bits, digit| bits << 6 | digit) << (6 * (4 - digits.len()));
+        bytes.extend_from_slice(&bits.to_be_bytes()[1..digits.len()]);
+    }
+    bytes
+}
+
+#[test]
+fn masks_and_errors_of_a_real_layer_are_pytorchs() {
+    let Some(shared) = shared("masks_and_errors_of_a_real_layer_are_pytorchs") else { return };
+    let golden: Value = serde_json::from_str(include_str!("golden/sparse.json")).unwrap();
+    let sequences: Vec<Vec<u32>> = serde_json::from_value(golden["sequences"].clone()).unwrap();
+    let model = shared.join("models/babyllama-1m");
+    let config = Config::load(&model).unwrap();
+    let mut stream = LayerStream::open(&model, &sequences).unwrap();
+    let dense = stream.layer(0).unwrap();
+    let mut inputs: BTreeMap<String, Vec<f32>> = BTreeMap::new();
+    stream.forward(&dense, &mut |tap| {
+        for linear in dense.linears.iter().filter(|linear| linear.input == tap.input) {
+            inputs.entry(linear.name.clone()).or_default().extend_from_slice(tap.x);
+        }
+    });
+    let work = tempfile::tempdir().unwrap();
+    let mut losses = BTreeMap::new();
+    for (case, name, set) in [
+        ("sparsegpt", "sparsegpt", &[][..]),
+        ("sparsegpt 2:4", "sparsegpt", &["pattern=2:4"]),
+        ("wanda", "wanda", &[]),
+        ("magnitude", "magnitude", &[]),
+    ] {
+        let out = work.path().join(case.replace(' ', "-"));
+        // Half of the linears.
+        let pruned: usize = dense.linears.iter().map(|linear| linear.outputs * linear.inputs).sum();
+        let total = Accounting::of(&config).total;
+        let budget = Budget::Params(total as f64 - (pruned * config.num_layers / 2) as f64);
+        Run { method: name, model: &model, budget, knobs: set, calibration: &sequences }.to(&out).unwrap();
+        losses.insert(case, loss(&out, &sequences));
+        let (checkpoint, masks) = (Checkpoint::open(&out).unwrap(), masks(&out));
+        let Some(linears) = golden["cases"][case].as_object() else { continue };
+        assert_eq!(linears.len(), 7);
+        for linear in &dense.linears {
+            let golden = &linears[&linear.name];
+            let bits = base64(golden["kept"].as_str().unwrap());
+            let stride = linear.inputs.div_ceil(8);
+            assert_eq!(bits.len(), linear.outputs * stride);
+            let bit = |row: usize, col: usize| bits[row * stride + col / 8] >> (col % 8) & 1 == 1;
+            let mask = &masks[&linear.name];
+            let agree =
+                (0..mask.len()).filter(|at| mask[*at] == bit(at / linear.inputs, at % linear.inputs)).count();
+            let share = agree as f64 / mask.len() as f64;
+            assert!(share >= 0.999, "{case} {}: {share} of the mask agrees", linear.name);
+
+            let (pruned, want) = (values(&checkpoint, &linear.name), golden["error"].as_f64().unwrap());
+            let error = relative_error(&linear.weight, &pruned, &inputs[&linear.name], linear.inputs);
+            assert!((error / want - 1.0).abs() < 0.01, "{case} {}: error {error}, {want}", linear.name);
+        }
+    }
+    let dense = loss(&model, &sequences);
+    assert!(dense < losses["sparsegpt"], "{dense} {losses:?}");
+    for worse in ["sparsegpt 2:4", "wanda", "magnitude"] {
+        assert!(losses["sparsegpt"] < losses[worse], "{losses:?}");
+    }
+}
+
+/// `||x (w - pruned)^T||^2 / ||x w^T||^2`.
+fn relative_error(w: &[f32], pruned: &[f32], x: &[f32], cols: usize) -> f64 {
+    let (mut error, mut norm) = (0.0, 0.0);
+    for (w, pruned) in w.chunks(cols).zip(pruned.chunks(cols)) {
+        for x in x.chunks(cols) {
+            let (mut left, mut whole) = (0.0, 0.0);
+            for ((&w, &pruned), &x) in w.iter().zip(pruned).zip(x) {
+                left += f64::from(w - pruned) * f64::from(x);
+                whole += f64::from(w) * f64::from(x);
+            }
+            error += left * left;
+            norm += whole * whole;
+        }
+    }
+    error / norm
+}
