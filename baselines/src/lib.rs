@@ -3,9 +3,11 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod error;
+mod llm_pruner;
 mod method;
 mod topk_moe;
 
 pub use error::{Error, Result};
+pub use llm_pruner::{LlmPrunerBlock, LlmPrunerChannel};
 pub use method::{Budget, Job, Knob, Knobs, Made, Method, Plan, Progress, method, methods};
 pub use topk_moe::TopkMoeFfn;

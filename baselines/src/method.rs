@@ -7,6 +7,7 @@ use std::str::FromStr;
 use dsmoe_core::Config;
 
 use crate::error::{Error, Result};
+use crate::llm_pruner::{LlmPrunerBlock, LlmPrunerChannel};
 
 /// Activated parameters to reach, as methods.md's accounting counts them: tied embeddings once, routers included.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -232,7 +233,7 @@ pub trait Method: Sync {
 
 /// All methods, in the order in which they are listed.
 pub fn methods() -> &'static [&'static dyn Method] {
-    &[]
+    &[&LlmPrunerBlock, &LlmPrunerChannel]
 }
 
 /// The method of that name.

@@ -57,7 +57,7 @@ impl OutputDir {
     ///
     /// # Errors
     /// As `create`; also when `source` is `path` or inside it.
-    pub(crate) fn create_from(source: &Path, path: &Path, force: bool) -> Result<OutputDir> {
+    pub fn create_from(source: &Path, path: &Path, force: bool) -> Result<OutputDir> {
         if let (Ok(source), Ok(target)) = (source.canonicalize(), path.canonicalize())
             && source.starts_with(&target)
         {
