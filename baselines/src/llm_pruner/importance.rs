@@ -319,7 +319,7 @@ fn add(
 pub(crate) fn reduced(set: &Groups, members: &[Vec<f64>], reduce: Reduce) -> Result<Vec<f64>> {
     let score = |group: usize| {
         let lanes = (0..set.lanes).map(|lane| {
-            let folded = set.members.iter().zip(members).map(|(member, values)| {
+            let mut folded = set.members.iter().zip(members).map(|(member, values)| {
                 values[member.indices(group)].iter().skip(lane).step_by(set.lanes).sum::<f64>()
             });
             match reduce {
@@ -327,7 +327,7 @@ pub(crate) fn reduced(set: &Groups, members: &[Vec<f64>], reduce: Reduce) -> Res
                 Reduce::Max => folded.fold(0.0, f64::max),
                 Reduce::Mean => folded.sum::<f64>() / members.len() as f64,
                 Reduce::Prod => folded.map(f64::ln).sum(),
-                Reduce::Last => folded.last().unwrap_or(0.0),
+                Reduce::Last => folded.next_back().unwrap_or(0.0),
             }
         });
         match reduce {
