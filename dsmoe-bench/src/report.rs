@@ -75,17 +75,18 @@ pub(crate) struct Table {
 }
 
 impl Table {
-    pub(crate) fn new<const N: usize>(header: [&str; N]) -> Table {
-        Table { rows: vec![header.map(str::to_owned).to_vec()] }
+    pub(crate) fn new<'a>(header: impl IntoIterator<Item = &'a str>) -> Table {
+        Table { rows: vec![header.into_iter().map(str::to_owned).collect()] }
     }
 
     /// Appends a row.
     ///
     /// # Panics
     /// It has another number of cells than the header.
-    pub(crate) fn row<const N: usize>(&mut self, cells: [String; N]) {
-        assert_eq!(N, self.rows[0].len(), "table: cells of a row");
-        self.rows.push(cells.to_vec());
+    pub(crate) fn row(&mut self, cells: impl IntoIterator<Item = String>) {
+        let cells: Vec<String> = cells.into_iter().collect();
+        assert_eq!(cells.len(), self.rows[0].len(), "table: cells of a row");
+        self.rows.push(cells);
     }
 
     pub(crate) fn show(&self) -> String {

@@ -14,6 +14,7 @@
 
 use crate::config::Config;
 use crate::ffn;
+use crate::masks::Masks;
 
 /// Parameter counts of a model.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -44,6 +45,9 @@ pub struct Accounting {
     head: u64,
     /// Width of the query heads of all layers.
     query_width: u64,
+    /// Masked weights of attention and of FFNs.
+    pruned_attention: u64,
+    pruned_ffn: u64,
 }
 
 impl Accounting {
@@ -87,19 +91,29 @@ impl Accounting {
             router_matrices,
             head,
             query_width,
+            pruned_attention: 0,
+            pruned_ffn: 0,
         }
+    }
+
+    /// The same with linears masked: what is not kept is held, and neither activated nor multiplied.
+    pub fn with_masks(self, masks: &Masks) -> Accounting {
+        let pruned = |part: &str| {
+            masks.iter().filter(|(name, _)| name.contains(part)).map(|(_, mask)| mask.pruned()).sum()
+        };
+        Accounting { pruned_attention: pruned(".self_attn."), pruned_ffn: pruned(".mlp."), ..self }
     }
 
     /// Parameters used for a token when `mean_active_experts` of each layer's experts are active, mean over tokens
     /// and layers. Where the number of active experts is fixed, or there are none, the argument does not matter.
     pub fn activated(&self, mean_active_experts: f64) -> f64 {
-        (self.non_ffn + self.router) as f64 + self.active_ffn(mean_active_experts)
+        (self.non_ffn + self.router - self.pruned_attention) as f64 + self.active_ffn(mean_active_experts)
     }
 
     /// Floating-point operations of the forward pass of one token that attends to `context` positions (half the
     /// sequence length for the mean of a causal sequence). The first argument is that of [`Accounting::activated`].
     pub fn flops_per_token(&self, mean_active_experts: f64, context: f64) -> f64 {
-        let matrices = self.attention + self.router_matrices + self.head;
+        let matrices = self.attention - self.pruned_attention + self.router_matrices + self.head;
         let attention = 4.0 * self.query_width as f64 * context;
         2.0 * (matrices as f64 + self.active_ffn(mean_active_experts)) + attention
     }
@@ -110,6 +124,6 @@ impl Accounting {
             None if self.router == 0 => self.num_experts as f64,
             None => mean_active_experts,
         };
-        self.ffn as f64 * active / self.num_experts as f64
+        (self.ffn - self.pruned_ffn) as f64 * active / self.num_experts as f64
     }
 }

@@ -15,6 +15,7 @@ use crate::checkpoint::{
 };
 use crate::config::{CONFIG_FILE, Config, MoeConfig, PartitionKind};
 use crate::error::{Error, Result};
+use crate::masks::{MASKS_FILE, Masks};
 use crate::partition::{Partition, check_divisible};
 
 /// How neurons are given to experts.
@@ -111,6 +112,10 @@ pub fn convert(
     check_llama_tensors(&config, &checkpoint)?;
     let partitions = partitions(&config, options)?;
     let permuted = partitions.iter().any(|partition| partition.order().is_some());
+    let masks = Masks::read(model, &config)?;
+    if permuted && masks.is_some() {
+        return Err(masks_of_other_order(model, "use --partition contiguous"));
+    }
     // Options that cannot work are told before anything is written.
     if !matches!(options.router_init, RouterInit::Centroid) {
         router_weights(&options.router_init, num_experts, 1, options.seed, 0, None)?;
@@ -170,6 +175,7 @@ pub fn convert(
         }
     }
     writer.finish()?;
+    masks.iter().try_for_each(|masks| masks.save(output.path()))?;
     copy_companions(model, output.path())?;
     config.save(output.path())?;
     output.commit()?;
@@ -181,6 +187,12 @@ pub fn convert(
         router_params: counts.router,
         bytes,
     })
+}
+
+/// That the masks of `model` are in the order its neurons are to leave.
+pub(crate) fn masks_of_other_order(model: &Path, mend: &'static str) -> Error {
+    let problem = "masks neurons in the order they now have, which would change".to_owned();
+    Error::Path { path: model.join(MASKS_FILE), problem, mend }
 }
 
 fn partitions(config: &Config, options: &ConvertOptions) -> Result<Vec<Partition>> {

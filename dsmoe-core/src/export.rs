@@ -8,8 +8,9 @@ use crate::checkpoint::{
     copy_companions, decode, encode, is_router, read_partitions,
 };
 use crate::config::{CONFIG_FILE, Config};
-use crate::convert::{ffn_change, source_infos};
+use crate::convert::{ffn_change, masks_of_other_order, source_infos};
 use crate::error::{Error, Result, shown};
+use crate::masks::Masks;
 
 /// What to export as.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,6 +78,10 @@ pub fn export(
             read_partitions(&config, &checkpoint)?.iter().map(|partition| partition.inverse()).collect();
         config.moe = None;
     }
+    let masks = Masks::read(model, &Config::load(model)?)?;
+    if masks.is_some() && inverses.iter().any(Option::is_some) {
+        return Err(masks_of_other_order(model, "use --as native"));
+    }
     if let Some(dtype) = dtype {
         config.set_dtype(dtype);
     }
@@ -111,6 +116,7 @@ pub fn export(
         })?;
     }
     writer.finish()?;
+    masks.iter().try_for_each(|masks| masks.save(output.path()))?;
     copy_companions(model, output.path())?;
     config.save(output.path())?;
     output.commit()?;

@@ -10,10 +10,12 @@ pub mod export;
 pub mod ffn;
 pub mod generate;
 pub mod init;
+pub mod masks;
 pub mod model;
 pub mod params;
 pub mod partition;
 
 pub use config::Config;
 pub use error::{Error, Result};
+pub use masks::Masks;
 pub use model::{Inference, Model};

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! checkpoints/step-00000020/config.json, model.safetensors   the model in f32, a model directory of its own
+//!                           masks.safetensors                the masks of a pruned model
 //!                           optimizer.safetensors            NAME.m and NAME.v of every tensor, as in memory
 //!                           state.json                       step, controller, identities, fixed settings
 //! checkpoints/.step-00000020.tmp/                            the same while it is written
@@ -10,9 +11,9 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use dsmoe_core::Model;
 use dsmoe_core::checkpoint::{Checkpoint, Dtype, TensorInfo, Writer};
 use dsmoe_core::params::Layout;
+use dsmoe_core::{Masks, Model};
 use dsmoe_datasets::Source;
 use dsmoe_datasets::tokens::identity;
 use dsmoe_router::BudgetController;
@@ -240,11 +241,16 @@ pub(crate) fn read_state(path: &Path) -> Result<State> {
     Ok(state)
 }
 
-/// Reads the weights and moments of the checkpoint `path`, which must be those of a model laid out as `layout`.
-pub(crate) fn load(path: &Path, layout: &Layout) -> Result<(Model, AdamW)> {
+/// Reads the weights and moments of the checkpoint `path`, which must be those of a model laid out as `layout` and
+/// masked by `masks`.
+pub(crate) fn load(path: &Path, layout: &Layout, masks: Option<&Masks>) -> Result<(Model, AdamW)> {
     let model = Model::load(path)?;
     if model.layout().entries() != layout.entries() {
         let message = "its tensors are not those of the starting model".to_owned();
+        return Err(Error::BadCheckpoint { path: path.to_path_buf(), message });
+    }
+    if model.masks() != masks {
+        let message = "its masks are not those of the starting model".to_owned();
         return Err(Error::BadCheckpoint { path: path.to_path_buf(), message });
     }
     let moments = Checkpoint::open_file(&path.join(OPTIMIZER_FILE))?;

@@ -198,7 +198,7 @@ pub fn evaluate(
     }
 
     let routing = stats.map(|stats| stats.summary());
-    let accounting = dsmoe_core::accounting::Accounting::of(model.config());
+    let accounting = model.accounting();
     let active = routing.as_ref().map_or(0.0, |routing| routing.active_experts);
     let nll = nll_sum / predicted as f64;
     let seconds = started.elapsed().as_secs_f64();

@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use dsmoe_core::checkpoint::{Dtype, copy_companions};
+use dsmoe_core::masks::MASKS_FILE;
 use dsmoe_core::{Inference, Model};
 use dsmoe_datasets::mixture::UNNAMED;
 use dsmoe_datasets::overlap::TokenTexts;
@@ -375,6 +376,10 @@ impl Trainer {
             let place = entry.spec.name.clone();
             return Err(self.non_finite(place));
         }
+        if let Some(masks) = self.model.masks() {
+            let wrong = masks.first_nonzero(self.model.params(), layout);
+            assert!(wrong.is_none(), "train: a weight that is not kept is not 0: {wrong:?}");
+        }
         self.metrics.sync()?;
         let dir = self.options.out.join(CHECKPOINTS);
         let path =
@@ -544,7 +549,7 @@ fn prepare_directory(options: &RunOptions) -> Result<Option<fs::File>> {
         return Err(Error::NotARun { path: out.clone() });
     }
     let model_file = |name: &str| {
-        ["config.json", "generation_config.json", "special_tokens_map.json"].contains(&name)
+        ["config.json", MASKS_FILE, "generation_config.json", "special_tokens_map.json"].contains(&name)
             || ["tokenizer", "chat_template.", "events.out.tfevents."]
                 .iter()
                 .any(|start| name.starts_with(start))
@@ -569,7 +574,7 @@ fn load_newest(
     wished_warmup: Option<u64>,
     notes: &mut Vec<String>,
 ) -> Result<(Model, Option<AdamW>)> {
-    let layout = model.layout().clone();
+    let (layout, masks) = (model.layout().clone(), model.masks().cloned());
     let mut start = Some(model);
     let mut newest_error = None;
     for (_, path) in checkpoint::list(&out.join(CHECKPOINTS))? {
@@ -580,7 +585,7 @@ fn load_newest(
                 saved.check(&path, &now)?;
                 // Two models at once may be more than the memory holds.
                 start = None;
-                checkpoint::load(&path, &layout)
+                checkpoint::load(&path, &layout, masks.as_ref())
                     .map(|(model, optimizer)| (saved, now.config, model, optimizer))
             }
             Err(error) => Err(error),

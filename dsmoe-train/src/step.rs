@@ -129,6 +129,9 @@ impl Stepper {
             }
         }
 
+        if let Some(masks) = model.masks() {
+            masks.apply(&mut self.grads, &self.layout);
+        }
         let norms = grad_norms(&self.layout, &self.grads);
         let lm_loss = loss_sum / predicted as f64;
         if non_finite.is_none() && !lm_loss.is_finite() {
@@ -143,6 +146,7 @@ impl Stepper {
             let lr = config.schedule().lr_at(step);
             let scale = clip_scale(norms.all, config.clip);
             self.optimizer.step(model.params_mut(), &self.grads, &self.layout, config, lr, scale, step + 1);
+            model.apply_masks();
         }
         Ok(Some(StepResult { lm_loss, sparsity_loss, mean_gate, balance_loss, norms, non_finite }))
     }

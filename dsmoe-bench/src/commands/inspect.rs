@@ -3,10 +3,12 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
+use dsmoe_core::Masks;
 use dsmoe_core::accounting::Accounting;
-use dsmoe_core::checkpoint::{Checkpoint, check_llama_tensors};
-use dsmoe_core::config::{Config, RopeScaling};
+use dsmoe_core::checkpoint::{Checkpoint, check_llama_tensors, is_router};
+use dsmoe_core::config::{Config, LayerShape, RopeScaling};
 use serde::Serialize;
+use serde_json::{Map, Value};
 
 use crate::cli::Inspect;
 use crate::report::{self, Table};
@@ -34,6 +36,9 @@ struct Report {
     bos_token_id: Option<u32>,
     eos_token_ids: Vec<u32>,
     experts: Option<Experts>,
+    /// An FFN that is neither dense nor DSMoE's.
+    ffn: Option<OtherFfn>,
+    masks: Option<Masked>,
     dtype: String,
     shards: usize,
     tensors: usize,
@@ -63,14 +68,37 @@ struct Experts {
     router_bias: bool,
 }
 
-/// Parameters and stored bytes of one layer.
-#[derive(Debug, Default, PartialEq, Serialize)]
+#[derive(Debug, Serialize)]
+struct OtherFfn {
+    #[serde(rename = "type")]
+    kind: &'static str,
+    num_experts: usize,
+    /// Experts that every token runs, when their number is fixed.
+    active_experts: Option<f64>,
+    settings: Map<String, Value>,
+}
+
+/// Weights of the linears that are masked.
+#[derive(Debug, Serialize)]
+struct Masked {
+    linears: usize,
+    weights: u64,
+    kept: u64,
+}
+
+/// Sizes, parameters and stored bytes of one layer.
+#[derive(Debug, PartialEq, Serialize)]
 struct Layer {
     layer: usize,
+    num_heads: usize,
+    num_kv_heads: usize,
+    intermediate: usize,
     attention: u64,
     ffn: u64,
     router: u64,
     norms: u64,
+    /// Weights of linears that masks do not keep.
+    pruned: u64,
     bytes: u64,
     dtype: String,
 }
@@ -79,14 +107,16 @@ pub(crate) fn run(args: &Inspect, ui: &mut Ui) -> Result<()> {
     let config = Config::load(&args.model)?;
     let checkpoint = Checkpoint::open(&args.model)?;
     check_llama_tensors(&config, &checkpoint)?;
+    let masks = Masks::load(&args.model)?;
     let accounting = Accounting::of(&config);
+    let accounting = masks.as_ref().map_or(accounting, |masks| accounting.with_masks(masks));
     let active = active_experts(args, &config)?;
     let context = args.context.unwrap_or(CONTEXT.min(config.max_position));
     let mut bytes = 0;
     for file in checkpoint.files() {
         bytes += std::fs::metadata(file).with_context(|| format!("{}", file.display()))?.len();
     }
-    let layers = layers(&config, &checkpoint);
+    let layers = layers(&config, &checkpoint, masks.as_ref());
     let report = Report {
         model: args.model.clone(),
         model_type: config.model_type(),
@@ -108,10 +138,21 @@ pub(crate) fn run(args: &Inspect, ui: &mut Ui) -> Result<()> {
         bos_token_id: config.bos_token_id,
         eos_token_ids: config.eos_token_ids.clone(),
         experts: experts(&config),
+        ffn: config.ffn.as_ref().map(|spec| OtherFfn {
+            kind: spec.kind(),
+            num_experts: spec.num_experts(),
+            active_experts: spec.active_experts(),
+            settings: spec.settings(),
+        }),
+        masks: masks.as_ref().map(|masks| Masked {
+            linears: masks.iter().len(),
+            weights: masks.kept() + masks.pruned(),
+            kept: masks.kept(),
+        }),
         dtype: dtypes(
             checkpoint
                 .names()
-                .filter(|name| !name.contains(".router."))
+                .filter(|name| !is_router(name))
                 .filter_map(|name| checkpoint.tensor(name))
                 .filter(|t| t.dtype.is_float())
                 .map(|t| t.dtype.to_string()),
@@ -134,14 +175,16 @@ pub(crate) fn run(args: &Inspect, ui: &mut Ui) -> Result<()> {
 
 /// The active experts to count with; none for a dense model.
 fn active_experts(args: &Inspect, config: &Config) -> Result<Option<f64>> {
-    match (&config.moe, args.mean_active) {
-        (None, None) => Ok(None),
-        (None, Some(_)) => bail!("--mean-active: {} has no experts; leave it out", args.model.display()),
-        (Some(moe), None) => Ok(Some(moe.router.num_experts as f64)),
-        (Some(moe), Some(k)) if (0.0..=moe.router.num_experts as f64).contains(&k) => Ok(Some(k)),
-        (Some(moe), Some(k)) => {
-            bail!("--mean-active {k} is out of range; use 0 to {}", moe.router.num_experts)
+    match (config.num_experts(), config.fixed_active(), args.mean_active) {
+        (None, _, None) => Ok(None),
+        (None, _, Some(_)) => bail!("--mean-active: {} has no experts; leave it out", args.model.display()),
+        (Some(_), Some(fixed), None) => Ok(Some(fixed)),
+        (Some(experts), Some(fixed), Some(_)) => {
+            bail!("--mean-active: every token runs {fixed} of {experts} experts; leave it out")
         }
+        (Some(experts), None, None) => Ok(Some(experts as f64)),
+        (Some(experts), None, Some(k)) if (0.0..=experts as f64).contains(&k) => Ok(Some(k)),
+        (Some(experts), None, Some(k)) => bail!("--mean-active {k} is out of range; use 0 to {experts}"),
     }
 }
 
@@ -164,9 +207,21 @@ fn experts(config: &Config) -> Option<Experts> {
     })
 }
 
-fn layers(config: &Config, checkpoint: &Checkpoint) -> Vec<Layer> {
-    let mut layers: Vec<Layer> =
-        (0..config.num_layers).map(|layer| Layer { layer, ..Layer::default() }).collect();
+fn layers(config: &Config, checkpoint: &Checkpoint, masks: Option<&Masks>) -> Vec<Layer> {
+    let layer = |(layer, shape): (usize, LayerShape)| Layer {
+        layer,
+        num_heads: shape.num_heads,
+        num_kv_heads: shape.num_kv_heads,
+        intermediate: shape.intermediate,
+        attention: 0,
+        ffn: 0,
+        router: 0,
+        norms: 0,
+        pruned: 0,
+        bytes: 0,
+        dtype: String::new(),
+    };
+    let mut layers: Vec<Layer> = config.layers().enumerate().map(layer).collect();
     let mut names = vec![Vec::new(); config.num_layers];
     for name in checkpoint.names() {
         let Some((number, rest)) = name.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.'))
@@ -184,14 +239,15 @@ fn layers(config: &Config, checkpoint: &Checkpoint) -> Vec<Layer> {
             _ if rest.starts_with("self_attn.") && tensor.dtype.is_float() && tensor.shape.len() == 2 => {
                 of.attention += values;
             }
-            _ if rest.starts_with("mlp.router.") => of.router += values,
             "mlp.partition" => {}
+            _ if is_router(name) => of.router += values,
             _ if rest.starts_with("mlp.") => of.ffn += values,
             _ if rest.ends_with("layernorm.weight") => of.norms += values,
             _ => {}
         }
         of.bytes += tensor.len;
-        if tensor.dtype.is_float() && !rest.starts_with("mlp.router.") {
+        of.pruned += masks.and_then(|masks| masks.get(name)).map_or(0, |mask| mask.pruned());
+        if tensor.dtype.is_float() && !is_router(name) {
             names[layer].push(tensor.dtype.to_string());
         }
     }
@@ -219,7 +275,7 @@ fn show(report: &Report) -> String {
                 "{} layers, hidden {}, intermediate {}, vocabulary {}, {tied}",
                 report.num_layers,
                 report.hidden,
-                report.intermediate,
+                span(&report.layers, |layer| layer.intermediate),
                 report::count(report.vocab_size as u64)
             ),
         ),
@@ -227,9 +283,9 @@ fn show(report: &Report) -> String {
             "attention",
             format!(
                 "{} heads of {}, {} for keys and values; RoPE theta {}, scaling {}; {} positions",
-                report.num_heads,
+                span(&report.layers, |layer| layer.num_heads),
                 report.head_dim,
-                report.num_kv_heads,
+                span(&report.layers, |layer| layer.num_kv_heads),
                 report.rope_theta,
                 report.rope_scaling,
                 report::count(report.max_position as u64)
@@ -252,6 +308,22 @@ fn show(report: &Report) -> String {
                 experts.zero_active,
                 if experts.ste { "" } else { ", no STE" }
             ),
+        ));
+    }
+    if let Some(ffn) = &report.ffn {
+        let active = match ffn.active_experts {
+            Some(active) => format!("{active} of {} experts for every token", ffn.num_experts),
+            None => format!("{} experts", ffn.num_experts),
+        };
+        let settings = ffn.settings.iter().map(|(key, value)| format!(", {key} {value}"));
+        fields.push(("ffn", format!("{}: {active}{}", ffn.kind, settings.collect::<String>())));
+    }
+    if let Some(masks) = &report.masks {
+        let (kept, weights) = (report::count(masks.kept), report::count(masks.weights));
+        let density = report::percent(masks.kept as f64 / masks.weights.max(1) as f64);
+        fields.push((
+            "masks",
+            format!("{kept} of {weights} weights of {} linears kept ({density})", masks.linears),
         ));
     }
     fields.push((
@@ -290,17 +362,43 @@ fn show(report: &Report) -> String {
         ),
     ));
 
-    let mut table = Table::new(["layer", "attention", "ffn", "router", "norms", "bytes", "dtype"]);
-    for layer in &report.layers {
-        table.row([
-            layer.layer.to_string(),
-            report::count(layer.attention),
-            report::count(layer.ffn),
-            report::count(layer.router),
-            report::count(layer.norms),
-            report::bytes(layer.bytes),
-            layer.dtype.clone(),
-        ]);
+    format!("{}\n{}", report::fields(fields), table(report))
+}
+
+/// What the layers hold; their sizes where these differ, and what masks do not keep.
+fn table(report: &Report) -> String {
+    type Column = (&'static str, fn(&Layer) -> String);
+    let sizes: [Column; 3] = [
+        ("heads", |layer| layer.num_heads.to_string()),
+        ("kv heads", |layer| layer.num_kv_heads.to_string()),
+        ("neurons", |layer| layer.intermediate.to_string()),
+    ];
+    let mut columns: Vec<Column> = vec![("layer", |layer| layer.layer.to_string())];
+    if sizes.iter().any(|(_, size)| report.layers.iter().any(|layer| size(layer) != size(&report.layers[0])))
+    {
+        columns.extend(sizes);
     }
-    format!("{}\n{}", report::fields(fields), table.show())
+    columns.push(("attention", |layer| report::count(layer.attention)));
+    columns.push(("ffn", |layer| report::count(layer.ffn)));
+    columns.push(("router", |layer| report::count(layer.router)));
+    columns.push(("norms", |layer| report::count(layer.norms)));
+    if report.masks.is_some() {
+        columns.push(("pruned", |layer| report::count(layer.pruned)));
+    }
+    columns.push(("bytes", |layer| report::bytes(layer.bytes)));
+    columns.push(("dtype", |layer| layer.dtype.clone()));
+    let mut table = Table::new(columns.iter().map(|(title, _)| *title));
+    for layer in &report.layers {
+        table.row(columns.iter().map(|(_, value)| value(layer)));
+    }
+    table.show()
+}
+
+/// A size of all layers: one number, or the smallest and the largest.
+fn span(layers: &[Layer], size: impl Fn(&Layer) -> usize) -> String {
+    let sizes = || layers.iter().map(&size);
+    match (sizes().min().unwrap_or(0), sizes().max().unwrap_or(0)) {
+        (least, most) if least == most => most.to_string(),
+        (least, most) => format!("{least} to {most}"),
+    }
 }

@@ -9,15 +9,17 @@ use super::stream::{Change, TensorSource};
 use super::{Checkpoint, LlamaTensors, check_llama_tensors};
 use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::masks::{MASKS_FILE, Masks};
 use crate::params::{Stored, TensorSpec};
 
 /// Values checked by one task.
 const TASK: usize = 1 << 16;
 
-/// The weights of a checked checkpoint, in f32. A value that is not finite is refused.
+/// The weights of a checked checkpoint, in f32. A value that is not finite is refused, and one that is masked and not 0.
 pub(crate) struct WeightReader<'a> {
     checkpoint: &'a Checkpoint,
     names: LlamaTensors,
+    masks: Option<&'a Masks>,
     source: TensorSource<'a>,
     bytes: Vec<u8>,
     values: Vec<f32>,
@@ -25,10 +27,14 @@ pub(crate) struct WeightReader<'a> {
 
 impl<'a> WeightReader<'a> {
     /// Checks that `checkpoint` holds the model of `config`.
-    pub(crate) fn new(config: &Config, checkpoint: &'a Checkpoint) -> Result<WeightReader<'a>> {
+    pub(crate) fn new(
+        config: &Config,
+        checkpoint: &'a Checkpoint,
+        masks: Option<&'a Masks>,
+    ) -> Result<WeightReader<'a>> {
         let names = check_llama_tensors(config, checkpoint)?;
         let source = TensorSource::new(checkpoint);
-        Ok(WeightReader { checkpoint, names, source, bytes: Vec::new(), values: Vec::new() })
+        Ok(WeightReader { checkpoint, names, masks, source, bytes: Vec::new(), values: Vec::new() })
     }
 
     /// Sets `out` to a tensor as it is in memory.
@@ -53,7 +59,11 @@ impl<'a> WeightReader<'a> {
                 })?;
                 let stored = spec.stored_shape();
                 decode_transposed(out, bytes, dtype, stored[0], stored[1]);
-                check_finite(self.checkpoint.path(), name, out)
+                check_finite(self.checkpoint.path(), name, out)?;
+                match self.masks.and_then(|masks| masks.get(&spec.name)) {
+                    Some(mask) => check_masked(self.checkpoint, name, mask.first_nonzero(out, spec.stored)),
+                    None => Ok(()),
+                }
             }
         }
     }
@@ -64,10 +74,16 @@ impl<'a> WeightReader<'a> {
         let name = self.names.stored_name(&spec.name);
         let dtype = self.checkpoint.need_float(name)?.dtype;
         let (checkpoint, values) = (self.checkpoint, &mut self.values);
+        let mask = self.masks.and_then(|masks| masks.get(&spec.name));
+        let mut row = 0;
         self.source.stream(name, Change::None, |piece| {
             values.resize(piece.len() / dtype.size(), 0.0);
             decode(values, piece, dtype);
             check_finite(checkpoint.path(), name, values)?;
+            if let Some(mask) = mask {
+                check_masked(checkpoint, name, mask.first_nonzero_row(values, row))?;
+                row += values.len() / mask.cols();
+            }
             sink(values);
             Ok(())
         })
@@ -80,4 +96,11 @@ fn check_finite(path: &Path, name: &str, values: &[f32]) -> Result<()> {
     }
     let problem = "holds a value that is not finite";
     Err(Error::tensor(path, name, problem, "take an undamaged copy of the checkpoint"))
+}
+
+fn check_masked(checkpoint: &Checkpoint, name: &str, wrong: Option<(usize, usize)>) -> Result<()> {
+    let Some((row, col)) = wrong else { return Ok(()) };
+    let problem = format!("is not 0 at row {row}, column {col}, which {MASKS_FILE} does not keep");
+    let mend = "use the masks that belong to the weights, or remove the file".to_owned();
+    Err(checkpoint.wrong(name, checkpoint.need(name)?, problem, mend))
 }

@@ -7,6 +7,7 @@ use dsmoe_router::RoutingStats;
 
 use super::pack::{Embedding, Layer};
 use super::{Cache, check_input};
+use crate::accounting::Accounting;
 use crate::config::{Config, LayerShape};
 use crate::error::{Error, Result};
 use crate::ffn::{FfnScratch, Record};
@@ -16,6 +17,7 @@ use crate::ffn::{FfnScratch, Record};
 #[derive(Debug)]
 pub struct Inference {
     pub(super) config: Config,
+    pub(super) accounting: Accounting,
     pub(super) precision: Precision,
     pub(super) embedding: Embedding,
     pub(super) layers: Vec<Layer>,
@@ -65,6 +67,11 @@ impl Inference {
     /// The configuration.
     pub fn config(&self) -> &Config {
         &self.config
+    }
+
+    /// Parameter counts; of masked linears, what is kept counts as activated.
+    pub fn accounting(&self) -> &Accounting {
+        &self.accounting
     }
 
     /// What the weights are stored as.

@@ -28,10 +28,12 @@ pub use ragged::{After, Likelihood, Segment};
 pub use step::{StepArgs, StepOutput};
 pub use train_workspace::TrainWorkspace;
 
+use crate::accounting::Accounting;
 use crate::checkpoint::{Checkpoint, Dtype, TensorInfo, WeightReader, Writer, ffn_name, partition_name};
 use crate::config::{Config, LayerShape, PartitionKind, RopeScaling};
 use crate::error::{Error, Result};
 use crate::ffn::{self, Ffn};
+use crate::masks::Masks;
 use crate::params::{Layout, Stored, TensorSpec};
 
 /// Arena ranges of one decoder layer.
@@ -74,6 +76,7 @@ pub struct Model {
     rope: rope::Table,
     /// Per layer, the original neuron of each row of a permuted partition; carried from load to save.
     partitions: Option<Vec<Vec<i32>>>,
+    masks: Option<Masks>,
 }
 
 impl Model {
@@ -86,7 +89,7 @@ impl Model {
         assert_eq!(ffns.len(), config.num_layers, "model: FFNs and layers");
         let (layout, ranges) = lay_out(&config, &ffns);
         let (params, rope) = (Buf::zeros(layout.len()), rope_table(&config));
-        Model { config, ffns, layout, ranges, params, rope, partitions: None }
+        Model { config, ffns, layout, ranges, params, rope, partitions: None, masks: None }
     }
 
     /// A model of `config` with all parameters zero: dense, DSMoE, or with FFNs of another kind, as the configuration
@@ -103,11 +106,13 @@ impl Model {
     pub fn load(dir: &Path) -> Result<Model> {
         let config = Config::load(dir)?;
         let checkpoint = Checkpoint::open(dir)?;
-        let mut reader = WeightReader::new(&config, &checkpoint)?;
+        let masks = Masks::read(dir, &config)?;
+        let mut reader = WeightReader::new(&config, &checkpoint, masks.as_ref())?;
         let mut model = Model::new(config);
         for entry in model.layout.entries() {
             reader.read(&entry.spec, &mut model.params[entry.range.clone()])?;
         }
+        model.masks = masks;
         if model.config.moe.as_ref().is_some_and(|moe| moe.partition == PartitionKind::Permuted) {
             let partitions = (0..model.config.num_layers).map(|i| checkpoint.read_i32(&partition_name(i)));
             model.partitions = Some(partitions.collect::<Result<_>>()?);
@@ -115,7 +120,7 @@ impl Model {
         Ok(model)
     }
 
-    /// Writes config.json and the weights, in Hugging Face layout, to the existing directory `dir`; every file is
+    /// Writes config.json, masks and the weights, in Hugging Face layout, to the existing directory `dir`; every file is
     /// synced. Routers and partitions stay f32 and i32 whatever `dtype` is.
     ///
     /// # Errors
@@ -146,6 +151,7 @@ impl Model {
             writer.write(&partition_name(i), bytemuck::cast_slice(order))?;
         }
         writer.finish()?;
+        self.masks.iter().try_for_each(|masks| masks.save(dir))?;
         let mut config = self.config.clone();
         config.set_dtype(dtype);
         config.save(dir)
@@ -154,6 +160,35 @@ impl Model {
     /// The configuration.
     pub fn config(&self) -> &Config {
         &self.config
+    }
+
+    /// Parameter counts; of masked linears, what is kept counts as activated.
+    pub fn accounting(&self) -> Accounting {
+        let counts = Accounting::of(&self.config);
+        self.masks.as_ref().map_or(counts, |masks| counts.with_masks(masks))
+    }
+
+    /// Which weights of pruned linears are kept; none where nothing is pruned.
+    pub fn masks(&self) -> Option<&Masks> {
+        self.masks.as_ref()
+    }
+
+    /// Prunes: sets what `masks` does not keep to 0, and has it stay so in training.
+    ///
+    /// # Errors
+    /// A mask is of no linear of this model, or of another shape.
+    pub fn set_masks(&mut self, masks: Masks) -> Result<()> {
+        masks.check(&self.config)?;
+        masks.apply(&mut self.params, &self.layout);
+        self.masks = Some(masks);
+        Ok(())
+    }
+
+    /// Sets the parameters that the masks do not keep to 0.
+    pub fn apply_masks(&mut self) {
+        if let Some(masks) = &self.masks {
+            masks.apply(&mut self.params, &self.layout);
+        }
     }
 
     /// Names, shapes and places of all parameters.

@@ -10,10 +10,12 @@ use half::bf16;
 use half::slice::HalfFloatSliceExt;
 
 use super::{Inference, Model, Ranges, ffns_of, lay_out, rope_table};
+use crate::accounting::Accounting;
 use crate::checkpoint::{Checkpoint, WeightReader};
 use crate::config::Config;
 use crate::error::Result;
 use crate::ffn::{Ffn, PackedFfn};
+use crate::masks::Masks;
 use crate::params::Layout;
 
 /// One decoder layer. Matrices are `[outputs, inputs]`.
@@ -115,8 +117,8 @@ impl Source for Stored<'_> {
 impl Inference {
     /// Packs the weights of `model`, rounded where the precision is bf16.
     pub fn new(model: &Model, precision: Precision) -> Inference {
-        let packed =
-            build(model.config.clone(), &model.ffns, &model.ranges, precision, &mut &model.params[..]);
+        let (config, counts) = (model.config.clone(), model.accounting());
+        let packed = build(config, counts, &model.ffns, &model.ranges, precision, &mut &model.params[..]);
         packed.expect("an arena is there to be read")
     }
 
@@ -129,16 +131,20 @@ impl Inference {
     pub fn load(dir: &Path, precision: Precision) -> Result<Inference> {
         let config = Config::load(dir)?;
         let checkpoint = Checkpoint::open(dir)?;
-        let reader = WeightReader::new(&config, &checkpoint)?;
+        let masks = Masks::read(dir, &config)?;
+        let counts = Accounting::of(&config);
+        let counts = masks.as_ref().map_or(counts, |masks| counts.with_masks(masks));
+        let reader = WeightReader::new(&config, &checkpoint, masks.as_ref())?;
         let ffns = ffns_of(&config);
         let (layout, ranges) = lay_out(&config, &ffns);
         let mut source = Stored { layout: &layout, reader, part: Buf::default() };
-        build(config, &ffns, &ranges, precision, &mut source)
+        build(config, counts, &ffns, &ranges, precision, &mut source)
     }
 }
 
 fn build(
     config: Config,
+    accounting: Accounting,
     ffns: &[Box<dyn Ffn>],
     ranges: &Ranges,
     precision: Precision,
@@ -174,7 +180,7 @@ fn build(
     }
     let norm = vector(source.part(&ranges.norm)?);
     let rope = rope_table(&config);
-    Ok(Inference { config, precision, embedding, layers, norm, head, rope })
+    Ok(Inference { config, accounting, precision, embedding, layers, norm, head, rope })
 }
 
 /// A matrix with `inputs` columns, packed.

@@ -3,6 +3,7 @@
 mod common;
 mod determinism;
 mod evaluation;
+mod masked;
 mod mixture;
 mod optimizer;
 mod run_directory;

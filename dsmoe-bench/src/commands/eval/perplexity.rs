@@ -4,7 +4,6 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use dsmoe_core::Inference;
-use dsmoe_core::accounting::Accounting;
 use dsmoe_datasets::tasks::Profile;
 use dsmoe_datasets::{Bos, Corpus, Tokenizer};
 use dsmoe_train::eval::{Domain, DomainReport, EvalOptions, EvalReport, evaluate_domains};
@@ -168,7 +167,7 @@ fn by_word(model: &Inference, tokenizer: &Tokenizer, corpus: &Corpus, bos: Bos, 
     let Some((result, Ran { tokens, routing })) = result? else { bail!("interrupted") };
     let routing = routing.map(|routing| routing.summary());
     let active = routing.as_ref().map_or(0.0, |routing| routing.active_experts);
-    let params_activated = Accounting::of(model.config()).activated(active);
+    let params_activated = model.accounting().activated(active);
     Ok(Rolling {
         result,
         tokens,

@@ -6,7 +6,6 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 use dsmoe_core::Inference;
-use dsmoe_core::accounting::Accounting;
 use dsmoe_datasets::tasks::{Loaded, Scored};
 use dsmoe_datasets::{Bos, Tokenizer};
 use dsmoe_kernels::Isa;
@@ -104,7 +103,7 @@ impl Results<'_> {
             "config": {
                 "model": "dsmoe",
                 "model_args": { "pretrained": self.args.model, "dtype": dtype },
-                "model_num_parameters": Accounting::of(config).total,
+                "model_num_parameters": self.model.accounting().total,
                 "model_dtype": dtype,
                 "batch_size": "auto",
                 "device": "cpu",
@@ -142,7 +141,7 @@ impl Results<'_> {
             "threshold": config.moe.as_ref().map(|moe| moe.router.threshold),
             "isa": Isa::current().name(),
             "model_sha256": self.model_sha256,
-            "params_total": Accounting::of(config).total,
+            "params_total": self.model.accounting().total,
         });
         self.add_cost(&mut extras, &self.ran());
         let tasks = self.tasks.iter().map(|task| {
@@ -169,7 +168,7 @@ impl Results<'_> {
         let routing = ran.routing.as_ref().map(|routing| routing.summary());
         let active = routing.as_ref().map_or(0.0, |routing| routing.active_experts);
         fields["tokens"] = ran.tokens.into();
-        let activated = (ran.tokens > 0).then(|| Accounting::of(self.model.config()).activated(active));
+        let activated = (ran.tokens > 0).then(|| self.model.accounting().activated(active));
         fields["params_activated"] = json!(activated);
         fields["active_ratio"] = json!(routing.as_ref().map(|routing| routing.active_ratio));
         fields["active_ratio_per_layer"] =
@@ -195,7 +194,6 @@ impl Results<'_> {
                 ]);
             }
         }
-        let config = self.model.config();
         let ran = self.ran();
         let seconds: f64 = self.tasks.iter().map(|task| task.measured.seconds).sum();
         let mut fields = vec![("profile", format!("{}, --bos {}", self.args.profile, bos_word(self.bos)))];
@@ -204,7 +202,7 @@ impl Results<'_> {
             active = routing.active_experts;
             fields.push(("active share", format!("{} of experts", report::percent(routing.active_ratio))));
         }
-        let accounting = Accounting::of(config);
+        let accounting = self.model.accounting();
         fields.push((
             "parameters",
             format!(

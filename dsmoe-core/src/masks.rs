@@ -1,0 +1,294 @@
+//! Which weights of pruned linears are kept, and their file.
+//!
+//! `masks.safetensors` in a model directory holds, per masked weight, one U8 tensor of the weight's name and shape
+//! `[rows, cols.div_ceil(8)]`, rows and columns as the checkpoint stores the weight (`[out, in]`): bit `c % 8` of byte
+//! `c / 8`, the lowest first, is 1 where the weight of column c is kept. What is not kept is 0 and stays 0 in training.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::Path;
+
+use rayon::prelude::*;
+
+use crate::checkpoint::{Checkpoint, Dtype, TensorInfo, Writer, tensor_names};
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::params::{Layout, Stored};
+
+/// Name of the masks in a model directory.
+pub const MASKS_FILE: &str = "masks.safetensors";
+const BITS: usize = 8;
+
+/// Which weights of one linear are kept.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Mask {
+    rows: usize,
+    cols: usize,
+    /// `[rows, cols.div_ceil(8)]`; bits behind the last column are 0.
+    bits: Vec<u8>,
+}
+
+impl fmt::Debug for Mask {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Mask({} of {} x {} kept)", self.kept(), self.rows, self.cols)
+    }
+}
+
+impl Mask {
+    fn new(rows: usize, cols: usize, keep: impl Fn(usize, usize) -> bool + Sync) -> Mask {
+        let stride = cols.div_ceil(BITS);
+        let mut bits = vec![0u8; rows * stride];
+        bits.par_chunks_mut(stride.max(1)).enumerate().for_each(|(row, bits)| {
+            for col in (0..cols).filter(|&col| keep(row, col)) {
+                bits[col / BITS] |= 1 << (col % BITS);
+            }
+        });
+        Mask { rows, cols, bits }
+    }
+
+    /// Rows of the weight as stored.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Columns of the weight as stored.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Whether the weight at `(row, col)` is kept.
+    ///
+    /// # Panics
+    /// It is outside the weight.
+    pub fn keeps(&self, row: usize, col: usize) -> bool {
+        assert!(row < self.rows && col < self.cols, "mask: ({row}, {col}) of {self:?}");
+        self.bits[row * self.stride() + col / BITS] >> (col % BITS) & 1 == 1
+    }
+
+    /// Weights that are kept.
+    pub fn kept(&self) -> u64 {
+        self.bits.iter().map(|byte| u64::from(byte.count_ones())).sum()
+    }
+
+    /// Weights that are not kept.
+    pub fn pruned(&self) -> u64 {
+        (self.rows * self.cols) as u64 - self.kept()
+    }
+
+    fn stride(&self) -> usize {
+        self.cols.div_ceil(BITS)
+    }
+
+    /// Sets what is not kept to 0 in the weight as it is in memory.
+    fn zero(&self, values: &mut [f32], stored: Stored) {
+        let (rows, cols, stride) = (self.rows, self.cols, self.stride());
+        match stored {
+            Stored::AsIs => {
+                let lines = values.par_chunks_mut(cols).zip(self.bits.par_chunks(stride));
+                lines.for_each(|(values, bits)| {
+                    for (values, &bits) in values.chunks_mut(BITS).zip(bits) {
+                        if bits != u8::MAX {
+                            each_pruned(bits, values.len(), |bit| values[bit] = 0.0);
+                        }
+                    }
+                });
+            }
+            // Eight columns as stored are eight rows in memory, and share their bytes.
+            Stored::Transposed => values.par_chunks_mut(BITS * rows).enumerate().for_each(|(i, values)| {
+                let lines = values.len() / rows;
+                for row in 0..rows {
+                    let bits = self.bits[row * stride + i];
+                    if bits != u8::MAX {
+                        each_pruned(bits, lines, |bit| values[bit * rows + row] = 0.0);
+                    }
+                }
+            }),
+        }
+    }
+
+    /// The first place `(row, col)` as stored that is not kept and not 0.
+    pub(crate) fn first_nonzero(&self, values: &[f32], stored: Stored) -> Option<(usize, usize)> {
+        match stored {
+            Stored::AsIs => self.first_nonzero_row(values, 0),
+            Stored::Transposed => {
+                let wrong =
+                    |row: &usize, col: usize| values[col * self.rows + row] != 0.0 && !self.keeps(*row, col);
+                let row = |row| (0..self.cols).find(|&col| wrong(&row, col)).map(|col| (row, col));
+                (0..self.rows).into_par_iter().find_map_first(row)
+            }
+        }
+    }
+
+    /// [`Mask::first_nonzero`] in whole rows as stored, the first of which is `first`.
+    pub(crate) fn first_nonzero_row(&self, values: &[f32], first: usize) -> Option<(usize, usize)> {
+        let row = |(i, values): (usize, &[f32])| {
+            let row = first + i;
+            let wrong = |&(col, &value): &(usize, &f32)| value != 0.0 && !self.keeps(row, col);
+            values.iter().enumerate().find(wrong).map(|(col, _)| (row, col))
+        };
+        values.par_chunks(self.cols).enumerate().find_map_first(row)
+    }
+}
+
+/// Calls `at` with the places of the first `len` bits that are 0.
+fn each_pruned(bits: u8, len: usize, mut at: impl FnMut(usize)) {
+    for bit in (0..len).filter(|bit| bits >> bit & 1 == 0) {
+        at(bit);
+    }
+}
+
+/// The masks of a model's linears, by the names of their weights; a linear without one keeps all its weights.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Masks(BTreeMap<String, Mask>);
+
+impl Masks {
+    /// No masks.
+    pub fn new() -> Masks {
+        Masks::default()
+    }
+
+    /// Sets the mask of the weight `name`, `[rows, cols]` as stored.
+    pub fn insert(
+        &mut self,
+        name: impl Into<String>,
+        rows: usize,
+        cols: usize,
+        keep: impl Fn(usize, usize) -> bool + Sync,
+    ) {
+        self.0.insert(name.into(), Mask::new(rows, cols, keep));
+    }
+
+    /// The mask of the weight `name`.
+    pub fn get(&self, name: &str) -> Option<&Mask> {
+        self.0.get(name)
+    }
+
+    /// Names and masks, by name.
+    pub fn iter(&self) -> impl ExactSizeIterator<Item = (&str, &Mask)> {
+        self.0.iter().map(|(name, mask)| (name.as_str(), mask))
+    }
+
+    /// Whether there are no masks.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Weights that are kept of all masked linears.
+    pub fn kept(&self) -> u64 {
+        self.0.values().map(Mask::kept).sum()
+    }
+
+    /// Weights that are not kept.
+    pub fn pruned(&self) -> u64 {
+        self.0.values().map(Mask::pruned).sum()
+    }
+
+    /// The masks in the model directory `dir`; none where there is no file.
+    ///
+    /// # Errors
+    /// The file cannot be read, or does not fit the configuration beside it.
+    pub fn load(dir: &Path) -> Result<Option<Masks>> {
+        if !dir.join(MASKS_FILE).is_file() {
+            return Ok(None);
+        }
+        Masks::read(dir, &Config::load(dir)?)
+    }
+
+    /// [`Masks::load`] for a directory of that configuration.
+    pub(crate) fn read(dir: &Path, config: &Config) -> Result<Option<Masks>> {
+        let path = dir.join(MASKS_FILE);
+        if !path.is_file() {
+            return Ok(None);
+        }
+        let file = Checkpoint::open_file(&path)?;
+        let linears = linears(config);
+        let mut masks = BTreeMap::new();
+        for name in file.names() {
+            let view = file.need(name)?;
+            let &[rows, cols] = linear(&linears, name, &path)?;
+            let (shape, wanted) = (&view.shape, [rows, cols.div_ceil(BITS)]);
+            if view.dtype != Dtype::U8 || shape[..] != wanted {
+                let problem = format!("is {} {shape:?} and not U8 {wanted:?}", view.dtype);
+                return Err(Error::tensor(&path, name, problem, MEND));
+            }
+            let mask = Mask { rows, cols, bits: file.bytes(name)?.to_vec() };
+            let behind = |bits: &[u8]| !cols.is_multiple_of(BITS) && bits[cols / BITS] >> (cols % BITS) != 0;
+            if mask.bits.chunks_exact(mask.stride()).any(behind) {
+                let problem = format!("has bits behind its {cols} columns");
+                return Err(Error::tensor(&path, name, problem, MEND));
+            }
+            masks.insert(name.to_owned(), mask);
+        }
+        Ok(Some(Masks(masks)))
+    }
+
+    /// Writes `masks.safetensors` to the existing directory `dir` and syncs it; nothing when there are no masks.
+    ///
+    /// # Errors
+    /// The file system refuses.
+    pub fn save(&self, dir: &Path) -> Result<()> {
+        if self.is_empty() {
+            return Ok(());
+        }
+        let info = |(name, mask): (&str, &Mask)| TensorInfo {
+            name: name.to_owned(),
+            dtype: Dtype::U8,
+            shape: vec![mask.rows, mask.stride()],
+        };
+        let mut writer = Writer::create_file(&dir.join(MASKS_FILE), self.iter().map(info).collect())?;
+        for (name, mask) in self.iter() {
+            writer.write(name, &mask.bits)?;
+        }
+        writer.finish()
+    }
+
+    /// Checks that every mask is of a linear of `config`.
+    pub(crate) fn check(&self, config: &Config) -> Result<()> {
+        let (linears, path) = (linears(config), Path::new(MASKS_FILE));
+        for (name, mask) in self.iter() {
+            let shape = linear(&linears, name, path)?;
+            if *shape != [mask.rows, mask.cols] {
+                let problem =
+                    format!("has shape {:?} and config.json says {shape:?}", [mask.rows, mask.cols]);
+                return Err(Error::tensor(path, name, problem, MEND));
+            }
+        }
+        Ok(())
+    }
+
+    /// Sets what is not kept to 0 in an arena laid out as `layout`: gradients before their norm is taken, parameters
+    /// after the optimiser's step.
+    ///
+    /// # Panics
+    /// The masks are not of a model of that layout.
+    pub fn apply(&self, arena: &mut [f32], layout: &Layout) {
+        for (name, mask) in self.iter() {
+            let entry = layout.get(name).expect("a masked linear of the model");
+            mask.zero(&mut arena[entry.range.clone()], entry.spec.stored);
+        }
+    }
+
+    /// The first weight, with row and column as stored, that is not kept and not 0.
+    ///
+    /// # Panics
+    /// As [`Masks::apply`].
+    pub fn first_nonzero(&self, arena: &[f32], layout: &Layout) -> Option<(&str, [usize; 2])> {
+        self.iter().find_map(|(name, mask)| {
+            let entry = layout.get(name).expect("a masked linear of the model");
+            let (row, col) = mask.first_nonzero(&arena[entry.range.clone()], entry.spec.stored)?;
+            Some((name, [row, col]))
+        })
+    }
+}
+
+const MEND: &str = "use the masks that belong to this model, or remove the file";
+
+/// Names and stored shapes of the weights that can be masked.
+fn linears(config: &Config) -> BTreeMap<String, [usize; 2]> {
+    let matrix = |(name, shape): (String, Vec<usize>)| Some((name, <[usize; 2]>::try_from(shape).ok()?));
+    tensor_names(config).filter(|(name, _)| name.ends_with("_proj.weight")).filter_map(matrix).collect()
+}
+
+fn linear<'a>(linears: &'a BTreeMap<String, [usize; 2]>, name: &str, path: &Path) -> Result<&'a [usize; 2]> {
+    linears.get(name).ok_or_else(|| Error::tensor(path, name, "is no linear of a layer of config.json", MEND))
+}
