@@ -18,6 +18,7 @@ use std::ops::RangeInclusive;
 use std::str::FromStr;
 
 use dsmoe_core::checkpoint::{Checkpoint, OutputDir, check_llama_tensors};
+use dsmoe_core::masks::{MASKS_FILE, Masks};
 use dsmoe_core::{Config, Model};
 
 use crate::error::{Error, Result};
@@ -208,6 +209,13 @@ fn prune(job: &Job<'_>, resolve: Resolve, progress: &mut dyn FnMut(Progress)) ->
     let scoring = Scoring { importance, reduce, window: MIX_WINDOW };
     if needs_gradients(job.knobs) {
         check_calibration(job.calibration)?;
+    }
+    if Masks::load(job.model)?.is_some() {
+        return Err(Error::Knob {
+            name: "model".to_owned(),
+            problem: format!("has {MASKS_FILE}"),
+            mend: "name the dense model it was made from".to_owned(),
+        });
     }
     let checkpoint = Checkpoint::open(job.model)?;
     let names = check_llama_tensors(&config, &checkpoint)?;

@@ -6,6 +6,7 @@ use std::path::Path;
 use dsmoe_baselines::Budget;
 use dsmoe_core::checkpoint::Dtype;
 use dsmoe_core::convert::{ConvertOptions, convert};
+use dsmoe_core::masks::Masks;
 
 use crate::common::{Run, model, saved, tokens};
 
@@ -90,6 +91,13 @@ fn models() {
         let converted = experts.path().join("dense");
         convert(&source, &converted, &ConvertOptions::new(4), &mut |_| {}).unwrap();
         fails(run, &converted, &["model: has experts", "dense LLaMA"]);
+
+        let masked = tempfile::tempdir().unwrap();
+        let target = saved(&model(true), masked.path(), Dtype::F32);
+        let mut masks = Masks::new();
+        masks.insert("model.layers.0.self_attn.q_proj.weight".to_owned(), 32, 32, |_, _| true);
+        masks.save(&target).unwrap();
+        fails(run, &target, &["model: has masks.safetensors", "dense model"]);
 
         let error = Run { force: true, ..run }.run(&source, &source).unwrap_err().to_string();
         assert!(error.contains("holds the model that is read"), "{error}");
