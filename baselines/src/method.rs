@@ -7,6 +7,7 @@ use std::str::FromStr;
 use dsmoe_core::Config;
 
 use crate::error::{Error, Result};
+use crate::llm_pruner::{LlmPrunerBlock, LlmPrunerChannel};
 use crate::sparse::{Magnitude, SparseGpt, Wanda};
 
 /// Activated parameters to reach, as methods.md's accounting counts them: tied embeddings once, routers included.
@@ -233,7 +234,7 @@ pub trait Method: Sync {
 
 /// All methods, in the order in which they are listed.
 pub fn methods() -> &'static [&'static dyn Method] {
-    &[&SparseGpt, &Wanda, &Magnitude]
+    &[&LlmPrunerBlock, &LlmPrunerChannel, &SparseGpt, &Wanda, &Magnitude]
 }
 
 /// The method of that name.

@@ -1,0 +1,98 @@
+//! A model directory without the removed rows and columns, streamed.
+
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::Path;
+
+use dsmoe_core::Config;
+use dsmoe_core::checkpoint::{
+    Checkpoint, LlamaTensors, OutputDir, TensorInfo, TensorView, Writer, copy_companions, tensor_names,
+};
+use rayon::prelude::*;
+
+use super::groups::{Cut, Cuts};
+use crate::error::Result;
+
+/// Bytes read at once.
+const CHUNK: usize = 8 << 20;
+
+/// Writes what `cuts` leaves of the dense model in `source`, as the model of `pruned`, in the types of the source.
+///
+/// # Errors
+/// The file system refuses, or a file has shrunk.
+pub(crate) fn rewrite(
+    source: &Path,
+    checkpoint: &Checkpoint,
+    names: &LlamaTensors,
+    pruned: &Config,
+    cuts: &Cuts,
+    output: OutputDir,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<()> {
+    let info = |(name, shape): (String, Vec<usize>)| {
+        let name = names.stored_name(&name).to_owned();
+        let dtype = checkpoint.tensor(&name).expect("a checked checkpoint").dtype;
+        TensorInfo { name, dtype, shape }
+    };
+    let infos: Vec<TensorInfo> = tensor_names(pruned).map(info).collect();
+    let stored: Vec<(String, Cut)> =
+        tensor_names(pruned).map(|(name, _)| (names.stored_name(&name).to_owned(), cuts.of(&name))).collect();
+    let mut writer = Writer::create(output.path(), infos)?;
+    for (i, (name, cut)) in stored.iter().enumerate() {
+        let view = checkpoint.tensor(name).expect("a checked checkpoint");
+        let path = checkpoint.files().nth(view.file).expect("a file of the checkpoint");
+        writer.begin(name)?;
+        copy(path, view, cut, &mut |bytes| writer.write_chunk(bytes))?;
+        progress(i as u64 + 1, stored.len() as u64);
+    }
+    writer.finish()?;
+    copy_companions(source, output.path())?;
+    pruned.save(output.path())?;
+    Ok(output.commit()?)
+}
+
+/// Gives what `cut` leaves of a tensor to `sink`, in order.
+fn copy(
+    path: &Path,
+    view: &TensorView,
+    cut: &Cut,
+    sink: &mut dyn FnMut(&[u8]) -> dsmoe_core::Result<()>,
+) -> dsmoe_core::Result<()> {
+    let io = |cause| dsmoe_core::Error::Io { path: path.to_path_buf(), cause };
+    let size = view.dtype.size();
+    let cols = view.shape.last().copied().unwrap_or(1);
+    let (row, rows) = (cols * size, view.numel() / cols.max(1));
+    let per_chunk = (CHUNK / row.max(1)).max(1);
+    let mut file = File::open(path).map_err(io)?;
+    file.seek(SeekFrom::Start(view.offset)).map_err(io)?;
+    let (mut input, mut output) = (Vec::new(), Vec::new());
+    for first in (0..rows).step_by(per_chunk) {
+        let count = per_chunk.min(rows - first);
+        input.resize(count * row, 0);
+        file.read_exact(&mut input).map_err(io)?;
+        let kept: Vec<usize> = match &cut.rows {
+            None => (0..count).collect(),
+            Some(rows) => {
+                let place = |at| rows.partition_point(|&row| row < at);
+                rows[place(first)..place(first + count)].iter().map(|row| row - first).collect()
+            }
+        };
+        let width = cut.columns.as_ref().map_or(row, |columns| columns.len() * size);
+        output.resize(kept.len() * width, 0);
+        output.par_chunks_mut(width.max(1)).zip(&kept).for_each(|(out, &from)| {
+            let line = &input[from * row..][..row];
+            match &cut.columns {
+                None => out.copy_from_slice(line),
+                Some(columns) => {
+                    for (out, &column) in out.chunks_exact_mut(size).zip(columns) {
+                        out.copy_from_slice(&line[column * size..][..size]);
+                    }
+                }
+            }
+        });
+        if !output.is_empty() {
+            sink(&output)?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,6 @@
+//! LLM-Pruner from a directory to a directory.
+
+mod bad_input;
+mod block;
+mod channel;
+mod common;
