@@ -6,8 +6,11 @@ use std::str::FromStr;
 
 use dsmoe_core::Config;
 
+use crate::controls;
 use crate::error::{Error, Result};
+use crate::llama_moe::LlamaMoe;
 use crate::llm_pruner::{LlmPrunerBlock, LlmPrunerChannel};
+use crate::moefication::MoEfication;
 use crate::sparse::{Magnitude, SparseGpt, Wanda};
 
 /// Activated parameters to reach, as methods.md's accounting counts them: tied embeddings once, routers included.
@@ -234,7 +237,21 @@ pub trait Method: Sync {
 
 /// All methods, in the order in which they are listed.
 pub fn methods() -> &'static [&'static dyn Method] {
-    &[&LlmPrunerBlock, &LlmPrunerChannel, &SparseGpt, &Wanda, &Magnitude]
+    &[
+        &controls::PAPER,
+        &LlmPrunerBlock,
+        &LlmPrunerChannel,
+        &SparseGpt,
+        &Wanda,
+        &Magnitude,
+        &LlamaMoe { control: false },
+        &MoEfication,
+        &LlamaMoe { control: true },
+        &controls::Dense,
+        &controls::SmallDense,
+        &controls::NO_STE,
+        &controls::NO_THRESHOLD,
+    ]
 }
 
 /// The method of that name.

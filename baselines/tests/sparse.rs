@@ -317,7 +317,8 @@ fn what_cannot_be_done_is_said_in_a_line_and_leaves_nothing() {
     let uneven = [vec![1, 2, 3], vec![1]];
     let foreign = [vec![99, 1]];
     let good = sequences();
-    let cases: [(&str, &Path, &[&str], &[Vec<u32>], &str); 14] = [
+    type Case<'a> = (&'a str, &'a Path, &'a [&'a str], &'a [Vec<u32>], &'a str);
+    let cases: [Case<'_>; 14] = [
         ("magnitude", &model, &["nearest=maybe"], &good, "nearest: is \"maybe\"; use yes to accept"),
         ("sparsegpt", &model, &[], &[], "calibration: there is no text"),
         ("wanda", &model, &[], &[], "calibration: there is no text"),

@@ -8,7 +8,6 @@ use clap::{Args, Parser, Subcommand};
 use dsmoe_baselines::Budget;
 use dsmoe_core::checkpoint::Dtype;
 use dsmoe_core::convert::PartitionSpec;
-use dsmoe_core::export::ExportAs;
 use dsmoe_datasets::Bos;
 use dsmoe_datasets::tasks::{MAX_NEW_TOKENS, Profile};
 use dsmoe_kernels::Precision;
@@ -18,6 +17,7 @@ use dsmoe_train::config::NearDuplicates;
 
 use crate::commands::bench::args::Bench;
 use crate::commands::data::args::Data;
+use crate::commands::export::Form;
 
 /// Router weights of a conversion that does not say otherwise: the paper's.
 const DEFAULT_ROUTER_INIT: &str = "random";
@@ -180,9 +180,10 @@ pub(crate) struct Prune {
 pub(crate) struct Export {
     /// DSMoE directory (or a dense one, as native)
     pub(crate) model: PathBuf,
-    /// dense: a plain LlamaForCausalLM without routers, neurons in their original order; native: the model as it is
-    #[arg(long = "as", value_name = "FORM", value_parser = words::<ExportAs>(&["dense", "native"]))]
-    pub(crate) form: ExportAs,
+    /// dense: a plain LlamaForCausalLM without routers, neurons in their original order; native: the model as it is;
+    /// llama-moe: what method llama-moe made, as LlamaMoEForCausalLM
+    #[arg(long = "as", value_name = "FORM", value_parser = words::<Form>(&["dense", "native", "llama-moe"]))]
+    pub(crate) form: Form,
     /// Directory to write
     #[arg(long, value_name = "DIR")]
     pub(crate) out: PathBuf,

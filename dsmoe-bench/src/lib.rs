@@ -15,6 +15,7 @@ use clap::Parser;
 /// Parses the command line of this process, does what it says, and reports a failure in one line.
 pub fn run() -> ExitCode {
     let cli = cli::Cli::parse();
+    dsmoe_baselines::register();
     let mut ui = ui::Ui::new(cli.json, cli.quiet);
     match commands::run(cli, &mut ui) {
         Ok(code) => code,

@@ -197,12 +197,13 @@ pub(crate) fn masks_of_other_order(model: &Path, mend: &'static str) -> Error {
 
 fn partitions(config: &Config, options: &ConvertOptions) -> Result<Vec<Partition>> {
     let experts = options.router.num_experts;
-    let widths = config.layers().map(|shape| shape.intermediate).enumerate();
+    let widths = config.layers().map(|shape| shape.intermediate);
     match &options.partition {
-        PartitionSpec::Contiguous => widths.map(|(_, width)| Partition::contiguous(width, experts)).collect(),
-        PartitionSpec::Random => {
-            widths.map(|(layer, width)| Partition::random(width, experts, options.seed, layer)).collect()
-        }
+        PartitionSpec::Contiguous => widths.map(|width| Partition::contiguous(width, experts)).collect(),
+        PartitionSpec::Random => widths
+            .enumerate()
+            .map(|(layer, width)| Partition::random(width, experts, options.seed, layer))
+            .collect(),
         PartitionSpec::File(path) if !config.is_even() => Err(Error::Path {
             path: path.clone(),
             problem: "lists neurons of layers of one width, and this model's layers differ".to_owned(),
@@ -215,7 +216,7 @@ fn partitions(config: &Config, options: &ConvertOptions) -> Result<Vec<Partition
 }
 
 /// All tensors of a checkpoint that are worth keeping, in the order they lie on disk.
-pub(crate) fn source_infos(checkpoint: &Checkpoint) -> Vec<TensorInfo> {
+pub fn source_infos(checkpoint: &Checkpoint) -> Vec<TensorInfo> {
     let mut tensors: Vec<_> = checkpoint
         .names()
         .filter(|name| !is_ignored(name))
@@ -249,7 +250,7 @@ fn new_infos(config: &Config) -> Vec<TensorInfo> {
 }
 
 /// What a permutation of neurons, given by layer, does to the tensor `name`.
-pub(crate) fn ffn_change<'a>(name: &str, order: impl Fn(usize) -> Option<&'a [u32]>) -> Change<'a> {
+pub fn ffn_change<'a>(name: &str, order: impl Fn(usize) -> Option<&'a [u32]>) -> Change<'a> {
     let Some((layer, projection)) = ffn_tensor(name) else { return Change::None };
     match (order(layer), projection) {
         (Some(order), "gate_proj" | "up_proj") => Change::Rows(order),

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use serde_json::{Value, json};
 
 use crate::checkpoint::{
-    DEFAULT_SHARD_BYTES, Dtype, Meter, OutputDir, Progress, TensorInfo, Writer, tensor_names,
+    DEFAULT_SHARD_BYTES, Dtype, Meter, OutputDir, Progress, TensorInfo, Writer, copy_companions, tensor_names,
 };
 use crate::config::Config;
 use crate::error::{Error, Result, shown};
@@ -152,7 +152,29 @@ pub fn init(
     options: &InitOptions,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<()> {
-    let dtype = options.dtype;
+    check(config, options.dtype)?;
+    let output = OutputDir::create(out, options.force)?;
+    write(config, output, options, progress)
+}
+
+/// [`init`] with the tokenizer and the generation settings of the model directory `source`, which must survive.
+///
+/// # Errors
+/// As [`init`]; also when `source` is `out` or inside it, or cannot be read.
+pub fn init_beside(
+    source: &Path,
+    config: &Config,
+    out: &Path,
+    options: &InitOptions,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<()> {
+    check(config, options.dtype)?;
+    let output = OutputDir::create_from(source, out, options.force)?;
+    copy_companions(source, output.path())?;
+    write(config, output, options, progress)
+}
+
+fn check(config: &Config, dtype: Dtype) -> Result<()> {
     if !config.is_dense() {
         let message =
             "random weights are made for dense models; use a configuration without experts, then convert";
@@ -161,7 +183,16 @@ pub fn init(
     if !dtype.is_float() {
         return Err(Error::Argument(format!("dtype {dtype} is not for weights; use bf16, f16 or f32")));
     }
-    let output = OutputDir::create(out, options.force)?;
+    Ok(())
+}
+
+fn write(
+    config: &Config,
+    output: OutputDir,
+    options: &InitOptions,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<()> {
+    let dtype = options.dtype;
     let infos: Vec<TensorInfo> =
         tensor_names(config).map(|(name, shape)| TensorInfo { name, dtype, shape }).collect();
     let mut meter = Meter::new(infos.iter().map(TensorInfo::len_bytes).sum(), progress);

@@ -199,8 +199,11 @@ impl Partition {
     }
 }
 
-/// Whether `intermediate` neurons make `num_experts` equal experts; `path` is the configuration, for the message.
-pub(crate) fn check_divisible(intermediate: usize, num_experts: usize, path: Option<&Path>) -> Result<()> {
+/// Checks that `intermediate` neurons make `num_experts` equal experts; `path` is the configuration, for the message.
+///
+/// # Errors
+/// They do not.
+pub fn check_divisible(intermediate: usize, num_experts: usize, path: Option<&Path>) -> Result<()> {
     if num_experts > 0 && intermediate > 0 && intermediate.is_multiple_of(num_experts) {
         return Ok(());
     }

@@ -1,4 +1,4 @@
-//! Decoding allocates nothing once it is under way.
+//! Decoding and training allocate nothing once they are under way.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::path::Path;
@@ -7,9 +7,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use dsmoe_core::config::Config;
 use dsmoe_core::generate::{GenerateOptions, generate};
 use dsmoe_core::init::preset;
-use dsmoe_core::model::{Inference, Model};
+use dsmoe_core::model::{Inference, Model, StepArgs, TrainWorkspace};
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::rng::Rng;
+use dsmoe_router::SparsityOver;
 
 struct Counting;
 
@@ -45,7 +46,7 @@ unsafe impl GlobalAlloc for Counting {
 static ALLOCATOR: Counting = Counting;
 
 /// Large enough for its products to be cut into tasks for several threads.
-fn model(threshold: Option<f64>, precision: Precision) -> Inference {
+fn model(threshold: Option<f64>) -> Model {
     let mut json: serde_json::Value = serde_json::from_str(&preset("small").unwrap().to_json()).unwrap();
     json["num_hidden_layers"] = 2.into();
     json["vocab_size"] = 1000.into();
@@ -60,7 +61,7 @@ fn model(threshold: Option<f64>, precision: Precision) -> Inference {
     let mut model = Model::new(Config::from_json(Path::new("config.json"), &json.to_string()).unwrap());
     let mut rng = Rng::new(1, 0);
     model.params_mut().iter_mut().for_each(|p| *p = 0.05 * rng.normal());
-    Inference::new(&model, precision)
+    model
 }
 
 /// Allocations up to each token; on one thread, or called from outside of the pool of all.
@@ -94,7 +95,12 @@ fn allocations(model: &Inference, serial: bool, tokens: usize, temperature: f32)
 /// makes its scratch then, and with gates so does a token with more active experts than any before it; what every
 /// token costs, or every so many, would be in every window of tokens.
 #[test]
-fn decoding_allocates_nothing_after_the_first_tokens() {
+fn nothing_is_allocated_after_the_first_tokens_and_steps() {
+    decoding();
+    training();
+}
+
+fn decoding() {
     const WINDOW: usize = 128;
     let cases = [
         (None, Precision::F32),
@@ -103,7 +109,7 @@ fn decoding_allocates_nothing_after_the_first_tokens() {
         (Some(0.5), Precision::Bf16),
     ];
     for (threshold, precision) in cases {
-        let model = model(threshold, precision);
+        let model = Inference::new(&model(threshold), precision);
         for temperature in [0.0, 1.0] {
             let case = format!("threshold {threshold:?}, {precision}, temperature {temperature}");
             for serial in [true, false] {
@@ -115,6 +121,42 @@ fn decoding_allocates_nothing_after_the_first_tokens() {
                 let least = counts.windows(WINDOW).map(|window| window[WINDOW - 1] - window[0]).min();
                 assert_eq!(least, Some(0), "{case}, one thread {serial}");
             }
+        }
+    }
+}
+
+/// Steps on the same tokens: the first ones make what the others use.
+fn training() {
+    const STEPS: usize = 8;
+    let (seq, tokens) = (32, 128);
+    let inputs: Vec<u32> = (0..tokens as u32).map(|i| 7 * i % 1000).collect();
+    let args = StepArgs {
+        loss_scale: 1.0 / tokens as f32,
+        sparsity_weight: 0.5,
+        sparsity_over: SparsityOver::Active,
+        balance_scale: 1.0,
+        seed: 0,
+    };
+    for threshold in [None, Some(0.5)] {
+        for precision in [Precision::F32, Precision::Bf16] {
+            let model = model(threshold);
+            let mut workspace = TrainWorkspace::new(&model, tokens, precision);
+            let mut grads = vec![0.0; model.params().len()];
+            let mut counts = Vec::with_capacity(STEPS + 1);
+            let mut steps = || {
+                counts.clear();
+                for _ in 0..=STEPS {
+                    model.train_step(&mut grads, &inputs, &inputs, seq, &args, &mut workspace).unwrap();
+                    counts.push(ALLOCATIONS.load(Ordering::Relaxed));
+                }
+                counts.windows(2).map(|two| two[1] - two[0]).collect::<Vec<_>>()
+            };
+            let case = format!("threshold {threshold:?}, {precision}");
+            let serial = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap().install(&mut steps);
+            assert_eq!(serial, [0; STEPS], "{case}, one thread");
+            // A worker that comes late to its first task of a kind makes its scratch then.
+            let least = rayon::scope(|_| steps()).into_iter().min();
+            assert_eq!(least, Some(0), "{case}");
         }
     }
 }

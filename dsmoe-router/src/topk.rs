@@ -3,8 +3,8 @@
 //! ```text
 //! noisy logits   h = z + e s                e ~ N(0, 1), s = softplus(raw) + 0.01; h = z without noise
 //! selected       the k largest h of a token, lower expert index first among equals
-//! scores         p = softmax of the selected h, 0 elsewhere
-//! coefficient    score_scale p
+//! scores         p = softmax of the selected h (or 1 for each), 0 elsewhere
+//! coefficient    score_scale p; 1 for residual experts, which every token has besides
 //! importance_i   sum over tokens of p_i
 //! load_i         sum over tokens of P(i is selected when its own noise is drawn anew)
 //!                  P = Phi((z_i - H) / s_i), H the (k+1)-th largest h for a selected i, the k-th for the others;
@@ -22,19 +22,32 @@ use crate::{Error, Result, Routing};
 const NOISE_FLOOR: f64 = 0.01;
 const CV2_FLOOR: f64 = 1e-10;
 
+/// What the selected experts of a token are weighed by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scores {
+    /// The softmax over their logits (LLaMA-MoE).
+    Softmax,
+    /// 1 each (MoEfication): all experts together are then the dense FFN.
+    One,
+}
+
 /// Settings of a top-k router.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct TopKConfig {
-    /// Experts per layer (n).
+    /// Experts that are chosen from (n).
     pub num_experts: usize,
-    /// Experts of each token (k).
+    /// Experts chosen for each token (k).
     pub top_k: usize,
+    /// Experts that every token has besides, numbered after the others (LLaMA-MoE's residual experts).
+    pub num_residual: usize,
+    /// What the chosen experts are weighed by.
+    pub scores: Scores,
     /// Factor on the scores: n / k in LLaMA-MoE, which gives 1/k of the dense output for even scores; n keeps it.
     pub score_scale: f32,
 }
 
 impl TopKConfig {
-    /// LLaMA-MoE's scale n / k.
+    /// Softmax scores with LLaMA-MoE's scale n / k, no residual experts.
     ///
     /// # Errors
     /// `top_k` is not in 1..=num_experts.
@@ -46,7 +59,8 @@ impl TopKConfig {
                 allowed: format!("1 to the number of experts, {num_experts}"),
             });
         }
-        Ok(TopKConfig { num_experts, top_k, score_scale: num_experts as f32 / top_k as f32 })
+        let score_scale = num_experts as f32 / top_k as f32;
+        Ok(TopKConfig { num_experts, top_k, num_residual: 0, scores: Scores::Softmax, score_scale })
     }
 }
 
@@ -64,7 +78,7 @@ pub struct Noise<'a> {
 pub struct TopKRouted {
     /// p, `[T, n]`.
     pub scores: Array2<f64>,
-    /// The selected pairs with their coefficients.
+    /// The selected pairs with their coefficients, `[T, n + num_residual]`.
     pub routing: Routing,
     /// importance, `[n]`.
     pub importance: Vec<f64>,
@@ -131,7 +145,7 @@ pub fn route(config: &TopKConfig, logits: ArrayView2<'_, f32>, noise: Option<Noi
 
     let mut ranking = Array2::zeros((num_tokens, (k + 1).min(n)));
     let mut scores = Array2::zeros((num_tokens, n));
-    let mut mask = Array2::from_elem((num_tokens, n), false);
+    let mut mask = Array2::from_shape_fn((num_tokens, n + config.num_residual), |(_, i)| i >= n);
     let mut order: Vec<usize> = Vec::with_capacity(n);
     for (t, h) in noisy.outer_iter().enumerate() {
         order.clear();
@@ -141,12 +155,17 @@ pub fn route(config: &TopKConfig, logits: ArrayView2<'_, f32>, noise: Option<Noi
         let selected = &order[..k];
         let sum: f64 = selected.iter().map(|&i| (h[i] - h[order[0]]).exp()).sum();
         for &i in selected {
-            scores[[t, i]] = (h[i] - h[order[0]]).exp() / sum;
+            scores[[t, i]] = match config.scores {
+                Scores::Softmax => (h[i] - h[order[0]]).exp() / sum,
+                Scores::One => 1.0,
+            };
             mask[[t, i]] = true;
         }
     }
-    let routing =
-        Routing::from_mask(mask.view(), |t, i| (f64::from(config.score_scale) * scores[[t, i]]) as f32);
+    let routing = Routing::from_mask(mask.view(), |t, i| match i < n {
+        true => (f64::from(config.score_scale) * scores[[t, i]]) as f32,
+        false => 1.0,
+    });
 
     let noise = noise.map(|Noise { std, draws }| NoisyLogits {
         logits: logits.mapv(f64::from),
@@ -164,7 +183,7 @@ pub fn route(config: &TopKConfig, logits: ArrayView2<'_, f32>, noise: Option<Noi
             }
             load
         }
-        _ => routing.counts().map(|count| count as f64).collect(),
+        _ => routing.counts().take(n).map(|count| count as f64).collect(),
     };
     let importance = scores.outer_iter().fold(vec![0.0; n], |mut sum, row| {
         sum.iter_mut().zip(row).for_each(|(sum, p)| *sum += p);
@@ -180,8 +199,8 @@ pub fn balance_loss(routed: &TopKRouted) -> f64 {
 
 /// **Sets** `dlogits` `[T, n]` and, where given, `dstd` `[T, n]`, the gradient by [`Noise::std`] (0 without noise).
 ///
-/// `dcoefficients` `[T, n]` is the gradient by the coefficients, read for selected pairs alone; `balance_weight`
-/// the weight of [`balance_loss`] in the loss.
+/// `dcoefficients` `[T, n + num_residual]` is the gradient by the coefficients, read for selected pairs alone;
+/// `balance_weight` the weight of [`balance_loss`] in the loss.
 ///
 /// # Panics
 /// The shapes differ from those of `routed`.
@@ -195,7 +214,7 @@ pub fn backward(
 ) {
     let shape = routed.scores.dim();
     assert!(
-        dcoefficients.dim() == shape
+        dcoefficients.dim() == (shape.0, shape.1 + config.num_residual)
             && dlogits.dim() == shape
             && dstd.as_ref().is_none_or(|dstd| dstd.dim() == shape),
         "topk::backward: scores {shape:?}, dcoefficients {:?}, dlogits {:?}",
@@ -213,12 +232,15 @@ pub fn backward(
         dh.fill(0.0);
         ds.fill(0.0);
 
-        // forward: p = softmax(h) over the selected, coefficient = score_scale p, importance += p
-        let scores = routed.scores.row(t);
-        let dp = |i: usize| f64::from(config.score_scale) * f64::from(dcoefficients[[t, i]]) + dimportance[i];
-        let mean: f64 = ranking[..k].iter().map(|&i| scores[i] * dp(i)).sum();
-        for &i in &ranking[..k] {
-            dh[i] += scores[i] * (dp(i) - mean);
+        // forward: p = softmax(h) over the selected, coefficient = score_scale p, importance += p; p = 1 is constant
+        if config.scores == Scores::Softmax {
+            let scores = routed.scores.row(t);
+            let dp =
+                |i: usize| f64::from(config.score_scale) * f64::from(dcoefficients[[t, i]]) + dimportance[i];
+            let mean: f64 = ranking[..k].iter().map(|&i| scores[i] * dp(i)).sum();
+            for &i in &ranking[..k] {
+                dh[i] += scores[i] * (dp(i) - mean);
+            }
         }
 
         if let Some(noise) = &routed.noise {
@@ -356,6 +378,15 @@ mod tests {
     }
 
     #[test]
+    fn residual_experts_serve_every_token_and_are_no_part_of_the_balance() {
+        let config = TopKConfig { num_residual: 2, scores: Scores::One, ..TopKConfig::new(3, 1).unwrap() };
+        let routed = route(&config, array![[0.0, 5.0, 1.0], [2.0, 1.0, 1.0]].view(), None);
+        assert_eq!(routed.routing.offsets, [0, 1, 2, 2, 4, 6]);
+        assert_eq!(routed.routing.coefficients, [3.0, 3.0, 1.0, 1.0, 1.0, 1.0]);
+        assert_eq!((&routed.importance[..], &routed.load[..]), (&[1.0, 1.0, 0.0][..], &[1.0, 1.0, 0.0][..]));
+    }
+
+    #[test]
     fn selects_the_largest_and_breaks_ties_by_index() {
         let config = TopKConfig::new(3, 2).unwrap();
         let routed = route(&config, array![[0.0, 5.0, 1.0], [2.0, 2.0, 2.0]].view(), None);
@@ -383,23 +414,28 @@ mod tests {
     ) -> (f64, Array2<usize>) {
         let noise = noisy.then_some(Noise { std: std.view(), draws: draws.view() });
         let routed = route(config, logits.view(), noise);
-        let pairs = routed.scores.iter().zip(dcoefficients);
-        let output: f64 = pairs.map(|(p, &r)| f64::from(config.score_scale) * p * f64::from(r)).sum();
+        let pairs = routed.scores.indexed_iter();
+        let output: f64 =
+            pairs.map(|(at, p)| f64::from(config.score_scale) * p * f64::from(dcoefficients[at])).sum();
         (output + balance_weight * balance_loss(&routed), routed.ranking)
     }
 
     #[test]
     fn gradients_are_finite_differences_with_the_selection_held() {
-        for (num_tokens, n, k, noisy, balance_weight) in [
-            (5, 4, 2, true, 0.7),
-            (5, 4, 2, true, 0.0),
-            (6, 5, 1, true, 2.0),
-            (4, 3, 3, true, 1.0),
-            (5, 4, 2, false, 1.0),
+        for (num_tokens, n, k, scores, num_residual, noisy, balance_weight) in [
+            (5, 4, 2, Scores::Softmax, 0, true, 0.7),
+            (5, 4, 2, Scores::Softmax, 2, true, 0.0),
+            (6, 5, 1, Scores::Softmax, 0, true, 2.0),
+            (4, 3, 3, Scores::Softmax, 1, true, 1.0),
+            (5, 4, 2, Scores::Softmax, 0, false, 1.0),
+            (5, 4, 2, Scores::One, 1, true, 1.0),
         ] {
-            let config = TopKConfig::new(n, k).unwrap();
+            let config = TopKConfig { scores, num_residual, ..TopKConfig::new(n, k).unwrap() };
             let make = |seed| Array2::from_shape_vec((num_tokens, n), normals(num_tokens * n, seed)).unwrap();
-            let (mut logits, draws, dcoefficients) = (make(1), make(2), make(3));
+            let (mut logits, draws) = (make(1), make(2));
+            let width = n + num_residual;
+            let dcoefficients =
+                Array2::from_shape_vec((num_tokens, width), normals(num_tokens * width, 3)).unwrap();
             let mut std = noise_std(make(4).view());
             let noise = noisy.then_some(Noise { std: std.view(), draws: draws.view() });
             let routed = route(&config, logits.view(), noise);

@@ -1,7 +1,7 @@
 //! By the reference implementation's way: Cholesky, inverse, Cholesky (`potrf`, `potri`, `potrf`).
 
 use ndarray::Array2;
-use ndarray_linalg::{Cholesky, FactorizeCInto, UPLO};
+use ndarray_linalg::{Cholesky, FactorizeCInto, InverseCInto, UPLO};
 
 use super::NotPositiveDefinite;
 

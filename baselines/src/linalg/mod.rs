@@ -47,9 +47,10 @@ mod tests {
 
     #[test]
     fn the_factor_of_a_small_inverse() {
-        // H = [[2, 1], [1, 2]]: R = [[0.816497, -0.408248], [0, 0.707107]].
+        // H = [[2, 1], [1, 2]]: R = [[sqrt(2/3), -sqrt(1/6)], [0, sqrt(1/2)]].
         let l = inverse_factor(vec![2.0, 1.0, 1.0, 2.0], 2).unwrap();
-        assert_close("L", &l, &[0.816_497, 0.0, -0.408_248, 0.707_107], 1e-6);
+        let root = |square: f64| square.sqrt();
+        assert_close("L", &l, &[root(2.0 / 3.0), 0.0, -root(1.0 / 6.0), root(0.5)], 1e-6);
         assert_eq!(inverse_factor(vec![1.0, 2.0, 2.0, 1.0], 2), Err(NotPositiveDefinite));
         assert_eq!(inverse_factor(vec![0.0], 1), Err(NotPositiveDefinite));
         assert_eq!(inverse_factor(vec![f32::NAN], 1), Err(NotPositiveDefinite));

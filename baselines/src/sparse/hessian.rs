@@ -5,6 +5,7 @@
 //! H^-1 = R^T R                                        of the damped H; R upper triangular
 //! ```
 
+use dsmoe_core::checkpoint::transpose;
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::matmul::{Mat, matmul};
 use rayon::prelude::*;
@@ -65,11 +66,14 @@ impl Hessian {
         assert!(x.len().is_multiple_of(self.inputs), "Hessian: {} values, {} inputs", x.len(), self.inputs);
         let (inputs, seq) = (self.inputs, x.len() / self.inputs);
         self.sequences += 1;
+        // The products want the tokens of an input in one piece.
+        let mut columns = vec![0.0; x.len()];
+        transpose(&mut columns, x, seq, inputs);
         for (number, panel) in self.panels.iter_mut().enumerate() {
             let first = number * PANEL;
-            let columns = |count| Mat::with_stride(&x[first..], seq, count, inputs);
+            let of = |count| Mat::new(&columns[first * seq..(first + count) * seq], count, seq);
             let rows = PANEL.min(inputs - first);
-            matmul(panel, columns(rows).t(), columns(inputs - first), true, Precision::F32);
+            matmul(panel, of(rows), of(inputs - first).t(), true, Precision::F32);
         }
     }
 

@@ -40,7 +40,7 @@ impl SparseGpt {
         let block: usize = knobs.need("block")?;
         let pattern: Pattern = knobs.need("pattern")?;
         let of = if let Pattern::Group { of, .. } = pattern { of } else { 1 };
-        if block == 0 || block % of != 0 {
+        if block == 0 || !block.is_multiple_of(of) {
             let mend = "use a number of columns above 0 that is a multiple of the pattern's columns";
             return Err(wrong("block", format!("is {block}"), mend));
         }

@@ -140,6 +140,11 @@ fn equal_seeds_give_equal_bytes() {
     for (name, knobs) in [("first", &["importance=taylor-first"]), ("mix", &["importance=taylor-mix"])] {
         assert!(make(name, knobs, 1) == make(&format!("{name}-again"), knobs, 2));
     }
+    for threads in [1, 3] {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        let threaded = pool.install(|| make(&format!("mix-{threads}"), &["importance=taylor-mix"], 1));
+        assert!(threaded == tensors(&work.path().join("mix")), "{threads} threads");
+    }
     assert!(tensors(&work.path().join("first")).values().all(|(dtype, _, _)| *dtype == Dtype::F16));
 }
 

@@ -1,9 +1,11 @@
-//! `dsmoe export`: a DSMoE model as a plain LLaMA, or in another precision.
+//! `dsmoe export`: a DSMoE model as a plain LLaMA, in LLaMA-MoE's layout, or in another precision.
 
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::Instant;
 
 use anyhow::Result;
+use dsmoe_baselines::llama_moe;
 use dsmoe_core::export::{ExportAs, export};
 use serde::Serialize;
 
@@ -22,23 +24,48 @@ struct Report {
     seconds: f64,
 }
 
+/// What to export as.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Form {
+    Core(ExportAs),
+    LlamaMoe,
+}
+
+impl FromStr for Form {
+    type Err = dsmoe_core::Error;
+
+    fn from_str(name: &str) -> Result<Form, dsmoe_core::Error> {
+        match name {
+            "llama-moe" => Ok(Form::LlamaMoe),
+            name => name.parse().map(Form::Core),
+        }
+    }
+}
+
 pub(crate) fn run(args: &Export, ui: &mut Ui) -> Result<()> {
     let started = Instant::now();
     let mut progress = Progress::new(ui, "exporting", Unit::Bytes, 0);
-    let done = export(&args.model, &args.out, args.form, args.dtype, args.force, &mut |at| {
-        progress.set(at.done_bytes, at.total_bytes, "");
-    });
+    let mut show = |at: dsmoe_core::checkpoint::Progress| progress.set(at.done_bytes, at.total_bytes, "");
+    let bytes = match args.form {
+        Form::Core(form) => export(&args.model, &args.out, form, args.dtype, args.force, &mut show)
+            .map(|done| done.bytes)
+            .map_err(anyhow::Error::from),
+        Form::LlamaMoe => llama_moe::export(&args.model, &args.out, args.dtype, args.force, &mut show)
+            .map(|done| done.bytes)
+            .map_err(anyhow::Error::from),
+    };
     progress.finish();
-    let done = done?;
+    let bytes = bytes?;
     let report = Report {
         model: args.model.clone(),
         out: args.out.clone(),
         form: match args.form {
-            ExportAs::Dense => "dense",
-            ExportAs::Native => "native",
+            Form::Core(ExportAs::Dense) => "dense",
+            Form::Core(ExportAs::Native) => "native",
+            Form::LlamaMoe => "LLaMA-MoE",
         },
         dtype: args.dtype.map(|dtype| dtype.to_string()),
-        bytes: done.bytes,
+        bytes,
         seconds: started.elapsed().as_secs_f64(),
     };
     ui.result(&report, |report| {

@@ -6,7 +6,7 @@ pub(crate) mod data;
 pub(crate) mod demo;
 mod doctor;
 mod eval;
-mod export;
+pub(crate) mod export;
 mod generate;
 mod init;
 mod inspect;

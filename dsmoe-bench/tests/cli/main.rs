@@ -7,4 +7,6 @@ mod commands;
 mod common;
 mod data;
 mod faults;
+mod prune;
+mod variants;
 mod world;

@@ -19,8 +19,8 @@ pub(crate) use llama::{
 pub use llama::{LlamaTensors, check_llama_tensors, is_router, tensor_names};
 pub use output::{OutputDir, write_synced};
 pub use reader::{Checkpoint, TensorView};
-pub use stream::Progress;
-pub(crate) use stream::{Change, Meter, TensorSource};
+pub(crate) use stream::Meter;
+pub use stream::{Change, Progress, TensorSource};
 pub(crate) use weights::WeightReader;
 pub use writer::{DEFAULT_SHARD_BYTES, TensorInfo, Writer};
 

@@ -37,30 +37,38 @@ impl<'a> Meter<'a> {
 }
 
 /// What happens to a tensor `[rows, cols]` on its way.
-#[derive(Clone, Copy)]
-pub(crate) enum Change<'a> {
+#[derive(Clone, Copy, Debug)]
+pub enum Change<'a> {
     /// Nothing.
     None,
-    /// Row j becomes the source's row `order[j]`.
+    /// Row j becomes the source's row `order[j]`; there are as many as before, and one may come again.
     Rows(&'a [u32]),
     /// Column j becomes the source's column `order[j]`.
     Cols(&'a [u32]),
 }
 
 /// Reads tensors of a checkpoint in chunks of whole rows; a tensor of one dimension is one row.
-pub(crate) struct TensorSource<'a> {
+#[derive(Debug)]
+pub struct TensorSource<'a> {
     checkpoint: &'a Checkpoint,
     input: Vec<u8>,
     output: Vec<u8>,
 }
 
 impl<'a> TensorSource<'a> {
-    pub(crate) fn new(checkpoint: &'a Checkpoint) -> TensorSource<'a> {
+    /// Reads from `checkpoint`.
+    pub fn new(checkpoint: &'a Checkpoint) -> TensorSource<'a> {
         TensorSource { checkpoint, input: Vec::new(), output: Vec::new() }
     }
 
     /// Gives all of a tensor, changed, to `sink`, in order.
-    pub(crate) fn stream(
+    ///
+    /// # Errors
+    /// There is no such tensor, the file system refuses, or `sink` fails.
+    ///
+    /// # Panics
+    /// The change's order has another length than the tensor's rows or columns.
+    pub fn stream(
         &mut self,
         name: &str,
         change: Change<'_>,

@@ -81,12 +81,12 @@ impl TrainWorkspace {
     pub fn new(model: &Model, tokens: usize, precision: Precision) -> TrainWorkspace {
         let config = &model.config;
         let room = |width: usize| Buf::zeros(tokens * width);
-        let layer = |(shape, ffn): (LayerShape, &Box<dyn Ffn>)| {
+        let layer = |(shape, ffn): (LayerShape, &dyn Ffn)| {
             let widths = Widths::of(config, shape.num_heads, shape.num_kv_heads);
             let [x, rstd, qkv, a, lse, x_mid, rstd_mid] = widths.layer().map(room);
             LayerActs { x, rstd, qkv, a, lse, x_mid, rstd_mid, ffn: ffn.new_saved(tokens) }
         };
-        let layers = config.layers().zip(&model.ffns).map(layer).collect();
+        let layers = config.layers().zip(model.ffns.iter().map(|ffn| &**ffn)).map(layer).collect();
         // Room for the widest layer.
         let widest = Widths::of(config, config.num_heads, config.num_kv_heads);
         let [x, rstd, h, losses, y, dx, dqkv, da] = widest.shared().map(room);

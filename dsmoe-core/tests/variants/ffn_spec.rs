@@ -22,12 +22,15 @@ use super::{HIDDEN, INTERMEDIATE, LAYERS, config, fill, read, refused, tokens};
 
 const EXPERTS: usize = 2;
 
+/// Seed and balance scale of every forward.
+type Seen = Arc<Mutex<Vec<(u64, f32)>>>;
+
 /// A dense FFN with a gate that nobody asks, which notes what it is given.
 #[derive(Clone, Debug)]
 struct Halves {
     dense: DenseFfn,
     noise: bool,
-    seen: Arc<Mutex<Vec<(u64, f32)>>>,
+    seen: Seen,
 }
 
 impl Halves {
@@ -204,7 +207,7 @@ fn half_of_the_ffn_is_activated_and_noise_is_not_counted() {
 
 #[test]
 fn noise_has_a_seed_of_its_own_in_every_layer() {
-    let seen: Vec<Arc<Mutex<Vec<(u64, f32)>>>> = (0..LAYERS).map(|_| Arc::default()).collect();
+    let seen: Vec<Seen> = (0..LAYERS).map(|_| Arc::default()).collect();
     let ffn = |seen: &Arc<_>| -> Box<dyn Ffn> {
         let dense = DenseFfn::new(HIDDEN, INTERMEDIATE);
         Box::new(Halves { dense, noise: false, seen: Arc::clone(seen) })

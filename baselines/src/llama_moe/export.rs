@@ -1,0 +1,210 @@
+//! LLaMA-MoE's own checkpoint layout (`modeling_llama_moe_hf.py`): model type `llama_moe`, one tensor per expert and
+//! projection.
+//!
+//! ```text
+//! mlp.gate_proj.weight [D, d]  ->  mlp.calculator.experts.weight_gate.E [D/n, d], the same for up
+//! mlp.down_proj.weight [d, D]  ->  mlp.calculator.experts.weight_down.E [d, D/n]
+//! mlp.gate.*                   ->  the same
+//! ```
+
+use std::path::Path;
+
+use dsmoe_core::Config;
+use dsmoe_core::checkpoint::{
+    Checkpoint, Dtype, OutputDir, Progress, TensorInfo, Writer, check_llama_tensors, copy_companions,
+    write_synced,
+};
+use dsmoe_core::config::{CONFIG_FILE, RopeScaling};
+use dsmoe_core::convert::source_infos;
+use dsmoe_router::topk::Scores;
+use serde_json::{Value, json};
+
+use super::spec::TopkSpec;
+use crate::error::{Error, Result};
+
+/// The base that LLaMA-MoE's model has, whatever its configuration says.
+const ROPE_THETA: f64 = 10_000.0;
+
+/// What was made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExportReport {
+    /// Tensors written.
+    pub tensors: usize,
+    /// Bytes of all tensors.
+    pub bytes: u64,
+}
+
+/// How a tensor is cut.
+enum Cut {
+    Whole,
+    /// Experts are row ranges.
+    Rows(&'static str),
+    /// Experts are column ranges.
+    Cols(&'static str),
+}
+
+impl Cut {
+    fn of(name: &str) -> (Cut, &str) {
+        for (suffix, cut) in [
+            ("gate_proj.weight", Cut::Rows("weight_gate")),
+            ("up_proj.weight", Cut::Rows("weight_up")),
+            ("down_proj.weight", Cut::Cols("weight_down")),
+        ] {
+            if let Some(prefix) = name.strip_suffix(suffix) {
+                return (cut, prefix);
+            }
+        }
+        (Cut::Whole, name)
+    }
+
+    /// The tensors that `info` becomes.
+    fn infos(info: &TensorInfo, num_experts: usize, dtype: Dtype) -> Vec<TensorInfo> {
+        let (cut, prefix) = Cut::of(&info.name);
+        let (part, shape) = match cut {
+            Cut::Whole => return vec![TensorInfo { dtype, ..info.clone() }],
+            Cut::Rows(part) => (part, vec![info.shape[0] / num_experts, info.shape[1]]),
+            Cut::Cols(part) => (part, vec![info.shape[0], info.shape[1] / num_experts]),
+        };
+        let name = |expert| format!("{prefix}calculator.experts.{part}.{expert}");
+        (0..num_experts).map(|e| TensorInfo { name: name(e), dtype, shape: shape.clone() }).collect()
+    }
+}
+
+/// Exports a model of the method `llama-moe` in LLaMA-MoE's layout to the new directory `out`, which appears when it is
+/// complete. Weights keep their types unless `dtype` is given. The layout's code (remote code of the published
+/// models, package `smoe`) is not written.
+///
+/// # Errors
+/// `model` cannot be read or has something that LLaMA-MoE's model has not: residual experts, MoEfication's router,
+/// another rotary base, heads of another width, layers of different sizes; `dtype` is not a float; `out` is not
+/// empty; the file system refuses.
+pub fn export(
+    model: &Path,
+    out: &Path,
+    dtype: Option<Dtype>,
+    force: bool,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<ExportReport> {
+    if let Some(dtype) = dtype.filter(|dtype| !dtype.is_float()) {
+        let problem = format!("dtype {dtype} is not for weights; use bf16, f16 or f32");
+        return Err(dsmoe_core::Error::Argument(problem).into());
+    }
+    let mut config = Config::load(model)?;
+    let spec = exportable(model, &config)?;
+    let checkpoint = Checkpoint::open(model)?;
+    check_llama_tensors(&config, &checkpoint)?;
+    if let Some(dtype) = dtype {
+        config.set_dtype(dtype);
+    }
+
+    let n = spec.router.num_experts;
+    let sources = source_infos(&checkpoint);
+    let infos: Vec<TensorInfo> =
+        sources.iter().flat_map(|info| Cut::infos(info, n, dtype.unwrap_or(info.dtype))).collect();
+    let total_bytes = infos.iter().map(TensorInfo::len_bytes).sum();
+    let report = ExportReport { tensors: infos.len(), bytes: total_bytes };
+    let output = OutputDir::create_from(model, out, force)?;
+    let mut writer = Writer::create(output.path(), infos.clone())?;
+    let mut targets = infos.iter();
+    let (mut values, mut part, mut done_bytes) = (Vec::new(), Vec::new(), 0);
+    for info in &sources {
+        values.resize(info.shape.iter().product(), 0.0);
+        checkpoint.read_f32(&info.name, &mut values)?;
+        let (cut, _) = Cut::of(&info.name);
+        let cols = info.shape.last().copied().unwrap_or(1);
+        for expert in 0..if matches!(cut, Cut::Whole) { 1 } else { n } {
+            let target = targets.next().expect("declared in this order");
+            match cut {
+                Cut::Whole => writer.write_f32(&target.name, &values)?,
+                Cut::Rows(_) => {
+                    let len = values.len() / n;
+                    writer.write_f32(&target.name, &values[expert * len..][..len])?;
+                }
+                Cut::Cols(_) => {
+                    let width = cols / n;
+                    part.clear();
+                    for row in values.chunks_exact(cols) {
+                        part.extend_from_slice(&row[expert * width..][..width]);
+                    }
+                    writer.write_f32(&target.name, &part)?;
+                }
+            }
+            done_bytes += target.len_bytes();
+            progress(Progress { done_bytes, total_bytes });
+        }
+    }
+    writer.finish()?;
+    copy_companions(model, output.path())?;
+    write_synced(&output.path().join(CONFIG_FILE), config_json(&config, &spec).as_bytes())?;
+    output.commit()?;
+    Ok(report)
+}
+
+/// The FFNs of `config`, when LLaMA-MoE's model computes the same function.
+fn exportable(model: &Path, config: &Config) -> Result<TopkSpec> {
+    let wrong = |field: &str, problem: String, mend: &str| {
+        Err(Error::Core(dsmoe_core::Error::Field {
+            path: model.join(CONFIG_FILE),
+            field: field.to_owned(),
+            problem,
+            mend: mend.to_owned(),
+        }))
+    };
+    let native = "use --as native";
+    let Some(spec) = config.ffn.as_deref().and_then(TopkSpec::from_dyn) else {
+        let mend = "name a model that method llama-moe made";
+        return wrong("ffn.type", "is not topk".to_owned(), mend);
+    };
+    if spec.router.num_residual > 0 {
+        return wrong("ffn.num_residual", format!("is {}", spec.router.num_residual), native);
+    }
+    if spec.gate.normalize {
+        return wrong("ffn.normalize", "is true, as LLaMA-MoE's gate cannot have it".to_owned(), native);
+    }
+    if config.rope_theta != ROPE_THETA || config.rope_scaling != RopeScaling::None {
+        let problem = format!("is {} or scaled, and LLaMA-MoE's is {ROPE_THETA}", config.rope_theta);
+        return wrong("rope_theta", problem, native);
+    }
+    if config.hidden != config.num_heads * config.head_dim {
+        let problem = format!("is {} and LLaMA-MoE's is hidden_size / num_attention_heads", config.head_dim);
+        return wrong("head_dim", problem, native);
+    }
+    if !config.is_even() {
+        return wrong("layer_shapes", "differ".to_owned(), native);
+    }
+    Ok(spec)
+}
+
+/// config.json with LLaMA-MoE's keys in place of `ffn`.
+fn config_json(config: &Config, spec: &TopkSpec) -> String {
+    let n = spec.router.num_experts;
+    let Ok(Value::Object(mut map)) = serde_json::from_str(&config.to_json()) else {
+        unreachable!("a configuration is written as an object");
+    };
+    map.shift_remove("ffn");
+    let sizes = vec![vec![config.intermediate / n; n]; config.num_layers];
+    // The shortest decimal of the f32, not the many digits of its f64.
+    let scale: f64 =
+        spec.router.score_scale.to_string().parse().unwrap_or(f64::from(spec.router.score_scale));
+    for (key, value) in [
+        ("model_type", json!("llama_moe")),
+        ("architectures", json!(["LlamaMoEForCausalLM"])),
+        ("num_experts", json!(n)),
+        ("num_selects", json!(spec.router.top_k)),
+        ("size_experts", json!(sizes)),
+        ("gate_type", json!("TopKBalancedNoisyGate")),
+        ("gate_network", json!(spec.gate.network.name())),
+        ("gate_use_softmax", json!(true)),
+        ("gate_use_balance", json!(spec.balance_weight > 0.0)),
+        ("gate_balance_loss_weight", json!(spec.balance_weight)),
+        ("gate_add_noise", json!(spec.gate.noise)),
+        ("gate_noise_epsilon", json!(0.01)),
+        ("calculator_type", json!("UniversalCalculator")),
+        ("multiply_gate_scores", json!(spec.router.scores == Scores::Softmax)),
+        ("score_scale_factor", json!(scale)),
+        ("add_weight_norm", json!(false)),
+    ] {
+        map.insert(key.to_owned(), value);
+    }
+    format!("{:#}\n", Value::Object(map))
+}

@@ -1,0 +1,82 @@
+//! MoEfication of a real model: the trained router keeps its loss better than the start, and all experts keep it whole.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use dsmoe_baselines::{Job, Knobs, Made, method};
+use dsmoe_core::Inference;
+use dsmoe_core::model::Workspace;
+use dsmoe_kernels::Precision;
+
+const SEQ: usize = 128;
+
+/// The shared data folder; prints a skip when it is absent.
+#[expect(clippy::print_stdout, reason = "a skipped test says so")]
+fn shared(test: &str) -> Option<PathBuf> {
+    let dir = std::env::var_os("DSMOE_SHARED")
+        .map_or_else(|| PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../shared")), PathBuf::from);
+    if dir.join("models/babyllama-1m").exists() {
+        return Some(dir);
+    }
+    let required = std::env::var("DSMOE_REQUIRE").is_ok_and(|list| list.split(',').any(|w| w == "shared"));
+    assert!(!required, "{test}: no shared data at {}", dir.display());
+    println!("SKIP {test}: no shared data at {}", dir.display());
+    None
+}
+
+/// Sequences of the model's text; its tokens are characters.
+fn sequences(shared: &Path, model: &Path) -> Vec<Vec<u32>> {
+    let text = fs::read_to_string(model.join("tokenizer.json")).unwrap();
+    let tokenizer: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let ids: HashMap<String, u32> = serde_json::from_value(tokenizer["model"]["vocab"].clone()).unwrap();
+    let text = fs::read_to_string(shared.join("data/corpora/stories/tinystories_lowercase_4M.txt")).unwrap();
+    let id = |c: char| ids.get(&if c == ' ' { '\u{2581}'.to_string() } else { c.to_string() }).copied();
+    let tokens: Vec<u32> = text.chars().take(40_000).filter_map(id).collect();
+    tokens.chunks_exact(SEQ).map(<[u32]>::to_vec).collect()
+}
+
+fn loss(dir: &Path, sequences: &[Vec<u32>]) -> f64 {
+    let model = Inference::load(dir, Precision::F32).unwrap();
+    let mut workspace = Workspace::default();
+    let mut sum = 0.0;
+    for ids in sequences {
+        let mut losses = vec![0.0; SEQ - 1];
+        model.score(&mut losses, &ids[..SEQ - 1], &ids[1..], SEQ - 1, None, &mut workspace).unwrap();
+        sum += losses.iter().map(|&loss| f64::from(loss)).sum::<f64>();
+    }
+    sum / (sequences.len() * (SEQ - 1)) as f64
+}
+
+#[test]
+fn a_trained_router_keeps_a_real_model_better() {
+    let Some(shared) = shared("a_trained_router_keeps_a_real_model_better") else { return };
+    dsmoe_baselines::register();
+    let model = shared.join("models/babyllama-1m");
+    let sequences = sequences(&shared, &model);
+    let (calibration, held_out) = (&sequences[..96], &sequences[96..128]);
+    let dir = tempfile::tempdir().unwrap();
+    let run = |name: &str, budget: &str, set: &[&str]| -> (f64, Made) {
+        let method = method(name).unwrap();
+        let knobs = Knobs::parse(method.knobs(), set.iter().copied()).unwrap();
+        let out = dir.path().join("out");
+        let budget = budget.parse().unwrap();
+        let job = Job { model: &model, out: &out, force: true, budget, calibration, seed: 1, knobs: &knobs };
+        let made = method.run(&job, &mut |_| {}).unwrap();
+        (loss(&out, held_out), made)
+    };
+    let dense = loss(&model, held_out);
+    let (all, _) = run("moefication", "1.0", &["epochs=1"]);
+    assert!((all - dense).abs() < 1e-5 * dense, "all experts {all}, dense {dense}");
+    let (trained, made) = run("moefication", "0.8", &[]);
+    let (start, before) = run("moefication", "0.8", &["epochs=0"]);
+    let (random, _) = run("random-k", "0.8", &["scale=n"]);
+    assert_eq!(made.plan.reached_by, "8 of 11 experts");
+    assert!(
+        dense < trained && trained < start - 0.1 && trained < random - 0.1,
+        "{dense} {trained} {start} {random}"
+    );
+    for ((_, after), (_, before)) in made.measured.iter().zip(&before.measured) {
+        assert!(after >= before && *after > 0.75, "share {after} after training, {before} before");
+    }
+}
