@@ -1,8 +1,6 @@
 //! Decoding and training allocate nothing once they are under way.
 
-use std::alloc::{GlobalAlloc, Layout, System};
 use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use dsmoe_core::config::Config;
 use dsmoe_core::generate::{GenerateOptions, generate};
@@ -10,40 +8,11 @@ use dsmoe_core::init::preset;
 use dsmoe_core::model::{Inference, Model, StepArgs, TrainWorkspace};
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::rng::Rng;
+use dsmoe_kernels::testing::CountingAllocator;
 use dsmoe_router::SparsityOver;
 
-struct Counting;
-
-static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
-
-// SAFETY: every method hands its arguments to the system's allocator unchanged and returns what that returns.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: the caller's promises are those that `System` asks for.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
-        // SAFETY: as above; `ptr` came from `System`.
-        unsafe { System.dealloc(ptr, layout) }
-    }
-
-    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: as above.
-        unsafe { System.alloc_zeroed(layout) }
-    }
-
-    unsafe fn realloc(&self, ptr: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: as above.
-        unsafe { System.realloc(ptr, layout, size) }
-    }
-}
-
 #[global_allocator]
-static ALLOCATOR: Counting = Counting;
+static ALLOCATOR: CountingAllocator = CountingAllocator::new();
 
 /// Large enough for its products to be cut into tasks for several threads.
 fn model(threshold: Option<f64>) -> Model {
@@ -75,7 +44,7 @@ fn allocations(model: &Inference, serial: bool, tokens: usize, temperature: f32)
     };
     let mut counts = Vec::with_capacity(tokens);
     let on_token = |_| {
-        counts.push(ALLOCATIONS.load(Ordering::Relaxed));
+        counts.push(ALLOCATOR.count());
         true
     };
     let prompt: Vec<u32> = (1..20).collect();
@@ -147,7 +116,7 @@ fn training() {
                 counts.clear();
                 for _ in 0..=STEPS {
                     model.train_step(&mut grads, &inputs, &inputs, seq, &args, &mut workspace).unwrap();
-                    counts.push(ALLOCATIONS.load(Ordering::Relaxed));
+                    counts.push(ALLOCATOR.count());
                 }
                 counts.windows(2).map(|two| two[1] - two[0]).collect::<Vec<_>>()
             };

@@ -1,6 +1,52 @@
 //! Helpers for tests of kernels, here and in the crates above.
 
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use crate::rng::Rng;
+
+/// The system's allocator, which counts what all threads ask for: a test's `#[global_allocator]`.
+#[derive(Debug)]
+pub struct CountingAllocator(AtomicUsize);
+
+impl CountingAllocator {
+    /// Nothing counted yet.
+    #[expect(clippy::new_without_default, reason = "a static needs a const function")]
+    pub const fn new() -> CountingAllocator {
+        CountingAllocator(AtomicUsize::new(0))
+    }
+
+    /// Allocations and reallocations so far.
+    pub fn count(&self) -> usize {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+// SAFETY: every method hands its arguments to the system's allocator unchanged and returns what that returns.
+unsafe impl GlobalAlloc for CountingAllocator {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: the caller's promises are those that `System` asks for.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
+        // SAFETY: as above; `ptr` came from `System`.
+        unsafe { System.dealloc(ptr, layout) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: as above.
+        unsafe { System.alloc_zeroed(layout) }
+    }
+
+    unsafe fn realloc(&self, ptr: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: as above.
+        unsafe { System.realloc(ptr, layout, size) }
+    }
+}
 
 /// `n` normal values, a function of `seed`.
 pub fn normals(n: usize, seed: u64) -> Vec<f32> {
