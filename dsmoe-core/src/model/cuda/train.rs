@@ -14,7 +14,7 @@ use dsmoe_router::{RoutingStats, SparsityOver};
 use half::bf16;
 
 use super::super::step::StepArgs;
-use super::super::{LayerRanges, Model, Ranges, check_input};
+use super::super::{LayerRanges, Model, Ranges, check_input, ffns_of, lay_out};
 use super::ffn::{Acts, Scratch, Weights};
 use super::{Products, attention_dims, rope_rows};
 use crate::config::Config;
@@ -102,7 +102,7 @@ struct Report {
 #[derive(Clone, Debug)]
 pub struct CudaStep {
     /// Sum of the token losses, nats.
-    pub loss_sum: f64,
+    pub loss: f64,
     /// Sum over layers, tokens and experts of the gates of active experts.
     pub active_gates: f64,
     /// The same of all gates.
@@ -123,13 +123,14 @@ pub struct MemoryUse {
 }
 
 impl CudaTrainer {
-    /// What training `model` on micro-batches of `tokens` tokens takes on the device.
+    /// What training a model of `config` on micro-batches of `tokens` tokens takes on the device.
     ///
     /// # Errors
     /// The model's FFNs do not run on a GPU.
-    pub fn memory(model: &Model, tokens: usize) -> Result<Vec<MemoryUse>> {
-        let (config, ffns) = (&model.config, super::device_ffns(&model.ffns)?);
-        let params = model.layout.len();
+    pub fn memory(config: &Config, tokens: usize) -> Result<Vec<MemoryUse>> {
+        let all = ffns_of(config);
+        let ffns = super::device_ffns(&all)?;
+        let params = lay_out(config, &all).0.len();
         let per_layer = config.layers().zip(&ffns).map(|(shape, ffn)| {
             let width = shape.num_heads * config.head_dim;
             let joined = width + 2 * shape.num_kv_heads * config.head_dim;
@@ -143,16 +144,16 @@ impl CudaTrainer {
             + widest
             + rows * config.vocab_size * 6;
         Ok(vec![
-            MemoryUse { what: "parameters", bytes: 4 * params },
-            MemoryUse { what: "parameters in bf16", bytes: 2 * params },
-            MemoryUse { what: "gradients", bytes: 4 * params },
-            MemoryUse { what: "optimiser moments", bytes: 8 * params },
-            MemoryUse { what: "activations", bytes: per_layer.sum() },
-            MemoryUse { what: "work space", bytes: shared },
+            MemoryUse { what: "  parameters", bytes: 4 * params },
+            MemoryUse { what: "  parameters in bf16", bytes: 2 * params },
+            MemoryUse { what: "  gradients", bytes: 4 * params },
+            MemoryUse { what: "  optimiser moments", bytes: 8 * params },
+            MemoryUse { what: "  activations", bytes: per_layer.sum() },
+            MemoryUse { what: "  work space", bytes: shared },
         ])
     }
 
-    /// Moves `model` with its optimiser's moments (laid out as its parameters) to the device, with room for
+    /// Moves `model` with its optimiser's moments (laid out as its parameters) to device `ordinal`, with room for
     /// micro-batches of `tokens` tokens in sequences of `seq`.
     ///
     /// # Errors
@@ -165,7 +166,7 @@ impl CudaTrainer {
         tokens: usize,
         seq: usize,
     ) -> Result<CudaTrainer> {
-        let plan = CudaTrainer::memory(model, tokens)?;
+        let plan = CudaTrainer::memory(&model.config, tokens)?;
         super::check_memory(gpu, &plan, "use a smaller --batch and a larger --accumulate")?;
         let (config, layout) = (model.config.clone(), model.layout.clone());
         let ffns = super::device_ffns(&model.ffns)?;
@@ -256,7 +257,7 @@ impl CudaTrainer {
         }
         let total = |which: usize| gates.chunks_exact(2).map(|pair| pair[which]).sum();
         Ok(CudaStep {
-            loss_sum: sums[0],
+            loss: sums[0],
             active_gates: total(0),
             all_gates: total(1),
             squares: sums[1],
@@ -305,12 +306,12 @@ impl CudaTrainer {
         Ok(self.v.download_to(v)?)
     }
 
-    /// Copies the gradients.
+    /// A copy of the gradients.
     ///
     /// # Errors
     /// The device fails.
-    pub fn download_grads(&self, grads: &mut [f32]) -> Result<()> {
-        Ok(self.grads.download_to(grads)?)
+    pub fn download_grads(&self) -> Result<Vec<f32>> {
+        Ok(self.grads.download()?)
     }
 
     /// Where the last micro-batch's forward pass first left the finite numbers.
