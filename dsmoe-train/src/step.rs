@@ -8,11 +8,15 @@ use dsmoe_core::model::{StepArgs, TrainWorkspace};
 use dsmoe_core::params::Layout;
 use dsmoe_core::{Device, Model};
 use dsmoe_datasets::{Interleaving, Mixture};
+#[cfg(feature = "cuda")]
+use dsmoe_kernels::Precision;
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::rng::Rng;
 use dsmoe_router::{RoutingStats, SparsityOver};
 
 use crate::config::TrainConfig;
+#[cfg(feature = "cuda")]
+use crate::error::Error;
 use crate::error::Result;
 #[cfg(feature = "cuda")]
 use crate::optim::hyper;
@@ -105,6 +109,11 @@ impl Stepper {
                 grads: Buf::zeros(model.layout().len()),
                 workspace: Box::new(TrainWorkspace::new(model, tokens, config.dtype)),
             },
+            #[cfg(feature = "cuda")]
+            Device::Cuda(_) if config.dtype != Precision::Bf16 => {
+                let allowed = "bf16 on a GPU".to_owned();
+                return Err(Error::Field { field: "dtype", found: config.dtype.to_string(), allowed });
+            }
             #[cfg(feature = "cuda")]
             Device::Cuda(ordinal) => {
                 let (m, v) = (&optimizer.m, &optimizer.v);

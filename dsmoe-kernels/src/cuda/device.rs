@@ -1,6 +1,5 @@
 //! A GPU with its one stream.
 
-use std::any::Any;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -167,12 +166,15 @@ impl Gpu {
     }
 
     /// Records what `queue` queues instead of running it. It must not wait for the device, and what it uses for the
-    /// first time must have been used before: kernels are compiled, products chosen. `owner` lives as long as the
-    /// graph; the buffers that are used must, too.
+    /// first time must have been used before: kernels are compiled, products chosen.
+    /// The buffers that are used must live as long as the graph.
     ///
     /// # Errors
     /// Those of `queue`; the device fails.
-    pub(crate) fn record(&self, queue: impl FnOnce() -> Result<()>) -> Result<Graph> {
+    fn record<E: From<CudaError>>(
+        &self,
+        queue: impl FnOnce() -> std::result::Result<(), E>,
+    ) -> std::result::Result<Graph, E> {
         self.bind()?;
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         self.0.stream.begin_capture(mode).map_err(driver("starting to record a graph"))?;
@@ -264,7 +266,7 @@ impl Event {
 }
 
 /// Recorded ops, to run again over the same buffers.
-pub struct Graph {
+struct Graph {
     graph: CudaGraph,
     gpu: Gpu,
 }
@@ -281,7 +283,7 @@ unsafe impl Send for Graph {}
 unsafe impl Sync for Graph {}
 
 impl Graph {
-    pub(crate) fn launch(&mut self) -> Result<()> {
+    fn launch(&mut self) -> Result<()> {
         self.gpu.bind()?;
         self.graph.launch().map_err(driver("running a graph"))
     }
@@ -295,7 +297,7 @@ pub struct Recorded<W> {
     graph: Option<Graph>,
 }
 
-impl<W: Any> Recorded<W> {
+impl<W> Recorded<W> {
     /// Nothing is recorded yet.
     pub fn new(work: W) -> Recorded<W> {
         Recorded { work, runs: 0, graph: None }
@@ -305,9 +307,13 @@ impl<W: Any> Recorded<W> {
     ///
     /// # Errors
     /// Those of `queue`; the device fails.
-    pub fn run(&mut self, gpu: &Gpu, queue: impl FnOnce(&mut W) -> Result<()>) -> Result<()> {
+    pub fn run<E: From<CudaError>>(
+        &mut self,
+        gpu: &Gpu,
+        queue: impl FnOnce(&mut W) -> std::result::Result<(), E>,
+    ) -> std::result::Result<(), E> {
         if let Some(graph) = &mut self.graph {
-            return graph.launch();
+            return Ok(graph.launch()?);
         }
         self.runs += 1;
         if self.runs == 1 {

@@ -23,19 +23,13 @@ pub(crate) struct Source {
 
 /// Kernels to be compiled in a test: for each set of definitions, every entry must compile without spills and with no more
 /// registers than this.
+#[cfg(test)]
 #[derive(Debug)]
-pub struct KernelSpec {
+pub(crate) struct KernelSpec {
     pub(crate) source: &'static Source,
     pub(crate) entries: &'static [&'static str],
     pub(crate) defines: &'static [&'static [(&'static str, i64)]],
     pub(crate) max_registers: u32,
-}
-
-impl KernelSpec {
-    /// Name of the source.
-    pub fn name(&self) -> &'static str {
-        self.source.name
-    }
 }
 
 /// A compiled kernel.

@@ -22,7 +22,8 @@ pub mod ops;
 pub use buf::{Element, GpuBuf, View, ViewMut};
 pub use compile::{Compiled, compile, nvrtc_version};
 pub use detect::{Detection, DeviceInfo, Libraries, detect, libraries};
-pub use device::{Event, Gpu, Graph};
+pub use device::{Event, Gpu, Recorded};
 pub use error::{CudaError, Result};
-pub use kernel::KernelSpec;
+#[cfg(test)]
+pub(crate) use kernel::KernelSpec;
 pub(crate) use kernel::{Arg, Source};

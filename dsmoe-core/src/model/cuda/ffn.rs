@@ -74,7 +74,7 @@ impl Scratch {
             logits: gpu.zeros(pairs)?,
             dcoefficients: gpu.zeros(pairs)?,
             dlogits: gpu.zeros(pairs)?,
-            partials: gpu.zeros(router::partials_len(tokens, hidden, experts))?,
+            partials: gpu.zeros(router::partials_len(hidden, experts))?,
         })
     }
 
@@ -124,7 +124,7 @@ impl<'a> Weights<'a> {
         products.forward(acts.a.view_mut(), h, self.projection(0), hidden, width)?;
         products.forward(acts.b.view_mut(), h, self.projection(1), hidden, width)?;
         let mut c = scratch.c.slice_mut(0..tokens * width);
-        let coefficients = acts.routed.as_ref().map(|routed| routed.coefficients.view());
+        let coefficients = acts.routed.as_ref().map(|routed| routed.coefficients());
         ffn::activate(gpu, c.reborrow(), acts.a.view(), acts.b.view(), coefficients, self.dims(tokens))?;
         // The down projection is stored transposed: y = c W.
         products.times(y, c.as_view(), self.projection(2), width, hidden, false)
@@ -163,7 +163,7 @@ impl<'a> Weights<'a> {
             g.slice(values.clone()),
             acts.a.view(),
             acts.b.view(),
-            acts.routed.as_ref().map(|routed| routed.coefficients.view()),
+            acts.routed.as_ref().map(|routed| routed.coefficients()),
             all_pairs,
             self.dims(tokens),
         )?;
@@ -186,16 +186,14 @@ impl<'a> Weights<'a> {
             sparsity,
             &super::gates(config),
         )?;
-        let [drouter, dbias] = router_ranges(hidden, width, n);
-        let (drouter, dbias) = match bias {
-            Some(_) => {
-                let (drouter, dbias) = grads.split_two(drouter, dbias);
-                (drouter, Some(dbias))
-            }
-            None => (grads.slice_mut(drouter), None),
-        };
-        router::backward_weights(gpu, drouter, dbias, dz.as_view(), normed, hidden, n, partials.view_mut())?;
-        Ok(router::backward_input_add(gpu, dh, dz.as_view(), weight, hidden, n)?)
+        let [drouter, mut dbias] = router_ranges(hidden, width, n);
+        if bias.is_none() {
+            dbias = drouter.end..drouter.end;
+        }
+        let [drouter, dbias] = grads.two(drouter, dbias);
+        let dbias = bias.map(|_| dbias);
+        router::backward_weights(gpu, drouter, dbias, dz.as_view(), normed, hidden, partials.view_mut())?;
+        Ok(router::backward_input_add(gpu, dh, dz.as_view(), weight, hidden)?)
     }
 
     fn dims(&self, tokens: usize) -> ffn::Dims {

@@ -7,9 +7,9 @@ use std::ops::Range;
 
 use dsmoe_kernels::adamw;
 use dsmoe_kernels::cuda::ops::{
-    attention, cross_entropy, elementwise, embedding, ffn, optim, rms_norm, rope, router,
+    attention, cross_entropy, elementwise, embedding, optim, rms_norm, rope, router,
 };
-use dsmoe_kernels::cuda::{Gpu, GpuBuf, View, ViewMut};
+use dsmoe_kernels::cuda::{Gpu, GpuBuf};
 use dsmoe_router::{RoutingStats, SparsityOver};
 use half::bf16;
 
@@ -159,13 +159,14 @@ impl CudaTrainer {
     /// # Errors
     /// The model's FFNs do not run on a GPU, or its memory does not suffice.
     pub fn new(
-        gpu: &Gpu,
+        ordinal: usize,
         model: &Model,
         m: &[f32],
         v: &[f32],
         tokens: usize,
         seq: usize,
     ) -> Result<CudaTrainer> {
+        let gpu = &Gpu::open(ordinal)?;
         let plan = CudaTrainer::memory(&model.config, tokens)?;
         super::check_memory(gpu, &plan, "use a smaller --batch and a larger --accumulate")?;
         let (config, layout) = (model.config.clone(), model.layout.clone());
@@ -468,9 +469,24 @@ impl CudaTrainer {
     fn backward(&mut self, seq: usize, args: &StepArgs) -> Result<()> {
         let (gpu, config) = (&self.gpu, &self.config);
         let hidden = config.hidden;
-        let Activations { tokens, occurrences, layers, rope: angles, x, rstd, h, y: dh, dx, dy, .. } =
-            &mut self.acts;
-        let Activations { dqkv, da, attention: work, ffn: scratch, partials, .. } = &mut self.acts;
+        let Activations {
+            tokens,
+            occurrences,
+            layers,
+            rope: angles,
+            x,
+            rstd,
+            h,
+            y: dh,
+            dx,
+            dy,
+            dqkv,
+            da,
+            attention: work,
+            ffn: scratch,
+            partials,
+            ..
+        } = &mut self.acts;
         let tokens = *tokens;
         let gates =
             config.num_layers * tokens * self.ffns.first().and_then(DeviceFfn::num_experts).unwrap_or(1);

@@ -1,10 +1,13 @@
 //! Products of row-major bf16 matrices, summed in f32, by cuBLASLt; by a kernel of our own where that knows no way.
 
-use super::{Arg, Gpu, KernelSpec, Result, Source, View, ViewMut, int};
+#[cfg(test)]
+use super::KernelSpec;
+use super::{Arg, Gpu, Result, Source, View, ViewMut, int};
 use crate::cuda::Element;
 
 static SOURCE: Source = Source { name: "matmul", text: include_str!("matmul.cu") };
 
+#[cfg(test)]
 pub(crate) const KERNELS: &[KernelSpec] = &[KernelSpec {
     source: &SOURCE,
     entries: &["gemm_f32", "gemm_bf16"],

@@ -1,7 +1,8 @@
 //! Kernels by what the assembler says of them.
 
-use super::required;
-use crate::cuda::{compile, nvrtc_version, ops::all_kernels};
+use super::{required, skipped};
+use crate::cuda::ops::all_kernels;
+use crate::cuda::{compile, nvrtc_version};
 
 /// What the log says of one kernel.
 struct Usage {
@@ -31,7 +32,7 @@ fn usages(log: &str) -> Vec<Usage> {
 fn cuda_kernels_compile_without_spills() {
     if nvrtc_version().is_none() {
         assert!(!required("nvrtc"), "NVRTC is required and not to be found; set DSMOE_NVRTC_DIR");
-        eprintln!("SKIP cuda_kernels_compile_without_spills: no NVRTC; set DSMOE_NVRTC_DIR");
+        skipped("cuda_kernels_compile_without_spills", "no NVRTC; set DSMOE_NVRTC_DIR");
         return;
     }
     let mut problems = Vec::new();

@@ -19,10 +19,15 @@ fn gpu_or_skip(test: &str) -> Option<Gpu> {
         Detection::Devices(_) => Some(Gpu::open(0).expect("a device that was found")),
         other if required("gpu") => panic!("{test} needs a GPU: {other:?}"),
         other => {
-            eprintln!("SKIP {test}: no GPU ({other:?})");
+            skipped(test, &format!("no GPU ({other:?})"));
             None
         }
     }
+}
+
+#[expect(clippy::print_stderr, reason = "a skipped test says so")]
+fn skipped(test: &str, why: &str) {
+    eprintln!("SKIP {test}: {why}");
 }
 
 /// Values from -1 to 1 that bf16 holds exactly.
