@@ -196,7 +196,7 @@ extern "C" __global__ void __launch_bounds__(128) deltas(float* delta, const bf1
 }
 
 // dq: a block has 64 queries and goes over the keys that they see.
-extern "C" __global__ void __launch_bounds__(128)
+extern "C" __global__ void __launch_bounds__(128, 1)
 backward_queries(bf16* dqkv, const bf16* dout, const bf16* qkv, const float* lse, const float* delta, i64 stride, int seq,
                  int heads, int kv_heads, float scale) {
   extern __shared__ bf16 shared[];
@@ -252,7 +252,7 @@ backward_queries(bf16* dqkv, const bf16* dout, const bf16* qkv, const float* lse
 }
 
 // dk and dv: a block has 64 keys of one head of keys and goes over the queries that see them, head by head of its group.
-extern "C" __global__ void __launch_bounds__(128)
+extern "C" __global__ void __launch_bounds__(128, 1)
 backward_keys(bf16* dqkv, const bf16* dout, const bf16* qkv, const float* lse, const float* delta, i64 stride, int seq,
               int heads, int kv_heads, float scale) {
   extern __shared__ bf16 shared[];

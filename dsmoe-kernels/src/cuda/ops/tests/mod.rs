@@ -1,7 +1,12 @@
 //! Every kernel compiles here, wherever NVRTC is; every op is compared with its reference where there is a GPU.
 
+mod attention;
 mod compiled;
+mod few;
+mod ffn;
 mod matmul;
+mod router;
+mod rows;
 
 use crate::cuda::{Detection, Gpu, detect};
 
