@@ -56,7 +56,7 @@ pub fn last_non_finite<'l>(layout: &'l Layout, values: &[f32]) -> Option<&'l Ent
 }
 
 /// What `step` (from 1) uses for tensors that decay or not, and are a router's or not.
-pub(crate) fn hyper(config: &TrainConfig, lr: f64, step: u64, decay: bool, router: bool) -> adamw::Hyper {
+pub fn hyper(config: &TrainConfig, lr: f64, step: u64, decay: bool, router: bool) -> adamw::Hyper {
     adamw::Hyper {
         lr: if router { lr * config.router_lr_scale } else { lr },
         beta1: config.beta1,

@@ -114,6 +114,17 @@ impl DeviceFfn {
         }
     }
 
+    /// Moves the gates' threshold, when there is one; says whether there is.
+    pub fn set_threshold(&mut self, threshold: f32) -> bool {
+        match self {
+            DeviceFfn::Dense { .. } => false,
+            DeviceFfn::Gated { router, .. } => {
+                router.threshold = threshold;
+                true
+            }
+        }
+    }
+
     /// Experts, when there is a router.
     pub fn num_experts(&self) -> Option<usize> {
         match self {

@@ -55,6 +55,8 @@ pub fn compile(name: &str, text: &str, defines: &[(&str, i64)], arch: &str) -> R
         "--std=c++17".to_owned(),
         "--ptxas-options=-v".to_owned(),
         "-default-device".to_owned(),
+        // What NVRTC takes from its own cache comes without the assembler's log.
+        "--no-cache".to_owned(),
     ];
     options.extend(defines.iter().map(|(name, value)| format!("-D{name}={value}")));
     let program =

@@ -186,13 +186,7 @@ impl CudaInference {
     pub(in super::super) fn set_threshold(&mut self, threshold: f32) -> Result<()> {
         let layers = &mut self.layers;
         set_threshold(&mut self.config, threshold, || {
-            layers.iter_mut().all(|layer| match &mut layer.kind {
-                DeviceFfn::Dense { .. } => false,
-                DeviceFfn::Gated { router, .. } => {
-                    router.threshold = threshold;
-                    true
-                }
-            })
+            layers.iter_mut().all(|layer| layer.kind.set_threshold(threshold))
         })
     }
 

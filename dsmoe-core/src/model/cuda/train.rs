@@ -14,7 +14,7 @@ use dsmoe_router::{RoutingStats, SparsityOver};
 use half::bf16;
 
 use super::super::step::StepArgs;
-use super::super::{LayerRanges, Model, Ranges, check_input, ffns_of, lay_out};
+use super::super::{LayerRanges, Model, Ranges, check_input, ffns_of, lay_out, set_threshold};
 use super::ffn::{Acts, Scratch, Weights};
 use super::{Products, attention_dims, rope_rows};
 use crate::config::Config;
@@ -192,6 +192,15 @@ impl CudaTrainer {
             acts,
             report,
         })
+    }
+
+    /// Moves the gates' threshold of every layer.
+    ///
+    /// # Errors
+    /// The threshold is outside 0..=1, or the model has no gates.
+    pub fn set_threshold(&mut self, threshold: f32) -> Result<()> {
+        let ffns = &mut self.ffns;
+        set_threshold(&mut self.config, threshold, || ffns.iter_mut().all(|ffn| ffn.set_threshold(threshold)))
     }
 
     /// Starts a step: gradients and sums are zero.

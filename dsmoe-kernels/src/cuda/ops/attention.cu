@@ -76,14 +76,15 @@ DEV void store_pair(bf16* to, float a, float b, int c) {
   if (c + 1 < HD) *(u32*)(to + c) = pack(a, b);
 }
 
+extern __shared__ bf16 shared[];
+
 // Queries first..first + count of a sequence, from row `q_row` of q; key j of `keys` is row j of `k` behind `k_row`, those
 // before `split` behind `before` instead. Query i sees the keys up to i + keys - all queries.
 struct Sequence { i64 q_row; int queries; i64 k_row; int keys; i64 before; int split; };
 
 DEV void attend(bf16* out, float* lse, const bf16* q, i64 q_stride, const bf16* k, const bf16* v, i64 k_stride,
                 Sequence s, int tile, int head, int heads, float scale) {
-  extern __shared__ bf16 shared[];
-  bf16 *qs = shared, *ks = qs + 64 * LD, *vs = ks + 64 * LD;
+    bf16 *qs = shared, *ks = qs + 64 * LD, *vs = ks + 64 * LD;
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, c2 = 2 * (lane & 3);
   const int first = tile * 64;
   load_rows<64>(qs, q, q_stride, [&](int r) { return first + r < s.queries ? s.q_row + first + r : (i64)-1; });
@@ -199,8 +200,7 @@ extern "C" __global__ void __launch_bounds__(128) deltas(float* delta, const bf1
 extern "C" __global__ void __launch_bounds__(128, 1)
 backward_queries(bf16* dqkv, const bf16* dout, const bf16* qkv, const float* lse, const float* delta, i64 stride, int seq,
                  int heads, int kv_heads, float scale) {
-  extern __shared__ bf16 shared[];
-  bf16 *qs = shared, *os = qs + 64 * LD, *ks = os + 64 * LD, *vs = ks + 32 * LD;
+    bf16 *qs = shared, *os = qs + 64 * LD, *ks = os + 64 * LD, *vs = ks + 32 * LD;
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, c2 = 2 * (lane & 3);
   const int head = blockIdx.y, kv = head / (heads / kv_heads), first = (gridDim.x - 1 - blockIdx.x) * 64;
   const i64 base = (i64)blockIdx.z * seq;
@@ -255,8 +255,7 @@ backward_queries(bf16* dqkv, const bf16* dout, const bf16* qkv, const float* lse
 extern "C" __global__ void __launch_bounds__(128, 1)
 backward_keys(bf16* dqkv, const bf16* dout, const bf16* qkv, const float* lse, const float* delta, i64 stride, int seq,
               int heads, int kv_heads, float scale) {
-  extern __shared__ bf16 shared[];
-  bf16 *ks = shared, *vs = ks + 64 * LD, *qs = vs + 64 * LD, *os = qs + 32 * LD;
+    bf16 *ks = shared, *vs = ks + 64 * LD, *qs = vs + 64 * LD, *os = qs + 32 * LD;
   __shared__ float ls[32], dl[32];
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, c2 = 2 * (lane & 3);
   const int kv = blockIdx.y, group = heads / kv_heads, first = blockIdx.x * 64;
