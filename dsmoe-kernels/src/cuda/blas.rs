@@ -69,10 +69,7 @@ fn alignment(value: u64) -> u32 {
 impl Blas {
     pub(super) fn new(gpu: &Gpu) -> Result<Blas> {
         if !libraries().cublaslt {
-            return Err(CudaError::Library {
-                library: "libcublasLt.so.13, CUDA's matrix products",
-                mend: "pip install nvidia-cublas and set DSMOE_CUDA_LIB_DIR to its lib folder",
-            });
+            return Err(CudaError::no_cublaslt());
         }
         let handle = result::create_handle().map_err(|error| CudaError::Blas {
             code: format!("{:?}", error.0),

@@ -4,11 +4,12 @@ use std::ffi::{CStr, CString, c_char};
 use std::fs;
 use std::io::Write;
 use std::path::PathBuf;
+use std::sync::OnceLock;
 
 use cudarc::nvrtc::{result, sys};
 use sha2::{Digest, Sha256};
 
-use super::detect::libraries;
+use super::detect::{guarded, libraries};
 use super::error::{CudaError, Result};
 use super::kernel::Source;
 
@@ -24,15 +25,21 @@ pub struct Compiled {
     pub log: String,
 }
 
-/// Version of NVRTC; none where there is none.
+/// Version of NVRTC; none where there is none. Asked once.
 pub fn nvrtc_version() -> Option<(i32, i32)> {
-    if !libraries().nvrtc {
-        return None;
-    }
-    let (mut major, mut minor) = (0, 0);
-    // SAFETY: the library is there; both places live until the call returns.
-    let asked = unsafe { sys::nvrtcVersion(&mut major, &mut minor) };
-    asked.result().ok().map(|()| (major, minor))
+    static VERSION: OnceLock<Option<(i32, i32)>> = OnceLock::new();
+    *VERSION.get_or_init(|| {
+        if !libraries().nvrtc {
+            return None;
+        }
+        guarded(|| {
+            let (mut major, mut minor) = (0, 0);
+            // SAFETY: the library is there; both places live until the call returns.
+            let asked = unsafe { sys::nvrtcVersion(&mut major, &mut minor) };
+            asked.result().ok().map(|()| (major, minor))
+        })
+        .ok()?
+    })
 }
 
 /// Compiles `text`, after what all kernels share, with `defines` for `arch`, such as `sm_90a`.
@@ -41,10 +48,7 @@ pub fn nvrtc_version() -> Option<(i32, i32)> {
 /// NVRTC is not there, or refuses the text.
 pub fn compile(name: &str, text: &str, defines: &[(&str, i64)], arch: &str) -> Result<Compiled> {
     if nvrtc_version().is_none() {
-        return Err(CudaError::Library {
-            library: "libnvrtc.so.13, CUDA's run-time compiler",
-            mend: "pip install nvidia-cuda-nvrtc and set DSMOE_NVRTC_DIR to its lib folder",
-        });
+        return Err(CudaError::no_nvrtc());
     }
     let failed = |log: String| CudaError::Compile { name: name.to_owned(), arch: arch.to_owned(), log };
     let no_text = |_| failed("the text has a zero byte".to_owned());
@@ -117,7 +121,7 @@ pub(super) fn cubin(
         let hash: String = hash.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect();
         Some(cache_dir()?.join(format!("{}-{arch}-{hash}.cubin", source.name)))
     });
-    // A file of another length than it says was cut: then it is made again.
+    // A damaged file is made again.
     if let Some(image) = path.as_ref().and_then(|path| fs::read(path).ok()).and_then(unsealed) {
         return Ok(image);
     }
@@ -151,4 +155,39 @@ fn store(path: &std::path::Path, cubin: &[u8]) -> std::io::Result<()> {
     file.write_all(&Sha256::digest(cubin))?;
     drop(file);
     fs::rename(&temporary, path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cuda_code_is_kept_whole_or_not_at_all() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("kernels").join("some-sm_80-0.cubin");
+        let code: Vec<u8> = (0..5000u32).map(|i| (i * i) as u8).collect();
+        store(&path, &code).unwrap();
+        store(&path, &code).unwrap();
+        let file = fs::read(&path).unwrap();
+        assert_eq!(unsealed(file.clone()).as_deref(), Some(&code[..]));
+        assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1, "temporary files stay");
+        for len in [0, 31, 32, 4000, file.len() - 1] {
+            assert_eq!(unsealed(file[..len].to_vec()), None, "{len} bytes of {}", file.len());
+        }
+        for at in [0, 4999, 5000, file.len() - 1] {
+            let mut damaged = file.clone();
+            damaged[at] ^= 1;
+            assert_eq!(unsealed(damaged), None, "byte {at}");
+        }
+    }
+
+    #[test]
+    fn cuda_text_that_does_not_compile_is_told_by_its_line() {
+        let wrong = "extern \"C\" __global__ void k(float* x) {\n  x[0] = nothing;\n}\n";
+        match compile("wrong", wrong, &[], "sm_80") {
+            Err(CudaError::Compile { log, .. }) => assert!(log.starts_with("wrong.cu(2)"), "{log}"),
+            Err(CudaError::Library { .. }) if nvrtc_version().is_none() => {}
+            other => panic!("{other:?}"),
+        }
+    }
 }

@@ -3,11 +3,13 @@
 use std::ffi::OsString;
 use std::panic;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use cudarc::driver::sys::CUdevice_attribute;
 use cudarc::driver::{result, sys as driver};
 use cudarc::{cublaslt, nvrtc};
+
+use super::error::CudaError;
 
 /// What there is to compute on.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,6 +46,36 @@ pub struct Libraries {
     pub cublaslt: bool,
 }
 
+impl Detection {
+    /// Why there is nothing to compute on, and what would do, in one line; none where there is a device.
+    pub fn problem(&self) -> Option<String> {
+        match self {
+            Detection::NoDriver => {
+                Some("no driver of NVIDIA is installed; install it, or use --device cpu".to_owned())
+            }
+            Detection::NoDevice(code) if code == "CUDA_ERROR_STUB_LIBRARY" => Some(
+                "the driver's library is the toolkit's stub; take lib64/stubs out of LD_LIBRARY_PATH"
+                    .to_owned(),
+            ),
+            Detection::NoDevice(code) => {
+                Some(format!("the driver finds no device ({code}); see `nvidia-smi`, or use --device cpu"))
+            }
+            Detection::Broken(what) => Some(format!(
+                "the driver cannot be used ({what}); install one of CUDA 12 or newer, or use --device cpu"
+            )),
+            Detection::Devices(_) => None,
+        }
+    }
+}
+
+impl Libraries {
+    /// What of these is not there, and what would do, a line each. The driver is [`Detection`]'s to tell.
+    pub fn problems(&self) -> Vec<String> {
+        let each = [(self.nvrtc, CudaError::no_nvrtc()), (self.cublaslt, CudaError::no_cublaslt())];
+        each.into_iter().filter(|(found, _)| !found).map(|(_, error)| error.to_string()).collect()
+    }
+}
+
 /// Which libraries are there. Those in `DSMOE_CUDA_LIB_DIR` and `DSMOE_NVRTC_DIR` come first.
 pub fn libraries() -> Libraries {
     static FOUND: OnceLock<Libraries> = OnceLock::new();
@@ -69,23 +101,51 @@ fn ask() -> Detection {
     if !libraries().driver {
         return Detection::NoDriver;
     }
-    // A driver that lacks a symbol makes the bindings panic; the hook would print that.
-    let hook = panic::take_hook();
-    panic::set_hook(Box::new(|_| {}));
-    let asked = panic::catch_unwind(devices);
-    panic::set_hook(hook);
-    match asked {
+    match guarded(devices) {
         Ok(Ok(devices)) if !devices.is_empty() => Detection::Devices(devices),
         Ok(Ok(_)) => Detection::NoDevice("CUDA_ERROR_NO_DEVICE".to_owned()),
         // Not its text: asking the driver for that may panic.
         Ok(Err(error)) => Detection::NoDevice(format!("{:?}", error.0)),
-        Err(panic) => {
-            let text = panic.downcast_ref::<String>().cloned();
-            let text = text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));
-            let first = text.unwrap_or_default().lines().next().unwrap_or_default().to_owned();
-            Detection::Broken(first)
-        }
+        Err(missing) => Detection::Broken(missing),
     }
+}
+
+/// What `ask` says, or the first line of its panic: the bindings panic where a library lacks a symbol, and the hook would
+/// print that.
+pub(super) fn guarded<R>(ask: impl FnOnce() -> R + panic::UnwindSafe) -> Result<R, String> {
+    // One at a time, so that the hook that comes back is not the silent one of another thread.
+    static HOOK: Mutex<()> = Mutex::new(());
+    let _one = HOOK.lock().unwrap_or_else(PoisonError::into_inner);
+    let hook = panic::take_hook();
+    panic::set_hook(Box::new(|_| {}));
+    let asked = panic::catch_unwind(ask);
+    panic::set_hook(hook);
+    asked.map_err(|panic| {
+        let text = panic.downcast_ref::<String>().map(String::as_str);
+        let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or_default();
+        text.lines().next().unwrap_or_default().to_owned()
+    })
+}
+
+/// Version of CUDA that the driver is of; none where it finds no device.
+pub fn driver_version() -> Option<(i32, i32)> {
+    let Detection::Devices(_) = detect() else { return None };
+    guarded(|| {
+        let mut version = 0;
+        // SAFETY: the driver is there; the place lives until the call returns.
+        let asked = unsafe { driver::cuDriverGetVersion(&mut version) };
+        asked.result().ok().map(|()| (version / 1000, version % 1000 / 10))
+    })
+    .ok()?
+}
+
+/// Version of cuBLASLt, such as 130200 for 13.2.0; none where there is none.
+pub fn cublaslt_version() -> Option<usize> {
+    if !libraries().cublaslt {
+        return None;
+    }
+    // SAFETY: the library is there, and the function takes nothing.
+    guarded(|| unsafe { cublaslt::sys::cublasLtGetVersion() }).ok()
 }
 
 fn devices() -> Result<Vec<DeviceInfo>, cudarc::driver::DriverError> {

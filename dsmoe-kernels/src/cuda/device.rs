@@ -23,10 +23,11 @@ struct Inner {
     name: String,
     capability: (u32, u32),
     multiprocessors: u32,
-    context: Arc<CudaContext>,
-    stream: Arc<CudaStream>,
-    kernels: Mutex<HashMap<String, Kernel>>,
+    // In the order that they are given back in: the context goes last.
     blas: Mutex<Option<Blas>>,
+    kernels: Mutex<HashMap<String, Kernel>>,
+    stream: Arc<CudaStream>,
+    context: Arc<CudaContext>,
 }
 
 impl std::fmt::Debug for Gpu {
@@ -41,25 +42,16 @@ impl Gpu {
     /// # Errors
     /// There is no driver or no such device.
     pub fn open(ordinal: usize) -> Result<Gpu> {
-        let missing = |problem: String, mend| CudaError::Device { ordinal, problem, mend };
-        match detect() {
-            Detection::Devices(devices) if ordinal < devices.len() => {}
-            Detection::Devices(devices) => {
-                let problem = format!("there are {} devices", devices.len());
-                return Err(missing(problem, "the first is cuda:0"));
-            }
-            Detection::NoDriver => {
-                let problem = "no driver of NVIDIA is installed".to_owned();
-                return Err(missing(problem, "install it, or use --device cpu"));
-            }
-            Detection::NoDevice(code) => {
-                let problem = format!("the driver finds no device ({code})");
-                return Err(missing(problem, "see `nvidia-smi`, or use --device cpu"));
-            }
-            Detection::Broken(what) => {
-                let problem = format!("the driver cannot be used ({what})");
-                return Err(missing(problem, "install one of CUDA 12 or newer, or use --device cpu"));
-            }
+        let found = detect();
+        let missing = |problem| CudaError::Device { ordinal, problem };
+        if let Some(problem) = found.problem() {
+            return Err(missing(problem));
+        }
+        if let Detection::Devices(devices) = &found
+            && ordinal >= devices.len()
+        {
+            let last = devices.len() - 1;
+            return Err(missing(format!("the last device is cuda:{last}; see `dsmoe doctor`")));
         }
         let opening = driver("opening the device");
         let context = CudaContext::new(ordinal).map_err(&opening)?;

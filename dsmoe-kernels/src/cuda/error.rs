@@ -10,14 +10,12 @@ pub type Result<T> = std::result::Result<T, CudaError>;
 #[non_exhaustive]
 pub enum CudaError {
     /// There is no such device.
-    #[error("cuda:{ordinal}: {problem}; {mend}")]
+    #[error("cuda:{ordinal}: {problem}")]
     Device {
         /// The device asked for.
         ordinal: usize,
-        /// What is missing.
+        /// What is missing, and what would do.
         problem: String,
-        /// What would do.
-        mend: &'static str,
     },
     /// A library of CUDA is not to be found.
     #[error("{library} is not to be found; {mend}")]
@@ -69,6 +67,22 @@ pub enum CudaError {
     /// A size that no kernel takes.
     #[error("{0}")]
     Size(String),
+}
+
+impl CudaError {
+    pub(super) fn no_nvrtc() -> CudaError {
+        CudaError::Library {
+            library: "libnvrtc.so.13, CUDA's run-time compiler",
+            mend: "pip install nvidia-cuda-nvrtc and set DSMOE_NVRTC_DIR to its lib folder",
+        }
+    }
+
+    pub(super) fn no_cublaslt() -> CudaError {
+        CudaError::Library {
+            library: "libcublasLt.so.13, CUDA's matrix products",
+            mend: "pip install nvidia-cublas and set DSMOE_CUDA_LIB_DIR to its lib folder",
+        }
+    }
 }
 
 /// For `map_err`: a driver error while `doing`. The error is not formatted, which may panic with another driver.

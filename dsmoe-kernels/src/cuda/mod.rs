@@ -21,7 +21,7 @@ pub mod ops;
 
 pub use buf::{Element, GpuBuf, View, ViewMut};
 pub use compile::{Compiled, compile, nvrtc_version};
-pub use detect::{Detection, DeviceInfo, Libraries, detect, libraries};
+pub use detect::{Detection, DeviceInfo, Libraries, cublaslt_version, detect, driver_version, libraries};
 pub use device::{Event, Gpu, Recorded};
 pub use error::{CudaError, Result};
 #[cfg(test)]
