@@ -48,7 +48,8 @@ Results go to stdout, progress and errors to stderr.
 Exit status: 0 done; 1 error; 2 wrong usage; 3 a result out of its tolerance; 130 interrupted.
 
 Environment: DSMOE_ISA=scalar|avx2|avx512 narrows the instruction set; DSMOE_SHARED names the data folder that
-`dsmoe doctor` looks into.";
+`dsmoe doctor` looks into; DSMOE_CUDA_LIB_DIR names a folder of CUDA's libraries, such as nvidia/cu13/lib of PyTorch's
+wheels, and DSMOE_CACHE_DIR one for compiled GPU kernels [default: dsmoe in the user's cache folder].";
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
@@ -70,7 +71,7 @@ pub(crate) enum Command {
     Generate(Generate),
     /// Make a model with random weights in Hugging Face layout
     Init(Init),
-    /// Show CPU features, threads, memory, and what a data folder lacks
+    /// Show CPU features, threads, memory, GPUs, and what CUDA and a data folder lack
     Doctor(Doctor),
     /// Generate text, train a tiny LLaMA, convert it, train it to a budget, and compare, in about two minutes
     Demo(Demo),

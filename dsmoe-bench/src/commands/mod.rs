@@ -8,6 +8,7 @@ mod doctor;
 mod eval;
 pub(crate) mod export;
 mod generate;
+mod gpu;
 mod init;
 mod inspect;
 mod methods;
