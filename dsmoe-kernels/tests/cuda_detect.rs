@@ -61,6 +61,11 @@ fn said_of_driver(text: &str) -> String {
     said(dir.path(), &[])
 }
 
+#[expect(clippy::print_stderr, reason = "a skipped test says so")]
+fn skipped(test: &str, why: &str) {
+    eprintln!("SKIP {test}: {why}");
+}
+
 #[track_caller]
 fn has(said: &str, parts: &[&str]) {
     for part in parts {
@@ -73,7 +78,7 @@ fn cuda_without_a_driver_is_told() {
     let dir = tempfile::tempdir().unwrap();
     let said = said(dir.path(), &[]);
     if said.contains("driver: true") {
-        eprintln!("SKIP cuda_without_a_driver_is_told: this machine has one");
+        skipped("cuda_without_a_driver_is_told", "this machine has one");
         return;
     }
     has(&said, &["NoDriver", "open: cuda:7: no driver of NVIDIA is installed; install it", "versions: None"]);
@@ -151,7 +156,7 @@ fn cuda_libraries_are_found_in_the_folders_of_the_environment() {
     let (empty, dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let before = said(empty.path(), &[]);
     if before.contains("cublaslt: true") || before.contains("nvrtc: true") {
-        eprintln!("SKIP cuda_libraries_are_found_in_the_folders_of_the_environment: they are found anywhere");
+        skipped("cuda_libraries_are_found_in_the_folders_of_the_environment", "they are found without");
         return;
     }
     has(&before, &["pip install nvidia-cuda-nvrtc", "pip install nvidia-cublas"]);

@@ -67,13 +67,12 @@ pub(super) fn gpus() -> Gpus {
 impl Gpus {
     /// A line each, by what it is about.
     pub(super) fn fields(&self) -> Vec<(&str, String)> {
-        let device = |gpu: &GpuInfo| {
-            let memory = crate::report::bytes(gpu.memory_bytes);
-            let text = format!("{}, {memory}, compute capability {}", gpu.name, gpu.capability);
-            (gpu.device.as_str(), text)
-        };
         let version = |what, version: &Option<String>| Some((what, version.clone()?));
-        let mut fields: Vec<(&str, String)> = self.devices.iter().map(device).collect();
+        let mut fields = Vec::new();
+        for GpuInfo { device, name, capability, memory_bytes } in &self.devices {
+            let memory = crate::report::bytes(*memory_bytes);
+            fields.push((device.as_str(), format!("{name}, {memory}, compute capability {capability}")));
+        }
         fields.extend(version("CUDA driver", &self.driver));
         fields.extend(version("NVRTC", &self.nvrtc));
         fields.extend(version("cuBLASLt", &self.cublaslt));

@@ -109,14 +109,14 @@ impl Products<'_> {
 
 /// What the FFNs are on a device.
 fn device_ffns(ffns: &[Box<dyn Ffn>]) -> Result<Vec<DeviceFfn>> {
-    let form = |(layer, ffn): (usize, &Box<dyn Ffn>)| {
-        ffn.on_device().ok_or_else(|| {
+    let form = |(layer, form): (usize, Option<DeviceFfn>)| {
+        form.ok_or_else(|| {
             Error::Argument(format!(
                 "layer {layer}: this kind of FFN does not run on a GPU; use --device cpu"
             ))
         })
     };
-    ffns.iter().enumerate().map(form).collect()
+    ffns.iter().map(|ffn| ffn.on_device()).enumerate().map(form).collect()
 }
 
 /// Refuses a plan that the device's free memory does not hold.
