@@ -87,10 +87,11 @@ fn off(got: &[f32], want: &[f32]) -> f64 {
     if size == 0.0 { distance } else { distance / size }
 }
 
-/// Checks that `got` errs no more than twice what `half`, the processor in bf16, does against `want`, its f32. Both round
-/// operands to 8 bits, and a gate near its threshold may be open in one of them alone.
+/// Checks that `got` errs no more than four times what `half`, the processor in bf16, does against `want`, its f32. Both
+/// round operands of products to 8 bits; a GPU also keeps activations and their gradients so between ops, and a gate near its
+/// threshold may be open in one of them alone.
 fn assert_near(what: &str, got: &[f32], want: &[f32], half: &[f32]) {
-    let (got, allowed) = (off(got, want), 2.0 * off(half, want) + 0.005);
+    let (got, allowed) = (off(got, want), 4.0 * off(half, want) + 0.005);
     assert!(got <= allowed, "{what} is off by {got}, more than {allowed}");
 }
 

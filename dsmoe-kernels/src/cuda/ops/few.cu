@@ -7,6 +7,7 @@ DEV void few(Out* y, const bf16* x, const bf16* w, int inputs, int outputs) {
   float sums[TOKENS] = {};
   int i = 0;
 #if ALIGNED
+#pragma unroll(TOKENS == 1 ? 4 : 1)
   for (i = lane * 8; i + 8 <= inputs; i += 256) {
     const U4 v = *(const U4*)(row + i);
 #pragma unroll
@@ -53,6 +54,7 @@ few_up(float* c, const bf16* x, const bf16* gate, const bf16* up, const float* c
   const bf16 *g = gate + (i64)o * inputs, *u = up + (i64)o * inputs;
   float a[TOKENS] = {}, b[TOKENS] = {};
 #if ALIGNED
+#pragma unroll(TOKENS == 1 ? 4 : 1)
   for (int i = lane * 8; i + 8 <= inputs; i += 256) {
     const U4 p = *(const U4*)(g + i), q = *(const U4*)(u + i);
 #pragma unroll
@@ -105,6 +107,7 @@ few_down(float* partials, const float* c, const bf16* down, const float* coeffic
   const int col = (blockIdx.x * blockDim.x + threadIdx.x) * 4;
   if (col >= outputs) return;
   float sums[TOKENS][4] = {};
+#pragma unroll(TOKENS == 1 ? 8 : 2)
   for (int j = 0; j < last - first; j++) {
     const bf16* row = down + (i64)(first + j) * outputs + col;
     float v[4];

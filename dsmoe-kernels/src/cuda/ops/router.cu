@@ -1,25 +1,23 @@
-// z [T, n] = h W^T + bias in f32, h = x rstd w: a warp per token, four at a block.
-extern "C" __global__ void __launch_bounds__(128)
-logits(float* z, const float* x, const float* rstd, const float* norm, const float* w, const float* bias, int tokens,
-       int n, int hidden) {
-  const int t = blockIdx.x * 4 + (threadIdx.x >> 5), lane = threadIdx.x & 31;
-  if (t >= tokens) return;
+// z [T, n] = h W^T + bias in f32, h = x rstd w: a block per token, a warp per expert at a time.
+extern "C" __global__ void __launch_bounds__(256)
+logits(float* z, const float* x, const float* rstd, const float* norm, const float* w, const float* bias, int n,
+       int hidden) {
+  const int t = blockIdx.x, lane = threadIdx.x & 31;
   const float r = rstd[t];
   const float* row = x + (i64)t * hidden;
-  for (int e0 = 0; e0 < n; e0 += 8) {
-    float sums[8] = {};
-    for (int i = lane; i < hidden; i += 32) {
-      const float h = row[i] * r * norm[i];
-#pragma unroll
-      for (int e = 0; e < 8; e++)
-        if (e0 + e < n) sums[e] += h * w[(i64)(e0 + e) * hidden + i];
+  // Vectors where all rows start at 16 bytes.
+  const int vectors = hidden % 4 == 0 && (((u64)row | (u64)norm | (u64)w) & 15) == 0 ? hidden / 4 : 0;
+  for (int e = threadIdx.x >> 5; e < n; e += 8) {
+    const float* we = w + (i64)e * hidden;
+    float sum = 0.0f;
+#pragma unroll 4
+    for (int i = lane; i < vectors; i += 32) {
+      const F4 a = ((const F4*)row)[i], b = ((const F4*)norm)[i], c = ((const F4*)we)[i];
+      sum += a.x * r * b.x * c.x + a.y * r * b.y * c.y + a.z * r * b.z * c.z + a.w * r * b.w * c.w;
     }
-#pragma unroll
-    for (int e = 0; e < 8; e++) {
-      if (e0 + e >= n) break;
-      const float sum = warp_sum(sums[e]);
-      if (lane == 0) z[(i64)t * n + e0 + e] = sum + (bias ? bias[e0 + e] : 0.0f);
-    }
+    for (int i = 4 * vectors + lane; i < hidden; i += 32) sum += row[i] * r * norm[i] * we[i];
+    sum = warp_sum(sum);
+    if (lane == 0) z[(i64)t * n + e] = sum + (bias ? bias[e] : 0.0f);
   }
 }
 

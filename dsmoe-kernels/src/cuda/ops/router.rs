@@ -191,10 +191,10 @@ pub fn logits(
         z.len(),
         router.len()
     );
-    let [t, n, d] = sizes([tokens, n, hidden])?;
+    let [n, d] = sizes([n, hidden])?;
     let Normed { x, rstd, weight } = normed;
-    let args = [Arg::from(&z), x.into(), rstd.into(), weight.into(), router.into(), bias.into(), t, n, d];
-    start(gpu, "logits", [tokens.div_ceil(4), 1], 128, &args)
+    let args = [Arg::from(&z), x.into(), rstd.into(), weight.into(), router.into(), bias.into(), n, d];
+    start(gpu, "logits", [tokens, 1], 256, &args)
 }
 
 /// Sets gates, mask and coefficients from the logits `z` `[T, n]`.
