@@ -77,15 +77,20 @@ impl Gpu {
 
     /// What is freed stays with this process for the next allocation.
     fn keep_freed_memory(&self) -> Result<()> {
-        self.bind()?;
-        // SAFETY: the device is that of a context that is open.
-        let pool = unsafe { result::device::get_mem_pool(self.0.context.cu_device()) }
-            .map_err(driver("asking for the memory pool"))?;
+        let pool = self.pool()?;
         let mut threshold = u64::MAX;
         let which = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
         // SAFETY: the attribute is a u64, which lives until the call returns.
         unsafe { result::mem_pool::set_attribute(pool, which, (&raw mut threshold).cast()) }
             .map_err(driver("setting up the memory pool"))
+    }
+
+    /// Where allocations come from.
+    fn pool(&self) -> Result<sys::CUmemoryPool> {
+        self.bind()?;
+        // SAFETY: the device is that of a context that is open.
+        unsafe { result::device::get_mem_pool(self.0.context.cu_device()) }
+            .map_err(driver("asking for the memory pool"))
     }
 
     /// Its number.
@@ -108,13 +113,26 @@ impl Gpu {
         self.0.multiprocessors
     }
 
-    /// Bytes of memory that are free, and all.
+    /// Bytes of memory that are free, and all; waits for all that is queued, which may free some.
     ///
     /// # Errors
     /// The device fails.
     pub fn memory(&self) -> Result<(usize, usize)> {
-        self.bind()?;
-        self.0.context.mem_get_info().map_err(driver("asking for free memory"))
+        self.synchronize()?;
+        let pool = self.pool()?;
+        let asking = driver("asking for free memory");
+        let (free, total) = self.0.context.mem_get_info().map_err(&asking)?;
+        let of_pool = |which| {
+            let mut bytes = 0u64;
+            // SAFETY: the attribute is a u64, which lives until the call returns.
+            unsafe { result::mem_pool::get_attribute(pool, which, (&raw mut bytes).cast()) }
+                .map(|()| bytes as usize)
+                .map_err(&asking)
+        };
+        // What was freed is the pool's still, for the next allocation.
+        let reserved = of_pool(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT)?;
+        let used = of_pool(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?;
+        Ok((free + reserved.saturating_sub(used), total))
     }
 
     /// A buffer of zeros.

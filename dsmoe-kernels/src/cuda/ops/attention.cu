@@ -76,7 +76,7 @@ DEV void store_pair(bf16* to, float a, float b, int c) {
   if (c + 1 < HD) *(u32*)(to + c) = pack(a, b);
 }
 
-extern __shared__ bf16 shared[];
+extern __shared__ __align__(16) bf16 shared[];
 
 // Queries first..first + count of a sequence, from row `q_row` of q; key j of `keys` is row j of `k` behind `k_row`, those
 // before `split` behind `before` instead. Query i sees the keys up to i + keys - all queries.
