@@ -6,6 +6,7 @@ use std::str::FromStr;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
 use dsmoe_baselines::Budget;
+use dsmoe_core::Device;
 use dsmoe_core::checkpoint::Dtype;
 use dsmoe_core::convert::PartitionSpec;
 use dsmoe_datasets::Bos;
@@ -17,6 +18,7 @@ use dsmoe_train::config::NearDuplicates;
 
 use crate::commands::bench::args::Bench;
 use crate::commands::data::args::Data;
+use crate::commands::default_precision;
 use crate::commands::export::Form;
 
 /// Router weights of a conversion that does not say otherwise: the paper's.
@@ -46,7 +48,8 @@ Results go to stdout, progress and errors to stderr.
 Exit status: 0 done; 1 error; 2 wrong usage; 3 a result out of its tolerance; 130 interrupted.
 
 Environment: DSMOE_ISA=scalar|avx2|avx512 narrows the instruction set; DSMOE_SHARED names the data folder that
-`dsmoe doctor` looks into.";
+`dsmoe doctor` looks into; DSMOE_CUDA_LIB_DIR names a folder of CUDA's libraries, such as nvidia/cu13/lib of PyTorch's
+wheels, and DSMOE_CACHE_DIR one for compiled GPU kernels [default: dsmoe in the user's cache folder].";
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
@@ -68,7 +71,7 @@ pub(crate) enum Command {
     Generate(Generate),
     /// Make a model with random weights in Hugging Face layout
     Init(Init),
-    /// Show CPU features, threads, memory, and what a data folder lacks
+    /// Show CPU features, threads, memory, GPUs, and what CUDA and a data folder lack
     Doctor(Doctor),
     /// Generate text, train a tiny LLaMA, convert it, train it to a budget, and compare, in about two minutes
     Demo(Demo),
@@ -271,9 +274,12 @@ pub(crate) struct Train {
     /// One setting by its key in the TOML file, such as weight_decay=0; overrides flags too
     #[arg(long = "set", value_name = "KEY=VALUE", allow_hyphen_values = true)]
     pub(crate) set: Vec<String>,
-    /// What matrix products round their operands to; weights, gradients and sums stay f32 [default: f32]
+    /// What matrix products round their operands to; weights, gradients and sums stay f32 [default: f32, bf16 on a GPU]
     #[arg(long, value_parser = words::<Precision>(&["f32", "bf16"]))]
     pub(crate) dtype: Option<Precision>,
+    /// Where to compute: cpu, or a GPU as cuda:0 (products in bf16 there)
+    #[arg(long, value_name = "cpu|cuda:N", default_value_t)]
+    pub(crate) device: Device,
     /// Seed of the order of the text [default: 0]
     #[arg(long)]
     pub(crate) seed: Option<u64>,
@@ -359,9 +365,13 @@ pub(crate) struct Eval {
     /// Use this threshold of the gates, 0 to 1, in place of the model's
     #[arg(long, value_name = "SHARE")]
     pub(crate) threshold: Option<f32>,
-    /// Precision of the weights: bf16 takes half the memory and less time, and rounds what products multiply
-    #[arg(long, default_value = "f32", value_parser = words::<Precision>(&["f32", "bf16"]))]
-    pub(crate) dtype: Precision,
+    /// Precision of the weights: bf16 takes half the memory and less time, and rounds what products multiply [default:
+    /// f32, bf16 on a GPU]
+    #[arg(long, value_parser = words::<Precision>(&["f32", "bf16"]))]
+    pub(crate) dtype: Option<Precision>,
+    /// Where to compute: cpu, or a GPU as cuda:0 (products in bf16 there)
+    #[arg(long, value_name = "cpu|cuda:N", default_value_t)]
+    pub(crate) device: Device,
     /// Use no more than this many tokens from the start of every source
     #[arg(long, value_name = "N", value_parser = quantity, conflicts_with = "tasks")]
     pub(crate) limit_tokens: Option<u64>,
@@ -465,6 +475,13 @@ fn at_least_one(text: &str) -> Result<usize, String> {
     }
 }
 
+impl Eval {
+    /// Precision of the weights.
+    pub(crate) fn precision(&self) -> Precision {
+        self.dtype.unwrap_or(default_precision(self.device, Precision::F32))
+    }
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct Generate {
     /// Model directory, DSMoE or dense, with its tokenizer.json
@@ -511,9 +528,12 @@ pub(crate) struct Generate {
     /// Use this threshold of the gates, 0 to 1, in place of the model's
     #[arg(long, value_name = "SHARE")]
     pub(crate) threshold: Option<f32>,
-    /// Precision of the weights [default: bf16 for a model stored as bf16 or f16, f32 for one stored as f32]
+    /// Precision of the weights [default: bf16 for a model stored as bf16 or f16 and on a GPU, f32 for one stored as f32]
     #[arg(long, value_parser = words::<Precision>(&["f32", "bf16"]))]
     pub(crate) dtype: Option<Precision>,
+    /// Where to compute: cpu, or a GPU as cuda:0 (products in bf16 there)
+    #[arg(long, value_name = "cpu|cuda:N", default_value_t)]
+    pub(crate) device: Device,
     /// Whether the prompt gets a BOS token in front: auto asks the tokenizer [default: always, if the model has one]
     #[arg(long, value_parser = words::<Bos>(&["auto", "always", "never"]))]
     pub(crate) bos: Option<Bos>,

@@ -96,6 +96,10 @@ pub enum Error {
     /// An argument that is out of range; the text names it and the mend.
     #[error("{0}")]
     Argument(String),
+    /// A GPU.
+    #[cfg(feature = "cuda")]
+    #[error(transparent)]
+    Cuda(#[from] dsmoe_kernels::cuda::CudaError),
     /// A router's configuration or initialisation.
     #[error(transparent)]
     Router(#[from] dsmoe_router::Error),

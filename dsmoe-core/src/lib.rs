@@ -6,6 +6,7 @@ pub mod calibrate;
 pub mod checkpoint;
 pub mod config;
 pub mod convert;
+pub mod device;
 mod error;
 pub mod export;
 pub mod ffn;
@@ -17,6 +18,7 @@ pub mod params;
 pub mod partition;
 
 pub use config::Config;
+pub use device::Device;
 pub use error::{Error, Result};
 pub use masks::Masks;
 pub use model::{Inference, Model};

@@ -10,6 +10,8 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 pub mod buf;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod isa;
 pub mod ops;
 pub mod peak;

@@ -64,6 +64,29 @@ impl RoutingStats {
         }
     }
 
+    /// Experts of a layer.
+    pub fn num_experts(&self) -> usize {
+        self.num_experts
+    }
+
+    /// Adds what was counted elsewhere, as on a GPU: tokens by expert `[n]`, and by their number of active experts
+    /// `[n + 1]`.
+    ///
+    /// # Panics
+    /// The counts are of another number of experts, or `layer` is not a layer.
+    pub fn add_counts(&mut self, layer: usize, load: &[u64], histogram: &[u64]) {
+        let layer = &mut self.layers[layer];
+        assert!(
+            load.len() == layer.load.len() && histogram.len() == layer.histogram.len(),
+            "routing stats: {} loads, {} counts for {} experts",
+            load.len(),
+            histogram.len(),
+            layer.load.len()
+        );
+        layer.load.iter_mut().zip(load).for_each(|(a, b)| *a += b);
+        layer.histogram.iter_mut().zip(histogram).for_each(|(a, b)| *a += b);
+    }
+
     /// Whether `other` has the same layers and experts, so that [`RoutingStats::merge`] takes it.
     pub fn is_like(&self, other: &RoutingStats) -> bool {
         let shape = |stats: &RoutingStats| -> Vec<(usize, usize)> {
@@ -175,6 +198,15 @@ mod tests {
         assert_eq!(summary.load_entropy_per_layer[1], 1.0);
         let json = serde_json::to_value(&summary).unwrap();
         assert_eq!(json["active_ratio_per_layer"][1], 1.0);
+    }
+
+    #[test]
+    fn counts_from_elsewhere_are_those_of_a_routing() {
+        let (mut counted, mut added) = (RoutingStats::new(2, 2), RoutingStats::new(2, 2));
+        counted.add(1, &routing(array![[true, false], [true, true], [false, false]]));
+        added.add_counts(1, &[2, 1], &[1, 1, 1]);
+        assert_eq!(added, counted);
+        assert_eq!(added.num_experts(), 2);
     }
 
     #[test]

@@ -13,7 +13,7 @@ use crate::config::TrainConfig;
 const CLIP_EPS: f64 = 1e-6;
 
 /// Euclidean norms of a gradient.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct GradNorms {
     /// Of all tensors.
     pub all: f64,
@@ -53,6 +53,18 @@ pub fn clip_scale(norm: f64, clip: f64) -> f32 {
 /// not finite from there to all before it, so the layout is searched from its end.
 pub fn last_non_finite<'l>(layout: &'l Layout, values: &[f32]) -> Option<&'l Entry> {
     layout.entries().iter().rev().find(|entry| values[entry.range.clone()].iter().any(|x| !x.is_finite()))
+}
+
+/// What `step` (from 1) uses for tensors that decay or not, and are a router's or not.
+pub fn hyper(config: &TrainConfig, lr: f64, step: u64, decay: bool, router: bool) -> adamw::Hyper {
+    adamw::Hyper {
+        lr: if router { lr * config.router_lr_scale } else { lr },
+        beta1: config.beta1,
+        beta2: config.beta2,
+        eps: config.eps,
+        weight_decay: if decay { config.weight_decay } else { 0.0 },
+        step,
+    }
 }
 
 /// The optimiser's state: first and second moments, laid out as the parameters.
@@ -95,14 +107,7 @@ impl AdamW {
             layout.len()
         );
         for (spec, range) in runs(layout) {
-            let hyper = adamw::Hyper {
-                lr: if spec.router { lr * config.router_lr_scale } else { lr },
-                beta1: config.beta1,
-                beta2: config.beta2,
-                eps: config.eps,
-                weight_decay: if spec.decay { config.weight_decay } else { 0.0 },
-                step,
-            };
+            let hyper = hyper(config, lr, step, spec.decay, spec.router);
             adamw::step(
                 &mut params[range.clone()],
                 &mut self.m[range.clone()],

@@ -15,7 +15,7 @@ use std::time::Instant;
 
 use dsmoe_core::checkpoint::{Dtype, copy_companions};
 use dsmoe_core::masks::MASKS_FILE;
-use dsmoe_core::{Inference, Model};
+use dsmoe_core::{Device, Inference, Model};
 use dsmoe_datasets::mixture::UNNAMED;
 use dsmoe_datasets::overlap::TokenTexts;
 use dsmoe_datasets::{Interleaving, Mixture, Source, TokenStream};
@@ -29,7 +29,7 @@ use crate::eval::{Domain, EvalOptions, EvalReport, evaluate_domains};
 use crate::files;
 use crate::metrics::{Metrics, StepRecord, eval_line, resident_bytes, step_line};
 use crate::optim::AdamW;
-use crate::step::Stepper;
+use crate::step::{StepText, Stepper};
 use crate::tensorboard::EventWriter;
 
 const CONFIG_FILE: &str = "run.toml";
@@ -51,6 +51,8 @@ pub struct RunOptions {
     pub force: bool,
     /// Stop with a checkpoint after so many steps of this invocation, as if interrupted.
     pub stop_after: Option<u64>,
+    /// Where to train and evaluate. A run may go on elsewhere; its numbers then differ in the last bits.
+    pub device: Device,
 }
 
 /// The text of a run.
@@ -165,7 +167,7 @@ impl Trainer {
             None => Metrics::create(&path, &header)?,
         };
         let events = EventWriter::create(&options.out, options.resume.then_some(state.step))?;
-        let stepper = Stepper::new(&model, optimizer, &config);
+        let stepper = Stepper::new(&model, optimizer, &config, options.device)?;
         Ok(Trainer {
             config,
             options,
@@ -265,15 +267,8 @@ impl Trainer {
         };
         let sparsity = (self.state.sparsity_weight, over);
         let step = self.state.step;
-        let result = self.stepper.take(
-            &mut self.model,
-            &self.mixture,
-            &mut self.order,
-            &self.config,
-            step,
-            sparsity,
-            stop,
-        )?;
+        let text = StepText { mixture: &self.mixture, order: &mut self.order, config: &self.config, step };
+        let result = self.stepper.take(&mut self.model, text, sparsity, stop)?;
         let Some(result) = result else { return Ok(None) };
 
         let routing = self.stepper.stats().map(|stats| stats.summary());
@@ -352,7 +347,8 @@ impl Trainer {
         }
         // A window of `seq` predicted tokens, as in training.
         let seq = (self.config.seq + 1).max(2);
-        let model = Inference::new(&self.model, self.config.dtype);
+        self.stepper.fetch(&mut self.model)?;
+        let model = Inference::new_on(&self.model, self.config.dtype, self.options.device)?;
         let report = evaluate_domains(&model, &domains, EvalOptions::new(seq), &mut |_, _| {})?;
         let step = self.state.step;
         self.metrics.line(&eval_line(step, &report))?;
@@ -371,6 +367,7 @@ impl Trainer {
         if self.saved == Some(self.state.step) {
             return Ok(());
         }
+        self.stepper.fetch(&mut self.model)?;
         let layout = self.model.layout();
         if let Some(entry) = crate::optim::last_non_finite(layout, self.model.params()) {
             let place = entry.spec.name.clone();

@@ -9,7 +9,7 @@ use dsmoe_core::config::Config;
 use dsmoe_core::convert::{ConvertOptions, convert};
 use dsmoe_core::generate::{GenerateOptions, generate};
 use dsmoe_core::init::{InitOptions, init};
-use dsmoe_core::{Inference, Model};
+use dsmoe_core::{Device, Inference, Model};
 use dsmoe_datasets::{Bos, DOC_SEPARATOR, TokenStream, Tokenizer, synthetic_text, train_bpe};
 use dsmoe_kernels::Precision;
 use dsmoe_router::RouterInit;
@@ -226,6 +226,7 @@ impl DemoRun<'_> {
             resume: false,
             force: false,
             stop_after: None,
+            device: Device::Cpu,
         };
         let name = out.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let mut trainer = Trainer::new(Model::load(source)?, stream, config, options)?;

@@ -6,6 +6,7 @@ use anyhow::Result;
 use dsmoe_kernels::Isa;
 use serde::Serialize;
 
+use super::gpu::{Gpus, gpus};
 use crate::cli::Doctor;
 use crate::memory;
 use crate::report;
@@ -30,6 +31,7 @@ struct Machine {
     threads: usize,
     memory_total_bytes: Option<u64>,
     memory_available_bytes: Option<u64>,
+    gpu: Gpus,
     data: Data,
 }
 
@@ -64,6 +66,7 @@ pub(crate) fn run(args: &Doctor, ui: &mut Ui) -> Result<()> {
         threads: rayon::current_num_threads(),
         memory_total_bytes: memory::total(),
         memory_available_bytes: memory::available(),
+        gpu: gpus(),
         data: look_into(data),
     };
     ui.result(&machine, show)
@@ -90,7 +93,7 @@ fn show(machine: &Machine) -> String {
         Some(name) => format!("DSMOE_ISA={name}"),
         None => "DSMOE_ISA not set".to_owned(),
     };
-    let mut out = report::fields([
+    let mut fields = vec![
         ("dsmoe", machine.version.to_owned()),
         ("CPU", format!("{} ({})", or_unknown(machine.cpu.clone()), machine.arch)),
         ("features", machine.features.join(" ")),
@@ -104,8 +107,10 @@ fn show(machine: &Machine) -> String {
                 or_unknown(machine.memory_available_bytes.map(report::bytes))
             ),
         ),
-        ("data folder", machine.data.path.display().to_string()),
-    ]);
+    ];
+    fields.extend(machine.gpu.fields());
+    fields.push(("data folder", machine.data.path.display().to_string()));
+    let mut out = report::fields(fields);
     if !machine.data.found {
         out += "missing  the folder itself; only checks on real models and texts need it\n";
         return out;

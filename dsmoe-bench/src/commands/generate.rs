@@ -6,7 +6,7 @@ use dsmoe_core::config::Config;
 use dsmoe_core::generate::{Finish, GenerateOptions, generate};
 use serde::Serialize;
 
-use super::{bos_or_default, load_inference, tokenizer};
+use super::{bos_or_default, default_precision, load_inference, tokenizer};
 use crate::cli::Generate;
 use crate::report;
 use crate::ui::Ui;
@@ -43,9 +43,9 @@ pub(crate) fn run(args: &Generate, ui: &mut Ui) -> Result<()> {
     }
     let dtype = match args.dtype {
         Some(dtype) => dtype,
-        None => Checkpoint::open(&args.model)?.precision(),
+        None => default_precision(args.device, Checkpoint::open(&args.model)?.precision()),
     };
-    let model = load_inference(&args.model, dtype, args.threshold)?;
+    let model = load_inference(&args.model, dtype, args.device, args.threshold)?;
     let options = GenerateOptions {
         max_tokens: args.max_tokens,
         temperature: args.temperature,

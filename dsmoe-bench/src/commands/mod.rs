@@ -8,6 +8,7 @@ mod doctor;
 mod eval;
 pub(crate) mod export;
 mod generate;
+mod gpu;
 mod init;
 mod inspect;
 mod methods;
@@ -22,7 +23,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context, Result};
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::config::Config;
-use dsmoe_core::{Inference, Model};
+use dsmoe_core::{Device, Inference, Model};
 use dsmoe_datasets::{Bos, Corpus, CorpusOptions, TokenStream, Tokenizer};
 use dsmoe_kernels::{Isa, Precision};
 
@@ -95,10 +96,23 @@ fn check_memory(dir: &Path, precision: Precision) -> Result<()> {
     memory::check(&what, needed, memory::total(), "use a machine with more, or a smaller model")
 }
 
+/// What `device` computes in unless a person asks for something: what a model is stored in, or else f32; a GPU knows bf16
+/// alone.
+pub(crate) fn default_precision(device: Device, stored: Precision) -> Precision {
+    if device.is_gpu() { Precision::Bf16 } else { stored }
+}
+
 /// Loads a model for inference, with another threshold if one is given.
-fn load_inference(dir: &Path, precision: Precision, threshold: Option<f32>) -> Result<Inference> {
-    check_memory(dir, precision)?;
-    let mut model = Inference::load(dir, precision)?;
+fn load_inference(
+    dir: &Path,
+    precision: Precision,
+    device: Device,
+    threshold: Option<f32>,
+) -> Result<Inference> {
+    if !device.is_gpu() {
+        check_memory(dir, precision)?;
+    }
+    let mut model = Inference::load_on(dir, precision, device)?;
     if let Some(threshold) = threshold {
         model.set_threshold(threshold)?;
     }

@@ -5,11 +5,14 @@ use std::process::ExitCode;
 use std::sync::atomic::Ordering;
 
 use anyhow::{Result, bail};
+use dsmoe_core::Device;
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::config::Config;
+#[cfg(feature = "cuda")]
+use dsmoe_core::model::cuda::CudaTrainer;
 use dsmoe_datasets::CorpusOptions;
 use dsmoe_datasets::overlap::Removed;
-use dsmoe_kernels::cross_entropy;
+use dsmoe_kernels::{Precision, cross_entropy};
 use dsmoe_train::config::{Budget, NearDuplicates, TrainConfig};
 use dsmoe_train::eval::{DomainReport, EvalReport};
 use dsmoe_train::metrics::StepRecord;
@@ -43,6 +46,9 @@ struct Plan {
     memory: Vec<Memory>,
     /// All of it together.
     memory_bytes: u64,
+    /// The same of a GPU.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    device_memory: Vec<Memory>,
     config: TrainConfig,
 }
 
@@ -131,6 +137,7 @@ pub(crate) fn run(args: &Train, threads: Option<u16>, ui: &mut Ui) -> Result<Exi
         resume: args.resume,
         force: args.force,
         stop_after: args.stop_after,
+        device: args.device,
     };
     let mut trainer = Trainer::new(model, data, config, options)?;
     catch_interrupts()?;
@@ -222,6 +229,9 @@ fn settings(args: &Train, threads: Option<u16>) -> Result<TrainConfig> {
     over(&mut config.accumulate, &args.accumulate);
     over(&mut config.lr, &args.lr);
     over(&mut config.router_lr_scale, &args.router_lr_scale);
+    if args.device.is_gpu() {
+        config.dtype = Precision::Bf16;
+    }
     over(&mut config.dtype, &args.dtype);
     over(&mut config.seed, &args.seed);
     over(&mut config.keep, &args.keep);
@@ -248,12 +258,13 @@ fn plan(args: &Train, config: TrainConfig, texts: &[Text]) -> Result<Plan> {
     let all_experts = model.num_experts().map_or(0.0, |experts| experts as f64);
     // Backward is twice the forward.
     let flops_per_token = 3.0 * accounting.flops_per_token(all_experts, config.seq as f64 / 2.0);
-    let memory = memory_plan(
-        &model,
-        &config,
-        accounting.total,
-        if args.data.cache.is_some() { 0 } else { total_bytes(texts) },
-    );
+    let text = if args.data.cache.is_some() { 0 } else { total_bytes(texts) };
+    let memory = match args.device {
+        Device::Cpu => memory_plan(&model, &config, accounting.total, text),
+        #[cfg(feature = "cuda")]
+        Device::Cuda(_) => host_plan(accounting.total, text),
+    };
+    let device_memory = device_plan(&model, &config, args.device)?;
     Ok(Plan {
         model: args.model.clone(),
         out: args.out.clone(),
@@ -272,6 +283,7 @@ fn plan(args: &Train, config: TrainConfig, texts: &[Text]) -> Result<Plan> {
         flops_per_step: flops_per_token * tokens_per_step as f64,
         memory_bytes: memory.iter().map(|memory| memory.bytes).sum(),
         memory,
+        device_memory,
         config,
     })
 }
@@ -327,6 +339,27 @@ fn memory_plan(model: &Config, config: &TrainConfig, params: u64, data_bytes: u6
     ]
 }
 
+/// What a run that trains on a GPU holds here: what it loads and saves.
+#[cfg(feature = "cuda")]
+fn host_plan(params: u64, data_bytes: u64) -> Vec<Memory> {
+    let memory = |what, bytes| Memory { what, bytes };
+    vec![memory("  weights", 4 * params), memory("  moments", 8 * params), memory("  text", data_bytes)]
+}
+
+#[cfg(feature = "cuda")]
+fn device_plan(model: &Config, config: &TrainConfig, device: Device) -> Result<Vec<Memory>> {
+    if !device.is_gpu() {
+        return Ok(Vec::new());
+    }
+    let uses = CudaTrainer::memory(model, config.batch * config.seq)?;
+    Ok(uses.iter().map(|part| Memory { what: part.what, bytes: part.bytes as u64 }).collect())
+}
+
+#[cfg(not(feature = "cuda"))]
+fn device_plan(_: &Config, _: &TrainConfig, _: Device) -> Result<Vec<Memory>> {
+    Ok(Vec::new())
+}
+
 fn show_plan(plan: &Plan) -> String {
     let mut fields = vec![
         ("model", format!("{}, {} parameters", plan.model.display(), report::count(plan.params))),
@@ -351,6 +384,11 @@ fn show_plan(plan: &Plan) -> String {
         ("memory", format!("about {}", report::bytes(plan.memory_bytes))),
     ];
     fields.extend(plan.memory.iter().map(|memory| (memory.what, report::bytes(memory.bytes))));
+    if !plan.device_memory.is_empty() {
+        let all = plan.device_memory.iter().map(|memory| memory.bytes).sum();
+        fields.push(("GPU memory", format!("about {}", report::bytes(all))));
+        fields.extend(plan.device_memory.iter().map(|memory| (memory.what, report::bytes(memory.bytes))));
+    }
     fields.push(("out", plan.out.display().to_string()));
     report::fields(fields)
 }

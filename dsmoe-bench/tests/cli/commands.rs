@@ -284,6 +284,24 @@ fn doctor_names_what_is_missing() {
     assert!(items.len() > 10 && items.iter().all(|item| item["ok"] == false));
     let human = succeeds(&["doctor", "--data", at(&fixture.dir.join("nowhere"))]);
     assert!(human.contains("missing  the folder itself"), "{human}");
+    let gpu = &report["gpu"];
+    has(gpu, &["built", "devices", "driver", "nvrtc", "cublaslt", "problems"]);
+    assert_eq!(gpu["built"], cfg!(feature = "cuda"));
+    for problem in gpu["problems"].as_array().unwrap() {
+        assert!(human.contains(problem.as_str().unwrap()), "{problem}: {human}");
+    }
+    if cfg!(feature = "cuda") {
+        let found = !gpu["devices"].as_array().unwrap().is_empty();
+        let told = human.lines().any(|line| line.contains("cuda:0 "));
+        assert_eq!((found, found), (told, gpu["driver"].is_string()), "{human}");
+        let told = |what: &str| gpu["problems"].to_string().contains(what);
+        assert_eq!(
+            (told("libnvrtc"), told("libcublasLt")),
+            (gpu["nvrtc"].is_null(), gpu["cublaslt"].is_null())
+        );
+    } else {
+        assert!(human.contains("built without CUDA; build it with --features cuda"), "{human}");
+    }
 
     let mut wrong = command(&["doctor", "--json"]);
     wrong.env("DSMOE_ISA", "sse9");

@@ -6,7 +6,7 @@ use dsmoe_kernels::Precision;
 use dsmoe_kernels::expert_ffn::{self, Dims, PackedWeights, Saved, WeightGrads, Weights};
 use dsmoe_router::SparsityGrad;
 
-use super::{Ffn, FfnReport, FfnScratch, PackedFfn, Record, projections, split, split_mut};
+use super::{DeviceFfn, Ffn, FfnReport, FfnScratch, PackedFfn, Record, projections, split, split_mut};
 use crate::params::TensorSpec;
 
 /// `y = (silu(x W_gate^T) * (x W_up^T)) W_down`.
@@ -50,6 +50,10 @@ impl PackedFfn for PackedDense {
 impl Ffn for DenseFfn {
     fn tensors(&self) -> Vec<TensorSpec> {
         projections(self.hidden, self.intermediate)
+    }
+
+    fn on_device(&self) -> Option<DeviceFfn> {
+        Some(DeviceFfn::Dense { hidden: self.hidden, intermediate: self.intermediate })
     }
 
     fn pack(&self, params: &[f32], precision: Precision) -> Box<dyn PackedFfn> {

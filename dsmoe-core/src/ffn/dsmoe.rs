@@ -8,7 +8,9 @@ use dsmoe_router::sparsity::{self, SparsityOver};
 use dsmoe_router::{Routed, RouterConfig, SparsityGrad, ste};
 use ndarray::{ArrayView2, ArrayViewMut2};
 
-use super::{Ffn, FfnReport, FfnScratch, PackedFfn, Record, projections, routes, split, split_mut};
+use super::{
+    DeviceFfn, Ffn, FfnReport, FfnScratch, PackedFfn, Record, projections, routes, split, split_mut,
+};
 use crate::params::TensorSpec;
 
 /// `y = sum over active experts i of S_i o_i` (eq. 11), experts being row ranges of the projections (eq. 6).
@@ -152,6 +154,15 @@ impl Ffn for DsmoeFfn {
     fn set_threshold(&mut self, threshold: f32) -> bool {
         self.router.threshold = threshold;
         true
+    }
+
+    fn on_device(&self) -> Option<DeviceFfn> {
+        Some(DeviceFfn::Gated {
+            hidden: self.hidden,
+            intermediate: self.intermediate,
+            router: self.router.clone(),
+            router_bias: self.router_bias,
+        })
     }
 
     fn pack(&self, params: &[f32], precision: Precision) -> Box<dyn PackedFfn> {

@@ -12,7 +12,7 @@ use std::any::Any;
 
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::{Precision, expert_ffn};
-use dsmoe_router::{Routed, Routing, RoutingStats, SparsityGrad};
+use dsmoe_router::{Routed, RouterConfig, Routing, RoutingStats, SparsityGrad};
 
 pub use dense::DenseFfn;
 pub use dsmoe::DsmoeFfn;
@@ -76,6 +76,64 @@ pub struct FfnReport {
     pub balance_loss: f64,
 }
 
+/// The forms of FFN that devices other than the processor know.
+#[derive(Clone, Debug, PartialEq)]
+pub enum DeviceFfn {
+    /// SwiGLU.
+    Dense {
+        /// Width of its input.
+        hidden: usize,
+        /// Neurons.
+        intermediate: usize,
+    },
+    /// SwiGLU cut into experts behind sigmoid gates; parameters are [`projections`], the router, and its bias.
+    Gated {
+        /// Width of its input.
+        hidden: usize,
+        /// Neurons of all experts together.
+        intermediate: usize,
+        /// Its gates.
+        router: RouterConfig,
+        /// Whether the router has a bias.
+        router_bias: bool,
+    },
+}
+
+impl DeviceFfn {
+    /// Width of its input.
+    pub fn hidden(&self) -> usize {
+        match *self {
+            DeviceFfn::Dense { hidden, .. } | DeviceFfn::Gated { hidden, .. } => hidden,
+        }
+    }
+
+    /// Neurons.
+    pub fn intermediate(&self) -> usize {
+        match *self {
+            DeviceFfn::Dense { intermediate, .. } | DeviceFfn::Gated { intermediate, .. } => intermediate,
+        }
+    }
+
+    /// Moves the gates' threshold, when there is one; says whether there is.
+    pub fn set_threshold(&mut self, threshold: f32) -> bool {
+        match self {
+            DeviceFfn::Dense { .. } => false,
+            DeviceFfn::Gated { router, .. } => {
+                router.threshold = threshold;
+                true
+            }
+        }
+    }
+
+    /// Experts, when there is a router.
+    pub fn num_experts(&self) -> Option<usize> {
+        match self {
+            DeviceFfn::Dense { .. } => None,
+            DeviceFfn::Gated { router, .. } => Some(router.num_experts),
+        }
+    }
+}
+
 /// One layer's FFN. It holds settings, not weights: `params` is this FFN's part of the arena, laid out as
 /// [`Ffn::tensors`] says, each tensor padded to whole cache lines (see [`split`]).
 pub trait Ffn: std::fmt::Debug + Send + Sync {
@@ -90,6 +148,12 @@ pub trait Ffn: std::fmt::Debug + Send + Sync {
     /// Moves the gates' threshold, when there is one; says whether there is.
     fn set_threshold(&mut self, _threshold: f32) -> bool {
         false
+    }
+
+    /// What other devices run in its place, its parameters being laid out as [`Ffn::tensors`] says; none for a form
+    /// that only the processor knows.
+    fn on_device(&self) -> Option<DeviceFfn> {
+        None
     }
 
     /// This FFN for inference: its projections packed in `precision`, its router in f32.

@@ -5,8 +5,14 @@ use super::Inference;
 /// Keys and values of all positions so far, per layer.
 #[derive(Debug)]
 pub struct Cache {
-    /// Per layer: keys, values, `[len, kv_heads * head_dim]` each.
+    /// Per layer: keys, values, `[len, kv_heads * head_dim]` each; of a model that runs on the processor.
     pub(super) layers: Vec<(Vec<f32>, Vec<f32>)>,
+    /// Of a model on a GPU: made when it is first used.
+    #[cfg(feature = "cuda")]
+    pub(super) cuda: Option<Box<super::cuda::CudaCache>>,
+    /// Positions to have room for.
+    #[cfg(feature = "cuda")]
+    pub(super) room: usize,
     pub(super) len: usize,
 }
 
@@ -16,10 +22,18 @@ impl Cache {
     pub fn new(model: &Inference, positions: usize) -> Cache {
         let positions = positions.min(model.config().max_position);
         let config = model.config();
-        let room = |heads: usize| Vec::with_capacity(positions * heads * config.head_dim);
+        let host = if model.device().is_gpu() { 0 } else { positions };
+        let room = |heads: usize| Vec::with_capacity(host * heads * config.head_dim);
         let layers = config.layers().map(|shape| (room(shape.num_kv_heads), room(shape.num_kv_heads)));
         model.prepare(positions);
-        Cache { layers: layers.collect(), len: 0 }
+        Cache {
+            layers: layers.collect(),
+            #[cfg(feature = "cuda")]
+            cuda: None,
+            #[cfg(feature = "cuda")]
+            room: positions,
+            len: 0,
+        }
     }
 
     /// Adds the newest positions of a layer; returns its keys and values.

@@ -1,21 +1,21 @@
-//! Inference: scoring windows of text, and decoding with a cache.
+//! Inference on the processor: scoring windows of text, and decoding with a cache.
 
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::matmul::Packed;
 use dsmoe_kernels::{Precision, add, attention, cross_entropy, linear, rms_norm, rope};
 use dsmoe_router::RoutingStats;
 
+use super::Cache;
 use super::pack::{Embedding, Layer};
-use super::{Cache, check_input};
 use crate::accounting::Accounting;
 use crate::config::{Config, LayerShape};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::ffn::{FfnScratch, Record};
 
 /// A LLaMA decoder for inference: weight matrices packed in a [`Precision`], norms and routers in f32. With bf16
 /// the operands of matrix products are rounded to it; sums, softmax and the residual stream are f32.
 #[derive(Debug)]
-pub struct Inference {
+pub(super) struct CpuInference {
     pub(super) config: Config,
     pub(super) accounting: Accounting,
     pub(super) precision: Precision,
@@ -40,6 +40,8 @@ pub struct Workspace {
     rstd: Buf,
     pub(super) logits: Buf,
     ffn: FfnScratch,
+    #[cfg(feature = "cuda")]
+    pub(super) cuda: Option<Box<super::cuda::CudaWorkspace>>,
 }
 
 impl Workspace {
@@ -63,54 +65,23 @@ impl Workspace {
     }
 }
 
-impl Inference {
-    /// The configuration.
-    pub fn config(&self) -> &Config {
-        &self.config
-    }
-
-    /// Parameter counts; of masked linears, what is kept counts as activated.
-    pub fn accounting(&self) -> &Accounting {
-        &self.accounting
-    }
-
-    /// What the weights are stored as.
-    pub fn precision(&self) -> Precision {
-        self.precision
-    }
-
-    /// Bytes that the weights take.
-    pub fn bytes(&self) -> usize {
+impl CpuInference {
+    pub(super) fn bytes(&self) -> usize {
         let layers = self.layers.iter().map(Layer::bytes).sum::<usize>();
         self.embedding.bytes() + layers + 4 * self.norm.len() + self.head.bytes()
     }
 
-    /// Empty routing statistics for this model; none without routers.
-    pub fn new_stats(&self) -> Option<RoutingStats> {
-        let experts = self.layers.first().and_then(|layer| layer.ffn.num_experts());
-        experts.map(|n| RoutingStats::new(self.config.num_layers, n))
+    pub(super) fn num_experts(&self) -> Option<usize> {
+        self.layers.first().and_then(|layer| layer.ffn.num_experts())
     }
 
-    /// Moves the gates' threshold of every layer (the paper's table 4).
-    ///
-    /// # Errors
-    /// The threshold is outside 0..=1, or the model has no gates.
-    pub fn set_threshold(&mut self, threshold: f32) -> Result<()> {
+    pub(super) fn set_threshold(&mut self, threshold: f32) -> Result<()> {
         super::set_threshold(&mut self.config, threshold, || {
             self.layers.iter_mut().all(|layer| layer.ffn.set_threshold(threshold))
         })
     }
 
-    /// Sets `losses[t]` to the negative log-likelihood (nats) of `targets[t]` after `inputs` up to t, for
-    /// `inputs.len() / seq` sequences of `seq` tokens each. A target of [`cross_entropy::IGNORE`] scores 0. Adds
-    /// the routing of all inputs to `stats` (from [`Inference::new_stats`]).
-    ///
-    /// # Errors
-    /// A token id outside the vocabulary, or more positions than the model has.
-    ///
-    /// # Panics
-    /// The slices' lengths differ, or are no multiple of `seq`.
-    pub fn score(
+    pub(super) fn score(
         &self,
         losses: &mut [f32],
         inputs: &[u32],
@@ -118,56 +89,23 @@ impl Inference {
         seq: usize,
         stats: Option<&mut RoutingStats>,
         workspace: &mut Workspace,
-    ) -> Result<()> {
-        assert!(
-            losses.len() == inputs.len() && targets.len() == inputs.len() && inputs.len().is_multiple_of(seq),
-            "score: {} losses, {} inputs, {} targets, seq {seq}",
-            losses.len(),
-            inputs.len(),
-            targets.len()
-        );
-        check_input(&self.config, inputs, 0, seq)?;
+    ) {
         in_pool(|| {
             self.hidden_states(inputs, seq, None, stats, workspace);
             let Workspace { h, logits, .. } = workspace;
             cross_entropy::forward_packed(losses, h, &self.head, targets, logits);
         });
-        Ok(())
     }
 
-    /// Feeds `ids` at the cache's next positions; returns the logits `[vocab]` after the last one.
-    ///
-    /// # Errors
-    /// No ids, a token id outside the vocabulary, or more positions than the model has.
-    pub fn decode<'w>(
-        &self,
-        ids: &[u32],
-        cache: &mut Cache,
-        stats: Option<&mut RoutingStats>,
-        workspace: &'w mut Workspace,
-    ) -> Result<&'w [f32]> {
-        self.logits(ids, 1, cache, stats, workspace)
-    }
-
-    /// Feeds `ids` at the cache's next positions; returns the logits `[last, vocab]` after the last `last` of them.
-    ///
-    /// # Errors
-    /// Fewer ids than `last`, a token id outside the vocabulary, or more positions than the model has.
-    pub fn logits<'w>(
+    /// Sets the workspace's logits.
+    pub(super) fn logits(
         &self,
         ids: &[u32],
         last: usize,
         cache: &mut Cache,
         stats: Option<&mut RoutingStats>,
-        workspace: &'w mut Workspace,
-    ) -> Result<&'w [f32]> {
-        if ids.len() < last || ids.is_empty() {
-            return Err(Error::Argument(format!(
-                "{} tokens to read logits of {last}; give at least one token",
-                ids.len()
-            )));
-        }
-        check_input(&self.config, ids, cache.len, ids.len())?;
+        workspace: &mut Workspace,
+    ) {
         in_pool(|| {
             self.hidden_states(ids, ids.len(), Some(cache), stats, workspace);
             let Workspace { h, logits, .. } = &mut *workspace;
@@ -175,7 +113,6 @@ impl Inference {
             let h = &h[(ids.len() - last) * self.config.hidden..];
             linear::forward_packed(logits, h, &self.head, last);
         });
-        Ok(&workspace.logits)
     }
 
     /// Computes now what the first `positions` positions need, for calls that must not allocate.

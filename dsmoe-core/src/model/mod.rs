@@ -8,7 +8,10 @@
 //! ```
 
 mod cache;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod infer;
+mod inference;
 mod pack;
 mod ragged;
 mod step;
@@ -22,8 +25,10 @@ use dsmoe_kernels::rope;
 use dsmoe_router::RoutingStats;
 
 pub use cache::Cache;
+use infer::CpuInference;
+pub use infer::Workspace;
 pub(crate) use infer::in_pool;
-pub use infer::{Inference, Workspace};
+pub use inference::Inference;
 pub use ragged::{After, Likelihood, Segment};
 pub use step::{StepArgs, StepOutput};
 pub use train_workspace::TrainWorkspace;

@@ -9,7 +9,7 @@ use dsmoe_kernels::matmul::{Mat, Packed};
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
 
-use super::{Inference, Model, Ranges, ffns_of, lay_out, rope_table};
+use super::{CpuInference, Model, Ranges, ffns_of, lay_out, rope_table};
 use crate::accounting::Accounting;
 use crate::checkpoint::{Checkpoint, WeightReader};
 use crate::config::Config;
@@ -73,7 +73,7 @@ impl Embedding {
 }
 
 /// Where weights come from. Tensors are named by their range in an arena.
-trait Source {
+pub(super) trait Source {
     /// Gives the rows of a matrix to `sink`, in order, in pieces.
     fn rows(&mut self, matrix: &Range<usize>, sink: &mut dyn FnMut(&[f32])) -> Result<()>;
     /// Adjacent tensors as they lie in the arena.
@@ -114,42 +114,44 @@ impl Source for Stored<'_> {
     }
 }
 
-impl Inference {
-    /// Packs the weights of `model`, rounded where the precision is bf16.
-    pub fn new(model: &Model, precision: Precision) -> Inference {
-        let (config, counts) = (model.config.clone(), model.accounting());
-        let packed = build(config, counts, &model.ffns, &model.ranges, precision, &mut &model.params[..]);
-        packed.expect("an arena is there to be read")
-    }
-
-    /// Loads a model directory tensor by tensor: beside the packed weights, one FFN at the
-    /// most is in memory in f32. Weights stored as bf16 stay what they are in [`Precision::Bf16`]; f16 and f32 are
-    /// rounded.
-    ///
-    /// # Errors
-    /// Anything wrong with the directory; the message names the file, the field or tensor, and the mend.
-    pub fn load(dir: &Path, precision: Precision) -> Result<Inference> {
-        let config = Config::load(dir)?;
-        let checkpoint = Checkpoint::open(dir)?;
-        let masks = Masks::read(dir, &config)?;
-        let counts = Accounting::of(&config);
-        let counts = masks.as_ref().map_or(counts, |masks| counts.with_masks(masks));
-        let reader = WeightReader::new(&config, &checkpoint, masks.as_ref())?;
-        let ffns = ffns_of(&config);
-        let (layout, ranges) = lay_out(&config, &ffns);
-        let mut source = Stored { layout: &layout, reader, part: Buf::default() };
-        build(config, counts, &ffns, &ranges, precision, &mut source)
-    }
+/// A model that is to be packed.
+pub(super) struct Parts<'a> {
+    pub(super) config: Config,
+    pub(super) accounting: Accounting,
+    pub(super) ffns: &'a [Box<dyn Ffn>],
+    pub(super) ranges: &'a Ranges,
+    pub(super) source: &'a mut dyn Source,
 }
 
-fn build(
-    config: Config,
-    accounting: Accounting,
-    ffns: &[Box<dyn Ffn>],
-    ranges: &Ranges,
-    precision: Precision,
-    source: &mut dyn Source,
-) -> Result<Inference> {
+/// Gives `model` to `pack`.
+pub(super) fn of_model<R>(model: &Model, pack: impl FnOnce(Parts<'_>) -> Result<R>) -> Result<R> {
+    pack(Parts {
+        config: model.config.clone(),
+        accounting: model.accounting(),
+        ffns: &model.ffns,
+        ranges: &model.ranges,
+        source: &mut &model.params[..],
+    })
+}
+
+/// Gives the model in `dir` to `pack`; of its weights one part at a time is in memory.
+pub(super) fn of_directory<R>(dir: &Path, pack: impl FnOnce(Parts<'_>) -> Result<R>) -> Result<R> {
+    let config = Config::load(dir)?;
+    let checkpoint = Checkpoint::open(dir)?;
+    let masks = Masks::read(dir, &config)?;
+    let counts = Accounting::of(&config);
+    let accounting = masks.as_ref().map_or(counts, |masks| counts.with_masks(masks));
+    let reader = WeightReader::new(&config, &checkpoint, masks.as_ref())?;
+    let ffns = ffns_of(&config);
+    let (layout, ranges) = lay_out(&config, &ffns);
+    let mut source = Stored { layout: &layout, reader, part: Buf::default() };
+    let config = config.clone();
+    pack(Parts { config, accounting, ffns: &ffns, ranges: &ranges, source: &mut source })
+}
+
+/// Packs a model for the processor.
+pub(super) fn build(parts: Parts<'_>, precision: Precision) -> Result<CpuInference> {
+    let Parts { config, accounting, ffns, ranges, source } = parts;
     let hidden = config.hidden;
     let head = pack(source, &ranges.head, hidden, precision)?;
     let embedding = match precision {
@@ -180,7 +182,7 @@ fn build(
     }
     let norm = vector(source.part(&ranges.norm)?);
     let rope = rope_table(&config);
-    Ok(Inference { config, accounting, precision, embedding, layers, norm, head, rope })
+    Ok(CpuInference { config, accounting, precision, embedding, layers, norm, head, rope })
 }
 
 /// A matrix with `inputs` columns, packed.
@@ -201,7 +203,7 @@ fn pack(
 }
 
 /// Sets all of `table`, piece by piece.
-fn fill<T>(
+pub(super) fn fill<T>(
     table: &mut [T],
     source: &mut dyn Source,
     matrix: &Range<usize>,

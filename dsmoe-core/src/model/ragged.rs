@@ -9,8 +9,8 @@ use dsmoe_router::RoutingStats;
 use rayon::prelude::*;
 
 use super::infer::Heads;
-use super::{Cache, Inference, Workspace, check_input, in_pool};
-use crate::config::LayerShape;
+use super::{Cache, CpuInference, Workspace, check_input, in_pool};
+use crate::config::{Config, LayerShape};
 use crate::error::Result;
 
 /// Rows of logits at a time.
@@ -44,92 +44,66 @@ pub struct Likelihood {
 }
 
 /// Where a segment lies.
-struct Place {
+pub(super) struct Place {
     /// Its first token in the batch.
-    first: usize,
-    tokens: usize,
+    pub(super) first: usize,
+    pub(super) tokens: usize,
     /// The first token and the number of those before it.
-    before: (usize, usize),
+    pub(super) before: (usize, usize),
 }
 
-impl Inference {
-    /// How likely each of `targets` `(place, token)` is: the token behind that place of `ids`. `ids` are the tokens
-    /// of `segments`, one segment after the other. Adds the routing of all tokens to `stats` (from
-    /// [`Inference::new_stats`]).
-    ///
-    /// # Errors
-    /// A token id outside the vocabulary, or more positions than the model has.
-    ///
-    /// # Panics
-    /// The segments do not make up `ids`, one continues a segment that is not before it or itself continues one, or
-    /// a place is outside `ids`.
-    pub fn likelihoods(
+/// Where the segments lie in `ids`; checks both.
+pub(super) fn places(config: &Config, ids: &[u32], segments: &[Segment]) -> Result<Vec<Place>> {
+    let mut places: Vec<Place> = Vec::with_capacity(segments.len());
+    let mut first = 0;
+    for (i, &Segment { tokens, after }) in segments.iter().enumerate() {
+        let before = match after {
+            After::Nothing => (0, 0),
+            After::Segment(j) => {
+                assert!(j < i && places[j].before.1 == 0, "likelihoods: segment {i} continues {j}");
+                (places[j].first, places[j].tokens)
+            }
+        };
+        assert!(first + tokens <= ids.len(), "likelihoods: segment {i} ends behind {} tokens", ids.len());
+        check_input(config, &ids[first..first + tokens], before.1, tokens)?;
+        places.push(Place { first, tokens, before });
+        first += tokens;
+    }
+    assert_eq!(first, ids.len(), "likelihoods: tokens of all segments");
+    Ok(places)
+}
+
+impl CpuInference {
+    pub(super) fn likelihoods(
         &self,
         ids: &[u32],
-        segments: &[Segment],
+        places: &[Place],
         targets: &[(usize, u32)],
         stats: Option<&mut RoutingStats>,
         workspace: &mut Workspace,
-    ) -> Result<Vec<Likelihood>> {
-        let places = self.places(ids, segments)?;
-        let tokens: Vec<u32> = targets.iter().map(|&(_, token)| token).collect();
-        check_input(&self.config, &tokens, 0, 0)?;
+    ) -> Vec<Likelihood> {
         let mut found = vec![Likelihood::default(); targets.len()];
         in_pool(|| {
-            self.forward(ids, stats, workspace, |layer, heads| self.attend(layer, heads, &places));
+            self.forward(ids, stats, workspace, |layer, heads| self.attend(layer, heads, places));
             self.look_up(&mut found, targets, workspace);
         });
-        Ok(found)
+        found
     }
 
-    /// Feeds each of `ids` at the next position of its cache; returns the logits `[ids.len(), vocab]` after them.
-    ///
-    /// # Errors
-    /// A token id outside the vocabulary, or more positions than the model has.
-    ///
-    /// # Panics
-    /// There are not as many caches as ids.
-    pub fn decode_each<'w>(
+    /// Sets the workspace's logits.
+    pub(super) fn decode_each(
         &self,
         ids: &[u32],
         caches: &mut [&mut Cache],
         stats: Option<&mut RoutingStats>,
-        workspace: &'w mut Workspace,
-    ) -> Result<&'w [f32]> {
-        assert_eq!(ids.len(), caches.len(), "decode_each: tokens and caches");
-        for (id, cache) in ids.iter().zip(&*caches) {
-            check_input(&self.config, std::slice::from_ref(id), cache.len, 1)?;
-        }
+        workspace: &mut Workspace,
+    ) {
         in_pool(|| {
             self.forward(ids, stats, workspace, |layer, heads| self.attend_caches(layer, heads, caches));
             let Workspace { h, logits, .. } = &mut *workspace;
             logits.resize(ids.len() * self.config.vocab_size);
             linear::forward_packed(logits, h, &self.head, ids.len());
         });
-        for cache in caches {
-            cache.len += 1;
-        }
-        Ok(&workspace.logits)
-    }
-
-    fn places(&self, ids: &[u32], segments: &[Segment]) -> Result<Vec<Place>> {
-        let mut places: Vec<Place> = Vec::with_capacity(segments.len());
-        let mut first = 0;
-        for (i, &Segment { tokens, after }) in segments.iter().enumerate() {
-            let before = match after {
-                After::Nothing => (0, 0),
-                After::Segment(j) => {
-                    assert!(j < i && places[j].before.1 == 0, "likelihoods: segment {i} continues {j}");
-                    (places[j].first, places[j].tokens)
-                }
-            };
-            assert!(first + tokens <= ids.len(), "likelihoods: segment {i} ends behind {} tokens", ids.len());
-            check_input(&self.config, &ids[first..first + tokens], before.1, tokens)?;
-            places.push(Place { first, tokens, before });
-            first += tokens;
-        }
-        assert_eq!(first, ids.len(), "likelihoods: tokens of all segments");
-        Ok(places)
     }
 
     /// Attention of every segment by itself.

@@ -1,6 +1,7 @@
 //! The command line of `dsmoe bench`.
 
 use clap::{Args, Subcommand, ValueEnum};
+use dsmoe_core::Device;
 use dsmoe_kernels::Precision;
 
 #[derive(Debug, Args)]
@@ -36,6 +37,11 @@ impl Common {
     /// The precisions asked for, or else `default`.
     pub(crate) fn precisions<'a>(&'a self, default: &'a [Precision]) -> &'a [Precision] {
         if self.dtype.is_empty() { default } else { &self.dtype }
+    }
+
+    /// [`Common::precisions`] of what may run on a GPU, which knows bf16 alone.
+    pub(crate) fn precisions_on<'a>(&'a self, device: Device, default: &'a [Precision]) -> &'a [Precision] {
+        self.precisions(if device.is_gpu() { &[Precision::Bf16] } else { default })
     }
 }
 
@@ -137,6 +143,9 @@ pub(crate) struct Train {
     /// Sequences per step
     #[arg(long, value_name = "N", default_value_t = 16)]
     pub(crate) batch: usize,
+    /// Where to compute: cpu, or a GPU as cuda:0 (in bf16)
+    #[arg(long, value_name = "cpu|cuda:N", default_value_t)]
+    pub(crate) device: Device,
     #[command(flatten)]
     pub(crate) common: Common,
 }
@@ -151,6 +160,9 @@ pub(crate) struct Decode {
     /// New tokens per round
     #[arg(long, value_name = "N", default_value_t = 32)]
     pub(crate) tokens: usize,
+    /// Where to compute: cpu, or a GPU as cuda:0 (in bf16)
+    #[arg(long, value_name = "cpu|cuda:N", default_value_t)]
+    pub(crate) device: Device,
     #[command(flatten)]
     pub(crate) common: Common,
 }

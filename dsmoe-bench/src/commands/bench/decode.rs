@@ -38,7 +38,7 @@ pub(super) fn check(args: &Decode) -> Result<()> {
 
 pub(super) fn run(args: &Decode, output: &mut Output<'_>) -> Result<()> {
     for sizes in args.architecture.sizes(&DEFAULT) {
-        for &precision in args.common.precisions(&PRECISIONS) {
+        for &precision in args.common.precisions_on(args.device, &PRECISIONS) {
             let rows = measure(args, sizes, precision, output)?;
             output.extend(rows)?;
         }
@@ -52,7 +52,9 @@ fn measure(args: &Decode, sizes: Sizes, precision: Precision, output: &mut Outpu
         let mut rng = Rng::new(0x9a, 0);
         (0..args.prompt).map(|_| rng.below(configs[0].vocab_size as u64) as u32).collect()
     };
-    let [dense, mut dsmoe] = configs.map(|config| Inference::new(&random_model(config), precision));
+    let [dense, dsmoe] =
+        configs.map(|config| Inference::new_on(&random_model(config), precision, args.device));
+    let (dense, mut dsmoe) = (dense?, dsmoe?);
     reach_share(args.architecture.active, |threshold| {
         dsmoe.set_threshold(threshold)?;
         active_share(&dsmoe, &prompt, TRIAL_TOKENS.min(args.tokens))
@@ -74,7 +76,7 @@ fn measure(args: &Decode, sizes: Sizes, precision: Precision, output: &mut Outpu
         // The positions in the cache, mean over the new tokens.
         let context = args.prompt as f64 + args.tokens as f64 / 2.0;
         let cost = cost(config, precision, share.map_or(1.0, |share| share.1), context);
-        row.measured(seconds / args.tokens as f64, cost, precision, &mut output.machine);
+        row.measured_on(args.device, seconds / args.tokens as f64, cost, precision, &mut output.machine);
         row.seconds = seconds;
         row.tokens_per_s = Some(args.tokens as f64 / seconds);
         row.against_dense(times[0]);

@@ -53,8 +53,12 @@ pub(crate) fn run(args: &Bench, ui: &mut Ui) -> Result<()> {
     let precisions = match &args.work {
         Work::Kernels(args) => matmul::check(args).map(|()| args.common.precisions(&BOTH))?,
         Work::Ffn(args) => ffn::check(args).map(|()| args.common.precisions(&BOTH))?,
-        Work::Train(args) => train::check(args).map(|()| args.common.precisions(&train::PRECISIONS))?,
-        Work::Decode(args) => decode::check(args).map(|()| args.common.precisions(&decode::PRECISIONS))?,
+        Work::Train(args) => {
+            train::check(args).map(|()| args.common.precisions_on(args.device, &train::PRECISIONS))?
+        }
+        Work::Decode(args) => {
+            decode::check(args).map(|()| args.common.precisions_on(args.device, &decode::PRECISIONS))?
+        }
     };
     // On a thread of the pool, where handing work to the others is cheapest.
     rayon::scope(|_| {

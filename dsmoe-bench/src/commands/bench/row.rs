@@ -1,5 +1,6 @@
 //! What is reported: one row per implementation and shape.
 
+use dsmoe_core::Device;
 use dsmoe_kernels::Precision;
 use serde::Serialize;
 
@@ -21,6 +22,9 @@ pub(super) struct Row {
     /// Share of active pairs asked for; 1 for a dense FFN.
     pub(super) active: Option<f64>,
     pub(super) dtype: &'static str,
+    /// The GPU, where one computed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) device: Option<String>,
     pub(super) seconds: f64,
     /// Of our dense FFN or model on the same work.
     pub(super) dense_seconds: Option<f64>,
@@ -82,6 +86,24 @@ impl Row {
             self.gb_per_s = Some(cost.bytes / seconds / 1e9);
             self.peak_gb_per_s = Some(machine.bandwidth(cost.bytes) / 1e9);
         }
+    }
+
+    /// [`Row::measured`] on any device; what a GPU could do at best is not known.
+    pub(super) fn measured_on(
+        &mut self,
+        device: Device,
+        seconds: f64,
+        cost: Cost,
+        precision: Precision,
+        machine: &mut Machine,
+    ) {
+        if !device.is_gpu() {
+            return self.measured(seconds, cost, precision, machine);
+        }
+        self.seconds = seconds;
+        self.device = Some(device.to_string());
+        self.gflops = Some(cost.flops / seconds / 1e9);
+        self.gb_per_s = Some(cost.bytes / seconds / 1e9);
     }
 
     /// Compares with the dense one on the same work.

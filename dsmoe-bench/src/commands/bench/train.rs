@@ -3,15 +3,19 @@
 use std::time::Instant;
 
 use anyhow::Result;
-use dsmoe_core::Model;
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::config::Config;
-use dsmoe_core::model::{StepArgs, StepOutput, TrainWorkspace};
+#[cfg(feature = "cuda")]
+use dsmoe_core::model::cuda::CudaTrainer;
+use dsmoe_core::model::{StepArgs, TrainWorkspace};
+use dsmoe_core::{Device, Model};
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::rng::Rng;
-use dsmoe_router::SparsityOver;
+use dsmoe_router::{RoutingStats, SparsityOver};
 use dsmoe_train::TrainConfig;
+#[cfg(feature = "cuda")]
+use dsmoe_train::optim::hyper;
 use dsmoe_train::optim::{AdamW, clip_scale, grad_norms};
 
 use super::args::Train;
@@ -48,7 +52,7 @@ pub(super) fn check(args: &Train) -> Result<()> {
 
 pub(super) fn run(args: &Train, output: &mut Output<'_>) -> Result<()> {
     for sizes in args.architecture.sizes(&DEFAULTS) {
-        for &precision in args.common.precisions(&PRECISIONS) {
+        for &precision in args.common.precisions_on(args.device, &PRECISIONS) {
             let rows = measure(args, sizes, precision, output)?;
             output.extend(rows)?;
         }
@@ -65,10 +69,10 @@ fn measure(args: &Train, sizes: Sizes, precision: Precision, output: &mut Output
     let mut contestants = Vec::new();
     for (name, config) in ["dense", "dsmoe"].into_iter().zip(configs) {
         let mark = Mark::now();
-        let mut run = Run::new(config, &ids, args.seq, precision);
+        let mut run = Run::new(config, &ids, args, precision)?;
         let share = if run.model.config().moe.is_some() {
             reach_share(args.architecture.active, |threshold| {
-                run.model.set_threshold(threshold)?;
+                run.set_threshold(threshold)?;
                 run.active_ratio()
             })?;
             Some(run.active_ratio()?)
@@ -76,7 +80,7 @@ fn measure(args: &Train, sizes: Sizes, precision: Precision, output: &mut Output
             None
         };
         run.gradients()?;
-        let bits = bits(&[&run.grads]);
+        let bits = run.bits()?;
         run.step()?;
         let memory = mark.and_then(Mark::peak_since);
         let started = Instant::now();
@@ -100,7 +104,7 @@ fn measure(args: &Train, sizes: Sizes, precision: Precision, output: &mut Output
         (row.seq, row.batch) = (Some(args.seq), Some(args.batch));
         (row.bits, row.peak_memory_bytes) = (bits, memory);
         let cost = cost(config, share.unwrap_or(1.0), tokens, args.seq);
-        row.measured(seconds, cost, precision, &mut output.machine);
+        row.measured_on(args.device, seconds, cost, precision, &mut output.machine);
         row.tokens_per_s = Some(tokens as f64 / seconds);
         row.against_dense(times[0]);
         row
@@ -111,36 +115,73 @@ fn measure(args: &Train, sizes: Sizes, precision: Precision, output: &mut Output
 /// A model with all that training needs.
 struct Run<'a> {
     model: Model,
-    grads: Buf,
-    optimizer: AdamW,
-    workspace: TrainWorkspace,
+    engine: Engine,
     inputs: &'a [u32],
     targets: &'a [u32],
     seq: usize,
     config: TrainConfig,
+    active_ratio: f64,
     steps: u64,
+}
+
+/// Who computes.
+enum Engine {
+    Cpu {
+        grads: Buf,
+        optimizer: AdamW,
+        workspace: Box<TrainWorkspace>,
+    },
+    #[cfg(feature = "cuda")]
+    Cuda {
+        trainer: Box<CudaTrainer>,
+        norm: f64,
+    },
 }
 
 impl<'a> Run<'a> {
     /// Predicts each of `ids` from those before it.
-    fn new(config: Config, ids: &'a [u32], seq: usize, precision: Precision) -> Run<'a> {
+    fn new(config: Config, ids: &'a [u32], args: &Train, precision: Precision) -> Result<Run<'a>> {
         let model = random_model(config);
-        Run {
-            grads: Buf::zeros(model.layout().len()),
-            optimizer: AdamW::new(model.layout()),
-            workspace: TrainWorkspace::new(&model, ids.len() - 1, precision),
-            inputs: &ids[..ids.len() - 1],
+        let tokens = ids.len() - 1;
+        let engine = match args.device {
+            Device::Cpu => Engine::Cpu {
+                grads: Buf::zeros(model.layout().len()),
+                optimizer: AdamW::new(model.layout()),
+                workspace: Box::new(TrainWorkspace::new(&model, tokens, precision)),
+            },
+            #[cfg(feature = "cuda")]
+            Device::Cuda(ordinal) => {
+                let AdamW { m, v } = AdamW::new(model.layout());
+                Engine::Cuda {
+                    trainer: Box::new(CudaTrainer::new(ordinal, &model, &m, &v, tokens, args.seq)?),
+                    norm: 0.0,
+                }
+            }
+        };
+        Ok(Run {
+            engine,
+            inputs: &ids[..tokens],
             targets: &ids[1..],
-            seq,
+            seq: args.seq,
             config: TrainConfig::default(),
+            active_ratio: 0.0,
             steps: 0,
             model,
+        })
+    }
+
+    fn set_threshold(&mut self, threshold: f32) -> Result<()> {
+        self.model.set_threshold(threshold)?;
+        match &mut self.engine {
+            Engine::Cpu { .. } => {}
+            #[cfg(feature = "cuda")]
+            Engine::Cuda { trainer, .. } => trainer.set_threshold(threshold)?,
         }
+        Ok(())
     }
 
     /// Forward and backward.
-    fn gradients(&mut self) -> Result<StepOutput> {
-        self.grads.clear();
+    fn gradients(&mut self) -> Result<()> {
         let args = StepArgs {
             loss_scale: 1.0 / self.inputs.len() as f32,
             sparsity_weight: SPARSITY_WEIGHT,
@@ -148,24 +189,57 @@ impl<'a> Run<'a> {
             balance_scale: 1.0,
             seed: self.steps,
         };
-        let Run { model, grads, inputs, targets, seq, workspace, .. } = self;
-        Ok(model.train_step(grads, inputs, targets, *seq, &args, workspace)?)
+        let Run { model, engine, inputs, targets, seq, active_ratio, .. } = self;
+        match engine {
+            Engine::Cpu { grads, workspace, .. } => {
+                grads.clear();
+                model.train_step(grads, inputs, targets, *seq, &args, workspace)?;
+                *active_ratio = workspace.stats().map_or(0.0, RoutingStats::active_ratio);
+            }
+            #[cfg(feature = "cuda")]
+            Engine::Cuda { trainer, norm } => {
+                let mut stats = model.new_stats();
+                trainer.begin()?;
+                trainer.micro_batch(inputs, targets, *seq, &args)?;
+                *norm = trainer.finish(stats.as_mut())?.squares.sqrt();
+                *active_ratio = stats.map_or(0.0, |stats| stats.active_ratio());
+            }
+        }
+        Ok(())
+    }
+
+    /// The bits of the gradients.
+    fn bits(&self) -> Result<Option<String>> {
+        Ok(match &self.engine {
+            Engine::Cpu { grads, .. } => bits(&[grads]),
+            #[cfg(feature = "cuda")]
+            Engine::Cuda { trainer, .. } => bits(&[&trainer.download_grads()?]),
+        })
     }
 
     /// The share of experts that a step runs.
     fn active_ratio(&mut self) -> Result<f64> {
         self.gradients()?;
-        Ok(self.workspace.stats().map_or(0.0, |stats| stats.active_ratio()))
+        Ok(self.active_ratio)
     }
 
     /// A whole step, as `dsmoe train` takes it.
     fn step(&mut self) -> Result<()> {
         self.gradients()?;
         self.steps += 1;
-        let layout = self.model.layout().clone();
-        let scale = clip_scale(grad_norms(&layout, &self.grads).all, self.config.clip);
-        let params = self.model.params_mut();
-        self.optimizer.step(params, &self.grads, &layout, &self.config, LEARNING_RATE, scale, self.steps);
+        let Run { model, engine, config, steps, .. } = self;
+        match engine {
+            Engine::Cpu { grads, optimizer, .. } => {
+                let layout = model.layout().clone();
+                let scale = clip_scale(grad_norms(&layout, grads).all, config.clip);
+                optimizer.step(model.params_mut(), grads, &layout, config, LEARNING_RATE, scale, *steps);
+            }
+            #[cfg(feature = "cuda")]
+            Engine::Cuda { trainer, norm } => {
+                let scale = clip_scale(*norm, config.clip);
+                trainer.update(scale, |decay, router| hyper(config, LEARNING_RATE, *steps, decay, router))?;
+            }
+        }
         Ok(())
     }
 }

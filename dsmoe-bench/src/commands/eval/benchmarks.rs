@@ -40,7 +40,7 @@ pub(crate) fn run(args: &Eval, ui: &mut Ui) -> Result<ExitCode> {
         std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
         catch_interrupts()?;
     }
-    let model = load_inference(&args.model, args.dtype, args.threshold)?;
+    let model = load_inference(&args.model, args.precision(), args.device, args.threshold)?;
     let runner = Runner { args, model: &model, tokenizer: &tokenizer, bos, hash: model_sha256(&args.model)? };
 
     let mut done = Vec::new();
@@ -209,7 +209,7 @@ impl Runner<'_> {
         let threshold = self.model.config().moe.as_ref().map(|moe| moe.router.threshold);
         let made_by = serde_json::json!({
             "model": self.hash,
-            "dtype": self.args.dtype.name(),
+            "dtype": self.args.precision().name(),
             "threshold": threshold,
             "bos": self.bos,
             "profile": self.args.profile,

@@ -83,7 +83,7 @@ pub(crate) fn run(args: &Eval, ui: &mut Ui) -> Result<()> {
         }
     }
     let corpus = &texts[0].corpus;
-    let model = load_inference(&args.model, args.dtype, args.threshold)?;
+    let model = load_inference(&args.model, args.precision(), args.device, args.threshold)?;
     let config = model.config();
     let bos = bos_or_default(args.bos, config);
     let tokenizer = tokenizer(&args.model, config)?;
@@ -93,7 +93,7 @@ pub(crate) fn run(args: &Eval, ui: &mut Ui) -> Result<()> {
         mixture: args.data.mixture.as_ref(),
         doc_separator: args.data.doc_separator.as_deref(),
         bos,
-        dtype: args.dtype.name(),
+        dtype: args.precision().name(),
         threshold: config.moe.as_ref().map(|moe| moe.router.threshold),
         stream: None,
         window: None,

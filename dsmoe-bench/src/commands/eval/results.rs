@@ -87,7 +87,7 @@ impl Results<'_> {
                 None => Value::Null,
             })
         };
-        let dtype = match self.args.dtype.name() {
+        let dtype = match self.args.precision().name() {
             "f32" => "float32",
             "bf16" => "bfloat16",
             other => other,
@@ -137,7 +137,7 @@ impl Results<'_> {
             "version": env!("CARGO_PKG_VERSION"),
             "profile": self.args.profile,
             "bos": self.bos,
-            "dtype": self.args.dtype.name(),
+            "dtype": self.args.precision().name(),
             "threshold": config.moe.as_ref().map(|moe| moe.router.threshold),
             "isa": Isa::current().name(),
             "model_sha256": self.model_sha256,

@@ -37,7 +37,7 @@ pub struct Hyper {
 
 impl Hyper {
     /// `(lr / (1 - beta1^step), 1 / sqrt(1 - beta2^step))`.
-    fn corrections(&self) -> (f64, f64) {
+    pub(crate) fn corrections(&self) -> (f64, f64) {
         let power = self.step as f64;
         (self.lr / (1.0 - self.beta1.powf(power)), (1.0 - self.beta2.powf(power)).sqrt().recip())
     }

@@ -99,6 +99,14 @@ impl Table {
     }
 
     /// `(cos, sin)` `[head_dim / 2]` each, of position `p`.
+    ///
+    /// # Panics
+    /// There is no such position.
+    pub fn angles(&self, p: usize) -> (&[f32], &[f32]) {
+        assert!(p < self.positions, "rope::Table: position {p} of {}", self.positions);
+        self.row(p)
+    }
+
     fn row(&self, p: usize) -> (&[f32], &[f32]) {
         let half = self.frequencies.len();
         let page = self.pages[p / PAGE].get_or_init(|| {

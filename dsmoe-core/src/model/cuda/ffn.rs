@@ -1,0 +1,210 @@
+//! An FFN on the device: dense, or experts behind sigmoid gates.
+//!
+//! Training computes gate and up projections of all pairs, which the router's gradient needs, and multiplies by
+//! coefficients that are 0 where an expert is shut: products of one shape, so nothing waits for the routing. Inference
+//! runs active pairs alone.
+
+use dsmoe_kernels::cuda::ops::{ffn, router};
+use dsmoe_kernels::cuda::{Gpu, GpuBuf, View, ViewMut};
+use dsmoe_router::RouterConfig;
+use half::bf16;
+
+use super::Products;
+use crate::error::Result;
+use crate::ffn::DeviceFfn;
+use crate::params::padded;
+
+/// One layer's parameters, in f32 and rounded.
+pub(super) struct Weights<'a> {
+    pub(super) kind: &'a DeviceFfn,
+    pub(super) master: View<'a, f32>,
+    pub(super) rounded: View<'a, bf16>,
+}
+
+/// What the backward needs of the forward.
+#[derive(Debug)]
+pub(super) struct Acts {
+    a: GpuBuf<bf16>,
+    b: GpuBuf<bf16>,
+    routed: Option<router::Routed>,
+}
+
+/// What all layers work in.
+#[derive(Debug)]
+pub(super) struct Scratch {
+    /// `coefficient * silu(a) * b`
+    c: GpuBuf<bf16>,
+    da: GpuBuf<bf16>,
+    db: GpuBuf<bf16>,
+    /// `dy W_down^T`
+    g: GpuBuf<bf16>,
+    logits: GpuBuf<f32>,
+    dcoefficients: GpuBuf<f32>,
+    dlogits: GpuBuf<f32>,
+    partials: GpuBuf<f32>,
+}
+
+impl Acts {
+    pub(super) fn new(gpu: &Gpu, ffn: &DeviceFfn, tokens: usize) -> Result<Acts> {
+        let pairs = tokens * ffn.intermediate();
+        let routed = ffn.num_experts().map(|n| router::Routed::with_room(gpu, tokens, n)).transpose()?;
+        Ok(Acts { a: gpu.zeros(pairs)?, b: gpu.zeros(pairs)?, routed })
+    }
+
+    pub(super) fn bytes(ffn: &DeviceFfn, tokens: usize) -> usize {
+        tokens * (4 * ffn.intermediate() + ffn.num_experts().map_or(0, |n| 9 * n + 4))
+    }
+
+    pub(super) fn routed(&self) -> Option<&router::Routed> {
+        self.routed.as_ref()
+    }
+}
+
+impl Scratch {
+    pub(super) fn new(gpu: &Gpu, ffns: &[DeviceFfn], tokens: usize) -> Result<Scratch> {
+        let widest = tokens * ffns.iter().map(DeviceFfn::intermediate).max().unwrap_or(0);
+        let experts = ffns.iter().filter_map(DeviceFfn::num_experts).max().unwrap_or(0);
+        let hidden = ffns.first().map_or(0, DeviceFfn::hidden);
+        let pairs = tokens * experts;
+        Ok(Scratch {
+            c: gpu.zeros(widest)?,
+            da: gpu.zeros(widest)?,
+            db: gpu.zeros(widest)?,
+            g: gpu.zeros(widest)?,
+            logits: gpu.zeros(pairs)?,
+            dcoefficients: gpu.zeros(pairs)?,
+            dlogits: gpu.zeros(pairs)?,
+            partials: gpu.zeros(router::partials_len(hidden, experts))?,
+        })
+    }
+
+    pub(super) fn bytes(ffn: &DeviceFfn, tokens: usize) -> usize {
+        tokens * (8 * ffn.intermediate() + 12 * ffn.num_experts().unwrap_or(0))
+    }
+}
+
+/// The router of a layer, f32.
+struct Router<'a> {
+    config: &'a RouterConfig,
+    weight: View<'a, f32>,
+    bias: Option<View<'a, f32>>,
+}
+
+impl<'a> Weights<'a> {
+    fn projection(&self, which: usize) -> View<'a, bf16> {
+        let len = self.kind.hidden() * self.kind.intermediate();
+        self.rounded.slice(which * padded(len)..which * padded(len) + len)
+    }
+
+    fn router(&self) -> Option<Router<'a>> {
+        let DeviceFfn::Gated { hidden, intermediate, router, router_bias } = self.kind else { return None };
+        let [weight, bias] = router_ranges(*hidden, *intermediate, router.num_experts);
+        let bias = router_bias.then(|| self.master.slice(bias));
+        Some(Router { config: router, weight: self.master.slice(weight), bias })
+    }
+
+    /// Sets `y`; `h` is `normed` rounded.
+    pub(super) fn forward_train(
+        &self,
+        products: &Products<'_>,
+        y: ViewMut<'_, f32>,
+        acts: &mut Acts,
+        h: View<'_, bf16>,
+        normed: router::Normed<'_>,
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        let (gpu, tokens) = (products.gpu, products.tokens);
+        let (hidden, width) = (self.kind.hidden(), self.kind.intermediate());
+        if let (Some(Router { config, weight, bias }), Some(routed)) = (self.router(), &mut acts.routed) {
+            let n = config.num_experts;
+            let mut logits = scratch.logits.slice_mut(0..tokens * n);
+            router::logits(gpu, logits.reborrow(), normed, weight, bias, hidden)?;
+            router::route(gpu, routed, logits.as_view(), &super::gates(config))?;
+        }
+        products.forward(acts.a.view_mut(), h, self.projection(0), hidden, width)?;
+        products.forward(acts.b.view_mut(), h, self.projection(1), hidden, width)?;
+        let mut c = scratch.c.slice_mut(0..tokens * width);
+        let coefficients = acts.routed.as_ref().map(|routed| routed.coefficients());
+        ffn::activate(gpu, c.reborrow(), acts.a.view(), acts.b.view(), coefficients, self.dims(tokens))?;
+        // The down projection is stored transposed: y = c W.
+        products.times(y, c.as_view(), self.projection(2), width, hidden, false)
+    }
+
+    /// Sets `dh`, adds to `grads`, which is laid out as the parameters.
+    #[expect(clippy::too_many_arguments, reason = "the forward's arguments with their gradients")]
+    pub(super) fn backward(
+        &self,
+        products: &Products<'_>,
+        mut dh: ViewMut<'_, f32>,
+        mut grads: ViewMut<'_, f32>,
+        dy: View<'_, bf16>,
+        acts: &Acts,
+        h: View<'_, bf16>,
+        normed: router::Normed<'_>,
+        sparsity: router::Sparsity,
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        let (gpu, tokens) = (products.gpu, products.tokens);
+        let (hidden, width) = (self.kind.hidden(), self.kind.intermediate());
+        let (len, values) = (hidden * width, 0..tokens * width);
+        let [gate, up, down] = [0, 1, 2].map(|which| which * padded(len)..which * padded(len) + len);
+        let Scratch { c, da, db, g, dcoefficients, dlogits, partials, .. } = scratch;
+        // g = dy W_down^T: the stored matrix is W_down^T already, [width, hidden].
+        products.forward(g.slice_mut(values.clone()), dy, self.projection(2), hidden, width)?;
+        let router = self.router();
+        let n = self.kind.num_experts().unwrap_or(0);
+        let all_pairs = router.as_ref().is_some_and(|router| router.config.ste);
+        ffn::backward(
+            gpu,
+            da.slice_mut(values.clone()),
+            db.slice_mut(values.clone()),
+            c.slice_mut(values.clone()),
+            (n > 0).then(|| dcoefficients.slice_mut(0..tokens * n)),
+            g.slice(values.clone()),
+            acts.a.view(),
+            acts.b.view(),
+            acts.routed.as_ref().map(|routed| routed.coefficients()),
+            all_pairs,
+            self.dims(tokens),
+        )?;
+        let (da, db, c) = (da.slice(values.clone()), db.slice(values.clone()), c.slice(values));
+        // dW_down^T = c^T dy, [width, hidden]
+        products.backward_weight(grads.slice_mut(down), c, dy, hidden, width)?;
+        products.backward_weight(grads.slice_mut(gate), da, h, hidden, width)?;
+        products.backward_weight(grads.slice_mut(up), db, h, hidden, width)?;
+        products.times(dh.reborrow(), da, self.projection(0), width, hidden, false)?;
+        products.times(dh.reborrow(), db, self.projection(1), width, hidden, true)?;
+        let (Some(Router { config, weight, bias }), Some(routed)) = (router, &acts.routed) else {
+            return Ok(());
+        };
+        let mut dz = dlogits.slice_mut(0..tokens * n);
+        router::backward(
+            gpu,
+            dz.reborrow(),
+            dcoefficients.slice(0..tokens * n),
+            routed,
+            sparsity,
+            &super::gates(config),
+        )?;
+        let [drouter, mut dbias] = router_ranges(hidden, width, n);
+        if bias.is_none() {
+            dbias = drouter.end..drouter.end;
+        }
+        let [drouter, dbias] = grads.two(drouter, dbias);
+        let dbias = bias.map(|_| dbias);
+        router::backward_weights(gpu, drouter, dbias, dz.as_view(), normed, hidden, partials.view_mut())?;
+        Ok(router::backward_input_add(gpu, dh, dz.as_view(), weight, hidden)?)
+    }
+
+    fn dims(&self, tokens: usize) -> ffn::Dims {
+        let n = self.kind.num_experts().unwrap_or(1);
+        ffn::Dims { tokens, intermediate: self.kind.intermediate(), num_experts: n }
+    }
+}
+
+/// Where the router's weight and bias lie in an FFN's parameters.
+pub(super) fn router_ranges(hidden: usize, intermediate: usize, n: usize) -> [std::ops::Range<usize>; 2] {
+    let start = 3 * padded(hidden * intermediate);
+    let bias = start + padded(n * hidden);
+    [start..start + n * hidden, bias..bias + n]
+}

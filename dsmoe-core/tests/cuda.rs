@@ -1,0 +1,259 @@
+//! Models on a GPU against the same models on the processor.
+#![cfg(feature = "cuda")]
+
+use std::path::Path;
+
+use dsmoe_core::checkpoint::Dtype;
+use dsmoe_core::config::Config;
+use dsmoe_core::convert::{ConvertOptions, convert};
+use dsmoe_core::init::{InitOptions, init, preset};
+use dsmoe_core::model::cuda::CudaTrainer;
+use dsmoe_core::model::{After, Cache, Segment, StepArgs, TrainWorkspace, Workspace};
+use dsmoe_core::{Device, Inference, Model};
+use dsmoe_kernels::cuda::{Detection, detect};
+use dsmoe_kernels::{Precision, adamw};
+use dsmoe_router::{GateValue, Rescale, SparsityOver, ZeroActive};
+
+/// Whether there is a GPU; says so where not.
+#[expect(clippy::print_stdout, reason = "a skipped test says so")]
+fn has_gpu(test: &str) -> bool {
+    let found = detect();
+    let required = std::env::var("DSMOE_REQUIRE").is_ok_and(|all| all.split(',').any(|word| word == "gpu"));
+    match found {
+        Detection::Devices(_) => true,
+        other if required => panic!("{test} needs a GPU: {other:?}"),
+        other => {
+            println!("SKIP {test}: no GPU ({other:?})");
+            false
+        }
+    }
+}
+
+/// Random models: dense ones and such with experts of several kinds.
+fn models(dir: &Path) -> Vec<(String, std::path::PathBuf)> {
+    let mut all = Vec::new();
+    for (name, heads, kv_heads, hidden, intermediate, tied) in
+        [("square", 4, 4, 64, 96, true), ("grouped", 6, 2, 96, 160, false), ("odd", 3, 1, 36, 56, false)]
+    {
+        let mut json: serde_json::Value = serde_json::from_str(&preset("tiny").unwrap().to_json()).unwrap();
+        let settings = [
+            ("hidden_size", hidden),
+            ("intermediate_size", intermediate),
+            ("vocab_size", 75),
+            ("num_hidden_layers", 2),
+            ("num_attention_heads", heads),
+            ("num_key_value_heads", kv_heads),
+            ("head_dim", hidden / heads),
+            ("max_position_embeddings", 256),
+        ];
+        for (key, value) in settings {
+            json[key] = value.into();
+        }
+        json["tie_word_embeddings"] = tied.into();
+        json["initializer_range"] = 0.1.into();
+        let config = Config::from_json(Path::new("config.json"), &json.to_string()).unwrap();
+        let dense = dir.join(name);
+        let options = InitOptions { dtype: Dtype::BF16, seed: 3, ..InitOptions::default() };
+        init(&config, &dense, &options, &mut |_| {}).unwrap();
+        all.push((name.to_owned(), dense.clone()));
+        let kinds = [
+            (GateValue::Sigmoid, Rescale::None, ZeroActive::Skip, true),
+            (GateValue::Binary, Rescale::Eq8, ZeroActive::ForceArgmax, true),
+            (GateValue::Sigmoid, Rescale::Eq8, ZeroActive::Skip, false),
+        ];
+        for (i, (gate_value, rescale, zero_active, ste)) in kinds.into_iter().enumerate() {
+            let out = dir.join(format!("{name}-{i}"));
+            let mut options = ConvertOptions::new(8);
+            options.router.gate_value = gate_value;
+            options.router.rescale = rescale;
+            options.router.zero_active = zero_active;
+            options.router.ste = ste;
+            convert(&dense, &out, &options, &mut |_| {}).unwrap();
+            all.push((format!("{name} {gate_value} {rescale} {zero_active} ste {ste}"), out));
+        }
+    }
+    all
+}
+
+fn ids(count: usize, seed: u32) -> Vec<u32> {
+    (0..count as u32).map(|i| (i * i * 7 + 3 * i + seed * 13) % 75).collect()
+}
+
+/// Distance over size.
+fn off(got: &[f32], want: &[f32]) -> f64 {
+    let sum = |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>().sqrt();
+    let size = sum(&mut want.iter().map(|&x| f64::from(x)));
+    let distance = sum(&mut got.iter().zip(want).map(|(&a, &b)| f64::from(a) - f64::from(b)));
+    if size == 0.0 { distance } else { distance / size }
+}
+
+/// Checks that `got` errs no more than four times what `half`, the processor in bf16, does against `want`, its f32. Both
+/// round operands of products to 8 bits; a GPU also keeps activations and their gradients so between ops, and a gate near its
+/// threshold may be open in one of them alone.
+fn assert_near(what: &str, got: &[f32], want: &[f32], half: &[f32]) {
+    let (got, allowed) = (off(got, want), 4.0 * off(half, want) + 0.005);
+    assert!(got <= allowed, "{what} is off by {got}, more than {allowed}");
+}
+
+fn hyper(step: u64, decay: bool) -> adamw::Hyper {
+    let weight_decay = if decay { 0.1 } else { 0.0 };
+    adamw::Hyper { lr: 1e-3, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay, step }
+}
+
+#[test]
+fn a_training_step_is_that_of_the_processor() {
+    if !has_gpu("a_training_step_is_that_of_the_processor") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (seq, tokens) = (33, 99);
+    let (inputs, targets) = (ids(tokens, 1), ids(tokens, 2));
+    let args = StepArgs {
+        loss_scale: 1.0 / tokens as f32,
+        sparsity_weight: 0.5,
+        sparsity_over: SparsityOver::All,
+        balance_scale: 1.0,
+        seed: 1,
+    };
+    for (name, path) in models(dir.path()) {
+        let model = Model::load(&path).unwrap();
+        let len = model.layout().len();
+        let mut grads = vec![0.0; len];
+        let mut workspace = TrainWorkspace::new(&model, tokens, Precision::F32);
+        let want = model.train_step(&mut grads, &inputs, &targets, seq, &args, &mut workspace).unwrap();
+        let mut half_grads = vec![0.0; len];
+        let mut half_workspace = TrainWorkspace::new(&model, tokens, Precision::Bf16);
+        model.train_step(&mut half_grads, &inputs, &targets, seq, &args, &mut half_workspace).unwrap();
+
+        let zeros = vec![0.0; len];
+        let mut trainer = CudaTrainer::new(0, &model, &zeros, &zeros, tokens, seq).unwrap();
+        let step = |trainer: &mut CudaTrainer| {
+            let mut stats = model.new_stats();
+            trainer.begin().unwrap();
+            trainer.micro_batch(&inputs, &targets, seq, &args).unwrap();
+            (trainer.finish(stats.as_mut()).unwrap(), stats, trainer.download_grads().unwrap())
+        };
+        let (got, stats, got_grads) = step(&mut trainer);
+        let mean = (got.loss / tokens as f64, want.loss_sum / tokens as f64);
+        assert!((mean.0 - mean.1).abs() < 2e-3, "{name}: loss {mean:?}");
+        if let (Some(n), Some(stats)) = (model.num_experts(), &stats) {
+            let gates = (tokens * n * model.config().num_layers) as f64;
+            assert!((got.all_gates / gates - want.mean_gate).abs() < 1e-3, "{name}: gates");
+            let (share, wanted) = (
+                stats.active_ratio(),
+                workspace.stats().map_or(0.0, dsmoe_router::RoutingStats::active_ratio),
+            );
+            assert!((share - wanted).abs() < 5e-3, "{name}: share {share}, not {wanted}");
+        }
+        for entry in model.layout().entries() {
+            let [got, want, half] =
+                [&got_grads, &grads, &half_grads].map(|grads| &grads[entry.range.clone()]);
+            assert_near(&format!("{name}: gradient of {}", entry.spec.name), got, want, half);
+        }
+        let squares: f64 = got_grads.iter().map(|&g| f64::from(g).powi(2)).sum();
+        assert!((got.squares / squares - 1.0).abs() < 1e-9, "{name}: squares {} and {squares}", got.squares);
+        let (again, _, grads_again) = step(&mut trainer);
+        assert!(again.loss == got.loss && grads_again == got_grads, "{name}: other bits the second time");
+
+        trainer.update(0.5, |decay, _| hyper(1, decay)).unwrap();
+        let mut updated = Model::load(&path).unwrap();
+        trainer.download(&mut updated).unwrap();
+        let (mut params, mut m, mut v) = (model.params().to_vec(), zeros.clone(), zeros.clone());
+        for entry in model.layout().entries() {
+            let range = entry.range.clone();
+            adamw::step(
+                &mut params[range.clone()],
+                &mut m[range.clone()],
+                &mut v[range.clone()],
+                &got_grads[range],
+                0.5,
+                &hyper(1, entry.spec.decay),
+            );
+        }
+        assert!(off(updated.params(), &params) < 1e-6, "{name}: the update");
+        let (mut m_got, mut v_got) = (zeros.clone(), zeros.clone());
+        trainer.download_moments(&mut m_got, &mut v_got).unwrap();
+        assert!(off(&m_got, &m) < 1e-6 && off(&v_got, &v) < 1e-6, "{name}: the moments");
+    }
+}
+
+#[test]
+fn inference_is_that_of_the_processor() {
+    if !has_gpu("inference_is_that_of_the_processor") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    for (name, path) in models(dir.path()) {
+        let [cpu, half] = [Precision::F32, Precision::Bf16].map(|p| Inference::load(&path, p).unwrap());
+        let gpu = Inference::load_on(&path, Precision::Bf16, Device::Cuda(0)).unwrap();
+        let all = ids(120, 4);
+        let targets = ids(120, 5);
+        let run = |model: &Inference| {
+            let mut workspace = Workspace::default();
+            let mut stats = model.new_stats();
+            let mut losses = vec![f32::NAN; 120];
+            model.score(&mut losses, &all, &targets, 40, stats.as_mut(), &mut workspace).unwrap();
+            let mut cache = Cache::new(model, 20);
+            let mut logits = Vec::new();
+            for piece in [
+                &all[..30],
+                &all[30..33],
+                &all[33..34],
+                &all[34..35],
+                &all[35..36],
+                &all[36..70],
+                &all[70..71],
+            ] {
+                let of = model.logits(piece, piece.len(), &mut cache, None, &mut workspace).unwrap();
+                logits.extend_from_slice(of);
+            }
+            let segments = [
+                Segment { tokens: 7, after: After::Nothing },
+                Segment { tokens: 90, after: After::Nothing },
+                Segment { tokens: 3, after: After::Segment(0) },
+                Segment { tokens: 20, after: After::Segment(0) },
+            ];
+            let places: Vec<(usize, u32)> = [0, 6, 50, 50, 99, 119, 3].map(|at| (at, targets[at])).to_vec();
+            let found = model.likelihoods(&all, &segments, &places, None, &mut workspace).unwrap();
+            let mut caches = [Cache::new(model, 9), Cache::new(model, 9), Cache::new(model, 9)];
+            for (i, cache) in caches.iter_mut().enumerate() {
+                model.decode(&all[..4 * i + 1], cache, None, &mut workspace).unwrap();
+            }
+            let mut each = Vec::new();
+            for step in 0..5 {
+                let next = [all[step], all[step + 9], all[step + 30]];
+                let mut refs: Vec<&mut Cache> = caches.iter_mut().collect();
+                each.extend_from_slice(model.decode_each(&next, &mut refs, None, &mut workspace).unwrap());
+            }
+            let found: Vec<f32> = found.iter().map(|likelihood| likelihood.log_probability).collect();
+            (losses, logits, found, each, stats)
+        };
+        let (want, half, got) = (run(&cpu), run(&half), run(&gpu));
+        for (what, got, want, half) in [
+            ("losses", &got.0, &want.0, &half.0),
+            ("logits", &got.1, &want.1, &half.1),
+            ("likelihoods", &got.2, &want.2, &half.2),
+            ("logits of several", &got.3, &want.3, &half.3),
+        ] {
+            assert_near(&format!("{name}: {what}"), got, want, half);
+        }
+        if let (Some(got), Some(want)) = (got.4, want.4) {
+            assert!((got.active_ratio() - want.active_ratio()).abs() < 5e-3, "{name}: share");
+        }
+        let again = run(&gpu);
+        assert_eq!(again.1, run(&gpu).1, "{name}: other bits the second time");
+    }
+}
+
+#[test]
+fn other_precisions_are_refused() {
+    if !has_gpu("other_precisions_are_refused") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (_, path) = models(dir.path()).remove(0);
+    let error = Inference::load_on(&path, Precision::F32, Device::Cuda(0)).unwrap_err().to_string();
+    assert!(error.contains("--dtype bf16"), "{error}");
+    let error = Inference::load_on(&path, Precision::Bf16, Device::Cuda(63)).unwrap_err().to_string();
+    assert!(error.contains("cuda:63"), "{error}");
+}

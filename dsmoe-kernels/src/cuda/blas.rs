@@ -1,0 +1,202 @@
+//! cuBLASLt, with the algorithm of every shape chosen once.
+
+use std::collections::HashMap;
+use std::ffi::c_void;
+
+use cudarc::cublaslt::result::{self, CublasError};
+use cudarc::cublaslt::sys;
+
+use super::detect::libraries;
+use super::device::Gpu;
+use super::error::{CudaError, Result};
+use super::ops::matmul::Gemm;
+
+/// Bytes that algorithms may work in; what NVIDIA advises for Hopper.
+const WORKSPACE: usize = 32 << 20;
+
+/// A product as algorithms are chosen by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Shape {
+    gemm: Gemm,
+    f32_out: bool,
+    /// Bytes that the three matrices are aligned to.
+    alignments: [u32; 3],
+}
+
+/// cuBLASLt's description of a product, and its algorithm.
+struct Plan {
+    product: sys::cublasLtMatmulDesc_t,
+    a: sys::cublasLtMatrixLayout_t,
+    b: sys::cublasLtMatrixLayout_t,
+    out: sys::cublasLtMatrixLayout_t,
+    /// None: cuBLASLt has no algorithm for it.
+    algorithm: Option<sys::cublasLtMatmulAlgo_t>,
+}
+
+pub(super) struct Blas {
+    handle: sys::cublasLtHandle_t,
+    workspace: u64,
+    plans: HashMap<Shape, Plan>,
+}
+
+// SAFETY: the handle and the descriptions belong to this value alone, and cuBLASLt may be called from any thread.
+unsafe impl Send for Blas {}
+
+impl Drop for Blas {
+    fn drop(&mut self) {
+        for plan in self.plans.values() {
+            for layout in [plan.a, plan.b, plan.out] {
+                // SAFETY: made in `Plan::new`, destroyed here only.
+                let _ = unsafe { result::destroy_matrix_layout(layout) };
+            }
+            // SAFETY: as above.
+            let _ = unsafe { result::destroy_matmul_desc(plan.product) };
+        }
+        // SAFETY: made in `Blas::new`, destroyed here only. The workspace goes with the context.
+        let _ = unsafe { result::destroy_handle(self.handle) };
+    }
+}
+
+fn refused(gemm: Gemm) -> impl Fn(CublasError) -> CudaError {
+    move |error| CudaError::Blas { code: format!("{:?}", error.0), shape: format!("{gemm:?}") }
+}
+
+/// The largest power of two up to 256 that divides `value`; 256 for 0.
+fn alignment(value: u64) -> u32 {
+    1 << value.trailing_zeros().min(8)
+}
+
+impl Blas {
+    pub(super) fn new(gpu: &Gpu) -> Result<Blas> {
+        if !libraries().cublaslt {
+            return Err(CudaError::no_cublaslt());
+        }
+        let handle = result::create_handle().map_err(|error| CudaError::Blas {
+            code: format!("{:?}", error.0),
+            shape: "at its start".to_owned(),
+        })?;
+        let workspace = gpu.allocate(WORKSPACE)?;
+        Ok(Blas { handle, workspace, plans: HashMap::new() })
+    }
+
+    /// Queues `out = a b` or, with [`Gemm::beta_one`], `out += a b`; false when cuBLASLt knows no way.
+    ///
+    /// # Safety
+    /// The pointers name buffers of the matrices that `gemm` describes, of `gpu`, which is current in this thread.
+    pub(super) unsafe fn gemm(
+        &mut self,
+        gpu: &Gpu,
+        gemm: Gemm,
+        f32_out: bool,
+        [out, a, b]: [u64; 3],
+    ) -> Result<bool> {
+        let out_size = if f32_out { 4 } else { 2 };
+        let aligned = |ptr: u64, ld: usize, size: u64| alignment(ptr | (ld as u64 * size));
+        let alignments = [aligned(out, gemm.ldc, out_size), aligned(a, gemm.lda, 2), aligned(b, gemm.ldb, 2)];
+        let shape = Shape { gemm, f32_out, alignments };
+        if !self.plans.contains_key(&shape) {
+            let plan = Plan::new(self.handle, shape)?;
+            self.plans.insert(shape, plan);
+        }
+        let Some(Plan { product, a: a_of, b: b_of, out: out_of, algorithm: Some(algorithm) }) =
+            self.plans.get(&shape)
+        else {
+            return Ok(false);
+        };
+        let (alpha, beta) = (1.0f32, if gemm.beta_one { 1.0f32 } else { 0.0 });
+        let ptr = |address: u64| address as *mut c_void;
+        // SAFETY: descriptions are alive in `plans`, the scalars live until the call returns, the buffers are as the caller
+        // promises, the workspace is ours and the stream orders its uses.
+        let queued = unsafe {
+            result::matmul(
+                self.handle,
+                *product,
+                (&raw const alpha).cast(),
+                (&raw const beta).cast(),
+                // Row-major matrices are their transposes in columns: the second operand comes first.
+                ptr(b),
+                *b_of,
+                ptr(a),
+                *a_of,
+                ptr(out),
+                *out_of,
+                ptr(out),
+                *out_of,
+                algorithm,
+                ptr(self.workspace),
+                WORKSPACE,
+                gpu.bind()?.cast(),
+            )
+        };
+        queued.map_err(refused(gemm))?;
+        Ok(true)
+    }
+}
+
+impl Plan {
+    fn new(handle: sys::cublasLtHandle_t, shape: Shape) -> Result<Plan> {
+        let Shape { gemm, f32_out, alignments } = shape;
+        let failed = refused(gemm);
+        let (half, single) = (sys::cudaDataType_t::CUDA_R_16BF, sys::cudaDataType_t::CUDA_R_32F);
+        let product = result::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, single)
+            .map_err(&failed)?;
+        let transposed = |yes: bool| if yes { 1i32 } else { 0 };
+        let attributes = [
+            (sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA, transposed(gemm.b_transposed)),
+            (sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSB, transposed(gemm.a_transposed)),
+        ];
+        for (which, value) in attributes {
+            // SAFETY: the attribute is an i32, which lives until the call returns.
+            unsafe { result::set_matmul_desc_attribute(product, which, (&raw const value).cast(), 4) }
+                .map_err(&failed)?;
+        }
+        // Rows and columns as they lie in columns.
+        let layout = |kind, rows: usize, cols: usize, ld: usize| {
+            result::create_matrix_layout(kind, rows as u64, cols as u64, ld as i64).map_err(&failed)
+        };
+        let a = match gemm.a_transposed {
+            false => layout(half, gemm.k, gemm.m, gemm.lda)?,
+            true => layout(half, gemm.m, gemm.k, gemm.lda)?,
+        };
+        let b = match gemm.b_transposed {
+            false => layout(half, gemm.n, gemm.k, gemm.ldb)?,
+            true => layout(half, gemm.k, gemm.n, gemm.ldb)?,
+        };
+        let out = layout(if f32_out { single } else { half }, gemm.n, gemm.m, gemm.ldc)?;
+        let wishes = result::create_matmul_pref().map_err(&failed)?;
+        let workspace = WORKSPACE as u64;
+        // SAFETY: the attribute is a u64, which lives until the call returns.
+        unsafe {
+            result::set_matmul_pref_attribute(
+                wishes,
+                sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+                (&raw const workspace).cast(),
+                8,
+            )
+        }
+        .map_err(&failed)?;
+        use sys::cublasLtMatmulPreferenceAttributes_t as Wish;
+        let [of_out, of_a, of_b] = alignments;
+        let aligned = [
+            (Wish::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, of_b),
+            (Wish::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, of_a),
+            (Wish::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, of_out),
+            (Wish::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, of_out),
+        ];
+        for (which, bytes) in aligned {
+            // SAFETY: the attribute is a u32, which lives until the call returns.
+            unsafe { result::set_matmul_pref_attribute(wishes, which, (&raw const bytes).cast(), 4) }
+                .map_err(&failed)?;
+        }
+        // SAFETY: all descriptions were made above.
+        let chosen = unsafe { result::get_matmul_algo_heuristic(handle, product, b, a, out, out, wishes) };
+        // SAFETY: made above, not used any more.
+        let _ = unsafe { result::destroy_matmul_pref(wishes) };
+        let algorithm = match chosen {
+            Ok(chosen) => Some(chosen.algo),
+            Err(error) if error.0 == sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED => None,
+            Err(error) => return Err(failed(error)),
+        };
+        Ok(Plan { product, a, b, out, algorithm })
+    }
+}

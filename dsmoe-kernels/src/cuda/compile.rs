@@ -1,0 +1,193 @@
+//! From text to machine code, by NVRTC, with a folder of what was compiled before.
+
+use std::ffi::{CStr, CString, c_char};
+use std::fs;
+use std::io::Write;
+use std::path::PathBuf;
+use std::sync::OnceLock;
+
+use cudarc::nvrtc::{result, sys};
+use sha2::{Digest, Sha256};
+
+use super::detect::{guarded, libraries};
+use super::error::{CudaError, Result};
+use super::kernel::Source;
+
+/// What stands before every kernel's text.
+const PRELUDE: &str = include_str!("prelude.cuh");
+
+/// Kernels in machine code.
+#[derive(Clone, Debug)]
+pub struct Compiled {
+    /// The code.
+    pub cubin: Vec<u8>,
+    /// What the assembler says of every kernel.
+    pub log: String,
+}
+
+/// Version of NVRTC; none where there is none. Asked once.
+pub fn nvrtc_version() -> Option<(i32, i32)> {
+    static VERSION: OnceLock<Option<(i32, i32)>> = OnceLock::new();
+    *VERSION.get_or_init(|| {
+        if !libraries().nvrtc {
+            return None;
+        }
+        guarded(|| {
+            let (mut major, mut minor) = (0, 0);
+            // SAFETY: the library is there; both places live until the call returns.
+            let asked = unsafe { sys::nvrtcVersion(&mut major, &mut minor) };
+            asked.result().ok().map(|()| (major, minor))
+        })
+        .ok()?
+    })
+}
+
+/// Compiles `text`, after what all kernels share, with `defines` for `arch`, such as `sm_90a`.
+///
+/// # Errors
+/// NVRTC is not there, or refuses the text.
+pub fn compile(name: &str, text: &str, defines: &[(&str, i64)], arch: &str) -> Result<Compiled> {
+    if nvrtc_version().is_none() {
+        return Err(CudaError::no_nvrtc());
+    }
+    let failed = |log: String| CudaError::Compile { name: name.to_owned(), arch: arch.to_owned(), log };
+    let no_text = |_| failed("the text has a zero byte".to_owned());
+    let source = CString::new(format!("{PRELUDE}\n#line 1 \"{name}.cu\"\n{text}")).map_err(no_text)?;
+    let file = CString::new(format!("{name}.cu")).map_err(no_text)?;
+    let mut options = vec![
+        format!("--gpu-architecture={arch}"),
+        "--std=c++17".to_owned(),
+        "--ptxas-options=-v".to_owned(),
+        "-default-device".to_owned(),
+        // What NVRTC takes from its own cache comes without the assembler's log.
+        "--no-cache".to_owned(),
+    ];
+    options.extend(defines.iter().map(|(name, value)| format!("-D{name}={value}")));
+    let program =
+        result::create_program(&source, Some(&file)).map_err(|error| failed(format!("{error:?}")))?;
+    // SAFETY: the program was made above and is destroyed below.
+    let built = unsafe { result::compile_program(program, &options) };
+    // SAFETY: as above.
+    let log = unsafe { result::get_program_log(program) };
+    let log = log.map(text_of).unwrap_or_default();
+    let cubin = match built {
+        Ok(()) => take_cubin(program),
+        Err(_) => None,
+    };
+    // SAFETY: as above; it is not used any more.
+    let _ = unsafe { result::destroy_program(program) };
+    match cubin {
+        Some(cubin) => Ok(Compiled { cubin, log }),
+        None => {
+            let line = log.lines().find(|line| line.contains("error")).or_else(|| log.lines().next());
+            Err(failed(line.unwrap_or("no machine code was made").trim().to_owned()))
+        }
+    }
+}
+
+fn text_of(log: Vec<c_char>) -> String {
+    let bytes: Vec<u8> = log.into_iter().map(|c| c as u8).collect();
+    CStr::from_bytes_until_nul(&bytes).map(|text| text.to_string_lossy().into_owned()).unwrap_or_default()
+}
+
+fn take_cubin(program: sys::nvrtcProgram) -> Option<Vec<u8>> {
+    let mut len = 0;
+    // SAFETY: the program is compiled; `len` lives until the call returns.
+    unsafe { sys::nvrtcGetCUBINSize(program, &mut len) }.result().ok()?;
+    let mut cubin = vec![0u8; len];
+    // SAFETY: `cubin` has room for what NVRTC said.
+    unsafe { sys::nvrtcGetCUBIN(program, cubin.as_mut_ptr().cast()) }.result().ok()?;
+    (len > 0).then_some(cubin)
+}
+
+/// The architecture to compile for: with Hopper's own instructions on Hopper.
+fn arch_of(capability: (u32, u32)) -> String {
+    match capability {
+        (9, 0) => "sm_90a".to_owned(),
+        (major, minor) => format!("sm_{major}{minor}"),
+    }
+}
+
+/// The machine code of `source`, from the folder of compiled kernels if it is there.
+pub(super) fn cubin(
+    source: &'static Source,
+    defines: &[(&'static str, i64)],
+    capability: (u32, u32),
+) -> Result<Vec<u8>> {
+    let arch = arch_of(capability);
+    let path = nvrtc_version().and_then(|version| {
+        let mut hash = Sha256::new();
+        hash.update(format!("{version:?} {arch} {defines:?}\n{PRELUDE}\n{}", source.text));
+        let hash: String = hash.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect();
+        Some(cache_dir()?.join(format!("{}-{arch}-{hash}.cubin", source.name)))
+    });
+    // A damaged file is made again.
+    if let Some(image) = path.as_ref().and_then(|path| fs::read(path).ok()).and_then(unsealed) {
+        return Ok(image);
+    }
+    let compiled = compile(source.name, source.text, defines, &arch)?;
+    if let Some(path) = path {
+        // A cache that cannot be written costs time and nothing else.
+        drop(store(&path, &compiled.cubin));
+    }
+    Ok(compiled.cubin)
+}
+
+fn cache_dir() -> Option<PathBuf> {
+    let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let user = || set("XDG_CACHE_HOME").or_else(|| Some(set("HOME")?.join(".cache")));
+    set("DSMOE_CACHE_DIR").or_else(|| Some(user()?.join("dsmoe"))).map(|dir| dir.join("kernels"))
+}
+
+/// Its hash stands behind the code, so that a damaged file is no code.
+fn unsealed(mut file: Vec<u8>) -> Option<Vec<u8>> {
+    let hash = file.split_off(file.len().checked_sub(32)?);
+    (Sha256::digest(&file)[..] == hash[..]).then_some(file)
+}
+
+fn store(path: &std::path::Path, cubin: &[u8]) -> std::io::Result<()> {
+    let dir = path.parent().unwrap_or(std::path::Path::new("."));
+    fs::create_dir_all(dir)?;
+    // Processes that compile the same at once each have a file of their own.
+    let temporary = path.with_extension(format!("{}.tmp", std::process::id()));
+    let mut file = fs::File::create(&temporary)?;
+    file.write_all(cubin)?;
+    file.write_all(&Sha256::digest(cubin))?;
+    drop(file);
+    fs::rename(&temporary, path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cuda_code_is_kept_whole_or_not_at_all() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("kernels").join("some-sm_80-0.cubin");
+        let code: Vec<u8> = (0..5000u32).map(|i| (i * i) as u8).collect();
+        store(&path, &code).unwrap();
+        store(&path, &code).unwrap();
+        let file = fs::read(&path).unwrap();
+        assert_eq!(unsealed(file.clone()).as_deref(), Some(&code[..]));
+        assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1, "temporary files stay");
+        for len in [0, 31, 32, 4000, file.len() - 1] {
+            assert_eq!(unsealed(file[..len].to_vec()), None, "{len} bytes of {}", file.len());
+        }
+        for at in [0, 4999, 5000, file.len() - 1] {
+            let mut damaged = file.clone();
+            damaged[at] ^= 1;
+            assert_eq!(unsealed(damaged), None, "byte {at}");
+        }
+    }
+
+    #[test]
+    fn cuda_text_that_does_not_compile_is_told_by_its_line() {
+        let wrong = "extern \"C\" __global__ void k(float* x) {\n  x[0] = nothing;\n}\n";
+        match compile("wrong", wrong, &[], "sm_80") {
+            Err(CudaError::Compile { log, .. }) => assert!(log.starts_with("wrong.cu(2)"), "{log}"),
+            Err(CudaError::Library { .. }) if nvrtc_version().is_none() => {}
+            other => panic!("{other:?}"),
+        }
+    }
+}

@@ -1,0 +1,32 @@
+// One value, or four neighbours, per thread.
+
+extern "C" __global__ void add(float* y, const float* x, i64 n) {
+  const i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < n) y[i] += x[i];
+}
+
+extern "C" __global__ void cast(bf16* out, const float* x, i64 n) {
+  const i64 i = 4 * ((i64)blockIdx.x * blockDim.x + threadIdx.x);
+  const bool aligned = (((u64)out & 7) | ((u64)x & 15)) == 0;
+  if (i + 4 <= n && aligned) {
+    const F4 v = *(const F4*)(x + i);
+    U2 packed;
+    packed.x = pack(v.x, v.y);
+    packed.y = pack(v.z, v.w);
+    *(U2*)(out + i) = packed;
+  } else {
+    for (i64 j = i; j < n && j < i + 4; j++) out[j] = to_bf16(x[j]);
+  }
+}
+
+extern "C" __global__ void keep(float* x, const u8* mask, i64 n) {
+  const i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < n && mask[i] == 0) x[i] = 0.0f;
+}
+
+// Rows picked by their number.
+extern "C" __global__ void rows(bf16* out, const bf16* x, const u32* picked, int width) {
+  const bf16* from = x + (i64)picked[blockIdx.x] * width;
+  bf16* to = out + (i64)blockIdx.x * width;
+  for (int i = threadIdx.x; i < width; i += blockDim.x) to[i] = from[i];
+}

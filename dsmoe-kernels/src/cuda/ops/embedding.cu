@@ -1,0 +1,23 @@
+template <typename T> DEV void rows(float* out, const T* table, const u32* ids, int hidden) {
+  const T* from = table + (i64)ids[blockIdx.x] * hidden;
+  float* to = out + (i64)blockIdx.x * hidden;
+  for (int i = threadIdx.x; i < hidden; i += blockDim.x) to[i] = to_f32(from[i]);
+}
+extern "C" __global__ void forward_f32(float* out, const float* table, const u32* ids, int hidden) {
+  rows(out, table, ids, hidden);
+}
+extern "C" __global__ void forward_bf16(float* out, const bf16* table, const u32* ids, int hidden) {
+  rows(out, table, ids, hidden);
+}
+
+// One block per id that occurs: its positions, in order, are added to its row.
+extern "C" __global__ void backward(float* dtable, const float* dout, const u32* ids, const u32* offsets,
+                                    const u32* positions, int hidden) {
+  const u32 first = offsets[blockIdx.x], last = offsets[blockIdx.x + 1];
+  float* row = dtable + (i64)ids[blockIdx.x] * hidden;
+  for (int i = threadIdx.x; i < hidden; i += blockDim.x) {
+    float sum = 0.0f;
+    for (u32 p = first; p < last; p++) sum += dout[(i64)positions[p] * hidden + i];
+    row[i] += sum;
+  }
+}

@@ -1,0 +1,207 @@
+// z [T, n] = h W^T + bias in f32, h = x rstd w: a block per token, a warp per expert at a time.
+extern "C" __global__ void __launch_bounds__(256)
+logits(float* z, const float* x, const float* rstd, const float* norm, const float* w, const float* bias, int n,
+       int hidden) {
+  const int t = blockIdx.x, lane = threadIdx.x & 31;
+  const float r = rstd[t];
+  const float* row = x + (i64)t * hidden;
+  // Vectors where all rows start at 16 bytes.
+  const int vectors = hidden % 4 == 0 && (((u64)row | (u64)norm | (u64)w) & 15) == 0 ? hidden / 4 : 0;
+  for (int e = threadIdx.x >> 5; e < n; e += 8) {
+    const float* we = w + (i64)e * hidden;
+    float sum = 0.0f;
+#pragma unroll 4
+    for (int i = lane; i < vectors; i += 32) {
+      const F4 a = ((const F4*)row)[i], b = ((const F4*)norm)[i], c = ((const F4*)we)[i];
+      sum += a.x * r * b.x * c.x + a.y * r * b.y * c.y + a.z * r * b.z * c.z + a.w * r * b.w * c.w;
+    }
+    for (int i = 4 * vectors + lane; i < hidden; i += 32) sum += row[i] * r * norm[i] * we[i];
+    sum = warp_sum(sum);
+    if (lane == 0) z[(i64)t * n + e] = sum + (bias ? bias[e] : 0.0f);
+  }
+}
+
+DEV float sigmoid(float z) { return z >= 0.0f ? 1.0f / (1.0f + expf(-z)) : expf(z) / (1.0f + expf(z)); }
+
+// A thread per token. `threshold` is a logit; the mask is decided in f64, as on the processor.
+extern "C" __global__ void route(float* gates, float* coefficients, u8* mask, u32* active, const float* z, int tokens,
+                                 int n, double threshold, int binary, int rescale, int force) {
+  const int t = blockIdx.x * blockDim.x + threadIdx.x;
+  if (t >= tokens) return;
+  const float* zt = z + (i64)t * n;
+  const i64 at = (i64)t * n;
+  int k = 0, best = 0;
+  for (int e = 0; e < n; e++) {
+    const bool on = (double)zt[e] > threshold;
+    mask[at + e] = on;
+    k += on;
+    if (zt[e] > zt[best]) best = e;
+  }
+  if (force && k == 0) {
+    mask[at + best] = 1;
+    k = 1;
+  }
+  const float scale = rescale ? (float)n / (float)(k > 0 ? k : 1) : 1.0f;
+  for (int e = 0; e < n; e++) {
+    const float q = sigmoid(zt[e]);
+    gates[at + e] = q;
+    coefficients[at + e] = mask[at + e] ? scale * (binary ? 1.0f : q) : 0.0f;
+  }
+  active[t] = k;
+}
+
+// One block: where every expert's pairs start, then where every token's do.
+extern "C" __global__ void __launch_bounds__(1024) count(u32* offsets, u32* chunks, const u8* mask, int tokens, int n) {
+  // A thread per (chunk of tokens, expert): chunks [blocks of tokens, n] get how many are active.
+  const int at = blockIdx.x * blockDim.x + threadIdx.x;
+  const int parts = (tokens + CHUNK - 1) / CHUNK;
+  if (at >= parts * n) return;
+  const int part = at / n, e = at % n;
+  u32 sum = 0;
+  for (int t = part * CHUNK; t < tokens && t < (part + 1) * CHUNK; t++) sum += mask[(i64)t * n + e];
+  chunks[at] = sum;
+}
+
+// One thread per expert sums its chunks, the first turns sums into starts: both are short.
+extern "C" __global__ void __launch_bounds__(1024) scan(u32* offsets, u32* chunks, int tokens, int n) {
+  const int parts = (tokens + CHUNK - 1) / CHUNK;
+  for (int e = threadIdx.x; e < n; e += blockDim.x) {
+    u32 sum = 0;
+    for (int p = 0; p < parts; p++) sum += chunks[(i64)p * n + e];
+    offsets[e + 1] = sum;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    offsets[0] = 0;
+    for (int e = 0; e < n; e++) offsets[e + 1] += offsets[e];
+  }
+  __syncthreads();
+  for (int e = threadIdx.x; e < n; e += blockDim.x) {
+    u32 at = offsets[e];
+    for (int p = 0; p < parts; p++) {
+      const u32 here = chunks[(i64)p * n + e];
+      chunks[(i64)p * n + e] = at;
+      at += here;
+    }
+  }
+}
+
+// One block: token_offsets [T + 1] from the tokens' counts.
+extern "C" __global__ void __launch_bounds__(1024) scan_tokens(u32* token_offsets, const u32* active, int tokens) {
+  __shared__ u32 sums[1024];
+  const int per = (tokens + 1023) / 1024, first = threadIdx.x * per;
+  u32 sum = 0;
+  for (int t = first; t < tokens && t < first + per; t++) sum += active[t];
+  sums[threadIdx.x] = sum;
+  __syncthreads();
+  for (int o = 1; o < 1024; o <<= 1) {
+    const u32 before = threadIdx.x >= o ? sums[threadIdx.x - o] : 0;
+    __syncthreads();
+    sums[threadIdx.x] += before;
+    __syncthreads();
+  }
+  u32 at = threadIdx.x > 0 ? sums[threadIdx.x - 1] : 0;
+  for (int t = first; t < tokens && t < first + per; t++) {
+    token_offsets[t] = at;
+    at += active[t];
+  }
+  if (threadIdx.x == 1023) token_offsets[tokens] = sums[1023];
+}
+
+// A thread per (chunk, expert) writes its pairs, in the order of the tokens.
+extern "C" __global__ void __launch_bounds__(1024)
+fill(u32* list, u32* slots, const u32* chunks, const u32* token_offsets, const u8* mask, int tokens, int n) {
+  const int at = blockIdx.x * blockDim.x + threadIdx.x;
+  const int parts = (tokens + CHUNK - 1) / CHUNK;
+  if (at >= parts * n) return;
+  const int part = at / n, e = at % n;
+  u32 slot = chunks[at];
+  for (int t = part * CHUNK; t < tokens && t < (part + 1) * CHUNK; t++) {
+    const u8* row = mask + (i64)t * n;
+    if (!row[e]) continue;
+    u32 before = 0;
+    for (int o = 0; o < e; o++) before += row[o];
+    list[slot] = t;
+    slots[token_offsets[t] + before] = slot;
+    slot++;
+  }
+}
+
+// One block: adds the load [n] and the histogram [n + 1] to `counts`, and sums of gates of active and of all experts to
+// `sums`.
+extern "C" __global__ void __launch_bounds__(1024)
+stats(u64* counts, double* sums, const float* gates, const u8* mask, const u32* active, int tokens, int n) {
+  __shared__ double shared[32];
+  double of_active = 0.0, all = 0.0;
+  for (i64 i = threadIdx.x; i < (i64)tokens * n; i += blockDim.x) {
+    const double q = gates[i];
+    all += q;
+    if (mask[i]) of_active += q;
+  }
+  of_active = block_sum(of_active, shared);
+  all = block_sum(all, shared);
+  if (threadIdx.x == 0) {
+    sums[0] += of_active;
+    sums[1] += all;
+  }
+  // Counts are whole numbers: their order does not matter.
+  for (int i = threadIdx.x; i < tokens; i += blockDim.x) atomicAdd(counts + n + active[i], 1ull);
+  for (i64 i = threadIdx.x; i < (i64)tokens * n; i += blockDim.x)
+    if (mask[i]) atomicAdd(counts + i % n, 1ull);
+}
+
+// A thread per token; see the straight-through rule of the router crate.
+extern "C" __global__ void backward(float* dz, const float* dcoefficients, const float* gates, const u8* mask,
+                                    const u32* active, int tokens, int n, float weight, int all, int binary, int rescale,
+                                    int ste) {
+  const int t = blockIdx.x * blockDim.x + threadIdx.x;
+  if (t >= tokens) return;
+  const u32 k = active[t];
+  const float scale = rescale ? (float)n / (float)(k > 0 ? k : 1) : 1.0f;
+  for (int e = 0; e < n; e++) {
+    const i64 i = (i64)t * n + e;
+    const bool on = mask[i];
+    float dq = ste || (on && !binary) ? scale * dcoefficients[i] : 0.0f;
+    if (on || all) dq += weight;
+    const float q = gates[i];
+    dz[i] = dq * q * (1.0f - q);
+  }
+}
+
+// partials [blocks, n, hidden] and [blocks, n]: dz^T h and the sums of dz over the tokens b, b + blocks, ... of block b;
+// a thread per column. EXPERTS at a time.
+extern "C" __global__ void __launch_bounds__(128)
+backward_weights(float* partials, float* bias_partials, const float* dz, const float* x, const float* rstd,
+                 const float* norm, int tokens, int n, int hidden) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x, part = blockIdx.y, parts = gridDim.y;
+  const float w = i < hidden ? norm[i] : 0.0f;
+  for (int e0 = 0; e0 < n; e0 += 8) {
+    float sums[8] = {}, biases[8] = {};
+    for (int t = part; t < tokens; t += parts) {
+      const float h = i < hidden ? x[(i64)t * hidden + i] * rstd[t] * w : 0.0f;
+#pragma unroll
+      for (int e = 0; e < 8; e++) {
+        const float d = e0 + e < n ? dz[(i64)t * n + e0 + e] : 0.0f;
+        sums[e] += d * h;
+        biases[e] += d;
+      }
+    }
+#pragma unroll
+    for (int e = 0; e < 8; e++) {
+      if (e0 + e >= n) break;
+      if (i < hidden) partials[((i64)part * n + e0 + e) * hidden + i] = sums[e];
+      if (i == 0) bias_partials[(i64)part * n + e0 + e] = biases[e];
+    }
+  }
+}
+
+// dh [T, hidden] += dz W
+extern "C" __global__ void backward_input(float* dh, const float* dz, const float* w, int tokens, int n, int hidden) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x, t = blockIdx.y;
+  if (i >= hidden) return;
+  for (int token = t; token < tokens; token += gridDim.y) {
+    float sum = 0.0f;
+    for (int e = 0; e < n; e++) sum += dz[(i64)token * n + e] * w[(i64)e * hidden + i];
+    dh[(i64)token * hidden + i] += sum;
+  }
+}

@@ -1,0 +1,154 @@
+use half::bf16;
+
+use super::{check_close, gpu_or_skip, to_f32, to_f64, values};
+use crate::attention::{Dims, reference};
+use crate::cuda::ops::attention::{self, At, Segments};
+
+const SHAPES: [Dims; 6] = [
+    Dims { batch: 1, queries: 1, keys: 1, heads: 1, kv_heads: 1, head_dim: 16 },
+    Dims { batch: 2, queries: 65, keys: 65, heads: 4, kv_heads: 2, head_dim: 64 },
+    Dims { batch: 1, queries: 200, keys: 200, heads: 2, kv_heads: 1, head_dim: 128 },
+    Dims { batch: 3, queries: 17, keys: 17, heads: 3, kv_heads: 3, head_dim: 12 },
+    Dims { batch: 2, queries: 130, keys: 130, heads: 6, kv_heads: 2, head_dim: 32 },
+    Dims { batch: 1, queries: 64, keys: 64, heads: 2, kv_heads: 2, head_dim: 80 },
+];
+
+/// The columns of heads in the rows of qkv.
+fn columns(qkv: &[f64], dims: Dims) -> [Vec<f64>; 3] {
+    let (width, kv) = (dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim);
+    let take = |start: usize, len: usize| {
+        qkv.chunks_exact(dims.joined_width()).flat_map(|row| row[start..start + len].to_vec()).collect()
+    };
+    [take(0, width), take(width, kv), take(width + kv, kv)]
+}
+
+fn norm(x: &[f64]) -> f64 {
+    x.iter().map(|x| x * x).sum::<f64>().sqrt()
+}
+
+/// Checks by the norm of the difference: probabilities and score gradients are rounded to bf16 before they are multiplied.
+fn check_norm(what: &str, got: &[f32], want: &[f64], tolerance: f64) {
+    assert_eq!(got.len(), want.len(), "{what}");
+    let difference: Vec<f64> = got.iter().zip(want).map(|(&a, b)| f64::from(a) - b).collect();
+    let (off, size) = (norm(&difference), norm(want));
+    assert!(off <= tolerance * size + 1e-6, "{what}: off by {off}, of {size}: {}", off / size);
+}
+
+#[test]
+fn cuda_attention_is_the_reference() {
+    let Some(gpu) = gpu_or_skip("cuda_attention_is_the_reference") else { return };
+    for dims in SHAPES {
+        let rows = dims.batch * dims.queries;
+        let qkv = values(rows * dims.joined_width(), 5);
+        let dout = values(rows * dims.heads * dims.head_dim, 6);
+        let [q, k, v] = columns(&to_f64(&qkv), dims);
+        let (want, want_lse) = reference::forward(&q, &k, &v, dims);
+        let (dq, dk, dv) = reference::backward(&to_f64(&dout), &q, &k, &v, dims);
+
+        let qkv_on = gpu.upload(&qkv).unwrap();
+        let dout_on = gpu.upload(&dout).unwrap();
+        let run = || {
+            let mut out = gpu.zeros::<bf16>(dout.len()).unwrap();
+            let mut lse = gpu.zeros::<f32>(rows * dims.heads).unwrap();
+            attention::forward(&gpu, out.view_mut(), lse.view_mut(), qkv_on.view(), dims).unwrap();
+            let mut dqkv = gpu.zeros::<bf16>(qkv.len()).unwrap();
+            let mut deltas = gpu.zeros::<f32>(attention::backward_scratch(dims)).unwrap();
+            attention::backward(
+                &gpu,
+                dqkv.view_mut(),
+                dout_on.view(),
+                out.view(),
+                qkv_on.view(),
+                lse.view(),
+                dims,
+                deltas.view_mut(),
+            )
+            .unwrap();
+            (out.download().unwrap(), lse.download().unwrap(), dqkv.download().unwrap())
+        };
+        let (out, lse, dqkv) = run();
+        // Rounding of probabilities and of the result: each half a unit of 8 bits, of values up to 1.
+        check_close(&format!("{dims:?} out"), &to_f32(&out), &want, |_| 2.0 / 256.0);
+        check_close(&format!("{dims:?} lse"), &lse, &want_lse, |i| 1e-5 * (1.0 + want_lse[i].abs()));
+        let got: Vec<f64> = to_f64(&dqkv);
+        let single = |values: Vec<f64>| -> Vec<f32> { values.into_iter().map(|x| x as f32).collect() };
+        let [got_q, got_k, got_v] = columns(&got, dims).map(single);
+        for (what, got, want) in [("dq", got_q, dq), ("dk", got_k, dk), ("dv", got_v, dv)] {
+            check_norm(&format!("{dims:?} {what}"), &got, &want, 0.02);
+        }
+        let (again, lse_again, dqkv_again) = run();
+        assert!(
+            out == again && lse == lse_again && dqkv == dqkv_again,
+            "{dims:?}: other bits the second time"
+        );
+    }
+}
+
+#[test]
+fn cuda_attention_over_caches_and_segments_is_that_of_sequences() {
+    let Some(gpu) = gpu_or_skip("cuda_attention_over_caches_and_segments_is_that_of_sequences") else {
+        return;
+    };
+    for dims in SHAPES.map(|dims| Dims { batch: 1, ..dims }) {
+        let total = dims.queries;
+        let qkv = values(total * dims.joined_width(), 7);
+        let [q, k, v] = columns(&to_f64(&qkv), dims);
+        let (want, _) = reference::forward(&q, &k, &v, dims);
+        let width = dims.heads * dims.head_dim;
+        let on = gpu.upload(&qkv).unwrap();
+        let kv = dims.kv_heads * dims.head_dim;
+        let (mut keys, mut vals) =
+            (gpu.zeros::<bf16>((total + 70) * kv).unwrap(), gpu.zeros::<bf16>((total + 70) * kv).unwrap());
+        let mut length = gpu.zeros::<u32>(1).unwrap();
+        let room = total + 70;
+        let mut partials = gpu.zeros::<f32>(attention::decode_scratch(dims, room)).unwrap();
+        let mut start = 0;
+        // Pieces of several tokens, then single ones.
+        let mut sizes = vec![total / 2, total / 4];
+        sizes.retain(|&size| size > 1);
+        sizes.extend(vec![1; total - sizes.iter().sum::<usize>()]);
+        for size in sizes {
+            let part = on.slice(start * dims.joined_width()..(start + size) * dims.joined_width());
+            let now = Dims { queries: size, keys: start + size, ..dims };
+            let mut out = gpu.zeros::<bf16>(size * width).unwrap();
+            if size > 1 {
+                let at = At::Position(start);
+                attention::append(&gpu, keys.view_mut(), vals.view_mut(), part, at, now).unwrap();
+                attention::prefill(&gpu, out.view_mut(), part, keys.view(), vals.view(), now).unwrap();
+            } else {
+                length.upload_from(&[start as u32]).unwrap();
+                let at = At::Length(length.view());
+                attention::append(&gpu, keys.view_mut(), vals.view_mut(), part, at, now).unwrap();
+                attention::decode(
+                    &gpu,
+                    out.view_mut(),
+                    part,
+                    keys.view(),
+                    vals.view(),
+                    length.view(),
+                    now,
+                    partials.view_mut(),
+                )
+                .unwrap();
+            }
+            let got = to_f32(&out.download().unwrap());
+            let want = &want[start * width..(start + size) * width];
+            check_close(&format!("{dims:?} {size} at {start}"), &got, want, |_| 2.0 / 256.0);
+            start += size;
+        }
+
+        // The same rows as a segment and what continues it, behind another one.
+        let first = total / 3;
+        let mut rows = values(5 * dims.joined_width(), 8);
+        rows.extend_from_slice(&qkv);
+        let count = total + 5;
+        let places = [[0, 5, 0, 0], [5, first, 0, 0], [5 + first, total - first, 5, first]];
+        let segments = Segments::new(&gpu, &places).unwrap();
+        let on = gpu.upload(&rows).unwrap();
+        let mut out = gpu.zeros::<bf16>(count * width).unwrap();
+        let all = Dims { queries: count, keys: count, ..dims };
+        attention::ragged(&gpu, out.view_mut(), on.view(), &segments, all).unwrap();
+        let got = to_f32(&out.download().unwrap());
+        check_close(&format!("{dims:?} segments"), &got[5 * width..], &want, |_| 2.0 / 256.0);
+    }
+}

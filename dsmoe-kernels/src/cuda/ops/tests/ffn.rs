@@ -1,0 +1,61 @@
+use half::bf16;
+
+use super::{check_close, gpu_or_skip, to_f32, to_f64, values};
+use crate::cuda::ops::ffn::{Dims, activate, backward};
+
+#[test]
+fn cuda_ffn_is_the_reference() {
+    let Some(gpu) = gpu_or_skip("cuda_ffn_is_the_reference") else { return };
+    for (tokens, intermediate, n) in [(0, 8, 2), (1, 5, 5), (63, 96, 3), (129, 100, 4), (17, 64, 1)] {
+        for all_pairs in [false, true] {
+            let [a, b, g] = [1, 2, 3].map(|seed| values(tokens * intermediate, seed));
+            let mut rng = crate::rng::Rng::new(4, 0);
+            let coefficients: Vec<f32> =
+                (0..tokens * n).map(|_| if rng.uniform() < 0.5 { 0.0 } else { rng.uniform() }).collect();
+            let w = intermediate / n;
+            let (mut c, mut da, mut db) = (Vec::new(), Vec::new(), Vec::new());
+            let mut dk = vec![0.0f64; tokens * n];
+            let (af, bf, gf) = (to_f64(&a), to_f64(&b), to_f64(&g));
+            for at in 0..tokens * intermediate {
+                let pair = at / intermediate * n + at % intermediate / w;
+                let k = f64::from(coefficients[pair]);
+                let s = 1.0 / (1.0 + (-af[at]).exp());
+                let u = af[at] * s;
+                if k != 0.0 || all_pairs {
+                    dk[pair] += u * bf[at] * gf[at];
+                }
+                c.push(k * u * bf[at]);
+                da.push(k * gf[at] * bf[at] * s * (1.0 + af[at] * (1.0 - s)));
+                db.push(k * gf[at] * u);
+            }
+            let dims = Dims { tokens, intermediate, num_experts: n };
+            let [a, b, g] = [&a, &b, &g].map(|x| gpu.upload(x).unwrap());
+            let k = gpu.upload(&coefficients).unwrap();
+            let zeros = || gpu.zeros::<bf16>(tokens * intermediate).unwrap();
+            let (mut got_c, mut got_a, mut got_b, mut again) = (zeros(), zeros(), zeros(), zeros());
+            let mut got_k = gpu.zeros::<f32>(tokens * n).unwrap();
+            activate(&gpu, got_c.view_mut(), a.view(), b.view(), Some(k.view()), dims).unwrap();
+            backward(
+                &gpu,
+                got_a.view_mut(),
+                got_b.view_mut(),
+                again.view_mut(),
+                Some(got_k.view_mut()),
+                g.view(),
+                a.view(),
+                b.view(),
+                Some(k.view()),
+                all_pairs,
+                dims,
+            )
+            .unwrap();
+            for (what, got, want) in
+                [("c", &got_c, &c), ("da", &got_a, &da), ("db", &got_b, &db), ("c", &again, &c)]
+            {
+                let got = to_f32(&got.download().unwrap());
+                check_close(&format!("{dims:?} {what}"), &got, want, |i| want[i].abs() / 250.0 + 1e-7);
+            }
+            check_close("dcoefficients", &got_k.download().unwrap(), &dk, |_| 1e-6 * w as f64 + 1e-6);
+        }
+    }
+}

@@ -1,0 +1,66 @@
+//! Every kernel compiles here, wherever NVRTC is; every op is compared with its reference where there is a GPU.
+
+mod attention;
+mod compiled;
+mod few;
+mod ffn;
+mod matmul;
+mod router;
+mod rows;
+
+use crate::cuda::{Detection, Gpu, detect};
+
+/// Whether the environment says that tests need `what`.
+fn required(what: &str) -> bool {
+    std::env::var("DSMOE_REQUIRE").is_ok_and(|all| all.split(',').any(|word| word == what))
+}
+
+/// The first GPU, or a note that the test is skipped.
+///
+/// # Panics
+/// There is none, and `DSMOE_REQUIRE` asks for one.
+fn gpu_or_skip(test: &str) -> Option<Gpu> {
+    match detect() {
+        Detection::Devices(_) => Some(Gpu::open(0).expect("a device that was found")),
+        other if required("gpu") => panic!("{test} needs a GPU: {other:?}"),
+        other => {
+            skipped(test, &format!("no GPU ({other:?})"));
+            None
+        }
+    }
+}
+
+#[expect(clippy::print_stderr, reason = "a skipped test says so")]
+fn skipped(test: &str, why: &str) {
+    eprintln!("SKIP {test}: {why}");
+}
+
+/// Values from -1 to 1 that bf16 holds exactly.
+fn values(len: usize, seed: u64) -> Vec<half::bf16> {
+    let mut rng = crate::rng::Rng::new(seed, 0);
+    (0..len).map(|_| half::bf16::from_f32(2.0 * rng.uniform() - 1.0)).collect()
+}
+
+fn to_f32(values: &[half::bf16]) -> Vec<f32> {
+    values.iter().map(|x| x.to_f32()).collect()
+}
+
+fn to_f64(values: &[half::bf16]) -> Vec<f64> {
+    values.iter().map(|x| x.to_f64()).collect()
+}
+
+/// Checks that no value is further from what is wanted than `tolerance` says of its index.
+fn check_close(what: &str, got: &[f32], want: &[f64], tolerance: impl Fn(usize) -> f64) {
+    assert_eq!(got.len(), want.len(), "{what}");
+    let worst = (0..got.len())
+        .map(|i| (i, (f64::from(got[i]) - want[i]).abs() / tolerance(i)))
+        .fold((0, 0.0f64), |a, b| if b.1 > a.1 || b.1.is_nan() { b } else { a });
+    assert!(
+        worst.1 <= 1.0,
+        "{what}: value {} is {}, not {}: {} of its tolerance",
+        worst.0,
+        got[worst.0],
+        want[worst.0],
+        worst.1
+    );
+}

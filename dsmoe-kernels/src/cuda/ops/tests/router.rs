@@ -1,0 +1,189 @@
+use super::{check_close, gpu_or_skip, to_f32, values};
+use crate::cuda::ops::router::{self, Gates, Lists, Normed, Routed, Sparsity};
+
+fn gates(num_experts: usize) -> Gates {
+    Gates { num_experts, threshold_logit: 0.1, binary: false, rescale: false, force_argmax: false, ste: true }
+}
+
+/// Logits, gates, mask and coefficients as the router crate defines them.
+struct Want {
+    gates: Vec<f64>,
+    mask: Vec<u8>,
+    coefficients: Vec<f64>,
+    active: Vec<u32>,
+}
+
+fn want(z: &[f32], set: Gates) -> Want {
+    let n = set.num_experts;
+    let gates: Vec<f64> = z.iter().map(|&z| 1.0 / (1.0 + (-f64::from(z)).exp())).collect();
+    let mut mask: Vec<u8> = z.iter().map(|&z| u8::from(f64::from(z) > set.threshold_logit)).collect();
+    let mut active = Vec::new();
+    let mut coefficients = Vec::new();
+    for (t, row) in mask.chunks_mut(n).enumerate() {
+        if set.force_argmax && row.iter().all(|&on| on == 0) {
+            let z = &z[t * n..][..n];
+            let best = (0..n).fold(0, |best, i| if z[i] > z[best] { i } else { best });
+            row[best] = 1;
+        }
+        let k = row.iter().filter(|&&on| on != 0).count();
+        active.push(k as u32);
+        let scale = if set.rescale { n as f64 / k.max(1) as f64 } else { 1.0 };
+        for (i, &on) in row.iter().enumerate() {
+            let value = if set.binary { 1.0 } else { gates[t * n + i] };
+            coefficients.push(if on != 0 { scale * value } else { 0.0 });
+        }
+    }
+    Want { gates, mask, coefficients, active }
+}
+
+#[test]
+fn cuda_router_is_the_reference() {
+    let Some(gpu) = gpu_or_skip("cuda_router_is_the_reference") else { return };
+    for (tokens, hidden, n) in [(0, 16, 2), (1, 7, 1), (63, 64, 8), (129, 100, 5), (1000, 48, 64)] {
+        let x = to_f32(&values(tokens * hidden, 1));
+        let rstd: Vec<f32> = to_f32(&values(tokens, 2)).iter().map(|x| x.abs() + 0.5).collect();
+        let (norm, w, bias) =
+            (to_f32(&values(hidden, 3)), to_f32(&values(n * hidden, 4)), to_f32(&values(n, 5)));
+        let h = |t: usize, i: usize| f64::from(x[t * hidden + i]) * f64::from(rstd[t]) * f64::from(norm[i]);
+        let want_z: Vec<f64> = (0..tokens * n)
+            .map(|at| {
+                let (t, e) = (at / n, at % n);
+                (0..hidden).map(|i| h(t, i) * f64::from(w[e * hidden + i])).sum::<f64>() + f64::from(bias[e])
+            })
+            .collect();
+        let [x_on, rstd_on, norm_on] = [&x, &rstd, &norm].map(|v| gpu.upload(v).unwrap());
+        let (w_on, bias_on) = (gpu.upload(&w).unwrap(), gpu.upload(&bias).unwrap());
+        let normed = Normed { x: x_on.view(), rstd: rstd_on.view(), weight: norm_on.view() };
+        let mut z = gpu.zeros::<f32>(tokens * n).unwrap();
+        router::logits(&gpu, z.view_mut(), normed, w_on.view(), Some(bias_on.view()), hidden).unwrap();
+        let got_z = z.download().unwrap();
+        check_close("logits", &got_z, &want_z, |_| 1e-6 * hidden as f64);
+
+        for bits in 0..16 {
+            let set = Gates {
+                binary: bits & 1 != 0,
+                rescale: bits & 2 != 0,
+                force_argmax: bits & 4 != 0,
+                ste: bits & 8 != 0,
+                ..gates(n)
+            };
+            let want = want(&got_z, set);
+            let mut routed = Routed::with_room(&gpu, tokens, n).unwrap();
+            router::route(&gpu, &mut routed, z.view(), &set).unwrap();
+            assert_eq!(routed.mask.download().unwrap(), want.mask);
+            assert_eq!(routed.active.download().unwrap(), want.active);
+            check_close("gates", &routed.gates.download().unwrap(), &want.gates, |_| 1e-6);
+            let close = |i: usize| 1e-6 * (1.0 + want.coefficients[i]);
+            check_close("coefficients", &routed.coefficients.download().unwrap(), &want.coefficients, close);
+
+            let mut counts = gpu.zeros::<u64>(2 * n + 1).unwrap();
+            let mut sums = gpu.zeros::<f64>(2).unwrap();
+            router::stats(&gpu, counts.view_mut(), sums.view_mut(), &routed).unwrap();
+            let mut expected = vec![0u64; 2 * n + 1];
+            for (at, &on) in want.mask.iter().enumerate() {
+                expected[at % n] += u64::from(on);
+            }
+            for &k in &want.active {
+                expected[n + k as usize] += 1;
+            }
+            assert_eq!(counts.download().unwrap(), expected);
+            let all: f64 = want.gates.iter().sum();
+            let of_active: f64 =
+                want.gates.iter().zip(&want.mask).filter(|(_, on)| **on != 0).map(|(q, _)| q).sum();
+            let sums = sums.download().unwrap();
+            let close = 1e-6 * (1.0 + all);
+            assert!((sums[0] - of_active).abs() < close && (sums[1] - all).abs() < close, "{sums:?}");
+
+            let dk = to_f32(&values(tokens * n, 6));
+            let dk_on = gpu.upload(&dk).unwrap();
+            for all in [false, true] {
+                let sparsity = Sparsity { weight: 0.25, all };
+                let want_dz: Vec<f64> = (0..tokens * n)
+                    .map(|at| {
+                        let (q, on, k) = (want.gates[at], want.mask[at] != 0, want.active[at / n]);
+                        let scale = if set.rescale { n as f64 / f64::from(k.max(1)) } else { 1.0 };
+                        let passes = set.ste || (on && !set.binary);
+                        let mut dq = if passes { scale * f64::from(dk[at]) } else { 0.0 };
+                        if on || all {
+                            dq += 0.25;
+                        }
+                        dq * q * (1.0 - q)
+                    })
+                    .collect();
+                let mut dz = gpu.zeros::<f32>(tokens * n).unwrap();
+                router::backward(&gpu, dz.view_mut(), dk_on.view(), &routed, sparsity, &set).unwrap();
+                check_close("dlogits", &dz.download().unwrap(), &want_dz, |_| 1e-5);
+            }
+        }
+
+        let dz = to_f32(&values(tokens * n, 7));
+        let dz_on = gpu.upload(&dz).unwrap();
+        let run = || {
+            let mut dw = gpu.upload(&vec![1.0f32; n * hidden]).unwrap();
+            let mut db = gpu.upload(&vec![2.0f32; n]).unwrap();
+            let mut partials = gpu.zeros::<f32>(router::partials_len(hidden, n)).unwrap();
+            router::backward_weights(
+                &gpu,
+                dw.view_mut(),
+                Some(db.view_mut()),
+                dz_on.view(),
+                normed,
+                hidden,
+                partials.view_mut(),
+            )
+            .unwrap();
+            let mut dh = gpu.upload(&vec![3.0f32; tokens * hidden]).unwrap();
+            router::backward_input_add(&gpu, dh.view_mut(), dz_on.view(), w_on.view(), hidden).unwrap();
+            (dw.download().unwrap(), db.download().unwrap(), dh.download().unwrap())
+        };
+        let (dw, db, dh) = run();
+        let (mut want_w, mut want_b) = (vec![1.0f64; n * hidden], vec![2.0f64; n]);
+        let mut want_h = vec![3.0f64; tokens * hidden];
+        for t in 0..tokens {
+            for e in 0..n {
+                let d = f64::from(dz[t * n + e]);
+                want_b[e] += d;
+                for i in 0..hidden {
+                    want_w[e * hidden + i] += d * h(t, i);
+                    want_h[t * hidden + i] += d * f64::from(w[e * hidden + i]);
+                }
+            }
+        }
+        check_close("drouter", &dw, &want_w, |_| 1e-5 * (1.0 + tokens as f64).sqrt());
+        check_close("dbias", &db, &want_b, |_| 1e-5 * (1.0 + tokens as f64).sqrt());
+        check_close("dh", &dh, &want_h, |_| 1e-5 * (1.0 + n as f64).sqrt());
+        assert_eq!(run(), (dw, db, dh), "other bits the second time");
+    }
+}
+
+#[test]
+fn cuda_routing_lists_are_in_the_order_of_the_tokens() {
+    let Some(gpu) = gpu_or_skip("cuda_routing_lists_are_in_the_order_of_the_tokens") else { return };
+    for (tokens, n) in [(0, 3), (1, 1), (63, 8), (64, 7), (129, 5), (3000, 64)] {
+        let z: Vec<f32> = to_f32(&values(tokens * n, 8));
+        let want = want(&z, gates(n));
+        let z = gpu.upload(&z).unwrap();
+        let mut routed = Routed::with_room(&gpu, tokens, n).unwrap();
+        router::route(&gpu, &mut routed, z.view(), &gates(n)).unwrap();
+        let mut lists = Lists::with_room(&gpu, tokens, n).unwrap();
+        router::lists(&gpu, &mut lists, &routed).unwrap();
+        let (mut offsets, mut list) = (vec![0u32], Vec::new());
+        let mut slot = vec![0u32; tokens * n];
+        for e in 0..n {
+            for t in (0..tokens).filter(|t| want.mask[t * n + e] != 0) {
+                slot[t * n + e] = list.len() as u32;
+                list.push(t as u32);
+            }
+            offsets.push(list.len() as u32);
+        }
+        let (mut token_offsets, mut slots) = (vec![0u32], Vec::new());
+        for t in 0..tokens {
+            slots.extend((0..n).filter(|e| want.mask[t * n + e] != 0).map(|e| slot[t * n + e]));
+            token_offsets.push(slots.len() as u32);
+        }
+        assert_eq!(lists.offsets.download().unwrap(), offsets, "{tokens} tokens, {n} experts");
+        assert_eq!(lists.token_offsets.download().unwrap(), token_offsets);
+        assert_eq!(lists.tokens.download().unwrap()[..list.len()], list);
+        assert_eq!(lists.slots.download().unwrap()[..slots.len()], slots);
+    }
+}

@@ -1,0 +1,265 @@
+//! Ops on rows: norms, embedding, rotation, losses, sums, the optimiser.
+
+use half::bf16;
+
+use super::{check_close, gpu_or_skip, to_f32, to_f64, values};
+use crate::cuda::ops::{cross_entropy, elementwise, embedding, optim, rms_norm, rope};
+use crate::{adamw, cross_entropy as losses, embedding as tables, rms_norm as norms, rope as angles};
+
+fn single(values: &[f64]) -> Vec<f32> {
+    values.iter().map(|&x| x as f32).collect()
+}
+
+#[test]
+fn cuda_rms_norm_is_the_reference() {
+    let Some(gpu) = gpu_or_skip("cuda_rms_norm_is_the_reference") else { return };
+    for (rows, hidden) in [(0, 64), (1, 1), (3, 67), (129, 128), (700, 2048), (5, 8192)] {
+        let (x, y, w) = (values(rows * hidden, 1), values(rows * hidden, 2), values(hidden, 3));
+        let eps = 1e-5f32;
+        let sum: Vec<f64> = to_f64(&x).iter().zip(to_f64(&y)).map(|(a, b)| a + b).collect();
+        let (want, want_rstd) = norms::reference::forward(&sum, &to_f64(&w), f64::from(eps));
+        let dy = values(rows * hidden, 4);
+        let (want_dx, want_dw) = norms::reference::backward(&to_f64(&dy), &sum, &to_f64(&w), &want_rstd);
+
+        let [x_on, y_on, dy_on] = [&x, &y, &dy].map(|v| gpu.upload(&to_f32(v)).unwrap());
+        let w_on = gpu.upload(&to_f32(&w)).unwrap();
+        let mut h = gpu.zeros::<bf16>(rows * hidden).unwrap();
+        let (mut out, mut rstd) = (gpu.zeros::<f32>(rows * hidden).unwrap(), gpu.zeros::<f32>(rows).unwrap());
+        rms_norm::forward_sum(
+            &gpu,
+            h.view_mut(),
+            rstd.view_mut(),
+            out.view_mut(),
+            x_on.view(),
+            y_on.view(),
+            w_on.view(),
+            eps,
+            hidden,
+        )
+        .unwrap();
+        let what = format!("{rows} x {hidden}");
+        check_close(&format!("{what} sum"), &out.download().unwrap(), &sum, |_| 1e-7);
+        check_close(&format!("{what} rstd"), &rstd.download().unwrap(), &want_rstd, |i| 2e-6 * want_rstd[i]);
+        let close = |i: usize| want[i].abs() * (1.0 / 256.0) + 1e-6;
+        check_close(&format!("{what} h"), &to_f32(&h.download().unwrap()), &want, close);
+        let before = h.download().unwrap();
+        let mut plain = gpu.zeros::<bf16>(rows * hidden).unwrap();
+        rms_norm::forward(&gpu, plain.view_mut(), rstd.view_mut(), out.view(), w_on.view(), eps, hidden)
+            .unwrap();
+        assert_eq!(plain.download().unwrap(), before, "{what}: forward of the sum");
+        plain.fill_zero().unwrap();
+        rms_norm::restore(&gpu, plain.view_mut(), out.view(), w_on.view(), rstd.view(), hidden).unwrap();
+        assert_eq!(plain.download().unwrap(), before, "{what}: restored");
+
+        let run = |add: bool| {
+            let mut dx = gpu.upload(&vec![1.0f32; rows * hidden]).unwrap();
+            let mut dw = gpu.upload(&vec![1.0f32; hidden]).unwrap();
+            let mut partials = gpu.zeros::<f32>(rms_norm::partials_len(rows, hidden)).unwrap();
+            let backward = if add { rms_norm::backward_add } else { rms_norm::backward };
+            backward(
+                &gpu,
+                dx.view_mut(),
+                dw.view_mut(),
+                dy_on.view(),
+                out.view(),
+                w_on.view(),
+                rstd.view(),
+                hidden,
+                partials.view_mut(),
+            )
+            .unwrap();
+            (dx.download().unwrap(), dw.download().unwrap())
+        };
+        for add in [false, true] {
+            let (dx, dw) = run(add);
+            let base = if add { 1.0 } else { 0.0 };
+            let wanted: Vec<f64> = want_dx.iter().map(|x| x + base).collect();
+            check_close(&format!("{what} dx"), &dx, &wanted, |i| 2e-5 * (1.0 + wanted[i].abs()));
+            let wanted: Vec<f64> = want_dw.iter().map(|x| x + 1.0).collect();
+            check_close(&format!("{what} dweight"), &dw, &wanted, |_| 1e-5 * (1.0 + rows as f64).sqrt());
+            assert_eq!(run(add), (dx, dw), "{what}: other bits the second time");
+        }
+    }
+}
+
+#[test]
+fn cuda_embedding_is_the_reference() {
+    let Some(gpu) = gpu_or_skip("cuda_embedding_is_the_reference") else { return };
+    let (vocab, hidden) = (11, 37);
+    for ids in [vec![], vec![3], vec![1, 4, 1, 1, 10, 0, 4]] {
+        let table = values(vocab * hidden, 1);
+        let dout = values(ids.len() * hidden, 2);
+        let want = tables::reference::forward(&to_f64(&table), &ids, hidden);
+        let want_back = tables::reference::backward(&to_f64(&dout), &ids, vocab, hidden);
+        let ids_on = gpu.upload(&ids).unwrap();
+        let mut out = gpu.zeros::<f32>(ids.len() * hidden).unwrap();
+        let full = gpu.upload(&to_f32(&table)).unwrap();
+        embedding::forward(&gpu, out.view_mut(), full.view(), ids_on.view(), hidden).unwrap();
+        assert_eq!(out.download().unwrap(), single(&want));
+        let half = gpu.upload(&table).unwrap();
+        out.fill_zero().unwrap();
+        embedding::forward_bf16(&gpu, out.view_mut(), half.view(), ids_on.view(), hidden).unwrap();
+        assert_eq!(out.download().unwrap(), single(&want));
+        let mut order = embedding::Occurrences::with_room(&gpu, 10).unwrap();
+        order.update(&ids).unwrap();
+        let mut dtable = gpu.zeros::<f32>(vocab * hidden).unwrap();
+        let dout_on = gpu.upload(&to_f32(&dout)).unwrap();
+        embedding::backward(&gpu, dtable.view_mut(), dout_on.view(), &order, hidden).unwrap();
+        check_close("dtable", &dtable.download().unwrap(), &want_back, |_| 1e-6);
+    }
+}
+
+#[test]
+fn cuda_rope_is_the_reference() {
+    let Some(gpu) = gpu_or_skip("cuda_rope_is_the_reference") else { return };
+    let (head_dim, heads, width, seq) = (12, 3, 50, 9);
+    let table = angles::Table::new(head_dim, 10000.0, angles::Scaling::None, 64);
+    let rows: Vec<f32> = (0..64)
+        .flat_map(|p| {
+            let (cos, sin) = table.angles(p);
+            [cos, sin].concat()
+        })
+        .collect();
+    let rows = gpu.upload(&rows).unwrap();
+    let frequencies = angles::frequencies(head_dim, 10000.0, angles::Scaling::None);
+    let tokens = 2 * seq;
+    let x = values(tokens * width, 1);
+    let turned = heads * head_dim;
+    let positions: Vec<usize> = (0..tokens).map(|t| 5 + t % seq).collect();
+    let cut: Vec<f64> = to_f64(&x).chunks(width).flat_map(|row| row[..turned].to_vec()).collect();
+    let dims = rope::Dims { tokens, seq, start: 5, heads, head_dim, width };
+    for back in [false, true] {
+        let want = match back {
+            false => angles::reference::forward(&cut, &frequencies, &positions, heads),
+            true => angles::reference::backward(&cut, &frequencies, &positions, heads),
+        };
+        let mut on = gpu.upload(&x).unwrap();
+        match back {
+            false => rope::forward(&gpu, on.view_mut(), rows.view(), dims).unwrap(),
+            true => rope::backward(&gpu, on.view_mut(), rows.view(), dims).unwrap(),
+        }
+        let got = to_f32(&on.download().unwrap());
+        let got_cut: Vec<f32> = got.chunks(width).flat_map(|row| row[..turned].to_vec()).collect();
+        check_close("rope", &got_cut, &want, |i| want[i].abs() / 256.0 + 1e-5);
+        for (row, old) in got.chunks(width).zip(x.chunks(width)) {
+            assert_eq!(row[turned..], to_f32(&old[turned..]), "columns behind the heads");
+        }
+    }
+    let at: Vec<u32> = positions.iter().map(|&p| p as u32).collect();
+    let at = gpu.upload(&at).unwrap();
+    let (mut a, mut b) = (gpu.upload(&x).unwrap(), gpu.upload(&x).unwrap());
+    rope::forward(&gpu, a.view_mut(), rows.view(), dims).unwrap();
+    rope::forward_at(&gpu, b.view_mut(), rows.view(), at.view(), dims).unwrap();
+    assert_eq!(a.download().unwrap(), b.download().unwrap());
+}
+
+#[test]
+fn cuda_cross_entropy_is_the_reference() {
+    let Some(gpu) = gpu_or_skip("cuda_cross_entropy_is_the_reference") else { return };
+    for (rows, vocab) in [(1, 2), (7, 33), (5, 5000), (3, 128_256)] {
+        let z: Vec<f32> = to_f32(&values(rows * vocab, 1)).iter().map(|x| 8.0 * x).collect();
+        let mut targets: Vec<u32> = (0..rows as u32).map(|i| (i * 7919) % vocab as u32).collect();
+        if rows > 2 {
+            targets[1] = losses::IGNORE;
+        }
+        let scale = 0.125f32;
+        let (mut want, mut want_dz) = (Vec::new(), Vec::new());
+        for (row, &target) in z.chunks(vocab).zip(&targets) {
+            let row: Vec<f64> = row.iter().map(|&x| f64::from(x)).collect();
+            let logs = losses::reference::log_softmax(&row);
+            let seen = target != losses::IGNORE;
+            want.push(if seen { -logs[target as usize] } else { 0.0 });
+            want_dz.extend(logs.iter().enumerate().map(|(i, l)| {
+                let hit = if i == target as usize { 1.0 } else { 0.0 };
+                if seen { f64::from(scale) * (l.exp() - hit) } else { 0.0 }
+            }));
+        }
+        let (z_on, t_on) = (gpu.upload(&z).unwrap(), gpu.upload(&targets).unwrap());
+        let mut got = gpu.zeros::<f32>(rows).unwrap();
+        let mut dz = gpu.zeros::<bf16>(rows * vocab).unwrap();
+        cross_entropy::chunk(&gpu, got.view_mut(), dz.view_mut(), z_on.view(), t_on.view(), scale, vocab)
+            .unwrap();
+        check_close("loss", &got.download().unwrap(), &want, |_| 2e-5);
+        check_close("dlogits", &to_f32(&dz.download().unwrap()), &want_dz, |i| {
+            want_dz[i].abs() / 200.0 + 1e-9
+        });
+        got.fill_zero().unwrap();
+        cross_entropy::forward(&gpu, got.view_mut(), z_on.view(), t_on.view(), vocab).unwrap();
+        check_close("loss alone", &got.download().unwrap(), &want, |_| 2e-5);
+    }
+
+    // The first of the likeliest tokens is greedy.
+    let z = gpu.upload(&[0.0f32, 3.0, 3.0, -1.0, 5.0, 1.0, 2.0, 0.0]).unwrap();
+    let rows = gpu.upload(&[0u32, 0, 1, 1]).unwrap();
+    let targets = gpu.upload(&[1u32, 2, 0, 3]).unwrap();
+    let (mut found, mut greedy) = (gpu.zeros::<f32>(4).unwrap(), gpu.zeros::<u32>(4).unwrap());
+    cross_entropy::likelihoods(
+        &gpu,
+        found.view_mut(),
+        greedy.view_mut(),
+        z.view(),
+        rows.view(),
+        targets.view(),
+        4,
+    )
+    .unwrap();
+    assert_eq!(greedy.download().unwrap(), [1, 0, 1, 0]);
+    let first = losses::reference::log_softmax(&[0.0, 3.0, 3.0, -1.0]);
+    let second = losses::reference::log_softmax(&[5.0, 1.0, 2.0, 0.0]);
+    check_close("found", &found.download().unwrap(), &[first[1], first[2], second[0], second[3]], |_| 1e-5);
+}
+
+#[test]
+fn cuda_optimiser_and_sums_are_the_reference() {
+    let Some(gpu) = gpu_or_skip("cuda_optimiser_and_sums_are_the_reference") else { return };
+    for len in [1usize, 1000, 300_001] {
+        let [p, m, g] = [1, 2, 3].map(|seed| to_f32(&values(len, seed)));
+        let v: Vec<f32> = to_f32(&values(len, 4)).iter().map(|x| x * x).collect();
+        let hyper =
+            adamw::Hyper { lr: 1e-2, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.1, step: 3 };
+        let double = |x: &[f32]| -> Vec<f64> { x.iter().map(|&x| f64::from(x)).collect() };
+        let (mut want_p, mut want_m, mut want_v) = (double(&p), double(&m), double(&v));
+        adamw::reference::step(&mut want_p, &mut want_m, &mut want_v, &double(&g), 0.5, &hyper);
+        let mut p_on = gpu.upload(&p).unwrap();
+        let (mut m_on, mut v_on) = (gpu.upload(&m).unwrap(), gpu.upload(&v).unwrap());
+        let g_on = gpu.upload(&g).unwrap();
+        let scale = gpu.upload(&[0.5f32]).unwrap();
+        let mut rounded = gpu.zeros::<bf16>(len).unwrap();
+        optim::adamw(
+            &gpu,
+            p_on.view_mut(),
+            rounded.view_mut(),
+            m_on.view_mut(),
+            v_on.view_mut(),
+            g_on.view(),
+            scale.view(),
+            &hyper,
+        )
+        .unwrap();
+        let got = p_on.download().unwrap();
+        check_close("p", &got, &want_p, |i| 1e-6 * (1.0 + want_p[i].abs()));
+        check_close("m", &m_on.download().unwrap(), &want_m, |_| 1e-6);
+        check_close("v", &v_on.download().unwrap(), &want_v, |_| 1e-6);
+        let want: Vec<bf16> = got.iter().map(|&x| bf16::from_f32(x)).collect();
+        assert_eq!(rounded.download().unwrap(), want);
+        rounded.fill_zero().unwrap();
+        elementwise::cast(&gpu, rounded.view_mut(), p_on.view()).unwrap();
+        assert_eq!(rounded.download().unwrap(), want);
+
+        let mut sums = gpu.upload(&[1.0f64, 2.0]).unwrap();
+        let mut partials = gpu.zeros::<f64>(optim::PARTIALS).unwrap();
+        optim::add_sum_of_squares(&gpu, sums.slice_mut(0..1), g_on.view(), partials.view_mut()).unwrap();
+        optim::add_sum(&gpu, sums.slice_mut(1..2), g_on.view(), partials.view_mut()).unwrap();
+        let got = sums.download().unwrap();
+        let squares: f64 = double(&g).iter().map(|x| x * x).sum();
+        let sum: f64 = double(&g).iter().sum();
+        assert!((got[0] - 1.0 - squares).abs() < 1e-9 * len as f64, "{} {squares}", got[0]);
+        assert!((got[1] - 2.0 - sum).abs() < 1e-9 * len as f64, "{} {sum}", got[1]);
+    }
+    let mut x = gpu.upload(&[1.0f32, 2.0, 3.0]).unwrap();
+    let mask = gpu.upload(&[1u8, 0, 1]).unwrap();
+    elementwise::keep(&gpu, x.view_mut(), mask.view()).unwrap();
+    let y = gpu.upload(&[1.0f32, 1.0, 1.0]).unwrap();
+    elementwise::add(&gpu, x.view_mut(), y.view()).unwrap();
+    assert_eq!(x.download().unwrap(), [2.0, 1.0, 4.0]);
+}
