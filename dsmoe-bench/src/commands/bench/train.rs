@@ -109,28 +109,28 @@ fn measure(args: &Train, sizes: Sizes, precision: Precision, output: &mut Output
 }
 
 /// A model with all that training needs.
-struct Run<'a> {
-    model: Model,
+pub(super) struct Run {
+    pub(super) model: Model,
     grads: Buf,
     optimizer: AdamW,
     workspace: TrainWorkspace,
-    inputs: &'a [u32],
-    targets: &'a [u32],
+    inputs: Vec<u32>,
+    targets: Vec<u32>,
     seq: usize,
     config: TrainConfig,
     steps: u64,
 }
 
-impl<'a> Run<'a> {
+impl Run {
     /// Predicts each of `ids` from those before it.
-    fn new(config: Config, ids: &'a [u32], seq: usize, precision: Precision) -> Run<'a> {
+    pub(super) fn new(config: Config, ids: &[u32], seq: usize, precision: Precision) -> Run {
         let model = random_model(config);
         Run {
             grads: Buf::zeros(model.layout().len()),
             optimizer: AdamW::new(model.layout()),
             workspace: TrainWorkspace::new(&model, ids.len() - 1, precision),
-            inputs: &ids[..ids.len() - 1],
-            targets: &ids[1..],
+            inputs: ids[..ids.len() - 1].to_vec(),
+            targets: ids[1..].to_vec(),
             seq,
             config: TrainConfig::default(),
             steps: 0,
@@ -153,13 +153,13 @@ impl<'a> Run<'a> {
     }
 
     /// The share of experts that a step runs.
-    fn active_ratio(&mut self) -> Result<f64> {
+    pub(super) fn active_ratio(&mut self) -> Result<f64> {
         self.gradients()?;
         Ok(self.workspace.stats().map_or(0.0, |stats| stats.active_ratio()))
     }
 
     /// A whole step, as `dsmoe train` takes it.
-    fn step(&mut self) -> Result<()> {
+    pub(super) fn step(&mut self) -> Result<()> {
         self.gradients()?;
         self.steps += 1;
         let layout = self.model.layout().clone();
