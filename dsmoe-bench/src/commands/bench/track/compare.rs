@@ -34,7 +34,8 @@ struct Report {
 struct Row {
     name: String,
     kind: Kind,
-    /// What was compared: seconds, the ratio to the calibration kernel, or the number itself.
+    /// What was compared: seconds, the ratio to the calibration kernel, the fastest sample of each round, or the number
+    /// itself.
     compared: &'static str,
     /// After over before, less 1, of what was compared.
     change: f64,
@@ -235,11 +236,12 @@ fn paired(name: &str, pairs: &[[Record; 2]], args: &Compare) -> Result<Row> {
         sides[1].push(find(b).context("is not in every record")?);
     }
     let [a, b] = &sides;
-    let compared = |one: &Benchmark| one.ratio.unwrap_or(one.value).median;
-    let all = |side: &[Benchmark], number: fn(&Benchmark) -> f64| {
+    // Other work only ever adds time, and both builds see the same moments: the fastest sample is the least disturbed.
+    let compared = |one: &Benchmark| one.samples.iter().copied().fold(f64::INFINITY, f64::min);
+    let all = |side: &[Benchmark], number: &dyn Fn(&Benchmark) -> f64| {
         Estimate::of(&side.iter().map(number).collect::<Vec<f64>>())
     };
-    let (before, after) = (all(a, compared), all(b, compared));
+    let (before, after) = (all(a, &compared), all(b, &compared));
     let ratios: Vec<f64> = a.iter().zip(b).map(|(a, b)| compared(b) / compared(a)).collect();
     let kind = a[0].kind;
     let (change, interval, verdict) = if kind == Kind::Quality {
@@ -249,12 +251,11 @@ fn paired(name: &str, pairs: &[[Record; 2]], args: &Compare) -> Result<Row> {
         let (ratio, verdict) = judge_pairs(&ratios, args.fail_above);
         (ratio.median - 1.0, Some(ratio), verdict)
     };
-    let value = |one: &Benchmark| one.value.median;
     Ok(Row {
         name: name.to_owned(),
         kind,
         compared: match kind {
-            Kind::Time => "ratio",
+            Kind::Time => "fastest",
             Kind::Instructions => "instructions",
             Kind::Quality => "quality",
         },
@@ -263,8 +264,8 @@ fn paired(name: &str, pairs: &[[Record; 2]], args: &Compare) -> Result<Row> {
         verdict,
         before,
         after,
-        value_before: all(a, value).median,
-        value_after: all(b, value).median,
+        value_before: before.median,
+        value_after: after.median,
         unit: a[0].unit.clone(),
     })
 }

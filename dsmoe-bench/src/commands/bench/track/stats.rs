@@ -130,7 +130,7 @@ mod tests {
             found += usize::from(judge(a, slow, LIMIT).1 == Verdict::Worse);
         }
         assert_eq!(alarms, 0);
-        assert!(found * 100 >= pairs * 99, "{found} of {pairs}");
+        assert!(found * 100 >= pairs * 95, "{found} of {pairs}");
     }
 
     #[test]
