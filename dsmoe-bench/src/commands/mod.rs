@@ -54,7 +54,7 @@ pub(crate) fn run(cli: Cli, ui: &mut Ui) -> Result<ExitCode> {
         Command::Init(args) => init::run(args, ui)?,
         Command::Doctor(args) => doctor::run(args, ui)?,
         Command::Demo(args) => return demo::run(args, ui),
-        Command::Bench(args) => bench::run(args, ui)?,
+        Command::Bench(args) => return bench::run(args, ui),
         Command::Data(args) => return data::run(args, ui),
     }
     Ok(ExitCode::SUCCESS)

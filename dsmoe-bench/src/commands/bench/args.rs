@@ -1,5 +1,7 @@
 //! The command line of `dsmoe bench`.
 
+use std::path::PathBuf;
+
 use clap::{Args, Subcommand, ValueEnum};
 use dsmoe_core::Device;
 use dsmoe_kernels::Precision;
@@ -20,6 +22,14 @@ pub(crate) enum Work {
     Train(Train),
     /// Decoding with random weights, dense and DSMoE
     Decode(Decode),
+    /// Measure suites of small fixed benchmarks and write a record that others can be compared with
+    Record(Record),
+    /// Compare two records, or two builds that run in turns; exit status 3 where the second is worse
+    Compare(Compare),
+    /// Draw the trend of every benchmark over many records into one HTML file
+    History(History),
+    /// Call every benchmark once between two marks: what `record --instructions` runs under valgrind
+    Once(Once),
 }
 
 /// What every kind of work has.
@@ -165,4 +175,123 @@ pub(crate) struct Decode {
     pub(crate) device: Device,
     #[command(flatten)]
     pub(crate) common: Common,
+}
+
+/// A set of benchmarks of a record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Suite {
+    /// Every op
+    Kernels,
+    /// One FFN, dense and with 3 of 8 experts active, forward and backward
+    Ffn,
+    /// Whole training steps of a small model
+    Train,
+    /// Decoding with a small model
+    Decode,
+    /// Conversion of a small model on disk
+    Convert,
+    /// Perplexity and active share after a short training with fixed seeds: equal bits on one machine
+    Quality,
+}
+
+/// How a record is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Format {
+    /// The whole record, which `compare` and `history` read
+    Json,
+    /// Bencher Metric Format
+    Bmf,
+    /// github-action-benchmark, customSmallerIsBetter
+    Gha,
+    /// One line per benchmark
+    Csv,
+    /// A table
+    Md,
+}
+
+/// Which benchmarks.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct Choice {
+    /// Suites to measure
+    #[arg(
+        long,
+        value_name = "SUITE,...",
+        value_delimiter = ',',
+        value_enum,
+        default_value = "kernels,ffn,train,decode"
+    )]
+    pub(crate) suite: Vec<Suite>,
+    /// Only benchmarks whose name has this in it
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) only: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Record {
+    #[command(flatten)]
+    pub(crate) choice: Choice,
+    /// File to write [default: stdout]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: Option<PathBuf>,
+    /// What to write; without it and without --out a table for people
+    #[arg(long, value_enum)]
+    pub(crate) format: Option<Format>,
+    /// Rounds in which every benchmark and the calibration kernel take their turn; a 99 % interval needs 8
+    #[arg(long, value_name = "N", default_value_t = 21, value_parser = clap::value_parser!(u16).range(8..=1000))]
+    pub(crate) repeats: u16,
+    /// Also count instructions with valgrind (kernels and ffn; DSMOE_ISA narrows the tier, avx2 by default)
+    #[arg(long)]
+    pub(crate) instructions: bool,
+    /// Take the estimates of criterion's runs in this folder, such as target/criterion, instead of measuring
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["instructions", "suite", "only", "repeats"])]
+    pub(crate) from_criterion: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Compare {
+    /// Two records: before and after
+    #[arg(value_name = "RECORD", num_args = 2, required_unless_present = "run", conflicts_with = "run")]
+    pub(crate) records: Vec<PathBuf>,
+    /// Two builds of dsmoe, before and after, to run in turns: A B, B A, ...
+    #[arg(long, value_names = ["BIN_A", "BIN_B"], num_args = 2)]
+    pub(crate) run: Vec<PathBuf>,
+    /// Rounds of --run; a 99 % interval needs 8
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u16).range(8..=1000))]
+    pub(crate) rounds: u16,
+    /// Repeats of each measurement of --run
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u16).range(8..=1000))]
+    pub(crate) repeats: u16,
+    #[command(flatten)]
+    pub(crate) choice: Choice,
+    /// Largest growth that is no failure, such as 3%
+    #[arg(long, value_name = "SHARE", default_value = "3%", value_parser = share)]
+    pub(crate) fail_above: f64,
+    /// Largest change of a perplexity or an active share, either way, that is no failure
+    #[arg(long, value_name = "SHARE", default_value = "0%", value_parser = share)]
+    pub(crate) quality_tolerance: f64,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct History {
+    /// Records, or folders of them
+    #[arg(value_name = "FILE|DIR", required = true)]
+    pub(crate) records: Vec<PathBuf>,
+    /// File to write
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Once {
+    #[command(flatten)]
+    pub(crate) choice: Choice,
+}
+
+/// `3%` or `0.03`.
+fn share(text: &str) -> Result<f64, String> {
+    let (number, scale) = text.strip_suffix('%').map_or((text, 1.0), |number| (number, 100.0));
+    match number.trim().parse::<f64>() {
+        Ok(value) if value >= 0.0 && value.is_finite() => Ok(value / scale),
+        _ => Err("give a share such as 3% or 0.03".to_owned()),
+    }
 }

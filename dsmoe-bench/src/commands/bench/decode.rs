@@ -86,7 +86,7 @@ fn measure(args: &Decode, sizes: Sizes, precision: Precision, output: &mut Outpu
 }
 
 /// Seconds for `tokens` tokens after the first.
-fn decode(model: &Inference, prompt: &[u32], tokens: usize) -> Result<f64> {
+pub(super) fn decode(model: &Inference, prompt: &[u32], tokens: usize) -> Result<f64> {
     let options = GenerateOptions { max_tokens: tokens + 1, ..GenerateOptions::default() };
     let generation = generate(model, prompt, &options, |_| true)?;
     if generation.tokens.len() != tokens + 1 {
@@ -96,7 +96,7 @@ fn decode(model: &Inference, prompt: &[u32], tokens: usize) -> Result<f64> {
 }
 
 /// Active share of the tokens that come after the prompt.
-fn active_share(model: &Inference, prompt: &[u32], tokens: usize) -> Result<f64> {
+pub(super) fn active_share(model: &Inference, prompt: &[u32], tokens: usize) -> Result<f64> {
     let shares = |max_tokens| -> Result<f64> {
         let options = GenerateOptions { max_tokens, ..GenerateOptions::default() };
         let generation = generate(model, prompt, &options, |_| true)?;

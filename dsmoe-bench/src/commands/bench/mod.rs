@@ -11,7 +11,10 @@ mod resident;
 mod routing;
 mod row;
 mod timing;
+mod track;
 mod train;
+
+use std::process::ExitCode;
 
 use anyhow::{Result, bail};
 use dsmoe_kernels::Precision;
@@ -49,7 +52,19 @@ impl Output<'_> {
     }
 }
 
-pub(crate) fn run(args: &Bench, ui: &mut Ui) -> Result<()> {
+pub(crate) fn run(args: &Bench, ui: &mut Ui) -> Result<ExitCode> {
+    match &args.work {
+        Work::Record(args) => track::record::run(args, ui)?,
+        Work::Compare(args) => return track::compare::run(args, ui),
+        Work::History(args) => track::history::run(args, ui)?,
+        Work::Once(args) => track::instructions::once(args, ui)?,
+        Work::Kernels(_) | Work::Ffn(_) | Work::Train(_) | Work::Decode(_) => rows(args, ui)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The kinds of work that print rows.
+fn rows(args: &Bench, ui: &mut Ui) -> Result<()> {
     let precisions = match &args.work {
         Work::Kernels(args) => matmul::check(args).map(|()| args.common.precisions(&BOTH))?,
         Work::Ffn(args) => ffn::check(args).map(|()| args.common.precisions(&BOTH))?,
@@ -59,6 +74,7 @@ pub(crate) fn run(args: &Bench, ui: &mut Ui) -> Result<()> {
         Work::Decode(args) => {
             decode::check(args).map(|()| args.common.precisions_on(args.device, &decode::PRECISIONS))?
         }
+        Work::Record(_) | Work::Compare(_) | Work::History(_) | Work::Once(_) => return Ok(()),
     };
     // On a thread of the pool, where handing work to the others is cheapest.
     rayon::scope(|_| {
@@ -68,6 +84,7 @@ pub(crate) fn run(args: &Bench, ui: &mut Ui) -> Result<()> {
             Work::Ffn(args) => ffn::run(args, &mut output)?,
             Work::Train(args) => train::run(args, &mut output)?,
             Work::Decode(args) => decode::run(args, &mut output)?,
+            Work::Record(_) | Work::Compare(_) | Work::History(_) | Work::Once(_) => {}
         }
         if output.ui.json { Ok(()) } else { output.ui.text(&row::show(&output.rows)) }
     })

@@ -209,7 +209,7 @@ pub(super) fn show(rows: &[Row]) -> String {
 }
 
 /// `12.3 us`, `4.56 ms`, `1.234 s`.
-fn time(seconds: f64) -> String {
+pub(super) fn time(seconds: f64) -> String {
     match seconds {
         s if s < 1e-6 => format!("{:.1} ns", 1e9 * s),
         s if s < 1e-3 => format!("{:.1} us", 1e6 * s),

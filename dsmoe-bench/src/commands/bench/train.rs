@@ -69,7 +69,7 @@ fn measure(args: &Train, sizes: Sizes, precision: Precision, output: &mut Output
     let mut contestants = Vec::new();
     for (name, config) in ["dense", "dsmoe"].into_iter().zip(configs) {
         let mark = Mark::now();
-        let mut run = Run::new(config, &ids, args, precision)?;
+        let mut run = Run::new(config, &ids, args.seq, precision, args.device)?;
         let share = if run.model.config().moe.is_some() {
             reach_share(args.architecture.active, |threshold| {
                 run.set_threshold(threshold)?;
@@ -113,11 +113,11 @@ fn measure(args: &Train, sizes: Sizes, precision: Precision, output: &mut Output
 }
 
 /// A model with all that training needs.
-struct Run<'a> {
-    model: Model,
+pub(super) struct Run {
+    pub(super) model: Model,
     engine: Engine,
-    inputs: &'a [u32],
-    targets: &'a [u32],
+    inputs: Vec<u32>,
+    targets: Vec<u32>,
     seq: usize,
     config: TrainConfig,
     active_ratio: f64,
@@ -138,12 +138,18 @@ enum Engine {
     },
 }
 
-impl<'a> Run<'a> {
+impl Run {
     /// Predicts each of `ids` from those before it.
-    fn new(config: Config, ids: &'a [u32], args: &Train, precision: Precision) -> Result<Run<'a>> {
+    pub(super) fn new(
+        config: Config,
+        ids: &[u32],
+        seq: usize,
+        precision: Precision,
+        device: Device,
+    ) -> Result<Run> {
         let model = random_model(config);
         let tokens = ids.len() - 1;
-        let engine = match args.device {
+        let engine = match device {
             Device::Cpu => Engine::Cpu {
                 grads: Buf::zeros(model.layout().len()),
                 optimizer: AdamW::new(model.layout()),
@@ -153,16 +159,16 @@ impl<'a> Run<'a> {
             Device::Cuda(ordinal) => {
                 let AdamW { m, v } = AdamW::new(model.layout());
                 Engine::Cuda {
-                    trainer: Box::new(CudaTrainer::new(ordinal, &model, &m, &v, tokens, args.seq)?),
+                    trainer: Box::new(CudaTrainer::new(ordinal, &model, &m, &v, tokens, seq)?),
                     norm: 0.0,
                 }
             }
         };
         Ok(Run {
             engine,
-            inputs: &ids[..tokens],
-            targets: &ids[1..],
-            seq: args.seq,
+            inputs: ids[..tokens].to_vec(),
+            targets: ids[1..].to_vec(),
+            seq,
             config: TrainConfig::default(),
             active_ratio: 0.0,
             steps: 0,
@@ -170,7 +176,7 @@ impl<'a> Run<'a> {
         })
     }
 
-    fn set_threshold(&mut self, threshold: f32) -> Result<()> {
+    pub(super) fn set_threshold(&mut self, threshold: f32) -> Result<()> {
         self.model.set_threshold(threshold)?;
         match &mut self.engine {
             Engine::Cpu { .. } => {}
@@ -218,13 +224,13 @@ impl<'a> Run<'a> {
     }
 
     /// The share of experts that a step runs.
-    fn active_ratio(&mut self) -> Result<f64> {
+    pub(super) fn active_ratio(&mut self) -> Result<f64> {
         self.gradients()?;
         Ok(self.active_ratio)
     }
 
     /// A whole step, as `dsmoe train` takes it.
-    fn step(&mut self) -> Result<()> {
+    pub(super) fn step(&mut self) -> Result<()> {
         self.gradients()?;
         self.steps += 1;
         let Run { model, engine, config, steps, .. } = self;

@@ -406,8 +406,8 @@ pub fn decode(
         size(dims.kv_heads)?,
         scale(dims).into(),
     ];
-    // SAFETY: a block per chunk of the room and head of keys; those behind the length do nothing.
-    unsafe { first.launch([chunks as u32, dims.kv_heads as u32, 1], CHUNK as u32, 0, &args) }?;
+    // SAFETY: a block per chunk of the room and head; those behind the length do nothing.
+    unsafe { first.launch([chunks as u32, dims.heads as u32, 1], CHUNK as u32, 0, &args) }?;
     let second = gpu.kernel(&DECODE, "combine", &defines)?;
     let args = [Arg::from(&out), partials.as_view().into(), length.into(), size(chunks)?];
     // SAFETY: a block per head reads the chunks that were set above.

@@ -11,48 +11,46 @@ extern "C" __global__ void append(bf16* keys, bf16* values, const bf16* qkv, con
   values[at * width + c] = qkv[r * stride + first + width + c];
 }
 
-// A block has CHUNK keys of one head of keys and all query heads of its group, one after the other:
+// A block has CHUNK keys and one query head:
 // partials [heads, chunks, HD + 2] get the largest score, the sum and the weighted values.
 extern "C" __global__ void __launch_bounds__(CHUNK, 4)
 chunks(float* partials, const bf16* qkv, const bf16* keys, const bf16* values, const u32* length, int heads, int kv_heads,
        float scale) {
   __shared__ float p[CHUNK], q[HD], shared[32];
-  const int kv = blockIdx.y, group = heads / kv_heads, count = *length + 1, first = blockIdx.x * CHUNK;
+  const int head = blockIdx.y, kv = head / (heads / kv_heads), count = *length + 1, first = blockIdx.x * CHUNK;
   if (first >= count) return;
   const int j = first + threadIdx.x, here = min(CHUNK, count - first);
   const i64 width = (i64)kv_heads * HD;
   const bf16* key = keys + j * width + kv * HD;
-  for (int head = kv * group; head < (kv + 1) * group; head++) {
-    __syncthreads();
-    for (int i = threadIdx.x; i < HD; i += CHUNK) q[i] = to_f32(qkv[head * HD + i]) * scale * 1.4426950408889634f;
-    __syncthreads();
-    float s = -1e30f;
-    if (j < count) {
-      s = 0.0f;
+  for (int i = threadIdx.x; i < HD; i += CHUNK) q[i] = to_f32(qkv[head * HD + i]) * scale * 1.4426950408889634f;
+  __syncthreads();
+  float s = -1e30f;
+  if (j < count) {
+    s = 0.0f;
 #if HD % 8 == 0
-      for (int i = 0; i < HD; i += 8) {
-        const U4 k = *(const U4*)(key + i);
-        s += q[i] * lo_f32(k.x) + q[i + 1] * hi_f32(k.x) + q[i + 2] * lo_f32(k.y) + q[i + 3] * hi_f32(k.y) +
-             q[i + 4] * lo_f32(k.z) + q[i + 5] * hi_f32(k.z) + q[i + 6] * lo_f32(k.w) + q[i + 7] * hi_f32(k.w);
-      }
+    for (int i = 0; i < HD; i += 8) {
+      const U4 k = *(const U4*)(key + i);
+      s += q[i] * lo_f32(k.x) + q[i + 1] * hi_f32(k.x) + q[i + 2] * lo_f32(k.y) + q[i + 3] * hi_f32(k.y) +
+           q[i + 4] * lo_f32(k.z) + q[i + 5] * hi_f32(k.z) + q[i + 6] * lo_f32(k.w) + q[i + 7] * hi_f32(k.w);
+    }
 #else
-      for (int i = 0; i < HD; i++) s += q[i] * to_f32(key[i]);
+    for (int i = 0; i < HD; i++) s += q[i] * to_f32(key[i]);
 #endif
-    }
-    const float top = block_max(s, shared);
-    const float e = j < count ? exp2f(s - top) : 0.0f;
-    p[threadIdx.x] = e;
-    const float sum = block_sum(e, shared);
-    float* to = partials + ((i64)head * gridDim.x + blockIdx.x) * (HD + 2);
-    if (threadIdx.x == 0) {
-      to[0] = top;
-      to[1] = sum;
-    }
-    for (int i = threadIdx.x; i < HD; i += CHUNK) {
-      float v = 0.0f;
-      for (int r = 0; r < here; r++) v += p[r] * to_f32(values[(first + r) * width + kv * HD + i]);
-      to[2 + i] = v;
-    }
+  }
+  const float top = block_max(s, shared);
+  const float e = j < count ? exp2f(s - top) : 0.0f;
+  p[threadIdx.x] = e;
+  const float sum = block_sum(e, shared);
+  float* to = partials + ((i64)head * gridDim.x + blockIdx.x) * (HD + 2);
+  if (threadIdx.x == 0) {
+    to[0] = top;
+    to[1] = sum;
+  }
+  for (int i = threadIdx.x; i < HD; i += CHUNK) {
+    float v = 0.0f;
+#pragma unroll 16
+    for (int r = 0; r < here; r++) v += p[r] * to_f32(values[(first + r) * width + kv * HD + i]);
+    to[2 + i] = v;
   }
 }
 

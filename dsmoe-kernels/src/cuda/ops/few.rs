@@ -194,6 +194,6 @@ pub fn ffn(
     unsafe { down.launch(grid, 128, 0, &args) }?;
     let sum = gpu.kernel(&SOURCE, "few_sum", &defines)?;
     let args = [Arg::from(&y), partials.as_view().into(), k, size(hidden)?, size(n)?, size(dims.blocks())?];
-    // SAFETY: a thread per value of y reads the partial sums that were set above.
-    unsafe { sum.launch([int("few", hidden.div_ceil(128))? as u32, tokens as u32, 1], 128, 0, &args) }
+    // SAFETY: a block per 32 values of y reads the partial sums that were set above.
+    unsafe { sum.launch([int("few", hidden.div_ceil(32))? as u32, tokens as u32, 1], 256, 0, &args) }
 }

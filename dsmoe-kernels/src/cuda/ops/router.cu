@@ -23,34 +23,41 @@ logits(float* z, const float* x, const float* rstd, const float* norm, const flo
 
 DEV float sigmoid(float z) { return z >= 0.0f ? 1.0f / (1.0f + expf(-z)) : expf(z) / (1.0f + expf(z)); }
 
-// A thread per token. `threshold` is a logit; the mask is decided in f64, as on the processor.
-extern "C" __global__ void route(float* gates, float* coefficients, u8* mask, u32* active, const float* z, int tokens,
-                                 int n, double threshold, int binary, int rescale, int force) {
-  const int t = blockIdx.x * blockDim.x + threadIdx.x;
+// A warp per token, four at a block. `threshold` is a logit; the mask is decided in f64, as on the processor.
+extern "C" __global__ void __launch_bounds__(128)
+route(float* gates, float* coefficients, u8* mask, u32* active, const float* z, int tokens, int n, double threshold,
+      int binary, int rescale, int force) {
+  const int t = blockIdx.x * 4 + (threadIdx.x >> 5), lane = threadIdx.x & 31;
   if (t >= tokens) return;
-  const float* zt = z + (i64)t * n;
   const i64 at = (i64)t * n;
-  int k = 0, best = 0;
-  for (int e = 0; e < n; e++) {
-    const bool on = (double)zt[e] > threshold;
-    mask[at + e] = on;
-    k += on;
-    if (zt[e] > zt[best]) best = e;
+  int k = 0, best = 0x7fffffff;
+  float top = -__int_as_float(0x7f800000);
+  for (int e0 = 0; e0 < n; e0 += 32) {
+    const int e = e0 + lane;
+    const float ze = e < n ? z[at + e] : 0.0f;
+    k += __popc(__ballot_sync(0xffffffffu, e < n && (double)ze > threshold));
+    if (e < n && (ze > top || best == 0x7fffffff)) top = ze, best = e;
   }
-  if (force && k == 0) {
-    mask[at + best] = 1;
-    k = 1;
+  // The first of the largest.
+#pragma unroll
+  for (int o = 16; o > 0; o >>= 1) {
+    const float other = __shfl_xor_sync(0xffffffffu, top, o);
+    const int place = __shfl_xor_sync(0xffffffffu, best, o);
+    if (other > top || (other == top && place < best)) top = other, best = place;
   }
+  const bool forced = force && k == 0;
+  if (forced) k = 1;
   const float scale = rescale ? (float)n / (float)(k > 0 ? k : 1) : 1.0f;
-  for (int e = 0; e < n; e++) {
-    const float q = sigmoid(zt[e]);
+  for (int e = lane; e < n; e += 32) {
+    const float ze = z[at + e], q = sigmoid(ze);
+    const bool on = (double)ze > threshold || (forced && e == best);
+    mask[at + e] = on;
     gates[at + e] = q;
-    coefficients[at + e] = mask[at + e] ? scale * (binary ? 1.0f : q) : 0.0f;
+    coefficients[at + e] = on ? scale * (binary ? 1.0f : q) : 0.0f;
   }
-  active[t] = k;
+  if (lane == 0) active[t] = k;
 }
 
-// One block: where every expert's pairs start, then where every token's do.
 extern "C" __global__ void __launch_bounds__(1024) count(u32* offsets, u32* chunks, const u8* mask, int tokens, int n) {
   // A thread per (chunk of tokens, expert): chunks [blocks of tokens, n] get how many are active.
   const int at = blockIdx.x * blockDim.x + threadIdx.x;

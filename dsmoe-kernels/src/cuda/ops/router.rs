@@ -228,7 +228,7 @@ pub fn route(gpu: &Gpu, routed: &mut Routed, z: View<'_, f32>, gates: &Gates) ->
         i32::from(gates.rescale).into(),
         i32::from(gates.force_argmax).into(),
     ];
-    start(gpu, "route", [tokens.div_ceil(128), 1], 128, &args)
+    start(gpu, "route", [tokens.div_ceil(4), 1], 128, &args)
 }
 
 /// Sets the lists of the pairs that are active: a counting sort that keeps the tokens' order.
@@ -281,7 +281,8 @@ pub fn stats(gpu: &Gpu, counts: ViewMut<'_, u64>, sums: ViewMut<'_, f64>, routed
         t,
         e,
     ];
-    start(gpu, "stats", [1, 1], 1024, &args)
+    let block = (tokens * n).next_multiple_of(32).clamp(32, 1024) as u32;
+    start(gpu, "stats", [1, 1], block, &args)
 }
 
 /// Sets `dz` `[T, n]` to the gradient of the logits.

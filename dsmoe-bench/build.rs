@@ -1,0 +1,27 @@
+//! Tells the command which compiler and which revision of the source it was built with.
+
+use std::process::Command;
+
+fn main() {
+    let rustc = std::env::var("RUSTC").unwrap_or_else(|_| "rustc".to_owned());
+    let revision = first_line("git", &["describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]);
+    println!("cargo:rustc-env=DSMOE_RUSTC={}", first_line(&rustc, &["--version"]));
+    println!("cargo:rustc-env=DSMOE_REVISION={revision}");
+    println!("cargo:rerun-if-changed=build.rs");
+    println!("cargo:rerun-if-changed=src");
+    for name in ["HEAD", "index"] {
+        let path = first_line("git", &["rev-parse", "--git-path", name]);
+        // Outside a repository there is no such file, and a missing one would mean to run every time.
+        if std::path::Path::new(&path).exists() {
+            println!("cargo:rerun-if-changed={path}");
+        }
+    }
+}
+
+/// What a program says, or `unknown`.
+fn first_line(program: &str, args: &[&str]) -> String {
+    let output = Command::new(program).args(args).output().ok().filter(|output| output.status.success());
+    let text = output.and_then(|output| String::from_utf8(output.stdout).ok()).unwrap_or_default();
+    let line = text.lines().next().unwrap_or_default().trim();
+    if line.is_empty() { "unknown".to_owned() } else { line.to_owned() }
+}

@@ -1,0 +1,114 @@
+//! The quality suite: a short training of fixed seeds, whose numbers are the same bits on one machine.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use dsmoe_core::config::Config;
+use dsmoe_core::convert::{ConvertOptions, convert};
+use dsmoe_core::init::{InitOptions, init};
+use dsmoe_core::{Device, Inference, Model};
+use dsmoe_datasets::world::{Domain, World};
+use dsmoe_datasets::{Bos, DOC_SEPARATOR, TokenStream, train_bpe};
+use dsmoe_kernels::Precision;
+use dsmoe_train::config::TrainConfig;
+use dsmoe_train::eval::EvalOptions;
+use dsmoe_train::run::{RunOptions, Trainer};
+
+use super::format::{Benchmark, Kind};
+use crate::commands::eval::measure as evaluate;
+use crate::commands::train::drive;
+use crate::commands::{open_corpus, tokenize, tokenizer};
+use crate::ui::Ui;
+
+/// Of each domain.
+const TEXT_BYTES: u64 = 60_000;
+const VOCAB: usize = 512;
+const SEQ: usize = 64;
+const STEPS: u64 = 80;
+const EXPERTS: usize = 8;
+const ACTIVE_TARGET: f64 = 0.5;
+
+/// Trains a dense model from nothing, cuts it into experts, and trains those to half of them.
+pub(super) fn measure(ui: &Ui) -> Result<Vec<Benchmark>> {
+    ui.note("measuring quality");
+    let ui = Ui { quiet: true, ..*ui };
+    let temporary = tempfile::tempdir().context("cannot make a temporary directory; set TMPDIR")?;
+    let dir = temporary.path();
+    let world = World::new(0);
+    let texts: Vec<String> =
+        Domain::ALL.into_iter().flat_map(|domain| world.documents(domain, TEXT_BYTES)).collect();
+    let file = dir.join("text.txt");
+    fs::write(&file, texts.join(DOC_SEPARATOR)).with_context(|| file.display().to_string())?;
+
+    let start = dir.join("start");
+    let vocab = train_bpe(texts.into_iter(), VOCAB, dir)?;
+    let config = architecture(vocab)?;
+    init(&config, &start, &InitOptions::default(), &mut |_| {})?;
+    for name in ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"] {
+        fs::copy(dir.join(name), start.join(name)).with_context(|| start.join(name).display().to_string())?;
+    }
+    let tokenizer = tokenizer(&start, &config)?;
+    let corpus = open_corpus(&[file], Some(DOC_SEPARATOR.to_owned()), "text".to_owned())?;
+    let stream = tokenize(&corpus, &tokenizer, Bos::Always, &ui)?;
+
+    let (dense, cut, dsmoe) = (dir.join("dense"), dir.join("cut"), dir.join("dsmoe"));
+    let mut numbers = train(&start, &dense, &stream, 4e-3, None, &ui)?;
+    convert(&dense, &cut, &ConvertOptions::new(EXPERTS), &mut |_| {})?;
+    numbers.extend(train(&cut, &dsmoe, &stream, 1e-3, Some(ACTIVE_TARGET), &ui)?);
+    Ok(numbers)
+}
+
+/// Trains the model in `source` into `out` and evaluates it on what was held out.
+fn train(
+    source: &Path,
+    out: &Path,
+    stream: &TokenStream,
+    lr: f64,
+    active_target: Option<f64>,
+    ui: &Ui,
+) -> Result<Vec<Benchmark>> {
+    let config = TrainConfig {
+        steps: Some(STEPS),
+        batch: 8,
+        seq: SEQ,
+        lr,
+        active_target,
+        valid_fraction: 0.05,
+        keep: 1,
+        bos: Bos::Always,
+        ..TrainConfig::default()
+    };
+    let options = RunOptions {
+        out: out.to_path_buf(),
+        source: source.to_path_buf(),
+        resume: false,
+        force: false,
+        stop_after: None,
+        device: Device::Cpu,
+    };
+    let name = if active_target.is_some() { "dsmoe" } else { "dense" };
+    let mut trainer = Trainer::new(Model::load(source)?, stream, config, options)?;
+    if !drive(&mut trainer, name, out, ui)?.finished {
+        bail!("the training of the quality suite was interrupted; run it again");
+    }
+    let held_out = trainer.mixture().parts()[0].split.valid_tokens().to_vec();
+    let model = Inference::load(out, Precision::F32)?;
+    let result = evaluate(&model, &held_out, EvalOptions::new(SEQ), ui)?;
+    let exact =
+        |what: &str, value| Benchmark::exact(format!("quality/{name}/{what}"), Kind::Quality, what, value);
+    let mut numbers = vec![exact("perplexity", result.ppl)];
+    numbers.extend(result.active_ratio.map(|share| exact("active_share", share)));
+    Ok(numbers)
+}
+
+fn architecture(vocab: usize) -> Result<Config> {
+    let json = serde_json::json!({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocab, "hidden_size": 64,
+        "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu",
+        "initializer_range": 0.02, "tie_word_embeddings": true, "bos_token_id": 0, "eos_token_id": 1,
+        "torch_dtype": "float32",
+    });
+    Ok(Config::from_json(Path::new("config.json"), &json.to_string())?)
+}
