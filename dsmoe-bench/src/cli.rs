@@ -18,6 +18,7 @@ use dsmoe_train::config::NearDuplicates;
 use crate::commands::bench::args::Bench;
 use crate::commands::data::args::Data;
 use crate::commands::export::Form;
+use crate::commands::reproduce::args::Reproduce;
 
 /// Router weights of a conversion that does not say otherwise: the paper's.
 const DEFAULT_ROUTER_INIT: &str = "random";
@@ -50,6 +51,8 @@ Environment: DSMOE_ISA=scalar|avx2|avx512 narrows the instruction set; DSMOE_SHA
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
+    /// Compare DSMoE with the paper's baselines at one budget: every table and figure of the paper, in one report
+    Reproduce(Box<Reproduce>),
     /// Show a model's configuration, layout, parameters and FLOPs; reads headers only
     Inspect(Inspect),
     /// Turn a dense LLaMA directory into a DSMoE directory
