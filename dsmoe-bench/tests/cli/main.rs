@@ -8,5 +8,6 @@ mod common;
 mod data;
 mod faults;
 mod prune;
+mod reproduce;
 mod variants;
 mod world;

@@ -169,7 +169,12 @@ pub(crate) struct Ledger {
 
 impl Ledger {
     pub(crate) fn new(stages: usize, cost: f64) -> Ledger {
-        Ledger { started: Instant::now(), done: Cell::new(0.0), left: Cell::new(cost), stages: Cell::new((0, stages)) }
+        Ledger {
+            started: Instant::now(),
+            done: Cell::new(0.0),
+            left: Cell::new(cost),
+            stages: Cell::new((0, stages)),
+        }
     }
 
     fn begin(&self, ui: &Ui, what: &str) {
@@ -293,32 +298,43 @@ impl Lab<'_> {
         };
 
         let milestones = self.milestones(job.spec);
-        let key = Key::of("train", &json!([made_key, settled(&config)?, self.text.key, milestones, self.windows()]));
+        let key = Key::of(
+            "train",
+            &json!([made_key, settled(&config)?, self.text.key, milestones, self.windows()]),
+        );
         let run_dir = self.cache.dir("train", &key).join("run");
         let cost = train_cost(&config)? + milestones.len() as f64 * self.text_cost();
         let trained: Trained = self.stage("train", &id, &key, cost, |dir| {
             let file = |share: f64| dir.join(format!("at-{share}.json"));
-            self.train(&made_model, &dir.join("run"), config.clone(), &milestones, &id, &mut |share, step, model| {
-                let path = file(share);
-                if path.is_file() {
-                    return Ok(());
-                }
-                let model = Inference::new(model, Precision::F32);
-                let (found, _) = measure::text(&model, &self.text.held_out, self.seq, self.windows())?;
-                let milestone = Milestone {
-                    share,
-                    step,
-                    tokens: step * config.tokens_per_step(),
-                    nll: found.nll,
-                    ppl: found.ppl,
-                    active_ratio: found.active_ratio,
-                    params_total: found.params_total,
-                    params_activated: found.params_activated,
-                };
-                write_json(&path, &milestone)
-            })?;
+            self.train(
+                &made_model,
+                &dir.join("run"),
+                config.clone(),
+                &milestones,
+                &id,
+                &mut |share, step, model| {
+                    let path = file(share);
+                    if path.is_file() {
+                        return Ok(());
+                    }
+                    let model = Inference::new(model, Precision::F32);
+                    let (found, _) = measure::text(&model, &self.text.held_out, self.seq, self.windows())?;
+                    let milestone = Milestone {
+                        share,
+                        step,
+                        tokens: step * config.tokens_per_step(),
+                        nll: found.nll,
+                        ppl: found.ppl,
+                        active_ratio: found.active_ratio,
+                        params_total: found.params_total,
+                        params_activated: found.params_activated,
+                    };
+                    write_json(&path, &milestone)
+                },
+            )?;
             let steps = config.clone().resolve()?.steps.unwrap_or(0);
-            let milestones = milestones.iter().map(|&share| read_json(&file(share))).collect::<Result<_>>()?;
+            let milestones =
+                milestones.iter().map(|&share| read_json(&file(share))).collect::<Result<_>>()?;
             Ok(Trained { steps, tokens: steps * config.tokens_per_step(), milestones })
         })?;
         remove_checkpoints(&run_dir)?;
@@ -347,13 +363,44 @@ impl Lab<'_> {
 
     fn made_key(&self, job: Job<'_>, base: &Base) -> Result<Key> {
         let spec = job.spec;
-        let init = spec.router_init()?;
+        let conversion = match spec.is_dsmoe() {
+            true => {
+                json!([
+                    self.router(spec),
+                    spec.router_init()?.to_string(),
+                    spec.order.unwrap_or(Order::Contiguous)
+                ])
+            }
+            false => json!(spec.knobs),
+        };
         let settings = json!([
-            base.key, spec.make, spec.knobs, init.to_string(), spec.gate_value, spec.rescale, spec.zero_active,
-            spec.threshold, spec.ste, spec.order, self.profile.experts, self.profile.active, self.profile.calibration,
-            self.seq, self.text.key, spec.role == Role::WithoutThreshold, job.seed,
+            base.key,
+            spec.make,
+            conversion,
+            self.profile.experts,
+            self.profile.active,
+            self.profile.calibration,
+            self.seq,
+            self.text.key,
+            job.seed,
         ]);
         Ok(Key::of("make", &settings))
+    }
+
+    /// The routers of a gated model.
+    fn router(&self, spec: &MethodSpec) -> RouterConfig {
+        let default = RouterConfig::new(self.profile.experts);
+        RouterConfig {
+            threshold: match spec.role {
+                Role::WithoutThreshold => 0.0,
+                _ => spec.threshold.unwrap_or(default.threshold),
+            },
+            gate_value: spec.gate_value.unwrap_or(default.gate_value),
+            rescale: spec.rescale.unwrap_or(default.rescale),
+            zero_active: spec.zero_active.unwrap_or(default.zero_active),
+            ste: spec.ste.unwrap_or(spec.role != Role::WithoutSte),
+            ..default
+        }
     }
 
     /// Makes a method's model of the dense one.
@@ -363,8 +410,7 @@ impl Lab<'_> {
         if !spec.is_dsmoe() {
             let method = method(&spec.make)?;
             let knobs = self.profile.knobs(spec)?;
-            let calibration =
-                if method.needs_calibration(&knobs) { calibration()? } else { Vec::new() };
+            let calibration = if method.needs_calibration(&knobs) { calibration()? } else { Vec::new() };
             let budget = Budget::Params(self.budget(base).round());
             if spec.make == "dense" {
                 let counts = Accounting::of(&base.config);
@@ -389,18 +435,6 @@ impl Lab<'_> {
                 measured: made.measured.into_iter().collect(),
             });
         }
-        let default = RouterConfig::new(self.profile.experts);
-        let router = RouterConfig {
-            threshold: match spec.role {
-                Role::WithoutThreshold => 0.0,
-                _ => spec.threshold.unwrap_or(default.threshold),
-            },
-            gate_value: spec.gate_value.unwrap_or(default.gate_value),
-            rescale: spec.rescale.unwrap_or(default.rescale),
-            zero_active: spec.zero_active.unwrap_or(default.zero_active),
-            ste: spec.ste.unwrap_or(spec.role != Role::WithoutSte),
-            ..default
-        };
         let mut calibration_tokens = 0;
         let partition = match spec.order.unwrap_or(Order::Contiguous) {
             Order::Contiguous => PartitionSpec::Contiguous,
@@ -408,7 +442,8 @@ impl Lab<'_> {
             Order::Taylor => {
                 let sequences = calibration()?;
                 calibration_tokens = sequences.len() * self.seq;
-                let layers = dsmoe_baselines::llama_moe::neurons_by_importance(&base.dir, &sequences, &mut |_| {})?;
+                let layers =
+                    dsmoe_baselines::llama_moe::neurons_by_importance(&base.dir, &sequences, &mut |_| {})?;
                 let experts = |order: &Vec<u32>| -> Vec<Vec<u32>> {
                     order.chunks(order.len() / self.profile.experts).map(<[u32]>::to_vec).collect()
                 };
@@ -419,7 +454,7 @@ impl Lab<'_> {
             }
         };
         let options = ConvertOptions {
-            router,
+            router: self.router(spec),
             partition,
             router_init: spec.router_init()?,
             seed: job.seed,
@@ -461,8 +496,10 @@ impl Lab<'_> {
         };
         let mut trainer = Trainer::new(Model::load(source)?, self.text.train_data(), config, options)?;
         let steps = trainer.config().steps.unwrap_or(0);
-        let mut due: Vec<(u64, f64)> =
-            milestones.iter().map(|&share| (((share * steps as f64).ceil() as u64).min(steps), share)).collect();
+        let mut due: Vec<(u64, f64)> = milestones
+            .iter()
+            .map(|&share| (((share * steps as f64).ceil() as u64).min(steps), share))
+            .collect();
         due.retain(|(step, _)| *step >= trainer.step());
         let mut due = due.into_iter().peekable();
         let stop = AtomicBool::new(false);
@@ -637,7 +674,8 @@ impl Lab<'_> {
             // A process of its own: its memory is the model's.
             let program = std::env::current_exe().context("cannot find this program")?;
             // Text as it is, since what is active depends on it.
-            let ids: Vec<u32> = self.text.held_out.iter().flat_map(|part| &part.ids).copied().take(prefill).collect();
+            let ids: Vec<u32> =
+                self.text.held_out.iter().flat_map(|part| &part.ids).copied().take(prefill).collect();
             let file = stage.join("ids.json");
             write_json(&file, &ids)?;
             let mut command = Command::new(program);

@@ -90,7 +90,8 @@ pub(crate) fn text(
             losses.resize(inputs.len(), 0.0f32);
             model.score(&mut losses, &inputs, &targets, seq, stats.as_mut(), &mut workspace)?;
             for losses in losses.chunks(seq) {
-                of_windows.push((losses.iter().map(|&loss| f64::from(loss)).sum::<f64>(), losses.len() as u64));
+                of_windows
+                    .push((losses.iter().map(|&loss| f64::from(loss)).sum::<f64>(), losses.len() as u64));
             }
             tokens.losses.extend_from_slice(&losses);
         }
@@ -254,8 +255,7 @@ pub(crate) fn tasks(
     for (at, loaded) in tasks.iter().enumerate() {
         progress(at, tasks.len());
         let documents: Vec<&[Request]> = loaded.documents().iter().map(|d| &d.requests[..]).collect();
-        let responder =
-            Responder::new(model, tokenizer, task_bos(), TaskProfile::default()).stop_at(&STOP);
+        let responder = Responder::new(model, tokenizer, task_bos(), TaskProfile::default()).stop_at(&STOP);
         let Some(answers) = responder.answer(&documents, None, &mut |_, _| {})? else {
             return Err(Interrupted.into());
         };

@@ -21,7 +21,8 @@ pub(super) fn run(args: &args::Merge, ui: &mut Ui) -> Result<()> {
     }
     let collected = Collected::read(&args.parts)?;
     write_json(&out.join(SETUP), &collected.setup)?;
-    for (id, run) in collected.setup.runs.iter().map(String::as_str).zip(&collected.runs).chain([(BASE, &collected.base)])
+    for (id, run) in
+        collected.setup.runs.iter().map(String::as_str).zip(&collected.runs).chain([(BASE, &collected.base)])
     {
         write_json(&out.join(RUNS).join(format!("{id}.json")), run)?;
     }

@@ -2,7 +2,9 @@
 
 pub(crate) mod args;
 mod cache;
+mod document;
 mod lab;
+mod markdown;
 mod measure;
 mod merge;
 mod outputs;
@@ -24,7 +26,8 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 
 use self::args::{Reproduce, Sub};
-use self::cache::{Cache, Interrupted, write_json};
+use self::cache::{Cache, Interrupted, write, write_json};
+use self::document::Block;
 use self::lab::{BASE, Job, Lab, Ledger, Run, Timing};
 use self::outputs::{Output, Part};
 use self::profile::{MethodSpec, Profile};
@@ -171,7 +174,8 @@ fn reproduce(
         save(&job.id(), lab.run(*job, &base, parts)?)?;
     }
     if args.shard.is_some() {
-        let note = format!("{}: this part is done; put all together with dsmoe reproduce merge", out.display());
+        let note =
+            format!("{}: this part is done; put all together with dsmoe reproduce merge", out.display());
         ui.note(note);
         return Ok(());
     }
@@ -183,6 +187,16 @@ fn reproduce(
 fn finish(collected: &Collected, out: &Path, seconds: f64, ui: &mut Ui) -> Result<()> {
     let results = results::of(collected)?;
     write_json(&out.join("results.json"), &results)?;
+    let report = document::of(collected, &results);
+    write(&out.join("report.md"), markdown::markdown(&report).as_bytes())?;
+    for block in report.chapters.iter().flat_map(|chapter| &chapter.blocks) {
+        let table = match block {
+            Block::Text(_) => continue,
+            Block::Table(table) => table.clone(),
+            Block::Figure(figure) => markdown::numbers(figure),
+        };
+        write(&out.join("csv").join(format!("{}.csv", table.id)), markdown::csv(&table).as_bytes())?;
+    }
     ui.note(format_args!("{}: results.json after {}", out.display(), crate::report::duration(seconds)));
     Ok(())
 }

@@ -48,8 +48,18 @@ impl Output {
         Output::Budget,
     ];
     pub(crate) const NAMES: [&'static str; 12] = [
-        "table1", "table2", "table3", "table4", "table5", "table6", "figure2", "figure3", "speed", "pareto",
-        "difficulty", "budget",
+        "table1",
+        "table2",
+        "table3",
+        "table4",
+        "table5",
+        "table6",
+        "figure2",
+        "figure3",
+        "speed",
+        "pareto",
+        "difficulty",
+        "budget",
     ];
 
     pub(crate) fn name(self) -> &'static str {
@@ -71,9 +81,12 @@ impl Output {
     /// What it needs of a method that it shows, beside the text.
     fn part(self) -> Part {
         match self {
-            Output::Table1 | Output::Table5 | Output::Table6 | Output::Figure3 | Output::Pareto | Output::Budget => {
-                Part::Text
-            }
+            Output::Table1
+            | Output::Table5
+            | Output::Table6
+            | Output::Figure3
+            | Output::Pareto
+            | Output::Budget => Part::Text,
             Output::Table2 | Output::Table3 => Part::Tasks,
             Output::Table4 | Output::Figure2 => Part::Sweep,
             Output::Speed => Part::Speed,
@@ -83,7 +96,8 @@ impl Output {
 
     /// The parts that `outputs` need of a method; none when it is in none of them.
     pub(crate) fn parts_of(outputs: &[Output], method: &MethodSpec) -> Vec<Part> {
-        let gates = matches!(method.role, Role::Dsmoe | Role::Paper | Role::WithoutSte | Role::WithoutThreshold);
+        let gates =
+            matches!(method.role, Role::Dsmoe | Role::Paper | Role::WithoutSte | Role::WithoutThreshold);
         let mut parts = Vec::new();
         for output in outputs.iter().filter(|output| output.shows(method)) {
             for part in [Part::Text, output.part()] {
@@ -103,7 +117,8 @@ impl FromStr for Output {
 
     fn from_str(text: &str) -> Result<Output, String> {
         let at = Output::NAMES.iter().position(|name| *name == text);
-        at.map(|at| Output::ALL[at]).ok_or_else(|| format!("no output `{text}`; use {}", Output::NAMES.join(", ")))
+        at.map(|at| Output::ALL[at])
+            .ok_or_else(|| format!("no output `{text}`; use {}", Output::NAMES.join(", ")))
     }
 }
 

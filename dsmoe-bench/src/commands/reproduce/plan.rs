@@ -27,6 +27,8 @@ use crate::ui::Ui;
 const TRIAL_SECONDS: f64 = 1.0;
 /// Tokens of the product that it is measured on.
 const TRIAL_TOKENS: usize = 512;
+/// Methods that leave their models dense to the arithmetic.
+const MASKED: [&str; 3] = ["sparsegpt", "wanda", "magnitude"];
 /// FineWeb-edu, OpenWebMath, StarCoder and Cosmopedia.
 const PAPER_SOURCES: usize = 4;
 /// A model with its optimiser's moments on the disk, beside the model itself: bytes of a parameter.
@@ -105,9 +107,19 @@ pub(super) fn run(args: &Reproduce, profile: &Profile, jobs: &[Planned<'_>], ui:
         }
         let mut row = row(&job.id(), &shape, &counts, share, &config, measured, speed)?;
         if !job.spec.is_dsmoe() {
-            let planned =
-                method(&job.spec.make)?.plan(&dense, Budget::Params(budget.round()), &profile.knobs(job.spec)?)?;
+            let planned = method(&job.spec.make)?.plan(
+                &dense,
+                Budget::Params(budget.round()),
+                &profile.knobs(job.spec)?,
+            )?;
             (row.params_total, row.params_activated) = (planned.total, planned.activated);
+            // A smaller model computes less, and so do k of n experts; zeros in a matrix are multiplied like others.
+            let computes = match MASKED.contains(&job.spec.make.as_str()) {
+                true => 1.0,
+                false => (planned.activated - counts.norms as f64) / (counts.total - counts.norms) as f64,
+            };
+            row.flops *= computes;
+            row.hours *= computes;
         }
         // What was made, and what was trained of it.
         disk_bytes += 2 * 4 * counts.total;
@@ -212,7 +224,8 @@ fn row(
 
 /// What a product of the shape of this model's FFN reaches on this machine.
 fn flops_per_second(config: &Config, precision: Precision) -> f64 {
-    let dims = linear::Dims { rows: TRIAL_TOKENS, inputs: config.hidden, outputs: config.intermediate, precision };
+    let dims =
+        linear::Dims { rows: TRIAL_TOKENS, inputs: config.hidden, outputs: config.intermediate, precision };
     let (x, w) = (Buf::zeros(dims.rows * dims.inputs), Buf::zeros(dims.inputs * dims.outputs));
     let mut y = Buf::zeros(dims.rows * dims.outputs);
     let flops = 2.0 * (dims.rows * dims.inputs * dims.outputs) as f64;

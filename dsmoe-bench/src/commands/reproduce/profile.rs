@@ -219,7 +219,9 @@ impl Profile {
         let profile: Profile = toml::from_str(text).map_err(|cause| {
             let line = cause.span().map_or(1, |span| text[..span.start].matches('\n').count() + 1);
             let message = cause.message().split_whitespace().collect::<Vec<_>>().join(" ");
-            anyhow::anyhow!("{place}: line {line}: {message}; `dsmoe reproduce --print-profile quick` shows one")
+            anyhow::anyhow!(
+                "{place}: line {line}: {message}; `dsmoe reproduce --print-profile quick` shows one"
+            )
         })?;
         profile.check().with_context(|| place.to_owned())?;
         Ok(profile)
@@ -228,7 +230,8 @@ impl Profile {
     /// Says what cannot work before anything is computed.
     fn check(&self) -> Result<()> {
         let shares = |name: &str, list: &[f64]| -> Result<()> {
-            if list.windows(2).any(|pair| pair[0] >= pair[1]) || list.iter().any(|x| !(0.0..=1.0).contains(x)) {
+            if list.windows(2).any(|pair| pair[0] >= pair[1]) || list.iter().any(|x| !(0.0..=1.0).contains(x))
+            {
                 bail!("{name} is {list:?}; use rising numbers from 0 to 1");
             }
             Ok(())
@@ -272,7 +275,9 @@ impl Profile {
             if self.method[..i].iter().any(|other| other.name == spec.name) {
                 bail!("two methods are called {:?}; give each a name of its own", spec.name);
             }
-            if spec.name.is_empty() || !spec.name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b)) {
+            if spec.name.is_empty()
+                || !spec.name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
+            {
                 bail!("a method is called {:?}; use letters, digits, '-', '_' and '.'", spec.name);
             }
             let config = self.train_of(spec, 0).with_context(of)?;
@@ -282,7 +287,10 @@ impl Profile {
             spec.router_init().with_context(of)?;
             if spec.is_dsmoe() {
                 if !spec.knobs.is_empty() {
-                    bail!("method {:?}: make = \"dsmoe\" has no knobs; its settings are keys of their own", spec.name);
+                    bail!(
+                        "method {:?}: make = \"dsmoe\" has no knobs; its settings are keys of their own",
+                        spec.name
+                    );
                 }
                 continue;
             }
@@ -384,7 +392,10 @@ mod tests {
         refused(&format!("bogus = 1\n{quick}"), &["p.toml: line 1", "unknown field `bogus`"]);
         refused(&quick.replacen("windows =", "windos =", 1), &["p.toml: line", "windos"]);
         refused(&quick.replacen("[train]", "[train]\nbogus = 1", 1), &["train", "bogus"]);
-        refused(&format!("{quick}\n[[method]]\nname = \"x\"\nrole = \"control\"\nmake = \"nothing\"\n"), &["nothing"]);
+        refused(
+            &format!("{quick}\n[[method]]\nname = \"x\"\nrole = \"control\"\nmake = \"nothing\"\n"),
+            &["nothing"],
+        );
         refused(
             &format!("{quick}\n[[method]]\nname = \"x\"\nrole = \"control\"\nmake = \"wanda\"\nste = true\n"),
             &["ste is for make = \"dsmoe\""],

@@ -78,7 +78,8 @@ fn git_revision() -> Option<String> {
         output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
     };
     let revision = git(&["rev-parse", "HEAD"])?;
-    let changed = git(&["status", "--porcelain", "--untracked-files=no"]).is_some_and(|text| !text.is_empty());
+    let changed =
+        git(&["status", "--porcelain", "--untracked-files=no"]).is_some_and(|text| !text.is_empty());
     Some(if changed { format!("{revision} with changes") } else { revision })
 }
 
@@ -315,7 +316,8 @@ pub(crate) fn of(collected: &Collected) -> Result<Results> {
     let mut comparisons = Vec::new();
     for (spec, of_dsmoe) in &groups {
         let Some(spec) = spec.filter(|spec| matches!(spec.role, Role::Dsmoe | Role::Paper)) else { continue };
-        for (other, of_other) in groups.iter().filter(|(other, _)| other.is_none_or(|o| o.name != spec.name)) {
+        for (other, of_other) in groups.iter().filter(|(other, _)| other.is_none_or(|o| o.name != spec.name))
+        {
             let name = other.map_or(BASE, |other| other.name.as_str());
             comparisons.push(compare(profile, (&spec.name, of_dsmoe), (name, of_other)));
         }
@@ -357,7 +359,8 @@ fn method_result(setup: &Setup, spec: Option<&MethodSpec>, runs: &[&Run]) -> Met
         active_ratio: of_some(&|run| run.text.domains[at].active_ratio),
         active_experts_per_layer: (0..domain.active_ratio_per_layer.as_ref().map_or(0, Vec::len))
             .map(|layer| {
-                let share = |run: &Run| run.text.domains[at].active_ratio_per_layer.as_ref().map(|all| all[layer]);
+                let share =
+                    |run: &Run| run.text.domains[at].active_ratio_per_layer.as_ref().map(|all| all[layer]);
                 profile.experts as f64 * of_some(&share).unwrap_or(0.0)
             })
             .collect(),
@@ -369,7 +372,8 @@ fn method_result(setup: &Setup, spec: Option<&MethodSpec>, runs: &[&Run]) -> Met
         .enumerate()
         .map(|(at, task)| {
             let value = |run: &Run| 100.0 * run.tasks.as_ref().map_or(0.0, |tasks| tasks[at].value);
-            let items = || task.stderr.map(|e| [task.value - 1.96 * e, task.value + 1.96 * e].map(|x| 100.0 * x));
+            let items =
+                || task.stderr.map(|e| [task.value - 1.96 * e, task.value + 1.96 * e].map(|x| 100.0 * x));
             TaskMean {
                 task: task.task.clone(),
                 metric: task.metric.clone(),
@@ -379,18 +383,22 @@ fn method_result(setup: &Setup, spec: Option<&MethodSpec>, runs: &[&Run]) -> Met
             }
         })
         .collect();
-    let milestones = first.trained.iter().flat_map(|trained| &trained.milestones).enumerate().map(|(at, stone)| {
-        let all: Vec<_> =
-            runs.iter().filter_map(|run| run.trained.as_ref()).map(|trained| &trained.milestones[at]).collect();
-        let active: Option<Vec<f64>> = all.iter().map(|stone| stone.active_ratio).collect();
-        MilestoneMean {
-            share: stone.share,
-            tokens: stone.tokens,
-            ppl: Measured::of_seeds(all.iter().map(|stone| stone.ppl).collect()),
-            active_ratio: active.map(|values| mean(&values)),
-            params_activated: mean(&all.iter().map(|stone| stone.params_activated).collect::<Vec<_>>()),
-        }
-    });
+    let milestones =
+        first.trained.iter().flat_map(|trained| &trained.milestones).enumerate().map(|(at, stone)| {
+            let all: Vec<_> = runs
+                .iter()
+                .filter_map(|run| run.trained.as_ref())
+                .map(|trained| &trained.milestones[at])
+                .collect();
+            let active: Option<Vec<f64>> = all.iter().map(|stone| stone.active_ratio).collect();
+            MilestoneMean {
+                share: stone.share,
+                tokens: stone.tokens,
+                ppl: Measured::of_seeds(all.iter().map(|stone| stone.ppl).collect()),
+                active_ratio: active.map(|values| mean(&values)),
+                params_activated: mean(&all.iter().map(|stone| stone.params_activated).collect::<Vec<_>>()),
+            }
+        });
     let sweep = first.sweep.iter().flatten().enumerate().map(|(at, point)| {
         let all: Vec<_> = runs.iter().filter_map(|run| run.sweep.as_ref()).map(|sweep| &sweep[at]).collect();
         SweepMean {
@@ -455,14 +463,12 @@ fn mean_difficulty(runs: &[&Run]) -> Option<Difficulty> {
 fn compare(profile: &Profile, dsmoe: (&str, &[&Run]), other: (&str, &[&Run])) -> Comparison {
     // The dense model before training is one for all seeds.
     let of_seed = |runs: &[&'_ Run], seed: u64| -> Option<Run> {
-        let found = runs.iter().find(|run| run.seed == seed).or(runs.first().filter(|run| run.role.is_none()));
+        let found =
+            runs.iter().find(|run| run.seed == seed).or(runs.first().filter(|run| run.role.is_none()));
         found.map(|run| (*run).clone())
     };
-    let pairs: Vec<(Run, Run)> = dsmoe
-        .1
-        .iter()
-        .filter_map(|run| Some(((*run).clone(), of_seed(other.1, run.seed)?)))
-        .collect();
+    let pairs: Vec<(Run, Run)> =
+        dsmoe.1.iter().filter_map(|run| Some(((*run).clone(), of_seed(other.1, run.seed)?))).collect();
     let differences: Vec<f64> = pairs.iter().map(|(ours, theirs)| theirs.text.nll - ours.text.nll).collect();
     let (difference, interval, p, test) = if differences.len() > 1 {
         let found = estimate(&differences);
@@ -552,18 +558,18 @@ fn directions(profile: &Profile, methods: &[MethodResult], shapes: &[Shape]) -> 
                         method.tasks.iter().find(|one| one.task == *task).map(|one| one.percent.mean)
                     };
                     let word = if ours[at] > theirs[at] { "more" } else { "less" };
-                    let agrees = find(dsmoe).zip(find(other)).map(|(a, b)| {
-                        if ours[at] > theirs[at] { a > b } else { a < b }
-                    });
+                    let agrees = find(dsmoe)
+                        .zip(find(other))
+                        .map(|(a, b)| if ours[at] > theirs[at] { a > b } else { a < b });
                     say("table2", format!("{label}: {word} right than {}", row.label()), agrees);
                 }
             }
         }
         for (row, next) in paper::table4(model).iter().zip(&paper::table4(model)[1..]) {
             let find = |t: f64| dsmoe.sweep.iter().find(|point| (point.threshold - t).abs() < 1e-9);
-            let agrees = find(row.threshold).zip(find(next.threshold)).map(|(a, b)| {
-                a.ppl.mean < b.ppl.mean && a.params_activated >= b.params_activated
-            });
+            let agrees = find(row.threshold)
+                .zip(find(next.threshold))
+                .map(|(a, b)| a.ppl.mean < b.ppl.mean && a.params_activated >= b.params_activated);
             let statement = format!(
                 "threshold {} to {}: perplexity up, activated parameters down",
                 row.threshold, next.threshold
@@ -576,12 +582,19 @@ fn directions(profile: &Profile, methods: &[MethodResult], shapes: &[Shape]) -> 
         };
         for (one, next) in curve.iter().zip(&curve[1..]) {
             let find = |tokens: f64| {
-                dsmoe.milestones.iter().find(|stone| (stone.share - tokens / 10.0).abs() < 1e-9).map(|s| s.ppl.mean)
+                dsmoe
+                    .milestones
+                    .iter()
+                    .find(|stone| (stone.share - tokens / 10.0).abs() < 1e-9)
+                    .map(|s| s.ppl.mean)
             };
             let word = if next.1 < one.1 { "falls" } else { "rises" };
             let agrees = find(one.0).zip(find(next.0)).map(|(a, b)| (b < a) == (next.1 < one.1));
-            let statement =
-                format!("from {:.0} % to {:.0} % of the tokens perplexity {word}", 10.0 * one.0, 10.0 * next.0);
+            let statement = format!(
+                "from {:.0} % to {:.0} % of the tokens perplexity {word}",
+                10.0 * one.0,
+                10.0 * next.0
+            );
             say(output, statement, agrees);
         }
         let shape = shapes.iter().find(|shape| shape.method == dsmoe.name && shape.domain == "all");

@@ -70,8 +70,7 @@ fn ratio(strata: &Strata<'_>, mut pick: impl FnMut(usize) -> usize) -> f64 {
 /// Bootstrap distribution of [`ratio`], sorted. Windows are drawn within their stratum.
 pub(crate) fn bootstrap(strata: &Strata<'_>, resamples: usize) -> Vec<f64> {
     let mut random = SplitMix(0);
-    let mut values: Vec<f64> =
-        (0..resamples).map(|_| ratio(strata, |n| random.below(n))).collect();
+    let mut values: Vec<f64> = (0..resamples).map(|_| ratio(strata, |n| random.below(n))).collect();
     values.sort_by(f64::total_cmp);
     values
 }
@@ -244,8 +243,14 @@ mod tests {
 
     #[test]
     fn quantiles_are_those_of_the_tables() {
-        for (freedom, t) in [(1.0, 12.7062), (2.0, 4.30265), (4.0, 2.77645), (9.0, 2.26216), (1000.0, 1.96234)] {
-            assert!((t_quantile(0.975, freedom) - t).abs() < 1e-4, "{freedom}: {}", t_quantile(0.975, freedom));
+        for (freedom, t) in
+            [(1.0, 12.7062), (2.0, 4.30265), (4.0, 2.77645), (9.0, 2.26216), (1000.0, 1.96234)]
+        {
+            assert!(
+                (t_quantile(0.975, freedom) - t).abs() < 1e-4,
+                "{freedom}: {}",
+                t_quantile(0.975, freedom)
+            );
         }
     }
 

@@ -181,7 +181,9 @@ impl Text {
     pub(crate) fn calibration(&self, samples: usize, seq: usize, seed: u64) -> Result<Vec<Vec<u32>>> {
         let windows: usize = self.mixture.parts().iter().map(|part| part.split.num_windows()).sum();
         if windows < samples {
-            bail!("calibration.samples is {samples} and the text has {windows} sequences of {seq}; use fewer, or more text");
+            bail!(
+                "calibration.samples is {samples} and the text has {windows} sequences of {seq}; use fewer, or more text"
+            );
         }
         let mut order = self.mixture.interleaving(samples, seed)?;
         let read = |sample| {
