@@ -377,7 +377,7 @@ impl View<'_> {
             "DSMoE above the method: do ours and the paper agree?",
             &header,
         )
-        .note("✓ the paper's direction, ✗ the other, – no such task here.");
+        .note("✓ the paper's direction, ✗ the other, – equal or not measured.");
         *agree.header.last_mut().expect("a header") = "agree".to_owned();
         for method in self.results.methods.iter().filter(|method| !method.tasks.is_empty()) {
             let mut cells = vec![method.name.as_str().into()];
@@ -488,7 +488,7 @@ impl View<'_> {
                 optional(b, |x| format!("{x:.1}")),
                 number(tasks_with[at], |x| format!("{x:.2}")),
                 number(tasks_without[at], |x| format!("{x:.2}")),
-                agreement(a.zip(b).map(|(a, b)| b < a)),
+                agreement(a.zip(b).filter(|(a, b)| a != b).map(|(a, b)| b < a)),
             ]);
         }
         vec![Block::Table(table)]

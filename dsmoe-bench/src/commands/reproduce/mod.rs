@@ -24,16 +24,18 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
+use serde::Serialize;
 
 use self::args::{Reproduce, Sub};
-use self::cache::{Cache, Interrupted, write, write_json};
+use self::cache::{Cache, Interrupted, read_json, write, write_json};
 use self::document::Block;
 use self::lab::{BASE, Job, Lab, Ledger, Run, Timing};
 use self::outputs::{Output, Part};
 use self::profile::{MethodSpec, Profile};
-use self::results::Collected;
+use self::results::{Collected, Comparison, MethodResult, Setup};
 use self::text::Text;
 use super::{INTERRUPTED, STOP, catch_interrupts};
+use crate::report::{self, Table};
 use crate::ui::{Ui, stderr_line};
 
 /// A file of each model in a directory of a reproduction.
@@ -164,6 +166,7 @@ fn reproduce(
     let base = lab.base()?;
     let runs = all_jobs(profile, args, outputs)?.iter().map(|(_, job, _)| job.id()).collect();
     let setup = results::setup(profile, outputs, runs, &text, &base, lab.budget(&base))?;
+    forget_other_results(out, &setup)?;
     write_json(&out.join(SETUP), &setup)?;
     let save = |id: &str, (run, timing): (Run, Timing)| -> Result<()> {
         write_json(&out.join(RUNS).join(format!("{id}.json")), &run)?;
@@ -183,7 +186,22 @@ fn reproduce(
     finish(&collected, out, started.elapsed().as_secs_f64(), ui)
 }
 
-/// Writes results and report.
+/// Removes the results of other settings: until this run is done there are none.
+fn forget_other_results(out: &Path, setup: &Setup) -> Result<()> {
+    let before: Option<Setup> = read_json(&out.join(SETUP)).ok();
+    if before.as_ref() == Some(setup) {
+        return Ok(());
+    }
+    for name in ["results.json", "report.md", "report.html"] {
+        let path = out.join(name);
+        if path.is_file() {
+            std::fs::remove_file(&path).with_context(|| path.display().to_string())?;
+        }
+    }
+    Ok(())
+}
+
+/// Writes results and report, and shows the main table.
 fn finish(collected: &Collected, out: &Path, seconds: f64, ui: &mut Ui) -> Result<()> {
     let results = results::of(collected)?;
     write_json(&out.join("results.json"), &results)?;
@@ -197,8 +215,51 @@ fn finish(collected: &Collected, out: &Path, seconds: f64, ui: &mut Ui) -> Resul
         };
         write(&out.join("csv").join(format!("{}.csv", table.id)), markdown::csv(&table).as_bytes())?;
     }
-    ui.note(format_args!("{}: results.json after {}", out.display(), crate::report::duration(seconds)));
-    Ok(())
+    let done = Done { out, seconds, methods: &results.methods, comparisons: &results.comparisons };
+    ui.result(&done, Done::show)
+}
+
+/// What a reproduction came to.
+#[derive(Serialize)]
+struct Done<'a> {
+    out: &'a Path,
+    seconds: f64,
+    methods: &'a [MethodResult],
+    comparisons: &'a [Comparison],
+}
+
+impl Done<'_> {
+    fn show(&self) -> String {
+        let header = [
+            "method",
+            "parameters",
+            "activated",
+            "of the budget",
+            "perplexity",
+            "tasks right, %",
+            "DSMoE is",
+        ];
+        let mut table = Table::new(header);
+        let first = self.comparisons.first().map(|one| one.dsmoe.as_str());
+        for method in self.methods {
+            let is_it = |one: &&Comparison| one.other == method.name && Some(&one.dsmoe[..]) == first;
+            table.row([
+                method.name.clone(),
+                report::amount(method.params_total),
+                report::amount(method.params_activated.mean),
+                report::percent(method.of_budget),
+                format!("{:.3}", method.ppl.mean),
+                method.tasks_mean.map_or_else(|| "-".to_owned(), |mean| format!("{mean:.1}")),
+                self.comparisons.iter().find(is_it).map_or("-", |one| one.verdict).to_owned(),
+            ]);
+        }
+        format!(
+            "{}\n{}: results.json, report.md, csv/, after {}\n",
+            table.show(),
+            self.out.display(),
+            report::duration(self.seconds)
+        )
+    }
 }
 
 /// What is measured of the dense model itself.

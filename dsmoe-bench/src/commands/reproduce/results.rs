@@ -558,9 +558,9 @@ fn directions(profile: &Profile, methods: &[MethodResult], shapes: &[Shape]) -> 
                         method.tasks.iter().find(|one| one.task == *task).map(|one| one.percent.mean)
                     };
                     let word = if ours[at] > theirs[at] { "more" } else { "less" };
-                    let agrees = find(dsmoe)
-                        .zip(find(other))
-                        .map(|(a, b)| if ours[at] > theirs[at] { a > b } else { a < b });
+                    // Equal scores say nothing.
+                    let pair = find(dsmoe).zip(find(other)).filter(|(a, b)| a != b);
+                    let agrees = pair.map(|(a, b)| (a > b) == (ours[at] > theirs[at]));
                     say("table2", format!("{label}: {word} right than {}", row.label()), agrees);
                 }
             }
@@ -612,7 +612,7 @@ fn directions(profile: &Profile, methods: &[MethodResult], shapes: &[Shape]) -> 
             let find = |method: &MethodResult| {
                 method.tasks.iter().find(|one| one.task == task).map(|one| one.percent.mean)
             };
-            let agrees = find(with).zip(find(without)).map(|(a, b)| b < a);
+            let agrees = find(with).zip(find(without)).filter(|(a, b)| a != b).map(|(a, b)| b < a);
             say(format!("{label}: less right without it"), agrees);
         }
     }
