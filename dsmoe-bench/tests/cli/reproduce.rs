@@ -20,7 +20,7 @@ paper = "1b"
 milestones = [0, 0.1, 1]
 curve = [0.5]
 world = { seed = 0, bytes = 150_000, vocab = 512 }
-model = { hidden = 32, intermediate = 64, layers = 5, heads = 2, kv_heads = 2, positions = 512 }
+model = { hidden = 32, intermediate = 64, layers = 6, heads = 2, kv_heads = 2, positions = 512 }
 pretrain = { steps = 30, batch = 4, seq = 64, lr = 4e-3, bos = "always" }
 train = { steps = 12, batch = 4, seq = 64, lr = 1e-3, bos = "always", save_every = 5 }
 calibration = { samples = 8 }

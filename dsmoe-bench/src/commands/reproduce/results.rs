@@ -23,6 +23,8 @@ use super::{RUNS, SETUP, TIMINGS};
 const FORMAT_VERSION: u32 = 1;
 /// Below it a difference counts as found.
 const SIGNIFICANT: f64 = 0.05;
+/// Layers from which a W can be told from chance.
+const LAYERS: usize = 6;
 /// A correlation with the wave from which a list over layers counts as a W.
 const W_LIKE: f64 = 0.5;
 
@@ -519,8 +521,8 @@ fn shapes(method: &MethodResult) -> Vec<Shape> {
     }
     let shape = |(domain, layers): (String, Vec<f64>)| {
         let found = w_shape(&layers);
-        // Below five layers there is no middle that stands out from both sides.
-        let is_w = (layers.len() >= 5).then(|| found.is_some_and(|(r, p)| r >= W_LIKE && p < SIGNIFICANT));
+        // Of five layers a tenth of all orders are a perfect W: too few to tell it from chance.
+        let is_w = (layers.len() >= LAYERS).then(|| found.is_some_and(|(r, p)| r >= W_LIKE && p < SIGNIFICANT));
         Shape {
             method: method.name.clone(),
             domain,
