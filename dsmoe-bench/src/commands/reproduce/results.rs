@@ -522,7 +522,8 @@ fn shapes(method: &MethodResult) -> Vec<Shape> {
     let shape = |(domain, layers): (String, Vec<f64>)| {
         let found = w_shape(&layers);
         // Of five layers a tenth of all orders are a perfect W: too few to tell it from chance.
-        let is_w = (layers.len() >= LAYERS).then(|| found.is_some_and(|(r, p)| r >= W_LIKE && p < SIGNIFICANT));
+        let is_w =
+            (layers.len() >= LAYERS).then(|| found.is_some_and(|(r, p)| r >= W_LIKE && p < SIGNIFICANT));
         Shape {
             method: method.name.clone(),
             domain,
