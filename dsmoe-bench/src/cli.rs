@@ -20,6 +20,7 @@ use crate::commands::bench::args::Bench;
 use crate::commands::data::args::Data;
 use crate::commands::default_precision;
 use crate::commands::export::Form;
+use crate::commands::reproduce::args::Reproduce;
 
 /// Router weights of a conversion that does not say otherwise: the paper's.
 const DEFAULT_ROUTER_INIT: &str = "random";
@@ -53,6 +54,8 @@ wheels, and DSMOE_CACHE_DIR one for compiled GPU kernels [default: dsmoe in the 
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
+    /// Compare DSMoE with the paper's baselines at one budget: every table and figure of the paper, in one report
+    Reproduce(Box<Reproduce>),
     /// Show a model's configuration, layout, parameters and FLOPs; reads headers only
     Inspect(Inspect),
     /// Turn a dense LLaMA directory into a DSMoE directory

@@ -9,6 +9,17 @@ use crate::Routing;
 pub struct RoutingStats {
     num_experts: usize,
     layers: Vec<LayerStats>,
+    #[serde(skip)]
+    trace: Option<Trace>,
+}
+
+/// Active experts of single tokens.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Trace {
+    /// Of each token, summed over layers.
+    active: Vec<u32>,
+    /// Where the present batch begins.
+    batch: usize,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -46,7 +57,21 @@ impl RoutingStats {
     /// No tokens yet.
     pub fn new(num_layers: usize, num_experts: usize) -> RoutingStats {
         let layer = LayerStats { load: vec![0; num_experts], histogram: vec![0; num_experts + 1] };
-        RoutingStats { num_experts, layers: vec![layer; num_layers] }
+        RoutingStats { num_experts, layers: vec![layer; num_layers], trace: None }
+    }
+
+    /// The same, keeping the active experts of every token too. Batches must then come layer by layer from the first,
+    /// as a forward pass adds them.
+    #[must_use]
+    pub fn traced(mut self) -> RoutingStats {
+        self.trace = Some(Trace::default());
+        self
+    }
+
+    /// Active experts of each token, summed over layers, in the order in which they were added; empty unless
+    /// [`RoutingStats::traced`]. Merging leaves it as it is.
+    pub fn active_of_tokens(&self) -> &[u32] {
+        self.trace.as_ref().map_or(&[], |trace| &trace.active)
     }
 
     /// Adds the tokens of one batch in `layer`.
@@ -55,6 +80,14 @@ impl RoutingStats {
     /// No such layer; `routing` has another number of experts.
     pub fn add(&mut self, layer: usize, routing: &Routing) {
         assert_eq!(routing.num_experts, self.num_experts, "routing stats: experts");
+        if let Some(trace) = &mut self.trace {
+            if layer == 0 {
+                trace.batch = trace.active.len();
+                trace.active.resize(trace.batch + routing.active_counts().len(), 0);
+            }
+            let batch = &mut trace.active[trace.batch..];
+            batch.iter_mut().zip(routing.active_counts()).for_each(|(sum, count)| *sum += count as u32);
+        }
         let layer = &mut self.layers[layer];
         for (load, count) in layer.load.iter_mut().zip(routing.counts()) {
             *load += count as u64;
@@ -110,6 +143,9 @@ impl RoutingStats {
 
     /// Forgets all tokens.
     pub fn clear(&mut self) {
+        if let Some(trace) = &mut self.trace {
+            *trace = Trace::default();
+        }
         for layer in &mut self.layers {
             layer.load.fill(0);
             layer.histogram.fill(0);
@@ -207,6 +243,19 @@ mod tests {
         added.add_counts(1, &[2, 1], &[1, 1, 1]);
         assert_eq!(added, counted);
         assert_eq!(added.num_experts(), 2);
+    }
+
+    #[test]
+    fn single_tokens_are_traced_on_demand() {
+        let mut stats = RoutingStats::new(2, 2).traced();
+        for (a, b) in [([true, false], [true, true]), ([false, false], [true, false])] {
+            stats.add(0, &routing(array![a, b]));
+            stats.add(1, &routing(array![a, b]));
+        }
+        assert_eq!(stats.active_of_tokens(), [2, 4, 0, 2]);
+        stats.clear();
+        assert!(stats.active_of_tokens().is_empty());
+        assert!(RoutingStats::new(1, 2).active_of_tokens().is_empty());
     }
 
     #[test]

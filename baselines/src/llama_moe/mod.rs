@@ -29,6 +29,29 @@ pub(crate) use spec::register;
 use crate::error::{Error, Result};
 use crate::method::{Budget, Job, Knob, Knobs, Made, Method, Plan, Progress};
 
+/// The neurons of every layer of the dense model in `dir`, sorted by how much the loss on `sequences` would change without
+/// each, to first order (see the module `importance`); the most important first.
+///
+/// # Errors
+/// The model cannot be read; sequences that differ in length, are shorter than two tokens or longer than the model has
+/// positions, or have tokens outside the vocabulary; a loss that is not finite.
+pub fn neurons_by_importance(
+    dir: &std::path::Path,
+    sequences: &[Vec<u32>],
+    progress: &mut dyn FnMut(Progress),
+) -> Result<Vec<Vec<u32>>> {
+    check_calibration(sequences, 1, "an order of neurons")?;
+    let labels = vec![0; sequences.len()];
+    let layers = importance::importances(dir, sequences, &labels, 1, progress)?;
+    let sorted = |layer: importance::LayerImportance| {
+        let of = &layer[0];
+        let mut order: Vec<u32> = (0..of.len() as u32).collect();
+        order.sort_by(|&a, &b| of[b as usize].total_cmp(&of[a as usize]).then(a.cmp(&b)));
+        order
+    };
+    Ok(layers.into_iter().map(sorted).collect())
+}
+
 /// LLaMA-MoE, and the control that splits at random and routes by one matrix.
 #[derive(Debug)]
 pub(crate) struct LlamaMoe {

@@ -13,6 +13,7 @@ mod init;
 mod inspect;
 mod methods;
 mod prune;
+pub(crate) mod reproduce;
 mod sources;
 mod train;
 
@@ -56,6 +57,7 @@ pub(crate) fn run(cli: Cli, ui: &mut Ui) -> Result<ExitCode> {
         Command::Demo(args) => return demo::run(args, ui),
         Command::Bench(args) => return bench::run(args, ui),
         Command::Data(args) => return data::run(args, ui),
+        Command::Reproduce(args) => return reproduce::run(args, ui),
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -54,9 +54,9 @@ struct Plan {
 
 /// One use of memory.
 #[derive(Debug, Serialize)]
-struct Memory {
+pub(crate) struct Memory {
     what: &'static str,
-    bytes: u64,
+    pub(crate) bytes: u64,
 }
 
 /// What a run came to.
@@ -301,7 +301,7 @@ fn keep_apart(source: &Path, out: &Path) -> Result<()> {
 }
 
 /// What training allocates, from the sizes alone: the arenas, then what a micro-batch of `tokens` needs.
-fn memory_plan(model: &Config, config: &TrainConfig, params: u64, data_bytes: u64) -> Vec<Memory> {
+pub(crate) fn memory_plan(model: &Config, config: &TrainConfig, params: u64, data_bytes: u64) -> Vec<Memory> {
     let tokens = config.batch * config.seq;
     let (queries, keys) = (model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim);
     // Of a layer: its two inputs and their norms, queries and attention's output, keys, values, the FFN's two.

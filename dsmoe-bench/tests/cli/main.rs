@@ -8,6 +8,7 @@ mod common;
 mod data;
 mod faults;
 mod prune;
+mod reproduce;
 mod track;
 mod variants;
 mod world;

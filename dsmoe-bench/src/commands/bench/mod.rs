@@ -7,7 +7,7 @@ mod machine;
 mod matmul;
 mod model;
 mod ops;
-mod resident;
+pub(crate) mod resident;
 mod routing;
 mod row;
 mod timing;

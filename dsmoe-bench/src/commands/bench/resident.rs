@@ -4,20 +4,20 @@ use std::fs;
 
 /// A moment to measure memory from.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Mark {
+pub(crate) struct Mark {
     resident: u64,
 }
 
 impl Mark {
     /// Now; none where `/proc` does not let the peak be reset.
-    pub(super) fn now() -> Option<Mark> {
+    pub(crate) fn now() -> Option<Mark> {
         // 5 sets the peak to what is resident at the moment.
         fs::write("/proc/self/clear_refs", "5").ok()?;
         Some(Mark { resident: status("VmRSS:")? })
     }
 
     /// The most bytes that were resident since, beyond those of the mark.
-    pub(super) fn peak_since(self) -> Option<u64> {
+    pub(crate) fn peak_since(self) -> Option<u64> {
         Some(status("VmHWM:")?.saturating_sub(self.resident))
     }
 }

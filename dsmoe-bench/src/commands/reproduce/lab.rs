@@ -1,0 +1,910 @@
+//! The stages: a dense model, and of every method and seed a model made, trained and measured.
+
+use std::cell::{Cell, OnceCell, RefCell};
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use dsmoe_baselines::{Budget, Job as Pruning, method};
+use dsmoe_core::accounting::Accounting;
+use dsmoe_core::config::{Config, MoeConfig, PartitionKind};
+use dsmoe_core::convert::{ConvertOptions, PartitionSpec, convert};
+use dsmoe_core::init::{InitOptions, init};
+use dsmoe_core::{Device, Inference, Model};
+use dsmoe_datasets::tasks::{Loaded, Options, Source, TASKS};
+use dsmoe_datasets::world::{Probe, World};
+use dsmoe_kernels::{Isa, Precision};
+use dsmoe_router::RouterConfig;
+use dsmoe_train::TrainConfig;
+use dsmoe_train::metrics::StepRecord;
+use dsmoe_train::run::{Observer, Outcome, RunOptions, Trainer};
+use dsmoe_train::tasks::model_sha256;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::args::Reproduce;
+use super::cache::{Cache, Interrupted, Key, read_json, write_json};
+use super::measure::{self, Difficulty, PerToken, SweepPoint, TaskScore, TextResult};
+use super::outputs::Part;
+use super::profile::{MethodSpec, Order, Profile, Role};
+use super::text::{Text, WORLD_TOKEN};
+use crate::commands::STOP;
+use crate::commands::doctor::cpu_model;
+use crate::progress::{Progress, Unit};
+use crate::report::duration;
+use crate::ui::Ui;
+
+/// What it says about a file of `runs/`.
+pub(crate) const FORMAT_VERSION: u32 = 1;
+/// What the dense model before continued training is called.
+pub(crate) const BASE: &str = "base";
+/// Thresholds below 1 that the sweep of [`Role::WithoutThreshold`] ends at.
+const LAST_THRESHOLD: f64 = 0.999;
+
+/// One model of the comparison.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Job<'a> {
+    pub(crate) spec: &'a MethodSpec,
+    pub(crate) seed: u64,
+}
+
+impl Job<'_> {
+    /// What its files are called.
+    pub(crate) fn id(&self) -> String {
+        format!("{}-s{}", self.spec.name, self.seed)
+    }
+}
+
+/// What was made of the dense model, before training.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Made {
+    pub(crate) params_total: f64,
+    pub(crate) params_activated: f64,
+    pub(crate) reached_by: String,
+    /// Tokens of calibration text that were read.
+    pub(crate) calibration_tokens: usize,
+    pub(crate) settings: BTreeMap<String, String>,
+    pub(crate) measured: BTreeMap<String, f64>,
+}
+
+/// Perplexity after a part of the continued training.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Milestone {
+    /// Share of the training.
+    pub(crate) share: f64,
+    pub(crate) step: u64,
+    pub(crate) tokens: u64,
+    pub(crate) nll: f64,
+    pub(crate) ppl: f64,
+    pub(crate) active_ratio: Option<f64>,
+    pub(crate) params_total: u64,
+    pub(crate) params_activated: f64,
+}
+
+/// What training came to.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Trained {
+    pub(crate) steps: u64,
+    pub(crate) tokens: u64,
+    pub(crate) milestones: Vec<Milestone>,
+}
+
+/// All that is known of one model, but no times: the same bytes however often the work was interrupted.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Run {
+    pub(crate) format_version: u32,
+    pub(crate) method: String,
+    pub(crate) role: Option<Role>,
+    pub(crate) seed: u64,
+    /// Hash of all settings and inputs of the trained model.
+    pub(crate) key: String,
+    pub(crate) machine: Machine,
+    pub(crate) made: Option<Made>,
+    pub(crate) trained: Option<Trained>,
+    pub(crate) text: TextResult,
+    pub(crate) tasks: Option<Vec<TaskScore>>,
+    pub(crate) sweep: Option<Vec<SweepPoint>>,
+    pub(crate) difficulty: Option<Difficulty>,
+}
+
+/// Where numbers were computed: what can change their last bits.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub(crate) struct Machine {
+    pub(crate) cpu: String,
+    pub(crate) isa: String,
+    pub(crate) os: String,
+}
+
+impl Machine {
+    pub(crate) fn here() -> Machine {
+        Machine {
+            cpu: cpu_model().unwrap_or_else(|| std::env::consts::ARCH.to_owned()),
+            isa: Isa::current().name().to_owned(),
+            os: std::env::consts::OS.to_owned(),
+        }
+    }
+}
+
+/// Speed and memory of one model.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Speed {
+    pub(crate) prefill_tokens_per_s: f64,
+    pub(crate) decode_tokens_per_s: f64,
+    /// Most memory that was resident while it was loaded and used, beyond the program's own.
+    pub(crate) peak_bytes: Option<u64>,
+    pub(crate) weight_bytes: u64,
+    pub(crate) threads: usize,
+}
+
+/// What a method's training took on this machine.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Timing {
+    pub(crate) method: String,
+    pub(crate) seed: u64,
+    pub(crate) speed: Option<Speed>,
+    /// Of the last invocation that trained it.
+    pub(crate) train_tokens_per_s: Option<f64>,
+}
+
+/// The dense model that every method starts from.
+pub(crate) struct Base {
+    pub(crate) dir: PathBuf,
+    pub(crate) key: Key,
+    pub(crate) config: Config,
+    /// Hash of its files, where it was given.
+    pub(crate) sha256: Option<String>,
+}
+
+/// How far the whole work is, in tokens of forward passes.
+pub(crate) struct Ledger {
+    started: Instant,
+    done: Cell<f64>,
+    left: Cell<f64>,
+    stages: Cell<(usize, usize)>,
+}
+
+impl Ledger {
+    pub(crate) fn new(stages: usize, cost: f64) -> Ledger {
+        Ledger {
+            started: Instant::now(),
+            done: Cell::new(0.0),
+            left: Cell::new(cost),
+            stages: Cell::new((0, stages)),
+        }
+    }
+
+    fn begin(&self, ui: &Ui, what: &str) {
+        let (at, of) = self.stages.get();
+        let elapsed = self.started.elapsed().as_secs_f64();
+        let left = match self.done.get() {
+            done if done > 0.0 => format!(", about {} left", duration(elapsed / done * self.left.get())),
+            _ => String::new(),
+        };
+        ui.note(format_args!("[{}/{of}] {what} ({}{left})", at + 1, duration(elapsed)));
+    }
+
+    fn end(&self, cost: f64, was_done: bool) {
+        let (at, of) = self.stages.get();
+        self.stages.set((at + 1, of));
+        self.left.set((self.left.get() - cost).max(0.0));
+        if !was_done {
+            self.done.set(self.done.get() + cost);
+        }
+    }
+}
+
+/// Everything that stages share.
+pub(crate) struct Lab<'a> {
+    pub(crate) profile: &'a Profile,
+    pub(crate) args: &'a Reproduce,
+    pub(crate) text: &'a Text,
+    pub(crate) cache: &'a Cache,
+    pub(crate) ui: Ui,
+    pub(crate) ledger: Ledger,
+    /// Training steps that may still be taken.
+    pub(crate) steps_left: Cell<Option<u64>>,
+    pub(crate) tasks: OnceCell<Vec<Loaded>>,
+    /// Losses of the dense model on the held-out text.
+    pub(crate) dense_losses: RefCell<Option<Vec<f32>>>,
+    pub(crate) seq: usize,
+}
+
+impl Lab<'_> {
+    /// A stage with a line about it.
+    fn stage<T: Serialize + serde::de::DeserializeOwned>(
+        &self,
+        name: &str,
+        of: &str,
+        key: &Key,
+        cost: f64,
+        work: impl FnOnce(&Path) -> Result<T>,
+    ) -> Result<T> {
+        if STOP.load(Ordering::Relaxed) {
+            return Err(Interrupted.into());
+        }
+        let done: Option<T> = self.cache.get(name, key);
+        let was_done = done.is_some();
+        let result = match done {
+            Some(done) => done,
+            None => {
+                self.ledger.begin(&self.ui, &format!("{name} {of}"));
+                match self.cache.stage(name, key, work) {
+                    Err(error) if error.is::<Interrupted>() => return Err(error),
+                    other => other.with_context(|| format!("stage {name} of {of}"))?,
+                }
+            }
+        };
+        self.ledger.end(cost, was_done);
+        Ok(result)
+    }
+
+    // ---- the dense model ----
+
+    /// The dense model: the one given, or one trained from random weights.
+    pub(crate) fn base(&self) -> Result<Base> {
+        if let Some(model) = &self.args.model {
+            let hash = model_sha256(model)?;
+            let config = Config::load(model)?;
+            let key = Key::of("given", &json!(hash));
+            return Ok(Base { dir: model.clone(), key, config, sha256: Some(hash) });
+        }
+        let Some(config) = self.profile.pretrain() else {
+            bail!("profile {} starts from a checkpoint; name one with --model DIR", self.profile.name);
+        };
+        let config = config?;
+        let key = self.base_key(&config)?;
+        let cost = train_cost(&config)?;
+        let dir = self.cache.dir("dense", &key);
+        self.stage("dense", BASE, &key, cost, |dir| {
+            let start = dir.join("start");
+            let architecture = architecture(self.profile, self.text.tokenizer.vocab_size())?;
+            let options = InitOptions { seed: config.seed, force: true, ..InitOptions::default() };
+            init(&architecture, &start, &options, &mut |_| {})?;
+            copy_tokenizer(&self.text.tokenizer_dir, &start)?;
+            self.train(&start, &dir.join("run"), config.clone(), &[], BASE, &mut |_, _, _| Ok(()))
+        })?;
+        let dir = dir.join("run");
+        remove_checkpoints(&dir)?;
+        let config = Config::load(&dir)?;
+        Ok(Base { dir, key, config, sha256: None })
+    }
+
+    fn base_key(&self, config: &TrainConfig) -> Result<Key> {
+        Ok(Key::of("dense", &json!([self.text.key, self.profile.model, settled(config)?])))
+    }
+
+    /// The budget: activated parameters at the profile's share of experts.
+    pub(crate) fn budget(&self, base: &Base) -> f64 {
+        budget(&base.config, self.profile)
+    }
+
+    // ---- one method and seed ----
+
+    /// Makes, trains and measures a model.
+    pub(crate) fn run(&self, job: Job<'_>, base: &Base, parts: &[Part]) -> Result<(Run, Timing)> {
+        let id = job.id();
+        let config = self.profile.train_of(job.spec, job.seed)?;
+        let made_key = self.made_key(job, base)?;
+        let made_dir = self.cache.dir("make", &made_key);
+        let made: Made =
+            self.stage("make", &id, &made_key, make_cost(self.profile), |dir| self.make(job, base, dir))?;
+        let made_model = match job.spec.make.as_str() {
+            "dense" => base.dir.clone(),
+            _ => made_dir.join("model"),
+        };
+
+        let milestones = self.milestones(job.spec);
+        let key = Key::of(
+            "train",
+            &json!([made_key, settled(&config)?, self.text.key, milestones, self.windows()]),
+        );
+        let run_dir = self.cache.dir("train", &key).join("run");
+        let cost = train_cost(&config)? + milestones.len() as f64 * self.text_cost();
+        let trained: Trained = self.stage("train", &id, &key, cost, |dir| {
+            let file = |share: f64| dir.join(format!("at-{share}.json"));
+            self.train(
+                &made_model,
+                &dir.join("run"),
+                config.clone(),
+                &milestones,
+                &id,
+                &mut |share, step, model| {
+                    let path = file(share);
+                    if path.is_file() {
+                        return Ok(());
+                    }
+                    let model = Inference::new(model, Precision::F32);
+                    let (found, _) = measure::text(&model, &self.text.held_out, self.seq, self.windows())?;
+                    let milestone = Milestone {
+                        share,
+                        step,
+                        tokens: step * config.tokens_per_step(),
+                        nll: found.nll,
+                        ppl: found.ppl,
+                        active_ratio: found.active_ratio,
+                        params_total: found.params_total,
+                        params_activated: found.params_activated,
+                    };
+                    write_json(&path, &milestone)
+                },
+            )?;
+            let steps = config.clone().resolve()?.steps.unwrap_or(0);
+            let milestones =
+                milestones.iter().map(|&share| read_json(&file(share))).collect::<Result<_>>()?;
+            Ok(Trained { steps, tokens: steps * config.tokens_per_step(), milestones })
+        })?;
+        remove_checkpoints(&run_dir)?;
+        let mut run = self.measure(&run_dir, &key, &id, Some(job.spec), base, parts)?;
+        (run.method, run.role, run.seed) = (job.spec.name.clone(), Some(job.spec.role), job.seed);
+        (run.made, run.trained) = (Some(made), Some(trained));
+        let threshold = run.text.threshold;
+        let speed = self.speed(&run_dir, &key, &id, threshold, parts)?;
+        let timing = Timing {
+            method: job.spec.name.clone(),
+            seed: job.seed,
+            speed,
+            train_tokens_per_s: training_speed(&run_dir),
+        };
+        Ok((run, timing))
+    }
+
+    /// Measures the dense model before continued training.
+    pub(crate) fn run_base(&self, base: &Base, parts: &[Part]) -> Result<(Run, Timing)> {
+        let run = self.measure(&base.dir, &base.key, BASE, None, base, parts)?;
+        let speed = self.speed(&base.dir, &base.key, BASE, None, parts)?;
+        let timing =
+            Timing { method: BASE.to_owned(), seed: 0, speed, train_tokens_per_s: training_speed(&base.dir) };
+        Ok((run, timing))
+    }
+
+    fn made_key(&self, job: Job<'_>, base: &Base) -> Result<Key> {
+        let spec = job.spec;
+        let conversion = match spec.is_dsmoe() {
+            true => {
+                json!([
+                    self.router(spec),
+                    spec.router_init()?.to_string(),
+                    spec.order.unwrap_or(Order::Contiguous)
+                ])
+            }
+            false => json!(spec.knobs),
+        };
+        let settings = json!([
+            base.key,
+            spec.make,
+            conversion,
+            self.profile.experts,
+            self.profile.active,
+            self.profile.calibration,
+            self.seq,
+            self.text.key,
+            job.seed,
+        ]);
+        Ok(Key::of("make", &settings))
+    }
+
+    /// The routers of a gated model.
+    fn router(&self, spec: &MethodSpec) -> RouterConfig {
+        let default = RouterConfig::new(self.profile.experts);
+        RouterConfig {
+            threshold: match spec.role {
+                Role::WithoutThreshold => 0.0,
+                _ => spec.threshold.unwrap_or(default.threshold),
+            },
+            gate_value: spec.gate_value.unwrap_or(default.gate_value),
+            rescale: spec.rescale.unwrap_or(default.rescale),
+            zero_active: spec.zero_active.unwrap_or(default.zero_active),
+            ste: spec.ste.unwrap_or(spec.role != Role::WithoutSte),
+            ..default
+        }
+    }
+
+    /// Makes a method's model of the dense one.
+    fn make(&self, job: Job<'_>, base: &Base, dir: &Path) -> Result<Made> {
+        let (spec, out) = (job.spec, dir.join("model"));
+        let calibration = || self.text.calibration(self.profile.calibration.samples, self.seq, job.seed);
+        if !spec.is_dsmoe() {
+            let method = method(&spec.make)?;
+            let knobs = self.profile.knobs(spec)?;
+            let calibration = if method.needs_calibration(&knobs) { calibration()? } else { Vec::new() };
+            let budget = Budget::Params(self.budget(base).round());
+            if spec.make == "dense" {
+                let counts = Accounting::of(&base.config);
+                return Ok(Made::of_params(counts.total as f64, counts.total as f64, "nothing"));
+            }
+            let pruning = Pruning {
+                model: &base.dir,
+                out: &out,
+                force: true,
+                budget,
+                calibration: &calibration,
+                seed: job.seed,
+                knobs: &knobs,
+            };
+            let made = method.run(&pruning, &mut |_| {})?;
+            return Ok(Made {
+                params_total: made.plan.total,
+                params_activated: made.plan.activated,
+                reached_by: made.plan.reached_by,
+                calibration_tokens: calibration.len() * self.seq,
+                settings: made.plan.settings.into_iter().collect(),
+                measured: made.measured.into_iter().collect(),
+            });
+        }
+        let mut calibration_tokens = 0;
+        let partition = match spec.order.unwrap_or(Order::Contiguous) {
+            Order::Contiguous => PartitionSpec::Contiguous,
+            Order::Random => PartitionSpec::Random,
+            Order::Taylor => {
+                let sequences = calibration()?;
+                calibration_tokens = sequences.len() * self.seq;
+                let layers =
+                    dsmoe_baselines::llama_moe::neurons_by_importance(&base.dir, &sequences, &mut |_| {})?;
+                let experts = |order: &Vec<u32>| -> Vec<Vec<u32>> {
+                    order.chunks(order.len() / self.profile.experts).map(<[u32]>::to_vec).collect()
+                };
+                let layers: Vec<_> = layers.iter().map(experts).collect();
+                let path = dir.join("partition.json");
+                write_json(&path, &json!({ "layers": layers }))?;
+                PartitionSpec::File(path)
+            }
+        };
+        let options = ConvertOptions {
+            router: self.router(spec),
+            partition,
+            router_init: spec.router_init()?,
+            seed: job.seed,
+            force: true,
+        };
+        convert(&base.dir, &out, &options, &mut |_| {})?;
+        let counts = Accounting::of(&Config::load(&out)?);
+        let activated = counts.activated(self.profile.active * self.profile.experts as f64);
+        let mut made = Made::of_params(counts.total as f64, activated, "training");
+        made.calibration_tokens = calibration_tokens;
+        Ok(made)
+    }
+
+    /// When a method is measured in training.
+    pub(crate) fn milestones(&self, spec: &MethodSpec) -> Vec<f64> {
+        milestones(self.profile, spec)
+    }
+
+    fn windows(&self) -> usize {
+        self.profile.measure.windows
+    }
+
+    /// Trains the model in `source` into `out`, or goes on with it; `at` hears of every milestone.
+    fn train(
+        &self,
+        source: &Path,
+        out: &Path,
+        config: TrainConfig,
+        milestones: &[f64],
+        what: &str,
+        at: &mut dyn FnMut(f64, u64, &Model) -> Result<()>,
+    ) -> Result<()> {
+        let options = RunOptions {
+            out: out.to_path_buf(),
+            source: source.to_path_buf(),
+            resume: true,
+            force: false,
+            stop_after: None,
+            device: Device::Cpu,
+        };
+        let mut trainer = Trainer::new(Model::load(source)?, self.text.train_data(), config, options)?;
+        let steps = trainer.config().steps.unwrap_or(0);
+        let mut due: Vec<(u64, f64)> = milestones
+            .iter()
+            .map(|&share| (((share * steps as f64).ceil() as u64).min(steps), share))
+            .collect();
+        due.retain(|(step, _)| *step >= trainer.step());
+        let mut due = due.into_iter().peekable();
+        let stop = AtomicBool::new(false);
+        let mut progress = Progress::new(&self.ui, format!("training {what}"), Unit::Steps, steps);
+        progress.line_every(trainer.config().log_every);
+        let mut watch = Watch { progress, steps, next: None, stop: &stop, left: self.steps_left.get() };
+        loop {
+            while let Some(&(step, share)) = due.peek()
+                && step == trainer.step()
+            {
+                at(share, step, trainer.model())?;
+                due.next();
+            }
+            watch.next = due.peek().map(|(step, _)| *step);
+            // Nothing is left to do but to write the model.
+            stop.store(watch.out_of_time() && trainer.step() < steps, Ordering::Relaxed);
+            let outcome = trainer.run(&mut watch, &stop);
+            self.steps_left.set(watch.left);
+            let finished = outcome? == Outcome::Finished;
+            if !finished && watch.out_of_time() {
+                watch.progress.finish();
+                return Err(Interrupted.into());
+            }
+            if finished {
+                for (step, share) in due {
+                    at(share, step, trainer.model())?;
+                }
+                watch.progress.finish();
+                return Ok(());
+            }
+        }
+    }
+
+    // ---- measuring ----
+
+    fn measure(
+        &self,
+        dir: &Path,
+        key: &Key,
+        id: &str,
+        spec: Option<&MethodSpec>,
+        base: &Base,
+        parts: &[Part],
+    ) -> Result<Run> {
+        let measure = &self.profile.measure;
+        let late = spec.is_some_and(|spec| spec.role == Role::WithoutThreshold);
+        let loaded: OnceCell<Inference> = OnceCell::new();
+        let text_key = Key::of("text-of", &json!([key, self.windows(), late.then_some(self.profile.active)]));
+        let cost = self.text_cost();
+        let text: TextResult = self.stage("measure", id, &text_key, cost, |_| {
+            let mut model = Inference::load(dir, Precision::F32)?;
+            let threshold = late
+                .then(|| {
+                    let (held_out, windows) = (&self.text.held_out, measure.sweep_windows);
+                    measure::find_threshold(&mut model, held_out, self.seq, windows, self.profile.active)
+                })
+                .transpose()?;
+            let (mut found, _) = measure::text(&model, &self.text.held_out, self.seq, self.windows())?;
+            found.threshold = threshold;
+            Ok(found)
+        })?;
+        // Loaded when a stage needs it.
+        let model = || -> Result<&Inference> {
+            if loaded.get().is_none() {
+                let mut model = Inference::load(dir, Precision::F32)?;
+                if let Some(threshold) = text.threshold {
+                    model.set_threshold(threshold)?;
+                }
+                let _ = loaded.set(model);
+            }
+            loaded.get().context("a model was loaded")
+        };
+
+        let tasks = parts.contains(&Part::Tasks).then(|| {
+            let tasks = self.tasks()?;
+            let place = self.args.task_data.as_ref().map(|dir| dir.display().to_string());
+            let world = self.profile.world.as_ref().map(|world| world.seed);
+            let hashes: Vec<_> = tasks.iter().map(|task| (task.name(), task.documents().len())).collect();
+            let key = Key::of("tasks", &json!([key, text.threshold, world, place, measure.items, hashes]));
+            self.stage("tasks", id, &key, self.tasks_cost(), |_| {
+                let mut progress = Progress::new(&self.ui, "tasks", Unit::Parts, tasks.len() as u64);
+                let model = model()?;
+                let scores = measure::tasks(model, &self.text.tokenizer, tasks, &mut |done, all| {
+                    progress.set(done as u64, all as u64, "");
+                });
+                progress.finish();
+                scores
+            })
+        });
+        let sweep = parts.contains(&Part::Sweep).then(|| {
+            let thresholds = match late {
+                true => late_thresholds(measure.late_step),
+                false => measure.thresholds.clone(),
+            };
+            // The table's rows are measured on all windows, the many of the figure on some.
+            let windows = if late { measure.sweep_windows } else { self.windows() };
+            let key = Key::of("sweep", &json!([key, thresholds, windows, self.text.key]));
+            self.stage("sweep", id, &key, self.sweep_cost(late), |_| {
+                let mut model = Inference::load(dir, Precision::F32)?;
+                measure::sweep(&mut model, &self.text.held_out, self.seq, windows, &thresholds)
+            })
+        });
+        let difficulty = parts.contains(&Part::Difficulty).then(|| {
+            let key = Key::of("difficulty", &json!([key, base.key, self.windows(), self.text.key]));
+            self.stage("difficulty", id, &key, 2.0 * self.text_cost(), |_| {
+                let (_, tokens) = measure::text(model()?, &self.text.held_out, self.seq, self.windows())?;
+                self.with_dense_losses(base, |dense| {
+                    Ok(measure::difficulty(dense, &tokens, self.profile.experts))
+                })
+            })
+        });
+        Ok(Run {
+            format_version: FORMAT_VERSION,
+            method: id.to_owned(),
+            role: None,
+            seed: 0,
+            key: key.text().to_owned(),
+            machine: Machine::here(),
+            made: None,
+            trained: None,
+            text,
+            tasks: tasks.transpose()?,
+            sweep: sweep.transpose()?,
+            difficulty: difficulty.transpose()?,
+        })
+    }
+
+    fn with_dense_losses<T>(&self, base: &Base, take: impl FnOnce(&[f32]) -> Result<T>) -> Result<T> {
+        if self.dense_losses.borrow().is_none() {
+            let model = Inference::load(&base.dir, Precision::F32)?;
+            let (_, PerToken { losses, .. }) =
+                measure::text(&model, &self.text.held_out, self.seq, self.windows())?;
+            *self.dense_losses.borrow_mut() = Some(losses);
+        }
+        take(self.dense_losses.borrow().as_deref().unwrap_or_default())
+    }
+
+    /// The tasks that models are asked.
+    pub(crate) fn tasks(&self) -> Result<&[Loaded]> {
+        if let Some(tasks) = self.tasks.get() {
+            return Ok(tasks);
+        }
+        let items = self.profile.measure.items;
+        let tasks = match (&self.args.task_data, &self.profile.world) {
+            (Some(folder), _) => tasks_of(folder, items)?,
+            (None, Some(world)) => {
+                let world = World::new(world.seed);
+                let load = |probe| world.load(probe, items, &Options::default());
+                Probe::ALL.into_iter().map(load).collect::<Result<Vec<_>, _>>()?
+            }
+            (None, None) => Vec::new(),
+        };
+        Ok(self.tasks.get_or_init(|| tasks))
+    }
+
+    fn speed(
+        &self,
+        dir: &Path,
+        key: &Key,
+        id: &str,
+        threshold: Option<f32>,
+        parts: &[Part],
+    ) -> Result<Option<Speed>> {
+        if !parts.contains(&Part::Speed) {
+            return Ok(None);
+        }
+        let (prefill, decode) = (self.profile.measure.prefill, self.profile.measure.decode);
+        let threads = rayon::current_num_threads();
+        let key = Key::of("speed", &json!([key, threshold, prefill, decode, threads, Machine::here()]));
+        let cost = (prefill + decode) as f64;
+        let speed = self.stage("speed", id, &key, cost, |stage| {
+            // A process of its own: its memory is the model's.
+            let program = std::env::current_exe().context("cannot find this program")?;
+            // Text as it is, since what is active depends on it.
+            let ids: Vec<u32> =
+                self.text.held_out.iter().flat_map(|part| &part.ids).copied().take(prefill).collect();
+            let file = stage.join("ids.json");
+            write_json(&file, &ids)?;
+            let mut command = Command::new(program);
+            command.args(["reproduce", "speed", "--json", "--quiet"]).arg(dir).arg("--ids").arg(&file);
+            for (flag, value) in [("--decode", decode), ("--threads", threads)] {
+                command.arg(flag).arg(value.to_string());
+            }
+            if let Some(threshold) = threshold {
+                command.arg("--threshold").arg(threshold.to_string());
+            }
+            let output = command.output().context("cannot start this program")?;
+            if STOP.load(Ordering::Relaxed) {
+                return Err(Interrupted.into());
+            }
+            if !output.status.success() {
+                bail!("{}", String::from_utf8_lossy(&output.stderr).trim());
+            }
+            let speed: Speed = serde_json::from_slice(&output.stdout).context("its answer cannot be read")?;
+            Ok(speed)
+        })?;
+        Ok(Some(speed))
+    }
+
+    // ---- what stages cost, in tokens of forward passes ----
+
+    fn text_cost(&self) -> f64 {
+        text_cost(self.profile, self.text.held_out.len(), self.seq)
+    }
+
+    fn tasks_cost(&self) -> f64 {
+        tasks_cost(self.profile)
+    }
+
+    fn sweep_cost(&self, late: bool) -> f64 {
+        sweep_cost(self.profile, self.text.held_out.len(), self.seq, late)
+    }
+}
+
+impl Made {
+    fn of_params(total: f64, activated: f64, by: &str) -> Made {
+        Made {
+            params_total: total,
+            params_activated: activated,
+            reached_by: by.to_owned(),
+            calibration_tokens: 0,
+            settings: BTreeMap::new(),
+            measured: BTreeMap::new(),
+        }
+    }
+}
+
+/// When a method is measured in training.
+pub(crate) fn milestones(profile: &Profile, spec: &MethodSpec) -> Vec<f64> {
+    let mut all = match spec.role {
+        // All its experts are active until a threshold is found after training.
+        Role::WithoutThreshold => return Vec::new(),
+        Role::Dsmoe | Role::Paper => [&profile.milestones[..], &profile.curve].concat(),
+        _ => profile.milestones.clone(),
+    };
+    all.sort_by(f64::total_cmp);
+    all.dedup();
+    all
+}
+
+/// Activated parameters at the profile's share of experts, routers included.
+pub(crate) fn budget(dense: &Config, profile: &Profile) -> f64 {
+    let mut config = dense.clone();
+    config.moe = Some(MoeConfig {
+        router: RouterConfig::new(profile.experts),
+        partition: PartitionKind::Contiguous,
+        router_bias: false,
+    });
+    Accounting::of(&config).activated(profile.active * profile.experts as f64)
+}
+
+/// Tokens of forward passes that training costs: backward is twice the forward.
+pub(crate) fn train_cost(config: &TrainConfig) -> Result<f64> {
+    let config = config.clone().resolve()?;
+    Ok(3.0 * (config.steps.unwrap_or(0) * config.tokens_per_step()) as f64)
+}
+
+pub(crate) fn make_cost(profile: &Profile) -> f64 {
+    profile.calibration.samples as f64 * 100.0
+}
+
+pub(crate) fn text_cost(profile: &Profile, sources: usize, seq: usize) -> f64 {
+    (profile.measure.windows * sources * seq) as f64
+}
+
+/// An item is about three passes over a hundred tokens, one of them token by token.
+pub(crate) fn tasks_cost(profile: &Profile) -> f64 {
+    profile.measure.items as f64 * 10.0 * 300.0
+}
+
+pub(crate) fn sweep_cost(profile: &Profile, sources: usize, seq: usize, late: bool) -> f64 {
+    let windows = |windows: usize, times: usize| (windows * times * sources * seq) as f64;
+    match late {
+        true => windows(profile.measure.sweep_windows, late_thresholds(profile.measure.late_step).len() + 24),
+        false => windows(profile.measure.windows, profile.measure.thresholds.len()),
+    }
+}
+
+pub(crate) fn late_thresholds(step: f64) -> Vec<f64> {
+    (0..).map(|i| f64::from(i) * step).take_while(|t| *t < LAST_THRESHOLD).collect()
+}
+
+/// Settings with all that follows from others filled in, without what cannot change the numbers.
+fn settled(config: &TrainConfig) -> Result<Value> {
+    let mut config = config.clone().resolve()?;
+    (config.save_every, config.keep, config.log_every, config.threads) = (None, 1, 1, None);
+    Ok(serde_json::to_value(config)?)
+}
+
+/// The benchmarks in `folder` that the paper uses.
+fn tasks_of(folder: &Path, items: usize) -> Result<Vec<Loaded>> {
+    if !folder.is_dir() {
+        bail!("--task-data {}: no such folder", folder.display());
+    }
+    let source = Source::folder(folder);
+    let options = Options { limit: Some(items), ..Options::default() };
+    let mut loaded = Vec::new();
+    for task in &TASKS {
+        let of_paper = Probe::ALL.iter().any(|probe| probe.name() == task.name);
+        if of_paper && source.files_of(task)?.is_some() {
+            loaded.push(Loaded::load(task, &source, &options)?);
+        }
+    }
+    if loaded.is_empty() {
+        bail!("--task-data {}: no files of any of the ten benchmarks", folder.display());
+    }
+    Ok(loaded)
+}
+
+/// The dense architecture of a profile with that vocabulary.
+pub(crate) fn architecture(profile: &Profile, vocab: usize) -> Result<Config> {
+    let spec = &profile.model;
+    if let Some(name) = &spec.preset {
+        let mut config: Value = serde_json::from_str(&dsmoe_core::init::preset(name)?.to_json())?;
+        config["vocab_size"] = json!(vocab);
+        return Ok(Config::from_json(Path::new("config.json"), &config.to_string())?);
+    }
+    let need = |value: Option<usize>, key: &str| {
+        value.with_context(|| format!("model.{key} is missing; give it, or model.preset"))
+    };
+    let heads = need(spec.heads, "heads")?;
+    let json = json!({
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": vocab,
+        "hidden_size": need(spec.hidden, "hidden")?,
+        "intermediate_size": need(spec.intermediate, "intermediate")?,
+        "num_hidden_layers": need(spec.layers, "layers")?,
+        "num_attention_heads": heads,
+        "num_key_value_heads": spec.kv_heads.unwrap_or(heads),
+        "max_position_embeddings": need(spec.positions, "positions")?,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "tie_word_embeddings": true,
+        "bos_token_id": WORLD_TOKEN,
+        "eos_token_id": WORLD_TOKEN,
+        "torch_dtype": "float32",
+    });
+    Ok(Config::from_json(Path::new("config.json"), &json.to_string())?)
+}
+
+fn copy_tokenizer(from: &Path, to: &Path) -> Result<()> {
+    for name in ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"] {
+        let (from, to) = (from.join(name), to.join(name));
+        if from.is_file() {
+            fs::copy(&from, &to).with_context(|| to.display().to_string())?;
+        }
+    }
+    Ok(())
+}
+
+/// The model is written; what only going on would need takes three times its room.
+fn remove_checkpoints(run: &Path) -> Result<()> {
+    let dir = run.join("checkpoints");
+    if dir.is_dir() {
+        fs::remove_dir_all(&dir).with_context(|| dir.display().to_string())?;
+    }
+    Ok(())
+}
+
+/// Tokens per second of the median training step.
+fn training_speed(run: &Path) -> Option<f64> {
+    let text = fs::read_to_string(run.join("metrics.jsonl")).ok()?;
+    let speed = |line: &str| serde_json::from_str::<Value>(line).ok()?["tokens_per_s"].as_f64();
+    let mut speeds: Vec<f64> = text.lines().filter_map(speed).collect();
+    speeds.sort_by(f64::total_cmp);
+    speeds.get(speeds.len() / 2).copied()
+}
+
+/// Shows a run and stops it where it is due.
+struct Watch<'a> {
+    progress: Progress,
+    steps: u64,
+    /// Step of the next milestone.
+    next: Option<u64>,
+    stop: &'a AtomicBool,
+    /// Steps that may still be taken.
+    left: Option<u64>,
+}
+
+impl Watch<'_> {
+    fn out_of_time(&self) -> bool {
+        STOP.load(Ordering::Relaxed) || self.left == Some(0)
+    }
+}
+
+impl Observer for Watch<'_> {
+    fn step(&mut self, record: &StepRecord) {
+        let ratio = record.activation_ratio.map(|ratio| format!("  active {:.1} %", 100.0 * ratio));
+        let detail = format!("loss {:.3}{}", record.lm_loss, ratio.unwrap_or_default());
+        self.progress.set(record.step, self.steps, &detail);
+        if let Some(left) = &mut self.left {
+            *left = left.saturating_sub(1);
+        }
+        if self.out_of_time() || self.next == Some(record.step) {
+            self.stop.store(true, Ordering::Relaxed);
+        }
+    }
+
+    fn note(&mut self, message: &str) {
+        if message.contains("broken") {
+            self.progress.note(message);
+        }
+    }
+}

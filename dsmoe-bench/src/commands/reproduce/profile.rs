@@ -1,0 +1,405 @@
+//! What a reproduction does: a TOML file, embedded or a user's own.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use dsmoe_baselines::method;
+use dsmoe_router::{GateValue, Rescale, RouterInit, ZeroActive};
+use dsmoe_train::TrainConfig;
+use serde::{Deserialize, Serialize};
+
+/// The embedded profiles by their names.
+const EMBEDDED: [(&str, &str); 4] = [
+    ("quick", include_str!("profiles/quick.toml")),
+    ("small", include_str!("profiles/small.toml")),
+    ("paper-1b", include_str!("profiles/paper-1b.toml")),
+    ("paper-7b", include_str!("profiles/paper-7b.toml")),
+];
+
+/// Everything a reproduction is told apart from places. Unknown keys are errors.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Profile {
+    pub(crate) name: String,
+    /// One line for people.
+    pub(crate) about: String,
+    /// Runs of every method, with seeds 0, 1, ...
+    pub(crate) seeds: u64,
+    /// Experts that an FFN is cut into.
+    pub(crate) experts: usize,
+    /// Share of experts whose activated parameters are everybody's budget.
+    pub(crate) active: f64,
+    /// The model of the paper that ours stands beside.
+    pub(crate) paper: PaperModel,
+    /// Text and probes of the embedded world; without it text comes from --data or --mixture.
+    pub(crate) world: Option<WorldText>,
+    pub(crate) model: ModelSpec,
+    /// Training of the dense model from random weights; without it the model comes from --model.
+    pub(crate) pretrain: Option<toml::Table>,
+    /// Continued training of every method.
+    pub(crate) train: toml::Table,
+    pub(crate) calibration: Calibration,
+    /// Shares of the continued training after which perplexity is measured, 0 first and 1 last.
+    pub(crate) milestones: Vec<f64>,
+    /// The same, of DSMoE (tables 5 and 6).
+    #[serde(default)]
+    pub(crate) curve: Vec<f64>,
+    pub(crate) measure: Measure,
+    pub(crate) method: Vec<MethodSpec>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum PaperModel {
+    #[serde(rename = "1b")]
+    One,
+    #[serde(rename = "7b")]
+    Seven,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct WorldText {
+    pub(crate) seed: u64,
+    /// Of all four domains together.
+    pub(crate) bytes: u64,
+    /// Tokens of the vocabulary.
+    pub(crate) vocab: usize,
+}
+
+/// An architecture by a preset's name or by sizes; the vocabulary is the tokenizer's.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct ModelSpec {
+    pub(crate) preset: Option<String>,
+    pub(crate) hidden: Option<usize>,
+    pub(crate) intermediate: Option<usize>,
+    pub(crate) layers: Option<usize>,
+    pub(crate) heads: Option<usize>,
+    pub(crate) kv_heads: Option<usize>,
+    pub(crate) positions: Option<usize>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Calibration {
+    /// Sequences of the continued training's length.
+    pub(crate) samples: usize,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Measure {
+    /// Held-out windows of every source; the continued training's sequence is their length.
+    pub(crate) windows: usize,
+    /// Of them, those that thresholds are swept on.
+    pub(crate) sweep_windows: usize,
+    /// Items of every task at the most.
+    pub(crate) items: usize,
+    /// Thresholds of table 4.
+    pub(crate) thresholds: Vec<f64>,
+    /// Steps of the threshold where training had none (figure 2).
+    pub(crate) late_step: f64,
+    /// Tokens that are read at once for the speed of a prefill.
+    pub(crate) prefill: usize,
+    /// Tokens that are decoded one by one for that speed.
+    pub(crate) decode: usize,
+    /// Bootstrap resamples of intervals and tests with one seed.
+    pub(crate) resamples: usize,
+}
+
+/// What a method is in the comparison.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Role {
+    /// The dense model, trained on.
+    Dense,
+    /// A method that the paper compares with.
+    Baseline,
+    /// DSMoE with the settings that serve it best.
+    Dsmoe,
+    /// DSMoE as the paper has it.
+    Paper,
+    /// That without the straight-through rule (table 3).
+    WithoutSte,
+    /// That without a threshold in training (figure 2).
+    WithoutThreshold,
+    /// Something else to compare with.
+    Control,
+}
+
+/// One row of the comparison.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct MethodSpec {
+    /// What tables call it.
+    pub(crate) name: String,
+    pub(crate) role: Role,
+    /// `dsmoe`, or a name that `dsmoe methods` lists.
+    pub(crate) make: String,
+    /// The paper's name of the row.
+    pub(crate) paper: Option<PaperRow>,
+    /// Settings of a method of `dsmoe methods`.
+    #[serde(default)]
+    pub(crate) knobs: BTreeMap<String, String>,
+    // Of `make = "dsmoe"`, defaults are the paper's.
+    pub(crate) router_init: Option<String>,
+    pub(crate) gate_value: Option<GateValue>,
+    pub(crate) rescale: Option<Rescale>,
+    pub(crate) zero_active: Option<ZeroActive>,
+    pub(crate) threshold: Option<f32>,
+    pub(crate) ste: Option<bool>,
+    /// Which neurons form an expert.
+    pub(crate) order: Option<Order>,
+    /// Keys of `[train]` that are others for this row.
+    #[serde(default)]
+    pub(crate) train: toml::Table,
+}
+
+/// Which neurons form an expert.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Order {
+    /// In blocks, as they come.
+    Contiguous,
+    /// At random.
+    Random,
+    /// In blocks, sorted by what the loss would change without them, the most important first.
+    Taylor,
+}
+
+/// A row of the paper's tables 1 and 2.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum PaperRow {
+    Dense,
+    LlmPrunerChannel,
+    LlmPrunerBlock,
+    Sparsegpt,
+    LlamaMoe,
+    Dsmoe,
+}
+
+impl MethodSpec {
+    /// Whether it is converted to gated experts, in place of being pruned.
+    pub(crate) fn is_dsmoe(&self) -> bool {
+        self.make == "dsmoe"
+    }
+
+    pub(crate) fn router_init(&self) -> Result<RouterInit> {
+        Ok(self.router_init.as_deref().unwrap_or("random").parse()?)
+    }
+}
+
+/// Names of the embedded profiles.
+pub(crate) fn names() -> Vec<&'static str> {
+    EMBEDDED.iter().map(|(name, _)| *name).collect()
+}
+
+/// The text of an embedded profile.
+pub(crate) fn text(name: &str) -> Option<&'static str> {
+    EMBEDDED.iter().find(|(known, _)| *known == name).map(|(_, text)| *text)
+}
+
+impl Profile {
+    /// The embedded profile of that name, else the file.
+    pub(crate) fn load(name: &str) -> Result<Profile> {
+        if let Some(text) = text(name) {
+            return Profile::parse(text, &format!("profile {name}"));
+        }
+        let path = Path::new(name);
+        if !path.is_file() {
+            bail!("--profile {name}: no such file; use {} or a TOML file", names().join(", "));
+        }
+        let text = std::fs::read_to_string(path).with_context(|| name.to_owned())?;
+        Profile::parse(&text, name)
+    }
+
+    fn parse(text: &str, place: &str) -> Result<Profile> {
+        let profile: Profile = toml::from_str(text).map_err(|cause| {
+            let line = cause.span().map_or(1, |span| text[..span.start].matches('\n').count() + 1);
+            let message = cause.message().split_whitespace().collect::<Vec<_>>().join(" ");
+            anyhow::anyhow!(
+                "{place}: line {line}: {message}; `dsmoe reproduce --print-profile quick` shows one"
+            )
+        })?;
+        profile.check().with_context(|| place.to_owned())?;
+        Ok(profile)
+    }
+
+    /// Says what cannot work before anything is computed.
+    fn check(&self) -> Result<()> {
+        let shares = |name: &str, list: &[f64]| -> Result<()> {
+            if list.windows(2).any(|pair| pair[0] >= pair[1]) || list.iter().any(|x| !(0.0..=1.0).contains(x))
+            {
+                bail!("{name} is {list:?}; use rising numbers from 0 to 1");
+            }
+            Ok(())
+        };
+        shares("milestones", &self.milestones)?;
+        shares("curve", &self.curve)?;
+        shares("measure.thresholds", &self.measure.thresholds)?;
+        if self.milestones.last() != Some(&1.0) {
+            bail!("milestones is {:?}; the last must be 1", self.milestones);
+        }
+        if self.experts == 0 || !(self.active > 0.0 && self.active <= 1.0) {
+            bail!("active is {} of {} experts; use a share above 0 and up to 1", self.active, self.experts);
+        }
+        let measure = &self.measure;
+        for (name, value) in [
+            ("seeds", self.seeds as usize),
+            ("calibration.samples", self.calibration.samples),
+            ("measure.windows", measure.windows),
+            ("measure.sweep_windows", measure.sweep_windows),
+            ("measure.items", measure.items),
+            ("measure.prefill", measure.prefill),
+            ("measure.decode", measure.decode),
+            ("measure.resamples", measure.resamples),
+        ] {
+            if value == 0 {
+                bail!("{name} is 0; use 1 or more");
+            }
+        }
+        if !(measure.late_step > 0.0 && measure.late_step < 1.0) {
+            bail!("measure.late_step is {}; use a number above 0 and below 1", measure.late_step);
+        }
+        if let Some(pretrain) = self.pretrain() {
+            pretrain?.resolve().context("pretrain")?;
+        }
+        let seq = self.train()?.resolve().context("train")?.seq;
+        if self.method.is_empty() {
+            bail!("no methods; write [[method]] tables");
+        }
+        for (i, spec) in self.method.iter().enumerate() {
+            let of = || format!("method {:?}", spec.name);
+            if self.method[..i].iter().any(|other| other.name == spec.name) {
+                bail!("two methods are called {:?}; give each a name of its own", spec.name);
+            }
+            if spec.name.is_empty()
+                || !spec.name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
+            {
+                bail!("a method is called {:?}; use letters, digits, '-', '_' and '.'", spec.name);
+            }
+            let config = self.train_of(spec, 0).with_context(of)?;
+            if config.resolve().with_context(of)?.seq != seq {
+                bail!("method {:?} has another seq than [train]; measure all on one", spec.name);
+            }
+            spec.router_init().with_context(of)?;
+            if spec.is_dsmoe() {
+                if !spec.knobs.is_empty() {
+                    bail!(
+                        "method {:?}: make = \"dsmoe\" has no knobs; its settings are keys of their own",
+                        spec.name
+                    );
+                }
+                continue;
+            }
+            let method = method(&spec.make).with_context(of)?;
+            self.knobs(spec).with_context(of)?;
+            let own = [
+                ("router_init", spec.router_init.is_some()),
+                ("gate_value", spec.gate_value.is_some()),
+                ("rescale", spec.rescale.is_some()),
+                ("zero_active", spec.zero_active.is_some()),
+                ("threshold", spec.threshold.is_some()),
+                ("ste", spec.ste.is_some()),
+                ("order", spec.order.is_some()),
+            ];
+            if let Some((key, _)) = own.iter().find(|(_, set)| *set) {
+                bail!("method {:?}: {key} is for make = \"dsmoe\", not for {}", spec.name, method.name());
+            }
+        }
+        Ok(())
+    }
+
+    /// The knobs of a method of `dsmoe methods`.
+    pub(crate) fn knobs(&self, spec: &MethodSpec) -> Result<dsmoe_baselines::Knobs> {
+        let words: Vec<String> = spec.knobs.iter().map(|(name, value)| format!("{name}={value}")).collect();
+        let method = method(&spec.make)?;
+        Ok(dsmoe_baselines::Knobs::parse(method.knobs(), words.iter().map(String::as_str))?)
+    }
+
+    /// The training of the dense model from random weights.
+    pub(crate) fn pretrain(&self) -> Option<Result<TrainConfig>> {
+        self.pretrain.as_ref().map(|table| self.config(table, "pretrain"))
+    }
+
+    /// The continued training, without what is a method's own.
+    pub(crate) fn train(&self) -> Result<TrainConfig> {
+        self.config(&self.train, "train")
+    }
+
+    /// The continued training of a method.
+    pub(crate) fn train_of(&self, spec: &MethodSpec, seed: u64) -> Result<TrainConfig> {
+        let mut table = self.train.clone();
+        for (one, other) in [("steps", "tokens"), ("sparsity", "active_target")] {
+            for (set, gone) in [(one, other), (other, one)] {
+                if spec.train.contains_key(set) {
+                    table.remove(gone);
+                }
+            }
+        }
+        table.extend(spec.train.clone());
+        let mut config = self.config(&table, "train")?;
+        if spec.is_dsmoe() && config.sparsity.is_none() && config.active_target.is_none() {
+            // Without a threshold in training nothing is shut: the budget is reached after it.
+            if spec.role == Role::WithoutThreshold {
+                config.sparsity = Some(1.0);
+            } else {
+                config.active_target = Some(self.active);
+            }
+        }
+        config.seed += seed;
+        Ok(config)
+    }
+
+    fn config(&self, table: &toml::Table, name: &str) -> Result<TrainConfig> {
+        let mut config: TrainConfig = table.clone().try_into().map_err(|cause: toml::de::Error| {
+            anyhow::anyhow!("{name}: {}", cause.message().split_whitespace().collect::<Vec<_>>().join(" "))
+        })?;
+        if self.world.is_some() {
+            // Held-out documents are documents of their own.
+            config.valid_fraction = 0.0;
+            config.near_duplicates = Some(dsmoe_train::config::NearDuplicates::Keep);
+        }
+        config.keep = 1;
+        Ok(config)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn embedded_profiles_are_sound() {
+        for name in names() {
+            let profile = Profile::load(name).unwrap();
+            assert_eq!(profile.name, name);
+            for spec in &profile.method {
+                profile.train_of(spec, 2).unwrap().resolve().unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn what_a_profile_cannot_say() {
+        let quick = text("quick").unwrap();
+        let refused = |text: &str, parts: &[&str]| {
+            let error = format!("{:#}", Profile::parse(text, "p.toml").unwrap_err());
+            assert!(parts.iter().all(|part| error.contains(part)), "{error}: {parts:?}");
+        };
+        refused(&format!("bogus = 1\n{quick}"), &["p.toml: line 1", "unknown field `bogus`"]);
+        refused(&quick.replacen("windows =", "windos =", 1), &["p.toml: line", "windos"]);
+        refused(&quick.replacen("[train]", "[train]\nbogus = 1", 1), &["train", "bogus"]);
+        refused(
+            &format!("{quick}\n[[method]]\nname = \"x\"\nrole = \"control\"\nmake = \"nothing\"\n"),
+            &["nothing"],
+        );
+        refused(
+            &format!("{quick}\n[[method]]\nname = \"x\"\nrole = \"control\"\nmake = \"wanda\"\nste = true\n"),
+            &["ste is for make = \"dsmoe\""],
+        );
+        refused(&quick.replacen("seeds = 1", "seeds = 0", 1), &["seeds is 0"]);
+    }
+}
