@@ -8,6 +8,7 @@ mod markdown;
 mod measure;
 mod merge;
 mod outputs;
+mod page;
 mod paper;
 mod plan;
 mod profile;
@@ -207,11 +208,16 @@ fn finish(collected: &Collected, out: &Path, seconds: f64, ui: &mut Ui) -> Resul
     write_json(&out.join("results.json"), &results)?;
     let report = document::of(collected, &results);
     write(&out.join("report.md"), markdown::markdown(&report).as_bytes())?;
+    write(&out.join("report.html"), page::page(&report).as_bytes())?;
     for block in report.chapters.iter().flat_map(|chapter| &chapter.blocks) {
         let table = match block {
             Block::Text(_) => continue,
             Block::Table(table) => table.clone(),
-            Block::Figure(figure) => markdown::numbers(figure),
+            Block::Figure(figure) => {
+                let path = out.join("charts").join(format!("{}.svg", figure.id));
+                write(&path, page::svg(figure).as_bytes())?;
+                markdown::numbers(figure)
+            }
         };
         write(&out.join("csv").join(format!("{}.csv", table.id)), markdown::csv(&table).as_bytes())?;
     }
@@ -254,7 +260,7 @@ impl Done<'_> {
             ]);
         }
         format!(
-            "{}\n{}: results.json, report.md, csv/, after {}\n",
+            "{}\n{}: report.html, report.md, results.json, charts/ and csv/ after {}\n",
             table.show(),
             self.out.display(),
             report::duration(self.seconds)
