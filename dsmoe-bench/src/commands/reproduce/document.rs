@@ -720,7 +720,7 @@ impl View<'_> {
             title: "Perplexity against active experts, along the threshold".to_owned(),
             note: String::new(),
             x: "active experts".to_owned(),
-            y: "perplexity (logarithmic)".to_owned(),
+            y: "perplexity".to_owned(),
             plot: Plot::Lines(series.collect()),
         };
         let mut sweep = Tabular::new(

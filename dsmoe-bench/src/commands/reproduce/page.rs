@@ -14,6 +14,8 @@ const LEFT: f64 = 64.0;
 const RIGHT: f64 = 16.0;
 const TOP: f64 = 14.0;
 const BOTTOM: f64 = 48.0;
+/// Largest over smallest value from which on an axis is logarithmic.
+const MANY_SIZES: f64 = 30.0;
 
 /// The report as HTML.
 pub(crate) fn page(report: &Report) -> String {
@@ -111,7 +113,12 @@ fn table_html(table: &Tabular) -> String {
 
 fn cell_html(cell: &Cell, first: bool, numeric: bool) -> String {
     let tag = if first { "th scope=\"row\"" } else { "td" };
-    let class = if numeric && !first { " class=\"n\"" } else { "" };
+    // Short words stay on one line; sentences break.
+    let class = match (numeric && !first, cell.text.chars().count() > 40) {
+        (true, _) => " class=\"n\"",
+        (false, true) => " class=\"long\"",
+        (false, false) => "",
+    };
     let sort = cell.value.filter(|v| v.is_finite()).map_or_else(String::new, |v| format!(" data-v=\"{v}\""));
     let tip = cell
         .tip
@@ -123,7 +130,7 @@ fn cell_html(cell: &Cell, first: bool, numeric: bool) -> String {
 fn figure_html(figure: &Figure) -> String {
     let (picture, legend) = match &figure.plot {
         Plot::Lines(series) => (axes_svg(figure, series, true), legend(series)),
-        Plot::Points(series) => (axes_svg(figure, series, false), legend(series)),
+        Plot::Points(series) => (axes_svg(figure, series, false), String::new()),
         Plot::Heat { rows, columns, values } => (heat_svg(figure, rows, columns, values), String::new()),
     };
     let note = match figure.note.is_empty() {
@@ -175,6 +182,21 @@ fn ticks(low: f64, high: f64, count: f64) -> Vec<f64> {
     (first..=last).take(50).map(|i| i as f64 * step).collect()
 }
 
+/// The largest over the smallest value; 0 where there is no logarithm of all.
+fn spread(values: impl Iterator<Item = f64>) -> f64 {
+    let (low, high) =
+        values.filter(|v| v.is_finite()).fold((f64::INFINITY, 0.0f64), |(l, h), v| (l.min(v), h.max(v)));
+    if low > 0.0 && low <= high { high / low } else { 0.0 }
+}
+
+/// Powers of ten, and where they are few their doubles and fives, between two logarithms.
+fn log_ticks(low: f64, high: f64) -> Vec<f64> {
+    let powers = (low.floor() as i32..=high.ceil() as i32).take(40);
+    let steps: &[f64] = if high - low > 4.0 { &[1.0] } else { &[1.0, 2.0, 5.0] };
+    let all = powers.flat_map(|power| steps.iter().map(move |step| step * 10f64.powi(power)));
+    all.filter(|y| (low..=high).contains(&y.log10())).collect()
+}
+
 /// A number as an axis shows it.
 fn short(value: f64) -> String {
     let size = value.abs();
@@ -214,11 +236,15 @@ fn open(figure: &Figure, width: f64, height: f64) -> String {
 fn axes_svg(figure: &Figure, series: &[Series], lines: bool) -> String {
     let points = || series.iter().flat_map(|one| one.points.iter());
     let (x0, x1) = range(points().map(|p| p.0));
-    let (y0, y1) = range(points().map(|p| p.1));
+    // Values of many sizes stand on a logarithmic axis.
+    let log = spread(points().map(|p| p.1)) > MANY_SIZES;
+    let up = |y: f64| if log { y.log10() } else { y };
+    let (y0, y1) = range(points().map(|p| up(p.1)));
     let px = |x: f64| LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT);
-    let py = |y: f64| HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM);
+    let py = |y: f64| HEIGHT - BOTTOM - (up(y) - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM);
     let mut out = open(figure, WIDTH, HEIGHT);
-    for y in ticks(y0, y1, 6.0) {
+    let marks = if log { log_ticks(y0, y1) } else { ticks(y0, y1, 6.0) };
+    for y in marks {
         let at = py(y);
         let _ = write!(
             out,
@@ -248,8 +274,10 @@ fn axes_svg(figure: &Figure, series: &[Series], lines: bool) -> String {
         HEIGHT - 10.0,
         escape(&figure.x),
         (TOP + HEIGHT - BOTTOM) / 2.0,
-        escape(&figure.y)
+        escape(&if log { format!("{}, logarithmic", figure.y) } else { figure.y.clone() })
     );
+    // Where names stand: left, right and height.
+    let mut names: Vec<(f64, f64, f64)> = Vec::new();
     for (i, one) in series.iter().enumerate() {
         let (class, dash) = (i % COLOURS, if one.dashed { " dash" } else { "" });
         let shown: Vec<_> = one.points.iter().filter(|p| p.0.is_finite() && p.1.is_finite()).collect();
@@ -267,6 +295,24 @@ fn axes_svg(figure: &Figure, series: &[Series], lines: bool) -> String {
                 px(*x),
                 py(*y)
             );
+            // More clouds than colours: each says its name where there is room; the others say it when pointed at.
+            let width = 7.0 * one.name.chars().count() as f64;
+            let free = |from: f64, names: &[(f64, f64, f64)]| {
+                let apart = |&(left, right, y_of): &(f64, f64, f64)| {
+                    from + width < left || right < from || (y_of - py(*y)).abs() > 12.0
+                };
+                from > LEFT && from + width < WIDTH && names.iter().all(apart)
+            };
+            let sides = [px(*x) + 9.0, px(*x) - 9.0 - width];
+            if let Some(from) = sides.into_iter().find(|&from| !lines && free(from, &names)) {
+                names.push((from, from + width, py(*y)));
+                let _ = write!(
+                    out,
+                    "<text class=\"tick\" x=\"{from:.1}\" y=\"{:.1}\">{}</text>",
+                    py(*y) + 4.0,
+                    escape(&one.name)
+                );
+            }
         }
     }
     out + "</svg>"
@@ -375,10 +421,10 @@ figcaption{font-weight:600;margin-bottom:.5rem}
 .scroll{overflow-x:auto;border:1px solid var(--rule);border-radius:8px}
 table{border-collapse:collapse;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}
 th,td{padding:.42rem .7rem;text-align:left;vertical-align:top;border-top:1px solid var(--rule)}
-td{min-width:4.5rem}
-td.n,th.n{text-align:right;white-space:nowrap}
+td{white-space:nowrap}td.long{min-width:16rem;white-space:normal}
+td.n,th.n{text-align:right}
 thead th{border-top:0;background:var(--band);position:sticky;top:0;vertical-align:bottom}
-tbody th{font-weight:500;white-space:nowrap}
+tbody th{font-weight:500;white-space:nowrap}tbody th.long{white-space:normal;min-width:14rem}
 tbody tr:hover{background:var(--band)}
 th button{all:unset;cursor:pointer;font-weight:600}
 th button:focus-visible,#theme:focus-visible,[tabindex]:focus-visible{outline:2px solid var(--link);outline-offset:2px}
@@ -537,6 +583,10 @@ mod tests {
         assert_eq!(ticks(0.0, 1.0, 5.0), [0.0, 0.2, 0.4, 0.6000000000000001, 0.8, 1.0]);
         assert_eq!(ticks(17.0, 43.0, 5.0), [20.0, 30.0, 40.0]);
         assert_eq!(ticks(2.0, 2.0, 5.0), [2.0]);
+        assert_eq!(log_ticks(0.2, 2.1), [2.0, 5.0, 10.0, 20.0, 50.0, 100.0]);
+        assert_eq!(log_ticks(-0.5, 6.0).len(), 7);
+        assert_eq!(spread([2.0, 80.0, f64::NAN].into_iter()), 40.0);
+        assert_eq!(spread([0.0, 1.0].into_iter()), 0.0);
         assert_eq!([0.0, 1.5, 12_000.0, 3e6, 0.001].map(short), ["0", "1.5", "12k", "3M", "1e-3"]);
     }
 }
