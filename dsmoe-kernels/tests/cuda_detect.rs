@@ -89,7 +89,7 @@ fn cuda_with_a_driver_that_is_none_is_told() {
     let said = said_of_driver("int something(void) { return 0; }");
     has(
         &said,
-        &["Broken(\"Missing symbol cuInit", "open: cuda:7: the driver cannot be used", "CUDA 12 or newer"],
+        &["Broken(\"Missing symbol cuInit", "open: cuda:7: the driver cannot be used", "CUDA 13 or newer"],
     );
 }
 

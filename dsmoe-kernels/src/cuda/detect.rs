@@ -61,7 +61,7 @@ impl Detection {
                 Some(format!("the driver finds no device ({code}); see `nvidia-smi`, or use --device cpu"))
             }
             Detection::Broken(what) => Some(format!(
-                "the driver cannot be used ({what}); install one of CUDA 12 or newer, or use --device cpu"
+                "the driver cannot be used ({what}); install one of CUDA 13 or newer, or use --device cpu"
             )),
             Detection::Devices(_) => None,
         }

@@ -22,7 +22,6 @@ struct Inner {
     ordinal: usize,
     name: String,
     capability: (u32, u32),
-    multiprocessors: u32,
     // In the order that they are given back in: the context goes last.
     blas: Mutex<Option<Blas>>,
     kernels: Mutex<HashMap<String, Kernel>>,
@@ -59,13 +58,10 @@ impl Gpu {
         unsafe { context.disable_event_tracking() };
         let stream = context.new_stream().map_err(&opening)?;
         let (major, minor) = context.compute_capability().map_err(&opening)?;
-        let count = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
-        let multiprocessors = context.attribute(count).map_err(&opening)? as u32;
         let gpu = Gpu(Arc::new(Inner {
             ordinal,
             name: context.name().map_err(&opening)?,
             capability: (major as u32, minor as u32),
-            multiprocessors,
             context,
             stream,
             kernels: Mutex::default(),
@@ -106,11 +102,6 @@ impl Gpu {
     /// Compute capability, such as (9, 0).
     pub fn capability(&self) -> (u32, u32) {
         self.0.capability
-    }
-
-    /// Multiprocessors.
-    pub fn multiprocessors(&self) -> u32 {
-        self.0.multiprocessors
     }
 
     /// Bytes of memory that are free, and all; waits for all that is queued, which may free some.
@@ -161,18 +152,6 @@ impl Gpu {
         let stream = self.bind()?;
         // SAFETY: the stream is open as long as `self`.
         unsafe { result::stream::synchronize(stream) }.map_err(driver("waiting for the device"))
-    }
-
-    /// Marks this place in the queue.
-    ///
-    /// # Errors
-    /// The device fails.
-    pub fn mark(&self) -> Result<Event> {
-        self.bind()?;
-        let flags = sys::CUevent_flags::CU_EVENT_DEFAULT;
-        let event = self.0.context.new_event(Some(flags)).map_err(driver("making an event"))?;
-        event.record(&self.0.stream).map_err(driver("recording an event"))?;
-        Ok(Event(event))
     }
 
     /// Records what `queue` queues instead of running it. It must not wait for the device, and what it uses for the
@@ -258,20 +237,6 @@ impl Gpu {
         // SAFETY: `ptr` came from `allocate`, and its owner is being dropped. What was queued before still finds it. A
         // device that failed is of no use to anybody: there is no one to tell.
         let _ = unsafe { result::free_async(ptr, stream) };
-    }
-}
-
-/// A place in a device's queue.
-#[derive(Debug)]
-pub struct Event(cudarc::driver::CudaEvent);
-
-impl Event {
-    /// Milliseconds from here to `later`; waits for it.
-    ///
-    /// # Errors
-    /// The device fails.
-    pub fn elapsed_ms(&self, later: &Event) -> Result<f32> {
-        self.0.elapsed_ms(&later.0).map_err(driver("timing"))
     }
 }
 

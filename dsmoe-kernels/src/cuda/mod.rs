@@ -22,7 +22,7 @@ pub mod ops;
 pub use buf::{Element, GpuBuf, View, ViewMut};
 pub use compile::{Compiled, compile, nvrtc_version};
 pub use detect::{Detection, DeviceInfo, Libraries, cublaslt_version, detect, driver_version, libraries};
-pub use device::{Event, Gpu, Recorded};
+pub use device::{Gpu, Recorded};
 pub use error::{CudaError, Result};
 #[cfg(test)]
 pub(crate) use kernel::KernelSpec;

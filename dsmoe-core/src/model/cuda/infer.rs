@@ -375,6 +375,7 @@ impl CudaInference {
             eps,
             hidden,
         )?;
+        let products = Products { gpu, tokens };
         for (i, layer) in self.layers.iter().enumerate() {
             let shape = attention_dims(config, i, 1, tokens, tokens);
             let (width, joined) = (shape.heads * shape.head_dim, shape.joined_width());
@@ -388,7 +389,13 @@ impl CudaInference {
                 width: joined,
             };
             let mut qkv = acts.qkv.slice_mut(0..tokens * joined);
-            self.linear(qkv.reborrow(), acts.h.slice(values.clone()), layer.qkv.view(), tokens)?;
+            products.forward(
+                qkv.reborrow(),
+                acts.h.slice(values.clone()),
+                layer.qkv.view(),
+                hidden,
+                joined,
+            )?;
             let mut a = acts.a.slice_mut(0..tokens * width);
             match &mut attend {
                 Attend::Sequences(seq) => {
@@ -427,11 +434,12 @@ impl CudaInference {
                     )?;
                 }
             }
-            self.linear_f32(
+            products.forward_f32(
                 acts.y.slice_mut(values.clone()),
                 acts.a.slice(0..tokens * width),
                 layer.o.view(),
-                tokens,
+                width,
+                hidden,
             )?;
             rms_norm::forward_sum(
                 gpu,
@@ -499,34 +507,6 @@ impl CudaInference {
         products.times(y, c.slice(inner), layer.down.view(), width, hidden, false)
     }
 
-    fn linear(
-        &self,
-        y: ViewMut<'_, bf16>,
-        x: View<'_, bf16>,
-        w: View<'_, bf16>,
-        tokens: usize,
-    ) -> Result<()> {
-        if tokens <= FEW {
-            return Ok(few::linear_bf16(&self.gpu, y, x, w, tokens)?);
-        }
-        let (inputs, outputs) = (x.len() / tokens, y.len() / tokens);
-        Products { gpu: &self.gpu, tokens }.forward(y, x, w, inputs, outputs)
-    }
-
-    fn linear_f32(
-        &self,
-        y: ViewMut<'_, f32>,
-        x: View<'_, bf16>,
-        w: View<'_, bf16>,
-        tokens: usize,
-    ) -> Result<()> {
-        if tokens <= FEW {
-            return Ok(few::linear_f32(&self.gpu, y, x, w, tokens)?);
-        }
-        let (inputs, outputs) = (x.len() / tokens, y.len() / tokens);
-        Products { gpu: &self.gpu, tokens }.forward_f32(y, x, w, inputs, outputs)
-    }
-
     /// Sets the first logits to those of these rows.
     fn head(&self, acts: &mut Acts, rows: Range<usize>) -> Result<()> {
         let hidden = self.config.hidden;
@@ -536,7 +516,8 @@ impl CudaInference {
     }
 
     fn head_of(&self, logits: ViewMut<'_, f32>, states: View<'_, bf16>, rows: usize) -> Result<()> {
-        self.linear_f32(logits, states, self.head.view(), rows)
+        let (hidden, vocab) = (self.config.hidden, self.config.vocab_size);
+        Products { gpu: &self.gpu, tokens: rows }.forward_f32(logits, states, self.head.view(), hidden, vocab)
     }
 
     /// The activations of `workspace`, with room for `tokens`.

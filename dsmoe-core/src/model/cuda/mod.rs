@@ -6,7 +6,8 @@ mod infer;
 mod train;
 
 use dsmoe_kernels::attention;
-use dsmoe_kernels::cuda::ops::{matmul, router};
+use dsmoe_kernels::cuda::ops::few::FEW;
+use dsmoe_kernels::cuda::ops::{few, matmul, router};
 use dsmoe_kernels::cuda::{Gpu, View, ViewMut};
 use dsmoe_router::{GateValue, Rescale, RouterConfig, ZeroActive};
 use half::bf16;
@@ -26,7 +27,7 @@ struct Products<'a> {
 }
 
 impl Products<'_> {
-    /// Sets `y` `[tokens, outputs]` to `x w^T`.
+    /// Sets `y` `[tokens, outputs]` to `x w^T`. For a few tokens `w` is read once for all of them, by no matrix product.
     fn forward(
         &self,
         y: ViewMut<'_, bf16>,
@@ -35,6 +36,9 @@ impl Products<'_> {
         inputs: usize,
         outputs: usize,
     ) -> Result<()> {
+        if self.are_few() {
+            return Ok(few::linear_bf16(self.gpu, y, x, w, self.tokens)?);
+        }
         Ok(matmul::gemm_bf16(self.gpu, y, x, w, self.linear(inputs, outputs))?)
     }
 
@@ -47,10 +51,13 @@ impl Products<'_> {
         inputs: usize,
         outputs: usize,
     ) -> Result<()> {
+        if self.are_few() {
+            return Ok(few::linear_f32(self.gpu, y, x, w, self.tokens)?);
+        }
         Ok(matmul::gemm_f32(self.gpu, y, x, w, self.linear(inputs, outputs))?)
     }
 
-    /// Sets, or adds to, `dx` `[tokens, inputs]` the product `dy w`.
+    /// Sets `dx` `[tokens, inputs]` to the product `dy w`.
     fn backward_input(
         &self,
         dx: ViewMut<'_, f32>,
@@ -58,9 +65,8 @@ impl Products<'_> {
         w: View<'_, bf16>,
         inputs: usize,
         outputs: usize,
-        add: bool,
     ) -> Result<()> {
-        self.times(dx, dy, w, outputs, inputs, add)
+        self.times(dx, dy, w, outputs, inputs, false)
     }
 
     /// [`Products::backward_input`] in bf16.
@@ -100,6 +106,10 @@ impl Products<'_> {
     ) -> Result<()> {
         let gemm = matmul::Gemm { beta_one: true, ..matmul::Gemm::tn(outputs, inputs, self.tokens) };
         Ok(matmul::gemm_f32(self.gpu, dw, dy, x, gemm)?)
+    }
+
+    fn are_few(&self) -> bool {
+        (1..=FEW).contains(&self.tokens)
     }
 
     fn linear(&self, inputs: usize, outputs: usize) -> matmul::Gemm {

@@ -463,7 +463,7 @@ impl CudaTrainer {
             )?;
             let dz = dlogits.slice(dz);
             let dh = dh.slice_mut(chunk.start * hidden..chunk.end * hidden);
-            products.backward_input(dh, dz, head, hidden, vocab, false)?;
+            products.backward_input(dh, dz, head, hidden, vocab)?;
             products.backward_weight(
                 self.grads.slice_mut(self.ranges.head.clone()),
                 dz,
@@ -515,6 +515,7 @@ impl CudaTrainer {
             rstd.view(),
             hidden,
             partials.view_mut(),
+            false,
         )?;
         for (i, (ranges, acts)) in self.ranges.layers.iter().zip(layers).enumerate().rev() {
             let LayerRanges { input_norm, o, post_norm, .. } = ranges;
@@ -543,7 +544,7 @@ impl CudaTrainer {
                 sparsity,
                 scratch,
             )?;
-            rms_norm::backward_add(
+            rms_norm::backward(
                 gpu,
                 dx.view_mut(),
                 self.grads.slice_mut(post_norm.clone()),
@@ -553,6 +554,7 @@ impl CudaTrainer {
                 acts.rstd_mid.view(),
                 hidden,
                 partials.view_mut(),
+                true,
             )?;
             // x_mid = x + a W_o^T
             elementwise::cast(gpu, dy.view_mut(), dx.view())?;
@@ -597,9 +599,8 @@ impl CudaTrainer {
                 self.weights.slice(qkv),
                 hidden,
                 joined,
-                false,
             )?;
-            rms_norm::backward_add(
+            rms_norm::backward(
                 gpu,
                 dx.view_mut(),
                 self.grads.slice_mut(input_norm.clone()),
@@ -609,6 +610,7 @@ impl CudaTrainer {
                 acts.rstd.view(),
                 hidden,
                 partials.view_mut(),
+                true,
             )?;
         }
         let table = self.grads.slice_mut(self.ranges.embed.clone());

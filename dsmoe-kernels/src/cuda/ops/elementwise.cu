@@ -1,10 +1,5 @@
 // One value, or four neighbours, per thread.
 
-extern "C" __global__ void add(float* y, const float* x, i64 n) {
-  const i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
-  if (i < n) y[i] += x[i];
-}
-
 extern "C" __global__ void cast(bf16* out, const float* x, i64 n) {
   const i64 i = 4 * ((i64)blockIdx.x * blockDim.x + threadIdx.x);
   const bool aligned = (((u64)out & 7) | ((u64)x & 15)) == 0;

@@ -9,12 +9,8 @@ use super::{Arg, Gpu, Result, Source, View, ViewMut, int};
 static SOURCE: Source = Source { name: "elementwise", text: include_str!("elementwise.cu") };
 
 #[cfg(test)]
-pub(crate) const KERNELS: &[KernelSpec] = &[KernelSpec {
-    source: &SOURCE,
-    entries: &["add", "cast", "keep", "rows"],
-    defines: &[&[]],
-    max_registers: 40,
-}];
+pub(crate) const KERNELS: &[KernelSpec] =
+    &[KernelSpec { source: &SOURCE, entries: &["cast", "keep", "rows"], defines: &[&[]], max_registers: 40 }];
 
 /// Threads of a block.
 const BLOCK: u32 = 256;
@@ -25,18 +21,6 @@ fn each(gpu: &Gpu, entry: &'static str, len: usize, per_thread: usize, pointers:
     let [a, b] = pointers;
     // SAFETY: the kernels of elementwise.cu take two pointers and the number of values, which the callers checked.
     unsafe { kernel.launch([blocks, 1, 1], BLOCK, 0, &[a, b, Arg::I64(len as i64)]) }
-}
-
-/// Adds `x` to `y`.
-///
-/// # Errors
-/// The device fails.
-///
-/// # Panics
-/// The lengths differ.
-pub fn add(gpu: &Gpu, y: ViewMut<'_, f32>, x: View<'_, f32>) -> Result<()> {
-    assert_eq!(y.len(), x.len(), "cuda add");
-    each(gpu, "add", x.len(), 1, [Arg::from(&y), x.into()])
 }
 
 /// Sets `out` to `x` rounded.

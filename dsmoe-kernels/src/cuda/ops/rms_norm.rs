@@ -119,7 +119,7 @@ pub fn partials_len(tokens: usize, hidden: usize) -> usize {
     tokens.min(PARTS) * hidden
 }
 
-/// Sets `dx`, adds to `dweight`.
+/// Sets `dx`, or adds to it with `add`, and adds to `dweight`.
 ///
 /// # Errors
 /// The device fails.
@@ -128,43 +128,6 @@ pub fn partials_len(tokens: usize, hidden: usize) -> usize {
 /// A length does not fit.
 #[expect(clippy::too_many_arguments, reason = "outputs, inputs and sizes of one op")]
 pub fn backward(
-    gpu: &Gpu,
-    dx: ViewMut<'_, f32>,
-    dweight: ViewMut<'_, f32>,
-    dy: View<'_, f32>,
-    x: View<'_, f32>,
-    weight: View<'_, f32>,
-    rstd: View<'_, f32>,
-    hidden: usize,
-    partials: ViewMut<'_, f32>,
-) -> Result<()> {
-    run_backward(gpu, dx, dweight, dy, x, weight, rstd, hidden, partials, false)
-}
-
-/// [`backward`] that adds to `dx`.
-///
-/// # Errors
-/// The device fails.
-///
-/// # Panics
-/// A length does not fit.
-#[expect(clippy::too_many_arguments, reason = "outputs, inputs and sizes of one op")]
-pub fn backward_add(
-    gpu: &Gpu,
-    dx: ViewMut<'_, f32>,
-    dweight: ViewMut<'_, f32>,
-    dy: View<'_, f32>,
-    x: View<'_, f32>,
-    weight: View<'_, f32>,
-    rstd: View<'_, f32>,
-    hidden: usize,
-    partials: ViewMut<'_, f32>,
-) -> Result<()> {
-    run_backward(gpu, dx, dweight, dy, x, weight, rstd, hidden, partials, true)
-}
-
-#[expect(clippy::too_many_arguments, reason = "outputs, inputs and sizes of one op")]
-fn run_backward(
     gpu: &Gpu,
     dx: ViewMut<'_, f32>,
     dweight: ViewMut<'_, f32>,
