@@ -110,6 +110,9 @@ fn equal_records_pass_and_a_slower_one_ends_with_3() {
     assert_eq!(report["rows"][1]["verdict"], "same");
     let text = run(&["bench", "compare", at(path), at(&slow)]);
     assert!(text.stdout.contains("WORSE") && text.stdout.contains("1 of 2 are worse"), "{}", text.stdout);
+    let told = run(&["bench", "compare", at(path), at(&slow), "--fail-on", "instructions,quality"]);
+    assert_eq!(told.code, 0, "{}", told.stderr);
+    assert!(told.stdout.contains("WORSE") && told.stdout.contains(", 0 to fail"), "{}", told.stdout);
     let generous = run(&["bench", "compare", at(path), at(&slow), "--fail-above", "100000%"]);
     assert_eq!(generous.code, 0);
 }

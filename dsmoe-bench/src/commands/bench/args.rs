@@ -6,6 +6,8 @@ use clap::{Args, Subcommand, ValueEnum};
 use dsmoe_core::Device;
 use dsmoe_kernels::Precision;
 
+use super::track::format::Kind;
+
 #[derive(Debug, Args)]
 pub(crate) struct Bench {
     #[command(subcommand)]
@@ -237,7 +239,7 @@ pub(crate) struct Record {
     #[arg(long, value_enum)]
     pub(crate) format: Option<Format>,
     /// Rounds in which every benchmark and the calibration kernel take their turn; a 99 % interval needs 8
-    #[arg(long, value_name = "N", default_value_t = 21, value_parser = clap::value_parser!(u16).range(8..=1000))]
+    #[arg(long, value_name = "N", default_value_t = 31, value_parser = clap::value_parser!(u16).range(8..=1000))]
     pub(crate) repeats: u16,
     /// Also count instructions with valgrind (kernels and ffn; DSMOE_ISA narrows the tier, avx2 by default)
     #[arg(long)]
@@ -263,6 +265,15 @@ pub(crate) struct Compare {
     pub(crate) repeats: u16,
     #[command(flatten)]
     pub(crate) choice: Choice,
+    /// What may fail: instruction counts are the same whatever else a machine does, times are not
+    #[arg(
+        long,
+        value_name = "KIND,...",
+        value_delimiter = ',',
+        value_enum,
+        default_value = "time,instructions,quality"
+    )]
+    pub(crate) fail_on: Vec<Kind>,
     /// Largest growth that is no failure, such as 3%
     #[arg(long, value_name = "SHARE", default_value = "3%", value_parser = share)]
     pub(crate) fail_above: f64,

@@ -25,6 +25,8 @@ struct Report {
     /// The worst first.
     rows: Vec<Row>,
     worse: usize,
+    /// Those of them that may fail: see `--fail-on`.
+    failed: usize,
     /// Benchmarks of one side alone.
     missing: Vec<String>,
     warnings: Vec<String>,
@@ -61,11 +63,13 @@ pub(crate) fn run(args: &Compare, ui: &mut Ui) -> Result<ExitCode> {
         worst(b).cmp(&worst(a)).then(b.change.total_cmp(&a.change)).then(a.name.cmp(&b.name))
     });
     report.worse = report.rows.iter().filter(|row| row.verdict == Verdict::Worse).count();
+    let failed = |row: &&Row| row.verdict == Verdict::Worse && args.fail_on.contains(&row.kind);
+    report.failed = report.rows.iter().filter(failed).count();
     for warning in &report.warnings {
         ui.note(format_args!("warning: {warning}"));
     }
     ui.result(&report, show)?;
-    Ok(if report.worse > 0 { ExitCode::from(OUT_OF_TOLERANCE) } else { ExitCode::SUCCESS })
+    Ok(if report.failed > 0 { ExitCode::from(OUT_OF_TOLERANCE) } else { ExitCode::SUCCESS })
 }
 
 /// Refuses records that measure other things, and warns of what makes them less comparable.
@@ -123,6 +127,7 @@ fn records(before: &Record, after: &Record, args: &Compare) -> Result<Report> {
         fail_above: args.fail_above,
         rows,
         worse: 0,
+        failed: 0,
         missing,
         warnings,
     })
@@ -204,6 +209,7 @@ fn builds(before: &Path, after: &Path, args: &Compare, ui: &Ui) -> Result<Report
         fail_above: args.fail_above,
         rows,
         worse: 0,
+        failed: 0,
         missing,
         warnings,
     })
@@ -303,8 +309,10 @@ fn show(report: &Report) -> String {
     if !report.missing.is_empty() {
         out += &format!("in one record alone: {}\n", report.missing.join(", "));
     }
+    let told =
+        if report.failed == report.worse { String::new() } else { format!(", {} to fail", report.failed) };
     out + &format!(
-        "{} of {} are worse by more than {:.1} %\n",
+        "{} of {} are worse by more than {:.1} %{told}\n",
         report.worse,
         report.rows.len(),
         100.0 * report.fail_above

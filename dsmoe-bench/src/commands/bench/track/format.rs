@@ -57,9 +57,9 @@ pub(super) struct Build {
 }
 
 /// What a number is, and so how it is compared.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
-pub(super) enum Kind {
+pub(crate) enum Kind {
     /// Seconds per call; compared by the ratio to the calibration kernel, if there is one.
     Time,
     /// Instructions per call; compared as they are.

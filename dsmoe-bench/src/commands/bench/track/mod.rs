@@ -6,7 +6,7 @@
 pub(super) mod compare;
 mod criterion;
 mod export;
-mod format;
+pub(super) mod format;
 pub(super) mod history;
 pub(super) mod instructions;
 mod quality;

@@ -88,6 +88,8 @@ mod tests {
     use super::*;
 
     const LIMIT: f64 = 0.03;
+    /// Samples of a record that does not say otherwise.
+    const REPEATS: usize = 31;
 
     /// Samples of a ratio: 2 % of even noise, and one in ten up to half as much again, as a busy machine gives them.
     fn run(rng: &mut Rng, level: f64, n: usize) -> Vec<f64> {
@@ -124,13 +126,13 @@ mod tests {
         let mut rng = Rng::new(7, 0);
         let (mut alarms, mut found, pairs) = (0, 0, 5000);
         for _ in 0..pairs {
-            let [a, b] = [1.0, 1.0].map(|level| Estimate::of(&run(&mut rng, level, 21)));
+            let [a, b] = [1.0, 1.0].map(|level| Estimate::of(&run(&mut rng, level, REPEATS)));
             alarms += usize::from(judge(a, b, LIMIT).1 != Verdict::Same);
-            let slow = Estimate::of(&run(&mut rng, 1.1, 21));
+            let slow = Estimate::of(&run(&mut rng, 1.1, REPEATS));
             found += usize::from(judge(a, slow, LIMIT).1 == Verdict::Worse);
         }
         assert_eq!(alarms, 0);
-        assert!(found * 100 >= pairs * 95, "{found} of {pairs}");
+        assert!(found * 100 >= pairs * 99, "{found} of {pairs}");
     }
 
     #[test]
