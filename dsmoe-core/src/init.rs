@@ -59,6 +59,47 @@ enum Kind {
     Small(usize),
     /// Base 10000, 512 positions, and one token, 0, that begins a text and so ends the one before.
     World,
+    /// Base 10000, this many positions, and these tokens that begin and end a text.
+    Own(usize, [u32; 2]),
+}
+
+/// Sizes of a small LLaMA of one's own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LlamaSizes {
+    /// Tokens of the vocabulary.
+    pub vocab: usize,
+    /// Width of the residual stream.
+    pub hidden: usize,
+    /// Neurons of an FFN.
+    pub intermediate: usize,
+    /// Decoder layers.
+    pub layers: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads.
+    pub kv_heads: usize,
+    /// Positions.
+    pub positions: usize,
+    /// The tokens that begin and end a text.
+    pub bos_eos: [u32; 2],
+}
+
+impl LlamaSizes {
+    /// The configuration of such a model: tied embeddings, rotation of base 10000.
+    ///
+    /// # Errors
+    /// The sizes do not fit together.
+    pub fn config(self) -> Result<Config> {
+        let LlamaSizes { vocab, hidden, intermediate, layers, heads, kv_heads, positions, bos_eos } = self;
+        if heads == 0 || !hidden.is_multiple_of(heads) {
+            return Err(Error::Argument(format!(
+                "{heads} heads do not divide a width of {hidden}; use a divisor"
+            )));
+        }
+        let sizes = [vocab, hidden, intermediate, layers, heads, kv_heads];
+        let json = Preset::new("", sizes, true, Kind::Own(positions, bos_eos)).json();
+        Config::from_json(Path::new("config.json"), &json.to_string())
+    }
 }
 
 const PRESETS: [Preset; 8] = [
@@ -84,6 +125,7 @@ impl Preset {
             Kind::Llama3(_) => (500_000.0, 131_072, 128_000, 128_001),
             Kind::Small(positions) => (10_000.0, positions, 1, 2),
             Kind::World => (10_000.0, 512, 0, 0),
+            Kind::Own(positions, [bos, eos]) => (10_000.0, positions, bos, eos),
         };
         let scaling = match self.kind {
             Kind::Llama3(factor) => json!({

@@ -55,6 +55,20 @@ pub struct RunOptions {
     pub device: Device,
 }
 
+impl RunOptions {
+    /// A new run of the model in `source` to its end, into the empty directory `out`, on the processor.
+    pub fn new(source: &Path, out: &Path) -> RunOptions {
+        RunOptions {
+            out: out.to_path_buf(),
+            source: source.to_path_buf(),
+            resume: false,
+            force: false,
+            stop_after: None,
+            device: Device::Cpu,
+        }
+    }
+}
+
 /// The text of a run.
 #[derive(Clone, Debug)]
 pub struct TrainData {

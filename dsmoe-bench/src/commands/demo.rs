@@ -5,11 +5,12 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
+use dsmoe_core::checkpoint::copy_companions;
 use dsmoe_core::config::Config;
 use dsmoe_core::convert::{ConvertOptions, convert};
 use dsmoe_core::generate::{GenerateOptions, generate};
-use dsmoe_core::init::{InitOptions, init};
-use dsmoe_core::{Device, Inference, Model};
+use dsmoe_core::init::{InitOptions, LlamaSizes, init};
+use dsmoe_core::{Inference, Model};
 use dsmoe_datasets::{Bos, DOC_SEPARATOR, TokenStream, Tokenizer, synthetic_text, train_bpe};
 use dsmoe_kernels::Precision;
 use dsmoe_router::RouterInit;
@@ -121,10 +122,7 @@ impl DemoRun<'_> {
         let config = architecture(vocab)?;
         let options = InitOptions { seed: self.seed, ..InitOptions::default() };
         init(&config, &random, &options, &mut |_| {})?;
-        for name in ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"] {
-            let to = random.join(name);
-            std::fs::copy(tokenizer_dir.join(name), &to).with_context(|| format!("{}", to.display()))?;
-        }
+        copy_companions(&tokenizer_dir, &random)?;
         let tokenizer = tokenizer(&random, &config)?;
         let corpus = open_corpus(&[text_file], Some(DOC_SEPARATOR.to_owned()), "text".to_owned())?;
         let stream = tokenize(&corpus, &tokenizer, Bos::Always, &self.ui)?;
@@ -220,14 +218,7 @@ impl DemoRun<'_> {
             bos: Bos::Always,
             ..TrainConfig::default()
         };
-        let options = RunOptions {
-            out: out.to_path_buf(),
-            source: source.to_path_buf(),
-            resume: false,
-            force: false,
-            stop_after: None,
-            device: Device::Cpu,
-        };
+        let options = RunOptions::new(source, out);
         let name = out.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let mut trainer = Trainer::new(Model::load(source)?, stream, config, options)?;
         let summary = drive(&mut trainer, &format!("training {name}"), out, &self.ui)?;
@@ -236,26 +227,17 @@ impl DemoRun<'_> {
 }
 
 fn architecture(vocab: usize) -> Result<Config> {
-    let json = serde_json::json!({
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": vocab,
-        "hidden_size": HIDDEN,
-        "intermediate_size": INTERMEDIATE,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "hidden_act": "silu",
-        "initializer_range": 0.02,
-        "tie_word_embeddings": true,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "torch_dtype": "float32",
-    });
-    Ok(Config::from_json(Path::new("config.json"), &json.to_string())?)
+    let sizes = LlamaSizes {
+        vocab,
+        hidden: HIDDEN,
+        intermediate: INTERMEDIATE,
+        layers: LAYERS,
+        heads: 4,
+        kv_heads: 2,
+        positions: 512,
+        bos_eos: [0, 1],
+    };
+    Ok(sizes.config()?)
 }
 
 /// The first words of the text.

@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
+use dsmoe_core::Model;
 use dsmoe_core::checkpoint::Dtype;
 use dsmoe_core::config::Config;
-use dsmoe_core::{Device, Model};
 use dsmoe_datasets::TokenStream;
 use dsmoe_kernels::rng::Rng;
 use dsmoe_train::{EvalReport, Observer, Outcome, Result, RunOptions, StepRecord, TrainConfig, Trainer};
@@ -108,18 +108,6 @@ impl Observer for Heard {
     fn note(&mut self, message: &str) {
         self.notes.push_str(message);
         self.notes.push('\n');
-    }
-}
-
-/// Where to, and how: the rest of [`RunOptions`] is false.
-pub(crate) fn options(source: &Path, out: &Path) -> RunOptions {
-    RunOptions {
-        out: out.into(),
-        source: source.into(),
-        resume: false,
-        force: false,
-        stop_after: None,
-        device: Device::Cpu,
     }
 }
 

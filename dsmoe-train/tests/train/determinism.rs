@@ -12,7 +12,7 @@ fn one_seed_one_result_whatever_the_threads() {
     let source = model_dir(dir.path(), "source", true, 1);
     let run = |name: &str, more: &[&str]| {
         let out = dir.path().join(name);
-        let (outcome, heard) = train(settings(more), &text(1), options(&source, &out)).unwrap();
+        let (outcome, heard) = train(settings(more), &text(1), RunOptions::new(&source, &out)).unwrap();
         assert_eq!((outcome, heard.records.len()), (Outcome::Finished, 20));
         weights(&out)
     };
@@ -30,13 +30,13 @@ fn an_interrupted_run_ends_as_a_whole_one() {
     let source = model_dir(dir.path(), "source", true, 1);
     let (whole, parts) = (dir.path().join("whole"), dir.path().join("parts"));
     let stream = text(1);
-    let (_, all) = train(settings(&[]), &stream, options(&source, &whole)).unwrap();
+    let (_, all) = train(settings(&[]), &stream, RunOptions::new(&source, &whole)).unwrap();
 
-    let stopped = RunOptions { stop_after: Some(10), ..options(&source, &parts) };
+    let stopped = RunOptions { stop_after: Some(10), ..RunOptions::new(&source, &parts) };
     let (outcome, first) = train(settings(&[]), &stream, stopped).unwrap();
     assert_eq!((outcome, first.saved), (Outcome::Interrupted { step: 10 }, vec![10]));
     assert!(!parts.join("model.safetensors").exists());
-    let resumed = RunOptions { resume: true, ..options(&source, &parts) };
+    let resumed = RunOptions { resume: true, ..RunOptions::new(&source, &parts) };
     let (outcome, second) = train(settings(&["threads=2"]), &stream, resumed.clone()).unwrap();
     assert_eq!(outcome, Outcome::Finished);
     assert!(second.notes.contains("at step 10 of 20"), "{}", second.notes);
@@ -72,9 +72,10 @@ fn a_raised_flag_stops_with_a_checkpoint() {
     let dir = tempfile::tempdir().unwrap();
     let source = model_dir(dir.path(), "source", true, 1);
     let (whole, out, stop) = (dir.path().join("whole"), dir.path().join("out"), AtomicBool::new(false));
-    train(settings(&[]), &text(1), options(&source, &whole)).unwrap();
+    train(settings(&[]), &text(1), RunOptions::new(&source, &whole)).unwrap();
     let mut trainer =
-        Trainer::new(Model::load(&source).unwrap(), &text(1), settings(&[]), options(&source, &out)).unwrap();
+        Trainer::new(Model::load(&source).unwrap(), &text(1), settings(&[]), RunOptions::new(&source, &out))
+            .unwrap();
     let outcome = trainer.run(&mut StopAtSeven(&stop), &stop).unwrap();
     assert_eq!(outcome, Outcome::Interrupted { step: 7 });
     assert!(out.join("checkpoints/step-00000007/state.json").is_file());
@@ -89,7 +90,8 @@ fn accumulating_is_a_larger_batch() {
     let dir = tempfile::tempdir().unwrap();
     let source = model_dir(dir.path(), "source", true, 1);
     let losses = |name: &str, more: &[&str]| {
-        let (_, heard) = train(settings(more), &text(1), options(&source, &dir.path().join(name))).unwrap();
+        let (_, heard) =
+            train(settings(more), &text(1), RunOptions::new(&source, &dir.path().join(name))).unwrap();
         heard.records.iter().map(|record| record.loss).collect::<Vec<_>>()
     };
     let fixed = ["sparsity=1", "steps=6", "batch=4", "accumulate=1"];

@@ -7,7 +7,7 @@ use dsmoe_core::masks::MASKS_FILE;
 use dsmoe_core::{Masks, Model};
 use dsmoe_train::{Outcome, RunOptions};
 
-use crate::common::{model_dir, options, settings, text, train, weights};
+use crate::common::{model_dir, settings, text, train, weights};
 
 /// A dense model of which every row of every linear keeps two weights of five.
 fn pruned(parent: &Path) -> PathBuf {
@@ -33,7 +33,7 @@ fn masked_weights_stay_zero_under_adamw_with_decay() {
     let config = settings(&SETTINGS);
     let before = Model::load(&source).unwrap();
     let whole = dir.path().join("whole");
-    let (outcome, heard) = train(config.clone(), &stream, options(&source, &whole)).unwrap();
+    let (outcome, heard) = train(config.clone(), &stream, RunOptions::new(&source, &whole)).unwrap();
     assert_eq!(outcome, Outcome::Finished);
     let (first, last) = (&heard.records[0], heard.records.last().unwrap());
     assert!(last.lm_loss < 0.8 * first.lm_loss, "{} to {}", first.lm_loss, last.lm_loss);
@@ -64,9 +64,9 @@ fn masked_weights_stay_zero_under_adamw_with_decay() {
 
     // Stopped and resumed, to the bit.
     let parts = dir.path().join("parts");
-    let stop = RunOptions { stop_after: Some(57), ..options(&source, &parts) };
+    let stop = RunOptions { stop_after: Some(57), ..RunOptions::new(&source, &parts) };
     assert_eq!(train(config.clone(), &stream, stop).unwrap().0, Outcome::Interrupted { step: 57 });
-    let resume = || RunOptions { resume: true, ..options(&source, &parts) };
+    let resume = || RunOptions { resume: true, ..RunOptions::new(&source, &parts) };
     assert_eq!(train(config.clone(), &stream, resume()).unwrap().0, Outcome::Finished);
     assert_eq!(weights(&parts), weights(&whole));
     assert_eq!(
@@ -76,7 +76,7 @@ fn masked_weights_stay_zero_under_adamw_with_decay() {
 
     // A run started over with another model leaves no masks behind.
     let dense = dir.path().join("dense");
-    let again = RunOptions { force: true, ..options(&dense, &parts) };
+    let again = RunOptions { force: true, ..RunOptions::new(&dense, &parts) };
     train(settings(&["steps=1", "sparsity=1"]), &stream, again).unwrap();
     assert!(!parts.join(MASKS_FILE).exists() && Model::load(&parts).unwrap().masks().is_none());
 }
@@ -87,10 +87,11 @@ fn a_checkpoint_without_its_masks_is_passed_over() {
     let (source, stream) = (pruned(dir.path()), text(1));
     let out = dir.path().join("out");
     let config = settings(&["steps=4", "sparsity=1"]);
-    let stop = RunOptions { stop_after: Some(2), ..options(&source, &out) };
+    let stop = RunOptions { stop_after: Some(2), ..RunOptions::new(&source, &out) };
     train(config.clone(), &stream, stop).unwrap();
     std::fs::remove_file(out.join("checkpoints/step-00000002").join(MASKS_FILE)).unwrap();
-    let error = train(config, &stream, RunOptions { resume: true, ..options(&source, &out) }).unwrap_err();
+    let error =
+        train(config, &stream, RunOptions { resume: true, ..RunOptions::new(&source, &out) }).unwrap_err();
     let message = error.to_string();
     assert!(message.contains("its masks are not those of the starting model"), "{message}");
 }

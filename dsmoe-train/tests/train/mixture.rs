@@ -42,7 +42,7 @@ fn every_report_tells_every_domain() {
     let source = model_dir(dir.path(), "source", true, 1);
     let out = dir.path().join("out");
     let keep = ["near_duplicates=keep", "eval_every=10"];
-    let (_, heard) = run(&source, three(), &keep, options(&source, &out));
+    let (_, heard) = run(&source, three(), &keep, RunOptions::new(&source, &out));
     assert_eq!(heard.evals.len(), 2);
     let report = &heard.evals[1].1;
     let names: Vec<&str> = report.domains.iter().map(|domain| &domain.name[..]).collect();
@@ -58,7 +58,7 @@ fn every_report_tells_every_domain() {
         Model::load(&source).unwrap(),
         three(),
         settings(&keep),
-        options(&source, &dir.path().join("x")),
+        RunOptions::new(&source, &dir.path().join("x")),
     )
     .unwrap();
     for (part, domain) in trainer.mixture().parts().iter().zip(&report.domains) {
@@ -84,10 +84,10 @@ fn a_mixture_resumes_to_the_bit_and_only_as_the_same_mixture() {
     let dir = tempfile::tempdir().unwrap();
     let source = model_dir(dir.path(), "source", true, 1);
     let (whole, parts) = (dir.path().join("whole"), dir.path().join("parts"));
-    run(&source, three(), &["threads=1"], options(&source, &whole));
-    let stopped = RunOptions { stop_after: Some(7), ..options(&source, &parts) };
+    run(&source, three(), &["threads=1"], RunOptions::new(&source, &whole));
+    let stopped = RunOptions { stop_after: Some(7), ..RunOptions::new(&source, &parts) };
     run(&source, three(), &["threads=2"], stopped);
-    let resumed = RunOptions { resume: true, ..options(&source, &parts) };
+    let resumed = RunOptions { resume: true, ..RunOptions::new(&source, &parts) };
     let (outcome, _) = run(&source, three(), &[], resumed.clone());
     assert_eq!(outcome, Outcome::Finished);
     assert_eq!(weights(&parts), weights(&whole));
@@ -110,9 +110,13 @@ fn one_source_by_its_name_is_the_plain_stream() {
     let dir = tempfile::tempdir().unwrap();
     let source = model_dir(dir.path(), "source", true, 1);
     let (plain, named) = (dir.path().join("plain"), dir.path().join("named"));
-    train(settings(&[]), &text(1), options(&source, &plain)).unwrap();
-    let (_, heard) =
-        run(&source, data(&[("one", 0.2, text(1))]), &["near_duplicates=keep"], options(&source, &named));
+    train(settings(&[]), &text(1), RunOptions::new(&source, &plain)).unwrap();
+    let (_, heard) = run(
+        &source,
+        data(&[("one", 0.2, text(1))]),
+        &["near_duplicates=keep"],
+        RunOptions::new(&source, &named),
+    );
     assert_eq!(weights(&named), weights(&plain));
     assert!(heard.evals[0].1.domains.is_empty());
 }
@@ -131,7 +135,7 @@ fn what_is_held_out_of_one_source_is_not_trained_on_in_another() {
     }
     let both = || data(&[("one", 1.0, first.clone()), ("two", 1.0, second.clone())]);
     let open = |more: &[&str], name: &str| {
-        let out = options(&source, &dir.path().join(name));
+        let out = RunOptions::new(&source, &dir.path().join(name));
         Trainer::new(Model::load(&source).unwrap(), both(), settings(more), out)
     };
     let kept = open(&["near_duplicates=keep"], "kept").unwrap();
@@ -146,7 +150,7 @@ fn what_is_held_out_of_one_source_is_not_trained_on_in_another() {
     let error = {
         let mut none = both();
         none.texts = None;
-        let out = options(&source, &dir.path().join("none"));
+        let out = RunOptions::new(&source, &dir.path().join("none"));
         Trainer::new(Model::load(&source).unwrap(), none, settings(&["near_duplicates=drop"]), out)
             .err()
             .unwrap()

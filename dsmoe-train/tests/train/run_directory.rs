@@ -27,7 +27,7 @@ fn a_finished_run_is_a_model_with_its_history() {
     let source = model_dir(dir.path(), "source", true, 1);
     let out = dir.path().join("out");
     let config = settings(&["save_every=6", "eval_every=10"]);
-    let (_, heard) = train(config, &text(1), options(&source, &out)).unwrap();
+    let (_, heard) = train(config, &text(1), RunOptions::new(&source, &out)).unwrap();
     assert_eq!(heard.saved, [6, 12, 18, 20]);
     assert_eq!(names(&out.join("checkpoints")), ["step-00000018", "step-00000020"]);
     let checkpoint = names(&out.join("checkpoints/step-00000020"));
@@ -80,12 +80,12 @@ fn training_learns_and_a_dense_model_has_no_routing() {
     let source = model_dir(dir.path(), "source", false, 1);
     let out = dir.path().join("out");
     let config = settings(&["sparsity=1", "steps=60", "lr=1e-2"]);
-    let (_, heard) = train(config, &text(1), options(&source, &out)).unwrap();
+    let (_, heard) = train(config, &text(1), RunOptions::new(&source, &out)).unwrap();
     let (first, last) = (&heard.records[0], &heard.records[59]);
     assert!(last.lm_loss < 0.7 * first.lm_loss, "{} to {}", first.lm_loss, last.lm_loss);
     assert_eq!((last.loss, last.activation_ratio, last.sparsity_weight), (last.lm_loss, None, None));
     assert!(heard.evals[0].1.active_ratio.is_none());
-    let error = train(settings(&[]), &text(1), options(&source, &dir.path().join("x"))).unwrap_err();
+    let error = train(settings(&[]), &text(1), RunOptions::new(&source, &dir.path().join("x"))).unwrap_err();
     one_line(&error, &["active_target is 0.5", "a model with experts"]);
 }
 
@@ -94,8 +94,8 @@ fn half_written_and_broken_checkpoints_are_passed_over() {
     let dir = tempfile::tempdir().unwrap();
     let source = model_dir(dir.path(), "source", true, 1);
     let (whole, out) = (dir.path().join("whole"), dir.path().join("out"));
-    train(settings(&[]), &text(1), options(&source, &whole)).unwrap();
-    let stopped = RunOptions { stop_after: Some(12), ..options(&source, &out) };
+    train(settings(&[]), &text(1), RunOptions::new(&source, &whole)).unwrap();
+    let stopped = RunOptions { stop_after: Some(12), ..RunOptions::new(&source, &out) };
     train(settings(&["save_every=6"]), &text(1), stopped).unwrap();
     let checkpoints = out.join("checkpoints");
     assert_eq!(names(&checkpoints), ["step-00000006", "step-00000012"]);
@@ -106,7 +106,7 @@ fn half_written_and_broken_checkpoints_are_passed_over() {
     let state = checkpoints.join("step-00000012/state.json");
     let text_of = std::fs::read_to_string(&state).unwrap();
     std::fs::write(&state, &text_of[..text_of.len() / 2]).unwrap();
-    let resumed = RunOptions { resume: true, stop_after: Some(1), ..options(&source, &out) };
+    let resumed = RunOptions { resume: true, stop_after: Some(1), ..RunOptions::new(&source, &out) };
     let (outcome, heard) = train(settings(&[]), &text(1), resumed.clone()).unwrap();
     assert_eq!(outcome, Outcome::Interrupted { step: 7 });
     assert!(
@@ -143,8 +143,11 @@ fn only_the_same_run_can_be_resumed() {
     let source = model_dir(dir.path(), "source", true, 1);
     let other = model_dir(dir.path(), "other", true, 2);
     let out = dir.path().join("out");
-    let resume =
-        |source: &Path, out: &Path| RunOptions { resume: true, stop_after: Some(3), ..options(source, out) };
+    let resume = |source: &Path, out: &Path| RunOptions {
+        resume: true,
+        stop_after: Some(3),
+        ..RunOptions::new(source, out)
+    };
 
     let (_, heard) = train(settings(&[]), &text(1), resume(&source, &out)).unwrap();
     assert!(heard.notes.contains("no checkpoint yet; starting from step 0"), "{}", heard.notes);
@@ -175,11 +178,12 @@ fn directories_of_others_are_left_alone() {
     std::fs::create_dir(&out).unwrap();
     std::fs::write(out.join("thesis.tex"), "years of work").unwrap();
     let config = || settings(&["steps=2"]);
-    let error = train(config(), &text(1), options(&source, &out)).unwrap_err();
+    let error = train(config(), &text(1), RunOptions::new(&source, &out)).unwrap_err();
     one_line(&error, &["out is not empty", "--resume", "--force"]);
-    let error = train(config(), &text(1), RunOptions { resume: true, ..options(&source, &out) }).unwrap_err();
+    let error =
+        train(config(), &text(1), RunOptions { resume: true, ..RunOptions::new(&source, &out) }).unwrap_err();
     one_line(&error, &["out is not empty and holds no run"]);
-    let force = RunOptions { force: true, ..options(&source, &out) };
+    let force = RunOptions { force: true, ..RunOptions::new(&source, &out) };
     let error = train(config(), &text(1), force.clone()).unwrap_err();
     one_line(&error, &["out is not empty and holds no run"]);
     assert_eq!(names(&out), ["thesis.tex"]);
@@ -188,7 +192,7 @@ fn directories_of_others_are_left_alone() {
     train(config(), &text(1), force.clone()).unwrap();
     std::fs::write(out.join("thesis.tex"), "years of work").unwrap();
     train(config(), &text(1), force).unwrap();
-    let own = RunOptions { force: true, ..options(&source, &source) };
+    let own = RunOptions { force: true, ..RunOptions::new(&source, &source) };
     one_line(&train(config(), &text(1), own).unwrap_err(), &["source holds the model to train", "--out"]);
     assert!(source.join("tokenizer.json").exists());
     let found = names(&out);
@@ -212,7 +216,7 @@ fn what_is_not_finite_stops_the_run_and_saves_nothing() {
     };
     let ffn = poisoned("ffn", "model.layers.1.mlp.up_proj.weight");
     let out = dir.path().join("ffn out");
-    let error = train(settings(&[]), &text(1), options(&ffn, &out)).unwrap_err();
+    let error = train(settings(&[]), &text(1), RunOptions::new(&ffn, &out)).unwrap_err();
     one_line(&error, &["step 1: layer 1 ffn is not finite", "no checkpoint was saved yet", "--lr"]);
     assert!(!out.join("checkpoints").exists() && !out.join("model.safetensors").exists());
     let metrics = std::fs::read_to_string(out.join("metrics.jsonl")).unwrap();
@@ -220,12 +224,13 @@ fn what_is_not_finite_stops_the_run_and_saves_nothing() {
     assert_eq!((&last["step"], &last["lm_loss"], &last["nan"]), (&1.into(), &Value::Null, &true.into()));
 
     let attention = poisoned("attention", "model.layers.0.self_attn.q_proj.weight");
-    let error = train(settings(&[]), &text(1), options(&attention, &dir.path().join("a out"))).unwrap_err();
+    let error =
+        train(settings(&[]), &text(1), RunOptions::new(&attention, &dir.path().join("a out"))).unwrap_err();
     one_line(&error, &["layer 0 attention is not finite"]);
 
     // A run that was sound up to a checkpoint keeps it.
     let out = dir.path().join("out");
-    let stopped = RunOptions { stop_after: Some(2), ..options(&source, &out) };
+    let stopped = RunOptions { stop_after: Some(2), ..RunOptions::new(&source, &out) };
     train(settings(&["clip=0"]), &text(1), stopped).unwrap();
     let checkpoint = out.join("checkpoints/step-00000002");
     let mut model = Model::load(&checkpoint).unwrap();
@@ -233,7 +238,7 @@ fn what_is_not_finite_stops_the_run_and_saves_nothing() {
     model.params_mut()[range].fill(3e38);
     model.save(&checkpoint, Dtype::F32).unwrap();
     let before = weights(&checkpoint);
-    let resumed = RunOptions { resume: true, ..options(&source, &out) };
+    let resumed = RunOptions { resume: true, ..RunOptions::new(&source, &out) };
     let error = train(settings(&["clip=0"]), &text(1), resumed).unwrap_err();
     one_line(&error, &["step 3: layer 0 ffn", "the checkpoint of step 2 is intact"]);
     assert_eq!(weights(&checkpoint), before);
@@ -245,15 +250,15 @@ fn model_and_text_must_fit() {
     let dir = tempfile::tempdir().unwrap();
     let source = model_dir(dir.path(), "source", true, 1);
     let out = dir.path().join("out");
-    let error = train(settings(&["seq=65"]), &text(1), options(&source, &out)).unwrap_err();
+    let error = train(settings(&["seq=65"]), &text(1), RunOptions::new(&source, &out)).unwrap_err();
     one_line(&error, &["seq is 65", "max_position_embeddings 64"]);
     let mut stream = text(1);
     stream.ids[100] = 4000;
-    let error = train(settings(&[]), &stream, options(&source, &out)).unwrap_err();
+    let error = train(settings(&[]), &stream, RunOptions::new(&source, &out)).unwrap_err();
     one_line(&error, &["token id", "4000", "vocab_size 48"]);
     stream.ids.truncate(10);
     stream.doc_starts.truncate(1);
-    let error = train(settings(&[]), &stream, options(&source, &out)).unwrap_err();
+    let error = train(settings(&[]), &stream, RunOptions::new(&source, &out)).unwrap_err();
     one_line(&error, &["10 tokens", "17"]);
     assert!(!out.exists(), "nothing is made before all is checked");
 }
@@ -265,7 +270,7 @@ fn a_directory_in_use_is_refused() {
     let source = model_dir(dir.path(), "source", true, 1);
     let out = dir.path().join("out");
     let start = |resume| {
-        let options = RunOptions { resume, ..options(&source, &out) };
+        let options = RunOptions { resume, ..RunOptions::new(&source, &out) };
         dsmoe_train::Trainer::new(Model::load(&source).unwrap(), &text(1), settings(&[]), options)
     };
     let first = start(false).unwrap();

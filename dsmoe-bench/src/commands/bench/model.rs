@@ -1,11 +1,10 @@
 //! Models with random weights, in memory alone.
 
-use std::path::Path;
-
 use anyhow::{Result, bail};
 use dsmoe_core::Model;
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::config::{Config, MoeConfig, PartitionKind};
+use dsmoe_core::init::LlamaSizes;
 use dsmoe_router::RouterConfig;
 use rayon::prelude::*;
 
@@ -50,22 +49,9 @@ impl Architecture {
     /// The dense configuration of `sizes` with `positions`, and the DSMoE one.
     pub(super) fn configs(&self, sizes: Sizes, positions: usize) -> Result<[Config; 2]> {
         let [hidden, intermediate, layers, heads, kv_heads, vocab] = sizes;
-        let json = serde_json::json!({
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "vocab_size": vocab,
-            "hidden_size": hidden,
-            "intermediate_size": intermediate,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads,
-            "max_position_embeddings": positions,
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 10000.0,
-            "hidden_act": "silu",
-            "tie_word_embeddings": true,
-        });
-        let dense = Config::from_json(Path::new("the shape"), &json.to_string())?;
+        let bos_eos = [1, 2];
+        let dense = LlamaSizes { vocab, hidden, intermediate, layers, heads, kv_heads, positions, bos_eos }
+            .config()?;
         let mut dsmoe = dense.clone();
         dsmoe.moe = Some(MoeConfig {
             router: RouterConfig::new(self.experts),

@@ -995,7 +995,7 @@ impl View<'_> {
         add("profile", format!("{}: {}", setup.profile.name, setup.profile.about));
         add("seeds", self.results.seeds.iter().map(u64::to_string).collect::<Vec<_>>().join(", "));
         add("program", setup.program.clone());
-        add("git revision", setup.git_revision.clone().unwrap_or_else(|| "unknown".to_owned()));
+        add("git revision", setup.git_revision.clone());
         for machine in &self.results.machines {
             add("machine", format!("{}, {}, {}", machine.cpu, machine.isa, machine.os));
         }

@@ -11,10 +11,11 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use dsmoe_baselines::{Budget, Job as Pruning, method};
 use dsmoe_core::accounting::Accounting;
+use dsmoe_core::checkpoint::copy_companions;
 use dsmoe_core::config::{Config, MoeConfig, PartitionKind};
 use dsmoe_core::convert::{ConvertOptions, PartitionSpec, convert};
-use dsmoe_core::init::{InitOptions, init};
-use dsmoe_core::{Device, Inference, Model};
+use dsmoe_core::init::{InitOptions, LlamaSizes, init};
+use dsmoe_core::{Inference, Model};
 use dsmoe_datasets::tasks::{Loaded, Options, Source, TASKS};
 use dsmoe_datasets::world::{Probe, World};
 use dsmoe_kernels::{Isa, Precision};
@@ -264,7 +265,7 @@ impl Lab<'_> {
             let architecture = architecture(self.profile, self.text.tokenizer.vocab_size())?;
             let options = InitOptions { seed: config.seed, force: true, ..InitOptions::default() };
             init(&architecture, &start, &options, &mut |_| {})?;
-            copy_tokenizer(&self.text.tokenizer_dir, &start)?;
+            copy_companions(&self.text.tokenizer_dir, &start)?;
             self.train(&start, &dir.join("run"), config.clone(), &[], BASE, &mut |_, _, _| Ok(()))
         })?;
         let dir = dir.join("run");
@@ -487,14 +488,7 @@ impl Lab<'_> {
         what: &str,
         at: &mut dyn FnMut(f64, u64, &Model) -> Result<()>,
     ) -> Result<()> {
-        let options = RunOptions {
-            out: out.to_path_buf(),
-            source: source.to_path_buf(),
-            resume: true,
-            force: false,
-            stop_after: None,
-            device: Device::Cpu,
-        };
+        let options = RunOptions { resume: true, ..RunOptions::new(source, out) };
         let mut trainer = Trainer::new(Model::load(source)?, self.text.train_data(), config, options)?;
         let steps = trainer.config().steps.unwrap_or(0);
         let mut due: Vec<(u64, f64)> = milestones
@@ -822,36 +816,17 @@ pub(crate) fn architecture(profile: &Profile, vocab: usize) -> Result<Config> {
         value.with_context(|| format!("model.{key} is missing; give it, or model.preset"))
     };
     let heads = need(spec.heads, "heads")?;
-    let json = json!({
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": vocab,
-        "hidden_size": need(spec.hidden, "hidden")?,
-        "intermediate_size": need(spec.intermediate, "intermediate")?,
-        "num_hidden_layers": need(spec.layers, "layers")?,
-        "num_attention_heads": heads,
-        "num_key_value_heads": spec.kv_heads.unwrap_or(heads),
-        "max_position_embeddings": need(spec.positions, "positions")?,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "hidden_act": "silu",
-        "initializer_range": 0.02,
-        "tie_word_embeddings": true,
-        "bos_token_id": WORLD_TOKEN,
-        "eos_token_id": WORLD_TOKEN,
-        "torch_dtype": "float32",
-    });
-    Ok(Config::from_json(Path::new("config.json"), &json.to_string())?)
-}
-
-fn copy_tokenizer(from: &Path, to: &Path) -> Result<()> {
-    for name in ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"] {
-        let (from, to) = (from.join(name), to.join(name));
-        if from.is_file() {
-            fs::copy(&from, &to).with_context(|| to.display().to_string())?;
-        }
-    }
-    Ok(())
+    let sizes = LlamaSizes {
+        vocab,
+        hidden: need(spec.hidden, "hidden")?,
+        intermediate: need(spec.intermediate, "intermediate")?,
+        layers: need(spec.layers, "layers")?,
+        heads,
+        kv_heads: spec.kv_heads.unwrap_or(heads),
+        positions: need(spec.positions, "positions")?,
+        bos_eos: [WORLD_TOKEN; 2],
+    };
+    Ok(sizes.config()?)
 }
 
 /// The model is written; what only going on would need takes three times its room.

@@ -2,8 +2,7 @@
 //! files in `setup.json` and `runs/` alone, so that it gives the same bytes however the work was done.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use dsmoe_core::accounting::Accounting;
@@ -33,7 +32,8 @@ const W_LIKE: f64 = 0.5;
 pub(crate) struct Setup {
     pub(crate) format_version: u32,
     pub(crate) program: String,
-    pub(crate) git_revision: Option<String>,
+    /// Of the sources that the program was built of; `unknown` outside a repository.
+    pub(crate) git_revision: String,
     pub(crate) profile: Profile,
     pub(crate) outputs: Vec<String>,
     /// Files of `runs/` in the end, in the order of the tables.
@@ -60,7 +60,7 @@ pub(crate) fn setup(
     Ok(Setup {
         format_version: FORMAT_VERSION,
         program: concat!("dsmoe ", env!("CARGO_PKG_VERSION")).to_owned(),
-        git_revision: git_revision(),
+        git_revision: env!("DSMOE_REVISION").to_owned(),
         profile: profile.clone(),
         outputs: outputs.iter().map(|output| output.name().to_owned()).collect(),
         runs,
@@ -70,19 +70,6 @@ pub(crate) fn setup(
         dense_params: Accounting::of(&base.config).total,
         num_layers: base.config.num_layers,
     })
-}
-
-/// The commit of the sources that this program was built of, if they are still there.
-fn git_revision() -> Option<String> {
-    let sources = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let git = |args: &[&str]| {
-        let output = Command::new("git").arg("-C").arg(sources).args(args).output().ok()?;
-        output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
-    };
-    let revision = git(&["rev-parse", "HEAD"])?;
-    let changed =
-        git(&["status", "--porcelain", "--untracked-files=no"]).is_some_and(|text| !text.is_empty());
-    Some(if changed { format!("{revision} with changes") } else { revision })
 }
 
 /// All files of a reproduction.

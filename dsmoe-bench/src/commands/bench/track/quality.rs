@@ -4,10 +4,11 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
+use dsmoe_core::checkpoint::copy_companions;
 use dsmoe_core::config::Config;
 use dsmoe_core::convert::{ConvertOptions, convert};
-use dsmoe_core::init::{InitOptions, init};
-use dsmoe_core::{Device, Inference, Model};
+use dsmoe_core::init::{InitOptions, LlamaSizes, init};
+use dsmoe_core::{Inference, Model};
 use dsmoe_datasets::world::{Domain, World};
 use dsmoe_datasets::{Bos, DOC_SEPARATOR, TokenStream, train_bpe};
 use dsmoe_kernels::Precision;
@@ -45,9 +46,7 @@ pub(super) fn measure(ui: &Ui) -> Result<Vec<Benchmark>> {
     let vocab = train_bpe(texts.into_iter(), VOCAB, dir)?;
     let config = architecture(vocab)?;
     init(&config, &start, &InitOptions::default(), &mut |_| {})?;
-    for name in ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"] {
-        fs::copy(dir.join(name), start.join(name)).with_context(|| start.join(name).display().to_string())?;
-    }
+    copy_companions(dir, &start)?;
     let tokenizer = tokenizer(&start, &config)?;
     let corpus = open_corpus(&[file], Some(DOC_SEPARATOR.to_owned()), "text".to_owned())?;
     let stream = tokenize(&corpus, &tokenizer, Bos::Always, &ui)?;
@@ -79,14 +78,7 @@ fn train(
         bos: Bos::Always,
         ..TrainConfig::default()
     };
-    let options = RunOptions {
-        out: out.to_path_buf(),
-        source: source.to_path_buf(),
-        resume: false,
-        force: false,
-        stop_after: None,
-        device: Device::Cpu,
-    };
+    let options = RunOptions::new(source, out);
     let name = if active_target.is_some() { "dsmoe" } else { "dense" };
     let mut trainer = Trainer::new(Model::load(source)?, stream, config, options)?;
     if !drive(&mut trainer, name, out, ui)?.finished {
@@ -103,12 +95,15 @@ fn train(
 }
 
 fn architecture(vocab: usize) -> Result<Config> {
-    let json = serde_json::json!({
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocab, "hidden_size": 64,
-        "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu",
-        "initializer_range": 0.02, "tie_word_embeddings": true, "bos_token_id": 0, "eos_token_id": 1,
-        "torch_dtype": "float32",
-    });
-    Ok(Config::from_json(Path::new("config.json"), &json.to_string())?)
+    let sizes = LlamaSizes {
+        vocab,
+        hidden: 64,
+        intermediate: 256,
+        layers: 2,
+        heads: 4,
+        kv_heads: 2,
+        positions: 128,
+        bos_eos: [0, 1],
+    };
+    Ok(sizes.config()?)
 }
