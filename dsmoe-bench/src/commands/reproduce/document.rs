@@ -1,10 +1,10 @@
 //! Results as sections of tables and charts.
 
-use super::lab::BASE;
 use super::outputs::Output;
 use super::paper;
 use super::profile::{PaperModel, PaperRow, Role};
 use super::results::{Collected, Comparison, Measured, MethodResult, Results};
+use super::run::BASE;
 use crate::report;
 
 /// One cell: what is shown, and the number behind it to sort by.

@@ -1,155 +1,41 @@
 //! The stages: a dense model, and of every method and seed a model made, trained and measured.
 
 use std::cell::{Cell, OnceCell, RefCell};
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use dsmoe_baselines::{Budget, Job as Pruning, method};
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::checkpoint::copy_companions;
-use dsmoe_core::config::{Config, MoeConfig, PartitionKind};
+use dsmoe_core::config::Config;
 use dsmoe_core::convert::{ConvertOptions, PartitionSpec, convert};
-use dsmoe_core::init::{InitOptions, LlamaSizes, init};
+use dsmoe_core::init::{InitOptions, init};
 use dsmoe_core::{Inference, Model};
 use dsmoe_datasets::tasks::{Loaded, Options, Source, TASKS};
 use dsmoe_datasets::world::{Probe, World};
-use dsmoe_kernels::{Isa, Precision};
+use dsmoe_kernels::Precision;
 use dsmoe_router::RouterConfig;
 use dsmoe_train::TrainConfig;
 use dsmoe_train::metrics::StepRecord;
 use dsmoe_train::run::{Observer, Outcome, RunOptions, Trainer};
 use dsmoe_train::tasks::model_sha256;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::args::Reproduce;
 use super::cache::{Cache, Interrupted, Key, read_json, write_json};
-use super::measure::{self, Difficulty, PerToken, SweepPoint, TaskScore, TextResult};
+use super::cost::{Costs, Ledger};
+use super::measure::{self, PerToken, TextResult};
 use super::outputs::Part;
 use super::profile::{MethodSpec, Order, Profile, Role};
-use super::text::{Text, WORLD_TOKEN};
+use super::run::{BASE, FORMAT_VERSION, Job, Machine, Made, Milestone, Run, Speed, Timing, Trained};
+use super::text::Text;
 use crate::commands::STOP;
-use crate::commands::doctor::cpu_model;
 use crate::progress::{Progress, Unit};
-use crate::report::duration;
 use crate::ui::Ui;
-
-/// What it says about a file of `runs/`.
-pub(crate) const FORMAT_VERSION: u32 = 1;
-/// What the dense model before continued training is called.
-pub(crate) const BASE: &str = "base";
-/// Thresholds below 1 that the sweep of [`Role::WithoutThreshold`] ends at.
-const LAST_THRESHOLD: f64 = 0.999;
-
-/// One model of the comparison.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Job<'a> {
-    pub(crate) spec: &'a MethodSpec,
-    pub(crate) seed: u64,
-}
-
-impl Job<'_> {
-    /// What its files are called.
-    pub(crate) fn id(&self) -> String {
-        format!("{}-s{}", self.spec.name, self.seed)
-    }
-}
-
-/// What was made of the dense model, before training.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Made {
-    pub(crate) params_total: f64,
-    pub(crate) params_activated: f64,
-    pub(crate) reached_by: String,
-    /// Tokens of calibration text that were read.
-    pub(crate) calibration_tokens: usize,
-    pub(crate) settings: BTreeMap<String, String>,
-    pub(crate) measured: BTreeMap<String, f64>,
-}
-
-/// Perplexity after a part of the continued training.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Milestone {
-    /// Share of the training.
-    pub(crate) share: f64,
-    pub(crate) step: u64,
-    pub(crate) tokens: u64,
-    pub(crate) nll: f64,
-    pub(crate) ppl: f64,
-    pub(crate) active_ratio: Option<f64>,
-    pub(crate) params_total: u64,
-    pub(crate) params_activated: f64,
-}
-
-/// What training came to.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Trained {
-    pub(crate) steps: u64,
-    pub(crate) tokens: u64,
-    pub(crate) milestones: Vec<Milestone>,
-}
-
-/// All that is known of one model, but no times: the same bytes however often the work was interrupted.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Run {
-    pub(crate) format_version: u32,
-    pub(crate) method: String,
-    pub(crate) role: Option<Role>,
-    pub(crate) seed: u64,
-    /// Hash of all settings and inputs of the trained model.
-    pub(crate) key: String,
-    pub(crate) machine: Machine,
-    pub(crate) made: Option<Made>,
-    pub(crate) trained: Option<Trained>,
-    pub(crate) text: TextResult,
-    pub(crate) tasks: Option<Vec<TaskScore>>,
-    pub(crate) sweep: Option<Vec<SweepPoint>>,
-    pub(crate) difficulty: Option<Difficulty>,
-}
-
-/// Where numbers were computed: what can change their last bits.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub(crate) struct Machine {
-    pub(crate) cpu: String,
-    pub(crate) isa: String,
-    pub(crate) os: String,
-}
-
-impl Machine {
-    pub(crate) fn here() -> Machine {
-        Machine {
-            cpu: cpu_model().unwrap_or_else(|| std::env::consts::ARCH.to_owned()),
-            isa: Isa::current().name().to_owned(),
-            os: std::env::consts::OS.to_owned(),
-        }
-    }
-}
-
-/// Speed and memory of one model.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Speed {
-    pub(crate) prefill_tokens_per_s: f64,
-    pub(crate) decode_tokens_per_s: f64,
-    /// Most memory that was resident while it was loaded and used, beyond the program's own.
-    pub(crate) peak_bytes: Option<u64>,
-    pub(crate) weight_bytes: u64,
-    pub(crate) threads: usize,
-}
-
-/// What a method's training took on this machine.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Timing {
-    pub(crate) method: String,
-    pub(crate) seed: u64,
-    pub(crate) speed: Option<Speed>,
-    /// Of the last invocation that trained it.
-    pub(crate) train_tokens_per_s: Option<f64>,
-}
 
 /// The dense model that every method starts from.
 pub(crate) struct Base {
@@ -160,44 +46,6 @@ pub(crate) struct Base {
     pub(crate) sha256: Option<String>,
 }
 
-/// How far the whole work is, in tokens of forward passes.
-pub(crate) struct Ledger {
-    started: Instant,
-    done: Cell<f64>,
-    left: Cell<f64>,
-    stages: Cell<(usize, usize)>,
-}
-
-impl Ledger {
-    pub(crate) fn new(stages: usize, cost: f64) -> Ledger {
-        Ledger {
-            started: Instant::now(),
-            done: Cell::new(0.0),
-            left: Cell::new(cost),
-            stages: Cell::new((0, stages)),
-        }
-    }
-
-    fn begin(&self, ui: &Ui, what: &str) {
-        let (at, of) = self.stages.get();
-        let elapsed = self.started.elapsed().as_secs_f64();
-        let left = match self.done.get() {
-            done if done > 0.0 => format!(", about {} left", duration(elapsed / done * self.left.get())),
-            _ => String::new(),
-        };
-        ui.note(format_args!("[{}/{of}] {what} ({}{left})", at + 1, duration(elapsed)));
-    }
-
-    fn end(&self, cost: f64, was_done: bool) {
-        let (at, of) = self.stages.get();
-        self.stages.set((at + 1, of));
-        self.left.set((self.left.get() - cost).max(0.0));
-        if !was_done {
-            self.done.set(self.done.get() + cost);
-        }
-    }
-}
-
 /// Everything that stages share.
 pub(crate) struct Lab<'a> {
     pub(crate) profile: &'a Profile,
@@ -205,13 +53,13 @@ pub(crate) struct Lab<'a> {
     pub(crate) text: &'a Text,
     pub(crate) cache: &'a Cache,
     pub(crate) ui: Ui,
+    pub(crate) costs: Costs<'a>,
     pub(crate) ledger: Ledger,
     /// Training steps that may still be taken.
     pub(crate) steps_left: Cell<Option<u64>>,
     pub(crate) tasks: OnceCell<Vec<Loaded>>,
     /// Losses of the dense model on the held-out text.
     pub(crate) dense_losses: RefCell<Option<Vec<f32>>>,
-    pub(crate) seq: usize,
 }
 
 impl Lab<'_> {
@@ -258,11 +106,11 @@ impl Lab<'_> {
         };
         let config = config?;
         let key = self.base_key(&config)?;
-        let cost = train_cost(&config)?;
+        let cost = self.costs.train(&config)?;
         let dir = self.cache.dir("dense", &key);
         self.stage("dense", BASE, &key, cost, |dir| {
             let start = dir.join("start");
-            let architecture = architecture(self.profile, self.text.tokenizer.vocab_size())?;
+            let architecture = self.profile.architecture(self.text.tokenizer.vocab_size())?;
             let options = InitOptions { seed: config.seed, force: true, ..InitOptions::default() };
             init(&architecture, &start, &options, &mut |_| {})?;
             copy_companions(&self.text.tokenizer_dir, &start)?;
@@ -278,11 +126,6 @@ impl Lab<'_> {
         Ok(Key::of("dense", &json!([self.text.key, self.profile.model, settled(config)?])))
     }
 
-    /// The budget: activated parameters at the profile's share of experts.
-    pub(crate) fn budget(&self, base: &Base) -> f64 {
-        budget(&base.config, self.profile)
-    }
-
     // ---- one method and seed ----
 
     /// Makes, trains and measures a model.
@@ -292,19 +135,19 @@ impl Lab<'_> {
         let made_key = self.made_key(job, base)?;
         let made_dir = self.cache.dir("make", &made_key);
         let made: Made =
-            self.stage("make", &id, &made_key, make_cost(self.profile), |dir| self.make(job, base, dir))?;
+            self.stage("make", &id, &made_key, self.costs.make(), |dir| self.make(job, base, dir))?;
         let made_model = match job.spec.make.as_str() {
             "dense" => base.dir.clone(),
             _ => made_dir.join("model"),
         };
 
-        let milestones = self.milestones(job.spec);
+        let milestones = self.profile.milestones_of(job.spec);
         let key = Key::of(
             "train",
             &json!([made_key, settled(&config)?, self.text.key, milestones, self.windows()]),
         );
         let run_dir = self.cache.dir("train", &key).join("run");
-        let cost = train_cost(&config)? + milestones.len() as f64 * self.text_cost();
+        let cost = self.costs.train(&config)? + milestones.len() as f64 * self.costs.text();
         let trained: Trained = self.stage("train", &id, &key, cost, |dir| {
             let file = |share: f64| dir.join(format!("at-{share}.json"));
             self.train(
@@ -319,7 +162,8 @@ impl Lab<'_> {
                         return Ok(());
                     }
                     let model = Inference::new(model, Precision::F32);
-                    let (found, _) = measure::text(&model, &self.text.held_out, self.seq, self.windows())?;
+                    let (found, _) =
+                        measure::text(&model, &self.text.held_out, self.costs.seq, self.windows())?;
                     let milestone = Milestone {
                         share,
                         step,
@@ -381,7 +225,7 @@ impl Lab<'_> {
             self.profile.experts,
             self.profile.active,
             self.profile.calibration,
-            self.seq,
+            self.costs.seq,
             self.text.key,
             job.seed,
         ]);
@@ -407,12 +251,13 @@ impl Lab<'_> {
     /// Makes a method's model of the dense one.
     fn make(&self, job: Job<'_>, base: &Base, dir: &Path) -> Result<Made> {
         let (spec, out) = (job.spec, dir.join("model"));
-        let calibration = || self.text.calibration(self.profile.calibration.samples, self.seq, job.seed);
+        let calibration =
+            || self.text.calibration(self.profile.calibration.samples, self.costs.seq, job.seed);
         if !spec.is_dsmoe() {
             let method = method(&spec.make)?;
             let knobs = self.profile.knobs(spec)?;
             let calibration = if method.needs_calibration(&knobs) { calibration()? } else { Vec::new() };
-            let budget = Budget::Params(self.budget(base).round());
+            let budget = Budget::Params(self.profile.budget(&base.config).round());
             if spec.make == "dense" {
                 let counts = Accounting::of(&base.config);
                 return Ok(Made::of_params(counts.total as f64, counts.total as f64, "nothing"));
@@ -431,7 +276,7 @@ impl Lab<'_> {
                 params_total: made.plan.total,
                 params_activated: made.plan.activated,
                 reached_by: made.plan.reached_by,
-                calibration_tokens: calibration.len() * self.seq,
+                calibration_tokens: calibration.len() * self.costs.seq,
                 settings: made.plan.settings.into_iter().collect(),
                 measured: made.measured.into_iter().collect(),
             });
@@ -442,7 +287,7 @@ impl Lab<'_> {
             Order::Random => PartitionSpec::Random,
             Order::Taylor => {
                 let sequences = calibration()?;
-                calibration_tokens = sequences.len() * self.seq;
+                calibration_tokens = sequences.len() * self.costs.seq;
                 let layers =
                     dsmoe_baselines::llama_moe::neurons_by_importance(&base.dir, &sequences, &mut |_| {})?;
                 let experts = |order: &Vec<u32>| -> Vec<Vec<u32>> {
@@ -467,11 +312,6 @@ impl Lab<'_> {
         let mut made = Made::of_params(counts.total as f64, activated, "training");
         made.calibration_tokens = calibration_tokens;
         Ok(made)
-    }
-
-    /// When a method is measured in training.
-    pub(crate) fn milestones(&self, spec: &MethodSpec) -> Vec<f64> {
-        milestones(self.profile, spec)
     }
 
     fn windows(&self) -> usize {
@@ -543,16 +383,22 @@ impl Lab<'_> {
         let late = spec.is_some_and(|spec| spec.role == Role::WithoutThreshold);
         let loaded: OnceCell<Inference> = OnceCell::new();
         let text_key = Key::of("text-of", &json!([key, self.windows(), late.then_some(self.profile.active)]));
-        let cost = self.text_cost();
+        let cost = self.costs.text();
         let text: TextResult = self.stage("measure", id, &text_key, cost, |_| {
             let mut model = Inference::load(dir, Precision::F32)?;
             let threshold = late
                 .then(|| {
                     let (held_out, windows) = (&self.text.held_out, measure.sweep_windows);
-                    measure::find_threshold(&mut model, held_out, self.seq, windows, self.profile.active)
+                    measure::find_threshold(
+                        &mut model,
+                        held_out,
+                        self.costs.seq,
+                        windows,
+                        self.profile.active,
+                    )
                 })
                 .transpose()?;
-            let (mut found, _) = measure::text(&model, &self.text.held_out, self.seq, self.windows())?;
+            let (mut found, _) = measure::text(&model, &self.text.held_out, self.costs.seq, self.windows())?;
             found.threshold = threshold;
             Ok(found)
         })?;
@@ -574,7 +420,7 @@ impl Lab<'_> {
             let world = self.profile.world.as_ref().map(|world| world.seed);
             let hashes: Vec<_> = tasks.iter().map(|task| (task.name(), task.documents().len())).collect();
             let key = Key::of("tasks", &json!([key, text.threshold, world, place, measure.items, hashes]));
-            self.stage("tasks", id, &key, self.tasks_cost(), |_| {
+            self.stage("tasks", id, &key, self.costs.part(Part::Tasks, late), |_| {
                 let mut progress = Progress::new(&self.ui, "tasks", Unit::Parts, tasks.len() as u64);
                 let model = model()?;
                 let scores = measure::tasks(model, &self.text.tokenizer, tasks, &mut |done, all| {
@@ -586,21 +432,22 @@ impl Lab<'_> {
         });
         let sweep = parts.contains(&Part::Sweep).then(|| {
             let thresholds = match late {
-                true => late_thresholds(measure.late_step),
+                true => measure.late_thresholds(),
                 false => measure.thresholds.clone(),
             };
             // The table's rows are measured on all windows, the many of the figure on some.
             let windows = if late { measure.sweep_windows } else { self.windows() };
             let key = Key::of("sweep", &json!([key, thresholds, windows, self.text.key]));
-            self.stage("sweep", id, &key, self.sweep_cost(late), |_| {
+            self.stage("sweep", id, &key, self.costs.part(Part::Sweep, late), |_| {
                 let mut model = Inference::load(dir, Precision::F32)?;
-                measure::sweep(&mut model, &self.text.held_out, self.seq, windows, &thresholds)
+                measure::sweep(&mut model, &self.text.held_out, self.costs.seq, windows, &thresholds)
             })
         });
         let difficulty = parts.contains(&Part::Difficulty).then(|| {
             let key = Key::of("difficulty", &json!([key, base.key, self.windows(), self.text.key]));
-            self.stage("difficulty", id, &key, 2.0 * self.text_cost(), |_| {
-                let (_, tokens) = measure::text(model()?, &self.text.held_out, self.seq, self.windows())?;
+            self.stage("difficulty", id, &key, self.costs.part(Part::Difficulty, late), |_| {
+                let (_, tokens) =
+                    measure::text(model()?, &self.text.held_out, self.costs.seq, self.windows())?;
                 self.with_dense_losses(base, |dense| {
                     Ok(measure::difficulty(dense, &tokens, self.profile.experts))
                 })
@@ -626,7 +473,7 @@ impl Lab<'_> {
         if self.dense_losses.borrow().is_none() {
             let model = Inference::load(&base.dir, Precision::F32)?;
             let (_, PerToken { losses, .. }) =
-                measure::text(&model, &self.text.held_out, self.seq, self.windows())?;
+                measure::text(&model, &self.text.held_out, self.costs.seq, self.windows())?;
             *self.dense_losses.borrow_mut() = Some(losses);
         }
         take(self.dense_losses.borrow().as_deref().unwrap_or_default())
@@ -664,8 +511,7 @@ impl Lab<'_> {
         let (prefill, decode) = (self.profile.measure.prefill, self.profile.measure.decode);
         let threads = rayon::current_num_threads();
         let key = Key::of("speed", &json!([key, threshold, prefill, decode, threads, Machine::here()]));
-        let cost = (prefill + decode) as f64;
-        let speed = self.stage("speed", id, &key, cost, |stage| {
+        let speed = self.stage("speed", id, &key, self.costs.part(Part::Speed, false), |stage| {
             // A process of its own: its memory is the model's.
             let program = std::env::current_exe().context("cannot find this program")?;
             // Text as it is, since what is active depends on it.
@@ -693,88 +539,6 @@ impl Lab<'_> {
         })?;
         Ok(Some(speed))
     }
-
-    // ---- what stages cost, in tokens of forward passes ----
-
-    fn text_cost(&self) -> f64 {
-        text_cost(self.profile, self.text.held_out.len(), self.seq)
-    }
-
-    fn tasks_cost(&self) -> f64 {
-        tasks_cost(self.profile)
-    }
-
-    fn sweep_cost(&self, late: bool) -> f64 {
-        sweep_cost(self.profile, self.text.held_out.len(), self.seq, late)
-    }
-}
-
-impl Made {
-    fn of_params(total: f64, activated: f64, by: &str) -> Made {
-        Made {
-            params_total: total,
-            params_activated: activated,
-            reached_by: by.to_owned(),
-            calibration_tokens: 0,
-            settings: BTreeMap::new(),
-            measured: BTreeMap::new(),
-        }
-    }
-}
-
-/// When a method is measured in training.
-pub(crate) fn milestones(profile: &Profile, spec: &MethodSpec) -> Vec<f64> {
-    let mut all = match spec.role {
-        // All its experts are active until a threshold is found after training.
-        Role::WithoutThreshold => return Vec::new(),
-        Role::Dsmoe | Role::Paper => [&profile.milestones[..], &profile.curve].concat(),
-        _ => profile.milestones.clone(),
-    };
-    all.sort_by(f64::total_cmp);
-    all.dedup();
-    all
-}
-
-/// Activated parameters at the profile's share of experts, routers included.
-pub(crate) fn budget(dense: &Config, profile: &Profile) -> f64 {
-    let mut config = dense.clone();
-    config.moe = Some(MoeConfig {
-        router: RouterConfig::new(profile.experts),
-        partition: PartitionKind::Contiguous,
-        router_bias: false,
-    });
-    Accounting::of(&config).activated(profile.active * profile.experts as f64)
-}
-
-/// Tokens of forward passes that training costs: backward is twice the forward.
-pub(crate) fn train_cost(config: &TrainConfig) -> Result<f64> {
-    let config = config.clone().resolve()?;
-    Ok(3.0 * (config.steps.unwrap_or(0) * config.tokens_per_step()) as f64)
-}
-
-pub(crate) fn make_cost(profile: &Profile) -> f64 {
-    profile.calibration.samples as f64 * 100.0
-}
-
-pub(crate) fn text_cost(profile: &Profile, sources: usize, seq: usize) -> f64 {
-    (profile.measure.windows * sources * seq) as f64
-}
-
-/// An item is about three passes over a hundred tokens, one of them token by token.
-pub(crate) fn tasks_cost(profile: &Profile) -> f64 {
-    profile.measure.items as f64 * 10.0 * 300.0
-}
-
-pub(crate) fn sweep_cost(profile: &Profile, sources: usize, seq: usize, late: bool) -> f64 {
-    let windows = |windows: usize, times: usize| (windows * times * sources * seq) as f64;
-    match late {
-        true => windows(profile.measure.sweep_windows, late_thresholds(profile.measure.late_step).len() + 24),
-        false => windows(profile.measure.windows, profile.measure.thresholds.len()),
-    }
-}
-
-pub(crate) fn late_thresholds(step: f64) -> Vec<f64> {
-    (0..).map(|i| f64::from(i) * step).take_while(|t| *t < LAST_THRESHOLD).collect()
 }
 
 /// Settings with all that follows from others filled in, without what cannot change the numbers.
@@ -802,31 +566,6 @@ fn tasks_of(folder: &Path, items: usize) -> Result<Vec<Loaded>> {
         bail!("--task-data {}: no files of any of the ten benchmarks", folder.display());
     }
     Ok(loaded)
-}
-
-/// The dense architecture of a profile with that vocabulary.
-pub(crate) fn architecture(profile: &Profile, vocab: usize) -> Result<Config> {
-    let spec = &profile.model;
-    if let Some(name) = &spec.preset {
-        let mut config: Value = serde_json::from_str(&dsmoe_core::init::preset(name)?.to_json())?;
-        config["vocab_size"] = json!(vocab);
-        return Ok(Config::from_json(Path::new("config.json"), &config.to_string())?);
-    }
-    let need = |value: Option<usize>, key: &str| {
-        value.with_context(|| format!("model.{key} is missing; give it, or model.preset"))
-    };
-    let heads = need(spec.heads, "heads")?;
-    let sizes = LlamaSizes {
-        vocab,
-        hidden: need(spec.hidden, "hidden")?,
-        intermediate: need(spec.intermediate, "intermediate")?,
-        layers: need(spec.layers, "layers")?,
-        heads,
-        kv_heads: spec.kv_heads.unwrap_or(heads),
-        positions: need(spec.positions, "positions")?,
-        bos_eos: [WORLD_TOKEN; 2],
-    };
-    Ok(sizes.config()?)
 }
 
 /// The model is written; what only going on would need takes three times its room.

@@ -6,8 +6,8 @@ use anyhow::{Context, Result, bail};
 
 use super::args;
 use super::cache::write_json;
-use super::lab::BASE;
 use super::results::Collected;
+use super::run::BASE;
 use super::{RUNS, SETUP, TIMINGS, finish};
 use crate::ui::Ui;
 

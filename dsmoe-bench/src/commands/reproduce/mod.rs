@@ -2,6 +2,7 @@
 
 pub(crate) mod args;
 mod cache;
+mod cost;
 mod document;
 mod lab;
 mod markdown;
@@ -13,6 +14,7 @@ mod paper;
 mod plan;
 mod profile;
 mod results;
+mod run;
 mod speed;
 mod statistics;
 mod text;
@@ -29,11 +31,13 @@ use serde::Serialize;
 
 use self::args::{Reproduce, Sub};
 use self::cache::{Cache, Interrupted, read_json, write, write_json};
+use self::cost::{Costs, Ledger};
 use self::document::Block;
-use self::lab::{BASE, Job, Lab, Ledger, Run, Timing};
+use self::lab::Lab;
 use self::outputs::{Output, Part};
 use self::profile::{MethodSpec, Profile};
 use self::results::{Collected, Comparison, MethodResult, Setup};
+use self::run::{BASE, Job, Run, Timing};
 use self::text::Text;
 use super::{INTERRUPTED, STOP, catch_interrupts};
 use crate::report::{self, Table};
@@ -149,24 +153,23 @@ fn reproduce(
     let started = Instant::now();
     let cache = Cache::new(args.stages.clone().unwrap_or_else(|| out.join("cache")));
     let text = text(args, profile, &cache, ui).context("stage text")?;
-    let seq = profile.train()?.seq;
+    let costs = Costs { profile, sources: text.held_out.len(), seq: profile.train()?.seq };
     let base_parts = base_parts(outputs);
-    let (stages, cost) = ledger(profile, jobs, &base_parts, text.held_out.len(), seq, args.model.is_some())?;
     let lab = Lab {
         profile,
         args,
         text: &text,
         cache: &cache,
         ui: *ui,
-        ledger: Ledger::new(stages, cost),
+        costs,
+        ledger: ledger(costs, jobs, &base_parts, args.model.is_some())?,
         steps_left: Cell::new(args.stop_after),
         tasks: OnceCell::new(),
         dense_losses: RefCell::new(None),
-        seq,
     };
     let base = lab.base()?;
     let runs = all_jobs(profile, args, outputs)?.iter().map(|(_, job, _)| job.id()).collect();
-    let setup = results::setup(profile, outputs, runs, &text, &base, lab.budget(&base))?;
+    let setup = results::setup(profile, outputs, runs, &text, &base, profile.budget(&base.config))?;
     forget_other_results(out, &setup)?;
     write_json(&out.join(SETUP), &setup)?;
     let save = |id: &str, (run, timing): (Run, Timing)| -> Result<()> {
@@ -298,37 +301,17 @@ fn text(args: &Reproduce, profile: &Profile, cache: &Cache, ui: &Ui) -> Result<T
     }
 }
 
-/// Stages, and what they cost.
-fn ledger(
-    profile: &Profile,
-    jobs: &[Planned<'_>],
-    base: &[Part],
-    sources: usize,
-    seq: usize,
-    given: bool,
-) -> Result<(usize, f64)> {
-    let of_parts = |parts: &[Part], late: bool| -> f64 {
-        let cost = |part: &Part| match part {
-            Part::Text => lab::text_cost(profile, sources, seq),
-            Part::Tasks => lab::tasks_cost(profile),
-            Part::Sweep => lab::sweep_cost(profile, sources, seq, late),
-            Part::Difficulty => 2.0 * lab::text_cost(profile, sources, seq),
-            Part::Speed => (profile.measure.prefill + profile.measure.decode) as f64,
-        };
-        parts.iter().map(cost).sum()
-    };
-    let (mut stages, mut cost) = (base.len(), of_parts(base, false));
-    if let (Some(config), false) = (profile.pretrain(), given) {
+/// Counts stages and what they cost; `given`: the dense model is there.
+fn ledger(costs: Costs<'_>, jobs: &[Planned<'_>], base: &[Part], given: bool) -> Result<Ledger> {
+    let (mut stages, mut cost) = (base.len(), base.iter().map(|part| costs.part(*part, false)).sum::<f64>());
+    if let (Some(config), false) = (costs.profile.pretrain(), given) {
         stages += 1;
-        cost += lab::train_cost(&config?)?;
+        cost += costs.train(&config?)?;
     }
     for (_, job, parts) in jobs {
-        let milestones = lab::milestones(profile, job.spec).len() as f64;
         stages += 2 + parts.len();
-        cost += lab::make_cost(profile)
-            + lab::train_cost(&profile.train_of(job.spec, job.seed)?)?
-            + milestones * lab::text_cost(profile, sources, seq)
-            + of_parts(parts, job.spec.role == profile::Role::WithoutThreshold);
+        cost += costs.make() + costs.measuring(*job, parts);
+        cost += costs.train(&costs.profile.train_of(job.spec, job.seed)?)?;
     }
-    Ok((stages, cost))
+    Ok(Ledger::new(stages, cost))
 }

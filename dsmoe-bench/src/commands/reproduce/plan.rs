@@ -16,7 +16,7 @@ use serde::Serialize;
 
 use super::Planned;
 use super::args::Reproduce;
-use super::lab;
+use super::cost::Costs;
 use super::profile::{MethodSpec, Profile, Role};
 use crate::commands::{sources, train::memory_plan};
 use crate::memory;
@@ -81,30 +81,20 @@ pub(super) fn run(args: &Reproduce, profile: &Profile, jobs: &[Planned<'_>], ui:
             None => PAPER_SOURCES,
         },
     };
-    let text_tokens = lab::text_cost(profile, sources, train.seq);
+    let costs = Costs { profile, sources, seq: train.seq };
     let counts = Accounting::of(&dense);
-    let budget = lab::budget(&dense, profile);
+    let budget = profile.budget(&dense);
     let mut rows = Vec::new();
     let mut disk_bytes = 4 * counts.total;
     if let (Some(config), None) = (profile.pretrain(), &args.model) {
         let config = config?.resolve()?;
-        rows.push(row("dense model", &dense, &counts, 1.0, &config, text_tokens, speed)?);
+        rows.push(row("dense model", &dense, &counts, 1.0, &config, costs.text(), speed)?);
     }
     for (_, job, parts) in jobs {
         let config = profile.train_of(job.spec, job.seed)?.resolve()?;
         let (shape, share) = shape(job.spec, &dense, profile)?;
         let counts = Accounting::of(&shape);
-        let stones = lab::milestones(profile, job.spec).len() as f64;
-        let late = job.spec.role == Role::WithoutThreshold;
-        let mut measured = (1.0 + stones) * text_tokens;
-        for part in parts {
-            measured += match part {
-                super::Part::Text | super::Part::Speed => 0.0,
-                super::Part::Tasks => lab::tasks_cost(profile),
-                super::Part::Sweep => lab::sweep_cost(profile, sources, train.seq, late),
-                super::Part::Difficulty => 2.0 * text_tokens,
-            };
-        }
+        let measured = costs.measuring(*job, parts);
         let mut row = row(&job.id(), &shape, &counts, share, &config, measured, speed)?;
         if !job.spec.is_dsmoe() {
             let planned = method(&job.spec.make)?.plan(
@@ -159,7 +149,7 @@ fn dense(args: &Reproduce, profile: &Profile) -> Result<(Config, String)> {
         (None, None) => bail!("profile {}: name a checkpoint with --model DIR", profile.name),
     };
     let name = profile.model.preset.as_deref().unwrap_or("of random weights");
-    Ok((lab::architecture(profile, vocab)?, name.to_owned()))
+    Ok((profile.architecture(vocab)?, name.to_owned()))
 }
 
 /// What a method trains, and the share of its FFN that training computes for inactive parts too.

@@ -5,9 +5,15 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use dsmoe_baselines::method;
-use dsmoe_router::{GateValue, Rescale, RouterInit, ZeroActive};
+use dsmoe_core::accounting::Accounting;
+use dsmoe_core::config::{Config, MoeConfig, PartitionKind};
+use dsmoe_core::init::LlamaSizes;
+use dsmoe_router::{GateValue, Rescale, RouterConfig, RouterInit, ZeroActive};
 use dsmoe_train::TrainConfig;
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::text::WORLD_TOKEN;
 
 /// The embedded profiles by their names.
 const EMBEDDED: [(&str, &str); 4] = [
@@ -16,6 +22,9 @@ const EMBEDDED: [(&str, &str); 4] = [
     ("paper-1b", include_str!("profiles/paper-1b.toml")),
     ("paper-7b", include_str!("profiles/paper-7b.toml")),
 ];
+
+/// Thresholds below 1 that the sweep of [`Role::WithoutThreshold`] ends at.
+const LAST_THRESHOLD: f64 = 0.999;
 
 /// Everything a reproduction is told apart from places. Unknown keys are errors.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -106,6 +115,13 @@ pub(crate) struct Measure {
     pub(crate) decode: usize,
     /// Bootstrap resamples of intervals and tests with one seed.
     pub(crate) resamples: usize,
+}
+
+impl Measure {
+    /// Thresholds of the sweep of [`Role::WithoutThreshold`].
+    pub(crate) fn late_thresholds(&self) -> Vec<f64> {
+        (0..).map(|i| f64::from(i) * self.late_step).take_while(|t| *t < LAST_THRESHOLD).collect()
+    }
 }
 
 /// What a method is in the comparison.
@@ -310,6 +326,55 @@ impl Profile {
             }
         }
         Ok(())
+    }
+
+    /// The dense architecture with that vocabulary.
+    pub(crate) fn architecture(&self, vocab: usize) -> Result<Config> {
+        let spec = &self.model;
+        if let Some(name) = &spec.preset {
+            let mut config: Value = serde_json::from_str(&dsmoe_core::init::preset(name)?.to_json())?;
+            config["vocab_size"] = json!(vocab);
+            return Ok(Config::from_json(Path::new("config.json"), &config.to_string())?);
+        }
+        let need = |value: Option<usize>, key: &str| {
+            value.with_context(|| format!("model.{key} is missing; give it, or model.preset"))
+        };
+        let heads = need(spec.heads, "heads")?;
+        let sizes = LlamaSizes {
+            vocab,
+            hidden: need(spec.hidden, "hidden")?,
+            intermediate: need(spec.intermediate, "intermediate")?,
+            layers: need(spec.layers, "layers")?,
+            heads,
+            kv_heads: spec.kv_heads.unwrap_or(heads),
+            positions: need(spec.positions, "positions")?,
+            bos_eos: [WORLD_TOKEN; 2],
+        };
+        Ok(sizes.config()?)
+    }
+
+    /// Everybody's budget for that dense model: activated parameters at the share of experts, routers included.
+    pub(crate) fn budget(&self, dense: &Config) -> f64 {
+        let mut config = dense.clone();
+        config.moe = Some(MoeConfig {
+            router: RouterConfig::new(self.experts),
+            partition: PartitionKind::Contiguous,
+            router_bias: false,
+        });
+        Accounting::of(&config).activated(self.active * self.experts as f64)
+    }
+
+    /// Shares of the continued training after which a method is measured.
+    pub(crate) fn milestones_of(&self, spec: &MethodSpec) -> Vec<f64> {
+        let mut all = match spec.role {
+            // All its experts are active until a threshold is found after training.
+            Role::WithoutThreshold => return Vec::new(),
+            Role::Dsmoe | Role::Paper => [&self.milestones[..], &self.curve].concat(),
+            _ => self.milestones.clone(),
+        };
+        all.sort_by(f64::total_cmp);
+        all.dedup();
+        all
     }
 
     /// The knobs of a method of `dsmoe methods`.

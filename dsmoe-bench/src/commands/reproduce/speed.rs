@@ -10,7 +10,7 @@ use dsmoe_kernels::Precision;
 
 use super::args;
 use super::cache::read_json;
-use super::lab;
+use super::run::Speed;
 use crate::commands::bench::resident::Mark;
 use crate::commands::load_inference;
 use crate::ui::Ui;
@@ -39,7 +39,7 @@ pub(super) fn run(args: &args::Speed, ui: &mut Ui) -> Result<()> {
         let made = generate(&model, &ids[..PROMPT.min(ids.len())], &options, |_| true)?;
         Ok(made.tokens.len().saturating_sub(1) as f64 / made.decode_seconds.max(1e-9))
     })?;
-    let speed = lab::Speed {
+    let speed = Speed {
         prefill_tokens_per_s: prefill,
         decode_tokens_per_s: decoded,
         peak_bytes: mark.and_then(Mark::peak_since),
