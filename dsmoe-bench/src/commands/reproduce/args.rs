@@ -22,7 +22,9 @@ the stages under cache/, named by a hash of their settings and of what went into
 /// Reproduce the paper's comparison.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES, args_conflicts_with_subcommands = true)]
-#[command(override_usage = "dsmoe reproduce [OPTIONS]\n       dsmoe reproduce merge <DIR>... --out <DIR>")]
+#[command(
+    override_usage = "dsmoe reproduce [OPTIONS]\n       dsmoe reproduce merge <DIR>... --out <DIR>\n       dsmoe reproduce splice <FILE>..."
+)]
 pub(crate) struct Reproduce {
     #[command(subcommand)]
     pub(crate) command: Option<Sub>,
@@ -80,6 +82,8 @@ pub(crate) struct Reproduce {
 pub(crate) enum Sub {
     /// Put the parts of a reproduction together
     Merge(Merge),
+    /// Fill the blocks `<!-- reproduce DIR -->` of Markdown files with the table and figure of the record in DIR
+    Splice(Splice),
     /// Speed and memory of one model, in a process of its own
     #[command(hide = true)]
     Speed(Speed),
@@ -96,6 +100,16 @@ pub(crate) struct Merge {
     /// Replace results that are there
     #[arg(long)]
     pub(crate) force: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Splice {
+    /// Markdown files
+    #[arg(required = true, value_name = "FILE")]
+    pub(crate) files: Vec<PathBuf>,
+    /// Change nothing; fail if something would change
+    #[arg(long)]
+    pub(crate) check: bool,
 }
 
 #[derive(Debug, Args)]

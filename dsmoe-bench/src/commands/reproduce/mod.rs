@@ -16,6 +16,7 @@ mod profile;
 mod results;
 mod run;
 mod speed;
+mod splice;
 mod statistics;
 mod text;
 
@@ -56,6 +57,10 @@ pub(crate) fn run(args: &Reproduce, ui: &mut Ui) -> Result<ExitCode> {
         }
         Some(Sub::Merge(merge)) => {
             merge::run(merge, ui)?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        Some(Sub::Splice(files)) => {
+            splice::run(files, ui)?;
             return Ok(ExitCode::SUCCESS);
         }
         None => {}
