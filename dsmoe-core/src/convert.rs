@@ -1,5 +1,6 @@
 //! From a dense LLaMA directory to a DSMoE directory, streamed.
 
+use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -27,6 +28,8 @@ pub enum PartitionSpec {
     Random,
     /// As a JSON file says, see [`Partition::read_file`].
     File(PathBuf),
+    /// The neurons of every layer, one expert after the other.
+    Orders(Vec<Vec<u32>>),
 }
 
 impl FromStr for PartitionSpec {
@@ -42,6 +45,17 @@ impl FromStr for PartitionSpec {
     }
 }
 
+impl fmt::Display for PartitionSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            PartitionSpec::Contiguous => f.write_str("contiguous"),
+            PartitionSpec::Random => f.write_str("random"),
+            PartitionSpec::File(path) => write!(f, "{}", path.display()),
+            PartitionSpec::Orders(_) => f.write_str("given"),
+        }
+    }
+}
+
 /// What to convert to.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ConvertOptions {
@@ -51,6 +65,8 @@ pub struct ConvertOptions {
     pub partition: PartitionSpec,
     /// How router weights start.
     pub router_init: RouterInit,
+    /// Routers of all layers, in place of what `router_init` makes.
+    pub routers: Option<Vec<RouterValues>>,
     /// Seed of router weights and of a random partition.
     pub seed: u64,
     /// Replace an output directory that is not empty.
@@ -64,10 +80,20 @@ impl ConvertOptions {
             router: RouterConfig::new(num_experts),
             partition: PartitionSpec::Contiguous,
             router_init: RouterInit::Random,
+            routers: None,
             seed: 0,
             force: false,
         }
     }
+}
+
+/// The router of a layer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RouterValues {
+    /// `[num_experts, hidden]`.
+    pub weight: Vec<f32>,
+    /// `[num_experts]`.
+    pub bias: Vec<f32>,
 }
 
 /// What was made.
@@ -117,13 +143,24 @@ pub fn convert(
         return Err(masks_of_other_order(model, "use --partition contiguous"));
     }
     // Options that cannot work are told before anything is written.
+    if let Some(routers) = &options.routers {
+        let fits = |one: &RouterValues| {
+            one.weight.len() == num_experts * config.hidden && one.bias.len() == num_experts
+        };
+        if routers.len() != config.num_layers || !routers.iter().all(fits) {
+            return Err(Error::Argument(format!(
+                "routers are not of {} layers, {num_experts} experts and {} inputs; make them for this model",
+                config.num_layers, config.hidden
+            )));
+        }
+    }
     if !matches!(options.router_init, RouterInit::Centroid) {
         router_weights(&options.router_init, num_experts, 1, options.seed, 0, None)?;
     }
     config.moe = Some(MoeConfig {
         router: options.router.clone(),
         partition: if permuted { PartitionKind::Permuted } else { PartitionKind::Contiguous },
-        router_bias: options.router_init.has_bias(),
+        router_bias: options.routers.is_some() || options.router_init.has_bias(),
     });
 
     let output = OutputDir::create_from(model, out, options.force)?;
@@ -135,7 +172,7 @@ pub fn convert(
     let copied: Vec<String> = infos[..num_copied].iter().map(|info| info.name.clone()).collect();
     let mut writer = Writer::create(output.path(), infos)?;
     let mut centroids = match options.router_init {
-        RouterInit::Centroid => Some(Centroids::new(&config, num_experts)),
+        RouterInit::Centroid if options.routers.is_none() => Some(Centroids::new(&config, num_experts)),
         _ => None,
     };
     let mut source = TensorSource::new(&checkpoint);
@@ -152,17 +189,24 @@ pub fn convert(
         })?;
     }
     for (layer, partition) in partitions.iter().enumerate() {
-        let means = centroids.as_ref().map(|centroids| centroids.means(layer));
-        let view = means.as_ref().map(|means| means.view());
-        let (init, hidden) = (&options.router_init, config.hidden);
-        let (mut weight, bias) = router_weights(init, num_experts, hidden, options.seed, layer, view)?;
-        if means.is_some() {
-            scale_to_norm(&mut weight, layer, &checkpoint)?;
-        }
-        writer.write_f32(&router_name(layer), &weight.iter().copied().collect::<Vec<_>>())?;
+        let (weight, bias) = match &options.routers {
+            Some(routers) => (routers[layer].weight.clone(), Some(routers[layer].bias.clone())),
+            None => {
+                let means = centroids.as_ref().map(|centroids| centroids.means(layer));
+                let view = means.as_ref().map(|means| means.view());
+                let (init, hidden) = (&options.router_init, config.hidden);
+                let (mut weight, bias) =
+                    router_weights(init, num_experts, hidden, options.seed, layer, view)?;
+                if means.is_some() {
+                    scale_to_norm(&mut weight, layer, &checkpoint)?;
+                }
+                (weight.iter().copied().collect(), bias.map(|bias| bias.to_vec()))
+            }
+        };
+        writer.write_f32(&router_name(layer), &weight)?;
         meter.add(4 * weight.len());
         if let Some(bias) = bias {
-            writer.write_f32(&router_bias_name(layer), &bias.to_vec())?;
+            writer.write_f32(&router_bias_name(layer), &bias)?;
             meter.add(4 * bias.len());
         }
         if permuted {
@@ -203,6 +247,19 @@ fn partitions(config: &Config, options: &ConvertOptions) -> Result<Vec<Partition
         PartitionSpec::Random => widths
             .enumerate()
             .map(|(layer, width)| Partition::random(width, experts, options.seed, layer))
+            .collect(),
+        PartitionSpec::Orders(orders) if orders.len() != config.num_layers => Err(Error::Argument(format!(
+            "{} orders of neurons for {} layers; give one for each",
+            orders.len(),
+            config.num_layers
+        ))),
+        PartitionSpec::Orders(orders) => widths
+            .zip(orders)
+            .map(|(width, order)| {
+                let width_of_one = order.len().div_ceil(experts).max(1);
+                let lists: Vec<Vec<u32>> = order.chunks(width_of_one).map(<[u32]>::to_vec).collect();
+                Partition::from_experts(width, &lists)
+            })
             .collect(),
         PartitionSpec::File(path) if !config.is_even() => Err(Error::Path {
             path: path.clone(),

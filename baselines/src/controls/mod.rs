@@ -1,12 +1,13 @@
 //! Controls: what DSMoE and the methods are measured against, and DSMoE with one of its parts taken away.
 //!
 //! `dense` is the model itself, to be trained on the same text; `small-dense` starts from random weights at the size of
-//! the budget; `dsmoe` is the paper's conversion; `dsmoe-no-ste` and `dsmoe-no-threshold` are its ablations (table 3 and
+//! the budget; `dsmoe` is the paper's conversion, or one that calibration text has prepared; `dsmoe-no-ste` and `dsmoe-no-threshold` are its ablations (table 3 and
 //! section 6.2).
 
 mod dense;
 mod dsmoe;
 mod small_dense;
+mod start;
 #[cfg(test)]
 mod tests;
 

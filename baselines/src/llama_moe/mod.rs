@@ -16,7 +16,7 @@ use dsmoe_kernels::rng::Rng;
 use dsmoe_router::topk::TopKConfig;
 
 pub use construction::Construction;
-pub(crate) use construction::clustering;
+pub(crate) use construction::{clustering, random};
 pub use convert::EXPERTS_FILE;
 pub(crate) use convert::{LayerExperts, check_calibration, check_experts, nearest, open_dense, write};
 pub use export::{ExportReport, export};

@@ -6,7 +6,7 @@ use std::time::Instant;
 use anyhow::Result;
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::config::Config;
-use dsmoe_core::convert::{ConvertOptions, PartitionSpec, convert};
+use dsmoe_core::convert::{ConvertOptions, convert};
 use dsmoe_router::RouterConfig;
 use serde::Serialize;
 
@@ -43,6 +43,7 @@ pub(crate) fn run(args: &Convert, ui: &mut Ui) -> Result<()> {
         router,
         partition: args.partition.clone(),
         router_init: args.router_init,
+        routers: None,
         seed: args.seed,
         force: args.force,
     };
@@ -57,11 +58,7 @@ pub(crate) fn run(args: &Convert, ui: &mut Ui) -> Result<()> {
         out: args.out.clone(),
         experts: num_experts,
         expert_width: done.expert_width,
-        partition: match &args.partition {
-            PartitionSpec::Contiguous => "contiguous".to_owned(),
-            PartitionSpec::Random => "random".to_owned(),
-            PartitionSpec::File(path) => path.display().to_string(),
-        },
+        partition: args.partition.to_string(),
         router_init: args.router_init.to_string(),
         params_total: Accounting::of(&Config::load(&args.out)?).total,
         params_router: done.router_params,

@@ -133,6 +133,7 @@ impl DemoRun<'_> {
         let converted = self.path("dsmoe-start");
         let options = ConvertOptions {
             router_init: RouterInit::Random,
+            routers: None,
             seed: self.seed,
             ..ConvertOptions::new(EXPERTS)
         };

@@ -43,9 +43,7 @@ name = "dsmoe"
 role = "dsmoe"
 make = "dsmoe"
 paper = "dsmoe"
-router_init = "warm(3)"
-gate_value = "binary"
-order = "taylor"
+knobs = { routers = "calibrated", order = "taylor", gate_value = "binary" }
 
 [[method]]
 name = "dsmoe-paper"
@@ -57,12 +55,12 @@ train = { sparsity = 1.0 }
 [[method]]
 name = "dsmoe-no-ste"
 role = "without-ste"
-make = "dsmoe"
+make = "dsmoe-no-ste"
 
 [[method]]
 name = "dsmoe-no-threshold"
 role = "without-threshold"
-make = "dsmoe"
+make = "dsmoe-no-threshold"
 "#;
 
 /// A folder for these tests, with the profile.
@@ -252,7 +250,7 @@ fn changed_settings_redo_only_what_they_touch() {
     let (profile, other) = (profile(), place().join("other.toml"));
     let only = ["--methods", "dense,dsmoe", "--only", "table1"];
     succeeds(&[&["reproduce", "--profile", at(&profile), "--out", at(&out)][..], &only].concat());
-    let text = PROFILE.replacen("router_init = \"warm(3)\"", "router_init = \"warm(4)\"", 1);
+    let text = PROFILE.replacen("routers = \"calibrated\"", "routers = \"warm(4)\"", 1);
     fs::write(&other, text).unwrap();
     let again =
         run(&[&["reproduce", "--profile", at(&other), "--out", at(&out), "--resume"][..], &only].concat());

@@ -1037,23 +1037,7 @@ impl View<'_> {
             let Some(found) = self.results.methods.iter().find(|method| method.name == spec.name) else {
                 continue;
             };
-            let mut settings: Vec<String> = spec.knobs.iter().map(|(k, v)| format!("{k} = {v}")).collect();
-            if spec.is_dsmoe() {
-                let word = |name: &str, value: Option<String>| value.map(|value| format!("{name} = {value}"));
-                settings.extend(
-                    [
-                        word("router_init", spec.router_init.clone()),
-                        word("gate_value", spec.gate_value.map(|v| v.to_string())),
-                        word("rescale", spec.rescale.map(|v| v.to_string())),
-                        word("zero_active", spec.zero_active.map(|v| v.to_string())),
-                        word("threshold", spec.threshold.map(|v| v.to_string())),
-                        word("ste", spec.ste.map(|v| v.to_string())),
-                        word("order", spec.order.map(|v| format!("{v:?}").to_lowercase())),
-                    ]
-                    .into_iter()
-                    .flatten(),
-                );
-            }
+            let settings: Vec<String> = spec.knobs.iter().map(|(k, v)| format!("{k} = {v}")).collect();
             let settings = if settings.is_empty() { "defaults".to_owned() } else { settings.join(", ") };
             methods.row(vec![
                 spec.name.as_str().into(),

@@ -1,6 +1,7 @@
 //! The stages: a dense model, and of every method and seed a model made, trained and measured.
 
 use std::cell::{Cell, OnceCell, RefCell};
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -11,13 +12,11 @@ use dsmoe_baselines::{Budget, Job as Pruning, method};
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::checkpoint::copy_companions;
 use dsmoe_core::config::Config;
-use dsmoe_core::convert::{ConvertOptions, PartitionSpec, convert};
 use dsmoe_core::init::{InitOptions, init};
 use dsmoe_core::{Inference, Model};
 use dsmoe_datasets::tasks::{Loaded, Options, Source, TASKS};
 use dsmoe_datasets::world::{Probe, World};
 use dsmoe_kernels::Precision;
-use dsmoe_router::RouterConfig;
 use dsmoe_train::TrainConfig;
 use dsmoe_train::metrics::StepRecord;
 use dsmoe_train::run::{Observer, Outcome, RunOptions, Trainer};
@@ -30,7 +29,7 @@ use super::cache::{Cache, Interrupted, Key, read_json, write_json};
 use super::cost::{Costs, Ledger};
 use super::measure::{self, PerToken, TextResult};
 use super::outputs::Part;
-use super::profile::{MethodSpec, Order, Profile, Role};
+use super::profile::{MethodSpec, Profile, Role};
 use super::run::{BASE, FORMAT_VERSION, Job, Machine, Made, Milestone, Run, Speed, Timing, Trained};
 use super::text::Text;
 use crate::commands::STOP;
@@ -208,21 +207,10 @@ impl Lab<'_> {
 
     fn made_key(&self, job: Job<'_>, base: &Base) -> Result<Key> {
         let spec = job.spec;
-        let conversion = match spec.is_dsmoe() {
-            true => {
-                json!([
-                    self.router(spec),
-                    spec.router_init()?.to_string(),
-                    spec.order.unwrap_or(Order::Contiguous)
-                ])
-            }
-            false => json!(spec.knobs),
-        };
         let settings = json!([
             base.key,
             spec.make,
-            conversion,
-            self.profile.experts,
+            self.profile.knobs(spec)?.iter().collect::<BTreeMap<_, _>>(),
             self.profile.active,
             self.profile.calibration,
             self.costs.seq,
@@ -232,86 +220,36 @@ impl Lab<'_> {
         Ok(Key::of("make", &settings))
     }
 
-    /// The routers of a gated model.
-    fn router(&self, spec: &MethodSpec) -> RouterConfig {
-        let default = RouterConfig::new(self.profile.experts);
-        RouterConfig {
-            threshold: match spec.role {
-                Role::WithoutThreshold => 0.0,
-                _ => spec.threshold.unwrap_or(default.threshold),
-            },
-            gate_value: spec.gate_value.unwrap_or(default.gate_value),
-            rescale: spec.rescale.unwrap_or(default.rescale),
-            zero_active: spec.zero_active.unwrap_or(default.zero_active),
-            ste: spec.ste.unwrap_or(spec.role != Role::WithoutSte),
-            ..default
-        }
-    }
-
     /// Makes a method's model of the dense one.
     fn make(&self, job: Job<'_>, base: &Base, dir: &Path) -> Result<Made> {
-        let (spec, out) = (job.spec, dir.join("model"));
-        let calibration =
-            || self.text.calibration(self.profile.calibration.samples, self.costs.seq, job.seed);
-        if !spec.is_dsmoe() {
-            let method = method(&spec.make)?;
-            let knobs = self.profile.knobs(spec)?;
-            let calibration = if method.needs_calibration(&knobs) { calibration()? } else { Vec::new() };
-            let budget = Budget::Params(self.profile.budget(&base.config).round());
-            if spec.make == "dense" {
-                let counts = Accounting::of(&base.config);
-                return Ok(Made::of_params(counts.total as f64, counts.total as f64, "nothing"));
-            }
-            let pruning = Pruning {
-                model: &base.dir,
-                out: &out,
-                force: true,
-                budget,
-                calibration: &calibration,
-                seed: job.seed,
-                knobs: &knobs,
-            };
-            let made = method.run(&pruning, &mut |_| {})?;
-            return Ok(Made {
-                params_total: made.plan.total,
-                params_activated: made.plan.activated,
-                reached_by: made.plan.reached_by,
-                calibration_tokens: calibration.len() * self.costs.seq,
-                settings: made.plan.settings.into_iter().collect(),
-                measured: made.measured.into_iter().collect(),
-            });
+        if job.spec.make == "dense" {
+            let counts = Accounting::of(&base.config);
+            return Ok(Made::of_params(counts.total as f64, counts.total as f64, "nothing"));
         }
-        let mut calibration_tokens = 0;
-        let partition = match spec.order.unwrap_or(Order::Contiguous) {
-            Order::Contiguous => PartitionSpec::Contiguous,
-            Order::Random => PartitionSpec::Random,
-            Order::Taylor => {
-                let sequences = calibration()?;
-                calibration_tokens = sequences.len() * self.costs.seq;
-                let layers =
-                    dsmoe_baselines::llama_moe::neurons_by_importance(&base.dir, &sequences, &mut |_| {})?;
-                let experts = |order: &Vec<u32>| -> Vec<Vec<u32>> {
-                    order.chunks(order.len() / self.profile.experts).map(<[u32]>::to_vec).collect()
-                };
-                let layers: Vec<_> = layers.iter().map(experts).collect();
-                let path = dir.join("partition.json");
-                write_json(&path, &json!({ "layers": layers }))?;
-                PartitionSpec::File(path)
-            }
+        let method = method(&job.spec.make)?;
+        let knobs = self.profile.knobs(job.spec)?;
+        let calibration = match method.needs_calibration(&knobs) {
+            true => self.text.calibration(self.profile.calibration.samples, self.costs.seq, job.seed)?,
+            false => Vec::new(),
         };
-        let options = ConvertOptions {
-            router: self.router(spec),
-            partition,
-            router_init: spec.router_init()?,
-            seed: job.seed,
+        let pruning = Pruning {
+            model: &base.dir,
+            out: &dir.join("model"),
             force: true,
+            budget: Budget::Params(self.profile.budget(&base.config).round()),
+            calibration: &calibration,
+            seed: job.seed,
+            knobs: &knobs,
         };
-        convert(&base.dir, &out, &options, &mut |_| {})?;
-        let counts = Accounting::of(&Config::load(&out)?);
-        let activated = counts.activated(self.profile.active * self.profile.experts as f64);
-        let mut made = Made::of_params(counts.total as f64, activated, "training");
-        made.calibration_tokens = calibration_tokens;
-        Ok(made)
+        let made = method.run(&pruning, &mut |_| {})?;
+        Ok(Made {
+            params_total: made.plan.total,
+            params_activated: made.plan.activated,
+            reached_by: made.plan.reached_by,
+            calibration_tokens: calibration.len() * self.costs.seq,
+            settings: made.plan.settings.into_iter().collect(),
+            measured: made.measured.into_iter().collect(),
+        })
     }
 
     fn windows(&self) -> usize {

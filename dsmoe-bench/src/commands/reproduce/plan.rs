@@ -92,17 +92,17 @@ pub(super) fn run(args: &Reproduce, profile: &Profile, jobs: &[Planned<'_>], ui:
     }
     for (_, job, parts) in jobs {
         let config = profile.train_of(job.spec, job.seed)?.resolve()?;
-        let (shape, share) = shape(job.spec, &dense, profile)?;
+        let (shape, share) = shape(job.spec, &dense, profile);
         let counts = Accounting::of(&shape);
         let measured = costs.measuring(*job, parts);
         let mut row = row(&job.id(), &shape, &counts, share, &config, measured, speed)?;
+        let planned = method(&job.spec.make)?.plan(
+            &dense,
+            Budget::Params(budget.round()),
+            &profile.knobs(job.spec)?,
+        )?;
+        (row.params_total, row.params_activated) = (planned.total, planned.activated);
         if !job.spec.is_dsmoe() {
-            let planned = method(&job.spec.make)?.plan(
-                &dense,
-                Budget::Params(budget.round()),
-                &profile.knobs(job.spec)?,
-            )?;
-            (row.params_total, row.params_activated) = (planned.total, planned.activated);
             // A smaller model computes less, and so do k of n experts; zeros in a matrix are multiplied like others.
             let computes = match MASKED.contains(&job.spec.make.as_str()) {
                 true => 1.0,
@@ -153,13 +153,13 @@ fn dense(args: &Reproduce, profile: &Profile) -> Result<(Config, String)> {
 }
 
 /// What a method trains, and the share of its FFN that training computes for inactive parts too.
-fn shape(spec: &MethodSpec, dense: &Config, profile: &Profile) -> Result<(Config, f64)> {
+fn shape(spec: &MethodSpec, dense: &Config, profile: &Profile) -> (Config, f64) {
     let mut config = dense.clone();
     if spec.is_dsmoe() {
         config.moe = Some(MoeConfig {
             router: RouterConfig::new(profile.experts),
             partition: PartitionKind::Contiguous,
-            router_bias: spec.router_init()?.has_bias(),
+            router_bias: false,
         });
     }
     let share = match spec.role {
@@ -167,7 +167,7 @@ fn shape(spec: &MethodSpec, dense: &Config, profile: &Profile) -> Result<(Config
         Role::WithoutThreshold => 1.0,
         _ => profile.active,
     };
-    Ok((config, share))
+    (config, share)
 }
 
 /// FLOPs of a training token: three passes of everything, but of a gated FFN's nine products three are of all experts and

@@ -8,7 +8,7 @@ use dsmoe_baselines::method;
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::config::{Config, MoeConfig, PartitionKind};
 use dsmoe_core::init::LlamaSizes;
-use dsmoe_router::{GateValue, Rescale, RouterConfig, RouterInit, ZeroActive};
+use dsmoe_router::RouterConfig;
 use dsmoe_train::TrainConfig;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -25,6 +25,14 @@ const EMBEDDED: [(&str, &str); 4] = [
 
 /// Thresholds below 1 that the sweep of [`Role::WithoutThreshold`] ends at.
 const LAST_THRESHOLD: f64 = 0.999;
+
+/// What DSMoE's roles are made by.
+const DSMOE: [(Role, &str); 4] = [
+    (Role::Dsmoe, "dsmoe"),
+    (Role::Paper, "dsmoe"),
+    (Role::WithoutSte, "dsmoe-no-ste"),
+    (Role::WithoutThreshold, "dsmoe-no-threshold"),
+];
 
 /// Everything a reproduction is told apart from places. Unknown keys are errors.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -151,37 +159,16 @@ pub(crate) struct MethodSpec {
     /// What tables call it.
     pub(crate) name: String,
     pub(crate) role: Role,
-    /// `dsmoe`, or a name that `dsmoe methods` lists.
+    /// A name that `dsmoe methods` lists.
     pub(crate) make: String,
     /// The paper's name of the row.
     pub(crate) paper: Option<PaperRow>,
-    /// Settings of a method of `dsmoe methods`.
+    /// Settings of the method; DSMoE's number of experts is the profile's.
     #[serde(default)]
     pub(crate) knobs: BTreeMap<String, String>,
-    // Of `make = "dsmoe"`, defaults are the paper's.
-    pub(crate) router_init: Option<String>,
-    pub(crate) gate_value: Option<GateValue>,
-    pub(crate) rescale: Option<Rescale>,
-    pub(crate) zero_active: Option<ZeroActive>,
-    pub(crate) threshold: Option<f32>,
-    pub(crate) ste: Option<bool>,
-    /// Which neurons form an expert.
-    pub(crate) order: Option<Order>,
     /// Keys of `[train]` that are others for this row.
     #[serde(default)]
     pub(crate) train: toml::Table,
-}
-
-/// Which neurons form an expert.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub(crate) enum Order {
-    /// In blocks, as they come.
-    Contiguous,
-    /// At random.
-    Random,
-    /// In blocks, sorted by what the loss would change without them, the most important first.
-    Taylor,
 }
 
 /// A row of the paper's tables 1 and 2.
@@ -197,13 +184,9 @@ pub(crate) enum PaperRow {
 }
 
 impl MethodSpec {
-    /// Whether it is converted to gated experts, in place of being pruned.
+    /// Whether it is DSMoE, whole or without one of its parts.
     pub(crate) fn is_dsmoe(&self) -> bool {
-        self.make == "dsmoe"
-    }
-
-    pub(crate) fn router_init(&self) -> Result<RouterInit> {
-        Ok(self.router_init.as_deref().unwrap_or("random").parse()?)
+        DSMOE.iter().any(|(_, make)| *make == self.make)
     }
 }
 
@@ -300,30 +283,13 @@ impl Profile {
             if config.resolve().with_context(of)?.seq != seq {
                 bail!("method {:?} has another seq than [train]; measure all on one", spec.name);
             }
-            spec.router_init().with_context(of)?;
-            if spec.is_dsmoe() {
-                if !spec.knobs.is_empty() {
-                    bail!(
-                        "method {:?}: make = \"dsmoe\" has no knobs; its settings are keys of their own",
-                        spec.name
-                    );
-                }
-                continue;
+            if let Some((role, make)) = DSMOE.iter().find(|(role, _)| *role == spec.role)
+                && *make != spec.make
+            {
+                bail!("method {:?}: role {role:?} is of make = {make:?}, not of {:?}", spec.name, spec.make);
             }
-            let method = method(&spec.make).with_context(of)?;
+            method(&spec.make).with_context(of)?;
             self.knobs(spec).with_context(of)?;
-            let own = [
-                ("router_init", spec.router_init.is_some()),
-                ("gate_value", spec.gate_value.is_some()),
-                ("rescale", spec.rescale.is_some()),
-                ("zero_active", spec.zero_active.is_some()),
-                ("threshold", spec.threshold.is_some()),
-                ("ste", spec.ste.is_some()),
-                ("order", spec.order.is_some()),
-            ];
-            if let Some((key, _)) = own.iter().find(|(_, set)| *set) {
-                bail!("method {:?}: {key} is for make = \"dsmoe\", not for {}", spec.name, method.name());
-            }
         }
         Ok(())
     }
@@ -379,7 +345,11 @@ impl Profile {
 
     /// The knobs of a method of `dsmoe methods`.
     pub(crate) fn knobs(&self, spec: &MethodSpec) -> Result<dsmoe_baselines::Knobs> {
-        let words: Vec<String> = spec.knobs.iter().map(|(name, value)| format!("{name}={value}")).collect();
+        let mut words: Vec<String> =
+            spec.knobs.iter().map(|(name, value)| format!("{name}={value}")).collect();
+        if spec.is_dsmoe() {
+            words.push(format!("experts={}", self.experts));
+        }
         let method = method(&spec.make)?;
         Ok(dsmoe_baselines::Knobs::parse(method.knobs(), words.iter().map(String::as_str))?)
     }
@@ -462,8 +432,18 @@ mod tests {
             &["nothing"],
         );
         refused(
-            &format!("{quick}\n[[method]]\nname = \"x\"\nrole = \"control\"\nmake = \"wanda\"\nste = true\n"),
-            &["ste is for make = \"dsmoe\""],
+            &format!(
+                "{quick}\n[[method]]\nname = \"x\"\nrole = \"control\"\nmake = \"wanda\"\nknobs = {{ order = \"taylor\" }}\n"
+            ),
+            &["order", "no knob"],
+        );
+        refused(
+            &quick.replacen("\"dsmoe-no-ste\"\nrole", "\"x\"\nrole", 1).replacen(
+                "make = \"dsmoe-no-ste\"",
+                "make = \"dsmoe\"",
+                1,
+            ),
+            &["WithoutSte", "dsmoe-no-ste"],
         );
         refused(&quick.replacen("seeds = 1", "seeds = 0", 1), &["seeds is 0"]);
     }
