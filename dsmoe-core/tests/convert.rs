@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use dsmoe_core::checkpoint::{Checkpoint, Dtype, Progress, check_llama_tensors};
 use dsmoe_core::config::{Config, PartitionKind};
-use dsmoe_core::convert::{ConvertOptions, PartitionSpec, convert};
+use dsmoe_core::convert::{ConvertOptions, PartitionSpec, RouterValues, convert};
 use dsmoe_core::export::{ExportAs, export};
 use dsmoe_core::init::{InitOptions, init, preset};
 use dsmoe_core::partition::Partition;
@@ -176,6 +176,41 @@ fn centroid_routers_point_along_their_experts() {
             assert!((r - m / length).abs() < 1e-5, "{r} {}", m / length);
         }
     }
+}
+
+#[test]
+fn routers_and_orders_that_are_given_are_written() {
+    let work = tempfile::tempdir().unwrap();
+    let model = small(work.path(), Dtype::F32);
+    let router = |layer: usize| RouterValues {
+        weight: (0..8 * 128).map(|at| (at + layer) as f32).collect(),
+        bias: (0..8).map(|i| i as f32 - layer as f32).collect(),
+    };
+    let order: Vec<u32> = striped(96, 8).concat();
+    let options = ConvertOptions {
+        routers: Some((0..4).map(router).collect()),
+        partition: PartitionSpec::Orders(vec![order.clone(); 4]),
+        ..ConvertOptions::new(8)
+    };
+    let out = work.path().join("out");
+    convert(&model, &out, &options, &mut quiet).unwrap();
+    let checkpoint = Checkpoint::open(&out).unwrap();
+    let (mut weight, mut bias) = (vec![0.0; 8 * 128], vec![0.0; 8]);
+    checkpoint.read_f32("model.layers.2.mlp.router.weight", &mut weight).unwrap();
+    checkpoint.read_f32("model.layers.2.mlp.router.bias", &mut bias).unwrap();
+    assert_eq!((weight, bias), (router(2).weight, router(2).bias));
+    let stored: Vec<u8> = order.iter().flat_map(|neuron| neuron.to_le_bytes()).collect();
+    assert_eq!(checkpoint.bytes("model.layers.2.mlp.partition").unwrap(), stored);
+    let refused = |options: ConvertOptions, says: &str| {
+        let error = convert(&model, &work.path().join("none"), &options, &mut quiet).unwrap_err().to_string();
+        assert!(error.contains(says), "{error}");
+    };
+    let routers = Some(vec![router(0); 3]);
+    refused(ConvertOptions { routers, ..ConvertOptions::new(8) }, "routers are not of 4 layers");
+    let partition = PartitionSpec::Orders(vec![order.clone(); 3]);
+    refused(ConvertOptions { partition, ..ConvertOptions::new(8) }, "3 orders of neurons for 4 layers");
+    let partition = PartitionSpec::Orders(vec![vec![0; 96]; 4]);
+    refused(ConvertOptions { partition, ..ConvertOptions::new(8) }, "neuron");
 }
 
 #[test]

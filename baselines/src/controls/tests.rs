@@ -1,8 +1,11 @@
 use std::path::{Path, PathBuf};
 
 use dsmoe_core::accounting::Accounting;
+use dsmoe_core::config::PartitionKind;
 use dsmoe_core::init::{InitOptions, init, preset};
-use dsmoe_core::{Config, Model};
+use dsmoe_core::{Config, Inference, Model};
+use dsmoe_kernels::Precision;
+use dsmoe_kernels::testing::{assert_close, f64s};
 
 use crate::error::Result;
 use crate::method::{Budget, Job, Knobs, Made, Method, Plan, method};
@@ -110,6 +113,59 @@ fn what_cannot_be_reached_is_refused() {
         refused(make(name, &model, &model, 1), &["tiny"]);
         assert!(!out.exists() && Model::load(&model).is_ok());
     }
+}
+
+/// Experts and routers from calibration text: the same function when all are open, and the budget's share open on that text.
+#[test]
+fn a_start_from_text_opens_the_budget() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = tiny(dir.path());
+    let vocab = Config::load(&model).unwrap().vocab_size;
+    let mut rng = dsmoe_kernels::rng::Rng::new(5, 0);
+    let calibration: Vec<Vec<u32>> = (0..8)
+        .map(|_| (0..64).map(|_| (rng.uniform() * vocab as f32) as u32 % vocab as u32).collect())
+        .collect();
+    let made = |name: &str, set: &[&str], calibration: &[Vec<u32>]| {
+        let out = dir.path().join(name);
+        let knobs = knobs(method("dsmoe").unwrap(), set);
+        let budget = Budget::Share(0.7);
+        let job = Job { model: &model, out: &out, force: true, budget, calibration, seed: 2, knobs: &knobs };
+        method("dsmoe").unwrap().run(&job, &mut |_| {}).map(|made| (out.clone(), made))
+    };
+    let score = |dir: &Path, threshold: Option<f32>| {
+        let mut model = Inference::load(dir, Precision::F32).unwrap();
+        threshold.iter().for_each(|threshold| model.set_threshold(*threshold).unwrap());
+        let inputs = calibration.concat();
+        let targets = inputs.clone();
+        let (mut losses, mut stats) = (vec![0.0; inputs.len()], model.new_stats());
+        let mut workspace = Default::default();
+        model.score(&mut losses, &inputs, &targets, 64, stats.as_mut(), &mut workspace).unwrap();
+        (losses, stats.map(|stats| stats.summary().active_ratio_per_layer))
+    };
+    let (dense, _) = score(&model, None);
+    for order in ["contiguous", "random", "taylor", "clustering"] {
+        let set = ["routers=calibrated", "gate_value=binary", &format!("order={order}")];
+        let (out, plan) = made(order, &set, &calibration).map(|(out, made)| (out, made.plan)).unwrap();
+        let config = Config::load(&out).unwrap();
+        let moe = config.moe.as_ref().unwrap();
+        assert!(moe.router_bias, "{order}");
+        assert_eq!(moe.partition == PartitionKind::Permuted, order != "contiguous");
+        let (open, _) = score(&out, Some(0.0));
+        assert_close(order, &open, &f64s(&dense), 1e-4);
+        let share: f64 =
+            plan.settings.iter().find(|(name, _)| name == "active_share").unwrap().1.parse().unwrap();
+        let layers = score(&out, None).1.unwrap();
+        // The first layer reads what it was fitted to, those after it what fewer experts leave.
+        assert!((layers[0] - share).abs() < 0.01, "{order}: {layers:?}, {share}");
+        assert!(layers.iter().all(|layer| (layer - share).abs() < 0.15), "{order}: {layers:?}, {share}");
+    }
+    let short = vec![calibration[0].clone()];
+    refused(made("none", &["routers=calibrated"], &short), &["64 tokens are too few", "256"]);
+    refused(made("none", &["order=taylor"], &[]), &["0 sequences are too few"]);
+    refused(made("none", &["order=sorted"], &[]), &["order", "sorted", "taylor"]);
+    refused(made("none", &["routers=warm(9)"], &[]), &["warm(9) of 8"]);
+    refused(made("none", &["routers=hot"], &[]), &["routers", "hot", "calibrated"]);
+    assert!(!dir.path().join("none").exists());
 }
 
 #[test]

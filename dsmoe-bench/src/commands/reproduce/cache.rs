@@ -86,7 +86,11 @@ pub(crate) fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     let place = || path.display().to_string();
     let folder = path.parent().unwrap_or(Path::new("."));
     fs::create_dir_all(folder).with_context(place)?;
-    let mut file = tempfile::NamedTempFile::new_in(folder).with_context(place)?;
+    let mut builder = tempfile::Builder::new();
+    // Others may read it, as far as the user's settings allow.
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    let mut file = builder.tempfile_in(folder).with_context(place)?;
     file.write_all(bytes).with_context(place)?;
     file.as_file().sync_all().with_context(place)?;
     file.persist(path).with_context(place)?;
