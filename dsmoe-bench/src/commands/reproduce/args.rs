@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::{Args, Subcommand};
+use dsmoe_core::Device;
 
 use super::outputs::Output;
 use crate::cli::DataArgs;
@@ -73,6 +74,10 @@ pub(crate) struct Reproduce {
     /// Folder of token caches, for text larger than the memory
     #[arg(long, value_name = "DIR")]
     pub(crate) cache: Option<PathBuf>,
+    /// Where to train and measure: cpu, or a GPU as cuda:0, which wants dtype = "bf16" in the profile; models with FFNs that it
+    /// does not run (k of n experts) stay on the processor
+    #[arg(long, value_name = "cpu|cuda:N", default_value_t)]
+    pub(crate) device: Device,
     /// Folder with a folder of files for each benchmark [default: the probes of the embedded world, if it is the text]
     #[arg(long, value_name = "FOLDER")]
     pub(crate) task_data: Option<PathBuf>,
@@ -122,6 +127,8 @@ pub(crate) struct Speed {
     pub(crate) ids: PathBuf,
     #[arg(long)]
     pub(crate) decode: usize,
+    #[arg(long, default_value_t)]
+    pub(crate) device: Device,
 }
 
 /// One of several parts.

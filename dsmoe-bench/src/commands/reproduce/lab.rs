@@ -13,7 +13,7 @@ use dsmoe_core::accounting::Accounting;
 use dsmoe_core::checkpoint::copy_companions;
 use dsmoe_core::config::Config;
 use dsmoe_core::init::{InitOptions, init};
-use dsmoe_core::{Inference, Model};
+use dsmoe_core::{Device, Inference, Model};
 use dsmoe_datasets::tasks::{Loaded, Options, Source, TASKS};
 use dsmoe_datasets::world::{Probe, World};
 use dsmoe_kernels::Precision;
@@ -32,7 +32,7 @@ use super::outputs::Part;
 use super::profile::{MethodSpec, Profile, Role};
 use super::run::{BASE, FORMAT_VERSION, Job, Machine, Made, Milestone, Run, Speed, Timing, Trained};
 use super::text::Text;
-use crate::commands::STOP;
+use crate::commands::{STOP, default_precision};
 use crate::progress::{Progress, Unit};
 use crate::ui::Ui;
 
@@ -122,7 +122,8 @@ impl Lab<'_> {
     }
 
     fn base_key(&self, config: &TrainConfig) -> Result<Key> {
-        Ok(Key::of("dense", &json!([self.text.key, self.profile.model, settled(config)?])))
+        let on_gpu = self.args.device.is_gpu();
+        Ok(Key::of("dense", &json!([self.text.key, self.profile.model, settled(config)?, on_gpu])))
     }
 
     // ---- one method and seed ----
@@ -141,9 +142,10 @@ impl Lab<'_> {
         };
 
         let milestones = self.profile.milestones_of(job.spec);
+        let device = self.device(&made_model)?;
         let key = Key::of(
             "train",
-            &json!([made_key, settled(&config)?, self.text.key, milestones, self.windows()]),
+            &json!([made_key, settled(&config)?, self.text.key, milestones, self.windows(), device.is_gpu()]),
         );
         let run_dir = self.cache.dir("train", &key).join("run");
         let cost = self.costs.train(&config)? + milestones.len() as f64 * self.costs.text();
@@ -160,7 +162,7 @@ impl Lab<'_> {
                     if path.is_file() {
                         return Ok(());
                     }
-                    let model = Inference::new(model, Precision::F32);
+                    let model = Inference::new_on(model, default_precision(device, Precision::F32), device)?;
                     let (found, _) =
                         measure::text(&model, &self.text.held_out, self.costs.seq, self.windows())?;
                     let milestone = Milestone {
@@ -252,6 +254,17 @@ impl Lab<'_> {
         })
     }
 
+    /// Where that model is trained and measured.
+    fn device(&self, model: &Path) -> Result<Device> {
+        // FFNs of other crates do not run on a GPU.
+        Ok(if Config::load(model)?.ffn.is_some() { Device::Cpu } else { self.args.device })
+    }
+
+    fn load(&self, model: &Path) -> Result<Inference> {
+        let device = self.device(model)?;
+        Ok(Inference::load_on(model, default_precision(device, Precision::F32), device)?)
+    }
+
     fn windows(&self) -> usize {
         self.profile.measure.windows
     }
@@ -266,7 +279,8 @@ impl Lab<'_> {
         what: &str,
         at: &mut dyn FnMut(f64, u64, &Model) -> Result<()>,
     ) -> Result<()> {
-        let options = RunOptions { resume: true, ..RunOptions::new(source, out) };
+        let options =
+            RunOptions { resume: true, device: self.device(source)?, ..RunOptions::new(source, out) };
         let mut trainer = Trainer::new(Model::load(source)?, self.text.train_data(), config, options)?;
         let steps = trainer.config().steps.unwrap_or(0);
         let mut due: Vec<(u64, f64)> = milestones
@@ -323,7 +337,7 @@ impl Lab<'_> {
         let text_key = Key::of("text-of", &json!([key, self.windows(), late.then_some(self.profile.active)]));
         let cost = self.costs.text();
         let text: TextResult = self.stage("measure", id, &text_key, cost, |_| {
-            let mut model = Inference::load(dir, Precision::F32)?;
+            let mut model = self.load(dir)?;
             let threshold = late
                 .then(|| {
                     let (held_out, windows) = (&self.text.held_out, measure.sweep_windows);
@@ -343,7 +357,7 @@ impl Lab<'_> {
         // Loaded when a stage needs it.
         let model = || -> Result<&Inference> {
             if loaded.get().is_none() {
-                let mut model = Inference::load(dir, Precision::F32)?;
+                let mut model = self.load(dir)?;
                 if let Some(threshold) = text.threshold {
                     model.set_threshold(threshold)?;
                 }
@@ -377,7 +391,7 @@ impl Lab<'_> {
             let windows = if late { measure.sweep_windows } else { self.windows() };
             let key = Key::of("sweep", &json!([key, thresholds, windows, self.text.key]));
             self.stage("sweep", id, &key, self.costs.part(Part::Sweep, late), |_| {
-                let mut model = Inference::load(dir, Precision::F32)?;
+                let mut model = self.load(dir)?;
                 measure::sweep(&mut model, &self.text.held_out, self.costs.seq, windows, &thresholds)
             })
         });
@@ -397,7 +411,7 @@ impl Lab<'_> {
             role: None,
             seed: 0,
             key: key.text().to_owned(),
-            machine: Machine::here(),
+            machine: Machine::here(self.device(dir)?),
             made: None,
             trained: None,
             text,
@@ -409,7 +423,7 @@ impl Lab<'_> {
 
     fn with_dense_losses<T>(&self, base: &Base, take: impl FnOnce(&[f32]) -> Result<T>) -> Result<T> {
         if self.dense_losses.borrow().is_none() {
-            let model = Inference::load(&base.dir, Precision::F32)?;
+            let model = self.load(&base.dir)?;
             let (_, PerToken { losses, .. }) =
                 measure::text(&model, &self.text.held_out, self.costs.seq, self.windows())?;
             *self.dense_losses.borrow_mut() = Some(losses);
@@ -448,7 +462,10 @@ impl Lab<'_> {
         }
         let (prefill, decode) = (self.profile.measure.prefill, self.profile.measure.decode);
         let threads = rayon::current_num_threads();
-        let key = Key::of("speed", &json!([key, threshold, prefill, decode, threads, Machine::here()]));
+        let key = Key::of(
+            "speed",
+            &json!([key, threshold, prefill, decode, threads, Machine::here(self.device(dir)?)]),
+        );
         let speed = self.stage("speed", id, &key, self.costs.part(Part::Speed, false), |stage| {
             // A process of its own: its memory is the model's.
             let program = std::env::current_exe().context("cannot find this program")?;
@@ -462,6 +479,7 @@ impl Lab<'_> {
             for (flag, value) in [("--decode", decode), ("--threads", threads)] {
                 command.arg(flag).arg(value.to_string());
             }
+            command.arg("--device").arg(self.device(dir)?.to_string());
             if let Some(threshold) = threshold {
                 command.arg("--threshold").arg(threshold.to_string());
             }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use dsmoe_core::Device;
 use dsmoe_kernels::Isa;
 use serde::{Deserialize, Serialize};
 
@@ -98,14 +99,17 @@ pub(crate) struct Machine {
     pub(crate) cpu: String,
     pub(crate) isa: String,
     pub(crate) os: String,
+    /// `cpu`, or a GPU by its number.
+    pub(crate) device: String,
 }
 
 impl Machine {
-    pub(crate) fn here() -> Machine {
+    pub(crate) fn here(device: Device) -> Machine {
         Machine {
             cpu: cpu_model().unwrap_or_else(|| std::env::consts::ARCH.to_owned()),
             isa: Isa::current().name().to_owned(),
             os: std::env::consts::OS.to_owned(),
+            device: device.to_string(),
         }
     }
 }

@@ -3,16 +3,16 @@
 use std::time::Instant;
 
 use anyhow::{Result, bail};
+use dsmoe_core::Inference;
 use dsmoe_core::generate::{GenerateOptions, generate};
 use dsmoe_core::model::Workspace;
-use dsmoe_core::{Device, Inference};
 use dsmoe_kernels::Precision;
 
 use super::args;
 use super::cache::read_json;
 use super::run::Speed;
 use crate::commands::bench::resident::Mark;
-use crate::commands::load_inference;
+use crate::commands::{default_precision, load_inference};
 use crate::ui::Ui;
 
 /// Speeds are the best of so many measurements.
@@ -24,7 +24,12 @@ const SEQUENCE: usize = 1024;
 
 pub(super) fn run(args: &args::Speed, ui: &mut Ui) -> Result<()> {
     let mark = Mark::now();
-    let model = load_inference(&args.model, Precision::F32, Device::Cpu, args.threshold)?;
+    let model = load_inference(
+        &args.model,
+        default_precision(args.device, Precision::F32),
+        args.device,
+        args.threshold,
+    )?;
     let config = model.config();
     let ids: Vec<u32> = read_json(&args.ids)?;
     let seq = SEQUENCE.min(config.max_position).min(ids.len());
