@@ -3,6 +3,7 @@
 
 mod cli;
 mod commands;
+mod document;
 mod memory;
 mod progress;
 mod report;

@@ -2,14 +2,12 @@
 
 pub(crate) mod args;
 mod cache;
+mod chapters;
 mod cost;
-mod document;
 mod lab;
-mod markdown;
 mod measure;
 mod merge;
 mod outputs;
-mod page;
 mod paper;
 mod plan;
 mod profile;
@@ -33,7 +31,6 @@ use serde::Serialize;
 use self::args::{Reproduce, Sub};
 use self::cache::{Cache, Interrupted, read_json, write, write_json};
 use self::cost::{Costs, Ledger};
-use self::document::Block;
 use self::lab::Lab;
 use self::outputs::{Output, Part};
 use self::profile::{MethodSpec, Profile};
@@ -41,6 +38,7 @@ use self::results::{Collected, Comparison, MethodResult, Setup};
 use self::run::{BASE, Job, Run, Timing};
 use self::text::Text;
 use super::{INTERRUPTED, STOP, catch_interrupts};
+use crate::document::{Block, markdown, page};
 use crate::report::{self, Table};
 use crate::ui::{Ui, stderr_line};
 
@@ -214,7 +212,7 @@ fn forget_other_results(out: &Path, setup: &Setup) -> Result<()> {
 fn finish(collected: &Collected, out: &Path, seconds: f64, ui: &mut Ui) -> Result<()> {
     let results = results::of(collected)?;
     write_json(&out.join("results.json"), &results)?;
-    let report = document::of(collected, &results);
+    let report = chapters::of(collected, &results);
     write(&out.join("report.md"), markdown::markdown(&report).as_bytes())?;
     write(&out.join("report.html"), page::page(&report).as_bytes())?;
     for block in report.chapters.iter().flat_map(|chapter| &chapter.blocks) {

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use super::document::{Block, Cell, Figure, Plot, Report, Series, Tabular};
+use super::{Block, Cell, Figure, Look, Plot, Report, Series, Tabular};
 
 /// Colours that most eyes tell apart, of marks of the same place in every chart (Okabe and Ito's).
 const COLOURS: usize = 7;
@@ -128,38 +128,47 @@ fn cell_html(cell: &Cell, first: bool, numeric: bool) -> String {
 }
 
 fn figure_html(figure: &Figure) -> String {
-    let (picture, legend) = match &figure.plot {
-        Plot::Lines(series) => (axes_svg(figure, series, true), legend(series)),
-        Plot::Points(series) => (axes_svg(figure, series, false), String::new()),
-        Plot::Heat { rows, columns, values } => (heat_svg(figure, rows, columns, values), String::new()),
+    let legend = match &figure.plot {
+        Plot::Axes { series, .. } => legend(series),
+        Plot::Heat { .. } => String::new(),
     };
     let note = match figure.note.is_empty() {
         true => String::new(),
         false => format!("<p class=\"note\">{}</p>\n", prose(&figure.note)),
     };
     format!(
-        "<figure id=\"{}\">\n<figcaption>{}</figcaption>\n{picture}\n{legend}{note}</figure>\n",
+        "<figure id=\"{}\">\n<figcaption>{}</figcaption>\n{}\n{legend}{note}</figure>\n",
         escape(&figure.id),
-        prose(&figure.title)
+        prose(&figure.title),
+        chart(figure)
     )
 }
 
+/// The names of lines; clouds have theirs beside them.
 fn legend(series: &[Series]) -> String {
-    let mut out = String::from("<ul class=\"legend\">");
-    for (i, one) in series.iter().enumerate() {
-        let dash = if one.dashed { " dash" } else { "" };
-        let _ = write!(out, "<li><i class=\"k{}{dash}\"></i>{}</li>", i % COLOURS, escape(&one.name));
+    let mut names = String::new();
+    for (i, one) in series.iter().enumerate().filter(|(_, one)| one.look != Look::Cloud) {
+        let _ =
+            write!(names, "<li><i class=\"k{}{}\"></i>{}</li>", i % COLOURS, dash(one), escape(&one.name));
     }
-    out + "</ul>\n"
+    if names.is_empty() { names } else { format!("<ul class=\"legend\">{names}</ul>\n") }
+}
+
+/// The class of lines that are dashed.
+fn dash(series: &Series) -> &'static str {
+    if matches!(series.look, Look::Dashed | Look::Guide) { " dash" } else { "" }
+}
+
+fn chart(figure: &Figure) -> String {
+    match &figure.plot {
+        Plot::Axes { series, least } => axes_svg(figure, series, *least),
+        Plot::Heat { rows, columns, values } => heat_svg(figure, rows, columns, values),
+    }
 }
 
 /// The chart alone, as a file of its own: its style comes along.
 pub(crate) fn svg(figure: &Figure) -> String {
-    let inner = match &figure.plot {
-        Plot::Lines(series) => axes_svg(figure, series, true),
-        Plot::Points(series) => axes_svg(figure, series, false),
-        Plot::Heat { rows, columns, values } => heat_svg(figure, rows, columns, values),
-    };
+    let inner = chart(figure);
     let style = format!("<style>{CHART_STYLE}{CHART_ALONE}</style>");
     let at = inner.find('>').map_or(0, |at| at + 1);
     format!("{}{style}{}\n", &inner[..at], &inner[at..])
@@ -214,8 +223,8 @@ fn short(value: f64) -> String {
     }
 }
 
-/// A range a little wider than the values, or some range where there are none.
-fn range(values: impl Iterator<Item = f64>) -> (f64, f64) {
+/// A range a little wider than the values and no smaller than `least`, or some range where there are none.
+fn range(values: impl Iterator<Item = f64>, least: f64) -> (f64, f64) {
     let (low, high) = values
         .filter(|v| v.is_finite())
         .fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), v| (l.min(v), h.max(v)));
@@ -223,6 +232,7 @@ fn range(values: impl Iterator<Item = f64>) -> (f64, f64) {
         return (0.0, 1.0);
     }
     let margin = if high > low { 0.05 * (high - low) } else { (0.1 * high.abs()).max(0.5) };
+    let margin = margin.max((least - (high - low)) / 2.0);
     (low - margin, high + margin)
 }
 
@@ -233,13 +243,14 @@ fn open(figure: &Figure, width: f64, height: f64) -> String {
     )
 }
 
-fn axes_svg(figure: &Figure, series: &[Series], lines: bool) -> String {
+fn axes_svg(figure: &Figure, series: &[Series], least: f64) -> String {
     let points = || series.iter().flat_map(|one| one.points.iter());
-    let (x0, x1) = range(points().map(|p| p.0));
+    let (x0, x1) = range(points().map(|p| p.x), 0.0);
     // Values of many sizes stand on a logarithmic axis.
-    let log = spread(points().map(|p| p.1)) > MANY_SIZES;
+    let log = spread(points().map(|p| p.y)) > MANY_SIZES;
     let up = |y: f64| if log { y.log10() } else { y };
-    let (y0, y1) = range(points().map(|p| up(p.1)));
+    let heights = points().flat_map(|p| p.range.into_iter().flatten().chain([p.y]));
+    let (y0, y1) = range(heights.map(up), if log { 0.0 } else { least });
     let px = |x: f64| LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT);
     let py = |y: f64| HEIGHT - BOTTOM - (up(y) - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM);
     let mut out = open(figure, WIDTH, HEIGHT);
@@ -278,38 +289,53 @@ fn axes_svg(figure: &Figure, series: &[Series], lines: bool) -> String {
     );
     // Where names stand: left, right and height.
     let mut names: Vec<(f64, f64, f64)> = Vec::new();
-    for (i, one) in series.iter().enumerate() {
-        let (class, dash) = (i % COLOURS, if one.dashed { " dash" } else { "" });
-        let shown: Vec<_> = one.points.iter().filter(|p| p.0.is_finite() && p.1.is_finite()).collect();
-        if lines && shown.len() > 1 {
-            let path: Vec<String> = shown.iter().map(|p| format!("{:.1},{:.1}", px(p.0), py(p.1))).collect();
-            let _ = write!(out, "<polyline class=\"line s{class}{dash}\" points=\"{}\"/>", path.join(" "));
+    let mut layers: Vec<_> = series.iter().enumerate().collect();
+    // Under the marks that it goes through.
+    layers.sort_by_key(|(_, one)| one.look != Look::Guide);
+    for (i, one) in layers {
+        let class = i % COLOURS;
+        let shown: Vec<_> = one.points.iter().filter(|p| p.x.is_finite() && p.y.is_finite()).collect();
+        if one.look != Look::Cloud && shown.len() > 1 {
+            let path: Vec<String> = shown.iter().map(|p| format!("{:.1},{:.1}", px(p.x), py(p.y))).collect();
+            let _ =
+                write!(out, "<polyline class=\"line s{class}{}\" points=\"{}\"/>", dash(one), path.join(" "));
         }
-        for (x, y, tip) in shown {
-            let radius = if lines { 3.0 } else { 5.5 };
-            let tip =
-                escape(&if tip.is_empty() { format!("{}: {}", one.name, short(*y)) } else { tip.clone() });
+        let radius = match one.look {
+            Look::Cloud => 5.5,
+            Look::Line | Look::Dashed => 3.0,
+            Look::Guide => continue,
+        };
+        for point in shown {
+            let (x, y, tip) = (px(point.x), py(point.y), escape(&point.tip));
+            if let Some([low, high]) = point.range {
+                let _ = write!(
+                    out,
+                    "<line class=\"line s{class}\" opacity=\".5\" x1=\"{x:.1}\" x2=\"{x:.1}\" y1=\"{:.1}\" y2=\"{:.1}\"/>",
+                    py(low),
+                    py(high)
+                );
+            }
             let _ = write!(
                 out,
-                "<circle class=\"mark m{class}\" cx=\"{:.1}\" cy=\"{:.1}\" r=\"{radius}\" data-tip=\"{tip}\" tabindex=\"0\"><title>{tip}</title></circle>",
-                px(*x),
-                py(*y)
+                "<circle class=\"mark m{class}\" cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"{radius}\" data-tip=\"{tip}\" tabindex=\"0\"><title>{tip}</title></circle>"
             );
+            if one.look != Look::Cloud {
+                continue;
+            }
             // More clouds than colours: each says its name where there is room; the others say it when pointed at.
             let width = 7.0 * one.name.chars().count() as f64;
-            let free = |from: f64, names: &[(f64, f64, f64)]| {
+            let free = |from: f64| {
                 let apart = |&(left, right, y_of): &(f64, f64, f64)| {
-                    from + width < left || right < from || (y_of - py(*y)).abs() > 12.0
+                    from + width < left || right < from || (y_of - y).abs() > 12.0
                 };
                 from > LEFT && from + width < WIDTH && names.iter().all(apart)
             };
-            let sides = [px(*x) + 9.0, px(*x) - 9.0 - width];
-            if let Some(from) = sides.into_iter().find(|&from| !lines && free(from, &names)) {
-                names.push((from, from + width, py(*y)));
+            if let Some(from) = [x + 9.0, x - 9.0 - width].into_iter().find(|&from| free(from)) {
+                names.push((from, from + width, y));
                 let _ = write!(
                     out,
                     "<text class=\"tick\" x=\"{from:.1}\" y=\"{:.1}\">{}</text>",
-                    py(*y) + 4.0,
+                    y + 4.0,
                     escape(&one.name)
                 );
             }
@@ -478,7 +504,7 @@ document.getElementById('theme').addEventListener('click',function(){
 
 #[cfg(test)]
 mod tests {
-    use super::super::document::Chapter;
+    use super::super::{Chapter, Point};
     use super::*;
 
     fn report(blocks: Vec<Block>) -> Report {
@@ -498,9 +524,12 @@ mod tests {
         }
     }
 
-    fn series(points: &[(f64, f64)]) -> Series {
-        let points = points.iter().map(|&(x, y)| (x, y, "<tip>".to_owned())).collect();
-        Series { name: "s & t".to_owned(), points, dashed: true }
+    fn series(points: &[(f64, f64)], look: Look) -> Series {
+        let point = |&(x, y): &(f64, f64)| Point {
+            range: Some([y - 1.0, y]),
+            ..Point::new(x, y, "<tip>".to_owned())
+        };
+        Series { name: "s & t".to_owned(), points: points.iter().map(point).collect(), look }
     }
 
     /// Whether tags close in order and text has no bare signs.
@@ -555,10 +584,9 @@ mod tests {
         for points in
             [&[][..], &[(1.0, 2.0)], &[(0.0, 1.0), (1.0, f64::NAN), (2.0, f64::INFINITY), (3.0, 2.0)]]
         {
-            for plot in
-                [Plot::Lines(vec![series(points)]), Plot::Points(vec![series(points), series(points)])]
-            {
-                let figure = figure(plot);
+            for looks in [&[Look::Dashed][..], &[Look::Cloud, Look::Cloud, Look::Guide]] {
+                let series = looks.iter().map(|&look| series(points, look)).collect();
+                let figure = figure(Plot::Axes { series, least: 0.0 });
                 let svg = svg(&figure);
                 assert!(is_well_formed(&svg) && !svg.contains("NaN") && !svg.contains("inf"), "{svg}");
                 assert_eq!(
@@ -576,6 +604,22 @@ mod tests {
             let svg = svg(&figure(Plot::Heat { rows: names(rows), columns: names(columns), values }));
             assert!(is_well_formed(&svg) && !svg.contains("NaN"), "{svg}");
         }
+    }
+
+    #[test]
+    fn a_guide_lies_under_the_marks_and_has_a_name() {
+        let points = [(1.0, 2.0), (2.0, 1.0)];
+        let plot = |looks: &[Look], least| Plot::Axes {
+            series: looks.iter().map(|&look| series(&points, look)).collect(),
+            least,
+        };
+        let html = figure_html(&figure(plot(&[Look::Cloud, Look::Guide], 0.0)));
+        assert!(html.find("<polyline class=\"line s1 dash\"") < html.find("<circle"), "{html}");
+        assert_eq!((html.matches("<circle").count(), html.matches("<li>").count()), (2, 1), "{html}");
+        assert!(!figure_html(&figure(plot(&[Look::Cloud], 0.0))).contains("<ul"));
+        // A low chart has marks of small numbers, one of a least height does not.
+        let mark = |least| svg(&figure(plot(&[Look::Line], least))).contains(">0.5</text>");
+        assert_eq!([0.0, 20.0].map(mark), [true, false]);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use super::document::{Block, Figure, Plot, Report, Tabular};
+use super::{Block, Figure, Plot, Report, Tabular, number};
 
 /// The report as one Markdown text; charts are told as their numbers.
 pub(crate) fn markdown(report: &Report) -> String {
@@ -57,20 +57,14 @@ pub(crate) fn csv(table: &Tabular) -> String {
 
 /// The numbers of a chart as a table.
 pub(crate) fn numbers(figure: &Figure) -> Tabular {
-    let cell =
-        |value: f64| super::document::Cell { text: format!("{value:.4}"), value: Some(value), tip: None };
-    let mut table = Tabular {
-        id: figure.id.clone(),
-        title: figure.title.clone(),
-        note: figure.note.clone(),
-        header: vec!["series".to_owned(), figure.x.clone(), figure.y.clone()],
-        rows: Vec::new(),
-    };
+    let cell = |value: f64| number(value, |x| format!("{x:.4}"));
+    let mut table =
+        Tabular::new(&figure.id, &figure.title, &["series", &figure.x, &figure.y]).note(&figure.note);
     match &figure.plot {
-        Plot::Lines(all) | Plot::Points(all) => {
-            for series in all {
-                for (x, y, _) in &series.points {
-                    table.rows.push(vec![series.name.as_str().into(), cell(*x), cell(*y)]);
+        Plot::Axes { series, .. } => {
+            for one in series {
+                for point in &one.points {
+                    table.row(vec![one.name.as_str().into(), cell(point.x), cell(point.y)]);
                 }
             }
         }
@@ -80,7 +74,7 @@ pub(crate) fn numbers(figure: &Figure) -> Tabular {
             for (name, values) in rows.iter().zip(values) {
                 let mut cells = vec![name.as_str().into()];
                 cells.extend(values.iter().map(|&value| cell(value)));
-                table.rows.push(cells);
+                table.row(cells);
             }
         }
     }
