@@ -54,11 +54,7 @@ fn files(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
 
 /// A chapter for each suite, in it a chart for each benchmark.
 fn report(records: &[Record]) -> Report {
-<<<<<<< HEAD
-    let mut suites: BTreeMap<&str, BTreeMap<&str, Vec<(&Record, &Benchmark)>>> = BTreeMap::new();
-=======
     let mut suites: BTreeMap<&str, BTreeMap<&str, Vec<_>>> = BTreeMap::new();
->>>>>>> document
     for record in records {
         for one in &record.benchmarks {
             let suite = one.name.split('/').next().unwrap_or_default();
