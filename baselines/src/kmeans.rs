@@ -121,7 +121,8 @@ fn distances(points: &[f32], norms: &[f64], centers: &[f32], dim: usize) -> Vec<
     .collect()
 }
 
-fn means(points: &[f32], dim: usize, labels: &[usize], sizes: &[usize]) -> Vec<f32> {
+/// The means `[clusters, dim]` of the points of each cluster, which are of `sizes`.
+pub(crate) fn means(points: &[f32], dim: usize, labels: &[usize], sizes: &[usize]) -> Vec<f32> {
     let mut sums = vec![0.0f64; sizes.len() * dim];
     for (point, &c) in points.chunks_exact(dim).zip(labels) {
         let sum = &mut sums[c * dim..][..dim];
