@@ -1,15 +1,22 @@
 //! k-means with clusters of equal size (MoEfication, LLaMA-MoE's Independent-Clustering).
 //!
 //! Centers start by k-means++; then points are assigned exactly ([`assign`]) and centers become means, in turn, which
-//! lowers the inertia until nothing changes.
+//! lowers the inertia until nothing changes. Small problems are run from several starts, and the least inertia is kept.
 
 use dsmoe_kernels::matmul::{Mat, Precision, matmul};
 use dsmoe_kernels::rng::Rng;
+use rayon::prelude::*;
 
 use crate::assignment::assign;
 
 /// Rounds at the most.
 const MOST_ROUNDS: usize = 100;
+/// Starts at the most.
+const MOST_STARTS: usize = 10;
+/// Products of the distances of all starts' first rounds, at the most; one start is always run. Few points often stop in
+/// bad places and cost nothing to run again; starts of thousands of rows end within 0.03 % of each other in inertia, and
+/// one of 8192 rows of width 2048 in 8 clusters takes 1 to 3 s. So those get one start, 2048 of width 512 get 8.
+const STARTS_WORK: usize = 1 << 26;
 
 /// Points in clusters.
 #[derive(Clone, Debug, PartialEq)]
@@ -32,12 +39,26 @@ pub(crate) fn balanced(points: &[f32], dim: usize, num_clusters: usize, seed: u6
         (1..=items).contains(&num_clusters),
         "kmeans: {num_clusters} clusters of {items} points of {dim} values"
     );
-    let sizes: Vec<usize> = (0..num_clusters).map(|c| (items + c) / num_clusters).collect();
     let norms: Vec<f64> = points.chunks_exact(dim).map(square).collect();
-    let mut centers = first_centers(points, &norms, dim, num_clusters, seed);
+    let starts = (STARTS_WORK / (points.len() * num_clusters).max(1)).clamp(1, MOST_STARTS);
+    let runs: Vec<Clustering> = (0..starts as u64)
+        .into_par_iter()
+        .map(|start| {
+            let centers = first_centers(points, &norms, dim, num_clusters, seed, start);
+            descend(points, &norms, dim, centers)
+        })
+        .collect();
+    // The first of equals.
+    runs.into_iter().min_by(|a, b| a.inertia.total_cmp(&b.inertia)).expect("a start")
+}
+
+/// Assignments and means in turn, from `centers`.
+fn descend(points: &[f32], norms: &[f64], dim: usize, mut centers: Vec<f32>) -> Clustering {
+    let (items, n) = (norms.len(), centers.len() / dim);
+    let sizes: Vec<usize> = (0..n).map(|c| (items + c) / n).collect();
     let mut best: Option<Clustering> = None;
     for _ in 0..MOST_ROUNDS {
-        let labels = assign(&distances(points, &norms, &centers, dim), &sizes);
+        let labels = assign(&distances(points, norms, &centers, dim), &sizes);
         if best.as_ref().is_some_and(|best| best.labels == labels) {
             break;
         }
@@ -54,10 +75,17 @@ pub(crate) fn balanced(points: &[f32], dim: usize, num_clusters: usize, seed: u6
 }
 
 /// k-means++: each center is a point, drawn with probability proportional to its squared distance to the nearest center
-/// before it.
-fn first_centers(points: &[f32], norms: &[f64], dim: usize, num_clusters: usize, seed: u64) -> Vec<f32> {
+/// before it. Each `start` draws others.
+fn first_centers(
+    points: &[f32],
+    norms: &[f64],
+    dim: usize,
+    num_clusters: usize,
+    seed: u64,
+    start: u64,
+) -> Vec<f32> {
     let items = norms.len();
-    let mut rng = Rng::new(seed, u64::from_be_bytes(*b"kmeans++"));
+    let mut rng = Rng::new(seed, u64::from_be_bytes(*b"kmeans++") ^ start);
     let mut chosen = vec![rng.below(items as u64) as usize];
     let mut nearest = vec![f64::INFINITY; items];
     while chosen.len() < num_clusters {
@@ -93,7 +121,8 @@ fn distances(points: &[f32], norms: &[f64], centers: &[f32], dim: usize) -> Vec<
     .collect()
 }
 
-fn means(points: &[f32], dim: usize, labels: &[usize], sizes: &[usize]) -> Vec<f32> {
+/// The means `[clusters, dim]` of the points of each cluster, which are of `sizes`.
+pub(crate) fn means(points: &[f32], dim: usize, labels: &[usize], sizes: &[usize]) -> Vec<f32> {
     let mut sums = vec![0.0f64; sizes.len() * dim];
     for (point, &c) in points.chunks_exact(dim).zip(labels) {
         let sum = &mut sums[c * dim..][..dim];
@@ -179,7 +208,7 @@ mod tests {
             best += least;
         }
         // k-means stops where no step of its own helps; points without structure have many such places.
-        assert!(found < 1.3 * best, "inertia {found}, the least is {best}");
+        assert!(found < 1.25 * best, "inertia {found}, the least is {best}");
     }
 
     #[test]

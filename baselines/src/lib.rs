@@ -5,6 +5,7 @@
 mod assignment;
 pub mod controls;
 mod error;
+mod graph;
 mod kmeans;
 mod linalg;
 pub mod llama_moe;

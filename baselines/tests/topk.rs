@@ -80,13 +80,14 @@ fn weights(dir: &Path) -> Vec<u8> {
 }
 
 /// Every way of making experts of both methods.
-const WAYS: [(&str, &[&str]); 7] = [
+const WAYS: [(&str, &[&str]); 8] = [
     ("llama-moe", &[]),
     ("llama-moe", &["construction=clustering", "experts=4", "scale=n"]),
     ("llama-moe", &["construction=sharing-inner", "gate=linear", "noise=no"]),
     ("llama-moe", &["construction=sharing-inter", "residual=2"]),
     ("moefication", &["experts=8", "epochs=3"]),
     ("moefication", &["experts=12", "rows=up", "score=l1", "epochs=0"]),
+    ("moefication", &["experts=8", "split=co-activation", "epochs=3"]),
     ("random-k", &[]),
 ];
 
@@ -142,6 +143,7 @@ fn all_experts_are_the_dense_model() {
     let want = logits(&model);
     for (name, set) in [
         ("moefication", &["experts=8", "epochs=1"][..]),
+        ("moefication", &["experts=8", "epochs=1", "split=co-activation"]),
         // A linear gate starts at zero: even scores, which scale n makes whole.
         ("llama-moe", &["gate=linear", "scale=n"]),
         ("llama-moe", &["gate=linear", "scale=n", "construction=clustering"]),
@@ -311,6 +313,10 @@ fn what_cannot_be_is_one_line_with_the_mend() {
     );
     tell(run_on("moefication", &model, &out, "0.8", &[], &[]), &["0 sequences are too few"]);
     tell(run("moefication", &model, &out, "0.8", &["score=l3"]), &["score: is \"l3\"", "use l1"]);
+    tell(
+        run("moefication", &model, &out, "0.8", &["split=metis"]),
+        &["split: is \"metis\"", "co-activation"],
+    );
     tell(run("moefication", &model, &out, "0.8", &["rows=down"]), &["rows: is \"down\"", "use gate or up"]);
     tell(run("moefication", &model, &out, "0.8", &["epochs=1001"]), &["epochs: is 1001"]);
 

@@ -1,4 +1,5 @@
-//! MoEfication of a real model: the trained router keeps its loss better than the start, and all experts keep it whole.
+//! MoEfication of a real model: the trained router keeps its loss better than the start, experts of co-active neurons better
+//! than clusters, and all experts keep it whole.
 
 use std::collections::HashMap;
 use std::fs;
@@ -71,10 +72,19 @@ fn a_trained_router_keeps_a_real_model_better() {
     let (trained, made) = run("moefication", "0.8", &[]);
     let (start, before) = run("moefication", "0.8", &["epochs=0"]);
     let (random, _) = run("random-k", "0.8", &["scale=n"]);
+    let (together, by_counts) = run("moefication", "0.8", &["split=co-activation"]);
     assert_eq!(made.plan.reached_by, "8 of 11 experts");
     assert!(
         dense < trained && trained < start - 0.1 && trained < random - 0.1,
         "{dense} {trained} {start} {random}"
+    );
+    assert!(dense < together && together < trained, "{dense} {together} {trained}");
+    let within: Vec<f64> =
+        by_counts.measured.iter().filter(|(name, _)| name.contains("within")).map(|m| m.1).collect();
+    // At random one of 11 experts would hold both neurons 31 times of 351.
+    assert!(
+        within.len() == made.measured.len() && within.iter().all(|&share| share > 1.3 / 11.0),
+        "{within:?}"
     );
     for ((_, after), (_, before)) in made.measured.iter().zip(&before.measured) {
         assert!(after >= before && *after > 0.75, "share {after} after training, {before} before");

@@ -4,6 +4,7 @@
 //!
 //! SiLU has no zeros, so an expert's score is a norm of its neurons' values in place of the sum of the positive ones.
 
+mod coactivation;
 mod router;
 
 use dsmoe_core::Config;
@@ -21,7 +22,7 @@ use router::{Examples, Training};
 
 /// Neurons of an expert unless told otherwise (the published examples).
 const EXPERT_WIDTH: usize = 32;
-/// FFN inputs that the router of a layer learns on; of more, an even choice.
+/// FFN inputs that the router of a layer learns on, and co-activations are counted for; of more, an even choice.
 const MOST_INPUTS: usize = 16_384;
 /// Fewer do not make a router.
 const FEWEST_INPUTS: usize = 256;
@@ -31,15 +32,23 @@ const EXPERTS: Knob = Knob {
     default: "",
     help: "use a number that divides intermediate_size; experts of 32 neurons if empty",
 };
-const ROWS: Knob =
-    Knob { name: "rows", default: "gate", help: "use gate or up: whose rows are clustered into experts" };
+const SPLIT: Knob = Knob {
+    name: "split",
+    default: "clustering",
+    help: "use clustering or co-activation: experts of neurons with similar rows, or that answer the same calibration tokens",
+};
+const ROWS: Knob = Knob {
+    name: "rows",
+    default: "gate",
+    help: "use gate or up: whose rows are clustered, and start the router by their means",
+};
 const SCORE: Knob = Knob {
     name: "score",
     default: "l2",
     help: "use l1, l2, plain or positive: what of an expert's neurons the router predicts",
 };
 const EPOCHS: Knob = Knob { name: "epochs", default: "30", help: "use a number of epochs, 0 to 1000" };
-const KNOBS: &[Knob] = &[EXPERTS, ROWS, SCORE, EPOCHS];
+const KNOBS: &[Knob] = &[EXPERTS, SPLIT, ROWS, SCORE, EPOCHS];
 
 /// MoEfication.
 #[derive(Debug)]
@@ -84,9 +93,31 @@ impl Score {
     }
 }
 
+/// How neurons become experts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Split {
+    /// Clusters of similar rows.
+    Clustering,
+    /// Parts of the graph of co-activations.
+    CoActivation,
+}
+
+impl std::str::FromStr for Split {
+    type Err = ();
+
+    fn from_str(name: &str) -> std::result::Result<Split, ()> {
+        match name {
+            "clustering" => Ok(Split::Clustering),
+            "co-activation" => Ok(Split::CoActivation),
+            _ => Err(()),
+        }
+    }
+}
+
 /// The knobs' values for a model.
 struct Settings {
     num_experts: usize,
+    split: Split,
     by_gate: bool,
     score: Score,
     epochs: usize,
@@ -119,7 +150,13 @@ fn settings(config: &Config, knobs: &Knobs) -> Result<Settings> {
     if epochs > 1000 {
         return wrong(&EPOCHS, format!("is {epochs}"));
     }
-    Ok(Settings { num_experts, by_gate, score: knobs.need(SCORE.name)?, epochs })
+    Ok(Settings {
+        num_experts,
+        split: knobs.need(SPLIT.name)?,
+        by_gate,
+        score: knobs.need(SCORE.name)?,
+        epochs,
+    })
 }
 
 fn choose(config: &Config, budget: Budget, settings: &Settings) -> Result<(TopkSpec, Plan)> {
@@ -173,6 +210,7 @@ impl Method for MoEfication {
         }
         plan.settings.push(("router inputs".to_owned(), inputs.min(MOST_INPUTS).to_string()));
 
+        let every = inputs.div_ceil(MOST_INPUTS);
         let mut stream = LayerStream::open(job.model, job.calibration)?;
         let (mut layers, mut measured) = (Vec::with_capacity(config.num_layers), Vec::new());
         for i in 0..config.num_layers {
@@ -180,9 +218,18 @@ impl Method for MoEfication {
             let weights = stream.layer(i)?;
             let [.., gate, up, _] = &weights.linears;
             let rows = if settings.by_gate { gate } else { up };
-            let (order, centers) =
-                clustering(rows.weight.to_vec(), config.hidden, settings.num_experts, job.seed);
-            let examples = examples(&mut stream, &weights, &order, &settings, inputs);
+            let n = settings.num_experts;
+            let (order, centers) = match settings.split {
+                Split::Clustering => clustering(rows.weight.to_vec(), config.hidden, n, job.seed),
+                Split::CoActivation => {
+                    let experts =
+                        coactivation::split(&mut stream, &weights, &rows.weight, n, every, job.seed);
+                    let place = format!("layer {i}: share of co-activations within experts");
+                    measured.push((place, experts.within));
+                    (experts.order, experts.centers)
+                }
+            };
+            let examples = examples(&mut stream, &weights, &order, &settings, every);
             let training = Training { top_k: spec.router.top_k, epochs: settings.epochs, seed: job.seed };
             let (gate, captured) = router::train(&spec.gate(config.hidden), &examples, centers, training);
             measured.push((format!("layer {i}: share of scores captured"), captured));
@@ -194,16 +241,16 @@ impl Method for MoEfication {
     }
 }
 
-/// What a layer's FFN reads and what each expert then does, for an even choice of the calibration tokens.
+/// What a layer's FFN reads and what each expert then does, for one of `every` calibration tokens.
 fn examples(
     stream: &mut LayerStream,
     weights: &LayerWeights,
     order: &[u32],
     settings: &Settings,
-    tokens: usize,
+    every: usize,
 ) -> Examples {
     let (hidden, intermediate) = (stream.config().hidden, order.len());
-    let (every, seq) = (tokens.div_ceil(MOST_INPUTS), stream.seq());
+    let seq = stream.seq();
     let mut examples = Examples { inputs: Vec::new(), scores: Vec::new() };
     stream.forward(weights, &mut |tap| {
         let first = tap.sequence * seq;
