@@ -1,7 +1,7 @@
 //! `dsmoe reproduce splice`: the main table and figure of recorded reproductions, written into Markdown files.
 //!
 //! ```text
-//! <!-- reproduce DIR -->     DIR, seen from the file, has results.json and charts/pareto.svg
+//! <!-- reproduce DIR -->     DIR, seen from the file, has results.json and charts/pareto-chart.svg
 //! ...                        what stands here is replaced
 //! <!-- /reproduce -->
 //! ```
@@ -19,7 +19,7 @@ use crate::ui::Ui;
 
 const BEGIN: &str = "<!-- reproduce ";
 const END: &str = "<!-- /reproduce -->";
-const CHART: &str = "charts/pareto.svg";
+const CHART: &str = "charts/pareto-chart.svg";
 
 /// What is shown of a results.json.
 #[derive(Deserialize)]
@@ -202,7 +202,7 @@ mod tests {
             once.contains("| wanda | 1.0 k | 100.0 % | 9.000 | 6.500 | 5.500 to 7.500 | – | better |"),
             "{once}"
         );
-        assert!(once.contains("](record/charts/pareto.svg)") && !once.contains("old"), "{once}");
+        assert!(once.contains("](record/charts/pareto-chart.svg)") && !once.contains("old"), "{once}");
         assert!(once.ends_with("<!-- /reproduce -->\nb\n"), "{once}");
         assert_eq!(splice(&once, folder.path()).unwrap().0, once);
         for (bad, says) in [
