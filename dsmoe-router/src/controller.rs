@@ -11,9 +11,10 @@
 //! weight   <- clamp(weight + gain (change of f - wanted), -50, 50)
 //! gain     <- 0.6 gain when e has crossed from one side of the target to the other by over 1.5 points
 //! ```
-//! with `fastest` = distance at the start / `ramp_steps` and `settle` = `ramp_steps` / 4. In the dead time before
-//! the first gates cross the threshold the weight grows steadily; as soon as the share moves faster than wanted it
-//! falls. The weight is two-sided: a negative one opens gates.
+//! with `fastest` = the largest distance so far / `ramp_steps` and `settle` = `ramp_steps` / 4. In the dead time
+//! before the first gates cross the threshold the weight grows steadily; as soon as the share moves faster than
+//! wanted it falls. The weight is two-sided: a negative one opens gates. A start beside the target does not bind the
+//! pace of a run that is thrown far from it later.
 
 use serde::{Deserialize, Serialize};
 
@@ -105,6 +106,7 @@ impl BudgetController {
         let change = FILTER * (measured - state.filtered);
         state.filtered += change;
         let error = state.filtered - self.target;
+        state.fastest = state.fastest.max(error.abs() / self.ramp_steps);
         if error.abs() > OVERSHOOT {
             if state.side * error < 0.0 {
                 self.gain = (GAIN_CUT * self.gain).max(GAIN_RANGE.0);

@@ -173,3 +173,21 @@ fn bad_arguments_and_measurements() {
     controller.update(f32::NAN);
     assert_eq!(controller, before);
 }
+
+/// The first steps of a router at a high learning rate can throw a share that starts beside its target far off, where
+/// the other losses hold it.
+#[test]
+fn a_share_held_far_from_the_target_is_pushed_as_hard_wherever_the_run_began() {
+    let growth = |start: f32| {
+        let mut controller = BudgetController::new(0.375, 80).unwrap();
+        controller.update(start);
+        let mut weights = (0..80).map(|_| controller.update(0.575));
+        let early = weights.nth(39).unwrap();
+        weights.last().unwrap() - early
+    };
+    let (far, beside) = (growth(0.575), growth(0.38));
+    assert!(
+        far > 1.0 && beside > 0.95 * far,
+        "weight grows by {far} from afar, {beside} from beside the target"
+    );
+}

@@ -12,7 +12,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 /// Raised when a stage computes something else than before from the same settings.
-const CODE_FORMAT: u32 = 1;
+const CODE_FORMAT: u32 = 2;
 const RESULT: &str = "result.json";
 
 /// Work stopped on request; what was done is kept.
