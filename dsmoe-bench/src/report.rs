@@ -20,8 +20,13 @@ pub(crate) fn bytes(n: u64) -> String {
     scaled(n as f64, &[" B", " kB", " MB", " GB", " TB"])
 }
 
-/// `735.0 M`.
+/// `735.0 M`, `1.2 B`: parameters and tokens.
 pub(crate) fn amount(n: f64) -> String {
+    scaled(n, &["", " k", " M", " B", " T"])
+}
+
+/// `1.5 G`: FLOPs.
+pub(crate) fn flops(n: f64) -> String {
     scaled(n, &["", " k", " M", " G", " T"])
 }
 
@@ -120,7 +125,8 @@ mod tests {
             [12, 999_949, 999_950, 13_476_000_000].map(bytes),
             ["12 B", "999.9 kB", "1.0 MB", "13.5 GB"]
         );
-        assert_eq!(amount(735_010_000.0), "735.0 M");
+        assert_eq!([735_010_000.0, 1_235_814_400.0].map(amount), ["735.0 M", "1.2 B"]);
+        assert_eq!(flops(1_500_000_000.0), "1.5 G");
         assert_eq!(percent(0.375), "37.5 %");
         assert_eq!([0.25, 59.4, 61.0, 7500.0].map(duration), ["0.2 s", "59 s", "1 min 01 s", "2 h 05 min"]);
     }

@@ -1,4 +1,4 @@
-//! DSMoE models: LLaMA checkpoints, FFN partition into experts, the model with its KV cache, generation, accounting.
+#![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
 pub mod accounting;

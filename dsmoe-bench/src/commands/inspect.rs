@@ -357,7 +357,7 @@ fn show(report: &Report) -> String {
         "arithmetic",
         format!(
             "{} FLOPs per token{at}, after {} tokens",
-            report::amount(report.flops_per_token),
+            report::flops(report.flops_per_token),
             report.context
         ),
     ));

@@ -380,7 +380,7 @@ fn show_plan(plan: &Plan) -> String {
             ),
         ),
         ("budget", plan.budget.clone()),
-        ("arithmetic", format!("{} FLOPs per step", report::amount(plan.flops_per_step))),
+        ("arithmetic", format!("{} FLOPs per step", report::flops(plan.flops_per_step))),
         ("memory", format!("about {}", report::bytes(plan.memory_bytes))),
     ];
     fields.extend(plan.memory.iter().map(|memory| (memory.what, report::bytes(memory.bytes))));

@@ -351,6 +351,8 @@ fn heat_svg(figure: &Figure, rows: &[String], columns: &[String], values: &[Vec<
     let height = TOP + rows.len() as f64 * cell_h + 40.0;
     let finite = || values.iter().flatten().copied().filter(|v| v.is_finite());
     let (low, high) = finite().fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), v| (l.min(v), h.max(v)));
+    // The same decimals in all cells, where they are of one size.
+    let show = |value: f64| if high < 100.0 && low > -100.0 { format!("{value:.2}") } else { short(value) };
     let mut out = open(figure, WIDTH, height);
     for (r, name) in rows.iter().enumerate() {
         let y = TOP + r as f64 * cell_h;
@@ -365,7 +367,7 @@ fn heat_svg(figure: &Figure, rows: &[String], columns: &[String], values: &[Vec<
             let value = values.get(r).and_then(|row| row.get(c)).copied().unwrap_or(f64::NAN);
             let share = if high > low { (value - low) / (high - low) } else { 0.5 };
             let (text, opacity, dark) = match value.is_finite() {
-                true => (short(value), 0.08 + 0.87 * share, share > 0.55),
+                true => (show(value), 0.08 + 0.87 * share, share > 0.55),
                 false => ("–".to_owned(), 0.0, false),
             };
             let tip = escape(&format!("{name}, {column}: {text}"));
@@ -430,7 +432,7 @@ const STYLE: &str = "\
 :root[data-theme=dark]{--paper:#16191c;--ink:#e6e8ea;--soft:#a3acb3;--rule:#30363b;--band:#1e2226;--link:#6bb8ea;--c0:#4aa8e0;--c1:#f0803c;--c2:#2fc79a;--c3:#e39bc4;--c4:#e0b83c;--c5:#7cc8f2;--c6:#9aa3aa;color-scheme:dark}
 *{box-sizing:border-box}
 body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 system-ui,-apple-system,'Segoe UI',sans-serif}
-header,main{max-width:62rem;margin:0 auto;padding:0 1.25rem}
+header,main{max-width:74rem;margin:0 auto;padding:0 1.25rem}
 header{padding-top:2.5rem}
 h1{font-size:1.9rem;line-height:1.2;margin:0 3rem .4rem 0;letter-spacing:-.01em}
 h2{font-size:1.3rem;margin:0 0 .6rem}
@@ -442,6 +444,7 @@ section{padding:2.2rem 0 0;scroll-margin-top:1rem}
 p{max-width:46rem}
 code{background:var(--band);border-radius:3px;padding:.1em .3em;font-size:.9em;overflow-wrap:anywhere}
 figure{margin:1.4rem 0 1.8rem}
+figure:not(.table){max-width:60rem}
 figcaption{font-weight:600;margin-bottom:.5rem}
 .note{color:var(--soft);font-size:.88rem;margin:.5rem 0 0}
 .scroll{overflow-x:auto;border:1px solid var(--rule);border-radius:8px}

@@ -264,7 +264,7 @@ fn show_windows(result: &EvalReport, name: &'static str, shape: &str) -> String 
             report::amount(result.params_total as f64)
         ),
     ));
-    fields.push(("FLOPs per token", report::amount(result.flops_per_token)));
+    fields.push(("FLOPs per token", report::flops(result.flops_per_token)));
     fields.push((
         "speed",
         format!("{:.0} tokens/s, {}", result.tokens_per_s, report::duration(result.seconds)),

@@ -274,7 +274,7 @@ fn show(plan: &Plan<'_>) -> String {
             format!(
                 "{} hours at the {} FLOP/s that this machine reaches in {} on a product of this model's FFN",
                 hours(plan.hours),
-                report::amount(plan.flops_per_second),
+                report::flops(plan.flops_per_second),
                 plan.dtype
             ),
         ),

@@ -2,7 +2,7 @@
 
 use super::super::profile::Role;
 use super::super::results::MethodResult;
-use super::{View, agreement, amount, measured, p_value, plain, trim, yes};
+use super::{View, agreement, amount, flops, measured, p_value, plain, trim, yes};
 use crate::document::{Block, Figure, Look, Plot, Point, Series, Tabular, number, optional};
 use crate::report;
 
@@ -144,7 +144,7 @@ impl View<'_> {
                 method.name.as_str().into(),
                 measured(&method.ppl),
                 amount(method.params_activated.mean),
-                amount(method.flops_per_token),
+                flops(method.flops_per_token),
                 optional(speed.map(|s| s.prefill_tokens_per_s), |x| format!("{x:.0}")),
                 optional(speed.map(|s| s.decode_tokens_per_s), |x| format!("{x:.0}")),
                 optional(speed.and_then(|s| s.peak_bytes).map(|b| b as f64), |x| report::bytes(x as u64)),
@@ -173,7 +173,7 @@ impl View<'_> {
         .note("FLOPs are nominal: of activated weights. On the front: no other row has as few and as low.");
         let point = |method: &MethodResult| {
             let (flops, ppl) = (method.flops_per_token, method.ppl.mean);
-            let tip = format!("{}: {} FLOPs, perplexity {}", method.name, report::amount(flops), plain(ppl));
+            let tip = format!("{}: {} FLOPs, perplexity {}", method.name, report::flops(flops), plain(ppl));
             Point::new(flops, ppl, tip)
         };
         let mut series: Vec<Series> = methods
@@ -198,7 +198,7 @@ impl View<'_> {
         for method in methods {
             table.row(vec![
                 method.name.as_str().into(),
-                amount(method.flops_per_token),
+                flops(method.flops_per_token),
                 measured(&method.ppl),
                 yes(on_front(method)),
             ]);

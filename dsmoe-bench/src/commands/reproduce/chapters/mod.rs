@@ -254,6 +254,10 @@ fn amount(value: f64) -> Cell {
     number(value, report::amount)
 }
 
+fn flops(value: f64) -> Cell {
+    number(value, report::flops)
+}
+
 fn yes(is: bool) -> Cell {
     if is { "yes".into() } else { "no".into() }
 }
