@@ -386,3 +386,22 @@ fn a_given_model_is_trained_on_given_text() {
     assert!(found["setup"]["inputs"]["dense_model"]["sha256"].is_string());
     assert!(fs::read_to_string(out.join("report.md")).unwrap().contains("No benchmark files were given"));
 }
+
+/// The tables of the README are those of the recorded runs, and another program finds the records' numbers in their
+/// runs.
+#[test]
+fn the_readme_shows_the_records() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    succeeds(&["reproduce", "splice", "--check", at(&root.join("README.md")), "--quiet"]);
+    let records: Vec<PathBuf> = fs::read_dir(root.join("dsmoe-bench/record"))
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.join("runs").is_dir())
+        .collect();
+    assert!(records.len() >= 3, "{records:?}");
+    let script = root.join("scripts/check-report");
+    for record in records {
+        let Ok(output) = Command::new("python3").arg(&script).arg(&record).output() else { return };
+        assert!(output.status.success(), "{}: {}", record.display(), String::from_utf8_lossy(&output.stdout));
+    }
+}

@@ -107,7 +107,7 @@ pub(super) fn run(args: &args::Splice, ui: &mut Ui) -> Result<()> {
 fn splice(text: &str, folder: &Path) -> Result<(String, usize)> {
     let (mut out, mut rest, mut blocks) = (String::new(), text, 0);
     while let Some(at) = rest.find(BEGIN) {
-        let line = rest[..at].matches('\n').count() + out.matches('\n').count() + 1;
+        let line = text[..text.len() - rest.len() + at].matches('\n').count() + 1;
         let (before, block) = rest.split_at(at);
         let Some((dir, body)) = block[BEGIN.len()..].split_once(" -->\n") else {
             bail!("line {line}: `{BEGIN}DIR -->` must end its line");
