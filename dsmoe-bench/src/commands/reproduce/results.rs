@@ -161,6 +161,13 @@ impl Measured {
         Measured { mean: found.mean, deviation: found.deviation, interval: found.interval, over, values }
     }
 
+    /// The interval is that of the losses, so no end of it is below 1.
+    fn of_perplexities(values: Vec<f64>) -> Measured {
+        let losses: Vec<f64> = values.iter().map(|ppl| ppl.ln()).collect();
+        let interval = estimate(&losses).interval.map(|interval| interval.map(f64::exp));
+        Measured { interval, ..Measured::of_seeds(values) }
+    }
+
     fn or_interval(mut self, over: &'static str, interval: impl FnOnce() -> Option<[f64; 2]>) -> Measured {
         if self.interval.is_none() {
             self.interval = interval();
@@ -384,7 +391,7 @@ fn method_result(setup: &Setup, spec: Option<&MethodSpec>, runs: &[&Run]) -> Met
             MilestoneMean {
                 share: stone.share,
                 tokens: stone.tokens,
-                ppl: Measured::of_seeds(all.iter().map(|stone| stone.ppl).collect()),
+                ppl: Measured::of_perplexities(all.iter().map(|stone| stone.ppl).collect()),
                 active_ratio: active.map(|values| mean(&values)),
                 params_activated: mean(&all.iter().map(|stone| stone.params_activated).collect::<Vec<_>>()),
             }
@@ -393,7 +400,7 @@ fn method_result(setup: &Setup, spec: Option<&MethodSpec>, runs: &[&Run]) -> Met
         let all: Vec<_> = runs.iter().filter_map(|run| run.sweep.as_ref()).map(|sweep| &sweep[at]).collect();
         SweepMean {
             threshold: point.threshold,
-            ppl: Measured::of_seeds(all.iter().map(|point| point.ppl).collect()),
+            ppl: Measured::of_perplexities(all.iter().map(|point| point.ppl).collect()),
             active_ratio: mean(&all.iter().map(|point| point.active_ratio).collect::<Vec<_>>()),
             params_activated: mean(&all.iter().map(|point| point.params_activated).collect::<Vec<_>>()),
         }
@@ -412,7 +419,7 @@ fn method_result(setup: &Setup, spec: Option<&MethodSpec>, runs: &[&Run]) -> Met
         flops_per_token: mean(&of(&|run| run.text.flops_per_token)),
         active_ratio: of_some(&|run| run.text.active_ratio),
         threshold: of_some(&|run| run.text.threshold.map(f64::from)),
-        ppl: Measured::of_seeds(of(&|run| run.text.ppl))
+        ppl: Measured::of_perplexities(of(&|run| run.text.ppl))
             .or_interval("windows", || windows().map(|interval| interval.map(f64::exp))),
         nll: Measured::of_seeds(of(&|run| run.text.nll)).or_interval("windows", windows),
         domains: domains.collect(),

@@ -99,13 +99,21 @@ impl View<'_> {
 
     fn summary(&self) -> Chapter {
         let setup = &self.results.setup;
+        let made = || self.results.methods.iter().filter(|method| method.name != BASE);
+        let tokens = made().map(|method| method.tokens).min().unwrap_or(0);
+        let more: Vec<String> = made()
+            .filter(|method| method.tokens > tokens)
+            .map(|method| format!(" ({} on {})", method.name, report::count(method.tokens)))
+            .collect();
         let mut blocks = vec![Block::Text(format!(
             "Every method starts from one dense model of {} parameters, is brought to {} activated parameters ({} of {} \
-             experts), and is trained on with the same text, tokens and settings; {} seed{}.",
+             experts), and is trained on {} tokens{} of the same text, with the settings of the last chapter; {} seed{}.",
             report::count(setup.dense_params),
             report::count(setup.budget.round() as u64),
             trim(setup.profile.active * self.experts()),
             setup.profile.experts,
+            report::count(tokens),
+            more.concat(),
             self.results.seeds.len(),
             if self.results.seeds.len() == 1 { "" } else { "s" },
         ))];
