@@ -118,23 +118,27 @@ impl View<'_> {
             if self.results.seeds.len() == 1 { "" } else { "s" },
         ))];
         for dsmoe in self.gated() {
-            let of = |verdict: &str| -> Vec<&str> {
-                self.results
-                    .comparisons
-                    .iter()
+            let found = |verdict: &str, words: &str| -> Option<String> {
+                let comparisons = self.results.comparisons.iter();
+                let names: Vec<&str> = comparisons
                     .filter(|one| one.dsmoe == dsmoe.name && one.verdict == verdict)
                     .map(|one| one.other.as_str())
-                    .collect()
+                    .collect();
+                (!names.is_empty()).then(|| format!("; {words} {}", names.join(", ")))
             };
-            let list = |names: Vec<&str>| if names.is_empty() { "none".to_owned() } else { names.join(", ") };
+            let verdicts = [
+                ("better", "better than"),
+                ("worse", "worse than"),
+                ("not told apart", "not told apart from"),
+            ];
+            let verdicts: Vec<String> =
+                verdicts.iter().filter_map(|(verdict, words)| found(verdict, words)).collect();
             let mut text = format!(
-                "{}: perplexity {}, {:.1} % of the budget. Better than {}; worse than {}; not told apart from {}.",
+                "{}: perplexity {} with {:.1} % of the budget{}.",
                 dsmoe.name,
                 plain(dsmoe.ppl.mean),
                 100.0 * dsmoe.of_budget,
-                list(of("better")),
-                list(of("worse")),
-                list(of("not told apart")),
+                verdicts.concat(),
             );
             let mine: Vec<_> =
                 self.results.directions.iter().filter(|one| one.method == dsmoe.name).collect();
