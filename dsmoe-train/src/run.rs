@@ -209,6 +209,12 @@ impl Trainer {
         &self.model
     }
 
+    /// The model as it stands, to be measured: until the next step the gradients' memory is free for that.
+    pub fn measured_model(&mut self) -> &Model {
+        self.stepper.release();
+        &self.model
+    }
+
     /// Steps done.
     pub fn step(&self) -> u64 {
         self.state.step
@@ -362,6 +368,7 @@ impl Trainer {
         // A window of `seq` predicted tokens, as in training.
         let seq = (self.config.seq + 1).max(2);
         self.stepper.fetch(&mut self.model)?;
+        self.stepper.release();
         let model = Inference::new_on(&self.model, self.config.dtype, self.options.device)?;
         let report = evaluate_domains(&model, &domains, EvalOptions::new(seq), &mut |_, _| {})?;
         let step = self.state.step;

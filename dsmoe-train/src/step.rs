@@ -133,6 +133,15 @@ impl Stepper {
         })
     }
 
+    /// Gives back the memory of the gradients until the next step. What measures the model meanwhile takes about as much.
+    pub fn release(&mut self) {
+        match &mut self.engine {
+            Engine::Cpu { grads, .. } => *grads = Buf::zeros(0),
+            #[cfg(feature = "cuda")]
+            Engine::Cuda(_) => {}
+        }
+    }
+
     /// Takes a step with this weight of the sparsity loss. `None` when `stop` was raised meanwhile: nothing has changed
     /// then. Where a GPU trains, `model` changes with [`Stepper::fetch`] only.
     ///
@@ -161,7 +170,10 @@ impl Stepper {
         };
         let mut shown = StepResult::default();
         match engine {
-            Engine::Cpu { grads, .. } => grads.clear(),
+            Engine::Cpu { grads, .. } => {
+                grads.resize(layout.len());
+                grads.clear();
+            }
             #[cfg(feature = "cuda")]
             Engine::Cuda(trainer) => trainer.begin()?,
         }

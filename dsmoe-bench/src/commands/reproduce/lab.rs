@@ -297,7 +297,7 @@ impl Lab<'_> {
             while let Some(&(step, share)) = due.peek()
                 && step == trainer.step()
             {
-                at(share, step, trainer.model())?;
+                at(share, step, trainer.measured_model())?;
                 due.next();
             }
             watch.next = due.peek().map(|(step, _)| *step);
@@ -312,7 +312,7 @@ impl Lab<'_> {
             }
             if finished {
                 for (step, share) in due {
-                    at(share, step, trainer.model())?;
+                    at(share, step, trainer.measured_model())?;
                 }
                 watch.progress.finish();
                 return Ok(());
