@@ -33,6 +33,10 @@ fn record() -> &'static (PathBuf, Value) {
             "kernels",
             "--only",
             "rms_norm",
+            "--processes",
+            "1",
+            "--threads",
+            "2",
             "--repeats",
             "8",
             "--out",
@@ -61,7 +65,7 @@ fn scale(value: &mut Value, factor: f64) {
 #[test]
 fn a_record_says_what_where_and_how_sure() {
     let record = &record().1;
-    assert_eq!((&record["format"], &record["version"]), (&json!("dsmoe-bench-record"), &json!(1)));
+    assert_eq!((&record["format"], &record["version"]), (&json!("dsmoe-bench-record"), &json!(2)));
     for (part, keys) in [
         ("machine", &["cpu", "cores", "caches", "isa", "threads", "system"][..]),
         ("build", &["revision", "rustc", "version"]),
@@ -76,7 +80,9 @@ fn a_record_says_what_where_and_how_sure() {
             (&one["repetitions"], &one["unit"], &one["kind"]),
             (&json!(8), &json!("s"), &json!("time"))
         );
-        for (estimate, samples) in [("value", "samples"), ("ratio", "ratio_samples")] {
+        for (estimate, samples) in
+            [("value", "samples"), ("ratio", "ratio_samples"), ("exchange_ratio", "exchange_samples")]
+        {
             let number = |key| one[estimate][key].as_f64().unwrap();
             let mut samples: Vec<f64> =
                 one[samples].as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect();
@@ -89,6 +95,20 @@ fn a_record_says_what_where_and_how_sure() {
 }
 
 #[test]
+fn processes_are_the_samples_of_a_record() {
+    let path = dir().join("processes.json");
+    let three = ["bench", "record", "--suite", "kernels", "--only", "rms_norm/forward", "--processes", "3"];
+    succeeds(&[&three[..], &["--repeats", "8", "--out", at(&path)]].concat());
+    let record: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+    let one = &record["benchmarks"][0];
+    assert_eq!((&one["repetitions"], one["samples"].as_array().unwrap().len()), (&json!(3), 3));
+    let mut samples: Vec<f64> =
+        one["samples"].as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect();
+    samples.sort_by(f64::total_cmp);
+    assert_eq!(one["value"], json!({ "low": samples[0], "median": samples[1], "high": samples[2] }));
+}
+
+#[test]
 fn equal_records_pass_and_a_slower_one_ends_with_3() {
     let (path, _) = record();
     let same = run(&["bench", "compare", at(path), at(path), "--json"]);
@@ -96,7 +116,7 @@ fn equal_records_pass_and_a_slower_one_ends_with_3() {
     let slow = changed("slow.json", |record| {
         // Beyond whatever interval a busy machine gave.
         let one = &mut record["benchmarks"][1];
-        for key in ["ratio", "value"] {
+        for key in ["ratio", "value", "exchange_ratio"] {
             let spread = one[key]["high"].as_f64().unwrap() / one[key]["low"].as_f64().unwrap();
             scale(&mut one[key], 1.1 * spread);
         }
@@ -120,8 +140,8 @@ fn equal_records_pass_and_a_slower_one_ends_with_3() {
 #[test]
 fn what_cannot_be_compared_is_refused() {
     let (path, _) = record();
-    let newer = changed("newer.json", |record| record["version"] = json!(2));
-    fails(&["bench", "compare", at(path), at(&newer)], &["newer.json", "version is 2", "measure again"]);
+    let newer = changed("newer.json", |record| record["version"] = json!(3));
+    fails(&["bench", "compare", at(path), at(&newer)], &["newer.json", "version is 3", "measure again"]);
     let other = changed("other.json", |record| record["suites"] = json!(["ffn"]));
     fails(&["bench", "compare", at(path), at(&other)], &["kernels", "ffn", "--suite"]);
     let spoiled = changed("spoiled.json", |record| record["benchmarks"][0]["value"]["low"] = json!(-1.0));
@@ -148,6 +168,8 @@ fn other_tools_get_their_formats() {
             "decode/dense",
             "--suite",
             "decode",
+            "--processes",
+            "1",
             "--repeats",
             "8",
             "--format",

@@ -238,14 +238,17 @@ pub(crate) struct Record {
     /// What to write; without it and without --out a table for people
     #[arg(long, value_enum)]
     pub(crate) format: Option<Format>,
-    /// Rounds in which every benchmark and the calibration kernel take their turn; a 99 % interval needs 8
-    #[arg(long, value_name = "N", default_value_t = 31, value_parser = clap::value_parser!(u16).range(8..=1000))]
+    /// Processes that measure, one after the other: where memory lies differs from one to the next; a 99 % interval needs 8
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    pub(crate) processes: u16,
+    /// Rounds of a process in which every benchmark and the calibration take their turn; a 99 % interval of one process needs 8
+    #[arg(long, value_name = "N", default_value_t = 9, value_parser = clap::value_parser!(u16).range(8..=1000))]
     pub(crate) repeats: u16,
     /// Also count instructions with valgrind (kernels and ffn; DSMOE_ISA narrows the tier, avx2 by default)
     #[arg(long)]
     pub(crate) instructions: bool,
     /// Take the estimates of criterion's runs in this folder, such as target/criterion, instead of measuring
-    #[arg(long, value_name = "DIR", conflicts_with_all = ["instructions", "suite", "only", "repeats"])]
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["instructions", "suite", "only", "processes", "repeats"])]
     pub(crate) from_criterion: Option<PathBuf>,
 }
 

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
@@ -10,12 +10,15 @@ use serde::Serialize;
 use super::super::args::Compare;
 use super::export::{amount, origin};
 use super::format::{Benchmark, Kind, Record};
+use super::record::in_process;
 use super::stats::{Estimate, Verdict, judge, judge_pairs};
 use crate::report::Table;
 use crate::ui::Ui;
 
 /// What is said by the exit status of a comparison that found something worse.
 const OUT_OF_TOLERANCE: u8 = 3;
+/// An exchange between processors that takes so many times as long is told.
+const FURTHER: f64 = 1.5;
 
 #[derive(Debug, Serialize)]
 struct Report {
@@ -118,6 +121,7 @@ fn records(before: &Record, after: &Record, args: &Compare) -> Result<Report> {
     if rows.len() + missing.len() < before.benchmarks.len() {
         warnings.push("times without a ratio, or a quality of other bits, were left out".to_owned());
     }
+    warnings.extend(apart(before, after));
     if rows.is_empty() {
         bail!("the records have nothing that can be compared; measure both on one machine");
     }
@@ -130,6 +134,23 @@ fn records(before: &Record, after: &Record, args: &Compare) -> Result<Report> {
         failed: 0,
         missing,
         warnings,
+    })
+}
+
+/// Says where processors handed data to each other at another speed.
+fn apart(before: &Record, after: &Record) -> Option<String> {
+    let micros = |record: &Record| -> Option<f64> {
+        let all = record.benchmarks.iter();
+        let found: Vec<f64> =
+            all.filter_map(|one| Some(1e6 * one.value.median / one.exchange_ratio?.median)).collect();
+        (!found.is_empty()).then(|| Estimate::of(&found).median)
+    };
+    let (a, b) = (micros(before)?, micros(after)?);
+    (a.max(b) > FURTHER * a.min(b)).then(|| {
+        format!(
+            "threads handed data to each other in {a:.0} µs before and {b:.0} µs after: the processors were in other places, \
+             and what shares data took another time for that alone; measure again, or use --run"
+        )
     })
 }
 
@@ -146,9 +167,12 @@ fn row(a: &Benchmark, b: &Benchmark, args: &Compare, same_machine: bool, same_bi
         quality(before, after, args.quality_tolerance)
     } else {
         let (change, verdict) = judge(before, after, args.fail_above);
-        // Other work on the machine slows the calibration kernel by another factor than what is measured, so a ratio
-        // may move alone. Slower code moves both.
-        let confirmed = compared != "ratio" || !same_machine || judge(a.value, b.value, 0.0).1 == verdict;
+        // Other work on the machine, or processors that stand further apart, slow the arithmetic of the calibration by
+        // another factor than what is measured, so a ratio may move alone. Slower code moves all there is.
+        let agrees = |a, b| judge(a, b, 0.0).1 == verdict;
+        let confirmed = compared != "ratio"
+            || (!same_machine || agrees(a.value, b.value))
+                && a.exchange_ratio.zip(b.exchange_ratio).is_none_or(|(a, b)| agrees(a, b));
         (change, if confirmed { verdict } else { Verdict::Same })
     };
     Some(Row {
@@ -179,7 +203,10 @@ fn builds(before: &Path, after: &Path, args: &Compare, ui: &Ui) -> Result<Report
         let order = if round % 2 == 0 { [0, 1] } else { [1, 0] };
         let mut both = [None, None];
         for side in order {
-            both[side] = Some(measure([before, after][side], args)?);
+            // As a program in a folder, not one of the search path.
+            let program = [before, after][side];
+            let program = std::fs::canonicalize(program).with_context(|| program.display().to_string())?;
+            both[side] = Some(in_process(&program, &args.choice, args.repeats)?);
         }
         let [Some(a), Some(b)] = both else { bail!("a build gave no record") };
         ui.note(format_args!("round {} of {}", round + 1, args.rounds));
@@ -213,25 +240,6 @@ fn builds(before: &Path, after: &Path, args: &Compare, ui: &Ui) -> Result<Report
         missing,
         warnings,
     })
-}
-
-fn measure(build: &Path, args: &Compare) -> Result<Record> {
-    let suites: Vec<&str> = args.choice.suite.iter().map(|suite| suite.name()).collect();
-    // As a program in a folder, not one of the search path.
-    let program = std::fs::canonicalize(build).with_context(|| build.display().to_string())?;
-    let mut command = Command::new(program);
-    command.args(["bench", "record", "--json", "--quiet", "--suite", &suites.join(",")]);
-    command.args(["--repeats", &args.repeats.to_string()]);
-    command.args(["--threads", &rayon::current_num_threads().to_string()]);
-    if let Some(only) = &args.choice.only {
-        command.args(["--only", only]);
-    }
-    let output = command.output().with_context(|| build.display().to_string())?;
-    if !output.status.success() {
-        let stderr = String::from_utf8_lossy(&output.stderr);
-        bail!("{}: {}: {}", build.display(), output.status, stderr.trim());
-    }
-    Record::parse(&String::from_utf8_lossy(&output.stdout)).with_context(|| build.display().to_string())
 }
 
 fn paired(name: &str, pairs: &[[Record; 2]], args: &Compare) -> Result<Row> {
@@ -373,6 +381,24 @@ mod tests {
         assert_eq!(verdicts(&before, &record(0.9, 0.9, 1040.0, 20.0)), [Better, Worse, Same]);
         let next = f64::from_bits(20f64.to_bits() + 16);
         assert_eq!(verdicts(&before, &record(1.0, 1.0, 1020.0, next)), [Same, Same, Worse], "any bit");
+    }
+
+    #[test]
+    fn processors_that_stand_further_apart_are_no_slower_code() {
+        use Verdict::{Same, Worse};
+        let exchange = |record: &Record, ratio: f64| {
+            let mut record = record.clone();
+            record.benchmarks[0].exchange_ratio =
+                Some(Estimate { median: ratio, low: 0.99 * ratio, high: 1.01 * ratio });
+            record
+        };
+        let (before, slower) = (record(1.0, 1.0, 1000.0, 20.0), record(1.4, 1.4, 1000.0, 20.0));
+        // 3 times as long to hand data over, and so 1.4 times as long for what does.
+        let apart = records(&exchange(&before, 1.0), &exchange(&slower, 1.4 / 3.0), &args()).unwrap();
+        assert_eq!(apart.rows[0].verdict, Same);
+        assert!(apart.warnings.iter().any(|warning| warning.contains("in other places")));
+        let same = records(&exchange(&before, 1.0), &exchange(&slower, 1.4), &args()).unwrap();
+        assert_eq!((same.rows[0].verdict, same.warnings.len()), (Worse, 0));
     }
 
     #[test]

@@ -82,10 +82,12 @@ fn benchmark(new: &Path) -> Result<Benchmark> {
             high: seconds(median.confidence_interval.upper_bound),
         },
         ratio: None,
+        exchange_ratio: None,
         repetitions: samples.len(),
         calls: iters.first().map_or(1, |&calls| calls as u64),
         samples,
         ratio_samples: Vec::new(),
+        exchange_samples: Vec::new(),
     })
 }
 

@@ -12,7 +12,7 @@ use crate::commands::doctor::cpu_model;
 
 const FORMAT: &str = "dsmoe-bench-record";
 /// Goes up whenever a field or a benchmark changes its meaning.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -77,14 +77,18 @@ pub(super) struct Benchmark {
     pub(super) unit: String,
     /// In `unit`, with the 99 % interval of the median.
     pub(super) value: Estimate,
-    /// Over the calibration kernel of the same moment.
+    /// Over the arithmetic of the calibration at the same moment.
     pub(super) ratio: Option<Estimate>,
+    /// Over the exchange of data between threads at the same moment.
+    pub(super) exchange_ratio: Option<Estimate>,
+    /// Processes, or rounds of one.
     pub(super) repetitions: usize,
-    /// Calls of each repetition.
+    /// Calls of each repetition, in the first process.
     pub(super) calls: u64,
-    /// In `unit`, in the order they were taken.
+    /// In `unit`, in the order they were taken: the median of each process, or each round of one.
     pub(super) samples: Vec<f64>,
     pub(super) ratio_samples: Vec<f64>,
+    pub(super) exchange_samples: Vec<f64>,
 }
 
 impl Benchmark {
@@ -96,10 +100,12 @@ impl Benchmark {
             unit: unit.to_owned(),
             value: Estimate::exact(value),
             ratio: None,
+            exchange_ratio: None,
             repetitions: 1,
             calls: 1,
             samples: vec![value],
             ratio_samples: Vec::new(),
+            exchange_samples: Vec::new(),
         }
     }
 }
@@ -148,7 +154,7 @@ impl Record {
         }
         let record: Record = serde_json::from_str(text)?;
         for one in &record.benchmarks {
-            let numbers = [Some(one.value), one.ratio].into_iter().flatten();
+            let numbers = [Some(one.value), one.ratio, one.exchange_ratio].into_iter().flatten();
             for Estimate { median, low, high } in numbers {
                 if !(0.0 < low && low <= median && median <= high && high.is_finite()) {
                     bail!("{}: {low} <= {median} <= {high} is no interval above 0; measure again", one.name);

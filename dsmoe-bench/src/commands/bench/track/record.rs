@@ -1,11 +1,14 @@
 //! `dsmoe bench record`: measures suites and writes what came out.
 
 use std::hint::black_box;
+use std::path::Path;
+use std::process::Command;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 
 use super::super::args::{Choice, Format, Record as Args, Suite};
+use super::calibrate::Calibration;
 use super::format::{Benchmark, Kind, Record};
 use super::stats::Estimate;
 use super::workloads::{Task, Workload};
@@ -15,9 +18,6 @@ use crate::ui::Ui;
 /// A sample of a short task is this long at least.
 const SAMPLE_SECONDS: f64 = 0.01;
 const MOST_CALLS: f64 = 100_000.0;
-/// Length of the calibration kernel: a few milliseconds.
-const CALIBRATION_PASSES: usize = 3000;
-const CALIBRATION_VALUES: usize = 4096;
 
 pub(crate) fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     let record = match &args.from_criterion {
@@ -46,19 +46,28 @@ fn measure(args: &Args, ui: &mut Ui) -> Result<Record> {
     let suites = suites(&args.choice);
     let mut record =
         Record::new(suites.iter().map(|suite| suite.name().to_owned()).collect(), args.choice.only.clone());
-    for &suite in &suites {
-        let chosen: Vec<&Workload> =
-            suite.workloads().iter().filter(|one| args.choice.takes(one.name)).collect();
-        if !chosen.is_empty() {
+    let timed: Vec<Suite> =
+        suites.iter().copied().filter(|suite| !chosen(*suite, &args.choice).is_empty()).collect();
+    if args.processes == 1 {
+        for &suite in &timed {
             ui.note(format_args!("measuring {}", suite.name()));
+            let chosen = chosen(suite, &args.choice);
             // On a thread of the pool, where handing work to the others is cheapest.
-            let timed = rayon::scope(|_| time(&chosen, usize::from(args.repeats)))?;
-            record.benchmarks.extend(timed);
+            record.benchmarks.extend(rayon::scope(|_| time(&chosen, usize::from(args.repeats)))?);
         }
-        if suite == Suite::Quality {
-            let found = quality::measure(ui)?;
-            record.benchmarks.extend(found.into_iter().filter(|one| args.choice.takes(&one.name)));
+    } else if !timed.is_empty() {
+        let program = std::env::current_exe().context("finding this program")?;
+        let choice = Choice { suite: timed, only: args.choice.only.clone() };
+        let mut all = Vec::new();
+        for process in 1..=args.processes {
+            ui.note(format_args!("measuring, process {process} of {}", args.processes));
+            all.push(in_process(&program, &choice, args.repeats)?);
         }
+        record.benchmarks = merge(&all)?;
+    }
+    if suites.contains(&Suite::Quality) {
+        let found = quality::measure(ui)?;
+        record.benchmarks.extend(found.into_iter().filter(|one| args.choice.takes(&one.name)));
     }
     if args.instructions {
         match instructions::count(&args.choice)? {
@@ -71,6 +80,59 @@ fn measure(args: &Args, ui: &mut Ui) -> Result<Record> {
         bail!("no benchmark of these suites has {only:?} in its name; give another --only or --suite");
     }
     Ok(record)
+}
+
+/// The benchmarks of a suite that are asked for.
+fn chosen(suite: Suite, choice: &Choice) -> Vec<&'static Workload> {
+    suite.workloads().iter().filter(|one| choice.takes(one.name)).collect()
+}
+
+/// What one process of `program` measures.
+pub(super) fn in_process(program: &Path, choice: &Choice, repeats: u16) -> Result<Record> {
+    let suites: Vec<&str> = choice.suite.iter().map(|suite| suite.name()).collect();
+    let mut command = Command::new(program);
+    command.args(["bench", "record", "--json", "--quiet", "--processes", "1", "--suite", &suites.join(",")]);
+    command.args(["--repeats", &repeats.to_string()]);
+    command.args(["--threads", &rayon::current_num_threads().to_string()]);
+    if let Some(only) = &choice.only {
+        command.args(["--only", only]);
+    }
+    let output = command.output().with_context(|| program.display().to_string())?;
+    if !output.status.success() {
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        bail!("{}: {}: {}", program.display(), output.status, stderr.trim());
+    }
+    Record::parse(&String::from_utf8_lossy(&output.stdout)).with_context(|| program.display().to_string())
+}
+
+/// One benchmark of the medians of every process.
+fn merge(all: &[Record]) -> Result<Vec<Benchmark>> {
+    let mut merged = Vec::new();
+    for one in all.first().map_or(&[][..], |first| &first.benchmarks) {
+        let same: Vec<&Benchmark> = all
+            .iter()
+            .map(|record| record.benchmarks.iter().find(|other| other.name == one.name))
+            .collect::<Option<_>>()
+            .with_context(|| format!("{} is not in every process's record", one.name))?;
+        let medians = |estimate: &dyn Fn(&Benchmark) -> Option<Estimate>| -> Vec<f64> {
+            same.iter().filter_map(|one| estimate(one)).map(|found| found.median).collect()
+        };
+        let samples = medians(&|one| Some(one.value));
+        let (ratio_samples, exchange_samples) =
+            (medians(&|one| one.ratio), medians(&|one| one.exchange_ratio));
+        let estimate = |samples: &[f64]| (!samples.is_empty()).then(|| Estimate::of(samples));
+        merged.push(Benchmark {
+            value: Estimate::of(&samples),
+            ratio: estimate(&ratio_samples),
+            exchange_ratio: estimate(&exchange_samples),
+            repetitions: samples.len(),
+            samples,
+            ratio_samples,
+            exchange_samples,
+            ..one.clone()
+        });
+    }
+    Ok(merged)
 }
 
 /// The suites asked for, each once, in the order of their definition.
@@ -86,6 +148,7 @@ struct Contestant {
     calls: u64,
     samples: Vec<f64>,
     ratios: Vec<f64>,
+    exchanges: Vec<f64>,
 }
 
 /// Times `workloads` in turns, each sample between two of the calibration kernel.
@@ -103,15 +166,19 @@ fn time(workloads: &[&Workload], rounds: usize) -> Result<Vec<Benchmark>> {
             calls,
             samples: Vec::with_capacity(rounds),
             ratios: Vec::with_capacity(rounds),
+            exchanges: Vec::with_capacity(rounds),
         });
     }
-    let mut before = calibration();
+    let calibration = Calibration::new();
+    let mut before = calibration.now();
     for _ in 0..rounds {
         for one in &mut contestants {
             let sample = seconds(&mut one.task, one.calls).with_context(|| one.name)?;
-            let after = calibration();
+            let after = calibration.now();
             one.samples.push(sample);
-            one.ratios.push(sample / f64::midpoint(before, after));
+            let around = before.midpoint(after);
+            one.ratios.push(sample / around.arithmetic);
+            one.exchanges.extend(around.exchange.map(|exchange| sample / exchange));
             before = after;
         }
     }
@@ -121,10 +188,12 @@ fn time(workloads: &[&Workload], rounds: usize) -> Result<Vec<Benchmark>> {
         unit: "s".to_owned(),
         value: Estimate::of(&one.samples),
         ratio: Some(Estimate::of(&one.ratios)),
+        exchange_ratio: (!one.exchanges.is_empty()).then(|| Estimate::of(&one.exchanges)),
         repetitions: rounds,
         calls: one.calls,
         samples: one.samples,
         ratio_samples: one.ratios,
+        exchange_samples: one.exchanges,
     };
     Ok(contestants.into_iter().map(benchmark).collect())
 }
@@ -140,23 +209,4 @@ fn seconds(task: &mut Task, calls: u64) -> Result<f64> {
     }
     // A clock may stand still for a moment.
     Ok(parts.unwrap_or_else(|| started.elapsed().as_secs_f64()).max(1e-9) / calls as f64)
-}
-
-/// Seconds that the calibration kernel takes on all threads of the pool: multiplications and additions on data in the
-/// first cache, in no code that the crates below use.
-fn calibration() -> f64 {
-    let started = Instant::now();
-    rayon::broadcast(|_| {
-        let values = black_box([1e-3f32; CALIBRATION_VALUES]);
-        let mut sums = [0.0f32; 32];
-        for _ in 0..CALIBRATION_PASSES {
-            for part in values.chunks_exact(sums.len()) {
-                for (sum, value) in sums.iter_mut().zip(part) {
-                    *sum = *sum * 0.999 + value;
-                }
-            }
-        }
-        black_box(sums);
-    });
-    started.elapsed().as_secs_f64().max(1e-9)
 }
