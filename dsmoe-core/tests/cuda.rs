@@ -208,6 +208,107 @@ fn a_training_step_is_that_of_the_processor() {
 }
 
 #[test]
+fn recorded_steps_have_the_bits_of_queued_ones() {
+    if !has_gpu("recorded_steps_have_the_bits_of_queued_ones") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (seq, tokens) = (16, 64);
+    for (name, path) in models(dir.path()) {
+        let mut model = Model::load(&path).unwrap();
+        let zeros = vec![0.0; model.layout().len()];
+        let (mut m, mut v) = (zeros.clone(), zeros.clone());
+        let mut trainer = CudaTrainer::new(0, &model, &m, &v, tokens, seq).unwrap();
+        for step in 1..=5u32 {
+            // Other ids, other repetitions of them, another weight of the sparsity loss; a threshold that moves once.
+            let inputs: Vec<u32> = ids(tokens, step).iter().map(|id| id % (10 * step)).collect();
+            let targets = ids(tokens, step + 20);
+            let args = StepArgs {
+                loss_scale: 1.0 / tokens as f32,
+                sparsity_weight: 0.1 * step as f32,
+                sparsity_over: SparsityOver::All,
+                balance_scale: 1.0,
+                seed: 1,
+            };
+            let take = |trainer: &mut CudaTrainer, model: &Model| {
+                let mut stats = model.new_stats();
+                trainer.begin().unwrap();
+                trainer.micro_batch(&inputs, &targets, seq, &args).unwrap();
+                let shown = trainer.finish(stats.as_mut()).unwrap();
+                let share = stats.map(|stats| stats.active_ratio());
+                (shown.loss, shown.all_gates, share, trainer.download_grads().unwrap())
+            };
+            if step == 4 && model.num_experts().is_some() {
+                trainer.set_threshold(0.52).unwrap();
+                model.set_threshold(0.52).unwrap();
+            }
+            let got = take(&mut trainer, &model);
+            // One that has not run before queues its ops one by one.
+            let mut fresh = CudaTrainer::new(0, &model, &m, &v, tokens, seq).unwrap();
+            let want = take(&mut fresh, &model);
+            assert!(!fresh.is_recorded(), "{name}");
+            let moved = model.num_experts().is_some() && step == 4;
+            assert_eq!(trainer.is_recorded(), step > 1 && !moved, "{name}: step {step}");
+            assert!(got == want, "{name}: step {step} has other bits");
+            trainer.update(1.0, |decay, _| hyper(u64::from(step), decay)).unwrap();
+            trainer.download(&mut model).unwrap();
+            trainer.download_moments(&mut m, &mut v).unwrap();
+        }
+    }
+}
+
+#[test]
+#[expect(clippy::print_stdout, reason = "a skipped test says so")]
+fn logits_are_those_of_transformers() {
+    if !has_gpu("logits_are_those_of_transformers") {
+        return;
+    }
+    let shared = std::env::var_os("DSMOE_SHARED")
+        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared"), std::path::PathBuf::from);
+    let mut seen = 0;
+    for name in ["babyllama-1m", "tinystories-656k", "stories-260k"] {
+        let dir = shared.join("models").join(name);
+        let Ok(bytes) = std::fs::read(dir.join("golden_logits.safetensors")) else { continue };
+        seen += 1;
+        let golden = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let ids: Vec<u32> = golden
+            .tensor("input_ids")
+            .unwrap()
+            .data()
+            .chunks_exact(8)
+            .map(|b| i64::from_le_bytes(b.try_into().unwrap()) as u32)
+            .collect();
+        let want: Vec<f32> = golden
+            .tensor("logits")
+            .unwrap()
+            .data()
+            .chunks_exact(4)
+            .map(|b| f32::from_le_bytes(b.try_into().unwrap()))
+            .collect();
+        let half = Inference::load(&dir, Precision::Bf16).unwrap();
+        let gpu = Inference::load_on(&dir, Precision::Bf16, Device::Cuda(0)).unwrap();
+        let mut workspace = Workspace::default();
+        for chunk in [ids.len(), 1, 5, 17] {
+            let mut of = |model: &Inference| {
+                let mut cache = Cache::new(model, ids.len());
+                let mut logits = Vec::new();
+                for piece in ids.chunks(chunk) {
+                    logits.extend_from_slice(
+                        model.logits(piece, piece.len(), &mut cache, None, &mut workspace).unwrap(),
+                    );
+                }
+                logits
+            };
+            let (got, half) = (of(&gpu), of(&half));
+            assert_near(&format!("{name}, {chunk} tokens at a time"), &got, &want, &half, norm(&want));
+        }
+    }
+    if seen == 0 {
+        println!("SKIP logits_are_those_of_transformers: no golden logits at {}", shared.display());
+    }
+}
+
+#[test]
 fn inference_is_that_of_the_processor() {
     if !has_gpu("inference_is_that_of_the_processor") {
         return;

@@ -264,18 +264,30 @@ impl Graph {
     }
 }
 
-/// A graph with what it works on: the ops of [`Recorded::run`] are recorded the second time and replayed after.
+/// A graph with what it works on: the ops of [`Recorded::run`] are recorded the second time and replayed after. Ops that
+/// cannot be recorded are queued one by one every time.
 pub struct Recorded<W> {
     /// What the ops use. They name its buffers, so none of them may be replaced once the ops are recorded.
     pub work: W,
-    runs: u32,
-    graph: Option<Graph>,
+    state: State,
+}
+
+#[derive(Debug, Default)]
+enum State {
+    /// Nothing has run.
+    #[default]
+    New,
+    /// Kernels are compiled and products chosen.
+    Ready,
+    Recorded(Graph),
+    /// The driver refused to record.
+    Refused,
 }
 
 impl<W> Recorded<W> {
     /// Nothing is recorded yet.
     pub fn new(work: W) -> Recorded<W> {
-        Recorded { work, runs: 0, graph: None }
+        Recorded { work, state: State::New }
     }
 
     /// Runs the ops that `queue` queues over the work: those of the first call, or any since, must be the same.
@@ -285,26 +297,46 @@ impl<W> Recorded<W> {
     pub fn run<E: From<CudaError>>(
         &mut self,
         gpu: &Gpu,
-        queue: impl FnOnce(&mut W) -> std::result::Result<(), E>,
+        mut queue: impl FnMut(&mut W) -> std::result::Result<(), E>,
     ) -> std::result::Result<(), E> {
-        if let Some(graph) = &mut self.graph {
-            return Ok(graph.launch()?);
-        }
-        self.runs += 1;
-        if self.runs == 1 {
-            return queue(&mut self.work);
-        }
         let work = &mut self.work;
-        let mut graph = gpu.record(|| queue(work))?;
-        graph.launch()?;
-        self.graph = Some(graph);
-        Ok(())
+        match &mut self.state {
+            State::Recorded(graph) => Ok(graph.launch()?),
+            State::Refused => queue(work),
+            State::New => {
+                queue(work)?;
+                self.state = State::Ready;
+                Ok(())
+            }
+            State::Ready => match gpu.record(|| queue(work)) {
+                Ok(mut graph) => {
+                    graph.launch()?;
+                    self.state = State::Recorded(graph);
+                    Ok(())
+                }
+                Err(_) => {
+                    // If it is the ops that fail, they say so now.
+                    self.state = State::Refused;
+                    queue(work)
+                }
+            },
+        }
+    }
+
+    /// Whether the ops are replayed.
+    pub fn is_recorded(&self) -> bool {
+        matches!(self.state, State::Recorded(_))
     }
 
     /// Forgets what was recorded; the work may then change.
     pub fn forget(&mut self) {
-        self.graph = None;
-        self.runs = 0;
+        self.state = State::New;
+    }
+}
+
+impl<W: Default> Default for Recorded<W> {
+    fn default() -> Self {
+        Recorded::new(W::default())
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::ffi::c_void;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use cudarc::driver::{CudaContext, CudaFunction, CudaStream, result, sys};
 use cudarc::nvrtc::Ptx;
@@ -38,6 +39,8 @@ pub(crate) struct Kernel {
     function: CudaFunction,
     gpu_stream: Arc<CudaStream>,
     entry: &'static str,
+    /// The most shared memory that was asked for.
+    shared: Arc<AtomicU32>,
 }
 
 /// An argument of a kernel.
@@ -112,7 +115,7 @@ impl Kernel {
         let image = cubin(source, defines, gpu.capability())?;
         let module = context.load_module(Ptx::from_binary(image)).map_err(driver("loading a kernel"))?;
         let function = module.load_function(entry).map_err(driver("finding a kernel"))?;
-        Ok(Kernel { function, gpu_stream: gpu.stream(), entry })
+        Ok(Kernel { function, gpu_stream: gpu.stream(), entry, shared: Arc::new(AtomicU32::new(SHARED)) })
     }
 
     /// Starts `grid` blocks of `block` threads; nothing for a grid without blocks.
@@ -124,9 +127,10 @@ impl Kernel {
         if grid.contains(&0) {
             return Ok(());
         }
-        if shared > SHARED {
+        if shared > self.shared.load(Ordering::Relaxed) {
             let which = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             self.function.set_attribute(which, shared as i32).map_err(driver("asking for shared memory"))?;
+            self.shared.fetch_max(shared, Ordering::Relaxed);
         }
         let mut args = args.to_vec();
         let mut pointers: Vec<*mut c_void> = args

@@ -141,7 +141,7 @@ impl<'a> Weights<'a> {
         acts: &Acts,
         h: View<'_, bf16>,
         normed: router::Normed<'_>,
-        sparsity: router::Sparsity,
+        sparsity: router::Sparsity<'_>,
         scratch: &mut Scratch,
     ) -> Result<()> {
         let (gpu, tokens) = (products.gpu, products.tokens);

@@ -93,6 +93,8 @@ pub(in super::super) struct CudaWorkspace {
 #[derive(Debug)]
 pub(in super::super) struct CudaCache {
     room: usize,
+    /// The routers' threshold that the step was recorded with.
+    threshold: Option<f32>,
     step: Recorded<Step>,
 }
 
@@ -170,6 +172,13 @@ impl CudaInference {
 
     pub(in super::super) fn num_experts(&self) -> Option<usize> {
         self.layers.first().and_then(|layer| layer.kind.num_experts())
+    }
+
+    fn threshold(&self) -> Option<f32> {
+        match &self.layers.first()?.kind {
+            DeviceFfn::Gated { router, .. } => Some(router.threshold),
+            DeviceFfn::Dense { .. } => None,
+        }
     }
 
     pub(in super::super) fn bytes(&self) -> usize {
@@ -342,6 +351,10 @@ impl CudaInference {
     fn step(&self, id: u32, held: &mut CudaCache, start: usize) -> Result<()> {
         held.step.work.acts.ids.slice_mut(0..1).upload_from(&[id])?;
         held.step.work.length.upload_from(&[start as u32])?;
+        if held.threshold != self.threshold() {
+            held.step.forget();
+            held.threshold = self.threshold();
+        }
         held.step.run(&self.gpu, |step| {
             let Step { layers, length, partials, acts } = step;
             acts.clear_counts()?;
@@ -631,7 +644,7 @@ impl CudaCache {
             partials: gpu.zeros(scratch(config, room))?,
             acts: Acts::new(model, 1)?,
         };
-        Ok(CudaCache { room, step: Recorded::new(step) })
+        Ok(CudaCache { room, threshold: model.threshold(), step: Recorded::new(step) })
     }
 
     /// Room for `room` positions, keeping those held.

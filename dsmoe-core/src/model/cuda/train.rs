@@ -9,7 +9,7 @@ use dsmoe_kernels::adamw;
 use dsmoe_kernels::cuda::ops::{
     attention, cross_entropy, elementwise, embedding, optim, rms_norm, rope, router,
 };
-use dsmoe_kernels::cuda::{Gpu, GpuBuf};
+use dsmoe_kernels::cuda::{Gpu, GpuBuf, Recorded};
 use dsmoe_router::{RoutingStats, SparsityOver};
 use half::bf16;
 
@@ -44,6 +44,19 @@ pub struct CudaTrainer {
     keep: Option<GpuBuf<u8>>,
     acts: Activations,
     report: Report,
+    /// What every gate that counts adds to the sparsity loss.
+    sparsity_weight: GpuBuf<f32>,
+    /// The ops of a micro-batch.
+    recorded: Recorded<()>,
+    recorded_for: Option<Recording>,
+}
+
+/// What the ops of a micro-batch depend on and is no number on the device.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Recording {
+    seq: usize,
+    loss_scale: f32,
+    sparsity_over: SparsityOver,
 }
 
 /// What a micro-batch keeps and works in.
@@ -191,6 +204,9 @@ impl CudaTrainer {
             keep,
             acts,
             report,
+            sparsity_weight: gpu.zeros(1)?,
+            recorded: Recorded::new(()),
+            recorded_for: None,
         })
     }
 
@@ -199,6 +215,8 @@ impl CudaTrainer {
     /// # Errors
     /// The threshold is outside 0..=1, or the model has no gates.
     pub fn set_threshold(&mut self, threshold: f32) -> Result<()> {
+        // Thresholds are arguments of what was recorded.
+        self.recorded.forget();
         let ffns = &mut self.ffns;
         set_threshold(&mut self.config, threshold, || ffns.iter_mut().all(|ffn| ffn.set_threshold(threshold)))
     }
@@ -242,9 +260,27 @@ impl CudaTrainer {
         self.acts.ids.upload_from(inputs)?;
         self.acts.targets.upload_from(targets)?;
         self.acts.occurrences.update(inputs)?;
-        self.forward(seq)?;
-        self.loss(args.loss_scale)?;
-        self.backward(seq, args)
+        let n = self.ffns.first().and_then(DeviceFfn::num_experts).unwrap_or(1);
+        let gates = self.config.num_layers * inputs.len() * n;
+        self.sparsity_weight.upload_from(&[args.sparsity_weight / gates as f32])?;
+        let made_for = Recording { seq, loss_scale: args.loss_scale, sparsity_over: args.sparsity_over };
+        if self.recorded_for != Some(made_for) {
+            self.recorded.forget();
+            self.recorded_for = Some(made_for);
+        }
+        let (gpu, mut recorded) = (self.gpu.clone(), std::mem::take(&mut self.recorded));
+        let done = recorded.run(&gpu, |()| {
+            self.forward(seq)?;
+            self.loss(made_for.loss_scale)?;
+            self.backward(seq, made_for.sparsity_over)
+        });
+        self.recorded = recorded;
+        done
+    }
+
+    /// Whether the next micro-batch with the same settings is the replay of a CUDA graph: from the second on.
+    pub fn is_recorded(&self) -> bool {
+        self.recorded.is_recorded()
     }
 
     /// Waits for the micro-batches of the step; returns what they showed, and adds their routing to `stats`.
@@ -475,7 +511,7 @@ impl CudaTrainer {
         Ok(optim::add_sum(gpu, self.report.sums.slice_mut(0..1), losses.view(), sums.view_mut())?)
     }
 
-    fn backward(&mut self, seq: usize, args: &StepArgs) -> Result<()> {
+    fn backward(&mut self, seq: usize, sparsity_over: SparsityOver) -> Result<()> {
         let (gpu, config) = (&self.gpu, &self.config);
         let hidden = config.hidden;
         let Activations {
@@ -497,11 +533,9 @@ impl CudaTrainer {
             ..
         } = &mut self.acts;
         let tokens = *tokens;
-        let gates =
-            config.num_layers * tokens * self.ffns.first().and_then(DeviceFfn::num_experts).unwrap_or(1);
         let sparsity = router::Sparsity {
-            weight: args.sparsity_weight / gates as f32,
-            all: args.sparsity_over == SparsityOver::All,
+            weight: self.sparsity_weight.view(),
+            all: sparsity_over == SparsityOver::All,
         };
         let products = Products { gpu, tokens };
         let norm = &self.ranges.norm;

@@ -10,10 +10,12 @@ extern "C" __global__ void forward_bf16(float* out, const bf16* table, const u32
   rows(out, table, ids, hidden);
 }
 
-// One block per id that occurs: its positions, in order, are added to its row.
+// A block per id that occurs, and as many without a position as there are repetitions, so that the grid is that of any
+// batch: positions, in order, are added to the id's row.
 extern "C" __global__ void backward(float* dtable, const float* dout, const u32* ids, const u32* offsets,
                                     const u32* positions, int hidden) {
   const u32 first = offsets[blockIdx.x], last = offsets[blockIdx.x + 1];
+  if (first == last) return;
   float* row = dtable + (i64)ids[blockIdx.x] * hidden;
   for (int i = threadIdx.x; i < hidden; i += blockDim.x) {
     float sum = 0.0f;

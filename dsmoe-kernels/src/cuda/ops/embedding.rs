@@ -26,7 +26,6 @@ pub struct Occurrences {
     ids: GpuBuf<u32>,
     offsets: GpuBuf<u32>,
     positions: GpuBuf<u32>,
-    distinct: usize,
     len: usize,
     order: Vec<u32>,
     host_ids: Vec<u32>,
@@ -43,7 +42,6 @@ impl Occurrences {
             ids: gpu.zeros(tokens)?,
             offsets: gpu.zeros(tokens + 1)?,
             positions: gpu.zeros(tokens)?,
-            distinct: 0,
             len: 0,
             order: Vec::with_capacity(tokens),
             host_ids: Vec::with_capacity(tokens),
@@ -71,10 +69,12 @@ impl Occurrences {
                 self.host_offsets.push(i as u32);
             }
         }
-        self.host_offsets.push(ids.len() as u32);
-        (self.distinct, self.len) = (self.host_ids.len(), ids.len());
-        self.ids.slice_mut(0..self.distinct).upload_from(&self.host_ids)?;
-        self.offsets.slice_mut(0..self.distinct + 1).upload_from(&self.host_offsets)?;
+        self.len = ids.len();
+        // Up to as many as there may be: none has a position.
+        self.host_ids.resize(self.len, 0);
+        self.host_offsets.resize(self.len + 1, self.len as u32);
+        self.ids.slice_mut(0..self.len).upload_from(&self.host_ids)?;
+        self.offsets.slice_mut(0..self.len + 1).upload_from(&self.host_offsets)?;
         self.positions.slice_mut(0..self.len).upload_from(&self.order)
     }
 }
@@ -152,7 +152,7 @@ pub fn backward(
         "cuda embedding::backward"
     );
     let kernel = gpu.kernel(&SOURCE, "backward", &[])?;
-    let grid = [int("embedding", order.distinct)? as u32, 1, 1];
+    let grid = [int("embedding", order.len)? as u32, 1, 1];
     let args = [
         Arg::from(&dtable),
         dout.into(),
@@ -161,7 +161,7 @@ pub fn backward(
         order.positions.view().into(),
         int("embedding", hidden)?.into(),
     ];
-    // SAFETY: offsets and positions were made for as many rows as `dout` has; a block per distinct id, which are rows of the
-    // table as those of the forward pass were.
+    // SAFETY: offsets and positions were made for as many rows as `dout` has; a block for each, of which those with
+    // positions have ids that are rows of the table, as those of the forward pass were.
     unsafe { kernel.launch(grid, BLOCK, 0, &args) }
 }

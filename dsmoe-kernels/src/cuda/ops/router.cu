@@ -159,7 +159,7 @@ stats(u64* counts, double* sums, const float* gates, const u8* mask, const u32* 
 
 // A thread per token; see the straight-through rule of the router crate.
 extern "C" __global__ void backward(float* dz, const float* dcoefficients, const float* gates, const u8* mask,
-                                    const u32* active, int tokens, int n, float weight, int all, int binary, int rescale,
+                                    const u32* active, int tokens, int n, const float* weight, int all, int binary, int rescale,
                                     int ste) {
   const int t = blockIdx.x * blockDim.x + threadIdx.x;
   if (t >= tokens) return;
@@ -169,7 +169,7 @@ extern "C" __global__ void backward(float* dz, const float* dcoefficients, const
     const i64 i = (i64)t * n + e;
     const bool on = mask[i];
     float dq = ste || (on && !binary) ? scale * dcoefficients[i] : 0.0f;
-    if (on || all) dq += weight;
+    if (on || all) dq += *weight;
     const float q = gates[i];
     dz[i] = dq * q * (1.0f - q);
   }

@@ -63,10 +63,10 @@ pub struct Gates {
 }
 
 /// The sparsity loss in a gradient.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Sparsity {
-    /// What every gate that counts adds.
-    pub weight: f32,
+#[derive(Clone, Copy, Debug)]
+pub struct Sparsity<'a> {
+    /// What every gate that counts adds: one value, on the device, as it changes from step to step.
+    pub weight: View<'a, f32>,
     /// Whether all gates count, or active ones only.
     pub all: bool,
 }
@@ -297,12 +297,15 @@ pub fn backward(
     dz: ViewMut<'_, f32>,
     dcoefficients: View<'_, f32>,
     routed: &Routed,
-    sparsity: Sparsity,
+    sparsity: Sparsity<'_>,
     gates: &Gates,
 ) -> Result<()> {
     let (tokens, n) = (routed.tokens, routed.num_experts);
     assert!(
-        dz.len() == tokens * n && dcoefficients.len() == dz.len() && gates.num_experts == n,
+        dz.len() == tokens * n
+            && dcoefficients.len() == dz.len()
+            && gates.num_experts == n
+            && sparsity.weight.len() == 1,
         "cuda router::backward: {} gradients of {tokens} tokens, {n} experts",
         dz.len()
     );

@@ -96,8 +96,9 @@ fn cuda_router_is_the_reference() {
 
             let dk = to_f32(&values(tokens * n, 6));
             let dk_on = gpu.upload(&dk).unwrap();
+            let weight = gpu.upload(&[0.25f32]).unwrap();
             for all in [false, true] {
-                let sparsity = Sparsity { weight: 0.25, all };
+                let sparsity = Sparsity { weight: weight.view(), all };
                 let want_dz: Vec<f64> = (0..tokens * n)
                     .map(|at| {
                         let (q, on, k) = (want.gates[at], want.mask[at] != 0, want.active[at / n]);
