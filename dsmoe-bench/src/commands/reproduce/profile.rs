@@ -163,7 +163,7 @@ pub(crate) struct MethodSpec {
     pub(crate) make: String,
     /// The paper's name of the row.
     pub(crate) paper: Option<PaperRow>,
-    /// Settings of the method; DSMoE's number of experts is the profile's.
+    /// Settings of the method; the number of experts is the profile's where none is given, and always for DSMoE.
     #[serde(default)]
     pub(crate) knobs: BTreeMap<String, String>,
     /// Keys of `[train]` that are others for this row.
@@ -347,10 +347,11 @@ impl Profile {
     pub(crate) fn knobs(&self, spec: &MethodSpec) -> Result<dsmoe_baselines::Knobs> {
         let mut words: Vec<String> =
             spec.knobs.iter().map(|(name, value)| format!("{name}={value}")).collect();
-        if spec.is_dsmoe() {
+        let method = method(&spec.make)?;
+        let takes_experts = method.knobs().iter().any(|knob| knob.name == "experts");
+        if spec.is_dsmoe() || takes_experts && !spec.knobs.contains_key("experts") {
             words.push(format!("experts={}", self.experts));
         }
-        let method = method(&spec.make)?;
         Ok(dsmoe_baselines::Knobs::parse(method.knobs(), words.iter().map(String::as_str))?)
     }
 

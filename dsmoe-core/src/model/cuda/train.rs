@@ -533,10 +533,8 @@ impl CudaTrainer {
             ..
         } = &mut self.acts;
         let tokens = *tokens;
-        let sparsity = router::Sparsity {
-            weight: self.sparsity_weight.view(),
-            all: sparsity_over == SparsityOver::All,
-        };
+        let sparsity =
+            router::Sparsity { weight: self.sparsity_weight.view(), all: sparsity_over == SparsityOver::All };
         let products = Products { gpu, tokens };
         let norm = &self.ranges.norm;
         rms_norm::backward(
