@@ -419,6 +419,21 @@ mod tests {
     }
 
     #[test]
+    fn all_methods_of_experts_have_the_profiles_number_of_them() {
+        let text = text("quick").unwrap().replacen("experts = 8", "experts = 4", 1);
+        let profile = Profile::parse(&text, "p.toml").unwrap();
+        let with_experts = profile.method.iter().filter(|spec| {
+            let knobs = profile.knobs(spec).unwrap();
+            let found = knobs.iter().find(|(name, _)| *name == "experts").map(|(_, value)| value.to_owned());
+            found.inspect(|value| assert_eq!(value, "4", "{}", spec.name)).is_some()
+        });
+        let names: Vec<&str> = with_experts.map(|spec| spec.name.as_str()).collect();
+        for name in ["llama-moe", "moefication", "random-k", "dsmoe", "dsmoe-no-ste"] {
+            assert!(names.contains(&name), "{names:?}");
+        }
+    }
+
+    #[test]
     fn what_a_profile_cannot_say() {
         let quick = text("quick").unwrap();
         let refused = |text: &str, parts: &[&str]| {
