@@ -7,12 +7,17 @@ use dsmoe_core::checkpoint::Dtype;
 use dsmoe_core::config::Config;
 use dsmoe_core::convert::{ConvertOptions, convert};
 use dsmoe_core::init::{InitOptions, init, preset};
-use dsmoe_core::model::cuda::CudaTrainer;
+use dsmoe_core::model::cuda::{CudaStep, CudaTrainer};
 use dsmoe_core::model::{After, Cache, Segment, StepArgs, TrainWorkspace, Workspace};
 use dsmoe_core::{Device, Inference, Model};
 use dsmoe_kernels::cuda::{Detection, detect};
 use dsmoe_kernels::{Precision, adamw};
-use dsmoe_router::{GateValue, Rescale, SparsityOver, ZeroActive};
+use dsmoe_router::{GateValue, Rescale, RoutingStats, SparsityOver, ZeroActive};
+
+#[path = "common/golden.rs"]
+mod golden;
+
+mod common;
 
 /// Whether there is a GPU; says so where not.
 #[expect(clippy::print_stdout, reason = "a skipped test says so")]
@@ -126,6 +131,21 @@ fn hyper(step: u64, decay: bool) -> adamw::Hyper {
     adamw::Hyper { lr: 1e-3, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay, step }
 }
 
+/// What a step of one micro-batch showed, its routing, and the gradients.
+fn take_step(
+    trainer: &mut CudaTrainer,
+    model: &Model,
+    inputs: &[u32],
+    targets: &[u32],
+    seq: usize,
+    args: &StepArgs,
+) -> (CudaStep, Option<RoutingStats>, Vec<f32>) {
+    let mut stats = model.new_stats();
+    trainer.begin().unwrap();
+    trainer.micro_batch(inputs, targets, seq, args).unwrap();
+    (trainer.finish(stats.as_mut()).unwrap(), stats, trainer.download_grads().unwrap())
+}
+
 #[test]
 fn a_training_step_is_that_of_the_processor() {
     if !has_gpu("a_training_step_is_that_of_the_processor") {
@@ -153,12 +173,7 @@ fn a_training_step_is_that_of_the_processor() {
 
         let zeros = vec![0.0; len];
         let mut trainer = CudaTrainer::new(0, &model, &zeros, &zeros, tokens, seq).unwrap();
-        let step = |trainer: &mut CudaTrainer| {
-            let mut stats = model.new_stats();
-            trainer.begin().unwrap();
-            trainer.micro_batch(&inputs, &targets, seq, &args).unwrap();
-            (trainer.finish(stats.as_mut()).unwrap(), stats, trainer.download_grads().unwrap())
-        };
+        let step = |trainer: &mut CudaTrainer| take_step(trainer, &model, &inputs, &targets, seq, &args);
         let (got, stats, got_grads) = step(&mut trainer);
         let mean = (got.loss / tokens as f64, want.loss_sum / tokens as f64);
         assert!((mean.0 - mean.1).abs() < 2e-3, "{name}: loss {mean:?}");
@@ -231,12 +246,8 @@ fn recorded_steps_have_the_bits_of_queued_ones() {
                 seed: 1,
             };
             let take = |trainer: &mut CudaTrainer, model: &Model| {
-                let mut stats = model.new_stats();
-                trainer.begin().unwrap();
-                trainer.micro_batch(&inputs, &targets, seq, &args).unwrap();
-                let shown = trainer.finish(stats.as_mut()).unwrap();
-                let share = stats.map(|stats| stats.active_ratio());
-                (shown.loss, shown.all_gates, share, trainer.download_grads().unwrap())
+                let (shown, stats, grads) = take_step(trainer, model, &inputs, &targets, seq, &args);
+                (shown.loss, shown.all_gates, stats.map(|stats| stats.active_ratio()), grads)
             };
             if step == 4 && model.num_experts().is_some() {
                 trainer.set_threshold(0.52).unwrap();
@@ -258,33 +269,19 @@ fn recorded_steps_have_the_bits_of_queued_ones() {
 }
 
 #[test]
-#[expect(clippy::print_stdout, reason = "a skipped test says so")]
 fn logits_are_those_of_transformers() {
     if !has_gpu("logits_are_those_of_transformers") {
         return;
     }
-    let shared = std::env::var_os("DSMOE_SHARED")
-        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared"), std::path::PathBuf::from);
+    let Some(shared) = common::shared("logits_are_those_of_transformers") else { return };
     let mut seen = 0;
     for name in ["babyllama-1m", "tinystories-656k", "stories-260k"] {
         let dir = shared.join("models").join(name);
-        let Ok(bytes) = std::fs::read(dir.join("golden_logits.safetensors")) else { continue };
+        if !dir.is_dir() {
+            continue;
+        }
         seen += 1;
-        let golden = safetensors::SafeTensors::deserialize(&bytes).unwrap();
-        let ids: Vec<u32> = golden
-            .tensor("input_ids")
-            .unwrap()
-            .data()
-            .chunks_exact(8)
-            .map(|b| i64::from_le_bytes(b.try_into().unwrap()) as u32)
-            .collect();
-        let want: Vec<f32> = golden
-            .tensor("logits")
-            .unwrap()
-            .data()
-            .chunks_exact(4)
-            .map(|b| f32::from_le_bytes(b.try_into().unwrap()))
-            .collect();
+        let (ids, want) = golden::logits(&dir);
         let half = Inference::load(&dir, Precision::Bf16).unwrap();
         let gpu = Inference::load_on(&dir, Precision::Bf16, Device::Cuda(0)).unwrap();
         let mut workspace = Workspace::default();
@@ -303,9 +300,7 @@ fn logits_are_those_of_transformers() {
             assert_near(&format!("{name}, {chunk} tokens at a time"), &got, &want, &half, norm(&want));
         }
     }
-    if seen == 0 {
-        println!("SKIP logits_are_those_of_transformers: no golden logits at {}", shared.display());
-    }
+    assert!(seen > 0, "none of the checkpoints at {}", shared.display());
 }
 
 #[test]

@@ -8,6 +8,8 @@ use dsmoe_kernels::Precision;
 use serde_json::Value;
 
 mod common;
+#[path = "common/golden.rs"]
+mod golden;
 
 const MODELS: [&str; 3] = ["tinystories-656k", "stories-260k", "babyllama-1m"];
 
@@ -24,22 +26,7 @@ fn logits_are_those_of_transformers_however_the_text_is_fed() {
     let Some(shared) = common::shared("golden_model") else { return };
     for name in MODELS {
         let dir = shared.join("models").join(name);
-        let bytes = std::fs::read(dir.join("golden_logits.safetensors")).expect("golden logits");
-        let golden = safetensors::SafeTensors::deserialize(&bytes).expect("safetensors");
-        let ids: Vec<u32> = golden
-            .tensor("input_ids")
-            .expect("input_ids")
-            .data()
-            .chunks_exact(8)
-            .map(|b| i64::from_le_bytes(b.try_into().expect("8 bytes")) as u32)
-            .collect();
-        let want: Vec<f32> = golden
-            .tensor("logits")
-            .expect("logits")
-            .data()
-            .chunks_exact(4)
-            .map(|b| f32::from_le_bytes(b.try_into().expect("4 bytes")))
-            .collect();
+        let (ids, want) = golden::logits(&dir);
         let model = Inference::load(&dir, Precision::F32).expect("model");
         let vocab = model.config().vocab_size;
         let mut workspace = Workspace::default();

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 pub(crate) fn shared(test: &str) -> Option<PathBuf> {
     let dir = std::env::var_os("DSMOE_SHARED")
         .map_or_else(|| PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../shared")), PathBuf::from);
-    if dir.join("golden").exists() {
+    if dir.join("models").is_dir() {
         return Some(dir);
     }
     let required = std::env::var("DSMOE_REQUIRE").is_ok_and(|list| list.split(',').any(|w| w == "shared"));
