@@ -114,12 +114,16 @@ fn distance(a: &[f32], b: &[f32]) -> f64 {
     a.iter().zip(b).map(|(&a, &b)| (f64::from(a) - f64::from(b)).powi(2)).sum::<f64>().sqrt()
 }
 
-/// Checks that `got` errs no more than four times what `half`, the processor in bf16, does against `want`, its f32. Both
+/// What is wrong if `got` errs more than four times what `half`, the processor in bf16, does against `want`, its f32. Both
 /// round operands of products to 8 bits; a GPU also keeps activations and their gradients so between ops. To that comes half
 /// a percent of `size`, the norm of what was added up on the way.
-fn assert_near(what: &str, got: &[f32], want: &[f32], half: &[f32], size: f64) {
+fn too_far(what: &str, got: &[f32], want: &[f32], half: &[f32], size: f64) -> Option<String> {
     let (got, allowed) = (distance(got, want), 4.0 * distance(half, want) + 0.005 * size);
-    assert!(got <= allowed, "{what} is off by {got}, more than {allowed}, at a norm of {}", norm(want));
+    // Not a number is too far.
+    let near = got <= allowed;
+    (!near).then(|| {
+        format!("{what} is off by {got:.3e}, more than {allowed:.3e}, at a norm of {:.3e}", norm(want))
+    })
 }
 
 fn norm(x: &[f32]) -> f64 {
@@ -161,6 +165,7 @@ fn a_training_step_is_that_of_the_processor() {
         balance_scale: 1.0,
         seed: 1,
     };
+    let mut wrong = Vec::new();
     for (name, path) in models(dir.path()) {
         let model = Model::load(&path).unwrap();
         let len = model.layout().len();
@@ -193,7 +198,7 @@ fn a_training_step_is_that_of_the_processor() {
             let values = entry.spec.name.replace("q_proj", "v_proj").replace("k_proj", "v_proj");
             let values = model.layout().get(&values).unwrap().range.clone();
             let size = norm(want).max(norm(&grads[values]));
-            assert_near(&format!("{name}: gradient of {}", entry.spec.name), got, want, half, size);
+            wrong.extend(too_far(&format!("{name}: gradient of {}", entry.spec.name), got, want, half, size));
         }
         let squares: f64 = got_grads.iter().map(|&g| f64::from(g).powi(2)).sum();
         assert!((got.squares / squares - 1.0).abs() < 1e-9, "{name}: squares {} and {squares}", got.squares);
@@ -220,6 +225,7 @@ fn a_training_step_is_that_of_the_processor() {
         trainer.download_moments(&mut m_got, &mut v_got).unwrap();
         assert!(off(&m_got, &m) < 1e-6 && off(&v_got, &v) < 1e-6, "{name}: the moments");
     }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
 #[test]
@@ -274,7 +280,7 @@ fn logits_are_those_of_transformers() {
         return;
     }
     let Some(shared) = common::shared("logits_are_those_of_transformers") else { return };
-    let mut seen = 0;
+    let (mut seen, mut wrong) = (0, Vec::new());
     for name in ["babyllama-1m", "tinystories-656k", "stories-260k"] {
         let dir = shared.join("models").join(name);
         if !dir.is_dir() {
@@ -297,9 +303,16 @@ fn logits_are_those_of_transformers() {
                 logits
             };
             let (got, half) = (of(&gpu), of(&half));
-            assert_near(&format!("{name}, {chunk} tokens at a time"), &got, &want, &half, norm(&want));
+            wrong.extend(too_far(
+                &format!("{name}, {chunk} tokens at a time"),
+                &got,
+                &want,
+                &half,
+                norm(&want),
+            ));
         }
     }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     assert!(seen > 0, "none of the checkpoints at {}", shared.display());
 }
 
@@ -309,6 +322,7 @@ fn inference_is_that_of_the_processor() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
+    let mut wrong = Vec::new();
     for (name, path) in models(dir.path()) {
         let [cpu, half] = [Precision::F32, Precision::Bf16].map(|p| Inference::load(&path, p).unwrap());
         let gpu = Inference::load_on(&path, Precision::Bf16, Device::Cuda(0)).unwrap();
@@ -361,7 +375,7 @@ fn inference_is_that_of_the_processor() {
             ("likelihoods", &got.2, &want.2, &half.2),
             ("logits of several", &got.3, &want.3, &half.3),
         ] {
-            assert_near(&format!("{name}: {what}"), got, want, half, norm(want));
+            wrong.extend(too_far(&format!("{name}: {what}"), got, want, half, norm(want)));
         }
         if let (Some(got), Some(want)) = (got.4, want.4) {
             assert!((got.active_ratio() - want.active_ratio()).abs() < 5e-3, "{name}: share");
@@ -369,6 +383,7 @@ fn inference_is_that_of_the_processor() {
         let again = run(&gpu);
         assert_eq!(again.1, run(&gpu).1, "{name}: other bits the second time");
     }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
 #[test]
