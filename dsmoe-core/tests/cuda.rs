@@ -38,7 +38,7 @@ fn has_gpu(test: &str) -> bool {
 fn models(dir: &Path) -> Vec<(String, std::path::PathBuf)> {
     let mut all = Vec::new();
     for (name, heads, kv_heads, hidden, intermediate, tied) in
-        [("square", 4, 4, 64, 96, true), ("grouped", 6, 2, 96, 160, false), ("odd", 3, 1, 36, 56, false)]
+        [("square", 4, 4, 64, 192, true), ("grouped", 6, 2, 96, 160, false), ("odd", 3, 1, 36, 56, false)]
     {
         let mut json: serde_json::Value = serde_json::from_str(&preset("tiny").unwrap().to_json()).unwrap();
         let settings = [
@@ -174,22 +174,31 @@ fn a_training_step_is_that_of_the_processor() {
         let want = model.train_step(&mut grads, &inputs, &targets, seq, &args, &mut workspace).unwrap();
         let mut half_grads = vec![0.0; len];
         let mut half_workspace = TrainWorkspace::new(&model, tokens, Precision::Bf16);
-        model.train_step(&mut half_grads, &inputs, &targets, seq, &args, &mut half_workspace).unwrap();
+        let half =
+            model.train_step(&mut half_grads, &inputs, &targets, seq, &args, &mut half_workspace).unwrap();
 
         let zeros = vec![0.0; len];
         let mut trainer = CudaTrainer::new(0, &model, &zeros, &zeros, tokens, seq).unwrap();
         let step = |trainer: &mut CudaTrainer| take_step(trainer, &model, &inputs, &targets, seq, &args);
         let (got, stats, got_grads) = step(&mut trainer);
-        let mean = (got.loss / tokens as f64, want.loss_sum / tokens as f64);
-        assert!((mean.0 - mean.1).abs() < 2e-3, "{name}: loss {mean:?}");
+        // A mean's errors cancel more or less by chance, so half a per mille comes to four times those of the processor.
+        let [got_loss, want_loss, half_loss] =
+            [got.loss, want.loss_sum, half.loss_sum].map(|sum| sum / tokens as f64);
+        if (got_loss - want_loss).abs() > 4.0 * (half_loss - want_loss).abs() + 5e-4 * want_loss {
+            wrong.push(format!("{name}: loss {got_loss}, not {want_loss}; {half_loss} in bf16"));
+        }
         if let (Some(n), Some(stats)) = (model.num_experts(), &stats) {
             let gates = (tokens * n * model.config().num_layers) as f64;
-            assert!((got.all_gates / gates - want.mean_gate).abs() < 1e-3, "{name}: gates");
+            if (got.all_gates / gates - want.mean_gate).abs() > 1e-3 {
+                wrong.push(format!("{name}: gates {}, not {}", got.all_gates / gates, want.mean_gate));
+            }
             let (share, wanted) = (
                 stats.active_ratio(),
                 workspace.stats().map_or(0.0, dsmoe_router::RoutingStats::active_ratio),
             );
-            assert!((share - wanted).abs() < 5e-3, "{name}: share {share}, not {wanted}");
+            if (share - wanted).abs() > 5e-3 {
+                wrong.push(format!("{name}: share {share}, not {wanted}"));
+            }
         }
         for entry in model.layout().entries() {
             let [got, want, half] =

@@ -240,17 +240,17 @@ impl<'a, T: Element> ViewMut<'a, T> {
         ViewMut { ptr, len: range.len(), ..self }
     }
 
-    /// Two parts of these, the second behind the first.
+    /// Parts of these, each behind the one before it.
     ///
     /// # Panics
     /// They overlap, or are outside.
-    pub fn two(&mut self, first: Range<usize>, second: Range<usize>) -> [ViewMut<'_, T>; 2] {
-        assert!(first.end <= second.start, "gpu: {first:?} and {second:?}");
-        let at = |range: Range<usize>| {
+    pub fn parts<const N: usize>(&mut self, ranges: [Range<usize>; N]) -> [ViewMut<'_, T>; N] {
+        let apart = ranges.iter().zip(ranges.iter().skip(1)).all(|(one, next)| one.end <= next.start);
+        assert!(apart, "gpu: {ranges:?}");
+        ranges.map(|range| {
             let ptr = part::<T>(self.ptr, self.len, &range);
             ViewMut { gpu: self.gpu, ptr, len: range.len(), element: PhantomData }
-        };
-        [at(first), at(second)]
+        })
     }
 
     /// Sets all values.

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use cudarc::driver::sys::CUdevice_attribute as Attribute;
 use cudarc::driver::{CudaContext, CudaGraph, CudaStream, result, sys};
 
 use super::blas::Blas;
@@ -22,6 +23,8 @@ struct Inner {
     ordinal: usize,
     name: String,
     capability: (u32, u32),
+    multiprocessors: u32,
+    shared_memory: u32,
     // In the order that they are given back in: the context goes last.
     blas: Mutex<Option<Blas>>,
     kernels: Mutex<HashMap<String, Kernel>>,
@@ -58,8 +61,11 @@ impl Gpu {
         unsafe { context.disable_event_tracking() };
         let stream = context.new_stream().map_err(&opening)?;
         let (major, minor) = context.compute_capability().map_err(&opening)?;
+        let attribute = |which| context.attribute(which).map(|value| value.max(0) as u32).map_err(&opening);
         let gpu = Gpu(Arc::new(Inner {
             ordinal,
+            multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+            shared_memory: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
             name: context.name().map_err(&opening)?,
             capability: (major as u32, minor as u32),
             context,
@@ -102,6 +108,16 @@ impl Gpu {
     /// Compute capability, such as (9, 0).
     pub fn capability(&self) -> (u32, u32) {
         self.0.capability
+    }
+
+    /// How many blocks run at once, if one fills a multiprocessor.
+    pub(crate) fn multiprocessors(&self) -> u32 {
+        self.0.multiprocessors
+    }
+
+    /// Bytes of shared memory that a block may ask for.
+    pub(crate) fn shared_memory(&self) -> u32 {
+        self.0.shared_memory
     }
 
     /// Bytes of memory that are free, and all; waits for all that is queued, which may free some.

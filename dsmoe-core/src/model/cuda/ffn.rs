@@ -1,10 +1,11 @@
 //! An FFN on the device: dense, or experts behind sigmoid gates.
 //!
-//! Training computes gate and up projections of all pairs, which the router's gradient needs, and multiplies by
-//! coefficients that are 0 where an expert is shut: products of one shape, so nothing waits for the routing. Inference
-//! runs active pairs alone.
+//! Products run over lists of the active pairs, which the device sorts by expert; nothing waits for the routing. The
+//! straight-through gradient of a router needs `silu(a) b g` of inactive pairs too: with it, the three products a, b and g
+//! are those of all pairs. Sizes that the kernels of lists do not take run all products of all pairs, with coefficients
+//! that are 0 where an expert is shut.
 
-use dsmoe_kernels::cuda::ops::{ffn, router};
+use dsmoe_kernels::cuda::ops::{experts, ffn, router};
 use dsmoe_kernels::cuda::{Gpu, GpuBuf, View, ViewMut};
 use dsmoe_router::RouterConfig;
 use half::bf16;
@@ -27,6 +28,8 @@ pub(super) struct Acts {
     a: GpuBuf<bf16>,
     b: GpuBuf<bf16>,
     routed: Option<router::Routed>,
+    /// The active pairs, where products run over them.
+    lists: Option<router::Lists>,
 }
 
 /// What all layers work in.
@@ -42,17 +45,29 @@ pub(super) struct Scratch {
     dcoefficients: GpuBuf<f32>,
     dlogits: GpuBuf<f32>,
     partials: GpuBuf<f32>,
+    /// What experts add to the sums of tokens.
+    parts: GpuBuf<bf16>,
+}
+
+/// The sizes of an FFN whose products run over lists of pairs.
+pub(super) fn by_lists(gpu: &Gpu, ffn: &DeviceFfn, tokens: usize) -> Option<experts::Dims> {
+    let num_experts = ffn.num_experts()?;
+    let dims = experts::Dims { tokens, hidden: ffn.hidden(), intermediate: ffn.intermediate(), num_experts };
+    dims.fit(gpu).then_some(dims)
 }
 
 impl Acts {
     pub(super) fn new(gpu: &Gpu, ffn: &DeviceFfn, tokens: usize) -> Result<Acts> {
         let pairs = tokens * ffn.intermediate();
         let routed = ffn.num_experts().map(|n| router::Routed::with_room(gpu, tokens, n)).transpose()?;
-        Ok(Acts { a: gpu.zeros(pairs)?, b: gpu.zeros(pairs)?, routed })
+        let lists = by_lists(gpu, ffn, tokens)
+            .map(|dims| router::Lists::with_room(gpu, tokens, dims.num_experts))
+            .transpose()?;
+        Ok(Acts { a: gpu.zeros(pairs)?, b: gpu.zeros(pairs)?, routed, lists })
     }
 
     pub(super) fn bytes(ffn: &DeviceFfn, tokens: usize) -> usize {
-        tokens * (4 * ffn.intermediate() + ffn.num_experts().map_or(0, |n| 9 * n + 4))
+        tokens * (4 * ffn.intermediate() + ffn.num_experts().map_or(0, |n| 17 * n + 8))
     }
 
     pub(super) fn routed(&self) -> Option<&router::Routed> {
@@ -66,7 +81,9 @@ impl Scratch {
         let experts = ffns.iter().filter_map(DeviceFfn::num_experts).max().unwrap_or(0);
         let hidden = ffns.first().map_or(0, DeviceFfn::hidden);
         let pairs = tokens * experts;
+        let parts = ffns.iter().filter_map(|ffn| by_lists(gpu, ffn, tokens)).map(|dims| dims.scratch());
         Ok(Scratch {
+            parts: gpu.zeros(parts.max().unwrap_or(0))?,
             c: gpu.zeros(widest)?,
             da: gpu.zeros(widest)?,
             db: gpu.zeros(widest)?,
@@ -79,7 +96,7 @@ impl Scratch {
     }
 
     pub(super) fn bytes(ffn: &DeviceFfn, tokens: usize) -> usize {
-        tokens * (8 * ffn.intermediate() + 12 * ffn.num_experts().unwrap_or(0))
+        tokens * (8 * ffn.intermediate() + (12 + 2 * ffn.hidden()) * ffn.num_experts().unwrap_or(0))
     }
 }
 
@@ -121,13 +138,41 @@ impl<'a> Weights<'a> {
             router::logits(gpu, logits.reborrow(), normed, weight, bias, hidden)?;
             router::route(gpu, routed, logits.as_view(), &super::gates(config))?;
         }
-        products.forward(acts.a.view_mut(), h, self.projection(0), hidden, width)?;
-        products.forward(acts.b.view_mut(), h, self.projection(1), hidden, width)?;
+        let Acts { a, b, routed, lists } = acts;
         let mut c = scratch.c.slice_mut(0..tokens * width);
-        let coefficients = acts.routed.as_ref().map(|routed| routed.coefficients());
-        ffn::activate(gpu, c.reborrow(), acts.a.view(), acts.b.view(), coefficients, self.dims(tokens))?;
+        let [gate, up, down] = [0, 1, 2].map(|which| self.projection(which));
+        let active = Active::list(gpu, lists.as_mut(), routed.as_ref(), self.experts(tokens))?;
+        match active.as_ref().filter(|_| !self.all_pairs()) {
+            Some(Active { lists, coefficients, dims }) => {
+                let both = Some([a.view_mut(), b.view_mut()]);
+                experts::up(gpu, c.reborrow(), both, h, gate, up, *coefficients, lists, *dims)?;
+            }
+            None => {
+                products.forward(a.view_mut(), h, gate, hidden, width)?;
+                products.forward(b.view_mut(), h, up, hidden, width)?;
+                let coefficients = routed.as_ref().map(|routed| routed.coefficients());
+                ffn::activate(gpu, c.reborrow(), a.view(), b.view(), coefficients, self.dims(tokens))?;
+            }
+        }
         // The down projection is stored transposed: y = c W.
-        products.times(y, c.as_view(), self.projection(2), width, hidden, false)
+        match active {
+            Some(Active { lists, dims, .. }) => {
+                let parts = scratch.parts.view_mut();
+                Ok(experts::down(gpu, y, parts, c.as_view(), down, lists, dims)?)
+            }
+            None => products.times(y, c.as_view(), down, width, hidden, false),
+        }
+    }
+
+    fn experts(&self, tokens: usize) -> experts::Dims {
+        let num_experts = self.kind.num_experts().unwrap_or(1);
+        let (hidden, intermediate) = (self.kind.hidden(), self.kind.intermediate());
+        experts::Dims { tokens, hidden, intermediate, num_experts }
+    }
+
+    /// Whether inactive pairs take part in the router's gradient.
+    fn all_pairs(&self) -> bool {
+        self.router().is_some_and(|router| router.config.ste)
     }
 
     /// Sets `dh`, adds to `grads`, which is laid out as the parameters.
@@ -148,12 +193,15 @@ impl<'a> Weights<'a> {
         let (hidden, width) = (self.kind.hidden(), self.kind.intermediate());
         let (len, values) = (hidden * width, 0..tokens * width);
         let [gate, up, down] = [0, 1, 2].map(|which| which * padded(len)..which * padded(len) + len);
-        let Scratch { c, da, db, g, dcoefficients, dlogits, partials, .. } = scratch;
+        let Scratch { c, da, db, g, dcoefficients, dlogits, partials, parts, .. } = scratch;
+        let (router, all_pairs, dims) = (self.router(), self.all_pairs(), self.experts(tokens));
+        let weights = [0, 1, 2].map(|which| self.projection(which));
         // g = dy W_down^T: the stored matrix is W_down^T already, [width, hidden].
-        products.forward(g.slice_mut(values.clone()), dy, self.projection(2), hidden, width)?;
-        let router = self.router();
+        match acts.lists.as_ref().filter(|_| !all_pairs) {
+            Some(lists) => experts::project(gpu, g.slice_mut(values.clone()), dy, weights[2], lists, dims)?,
+            None => products.forward(g.slice_mut(values.clone()), dy, weights[2], hidden, width)?,
+        }
         let n = self.kind.num_experts().unwrap_or(0);
-        let all_pairs = router.as_ref().is_some_and(|router| router.config.ste);
         ffn::backward(
             gpu,
             da.slice_mut(values.clone()),
@@ -169,11 +217,22 @@ impl<'a> Weights<'a> {
         )?;
         let (da, db, c) = (da.slice(values.clone()), db.slice(values.clone()), c.slice(values));
         // dW_down^T = c^T dy, [width, hidden]
-        products.backward_weight(grads.slice_mut(down), c, dy, hidden, width)?;
-        products.backward_weight(grads.slice_mut(gate), da, h, hidden, width)?;
-        products.backward_weight(grads.slice_mut(up), db, h, hidden, width)?;
-        products.times(dh.reborrow(), da, self.projection(0), width, hidden, false)?;
-        products.times(dh.reborrow(), db, self.projection(1), width, hidden, true)?;
+        let [dgate, dup, ddown] = grads.parts([gate, up, down]);
+        match &acts.lists {
+            Some(lists) => {
+                experts::backward_weights(gpu, [dgate, dup, ddown], [da, db, c], h, dy, lists, dims)?;
+                let [gate, up, _] = weights;
+                let parts = parts.view_mut();
+                experts::backward_input(gpu, dh.reborrow(), parts, [da, db], [gate, up], lists, dims)?;
+            }
+            None => {
+                products.backward_weight(ddown, c, dy, hidden, width)?;
+                products.backward_weight(dgate, da, h, hidden, width)?;
+                products.backward_weight(dup, db, h, hidden, width)?;
+                products.times(dh.reborrow(), da, weights[0], width, hidden, false)?;
+                products.times(dh.reborrow(), db, weights[1], width, hidden, true)?;
+            }
+        }
         let (Some(Router { config, weight, bias }), Some(routed)) = (router, &acts.routed) else {
             return Ok(());
         };
@@ -190,7 +249,7 @@ impl<'a> Weights<'a> {
         if bias.is_none() {
             dbias = drouter.end..drouter.end;
         }
-        let [drouter, dbias] = grads.two(drouter, dbias);
+        let [drouter, dbias] = grads.parts([drouter, dbias]);
         let dbias = bias.map(|_| dbias);
         router::backward_weights(gpu, drouter, dbias, dz.as_view(), normed, hidden, partials.view_mut())?;
         Ok(router::backward_input_add(gpu, dh, dz.as_view(), weight, hidden)?)
@@ -199,6 +258,27 @@ impl<'a> Weights<'a> {
     fn dims(&self, tokens: usize) -> ffn::Dims {
         let n = self.kind.num_experts().unwrap_or(1);
         ffn::Dims { tokens, intermediate: self.kind.intermediate(), num_experts: n }
+    }
+}
+
+/// The active pairs of a batch, sorted.
+pub(super) struct Active<'a> {
+    pub(super) lists: &'a router::Lists,
+    pub(super) coefficients: View<'a, f32>,
+    pub(super) dims: experts::Dims,
+}
+
+impl<'a> Active<'a> {
+    /// Sorts what was routed; none without experts or lists.
+    pub(super) fn list(
+        gpu: &Gpu,
+        lists: Option<&'a mut router::Lists>,
+        routed: Option<&'a router::Routed>,
+        dims: experts::Dims,
+    ) -> Result<Option<Active<'a>>> {
+        let (Some(lists), Some(routed)) = (lists, routed) else { return Ok(None) };
+        router::lists(gpu, lists, routed)?;
+        Ok(Some(Active { lists, coefficients: routed.coefficients(), dims }))
     }
 }
 

@@ -6,7 +6,7 @@ use dsmoe_kernels::Precision;
 use dsmoe_kernels::cuda::ops::attention::At;
 use dsmoe_kernels::cuda::ops::few::FEW;
 use dsmoe_kernels::cuda::ops::{
-    attention, cross_entropy, elementwise, embedding, few, ffn, rms_norm, rope, router,
+    attention, cross_entropy, elementwise, embedding, experts, few, ffn, rms_norm, rope, router,
 };
 use dsmoe_kernels::cuda::{Gpu, GpuBuf, Recorded, View, ViewMut};
 use dsmoe_router::RoutingStats;
@@ -17,6 +17,7 @@ use super::super::infer::Workspace;
 use super::super::pack::{Parts, Source};
 use super::super::ragged::{Likelihood, Place};
 use super::super::{Cache, set_threshold};
+use super::ffn::{Active, by_lists};
 use super::{MemoryUse, Products, attention_dims, check_memory, device_ffns, gates, rope_rows};
 use crate::accounting::Accounting;
 use crate::config::Config;
@@ -74,13 +75,25 @@ struct Acts {
     logits: GpuBuf<f32>,
     gate_logits: GpuBuf<f32>,
     routed: Option<router::Routed>,
-    /// Of passes of more than a few tokens: gate and up projections, and their product.
-    wide: Option<[GpuBuf<bf16>; 3]>,
+    /// Of passes of more than a few tokens.
+    wide: Option<Wide>,
     /// Of passes of a few.
     few: GpuBuf<f32>,
     /// Per layer the load `[n]` and the histogram `[n + 1]`.
     counts: GpuBuf<u64>,
     gate_sums: GpuBuf<f64>,
+}
+
+/// What the FFNs of a pass of many tokens work in.
+#[derive(Debug)]
+struct Wide {
+    /// Gate and up projections, of FFNs that run all pairs.
+    a: GpuBuf<bf16>,
+    b: GpuBuf<bf16>,
+    c: GpuBuf<bf16>,
+    /// The active pairs and what they add to the sums of tokens, of FFNs that run those alone.
+    lists: Option<router::Lists>,
+    parts: GpuBuf<bf16>,
 }
 
 /// Activations, made for the largest pass so far.
@@ -504,14 +517,22 @@ impl CudaInference {
         }
         let coefficients = routed.as_ref().map(router::Routed::coefficients);
         let (h, y) = (h.slice(values.clone()), y.slice_mut(values));
-        let Some([a, b, c]) = wide.as_mut().filter(|_| tokens > FEW) else {
+        let Some(Wide { a, b, c, lists, parts }) = wide.as_mut().filter(|_| tokens > FEW) else {
             let weights =
                 few::Weights { gate: layer.gate.view(), up: layer.up.view(), down: layer.down.view() };
             let dims = few::Dims { tokens, hidden, intermediate: width, num_experts };
             return Ok(few::ffn(gpu, y, h, weights, coefficients, dims, scratch.view_mut())?);
         };
-        let products = Products { gpu, tokens };
         let inner = 0..tokens * width;
+        let lists = lists.as_mut().filter(|_| by_lists(gpu, &layer.kind, tokens).is_some());
+        let dims = experts::Dims { tokens, hidden, intermediate: width, num_experts };
+        if let Some(Active { lists, coefficients, dims }) = Active::list(gpu, lists, routed.as_ref(), dims)? {
+            let (gate, up) = (layer.gate.view(), layer.up.view());
+            experts::up(gpu, c.slice_mut(inner.clone()), None, h, gate, up, coefficients, lists, dims)?;
+            let down = layer.down.view();
+            return Ok(experts::down(gpu, y, parts.view_mut(), c.slice(inner), down, lists, dims)?);
+        }
+        let products = Products { gpu, tokens };
         products.forward(a.slice_mut(inner.clone()), h, layer.gate.view(), hidden, width)?;
         products.forward(b.slice_mut(inner.clone()), h, layer.up.view(), hidden, width)?;
         let dims = ffn::Dims { tokens, intermediate: width, num_experts };
@@ -583,7 +604,16 @@ impl Acts {
             let (hidden, intermediate) = (config.hidden, layer.kind.intermediate());
             few::Dims { tokens: room.min(FEW), hidden, intermediate, num_experts }.scratch()
         });
-        let wide = |_| gpu.zeros(room * widest);
+        let [all_pairs, parts] = wide_lens(model, room);
+        let wide = || -> Result<Wide> {
+            Ok(Wide {
+                a: gpu.zeros(all_pairs)?,
+                b: gpu.zeros(all_pairs)?,
+                c: gpu.zeros(room * widest)?,
+                lists: n.filter(|_| parts > 0).map(|n| router::Lists::with_room(gpu, room, n)).transpose()?,
+                parts: gpu.zeros(parts)?,
+            })
+        };
         Ok(Acts {
             room,
             ids: gpu.zeros(room)?,
@@ -598,7 +628,7 @@ impl Acts {
             logits: gpu.zeros(room.min(LOGIT_ROWS) * config.vocab_size)?,
             gate_logits: gpu.zeros(room * n.unwrap_or(0))?,
             routed: n.map(|n| router::Routed::with_room(gpu, room, n)).transpose()?,
-            wide: if room > FEW { Some([wide(0)?, wide(1)?, wide(2)?]) } else { None },
+            wide: if room > FEW { Some(wide()?) } else { None },
             few: gpu.zeros(of_few.max().unwrap_or(0))?,
             counts: gpu.zeros(n.map_or(0, |n| (2 * n + 1) * config.num_layers))?,
             gate_sums: gpu.zeros(2)?,
@@ -615,8 +645,10 @@ impl Acts {
             && self.counts.len() == if n == 0 { 0 } else { (2 * n + 1) * config.num_layers }
             && self.a.len() == self.room * config.num_heads * config.head_dim
             && self.qkv.len() == self.a.len() + 2 * self.room * config.num_kv_heads * config.head_dim
-            && self.wide.as_ref().is_none_or(|[a, ..]| {
-                a.len() == self.room * model.layers.iter().map(|l| l.kind.intermediate()).max().unwrap_or(0)
+            && self.wide.as_ref().is_none_or(|wide| {
+                let widest = model.layers.iter().map(|l| l.kind.intermediate()).max().unwrap_or(0);
+                wide.c.len() == self.room * widest
+                    && [wide.a.len(), wide.parts.len()] == wide_lens(model, self.room)
             })
     }
 
@@ -664,6 +696,14 @@ impl CudaCache {
         self.room = room;
         Ok(())
     }
+}
+
+/// Values of the projections of FFNs that run all pairs, and of what experts add to the sums of tokens in others.
+fn wide_lens(model: &CudaInference, room: usize) -> [usize; 2] {
+    let lists = |layer: &Layer| by_lists(&model.gpu, &layer.kind, room);
+    let all_pairs = model.layers.iter().filter(|layer| lists(layer).is_none());
+    let parts = model.layers.iter().filter_map(lists).map(|dims| dims.scratch());
+    [room * all_pairs.map(|layer| layer.kind.intermediate()).max().unwrap_or(0), parts.max().unwrap_or(0)]
 }
 
 /// Values that attention over caches of `room` positions works in, in any layer.

@@ -162,7 +162,7 @@ pub fn ffn(
     );
     let defines = defines(tokens, hidden);
     let pairs = tokens * intermediate;
-    let [c, partials] = scratch.two(0..pairs, pairs..dims.scratch());
+    let [c, partials] = scratch.parts([0..pairs, pairs..dims.scratch()]);
     let up = gpu.kernel(&SOURCE, "few_up", &defines)?;
     let k = Arg::from(coefficients);
     let args = [

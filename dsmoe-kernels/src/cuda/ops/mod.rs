@@ -4,6 +4,7 @@ pub mod attention;
 pub mod cross_entropy;
 pub mod elementwise;
 pub mod embedding;
+pub mod experts;
 pub mod few;
 pub mod ffn;
 pub mod matmul;
@@ -27,6 +28,7 @@ pub(crate) fn all_kernels() -> impl Iterator<Item = &'static KernelSpec> {
         cross_entropy::KERNELS,
         elementwise::KERNELS,
         embedding::KERNELS,
+        experts::KERNELS,
         few::KERNELS,
         ffn::KERNELS,
         matmul::KERNELS,

@@ -69,13 +69,15 @@ extern "C" __global__ void __launch_bounds__(1024) count(u32* offsets, u32* chun
   chunks[at] = sum;
 }
 
-// One thread per expert sums its chunks, the first turns sums into starts: both are short.
+// One block, a warp per expert: sums of its chunks, then starts in their place.
 extern "C" __global__ void __launch_bounds__(1024) scan(u32* offsets, u32* chunks, int tokens, int n) {
   const int parts = (tokens + CHUNK - 1) / CHUNK;
-  for (int e = threadIdx.x; e < n; e += blockDim.x) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
+  for (int e = warp; e < n; e += warps) {
     u32 sum = 0;
-    for (int p = 0; p < parts; p++) sum += chunks[(i64)p * n + e];
-    offsets[e + 1] = sum;
+    for (int p = lane; p < parts; p += 32) sum += chunks[(i64)p * n + e];
+    sum = __reduce_add_sync(0xffffffffu, sum);
+    if (lane == 0) offsets[e + 1] = sum;
   }
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -83,12 +85,19 @@ extern "C" __global__ void __launch_bounds__(1024) scan(u32* offsets, u32* chunk
     for (int e = 0; e < n; e++) offsets[e + 1] += offsets[e];
   }
   __syncthreads();
-  for (int e = threadIdx.x; e < n; e += blockDim.x) {
+  for (int e = warp; e < n; e += warps) {
     u32 at = offsets[e];
-    for (int p = 0; p < parts; p++) {
-      const u32 here = chunks[(i64)p * n + e];
-      chunks[(i64)p * n + e] = at;
-      at += here;
+    for (int p0 = 0; p0 < parts; p0 += 32) {
+      const int p = p0 + lane;
+      const u32 here = p < parts ? chunks[(i64)p * n + e] : 0;
+      u32 upto = here;
+#pragma unroll
+      for (int o = 1; o < 32; o <<= 1) {
+        const u32 before = __shfl_up_sync(0xffffffffu, upto, o);
+        if (lane >= o) upto += before;
+      }
+      if (p < parts) chunks[(i64)p * n + e] = at + upto - here;
+      at += __shfl_sync(0xffffffffu, upto, 31);
     }
   }
 }

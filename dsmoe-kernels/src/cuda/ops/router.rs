@@ -253,7 +253,7 @@ pub fn lists(gpu: &Gpu, lists: &mut Lists, routed: &Routed) -> Result<()> {
     let token_offsets = Arg::from(&token_offsets.view_mut());
     let pieces = (parts * n).div_ceil(256);
     start(gpu, "count", [pieces, 1], 256, &[offsets, chunks, mask, t, e])?;
-    start(gpu, "scan", [1, 1], 256, &[offsets, chunks, t, e])?;
+    start(gpu, "scan", [1, 1], 1024, &[offsets, chunks, t, e])?;
     start(gpu, "scan_tokens", [1, 1], 1024, &[token_offsets, active, t])?;
     let list = Arg::from(&list.view_mut());
     let slots = Arg::from(&slots.view_mut());
@@ -361,7 +361,7 @@ pub fn backward_weights(
         dz.len()
     );
     let [of_weights, of_bias] =
-        partials.two(0..PARTS * n * hidden, PARTS * n * hidden..PARTS * n * (hidden + 1));
+        partials.parts([0..PARTS * n * hidden, PARTS * n * hidden..PARTS * n * (hidden + 1)]);
     let [t, e, d] = sizes([tokens, n, hidden])?;
     let Normed { x, rstd, weight } = normed;
     let args = [

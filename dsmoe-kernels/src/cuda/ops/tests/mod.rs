@@ -2,6 +2,7 @@
 
 mod attention;
 mod compiled;
+mod experts;
 mod few;
 mod ffn;
 mod matmul;

@@ -1,0 +1,369 @@
+// Products of the pairs (token, expert) that are active. Lists say which tokens an expert has: `tokens` from offsets[e] to
+// offsets[e + 1]. All weights are [n w, hidden], expert e the rows from e w; activations of pairs lie where those of all
+// pairs would, [T, n w].
+//
+//   up       c = coefficient silu(x gate^T) (x up^T)     rows gathered
+//   project  g = x W^T                                   rows gathered
+//   down     part = c W                                  rows gathered, written by place in the lists
+//   input    part = da gate + db up                      as down
+//   weights  dW += a^T x                                 terms gathered, three products at once
+//
+// A tile is 128 x 256 in steps of 64 terms; two warpgroups take 64 rows each. Copies run LOOK steps ahead, into the next
+// tile too. Operands lie in shared memory as wgmma takes them, swizzled over 128 bytes: a row of 64 terms, or blocks of 64
+// columns with a row for each term. Where there is no wgmma, mma.sync reads the same.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) && !PLAIN
+#define WGMMA 1
+#define LOOK (STAGES - 2)
+#else
+#define WGMMA 0
+#define LOOK (STAGES - 1)
+#endif
+#define BM 128
+#define BN 256
+#define BK 64
+#define A_BYTES (BM * BK * 2)
+#define STAGE_BYTES ((BM + BN) * BK * 2)
+
+enum Form { UP, PROJECT, DOWN, INPUT, WEIGHTS };
+
+struct Args {
+  const bf16* a[3];
+  const bf16* b[3];
+  void* out[3];
+  const float* coefficients;
+  const u32* offsets;
+  const u32* tokens;
+  int n, w, hidden;
+};
+
+struct Tile {
+  int id, e, which, m0, n0, first, count, steps;
+  bool ok;
+};
+
+// One of three, without an array in memory.
+template <typename T> DEV T of(T const (&all)[3], int which) { return which == 0 ? all[0] : which == 1 ? all[1] : all[2]; }
+DEV int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// The first tile from `id` on, in steps of the grid, that has terms to sum.
+template <int FORM> DEV Tile tile_from(int id, const Args& p) {
+  Tile t;
+  t.which = 0;
+  const int columns = FORM == UP ? ceil_div(p.w, BN / 2) : FORM == PROJECT ? ceil_div(p.w, BN) : ceil_div(p.hidden, BN);
+  if (FORM == WEIGHTS) {
+    const int rows = ceil_div(p.w, BM), each = p.n * rows * columns;
+    for (;; id += gridDim.x) {
+      t.id = id;
+      t.ok = id < 3 * each;
+      if (!t.ok) return t;
+      t.which = id / each;
+      const int at = id % each;
+      t.e = at / (rows * columns);
+      t.m0 = at / columns % rows * BM;
+      t.n0 = at % columns * BN;
+      t.first = p.offsets[t.e];
+      t.count = p.offsets[t.e + 1] - t.first;
+      t.steps = ceil_div(t.count, BK);
+      if (t.steps > 0) return t;
+    }
+  }
+  t.id = id;
+  for (t.e = 0; t.e < p.n; t.e++) {
+    t.first = p.offsets[t.e];
+    t.count = p.offsets[t.e + 1] - t.first;
+    const int here = ceil_div(t.count, BM) * columns;
+    if (id < here) break;
+    id -= here;
+  }
+  t.ok = t.e < p.n;
+  t.m0 = id / columns * BM;
+  t.n0 = id % columns * (FORM == UP ? BN / 2 : BN);
+  const int inner = ceil_div(p.w, BK);
+  t.steps = FORM == DOWN ? inner : FORM == INPUT ? 2 * inner : ceil_div(p.hidden, BK);
+  return t;
+}
+
+// What a thread copies of every step.
+template <int FORM> struct Loader {
+  Tile t;
+  int k;
+  // Tokens of its rows of a; -1 behind the last.
+  int rows[4];
+
+  DEV void start(int id, const Args& p) {
+    t = tile_from<FORM>(id, p);
+    k = 0;
+    if (FORM != WEIGHTS && t.ok) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const int r = t.m0 + (threadIdx.x >> 3) + 32 * i;
+        rows[i] = r < t.count ? (int)p.tokens[t.first + r] : -1;
+      }
+    }
+  }
+
+  // Copies the next step to `stage`.
+  DEV void step(u32 stage, const Args& p) {
+    if (t.ok) {
+      const int tid = threadIdx.x, width = p.n * p.w;
+      if (FORM == WEIGHTS) {
+        const bf16 *a = of(p.a, t.which), *b = of(p.b, t.which);
+        const int m = t.m0 + 8 * (tid & 15), row = tid >> 4, c = tid & 7;
+        const u32 to = stage + ((tid >> 3) & 1) * 8192 + row * 128 + ((c ^ (row & 7)) << 4);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const int at = k * BK + row + 16 * i;
+          const bool in = at < t.count && m < p.w;
+          copy_async(to + i * 2048, in ? a + (i64)p.tokens[t.first + at] * width + t.e * p.w + m : a, in ? 16 : 0);
+        }
+        load_columns(stage, b, 0, t.count, true, p);
+      } else {
+        const int inner = ceil_div(p.w, BK), second = FORM == INPUT && k >= inner;
+        const int term = (second ? k - inner : k) * BK + 8 * (tid & 7);
+        const int terms = FORM == UP || FORM == PROJECT ? p.hidden : p.w;
+        const bf16* a = second ? p.a[1] : p.a[0];
+        const i64 stride = FORM == UP || FORM == PROJECT ? p.hidden : width;
+        const int before = FORM == UP || FORM == PROJECT ? 0 : t.e * p.w;
+        const u32 to = stage + (tid >> 3) * 128 + (((tid & 7) ^ ((tid >> 3) & 7)) << 4);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const bool in = rows[i] >= 0 && term < terms;
+          copy_async(to + i * 4096, in ? a + rows[i] * stride + before + term : a, in ? 16 : 0);
+        }
+        if (FORM == UP || FORM == PROJECT) {
+#pragma unroll
+          for (int i = 0; i < 8; i++) {
+            const bf16* b = FORM == UP && i >= 4 ? p.b[1] : p.b[0];
+            const int r = t.n0 + (tid >> 3) + 32 * (FORM == UP ? i & 3 : i);
+            const bool in = r < p.w && term < terms;
+            copy_async(to + A_BYTES + i * 4096, in ? b + (i64)(t.e * p.w + r) * p.hidden + term : b, in ? 16 : 0);
+          }
+        } else {
+          load_columns(stage, second ? p.b[1] : p.b[0], (second ? k - inner : k) * BK, p.w, false, p);
+        }
+      }
+      if (++k == t.steps) start(t.id + gridDim.x, p);
+    }
+    copy_commit();
+  }
+
+  // Rows of b with 256 columns from n0: tokens of the list, or neurons of the expert.
+  DEV void load_columns(u32 stage, const bf16* b, int first, int terms, bool gathered, const Args& p) {
+    const int tid = threadIdx.x, row = tid >> 5, c = tid & 31;
+    const int column = t.n0 + 8 * c;
+    const u32 to = stage + A_BYTES + (c >> 3) * 8192 + row * 128 + (((c & 7) ^ (row & 7)) << 4);
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      const int at = (gathered ? k * BK : first) + row + 8 * i;
+      const bool in = at < terms && column < p.hidden;
+      const int r = !in ? 0 : gathered ? (int)p.tokens[t.first + at] : t.e * p.w + at;
+      copy_async(to + i * 1024, in ? b + (i64)r * p.hidden + column : b, in ? 16 : 0);
+    }
+  }
+};
+
+#if WGMMA
+DEV u64 matrix(u32 address, u32 next) {
+  return (u64)((address & 0x3ffff) >> 4) | ((u64)(next >> 4) << 16) | ((u64)(1024 >> 4) << 32) | (1ull << 62);
+}
+#define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define D16(i) D4(i), D4(i + 4), D4(i + 8), D4(i + 12)
+// d (+)= a b of 64 x 256 x 16; A_COLUMNS and B_COLUMNS say that rows of an operand are terms.
+template <int A_COLUMNS, int B_COLUMNS> DEV void multiply_wide(float (&d)[128], u64 a, u64 b, int add) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %130, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
+      "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, "
+      "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "
+      "%62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, "
+      "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, "
+      "%101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, "
+      "%117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+      "}, %128, %129, p, 1, 1, %131, %132; }\n"
+      : D16(0), D16(16), D16(32), D16(48), D16(64), D16(80), D16(96), D16(112)
+      : "l"(a), "l"(b), "r"(add), "n"(A_COLUMNS), "n"(B_COLUMNS));
+}
+// Keeps the compiler from moving values while the tensor cores add to them.
+DEV void hold(float (&d)[128]) {
+#pragma unroll
+  for (int i = 0; i < 128; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+template <int N> DEV void wait_products() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
+#endif
+
+// Adds the products of a step, or sets them.
+template <int FORM> DEV void multiply_step(float (&d)[128], u32 stage, bool add) {
+  constexpr int A_COLUMNS = FORM == WEIGHTS, B_COLUMNS = FORM != UP && FORM != PROJECT;
+  const int warp = threadIdx.x >> 5;
+#if WGMMA
+  const u64 a = matrix(stage + (warp >> 2) * 8192, 16);
+  const u64 b = matrix(stage + A_BYTES, B_COLUMNS ? 8192 : 16);
+  hold(d);
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+  for (int q = 0; q < BK / 16; q++)
+    multiply_wide<A_COLUMNS, B_COLUMNS>(d, a + q * (A_COLUMNS ? 128 : 2), b + q * (B_COLUMNS ? 128 : 2), add || q > 0);
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#else
+  if (!add)
+#pragma unroll
+    for (int i = 0; i < 128; i++) d[i] = 0.0f;
+  const int lane = threadIdx.x & 31, low = lane & 7, middle = (lane >> 3) & 1, high = lane >> 4;
+#pragma unroll 1
+  for (int q = 0; q < BK / 16; q++) {
+    u32 a[4];
+    if (A_COLUMNS) {
+      const int k = 16 * q + low + 8 * high, m = 2 * warp + middle;
+      load_matrix_x4_trans(a[0], a[1], a[2], a[3], stage + (m >> 3) * 8192 + k * 128 + (((m & 7) ^ (k & 7)) << 4));
+    } else {
+      const int row = 16 * warp + low + 8 * middle;
+      load_matrix_x4(a[0], a[1], a[2], a[3], stage + row * 128 + (((2 * q + high) ^ (row & 7)) << 4));
+    }
+#pragma unroll
+    for (int j = 0; j < BN / 16; j++) {
+      u32 b[4];
+      if (B_COLUMNS) {
+        const int k = 16 * q + low + 8 * middle, n = 2 * j + high;
+        const u32 at = stage + A_BYTES + (n >> 3) * 8192 + k * 128 + (((n & 7) ^ (k & 7)) << 4);
+        load_matrix_x4_trans(b[0], b[1], b[2], b[3], at);
+      } else {
+        const int row = 16 * j + low + 8 * high;
+        load_matrix_x4(b[0], b[1], b[2], b[3], stage + A_BYTES + row * 128 + (((2 * q + middle) ^ (row & 7)) << 4));
+      }
+      multiply(*(float(*)[4])(d + 8 * j), a, b[0], b[1]);
+      multiply(*(float(*)[4])(d + 8 * j + 4), a, b[2], b[3]);
+    }
+  }
+#endif
+}
+
+DEV float silu(float a) { return a * (1.0f / (1.0f + expf(-a))); }
+
+template <int FORM> DEV void store(const float (&d)[128], const Tile& t, const Args& p) {
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, pair = 2 * (lane & 3);
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const int r = t.m0 + 16 * warp + (lane >> 2) + 8 * half;
+    if (FORM == WEIGHTS) {
+      if (r >= p.w) continue;
+      float* row = (float*)of(p.out, t.which) + (i64)(t.e * p.w + r) * p.hidden + t.n0 + pair;
+#pragma unroll
+      for (int j = 0; j < BN / 8; j++)
+        if (t.n0 + 8 * j < p.hidden) {
+          float2* at = (float2*)(row + 8 * j);
+          float2 v = *at;
+          v.x += d[4 * j + 2 * half];
+          v.y += d[4 * j + 2 * half + 1];
+          *at = v;
+        }
+      continue;
+    }
+    if (r >= t.count) continue;
+    const int token = p.tokens[t.first + r];
+    const i64 place = (i64)token * p.n * p.w + t.e * p.w + t.n0 + pair;
+    if (FORM == UP) {
+      const float k = p.coefficients[(i64)token * p.n + t.e];
+#pragma unroll
+      for (int j = 0; j < BN / 16; j++)
+        if (t.n0 + 8 * j < p.w) {
+          const u32 a = pack(d[4 * j + 2 * half], d[4 * j + 2 * half + 1]);
+          const u32 b = pack(d[64 + 4 * j + 2 * half], d[64 + 4 * j + 2 * half + 1]);
+          const i64 at = place + 8 * j;
+          *(u32*)((bf16*)p.out[0] + at) = pack(k * silu(lo_f32(a)) * lo_f32(b), k * silu(hi_f32(a)) * hi_f32(b));
+          if (p.out[1]) {
+            *(u32*)((bf16*)p.out[1] + at) = a;
+            *(u32*)((bf16*)p.out[2] + at) = b;
+          }
+        }
+    } else {
+      const i64 row = FORM == PROJECT ? place : (i64)(t.first + r) * p.hidden + t.n0 + pair;
+      const int end = FORM == PROJECT ? p.w : p.hidden;
+      bf16* out = (bf16*)p.out[0] + row;
+#pragma unroll
+      for (int j = 0; j < BN / 8; j++)
+        if (t.n0 + 8 * j < end) *(u32*)(out + 8 * j) = pack(d[4 * j + 2 * half], d[4 * j + 2 * half + 1]);
+    }
+  }
+}
+
+template <int FORM> DEV void run(const Args& p) {
+  extern __shared__ u8 memory[];
+  const u32 stages = (shared_address(memory) + 1023) & ~1023u;
+  Loader<FORM> loader;
+  loader.start(blockIdx.x, p);
+  Tile t = loader.t;
+  for (int i = 0; i < LOOK; i++) loader.step(stages + i * STAGE_BYTES, p);
+  int slot = 0, next = LOOK;
+  float d[128];
+  while (t.ok) {
+#pragma unroll 1
+    for (int k = 0; k < t.steps; k++) {
+      copy_wait<LOOK - 1>();
+#if WGMMA
+      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+      // All have copied this step, and are through with the one that `next` was used for.
+      __syncthreads();
+      multiply_step<FORM>(d, stages + slot * STAGE_BYTES, k > 0);
+      loader.step(stages + next * STAGE_BYTES, p);
+#if WGMMA
+      wait_products<1>();
+#endif
+      slot = slot + 1 == STAGES ? 0 : slot + 1;
+      next = next + 1 == STAGES ? 0 : next + 1;
+    }
+#if WGMMA
+    wait_products<0>();
+    hold(d);
+#endif
+    store<FORM>(d, t, p);
+    t = tile_from<FORM>(t.id + gridDim.x, p);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+up(bf16* c, bf16* a, bf16* b, const bf16* x, const bf16* gate, const bf16* up, const float* coefficients,
+   const u32* offsets, const u32* tokens, int n, int w, int hidden) {
+  run<UP>({{x, x}, {gate, up}, {c, a, b}, coefficients, offsets, tokens, n, w, hidden});
+}
+extern "C" __global__ void __launch_bounds__(256)
+project(bf16* out, const bf16* x, const bf16* weight, const u32* offsets, const u32* tokens, int n, int w, int hidden) {
+  run<PROJECT>({{x}, {weight}, {out}, 0, offsets, tokens, n, w, hidden});
+}
+extern "C" __global__ void __launch_bounds__(256)
+down(bf16* parts, const bf16* c, const bf16* weight, const u32* offsets, const u32* tokens, int n, int w, int hidden) {
+  run<DOWN>({{c, c}, {weight, weight}, {parts}, 0, offsets, tokens, n, w, hidden});
+}
+extern "C" __global__ void __launch_bounds__(256)
+input(bf16* parts, const bf16* da, const bf16* db, const bf16* gate, const bf16* up, const u32* offsets,
+      const u32* tokens, int n, int w, int hidden) {
+  run<INPUT>({{da, db}, {gate, up}, {parts}, 0, offsets, tokens, n, w, hidden});
+}
+extern "C" __global__ void __launch_bounds__(256)
+weights(float* dgate, float* dup, float* ddown, const bf16* da, const bf16* db, const bf16* c, const bf16* x,
+        const bf16* dy, const u32* offsets, const u32* tokens, int n, int w, int hidden) {
+  run<WEIGHTS>({{da, db, c}, {x, x, dy}, {dgate, dup, ddown}, 0, offsets, tokens, n, w, hidden});
+}
+
+// y[t] = the sum of the parts of token t, in the order of the experts: a block per token, 8 columns per thread.
+extern "C" __global__ void __launch_bounds__(256)
+combine(float* y, const bf16* parts, const u32* token_offsets, const u32* slots, int hidden) {
+  const i64 t = blockIdx.x;
+  const u32 first = token_offsets[t], end = token_offsets[t + 1];
+  for (int i = 8 * threadIdx.x; i < hidden; i += 8 * blockDim.x) {
+    float sums[8] = {};
+    for (u32 s = first; s < end; s++) {
+      const U4 v = *(const U4*)(parts + (i64)slots[s] * hidden + i);
+      const u32 pairs[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        sums[2 * j] += lo_f32(pairs[j]);
+        sums[2 * j + 1] += hi_f32(pairs[j]);
+      }
+    }
+    F4* to = (F4*)(y + t * hidden + i);
+    to[0] = F4{sums[0], sums[1], sums[2], sums[3]};
+    to[1] = F4{sums[4], sums[5], sums[6], sums[7]};
+  }
+}
