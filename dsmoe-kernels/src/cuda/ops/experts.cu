@@ -51,16 +51,16 @@ template <int FORM> DEV Tile tile_from(int id, const Args& p) {
   t.which = 0;
   const int columns = FORM == UP ? ceil_div(p.w, BN / 2) : FORM == PROJECT ? ceil_div(p.w, BN) : ceil_div(p.hidden, BN);
   if (FORM == WEIGHTS) {
-    const int rows = ceil_div(p.w, BM), each = p.n * rows * columns;
+    const int rows = ceil_div(p.w, BM), each = rows * columns;
     for (;; id += gridDim.x) {
       t.id = id;
-      t.ok = id < 3 * each;
+      t.ok = id < 3 * p.n * each;
       if (!t.ok) return t;
-      t.which = id / each;
-      const int at = id % each;
-      t.e = at / (rows * columns);
-      t.m0 = at / columns % rows * BM;
-      t.n0 = at % columns * BN;
+      // The products of one expert next to each other: they share operands.
+      t.e = id / (3 * each);
+      t.which = id / each % 3;
+      t.m0 = id % each / columns * BM;
+      t.n0 = id % columns * BN;
       t.first = p.offsets[t.e];
       t.count = p.offsets[t.e + 1] - t.first;
       t.steps = ceil_div(t.count, BK);
@@ -87,18 +87,21 @@ template <int FORM> DEV Tile tile_from(int id, const Args& p) {
 template <int FORM> struct Loader {
   Tile t;
   int k;
-  // Tokens of its rows of a; -1 behind the last.
+  // Tokens of its rows of a, and where terms are tokens of b; -1 behind the last.
   int rows[4];
 
   DEV void start(int id, const Args& p) {
     t = tile_from<FORM>(id, p);
     k = 0;
-    if (FORM != WEIGHTS && t.ok) {
+    if (t.ok) find_rows(p);
+  }
+
+  // Here, as a load behind a copy would wait for it.
+  DEV void find_rows(const Args& p) {
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const int r = t.m0 + (threadIdx.x >> 3) + 32 * i;
-        rows[i] = r < t.count ? (int)p.tokens[t.first + r] : -1;
-      }
+    for (int i = 0; i < 4; i++) {
+      const int r = FORM == WEIGHTS ? k * BK + (threadIdx.x >> 4) + 16 * i : t.m0 + (threadIdx.x >> 3) + 32 * i;
+      rows[i] = r < t.count ? (int)p.tokens[t.first + r] : -1;
     }
   }
 
@@ -108,15 +111,21 @@ template <int FORM> struct Loader {
       const int tid = threadIdx.x, width = p.n * p.w;
       if (FORM == WEIGHTS) {
         const bf16 *a = of(p.a, t.which), *b = of(p.b, t.which);
-        const int m = t.m0 + 8 * (tid & 15), row = tid >> 4, c = tid & 7;
-        const u32 to = stage + ((tid >> 3) & 1) * 8192 + row * 128 + ((c ^ (row & 7)) << 4);
+        const int row = tid >> 4, c = tid & 15, m = t.m0 + 8 * c;
+        // Blocks of 64 columns: c and c + 16 of b are two blocks apart.
+        const u32 to = stage + (c >> 3) * 8192 + row * 128 + (((c & 7) ^ (row & 7)) << 4);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-          const int at = k * BK + row + 16 * i;
-          const bool in = at < t.count && m < p.w;
-          copy_async(to + i * 2048, in ? a + (i64)p.tokens[t.first + at] * width + t.e * p.w + m : a, in ? 16 : 0);
+          const bool in = rows[i] >= 0 && m < p.w;
+          copy_async(to + i * 2048, in ? a + (i64)rows[i] * width + t.e * p.w + m : a, in ? 16 : 0);
         }
-        load_columns(stage, b, 0, t.count, true, p);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+          const int r = rows[i & 3], column = t.n0 + 8 * (c + (i & 4) * 4);
+          const bool in = r >= 0 && column < p.hidden;
+          const u32 at = to + A_BYTES + (i & 4) * 4096 + (i & 3) * 2048;
+          copy_async(at, in ? b + (i64)r * p.hidden + column : b, in ? 16 : 0);
+        }
       } else {
         const int inner = ceil_div(p.w, BK), second = FORM == INPUT && k >= inner;
         const int term = (second ? k - inner : k) * BK + 8 * (tid & 7);
@@ -139,25 +148,27 @@ template <int FORM> struct Loader {
             copy_async(to + A_BYTES + i * 4096, in ? b + (i64)(t.e * p.w + r) * p.hidden + term : b, in ? 16 : 0);
           }
         } else {
-          load_columns(stage, second ? p.b[1] : p.b[0], (second ? k - inner : k) * BK, p.w, false, p);
+          load_columns(stage, second ? p.b[1] : p.b[0], (second ? k - inner : k) * BK, p);
         }
       }
-      if (++k == t.steps) start(t.id + gridDim.x, p);
+      if (++k == t.steps)
+        start(t.id + gridDim.x, p);
+      else if (FORM == WEIGHTS)
+        find_rows(p);
     }
     copy_commit();
   }
 
-  // Rows of b with 256 columns from n0: tokens of the list, or neurons of the expert.
-  DEV void load_columns(u32 stage, const bf16* b, int first, int terms, bool gathered, const Args& p) {
+  // 64 neurons of the expert from `first` on, 256 columns from n0.
+  DEV void load_columns(u32 stage, const bf16* b, int first, const Args& p) {
     const int tid = threadIdx.x, row = tid >> 5, c = tid & 31;
     const int column = t.n0 + 8 * c;
     const u32 to = stage + A_BYTES + (c >> 3) * 8192 + row * 128 + (((c & 7) ^ (row & 7)) << 4);
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-      const int at = (gathered ? k * BK : first) + row + 8 * i;
-      const bool in = at < terms && column < p.hidden;
-      const int r = !in ? 0 : gathered ? (int)p.tokens[t.first + at] : t.e * p.w + at;
-      copy_async(to + i * 1024, in ? b + (i64)r * p.hidden + column : b, in ? 16 : 0);
+      const int at = first + row + 8 * i;
+      const bool in = at < p.w && column < p.hidden;
+      copy_async(to + i * 1024, in ? b + (i64)(t.e * p.w + at) * p.hidden + column : b, in ? 16 : 0);
     }
   }
 };
@@ -240,49 +251,113 @@ template <int FORM> DEV void multiply_step(float (&d)[128], u32 stage, bool add)
 
 DEV float silu(float a) { return a * (1.0f / (1.0f + expf(-a))); }
 
-template <int FORM> DEV void store(const float (&d)[128], const Tile& t, const Args& p) {
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, pair = 2 * (lane & 3);
+// A warp's rows on their way out: 16 of 256 bytes, apart so that they lie in different banks.
+#define PITCH 272
+#define STAGING_BYTES (8 * 16 * PITCH)
+
+DEV void put(u32 at, u32 v) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(v) : "memory"); }
+DEV void put(u32 at, float a, float b) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(at), "f"(a), "f"(b) : "memory");
+}
+DEV U4 take(u32 at) {
+  U4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at) : "memory");
+  return v;
+}
+
+// Stores rows of 128 values of a warp, of which `value(j, half)` gives pairs: columns 8 j + 2 (lane % 4) and the next, row
+// lane / 4 + 8 half. `row(r)` is where row r starts, 0 for none; columns from `end` on are none.
+template <typename V, typename R> DEV void store_halves(u32 staging, int end, V value, R row) {
+  const int lane = threadIdx.x & 31;
+  const u32 mine = staging + (lane >> 2) * PITCH + 4 * (lane & 3);
+  __syncwarp();
 #pragma unroll
-  for (int half = 0; half < 2; half++) {
-    const int r = t.m0 + 16 * warp + (lane >> 2) + 8 * half;
-    if (FORM == WEIGHTS) {
-      if (r >= p.w) continue;
-      float* row = (float*)of(p.out, t.which) + (i64)(t.e * p.w + r) * p.hidden + t.n0 + pair;
+  for (int j = 0; j < 16; j++) {
+    put(mine + 16 * j, value(j, 0));
+    put(mine + 16 * j + 8 * PITCH, value(j, 1));
+  }
+  __syncwarp();
+  const int c = lane & 15;
 #pragma unroll
-      for (int j = 0; j < BN / 8; j++)
-        if (t.n0 + 8 * j < p.hidden) {
-          float2* at = (float2*)(row + 8 * j);
-          float2 v = *at;
-          v.x += d[4 * j + 2 * half];
-          v.y += d[4 * j + 2 * half + 1];
-          *at = v;
-        }
-      continue;
+  for (int i = 0; i < 8; i++) {
+    const int r = 2 * i + (lane >> 4);
+    bf16* to = row(r);
+    if (to && 8 * c < end) *(U4*)(to + 8 * c) = take(staging + r * PITCH + 16 * c);
+  }
+}
+
+template <int FORM> DEV void store(const float (&d)[128], u32 staging, const Tile& t, const Args& p) {
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  const int first = t.m0 + 16 * warp;
+  staging += warp * 16 * PITCH;
+  if (FORM == WEIGHTS) {
+    float* out = (float*)of(p.out, t.which) + (i64)t.e * p.w * p.hidden + t.n0;
+#pragma unroll
+    for (int c = 0; c < BN; c += 64) {
+      const u32 mine = staging + (lane >> 2) * PITCH + 8 * (lane & 3);
+      __syncwarp();
+#pragma unroll
+      for (int j = 0; j < 8; j++) {
+        const int at = 4 * (c / 8 + j);
+        put(mine + 32 * j, d[at], d[at + 1]);
+        put(mine + 32 * j + 8 * PITCH, d[at + 2], d[at + 3]);
+      }
+      __syncwarp();
+      const int column = c + 4 * (lane & 15);
+      // Loads together, so that one wait is for all.
+      F4 v[8];
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        const int r = first + 2 * i + (lane >> 4);
+        if (r < p.w && t.n0 + column < p.hidden) v[i] = *(const F4*)(out + (i64)r * p.hidden + column);
+      }
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        const int r = first + 2 * i + (lane >> 4);
+        const U4 u = take(staging + (2 * i + (lane >> 4)) * PITCH + 16 * (lane & 15));
+        v[i].x += __uint_as_float(u.x);
+        v[i].y += __uint_as_float(u.y);
+        v[i].z += __uint_as_float(u.z);
+        v[i].w += __uint_as_float(u.w);
+        if (r < p.w && t.n0 + column < p.hidden) *(F4*)(out + (i64)r * p.hidden + column) = v[i];
+      }
     }
-    if (r >= t.count) continue;
-    const int token = p.tokens[t.first + r];
-    const i64 place = (i64)token * p.n * p.w + t.e * p.w + t.n0 + pair;
-    if (FORM == UP) {
-      const float k = p.coefficients[(i64)token * p.n + t.e];
+  } else if (FORM == UP) {
+    float k[2];
 #pragma unroll
-      for (int j = 0; j < BN / 16; j++)
-        if (t.n0 + 8 * j < p.w) {
-          const u32 a = pack(d[4 * j + 2 * half], d[4 * j + 2 * half + 1]);
-          const u32 b = pack(d[64 + 4 * j + 2 * half], d[64 + 4 * j + 2 * half + 1]);
-          const i64 at = place + 8 * j;
-          *(u32*)((bf16*)p.out[0] + at) = pack(k * silu(lo_f32(a)) * lo_f32(b), k * silu(hi_f32(a)) * hi_f32(b));
-          if (p.out[1]) {
-            *(u32*)((bf16*)p.out[1] + at) = a;
-            *(u32*)((bf16*)p.out[2] + at) = b;
-          }
-        }
-    } else {
-      const i64 row = FORM == PROJECT ? place : (i64)(t.first + r) * p.hidden + t.n0 + pair;
-      const int end = FORM == PROJECT ? p.w : p.hidden;
-      bf16* out = (bf16*)p.out[0] + row;
+    for (int half = 0; half < 2; half++) {
+      const int r = first + (lane >> 2) + 8 * half;
+      k[half] = r < t.count ? p.coefficients[(i64)p.tokens[t.first + r] * p.n + t.e] : 0.0f;
+    }
+    const auto a = [&](int j, int half) { return pack(d[4 * j + 2 * half], d[4 * j + 2 * half + 1]); };
+    const auto b = [&](int j, int half) { return pack(d[64 + 4 * j + 2 * half], d[64 + 4 * j + 2 * half + 1]); };
+    const auto c = [&](int j, int half) {
+      const u32 x = a(j, half), y = b(j, half);
+      return pack(k[half] * silu(lo_f32(x)) * lo_f32(y), k[half] * silu(hi_f32(x)) * hi_f32(y));
+    };
+    const auto row = [&](void* out, int r) {
+      const bool in = first + r < t.count;
+      return in ? (bf16*)out + (i64)p.tokens[t.first + first + r] * p.n * p.w + t.e * p.w + t.n0 : (bf16*)0;
+    };
+    store_halves(staging, p.w - t.n0, c, [&](int r) { return row(p.out[0], r); });
+    if (p.out[1]) {
+      store_halves(staging, p.w - t.n0, a, [&](int r) { return row(p.out[1], r); });
+      store_halves(staging, p.w - t.n0, b, [&](int r) { return row(p.out[2], r); });
+    }
+  } else {
 #pragma unroll
-      for (int j = 0; j < BN / 8; j++)
-        if (t.n0 + 8 * j < end) *(u32*)(out + 8 * j) = pack(d[4 * j + 2 * half], d[4 * j + 2 * half + 1]);
+    for (int c = 0; c < BN; c += 128) {
+      const auto value = [&](int j, int half) {
+        const int at = 4 * (c / 8 + j) + 2 * half;
+        return pack(d[at], d[at + 1]);
+      };
+      const auto row = [&](int r) {
+        if (first + r >= t.count) return (bf16*)0;
+        const i64 place = t.first + first + r;
+        const i64 start = FORM == PROJECT ? (i64)p.tokens[place] * p.n * p.w + t.e * p.w : place * p.hidden;
+        return (bf16*)p.out[0] + start + t.n0 + c;
+      };
+      store_halves(staging, (FORM == PROJECT ? p.w : p.hidden) - t.n0 - c, value, row);
     }
   }
 }
@@ -317,7 +392,7 @@ template <int FORM> DEV void run(const Args& p) {
     wait_products<0>();
     hold(d);
 #endif
-    store<FORM>(d, t, p);
+    store<FORM>(d, stages + STAGES * STAGE_BYTES, t, p);
     t = tile_from<FORM>(t.id + gridDim.x, p);
   }
 }

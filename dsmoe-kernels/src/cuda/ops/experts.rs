@@ -15,8 +15,8 @@ static SOURCE: Source = Source { name: "experts", text: include_str!("experts.cu
 
 /// Bytes that a step of a tile takes in shared memory.
 const STAGE_BYTES: u32 = (128 + 256) * 64 * 2;
-/// What their start may be moved by.
-const ALIGNMENT: u32 = 1024;
+/// Bytes there beside the steps: results on their way out, and what the start may be moved by.
+const OTHER_BYTES: u32 = 8 * 16 * 272 + 1024;
 
 #[cfg(test)]
 pub(crate) const KERNELS: &[KernelSpec] = &[KernelSpec {
@@ -27,7 +27,7 @@ pub(crate) const KERNELS: &[KernelSpec] = &[KernelSpec {
         &[("STAGES", 3), ("PLAIN", 0)],
         &[("STAGES", 2), ("PLAIN", 1)],
     ],
-    max_registers: 248,
+    max_registers: 255,
 }];
 
 /// Sizes of an FFN.
@@ -45,7 +45,7 @@ pub struct Dims {
 
 impl Dims {
     /// Whether these kernels take an FFN of such sizes: rows of an expert's weights and activations are whole groups of 8
-    /// values.
+    /// values. Not on devices with less than 131 KiB of shared memory for a block.
     pub fn fit(&self, gpu: &Gpu) -> bool {
         let Dims { hidden, intermediate, num_experts, .. } = *self;
         hidden.is_multiple_of(8) && intermediate.is_multiple_of(8 * num_experts.max(1)) && stages(gpu) >= 2
@@ -81,7 +81,7 @@ impl Dims {
 
 /// Steps of a tile that shared memory has room for.
 fn stages(gpu: &Gpu) -> u32 {
-    (gpu.shared_memory().saturating_sub(ALIGNMENT) / STAGE_BYTES).min(4)
+    (gpu.shared_memory().saturating_sub(OTHER_BYTES) / STAGE_BYTES).min(4)
 }
 
 #[cfg(test)]
@@ -98,7 +98,7 @@ fn start(gpu: &Gpu, entry: &'static str, args: &[Arg]) -> Result<()> {
     let plain = plain || PLAIN.get();
     let defines = [("STAGES", i64::from(stages)), ("PLAIN", i64::from(plain))];
     let kernel = gpu.kernel(&SOURCE, entry, &defines)?;
-    let shared = stages * STAGE_BYTES + ALIGNMENT;
+    let shared = stages * STAGE_BYTES + OTHER_BYTES;
     // SAFETY: the arguments are those of the kernel in experts.cu. The callers checked the lengths, and that rows are groups
     // of 8 values, so that all of them start at 16 bytes, as buffers do; lists name tokens and pairs of these sizes.
     unsafe { kernel.launch([gpu.multiprocessors(), 1, 1], 256, shared, args) }

@@ -1,21 +1,47 @@
 DEV float sigmoid(float z) { return 1.0f / (1.0f + expf(-z)); }
 DEV float silu(float a) { return a * sigmoid(a); }
 
-// c = coefficient silu(a) b, 0 where the coefficient is; two neighbours per thread.
+// Eight neighbours, where they start at 16 bytes.
+struct Eight { float v[8]; };
+DEV Eight load(const bf16* from) {
+  const U4 u = *(const U4*)from;
+  return {lo_f32(u.x), hi_f32(u.x), lo_f32(u.y), hi_f32(u.y), lo_f32(u.z), hi_f32(u.z), lo_f32(u.w), hi_f32(u.w)};
+}
+DEV void store(bf16* to, const Eight& x) {
+  *(U4*)to = U4{pack(x.v[0], x.v[1]), pack(x.v[2], x.v[3]), pack(x.v[4], x.v[5]), pack(x.v[6], x.v[7])};
+}
+
+// c = coefficient silu(a) b, 0 where the coefficient is; eight neighbours per thread.
 extern "C" __global__ void activate(bf16* c, const bf16* a, const bf16* b, const float* coefficients, i64 tokens,
                                     int width, int n) {
-  const i64 i = 2 * ((i64)blockIdx.x * blockDim.x + threadIdx.x), total = tokens * width;
+  const i64 i = 8 * ((i64)blockIdx.x * blockDim.x + threadIdx.x), total = tokens * width;
   if (i >= total) return;
-  const int last = i + 1 < total;
-  float out[2] = {0.0f, 0.0f};
-  for (int j = 0; j <= last; j++) {
-    const float k = coefficients ? coefficients[(i + j) / width * n + (i + j) % width / (width / n)] : 1.0f;
-    if (k != 0.0f) out[j] = k * silu(to_f32(a[i + j])) * to_f32(b[i + j]);
+  const int w = width / n;
+  if (w % 8 == 0) {
+    // They are of one pair.
+    const float k = coefficients ? coefficients[i / w] : 1.0f;
+    Eight out = {};
+    if (k != 0.0f) {
+      const Eight x = load(a + i), y = load(b + i);
+#pragma unroll
+      for (int j = 0; j < 8; j++) out.v[j] = k * silu(x.v[j]) * y.v[j];
+    }
+    store(c + i, out);
+    return;
   }
-  if (last)
-    *(u32*)(c + i) = pack(out[0], out[1]);
-  else
-    c[i] = to_bf16(out[0]);
+  for (i64 at = i; at < i + 8 && at < total; at++) {
+    const float k = coefficients ? coefficients[at / w] : 1.0f;
+    c[at] = to_bf16(k != 0.0f ? k * silu(to_f32(a[at])) * to_f32(b[at]) : 0.0f);
+  }
+}
+
+// Sets of_a, of_b and of_c; returns the part of dcoefficient.
+DEV float gradients(float& of_a, float& of_b, float& of_c, float k, float a, float b, float g) {
+  const float s = sigmoid(a), u = a * s;
+  of_c = k * u * b;
+  of_b = k * g * u;
+  of_a = k * g * b * s * (1.0f + a * (1.0f - s));
+  return u * b * g;
 }
 
 // A block per token, a warp per expert:
@@ -29,20 +55,29 @@ backward(bf16* da, bf16* db, bf16* c, float* dcoefficients, const bf16* g, const
   for (int e = threadIdx.x >> 5; e < n; e += blockDim.x >> 5) {
     const float k = coefficients ? coefficients[t * n + e] : 1.0f;
     const i64 row = t * width + (i64)e * w;
+    const bool on = k != 0.0f || all_pairs;
     float sum = 0.0f;
-    for (int i = lane; i < w; i += 32) {
-      float of_a = 0.0f, of_b = 0.0f, of_c = 0.0f;
-      if (k != 0.0f || all_pairs) {
-        const float x = to_f32(a[row + i]), y = to_f32(b[row + i]), d = to_f32(g[row + i]);
-        const float s = sigmoid(x), u = x * s;
-        sum += u * y * d;
-        of_c = k * u * y;
-        of_b = k * d * u;
-        of_a = k * d * y * s * (1.0f + x * (1.0f - s));
+    if (w % 8 == 0) {
+      for (int i = 8 * lane; i < w; i += 256) {
+        Eight of_a = {}, of_b = {}, of_c = {};
+        if (on) {
+          const Eight x = load(a + row + i), y = load(b + row + i), d = load(g + row + i);
+#pragma unroll
+          for (int j = 0; j < 8; j++) sum += gradients(of_a.v[j], of_b.v[j], of_c.v[j], k, x.v[j], y.v[j], d.v[j]);
+        }
+        store(c + row + i, of_c);
+        store(da + row + i, of_a);
+        store(db + row + i, of_b);
       }
-      c[row + i] = to_bf16(of_c);
-      da[row + i] = to_bf16(of_a);
-      db[row + i] = to_bf16(of_b);
+    } else {
+      for (int i = lane; i < w; i += 32) {
+        float of_a = 0.0f, of_b = 0.0f, of_c = 0.0f;
+        if (on)
+          sum += gradients(of_a, of_b, of_c, k, to_f32(a[row + i]), to_f32(b[row + i]), to_f32(g[row + i]));
+        c[row + i] = to_bf16(of_c);
+        da[row + i] = to_bf16(of_a);
+        db[row + i] = to_bf16(of_b);
+      }
     }
     if (dcoefficients) {
       sum = warp_sum(sum);

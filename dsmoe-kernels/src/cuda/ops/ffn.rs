@@ -56,7 +56,7 @@ pub fn activate(
 ) -> Result<()> {
     dims.check("activate", &[c.len(), a.len(), b.len()], coefficients.map(|k| k.len()));
     let kernel = gpu.kernel(&SOURCE, "activate", &[])?;
-    let blocks = int("ffn", c.len().div_ceil(2 * 256))? as u32;
+    let blocks = int("ffn", c.len().div_ceil(8 * 256))? as u32;
     let args = [
         Arg::from(&c),
         a.into(),
@@ -66,7 +66,7 @@ pub fn activate(
         int("ffn", dims.intermediate)?.into(),
         int("ffn", dims.num_experts)?.into(),
     ];
-    // SAFETY: two values per thread of buffers whose lengths were checked above.
+    // SAFETY: eight values per thread of buffers whose lengths were checked above; those start at 16 bytes, as buffers do.
     unsafe { kernel.launch([blocks, 1, 1], 256, 0, &args) }
 }
 

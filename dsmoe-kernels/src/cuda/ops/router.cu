@@ -58,15 +58,19 @@ route(float* gates, float* coefficients, u8* mask, u32* active, const float* z, 
   if (lane == 0) active[t] = k;
 }
 
+// A warp per (chunk of tokens, expert): chunks [blocks of tokens, n] get how many are active.
 extern "C" __global__ void __launch_bounds__(1024) count(u32* offsets, u32* chunks, const u8* mask, int tokens, int n) {
-  // A thread per (chunk of tokens, expert): chunks [blocks of tokens, n] get how many are active.
-  const int at = blockIdx.x * blockDim.x + threadIdx.x;
+  const int at = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5), lane = threadIdx.x & 31;
   const int parts = (tokens + CHUNK - 1) / CHUNK;
   if (at >= parts * n) return;
   const int part = at / n, e = at % n;
   u32 sum = 0;
-  for (int t = part * CHUNK; t < tokens && t < (part + 1) * CHUNK; t++) sum += mask[(i64)t * n + e];
-  chunks[at] = sum;
+#pragma unroll
+  for (int i = 0; i < CHUNK; i += 32) {
+    const int t = part * CHUNK + i + lane;
+    sum += __popc(__ballot_sync(0xffffffffu, t < tokens && mask[(i64)t * n + e]));
+  }
+  if (lane == 0) chunks[at] = sum;
 }
 
 // One block, a warp per expert: sums of its chunks, then starts in their place.
@@ -124,22 +128,28 @@ extern "C" __global__ void __launch_bounds__(1024) scan_tokens(u32* token_offset
   if (threadIdx.x == 1023) token_offsets[tokens] = sums[1023];
 }
 
-// A thread per (chunk, expert) writes its pairs, in the order of the tokens.
+// A warp per (chunk, expert) writes its pairs, in the order of the tokens.
 extern "C" __global__ void __launch_bounds__(1024)
 fill(u32* list, u32* slots, const u32* chunks, const u32* token_offsets, const u8* mask, int tokens, int n) {
-  const int at = blockIdx.x * blockDim.x + threadIdx.x;
+  const int at = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5), lane = threadIdx.x & 31;
   const int parts = (tokens + CHUNK - 1) / CHUNK;
   if (at >= parts * n) return;
   const int part = at / n, e = at % n;
-  u32 slot = chunks[at];
-  for (int t = part * CHUNK; t < tokens && t < (part + 1) * CHUNK; t++) {
+  u32 first = chunks[at];
+#pragma unroll
+  for (int i = 0; i < CHUNK; i += 32) {
+    const int t = part * CHUNK + i + lane;
     const u8* row = mask + (i64)t * n;
-    if (!row[e]) continue;
-    u32 before = 0;
-    for (int o = 0; o < e; o++) before += row[o];
-    list[slot] = t;
-    slots[token_offsets[t] + before] = slot;
-    slot++;
+    const bool on = t < tokens && row[e];
+    const u32 all = __ballot_sync(0xffffffffu, on);
+    if (on) {
+      const u32 slot = first + __popc(all & ((1u << lane) - 1));
+      u32 before = 0;
+      for (int o = 0; o < e; o++) before += row[o];
+      list[slot] = t;
+      slots[token_offsets[t] + before] = slot;
+    }
+    first += __popc(all);
   }
 }
 

@@ -9,7 +9,7 @@ use crate::cuda::GpuBuf;
 
 static SOURCE: Source = Source { name: "router", text: include_str!("router.cu") };
 
-/// Tokens that one thread counts for one expert.
+/// Tokens that one warp counts for one expert; whole warps.
 const CHUNK: usize = 64;
 const DEFINES: &[(&str, i64)] = &[("CHUNK", CHUNK as i64)];
 /// Parts that gradients of the weights are summed in.
@@ -251,7 +251,7 @@ pub fn lists(gpu: &Gpu, lists: &mut Lists, routed: &Routed) -> Result<()> {
     let offsets = Arg::from(&offsets.view_mut());
     let chunks = Arg::from(&chunks.view_mut());
     let token_offsets = Arg::from(&token_offsets.view_mut());
-    let pieces = (parts * n).div_ceil(256);
+    let pieces = (parts * n).div_ceil(8);
     start(gpu, "count", [pieces, 1], 256, &[offsets, chunks, mask, t, e])?;
     start(gpu, "scan", [1, 1], 1024, &[offsets, chunks, t, e])?;
     start(gpu, "scan_tokens", [1, 1], 1024, &[token_offsets, active, t])?;
