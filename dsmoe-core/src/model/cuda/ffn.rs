@@ -1,4 +1,4 @@
-//! An FFN on the device: dense, or experts behind sigmoid gates.
+//! An FFN on the device: dense, or experts behind sigmoid gates or a gate that the host computes.
 //!
 //! Training computes gate and up projections of all pairs, which the router's gradient needs, and multiplies by
 //! coefficients that are 0 where an expert is shut: products of one shape, so nothing waits for the routing. Inference
@@ -10,8 +10,9 @@ use dsmoe_router::RouterConfig;
 use half::bf16;
 
 use super::Products;
+use super::hosted::{Hosted, Staging};
 use crate::error::Result;
-use crate::ffn::DeviceFfn;
+use crate::ffn::{DeviceFfn, GateTraining};
 use crate::params::padded;
 
 /// One layer's parameters, in f32 and rounded.
@@ -27,6 +28,7 @@ pub(super) struct Acts {
     a: GpuBuf<bf16>,
     b: GpuBuf<bf16>,
     routed: Option<router::Routed>,
+    hosted: Option<Hosted>,
 }
 
 /// What all layers work in.
@@ -42,13 +44,14 @@ pub(super) struct Scratch {
     dcoefficients: GpuBuf<f32>,
     dlogits: GpuBuf<f32>,
     partials: GpuBuf<f32>,
+    staging: Option<Staging>,
 }
 
 impl Acts {
     pub(super) fn new(gpu: &Gpu, ffn: &DeviceFfn, tokens: usize) -> Result<Acts> {
         let pairs = tokens * ffn.intermediate();
         let routed = ffn.num_experts().map(|n| router::Routed::with_room(gpu, tokens, n)).transpose()?;
-        Ok(Acts { a: gpu.zeros(pairs)?, b: gpu.zeros(pairs)?, routed })
+        Ok(Acts { a: gpu.zeros(pairs)?, b: gpu.zeros(pairs)?, routed, hosted: Hosted::new(ffn) })
     }
 
     pub(super) fn bytes(ffn: &DeviceFfn, tokens: usize) -> usize {
@@ -57,6 +60,11 @@ impl Acts {
 
     pub(super) fn routed(&self) -> Option<&router::Routed> {
         self.routed.as_ref()
+    }
+
+    /// What the gate adds to the loss, after the forward.
+    pub(super) fn balance_loss(&self) -> f64 {
+        self.hosted.as_ref().map_or(0.0, |hosted| hosted.balance_loss)
     }
 }
 
@@ -75,11 +83,17 @@ impl Scratch {
             dcoefficients: gpu.zeros(pairs)?,
             dlogits: gpu.zeros(pairs)?,
             partials: gpu.zeros(router::partials_len(hidden, experts))?,
+            staging: ffns
+                .iter()
+                .any(DeviceFfn::is_hosted)
+                .then(|| Staging::new(gpu, tokens * hidden))
+                .transpose()?,
         })
     }
 
     pub(super) fn bytes(ffn: &DeviceFfn, tokens: usize) -> usize {
-        tokens * (8 * ffn.intermediate() + 12 * ffn.num_experts().unwrap_or(0))
+        let staged = if ffn.is_hosted() { 4 * ffn.hidden() } else { 0 };
+        tokens * (8 * ffn.intermediate() + 12 * ffn.num_experts().unwrap_or(0) + staged)
     }
 }
 
@@ -104,6 +118,7 @@ impl<'a> Weights<'a> {
     }
 
     /// Sets `y`; `h` is `normed` rounded.
+    #[expect(clippy::too_many_arguments, reason = "input, output, and what lies between")]
     pub(super) fn forward_train(
         &self,
         products: &Products<'_>,
@@ -111,16 +126,12 @@ impl<'a> Weights<'a> {
         acts: &mut Acts,
         h: View<'_, bf16>,
         normed: router::Normed<'_>,
+        training: GateTraining,
         scratch: &mut Scratch,
     ) -> Result<()> {
         let (gpu, tokens) = (products.gpu, products.tokens);
         let (hidden, width) = (self.kind.hidden(), self.kind.intermediate());
-        if let (Some(Router { config, weight, bias }), Some(routed)) = (self.router(), &mut acts.routed) {
-            let n = config.num_experts;
-            let mut logits = scratch.logits.slice_mut(0..tokens * n);
-            router::logits(gpu, logits.reborrow(), normed, weight, bias, hidden)?;
-            router::route(gpu, routed, logits.as_view(), &super::gates(config))?;
-        }
+        self.route(products, acts, normed, training, scratch)?;
         products.forward(acts.a.view_mut(), h, self.projection(0), hidden, width)?;
         products.forward(acts.b.view_mut(), h, self.projection(1), hidden, width)?;
         let mut c = scratch.c.slice_mut(0..tokens * width);
@@ -128,6 +139,26 @@ impl<'a> Weights<'a> {
         ffn::activate(gpu, c.reborrow(), acts.a.view(), acts.b.view(), coefficients, self.dims(tokens))?;
         // The down projection is stored transposed: y = c W.
         products.times(y, c.as_view(), self.projection(2), width, hidden, false)
+    }
+
+    /// Sets the routing, where there is a gate.
+    fn route(
+        &self,
+        products: &Products<'_>,
+        acts: &mut Acts,
+        normed: router::Normed<'_>,
+        training: GateTraining,
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        let Some(routed) = &mut acts.routed else { return Ok(()) };
+        if let (DeviceFfn::Hosted { gate, .. }, Some(hosted)) = (self.kind, &mut acts.hosted) {
+            let params = self.master.slice(self.kind.gate_params(self.master.len()));
+            return hosted.forward(gate.as_ref(), routed, normed, params, training);
+        }
+        let Some(Router { config, weight, bias }) = self.router() else { return Ok(()) };
+        let mut logits = scratch.logits.slice_mut(0..products.tokens * config.num_experts);
+        router::logits(products.gpu, logits.reborrow(), normed, weight, bias, self.kind.hidden())?;
+        Ok(router::route(products.gpu, routed, logits.as_view(), &super::gates(config))?)
     }
 
     /// Sets `dh`, adds to `grads`, which is laid out as the parameters.
@@ -142,18 +173,18 @@ impl<'a> Weights<'a> {
         h: View<'_, bf16>,
         normed: router::Normed<'_>,
         sparsity: router::Sparsity<'_>,
+        training: GateTraining,
         scratch: &mut Scratch,
     ) -> Result<()> {
         let (gpu, tokens) = (products.gpu, products.tokens);
         let (hidden, width) = (self.kind.hidden(), self.kind.intermediate());
         let (len, values) = (hidden * width, 0..tokens * width);
         let [gate, up, down] = [0, 1, 2].map(|which| which * padded(len)..which * padded(len) + len);
-        let Scratch { c, da, db, g, dcoefficients, dlogits, partials, .. } = scratch;
+        let Scratch { c, da, db, g, dcoefficients, .. } = &mut *scratch;
         // g = dy W_down^T: the stored matrix is W_down^T already, [width, hidden].
         products.forward(g.slice_mut(values.clone()), dy, self.projection(2), hidden, width)?;
-        let router = self.router();
         let n = self.kind.num_experts().unwrap_or(0);
-        let all_pairs = router.as_ref().is_some_and(|router| router.config.ste);
+        let all_pairs = self.router().is_some_and(|router| router.config.ste);
         ffn::backward(
             gpu,
             da.slice_mut(values.clone()),
@@ -174,18 +205,37 @@ impl<'a> Weights<'a> {
         products.backward_weight(grads.slice_mut(up), db, h, hidden, width)?;
         products.times(dh.reborrow(), da, self.projection(0), width, hidden, false)?;
         products.times(dh.reborrow(), db, self.projection(1), width, hidden, true)?;
-        let (Some(Router { config, weight, bias }), Some(routed)) = (router, &acts.routed) else {
-            return Ok(());
-        };
+        self.route_backward(products, dh, grads, acts, normed, sparsity, training, scratch)
+    }
+
+    /// Adds what comes through the gate, given the gradients by the coefficients.
+    #[expect(clippy::too_many_arguments, reason = "the forward's arguments with their gradients")]
+    fn route_backward(
+        &self,
+        products: &Products<'_>,
+        dh: ViewMut<'_, f32>,
+        mut grads: ViewMut<'_, f32>,
+        acts: &Acts,
+        normed: router::Normed<'_>,
+        sparsity: router::Sparsity<'_>,
+        training: GateTraining,
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        let (gpu, tokens) = (products.gpu, products.tokens);
+        let (hidden, width) = (self.kind.hidden(), self.kind.intermediate());
+        let (Some(n), Some(routed)) = (self.kind.num_experts(), &acts.routed) else { return Ok(()) };
+        let Scratch { dcoefficients, dlogits, partials, staging, .. } = scratch;
+        let dcoefficients = dcoefficients.slice(0..tokens * n);
+        if let (DeviceFfn::Hosted { gate, .. }, Some(hosted), Some(staging)) =
+            (self.kind, &acts.hosted, staging)
+        {
+            let range = self.kind.gate_params(grads.len());
+            let dgate = grads.slice_mut(range);
+            return hosted.backward(gate.as_ref(), gpu, dh, dgate, dcoefficients, training, staging);
+        }
+        let Some(Router { config, weight, bias }) = self.router() else { return Ok(()) };
         let mut dz = dlogits.slice_mut(0..tokens * n);
-        router::backward(
-            gpu,
-            dz.reborrow(),
-            dcoefficients.slice(0..tokens * n),
-            routed,
-            sparsity,
-            &super::gates(config),
-        )?;
+        router::backward(gpu, dz.reborrow(), dcoefficients, routed, sparsity, &super::gates(config))?;
         let [drouter, mut dbias] = router_ranges(hidden, width, n);
         if bias.is_none() {
             dbias = drouter.end..drouter.end;
