@@ -238,8 +238,8 @@ impl CudaTrainer {
         Ok(self.report.counts.fill_zero()?)
     }
 
-    /// Queues the forward and backward pass of a micro-batch, or runs it where a gate is one of the host; as [`Model::train_step`], adding to the gradients and to
-    /// what [`CudaTrainer::finish`] gives.
+    /// Queues the forward and backward pass of a micro-batch, or runs it where gates are the host's; as
+    /// [`Model::train_step`], adding to the gradients and to what [`CudaTrainer::finish`] gives.
     ///
     /// # Errors
     /// A token id outside the vocabulary, more positions than the model has, or the device fails.
@@ -287,7 +287,8 @@ impl CudaTrainer {
         done
     }
 
-    /// Whether the next micro-batch with the same settings is the replay of a CUDA graph: from the second on.
+    /// Whether the next micro-batch with the same settings is the replay of a CUDA graph: from the second on, unless gates
+    /// are the host's.
     pub fn is_recorded(&self) -> bool {
         self.recorded.is_recorded()
     }
