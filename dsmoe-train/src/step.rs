@@ -222,6 +222,7 @@ impl Stepper {
                 shown.lm_loss = sums.loss;
                 shown.sparsity_loss = sums.active_gates / gates as f64;
                 shown.mean_gate = sums.all_gates / gates as f64;
+                shown.balance_loss = sums.balance_loss;
                 shown.norms = GradNorms { all: sums.squares.sqrt(), router: sums.router_squares.sqrt() };
                 if !sums.loss.is_finite() {
                     shown.non_finite = Some(trainer.first_non_finite()?);

@@ -1,18 +1,18 @@
 //! The FFN of LLaMA-MoE and MoEfication: experts cut from the dense FFN, a gate that gives every token exactly k.
 
 use std::any::Any;
+use std::sync::Arc;
 
-use dsmoe_core::ffn::{Ffn, FfnReport, FfnScratch, PackedFfn, Record, projections, routes, split, split_mut};
+use dsmoe_core::ffn::{
+    DeviceFfn, Ffn, FfnReport, FfnScratch, GateTraining, HostGate, HostRouted, PackedFfn, Record, block_len,
+    projections, routes, split, split_mut,
+};
 use dsmoe_core::params::TensorSpec;
 use dsmoe_kernels::Precision;
-use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::expert_ffn::{self, Dims, PackedWeights, Saved, WeightGrads, Weights};
-use dsmoe_kernels::rng::Rng;
 use dsmoe_router::SparsityGrad;
-use dsmoe_router::topk::{self, Noise, TopKRouted};
-use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 
-use super::gate::{Gate, GateActs, GateGrads, GateWeights};
+use super::router::{RouterSaved, TopkRouter};
 use super::spec::TopkSpec;
 
 /// `y = sum over the k selected experts of score_scale p_i o_i + sum over residual experts of o_i`; see
@@ -28,8 +28,7 @@ pub struct TopkMoeFfn {
 #[derive(Debug)]
 struct TopkSaved {
     experts: Saved,
-    gate: GateActs,
-    routed: Option<TopKRouted>,
+    router: RouterSaved,
 }
 
 impl TopkMoeFfn {
@@ -46,14 +45,18 @@ impl TopkMoeFfn {
         TopkMoeFfn { hidden, intermediate, spec }
     }
 
-    fn gate(&self) -> Gate {
-        self.spec.gate(self.hidden)
+    fn router(&self) -> TopkRouter {
+        TopkRouter { hidden: self.hidden, spec: self.spec }
     }
 
-    fn lens(&self) -> [usize; 6] {
-        let projection = self.hidden * self.intermediate;
-        let [a, b, noise] = self.gate().lens();
-        [projection, projection, projection, a, b, noise]
+    /// Values of each projection.
+    fn lens(&self) -> [usize; 3] {
+        [self.hidden * self.intermediate; 3]
+    }
+
+    /// Where the router's parameters start.
+    fn router_start(&self) -> usize {
+        block_len(&projections(self.hidden, self.intermediate))
     }
 
     /// Only selected experts take part in the gradient (LLaMA-MoE has no straight-through rule).
@@ -66,36 +69,17 @@ impl TopkMoeFfn {
             all_pairs: false,
         }
     }
+}
 
-    /// Routes `x`, with noise drawn from `noise_seed`, and adds to `record`.
-    fn route(
-        &self,
-        logits: &mut Buf,
-        acts: &mut GateActs,
-        x: &[f32],
-        weights: GateWeights<'_>,
-        noise_seed: Option<u64>,
-        record: Option<Record<'_>>,
-    ) -> TopKRouted {
-        let (tokens, n) = (x.len() / self.hidden, self.spec.router.num_experts);
-        self.gate().forward(logits, acts, x, weights, noise_seed.is_some());
-        let logits = matrix(logits, tokens, n);
-        let routed = match noise_seed {
-            None => topk::route(&self.spec.router, logits, None),
-            Some(seed) => {
-                let std = topk::noise_std(matrix(&acts.raw, tokens, n));
-                let mut draws = Array2::zeros((tokens, n));
-                Rng::new(seed, u64::from_be_bytes(*b"gatenois"))
-                    .fill_normal(draws.as_slice_mut().expect("standard layout"), 1.0);
-                let noise = Noise { std: std.view(), draws: draws.view() };
-                topk::route(&self.spec.router, logits, Some(noise))
-            }
-        };
-        if let Some(Record { stats, layer }) = record {
-            stats.add(layer, &routed.routing);
-        }
-        routed
+/// Adds the routing to `record`.
+fn count(record: Option<Record<'_>>, routed: HostRouted<'_>) {
+    if let Some(Record { stats, layer }) = record {
+        stats.add(layer, routed.routing);
     }
+}
+
+fn training(scratch: &FfnScratch) -> GateTraining {
+    GateTraining { seed: scratch.seed, balance_scale: scratch.balance_scale }
 }
 
 /// A top-k FFN for inference; the gate stays f32.
@@ -103,21 +87,21 @@ impl TopkMoeFfn {
 struct PackedTopk {
     ffn: TopkMoeFfn,
     weights: PackedWeights,
-    a: Vec<f32>,
-    b: Vec<f32>,
+    router: Vec<f32>,
 }
 
 impl PackedFfn for PackedTopk {
     fn forward(&self, y: &mut [f32], x: &[f32], record: Option<Record<'_>>, scratch: &mut FfnScratch) {
-        let FfnScratch { experts, logits, .. } = scratch;
-        let weights = GateWeights { a: &self.a, b: &self.b, noise: &[] };
-        let routed = self.ffn.route(logits, &mut GateActs::default(), x, weights, None, record);
+        let mut saved = RouterSaved::default();
+        let routed = self.ffn.router().forward(&mut saved, x, &self.router, None);
+        count(record, routed);
         let dims = self.ffn.dims(x.len() / self.ffn.hidden);
-        expert_ffn::forward_packed(y, x, &self.weights, &routes(&routed.routing), dims, experts);
+        let routes = routes(routed.routing);
+        expert_ffn::forward_packed(y, x, &self.weights, &routes, dims, &mut scratch.experts);
     }
 
     fn bytes(&self) -> usize {
-        self.weights.bytes() + 4 * (self.a.len() + self.b.len())
+        self.weights.bytes() + 4 * self.router.len()
     }
 
     fn num_experts(&self) -> Option<usize> {
@@ -125,14 +109,10 @@ impl PackedFfn for PackedTopk {
     }
 }
 
-fn matrix(values: &[f32], rows: usize, cols: usize) -> ArrayView2<'_, f32> {
-    ArrayView2::from_shape((rows, cols), values).expect("rows * cols values")
-}
-
 impl Ffn for TopkMoeFfn {
     fn tensors(&self) -> Vec<TensorSpec> {
         let mut tensors = projections(self.hidden, self.intermediate);
-        tensors.extend(self.gate().tensors());
+        tensors.extend(self.router().gate().tensors());
         tensors
     }
 
@@ -140,20 +120,24 @@ impl Ffn for TopkMoeFfn {
         Some(self.spec.all_experts())
     }
 
+    fn on_device(&self) -> Option<DeviceFfn> {
+        let Dims { hidden, intermediate, num_experts, .. } = self.dims(0);
+        Some(DeviceFfn::Hosted { hidden, intermediate, num_experts, gate: Arc::new(self.router()) })
+    }
+
     fn pack(&self, params: &[f32], precision: Precision) -> Box<dyn PackedFfn> {
-        let [gate, up, down, a, b, _] = split(params, self.lens());
+        let [gate, up, down] = split(params, self.lens());
         let (weights, n) = (Weights { gate, up, down }, self.spec.all_experts());
         Box::new(PackedTopk {
             ffn: self.clone(),
             weights: PackedWeights::new(precision, &weights, self.hidden, self.intermediate, n),
-            a: a.to_vec(),
-            b: b.to_vec(),
+            router: params[self.router_start()..][..self.router().inference_len()].to_vec(),
         })
     }
 
     fn new_saved(&self, tokens: usize) -> Box<dyn Any + Send> {
         let experts = Saved::with_room(self.dims(tokens));
-        Box::new(TopkSaved { experts, gate: GateActs::default(), routed: None })
+        Box::new(TopkSaved { experts, router: RouterSaved::default() })
     }
 
     fn reserve(&self, scratch: &mut FfnScratch, tokens: usize) {
@@ -170,22 +154,20 @@ impl Ffn for TopkMoeFfn {
         scratch: &mut FfnScratch,
     ) -> FfnReport {
         let saved = saved.downcast_mut::<TopkSaved>().expect("saved by a top-k FFN");
-        let [gate, up, down, a, b, noise] = split(params, self.lens());
-        let seed = self.spec.gate.noise.then_some(scratch.seed);
-        let FfnScratch { experts, logits, balance_scale, .. } = scratch;
-        let weights = GateWeights { a, b, noise };
-        let routed = saved.routed.insert(self.route(logits, &mut saved.gate, x, weights, seed, record));
+        let [gate, up, down] = split(params, self.lens());
+        let of_router = &params[self.router_start()..];
+        let routed = self.router().forward(&mut saved.router, x, of_router, Some(training(scratch)));
+        count(record, routed);
         expert_ffn::forward_train(
             y,
             &mut saved.experts,
             x,
             &Weights { gate, up, down },
-            &routes(&routed.routing),
+            &routes(routed.routing),
             self.dims(x.len() / self.hidden),
-            experts,
+            &mut scratch.experts,
         );
-        let weight = f64::from(*balance_scale) * self.spec.balance_weight;
-        FfnReport { balance_loss: weight * topk::balance_loss(routed), ..FfnReport::default() }
+        FfnReport { balance_loss: routed.balance_loss, ..FfnReport::default() }
     }
 
     fn backward(
@@ -199,15 +181,15 @@ impl Ffn for TopkMoeFfn {
         _sparsity: SparsityGrad,
         scratch: &mut FfnScratch,
     ) {
-        let TopkSaved { experts: saved, gate: acts, routed } =
+        let TopkSaved { experts: saved, router } =
             saved.downcast_mut::<TopkSaved>().expect("saved by a top-k FFN");
-        let routed = routed.as_ref().expect("a forward before the backward");
-        let [gate, up, down, a, b, noise] = split(params, self.lens());
-        let [dgate, dup, ddown, da, db, dnoise] = split_mut(grads, self.lens());
-        let (tokens, n, noisy) = (x.len() / self.hidden, self.spec.router.num_experts, self.spec.gate.noise);
-        let FfnScratch { experts, dcoefficients, dlogits, balance_scale, .. } = scratch;
+        let routed = router.routed.as_ref().expect("a forward before the backward");
+        let [gate, up, down] = split(params, self.lens());
+        let (grads, drouter) = grads.split_at_mut(self.router_start());
+        let [dgate, dup, ddown] = split_mut(grads, self.lens());
+        let (tokens, training) = (x.len() / self.hidden, training(scratch));
+        let FfnScratch { experts, dcoefficients, .. } = scratch;
         dcoefficients.resize(tokens * self.spec.all_experts());
-        dlogits.resize(tokens * n);
         expert_ffn::backward(
             dx,
             dcoefficients,
@@ -220,36 +202,15 @@ impl Ffn for TopkMoeFfn {
             self.dims(tokens),
             experts,
         );
-        let mut dstd = noisy.then(|| Array2::zeros((tokens, n)));
-        topk::backward(
-            &self.spec.router,
-            routed,
-            matrix(dcoefficients, tokens, self.spec.all_experts()),
-            f64::from(*balance_scale) * self.spec.balance_weight,
-            ArrayViewMut2::from_shape((tokens, n), dlogits).expect("tokens * experts values"),
-            dstd.as_mut().map(|dstd| dstd.view_mut()),
-        );
-        // s = softplus(raw) + 0.01, so ds/draw = sigmoid(raw).
-        let draw = dstd.map(|dstd| {
-            let (values, _) = dstd.into_raw_vec_and_offset();
-            let pairs = values.iter().zip(acts.raw.iter());
-            pairs.map(|(ds, raw)| ds / (1.0 + (-raw).exp())).collect::<Vec<f32>>()
-        });
-        self.gate().backward(
-            dx,
-            GateGrads { a: da, b: db, noise: dnoise },
-            dlogits,
-            draw.as_deref(),
-            acts,
-            x,
-            GateWeights { a, b, noise },
-        );
+        let of_router = &params[self.router_start()..];
+        self.router().backward(dx, drouter, dcoefficients, router, x, of_router, training);
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use dsmoe_core::ffn::{DenseFfn, block_len};
+    use dsmoe_core::ffn::DenseFfn;
+    use dsmoe_kernels::buf::Buf;
     use dsmoe_kernels::testing::{f64s, normals};
     use dsmoe_router::SparsityOver;
     use dsmoe_router::topk::{Scores, TopKConfig};
@@ -272,6 +233,12 @@ mod tests {
     fn spec(router: TopKConfig, network: GateNetwork) -> TopkSpec {
         let gate = GateSpec { network, normalize: false, noise: false };
         TopkSpec { router, gate, balance_weight: 0.0 }
+    }
+
+    /// The first matrix of the gate.
+    fn gate_network<'a>(ffn: &TopkMoeFfn, params: &'a mut [f32]) -> &'a mut [f32] {
+        let [gate, ..] = split_mut(&mut params[ffn.router_start()..], ffn.router().gate().lens());
+        gate
     }
 
     fn infer(ffn: &TopkMoeFfn, params: &[f32], x: &[f32]) -> Vec<f32> {
@@ -305,7 +272,7 @@ mod tests {
             let router = TopKConfig { score_scale, ..all };
             let ffn = TopkMoeFfn::new(HIDDEN, WIDTH, spec(router, GateNetwork::Linear));
             let mut params = params(&ffn, 1);
-            split_mut(&mut params, ffn.lens())[3].fill(0.0);
+            gate_network(&ffn, &mut params).fill(0.0);
             let want: Vec<f64> = f64s(&dense(&params, &x)).iter().map(|y| factor * y).collect();
             dsmoe_kernels::testing::assert_close("y", &infer(&ffn, &params, &x), &want, 1e-5);
         }
@@ -318,7 +285,7 @@ mod tests {
         {
             let ffn = TopkMoeFfn::new(HIDDEN, WIDTH, spec(router, GateNetwork::Linear));
             let mut params = params(&ffn, 4);
-            split_mut(&mut params, ffn.lens())[3].iter_mut().for_each(|a| *a *= 1e30 * sign);
+            gate_network(&ffn, &mut params).iter_mut().for_each(|a| *a *= 1e30 * sign);
             let y = infer(&ffn, &params, &normals(TOKENS * HIDDEN, 5));
             assert!(y.iter().all(|y| y.is_finite()) && y.iter().any(|&y| y != 0.0));
         }
@@ -330,7 +297,7 @@ mod tests {
         let mut saved = ffn.new_saved(TOKENS);
         let mut y = vec![0.0; x.len()];
         let report = ffn.forward_train(&mut y, saved.as_mut(), x, params, None, &mut scratch);
-        let routed = saved.downcast_ref::<TopkSaved>().and_then(|saved| saved.routed.as_ref());
+        let routed = saved.downcast_ref::<TopkSaved>().and_then(|saved| saved.router.routed.as_ref());
         let routing = &routed.expect("routed").routing;
         let value = f64s(&y).iter().zip(f64s(dy)).map(|(y, dy)| y * dy).sum::<f64>();
         (value + report.balance_loss, routing.tokens.clone(), routing.offsets.clone())
@@ -373,7 +340,7 @@ mod tests {
                 assert!((f64::from(got) - want).abs() < 1e-2 * want.abs().max(1.0), "{what}: {got} {want}");
                 checked += 1;
             };
-            let gate_start = params.len() - block_len(&ffn.gate().tensors());
+            let gate_start = ffn.router_start();
             let points = (0..gate_start).step_by(41).chain((gate_start..params.len()).step_by(3));
             let points: Vec<usize> = points.collect();
             for &i in &points {

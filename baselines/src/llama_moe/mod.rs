@@ -7,6 +7,7 @@ mod export;
 mod ffn;
 mod gate;
 mod importance;
+mod router;
 mod spec;
 mod texts;
 

@@ -9,6 +9,7 @@ mod dsmoe;
 mod spec;
 
 use std::any::Any;
+use std::sync::Arc;
 
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::{Precision, expert_ffn};
@@ -76,8 +77,58 @@ pub struct FfnReport {
     pub balance_loss: f64,
 }
 
+/// What a training pass tells a [`HostGate`]; the same in the forward and the backward.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct GateTraining {
+    /// As [`FfnScratch::seed`].
+    pub seed: u64,
+    /// As [`FfnScratch::balance_scale`].
+    pub balance_scale: f32,
+}
+
+/// What a [`HostGate`] decided of a batch of tokens.
+#[derive(Clone, Copy, Debug)]
+pub struct HostRouted<'a> {
+    /// The experts that each token runs, and their coefficients.
+    pub routing: &'a Routing,
+    /// As [`FfnReport::balance_loss`]; 0 in inference.
+    pub balance_loss: f64,
+}
+
+/// A gate that the processor computes wherever the experts run: what is `[tokens, experts]` is small, and the forms of it
+/// are many. Its parameters are what an FFN's part of the arena holds behind the [`projections`], each tensor padded
+/// as [`split`] says; its gradients are laid out alike.
+pub trait HostGate: std::fmt::Debug + Send + Sync {
+    /// A place for what [`HostGate::backward`] needs; made once, reused every step.
+    fn new_saved(&self) -> Box<dyn Any + Send>;
+
+    /// Routes the FFN's input `x` `[tokens, hidden]`; sets `saved`, which must come from this gate's
+    /// [`HostGate::new_saved`]. Inference is without `training`: nothing is drawn.
+    fn forward<'a>(
+        &self,
+        saved: &'a mut (dyn Any + Send),
+        x: &[f32],
+        params: &[f32],
+        training: Option<GateTraining>,
+    ) -> HostRouted<'a>;
+
+    /// Adds to `dx` and to `grads`, given the gradient `[tokens, experts]` by the coefficients, of which those of experts
+    /// that did not run mean nothing. `saved` is that of the training forward over the same `x`.
+    #[expect(clippy::too_many_arguments, reason = "the forward's arguments with their gradients")]
+    fn backward(
+        &self,
+        dx: &mut [f32],
+        grads: &mut [f32],
+        dcoefficients: &[f32],
+        saved: &(dyn Any + Send),
+        x: &[f32],
+        params: &[f32],
+        training: GateTraining,
+    );
+}
+
 /// The forms of FFN that devices other than the processor know.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub enum DeviceFfn {
     /// SwiGLU.
     Dense {
@@ -97,27 +148,43 @@ pub enum DeviceFfn {
         /// Whether the router has a bias.
         router_bias: bool,
     },
+    /// SwiGLU cut into experts behind a gate that the processor computes; parameters are [`projections`] and the gate's.
+    /// Only experts that ran take part in the gradient.
+    Hosted {
+        /// Width of its input.
+        hidden: usize,
+        /// Neurons of all experts together.
+        intermediate: usize,
+        /// Experts, those that every token has included.
+        num_experts: usize,
+        /// What decides.
+        gate: Arc<dyn HostGate>,
+    },
 }
 
 impl DeviceFfn {
     /// Width of its input.
     pub fn hidden(&self) -> usize {
         match *self {
-            DeviceFfn::Dense { hidden, .. } | DeviceFfn::Gated { hidden, .. } => hidden,
+            DeviceFfn::Dense { hidden, .. }
+            | DeviceFfn::Gated { hidden, .. }
+            | DeviceFfn::Hosted { hidden, .. } => hidden,
         }
     }
 
     /// Neurons.
     pub fn intermediate(&self) -> usize {
         match *self {
-            DeviceFfn::Dense { intermediate, .. } | DeviceFfn::Gated { intermediate, .. } => intermediate,
+            DeviceFfn::Dense { intermediate, .. }
+            | DeviceFfn::Gated { intermediate, .. }
+            | DeviceFfn::Hosted { intermediate, .. } => intermediate,
         }
     }
 
     /// Moves the gates' threshold, when there is one; says whether there is.
     pub fn set_threshold(&mut self, threshold: f32) -> bool {
         match self {
-            DeviceFfn::Dense { .. } => false,
+            DeviceFfn::Dense { .. } | DeviceFfn::Hosted { .. } => false,
             DeviceFfn::Gated { router, .. } => {
                 router.threshold = threshold;
                 true
@@ -130,7 +197,18 @@ impl DeviceFfn {
         match self {
             DeviceFfn::Dense { .. } => None,
             DeviceFfn::Gated { router, .. } => Some(router.num_experts),
+            DeviceFfn::Hosted { num_experts, .. } => Some(*num_experts),
         }
+    }
+
+    /// Whether a pass waits for the processor: its ops cannot be recorded.
+    pub fn is_hosted(&self) -> bool {
+        matches!(self, DeviceFfn::Hosted { .. })
+    }
+
+    /// Where the gate's parameters lie in the FFN's, `len` values.
+    pub fn gate_params(&self, len: usize) -> std::ops::Range<usize> {
+        3 * padded(self.hidden() * self.intermediate())..len
     }
 }
 

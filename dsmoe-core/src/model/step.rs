@@ -267,7 +267,7 @@ impl LinearDims {
 }
 
 /// A seed of its own for every layer.
-fn layer_seed(seed: u64, layer: usize) -> u64 {
+pub(super) fn layer_seed(seed: u64, layer: usize) -> u64 {
     Rng::new(seed, layer as u64).next_u64()
 }
 

@@ -74,8 +74,7 @@ pub(crate) struct Reproduce {
     /// Folder of token caches, for text larger than the memory
     #[arg(long, value_name = "DIR")]
     pub(crate) cache: Option<PathBuf>,
-    /// Where to train and measure: cpu, or a GPU as cuda:0, which wants dtype = "bf16" in the profile; models with FFNs that it
-    /// does not run (k of n experts) stay on the processor
+    /// Where to train and measure: cpu, or a GPU as cuda:0, which wants dtype = "bf16" in the profile
     #[arg(long, value_name = "cpu|cuda:N", default_value_t)]
     pub(crate) device: Device,
     /// Folder with a folder of files for each benchmark [default: the probes of the embedded world, if it is the text]

@@ -13,7 +13,7 @@ use dsmoe_core::accounting::Accounting;
 use dsmoe_core::checkpoint::copy_companions;
 use dsmoe_core::config::Config;
 use dsmoe_core::init::{InitOptions, init};
-use dsmoe_core::{Device, Inference, Model};
+use dsmoe_core::{Inference, Model};
 use dsmoe_datasets::tasks::{Loaded, Options, Source, TASKS};
 use dsmoe_datasets::world::{Probe, World};
 use dsmoe_kernels::Precision;
@@ -142,7 +142,7 @@ impl Lab<'_> {
         };
 
         let milestones = self.profile.milestones_of(job.spec);
-        let device = self.device(&made_model)?;
+        let device = self.args.device;
         let key = Key::of(
             "train",
             &json!([made_key, settled(&config)?, self.text.key, milestones, self.windows(), device.is_gpu()]),
@@ -254,14 +254,8 @@ impl Lab<'_> {
         })
     }
 
-    /// Where that model is trained and measured.
-    fn device(&self, model: &Path) -> Result<Device> {
-        // FFNs of other crates do not run on a GPU.
-        Ok(if Config::load(model)?.ffn.is_some() { Device::Cpu } else { self.args.device })
-    }
-
     fn load(&self, model: &Path) -> Result<Inference> {
-        let device = self.device(model)?;
+        let device = self.args.device;
         Ok(Inference::load_on(model, default_precision(device, Precision::F32), device)?)
     }
 
@@ -279,8 +273,7 @@ impl Lab<'_> {
         what: &str,
         at: &mut dyn FnMut(f64, u64, &Model) -> Result<()>,
     ) -> Result<()> {
-        let options =
-            RunOptions { resume: true, device: self.device(source)?, ..RunOptions::new(source, out) };
+        let options = RunOptions { resume: true, device: self.args.device, ..RunOptions::new(source, out) };
         let mut trainer = Trainer::new(Model::load(source)?, self.text.train_data(), config, options)?;
         let steps = trainer.config().steps.unwrap_or(0);
         let mut due: Vec<(u64, f64)> = milestones
@@ -411,7 +404,7 @@ impl Lab<'_> {
             role: None,
             seed: 0,
             key: key.text().to_owned(),
-            machine: Machine::here(self.device(dir)?),
+            machine: Machine::here(self.args.device),
             made: None,
             trained: None,
             text,
@@ -464,7 +457,7 @@ impl Lab<'_> {
         let threads = rayon::current_num_threads();
         let key = Key::of(
             "speed",
-            &json!([key, threshold, prefill, decode, threads, Machine::here(self.device(dir)?)]),
+            &json!([key, threshold, prefill, decode, threads, Machine::here(self.args.device)]),
         );
         let speed = self.stage("speed", id, &key, self.costs.part(Part::Speed, false), |stage| {
             // A process of its own: its memory is the model's.
@@ -479,7 +472,7 @@ impl Lab<'_> {
             for (flag, value) in [("--decode", decode), ("--threads", threads)] {
                 command.arg(flag).arg(value.to_string());
             }
-            command.arg("--device").arg(self.device(dir)?.to_string());
+            command.arg("--device").arg(self.args.device.to_string());
             if let Some(threshold) = threshold {
                 command.arg("--threshold").arg(threshold.to_string());
             }

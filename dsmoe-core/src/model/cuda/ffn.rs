@@ -1,4 +1,4 @@
-//! An FFN on the device: dense, or experts behind sigmoid gates.
+//! An FFN on the device: dense, or experts behind sigmoid gates or a gate that the host computes.
 //!
 //! Products run over lists of the active pairs, which the device sorts by expert; nothing waits for the routing. The
 //! straight-through gradient of a router needs `silu(a) b g` of inactive pairs too: with it, the three products a, b and g
@@ -11,8 +11,9 @@ use dsmoe_router::RouterConfig;
 use half::bf16;
 
 use super::Products;
+use super::hosted::{Hosted, Staging};
 use crate::error::Result;
-use crate::ffn::DeviceFfn;
+use crate::ffn::{DeviceFfn, GateTraining};
 use crate::params::padded;
 
 /// One layer's parameters, in f32 and rounded.
@@ -30,6 +31,7 @@ pub(super) struct Acts {
     routed: Option<router::Routed>,
     /// The active pairs, where products run over them.
     lists: Option<router::Lists>,
+    hosted: Option<Hosted>,
 }
 
 /// What all layers work in.
@@ -47,6 +49,7 @@ pub(super) struct Scratch {
     partials: GpuBuf<f32>,
     /// What experts add to the sums of tokens.
     parts: GpuBuf<bf16>,
+    staging: Option<Staging>,
 }
 
 /// The sizes of an FFN whose products run over lists of pairs.
@@ -63,7 +66,8 @@ impl Acts {
         let lists = by_lists(gpu, ffn, tokens)
             .map(|dims| router::Lists::with_room(gpu, tokens, dims.num_experts))
             .transpose()?;
-        Ok(Acts { a: gpu.zeros(pairs)?, b: gpu.zeros(pairs)?, routed, lists })
+        let hosted = Hosted::new(ffn);
+        Ok(Acts { a: gpu.zeros(pairs)?, b: gpu.zeros(pairs)?, routed, lists, hosted })
     }
 
     pub(super) fn bytes(ffn: &DeviceFfn, tokens: usize) -> usize {
@@ -72,6 +76,11 @@ impl Acts {
 
     pub(super) fn routed(&self) -> Option<&router::Routed> {
         self.routed.as_ref()
+    }
+
+    /// What the gate adds to the loss, after the forward.
+    pub(super) fn balance_loss(&self) -> f64 {
+        self.hosted.as_ref().map_or(0.0, |hosted| hosted.balance_loss)
     }
 }
 
@@ -92,11 +101,17 @@ impl Scratch {
             dcoefficients: gpu.zeros(pairs)?,
             dlogits: gpu.zeros(pairs)?,
             partials: gpu.zeros(router::partials_len(hidden, experts))?,
+            staging: ffns
+                .iter()
+                .any(DeviceFfn::is_hosted)
+                .then(|| Staging::new(gpu, tokens * hidden))
+                .transpose()?,
         })
     }
 
     pub(super) fn bytes(ffn: &DeviceFfn, tokens: usize) -> usize {
-        tokens * (8 * ffn.intermediate() + (12 + 2 * ffn.hidden()) * ffn.num_experts().unwrap_or(0))
+        let staged = if ffn.is_hosted() { 4 * ffn.hidden() } else { 0 };
+        tokens * (8 * ffn.intermediate() + (12 + 2 * ffn.hidden()) * ffn.num_experts().unwrap_or(0) + staged)
     }
 }
 
@@ -121,6 +136,7 @@ impl<'a> Weights<'a> {
     }
 
     /// Sets `y`; `h` is `normed` rounded.
+    #[expect(clippy::too_many_arguments, reason = "input, output, and what lies between")]
     pub(super) fn forward_train(
         &self,
         products: &Products<'_>,
@@ -128,17 +144,13 @@ impl<'a> Weights<'a> {
         acts: &mut Acts,
         h: View<'_, bf16>,
         normed: router::Normed<'_>,
+        training: GateTraining,
         scratch: &mut Scratch,
     ) -> Result<()> {
         let (gpu, tokens) = (products.gpu, products.tokens);
         let (hidden, width) = (self.kind.hidden(), self.kind.intermediate());
-        if let (Some(Router { config, weight, bias }), Some(routed)) = (self.router(), &mut acts.routed) {
-            let n = config.num_experts;
-            let mut logits = scratch.logits.slice_mut(0..tokens * n);
-            router::logits(gpu, logits.reborrow(), normed, weight, bias, hidden)?;
-            router::route(gpu, routed, logits.as_view(), &super::gates(config))?;
-        }
-        let Acts { a, b, routed, lists } = acts;
+        self.route(products, acts, normed, training, scratch)?;
+        let Acts { a, b, routed, lists, .. } = acts;
         let mut c = scratch.c.slice_mut(0..tokens * width);
         let [gate, up, down] = [0, 1, 2].map(|which| self.projection(which));
         let active = Active::list(gpu, lists.as_mut(), routed.as_ref(), self.experts(tokens))?;
@@ -175,6 +187,26 @@ impl<'a> Weights<'a> {
         self.router().is_some_and(|router| router.config.ste)
     }
 
+    /// Sets the routing, where there is a gate.
+    fn route(
+        &self,
+        products: &Products<'_>,
+        acts: &mut Acts,
+        normed: router::Normed<'_>,
+        training: GateTraining,
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        let Some(routed) = &mut acts.routed else { return Ok(()) };
+        if let (DeviceFfn::Hosted { gate, .. }, Some(hosted)) = (self.kind, &mut acts.hosted) {
+            let params = self.master.slice(self.kind.gate_params(self.master.len()));
+            return hosted.forward(gate.as_ref(), routed, normed, params, training);
+        }
+        let Some(Router { config, weight, bias }) = self.router() else { return Ok(()) };
+        let mut logits = scratch.logits.slice_mut(0..products.tokens * config.num_experts);
+        router::logits(products.gpu, logits.reborrow(), normed, weight, bias, self.kind.hidden())?;
+        Ok(router::route(products.gpu, routed, logits.as_view(), &super::gates(config))?)
+    }
+
     /// Sets `dh`, adds to `grads`, which is laid out as the parameters.
     #[expect(clippy::too_many_arguments, reason = "the forward's arguments with their gradients")]
     pub(super) fn backward(
@@ -187,14 +219,15 @@ impl<'a> Weights<'a> {
         h: View<'_, bf16>,
         normed: router::Normed<'_>,
         sparsity: router::Sparsity<'_>,
+        training: GateTraining,
         scratch: &mut Scratch,
     ) -> Result<()> {
         let (gpu, tokens) = (products.gpu, products.tokens);
         let (hidden, width) = (self.kind.hidden(), self.kind.intermediate());
         let (len, values) = (hidden * width, 0..tokens * width);
         let [gate, up, down] = [0, 1, 2].map(|which| which * padded(len)..which * padded(len) + len);
-        let Scratch { c, da, db, g, dcoefficients, dlogits, partials, parts, .. } = scratch;
-        let (router, all_pairs, dims) = (self.router(), self.all_pairs(), self.experts(tokens));
+        let Scratch { c, da, db, g, dcoefficients, parts, .. } = &mut *scratch;
+        let (all_pairs, dims) = (self.all_pairs(), self.experts(tokens));
         let weights = [0, 1, 2].map(|which| self.projection(which));
         // g = dy W_down^T: the stored matrix is W_down^T already, [width, hidden].
         match acts.lists.as_ref().filter(|_| !all_pairs) {
@@ -233,18 +266,37 @@ impl<'a> Weights<'a> {
                 products.times(dh.reborrow(), db, weights[1], width, hidden, true)?;
             }
         }
-        let (Some(Router { config, weight, bias }), Some(routed)) = (router, &acts.routed) else {
-            return Ok(());
-        };
+        self.route_backward(products, dh, grads, acts, normed, sparsity, training, scratch)
+    }
+
+    /// Adds what comes through the gate, given the gradients by the coefficients.
+    #[expect(clippy::too_many_arguments, reason = "the forward's arguments with their gradients")]
+    fn route_backward(
+        &self,
+        products: &Products<'_>,
+        dh: ViewMut<'_, f32>,
+        mut grads: ViewMut<'_, f32>,
+        acts: &Acts,
+        normed: router::Normed<'_>,
+        sparsity: router::Sparsity<'_>,
+        training: GateTraining,
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        let (gpu, tokens) = (products.gpu, products.tokens);
+        let (hidden, width) = (self.kind.hidden(), self.kind.intermediate());
+        let (Some(n), Some(routed)) = (self.kind.num_experts(), &acts.routed) else { return Ok(()) };
+        let Scratch { dcoefficients, dlogits, partials, staging, .. } = scratch;
+        let dcoefficients = dcoefficients.slice(0..tokens * n);
+        if let (DeviceFfn::Hosted { gate, .. }, Some(hosted), Some(staging)) =
+            (self.kind, &acts.hosted, staging)
+        {
+            let range = self.kind.gate_params(grads.len());
+            let dgate = grads.slice_mut(range);
+            return hosted.backward(gate.as_ref(), gpu, dh, dgate, dcoefficients, training, staging);
+        }
+        let Some(Router { config, weight, bias }) = self.router() else { return Ok(()) };
         let mut dz = dlogits.slice_mut(0..tokens * n);
-        router::backward(
-            gpu,
-            dz.reborrow(),
-            dcoefficients.slice(0..tokens * n),
-            routed,
-            sparsity,
-            &super::gates(config),
-        )?;
+        router::backward(gpu, dz.reborrow(), dcoefficients, routed, sparsity, &super::gates(config))?;
         let [drouter, mut dbias] = router_ranges(hidden, width, n);
         if bias.is_none() {
             dbias = drouter.end..drouter.end;

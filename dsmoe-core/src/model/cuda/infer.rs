@@ -18,7 +18,7 @@ use super::super::pack::{Parts, Source};
 use super::super::ragged::{Likelihood, Place};
 use super::super::{Cache, set_threshold};
 use super::ffn::{Active, by_lists};
-use super::{MemoryUse, Products, attention_dims, check_memory, device_ffns, gates, rope_rows};
+use super::{MemoryUse, Products, attention_dims, check_memory, device_ffns, gates, hosted, rope_rows};
 use crate::accounting::Accounting;
 use crate::config::Config;
 use crate::device::Device;
@@ -57,6 +57,8 @@ struct Layer {
     down: GpuBuf<bf16>,
     router: Option<GpuBuf<f32>>,
     bias: Option<GpuBuf<f32>>,
+    /// Parameters of a gate that the host computes.
+    gate_params: Vec<f32>,
 }
 
 /// Activations of a pass over up to `room` tokens.
@@ -164,15 +166,32 @@ impl CudaInference {
             let len = hidden * width;
             let projection = |which: usize| rounded(&gpu, &block[which * padded(len)..][..len]);
             let (gate, up, down) = (projection(0)?, projection(1)?, projection(2)?);
+            let mut gate_params = Vec::new();
             let (router, bias) = match &kind {
                 DeviceFfn::Dense { .. } => (None, None),
+                DeviceFfn::Hosted { .. } => {
+                    gate_params.extend_from_slice(&block[kind.gate_params(block.len())]);
+                    (None, None)
+                }
                 DeviceFfn::Gated { router, router_bias, .. } => {
                     let [weight, bias] = super::ffn::router_ranges(hidden, width, router.num_experts);
                     let bias = router_bias.then(|| gpu.upload(&block[bias])).transpose()?;
                     (Some(gpu.upload(&block[weight])?), bias)
                 }
             };
-            layers.push(Layer { input_norm, qkv, o, post_norm, kind, gate, up, down, router, bias });
+            layers.push(Layer {
+                input_norm,
+                qkv,
+                o,
+                post_norm,
+                kind,
+                gate,
+                up,
+                down,
+                router,
+                bias,
+                gate_params,
+            });
         }
         let norm = gpu.upload(source.part(&ranges.norm)?)?;
         let rope = gpu.upload(&rope_rows(&config, config.max_position))?;
@@ -190,8 +209,13 @@ impl CudaInference {
     fn threshold(&self) -> Option<f32> {
         match &self.layers.first()?.kind {
             DeviceFfn::Gated { router, .. } => Some(router.threshold),
-            DeviceFfn::Dense { .. } => None,
+            DeviceFfn::Dense { .. } | DeviceFfn::Hosted { .. } => None,
         }
+    }
+
+    /// Whether the host computes gates between the ops of a pass.
+    fn is_hosted(&self) -> bool {
+        self.layers.iter().any(|layer| layer.kind.is_hosted())
     }
 
     pub(in super::super) fn bytes(&self) -> usize {
@@ -199,7 +223,8 @@ impl CudaInference {
             let halves: usize =
                 [&layer.qkv, &layer.o, &layer.gate, &layer.up, &layer.down].map(GpuBuf::len).iter().sum();
             let router: usize = [&layer.router, &layer.bias].into_iter().flatten().map(GpuBuf::len).sum();
-            2 * halves + 4 * (layer.input_norm.len() + layer.post_norm.len() + router)
+            let gate = router + layer.gate_params.len();
+            2 * halves + 4 * (layer.input_norm.len() + layer.post_norm.len() + gate)
         };
         let tables = self.head.len() + self.embedding.as_ref().map_or(0, GpuBuf::len);
         self.layers.iter().map(layer).sum::<usize>() + 2 * tables + 4 * self.norm.len()
@@ -368,12 +393,14 @@ impl CudaInference {
             held.step.forget();
             held.threshold = self.threshold();
         }
-        held.step.run(&self.gpu, |step| {
+        let pass = |step: &mut Step| {
             let Step { layers, length, partials, acts } = step;
             acts.clear_counts()?;
             self.forward(acts, 1, Attend::Next(layers, length.view(), partials))?;
             self.head(acts, 0..1)
-        })
+        };
+        // Ops between which the host computes are no graph.
+        if self.is_hosted() { pass(&mut held.step.work) } else { held.step.run(&self.gpu, pass) }
     }
 
     /// Queues a pass over `tokens` tokens whose ids are on the device.
@@ -499,22 +526,9 @@ impl CudaInference {
     fn ffn(&self, i: usize, layer: &Layer, acts: &mut Acts, tokens: usize) -> Result<()> {
         let (gpu, hidden, width) = (&self.gpu, layer.kind.hidden(), layer.kind.intermediate());
         let values = 0..tokens * hidden;
-        let Acts { x_mid, rstd, h, y, gate_logits, routed, wide, few: scratch, counts, gate_sums, .. } = acts;
-        let mut num_experts = 1;
-        if let (DeviceFfn::Gated { router: config, .. }, Some(weight), Some(routed)) =
-            (&layer.kind, &layer.router, &mut *routed)
-        {
-            let n = config.num_experts;
-            num_experts = n;
-            let (x, rstd) = (x_mid.slice(values.clone()), rstd.slice(0..tokens));
-            let normed = router::Normed { x, rstd, weight: layer.post_norm.view() };
-            let mut logits = gate_logits.slice_mut(0..tokens * n);
-            let bias = layer.bias.as_ref().map(GpuBuf::view);
-            router::logits(gpu, logits.reborrow(), normed, weight.view(), bias, hidden)?;
-            router::route(gpu, routed, logits.as_view(), &gates(config))?;
-            let counts = counts.slice_mut(i * (2 * n + 1)..(i + 1) * (2 * n + 1));
-            router::stats(gpu, counts, gate_sums.view_mut(), routed)?;
-        }
+        self.route(i, layer, acts, tokens)?;
+        let num_experts = layer.kind.num_experts().unwrap_or(1);
+        let Acts { h, y, routed, wide, few: scratch, .. } = acts;
         let coefficients = routed.as_ref().map(router::Routed::coefficients);
         let (h, y) = (h.slice(values.clone()), y.slice_mut(values));
         let Some(Wide { a, b, c, lists, parts }) = wide.as_mut().filter(|_| tokens > FEW) else {
@@ -539,6 +553,29 @@ impl CudaInference {
         let (a, b) = (a.slice(inner.clone()), b.slice(inner.clone()));
         ffn::activate(gpu, c.slice_mut(inner.clone()), a, b, coefficients, dims)?;
         products.times(y, c.slice(inner), layer.down.view(), width, hidden, false)
+    }
+
+    /// Sets the activations' routing and counts it, where there is a gate.
+    fn route(&self, i: usize, layer: &Layer, acts: &mut Acts, tokens: usize) -> Result<()> {
+        let (gpu, hidden) = (&self.gpu, layer.kind.hidden());
+        let Acts { x_mid, rstd, gate_logits, routed, counts, gate_sums, .. } = acts;
+        let (Some(n), Some(routed)) = (layer.kind.num_experts(), routed) else { return Ok(()) };
+        let (x, rstd) = (x_mid.slice(0..tokens * hidden), rstd.slice(0..tokens));
+        let normed = router::Normed { x, rstd, weight: layer.post_norm.view() };
+        match (&layer.kind, &layer.router) {
+            (DeviceFfn::Hosted { gate, .. }, _) => {
+                hosted::route(gate.as_ref(), routed, normed, &layer.gate_params)?;
+            }
+            (DeviceFfn::Gated { router: config, .. }, Some(weight)) => {
+                let mut logits = gate_logits.slice_mut(0..tokens * n);
+                let bias = layer.bias.as_ref().map(GpuBuf::view);
+                router::logits(gpu, logits.reborrow(), normed, weight.view(), bias, hidden)?;
+                router::route(gpu, routed, logits.as_view(), &gates(config))?;
+            }
+            _ => return Ok(()),
+        }
+        let counts = counts.slice_mut(i * (2 * n + 1)..(i + 1) * (2 * n + 1));
+        Ok(router::stats(gpu, counts, gate_sums.view_mut(), routed)?)
     }
 
     /// Sets the first logits to those of these rows.

@@ -2,6 +2,7 @@
 //! memory or in a directory, and give back what the processor's own code would, rounded to bf16 in products.
 
 mod ffn;
+mod hosted;
 mod infer;
 mod train;
 

@@ -13,13 +13,13 @@ use dsmoe_kernels::cuda::{Gpu, GpuBuf, Recorded};
 use dsmoe_router::{RoutingStats, SparsityOver};
 use half::bf16;
 
-use super::super::step::StepArgs;
+use super::super::step::{StepArgs, layer_seed};
 use super::super::{LayerRanges, Model, Ranges, check_input, ffns_of, lay_out, set_threshold};
 use super::ffn::{Acts, Scratch, Weights};
 use super::{Products, attention_dims, rope_rows};
 use crate::config::Config;
 use crate::error::Result;
-use crate::ffn::DeviceFfn;
+use crate::ffn::{DeviceFfn, GateTraining};
 use crate::masks::Masks;
 use crate::params::Layout;
 
@@ -44,6 +44,8 @@ pub struct CudaTrainer {
     keep: Option<GpuBuf<u8>>,
     acts: Activations,
     report: Report,
+    /// What gates of the host add to the loss in this step.
+    balance_loss: f64,
     /// What every gate that counts adds to the sparsity loss.
     sparsity_weight: GpuBuf<f32>,
     /// The ops of a micro-batch.
@@ -124,6 +126,8 @@ pub struct CudaStep {
     pub squares: f64,
     /// Squares of the routers' gradients.
     pub router_squares: f64,
+    /// What the layers add to the loss so that experts are used evenly, summed; scaled and weighted.
+    pub balance_loss: f64,
 }
 
 /// One use of device memory.
@@ -204,6 +208,7 @@ impl CudaTrainer {
             keep,
             acts,
             report,
+            balance_loss: 0.0,
             sparsity_weight: gpu.zeros(1)?,
             recorded: Recorded::new(()),
             recorded_for: None,
@@ -226,14 +231,15 @@ impl CudaTrainer {
     /// # Errors
     /// The device fails.
     pub fn begin(&mut self) -> Result<()> {
+        self.balance_loss = 0.0;
         self.grads.fill_zero()?;
         self.report.sums.fill_zero()?;
         self.report.gates.fill_zero()?;
         Ok(self.report.counts.fill_zero()?)
     }
 
-    /// Queues the forward and backward pass of a micro-batch; as [`Model::train_step`], adding to the gradients and to
-    /// what [`CudaTrainer::finish`] gives.
+    /// Queues the forward and backward pass of a micro-batch, or runs it where gates are the host's; as
+    /// [`Model::train_step`], adding to the gradients and to what [`CudaTrainer::finish`] gives.
     ///
     /// # Errors
     /// A token id outside the vocabulary, more positions than the model has, or the device fails.
@@ -269,16 +275,20 @@ impl CudaTrainer {
             self.recorded_for = Some(made_for);
         }
         let (gpu, mut recorded) = (self.gpu.clone(), std::mem::take(&mut self.recorded));
-        let done = recorded.run(&gpu, |()| {
-            self.forward(seq)?;
-            self.loss(made_for.loss_scale)?;
-            self.backward(seq, made_for.sparsity_over)
-        });
+        let hosted = self.ffns.iter().any(DeviceFfn::is_hosted);
+        let mut pass = |_: &mut ()| {
+            self.forward(seq, args)?;
+            self.loss(args.loss_scale)?;
+            self.backward(seq, args)
+        };
+        // Ops between which the host computes are no graph.
+        let done = if hosted { pass(&mut ()) } else { recorded.run(&gpu, pass) };
         self.recorded = recorded;
         done
     }
 
-    /// Whether the next micro-batch with the same settings is the replay of a CUDA graph: from the second on.
+    /// Whether the next micro-batch with the same settings is the replay of a CUDA graph: from the second on, unless gates
+    /// are the host's.
     pub fn is_recorded(&self) -> bool {
         self.recorded.is_recorded()
     }
@@ -308,6 +318,7 @@ impl CudaTrainer {
             all_gates: total(1),
             squares: sums[1],
             router_squares: sums[2],
+            balance_loss: self.balance_loss,
         })
     }
 
@@ -392,7 +403,7 @@ impl CudaTrainer {
         Ok(())
     }
 
-    fn forward(&mut self, seq: usize) -> Result<()> {
+    fn forward(&mut self, seq: usize, args: &StepArgs) -> Result<()> {
         let (gpu, config) = (&self.gpu, &self.config);
         let (hidden, eps) = (config.hidden, config.rms_norm_eps as f32);
         let Activations {
@@ -455,8 +466,17 @@ impl CudaTrainer {
                 rounded: self.weights.slice(ranges.ffn.clone()),
             };
             let normed = router::Normed { x: acts.x_mid.view(), rstd: acts.rstd_mid.view(), weight };
-            weights.forward_train(&products, y.view_mut(), &mut acts.ffn, h.view(), normed, scratch)?;
+            weights.forward_train(
+                &products,
+                y.view_mut(),
+                &mut acts.ffn,
+                h.view(),
+                normed,
+                training(args, i),
+                scratch,
+            )?;
             self.report.add(gpu, &self.ffns[i], i, &acts.ffn)?;
+            self.balance_loss += acts.ffn.balance_loss();
             let (x, rstd, norm) = match (after.first_mut(), self.ranges.layers.get(i + 1)) {
                 (Some(acts), Some(ranges)) => (&mut acts.x, &mut acts.rstd, &ranges.input_norm),
                 _ => (&mut *x_last, &mut *rstd_last, &self.ranges.norm),
@@ -511,7 +531,7 @@ impl CudaTrainer {
         Ok(optim::add_sum(gpu, self.report.sums.slice_mut(0..1), losses.view(), sums.view_mut())?)
     }
 
-    fn backward(&mut self, seq: usize, sparsity_over: SparsityOver) -> Result<()> {
+    fn backward(&mut self, seq: usize, args: &StepArgs) -> Result<()> {
         let (gpu, config) = (&self.gpu, &self.config);
         let hidden = config.hidden;
         let Activations {
@@ -533,8 +553,10 @@ impl CudaTrainer {
             ..
         } = &mut self.acts;
         let tokens = *tokens;
-        let sparsity =
-            router::Sparsity { weight: self.sparsity_weight.view(), all: sparsity_over == SparsityOver::All };
+        let sparsity = router::Sparsity {
+            weight: self.sparsity_weight.view(),
+            all: args.sparsity_over == SparsityOver::All,
+        };
         let products = Products { gpu, tokens };
         let norm = &self.ranges.norm;
         rms_norm::backward(
@@ -574,6 +596,7 @@ impl CudaTrainer {
                 h.view(),
                 normed,
                 sparsity,
+                training(args, i),
                 scratch,
             )?;
             rms_norm::backward(
@@ -721,6 +744,11 @@ impl Report {
         let counts = self.counts.slice_mut(i * (2 * n + 1)..(i + 1) * (2 * n + 1));
         Ok(router::stats(gpu, counts, self.gates.slice_mut(2 * i..2 * i + 2), routed)?)
     }
+}
+
+/// What the gate of layer `i` is told, as on the processor.
+fn training(args: &StepArgs, i: usize) -> GateTraining {
+    GateTraining { seed: layer_seed(args.seed, i), balance_scale: args.balance_scale }
 }
 
 fn rope_dims(dims: dsmoe_kernels::attention::Dims, tokens: usize) -> rope::Dims {

@@ -14,6 +14,11 @@ extern "C" __global__ void cast(bf16* out, const float* x, i64 n) {
   }
 }
 
+extern "C" __global__ void add(float* y, const float* x, i64 n) {
+  const i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < n) y[i] += x[i];
+}
+
 extern "C" __global__ void keep(float* x, const u8* mask, i64 n) {
   const i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
   if (i < n && mask[i] == 0) x[i] = 0.0f;

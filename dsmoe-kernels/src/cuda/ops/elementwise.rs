@@ -9,8 +9,12 @@ use super::{Arg, Gpu, Result, Source, View, ViewMut, int};
 static SOURCE: Source = Source { name: "elementwise", text: include_str!("elementwise.cu") };
 
 #[cfg(test)]
-pub(crate) const KERNELS: &[KernelSpec] =
-    &[KernelSpec { source: &SOURCE, entries: &["cast", "keep", "rows"], defines: &[&[]], max_registers: 40 }];
+pub(crate) const KERNELS: &[KernelSpec] = &[KernelSpec {
+    source: &SOURCE,
+    entries: &["cast", "add", "keep", "rows"],
+    defines: &[&[]],
+    max_registers: 40,
+}];
 
 /// Threads of a block.
 const BLOCK: u32 = 256;
@@ -33,6 +37,18 @@ fn each(gpu: &Gpu, entry: &'static str, len: usize, per_thread: usize, pointers:
 pub fn cast(gpu: &Gpu, out: ViewMut<'_, bf16>, x: View<'_, f32>) -> Result<()> {
     assert_eq!(out.len(), x.len(), "cuda cast");
     each(gpu, "cast", x.len(), 4, [Arg::from(&out), x.into()])
+}
+
+/// Adds `x` to `y`.
+///
+/// # Errors
+/// The device fails.
+///
+/// # Panics
+/// The lengths differ.
+pub fn add(gpu: &Gpu, y: ViewMut<'_, f32>, x: View<'_, f32>) -> Result<()> {
+    assert_eq!(y.len(), x.len(), "cuda add");
+    each(gpu, "add", x.len(), 1, [Arg::from(&y), x.into()])
 }
 
 /// Sets to 0 what `mask` does not keep.

@@ -103,6 +103,31 @@ impl Routed {
         })
     }
 
+    /// Sets the routing to one that the host decided: `mask` of 0 and 1, and `coefficients`, `[T, n]` each. All gates are 0.
+    ///
+    /// # Errors
+    /// The device fails.
+    ///
+    /// # Panics
+    /// The lengths differ or are no multiple of the experts, or there is no room for as many tokens.
+    pub fn set(&mut self, mask: &[u8], coefficients: &[f32]) -> Result<()> {
+        let n = self.num_experts;
+        let tokens = mask.len() / n.max(1);
+        assert!(
+            mask.len() == tokens * n && coefficients.len() == mask.len() && tokens <= self.room(),
+            "cuda router::Routed::set: mask {}, coefficients {} of {n} experts, room for {}",
+            mask.len(),
+            coefficients.len(),
+            self.room()
+        );
+        self.tokens = tokens;
+        let active = mask.chunks_exact(n.max(1)).map(|row| row.iter().map(|&on| u32::from(on != 0)).sum());
+        self.gates.slice_mut(0..mask.len()).fill_zero()?;
+        self.mask.slice_mut(0..mask.len()).upload_from(mask)?;
+        self.coefficients.slice_mut(0..mask.len()).upload_from(coefficients)?;
+        self.active.slice_mut(0..tokens).upload_from(&active.collect::<Vec<u32>>())
+    }
+
     /// Tokens there is room for.
     pub fn room(&self) -> usize {
         self.active.len()

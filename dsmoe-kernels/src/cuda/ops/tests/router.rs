@@ -186,5 +186,17 @@ fn cuda_routing_lists_are_in_the_order_of_the_tokens() {
         assert_eq!(lists.token_offsets.download().unwrap(), token_offsets);
         assert_eq!(lists.tokens.download().unwrap()[..list.len()], list);
         assert_eq!(lists.slots.download().unwrap()[..slots.len()], slots);
+
+        // The same routing from the host, where there is room for more tokens.
+        let coefficients = routed.coefficients().download().unwrap();
+        let mut hosted = Routed::with_room(&gpu, tokens + 1, n).unwrap();
+        router::route(&gpu, &mut hosted, gpu.zeros::<f32>((tokens + 1) * n).unwrap().view(), &gates(n))
+            .unwrap();
+        hosted.set(&want.mask, &coefficients).unwrap();
+        assert_eq!(hosted.tokens(), tokens);
+        assert_eq!(hosted.coefficients().download().unwrap(), coefficients);
+        assert_eq!(hosted.mask.slice(0..tokens * n).download().unwrap(), want.mask);
+        assert_eq!(hosted.active.slice(0..tokens).download().unwrap(), want.active);
+        assert_eq!(hosted.gates.slice(0..tokens * n).download().unwrap(), vec![0.0; tokens * n]);
     }
 }

@@ -260,4 +260,11 @@ fn cuda_optimiser_and_sums_are_the_reference() {
     let mask = gpu.upload(&[1u8, 0, 1]).unwrap();
     elementwise::keep(&gpu, x.view_mut(), mask.view()).unwrap();
     assert_eq!(x.download().unwrap(), [1.0, 0.0, 3.0]);
+    for len in [0, 1, 1000] {
+        let [a, b] = [1, 2].map(|seed| to_f32(&values(len, seed)));
+        let (mut sum, b_on) = (gpu.upload(&a).unwrap(), gpu.upload(&b).unwrap());
+        elementwise::add(&gpu, sum.view_mut(), b_on.view()).unwrap();
+        let want: Vec<f32> = a.iter().zip(&b).map(|(a, b)| a + b).collect();
+        assert_eq!(sum.download().unwrap(), want);
+    }
 }

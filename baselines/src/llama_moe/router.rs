@@ -1,0 +1,125 @@
+//! The router of a top-k FFN: gate network, noise, selection and balance loss, forward and backward. The processor runs it
+//! wherever the experts run.
+
+use std::any::Any;
+
+use dsmoe_core::ffn::{GateTraining, HostGate, HostRouted, block_len, split, split_mut};
+use dsmoe_kernels::buf::Buf;
+use dsmoe_kernels::rng::Rng;
+use dsmoe_router::topk::{self, Noise, TopKRouted};
+use ndarray::{Array2, ArrayView2, ArrayViewMut2};
+
+use super::gate::{Gate, GateActs, GateGrads, GateWeights};
+use super::spec::TopkSpec;
+
+/// Routes inputs of width `hidden`.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct TopkRouter {
+    pub(super) hidden: usize,
+    pub(super) spec: TopkSpec,
+}
+
+/// What the backward needs.
+#[derive(Debug, Default)]
+pub(super) struct RouterSaved {
+    acts: GateActs,
+    pub(super) routed: Option<TopKRouted>,
+}
+
+impl TopkRouter {
+    pub(super) fn gate(&self) -> Gate {
+        self.spec.gate(self.hidden)
+    }
+
+    /// Values of what inference reads, the start of the parameters.
+    pub(super) fn inference_len(&self) -> usize {
+        let mut tensors = self.gate().tensors();
+        tensors.retain(|tensor| !tensor.training_only);
+        block_len(&tensors)
+    }
+
+    fn weights<'a>(&self, params: &'a [f32], noisy: bool) -> GateWeights<'a> {
+        let [a, b, noise] = self.gate().lens();
+        let [a, b, noise] = split(params, [a, b, if noisy { noise } else { 0 }]);
+        GateWeights { a, b, noise }
+    }
+
+    fn balance_weight(&self, training: GateTraining) -> f64 {
+        f64::from(training.balance_scale) * self.spec.balance_weight
+    }
+
+    /// Routes noisy logits; `raw` is what the noise network gave.
+    fn route_noisy(&self, logits: ArrayView2<'_, f32>, raw: ArrayView2<'_, f32>, seed: u64) -> TopKRouted {
+        let std = topk::noise_std(raw);
+        let mut draws = vec![0.0; raw.len()];
+        Rng::new(seed, u64::from_be_bytes(*b"gatenois")).fill_normal(&mut draws, 1.0);
+        let noise = Noise { std: std.view(), draws: matrix(&draws, raw.nrows(), raw.ncols()) };
+        topk::route(&self.spec.router, logits, Some(noise))
+    }
+}
+
+impl HostGate for TopkRouter {
+    fn new_saved(&self) -> Box<dyn Any + Send> {
+        Box::new(RouterSaved::default())
+    }
+
+    fn forward<'a>(
+        &self,
+        saved: &'a mut (dyn Any + Send),
+        x: &[f32],
+        params: &[f32],
+        training: Option<GateTraining>,
+    ) -> HostRouted<'a> {
+        let RouterSaved { acts, routed } = saved.downcast_mut().expect("saved by a top-k router");
+        let (tokens, n) = (x.len() / self.hidden, self.spec.router.num_experts);
+        let noisy = training.filter(|_| self.spec.gate.noise);
+        let mut logits = Buf::default();
+        self.gate().forward(&mut logits, acts, x, self.weights(params, noisy.is_some()), noisy.is_some());
+        let logits = matrix(&logits, tokens, n);
+        let routed = routed.insert(match noisy {
+            None => topk::route(&self.spec.router, logits, None),
+            Some(GateTraining { seed, .. }) => self.route_noisy(logits, matrix(&acts.raw, tokens, n), seed),
+        });
+        let weight = training.map_or(0.0, |training| self.balance_weight(training));
+        HostRouted { routing: &routed.routing, balance_loss: weight * topk::balance_loss(routed) }
+    }
+
+    fn backward(
+        &self,
+        dx: &mut [f32],
+        grads: &mut [f32],
+        dcoefficients: &[f32],
+        saved: &(dyn Any + Send),
+        x: &[f32],
+        params: &[f32],
+        training: GateTraining,
+    ) {
+        let RouterSaved { acts, routed } = saved.downcast_ref().expect("saved by a top-k router");
+        let routed = routed.as_ref().expect("a forward before the backward");
+        let (tokens, n, noisy) = (x.len() / self.hidden, self.spec.router.num_experts, self.spec.gate.noise);
+        let mut dlogits = vec![0.0; tokens * n];
+        let mut dstd = noisy.then(|| Array2::zeros((tokens, n)));
+        topk::backward(
+            &self.spec.router,
+            routed,
+            matrix(dcoefficients, tokens, self.spec.all_experts()),
+            self.balance_weight(training),
+            ArrayViewMut2::from_shape((tokens, n), &mut dlogits).expect("tokens * experts values"),
+            dstd.as_mut().map(|dstd| dstd.view_mut()),
+        );
+        // s = softplus(raw) + 0.01, so ds/draw = sigmoid(raw).
+        let draw = dstd.map(|dstd| {
+            let (values, _) = dstd.into_raw_vec_and_offset();
+            let pairs = values.iter().zip(acts.raw.iter());
+            pairs.map(|(ds, raw)| ds / (1.0 + (-raw).exp())).collect::<Vec<f32>>()
+        });
+        let [a, b, noise] = split_mut(grads, self.gate().lens());
+        let grads = GateGrads { a, b, noise };
+        let weights = self.weights(params, noisy);
+        self.gate().backward(dx, grads, &dlogits, draw.as_deref(), acts, x, weights);
+    }
+}
+
+fn matrix(values: &[f32], rows: usize, cols: usize) -> ArrayView2<'_, f32> {
+    ArrayView2::from_shape((rows, cols), values).expect("rows * cols values")
+}
