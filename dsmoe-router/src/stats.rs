@@ -141,6 +141,20 @@ impl RoutingStats {
         }
     }
 
+    /// Whether it keeps the active experts of every token.
+    pub fn is_traced(&self) -> bool {
+        self.trace.is_some()
+    }
+
+    /// Adds the active experts of the next tokens, summed over layers, that were counted elsewhere; nothing unless
+    /// [`RoutingStats::traced`].
+    pub fn add_active_of_tokens(&mut self, active: &[u32]) {
+        if let Some(trace) = &mut self.trace {
+            trace.batch = trace.active.len();
+            trace.active.extend_from_slice(active);
+        }
+    }
+
     /// Forgets all tokens.
     pub fn clear(&mut self) {
         if let Some(trace) = &mut self.trace {
@@ -253,6 +267,10 @@ mod tests {
             stats.add(1, &routing(array![a, b]));
         }
         assert_eq!(stats.active_of_tokens(), [2, 4, 0, 2]);
+        stats.add_active_of_tokens(&[3, 0]);
+        assert_eq!(stats.active_of_tokens(), [2, 4, 0, 2, 3, 0]);
+        stats.add(0, &routing(array![[true, true]]));
+        assert_eq!(stats.active_of_tokens(), [2, 4, 0, 2, 3, 0, 2]);
         stats.clear();
         assert!(stats.active_of_tokens().is_empty());
         assert!(RoutingStats::new(1, 2).active_of_tokens().is_empty());

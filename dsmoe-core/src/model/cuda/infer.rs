@@ -84,6 +84,8 @@ struct Acts {
     /// Per layer the load `[n]` and the histogram `[n + 1]`.
     counts: GpuBuf<u64>,
     gate_sums: GpuBuf<f64>,
+    /// Active experts of every token, summed over layers.
+    active: GpuBuf<u32>,
 }
 
 /// What the FFNs of a pass of many tokens work in.
@@ -558,7 +560,7 @@ impl CudaInference {
     /// Sets the activations' routing and counts it, where there is a gate.
     fn route(&self, i: usize, layer: &Layer, acts: &mut Acts, tokens: usize) -> Result<()> {
         let (gpu, hidden) = (&self.gpu, layer.kind.hidden());
-        let Acts { x_mid, rstd, gate_logits, routed, counts, gate_sums, .. } = acts;
+        let Acts { x_mid, rstd, gate_logits, routed, counts, gate_sums, active, .. } = acts;
         let (Some(n), Some(routed)) = (layer.kind.num_experts(), routed) else { return Ok(()) };
         let (x, rstd) = (x_mid.slice(0..tokens * hidden), rstd.slice(0..tokens));
         let normed = router::Normed { x, rstd, weight: layer.post_norm.view() };
@@ -575,7 +577,7 @@ impl CudaInference {
             _ => return Ok(()),
         }
         let counts = counts.slice_mut(i * (2 * n + 1)..(i + 1) * (2 * n + 1));
-        Ok(router::stats(gpu, counts, gate_sums.view_mut(), routed)?)
+        Ok(router::stats(gpu, counts, gate_sums.view_mut(), Some(active.view_mut()), routed)?)
     }
 
     /// Sets the first logits to those of these rows.
@@ -625,6 +627,9 @@ impl CudaInference {
         for (layer, counts) in acts.counts.download()?.chunks_exact(2 * n + 1).enumerate() {
             stats.add_counts(layer, &counts[..n], &counts[n..]);
         }
+        if let (true, Some(routed)) = (stats.is_traced(), &acts.routed) {
+            stats.add_active_of_tokens(&acts.active.slice(0..routed.tokens()).download()?);
+        }
         Ok(())
     }
 }
@@ -669,6 +674,7 @@ impl Acts {
             few: gpu.zeros(of_few.max().unwrap_or(0))?,
             counts: gpu.zeros(n.map_or(0, |n| (2 * n + 1) * config.num_layers))?,
             gate_sums: gpu.zeros(2)?,
+            active: gpu.zeros(if n.is_some() { room } else { 0 })?,
         })
     }
 
@@ -696,6 +702,7 @@ impl Acts {
     }
 
     fn clear_counts(&mut self) -> Result<()> {
+        self.active.fill_zero()?;
         Ok(self.counts.fill_zero()?)
     }
 }

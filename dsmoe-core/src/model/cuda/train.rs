@@ -742,7 +742,7 @@ impl Report {
     fn add(&mut self, gpu: &Gpu, ffn: &DeviceFfn, i: usize, acts: &Acts) -> Result<()> {
         let (Some(n), Some(routed)) = (ffn.num_experts(), acts.routed()) else { return Ok(()) };
         let counts = self.counts.slice_mut(i * (2 * n + 1)..(i + 1) * (2 * n + 1));
-        Ok(router::stats(gpu, counts, self.gates.slice_mut(2 * i..2 * i + 2), routed)?)
+        Ok(router::stats(gpu, counts, self.gates.slice_mut(2 * i..2 * i + 2), None, routed)?)
     }
 }
 

@@ -153,10 +153,10 @@ fill(u32* list, u32* slots, const u32* chunks, const u32* token_offsets, const u
   }
 }
 
-// One block: adds the load [n] and the histogram [n + 1] to `counts`, and sums of gates of active and of all experts to
-// `sums`.
+// One block: adds the load [n] and the histogram [n + 1] to `counts`, sums of gates of active and of all experts to `sums`,
+// and the active experts of every token to `of_tokens`, if it is there.
 extern "C" __global__ void __launch_bounds__(1024)
-stats(u64* counts, double* sums, const float* gates, const u8* mask, const u32* active, int tokens, int n) {
+stats(u64* counts, double* sums, u32* of_tokens, const float* gates, const u8* mask, const u32* active, int tokens, int n) {
   __shared__ double shared[32];
   double of_active = 0.0, all = 0.0;
   for (i64 i = threadIdx.x; i < (i64)tokens * n; i += blockDim.x) {
@@ -171,7 +171,10 @@ stats(u64* counts, double* sums, const float* gates, const u8* mask, const u32* 
     sums[1] += all;
   }
   // Counts are whole numbers: their order does not matter.
-  for (int i = threadIdx.x; i < tokens; i += blockDim.x) atomicAdd(counts + n + active[i], 1ull);
+  for (int i = threadIdx.x; i < tokens; i += blockDim.x) {
+    atomicAdd(counts + n + active[i], 1ull);
+    if (of_tokens) of_tokens[i] += active[i];
+  }
   for (i64 i = threadIdx.x; i < (i64)tokens * n; i += blockDim.x)
     if (mask[i]) atomicAdd(counts + i % n, 1ull);
 }

@@ -285,21 +285,33 @@ pub fn lists(gpu: &Gpu, lists: &mut Lists, routed: &Routed) -> Result<()> {
     start(gpu, "fill", [pieces, 1], 256, &[list, slots, chunks, token_offsets, mask, t, e])
 }
 
-/// Adds the tokens of every expert and of every number of active experts to `counts` `[2 n + 1]`, and the sums of the
-/// gates of active and of all experts to `sums` `[2]`.
+/// Adds the tokens of every expert and of every number of active experts to `counts` `[2 n + 1]`, the sums of the gates of
+/// active and of all experts to `sums` `[2]`, and the active experts of every token to `of_tokens` `[T]`.
 ///
 /// # Errors
 /// The device fails.
 ///
 /// # Panics
 /// A length does not fit.
-pub fn stats(gpu: &Gpu, counts: ViewMut<'_, u64>, sums: ViewMut<'_, f64>, routed: &Routed) -> Result<()> {
+pub fn stats(
+    gpu: &Gpu,
+    counts: ViewMut<'_, u64>,
+    sums: ViewMut<'_, f64>,
+    of_tokens: Option<ViewMut<'_, u32>>,
+    routed: &Routed,
+) -> Result<()> {
     let (tokens, n) = (routed.tokens, routed.num_experts);
-    assert!(counts.len() == 2 * n + 1 && sums.len() == 2, "cuda router::stats: {} counts", counts.len());
+    let fit = of_tokens.as_ref().is_none_or(|all| all.len() >= tokens);
+    assert!(
+        fit && counts.len() == 2 * n + 1 && sums.len() == 2,
+        "cuda router::stats: {} counts",
+        counts.len()
+    );
     let [t, e] = sizes([tokens, n])?;
     let args = [
         Arg::from(&counts),
         Arg::from(&sums),
+        of_tokens.as_ref().map_or(Arg::Ptr(0), Arg::from),
         routed.gates.view().into(),
         routed.mask.view().into(),
         routed.active.view().into(),

@@ -78,7 +78,11 @@ fn cuda_router_is_the_reference() {
 
             let mut counts = gpu.zeros::<u64>(2 * n + 1).unwrap();
             let mut sums = gpu.zeros::<f64>(2).unwrap();
-            router::stats(&gpu, counts.view_mut(), sums.view_mut(), &routed).unwrap();
+            let mut of_tokens = gpu.upload(&vec![5u32; tokens]).unwrap();
+            let each = Some(of_tokens.view_mut());
+            router::stats(&gpu, counts.view_mut(), sums.view_mut(), each, &routed).unwrap();
+            let more: Vec<u32> = want.active.iter().map(|k| 5 + k).collect();
+            assert_eq!(of_tokens.download().unwrap(), more);
             let mut expected = vec![0u64; 2 * n + 1];
             for (at, &on) in want.mask.iter().enumerate() {
                 expected[at % n] += u64::from(on);
