@@ -218,7 +218,7 @@ fn a_training_step_is_that_of_the_processor() {
         let step = |trainer: &mut CudaTrainer| take_step(trainer, &model, &inputs, &targets, seq, &args);
         let (got, stats, got_grads) = step(&mut trainer);
         // Errors of tokens cancel more or less in the mean, by chance: half a per mille comes to four times what is left of
-        // the processor's.
+        // the processor's. (PyTorch's bf16 autocast on a processor is off by 0.0029 of 4.6166 on `grouped`.)
         let [got_loss, want_loss, half_loss] =
             [got.loss, want.loss_sum, half.loss_sum].map(|sum| sum / tokens as f64);
         if (got_loss - want_loss).abs() > 4.0 * (half_loss - want_loss).abs() + 5e-4 * want_loss {
