@@ -253,7 +253,8 @@ DEV float silu(float a) { return a * (1.0f / (1.0f + expf(-a))); }
 
 // A warp's rows on their way out: 16 of 256 bytes, apart so that they lie in different banks.
 #define PITCH 272
-#define STAGING_BYTES (8 * 16 * PITCH)
+// Loads that one wait is for; fewer where registers are.
+#define BATCH (WGMMA ? 8 : 4)
 
 DEV void put(u32 at, u32 v) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(v) : "memory"); }
 DEV void put(u32 at, float a, float b) {
@@ -304,22 +305,24 @@ template <int FORM> DEV void store(const float (&d)[128], u32 staging, const Til
       }
       __syncwarp();
       const int column = c + 4 * (lane & 15);
-      // Loads together, so that one wait is for all.
-      F4 v[8];
 #pragma unroll
-      for (int i = 0; i < 8; i++) {
-        const int r = first + 2 * i + (lane >> 4);
-        if (r < p.w && t.n0 + column < p.hidden) v[i] = *(const F4*)(out + (i64)r * p.hidden + column);
-      }
+      for (int g = 0; g < 8; g += BATCH) {
+        F4 v[BATCH];
 #pragma unroll
-      for (int i = 0; i < 8; i++) {
-        const int r = first + 2 * i + (lane >> 4);
-        const U4 u = take(staging + (2 * i + (lane >> 4)) * PITCH + 16 * (lane & 15));
-        v[i].x += __uint_as_float(u.x);
-        v[i].y += __uint_as_float(u.y);
-        v[i].z += __uint_as_float(u.z);
-        v[i].w += __uint_as_float(u.w);
-        if (r < p.w && t.n0 + column < p.hidden) *(F4*)(out + (i64)r * p.hidden + column) = v[i];
+        for (int i = 0; i < BATCH; i++) {
+          const int r = first + 2 * (g + i) + (lane >> 4);
+          if (r < p.w && t.n0 + column < p.hidden) v[i] = *(const F4*)(out + (i64)r * p.hidden + column);
+        }
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) {
+          const int r = first + 2 * (g + i) + (lane >> 4);
+          const U4 u = take(staging + (2 * (g + i) + (lane >> 4)) * PITCH + 16 * (lane & 15));
+          v[i].x += __uint_as_float(u.x);
+          v[i].y += __uint_as_float(u.y);
+          v[i].z += __uint_as_float(u.z);
+          v[i].w += __uint_as_float(u.w);
+          if (r < p.w && t.n0 + column < p.hidden) *(F4*)(out + (i64)r * p.hidden + column) = v[i];
+        }
       }
     }
   } else if (FORM == UP) {

@@ -22,11 +22,7 @@ const OTHER_BYTES: u32 = 8 * 16 * 272 + 1024;
 pub(crate) const KERNELS: &[KernelSpec] = &[KernelSpec {
     source: &SOURCE,
     entries: &["up", "project", "down", "input", "weights", "combine"],
-    defines: &[
-        &[("STAGES", 4), ("PLAIN", 0)],
-        &[("STAGES", 3), ("PLAIN", 0)],
-        &[("STAGES", 2), ("PLAIN", 1)],
-    ],
+    defines: &[&[("STAGES", 4), ("PLAIN", 0)], &[("STAGES", 2), ("PLAIN", 1)]],
     max_registers: 255,
 }];
 
