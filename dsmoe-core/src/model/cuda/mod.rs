@@ -1,4 +1,4 @@
-//! Models on a GPU: [`CudaTrainer`] trains, [`CudaInference`] scores and decodes. Both are made of a model that lies in
+//! Models on a GPU: [`CudaTrainer`] trains, `CudaInference` scores and decodes. Both are made of a model that lies in
 //! memory or in a directory, and give back what the processor's own code would, rounded to bf16 in products.
 
 mod ffn;
