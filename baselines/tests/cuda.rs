@@ -15,8 +15,8 @@ use dsmoe_core::model::cuda::{CudaStep, CudaTrainer};
 use dsmoe_core::model::{Cache, StepArgs, StepOutput, TrainWorkspace, Workspace};
 use dsmoe_core::params::TensorSpec;
 use dsmoe_core::{Device, Inference, Model};
-use dsmoe_kernels::cuda::{Detection, detect};
 use dsmoe_kernels::rng::Rng;
+use dsmoe_kernels::testing::{has_gpu, norm, too_far};
 use dsmoe_kernels::{Precision, adamw};
 use dsmoe_router::topk::{Scores, TopKConfig};
 use dsmoe_router::{RoutingStats, SparsityGrad, SparsityOver};
@@ -30,21 +30,6 @@ const SEQ: usize = 12;
 const TEXT: usize = 20;
 /// What a gate's input is moved by without any token choosing other experts, as a share of its size: more than bf16 does.
 const MARGIN: f32 = 0.01;
-
-/// Whether there is a GPU; says so where not.
-#[expect(clippy::print_stdout, reason = "a skipped test says so")]
-fn has_gpu(test: &str) -> bool {
-    let found = detect();
-    let required = std::env::var("DSMOE_REQUIRE").is_ok_and(|all| all.split(',').any(|word| word == "gpu"));
-    match found {
-        Detection::Devices(_) => true,
-        other if required => panic!("{test} needs a GPU: {other:?}"),
-        other => {
-            println!("SKIP {test}: no GPU ({other:?})");
-            false
-        }
-    }
-}
 
 /// A kind of FFN, and the sizes of a model that has it.
 #[derive(Clone, Copy, Debug)]
@@ -269,26 +254,6 @@ impl PackedFfn for WatchedPacked {
 
 fn ids(count: usize, seed: u32) -> Vec<u32> {
     (0..count as u32).map(|i| (i * i * 7 + 3 * i + seed * 13) % VOCAB as u32).collect()
-}
-
-/// Distance of two arrays.
-fn distance(a: &[f32], b: &[f32]) -> f64 {
-    a.iter().zip(b).map(|(&a, &b)| (f64::from(a) - f64::from(b)).powi(2)).sum::<f64>().sqrt()
-}
-
-fn norm(x: &[f32]) -> f64 {
-    distance(x, &vec![0.0; x.len()])
-}
-
-/// What is wrong if `got` errs more than four times what `half`, the processor in bf16, does against `want`, its f32, and
-/// half a percent of `size`, the norm of what was added up on the way; as in the tests of dsmoe-core.
-fn too_far(what: &str, got: &[f32], want: &[f32], half: &[f32], size: f64) -> Option<String> {
-    let (got, allowed) = (distance(got, want), 4.0 * distance(half, want) + 0.005 * size);
-    // Not a number is too far.
-    let near = got <= allowed;
-    (!near).then(|| {
-        format!("{what} is off by {got:.3e}, more than {allowed:.3e}, at a norm of {:.3e}", norm(want))
-    })
 }
 
 fn args() -> StepArgs {

@@ -10,7 +10,7 @@ use dsmoe_core::init::{InitOptions, init, preset};
 use dsmoe_core::model::cuda::{CudaStep, CudaTrainer};
 use dsmoe_core::model::{After, Cache, Segment, StepArgs, TrainWorkspace, Workspace};
 use dsmoe_core::{Device, Inference, Model};
-use dsmoe_kernels::cuda::{Detection, detect};
+use dsmoe_kernels::testing::{has_gpu, norm, too_far};
 use dsmoe_kernels::{Precision, adamw};
 use dsmoe_router::{GateValue, Rescale, RoutingStats, SparsityOver, ZeroActive};
 
@@ -18,21 +18,6 @@ use dsmoe_router::{GateValue, Rescale, RoutingStats, SparsityOver, ZeroActive};
 mod golden;
 
 mod common;
-
-/// Whether there is a GPU; says so where not.
-#[expect(clippy::print_stdout, reason = "a skipped test says so")]
-fn has_gpu(test: &str) -> bool {
-    let found = detect();
-    let required = std::env::var("DSMOE_REQUIRE").is_ok_and(|all| all.split(',').any(|word| word == "gpu"));
-    match found {
-        Detection::Devices(_) => true,
-        other if required => panic!("{test} needs a GPU: {other:?}"),
-        other => {
-            println!("SKIP {test}: no GPU ({other:?})");
-            false
-        }
-    }
-}
 
 /// Random models: dense ones and such with experts of several kinds, of which the widths of the first are such that active
 /// pairs alone are multiplied.
@@ -119,27 +104,6 @@ fn off(got: &[f32], want: &[f32]) -> f64 {
     let size = sum(&mut want.iter().map(|&x| f64::from(x)));
     let distance = sum(&mut got.iter().zip(want).map(|(&a, &b)| f64::from(a) - f64::from(b)));
     if size == 0.0 { distance } else { distance / size }
-}
-
-/// Distance of two arrays.
-fn distance(a: &[f32], b: &[f32]) -> f64 {
-    a.iter().zip(b).map(|(&a, &b)| (f64::from(a) - f64::from(b)).powi(2)).sum::<f64>().sqrt()
-}
-
-/// What is wrong if `got` errs more than four times what `half`, the processor in bf16, does against `want`, its f32. Both
-/// round operands of products to 8 bits; a GPU also keeps activations and their gradients so between ops. To that comes half
-/// a percent of `size`, the norm of what was added up on the way.
-fn too_far(what: &str, got: &[f32], want: &[f32], half: &[f32], size: f64) -> Option<String> {
-    let (got, allowed) = (distance(got, want), 4.0 * distance(half, want) + 0.005 * size);
-    // Not a number is too far.
-    let near = got <= allowed;
-    (!near).then(|| {
-        format!("{what} is off by {got:.3e}, more than {allowed:.3e}, at a norm of {:.3e}", norm(want))
-    })
-}
-
-fn norm(x: &[f32]) -> f64 {
-    distance(x, &vec![0.0; x.len()])
 }
 
 fn hyper(step: u64, decay: bool) -> adamw::Hyper {

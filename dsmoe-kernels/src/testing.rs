@@ -128,3 +128,44 @@ pub fn assert_same_on_threads<R: PartialEq + Send>(name: &str, f: impl Fn() -> R
         assert!(with_threads(threads, &f) == one, "{name}: {threads} threads give another result");
     }
 }
+
+/// Distance of two arrays.
+pub fn distance(a: &[f32], b: &[f32]) -> f64 {
+    a.iter().zip(b).map(|(&a, &b)| (f64::from(a) - f64::from(b)).powi(2)).sum::<f64>().sqrt()
+}
+
+/// Size of an array.
+pub fn norm(x: &[f32]) -> f64 {
+    x.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt()
+}
+
+/// What is wrong if `got` errs more than four times what `half`, the processor in bf16, does against `want`, its f32. Both
+/// round operands of products to 8 bits; a GPU also keeps activations and their gradients so between ops. To that comes half
+/// a percent of `size`, the norm of what was added up on the way.
+pub fn too_far(what: &str, got: &[f32], want: &[f32], half: &[f32], size: f64) -> Option<String> {
+    let (got, allowed) = (distance(got, want), 4.0 * distance(half, want) + 0.005 * size);
+    // Not a number is too far.
+    let near = got <= allowed;
+    (!near).then(|| {
+        format!("{what} is off by {got:.3e}, more than {allowed:.3e}, at a norm of {:.3e}", norm(want))
+    })
+}
+
+/// Whether there is a GPU; says so where not.
+///
+/// # Panics
+/// There is none, and `DSMOE_REQUIRE` asks for one (`gpu`).
+#[cfg(feature = "cuda")]
+#[expect(clippy::print_stderr, reason = "a skipped test says so")]
+pub fn has_gpu(test: &str) -> bool {
+    use crate::cuda::{Detection, detect};
+    let required = std::env::var("DSMOE_REQUIRE").is_ok_and(|all| all.split(',').any(|word| word == "gpu"));
+    match detect() {
+        Detection::Devices(_) => true,
+        other if required => panic!("{test} needs a GPU: {other:?}"),
+        other => {
+            eprintln!("SKIP {test}: no GPU ({other:?})");
+            false
+        }
+    }
+}

@@ -52,11 +52,15 @@ pub(super) struct Scratch {
     staging: Option<Staging>,
 }
 
-/// The sizes of an FFN whose products run over lists of pairs.
-pub(super) fn by_lists(gpu: &Gpu, ffn: &DeviceFfn, tokens: usize) -> Option<experts::Dims> {
+/// The sizes of an FFN with experts.
+pub(super) fn expert_dims(ffn: &DeviceFfn, tokens: usize) -> Option<experts::Dims> {
     let num_experts = ffn.num_experts()?;
-    let dims = experts::Dims { tokens, hidden: ffn.hidden(), intermediate: ffn.intermediate(), num_experts };
-    dims.fit(gpu).then_some(dims)
+    Some(experts::Dims { tokens, hidden: ffn.hidden(), intermediate: ffn.intermediate(), num_experts })
+}
+
+/// [`expert_dims`], where products run over lists of pairs.
+pub(super) fn by_lists(gpu: &Gpu, ffn: &DeviceFfn, tokens: usize) -> Option<experts::Dims> {
+    expert_dims(ffn, tokens).filter(|dims| dims.fit(gpu))
 }
 
 impl Acts {
@@ -153,11 +157,17 @@ impl<'a> Weights<'a> {
         let Acts { a, b, routed, lists, .. } = acts;
         let mut c = scratch.c.slice_mut(0..tokens * width);
         let [gate, up, down] = [0, 1, 2].map(|which| self.projection(which));
-        let active = Active::list(gpu, lists.as_mut(), routed.as_ref(), self.experts(tokens))?;
-        match active.as_ref().filter(|_| !self.all_pairs()) {
-            Some(Active { lists, coefficients, dims }) => {
+        let active = match (lists, &*routed, expert_dims(self.kind, tokens)) {
+            (Some(lists), Some(routed), Some(dims)) => {
+                router::lists(gpu, lists, routed)?;
+                Some((&*lists, routed.coefficients(), dims))
+            }
+            _ => None,
+        };
+        match active.filter(|_| !self.all_pairs()) {
+            Some((lists, coefficients, dims)) => {
                 let both = Some([a.view_mut(), b.view_mut()]);
-                experts::up(gpu, c.reborrow(), both, h, gate, up, *coefficients, lists, *dims)?;
+                experts::up(gpu, c.reborrow(), both, h, gate, up, coefficients, lists, dims)?;
             }
             None => {
                 products.forward(a.view_mut(), h, gate, hidden, width)?;
@@ -168,18 +178,11 @@ impl<'a> Weights<'a> {
         }
         // The down projection is stored transposed: y = c W.
         match active {
-            Some(Active { lists, dims, .. }) => {
-                let parts = scratch.parts.view_mut();
-                Ok(experts::down(gpu, y, parts, c.as_view(), down, lists, dims)?)
+            Some((lists, _, dims)) => {
+                Ok(experts::down(gpu, y, scratch.parts.view_mut(), c.as_view(), down, lists, dims)?)
             }
             None => products.times(y, c.as_view(), down, width, hidden, false),
         }
-    }
-
-    fn experts(&self, tokens: usize) -> experts::Dims {
-        let num_experts = self.kind.num_experts().unwrap_or(1);
-        let (hidden, intermediate) = (self.kind.hidden(), self.kind.intermediate());
-        experts::Dims { tokens, hidden, intermediate, num_experts }
     }
 
     /// Whether inactive pairs take part in the router's gradient.
@@ -227,11 +230,14 @@ impl<'a> Weights<'a> {
         let (len, values) = (hidden * width, 0..tokens * width);
         let [gate, up, down] = [0, 1, 2].map(|which| which * padded(len)..which * padded(len) + len);
         let Scratch { c, da, db, g, dcoefficients, parts, .. } = &mut *scratch;
-        let (all_pairs, dims) = (self.all_pairs(), self.experts(tokens));
+        let all_pairs = self.all_pairs();
+        let active = acts.lists.as_ref().zip(expert_dims(self.kind, tokens));
         let weights = [0, 1, 2].map(|which| self.projection(which));
         // g = dy W_down^T: the stored matrix is W_down^T already, [width, hidden].
-        match acts.lists.as_ref().filter(|_| !all_pairs) {
-            Some(lists) => experts::project(gpu, g.slice_mut(values.clone()), dy, weights[2], lists, dims)?,
+        match active.filter(|_| !all_pairs) {
+            Some((lists, dims)) => {
+                experts::project(gpu, g.slice_mut(values.clone()), dy, weights[2], lists, dims)?
+            }
             None => products.forward(g.slice_mut(values.clone()), dy, weights[2], hidden, width)?,
         }
         let n = self.kind.num_experts().unwrap_or(0);
@@ -251,8 +257,8 @@ impl<'a> Weights<'a> {
         let (da, db, c) = (da.slice(values.clone()), db.slice(values.clone()), c.slice(values));
         // dW_down^T = c^T dy, [width, hidden]
         let [dgate, dup, ddown] = grads.parts([gate, up, down]);
-        match &acts.lists {
-            Some(lists) => {
+        match active {
+            Some((lists, dims)) => {
                 experts::backward_weights(gpu, [dgate, dup, ddown], [da, db, c], h, dy, lists, dims)?;
                 let [gate, up, _] = weights;
                 let parts = parts.view_mut();
@@ -310,27 +316,6 @@ impl<'a> Weights<'a> {
     fn dims(&self, tokens: usize) -> ffn::Dims {
         let n = self.kind.num_experts().unwrap_or(1);
         ffn::Dims { tokens, intermediate: self.kind.intermediate(), num_experts: n }
-    }
-}
-
-/// The active pairs of a batch, sorted.
-pub(super) struct Active<'a> {
-    pub(super) lists: &'a router::Lists,
-    pub(super) coefficients: View<'a, f32>,
-    pub(super) dims: experts::Dims,
-}
-
-impl<'a> Active<'a> {
-    /// Sorts what was routed; none without experts or lists.
-    pub(super) fn list(
-        gpu: &Gpu,
-        lists: Option<&'a mut router::Lists>,
-        routed: Option<&'a router::Routed>,
-        dims: experts::Dims,
-    ) -> Result<Option<Active<'a>>> {
-        let (Some(lists), Some(routed)) = (lists, routed) else { return Ok(None) };
-        router::lists(gpu, lists, routed)?;
-        Ok(Some(Active { lists, coefficients: routed.coefficients(), dims }))
     }
 }
 

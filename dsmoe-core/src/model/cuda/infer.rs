@@ -17,7 +17,7 @@ use super::super::infer::Workspace;
 use super::super::pack::{Parts, Source};
 use super::super::ragged::{Likelihood, Place};
 use super::super::{Cache, set_threshold};
-use super::ffn::{Active, by_lists};
+use super::ffn::by_lists;
 use super::{MemoryUse, Products, attention_dims, check_memory, device_ffns, gates, hosted, rope_rows};
 use crate::accounting::Accounting;
 use crate::config::Config;
@@ -540,11 +540,12 @@ impl CudaInference {
             return Ok(few::ffn(gpu, y, h, weights, coefficients, dims, scratch.view_mut())?);
         };
         let inner = 0..tokens * width;
-        let lists = lists.as_mut().filter(|_| by_lists(gpu, &layer.kind, tokens).is_some());
-        let dims = experts::Dims { tokens, hidden, intermediate: width, num_experts };
-        if let Some(Active { lists, coefficients, dims }) = Active::list(gpu, lists, routed.as_ref(), dims)? {
-            let (gate, up) = (layer.gate.view(), layer.up.view());
-            experts::up(gpu, c.slice_mut(inner.clone()), None, h, gate, up, coefficients, lists, dims)?;
+        if let (Some(lists), Some(routed), Some(dims)) =
+            (lists, routed.as_ref(), by_lists(gpu, &layer.kind, tokens))
+        {
+            router::lists(gpu, lists, routed)?;
+            let (gate, up, k) = (layer.gate.view(), layer.up.view(), routed.coefficients());
+            experts::up(gpu, c.slice_mut(inner.clone()), None, h, gate, up, k, lists, dims)?;
             let down = layer.down.view();
             return Ok(experts::down(gpu, y, parts.view_mut(), c.slice(inner), down, lists, dims)?);
         }

@@ -69,6 +69,11 @@ impl Dims {
         );
     }
 
+    fn check_parts(&self, parts: &ViewMut<'_, bf16>) {
+        let len = parts.len();
+        assert!(len >= self.scratch(), "cuda experts: {len} values to work in for {self:?}");
+    }
+
     fn args(&self) -> Result<[Arg; 3]> {
         let of = |size| Ok(Arg::from(int("experts", size)?));
         Ok([of(self.num_experts)?, of(self.intermediate / self.num_experts)?, of(self.hidden)?])
@@ -86,7 +91,11 @@ thread_local! {
     pub(crate) static PLAIN: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
 }
 
-fn start(gpu: &Gpu, entry: &'static str, args: &[Arg]) -> Result<()> {
+/// `args` are followed by what all kernels but `combine` end with.
+fn start(gpu: &Gpu, entry: &'static str, args: &[Arg], lists: &Lists, dims: Dims) -> Result<()> {
+    let [n, w, hidden] = dims.args()?;
+    let (offsets, tokens) = (Arg::from(lists.offsets.view()), Arg::from(lists.tokens.view()));
+    let args = [args, &[offsets, tokens, n, w, hidden]].concat();
     let stages = stages(gpu);
     // Tensor cores of Hopper read a step while the one before is still in use.
     let plain = stages < 3;
@@ -97,7 +106,7 @@ fn start(gpu: &Gpu, entry: &'static str, args: &[Arg]) -> Result<()> {
     let shared = stages * STAGE_BYTES + OTHER_BYTES;
     // SAFETY: the arguments are those of the kernel in experts.cu. The callers checked the lengths, and that rows are groups
     // of 8 values, so that all of them start at 16 bytes, as buffers do; lists name tokens and pairs of these sizes.
-    unsafe { kernel.launch([gpu.multiprocessors(), 1, 1], 256, shared, args) }
+    unsafe { kernel.launch([gpu.multiprocessors(), 1, 1], 256, shared, &args) }
 }
 
 /// Sets `c` to `coefficient silu(x gate^T) (x up^T)`, and `projections` to the two products.
@@ -127,23 +136,8 @@ pub fn up(
         coefficients.len()
     );
     let [a, b] = projections.as_ref().map_or([Arg::Ptr(0); 2], |both| both.each_ref().map(Arg::from));
-    let [n, w, hidden] = dims.args()?;
-    let (offsets, tokens) = (lists.offsets.view().into(), lists.tokens.view().into());
-    let args = [
-        Arg::from(&c),
-        a,
-        b,
-        x.into(),
-        gate.into(),
-        up.into(),
-        coefficients.into(),
-        offsets,
-        tokens,
-        n,
-        w,
-        hidden,
-    ];
-    start(gpu, "up", &args)
+    let args = [Arg::from(&c), a, b, x.into(), gate.into(), up.into(), coefficients.into()];
+    start(gpu, "up", &args, lists, dims)
 }
 
 /// Sets `out`, values of pairs, to `x weight^T`.
@@ -162,9 +156,7 @@ pub fn project(
     dims: Dims,
 ) -> Result<()> {
     dims.check("project", lists, &[out.len()], &[x.len()], &[weight.len()]);
-    let [n, w, hidden] = dims.args()?;
-    let (offsets, tokens) = (lists.offsets.view().into(), lists.tokens.view().into());
-    start(gpu, "project", &[Arg::from(&out), x.into(), weight.into(), offsets, tokens, n, w, hidden])
+    start(gpu, "project", &[Arg::from(&out), x.into(), weight.into()], lists, dims)
 }
 
 /// Sets `y` `[T, hidden]` to the sum over a token's experts of `c weight`, each rounded to bf16. `parts` is what is worked
@@ -185,9 +177,8 @@ pub fn down(
     dims: Dims,
 ) -> Result<()> {
     dims.check("down", lists, &[c.len()], &[y.len()], &[weight.len()]);
-    let [n, w, hidden] = dims.args()?;
-    let (offsets, tokens) = (lists.offsets.view().into(), lists.tokens.view().into());
-    start(gpu, "down", &[Arg::from(&parts), c.into(), weight.into(), offsets, tokens, n, w, hidden])?;
+    dims.check_parts(&parts);
+    start(gpu, "down", &[Arg::from(&parts), c.into(), weight.into()], lists, dims)?;
     combine(gpu, y, parts, lists, dims)
 }
 
@@ -209,11 +200,9 @@ pub fn backward_input(
     dims: Dims,
 ) -> Result<()> {
     dims.check("backward_input", lists, &[da.len(), db.len()], &[dx.len()], &[gate.len(), up.len()]);
-    let [n, w, hidden] = dims.args()?;
-    let (offsets, tokens) = (lists.offsets.view().into(), lists.tokens.view().into());
-    let args =
-        [Arg::from(&parts), da.into(), db.into(), gate.into(), up.into(), offsets, tokens, n, w, hidden];
-    start(gpu, "input", &args)?;
+    dims.check_parts(&parts);
+    let args = [Arg::from(&parts), da.into(), db.into(), gate.into(), up.into()];
+    start(gpu, "input", &args, lists, dims)?;
     combine(gpu, dx, parts, lists, dims)
 }
 
@@ -224,7 +213,6 @@ fn combine(
     lists: &Lists,
     dims: Dims,
 ) -> Result<()> {
-    assert!(parts.len() >= dims.scratch(), "cuda experts: {} values to work in for {dims:?}", parts.len());
     let kernel = gpu.kernel(&SOURCE, "combine", &[("STAGES", 2), ("PLAIN", 1)])?;
     let args = [
         Arg::from(&y),
@@ -257,7 +245,6 @@ pub fn backward_weights(
 ) -> Result<()> {
     let weights = [dgate.len(), dup.len(), ddown.len()];
     dims.check("backward_weights", lists, &[da.len(), db.len(), c.len()], &[x.len(), dy.len()], &weights);
-    let [n, w, hidden] = dims.args()?;
     let args = [
         Arg::from(&dgate),
         Arg::from(&dup),
@@ -267,11 +254,6 @@ pub fn backward_weights(
         c.into(),
         x.into(),
         dy.into(),
-        lists.offsets.view().into(),
-        lists.tokens.view().into(),
-        n,
-        w,
-        hidden,
     ];
-    start(gpu, "weights", &args)
+    start(gpu, "weights", &args, lists, dims)
 }

@@ -9,7 +9,7 @@ mod matmul;
 mod router;
 mod rows;
 
-use crate::cuda::{Detection, Gpu, detect};
+use crate::cuda::Gpu;
 
 /// Whether the environment says that tests need `what`.
 fn required(what: &str) -> bool {
@@ -21,14 +21,7 @@ fn required(what: &str) -> bool {
 /// # Panics
 /// There is none, and `DSMOE_REQUIRE` asks for one.
 fn gpu_or_skip(test: &str) -> Option<Gpu> {
-    match detect() {
-        Detection::Devices(_) => Some(Gpu::open(0).expect("a device that was found")),
-        other if required("gpu") => panic!("{test} needs a GPU: {other:?}"),
-        other => {
-            skipped(test, &format!("no GPU ({other:?})"));
-            None
-        }
-    }
+    crate::testing::has_gpu(test).then(|| Gpu::open(0).expect("a device that was found"))
 }
 
 #[expect(clippy::print_stderr, reason = "a skipped test says so")]
