@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 
 use serde_json::{Value, json};
 
-use crate::common::{at, check_failure, fails, run, succeeds};
+use crate::common::{at, fails, run, succeeds};
 
 fn dir() -> PathBuf {
     static DIR: OnceLock<PathBuf> = OnceLock::new();

@@ -1,7 +1,9 @@
-//! The architecture's invariants, read from the manifests.
+//! The architecture's invariants, read from the manifests and the sources.
+
+mod imports;
 
 use std::collections::BTreeSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use serde_json::Value;
@@ -21,6 +23,12 @@ const LAYERS: [(&str, &[&str]); 7] = [
         &["dsmoe-kernels", "dsmoe-router", "dsmoe-core", "dsmoe-train", "dsmoe-baselines", "dsmoe-datasets"],
     ),
 ];
+
+/// The folder of a package's sources.
+fn source_folder(package: &str) -> PathBuf {
+    let folder = package.strip_prefix("dsmoe-").filter(|folder| Path::new(ROOT).join(folder).exists());
+    Path::new(ROOT).join(folder.unwrap_or(package)).join("src")
+}
 
 fn metadata() -> Value {
     let rustc = Command::new("rustc").arg("-vV").output().expect("rustc -vV");
@@ -102,8 +110,7 @@ fn the_default_tree_builds_with_cargo_and_a_c_compiler_alone() {
 #[test]
 fn unsafe_code_is_forbidden_everywhere_but_in_the_kernels() {
     for (package, _) in LAYERS.iter().filter(|(name, _)| *name != "dsmoe-kernels") {
-        let folder = package.strip_prefix("dsmoe-").filter(|f| Path::new(ROOT).join(f).exists());
-        let src = Path::new(ROOT).join(folder.unwrap_or(package)).join("src");
+        let src = source_folder(package);
         for root in ["lib.rs", "main.rs"].map(|f| src.join(f)).iter().filter(|f| f.exists()) {
             let text = std::fs::read_to_string(root).expect("source file");
             assert!(text.contains("#![forbid(unsafe_code)]"), "{} does not forbid unsafe", root.display());
