@@ -3,10 +3,11 @@
 
 mod cli;
 mod commands;
-mod document;
+mod format;
 mod memory;
 mod progress;
 mod report;
+mod reproduce;
 mod ui;
 
 use std::process::ExitCode;

@@ -23,7 +23,7 @@ use super::eval::measure;
 use super::train::drive;
 use super::{INTERRUPTED, catch_interrupts, open_corpus, tokenize, tokenizer};
 use crate::cli::Demo;
-use crate::report::{self, Table};
+use crate::format::{self, Table};
 use crate::ui::Ui;
 
 /// Training steps of each of the three runs.
@@ -111,7 +111,7 @@ struct DemoRun<'a> {
 impl DemoRun<'_> {
     /// `None` when interrupted.
     fn run(&self) -> Result<Option<Report>> {
-        self.ui.note(format_args!("writing {} of text and a tokenizer", report::bytes(TEXT_BYTES as u64)));
+        self.ui.note(format_args!("writing {} of text and a tokenizer", format::bytes(TEXT_BYTES as u64)));
         let text_file = self.path("text.txt");
         let text = synthetic_text(self.seed, TEXT_BYTES);
         std::fs::write(&text_file, &text).with_context(|| format!("{}", text_file.display()))?;
@@ -267,9 +267,9 @@ fn show(report: &Report) -> String {
         table.row([
             row.model.to_owned(),
             format!("{:.3}", row.ppl),
-            report::count(row.params_total),
-            report::count(row.params_activated.round() as u64),
-            report::percent_or_dash(row.active_ratio),
+            format::count(row.params_total),
+            format::count(row.params_activated.round() as u64),
+            format::percent_or_dash(row.active_ratio),
             format!("{:.0}", row.decode_tokens_per_s),
             format!("{:.0}", row.eval_tokens_per_s),
         ]);
@@ -283,8 +283,8 @@ fn show(report: &Report) -> String {
         table.show(),
         report.steps,
         SEQ * BATCH,
-        report::count(report.held_out_tokens as u64),
-        report::duration(report.seconds),
+        format::count(report.held_out_tokens as u64),
+        format::duration(report.seconds),
         report.prompt,
         report.sample.trim_end()
     )

@@ -8,8 +8,8 @@ use serde::Serialize;
 
 use super::gpu::{Gpus, gpus};
 use crate::cli::Doctor;
+use crate::format;
 use crate::memory;
-use crate::report;
 use crate::ui::Ui;
 
 /// What the checks on real models and texts read.
@@ -103,14 +103,14 @@ fn show(machine: &Machine) -> String {
             "memory",
             format!(
                 "{}, {} available",
-                or_unknown(machine.memory_total_bytes.map(report::bytes)),
-                or_unknown(machine.memory_available_bytes.map(report::bytes))
+                or_unknown(machine.memory_total_bytes.map(format::bytes)),
+                or_unknown(machine.memory_available_bytes.map(format::bytes))
             ),
         ),
     ];
     fields.extend(machine.gpu.fields());
     fields.push(("data folder", machine.data.path.display().to_string()));
-    let mut out = report::fields(fields);
+    let mut out = format::fields(fields);
     if !machine.data.found {
         out += "missing  the folder itself; only checks on real models and texts need it\n";
         return out;

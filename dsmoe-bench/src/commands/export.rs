@@ -10,8 +10,8 @@ use dsmoe_core::export::{ExportAs, export};
 use serde::Serialize;
 
 use crate::cli::Export;
+use crate::format;
 use crate::progress::{Progress, Unit};
-use crate::report;
 use crate::ui::Ui;
 
 #[derive(Debug, Serialize)]
@@ -73,8 +73,8 @@ pub(crate) fn run(args: &Export, ui: &mut Ui) -> Result<()> {
             "{}: {} model, {} in {}",
             report.out.display(),
             report.form,
-            report::bytes(report.bytes),
-            report::duration(report.seconds)
+            format::bytes(report.bytes),
+            format::duration(report.seconds)
         )
     })
 }

@@ -70,7 +70,7 @@ impl Gpus {
         let version = |what, version: &Option<String>| Some((what, version.clone()?));
         let mut fields = Vec::new();
         for GpuInfo { device, name, capability, memory_bytes } in &self.devices {
-            let memory = crate::report::bytes(*memory_bytes);
+            let memory = crate::format::bytes(*memory_bytes);
             fields.push((device.as_str(), format!("{name}, {memory}, compute capability {capability}")));
         }
         fields.extend(version("CUDA driver", &self.driver));

@@ -4,7 +4,7 @@ pub(crate) mod bench;
 mod convert;
 pub(crate) mod data;
 pub(crate) mod demo;
-mod doctor;
+pub(crate) mod doctor;
 mod eval;
 pub(crate) mod export;
 mod generate;
@@ -14,8 +14,8 @@ mod inspect;
 mod methods;
 mod prune;
 pub(crate) mod reproduce;
-mod sources;
-mod train;
+pub(crate) mod sources;
+pub(crate) mod train;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -34,10 +34,10 @@ use crate::progress::{Progress, Unit};
 use crate::ui::{Ui, stderr_line};
 
 /// What a shell reports for a program ended by Ctrl-C.
-const INTERRUPTED: u8 = 130;
+pub(crate) const INTERRUPTED: u8 = 130;
 
 /// Raised by Ctrl-C or SIGTERM once [`catch_interrupts`] was called.
-static STOP: AtomicBool = AtomicBool::new(false);
+pub(crate) static STOP: AtomicBool = AtomicBool::new(false);
 
 pub(crate) fn run(cli: Cli, ui: &mut Ui) -> Result<ExitCode> {
     Isa::from_env()?;
@@ -63,7 +63,7 @@ pub(crate) fn run(cli: Cli, ui: &mut Ui) -> Result<ExitCode> {
 }
 
 /// Makes the first Ctrl-C or SIGTERM raise the flag it returns, and the second end the process.
-fn catch_interrupts() -> Result<&'static AtomicBool> {
+pub(crate) fn catch_interrupts() -> Result<&'static AtomicBool> {
     ctrlc::set_handler(|| {
         if STOP.swap(true, Ordering::Relaxed) {
             std::process::exit(i32::from(INTERRUPTED));
@@ -75,7 +75,7 @@ fn catch_interrupts() -> Result<&'static AtomicBool> {
 }
 
 /// The tokenizer of the model in `dir`.
-fn tokenizer(dir: &Path, config: &Config) -> Result<Tokenizer> {
+pub(crate) fn tokenizer(dir: &Path, config: &Config) -> Result<Tokenizer> {
     Ok(Tokenizer::load(dir, config.bos_token_id, config.vocab_size)?)
 }
 
@@ -105,7 +105,7 @@ pub(crate) fn default_precision(device: Device, stored: Precision) -> Precision 
 }
 
 /// Loads a model for inference, with another threshold if one is given.
-fn load_inference(
+pub(crate) fn load_inference(
     dir: &Path,
     precision: Precision,
     device: Device,

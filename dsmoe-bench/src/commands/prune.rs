@@ -16,8 +16,8 @@ use serde::Serialize;
 use crate::cli::Prune;
 use crate::commands::sources::{self, load};
 use crate::commands::tokenizer;
+use crate::format;
 use crate::progress::{Progress, Unit};
-use crate::report;
 use crate::ui::Ui;
 
 /// Length of a calibration sequence when none is given.
@@ -170,7 +170,7 @@ impl Report<'_> {
 }
 
 fn show(report: &Report<'_>) -> String {
-    let millions = |params: f64| report::count(params.round() as u64);
+    let millions = |params: f64| format::count(params.round() as u64);
     let mut text = match report.out {
         Some(out) => format!("{}: {}", out.display(), report.method),
         None => format!("{}: {} would be", report.model.display(), report.method),
@@ -180,8 +180,8 @@ fn show(report: &Report<'_>) -> String {
         report.reached_by,
         millions(report.params_total),
         millions(report.params_activated),
-        report::percent(report.reached),
-        report::percent(report.params_activated / report.params_dense as f64),
+        format::percent(report.reached),
+        format::percent(report.params_activated / report.params_dense as f64),
     );
     for (name, value) in &report.settings {
         text += &format!("  {name}: {value}\n");
@@ -190,7 +190,7 @@ fn show(report: &Report<'_>) -> String {
         text += &format!("  {name}: {value:.6}\n");
     }
     if report.out.is_some() {
-        text += &format!("  time: {}\n", report::duration(report.seconds));
+        text += &format!("  time: {}\n", format::duration(report.seconds));
     }
     text
 }

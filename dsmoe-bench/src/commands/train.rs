@@ -23,9 +23,9 @@ use super::eval::domain_table;
 use super::sources::{Text, load, open, total_bytes};
 use super::{INTERRUPTED, STOP, catch_interrupts, load_model, tokenizer};
 use crate::cli::Train;
+use crate::format;
 use crate::memory;
 use crate::progress::{Progress, Unit};
-use crate::report;
 use crate::ui::{Ui, stderr_line};
 
 /// What a run would do.
@@ -163,12 +163,12 @@ pub(crate) fn drive(trainer: &mut Trainer, what: &str, out: &Path, ui: &Ui) -> R
     let first = trainer.step();
     ui.note(format_args!(
         "{what}: {} parameters, {} steps of {} tokens out of {}",
-        report::amount(
+        format::amount(
             trainer.model().layout().entries().iter().map(|entry| entry.range.len()).sum::<usize>() as f64
         ),
-        report::count(steps),
-        report::count(config.tokens_per_step()),
-        report::count(trainer.mixture().train_len() as u64)
+        format::count(steps),
+        format::count(config.tokens_per_step()),
+        format::count(trainer.mixture().train_len() as u64)
     ));
     let mut progress = Progress::new(ui, what, Unit::Steps, steps);
     progress.line_every(config.log_every);
@@ -278,7 +278,7 @@ fn plan(args: &Train, config: TrainConfig, texts: &[Text]) -> Result<Plan> {
             (None, ..) => "dense model, no routers".to_owned(),
             (Some(experts), Some(active), _) => format!("{active} of {experts} experts active, by design"),
             (Some(_), None, Budget::Weight(weight)) => format!("sparsity loss of weight {weight}"),
-            (Some(_), None, Budget::Target(share)) => format!("{} of experts active", report::percent(share)),
+            (Some(_), None, Budget::Target(share)) => format!("{} of experts active", format::percent(share)),
         },
         flops_per_step: flops_per_token * tokens_per_step as f64,
         memory_bytes: memory.iter().map(|memory| memory.bytes).sum(),
@@ -362,35 +362,35 @@ fn device_plan(_: &Config, _: &TrainConfig, _: Device) -> Result<Vec<Memory>> {
 
 fn show_plan(plan: &Plan) -> String {
     let mut fields = vec![
-        ("model", format!("{}, {} parameters", plan.model.display(), report::count(plan.params))),
+        ("model", format!("{}, {} parameters", plan.model.display(), format::count(plan.params))),
         (
             "text",
             match plan.data_files {
-                1 => format!("{} in 1 file", report::bytes(plan.data_bytes)),
-                files => format!("{} in {files} files", report::bytes(plan.data_bytes)),
+                1 => format!("{} in 1 file", format::bytes(plan.data_bytes)),
+                files => format!("{} in {files} files", format::bytes(plan.data_bytes)),
             },
         ),
         (
             "steps",
             format!(
                 "{} of {} tokens, {} tokens in all",
-                report::count(plan.steps),
-                report::count(plan.tokens_per_step),
-                report::count(plan.tokens)
+                format::count(plan.steps),
+                format::count(plan.tokens_per_step),
+                format::count(plan.tokens)
             ),
         ),
         ("budget", plan.budget.clone()),
-        ("arithmetic", format!("{} FLOPs per step", report::flops(plan.flops_per_step))),
-        ("memory", format!("about {}", report::bytes(plan.memory_bytes))),
+        ("arithmetic", format!("{} FLOPs per step", format::flops(plan.flops_per_step))),
+        ("memory", format!("about {}", format::bytes(plan.memory_bytes))),
     ];
-    fields.extend(plan.memory.iter().map(|memory| (memory.what, report::bytes(memory.bytes))));
+    fields.extend(plan.memory.iter().map(|memory| (memory.what, format::bytes(memory.bytes))));
     if !plan.device_memory.is_empty() {
         let all = plan.device_memory.iter().map(|memory| memory.bytes).sum();
-        fields.push(("GPU memory", format!("about {}", report::bytes(all))));
-        fields.extend(plan.device_memory.iter().map(|memory| (memory.what, report::bytes(memory.bytes))));
+        fields.push(("GPU memory", format!("about {}", format::bytes(all))));
+        fields.extend(plan.device_memory.iter().map(|memory| (memory.what, format::bytes(memory.bytes))));
     }
     fields.push(("out", plan.out.display().to_string()));
-    report::fields(fields)
+    format::fields(fields)
 }
 
 fn show_summary(summary: &Summary) -> String {
@@ -401,8 +401,8 @@ fn show_summary(summary: &Summary) -> String {
             "step {} of {}, {} tokens in {} ({:.0}/s)",
             summary.step,
             summary.steps,
-            report::count(summary.tokens),
-            report::duration(summary.seconds),
+            format::count(summary.tokens),
+            format::duration(summary.seconds),
             summary.tokens_per_s
         ),
     )];
@@ -410,12 +410,12 @@ fn show_summary(summary: &Summary) -> String {
         fields.push(("training loss", format!("{loss:.4} nats per token")));
     }
     if let Some(ratio) = summary.activation_ratio {
-        fields.push(("active share", format!("{} of experts in the last step", report::percent(ratio))));
+        fields.push(("active share", format!("{} of experts in the last step", format::percent(ratio))));
     }
     if let (Some(ppl), Some(nll)) = (summary.valid_ppl, summary.valid_nll) {
         let share =
-            summary.valid_active_ratio.map(|ratio| format!(", {} of experts active", report::percent(ratio)));
-        let held_out = report::count(summary.valid_tokens as u64);
+            summary.valid_active_ratio.map(|ratio| format!(", {} of experts active", format::percent(ratio)));
+        let held_out = format::count(summary.valid_tokens as u64);
         fields.push((
             "held-out text",
             format!("perplexity {ppl:.3}, nll {nll:.4}{} ({held_out} tokens)", share.unwrap_or_default()),
@@ -427,7 +427,7 @@ fn show_summary(summary: &Summary) -> String {
     if let Some(path) = &summary.checkpoint {
         fields.push(("checkpoint", path.display().to_string()));
     }
-    let fields = report::fields(fields);
+    let fields = format::fields(fields);
     match summary.valid_domains[..] {
         [] => fields,
         _ => format!("{fields}{}", domain_table(&summary.valid_domains)),
@@ -447,15 +447,15 @@ impl Observer for View {
     fn step(&mut self, record: &StepRecord) {
         let mut detail = format!("loss {:.4}", record.lm_loss);
         if let Some(ratio) = record.activation_ratio {
-            detail += &format!("  active {}", report::percent(ratio));
+            detail += &format!("  active {}", format::percent(ratio));
         }
-        detail += &format!("  {} tokens/s", report::count(record.tokens_per_s as u64));
+        detail += &format!("  {} tokens/s", format::count(record.tokens_per_s as u64));
         self.progress.set(record.step, self.steps, &detail);
         self.last = Some(record.clone());
     }
 
     fn evaluated(&mut self, step: u64, report: &EvalReport) {
-        let share = report.active_ratio.map(|ratio| format!(", {} active", report::percent(ratio)));
+        let share = report.active_ratio.map(|ratio| format!(", {} active", format::percent(ratio)));
         let domains: Vec<String> =
             report.domains.iter().map(|domain| format!("{} {:.3}", domain.name, domain.ppl)).collect();
         let domains = if domains.is_empty() { String::new() } else { format!(" ({})", domains.join(", ")) };

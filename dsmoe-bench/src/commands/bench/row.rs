@@ -5,7 +5,7 @@ use dsmoe_kernels::Precision;
 use serde::Serialize;
 
 use super::machine::{Cost, Machine};
-use crate::report::{self, Table};
+use crate::format::{self, Table};
 
 /// One measurement. Keys that do not apply are null.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -168,15 +168,15 @@ pub(super) fn show(rows: &[Row]) -> String {
             row.hidden.to_string(),
             number(row.intermediate),
             number(row.experts),
-            report::percent_or_dash(row.active_measured),
+            format::percent_or_dash(row.active_measured),
             row.dtype.to_owned(),
             time(row.seconds),
             row.ratio_to_dense.map_or_else(dash, |ratio| format!("{ratio:.3}")),
-            report::percent_or_dash(row.peak_share),
+            format::percent_or_dash(row.peak_share),
             row.gflops.map_or_else(dash, |rate| format!("{rate:.1}")),
             row.gb_per_s.map_or_else(dash, |rate| format!("{rate:.1}")),
             row.tokens_per_s.map_or_else(dash, |rate| format!("{rate:.0}")),
-            row.peak_memory_bytes.map_or_else(dash, report::bytes),
+            row.peak_memory_bytes.map_or_else(dash, format::bytes),
         ]);
     }
     let mut out = table.show();
@@ -199,7 +199,7 @@ pub(super) fn show(rows: &[Row]) -> String {
                 // One share, or times that do not grow with it.
                 None => "no break-even in these times".to_owned(),
                 Some(1.0) => "never slower than dense".to_owned(),
-                Some(share) => format!("dense wins above {} active", report::percent(share)),
+                Some(share) => format!("dense wins above {} active", format::percent(share)),
             };
             out += &format!("{shape}: {verdict}\n");
             told.push(shape);

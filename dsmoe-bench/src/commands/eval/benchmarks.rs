@@ -17,8 +17,8 @@ use dsmoe_train::tasks::{Journal, Responder, model_sha256};
 use super::results::{Measured, Results, TaskResult};
 use crate::cli::{Eval, TaskFile};
 use crate::commands::{INTERRUPTED, STOP, catch_interrupts, load_inference, tokenizer};
+use crate::format;
 use crate::progress::{Progress, Unit};
-use crate::report;
 use crate::ui::Ui;
 
 /// All benchmarks there are files of.
@@ -181,8 +181,8 @@ fn remarks(loaded: &Loaded, measured: &Measured) -> Vec<String> {
         remarks.push(format!(
             "{}: {} of {} documents could not be scored and count in no metric; document {id}: {reason}",
             loaded.name(),
-            report::count(unscored.len() as u64),
-            report::count(loaded.documents().len() as u64),
+            format::count(unscored.len() as u64),
+            format::count(loaded.documents().len() as u64),
         ));
     }
     remarks

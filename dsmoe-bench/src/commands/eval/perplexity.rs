@@ -13,8 +13,8 @@ use serde::Serialize;
 use crate::cli::{Eval, Perplexity};
 use crate::commands::sources::{Text, load, open, options};
 use crate::commands::{bos_or_default, load_inference, tokenizer};
+use crate::format::{self, Table};
 use crate::progress::{Progress, Unit};
-use crate::report::{self, Table};
 use crate::ui::Ui;
 
 /// Window length when none is given.
@@ -219,18 +219,18 @@ fn show(report: &Report<'_>) -> String {
                 "text",
                 format!(
                     "{} words, {} bytes in {} documents; {} tokens",
-                    report::count(result.words as u64),
-                    report::count(result.bytes as u64),
-                    report::count(result.documents as u64),
-                    report::count(*tokens)
+                    format::count(result.words as u64),
+                    format::count(result.bytes as u64),
+                    format::count(result.documents as u64),
+                    format::count(*tokens)
                 ),
             ),
-            ("parameters", format!("{} activated", report::amount(*params_activated))),
+            ("parameters", format!("{} activated", format::amount(*params_activated))),
         ];
         if let Some(ratio) = active_ratio {
-            fields.push(("active share", format!("{} of experts", report::percent(*ratio))));
+            fields.push(("active share", format!("{} of experts", format::percent(*ratio))));
         }
-        blocks.push(report::fields(fields));
+        blocks.push(format::fields(fields));
     }
     blocks.join("\n")
 }
@@ -243,8 +243,8 @@ fn show_windows(result: &EvalReport, name: &'static str, shape: &str) -> String 
             "tokens",
             format!(
                 "{} predicted of {}, {shape}",
-                report::count(result.predicted as u64),
-                report::count(result.tokens as u64),
+                format::count(result.predicted as u64),
+                format::count(result.tokens as u64),
             ),
         ),
     ];
@@ -252,24 +252,24 @@ fn show_windows(result: &EvalReport, name: &'static str, shape: &str) -> String 
         (result.active_ratio, &result.active_ratio_per_layer, result.zero_active_share)
     {
         let layers: Vec<String> = layers.iter().map(|share| format!("{:.1}", 100.0 * share)).collect();
-        fields.push(("active share", format!("{} of experts", report::percent(ratio))));
+        fields.push(("active share", format!("{} of experts", format::percent(ratio))));
         fields.push(("by layer", format!("{} %", layers.join(" "))));
-        fields.push(("no expert active", format!("{} of tokens and layers", report::percent(zero))));
+        fields.push(("no expert active", format!("{} of tokens and layers", format::percent(zero))));
     }
     fields.push((
         "parameters",
         format!(
             "{} activated of {}",
-            report::amount(result.params_activated),
-            report::amount(result.params_total as f64)
+            format::amount(result.params_activated),
+            format::amount(result.params_total as f64)
         ),
     ));
-    fields.push(("FLOPs per token", report::flops(result.flops_per_token)));
+    fields.push(("FLOPs per token", format::flops(result.flops_per_token)));
     fields.push((
         "speed",
-        format!("{:.0} tokens/s, {}", result.tokens_per_s, report::duration(result.seconds)),
+        format!("{:.0} tokens/s, {}", result.tokens_per_s, format::duration(result.seconds)),
     ));
-    let means = report::fields(fields);
+    let means = format::fields(fields);
     if result.domains.is_empty() {
         return means;
     }
@@ -282,11 +282,11 @@ pub(crate) fn domain_table(domains: &[DomainReport]) -> String {
     for domain in domains {
         table.row([
             domain.name.clone(),
-            report::percent(domain.share),
-            report::count(domain.tokens as u64),
+            format::percent(domain.share),
+            format::count(domain.tokens as u64),
             format!("{:.4}", domain.ppl),
             format!("{:.6}", domain.nll),
-            report::percent_or_dash(domain.active_ratio),
+            format::percent_or_dash(domain.active_ratio),
         ]);
     }
     table.show()

@@ -1,320 +1,48 @@
 //! `dsmoe reproduce`: the paper's comparison, from text to report.
 
 pub(crate) mod args;
-mod cache;
-mod chapters;
-mod cost;
-mod lab;
-mod measure;
-mod merge;
-mod outputs;
-mod paper;
-mod plan;
-mod profile;
-mod results;
-mod run;
-mod speed;
-mod splice;
-mod statistics;
-mod text;
 
-use std::cell::{Cell, OnceCell, RefCell};
-use std::fs::File;
-use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::atomic::Ordering;
-use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
-use serde::Serialize;
+use anyhow::Result;
 
 use self::args::{Reproduce, Sub};
-use self::cache::{Cache, Interrupted, read_json, write, write_json};
-use self::cost::{Costs, Ledger};
-use self::lab::Lab;
-use self::outputs::{Output, Part};
-use self::profile::{MethodSpec, Profile};
-use self::results::{Collected, Comparison, MethodResult, Setup};
-use self::run::{BASE, Job, Run, Timing};
-use self::text::Text;
-use super::{INTERRUPTED, STOP, catch_interrupts};
-use crate::document::{Block, markdown, page};
-use crate::report::{self, Table};
-use crate::ui::{Ui, stderr_line};
-
-/// A file of each model in a directory of a reproduction.
-pub(crate) const RUNS: &str = "runs";
-pub(crate) const TIMINGS: &str = "timings";
-pub(crate) const SETUP: &str = "setup.json";
+use crate::reproduce::options::{Options, TextSource};
+use crate::reproduce::{self, merge, profile, speed, splice};
+use crate::ui::Ui;
 
 pub(crate) fn run(args: &Reproduce, ui: &mut Ui) -> Result<ExitCode> {
     match &args.command {
-        Some(Sub::Speed(speed)) => {
-            speed::run(speed, ui)?;
-            return Ok(ExitCode::SUCCESS);
+        Some(Sub::Speed(args)) => {
+            speed::run(&args.model, &args.ids, args.decode, args.threshold, args.device, ui)?;
         }
-        Some(Sub::Merge(merge)) => {
-            merge::run(merge, ui)?;
-            return Ok(ExitCode::SUCCESS);
-        }
-        Some(Sub::Splice(files)) => {
-            splice::run(files, ui)?;
-            return Ok(ExitCode::SUCCESS);
-        }
-        None => {}
+        Some(Sub::Merge(args)) => merge::run(&args.parts, &args.out, args.force, ui)?,
+        Some(Sub::Splice(args)) => splice::run(&args.files, args.check, ui)?,
+        None => match &args.print_profile {
+            Some(name) => ui.text(profile::text(name).unwrap_or_default())?,
+            None => return reproduce::run(&options(args), ui),
+        },
     }
-    if let Some(name) = &args.print_profile {
-        ui.text(profile::text(name).unwrap_or_default())?;
-        return Ok(ExitCode::SUCCESS);
-    }
-    let mut profile = Profile::load(&args.profile)?;
-    if let Some(seeds) = args.seeds {
-        profile.seeds = seeds;
-    }
-    let outputs = if args.only.is_empty() { Output::ALL.to_vec() } else { args.only.clone() };
-    let jobs = jobs(&profile, args, &outputs)?;
-    if args.dry_run {
-        plan::run(args, &profile, &jobs, ui)?;
-        return Ok(ExitCode::SUCCESS);
-    }
-    let out = args.out.clone().unwrap_or_else(|| PathBuf::from(format!("reproduce-{}", profile.name)));
-    let _lock = open(&out, args.resume)?;
-    catch_interrupts()?;
-    match reproduce(args, &profile, &outputs, &jobs, &out, ui) {
-        Err(error) if error.is::<Interrupted>() => {
-            stderr_line(format_args!("dsmoe: stopped; the same command with --resume goes on from here"));
-            let asked = STOP.load(Ordering::Relaxed);
-            Ok(if asked { ExitCode::from(INTERRUPTED) } else { ExitCode::SUCCESS })
-        }
-        Err(error) => Err(error),
-        Ok(()) => Ok(ExitCode::SUCCESS),
-    }
+    Ok(ExitCode::SUCCESS)
 }
 
-/// A method and seed, what is measured of it, and its number among all.
-type Planned<'a> = (usize, Job<'a>, Vec<Part>);
-
-/// The methods and seeds of this shard.
-fn jobs<'a>(profile: &'a Profile, args: &Reproduce, outputs: &[Output]) -> Result<Vec<Planned<'a>>> {
-    let mut jobs = all_jobs(profile, args, outputs)?;
-    if let Some(shard) = args.shard {
-        jobs.retain(|(number, ..)| shard.has(*number));
+fn options(args: &Reproduce) -> Options {
+    let words = (!args.data.is_empty()).then(|| TextSource::Words(args.data.clone()));
+    Options {
+        profile: args.profile.clone(),
+        only: args.only.clone(),
+        methods: args.methods.clone(),
+        seeds: args.seeds,
+        out: args.out.clone(),
+        stages: args.stages.clone(),
+        resume: args.resume,
+        dry_run: args.dry_run,
+        shard: args.shard,
+        stop_after: args.stop_after,
+        model: args.model.clone(),
+        text: args.mixture.clone().map(TextSource::Mixture).or(words),
+        token_cache: args.cache.clone(),
+        device: args.device,
+        task_data: args.task_data.clone(),
     }
-    Ok(jobs)
-}
-
-/// All methods and seeds that the outputs need.
-fn all_jobs<'a>(profile: &'a Profile, args: &Reproduce, outputs: &[Output]) -> Result<Vec<Planned<'a>>> {
-    for name in &args.methods {
-        if !profile.method.iter().any(|spec| spec.name == *name) {
-            let names: Vec<&str> = profile.method.iter().map(|spec| spec.name.as_str()).collect();
-            bail!("--methods {name}: profile {} has no such method; use {}", profile.name, names.join(", "));
-        }
-    }
-    let wanted = |spec: &&MethodSpec| args.methods.is_empty() || args.methods.contains(&spec.name);
-    let mut jobs = Vec::new();
-    for seed in 0..profile.seeds {
-        for spec in profile.method.iter().filter(wanted) {
-            let parts = Output::parts_of(outputs, spec);
-            if !parts.is_empty() {
-                jobs.push((jobs.len(), Job { spec, seed }, parts));
-            }
-        }
-    }
-    Ok(jobs)
-}
-
-/// Makes the directory, or goes on in it, and holds it for this process.
-fn open(out: &Path, resume: bool) -> Result<Option<File>> {
-    let place = || out.display().to_string();
-    std::fs::create_dir_all(out).with_context(place)?;
-    let mut entries = std::fs::read_dir(out).with_context(place)?;
-    if entries.next().is_some() && !resume {
-        bail!("{} is not empty; pass --resume to go on there, or choose another --out", out.display());
-    }
-    if !cfg!(unix) {
-        return Ok(None);
-    }
-    let directory = File::open(out).with_context(place)?;
-    match directory.try_lock() {
-        Err(std::fs::TryLockError::WouldBlock) => {
-            bail!("{} is in use by another process; wait for it, or choose another --out", out.display())
-        }
-        // Some network file systems have no locks.
-        Ok(()) | Err(std::fs::TryLockError::Error(_)) => Ok(Some(directory)),
-    }
-}
-
-fn reproduce(
-    args: &Reproduce,
-    profile: &Profile,
-    outputs: &[Output],
-    jobs: &[Planned<'_>],
-    out: &Path,
-    ui: &mut Ui,
-) -> Result<()> {
-    let started = Instant::now();
-    let cache = Cache::new(args.stages.clone().unwrap_or_else(|| out.join("cache")));
-    let text = text(args, profile, &cache, ui).context("stage text")?;
-    let costs = Costs { profile, sources: text.held_out.len(), seq: profile.train()?.seq };
-    let base_parts = base_parts(outputs);
-    let lab = Lab {
-        profile,
-        args,
-        text: &text,
-        cache: &cache,
-        ui: *ui,
-        costs,
-        ledger: ledger(costs, jobs, &base_parts, args.model.is_some())?,
-        steps_left: Cell::new(args.stop_after),
-        tasks: OnceCell::new(),
-        dense_losses: RefCell::new(None),
-    };
-    let base = lab.base()?;
-    let runs = all_jobs(profile, args, outputs)?.iter().map(|(_, job, _)| job.id()).collect();
-    let setup = results::setup(profile, outputs, runs, &text, &base, profile.budget(&base.config))?;
-    forget_other_results(out, &setup)?;
-    write_json(&out.join(SETUP), &setup)?;
-    let save = |id: &str, (run, timing): (Run, Timing)| -> Result<()> {
-        write_json(&out.join(RUNS).join(format!("{id}.json")), &run)?;
-        write_json(&out.join(TIMINGS).join(format!("{id}.json")), &timing)
-    };
-    save(BASE, lab.run_base(&base, &base_parts)?)?;
-    for (_, job, parts) in jobs {
-        save(&job.id(), lab.run(*job, &base, parts)?)?;
-    }
-    if args.shard.is_some() {
-        let note =
-            format!("{}: this part is done; put all together with dsmoe reproduce merge", out.display());
-        ui.note(note);
-        return Ok(());
-    }
-    let collected = Collected::read(&[out.to_path_buf()])?;
-    finish(&collected, out, started.elapsed().as_secs_f64(), ui)
-}
-
-/// Removes the results of other settings: until this run is done there are none.
-fn forget_other_results(out: &Path, setup: &Setup) -> Result<()> {
-    let before: Option<Setup> = read_json(&out.join(SETUP)).ok();
-    if before.as_ref() == Some(setup) {
-        return Ok(());
-    }
-    for name in ["results.json", "report.md", "report.html"] {
-        let path = out.join(name);
-        if path.is_file() {
-            std::fs::remove_file(&path).with_context(|| path.display().to_string())?;
-        }
-    }
-    Ok(())
-}
-
-/// Writes results and report, and shows the main table.
-fn finish(collected: &Collected, out: &Path, seconds: f64, ui: &mut Ui) -> Result<()> {
-    let results = results::of(collected)?;
-    write_json(&out.join("results.json"), &results)?;
-    let report = chapters::of(collected, &results);
-    write(&out.join("report.md"), markdown::markdown(&report).as_bytes())?;
-    write(&out.join("report.html"), page::page(&report).as_bytes())?;
-    for block in report.chapters.iter().flat_map(|chapter| &chapter.blocks) {
-        let table = match block {
-            Block::Text(_) => continue,
-            Block::Table(table) => table.clone(),
-            Block::Figure(figure) => {
-                let path = out.join("charts").join(format!("{}.svg", figure.id));
-                write(&path, page::svg(figure).as_bytes())?;
-                markdown::numbers(figure)
-            }
-        };
-        write(&out.join("csv").join(format!("{}.csv", table.id)), markdown::csv(&table).as_bytes())?;
-    }
-    let done = Done { out, seconds, methods: &results.methods, comparisons: &results.comparisons };
-    ui.result(&done, Done::show)
-}
-
-/// What a reproduction came to.
-#[derive(Serialize)]
-struct Done<'a> {
-    out: &'a Path,
-    seconds: f64,
-    methods: &'a [MethodResult],
-    comparisons: &'a [Comparison],
-}
-
-impl Done<'_> {
-    fn show(&self) -> String {
-        let header = [
-            "method",
-            "parameters",
-            "activated",
-            "of the budget",
-            "perplexity",
-            "tasks right, %",
-            "DSMoE is",
-        ];
-        let mut table = Table::new(header);
-        let first = self.comparisons.first().map(|one| one.dsmoe.as_str());
-        for method in self.methods {
-            let is_it = |one: &&Comparison| one.other == method.name && Some(&one.dsmoe[..]) == first;
-            table.row([
-                method.name.clone(),
-                report::amount(method.params_total),
-                report::amount(method.params_activated.mean),
-                report::percent(method.of_budget),
-                format!("{:.3}", method.ppl.mean),
-                method.tasks_mean.map_or_else(|| "-".to_owned(), |mean| format!("{mean:.1}")),
-                self.comparisons.iter().find(is_it).map_or("-", |one| one.verdict).to_owned(),
-            ]);
-        }
-        format!(
-            "{}\n{}: report.html, report.md, results.json, charts/ and csv/ after {}\n",
-            table.show(),
-            self.out.display(),
-            report::duration(self.seconds)
-        )
-    }
-}
-
-/// What is measured of the dense model itself.
-fn base_parts(outputs: &[Output]) -> Vec<Part> {
-    let mut parts = vec![Part::Text];
-    for (output, part) in [(Output::Table2, Part::Tasks), (Output::Speed, Part::Speed)] {
-        if outputs.contains(&output) {
-            parts.push(part);
-        }
-    }
-    parts
-}
-
-fn text(args: &Reproduce, profile: &Profile, cache: &Cache, ui: &Ui) -> Result<Text> {
-    match (&profile.world, args.text()) {
-        (Some(_), Some(_)) => bail!(
-            "profile {} trains on the embedded world; leave out --data and --mixture, or take [world] out of a copy of it",
-            profile.name
-        ),
-        (Some(world), None) => Text::of_world(world, profile, args.model.as_deref(), cache, ui),
-        (None, data) => {
-            let Some(model) = &args.model else {
-                bail!("profile {} starts from a checkpoint; name one with --model DIR", profile.name);
-            };
-            let Some(data) = data else {
-                bail!("profile {} needs text; name it with --data or --mixture", profile.name);
-            };
-            Text::of_user(&data, profile, model, ui)
-        }
-    }
-}
-
-/// Counts stages and what they cost; `given`: the dense model is there.
-fn ledger(costs: Costs<'_>, jobs: &[Planned<'_>], base: &[Part], given: bool) -> Result<Ledger> {
-    let (mut stages, mut cost) = (base.len(), base.iter().map(|part| costs.part(*part, false)).sum::<f64>());
-    if let (Some(config), false) = (costs.profile.pretrain(), given) {
-        stages += 1;
-        cost += costs.train(&config?)?;
-    }
-    for (_, job, parts) in jobs {
-        stages += 2 + parts.len();
-        cost += costs.make() + costs.measuring(*job, parts);
-        cost += costs.train(&costs.profile.train_of(job.spec, job.seed)?)?;
-    }
-    Ok(Ledger::new(stages, cost))
 }

@@ -12,7 +12,7 @@ use super::export::{amount, origin};
 use super::format::{Benchmark, Kind, Record};
 use super::record::in_process;
 use super::stats::{Estimate, Verdict, judge, judge_pairs};
-use crate::report::Table;
+use crate::format::Table;
 use crate::ui::Ui;
 
 /// What is said by the exit status of a comparison that found something worse.

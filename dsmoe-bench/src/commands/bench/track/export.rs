@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 use super::super::args::Format;
 use super::format::{Benchmark, Kind, Record};
 use super::stats::Estimate;
-use crate::report::{self, Table};
+use crate::format::{self, Table};
 
 pub(super) fn text(record: &Record, format: Format) -> Result<String> {
     Ok(match format {
@@ -107,8 +107,8 @@ fn cells(one: &Benchmark) -> [String; 5] {
 pub(super) fn amount(value: f64, kind: Kind, unit: &str) -> String {
     match kind {
         Kind::Time => super::super::row::time(value),
-        Kind::Instructions => report::count(value as u64),
-        Kind::Quality if unit == "active_share" => report::percent(value),
+        Kind::Instructions => format::count(value as u64),
+        Kind::Quality if unit == "active_share" => format::percent(value),
         Kind::Quality => format!("{value:.4}"),
     }
 }

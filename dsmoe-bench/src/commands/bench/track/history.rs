@@ -9,8 +9,8 @@ use super::super::args::History;
 use super::export::{amount, origin};
 use super::format::{Benchmark, Machine, Record};
 use super::stats::Estimate;
-use crate::document::page::page;
-use crate::document::{Block, Chapter, Figure, Look, Plot, Point, Report, Series};
+use crate::report::html::page;
+use crate::report::{Block, Chapter, Figure, Look, Plot, Point, Report, Series};
 use crate::ui::Ui;
 
 /// The least that the height of a chart stands for, in percent: noise should not look like a cliff.

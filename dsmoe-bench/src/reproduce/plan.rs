@@ -14,13 +14,13 @@ use dsmoe_kernels::linear;
 use dsmoe_router::RouterConfig;
 use serde::Serialize;
 
-use super::Planned;
-use super::args::Reproduce;
 use super::cost::Costs;
+use super::jobs::Planned;
+use super::options::Options;
 use super::profile::{MethodSpec, Profile, Role};
-use crate::commands::{sources, train::memory_plan};
+use crate::commands::train::memory_plan;
+use crate::format::{self, Table};
 use crate::memory;
-use crate::report::{self, Table};
 use crate::ui::Ui;
 
 /// The machine's speed is measured for about so long.
@@ -68,7 +68,7 @@ struct Row {
     memory_bytes: u64,
 }
 
-pub(super) fn run(args: &Reproduce, profile: &Profile, jobs: &[Planned<'_>], ui: &mut Ui) -> Result<()> {
+pub(super) fn run(args: &Options, profile: &Profile, jobs: &[Planned<'_>], ui: &mut Ui) -> Result<()> {
     let (dense, model) = dense(args, profile)?;
     let train = profile.train()?.resolve()?;
     let precision = train.dtype;
@@ -76,8 +76,8 @@ pub(super) fn run(args: &Reproduce, profile: &Profile, jobs: &[Planned<'_>], ui:
     let speed = flops_per_second(&dense, precision);
     let sources = match &profile.world {
         Some(_) => 4,
-        None => match args.text() {
-            Some(data) => sources::open(&data, &CorpusOptions::default())?.len(),
+        None => match &args.text {
+            Some(data) => data.open(&CorpusOptions::default())?.len(),
             None => PAPER_SOURCES,
         },
     };
@@ -139,7 +139,7 @@ pub(super) fn run(args: &Reproduce, profile: &Profile, jobs: &[Planned<'_>], ui:
 }
 
 /// The dense model, from its directory or from the profile's sizes.
-fn dense(args: &Reproduce, profile: &Profile) -> Result<(Config, String)> {
+fn dense(args: &Options, profile: &Profile) -> Result<(Config, String)> {
     if let Some(dir) = &args.model {
         return Ok((Config::load(dir)?, dir.display().to_string()));
     }
@@ -235,51 +235,51 @@ fn show(plan: &Plan<'_>) -> String {
     for row in &plan.rows {
         table.row([
             row.run.clone(),
-            report::amount(row.params_total),
-            report::amount(row.params_activated),
-            report::count(row.steps),
-            report::amount(row.tokens as f64),
+            format::amount(row.params_total),
+            format::amount(row.params_activated),
+            format::count(row.steps),
+            format::amount(row.tokens as f64),
             format!("{:.2e}", row.flops),
             hours(row.hours),
-            report::bytes(row.memory_bytes),
+            format::bytes(row.memory_bytes),
         ]);
     }
     let memory = match plan.machine_memory_bytes {
         Some(machine) if machine < plan.memory_bytes => format!(
             "{} at the most, and this machine has {}: too little",
-            report::bytes(plan.memory_bytes),
-            report::bytes(machine)
+            format::bytes(plan.memory_bytes),
+            format::bytes(machine)
         ),
         Some(machine) => {
-            format!("{} at the most, of {}", report::bytes(plan.memory_bytes), report::bytes(machine))
+            format!("{} at the most, of {}", format::bytes(plan.memory_bytes), format::bytes(machine))
         }
-        None => format!("{} at the most", report::bytes(plan.memory_bytes)),
+        None => format!("{} at the most", format::bytes(plan.memory_bytes)),
     };
     let fields = vec![
         ("profile", format!("{}: {}", plan.profile.name, plan.profile.about)),
-        ("model", format!("{}, {} parameters", plan.model, report::count(plan.dense_params))),
+        ("model", format!("{}, {} parameters", plan.model, format::count(plan.dense_params))),
         (
             "budget",
             format!(
                 "{} activated parameters ({} of {} experts)",
-                report::count(plan.budget_params.round() as u64),
+                format::count(plan.budget_params.round() as u64),
                 plan.profile.active * plan.profile.experts as f64,
                 plan.profile.experts
             ),
         ),
-        ("trainings", format!("{}, {} tokens", plan.stages, report::amount(plan.tokens as f64))),
+        ("trainings", format!("{}, {} tokens", plan.stages, format::amount(plan.tokens as f64))),
         ("arithmetic", format!("{:.3e} FLOPs, measuring included", plan.flops)),
         (
             "time",
             format!(
                 "{} hours at the {} FLOP/s that this machine reaches in {} on a product of this model's FFN",
                 hours(plan.hours),
-                report::flops(plan.flops_per_second),
+                format::flops(plan.flops_per_second),
                 plan.dtype
             ),
         ),
         ("memory", memory),
-        ("disk", report::bytes(plan.disk_bytes)),
+        ("disk", format::bytes(plan.disk_bytes)),
     ];
-    format!("{}\n{}", table.show(), report::fields(fields))
+    format!("{}\n{}", table.show(), format::fields(fields))
 }

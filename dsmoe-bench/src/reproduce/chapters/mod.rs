@@ -6,10 +6,10 @@ mod tables;
 use super::outputs::Output;
 use super::paper;
 use super::profile::{PaperModel, Role};
+use super::records::{BASE, Timing};
 use super::results::{Collected, Comparison, Measured, MethodResult, Results};
-use super::run::{BASE, Timing};
-use crate::document::{Block, Cell, Chapter, Report, Tabular, number, optional};
-use crate::report;
+use crate::format;
+use crate::report::{Block, Cell, Chapter, Report, Tabular, number, optional};
 
 /// The whole report.
 pub(crate) fn of(collected: &Collected, results: &Results) -> Report {
@@ -103,16 +103,16 @@ impl View<'_> {
         let tokens = made().map(|method| method.tokens).min().unwrap_or(0);
         let more: Vec<String> = made()
             .filter(|method| method.tokens > tokens)
-            .map(|method| format!(" ({} on {})", method.name, report::count(method.tokens)))
+            .map(|method| format!(" ({} on {})", method.name, format::count(method.tokens)))
             .collect();
         let mut blocks = vec![Block::Text(format!(
             "Every method starts from one dense model of {} parameters, is brought to {} activated parameters ({} of {} \
              experts), and is trained on {} tokens{} of the same text, with the settings of the last chapter; {} seed{}.",
-            report::count(setup.dense_params),
-            report::count(setup.budget.round() as u64),
+            format::count(setup.dense_params),
+            format::count(setup.budget.round() as u64),
             trim(setup.profile.active * self.experts()),
             setup.profile.experts,
-            report::count(tokens),
+            format::count(tokens),
             more.concat(),
             self.results.seeds.len(),
             if self.results.seeds.len() == 1 { "" } else { "s" },
@@ -251,7 +251,7 @@ impl View<'_> {
                 settings.into(),
                 spec.train.to_string().trim().replace('\n', ", ").into(),
                 found.reached_by.clone().unwrap_or_default().into(),
-                number(found.calibration_tokens as f64, |x| report::count(x as u64)),
+                number(found.calibration_tokens as f64, |x| format::count(x as u64)),
             ]);
         }
         Chapter {
@@ -263,11 +263,11 @@ impl View<'_> {
 }
 
 fn amount(value: f64) -> Cell {
-    number(value, report::amount)
+    number(value, format::amount)
 }
 
 fn flops(value: f64) -> Cell {
-    number(value, report::flops)
+    number(value, format::flops)
 }
 
 fn yes(is: bool) -> Cell {

@@ -6,10 +6,10 @@ use std::time::Instant;
 use anyhow::Result;
 use dsmoe_train::TrainConfig;
 
+use super::jobs::Job;
 use super::outputs::Part;
 use super::profile::{Profile, Role};
-use super::run::Job;
-use crate::report::duration;
+use crate::format::duration;
 use crate::ui::Ui;
 
 /// A task's items, each of about three passes over a hundred tokens, one of them token by token.

@@ -7,14 +7,13 @@
 //! ```
 
 use std::fmt::Write as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
-use super::args;
 use super::cache::{read_json, write};
-use crate::report;
+use crate::format;
 use crate::ui::Ui;
 
 const BEGIN: &str = "<!-- reproduce ";
@@ -81,9 +80,10 @@ struct Done<'a> {
     blocks: usize,
 }
 
-pub(super) fn run(args: &args::Splice, ui: &mut Ui) -> Result<()> {
+/// Fills the blocks of `files`; with `check`, fails if that would change one.
+pub(crate) fn run(files: &[PathBuf], check: bool, ui: &mut Ui) -> Result<()> {
     let mut done = Done { files: Vec::new(), blocks: 0 };
-    for path in &args.files {
+    for path in files {
         let place = || path.display().to_string();
         let text = std::fs::read_to_string(path).with_context(place)?;
         let (spliced, blocks) = splice(&text, path.parent().unwrap_or(Path::new(""))).with_context(place)?;
@@ -91,7 +91,7 @@ pub(super) fn run(args: &args::Splice, ui: &mut Ui) -> Result<()> {
         if spliced == text {
             continue;
         }
-        if args.check {
+        if check {
             bail!(
                 "{}: its tables are not those of the records; run dsmoe reproduce splice {0}",
                 path.display()
@@ -138,11 +138,11 @@ fn block_text(dir: &str, results: &Results) -> String {
         "\nProfile {}: a dense model of {} parameters, {} activated parameters for everyone ({} of {} experts), {} tokens after\n\
          it was made, {} {}, 95 % intervals; `{dir}`, revision {git_revision}.\n\n",
         profile.name,
-        report::amount(*dense_params as f64),
-        report::amount(*budget),
+        format::amount(*dense_params as f64),
+        format::amount(*budget),
         profile.active * profile.experts as f64,
         profile.experts,
-        report::amount(tokens.unwrap_or(0) as f64),
+        format::amount(tokens.unwrap_or(0) as f64),
         seeds,
         if seeds == 1 { "seed" } else { "seeds" },
     );
@@ -158,8 +158,8 @@ fn block_text(dir: &str, results: &Results) -> String {
             out,
             "| {} | {} | {} | {} | {:.3} | {} | {} | {} |",
             method.name,
-            report::amount(method.params_activated.mean),
-            report::percent(method.of_budget),
+            format::amount(method.params_activated.mean),
+            format::percent(method.of_budget),
             made.map_or_else(dash, |stone| format!("{:.3}", stone.ppl.mean)),
             method.ppl.mean,
             method.ppl.interval.map_or_else(dash, |[low, high]| format!("{low:.3} to {high:.3}")),

@@ -4,8 +4,8 @@ use super::super::paper;
 use super::super::profile::{PaperModel, PaperRow, Role};
 use super::super::results::{Direction, MethodResult};
 use super::{View, agreement, amount, interval, mark, measured, p_value, plain, trim, yes};
-use crate::document::{Block, Figure, Look, Point, Series, Tabular, number, optional};
-use crate::report;
+use crate::format;
+use crate::report::{Block, Figure, Look, Point, Series, Tabular, number, optional};
 
 const NOT_STATED: &str = "not stated";
 
@@ -76,7 +76,7 @@ impl View<'_> {
                 optional(test.and_then(|one| one.p), p_value),
                 optional(speed.map(|s| s.prefill_tokens_per_s), |x| format!("{x:.0}")),
                 optional(speed.map(|s| s.decode_tokens_per_s), |x| format!("{x:.0}")),
-                optional(speed.and_then(|s| s.peak_bytes).map(|b| b as f64), |x| report::bytes(x as u64)),
+                optional(speed.and_then(|s| s.peak_bytes).map(|b| b as f64), |x| format::bytes(x as u64)),
             ]);
             let Some(row) = method.paper else { continue };
             let Some(theirs) = paper.iter().find(|one| one.row == row) else { continue };
@@ -395,7 +395,7 @@ impl View<'_> {
                     .iter()
                     .filter(|stone| stone.share >= 0.1)
                     .map(|stone| {
-                        let tip = format!("{} tokens", report::count(stone.tokens));
+                        let tip = format!("{} tokens", format::count(stone.tokens));
                         Point::new(100.0 * stone.share, stone.ppl.mean, tip)
                     })
                     .collect(),

@@ -3,8 +3,8 @@
 use super::super::profile::Role;
 use super::super::results::MethodResult;
 use super::{View, agreement, amount, flops, measured, p_value, plain, trim, yes};
-use crate::document::{Block, Figure, Look, Plot, Point, Series, Tabular, number, optional};
-use crate::report;
+use crate::format;
+use crate::report::{Block, Figure, Look, Plot, Point, Series, Tabular, number, optional};
 
 impl View<'_> {
     pub(super) fn figure2(&self) -> Vec<Block> {
@@ -147,8 +147,8 @@ impl View<'_> {
                 flops(method.flops_per_token),
                 optional(speed.map(|s| s.prefill_tokens_per_s), |x| format!("{x:.0}")),
                 optional(speed.map(|s| s.decode_tokens_per_s), |x| format!("{x:.0}")),
-                optional(speed.and_then(|s| s.peak_bytes).map(|b| b as f64), |x| report::bytes(x as u64)),
-                optional(speed.map(|s| s.weight_bytes as f64), |x| report::bytes(x as u64)),
+                optional(speed.and_then(|s| s.peak_bytes).map(|b| b as f64), |x| format::bytes(x as u64)),
+                optional(speed.map(|s| s.weight_bytes as f64), |x| format::bytes(x as u64)),
                 optional(timing.and_then(|t| t.train_tokens_per_s), |x| format!("{x:.0}")),
             ]);
         }
@@ -173,7 +173,7 @@ impl View<'_> {
         .note("FLOPs are nominal: of activated weights. On the front: no other row has as few and as low.");
         let point = |method: &MethodResult| {
             let (flops, ppl) = (method.flops_per_token, method.ppl.mean);
-            let tip = format!("{}: {} FLOPs, perplexity {}", method.name, report::flops(flops), plain(ppl));
+            let tip = format!("{}: {} FLOPs, perplexity {}", method.name, format::flops(flops), plain(ppl));
             Point::new(flops, ppl, tip)
         };
         let mut series: Vec<Series> = methods
@@ -271,7 +271,7 @@ impl View<'_> {
                     if let Some(experts) = experts {
                         cell.text += &format!(" ({experts:.2})");
                     }
-                    cell.tip = Some(format!("{} tokens", report::count(stone.tokens)));
+                    cell.tip = Some(format!("{} tokens", format::count(stone.tokens)));
                     cell
                 }));
             }

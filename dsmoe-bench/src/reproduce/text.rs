@@ -14,8 +14,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::cache::{Cache, Key};
+use super::options::TextSource;
 use super::profile::{Profile, WorldText};
-use crate::cli::DataArgs;
 use crate::commands::sources;
 use crate::ui::Ui;
 
@@ -70,7 +70,7 @@ impl Text {
         let dir = cache.dir("text", &key);
         let land = World::new(world.seed);
         let written: Written = cache.stage("text", &key, |dir| {
-            ui.note(format_args!("writing {} of text and a tokenizer", crate::report::bytes(world.bytes)));
+            ui.note(format_args!("writing {} of text and a tokenizer", crate::format::bytes(world.bytes)));
             land.write_text(&dir.join("text"), world.bytes, &mut |_| {})?;
             let sample = |domain| land.documents(domain, world.bytes.min(TOKENIZER_BYTES));
             let vocab_size = train_bpe(Domain::ALL.into_iter().flat_map(sample), world.vocab, dir)?;
@@ -105,15 +105,21 @@ impl Text {
     }
 
     /// Text that the user names, with the tokenizer of `model`.
-    pub(crate) fn of_user(data: &DataArgs, profile: &Profile, model: &Path, ui: &Ui) -> Result<Text> {
+    pub(crate) fn of_user(
+        data: &TextSource,
+        token_cache: Option<&Path>,
+        profile: &Profile,
+        model: &Path,
+        ui: &Ui,
+    ) -> Result<Text> {
         let train = profile.train()?;
         let options = CorpusOptions {
             doc_separator: train.doc_separator.clone(),
             text_column: train.text_column.clone(),
         };
-        let found = sources::open(data, &options)?;
+        let found = data.open(&options)?;
         let tokenizer = crate::commands::tokenizer(model, &Config::load(model)?)?;
-        let parts = sources::load(&found, &tokenizer, train.bos, data.cache.as_deref(), ui)?;
+        let parts = sources::load(&found, &tokenizer, train.bos, token_cache, ui)?;
         let drop = match train.near_duplicates {
             Some(rule) => rule == NearDuplicates::Drop,
             None => parts.len() > 1,

@@ -1,7 +1,8 @@
 //! A report as chapters of text, tables and charts, whatever it is written as.
 
+pub(crate) mod html;
 pub(crate) mod markdown;
-pub(crate) mod page;
+pub(crate) mod svg;
 
 /// One cell: what is shown, and the number behind it to sort by.
 #[derive(Clone, Debug, PartialEq)]
