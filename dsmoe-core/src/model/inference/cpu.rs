@@ -5,32 +5,33 @@ use dsmoe_kernels::matmul::Packed;
 use dsmoe_kernels::{Precision, add, attention, cross_entropy, linear, rms_norm, rope};
 use dsmoe_router::RoutingStats;
 
-use super::Cache;
+use super::cache::Cache;
 use super::pack::{Embedding, Layer};
 use crate::accounting::Accounting;
 use crate::config::{Config, LayerShape};
 use crate::error::Result;
 use crate::ffn::{FfnScratch, Record};
+use crate::model::tensors::{in_pool, set_threshold};
 
 /// A LLaMA decoder for inference: weight matrices packed in a [`Precision`], norms and routers in f32. With bf16
 /// the operands of matrix products are rounded to it; sums, softmax and the residual stream are f32.
 #[derive(Debug)]
-pub(super) struct CpuInference {
-    pub(super) config: Config,
-    pub(super) accounting: Accounting,
-    pub(super) precision: Precision,
-    pub(super) embedding: Embedding,
-    pub(super) layers: Vec<Layer>,
-    pub(super) norm: Buf,
-    pub(super) head: Packed,
-    pub(super) rope: rope::Table,
+pub(crate) struct CpuInference {
+    pub(crate) config: Config,
+    pub(crate) accounting: Accounting,
+    pub(crate) precision: Precision,
+    pub(crate) embedding: Embedding,
+    pub(crate) layers: Vec<Layer>,
+    pub(crate) norm: Buf,
+    pub(crate) head: Packed,
+    pub(crate) rope: rope::Table,
 }
 
 /// Activations of one forward pass; reused from call to call.
 #[derive(Debug, Default)]
 pub struct Workspace {
     x: Buf,
-    pub(super) h: Buf,
+    pub(crate) h: Buf,
     q: Buf,
     k: Buf,
     v: Buf,
@@ -38,10 +39,10 @@ pub struct Workspace {
     y: Buf,
     lse: Buf,
     rstd: Buf,
-    pub(super) logits: Buf,
+    pub(crate) logits: Buf,
     ffn: FfnScratch,
     #[cfg(feature = "cuda")]
-    pub(super) cuda: Option<Box<super::cuda::CudaWorkspace>>,
+    pub(crate) cuda: Option<Box<crate::model::cuda::CudaWorkspace>>,
 }
 
 impl Workspace {
@@ -66,22 +67,22 @@ impl Workspace {
 }
 
 impl CpuInference {
-    pub(super) fn bytes(&self) -> usize {
+    pub(crate) fn bytes(&self) -> usize {
         let layers = self.layers.iter().map(Layer::bytes).sum::<usize>();
         self.embedding.bytes() + layers + 4 * self.norm.len() + self.head.bytes()
     }
 
-    pub(super) fn num_experts(&self) -> Option<usize> {
+    pub(crate) fn num_experts(&self) -> Option<usize> {
         self.layers.first().and_then(|layer| layer.ffn.num_experts())
     }
 
-    pub(super) fn set_threshold(&mut self, threshold: f32) -> Result<()> {
-        super::set_threshold(&mut self.config, threshold, || {
+    pub(crate) fn set_threshold(&mut self, threshold: f32) -> Result<()> {
+        set_threshold(&mut self.config, threshold, || {
             self.layers.iter_mut().all(|layer| layer.ffn.set_threshold(threshold))
         })
     }
 
-    pub(super) fn score(
+    pub(crate) fn score(
         &self,
         losses: &mut [f32],
         inputs: &[u32],
@@ -98,7 +99,7 @@ impl CpuInference {
     }
 
     /// Sets the workspace's logits.
-    pub(super) fn logits(
+    pub(crate) fn logits(
         &self,
         ids: &[u32],
         last: usize,
@@ -116,7 +117,7 @@ impl CpuInference {
     }
 
     /// Computes now what the first `positions` positions need, for calls that must not allocate.
-    pub(super) fn prepare(&self, positions: usize) {
+    pub(crate) fn prepare(&self, positions: usize) {
         self.rope.prepare(positions);
     }
 
@@ -153,14 +154,14 @@ impl CpuInference {
     }
 
     /// The shape of an attention of layer `i`.
-    pub(super) fn attention(&self, i: usize, batch: usize, queries: usize, keys: usize) -> attention::Dims {
+    pub(crate) fn attention(&self, i: usize, batch: usize, queries: usize, keys: usize) -> attention::Dims {
         let LayerShape { num_heads: heads, num_kv_heads: kv_heads, .. } = self.config.layer(i);
         attention::Dims { batch, queries, keys, heads, kv_heads, head_dim: self.config.head_dim }
     }
 
     /// Sets `workspace.h` to the normed hidden states `[ids.len(), hidden]`, where `attend` does what a layer's
     /// tokens do with each other: it turns queries and keys by their positions and sets `a`.
-    pub(super) fn forward(
+    pub(crate) fn forward(
         &self,
         ids: &[u32],
         mut stats: Option<&mut RoutingStats>,
@@ -192,16 +193,10 @@ impl CpuInference {
 }
 
 /// Queries, keys and values of one layer, and where its attention and its log-sums go.
-pub(super) struct Heads<'a> {
-    pub(super) a: &'a mut [f32],
-    pub(super) lse: &'a mut [f32],
-    pub(super) q: &'a mut [f32],
-    pub(super) k: &'a mut [f32],
-    pub(super) v: &'a mut [f32],
-}
-
-/// Runs `op` on a thread of the pool: a product started there wakes no thread that only waits for it, and queues
-/// its tasks without allocating.
-pub(crate) fn in_pool<R: Send>(op: impl FnOnce() -> R + Send) -> R {
-    rayon::scope(|_| op())
+pub(crate) struct Heads<'a> {
+    pub(crate) a: &'a mut [f32],
+    pub(crate) lse: &'a mut [f32],
+    pub(crate) q: &'a mut [f32],
+    pub(crate) k: &'a mut [f32],
+    pub(crate) v: &'a mut [f32],
 }

@@ -1,14 +1,24 @@
 //! Inference on any device: what is checked, and who computes.
 
+mod cache;
+mod cpu;
+pub(crate) mod pack;
+pub(crate) mod ragged;
+
 use std::path::Path;
 
 use dsmoe_kernels::Precision;
 use dsmoe_router::RoutingStats;
 
-use super::infer::{CpuInference, Workspace};
-use super::pack::{self, Parts};
-use super::ragged::places;
-use super::{Cache, Likelihood, Model, Segment, check_input};
+pub use cache::Cache;
+use cpu::CpuInference;
+pub use cpu::Workspace;
+use pack::Parts;
+use ragged::places;
+pub use ragged::{After, Likelihood, Segment};
+
+use super::arena::Model;
+use super::tensors::check_input;
 use crate::accounting::Accounting;
 use crate::config::Config;
 use crate::device::Device;
@@ -25,7 +35,7 @@ pub struct Inference {
 enum Backend {
     Cpu(Box<CpuInference>),
     #[cfg(feature = "cuda")]
-    Cuda(Box<super::cuda::CudaInference>),
+    Cuda(Box<crate::model::cuda::CudaInference>),
 }
 
 impl Inference {
@@ -67,7 +77,7 @@ impl Inference {
             Device::Cpu => Backend::Cpu(Box::new(pack::build(parts, precision)?)),
             #[cfg(feature = "cuda")]
             Device::Cuda(ordinal) => {
-                Backend::Cuda(Box::new(super::cuda::CudaInference::build(parts, precision, ordinal)?))
+                Backend::Cuda(Box::new(crate::model::cuda::CudaInference::build(parts, precision, ordinal)?))
             }
         };
         Ok(Inference { backend })
@@ -274,7 +284,7 @@ impl Inference {
     }
 
     /// Computes now what the first `positions` positions need, for calls that must not allocate.
-    pub(super) fn prepare(&self, positions: usize) {
+    pub(crate) fn prepare(&self, positions: usize) {
         match &self.backend {
             Backend::Cpu(model) => model.prepare(positions),
             #[cfg(feature = "cuda")]

@@ -6,46 +6,46 @@ use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::{Isa, Precision, cross_entropy, expert_ffn};
 use dsmoe_router::RoutingStats;
 
-use super::Model;
 use crate::config::{Config, LayerShape};
 use crate::ffn::{Ffn, FfnScratch};
+use crate::model::arena::Model;
 
 /// What one layer's backward needs from its forward. Normed inputs are computed again from the residual stream.
 #[derive(Debug)]
-pub(super) struct LayerActs {
+pub(crate) struct LayerActs {
     /// Input of the layer.
-    pub(super) x: Buf,
-    pub(super) rstd: Buf,
+    pub(crate) x: Buf,
+    pub(crate) rstd: Buf,
     /// Queries, keys and values, rotated.
-    pub(super) qkv: Buf,
-    pub(super) a: Buf,
-    pub(super) lse: Buf,
+    pub(crate) qkv: Buf,
+    pub(crate) a: Buf,
+    pub(crate) lse: Buf,
     /// Residual stream between attention and FFN.
-    pub(super) x_mid: Buf,
-    pub(super) rstd_mid: Buf,
-    pub(super) ffn: Box<dyn Any + Send>,
+    pub(crate) x_mid: Buf,
+    pub(crate) rstd_mid: Buf,
+    pub(crate) ffn: Box<dyn Any + Send>,
 }
 
 /// Activations and scratch of training in one precision, sized for a number of tokens and reused every step.
 #[derive(Debug)]
 pub struct TrainWorkspace {
-    pub(super) precision: Precision,
+    pub(crate) precision: Precision,
     tokens: usize,
-    pub(super) layers: Vec<LayerActs>,
-    pub(super) x: Buf,
-    pub(super) rstd: Buf,
+    pub(crate) layers: Vec<LayerActs>,
+    pub(crate) x: Buf,
+    pub(crate) rstd: Buf,
     /// Normed input of the block at work.
-    pub(super) h: Buf,
-    pub(super) losses: Buf,
+    pub(crate) h: Buf,
+    pub(crate) losses: Buf,
     /// Output of a block before it joins the residual stream; on the way back the gradient of a block's input.
-    pub(super) y: Buf,
+    pub(crate) y: Buf,
     /// Gradient of the residual stream.
-    pub(super) dx: Buf,
-    pub(super) dqkv: Buf,
-    pub(super) da: Buf,
-    pub(super) head: cross_entropy::Scratch,
-    pub(super) scratch: FfnScratch,
-    pub(super) stats: Option<RoutingStats>,
+    pub(crate) dx: Buf,
+    pub(crate) dqkv: Buf,
+    pub(crate) da: Buf,
+    pub(crate) head: cross_entropy::Scratch,
+    pub(crate) scratch: FfnScratch,
+    pub(crate) stats: Option<RoutingStats>,
 }
 
 /// Values per token.
@@ -122,12 +122,12 @@ impl TrainWorkspace {
     }
 
     /// Tokens of a micro-batch.
-    pub(super) fn tokens(&self) -> usize {
+    pub(crate) fn tokens(&self) -> usize {
         self.tokens
     }
 
     /// Where the forward pass first left the finite numbers.
-    pub(super) fn first_non_finite(&self) -> String {
+    pub(crate) fn first_non_finite(&self) -> String {
         let bad = |buf: &Buf| buf.iter().any(|x| !x.is_finite());
         for (i, layer) in self.layers.iter().enumerate() {
             if bad(&layer.x) {

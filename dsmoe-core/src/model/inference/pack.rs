@@ -9,29 +9,31 @@ use dsmoe_kernels::matmul::{Mat, Packed};
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
 
-use super::{CpuInference, Model, Ranges, ffns_of, lay_out, rope_table};
+use super::cpu::CpuInference;
 use crate::accounting::Accounting;
 use crate::checkpoint::{Checkpoint, WeightReader};
 use crate::config::Config;
 use crate::error::Result;
 use crate::ffn::{Ffn, PackedFfn};
 use crate::masks::Masks;
+use crate::model::arena::Model;
+use crate::model::tensors::{Ranges, ffns_of, lay_out, rope_table};
 use crate::params::Layout;
 
 /// One decoder layer. Matrices are `[outputs, inputs]`.
 #[derive(Debug)]
-pub(super) struct Layer {
-    pub(super) input_norm: Buf,
-    pub(super) q: Packed,
-    pub(super) k: Packed,
-    pub(super) v: Packed,
-    pub(super) o: Packed,
-    pub(super) post_norm: Buf,
-    pub(super) ffn: Box<dyn PackedFfn>,
+pub(crate) struct Layer {
+    pub(crate) input_norm: Buf,
+    pub(crate) q: Packed,
+    pub(crate) k: Packed,
+    pub(crate) v: Packed,
+    pub(crate) o: Packed,
+    pub(crate) post_norm: Buf,
+    pub(crate) ffn: Box<dyn PackedFfn>,
 }
 
 impl Layer {
-    pub(super) fn bytes(&self) -> usize {
+    pub(crate) fn bytes(&self) -> usize {
         let matrices = [&self.q, &self.k, &self.v, &self.o].map(Packed::bytes);
         let norms = 4 * (self.input_norm.len() + self.post_norm.len());
         matrices.iter().sum::<usize>() + norms + self.ffn.bytes()
@@ -40,7 +42,7 @@ impl Layer {
 
 /// Where tokens' first hidden states come from.
 #[derive(Debug)]
-pub(super) enum Embedding {
+pub(crate) enum Embedding {
     /// The output head's rows.
     Tied,
     /// A table `[vocab, hidden]`.
@@ -51,7 +53,7 @@ pub(super) enum Embedding {
 
 impl Embedding {
     /// Sets `out` `[ids.len(), hidden]` to the rows `ids`.
-    pub(super) fn rows(&self, out: &mut [f32], ids: &[u32], head: &Packed) {
+    pub(crate) fn rows(&self, out: &mut [f32], ids: &[u32], head: &Packed) {
         let hidden = head.inputs();
         for (out, &id) in out.chunks_exact_mut(hidden).zip(ids) {
             let id = id as usize;
@@ -63,7 +65,7 @@ impl Embedding {
         }
     }
 
-    pub(super) fn bytes(&self) -> usize {
+    pub(crate) fn bytes(&self) -> usize {
         match self {
             Embedding::Tied => 0,
             Embedding::F32(table) => 4 * table.len(),
@@ -73,7 +75,7 @@ impl Embedding {
 }
 
 /// Where weights come from. Tensors are named by their range in an arena.
-pub(super) trait Source {
+pub(crate) trait Source {
     /// Gives the rows of a matrix to `sink`, in order, in pieces.
     fn rows(&mut self, matrix: &Range<usize>, sink: &mut dyn FnMut(&[f32])) -> Result<()>;
     /// Adjacent tensors as they lie in the arena.
@@ -115,16 +117,16 @@ impl Source for Stored<'_> {
 }
 
 /// A model that is to be packed.
-pub(super) struct Parts<'a> {
-    pub(super) config: Config,
-    pub(super) accounting: Accounting,
-    pub(super) ffns: &'a [Box<dyn Ffn>],
-    pub(super) ranges: &'a Ranges,
-    pub(super) source: &'a mut dyn Source,
+pub(crate) struct Parts<'a> {
+    pub(crate) config: Config,
+    pub(crate) accounting: Accounting,
+    pub(crate) ffns: &'a [Box<dyn Ffn>],
+    pub(crate) ranges: &'a Ranges,
+    pub(crate) source: &'a mut dyn Source,
 }
 
 /// Gives `model` to `pack`.
-pub(super) fn of_model<R>(model: &Model, pack: impl FnOnce(Parts<'_>) -> Result<R>) -> Result<R> {
+pub(crate) fn of_model<R>(model: &Model, pack: impl FnOnce(Parts<'_>) -> Result<R>) -> Result<R> {
     pack(Parts {
         config: model.config.clone(),
         accounting: model.accounting(),
@@ -135,7 +137,7 @@ pub(super) fn of_model<R>(model: &Model, pack: impl FnOnce(Parts<'_>) -> Result<
 }
 
 /// Gives the model in `dir` to `pack`; of its weights one part at a time is in memory.
-pub(super) fn of_directory<R>(dir: &Path, pack: impl FnOnce(Parts<'_>) -> Result<R>) -> Result<R> {
+pub(crate) fn of_directory<R>(dir: &Path, pack: impl FnOnce(Parts<'_>) -> Result<R>) -> Result<R> {
     let config = Config::load(dir)?;
     let checkpoint = Checkpoint::open(dir)?;
     let masks = Masks::read(dir, &config)?;
@@ -150,7 +152,7 @@ pub(super) fn of_directory<R>(dir: &Path, pack: impl FnOnce(Parts<'_>) -> Result
 }
 
 /// Packs a model for the processor.
-pub(super) fn build(parts: Parts<'_>, precision: Precision) -> Result<CpuInference> {
+pub(crate) fn build(parts: Parts<'_>, precision: Precision) -> Result<CpuInference> {
     let Parts { config, accounting, ffns, ranges, source } = parts;
     let hidden = config.hidden;
     let head = pack(source, &ranges.head, hidden, precision)?;
@@ -203,7 +205,7 @@ fn pack(
 }
 
 /// Sets all of `table`, piece by piece.
-pub(super) fn fill<T>(
+pub(crate) fn fill<T>(
     table: &mut [T],
     source: &mut dyn Source,
     matrix: &Range<usize>,

@@ -6,14 +6,14 @@ use super::Inference;
 #[derive(Debug)]
 pub struct Cache {
     /// Per layer: keys, values, `[len, kv_heads * head_dim]` each; of a model that runs on the processor.
-    pub(super) layers: Vec<(Vec<f32>, Vec<f32>)>,
+    pub(crate) layers: Vec<(Vec<f32>, Vec<f32>)>,
     /// Of a model on a GPU: made when it is first used.
     #[cfg(feature = "cuda")]
-    pub(super) cuda: Option<Box<super::cuda::CudaCache>>,
+    pub(crate) cuda: Option<Box<crate::model::cuda::CudaCache>>,
     /// Positions to have room for.
     #[cfg(feature = "cuda")]
-    pub(super) room: usize,
-    pub(super) len: usize,
+    pub(crate) room: usize,
+    pub(crate) len: usize,
 }
 
 impl Cache {
@@ -37,7 +37,7 @@ impl Cache {
     }
 
     /// Adds the newest positions of a layer; returns its keys and values.
-    pub(super) fn push(&mut self, layer: usize, k: &[f32], v: &[f32]) -> (&[f32], &[f32]) {
+    pub(crate) fn push(&mut self, layer: usize, k: &[f32], v: &[f32]) -> (&[f32], &[f32]) {
         let (keys, values) = &mut self.layers[layer];
         keys.extend_from_slice(k);
         values.extend_from_slice(v);

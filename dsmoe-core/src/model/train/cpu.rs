@@ -2,47 +2,15 @@
 
 use std::ops::Range;
 
-use dsmoe_kernels::rng::Rng;
 use dsmoe_kernels::{Precision, attention, cross_entropy, embedding, linear, rms_norm, rope};
-use dsmoe_router::{SparsityGrad, SparsityOver};
+use dsmoe_router::SparsityGrad;
 
-use super::train_workspace::{LayerActs, TrainWorkspace};
-use super::{LayerRanges, Model, check_input, in_pool};
+use super::workspace::{LayerActs, TrainWorkspace};
+use super::{StepArgs, StepOutput, layer_seed};
 use crate::error::Result;
 use crate::ffn::Record;
-
-/// Weights of the losses of one micro-batch.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct StepArgs {
-    /// What each token's loss is multiplied by: one over the predicted tokens of the whole optimiser step.
-    pub loss_scale: f32,
-    /// Weight of the sparsity loss (a mean over layers, tokens and experts) in this micro-batch: the weight of the
-    /// optimiser step divided by its micro-batches.
-    pub sparsity_weight: f32,
-    /// Which gates the sparsity loss acts on.
-    pub sparsity_over: SparsityOver,
-    /// What balance losses are multiplied by: one over the micro-batches of the optimiser step.
-    pub balance_scale: f32,
-    /// Seed of the noise of this micro-batch.
-    pub seed: u64,
-}
-
-/// What a micro-batch showed.
-#[derive(Clone, Debug, Default)]
-pub struct StepOutput {
-    /// Sum of the token losses, nats.
-    pub loss_sum: f64,
-    /// Tokens predicted.
-    pub predicted: usize,
-    /// Mean of active gates over layers, tokens and experts (eq. 17-19).
-    pub sparsity_loss: f64,
-    /// Mean of all gates over layers, tokens and experts.
-    pub mean_gate: f64,
-    /// What the layers add to the loss so that experts are used evenly, summed; scaled and weighted.
-    pub balance_loss: f64,
-    /// The first place with a NaN or infinity in the forward pass, e.g. `layer 3 ffn`, when the loss has one.
-    pub non_finite: Option<String>,
-}
+use crate::model::arena::Model;
+use crate::model::tensors::{LayerRanges, check_input, in_pool};
 
 impl Model {
     /// Forward and backward over `inputs.len() / seq` sequences of `seq` tokens. Adds to `grads` (laid out as
@@ -264,11 +232,6 @@ impl LinearDims {
         let width = attention.heads * attention.head_dim;
         LinearDims { qkv: dims(hidden, attention.joined_width()), o: dims(width, hidden) }
     }
-}
-
-/// A seed of its own for every layer.
-pub(super) fn layer_seed(seed: u64, layer: usize) -> u64 {
-    Rng::new(seed, layer as u64).next_u64()
 }
 
 /// One tensor, or one FFN, of the gradients.

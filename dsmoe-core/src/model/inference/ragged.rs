@@ -8,10 +8,11 @@ use dsmoe_kernels::{attention, cross_entropy, linear, rope};
 use dsmoe_router::RoutingStats;
 use rayon::prelude::*;
 
-use super::infer::Heads;
-use super::{Cache, CpuInference, Workspace, check_input, in_pool};
+use super::cache::Cache;
+use super::cpu::{CpuInference, Heads, Workspace};
 use crate::config::{Config, LayerShape};
 use crate::error::Result;
+use crate::model::tensors::{check_input, in_pool};
 
 /// Rows of logits at a time.
 const LOGIT_ROWS: usize = 512;
@@ -44,16 +45,16 @@ pub struct Likelihood {
 }
 
 /// Where a segment lies.
-pub(super) struct Place {
+pub(crate) struct Place {
     /// Its first token in the batch.
-    pub(super) first: usize,
-    pub(super) tokens: usize,
+    pub(crate) first: usize,
+    pub(crate) tokens: usize,
     /// The first token and the number of those before it.
-    pub(super) before: (usize, usize),
+    pub(crate) before: (usize, usize),
 }
 
 /// Where the segments lie in `ids`; checks both.
-pub(super) fn places(config: &Config, ids: &[u32], segments: &[Segment]) -> Result<Vec<Place>> {
+pub(crate) fn places(config: &Config, ids: &[u32], segments: &[Segment]) -> Result<Vec<Place>> {
     let mut places: Vec<Place> = Vec::with_capacity(segments.len());
     let mut first = 0;
     for (i, &Segment { tokens, after }) in segments.iter().enumerate() {
@@ -74,7 +75,7 @@ pub(super) fn places(config: &Config, ids: &[u32], segments: &[Segment]) -> Resu
 }
 
 impl CpuInference {
-    pub(super) fn likelihoods(
+    pub(crate) fn likelihoods(
         &self,
         ids: &[u32],
         places: &[Place],
@@ -91,7 +92,7 @@ impl CpuInference {
     }
 
     /// Sets the workspace's logits.
-    pub(super) fn decode_each(
+    pub(crate) fn decode_each(
         &self,
         ids: &[u32],
         caches: &mut [&mut Cache],
