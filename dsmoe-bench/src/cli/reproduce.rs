@@ -1,13 +1,12 @@
 //! The command line of `dsmoe reproduce`.
 
 use std::path::PathBuf;
-use std::str::FromStr;
 
 use clap::{Args, Subcommand};
 use dsmoe_core::Device;
 
-use super::data::DataArgs;
 use super::values::words;
+use crate::reproduce::options::Shard;
 use crate::reproduce::outputs::Output;
 use crate::reproduce::profile;
 
@@ -130,61 +129,4 @@ pub(crate) struct Speed {
     pub(crate) decode: usize,
     #[arg(long, default_value_t)]
     pub(crate) device: Device,
-}
-
-/// One of several parts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Shard {
-    /// From 1; 0 for what all need.
-    pub(crate) index: usize,
-    pub(crate) of: usize,
-}
-
-impl Shard {
-    /// Whether job number `job` is of this part.
-    pub(crate) fn has(self, job: usize) -> bool {
-        self.index > 0 && job % self.of == self.index - 1
-    }
-}
-
-impl FromStr for Shard {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Shard, String> {
-        let wrong = || format!("`{text}` is no part; write 1/4 for the first of four");
-        let (index, of) = text.split_once('/').ok_or_else(wrong)?;
-        let (index, of) = (index.parse().map_err(|_| wrong())?, of.parse().map_err(|_| wrong())?);
-        if of == 0 || index > of {
-            return Err(wrong());
-        }
-        Ok(Shard { index, of })
-    }
-}
-
-impl Reproduce {
-    /// The text that was named, if any.
-    pub(crate) fn text(&self) -> Option<DataArgs> {
-        (!self.data.is_empty() || self.mixture.is_some()).then(|| DataArgs {
-            data: self.data.clone(),
-            mixture: self.mixture.clone(),
-            cache: self.cache.clone(),
-            doc_separator: None,
-            text_column: None,
-        })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn parts_cover_all_jobs_once() {
-        let parts: Vec<Shard> = (1..=3).map(|i| format!("{i}/3").parse().unwrap()).collect();
-        assert!((0..20).all(|job| parts.iter().filter(|part| part.has(job)).count() == 1));
-        assert!(!(0..20).any(|job| "0/3".parse::<Shard>().unwrap().has(job)));
-        for bad in ["", "1", "4/3", "1/0", "a/b", "-1/2"] {
-            assert!(bad.parse::<Shard>().is_err(), "{bad}");
-        }
-    }
 }

@@ -11,6 +11,7 @@ mod init;
 mod inspect;
 mod methods;
 mod prune;
+mod reproduce;
 mod train;
 
 use std::process::ExitCode;
@@ -19,7 +20,6 @@ use anyhow::{Context, Result};
 use dsmoe_kernels::Isa;
 
 use crate::cli::{Cli, Command};
-use crate::reproduce;
 use crate::ui::Ui;
 
 /// Runs the command that `cli` names.

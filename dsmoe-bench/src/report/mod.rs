@@ -2,6 +2,7 @@
 
 pub(crate) mod html;
 pub(crate) mod markdown;
+pub(crate) mod svg;
 
 /// One cell: what is shown, and the number behind it to sort by.
 #[derive(Clone, Debug, PartialEq)]

@@ -6,9 +6,9 @@ use std::time::Instant;
 use anyhow::Result;
 use dsmoe_train::TrainConfig;
 
+use super::jobs::Job;
 use super::outputs::Part;
 use super::profile::{Profile, Role};
-use super::records::Job;
 use crate::format::duration;
 use crate::ui::Ui;
 

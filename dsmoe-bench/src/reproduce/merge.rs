@@ -1,25 +1,25 @@
 //! `dsmoe reproduce merge`: the parts of a reproduction put together.
 
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 
 use super::cache::write_json;
-use super::records::BASE;
+use super::publish::finish;
+use super::records::{BASE, RUNS, SETUP, TIMINGS};
 use super::results::Collected;
-use super::{RUNS, SETUP, TIMINGS, finish};
-use crate::cli::reproduce as args;
 use crate::ui::Ui;
 
-pub(super) fn run(args: &args::Merge, ui: &mut Ui) -> Result<()> {
+/// Merges the parts in `parts` into `out`.
+pub(crate) fn run(parts: &[PathBuf], out: &Path, force: bool, ui: &mut Ui) -> Result<()> {
     let started = Instant::now();
-    let out = &args.out;
     std::fs::create_dir_all(out).with_context(|| out.display().to_string())?;
     let mut entries = std::fs::read_dir(out).with_context(|| out.display().to_string())?;
-    if entries.next().is_some() && !args.force {
+    if entries.next().is_some() && !force {
         bail!("{} is not empty; choose another --out, or pass --force", out.display());
     }
-    let collected = Collected::read(&args.parts)?;
+    let collected = Collected::read(parts)?;
     write_json(&out.join(SETUP), &collected.setup)?;
     for (id, run) in
         collected.setup.runs.iter().map(String::as_str).zip(&collected.runs).chain([(BASE, &collected.base)])

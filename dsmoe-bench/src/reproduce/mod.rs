@@ -3,16 +3,19 @@
 mod cache;
 mod chapters;
 mod cost;
+mod jobs;
 mod measure;
-mod merge;
+pub(crate) mod merge;
+pub(crate) mod options;
 pub(crate) mod outputs;
 mod paper;
 mod plan;
 pub(crate) mod profile;
+mod publish;
 mod records;
 mod results;
-mod speed;
-mod splice;
+pub(crate) mod speed;
+pub(crate) mod splice;
 mod stages;
 mod statistics;
 mod text;
@@ -25,47 +28,23 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use serde::Serialize;
 
-use self::cache::{Cache, Interrupted, read_json, write, write_json};
+use self::cache::{Cache, Interrupted, read_json, write_json};
 use self::cost::{Costs, Ledger};
+use self::jobs::{Planned, all_jobs, jobs};
+use self::options::Options;
 use self::outputs::{Output, Part};
-use self::profile::{MethodSpec, Profile};
-use self::records::{BASE, Job, Run, Timing};
-use self::results::{Collected, Comparison, MethodResult, Setup};
+use self::profile::Profile;
+use self::publish::finish;
+use self::records::{BASE, RUNS, Run, SETUP, TIMINGS, Timing};
+use self::results::{Collected, Setup};
 use self::stages::Lab;
 use self::text::Text;
-use crate::cli::reproduce::{Reproduce, Sub};
-use crate::format::{self, Table};
 use crate::interrupts::{INTERRUPTED, STOP, catch_interrupts};
-use crate::report::{Block, html, markdown};
 use crate::ui::{Ui, stderr_line};
 
-/// A file of each model in a directory of a reproduction.
-pub(crate) const RUNS: &str = "runs";
-pub(crate) const TIMINGS: &str = "timings";
-pub(crate) const SETUP: &str = "setup.json";
-
-pub(crate) fn run(args: &Reproduce, ui: &mut Ui) -> Result<ExitCode> {
-    match &args.command {
-        Some(Sub::Speed(speed)) => {
-            speed::run(speed, ui)?;
-            return Ok(ExitCode::SUCCESS);
-        }
-        Some(Sub::Merge(merge)) => {
-            merge::run(merge, ui)?;
-            return Ok(ExitCode::SUCCESS);
-        }
-        Some(Sub::Splice(files)) => {
-            splice::run(files, ui)?;
-            return Ok(ExitCode::SUCCESS);
-        }
-        None => {}
-    }
-    if let Some(name) = &args.print_profile {
-        ui.text(profile::text(name).unwrap_or_default())?;
-        return Ok(ExitCode::SUCCESS);
-    }
+/// Runs a reproduction, or prints its plan.
+pub(crate) fn run(args: &Options, ui: &mut Ui) -> Result<ExitCode> {
     let mut profile = Profile::load(&args.profile)?;
     if let Some(seeds) = args.seeds {
         profile.seeds = seeds;
@@ -90,39 +69,6 @@ pub(crate) fn run(args: &Reproduce, ui: &mut Ui) -> Result<ExitCode> {
     }
 }
 
-/// A method and seed, what is measured of it, and its number among all.
-type Planned<'a> = (usize, Job<'a>, Vec<Part>);
-
-/// The methods and seeds of this shard.
-fn jobs<'a>(profile: &'a Profile, args: &Reproduce, outputs: &[Output]) -> Result<Vec<Planned<'a>>> {
-    let mut jobs = all_jobs(profile, args, outputs)?;
-    if let Some(shard) = args.shard {
-        jobs.retain(|(number, ..)| shard.has(*number));
-    }
-    Ok(jobs)
-}
-
-/// All methods and seeds that the outputs need.
-fn all_jobs<'a>(profile: &'a Profile, args: &Reproduce, outputs: &[Output]) -> Result<Vec<Planned<'a>>> {
-    for name in &args.methods {
-        if !profile.method.iter().any(|spec| spec.name == *name) {
-            let names: Vec<&str> = profile.method.iter().map(|spec| spec.name.as_str()).collect();
-            bail!("--methods {name}: profile {} has no such method; use {}", profile.name, names.join(", "));
-        }
-    }
-    let wanted = |spec: &&MethodSpec| args.methods.is_empty() || args.methods.contains(&spec.name);
-    let mut jobs = Vec::new();
-    for seed in 0..profile.seeds {
-        for spec in profile.method.iter().filter(wanted) {
-            let parts = Output::parts_of(outputs, spec);
-            if !parts.is_empty() {
-                jobs.push((jobs.len(), Job { spec, seed }, parts));
-            }
-        }
-    }
-    Ok(jobs)
-}
-
 /// Makes the directory, or goes on in it, and holds it for this process.
 fn open(out: &Path, resume: bool) -> Result<Option<File>> {
     let place = || out.display().to_string();
@@ -145,7 +91,7 @@ fn open(out: &Path, resume: bool) -> Result<Option<File>> {
 }
 
 fn reproduce(
-    args: &Reproduce,
+    args: &Options,
     profile: &Profile,
     outputs: &[Output],
     jobs: &[Planned<'_>],
@@ -207,72 +153,6 @@ fn forget_other_results(out: &Path, setup: &Setup) -> Result<()> {
     Ok(())
 }
 
-/// Writes results and report, and shows the main table.
-fn finish(collected: &Collected, out: &Path, seconds: f64, ui: &mut Ui) -> Result<()> {
-    let results = results::of(collected)?;
-    write_json(&out.join("results.json"), &results)?;
-    let report = chapters::of(collected, &results);
-    write(&out.join("report.md"), markdown::markdown(&report).as_bytes())?;
-    write(&out.join("report.html"), html::page(&report).as_bytes())?;
-    for block in report.chapters.iter().flat_map(|chapter| &chapter.blocks) {
-        let table = match block {
-            Block::Text(_) => continue,
-            Block::Table(table) => table.clone(),
-            Block::Figure(figure) => {
-                let path = out.join("charts").join(format!("{}.svg", figure.id));
-                write(&path, html::svg(figure).as_bytes())?;
-                markdown::numbers(figure)
-            }
-        };
-        write(&out.join("csv").join(format!("{}.csv", table.id)), markdown::csv(&table).as_bytes())?;
-    }
-    let done = Done { out, seconds, methods: &results.methods, comparisons: &results.comparisons };
-    ui.result(&done, Done::show)
-}
-
-/// What a reproduction came to.
-#[derive(Serialize)]
-struct Done<'a> {
-    out: &'a Path,
-    seconds: f64,
-    methods: &'a [MethodResult],
-    comparisons: &'a [Comparison],
-}
-
-impl Done<'_> {
-    fn show(&self) -> String {
-        let header = [
-            "method",
-            "parameters",
-            "activated",
-            "of the budget",
-            "perplexity",
-            "tasks right, %",
-            "DSMoE is",
-        ];
-        let mut table = Table::new(header);
-        let first = self.comparisons.first().map(|one| one.dsmoe.as_str());
-        for method in self.methods {
-            let is_it = |one: &&Comparison| one.other == method.name && Some(&one.dsmoe[..]) == first;
-            table.row([
-                method.name.clone(),
-                format::amount(method.params_total),
-                format::amount(method.params_activated.mean),
-                format::percent(method.of_budget),
-                format!("{:.3}", method.ppl.mean),
-                method.tasks_mean.map_or_else(|| "-".to_owned(), |mean| format!("{mean:.1}")),
-                self.comparisons.iter().find(is_it).map_or("-", |one| one.verdict).to_owned(),
-            ]);
-        }
-        format!(
-            "{}\n{}: report.html, report.md, results.json, charts/ and csv/ after {}\n",
-            table.show(),
-            self.out.display(),
-            format::duration(self.seconds)
-        )
-    }
-}
-
 /// What is measured of the dense model itself.
 fn base_parts(outputs: &[Output]) -> Vec<Part> {
     let mut parts = vec![Part::Text];
@@ -284,8 +164,8 @@ fn base_parts(outputs: &[Output]) -> Vec<Part> {
     parts
 }
 
-fn text(args: &Reproduce, profile: &Profile, cache: &Cache, ui: &Ui) -> Result<Text> {
-    match (&profile.world, args.text()) {
+fn text(args: &Options, profile: &Profile, cache: &Cache, ui: &Ui) -> Result<Text> {
+    match (&profile.world, &args.text) {
         (Some(_), Some(_)) => bail!(
             "profile {} trains on the embedded world; leave out --data and --mixture, or take [world] out of a copy of it",
             profile.name
@@ -298,7 +178,7 @@ fn text(args: &Reproduce, profile: &Profile, cache: &Cache, ui: &Ui) -> Result<T
             let Some(data) = data else {
                 bail!("profile {} needs text; name it with --data or --mixture", profile.name);
             };
-            Text::of_user(&data, profile, model, ui)
+            Text::of_user(data, args.token_cache.as_deref(), profile, model, ui)
         }
     }
 }

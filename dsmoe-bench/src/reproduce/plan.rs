@@ -14,13 +14,12 @@ use dsmoe_kernels::linear;
 use dsmoe_router::RouterConfig;
 use serde::Serialize;
 
-use super::Planned;
 use super::cost::Costs;
+use super::jobs::Planned;
+use super::options::Options;
 use super::profile::{MethodSpec, Profile, Role};
-use crate::cli::reproduce::Reproduce;
 use crate::format::{self, Table};
 use crate::memory;
-use crate::texts;
 use crate::training::memory_plan;
 use crate::ui::Ui;
 
@@ -69,7 +68,7 @@ struct Row {
     memory_bytes: u64,
 }
 
-pub(super) fn run(args: &Reproduce, profile: &Profile, jobs: &[Planned<'_>], ui: &mut Ui) -> Result<()> {
+pub(super) fn run(args: &Options, profile: &Profile, jobs: &[Planned<'_>], ui: &mut Ui) -> Result<()> {
     let (dense, model) = dense(args, profile)?;
     let train = profile.train()?.resolve()?;
     let precision = train.dtype;
@@ -77,8 +76,8 @@ pub(super) fn run(args: &Reproduce, profile: &Profile, jobs: &[Planned<'_>], ui:
     let speed = flops_per_second(&dense, precision);
     let sources = match &profile.world {
         Some(_) => 4,
-        None => match args.text() {
-            Some(data) => texts::open(&data, &CorpusOptions::default())?.len(),
+        None => match &args.text {
+            Some(data) => data.open(&CorpusOptions::default())?.len(),
             None => PAPER_SOURCES,
         },
     };
@@ -140,7 +139,7 @@ pub(super) fn run(args: &Reproduce, profile: &Profile, jobs: &[Planned<'_>], ui:
 }
 
 /// The dense model, from its directory or from the profile's sizes.
-fn dense(args: &Reproduce, profile: &Profile) -> Result<(Config, String)> {
+fn dense(args: &Options, profile: &Profile) -> Result<(Config, String)> {
     if let Some(dir) = &args.model {
         return Ok((Config::load(dir)?, dir.display().to_string()));
     }

@@ -7,26 +7,20 @@ use dsmoe_kernels::Isa;
 use serde::{Deserialize, Serialize};
 
 use super::measure::{Difficulty, SweepPoint, TaskScore, TextResult};
-use super::profile::{MethodSpec, Role};
+use super::profile::Role;
 use crate::machine::cpu_model;
 
 /// What it says about a file of `runs/`.
 pub(crate) const FORMAT_VERSION: u32 = 1;
 /// What the dense model before continued training is called.
 pub(crate) const BASE: &str = "base";
-/// One model of the comparison.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Job<'a> {
-    pub(crate) spec: &'a MethodSpec,
-    pub(crate) seed: u64,
-}
 
-impl Job<'_> {
-    /// What its files are called.
-    pub(crate) fn id(&self) -> String {
-        format!("{}-s{}", self.spec.name, self.seed)
-    }
-}
+/// Folder of the files of all models in the directory of a reproduction.
+pub(crate) const RUNS: &str = "runs";
+/// Folder of their timings.
+pub(crate) const TIMINGS: &str = "timings";
+/// File of the settings.
+pub(crate) const SETUP: &str = "setup.json";
 
 /// What was made of the dense model, before training.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

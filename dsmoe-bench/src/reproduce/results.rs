@@ -14,11 +14,10 @@ use super::measure::Difficulty;
 use super::outputs::Output;
 use super::paper;
 use super::profile::{MethodSpec, PaperModel, PaperRow, Profile, Role};
-use super::records::{BASE, Machine, Run, Timing};
+use super::records::{BASE, Machine, RUNS, Run, SETUP, TIMINGS, Timing};
 use super::stages::Base;
 use super::statistics::{bootstrap, estimate, mean, middle, paired_t, sign_p, w_shape};
 use super::text::Text;
-use super::{RUNS, SETUP, TIMINGS};
 
 const FORMAT_VERSION: u32 = 1;
 /// Below it a difference counts as found.

@@ -1,16 +1,16 @@
 //! Speed and memory of one model, alone in its process.
 
+use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Result, bail};
-use dsmoe_core::Inference;
 use dsmoe_core::generate::{GenerateOptions, generate};
 use dsmoe_core::model::Workspace;
+use dsmoe_core::{Device, Inference};
 use dsmoe_kernels::Precision;
 
 use super::cache::read_json;
 use super::records::Speed;
-use crate::cli::reproduce as args;
 use crate::models::{default_precision, load_inference};
 use crate::timing::resident::Mark;
 use crate::ui::Ui;
@@ -22,18 +22,21 @@ const PROMPT: usize = 16;
 /// Longest sequence of a prefill.
 const SEQUENCE: usize = 1024;
 
-pub(super) fn run(args: &args::Speed, ui: &mut Ui) -> Result<()> {
+/// Measures the speed and memory of the model in `dir` on the token ids in the file `ids`.
+pub(crate) fn run(
+    dir: &Path,
+    ids: &Path,
+    decode: usize,
+    threshold: Option<f32>,
+    device: Device,
+    ui: &mut Ui,
+) -> Result<()> {
     let mark = Mark::now();
-    let model = load_inference(
-        &args.model,
-        default_precision(args.device, Precision::F32),
-        args.device,
-        args.threshold,
-    )?;
+    let model = load_inference(dir, default_precision(device, Precision::F32), device, threshold)?;
     let config = model.config();
-    let ids: Vec<u32> = read_json(&args.ids)?;
+    let ids: Vec<u32> = read_json(ids)?;
     let seq = SEQUENCE.min(config.max_position).min(ids.len());
-    let decode = args.decode.min(config.max_position - PROMPT.min(config.max_position));
+    let decode = decode.min(config.max_position - PROMPT.min(config.max_position));
     if seq < 2 || decode < 2 {
         bail!("a model of {} positions is too short to be timed", config.max_position);
     }

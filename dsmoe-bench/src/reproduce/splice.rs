@@ -7,13 +7,12 @@
 //! ```
 
 use std::fmt::Write as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 use super::cache::{read_json, write};
-use crate::cli::reproduce as args;
 use crate::format;
 use crate::ui::Ui;
 
@@ -81,9 +80,10 @@ struct Done<'a> {
     blocks: usize,
 }
 
-pub(super) fn run(args: &args::Splice, ui: &mut Ui) -> Result<()> {
+/// Fills the blocks of `files`; with `check`, fails if that would change one.
+pub(crate) fn run(files: &[PathBuf], check: bool, ui: &mut Ui) -> Result<()> {
     let mut done = Done { files: Vec::new(), blocks: 0 };
-    for path in &args.files {
+    for path in files {
         let place = || path.display().to_string();
         let text = std::fs::read_to_string(path).with_context(place)?;
         let (spliced, blocks) = splice(&text, path.parent().unwrap_or(Path::new(""))).with_context(place)?;
@@ -91,7 +91,7 @@ pub(super) fn run(args: &args::Splice, ui: &mut Ui) -> Result<()> {
         if spliced == text {
             continue;
         }
-        if args.check {
+        if check {
             bail!(
                 "{}: its tables are not those of the records; run dsmoe reproduce splice {0}",
                 path.display()

@@ -14,7 +14,7 @@ use dsmoe_core::checkpoint::copy_companions;
 use dsmoe_core::config::Config;
 use dsmoe_core::init::{InitOptions, init};
 use dsmoe_core::{Inference, Model};
-use dsmoe_datasets::tasks::{Loaded, Options, Source, TASKS};
+use dsmoe_datasets::tasks::{self, Loaded, Source, TASKS};
 use dsmoe_datasets::world::{Probe, World};
 use dsmoe_kernels::Precision;
 use dsmoe_train::TrainConfig;
@@ -26,12 +26,13 @@ use serde_json::{Value, json};
 
 use super::cache::{Cache, Interrupted, Key, read_json, write_json};
 use super::cost::{Costs, Ledger};
+use super::jobs::Job;
 use super::measure::{self, PerToken, TextResult};
+use super::options::Options;
 use super::outputs::Part;
 use super::profile::{MethodSpec, Profile, Role};
-use super::records::{BASE, FORMAT_VERSION, Job, Machine, Made, Milestone, Run, Speed, Timing, Trained};
+use super::records::{BASE, FORMAT_VERSION, Machine, Made, Milestone, Run, Speed, Timing, Trained};
 use super::text::Text;
-use crate::cli::reproduce::Reproduce;
 use crate::interrupts::STOP;
 use crate::models::default_precision;
 use crate::progress::{Progress, Unit};
@@ -49,7 +50,7 @@ pub(crate) struct Base {
 /// Everything that stages share.
 pub(crate) struct Lab<'a> {
     pub(crate) profile: &'a Profile,
-    pub(crate) args: &'a Reproduce,
+    pub(crate) args: &'a Options,
     pub(crate) text: &'a Text,
     pub(crate) cache: &'a Cache,
     pub(crate) ui: Ui,
@@ -435,7 +436,7 @@ impl Lab<'_> {
             (Some(folder), _) => tasks_of(folder, items)?,
             (None, Some(world)) => {
                 let world = World::new(world.seed);
-                let load = |probe| world.load(probe, items, &Options::default());
+                let load = |probe| world.load(probe, items, &tasks::Options::default());
                 Probe::ALL.into_iter().map(load).collect::<Result<Vec<_>, _>>()?
             }
             (None, None) => Vec::new(),
@@ -504,7 +505,7 @@ fn tasks_of(folder: &Path, items: usize) -> Result<Vec<Loaded>> {
         bail!("--task-data {}: no such folder", folder.display());
     }
     let source = Source::folder(folder);
-    let options = Options { limit: Some(items), ..Options::default() };
+    let options = tasks::Options { limit: Some(items), ..tasks::Options::default() };
     let mut loaded = Vec::new();
     for task in &TASKS {
         let of_paper = Probe::ALL.iter().any(|probe| probe.name() == task.name);

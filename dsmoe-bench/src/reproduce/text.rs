@@ -14,8 +14,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::cache::{Cache, Key};
+use super::options::TextSource;
 use super::profile::{Profile, WorldText};
-use crate::cli::data::DataArgs;
 use crate::texts;
 use crate::ui::Ui;
 
@@ -105,15 +105,21 @@ impl Text {
     }
 
     /// Text that the user names, with the tokenizer of `model`.
-    pub(crate) fn of_user(data: &DataArgs, profile: &Profile, model: &Path, ui: &Ui) -> Result<Text> {
+    pub(crate) fn of_user(
+        data: &TextSource,
+        token_cache: Option<&Path>,
+        profile: &Profile,
+        model: &Path,
+        ui: &Ui,
+    ) -> Result<Text> {
         let train = profile.train()?;
         let options = CorpusOptions {
             doc_separator: train.doc_separator.clone(),
             text_column: train.text_column.clone(),
         };
-        let found = texts::open(data, &options)?;
+        let found = data.open(&options)?;
         let tokenizer = crate::models::tokenizer(model, &Config::load(model)?)?;
-        let parts = texts::load(&found, &tokenizer, train.bos, data.cache.as_deref(), ui)?;
+        let parts = texts::load(&found, &tokenizer, train.bos, token_cache, ui)?;
         let drop = match train.near_duplicates {
             Some(rule) => rule == NearDuplicates::Drop,
             None => parts.len() > 1,

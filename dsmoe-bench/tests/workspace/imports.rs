@@ -24,7 +24,7 @@ fn no_circle_of_imports_has_more_than_three_files() {
         found.extend(circles.map(|circle| {
             let edges = circle.iter().flat_map(|from| graph[from].iter().map(move |to| (from, to)));
             let inside: Vec<String> = edges
-                .filter(|(_, to)| circle.contains(to))
+                .filter(|(_, to)| circle.contains(to.as_str()))
                 .map(|(from, to)| format!("  {from} -> {to}"))
                 .collect();
             format!("{package}: {} files\n{}", circle.len(), inside.join("\n"))
