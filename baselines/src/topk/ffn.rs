@@ -215,7 +215,7 @@ mod tests {
     use dsmoe_router::SparsityOver;
     use dsmoe_router::topk::{Scores, TopKConfig};
 
-    use super::super::gate::{GateNetwork, GateSpec};
+    use super::super::spec::{GateNetwork, GateSpec};
     use super::*;
 
     const HIDDEN: usize = 12;
