@@ -1,7 +1,6 @@
 //! The stages: a dense model, and of every method and seed a model made, trained and measured.
 
 use std::cell::{Cell, OnceCell, RefCell};
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
