@@ -133,15 +133,6 @@ mod tests {
     }
 
     #[test]
-    fn names_are_read_as_they_are_written() {
-        for (construction, name) in NAMES {
-            assert_eq!(construction.to_string(), name);
-            assert_eq!(name.parse::<Construction>(), Ok(construction));
-        }
-        assert!("graph".parse::<Construction>().unwrap_err().contains("use random"));
-    }
-
-    #[test]
     fn independent_experts_are_a_permutation_and_a_function_of_the_seed() {
         let random = |seed, layer| random(24, 4, seed, layer).unwrap();
         assert!(is_permutation(&random(1, 0)));
