@@ -108,14 +108,15 @@ impl AdamW {
         );
         for (spec, range) in runs(layout) {
             let hyper = hyper(config, lr, step, spec.decay, spec.router);
-            adamw::step(
-                &mut params[range.clone()],
-                &mut self.m[range.clone()],
-                &mut self.v[range.clone()],
-                &grads[range],
+            adamw::Step {
+                param: &mut params[range.clone()],
+                m: &mut self.m[range.clone()],
+                v: &mut self.v[range.clone()],
+                grad: &grads[range],
                 grad_scale,
-                &hyper,
-            );
+                hyper: &hyper,
+            }
+            .run();
         }
     }
 }
