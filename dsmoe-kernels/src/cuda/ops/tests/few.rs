@@ -44,8 +44,15 @@ fn cuda_ffn_of_few_tokens_is_the_reference() {
                     expert_ffn::Dims { tokens, hidden, intermediate, num_experts: n, all_pairs: false };
                 let double: Vec<f64> = coefficients.iter().map(|&k| f64::from(k)).collect();
                 let [x64, g, u, d] = [&x, &gate, &up, &down].map(|w| to_f64(w));
-                let layer =
-                    reference::Layer { x: &x64, gate: &g, up: &u, down: &d, mask: &mask, coef: &double, dims };
+                let layer = reference::Layer {
+                    x: &x64,
+                    gate: &g,
+                    up: &u,
+                    down: &d,
+                    mask: &mask,
+                    coef: &double,
+                    dims,
+                };
                 let want = reference::forward(layer);
                 let h = gpu.upload(&x).unwrap();
                 let [g, u, d] = [&gate, &up, &down].map(|w| gpu.upload(w).unwrap());
