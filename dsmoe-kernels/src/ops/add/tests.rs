@@ -29,7 +29,7 @@ fn threads_do_not_change_a_bit() {
 }
 
 #[test]
-#[should_panic(expected = "add::add: y 2 values, x 3")]
+#[should_panic(expected = "add::Add: y 2 values, x 3")]
 fn other_lengths_are_refused() {
     Add { y: &mut [0.0; 2], x: &[0.0; 3] }.run();
 }

@@ -215,7 +215,7 @@ fn threads_do_not_change_a_bit() {
 }
 
 #[test]
-#[should_panic(expected = "attention::forward: q and its like [8, 8], k and its like [4, 4] values")]
+#[should_panic(expected = "attention::Forward: q and its like [8, 8], k and its like [4, 4] values")]
 fn fewer_keys_than_queries_are_refused() {
     Problem::new(dims(1, 2, 1, 1, 1, 4)).forward(Isa::Scalar);
 }

@@ -190,7 +190,7 @@ fn threads_do_not_change_a_bit() {
 }
 
 #[test]
-#[should_panic(expected = "cross_entropy::forward: target 5 of token 1 in a vocabulary of 5")]
+#[should_panic(expected = "cross_entropy::Forward: target 5 of token 1 in a vocabulary of 5")]
 fn a_target_outside_the_vocabulary_is_refused() {
     let dims = Dims { tokens: 2, hidden: 1, vocab: 5 };
     Forward { losses: &mut [0.0; 2], hidden_states: &[0.0; 2], head: &[0.0; 5], targets: &[0, 5], dims }

@@ -47,7 +47,7 @@ fn threads_do_not_change_a_bit() {
 }
 
 #[test]
-#[should_panic(expected = "embedding::forward: id 3 of token 1 in a table of 3 rows")]
+#[should_panic(expected = "embedding::Forward: id 3 of token 1 in a table of 3 rows")]
 fn an_id_outside_the_table_is_refused() {
     Forward { out: &mut [0.0; 4], table: &[0.0; 6], ids: &[0, 3], hidden: 2 }.run();
 }
