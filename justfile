@@ -46,7 +46,7 @@ deny:
 package:
     cargo package --workspace --locked
 
-# A fuzz target for a minute (nightly, cargo-fuzz): header, config, corpus, parquet, tokenizer, journal or profile.
+# A fuzz target for a minute (nightly, cargo-fuzz); `cargo fuzz list` has the names.
 fuzz TARGET SECONDS="60":
     cargo +nightly fuzz run {{TARGET}} -- -max_total_time={{SECONDS}}
 
