@@ -5,4 +5,6 @@
 #[path = "../../dsmoe-train/tests/tasks/bodies.rs"]
 mod bodies;
 
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| bodies::settings(bytes));
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
+    bodies::settings(bytes);
+});

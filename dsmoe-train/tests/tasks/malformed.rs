@@ -6,7 +6,7 @@ use crate::bodies;
 
 const JOURNAL: &str = concat!(
     "{\"dsmoe_responses\":1,\"made_by\":\"this\"}\n",
-    "{\"request\":\"00ff\",\"response\":{\"LogLikelihood\":{\"sum\":-1.5,\"greedy\":true}}}\n",
+    "{\"request\":\"00ff\",\"response\":{\"log_likelihood\":{\"sum\":-1.5,\"greedy\":true}}}\n",
     "{\"ran\":{\"tokens\":12,\"routing\":null}}\n",
     "{\"ran\":{\"tokens\":5,\"routing\":null}}\n",
 );
@@ -28,6 +28,11 @@ fn edited(good: &'static str) -> impl Strategy<Value = Vec<u8>> {
         }
         bytes
     })
+}
+
+#[test]
+fn the_unedited_files_are_accepted() {
+    assert!(bodies::journal(JOURNAL.as_bytes()) && bodies::settings(SETTINGS.as_bytes()));
 }
 
 proptest! {
