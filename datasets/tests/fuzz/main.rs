@@ -17,7 +17,8 @@ use ruzstd::encoding::{CompressionLevel, compress_to_vec};
 
 const JSONL: &str = "{\"text\": \"one é\", \"id\": 3}\n{\"text\": \"two \\u00e9\\n\"}\n\n{\"text\": \"\"}\n";
 const PIQA: &str = "{\"goal\": \"g\", \"sol1\": \"one\", \"sol2\": \"two\", \"label\": 1}\n";
-const MIXTURE: &str = "[[source]]\nname = \"web\"\ndata = [\"a\", \"b\"]\nweight = 4\ntext_column = \"q,a\"\n";
+const MIXTURE: &str =
+    "[[source]]\nname = \"web\"\ndata = [\"a\", \"b\"]\nweight = 4\ntext_column = \"q,a\"\n";
 const MANIFEST: &str = r#"{"format_version": 1, "files": [{"path": "a.txt", "bytes": 3, "sha256": "00"}]}"#;
 
 /// One to five edits: a byte replaced, a range removed, digits inserted, or a range doubled.
@@ -54,7 +55,8 @@ fn gzip(bytes: &[u8]) -> Vec<u8> {
 
 fn parquet(path: &Path) -> Vec<u8> {
     let schema = Arc::new(parse_message_type("message m { REQUIRED BYTE_ARRAY text (UTF8); }").unwrap());
-    let mut writer = SerializedFileWriter::new(fs::File::create(path).unwrap(), schema, Arc::default()).unwrap();
+    let mut writer =
+        SerializedFileWriter::new(fs::File::create(path).unwrap(), schema, Arc::default()).unwrap();
     let mut group = writer.next_row_group().unwrap();
     let mut column = group.next_column().unwrap().unwrap();
     let values: Vec<_> = (0..20).map(|i| format!("text {}", i * i).into_bytes().into()).collect();

@@ -10,7 +10,8 @@ const JOURNAL: &str = concat!(
     "{\"ran\":{\"tokens\":12,\"routing\":null}}\n",
     "{\"ran\":{\"tokens\":5,\"routing\":null}}\n",
 );
-const SETTINGS: &str = "steps = 9\nseq = 128\nbatch = 4\nlr = 1e-3\nactive_target = 0.375\nwarmup_steps = 2\n";
+const SETTINGS: &str =
+    "steps = 9\nseq = 128\nbatch = 4\nlr = 1e-3\nactive_target = 0.375\nwarmup_steps = 2\n";
 
 /// One to five edits: a byte replaced, a range removed, or digits inserted.
 fn edited(good: &'static str) -> impl Strategy<Value = Vec<u8>> {
