@@ -12,7 +12,7 @@ use crate::models::{bos_or_default, default_precision, load_inference, tokenizer
 use crate::ui::Ui;
 
 #[derive(Debug, Serialize)]
-struct Report {
+struct GenerateReport {
     prompt: String,
     /// The new text alone.
     text: String,
@@ -93,7 +93,7 @@ pub(crate) fn run(args: &Generate, ui: &mut Ui) -> Result<()> {
         Finish::Stop => generation.tokens.len(),
         _ => generation.tokens.len().saturating_sub(1),
     };
-    let report = Report {
+    let report = GenerateReport {
         prompt_tokens: prompt_ids.len(),
         generated_tokens: generation.tokens.len(),
         finish: match generation.finish {
@@ -133,7 +133,7 @@ fn read_prompt(args: &Generate) -> Result<String> {
     Ok(text.strip_suffix('\r').unwrap_or(text).to_owned())
 }
 
-fn show(report: &Report) -> String {
+fn show(report: &GenerateReport) -> String {
     let mut line = format!(
         "[{} prompt tokens at {:.1}/s, {} new",
         report.prompt_tokens, report.prefill_tokens_per_s, report.generated_tokens

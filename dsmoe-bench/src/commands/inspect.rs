@@ -18,7 +18,7 @@ use crate::ui::Ui;
 const CONTEXT: usize = 1024;
 
 #[derive(Debug, Serialize)]
-struct Report {
+struct InspectReport {
     model: PathBuf,
     model_type: &'static str,
     vocab_size: usize,
@@ -117,7 +117,7 @@ pub(crate) fn run(args: &Inspect, ui: &mut Ui) -> Result<()> {
         bytes += std::fs::metadata(file).with_context(|| format!("{}", file.display()))?.len();
     }
     let layers = layers(&config, &checkpoint, masks.as_ref());
-    let report = Report {
+    let report = InspectReport {
         model: args.model.clone(),
         model_type: config.model_type(),
         vocab_size: config.vocab_size,
@@ -265,7 +265,7 @@ fn dtypes(names: impl Iterator<Item = String>) -> String {
     names.join("+")
 }
 
-fn show(report: &Report) -> String {
+fn show(report: &InspectReport) -> String {
     let tied = if report.tie_word_embeddings { "tied embedding" } else { "separate output head" };
     let mut fields = vec![
         ("model", format!("{} ({})", report.model.display(), report.model_type)),
@@ -366,7 +366,7 @@ fn show(report: &Report) -> String {
 }
 
 /// What the layers hold; their sizes where these differ, and what masks do not keep.
-fn table(report: &Report) -> String {
+fn table(report: &InspectReport) -> String {
     type Column = (&'static str, fn(&Layer) -> String);
     let sizes: [Column; 3] = [
         ("heads", |layer| layer.num_heads.to_string()),

@@ -22,12 +22,12 @@ use crate::models::{load_model, tokenizer};
 use crate::texts::{Text, load, open, total_bytes};
 #[cfg(feature = "cuda")]
 use crate::training::host_plan;
-use crate::training::{Memory, device_plan, drive, memory_plan, show_summary};
+use crate::training::{MemoryUse, device_plan, drive, memory_plan, show_summary};
 use crate::ui::{Ui, stderr_line};
 
 /// What a run would do.
 #[derive(Debug, Serialize)]
-struct Plan {
+struct TrainPlan {
     model: PathBuf,
     out: PathBuf,
     steps: u64,
@@ -40,12 +40,12 @@ struct Plan {
     budget: String,
     flops_per_step: f64,
     /// What the run will hold in memory, by its use.
-    memory: Vec<Memory>,
+    memory: Vec<MemoryUse>,
     /// All of it together.
     memory_bytes: u64,
     /// The same of a GPU.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    device_memory: Vec<Memory>,
+    device_memory: Vec<MemoryUse>,
     config: TrainConfig,
 }
 
@@ -144,7 +144,7 @@ fn settings(args: &Train, threads: Option<u16>) -> Result<TrainConfig> {
     Ok(config)
 }
 
-fn plan(args: &Train, config: TrainConfig, texts: &[Text]) -> Result<Plan> {
+fn plan(args: &Train, config: TrainConfig, texts: &[Text]) -> Result<TrainPlan> {
     let model = Config::load(&args.model)?;
     let accounting = Accounting::of(&model);
     let (tokens_per_step, steps) = (config.tokens_per_step(), config.steps.unwrap_or(0));
@@ -158,7 +158,7 @@ fn plan(args: &Train, config: TrainConfig, texts: &[Text]) -> Result<Plan> {
         Device::Cuda(_) => host_plan(accounting.total, text),
     };
     let device_memory = device_plan(&model, &config, args.device)?;
-    Ok(Plan {
+    Ok(TrainPlan {
         model: args.model.clone(),
         out: args.out.clone(),
         steps,
@@ -193,7 +193,7 @@ fn keep_apart(source: &Path, out: &Path) -> Result<()> {
     Ok(())
 }
 
-fn show_plan(plan: &Plan) -> String {
+fn show_plan(plan: &TrainPlan) -> String {
     let mut fields = vec![
         ("model", format!("{}, {} parameters", plan.model.display(), format::count(plan.params))),
         (

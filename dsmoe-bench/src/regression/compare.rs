@@ -21,12 +21,12 @@ const OUT_OF_TOLERANCE: u8 = 3;
 const FURTHER: f64 = 1.5;
 
 #[derive(Debug, Serialize)]
-struct Report {
+struct Comparison {
     before: String,
     after: String,
     fail_above: f64,
     /// The worst first.
-    rows: Vec<Row>,
+    rows: Vec<Compared>,
     worse: usize,
     /// Those of them that may fail: see `--fail-on`.
     failed: usize,
@@ -36,7 +36,7 @@ struct Report {
 }
 
 #[derive(Debug, Serialize)]
-struct Row {
+struct Compared {
     name: String,
     kind: Kind,
     /// What was compared: seconds, the ratio to the calibration kernel, the fastest sample of each round, or the number
@@ -62,11 +62,11 @@ pub(crate) fn run(args: &Compare, ui: &mut Ui) -> Result<ExitCode> {
         _ => bail!("give two records, or --run and two builds"),
     };
     report.rows.sort_by(|a, b| {
-        let worst = |row: &Row| row.verdict == Verdict::Worse;
+        let worst = |row: &Compared| row.verdict == Verdict::Worse;
         worst(b).cmp(&worst(a)).then(b.change.total_cmp(&a.change)).then(a.name.cmp(&b.name))
     });
     report.worse = report.rows.iter().filter(|row| row.verdict == Verdict::Worse).count();
-    let failed = |row: &&Row| row.verdict == Verdict::Worse && args.fail_on.contains(&row.kind);
+    let failed = |row: &&Compared| row.verdict == Verdict::Worse && args.fail_on.contains(&row.kind);
     report.failed = report.rows.iter().filter(failed).count();
     for warning in &report.warnings {
         ui.note(format_args!("warning: {warning}"));
@@ -104,7 +104,7 @@ fn check(before: &Record, after: &Record) -> Result<Vec<String>> {
     Ok(warnings)
 }
 
-fn records(before: &Record, after: &Record, args: &Compare) -> Result<Report> {
+fn records(before: &Record, after: &Record, args: &Compare) -> Result<Comparison> {
     let mut warnings = check(before, after)?;
     let same_machine = before.machine.same_hardware(&after.machine);
     let same_bits = same_machine && before.machine.isa == after.machine.isa;
@@ -125,7 +125,7 @@ fn records(before: &Record, after: &Record, args: &Compare) -> Result<Report> {
     if rows.is_empty() {
         bail!("the records have nothing that can be compared; measure both on one machine");
     }
-    Ok(Report {
+    Ok(Comparison {
         before: origin(before),
         after: origin(after),
         fail_above: args.fail_above,
@@ -155,7 +155,13 @@ fn apart(before: &Record, after: &Record) -> Option<String> {
 }
 
 /// None where the numbers of two machines cannot be compared.
-fn row(a: &Benchmark, b: &Benchmark, args: &Compare, same_machine: bool, same_bits: bool) -> Option<Row> {
+fn row(
+    a: &Benchmark,
+    b: &Benchmark,
+    args: &Compare,
+    same_machine: bool,
+    same_bits: bool,
+) -> Option<Compared> {
     let (before, after, compared) = match (a.kind, a.ratio, b.ratio) {
         (Kind::Time, Some(before), Some(after)) => (before, after, "ratio"),
         (Kind::Time, ..) if same_machine => (a.value, b.value, "seconds"),
@@ -175,7 +181,7 @@ fn row(a: &Benchmark, b: &Benchmark, args: &Compare, same_machine: bool, same_bi
                 && a.exchange_ratio.zip(b.exchange_ratio).is_none_or(|(a, b)| agrees(a, b));
         (change, if confirmed { verdict } else { Verdict::Same })
     };
-    Some(Row {
+    Some(Compared {
         name: a.name.clone(),
         kind: a.kind,
         compared,
@@ -197,7 +203,7 @@ fn quality(before: Estimate, after: Estimate, tolerance: f64) -> (f64, Verdict) 
 }
 
 /// Runs two builds in turns, A B, B A, ..., and compares them round by round.
-fn builds(before: &Path, after: &Path, args: &Compare, ui: &Ui) -> Result<Report> {
+fn builds(before: &Path, after: &Path, args: &Compare, ui: &Ui) -> Result<Comparison> {
     let mut pairs: Vec<[Record; 2]> = Vec::new();
     for round in 0..args.rounds {
         let order = if round % 2 == 0 { [0, 1] } else { [1, 0] };
@@ -230,7 +236,7 @@ fn builds(before: &Path, after: &Path, args: &Compare, ui: &Ui) -> Result<Report
         warnings.push("a build changed while it was measured".to_owned());
     }
     let name = |path: &Path, record: &Record| format!("{}: {}", path.display(), origin(record));
-    Ok(Report {
+    Ok(Comparison {
         before: name(before, a),
         after: name(after, b),
         fail_above: args.fail_above,
@@ -242,7 +248,7 @@ fn builds(before: &Path, after: &Path, args: &Compare, ui: &Ui) -> Result<Report
     })
 }
 
-fn paired(name: &str, pairs: &[[Record; 2]], args: &Compare) -> Result<Row> {
+fn paired(name: &str, pairs: &[[Record; 2]], args: &Compare) -> Result<Compared> {
     let find = |record: &Record| record.benchmarks.iter().find(|one| one.name == name).cloned();
     let mut sides: [Vec<Benchmark>; 2] = [Vec::new(), Vec::new()];
     for [a, b] in pairs {
@@ -265,7 +271,7 @@ fn paired(name: &str, pairs: &[[Record; 2]], args: &Compare) -> Result<Row> {
         let (ratio, verdict) = judge_pairs(&ratios, args.fail_above);
         (ratio.median - 1.0, Some(ratio), verdict)
     };
-    Ok(Row {
+    Ok(Compared {
         name: name.to_owned(),
         kind,
         compared: match kind {
@@ -284,7 +290,7 @@ fn paired(name: &str, pairs: &[[Record; 2]], args: &Compare) -> Result<Row> {
     })
 }
 
-fn show(report: &Report) -> String {
+fn show(report: &Comparison) -> String {
     let mut table =
         Table::new(["benchmark", "change", "99 % interval", "verdict", "compared", "before", "after"]);
     let percent = |change: f64| format!("{:+.1} %", 100.0 * change);
@@ -397,7 +403,7 @@ mod tests {
         let apart = records(&exchange(&before, 1.0), &exchange(&slower, 1.4 / 3.0), &args()).unwrap();
         assert_eq!(apart.rows[0].verdict, Same);
         let told =
-            |report: &Report| report.warnings.iter().any(|warning| warning.contains("in other places"));
+            |report: &Comparison| report.warnings.iter().any(|warning| warning.contains("in other places"));
         assert!(told(&apart));
         let same = records(&exchange(&before, 1.0), &exchange(&slower, 1.4), &args()).unwrap();
         assert_eq!((same.rows[0].verdict, told(&same)), (Worse, false));

@@ -14,7 +14,7 @@ use dsmoe_datasets::{Bos, Tokenizer};
 use dsmoe_kernels::Isa;
 use dsmoe_train::tasks::{Journal, Responder, model_sha256};
 
-use super::results::{Measured, Results, TaskResult};
+use super::results::{Measured, TaskResult, TaskResults};
 use crate::cli::eval::{Eval, TaskFile};
 use crate::format;
 use crate::interrupts::{INTERRUPTED, STOP, catch_interrupts};
@@ -59,7 +59,7 @@ pub(crate) fn run(args: &Eval, ui: &mut Ui) -> Result<ExitCode> {
         journals.extend(journal);
     }
 
-    let mut results = Results {
+    let mut results = TaskResults {
         args,
         name: model_name(&args.model),
         bos,

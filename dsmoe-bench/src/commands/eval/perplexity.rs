@@ -26,7 +26,7 @@ const WINDOW_SEQ: usize = 2048;
 const JOINT: &str = "\n\n";
 
 #[derive(Debug, Serialize)]
-struct Report<'a> {
+struct PerplexityReport<'a> {
     model: &'a PathBuf,
     #[serde(skip_serializing_if = "<[_]>::is_empty")]
     data: &'a [String],
@@ -88,7 +88,7 @@ pub(crate) fn run(args: &Eval, ui: &mut Ui) -> Result<()> {
     let config = model.config();
     let bos = bos_or_default(args.bos, config);
     let tokenizer = tokenizer(&args.model, config)?;
-    let mut report = Report {
+    let mut report = PerplexityReport {
         model: &args.model,
         data: &args.data.data,
         mixture: args.data.mixture.as_ref(),
@@ -177,7 +177,7 @@ fn by_word(model: &Inference, tokenizer: &Tokenizer, corpus: &Corpus, bos: Bos, 
     })
 }
 
-fn show(report: &Report<'_>) -> String {
+fn show(report: &PerplexityReport<'_>) -> String {
     let mut blocks = Vec::new();
     if let Some(Stream { seq, stride, result }) = &report.stream {
         blocks.push(show_windows(result, "perplexity", &format!("windows of {seq} every {stride}")));

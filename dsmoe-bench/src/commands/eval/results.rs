@@ -38,7 +38,7 @@ impl TaskResult {
 }
 
 /// All there is to report.
-pub(super) struct Results<'a> {
+pub(super) struct TaskResults<'a> {
     pub(super) args: &'a Eval,
     /// The model's, fit for a file name.
     pub(super) name: String,
@@ -52,7 +52,7 @@ pub(super) struct Results<'a> {
     pub(super) files: Vec<PathBuf>,
 }
 
-impl Results<'_> {
+impl TaskResults<'_> {
     /// Writes the results and the samples of every benchmark to `folder`.
     pub(super) fn write(&mut self, folder: &Path) -> Result<()> {
         let stamp = stamp(now());
