@@ -9,7 +9,7 @@ use dsmoe_router::Routing;
 use rayon::prelude::*;
 
 use crate::error::Result;
-use crate::ffn::{DeviceFfn, GateTraining, HostGate};
+use crate::ffn::{DeviceFfn, GateBackward, GateTraining, HostGate};
 
 /// What a layer's gate keeps from its forward to its backward, on the host.
 #[derive(Debug)]
@@ -65,7 +65,15 @@ impl Hosted {
         let Hosted { x, params, saved, .. } = self;
         let dcoefficients = dcoefficients.download()?;
         let (mut dx, mut grads) = (vec![0.0; x.len()], vec![0.0; params.len()]);
-        gate.backward(&mut dx, &mut grads, &dcoefficients, saved.as_ref(), x, params, training);
+        gate.backward(GateBackward {
+            dx: &mut dx,
+            grads: &mut grads,
+            dcoefficients: &dcoefficients,
+            saved: saved.as_ref(),
+            x,
+            params,
+            training,
+        });
         staging.add(gpu, dh, &dx)?;
         staging.add(gpu, dgate, &grads)
     }

@@ -17,11 +17,11 @@ use super::ffn::{Acts, Scratch, Weights};
 use super::{Products, attention_dims, rope_rows};
 use crate::config::Config;
 use crate::error::Result;
-use crate::ffn::{DeviceFfn, GateTraining};
+use crate::ffn::DeviceFfn;
 use crate::masks::Masks;
 use crate::model::arena::Model;
 use crate::model::tensors::{LayerRanges, Ranges, check_input, ffns_of, lay_out, set_threshold};
-use crate::model::train::{StepArgs, layer_seed};
+use crate::model::train::StepArgs;
 use crate::params::Layout;
 
 /// Logits at a time in the loss, bytes.
@@ -473,7 +473,7 @@ impl CudaTrainer {
                 &mut acts.ffn,
                 h.view(),
                 normed,
-                training(args, i),
+                args.gate_training(i),
                 scratch,
             )?;
             self.report.add(gpu, &self.ffns[i], i, &acts.ffn)?;
@@ -597,7 +597,7 @@ impl CudaTrainer {
                 h.view(),
                 normed,
                 sparsity,
-                training(args, i),
+                args.gate_training(i),
                 scratch,
             )?;
             rms_norm::backward(
@@ -745,11 +745,6 @@ impl Report {
         let counts = self.counts.slice_mut(i * (2 * n + 1)..(i + 1) * (2 * n + 1));
         Ok(router::stats(gpu, counts, self.gates.slice_mut(2 * i..2 * i + 2), None, routed)?)
     }
-}
-
-/// What the gate of layer `i` is told, as on the processor.
-fn training(args: &StepArgs, i: usize) -> GateTraining {
-    GateTraining { seed: layer_seed(args.seed, i), balance_scale: args.balance_scale }
 }
 
 fn rope_dims(dims: dsmoe_kernels::attention::Dims, tokens: usize) -> rope::Dims {
