@@ -4,6 +4,7 @@
 mod cli;
 mod commands;
 mod evaluation;
+mod flags;
 mod format;
 mod gpu;
 mod interrupts;

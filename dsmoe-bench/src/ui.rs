@@ -7,6 +7,8 @@ use std::process::ExitCode;
 use anyhow::Result;
 use serde::Serialize;
 
+use crate::flags;
+
 /// Stdout was closed by its reader: the rest is not wanted, and that is no failure.
 #[derive(Debug)]
 struct ClosedPipe;
@@ -81,10 +83,10 @@ pub(crate) fn stderr_line(line: impl Display) {
 fn one_line(error: &anyhow::Error) -> String {
     let mut message = String::new();
     for cause in error.chain() {
-        let cause = cause.to_string();
+        let (plain, cause) = (cause.to_string(), flags::message(cause));
         if message.is_empty() {
             message = cause;
-        } else if !message.contains(&cause) {
+        } else if !message.contains(&cause) && !message.contains(&plain) {
             let _ = write!(message, ": {cause}");
         }
     }
