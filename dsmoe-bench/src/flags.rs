@@ -76,7 +76,8 @@ mod tests {
 
     #[test]
     fn remedies_of_libraries_name_flags() {
-        let error = dsmoe_core::Error::argument("model: too large", "use a smaller {batch} and {max_new_tokens} 1");
+        let error =
+            dsmoe_core::Error::argument("model: too large", "use a smaller {batch} and {max_new_tokens} 1");
         let wrapped = dsmoe_train::Error::Core(dsmoe_core::Error::argument("x", "set {form}"));
         assert_eq!(message(&error), "model: too large; use a smaller --batch and --max-new-tokens 1");
         assert_eq!(message(&wrapped), "x; set --as");

@@ -24,7 +24,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-/// Parses the command line of this process, does what it says, and reports a failure in one line.
+/// Parses the command line of this process, runs the command, and reports a failure in one line.
 pub fn run() -> ExitCode {
     let cli = cli::Cli::parse();
     dsmoe_baselines::register();

@@ -28,7 +28,7 @@ pub(crate) struct MemoryUse {
     pub(crate) bytes: u64,
 }
 
-/// What a run came to.
+/// The outcome of a run.
 #[derive(Debug, Serialize)]
 pub(crate) struct TrainSummary {
     pub(crate) finished: bool,
@@ -53,7 +53,7 @@ pub(crate) struct TrainSummary {
     checkpoint: Option<PathBuf>,
 }
 
-/// What was trained on of one of several sources.
+/// The training text of one of several sources.
 #[derive(Debug, Serialize)]
 struct SourceSummary {
     name: String,
@@ -63,7 +63,7 @@ struct SourceSummary {
     near_duplicates: Removed,
 }
 
-/// The sources of a mixture, or the one whose near duplicates were dropped.
+/// Returns the sources of a mixture, or the one source whose near duplicates were dropped.
 fn sources_of(trainer: &Trainer) -> Vec<SourceSummary> {
     let mixture = trainer.mixture();
     if mixture.parts().len() == 1 && !mixture.filtered() {
@@ -231,7 +231,7 @@ pub(crate) fn show_summary(summary: &TrainSummary) -> String {
     }
 }
 
-/// Shows a run and remembers the last of everything.
+/// Shows a run, and keeps its last records.
 struct View {
     progress: Progress,
     steps: u64,

@@ -1,4 +1,4 @@
-//! `dsmoe doctor`: what this machine and a data folder have.
+//! `dsmoe doctor`: shows what this machine and a data folder provide.
 
 use std::path::{Path, PathBuf};
 
@@ -13,7 +13,7 @@ use crate::machine::Machine;
 use crate::memory;
 use crate::ui::Ui;
 
-/// What the checks on real models and texts read.
+/// The models, files and corpora that the checks on real models read.
 const MODELS: [&str; 3] = ["tinystories-656k", "stories-260k", "babyllama-1m"];
 const MODEL_FILES: [&str; 3] = ["config.json", "model.safetensors", "tokenizer.json"];
 const CORPORA: [&str; 6] = ["code", "math", "stories", "synthetic", "web", "wikitext2"];
@@ -76,7 +76,7 @@ fn look_into(path: PathBuf) -> Data {
     Data { found: path.is_dir(), path, items }
 }
 
-/// Whether there is a file, or a folder with something in it.
+/// Reports whether `path` is a file or a folder that is not empty.
 fn has(path: &Path) -> bool {
     path.is_file() || std::fs::read_dir(path).is_ok_and(|mut entries| entries.next().is_some())
 }
@@ -116,7 +116,7 @@ fn show(report: &DoctorReport) -> String {
     out
 }
 
-/// The CPU features that a kernel tier or its matrix product looks at.
+/// Returns the CPU features that a kernel tier or its matrix product tests for.
 fn features() -> Vec<&'static str> {
     #[cfg(target_arch = "x86_64")]
     {

@@ -1,4 +1,4 @@
-//! `dsmoe export`: a DSMoE model as a plain LLaMA, in LLaMA-MoE's layout, or in another precision.
+//! `dsmoe export`: writes a DSMoE model as a plain LLaMA, in LLaMA-MoE's layout, or in another precision.
 
 use std::path::PathBuf;
 use std::time::Instant;

@@ -1,4 +1,4 @@
-//! `dsmoe init`: a model with random weights.
+//! `dsmoe init`: writes a model with random weights.
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;

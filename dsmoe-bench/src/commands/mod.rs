@@ -1,4 +1,4 @@
-//! One module per command: each parses its arguments, calls a library or a room of this crate, and prints the result.
+//! One module per command: each parses its arguments, calls a library or another module of this crate, and prints the result.
 
 mod bench;
 mod convert;

@@ -1,4 +1,4 @@
-//! `dsmoe bench compare`: is the second record, or the second build, worse than the first?
+//! `dsmoe bench compare`: reports whether the second record or build is slower than the first.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -15,9 +15,9 @@ use crate::cli::bench::Compare;
 use crate::format::Table;
 use crate::ui::Ui;
 
-/// What is said by the exit status of a comparison that found something worse.
+/// The exit status of a comparison that found a regression.
 const OUT_OF_TOLERANCE: u8 = 3;
-/// An exchange between processors that takes so many times as long is told.
+/// The ratio of exchange times above which a warning is given.
 const FURTHER: f64 = 1.5;
 
 #[derive(Debug, Serialize)]
@@ -25,12 +25,12 @@ struct Comparison {
     before: String,
     after: String,
     fail_above: f64,
-    /// The worst first.
+    /// The comparisons, the worst first.
     rows: Vec<Compared>,
     worse: usize,
-    /// Those of them that may fail: see `--fail-on`.
+    /// The number of regressions of the kinds in `--fail-on`.
     failed: usize,
-    /// Benchmarks of one side alone.
+    /// Benchmarks that only one side has.
     missing: Vec<String>,
     warnings: Vec<String>,
 }
@@ -39,17 +39,17 @@ struct Comparison {
 struct Compared {
     name: String,
     kind: Kind,
-    /// What was compared: seconds, the ratio to the calibration kernel, the fastest sample of each round, or the number
-    /// itself.
+    /// The quantity compared: seconds, the ratio to the calibration kernel, the fastest sample of each round, or the
+    /// number itself.
     compared: &'static str,
-    /// After over before, less 1, of what was compared.
+    /// The relative change of the compared quantity.
     change: f64,
-    /// Of after over before, where both had their turn in every round.
+    /// The ratio after / before, where both took turns.
     interval: Option<Estimate>,
     verdict: Verdict,
     before: Estimate,
     after: Estimate,
-    /// As measured, whatever was compared.
+    /// The measured values.
     value_before: f64,
     value_after: f64,
     unit: String,
@@ -75,7 +75,7 @@ pub(crate) fn run(args: &Compare, ui: &mut Ui) -> Result<ExitCode> {
     Ok(if report.failed > 0 { ExitCode::from(OUT_OF_TOLERANCE) } else { ExitCode::SUCCESS })
 }
 
-/// Refuses records that measure other things, and warns of what makes them less comparable.
+/// Refuses records of other benchmarks, and returns warnings about differences of machines and builds.
 fn check(before: &Record, after: &Record) -> Result<Vec<String>> {
     if (&before.suites, &before.only) != (&after.suites, &after.only) {
         let name = |record: &Record| {
@@ -90,16 +90,16 @@ fn check(before: &Record, after: &Record) -> Result<Vec<String>> {
     }
     let mut warnings = Vec::new();
     if !before.machine.same_hardware(&after.machine) {
-        warnings.push("two machines: only ratios and instruction counts are compared".to_owned());
+        warnings.push("the machines differ: only ratios and instruction counts are compared".to_owned());
     }
     if before.machine.isa != after.machine.isa || before.machine.threads != after.machine.threads {
         warnings.push(format!(
-            "{} on {} threads against {} on {}: times differ for that alone",
+            "{} on {} threads and {} on {}: this alone changes times",
             before.machine.isa, before.machine.threads, after.machine.isa, after.machine.threads
         ));
     }
     if !(before.build.optimized && after.build.optimized) {
-        warnings.push("a build without optimisation: its times say nothing of a release build".to_owned());
+        warnings.push("a build without optimisation: its times do not apply to release builds".to_owned());
     }
     Ok(warnings)
 }
@@ -137,7 +137,7 @@ fn records(before: &Record, after: &Record, args: &Compare) -> Result<Comparison
     })
 }
 
-/// Says where processors handed data to each other at another speed.
+/// Warns if the exchange of data between processors had another speed.
 fn apart(before: &Record, after: &Record) -> Option<String> {
     let micros = |record: &Record| -> Option<f64> {
         let all = record.benchmarks.iter();
@@ -148,13 +148,13 @@ fn apart(before: &Record, after: &Record) -> Option<String> {
     let (a, b) = (micros(before)?, micros(after)?);
     (a.max(b) > FURTHER * a.min(b)).then(|| {
         format!(
-            "threads handed data to each other in {a:.0} µs before and {b:.0} µs after: the processors were in other places, \
-             and what shares data took another time for that alone; measure again, or use --run"
+            "the exchange of data between threads took {a:.0} µs before and {b:.0} µs after: the placement of the processors \
+             differed, which changes the time of work that shares data; measure again, or use --run"
         )
     })
 }
 
-/// None where the numbers of two machines cannot be compared.
+/// Compares two benchmarks; none where numbers of different machines cannot be compared.
 fn row(
     a: &Benchmark,
     b: &Benchmark,
@@ -196,7 +196,7 @@ fn row(
     })
 }
 
-/// A number that is the same bits every time is worse when it is any other: better is for a person to say.
+/// Compares a reproducible number: any change beyond the tolerance is reported as worse.
 fn quality(before: Estimate, after: Estimate, tolerance: f64) -> (f64, Verdict) {
     let change = after.median / before.median - 1.0;
     (change, if change.abs() > tolerance { Verdict::Worse } else { Verdict::Same })

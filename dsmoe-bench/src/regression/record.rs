@@ -1,4 +1,4 @@
-//! `dsmoe bench record`: measures suites and writes what came out.
+//! `dsmoe bench record`: measures suites and writes a record.
 
 use std::hint::black_box;
 use std::path::Path;
@@ -15,7 +15,7 @@ use super::{export, instructions, quality};
 use crate::cli::bench::{Choice, Format, Record as Args, Suite};
 use crate::ui::Ui;
 
-/// A sample of a short task is this long at least.
+/// The least length of a sample of a short task.
 const SAMPLE_SECONDS: f64 = 0.01;
 const MOST_CALLS: f64 = 100_000.0;
 
@@ -79,12 +79,12 @@ fn measure(args: &Args, ui: &mut Ui) -> Result<Record> {
     Ok(record)
 }
 
-/// The benchmarks of a suite that are asked for.
+/// Returns the benchmarks of a suite that are asked for.
 fn chosen(suite: Suite, choice: &Choice) -> Vec<&'static Workload> {
     suite.workloads().iter().filter(|one| choice.takes(one.name)).collect()
 }
 
-/// What one process of `program` measures.
+/// Measures in a process of `program`.
 pub(crate) fn in_process(program: &Path, choice: &Choice, repeats: u16) -> Result<Record> {
     let suites: Vec<&str> = choice.suite.iter().map(|suite| suite.name()).collect();
     let mut command = Command::new(program);
@@ -102,7 +102,7 @@ pub(crate) fn in_process(program: &Path, choice: &Choice, repeats: u16) -> Resul
     Record::parse(&String::from_utf8_lossy(&output.stdout)).with_context(|| program.display().to_string())
 }
 
-/// One benchmark of the medians of every process.
+/// Merges the records of all processes: the samples are their medians.
 fn merge(all: &[Record]) -> Result<Vec<Benchmark>> {
     let mut merged = Vec::new();
     for one in all.first().map_or(&[][..], |first| &first.benchmarks) {
@@ -142,7 +142,7 @@ struct Contestant {
     exchanges: Vec<f64>,
 }
 
-/// Times `workloads` in turns, each sample between two of the calibration kernel.
+/// Times `workloads` in turns, each sample between two calibrations.
 fn time(workloads: &[&Workload], rounds: usize) -> Result<Vec<Benchmark>> {
     let mut contestants = Vec::new();
     for workload in workloads {
@@ -189,7 +189,7 @@ fn time(workloads: &[&Workload], rounds: usize) -> Result<Vec<Benchmark>> {
     Ok(contestants.into_iter().map(benchmark).collect())
 }
 
-/// Seconds per call.
+/// Returns the seconds per call.
 fn seconds(task: &mut Task, calls: u64) -> Result<f64> {
     let started = Instant::now();
     let mut parts = None;

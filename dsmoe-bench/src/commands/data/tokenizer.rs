@@ -1,4 +1,4 @@
-//! `dsmoe data tokenizer`: a tokenizer for a model made from scratch.
+//! `dsmoe data tokenizer`: trains a tokenizer.
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -97,7 +97,7 @@ pub(crate) fn run(args: &TrainTokenizer, ui: &mut Ui) -> Result<()> {
     })
 }
 
-/// The folder of `target`, made if need be.
+/// Returns the folder of `target`, and creates it if it does not exist.
 fn parent(target: &Path) -> Result<PathBuf> {
     let parent = target.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     std::fs::create_dir_all(parent).with_context(|| format!("{}", parent.display()))?;

@@ -1,4 +1,4 @@
-//! `dsmoe data verify`: manifests and caches.
+//! `dsmoe data verify`: verifies manifests and token caches.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -13,7 +13,7 @@ use crate::format;
 use crate::progress::{Progress, Unit};
 use crate::ui::Ui;
 
-/// A file is not what its manifest says.
+/// The exit status for a file that differs from its manifest.
 const OUT_OF_TOLERANCE: u8 = 3;
 
 #[derive(Debug, Serialize)]

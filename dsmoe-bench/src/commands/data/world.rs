@@ -1,4 +1,4 @@
-//! `dsmoe data world`: the embedded world's text, its tokenizer and its probes.
+//! `dsmoe data world`: writes the text, the tokenizer and the probes of the embedded world.
 
 use std::path::PathBuf;
 
@@ -12,7 +12,7 @@ use crate::format::{self, Table};
 use crate::progress::{Progress, Unit};
 use crate::ui::Ui;
 
-/// Bytes of text that the tokenizer learns from at the most; more change nothing but the time it takes.
+/// Largest number of bytes that the tokenizer is trained on; more text only takes more time.
 const TOKENIZER_BYTES: u64 = 4_000_000;
 const MIN_BYTES: u64 = 10_000;
 

@@ -1,4 +1,4 @@
-//! `dsmoe eval --data`: perplexity and active share on text.
+//! `dsmoe eval --data`: measures perplexity and active share on text.
 
 use std::path::PathBuf;
 
@@ -18,11 +18,11 @@ use crate::progress::{Progress, Unit};
 use crate::texts::{Text, load, open, options};
 use crate::ui::Ui;
 
-/// Window length when none is given.
+/// The default window length.
 const SEQ: usize = 1024;
-/// The same of [`Perplexity::Window`].
+/// The default window length of [`Perplexity::Window`].
 const WINDOW_SEQ: usize = 2048;
-/// What stands between documents there.
+/// The separator of documents in [`Perplexity::Window`].
 const JOINT: &str = "\n\n";
 
 #[derive(Debug, Serialize)]
@@ -62,12 +62,12 @@ struct Window {
     result: EvalReport,
 }
 
-/// Documents by themselves, by word and byte.
+/// Each document by itself, by word and byte.
 #[derive(Debug, Serialize)]
 struct Rolling {
     #[serde(flatten)]
     result: RollingReport,
-    /// Tokens run.
+    /// Tokens that were computed.
     tokens: u64,
     active_ratio: Option<f64>,
     params_activated: f64,
