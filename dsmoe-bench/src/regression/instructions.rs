@@ -30,17 +30,17 @@ fn instruction_count_ends() {
 }
 
 /// Returns the workloads to count: those of the suites that valgrind finishes in minutes.
-fn chosen(choice: &Choice) -> Vec<&'static Workload> {
+fn chosen(choice: &Choice) -> Vec<Workload> {
     let counted = suites(choice).into_iter().filter(|suite| matches!(suite, Suite::Kernels | Suite::Ffn));
-    counted.flat_map(|suite| suite.workloads()).filter(|one| choice.takes(one.name)).collect()
+    counted.flat_map(|suite| suite.workloads()).filter(|one| choice.takes(&one.name)).collect()
 }
 
 /// `dsmoe bench once`: calls each benchmark once to warm up, and once between the marks.
 pub(crate) fn once(args: &Once, ui: &mut Ui) -> Result<()> {
-    let names = rayon::scope(|_| -> Result<Vec<&str>> {
+    let names = rayon::scope(|_| -> Result<Vec<String>> {
         let mut names = Vec::new();
         for workload in chosen(&args.choice) {
-            let mut task = (workload.build)()?;
+            let mut task = workload.build()?;
             task()?;
             if names.is_empty() {
                 // The first count has two million instructions too many, whatever is between the marks: not taken.

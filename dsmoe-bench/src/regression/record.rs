@@ -80,8 +80,8 @@ fn measure(args: &Args, ui: &mut Ui) -> Result<Record> {
 }
 
 /// Returns the benchmarks of a suite that are asked for.
-fn chosen(suite: Suite, choice: &Choice) -> Vec<&'static Workload> {
-    suite.workloads().iter().filter(|one| choice.takes(one.name)).collect()
+fn chosen(suite: Suite, choice: &Choice) -> Vec<Workload> {
+    suite.workloads().into_iter().filter(|one| choice.takes(&one.name)).collect()
 }
 
 /// Measures in a process of `program`.
@@ -134,7 +134,7 @@ fn merge(all: &[Record]) -> Result<Vec<Benchmark>> {
 
 /// A benchmark while it is measured.
 struct Contestant {
-    name: &'static str,
+    name: String,
     task: Task,
     calls: u64,
     samples: Vec<f64>,
@@ -143,16 +143,16 @@ struct Contestant {
 }
 
 /// Times `workloads` in turns, each sample between two calibrations.
-fn time(workloads: &[&Workload], rounds: usize) -> Result<Vec<Benchmark>> {
+fn time(workloads: &[Workload], rounds: usize) -> Result<Vec<Benchmark>> {
     let mut contestants = Vec::new();
     for workload in workloads {
-        let mut task = (workload.build)().with_context(|| workload.name)?;
+        let mut task = workload.build().with_context(|| workload.name.clone())?;
         // The first calls size buffers and fill caches.
         seconds(&mut task, 1)?;
         let call = seconds(&mut task, 1)?.min(seconds(&mut task, 1)?);
         let calls = (SAMPLE_SECONDS / call).clamp(1.0, MOST_CALLS) as u64;
         contestants.push(Contestant {
-            name: workload.name,
+            name: workload.name.clone(),
             task,
             calls,
             samples: Vec::with_capacity(rounds),
@@ -164,7 +164,7 @@ fn time(workloads: &[&Workload], rounds: usize) -> Result<Vec<Benchmark>> {
     let mut before = calibration.now();
     for _ in 0..rounds {
         for one in &mut contestants {
-            let sample = seconds(&mut one.task, one.calls).with_context(|| one.name)?;
+            let sample = seconds(&mut one.task, one.calls).with_context(|| one.name.clone())?;
             let after = calibration.now();
             one.samples.push(sample);
             let around = before.midpoint(after);
@@ -174,7 +174,7 @@ fn time(workloads: &[&Workload], rounds: usize) -> Result<Vec<Benchmark>> {
         }
     }
     let benchmark = |one: Contestant| Benchmark {
-        name: one.name.to_owned(),
+        name: one.name,
         kind: Kind::Time,
         unit: "s".to_owned(),
         value: Estimate::of(&one.samples),
