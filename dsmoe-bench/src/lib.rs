@@ -4,7 +4,6 @@
 mod cli;
 mod commands;
 mod evaluation;
-mod flags;
 mod format;
 mod gpu;
 mod interrupts;

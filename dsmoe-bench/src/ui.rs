@@ -7,8 +7,6 @@ use std::process::ExitCode;
 use anyhow::Result;
 use serde::Serialize;
 
-use crate::flags;
-
 /// The error of a stdout that its reader closed, which is not a failure of the command.
 #[derive(Debug)]
 struct ClosedPipe;
@@ -83,7 +81,7 @@ pub(crate) fn stderr_line(line: impl Display) {
 fn one_line(error: &anyhow::Error) -> String {
     let mut message = String::new();
     for cause in error.chain() {
-        let (plain, cause) = (cause.to_string(), flags::message(cause));
+        let (plain, cause) = (cause.to_string(), cause.to_string());
         if message.is_empty() {
             message = cause;
         } else if !message.contains(&cause) && !message.contains(&plain) {
