@@ -17,7 +17,7 @@ use dsmoe_kernels::{Precision, add, attention, linear, rms_norm, rope, swiglu};
 use crate::checkpoint::{Checkpoint, LlamaTensors, WeightReader, check_llama_tensors};
 use crate::config::{CONFIG_FILE, Config};
 use crate::error::{Error, Result};
-use crate::model::{check_input, in_pool, rope_table};
+use crate::model::tensors::{check_input, in_pool, rope_table};
 use crate::params::TensorSpec;
 
 /// A dense model's layers in order, and the hidden states of calibration sequences before the next one.

@@ -6,7 +6,8 @@ use dsmoe_kernels::rng::Rng;
 use dsmoe_router::RoutingStats;
 
 use crate::error::{Error, Result};
-use crate::model::{Cache, Inference, Workspace, in_pool};
+use crate::model::tensors::in_pool;
+use crate::model::{Cache, Inference, Workspace};
 
 /// How to choose the next token, and when to stop.
 #[derive(Clone, Debug, PartialEq)]

@@ -396,7 +396,7 @@ fn the_readme_shows_the_records() {
     let records: Vec<PathBuf> = fs::read_dir(root.join("dsmoe-bench/record"))
         .unwrap()
         .map(|entry| entry.unwrap().path())
-        .filter(|path| path.join("runs").is_dir())
+        .filter(|path| path.join("runs.tar.gz").is_file())
         .collect();
     assert!(records.len() >= 3, "{records:?}");
     let script = root.join("scripts/check-report");

@@ -13,10 +13,6 @@ use dsmoe_router::RoutingStats;
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
 
-use super::super::infer::Workspace;
-use super::super::pack::{Parts, Source};
-use super::super::ragged::{Likelihood, Place};
-use super::super::{Cache, set_threshold};
 use super::ffn::by_lists;
 use super::{MemoryUse, Products, attention_dims, check_memory, device_ffns, gates, hosted, rope_rows};
 use crate::accounting::Accounting;
@@ -24,6 +20,10 @@ use crate::config::Config;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::ffn::DeviceFfn;
+use crate::model::inference::pack::{Parts, Source, fill};
+use crate::model::inference::ragged::Place;
+use crate::model::inference::{Cache, Likelihood, Workspace};
+use crate::model::tensors::set_threshold;
 use crate::params::padded;
 
 /// Rows of logits at a time.

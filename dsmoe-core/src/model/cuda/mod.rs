@@ -16,10 +16,10 @@ use half::bf16;
 pub(super) use infer::{CudaCache, CudaInference, CudaWorkspace};
 pub use train::{CudaStep, CudaTrainer, MemoryUse};
 
-use super::rope_table;
 use crate::config::{Config, LayerShape};
 use crate::error::{Error, Result};
 use crate::ffn::{DeviceFfn, Ffn};
+use crate::model::tensors::rope_table;
 
 /// Matrix products of `tokens` rows.
 struct Products<'a> {

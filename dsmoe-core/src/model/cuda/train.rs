@@ -13,14 +13,15 @@ use dsmoe_kernels::cuda::{Gpu, GpuBuf, Recorded};
 use dsmoe_router::{RoutingStats, SparsityOver};
 use half::bf16;
 
-use super::super::step::{StepArgs, layer_seed};
-use super::super::{LayerRanges, Model, Ranges, check_input, ffns_of, lay_out, set_threshold};
 use super::ffn::{Acts, Scratch, Weights};
 use super::{Products, attention_dims, rope_rows};
 use crate::config::Config;
 use crate::error::Result;
 use crate::ffn::{DeviceFfn, GateTraining};
 use crate::masks::Masks;
+use crate::model::arena::Model;
+use crate::model::tensors::{LayerRanges, Ranges, check_input, ffns_of, lay_out, set_threshold};
+use crate::model::train::{StepArgs, layer_seed};
 use crate::params::Layout;
 
 /// Logits at a time in the loss, bytes.

@@ -1,0 +1,183 @@
+//! A model with all its parameters in one arena: made, loaded, changed and saved.
+
+use std::ops::Range;
+use std::path::Path;
+
+use dsmoe_kernels::buf::Buf;
+use dsmoe_kernels::rope;
+use dsmoe_router::RoutingStats;
+
+use super::tensors::{Ranges, ffns_of, lay_out, rope_table, set_threshold};
+use crate::accounting::Accounting;
+use crate::checkpoint::{Checkpoint, Dtype, TensorInfo, WeightReader, Writer, partition_name};
+use crate::config::{Config, PartitionKind};
+use crate::error::Result;
+use crate::ffn::Ffn;
+use crate::masks::Masks;
+use crate::params::{Layout, Stored};
+
+/// A LLaMA decoder with its parameters in f32, for training.
+#[derive(Debug)]
+pub struct Model {
+    pub(crate) config: Config,
+    pub(crate) ffns: Vec<Box<dyn Ffn>>,
+    pub(crate) layout: Layout,
+    pub(crate) ranges: Ranges,
+    pub(crate) params: Buf,
+    pub(crate) rope: rope::Table,
+    /// Per layer, the original neuron of each row of a permuted partition; carried from load to save.
+    pub(crate) partitions: Option<Vec<Vec<i32>>>,
+    pub(crate) masks: Option<Masks>,
+}
+
+impl Model {
+    /// A model of `config` with the given FFNs, one per layer, and all parameters zero: the way in for FFNs of
+    /// other crates.
+    ///
+    /// # Panics
+    /// The number of FFNs is not the number of layers.
+    pub fn with_ffns(config: Config, ffns: Vec<Box<dyn Ffn>>) -> Model {
+        assert_eq!(ffns.len(), config.num_layers, "model: FFNs and layers");
+        let (layout, ranges) = lay_out(&config, &ffns);
+        let (params, rope) = (Buf::zeros(layout.len()), rope_table(&config));
+        Model { config, ffns, layout, ranges, params, rope, partitions: None, masks: None }
+    }
+
+    /// A model of `config` with all parameters zero: dense, DSMoE, or with FFNs of another kind, as the configuration
+    /// says.
+    pub fn new(config: Config) -> Model {
+        let ffns = ffns_of(&config);
+        Model::with_ffns(config, ffns)
+    }
+
+    /// Loads a model directory: a dense LLaMA, DSMoE, or FFNs of a kind that is registered ([`ffn::register`]).
+    ///
+    /// # Errors
+    /// Anything wrong with the directory; the message names the file, the field or tensor, and the mend.
+    pub fn load(dir: &Path) -> Result<Model> {
+        let config = Config::load(dir)?;
+        let checkpoint = Checkpoint::open(dir)?;
+        let masks = Masks::read(dir, &config)?;
+        let mut reader = WeightReader::new(&config, &checkpoint, masks.as_ref())?;
+        let mut model = Model::new(config);
+        for entry in model.layout.entries() {
+            reader.read(&entry.spec, &mut model.params[entry.range.clone()])?;
+        }
+        model.masks = masks;
+        if model.config.moe.as_ref().is_some_and(|moe| moe.partition == PartitionKind::Permuted) {
+            let partitions = (0..model.config.num_layers).map(|i| checkpoint.read_i32(&partition_name(i)));
+            model.partitions = Some(partitions.collect::<Result<_>>()?);
+        }
+        Ok(model)
+    }
+
+    /// Writes config.json, masks and the weights, in Hugging Face layout, to the existing directory `dir`; every file is
+    /// synced. Routers and partitions stay f32 and i32 whatever `dtype` is.
+    ///
+    /// # Errors
+    /// The file system refuses; the message names the file.
+    pub fn save(&self, dir: &Path, dtype: Dtype) -> Result<()> {
+        let mut infos = Vec::new();
+        for entry in self.layout.entries() {
+            let dtype = if entry.spec.router { Dtype::F32 } else { dtype };
+            infos.push(TensorInfo { name: entry.spec.name.clone(), dtype, shape: entry.spec.stored_shape() });
+        }
+        for (i, order) in self.partitions.iter().flatten().enumerate() {
+            infos.push(TensorInfo { name: partition_name(i), dtype: Dtype::I32, shape: vec![order.len()] });
+        }
+        let mut writer = Writer::create(dir, infos)?;
+        for entry in self.layout.entries() {
+            let values = &self.params[entry.range.clone()];
+            match entry.spec.stored {
+                Stored::AsIs => writer.write_f32(&entry.spec.name, values)?,
+                Stored::Transposed => {
+                    let (rows, cols) = (entry.spec.shape[0], entry.spec.shape[1]);
+                    let mut transposed = vec![0.0; values.len()];
+                    crate::checkpoint::transpose(&mut transposed, values, rows, cols);
+                    writer.write_f32(&entry.spec.name, &transposed)?;
+                }
+            }
+        }
+        for (i, order) in self.partitions.iter().flatten().enumerate() {
+            writer.write(&partition_name(i), bytemuck::cast_slice(order))?;
+        }
+        writer.finish()?;
+        self.masks.iter().try_for_each(|masks| masks.save(dir))?;
+        let mut config = self.config.clone();
+        config.set_dtype(dtype);
+        config.save(dir)
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Parameter counts; of masked linears, what is kept counts as activated.
+    pub fn accounting(&self) -> Accounting {
+        let counts = Accounting::of(&self.config);
+        self.masks.as_ref().map_or(counts, |masks| counts.with_masks(masks))
+    }
+
+    /// Which weights of pruned linears are kept; none where nothing is pruned.
+    pub fn masks(&self) -> Option<&Masks> {
+        self.masks.as_ref()
+    }
+
+    /// Prunes: sets what `masks` does not keep to 0, and has it stay so in training.
+    ///
+    /// # Errors
+    /// A mask is of no linear of this model, or of another shape.
+    pub fn set_masks(&mut self, masks: Masks) -> Result<()> {
+        masks.check(&self.config)?;
+        masks.apply(&mut self.params, &self.layout);
+        self.masks = Some(masks);
+        Ok(())
+    }
+
+    /// Sets the parameters that the masks do not keep to 0.
+    pub fn apply_masks(&mut self) {
+        if let Some(masks) = &self.masks {
+            masks.apply(&mut self.params, &self.layout);
+        }
+    }
+
+    /// Names, shapes and places of all parameters.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// The parameter arena.
+    pub fn params(&self) -> &[f32] {
+        &self.params
+    }
+
+    /// The parameter arena, to change.
+    pub fn params_mut(&mut self) -> &mut [f32] {
+        &mut self.params
+    }
+
+    /// Experts per layer, when there are routers.
+    pub fn num_experts(&self) -> Option<usize> {
+        self.ffns.first().and_then(|ffn| ffn.num_experts())
+    }
+
+    /// Moves the gates' threshold of every layer (the paper's table 4), here and in what [`Model::save`] writes.
+    ///
+    /// # Errors
+    /// The threshold is outside 0..=1, or the model has no gates.
+    pub fn set_threshold(&mut self, threshold: f32) -> Result<()> {
+        set_threshold(&mut self.config, threshold, || {
+            self.ffns.iter_mut().all(|ffn| ffn.set_threshold(threshold))
+        })
+    }
+
+    /// Empty routing statistics for this model; none without routers.
+    pub fn new_stats(&self) -> Option<RoutingStats> {
+        self.num_experts().map(|n| RoutingStats::new(self.config.num_layers, n))
+    }
+
+    pub(crate) fn param(&self, range: &Range<usize>) -> &[f32] {
+        &self.params[range.clone()]
+    }
+}

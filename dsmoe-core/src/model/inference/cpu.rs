@@ -1,0 +1,202 @@
+//! Inference on the processor: scoring windows of text, and decoding with a cache.
+
+use dsmoe_kernels::buf::Buf;
+use dsmoe_kernels::matmul::Packed;
+use dsmoe_kernels::{Precision, add, attention, cross_entropy, linear, rms_norm, rope};
+use dsmoe_router::RoutingStats;
+
+use super::cache::Cache;
+use super::pack::{Embedding, Layer};
+use crate::accounting::Accounting;
+use crate::config::{Config, LayerShape};
+use crate::error::Result;
+use crate::ffn::{FfnScratch, Record};
+use crate::model::tensors::{in_pool, set_threshold};
+
+/// A LLaMA decoder for inference: weight matrices packed in a [`Precision`], norms and routers in f32. With bf16
+/// the operands of matrix products are rounded to it; sums, softmax and the residual stream are f32.
+#[derive(Debug)]
+pub(crate) struct CpuInference {
+    pub(crate) config: Config,
+    pub(crate) accounting: Accounting,
+    pub(crate) precision: Precision,
+    pub(crate) embedding: Embedding,
+    pub(crate) layers: Vec<Layer>,
+    pub(crate) norm: Buf,
+    pub(crate) head: Packed,
+    pub(crate) rope: rope::Table,
+}
+
+/// Activations of one forward pass; reused from call to call.
+#[derive(Debug, Default)]
+pub struct Workspace {
+    x: Buf,
+    pub(crate) h: Buf,
+    q: Buf,
+    k: Buf,
+    v: Buf,
+    a: Buf,
+    y: Buf,
+    lse: Buf,
+    rstd: Buf,
+    pub(crate) logits: Buf,
+    ffn: FfnScratch,
+    #[cfg(feature = "cuda")]
+    pub(crate) cuda: Option<Box<crate::model::cuda::CudaWorkspace>>,
+}
+
+impl Workspace {
+    fn prepare(&mut self, config: &Config, tokens: usize) {
+        for buf in [&mut self.x, &mut self.h, &mut self.y] {
+            buf.resize(tokens * config.hidden);
+        }
+        self.rstd.resize(tokens);
+        // The largest of any layer: narrower ones then take a part of it.
+        self.prepare_heads(config.num_heads, config.num_kv_heads, config.head_dim, tokens);
+    }
+
+    fn prepare_heads(&mut self, heads: usize, kv_heads: usize, head_dim: usize, tokens: usize) {
+        for buf in [&mut self.q, &mut self.a] {
+            buf.resize(tokens * heads * head_dim);
+        }
+        for buf in [&mut self.k, &mut self.v] {
+            buf.resize(tokens * kv_heads * head_dim);
+        }
+        self.lse.resize(tokens * heads);
+    }
+}
+
+impl CpuInference {
+    pub(crate) fn bytes(&self) -> usize {
+        let layers = self.layers.iter().map(Layer::bytes).sum::<usize>();
+        self.embedding.bytes() + layers + 4 * self.norm.len() + self.head.bytes()
+    }
+
+    pub(crate) fn num_experts(&self) -> Option<usize> {
+        self.layers.first().and_then(|layer| layer.ffn.num_experts())
+    }
+
+    pub(crate) fn set_threshold(&mut self, threshold: f32) -> Result<()> {
+        set_threshold(&mut self.config, threshold, || {
+            self.layers.iter_mut().all(|layer| layer.ffn.set_threshold(threshold))
+        })
+    }
+
+    pub(crate) fn score(
+        &self,
+        losses: &mut [f32],
+        inputs: &[u32],
+        targets: &[u32],
+        seq: usize,
+        stats: Option<&mut RoutingStats>,
+        workspace: &mut Workspace,
+    ) {
+        in_pool(|| {
+            self.hidden_states(inputs, seq, None, stats, workspace);
+            let Workspace { h, logits, .. } = workspace;
+            cross_entropy::forward_packed(losses, h, &self.head, targets, logits);
+        });
+    }
+
+    /// Sets the workspace's logits.
+    pub(crate) fn logits(
+        &self,
+        ids: &[u32],
+        last: usize,
+        cache: &mut Cache,
+        stats: Option<&mut RoutingStats>,
+        workspace: &mut Workspace,
+    ) {
+        in_pool(|| {
+            self.hidden_states(ids, ids.len(), Some(cache), stats, workspace);
+            let Workspace { h, logits, .. } = &mut *workspace;
+            logits.resize(last * self.config.vocab_size);
+            let h = &h[(ids.len() - last) * self.config.hidden..];
+            linear::forward_packed(logits, h, &self.head, last);
+        });
+    }
+
+    /// Computes now what the first `positions` positions need, for calls that must not allocate.
+    pub(crate) fn prepare(&self, positions: usize) {
+        self.rope.prepare(positions);
+    }
+
+    /// Sets `workspace.h` to the normed hidden states `[ids.len(), hidden]` of sequences of `seq` tokens. With a
+    /// cache there is one sequence, continuing it.
+    fn hidden_states(
+        &self,
+        ids: &[u32],
+        seq: usize,
+        mut cache: Option<&mut Cache>,
+        stats: Option<&mut RoutingStats>,
+        workspace: &mut Workspace,
+    ) {
+        let start = cache.as_ref().map_or(0, |cache| cache.len);
+        let at = |heads| rope::Args { table: &self.rope, seq, start, heads };
+        self.forward(ids, stats, workspace, |i, Heads { a, lse, q, k, v }| {
+            let shape = self.attention(i, ids.len() / seq, seq, start + seq);
+            rope::forward(q, at(shape.heads));
+            rope::forward(k, at(shape.kv_heads));
+            let Some(cache) = cache.as_deref_mut() else {
+                attention::forward(a, lse, q, k, v, shape);
+                return;
+            };
+            let (keys, values) = cache.push(i, k, v);
+            if seq <= attention::DECODE_QUERIES {
+                attention::decode(a, q, keys, values, shape);
+            } else {
+                attention::forward(a, lse, q, keys, values, shape);
+            }
+        });
+        if let Some(cache) = cache {
+            cache.len += seq;
+        }
+    }
+
+    /// The shape of an attention of layer `i`.
+    pub(crate) fn attention(&self, i: usize, batch: usize, queries: usize, keys: usize) -> attention::Dims {
+        let LayerShape { num_heads: heads, num_kv_heads: kv_heads, .. } = self.config.layer(i);
+        attention::Dims { batch, queries, keys, heads, kv_heads, head_dim: self.config.head_dim }
+    }
+
+    /// Sets `workspace.h` to the normed hidden states `[ids.len(), hidden]`, where `attend` does what a layer's
+    /// tokens do with each other: it turns queries and keys by their positions and sets `a`.
+    pub(crate) fn forward(
+        &self,
+        ids: &[u32],
+        mut stats: Option<&mut RoutingStats>,
+        workspace: &mut Workspace,
+        mut attend: impl FnMut(usize, Heads<'_>),
+    ) {
+        let (tokens, hidden, eps) = (ids.len(), self.config.hidden, self.config.rms_norm_eps as f32);
+        workspace.prepare(&self.config, tokens);
+        self.embedding.rows(&mut workspace.x, ids, &self.head);
+        for (i, layer) in self.layers.iter().enumerate() {
+            let LayerShape { num_heads, num_kv_heads, .. } = self.config.layer(i);
+            workspace.prepare_heads(num_heads, num_kv_heads, self.config.head_dim, tokens);
+            let Workspace { x, h, q, k, v, a, y, lse, rstd, ffn: scratch, .. } = &mut *workspace;
+            rms_norm::forward(h, rstd, x, &layer.input_norm, eps, hidden);
+            linear::forward_packed(q, h, &layer.q, tokens);
+            linear::forward_packed(k, h, &layer.k, tokens);
+            linear::forward_packed(v, h, &layer.v, tokens);
+            attend(i, Heads { a, lse, q, k, v });
+            linear::forward_packed(y, a, &layer.o, tokens);
+            add::add(x, y);
+            rms_norm::forward(h, rstd, x, &layer.post_norm, eps, hidden);
+            let record = stats.as_deref_mut().map(|stats| Record { stats, layer: i });
+            layer.ffn.forward(y, h, record, scratch);
+            add::add(x, y);
+        }
+        let Workspace { x, h, rstd, .. } = workspace;
+        rms_norm::forward(h, rstd, x, &self.norm, eps, hidden);
+    }
+}
+
+/// Queries, keys and values of one layer, and where its attention and its log-sums go.
+pub(crate) struct Heads<'a> {
+    pub(crate) a: &'a mut [f32],
+    pub(crate) lse: &'a mut [f32],
+    pub(crate) q: &'a mut [f32],
+    pub(crate) k: &'a mut [f32],
+    pub(crate) v: &'a mut [f32],
+}

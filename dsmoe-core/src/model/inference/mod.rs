@@ -1,0 +1,294 @@
+//! Inference on any device: what is checked, and who computes.
+
+mod cache;
+mod cpu;
+pub(crate) mod pack;
+pub(crate) mod ragged;
+
+use std::path::Path;
+
+use dsmoe_kernels::Precision;
+use dsmoe_router::RoutingStats;
+
+pub use cache::Cache;
+use cpu::CpuInference;
+pub use cpu::Workspace;
+use pack::Parts;
+use ragged::places;
+pub use ragged::{After, Likelihood, Segment};
+
+use super::arena::Model;
+use super::tensors::check_input;
+use crate::accounting::Accounting;
+use crate::config::Config;
+use crate::device::Device;
+use crate::error::{Error, Result};
+
+/// A LLaMA decoder for inference: weight matrices packed in a [`Precision`], norms and routers in f32. With bf16
+/// the operands of matrix products are rounded to it; sums, softmax and the residual stream are f32.
+#[derive(Debug)]
+pub struct Inference {
+    backend: Backend,
+}
+
+#[derive(Debug)]
+enum Backend {
+    Cpu(Box<CpuInference>),
+    #[cfg(feature = "cuda")]
+    Cuda(Box<crate::model::cuda::CudaInference>),
+}
+
+impl Inference {
+    /// Packs the weights of `model` for the processor, rounded where the precision is bf16.
+    pub fn new(model: &Model, precision: Precision) -> Inference {
+        let packed = pack::of_model(model, |parts| Inference::build(parts, precision, Device::Cpu));
+        packed.expect("an arena is there to be read")
+    }
+
+    /// Packs the weights of `model` for `device`.
+    ///
+    /// # Errors
+    /// The device is not there, its memory does not suffice, or it does not know the precision (a GPU takes bf16) or the
+    /// model's FFNs.
+    pub fn new_on(model: &Model, precision: Precision, device: Device) -> Result<Inference> {
+        pack::of_model(model, |parts| Inference::build(parts, precision, device))
+    }
+
+    /// Loads a model directory for the processor tensor by tensor: beside the packed weights, one FFN at the
+    /// most is in memory in f32. Weights stored as bf16 stay what they are in [`Precision::Bf16`]; f16 and f32 are
+    /// rounded.
+    ///
+    /// # Errors
+    /// Anything wrong with the directory; the message names the file, the field or tensor, and the mend.
+    pub fn load(dir: &Path, precision: Precision) -> Result<Inference> {
+        Inference::load_on(dir, precision, Device::Cpu)
+    }
+
+    /// Loads a model directory for `device`.
+    ///
+    /// # Errors
+    /// Those of [`Inference::load`] and [`Inference::new_on`].
+    pub fn load_on(dir: &Path, precision: Precision, device: Device) -> Result<Inference> {
+        pack::of_directory(dir, |parts| Inference::build(parts, precision, device))
+    }
+
+    fn build(parts: Parts<'_>, precision: Precision, device: Device) -> Result<Inference> {
+        let backend = match device {
+            Device::Cpu => Backend::Cpu(Box::new(pack::build(parts, precision)?)),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(ordinal) => {
+                Backend::Cuda(Box::new(crate::model::cuda::CudaInference::build(parts, precision, ordinal)?))
+            }
+        };
+        Ok(Inference { backend })
+    }
+
+    /// Where it runs.
+    pub fn device(&self) -> Device {
+        match &self.backend {
+            Backend::Cpu(_) => Device::Cpu,
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(model) => model.device(),
+        }
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &Config {
+        match &self.backend {
+            Backend::Cpu(model) => &model.config,
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(model) => &model.config,
+        }
+    }
+
+    /// Parameter counts; of masked linears, what is kept counts as activated.
+    pub fn accounting(&self) -> &Accounting {
+        match &self.backend {
+            Backend::Cpu(model) => &model.accounting,
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(model) => &model.accounting,
+        }
+    }
+
+    /// What the weights are stored as.
+    pub fn precision(&self) -> Precision {
+        match &self.backend {
+            Backend::Cpu(model) => model.precision,
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(_) => Precision::Bf16,
+        }
+    }
+
+    /// Bytes that the weights take.
+    pub fn bytes(&self) -> usize {
+        match &self.backend {
+            Backend::Cpu(model) => model.bytes(),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(model) => model.bytes(),
+        }
+    }
+
+    /// Empty routing statistics for this model; none without routers.
+    pub fn new_stats(&self) -> Option<RoutingStats> {
+        let experts = match &self.backend {
+            Backend::Cpu(model) => model.num_experts(),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(model) => model.num_experts(),
+        };
+        experts.map(|n| RoutingStats::new(self.config().num_layers, n))
+    }
+
+    /// Moves the gates' threshold of every layer (the paper's table 4).
+    ///
+    /// # Errors
+    /// The threshold is outside 0..=1, or the model has no gates.
+    pub fn set_threshold(&mut self, threshold: f32) -> Result<()> {
+        match &mut self.backend {
+            Backend::Cpu(model) => model.set_threshold(threshold),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(model) => model.set_threshold(threshold),
+        }
+    }
+
+    /// Sets `losses[t]` to the negative log-likelihood (nats) of `targets[t]` after `inputs` up to t, for
+    /// `inputs.len() / seq` sequences of `seq` tokens each. A target of
+    /// [`IGNORE`](dsmoe_kernels::cross_entropy::IGNORE) scores 0. Adds the routing of all inputs to `stats` (from
+    /// [`Inference::new_stats`]).
+    ///
+    /// # Errors
+    /// A token id outside the vocabulary, or more positions than the model has; a GPU fails.
+    ///
+    /// # Panics
+    /// The slices' lengths differ, or are no multiple of `seq`.
+    pub fn score(
+        &self,
+        losses: &mut [f32],
+        inputs: &[u32],
+        targets: &[u32],
+        seq: usize,
+        stats: Option<&mut RoutingStats>,
+        workspace: &mut Workspace,
+    ) -> Result<()> {
+        assert!(
+            losses.len() == inputs.len() && targets.len() == inputs.len() && inputs.len().is_multiple_of(seq),
+            "score: {} losses, {} inputs, {} targets, seq {seq}",
+            losses.len(),
+            inputs.len(),
+            targets.len()
+        );
+        check_input(self.config(), inputs, 0, seq)?;
+        match &self.backend {
+            Backend::Cpu(model) => model.score(losses, inputs, targets, seq, stats, workspace),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(model) => model.score(losses, inputs, targets, seq, stats, workspace)?,
+        }
+        Ok(())
+    }
+
+    /// Feeds `ids` at the cache's next positions; returns the logits `[vocab]` after the last one.
+    ///
+    /// # Errors
+    /// No ids, a token id outside the vocabulary, or more positions than the model has; a GPU fails.
+    pub fn decode<'w>(
+        &self,
+        ids: &[u32],
+        cache: &mut Cache,
+        stats: Option<&mut RoutingStats>,
+        workspace: &'w mut Workspace,
+    ) -> Result<&'w [f32]> {
+        self.logits(ids, 1, cache, stats, workspace)
+    }
+
+    /// Feeds `ids` at the cache's next positions; returns the logits `[last, vocab]` after the last `last` of them.
+    ///
+    /// # Errors
+    /// Fewer ids than `last`, a token id outside the vocabulary, or more positions than the model has; a GPU fails.
+    pub fn logits<'w>(
+        &self,
+        ids: &[u32],
+        last: usize,
+        cache: &mut Cache,
+        stats: Option<&mut RoutingStats>,
+        workspace: &'w mut Workspace,
+    ) -> Result<&'w [f32]> {
+        if ids.len() < last || ids.is_empty() {
+            return Err(Error::Argument(format!(
+                "{} tokens to read logits of {last}; give at least one token",
+                ids.len()
+            )));
+        }
+        check_input(self.config(), ids, cache.len, ids.len())?;
+        match &self.backend {
+            Backend::Cpu(model) => model.logits(ids, last, cache, stats, workspace),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(model) => model.logits(ids, last, cache, stats, workspace)?,
+        }
+        Ok(&workspace.logits)
+    }
+
+    /// How likely each of `targets` `(place, token)` is: the token behind that place of `ids`. `ids` are the tokens
+    /// of `segments`, one segment after the other. Adds the routing of all tokens to `stats` (from
+    /// [`Inference::new_stats`]).
+    ///
+    /// # Errors
+    /// A token id outside the vocabulary, or more positions than the model has; a GPU fails.
+    ///
+    /// # Panics
+    /// The segments do not make up `ids`, one continues a segment that is not before it or itself continues one, or
+    /// a place is outside `ids`.
+    pub fn likelihoods(
+        &self,
+        ids: &[u32],
+        segments: &[Segment],
+        targets: &[(usize, u32)],
+        stats: Option<&mut RoutingStats>,
+        workspace: &mut Workspace,
+    ) -> Result<Vec<Likelihood>> {
+        let places = places(self.config(), ids, segments)?;
+        let tokens: Vec<u32> = targets.iter().map(|&(_, token)| token).collect();
+        check_input(self.config(), &tokens, 0, 0)?;
+        match &self.backend {
+            Backend::Cpu(model) => Ok(model.likelihoods(ids, &places, targets, stats, workspace)),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(model) => model.likelihoods(ids, &places, targets, stats, workspace),
+        }
+    }
+
+    /// Feeds each of `ids` at the next position of its cache; returns the logits `[ids.len(), vocab]` after them.
+    ///
+    /// # Errors
+    /// A token id outside the vocabulary, or more positions than the model has; a GPU fails.
+    ///
+    /// # Panics
+    /// There are not as many caches as ids.
+    pub fn decode_each<'w>(
+        &self,
+        ids: &[u32],
+        caches: &mut [&mut Cache],
+        stats: Option<&mut RoutingStats>,
+        workspace: &'w mut Workspace,
+    ) -> Result<&'w [f32]> {
+        assert_eq!(ids.len(), caches.len(), "decode_each: tokens and caches");
+        for (id, cache) in ids.iter().zip(&*caches) {
+            check_input(self.config(), std::slice::from_ref(id), cache.len, 1)?;
+        }
+        match &self.backend {
+            Backend::Cpu(model) => model.decode_each(ids, caches, stats, workspace),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(model) => model.decode_each(ids, caches, stats, workspace)?,
+        }
+        for cache in caches {
+            cache.len += 1;
+        }
+        Ok(&workspace.logits)
+    }
+
+    /// Computes now what the first `positions` positions need, for calls that must not allocate.
+    pub(crate) fn prepare(&self, positions: usize) {
+        match &self.backend {
+            Backend::Cpu(model) => model.prepare(positions),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(_) => {}
+        }
+    }
+}

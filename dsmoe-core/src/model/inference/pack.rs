@@ -1,0 +1,225 @@
+//! From parameters to packed weights: of a model in memory, or of a directory, tensor by tensor.
+
+use std::ops::Range;
+use std::path::Path;
+
+use dsmoe_kernels::Precision;
+use dsmoe_kernels::buf::Buf;
+use dsmoe_kernels::matmul::{Mat, Packed};
+use half::bf16;
+use half::slice::HalfFloatSliceExt;
+
+use super::cpu::CpuInference;
+use crate::accounting::Accounting;
+use crate::checkpoint::{Checkpoint, WeightReader};
+use crate::config::Config;
+use crate::error::Result;
+use crate::ffn::{Ffn, PackedFfn};
+use crate::masks::Masks;
+use crate::model::arena::Model;
+use crate::model::tensors::{Ranges, ffns_of, lay_out, rope_table};
+use crate::params::Layout;
+
+/// One decoder layer. Matrices are `[outputs, inputs]`.
+#[derive(Debug)]
+pub(crate) struct Layer {
+    pub(crate) input_norm: Buf,
+    pub(crate) q: Packed,
+    pub(crate) k: Packed,
+    pub(crate) v: Packed,
+    pub(crate) o: Packed,
+    pub(crate) post_norm: Buf,
+    pub(crate) ffn: Box<dyn PackedFfn>,
+}
+
+impl Layer {
+    pub(crate) fn bytes(&self) -> usize {
+        let matrices = [&self.q, &self.k, &self.v, &self.o].map(Packed::bytes);
+        let norms = 4 * (self.input_norm.len() + self.post_norm.len());
+        matrices.iter().sum::<usize>() + norms + self.ffn.bytes()
+    }
+}
+
+/// Where tokens' first hidden states come from.
+#[derive(Debug)]
+pub(crate) enum Embedding {
+    /// The output head's rows.
+    Tied,
+    /// A table `[vocab, hidden]`.
+    F32(Buf),
+    /// The same in bf16.
+    Bf16(Vec<bf16>),
+}
+
+impl Embedding {
+    /// Sets `out` `[ids.len(), hidden]` to the rows `ids`.
+    pub(crate) fn rows(&self, out: &mut [f32], ids: &[u32], head: &Packed) {
+        let hidden = head.inputs();
+        for (out, &id) in out.chunks_exact_mut(hidden).zip(ids) {
+            let id = id as usize;
+            match self {
+                Embedding::Tied => head.row(id, out),
+                Embedding::F32(table) => out.copy_from_slice(&table[id * hidden..][..hidden]),
+                Embedding::Bf16(table) => table[id * hidden..][..hidden].convert_to_f32_slice(out),
+            }
+        }
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        match self {
+            Embedding::Tied => 0,
+            Embedding::F32(table) => 4 * table.len(),
+            Embedding::Bf16(table) => 2 * table.len(),
+        }
+    }
+}
+
+/// Where weights come from. Tensors are named by their range in an arena.
+pub(crate) trait Source {
+    /// Gives the rows of a matrix to `sink`, in order, in pieces.
+    fn rows(&mut self, matrix: &Range<usize>, sink: &mut dyn FnMut(&[f32])) -> Result<()>;
+    /// Adjacent tensors as they lie in the arena.
+    fn part(&mut self, range: &Range<usize>) -> Result<&[f32]>;
+}
+
+/// An arena.
+impl Source for &[f32] {
+    fn rows(&mut self, matrix: &Range<usize>, sink: &mut dyn FnMut(&[f32])) -> Result<()> {
+        sink(&self[matrix.clone()]);
+        Ok(())
+    }
+
+    fn part(&mut self, range: &Range<usize>) -> Result<&[f32]> {
+        Ok(&self[range.clone()])
+    }
+}
+
+/// A directory: one part at a time is in memory.
+struct Stored<'a> {
+    layout: &'a Layout,
+    reader: WeightReader<'a>,
+    part: Buf,
+}
+
+impl Source for Stored<'_> {
+    fn rows(&mut self, matrix: &Range<usize>, sink: &mut dyn FnMut(&[f32])) -> Result<()> {
+        self.layout.within(matrix).iter().try_for_each(|entry| self.reader.rows(&entry.spec, sink))
+    }
+
+    fn part(&mut self, range: &Range<usize>) -> Result<&[f32]> {
+        self.part.resize(range.len());
+        for entry in self.layout.within(range) {
+            let out = &mut self.part[entry.range.start - range.start..][..entry.range.len()];
+            self.reader.read(&entry.spec, out)?;
+        }
+        Ok(&self.part)
+    }
+}
+
+/// A model that is to be packed.
+pub(crate) struct Parts<'a> {
+    pub(crate) config: Config,
+    pub(crate) accounting: Accounting,
+    pub(crate) ffns: &'a [Box<dyn Ffn>],
+    pub(crate) ranges: &'a Ranges,
+    pub(crate) source: &'a mut dyn Source,
+}
+
+/// Gives `model` to `pack`.
+pub(crate) fn of_model<R>(model: &Model, pack: impl FnOnce(Parts<'_>) -> Result<R>) -> Result<R> {
+    pack(Parts {
+        config: model.config.clone(),
+        accounting: model.accounting(),
+        ffns: &model.ffns,
+        ranges: &model.ranges,
+        source: &mut &model.params[..],
+    })
+}
+
+/// Gives the model in `dir` to `pack`; of its weights one part at a time is in memory.
+pub(crate) fn of_directory<R>(dir: &Path, pack: impl FnOnce(Parts<'_>) -> Result<R>) -> Result<R> {
+    let config = Config::load(dir)?;
+    let checkpoint = Checkpoint::open(dir)?;
+    let masks = Masks::read(dir, &config)?;
+    let counts = Accounting::of(&config);
+    let accounting = masks.as_ref().map_or(counts, |masks| counts.with_masks(masks));
+    let reader = WeightReader::new(&config, &checkpoint, masks.as_ref())?;
+    let ffns = ffns_of(&config);
+    let (layout, ranges) = lay_out(&config, &ffns);
+    let mut source = Stored { layout: &layout, reader, part: Buf::default() };
+    let config = config.clone();
+    pack(Parts { config, accounting, ffns: &ffns, ranges: &ranges, source: &mut source })
+}
+
+/// Packs a model for the processor.
+pub(crate) fn build(parts: Parts<'_>, precision: Precision) -> Result<CpuInference> {
+    let Parts { config, accounting, ffns, ranges, source } = parts;
+    let hidden = config.hidden;
+    let head = pack(source, &ranges.head, hidden, precision)?;
+    let embedding = match precision {
+        _ if config.tie_word_embeddings => Embedding::Tied,
+        Precision::F32 => {
+            let mut table = Buf::zeros(ranges.embed.len());
+            fill(&mut table, source, &ranges.embed, |to, from| to.copy_from_slice(from))?;
+            Embedding::F32(table)
+        }
+        Precision::Bf16 => {
+            let mut table = vec![bf16::ZERO; ranges.embed.len()];
+            fill(&mut table, source, &ranges.embed, |to, from| to.convert_from_f32_slice(from))?;
+            Embedding::Bf16(table)
+        }
+    };
+    let mut layers = Vec::with_capacity(config.num_layers);
+    for (i, (ranges, ffn)) in ranges.layers.iter().zip(ffns).enumerate() {
+        let q_width = config.layer(i).num_heads * config.head_dim;
+        layers.push(Layer {
+            input_norm: vector(source.part(&ranges.input_norm)?),
+            q: pack(source, &ranges.q, hidden, precision)?,
+            k: pack(source, &ranges.k, hidden, precision)?,
+            v: pack(source, &ranges.v, hidden, precision)?,
+            o: pack(source, &ranges.o, q_width, precision)?,
+            post_norm: vector(source.part(&ranges.post_norm)?),
+            ffn: ffn.pack(source.part(&ranges.ffn)?, precision),
+        });
+    }
+    let norm = vector(source.part(&ranges.norm)?);
+    let rope = rope_table(&config);
+    Ok(CpuInference { config, accounting, precision, embedding, layers, norm, head, rope })
+}
+
+/// A matrix with `inputs` columns, packed.
+fn pack(
+    source: &mut dyn Source,
+    matrix: &Range<usize>,
+    inputs: usize,
+    precision: Precision,
+) -> Result<Packed> {
+    let mut packed = Packed::zeros(precision, matrix.len() / inputs, inputs);
+    let mut first = 0;
+    source.rows(matrix, &mut |values| {
+        let rows = values.len() / inputs;
+        packed.set_rows(first, Mat::new(values, rows, inputs));
+        first += rows;
+    })?;
+    Ok(packed)
+}
+
+/// Sets all of `table`, piece by piece.
+pub(crate) fn fill<T>(
+    table: &mut [T],
+    source: &mut dyn Source,
+    matrix: &Range<usize>,
+    set: impl Fn(&mut [T], &[f32]),
+) -> Result<()> {
+    let mut first = 0;
+    source.rows(matrix, &mut |values| {
+        set(&mut table[first..first + values.len()], values);
+        first += values.len();
+    })
+}
+
+fn vector(values: &[f32]) -> Buf {
+    let mut buf = Buf::zeros(values.len());
+    buf.copy_from_slice(values);
+    buf
+}

@@ -1,0 +1,141 @@
+//! The tensors of a decoder, where they lie in the arena, and the checks and tables that all passes share.
+
+use std::ops::Range;
+
+use dsmoe_kernels::rope;
+
+use crate::checkpoint::ffn_name;
+use crate::config::{Config, LayerShape, RopeScaling};
+use crate::error::{Error, Result};
+use crate::ffn::{self, Ffn};
+use crate::params::{Layout, TensorSpec};
+
+/// Arena ranges of one decoder layer.
+#[derive(Clone, Debug)]
+pub(crate) struct LayerRanges {
+    pub(crate) input_norm: Range<usize>,
+    pub(crate) q: Range<usize>,
+    pub(crate) k: Range<usize>,
+    pub(crate) v: Range<usize>,
+    pub(crate) o: Range<usize>,
+    pub(crate) post_norm: Range<usize>,
+    pub(crate) ffn: Range<usize>,
+}
+
+impl LayerRanges {
+    /// q, k and v, which are one matrix.
+    pub(crate) fn qkv(&self) -> Range<usize> {
+        self.q.start..self.v.end
+    }
+}
+
+/// Arena ranges of everything.
+#[derive(Clone, Debug)]
+pub(crate) struct Ranges {
+    pub(crate) embed: Range<usize>,
+    pub(crate) layers: Vec<LayerRanges>,
+    pub(crate) norm: Range<usize>,
+    /// Equal to `embed` when tied.
+    pub(crate) head: Range<usize>,
+}
+
+/// The FFNs that `config` asks for, one per layer.
+pub(crate) fn ffns_of(config: &Config) -> Vec<Box<dyn Ffn>> {
+    (0..config.num_layers).map(|i| ffn::of_layer(config, i)).collect()
+}
+
+/// The table of all tensors, and where they lie.
+pub(crate) fn lay_out(config: &Config, ffns: &[Box<dyn Ffn>]) -> (Layout, Ranges) {
+    let mut layout = Layout::default();
+    let hidden = config.hidden;
+    let embed = layout.push(TensorSpec::matrix("model.embed_tokens.weight", config.vocab_size, hidden), None);
+    let layers = ffns
+        .iter()
+        .enumerate()
+        .map(|(i, ffn)| {
+            let LayerShape { num_heads, num_kv_heads, .. } = config.layer(i);
+            let [q_width, kv_width] = [num_heads, num_kv_heads].map(|heads| heads * config.head_dim);
+            let name = |suffix: &str| format!("model.layers.{i}.{suffix}.weight");
+            let matrix = |suffix: &str, rows, cols| TensorSpec::matrix(name(suffix), rows, cols);
+            let projections = [("q", q_width), ("k", kv_width), ("v", kv_width)]
+                .map(|(which, rows)| matrix(&format!("self_attn.{which}_proj"), rows, hidden));
+            let [q, k, v] = layout.push_joined(projections, Some(i));
+            let o = layout.push(matrix("self_attn.o_proj", hidden, q_width), Some(i));
+            let mut norm = |suffix: &str| layout.push(TensorSpec::norm(name(suffix), hidden), Some(i));
+            let input_norm = norm("input_layernorm");
+            let post_norm = norm("post_attention_layernorm");
+            let start = layout.len();
+            for mut spec in ffn.tensors() {
+                spec.name = ffn_name(i, &spec.name);
+                layout.push(spec, Some(i));
+            }
+            LayerRanges { input_norm, q, k, v, o, post_norm, ffn: start..layout.len() }
+        })
+        .collect();
+    let norm = layout.push(TensorSpec::norm("model.norm.weight", hidden), None);
+    let head = if config.tie_word_embeddings {
+        embed.clone()
+    } else {
+        layout.push(TensorSpec::matrix("lm_head.weight", config.vocab_size, hidden), None)
+    };
+    (layout, Ranges { embed, layers, norm, head })
+}
+
+pub(crate) fn rope_table(config: &Config) -> rope::Table {
+    let scaling = match config.rope_scaling {
+        RopeScaling::None => rope::Scaling::None,
+        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position } => {
+            rope::Scaling::Llama3 {
+                factor,
+                low_freq_factor,
+                high_freq_factor,
+                original_max_position: original_max_position as f64,
+            }
+        }
+    };
+    rope::Table::new(config.head_dim, config.rope_theta, scaling, config.max_position)
+}
+
+/// Moves the threshold in `config`, and in the FFNs by `move_gates`, which says whether all have gates.
+pub(crate) fn set_threshold(
+    config: &mut Config,
+    threshold: f32,
+    move_gates: impl FnOnce() -> bool,
+) -> Result<()> {
+    if !(0.0..=1.0).contains(&threshold) {
+        return Err(Error::Argument(format!("threshold {threshold} is outside 0..=1; use 0.5")));
+    }
+    match &mut config.moe {
+        Some(moe) if move_gates() => moe.router.threshold = threshold,
+        _ => {
+            return Err(Error::Argument(
+                "this model has no gates to set a threshold for; convert it first".to_owned(),
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Checks that `ids` can be fed at positions `start..`.
+pub(crate) fn check_input(config: &Config, ids: &[u32], start: usize, seq: usize) -> Result<()> {
+    if let Some(id) = ids.iter().find(|&&id| id as usize >= config.vocab_size) {
+        return Err(Error::Argument(format!(
+            "token id {id} is not below vocab_size {}; use the model's own tokenizer",
+            config.vocab_size
+        )));
+    }
+    if start + seq > config.max_position {
+        return Err(Error::Argument(format!(
+            "{} positions are more than max_position_embeddings {}; use shorter sequences",
+            start + seq,
+            config.max_position
+        )));
+    }
+    Ok(())
+}
+
+/// Runs `op` on a thread of the pool: a product started there wakes no thread that only waits for it, and queues
+/// its tasks without allocating.
+pub(crate) fn in_pool<R: Send>(op: impl FnOnce() -> R + Send) -> R {
+    rayon::scope(|_| op())
+}

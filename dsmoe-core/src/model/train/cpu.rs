@@ -1,0 +1,240 @@
+//! One training step: forward with saved activations, both losses, and the whole backward pass.
+
+use std::ops::Range;
+
+use dsmoe_kernels::{Precision, attention, cross_entropy, embedding, linear, rms_norm, rope};
+use dsmoe_router::SparsityGrad;
+
+use super::workspace::{LayerActs, TrainWorkspace};
+use super::{StepArgs, StepOutput, layer_seed};
+use crate::error::Result;
+use crate::ffn::Record;
+use crate::model::arena::Model;
+use crate::model::tensors::{LayerRanges, check_input, in_pool};
+
+impl Model {
+    /// Forward and backward over `inputs.len() / seq` sequences of `seq` tokens. Adds to `grads` (laid out as
+    /// [`Model::params`]) the gradient of
+    ///
+    /// ```text
+    /// loss_scale * sum of token losses + sparsity_weight * mean over layers, tokens, experts of the gates
+    ///     + sum over layers of the balance loss
+    /// ```
+    ///
+    /// The workspace keeps the routing of the step. Nothing is allocated when this runs on a thread of the pool.
+    ///
+    /// # Errors
+    /// A token id outside the vocabulary, or more positions than the model has.
+    ///
+    /// # Panics
+    /// The slices' lengths do not fit, or the workspace is of another model or number of tokens.
+    pub fn train_step(
+        &self,
+        grads: &mut [f32],
+        inputs: &[u32],
+        targets: &[u32],
+        seq: usize,
+        args: &StepArgs,
+        workspace: &mut TrainWorkspace,
+    ) -> Result<StepOutput> {
+        assert!(
+            grads.len() == self.params.len()
+                && targets.len() == inputs.len()
+                && inputs.len() == workspace.tokens()
+                && inputs.len().is_multiple_of(seq),
+            "train_step: {} gradients, {} inputs, {} targets, seq {seq}, workspace for {}",
+            grads.len(),
+            inputs.len(),
+            targets.len(),
+            workspace.tokens()
+        );
+        check_input(&self.config, inputs, 0, seq)?;
+        Ok(in_pool(|| self.pooled_step(grads, inputs, targets, seq, args, workspace)))
+    }
+
+    fn pooled_step(
+        &self,
+        grads: &mut [f32],
+        inputs: &[u32],
+        targets: &[u32],
+        seq: usize,
+        args: &StepArgs,
+        workspace: &mut TrainWorkspace,
+    ) -> StepOutput {
+        let mut output = self.forward_train(inputs, seq, args, workspace);
+        let dims = cross_entropy::Dims {
+            tokens: inputs.len(),
+            hidden: self.config.hidden,
+            vocab: self.config.vocab_size,
+        };
+        let TrainWorkspace { h, y: dh, losses, head, .. } = workspace;
+        cross_entropy::forward_backward(
+            losses,
+            dh,
+            &mut grads[self.ranges.head.clone()],
+            h,
+            self.param(&self.ranges.head),
+            targets,
+            args.loss_scale,
+            dims,
+            head,
+        );
+        output.loss_sum = losses.iter().map(|&loss| f64::from(loss)).sum();
+        output.predicted = targets.iter().filter(|&&t| t != cross_entropy::IGNORE).count();
+        if output.loss_sum.is_finite() {
+            self.backward(grads, inputs, seq, args, workspace);
+        } else {
+            output.non_finite = Some(workspace.first_non_finite());
+        }
+        output
+    }
+
+    fn forward_train(
+        &self,
+        inputs: &[u32],
+        seq: usize,
+        args: &StepArgs,
+        workspace: &mut TrainWorkspace,
+    ) -> StepOutput {
+        let config = &self.config;
+        let (hidden, eps) = (config.hidden, config.rms_norm_eps as f32);
+        let (tokens, precision) = (inputs.len(), workspace.precision);
+        let mut output = StepOutput::default();
+        let TrainWorkspace { layers, x: x_last, rstd: rstd_last, h, y, scratch, stats, .. } = workspace;
+        if let Some(stats) = stats {
+            stats.clear();
+        }
+        // What the next norm reads; each block's output joins the residual stream in the norm after it.
+        let first =
+            layers.first_mut().map_or((&mut *x_last, &mut *rstd_last), |acts| (&mut acts.x, &mut acts.rstd));
+        embedding::forward(first.0, self.param(&self.ranges.embed), inputs, hidden);
+        let norm = self.ranges.layers.first().map_or(&self.ranges.norm, |ranges| &ranges.input_norm);
+        rms_norm::forward(h, first.1, first.0, self.param(norm), eps, hidden);
+        for (i, ranges) in self.ranges.layers.iter().enumerate() {
+            let (done, after) = layers.split_at_mut(i + 1);
+            let LayerActs { x, qkv, a, lse, x_mid, rstd_mid, ffn: saved, .. } = &mut done[i];
+            let attention = self.attention_dims(i, tokens, seq);
+            let dims = LinearDims::of(attention, hidden, precision);
+            linear::forward(qkv, h, self.param(&ranges.qkv()), dims.qkv);
+            rope::forward_columns(qkv, attention.joined_width(), self.rope_args(attention));
+            attention::forward_joined(a, lse, qkv, attention);
+            linear::forward(y, a, self.param(&ranges.o), dims.o);
+            rms_norm::forward_sum(h, rstd_mid, x_mid, x, y, self.param(&ranges.post_norm), eps, hidden);
+            (scratch.seed, scratch.balance_scale) = (layer_seed(args.seed, i), args.balance_scale);
+            let report = self.ffns[i].forward_train(
+                y,
+                saved.as_mut(),
+                h,
+                self.param(&ranges.ffn),
+                stats.as_mut().map(|stats| Record { stats, layer: i }),
+                scratch,
+            );
+            let (x, rstd, norm) = match (after.first_mut(), self.ranges.layers.get(i + 1)) {
+                (Some(acts), Some(ranges)) => (&mut acts.x, &mut acts.rstd, &ranges.input_norm),
+                _ => (&mut *x_last, &mut *rstd_last, &self.ranges.norm),
+            };
+            rms_norm::forward_sum(h, rstd, x, x_mid, y, self.param(norm), eps, hidden);
+            output.sparsity_loss += report.sparsity_loss / config.num_layers as f64;
+            output.mean_gate += report.mean_gate / config.num_layers as f64;
+            output.balance_loss += report.balance_loss;
+        }
+        output
+    }
+
+    fn backward(
+        &self,
+        grads: &mut [f32],
+        inputs: &[u32],
+        seq: usize,
+        args: &StepArgs,
+        workspace: &mut TrainWorkspace,
+    ) {
+        let config = &self.config;
+        let (tokens, hidden) = (inputs.len(), config.hidden);
+        let precision = workspace.precision;
+        let gates = config.num_layers * tokens * self.num_experts().unwrap_or(1);
+        let sparsity = SparsityGrad { weight: args.sparsity_weight / gates as f32, over: args.sparsity_over };
+        let TrainWorkspace { layers, x, rstd, h, y: dh, dx, dqkv, da, scratch, .. } = workspace;
+
+        let norm = &self.ranges.norm;
+        rms_norm::backward(dx, part(grads, norm), dh, x, self.param(norm), rstd, hidden);
+        for (i, (ranges, acts)) in self.ranges.layers.iter().zip(layers).enumerate().rev() {
+            let LayerRanges { input_norm, o, post_norm, ffn, .. } = ranges;
+            let LayerActs { x, rstd, qkv, a, lse, x_mid, rstd_mid, ffn: saved } = acts;
+            let attention = self.attention_dims(i, tokens, seq);
+            let dims = LinearDims::of(attention, hidden, precision);
+            let (dqkv, da) = (&mut dqkv[..qkv.len()], &mut da[..a.len()]);
+            (scratch.seed, scratch.balance_scale) = (layer_seed(args.seed, i), args.balance_scale);
+            // x_mid + ffn(h)
+            rms_norm::restore(h, x_mid, self.param(post_norm), rstd_mid, hidden);
+            self.ffns[i].backward(
+                dh,
+                part(grads, ffn),
+                dx,
+                saved.as_mut(),
+                h,
+                self.param(ffn),
+                sparsity,
+                scratch,
+            );
+            rms_norm::backward_add(
+                dx,
+                part(grads, post_norm),
+                dh,
+                x_mid,
+                self.param(post_norm),
+                rstd_mid,
+                hidden,
+            );
+            // x_mid = x + a W_o^T
+            linear::backward_weight(part(grads, o), dx, a, dims.o);
+            linear::backward_input(da, dx, self.param(o), dims.o);
+            attention::backward(dqkv, da, a, qkv, lse, attention);
+            rope::backward_columns(dqkv, attention.joined_width(), self.rope_args(attention));
+            rms_norm::restore(h, x, self.param(input_norm), rstd, hidden);
+            linear::backward_weight(part(grads, &ranges.qkv()), dqkv, h, dims.qkv);
+            linear::backward_input(dh, dqkv, self.param(&ranges.qkv()), dims.qkv);
+            rms_norm::backward_add(dx, part(grads, input_norm), dh, x, self.param(input_norm), rstd, hidden);
+        }
+        embedding::backward(part(grads, &self.ranges.embed), dx, inputs, hidden);
+    }
+
+    /// For the rotation of queries and keys, which are the first columns of qkv.
+    fn rope_args(&self, attention: attention::Dims) -> rope::Args<'_> {
+        let heads = attention.heads + attention.kv_heads;
+        rope::Args { table: &self.rope, seq: attention.queries, start: 0, heads }
+    }
+
+    /// The shape of the attention of layer `i`.
+    fn attention_dims(&self, i: usize, tokens: usize, seq: usize) -> attention::Dims {
+        let shape = self.config.layer(i);
+        attention::Dims {
+            batch: tokens / seq,
+            queries: seq,
+            keys: seq,
+            heads: shape.num_heads,
+            kv_heads: shape.num_kv_heads,
+            head_dim: self.config.head_dim,
+        }
+    }
+}
+
+/// Sizes of attention's linear layers.
+struct LinearDims {
+    qkv: linear::Dims,
+    o: linear::Dims,
+}
+
+impl LinearDims {
+    fn of(attention: attention::Dims, hidden: usize, precision: Precision) -> LinearDims {
+        let rows = attention.batch * attention.queries;
+        let dims = |inputs, outputs| linear::Dims { rows, inputs, outputs, precision };
+        let width = attention.heads * attention.head_dim;
+        LinearDims { qkv: dims(hidden, attention.joined_width()), o: dims(width, hidden) }
+    }
+}
+
+/// One tensor, or one FFN, of the gradients.
+fn part<'a>(grads: &'a mut [f32], range: &Range<usize>) -> &'a mut [f32] {
+    &mut grads[range.clone()]
+}

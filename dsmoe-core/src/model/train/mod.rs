@@ -1,0 +1,46 @@
+//! One training step: its arguments and its results, on any device.
+
+mod cpu;
+mod workspace;
+
+use dsmoe_kernels::rng::Rng;
+use dsmoe_router::SparsityOver;
+pub use workspace::TrainWorkspace;
+
+/// Weights of the losses of one micro-batch.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StepArgs {
+    /// What each token's loss is multiplied by: one over the predicted tokens of the whole optimiser step.
+    pub loss_scale: f32,
+    /// Weight of the sparsity loss (a mean over layers, tokens and experts) in this micro-batch: the weight of the
+    /// optimiser step divided by its micro-batches.
+    pub sparsity_weight: f32,
+    /// Which gates the sparsity loss acts on.
+    pub sparsity_over: SparsityOver,
+    /// What balance losses are multiplied by: one over the micro-batches of the optimiser step.
+    pub balance_scale: f32,
+    /// Seed of the noise of this micro-batch.
+    pub seed: u64,
+}
+
+/// What a micro-batch showed.
+#[derive(Clone, Debug, Default)]
+pub struct StepOutput {
+    /// Sum of the token losses, nats.
+    pub loss_sum: f64,
+    /// Tokens predicted.
+    pub predicted: usize,
+    /// Mean of active gates over layers, tokens and experts (eq. 17-19).
+    pub sparsity_loss: f64,
+    /// Mean of all gates over layers, tokens and experts.
+    pub mean_gate: f64,
+    /// What the layers add to the loss so that experts are used evenly, summed; scaled and weighted.
+    pub balance_loss: f64,
+    /// The first place with a NaN or infinity in the forward pass, e.g. `layer 3 ffn`, when the loss has one.
+    pub non_finite: Option<String>,
+}
+
+/// A seed of its own for every layer.
+pub(crate) fn layer_seed(seed: u64, layer: usize) -> u64 {
+    Rng::new(seed, layer as u64).next_u64()
+}

@@ -1,0 +1,148 @@
+//! The memory of training: what one step keeps and works in.
+
+use std::any::Any;
+
+use dsmoe_kernels::buf::Buf;
+use dsmoe_kernels::{Isa, Precision, cross_entropy, expert_ffn};
+use dsmoe_router::RoutingStats;
+
+use crate::config::{Config, LayerShape};
+use crate::ffn::{Ffn, FfnScratch};
+use crate::model::arena::Model;
+
+/// What one layer's backward needs from its forward. Normed inputs are computed again from the residual stream.
+#[derive(Debug)]
+pub(crate) struct LayerActs {
+    /// Input of the layer.
+    pub(crate) x: Buf,
+    pub(crate) rstd: Buf,
+    /// Queries, keys and values, rotated.
+    pub(crate) qkv: Buf,
+    pub(crate) a: Buf,
+    pub(crate) lse: Buf,
+    /// Residual stream between attention and FFN.
+    pub(crate) x_mid: Buf,
+    pub(crate) rstd_mid: Buf,
+    pub(crate) ffn: Box<dyn Any + Send>,
+}
+
+/// Activations and scratch of training in one precision, sized for a number of tokens and reused every step.
+#[derive(Debug)]
+pub struct TrainWorkspace {
+    pub(crate) precision: Precision,
+    tokens: usize,
+    pub(crate) layers: Vec<LayerActs>,
+    pub(crate) x: Buf,
+    pub(crate) rstd: Buf,
+    /// Normed input of the block at work.
+    pub(crate) h: Buf,
+    pub(crate) losses: Buf,
+    /// Output of a block before it joins the residual stream; on the way back the gradient of a block's input.
+    pub(crate) y: Buf,
+    /// Gradient of the residual stream.
+    pub(crate) dx: Buf,
+    pub(crate) dqkv: Buf,
+    pub(crate) da: Buf,
+    pub(crate) head: cross_entropy::Scratch,
+    pub(crate) scratch: FfnScratch,
+    pub(crate) stats: Option<RoutingStats>,
+}
+
+/// Values per token.
+#[derive(Clone, Copy)]
+struct Widths {
+    hidden: usize,
+    qkv: usize,
+    /// Attention's output.
+    attention: usize,
+    heads: usize,
+}
+
+impl Widths {
+    fn of(config: &Config, heads: usize, kv_heads: usize) -> Widths {
+        let (attention, kv) = (heads * config.head_dim, kv_heads * config.head_dim);
+        Widths { hidden: config.hidden, qkv: attention + 2 * kv, attention, heads }
+    }
+
+    /// What a layer keeps apart from its FFN, as [`LayerActs`] lists it.
+    fn layer(self) -> [usize; 7] {
+        [self.hidden, 1, self.qkv, self.attention, self.heads, self.hidden, 1]
+    }
+
+    /// What all layers share, as [`TrainWorkspace`] lists it.
+    fn shared(self) -> [usize; 8] {
+        [self.hidden, 1, self.hidden, 1, self.hidden, self.hidden, self.qkv, self.attention]
+    }
+}
+
+impl TrainWorkspace {
+    /// For micro-batches of `tokens` tokens of `model`; operands of matrix products are rounded to `precision`
+    /// (routers stay f32).
+    pub fn new(model: &Model, tokens: usize, precision: Precision) -> TrainWorkspace {
+        let config = &model.config;
+        let room = |width: usize| Buf::zeros(tokens * width);
+        let layer = |(shape, ffn): (LayerShape, &dyn Ffn)| {
+            let widths = Widths::of(config, shape.num_heads, shape.num_kv_heads);
+            let [x, rstd, qkv, a, lse, x_mid, rstd_mid] = widths.layer().map(room);
+            LayerActs { x, rstd, qkv, a, lse, x_mid, rstd_mid, ffn: ffn.new_saved(tokens) }
+        };
+        let layers = config.layers().zip(model.ffns.iter().map(|ffn| &**ffn)).map(layer).collect();
+        // Room for the widest layer.
+        let widest = Widths::of(config, config.num_heads, config.num_kv_heads);
+        let [x, rstd, h, losses, y, dx, dqkv, da] = widest.shared().map(room);
+        let mut head = cross_entropy::Scratch::with(Isa::current(), precision);
+        head.reserve(cross_entropy::Dims { tokens, hidden: config.hidden, vocab: config.vocab_size });
+        let experts = expert_ffn::Scratch::with(Isa::current(), precision);
+        let mut scratch = FfnScratch { experts, ..FfnScratch::default() };
+        for ffn in &model.ffns {
+            ffn.reserve(&mut scratch, tokens);
+        }
+        let stats = model.new_stats();
+        TrainWorkspace {
+            precision,
+            tokens,
+            layers,
+            x,
+            rstd,
+            h,
+            losses,
+            y,
+            dx,
+            dqkv,
+            da,
+            head,
+            scratch,
+            stats,
+        }
+    }
+
+    /// The routing of the last step; none without routers.
+    pub fn stats(&self) -> Option<&RoutingStats> {
+        self.stats.as_ref()
+    }
+
+    /// Tokens of a micro-batch.
+    pub(crate) fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// Where the forward pass first left the finite numbers.
+    pub(crate) fn first_non_finite(&self) -> String {
+        let bad = |buf: &Buf| buf.iter().any(|x| !x.is_finite());
+        for (i, layer) in self.layers.iter().enumerate() {
+            if bad(&layer.x) {
+                return match i {
+                    0 => "embedding".to_owned(),
+                    _ => format!("layer {} ffn", i - 1),
+                };
+            }
+            if bad(&layer.x_mid) {
+                return format!("layer {i} attention");
+            }
+        }
+        match bad(&self.x) {
+            true => format!("layer {} ffn", self.layers.len() - 1),
+            false => "head".to_owned(),
+        }
+    }
+}
