@@ -9,7 +9,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use dsmoe_baselines::TopkMoeFfn;
 use dsmoe_baselines::llama_moe::{GateNetwork, GateSpec, TopkSpec};
 use dsmoe_core::config::Config;
-use dsmoe_core::ffn::{DeviceFfn, Ffn, FfnReport, FfnScratch, GateTraining, PackedFfn, Record};
+use dsmoe_core::ffn::{
+    DeviceFfn, Ffn, FfnBackward, FfnForward, FfnInference, FfnReport, FfnScratch, GateTraining, PackedFfn,
+};
 use dsmoe_core::init::preset;
 use dsmoe_core::model::cuda::{CudaStep, CudaTrainer};
 use dsmoe_core::model::{Cache, StepArgs, StepOutput, TrainWorkspace, Workspace};
@@ -19,7 +21,7 @@ use dsmoe_kernels::rng::Rng;
 use dsmoe_kernels::testing::{has_gpu, norm, too_far};
 use dsmoe_kernels::{Precision, adamw};
 use dsmoe_router::topk::{Scores, TopKConfig};
-use dsmoe_router::{RoutingStats, SparsityGrad, SparsityOver};
+use dsmoe_router::{RoutingStats, SparsityOver};
 
 const VOCAB: usize = 75;
 const LAYERS: usize = 2;
@@ -208,39 +210,20 @@ impl Ffn for Watched {
         self.inner.reserve(scratch, tokens);
     }
 
-    fn forward_train(
-        &self,
-        y: &mut [f32],
-        saved: &mut (dyn Any + Send),
-        x: &[f32],
-        params: &[f32],
-        record: Option<Record<'_>>,
-        scratch: &mut FfnScratch,
-    ) -> FfnReport {
-        let training = GateTraining { seed: scratch.seed, balance_scale: scratch.balance_scale };
-        self.check(x, params, Some(training));
-        self.inner.forward_train(y, saved, x, params, record, scratch)
+    fn forward_train(&self, args: FfnForward<'_>) -> FfnReport {
+        self.check(args.x, args.params, Some(args.training));
+        self.inner.forward_train(args)
     }
 
-    fn backward(
-        &self,
-        dx: &mut [f32],
-        grads: &mut [f32],
-        dy: &[f32],
-        saved: &mut (dyn Any + Send),
-        x: &[f32],
-        params: &[f32],
-        sparsity: SparsityGrad,
-        scratch: &mut FfnScratch,
-    ) {
-        self.inner.backward(dx, grads, dy, saved, x, params, sparsity, scratch);
+    fn backward(&self, args: FfnBackward<'_>) {
+        self.inner.backward(args);
     }
 }
 
 impl PackedFfn for WatchedPacked {
-    fn forward(&self, y: &mut [f32], x: &[f32], record: Option<Record<'_>>, scratch: &mut FfnScratch) {
-        self.gate.check(x, &self.params, None);
-        self.inner.forward(y, x, record, scratch);
+    fn forward(&self, args: FfnInference<'_>) {
+        self.gate.check(args.x, &self.params, None);
+        self.inner.forward(args);
     }
 
     fn bytes(&self) -> usize {

@@ -2,7 +2,7 @@
 
 use dsmoe_baselines::TopkMoeFfn;
 use dsmoe_baselines::llama_moe::{GateNetwork, GateSpec, TopkSpec};
-use dsmoe_core::ffn::{Ffn, FfnScratch, block_len, split, split_mut};
+use dsmoe_core::ffn::{Ffn, FfnBackward, FfnForward, FfnScratch, GateTraining, block_len, split, split_mut};
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::testing::assert_close;
 use dsmoe_router::topk::TopKConfig;
@@ -34,12 +34,30 @@ fn output_balance_loss_and_gradients_are_those_of_pytorch() {
     let (x, dy) = (read("x"), read("dy"));
     let (mut saved, mut scratch) = (ffn.new_saved(TOKENS), FfnScratch::default());
     let (mut y, mut dx, mut grads) = (vec![0.0; x.len()], vec![0.0; x.len()], Buf::zeros(params.len()));
-    let report = ffn.forward_train(&mut y, saved.as_mut(), &x, &params, None, &mut scratch);
+    let report = ffn.forward_train(FfnForward {
+        y: &mut y,
+        saved: saved.as_mut(),
+        x: &x,
+        params: &params,
+        training: GateTraining::default(),
+        record: None,
+        scratch: &mut scratch,
+    });
     assert_close("y", &y, &wide("y"), 1e-5);
     let balance = golden["balance"].as_f64().unwrap();
     assert!((report.balance_loss - balance).abs() < 1e-6, "{} {balance}", report.balance_loss);
     let none = SparsityGrad { weight: 0.0, over: SparsityOver::Active };
-    ffn.backward(&mut dx, &mut grads, &dy, saved.as_mut(), &x, &params, none, &mut scratch);
+    ffn.backward(FfnBackward {
+        dx: &mut dx,
+        grads: &mut grads,
+        dy: &dy,
+        saved: saved.as_mut(),
+        x: &x,
+        params: &params,
+        sparsity: none,
+        training: GateTraining::default(),
+        scratch: &mut scratch,
+    });
     assert_close("dx", &dx, &wide("dx"), 1e-5);
     for (part, name) in split(&grads, lens).into_iter().zip(names) {
         assert_close(name, part, &wide(&format!("d{name}")), 1e-5);

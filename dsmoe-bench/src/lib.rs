@@ -3,10 +3,20 @@
 
 mod cli;
 mod commands;
-mod document;
+mod evaluation;
+mod format;
+mod gpu;
+mod interrupts;
+mod machine;
 mod memory;
+mod models;
 mod progress;
+mod regression;
 mod report;
+mod reproduce;
+mod texts;
+mod timing;
+mod training;
 mod ui;
 
 use std::process::ExitCode;

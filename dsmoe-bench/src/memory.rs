@@ -2,7 +2,7 @@
 
 use anyhow::{Result, bail};
 
-use crate::report;
+use crate::format;
 
 /// All memory, bytes; `None` where `/proc` does not tell.
 pub(crate) fn total() -> Option<u64> {
@@ -26,8 +26,8 @@ pub(crate) fn check(what: &str, needed: u64, total: Option<u64>, mend: &str) -> 
         Some(total) if needed > total => {
             bail!(
                 "{what} needs {} of memory and this machine has {}; {mend}",
-                report::bytes(needed),
-                report::bytes(total)
+                format::bytes(needed),
+                format::bytes(total)
             )
         }
         _ => Ok(()),

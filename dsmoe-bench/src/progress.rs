@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::report;
+use crate::format;
 use crate::ui::{Ui, stderr_line};
 
 /// Least time between two plain lines.
@@ -24,13 +24,13 @@ pub(crate) enum Unit {
 impl Unit {
     fn show(self, amount: f64) -> String {
         match self {
-            Unit::Bytes => report::bytes(amount as u64),
+            Unit::Bytes => format::bytes(amount as u64),
             Unit::Steps | Unit::Windows | Unit::Documents | Unit::Parts
                 if amount < 10.0 && amount.fract() != 0.0 =>
             {
                 format!("{amount:.1}")
             }
-            Unit::Steps | Unit::Windows | Unit::Documents | Unit::Parts => report::count(amount as u64),
+            Unit::Steps | Unit::Windows | Unit::Documents | Unit::Parts => format::count(amount as u64),
         }
     }
 
@@ -104,7 +104,7 @@ impl Progress {
             }
             if rate > 0.0 && elapsed > 0.5 {
                 let left = total.saturating_sub(done) as f64 / rate;
-                line += &format!("  {}{}/s  eta {}", unit.show(rate), unit.name(), report::duration(left));
+                line += &format!("  {}{}/s  eta {}", unit.show(rate), unit.name(), format::duration(left));
             }
             line
         };

@@ -2,7 +2,10 @@
 
 use std::collections::HashMap;
 
-use dsmoe_core::ffn::{DsmoeFfn, Ffn, FfnScratch, block_len, split, split_mut};
+use dsmoe_core::ffn::{
+    DsmoeFfn, Ffn, FfnBackward, FfnForward, FfnInference, FfnScratch, GateTraining, block_len, split,
+    split_mut,
+};
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::linear::{self, reference as linear_reference};
 use dsmoe_kernels::matmul::reference::transpose;
@@ -151,18 +154,41 @@ fn the_f32_layer_is_pytorchs() {
         };
 
         let mut y = vec![f32::NAN; x.len()];
-        ffn.pack(&params, Precision::F32).forward(&mut y, &x, None, &mut scratch);
+        ffn.pack(&params, Precision::F32).forward(FfnInference {
+            y: &mut y,
+            x: &x,
+            record: None,
+            scratch: &mut scratch,
+        });
         check("y", &y);
         let mut saved = ffn.new_saved(x.len() / case.hidden);
         y.fill(f32::NAN);
-        let report = ffn.forward_train(&mut y, saved.as_mut(), &x, &params, None, &mut scratch);
+        let report = ffn.forward_train(FfnForward {
+            y: &mut y,
+            saved: saved.as_mut(),
+            x: &x,
+            params: &params,
+            training: GateTraining::default(),
+            record: None,
+            scratch: &mut scratch,
+        });
         check("y", &y);
         assert!((report.sparsity_loss - case.sparse).abs() < 1e-6, "{name}: {report:?}");
 
         let mut grads = Buf::zeros(params.len());
         let mut dx = vec![f32::NAN; x.len()];
         let none = SparsityGrad { weight: 0.0, over: SparsityOver::Active };
-        ffn.backward(&mut dx, &mut grads, &r, saved.as_mut(), &x, &params, none, &mut scratch);
+        ffn.backward(FfnBackward {
+            dx: &mut dx,
+            grads: &mut grads,
+            dy: &r,
+            saved: saved.as_mut(),
+            x: &x,
+            params: &params,
+            sparsity: none,
+            training: GateTraining::default(),
+            scratch: &mut scratch,
+        });
         check("d_x", &dx);
         let [dgate, dup, ddown, drouter] = split(&grads, lens);
         check("d_gate_proj", dgate);
@@ -176,8 +202,26 @@ fn the_f32_layer_is_pytorchs() {
         let zero = vec![0.0; x.len()];
         let weight = 1.0 / (case.tokens * n) as f32;
         let sparsity = SparsityGrad { weight, over: SparsityOver::Active };
-        ffn.forward_train(&mut y, saved.as_mut(), &x, &params, None, &mut scratch);
-        ffn.backward(&mut dx, &mut grads, &zero, saved.as_mut(), &x, &params, sparsity, &mut scratch);
+        ffn.forward_train(FfnForward {
+            y: &mut y,
+            saved: saved.as_mut(),
+            x: &x,
+            params: &params,
+            training: GateTraining::default(),
+            record: None,
+            scratch: &mut scratch,
+        });
+        ffn.backward(FfnBackward {
+            dx: &mut dx,
+            grads: &mut grads,
+            dy: &zero,
+            saved: saved.as_mut(),
+            x: &x,
+            params: &params,
+            sparsity,
+            training: GateTraining::default(),
+            scratch: &mut scratch,
+        });
         let [dgate, dup, ddown, drouter] = split(&grads, lens);
         check("sparse_d_router", drouter);
         check("sparse_d_x", &dx);

@@ -112,9 +112,8 @@ fn run(gpu: &Gpu, tokens: usize, share: f32) -> Result<()> {
     show("gate, up and activation", 2.0, dense, sparse + sort);
 
     let down_dense = seconds(gpu, || times(y, c, down, false))?;
-    let down_sparse = seconds(gpu, || {
-        experts::Down { y: &mut *y, parts: &mut *parts, c, weight: down, lists }.run()
-    })?;
+    let down_sparse =
+        seconds(gpu, || experts::Down { y: &mut *y, parts: &mut *parts, c, weight: down, lists }.run())?;
     show("down", 1.0, down_dense, down_sparse);
     show("whole FFN forward", 3.0, dense + down_dense, sparse + sort + down_sparse);
 

@@ -4,13 +4,12 @@ use std::any::Any;
 use std::sync::Arc;
 
 use dsmoe_core::ffn::{
-    DeviceFfn, Ffn, FfnReport, FfnScratch, GateTraining, HostGate, HostRouted, PackedFfn, Record, block_len,
-    projections, routes, split, split_mut,
+    DeviceFfn, Ffn, FfnBackward, FfnForward, FfnInference, FfnReport, FfnScratch, GateBackward, HostGate,
+    HostRouted, PackedFfn, Record, block_len, projections, routes, split, split_mut,
 };
 use dsmoe_core::params::TensorSpec;
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::expert_ffn::{self, Dims, PackedWeights, Saved, WeightGrads, Weights};
-use dsmoe_router::SparsityGrad;
 
 use super::router::{RouterSaved, TopkRouter};
 use super::spec::TopkSpec;
@@ -78,10 +77,6 @@ fn count(record: Option<Record<'_>>, routed: HostRouted<'_>) {
     }
 }
 
-fn training(scratch: &FfnScratch) -> GateTraining {
-    GateTraining { seed: scratch.seed, balance_scale: scratch.balance_scale }
-}
-
 /// A top-k FFN for inference; the gate stays f32.
 #[derive(Debug)]
 struct PackedTopk {
@@ -91,7 +86,8 @@ struct PackedTopk {
 }
 
 impl PackedFfn for PackedTopk {
-    fn forward(&self, y: &mut [f32], x: &[f32], record: Option<Record<'_>>, scratch: &mut FfnScratch) {
+    fn forward(&self, args: FfnInference<'_>) {
+        let FfnInference { y, x, record, scratch } = args;
         let mut saved = RouterSaved::default();
         let routed = self.ffn.router().forward(&mut saved, x, &self.router, None);
         count(record, routed);
@@ -144,19 +140,12 @@ impl Ffn for TopkMoeFfn {
         scratch.experts.reserve(self.dims(tokens));
     }
 
-    fn forward_train(
-        &self,
-        y: &mut [f32],
-        saved: &mut (dyn Any + Send),
-        x: &[f32],
-        params: &[f32],
-        record: Option<Record<'_>>,
-        scratch: &mut FfnScratch,
-    ) -> FfnReport {
+    fn forward_train(&self, args: FfnForward<'_>) -> FfnReport {
+        let FfnForward { y, saved, x, params, training, record, scratch } = args;
         let saved = saved.downcast_mut::<TopkSaved>().expect("saved by a top-k FFN");
         let [gate, up, down] = split(params, self.lens());
         let of_router = &params[self.router_start()..];
-        let routed = self.router().forward(&mut saved.router, x, of_router, Some(training(scratch)));
+        let routed = self.router().forward(&mut saved.router, x, of_router, Some(training));
         count(record, routed);
         expert_ffn::forward_train(
             y,
@@ -170,24 +159,15 @@ impl Ffn for TopkMoeFfn {
         FfnReport { balance_loss: routed.balance_loss, ..FfnReport::default() }
     }
 
-    fn backward(
-        &self,
-        dx: &mut [f32],
-        grads: &mut [f32],
-        dy: &[f32],
-        saved: &mut (dyn Any + Send),
-        x: &[f32],
-        params: &[f32],
-        _sparsity: SparsityGrad,
-        scratch: &mut FfnScratch,
-    ) {
+    fn backward(&self, args: FfnBackward<'_>) {
+        let FfnBackward { dx, grads, dy, saved, x, params, training, scratch, .. } = args;
         let TopkSaved { experts: saved, router } =
             saved.downcast_mut::<TopkSaved>().expect("saved by a top-k FFN");
         let routed = router.routed.as_ref().expect("a forward before the backward");
         let [gate, up, down] = split(params, self.lens());
         let (grads, drouter) = grads.split_at_mut(self.router_start());
         let [dgate, dup, ddown] = split_mut(grads, self.lens());
-        let (tokens, training) = (x.len() / self.hidden, training(scratch));
+        let tokens = x.len() / self.hidden;
         let FfnScratch { experts, dcoefficients, .. } = scratch;
         dcoefficients.resize(tokens * self.spec.all_experts());
         expert_ffn::backward(
@@ -202,18 +182,25 @@ impl Ffn for TopkMoeFfn {
             self.dims(tokens),
             experts,
         );
-        let of_router = &params[self.router_start()..];
-        self.router().backward(dx, drouter, dcoefficients, router, x, of_router, training);
+        self.router().backward(GateBackward {
+            dx,
+            grads: drouter,
+            dcoefficients,
+            saved: router,
+            x,
+            params: &params[self.router_start()..],
+            training,
+        });
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use dsmoe_core::ffn::DenseFfn;
+    use dsmoe_core::ffn::{DenseFfn, GateTraining};
     use dsmoe_kernels::buf::Buf;
     use dsmoe_kernels::testing::{f64s, normals};
-    use dsmoe_router::SparsityOver;
     use dsmoe_router::topk::{Scores, TopKConfig};
+    use dsmoe_router::{SparsityGrad, SparsityOver};
 
     use super::super::gate::{GateNetwork, GateSpec};
     use super::*;
@@ -241,9 +228,18 @@ mod tests {
         gate
     }
 
+    fn training(seed: u64) -> GateTraining {
+        GateTraining { seed, ..GateTraining::default() }
+    }
+
     fn infer(ffn: &TopkMoeFfn, params: &[f32], x: &[f32]) -> Vec<f32> {
         let mut y = vec![0.0; x.len()];
-        ffn.pack(params, Precision::F32).forward(&mut y, x, None, &mut FfnScratch::default());
+        ffn.pack(params, Precision::F32).forward(FfnInference {
+            y: &mut y,
+            x,
+            record: None,
+            scratch: &mut FfnScratch::default(),
+        });
         y
     }
 
@@ -251,7 +247,7 @@ mod tests {
         let dense = DenseFfn::new(HIDDEN, WIDTH);
         let mut y = vec![0.0; x.len()];
         let packed = dense.pack(&params[..block_len(&dense.tensors())], Precision::F32);
-        packed.forward(&mut y, x, None, &mut FfnScratch::default());
+        packed.forward(FfnInference { y: &mut y, x, record: None, scratch: &mut FfnScratch::default() });
         y
     }
 
@@ -293,10 +289,18 @@ mod tests {
 
     /// What training minimises, `<y, dy>` + balance loss, and which experts each token had.
     fn loss(ffn: &TopkMoeFfn, x: &[f32], params: &[f32], dy: &[f32]) -> (f64, Vec<u32>, Vec<usize>) {
-        let mut scratch = FfnScratch { seed: 9, ..FfnScratch::default() };
+        let mut scratch = FfnScratch::default();
         let mut saved = ffn.new_saved(TOKENS);
         let mut y = vec![0.0; x.len()];
-        let report = ffn.forward_train(&mut y, saved.as_mut(), x, params, None, &mut scratch);
+        let report = ffn.forward_train(FfnForward {
+            y: &mut y,
+            saved: saved.as_mut(),
+            x,
+            params,
+            training: training(9),
+            record: None,
+            scratch: &mut scratch,
+        });
         let routed = saved.downcast_ref::<TopkSaved>().and_then(|saved| saved.router.routed.as_ref());
         let routing = &routed.expect("routed").routing;
         let value = f64s(&y).iter().zip(f64s(dy)).map(|(y, dy)| y * dy).sum::<f64>();
@@ -320,13 +324,31 @@ mod tests {
             let ffn = TopkMoeFfn::new(HIDDEN, WIDTH, TopkSpec { router, gate, balance_weight });
             let params = params(&ffn, 3);
             let (x, dy) = (normals(TOKENS * HIDDEN, 4), normals(TOKENS * HIDDEN, 5));
-            let mut scratch = FfnScratch { seed: 9, ..FfnScratch::default() };
+            let mut scratch = FfnScratch::default();
             let mut saved = ffn.new_saved(TOKENS);
             let (mut y, mut dx) = (vec![0.0; x.len()], vec![0.0; x.len()]);
             let mut grads = Buf::zeros(params.len());
             let none = SparsityGrad { weight: 0.0, over: SparsityOver::Active };
-            ffn.forward_train(&mut y, saved.as_mut(), &x, &params, None, &mut scratch);
-            ffn.backward(&mut dx, &mut grads, &dy, saved.as_mut(), &x, &params, none, &mut scratch);
+            ffn.forward_train(FfnForward {
+                y: &mut y,
+                saved: saved.as_mut(),
+                x: &x,
+                params: &params,
+                training: training(9),
+                record: None,
+                scratch: &mut scratch,
+            });
+            ffn.backward(FfnBackward {
+                dx: &mut dx,
+                grads: &mut grads,
+                dy: &dy,
+                saved: saved.as_mut(),
+                x: &x,
+                params: &params,
+                sparsity: none,
+                training: training(9),
+                scratch: &mut scratch,
+            });
 
             let (_, tokens, offsets) = loss(&ffn, &x, &params, &dy);
             let (h, mut checked) = (1e-3f32, 0);
@@ -369,9 +391,17 @@ mod tests {
         let params = params(&ffn, 6);
         let x = normals(TOKENS * HIDDEN, 7);
         let train = |seed| {
-            let mut scratch = FfnScratch { seed, ..FfnScratch::default() };
+            let mut scratch = FfnScratch::default();
             let (mut y, mut saved) = (vec![0.0; x.len()], ffn.new_saved(TOKENS));
-            ffn.forward_train(&mut y, saved.as_mut(), &x, &params, None, &mut scratch);
+            ffn.forward_train(FfnForward {
+                y: &mut y,
+                saved: saved.as_mut(),
+                x: &x,
+                params: &params,
+                training: training(seed),
+                record: None,
+                scratch: &mut scratch,
+            });
             y
         };
         assert_eq!(train(1), train(1));

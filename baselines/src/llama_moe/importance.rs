@@ -12,13 +12,13 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use dsmoe_core::Model;
-use dsmoe_core::ffn::{DenseFfn, Ffn, FfnReport, FfnScratch, PackedFfn, Record, split, split_mut};
+use dsmoe_core::ffn::{DenseFfn, Ffn, FfnBackward, FfnForward, FfnReport, PackedFfn, split, split_mut};
 use dsmoe_core::model::{StepArgs, TrainWorkspace};
 use dsmoe_core::params::TensorSpec;
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::expert_ffn::{self, Saved, WeightGrads, Weights};
 use dsmoe_kernels::{Precision, linear};
-use dsmoe_router::{SparsityGrad, SparsityOver};
+use dsmoe_router::SparsityOver;
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
@@ -126,15 +126,8 @@ impl Ffn for Probe {
         Box::new(Saved::default())
     }
 
-    fn forward_train(
-        &self,
-        y: &mut [f32],
-        saved: &mut (dyn Any + Send),
-        x: &[f32],
-        params: &[f32],
-        _record: Option<Record<'_>>,
-        scratch: &mut FfnScratch,
-    ) -> FfnReport {
+    fn forward_train(&self, args: FfnForward<'_>) -> FfnReport {
+        let FfnForward { y, saved, x, params, scratch, .. } = args;
         let saved = saved.downcast_mut::<Saved>().expect("saved by a probe");
         let [gate, up, down] = split(params, [self.hidden * self.intermediate; 3]);
         let weights = Weights { gate, up, down };
@@ -144,17 +137,8 @@ impl Ffn for Probe {
         FfnReport::default()
     }
 
-    fn backward(
-        &self,
-        dx: &mut [f32],
-        grads: &mut [f32],
-        dy: &[f32],
-        saved: &mut (dyn Any + Send),
-        x: &[f32],
-        params: &[f32],
-        _sparsity: SparsityGrad,
-        scratch: &mut FfnScratch,
-    ) {
+    fn backward(&self, args: FfnBackward<'_>) {
+        let FfnBackward { dx, grads, dy, saved, x, params, scratch, .. } = args;
         let saved = saved.downcast_mut::<Saved>().expect("saved by a probe");
         let (tokens, hidden, intermediate) = (x.len() / self.hidden, self.hidden, self.intermediate);
         let [gate, up, down] = split(params, [hidden * intermediate; 3]);

@@ -3,7 +3,7 @@
 
 use std::any::Any;
 
-use dsmoe_core::ffn::{GateTraining, HostGate, HostRouted, block_len, split, split_mut};
+use dsmoe_core::ffn::{GateBackward, GateTraining, HostGate, HostRouted, block_len, split, split_mut};
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::rng::Rng;
 use dsmoe_router::topk::{self, Noise, TopKRouted};
@@ -84,16 +84,8 @@ impl HostGate for TopkRouter {
         HostRouted { routing: &routed.routing, balance_loss: weight * topk::balance_loss(routed) }
     }
 
-    fn backward(
-        &self,
-        dx: &mut [f32],
-        grads: &mut [f32],
-        dcoefficients: &[f32],
-        saved: &(dyn Any + Send),
-        x: &[f32],
-        params: &[f32],
-        training: GateTraining,
-    ) {
+    fn backward(&self, args: GateBackward<'_>) {
+        let GateBackward { dx, grads, dcoefficients, saved, x, params, training } = args;
         let RouterSaved { acts, routed } = saved.downcast_ref().expect("saved by a top-k router");
         let routed = routed.as_ref().expect("a forward before the backward");
         let (tokens, n, noisy) = (x.len() / self.hidden, self.spec.router.num_experts, self.spec.gate.noise);

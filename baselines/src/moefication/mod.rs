@@ -274,7 +274,7 @@ fn examples(
 
 #[cfg(test)]
 mod tests {
-    use dsmoe_core::ffn::{DenseFfn, Ffn, FfnScratch, PackedFfn, block_len, split_mut};
+    use dsmoe_core::ffn::{DenseFfn, Ffn, FfnInference, FfnScratch, PackedFfn, block_len, split_mut};
     use dsmoe_kernels::Precision;
     use dsmoe_kernels::buf::Buf;
     use dsmoe_kernels::rng::Rng;
@@ -333,7 +333,12 @@ mod tests {
         }
         let answer = |packed: Box<dyn PackedFfn>| {
             let mut y = vec![0.0; x.len()];
-            packed.forward(&mut y, &x, None, &mut FfnScratch::default());
+            packed.forward(FfnInference {
+                y: &mut y,
+                x: &x,
+                record: None,
+                scratch: &mut FfnScratch::default(),
+            });
             y
         };
         let want = answer(dense.pack(&dense_params, Precision::F32));

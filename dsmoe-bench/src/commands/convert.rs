@@ -10,9 +10,9 @@ use dsmoe_core::convert::{ConvertOptions, convert};
 use dsmoe_router::RouterConfig;
 use serde::Serialize;
 
-use crate::cli::Convert;
+use crate::cli::model::Convert;
+use crate::format;
 use crate::progress::{Progress, Unit};
-use crate::report;
 use crate::ui::Ui;
 
 #[derive(Debug, Serialize)]
@@ -74,11 +74,11 @@ pub(crate) fn run(args: &Convert, ui: &mut Ui) -> Result<()> {
             report.expert_width,
             report.partition,
             report.router_init,
-            report::count(report.params_total),
-            report::count(report.params_router),
-            report::bytes(report.bytes),
-            report::duration(report.seconds),
-            report::bytes((report.bytes as f64 / report.seconds.max(1e-9)) as u64)
+            format::count(report.params_total),
+            format::count(report.params_router),
+            format::bytes(report.bytes),
+            format::duration(report.seconds),
+            format::bytes((report.bytes as f64 / report.seconds.max(1e-9)) as u64)
         )
     })
 }

@@ -6,10 +6,11 @@ use anyhow::Result;
 use dsmoe_kernels::Isa;
 use serde::Serialize;
 
-use super::gpu::{Gpus, gpus};
-use crate::cli::Doctor;
+use crate::cli::doctor::Doctor;
+use crate::format;
+use crate::gpu::{Gpus, gpus};
+use crate::machine::cpu_model;
 use crate::memory;
-use crate::report;
 use crate::ui::Ui;
 
 /// What the checks on real models and texts read.
@@ -103,14 +104,14 @@ fn show(machine: &Machine) -> String {
             "memory",
             format!(
                 "{}, {} available",
-                or_unknown(machine.memory_total_bytes.map(report::bytes)),
-                or_unknown(machine.memory_available_bytes.map(report::bytes))
+                or_unknown(machine.memory_total_bytes.map(format::bytes)),
+                or_unknown(machine.memory_available_bytes.map(format::bytes))
             ),
         ),
     ];
     fields.extend(machine.gpu.fields());
     fields.push(("data folder", machine.data.path.display().to_string()));
-    let mut out = report::fields(fields);
+    let mut out = format::fields(fields);
     if !machine.data.found {
         out += "missing  the folder itself; only checks on real models and texts need it\n";
         return out;
@@ -119,12 +120,6 @@ fn show(machine: &Machine) -> String {
         out += &format!("{}  {}\n", if item.ok { "ok     " } else { "missing" }, item.path);
     }
     out
-}
-
-pub(crate) fn cpu_model() -> Option<String> {
-    let info = std::fs::read_to_string("/proc/cpuinfo").ok()?;
-    let line = info.lines().find(|line| line.starts_with("model name"))?;
-    line.split_once(':').map(|(_, name)| name.trim().to_owned())
 }
 
 /// The CPU features that a kernel tier or its matrix product looks at.

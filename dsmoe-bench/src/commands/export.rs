@@ -1,7 +1,6 @@
 //! `dsmoe export`: a DSMoE model as a plain LLaMA, in LLaMA-MoE's layout, or in another precision.
 
 use std::path::PathBuf;
-use std::str::FromStr;
 use std::time::Instant;
 
 use anyhow::Result;
@@ -9,9 +8,9 @@ use dsmoe_baselines::llama_moe;
 use dsmoe_core::export::{ExportAs, export};
 use serde::Serialize;
 
-use crate::cli::Export;
+use crate::cli::model::{Export, Form};
+use crate::format;
 use crate::progress::{Progress, Unit};
-use crate::report;
 use crate::ui::Ui;
 
 #[derive(Debug, Serialize)]
@@ -22,24 +21,6 @@ struct Report {
     dtype: Option<String>,
     bytes: u64,
     seconds: f64,
-}
-
-/// What to export as.
-#[derive(Clone, Copy, Debug)]
-pub(crate) enum Form {
-    Core(ExportAs),
-    LlamaMoe,
-}
-
-impl FromStr for Form {
-    type Err = dsmoe_core::Error;
-
-    fn from_str(name: &str) -> Result<Form, dsmoe_core::Error> {
-        match name {
-            "llama-moe" => Ok(Form::LlamaMoe),
-            name => name.parse().map(Form::Core),
-        }
-    }
 }
 
 pub(crate) fn run(args: &Export, ui: &mut Ui) -> Result<()> {
@@ -73,8 +54,8 @@ pub(crate) fn run(args: &Export, ui: &mut Ui) -> Result<()> {
             "{}: {} model, {} in {}",
             report.out.display(),
             report.form,
-            report::bytes(report.bytes),
-            report::duration(report.seconds)
+            format::bytes(report.bytes),
+            format::duration(report.seconds)
         )
     })
 }

@@ -6,9 +6,9 @@ use dsmoe_core::config::Config;
 use dsmoe_core::generate::{Finish, GenerateOptions, generate};
 use serde::Serialize;
 
-use super::{bos_or_default, default_precision, load_inference, tokenizer};
-use crate::cli::Generate;
-use crate::report;
+use crate::cli::generate::Generate;
+use crate::format;
+use crate::models::{bos_or_default, default_precision, load_inference, tokenizer};
 use crate::ui::Ui;
 
 #[derive(Debug, Serialize)]
@@ -142,7 +142,7 @@ fn show(report: &Report) -> String {
         line += &format!(" at {rate:.1}/s");
     }
     if let Some(ratio) = report.active_ratio {
-        line += &format!(", {} of experts active", report::percent(ratio));
+        line += &format!(", {} of experts active", format::percent(ratio));
     }
     line + &format!(", ended by {}]", report.finish)
 }

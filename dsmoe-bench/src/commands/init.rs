@@ -9,9 +9,9 @@ use dsmoe_core::config::Config;
 use dsmoe_core::init::{InitOptions, init, preset, preset_names};
 use serde::Serialize;
 
-use crate::cli::Init;
+use crate::cli::model::Init;
+use crate::format::{self, Table};
 use crate::progress::{Progress, Unit};
-use crate::report::{self, Table};
 use crate::ui::Ui;
 
 #[derive(Debug, Serialize)]
@@ -85,10 +85,10 @@ pub(crate) fn run(args: &Init, ui: &mut Ui) -> Result<()> {
         format!(
             "{}: {} random parameters, {} of {} in {}",
             report.out.display(),
-            report::count(report.params_total),
-            report::bytes(report.bytes),
+            format::count(report.params_total),
+            format::bytes(report.bytes),
             report.dtype,
-            report::duration(report.seconds)
+            format::duration(report.seconds)
         )
     })
 }
@@ -116,7 +116,7 @@ fn list(ui: &mut Ui) -> Result<()> {
         for preset in &presets.presets {
             table.row([
                 preset.name.to_owned(),
-                report::count(preset.params_total),
+                format::count(preset.params_total),
                 preset.num_layers.to_string(),
                 preset.hidden.to_string(),
                 preset.intermediate.to_string(),

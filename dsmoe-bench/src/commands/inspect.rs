@@ -10,8 +10,8 @@ use dsmoe_core::config::{Config, LayerShape, RopeScaling};
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use crate::cli::Inspect;
-use crate::report::{self, Table};
+use crate::cli::model::Inspect;
+use crate::format::{self, Table};
 use crate::ui::Ui;
 
 /// Context length when none is given.
@@ -276,7 +276,7 @@ fn show(report: &Report) -> String {
                 report.num_layers,
                 report.hidden,
                 span(&report.layers, |layer| layer.intermediate),
-                report::count(report.vocab_size as u64)
+                format::count(report.vocab_size as u64)
             ),
         ),
         (
@@ -288,7 +288,7 @@ fn show(report: &Report) -> String {
                 span(&report.layers, |layer| layer.num_kv_heads),
                 report.rope_theta,
                 report.rope_scaling,
-                report::count(report.max_position as u64)
+                format::count(report.max_position as u64)
             ),
         ),
     ];
@@ -319,8 +319,8 @@ fn show(report: &Report) -> String {
         fields.push(("ffn", format!("{}: {active}{}", ffn.kind, settings.collect::<String>())));
     }
     if let Some(masks) = &report.masks {
-        let (kept, weights) = (report::count(masks.kept), report::count(masks.weights));
-        let density = report::percent(masks.kept as f64 / masks.weights.max(1) as f64);
+        let (kept, weights) = (format::count(masks.kept), format::count(masks.weights));
+        let density = format::percent(masks.kept as f64 / masks.weights.max(1) as f64);
         fields.push((
             "masks",
             format!("{kept} of {weights} weights of {} linears kept ({density})", masks.linears),
@@ -330,7 +330,7 @@ fn show(report: &Report) -> String {
         "files",
         format!(
             "{} in {} ({} tensors, {})",
-            report::bytes(report.bytes),
+            format::bytes(report.bytes),
             if report.shards == 1 { "1 file".to_owned() } else { format!("{} shards", report.shards) },
             report.tensors,
             report.dtype
@@ -340,9 +340,9 @@ fn show(report: &Report) -> String {
         "parameters",
         format!(
             "{} in all; {} outside the FFNs, {} of them in embeddings",
-            report::count(report.params_total),
-            report::count(report.params_non_ffn),
-            report::count(report.params_embedding)
+            format::count(report.params_total),
+            format::count(report.params_non_ffn),
+            format::count(report.params_embedding)
         ),
     ));
     let at = match report.mean_active {
@@ -351,18 +351,18 @@ fn show(report: &Report) -> String {
     };
     fields.push((
         "activated",
-        format!("{} per token{at}", report::count(report.params_activated.round() as u64)),
+        format!("{} per token{at}", format::count(report.params_activated.round() as u64)),
     ));
     fields.push((
         "arithmetic",
         format!(
             "{} FLOPs per token{at}, after {} tokens",
-            report::flops(report.flops_per_token),
+            format::flops(report.flops_per_token),
             report.context
         ),
     ));
 
-    format!("{}\n{}", report::fields(fields), table(report))
+    format!("{}\n{}", format::fields(fields), table(report))
 }
 
 /// What the layers hold; their sizes where these differ, and what masks do not keep.
@@ -378,14 +378,14 @@ fn table(report: &Report) -> String {
     {
         columns.extend(sizes);
     }
-    columns.push(("attention", |layer| report::count(layer.attention)));
-    columns.push(("ffn", |layer| report::count(layer.ffn)));
-    columns.push(("router", |layer| report::count(layer.router)));
-    columns.push(("norms", |layer| report::count(layer.norms)));
+    columns.push(("attention", |layer| format::count(layer.attention)));
+    columns.push(("ffn", |layer| format::count(layer.ffn)));
+    columns.push(("router", |layer| format::count(layer.router)));
+    columns.push(("norms", |layer| format::count(layer.norms)));
     if report.masks.is_some() {
-        columns.push(("pruned", |layer| report::count(layer.pruned)));
+        columns.push(("pruned", |layer| format::count(layer.pruned)));
     }
-    columns.push(("bytes", |layer| report::bytes(layer.bytes)));
+    columns.push(("bytes", |layer| format::bytes(layer.bytes)));
     columns.push(("dtype", |layer| layer.dtype.clone()));
     let mut table = Table::new(columns.iter().map(|(title, _)| *title));
     for layer in &report.layers {

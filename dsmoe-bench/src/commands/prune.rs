@@ -13,11 +13,11 @@ use dsmoe_datasets::{Bos, CorpusOptions, Mixture, SplitOptions};
 use dsmoe_train::TrainConfig;
 use serde::Serialize;
 
-use crate::cli::Prune;
-use crate::commands::sources::{self, load};
-use crate::commands::tokenizer;
+use crate::cli::prune::Prune;
+use crate::format;
+use crate::models::tokenizer;
 use crate::progress::{Progress, Unit};
-use crate::report;
+use crate::texts::{find, load};
 use crate::ui::Ui;
 
 /// Length of a calibration sequence when none is given.
@@ -137,7 +137,7 @@ fn calibration(args: &Prune, config: &Config, seq: usize, ui: &Ui) -> Result<Vec
         text_column: args.text_column.clone().unwrap_or(defaults.text_column),
     };
     let specs = from_words(&args.calib, &options)?;
-    let texts = sources::find(specs)?;
+    let texts = find(specs)?;
     let sources = load(&texts, &tokenizer(&args.model, config)?, args.bos, None, ui)?;
     let split = SplitOptions { seq, ..TrainConfig::default().split_options() };
     let mixture = Mixture::new(&sources, split, None)?;
@@ -170,7 +170,7 @@ impl Report<'_> {
 }
 
 fn show(report: &Report<'_>) -> String {
-    let millions = |params: f64| report::count(params.round() as u64);
+    let millions = |params: f64| format::count(params.round() as u64);
     let mut text = match report.out {
         Some(out) => format!("{}: {}", out.display(), report.method),
         None => format!("{}: {} would be", report.model.display(), report.method),
@@ -180,8 +180,8 @@ fn show(report: &Report<'_>) -> String {
         report.reached_by,
         millions(report.params_total),
         millions(report.params_activated),
-        report::percent(report.reached),
-        report::percent(report.params_activated / report.params_dense as f64),
+        format::percent(report.reached),
+        format::percent(report.params_activated / report.params_dense as f64),
     );
     for (name, value) in &report.settings {
         text += &format!("  {name}: {value}\n");
@@ -190,7 +190,7 @@ fn show(report: &Report<'_>) -> String {
         text += &format!("  {name}: {value:.6}\n");
     }
     if report.out.is_some() {
-        text += &format!("  time: {}\n", report::duration(report.seconds));
+        text += &format!("  time: {}\n", format::duration(report.seconds));
     }
     text
 }

@@ -24,7 +24,6 @@ fn help_and_usage() {
         vec!["generate", "--help"],
         vec!["init", "--help"],
         vec!["doctor", "--help"],
-        vec!["demo", "--help"],
         vec!["data", "--help"],
         vec!["data", "prepare", "--help"],
         vec!["data", "world", "--help"],
@@ -384,22 +383,4 @@ fn settings_come_from_file_flags_and_set() {
     assert_eq!(json_of(&training(at(&fixture.dense), at(&out), &more))["steps"], 32);
     let human = succeeds(&training(at(&fixture.moe), at(&out), &more));
     assert!(human.contains("sparsity loss of weight 1"), "{human}");
-}
-
-#[test]
-fn demo_compares_three_models() {
-    let fixture = fixture();
-    let out = fixture.out("demo");
-    let report = json_of(&["demo", "--out", at(&out), "--steps", "2", "--quiet"]);
-    has(&report, &["seed", "steps", "held_out_tokens", "seconds", "sample"]);
-    let models = report["models"].as_array().unwrap();
-    assert_eq!(models.len(), 3);
-    for row in models {
-        has(
-            row,
-            &["model", "ppl", "params_total", "params_activated", "active_ratio", "decode_tokens_per_s"],
-        );
-    }
-    assert!(models[2]["active_ratio"].as_f64().is_some_and(|share| share > 0.0));
-    assert_eq!(json_of(&["inspect", at(&out.join("dsmoe"))])["experts"]["num_experts"], 8);
 }

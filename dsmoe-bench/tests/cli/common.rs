@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 
+use dsmoe_datasets::world::{Domain, World};
 use serde_json::{Value, json};
 
 /// Paths of the models and texts that the tests of one file share and do not change.
@@ -28,6 +29,17 @@ pub(crate) fn config() -> Value {
     })
 }
 
+/// About `bytes` bytes of documents of the embedded world of that seed.
+pub(crate) fn text_of(seed: u64, bytes: u64) -> String {
+    let documents = |world: &World| -> Vec<String> {
+        Domain::ALL
+            .into_iter()
+            .flat_map(|domain| world.documents(domain, bytes).collect::<Vec<_>>())
+            .collect()
+    };
+    documents(&World::new(seed)).join(SEPARATOR)
+}
+
 /// Made once per test binary.
 pub(crate) fn fixture() -> &'static Fixture {
     static FIXTURE: OnceLock<Fixture> = OnceLock::new();
@@ -43,7 +55,7 @@ pub(crate) fn fixture() -> &'static Fixture {
             moe: dir.join("moe"),
             dir: dir.clone(),
         };
-        let text = dsmoe_datasets::synthetic_text(1, 40_000);
+        let text = text_of(1, 40_000);
         fs::write(&fixture.text, &text).unwrap();
         dsmoe_datasets::train_bpe(text.split(SEPARATOR).map(str::to_owned), 320, &dir).unwrap();
         fs::write(dir.join("config.json"), config().to_string()).unwrap();

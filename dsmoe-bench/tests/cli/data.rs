@@ -8,20 +8,20 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::common::{Fixture, SEPARATOR, at, command, fails, fixture, json_of, run, succeeds};
+use crate::common::{Fixture, SEPARATOR, at, command, fails, fixture, json_of, run, succeeds, text_of};
 
 /// A folder of three sources with a mixture file.
 fn mixture(fixture: &Fixture, name: &str) -> (PathBuf, PathBuf) {
     let dir = fixture.out(name);
     fs::create_dir_all(dir.join("lines")).unwrap();
-    fs::write(dir.join("one.txt"), dsmoe_datasets::synthetic_text(11, 30_000)).unwrap();
+    fs::write(dir.join("one.txt"), text_of(11, 30_000)).unwrap();
     for part in ["a", "b"] {
-        let text = dsmoe_datasets::synthetic_text(u64::from(part.as_bytes()[0]), 12_000);
+        let text = text_of(u64::from(part.as_bytes()[0]), 12_000);
         let documents = text.split(SEPARATOR).map(str::trim).filter(|document| !document.is_empty());
         let lines = documents.map(|d| serde_json::json!({"question": d, "answer": "yes"}).to_string() + "\n");
         fs::write(dir.join(format!("lines/{part}.jsonl")), lines.collect::<String>()).unwrap();
     }
-    fs::write(dir.join("two.md"), dsmoe_datasets::synthetic_text(13, 15_000)).unwrap();
+    fs::write(dir.join("two.md"), text_of(13, 15_000)).unwrap();
     let toml = format!(
         "[[source]]\nname = \"one\"\ndata = \"one.txt\"\nweight = 2\ndoc_separator = \"{0}\"\n\
          [[source]]\nname = \"lines\"\ndata = [\"lines\"]\ntext_column = \"question,answer\"\n\
@@ -192,7 +192,7 @@ fn a_killed_prepare_goes_on() {
     let fixture = fixture();
     let dir = fixture.out("killed-prepare");
     fs::create_dir_all(&dir).unwrap();
-    let story = dsmoe_datasets::synthetic_text(3, 200_000);
+    let story = text_of(3, 200_000);
     fs::write(dir.join("text.txt"), story.repeat(150)).unwrap();
     let (calm, killed) = (dir.join("calm"), dir.join("killed"));
     let prepare = |cache: &Path| {

@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 
 use serde_json::{Value, json};
 
-use crate::common::{at, check_failure, fails, run, succeeds};
+use crate::common::{at, fails, run, succeeds};
 
 fn dir() -> PathBuf {
     static DIR: OnceLock<PathBuf> = OnceLock::new();
@@ -248,35 +248,4 @@ fn the_history_is_one_page() {
     let empty = dir().join("empty");
     fs::create_dir_all(&empty).unwrap();
     fails(&["bench", "history", at(&empty), "--out", at(&out)], &["empty", "no .json"]);
-}
-
-#[test]
-fn criterion_baselines_become_records() {
-    let root = dir().join("criterion");
-    let new = root.join("group").join("op").join("new");
-    fs::create_dir_all(&new).unwrap();
-    let estimate = json!({
-        "confidence_interval": { "confidence_level": 0.95, "lower_bound": 90.0, "upper_bound": 110.0 },
-        "point_estimate": 100.0, "standard_error": 1.0
-    });
-    fs::write(new.join("estimates.json"), json!({ "median": estimate, "mean": estimate }).to_string())
-        .unwrap();
-    fs::write(new.join("benchmark.json"), json!({ "full_id": "group/op", "title": "x" }).to_string())
-        .unwrap();
-    fs::write(
-        new.join("sample.json"),
-        json!({ "iters": [10.0, 20.0], "times": [1000.0, 2000.0] }).to_string(),
-    )
-    .unwrap();
-    let out = dir().join("criterion.json");
-    succeeds(&["bench", "record", "--from-criterion", at(&root), "--out", at(&out)]);
-    let record: Value = serde_json::from_str(&fs::read_to_string(&out).unwrap()).unwrap();
-    let one = &record["benchmarks"][0];
-    assert_eq!(one["name"], "criterion/group/op");
-    assert!((one["value"]["median"].as_f64().unwrap() / 1e-7 - 1.0).abs() < 1e-12);
-    assert_eq!(run(&["bench", "compare", at(&out), at(&out)]).code, 0);
-    fs::remove_file(new.join("sample.json")).unwrap();
-    let spoiled = run(&["bench", "record", "--from-criterion", at(&root)]);
-    check_failure(&spoiled, &["--from-criterion"], &["sample.json"]);
-    fails(&["bench", "record", "--from-criterion", at(&dir().join("records"))], &["cargo bench"]);
 }

@@ -4,9 +4,11 @@ use std::any::Any;
 
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::expert_ffn::{self, Dims, PackedWeights, Saved, WeightGrads, Weights};
-use dsmoe_router::SparsityGrad;
 
-use super::{DeviceFfn, Ffn, FfnReport, FfnScratch, PackedFfn, Record, projections, split, split_mut};
+use super::{
+    DeviceFfn, Ffn, FfnBackward, FfnForward, FfnInference, FfnReport, FfnScratch, PackedFfn, projections,
+    split, split_mut,
+};
 use crate::params::TensorSpec;
 
 /// `y = (silu(x W_gate^T) * (x W_up^T)) W_down`.
@@ -37,7 +39,8 @@ impl DenseFfn {
 struct PackedDense(PackedWeights);
 
 impl PackedFfn for PackedDense {
-    fn forward(&self, y: &mut [f32], x: &[f32], _record: Option<Record<'_>>, scratch: &mut FfnScratch) {
+    fn forward(&self, args: FfnInference<'_>) {
+        let FfnInference { y, x, scratch, .. } = args;
         let tokens = x.len() / self.0.hidden();
         expert_ffn::forward_dense_packed(y, x, &self.0, tokens, &mut scratch.experts);
     }
@@ -70,15 +73,8 @@ impl Ffn for DenseFfn {
         scratch.experts.reserve(self.dims(tokens));
     }
 
-    fn forward_train(
-        &self,
-        y: &mut [f32],
-        saved: &mut (dyn Any + Send),
-        x: &[f32],
-        params: &[f32],
-        _record: Option<Record<'_>>,
-        scratch: &mut FfnScratch,
-    ) -> FfnReport {
+    fn forward_train(&self, args: FfnForward<'_>) -> FfnReport {
+        let FfnForward { y, saved, x, params, scratch, .. } = args;
         let saved = saved.downcast_mut::<Saved>().expect("saved by a dense FFN");
         let [gate, up, down] = split(params, self.lens());
         let tokens = x.len() / self.hidden;
@@ -96,17 +92,8 @@ impl Ffn for DenseFfn {
         FfnReport::default()
     }
 
-    fn backward(
-        &self,
-        dx: &mut [f32],
-        grads: &mut [f32],
-        dy: &[f32],
-        saved: &mut (dyn Any + Send),
-        x: &[f32],
-        params: &[f32],
-        _sparsity: SparsityGrad,
-        scratch: &mut FfnScratch,
-    ) {
+    fn backward(&self, args: FfnBackward<'_>) {
+        let FfnBackward { dx, grads, dy, saved, x, params, scratch, .. } = args;
         let saved = saved.downcast_mut::<Saved>().expect("saved by a dense FFN");
         let [gate, up, down] = split(params, self.lens());
         let [dgate, dup, ddown] = split_mut(grads, self.lens());

@@ -5,11 +5,12 @@ use std::any::Any;
 use dsmoe_kernels::expert_ffn::{self, Dims, PackedWeights, Saved, WeightGrads, Weights};
 use dsmoe_kernels::{Precision, linear};
 use dsmoe_router::sparsity::{self, SparsityOver};
-use dsmoe_router::{Routed, RouterConfig, SparsityGrad, ste};
+use dsmoe_router::{Routed, RouterConfig, ste};
 use ndarray::{ArrayView2, ArrayViewMut2};
 
 use super::{
-    DeviceFfn, Ffn, FfnReport, FfnScratch, PackedFfn, Record, projections, routes, split, split_mut,
+    DeviceFfn, Ffn, FfnBackward, FfnForward, FfnInference, FfnReport, FfnScratch, PackedFfn, Record,
+    projections, routes, split, split_mut,
 };
 use crate::params::TensorSpec;
 
@@ -105,7 +106,8 @@ struct PackedDsmoe {
 }
 
 impl PackedFfn for PackedDsmoe {
-    fn forward(&self, y: &mut [f32], x: &[f32], record: Option<Record<'_>>, scratch: &mut FfnScratch) {
+    fn forward(&self, args: FfnInference<'_>) {
+        let FfnInference { y, x, record, scratch } = args;
         let FfnScratch { experts, logits, routed, .. } = scratch;
         self.ffn.route(routed, logits, x, &self.router, &self.bias, record);
         let routes = routes(&routed.routing);
@@ -188,15 +190,8 @@ impl Ffn for DsmoeFfn {
         }
     }
 
-    fn forward_train(
-        &self,
-        y: &mut [f32],
-        saved: &mut (dyn Any + Send),
-        x: &[f32],
-        params: &[f32],
-        record: Option<Record<'_>>,
-        scratch: &mut FfnScratch,
-    ) -> FfnReport {
+    fn forward_train(&self, args: FfnForward<'_>) -> FfnReport {
+        let FfnForward { y, saved, x, params, record, scratch, .. } = args;
         let saved = saved.downcast_mut::<DsmoeSaved>().expect("saved by a DSMoE FFN");
         let [gate, up, down, router, bias] = split(params, self.lens());
         let FfnScratch { experts, logits, .. } = scratch;
@@ -217,17 +212,8 @@ impl Ffn for DsmoeFfn {
         }
     }
 
-    fn backward(
-        &self,
-        dx: &mut [f32],
-        grads: &mut [f32],
-        dy: &[f32],
-        saved: &mut (dyn Any + Send),
-        x: &[f32],
-        params: &[f32],
-        sparsity: SparsityGrad,
-        scratch: &mut FfnScratch,
-    ) {
+    fn backward(&self, args: FfnBackward<'_>) {
+        let FfnBackward { dx, grads, dy, saved, x, params, sparsity, scratch, .. } = args;
         let DsmoeSaved { experts: saved, routed } =
             saved.downcast_mut::<DsmoeSaved>().expect("saved by a DSMoE FFN");
         let [gate, up, down, router, _] = split(params, self.lens());

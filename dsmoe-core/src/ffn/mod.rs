@@ -22,8 +22,8 @@ pub(crate) use spec::{of_layer, read_spec};
 
 use crate::params::{TensorSpec, padded};
 
-/// Memory an FFN works in; one serves all layers, and nothing in it outlives a call.
-#[derive(Debug)]
+/// The memory an FFN works in. One serves all layers; no value in it outlives a call.
+#[derive(Debug, Default)]
 pub struct FfnScratch {
     /// For the expert kernels.
     pub experts: expert_ffn::Scratch,
@@ -35,25 +35,6 @@ pub struct FfnScratch {
     pub dlogits: Buf,
     /// Routing of an inference pass.
     pub routed: Routed,
-    /// Seed of this layer's noise in this micro-batch, the same in the forward and the backward; for training.
-    pub seed: u64,
-    /// What the balance loss of this micro-batch and its gradient are multiplied by: one over the micro-batches of
-    /// the optimiser step.
-    pub balance_scale: f32,
-}
-
-impl Default for FfnScratch {
-    fn default() -> FfnScratch {
-        FfnScratch {
-            experts: expert_ffn::Scratch::default(),
-            logits: Buf::default(),
-            dcoefficients: Buf::default(),
-            dlogits: Buf::default(),
-            routed: Routed::default(),
-            seed: 0,
-            balance_scale: 1.0,
-        }
-    }
 }
 
 /// Where one layer's routing is counted.
@@ -72,18 +53,99 @@ pub struct FfnReport {
     pub sparsity_loss: f64,
     /// Mean over tokens and experts of all gates; 0 without a router.
     pub mean_gate: f64,
-    /// What this layer adds to the loss so that experts are used evenly, its weight and
-    /// [`FfnScratch::balance_scale`] included; 0 without such a loss.
+    /// The loss term of this layer that balances the use of experts, multiplied by its weight and by
+    /// [`GateTraining::balance_scale`]; 0 without such a loss.
     pub balance_loss: f64,
 }
 
-/// What a training pass tells a [`HostGate`]; the same in the forward and the backward.
+/// Settings of one layer's gate in one micro-batch of training; the same in the forward and the backward.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct GateTraining {
-    /// As [`FfnScratch::seed`].
+    /// Seed of the gate's noise.
     pub seed: u64,
-    /// As [`FfnScratch::balance_scale`].
+    /// Factor of the balance loss and its gradient: one over the micro-batches of the optimiser step.
     pub balance_scale: f32,
+}
+
+impl Default for GateTraining {
+    /// Seed 0, a single micro-batch.
+    fn default() -> GateTraining {
+        GateTraining { seed: 0, balance_scale: 1.0 }
+    }
+}
+
+/// Arguments of [`Ffn::forward_train`].
+#[derive(Debug)]
+pub struct FfnForward<'a> {
+    /// Output `[tokens, hidden]`; set.
+    pub y: &'a mut [f32],
+    /// Values kept for the backward, made by [`Ffn::new_saved`]; set.
+    pub saved: &'a mut (dyn Any + Send),
+    /// Input `[tokens, hidden]`.
+    pub x: &'a [f32],
+    /// The FFN's part of the arena.
+    pub params: &'a [f32],
+    /// Settings of this micro-batch.
+    pub training: GateTraining,
+    /// Statistics that the routing of these tokens is added to.
+    pub record: Option<Record<'a>>,
+    /// Memory to work in.
+    pub scratch: &'a mut FfnScratch,
+}
+
+/// Arguments of [`Ffn::backward`].
+#[derive(Debug)]
+pub struct FfnBackward<'a> {
+    /// Gradient of the input `[tokens, hidden]`; set.
+    pub dx: &'a mut [f32],
+    /// Gradient of the parameters, laid out as `params`; added to.
+    pub grads: &'a mut [f32],
+    /// Gradient of the output `[tokens, hidden]`.
+    pub dy: &'a [f32],
+    /// Values of the forward over the same `x`.
+    pub saved: &'a mut (dyn Any + Send),
+    /// Input `[tokens, hidden]`.
+    pub x: &'a [f32],
+    /// The FFN's part of the arena.
+    pub params: &'a [f32],
+    /// Share of the sparsity loss in the gradient.
+    pub sparsity: SparsityGrad,
+    /// Settings of this micro-batch, those of the forward.
+    pub training: GateTraining,
+    /// Memory to work in.
+    pub scratch: &'a mut FfnScratch,
+}
+
+/// Arguments of [`PackedFfn::forward`].
+#[derive(Debug)]
+pub struct FfnInference<'a> {
+    /// Output `[tokens, hidden]`; set.
+    pub y: &'a mut [f32],
+    /// Input `[tokens, hidden]`.
+    pub x: &'a [f32],
+    /// Statistics that the routing of these tokens is added to.
+    pub record: Option<Record<'a>>,
+    /// Memory to work in.
+    pub scratch: &'a mut FfnScratch,
+}
+
+/// Arguments of [`HostGate::backward`].
+#[derive(Debug)]
+pub struct GateBackward<'a> {
+    /// Gradient of the input `[tokens, hidden]`; added to.
+    pub dx: &'a mut [f32],
+    /// Gradient of the gate's parameters; added to.
+    pub grads: &'a mut [f32],
+    /// Gradient of the coefficients `[tokens, experts]`; entries for experts that did not run are unspecified.
+    pub dcoefficients: &'a [f32],
+    /// Values of the training forward over the same `x`.
+    pub saved: &'a (dyn Any + Send),
+    /// Input `[tokens, hidden]`.
+    pub x: &'a [f32],
+    /// The gate's parameters.
+    pub params: &'a [f32],
+    /// Settings of this micro-batch, those of the forward.
+    pub training: GateTraining,
 }
 
 /// What a [`HostGate`] decided of a batch of tokens.
@@ -112,19 +174,8 @@ pub trait HostGate: std::fmt::Debug + Send + Sync {
         training: Option<GateTraining>,
     ) -> HostRouted<'a>;
 
-    /// Adds to `dx` and to `grads`, given the gradient `[tokens, experts]` by the coefficients, of which those of experts
-    /// that did not run mean nothing. `saved` is that of the training forward over the same `x`.
-    #[expect(clippy::too_many_arguments, reason = "the forward's arguments with their gradients")]
-    fn backward(
-        &self,
-        dx: &mut [f32],
-        grads: &mut [f32],
-        dcoefficients: &[f32],
-        saved: &(dyn Any + Send),
-        x: &[f32],
-        params: &[f32],
-        training: GateTraining,
-    );
+    /// Adds the gradients of the input and of the gate's parameters.
+    fn backward(&self, args: GateBackward<'_>);
 }
 
 /// The forms of FFN that devices other than the processor know.
@@ -243,41 +294,17 @@ pub trait Ffn: std::fmt::Debug + Send + Sync {
     /// Makes room in `scratch` for training on `tokens` tokens, where the FFN uses it.
     fn reserve(&self, _scratch: &mut FfnScratch, _tokens: usize) {}
 
-    /// Sets `y = ffn(x)`, both `[tokens, hidden]`, and `saved`, which must come from this FFN's [`Ffn::new_saved`].
-    /// Adds the routing of these tokens to `record`.
-    fn forward_train(
-        &self,
-        y: &mut [f32],
-        saved: &mut (dyn Any + Send),
-        x: &[f32],
-        params: &[f32],
-        record: Option<Record<'_>>,
-        scratch: &mut FfnScratch,
-    ) -> FfnReport;
+    /// Sets `y = ffn(x)` and `saved`.
+    fn forward_train(&self, args: FfnForward<'_>) -> FfnReport;
 
-    /// Sets `dx`, adds to `grads` (laid out as `params`). `saved` is that of the forward over the same `x`;
-    /// `sparsity` is the part of the sparsity loss in the gradient.
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "the forward's arguments with their gradients, all of them slices"
-    )]
-    fn backward(
-        &self,
-        dx: &mut [f32],
-        grads: &mut [f32],
-        dy: &[f32],
-        saved: &mut (dyn Any + Send),
-        x: &[f32],
-        params: &[f32],
-        sparsity: SparsityGrad,
-        scratch: &mut FfnScratch,
-    );
+    /// Sets `dx` and adds to `grads`.
+    fn backward(&self, args: FfnBackward<'_>);
 }
 
 /// One layer's FFN for inference, with its weights; made by [`Ffn::pack`].
 pub trait PackedFfn: std::fmt::Debug + Send + Sync {
-    /// Sets `y = ffn(x)`, both `[tokens, hidden]`. Adds the routing of these tokens to `record`.
-    fn forward(&self, y: &mut [f32], x: &[f32], record: Option<Record<'_>>, scratch: &mut FfnScratch);
+    /// Sets `y = ffn(x)`.
+    fn forward(&self, args: FfnInference<'_>);
 
     /// Bytes that the weights take.
     fn bytes(&self) -> usize;

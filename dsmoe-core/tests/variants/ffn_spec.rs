@@ -8,14 +8,14 @@ use dsmoe_core::accounting::Accounting;
 use dsmoe_core::checkpoint::{Dtype, tensor_names};
 use dsmoe_core::export::{ExportAs, export};
 use dsmoe_core::ffn::{
-    DenseFfn, Ffn, FfnReport, FfnScratch, FfnSpec, PackedFfn, Record, block_len, register,
+    DenseFfn, Ffn, FfnBackward, FfnForward, FfnReport, FfnSpec, PackedFfn, block_len, register,
 };
 use dsmoe_core::model::{StepArgs, TrainWorkspace, Workspace};
 use dsmoe_core::params::TensorSpec;
 use dsmoe_core::{Config, Error, Inference, Model, Result};
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::buf::Buf;
-use dsmoe_router::{SparsityGrad, SparsityOver};
+use dsmoe_router::SparsityOver;
 use serde_json::{Map, Value, json};
 
 use super::{HIDDEN, INTERMEDIATE, LAYERS, config, fill, read, refused, tokens};
@@ -57,34 +57,18 @@ impl Ffn for Halves {
         self.dense.new_saved(tokens)
     }
 
-    fn forward_train(
-        &self,
-        y: &mut [f32],
-        saved: &mut (dyn Any + Send),
-        x: &[f32],
-        params: &[f32],
-        record: Option<Record<'_>>,
-        scratch: &mut FfnScratch,
-    ) -> FfnReport {
-        self.seen.lock().unwrap().push((scratch.seed, scratch.balance_scale));
-        self.dense.forward_train(y, saved, x, self.dense_part(params), record, scratch);
+    fn forward_train(&self, args: FfnForward<'_>) -> FfnReport {
+        self.seen.lock().unwrap().push((args.training.seed, args.training.balance_scale));
+        let params = self.dense_part(args.params);
+        self.dense.forward_train(FfnForward { params, ..args });
         FfnReport { balance_loss: 0.25, ..FfnReport::default() }
     }
 
-    fn backward(
-        &self,
-        dx: &mut [f32],
-        grads: &mut [f32],
-        dy: &[f32],
-        saved: &mut (dyn Any + Send),
-        x: &[f32],
-        params: &[f32],
-        sparsity: SparsityGrad,
-        scratch: &mut FfnScratch,
-    ) {
-        self.seen.lock().unwrap().push((scratch.seed, scratch.balance_scale));
-        let grads = &mut grads[..block_len(&self.dense.tensors())];
-        self.dense.backward(dx, grads, dy, saved, x, self.dense_part(params), sparsity, scratch);
+    fn backward(&self, args: FfnBackward<'_>) {
+        self.seen.lock().unwrap().push((args.training.seed, args.training.balance_scale));
+        let (grads, params) =
+            (&mut args.grads[..block_len(&self.dense.tensors())], self.dense_part(args.params));
+        self.dense.backward(FfnBackward { grads, params, ..args });
     }
 }
 

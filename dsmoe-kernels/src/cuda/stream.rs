@@ -117,8 +117,7 @@ impl Stream {
     /// Loads the kernel `entry` from machine code.
     pub(super) fn load(&self, image: Vec<u8>, entry: &str) -> Result<(CudaFunction, Arc<CudaStream>)> {
         self.bind()?;
-        let module =
-            self.context.load_module(Ptx::from_binary(image)).map_err(driver("loading a kernel"))?;
+        let module = self.context.load_module(Ptx::from_binary(image)).map_err(driver("loading a kernel"))?;
         let function = module.load_function(entry).map_err(driver("finding a kernel"))?;
         Ok((function, self.stream.clone()))
     }

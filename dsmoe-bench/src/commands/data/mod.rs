@@ -1,6 +1,5 @@
 //! `dsmoe data`: text before training.
 
-pub(crate) mod args;
 mod prepare;
 mod tokenizer;
 mod verify;
@@ -12,7 +11,7 @@ use anyhow::Result;
 use dsmoe_datasets::manifest::{PUBLIC, PublicDataset};
 use serde::Serialize;
 
-use self::args::{Data, DataCommand, List};
+use crate::cli::data::{Data, DataCommand, List};
 use crate::ui::Ui;
 
 pub(crate) fn run(args: &Data, ui: &mut Ui) -> Result<ExitCode> {

@@ -8,11 +8,11 @@ use dsmoe_core::config::Config;
 use dsmoe_datasets::Tokenizer;
 use serde::Serialize;
 
-use super::args::{Prepare, Stats};
-use crate::commands::sources::{Text, label, open, options, prepare_one};
-use crate::commands::tokenizer;
+use crate::cli::data::{Prepare, Stats};
+use crate::format::{self, Table};
+use crate::models::tokenizer;
 use crate::progress::{Progress, Unit};
-use crate::report::{self, Table};
+use crate::texts::{Text, label, open, options, prepare_one};
 use crate::ui::Ui;
 
 #[derive(Debug, Serialize)]
@@ -55,7 +55,7 @@ pub(crate) fn run(args: &Prepare, ui: &mut Ui) -> Result<()> {
             ui.note(format_args!(
                 "went on{} after {} tokens",
                 label(&texts, text),
-                report::count(prepared.resumed)
+                format::count(prepared.resumed)
             ));
         }
         sources.push(PreparedSource {
@@ -79,10 +79,10 @@ pub(crate) fn run(args: &Prepare, ui: &mut Ui) -> Result<()> {
             table.row([
                 source.name.clone(),
                 source.weight.to_string(),
-                report::count(source.files as u64),
-                report::bytes(source.file_bytes),
-                report::count(source.documents as u64),
-                report::count(source.tokens as u64),
+                format::count(source.files as u64),
+                format::bytes(source.file_bytes),
+                format::count(source.documents as u64),
+                format::count(source.tokens as u64),
                 if source.reused { "-".to_owned() } else { format!("{rate:.1}") },
                 if source.reused { "was there".to_owned() } else { String::new() },
             ]);
@@ -91,7 +91,7 @@ pub(crate) fn run(args: &Prepare, ui: &mut Ui) -> Result<()> {
             "{}caches in {}, {}\n",
             table.show(),
             report.cache.display(),
-            report::duration(report.seconds)
+            format::duration(report.seconds)
         )
     })
 }
@@ -203,12 +203,12 @@ fn show_stats(report: &StatsReport) -> String {
     let mut row = |name: &str, share: f64, counts: &Counts| {
         table.row([
             name.to_owned(),
-            report::percent(share),
-            report::count(counts.files as u64),
-            report::bytes(counts.file_bytes),
-            report::count(counts.documents),
-            report::bytes(counts.text_bytes),
-            counts.tokens.map_or("-".to_owned(), report::count),
+            format::percent(share),
+            format::count(counts.files as u64),
+            format::bytes(counts.file_bytes),
+            format::count(counts.documents),
+            format::bytes(counts.text_bytes),
+            counts.tokens.map_or("-".to_owned(), format::count),
             counts.bytes_per_token.map_or("-".to_owned(), |rate| format!("{rate:.2}")),
         ]);
     };

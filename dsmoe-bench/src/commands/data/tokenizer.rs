@@ -7,10 +7,10 @@ use anyhow::{Context, Result, bail};
 use dsmoe_datasets::train_bpe;
 use serde::Serialize;
 
-use super::args::TrainTokenizer;
-use crate::commands::sources::{label, open, options, total_bytes};
+use crate::cli::data::TrainTokenizer;
+use crate::format;
 use crate::progress::{Progress, Unit};
-use crate::report;
+use crate::texts::{label, open, options, total_bytes};
 use crate::ui::Ui;
 
 #[derive(Debug, Serialize)]
@@ -88,10 +88,10 @@ pub(crate) fn run(args: &TrainTokenizer, ui: &mut Ui) -> Result<()> {
         format!(
             "{}: {} tokens learned from {} in {} documents, {}\n",
             report.out.display(),
-            report::count(report.vocab as u64),
-            report::bytes(report.text_bytes),
-            report::count(report.documents),
-            report::duration(report.seconds)
+            format::count(report.vocab as u64),
+            format::bytes(report.text_bytes),
+            format::count(report.documents),
+            format::duration(report.seconds)
         )
     })
 }

@@ -8,9 +8,9 @@ use dsmoe_datasets::manifest::{self, MANIFEST, Verification};
 use dsmoe_datasets::token_cache::TokenFile;
 use serde::Serialize;
 
-use super::args::Verify;
+use crate::cli::data::Verify;
+use crate::format;
 use crate::progress::{Progress, Unit};
-use crate::report;
 use crate::ui::Ui;
 
 /// A file is not what its manifest says.
@@ -60,10 +60,10 @@ fn show(report: &Report) -> String {
     for checked in &report.checked {
         let path = checked.path.display();
         if let Some(tokens) = checked.tokens {
-            out += &format!("{path}: whole, {} tokens\n", report::count(tokens as u64));
+            out += &format!("{path}: whole, {} tokens\n", format::count(tokens as u64));
         }
         if let Some(files) = checked.written {
-            out += &format!("{path}: {MANIFEST} written, {} files\n", report::count(files as u64));
+            out += &format!("{path}: {MANIFEST} written, {} files\n", format::count(files as u64));
         }
         if let Some(found) = &checked.found {
             for (what, names) in [

@@ -7,9 +7,9 @@ use dsmoe_datasets::train_bpe;
 use dsmoe_datasets::world::{Domain, Probe, World, Written};
 use serde::Serialize;
 
-use super::args;
+use crate::cli::data as args;
+use crate::format::{self, Table};
 use crate::progress::{Progress, Unit};
-use crate::report::{self, Table};
 use crate::ui::Ui;
 
 /// Bytes of text that the tokenizer learns from at the most; more change nothing but the time it takes.
@@ -83,17 +83,17 @@ pub(crate) fn run(args: &args::World, ui: &mut Ui) -> Result<()> {
 fn show(report: &Report) -> String {
     let mut domains = Table::new(["domain", "documents", "text"]);
     for row in &report.domains {
-        domains.row([row.domain.to_owned(), report::count(row.documents), report::bytes(row.bytes)]);
+        domains.row([row.domain.to_owned(), format::count(row.documents), format::bytes(row.bytes)]);
     }
     let mut probes = Table::new(["probe", "items", "examples before each"]);
     for row in &report.probes {
-        probes.row([row.probe.to_owned(), report::count(row.items as u64), row.shots.to_string()]);
+        probes.row([row.probe.to_owned(), format::count(row.items as u64), row.shots.to_string()]);
     }
     format!(
         "{}\n{}\n{}: text in text/, probes in probes/, tokenizer.json of {} tokens\n",
         domains.show(),
         probes.show(),
         report.out.display(),
-        report::count(report.vocab_size as u64),
+        format::count(report.vocab_size as u64),
     )
 }

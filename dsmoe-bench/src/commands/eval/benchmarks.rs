@@ -15,10 +15,11 @@ use dsmoe_kernels::Isa;
 use dsmoe_train::tasks::{Journal, Responder, model_sha256};
 
 use super::results::{Measured, Results, TaskResult};
-use crate::cli::{Eval, TaskFile};
-use crate::commands::{INTERRUPTED, STOP, catch_interrupts, load_inference, tokenizer};
+use crate::cli::eval::{Eval, TaskFile};
+use crate::format;
+use crate::interrupts::{INTERRUPTED, STOP, catch_interrupts};
+use crate::models::{load_inference, tokenizer};
 use crate::progress::{Progress, Unit};
-use crate::report;
 use crate::ui::Ui;
 
 /// All benchmarks there are files of.
@@ -181,8 +182,8 @@ fn remarks(loaded: &Loaded, measured: &Measured) -> Vec<String> {
         remarks.push(format!(
             "{}: {} of {} documents could not be scored and count in no metric; document {id}: {reason}",
             loaded.name(),
-            report::count(unscored.len() as u64),
-            report::count(loaded.documents().len() as u64),
+            format::count(unscored.len() as u64),
+            format::count(loaded.documents().len() as u64),
         ));
     }
     remarks

@@ -8,9 +8,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 
-pub(crate) use perplexity::{domain_table, measure};
-
-use crate::cli::Eval;
+use crate::cli::eval::Eval;
 use crate::ui::Ui;
 
 pub(crate) fn run(args: &Eval, ui: &mut Ui) -> Result<ExitCode> {

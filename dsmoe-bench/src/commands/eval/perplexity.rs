@@ -6,15 +6,16 @@ use anyhow::{Result, bail};
 use dsmoe_core::Inference;
 use dsmoe_datasets::tasks::Profile;
 use dsmoe_datasets::{Bos, Corpus, Tokenizer};
-use dsmoe_train::eval::{Domain, DomainReport, EvalOptions, EvalReport, evaluate_domains};
+use dsmoe_train::eval::{Domain, EvalOptions, EvalReport};
 use dsmoe_train::tasks::{Ran, Responder, RollingReport, rolling};
 use serde::Serialize;
 
-use crate::cli::{Eval, Perplexity};
-use crate::commands::sources::{Text, load, open, options};
-use crate::commands::{bos_or_default, load_inference, tokenizer};
+use crate::cli::eval::{Eval, Perplexity};
+use crate::evaluation::{domain_table, measure, measure_domains};
+use crate::format;
+use crate::models::{bos_or_default, load_inference, tokenizer};
 use crate::progress::{Progress, Unit};
-use crate::report::{self, Table};
+use crate::texts::{Text, load, open, options};
 use crate::ui::Ui;
 
 /// Window length when none is given.
@@ -176,31 +177,6 @@ fn by_word(model: &Inference, tokenizer: &Tokenizer, corpus: &Corpus, bos: Bos, 
     })
 }
 
-/// Evaluates with progress.
-pub(crate) fn measure(model: &Inference, ids: &[u32], options: EvalOptions, ui: &Ui) -> Result<EvalReport> {
-    measure_domains(model, &[Domain { name: "", weight: 1.0, ids }], options, ui)
-}
-
-fn measure_domains(
-    model: &Inference,
-    domains: &[Domain<'_>],
-    options: EvalOptions,
-    ui: &Ui,
-) -> Result<EvalReport> {
-    let mut progress = Progress::new(ui, "evaluating", Unit::Windows, 0);
-    let result = evaluate_domains(model, domains, options, &mut |done, total| {
-        progress.set(done as u64, total as u64, "")
-    });
-    progress.finish();
-    let report = result?;
-    if !report.nll.is_finite() {
-        bail!(
-            "the mean likelihood is not finite: the model overflows on this text; take an earlier checkpoint of it"
-        );
-    }
-    Ok(report)
-}
-
 fn show(report: &Report<'_>) -> String {
     let mut blocks = Vec::new();
     if let Some(Stream { seq, stride, result }) = &report.stream {
@@ -219,18 +195,18 @@ fn show(report: &Report<'_>) -> String {
                 "text",
                 format!(
                     "{} words, {} bytes in {} documents; {} tokens",
-                    report::count(result.words as u64),
-                    report::count(result.bytes as u64),
-                    report::count(result.documents as u64),
-                    report::count(*tokens)
+                    format::count(result.words as u64),
+                    format::count(result.bytes as u64),
+                    format::count(result.documents as u64),
+                    format::count(*tokens)
                 ),
             ),
-            ("parameters", format!("{} activated", report::amount(*params_activated))),
+            ("parameters", format!("{} activated", format::amount(*params_activated))),
         ];
         if let Some(ratio) = active_ratio {
-            fields.push(("active share", format!("{} of experts", report::percent(*ratio))));
+            fields.push(("active share", format!("{} of experts", format::percent(*ratio))));
         }
-        blocks.push(report::fields(fields));
+        blocks.push(format::fields(fields));
     }
     blocks.join("\n")
 }
@@ -243,8 +219,8 @@ fn show_windows(result: &EvalReport, name: &'static str, shape: &str) -> String 
             "tokens",
             format!(
                 "{} predicted of {}, {shape}",
-                report::count(result.predicted as u64),
-                report::count(result.tokens as u64),
+                format::count(result.predicted as u64),
+                format::count(result.tokens as u64),
             ),
         ),
     ];
@@ -252,42 +228,26 @@ fn show_windows(result: &EvalReport, name: &'static str, shape: &str) -> String 
         (result.active_ratio, &result.active_ratio_per_layer, result.zero_active_share)
     {
         let layers: Vec<String> = layers.iter().map(|share| format!("{:.1}", 100.0 * share)).collect();
-        fields.push(("active share", format!("{} of experts", report::percent(ratio))));
+        fields.push(("active share", format!("{} of experts", format::percent(ratio))));
         fields.push(("by layer", format!("{} %", layers.join(" "))));
-        fields.push(("no expert active", format!("{} of tokens and layers", report::percent(zero))));
+        fields.push(("no expert active", format!("{} of tokens and layers", format::percent(zero))));
     }
     fields.push((
         "parameters",
         format!(
             "{} activated of {}",
-            report::amount(result.params_activated),
-            report::amount(result.params_total as f64)
+            format::amount(result.params_activated),
+            format::amount(result.params_total as f64)
         ),
     ));
-    fields.push(("FLOPs per token", report::flops(result.flops_per_token)));
+    fields.push(("FLOPs per token", format::flops(result.flops_per_token)));
     fields.push((
         "speed",
-        format!("{:.0} tokens/s, {}", result.tokens_per_s, report::duration(result.seconds)),
+        format!("{:.0} tokens/s, {}", result.tokens_per_s, format::duration(result.seconds)),
     ));
-    let means = report::fields(fields);
+    let means = format::fields(fields);
     if result.domains.is_empty() {
         return means;
     }
     format!("{}\nmeans by share:\n{means}", domain_table(&result.domains))
-}
-
-/// Perplexities by source.
-pub(crate) fn domain_table(domains: &[DomainReport]) -> String {
-    let mut table = Table::new(["source", "share", "tokens", "perplexity", "nll", "active share"]);
-    for domain in domains {
-        table.row([
-            domain.name.clone(),
-            report::percent(domain.share),
-            report::count(domain.tokens as u64),
-            format!("{:.4}", domain.ppl),
-            format!("{:.6}", domain.nll),
-            report::percent_or_dash(domain.active_ratio),
-        ]);
-    }
-    table.show()
 }

@@ -12,8 +12,8 @@ use dsmoe_kernels::Isa;
 use dsmoe_train::tasks::Ran;
 use serde_json::{Map, Value, json};
 
-use crate::cli::Eval;
-use crate::report::{self, Table};
+use crate::cli::eval::Eval;
+use crate::format::{self, Table};
 
 /// Version of our part of the results.
 const SCHEMA_VERSION: u32 = 1;
@@ -190,7 +190,7 @@ impl Results<'_> {
                     score.metric.to_owned(),
                     number(score.value),
                     score.stderr.map_or_else(|| "-".to_owned(), number),
-                    report::count(effective as u64),
+                    format::count(effective as u64),
                 ]);
             }
         }
@@ -200,23 +200,23 @@ impl Results<'_> {
         let mut active = 0.0;
         if let Some(routing) = ran.routing.as_ref().map(|routing| routing.summary()) {
             active = routing.active_experts;
-            fields.push(("active share", format!("{} of experts", report::percent(routing.active_ratio))));
+            fields.push(("active share", format!("{} of experts", format::percent(routing.active_ratio))));
         }
         let accounting = self.model.accounting();
         fields.push((
             "parameters",
             format!(
                 "{} activated of {}",
-                report::amount(accounting.activated(active)),
-                report::amount(accounting.total as f64)
+                format::amount(accounting.activated(active)),
+                format::amount(accounting.total as f64)
             ),
         ));
         fields
-            .push(("tokens", format!("{} run in {}", report::count(ran.tokens), report::duration(seconds))));
+            .push(("tokens", format!("{} run in {}", format::count(ran.tokens), format::duration(seconds))));
         if let Some(file) = self.files.first() {
             fields.push(("results", file.display().to_string()));
         }
-        format!("{}\n{}", table.show(), report::fields(fields))
+        format!("{}\n{}", table.show(), format::fields(fields))
     }
 }
 

@@ -10,7 +10,7 @@ use dsmoe_router::Routing;
 use rayon::prelude::*;
 
 use crate::error::Result;
-use crate::ffn::{DeviceFfn, GateTraining, HostGate};
+use crate::ffn::{DeviceFfn, GateBackward, GateTraining, HostGate};
 
 /// A layer's gate, with the data that its backward pass needs from the forward pass, on the host.
 #[derive(Debug)]
@@ -64,7 +64,15 @@ impl Hosted {
         let Hosted { gate, x, params, saved, .. } = self;
         let dcoefficients = dcoefficients.download()?;
         let (mut dx, mut grads) = (vec![0.0; x.len()], vec![0.0; params.len()]);
-        gate.backward(&mut dx, &mut grads, &dcoefficients, saved.as_ref(), x, params, training);
+        gate.backward(GateBackward {
+            dx: &mut dx,
+            grads: &mut grads,
+            dcoefficients: &dcoefficients,
+            saved: saved.as_ref(),
+            x,
+            params,
+            training,
+        });
         let (rows, cols) = (dh.rows(), dh.cols());
         staging.add(&mut dh.shaped_mut(rows * cols, 1), &dx)?;
         staging.add(dgate, &grads)

@@ -10,7 +10,7 @@ use super::pack::{Embedding, Layer};
 use crate::accounting::Accounting;
 use crate::config::{Config, LayerShape};
 use crate::error::Result;
-use crate::ffn::{FfnScratch, Record};
+use crate::ffn::{FfnInference, FfnScratch, Record};
 use crate::model::tensors::{in_pool, set_threshold};
 
 /// A LLaMA decoder for inference: weight matrices packed in a [`Precision`], norms and routers in f32. With bf16
@@ -184,7 +184,7 @@ impl CpuInference {
             add::add(x, y);
             rms_norm::forward(h, rstd, x, &layer.post_norm, eps, hidden);
             let record = stats.as_deref_mut().map(|stats| Record { stats, layer: i });
-            layer.ffn.forward(y, h, record, scratch);
+            layer.ffn.forward(FfnInference { y, x: h, record, scratch });
             add::add(x, y);
         }
         let Workspace { x, h, rstd, .. } = workspace;

@@ -6,9 +6,9 @@ use dsmoe_kernels::{Precision, attention, cross_entropy, embedding, linear, rms_
 use dsmoe_router::SparsityGrad;
 
 use super::workspace::{LayerActs, TrainWorkspace};
-use super::{StepArgs, StepOutput, layer_seed};
+use super::{StepArgs, StepOutput};
 use crate::error::Result;
-use crate::ffn::Record;
+use crate::ffn::{FfnBackward, FfnForward, Record};
 use crate::model::arena::Model;
 use crate::model::tensors::{LayerRanges, check_input, in_pool};
 
@@ -120,15 +120,15 @@ impl Model {
             attention::forward_joined(a, lse, qkv, attention);
             linear::forward(y, a, self.param(&ranges.o), dims.o);
             rms_norm::forward_sum(h, rstd_mid, x_mid, x, y, self.param(&ranges.post_norm), eps, hidden);
-            (scratch.seed, scratch.balance_scale) = (layer_seed(args.seed, i), args.balance_scale);
-            let report = self.ffns[i].forward_train(
+            let report = self.ffns[i].forward_train(FfnForward {
                 y,
-                saved.as_mut(),
-                h,
-                self.param(&ranges.ffn),
-                stats.as_mut().map(|stats| Record { stats, layer: i }),
+                saved: saved.as_mut(),
+                x: h,
+                params: self.param(&ranges.ffn),
+                training: args.gate_training(i),
+                record: stats.as_mut().map(|stats| Record { stats, layer: i }),
                 scratch,
-            );
+            });
             let (x, rstd, norm) = match (after.first_mut(), self.ranges.layers.get(i + 1)) {
                 (Some(acts), Some(ranges)) => (&mut acts.x, &mut acts.rstd, &ranges.input_norm),
                 _ => (&mut *x_last, &mut *rstd_last, &self.ranges.norm),
@@ -164,19 +164,19 @@ impl Model {
             let attention = self.attention_dims(i, tokens, seq);
             let dims = LinearDims::of(attention, hidden, precision);
             let (dqkv, da) = (&mut dqkv[..qkv.len()], &mut da[..a.len()]);
-            (scratch.seed, scratch.balance_scale) = (layer_seed(args.seed, i), args.balance_scale);
             // x_mid + ffn(h)
             rms_norm::restore(h, x_mid, self.param(post_norm), rstd_mid, hidden);
-            self.ffns[i].backward(
-                dh,
-                part(grads, ffn),
-                dx,
-                saved.as_mut(),
-                h,
-                self.param(ffn),
+            self.ffns[i].backward(FfnBackward {
+                dx: dh,
+                grads: part(grads, ffn),
+                dy: dx,
+                saved: saved.as_mut(),
+                x: h,
+                params: self.param(ffn),
                 sparsity,
+                training: args.gate_training(i),
                 scratch,
-            );
+            });
             rms_norm::backward_add(
                 dx,
                 part(grads, post_norm),

@@ -9,6 +9,8 @@ use dsmoe_kernels::rng::Rng;
 use dsmoe_router::SparsityOver;
 pub use workspace::TrainWorkspace;
 
+use crate::ffn::GateTraining;
+
 /// Weights of the losses of one micro-batch.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct StepArgs {
@@ -42,7 +44,9 @@ pub struct StepOutput {
     pub non_finite: Option<String>,
 }
 
-/// A seed of its own for every layer.
-pub(crate) fn layer_seed(seed: u64, layer: usize) -> u64 {
-    Rng::new(seed, layer as u64).next_u64()
+impl StepArgs {
+    /// Settings of the gate of layer `i`, which has a seed of its own.
+    pub(crate) fn gate_training(&self, i: usize) -> GateTraining {
+        GateTraining { seed: Rng::new(self.seed, i as u64).next_u64(), balance_scale: self.balance_scale }
+    }
 }

@@ -131,8 +131,7 @@ impl Tiles<'_> {
         let grid = [queries.div_ceil(TILE) as u32, heads.heads as u32, batch as u32];
         let [q_stride, k_stride] = strides.map(|stride| Arg::I64(stride as i64));
         let Heads { heads: count, kv_heads, .. } = heads;
-        let [queries, keys, count, group] =
-            sizes("attention", [queries, keys, count, count / kv_heads])?;
+        let [queries, keys, count, group] = sizes("attention", [queries, keys, count, count / kv_heads])?;
         let (lse, scale) = (optional(lse.as_deref()), heads.scale().into());
         let args = [out.arg(), lse, q, k, v, q_stride, k_stride, queries, keys, count, group, scale];
         // SAFETY: a block per tile of queries of a head; the callers checked that rows and strides are inside the buffers.

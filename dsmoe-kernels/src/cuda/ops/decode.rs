@@ -2,9 +2,9 @@
 
 use half::bf16;
 
-use super::attention::{Heads, Tiles};
 #[cfg(test)]
 use super::KernelSpec;
+use super::attention::{Heads, Tiles};
 use super::{Matrix, Result, Source, blocks, optional, sizes};
 
 static SOURCE: Source = Source { name: "decode", text: include_str!("decode.cu") };

@@ -6,10 +6,10 @@
 
 use half::bf16;
 
-use super::ffn::Dims;
-use super::router::Lists;
 #[cfg(test)]
 use super::KernelSpec;
+use super::ffn::Dims;
+use super::router::Lists;
 use super::{Arg, Gpu, Matrix, Result, Source, blocks, int, sizes};
 
 static SOURCE: Source = Source { name: "experts", text: include_str!("experts.cu") };
@@ -49,7 +49,13 @@ struct Lens<'a> {
 }
 
 /// Checks the sizes of an op. `rows` and `pairs` are shapes of one matrix each.
-fn check(op: &str, [tokens, hidden]: [usize; 2], intermediate: usize, lists: &Lists, lens: &Lens<'_>) -> Dims {
+fn check(
+    op: &str,
+    [tokens, hidden]: [usize; 2],
+    intermediate: usize,
+    lists: &Lists,
+    lens: &Lens<'_>,
+) -> Dims {
     let num_experts = lists.num_experts();
     let dims = Dims { tokens, hidden, intermediate, num_experts };
     let Lens { pairs, rows, weights } = lens;
@@ -234,8 +240,7 @@ impl BackwardInput<'_> {
     /// A size does not fit, or [`Dims::fit_lists`] is false.
     pub fn run(self) -> Result<()> {
         let BackwardInput { dx, parts, da, db, gate, up, lists } = self;
-        let lens =
-            Lens { pairs: &[da.len(), db.len()], rows: &[dx.len()], weights: &[gate.len(), up.len()] };
+        let lens = Lens { pairs: &[da.len(), db.len()], rows: &[dx.len()], weights: &[gate.len(), up.len()] };
         let dims = check("backward_input", [dx.rows(), dx.cols()], da.cols(), lists, &lens);
         check_parts(&dims, parts);
         let args = [parts.arg(), da.arg(), db.arg(), gate.arg(), up.arg()];

@@ -2,9 +2,9 @@
 
 use half::bf16;
 
-use super::ffn::Dims;
 #[cfg(test)]
 use super::KernelSpec;
+use super::ffn::Dims;
 use super::{Matrix, Result, Source, blocks, optional, sizes};
 use crate::cuda::Float;
 

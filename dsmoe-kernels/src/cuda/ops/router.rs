@@ -219,8 +219,7 @@ impl Logits<'_> {
             router.len()
         );
         let [n, d] = sizes("router", [n, hidden])?;
-        let args =
-            [z.arg(), x.arg(), rstd.arg(), weight.arg(), router.arg(), optional(bias), n, d];
+        let args = [z.arg(), x.arg(), rstd.arg(), weight.arg(), router.arg(), optional(bias), n, d];
         start(x.gpu(), "logits", [tokens, 1], 256, &args)
     }
 }
@@ -290,9 +289,7 @@ impl Sort<'_> {
         let (tokens, n) = (routed.tokens, routed.num_experts);
         let parts = tokens.div_ceil(CHUNK);
         assert!(
-            lists.num_experts() == n
-                && lists.token_offsets.len() > tokens
-                && lists.chunks.len() >= parts * n,
+            lists.num_experts() == n && lists.token_offsets.len() > tokens && lists.chunks.len() >= parts * n,
             "cuda router::lists: no room for {tokens} tokens and {n} experts"
         );
         let gpu = routed.mask.gpu();

@@ -32,7 +32,8 @@ impl CudaInference {
             false => Some(matrix(&gpu, source, &ranges.embed)?),
         };
         let each = ranges.layers.iter().zip(kinds);
-        let layers = each.map(|(ranges, kind)| Layer::build(&gpu, source, ranges, kind)).collect::<Result<_>>()?;
+        let layers =
+            each.map(|(ranges, kind)| Layer::build(&gpu, source, ranges, kind)).collect::<Result<_>>()?;
         let norm = gpu.upload(source.part(&ranges.norm)?)?;
         let rope = gpu.upload_rows(&rope_rows(&config, config.max_position), config.head_dim)?;
         Ok(CudaInference { config, accounting, gpu, embedding, layers, norm, head, rope })

@@ -14,10 +14,9 @@ use super::CudaTrainer;
 use super::acts::{Activations, Stream, logit_rows};
 use super::ffn::{Backward, Input, Weights};
 use crate::error::Result;
-use crate::ffn::GateTraining;
 use crate::model::gpu::heads;
 use crate::model::tensors::LayerRanges;
-use crate::model::train::{StepArgs, layer_seed};
+use crate::model::train::StepArgs;
 
 impl CudaTrainer {
     pub(super) fn forward(&mut self, seq: usize, args: &StepArgs) -> Result<()> {
@@ -34,7 +33,8 @@ impl CudaTrainer {
             let (x, next) = (&before[i].x, &mut after[0]);
             let heads = heads(config, i);
             linear::Forward { y: &mut acts.qkv, x: h, w: &weight(&layer.qkv()) }.run()?;
-            let (turned, positions) = (heads.heads + heads.kv_heads, Positions::Sequences { len: seq, start: 0 });
+            let (turned, positions) =
+                (heads.heads + heads.kv_heads, Positions::Sequences { len: seq, start: 0 });
             Rotate { x: &mut acts.qkv, angles, heads: turned, positions, back: false }.run()?;
             let (out, lse) = (&mut acts.a, &mut acts.lse);
             attention::Forward { out, lse, qkv: &acts.qkv, heads, seq }.run()?;
@@ -43,7 +43,7 @@ impl CudaTrainer {
             rms_norm::ForwardSum { h, rstd, out, x, y, weight: norm, eps }.run()?;
             let ffn = Weights { kind: &self.ffns[i], master: param(&layer.ffn), rounded: weight(&layer.ffn) };
             let normed = Normed { x: &acts.x_mid, rstd: &acts.rstd_mid, weight: norm };
-            ffn.forward(y, &mut acts.ffn, Input { h, normed, training: training(args, i) }, scratch)?;
+            ffn.forward(y, &mut acts.ffn, Input { h, normed, training: args.gate_training(i) }, scratch)?;
             self.report.add(i, &acts.ffn)?;
             self.balance_loss += acts.ffn.balance_loss();
             let norm = ranges.layers.get(i + 1).map_or(&ranges.norm, |next| &next.input_norm);
@@ -119,7 +119,7 @@ impl CudaTrainer {
             Cast { out: dy, x: dx }.run()?;
             let ffn = Weights { kind: &self.ffns[i], master: param(&layer.ffn), rounded: weight(&layer.ffn) };
             let normed = Normed { x: x_mid, rstd: rstd_mid, weight: norm };
-            let (input, acts_ffn) = (Input { h, normed, training: training(args, i) }, &acts.ffn);
+            let (input, acts_ffn) = (Input { h, normed, training: args.gate_training(i) }, &acts.ffn);
             let of_ffn = &mut grads.part_mut(layer.ffn.clone());
             ffn.backward(Backward { dh, grads: of_ffn, dy, acts: acts_ffn, input, sparsity }, scratch)?;
             rms_norm::Backward {
@@ -139,7 +139,8 @@ impl CudaTrainer {
             linear::BackwardInput { dx: &mut da, dy, w: &weight(o), add: false }.run()?;
             let (dout, out, qkv, lse) = (&da, &acts.a, &acts.qkv, &acts.lse);
             attention::Backward { dqkv: &mut dqkv, dout, out, qkv, lse, heads, seq, deltas }.run()?;
-            let (turned, positions) = (heads.heads + heads.kv_heads, Positions::Sequences { len: seq, start: 0 });
+            let (turned, positions) =
+                (heads.heads + heads.kv_heads, Positions::Sequences { len: seq, start: 0 });
             Rotate { x: &mut dqkv, angles, heads: turned, positions, back: true }.run()?;
             let (norm, of_qkv) = (&param(input_norm), layer.qkv());
             rms_norm::Restore { h, x, weight: norm, rstd }.run()?;
@@ -151,9 +152,4 @@ impl CudaTrainer {
         let dtable = &mut grads.part_mut(ranges.embed.clone());
         Ok(embedding::Backward { dtable, dout: dx, order: occurrences }.run()?)
     }
-}
-
-/// Returns the settings of the gate of layer `i`, as on the CPU.
-fn training(args: &StepArgs, i: usize) -> GateTraining {
-    GateTraining { seed: layer_seed(args.seed, i), balance_scale: args.balance_scale }
 }

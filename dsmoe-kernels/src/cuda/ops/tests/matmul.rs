@@ -28,7 +28,8 @@ fn cuda_gemm_is_the_product() {
             let start: Vec<f64> = before.iter().map(|&x| if add { f64::from(x) } else { 0.0 }).collect();
             let want = reference(&to_f64(&a), &to_f64(&b), [m, n, k], form, &start);
             let what = format!("{m} x {n} x {k} {form:?}, add {add}");
-            let (a_cols, b_cols) = (if form == Form::Tn { m } else { k }, if form == Form::Nt { k } else { n });
+            let (a_cols, b_cols) =
+                (if form == Form::Tn { m } else { k }, if form == Form::Nt { k } else { n });
             let (a, b) = (&gpu.upload_rows(&a, a_cols).unwrap(), &gpu.upload_rows(&b, b_cols).unwrap());
             // Sums of k products of at most 1, in f32.
             let tolerance = |_| 2.0 * (k + 1) as f64 * f64::from(f32::EPSILON);
@@ -36,12 +37,7 @@ fn cuda_gemm_is_the_product() {
                 let mut out = gpu.upload_rows(&before, n).unwrap();
                 let product = Product { out: &mut out, a, b, form, add };
                 if ours { product.plain() } else { product.run() }.unwrap();
-                check_close(
-                    &format!("{what} f32, ours {ours}"),
-                    &out.download().unwrap(),
-                    &want,
-                    tolerance,
-                );
+                check_close(&format!("{what} f32, ours {ours}"), &out.download().unwrap(), &want, tolerance);
             }
             if !add {
                 let mut out = gpu.zero_rows::<half::bf16>(m, n).unwrap();
@@ -57,7 +53,8 @@ fn cuda_gemm_is_the_product() {
 #[test]
 fn cuda_gemm_gives_the_same_bits_twice() {
     let Some(gpu) = gpu_or_skip("cuda_gemm_gives_the_same_bits_twice") else { return };
-    let [a, b] = &[(96, 1), (160, 2)].map(|(cols, seed)| gpu.upload_rows(&values(5000 * cols, seed), cols).unwrap());
+    let [a, b] =
+        &[(96, 1), (160, 2)].map(|(cols, seed)| gpu.upload_rows(&values(5000 * cols, seed), cols).unwrap());
     let run = || {
         let mut out = gpu.zeros::<f32>(96 * 160).unwrap();
         Product { out: &mut out, a, b, form: Form::Tn, add: false }.run().unwrap();

@@ -26,17 +26,9 @@ fn cuda_rms_norm_is_the_reference() {
         let weight = &gpu.upload(&to_f32(&w)).unwrap();
         let mut h = gpu.zeros::<bf16>(rows * hidden).unwrap();
         let (mut out, mut rstd) = (gpu.zeros::<f32>(rows * hidden).unwrap(), gpu.zeros::<f32>(rows).unwrap());
-        rms_norm::ForwardSum {
-            h: &mut h,
-            rstd: &mut rstd,
-            out: &mut out,
-            x: x_on,
-            y: y_on,
-            weight,
-            eps,
-        }
-        .run()
-        .unwrap();
+        rms_norm::ForwardSum { h: &mut h, rstd: &mut rstd, out: &mut out, x: x_on, y: y_on, weight, eps }
+            .run()
+            .unwrap();
         let what = format!("{rows} x {hidden}");
         check_close(&format!("{what} sum"), &out.download().unwrap(), &sum, |_| 1e-7);
         check_close(&format!("{what} rstd"), &rstd.download().unwrap(), &want_rstd, |i| 2e-6 * want_rstd[i]);
@@ -190,7 +182,9 @@ fn cuda_cross_entropy_is_the_reference() {
     let rows = &gpu.upload(&[0u32, 0, 1, 1]).unwrap();
     let targets = &gpu.upload(&[1u32, 2, 0, 3]).unwrap();
     let (mut found, mut greedy) = (gpu.zeros::<f32>(4).unwrap(), gpu.zeros::<u32>(4).unwrap());
-    cross_entropy::Likelihoods { found: &mut found, greedy: &mut greedy, logits, rows, targets }.run().unwrap();
+    cross_entropy::Likelihoods { found: &mut found, greedy: &mut greedy, logits, rows, targets }
+        .run()
+        .unwrap();
     assert_eq!(greedy.download().unwrap(), [1, 0, 1, 0]);
     let first = losses::reference::log_softmax(&[0.0, 3.0, 3.0, -1.0]);
     let second = losses::reference::log_softmax(&[5.0, 1.0, 2.0, 0.0]);

@@ -1,0 +1,311 @@
+//! The command line of `dsmoe bench`.
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand, ValueEnum};
+use dsmoe_core::Device;
+use dsmoe_kernels::Precision;
+
+use crate::regression::file::Kind;
+
+#[derive(Debug, Args)]
+pub(crate) struct Bench {
+    #[command(subcommand)]
+    pub(crate) work: Work,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Work {
+    /// Matrix products: x [tokens, hidden] times w [intermediate, hidden], and their gradients; every op by default
+    Kernels(Kernels),
+    /// One FFN, dense and cut into experts
+    Ffn(Ffn),
+    /// Whole training steps, dense and DSMoE
+    Train(Train),
+    /// Decoding with random weights, dense and DSMoE
+    Decode(Decode),
+    /// Measure suites of small fixed benchmarks and write a record that others can be compared with
+    Record(Record),
+    /// Compare two records, or two builds that run in turns; exit status 3 where the second is worse
+    Compare(Compare),
+    /// Draw the trend of every benchmark over many records into one HTML file
+    History(History),
+    /// Call every benchmark once between two marks: what `record --instructions` runs under valgrind
+    Once(Once),
+}
+
+/// The precisions that are measured by default.
+pub(crate) const BOTH: [Precision; 2] = [Precision::F32, Precision::Bf16];
+
+/// What every kind of work has.
+#[derive(Debug, Args)]
+pub(crate) struct Common {
+    /// What matrix products round their operands to, f32 or bf16 or both [default: both; decode: bf16]
+    #[arg(long, value_name = "DTYPE,...", value_delimiter = ',')]
+    pub(crate) dtype: Vec<Precision>,
+    /// Rounds in which all contestants take their turn; the median counts
+    #[arg(long, value_name = "N", default_value_t = 7, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    pub(crate) repeats: u16,
+}
+
+impl Common {
+    /// The precisions asked for, or else `default`.
+    pub(crate) fn precisions<'a>(&'a self, default: &'a [Precision]) -> &'a [Precision] {
+        if self.dtype.is_empty() { default } else { &self.dtype }
+    }
+
+    /// [`Common::precisions`] of what may run on a GPU, which knows bf16 alone.
+    pub(crate) fn precisions_on<'a>(&'a self, device: Device, default: &'a [Precision]) -> &'a [Precision] {
+        self.precisions(if device.is_gpu() { &[Precision::Bf16] } else { default })
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Kernels {
+    /// Rows of x
+    #[arg(long, value_name = "N")]
+    pub(crate) tokens: Option<usize>,
+    /// Columns of x
+    #[arg(long, value_name = "N")]
+    pub(crate) hidden: Option<usize>,
+    /// Rows of w
+    #[arg(long, value_name = "N")]
+    pub(crate) intermediate: Option<usize>,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+/// Which experts get which tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Routes {
+    /// The active share of all pairs, drawn at random
+    Random,
+    /// All tokens go to the first expert
+    OneExpert,
+    /// No token goes anywhere
+    None,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Ffn {
+    /// Rows of x, one or several numbers
+    #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "1,64,512,4096")]
+    pub(crate) tokens: Vec<usize>,
+    /// Columns of x
+    #[arg(long, value_name = "N", default_value_t = 2048)]
+    pub(crate) hidden: usize,
+    /// Neurons of all experts together
+    #[arg(long, value_name = "N", default_value_t = 8192)]
+    pub(crate) intermediate: usize,
+    /// Experts, one or several numbers; each divides --intermediate
+    #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "8,16,32")]
+    pub(crate) experts: Vec<usize>,
+    /// Share of active pairs of a token and an expert, one or several of 0 to 1
+    #[arg(
+        long,
+        value_name = "SHARE,...",
+        value_delimiter = ',',
+        default_value = "0.125,0.375,0.625,1",
+        allow_negative_numbers = true
+    )]
+    pub(crate) active: Vec<f64>,
+    /// Which experts get which tokens; --active is about random routing alone
+    #[arg(long, value_enum, default_value = "random")]
+    pub(crate) routing: Routes,
+    /// Training: forward and backward, over weights as the optimiser keeps them
+    #[arg(long)]
+    pub(crate) backward: bool,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+/// A LLaMA by its sizes.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct Architecture {
+    /// Width of the model
+    #[arg(long, value_name = "N")]
+    pub(crate) hidden: Option<usize>,
+    /// Width of the FFN
+    #[arg(long, value_name = "N")]
+    pub(crate) intermediate: Option<usize>,
+    /// Decoder layers
+    #[arg(long, value_name = "N")]
+    pub(crate) layers: Option<usize>,
+    /// Query heads
+    #[arg(long, value_name = "N")]
+    pub(crate) heads: Option<usize>,
+    /// Key and value heads [default: as --heads, or as the default shape]
+    #[arg(long, value_name = "N")]
+    pub(crate) kv_heads: Option<usize>,
+    /// Vocabulary
+    #[arg(long, value_name = "N")]
+    pub(crate) vocab: Option<usize>,
+    /// Experts of every layer; divides --intermediate
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    pub(crate) experts: usize,
+    /// Share of active pairs of a token and an expert, 0 to 1
+    #[arg(long, value_name = "SHARE", default_value_t = 0.375, allow_negative_numbers = true)]
+    pub(crate) active: f64,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Train {
+    #[command(flatten)]
+    pub(crate) architecture: Architecture,
+    /// Tokens per sequence
+    #[arg(long, value_name = "TOKENS", default_value_t = 128)]
+    pub(crate) seq: usize,
+    /// Sequences per step
+    #[arg(long, value_name = "N", default_value_t = 16)]
+    pub(crate) batch: usize,
+    /// Where to compute: cpu, or a GPU as cuda:0 (in bf16)
+    #[arg(long, value_name = "cpu|cuda:N", default_value_t)]
+    pub(crate) device: Device,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Decode {
+    #[command(flatten)]
+    pub(crate) architecture: Architecture,
+    /// Tokens of the prompt
+    #[arg(long, value_name = "TOKENS", default_value_t = 16)]
+    pub(crate) prompt: usize,
+    /// New tokens per round
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    pub(crate) tokens: usize,
+    /// Where to compute: cpu, or a GPU as cuda:0 (in bf16)
+    #[arg(long, value_name = "cpu|cuda:N", default_value_t)]
+    pub(crate) device: Device,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+/// A set of benchmarks of a record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Suite {
+    /// Every op
+    Kernels,
+    /// One FFN, dense and with 3 of 8 experts active, forward and backward
+    Ffn,
+    /// Whole training steps of a small model
+    Train,
+    /// Decoding with a small model
+    Decode,
+    /// Conversion of a small model on disk
+    Convert,
+    /// Perplexity and active share after a short training with fixed seeds: equal bits on one machine
+    Quality,
+}
+
+/// How a record is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Format {
+    /// The whole record, which `compare` and `history` read
+    Json,
+    /// Bencher Metric Format
+    Bmf,
+    /// github-action-benchmark, customSmallerIsBetter
+    Gha,
+    /// One line per benchmark
+    Csv,
+    /// A table
+    Md,
+}
+
+/// Which benchmarks.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct Choice {
+    /// Suites to measure
+    #[arg(
+        long,
+        value_name = "SUITE,...",
+        value_delimiter = ',',
+        value_enum,
+        default_value = "kernels,ffn,train,decode"
+    )]
+    pub(crate) suite: Vec<Suite>,
+    /// Only benchmarks whose name has this in it
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) only: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Record {
+    #[command(flatten)]
+    pub(crate) choice: Choice,
+    /// File to write [default: stdout]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: Option<PathBuf>,
+    /// What to write; without it and without --out a table for people
+    #[arg(long, value_enum)]
+    pub(crate) format: Option<Format>,
+    /// Processes that measure, one after the other: where memory lies differs from one to the next; a 99 % interval needs 8
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    pub(crate) processes: u16,
+    /// Rounds of a process in which every benchmark and the calibration take their turn; a 99 % interval of one process needs 8
+    #[arg(long, value_name = "N", default_value_t = 9, value_parser = clap::value_parser!(u16).range(8..=1000))]
+    pub(crate) repeats: u16,
+    /// Also count instructions with valgrind (kernels and ffn; DSMOE_ISA narrows the tier, avx2 by default)
+    #[arg(long)]
+    pub(crate) instructions: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Compare {
+    /// Two records: before and after
+    #[arg(value_name = "RECORD", num_args = 2, required_unless_present = "run", conflicts_with = "run")]
+    pub(crate) records: Vec<PathBuf>,
+    /// Two builds of dsmoe, before and after, to run in turns: A B, B A, ...
+    #[arg(long, value_names = ["BIN_A", "BIN_B"], num_args = 2)]
+    pub(crate) run: Vec<PathBuf>,
+    /// Rounds of --run; a 99 % interval needs 8
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u16).range(8..=1000))]
+    pub(crate) rounds: u16,
+    /// Repeats of each measurement of --run
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u16).range(8..=1000))]
+    pub(crate) repeats: u16,
+    #[command(flatten)]
+    pub(crate) choice: Choice,
+    /// What may fail: instruction counts are the same whatever else a machine does, times are not
+    #[arg(
+        long,
+        value_name = "KIND,...",
+        value_delimiter = ',',
+        value_enum,
+        default_value = "time,instructions,quality"
+    )]
+    pub(crate) fail_on: Vec<Kind>,
+    /// Largest growth that is no failure, such as 3%
+    #[arg(long, value_name = "SHARE", default_value = "3%", value_parser = share)]
+    pub(crate) fail_above: f64,
+    /// Largest change of a perplexity or an active share, either way, that is no failure
+    #[arg(long, value_name = "SHARE", default_value = "0%", value_parser = share)]
+    pub(crate) quality_tolerance: f64,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct History {
+    /// Records, or folders of them
+    #[arg(value_name = "FILE|DIR", required = true)]
+    pub(crate) records: Vec<PathBuf>,
+    /// File to write
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Once {
+    #[command(flatten)]
+    pub(crate) choice: Choice,
+}
+
+/// `3%` or `0.03`.
+fn share(text: &str) -> Result<f64, String> {
+    let (number, scale) = text.strip_suffix('%').map_or((text, 1.0), |number| (number, 100.0));
+    match number.trim().parse::<f64>() {
+        Ok(value) if value >= 0.0 && value.is_finite() => Ok(value / scale),
+        _ => Err("give a share such as 3% or 0.03".to_owned()),
+    }
+}

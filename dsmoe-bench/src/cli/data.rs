@@ -1,0 +1,141 @@
+//! The arguments that name text, and those of `dsmoe data`.
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+use dsmoe_datasets::Bos;
+use dsmoe_datasets::world::ITEMS;
+
+use super::values::{quantity, words};
+
+/// Where text comes from.
+#[derive(Debug, Args)]
+pub(crate) struct DataArgs {
+    /// Text files or folders: .txt .md .tex .jsonl .json, also .gz and .zst, and .parquet; as NAME=PATH:WEIGHT words,
+    /// sources of a mixture
+    #[arg(long, value_name = "PATH", num_args = 1.., required_unless_present = "mixture")]
+    pub(crate) data: Vec<String>,
+    /// TOML file of [[source]] tables with name, data, weight, and optionally text_column and doc_separator
+    #[arg(long, value_name = "FILE", conflicts_with = "data")]
+    pub(crate) mixture: Option<PathBuf>,
+    /// Folder of token caches: tokens are made there once and read from there, for text larger than the memory
+    #[arg(long, value_name = "DIR")]
+    pub(crate) cache: Option<PathBuf>,
+    /// What stands between documents in a text file [default: a text file is one document]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub(crate) doc_separator: Option<String>,
+    /// Field of a JSON object, or column of a Parquet file, that holds the text; several, with commas, are joined by
+    /// line ends [default: text]
+    #[arg(long, value_name = "NAME")]
+    pub(crate) text_column: Option<String>,
+}
+
+const WORLD_EXAMPLE: &str = "\
+A model of the world, from nothing:
+
+  dsmoe data world --out WORLD
+  dsmoe init --preset world --tokenizer WORLD/tokenizer.json --out START
+  dsmoe train START --data WORLD/text --out RUN --steps 1200 --batch 8 --seq 256 --lr 4e-3 --bos always
+  dsmoe eval RUN --tasks world";
+
+#[derive(Debug, Args)]
+pub(crate) struct Data {
+    #[command(subcommand)]
+    pub(crate) command: DataCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum DataCommand {
+    /// Show the public datasets of the paper and the commands that fetch them; nothing is fetched
+    List(List),
+    /// Turn text into token caches; goes on where a killed run stopped
+    Prepare(Prepare),
+    /// Check folders against their manifests of SHA-256, or write these; check token caches
+    Verify(Verify),
+    /// Count documents, bytes and tokens of every source
+    Stats(Stats),
+    /// Train a byte-level BPE tokenizer on text
+    Tokenizer(TrainTokenizer),
+    /// Write the embedded world: text in four domains, a tokenizer, and ten probes of what a model learns from the text
+    World(World),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct List {
+    /// Folder that the commands fetch into
+    #[arg(long, value_name = "DIR", default_value = "data")]
+    pub(crate) folder: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Prepare {
+    #[command(flatten)]
+    pub(crate) data: DataArgs,
+    /// Model directory with the tokenizer.json to use
+    #[arg(long, value_name = "DIR")]
+    pub(crate) model: PathBuf,
+    /// When a document gets a BOS token in front: auto asks the tokenizer
+    #[arg(long, default_value = "auto", value_parser = words::<Bos>(&["auto", "always", "never"]))]
+    pub(crate) bos: Bos,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Verify {
+    /// Folders with a manifest, and token caches (*.tokens)
+    #[arg(required = true)]
+    pub(crate) paths: Vec<PathBuf>,
+    /// Write the manifests from the files that lie in the folders
+    #[arg(long)]
+    pub(crate) write: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Stats {
+    #[command(flatten)]
+    pub(crate) data: DataArgs,
+    /// Model directory with a tokenizer.json, to count tokens too
+    #[arg(long, value_name = "DIR")]
+    pub(crate) model: Option<PathBuf>,
+    /// When a document gets a BOS token in front: auto asks the tokenizer
+    #[arg(long, default_value = "auto", value_parser = words::<Bos>(&["auto", "always", "never"]))]
+    pub(crate) bos: Bos,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct TrainTokenizer {
+    #[command(flatten)]
+    pub(crate) data: DataArgs,
+    /// Tokens of the vocabulary, at least 258
+    #[arg(long, value_name = "N")]
+    pub(crate) vocab: usize,
+    /// Directory to write tokenizer.json and its companions into, or a .json file for that file alone
+    #[arg(long, value_name = "PATH")]
+    pub(crate) out: PathBuf,
+    /// Replace files that exist
+    #[arg(long)]
+    pub(crate) force: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = WORLD_EXAMPLE)]
+pub(crate) struct World {
+    /// Folder to write: text/, probes/, tokenizer.json
+    #[arg(long, value_name = "FOLDER")]
+    pub(crate) out: PathBuf,
+    /// Which world
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// Bytes of text, about
+    #[arg(long, value_name = "N", default_value = "16MB", value_parser = quantity)]
+    pub(crate) bytes: u64,
+    /// Tokens of the tokenizer at the most; the preset `world` has 1536
+    #[arg(long, value_name = "N", default_value_t = 1536, value_parser = clap::value_parser!(u32).range(258..=65536))]
+    pub(crate) vocab: u32,
+    /// Items of each probe at the most
+    #[arg(long, value_name = "N", default_value_t = ITEMS as u32,
+        value_parser = clap::value_parser!(u32).range(6..=100_000))]
+    pub(crate) items: u32,
+    /// Write into a folder that is not empty
+    #[arg(long)]
+    pub(crate) force: bool,
+}

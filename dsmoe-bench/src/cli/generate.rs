@@ -1,0 +1,67 @@
+//! The arguments of `dsmoe generate`.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use dsmoe_core::Device;
+use dsmoe_datasets::Bos;
+use dsmoe_kernels::Precision;
+
+use super::values::words;
+
+#[derive(Debug, Args)]
+pub(crate) struct Generate {
+    /// Model directory, DSMoE or dense, with its tokenizer.json
+    pub(crate) model: PathBuf,
+    /// Text to continue
+    #[arg(
+        long,
+        value_name = "TEXT",
+        allow_hyphen_values = true,
+        conflicts_with = "prompt_file",
+        required_unless_present = "prompt_file"
+    )]
+    pub(crate) prompt: Option<String>,
+    /// File with the text to continue; its line end at the very end is left out
+    #[arg(long, value_name = "FILE")]
+    pub(crate) prompt_file: Option<PathBuf>,
+    /// New tokens at the most
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    pub(crate) max_tokens: usize,
+    /// 0 takes the most likely token every time; higher is more varied
+    #[arg(long, value_name = "X", default_value_t = 0.0)]
+    pub(crate) temperature: f32,
+    /// Sample among this many most likely tokens; 0 for all
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) top_k: usize,
+    /// Sample among the most likely tokens that hold this share of the probability; 1 for all
+    #[arg(long, value_name = "SHARE", default_value_t = 1.0)]
+    pub(crate) top_p: f32,
+    /// Seed of the sampling
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// Stop before this text; may be given several times
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true, value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    pub(crate) stop: Vec<String>,
+    /// Go on after an end-of-text token
+    #[arg(long)]
+    pub(crate) ignore_eos: bool,
+    /// Run the whole text anew for every token, to check the cache
+    #[arg(long)]
+    pub(crate) no_kv_cache: bool,
+    /// Feed the prompt in pieces of this many tokens; 0 for all at once
+    #[arg(long, value_name = "TOKENS", default_value_t = 0)]
+    pub(crate) prefill_chunk: usize,
+    /// Use this threshold of the gates, 0 to 1, in place of the model's
+    #[arg(long, value_name = "SHARE")]
+    pub(crate) threshold: Option<f32>,
+    /// Precision of the weights [default: bf16 for a model stored as bf16 or f16 and on a GPU, f32 for one stored as f32]
+    #[arg(long, value_parser = words::<Precision>(&["f32", "bf16"]))]
+    pub(crate) dtype: Option<Precision>,
+    /// Where to compute: cpu, or a GPU as cuda:0 (products in bf16 there)
+    #[arg(long, value_name = "cpu|cuda:N", default_value_t)]
+    pub(crate) device: Device,
+    /// Whether the prompt gets a BOS token in front: auto asks the tokenizer [default: always, if the model has one]
+    #[arg(long, value_parser = words::<Bos>(&["auto", "always", "never"]))]
+    pub(crate) bos: Option<Bos>,
+}

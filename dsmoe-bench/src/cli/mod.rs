@@ -1,0 +1,92 @@
+//! The command line: clap types alone, one file for each group of commands.
+
+pub(crate) mod bench;
+pub(crate) mod data;
+pub(crate) mod doctor;
+pub(crate) mod eval;
+pub(crate) mod generate;
+pub(crate) mod model;
+pub(crate) mod prune;
+pub(crate) mod reproduce;
+pub(crate) mod train;
+pub(crate) mod values;
+
+use clap::{Parser, Subcommand};
+
+use self::bench::Bench;
+use self::data::Data;
+use self::doctor::Doctor;
+use self::eval::Eval;
+use self::generate::Generate;
+use self::model::{Convert, Export, Init, Inspect};
+use self::prune::Prune;
+use self::reproduce::Reproduce;
+use self::train::Train;
+
+/// Turn a Hugging Face LLaMA into a DSMoE model, train it, see what it costs and how good it is, and generate text.
+#[derive(Debug, Parser)]
+#[command(name = "dsmoe", version, propagate_version = true, after_help = AFTER_HELP)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+    /// Print the result as one JSON object on stdout
+    #[arg(long, global = true, display_order = 100)]
+    pub(crate) json: bool,
+    /// No progress and no notes on stderr
+    #[arg(long, short, global = true, display_order = 101)]
+    pub(crate) quiet: bool,
+    /// Worker threads; results do not depend on it [default: all cores]
+    #[arg(long, global = true, value_name = "N", display_order = 102,
+        value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub(crate) threads: Option<u16>,
+}
+
+const AFTER_HELP: &str = "\
+Results go to stdout, progress and errors to stderr.
+
+Exit status: 0 done; 1 error; 2 wrong usage; 3 a result out of its tolerance; 130 interrupted.
+
+Environment: DSMOE_ISA=scalar|avx2|avx512 narrows the instruction set; DSMOE_SHARED names the data folder that
+`dsmoe doctor` looks into; DSMOE_CUDA_LIB_DIR names a folder of CUDA's libraries, such as nvidia/cu13/lib of PyTorch's
+wheels, and DSMOE_CACHE_DIR one for compiled GPU kernels [default: dsmoe in the user's cache folder].";
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Compare DSMoE with the paper's baselines at one budget: every table and figure of the paper, in one report
+    Reproduce(Box<Reproduce>),
+    /// Show a model's configuration, layout, parameters and FLOPs; reads headers only
+    Inspect(Inspect),
+    /// Turn a dense LLaMA directory into a DSMoE directory
+    Convert(Convert),
+    /// Make a model that activates fewer parameters by one of the methods that DSMoE is compared with
+    Prune(Prune),
+    /// List these methods with their knobs
+    Methods,
+    /// Write a DSMoE model as a plain LLaMA, or a model again in another precision
+    Export(Export),
+    /// Train a DSMoE or dense model on text
+    Train(Box<Train>),
+    /// Measure perplexity and the active share of experts on text, or score benchmarks
+    Eval(Box<Eval>),
+    /// Continue a prompt
+    Generate(Generate),
+    /// Make a model with random weights in Hugging Face layout
+    Init(Init),
+    /// Show CPU features, threads, memory, GPUs, and what CUDA and a data folder lack
+    Doctor(Doctor),
+    /// Prepare, check, count and generate text for training; train a tokenizer
+    Data(Data),
+    /// Time kernels, FFNs, training and decoding against what the machine can do
+    Bench(Bench),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_definition_is_sound() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,134 @@
+//! The arguments of the commands that make, show and convert model directories.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::Args;
+use dsmoe_core::checkpoint::Dtype;
+use dsmoe_core::convert::PartitionSpec;
+use dsmoe_core::export::ExportAs;
+use dsmoe_router::{GateValue, Rescale, RouterInit, ZeroActive};
+
+use super::values::{quantity, words};
+
+/// Router weights of a conversion that does not say otherwise: the paper's.
+const DEFAULT_ROUTER_INIT: &str = "random";
+
+#[derive(Debug, Args)]
+pub(crate) struct Inspect {
+    /// Dense LLaMA or DSMoE directory
+    pub(crate) model: PathBuf,
+    /// Active experts per token and layer, mean, to count activated parameters at [default: all experts]
+    #[arg(long, value_name = "K")]
+    pub(crate) mean_active: Option<f64>,
+    /// Tokens a token attends to, to count FLOPs at [default: 1024, or all positions of a smaller model]
+    #[arg(long, value_name = "TOKENS")]
+    pub(crate) context: Option<usize>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Convert {
+    /// Dense LLaMA directory
+    pub(crate) model: PathBuf,
+    /// Directory to write
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
+    /// Experts to cut each FFN into; must divide intermediate_size
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65536))]
+    pub(crate) experts: u32,
+    /// Which neurons form an expert: contiguous, random, or a JSON file {"layers": [[[neuron, ...], ...], ...]}
+    #[arg(long, value_name = "contiguous|random|FILE", default_value = "contiguous")]
+    pub(crate) partition: PartitionSpec,
+    /// How router weights start: random (the paper), open (all experts active), centroid, or warm(K) (K experts open)
+    #[arg(long, value_name = "random|open|centroid|warm(K)", default_value = DEFAULT_ROUTER_INIT)]
+    pub(crate) router_init: RouterInit,
+    /// An expert is active when its gate is above this, 0 to 1
+    #[arg(long, value_name = "SHARE", default_value_t = 0.5)]
+    pub(crate) threshold: f32,
+    /// What multiplies an active expert: its sigmoid gate (eq. 7), or 1
+    #[arg(long, default_value = "sigmoid", value_parser = words::<GateValue>(&["sigmoid", "binary"]))]
+    pub(crate) gate_value: GateValue,
+    /// Rescale the sum of the experts by experts / active experts (eq. 8), or not
+    #[arg(long, default_value = "none", value_parser = words::<Rescale>(&["none", "eq8"]))]
+    pub(crate) rescale: Rescale,
+    /// A token without an active expert skips the FFN, or takes the expert with the largest gate
+    #[arg(long, default_value = "skip", value_parser = words::<ZeroActive>(&["skip", "force_argmax"]))]
+    pub(crate) zero_active: ZeroActive,
+    /// Train without the straight-through rule (eq. 10): inactive gates get no gradient of the language-model loss
+    #[arg(long)]
+    pub(crate) no_ste: bool,
+    /// Seed of router weights and of a random partition
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// Replace the output directory if it exists
+    #[arg(long)]
+    pub(crate) force: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Export {
+    /// DSMoE directory (or a dense one, as native)
+    pub(crate) model: PathBuf,
+    /// dense: a plain LlamaForCausalLM without routers, neurons in their original order; native: the model as it is;
+    /// llama-moe: what method llama-moe made, as LlamaMoEForCausalLM
+    #[arg(long = "as", value_name = "FORM", value_parser = words::<Form>(&["dense", "native", "llama-moe"]))]
+    pub(crate) form: Form,
+    /// Directory to write
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
+    /// Precision of the weights [default: as they are]
+    #[arg(long, value_parser = words::<Dtype>(&["f32", "bf16", "f16"]))]
+    pub(crate) dtype: Option<Dtype>,
+    /// Replace the output directory if it exists
+    #[arg(long)]
+    pub(crate) force: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Init {
+    /// Architecture by name; see --list
+    #[arg(long, value_name = "NAME", conflicts_with = "config", required_unless_present_any = ["config", "list"])]
+    pub(crate) preset: Option<String>,
+    /// Architecture by a config.json
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// Directory to write
+    #[arg(long, value_name = "DIR", required_unless_present = "list")]
+    pub(crate) out: Option<PathBuf>,
+    /// Precision of the weights
+    #[arg(long, default_value = "f32", value_parser = words::<Dtype>(&["bf16", "f32"]))]
+    pub(crate) dtype: Dtype,
+    /// Seed of the weights
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// A tokenizer.json to copy into the directory
+    #[arg(long, value_name = "FILE")]
+    pub(crate) tokenizer: Option<PathBuf>,
+    /// Largest file of weights, such as 500MB or 5GB
+    #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = quantity)]
+    pub(crate) max_shard_size: u64,
+    /// Replace the output directory if it exists
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// List the presets and stop
+    #[arg(long)]
+    pub(crate) list: bool,
+}
+
+/// What to export as.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Form {
+    Core(ExportAs),
+    LlamaMoe,
+}
+
+impl FromStr for Form {
+    type Err = dsmoe_core::Error;
+
+    fn from_str(name: &str) -> Result<Form, dsmoe_core::Error> {
+        match name {
+            "llama-moe" => Ok(Form::LlamaMoe),
+            name => name.parse().map(Form::Core),
+        }
+    }
+}

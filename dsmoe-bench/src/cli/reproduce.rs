@@ -1,0 +1,132 @@
+//! The command line of `dsmoe reproduce`.
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+use dsmoe_core::Device;
+
+use super::values::words;
+use crate::reproduce::options::Shard;
+use crate::reproduce::outputs::Output;
+use crate::reproduce::profile;
+
+const EXAMPLES: &str = "\
+Everything is kept in --out: results.json, one JSON file for each method and seed under runs/, speeds under timings/, and
+the stages under cache/, named by a hash of their settings and of what went into them. An interrupted run goes on with
+--resume; with changed settings it does again only what they touch.
+
+  dsmoe reproduce                                        # quick, in ./reproduce-quick
+  dsmoe reproduce --print-profile quick > mine.toml; dsmoe reproduce --profile mine.toml --seeds 3 --out MINE
+  dsmoe reproduce --profile paper-1b --model MODEL --mixture mixture.toml --task-data EVAL --dry-run
+  dsmoe reproduce --profile small --shard 1/4 --out S1   # and 2/4, 3/4, 4/4 elsewhere; then
+  dsmoe reproduce merge S1 S2 S3 S4 --out ALL";
+
+/// Reproduce the paper's comparison.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES, args_conflicts_with_subcommands = true)]
+#[command(
+    override_usage = "dsmoe reproduce [OPTIONS]\n       dsmoe reproduce merge <DIR>... --out <DIR>\n       dsmoe reproduce splice <FILE>..."
+)]
+pub(crate) struct Reproduce {
+    #[command(subcommand)]
+    pub(crate) command: Option<Sub>,
+    /// What to do: quick, small, paper-1b, paper-7b, or a TOML file
+    #[arg(long, value_name = "NAME|FILE", default_value = "quick")]
+    pub(crate) profile: String,
+    /// Print an embedded profile as TOML and stop
+    #[arg(long, value_name = "NAME", value_parser = profile::names())]
+    pub(crate) print_profile: Option<String>,
+    /// Only these tables and figures, and what they need
+    #[arg(long, value_name = "OUTPUT,...", value_delimiter = ',', value_parser = words::<Output>(&Output::NAMES))]
+    pub(crate) only: Vec<Output>,
+    /// Only these methods of the profile
+    #[arg(long, value_name = "NAME,...", value_delimiter = ',')]
+    pub(crate) methods: Vec<String>,
+    /// Runs of every method, in place of the profile's
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1000))]
+    pub(crate) seeds: Option<u64>,
+    /// Where everything goes [default: reproduce-PROFILE]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: Option<PathBuf>,
+    /// Stages are kept here; shards on one file system may share it [default: OUT/cache]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) stages: Option<PathBuf>,
+    /// Go on in an --out that has been begun
+    #[arg(long)]
+    pub(crate) resume: bool,
+    /// Print the plan - stages, tokens, memory, FLOPs, hours on this machine - and stop
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// Do the i-th of n parts; 0/n does what all of them need first
+    #[arg(long, value_name = "I/N")]
+    pub(crate) shard: Option<Shard>,
+    /// Stop as if interrupted after so many training steps
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) stop_after: Option<u64>,
+    /// Dense LLaMA directory to start from, in place of one trained from random weights
+    #[arg(long, value_name = "DIR")]
+    pub(crate) model: Option<PathBuf>,
+    /// Text of a profile without [world]: as for `dsmoe train`
+    #[arg(long, value_name = "PATH", num_args = 1.., conflicts_with = "mixture")]
+    pub(crate) data: Vec<String>,
+    /// The same as a file of sources
+    #[arg(long, value_name = "FILE")]
+    pub(crate) mixture: Option<PathBuf>,
+    /// Folder of token caches, for text larger than the memory
+    #[arg(long, value_name = "DIR")]
+    pub(crate) cache: Option<PathBuf>,
+    /// Where to train and measure: cpu, or a GPU as cuda:0, which wants dtype = "bf16" in the profile
+    #[arg(long, value_name = "cpu|cuda:N", default_value_t)]
+    pub(crate) device: Device,
+    /// Folder with a folder of files for each benchmark [default: the probes of the embedded world, if it is the text]
+    #[arg(long, value_name = "FOLDER")]
+    pub(crate) task_data: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Sub {
+    /// Put the parts of a reproduction together
+    Merge(Merge),
+    /// Fill the blocks `<!-- reproduce DIR -->` of Markdown files with the table and figure of the record in DIR
+    Splice(Splice),
+    /// Speed and memory of one model, in a process of its own
+    #[command(hide = true)]
+    Speed(Speed),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Merge {
+    /// Directories of the parts
+    #[arg(required = true, value_name = "DIR")]
+    pub(crate) parts: Vec<PathBuf>,
+    /// Where the whole goes
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
+    /// Replace results that are there
+    #[arg(long)]
+    pub(crate) force: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Splice {
+    /// Markdown files
+    #[arg(required = true, value_name = "FILE")]
+    pub(crate) files: Vec<PathBuf>,
+    /// Change nothing; fail if something would change
+    #[arg(long)]
+    pub(crate) check: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Speed {
+    pub(crate) model: PathBuf,
+    #[arg(long)]
+    pub(crate) threshold: Option<f32>,
+    /// JSON list of token ids
+    #[arg(long)]
+    pub(crate) ids: PathBuf,
+    #[arg(long)]
+    pub(crate) decode: usize,
+    #[arg(long, default_value_t)]
+    pub(crate) device: Device,
+}

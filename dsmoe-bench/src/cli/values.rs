@@ -1,0 +1,62 @@
+//! Parsers of values that several commands take.
+
+use std::str::FromStr;
+
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+
+/// A parser of the enum whose words these are.
+pub(crate) fn words<T>(words: &'static [&'static str]) -> impl TypedValueParser<Value = T>
+where
+    T: FromStr + Clone + Send + Sync + 'static,
+    T::Err: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    PossibleValuesParser::new(words).try_map(|word| word.parse::<T>())
+}
+
+/// A whole number with an optional decimal suffix: `1000`, `1_000`, `1.5M`, `10B`, `500MB`, `5GB`.
+pub(crate) fn quantity(text: &str) -> Result<u64, String> {
+    let wrong = || format!("`{text}` is not an amount; write 1000, 500MB, 1.5M or 10B");
+    let plain = text.replace('_', "");
+    let split = plain.find(|c: char| c.is_ascii_alphabetic()).unwrap_or(plain.len());
+    let (number, suffix) = plain.split_at(split);
+    let scale = match suffix.to_ascii_uppercase().as_str() {
+        "" => 1u64,
+        "K" | "KB" => 1000,
+        "M" | "MB" => 1_000_000,
+        "B" | "G" | "GB" => 1_000_000_000,
+        "T" | "TB" => 1_000_000_000_000,
+        _ => return Err(wrong()),
+    };
+    if let Ok(whole) = number.parse::<u64>() {
+        return whole.checked_mul(scale).ok_or_else(wrong);
+    }
+    let value = number.parse::<f64>().map_err(|_| wrong())? * scale as f64;
+    // Whole numbers up to 2^53 are exact.
+    if value.is_finite() && value >= 0.0 && value.fract() == 0.0 && value < 9e15 {
+        Ok(value as u64)
+    } else {
+        Err(wrong())
+    }
+}
+
+/// A number of which 0 makes no sense.
+pub(crate) fn at_least_one(text: &str) -> Result<usize, String> {
+    match quantity(text)? {
+        0 => Err("use at least 1".into()),
+        count => usize::try_from(count).map_err(|cause| cause.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn amounts_take_suffixes() {
+        let good = ["7", "1_000", "1.5M", "10B", "500MB", "5gb"].map(|text| quantity(text).unwrap());
+        assert_eq!(good, [7, 1000, 1_500_000, 10_000_000_000, 500_000_000, 5_000_000_000]);
+        for bad in ["", "x", "-1", "1.5", "3parsecs", "nan", "1e40", "99999999999TB", "inf"] {
+            assert!(quantity(bad).is_err(), "{bad}");
+        }
+    }
+}

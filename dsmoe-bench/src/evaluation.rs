@@ -1,0 +1,51 @@
+//! Perplexity with progress.
+
+use anyhow::{Result, bail};
+use dsmoe_core::Inference;
+use dsmoe_train::eval::{Domain, DomainReport, EvalOptions, EvalReport, evaluate_domains};
+
+use crate::format::{self, Table};
+use crate::progress::{Progress, Unit};
+use crate::ui::Ui;
+
+/// Evaluates with progress.
+pub(crate) fn measure(model: &Inference, ids: &[u32], options: EvalOptions, ui: &Ui) -> Result<EvalReport> {
+    measure_domains(model, &[Domain { name: "", weight: 1.0, ids }], options, ui)
+}
+
+/// Evaluates several texts with progress.
+pub(crate) fn measure_domains(
+    model: &Inference,
+    domains: &[Domain<'_>],
+    options: EvalOptions,
+    ui: &Ui,
+) -> Result<EvalReport> {
+    let mut progress = Progress::new(ui, "evaluating", Unit::Windows, 0);
+    let result = evaluate_domains(model, domains, options, &mut |done, total| {
+        progress.set(done as u64, total as u64, "")
+    });
+    progress.finish();
+    let report = result?;
+    if !report.nll.is_finite() {
+        bail!(
+            "the mean likelihood is not finite: the model overflows on this text; take an earlier checkpoint of it"
+        );
+    }
+    Ok(report)
+}
+
+/// Perplexities by source.
+pub(crate) fn domain_table(domains: &[DomainReport]) -> String {
+    let mut table = Table::new(["source", "share", "tokens", "perplexity", "nll", "active share"]);
+    for domain in domains {
+        table.row([
+            domain.name.clone(),
+            format::percent(domain.share),
+            format::count(domain.tokens as u64),
+            format!("{:.4}", domain.ppl),
+            format!("{:.6}", domain.nll),
+            format::percent_or_dash(domain.active_ratio),
+        ]);
+    }
+    table.show()
+}

@@ -1,0 +1,82 @@
+//! What `dsmoe doctor` says of GPUs.
+
+use serde::Serialize;
+
+#[derive(Debug, Serialize)]
+pub(crate) struct Gpus {
+    /// Whether this program can use a GPU at all.
+    built: bool,
+    devices: Vec<GpuInfo>,
+    /// Versions, where they are found: CUDA's of the driver, NVRTC's, cuBLASLt's.
+    driver: Option<String>,
+    nvrtc: Option<String>,
+    cublaslt: Option<String>,
+    /// What is missing, and what would do, a line each.
+    problems: Vec<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct GpuInfo {
+    device: String,
+    name: String,
+    capability: String,
+    memory_bytes: u64,
+}
+
+#[cfg(not(feature = "cuda"))]
+pub(crate) fn gpus() -> Gpus {
+    let problem = "this program was built without CUDA; build it with --features cuda to use a GPU";
+    Gpus {
+        built: false,
+        devices: Vec::new(),
+        driver: None,
+        nvrtc: None,
+        cublaslt: None,
+        problems: vec![problem.to_owned()],
+    }
+}
+
+#[cfg(feature = "cuda")]
+pub(crate) fn gpus() -> Gpus {
+    use dsmoe_kernels::cuda;
+
+    let found = cuda::detect();
+    let mut problems: Vec<String> = found.problem().into_iter().collect();
+    problems.extend(cuda::libraries().problems());
+    let devices = match found {
+        cuda::Detection::Devices(devices) => devices,
+        _ => Vec::new(),
+    };
+    let info = |(ordinal, device): (usize, cuda::DeviceInfo)| GpuInfo {
+        device: format!("cuda:{ordinal}"),
+        name: device.name,
+        capability: format!("{}.{}", device.capability.0, device.capability.1),
+        memory_bytes: device.memory as u64,
+    };
+    let dotted = |(major, minor)| format!("{major}.{minor}");
+    Gpus {
+        built: true,
+        devices: devices.into_iter().enumerate().map(info).collect(),
+        driver: cuda::driver_version().map(dotted),
+        nvrtc: cuda::nvrtc_version().map(dotted),
+        cublaslt: cuda::cublaslt_version().map(|version| version.to_string()),
+        problems,
+    }
+}
+
+impl Gpus {
+    /// A line each, by what it is about.
+    pub(crate) fn fields(&self) -> Vec<(&str, String)> {
+        let version = |what, version: &Option<String>| Some((what, version.clone()?));
+        let mut fields = Vec::new();
+        for GpuInfo { device, name, capability, memory_bytes } in &self.devices {
+            let memory = crate::format::bytes(*memory_bytes);
+            fields.push((device.as_str(), format!("{name}, {memory}, compute capability {capability}")));
+        }
+        fields.extend(version("CUDA driver", &self.driver));
+        fields.extend(version("NVRTC", &self.nvrtc));
+        fields.extend(version("cuBLASLt", &self.cublaslt));
+        fields.extend(self.problems.iter().map(|problem| ("GPU", problem.clone())));
+        fields
+    }
+}

@@ -1,0 +1,59 @@
+//! Models and tokenizers of directories, loaded with the checks that every command makes.
+
+use std::path::Path;
+
+use anyhow::Result;
+use dsmoe_core::accounting::Accounting;
+use dsmoe_core::config::Config;
+use dsmoe_core::{Device, Inference, Model};
+use dsmoe_datasets::{Bos, Tokenizer};
+use dsmoe_kernels::Precision;
+
+use crate::memory;
+
+/// Loads the tokenizer of the model in `dir`.
+pub(crate) fn tokenizer(dir: &Path, config: &Config) -> Result<Tokenizer> {
+    Ok(Tokenizer::load(dir, config.bos_token_id, config.vocab_size)?)
+}
+
+/// Returns the BOS rule asked for, or else [`Bos::Always`] for a model that has the token.
+pub(crate) fn bos_or_default(asked: Option<Bos>, config: &Config) -> Bos {
+    asked.unwrap_or(if config.bos_token_id.is_some() { Bos::Always } else { Bos::Never })
+}
+
+/// Returns the precision that `device` computes in by default: that of the stored weights, and bf16 on a GPU, which has no
+/// other.
+pub(crate) fn default_precision(device: Device, stored: Precision) -> Precision {
+    if device.is_gpu() { Precision::Bf16 } else { stored }
+}
+
+/// Loads a model for training.
+pub(crate) fn load_model(dir: &Path) -> Result<Model> {
+    check_memory(dir, Precision::F32)?;
+    Ok(Model::load(dir)?)
+}
+
+/// Loads a model for inference, with another threshold if one is given.
+pub(crate) fn load_inference(
+    dir: &Path,
+    precision: Precision,
+    device: Device,
+    threshold: Option<f32>,
+) -> Result<Inference> {
+    if !device.is_gpu() {
+        check_memory(dir, precision)?;
+    }
+    let mut model = Inference::load_on(dir, precision, device)?;
+    if let Some(threshold) = threshold {
+        model.set_threshold(threshold)?;
+    }
+    Ok(model)
+}
+
+/// Refuses a model whose weights do not fit into memory.
+fn check_memory(dir: &Path, precision: Precision) -> Result<()> {
+    let params = Accounting::of(&Config::load(dir)?).total;
+    let what = format!("{}: the model in {precision}", dir.display());
+    let needed = precision.bytes() as u64 * params;
+    memory::check(&what, needed, memory::total(), "use a machine with more, or a smaller model")
+}

@@ -1,0 +1,418 @@
+//! `dsmoe bench compare`: is the second record, or the second build, worse than the first?
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
+use serde::Serialize;
+
+use super::export::{amount, origin};
+use super::file::{Benchmark, Kind, Record};
+use super::record::in_process;
+use super::statistics::{Estimate, Verdict, judge, judge_pairs};
+use crate::cli::bench::Compare;
+use crate::format::Table;
+use crate::ui::Ui;
+
+/// What is said by the exit status of a comparison that found something worse.
+const OUT_OF_TOLERANCE: u8 = 3;
+/// An exchange between processors that takes so many times as long is told.
+const FURTHER: f64 = 1.5;
+
+#[derive(Debug, Serialize)]
+struct Report {
+    before: String,
+    after: String,
+    fail_above: f64,
+    /// The worst first.
+    rows: Vec<Row>,
+    worse: usize,
+    /// Those of them that may fail: see `--fail-on`.
+    failed: usize,
+    /// Benchmarks of one side alone.
+    missing: Vec<String>,
+    warnings: Vec<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct Row {
+    name: String,
+    kind: Kind,
+    /// What was compared: seconds, the ratio to the calibration kernel, the fastest sample of each round, or the number
+    /// itself.
+    compared: &'static str,
+    /// After over before, less 1, of what was compared.
+    change: f64,
+    /// Of after over before, where both had their turn in every round.
+    interval: Option<Estimate>,
+    verdict: Verdict,
+    before: Estimate,
+    after: Estimate,
+    /// As measured, whatever was compared.
+    value_before: f64,
+    value_after: f64,
+    unit: String,
+}
+
+pub(crate) fn run(args: &Compare, ui: &mut Ui) -> Result<ExitCode> {
+    let mut report = match (&args.records[..], &args.run[..]) {
+        ([before, after], _) => records(&Record::read(before)?, &Record::read(after)?, args)?,
+        (_, [before, after]) => builds(before, after, args, ui)?,
+        _ => bail!("give two records, or --run and two builds"),
+    };
+    report.rows.sort_by(|a, b| {
+        let worst = |row: &Row| row.verdict == Verdict::Worse;
+        worst(b).cmp(&worst(a)).then(b.change.total_cmp(&a.change)).then(a.name.cmp(&b.name))
+    });
+    report.worse = report.rows.iter().filter(|row| row.verdict == Verdict::Worse).count();
+    let failed = |row: &&Row| row.verdict == Verdict::Worse && args.fail_on.contains(&row.kind);
+    report.failed = report.rows.iter().filter(failed).count();
+    for warning in &report.warnings {
+        ui.note(format_args!("warning: {warning}"));
+    }
+    ui.result(&report, show)?;
+    Ok(if report.failed > 0 { ExitCode::from(OUT_OF_TOLERANCE) } else { ExitCode::SUCCESS })
+}
+
+/// Refuses records that measure other things, and warns of what makes them less comparable.
+fn check(before: &Record, after: &Record) -> Result<Vec<String>> {
+    if (&before.suites, &before.only) != (&after.suites, &after.only) {
+        let name = |record: &Record| {
+            let only = record.only.as_deref().map(|only| format!(" with {only:?}")).unwrap_or_default();
+            format!("{}{only}", record.suites.join(","))
+        };
+        bail!(
+            "the records are of other benchmarks, {} and {}; measure both with the same --suite and --only",
+            name(before),
+            name(after)
+        );
+    }
+    let mut warnings = Vec::new();
+    if !before.machine.same_hardware(&after.machine) {
+        warnings.push("two machines: only ratios and instruction counts are compared".to_owned());
+    }
+    if before.machine.isa != after.machine.isa || before.machine.threads != after.machine.threads {
+        warnings.push(format!(
+            "{} on {} threads against {} on {}: times differ for that alone",
+            before.machine.isa, before.machine.threads, after.machine.isa, after.machine.threads
+        ));
+    }
+    if !(before.build.optimized && after.build.optimized) {
+        warnings.push("a build without optimisation: its times say nothing of a release build".to_owned());
+    }
+    Ok(warnings)
+}
+
+fn records(before: &Record, after: &Record, args: &Compare) -> Result<Report> {
+    let mut warnings = check(before, after)?;
+    let same_machine = before.machine.same_hardware(&after.machine);
+    let same_bits = same_machine && before.machine.isa == after.machine.isa;
+    let mut later: BTreeMap<&str, &Benchmark> =
+        after.benchmarks.iter().map(|one| (one.name.as_str(), one)).collect();
+    let (mut rows, mut missing) = (Vec::new(), Vec::new());
+    for one in &before.benchmarks {
+        match later.remove(one.name.as_str()) {
+            Some(other) => rows.extend(row(one, other, args, same_machine, same_bits)),
+            None => missing.push(one.name.clone()),
+        }
+    }
+    missing.extend(later.into_keys().map(str::to_owned));
+    if rows.len() + missing.len() < before.benchmarks.len() {
+        warnings.push("times without a ratio, or a quality of other bits, were left out".to_owned());
+    }
+    warnings.extend(apart(before, after));
+    if rows.is_empty() {
+        bail!("the records have nothing that can be compared; measure both on one machine");
+    }
+    Ok(Report {
+        before: origin(before),
+        after: origin(after),
+        fail_above: args.fail_above,
+        rows,
+        worse: 0,
+        failed: 0,
+        missing,
+        warnings,
+    })
+}
+
+/// Says where processors handed data to each other at another speed.
+fn apart(before: &Record, after: &Record) -> Option<String> {
+    let micros = |record: &Record| -> Option<f64> {
+        let all = record.benchmarks.iter();
+        let found: Vec<f64> =
+            all.filter_map(|one| Some(1e6 * one.value.median / one.exchange_ratio?.median)).collect();
+        (!found.is_empty()).then(|| Estimate::of(&found).median)
+    };
+    let (a, b) = (micros(before)?, micros(after)?);
+    (a.max(b) > FURTHER * a.min(b)).then(|| {
+        format!(
+            "threads handed data to each other in {a:.0} µs before and {b:.0} µs after: the processors were in other places, \
+             and what shares data took another time for that alone; measure again, or use --run"
+        )
+    })
+}
+
+/// None where the numbers of two machines cannot be compared.
+fn row(a: &Benchmark, b: &Benchmark, args: &Compare, same_machine: bool, same_bits: bool) -> Option<Row> {
+    let (before, after, compared) = match (a.kind, a.ratio, b.ratio) {
+        (Kind::Time, Some(before), Some(after)) => (before, after, "ratio"),
+        (Kind::Time, ..) if same_machine => (a.value, b.value, "seconds"),
+        (Kind::Instructions, ..) => (a.value, b.value, "instructions"),
+        (Kind::Quality, ..) if same_bits => (a.value, b.value, "quality"),
+        _ => return None,
+    };
+    let (change, verdict) = if a.kind == Kind::Quality {
+        quality(before, after, args.quality_tolerance)
+    } else {
+        let (change, verdict) = judge(before, after, args.fail_above);
+        // Other work on the machine, or processors that stand further apart, slow the arithmetic of the calibration by
+        // another factor than what is measured, so a ratio may move alone. Slower code moves all there is.
+        let agrees = |a, b| judge(a, b, 0.0).1 == verdict;
+        let confirmed = compared != "ratio"
+            || (!same_machine || agrees(a.value, b.value))
+                && a.exchange_ratio.zip(b.exchange_ratio).is_none_or(|(a, b)| agrees(a, b));
+        (change, if confirmed { verdict } else { Verdict::Same })
+    };
+    Some(Row {
+        name: a.name.clone(),
+        kind: a.kind,
+        compared,
+        change,
+        interval: None,
+        verdict,
+        before,
+        after,
+        value_before: a.value.median,
+        value_after: b.value.median,
+        unit: a.unit.clone(),
+    })
+}
+
+/// A number that is the same bits every time is worse when it is any other: better is for a person to say.
+fn quality(before: Estimate, after: Estimate, tolerance: f64) -> (f64, Verdict) {
+    let change = after.median / before.median - 1.0;
+    (change, if change.abs() > tolerance { Verdict::Worse } else { Verdict::Same })
+}
+
+/// Runs two builds in turns, A B, B A, ..., and compares them round by round.
+fn builds(before: &Path, after: &Path, args: &Compare, ui: &Ui) -> Result<Report> {
+    let mut pairs: Vec<[Record; 2]> = Vec::new();
+    for round in 0..args.rounds {
+        let order = if round % 2 == 0 { [0, 1] } else { [1, 0] };
+        let mut both = [None, None];
+        for side in order {
+            // As a program in a folder, not one of the search path.
+            let program = [before, after][side];
+            let program = std::fs::canonicalize(program).with_context(|| program.display().to_string())?;
+            both[side] = Some(in_process(&program, &args.choice, args.repeats)?);
+        }
+        let [Some(a), Some(b)] = both else { bail!("a build gave no record") };
+        ui.note(format_args!("round {} of {}", round + 1, args.rounds));
+        pairs.push([a, b]);
+    }
+    let [a, b] = &pairs[0];
+    let mut warnings = check(a, b)?;
+    let names = |record: &Record| record.benchmarks.iter().map(|one| one.name.clone()).collect::<Vec<_>>();
+    let (first, second) = (names(a), names(b));
+    let missing: Vec<String> = first
+        .iter()
+        .filter(|name| !second.contains(name))
+        .chain(second.iter().filter(|name| !first.contains(name)))
+        .cloned()
+        .collect();
+    let mut rows = Vec::new();
+    for name in first.iter().filter(|name| second.contains(name)) {
+        rows.push(paired(name, &pairs, args).with_context(|| name.clone())?);
+    }
+    if pairs.iter().any(|[one, other]| (&one.build, &other.build) != (&a.build, &b.build)) {
+        warnings.push("a build changed while it was measured".to_owned());
+    }
+    let name = |path: &Path, record: &Record| format!("{}: {}", path.display(), origin(record));
+    Ok(Report {
+        before: name(before, a),
+        after: name(after, b),
+        fail_above: args.fail_above,
+        rows,
+        worse: 0,
+        failed: 0,
+        missing,
+        warnings,
+    })
+}
+
+fn paired(name: &str, pairs: &[[Record; 2]], args: &Compare) -> Result<Row> {
+    let find = |record: &Record| record.benchmarks.iter().find(|one| one.name == name).cloned();
+    let mut sides: [Vec<Benchmark>; 2] = [Vec::new(), Vec::new()];
+    for [a, b] in pairs {
+        sides[0].push(find(a).context("is not in every record")?);
+        sides[1].push(find(b).context("is not in every record")?);
+    }
+    let [a, b] = &sides;
+    // Other work only ever adds time, and both builds see the same moments: the fastest sample is the least disturbed.
+    let compared = |one: &Benchmark| one.samples.iter().copied().fold(f64::INFINITY, f64::min);
+    let all = |side: &[Benchmark], number: &dyn Fn(&Benchmark) -> f64| {
+        Estimate::of(&side.iter().map(number).collect::<Vec<f64>>())
+    };
+    let (before, after) = (all(a, &compared), all(b, &compared));
+    let ratios: Vec<f64> = a.iter().zip(b).map(|(a, b)| compared(b) / compared(a)).collect();
+    let kind = a[0].kind;
+    let (change, interval, verdict) = if kind == Kind::Quality {
+        let (change, verdict) = quality(before, after, args.quality_tolerance);
+        (change, None, verdict)
+    } else {
+        let (ratio, verdict) = judge_pairs(&ratios, args.fail_above);
+        (ratio.median - 1.0, Some(ratio), verdict)
+    };
+    Ok(Row {
+        name: name.to_owned(),
+        kind,
+        compared: match kind {
+            Kind::Time => "fastest",
+            Kind::Instructions => "instructions",
+            Kind::Quality => "quality",
+        },
+        change,
+        interval,
+        verdict,
+        before,
+        after,
+        value_before: before.median,
+        value_after: after.median,
+        unit: a[0].unit.clone(),
+    })
+}
+
+fn show(report: &Report) -> String {
+    let mut table =
+        Table::new(["benchmark", "change", "99 % interval", "verdict", "compared", "before", "after"]);
+    let percent = |change: f64| format!("{:+.1} %", 100.0 * change);
+    for row in &report.rows {
+        let interval = match row.interval {
+            Some(ratio) => format!("{} to {}", percent(ratio.low - 1.0), percent(ratio.high - 1.0)),
+            None if row.before.high < row.after.low || row.after.high < row.before.low => {
+                "disjoint".to_owned()
+            }
+            None => "overlapping".to_owned(),
+        };
+        let verdict = match row.verdict {
+            Verdict::Worse if row.kind == Kind::Quality => "CHANGED",
+            Verdict::Worse => "WORSE",
+            Verdict::Better => "better",
+            Verdict::Same => "same",
+        };
+        let show = |value| amount(value, row.kind, &row.unit);
+        table.row([
+            row.name.clone(),
+            percent(row.change),
+            if row.kind == Kind::Quality { "-".to_owned() } else { interval },
+            verdict.to_owned(),
+            row.compared.to_owned(),
+            show(row.value_before),
+            show(row.value_after),
+        ]);
+    }
+    let mut out = format!("{}\nbefore  {}\nafter   {}\n", table.show(), report.before, report.after);
+    if !report.missing.is_empty() {
+        out += &format!("in one record alone: {}\n", report.missing.join(", "));
+    }
+    let told =
+        if report.failed == report.worse { String::new() } else { format!(", {} to fail", report.failed) };
+    out + &format!(
+        "{} of {} are worse by more than {:.1} %{told}\n",
+        report.worse,
+        report.rows.len(),
+        100.0 * report.fail_above
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn args() -> Compare {
+        use crate::cli::{Cli, Command};
+        use clap::Parser;
+        let cli = Cli::parse_from(["dsmoe", "bench", "compare", "a", "b"]);
+        match cli.command {
+            Command::Bench(bench) => match bench.work {
+                crate::cli::bench::Work::Compare(args) => args,
+                other => panic!("{other:?}"),
+            },
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn record(ratio: f64, seconds: f64, instructions: f64, perplexity: f64) -> Record {
+        let around = |median: f64| Estimate { median, low: 0.99 * median, high: 1.01 * median };
+        let mut record = Record::new(vec!["kernels".to_owned()], None);
+        let mut time = Benchmark::exact("kernels/a/b".to_owned(), Kind::Time, "s", seconds);
+        time.ratio = Some(around(ratio));
+        record.benchmarks = vec![
+            time,
+            Benchmark::exact(
+                "kernels/a/b (avx2)".to_owned(),
+                Kind::Instructions,
+                "instructions",
+                instructions,
+            ),
+            Benchmark::exact("quality/dense/perplexity".to_owned(), Kind::Quality, "perplexity", perplexity),
+        ];
+        record
+    }
+
+    fn verdicts(before: &Record, after: &Record) -> Vec<Verdict> {
+        records(before, after, &args()).unwrap().rows.iter().map(|row| row.verdict).collect()
+    }
+
+    #[test]
+    fn each_kind_is_judged_by_its_own_number() {
+        use Verdict::{Better, Same, Worse};
+        let before = record(1.0, 1.0, 1000.0, 20.0);
+        assert_eq!(verdicts(&before, &before), [Same; 3]);
+        assert_eq!(
+            verdicts(&before, &record(1.0, 2.0, 1000.0, 20.0)),
+            [Same; 3],
+            "a slow moment of the machine"
+        );
+        assert_eq!(verdicts(&before, &record(1.1, 1.1, 1000.0, 20.0)), [Worse, Same, Same]);
+        assert_eq!(verdicts(&before, &record(1.1, 1.0, 1000.0, 20.0)), [Same; 3], "the calibration alone");
+        assert_eq!(verdicts(&before, &record(0.9, 0.9, 1040.0, 20.0)), [Better, Worse, Same]);
+        let next = f64::from_bits(20f64.to_bits() + 16);
+        assert_eq!(verdicts(&before, &record(1.0, 1.0, 1020.0, next)), [Same, Same, Worse], "any bit");
+    }
+
+    #[test]
+    fn processors_that_stand_further_apart_are_no_slower_code() {
+        use Verdict::{Same, Worse};
+        let exchange = |record: &Record, ratio: f64| {
+            let mut record = record.clone();
+            record.benchmarks[0].exchange_ratio =
+                Some(Estimate { median: ratio, low: 0.99 * ratio, high: 1.01 * ratio });
+            record
+        };
+        let (before, slower) = (record(1.0, 1.0, 1000.0, 20.0), record(1.4, 1.4, 1000.0, 20.0));
+        // 3 times as long to hand data over, and so 1.4 times as long for what does.
+        let apart = records(&exchange(&before, 1.0), &exchange(&slower, 1.4 / 3.0), &args()).unwrap();
+        assert_eq!(apart.rows[0].verdict, Same);
+        let told =
+            |report: &Report| report.warnings.iter().any(|warning| warning.contains("in other places"));
+        assert!(told(&apart));
+        let same = records(&exchange(&before, 1.0), &exchange(&slower, 1.4), &args()).unwrap();
+        assert_eq!((same.rows[0].verdict, told(&same)), (Worse, false));
+    }
+
+    #[test]
+    fn other_machines_and_other_suites_are_not_mixed_up() {
+        let before = record(1.0, 1.0, 1000.0, 20.0);
+        let mut after = before.clone();
+        after.machine.cpu = Some("another".to_owned());
+        after.benchmarks[0].ratio = None;
+        let report = records(&before, &after, &args()).unwrap();
+        assert_eq!(report.rows.len(), 1, "instructions alone");
+        assert!(report.warnings.iter().any(|warning| warning.contains("two machines")));
+        after.suites = vec!["ffn".to_owned()];
+        assert!(records(&before, &after, &args()).unwrap_err().to_string().contains("kernels and ffn"));
+    }
+}

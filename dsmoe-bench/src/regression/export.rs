@@ -1,0 +1,143 @@
+//! A record in the formats of others, and for people.
+
+use std::fmt::Write as _;
+
+use anyhow::Result;
+use serde_json::{Map, Value, json};
+
+use super::file::{Benchmark, Kind, Record};
+use super::statistics::Estimate;
+use crate::cli::bench::Format;
+use crate::format::{self, Table};
+
+pub(crate) fn text(record: &Record, format: Format) -> Result<String> {
+    Ok(match format {
+        Format::Json => serde_json::to_string(record)? + "\n",
+        Format::Bmf => serde_json::to_string_pretty(&bmf(record))? + "\n",
+        Format::Gha => serde_json::to_string_pretty(&gha(record))? + "\n",
+        Format::Csv => csv(record),
+        Format::Md => markdown(record),
+    })
+}
+
+/// Bencher's measures: latency is in nanoseconds.
+fn bmf(record: &Record) -> Value {
+    let measure = |Estimate { median, low, high }: Estimate, scale: f64| json!({ "value": scale * median, "lower_value": scale * low, "upper_value": scale * high });
+    let mut all = Map::new();
+    for one in &record.benchmarks {
+        let measures = match one.kind {
+            Kind::Time => {
+                let mut measures = json!({ "latency": measure(one.value, 1e9) });
+                if let Some(ratio) = one.ratio {
+                    measures["calibrated-latency"] = measure(ratio, 1.0);
+                }
+                measures
+            }
+            Kind::Instructions => json!({ "instructions": measure(one.value, 1.0) }),
+            Kind::Quality => json!({ one.unit.as_str(): measure(one.value, 1.0) }),
+        };
+        all.insert(one.name.clone(), measures);
+    }
+    Value::Object(all)
+}
+
+/// Calibrated where there is a calibration: the tool of that name has one number per benchmark and no interval.
+fn gha(record: &Record) -> Value {
+    let entry = |one: &Benchmark| {
+        let (Estimate { median, low, high }, unit) =
+            one.ratio.map_or((one.value, one.unit.as_str()), |ratio| (ratio, "calibration kernels"));
+        json!({
+            "name": one.name,
+            "unit": unit,
+            "value": median,
+            "range": format!("{:.3e}", (high - low) / 2.0),
+            "extra": format!("{} {}, revision {}", one.value.median, one.unit, record.build.revision),
+        })
+    };
+    record.benchmarks.iter().map(entry).collect()
+}
+
+fn csv(record: &Record) -> String {
+    let mut out = "name,kind,unit,median,low,high,ratio,ratio_low,ratio_high,repetitions,calls\n".to_owned();
+    for one in &record.benchmarks {
+        let quoted = format!("\"{}\"", one.name.replace('"', "\"\""));
+        let ratio = one.ratio.map_or_else(
+            || ",,".to_owned(),
+            |ratio| format!("{},{},{}", ratio.median, ratio.low, ratio.high),
+        );
+        let _ = writeln!(
+            out,
+            "{quoted},{},{},{},{},{},{ratio},{},{}",
+            kind(one.kind),
+            one.unit,
+            one.value.median,
+            one.value.low,
+            one.value.high,
+            one.repetitions,
+            one.calls
+        );
+    }
+    out
+}
+
+fn kind(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Time => "time",
+        Kind::Instructions => "instructions",
+        Kind::Quality => "quality",
+    }
+}
+
+const HEADER: [&str; 5] = ["benchmark", "median", "99 % interval", "of calibration", "99 % interval"];
+
+fn cells(one: &Benchmark) -> [String; 5] {
+    let show = |value: f64| amount(value, one.kind, &one.unit);
+    let range = |low: String, high: String| if low == high { low } else { format!("{low} to {high}") };
+    let dash = || "-".to_owned();
+    [
+        one.name.clone(),
+        show(one.value.median),
+        range(show(one.value.low), show(one.value.high)),
+        one.ratio.map_or_else(dash, |ratio| format!("{:.4}", ratio.median)),
+        one.ratio.map_or_else(dash, |ratio| range(format!("{:.4}", ratio.low), format!("{:.4}", ratio.high))),
+    ]
+}
+
+/// A number of a benchmark with its unit.
+pub(crate) fn amount(value: f64, kind: Kind, unit: &str) -> String {
+    match kind {
+        Kind::Time => crate::timing::row::time(value),
+        Kind::Instructions => format::count(value as u64),
+        Kind::Quality if unit == "active_share" => format::percent(value),
+        Kind::Quality => format!("{value:.4}"),
+    }
+}
+
+/// Where and what, in one line.
+pub(crate) fn origin(record: &Record) -> String {
+    let (machine, build) = (&record.machine, &record.build);
+    format!(
+        "{}, {}, {} of {} threads; revision {}, {}",
+        machine.cpu.as_deref().unwrap_or("unknown CPU"),
+        machine.isa,
+        machine.threads,
+        machine.cores,
+        build.revision,
+        build.rustc
+    )
+}
+
+fn markdown(record: &Record) -> String {
+    let line = |cells: [&str; 5]| format!("| {} |\n", cells.map(|cell| cell.replace('|', "\\|")).join(" | "));
+    let mut out = format!("{}\n\n{}{}", origin(record), line(HEADER), line(["---"; 5]));
+    for one in &record.benchmarks {
+        out += &line(cells(one).each_ref().map(String::as_str));
+    }
+    out
+}
+
+pub(crate) fn table(record: &Record) -> String {
+    let mut table = Table::new(HEADER);
+    record.benchmarks.iter().for_each(|one| table.row(cells(one)));
+    format!("{}\n{}", table.show(), origin(record))
+}

@@ -1,0 +1,149 @@
+//! The file of a record.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+
+use super::statistics::Estimate;
+use crate::machine::Machine;
+
+const FORMAT: &str = "dsmoe-bench-record";
+/// Goes up whenever a field or a benchmark changes its meaning.
+const VERSION: u32 = 2;
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Record {
+    pub(crate) format: String,
+    pub(crate) version: u32,
+    /// Seconds since 1970.
+    pub(crate) time: u64,
+    pub(crate) machine: Machine,
+    pub(crate) build: Build,
+    pub(crate) suites: Vec<String>,
+    /// Part of a name that was asked for.
+    pub(crate) only: Option<String>,
+    pub(crate) notes: Vec<String>,
+    pub(crate) benchmarks: Vec<Benchmark>,
+}
+
+/// What was measured.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Build {
+    pub(crate) version: String,
+    pub(crate) revision: String,
+    pub(crate) rustc: String,
+    pub(crate) optimized: bool,
+}
+
+/// What a number is, and so how it is compared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Kind {
+    /// Seconds per call; compared by the ratio to the calibration kernel, if there is one.
+    Time,
+    /// Instructions per call; compared as they are.
+    Instructions,
+    /// Not to change, in either direction.
+    Quality,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Benchmark {
+    /// `suite/what/how`.
+    pub(crate) name: String,
+    pub(crate) kind: Kind,
+    pub(crate) unit: String,
+    /// In `unit`, with the 99 % interval of the median.
+    pub(crate) value: Estimate,
+    /// Over the arithmetic of the calibration at the same moment.
+    pub(crate) ratio: Option<Estimate>,
+    /// Over the exchange of data between threads at the same moment.
+    pub(crate) exchange_ratio: Option<Estimate>,
+    /// Processes, or rounds of one.
+    pub(crate) repetitions: usize,
+    /// Calls of each repetition, in the first process.
+    pub(crate) calls: u64,
+    /// In `unit`, in the order they were taken: the median of each process, or each round of one.
+    pub(crate) samples: Vec<f64>,
+    pub(crate) ratio_samples: Vec<f64>,
+    pub(crate) exchange_samples: Vec<f64>,
+}
+
+impl Benchmark {
+    /// A number that is the same every time.
+    pub(crate) fn exact(name: String, kind: Kind, unit: &str, value: f64) -> Benchmark {
+        Benchmark {
+            name,
+            kind,
+            unit: unit.to_owned(),
+            value: Estimate::exact(value),
+            ratio: None,
+            exchange_ratio: None,
+            repetitions: 1,
+            calls: 1,
+            samples: vec![value],
+            ratio_samples: Vec::new(),
+            exchange_samples: Vec::new(),
+        }
+    }
+}
+
+impl Record {
+    /// An empty one of this machine and this build, now.
+    pub(crate) fn new(suites: Vec<String>, only: Option<String>) -> Record {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        Record {
+            format: FORMAT.to_owned(),
+            version: VERSION,
+            time: now.map_or(0, |now| now.as_secs()),
+            machine: Machine::this(),
+            build: Build {
+                version: env!("CARGO_PKG_VERSION").to_owned(),
+                revision: env!("DSMOE_REVISION").to_owned(),
+                rustc: env!("DSMOE_RUSTC").to_owned(),
+                optimized: !cfg!(debug_assertions),
+            },
+            suites,
+            only,
+            notes: Vec::new(),
+            benchmarks: Vec::new(),
+        }
+    }
+
+    pub(crate) fn read(path: &Path) -> Result<Record> {
+        let text = fs::read_to_string(path).with_context(|| path.display().to_string())?;
+        Record::parse(&text).with_context(|| path.display().to_string())
+    }
+
+    pub(crate) fn parse(text: &str) -> Result<Record> {
+        /// What is looked at before the rest.
+        #[derive(Deserialize)]
+        struct Head {
+            format: String,
+            version: u32,
+        }
+        let head: Head =
+            serde_json::from_str(text).context("not a record; make one with dsmoe bench record")?;
+        if head.format != FORMAT {
+            bail!("format is {:?}, not {FORMAT:?}; make a record with dsmoe bench record", head.format);
+        }
+        if head.version != VERSION {
+            bail!("version is {}, and this dsmoe reads {VERSION}; measure again with this one", head.version);
+        }
+        let record: Record = serde_json::from_str(text)?;
+        for one in &record.benchmarks {
+            let numbers = [Some(one.value), one.ratio, one.exchange_ratio].into_iter().flatten();
+            for Estimate { median, low, high } in numbers {
+                if !(0.0 < low && low <= median && median <= high && high.is_finite()) {
+                    bail!("{}: {low} <= {median} <= {high} is no interval above 0; measure again", one.name);
+                }
+            }
+        }
+        Ok(record)
+    }
+}

@@ -1,0 +1,140 @@
+//! `dsmoe bench history`: the trend of every benchmark over records, as one HTML file.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+
+use super::export::{amount, origin};
+use super::file::{Benchmark, Record};
+use super::statistics::Estimate;
+use crate::cli::bench::History;
+use crate::machine::Machine;
+use crate::report::html::page;
+use crate::report::{Block, Chapter, Figure, Look, Plot, Point, Report, Series};
+use crate::ui::Ui;
+
+/// The least that the height of a chart stands for, in percent: noise should not look like a cliff.
+const LEAST: f64 = 5.0;
+
+pub(crate) fn run(args: &History, ui: &mut Ui) -> Result<()> {
+    let mut records = Vec::new();
+    for path in files(&args.records)? {
+        records.push(Record::read(&path)?);
+    }
+    // Of one second as they were named.
+    records.sort_by_key(|record| record.time);
+    std::fs::write(&args.out, page(&report(&records))).with_context(|| args.out.display().to_string())?;
+    let done = serde_json::json!({ "out": args.out, "records": records.len() });
+    ui.result(&done, |_| format!("{}: the trend over {} records", args.out.display(), records.len()))
+}
+
+/// The files named, and those that end in .json of the folders named, by name.
+fn files(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for path in paths {
+        if !path.is_dir() {
+            files.push(path.clone());
+            continue;
+        }
+        let mut found = Vec::new();
+        for entry in std::fs::read_dir(path).with_context(|| path.display().to_string())? {
+            let file = entry.with_context(|| path.display().to_string())?.path();
+            if file.extension().is_some_and(|end| end == "json") {
+                found.push(file);
+            }
+        }
+        if found.is_empty() {
+            bail!("{}: no .json file in it; give a folder of records", path.display());
+        }
+        found.sort();
+        files.extend(found);
+    }
+    Ok(files)
+}
+
+/// A chapter for each suite, in it a chart for each benchmark.
+fn report(records: &[Record]) -> Report {
+    let mut suites: BTreeMap<&str, BTreeMap<&str, Vec<_>>> = BTreeMap::new();
+    for record in records {
+        for one in &record.benchmarks {
+            let suite = one.name.split('/').next().unwrap_or_default();
+            suites.entry(suite).or_default().entry(&one.name).or_default().push((record, one));
+        }
+    }
+    let chapters = suites.into_iter().map(|(suite, trends)| Chapter {
+        id: format!("suite-{suite}"),
+        title: suite.to_owned(),
+        blocks: trends.into_iter().map(|(name, found)| Block::Figure(trend(name, &found))).collect(),
+    });
+    Report {
+        title: "dsmoe benchmarks".to_owned(),
+        subtitle: format!(
+            "{} records. A point is a median and its 99 % interval: of the ratio to the calibration kernel for times. Points \
+             of other machines are not joined.",
+            records.len()
+        ),
+        chapters: chapters.collect(),
+    }
+}
+
+/// One benchmark, which is in at least one record.
+fn trend(name: &str, found: &[(&Record, &Benchmark)]) -> Figure {
+    let compared = |one: &Benchmark| one.ratio.unwrap_or(one.value);
+    let show = |one: &Benchmark| amount(one.value.median, one.kind, &one.unit);
+    let (first, last) = (found[0].1, found[found.len() - 1].1);
+    let percent = |value: f64| 100.0 * value / compared(first).median;
+    let mut machines: Vec<(&Machine, Series)> = Vec::new();
+    for (i, (record, one)) in found.iter().enumerate() {
+        let Estimate { median, low, high } = compared(one);
+        let point = Point {
+            x: (i + 1) as f64,
+            y: percent(median),
+            tip: format!("{}; {}", show(one), origin(record)),
+            range: Some([low, high].map(percent)),
+        };
+        let machine = &record.machine;
+        match machines.iter_mut().find(|(other, _)| machine.same_hardware(other)) {
+            Some((_, series)) => series.points.push(point),
+            None => {
+                let name = machine.cpu.as_deref().unwrap_or("unknown CPU").to_owned();
+                machines.push((machine, Series { name, points: vec![point], look: Look::Line }));
+            }
+        }
+    }
+    Figure {
+        id: name.to_owned(),
+        title: name.to_owned(),
+        note: format!(
+            "{} now, {:+.1} % since the first record{}",
+            show(last),
+            percent(compared(last).median) - 100.0,
+            if last.ratio.is_some() { ", by the ratio" } else { "" }
+        ),
+        x: "record, oldest first".to_owned(),
+        y: "% of the first record's".to_owned(),
+        plot: Plot::Axes { series: machines.into_iter().map(|(_, series)| series).collect(), least: LEAST },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::file::Kind;
+    use super::*;
+
+    #[test]
+    fn the_page_has_every_benchmark_and_joins_one_machine() {
+        let record = |cpu: &str, value: f64| {
+            let mut record = Record::new(vec!["kernels".to_owned()], None);
+            record.machine.cpu = Some(cpu.to_owned());
+            record.benchmarks = vec![Benchmark::exact("kernels/a<b/c".to_owned(), Kind::Time, "s", value)];
+            record
+        };
+        let page = page(&report(&[record("one", 1.0), record("two", 5.0), record("one", 1.1)]));
+        assert!(page.contains("kernels/a&lt;b/c") && !page.contains("a<b"));
+        assert_eq!(page.matches("<circle").count(), 3);
+        assert_eq!(page.matches("<polyline").count(), 1);
+        assert!(page.contains("1.100 s now, +10.0 % since the first record"), "{page}");
+        assert!(!page.contains("NaN"));
+    }
+}

@@ -1,0 +1,122 @@
+//! Instruction counts: the one number that a busy machine does not move.
+
+use std::fs;
+use std::hint::black_box;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+use dsmoe_kernels::Isa;
+
+use super::file::{Benchmark, Kind};
+use super::workloads::{Workload, suites};
+use crate::cli::bench::{Choice, Once, Suite};
+use crate::ui::Ui;
+
+/// What valgrind is told to start and to stop counting at: the functions below.
+const BEGIN: &str = "*instruction_count_begins*";
+const END: &str = "*instruction_count_ends*";
+
+#[inline(never)]
+fn instruction_count_begins() {
+    black_box(1);
+}
+
+#[inline(never)]
+fn instruction_count_ends() {
+    // Another body than that of the other, or the linker may make one function of both.
+    black_box(2);
+    black_box(3);
+}
+
+/// What is counted: one process does all, and valgrind is slow.
+fn chosen(choice: &Choice) -> Vec<&'static Workload> {
+    let counted = suites(choice).into_iter().filter(|suite| matches!(suite, Suite::Kernels | Suite::Ffn));
+    counted.flat_map(|suite| suite.workloads()).filter(|one| choice.takes(one.name)).collect()
+}
+
+/// `dsmoe bench once`: each benchmark once to warm up, and once between the marks.
+pub(crate) fn once(args: &Once, ui: &mut Ui) -> Result<()> {
+    let names = rayon::scope(|_| -> Result<Vec<&str>> {
+        let mut names = Vec::new();
+        for workload in chosen(&args.choice) {
+            let mut task = (workload.build)()?;
+            task()?;
+            if names.is_empty() {
+                // The first count has two million instructions too many, whatever is between the marks: not taken.
+                instruction_count_begins();
+                task()?;
+                instruction_count_ends();
+            }
+            instruction_count_begins();
+            task()?;
+            instruction_count_ends();
+            names.push(workload.name);
+        }
+        Ok(names)
+    })?;
+    ui.result(&names, |names| names.join("\n"))
+}
+
+/// Counts the instructions of a call of every benchmark, or says why that cannot be done here.
+pub(crate) fn count(choice: &Choice) -> Result<Result<Vec<Benchmark>, String>> {
+    if chosen(choice).is_empty() {
+        return Ok(Err("no benchmark of kernels or ffn is chosen".to_owned()));
+    }
+    if !Command::new("valgrind")
+        .arg("--version")
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .is_ok_and(|status| status.success())
+    {
+        return Ok(Err("there is no valgrind; install it".to_owned()));
+    }
+    let dir = tempfile::tempdir().context("cannot make a temporary directory; set TMPDIR")?;
+    // Valgrind knows no AVX-512.
+    let isa = match std::env::var("DSMOE_ISA").ok().filter(|isa| isa != "avx512") {
+        Some(isa) => isa,
+        None if Isa::available().iter().any(|isa| isa.name() == "avx2") => "avx2".to_owned(),
+        None => "scalar".to_owned(),
+    };
+    let suites: Vec<&str> = choice.suite.iter().map(|suite| suite.name()).collect();
+    let mut command = Command::new("valgrind");
+    command
+        .args(["--tool=callgrind", &format!("--zero-before={BEGIN}"), &format!("--dump-after={END}")])
+        .arg(format!("--callgrind-out-file={}", dir.path().join("counts").display()))
+        .arg(std::env::current_exe().context("cannot find this program")?)
+        .args(["bench", "once", "--json", "--threads", "1", "--suite", &suites.join(",")])
+        .env("DSMOE_ISA", &isa);
+    if let Some(only) = &choice.only {
+        command.args(["--only", only]);
+    }
+    let output = command.output().context("valgrind")?;
+    if !output.status.success() {
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        let last = stderr.lines().rfind(|line| !line.trim().is_empty()).unwrap_or_default();
+        return Ok(Err(format!("valgrind ended with {}: {last}", output.status)));
+    }
+    let names: Vec<String> = serde_json::from_slice(&output.stdout).context("valgrind")?;
+    let mut counts = Vec::new();
+    // From 1, and the first is not taken.
+    for (i, name) in names.iter().enumerate() {
+        let total = total(&dir.path().join(format!("counts.{}", i + 2)))?;
+        counts.push(Benchmark::exact(
+            format!("{name} ({isa})"),
+            Kind::Instructions,
+            "instructions",
+            total as f64,
+        ));
+    }
+    Ok(Ok(counts))
+}
+
+/// The instructions of one dump of callgrind.
+fn total(path: &Path) -> Result<u64> {
+    let text = fs::read_to_string(path).with_context(|| path.display().to_string())?;
+    let line = text.lines().find_map(|line| line.strip_prefix("summary:").or(line.strip_prefix("totals:")));
+    match line.and_then(|line| line.trim().parse().ok()) {
+        Some(total) if total > 0 => Ok(total),
+        _ => bail!("{}: callgrind counted nothing; build with symbols", path.display()),
+    }
+}

@@ -1,0 +1,203 @@
+//! `dsmoe bench record`: measures suites and writes what came out.
+
+use std::hint::black_box;
+use std::path::Path;
+use std::process::Command;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+
+use super::calibrate::Calibration;
+use super::file::{Benchmark, Kind, Record};
+use super::statistics::Estimate;
+use super::workloads::{Task, Workload, suites};
+use super::{export, instructions, quality};
+use crate::cli::bench::{Choice, Format, Record as Args, Suite};
+use crate::ui::Ui;
+
+/// A sample of a short task is this long at least.
+const SAMPLE_SECONDS: f64 = 0.01;
+const MOST_CALLS: f64 = 100_000.0;
+
+pub(crate) fn run(args: &Args, ui: &mut Ui) -> Result<()> {
+    let record = measure(args, ui)?;
+    for note in &record.notes {
+        ui.note(note);
+    }
+    let format = args.format.or((args.out.is_some() || ui.json).then_some(Format::Json));
+    let text = match format {
+        Some(format) => export::text(&record, format)?,
+        None => export::table(&record),
+    };
+    match &args.out {
+        Some(path) => {
+            std::fs::write(path, text).with_context(|| path.display().to_string())?;
+            ui.note(format_args!("{}: {} benchmarks", path.display(), record.benchmarks.len()));
+            Ok(())
+        }
+        None => ui.text(&text),
+    }
+}
+
+fn measure(args: &Args, ui: &mut Ui) -> Result<Record> {
+    let suites = suites(&args.choice);
+    let mut record =
+        Record::new(suites.iter().map(|suite| suite.name().to_owned()).collect(), args.choice.only.clone());
+    let timed: Vec<Suite> =
+        suites.iter().copied().filter(|suite| !chosen(*suite, &args.choice).is_empty()).collect();
+    if args.processes == 1 {
+        for &suite in &timed {
+            ui.note(format_args!("measuring {}", suite.name()));
+            let chosen = chosen(suite, &args.choice);
+            // On a thread of the pool, where handing work to the others is cheapest.
+            record.benchmarks.extend(rayon::scope(|_| time(&chosen, usize::from(args.repeats)))?);
+        }
+    } else if !timed.is_empty() {
+        let program = std::env::current_exe().context("finding this program")?;
+        let choice = Choice { suite: timed, only: args.choice.only.clone() };
+        let mut all = Vec::new();
+        for process in 1..=args.processes {
+            ui.note(format_args!("measuring, process {process} of {}", args.processes));
+            all.push(in_process(&program, &choice, args.repeats)?);
+        }
+        record.benchmarks = merge(&all)?;
+    }
+    if suites.contains(&Suite::Quality) {
+        let found = quality::measure(ui)?;
+        record.benchmarks.extend(found.into_iter().filter(|one| args.choice.takes(&one.name)));
+    }
+    if args.instructions {
+        match instructions::count(&args.choice)? {
+            Ok(counts) => record.benchmarks.extend(counts),
+            Err(why) => record.notes.push(format!("no instruction counts: {why}")),
+        }
+    }
+    if record.benchmarks.is_empty() {
+        let only = args.choice.only.as_deref().unwrap_or_default();
+        bail!("no benchmark of these suites has {only:?} in its name; give another --only or --suite");
+    }
+    Ok(record)
+}
+
+/// The benchmarks of a suite that are asked for.
+fn chosen(suite: Suite, choice: &Choice) -> Vec<&'static Workload> {
+    suite.workloads().iter().filter(|one| choice.takes(one.name)).collect()
+}
+
+/// What one process of `program` measures.
+pub(crate) fn in_process(program: &Path, choice: &Choice, repeats: u16) -> Result<Record> {
+    let suites: Vec<&str> = choice.suite.iter().map(|suite| suite.name()).collect();
+    let mut command = Command::new(program);
+    command.args(["bench", "record", "--json", "--quiet", "--processes", "1", "--suite", &suites.join(",")]);
+    command.args(["--repeats", &repeats.to_string()]);
+    command.args(["--threads", &rayon::current_num_threads().to_string()]);
+    if let Some(only) = &choice.only {
+        command.args(["--only", only]);
+    }
+    let output = command.output().with_context(|| program.display().to_string())?;
+    if !output.status.success() {
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        bail!("{}: {}: {}", program.display(), output.status, stderr.trim());
+    }
+    Record::parse(&String::from_utf8_lossy(&output.stdout)).with_context(|| program.display().to_string())
+}
+
+/// One benchmark of the medians of every process.
+fn merge(all: &[Record]) -> Result<Vec<Benchmark>> {
+    let mut merged = Vec::new();
+    for one in all.first().map_or(&[][..], |first| &first.benchmarks) {
+        let same: Vec<&Benchmark> = all
+            .iter()
+            .map(|record| record.benchmarks.iter().find(|other| other.name == one.name))
+            .collect::<Option<_>>()
+            .with_context(|| format!("{} is not in every process's record", one.name))?;
+        let medians = |estimate: &dyn Fn(&Benchmark) -> Option<Estimate>| -> Vec<f64> {
+            same.iter().filter_map(|one| estimate(one)).map(|found| found.median).collect()
+        };
+        let samples = medians(&|one| Some(one.value));
+        let (ratio_samples, exchange_samples) =
+            (medians(&|one| one.ratio), medians(&|one| one.exchange_ratio));
+        let estimate = |samples: &[f64]| (!samples.is_empty()).then(|| Estimate::of(samples));
+        merged.push(Benchmark {
+            value: Estimate::of(&samples),
+            ratio: estimate(&ratio_samples),
+            exchange_ratio: estimate(&exchange_samples),
+            repetitions: samples.len(),
+            samples,
+            ratio_samples,
+            exchange_samples,
+            ..one.clone()
+        });
+    }
+    Ok(merged)
+}
+
+/// A benchmark while it is measured.
+struct Contestant {
+    name: &'static str,
+    task: Task,
+    calls: u64,
+    samples: Vec<f64>,
+    ratios: Vec<f64>,
+    exchanges: Vec<f64>,
+}
+
+/// Times `workloads` in turns, each sample between two of the calibration kernel.
+fn time(workloads: &[&Workload], rounds: usize) -> Result<Vec<Benchmark>> {
+    let mut contestants = Vec::new();
+    for workload in workloads {
+        let mut task = (workload.build)().with_context(|| workload.name)?;
+        // The first calls size buffers and fill caches.
+        seconds(&mut task, 1)?;
+        let call = seconds(&mut task, 1)?.min(seconds(&mut task, 1)?);
+        let calls = (SAMPLE_SECONDS / call).clamp(1.0, MOST_CALLS) as u64;
+        contestants.push(Contestant {
+            name: workload.name,
+            task,
+            calls,
+            samples: Vec::with_capacity(rounds),
+            ratios: Vec::with_capacity(rounds),
+            exchanges: Vec::with_capacity(rounds),
+        });
+    }
+    let calibration = Calibration::new();
+    let mut before = calibration.now();
+    for _ in 0..rounds {
+        for one in &mut contestants {
+            let sample = seconds(&mut one.task, one.calls).with_context(|| one.name)?;
+            let after = calibration.now();
+            one.samples.push(sample);
+            let around = before.midpoint(after);
+            one.ratios.push(sample / around.arithmetic);
+            one.exchanges.extend(around.exchange.map(|exchange| sample / exchange));
+            before = after;
+        }
+    }
+    let benchmark = |one: Contestant| Benchmark {
+        name: one.name.to_owned(),
+        kind: Kind::Time,
+        unit: "s".to_owned(),
+        value: Estimate::of(&one.samples),
+        ratio: Some(Estimate::of(&one.ratios)),
+        exchange_ratio: (!one.exchanges.is_empty()).then(|| Estimate::of(&one.exchanges)),
+        repetitions: rounds,
+        calls: one.calls,
+        samples: one.samples,
+        ratio_samples: one.ratios,
+        exchange_samples: one.exchanges,
+    };
+    Ok(contestants.into_iter().map(benchmark).collect())
+}
+
+/// Seconds per call.
+fn seconds(task: &mut Task, calls: u64) -> Result<f64> {
+    let started = Instant::now();
+    let mut parts = None;
+    for _ in 0..calls {
+        if let Some(part) = black_box(&mut *task)()? {
+            parts = Some(parts.unwrap_or(0.0) + part);
+        }
+    }
+    // A clock may stand still for a moment.
+    Ok(parts.unwrap_or_else(|| started.elapsed().as_secs_f64()).max(1e-9) / calls as f64)
+}

@@ -1,0 +1,251 @@
+//! A report as one self-contained HTML page: charts are inline SVG, nothing is fetched.
+
+use std::fmt::Write as _;
+
+use super::svg::{self, COLOURS, chart, dash, escape};
+use super::{Block, Cell, Figure, Look, Plot, Report, Series, Tabular};
+
+const STYLE: &str = include_str!("style.css");
+const SCRIPT: &str = include_str!("script.js");
+
+/// The report as HTML.
+pub(crate) fn page(report: &Report) -> String {
+    let mut out = String::new();
+    let title = escape(&report.title);
+    let _ = write!(
+        out,
+        "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n<meta name=\"viewport\" \
+         content=\"width=device-width, initial-scale=1\">\n<title>{title}</title>\n<style>\n{STYLE}{}</style>\n</head>\n\
+         <body>\n<header>\n<button id=\"theme\" type=\"button\" aria-label=\"Light or dark\">◐</button>\n\
+         <h1>{title}</h1>\n<p class=\"lead\">{}</p>\n<nav aria-label=\"Contents\">",
+        svg::STYLE,
+        prose(&report.subtitle)
+    );
+    for chapter in &report.chapters {
+        let _ = write!(out, "<a href=\"#{}\">{}</a>", escape(&chapter.id), escape(&chapter.title));
+    }
+    out += "</nav>\n</header>\n<main>\n";
+    for chapter in &report.chapters {
+        let _ =
+            writeln!(out, "<section id=\"{}\">\n<h2>{}</h2>", escape(&chapter.id), escape(&chapter.title));
+        for block in &chapter.blocks {
+            match block {
+                Block::Text(text) => {
+                    for paragraph in text.split("\n\n") {
+                        let _ = writeln!(out, "<p>{}</p>", prose(paragraph));
+                    }
+                }
+                Block::Table(table) => out += &table_html(table),
+                Block::Figure(figure) => out += &figure_html(figure),
+            }
+        }
+        out += "</section>\n";
+    }
+    let _ = write!(
+        out,
+        "</main>\n<div id=\"tip\" role=\"status\"></div>\n<script>\n{SCRIPT}</script>\n</body>\n</html>\n"
+    );
+    out
+}
+
+/// [`escape`] with `code` between backticks.
+fn prose(text: &str) -> String {
+    let parts: Vec<String> = escape(text).split('`').map(str::to_owned).collect();
+    if parts.len().is_multiple_of(2) {
+        return parts.join("`");
+    }
+    let code = |(i, part): (usize, String)| if i % 2 == 1 { format!("<code>{part}</code>") } else { part };
+    parts.into_iter().enumerate().map(code).collect()
+}
+
+fn table_html(table: &Tabular) -> String {
+    let mut out = format!(
+        "<figure class=\"table\" id=\"{}\">\n<figcaption>{}</figcaption>\n<div class=\"scroll\"><table class=\"sortable\">\n<thead><tr>",
+        escape(&table.id),
+        prose(&table.title)
+    );
+    let numeric =
+        |column: usize| table.rows.iter().any(|row| row.get(column).is_some_and(|c| c.value.is_some()));
+    for (column, name) in table.header.iter().enumerate() {
+        let class = if numeric(column) { " class=\"n\"" } else { "" };
+        let _ = write!(out, "<th{class} scope=\"col\"><button type=\"button\">{}</button></th>", prose(name));
+    }
+    out += "</tr></thead>\n<tbody>\n";
+    for row in &table.rows {
+        out += "<tr>";
+        for (column, cell) in row.iter().enumerate() {
+            out += &cell_html(cell, column == 0, numeric(column));
+        }
+        out += "</tr>\n";
+    }
+    out += "</tbody></table></div>\n";
+    if !table.note.is_empty() {
+        let _ = writeln!(out, "<p class=\"note\">{}</p>", prose(&table.note));
+    }
+    out + "</figure>\n"
+}
+
+fn cell_html(cell: &Cell, first: bool, numeric: bool) -> String {
+    let tag = if first { "th scope=\"row\"" } else { "td" };
+    // Short words stay on one line; sentences break.
+    let class = match (numeric && !first, cell.text.chars().count() > 40) {
+        (true, _) => " class=\"n\"",
+        (false, true) => " class=\"long\"",
+        (false, false) => "",
+    };
+    let sort = cell.value.filter(|v| v.is_finite()).map_or_else(String::new, |v| format!(" data-v=\"{v}\""));
+    let tip = cell
+        .tip
+        .as_ref()
+        .map_or_else(String::new, |tip| format!(" data-tip=\"{}\" tabindex=\"0\"", escape(tip)));
+    format!("<{tag}{class}{sort}{tip}>{}</{}>", prose(&cell.text), &tag[..2])
+}
+
+fn figure_html(figure: &Figure) -> String {
+    let legend = match &figure.plot {
+        Plot::Axes { series, .. } => legend(series),
+        Plot::Heat { .. } => String::new(),
+    };
+    let note = match figure.note.is_empty() {
+        true => String::new(),
+        false => format!("<p class=\"note\">{}</p>\n", prose(&figure.note)),
+    };
+    format!(
+        "<figure id=\"{}\">\n<figcaption>{}</figcaption>\n{}\n{legend}{note}</figure>\n",
+        escape(&figure.id),
+        prose(&figure.title),
+        chart(figure)
+    )
+}
+
+/// The names of lines; clouds have theirs beside them.
+fn legend(series: &[Series]) -> String {
+    let mut names = String::new();
+    for (i, one) in series.iter().enumerate().filter(|(_, one)| one.look != Look::Cloud) {
+        let _ =
+            write!(names, "<li><i class=\"k{}{}\"></i>{}</li>", i % COLOURS, dash(one), escape(&one.name));
+    }
+    if names.is_empty() { names } else { format!("<ul class=\"legend\">{names}</ul>\n") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::svg::svg;
+    use super::super::{Chapter, Point};
+    use super::*;
+
+    fn report(blocks: Vec<Block>) -> Report {
+        let chapters = vec![Chapter { id: "one".to_owned(), title: "One".to_owned(), blocks }];
+        Report { title: "T <script>".to_owned(), subtitle: "`code` & more".to_owned(), chapters }
+    }
+
+    fn figure(plot: Plot) -> Figure {
+        let text = |text: &str| text.to_owned();
+        Figure {
+            id: text("f"),
+            title: text("A \"title\""),
+            note: text("n"),
+            x: text("x < 1"),
+            y: text("y"),
+            plot,
+        }
+    }
+
+    fn series(points: &[(f64, f64)], look: Look) -> Series {
+        let point = |&(x, y): &(f64, f64)| Point {
+            range: Some([y - 1.0, y]),
+            ..Point::new(x, y, "<tip>".to_owned())
+        };
+        Series { name: "s & t".to_owned(), points: points.iter().map(point).collect(), look }
+    }
+
+    /// Whether tags close in order and text has no bare signs.
+    fn is_well_formed(xml: &str) -> bool {
+        let mut open: Vec<&str> = Vec::new();
+        let mut rest = xml;
+        while let Some(start) = rest.find('<') {
+            if rest[..start].contains('>') {
+                return false;
+            }
+            let Some(end) = rest[start..].find('>').map(|end| start + end) else { return false };
+            let tag = &rest[start + 1..end];
+            rest = &rest[end + 1..];
+            let name = tag.trim_start_matches('/').split([' ', '/']).next().unwrap_or("");
+            if tag.starts_with('/') {
+                if open.pop() != Some(name) {
+                    return false;
+                }
+            } else if !tag.ends_with('/') {
+                open.push(name);
+            }
+        }
+        open.is_empty()
+    }
+
+    #[test]
+    fn all_text_is_escaped() {
+        let table = Tabular {
+            id: "t".to_owned(),
+            title: "<b>".to_owned(),
+            note: "a < b".to_owned(),
+            header: vec!["model".to_owned(), "ppl".to_owned()],
+            rows: vec![vec![
+                Cell {
+                    text: "<script>alert(1)</script>".to_owned(),
+                    value: None,
+                    tip: Some("\"".to_owned()),
+                },
+                Cell { text: "1.5".to_owned(), value: Some(1.5), tip: None },
+            ]],
+        };
+        let html = page(&report(vec![Block::Table(table), Block::Text("x <i> y\n\nz".to_owned())]));
+        assert!(!html.contains("<script>alert") && html.contains("&lt;script&gt;alert"), "{html}");
+        assert!(html.contains("T &lt;script&gt;") && html.contains("<code>code</code> &amp; more"), "{html}");
+        assert!(html.contains("data-v=\"1.5\"") && html.contains("data-tip=\"&quot;\""), "{html}");
+        // No network: nothing is named that a browser would fetch.
+        assert!(!html.contains("src=") && !html.contains("url(") && !html.contains("<link"), "{html}");
+    }
+
+    #[test]
+    fn charts_of_any_number_of_points_are_well_formed() {
+        for points in
+            [&[][..], &[(1.0, 2.0)], &[(0.0, 1.0), (1.0, f64::NAN), (2.0, f64::INFINITY), (3.0, 2.0)]]
+        {
+            for looks in [&[Look::Dashed][..], &[Look::Cloud, Look::Cloud, Look::Guide]] {
+                let series = looks.iter().map(|&look| series(points, look)).collect();
+                let figure = figure(Plot::Axes { series, least: 0.0 });
+                let svg = svg(&figure);
+                assert!(is_well_formed(&svg) && !svg.contains("NaN") && !svg.contains("inf"), "{svg}");
+                assert_eq!(
+                    page(&report(vec![Block::Figure(figure.clone())])),
+                    page(&report(vec![Block::Figure(figure)]))
+                );
+            }
+        }
+        for (rows, columns) in [(0, 0), (1, 1), (3, 2)] {
+            let names = |n: usize| (0..n).map(|i| format!("<{i}>")).collect::<Vec<_>>();
+            let mut values = vec![vec![0.25; columns]; rows];
+            if rows > 1 {
+                values[1][0] = f64::NAN;
+            }
+            let svg = svg(&figure(Plot::Heat { rows: names(rows), columns: names(columns), values }));
+            assert!(is_well_formed(&svg) && !svg.contains("NaN"), "{svg}");
+        }
+    }
+
+    #[test]
+    fn a_guide_lies_under_the_marks_and_has_a_name() {
+        let points = [(1.0, 2.0), (2.0, 1.0)];
+        let plot = |looks: &[Look], least| Plot::Axes {
+            series: looks.iter().map(|&look| series(&points, look)).collect(),
+            least,
+        };
+        let html = figure_html(&figure(plot(&[Look::Cloud, Look::Guide], 0.0)));
+        assert!(html.find("<polyline class=\"line s1 dash\"") < html.find("<circle"), "{html}");
+        assert_eq!((html.matches("<circle").count(), html.matches("<li>").count()), (2, 1), "{html}");
+        assert!(!figure_html(&figure(plot(&[Look::Cloud], 0.0))).contains("<ul"));
+        // A low chart has marks of small numbers, one of a least height does not.
+        let mark = |least| svg(&figure(plot(&[Look::Line], least))).contains(">0.5</text>");
+        assert_eq!([0.0, 20.0].map(mark), [true, false]);
+    }
+}

@@ -1,0 +1,282 @@
+//! The paper's figures, and charts it does not have.
+
+use super::super::profile::Role;
+use super::super::results::MethodResult;
+use super::{View, agreement, amount, flops, measured, p_value, plain, trim, yes};
+use crate::format;
+use crate::report::{Block, Figure, Look, Plot, Point, Series, Tabular, number, optional};
+
+impl View<'_> {
+    pub(super) fn figure2(&self) -> Vec<Block> {
+        let Some(without) = self.method(Role::WithoutThreshold) else { return Vec::new() };
+        let mut table = Tabular::new(
+            "figure2",
+            "At equal activation",
+            &["trained", "threshold at inference", "active experts", "perplexity", "direction"],
+        )
+        .note(
+            "The paper (section 6.2) states the direction, worse without a threshold in training; the numbers of its figure 2 \
+             are not stated in the documents at hand.",
+        );
+        let literal = self.method(Role::Paper).or_else(|| self.main());
+        let experts = self.experts();
+        for method in self.gated().chain([without]) {
+            let is_it = method.name == without.name;
+            let threshold = match is_it {
+                true => method.threshold,
+                false => Some(0.5),
+            };
+            table.row(vec![
+                method.name.as_str().into(),
+                optional(threshold, |x| format!("{x:.4}")),
+                optional(method.active_ratio.map(|ratio| ratio * experts), |x| format!("{x:.2}")),
+                measured(&method.ppl),
+                match literal {
+                    Some(literal) if is_it => agreement(Some(method.ppl.mean > literal.ppl.mean)),
+                    _ => "".into(),
+                },
+            ]);
+        }
+        let series =
+            self.gated().chain([without]).filter(|method| !method.sweep.is_empty()).map(|method| Series {
+                name: method.name.clone(),
+                points: method
+                    .sweep
+                    .iter()
+                    .map(|point| {
+                        let tip = format!("threshold {}", trim(point.threshold));
+                        Point::new(point.active_ratio * experts, point.ppl.mean, tip)
+                    })
+                    .collect(),
+                look: if method.name == without.name { Look::Dashed } else { Look::Line },
+            });
+        let figure = Figure::new(
+            "figure2-chart",
+            "Perplexity against active experts, along the threshold",
+            ["active experts", "perplexity"],
+            series.collect(),
+        );
+        let mut sweep = Tabular::new(
+            "figure2-sweep",
+            &format!("{}: thresholds after training", without.name),
+            &["threshold", "active experts", "perplexity"],
+        );
+        for point in &without.sweep {
+            sweep.row(vec![
+                number(point.threshold, trim),
+                number(point.active_ratio * experts, |x| format!("{x:.2}")),
+                measured(&point.ppl),
+            ]);
+        }
+        vec![Block::Table(table), Block::Figure(figure), Block::Table(sweep)]
+    }
+
+    pub(super) fn figure3(&self) -> Vec<Block> {
+        let mut blocks = Vec::new();
+        for method in self.gated() {
+            let shapes: Vec<_> =
+                self.results.shapes.iter().filter(|shape| shape.method == method.name).collect();
+            let Some(first) = shapes.first() else { continue };
+            let layers = first.active_experts_per_layer.len();
+            blocks.push(Block::Figure(Figure {
+                id: format!("figure3-{}", method.name),
+                title: format!("{}: active experts", method.name),
+                note: String::new(),
+                x: "layer".to_owned(),
+                y: "text".to_owned(),
+                plot: Plot::Heat {
+                    rows: shapes.iter().map(|shape| shape.domain.clone()).collect(),
+                    columns: (0..layers).map(|layer| layer.to_string()).collect(),
+                    values: shapes.iter().map(|shape| shape.active_experts_per_layer.clone()).collect(),
+                },
+            }));
+            let mut table = Tabular::new(&format!("figure3-{}-layers", method.name), &method.name, &["text"]);
+            table.header.extend((0..layers).map(|layer| format!("layer {layer}")));
+            table.header.extend(["mean", "like a W", "p", "W", "the paper"].map(str::to_owned));
+            for shape in shapes {
+                let values = &shape.active_experts_per_layer;
+                let mut cells = vec![shape.domain.as_str().into()];
+                cells.extend(values.iter().map(|&value| number(value, |x| format!("{x:.2}"))));
+                cells.push(number(values.iter().sum::<f64>() / layers as f64, |x| format!("{x:.2}")));
+                cells.push(optional(shape.correlation, |x| format!("{x:+.2}")));
+                cells.push(optional(shape.p, p_value));
+                cells.push(match shape.is_w {
+                    Some(is) => yes(is),
+                    None => "too few layers".into(),
+                });
+                cells.push("W".into());
+                table.row(cells);
+            }
+            table.note = "Like a W: correlation of the layers with a wave that is high at both ends and in the middle and low \
+                          between. p: the share of all orders of these layers that are as much like it. A W has a correlation of \
+                          0.5 or more and p below 0.05. The numbers of the paper's figure 3 are not stated in the documents at \
+                          hand; it says that the pattern is a W and differs between texts."
+                .to_owned();
+            blocks.push(Block::Table(table));
+        }
+        blocks
+    }
+
+    pub(super) fn speed(&self) -> Vec<Block> {
+        let mut table = Tabular::new(
+            "speed",
+            "Measured",
+            &[
+                "method",
+                "perplexity",
+                "activated",
+                "FLOPs per token",
+                "prefill, tokens/s",
+                "decode, tokens/s",
+                "peak memory",
+                "weights",
+                "training, tokens/s",
+            ],
+        )
+        .note(
+            "Each model alone in a process of its own, best of three; prefill of held-out text, decoding one token at a time. \
+             Zeros that are scattered over a matrix save no time.",
+        );
+        for method in &self.results.methods {
+            let timing = self.timing(method);
+            let speed = timing.and_then(|timing| timing.speed.as_ref());
+            table.row(vec![
+                method.name.as_str().into(),
+                measured(&method.ppl),
+                amount(method.params_activated.mean),
+                flops(method.flops_per_token),
+                optional(speed.map(|s| s.prefill_tokens_per_s), |x| format!("{x:.0}")),
+                optional(speed.map(|s| s.decode_tokens_per_s), |x| format!("{x:.0}")),
+                optional(speed.and_then(|s| s.peak_bytes).map(|b| b as f64), |x| format::bytes(x as u64)),
+                optional(speed.map(|s| s.weight_bytes as f64), |x| format::bytes(x as u64)),
+                optional(timing.and_then(|t| t.train_tokens_per_s), |x| format!("{x:.0}")),
+            ]);
+        }
+        vec![Block::Table(table)]
+    }
+
+    pub(super) fn pareto(&self) -> Vec<Block> {
+        let methods = &self.results.methods;
+        // Nobody has both fewer FLOPs and less perplexity.
+        let on_front = |method: &MethodResult| {
+            !methods.iter().any(|other| {
+                other.flops_per_token <= method.flops_per_token
+                    && other.ppl.mean <= method.ppl.mean
+                    && (other.flops_per_token < method.flops_per_token || other.ppl.mean < method.ppl.mean)
+            })
+        };
+        let mut table = Tabular::new(
+            "pareto",
+            "Perplexity and activated FLOPs",
+            &["method", "FLOPs per token", "perplexity", "on the front"],
+        )
+        .note("FLOPs are nominal: of activated weights. On the front: no other row has as few and as low.");
+        let point = |method: &MethodResult| {
+            let (flops, ppl) = (method.flops_per_token, method.ppl.mean);
+            let tip = format!("{}: {} FLOPs, perplexity {}", method.name, format::flops(flops), plain(ppl));
+            Point::new(flops, ppl, tip)
+        };
+        let mut series: Vec<Series> = methods
+            .iter()
+            .map(|method| Series {
+                name: method.name.clone(),
+                points: vec![point(method)],
+                look: Look::Cloud,
+            })
+            .collect();
+        let mut front: Vec<Point> = methods.iter().filter(|method| on_front(method)).map(point).collect();
+        front.sort_by(|a, b| a.x.total_cmp(&b.x));
+        if front.len() > 1 {
+            series.push(Series { name: "front".to_owned(), points: front, look: Look::Guide });
+        }
+        let figure = Figure::new(
+            "pareto-chart",
+            "Perplexity against activated FLOPs",
+            ["FLOPs per token", "perplexity"],
+            series,
+        );
+        for method in methods {
+            table.row(vec![
+                method.name.as_str().into(),
+                flops(method.flops_per_token),
+                measured(&method.ppl),
+                yes(on_front(method)),
+            ]);
+        }
+        vec![Block::Figure(figure), Block::Table(table)]
+    }
+
+    pub(super) fn difficulty(&self) -> Vec<Block> {
+        let mut blocks = Vec::new();
+        let mut series = Vec::new();
+        for method in self.gated() {
+            let Some(found) = &method.difficulty else { continue };
+            let mut table = Tabular::new(
+                &format!("difficulty-{}", method.name),
+                &method.name,
+                &["tokens, easiest first", "dense model's loss", "loss", "active experts"],
+            )
+            .note(format!(
+                "Tenths of the held-out tokens by the loss of the dense model before training. Correlation of a token's active \
+                 experts with that loss: {}.",
+                found.correlation.map_or_else(|| "none, they do not vary".to_owned(), |r| format!("{r:+.3}")),
+            ));
+            for (at, bin) in found.bins.iter().enumerate() {
+                table.row(vec![
+                    number(at as f64, |_| format!("{} to {} %", 10 * at, 10 * (at + 1))),
+                    number(bin.dense_nll, |x| format!("{x:.3}")),
+                    number(bin.nll, |x| format!("{x:.3}")),
+                    number(bin.active, |x| format!("{x:.3}")),
+                ]);
+            }
+            blocks.push(Block::Table(table));
+            series.push(Series {
+                name: method.name.clone(),
+                points: found
+                    .bins
+                    .iter()
+                    .map(|bin| Point::new(bin.dense_nll, bin.active, format!("{} tokens", bin.tokens)))
+                    .collect(),
+                look: Look::Line,
+            });
+        }
+        if !series.is_empty() {
+            let figure = Figure::new(
+                "difficulty-chart",
+                "Active experts of a token against how hard it is",
+                ["loss of the dense model, nats", "active experts"],
+                series,
+            );
+            blocks.insert(0, Block::Figure(figure));
+        }
+        blocks
+    }
+
+    pub(super) fn budget(&self) -> Vec<Block> {
+        let profile = &self.results.setup.profile;
+        let shares: Vec<f64> = profile.milestones.clone();
+        let mut table = Tabular::new("budget", "Perplexity after parts of the tokens", &["method"]).note(
+            "0 % is the model as it was made, before any training. Active experts stand in brackets where training changes \
+             them. A method without a threshold in training has none before it is found at the end.",
+        );
+        table.header.extend(shares.iter().map(|share| format!("{} %", trim(100.0 * share))));
+        for method in self.results.methods.iter().filter(|method| !method.milestones.is_empty()) {
+            let gated = !matches!(method.role, Some(Role::Baseline | Role::Control | Role::Dense) | None);
+            let mut cells = vec![method.name.as_str().into()];
+            for share in &shares {
+                let stone = method.milestones.iter().find(|stone| (stone.share - share).abs() < 1e-9);
+                cells.push(stone.map_or("–".into(), |stone| {
+                    let experts = stone.active_ratio.filter(|_| gated).map(|r| r * self.experts());
+                    let mut cell = measured(&stone.ppl);
+                    if let Some(experts) = experts {
+                        cell.text += &format!(" ({experts:.2})");
+                    }
+                    cell.tip = Some(format!("{} tokens", format::count(stone.tokens)));
+                    cell
+                }));
+            }
+            table.row(cells);
+        }
+        vec![Block::Table(table)]
+    }
+}

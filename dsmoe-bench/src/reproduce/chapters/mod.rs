@@ -1,0 +1,323 @@
+//! Results as chapters of tables and charts.
+
+mod figures;
+mod tables;
+
+use super::outputs::Output;
+use super::paper;
+use super::profile::{PaperModel, Role};
+use super::records::{BASE, Timing};
+use super::results::{Collected, Comparison, Measured, MethodResult, Results};
+use crate::format;
+use crate::report::{Block, Cell, Chapter, Report, Tabular, number, optional};
+
+/// The whole report.
+pub(crate) fn of(collected: &Collected, results: &Results) -> Report {
+    let view = View { collected, results };
+    let setup = &results.setup;
+    let mut chapters = vec![view.summary()];
+    for output in Output::ALL {
+        if setup.outputs.iter().any(|name| name == output.name())
+            && let Some(chapter) = view.chapter(output)
+        {
+            chapters.push(chapter);
+        }
+    }
+    chapters.push(view.directions());
+    chapters.push(view.settings());
+    Report {
+        title: "DSMoE beside the methods it is compared with".to_owned(),
+        subtitle: format!("profile {}: {}", setup.profile.name, setup.profile.about),
+        chapters,
+    }
+}
+
+struct View<'a> {
+    collected: &'a Collected,
+    results: &'a Results,
+}
+
+impl View<'_> {
+    fn model(&self) -> PaperModel {
+        self.results.setup.profile.paper
+    }
+
+    fn method(&self, role: Role) -> Option<&MethodResult> {
+        self.results.methods.iter().find(|method| method.role == Some(role))
+    }
+
+    fn gated(&self) -> impl Iterator<Item = &MethodResult> {
+        self.results.methods.iter().filter(|m| matches!(m.role, Some(Role::Dsmoe | Role::Paper)))
+    }
+
+    /// DSMoE's row that others are compared with: the one with the best settings, else the paper's.
+    fn main(&self) -> Option<&MethodResult> {
+        self.method(Role::Dsmoe).or_else(|| self.method(Role::Paper))
+    }
+
+    fn comparison(&self, dsmoe: &str, other: &str) -> Option<&Comparison> {
+        self.results.comparisons.iter().find(|one| one.dsmoe == dsmoe && one.other == other)
+    }
+
+    /// Of the dense model, or of a method's first seed.
+    fn timing(&self, method: &MethodResult) -> Option<&Timing> {
+        let id = match method.role {
+            None => BASE.to_owned(),
+            Some(_) => format!("{}-s{}", method.name, method.seeds.first()?),
+        };
+        self.collected.timings.get(&id)
+    }
+
+    /// Of a layer.
+    fn experts(&self) -> f64 {
+        self.results.setup.profile.experts as f64
+    }
+
+    fn chapter(&self, output: Output) -> Option<Chapter> {
+        let (title, blocks) = match output {
+            Output::Table1 => ("Table 1: perplexity at one budget".to_owned(), self.table1()),
+            Output::Table2 => ("Table 2: ten tasks".to_owned(), self.table2()),
+            Output::Table3 => ("Table 3: without the straight-through rule".to_owned(), self.table3()),
+            Output::Table4 => ("Table 4: other thresholds at inference".to_owned(), self.table4()),
+            Output::Table5 => {
+                ("Table 5: perplexity over tokens, 1B".to_owned(), self.tokens(&paper::TABLE5, "table5"))
+            }
+            Output::Table6 => {
+                ("Table 6: perplexity over tokens, 7B".to_owned(), self.tokens(&paper::TABLE6, "table6"))
+            }
+            Output::Figure2 => ("Figure 2: trained without a threshold".to_owned(), self.figure2()),
+            Output::Figure3 => ("Figure 3: active experts by layer and text".to_owned(), self.figure3()),
+            Output::Speed => ("Speed and memory".to_owned(), self.speed()),
+            Output::Pareto => ("Perplexity against arithmetic".to_owned(), self.pareto()),
+            Output::Difficulty => {
+                ("Active experts against the difficulty of tokens".to_owned(), self.difficulty())
+            }
+            Output::Budget => ("Perplexity at parts of the training".to_owned(), self.budget()),
+        };
+        (!blocks.is_empty()).then(|| Chapter { id: output.name().to_owned(), title, blocks })
+    }
+
+    fn summary(&self) -> Chapter {
+        let setup = &self.results.setup;
+        let made = || self.results.methods.iter().filter(|method| method.name != BASE);
+        let tokens = made().map(|method| method.tokens).min().unwrap_or(0);
+        let more: Vec<String> = made()
+            .filter(|method| method.tokens > tokens)
+            .map(|method| format!(" ({} on {})", method.name, format::count(method.tokens)))
+            .collect();
+        let mut blocks = vec![Block::Text(format!(
+            "Every method starts from one dense model of {} parameters, is brought to {} activated parameters ({} of {} \
+             experts), and is trained on {} tokens{} of the same text, with the settings of the last chapter; {} seed{}.",
+            format::count(setup.dense_params),
+            format::count(setup.budget.round() as u64),
+            trim(setup.profile.active * self.experts()),
+            setup.profile.experts,
+            format::count(tokens),
+            more.concat(),
+            self.results.seeds.len(),
+            if self.results.seeds.len() == 1 { "" } else { "s" },
+        ))];
+        for dsmoe in self.gated() {
+            let found = |verdict: &str, words: &str| -> Option<String> {
+                let comparisons = self.results.comparisons.iter();
+                let names: Vec<&str> = comparisons
+                    .filter(|one| one.dsmoe == dsmoe.name && one.verdict == verdict)
+                    .map(|one| one.other.as_str())
+                    .collect();
+                (!names.is_empty()).then(|| format!("; {words} {}", names.join(", ")))
+            };
+            let verdicts = [
+                ("better", "better than"),
+                ("worse", "worse than"),
+                ("not told apart", "not told apart from"),
+            ];
+            let verdicts: Vec<String> =
+                verdicts.iter().filter_map(|(verdict, words)| found(verdict, words)).collect();
+            let mut text = format!(
+                "{}: perplexity {} with {:.1} % of the budget{}.",
+                dsmoe.name,
+                plain(dsmoe.ppl.mean),
+                100.0 * dsmoe.of_budget,
+                verdicts.concat(),
+            );
+            let mine: Vec<_> =
+                self.results.directions.iter().filter(|one| one.method == dsmoe.name).collect();
+            let agree = mine.iter().filter(|one| one.agrees == Some(true)).count();
+            let judged = mine.iter().filter(|one| one.agrees.is_some()).count();
+            text += &format!(" Of the paper's statements that it can be held to, {agree} of {judged} hold.");
+            blocks.push(Block::Text(text));
+        }
+        if self.results.seeds.len() == 1 {
+            blocks.push(Block::Text(
+                "With one seed, intervals and tests are bootstraps over held-out windows: they say how far the text \
+                 decides, not how far another training would."
+                    .to_owned(),
+            ));
+        }
+        Chapter { id: "summary".to_owned(), title: "What came out".to_owned(), blocks }
+    }
+
+    fn directions(&self) -> Chapter {
+        let mut table = Tabular::new(
+            "directions",
+            "The paper's statements",
+            &["table or figure", "method", "the paper's statement", "ours agree"],
+        );
+        for one in &self.results.directions {
+            table.row(vec![
+                one.output.into(),
+                one.method.as_str().into(),
+                one.statement.as_str().into(),
+                agreement(one.agrees),
+            ]);
+        }
+        let mut tests = Tabular::new(
+            "tests",
+            "DSMoE against every method",
+            &["DSMoE", "other", "loss of the other minus DSMoE's", "95 %", "p", "test", "DSMoE is"],
+        );
+        for one in &self.results.comparisons {
+            tests.row(vec![
+                one.dsmoe.as_str().into(),
+                one.other.as_str().into(),
+                number(one.difference, |x| format!("{x:+.4}")),
+                one.interval.map_or("–".into(), |[low, high]| format!("{low:+.4} to {high:+.4}").into()),
+                optional(one.p, p_value),
+                one.test.into(),
+                one.verdict.into(),
+            ]);
+        }
+        Chapter {
+            id: "directions".to_owned(),
+            title: "Every statement and every test".to_owned(),
+            blocks: vec![Block::Table(tests), Block::Table(table)],
+        }
+    }
+
+    fn settings(&self) -> Chapter {
+        let setup = &self.results.setup;
+        let mut table = Tabular::new("settings", "Settings", &["setting", "value"]);
+        let mut add = |name: &str, value: String| table.row(vec![name.into(), value.into()]);
+        add("profile", format!("{}: {}", setup.profile.name, setup.profile.about));
+        add("seeds", self.results.seeds.iter().map(u64::to_string).collect::<Vec<_>>().join(", "));
+        add("program", setup.program.clone());
+        add("git revision", setup.git_revision.clone());
+        for machine in &self.results.machines {
+            add("machine", format!("{}, {}, {}, {}", machine.cpu, machine.isa, machine.os, machine.device));
+        }
+        if let Some(tokenizer) = setup.inputs["tokenizer_sha256"].as_str() {
+            add("tokenizer, SHA-256", tokenizer.to_owned());
+        }
+        for source in setup.inputs["sources"].as_array().into_iter().flatten() {
+            add(
+                &format!("text {}", source["name"].as_str().unwrap_or_default()),
+                format!(
+                    "{} tokens, weight {}, SHA-256 {}",
+                    source["tokens"],
+                    source["weight"],
+                    source["sha256"].as_str().unwrap_or_default()
+                ),
+            );
+        }
+        let show = |value: Option<&toml::Table>| {
+            value.map_or_else(
+                || "the model was given".to_owned(),
+                |table| table.to_string().trim().replace('\n', ", "),
+            )
+        };
+        add("training of the dense model", show(setup.profile.pretrain.as_ref()));
+        add("continued training", show(Some(&setup.profile.train)));
+        let mut methods = Tabular::new(
+            "methods",
+            "Methods",
+            &[
+                "method",
+                "made by",
+                "settings",
+                "training of its own",
+                "budget reached by",
+                "calibration tokens",
+            ],
+        );
+        for spec in &setup.profile.method {
+            let Some(found) = self.results.methods.iter().find(|method| method.name == spec.name) else {
+                continue;
+            };
+            let settings: Vec<String> = spec.knobs.iter().map(|(k, v)| format!("{k} = {v}")).collect();
+            let settings = if settings.is_empty() { "defaults".to_owned() } else { settings.join(", ") };
+            methods.row(vec![
+                spec.name.as_str().into(),
+                spec.make.as_str().into(),
+                settings.into(),
+                spec.train.to_string().trim().replace('\n', ", ").into(),
+                found.reached_by.clone().unwrap_or_default().into(),
+                number(found.calibration_tokens as f64, |x| format::count(x as u64)),
+            ]);
+        }
+        Chapter {
+            id: "settings".to_owned(),
+            title: "How it was done".to_owned(),
+            blocks: vec![Block::Table(methods), Block::Table(table)],
+        }
+    }
+}
+
+fn amount(value: f64) -> Cell {
+    number(value, format::amount)
+}
+
+fn flops(value: f64) -> Cell {
+    number(value, format::flops)
+}
+
+fn yes(is: bool) -> Cell {
+    if is { "yes".into() } else { "no".into() }
+}
+
+fn agreement(agrees: Option<bool>) -> Cell {
+    match agrees {
+        Some(true) => "agrees".into(),
+        Some(false) => "does not".into(),
+        None => "–".into(),
+    }
+}
+
+fn mark(agrees: Option<bool>) -> Cell {
+    match agrees {
+        Some(true) => "✓".into(),
+        Some(false) => "✗".into(),
+        None => "–".into(),
+    }
+}
+
+fn measured(value: &Measured) -> Cell {
+    let tip = value.interval.map(|[low, high]| {
+        format!("95 % over {}: {} to {}", value.over.unwrap_or(""), plain(low), plain(high))
+    });
+    number(value.mean, plain).tip(tip)
+}
+
+fn interval(value: &Measured) -> Cell {
+    value.interval.map_or("–".into(), |[low, high]| format!("{} to {}", plain(low), plain(high)).into())
+}
+
+/// Four digits or two decimals.
+fn plain(value: f64) -> String {
+    match value.abs() {
+        x if x >= 1e6 => format!("{value:.2e}"),
+        x if x >= 1000.0 => format!("{value:.0}"),
+        x if x >= 100.0 => format!("{value:.1}"),
+        x if x >= 10.0 => format!("{value:.2}"),
+        _ => format!("{value:.3}"),
+    }
+}
+
+fn p_value(p: f64) -> String {
+    if p < 0.001 { "< 0.001".to_owned() } else { format!("{p:.3}") }
+}
+
+/// A number without needless zeros.
+fn trim(value: f64) -> String {
+    let text = format!("{value:.4}");
+    text.trim_end_matches('0').trim_end_matches('.').to_owned()
+}

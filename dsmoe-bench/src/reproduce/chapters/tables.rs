@@ -1,0 +1,418 @@
+//! The paper's tables beside ours.
+
+use super::super::paper;
+use super::super::profile::{PaperModel, PaperRow, Role};
+use super::super::results::{Direction, MethodResult};
+use super::{View, agreement, amount, interval, mark, measured, p_value, plain, trim, yes};
+use crate::format;
+use crate::report::{Block, Figure, Look, Point, Series, Tabular, number, optional};
+
+const NOT_STATED: &str = "not stated";
+
+impl View<'_> {
+    pub(super) fn table1(&self) -> Vec<Block> {
+        let main = self.main();
+        let literal = self.method(Role::Paper);
+        let mut table = Tabular::new(
+            "table1",
+            "Ours",
+            &[
+                "method",
+                "parameters",
+                "activated",
+                "of the budget",
+                "active experts",
+                "perplexity",
+                "95 %",
+                "loss minus DSMoE's",
+                "p",
+                "prefill, tokens/s",
+                "decode, tokens/s",
+                "peak memory",
+            ],
+        )
+        .note(format!(
+            "Perplexity of the held-out text, sources weighted as in training. Loss minus DSMoE's: nats per token, above 0 \
+             {} is better; {}. Speed and memory were measured once on one of the machines named at the end.",
+            main.map_or("DSMoE", |m| &m.name),
+            main.and_then(|m| self.results.comparisons.iter().find(|one| one.dsmoe == m.name)).map_or("no test", |one| one.test),
+        ));
+        let mut beside = Tabular::new(
+            "table1-paper",
+            "Ours and the paper's",
+            &[
+                "method",
+                "ours: parameters",
+                "activated",
+                "perplexity",
+                "the paper's: parameters",
+                "activated",
+                "perplexity",
+                "DSMoE lower: ours",
+                "ours, literal",
+                "the paper's",
+                "direction",
+            ],
+        )
+        .note("The paper's models, text and tokens are others: directions compare, numbers do not.");
+        let paper = paper::table1(self.model());
+        let dsmoe_paper = paper.iter().find(|one| one.row == PaperRow::Dsmoe);
+        for method in &self.results.methods {
+            let test = main.and_then(|main| self.comparison(&main.name, &method.name));
+            let speed = self.timing(method).and_then(|timing| timing.speed.as_ref());
+            let experts = method.active_ratio.map(|ratio| ratio * self.experts());
+            table.row(vec![
+                method.name.as_str().into(),
+                amount(method.params_total),
+                amount(method.params_activated.mean),
+                number(100.0 * method.of_budget, |x| format!("{x:.1} %")),
+                optional(experts, |x| format!("{x:.2}")),
+                measured(&method.ppl),
+                interval(&method.ppl),
+                test.map_or("".into(), |one| {
+                    number(one.difference, |x| format!("{x:+.4}"))
+                        .tip(one.interval.map(|[low, high]| format!("95 %: {low:+.4} to {high:+.4}")))
+                }),
+                optional(test.and_then(|one| one.p), p_value),
+                optional(speed.map(|s| s.prefill_tokens_per_s), |x| format!("{x:.0}")),
+                optional(speed.map(|s| s.decode_tokens_per_s), |x| format!("{x:.0}")),
+                optional(speed.and_then(|s| s.peak_bytes).map(|b| b as f64), |x| format::bytes(x as u64)),
+            ]);
+            let Some(row) = method.paper else { continue };
+            let Some(theirs) = paper.iter().find(|one| one.row == row) else { continue };
+            let is_dsmoe = row == PaperRow::Dsmoe;
+            let lower = |dsmoe: Option<&MethodResult>| match dsmoe {
+                Some(dsmoe) if !is_dsmoe => yes(dsmoe.ppl.mean < method.ppl.mean),
+                _ => "".into(),
+            };
+            let agrees = main
+                .zip(dsmoe_paper)
+                .filter(|_| !is_dsmoe)
+                .map(|(ours, paper)| (ours.ppl.mean < method.ppl.mean) == (paper.ppl < theirs.ppl));
+            beside.row(vec![
+                method.name.as_str().into(),
+                amount(method.params_total),
+                amount(method.params_activated.mean),
+                measured(&method.ppl),
+                amount(theirs.params * 1e9),
+                amount(theirs.activated * 1e9),
+                number(theirs.ppl, |x| format!("{x:.2}")),
+                lower(main),
+                lower(literal),
+                match dsmoe_paper {
+                    Some(paper) if !is_dsmoe => yes(paper.ppl < theirs.ppl),
+                    _ => "".into(),
+                },
+                agreement(agrees),
+            ]);
+        }
+        let mut sources = Tabular::new("table1-sources", "By source", &["method"]);
+        let names: Vec<&str> =
+            self.results.methods[0].domains.iter().map(|domain| domain.name.as_str()).collect();
+        sources.header.extend(names.iter().map(|&name| name.to_owned()));
+        sources.header.push("mean of the sources' perplexities".to_owned());
+        for method in &self.results.methods {
+            let mut cells = vec![method.name.as_str().into()];
+            cells.extend(method.domains.iter().map(|domain| number(domain.ppl, plain)));
+            let mean = method.domains.iter().map(|d| d.ppl).sum::<f64>() / method.domains.len() as f64;
+            cells.push(number(mean, plain));
+            sources.row(cells);
+        }
+        vec![Block::Table(table), Block::Table(beside), Block::Table(sources)]
+    }
+
+    pub(super) fn table2(&self) -> Vec<Block> {
+        if self.results.methods.iter().all(|method| method.tasks.is_empty()) {
+            return vec![Block::Text(
+                "No benchmark files were given (--task-data), and the text is not the embedded world's, so no task was \
+                 asked."
+                    .to_owned(),
+            )];
+        }
+        let mut header = vec!["method"];
+        header.extend(paper::TASKS.map(|(_, label)| label));
+        header.push("mean");
+        let mut ours = Tabular::new("table2", "Ours, percent right", &header).note(self.tasks_note());
+        let mut theirs = Tabular::new("table2-paper", "The paper's, percent right", &header);
+        let mut agree = Tabular::new(
+            "table2-directions",
+            "DSMoE above the method: do ours and the paper agree?",
+            &header,
+        )
+        .note("✓ the paper's direction, ✗ the other, – equal or not measured.");
+        *agree.header.last_mut().expect("a header") = "agree".to_owned();
+        for method in self.results.methods.iter().filter(|method| !method.tasks.is_empty()) {
+            let mut cells = vec![method.name.as_str().into()];
+            for (task, _) in paper::TASKS {
+                let found = method.tasks.iter().find(|one| one.task == task);
+                cells.push(found.map_or("–".into(), |one| {
+                    number(one.percent.mean, |x| format!("{x:.1}")).tip(Some(format!(
+                        "{}, {} items, 95 %: {}",
+                        one.metric,
+                        one.items,
+                        interval(&one.percent).text
+                    )))
+                }));
+            }
+            cells.push(optional(method.tasks_mean, |x| format!("{x:.1}")));
+            ours.row(cells);
+        }
+        let rows = paper::table2(self.model());
+        for (row, scores) in rows {
+            let mut cells = vec![row.label().into()];
+            cells.extend(scores.iter().map(|&score| number(score, |x| format!("{x:.2}"))));
+            cells.push(number(scores.iter().sum::<f64>() / 10.0, |x| format!("{x:.1}")));
+            theirs.row(cells);
+        }
+        for dsmoe in self.gated() {
+            for (row, _) in rows.iter().filter(|(row, _)| *row != PaperRow::Dsmoe) {
+                let found: Vec<Option<bool>> = paper::TASKS
+                    .iter()
+                    .map(|(_, label)| {
+                        let start = format!("{label}: ");
+                        let end = format!(" than {}", row.label());
+                        let is = |one: &&Direction| {
+                            one.output == "table2"
+                                && one.method == dsmoe.name
+                                && one.statement.starts_with(&start)
+                                && one.statement.ends_with(&end)
+                        };
+                        self.results.directions.iter().find(is).and_then(|one| one.agrees)
+                    })
+                    .collect();
+                if found.iter().all(Option::is_none) {
+                    continue;
+                }
+                let mut cells = vec![format!("{} against {}", dsmoe.name, row.label()).into()];
+                cells.extend(found.iter().map(|agrees| mark(*agrees)));
+                let (yes, all) = (
+                    found.iter().filter(|one| **one == Some(true)).count(),
+                    found.iter().filter(|one| one.is_some()).count(),
+                );
+                cells.push(number(yes as f64 / all as f64, |_| format!("{yes} of {all}")));
+                agree.row(cells);
+            }
+        }
+        vec![Block::Table(ours), Block::Table(theirs), Block::Table(agree)]
+    }
+
+    pub(super) fn tasks_note(&self) -> String {
+        let items: Vec<usize> =
+            self.results.methods.iter().flat_map(|m| m.tasks.iter().map(|task| task.items)).collect();
+        let (least, most) =
+            (items.iter().min().copied().unwrap_or(0), items.iter().max().copied().unwrap_or(0));
+        let what = match &self.results.setup.profile.world {
+            Some(_) => "Probes of the embedded world, each in the kind and form of its benchmark",
+            None => "The benchmarks' own files",
+        };
+        let items = if least == most { least.to_string() } else { format!("{least} to {most}") };
+        format!("{what}; {items} items; accuracy, or exact match after five examples (the last four).")
+    }
+
+    pub(super) fn table3(&self) -> Vec<Block> {
+        let (Some(with), Some(without)) = (self.method(Role::Paper), self.method(Role::WithoutSte)) else {
+            return Vec::new();
+        };
+        let mut table = Tabular::new(
+            "table3",
+            "With and without",
+            &["measure", "ours: with", "without", "the paper's: with", "without", "direction"],
+        )
+        .note(format!("{} and {}: the paper's settings, with and without eq. 10; the paper's numbers are the 1B model's.", with.name, without.name));
+        let [(ppl_with, tasks_with), (ppl_without, tasks_without)] = paper::TABLE3;
+        table.row(vec![
+            "perplexity".into(),
+            measured(&with.ppl),
+            measured(&without.ppl),
+            number(ppl_with, plain),
+            number(ppl_without, plain),
+            agreement(Some(without.ppl.mean > with.ppl.mean)),
+        ]);
+        let active = |method: &MethodResult| {
+            optional(method.active_ratio.map(|r| r * self.experts()), |x| format!("{x:.2}"))
+        };
+        table.row(vec![
+            "active experts".into(),
+            active(with),
+            active(without),
+            NOT_STATED.into(),
+            NOT_STATED.into(),
+            "".into(),
+        ]);
+        for (at, (task, label)) in paper::TASKS.iter().enumerate() {
+            let find = |method: &MethodResult| {
+                method.tasks.iter().find(|one| one.task == *task).map(|one| one.percent.mean)
+            };
+            let (a, b) = (find(with), find(without));
+            table.row(vec![
+                format!("{label}, %").into(),
+                optional(a, |x| format!("{x:.1}")),
+                optional(b, |x| format!("{x:.1}")),
+                number(tasks_with[at], |x| format!("{x:.2}")),
+                number(tasks_without[at], |x| format!("{x:.2}")),
+                agreement(a.zip(b).filter(|(a, b)| a != b).map(|(a, b)| b < a)),
+            ]);
+        }
+        vec![Block::Table(table)]
+    }
+
+    pub(super) fn table4(&self) -> Vec<Block> {
+        let mut blocks = Vec::new();
+        let mut series = Vec::new();
+        let share = |method: &MethodResult, activated: f64| 100.0 * activated / method.params_total;
+        for method in self.gated().filter(|method| !method.sweep.is_empty()) {
+            let mut table = Tabular::new(
+                &format!("table4-{}", method.name),
+                &method.name,
+                &[
+                    "threshold",
+                    "ours: perplexity",
+                    "95 %",
+                    "activated, % of all",
+                    "active experts",
+                    "the paper's: perplexity",
+                    "activated, % of all",
+                    "against the row above",
+                ],
+            );
+            let mut above: Option<(f64, f64)> = None;
+            for point in &method.sweep {
+                let theirs = paper::table4(self.model())
+                    .iter()
+                    .find(|one| (one.threshold - point.threshold).abs() < 1e-9);
+                // In the paper perplexity rises and activated parameters fall from row to row.
+                let agrees = above
+                    .filter(|_| theirs.is_some())
+                    .map(|(ppl, activated)| point.ppl.mean > ppl && point.params_activated <= activated);
+                table.row(vec![
+                    number(point.threshold, |x| format!("{x}")),
+                    measured(&point.ppl),
+                    interval(&point.ppl),
+                    number(share(method, point.params_activated), |x| format!("{x:.2}")),
+                    number(point.active_ratio * self.experts(), |x| format!("{x:.2}")),
+                    optional(theirs.map(|one| one.ppl), |x| format!("{x:.2}")),
+                    optional(theirs.map(|one| one.activated), |x| format!("{x:.2}")),
+                    agreement(agrees),
+                ]);
+                above = Some((point.ppl.mean, point.params_activated));
+            }
+            blocks.push(Block::Table(table));
+            series.push(Series {
+                name: method.name.clone(),
+                points: method
+                    .sweep
+                    .iter()
+                    .map(|point| {
+                        let tip = format!("threshold {}", point.threshold);
+                        Point::new(share(method, point.params_activated), point.ppl.mean, tip)
+                    })
+                    .collect(),
+                look: Look::Line,
+            });
+        }
+        if !series.is_empty() {
+            series.push(Series {
+                name: "the paper".to_owned(),
+                points: paper::table4(self.model())
+                    .iter()
+                    .map(|one| Point::new(one.activated, one.ppl, format!("threshold {}", one.threshold)))
+                    .collect(),
+                look: Look::Dashed,
+            });
+            let axes = ["activated, % of all parameters", "perplexity"];
+            let figure = Figure::new("table4-chart", "Perplexity along thresholds", axes, series);
+            blocks.push(Block::Figure(figure.note("Each point is a threshold, 0.2 at the right end.")));
+        }
+        blocks
+    }
+
+    pub(super) fn tokens(&self, theirs: &[(f64, f64)], id: &str) -> Vec<Block> {
+        let stands_beside = (self.model() == PaperModel::One) == (id == "table5");
+        let mut table = Tabular::new(id, "Ours and the paper's", &["share of the tokens"]);
+        let methods: Vec<&MethodResult> =
+            self.gated().filter(|method| !method.milestones.is_empty()).collect();
+        if methods.is_empty() {
+            return Vec::new();
+        }
+        for method in &methods {
+            table.header.extend([format!("{}: perplexity", method.name), "active experts".to_owned()]);
+        }
+        table.header.extend(["the paper's: tokens".to_owned(), "perplexity".to_owned()]);
+        table.header.extend(methods.iter().map(|method| format!("{}: against the row above", method.name)));
+        let mut shares: Vec<f64> =
+            methods.iter().flat_map(|m| m.milestones.iter().map(|stone| stone.share)).collect();
+        shares.extend(theirs.iter().map(|(tokens, _)| tokens / 10.0));
+        shares.sort_by(f64::total_cmp);
+        shares.dedup_by(|a, b| (*a - *b).abs() < 1e-9);
+        let mut above: Option<(f64, Vec<Option<f64>>)> = None;
+        for share in shares {
+            let found = |method: &MethodResult| {
+                method.milestones.iter().find(|stone| (stone.share - share).abs() < 1e-9).cloned()
+            };
+            let paper = theirs.iter().find(|(tokens, _)| (tokens / 10.0 - share).abs() < 1e-9);
+            let mut cells = vec![number(100.0 * share, |x| format!("{} %", trim(x)))];
+            let now: Vec<_> = methods.iter().map(|method| found(method)).collect();
+            for stone in &now {
+                cells.push(stone.as_ref().map_or("–".into(), |stone| measured(&stone.ppl)));
+                cells.push(optional(
+                    stone.as_ref().and_then(|s| s.active_ratio).map(|r| r * self.experts()),
+                    |x| format!("{x:.2}"),
+                ));
+            }
+            cells.push(paper.map_or("".into(), |(tokens, _)| number(*tokens, |x| format!("{x} B"))));
+            cells.push(paper.map_or("".into(), |(_, ppl)| number(*ppl, |x| format!("{x:.3}"))));
+            for (at, stone) in now.iter().enumerate() {
+                let agrees = match (paper, stone, &above) {
+                    (Some((_, ppl)), Some(stone), Some((before, ours))) => {
+                        ours[at].map(|ours| (stone.ppl.mean < ours) == (*ppl < *before))
+                    }
+                    _ => None,
+                };
+                cells.push(if above.is_some() && paper.is_some() { agreement(agrees) } else { "".into() });
+            }
+            if let Some((_, ppl)) = paper {
+                above = Some((*ppl, now.iter().map(|stone| stone.as_ref().map(|s| s.ppl.mean)).collect()));
+            }
+            table.row(cells);
+        }
+        let beside = match stands_beside {
+            true => "Rows without a number of the paper are not in its table.",
+            false => {
+                "This profile stands beside the paper's other model; its own table is the other of 5 and 6. Rows are where \
+                 the two have points."
+            }
+        };
+        table.note = format!(
+            "{beside} The learning rate has not come down before the end, and the share of active experts is moving: a \
+             perplexity says nothing without the column beside it."
+        );
+        let mut series: Vec<Series> = methods
+            .iter()
+            .map(|method| Series {
+                name: method.name.clone(),
+                points: method
+                    .milestones
+                    .iter()
+                    .filter(|stone| stone.share >= 0.1)
+                    .map(|stone| {
+                        let tip = format!("{} tokens", format::count(stone.tokens));
+                        Point::new(100.0 * stone.share, stone.ppl.mean, tip)
+                    })
+                    .collect(),
+                look: Look::Line,
+            })
+            .collect();
+        series.push(Series {
+            name: "the paper".to_owned(),
+            points: theirs
+                .iter()
+                .map(|(tokens, ppl)| Point::new(10.0 * tokens, *ppl, format!("{tokens} B tokens")))
+                .collect(),
+            look: Look::Dashed,
+        });
+        let axes = ["% of the tokens", "perplexity"];
+        let figure = Figure::new(format!("{id}-chart"), "Perplexity over the training", axes, series)
+            .note("From a tenth of the tokens on.");
+        vec![Block::Table(table), Block::Figure(figure)]
+    }
+}

@@ -1,0 +1,302 @@
+//! What is measured of a model: perplexity by source and window, layers, thresholds, tokens, tasks.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Result, bail};
+use dsmoe_core::Inference;
+use dsmoe_core::model::Workspace;
+use dsmoe_datasets::tasks::{Loaded, Profile as TaskProfile, Request};
+use dsmoe_datasets::{Tokenizer, eval_windows};
+use dsmoe_train::tasks::Responder;
+use serde::{Deserialize, Serialize};
+
+use super::cache::Interrupted;
+use super::text::{HeldOut, task_bos};
+use crate::interrupts::STOP;
+
+/// Tokens in a forward pass, about.
+const BATCH_TOKENS: usize = 2048;
+/// Groups of tokens by difficulty.
+const BINS: usize = 10;
+/// Bisections of a threshold.
+const BISECTIONS: usize = 24;
+
+/// Perplexity on held-out text and what was active for it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct TextResult {
+    pub(crate) nll: f64,
+    pub(crate) ppl: f64,
+    /// Share of active experts; none where no router decides it.
+    pub(crate) active_ratio: Option<f64>,
+    pub(crate) params_total: u64,
+    pub(crate) params_activated: f64,
+    pub(crate) flops_per_token: f64,
+    /// The threshold that was looked for after training.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) threshold: Option<f32>,
+    pub(crate) domains: Vec<DomainResult>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct DomainResult {
+    pub(crate) name: String,
+    pub(crate) share: f64,
+    pub(crate) nll: f64,
+    pub(crate) ppl: f64,
+    pub(crate) active_ratio: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) active_ratio_per_layer: Option<Vec<f64>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) zero_active_share: Option<f64>,
+    /// Sum of negative log-likelihoods, and predicted tokens, of every window.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub(crate) windows: Vec<(f64, u64)>,
+}
+
+/// What single tokens showed, in the order of the held-out text.
+#[derive(Debug, Default)]
+pub(crate) struct PerToken {
+    pub(crate) losses: Vec<f32>,
+    /// Active experts, mean over layers; empty without routers.
+    pub(crate) active: Vec<f64>,
+}
+
+/// Measures a model on the first `windows` windows of every source.
+pub(crate) fn text(
+    model: &Inference,
+    held_out: &[HeldOut],
+    seq: usize,
+    windows: usize,
+) -> Result<(TextResult, PerToken)> {
+    let accounting = model.accounting();
+    let layers = model.config().num_layers;
+    let mut tokens = PerToken::default();
+    let mut domains = Vec::new();
+    let (mut nll, mut ratio) = (0.0, Some(0.0));
+    for part in held_out {
+        let ids = &part.ids[..part.ids.len().min(windows * (seq + 1))];
+        let mut stats = model.new_stats().map(|stats| stats.traced());
+        let mut of_windows = Vec::new();
+        let mut workspace = Workspace::default();
+        let (mut inputs, mut targets, mut losses) = (Vec::new(), Vec::new(), Vec::new());
+        let all = eval_windows(ids.len(), seq + 1, seq + 1)?;
+        for batch in all.chunks((BATCH_TOKENS / seq).max(1)) {
+            inputs.clear();
+            targets.clear();
+            for window in batch {
+                inputs.extend_from_slice(&ids[window.start..window.end - 1]);
+                targets.extend_from_slice(&ids[window.start + 1..window.end]);
+            }
+            losses.resize(inputs.len(), 0.0f32);
+            model.score(&mut losses, &inputs, &targets, seq, stats.as_mut(), &mut workspace)?;
+            for losses in losses.chunks(seq) {
+                of_windows
+                    .push((losses.iter().map(|&loss| f64::from(loss)).sum::<f64>(), losses.len() as u64));
+            }
+            tokens.losses.extend_from_slice(&losses);
+        }
+        let (sum, count) = of_windows.iter().fold((0.0, 0), |all, one| (all.0 + one.0, all.1 + one.1));
+        let mean = sum / count as f64;
+        if !mean.is_finite() {
+            bail!("the likelihood of {} is not finite: the model overflows", part.name);
+        }
+        nll += part.share * mean;
+        if let Some(stats) = &stats {
+            tokens.active.extend(stats.active_of_tokens().iter().map(|&sum| f64::from(sum) / layers as f64));
+        }
+        let routing = stats.map(|stats| stats.summary());
+        ratio = ratio.zip(routing.as_ref()).map(|(all, routing)| all + part.share * routing.active_ratio);
+        domains.push(DomainResult {
+            name: part.name.clone(),
+            share: part.share,
+            nll: mean,
+            ppl: mean.exp(),
+            active_ratio: routing.as_ref().map(|routing| routing.active_ratio),
+            active_ratio_per_layer: routing.as_ref().map(|routing| routing.active_ratio_per_layer.clone()),
+            zero_active_share: routing.as_ref().map(|routing| routing.zero_active_share),
+            windows: of_windows,
+        });
+    }
+    let active = ratio.unwrap_or(0.0) * accounting.num_experts as f64;
+    let result = TextResult {
+        nll,
+        ppl: nll.exp(),
+        active_ratio: ratio,
+        params_total: accounting.total,
+        params_activated: accounting.activated(active),
+        flops_per_token: accounting.flops_per_token(active, seq as f64 / 2.0),
+        threshold: None,
+        domains,
+    };
+    Ok((result, tokens))
+}
+
+/// One threshold of a sweep.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct SweepPoint {
+    pub(crate) threshold: f64,
+    pub(crate) nll: f64,
+    pub(crate) ppl: f64,
+    pub(crate) active_ratio: f64,
+    pub(crate) params_activated: f64,
+}
+
+/// Measures a gated model at other thresholds, which it keeps.
+pub(crate) fn sweep(
+    model: &mut Inference,
+    held_out: &[HeldOut],
+    seq: usize,
+    windows: usize,
+    thresholds: &[f64],
+) -> Result<Vec<SweepPoint>> {
+    let point = |&threshold: &f64| {
+        model.set_threshold(threshold as f32)?;
+        let (found, _) = text(model, held_out, seq, windows)?;
+        Ok(SweepPoint {
+            threshold,
+            nll: found.nll,
+            ppl: found.ppl,
+            active_ratio: found.active_ratio.unwrap_or(1.0),
+            params_activated: found.params_activated,
+        })
+    };
+    thresholds.iter().map(point).collect()
+}
+
+/// The threshold at which a gated model has that share of experts active, which it keeps.
+pub(crate) fn find_threshold(
+    model: &mut Inference,
+    held_out: &[HeldOut],
+    seq: usize,
+    windows: usize,
+    active: f64,
+) -> Result<f32> {
+    let (mut low, mut high) = (0.0f32, 1.0f32);
+    for _ in 0..BISECTIONS {
+        let middle = (low + high) / 2.0;
+        model.set_threshold(middle)?;
+        let (found, _) = text(model, held_out, seq, windows)?;
+        if found.active_ratio.unwrap_or(1.0) > active { low = middle } else { high = middle }
+    }
+    model.set_threshold(high)?;
+    Ok(high)
+}
+
+/// Tokens of about one difficulty.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Bin {
+    pub(crate) tokens: usize,
+    /// Mean loss of the dense model, which says how hard they are.
+    pub(crate) dense_nll: f64,
+    /// Mean loss of this model.
+    pub(crate) nll: f64,
+    /// Active experts of a token, mean over layers.
+    pub(crate) active: f64,
+}
+
+/// Active experts against the difficulty of tokens.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Difficulty {
+    /// From the easiest tokens to the hardest.
+    pub(crate) bins: Vec<Bin>,
+    /// Pearson's correlation of active experts with the dense model's loss, over tokens.
+    pub(crate) correlation: Option<f64>,
+    /// Tokens by their active experts, mean over layers, rounded.
+    pub(crate) histogram: Vec<u64>,
+}
+
+/// Sorts tokens by the dense model's losses and says how many experts each group has.
+pub(crate) fn difficulty(dense: &[f32], tokens: &PerToken, experts: usize) -> Difficulty {
+    let mut order: Vec<usize> = (0..dense.len()).collect();
+    order.sort_by(|&a, &b| dense[a].total_cmp(&dense[b]).then(a.cmp(&b)));
+    let bins = (0..BINS).map(|bin| {
+        let group = &order[bin * order.len() / BINS..(bin + 1) * order.len() / BINS];
+        let mean = |value: &dyn Fn(usize) -> f64| {
+            group.iter().map(|&at| value(at)).sum::<f64>() / group.len().max(1) as f64
+        };
+        Bin {
+            tokens: group.len(),
+            dense_nll: mean(&|at| f64::from(dense[at])),
+            nll: mean(&|at| f64::from(tokens.losses[at])),
+            active: mean(&|at| tokens.active[at]),
+        }
+    });
+    let mut histogram = vec![0; experts + 1];
+    for active in &tokens.active {
+        histogram[(active.round() as usize).min(experts)] += 1;
+    }
+    let dense: Vec<f64> = dense.iter().map(|&loss| f64::from(loss)).collect();
+    let correlation = super::statistics::correlation(&dense, &tokens.active);
+    Difficulty { bins: bins.collect(), correlation, histogram }
+}
+
+/// A task's score.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct TaskScore {
+    pub(crate) task: String,
+    /// The harness's metric and filter.
+    pub(crate) metric: String,
+    pub(crate) shots: usize,
+    pub(crate) items: usize,
+    pub(crate) value: f64,
+    pub(crate) stderr: Option<f64>,
+    /// Of every item, 1 if it was right.
+    pub(crate) right: String,
+}
+
+/// Asks a model all tasks.
+pub(crate) fn tasks(
+    model: &Inference,
+    tokenizer: &Tokenizer,
+    tasks: &[Loaded],
+    progress: &mut dyn FnMut(usize, usize),
+) -> Result<Vec<TaskScore>> {
+    let mut scores = Vec::new();
+    for (at, loaded) in tasks.iter().enumerate() {
+        progress(at, tasks.len());
+        let documents: Vec<&[Request]> = loaded.documents().iter().map(|d| &d.requests[..]).collect();
+        let responder = Responder::new(model, tokenizer, task_bos(), TaskProfile::default()).stop_at(&STOP);
+        let Some(answers) = responder.answer(&documents, None, &mut |_, _| {})? else {
+            return Err(Interrupted.into());
+        };
+        let scored = loaded.score(&answers.documents);
+        let main = scored.scores.iter().find(|score| ["acc", "exact_match"].contains(&score.metric));
+        let Some(main) = main else {
+            bail!("task {}: no item could be scored", loaded.name());
+        };
+        let rows = loaded.sample_rows(&scored).filter(|row| row["filter"] == main.filter);
+        let by_item: BTreeMap<u64, bool> = rows
+            .map(|row| (row["doc_id"].as_u64().unwrap_or(0), row[main.metric].as_f64().unwrap_or(0.0) > 0.5))
+            .collect();
+        scores.push(TaskScore {
+            task: loaded.task().name.to_owned(),
+            metric: format!("{},{}", main.metric, main.filter),
+            shots: loaded.task().shots,
+            items: by_item.len(),
+            value: main.value,
+            stderr: main.stderr,
+            right: by_item.values().map(|&right| if right { '1' } else { '0' }).collect(),
+        });
+    }
+    Ok(scores)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_are_grouped_by_difficulty() {
+        let dense: Vec<f32> = (0..100).rev().map(|i| i as f32).collect();
+        let tokens = PerToken {
+            losses: dense.clone(),
+            active: (0..100).rev().map(|i| if i < 50 { 1.0 } else { 3.0 }).collect(),
+        };
+        let found = difficulty(&dense, &tokens, 4);
+        assert_eq!(found.bins.len(), 10);
+        assert_eq!((found.bins[0].tokens, found.bins[0].dense_nll, found.bins[0].active), (10, 4.5, 1.0));
+        assert_eq!((found.bins[9].dense_nll, found.bins[9].active), (94.5, 3.0));
+        assert_eq!(found.histogram, [0, 50, 0, 50, 0]);
+        assert!(found.correlation.unwrap() > 0.8);
+    }
+}

@@ -1,0 +1,199 @@
+//! `dsmoe reproduce`: the paper's comparison, from text to report.
+
+mod cache;
+mod chapters;
+mod cost;
+mod jobs;
+mod measure;
+pub(crate) mod merge;
+pub(crate) mod options;
+pub(crate) mod outputs;
+mod paper;
+mod plan;
+pub(crate) mod profile;
+mod publish;
+mod records;
+mod results;
+pub(crate) mod speed;
+pub(crate) mod splice;
+mod stages;
+mod statistics;
+mod text;
+
+use std::cell::{Cell, OnceCell, RefCell};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+
+use self::cache::{Cache, Interrupted, read_json, write_json};
+use self::cost::{Costs, Ledger};
+use self::jobs::{Planned, all_jobs, jobs};
+use self::options::Options;
+use self::outputs::{Output, Part};
+use self::profile::Profile;
+use self::publish::finish;
+use self::records::{BASE, RUNS, Run, SETUP, TIMINGS, Timing};
+use self::results::{Collected, Setup};
+use self::stages::Lab;
+use self::text::Text;
+use crate::interrupts::{INTERRUPTED, STOP, catch_interrupts};
+use crate::ui::{Ui, stderr_line};
+
+/// Runs a reproduction, or prints its plan.
+pub(crate) fn run(args: &Options, ui: &mut Ui) -> Result<ExitCode> {
+    let mut profile = Profile::load(&args.profile)?;
+    if let Some(seeds) = args.seeds {
+        profile.seeds = seeds;
+    }
+    let outputs = if args.only.is_empty() { Output::ALL.to_vec() } else { args.only.clone() };
+    let jobs = jobs(&profile, args, &outputs)?;
+    if args.dry_run {
+        plan::run(args, &profile, &jobs, ui)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let out = args.out.clone().unwrap_or_else(|| PathBuf::from(format!("reproduce-{}", profile.name)));
+    let _lock = open(&out, args.resume)?;
+    catch_interrupts()?;
+    match reproduce(args, &profile, &outputs, &jobs, &out, ui) {
+        Err(error) if error.is::<Interrupted>() => {
+            stderr_line(format_args!("dsmoe: stopped; the same command with --resume goes on from here"));
+            let asked = STOP.load(Ordering::Relaxed);
+            Ok(if asked { ExitCode::from(INTERRUPTED) } else { ExitCode::SUCCESS })
+        }
+        Err(error) => Err(error),
+        Ok(()) => Ok(ExitCode::SUCCESS),
+    }
+}
+
+/// Makes the directory, or goes on in it, and holds it for this process.
+fn open(out: &Path, resume: bool) -> Result<Option<File>> {
+    let place = || out.display().to_string();
+    std::fs::create_dir_all(out).with_context(place)?;
+    let mut entries = std::fs::read_dir(out).with_context(place)?;
+    if entries.next().is_some() && !resume {
+        bail!("{} is not empty; pass --resume to go on there, or choose another --out", out.display());
+    }
+    if !cfg!(unix) {
+        return Ok(None);
+    }
+    let directory = File::open(out).with_context(place)?;
+    match directory.try_lock() {
+        Err(std::fs::TryLockError::WouldBlock) => {
+            bail!("{} is in use by another process; wait for it, or choose another --out", out.display())
+        }
+        // Some network file systems have no locks.
+        Ok(()) | Err(std::fs::TryLockError::Error(_)) => Ok(Some(directory)),
+    }
+}
+
+fn reproduce(
+    args: &Options,
+    profile: &Profile,
+    outputs: &[Output],
+    jobs: &[Planned<'_>],
+    out: &Path,
+    ui: &mut Ui,
+) -> Result<()> {
+    let started = Instant::now();
+    let cache = Cache::new(args.stages.clone().unwrap_or_else(|| out.join("cache")));
+    let text = text(args, profile, &cache, ui).context("stage text")?;
+    let costs = Costs { profile, sources: text.held_out.len(), seq: profile.train()?.seq };
+    let base_parts = base_parts(outputs);
+    let lab = Lab {
+        profile,
+        args,
+        text: &text,
+        cache: &cache,
+        ui: *ui,
+        costs,
+        ledger: ledger(costs, jobs, &base_parts, args.model.is_some())?,
+        steps_left: Cell::new(args.stop_after),
+        tasks: OnceCell::new(),
+        dense_losses: RefCell::new(None),
+    };
+    let base = lab.base()?;
+    let runs = all_jobs(profile, args, outputs)?.iter().map(|(_, job, _)| job.id()).collect();
+    let setup = results::setup(profile, outputs, runs, &text, &base, profile.budget(&base.config))?;
+    forget_other_results(out, &setup)?;
+    write_json(&out.join(SETUP), &setup)?;
+    let save = |id: &str, (run, timing): (Run, Timing)| -> Result<()> {
+        write_json(&out.join(RUNS).join(format!("{id}.json")), &run)?;
+        write_json(&out.join(TIMINGS).join(format!("{id}.json")), &timing)
+    };
+    save(BASE, lab.run_base(&base, &base_parts)?)?;
+    for (_, job, parts) in jobs {
+        save(&job.id(), lab.run(*job, &base, parts)?)?;
+    }
+    if args.shard.is_some() {
+        let note =
+            format!("{}: this part is done; put all together with dsmoe reproduce merge", out.display());
+        ui.note(note);
+        return Ok(());
+    }
+    let collected = Collected::read(&[out.to_path_buf()])?;
+    finish(&collected, out, started.elapsed().as_secs_f64(), ui)
+}
+
+/// Removes the results of other settings: until this run is done there are none.
+fn forget_other_results(out: &Path, setup: &Setup) -> Result<()> {
+    let before: Option<Setup> = read_json(&out.join(SETUP)).ok();
+    if before.as_ref() == Some(setup) {
+        return Ok(());
+    }
+    for name in ["results.json", "report.md", "report.html"] {
+        let path = out.join(name);
+        if path.is_file() {
+            std::fs::remove_file(&path).with_context(|| path.display().to_string())?;
+        }
+    }
+    Ok(())
+}
+
+/// What is measured of the dense model itself.
+fn base_parts(outputs: &[Output]) -> Vec<Part> {
+    let mut parts = vec![Part::Text];
+    for (output, part) in [(Output::Table2, Part::Tasks), (Output::Speed, Part::Speed)] {
+        if outputs.contains(&output) {
+            parts.push(part);
+        }
+    }
+    parts
+}
+
+fn text(args: &Options, profile: &Profile, cache: &Cache, ui: &Ui) -> Result<Text> {
+    match (&profile.world, &args.text) {
+        (Some(_), Some(_)) => bail!(
+            "profile {} trains on the embedded world; leave out --data and --mixture, or take [world] out of a copy of it",
+            profile.name
+        ),
+        (Some(world), None) => Text::of_world(world, profile, args.model.as_deref(), cache, ui),
+        (None, data) => {
+            let Some(model) = &args.model else {
+                bail!("profile {} starts from a checkpoint; name one with --model DIR", profile.name);
+            };
+            let Some(data) = data else {
+                bail!("profile {} needs text; name it with --data or --mixture", profile.name);
+            };
+            Text::of_user(data, args.token_cache.as_deref(), profile, model, ui)
+        }
+    }
+}
+
+/// Counts stages and what they cost; `given`: the dense model is there.
+fn ledger(costs: Costs<'_>, jobs: &[Planned<'_>], base: &[Part], given: bool) -> Result<Ledger> {
+    let (mut stages, mut cost) = (base.len(), base.iter().map(|part| costs.part(*part, false)).sum::<f64>());
+    if let (Some(config), false) = (costs.profile.pretrain(), given) {
+        stages += 1;
+        cost += costs.train(&config?)?;
+    }
+    for (_, job, parts) in jobs {
+        stages += 2 + parts.len();
+        cost += costs.make() + costs.measuring(*job, parts);
+        cost += costs.train(&costs.profile.train_of(job.spec, job.seed)?)?;
+    }
+    Ok(Ledger::new(stages, cost))
+}

@@ -1,0 +1,130 @@
+//! What is known of one model: how it was made and trained, what was measured of it, and how fast it is.
+
+use std::collections::BTreeMap;
+
+use dsmoe_core::Device;
+use dsmoe_kernels::Isa;
+use serde::{Deserialize, Serialize};
+
+use super::measure::{Difficulty, SweepPoint, TaskScore, TextResult};
+use super::profile::Role;
+use crate::machine::cpu_model;
+
+/// What it says about a file of `runs/`.
+pub(crate) const FORMAT_VERSION: u32 = 1;
+/// What the dense model before continued training is called.
+pub(crate) const BASE: &str = "base";
+
+/// Folder of the files of all models in the directory of a reproduction.
+pub(crate) const RUNS: &str = "runs";
+/// Folder of their timings.
+pub(crate) const TIMINGS: &str = "timings";
+/// File of the settings.
+pub(crate) const SETUP: &str = "setup.json";
+
+/// What was made of the dense model, before training.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Made {
+    pub(crate) params_total: f64,
+    pub(crate) params_activated: f64,
+    pub(crate) reached_by: String,
+    /// Tokens of calibration text that were read.
+    pub(crate) calibration_tokens: usize,
+    pub(crate) settings: BTreeMap<String, String>,
+    pub(crate) measured: BTreeMap<String, f64>,
+}
+
+impl Made {
+    pub(crate) fn of_params(total: f64, activated: f64, by: &str) -> Made {
+        Made {
+            params_total: total,
+            params_activated: activated,
+            reached_by: by.to_owned(),
+            calibration_tokens: 0,
+            settings: BTreeMap::new(),
+            measured: BTreeMap::new(),
+        }
+    }
+}
+
+/// Perplexity after a part of the continued training.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Milestone {
+    /// Share of the training.
+    pub(crate) share: f64,
+    pub(crate) step: u64,
+    pub(crate) tokens: u64,
+    pub(crate) nll: f64,
+    pub(crate) ppl: f64,
+    pub(crate) active_ratio: Option<f64>,
+    pub(crate) params_total: u64,
+    pub(crate) params_activated: f64,
+}
+
+/// What training came to.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Trained {
+    pub(crate) steps: u64,
+    pub(crate) tokens: u64,
+    pub(crate) milestones: Vec<Milestone>,
+}
+
+/// All that is known of one model, but no times: the same bytes however often the work was interrupted.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Run {
+    pub(crate) format_version: u32,
+    pub(crate) method: String,
+    pub(crate) role: Option<Role>,
+    pub(crate) seed: u64,
+    /// Hash of all settings and inputs of the trained model.
+    pub(crate) key: String,
+    pub(crate) machine: Machine,
+    pub(crate) made: Option<Made>,
+    pub(crate) trained: Option<Trained>,
+    pub(crate) text: TextResult,
+    pub(crate) tasks: Option<Vec<TaskScore>>,
+    pub(crate) sweep: Option<Vec<SweepPoint>>,
+    pub(crate) difficulty: Option<Difficulty>,
+}
+
+/// Where numbers were computed: what can change their last bits.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub(crate) struct Machine {
+    pub(crate) cpu: String,
+    pub(crate) isa: String,
+    pub(crate) os: String,
+    /// `cpu`, or a GPU by its number.
+    pub(crate) device: String,
+}
+
+impl Machine {
+    pub(crate) fn here(device: Device) -> Machine {
+        Machine {
+            cpu: cpu_model().unwrap_or_else(|| std::env::consts::ARCH.to_owned()),
+            isa: Isa::current().name().to_owned(),
+            os: std::env::consts::OS.to_owned(),
+            device: device.to_string(),
+        }
+    }
+}
+
+/// Speed and memory of one model.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Speed {
+    pub(crate) prefill_tokens_per_s: f64,
+    pub(crate) decode_tokens_per_s: f64,
+    /// Most memory that was resident while it was loaded and used, beyond the program's own.
+    pub(crate) peak_bytes: Option<u64>,
+    pub(crate) weight_bytes: u64,
+    pub(crate) threads: usize,
+}
+
+/// What a method's training took on this machine.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Timing {
+    pub(crate) method: String,
+    pub(crate) seed: u64,
+    pub(crate) speed: Option<Speed>,
+    /// Of the last invocation that trained it.
+    pub(crate) train_tokens_per_s: Option<f64>,
+}

@@ -1,0 +1,218 @@
+//! `dsmoe reproduce splice`: the main table and figure of recorded reproductions, written into Markdown files.
+//!
+//! ```text
+//! <!-- reproduce DIR -->     DIR, seen from the file, has results.json and charts/pareto-chart.svg
+//! ...                        what stands here is replaced
+//! <!-- /reproduce -->
+//! ```
+
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+
+use super::cache::{read_json, write};
+use crate::format;
+use crate::ui::Ui;
+
+const BEGIN: &str = "<!-- reproduce ";
+const END: &str = "<!-- /reproduce -->";
+const CHART: &str = "charts/pareto-chart.svg";
+
+/// What is shown of a results.json.
+#[derive(Deserialize)]
+struct Results {
+    setup: Setup,
+    methods: Vec<Method>,
+    comparisons: Vec<Comparison>,
+}
+
+#[derive(Deserialize)]
+struct Setup {
+    git_revision: String,
+    budget: f64,
+    dense_params: u64,
+    profile: Profile,
+}
+
+#[derive(Deserialize)]
+struct Profile {
+    name: String,
+    experts: usize,
+    active: f64,
+}
+
+#[derive(Deserialize)]
+struct Method {
+    name: String,
+    seeds: Vec<u64>,
+    tokens: u64,
+    params_activated: Measured,
+    of_budget: f64,
+    ppl: Measured,
+    milestones: Vec<Milestone>,
+    tasks_mean: Option<f64>,
+}
+
+#[derive(Deserialize)]
+struct Measured {
+    mean: f64,
+    interval: Option<[f64; 2]>,
+}
+
+#[derive(Deserialize)]
+struct Milestone {
+    share: f64,
+    ppl: Measured,
+}
+
+#[derive(Deserialize)]
+struct Comparison {
+    dsmoe: String,
+    other: String,
+    verdict: String,
+}
+
+#[derive(Serialize)]
+struct Done<'a> {
+    files: Vec<&'a Path>,
+    blocks: usize,
+}
+
+/// Fills the blocks of `files`; with `check`, fails if that would change one.
+pub(crate) fn run(files: &[PathBuf], check: bool, ui: &mut Ui) -> Result<()> {
+    let mut done = Done { files: Vec::new(), blocks: 0 };
+    for path in files {
+        let place = || path.display().to_string();
+        let text = std::fs::read_to_string(path).with_context(place)?;
+        let (spliced, blocks) = splice(&text, path.parent().unwrap_or(Path::new(""))).with_context(place)?;
+        done.blocks += blocks;
+        if spliced == text {
+            continue;
+        }
+        if check {
+            bail!(
+                "{}: its tables are not those of the records; run dsmoe reproduce splice {0}",
+                path.display()
+            );
+        }
+        write(path, spliced.as_bytes())?;
+        done.files.push(path);
+    }
+    ui.result(&done, |done| format!("{} blocks, {} files changed\n", done.blocks, done.files.len()))
+}
+
+/// The text with its blocks filled anew, and how many there are.
+fn splice(text: &str, folder: &Path) -> Result<(String, usize)> {
+    let (mut out, mut rest, mut blocks) = (String::new(), text, 0);
+    while let Some(at) = rest.find(BEGIN) {
+        let line = text[..text.len() - rest.len() + at].matches('\n').count() + 1;
+        let (before, block) = rest.split_at(at);
+        let Some((dir, body)) = block[BEGIN.len()..].split_once(" -->\n") else {
+            bail!("line {line}: `{BEGIN}DIR -->` must end its line");
+        };
+        let Some((_, after)) = body.split_once(END) else {
+            bail!("line {line}: no `{END}` after it");
+        };
+        let results: Results = read_json(&folder.join(dir).join("results.json"))?;
+        let _ = write!(out, "{before}{BEGIN}{dir} -->\n{}{END}", block_text(dir, &results));
+        (rest, blocks) = (after, blocks + 1);
+    }
+    if blocks == 0 {
+        bail!("no block to fill; begin one with `{BEGIN}DIR -->` and end it with `{END}`");
+    }
+    out += rest;
+    Ok((out, blocks))
+}
+
+fn block_text(dir: &str, results: &Results) -> String {
+    let Setup { git_revision, budget, dense_params, profile } = &results.setup;
+    let first = results.comparisons.first().map(|one| one.dsmoe.as_str());
+    let seeds = results.methods.iter().map(|method| method.seeds.len()).max().unwrap_or(0);
+    let tokens = results.methods.iter().map(|method| method.tokens).min_by_key(|tokens| match tokens {
+        0 => u64::MAX,
+        tokens => *tokens,
+    });
+    let mut out = format!(
+        "\nProfile {}: a dense model of {} parameters, {} activated parameters for everyone ({} of {} experts), {} tokens after\n\
+         it was made, {} {}, 95 % intervals; `{dir}`, revision {git_revision}.\n\n",
+        profile.name,
+        format::amount(*dense_params as f64),
+        format::amount(*budget),
+        profile.active * profile.experts as f64,
+        profile.experts,
+        format::amount(tokens.unwrap_or(0) as f64),
+        seeds,
+        if seeds == 1 { "seed" } else { "seeds" },
+    );
+    out += "| method | activated | of the budget | perplexity as made | trained on | interval | tasks right, % | ";
+    let _ = writeln!(out, "{} is |", first.unwrap_or("DSMoE"));
+    out += "|---|---|---|---|---|---|---|---|\n";
+    let dash = || "–".to_owned();
+    for method in &results.methods {
+        let made = method.milestones.iter().find(|stone| stone.share == 0.0);
+        let verdict =
+            results.comparisons.iter().find(|one| Some(&one.dsmoe[..]) == first && one.other == method.name);
+        let _ = writeln!(
+            out,
+            "| {} | {} | {} | {} | {:.3} | {} | {} | {} |",
+            method.name,
+            format::amount(method.params_activated.mean),
+            format::percent(method.of_budget),
+            made.map_or_else(dash, |stone| format!("{:.3}", stone.ppl.mean)),
+            method.ppl.mean,
+            method.ppl.interval.map_or_else(dash, |[low, high]| format!("{low:.3} to {high:.3}")),
+            method.tasks_mean.map_or_else(dash, |mean| format!("{mean:.1}")),
+            verdict.map_or("", |one| one.verdict.as_str()),
+        );
+    }
+    let _ = write!(out, "\n![Perplexity against FLOPs of a token]({dir}/{CHART})\n\n");
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_are_replaced_and_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let record = folder.path().join("record");
+        std::fs::create_dir(&record).unwrap();
+        let measured = |mean: f64| serde_json::json!({ "mean": mean, "interval": [mean - 1.0, mean + 1.0] });
+        let method = |name: &str, ppl: f64| {
+            serde_json::json!({
+                "name": name, "seeds": [0, 1], "tokens": 2048, "params_activated": measured(1000.0), "of_budget": 1.0,
+                "ppl": measured(ppl), "milestones": [{ "share": 0.0, "ppl": measured(9.0) }], "tasks_mean": null,
+            })
+        };
+        let results = serde_json::json!({
+            "setup": { "git_revision": "abc", "budget": 1000.0, "dense_params": 2000,
+                       "profile": { "name": "p", "experts": 8, "active": 0.375 } },
+            "methods": [method("dsmoe", 5.0), method("wanda", 6.5)],
+            "comparisons": [{ "dsmoe": "dsmoe", "other": "wanda", "verdict": "better" }],
+        });
+        std::fs::write(record.join("results.json"), results.to_string()).unwrap();
+        let text = "a\n<!-- reproduce record -->\nold\n<!-- /reproduce -->\nb\n";
+        let (once, blocks) = splice(text, folder.path()).unwrap();
+        assert_eq!(blocks, 1);
+        assert!(once.starts_with("a\n<!-- reproduce record -->\n\nProfile p:"), "{once}");
+        assert!(
+            once.contains("| wanda | 1.0 k | 100.0 % | 9.000 | 6.500 | 5.500 to 7.500 | – | better |"),
+            "{once}"
+        );
+        assert!(once.contains("](record/charts/pareto-chart.svg)") && !once.contains("old"), "{once}");
+        assert!(once.ends_with("<!-- /reproduce -->\nb\n"), "{once}");
+        assert_eq!(splice(&once, folder.path()).unwrap().0, once);
+        for (bad, says) in [
+            ("nothing", "no block"),
+            ("<!-- reproduce record -->\nx", "line 1: no"),
+            ("\n<!-- reproduce record", "line 2: `<!-- reproduce DIR -->`"),
+            ("<!-- reproduce other -->\n<!-- /reproduce -->", "results.json"),
+        ] {
+            let error = format!("{:#}", splice(bad, folder.path()).err().unwrap());
+            assert!(error.contains(says), "{bad}: {error}");
+        }
+    }
+}

@@ -1,0 +1,208 @@
+//! The text that is trained on, what is held out of it, and the tokenizer.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use dsmoe_core::config::Config;
+use dsmoe_datasets::overlap::TokenTexts;
+use dsmoe_datasets::tokens::identity;
+use dsmoe_datasets::world::{Domain, World};
+use dsmoe_datasets::{Bos, Corpus, CorpusOptions, Mixture, Source, Tokenizer, train_bpe};
+use dsmoe_train::config::{NearDuplicates, TrainConfig};
+use dsmoe_train::run::TrainData;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::cache::{Cache, Key};
+use super::options::TextSource;
+use super::profile::{Profile, WorldText};
+use crate::texts;
+use crate::ui::Ui;
+
+/// Held-out documents of the world are counted from here: no training text reaches so far.
+const HELD_OUT: u64 = 1 << 40;
+/// Bytes of text that the tokenizer learns from at the most.
+const TOKENIZER_BYTES: u64 = 4_000_000;
+/// The world's token that begins a text and so ends the one before.
+pub(crate) const WORLD_TOKEN: u32 = 0;
+
+/// Held-out text of one source.
+#[derive(Debug)]
+pub(crate) struct HeldOut {
+    pub(crate) name: String,
+    /// Its share of all weights.
+    pub(crate) share: f64,
+    /// Whole windows.
+    pub(crate) ids: Vec<u32>,
+}
+
+/// All text of a reproduction.
+pub(crate) struct Text {
+    sources: Vec<Source>,
+    texts: Option<TokenTexts>,
+    pub(crate) held_out: Vec<HeldOut>,
+    pub(crate) tokenizer: Tokenizer,
+    /// A directory with the tokenizer's files.
+    pub(crate) tokenizer_dir: PathBuf,
+    /// To draw calibration text from.
+    pub(crate) mixture: Mixture,
+    pub(crate) key: Key,
+    /// Hashes of what went in, for reports.
+    pub(crate) inputs: Value,
+}
+
+/// What the world's stage made.
+#[derive(Serialize, Deserialize)]
+struct Written {
+    vocab_size: usize,
+}
+
+impl Text {
+    /// The world's text, written once, with its tokenizer or that of `model`.
+    pub(crate) fn of_world(
+        world: &WorldText,
+        profile: &Profile,
+        model: Option<&Path>,
+        cache: &Cache,
+        ui: &Ui,
+    ) -> Result<Text> {
+        let key = Key::of("text", &json!(world));
+        let dir = cache.dir("text", &key);
+        let land = World::new(world.seed);
+        let written: Written = cache.stage("text", &key, |dir| {
+            ui.note(format_args!("writing {} of text and a tokenizer", crate::format::bytes(world.bytes)));
+            land.write_text(&dir.join("text"), world.bytes, &mut |_| {})?;
+            let sample = |domain| land.documents(domain, world.bytes.min(TOKENIZER_BYTES));
+            let vocab_size = train_bpe(Domain::ALL.into_iter().flat_map(sample), world.vocab, dir)?;
+            Ok(Written { vocab_size })
+        })?;
+        let (tokenizer_dir, tokenizer) = match model {
+            Some(model) => (model.to_path_buf(), crate::models::tokenizer(model, &Config::load(model)?)?),
+            None => (dir.clone(), Tokenizer::load(&dir, Some(WORLD_TOKEN), written.vocab_size)?),
+        };
+        let train = profile.train()?;
+        let mut parts = Vec::new();
+        let mut held_out = Vec::new();
+        for domain in Domain::ALL {
+            let path = dir.join("text").join(format!("{}.jsonl", domain.name()));
+            let corpus = Corpus::open(&[path], CorpusOptions::default())?;
+            let tokens = dsmoe_datasets::tokenize(&corpus, &tokenizer, train.bos, None, &mut |_| {})?;
+            let share = domain.share() as f64 / 100.0;
+            parts.push(Source { name: domain.name().to_owned(), weight: share, tokens: tokens.into() });
+            let wanted = profile.measure.windows * (train.seq + 1);
+            let mut ids = Vec::with_capacity(wanted);
+            for index in HELD_OUT.. {
+                if ids.len() >= wanted {
+                    break;
+                }
+                ids.extend(tokenizer.encode(&land.document(domain, index), train.bos)?);
+            }
+            ids.truncate(wanted);
+            held_out.push(HeldOut { name: domain.name().to_owned(), share, ids });
+        }
+        let mixture = Mixture::new(&parts, train.split_options(), None)?;
+        Text::new(parts, None, held_out, tokenizer, tokenizer_dir, mixture, &train)
+    }
+
+    /// Text that the user names, with the tokenizer of `model`.
+    pub(crate) fn of_user(
+        data: &TextSource,
+        token_cache: Option<&Path>,
+        profile: &Profile,
+        model: &Path,
+        ui: &Ui,
+    ) -> Result<Text> {
+        let train = profile.train()?;
+        let options = CorpusOptions {
+            doc_separator: train.doc_separator.clone(),
+            text_column: train.text_column.clone(),
+        };
+        let found = data.open(&options)?;
+        let tokenizer = crate::models::tokenizer(model, &Config::load(model)?)?;
+        let parts = texts::load(&found, &tokenizer, train.bos, token_cache, ui)?;
+        let drop = match train.near_duplicates {
+            Some(rule) => rule == NearDuplicates::Drop,
+            None => parts.len() > 1,
+        };
+        let texts = drop.then(|| tokenizer.token_texts());
+        let mixture = Mixture::new(&parts, train.split_options(), texts.as_ref())?;
+        let window = train.seq + 1;
+        let mut held_out = Vec::new();
+        for part in mixture.parts() {
+            let ids = part.split.valid_tokens();
+            let windows = (ids.len() / window).min(profile.measure.windows);
+            if windows == 0 {
+                bail!(
+                    "source {}: {} held-out tokens are no window of {window}; give more text or a larger valid_fraction",
+                    part.name,
+                    ids.len()
+                );
+            }
+            let ids = ids[..windows * window].to_vec();
+            held_out.push(HeldOut { name: part.name.clone(), share: part.share, ids });
+        }
+        Text::new(parts, texts, held_out, tokenizer, model.to_path_buf(), mixture, &train)
+    }
+
+    fn new(
+        sources: Vec<Source>,
+        texts: Option<TokenTexts>,
+        held_out: Vec<HeldOut>,
+        tokenizer: Tokenizer,
+        tokenizer_dir: PathBuf,
+        mixture: Mixture,
+        train: &TrainConfig,
+    ) -> Result<Text> {
+        let hashes = sources
+            .iter()
+            .map(|source| {
+                let hash = identity(&source.tokens).with_context(|| source.name.clone())?;
+                Ok(json!({
+                    "name": source.name,
+                    "weight": source.weight,
+                    "tokens": source.tokens.len(),
+                    "sha256": hash,
+                }))
+            })
+            .collect::<Result<Vec<Value>>>()?;
+        let held: Vec<Value> = held_out
+            .iter()
+            .map(|part| {
+                let bytes: String = part.ids.iter().map(|id| format!("{id} ")).collect();
+                json!({ "name": part.name, "tokens": part.ids.len(), "sha256": dsmoe_datasets::tasks::sha256(&bytes) })
+            })
+            .collect();
+        let inputs = json!({ "tokenizer_sha256": tokenizer.sha256(), "sources": hashes, "held_out": held });
+        let split = json!([train.seq, train.valid_fraction, train.valid_samples, train.near_duplicates]);
+        let key = Key::of("tokens", &json!([inputs, split]));
+        Ok(Text { sources, texts, held_out, tokenizer, tokenizer_dir, mixture, key, inputs })
+    }
+
+    /// What a run trains on.
+    pub(crate) fn train_data(&self) -> TrainData {
+        TrainData { sources: self.sources.clone(), texts: self.texts.clone() }
+    }
+
+    /// Sequences of `seq` tokens of the training side, in the order in which a run of this seed takes them.
+    pub(crate) fn calibration(&self, samples: usize, seq: usize, seed: u64) -> Result<Vec<Vec<u32>>> {
+        let windows: usize = self.mixture.parts().iter().map(|part| part.split.num_windows()).sum();
+        if windows < samples {
+            bail!(
+                "calibration.samples is {samples} and the text has {windows} sequences of {seq}; use fewer, or more text"
+            );
+        }
+        let mut order = self.mixture.interleaving(samples, seed)?;
+        let read = |sample| {
+            let mut ids = Vec::with_capacity(seq + 1);
+            self.mixture.window(sample, &mut ids)?;
+            ids.truncate(seq);
+            Ok(ids)
+        };
+        order.batch_at(0).map(read).collect()
+    }
+}
+
+/// When a task's text gets a BOS token.
+pub(crate) fn task_bos() -> Bos {
+    dsmoe_datasets::tasks::Profile::default().bos()
+}

@@ -1,0 +1,112 @@
+//! Text from what a user names: one source or a mixture, read into memory or through a cache.
+
+use std::path::Path;
+
+use anyhow::Result;
+use dsmoe_datasets::mixture::{from_toml, from_words};
+use dsmoe_datasets::tokens::{Prepared, Stage, prepare};
+use dsmoe_datasets::{Bos, Corpus, CorpusOptions, Source, SourceSpec, Tokenizer};
+
+use crate::cli::data::DataArgs;
+use crate::progress::{Progress, Unit};
+use crate::ui::Ui;
+
+/// A source and its files.
+pub(crate) struct Text {
+    pub(crate) spec: SourceSpec,
+    pub(crate) corpus: Corpus,
+}
+
+/// Finds the files of all sources; what a source does not say itself is as in `defaults`.
+pub(crate) fn open(args: &DataArgs, defaults: &CorpusOptions) -> Result<Vec<Text>> {
+    let specs = match &args.mixture {
+        Some(path) => from_toml(path, defaults)?,
+        None => from_words(&args.data, defaults)?,
+    };
+    find(specs)
+}
+
+/// Finds the files of sources.
+pub(crate) fn find(specs: Vec<SourceSpec>) -> Result<Vec<Text>> {
+    let open = |spec: SourceSpec| {
+        let corpus = Corpus::open(&spec.paths, spec.options.clone())?;
+        Ok(Text { spec, corpus })
+    };
+    specs.into_iter().map(open).collect()
+}
+
+/// How documents are found, by the flags alone.
+pub(crate) fn options(args: &DataArgs) -> CorpusOptions {
+    let defaults = CorpusOptions::default();
+    CorpusOptions {
+        doc_separator: args.doc_separator.clone(),
+        text_column: args.text_column.clone().unwrap_or(defaults.text_column),
+    }
+}
+
+/// Size of all files of all sources, bytes.
+pub(crate) fn total_bytes(texts: &[Text]) -> u64 {
+    texts.iter().map(|text| text.corpus.total_bytes()).sum()
+}
+
+/// What a source is called in a line about it: nothing when it is the only one.
+pub(crate) fn label(texts: &[Text], text: &Text) -> String {
+    if texts.len() > 1 { format!(" of {}", text.spec.name) } else { String::new() }
+}
+
+/// The ids of all sources: in memory, or with a `cache` in files there.
+pub(crate) fn load(
+    texts: &[Text],
+    tokenizer: &Tokenizer,
+    bos: Bos,
+    cache: Option<&Path>,
+    ui: &Ui,
+) -> Result<Vec<Source>> {
+    let load = |text: &Text| {
+        let tokens = match cache {
+            Some(dir) => prepare_one(texts, text, tokenizer, bos, dir, ui)?.tokens,
+            None => {
+                let total = text.corpus.total_bytes();
+                let what = format!("reading text{}", label(texts, text));
+                let mut progress = Progress::new(ui, what, Unit::Bytes, total);
+                let stream = dsmoe_datasets::tokenize(&text.corpus, tokenizer, bos, None, &mut |done| {
+                    progress.set(done, total, "");
+                });
+                progress.finish();
+                stream?.into()
+            }
+        };
+        Ok(Source { name: text.spec.name.clone(), weight: text.spec.weight, tokens })
+    };
+    texts.iter().map(load).collect()
+}
+
+/// Makes sure that a source is in the cache.
+pub(crate) fn prepare_one(
+    texts: &[Text],
+    text: &Text,
+    tokenizer: &Tokenizer,
+    bos: Bos,
+    cache: &Path,
+    ui: &Ui,
+) -> Result<Prepared> {
+    let total = text.corpus.total_bytes();
+    let of = label(texts, text);
+    let progress = |what: &str| Some(Progress::new(ui, format!("{what}{of}"), Unit::Bytes, total));
+    let (mut stage, mut shown) = (Stage::Hashing, progress("hashing text"));
+    let prepared = prepare(&text.corpus, tokenizer, bos, cache, &mut |now, done| {
+        if now != stage {
+            if let Some(shown) = shown.take() {
+                shown.finish();
+            }
+            (stage, shown) = (now, progress("reading text"));
+        }
+        if let Some(shown) = &mut shown {
+            shown.set(done, total, "");
+        }
+    });
+    if let Some(shown) = shown {
+        shown.finish();
+    }
+    Ok(prepared?)
+}

@@ -1,0 +1,270 @@
+//! A training run with its progress, and the memory that it takes.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use dsmoe_core::Device;
+use dsmoe_core::config::Config;
+#[cfg(feature = "cuda")]
+use dsmoe_core::model::cuda::CudaTrainer;
+use dsmoe_datasets::overlap::Removed;
+use dsmoe_kernels::cross_entropy;
+use dsmoe_train::config::{Budget, TrainConfig};
+use dsmoe_train::eval::{DomainReport, EvalReport};
+use dsmoe_train::metrics::StepRecord;
+use dsmoe_train::run::{Observer, Outcome, Trainer};
+use serde::Serialize;
+
+use crate::evaluation::domain_table;
+use crate::format;
+use crate::interrupts::STOP;
+use crate::progress::{Progress, Unit};
+use crate::ui::Ui;
+
+/// One use of memory.
+#[derive(Debug, Serialize)]
+pub(crate) struct Memory {
+    pub(crate) what: &'static str,
+    pub(crate) bytes: u64,
+}
+
+/// What a run came to.
+#[derive(Debug, Serialize)]
+pub(crate) struct Summary {
+    pub(crate) finished: bool,
+    step: u64,
+    steps: u64,
+    tokens: u64,
+    loss: Option<f64>,
+    lm_loss: Option<f64>,
+    sparsity_loss: Option<f64>,
+    activation_ratio: Option<f64>,
+    valid_tokens: usize,
+    valid_nll: Option<f64>,
+    valid_ppl: Option<f64>,
+    valid_active_ratio: Option<f64>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    valid_domains: Vec<DomainReport>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    sources: Vec<SourceSummary>,
+    seconds: f64,
+    tokens_per_s: f64,
+    out: PathBuf,
+    checkpoint: Option<PathBuf>,
+}
+
+/// What was trained on of one of several sources.
+#[derive(Debug, Serialize)]
+struct SourceSummary {
+    name: String,
+    share: f64,
+    train_tokens: usize,
+    valid_tokens: usize,
+    near_duplicates: Removed,
+}
+
+/// The sources of a mixture, or the one whose near duplicates were dropped.
+fn sources_of(trainer: &Trainer) -> Vec<SourceSummary> {
+    let mixture = trainer.mixture();
+    if mixture.parts().len() == 1 && !mixture.filtered() {
+        return Vec::new();
+    }
+    let source = |part: &dsmoe_datasets::mixture::Part| SourceSummary {
+        name: part.name.clone(),
+        share: part.share,
+        train_tokens: part.split.train_len(),
+        valid_tokens: part.split.valid_tokens().len(),
+        near_duplicates: part.removed,
+    };
+    mixture.parts().iter().map(source).collect()
+}
+
+/// Runs `trainer` to its end or to an interruption, with progress.
+pub(crate) fn drive(trainer: &mut Trainer, what: &str, out: &Path, ui: &Ui) -> Result<Summary> {
+    let config = trainer.config().clone();
+    let steps = config.steps.unwrap_or(0);
+    let first = trainer.step();
+    ui.note(format_args!(
+        "{what}: {} parameters, {} steps of {} tokens out of {}",
+        format::amount(
+            trainer.model().layout().entries().iter().map(|entry| entry.range.len()).sum::<usize>() as f64
+        ),
+        format::count(steps),
+        format::count(config.tokens_per_step()),
+        format::count(trainer.mixture().train_len() as u64)
+    ));
+    let mut progress = Progress::new(ui, what, Unit::Steps, steps);
+    progress.line_every(config.log_every);
+    let mut view = View { progress, steps, last: None, eval: None, saved: None };
+    let outcome = trainer.run(&mut view, &STOP);
+    let View { progress, last, eval, saved, .. } = view;
+    progress.finish();
+    let finished = outcome? == Outcome::Finished;
+    let step = trainer.step();
+    let seconds = last.as_ref().map_or(0.0, |record| record.wall_s);
+    let trained = (step - first) * config.tokens_per_step();
+    Ok(Summary {
+        finished,
+        step,
+        steps,
+        tokens: step * config.tokens_per_step(),
+        loss: last.as_ref().map(|record| record.loss),
+        lm_loss: last.as_ref().map(|record| record.lm_loss),
+        sparsity_loss: last.as_ref().and_then(|record| record.sparsity_loss),
+        activation_ratio: last.as_ref().and_then(|record| record.activation_ratio),
+        valid_tokens: trainer.mixture().valid_len(),
+        valid_nll: eval.as_ref().map(|eval| eval.nll),
+        valid_ppl: eval.as_ref().map(|eval| eval.ppl),
+        valid_active_ratio: eval.as_ref().and_then(|eval| eval.active_ratio),
+        valid_domains: eval.map(|eval| eval.domains).unwrap_or_default(),
+        sources: sources_of(trainer),
+        seconds,
+        tokens_per_s: if seconds > 0.0 { trained as f64 / seconds } else { 0.0 },
+        out: out.to_path_buf(),
+        checkpoint: saved,
+    })
+}
+
+/// What training allocates, from the sizes alone: the arenas, then what a micro-batch of `tokens` needs.
+pub(crate) fn memory_plan(model: &Config, config: &TrainConfig, params: u64, data_bytes: u64) -> Vec<Memory> {
+    let tokens = config.batch * config.seq;
+    let (queries, keys) = (model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim);
+    // Of a layer: its two inputs and their norms, queries and attention's output, keys, values, the FFN's two.
+    let kept: usize = model
+        .layers()
+        .map(|shape| {
+            let attention = 2 * model.head_dim * (shape.num_heads + shape.num_kv_heads) + shape.num_heads;
+            4 * model.hidden + attention + 2 + 2 * shape.intermediate
+        })
+        .sum();
+    let flow = 5 * model.hidden + 2 * queries + 2 * keys + 2;
+    // Of the FFN at work: one activation of every pair, and five of the active ones.
+    let active = match config.budget() {
+        _ if model.moe.is_none() => {
+            model.fixed_active().zip(model.num_experts()).map_or(1.0, |(active, of)| active / of as f64)
+        }
+        Budget::Target(share) => share,
+        Budget::Weight(_) => 1.0,
+    };
+    let ffn = tokens as f64 * model.intermediate as f64 * (1.0 + 5.0 * active);
+    let head = cross_entropy::Dims { tokens, hidden: model.hidden, vocab: model.vocab_size };
+    let logits = head.chunk().min(tokens) * model.vocab_size;
+    let f32s = |values: usize| 4 * values as u64;
+    let memory = |what, bytes| Memory { what, bytes };
+    vec![
+        memory("  weights", 4 * params),
+        memory("  gradients", 4 * params),
+        memory("  moments", 8 * params),
+        memory("  kept activations", f32s(tokens * kept)),
+        memory("  residual stream", f32s(tokens * flow)),
+        memory("  FFN at work", 4 * ffn as u64),
+        memory("  logits", f32s(logits)),
+        // A token of text is about four bytes, and four bytes as a number.
+        memory("  text", data_bytes),
+    ]
+}
+
+/// What a run that trains on a GPU holds here: what it loads and saves.
+#[cfg(feature = "cuda")]
+pub(crate) fn host_plan(params: u64, data_bytes: u64) -> Vec<Memory> {
+    let memory = |what, bytes| Memory { what, bytes };
+    vec![memory("  weights", 4 * params), memory("  moments", 8 * params), memory("  text", data_bytes)]
+}
+
+#[cfg(feature = "cuda")]
+pub(crate) fn device_plan(model: &Config, config: &TrainConfig, device: Device) -> Result<Vec<Memory>> {
+    if !device.is_gpu() {
+        return Ok(Vec::new());
+    }
+    let uses = CudaTrainer::memory(model, config.batch * config.seq)?;
+    Ok(uses.iter().map(|part| Memory { what: part.what, bytes: part.bytes as u64 }).collect())
+}
+
+#[cfg(not(feature = "cuda"))]
+pub(crate) fn device_plan(_: &Config, _: &TrainConfig, _: Device) -> Result<Vec<Memory>> {
+    Ok(Vec::new())
+}
+
+pub(crate) fn show_summary(summary: &Summary) -> String {
+    let state = if summary.finished { "finished" } else { "stopped" };
+    let mut fields = vec![(
+        state,
+        format!(
+            "step {} of {}, {} tokens in {} ({:.0}/s)",
+            summary.step,
+            summary.steps,
+            format::count(summary.tokens),
+            format::duration(summary.seconds),
+            summary.tokens_per_s
+        ),
+    )];
+    if let Some(loss) = summary.lm_loss {
+        fields.push(("training loss", format!("{loss:.4} nats per token")));
+    }
+    if let Some(ratio) = summary.activation_ratio {
+        fields.push(("active share", format!("{} of experts in the last step", format::percent(ratio))));
+    }
+    if let (Some(ppl), Some(nll)) = (summary.valid_ppl, summary.valid_nll) {
+        let share =
+            summary.valid_active_ratio.map(|ratio| format!(", {} of experts active", format::percent(ratio)));
+        let held_out = format::count(summary.valid_tokens as u64);
+        fields.push((
+            "held-out text",
+            format!("perplexity {ppl:.3}, nll {nll:.4}{} ({held_out} tokens)", share.unwrap_or_default()),
+        ));
+    }
+    if summary.finished {
+        fields.push(("model", summary.out.display().to_string()));
+    }
+    if let Some(path) = &summary.checkpoint {
+        fields.push(("checkpoint", path.display().to_string()));
+    }
+    let fields = format::fields(fields);
+    match summary.valid_domains[..] {
+        [] => fields,
+        _ => format!("{fields}{}", domain_table(&summary.valid_domains)),
+    }
+}
+
+/// Shows a run and remembers the last of everything.
+struct View {
+    progress: Progress,
+    steps: u64,
+    last: Option<StepRecord>,
+    eval: Option<EvalReport>,
+    saved: Option<PathBuf>,
+}
+
+impl Observer for View {
+    fn step(&mut self, record: &StepRecord) {
+        let mut detail = format!("loss {:.4}", record.lm_loss);
+        if let Some(ratio) = record.activation_ratio {
+            detail += &format!("  active {}", format::percent(ratio));
+        }
+        detail += &format!("  {} tokens/s", format::count(record.tokens_per_s as u64));
+        self.progress.set(record.step, self.steps, &detail);
+        self.last = Some(record.clone());
+    }
+
+    fn evaluated(&mut self, step: u64, report: &EvalReport) {
+        let share = report.active_ratio.map(|ratio| format!(", {} active", format::percent(ratio)));
+        let domains: Vec<String> =
+            report.domains.iter().map(|domain| format!("{} {:.3}", domain.name, domain.ppl)).collect();
+        let domains = if domains.is_empty() { String::new() } else { format!(" ({})", domains.join(", ")) };
+        self.progress.note(&format!(
+            "step {step}: held-out perplexity {:.3}{domains}{}",
+            report.ppl,
+            share.unwrap_or_default()
+        ));
+        self.eval = Some(report.clone());
+    }
+
+    fn saved(&mut self, step: u64, path: &Path) {
+        self.progress.note(&format!("step {step}: saved {}", path.display()));
+        self.saved = Some(path.to_path_buf());
+    }
+
+    fn note(&mut self, message: &str) {
+        self.progress.note(message);
+    }
+}
