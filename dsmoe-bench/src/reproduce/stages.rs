@@ -9,7 +9,7 @@ use dsmoe_core::config::Config;
 use dsmoe_core::init::{InitOptions, init};
 use dsmoe_kernels::Precision;
 use dsmoe_train::tasks::model_sha256;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::cache::{Key, read_json, write_json};
 use super::inputs::{Base, Inputs};
@@ -99,12 +99,14 @@ impl Stages<'_> {
                 seed: job.seed,
             };
             let made = method.run(&pruning, &mut |_| {})?;
+            let shown = |value: Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+            let settings = method.resolved().into_iter().map(|(name, value)| (name, shown(value)));
             Ok(Made {
                 params_total: made.plan.total,
                 params_activated: made.plan.activated,
                 reached_by: made.plan.reached_by,
                 calibration_tokens: calibration.len() * costs.seq,
-                settings: made.plan.settings.into_iter().collect(),
+                settings: settings.chain(made.plan.settings).collect(),
                 measured: made.measured.into_iter().collect(),
             })
         })?;
