@@ -82,8 +82,14 @@ impl Stages<'_> {
         let stage = Stage { name: "make", of: &id, key: &made_key, cost: costs.make() };
         let made: Made = self.work.stage(stage, |dir| {
             if plan.unchanged {
-                let counts = Accounting::of(&base.config);
-                return Ok(Made::of_params(counts.total as f64, counts.total as f64, "nothing"));
+                let total = Accounting::of(&base.config).total as f64;
+                let reached_by = "nothing".to_owned();
+                return Ok(Made {
+                    params_total: total,
+                    params_activated: total,
+                    reached_by,
+                    ..Made::default()
+                });
             }
             let method = profile.configured(spec)?;
             let calibration = match method.needs_calibration() {
