@@ -109,8 +109,8 @@ pub enum Error {
 pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
-    /// For `map_err`: an [`Error::Io`] about `path`.
-    pub(crate) fn io(path: &Path) -> impl FnOnce(io::Error) -> Error {
+    /// Makes an [`Error::Io`] about `path`; for `map_err`.
+    pub fn io(path: &Path) -> impl FnOnce(io::Error) -> Error {
         let path = path.to_path_buf();
         move |cause| Error::Io { path, cause }
     }

@@ -9,8 +9,8 @@ use dsmoe_kernels::rng::Rng;
 use ndarray::{Array2, ArrayView2, Axis};
 use serde::Deserialize;
 
-use crate::config::read_json;
 use crate::error::{Error, Result, shown};
+use crate::json::read_json;
 
 /// The most experts an error message suggests.
 const MOST_SUGGESTED: usize = 64;

@@ -12,10 +12,10 @@ use std::path::Path;
 use dsmoe_core::Config;
 use dsmoe_core::checkpoint::{
     Checkpoint, Dtype, OutputDir, Progress, TensorInfo, Writer, check_llama_tensors, copy_companions,
-    write_synced,
 };
 use dsmoe_core::config::{CONFIG_FILE, RopeScaling};
 use dsmoe_core::convert::source_infos;
+use dsmoe_core::files::write_synced;
 use dsmoe_router::topk::Scores;
 use serde_json::{Value, json};
 
@@ -135,7 +135,8 @@ pub fn export(
     }
     writer.finish()?;
     copy_companions(model, output.path())?;
-    write_synced(&output.path().join(CONFIG_FILE), config_json(&config, &spec).as_bytes())?;
+    let path = output.path().join(CONFIG_FILE);
+    write_synced(&path, config_json(&config, &spec).as_bytes()).map_err(dsmoe_core::Error::io(&path))?;
     output.commit()?;
     Ok(report)
 }

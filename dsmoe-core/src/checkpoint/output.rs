@@ -1,11 +1,12 @@
 //! Output directories that appear complete or not at all.
 
-use std::fs::{self, File};
-use std::io::{ErrorKind, Write};
+use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use crate::config::CONFIG_FILE;
+use super::CONFIG_FILE;
 use crate::error::{Error, Result};
+use crate::files::{parent, remove_dir, sync_dir};
 
 /// A directory being written beside its target, `.NAME.tmp-PID`; [`OutputDir::commit`] renames it. Dropped without
 /// that, it is removed.
@@ -47,7 +48,7 @@ impl OutputDir {
         let parent = parent(&target);
         fs::create_dir_all(parent).map_err(Error::io(parent))?;
         let temporary = parent.join(format!(".{name}.tmp-{}", std::process::id()));
-        remove_if_there(&temporary)?;
+        remove_dir(&temporary).map_err(Error::io(&temporary))?;
         remove_abandoned(parent, &format!(".{name}.tmp-"))?;
         fs::create_dir(&temporary).map_err(Error::io(&temporary))?;
         Ok(OutputDir { target, temporary, name, committed: false })
@@ -78,7 +79,7 @@ impl OutputDir {
     /// The file system refuses; what was there is then still there.
     pub fn commit(mut self) -> Result<()> {
         let target = &self.target;
-        sync_dir(&self.temporary)?;
+        sync_dir(&self.temporary).map_err(Error::io(&self.temporary))?;
         let parent = parent(target);
         if !target.exists() {
             fs::rename(&self.temporary, target).map_err(Error::io(target))?;
@@ -94,20 +95,20 @@ impl OutputDir {
                 let file = target.join(&name);
                 fs::rename(self.temporary.join(&name), &file).map_err(Error::io(&file))?;
             }
-            sync_dir(target)?;
+            sync_dir(target).map_err(Error::io(target))?;
         } else {
             let old = parent.join(format!(".{}.old-{}", self.name, std::process::id()));
-            remove_if_there(&old)?;
+            remove_dir(&old).map_err(Error::io(&old))?;
             fs::rename(target, &old).map_err(Error::io(target))?;
             if let Err(cause) = fs::rename(&self.temporary, target) {
                 fs::rename(&old, target).map_err(Error::io(&old))?;
                 return Err(Error::io(target)(cause));
             }
             self.committed = true;
-            sync_dir(parent)?;
+            sync_dir(parent).map_err(Error::io(parent))?;
             fs::remove_dir_all(&old).map_err(Error::io(&old))?;
         }
-        sync_dir(parent)
+        sync_dir(parent).map_err(Error::io(parent))
     }
 }
 
@@ -120,32 +121,12 @@ impl Drop for OutputDir {
     }
 }
 
-/// Writes a small file and syncs it.
-///
-/// # Errors
-/// The file system refuses; the message names the file.
-pub fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
-    let mut file = File::create(path).map_err(Error::io(path))?;
-    file.write_all(bytes).and_then(|()| file.sync_all()).map_err(Error::io(path))
-}
-
-fn parent(path: &Path) -> &Path {
-    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
-}
-
 /// Whether there is nothing at `path`, or a directory with nothing in it.
 fn is_empty(path: &Path) -> Result<bool> {
     match fs::read_dir(path) {
         Ok(mut entries) => Ok(entries.next().is_none()),
         Err(cause) if cause.kind() == ErrorKind::NotFound => Ok(true),
         Err(cause) => Err(Error::io(path)(cause)),
-    }
-}
-
-fn remove_if_there(path: &Path) -> Result<()> {
-    match fs::remove_dir_all(path) {
-        Err(cause) if cause.kind() != ErrorKind::NotFound => Err(Error::io(path)(cause)),
-        _ => Ok(()),
     }
 }
 
@@ -161,25 +142,16 @@ fn remove_abandoned(parent: &Path, prefix: &str) -> Result<()> {
         let pid =
             name.to_str().and_then(|name| name.strip_prefix(prefix)).and_then(|pid| pid.parse::<u32>().ok());
         if pid.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists()) {
-            remove_if_there(&entry.path())?;
+            remove_dir(&entry.path()).map_err(Error::io(&entry.path()))?;
         }
     }
-    Ok(())
-}
-
-#[cfg(unix)]
-fn sync_dir(path: &Path) -> Result<()> {
-    File::open(path).and_then(|dir| dir.sync_all()).map_err(Error::io(path))
-}
-
-#[cfg(not(unix))]
-fn sync_dir(_path: &Path) -> Result<()> {
     Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::files::write_synced;
 
     #[test]
     fn what_a_killed_process_left_is_removed_and_what_a_live_one_writes_is_not() {

@@ -10,10 +10,10 @@ use dsmoe_kernels::buf::Mmap;
 use serde::Deserialize;
 
 use super::dtype::decode;
-use super::llama::is_router;
+use super::names::is_router;
 use super::{Dtype, Header, INDEX_FILE, SINGLE_FILE};
-use crate::config::read_json;
 use crate::error::{Error, Result, shown};
+use crate::json::read_json;
 
 /// A tensor's place in a checkpoint.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -9,8 +9,9 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 
 use super::dtype::encode;
-use super::{Dtype, INDEX_FILE, SINGLE_FILE, write_synced};
+use super::{Dtype, INDEX_FILE, SINGLE_FILE};
 use crate::error::{Error, Result};
+use crate::files::write_synced;
 
 /// Largest shard unless told otherwise, as `save_pretrained` has it.
 pub const DEFAULT_SHARD_BYTES: u64 = 5_000_000_000;
@@ -245,7 +246,7 @@ impl Writer {
             }
         }
         let index = json!({"metadata": {"total_size": total}, "weight_map": weight_map});
-        write_synced(path, format!("{index:#}\n").as_bytes())
+        write_synced(path, format!("{index:#}\n").as_bytes()).map_err(Error::io(path))
     }
 
     fn open(&mut self) -> Result<()> {

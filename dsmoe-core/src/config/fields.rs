@@ -7,33 +7,9 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::{
-    Config, FORMAT_VERSION, LARGEST_DIMENSION, LARGEST_JSON, LayerShape, MoeConfig, RopeScaling, StoredMoe,
-    largest,
+    Config, FORMAT_VERSION, LARGEST_DIMENSION, LayerShape, MoeConfig, RopeScaling, StoredMoe, largest,
 };
 use crate::error::{Error, Result, shown};
-
-/// Reads a JSON file of bounded size.
-pub(crate) fn read_json(path: &Path) -> Result<String> {
-    let len = std::fs::metadata(path).map_err(Error::io(path))?.len();
-    if len > LARGEST_JSON {
-        let problem = format!("{len} bytes are too many for a JSON file");
-        return Err(Error::Path { path: path.to_path_buf(), problem, mend: "copy the file again" });
-    }
-    let bytes = std::fs::read(path).map_err(Error::io(path))?;
-    String::from_utf8(bytes).map_err(|cause| Error::Json {
-        path: path.to_path_buf(),
-        message: format!("not UTF-8 at byte {}", cause.utf8_error().valid_up_to()),
-        mend: "copy the file again",
-    })
-}
-
-pub(super) fn parse_object(path: &Path, text: &str) -> Result<Map<String, Value>> {
-    serde_json::from_str(text).map_err(|cause| Error::Json {
-        path: path.to_path_buf(),
-        message: format!("not a JSON object: {}", shown(&cause.to_string())),
-        mend: "copy the file again",
-    })
-}
 
 /// Access to one JSON object, with errors that name file and key.
 pub(super) struct Fields<'a> {

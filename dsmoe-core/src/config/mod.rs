@@ -9,20 +9,17 @@ use dsmoe_router::{GateValue, Rescale, RouterConfig, ZeroActive};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
+pub use crate::checkpoint::CONFIG_FILE;
 use crate::checkpoint::Dtype;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::ffn::{self, FfnSpec};
+use crate::files::write_synced;
+use crate::json::{parse_object, read_json};
 use crate::partition;
-use fields::{Fields, parse_object};
+use fields::Fields;
 
-pub(crate) use fields::read_json;
-
-/// Name of the configuration in a model directory.
-pub const CONFIG_FILE: &str = "config.json";
 const GENERATION_CONFIG_FILE: &str = "generation_config.json";
 const FORMAT_VERSION: u64 = 1;
-/// The largest JSON file that is read.
-const LARGEST_JSON: u64 = 64 << 20;
 /// The largest width, vocabulary or number of positions believed.
 const LARGEST_DIMENSION: u64 = 1 << 24;
 const LARGEST_LAYERS: u64 = 1 << 12;
@@ -354,7 +351,8 @@ impl Config {
     /// # Errors
     /// The file system refuses.
     pub fn save(&self, dir: &Path) -> Result<()> {
-        crate::checkpoint::write_synced(&dir.join(CONFIG_FILE), self.to_json().as_bytes())
+        let path = dir.join(CONFIG_FILE);
+        write_synced(&path, self.to_json().as_bytes()).map_err(Error::io(&path))
     }
 
     /// Changes the key that says what the weights are stored as: `dtype` where the source has it, else `torch_dtype`.

@@ -21,7 +21,7 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::ffn::DeviceFfn;
 use crate::model::inference::pack::{Parts, Source};
-use crate::model::inference::ragged::Place;
+use crate::model::inference::segments::Place;
 use crate::model::inference::{Cache, Likelihood, Workspace};
 use crate::model::tensors::set_threshold;
 use crate::params::padded;

@@ -4,14 +4,16 @@ use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::matmul::Packed;
 use dsmoe_kernels::{Precision, add, attention, cross_entropy, linear, rms_norm, rope};
 use dsmoe_router::RoutingStats;
+use half::bf16;
+use half::slice::HalfFloatSliceExt;
 
 use super::cache::Cache;
-use super::pack::{Embedding, Layer};
+use super::pack::{Embedding, Layer, Parts, fill, pack, vector};
 use crate::accounting::Accounting;
 use crate::config::{Config, LayerShape};
 use crate::error::Result;
 use crate::ffn::{FfnInference, FfnScratch, Record};
-use crate::model::tensors::{in_pool, set_threshold};
+use crate::model::tensors::{in_pool, rope_table, set_threshold};
 
 /// A LLaMA decoder for inference: weight matrices packed in a [`Precision`], norms and routers in f32. With bf16
 /// the operands of matrix products are rounded to it; sums, softmax and the residual stream are f32.
@@ -67,6 +69,42 @@ impl Workspace {
 }
 
 impl CpuInference {
+    /// Packs a model for the processor.
+    pub(crate) fn build(parts: Parts<'_>, precision: Precision) -> Result<CpuInference> {
+        let Parts { config, accounting, ffns, ranges, source } = parts;
+        let hidden = config.hidden;
+        let head = pack(source, &ranges.head, hidden, precision)?;
+        let embedding = match precision {
+            _ if config.tie_word_embeddings => Embedding::Tied,
+            Precision::F32 => {
+                let mut table = Buf::zeros(ranges.embed.len());
+                fill(&mut table, source, &ranges.embed, |to, from| to.copy_from_slice(from))?;
+                Embedding::F32(table)
+            }
+            Precision::Bf16 => {
+                let mut table = vec![bf16::ZERO; ranges.embed.len()];
+                fill(&mut table, source, &ranges.embed, |to, from| to.convert_from_f32_slice(from))?;
+                Embedding::Bf16(table)
+            }
+        };
+        let mut layers = Vec::with_capacity(config.num_layers);
+        for (i, (ranges, ffn)) in ranges.layers.iter().zip(ffns).enumerate() {
+            let q_width = config.layer(i).num_heads * config.head_dim;
+            layers.push(Layer {
+                input_norm: vector(source.part(&ranges.input_norm)?),
+                q: pack(source, &ranges.q, hidden, precision)?,
+                k: pack(source, &ranges.k, hidden, precision)?,
+                v: pack(source, &ranges.v, hidden, precision)?,
+                o: pack(source, &ranges.o, q_width, precision)?,
+                post_norm: vector(source.part(&ranges.post_norm)?),
+                ffn: ffn.pack(source.part(&ranges.ffn)?, precision),
+            });
+        }
+        let norm = vector(source.part(&ranges.norm)?);
+        let rope = rope_table(&config);
+        Ok(CpuInference { config, accounting, precision, embedding, layers, norm, head, rope })
+    }
+
     pub(crate) fn bytes(&self) -> usize {
         let layers = self.layers.iter().map(Layer::bytes).sum::<usize>();
         self.embedding.bytes() + layers + 4 * self.norm.len() + self.head.bytes()

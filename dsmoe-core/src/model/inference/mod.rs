@@ -3,7 +3,8 @@
 mod cache;
 mod cpu;
 pub(crate) mod pack;
-pub(crate) mod ragged;
+mod ragged;
+pub(crate) mod segments;
 
 use std::path::Path;
 
@@ -14,8 +15,8 @@ pub use cache::Cache;
 use cpu::CpuInference;
 pub use cpu::Workspace;
 use pack::Parts;
-use ragged::places;
-pub use ragged::{After, Likelihood, Segment};
+use segments::places;
+pub use segments::{After, Likelihood, Segment};
 
 use super::arena::Model;
 use super::tensors::check_input;
@@ -74,7 +75,7 @@ impl Inference {
 
     fn build(parts: Parts<'_>, precision: Precision, device: Device) -> Result<Inference> {
         let backend = match device {
-            Device::Cpu => Backend::Cpu(Box::new(pack::build(parts, precision)?)),
+            Device::Cpu => Backend::Cpu(Box::new(CpuInference::build(parts, precision)?)),
             #[cfg(feature = "cuda")]
             Device::Cuda(ordinal) => {
                 Backend::Cuda(Box::new(crate::model::cuda::CudaInference::build(parts, precision, ordinal)?))
@@ -289,6 +290,27 @@ impl Inference {
             Backend::Cpu(model) => model.prepare(positions),
             #[cfg(feature = "cuda")]
             Backend::Cuda(_) => {}
+        }
+    }
+}
+
+impl Cache {
+    /// An empty cache for `model` with room for `positions`: until they are used up, decoding allocates nothing for
+    /// them; after that the room doubles.
+    pub fn new(model: &Inference, positions: usize) -> Cache {
+        let positions = positions.min(model.config().max_position);
+        let config = model.config();
+        let host = if model.device().is_gpu() { 0 } else { positions };
+        let room = |heads: usize| Vec::with_capacity(host * heads * config.head_dim);
+        let layers = config.layers().map(|shape| (room(shape.num_kv_heads), room(shape.num_kv_heads)));
+        model.prepare(positions);
+        Cache {
+            layers: layers.collect(),
+            #[cfg(feature = "cuda")]
+            cuda: None,
+            #[cfg(feature = "cuda")]
+            room: positions,
+            len: 0,
         }
     }
 }

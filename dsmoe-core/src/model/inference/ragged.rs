@@ -10,69 +10,12 @@ use rayon::prelude::*;
 
 use super::cache::Cache;
 use super::cpu::{CpuInference, Heads, Workspace};
-use crate::config::{Config, LayerShape};
-use crate::error::Result;
-use crate::model::tensors::{check_input, in_pool};
+use super::segments::{Likelihood, Place};
+use crate::config::LayerShape;
+use crate::model::tensors::in_pool;
 
 /// Rows of logits at a time.
 const LOGIT_ROWS: usize = 512;
-
-/// What stands before the tokens of a [`Segment`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum After {
-    /// Nothing.
-    Nothing,
-    /// The tokens of an earlier segment of the batch, which has nothing before it.
-    Segment(usize),
-}
-
-/// Tokens of one sequence, one after the other in a batch.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Segment {
-    /// How many.
-    pub tokens: usize,
-    /// What they continue.
-    pub after: After,
-}
-
-/// How likely a token is where it was asked for.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Likelihood {
-    /// Natural logarithm of its probability.
-    pub log_probability: f32,
-    /// Whether no token is likelier; of equally likely ones the lowest id counts.
-    pub greedy: bool,
-}
-
-/// Where a segment lies.
-pub(crate) struct Place {
-    /// Its first token in the batch.
-    pub(crate) first: usize,
-    pub(crate) tokens: usize,
-    /// The first token and the number of those before it.
-    pub(crate) before: (usize, usize),
-}
-
-/// Where the segments lie in `ids`; checks both.
-pub(crate) fn places(config: &Config, ids: &[u32], segments: &[Segment]) -> Result<Vec<Place>> {
-    let mut places: Vec<Place> = Vec::with_capacity(segments.len());
-    let mut first = 0;
-    for (i, &Segment { tokens, after }) in segments.iter().enumerate() {
-        let before = match after {
-            After::Nothing => (0, 0),
-            After::Segment(j) => {
-                assert!(j < i && places[j].before.1 == 0, "likelihoods: segment {i} continues {j}");
-                (places[j].first, places[j].tokens)
-            }
-        };
-        assert!(first + tokens <= ids.len(), "likelihoods: segment {i} ends behind {} tokens", ids.len());
-        check_input(config, &ids[first..first + tokens], before.1, tokens)?;
-        places.push(Place { first, tokens, before });
-        first += tokens;
-    }
-    assert_eq!(first, ids.len(), "likelihoods: tokens of all segments");
-    Ok(places)
-}
 
 impl CpuInference {
     pub(crate) fn likelihoods(
