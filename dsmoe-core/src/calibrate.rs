@@ -127,12 +127,12 @@ impl LayerStream {
     pub fn open(dir: &Path, sequences: &[Vec<u32>]) -> Result<LayerStream> {
         let config = Config::load(dir)?;
         if !config.is_dense() {
-            let mend = "name a dense model, or export this one with --as dense first";
+            let help = "use a dense model, or export this one as a dense model first";
             return Err(Error::field(
                 &dir.join(CONFIG_FILE),
                 "model_type",
                 "is of a model with experts",
-                mend,
+                help,
             ));
         }
         let checkpoint = Checkpoint::open(dir)?;
@@ -140,10 +140,10 @@ impl LayerStream {
         let seq = sequences.first().map_or(0, Vec::len);
         for (i, ids) in sequences.iter().enumerate() {
             if ids.len() != seq || seq == 0 {
-                return Err(Error::Argument(format!(
-                    "calibration sequence {i} has {} tokens and the first {seq}; give sequences of one length",
-                    ids.len()
-                )));
+                return Err(Error::argument(
+                    format!("calibration sequence {i} has {} tokens and the first {seq}", ids.len()),
+                    "give sequences of one length",
+                ));
             }
             check_input(&config, ids, 0, seq)?;
         }

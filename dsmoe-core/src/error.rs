@@ -3,7 +3,9 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// What can be wrong with a model directory or a request. Every message is one line that ends with the mend.
+use crate::remedy::Remedy;
+
+/// An error about a model directory or a request. Every message is one line that ends with its remedy.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -12,21 +14,22 @@ pub enum Error {
     Io {
         /// The file or directory.
         path: PathBuf,
-        /// What the system says.
+        /// The system's error.
+        #[source]
         cause: io::Error,
     },
     /// A file that is not JSON, or not the JSON it should be.
-    #[error("{}: {message}; {mend}", .path.display())]
+    #[error("{}: {message}; {help}", .path.display())]
     Json {
         /// The file.
         path: PathBuf,
         /// What is wrong, with line and column.
         message: String,
-        /// What would do.
-        mend: &'static str,
+        /// The fix.
+        help: Remedy,
     },
     /// A field of a JSON file.
-    #[error("{}: {field} {problem}; {mend}", .path.display())]
+    #[error("{}: {field} {problem}; {help}", .path.display())]
     Field {
         /// The file.
         path: PathBuf,
@@ -34,21 +37,21 @@ pub enum Error {
         field: String,
         /// What is wrong with it.
         problem: String,
-        /// What would do.
-        mend: String,
+        /// The fix.
+        help: Remedy,
     },
     /// A safetensors file whose header cannot be used.
-    #[error("{}: header {problem}; {mend}", .path.display())]
+    #[error("{}: header {problem}; {help}", .path.display())]
     Header {
         /// The file.
         path: PathBuf,
         /// What is wrong with it.
         problem: String,
-        /// What would do.
-        mend: &'static str,
+        /// The fix.
+        help: Remedy,
     },
     /// A tensor that is missing, surplus, or not what the configuration says.
-    #[error("{}: tensor {tensor} {problem}; {mend}", .path.display())]
+    #[error("{}: tensor {tensor} {problem}; {help}", .path.display())]
     Tensor {
         /// The file it is in, or the directory it should be in.
         path: PathBuf,
@@ -56,24 +59,26 @@ pub enum Error {
         tensor: String,
         /// What is wrong with it.
         problem: String,
-        /// What would do.
-        mend: String,
+        /// The fix.
+        help: Remedy,
     },
     /// A file or directory that should not be, or not be there.
-    #[error("{}: {problem}; {mend}", .path.display())]
+    #[error("{}: {problem}; {help}", .path.display())]
     Path {
         /// The file or directory.
         path: PathBuf,
         /// What is wrong with it.
         problem: String,
-        /// What would do.
-        mend: &'static str,
+        /// The fix.
+        help: Remedy,
     },
     /// The output directory holds something.
-    #[error("{} is not empty; choose another --out or pass --force", .path.display())]
+    #[error("{} is not empty; {help}", .path.display())]
     OutputNotEmpty {
         /// The output directory.
         path: PathBuf,
+        /// The fix.
+        help: Remedy,
     },
     /// The FFN cannot be cut into that many equal experts.
     #[error(
@@ -93,9 +98,14 @@ pub enum Error {
     /// Lists of neurons that are not a partition.
     #[error("partition: {0}; every neuron must be in exactly one expert, all experts of one size")]
     Partition(String),
-    /// An argument that is out of range; the text names it and the mend.
-    #[error("{0}")]
-    Argument(String),
+    /// An argument that is out of range.
+    #[error("{problem}; {help}")]
+    Argument {
+        /// The argument and what is wrong with it.
+        problem: String,
+        /// The fix.
+        help: Remedy,
+    },
     /// A GPU.
     #[cfg(feature = "cuda")]
     #[error(transparent)]
@@ -115,17 +125,28 @@ impl Error {
         move |cause| Error::Io { path, cause }
     }
 
-    pub(crate) fn field(
+    /// Makes an [`Error::Argument`].
+    pub fn argument(problem: impl Into<String>, help: impl Into<Remedy>) -> Error {
+        Error::Argument { problem: problem.into(), help: help.into() }
+    }
+
+    /// Makes an [`Error::Path`].
+    pub fn path(path: &Path, problem: impl Into<String>, help: impl Into<Remedy>) -> Error {
+        Error::Path { path: path.to_path_buf(), problem: problem.into(), help: help.into() }
+    }
+
+    /// Makes an [`Error::Field`].
+    pub fn field(
         path: &Path,
         field: impl Into<String>,
         problem: impl Into<String>,
-        mend: impl Into<String>,
+        help: impl Into<Remedy>,
     ) -> Error {
         Error::Field {
             path: path.to_path_buf(),
             field: field.into(),
             problem: problem.into(),
-            mend: mend.into(),
+            help: help.into(),
         }
     }
 
@@ -133,13 +154,29 @@ impl Error {
         path: &Path,
         tensor: &str,
         problem: impl Into<String>,
-        mend: impl Into<String>,
+        help: impl Into<Remedy>,
     ) -> Error {
         Error::Tensor {
             path: path.to_path_buf(),
             tensor: shown(tensor),
             problem: problem.into(),
-            mend: mend.into(),
+            help: help.into(),
+        }
+    }
+}
+
+impl Error {
+    /// The fix, where it is stored by itself.
+    pub fn help(&self) -> Option<&Remedy> {
+        match self {
+            Error::Json { help, .. }
+            | Error::Field { help, .. }
+            | Error::Header { help, .. }
+            | Error::Tensor { help, .. }
+            | Error::Path { help, .. }
+            | Error::OutputNotEmpty { help, .. }
+            | Error::Argument { help, .. } => Some(help),
+            _ => None,
         }
     }
 }

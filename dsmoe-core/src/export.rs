@@ -11,6 +11,7 @@ use crate::config::{CONFIG_FILE, Config};
 use crate::convert::{ffn_change, masks_of_other_order, source_infos};
 use crate::error::{Error, Result, shown};
 use crate::masks::Masks;
+use crate::remedy::{Remedy, Setting};
 
 /// What to export as.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,7 +30,7 @@ impl FromStr for ExportAs {
         match s {
             "dense" => Ok(ExportAs::Dense),
             "native" => Ok(ExportAs::Native),
-            _ => Err(Error::Argument(format!("unknown export format `{}`; use dense or native", shown(s)))),
+            _ => Err(Error::argument(format!("unknown export format `{}`", shown(s)), "use dense or native")),
         }
     }
 }
@@ -59,7 +60,7 @@ pub fn export(
     progress: &mut dyn FnMut(Progress),
 ) -> Result<ExportReport> {
     if let Some(dtype) = dtype.filter(|dtype| !dtype.is_float()) {
-        return Err(Error::Argument(format!("dtype {dtype} is not for weights; use bf16, f16 or f32")));
+        return Err(Error::argument(format!("dtype {dtype} is not for weights"), "use bf16, f16 or f32"));
     }
     let mut config = Config::load(model)?;
     let checkpoint = Checkpoint::open(model)?;
@@ -71,8 +72,8 @@ pub fn export(
                 None => ("model_type", format!("is {} already, without experts", config.model_type())),
                 Some(spec) => ("ffn.type", format!("is {:?}, which has no dense form", spec.kind())),
             };
-            let mend = "use --as native to copy it";
-            return Err(Error::field(&model.join(CONFIG_FILE), field, problem, mend));
+            let help = Remedy::Set(Setting::EXPORT_AS, "native".into());
+            return Err(Error::field(&model.join(CONFIG_FILE), field, problem, help));
         }
         inverses =
             read_partitions(&config, &checkpoint)?.iter().map(|partition| partition.inverse()).collect();
@@ -80,7 +81,7 @@ pub fn export(
     }
     let masks = Masks::read(model, &Config::load(model)?)?;
     if masks.is_some() && inverses.iter().any(Option::is_some) {
-        return Err(masks_of_other_order(model, "use --as native"));
+        return Err(masks_of_other_order(model, Remedy::Set(Setting::EXPORT_AS, "native".into())));
     }
     if let Some(dtype) = dtype {
         config.set_dtype(dtype);

@@ -48,10 +48,10 @@ impl Default for GenerateOptions {
 impl GenerateOptions {
     fn check(&self) -> Result<()> {
         if !(self.temperature >= 0.0 && self.temperature.is_finite()) {
-            return Err(Error::Argument(format!("temperature {} is negative; use 0", self.temperature)));
+            return Err(Error::argument(format!("temperature {} is negative", self.temperature), "use 0"));
         }
         if !(self.top_p > 0.0 && self.top_p <= 1.0) {
-            return Err(Error::Argument(format!("top-p {} is outside 0..1; use 1", self.top_p)));
+            return Err(Error::argument(format!("top-p {} is outside 0..1", self.top_p), "use 1"));
         }
         Ok(())
     }

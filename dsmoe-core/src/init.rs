@@ -92,9 +92,10 @@ impl LlamaSizes {
     pub fn config(self) -> Result<Config> {
         let LlamaSizes { vocab, hidden, intermediate, layers, heads, kv_heads, positions, bos_eos } = self;
         if heads == 0 || !hidden.is_multiple_of(heads) {
-            return Err(Error::Argument(format!(
-                "{heads} heads do not divide a width of {hidden}; use a divisor"
-            )));
+            return Err(Error::argument(
+                format!("{heads} heads do not divide a width of {hidden}"),
+                "use a divisor",
+            ));
         }
         let sizes = [vocab, hidden, intermediate, layers, heads, kv_heads];
         let json = Preset::new("", sizes, true, Kind::Own(positions, bos_eos)).json();
@@ -178,7 +179,7 @@ pub fn preset_names() -> impl Iterator<Item = &'static str> {
 pub fn preset(name: &str) -> Result<Config> {
     let preset = PRESETS.iter().find(|preset| preset.name == name).ok_or_else(|| {
         let names = preset_names().collect::<Vec<_>>().join(", ");
-        Error::Argument(format!("unknown preset `{}`; use one of {names}", shown(name)))
+        Error::argument(format!("unknown preset `{}`", shown(name)), format!("use one of {names}"))
     })?;
     Config::from_json(Path::new(name), &preset.json().to_string())
 }
@@ -218,12 +219,11 @@ pub fn init_beside(
 
 fn check(config: &Config, dtype: Dtype) -> Result<()> {
     if !config.is_dense() {
-        let message =
-            "random weights are made for dense models; use a configuration without experts, then convert";
-        return Err(Error::Argument(message.to_owned()));
+        let problem = "random weights are made for dense models";
+        return Err(Error::argument(problem, "use a configuration without experts, then convert"));
     }
     if !dtype.is_float() {
-        return Err(Error::Argument(format!("dtype {dtype} is not for weights; use bf16, f16 or f32")));
+        return Err(Error::argument(format!("dtype {dtype} is not for weights"), "use bf16, f16 or f32"));
     }
     Ok(())
 }

@@ -14,13 +14,13 @@ pub(crate) fn read_json(path: &Path) -> Result<String> {
     let len = std::fs::metadata(path).map_err(Error::io(path))?.len();
     if len > LARGEST {
         let problem = format!("{len} bytes are too many for a JSON file");
-        return Err(Error::Path { path: path.to_path_buf(), problem, mend: "copy the file again" });
+        return Err(Error::Path { path: path.to_path_buf(), problem, help: "copy the file again".into() });
     }
     let bytes = std::fs::read(path).map_err(Error::io(path))?;
     String::from_utf8(bytes).map_err(|cause| Error::Json {
         path: path.to_path_buf(),
         message: format!("not UTF-8 at byte {}", cause.utf8_error().valid_up_to()),
-        mend: "copy the file again",
+        help: "copy the file again".into(),
     })
 }
 
@@ -29,6 +29,6 @@ pub(crate) fn parse_object(path: &Path, text: &str) -> Result<Map<String, Value>
     serde_json::from_str(text).map_err(|cause| Error::Json {
         path: path.to_path_buf(),
         message: format!("not a JSON object: {}", shown(&cause.to_string())),
-        mend: "copy the file again",
+        help: "copy the file again".into(),
     })
 }

@@ -18,6 +18,7 @@ pub mod masks;
 pub mod model;
 pub mod params;
 pub mod partition;
+pub mod remedy;
 
 pub use config::Config;
 pub use device::Device;

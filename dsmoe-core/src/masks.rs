@@ -233,12 +233,12 @@ impl Masks {
             let (shape, wanted) = (&view.shape, [rows, cols.div_ceil(BITS)]);
             if view.dtype != Dtype::U8 || shape[..] != wanted {
                 let problem = format!("is {} {shape:?} and not U8 {wanted:?}", view.dtype);
-                return Err(Error::tensor(&path, name, problem, MEND));
+                return Err(Error::tensor(&path, name, problem, HELP));
             }
             let mask = Mask { rows, cols, bits: file.bytes(name)?.to_vec() };
             if mask.has_bits_behind() {
                 let problem = format!("has bits behind its {cols} columns");
-                return Err(Error::tensor(&path, name, problem, MEND));
+                return Err(Error::tensor(&path, name, problem, HELP));
             }
             masks.insert(name.to_owned(), mask);
         }
@@ -273,7 +273,7 @@ impl Masks {
             if *shape != [mask.rows, mask.cols] {
                 let problem =
                     format!("has shape {:?} and config.json says {shape:?}", [mask.rows, mask.cols]);
-                return Err(Error::tensor(path, name, problem, MEND));
+                return Err(Error::tensor(path, name, problem, HELP));
             }
         }
         Ok(())
@@ -304,7 +304,7 @@ impl Masks {
     }
 }
 
-const MEND: &str = "use the masks that belong to this model, or remove the file";
+const HELP: &str = "use the masks that belong to this model, or remove the file";
 
 /// Names and stored shapes of the weights that can be masked.
 fn linears(config: &Config) -> BTreeMap<String, [usize; 2]> {
@@ -313,5 +313,5 @@ fn linears(config: &Config) -> BTreeMap<String, [usize; 2]> {
 }
 
 fn linear<'a>(linears: &'a BTreeMap<String, [usize; 2]>, name: &str, path: &Path) -> Result<&'a [usize; 2]> {
-    linears.get(name).ok_or_else(|| Error::tensor(path, name, "is no linear of a layer of config.json", MEND))
+    linears.get(name).ok_or_else(|| Error::tensor(path, name, "is no linear of a layer of config.json", HELP))
 }

@@ -11,6 +11,7 @@ use serde::Deserialize;
 
 use crate::error::{Error, Result, shown};
 use crate::json::read_json;
+use crate::remedy::{Remedy, Setting};
 
 /// The most experts an error message suggests.
 const MOST_SUGGESTED: usize = 64;
@@ -113,18 +114,23 @@ impl Partition {
         let layers: Vec<Vec<Vec<u32>>> = parsed.map_err(|cause| Error::Json {
             path: path.to_path_buf(),
             message: format!("not a partition: {}", shown(&cause.to_string())),
-            mend: "write {\"layers\": [[[neuron, ...] per expert] per layer]}",
+            help: "write {\"layers\": [[[neuron, ...] per expert] per layer]}".into(),
         })?;
         if layers.len() != 1 && layers.len() != num_layers {
-            let mend = "give one list for every layer, or one for all";
+            let help = "give one list for every layer, or one for all";
             let problem = format!("has {} lists and the model {num_layers} layers", layers.len());
-            return Err(Error::field(path, "layers", problem, mend));
+            return Err(Error::field(path, "layers", problem, help));
         }
         let read = |(i, experts): (usize, &Vec<Vec<u32>>)| {
             let field = format!("layers[{i}]");
             if experts.len() != num_experts {
                 let problem = format!("has {} experts, not {num_experts}", experts.len());
-                return Err(Error::field(path, field, problem, format!("use --experts {}", experts.len())));
+                return Err(Error::field(
+                    path,
+                    field,
+                    problem,
+                    Remedy::Set(Setting::EXPERTS, experts.len().to_string().into()),
+                ));
             }
             Partition::from_experts(intermediate, experts).map_err(|cause| {
                 let problem = format!("is no partition ({cause})");

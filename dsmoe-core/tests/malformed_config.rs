@@ -1,4 +1,4 @@
-//! Every wrong config.json gives one line that names the file, the key, and the mend.
+//! Every wrong config.json gives one line that names the file, the key, and the remedy.
 
 mod malformed_support;
 

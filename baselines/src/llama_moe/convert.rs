@@ -31,12 +31,7 @@ pub const EXPERTS_FILE: &str = "experts.json";
 pub(crate) fn open_dense(dir: &Path) -> Result<(Config, Checkpoint)> {
     let config = Config::load(dir)?;
     let wrong = |field: &str, problem: &str| {
-        Error::Core(dsmoe_core::Error::Field {
-            path: dir.join(CONFIG_FILE),
-            field: field.to_owned(),
-            problem: problem.to_owned(),
-            mend: "name a dense model".to_owned(),
-        })
+        Error::Core(dsmoe_core::Error::field(&dir.join(CONFIG_FILE), field, problem, "use a dense model"))
     };
     if !config.is_dense() {
         return Err(wrong("model_type", "says that the FFNs are experts already"));

@@ -141,9 +141,8 @@ impl Target {
     /// `pattern` and `nearest` are read.
     pub(crate) fn new(config: &Config, budget: Budget, among: Among, knobs: &Knobs) -> Result<Target> {
         if !config.is_dense() {
-            let text =
-                "the model has experts already; name a dense model, or export this one with --as dense first";
-            return Err(CoreError::Argument(text.to_owned()).into());
+            let help = "use a dense model, or export this one as a dense model first";
+            return Err(CoreError::argument("the model has experts already", help).into());
         }
         let pattern: Pattern = knobs.need("pattern")?;
         let YesNo(nearest) = knobs.need("nearest")?;

@@ -101,7 +101,7 @@ impl FromStr for Dtype {
             "f32" | "float32" => Ok(Dtype::F32),
             "f16" | "float16" => Ok(Dtype::F16),
             "bf16" | "bfloat16" => Ok(Dtype::BF16),
-            _ => Err(Error::Argument(format!("unknown dtype `{}`; use bf16, f16 or f32", shown(s)))),
+            _ => Err(Error::argument(format!("unknown dtype `{}`", shown(s)), "use bf16, f16 or f32")),
         }
     }
 }

@@ -145,8 +145,8 @@ impl Header {
     }
 }
 
-fn wrong(path: &Path, problem: String, mend: &'static str) -> Error {
-    Error::Header { path: path.to_path_buf(), problem, mend }
+fn wrong(path: &Path, problem: String, help: &'static str) -> Error {
+    Error::Header { path: path.to_path_buf(), problem, help: help.into() }
 }
 
 fn check_len(path: &Path, header_len: u64, file_len: u64) -> Result<()> {

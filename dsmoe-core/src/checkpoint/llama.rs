@@ -65,8 +65,8 @@ pub fn check_llama_tensors(config: &Config, checkpoint: &Checkpoint) -> Result<L
         && !same_bytes(checkpoint, embedding, head)?
     {
         let problem = format!("differs from {EMBEDDING} and config.json has tie_word_embeddings true");
-        let mend = "set tie_word_embeddings to false".to_owned();
-        return Err(checkpoint.wrong(HEAD, head, problem, mend));
+        let help = "set tie_word_embeddings to false";
+        return Err(checkpoint.wrong(HEAD, head, problem, help));
     }
     let tensors = LlamaTensors { embedding_is_head: tied && embedding.is_none() && head.is_some() };
 
@@ -77,22 +77,22 @@ pub fn check_llama_tensors(config: &Config, checkpoint: &Checkpoint) -> Result<L
             Some(view) => view,
             None if name == HEAD => {
                 let problem = "is missing and config.json has tie_word_embeddings false";
-                let mend =
+                let help =
                     "set tie_word_embeddings to true, or use the weights that belong to this config.json";
-                return Err(Error::tensor(checkpoint.path(), &name, problem, mend));
+                return Err(Error::tensor(checkpoint.path(), &name, problem, help));
             }
             None => return Err(checkpoint.need(&name).expect_err("the tensor is absent")),
         };
         if view.shape != shape {
             let problem = format!("has shape {:?} and config.json says {shape:?}", view.shape);
-            let mend = "use the weights that belong to this config.json".to_owned();
-            return Err(checkpoint.wrong(&name, view, problem, mend));
+            let help = "use the weights that belong to this config.json";
+            return Err(checkpoint.wrong(&name, view, problem, help));
         }
         let is_partition = name.ends_with(".mlp.partition");
         if !(if is_partition { view.dtype == Dtype::I32 } else { view.dtype.is_float() }) {
             let wanted = if is_partition { "I32" } else { "F32, F16, BF16 or F64" };
-            let mend = format!("store it as {wanted}");
-            return Err(checkpoint.wrong(&name, view, format!("has dtype {}", view.dtype), mend));
+            let help = format!("store it as {wanted}");
+            return Err(checkpoint.wrong(&name, view, format!("has dtype {}", view.dtype), help));
         }
         expected.insert(name);
     }
@@ -100,8 +100,8 @@ pub fn check_llama_tensors(config: &Config, checkpoint: &Checkpoint) -> Result<L
     if let Some(name) = checkpoint.names().find(|name| !known(name)) {
         let view = checkpoint.need(name)?;
         let problem = "is not part of the model of config.json";
-        let mend = "use the config.json that belongs to the weights, or remove the tensor".to_owned();
-        return Err(checkpoint.wrong(name, view, problem, mend));
+        let help = "use the config.json that belongs to the weights, or remove the tensor";
+        return Err(checkpoint.wrong(name, view, problem, help));
     }
     read_partitions(config, checkpoint)?;
     Ok(tensors)
@@ -118,8 +118,8 @@ pub(crate) fn read_partitions(config: &Config, checkpoint: &Checkpoint) -> Resul
             let order = checkpoint.read_i32(&name)?;
             let unsigned = order.iter().map(|&i| u32::try_from(i).unwrap_or(u32::MAX)).collect();
             Partition::from_order(unsigned, num_experts).map_err(|cause| {
-                let mend = "convert the model again";
-                Error::tensor(checkpoint.path(), &name, format!("is no partition ({cause})"), mend)
+                let help = "convert the model again";
+                Error::tensor(checkpoint.path(), &name, format!("is no partition ({cause})"), help)
             })
         }
     };

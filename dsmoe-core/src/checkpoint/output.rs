@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use super::CONFIG_FILE;
 use crate::error::{Error, Result};
 use crate::files::{parent, remove_dir, sync_dir};
+use crate::remedy::{Remedy, Setting};
 
 /// A directory being written beside its target, `.NAME.tmp-PID`; [`OutputDir::commit`] renames it. Dropped without
 /// that, it is removed.
@@ -26,24 +27,24 @@ impl OutputDir {
     /// `path` is a file, or a directory that is not empty: without `force`, or with it when there is no config.json
     /// in it; or the file system refuses.
     pub fn create(path: &Path, force: bool) -> Result<OutputDir> {
-        let wrong = |problem: &str, mend| {
-            Err(Error::Path { path: path.to_path_buf(), problem: problem.to_owned(), mend })
-        };
+        let wrong = |problem: &str| Err(Error::path(path, problem, Remedy::Another(Setting::OUTPUT)));
         let target =
             if path.exists() { path.canonicalize().map_err(Error::io(path))? } else { path.to_path_buf() };
         if target.exists() && !target.is_dir() {
-            return wrong("is a file", "choose another --out");
+            return wrong("is a file");
         }
         if !is_empty(&target)? {
             if !force {
-                return Err(Error::OutputNotEmpty { path: path.to_path_buf() });
+                let help =
+                    Remedy::Any(vec![Remedy::Another(Setting::OUTPUT), Remedy::Enable(Setting::REPLACE)]);
+                return Err(Error::OutputNotEmpty { path: path.to_path_buf(), help });
             }
             if !target.join(CONFIG_FILE).is_file() {
-                return wrong("is not a model directory and is not replaced", "choose another --out");
+                return wrong("is not a model directory and is not replaced");
             }
         }
         let Some(name) = target.file_name().map(|name| name.to_string_lossy().into_owned()) else {
-            return wrong("is not the name of a directory", "choose another --out");
+            return wrong("is not the name of a directory");
         };
         let parent = parent(&target);
         fs::create_dir_all(parent).map_err(Error::io(parent))?;
@@ -62,8 +63,8 @@ impl OutputDir {
         if let (Ok(source), Ok(target)) = (source.canonicalize(), path.canonicalize())
             && source.starts_with(&target)
         {
-            let problem = "holds the model that is read".to_owned();
-            return Err(Error::Path { path: path.to_path_buf(), problem, mend: "choose another --out" });
+            let help = Remedy::Another(Setting::OUTPUT);
+            return Err(Error::path(path, "holds the model that is read", help));
         }
         OutputDir::create(path, force)
     }

@@ -14,6 +14,7 @@ use super::names::is_router;
 use super::{Dtype, Header, INDEX_FILE, SINGLE_FILE};
 use crate::error::{Error, Result, shown};
 use crate::json::read_json;
+use crate::remedy::Remedy;
 
 /// A tensor's place in a checkpoint.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -75,7 +76,7 @@ impl Checkpoint {
             Err(Error::Path {
                 path: dir.to_path_buf(),
                 problem: format!("there is no {SINGLE_FILE} and no {INDEX_FILE}"),
-                mend: "name a model directory with safetensors weights (transformers' save_pretrained writes them)",
+                help: "name a model directory with safetensors weights (transformers' save_pretrained writes them)".into(),
             })
         }
     }
@@ -94,7 +95,7 @@ impl Checkpoint {
         let index: Index = serde_json::from_str(&read_json(path)?).map_err(|cause| Error::Json {
             path: path.to_path_buf(),
             message: format!("not an index of shards: {}", shown(&cause.to_string())),
-            mend: "copy the file again",
+            help: "copy the file again".into(),
         })?;
         let mut numbers: BTreeMap<&str, usize> = BTreeMap::new();
         for (tensor, name) in &index.weight_map {
@@ -115,8 +116,8 @@ impl Checkpoint {
             let (shard, header) = open_shard(&dir.join(name))?;
             for (tensor, view) in views(header, number) {
                 if !index.weight_map.contains_key(&tensor) {
-                    let mend = format!("add it to {INDEX_FILE} or remove it");
-                    return Err(Error::tensor(&shard.path, &tensor, "is not in the index", mend));
+                    let help = format!("add it to {INDEX_FILE} or remove it");
+                    return Err(Error::tensor(&shard.path, &tensor, "is not in the index", help));
                 }
                 found.insert((number, tensor), view);
             }
@@ -196,7 +197,7 @@ impl Checkpoint {
         let view = self.need_float(name)?;
         if view.numel() != out.len() {
             let problem = format!("has shape {:?}, not {} elements", view.shape, out.len());
-            return Err(self.wrong(name, view, problem, "use the weights of this model".to_owned()));
+            return Err(self.wrong(name, view, problem, "use the weights of this model"));
         }
         decode(out, self.bytes(name)?, view.dtype);
         Ok(())
@@ -210,7 +211,7 @@ impl Checkpoint {
         let view = self.need(name)?;
         if view.dtype != Dtype::I32 {
             let problem = format!("has dtype {}, not I32", view.dtype);
-            return Err(self.wrong(name, view, problem, "convert the model again".to_owned()));
+            return Err(self.wrong(name, view, problem, "convert the model again"));
         }
         let (elements, _) = self.bytes(name)?.as_chunks();
         Ok(elements.iter().map(|&element| i32::from_le_bytes(element)).collect())
@@ -226,8 +227,8 @@ impl Checkpoint {
         let view = self.need(name)?;
         if !view.dtype.is_float() {
             let problem = format!("has dtype {}", view.dtype);
-            let mend = "use F32, F16, BF16 or F64".to_owned();
-            return Err(self.wrong(name, view, problem, mend));
+            let help = "use F32, F16, BF16 or F64";
+            return Err(self.wrong(name, view, problem, help));
         }
         Ok(view)
     }
@@ -238,9 +239,9 @@ impl Checkpoint {
         name: &str,
         view: &TensorView,
         problem: impl Into<String>,
-        mend: String,
+        help: impl Into<Remedy>,
     ) -> Error {
-        Error::tensor(&self.files[view.file].path, name, problem, mend)
+        Error::tensor(&self.files[view.file].path, name, problem, help)
     }
 }
 

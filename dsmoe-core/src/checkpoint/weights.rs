@@ -106,6 +106,6 @@ fn check_finite(path: &Path, name: &str, values: &[f32]) -> Result<()> {
 fn check_masked(checkpoint: &Checkpoint, name: &str, wrong: Option<(usize, usize)>) -> Result<()> {
     let Some((row, col)) = wrong else { return Ok(()) };
     let problem = format!("is not 0 at row {row}, column {col}, which {MASKS_FILE} does not keep");
-    let mend = "use the masks that belong to the weights, or remove the file".to_owned();
-    Err(checkpoint.wrong(name, checkpoint.need(name)?, problem, mend))
+    let help = "use the masks that belong to the weights, or remove the file";
+    Err(checkpoint.wrong(name, checkpoint.need(name)?, problem, help))
 }

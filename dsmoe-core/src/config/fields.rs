@@ -10,6 +10,7 @@ use super::{
     Config, FORMAT_VERSION, LARGEST_DIMENSION, LayerShape, MoeConfig, RopeScaling, StoredMoe, largest,
 };
 use crate::error::{Error, Result, shown};
+use crate::remedy::Remedy;
 
 /// Access to one JSON object, with errors that name file and key.
 pub(super) struct Fields<'a> {
@@ -24,19 +25,19 @@ impl<'a> Fields<'a> {
         self.map.get(key).filter(|value| !value.is_null())
     }
 
-    pub(super) fn wrong(&self, key: &str, problem: impl Into<String>, mend: impl Into<String>) -> Error {
-        Error::field(self.path, format!("{}{key}", self.prefix), problem, mend)
+    pub(super) fn wrong(&self, key: &str, problem: impl Into<String>, help: impl Into<Remedy>) -> Error {
+        Error::field(self.path, format!("{}{key}", self.prefix), problem, help)
     }
 
-    fn is_not(&self, key: &str, value: &Value, mend: &str) -> Error {
-        self.wrong(key, format!("is {}", shown(&value.to_string())), mend)
+    fn is_not(&self, key: &str, value: &Value, help: impl Into<Remedy>) -> Error {
+        self.wrong(key, format!("is {}", shown(&value.to_string())), help)
     }
 
     fn integer_opt(&self, key: &str, largest: u64) -> Result<Option<usize>> {
         let Some(value) = self.get(key) else { return Ok(None) };
         match value.as_u64() {
             Some(n) if (1..=largest).contains(&n) => Ok(Some(n as usize)),
-            _ => Err(self.is_not(key, value, &format!("use an integer from 1 to {largest}"))),
+            _ => Err(self.is_not(key, value, format!("use an integer from 1 to {largest}"))),
         }
     }
 
@@ -104,8 +105,8 @@ impl<'a> Fields<'a> {
             }
         }
         if self.get("quantization_config").is_some() {
-            let mend = "use the checkpoint it was quantised from";
-            return Err(self.wrong("quantization_config", "is present and not supported", mend));
+            let help = "use the checkpoint it was quantised from";
+            return Err(self.wrong("quantization_config", "is present and not supported", help));
         }
         if self.positive("partial_rotary_factor")?.is_some_and(|factor| factor != 1.0) {
             return Err(self.wrong("partial_rotary_factor", "is not supported", "use a model without it"));
@@ -123,16 +124,16 @@ impl<'a> Fields<'a> {
         let own = ["dsmoe", "ffn", "layer_shapes"].into_iter().find(|key| self.get(key).is_some());
         match (self.text("model_type")?, own) {
             (Some("dsmoe"), None) => {
-                let mend = "convert the model again, or set model_type to llama";
-                Err(self.wrong("dsmoe", "is missing", mend))
+                let help = "convert the model again, or set model_type to llama";
+                Err(self.wrong("dsmoe", "is missing", help))
             }
             (Some("dsmoe"), Some(_)) if self.get("dsmoe").is_some() && self.get("ffn").is_some() => {
                 Err(self.wrong("ffn", "is present beside dsmoe", "remove one of them"))
             }
             (Some("dsmoe"), Some(_)) | (_, None) => Ok(()),
             (_, Some(key)) => {
-                let mend = "set model_type to dsmoe or remove the object";
-                Err(self.wrong(key, "is present but model_type is not dsmoe", mend))
+                let help = "set model_type to dsmoe or remove the object";
+                Err(self.wrong(key, "is present but model_type is not dsmoe", help))
             }
         }
     }
@@ -149,18 +150,18 @@ impl<'a> Fields<'a> {
     /// The sizes of every layer of `config`, where they are given and differ.
     pub(super) fn layer_shapes(&self, config: &Config) -> Result<Option<Vec<LayerShape>>> {
         let Some(value) = self.get("layer_shapes") else { return Ok(None) };
-        let mend = "give one object with num_attention_heads, num_key_value_heads and intermediate_size for each \
+        let help = "give one object with num_attention_heads, num_key_value_heads and intermediate_size for each \
                     layer";
         let layers = Vec::<LayerShape>::deserialize(value)
-            .map_err(|cause| self.wrong("layer_shapes", shown(&format!("is wrong ({cause})")), mend))?;
+            .map_err(|cause| self.wrong("layer_shapes", shown(&format!("is wrong ({cause})")), help))?;
         if layers.len() != config.num_layers {
             let problem =
                 format!("has {} entries and num_hidden_layers is {}", layers.len(), config.num_layers);
-            return Err(self.wrong("layer_shapes", problem, mend));
+            return Err(self.wrong("layer_shapes", problem, help));
         }
         for (i, &LayerShape { num_heads, num_kv_heads, intermediate }) in layers.iter().enumerate() {
-            let wrong = |key: &str, problem: String, mend: &str| {
-                Err(self.wrong(&format!("layer_shapes[{i}].{key}"), problem, mend))
+            let wrong = |key: &str, problem: String, help: Remedy| {
+                Err(self.wrong(&format!("layer_shapes[{i}].{key}"), problem, help))
             };
             let sizes = [
                 ("num_attention_heads", num_heads),
@@ -169,14 +170,14 @@ impl<'a> Fields<'a> {
             ];
             for (key, size) in sizes {
                 if size == 0 || size as u64 > LARGEST_DIMENSION {
-                    let mend = format!("use an integer from 1 to {LARGEST_DIMENSION}");
-                    return wrong(key, format!("is {size}"), &mend);
+                    let help = format!("use an integer from 1 to {LARGEST_DIMENSION}");
+                    return wrong(key, format!("is {size}"), help.into());
                 }
             }
             if !num_heads.is_multiple_of(num_kv_heads) {
                 let problem =
                     format!("is {num_kv_heads} and does not divide num_attention_heads {num_heads}");
-                return wrong("num_key_value_heads", problem, "correct one of them");
+                return wrong("num_key_value_heads", problem, "correct one of them".into());
             }
         }
         let most = largest(&layers);
@@ -214,7 +215,7 @@ impl<'a> Fields<'a> {
             path: self.path.to_path_buf(),
             field: "dsmoe:".to_owned(),
             problem: cause.to_string(),
-            mend: "convert the model again".to_owned(),
+            help: "convert the model again".into(),
         })?;
         Ok(Some(MoeConfig { router, partition: stored.partition, router_bias: stored.router_bias }))
     }
@@ -229,8 +230,8 @@ impl<'a> Fields<'a> {
         if let Some(map) = self.object("rope_parameters")? {
             let inner = Fields { path: self.path, prefix: "rope_parameters.", map };
             if let Some((key, _)) = map.iter().find(|(_, value)| value.is_object()) {
-                let mend = "use a model with one set of rope_parameters";
-                return Err(inner.wrong(&shown(key), "is an object and not supported", mend));
+                let help = "use a model with one set of rope_parameters";
+                return Err(inner.wrong(&shown(key), "is an object and not supported", help));
             }
             let differ = |key: &str, other: &str| {
                 inner.wrong(key, format!("differs from {other}"), "remove the one that is wrong")

@@ -18,6 +18,7 @@ use crate::config::{CONFIG_FILE, Config, MoeConfig, PartitionKind};
 use crate::error::{Error, Result};
 use crate::masks::{MASKS_FILE, Masks};
 use crate::partition::{Partition, check_divisible};
+use crate::remedy::{Remedy, Setting};
 
 /// How neurons are given to experts.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -126,8 +127,8 @@ pub fn convert(
     let mut config = Config::load(model)?;
     let config_path = model.join(CONFIG_FILE);
     if !config.is_dense() {
-        let mend = "name a dense model, or export this one with --as dense first";
-        return Err(Error::field(&config_path, "model_type", "is already dsmoe", mend));
+        let help = "use a dense model, or export this one as a dense model first";
+        return Err(Error::field(&config_path, "model_type", "is already dsmoe", help));
     }
     options.router.validate()?;
     let num_experts = options.router.num_experts;
@@ -140,7 +141,7 @@ pub fn convert(
     let permuted = partitions.iter().any(|partition| partition.order().is_some());
     let masks = Masks::read(model, &config)?;
     if permuted && masks.is_some() {
-        return Err(masks_of_other_order(model, "use --partition contiguous"));
+        return Err(masks_of_other_order(model, Remedy::Set(Setting::PARTITION, "contiguous".into())));
     }
     // Options that cannot work are told before anything is written.
     if let Some(routers) = &options.routers {
@@ -148,10 +149,13 @@ pub fn convert(
             one.weight.len() == num_experts * config.hidden && one.bias.len() == num_experts
         };
         if routers.len() != config.num_layers || !routers.iter().all(fits) {
-            return Err(Error::Argument(format!(
-                "routers are not of {} layers, {num_experts} experts and {} inputs; make them for this model",
-                config.num_layers, config.hidden
-            )));
+            return Err(Error::argument(
+                format!(
+                    "routers are not of {} layers, {num_experts} experts and {} inputs",
+                    config.num_layers, config.hidden
+                ),
+                "make them for this model",
+            ));
         }
     }
     if !matches!(options.router_init, RouterInit::Centroid) {
@@ -234,9 +238,9 @@ pub fn convert(
 }
 
 /// That the masks of `model` are in the order its neurons are to leave.
-pub(crate) fn masks_of_other_order(model: &Path, mend: &'static str) -> Error {
+pub(crate) fn masks_of_other_order(model: &Path, help: Remedy) -> Error {
     let problem = "masks neurons in the order they now have, which would change".to_owned();
-    Error::Path { path: model.join(MASKS_FILE), problem, mend }
+    Error::Path { path: model.join(MASKS_FILE), problem, help }
 }
 
 fn partitions(config: &Config, options: &ConvertOptions) -> Result<Vec<Partition>> {
@@ -248,11 +252,10 @@ fn partitions(config: &Config, options: &ConvertOptions) -> Result<Vec<Partition
             .enumerate()
             .map(|(layer, width)| Partition::random(width, experts, options.seed, layer))
             .collect(),
-        PartitionSpec::Orders(orders) if orders.len() != config.num_layers => Err(Error::Argument(format!(
-            "{} orders of neurons for {} layers; give one for each",
-            orders.len(),
-            config.num_layers
-        ))),
+        PartitionSpec::Orders(orders) if orders.len() != config.num_layers => Err(Error::argument(
+            format!("{} orders of neurons for {} layers", orders.len(), config.num_layers),
+            "give one for each",
+        )),
         PartitionSpec::Orders(orders) => widths
             .zip(orders)
             .map(|(width, order)| {
@@ -264,7 +267,7 @@ fn partitions(config: &Config, options: &ConvertOptions) -> Result<Vec<Partition
         PartitionSpec::File(path) if !config.is_even() => Err(Error::Path {
             path: path.clone(),
             problem: "lists neurons of layers of one width, and this model's layers differ".to_owned(),
-            mend: "use --partition contiguous or random",
+            help: Remedy::Set(Setting::PARTITION, "contiguous or random".into()),
         }),
         PartitionSpec::File(path) => {
             Partition::read_file(path, config.num_layers, config.intermediate, experts)

@@ -6,8 +6,8 @@ use dsmoe_kernels::Precision;
 use dsmoe_kernels::expert_ffn::{self, Dims, PackedWeights, Saved, WeightGrads, Weights};
 
 use super::{
-    DeviceFfn, Ffn, FfnBackward, FfnForward, FfnInference, FfnReport, FfnScratch, PackedFfn, projections,
-    split, split_mut,
+    DeviceFfn, Ffn, FfnBackward, FfnForward, FfnInference, FfnKind, FfnReport, FfnScratch, PackedFfn,
+    projections, split, split_mut,
 };
 use crate::params::TensorSpec;
 
@@ -53,6 +53,10 @@ impl PackedFfn for PackedDense {
 impl Ffn for DenseFfn {
     fn tensors(&self) -> Vec<TensorSpec> {
         projections(self.hidden, self.intermediate)
+    }
+
+    fn kind(&self) -> Option<FfnKind> {
+        Some(FfnKind::Dense)
     }
 
     fn on_device(&self) -> Option<DeviceFfn> {

@@ -9,7 +9,7 @@ use dsmoe_router::{Routed, RouterConfig, ste};
 use ndarray::{ArrayView2, ArrayViewMut2};
 
 use super::{
-    DeviceFfn, Ffn, FfnBackward, FfnForward, FfnInference, FfnReport, FfnScratch, PackedFfn, Record,
+    DeviceFfn, Ffn, FfnBackward, FfnForward, FfnInference, FfnKind, FfnReport, FfnScratch, PackedFfn, Record,
     projections, routes, split, split_mut,
 };
 use crate::params::TensorSpec;
@@ -156,6 +156,10 @@ impl Ffn for DsmoeFfn {
     fn set_threshold(&mut self, threshold: f32) -> bool {
         self.router.threshold = threshold;
         true
+    }
+
+    fn kind(&self) -> Option<FfnKind> {
+        Some(FfnKind::Dsmoe { router: self.router.clone(), router_bias: self.router_bias })
     }
 
     fn on_device(&self) -> Option<DeviceFfn> {

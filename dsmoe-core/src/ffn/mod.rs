@@ -17,7 +17,7 @@ use dsmoe_router::{Routed, RouterConfig, Routing, RoutingStats, SparsityGrad};
 
 pub use dense::DenseFfn;
 pub use dsmoe::DsmoeFfn;
-pub use spec::{FfnSpec, ReadSpec, register};
+pub use spec::{FfnKind, FfnSpec, ReadSpec, register};
 pub(crate) use spec::{of_layer, read_spec};
 
 use crate::params::{TensorSpec, padded};
@@ -268,6 +268,12 @@ impl DeviceFfn {
 pub trait Ffn: std::fmt::Debug + Send + Sync {
     /// Its tensors, named relative to `model.layers.{i}.mlp.`.
     fn tensors(&self) -> Vec<TensorSpec>;
+
+    /// Returns the entry of config.json that builds this FFN again; none where there is no such entry, and then a model
+    /// with this FFN is saved only if its configuration names a spec itself.
+    fn kind(&self) -> Option<FfnKind> {
+        None
+    }
 
     /// Experts, when there is a router.
     fn num_experts(&self) -> Option<usize> {

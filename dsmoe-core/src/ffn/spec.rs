@@ -5,6 +5,7 @@ use std::fmt::Debug;
 use std::path::Path;
 use std::sync::{Arc, PoisonError, RwLock};
 
+use dsmoe_router::RouterConfig;
 use serde_json::{Map, Value};
 
 use super::{DenseFfn, DsmoeFfn, Ffn};
@@ -28,6 +29,22 @@ pub trait FfnSpec: Debug + Send + Sync {
 
     /// Experts that every token runs, mean over layers, when their number is fixed.
     fn active_experts(&self) -> Option<f64>;
+}
+
+/// The entry of config.json that describes an FFN.
+#[derive(Clone, Debug, PartialEq)]
+pub enum FfnKind {
+    /// No entry: the FFN of a plain LLaMA.
+    Dense,
+    /// The `dsmoe` object with these gates.
+    Dsmoe {
+        /// The gates.
+        router: RouterConfig,
+        /// Whether the router has a bias.
+        router_bias: bool,
+    },
+    /// The `ffn` object of this spec.
+    Spec(Arc<dyn FfnSpec>),
 }
 
 impl PartialEq for dyn FfnSpec {

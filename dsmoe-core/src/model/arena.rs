@@ -11,8 +11,8 @@ use super::tensors::{Ranges, ffns_of, lay_out, rope_table, set_threshold};
 use crate::accounting::Accounting;
 use crate::checkpoint::{Checkpoint, Dtype, TensorInfo, WeightReader, Writer, partition_name};
 use crate::config::{Config, PartitionKind};
-use crate::error::Result;
-use crate::ffn::Ffn;
+use crate::error::{Error, Result};
+use crate::ffn::{Ffn, FfnKind};
 use crate::masks::Masks;
 use crate::params::{Layout, Stored};
 
@@ -31,13 +31,21 @@ pub struct Model {
 }
 
 impl Model {
-    /// A model of `config` with the given FFNs, one per layer, and all parameters zero: the way in for FFNs of
-    /// other crates.
+    /// Makes a model of `config` with the given FFNs, one per layer, and all parameters zero. FFNs of other crates enter
+    /// here. Where all of them name one spec ([`Ffn::kind`]) and `config` is dense, the configuration takes that spec.
     ///
     /// # Panics
     /// The number of FFNs is not the number of layers.
-    pub fn with_ffns(config: Config, ffns: Vec<Box<dyn Ffn>>) -> Model {
+    pub fn with_ffns(mut config: Config, ffns: Vec<Box<dyn Ffn>>) -> Model {
         assert_eq!(ffns.len(), config.num_layers, "model: FFNs and layers");
+        let mut kinds = ffns.iter().map(|ffn| ffn.kind());
+        if let Some(Some(first @ FfnKind::Spec(_))) = kinds.next()
+            && config.is_dense()
+            && kinds.all(|kind| kind.as_ref() == Some(&first))
+            && let FfnKind::Spec(spec) = first
+        {
+            config.ffn = Some(spec);
+        }
         let (layout, ranges) = lay_out(&config, &ffns);
         let (params, rope) = (Buf::zeros(layout.len()), rope_table(&config));
         Model { config, ffns, layout, ranges, params, rope, partitions: None, masks: None }
@@ -53,7 +61,7 @@ impl Model {
     /// Loads a model directory: a dense LLaMA, DSMoE, or FFNs of a kind that is registered ([`ffn::register`]).
     ///
     /// # Errors
-    /// Anything wrong with the directory; the message names the file, the field or tensor, and the mend.
+    /// Anything wrong with the directory; the message names the file, the field or tensor, and the help.
     pub fn load(dir: &Path) -> Result<Model> {
         let config = Config::load(dir)?;
         let checkpoint = Checkpoint::open(dir)?;
@@ -75,8 +83,10 @@ impl Model {
     /// synced. Routers and partitions stay f32 and i32 whatever `dtype` is.
     ///
     /// # Errors
-    /// The file system refuses; the message names the file.
+    /// The configuration does not describe the model's FFNs; nothing is written then. The file system refuses; the
+    /// message names the file.
     pub fn save(&self, dir: &Path, dtype: Dtype) -> Result<()> {
+        self.check_kinds()?;
         let mut infos = Vec::new();
         for entry in self.layout.entries() {
             let dtype = if entry.spec.router { Dtype::F32 } else { dtype };
@@ -106,6 +116,28 @@ impl Model {
         let mut config = self.config.clone();
         config.set_dtype(dtype);
         config.save(dir)
+    }
+
+    /// Checks that config.json describes every FFN as it is.
+    fn check_kinds(&self) -> Result<()> {
+        let Config { moe, ffn: spec, .. } = &self.config;
+        for (layer, ffn) in self.ffns.iter().enumerate() {
+            let described = match (ffn.kind(), moe, spec) {
+                (Some(FfnKind::Dense), None, None) | (None, _, Some(_)) => true,
+                (Some(FfnKind::Dsmoe { router, router_bias }), Some(moe), _) => {
+                    (&router, router_bias) == (&moe.router, moe.router_bias)
+                }
+                (Some(FfnKind::Spec(own)), None, Some(spec)) => *own == **spec,
+                _ => false,
+            };
+            if !described {
+                return Err(Error::argument(
+                    format!("the FFN of layer {layer} is not what config.json would describe"),
+                    "give the FFN a kind, the same in every layer, or set the configuration's FFN spec",
+                ));
+            }
+        }
+        Ok(())
     }
 
     /// The configuration.

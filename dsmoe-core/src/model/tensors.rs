@@ -103,13 +103,14 @@ pub(crate) fn set_threshold(
     move_gates: impl FnOnce() -> bool,
 ) -> Result<()> {
     if !(0.0..=1.0).contains(&threshold) {
-        return Err(Error::Argument(format!("threshold {threshold} is outside 0..=1; use 0.5")));
+        return Err(Error::argument(format!("threshold {threshold} is outside 0..=1"), "use 0.5"));
     }
     match &mut config.moe {
         Some(moe) if move_gates() => moe.router.threshold = threshold,
         _ => {
-            return Err(Error::Argument(
-                "this model has no gates to set a threshold for; convert it first".to_owned(),
+            return Err(Error::argument(
+                "this model has no gates to set a threshold for",
+                "convert it first",
             ));
         }
     }
@@ -119,17 +120,20 @@ pub(crate) fn set_threshold(
 /// Checks that `ids` can be fed at positions `start..`.
 pub(crate) fn check_input(config: &Config, ids: &[u32], start: usize, seq: usize) -> Result<()> {
     if let Some(id) = ids.iter().find(|&&id| id as usize >= config.vocab_size) {
-        return Err(Error::Argument(format!(
-            "token id {id} is not below vocab_size {}; use the model's own tokenizer",
-            config.vocab_size
-        )));
+        return Err(Error::argument(
+            format!("token id {id} is not below vocab_size {}", config.vocab_size),
+            "use the model's own tokenizer",
+        ));
     }
     if start + seq > config.max_position {
-        return Err(Error::Argument(format!(
-            "{} positions are more than max_position_embeddings {}; use shorter sequences",
-            start + seq,
-            config.max_position
-        )));
+        return Err(Error::argument(
+            format!(
+                "{} positions are more than max_position_embeddings {}",
+                start + seq,
+                config.max_position
+            ),
+            "use shorter sequences",
+        ));
     }
     Ok(())
 }

@@ -25,6 +25,7 @@ use crate::model::inference::segments::Place;
 use crate::model::inference::{Cache, Likelihood, Workspace};
 use crate::model::tensors::set_threshold;
 use crate::params::padded;
+use crate::remedy::{Remedy, Setting};
 
 /// Rows of logits at a time.
 const LOGIT_ROWS: usize = 1024;
@@ -146,13 +147,16 @@ impl CudaInference {
         ordinal: usize,
     ) -> Result<CudaInference> {
         if precision != Precision::Bf16 {
-            return Err(Error::Argument("a GPU computes in bf16; use --dtype bf16".to_owned()));
+            return Err(Error::argument(
+                "a GPU computes in bf16",
+                Remedy::Set(Setting::DTYPE, "bf16".into()),
+            ));
         }
         let Parts { config, accounting, ffns, ranges, source } = parts;
         let kinds = device_ffns(ffns)?;
         let gpu = Gpu::open(ordinal)?;
         let plan = [MemoryUse { what: "weights", bytes: 2 * accounting.total as usize }];
-        check_memory(&gpu, &plan, "use a smaller model")?;
+        check_memory(&gpu, &plan, "use a smaller model".into())?;
         let head = matrix(&gpu, source, &ranges.head)?;
         let embedding = match config.tie_word_embeddings {
             true => None,

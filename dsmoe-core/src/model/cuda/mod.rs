@@ -20,6 +20,7 @@ use crate::config::{Config, LayerShape};
 use crate::error::{Error, Result};
 use crate::ffn::{DeviceFfn, Ffn};
 use crate::model::tensors::rope_table;
+use crate::remedy::{Remedy, Setting};
 
 /// Matrix products of `tokens` rows.
 struct Products<'a> {
@@ -122,16 +123,17 @@ impl Products<'_> {
 fn device_ffns(ffns: &[Box<dyn Ffn>]) -> Result<Vec<DeviceFfn>> {
     let form = |(layer, form): (usize, Option<DeviceFfn>)| {
         form.ok_or_else(|| {
-            Error::Argument(format!(
-                "layer {layer}: this kind of FFN does not run on a GPU; use --device cpu"
-            ))
+            Error::argument(
+                format!("layer {layer}: this kind of FFN does not run on a GPU"),
+                Remedy::Set(Setting::DEVICE, "cpu".into()),
+            )
         })
     };
     ffns.iter().map(|ffn| ffn.on_device()).enumerate().map(form).collect()
 }
 
 /// Refuses a plan that the device's free memory does not hold.
-fn check_memory(gpu: &Gpu, plan: &[MemoryUse], mend: &str) -> Result<()> {
+fn check_memory(gpu: &Gpu, plan: &[MemoryUse], help: Remedy) -> Result<()> {
     let (free, _) = gpu.memory()?;
     let wanted: usize = plan.iter().map(|part| part.bytes).sum();
     if wanted <= free {
@@ -139,12 +141,15 @@ fn check_memory(gpu: &Gpu, plan: &[MemoryUse], mend: &str) -> Result<()> {
     }
     let gib = |bytes: usize| bytes as f64 / f64::from(1 << 30);
     let largest = plan.iter().max_by_key(|part| part.bytes).map_or("", |part| part.what);
-    Err(Error::Argument(format!(
-        "{}: {:.1} GiB are needed, most of it {largest}, and {:.1} GiB are free; {mend}",
-        gpu.name(),
-        gib(wanted),
-        gib(free)
-    )))
+    Err(Error::argument(
+        format!(
+            "{}: {:.1} GiB are needed, most of it {largest}, and {:.1} GiB are free",
+            gpu.name(),
+            gib(wanted),
+            gib(free)
+        ),
+        help,
+    ))
 }
 
 /// A router's settings as the kernels take them.

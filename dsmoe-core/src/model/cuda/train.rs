@@ -23,6 +23,7 @@ use crate::model::arena::Model;
 use crate::model::tensors::{LayerRanges, Ranges, check_input, ffns_of, lay_out, set_threshold};
 use crate::model::train::StepArgs;
 use crate::params::Layout;
+use crate::remedy::{Remedy, Setting};
 
 /// Logits at a time in the loss, bytes.
 const LOGIT_BYTES: usize = 512 << 20;
@@ -186,7 +187,8 @@ impl CudaTrainer {
     ) -> Result<CudaTrainer> {
         let gpu = &Gpu::open(ordinal)?;
         let plan = CudaTrainer::memory(&model.config, tokens)?;
-        super::check_memory(gpu, &plan, "use a smaller --batch and a larger --accumulate")?;
+        let help = Remedy::All(vec![Remedy::Smaller(Setting::BATCH), Remedy::Larger(Setting::ACCUMULATE)]);
+        super::check_memory(gpu, &plan, help)?;
         let (config, layout) = (model.config.clone(), model.layout.clone());
         let ffns = super::device_ffns(&model.ffns)?;
         let params = gpu.upload(&model.params)?;

@@ -60,7 +60,7 @@ impl Inference {
     /// rounded.
     ///
     /// # Errors
-    /// Anything wrong with the directory; the message names the file, the field or tensor, and the mend.
+    /// Anything wrong with the directory; the message names the file, the field or tensor, and the help.
     pub fn load(dir: &Path, precision: Precision) -> Result<Inference> {
         Inference::load_on(dir, precision, Device::Cpu)
     }
@@ -213,10 +213,10 @@ impl Inference {
         workspace: &'w mut Workspace,
     ) -> Result<&'w [f32]> {
         if ids.len() < last || ids.is_empty() {
-            return Err(Error::Argument(format!(
-                "{} tokens to read logits of {last}; give at least one token",
-                ids.len()
-            )));
+            return Err(Error::argument(
+                format!("{} tokens to read logits of {last}", ids.len()),
+                "give at least one token",
+            ));
         }
         check_input(self.config(), ids, cache.len, ids.len())?;
         match &self.backend {
