@@ -80,6 +80,36 @@ pub struct DomainReport {
     pub active_ratio: Option<f64>,
 }
 
+/// The results of an evaluation by window and by token. Tokens are in the order of the stream.
+#[derive(Clone, Debug, Default, PartialEq)]
+#[non_exhaustive]
+pub struct EvalDetail {
+    /// The loss of every window.
+    pub windows: Vec<WindowLoss>,
+    /// The negative log-likelihood of every predicted token, nats.
+    pub losses: Vec<f32>,
+    /// The active experts of every token that another was predicted from, summed over layers; empty without routers.
+    pub active: Vec<u32>,
+}
+
+/// The loss of one window.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct WindowLoss {
+    /// Sum of the negative log-likelihoods of its predicted tokens, nats.
+    pub nll_sum: f64,
+    /// Tokens predicted.
+    pub predicted: usize,
+}
+
+impl EvalDetail {
+    fn add(&mut self, losses: &[f32], active: &[u32]) {
+        let nll_sum = losses.iter().map(|&loss| f64::from(loss)).sum();
+        self.windows.push(WindowLoss { nll_sum, predicted: losses.len() });
+        self.losses.extend_from_slice(losses);
+        self.active.extend_from_slice(active);
+    }
+}
+
 /// The text of one source, for an evaluation.
 #[derive(Clone, Copy, Debug)]
 pub struct Domain<'a> {
@@ -159,7 +189,7 @@ pub fn evaluate_domains(
 }
 
 /// Evaluates `model` on `ids`, all documents one after the other (see [`eval_windows`] for the protocol). `progress`
-/// hears how many windows of how many are done.
+/// receives the number of windows done and of all.
 ///
 /// # Errors
 /// Options out of range, fewer than two tokens, a token id outside the vocabulary, or windows longer than the model
@@ -170,9 +200,34 @@ pub fn evaluate(
     options: EvalOptions,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<EvalReport> {
+    measure(model, ids, options, None, progress)
+}
+
+/// Evaluates as [`evaluate`] does and returns the results of single windows and tokens too.
+///
+/// # Errors
+/// Those of [`evaluate`].
+pub fn evaluate_detailed(
+    model: &Inference,
+    ids: &[u32],
+    options: EvalOptions,
+    progress: &mut dyn FnMut(usize, usize),
+) -> Result<(EvalReport, EvalDetail)> {
+    let mut detail = EvalDetail::default();
+    let report = measure(model, ids, options, Some(&mut detail), progress)?;
+    Ok((report, detail))
+}
+
+fn measure(
+    model: &Inference,
+    ids: &[u32],
+    options: EvalOptions,
+    mut detail: Option<&mut EvalDetail>,
+    progress: &mut dyn FnMut(usize, usize),
+) -> Result<EvalReport> {
     let started = Instant::now();
     let windows = eval_windows(ids.len(), options.seq, options.stride)?;
-    let mut stats = model.new_stats();
+    let mut stats = model.new_stats().map(|stats| if detail.is_some() { stats.traced() } else { stats });
     let mut workspace = Workspace::default();
     let (mut inputs, mut targets, mut losses) = (Vec::new(), Vec::new(), Vec::new());
     let (mut nll_sum, mut predicted, mut run, mut done) = (0.0f64, 0, 0, 0);
@@ -192,6 +247,13 @@ pub fn evaluate(
         losses.resize(inputs.len(), 0.0f32);
         model.score(&mut losses, &inputs, &targets, len, stats.as_mut(), &mut workspace)?;
         nll_sum += losses.iter().map(|&loss| f64::from(loss)).sum::<f64>();
+        if let Some(detail) = &mut detail {
+            let active = stats.as_ref().map_or(&[][..], |stats| &stats.active_of_tokens()[run..]);
+            for (at, window) in batch.iter().enumerate() {
+                let scored = (at + 1) * len + window.first_target - window.end..(at + 1) * len;
+                detail.add(&losses[scored.clone()], active.get(scored).unwrap_or_default());
+            }
+        }
         run += inputs.len();
         done += batch.len();
         progress(done, windows.len());

@@ -4,6 +4,7 @@
 
 mod checkpoint;
 pub mod config;
+pub mod engine;
 mod error;
 pub mod eval;
 mod files;
@@ -11,7 +12,7 @@ pub mod metrics;
 pub mod optim;
 pub mod run;
 pub mod schedule;
-pub mod step;
+mod step;
 pub mod tasks;
 pub mod tensorboard;
 

@@ -15,13 +15,13 @@ const CLIP_EPS: f64 = 1e-6;
 /// Euclidean norms of a gradient.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct GradNorms {
-    /// Of all tensors.
+    /// The norm over all tensors.
     pub all: f64,
-    /// Of the routers.
+    /// The norm over the routers.
     pub router: f64,
 }
 
-/// Norms of `grads`, laid out as `layout`, summed in f64 in the order of the layout.
+/// Computes the norms of `grads`, laid out as `layout`, summed in f64 in the order of the layout.
 pub fn grad_norms(layout: &Layout, grads: &[f32]) -> GradNorms {
     let (mut all, mut router) = (0.0, 0.0);
     for (spec, range) in runs(layout) {
@@ -34,8 +34,8 @@ pub fn grad_norms(layout: &Layout, grads: &[f32]) -> GradNorms {
     GradNorms { all: all.sqrt(), router: router.sqrt() }
 }
 
-/// Neighbours in the layout that are treated alike, as one: the first of them, and where they lie. What pads them is
-/// zero in every arena.
+/// Joins neighbours in the layout that are updated alike: the first of them, and their range. The padding between them
+/// is zero in every arena.
 fn runs(layout: &Layout) -> impl Iterator<Item = (&TensorSpec, Range<usize>)> {
     let alike = |a: &Entry, b: &Entry| (a.spec.decay, a.spec.router) == (b.spec.decay, b.spec.router);
     layout
@@ -44,26 +44,43 @@ fn runs(layout: &Layout) -> impl Iterator<Item = (&TensorSpec, Range<usize>)> {
         .map(|run| (&run[0].spec, run[0].range.start..run[run.len() - 1].range.end))
 }
 
-/// What a gradient of that norm is multiplied by so that its norm is at most `clip`; 1 when `clip` is 0.
+/// Returns the factor that scales a gradient of norm `norm` to a norm of at most `clip`; 1 when `clip` is 0.
 pub fn clip_scale(norm: f64, clip: f64) -> f32 {
     if clip > 0.0 && norm > clip { (clip / (norm + CLIP_EPS)) as f32 } else { 1.0 }
 }
 
-/// The tensor with a NaN or infinity in `values` that lies nearest to the loss: a backward pass carries what is
-/// not finite from there to all before it, so the layout is searched from its end.
+/// Finds the tensor with a NaN or infinity in `values` that lies nearest to the loss. A backward pass spreads such
+/// values to all tensors before it, so the layout is searched from its end.
 pub fn last_non_finite<'l>(layout: &'l Layout, values: &[f32]) -> Option<&'l Entry> {
     layout.entries().iter().rev().find(|entry| values[entry.range.clone()].iter().any(|x| !x.is_finite()))
 }
 
-/// What `step` (from 1) uses for tensors that decay or not, and are a router's or not.
-pub fn hyper(config: &TrainConfig, lr: f64, step: u64, decay: bool, router: bool) -> adamw::Hyper {
-    adamw::Hyper {
-        lr: if router { lr * config.router_lr_scale } else { lr },
-        beta1: config.beta1,
-        beta2: config.beta2,
-        eps: config.eps,
-        weight_decay: if decay { config.weight_decay } else { 0.0 },
-        step,
+/// The settings of one update of the parameters.
+#[derive(Clone, Copy, Debug)]
+pub struct Update<'a> {
+    /// The settings of the run.
+    pub config: &'a TrainConfig,
+    /// The learning rate of the step.
+    pub lr: f64,
+    /// The factor that multiplies the gradients first, of [`clip_scale`].
+    pub scale: f32,
+    /// The step, counted from 1.
+    pub step: u64,
+}
+
+impl Update<'_> {
+    /// The constants of tensors that decay or not, and that belong to a router or not. Norms and routers do not decay;
+    /// routers use [`TrainConfig::router_lr_scale`] times the learning rate.
+    pub fn hyper(&self, decay: bool, router: bool) -> adamw::Hyper {
+        let Update { config, lr, step, .. } = *self;
+        adamw::Hyper {
+            lr: if router { lr * config.router_lr_scale } else { lr },
+            beta1: config.beta1,
+            beta2: config.beta2,
+            eps: config.eps,
+            weight_decay: if decay { config.weight_decay } else { 0.0 },
+            step,
+        }
     }
 }
 
@@ -82,22 +99,11 @@ impl AdamW {
         AdamW { m: Buf::zeros(layout.len()), v: Buf::zeros(layout.len()) }
     }
 
-    /// One step: `step` counts from 1, `grad_scale` multiplies `grads` first. Norms and routers do not decay;
-    /// routers use `lr` times [`TrainConfig::router_lr_scale`].
+    /// Takes one step.
     ///
     /// # Panics
     /// A slice is not as long as the layout.
-    #[expect(clippy::too_many_arguments, reason = "two arenas, their table and four numbers of the step")]
-    pub fn step(
-        &mut self,
-        params: &mut [f32],
-        grads: &[f32],
-        layout: &Layout,
-        config: &TrainConfig,
-        lr: f64,
-        grad_scale: f32,
-        step: u64,
-    ) {
+    pub fn step(&mut self, params: &mut [f32], grads: &[f32], layout: &Layout, update: &Update<'_>) {
         assert!(
             [params.len(), grads.len(), self.m.len(), self.v.len()] == [layout.len(); 4],
             "adamw: params {}, grads {}, moments {}, layout {}",
@@ -107,13 +113,13 @@ impl AdamW {
             layout.len()
         );
         for (spec, range) in runs(layout) {
-            let hyper = hyper(config, lr, step, spec.decay, spec.router);
+            let hyper = update.hyper(spec.decay, spec.router);
             adamw::step(
                 &mut params[range.clone()],
                 &mut self.m[range.clone()],
                 &mut self.v[range.clone()],
                 &grads[range],
-                grad_scale,
+                update.scale,
                 &hyper,
             );
         }

@@ -211,7 +211,7 @@ impl Trainer {
 
     /// The model as it stands, to be measured: until the next step the gradients' memory is free for that.
     pub fn measured_model(&mut self) -> &Model {
-        self.stepper.release();
+        self.stepper.engine.release();
         &self.model
     }
 
@@ -291,7 +291,7 @@ impl Trainer {
         let result = self.stepper.take(&mut self.model, text, sparsity, stop)?;
         let Some(result) = result else { return Ok(None) };
 
-        let routing = self.stepper.stats().map(|stats| stats.summary());
+        let routing = self.stepper.engine.stats().map(|stats| stats.summary());
         let routed = routing.is_some();
         let penalty = match over {
             SparsityOver::Active => result.sparsity_loss,
@@ -367,8 +367,8 @@ impl Trainer {
         }
         // A window of `seq` predicted tokens, as in training.
         let seq = (self.config.seq + 1).max(2);
-        self.stepper.fetch(&mut self.model)?;
-        self.stepper.release();
+        self.stepper.engine.fetch(&mut self.model)?;
+        self.stepper.engine.release();
         let model = Inference::new_on(&self.model, self.config.dtype, self.options.device)?;
         let report = evaluate_domains(&model, &domains, EvalOptions::new(seq), &mut |_, _| {})?;
         let step = self.state.step;
@@ -388,7 +388,7 @@ impl Trainer {
         if self.saved == Some(self.state.step) {
             return Ok(());
         }
-        self.stepper.fetch(&mut self.model)?;
+        self.stepper.engine.fetch(&mut self.model)?;
         let layout = self.model.layout();
         if let Some(entry) = crate::optim::last_non_finite(layout, self.model.params()) {
             let place = entry.spec.name.clone();
@@ -400,8 +400,13 @@ impl Trainer {
         }
         self.metrics.sync()?;
         let dir = self.options.out.join(CHECKPOINTS);
-        let path =
-            checkpoint::save(&dir, &self.state, &self.model, &self.stepper.optimizer, self.config.keep)?;
+        let path = checkpoint::save(
+            &dir,
+            &self.state,
+            &self.model,
+            self.stepper.engine.optimizer(),
+            self.config.keep,
+        )?;
         self.saved = Some(self.state.step);
         observer.saved(self.state.step, &path);
         Ok(())

@@ -5,18 +5,14 @@ use std::time::Instant;
 use anyhow::Result;
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::config::Config;
-#[cfg(feature = "cuda")]
-use dsmoe_core::model::cuda::CudaTrainer;
-use dsmoe_core::model::{StepArgs, TrainWorkspace};
+use dsmoe_core::model::StepArgs;
 use dsmoe_core::{Device, Model};
 use dsmoe_kernels::Precision;
-use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::rng::Rng;
 use dsmoe_router::{RoutingStats, SparsityOver};
 use dsmoe_train::TrainConfig;
-#[cfg(feature = "cuda")]
-use dsmoe_train::optim::hyper;
-use dsmoe_train::optim::{AdamW, clip_scale, grad_norms};
+use dsmoe_train::engine::{Engine, EngineOptions, MicroBatch, StepResult};
+use dsmoe_train::optim::{AdamW, Update, clip_scale};
 
 use super::ceilings::Cost;
 use super::checks::{check_memory, check_size};
@@ -82,7 +78,7 @@ fn measure(args: &Train, sizes: Sizes, precision: Precision, output: &mut Output
             None
         };
         run.gradients()?;
-        let bits = run.bits()?;
+        let bits = bits(&[&run.engine.grads()?]);
         run.step()?;
         let memory = mark.and_then(Mark::peak_since);
         let started = Instant::now();
@@ -114,7 +110,7 @@ fn measure(args: &Train, sizes: Sizes, precision: Precision, output: &mut Output
     Ok(rows.collect())
 }
 
-/// A model with all that training needs.
+/// A model with the engine that trains it on one micro-batch.
 pub(crate) struct Run {
     pub(crate) model: Model,
     engine: Engine,
@@ -122,22 +118,7 @@ pub(crate) struct Run {
     targets: Vec<u32>,
     seq: usize,
     config: TrainConfig,
-    active_ratio: f64,
     steps: u64,
-}
-
-/// Who computes.
-enum Engine {
-    Cpu {
-        grads: Buf,
-        optimizer: AdamW,
-        workspace: Box<TrainWorkspace>,
-    },
-    #[cfg(feature = "cuda")]
-    Cuda {
-        trainer: Box<CudaTrainer>,
-        norm: f64,
-    },
 }
 
 impl Run {
@@ -151,45 +132,24 @@ impl Run {
     ) -> Result<Run> {
         let model = random_model(config);
         let tokens = ids.len() - 1;
-        let engine = match device {
-            Device::Cpu => Engine::Cpu {
-                grads: Buf::zeros(model.layout().len()),
-                optimizer: AdamW::new(model.layout()),
-                workspace: Box::new(TrainWorkspace::new(&model, tokens, precision)),
-            },
-            #[cfg(feature = "cuda")]
-            Device::Cuda(ordinal) => {
-                let AdamW { m, v } = AdamW::new(model.layout());
-                Engine::Cuda {
-                    trainer: Box::new(CudaTrainer::new(ordinal, &model, &m, &v, tokens, seq)?),
-                    norm: 0.0,
-                }
-            }
-        };
+        let options = EngineOptions { tokens, seq, precision, device };
         Ok(Run {
-            engine,
+            engine: Engine::new(&model, AdamW::new(model.layout()), options)?,
             inputs: ids[..tokens].to_vec(),
             targets: ids[1..].to_vec(),
             seq,
             config: TrainConfig::default(),
-            active_ratio: 0.0,
             steps: 0,
             model,
         })
     }
 
     pub(crate) fn set_threshold(&mut self, threshold: f32) -> Result<()> {
-        self.model.set_threshold(threshold)?;
-        match &mut self.engine {
-            Engine::Cpu { .. } => {}
-            #[cfg(feature = "cuda")]
-            Engine::Cuda { trainer, .. } => trainer.set_threshold(threshold)?,
-        }
-        Ok(())
+        Ok(self.engine.set_threshold(&mut self.model, threshold)?)
     }
 
-    /// Forward and backward.
-    fn gradients(&mut self) -> Result<()> {
+    /// Runs forward and backward.
+    fn gradients(&mut self) -> Result<StepResult> {
         let args = StepArgs {
             loss_scale: 1.0 / self.inputs.len() as f32,
             sparsity_weight: SPARSITY_WEIGHT,
@@ -197,58 +157,24 @@ impl Run {
             balance_scale: 1.0,
             seed: self.steps,
         };
-        let Run { model, engine, inputs, targets, seq, active_ratio, .. } = self;
-        match engine {
-            Engine::Cpu { grads, workspace, .. } => {
-                grads.clear();
-                model.train_step(grads, inputs, targets, *seq, &args, workspace)?;
-                *active_ratio = workspace.stats().map_or(0.0, RoutingStats::active_ratio);
-            }
-            #[cfg(feature = "cuda")]
-            Engine::Cuda { trainer, norm } => {
-                let mut stats = model.new_stats();
-                trainer.begin()?;
-                trainer.micro_batch(inputs, targets, *seq, &args)?;
-                *norm = trainer.finish(stats.as_mut())?.squares.sqrt();
-                *active_ratio = stats.map_or(0.0, |stats| stats.active_ratio());
-            }
-        }
-        Ok(())
-    }
-
-    /// The bits of the gradients.
-    fn bits(&self) -> Result<Option<String>> {
-        Ok(match &self.engine {
-            Engine::Cpu { grads, .. } => bits(&[grads]),
-            #[cfg(feature = "cuda")]
-            Engine::Cuda { trainer, .. } => bits(&[&trainer.download_grads()?]),
-        })
+        let batch = MicroBatch { inputs: &self.inputs, targets: &self.targets, seq: self.seq };
+        self.engine.begin(1)?;
+        self.engine.micro_batch(&self.model, batch, &args)?;
+        Ok(self.engine.finish(&self.model)?)
     }
 
     /// The share of experts that a step runs.
     pub(crate) fn active_ratio(&mut self) -> Result<f64> {
         self.gradients()?;
-        Ok(self.active_ratio)
+        Ok(self.engine.stats().map_or(0.0, RoutingStats::active_ratio))
     }
 
-    /// A whole step, as `dsmoe train` takes it.
+    /// Takes a whole step, as `dsmoe train` does.
     pub(crate) fn step(&mut self) -> Result<()> {
-        self.gradients()?;
+        let scale = clip_scale(self.gradients()?.norms.all, self.config.clip);
         self.steps += 1;
-        let Run { model, engine, config, steps, .. } = self;
-        match engine {
-            Engine::Cpu { grads, optimizer, .. } => {
-                let layout = model.layout().clone();
-                let scale = clip_scale(grad_norms(&layout, grads).all, config.clip);
-                optimizer.step(model.params_mut(), grads, &layout, config, LEARNING_RATE, scale, *steps);
-            }
-            #[cfg(feature = "cuda")]
-            Engine::Cuda { trainer, norm } => {
-                let scale = clip_scale(*norm, config.clip);
-                trainer.update(scale, |decay, router| hyper(config, LEARNING_RATE, *steps, decay, router))?;
-            }
-        }
-        Ok(())
+        let update = Update { config: &self.config, lr: LEARNING_RATE, scale, step: self.steps };
+        Ok(self.engine.update(&mut self.model, &update)?)
     }
 }
 

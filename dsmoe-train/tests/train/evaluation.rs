@@ -4,6 +4,7 @@ use crate::common::*;
 use dsmoe_core::Inference;
 use dsmoe_core::model::Workspace;
 use dsmoe_kernels::Precision;
+use dsmoe_train::eval::evaluate_detailed;
 use dsmoe_train::{EvalOptions, evaluate};
 
 /// Mean loss over `windows` of (start, end, first scored), each in a forward pass of its own.
@@ -50,6 +51,34 @@ fn windows_are_those_of_the_protocol() {
     let report = evaluate(&model, &ids[..30], options, &mut |_, _| {}).unwrap();
     assert_eq!((report.predicted, predicted), (29, 29));
     assert!((report.nll - nll).abs() < 1e-6, "{} {nll}", report.nll);
+}
+
+#[test]
+fn details_add_up_to_the_report() {
+    let dir = tempfile::tempdir().unwrap();
+    for (experts, stride) in [(true, 16), (true, 8), (false, 16)] {
+        let path = model_dir(dir.path(), &format!("source {experts} {stride}"), experts, 1);
+        let model = Inference::load(&path, Precision::F32).unwrap();
+        let ids = &text(1).ids[..90];
+        let options = EvalOptions { stride, ..EvalOptions::new(16) };
+        let (report, detail) = evaluate_detailed(&model, ids, options, &mut |_, _| {}).unwrap();
+        let plain = evaluate(&model, ids, options, &mut |_, _| {}).unwrap();
+        assert_eq!((report.nll, report.active_ratio), (plain.nll, plain.active_ratio));
+        assert_eq!(detail.windows.iter().map(|window| window.predicted).sum::<usize>(), report.predicted);
+        let sum: f64 = detail.windows.iter().map(|window| window.nll_sum).sum();
+        assert!((sum / report.predicted as f64 - report.nll).abs() < 1e-9);
+        let (first, rest) = detail.losses.split_at(detail.windows[0].predicted);
+        assert_eq!(first.iter().map(|&loss| f64::from(loss)).sum::<f64>(), detail.windows[0].nll_sum);
+        assert_eq!(first.len() + rest.len(), report.predicted);
+        assert_eq!(detail.active.len(), if experts { report.predicted } else { 0 });
+        if stride == 16
+            && let Some(ratio) = report.active_ratio
+        {
+            let of = (report.predicted * 2 * model.config().num_experts().unwrap()) as f64;
+            let active: u32 = detail.active.iter().sum();
+            assert!((f64::from(active) / of - ratio).abs() < 1e-12);
+        }
+    }
 }
 
 #[test]

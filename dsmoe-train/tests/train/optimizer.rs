@@ -4,7 +4,7 @@ use crate::common::config_json;
 use dsmoe_core::Model;
 use dsmoe_core::config::Config;
 use dsmoe_train::TrainConfig;
-use dsmoe_train::optim::{AdamW, clip_scale, grad_norms, last_non_finite};
+use dsmoe_train::optim::{AdamW, Update, clip_scale, grad_norms, last_non_finite};
 
 fn model() -> Model {
     Model::new(Config::from_json("config.json".as_ref(), &config_json(true)).unwrap())
@@ -20,7 +20,8 @@ fn every_tensor_gets_its_own_decay_and_rate() {
     let steps = [(1e-2, 0.25, [2.0f32, -0.5]), (5e-3, 1.0, [-1.0, -0.5])];
     for (step, (lr, scale, values)) in (1..).zip(steps) {
         let grads: Vec<f32> = (0..layout.len()).map(|i| values[i % 2]).collect();
-        optimizer.step(model.params_mut(), &grads, &layout, &config, lr, scale, step);
+        let update = Update { config: &config, lr, scale, step };
+        optimizer.step(model.params_mut(), &grads, &layout, &update);
     }
     for entry in layout.entries() {
         let name = &entry.spec.name;

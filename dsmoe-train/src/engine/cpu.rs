@@ -1,0 +1,94 @@
+//! Optimiser steps on the processor.
+
+use dsmoe_core::Model;
+use dsmoe_core::model::{StepArgs, TrainWorkspace};
+use dsmoe_core::params::Layout;
+use dsmoe_kernels::buf::Buf;
+use dsmoe_router::RoutingStats;
+
+use super::{EngineOptions, MicroBatch, StepResult};
+use crate::error::Result;
+use crate::optim::{AdamW, Update, grad_norms};
+
+/// The memory of training on the processor.
+#[derive(Debug)]
+pub struct CpuEngine {
+    pub(super) optimizer: AdamW,
+    pub(super) stats: Option<RoutingStats>,
+    layout: Layout,
+    grads: Buf,
+    workspace: Box<TrainWorkspace>,
+    /// The losses of the step so far.
+    result: StepResult,
+    micro_batches: u64,
+    predicted: usize,
+}
+
+impl CpuEngine {
+    pub(super) fn new(model: &Model, optimizer: AdamW, options: EngineOptions) -> CpuEngine {
+        CpuEngine {
+            optimizer,
+            stats: model.new_stats(),
+            layout: model.layout().clone(),
+            grads: Buf::zeros(model.layout().len()),
+            workspace: Box::new(TrainWorkspace::new(model, options.tokens, options.precision)),
+            result: StepResult::default(),
+            micro_batches: 1,
+            predicted: 0,
+        }
+    }
+
+    pub(super) fn begin(&mut self, micro_batches: u64) {
+        self.grads.resize(self.layout.len());
+        self.grads.clear();
+        if let Some(stats) = &mut self.stats {
+            stats.clear();
+        }
+        self.result = StepResult::default();
+        (self.micro_batches, self.predicted) = (micro_batches, 0);
+    }
+
+    pub(super) fn micro_batch(
+        &mut self,
+        model: &Model,
+        batch: MicroBatch<'_>,
+        args: &StepArgs,
+    ) -> Result<bool> {
+        let MicroBatch { inputs, targets, seq } = batch;
+        let output = model.train_step(&mut self.grads, inputs, targets, seq, args, &mut self.workspace)?;
+        self.predicted += targets.len();
+        let (result, parts) = (&mut self.result, self.micro_batches as f64);
+        result.lm_loss += output.loss_sum;
+        result.sparsity_loss += output.sparsity_loss / parts;
+        result.mean_gate += output.mean_gate / parts;
+        result.balance_loss += output.balance_loss;
+        result.non_finite = output.non_finite;
+        if let (Some(sum), Some(part)) = (&mut self.stats, self.workspace.stats()) {
+            sum.merge(part);
+        }
+        Ok(self.result.non_finite.is_none())
+    }
+
+    pub(super) fn finish(&mut self, model: &Model) -> StepResult {
+        if let Some(masks) = model.masks() {
+            masks.apply(&mut self.grads, &self.layout);
+        }
+        let mut result = self.result.clone();
+        result.norms = grad_norms(&self.layout, &self.grads);
+        result.lm_loss /= self.predicted as f64;
+        result
+    }
+
+    pub(super) fn update(&mut self, model: &mut Model, update: &Update<'_>) {
+        self.optimizer.step(model.params_mut(), &self.grads, &self.layout, update);
+        model.apply_masks();
+    }
+
+    pub(super) fn grads(&self) -> &[f32] {
+        &self.grads
+    }
+
+    pub(super) fn release(&mut self) {
+        self.grads = Buf::zeros(0);
+    }
+}

@@ -1,0 +1,84 @@
+//! Optimiser steps on a GPU.
+
+use dsmoe_core::Model;
+use dsmoe_core::model::StepArgs;
+use dsmoe_core::model::cuda::CudaTrainer;
+use dsmoe_kernels::Precision;
+use dsmoe_router::RoutingStats;
+
+use super::{EngineOptions, MicroBatch, StepResult};
+use crate::error::{Error, Result};
+use crate::optim::{AdamW, GradNorms, Update};
+
+/// The memory of training on a GPU.
+#[derive(Debug)]
+pub struct CudaEngine {
+    pub(super) optimizer: AdamW,
+    pub(super) stats: Option<RoutingStats>,
+    trainer: Box<CudaTrainer>,
+    predicted: usize,
+}
+
+impl CudaEngine {
+    pub(super) fn new(
+        model: &Model,
+        optimizer: AdamW,
+        options: EngineOptions,
+        ordinal: usize,
+    ) -> Result<CudaEngine> {
+        if options.precision != Precision::Bf16 {
+            let allowed = "bf16 on a GPU".to_owned();
+            return Err(Error::Field { field: "dtype", found: options.precision.to_string(), allowed });
+        }
+        let (m, v) = (&optimizer.m, &optimizer.v);
+        let trainer = Box::new(CudaTrainer::new(ordinal, model, m, v, options.tokens, options.seq)?);
+        Ok(CudaEngine { optimizer, stats: model.new_stats(), trainer, predicted: 0 })
+    }
+
+    pub(super) fn begin(&mut self) -> Result<()> {
+        if let Some(stats) = &mut self.stats {
+            stats.clear();
+        }
+        self.predicted = 0;
+        Ok(self.trainer.begin()?)
+    }
+
+    pub(super) fn micro_batch(&mut self, batch: MicroBatch<'_>, args: &StepArgs) -> Result<bool> {
+        self.trainer.micro_batch(batch.inputs, batch.targets, batch.seq, args)?;
+        self.predicted += batch.targets.len();
+        Ok(true)
+    }
+
+    pub(super) fn finish(&mut self, model: &Model) -> Result<StepResult> {
+        let sums = self.trainer.finish(self.stats.as_mut())?;
+        let gates = self.predicted * model.config().num_layers * model.num_experts().unwrap_or(1);
+        Ok(StepResult {
+            lm_loss: sums.loss / self.predicted as f64,
+            sparsity_loss: sums.active_gates / gates as f64,
+            mean_gate: sums.all_gates / gates as f64,
+            balance_loss: sums.balance_loss,
+            norms: GradNorms { all: sums.squares.sqrt(), router: sums.router_squares.sqrt() },
+            non_finite: match sums.loss.is_finite() {
+                true => None,
+                false => Some(self.trainer.first_non_finite()?),
+            },
+        })
+    }
+
+    pub(super) fn update(&mut self, update: &Update<'_>) -> Result<()> {
+        Ok(self.trainer.update(update.scale, |decay, router| update.hyper(decay, router))?)
+    }
+
+    pub(super) fn fetch(&mut self, model: &mut Model) -> Result<()> {
+        self.trainer.download(model)?;
+        Ok(self.trainer.download_moments(&mut self.optimizer.m, &mut self.optimizer.v)?)
+    }
+
+    pub(super) fn grads(&self) -> Result<Vec<f32>> {
+        Ok(self.trainer.download_grads()?)
+    }
+
+    pub(super) fn set_threshold(&mut self, threshold: f32) -> Result<()> {
+        Ok(self.trainer.set_threshold(threshold)?)
+    }
+}

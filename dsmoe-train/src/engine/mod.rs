@@ -1,0 +1,221 @@
+//! The training engine: computes optimiser steps on one device.
+//!
+//! ```text
+//! begin                     gradients and sums are zero
+//! micro_batch (repeated)    forward and backward, added to the gradients
+//! finish                    losses, gradient norms, the first non-finite place
+//! update                    AdamW, scaled by the clipping factor
+//! fetch                     parameters and moments reach the host
+//! ```
+
+mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
+
+use std::borrow::Cow;
+
+use dsmoe_core::model::StepArgs;
+use dsmoe_core::{Device, Model};
+use dsmoe_kernels::Precision;
+use dsmoe_router::RoutingStats;
+
+use self::cpu::CpuEngine;
+#[cfg(feature = "cuda")]
+use self::cuda::CudaEngine;
+use crate::error::Result;
+use crate::optim::{AdamW, GradNorms, Update, last_non_finite};
+
+/// The memory of training on one device, with the optimiser's state. Steps allocate nothing.
+#[derive(Debug)]
+pub enum Engine {
+    /// Computes on the processor.
+    Cpu(CpuEngine),
+    /// Computes on a GPU.
+    #[cfg(feature = "cuda")]
+    Cuda(CudaEngine),
+}
+
+/// The shape of the micro-batches of an engine, and where and how it computes.
+#[derive(Clone, Copy, Debug)]
+pub struct EngineOptions {
+    /// Tokens in a micro-batch.
+    pub tokens: usize,
+    /// Tokens in a sequence.
+    pub seq: usize,
+    /// The precision to which operands of matrix products are rounded.
+    pub precision: Precision,
+    /// The device that computes.
+    pub device: Device,
+}
+
+/// The tokens of a micro-batch: sequences of `seq` tokens, one after the other.
+#[derive(Clone, Copy, Debug)]
+pub struct MicroBatch<'a> {
+    /// The tokens to read.
+    pub inputs: &'a [u32],
+    /// The token that follows each of them.
+    pub targets: &'a [u32],
+    /// Tokens in a sequence.
+    pub seq: usize,
+}
+
+/// The losses and gradient norms of a step.
+#[derive(Clone, Debug, Default)]
+pub struct StepResult {
+    /// Mean negative log-likelihood of the step's tokens, nats.
+    pub lm_loss: f64,
+    /// Mean gate of active experts over layers, tokens and experts (eqs. 17-19).
+    pub sparsity_loss: f64,
+    /// Mean of all gates over layers, tokens and experts.
+    pub mean_gate: f64,
+    /// The balance losses of all layers, summed; mean over micro-batches.
+    pub balance_loss: f64,
+    /// Norms of the gradient.
+    pub norms: GradNorms,
+    /// The first place with a NaN or infinity. Such a step must not be applied.
+    pub non_finite: Option<String>,
+}
+
+impl Engine {
+    /// Allocates the memory to train `model` from the given state of the optimiser.
+    ///
+    /// # Errors
+    /// The device is not there, its memory does not suffice, or it does not support the model's FFNs or the precision.
+    pub fn new(model: &Model, optimizer: AdamW, options: EngineOptions) -> Result<Engine> {
+        Ok(match options.device {
+            Device::Cpu => Engine::Cpu(CpuEngine::new(model, optimizer, options)),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(ordinal) => Engine::Cuda(CudaEngine::new(model, optimizer, options, ordinal)?),
+        })
+    }
+
+    /// Starts a step of so many micro-batches: sets gradients and sums to zero.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub fn begin(&mut self, micro_batches: u64) -> Result<()> {
+        match self {
+            Engine::Cpu(engine) => engine.begin(micro_batches),
+            #[cfg(feature = "cuda")]
+            Engine::Cuda(engine) => engine.begin()?,
+        }
+        Ok(())
+    }
+
+    /// Runs a micro-batch forward and backward and adds its gradients and losses to those of the step. A GPU only
+    /// queues the work. Returns false when the loss is not finite, so that further micro-batches are of no use.
+    ///
+    /// # Errors
+    /// A token id outside the vocabulary, sequences longer than the model has positions, or a device that fails.
+    ///
+    /// # Panics
+    /// The batch has not [`EngineOptions::tokens`] tokens, or these are no multiple of its `seq`.
+    pub fn micro_batch(&mut self, model: &Model, batch: MicroBatch<'_>, args: &StepArgs) -> Result<bool> {
+        match self {
+            Engine::Cpu(engine) => engine.micro_batch(model, batch, args),
+            #[cfg(feature = "cuda")]
+            Engine::Cuda(engine) => engine.micro_batch(batch, args),
+        }
+    }
+
+    /// Ends the backward passes of the step and returns its losses and norms.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub fn finish(&mut self, model: &Model) -> Result<StepResult> {
+        let mut result = match self {
+            Engine::Cpu(engine) => engine.finish(model),
+            #[cfg(feature = "cuda")]
+            Engine::Cuda(engine) => engine.finish(model)?,
+        };
+        if result.non_finite.is_none() && !result.lm_loss.is_finite() {
+            result.non_finite = Some("loss".to_owned());
+        }
+        if result.non_finite.is_none() && !result.norms.all.is_finite() {
+            let grads = self.grads()?;
+            let name = last_non_finite(model.layout(), &grads).map_or("a tensor", |entry| &entry.spec.name);
+            result.non_finite = Some(format!("gradient of {name}"));
+        }
+        Ok(result)
+    }
+
+    /// Updates the parameters from the gradients. On a GPU `model` changes with [`Engine::fetch`] only.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub fn update(&mut self, model: &mut Model, update: &Update<'_>) -> Result<()> {
+        match self {
+            Engine::Cpu(engine) => engine.update(model, update),
+            #[cfg(feature = "cuda")]
+            Engine::Cuda(engine) => engine.update(update)?,
+        }
+        Ok(())
+    }
+
+    /// Copies parameters and moments from the device to `model` and to [`Engine::optimizer`].
+    ///
+    /// # Errors
+    /// The device fails.
+    #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "the host has them"))]
+    pub fn fetch(&mut self, model: &mut Model) -> Result<()> {
+        match self {
+            Engine::Cpu(_) => {}
+            #[cfg(feature = "cuda")]
+            Engine::Cuda(engine) => engine.fetch(model)?,
+        }
+        Ok(())
+    }
+
+    /// The gradients, laid out as the parameters.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub fn grads(&self) -> Result<Cow<'_, [f32]>> {
+        Ok(match self {
+            Engine::Cpu(engine) => Cow::Borrowed(engine.grads()),
+            #[cfg(feature = "cuda")]
+            Engine::Cuda(engine) => Cow::Owned(engine.grads()?),
+        })
+    }
+
+    /// The optimiser's state; on a GPU that of the last [`Engine::fetch`].
+    pub fn optimizer(&self) -> &AdamW {
+        match self {
+            Engine::Cpu(engine) => &engine.optimizer,
+            #[cfg(feature = "cuda")]
+            Engine::Cuda(engine) => &engine.optimizer,
+        }
+    }
+
+    /// The routing of the last step's tokens; none without routers.
+    pub fn stats(&self) -> Option<&RoutingStats> {
+        match self {
+            Engine::Cpu(engine) => engine.stats.as_ref(),
+            #[cfg(feature = "cuda")]
+            Engine::Cuda(engine) => engine.stats.as_ref(),
+        }
+    }
+
+    /// Sets the gates' threshold of every layer, in `model` and on the device.
+    ///
+    /// # Errors
+    /// The threshold is outside 0..=1, or the model has no gates.
+    pub fn set_threshold(&mut self, model: &mut Model, threshold: f32) -> Result<()> {
+        model.set_threshold(threshold)?;
+        match self {
+            Engine::Cpu(_) => {}
+            #[cfg(feature = "cuda")]
+            Engine::Cuda(engine) => engine.set_threshold(threshold)?,
+        }
+        Ok(())
+    }
+
+    /// Frees the host memory of the gradients until the next step, for what measures the model meanwhile.
+    pub fn release(&mut self) {
+        match self {
+            Engine::Cpu(engine) => engine.release(),
+            #[cfg(feature = "cuda")]
+            Engine::Cuda(_) => {}
+        }
+    }
+}
