@@ -11,7 +11,6 @@ use crate::config::{CONFIG_FILE, Config};
 use crate::convert::{ffn_change, masks_of_other_order, source_infos};
 use crate::error::{Error, Result, shown};
 use crate::masks::Masks;
-use crate::remedy::{Remedy, Setting};
 
 /// What to export as.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,7 +71,7 @@ pub fn export(
                 None => ("model_type", format!("is {} already, without experts", config.model_type())),
                 Some(spec) => ("ffn.type", format!("is {:?}, which has no dense form", spec.kind())),
             };
-            let help = Remedy::Set(Setting::EXPORT_AS, "native".into());
+            let help = "export it as native";
             return Err(Error::field(&model.join(CONFIG_FILE), field, problem, help));
         }
         inverses =
@@ -81,7 +80,7 @@ pub fn export(
     }
     let masks = Masks::read(model, &Config::load(model)?)?;
     if masks.is_some() && inverses.iter().any(Option::is_some) {
-        return Err(masks_of_other_order(model, Remedy::Set(Setting::EXPORT_AS, "native".into())));
+        return Err(masks_of_other_order(model, "export it as native"));
     }
     if let Some(dtype) = dtype {
         config.set_dtype(dtype);

@@ -18,10 +18,11 @@ pub mod masks;
 pub mod model;
 pub mod params;
 pub mod partition;
-pub mod remedy;
+mod remedy;
 
 pub use config::Config;
 pub use device::Device;
 pub use error::{Error, Result};
 pub use masks::Masks;
 pub use model::{Inference, Model};
+pub use remedy::Remedy;

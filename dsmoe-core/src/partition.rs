@@ -11,7 +11,6 @@ use serde::Deserialize;
 
 use crate::error::{Error, Result, shown};
 use crate::json::read_json;
-use crate::remedy::{Remedy, Setting};
 
 /// The most experts an error message suggests.
 const MOST_SUGGESTED: usize = 64;
@@ -129,7 +128,7 @@ impl Partition {
                     path,
                     field,
                     problem,
-                    Remedy::Set(Setting::EXPERTS, experts.len().to_string().into()),
+                    format!("set {{experts}} to {}", experts.len()),
                 ));
             }
             Partition::from_experts(intermediate, experts).map_err(|cause| {

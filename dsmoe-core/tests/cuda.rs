@@ -401,7 +401,7 @@ fn other_precisions_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let (_, path) = models(dir.path()).remove(0);
     let error = Inference::load_on(&path, Precision::F32, Device::Cuda(0)).unwrap_err().to_string();
-    assert!(error.contains("set the dtype to bf16"), "{error}");
+    assert!(error.contains("set dtype to bf16"), "{error}");
     let error = Inference::load_on(&path, Precision::Bf16, Device::Cuda(63)).unwrap_err().to_string();
     assert!(error.contains("cuda:63"), "{error}");
 }

@@ -266,7 +266,7 @@ fn options_that_cannot_work() {
     refused(again, &["out/config.json: model_type is already dsmoe", "export this one as a dense model"]);
     let out = fixture.work.path().join("y");
     let dense = export(&fixture.dir, &out, ExportAs::Dense, None, false, &mut quiet);
-    refused(dense, &["model/config.json: model_type is llama already", "set the export format to native"]);
+    refused(dense, &["model/config.json: model_type is llama already", "export it as native"]);
     let cast = export(&fixture.dir, &out, ExportAs::Native, Some(Dtype::I8), false, &mut quiet);
     refused(cast, &["dtype I8 is not for weights", "bf16, f16 or f32"]);
     refused(preset("llama-9"), &["unknown preset `llama-9`", "tiny, small"]);
@@ -295,7 +295,7 @@ fn partition_files() {
     check("", &["not a partition", "write {\"layers\""]);
     check("{\"layer\": []}", &["not a partition: unknown field `layer`"]);
     check("{\"layers\": []}", &["layers has 0 lists and the model 2 layers", "one for all"]);
-    check("[[0, 1, 2, 3]]", &["layers[0] has 1 experts, not 2", "set the number of experts to 1"]);
+    check("[[0, 1, 2, 3]]", &["layers[0] has 1 experts, not 2", "set experts to 1"]);
     check(
         "[[0, 1, 2, 3, 4, 5], [6, 7, 8]]",
         &["layers[0] is no partition", "expert 1 has 3 neurons", "not 6"],
@@ -335,14 +335,11 @@ fn output_that_is_not_empty() {
     let out = fixture.out();
     fs::create_dir(&out).unwrap();
     fs::write(out.join("notes.txt"), "mine").unwrap();
-    refused(
-        fixture.convert(&ConvertOptions::new(4)),
-        &["out is not empty; choose another output directory or enable replacement of the output directory"],
-    );
+    refused(fixture.convert(&ConvertOptions::new(4)), &["out is not empty; choose another out or set force"]);
     let force = ConvertOptions { force: true, ..ConvertOptions::new(4) };
     refused(
         fixture.convert(&force),
-        &["out: is not a model directory and is not replaced", "choose another output directory"],
+        &["out: is not a model directory and is not replaced", "choose another out"],
     );
     assert_eq!(fs::read_to_string(out.join("notes.txt")).unwrap(), "mine");
     fs::write(out.join("config.json"), "{}").unwrap();
@@ -353,12 +350,9 @@ fn output_that_is_not_empty() {
 
     let file = fixture.work.path().join("file");
     fs::write(&file, "").unwrap();
-    refused(
-        convert(&fixture.dir, &file, &force, &mut quiet),
-        &["file: is a file", "choose another output directory"],
-    );
+    refused(convert(&fixture.dir, &file, &force, &mut quiet), &["file: is a file", "choose another out"]);
     let own = convert(&fixture.dir, &fixture.dir, &force, &mut quiet);
-    refused(own, &["model: holds the model that is read", "choose another output directory"]);
+    refused(own, &["model: holds the model that is read", "choose another out"]);
     let above = convert(&fixture.dir, fixture.work.path(), &force, &mut quiet);
     refused(above, &["holds the model that is read"]);
 }

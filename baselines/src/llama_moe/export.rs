@@ -10,13 +10,13 @@
 use std::path::Path;
 
 use dsmoe_core::Config;
+use dsmoe_core::Remedy;
 use dsmoe_core::checkpoint::{
     Checkpoint, Dtype, OutputDir, Progress, TensorInfo, Writer, check_llama_tensors, copy_companions,
 };
 use dsmoe_core::config::{CONFIG_FILE, RopeScaling};
 use dsmoe_core::convert::source_infos;
 use dsmoe_core::files::write_synced;
-use dsmoe_core::remedy::{Remedy, Setting};
 use dsmoe_router::topk::Scores;
 use serde_json::{Value, json};
 
@@ -147,7 +147,7 @@ fn exportable(model: &Path, config: &Config) -> Result<TopkSpec> {
     let wrong = |field: &str, problem: String, help: Remedy| {
         Err(Error::Core(dsmoe_core::Error::field(&model.join(CONFIG_FILE), field, problem, help)))
     };
-    let native = Remedy::Set(Setting::EXPORT_AS, "native".into());
+    let native = Remedy::from("export it as native");
     let Some(spec) = config.ffn.as_deref().and_then(TopkSpec::from_dyn) else {
         let help = "use a model that the method llama-moe made".into();
         return wrong("ffn.type", "is not topk".to_owned(), help);

@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 use super::CONFIG_FILE;
 use crate::error::{Error, Result};
 use crate::files::{parent, remove_dir, sync_dir};
-use crate::remedy::{Remedy, Setting};
 
 /// A directory being written beside its target, `.NAME.tmp-PID`; [`OutputDir::commit`] renames it. Dropped without
 /// that, it is removed.
@@ -27,7 +26,7 @@ impl OutputDir {
     /// `path` is a file, or a directory that is not empty: without `force`, or with it when there is no config.json
     /// in it; or the file system refuses.
     pub fn create(path: &Path, force: bool) -> Result<OutputDir> {
-        let wrong = |problem: &str| Err(Error::path(path, problem, Remedy::Another(Setting::OUTPUT)));
+        let wrong = |problem: &str| Err(Error::path(path, problem, "choose another {out}"));
         let target =
             if path.exists() { path.canonicalize().map_err(Error::io(path))? } else { path.to_path_buf() };
         if target.exists() && !target.is_dir() {
@@ -35,8 +34,7 @@ impl OutputDir {
         }
         if !is_empty(&target)? {
             if !force {
-                let help =
-                    Remedy::Any(vec![Remedy::Another(Setting::OUTPUT), Remedy::Enable(Setting::REPLACE)]);
+                let help = "choose another {out} or set {force}".into();
                 return Err(Error::OutputNotEmpty { path: path.to_path_buf(), help });
             }
             if !target.join(CONFIG_FILE).is_file() {
@@ -63,7 +61,7 @@ impl OutputDir {
         if let (Ok(source), Ok(target)) = (source.canonicalize(), path.canonicalize())
             && source.starts_with(&target)
         {
-            let help = Remedy::Another(Setting::OUTPUT);
+            let help = "choose another {out}";
             return Err(Error::path(path, "holds the model that is read", help));
         }
         OutputDir::create(path, force)

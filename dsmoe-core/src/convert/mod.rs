@@ -18,7 +18,6 @@ use crate::config::{CONFIG_FILE, Config, MoeConfig, PartitionKind};
 use crate::error::{Error, Result};
 use crate::masks::{MASKS_FILE, Masks};
 use crate::partition::{Partition, check_divisible};
-use crate::remedy::{Remedy, Setting};
 
 /// How neurons are given to experts.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -141,7 +140,7 @@ pub fn convert(
     let permuted = partitions.iter().any(|partition| partition.order().is_some());
     let masks = Masks::read(model, &config)?;
     if permuted && masks.is_some() {
-        return Err(masks_of_other_order(model, Remedy::Set(Setting::PARTITION, "contiguous".into())));
+        return Err(masks_of_other_order(model, "use a contiguous {partition}"));
     }
     // Options that cannot work are told before anything is written.
     if let Some(routers) = &options.routers {
@@ -238,9 +237,9 @@ pub fn convert(
 }
 
 /// That the masks of `model` are in the order its neurons are to leave.
-pub(crate) fn masks_of_other_order(model: &Path, help: Remedy) -> Error {
+pub(crate) fn masks_of_other_order(model: &Path, help: &'static str) -> Error {
     let problem = "masks neurons in the order they now have, which would change".to_owned();
-    Error::Path { path: model.join(MASKS_FILE), problem, help }
+    Error::Path { path: model.join(MASKS_FILE), problem, help: help.into() }
 }
 
 fn partitions(config: &Config, options: &ConvertOptions) -> Result<Vec<Partition>> {
@@ -267,7 +266,7 @@ fn partitions(config: &Config, options: &ConvertOptions) -> Result<Vec<Partition
         PartitionSpec::File(path) if !config.is_even() => Err(Error::Path {
             path: path.clone(),
             problem: "lists neurons of layers of one width, and this model's layers differ".to_owned(),
-            help: Remedy::Set(Setting::PARTITION, "contiguous or random".into()),
+            help: "use a contiguous or random {partition}".into(),
         }),
         PartitionSpec::File(path) => {
             Partition::read_file(path, config.num_layers, config.intermediate, experts)

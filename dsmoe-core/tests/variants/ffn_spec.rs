@@ -174,7 +174,7 @@ fn a_directory_keeps_all_tensors() {
     export(&at("model"), &at("copy"), ExportAs::Native, Some(Dtype::F32), false, &mut |_| {}).unwrap();
     assert_eq!(Model::load(&at("copy")).unwrap().params(), back.params());
     let dense = export(&at("model"), &at("dense"), ExportAs::Dense, None, false, &mut |_| {});
-    refused(dense, &["ffn.type is \"halves\", which has no dense form", "set the export format to native"]);
+    refused(dense, &["ffn.type is \"halves\", which has no dense form", "export it as native"]);
 
     let ids = tokens(8, 2);
     let score = |model: &Inference| {

@@ -25,7 +25,6 @@ use crate::model::inference::segments::Place;
 use crate::model::inference::{Cache, Likelihood, Workspace};
 use crate::model::tensors::set_threshold;
 use crate::params::padded;
-use crate::remedy::{Remedy, Setting};
 
 /// Rows of logits at a time.
 const LOGIT_ROWS: usize = 1024;
@@ -147,10 +146,7 @@ impl CudaInference {
         ordinal: usize,
     ) -> Result<CudaInference> {
         if precision != Precision::Bf16 {
-            return Err(Error::argument(
-                "a GPU computes in bf16",
-                Remedy::Set(Setting::DTYPE, "bf16".into()),
-            ));
+            return Err(Error::argument("a GPU computes in bf16", "set {dtype} to bf16"));
         }
         let Parts { config, accounting, ffns, ranges, source } = parts;
         let kinds = device_ffns(ffns)?;

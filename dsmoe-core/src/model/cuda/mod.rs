@@ -20,7 +20,7 @@ use crate::config::{Config, LayerShape};
 use crate::error::{Error, Result};
 use crate::ffn::{DeviceFfn, Ffn};
 use crate::model::tensors::rope_table;
-use crate::remedy::{Remedy, Setting};
+use crate::remedy::Remedy;
 
 /// Matrix products of `tokens` rows.
 struct Products<'a> {
@@ -125,7 +125,7 @@ fn device_ffns(ffns: &[Box<dyn Ffn>]) -> Result<Vec<DeviceFfn>> {
         form.ok_or_else(|| {
             Error::argument(
                 format!("layer {layer}: this kind of FFN does not run on a GPU"),
-                Remedy::Set(Setting::DEVICE, "cpu".into()),
+                "set {device} to cpu",
             )
         })
     };

@@ -23,7 +23,6 @@ use crate::model::arena::Model;
 use crate::model::tensors::{LayerRanges, Ranges, check_input, ffns_of, lay_out, set_threshold};
 use crate::model::train::StepArgs;
 use crate::params::Layout;
-use crate::remedy::{Remedy, Setting};
 
 /// Logits at a time in the loss, bytes.
 const LOGIT_BYTES: usize = 512 << 20;
@@ -187,7 +186,7 @@ impl CudaTrainer {
     ) -> Result<CudaTrainer> {
         let gpu = &Gpu::open(ordinal)?;
         let plan = CudaTrainer::memory(&model.config, tokens)?;
-        let help = Remedy::All(vec![Remedy::Smaller(Setting::BATCH), Remedy::Larger(Setting::ACCUMULATE)]);
+        let help = "use a smaller {batch} and a larger {accumulate}".into();
         super::check_memory(gpu, &plan, help)?;
         let (config, layout) = (model.config.clone(), model.layout.clone());
         let ffns = super::device_ffns(&model.ffns)?;
