@@ -1,7 +1,5 @@
 //! Every wrong directory, option or output gives one line that names the file, the field or tensor, and the remedy.
 
-mod malformed_support;
-
 use std::fs;
 use std::path::PathBuf;
 
@@ -15,7 +13,7 @@ use dsmoe_core::export::{ExportAs, export};
 use dsmoe_core::init::{InitOptions, init, preset};
 use dsmoe_kernels::Precision;
 use dsmoe_router::RouterInit;
-use malformed_support::{refused, small_config};
+use crate::support::{refused, small_config};
 use tempfile::TempDir;
 
 fn quiet(_: Progress) {}

@@ -1,14 +1,12 @@
 //! Headers, indexes and configurations of wrong or any bytes: refused in one line, without a panic.
 
-mod malformed_support;
-
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use dsmoe_core::checkpoint::{Checkpoint, Header};
 use dsmoe_core::config::Config;
 use dsmoe_core::{Error, Result};
-use malformed_support::{refused, small_config};
+use crate::support::{refused, small_config};
 use proptest::prelude::*;
 use tempfile::TempDir;
 

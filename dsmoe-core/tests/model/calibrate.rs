@@ -1,7 +1,5 @@
 //! The layer stream is the model, and its taps are what the linears read.
 
-mod common;
-
 use std::path::{Path, PathBuf};
 
 use dsmoe_core::calibrate::{Input, LayerStream, LayerWeights};
@@ -86,7 +84,7 @@ fn the_last_states_give_the_models_logits() {
         .into_iter()
         .map(|(dtype, tied)| small(work.path(), dtype, tied))
         .collect();
-    models.extend(common::shared("calibrate").map(|dir| dir.join("models/babyllama-1m")));
+    models.extend(crate::common::shared("calibrate").map(|dir| dir.join("models/babyllama-1m")));
     for dir in models {
         let sequences = sequences(Config::load(&dir).unwrap().vocab_size, 3, 37);
         let (got, want) = (inference_logits(&dir, &sequences), streamed_logits(&dir, &sequences));

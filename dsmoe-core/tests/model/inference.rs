@@ -1,7 +1,5 @@
 //! Inference on packed weights: loading is packing, and bf16 errs by the rounding of its operands alone.
 
-mod common;
-
 use std::path::{Path, PathBuf};
 
 use dsmoe_core::checkpoint::{Checkpoint, Dtype};
@@ -122,7 +120,7 @@ fn bf16_errs_by_the_rounding_of_its_operands() {
     let work = tempfile::tempdir().unwrap();
     let dense = dense(work.path(), Dtype::BF16, false);
     let mut dirs = vec![dsmoe(&dense), dense];
-    if let Some(shared) = common::shared("bf16_errs_by_the_rounding_of_its_operands") {
+    if let Some(shared) = crate::common::shared("bf16_errs_by_the_rounding_of_its_operands") {
         let models = ["tinystories-656k", "stories-260k", "babyllama-1m"];
         dirs.extend(models.map(|name| shared.join("models").join(name)));
     }

@@ -1,0 +1,11 @@
+//! Files: configurations, checkpoints, conversions and exports, sound and malformed.
+
+mod accounting;
+mod bytes;
+mod checkpoint;
+#[path = "../common/mod.rs"]
+mod common;
+mod config;
+mod convert;
+mod malformed;
+mod support;
