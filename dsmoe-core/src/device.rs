@@ -1,4 +1,4 @@
-//! Where a model runs.
+//! Devices that run models.
 
 use std::fmt;
 use std::str::FromStr;
@@ -17,7 +17,7 @@ pub enum Device {
 }
 
 impl Device {
-    /// Whether it is a GPU.
+    /// Returns whether it is a GPU.
     pub fn is_gpu(self) -> bool {
         self != Device::Cpu
     }

@@ -9,7 +9,7 @@ use crate::remedy::Remedy;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// The operating system refuses.
+    /// An error of the file system.
     #[error("{}: {cause}", .path.display())]
     Io {
         /// The file or directory.
@@ -23,7 +23,7 @@ pub enum Error {
     Json {
         /// The file.
         path: PathBuf,
-        /// What is wrong, with line and column.
+        /// The defect, with line and column.
         message: String,
         /// The fix.
         help: Remedy,
@@ -35,7 +35,7 @@ pub enum Error {
         path: PathBuf,
         /// The key, dotted when nested.
         field: String,
-        /// What is wrong with it.
+        /// The defect.
         problem: String,
         /// The fix.
         help: Remedy,
@@ -45,7 +45,7 @@ pub enum Error {
     Header {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The defect.
         problem: String,
         /// The fix.
         help: Remedy,
@@ -57,7 +57,7 @@ pub enum Error {
         path: PathBuf,
         /// Its name.
         tensor: String,
-        /// What is wrong with it.
+        /// The defect.
         problem: String,
         /// The fix.
         help: Remedy,
@@ -67,7 +67,7 @@ pub enum Error {
     Path {
         /// The file or directory.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The defect.
         problem: String,
         /// The fix.
         help: Remedy,
@@ -106,11 +106,11 @@ pub enum Error {
         /// The fix.
         help: Remedy,
     },
-    /// A GPU.
+    /// An error of a GPU.
     #[cfg(feature = "cuda")]
     #[error(transparent)]
     Cuda(#[from] dsmoe_kernels::cuda::CudaError),
-    /// A router's configuration or initialisation.
+    /// An error in a router's configuration or initialisation.
     #[error(transparent)]
     Router(#[from] dsmoe_router::Error),
 }
@@ -166,7 +166,7 @@ impl Error {
 }
 
 impl Error {
-    /// The fix, where it is stored by itself.
+    /// Returns the fix, where it is stored by itself.
     pub fn help(&self) -> Option<&Remedy> {
         match self {
             Error::Json { help, .. }
@@ -181,7 +181,7 @@ impl Error {
     }
 }
 
-/// `text` from a file, fit for a one-line message.
+/// Shortens and escapes `text` from a file for a one-line message.
 pub(crate) fn shown(text: &str) -> String {
     const LONGEST: usize = 200;
     let mut line: String = text.chars().take(LONGEST).flat_map(escape_control).collect();

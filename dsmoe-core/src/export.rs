@@ -1,4 +1,4 @@
-//! From a model directory to a plain LLaMA directory or a copy of itself, streamed.
+//! Exports a model directory as a plain LLaMA directory or a copy, streaming.
 
 use std::path::Path;
 use std::str::FromStr;
@@ -12,19 +12,19 @@ use crate::convert::{ffn_change, masks_of_other_order, source_infos};
 use crate::error::{Error, Result, shown};
 use crate::masks::Masks;
 
-/// What to export as.
+/// Form of an export.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ExportAs {
     /// A plain LLaMA: neurons in their original order, no routers.
     Dense,
-    /// The same model.
+    /// A copy of the model.
     Native,
 }
 
 impl FromStr for ExportAs {
     type Err = Error;
 
-    /// `dense` or `native`.
+    /// Parses `dense` or `native`.
     fn from_str(s: &str) -> Result<ExportAs> {
         match s {
             "dense" => Ok(ExportAs::Dense),
@@ -34,7 +34,7 @@ impl FromStr for ExportAs {
     }
 }
 
-/// What was made.
+/// Summary of the result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ExportReport {
     /// Tensors written.

@@ -68,7 +68,7 @@ pub fn lock_dir(dir: &Path) -> Result<Option<Lock>> {
     }
 }
 
-/// The directory of `path`.
+/// Returns the directory of `path`.
 pub(crate) fn parent(path: &Path) -> &Path {
     path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }

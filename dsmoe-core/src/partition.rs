@@ -15,8 +15,8 @@ use crate::json::read_json;
 /// The most experts an error message suggests.
 const MOST_SUGGESTED: usize = 64;
 
-/// Which neurons each expert of one layer has: stored row j is original neuron `order[j]`, and expert i is the rows
-/// `i * width..(i + 1) * width`.
+/// Assignment of the neurons of one layer to experts: stored row j is original neuron `order[j]`, and expert i is the
+/// rows `i * width..(i + 1) * width`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Partition {
     num_experts: usize,
@@ -33,7 +33,7 @@ struct Layers {
 }
 
 impl Partition {
-    /// Expert i has the i-th block of neurons.
+    /// Makes expert i of the i-th block of neurons.
     ///
     /// # Errors
     /// `intermediate` is not divisible by `num_experts`.
@@ -42,7 +42,7 @@ impl Partition {
         Ok(Partition { num_experts, intermediate, order: None })
     }
 
-    /// Every neuron in a random expert, ascending inside it; a function of the arguments alone.
+    /// Puts every neuron in a random expert, ascending inside it; a function of the arguments alone.
     ///
     /// # Errors
     /// `intermediate` is not divisible by `num_experts`.
@@ -57,7 +57,7 @@ impl Partition {
         Partition::from_order(order, num_experts)
     }
 
-    /// Experts as lists of neurons.
+    /// Makes a partition of lists of neurons, one per expert.
     ///
     /// # Errors
     /// The lists are not of one size, or do not hold each of `0..intermediate` once.
@@ -71,7 +71,7 @@ impl Partition {
         Partition::from_order(experts.concat(), experts.len())
     }
 
-    /// The experts one after the other.
+    /// Makes a partition of the neurons of all experts, one expert after the other.
     ///
     /// # Errors
     /// `order` is not a permutation of `0..len`, or not divisible by `num_experts`.
@@ -140,22 +140,22 @@ impl Partition {
         Ok(partitions.iter().cycle().take(num_layers).cloned().collect())
     }
 
-    /// Number of experts.
+    /// Returns the number of experts.
     pub fn num_experts(&self) -> usize {
         self.num_experts
     }
 
-    /// Neurons of an expert.
+    /// Returns the number of neurons of an expert.
     pub fn expert_width(&self) -> usize {
         self.intermediate / self.num_experts
     }
 
-    /// Original neuron of every stored row; none when they are in the original order.
+    /// Returns the original neuron of every stored row; none when they are in the original order.
     pub fn order(&self) -> Option<&[u32]> {
         self.order.as_deref()
     }
 
-    /// Stored row of every original neuron; none when they are in the original order.
+    /// Returns the stored row of every original neuron; none when they are in the original order.
     pub fn inverse(&self) -> Option<Vec<u32>> {
         let order = self.order.as_ref()?;
         let mut inverse = vec![0; order.len()];
@@ -165,7 +165,7 @@ impl Partition {
         Some(inverse)
     }
 
-    /// The neurons of expert `i`, in stored order.
+    /// Returns the neurons of expert `i`, in stored order.
     ///
     /// # Panics
     /// There are not that many experts.
@@ -179,7 +179,7 @@ impl Partition {
         }
     }
 
-    /// `[intermediate, hidden]` (gate, up, or transposed down) from original to stored order.
+    /// Reorders `[intermediate, hidden]` (gate, up, or transposed down) from original to stored order.
     ///
     /// # Panics
     /// There are not `intermediate` rows.
@@ -187,7 +187,7 @@ impl Partition {
         self.select(original, self.order.as_deref())
     }
 
-    /// `[intermediate, hidden]` from stored to original order: the inverse of [`Partition::partition_rows`].
+    /// Reorders `[intermediate, hidden]` from stored to original order: the inverse of [`Partition::partition_rows`].
     ///
     /// # Panics
     /// There are not `intermediate` rows.

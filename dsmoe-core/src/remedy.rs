@@ -1,4 +1,4 @@
-//! How a user can fix an error.
+//! Remedies of errors.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -30,7 +30,7 @@ impl Remedy {
     }
 }
 
-/// Whether braces around `text` name a setting.
+/// Returns whether braces around `text` name a setting.
 fn is_name(text: &str) -> bool {
     !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_')
 }

@@ -41,7 +41,7 @@ impl Routed {
     /// Does as [`route`], in the memory of `self`.
     ///
     /// # Panics
-    /// As [`route`].
+    /// Those of [`route`].
     pub fn rebuild(&mut self, config: &RouterConfig, logits: ArrayView2<'_, f32>) {
         let Routed { logits: z, gates, mask, routing } = self;
         assert_eq!(logits.ncols(), config.num_experts, "route: logits {:?} for {config:?}", logits.dim());

@@ -3,9 +3,9 @@
 use dsmoe_kernels::testing::{assert_close, assert_close_f64, f64s, finite_differences, normals};
 use dsmoe_router::reference::{self, RoutedF64};
 use dsmoe_router::{
-    GateValue, Rescale, RouterConfig, SparsityGrad, SparsityOver, ZeroActive, gate, route, sparsity, ste,
+    GateValue, Rescale, RouterConfig, SparsityGrad, SparsityOver, ZeroActive, route, sparsity, ste,
 };
-use ndarray::{Array1, Array2, array};
+use ndarray::{Array2, array};
 
 const NO_SPARSITY: SparsityGrad = SparsityGrad { weight: 0.0, over: SparsityOver::Active };
 

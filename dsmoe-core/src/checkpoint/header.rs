@@ -24,7 +24,7 @@ const FOREIGN: &str = "write the file again with the safetensors library";
 pub struct Header {
     /// All tensors, in the order of their data.
     pub entries: Vec<HeaderEntry>,
-    /// Where the data starts in the file.
+    /// Offset of the data in the file.
     pub data_start: u64,
 }
 

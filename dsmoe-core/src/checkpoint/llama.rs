@@ -1,4 +1,4 @@
-//! Which tensors a LLaMA or DSMoE checkpoint must hold.
+//! Tensors that a LLaMA or DSMoE checkpoint must hold.
 
 use std::collections::HashSet;
 
@@ -10,8 +10,8 @@ use crate::error::{Error, Result};
 use crate::ffn;
 use crate::partition::Partition;
 
-/// Names and shapes of all tensors of `config`, as stored, in the order of the forward pass. A tied model has no
-/// `lm_head.weight`.
+/// Returns names and shapes of all tensors of `config`, as stored, in the order of the forward pass. A tied model has
+/// no `lm_head.weight`.
 pub fn tensor_names(config: &Config) -> impl Iterator<Item = (String, Vec<usize>)> + '_ {
     let &Config { vocab_size, hidden, head_dim, .. } = config;
     let layer = move |i: usize| {
@@ -46,8 +46,8 @@ pub struct LlamaTensors {
 }
 
 impl LlamaTensors {
-    /// Name under which the tensor `name` of [`tensor_names`] is stored: a tied model may have stored its embedding
-    /// as `lm_head.weight`.
+    /// Returns the name under which the tensor `name` of [`tensor_names`] is stored: a tied model may have stored its
+    /// embedding as `lm_head.weight`.
     pub fn stored_name<'a>(&self, name: &'a str) -> &'a str {
         if self.embedding_is_head && name == EMBEDDING { HEAD } else { name }
     }
@@ -107,7 +107,7 @@ pub fn check_llama_tensors(config: &Config, checkpoint: &Checkpoint) -> Result<L
     Ok(tensors)
 }
 
-/// The partition of every layer of a DSMoE checkpoint; empty for a dense one.
+/// Returns the partition of every layer of a DSMoE checkpoint; empty for a dense one.
 pub(crate) fn read_partitions(config: &Config, checkpoint: &Checkpoint) -> Result<Vec<Partition>> {
     let Some(moe) = &config.moe else { return Ok(Vec::new()) };
     let num_experts = moe.router.num_experts;

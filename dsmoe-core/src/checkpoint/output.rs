@@ -53,10 +53,10 @@ impl OutputDir {
         Ok(OutputDir { target, temporary, name, committed: false })
     }
 
-    /// [`OutputDir::create`] for a directory made from `source`, which must survive.
+    /// Does as [`OutputDir::create`] for a directory made from `source`, which must survive.
     ///
     /// # Errors
-    /// As `create`; also when `source` is `path` or inside it.
+    /// Those of `create`; `source` is `path` or inside it.
     pub fn create_from(source: &Path, path: &Path, force: bool) -> Result<OutputDir> {
         if let (Ok(source), Ok(target)) = (source.canonicalize(), path.canonicalize())
             && source.starts_with(&target)
@@ -67,7 +67,7 @@ impl OutputDir {
         OutputDir::create(path, force)
     }
 
-    /// Where to write.
+    /// Returns the temporary directory to write to.
     pub fn path(&self) -> &Path {
         &self.temporary
     }
@@ -84,7 +84,7 @@ impl OutputDir {
             fs::rename(&self.temporary, target).map_err(Error::io(target))?;
             self.committed = true;
         } else if is_empty(target)? {
-            // Filled, not replaced: it may be somebody's working directory. What makes it a model comes last.
+            // Filled, not replaced: it may be the working directory of a process. The file that makes it a model comes last.
             let mut names = Vec::new();
             for entry in fs::read_dir(&self.temporary).map_err(Error::io(&self.temporary))? {
                 names.push(entry.map_err(Error::io(&self.temporary))?.file_name());
@@ -114,13 +114,13 @@ impl OutputDir {
 impl Drop for OutputDir {
     fn drop(&mut self) {
         if !self.committed {
-            // Nobody is left to tell when this fails too.
+            // A failure here cannot be reported.
             let _ = fs::remove_dir_all(&self.temporary);
         }
     }
 }
 
-/// Whether there is nothing at `path`, or a directory with nothing in it.
+/// Returns whether there is nothing at `path`, or an empty directory.
 fn is_empty(path: &Path) -> Result<bool> {
     match fs::read_dir(path) {
         Ok(mut entries) => Ok(entries.next().is_none()),
@@ -129,7 +129,7 @@ fn is_empty(path: &Path) -> Result<bool> {
     }
 }
 
-/// Removes what killed processes left: `PREFIX<pid>` of processes that are no more. Where processes are not listed
+/// Removes the leftovers `PREFIX<pid>` of processes that no longer run. Where processes are not listed
 /// in /proc nothing is removed.
 fn remove_abandoned(parent: &Path, prefix: &str) -> Result<()> {
     if !Path::new("/proc/self").exists() {

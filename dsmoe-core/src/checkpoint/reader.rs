@@ -23,7 +23,7 @@ pub struct TensorView {
     pub dtype: Dtype,
     /// Shape, outermost first.
     pub shape: Vec<usize>,
-    /// Which of [`Checkpoint::files`] it is in.
+    /// Index of its file in [`Checkpoint::files`].
     pub file: usize,
     /// First byte, from the start of the file.
     pub offset: u64,
@@ -32,7 +32,7 @@ pub struct TensorView {
 }
 
 impl TensorView {
-    /// Number of elements.
+    /// Returns the number of elements.
     pub fn numel(&self) -> usize {
         self.shape.iter().product()
     }
@@ -136,23 +136,23 @@ impl Checkpoint {
         Ok(Checkpoint { path: dir.to_path_buf(), files, tensors })
     }
 
-    /// The directory or file that was opened.
+    /// Returns the directory or file that was opened.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Names of all tensors, sorted.
+    /// Returns the names of all tensors, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.tensors.keys().map(String::as_str)
     }
 
-    /// Where a tensor is.
+    /// Returns the place of a tensor.
     pub fn tensor(&self, name: &str) -> Option<&TensorView> {
         self.tensors.get(name)
     }
 
-    /// The precision that keeps what is stored: bf16 when no matrix but routers takes more than two bytes a value.
-    /// (Of f16, bf16 keeps the range and eight bits.)
+    /// Returns the precision that keeps what is stored: bf16 when no matrix but routers takes more than two bytes a
+    /// value. (Of f16, bf16 keeps the range and eight bits.)
     pub fn precision(&self) -> Precision {
         let narrow = |(name, view): (&String, &TensorView)| {
             view.shape.len() < 2 || view.dtype.size() <= 2 || is_router(name)
@@ -160,7 +160,7 @@ impl Checkpoint {
         if self.tensors.iter().all(narrow) { Precision::Bf16 } else { Precision::F32 }
     }
 
-    /// The files, as [`TensorView::file`] numbers them.
+    /// Returns the files, as [`TensorView::file`] numbers them.
     pub fn files(&self) -> impl Iterator<Item = &Path> {
         self.files.iter().map(|shard| shard.path.as_path())
     }
@@ -169,7 +169,7 @@ impl Checkpoint {
         (&self.files[number].path, &self.files[number].file)
     }
 
-    /// The bytes of a tensor, memory mapped.
+    /// Returns the bytes of a tensor, memory mapped.
     ///
     /// # Errors
     /// There is no such tensor, or the system refuses the map.
@@ -203,7 +203,7 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// A tensor of type I32, flat.
+    /// Reads a tensor of type I32, flat.
     ///
     /// # Errors
     /// There is no such tensor, or it is of another type.
@@ -233,7 +233,7 @@ impl Checkpoint {
         Ok(view)
     }
 
-    /// An error about a tensor that is there, naming its file.
+    /// Makes an error about a tensor that is there, naming its file.
     pub(crate) fn wrong(
         &self,
         name: &str,
@@ -258,7 +258,7 @@ fn views(header: Header, file: usize) -> impl Iterator<Item = (String, TensorVie
     })
 }
 
-/// Whether `name` is a file of the same directory.
+/// Returns whether `name` is a file of the same directory.
 fn is_plain_name(name: &str) -> bool {
     !name.is_empty() && name != "." && name != ".." && !name.contains(['/', '\\', '\0'])
 }

@@ -13,7 +13,7 @@ use super::{Dtype, INDEX_FILE, SINGLE_FILE};
 use crate::error::{Error, Result};
 use crate::files::write_synced;
 
-/// Largest shard unless told otherwise, as `save_pretrained` has it.
+/// Default size of the largest shard, that of `save_pretrained`.
 pub const DEFAULT_SHARD_BYTES: u64 = 5_000_000_000;
 const BUFFER: usize = 1 << 20;
 
@@ -29,7 +29,7 @@ pub struct TensorInfo {
 }
 
 impl TensorInfo {
-    /// Bytes of the tensor.
+    /// Returns the size of the tensor in bytes.
     ///
     /// # Panics
     /// They do not fit 64 bits.
@@ -74,7 +74,7 @@ impl Writer {
         Writer::create_sharded(dir, infos, DEFAULT_SHARD_BYTES)
     }
 
-    /// [`Writer::create`] with shards of at most `max_shard_bytes`; a larger tensor has a shard for itself.
+    /// Does as [`Writer::create`] with shards of at most `max_shard_bytes`; a larger tensor has a shard of its own.
     ///
     /// # Errors
     /// The file system refuses.

@@ -20,7 +20,7 @@ pub(super) struct Fields<'a> {
 }
 
 impl<'a> Fields<'a> {
-    /// The value, unless absent or null.
+    /// Returns the value, unless absent or null.
     pub(super) fn get(&self, key: &str) -> Option<&'a Value> {
         self.map.get(key).filter(|value| !value.is_null())
     }
@@ -71,7 +71,7 @@ impl<'a> Fields<'a> {
         value.as_str().map(Some).ok_or_else(|| self.is_not(key, value, "use a text"))
     }
 
-    /// A token id or a list of them.
+    /// Reads a token id or a list of them.
     pub(super) fn token_ids(&self, key: &str) -> Result<Option<Vec<u32>>> {
         let Some(value) = self.get(key) else { return Ok(None) };
         let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
@@ -138,7 +138,7 @@ impl<'a> Fields<'a> {
         }
     }
 
-    /// The kind of an FFN of another crate, and its settings.
+    /// Returns the kind of an FFN of another crate, and its settings.
     pub(super) fn ffn(&self) -> Result<Option<(&'a str, Map<String, Value>)>> {
         let Some(map) = self.object("ffn")? else { return Ok(None) };
         let fields = Fields { path: self.path, prefix: "ffn.", map };
@@ -147,7 +147,7 @@ impl<'a> Fields<'a> {
         Ok(Some((kind, others.map(|(key, value)| (key.clone(), value.clone())).collect())))
     }
 
-    /// The sizes of every layer of `config`, where they are given and differ.
+    /// Returns the sizes of every layer of `config`, where they are given and differ.
     pub(super) fn layer_shapes(&self, config: &Config) -> Result<Option<Vec<LayerShape>>> {
         let Some(value) = self.get("layer_shapes") else { return Ok(None) };
         let help = "give one object with num_attention_heads, num_key_value_heads and intermediate_size for each \
@@ -220,7 +220,7 @@ impl<'a> Fields<'a> {
         Ok(Some(MoeConfig { router, partition: stored.partition, router_bias: stored.router_bias }))
     }
 
-    /// Base and scaling from either spelling: `rope_theta` and `rope_scaling`, or `rope_parameters`.
+    /// Reads base and scaling in either spelling: `rope_theta` and `rope_scaling`, or `rope_parameters`.
     pub(super) fn rope(&self) -> Result<(f64, RopeScaling)> {
         let mut theta = self.positive("rope_theta")?;
         let mut scaling = match self.map.contains_key("rope_scaling") {

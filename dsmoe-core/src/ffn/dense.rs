@@ -19,7 +19,7 @@ pub struct DenseFfn {
 }
 
 impl DenseFfn {
-    /// For inputs of width `hidden` and `intermediate` neurons.
+    /// Makes the FFN for inputs of width `hidden` with `intermediate` neurons.
     pub fn new(hidden: usize, intermediate: usize) -> DenseFfn {
         DenseFfn { hidden, intermediate }
     }

@@ -23,7 +23,7 @@ pub struct DsmoeFfn {
     router_bias: bool,
 }
 
-/// What the backward needs.
+/// Values kept for the backward.
 #[derive(Debug)]
 struct DsmoeSaved {
     experts: Saved,
@@ -31,7 +31,7 @@ struct DsmoeSaved {
 }
 
 impl DsmoeFfn {
-    /// For inputs of width `hidden` and `intermediate` neurons in `router.num_experts` experts.
+    /// Makes the FFN for inputs of width `hidden` with `intermediate` neurons in `router.num_experts` experts.
     ///
     /// # Panics
     /// The experts do not divide `intermediate`: the caller's configuration was not checked.

@@ -1,4 +1,4 @@
-//! The FFN of a decoder layer, whatever its form.
+//! The FFN of a decoder layer, in any form.
 //!
 //! [`Ffn`] is the one abstraction other crates implement: a dense FFN, DSMoE's gated experts, and any method that
 //! DSMoE is compared with; [`PackedFfn`] is its form for inference. The model, the trainer and the checkpoints know
@@ -25,7 +25,7 @@ use crate::params::{TensorSpec, padded};
 /// The memory an FFN works in. One serves all layers; no value in it outlives a call.
 #[derive(Debug, Default)]
 pub struct FfnScratch {
-    /// For the expert kernels.
+    /// Memory of the expert kernels.
     pub experts: expert_ffn::Scratch,
     /// Router logits and their like, `[tokens, experts]`.
     pub logits: Buf,
@@ -37,7 +37,7 @@ pub struct FfnScratch {
     pub routed: Routed,
 }
 
-/// Where one layer's routing is counted.
+/// Statistics to which the routing of one layer is added.
 #[derive(Debug)]
 pub struct Record<'a> {
     /// The model's statistics.
@@ -46,7 +46,7 @@ pub struct Record<'a> {
     pub layer: usize,
 }
 
-/// What a training forward reports beside its output.
+/// Losses that a training forward reports beside its output.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct FfnReport {
     /// Mean over tokens and experts of the gates of active experts (eq. 17-19 for one layer); 0 without a router.
@@ -68,7 +68,7 @@ pub struct GateTraining {
 }
 
 impl Default for GateTraining {
-    /// Seed 0, a single micro-batch.
+    /// Uses seed 0 and a single micro-batch.
     fn default() -> GateTraining {
         GateTraining { seed: 0, balance_scale: 1.0 }
     }
@@ -148,20 +148,20 @@ pub struct GateBackward<'a> {
     pub training: GateTraining,
 }
 
-/// What a [`HostGate`] decided of a batch of tokens.
+/// Decision of a [`HostGate`] for a batch of tokens.
 #[derive(Clone, Copy, Debug)]
 pub struct HostRouted<'a> {
     /// The experts that each token runs, and their coefficients.
     pub routing: &'a Routing,
-    /// As [`FfnReport::balance_loss`]; 0 in inference.
+    /// The loss of [`FfnReport::balance_loss`]; 0 in inference.
     pub balance_loss: f64,
 }
 
-/// A gate that the processor computes wherever the experts run: what is `[tokens, experts]` is small, and the forms of it
-/// are many. Its parameters are what an FFN's part of the arena holds behind the [`projections`], each tensor padded
-/// as [`split`] says; its gradients are laid out alike.
+/// A gate that the host computes wherever the experts run. Its data is small, `[tokens, experts]`, and its forms are
+/// many. Its parameters follow the [`projections`] in an FFN's part of the arena, each tensor padded as in [`split`];
+/// its gradients are laid out alike.
 pub trait HostGate: std::fmt::Debug + Send + Sync {
-    /// A place for what [`HostGate::backward`] needs; made once, reused every step.
+    /// Makes room for the values that [`HostGate::backward`] needs; reused every step.
     fn new_saved(&self) -> Box<dyn Any + Send>;
 
     /// Routes the FFN's input `x` `[tokens, hidden]`; sets `saved`, which must come from this gate's
@@ -178,7 +178,7 @@ pub trait HostGate: std::fmt::Debug + Send + Sync {
     fn backward(&self, args: GateBackward<'_>);
 }
 
-/// The forms of FFN that devices other than the processor know.
+/// The forms of FFN that devices other than the host run.
 #[derive(Clone, Debug)]
 pub enum DeviceFfn {
     /// SwiGLU.
@@ -199,8 +199,8 @@ pub enum DeviceFfn {
         /// Whether the router has a bias.
         router_bias: bool,
     },
-    /// SwiGLU cut into experts behind a gate that the processor computes; parameters are [`projections`] and the gate's.
-    /// Only experts that ran take part in the gradient.
+    /// SwiGLU cut into experts behind a gate that the host computes; parameters are [`projections`] and the
+    /// gate's. Only experts that ran take part in the gradient.
     Hosted {
         /// Width of its input.
         hidden: usize,
@@ -208,13 +208,13 @@ pub enum DeviceFfn {
         intermediate: usize,
         /// Experts, those that every token has included.
         num_experts: usize,
-        /// What decides.
+        /// The gate.
         gate: Arc<dyn HostGate>,
     },
 }
 
 impl DeviceFfn {
-    /// Width of its input.
+    /// Returns the width of its input.
     pub fn hidden(&self) -> usize {
         match *self {
             DeviceFfn::Dense { hidden, .. }
@@ -223,7 +223,7 @@ impl DeviceFfn {
         }
     }
 
-    /// Neurons.
+    /// Returns the number of neurons.
     pub fn intermediate(&self) -> usize {
         match *self {
             DeviceFfn::Dense { intermediate, .. }
@@ -232,7 +232,7 @@ impl DeviceFfn {
         }
     }
 
-    /// Moves the gates' threshold, when there is one; says whether there is.
+    /// Sets the gates' threshold, where there is one; returns whether there is.
     pub fn set_threshold(&mut self, threshold: f32) -> bool {
         match self {
             DeviceFfn::Dense { .. } | DeviceFfn::Hosted { .. } => false,
@@ -243,7 +243,7 @@ impl DeviceFfn {
         }
     }
 
-    /// Experts, when there is a router.
+    /// Returns the number of experts; none without a router.
     pub fn num_experts(&self) -> Option<usize> {
         match self {
             DeviceFfn::Dense { .. } => None,
@@ -252,12 +252,12 @@ impl DeviceFfn {
         }
     }
 
-    /// Whether a pass waits for the processor: its ops cannot be recorded.
+    /// Returns whether a pass waits for the host; it cannot be captured as a CUDA graph then.
     pub fn is_hosted(&self) -> bool {
         matches!(self, DeviceFfn::Hosted { .. })
     }
 
-    /// Where the gate's parameters lie in the FFN's, `len` values.
+    /// Returns the range of the gate's parameters in the `len` parameters of the FFN.
     pub fn gate_params(&self, len: usize) -> std::ops::Range<usize> {
         3 * padded(self.hidden() * self.intermediate())..len
     }
@@ -266,7 +266,7 @@ impl DeviceFfn {
 /// One layer's FFN. It holds settings, not weights: `params` is this FFN's part of the arena, laid out as
 /// [`Ffn::tensors`] says, each tensor padded to whole cache lines (see [`split`]).
 pub trait Ffn: std::fmt::Debug + Send + Sync {
-    /// Its tensors, named relative to `model.layers.{i}.mlp.`.
+    /// Returns its tensors, named relative to `model.layers.{i}.mlp.`.
     fn tensors(&self) -> Vec<TensorSpec>;
 
     /// Returns the entry of config.json that builds this FFN again; none where there is no such entry, and then a model
@@ -275,26 +275,26 @@ pub trait Ffn: std::fmt::Debug + Send + Sync {
         None
     }
 
-    /// Experts, when there is a router.
+    /// Returns the number of experts; none without a router.
     fn num_experts(&self) -> Option<usize> {
         None
     }
 
-    /// Moves the gates' threshold, when there is one; says whether there is.
+    /// Sets the gates' threshold, where there is one; returns whether there is.
     fn set_threshold(&mut self, _threshold: f32) -> bool {
         false
     }
 
-    /// What other devices run in its place, its parameters being laid out as [`Ffn::tensors`] says; none for a form
-    /// that only the processor knows.
+    /// Returns the form that other devices run, with parameters laid out by [`Ffn::tensors`]; none for a form
+    /// that only the host runs.
     fn on_device(&self) -> Option<DeviceFfn> {
         None
     }
 
-    /// This FFN for inference: its projections packed in `precision`, its router in f32.
+    /// Packs this FFN for inference: its projections in `precision`, its router in f32.
     fn pack(&self, params: &[f32], precision: Precision) -> Box<dyn PackedFfn>;
 
-    /// A place for what [`Ffn::backward`] needs of `tokens` tokens; made once, reused every step.
+    /// Makes room for the values that [`Ffn::backward`] needs of `tokens` tokens; reused every step.
     fn new_saved(&self, tokens: usize) -> Box<dyn Any + Send>;
 
     /// Makes room in `scratch` for training on `tokens` tokens, where the FFN uses it.
@@ -312,26 +312,26 @@ pub trait PackedFfn: std::fmt::Debug + Send + Sync {
     /// Sets `y = ffn(x)`.
     fn forward(&self, args: FfnInference<'_>);
 
-    /// Bytes that the weights take.
+    /// Returns the size of the weights in bytes.
     fn bytes(&self) -> usize;
 
-    /// Experts, when there is a router.
+    /// Returns the number of experts; none without a router.
     fn num_experts(&self) -> Option<usize> {
         None
     }
 
-    /// Moves the gates' threshold, when there is one; says whether there is.
+    /// Sets the gates' threshold, where there is one; returns whether there is.
     fn set_threshold(&mut self, _threshold: f32) -> bool {
         false
     }
 }
 
-/// Values that `tensors` take in the arena.
+/// Returns the length of `tensors` in the arena.
 pub fn block_len(tensors: &[TensorSpec]) -> usize {
     tensors.iter().map(|t| padded(t.numel())).sum()
 }
 
-/// The views of tensors with `lens` values in an FFN's part of an arena.
+/// Returns the views of tensors with `lens` values in an FFN's part of an arena.
 ///
 /// # Panics
 /// The block is shorter than the tensors.
@@ -343,10 +343,10 @@ pub fn split<const N: usize>(mut block: &[f32], lens: [usize; N]) -> [&[f32]; N]
     })
 }
 
-/// [`split`] for gradients.
+/// Does as [`split`] for gradients.
 ///
 /// # Panics
-/// As [`split`].
+/// Those of [`split`].
 pub fn split_mut<const N: usize>(block: &mut [f32], lens: [usize; N]) -> [&mut [f32]; N] {
     let mut rest = block;
     lens.map(|len| {
@@ -356,7 +356,7 @@ pub fn split_mut<const N: usize>(block: &mut [f32], lens: [usize; N]) -> [&mut [
     })
 }
 
-/// The three projections every FFN here has, `[intermediate, hidden]` each, the down projection transposed.
+/// Returns the three projections every FFN here has, `[intermediate, hidden]` each, the down projection transposed.
 pub fn projections(hidden: usize, intermediate: usize) -> Vec<TensorSpec> {
     vec![
         TensorSpec::matrix("gate_proj.weight", intermediate, hidden),
@@ -365,7 +365,7 @@ pub fn projections(hidden: usize, intermediate: usize) -> Vec<TensorSpec> {
     ]
 }
 
-/// A routing as the expert kernels take it.
+/// Converts a routing for the expert kernels.
 pub fn routes(routing: &Routing) -> expert_ffn::Routes<'_> {
     expert_ffn::Routes {
         offsets: &routing.offsets,

@@ -12,22 +12,22 @@ use super::{DenseFfn, DsmoeFfn, Ffn};
 use crate::config::Config;
 use crate::error::{Error, Result, shown};
 
-/// How the FFNs of a model are configured: the `ffn` object of config.json.
+/// Configuration of the FFNs of a model: the `ffn` object of config.json.
 pub trait FfnSpec: Debug + Send + Sync {
-    /// The object's key `type`.
+    /// Returns the object's key `type`.
     fn kind(&self) -> &'static str;
 
-    /// The object's other keys.
+    /// Returns the object's other keys.
     fn settings(&self) -> Map<String, Value>;
 
-    /// The FFN of a layer, whose sizes are [`Config::layer`]'s. What only training reads of its tensors is
+    /// Makes the FFN of a layer, whose sizes are [`Config::layer`]'s. Tensors that only training reads are
     /// [`crate::params::TensorSpec::training_only`].
     fn build(&self, config: &Config, layer: usize) -> Box<dyn Ffn>;
 
-    /// Experts per layer.
+    /// Returns the number of experts per layer.
     fn num_experts(&self) -> usize;
 
-    /// Experts that every token runs, mean over layers, when their number is fixed.
+    /// Returns the number of experts that every token runs, mean over layers, where it is fixed.
     fn active_experts(&self) -> Option<f64>;
 }
 
@@ -59,12 +59,12 @@ pub type ReadSpec = fn(&Path, &Config, &Map<String, Value>) -> Result<Arc<dyn Ff
 
 static KINDS: RwLock<BTreeMap<&'static str, ReadSpec>> = RwLock::new(BTreeMap::new());
 
-/// Makes FFNs of `"type": kind` readable in this process; once more changes nothing.
+/// Registers a reader for FFNs of type `kind`. Idempotent.
 pub fn register(kind: &'static str, read: ReadSpec) {
     KINDS.write().unwrap_or_else(PoisonError::into_inner).insert(kind, read);
 }
 
-/// The spec of an `ffn` object.
+/// Reads the spec of an `ffn` object.
 pub(crate) fn read_spec(
     path: &Path,
     kind: &str,
@@ -82,7 +82,7 @@ pub(crate) fn read_spec(
     read(path, config, settings)
 }
 
-/// The FFN that `config` asks for in a layer.
+/// Makes the FFN that `config` asks for in a layer.
 pub(crate) fn of_layer(config: &Config, layer: usize) -> Box<dyn Ffn> {
     let (hidden, intermediate) = (config.hidden, config.layer(layer).intermediate);
     match (&config.moe, &config.ffn) {

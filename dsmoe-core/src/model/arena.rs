@@ -31,8 +31,9 @@ pub struct Model {
 }
 
 impl Model {
-    /// Makes a model of `config` with the given FFNs, one per layer, and all parameters zero. FFNs of other crates enter
-    /// here. Where all of them name one spec ([`Ffn::kind`]) and `config` is dense, the configuration takes that spec.
+    /// Makes a model of `config` with the given FFNs, one per layer, and all parameters zero. FFNs of other crates
+    /// enter here. Where all of them name one spec ([`Ffn::kind`]) and `config` is dense, the configuration takes
+    /// that spec.
     ///
     /// # Panics
     /// The number of FFNs is not the number of layers.
@@ -51,8 +52,8 @@ impl Model {
         Model { config, ffns, layout, ranges, params, rope, partitions: None, masks: None }
     }
 
-    /// A model of `config` with all parameters zero: dense, DSMoE, or with FFNs of another kind, as the configuration
-    /// says.
+    /// Makes a model of `config` with all parameters zero: dense, DSMoE, or with FFNs of another kind, as the
+    /// configuration says.
     pub fn new(config: Config) -> Model {
         let ffns = ffns_of(&config);
         Model::with_ffns(config, ffns)
@@ -61,7 +62,7 @@ impl Model {
     /// Loads a model directory: a dense LLaMA, DSMoE, or FFNs of a kind that is registered ([`ffn::register`]).
     ///
     /// # Errors
-    /// Anything wrong with the directory; the message names the file, the field or tensor, and the help.
+    /// The directory is malformed; the message names the file, the field or tensor, and the remedy.
     pub fn load(dir: &Path) -> Result<Model> {
         let config = Config::load(dir)?;
         let checkpoint = Checkpoint::open(dir)?;
@@ -79,8 +80,8 @@ impl Model {
         Ok(model)
     }
 
-    /// Writes config.json, masks and the weights, in Hugging Face layout, to the existing directory `dir`; every file is
-    /// synced. Routers and partitions stay f32 and i32 whatever `dtype` is.
+    /// Writes config.json, masks and the weights, in Hugging Face layout, to the existing directory `dir`; every file
+    /// is synced. Routers and partitions stay f32 and i32 whatever `dtype` is.
     ///
     /// # Errors
     /// The configuration does not describe the model's FFNs; nothing is written then. The file system refuses; the
@@ -140,23 +141,23 @@ impl Model {
         Ok(())
     }
 
-    /// The configuration.
+    /// Returns the configuration.
     pub fn config(&self) -> &Config {
         &self.config
     }
 
-    /// Parameter counts; of masked linears, what is kept counts as activated.
+    /// Returns the parameter counts; pruned weights of masked linears are not activated.
     pub fn accounting(&self) -> Accounting {
         let counts = Accounting::of(&self.config);
         self.masks.as_ref().map_or(counts, |masks| counts.with_masks(masks))
     }
 
-    /// Which weights of pruned linears are kept; none where nothing is pruned.
+    /// Returns the masks of pruned linears; none where nothing is pruned.
     pub fn masks(&self) -> Option<&Masks> {
         self.masks.as_ref()
     }
 
-    /// Prunes: sets what `masks` does not keep to 0, and has it stay so in training.
+    /// Sets the weights that `masks` prunes to 0, where they stay in training.
     ///
     /// # Errors
     /// A mask is of no linear of this model, or of another shape.
@@ -174,27 +175,27 @@ impl Model {
         }
     }
 
-    /// Names, shapes and places of all parameters.
+    /// Returns names, shapes and places of all parameters.
     pub fn layout(&self) -> &Layout {
         &self.layout
     }
 
-    /// The parameter arena.
+    /// Returns the parameter arena.
     pub fn params(&self) -> &[f32] {
         &self.params
     }
 
-    /// The parameter arena, to change.
+    /// Returns the parameter arena, mutable.
     pub fn params_mut(&mut self) -> &mut [f32] {
         &mut self.params
     }
 
-    /// Experts per layer, when there are routers.
+    /// Returns the number of experts per layer; none without routers.
     pub fn num_experts(&self) -> Option<usize> {
         self.ffns.first().and_then(|ffn| ffn.num_experts())
     }
 
-    /// Moves the gates' threshold of every layer (the paper's table 4), here and in what [`Model::save`] writes.
+    /// Sets the gates' threshold of every layer (the paper's table 4), here and in the files of [`Model::save`].
     ///
     /// # Errors
     /// The threshold is outside 0..=1, or the model has no gates.
@@ -204,7 +205,7 @@ impl Model {
         })
     }
 
-    /// Empty routing statistics for this model; none without routers.
+    /// Returns empty routing statistics for this model; none without routers.
     pub fn new_stats(&self) -> Option<RoutingStats> {
         self.num_experts().map(|n| RoutingStats::new(self.config.num_layers, n))
     }

@@ -23,7 +23,7 @@ pub(crate) struct LayerRanges {
 }
 
 impl LayerRanges {
-    /// q, k and v, which are one matrix.
+    /// Returns the range of q, k and v, which are one matrix.
     pub(crate) fn qkv(&self) -> Range<usize> {
         self.q.start..self.v.end
     }
@@ -39,12 +39,12 @@ pub(crate) struct Ranges {
     pub(crate) head: Range<usize>,
 }
 
-/// The FFNs that `config` asks for, one per layer.
+/// Makes the FFNs that `config` asks for, one per layer.
 pub(crate) fn ffns_of(config: &Config) -> Vec<Box<dyn Ffn>> {
     (0..config.num_layers).map(|i| ffn::of_layer(config, i)).collect()
 }
 
-/// The table of all tensors, and where they lie.
+/// Lays out all tensors and returns their ranges.
 pub(crate) fn lay_out(config: &Config, ffns: &[Box<dyn Ffn>]) -> (Layout, Ranges) {
     let mut layout = Layout::default();
     let hidden = config.hidden;

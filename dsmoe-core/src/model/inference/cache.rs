@@ -3,9 +3,9 @@
 /// Keys and values of all positions so far, per layer.
 #[derive(Debug)]
 pub struct Cache {
-    /// Per layer: keys, values, `[len, kv_heads * head_dim]` each; of a model that runs on the processor.
+    /// Per layer: keys, values, `[len, kv_heads * head_dim]` each; of a model that runs on the host.
     pub(crate) layers: Vec<(Vec<f32>, Vec<f32>)>,
-    /// Of a model on a GPU: made when it is first used.
+    /// Cache of a model on a GPU; made when it is first used.
     #[cfg(feature = "cuda")]
     pub(crate) cuda: Option<Box<crate::model::cuda::CudaCache>>,
     /// Positions to have room for.
@@ -32,12 +32,12 @@ impl Cache {
         self.len = 0;
     }
 
-    /// Positions held.
+    /// Returns the number of positions held.
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// Whether no position is held.
+    /// Returns whether no position is held.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }

@@ -1,4 +1,4 @@
-//! Inference on the processor: scoring windows of text, and decoding with a cache.
+//! Inference on the host: scoring windows of text, and decoding with a cache.
 
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::matmul::Packed;
@@ -69,7 +69,7 @@ impl Workspace {
 }
 
 impl CpuInference {
-    /// Packs a model for the processor.
+    /// Packs a model for the host.
     pub(crate) fn build(parts: Parts<'_>, precision: Precision) -> Result<CpuInference> {
         let Parts { config, accounting, ffns, ranges, source } = parts;
         let hidden = config.hidden;
@@ -191,7 +191,7 @@ impl CpuInference {
         }
     }
 
-    /// The shape of an attention of layer `i`.
+    /// Returns the shape of an attention of layer `i`.
     pub(crate) fn attention(&self, i: usize, batch: usize, queries: usize, keys: usize) -> attention::Dims {
         let LayerShape { num_heads: heads, num_kv_heads: kv_heads, .. } = self.config.layer(i);
         attention::Dims { batch, queries, keys, heads, kv_heads, head_dim: self.config.head_dim }

@@ -40,27 +40,27 @@ enum Backend {
 }
 
 impl Inference {
-    /// Packs the weights of `model` for the processor, rounded where the precision is bf16.
+    /// Packs the weights of `model` for the host, rounded where the precision is bf16.
     pub fn new(model: &Model, precision: Precision) -> Inference {
         let packed = pack::of_model(model, |parts| Inference::build(parts, precision, Device::Cpu));
-        packed.expect("an arena is there to be read")
+        packed.expect("reading an arena does not fail")
     }
 
     /// Packs the weights of `model` for `device`.
     ///
     /// # Errors
-    /// The device is not there, its memory does not suffice, or it does not know the precision (a GPU takes bf16) or the
-    /// model's FFNs.
+    /// The device is not there, its memory does not suffice, or it does not know the precision (a GPU takes bf16) or
+    /// the model's FFNs.
     pub fn new_on(model: &Model, precision: Precision, device: Device) -> Result<Inference> {
         pack::of_model(model, |parts| Inference::build(parts, precision, device))
     }
 
-    /// Loads a model directory for the processor tensor by tensor: beside the packed weights, one FFN at the
+    /// Loads a model directory for the host tensor by tensor: beside the packed weights, one FFN at the
     /// most is in memory in f32. Weights stored as bf16 stay what they are in [`Precision::Bf16`]; f16 and f32 are
     /// rounded.
     ///
     /// # Errors
-    /// Anything wrong with the directory; the message names the file, the field or tensor, and the help.
+    /// The directory is malformed; the message names the file, the field or tensor, and the remedy.
     pub fn load(dir: &Path, precision: Precision) -> Result<Inference> {
         Inference::load_on(dir, precision, Device::Cpu)
     }
@@ -84,7 +84,7 @@ impl Inference {
         Ok(Inference { backend })
     }
 
-    /// Where it runs.
+    /// Returns the device that it runs on.
     pub fn device(&self) -> Device {
         match &self.backend {
             Backend::Cpu(_) => Device::Cpu,
@@ -93,7 +93,7 @@ impl Inference {
         }
     }
 
-    /// The configuration.
+    /// Returns the configuration.
     pub fn config(&self) -> &Config {
         match &self.backend {
             Backend::Cpu(model) => &model.config,
@@ -102,7 +102,7 @@ impl Inference {
         }
     }
 
-    /// Parameter counts; of masked linears, what is kept counts as activated.
+    /// Returns the parameter counts; pruned weights of masked linears are not activated.
     pub fn accounting(&self) -> &Accounting {
         match &self.backend {
             Backend::Cpu(model) => &model.accounting,
@@ -111,7 +111,7 @@ impl Inference {
         }
     }
 
-    /// What the weights are stored as.
+    /// Returns the precision of the packed weights.
     pub fn precision(&self) -> Precision {
         match &self.backend {
             Backend::Cpu(model) => model.precision,
@@ -120,7 +120,7 @@ impl Inference {
         }
     }
 
-    /// Bytes that the weights take.
+    /// Returns the size of the weights in bytes.
     pub fn bytes(&self) -> usize {
         match &self.backend {
             Backend::Cpu(model) => model.bytes(),
@@ -129,7 +129,7 @@ impl Inference {
         }
     }
 
-    /// Empty routing statistics for this model; none without routers.
+    /// Returns empty routing statistics for this model; none without routers.
     pub fn new_stats(&self) -> Option<RoutingStats> {
         let experts = match &self.backend {
             Backend::Cpu(model) => model.num_experts(),
@@ -139,7 +139,7 @@ impl Inference {
         experts.map(|n| RoutingStats::new(self.config().num_layers, n))
     }
 
-    /// Moves the gates' threshold of every layer (the paper's table 4).
+    /// Sets the gates' threshold of every layer (the paper's table 4).
     ///
     /// # Errors
     /// The threshold is outside 0..=1, or the model has no gates.
@@ -227,8 +227,8 @@ impl Inference {
         Ok(&workspace.logits)
     }
 
-    /// How likely each of `targets` `(place, token)` is: the token behind that place of `ids`. `ids` are the tokens
-    /// of `segments`, one segment after the other. Adds the routing of all tokens to `stats` (from
+    /// Computes the likelihood of each of `targets` `(place, token)`: the token behind that place of `ids`. `ids` are
+    /// the tokens of `segments`, one segment after the other. Adds the routing of all tokens to `stats` (from
     /// [`Inference::new_stats`]).
     ///
     /// # Errors
@@ -295,8 +295,8 @@ impl Inference {
 }
 
 impl Cache {
-    /// An empty cache for `model` with room for `positions`: until they are used up, decoding allocates nothing for
-    /// them; after that the room doubles.
+    /// Makes an empty cache for `model` with room for `positions`: until they are used up, decoding allocates nothing
+    /// for them; after that the room doubles.
     pub fn new(model: &Inference, positions: usize) -> Cache {
         let positions = positions.min(model.config().max_position);
         let config = model.config();

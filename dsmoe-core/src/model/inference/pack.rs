@@ -1,4 +1,4 @@
-//! From parameters to packed weights: of a model in memory, or of a directory, tensor by tensor.
+//! Packs the weights of a model in memory, or of a directory tensor by tensor.
 
 use std::ops::Range;
 use std::path::Path;
@@ -39,14 +39,14 @@ impl Layer {
     }
 }
 
-/// Where tokens' first hidden states come from.
+/// Source of the tokens' first hidden states.
 #[derive(Debug)]
 pub(crate) enum Embedding {
     /// The output head's rows.
     Tied,
     /// A table `[vocab, hidden]`.
     F32(Buf),
-    /// The same in bf16.
+    /// A table `[vocab, hidden]` in bf16.
     Bf16(Vec<bf16>),
 }
 
@@ -73,11 +73,11 @@ impl Embedding {
     }
 }
 
-/// Where weights come from. Tensors are named by their range in an arena.
+/// Source of weights. A tensor is named by its range in an arena.
 pub(crate) trait Source {
     /// Gives the rows of a matrix to `sink`, in order, in pieces.
     fn rows(&mut self, matrix: &Range<usize>, sink: &mut dyn FnMut(&[f32])) -> Result<()>;
-    /// Adjacent tensors as they lie in the arena.
+    /// Returns adjacent tensors as they lie in the arena.
     fn part(&mut self, range: &Range<usize>) -> Result<&[f32]>;
 }
 
@@ -150,7 +150,7 @@ pub(crate) fn of_directory<R>(dir: &Path, pack: impl FnOnce(Parts<'_>) -> Result
     pack(Parts { config, accounting, ffns: &ffns, ranges: &ranges, source: &mut source })
 }
 
-/// A matrix with `inputs` columns, packed.
+/// Packs a matrix with `inputs` columns.
 pub(crate) fn pack(
     source: &mut dyn Source,
     matrix: &Range<usize>,

@@ -50,7 +50,7 @@ impl CpuInference {
         });
     }
 
-    /// Attention of every segment by itself.
+    /// Computes the attention of every segment by itself.
     fn attend(&self, layer: usize, heads: Heads<'_>, places: &[Place]) {
         let Heads { a, lse, q, k, v } = heads;
         let LayerShape { num_heads, num_kv_heads: kv_heads, .. } = self.config.layer(layer);
@@ -91,7 +91,7 @@ impl CpuInference {
         );
     }
 
-    /// Attention of one token each over its cache.
+    /// Computes the attention of one token each over its cache.
     fn attend_caches(&self, layer: usize, heads: Heads<'_>, caches: &mut [&mut Cache]) {
         let Heads { a, q, k, v, .. } = heads;
         let LayerShape { num_heads, num_kv_heads: kv_heads, .. } = self.config.layer(layer);
@@ -142,7 +142,7 @@ impl CpuInference {
     }
 }
 
-/// The tokens of each segment in `x`, whose rows have `width` values.
+/// Returns the tokens of each segment in `x`, whose rows have `width` values.
 fn cut<'a>(mut x: &'a mut [f32], places: &[Place], width: usize) -> Vec<&'a mut [f32]> {
     let segment = |place: &Place| {
         let (segment, rest) = std::mem::take(&mut x).split_at_mut(place.tokens * width);
@@ -152,7 +152,7 @@ fn cut<'a>(mut x: &'a mut [f32], places: &[Place], width: usize) -> Vec<&'a mut 
     places.iter().map(segment).collect()
 }
 
-/// Whether no value is larger than `z[at]` and none before it equals it.
+/// Returns whether `z[at]` is the largest value, and the first of equal ones.
 fn is_largest(z: &[f32], at: usize) -> bool {
     z[..at].iter().all(|&x| x < z[at]) && z[at..].iter().all(|&x| x <= z[at])
 }

@@ -4,7 +4,7 @@ use crate::config::Config;
 use crate::error::Result;
 use crate::model::tensors::check_input;
 
-/// What stands before the tokens of a [`Segment`].
+/// Context of a [`Segment`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum After {
     /// Nothing.
@@ -16,22 +16,22 @@ pub enum After {
 /// Tokens of one sequence, one after the other in a batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Segment {
-    /// How many.
+    /// Number of tokens.
     pub tokens: usize,
-    /// What they continue.
+    /// Context that they continue.
     pub after: After,
 }
 
-/// How likely a token is where it was asked for.
+/// Likelihood of a token at a place of the text.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Likelihood {
     /// Natural logarithm of its probability.
     pub log_probability: f32,
-    /// Whether no token is likelier; of equally likely ones the lowest id counts.
+    /// True if no token is likelier; of equally likely ones the lowest id counts.
     pub greedy: bool,
 }
 
-/// Where a segment lies.
+/// Place of a segment in the batch.
 pub(crate) struct Place {
     /// Its first token in the batch.
     pub(crate) first: usize,
@@ -40,7 +40,7 @@ pub(crate) struct Place {
     pub(crate) before: (usize, usize),
 }
 
-/// Where the segments lie in `ids`; checks both.
+/// Locates the segments in `ids` and checks both.
 pub(crate) fn places(config: &Config, ids: &[u32], segments: &[Segment]) -> Result<Vec<Place>> {
     let mut places: Vec<Place> = Vec::with_capacity(segments.len());
     let mut first = 0;

@@ -13,7 +13,7 @@ use crate::model::arena::Model;
 use crate::model::tensors::{LayerRanges, check_input, in_pool};
 
 impl Model {
-    /// Forward and backward over `inputs.len() / seq` sequences of `seq` tokens. Adds to `grads` (laid out as
+    /// Runs forward and backward over `inputs.len() / seq` sequences of `seq` tokens. Adds to `grads` (laid out as
     /// [`Model::params`]) the gradient of
     ///
     /// ```text
@@ -199,13 +199,13 @@ impl Model {
         embedding::backward(part(grads, &self.ranges.embed), dx, inputs, hidden);
     }
 
-    /// For the rotation of queries and keys, which are the first columns of qkv.
+    /// Returns the arguments that rotate queries and keys, the first columns of qkv.
     fn rope_args(&self, attention: attention::Dims) -> rope::Args<'_> {
         let heads = attention.heads + attention.kv_heads;
         rope::Args { table: &self.rope, seq: attention.queries, start: 0, heads }
     }
 
-    /// The shape of the attention of layer `i`.
+    /// Returns the shape of the attention of layer `i`.
     fn attention_dims(&self, i: usize, tokens: usize, seq: usize) -> attention::Dims {
         let shape = self.config.layer(i);
         attention::Dims {
@@ -234,7 +234,7 @@ impl LinearDims {
     }
 }
 
-/// One tensor, or one FFN, of the gradients.
+/// Returns one tensor, or one FFN, of the gradients.
 fn part<'a>(grads: &'a mut [f32], range: &Range<usize>) -> &'a mut [f32] {
     &mut grads[range.clone()]
 }

@@ -10,7 +10,7 @@ use crate::config::{Config, LayerShape};
 use crate::ffn::{Ffn, FfnScratch};
 use crate::model::arena::Model;
 
-/// What one layer's backward needs from its forward. Normed inputs are computed again from the residual stream.
+/// Values that one layer's backward needs from its forward. Normed inputs are recomputed from the residual stream.
 #[derive(Debug)]
 pub(crate) struct LayerActs {
     /// Input of the layer.
@@ -64,20 +64,20 @@ impl Widths {
         Widths { hidden: config.hidden, qkv: attention + 2 * kv, attention, heads }
     }
 
-    /// What a layer keeps apart from its FFN, as [`LayerActs`] lists it.
+    /// Returns the widths of [`LayerActs`] in order, without the FFN.
     fn layer(self) -> [usize; 7] {
         [self.hidden, 1, self.qkv, self.attention, self.heads, self.hidden, 1]
     }
 
-    /// What all layers share, as [`TrainWorkspace`] lists it.
+    /// Returns the widths of the buffers of [`TrainWorkspace`] in order.
     fn shared(self) -> [usize; 8] {
         [self.hidden, 1, self.hidden, 1, self.hidden, self.hidden, self.qkv, self.attention]
     }
 }
 
 impl TrainWorkspace {
-    /// For micro-batches of `tokens` tokens of `model`; operands of matrix products are rounded to `precision`
-    /// (routers stay f32).
+    /// Makes a workspace for micro-batches of `tokens` tokens of `model`; operands of matrix products are rounded to
+    /// `precision` (routers stay f32).
     pub fn new(model: &Model, tokens: usize, precision: Precision) -> TrainWorkspace {
         let config = &model.config;
         let room = |width: usize| Buf::zeros(tokens * width);
@@ -116,17 +116,17 @@ impl TrainWorkspace {
         }
     }
 
-    /// The routing of the last step; none without routers.
+    /// Returns the routing of the last step; none without routers.
     pub fn stats(&self) -> Option<&RoutingStats> {
         self.stats.as_ref()
     }
 
-    /// Tokens of a micro-batch.
+    /// Returns the number of tokens of a micro-batch.
     pub(crate) fn tokens(&self) -> usize {
         self.tokens
     }
 
-    /// Where the forward pass first left the finite numbers.
+    /// Returns the first place of the forward pass with a value that is not finite.
     pub(crate) fn first_non_finite(&self) -> String {
         let bad = |buf: &Buf| buf.iter().any(|x| !x.is_finite());
         for (i, layer) in self.layers.iter().enumerate() {
