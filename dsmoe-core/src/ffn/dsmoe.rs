@@ -75,8 +75,7 @@ impl DsmoeFfn {
         routed: &mut Routed,
         logits: &mut dsmoe_kernels::buf::Buf,
         x: &[f32],
-        router: &[f32],
-        bias: &[f32],
+        [router, bias]: [&[f32]; 2],
         record: Option<Record<'_>>,
     ) {
         let (tokens, n) = (x.len() / self.hidden, self.router.num_experts);
@@ -109,7 +108,7 @@ impl PackedFfn for PackedDsmoe {
     fn forward(&self, args: FfnInference<'_>) {
         let FfnInference { y, x, record, scratch } = args;
         let FfnScratch { experts, logits, routed, .. } = scratch;
-        self.ffn.route(routed, logits, x, &self.router, &self.bias, record);
+        self.ffn.route(routed, logits, x, [&self.router, &self.bias], record);
         let routes = routes(&routed.routing);
         expert_ffn::forward_packed(
             y,
@@ -199,7 +198,7 @@ impl Ffn for DsmoeFfn {
         let saved = saved.downcast_mut::<DsmoeSaved>().expect("saved by a DSMoE FFN");
         let [gate, up, down, router, bias] = split(params, self.lens());
         let FfnScratch { experts, logits, .. } = scratch;
-        self.route(&mut saved.routed, logits, x, router, bias, record);
+        self.route(&mut saved.routed, logits, x, [router, bias], record);
         expert_ffn::forward_train(
             y,
             &mut saved.experts,

@@ -16,4 +16,5 @@ pub(crate) mod train;
 
 pub use arena::Model;
 pub use inference::{After, Cache, Inference, Likelihood, Segment, Workspace};
+pub use tensors::Batch;
 pub use train::{StepArgs, StepOutput, TrainWorkspace};

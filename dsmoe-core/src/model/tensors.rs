@@ -117,6 +117,34 @@ pub(crate) fn set_threshold(
     Ok(())
 }
 
+/// Sequences of one length, one after the other, with the tokens to predict.
+#[derive(Clone, Copy, Debug)]
+pub struct Batch<'a> {
+    /// Tokens of all sequences.
+    pub inputs: &'a [u32],
+    /// The token to predict after each input; [`IGNORE`](dsmoe_kernels::cross_entropy::IGNORE) for none.
+    pub targets: &'a [u32],
+    /// Tokens of a sequence.
+    pub seq: usize,
+}
+
+impl Batch<'_> {
+    /// Checks that the sequences can be fed to a model of `config`.
+    ///
+    /// # Panics
+    /// The slices' lengths differ, or are no multiple of `seq`.
+    pub(crate) fn check(&self, config: &Config) -> Result<()> {
+        let Batch { inputs, targets, seq } = self;
+        assert!(
+            targets.len() == inputs.len() && inputs.len().is_multiple_of(*seq),
+            "batch: {} inputs, {} targets, seq {seq}",
+            inputs.len(),
+            targets.len()
+        );
+        check_input(config, inputs, 0, *seq)
+    }
+}
+
 /// Checks that `ids` can be fed at positions `start..`.
 pub(crate) fn check_input(config: &Config, ids: &[u32], start: usize, seq: usize) -> Result<()> {
     if let Some(id) = ids.iter().find(|&&id| id as usize >= config.vocab_size) {

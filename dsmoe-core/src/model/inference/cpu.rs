@@ -13,7 +13,7 @@ use crate::accounting::Accounting;
 use crate::config::{Config, LayerShape};
 use crate::error::Result;
 use crate::ffn::{FfnInference, FfnScratch, Record};
-use crate::model::tensors::{in_pool, rope_table, set_threshold};
+use crate::model::tensors::{Batch, in_pool, rope_table, set_threshold};
 
 /// A LLaMA decoder for inference: weight matrices packed in a [`Precision`], norms and routers in f32. With bf16
 /// the operands of matrix products are rounded to it; sums, softmax and the residual stream are f32.
@@ -123,12 +123,11 @@ impl CpuInference {
     pub(crate) fn score(
         &self,
         losses: &mut [f32],
-        inputs: &[u32],
-        targets: &[u32],
-        seq: usize,
+        batch: Batch<'_>,
         stats: Option<&mut RoutingStats>,
         workspace: &mut Workspace,
     ) {
+        let Batch { inputs, targets, seq } = batch;
         in_pool(|| {
             self.hidden_states(inputs, seq, None, stats, workspace);
             let Workspace { h, logits, .. } = workspace;

@@ -19,7 +19,7 @@ use segments::places;
 pub use segments::{After, Likelihood, Segment};
 
 use super::arena::Model;
-use super::tensors::check_input;
+use super::tensors::{Batch, check_input};
 use crate::accounting::Accounting;
 use crate::config::Config;
 use crate::device::Device;
@@ -151,37 +151,28 @@ impl Inference {
         }
     }
 
-    /// Sets `losses[t]` to the negative log-likelihood (nats) of `targets[t]` after `inputs` up to t, for
-    /// `inputs.len() / seq` sequences of `seq` tokens each. A target of
-    /// [`IGNORE`](dsmoe_kernels::cross_entropy::IGNORE) scores 0. Adds the routing of all inputs to `stats` (from
+    /// Sets `losses[t]` to the negative log-likelihood (nats) of target t after the inputs up to t of its sequence; 0
+    /// for [`IGNORE`](dsmoe_kernels::cross_entropy::IGNORE). Adds the routing of all inputs to `stats` (from
     /// [`Inference::new_stats`]).
     ///
     /// # Errors
-    /// A token id outside the vocabulary, or more positions than the model has; a GPU fails.
+    /// A token id is outside the vocabulary, there are more positions than the model has, or a GPU fails.
     ///
     /// # Panics
-    /// The slices' lengths differ, or are no multiple of `seq`.
+    /// The slices' lengths differ, or are no multiple of the batch's `seq`.
     pub fn score(
         &self,
         losses: &mut [f32],
-        inputs: &[u32],
-        targets: &[u32],
-        seq: usize,
+        batch: Batch<'_>,
         stats: Option<&mut RoutingStats>,
         workspace: &mut Workspace,
     ) -> Result<()> {
-        assert!(
-            losses.len() == inputs.len() && targets.len() == inputs.len() && inputs.len().is_multiple_of(seq),
-            "score: {} losses, {} inputs, {} targets, seq {seq}",
-            losses.len(),
-            inputs.len(),
-            targets.len()
-        );
-        check_input(self.config(), inputs, 0, seq)?;
+        assert_eq!(losses.len(), batch.inputs.len(), "score: losses and inputs");
+        batch.check(self.config())?;
         match &self.backend {
-            Backend::Cpu(model) => model.score(losses, inputs, targets, seq, stats, workspace),
+            Backend::Cpu(model) => model.score(losses, batch, stats, workspace),
             #[cfg(feature = "cuda")]
-            Backend::Cuda(model) => model.score(losses, inputs, targets, seq, stats, workspace)?,
+            Backend::Cuda(model) => model.score(losses, batch, stats, workspace)?,
         }
         Ok(())
     }

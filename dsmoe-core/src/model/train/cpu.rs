@@ -10,10 +10,10 @@ use super::{StepArgs, StepOutput};
 use crate::error::Result;
 use crate::ffn::{FfnBackward, FfnForward, Record};
 use crate::model::arena::Model;
-use crate::model::tensors::{LayerRanges, check_input, in_pool};
+use crate::model::tensors::{Batch, LayerRanges, in_pool};
 
 impl Model {
-    /// Runs forward and backward over `inputs.len() / seq` sequences of `seq` tokens. Adds to `grads` (laid out as
+    /// Runs forward and backward over `batch`. Adds to `grads` (laid out as
     /// [`Model::params`]) the gradient of
     ///
     /// ```text
@@ -31,36 +31,29 @@ impl Model {
     pub fn train_step(
         &self,
         grads: &mut [f32],
-        inputs: &[u32],
-        targets: &[u32],
-        seq: usize,
+        batch: Batch<'_>,
         args: &StepArgs,
         workspace: &mut TrainWorkspace,
     ) -> Result<StepOutput> {
         assert!(
-            grads.len() == self.params.len()
-                && targets.len() == inputs.len()
-                && inputs.len() == workspace.tokens()
-                && inputs.len().is_multiple_of(seq),
-            "train_step: {} gradients, {} inputs, {} targets, seq {seq}, workspace for {}",
+            grads.len() == self.params.len() && batch.inputs.len() == workspace.tokens(),
+            "train_step: {} gradients, {} inputs, workspace for {}",
             grads.len(),
-            inputs.len(),
-            targets.len(),
+            batch.inputs.len(),
             workspace.tokens()
         );
-        check_input(&self.config, inputs, 0, seq)?;
-        Ok(in_pool(|| self.pooled_step(grads, inputs, targets, seq, args, workspace)))
+        batch.check(&self.config)?;
+        Ok(in_pool(|| self.pooled_step(grads, batch, args, workspace)))
     }
 
     fn pooled_step(
         &self,
         grads: &mut [f32],
-        inputs: &[u32],
-        targets: &[u32],
-        seq: usize,
+        batch: Batch<'_>,
         args: &StepArgs,
         workspace: &mut TrainWorkspace,
     ) -> StepOutput {
+        let Batch { inputs, targets, seq } = batch;
         let mut output = self.forward_train(inputs, seq, args, workspace);
         let dims = cross_entropy::Dims {
             tokens: inputs.len(),
