@@ -20,8 +20,8 @@ use dsmoe_core::files::write_synced;
 use dsmoe_router::topk::Scores;
 use serde_json::{Value, json};
 
-use super::spec::TopkSpec;
 use crate::error::{Error, Result};
+use crate::topk::{TopkSpec, spec_of};
 
 /// The base that LLaMA-MoE's model has, whatever its configuration says.
 const ROPE_THETA: f64 = 10_000.0;
@@ -147,8 +147,8 @@ fn exportable(model: &Path, config: &Config) -> Result<TopkSpec> {
     let wrong = |field: &str, problem: String, help: Remedy| {
         Err(Error::Core(dsmoe_core::Error::field(&model.join(CONFIG_FILE), field, problem, help)))
     };
-    let native = Remedy::from("export it as native");
-    let Some(spec) = config.ffn.as_deref().and_then(TopkSpec::from_dyn) else {
+    let native = Remedy::from("export the model as it is");
+    let Some(spec) = config.ffn.as_deref().and_then(spec_of) else {
         let help = "use a model that the method llama-moe made".into();
         return wrong("ffn.type", "is not topk".to_owned(), help);
     };
@@ -190,7 +190,7 @@ fn config_json(config: &Config, spec: &TopkSpec) -> String {
         ("num_selects", json!(spec.router.top_k)),
         ("size_experts", json!(sizes)),
         ("gate_type", json!("TopKBalancedNoisyGate")),
-        ("gate_network", json!(spec.gate.network.name())),
+        ("gate_network", json!(spec.gate.network)),
         ("gate_use_softmax", json!(true)),
         ("gate_use_balance", json!(spec.balance_weight > 0.0)),
         ("gate_balance_loss_weight", json!(spec.balance_weight)),

@@ -7,7 +7,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::kmeans;
+use super::kmeans;
 
 /// Tokens that count: those of the largest weights, summed over sequences.
 const MOST_TOKENS: usize = 4096;

@@ -21,6 +21,7 @@ use dsmoe_kernels::{Precision, linear};
 use dsmoe_router::SparsityOver;
 use rayon::prelude::*;
 
+use crate::calibration;
 use crate::error::{Error, Result};
 use crate::method::Progress;
 
@@ -82,7 +83,7 @@ pub(crate) fn importances(
             return Err(Error::Numeric {
                 place,
                 problem: format!("is not finite for calibration sequence {done}"),
-                mend: "use an undamaged model, or other calibration text".to_owned(),
+                help: "use an undamaged model, or other calibration text".to_owned(),
             });
         }
         tokens[group] += seq;
@@ -99,6 +100,28 @@ pub(crate) fn importances(
         }
     }
     Ok(importances)
+}
+
+/// Sorts the neurons of every layer of the dense model in `dir` by importance, the most important first.
+///
+/// # Errors
+/// The model cannot be read; sequences that differ in length, are shorter than two tokens or longer than the model has
+/// positions, or have tokens outside the vocabulary; a loss that is not finite.
+pub(crate) fn neurons_by_importance(
+    dir: &Path,
+    sequences: &[Vec<u32>],
+    progress: &mut dyn FnMut(Progress),
+) -> Result<Vec<Vec<u32>>> {
+    calibration::check(sequences, 1, "an order of neurons")?;
+    let labels = vec![0; sequences.len()];
+    let layers = importances(dir, sequences, &labels, 1, progress)?;
+    let sorted = |layer: LayerImportance| {
+        let of = &layer[0];
+        let mut order: Vec<u32> = (0..of.len() as u32).collect();
+        order.sort_by(|&a, &b| of[b as usize].total_cmp(&of[a as usize]).then(a.cmp(&b)));
+        order
+    };
+    Ok(layers.into_iter().map(sorted).collect())
 }
 
 /// Sums over tokens of |h dL/dh| per neuron, taken out after each sequence.

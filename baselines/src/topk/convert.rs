@@ -77,18 +77,17 @@ pub(crate) fn nearest(
     let best = (0..=last).min_by(|&a, &b| off(a).total_cmp(&off(b))).expect("a spec");
     let step = counted[best].1.ffn as f64 / counted[best].1.num_experts as f64;
     let (spec, counts) = &counted[best];
-    let active = |spec: &TopkSpec| spec.router.top_k + spec.router.num_residual;
     if off(best) > 0.5 * step {
         let side = if asked < activated(best) { "below" } else { "above" };
         return Err(Error::Budget {
             asked: budget.to_string(),
             problem: format!(
                 "is {side} {} of {} experts, which activate {}",
-                active(spec),
+                spec.active_experts(),
                 spec.all_experts(),
                 Budget::Params(activated(best))
             ),
-            mend: format!(
+            help: format!(
                 "use {} to {}, or another number of experts",
                 Budget::Params(activated(0)),
                 Budget::Params(activated(last))
@@ -105,10 +104,11 @@ pub(crate) fn nearest(
         total: counts.total as f64,
         activated: activated(best),
         reached_by: match spec.router.num_residual {
-            0 => format!("{} of {} experts", active(spec), spec.all_experts()),
-            r => format!("{} of {} experts, {r} of them always", active(spec), spec.all_experts()),
+            0 => format!("{} of {} experts", spec.active_experts(), spec.all_experts()),
+            r => format!("{} of {} experts, {r} of them always", spec.active_experts(), spec.all_experts()),
         },
         settings,
+        ..Plan::default()
     };
     Ok((*spec, plan))
 }
@@ -178,21 +178,4 @@ pub(crate) fn write(
     config.save(output.path())?;
     output.commit()?;
     Ok(())
-}
-
-/// Checks that there are `at_least` calibration sequences, of one length that is at least 2 tokens.
-///
-/// # Errors
-/// There are fewer, or shorter ones; `need` says what they are for.
-pub(crate) fn check_calibration(sequences: &[Vec<u32>], at_least: usize, need: &str) -> Result<()> {
-    let problem = if sequences.len() < at_least {
-        format!("{} sequences are too few for {need}", sequences.len())
-    } else if let Some(i) = sequences.iter().position(|ids| ids.len() < 2 || ids.len() != sequences[0].len())
-    {
-        format!("sequence {i} has {} tokens and the first {}", sequences[i].len(), sequences[0].len())
-    } else {
-        return Ok(());
-    };
-    let mend = format!("give {at_least} or more sequences of one length, at least 2 tokens");
-    Err(Error::Calibration { problem, mend })
 }

@@ -18,15 +18,14 @@ use dsmoe_core::partition::check_divisible;
 use dsmoe_kernels::matmul::{Mat, matmul};
 use dsmoe_kernels::{Precision, linear};
 
+use crate::calibration;
 use crate::error::{Error, Result};
+use crate::experts::construction::clustering;
 use crate::linalg::inverse_factor;
-use crate::llama_moe::{check_calibration, clustering};
 use crate::method::Progress;
 
 /// FFN inputs that a router is fitted to; of more, an even choice.
 const MOST_INPUTS: usize = 16_384;
-/// Fewer do not make a router.
-const FEWEST_INPUTS: usize = 256;
 /// Raises the diagonal of the inputs' covariance, in parts of its mean.
 const RIDGE: f64 = 0.01;
 /// Standard deviation of the logits at the start.
@@ -37,7 +36,7 @@ const SPREAD: f64 = 2.0;
 ///
 /// # Errors
 /// The model cannot be read or cut into that many experts.
-pub(super) fn neurons_by_cluster(
+pub(crate) fn neurons_by_cluster(
     dir: &Path,
     num_experts: usize,
     seed: u64,
@@ -61,7 +60,7 @@ pub(super) fn neurons_by_cluster(
 /// # Errors
 /// The model cannot be read or cut into that many experts; sequences that differ in length or have fewer than 256 tokens in
 /// all; values that are not finite.
-pub(super) fn calibrated_routers(
+pub(crate) fn calibrated_routers(
     dir: &Path,
     orders: Option<&[Vec<u32>]>,
     num_experts: usize,
@@ -69,14 +68,7 @@ pub(super) fn calibrated_routers(
     sequences: &[Vec<u32>],
     progress: &mut dyn FnMut(Progress),
 ) -> Result<Vec<RouterValues>> {
-    check_calibration(sequences, 1, "routers")?;
-    let inputs: usize = sequences.iter().map(Vec::len).sum();
-    if inputs < FEWEST_INPUTS {
-        return Err(Error::Calibration {
-            problem: format!("{inputs} tokens are too few for routers"),
-            mend: format!("give {FEWEST_INPUTS} tokens or more"),
-        });
-    }
+    let inputs = calibration::check_for_routers(sequences)?;
     let mut stream = LayerStream::open(dir, sequences)?;
     let layers = stream.config().num_layers;
     let mut routers = Vec::with_capacity(layers);
@@ -91,7 +83,7 @@ pub(super) fn calibrated_routers(
         routers.push(fit.ok_or_else(|| Error::Numeric {
             place: format!("layer {i}"),
             problem: "its router cannot be fitted: the FFN's values are not finite".to_owned(),
-            mend: "check the model with eval".to_owned(),
+            help: "check the model with eval".to_owned(),
         })?);
         stream.advance(&weights);
     }

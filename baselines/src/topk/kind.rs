@@ -10,21 +10,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::ffn::TopkMoeFfn;
-use super::gate::{Gate, GateNetwork, GateSpec};
+use super::spec::{GateNetwork, GateSpec, TopkSpec};
 
 /// The `type`.
 const KIND: &str = "topk";
-
-/// FFNs that run exactly k of n experts for every token: those of LLaMA-MoE and MoEfication.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct TopkSpec {
-    /// Experts, k, and what outputs are multiplied by.
-    pub router: TopKConfig,
-    /// Where logits come from.
-    pub gate: GateSpec,
-    /// Weight of the balance loss of a layer (LLaMA-MoE: 0.01).
-    pub balance_weight: f64,
-}
 
 /// [`TopkSpec`] as it is stored; `num_experts` are those the gate chooses from.
 #[derive(Serialize, Deserialize)]
@@ -35,7 +24,7 @@ struct Stored {
     num_residual: usize,
     scores: StoredScores,
     score_scale: f64,
-    gate: StoredGate,
+    gate: GateNetwork,
     normalize: bool,
     noise: bool,
     balance_weight: f64,
@@ -48,29 +37,7 @@ enum StoredScores {
     One,
 }
 
-#[derive(Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-enum StoredGate {
-    Mlp,
-    Linear,
-}
-
 impl TopkSpec {
-    /// Experts of a layer, residual ones included.
-    pub fn all_experts(&self) -> usize {
-        self.router.num_experts + self.router.num_residual
-    }
-
-    /// The settings of `spec`, when it is of this kind.
-    pub(crate) fn from_dyn(spec: &dyn FfnSpec) -> Option<TopkSpec> {
-        let stored = Stored::deserialize(&Value::Object(spec.settings())).ok()?;
-        TopkSpec::of(&stored).ok().filter(|_| spec.kind() == KIND)
-    }
-
-    pub(crate) fn gate(&self, hidden: usize) -> Gate {
-        Gate { spec: self.gate, hidden, num_experts: self.router.num_experts }
-    }
-
     fn stored(&self) -> Stored {
         let TopKConfig { num_experts, top_k, num_residual, scores, score_scale } = self.router;
         let GateSpec { network, normalize, noise } = self.gate;
@@ -84,10 +51,7 @@ impl TopkSpec {
             },
             // The shortest decimal of the f32, not the many digits of its f64.
             score_scale: score_scale.to_string().parse().unwrap_or(f64::from(score_scale)),
-            gate: match network {
-                GateNetwork::Mlp => StoredGate::Mlp,
-                GateNetwork::Linear => StoredGate::Linear,
-            },
+            gate: network,
             normalize,
             noise,
             balance_weight: self.balance_weight,
@@ -117,17 +81,16 @@ impl TopkSpec {
                 score_scale,
                 ..TopKConfig::new(stored.num_experts, stored.top_k)?
             },
-            gate: GateSpec {
-                network: match stored.gate {
-                    StoredGate::Mlp => GateNetwork::Mlp,
-                    StoredGate::Linear => GateNetwork::Linear,
-                },
-                normalize: stored.normalize,
-                noise: stored.noise,
-            },
+            gate: GateSpec { network: stored.gate, normalize: stored.normalize, noise: stored.noise },
             balance_weight: stored.balance_weight,
         })
     }
+}
+
+/// Returns the settings of `spec` if it is a top-k FFN.
+pub(crate) fn spec_of(spec: &dyn FfnSpec) -> Option<TopkSpec> {
+    let stored = Stored::deserialize(&Value::Object(spec.settings())).ok()?;
+    TopkSpec::of(&stored).ok().filter(|_| spec.kind() == KIND)
 }
 
 impl FfnSpec for TopkSpec {
@@ -151,7 +114,7 @@ impl FfnSpec for TopkSpec {
     }
 
     fn active_experts(&self) -> Option<f64> {
-        Some((self.router.top_k + self.router.num_residual) as f64)
+        Some(TopkSpec::active_experts(self) as f64)
     }
 }
 

@@ -7,7 +7,7 @@ use dsmoe_kernels::matmul::{Mat, Precision, matmul};
 use dsmoe_kernels::rng::Rng;
 use rayon::prelude::*;
 
-use crate::assignment::assign;
+use super::assignment::assign;
 
 /// Rounds at the most.
 const MOST_ROUNDS: usize = 100;

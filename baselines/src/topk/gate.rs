@@ -13,46 +13,7 @@ use dsmoe_core::params::TensorSpec;
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::{Precision, linear};
 
-/// Form of the gate network.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum GateNetwork {
-    /// Two matrices with tanh between them.
-    Mlp,
-    /// One matrix.
-    Linear,
-}
-
-impl GateNetwork {
-    /// `mlp` or `linear`.
-    pub fn name(self) -> &'static str {
-        match self {
-            GateNetwork::Mlp => "mlp",
-            GateNetwork::Linear => "linear",
-        }
-    }
-}
-
-impl std::str::FromStr for GateNetwork {
-    type Err = String;
-
-    fn from_str(name: &str) -> Result<GateNetwork, String> {
-        [GateNetwork::Mlp, GateNetwork::Linear]
-            .into_iter()
-            .find(|network| network.name() == name)
-            .ok_or_else(|| format!("unknown gate `{name}`; use mlp or linear"))
-    }
-}
-
-/// What a gate computes of its input.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct GateSpec {
-    /// Its network.
-    pub network: GateNetwork,
-    /// Whether the network reads x / |x| in place of x.
-    pub normalize: bool,
-    /// Whether logits are noisy in training, with a trained standard deviation.
-    pub noise: bool,
-}
+use super::spec::{GateNetwork, GateSpec, TopkSpec};
 
 /// A gate for inputs of width `hidden` and logits of `num_experts` experts.
 #[derive(Clone, Copy, Debug)]
@@ -89,6 +50,13 @@ pub(crate) struct GateActs {
     tanh: Buf,
     /// raw.
     pub(crate) raw: Buf,
+}
+
+impl TopkSpec {
+    /// The gate for inputs of width `hidden`.
+    pub(crate) fn gate(&self, hidden: usize) -> Gate {
+        Gate { spec: self.gate, hidden, num_experts: self.router.num_experts }
+    }
 }
 
 impl Gate {

@@ -206,7 +206,7 @@ mod tests {
     use dsmoe_router::topk::{Scores, TopKConfig};
     use dsmoe_router::{SparsityGrad, SparsityOver};
 
-    use super::super::gate::{GateNetwork, GateSpec};
+    use super::super::spec::{GateNetwork, GateSpec};
     use super::*;
 
     const HIDDEN: usize = 12;
