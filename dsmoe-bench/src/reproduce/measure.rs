@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use anyhow::{Result, bail};
 use dsmoe_core::Inference;
-use dsmoe_core::model::Workspace;
+use dsmoe_core::model::{Batch, Workspace};
 use dsmoe_datasets::tasks::{Loaded, Profile as TaskProfile, Request};
 use dsmoe_datasets::{Tokenizer, eval_windows};
 use dsmoe_train::tasks::Responder;
@@ -88,7 +88,12 @@ pub(crate) fn text(
                 targets.extend_from_slice(&ids[window.start + 1..window.end]);
             }
             losses.resize(inputs.len(), 0.0f32);
-            model.score(&mut losses, &inputs, &targets, seq, stats.as_mut(), &mut workspace)?;
+            model.score(
+                &mut losses,
+                Batch { inputs: &inputs, targets: &targets, seq },
+                stats.as_mut(),
+                &mut workspace,
+            )?;
             for losses in losses.chunks(seq) {
                 of_windows
                     .push((losses.iter().map(|&loss| f64::from(loss)).sum::<f64>(), losses.len() as u64));

@@ -3,10 +3,10 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use crate::support::{refused, small_config};
 use dsmoe_core::checkpoint::{Checkpoint, Header};
 use dsmoe_core::config::Config;
 use dsmoe_core::{Error, Result};
-use crate::support::{refused, small_config};
 use proptest::prelude::*;
 use tempfile::TempDir;
 

@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use dsmoe_core::config::Config;
 use crate::support::{refused, small_config};
+use dsmoe_core::config::Config;
 
 /// Refusals of a config.json with one thing changed.
 fn config_refused(from: &str, to: &str, parts: &[&str]) {

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::PathBuf;
 
+use crate::support::{refused, small_config};
 use dsmoe_core::Result;
 use dsmoe_core::checkpoint::{
     Checkpoint, Dtype, OutputDir, Progress, TensorInfo, Writer, check_llama_tensors,
@@ -13,7 +14,6 @@ use dsmoe_core::export::{ExportAs, export};
 use dsmoe_core::init::{InitOptions, init, preset};
 use dsmoe_kernels::Precision;
 use dsmoe_router::RouterInit;
-use crate::support::{refused, small_config};
 use tempfile::TempDir;
 
 fn quiet(_: Progress) {}

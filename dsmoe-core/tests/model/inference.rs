@@ -6,7 +6,7 @@ use dsmoe_core::checkpoint::{Checkpoint, Dtype};
 use dsmoe_core::config::Config;
 use dsmoe_core::convert::{ConvertOptions, PartitionSpec, convert};
 use dsmoe_core::init::{InitOptions, init, preset};
-use dsmoe_core::model::{Cache, Inference, Model, Workspace};
+use dsmoe_core::model::{Batch, Cache, Inference, Model, Workspace};
 use dsmoe_kernels::Precision;
 use half::bf16;
 
@@ -50,7 +50,9 @@ fn outputs(model: &Inference) -> (Vec<f32>, Vec<f32>) {
     }
     let targets: Vec<u32> = ids.iter().rev().copied().collect();
     let mut losses = vec![f32::NAN; ids.len()];
-    model.score(&mut losses, &ids, &targets, 30, None, &mut workspace).unwrap();
+    model
+        .score(&mut losses, Batch { inputs: &ids, targets: &targets, seq: 30 }, None, &mut workspace)
+        .unwrap();
     (logits, losses)
 }
 
@@ -89,7 +91,14 @@ fn the_threshold_moves_where_there_are_gates() {
     let share = |model: &Inference| {
         let mut stats = model.new_stats().unwrap();
         let (mut losses, mut workspace) = (vec![0.0; ids.len()], Workspace::default());
-        model.score(&mut losses, &ids, &ids, 60, Some(&mut stats), &mut workspace).unwrap();
+        model
+            .score(
+                &mut losses,
+                Batch { inputs: &ids, targets: &ids, seq: 60 },
+                Some(&mut stats),
+                &mut workspace,
+            )
+            .unwrap();
         stats.active_ratio()
     };
     assert!((0.2..0.8).contains(&share(&sparse)));

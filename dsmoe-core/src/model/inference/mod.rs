@@ -2,6 +2,8 @@
 
 mod cache;
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 pub(crate) mod pack;
 mod ragged;
 pub(crate) mod segments;
@@ -36,7 +38,7 @@ pub struct Inference {
 enum Backend {
     Cpu(Box<CpuInference>),
     #[cfg(feature = "cuda")]
-    Cuda(Box<crate::model::cuda::CudaInference>),
+    Cuda(Box<cuda::CudaInference>),
 }
 
 impl Inference {
@@ -78,7 +80,7 @@ impl Inference {
             Device::Cpu => Backend::Cpu(Box::new(CpuInference::build(parts, precision)?)),
             #[cfg(feature = "cuda")]
             Device::Cuda(ordinal) => {
-                Backend::Cuda(Box::new(crate::model::cuda::CudaInference::build(parts, precision, ordinal)?))
+                Backend::Cuda(Box::new(cuda::CudaInference::build(parts, precision, ordinal)?))
             }
         };
         Ok(Inference { backend })
@@ -172,7 +174,10 @@ impl Inference {
         match &self.backend {
             Backend::Cpu(model) => model.score(losses, batch, stats, workspace),
             #[cfg(feature = "cuda")]
-            Backend::Cuda(model) => model.score(losses, batch, stats, workspace)?,
+            Backend::Cuda(model) => {
+                model.score(losses, batch, workspace)?;
+                model.report(workspace, stats)?;
+            }
         }
         Ok(())
     }

@@ -1,6 +1,8 @@
 //! One training step: its arguments and its results, on any device.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
 mod workspace;
 
 use dsmoe_kernels::rng::Rng;
@@ -23,6 +25,15 @@ pub struct StepArgs {
     pub balance_scale: f32,
     /// Seed of the noise of this micro-batch.
     pub seed: u64,
+}
+
+/// One use of memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryUse {
+    /// The use.
+    pub what: &'static str,
+    /// Its size.
+    pub bytes: usize,
 }
 
 /// Losses and checks of a micro-batch.

@@ -6,6 +6,7 @@ use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::{Isa, Precision, cross_entropy, expert_ffn};
 use dsmoe_router::RoutingStats;
 
+use super::MemoryUse;
 use crate::config::{Config, LayerShape};
 use crate::ffn::{Ffn, FfnScratch};
 use crate::model::arena::Model;
@@ -114,6 +115,27 @@ impl TrainWorkspace {
             scratch,
             stats,
         }
+    }
+
+    /// Returns the memory of a workspace for `tokens` tokens of a model of `config`, when `active` is the share of its
+    /// experts that a token runs.
+    pub fn memory(config: &Config, tokens: usize, active: f64) -> Vec<MemoryUse> {
+        let layer = |shape: LayerShape| {
+            let widths = Widths::of(config, shape.num_heads, shape.num_kv_heads);
+            // An FFN keeps what gate and up give.
+            widths.layer().iter().sum::<usize>() + 2 * shape.intermediate
+        };
+        let shared = Widths::of(config, config.num_heads, config.num_kv_heads).shared();
+        let head = cross_entropy::Dims { tokens, hidden: config.hidden, vocab: config.vocab_size };
+        // An FFN at work holds one activation of every pair, and five of the active ones.
+        let ffn = config.intermediate as f64 * (1.0 + 5.0 * active);
+        let f32s = |what, values: usize| MemoryUse { what, bytes: 4 * values };
+        vec![
+            f32s("  kept activations", tokens * config.layers().map(layer).sum::<usize>()),
+            f32s("  residual stream", tokens * shared.iter().sum::<usize>()),
+            f32s("  FFN at work", (tokens as f64 * ffn) as usize),
+            f32s("  logits", head.chunk().min(tokens) * config.vocab_size),
+        ]
     }
 
     /// Returns the routing of the last step; none without routers.

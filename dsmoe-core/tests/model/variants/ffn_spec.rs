@@ -10,7 +10,7 @@ use dsmoe_core::export::{ExportAs, export};
 use dsmoe_core::ffn::{
     DenseFfn, Ffn, FfnBackward, FfnForward, FfnKind, FfnReport, FfnSpec, PackedFfn, block_len, register,
 };
-use dsmoe_core::model::{StepArgs, TrainWorkspace, Workspace};
+use dsmoe_core::model::{Batch, StepArgs, TrainWorkspace, Workspace};
 use dsmoe_core::params::TensorSpec;
 use dsmoe_core::{Config, Error, Inference, Model, Result};
 use dsmoe_kernels::Precision;
@@ -179,7 +179,14 @@ fn a_directory_keeps_all_tensors() {
     let ids = tokens(8, 2);
     let score = |model: &Inference| {
         let mut losses = vec![0.0; 7];
-        model.score(&mut losses, &ids[..7], &ids[1..], 7, None, &mut Workspace::default()).unwrap();
+        model
+            .score(
+                &mut losses,
+                Batch { inputs: &ids[..7], targets: &ids[1..], seq: 7 },
+                None,
+                &mut Workspace::default(),
+            )
+            .unwrap();
         losses
     };
     let loaded = Inference::load(&at("model"), Precision::F32).unwrap();
@@ -248,7 +255,14 @@ fn noise_has_a_seed_of_its_own_in_every_layer() {
             balance_scale: 0.5,
             seed,
         };
-        let output = model.train_step(&mut grads, &ids[..6], &ids[1..], 6, &args, &mut workspace).unwrap();
+        let output = model
+            .train_step(
+                &mut grads,
+                Batch { inputs: &ids[..6], targets: &ids[1..], seq: 6 },
+                &args,
+                &mut workspace,
+            )
+            .unwrap();
         assert_eq!(output.balance_loss, 0.25 * LAYERS as f64);
     }
     let seen: Vec<Vec<(u64, f32)>> = seen.iter().map(|seen| seen.lock().unwrap().clone()).collect();

@@ -1,10 +1,10 @@
-//! Kernels by what the assembler says of them.
+//! Registers and spills of kernels, from the log of the assembler.
 
 use super::{required, skipped};
 use crate::cuda::ops::all_kernels;
 use crate::cuda::{compile, nvrtc_version};
 
-/// What the log says of one kernel.
+/// The log of one kernel.
 struct Usage {
     entry: String,
     registers: u32,
