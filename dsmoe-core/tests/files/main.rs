@@ -1,6 +1,7 @@
 //! Files: configurations, checkpoints, conversions and exports, sound and malformed.
 
 mod accounting;
+mod bodies;
 mod bytes;
 mod checkpoint;
 #[path = "../common/mod.rs"]
