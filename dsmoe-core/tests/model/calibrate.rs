@@ -165,6 +165,6 @@ fn bad_calibration_is_named() {
     }
     let experts = work.path().join("dsmoe");
     convert(&dir, &experts, &ConvertOptions::new(4), &mut |_| {}).unwrap();
-    assert!(error(&experts, &[]).contains("name a dense model"));
+    assert!(error(&experts, &[]).contains("use a dense model"));
     assert!(LayerStream::open(&dir, &[]).unwrap().layer(2).is_ok());
 }
