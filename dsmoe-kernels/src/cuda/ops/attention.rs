@@ -3,8 +3,6 @@
 
 use half::bf16;
 
-#[cfg(test)]
-use super::KernelSpec;
 use super::{Arg, Gpu, Matrix, Result, Source, blocks, optional, sizes};
 use crate::cuda::{CudaError, GpuBuf};
 
@@ -16,7 +14,7 @@ const MAX_HEAD_DIM: usize = 128;
 const TILE: usize = 64;
 
 #[cfg(test)]
-pub(crate) const KERNELS: &[KernelSpec] = &[KernelSpec {
+pub(crate) const KERNELS: super::KernelSpec = super::KernelSpec {
     source: &SOURCE,
     entries: &["forward", "ragged", "deltas", "backward_queries", "backward_keys"],
     defines: &[
@@ -26,7 +24,7 @@ pub(crate) const KERNELS: &[KernelSpec] = &[KernelSpec {
         &[("HD", 12), ("HP", 16)],
     ],
     max_registers: 255,
-}];
+};
 
 /// The heads of a layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

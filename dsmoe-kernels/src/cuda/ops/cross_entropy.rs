@@ -2,19 +2,17 @@
 
 use half::bf16;
 
-#[cfg(test)]
-use super::KernelSpec;
 use super::{Arg, Gpu, Matrix, Result, Source, blocks, int};
 
 static SOURCE: Source = Source { name: "cross_entropy", text: include_str!("cross_entropy.cu") };
 
 #[cfg(test)]
-pub(crate) const KERNELS: &[KernelSpec] = &[KernelSpec {
+pub(crate) const KERNELS: super::KernelSpec = super::KernelSpec {
     source: &SOURCE,
     entries: &["chunk", "forward", "likelihoods"],
     defines: &[&[]],
     max_registers: 64,
-}];
+};
 
 fn start(gpu: &Gpu, entry: &'static str, rows: usize, vocab: usize, args: &[Arg]) -> Result<()> {
     let kernel = gpu.kernel(&SOURCE, entry, &[])?;

@@ -2,8 +2,6 @@
 
 use half::bf16;
 
-#[cfg(test)]
-use super::KernelSpec;
 use super::attention::{Heads, Tiles};
 use super::{Matrix, Result, Source, blocks, optional, sizes};
 
@@ -13,12 +11,12 @@ static SOURCE: Source = Source { name: "decode", text: include_str!("decode.cu")
 const CHUNK: usize = 64;
 
 #[cfg(test)]
-pub(crate) const KERNELS: &[KernelSpec] = &[KernelSpec {
+pub(crate) const KERNELS: super::KernelSpec = super::KernelSpec {
     source: &SOURCE,
     entries: &["append", "chunks", "combine"],
     defines: &[&[("HD", 128), ("CHUNK", CHUNK as i64)], &[("HD", 6), ("CHUNK", CHUNK as i64)]],
     max_registers: 128,
-}];
+};
 
 fn defines(heads: Heads) -> [(&'static str, i64); 2] {
     [("HD", heads.head_dim as i64), ("CHUNK", CHUNK as i64)]

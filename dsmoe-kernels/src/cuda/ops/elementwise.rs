@@ -2,19 +2,17 @@
 
 use half::bf16;
 
-#[cfg(test)]
-use super::KernelSpec;
 use super::{Arg, Gpu, Matrix, Result, Source, blocks, int};
 
 static SOURCE: Source = Source { name: "elementwise", text: include_str!("elementwise.cu") };
 
 #[cfg(test)]
-pub(crate) const KERNELS: &[KernelSpec] = &[KernelSpec {
+pub(crate) const KERNELS: super::KernelSpec = super::KernelSpec {
     source: &SOURCE,
     entries: &["cast", "add", "keep", "rows"],
     defines: &[&[]],
     max_registers: 40,
-}];
+};
 
 /// Threads of a block.
 const BLOCK: u32 = 256;

@@ -1,19 +1,17 @@
 //! Rows of an embedding table; see [`crate::ops::embedding`].
 
-#[cfg(test)]
-use super::KernelSpec;
 use super::{Gpu, Matrix, Result, Source, blocks, int};
 use crate::cuda::{Float, GpuBuf};
 
 static SOURCE: Source = Source { name: "embedding", text: include_str!("embedding.cu") };
 
 #[cfg(test)]
-pub(crate) const KERNELS: &[KernelSpec] = &[KernelSpec {
+pub(crate) const KERNELS: super::KernelSpec = super::KernelSpec {
     source: &SOURCE,
     entries: &["forward_f32", "forward_bf16", "backward"],
     defines: &[&[]],
     max_registers: 40,
-}];
+};
 
 /// Threads of a block.
 const BLOCK: u32 = 256;

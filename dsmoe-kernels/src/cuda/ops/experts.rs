@@ -6,8 +6,6 @@
 
 use half::bf16;
 
-#[cfg(test)]
-use super::KernelSpec;
 use super::ffn::Dims;
 use super::router::Lists;
 use super::{Arg, Gpu, Matrix, Result, Source, blocks, int, sizes};
@@ -20,12 +18,12 @@ const STAGE_BYTES: u32 = (128 + 256) * 64 * 2;
 const OTHER_BYTES: u32 = 8 * 16 * 272 + 1024;
 
 #[cfg(test)]
-pub(crate) const KERNELS: &[KernelSpec] = &[KernelSpec {
+pub(crate) const KERNELS: super::KernelSpec = super::KernelSpec {
     source: &SOURCE,
     entries: &["up", "project", "down", "input", "weights", "combine"],
     defines: &[&[("STAGES", 4), ("PLAIN", 0)], &[("STAGES", 2), ("PLAIN", 1)]],
     max_registers: 255,
-}];
+};
 
 impl Dims {
     /// Tells whether these kernels take an FFN of such sizes: rows of an expert's weights and activations are whole groups of

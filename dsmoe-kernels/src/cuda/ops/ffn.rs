@@ -2,15 +2,17 @@
 
 use half::bf16;
 
-#[cfg(test)]
-use super::KernelSpec;
 use super::{Arg, Matrix, Result, Source, blocks, optional, sizes};
 
 static SOURCE: Source = Source { name: "ffn", text: include_str!("ffn.cu") };
 
 #[cfg(test)]
-pub(crate) const KERNELS: &[KernelSpec] =
-    &[KernelSpec { source: &SOURCE, entries: &["activate", "backward"], defines: &[&[]], max_registers: 64 }];
+pub(crate) const KERNELS: super::KernelSpec = super::KernelSpec {
+    source: &SOURCE,
+    entries: &["activate", "backward"],
+    defines: &[&[]],
+    max_registers: 64,
+};
 
 /// Experts that the backward pass of a dense FFN is cut into: a warp takes each.
 const SLICES: usize = 8;

@@ -1,4 +1,4 @@
-// y [T, outputs] = x W^TOKENS for a few tokens: a warp per row of W, which is read once for all TOKENS tokens.
+// y [T, outputs] = x W^T for a few tokens: a warp per row of W, which is read once for all TOKENS tokens.
 template <typename Out>
 DEV void gemv(Out* y, const bf16* x, const bf16* w, int inputs, int outputs) {
   const int o = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5), lane = threadIdx.x & 31;
@@ -36,7 +36,7 @@ gemv_f32(float* y, const bf16* x, const bf16* w, int inputs, int outputs) { gemv
 extern "C" __global__ void __launch_bounds__(256)
 gemv_bf16(bf16* y, const bf16* x, const bf16* w, int inputs, int outputs) { gemv(y, x, w, inputs, outputs); }
 
-// c [T, width] = coefficient silu(x Wg^TOKENS) (x Wu^TOKENS): a warp per neuron, none for one whose expert no token has active.
+// c [T, width] = coefficient silu(x Wg^T) (x Wu^T): a warp per neuron, none for one whose expert no token has active.
 extern "C" __global__ void __launch_bounds__(256)
 gemv_up(float* c, const bf16* x, const bf16* gate, const bf16* up, const float* coefficients, int inputs, int width,
        int n) {
@@ -85,7 +85,7 @@ gemv_up(float* c, const bf16* x, const bf16* gate, const bf16* up, const float* 
   }
 }
 
-// partials [blocks of NEURONS, TOKENS, outputs]: what these neurons of one expert add to y; nothing where no token has the
+// partials [blocks of NEURONS, TOKENS, outputs]: the terms of y of these neurons of one expert; nothing where no token has the
 // expert active. Four columns per thread.
 extern "C" __global__ void __launch_bounds__(128)
 gemv_down(float* partials, const float* c, const bf16* down, const float* coefficients, int outputs, int width, int n,

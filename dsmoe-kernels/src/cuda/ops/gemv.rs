@@ -2,8 +2,6 @@
 
 use half::bf16;
 
-#[cfg(test)]
-use super::KernelSpec;
 use super::ffn::Dims;
 use super::{Matrix, Result, Source, blocks, optional, sizes};
 use crate::cuda::Float;
@@ -16,7 +14,7 @@ pub const FEW: usize = 8;
 const NEURONS: usize = 32;
 
 #[cfg(test)]
-pub(crate) const KERNELS: &[KernelSpec] = &[KernelSpec {
+pub(crate) const KERNELS: super::KernelSpec = super::KernelSpec {
     source: &SOURCE,
     entries: &["gemv_f32", "gemv_bf16", "gemv_up", "gemv_down", "gemv_sum"],
     defines: &[
@@ -25,7 +23,7 @@ pub(crate) const KERNELS: &[KernelSpec] = &[KernelSpec {
         &[("TOKENS", 3), ("ALIGNED", 0), ("NEURONS", NEURONS as i64)],
     ],
     max_registers: 128,
-}];
+};
 
 fn defines(tokens: usize, width: usize) -> [(&'static str, i64); 3] {
     let aligned = width.is_multiple_of(8);

@@ -2,8 +2,6 @@
 
 use half::bf16;
 
-#[cfg(test)]
-use super::KernelSpec;
 use super::{Arg, Matrix, Result, Source, blocks, sizes};
 use crate::cuda::Float;
 use crate::cuda::blas::Gemm;
@@ -11,12 +9,12 @@ use crate::cuda::blas::Gemm;
 static SOURCE: Source = Source { name: "matmul", text: include_str!("matmul.cu") };
 
 #[cfg(test)]
-pub(crate) const KERNELS: &[KernelSpec] = &[KernelSpec {
+pub(crate) const KERNELS: super::KernelSpec = super::KernelSpec {
     source: &SOURCE,
     entries: &["gemm_f32", "gemm_bf16"],
     defines: &[&[]],
     max_registers: 64,
-}];
+};
 
 /// The operands of a product that are stored transposed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

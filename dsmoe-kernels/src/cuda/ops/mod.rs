@@ -26,23 +26,20 @@ pub(crate) use super::error::Result;
 pub(crate) use super::kernel::KernelSpec;
 pub(crate) use super::kernel::{Arg, blocks, int, sizes};
 
-/// Returns all kernels, for the test that compiles them.
+/// All kernels, for the test that compiles them.
 #[cfg(test)]
-pub(crate) fn all_kernels() -> impl Iterator<Item = &'static KernelSpec> {
-    let all = [
-        attention::KERNELS,
-        cross_entropy::KERNELS,
-        decode::KERNELS,
-        elementwise::KERNELS,
-        embedding::KERNELS,
-        experts::KERNELS,
-        ffn::KERNELS,
-        gemv::KERNELS,
-        matmul::KERNELS,
-        optim::KERNELS,
-        rms_norm::KERNELS,
-        rope::KERNELS,
-        router::KERNELS,
-    ];
-    all.into_iter().flatten()
-}
+pub(crate) const KERNELS: &[KernelSpec] = &[
+    attention::KERNELS,
+    cross_entropy::KERNELS,
+    decode::KERNELS,
+    elementwise::KERNELS,
+    embedding::KERNELS,
+    experts::KERNELS,
+    ffn::KERNELS,
+    gemv::KERNELS,
+    matmul::KERNELS,
+    optim::KERNELS,
+    rms_norm::KERNELS,
+    rope::KERNELS,
+    router::KERNELS,
+];

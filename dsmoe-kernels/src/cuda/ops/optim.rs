@@ -2,20 +2,18 @@
 
 use half::bf16;
 
-#[cfg(test)]
-use super::KernelSpec;
 use super::{Arg, Matrix, Result, Source, blocks, int};
 use crate::adamw::Hyper;
 
 static SOURCE: Source = Source { name: "optim", text: include_str!("optim.cu") };
 
 #[cfg(test)]
-pub(crate) const KERNELS: &[KernelSpec] = &[KernelSpec {
+pub(crate) const KERNELS: super::KernelSpec = super::KernelSpec {
     source: &SOURCE,
     entries: &["adamw", "sum_squares", "sum", "add_partials"],
     defines: &[&[]],
     max_registers: 40,
-}];
+};
 
 /// Values of [`AddSum::partials`], which are added in order.
 pub const PARTIALS: usize = 512;

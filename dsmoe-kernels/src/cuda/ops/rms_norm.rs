@@ -2,14 +2,12 @@
 
 use half::bf16;
 
-#[cfg(test)]
-use super::KernelSpec;
 use super::{Arg, Gpu, Matrix, Result, Source, blocks, int, sizes};
 
 static SOURCE: Source = Source { name: "rms_norm", text: include_str!("rms_norm.cu") };
 
 #[cfg(test)]
-pub(crate) const KERNELS: &[KernelSpec] = &[KernelSpec {
+pub(crate) const KERNELS: super::KernelSpec = super::KernelSpec {
     source: &SOURCE,
     entries: &["forward", "forward_sum", "restore", "backward", "sum_partials"],
     defines: &[
@@ -19,7 +17,7 @@ pub(crate) const KERNELS: &[KernelSpec] = &[KernelSpec {
         &[("HIDDEN", 67), ("THREADS", 32)],
     ],
     max_registers: 64,
-}];
+};
 
 /// Blocks of the backward pass: each keeps a part of the weight's gradient.
 const PARTS: usize = 512;

@@ -2,15 +2,13 @@
 
 use half::bf16;
 
-#[cfg(test)]
-use super::KernelSpec;
 use super::{Matrix, Result, Source, blocks, optional, sizes};
 
 static SOURCE: Source = Source { name: "rope", text: include_str!("rope.cu") };
 
 #[cfg(test)]
-pub(crate) const KERNELS: &[KernelSpec] =
-    &[KernelSpec { source: &SOURCE, entries: &["turn"], defines: &[&[]], max_registers: 40 }];
+pub(crate) const KERNELS: super::KernelSpec =
+    super::KernelSpec { source: &SOURCE, entries: &["turn"], defines: &[&[]], max_registers: 40 };
 
 /// The positions of rows.
 #[derive(Clone, Copy, Debug)]

@@ -1,8 +1,6 @@
 //! Routers: logits, gates, routing lists and statistics, and the backward pass with the straight-through rule. All are f32,
 //! as on the CPU: rounding a router would move tokens between experts.
 
-#[cfg(test)]
-use super::KernelSpec;
 use super::rms_norm::sum_partials;
 use super::{Arg, Gpu, Matrix, Result, Source, blocks, optional, sizes};
 use crate::cuda::{GpuBuf, View};
@@ -16,7 +14,7 @@ const DEFINES: &[(&str, i64)] = &[("CHUNK", CHUNK as i64)];
 const PARTS: usize = 64;
 
 #[cfg(test)]
-pub(crate) const KERNELS: &[KernelSpec] = &[KernelSpec {
+pub(crate) const KERNELS: super::KernelSpec = super::KernelSpec {
     source: &SOURCE,
     entries: &[
         "logits",
@@ -32,7 +30,7 @@ pub(crate) const KERNELS: &[KernelSpec] = &[KernelSpec {
     ],
     defines: &[DEFINES],
     max_registers: 64,
-}];
+};
 
 /// The input of a router: rows of the residual stream with their norm, so that the router sees no rounded values.
 #[derive(Clone, Copy, Debug)]

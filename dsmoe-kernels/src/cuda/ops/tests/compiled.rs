@@ -1,7 +1,7 @@
 //! Registers and spills of kernels, from the log of the assembler.
 
 use super::{required, skipped};
-use crate::cuda::ops::all_kernels;
+use crate::cuda::ops::KERNELS;
 use crate::cuda::{compile, nvrtc_version};
 
 /// The log of one kernel.
@@ -36,7 +36,7 @@ fn cuda_kernels_compile_without_spills() {
         return;
     }
     let mut problems = Vec::new();
-    for spec in all_kernels() {
+    for spec in KERNELS {
         for defines in spec.defines {
             for arch in ["sm_80", "sm_90a"] {
                 let what = format!("{} {defines:?} {arch}", spec.source.name);
