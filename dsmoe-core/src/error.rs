@@ -18,16 +18,6 @@ pub enum Error {
         #[source]
         cause: io::Error,
     },
-    /// A file that is not JSON, or not the JSON it should be.
-    #[error("{}: {message}; {help}", .path.display())]
-    Json {
-        /// The file.
-        path: PathBuf,
-        /// The defect, with line and column.
-        message: String,
-        /// The fix.
-        help: Remedy,
-    },
     /// A field of a JSON file.
     #[error("{}: {field} {problem}; {help}", .path.display())]
     Field {
@@ -35,16 +25,6 @@ pub enum Error {
         path: PathBuf,
         /// The key, dotted when nested.
         field: String,
-        /// The defect.
-        problem: String,
-        /// The fix.
-        help: Remedy,
-    },
-    /// A safetensors file whose header cannot be used.
-    #[error("{}: header {problem}; {help}", .path.display())]
-    Header {
-        /// The file.
-        path: PathBuf,
         /// The defect.
         problem: String,
         /// The fix.
@@ -62,7 +42,7 @@ pub enum Error {
         /// The fix.
         help: Remedy,
     },
-    /// A file or directory that should not be, or not be there.
+    /// A file or directory that is missing, surplus or malformed.
     #[error("{}: {problem}; {help}", .path.display())]
     Path {
         /// The file or directory.
@@ -169,9 +149,7 @@ impl Error {
     /// Returns the fix, where it is stored by itself.
     pub fn help(&self) -> Option<&Remedy> {
         match self {
-            Error::Json { help, .. }
-            | Error::Field { help, .. }
-            | Error::Header { help, .. }
+            Error::Field { help, .. }
             | Error::Tensor { help, .. }
             | Error::Path { help, .. }
             | Error::OutputNotEmpty { help, .. }

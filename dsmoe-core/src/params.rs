@@ -34,39 +34,18 @@ pub struct TensorSpec {
 impl TensorSpec {
     /// Describes a weight matrix, stored as it is, with decay.
     pub fn matrix(name: impl Into<String>, rows: usize, cols: usize) -> TensorSpec {
-        let shape = vec![rows, cols];
-        TensorSpec {
-            name: name.into(),
-            shape,
-            stored: Stored::AsIs,
-            decay: true,
-            router: false,
-            training_only: false,
-        }
+        TensorSpec { decay: true, router: false, ..TensorSpec::router(name, vec![rows, cols]) }
     }
 
     /// Describes a norm's weight: no decay.
     pub fn norm(name: impl Into<String>, len: usize) -> TensorSpec {
-        TensorSpec {
-            name: name.into(),
-            shape: vec![len],
-            stored: Stored::AsIs,
-            decay: false,
-            router: false,
-            training_only: false,
-        }
+        TensorSpec { router: false, ..TensorSpec::router(name, vec![len]) }
     }
 
     /// Describes a router's tensor: no decay.
     pub fn router(name: impl Into<String>, shape: Vec<usize>) -> TensorSpec {
-        TensorSpec {
-            name: name.into(),
-            shape,
-            stored: Stored::AsIs,
-            decay: false,
-            router: true,
-            training_only: false,
-        }
+        let (name, stored) = (name.into(), Stored::AsIs);
+        TensorSpec { name, shape, stored, decay: false, router: true, training_only: false }
     }
 
     /// Returns the description of the transposed tensor.

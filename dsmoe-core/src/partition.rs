@@ -9,8 +9,8 @@ use dsmoe_kernels::rng::Rng;
 use ndarray::{Array2, ArrayView2, Axis};
 use serde::Deserialize;
 
-use crate::error::{Error, Result, shown};
-use crate::json::read_json;
+use crate::error::{Error, Result};
+use crate::json::{parse, read_json};
 
 /// The most experts an error message suggests.
 const MOST_SUGGESTED: usize = 64;
@@ -105,16 +105,11 @@ impl Partition {
         num_experts: usize,
     ) -> Result<Vec<Partition>> {
         let text = read_json(path)?;
-        let parsed = if text.trim_start().starts_with('[') {
-            serde_json::from_str(&text).map(|experts| vec![experts])
-        } else {
-            serde_json::from_str(&text).map(|file: Layers| file.layers)
+        let (form, help) = ("a partition", "write {\"layers\": [[[neuron, ...] per expert] per layer]}");
+        let layers = match text.trim_start().starts_with('[') {
+            true => vec![parse(path, &text, form, help)?],
+            false => parse::<Layers>(path, &text, form, help)?.layers,
         };
-        let layers: Vec<Vec<Vec<u32>>> = parsed.map_err(|cause| Error::Json {
-            path: path.to_path_buf(),
-            message: format!("not a partition: {}", shown(&cause.to_string())),
-            help: "write {\"layers\": [[[neuron, ...] per expert] per layer]}".into(),
-        })?;
         if layers.len() != 1 && layers.len() != num_layers {
             let help = "give one list for every layer, or one for all";
             let problem = format!("has {} lists and the model {num_layers} layers", layers.len());

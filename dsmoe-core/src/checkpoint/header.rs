@@ -146,7 +146,7 @@ impl Header {
 }
 
 fn wrong(path: &Path, problem: String, help: &'static str) -> Error {
-    Error::Header { path: path.to_path_buf(), problem, help: help.into() }
+    Error::path(path, format!("header {problem}"), help)
 }
 
 fn check_len(path: &Path, header_len: u64, file_len: u64) -> Result<()> {

@@ -13,7 +13,7 @@ use super::dtype::decode;
 use super::names::is_router;
 use super::{Dtype, Header, INDEX_FILE, SINGLE_FILE};
 use crate::error::{Error, Result, shown};
-use crate::json::read_json;
+use crate::json::{COPY, parse, read_json};
 use crate::remedy::Remedy;
 
 /// A tensor's place in a checkpoint.
@@ -73,11 +73,11 @@ impl Checkpoint {
         } else if index.exists() {
             Checkpoint::open_index(dir, &index)
         } else {
-            Err(Error::Path {
-                path: dir.to_path_buf(),
-                problem: format!("there is no {SINGLE_FILE} and no {INDEX_FILE}"),
-                help: "name a model directory with safetensors weights (transformers' save_pretrained writes them)".into(),
-            })
+            Err(Error::path(
+                dir,
+                format!("there is no {SINGLE_FILE} and no {INDEX_FILE}"),
+                "name a model directory with safetensors weights (transformers' save_pretrained writes them)",
+            ))
         }
     }
 
@@ -92,11 +92,7 @@ impl Checkpoint {
     }
 
     fn open_index(dir: &Path, path: &Path) -> Result<Checkpoint> {
-        let index: Index = serde_json::from_str(&read_json(path)?).map_err(|cause| Error::Json {
-            path: path.to_path_buf(),
-            message: format!("not an index of shards: {}", shown(&cause.to_string())),
-            help: "copy the file again".into(),
-        })?;
+        let index: Index = parse(path, &read_json(path)?, "an index of shards", COPY)?;
         let mut numbers: BTreeMap<&str, usize> = BTreeMap::new();
         for (tensor, name) in &index.weight_map {
             if !is_plain_name(name) {

@@ -239,7 +239,7 @@ pub fn convert(
 /// Makes the error for masks of `model` that do not fit a new order of its neurons.
 pub(crate) fn masks_of_other_order(model: &Path, help: &'static str) -> Error {
     let problem = "masks neurons in the order they now have, which would change".to_owned();
-    Error::Path { path: model.join(MASKS_FILE), problem, help: help.into() }
+    Error::path(&model.join(MASKS_FILE), problem, help)
 }
 
 fn partitions(config: &Config, options: &ConvertOptions) -> Result<Vec<Partition>> {
@@ -263,11 +263,10 @@ fn partitions(config: &Config, options: &ConvertOptions) -> Result<Vec<Partition
                 Partition::from_experts(width, &lists)
             })
             .collect(),
-        PartitionSpec::File(path) if !config.is_even() => Err(Error::Path {
-            path: path.clone(),
-            problem: "lists neurons of layers of one width, and this model's layers differ".to_owned(),
-            help: "use a contiguous or random {partition}".into(),
-        }),
+        PartitionSpec::File(path) if !config.is_even() => {
+            let problem = "lists neurons of layers of one width, and this model's layers differ";
+            Err(Error::path(path, problem, "use a contiguous or random {partition}"))
+        }
         PartitionSpec::File(path) => {
             Partition::read_file(path, config.num_layers, config.intermediate, experts)
         }

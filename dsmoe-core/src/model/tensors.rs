@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use dsmoe_kernels::rope;
+use dsmoe_kernels::{attention, rope};
 
 use crate::checkpoint::ffn_name;
 use crate::config::{Config, LayerShape, RopeScaling};
@@ -115,6 +115,17 @@ pub(crate) fn set_threshold(
         }
     }
     Ok(())
+}
+
+/// Returns the sizes of the attention of layer `i` over `batch` sequences.
+pub(crate) fn attention_dims(
+    config: &Config,
+    i: usize,
+    batch: usize,
+    [queries, keys]: [usize; 2],
+) -> attention::Dims {
+    let LayerShape { num_heads: heads, num_kv_heads: kv_heads, .. } = config.layer(i);
+    attention::Dims { batch, queries, keys, heads, kv_heads, head_dim: config.head_dim }
 }
 
 /// Sequences of one length, one after the other, with the tokens to predict.

@@ -13,7 +13,7 @@ use crate::accounting::Accounting;
 use crate::config::{Config, LayerShape};
 use crate::error::Result;
 use crate::ffn::{FfnInference, FfnScratch, Record};
-use crate::model::tensors::{Batch, in_pool, rope_table, set_threshold};
+use crate::model::tensors::{Batch, attention_dims, in_pool, rope_table, set_threshold};
 
 /// A LLaMA decoder for inference: weight matrices packed in a [`Precision`], norms and routers in f32. With bf16
 /// the operands of matrix products are rounded to it; sums, softmax and the residual stream are f32.
@@ -172,7 +172,7 @@ impl CpuInference {
         let start = cache.as_ref().map_or(0, |cache| cache.len);
         let at = |heads| rope::Args { table: &self.rope, seq, start, heads };
         self.forward(ids, stats, workspace, |i, Heads { a, lse, q, k, v }| {
-            let shape = self.attention(i, ids.len() / seq, seq, start + seq);
+            let shape = attention_dims(&self.config, i, ids.len() / seq, [seq, start + seq]);
             for (x, args) in [(&mut *q, at(shape.heads)), (&mut *k, at(shape.kv_heads))] {
                 rope::Forward { x, stride: args.width(), args }.run();
             }
@@ -190,12 +190,6 @@ impl CpuInference {
         if let Some(cache) = cache {
             cache.len += seq;
         }
-    }
-
-    /// Returns the shape of an attention of layer `i`.
-    pub(crate) fn attention(&self, i: usize, batch: usize, queries: usize, keys: usize) -> attention::Dims {
-        let LayerShape { num_heads: heads, num_kv_heads: kv_heads, .. } = self.config.layer(i);
-        attention::Dims { batch, queries, keys, heads, kv_heads, head_dim: self.config.head_dim }
     }
 
     /// Sets `workspace.h` to the normed hidden states `[ids.len(), hidden]`, where `attend` does what a layer's

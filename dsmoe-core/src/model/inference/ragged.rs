@@ -12,7 +12,7 @@ use super::cache::Cache;
 use super::cpu::{CpuInference, Heads, Workspace};
 use super::segments::{Likelihood, Place};
 use crate::config::LayerShape;
-use crate::model::tensors::in_pool;
+use crate::model::tensors::{attention_dims, in_pool};
 
 /// Rows of logits at a time.
 const LOGIT_ROWS: usize = 512;
@@ -71,7 +71,7 @@ impl CpuInference {
             |(keys, values): &mut (Vec<f32>, Vec<f32>), ((a, lse), place)| {
                 let own = |width: usize| place.first * width..(place.first + place.tokens) * width;
                 let (start, before) = place.before;
-                let shape = self.attention(layer, 1, place.tokens, before + place.tokens);
+                let shape = attention_dims(&self.config, layer, 1, [place.tokens, before + place.tokens]);
                 let q = &q[own(width)];
                 let (k_own, v_own) = (&k[own(kv_width)], &v[own(kv_width)]);
                 if before == 0 {
@@ -100,7 +100,7 @@ impl CpuInference {
             for (x, args) in [(&mut *q, at(num_heads)), (&mut *k, at(kv_heads))] {
                 rope::Forward { x, stride: args.width(), args }.run();
             }
-            let shape = self.attention(layer, 1, 1, cache.len + 1);
+            let shape = attention_dims(&self.config, layer, 1, [1, cache.len + 1]);
             let (keys, values) = cache.push(layer, k, v);
             attention::Decode { out: a, q, k: keys, v: values, dims: shape }.run();
         });

@@ -10,7 +10,7 @@ use super::{StepArgs, StepOutput};
 use crate::error::Result;
 use crate::ffn::{FfnBackward, FfnForward, Record};
 use crate::model::arena::Model;
-use crate::model::tensors::{Batch, LayerRanges, in_pool};
+use crate::model::tensors::{Batch, LayerRanges, attention_dims, in_pool};
 
 impl Model {
     /// Runs forward and backward over `batch`. Adds to `grads` (laid out as
@@ -107,7 +107,7 @@ impl Model {
         for (i, ranges) in self.ranges.layers.iter().enumerate() {
             let (done, after) = layers.split_at_mut(i + 1);
             let LayerActs { x, qkv, a, lse, x_mid, rstd_mid, ffn: saved, .. } = &mut done[i];
-            let attention = self.attention_dims(i, tokens, seq);
+            let attention = attention_dims(&self.config, i, tokens / seq, [seq, seq]);
             let dims = LinearDims::of(attention, hidden, precision);
             linear::Forward { y: qkv, x: h, w: self.param(&ranges.qkv()), dims: dims.qkv }.run();
             rope::Forward { x: qkv, stride: attention.joined_width(), args: self.rope_args(attention) }.run();
@@ -173,7 +173,7 @@ impl Model {
         for (i, (ranges, acts)) in self.ranges.layers.iter().zip(layers).enumerate().rev() {
             let LayerRanges { input_norm, o, post_norm, ffn, .. } = ranges;
             let LayerActs { x, rstd, qkv, a, lse, x_mid, rstd_mid, ffn: saved } = acts;
-            let attention = self.attention_dims(i, tokens, seq);
+            let attention = attention_dims(&self.config, i, tokens / seq, [seq, seq]);
             let dims = LinearDims::of(attention, hidden, precision);
             let (dqkv, da) = (&mut dqkv[..qkv.len()], &mut da[..a.len()]);
             // x_mid + ffn(h)
@@ -233,19 +233,6 @@ impl Model {
     fn rope_args(&self, attention: attention::Dims) -> rope::Args<'_> {
         let heads = attention.heads + attention.kv_heads;
         rope::Args { table: &self.rope, seq: attention.queries, start: 0, heads }
-    }
-
-    /// Returns the shape of the attention of layer `i`.
-    fn attention_dims(&self, i: usize, tokens: usize, seq: usize) -> attention::Dims {
-        let shape = self.config.layer(i);
-        attention::Dims {
-            batch: tokens / seq,
-            queries: seq,
-            keys: seq,
-            heads: shape.num_heads,
-            kv_heads: shape.num_kv_heads,
-            head_dim: self.config.head_dim,
-        }
     }
 }
 
