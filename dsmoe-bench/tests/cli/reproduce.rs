@@ -43,7 +43,7 @@ name = "dsmoe"
 role = "dsmoe"
 make = "dsmoe"
 paper = "dsmoe"
-knobs = { order = "taylor" }
+settings = { order = "taylor" }
 
 [[method]]
 name = "dsmoe-paper"
@@ -250,7 +250,7 @@ fn changed_settings_redo_only_what_they_touch() {
     let (profile, other) = (profile(), place().join("other.toml"));
     let only = ["--methods", "dense,dsmoe", "--only", "table1"];
     succeeds(&[&["reproduce", "--profile", at(&profile), "--out", at(&out)][..], &only].concat());
-    let text = PROFILE.replacen("routers = \"calibrated\"", "routers = \"warm(4)\"", 1);
+    let text = PROFILE.replacen("order = \"taylor\"", "order = \"random\"", 1);
     fs::write(&other, text).unwrap();
     let again =
         run(&[&["reproduce", "--profile", at(&other), "--out", at(&out), "--resume"][..], &only].concat());
