@@ -3,9 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use dsmoe_core::checkpoint::{Checkpoint, Dtype};
-use dsmoe_core::config::Config;
 use dsmoe_core::convert::{ConvertOptions, PartitionSpec, convert};
-use dsmoe_core::init::{InitOptions, init, preset};
 use dsmoe_core::model::{Batch, Cache, Inference, Model, Workspace};
 use dsmoe_kernels::Precision;
 use half::bf16;
@@ -14,17 +12,8 @@ const BOTH: [Precision; 2] = [Precision::F32, Precision::Bf16];
 
 /// A random dense model in `dir`.
 fn dense(dir: &Path, dtype: Dtype, tied: bool) -> PathBuf {
-    let mut json: serde_json::Value = serde_json::from_str(&preset("tiny").unwrap().to_json()).unwrap();
-    for (key, value) in [("intermediate_size", 88), ("vocab_size", 75), ("num_hidden_layers", 2)] {
-        json[key] = value.into();
-    }
-    json["tie_word_embeddings"] = tied.into();
-    // Activations of the order of 1, and logits that tell tokens apart.
-    json["initializer_range"] = 0.1.into();
-    let config = Config::from_json(Path::new("config.json"), &json.to_string()).unwrap();
-    let out = dir.join(format!("dense-{dtype}-{tied}"));
-    init(&config, &out, &InitOptions { dtype, seed: 3, ..InitOptions::default() }, &mut |_| {}).unwrap();
-    out
+    let sizes = [("intermediate_size", 88), ("vocab_size", 75), ("num_hidden_layers", 2)];
+    crate::dense(dir, &sizes, dtype, tied)
 }
 
 /// The same cut into experts of permuted neurons.

@@ -41,6 +41,17 @@ enum Backend {
     Cuda(Box<cuda::CudaInference>),
 }
 
+/// Evaluates an expression for the model of either device.
+macro_rules! each {
+    ($backend:expr, $model:ident => $value:expr) => {
+        match $backend {
+            Backend::Cpu($model) => $value,
+            #[cfg(feature = "cuda")]
+            Backend::Cuda($model) => $value,
+        }
+    };
+}
+
 impl Inference {
     /// Packs the weights of `model` for the host, rounded where the precision is bf16.
     pub fn new(model: &Model, precision: Precision) -> Inference {
@@ -97,20 +108,12 @@ impl Inference {
 
     /// Returns the configuration.
     pub fn config(&self) -> &Config {
-        match &self.backend {
-            Backend::Cpu(model) => &model.config,
-            #[cfg(feature = "cuda")]
-            Backend::Cuda(model) => &model.config,
-        }
+        each!(&self.backend, model => &model.config)
     }
 
     /// Returns the parameter counts; pruned weights of masked linears are not activated.
     pub fn accounting(&self) -> &Accounting {
-        match &self.backend {
-            Backend::Cpu(model) => &model.accounting,
-            #[cfg(feature = "cuda")]
-            Backend::Cuda(model) => &model.accounting,
-        }
+        each!(&self.backend, model => &model.accounting)
     }
 
     /// Returns the precision of the packed weights.
@@ -124,20 +127,12 @@ impl Inference {
 
     /// Returns the size of the weights in bytes.
     pub fn bytes(&self) -> usize {
-        match &self.backend {
-            Backend::Cpu(model) => model.bytes(),
-            #[cfg(feature = "cuda")]
-            Backend::Cuda(model) => model.bytes(),
-        }
+        each!(&self.backend, model => model.bytes())
     }
 
     /// Returns empty routing statistics for this model; none without routers.
     pub fn new_stats(&self) -> Option<RoutingStats> {
-        let experts = match &self.backend {
-            Backend::Cpu(model) => model.num_experts(),
-            #[cfg(feature = "cuda")]
-            Backend::Cuda(model) => model.num_experts(),
-        };
+        let experts = each!(&self.backend, model => model.num_experts());
         experts.map(|n| RoutingStats::new(self.config().num_layers, n))
     }
 
@@ -146,11 +141,7 @@ impl Inference {
     /// # Errors
     /// The threshold is outside 0..=1, or the model has no gates.
     pub fn set_threshold(&mut self, threshold: f32) -> Result<()> {
-        match &mut self.backend {
-            Backend::Cpu(model) => model.set_threshold(threshold),
-            #[cfg(feature = "cuda")]
-            Backend::Cuda(model) => model.set_threshold(threshold),
-        }
+        each!(&mut self.backend, model => model.set_threshold(threshold))
     }
 
     /// Sets `losses[t]` to the negative log-likelihood (nats) of target t after the inputs up to t of its sequence; 0
