@@ -71,7 +71,7 @@ pub(crate) fn directions(model: PaperModel, methods: &[MethodResult], shapes: &[
             all.push(Direction { output: Output::Table3, method: without.name.clone(), statement, agrees });
         };
         say(
-            "perplexity higher without the straight-through rule".to_owned(),
+            "perplexity higher without the straight-through estimator".to_owned(),
             Some(without.ppl.mean > with.ppl.mean),
         );
         for (task, label) in paper::TASKS {

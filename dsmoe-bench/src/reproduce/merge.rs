@@ -1,4 +1,4 @@
-//! `dsmoe reproduce merge`: the parts of a reproduction put together.
+//! `dsmoe reproduce merge`: combines the parts of a reproduction.
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;

@@ -224,7 +224,7 @@ impl TrainSettings {
 }
 
 impl fmt::Display for TrainSettings {
-    /// Writes the settings as they stand in TOML, with commas between them.
+    /// Writes the settings as in TOML, separated by commas.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0.to_string().trim().replace('\n', ", "))
     }

@@ -1,4 +1,4 @@
-//! Stages as they are done: each is found in the cache or computed, and a line says how far the whole work is.
+//! Execution of stages: each is found in the cache or computed, and a line reports the progress of the whole work.
 
 use std::path::Path;
 use std::sync::atomic::Ordering;
