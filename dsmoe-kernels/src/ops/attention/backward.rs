@@ -126,15 +126,15 @@ impl Head<'_> {
             let part = first_key * width..(first_key + seen) * width;
             let (k, v) = (&work.k[part.clone()], &work.v[part.clone()]);
             let (p, ds) = (&mut scores[..seen * n], &mut slopes[..seen * n]);
-            product(s, p, k, Left::Rows(width), q_columns, [seen, n, head_dim], false);
-            product(s, ds, v, Left::Rows(width), dout_columns, [seen, n, head_dim], false);
+            product(s, p, Left::Rows(k, width), q_columns, [seen, n, head_dim], false);
+            product(s, ds, Left::Rows(v, width), dout_columns, [seen, n, head_dim], false);
             gradients(s, p, ds, logs, deltas);
             rows.mask(p, first_key, 0.0);
             rows.mask(ds, first_key, 0.0);
-            product(s, &mut work.dv[part.clone()], p, Left::Rows(n), dout_rows, [seen, width, n], true);
-            product(s, &mut work.dk[part], ds, Left::Rows(n), q_rows, [seen, width, n], true);
+            product(s, &mut work.dv[part.clone()], Left::Rows(p, n), dout_rows, [seen, width, n], true);
+            product(s, &mut work.dk[part], Left::Rows(ds, n), q_rows, [seen, width, n], true);
             let sizes = [width, n, seen];
-            product(s, &mut work.sums, k, Left::Columns(width), ds, sizes, first_key > 0);
+            product(s, &mut work.sums, Left::Columns(k, width), ds, sizes, first_key > 0);
         }
         transpose(s, &mut work.rows, &work.sums, [width, n]);
         let scale = dims.scale();

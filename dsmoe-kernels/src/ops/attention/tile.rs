@@ -200,30 +200,29 @@ pub(super) fn transpose<S: Product>(s: S, out: &mut [f32], x: &[f32], [m, n]: [u
     }
 }
 
-/// How the left factor of a product lies in memory.
+/// The left factor of a product, with its stride.
 #[derive(Clone, Copy)]
-pub(super) enum Left {
-    /// A[i, k] at `i * stride + k`.
-    Rows(usize),
-    /// A[i, k] at `k * stride + i`.
-    Columns(usize),
+pub(super) enum Left<'a> {
+    /// A[i, k] lies at `i * stride + k`.
+    Rows(&'a [f32], usize),
+    /// A[i, k] lies at `k * stride + i`.
+    Columns(&'a [f32], usize),
 }
 
-/// `C = A B`, or `C += A B` when `accumulate`: C `[m, n]`, A `[m, k]` as `left` says, B `[k, n]`; m is a multiple of
+/// `C = A B`, or `C += A B` when `accumulate`: `sizes` are m, n and k: C `[m, n]`, A `[m, k]` at the left, B `[k, n]`; m is a multiple of
 /// [`KEY_PAD`] and n of [`PAD`].
 #[inline(always)]
 pub(super) fn product<S: Product>(
     s: S,
     c: &mut [f32],
-    a: &[f32],
-    left: Left,
+    left: Left<'_>,
     b: &[f32],
-    [m, n, k]: [usize; 3],
+    sizes: [usize; 3],
     accumulate: bool,
 ) {
     match left {
-        Left::Rows(stride) => columns::<S, false>(s, c, a, stride, b, [m, n, k], accumulate),
-        Left::Columns(stride) => columns::<S, true>(s, c, a, stride, b, [m, n, k], accumulate),
+        Left::Rows(a, stride) => columns::<S, false>(s, c, (a, stride), b, sizes, accumulate),
+        Left::Columns(a, stride) => columns::<S, true>(s, c, (a, stride), b, sizes, accumulate),
     }
 }
 
@@ -231,8 +230,7 @@ pub(super) fn product<S: Product>(
 fn columns<S: Product, const COLUMNS: bool>(
     s: S,
     c: &mut [f32],
-    a: &[f32],
-    stride: usize,
+    (a, stride): (&[f32], usize),
     b: &[f32],
     sizes: [usize; 3],
     accumulate: bool,

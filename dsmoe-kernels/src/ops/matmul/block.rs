@@ -5,7 +5,8 @@ use std::ops::Range;
 
 use super::Precision;
 use super::pack::{
-    DEPTH, PANEL, SLACK, Source, copied_pair_tiles, copied_tiles, pack, pack_pairs, packs_pairs, pairs, round,
+    DEPTH, PANEL, Part, SLACK, Source, copied_pair_tiles, copied_tiles, pack, pack_pairs, packs_pairs, pairs,
+    round,
 };
 use super::tile::{Depth, Next, product};
 use crate::buf::Buf;
@@ -127,12 +128,18 @@ impl<K: Sink> ProductKernel for Task<'_, '_, K> {
             Left::Source(source, _) if dots => {
                 a_pairs.resize(rows * depth / 2 + SLACK);
                 let out = bytemuck::cast_slice_mut(a_pairs);
-                pack_pair_tiles(s, out, a, &source, block.rows.clone(), block.ks.clone());
+                pack_pair_tiles(s, out, a, Part { source, lanes: block.rows.clone(), ks: block.ks.clone() });
                 (&[], out)
             }
             Left::Source(source, rounded) => {
                 a.resize(rows * depth + SLACK);
-                pack_tiles(s, a, &source, block.rows.clone(), block.ks.clone(), depth, rounded);
+                pack_tiles(
+                    s,
+                    a,
+                    Part { source, lanes: block.rows.clone(), ks: block.ks.clone() },
+                    depth,
+                    rounded,
+                );
                 (a, &[])
             }
         };
@@ -162,20 +169,12 @@ impl<K: Sink> ProductKernel for Task<'_, '_, K> {
     }
 }
 
-/// Sets `out` to the tiles of rows `rows` and columns `ks` of `source`, followed by zeros up to `depth`.
+/// Sets `out` to the tiles of `part`, followed by zeros up to `depth`.
 #[inline(always)]
-fn pack_tiles<S: Product>(
-    s: S,
-    out: &mut [f32],
-    source: &Source<'_>,
-    rows: Range<usize>,
-    ks: Range<usize>,
-    depth: usize,
-    rounded: bool,
-) {
-    let k = ks.len();
-    if source.lanes_are_dense() {
-        copied_tiles(s, out, source, rows.clone(), ks, depth, || tiles(rows.len(), S::ROWS));
+fn pack_tiles<S: Product>(s: S, out: &mut [f32], part: Part<'_>, depth: usize, rounded: bool) {
+    let (rows, k) = (part.lanes.clone(), part.ks.len());
+    if part.source.lanes_are_dense() {
+        copied_tiles(s, out, part, depth, || tiles(rows.len(), S::ROWS));
         for tile in tiles(rows.len(), S::ROWS) {
             let out = &mut out[tile.start * depth..tile.end * depth];
             if rounded {
@@ -191,7 +190,8 @@ fn pack_tiles<S: Product>(
         for start in (0..k).step_by(DEPTH) {
             let end = k.min(start + DEPTH);
             let out = &mut out[start * width..];
-            pack(s, out, (width, width), source, lanes.clone(), ks.start + start..ks.start + end);
+            let ks = part.ks.start + start..part.ks.start + end;
+            pack(s, out, (width, width), Part { source: part.source, lanes: lanes.clone(), ks });
             if rounded {
                 round(s, &mut out[..(end - start) * width]);
             }
@@ -241,38 +241,32 @@ impl ProductKernel for (PackLeft<'_>, &mut Work) {
         let (PackLeft { out, source, rows, ks, precision }, Work { a, .. }) = self;
         let depth = ks.len();
         if precision == Precision::Bf16 && S::DOTS {
-            pack_pair_tiles(s, bytemuck::cast_slice_mut(out), a, &source, rows, ks);
+            pack_pair_tiles(s, bytemuck::cast_slice_mut(out), a, Part { source, lanes: rows, ks });
         } else {
-            pack_tiles(s, out, &source, rows, ks, depth, precision == Precision::Bf16);
+            let part = Part { source, lanes: rows, ks };
+            pack_tiles(s, out, part, depth, precision == Precision::Bf16);
         }
     }
 }
 
-/// Sets `out` to the tiles of rows `rows` and columns `ks` of `source` in pairs; `values` is memory to work in.
+/// Sets `out` to the tiles of `part` in pairs; `values` is memory to work in.
 #[inline(always)]
-fn pack_pair_tiles<S: Product>(
-    s: S,
-    out: &mut [u32],
-    values: &mut Buf,
-    source: &Source<'_>,
-    rows: Range<usize>,
-    ks: Range<usize>,
-) {
-    let depth = ks.len().next_multiple_of(2);
-    if source.lanes_are_dense() {
-        copied_pair_tiles(s, out, source, rows.clone(), ks, || tiles(rows.len(), S::ROWS));
+fn pack_pair_tiles<S: Product>(s: S, out: &mut [u32], values: &mut Buf, part: Part<'_>) {
+    let (rows, depth) = (part.lanes.clone(), part.ks.len().next_multiple_of(2));
+    if part.source.lanes_are_dense() {
+        copied_pair_tiles(s, out, part, || tiles(rows.len(), S::ROWS));
         return;
     }
-    if !packs_pairs(source) {
+    if !packs_pairs(&part.source) {
         values.resize(rows.len() * depth + SLACK);
-        pack_tiles(s, values, source, rows.clone(), ks, depth, false);
+        pack_tiles(s, values, part, depth, false);
         pair_tiles(s, out, values, rows.len(), depth);
         return;
     }
     for tile in tiles(rows.len(), S::ROWS) {
         let (width, out) = (tile.len(), &mut out[tile.start * depth / 2..]);
         let lanes = rows.start + tile.start..rows.start + tile.end;
-        pack_pairs(s, out, (width, width), source, lanes, ks.clone());
+        pack_pairs(s, out, (width, width), Part { lanes, ..part.clone() });
     }
 }
 

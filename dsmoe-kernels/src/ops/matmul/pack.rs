@@ -47,9 +47,14 @@ impl<'a> Source<'a> {
         Source { ks: list, ..Source::rows(mat.t()) }
     }
 
-    /// Whether neighbouring lanes lie side by side.
+    /// Tells whether neighbouring lanes lie side by side.
     pub(crate) fn lanes_are_dense(&self) -> bool {
-        self.lane_stride == 1 && self.lanes.is_none() && !(self.k_stride == 1 && self.ks.is_none())
+        self.lane_stride == 1 && self.lanes.is_none() && !self.k_is_dense()
+    }
+
+    /// Tells whether the values of a lane lie side by side.
+    fn k_is_dense(&self) -> bool {
+        self.k_stride == 1 && self.ks.is_none()
     }
 
     fn at_lane(&self, lane: usize) -> usize {
@@ -61,23 +66,25 @@ impl<'a> Source<'a> {
     }
 }
 
-/// Sets `width` lanes of a tile of `stride` lanes to lanes `lanes` and depth `ks` of `source`. Lanes that are
+/// Lanes and depth of a source that are packed.
+#[derive(Clone)]
+pub(crate) struct Part<'a> {
+    pub(crate) source: Source<'a>,
+    pub(crate) lanes: Range<usize>,
+    pub(crate) ks: Range<usize>,
+}
+
+/// Sets `width` lanes of a tile of `stride` lanes to `part`. Lanes that are
 /// missing up to `width` become 0. Where `width` is `stride`, overwrites up to [`SLACK`] values past the tile;
 /// elsewhere `width` is a multiple of 16.
 #[inline(always)]
-pub(crate) fn pack<S: Product>(
-    s: S,
-    out: &mut [f32],
-    (width, stride): (usize, usize),
-    source: &Source<'_>,
-    lanes: Range<usize>,
-    ks: Range<usize>,
-) {
-    if source.k_stride == 1 && source.ks.is_none() {
-        transposed(s, out, (width, stride), source, lanes, ks);
-    } else if source.lane_stride == 1 && source.lanes.is_none() {
-        copied(s, out, (width, stride), source, lanes, ks);
+pub(crate) fn pack<S: Product>(s: S, out: &mut [f32], (width, stride): (usize, usize), part: Part<'_>) {
+    if part.source.k_is_dense() {
+        transposed(s, out, (width, stride), part);
+    } else if part.source.lane_stride == 1 && part.source.lanes.is_none() {
+        copied(s, out, (width, stride), part);
     } else {
+        let Part { source, lanes, ks } = part;
         for (i, k) in ks.enumerate() {
             let row = &mut out[i * stride..][..width];
             row.fill(0.0);
@@ -92,14 +99,8 @@ static ZEROS: [f32; SQUARE] = [0.0; SQUARE];
 static WIDE_ZEROS: [f32; 2 * SQUARE] = [0.0; 2 * SQUARE];
 
 #[inline(always)]
-fn transposed<S: Product>(
-    s: S,
-    out: &mut [f32],
-    (width, stride): (usize, usize),
-    source: &Source<'_>,
-    lanes: Range<usize>,
-    ks: Range<usize>,
-) {
+fn transposed<S: Product>(s: S, out: &mut [f32], (width, stride): (usize, usize), part: Part<'_>) {
+    let Part { source, lanes, ks } = part;
     let squares = ks.len() / SQUARE;
     for first in (0..width).step_by(SQUARE) {
         let mut rows = [&ZEROS[..0]; SQUARE];
@@ -124,14 +125,8 @@ fn transposed<S: Product>(
 }
 
 #[inline(always)]
-fn copied<S: Product>(
-    s: S,
-    out: &mut [f32],
-    (width, stride): (usize, usize),
-    source: &Source<'_>,
-    lanes: Range<usize>,
-    ks: Range<usize>,
-) {
+fn copied<S: Product>(s: S, out: &mut [f32], (width, stride): (usize, usize), part: Part<'_>) {
+    let Part { source, lanes, ks } = part;
     for (i, k) in ks.enumerate() {
         let row = &source.data[source.at_k(k) + lanes.start..][..lanes.len()];
         let out = &mut out[i * stride..];
@@ -145,18 +140,17 @@ fn copied<S: Product>(
 /// rows may be apart by a power of two, which the first-level cache holds eight of.
 const ROWS_AT_ONCE: usize = 8;
 
-/// Sets the tiles of lanes `lanes` of a source with dense lanes, cut as `tiles` says and `depth` deep each, to depth `ks`.
-/// What is past `ks` in a tile is left as it is or of unspecified value.
+/// Sets tiles, cut as `tiles` says and `depth` deep each, to a part of a source with dense lanes. Values past the part in
+/// a tile are unspecified.
 #[inline(always)]
 pub(crate) fn copied_tiles<S: Product, T: Iterator<Item = Range<usize>>>(
     s: S,
     out: &mut [f32],
-    source: &Source<'_>,
-    lanes: Range<usize>,
-    ks: Range<usize>,
+    part: Part<'_>,
     depth: usize,
     tiles: impl Fn() -> T,
 ) {
+    let Part { source, lanes, ks } = part;
     for start in (0..ks.len()).step_by(ROWS_AT_ONCE) {
         let count = ROWS_AT_ONCE.min(ks.len() - start);
         let mut rows = [&ZEROS[..0]; ROWS_AT_ONCE];
@@ -189,11 +183,10 @@ pub(crate) fn copied_tiles<S: Product, T: Iterator<Item = Range<usize>>>(
 pub(crate) fn copied_pair_tiles<S: Product, T: Iterator<Item = Range<usize>>>(
     s: S,
     out: &mut [u32],
-    source: &Source<'_>,
-    lanes: Range<usize>,
-    ks: Range<usize>,
+    part: Part<'_>,
     tiles: impl Fn() -> T,
 ) {
+    let Part { source, lanes, ks } = part;
     let depth = ks.len().next_multiple_of(2);
     for start in (0..ks.len()).step_by(ROWS_AT_ONCE) {
         let count = ROWS_AT_ONCE.min(ks.len() - start);
@@ -228,22 +221,16 @@ pub(crate) fn copied_pair_tiles<S: Product, T: Iterator<Item = Range<usize>>>(
     }
 }
 
-/// Whether [`pack_pairs`] takes this source.
+/// Tells whether [`pack_pairs`] takes this source.
 pub(crate) fn packs_pairs(source: &Source<'_>) -> bool {
-    source.k_stride == 1 && source.ks.is_none() || source.lane_stride == 1 && source.lanes.is_none()
+    source.k_is_dense() || source.lane_stride == 1 && source.lanes.is_none()
 }
 
 /// As [`pack`], to pairs: `ks.len()` is made even with zeros, and [`SLACK`] pairs past the tile may be overwritten.
 #[inline(always)]
-pub(crate) fn pack_pairs<S: Product>(
-    s: S,
-    out: &mut [u32],
-    (width, stride): (usize, usize),
-    source: &Source<'_>,
-    lanes: Range<usize>,
-    ks: Range<usize>,
-) {
-    if !(source.k_stride == 1 && source.ks.is_none()) {
+pub(crate) fn pack_pairs<S: Product>(s: S, out: &mut [u32], (width, stride): (usize, usize), part: Part<'_>) {
+    let Part { source, lanes, ks } = part;
+    if !source.k_is_dense() {
         for k in (0..ks.len()).step_by(2) {
             let row = |k: usize| &source.data[source.at_k(ks.start + k) + lanes.start..][..lanes.len()];
             let (even, odd) = (row(k), if k + 1 < ks.len() { row(k + 1) } else { &[] });

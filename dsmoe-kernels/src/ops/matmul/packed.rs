@@ -5,7 +5,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::block::Panels;
-use super::pack::{PANEL, SLACK, Source, pack, pack_pairs, packs_pairs, pairs};
+use super::pack::{PANEL, Part, SLACK, Source, pack, pack_pairs, packs_pairs, pairs};
 use super::{Mat, Precision};
 use crate::buf::Buf;
 use crate::isa::Isa;
@@ -178,13 +178,14 @@ impl<const N: usize> ProductKernel for PackPanel<'_, N> {
         match precision {
             Precision::F32 => {
                 for (part, (source, lanes)) in parts.into_iter().enumerate() {
-                    pack(s, &mut out[part * width..], (width, PANEL), &source, lanes, ks.clone());
+                    pack(s, &mut out[part * width..], (width, PANEL), Part { source, lanes, ks: ks.clone() });
                 }
             }
             Precision::Bf16 if S::DOTS && parts.iter().all(|(source, _)| packs_pairs(source)) => {
                 let out: &mut [u32] = bytemuck::cast_slice_mut(out);
                 for (part, (source, lanes)) in parts.into_iter().enumerate() {
-                    pack_pairs(s, &mut out[part * width..], (width, PANEL), &source, lanes, ks.clone());
+                    let packed = Part { source, lanes, ks: ks.clone() };
+                    pack_pairs(s, &mut out[part * width..], (width, PANEL), packed);
                 }
             }
             Precision::Bf16 => {
@@ -195,7 +196,8 @@ impl<const N: usize> ProductKernel for PackPanel<'_, N> {
                     let now = ks.start + start..ks.start + start + depth;
                     for (part, (source, lanes)) in parts.iter().enumerate() {
                         let values = &mut values[part * width..];
-                        pack(s, values, (width, PANEL), source, lanes.clone(), now.clone());
+                        let part = Part { source: *source, lanes: lanes.clone(), ks: now.clone() };
+                        pack(s, values, (width, PANEL), part);
                     }
                     if depth % 2 == 1 {
                         values[depth * PANEL..(depth + 1) * PANEL].fill(0.0);
