@@ -9,11 +9,18 @@
 
 pub(crate) mod arena;
 #[cfg(feature = "cuda")]
-pub mod cuda;
+pub(crate) mod gpu;
 pub(crate) mod inference;
 pub(crate) mod tensors;
 pub(crate) mod train;
 
+/// Models on a GPU. [`CudaTrainer`](cuda::CudaTrainer) trains; [`Inference`] chooses its device.
+#[cfg(feature = "cuda")]
+pub mod cuda {
+    pub use super::train::cuda::{CudaStep, CudaTrainer};
+}
+
 pub use arena::Model;
 pub use inference::{After, Cache, Inference, Likelihood, Segment, Workspace};
-pub use train::{StepArgs, StepOutput, TrainWorkspace};
+pub use tensors::Batch;
+pub use train::{MemoryUse, StepArgs, StepOutput, TrainWorkspace};
