@@ -1,4 +1,4 @@
-//! Backward of one head of keys and values: the scores are computed again, tile by tile.
+//! Backward of one head of keys and values, which recomputes the scores tile by tile.
 
 use std::cell::RefCell;
 
@@ -36,12 +36,12 @@ struct Work {
     q_rows: Buf,
     dout_columns: Buf,
     dout_rows: Buf,
-    /// Per row: logsumexp, and `<dout, out>`.
+    /// logsumexp and `<dout, out>` of each row.
     logs: Buf,
     deltas: Buf,
     scores: Buf,
     slopes: Buf,
-    /// dq of a unit, transposed, and as it is.
+    /// dq of a unit, transposed and as rows.
     sums: Buf,
     rows: Buf,
 }
@@ -92,7 +92,7 @@ impl ProductKernel for (Head<'_>, &mut Work) {
 }
 
 impl Head<'_> {
-    /// Sets dq of one unit and adds what it gives to dk and dv.
+    /// Sets dq of one unit and adds its share of dk and dv.
     #[inline(always)]
     fn unit<S: Product>(self, s: S, work: &mut Work, rows: Rows) {
         let Head { dq, dout, out, q, lse, dims, .. } = self;
@@ -148,7 +148,7 @@ impl Head<'_> {
     }
 }
 
-/// From scores and `<dout, v>`, both `[keys, n]`: `p <- e^(p - logs)`, `ds <- p (ds - deltas)`.
+/// Turns scores p and `ds = <dout, v>`, both `[keys, n]`, into `p <- e^(p - logs)` and `ds <- p (ds - deltas)`.
 #[inline(always)]
 fn gradients<S: Product>(s: S, p: &mut [f32], ds: &mut [f32], logs: &[f32], deltas: &[f32]) {
     let n = logs.len();

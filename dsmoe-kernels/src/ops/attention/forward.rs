@@ -31,7 +31,7 @@ struct Work {
     /// The queries of all units, transposed.
     columns: Buf,
     scores: Buf,
-    /// Of all units: outputs so far, transposed; per row the largest score so far and the sum of
+    /// Of all units: outputs so far, transposed, and for each row the largest score so far and the sum of
     /// `e^(score - largest)`.
     sums: Buf,
     largest: Buf,
@@ -136,8 +136,8 @@ impl ProductKernel for (Block<'_>, &mut Work) {
     }
 }
 
-/// Turns `scores` `[keys, n]` into e^(score - largest), with `largest` now over these keys too, and brings `total`
-/// and `sums` `[width, n]`, unless these are the first keys, to it.
+/// Updates `largest` with `scores` `[keys, n]` and turns them into e^(score - largest). Rescales `total` and, unless these
+/// are the first keys, `sums` `[width, n]` to the new `largest`.
 #[inline(always)]
 fn softmax<S: Product>(
     s: S,

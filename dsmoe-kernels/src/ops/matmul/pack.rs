@@ -1,4 +1,4 @@
-//! Operands in the order the product kernels read them.
+//! Packs operands in the order in which the product kernels read them.
 //!
 //! A *tile* holds `width` lanes (rows of A, or the columns of one panel of B) k-major: value (k, lane) lies at
 //! `k * width + lane`. In pairs, (k, k + 1) of a lane are one `u32` at `k / 2 * width + lane`.
@@ -10,7 +10,7 @@ use crate::simd::{Product, SQUARE, pair};
 
 /// Columns of a panel of B.
 pub(crate) const PANEL: usize = 32;
-/// Inner dimension packed at a time: what is packed stays in the first-level cache for the next step. Even.
+/// Inner dimension packed at a time, even: the packed values stay in the first-level cache for the next step.
 pub(crate) const DEPTH: usize = 256;
 /// Values past a tile's end that packing may overwrite.
 pub(crate) const SLACK: usize = SQUARE;
@@ -26,7 +26,7 @@ pub(crate) struct Source<'a> {
 }
 
 impl<'a> Source<'a> {
-    /// Rows are lanes.
+    /// Takes rows as lanes.
     pub(crate) fn rows(mat: Mat<'a>) -> Source<'a> {
         Source {
             data: mat.data,
@@ -37,12 +37,12 @@ impl<'a> Source<'a> {
         }
     }
 
-    /// Row `list[lane]` for every lane.
+    /// Takes row `list[lane]` for every lane.
     pub(crate) fn picked_rows(mat: Mat<'a>, list: Option<&'a [u32]>) -> Source<'a> {
         Source { lanes: list, ..Source::rows(mat) }
     }
 
-    /// Columns are lanes, and row `list[k]` is k.
+    /// Takes columns as lanes, and row `list[k]` as k.
     pub(crate) fn columns_of_picked_rows(mat: Mat<'a>, list: Option<&'a [u32]>) -> Source<'a> {
         Source { ks: list, ..Source::rows(mat.t()) }
     }
@@ -74,9 +74,8 @@ pub(crate) struct Part<'a> {
     pub(crate) ks: Range<usize>,
 }
 
-/// Sets `width` lanes of a tile of `stride` lanes to `part`. Lanes that are
-/// missing up to `width` become 0. Where `width` is `stride`, overwrites up to [`SLACK`] values past the tile;
-/// elsewhere `width` is a multiple of 16.
+/// Sets `width` lanes of a tile of `stride` lanes to `part`; missing lanes become 0. If `width` is `stride`, up to
+/// [`SLACK`] values past the tile are overwritten; otherwise `width` is a multiple of 16.
 #[inline(always)]
 pub(crate) fn pack<S: Product>(s: S, out: &mut [f32], (width, stride): (usize, usize), part: Part<'_>) {
     if part.source.k_is_dense() {
@@ -136,8 +135,8 @@ fn copied<S: Product>(s: S, out: &mut [f32], (width, stride): (usize, usize), pa
     }
 }
 
-/// Values of k that [`copied_tiles`] moves of all tiles before the next: what it reads is at one place of every row, and
-/// rows may be apart by a power of two, which the first-level cache holds eight of.
+/// Values of k that [`copied_tiles`] moves for all tiles at a time. It reads one place of every row, and rows may be a
+/// power of two apart; the first-level cache holds eight such lines.
 const ROWS_AT_ONCE: usize = 8;
 
 /// Sets tiles, cut as `tiles` says and `depth` deep each, to a part of a source with dense lanes. Values past the part in
@@ -178,7 +177,7 @@ pub(crate) fn copied_tiles<S: Product, T: Iterator<Item = Range<usize>>>(
     }
 }
 
-/// As [`copied_tiles`], to pairs; of `depth`, which is even, an odd last value has a zero beside it.
+/// Does the same as [`copied_tiles`] for pairs. The depth is even: an odd last value is paired with a zero.
 #[inline(always)]
 pub(crate) fn copied_pair_tiles<S: Product, T: Iterator<Item = Range<usize>>>(
     s: S,
@@ -226,7 +225,8 @@ pub(crate) fn packs_pairs(source: &Source<'_>) -> bool {
     source.k_is_dense() || source.lane_stride == 1 && source.lanes.is_none()
 }
 
-/// As [`pack`], to pairs: `ks.len()` is made even with zeros, and [`SLACK`] pairs past the tile may be overwritten.
+/// Does the same as [`pack`] for pairs: `ks.len()` is made even with zeros, and up to [`SLACK`] pairs past the tile are
+/// overwritten.
 #[inline(always)]
 pub(crate) fn pack_pairs<S: Product>(s: S, out: &mut [u32], (width, stride): (usize, usize), part: Part<'_>) {
     let Part { source, lanes, ks } = part;
@@ -276,8 +276,8 @@ pub(crate) fn round<S: Product>(s: S, values: &mut [f32]) {
     }
 }
 
-/// Sets the pairs of a tile of `width` lanes and `depth` values of k, which is even or followed by zeros. Both
-/// need [`SLACK`].
+/// Sets the pairs of a tile of `width` lanes and `depth` values of k, which is even or followed by zeros. Both slices
+/// have [`SLACK`] values past the tile.
 #[inline(always)]
 pub(crate) fn pairs<S: Product>(s: S, out: &mut [u32], values: &[f32], width: usize, depth: usize) {
     for k in (0..depth).step_by(2) {
