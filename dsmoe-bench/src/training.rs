@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use dsmoe_core::Device;
 use dsmoe_core::config::Config;
+use dsmoe_core::model::TrainWorkspace;
 #[cfg(feature = "cuda")]
 use dsmoe_core::model::cuda::CudaTrainer;
 use dsmoe_datasets::overlap::Removed;
@@ -128,17 +129,10 @@ pub(crate) fn drive(trainer: &mut Trainer, what: &str, out: &Path, ui: &Ui) -> R
 /// What training allocates, from the sizes alone: the arenas, then what a micro-batch of `tokens` needs.
 pub(crate) fn memory_plan(model: &Config, config: &TrainConfig, params: u64, data_bytes: u64) -> Vec<Memory> {
     let tokens = config.batch * config.seq;
-    let (queries, keys) = (model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim);
-    // Of a layer: its two inputs and their norms, queries and attention's output, keys, values, the FFN's two.
-    let kept: usize = model
-        .layers()
-        .map(|shape| {
-            let attention = 2 * model.head_dim * (shape.num_heads + shape.num_kv_heads) + shape.num_heads;
-            4 * model.hidden + attention + 2 + 2 * shape.intermediate
-        })
-        .sum();
-    let flow = 5 * model.hidden + 2 * queries + 2 * keys + 2;
-    // Of the FFN at work: one activation of every pair, and five of the active ones.
+    let [layers, shared] = TrainWorkspace::bytes(model, tokens);
+    // An FFN keeps two activations of every neuron.
+    let kept: usize = model.layers().map(|shape| 2 * shape.intermediate).sum();
+    // The FFN at work takes one activation of every pair, and five of the active ones.
     let active = match config.budget() {
         _ if model.moe.is_none() => {
             model.fixed_active().zip(model.num_experts()).map_or(1.0, |(active, of)| active / of as f64)
@@ -155,8 +149,8 @@ pub(crate) fn memory_plan(model: &Config, config: &TrainConfig, params: u64, dat
         memory("  weights", 4 * params),
         memory("  gradients", 4 * params),
         memory("  moments", 8 * params),
-        memory("  kept activations", f32s(tokens * kept)),
-        memory("  residual stream", f32s(tokens * flow)),
+        memory("  kept activations", layers + f32s(tokens * kept)),
+        memory("  residual stream", shared),
         memory("  FFN at work", 4 * ffn as u64),
         memory("  logits", f32s(logits)),
         // A token of text is about four bytes, and four bytes as a number.

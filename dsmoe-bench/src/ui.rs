@@ -1,5 +1,6 @@
 //! What the command writes: results to stdout, everything else to stderr.
 
+use crate::remedies::worded;
 use std::fmt::{Display, Write as _};
 use std::io::{self, Write as _};
 use std::process::ExitCode;
@@ -81,7 +82,7 @@ pub(crate) fn stderr_line(line: impl Display) {
 fn one_line(error: &anyhow::Error) -> String {
     let mut message = String::new();
     for cause in error.chain() {
-        let cause = cause.to_string();
+        let cause = worded(cause);
         if message.is_empty() {
             message = cause;
         } else if !message.contains(&cause) {

@@ -170,6 +170,7 @@ impl Dsmoe {
                 _ => PartitionKind::Permuted,
             },
             router_bias: routers.have_bias(),
+            active_target: None,
         });
         let counts = Accounting::of(&converted);
         let wanted = budget.params(dense);

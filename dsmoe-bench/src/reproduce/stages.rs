@@ -14,7 +14,7 @@ use dsmoe_core::checkpoint::copy_companions;
 use dsmoe_core::config::Config;
 use dsmoe_core::init::{InitOptions, init};
 use dsmoe_core::{Inference, Model};
-use dsmoe_datasets::tasks::{self, Loaded, Source, TASKS};
+use dsmoe_datasets::tasks::{self, Loaded, TASKS, TaskFiles};
 use dsmoe_datasets::world::{Probe, World};
 use dsmoe_kernels::Precision;
 use dsmoe_train::TrainConfig;
@@ -504,7 +504,7 @@ fn tasks_of(folder: &Path, items: usize) -> Result<Vec<Loaded>> {
     if !folder.is_dir() {
         bail!("--task-data {}: no such folder", folder.display());
     }
-    let source = Source::folder(folder);
+    let source = TaskFiles::folder(folder);
     let options = tasks::Options { limit: Some(items), ..tasks::Options::default() };
     let mut loaded = Vec::new();
     for task in &TASKS {

@@ -7,7 +7,7 @@ use dsmoe_core::config::Config;
 use dsmoe_datasets::overlap::TokenTexts;
 use dsmoe_datasets::tokens::identity;
 use dsmoe_datasets::world::{Domain, World};
-use dsmoe_datasets::{Bos, Corpus, CorpusOptions, Mixture, Source, Tokenizer, train_bpe};
+use dsmoe_datasets::{Bos, Corpus, CorpusOptions, Mixture, TokenSource, Tokenizer, train_bpe};
 use dsmoe_train::config::{NearDuplicates, TrainConfig};
 use dsmoe_train::run::TrainData;
 use serde::{Deserialize, Serialize};
@@ -38,7 +38,7 @@ pub(crate) struct HeldOut {
 
 /// All text of a reproduction.
 pub(crate) struct Text {
-    sources: Vec<Source>,
+    sources: Vec<TokenSource>,
     texts: Option<TokenTexts>,
     pub(crate) held_out: Vec<HeldOut>,
     pub(crate) tokenizer: Tokenizer,
@@ -88,7 +88,7 @@ impl Text {
             let corpus = Corpus::open(&[path], CorpusOptions::default())?;
             let tokens = dsmoe_datasets::tokenize(&corpus, &tokenizer, train.bos, None, &mut |_| {})?;
             let share = domain.share() as f64 / 100.0;
-            parts.push(Source { name: domain.name().to_owned(), weight: share, tokens: tokens.into() });
+            parts.push(TokenSource { name: domain.name().to_owned(), weight: share, tokens: tokens.into() });
             let wanted = profile.measure.windows * (train.seq + 1);
             let mut ids = Vec::with_capacity(wanted);
             for index in HELD_OUT.. {
@@ -145,7 +145,7 @@ impl Text {
     }
 
     fn new(
-        sources: Vec<Source>,
+        sources: Vec<TokenSource>,
         texts: Option<TokenTexts>,
         held_out: Vec<HeldOut>,
         tokenizer: Tokenizer,

@@ -125,6 +125,8 @@ pub struct MoeConfig {
     pub partition: PartitionKind,
     /// Whether routers have a bias.
     pub router_bias: bool,
+    /// The share of active experts that the model was made for; a training run holds it unless told otherwise.
+    pub active_target: Option<f64>,
 }
 
 /// [`MoeConfig`] as it is stored.
@@ -140,6 +142,8 @@ struct StoredMoe {
     rescale: Rescale,
     zero_active: ZeroActive,
     ste: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    active_target: Option<f64>,
 }
 
 impl Config {
@@ -386,6 +390,7 @@ impl MoeConfig {
             rescale: router.rescale,
             zero_active: router.zero_active,
             ste: router.ste,
+            active_target: self.active_target,
         })
     }
 }

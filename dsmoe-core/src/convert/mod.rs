@@ -161,6 +161,7 @@ pub fn convert(
         router: options.router.clone(),
         partition: if permuted { PartitionKind::Permuted } else { PartitionKind::Contiguous },
         router_bias: options.routers.is_some() || options.router_init.has_bias(),
+        active_target: None,
     });
 
     let output = OutputDir::create_from(model, out, options.force)?;

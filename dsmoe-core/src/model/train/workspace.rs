@@ -76,6 +76,15 @@ impl Widths {
 }
 
 impl TrainWorkspace {
+    /// Returns the bytes that a workspace for micro-batches of `tokens` tokens takes apart from FFNs and the head: first
+    /// those of all layers, then those that the layers share.
+    pub fn bytes(config: &Config, tokens: usize) -> [u64; 2] {
+        let layers = config.layers().map(|shape| Widths::of(config, shape.num_heads, shape.num_kv_heads));
+        let widest = Widths::of(config, config.num_heads, config.num_kv_heads);
+        let values = [layers.flat_map(Widths::layer).sum::<usize>(), widest.shared().iter().sum()];
+        values.map(|values| (size_of::<f32>() * tokens * values) as u64)
+    }
+
     /// For micro-batches of `tokens` tokens of `model`; operands of matrix products are rounded to `precision`
     /// (routers stay f32).
     pub fn new(model: &Model, tokens: usize, precision: Precision) -> TrainWorkspace {
