@@ -1,54 +1,70 @@
 //! The error of this crate.
 
-/// What can be wrong with a request to a method. Every message is one line that ends with the mend.
+/// A request that a method cannot serve. Every message is one line: what is wrong, then what helps.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A model directory, or what is to be written.
+    /// A model directory cannot be read or written.
     #[error(transparent)]
     Core(#[from] dsmoe_core::Error),
-    /// A router's configuration.
+    /// A router's configuration is wrong.
     #[error(transparent)]
     Router(#[from] dsmoe_router::Error),
-    /// No budget that the method can reach is near the one asked for.
-    #[error("budget {asked}: {problem}; {mend}")]
+    /// The method cannot reach the budget.
+    #[error("budget {asked}: {problem}; {help}")]
     Budget {
-        /// What was asked for, as given.
+        /// The budget as given.
         asked: String,
         /// Why it is out of reach.
         problem: String,
-        /// The reachable range, or the knob to turn.
-        mend: String,
+        /// The range within reach, or the setting to change.
+        help: String,
     },
-    /// A knob that the method does not have, or a value it cannot take.
-    #[error("{name}: {problem}; {mend}")]
-    Knob {
-        /// The knob.
+    /// There is no method of that name.
+    #[error("{name}: is not a method; use {}", known.join(", "))]
+    Method {
+        /// The name as given.
+        name: String,
+        /// The names of all methods.
+        known: Vec<&'static str>,
+    },
+    /// A setting that the method does not have, or a value that the setting cannot take.
+    #[error("{name}: {problem}; {help}")]
+    Setting {
+        /// The setting.
         name: String,
         /// What is wrong.
         problem: String,
-        /// What it can take.
-        mend: String,
+        /// The values that it takes, or the settings that there are.
+        help: String,
     },
-    /// Calibration text that does not suffice.
-    #[error("calibration: {problem}; {mend}")]
+    /// The method does not work on this model.
+    #[error("model: {problem}; {help}")]
+    Model {
+        /// What is wrong.
+        problem: String,
+        /// What to use in its place.
+        help: String,
+    },
+    /// The calibration text does not suffice.
+    #[error("calibration: {problem}; {help}")]
     Calibration {
         /// What is wrong.
         problem: String,
-        /// What would do.
-        mend: String,
+        /// What suffices.
+        help: String,
     },
-    /// A computation that has no result.
-    #[error("{place}: {problem}; {mend}")]
+    /// A computation has no result.
+    #[error("{place}: {problem}; {help}")]
     Numeric {
-        /// Tensor or layer.
+        /// The tensor or layer.
         place: String,
         /// What happened.
         problem: String,
-        /// What would do.
-        mend: String,
+        /// What to change.
+        help: String,
     },
 }
 
-/// Result of this crate.
+/// The result type of this crate.
 pub type Result<T> = std::result::Result<T, Error>;

@@ -2,25 +2,30 @@
 #![forbid(unsafe_code)]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
-mod assignment;
-pub mod controls;
+mod calibration;
+mod controls;
+pub mod dsmoe;
 mod error;
-mod graph;
-mod kmeans;
+mod experts;
 mod linalg;
 pub mod llama_moe;
-mod llm_pruner;
+pub mod llm_pruner;
 mod method;
-mod moefication;
+pub mod moefication;
+mod random_k;
+mod registry;
+mod settings;
 pub mod sparse;
+mod start;
+pub mod topk;
 
 pub use error::{Error, Result};
-pub use llama_moe::TopkMoeFfn;
-pub use llm_pruner::{LlmPrunerBlock, LlmPrunerChannel};
-pub use method::{Budget, Job, Knob, Knobs, Made, Method, Plan, Progress, method, methods};
+pub use method::{Budget, Configured, Job, Made, Method, Plan, Progress};
+pub use registry::{method, methods};
+pub use settings::{SettingInfo, SettingValues, Settings, read_settings};
+pub use topk::TopkMoeFfn;
 
-/// Makes the directories that the methods here write readable in this process: their FFNs are of kinds that dsmoe-core
-/// does not know.
+/// Registers readers for the FFNs of these methods, so that their model directories load in this process. Idempotent.
 pub fn register() {
-    llama_moe::register();
+    topk::register();
 }

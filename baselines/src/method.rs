@@ -1,4 +1,4 @@
-//! What every method is to the rest: a dense model, calibration text and a budget in, a model out.
+//! The interface of all methods: a dense model, calibration text and a budget in, a model directory out.
 
 use std::fmt;
 use std::path::Path;
@@ -6,24 +6,20 @@ use std::str::FromStr;
 
 use dsmoe_core::Config;
 
-use crate::controls;
 use crate::error::{Error, Result};
-use crate::llama_moe::LlamaMoe;
-use crate::llm_pruner::{LlmPrunerBlock, LlmPrunerChannel};
-use crate::moefication::MoEfication;
-use crate::sparse::{Magnitude, SparseGpt, Wanda};
+use crate::settings::{SettingInfo, SettingValues};
 
-/// Activated parameters to reach, as methods.md's accounting counts them: tied embeddings once, routers included.
+/// The number of activated parameters to reach. Tied embeddings count once; routers count.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Budget {
-    /// That many parameters.
+    /// A number of parameters.
     Params(f64),
-    /// That share of the dense model's parameters.
+    /// A share of the dense model's parameters.
     Share(f64),
 }
 
 impl Budget {
-    /// The parameters meant for a dense model of `total`.
+    /// Converts to parameters, for a dense model of `total`.
     pub fn params(self, total: u64) -> f64 {
         match self {
             Budget::Params(params) => params,
@@ -35,12 +31,12 @@ impl Budget {
 impl FromStr for Budget {
     type Err = Error;
 
-    /// `735M`, `3.93B`, `12k`, `735000000`, or a share of the dense model: `0.59`, `59%`.
+    /// Reads `735M`, `3.93B`, `12k`, `735000000`, or a share of the dense model: `0.59`, `59%`.
     fn from_str(text: &str) -> Result<Budget> {
         let wrong = || Error::Budget {
             asked: text.to_owned(),
-            problem: "is no budget".to_owned(),
-            mend: "give parameters (735M) or a share of the dense model (0.59 or 59%)".to_owned(),
+            problem: "is not a budget".to_owned(),
+            help: "give parameters (735M) or a share of the dense model (0.59 or 59%)".to_owned(),
         };
         let (number, factor) = match text.trim().char_indices().next_back().ok_or_else(wrong)? {
             (at, 'k' | 'K') => (&text.trim()[..at], 1e3),
@@ -74,196 +70,109 @@ impl fmt::Display for Budget {
     }
 }
 
-/// A setting of a method.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Knob {
-    /// Name, as in `--knob NAME=VALUE`.
-    pub name: &'static str,
-    /// Value when nothing is said; empty when the budget decides.
-    pub default: &'static str,
-    /// What it does and can take, one line.
-    pub help: &'static str,
-}
-
-/// Values of a method's knobs: what was set, else the defaults.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Knobs(Vec<(&'static Knob, String)>);
-
-impl Knobs {
-    /// Values for the knobs in `known`, from `NAME=VALUE` texts.
-    ///
-    /// # Errors
-    /// A text without `=`, or a name that `known` lacks.
-    pub fn parse<'a>(known: &'static [Knob], set: impl IntoIterator<Item = &'a str>) -> Result<Knobs> {
-        let mut values: Vec<(&'static Knob, String)> =
-            known.iter().map(|knob| (knob, knob.default.to_owned())).collect();
-        for text in set {
-            let names = || match known {
-                [] => "this method has no knobs".to_owned(),
-                _ => format!("use {}", known.iter().map(|knob| knob.name).collect::<Vec<_>>().join(", ")),
-            };
-            let Some((name, value)) = text.split_once('=') else {
-                let problem = "is not NAME=VALUE".to_owned();
-                return Err(Error::Knob { name: text.to_owned(), problem, mend: names() });
-            };
-            let Some(slot) = values.iter_mut().find(|(knob, _)| knob.name == name.trim()) else {
-                let problem = "is no knob of this method".to_owned();
-                return Err(Error::Knob { name: name.to_owned(), problem, mend: names() });
-            };
-            slot.1 = value.trim().to_owned();
-        }
-        Ok(Knobs(values))
-    }
-
-    /// The value of `name`; none when it is empty.
-    ///
-    /// # Errors
-    /// The value is no `T`.
-    ///
-    /// # Panics
-    /// The method has no knob of that name.
-    pub fn get<T: FromStr>(&self, name: &str) -> Result<Option<T>> {
-        let (knob, value) = self.0.iter().find(|(knob, _)| knob.name == name).expect("a knob of this method");
-        if value.is_empty() {
-            return Ok(None);
-        }
-        value.parse().map(Some).map_err(|_| Error::Knob {
-            name: knob.name.to_owned(),
-            problem: format!("is {value:?}"),
-            mend: knob.help.to_owned(),
-        })
-    }
-
-    /// [`Knobs::get`] of a knob that has a default.
-    ///
-    /// # Errors
-    /// The value is empty or no `T`.
-    ///
-    /// # Panics
-    /// As [`Knobs::get`].
-    pub fn need<T: FromStr>(&self, name: &str) -> Result<T> {
-        self.get(name)?.ok_or_else(|| Error::Knob {
-            name: name.to_owned(),
-            problem: "is empty".to_owned(),
-            mend: "give a value".to_owned(),
-        })
-    }
-
-    /// All names with their values.
-    pub fn iter(&self) -> impl Iterator<Item = (&'static str, &str)> {
-        self.0.iter().map(|(knob, value)| (knob.name, value.as_str()))
-    }
-}
-
-/// What a method would make of a model, known before anything is computed.
-#[derive(Clone, Debug, PartialEq)]
+/// The model that a method would make, known before anything is computed.
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Plan {
-    /// Parameters held.
+    /// Parameters of the model.
     pub total: f64,
     /// Parameters used per token; the nearest to the budget that the method can reach.
     pub activated: f64,
-    /// What reaches it, e.g. `density 0.4853` or `3 of 8 experts`.
+    /// How the budget is reached, e.g. `density 0.4853` or `3 of 8 experts`.
     pub reached_by: String,
-    /// Settings that were resolved, for reports.
+    /// Quantities that follow from the budget and the model, for reports.
     pub settings: Vec<(String, String)>,
+    /// The model has masked weights that stay zero in training.
+    pub masked: bool,
+    /// The model computes as much as the dense one: zeros are multiplied like other weights.
+    pub keeps_dense_compute: bool,
+    /// The model is the dense model itself.
+    pub unchanged: bool,
+    /// The share of experts to be active that training has to reach.
+    pub active_target: Option<f64>,
 }
 
-/// How far a method is.
+impl Plan {
+    /// A plan of a dense model of `params` parameters, all of them used.
+    pub(crate) fn dense(params: f64, reached_by: String) -> Plan {
+        Plan { total: params, activated: params, reached_by, ..Plan::default() }
+    }
+}
+
+/// The progress of a method.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Progress {
-    /// What is being done.
+    /// The current stage.
     pub stage: &'static str,
-    /// Parts of it that are done.
+    /// The finished parts of the stage.
     pub done: u64,
-    /// Its parts.
+    /// All parts of the stage.
     pub total: u64,
 }
 
-/// A method's work.
+/// The input of a method.
 #[derive(Clone, Copy, Debug)]
 pub struct Job<'a> {
     /// Directory of the dense model.
     pub model: &'a Path,
-    /// Directory to make; appears when it is complete.
+    /// Directory to write; it appears when it is complete.
     pub out: &'a Path,
     /// Replace an output directory that is not empty.
     pub force: bool,
     /// Activated parameters to reach.
     pub budget: Budget,
-    /// Calibration text: sequences of one length, each with its token ids.
+    /// Calibration text: token ids of sequences of one length.
     pub calibration: &'a [Vec<u32>],
     /// Seed of everything random.
     pub seed: u64,
-    /// Values of the method's knobs.
-    pub knobs: &'a Knobs,
 }
 
-/// What was made.
+/// The result of a method.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Made {
     /// The plan, with the counts of the model as it is.
     pub plan: Plan,
-    /// Measurements worth telling, e.g. the reconstruction error of each layer.
+    /// Measurements, e.g. the reconstruction error of each layer.
     pub measured: Vec<(String, f64)>,
 }
 
 /// A way from a dense model to one that activates fewer parameters.
 pub trait Method: Sync {
-    /// Its name on the command line.
+    /// Returns the name.
     fn name(&self) -> &'static str;
 
-    /// One line: what it does, and in which steps budgets can be reached.
+    /// Describes the method in one line, and the budgets that it can reach.
     fn summary(&self) -> &'static str;
 
-    /// Its settings.
-    fn knobs(&self) -> &'static [Knob];
+    /// Lists the settings.
+    fn settings(&self) -> Vec<SettingInfo>;
 
-    /// Whether it reads calibration text under these knobs.
-    fn needs_calibration(&self, knobs: &Knobs) -> bool;
-
-    /// What it would make of a dense model of `config`.
+    /// Reads and checks settings; those not given have their defaults.
     ///
     /// # Errors
-    /// The budget is out of reach, or a knob's value cannot be used.
-    fn plan(&self, config: &Config, budget: Budget, knobs: &Knobs) -> Result<Plan>;
+    /// A setting is unknown, or its value cannot be used. The error names it.
+    fn configure(&self, values: &SettingValues) -> Result<Box<dyn Configured>>;
+}
 
-    /// Does it. The result is a model directory like any other.
+/// A method with its settings.
+pub trait Configured {
+    /// Returns true if the method reads calibration text.
+    fn needs_calibration(&self) -> bool;
+
+    /// Returns all settings, defaults included.
+    fn resolved(&self) -> SettingValues;
+
+    /// Plans the model that would be made of a dense model of `config`.
     ///
     /// # Errors
-    /// As [`Method::plan`]; also a model that cannot be read or is not dense, calibration text that does not suffice,
-    /// a computation without a result, or a file system that refuses. Nothing is left half-written.
+    /// The budget is out of reach, or a setting does not fit the model.
+    fn plan(&self, config: &Config, budget: Budget) -> Result<Plan>;
+
+    /// Makes the model. The result is a model directory like any other.
+    ///
+    /// # Errors
+    /// As [`Configured::plan`]; also a model that cannot be read or is not dense, calibration text that does not
+    /// suffice, a computation without a result, or a file system that refuses. Nothing is left half-written.
     fn run(&self, job: &Job<'_>, progress: &mut dyn FnMut(Progress)) -> Result<Made>;
-}
-
-/// All methods, in the order in which they are listed.
-pub fn methods() -> &'static [&'static dyn Method] {
-    &[
-        &controls::PAPER,
-        &LlmPrunerBlock,
-        &LlmPrunerChannel,
-        &SparseGpt,
-        &Wanda,
-        &Magnitude,
-        &LlamaMoe { control: false },
-        &MoEfication,
-        &LlamaMoe { control: true },
-        &controls::Dense,
-        &controls::SmallDense,
-        &controls::NO_STE,
-        &controls::NO_THRESHOLD,
-    ]
-}
-
-/// The method of that name.
-///
-/// # Errors
-/// There is none.
-pub fn method(name: &str) -> Result<&'static dyn Method> {
-    methods().iter().copied().find(|method| method.name() == name).ok_or_else(|| Error::Knob {
-        name: name.to_owned(),
-        problem: "is no method".to_owned(),
-        mend: format!("use {}", methods().iter().map(|method| method.name()).collect::<Vec<_>>().join(", ")),
-    })
 }
 
 #[cfg(test)]
@@ -288,25 +197,5 @@ mod tests {
             assert!(error.contains("give parameters"), "{error}");
         }
         assert_eq!(Budget::Share(0.59).params(1_235_814_400), 0.59 * 1_235_814_400.0);
-    }
-
-    #[test]
-    fn knobs_are_set_or_default() {
-        const KNOWN: &[Knob] = &[
-            Knob { name: "damp", default: "0.01", help: "use a number above 0" },
-            Knob { name: "layers", default: "", help: "use FIRST..LAST" },
-        ];
-        let knobs = Knobs::parse(KNOWN, ["damp=0.1"]).unwrap();
-        assert_eq!(knobs.need::<f64>("damp").unwrap(), 0.1);
-        assert_eq!(knobs.get::<usize>("layers").unwrap(), None);
-        assert_eq!(knobs.iter().collect::<Vec<_>>(), [("damp", "0.1"), ("layers", "")]);
-        for (set, parts) in
-            [("damp", ["NAME=VALUE", "damp, layers"]), ("dump=1", ["no knob", "damp, layers"])]
-        {
-            let error = Knobs::parse(KNOWN, [set]).unwrap_err().to_string();
-            assert!(parts.iter().all(|part| error.contains(part)), "{error}");
-        }
-        let knobs = Knobs::parse(KNOWN, ["damp=lots"]).unwrap();
-        assert!(knobs.need::<f64>("damp").unwrap_err().to_string().contains("use a number above 0"));
     }
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use dsmoe_baselines::TopkMoeFfn;
-use dsmoe_baselines::llama_moe::{GateNetwork, GateSpec, TopkSpec};
+use dsmoe_baselines::topk::{GateNetwork, GateSpec, TopkSpec};
 use dsmoe_core::config::Config;
 use dsmoe_core::ffn::{
     DeviceFfn, Ffn, FfnBackward, FfnForward, FfnInference, FfnReport, FfnScratch, GateTraining, PackedFfn,

@@ -1,7 +1,7 @@
 //! The layer of LLaMA-MoE against PyTorch (golden/llama_moe_layer.py).
 
 use dsmoe_baselines::TopkMoeFfn;
-use dsmoe_baselines::llama_moe::{GateNetwork, GateSpec, TopkSpec};
+use dsmoe_baselines::topk::{GateNetwork, GateSpec, TopkSpec};
 use dsmoe_core::ffn::{Ffn, FfnBackward, FfnForward, FfnScratch, GateTraining, block_len, split, split_mut};
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::testing::assert_close;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use dsmoe_baselines::{Budget, Job, Knobs, Made, Method, Result, method};
+use dsmoe_baselines::{Budget, Configured, Job, Made, Result, method, read_settings};
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::calibrate::LayerStream;
 use dsmoe_core::checkpoint::{Checkpoint, Dtype};
@@ -48,21 +48,21 @@ fn sequences() -> Vec<Vec<u32>> {
     (0..5).map(|s| (0..31).map(|t| ((s * 31 + t) * (s + 7 * t + 2) % 75) as u32).collect()).collect()
 }
 
-fn knobs(method: &dyn Method, set: &[&str]) -> Knobs {
-    Knobs::parse(method.knobs(), set.iter().copied()).unwrap()
+fn configured(name: &str, set: &[&str]) -> Result<Box<dyn Configured>> {
+    method(name)?.configure(&read_settings(set.iter().copied())?)
 }
 
 struct Run<'a> {
     method: &'a str,
     model: &'a Path,
     budget: Budget,
-    knobs: &'a [&'a str],
+    set: &'a [&'a str],
     calibration: &'a [Vec<u32>],
 }
 
 impl Run<'_> {
     fn to(&self, out: &Path) -> Result<Made> {
-        let method = method(self.method)?;
+        let method = configured(self.method, self.set)?;
         let job = Job {
             model: self.model,
             out,
@@ -70,7 +70,6 @@ impl Run<'_> {
             budget: self.budget,
             calibration: self.calibration,
             seed: 0,
-            knobs: &knobs(method, self.knobs),
         };
         let mut last = None;
         let made = method.run(&job, &mut |progress| last = Some(progress))?;
@@ -145,9 +144,8 @@ fn the_papers_budgets_are_reached() {
         ("tie_word_embeddings", json!(false)),
     ]);
     for name in METHODS {
-        let method = method(name).unwrap();
         let plan = |config: &Config, budget: &str, set: &[&str]| {
-            method.plan(config, budget.parse().unwrap(), &knobs(method, set))
+            configured(name, set)?.plan(config, budget.parse()?)
         };
         for (config, budget, params, density, total) in [
             (&small, "735M", 735e6, 0.4853, 1_235_814_400.0),
@@ -169,8 +167,8 @@ fn the_papers_budgets_are_reached() {
                 assert_eq!((plan.activated, &plan.reached_by[..14]), (activated, "density 0.5000"));
             }
             let error = plan(&small, "735M", &[pattern]).unwrap_err().to_string();
-            assert!(error.contains("749.3M") && error.contains("nearest=yes"), "{error}");
-            assert!(plan(&small, "735M", &[pattern, "nearest=yes"]).is_ok());
+            assert!(error.contains("749.3M") && error.contains("set nearest to true"), "{error}");
+            assert!(plan(&small, "735M", &[pattern, "nearest=true"]).is_ok());
         }
         if name == "sparsegpt" {
             let whole = plan(&small, "735M", &["block=18446744073709551615"]).unwrap();
@@ -192,19 +190,18 @@ fn the_result_is_a_plain_model_with_zeros_where_its_masks_say() {
         let model = small(work.path(), dtype);
         let dense = tensors(&Checkpoint::open(&model).unwrap());
         for name in METHODS {
-            for set in [&[][..], &["pattern=2:4", "nearest=yes"], &["pattern=4:8", "nearest=yes"]] {
+            for set in [&[][..], &["pattern=2:4", "nearest=true"], &["pattern=4:8", "nearest=true"]] {
                 let out = work.path().join(format!("{dtype}-{name}-{}", set.concat()));
                 let run = Run {
                     method: name,
                     model: &model,
                     budget: Budget::Share(0.6),
-                    knobs: set,
+                    set,
                     calibration: &sequences(),
                 };
                 let made = run.to(&out).unwrap();
                 let config = Config::load(&out).unwrap();
-                let method = method(name).unwrap();
-                let plan = method.plan(&config, run.budget, &knobs(method, set)).unwrap();
+                let plan = configured(name, set).unwrap().plan(&config, run.budget).unwrap();
                 assert_eq!(made.plan, plan);
                 assert!(made.measured.iter().all(|(_, value)| value.is_finite()));
 
@@ -248,7 +245,7 @@ fn all_weights_kept_is_the_dense_model_and_none_still_runs() {
     for name in METHODS {
         let run = |budget, out: &str| {
             let out = work.path().join(format!("{name}-{out}"));
-            Run { method: name, model: &model, budget, knobs: &[], calibration: &sequences() }
+            Run { method: name, model: &model, budget, set: &[], calibration: &sequences() }
                 .to(&out)
                 .unwrap();
             out
@@ -273,12 +270,12 @@ fn equal_runs_give_equal_bits_on_any_threads() {
     let work = tempfile::tempdir().unwrap();
     let model = small(work.path(), Dtype::F32);
     for (name, set) in
-        [("sparsegpt", &[][..]), ("sparsegpt", &["true_sequential=yes", "block=16"]), ("wanda", &[])]
+        [("sparsegpt", &[][..]), ("sparsegpt", &["true_sequential=true", "block=16"]), ("wanda", &[])]
     {
         let files = |threads: usize| {
             let out = work.path().join(format!("{name}-{}-{threads}", set.len()));
             let budget = Budget::Share(0.55);
-            let run = Run { method: name, model: &model, budget, knobs: set, calibration: &sequences() };
+            let run = Run { method: name, model: &model, budget, set, calibration: &sequences() };
             with_threads(threads, || run.to(&out)).unwrap();
             ["model.safetensors", "masks.safetensors"].map(|file| fs::read(out.join(file)).unwrap())
         };
@@ -293,12 +290,10 @@ fn the_order_of_the_passes_matters_only_within_a_layer() {
     let masks = |set: &[&str]| {
         let out = work.path().join(set.concat());
         let budget = Budget::Share(0.6);
-        Run { method: "sparsegpt", model: &model, budget, knobs: set, calibration: &sequences() }
-            .to(&out)
-            .unwrap();
+        Run { method: "sparsegpt", model: &model, budget, set, calibration: &sequences() }.to(&out).unwrap();
         masks(&out)
     };
-    let (once, anew) = (masks(&["true_sequential=no"]), masks(&["true_sequential=yes"]));
+    let (once, anew) = (masks(&["true_sequential=false"]), masks(&["true_sequential=true"]));
     let same = |name: &str| once[name] == anew[name];
     assert!(same("model.layers.0.self_attn.q_proj.weight"));
     assert!(!same("model.layers.0.mlp.down_proj.weight"));
@@ -319,35 +314,35 @@ fn what_cannot_be_done_is_said_in_a_line_and_leaves_nothing() {
     let good = sequences();
     type Case<'a> = (&'a str, &'a Path, &'a [&'a str], &'a [Vec<u32>], &'a str);
     let cases: [Case<'_>; 14] = [
-        ("magnitude", &model, &["nearest=maybe"], &good, "nearest: is \"maybe\"; use yes to accept"),
+        ("magnitude", &model, &["nearest=maybe"], &good, "nearest: cannot be \"maybe\"; True accepts"),
         ("sparsegpt", &model, &[], &[], "calibration: there is no text"),
         ("wanda", &model, &[], &[], "calibration: there is no text"),
         ("wanda", &model, &[], &uneven, "calibration sequence 1 has 1 tokens"),
         ("sparsegpt", &model, &[], &foreign, "token id 99"),
-        ("sparsegpt", &model, &["damp=0"], &good, "damp: is 0"),
-        ("sparsegpt", &model, &["damp=NaN"], &good, "damp: is NaN"),
-        ("sparsegpt", &model, &["block=0"], &good, "block: is 0"),
-        ("sparsegpt", &model, &["block=6", "pattern=2:4", "nearest=yes"], &good, "block: is 6"),
+        ("sparsegpt", &model, &["damp=0"], &good, "damp: cannot be 0"),
+        ("sparsegpt", &model, &["damp=NaN"], &good, "damp: cannot be \"NaN\""),
+        ("sparsegpt", &model, &["block=0"], &good, "block: cannot be 0"),
+        ("sparsegpt", &model, &["block=6", "pattern=2:4", "nearest=true"], &good, "block: cannot be 6"),
         (
             "sparsegpt",
             &model,
             &["true_sequential=maybe"],
             &good,
-            "true_sequential: is \"maybe\"; use yes to run",
+            "true_sequential: cannot be \"maybe\"; True runs",
         ),
-        ("magnitude", &model, &["pattern=3:7"], &good, "use unstructured, 2:4 or 4:8"),
-        ("magnitude", &model, &["among=layer"], &good, "use row or matrix"),
-        ("magnitude", &experts, &[], &good, "name a dense model"),
+        ("magnitude", &model, &["pattern=3:7"], &good, "unstructured, or 2:4 or 4:8"),
+        ("magnitude", &model, &["among=layer"], &good, "of a row or of a matrix"),
+        ("magnitude", &experts, &[], &good, "use a dense model"),
         ("magnitude", &damaged, &[], &good, "model.safetensors"),
     ];
     for (name, model, set, calibration, part) in cases {
-        let run = Run { method: name, model, budget: Budget::Share(0.6), knobs: set, calibration };
+        let run = Run { method: name, model, budget: Budget::Share(0.6), set, calibration };
         let error = run.to(&out).unwrap_err().to_string();
         assert!(error.contains(part) && !error.contains('\n'), "{name} {set:?}: {error}");
         assert!(!out.exists());
     }
     let run =
-        Run { method: "magnitude", model: &model, budget: Budget::Share(0.6), knobs: &[], calibration: &[] };
+        Run { method: "magnitude", model: &model, budget: Budget::Share(0.6), set: &[], calibration: &[] };
     run.to(&out).unwrap();
     assert!(run.to(&out).unwrap_err().to_string().contains("not empty"));
     assert!(run.to(&model).is_err());
@@ -357,10 +352,9 @@ fn what_cannot_be_done_is_said_in_a_line_and_leaves_nothing() {
     assert!(left.iter().all(|name| !name.to_string_lossy().starts_with('.')), "{left:?}");
 
     let odd = config(&[("hidden_size", json!(50)), ("head_dim", json!(8))]);
-    let magnitude = method("magnitude").unwrap();
-    let budget = Budget::Share(0.6);
-    let error = magnitude.plan(&odd, budget, &knobs(magnitude, &["pattern=4:8"])).unwrap_err().to_string();
-    assert!(error.contains("50 columns") && error.contains("pattern=unstructured"), "{error}");
+    let magnitude = configured("magnitude", &["pattern=4:8"]).unwrap();
+    let error = magnitude.plan(&odd, Budget::Share(0.6)).unwrap_err().to_string();
+    assert!(error.contains("50 columns") && error.contains("pattern unstructured"), "{error}");
 }
 
 /// The data folder; prints a skip when it is absent.
@@ -417,7 +411,7 @@ fn masks_and_errors_of_a_real_layer_are_pytorchs() {
         let pruned: usize = dense.linears.iter().map(|linear| linear.outputs * linear.inputs).sum();
         let total = Accounting::of(&config).total;
         let budget = Budget::Params(total as f64 - (pruned * config.num_layers / 2) as f64);
-        Run { method: name, model: &model, budget, knobs: set, calibration: &sequences }.to(&out).unwrap();
+        Run { method: name, model: &model, budget, set, calibration: &sequences }.to(&out).unwrap();
         losses.insert(case, loss(&out, &sequences));
         let (checkpoint, masks) = (Checkpoint::open(&out).unwrap(), masks(&out));
         let Some(linears) = golden["cases"][case].as_object() else { continue };

@@ -3,8 +3,9 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use dsmoe_baselines::llama_moe::{EXPERTS_FILE, export};
-use dsmoe_baselines::{Budget, Job, Knobs, Made, Plan, Result, method};
+use dsmoe_baselines::llama_moe::export;
+use dsmoe_baselines::topk::EXPERTS_FILE;
+use dsmoe_baselines::{Budget, Job, Made, Plan, Result, method, read_settings};
 use dsmoe_core::checkpoint::{Checkpoint, Dtype};
 use dsmoe_core::config::Config;
 use dsmoe_core::convert::{ConvertOptions, PartitionSpec, convert};
@@ -51,17 +52,15 @@ fn run_on(
     set: &[&str],
     calibration: &[Vec<u32>],
 ) -> Result<Made> {
-    let method = method(name)?;
-    let knobs = Knobs::parse(method.knobs(), set.iter().copied())?;
+    let method = method(name)?.configure(&read_settings(set.iter().copied())?)?;
     let budget = budget.parse()?;
-    let job = Job { model, out, force: false, budget, calibration, seed: 5, knobs: &knobs };
+    let job = Job { model, out, force: false, budget, calibration, seed: 5 };
     method.run(&job, &mut |_| {})
 }
 
 fn plan(name: &str, shape: &str, budget: &str, set: &[&str]) -> Result<Plan> {
-    let method = method(name)?;
-    let knobs = Knobs::parse(method.knobs(), set.iter().copied())?;
-    method.plan(&preset(shape)?, budget.parse::<Budget>()?, &knobs)
+    let method = method(name)?.configure(&read_settings(set.iter().copied())?)?;
+    method.plan(&preset(shape)?, budget.parse::<Budget>()?)
 }
 
 fn logits_of(model: &Inference) -> Vec<f32> {
@@ -83,7 +82,7 @@ fn weights(dir: &Path) -> Vec<u8> {
 const WAYS: [(&str, &[&str]); 8] = [
     ("llama-moe", &[]),
     ("llama-moe", &["construction=clustering", "experts=4", "scale=n"]),
-    ("llama-moe", &["construction=sharing-inner", "gate=linear", "noise=no"]),
+    ("llama-moe", &["construction=sharing-inner", "gate=linear", "noise=false"]),
     ("llama-moe", &["construction=sharing-inter", "residual=2"]),
     ("moefication", &["experts=8", "epochs=3"]),
     ("moefication", &["experts=12", "rows=up", "score=l1", "epochs=0"]),
@@ -262,7 +261,7 @@ fn budgets_of_the_published_shapes() {
 }
 
 #[test]
-fn what_cannot_be_is_one_line_with_the_mend() {
+fn what_cannot_be_is_one_line_with_the_help() {
     let dir = tempfile::tempdir().unwrap();
     let model = dense(dir.path());
     let out = dir.path().join("out");
@@ -275,21 +274,30 @@ fn what_cannot_be_is_one_line_with_the_mend() {
     tell(run("llama-moe", &model, &out, "0.8", &["experts=0"]), &["not divisible by 0"]);
     tell(run("llama-moe", &model, &out, "12M", &[]), &["is above 8 of 8 experts", "use "]);
     tell(run("llama-moe", &model, &out, "1k", &[]), &["is below 1 of 8 experts", "use "]);
-    tell(run("llama-moe", &model, &out, "0.8", &["gate=deep"]), &["gate: is \"deep\"", "use mlp or linear"]);
-    tell(run("llama-moe", &model, &out, "0.8", &["construction=graph"]), &["construction", "use random"]);
+    tell(
+        run("llama-moe", &model, &out, "0.8", &["gate=deep"]),
+        &["gate: cannot be \"deep\"", "mlp or linear"],
+    );
+    tell(
+        run("llama-moe", &model, &out, "0.8", &["construction=graph"]),
+        &["construction", "random, clustering"],
+    );
     tell(
         run("llama-moe", &model, &out, "0.8", &["residual=1"]),
-        &["residual", "for random", "sharing-inter"],
+        &["residual: cannot be 1", "only with sharing-inter"],
     );
     for residual in ["0", "8"] {
         let set = ["construction=sharing-inter", &format!("residual={residual}")];
-        tell(run("llama-moe", &model, &out, "0.8", &set), &["residual", "with 8 experts"]);
+        tell(
+            run("llama-moe", &model, &out, "0.8", &set),
+            &[&format!("residual: cannot be {residual}"), "1 to experts - 1"],
+        );
     }
     for (set, parts) in [
-        ("scale=2", ["scale: is \"2\"", "use n/k"]),
-        ("noise=1", ["noise: is \"1\"", "use yes or no"]),
-        ("balance=-1", ["balance: is -1", "use 0 or a positive"]),
-        ("balance=NaN", ["balance: is NaN", "use 0 or a positive"]),
+        ("scale=2", ["scale: cannot be 2", "n/k, or n"]),
+        ("noise=1", ["noise: cannot be 1", "true or false"]),
+        ("balance=-1", ["balance: cannot be -1", "0 or a positive"]),
+        ("balance=NaN", ["balance: cannot be \"NaN\"", "0 or a positive"]),
     ] {
         tell(run("llama-moe", &model, &out, "0.8", &[set]), &parts);
     }
@@ -312,13 +320,16 @@ fn what_cannot_be_is_one_line_with_the_mend() {
         &["48 tokens are too few", "give 256"],
     );
     tell(run_on("moefication", &model, &out, "0.8", &[], &[]), &["0 sequences are too few"]);
-    tell(run("moefication", &model, &out, "0.8", &["score=l3"]), &["score: is \"l3\"", "use l1"]);
+    tell(run("moefication", &model, &out, "0.8", &["score=l3"]), &["score: cannot be \"l3\"", "l1, l2"]);
     tell(
         run("moefication", &model, &out, "0.8", &["split=metis"]),
-        &["split: is \"metis\"", "co-activation"],
+        &["split: cannot be \"metis\"", "co-activation"],
     );
-    tell(run("moefication", &model, &out, "0.8", &["rows=down"]), &["rows: is \"down\"", "use gate or up"]);
-    tell(run("moefication", &model, &out, "0.8", &["epochs=1001"]), &["epochs: is 1001"]);
+    tell(
+        run("moefication", &model, &out, "0.8", &["rows=down"]),
+        &["rows: cannot be \"down\"", "gate or up"],
+    );
+    tell(run("moefication", &model, &out, "0.8", &["epochs=1001"]), &["epochs: cannot be 1001"]);
 
     let pruned = dense(&dir.path().join("pruned"));
     let mut masks = Masks::new();

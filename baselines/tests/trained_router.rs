@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use dsmoe_baselines::{Job, Knobs, Made, method};
+use dsmoe_baselines::{Job, Made, method, read_settings};
 use dsmoe_core::Inference;
 use dsmoe_core::model::Workspace;
 use dsmoe_kernels::Precision;
@@ -59,10 +59,10 @@ fn a_trained_router_keeps_a_real_model_better() {
     let dir = tempfile::tempdir().unwrap();
     let run = |name: &str, budget: &str, set: &[&str]| -> (f64, Made) {
         let method = method(name).unwrap();
-        let knobs = Knobs::parse(method.knobs(), set.iter().copied()).unwrap();
+        let method = method.configure(&read_settings(set.iter().copied()).unwrap()).unwrap();
         let out = dir.path().join("out");
         let budget = budget.parse().unwrap();
-        let job = Job { model: &model, out: &out, force: true, budget, calibration, seed: 1, knobs: &knobs };
+        let job = Job { model: &model, out: &out, force: true, budget, calibration, seed: 1 };
         let made = method.run(&job, &mut |_| {}).unwrap();
         (loss(&out, held_out), made)
     };

@@ -7,14 +7,22 @@ use dsmoe_core::accounting::Accounting;
 use dsmoe_core::config::{CONFIG_FILE, LayerShape};
 use dsmoe_core::init::{InitOptions, init_beside};
 
-use super::{check_dense, dense_config, writing};
+use super::{NoSettings, check_dense, dense_config, writing};
 use crate::error::{Error, Result};
-use crate::method::{Budget, Job, Knob, Knobs, Made, Method, Plan, Progress};
+use crate::method::{Budget, Configured, Job, Made, Plan, Progress};
+use crate::settings::{Entry, SettingValues};
 
-/// A dense model as large as the budget, to be trained from scratch: depth, residual width and head width are the
-/// source's, key-value groups and neurons are scaled by one factor, then the neurons set what is left.
-#[derive(Clone, Copy, Debug)]
-pub struct SmallDense;
+/// The method `small-dense`: a dense model as large as the budget, to be trained from scratch. Depth, residual width and
+/// head width are the source's; key-value groups and neurons are scaled by one factor, then neurons fill the budget.
+pub(crate) static SMALL_DENSE: Entry<NoSettings> = Entry {
+    name: "small-dense",
+    summary: "control: a smaller dense model with random weights, for training from scratch; one neuron per layer is a step",
+    defaults: NoSettings::default,
+    fixed: &[],
+    configure: |_| Ok(Box::new(SmallDense)),
+};
+
+struct SmallDense;
 
 impl SmallDense {
     /// The sizes of every layer at that many parameters.
@@ -30,7 +38,7 @@ impl SmallDense {
             return Err(Error::Budget {
                 asked: budget.to_string(),
                 problem: "is no size between one head group with one neuron and the dense model".to_owned(),
-                mend: format!("give {least:.0} to {} parameters", counts.total),
+                help: format!("give {least:.0} to {} parameters", counts.total),
             });
         }
         let factor = (wanted - rest) / (counts.attention + counts.ffn) as f64;
@@ -52,24 +60,16 @@ impl SmallDense {
     }
 }
 
-impl Method for SmallDense {
-    fn name(&self) -> &'static str {
-        "small-dense"
-    }
-
-    fn summary(&self) -> &'static str {
-        "control: a smaller dense model with random weights, for training from scratch; one neuron per layer is a step"
-    }
-
-    fn knobs(&self) -> &'static [Knob] {
-        &[]
-    }
-
-    fn needs_calibration(&self, _knobs: &Knobs) -> bool {
+impl Configured for SmallDense {
+    fn needs_calibration(&self) -> bool {
         false
     }
 
-    fn plan(&self, config: &Config, budget: Budget, _knobs: &Knobs) -> Result<Plan> {
+    fn resolved(&self) -> SettingValues {
+        SettingValues::new()
+    }
+
+    fn plan(&self, config: &Config, budget: Budget) -> Result<Plan> {
         check_dense(config, Path::new(CONFIG_FILE))?;
         let small = SmallDense::small(config, budget)?;
         let (total, shape) = (Accounting::of(&small).total as f64, small.layer(0));
@@ -77,12 +77,12 @@ impl Method for SmallDense {
             "{} heads, {} of keys and values, and {} neurons in each of {} layers",
             shape.num_heads, shape.num_kv_heads, shape.intermediate, small.num_layers
         );
-        Ok(Plan { total, activated: total, reached_by, settings: Vec::new() })
+        Ok(Plan::dense(total, reached_by))
     }
 
     fn run(&self, job: &Job<'_>, progress: &mut dyn FnMut(Progress)) -> Result<Made> {
         let config = dense_config(job.model)?;
-        let plan = self.plan(&config, job.budget, job.knobs)?;
+        let plan = self.plan(&config, job.budget)?;
         let small = SmallDense::small(&config, job.budget)?;
         let options = InitOptions { seed: job.seed, force: job.force, ..InitOptions::default() };
         init_beside(job.model, &small, job.out, &options, &mut writing(progress))?;

@@ -8,17 +8,18 @@ use dsmoe_kernels::Precision;
 use dsmoe_kernels::testing::{assert_close, f64s};
 
 use crate::error::Result;
-use crate::method::{Budget, Job, Knobs, Made, Method, Plan, method};
+use crate::method::{Budget, Configured, Job, Made, Plan};
+use crate::registry::method;
+use crate::settings::read_settings;
 
 const ONE: u64 = 1_235_814_400;
 
-fn knobs(method: &dyn Method, set: &[&str]) -> Knobs {
-    Knobs::parse(method.knobs(), set.iter().copied()).unwrap()
+fn configured(name: &str, set: &[&str]) -> Result<Box<dyn Configured>> {
+    method(name)?.configure(&read_settings(set.iter().copied())?)
 }
 
 fn plan(name: &str, model: &str, budget: &str, set: &[&str]) -> Result<Plan> {
-    let method = method(name)?;
-    method.plan(&preset(model).unwrap(), budget.parse()?, &knobs(method, set))
+    configured(name, set)?.plan(&preset(model).unwrap(), budget.parse()?)
 }
 
 fn refused<T>(result: Result<T>, parts: &[&str]) {
@@ -38,23 +39,21 @@ fn tiny(dir: &Path) -> PathBuf {
 }
 
 fn make(name: &str, model: &Path, out: &Path, seed: u64) -> Result<Made> {
-    let method = method(name)?;
-    let knobs = knobs(method, &[]);
     let (budget, calibration) = (Budget::Share(0.6), &[][..]);
-    let job = Job { model, out, force: false, budget, calibration, seed, knobs: &knobs };
-    method.run(&job, &mut |_| {})
+    let job = Job { model, out, force: false, budget, calibration, seed };
+    configured(name, &[])?.run(&job, &mut |_| {})
 }
 
 #[test]
 fn the_paper_s_budgets() {
     // Without routers the paper's 735M are 3.02 experts; with them the controller holds a little less.
-    let one = plan("dsmoe", "llama-3.2-1b", "735M", &[]).unwrap();
+    let one = plan("dsmoe-paper", "llama-3.2-1b", "735M", &[]).unwrap();
     assert_eq!((one.total, one.activated.round()), ((ONE + 262_144) as f64, 735e6));
-    assert!(one.reached_by.contains("--active-target 0.3778 (3.02 of 8 experts)"), "{}", one.reached_by);
+    assert!(one.reached_by.contains("active share of 0.3778 (3.02 of 8 experts)"), "{}", one.reached_by);
     let seven = plan("dsmoe-no-ste", "llama-2-7b", "3.93B", &[]).unwrap();
     assert!(seven.reached_by.contains("(2.81 of 8 experts)"), "{}", seven.reached_by);
     let late = plan("dsmoe-no-threshold", "llama-2-7b", "3.93B", &[]).unwrap();
-    assert!(late.reached_by.contains("--threshold that leaves 2.81 of 8"), "{}", late.reached_by);
+    assert!(late.reached_by.contains("threshold that leaves 2.81 of 8"), "{}", late.reached_by);
     let dense = plan("dense", "llama-2-7b", "3.93B", &[]).unwrap();
     assert_eq!((dense.total, dense.activated), (6_738_415_616.0, 6_738_415_616.0));
 }
@@ -95,19 +94,21 @@ fn what_cannot_be_reached_is_refused() {
         &["budget 100M", "give", "to 1235814400 parameters"],
     );
     refused(plan("small-dense", "llama-3.2-1b", "2B", &[]), &["budget 2B", "to 1235814400 parameters"]);
-    refused(plan("dsmoe", "llama-3.2-1b", "400M", &[]), &["budget 400M: is -0.31 of 8 experts", "give"]);
-    refused(plan("dsmoe", "llama-3.2-1b", "1.3B", &[]), &["budget 1.3B", "of 8 experts", "1236076544"]);
+    refused(
+        plan("dsmoe-paper", "llama-3.2-1b", "400M", &[]),
+        &["budget 400M: is -0.31 of 8 experts", "give"],
+    );
+    refused(plan("dsmoe-paper", "llama-3.2-1b", "1.3B", &[]), &["budget 1.3B", "of 8 experts", "1236076544"]);
     refused(plan("dsmoe", "llama-3.2-1b", "735M", &["experts=7"]), &["8192 is not divisible by 7"]);
     refused(
         plan("dsmoe", "llama-3.2-1b", "735M", &["experts=many"]),
-        &["experts", "many", "divides the FFN"],
+        &["experts", "many", "a divisor of intermediate_size"],
     );
     refused(plan("dsmoe", "llama-3.2-1b", "735M", &["threshold=2"]), &["threshold"]);
-    refused(method("dsmoes").map(|_| ()), &["dsmoes", "is no method", "use dsmoe, ", "small-dense"]);
     let dir = tempfile::tempdir().unwrap();
     let model = tiny(dir.path());
-    make("dsmoe", &model, &dir.path().join("moe"), 1).unwrap();
-    for name in ["dense", "small-dense", "dsmoe", "dsmoe-no-ste", "dsmoe-no-threshold"] {
+    make("dsmoe-paper", &model, &dir.path().join("moe"), 1).unwrap();
+    for name in ["dense", "small-dense", "dsmoe-paper", "dsmoe-no-ste", "dsmoe-no-threshold"] {
         let out = dir.path().join("out");
         refused(make(name, &dir.path().join("moe"), &out, 1), &["config.json: model_type is dsmoe", "dense"]);
         refused(make(name, &model, &model, 1), &["tiny"]);
@@ -127,10 +128,9 @@ fn a_start_from_text_opens_the_budget() {
         .collect();
     let made = |name: &str, set: &[&str], calibration: &[Vec<u32>]| {
         let out = dir.path().join(name);
-        let knobs = knobs(method("dsmoe").unwrap(), set);
         let budget = Budget::Share(0.7);
-        let job = Job { model: &model, out: &out, force: true, budget, calibration, seed: 2, knobs: &knobs };
-        method("dsmoe").unwrap().run(&job, &mut |_| {}).map(|made| (out.clone(), made))
+        let job = Job { model: &model, out: &out, force: true, budget, calibration, seed: 2 };
+        configured("dsmoe-paper", set)?.run(&job, &mut |_| {}).map(|made| (out.clone(), made))
     };
     let score = |dir: &Path, threshold: Option<f32>| {
         let mut model = Inference::load(dir, Precision::F32).unwrap();
@@ -152,8 +152,7 @@ fn a_start_from_text_opens_the_budget() {
         assert_eq!(moe.partition == PartitionKind::Permuted, order != "contiguous");
         let (open, _) = score(&out, Some(0.0));
         assert_close(order, &open, &f64s(&dense), 1e-4);
-        let share: f64 =
-            plan.settings.iter().find(|(name, _)| name == "active_share").unwrap().1.parse().unwrap();
+        let share = plan.active_target.unwrap();
         let layers = score(&out, None).1.unwrap();
         // The first layer reads what it was fitted to, those after it what fewer experts leave.
         assert!((layers[0] - share).abs() < 0.01, "{order}: {layers:?}, {share}");
@@ -173,7 +172,7 @@ fn directories_are_what_was_planned() {
     let dir = tempfile::tempdir().unwrap();
     let model = tiny(dir.path());
     let source = Model::load(&model).unwrap();
-    for name in ["dense", "small-dense", "dsmoe", "dsmoe-no-ste", "dsmoe-no-threshold"] {
+    for name in ["dense", "small-dense", "dsmoe-paper", "dsmoe-no-ste", "dsmoe-no-threshold"] {
         let [one, again, other] = ["one", "again", "other"].map(|out| dir.path().join(name).join(out));
         let made = make(name, &model, &one, 7).unwrap();
         make(name, &model, &again, 7).unwrap();

@@ -19,8 +19,8 @@ use dsmoe_core::convert::source_infos;
 use dsmoe_router::topk::Scores;
 use serde_json::{Value, json};
 
-use super::spec::TopkSpec;
 use crate::error::{Error, Result};
+use crate::topk::{TopkSpec, spec_of};
 
 /// The base that LLaMA-MoE's model has, whatever its configuration says.
 const ROPE_THETA: f64 = 10_000.0;
@@ -150,8 +150,8 @@ fn exportable(model: &Path, config: &Config) -> Result<TopkSpec> {
             mend: mend.to_owned(),
         }))
     };
-    let native = "use --as native";
-    let Some(spec) = config.ffn.as_deref().and_then(TopkSpec::from_dyn) else {
+    let native = "export the model as it is";
+    let Some(spec) = config.ffn.as_deref().and_then(spec_of) else {
         let mend = "name a model that method llama-moe made";
         return wrong("ffn.type", "is not topk".to_owned(), mend);
     };
@@ -193,7 +193,7 @@ fn config_json(config: &Config, spec: &TopkSpec) -> String {
         ("num_selects", json!(spec.router.top_k)),
         ("size_experts", json!(sizes)),
         ("gate_type", json!("TopKBalancedNoisyGate")),
-        ("gate_network", json!(spec.gate.network.name())),
+        ("gate_network", json!(spec.gate.network)),
         ("gate_use_softmax", json!(true)),
         ("gate_use_balance", json!(spec.balance_weight > 0.0)),
         ("gate_balance_loss_weight", json!(spec.balance_weight)),

@@ -51,7 +51,7 @@ impl<'a> Gradients<'a> {
             Some(place) => Err(Error::Numeric {
                 place: format!("calibration sequence {sequence}, {place}"),
                 problem: "a value is not finite".to_owned(),
-                mend: "use another model or other calibration text".to_owned(),
+                help: "use another model or other calibration text".to_owned(),
             }),
         }
     }
@@ -70,7 +70,7 @@ impl<'a> Gradients<'a> {
 /// # Errors
 /// There is no sequence, they are shorter than two tokens or of different lengths.
 pub(crate) fn check_calibration(calibration: &[Vec<u32>]) -> Result<usize> {
-    let wrong = |problem: String, mend: &str| Err(Error::Calibration { problem, mend: mend.to_owned() });
+    let wrong = |problem: String, help: &str| Err(Error::Calibration { problem, help: help.to_owned() });
     let Some(first) = calibration.first() else {
         return wrong("there is no sequence".to_owned(), "give text for 128 sequences, at least for 1");
     };

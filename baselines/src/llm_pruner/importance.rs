@@ -10,12 +10,11 @@
 //! (Ma, Fang, Wang 2023, eqs. 3-5; hf_llama_pruner.py. Query heads are added to the key head that serves them, where that
 //! file adds every num_kv_heads-th.)
 
-use std::str::FromStr;
-
 use dsmoe_core::Model;
 use dsmoe_core::params::{Entry, Stored};
 use dsmoe_kernels::rng::Rng;
 use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
 
 use super::gradients::Gradients;
 use super::groups::{Axis, Groups};
@@ -23,15 +22,24 @@ use crate::error::{Error, Result};
 
 /// Columns summed by one task.
 const COLUMNS: usize = 64;
-/// What a weight counts for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Importance {
+
+/// The importance of a weight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Importance {
+    /// |w g|.
     TaylorFirst,
+    /// |w F w|.
     TaylorSecond,
+    /// |w g - w F w / 2|.
     TaylorMix,
+    /// |sum of w g|.
     Vector,
+    /// |w|.
     MagnitudeL1,
+    /// w^2.
     MagnitudeL2,
+    /// A random number per group.
     Random,
 }
 
@@ -41,46 +49,20 @@ impl Importance {
     }
 }
 
-impl FromStr for Importance {
-    type Err = ();
-
-    fn from_str(text: &str) -> std::result::Result<Importance, ()> {
-        Ok(match text {
-            "taylor-first" => Importance::TaylorFirst,
-            "taylor-second" => Importance::TaylorSecond,
-            "taylor-mix" => Importance::TaylorMix,
-            "vector" => Importance::Vector,
-            "magnitude-l1" => Importance::MagnitudeL1,
-            "magnitude-l2" => Importance::MagnitudeL2,
-            "random" => Importance::Random,
-            _ => return Err(()),
-        })
-    }
-}
-
-/// How the importances of a group's members become one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Reduce {
+/// The reduction of the importances of a group's members to one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Reduce {
+    /// The sum.
     Sum,
+    /// The largest.
     Max,
+    /// The mean.
     Mean,
+    /// The product.
     Prod,
+    /// The last member's.
     Last,
-}
-
-impl FromStr for Reduce {
-    type Err = ();
-
-    fn from_str(text: &str) -> std::result::Result<Reduce, ()> {
-        Ok(match text {
-            "sum" => Reduce::Sum,
-            "max" => Reduce::Max,
-            "mean" => Reduce::Mean,
-            "prod" => Reduce::Prod,
-            "last" => Reduce::Last,
-            _ => return Err(()),
-        })
-    }
 }
 
 /// How groups are scored.
@@ -341,7 +323,7 @@ pub(crate) fn reduced(set: &Groups, members: &[Vec<f64>], reduce: Reduce) -> Res
         false => Err(Error::Numeric {
             place: set.place.clone(),
             problem: "an importance is not finite".to_owned(),
-            mend: "use another importance or other calibration text".to_owned(),
+            help: "use another importance or other calibration text".to_owned(),
         }),
     }
 }

@@ -21,49 +21,70 @@ use dsmoe_core::checkpoint::{Checkpoint, OutputDir, check_llama_tensors};
 use dsmoe_core::masks::{MASKS_FILE, Masks};
 use dsmoe_core::{Config, Model};
 
+pub use importance::{Importance, Reduce};
+
 use crate::error::{Error, Result};
-use crate::method::{Budget, Job, Knob, Knobs, Made, Method, Plan, Progress};
+use crate::method::{Budget, Configured, Job, Made, Plan, Progress};
+use crate::settings::{Entry, SettingValues, Settings as _, settings, stored_as_text, wrong};
 use gradients::check_calibration;
 use groups::{Cuts, Groups};
-use importance::{Importance, Reduce, Scoring, group_scores, largest, random_scores};
+use importance::{Scoring, group_scores, largest, random_scores};
 
 /// Weights that `taylor-mix` sums gradients of at a time: 0.3 GB.
 const MIX_WINDOW: usize = 32 << 20;
 
-const IMPORTANCE: Knob = Knob {
-    name: "importance",
-    default: "taylor-first",
-    help: "use taylor-first, taylor-second, taylor-mix, vector, magnitude-l1, magnitude-l2 or random",
-};
-const REDUCE: Knob = Knob {
-    name: "reduce",
-    default: "sum",
-    help: "how the importances of coupled tensors become one: use sum, max, mean, prod or last",
-};
-const LAYERS: Knob = Knob {
-    name: "layers",
-    default: "",
-    help: "layers to prune, use FIRST..LAST, both included and counted from 0 [the paper's 4..29 of 32, scaled]",
-};
-const HEADS: Knob =
-    Knob { name: "heads", default: "yes", help: "whether attention heads go as well: use yes or no" };
-
-const MULTIPLE: Knob = Knob {
-    name: "multiple",
-    default: "1",
-    help: "what the new width is a multiple of (transformers wants the number of heads): use 1 to hidden_size",
+/// The method `llm-pruner-block`.
+pub(crate) static BLOCK: Entry<BlockSettings> = Entry {
+    name: "llm-pruner-block",
+    summary: "removes FFN neurons and attention heads of a range of layers by gradient; any budget to a neuron per layer",
+    defaults: BlockSettings::default,
+    fixed: &[],
+    configure: |settings| Ok(Box::new(Pruner::Block(settings))),
 };
 
-/// Block-wise: FFN neurons, and key/value heads with their query heads, in a range of layers.
-#[derive(Clone, Copy, Debug)]
-pub struct LlmPrunerBlock;
+/// The method `llm-pruner-channel`.
+pub(crate) static CHANNEL: Entry<ChannelSettings> = Entry {
+    name: "llm-pruner-channel",
+    summary: "removes channels of the residual stream through the whole network by gradient; any budget to a channel",
+    defaults: ChannelSettings::default,
+    fixed: &[],
+    configure: |settings| match settings.multiple {
+        0 => Err(wrong::<ChannelSettings>("multiple", 0)),
+        _ => Ok(Box::new(Pruner::Channel(settings))),
+    },
+};
 
-/// Channel-wise: channels of the residual stream, through the whole network.
-#[derive(Clone, Copy, Debug)]
-pub struct LlmPrunerChannel;
+settings! {
+    /// Settings of block-wise LLM-Pruner: FFN neurons, and key/value heads with their query heads, in a range of layers.
+    pub struct BlockSettings {
+        /// Importance of a weight: taylor-first, taylor-second, taylor-mix, vector, magnitude-l1, magnitude-l2 or random.
+        pub importance: Importance = Importance::TaylorFirst,
+        /// Reduction of the importances of coupled tensors to one: sum, max, mean, prod or last.
+        pub reduce: Reduce = Reduce::Sum,
+        /// Layers to prune, FIRST..LAST, both included and counted from 0; by default the paper's 4..29 of 32, scaled.
+        pub layers: Option<Layers> = None,
+        /// True removes attention heads as well as neurons.
+        pub heads: bool = true,
+    }
+}
 
-/// `FIRST..LAST`, both included.
-struct Layers(RangeInclusive<usize>);
+settings! {
+    /// Settings of channel-wise LLM-Pruner: channels of the residual stream, through the whole network.
+    pub struct ChannelSettings {
+        /// Importance of a weight: taylor-first, taylor-second, taylor-mix, vector, magnitude-l1, magnitude-l2 or random.
+        pub importance: Importance = Importance::TaylorFirst,
+        /// Reduction of the importances of coupled tensors to one: sum, max, mean, prod or last.
+        pub reduce: Reduce = Reduce::Sum,
+        /// Divisor of the new width, 1 to hidden_size; transformers needs the number of heads.
+        pub multiple: usize = 1,
+    }
+}
+
+/// A range of layers, `FIRST..LAST`, both included.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Layers(pub RangeInclusive<usize>);
+
+stored_as_text!(Layers);
 
 impl FromStr for Layers {
     type Err = ();
@@ -75,223 +96,178 @@ impl FromStr for Layers {
     }
 }
 
-/// `yes` or `no`.
-struct Switch(bool);
-
-impl FromStr for Switch {
-    type Err = ();
-
-    fn from_str(text: &str) -> std::result::Result<Switch, ()> {
-        match text {
-            "yes" => Ok(Switch(true)),
-            "no" => Ok(Switch(false)),
-            _ => Err(()),
-        }
+impl fmt::Display for Layers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}..{}", self.0.start(), self.0.end())
     }
 }
 
-/// What a plan decides: the model to make, and which groups compete for how many places.
+/// LLM-Pruner with its settings.
+enum Pruner {
+    Block(BlockSettings),
+    Channel(ChannelSettings),
+}
+
+/// The model to make, and the sets of groups that compete for a number of places.
 struct Resolved {
     plan: Plan,
     pruned: Config,
     sets: Vec<(Groups, usize)>,
 }
 
-/// Layers to prune of a model of `config`.
-fn layers(config: &Config, knobs: &Knobs) -> Result<RangeInclusive<usize>> {
-    let Some(Layers(layers)) = knobs.get("layers")? else {
-        return Ok(solve::default_layers(config.num_layers));
-    };
-    if layers.is_empty() || *layers.end() >= config.num_layers {
-        return Err(Error::Knob {
-            name: "layers".to_owned(),
-            problem: format!("{}..{} of {} layers", layers.start(), layers.end(), config.num_layers),
-            mend: format!("use FIRST..LAST within 0..{}, both included", config.num_layers - 1),
-        });
+impl BlockSettings {
+    /// Returns the layers to prune of a model of `config`.
+    fn layers(&self, config: &Config) -> Result<RangeInclusive<usize>> {
+        let Some(Layers(layers)) = self.layers.clone() else {
+            return Ok(solve::default_layers(config.num_layers));
+        };
+        if layers.is_empty() || *layers.end() >= config.num_layers {
+            return Err(Error::Setting {
+                name: "layers".to_owned(),
+                problem: format!("{} of {} layers", Layers(layers), config.num_layers),
+                help: format!("use FIRST..LAST within 0..{}, both included", config.num_layers - 1),
+            });
+        }
+        Ok(layers)
     }
-    Ok(layers)
+
+    fn resolve(&self, config: &Config, budget: Budget) -> Result<Resolved> {
+        check_dense(config)?;
+        let (layers, heads) = (self.layers(config)?, self.heads);
+        let sizes = solve::block(config, budget, &layers, heads)?;
+        let sets = layers.clone().flat_map(|i| {
+            let shape = sizes.shapes[i];
+            [(Groups::heads(config, i), shape.num_kv_heads), (Groups::neurons(config, i), shape.intermediate)]
+        });
+        let sets = sets.filter(|(groups, kept)| *kept < groups.count).collect();
+        let range = Layers(layers.clone());
+        let width = sizes.shapes.iter().map(|shape| shape.intermediate).sum::<usize>() as f64
+            / sizes.shapes.len() as f64;
+        let ratio = match !heads || sizes.ratios.heads == sizes.ratios.neurons {
+            true => sizes.ratios.neurons.to_string(),
+            false => format!("{} (heads {})", sizes.ratios.neurons, sizes.ratios.heads),
+        };
+        let last = sizes.shapes[*layers.end()];
+        let settings: [(&str, &dyn fmt::Display); 6] = [
+            ("layers", &range),
+            ("ratio", &ratio),
+            ("num_attention_heads", &last.num_heads),
+            ("num_key_value_heads", &last.num_kv_heads),
+            ("intermediate_size", &last.intermediate),
+            ("mean intermediate_size", &width),
+        ];
+        let settings = settings.map(|(name, value)| (name.to_owned(), value.to_string())).to_vec();
+        let reached_by = format!("ratio {ratio} of layers {range}");
+        let plan = Plan { settings, ..Plan::dense(sizes.total, reached_by) };
+        let mut pruned = config.clone();
+        pruned.set_layers(sizes.shapes);
+        Ok(Resolved { plan, pruned, sets })
+    }
+}
+
+impl ChannelSettings {
+    fn resolve(&self, config: &Config, budget: Budget) -> Result<Resolved> {
+        check_dense(config)?;
+        if self.multiple > config.hidden {
+            return Err(Error::Setting {
+                name: "multiple".to_owned(),
+                problem: format!("is {}", self.multiple),
+                help: format!("use 1 to {}", config.hidden),
+            });
+        }
+        let sizes = solve::channel(config, budget, self.multiple)?;
+        let reached_by = format!("{} of {} channels", sizes.hidden, config.hidden);
+        let settings = vec![
+            ("ratio".to_owned(), sizes.ratio.to_string()),
+            ("hidden_size".to_owned(), sizes.hidden.to_string()),
+        ];
+        let plan = Plan { settings, ..Plan::dense(sizes.total, reached_by) };
+        let mut pruned = config.clone();
+        pruned.set_hidden(sizes.hidden);
+        let sets = [(Groups::channels(config), sizes.hidden)].into_iter();
+        Ok(Resolved { plan, pruned, sets: sets.filter(|(groups, kept)| *kept < groups.count).collect() })
+    }
 }
 
 fn check_dense(config: &Config) -> Result<()> {
     if !config.is_dense() {
-        return Err(Error::Knob {
-            name: "model".to_owned(),
+        return Err(Error::Model {
             problem: "has experts".to_owned(),
-            mend: "name a dense LLaMA, or export this model with --as dense first".to_owned(),
+            help: "use a dense LLaMA, or export this model as a dense model first".to_owned(),
         });
     }
     Ok(())
 }
 
-fn settings(knobs: &Knobs, resolved: &[(&str, &dyn fmt::Display)]) -> Vec<(String, String)> {
-    let mut settings: Vec<(String, String)> =
-        knobs.iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
-    for (name, value) in resolved {
-        settings.retain(|(known, _)| known != name);
-        settings.push(((*name).to_owned(), value.to_string()));
-    }
-    settings
-}
-
-fn resolve_block(config: &Config, budget: Budget, knobs: &Knobs) -> Result<Resolved> {
-    check_dense(config)?;
-    knobs.need::<Importance>("importance")?;
-    knobs.need::<Reduce>("reduce")?;
-    let Switch(heads) = knobs.need("heads")?;
-    let layers = layers(config, knobs)?;
-    let sizes = solve::block(config, budget, &layers, heads)?;
-    let sets = layers.clone().flat_map(|i| {
-        let shape = sizes.shapes[i];
-        [(Groups::heads(config, i), shape.num_kv_heads), (Groups::neurons(config, i), shape.intermediate)]
-    });
-    let sets = sets.filter(|(groups, kept)| *kept < groups.count).collect();
-    let range = format!("{}..{}", layers.start(), layers.end());
-    let width =
-        sizes.shapes.iter().map(|shape| shape.intermediate).sum::<usize>() as f64 / sizes.shapes.len() as f64;
-    let ratio = match !heads || sizes.ratios.heads == sizes.ratios.neurons {
-        true => sizes.ratios.neurons.to_string(),
-        false => format!("{} (heads {})", sizes.ratios.neurons, sizes.ratios.heads),
-    };
-    let last = sizes.shapes[*layers.end()];
-    let resolved: [(&str, &dyn fmt::Display); 6] = [
-        ("layers", &range),
-        ("ratio", &ratio),
-        ("num_attention_heads", &last.num_heads),
-        ("num_key_value_heads", &last.num_kv_heads),
-        ("intermediate_size", &last.intermediate),
-        ("mean intermediate_size", &width),
-    ];
-    let plan = Plan {
-        total: sizes.total,
-        activated: sizes.total,
-        reached_by: format!("ratio {ratio} of layers {range}"),
-        settings: settings(knobs, &resolved),
-    };
-    let mut pruned = config.clone();
-    pruned.set_layers(sizes.shapes);
-    Ok(Resolved { plan, pruned, sets })
-}
-
-fn resolve_channel(config: &Config, budget: Budget, knobs: &Knobs) -> Result<Resolved> {
-    check_dense(config)?;
-    knobs.need::<Importance>("importance")?;
-    knobs.need::<Reduce>("reduce")?;
-    let multiple: usize = knobs.need("multiple")?;
-    if !(1..=config.hidden).contains(&multiple) {
-        return Err(Error::Knob {
-            name: "multiple".to_owned(),
-            problem: format!("is {multiple}"),
-            mend: format!("use 1 to {}", config.hidden),
-        });
-    }
-    let sizes = solve::channel(config, budget, multiple)?;
-    let plan = Plan {
-        total: sizes.total,
-        activated: sizes.total,
-        reached_by: format!("{} of {} channels", sizes.hidden, config.hidden),
-        settings: settings(knobs, &[("ratio", &sizes.ratio), ("hidden_size", &sizes.hidden)]),
-    };
-    let mut pruned = config.clone();
-    pruned.set_hidden(sizes.hidden);
-    let sets = [(Groups::channels(config), sizes.hidden)].into_iter();
-    Ok(Resolved { plan, pruned, sets: sets.filter(|(groups, kept)| *kept < groups.count).collect() })
-}
-
-fn needs_gradients(knobs: &Knobs) -> bool {
-    knobs.need::<Importance>("importance").is_ok_and(Importance::needs_gradients)
-}
-
-/// Scores the groups of all sets and writes the model without the least important.
-fn prune(job: &Job<'_>, resolve: Resolve, progress: &mut dyn FnMut(Progress)) -> Result<Made> {
-    let config = Config::load(job.model)?;
-    let Resolved { plan, pruned, sets } = resolve(&config, job.budget, job.knobs)?;
-    let (importance, reduce) = (job.knobs.need("importance")?, job.knobs.need("reduce")?);
-    let scoring = Scoring { importance, reduce, window: MIX_WINDOW };
-    if needs_gradients(job.knobs) {
-        check_calibration(job.calibration)?;
-    }
-    if Masks::load(job.model)?.is_some() {
-        return Err(Error::Knob {
-            name: "model".to_owned(),
-            problem: format!("has {MASKS_FILE}"),
-            mend: "name the dense model it was made from".to_owned(),
-        });
-    }
-    let checkpoint = Checkpoint::open(job.model)?;
-    let names = check_llama_tensors(&config, &checkpoint)?;
-    let output = OutputDir::create_from(job.model, job.out, job.force)?;
-
-    let (groups, places): (Vec<Groups>, Vec<usize>) = sets.into_iter().unzip();
-    let mut measured = Vec::new();
-    let scores = match importance {
-        Importance::Random => random_scores(&groups, job.seed),
-        _ => {
-            let model = Model::load(job.model)?;
-            let mut report = |done, total| progress(Progress { stage: "gradients", done, total });
-            let (scores, loss) = group_scores(&model, &groups, scoring, job.calibration, &mut report)?;
-            measured.extend(loss.map(|loss| ("calibration loss (nats)".to_owned(), loss)));
-            scores
+impl Pruner {
+    fn resolve(&self, config: &Config, budget: Budget) -> Result<Resolved> {
+        match self {
+            Pruner::Block(settings) => settings.resolve(config, budget),
+            Pruner::Channel(settings) => settings.resolve(config, budget),
         }
-    };
-    let mut cuts = Cuts::default();
-    for ((groups, places), scores) in groups.iter().zip(places).zip(&scores) {
-        cuts.keep(groups, &largest(scores, places));
-    }
-    let mut report = |done, total| progress(Progress { stage: "tensors", done, total });
-    rewrite::rewrite(job.model, &checkpoint, &names, &pruned, &cuts, output, &mut report)?;
-    Ok(Made { plan, measured })
-}
-
-type Resolve = fn(&Config, Budget, &Knobs) -> Result<Resolved>;
-
-impl Method for LlmPrunerBlock {
-    fn name(&self) -> &'static str {
-        "llm-pruner-block"
     }
 
-    fn summary(&self) -> &'static str {
-        "removes FFN neurons and attention heads of a range of layers by gradient; any budget to a neuron per layer"
-    }
-
-    fn knobs(&self) -> &'static [Knob] {
-        &[IMPORTANCE, REDUCE, LAYERS, HEADS]
-    }
-
-    fn needs_calibration(&self, knobs: &Knobs) -> bool {
-        needs_gradients(knobs)
-    }
-
-    fn plan(&self, config: &Config, budget: Budget, knobs: &Knobs) -> Result<Plan> {
-        Ok(resolve_block(config, budget, knobs)?.plan)
-    }
-
-    fn run(&self, job: &Job<'_>, progress: &mut dyn FnMut(Progress)) -> Result<Made> {
-        prune(job, resolve_block, progress)
+    fn scoring(&self) -> Scoring {
+        let (importance, reduce) = match *self {
+            Pruner::Block(BlockSettings { importance, reduce, .. }) => (importance, reduce),
+            Pruner::Channel(ChannelSettings { importance, reduce, .. }) => (importance, reduce),
+        };
+        Scoring { importance, reduce, window: MIX_WINDOW }
     }
 }
 
-impl Method for LlmPrunerChannel {
-    fn name(&self) -> &'static str {
-        "llm-pruner-channel"
+impl Configured for Pruner {
+    fn needs_calibration(&self) -> bool {
+        self.scoring().importance.needs_gradients()
     }
 
-    fn summary(&self) -> &'static str {
-        "removes channels of the residual stream through the whole network by gradient; any budget to a channel"
+    fn resolved(&self) -> SettingValues {
+        match self {
+            Pruner::Block(settings) => settings.values(),
+            Pruner::Channel(settings) => settings.values(),
+        }
     }
 
-    fn knobs(&self) -> &'static [Knob] {
-        &[IMPORTANCE, REDUCE, MULTIPLE]
+    fn plan(&self, config: &Config, budget: Budget) -> Result<Plan> {
+        Ok(self.resolve(config, budget)?.plan)
     }
 
-    fn needs_calibration(&self, knobs: &Knobs) -> bool {
-        needs_gradients(knobs)
-    }
-
-    fn plan(&self, config: &Config, budget: Budget, knobs: &Knobs) -> Result<Plan> {
-        Ok(resolve_channel(config, budget, knobs)?.plan)
-    }
-
+    /// Scores the groups of all sets and writes the model without the least important.
     fn run(&self, job: &Job<'_>, progress: &mut dyn FnMut(Progress)) -> Result<Made> {
-        prune(job, resolve_channel, progress)
+        let config = Config::load(job.model)?;
+        let Resolved { plan, pruned, sets } = self.resolve(&config, job.budget)?;
+        let scoring = self.scoring();
+        if self.needs_calibration() {
+            check_calibration(job.calibration)?;
+        }
+        if Masks::load(job.model)?.is_some() {
+            return Err(Error::Model {
+                problem: format!("has {MASKS_FILE}"),
+                help: "use the dense model it was made from".to_owned(),
+            });
+        }
+        let checkpoint = Checkpoint::open(job.model)?;
+        let names = check_llama_tensors(&config, &checkpoint)?;
+        let output = OutputDir::create_from(job.model, job.out, job.force)?;
+
+        let (groups, places): (Vec<Groups>, Vec<usize>) = sets.into_iter().unzip();
+        let mut measured = Vec::new();
+        let scores = match scoring.importance {
+            Importance::Random => random_scores(&groups, job.seed),
+            _ => {
+                let model = Model::load(job.model)?;
+                let mut report = |done, total| progress(Progress { stage: "gradients", done, total });
+                let (scores, loss) = group_scores(&model, &groups, scoring, job.calibration, &mut report)?;
+                measured.extend(loss.map(|loss| ("calibration loss (nats)".to_owned(), loss)));
+                scores
+            }
+        };
+        let mut cuts = Cuts::default();
+        for ((groups, places), scores) in groups.iter().zip(places).zip(&scores) {
+            cuts.keep(groups, &largest(scores, places));
+        }
+        let mut report = |done, total| progress(Progress { stage: "tensors", done, total });
+        rewrite::rewrite(job.model, &checkpoint, &names, &pruned, &cuts, output, &mut report)?;
+        Ok(Made { plan, measured })
     }
 }

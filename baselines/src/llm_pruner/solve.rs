@@ -126,7 +126,7 @@ pub(crate) fn block(
     check_reach(budget, target, [total(joint(1.0)), dense as f64], || {
         let what = if heads { "heads and neurons" } else { "neurons" };
         let place = format!("{what} of layers {}..{}", layers.start(), layers.end());
-        (place, "widen layers, set heads=yes, or give a budget between")
+        (place, "widen layers, set heads to true, or give a budget between")
     })?;
     let same = |a: Ratios, b: Ratios| shapes(a) == shapes(b);
     let ratios = match ratios.heads == ratios.neurons {
@@ -162,7 +162,7 @@ pub(crate) fn channel(config: &Config, budget: Budget, multiple: usize) -> Resul
     Ok(ChannelSizes { ratio, hidden, total: total_of_hidden(config, hidden) })
 }
 
-/// An error when the target is outside `least..=most`; `explain` says what reaches that, and the mend.
+/// An error when the target is outside `least..=most`; `explain` says what reaches that, and what helps.
 fn check_reach(
     budget: Budget,
     target: f64,
@@ -172,9 +172,9 @@ fn check_reach(
     if target * (1.0 + TOLERANCE) >= least && target * (1.0 - TOLERANCE) <= most {
         return Ok(());
     }
-    let (what, mend) = explain();
+    let (what, help) = explain();
     let problem = format!("{what} reach {least} to {most} parameters");
-    Err(Error::Budget { asked: budget.to_string(), problem, mend: mend.to_owned() })
+    Err(Error::Budget { asked: budget.to_string(), problem, help: help.to_owned() })
 }
 
 /// The ratios on both sides of the step where `total`, which never grows with the ratio, crosses the target; an end of

@@ -12,8 +12,7 @@
 use dsmoe_core::calibrate::{Input, LayerStream, LayerWeights};
 use rayon::prelude::*;
 
-use crate::graph;
-use crate::kmeans;
+use crate::experts::{graph, kmeans};
 
 /// One neuron of so many is active for a token.
 const ACTIVE: usize = 10;

@@ -10,76 +10,89 @@ mod router;
 use dsmoe_core::Config;
 use dsmoe_core::calibrate::{Input, LayerStream, LayerWeights};
 use dsmoe_router::topk::{Scores, TopKConfig};
+use serde::{Deserialize, Serialize};
 
+use crate::calibration;
 use crate::error::{Error, Result};
-use crate::llama_moe::{
-    GateNetwork, GateSpec, LayerExperts, TopkSpec, check_calibration, check_experts, clustering, nearest,
-    open_dense, write,
-};
-use crate::method::{Budget, Job, Knob, Knobs, Made, Method, Plan, Progress};
+use crate::experts::construction::clustering;
+use crate::method::{Budget, Configured, Job, Made, Plan, Progress};
+use crate::settings::{Entry, SettingValues, Settings as _, settings, wrong};
+use crate::topk::{GateNetwork, GateSpec, LayerExperts, TopkSpec, check_experts, nearest, open_dense, write};
 
 use router::{Examples, Training};
 
-/// Neurons of an expert unless told otherwise (the published examples).
+/// Neurons of an expert by default, as in the published examples.
 const EXPERT_WIDTH: usize = 32;
-/// FFN inputs that the router of a layer learns on, and co-activations are counted for; of more, an even choice.
+/// FFN inputs that the router of a layer learns from, and that co-activations are counted for; of more inputs an even
+/// choice is taken.
 const MOST_INPUTS: usize = 16_384;
-/// Fewer do not make a router.
-const FEWEST_INPUTS: usize = 256;
+const MOST_EPOCHS: usize = 1000;
 
-const EXPERTS: Knob = Knob {
-    name: "experts",
-    default: "",
-    help: "use a number that divides intermediate_size; experts of 32 neurons if empty",
+/// The method `moefication`.
+pub(crate) static MOEFICATION: Entry<Settings> = Entry {
+    name: "moefication",
+    summary: "MoEfication: clusters of neurons, k of n by a router trained on calibration text; weights stay; budgets k/n",
+    defaults: Settings::default,
+    fixed: &[],
+    configure: |settings| match settings.epochs > MOST_EPOCHS {
+        true => Err(wrong::<Settings>("epochs", settings.epochs)),
+        false => Ok(Box::new(MoEfication(settings))),
+    },
 };
-const SPLIT: Knob = Knob {
-    name: "split",
-    default: "clustering",
-    help: "use clustering or co-activation: experts of neurons with similar rows, or that answer the same calibration tokens",
-};
-const ROWS: Knob = Knob {
-    name: "rows",
-    default: "gate",
-    help: "use gate or up: whose rows are clustered, and start the router by their means",
-};
-const SCORE: Knob = Knob {
-    name: "score",
-    default: "l2",
-    help: "use l1, l2, plain or positive: what of an expert's neurons the router predicts",
-};
-const EPOCHS: Knob = Knob { name: "epochs", default: "30", help: "use a number of epochs, 0 to 1000" };
-const KNOBS: &[Knob] = &[EXPERTS, SPLIT, ROWS, SCORE, EPOCHS];
 
-/// MoEfication.
-#[derive(Debug)]
-pub(crate) struct MoEfication;
+settings! {
+    /// Settings of MoEfication.
+    pub struct Settings {
+        /// Experts per layer, a divisor of intermediate_size; by default experts have 32 neurons.
+        pub experts: Option<usize> = None,
+        /// Way of forming experts: clustering (neurons with similar rows) or co-activation (neurons that are active for
+        /// the same calibration tokens).
+        pub split: Split = Split::Clustering,
+        /// Projection whose rows are clustered, and whose means start the router: gate or up.
+        pub rows: Rows = Rows::Gate,
+        /// Value of an expert's neurons that the router predicts: l1, l2, plain or positive.
+        pub score: Score = Score::L2,
+        /// Epochs of the router's training, 0 to 1000.
+        pub epochs: usize = 30,
+    }
+}
 
-/// What an expert did for a token, of its neurons' values c.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Score {
-    /// Sum of |c|.
+/// The value of an expert for a token, from the values c of its neurons.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Score {
+    /// The sum of |c|.
     L1,
-    /// Root of the sum of c^2.
+    /// The root of the sum of c^2.
     L2,
     /// |sum of c|.
     Plain,
-    /// Sum of the positive c.
+    /// The sum of the positive c.
     Positive,
 }
 
-impl std::str::FromStr for Score {
-    type Err = ();
-
-    fn from_str(name: &str) -> std::result::Result<Score, ()> {
-        match name {
-            "l1" => Ok(Score::L1),
-            "l2" => Ok(Score::L2),
-            "plain" => Ok(Score::Plain),
-            "positive" => Ok(Score::Positive),
-            _ => Err(()),
-        }
-    }
+/// A way of forming experts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Split {
+    /// Clusters of similar rows.
+    Clustering,
+    /// Parts of the graph of co-activations.
+    CoActivation,
 }
+
+/// The projection whose rows represent neurons.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Rows {
+    /// `gate_proj`.
+    Gate,
+    /// `up_proj`.
+    Up,
+}
+
+/// MoEfication with its settings.
+struct MoEfication(Settings);
 
 impl Score {
     fn of(self, values: impl Iterator<Item = f32>) -> f64 {
@@ -93,121 +106,55 @@ impl Score {
     }
 }
 
-/// How neurons become experts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Split {
-    /// Clusters of similar rows.
-    Clustering,
-    /// Parts of the graph of co-activations.
-    CoActivation,
-}
-
-impl std::str::FromStr for Split {
-    type Err = ();
-
-    fn from_str(name: &str) -> std::result::Result<Split, ()> {
-        match name {
-            "clustering" => Ok(Split::Clustering),
-            "co-activation" => Ok(Split::CoActivation),
-            _ => Err(()),
+impl Settings {
+    fn num_experts(&self, config: &Config) -> Result<usize> {
+        let even =
+            config.layers().all(|shape| shape.intermediate.is_multiple_of(EXPERT_WIDTH)) && config.is_even();
+        match self.experts {
+            Some(experts) => Ok(experts),
+            None if even => Ok(config.intermediate / EXPERT_WIDTH),
+            None => Err(Error::Setting {
+                name: "experts".to_owned(),
+                problem: format!("the layers do not all have the same multiple of {EXPERT_WIDTH} neurons"),
+                help: "give a number that divides intermediate_size".to_owned(),
+            }),
         }
     }
+
+    fn choose(&self, config: &Config, budget: Budget) -> Result<(TopkSpec, Plan)> {
+        let n = self.num_experts(config)?;
+        check_experts(config, n)?;
+        let specs = (1..=n).map(|k| TopkSpec {
+            router: TopKConfig {
+                scores: Scores::One,
+                score_scale: 1.0,
+                ..TopKConfig::new(n, k).expect("k of n")
+            },
+            gate: GateSpec { network: GateNetwork::Mlp, normalize: true, noise: false },
+            balance_weight: 0.0,
+        });
+        nearest(config, budget, specs)
+    }
 }
 
-/// The knobs' values for a model.
-struct Settings {
-    num_experts: usize,
-    split: Split,
-    by_gate: bool,
-    score: Score,
-    epochs: usize,
-}
-
-fn settings(config: &Config, knobs: &Knobs) -> Result<Settings> {
-    let wrong = |knob: &Knob, problem: String| {
-        Err(Error::Knob { name: knob.name.to_owned(), problem, mend: knob.help.to_owned() })
-    };
-    let num_experts = match knobs.get::<usize>(EXPERTS.name)? {
-        Some(num_experts) => num_experts,
-        None if config.layers().all(|shape| shape.intermediate.is_multiple_of(EXPERT_WIDTH))
-            && config.is_even() =>
-        {
-            config.intermediate / EXPERT_WIDTH
-        }
-        None => {
-            return wrong(
-                &EXPERTS,
-                format!("is empty, and layers are not of {EXPERT_WIDTH} neurons times one number"),
-            );
-        }
-    };
-    let by_gate = match &knobs.need::<String>(ROWS.name)?[..] {
-        "gate" => true,
-        "up" => false,
-        other => return wrong(&ROWS, format!("is {other:?}")),
-    };
-    let epochs = knobs.need(EPOCHS.name)?;
-    if epochs > 1000 {
-        return wrong(&EPOCHS, format!("is {epochs}"));
-    }
-    Ok(Settings {
-        num_experts,
-        split: knobs.need(SPLIT.name)?,
-        by_gate,
-        score: knobs.need(SCORE.name)?,
-        epochs,
-    })
-}
-
-fn choose(config: &Config, budget: Budget, settings: &Settings) -> Result<(TopkSpec, Plan)> {
-    let n = settings.num_experts;
-    check_experts(config, n)?;
-    let specs = (1..=n).map(|k| TopkSpec {
-        router: TopKConfig {
-            scores: Scores::One,
-            score_scale: 1.0,
-            ..TopKConfig::new(n, k).expect("k of n")
-        },
-        gate: GateSpec { network: GateNetwork::Mlp, normalize: true, noise: false },
-        balance_weight: 0.0,
-    });
-    nearest(config, budget, specs)
-}
-
-impl Method for MoEfication {
-    fn name(&self) -> &'static str {
-        "moefication"
-    }
-
-    fn summary(&self) -> &'static str {
-        "MoEfication: clusters of neurons, k of n by a router trained on calibration text; weights stay; budgets k/n"
-    }
-
-    fn knobs(&self) -> &'static [Knob] {
-        KNOBS
-    }
-
-    fn needs_calibration(&self, _knobs: &Knobs) -> bool {
+impl Configured for MoEfication {
+    fn needs_calibration(&self) -> bool {
         true
     }
 
-    fn plan(&self, config: &Config, budget: Budget, knobs: &Knobs) -> Result<Plan> {
-        Ok(choose(config, budget, &settings(config, knobs)?)?.1)
+    fn resolved(&self) -> SettingValues {
+        self.0.values()
+    }
+
+    fn plan(&self, config: &Config, budget: Budget) -> Result<Plan> {
+        Ok(self.0.choose(config, budget)?.1)
     }
 
     fn run(&self, job: &Job<'_>, progress: &mut dyn FnMut(Progress)) -> Result<Made> {
         let (config, checkpoint) = open_dense(job.model)?;
-        let settings = settings(&config, job.knobs)?;
-        let (spec, mut plan) = choose(&config, job.budget, &settings)?;
-        let need = "the routers";
-        check_calibration(job.calibration, 1, need)?;
-        let inputs: usize = job.calibration.iter().map(Vec::len).sum();
-        if inputs < FEWEST_INPUTS {
-            return Err(Error::Calibration {
-                problem: format!("{inputs} tokens are too few for {need}"),
-                mend: format!("give {FEWEST_INPUTS} tokens or more"),
-            });
-        }
+        let (settings, n) = (&self.0, self.0.num_experts(&config)?);
+        let (spec, mut plan) = settings.choose(&config, job.budget)?;
+        let inputs = calibration::check_for_routers(job.calibration)?;
         plan.settings.push(("router inputs".to_owned(), inputs.min(MOST_INPUTS).to_string()));
 
         let every = inputs.div_ceil(MOST_INPUTS);
@@ -217,8 +164,10 @@ impl Method for MoEfication {
             progress(Progress { stage: "routers", done: i as u64, total: config.num_layers as u64 });
             let weights = stream.layer(i)?;
             let [.., gate, up, _] = &weights.linears;
-            let rows = if settings.by_gate { gate } else { up };
-            let n = settings.num_experts;
+            let rows = match settings.rows {
+                Rows::Gate => gate,
+                Rows::Up => up,
+            };
             let (order, centers) = match settings.split {
                 Split::Clustering => clustering(rows.weight.to_vec(), config.hidden, n, job.seed),
                 Split::CoActivation => {
@@ -229,7 +178,7 @@ impl Method for MoEfication {
                     (experts.order, experts.centers)
                 }
             };
-            let examples = examples(&mut stream, &weights, &order, &settings, every);
+            let examples = examples(&mut stream, &weights, &order, (settings.score, n), every);
             let training = Training { top_k: spec.router.top_k, epochs: settings.epochs, seed: job.seed };
             let (gate, captured) = router::train(&spec.gate(config.hidden), &examples, centers, training);
             measured.push((format!("layer {i}: share of scores captured"), captured));
@@ -241,12 +190,12 @@ impl Method for MoEfication {
     }
 }
 
-/// What a layer's FFN reads and what each expert then does, for one of `every` calibration tokens.
+/// Collects the inputs of a layer's FFN and the scores of its experts, for one of `every` calibration tokens.
 fn examples(
     stream: &mut LayerStream,
     weights: &LayerWeights,
     order: &[u32],
-    settings: &Settings,
+    (score, num_experts): (Score, usize),
     every: usize,
 ) -> Examples {
     let (hidden, intermediate) = (stream.config().hidden, order.len());
@@ -261,10 +210,11 @@ fn examples(
             }
             Input::Neurons => chosen.for_each(|t| {
                 let values = &tap.x[t * intermediate..][..intermediate];
-                let experts = order.chunks_exact(intermediate / settings.num_experts);
-                examples.scores.extend(experts.map(|expert| {
-                    settings.score.of(expert.iter().map(|&neuron| values[neuron as usize])) as f32
-                }));
+                let experts = order.chunks_exact(intermediate / num_experts);
+                examples.scores.extend(
+                    experts
+                        .map(|expert| score.of(expert.iter().map(|&neuron| values[neuron as usize])) as f32),
+                );
             }),
             Input::Attention | Input::Heads => {}
         }
@@ -280,7 +230,7 @@ mod tests {
     use dsmoe_kernels::rng::Rng;
 
     use super::*;
-    use crate::llama_moe::TopkMoeFfn;
+    use crate::topk::TopkMoeFfn;
 
     /// Neurons in four groups that read and write two coordinates each, in a shuffled order, and inputs in two coordinates
     /// each: one expert is then all that answers, and the untrained router finds it.
@@ -351,10 +301,9 @@ mod tests {
 
     #[test]
     fn scores_by_hand() {
-        for (name, want) in [("l1", 7.0), ("l2", 5.0), ("plain", 1.0), ("positive", 3.0)] {
-            let score: Score = name.parse().expect("a score");
-            assert_eq!(score.of([3.0, -4.0].into_iter()), want, "{name}");
+        for (score, want) in [(Score::L1, 7.0), (Score::L2, 5.0), (Score::Plain, 1.0), (Score::Positive, 3.0)]
+        {
+            assert_eq!(score.of([3.0, -4.0].into_iter()), want, "{score:?}");
         }
-        assert!("l3".parse::<Score>().is_err());
     }
 }

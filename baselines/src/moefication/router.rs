@@ -14,7 +14,7 @@ use dsmoe_kernels::adamw::{self, Hyper};
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::rng::Rng;
 
-use crate::llama_moe::{Gate, GateActs, GateGrads, GateWeights};
+use crate::topk::{Gate, GateActs, GateGrads, GateWeights};
 
 const BATCH: usize = 512;
 const LEARNING_RATE: f64 = 0.01;
@@ -139,7 +139,7 @@ mod tests {
     use dsmoe_kernels::testing::normals;
 
     use super::*;
-    use crate::llama_moe::{GateNetwork, GateSpec};
+    use crate::topk::{GateNetwork, GateSpec};
 
     const HIDDEN: usize = 8;
     const EXPERTS: usize = 4;

@@ -88,10 +88,10 @@ impl Hessian {
     /// # Errors
     /// No damping is enough, or an input was not finite.
     pub fn factorise(&self, damping: f64, place: &str) -> Result<Factored> {
-        let wrong = |problem: &str, mend: &str| Error::Numeric {
+        let wrong = |problem: &str, help: &str| Error::Numeric {
             place: place.to_owned(),
             problem: problem.to_owned(),
-            mend: mend.to_owned(),
+            help: help.to_owned(),
         };
         if !(0..self.inputs).all(|i| self.diagonal(i).is_finite()) {
             return Err(wrong("reads values that are not finite", "check the model with eval"));

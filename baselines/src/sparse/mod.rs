@@ -3,38 +3,26 @@
 //! weights.
 
 mod hessian;
-mod magnitude;
 mod pattern;
 mod score;
 mod select;
 mod sparsegpt;
 mod sweep;
-mod wanda;
 
 use dsmoe_core::calibrate::{Input, LayerStream, LayerWeights, Linear};
 use dsmoe_core::checkpoint::{Dtype, OutputDir, TensorInfo, Writer, copy_companions, tensor_names};
 use dsmoe_core::masks::{MASKS_FILE, Mask, Masks};
 
 pub use self::hessian::{Factored, Hessian};
-pub use self::magnitude::Magnitude;
-pub use self::pattern::Pattern;
-pub use self::sparsegpt::SparseGpt;
+pub use self::pattern::{Among, Pattern};
+pub use self::score::ScoreSettings;
+pub(crate) use self::score::{MAGNITUDE, WANDA};
+pub(crate) use self::sparsegpt::SPARSEGPT;
+pub use self::sparsegpt::SparseGptSettings;
 pub use self::sweep::{SweepOptions, Swept, sweep};
-pub use self::wanda::Wanda;
 
 use crate::error::{Error, Result};
-use crate::method::{Job, Knob, Made, Plan, Progress};
-
-const PATTERN: Knob = Knob {
-    name: "pattern",
-    default: "unstructured",
-    help: "use unstructured, 2:4 or 4:8 (zeros in every so many columns; these fix the density at 0.5)",
-};
-const NEAREST: Knob = Knob {
-    name: "nearest",
-    default: "no",
-    help: "use yes to accept the reachable budget that is nearest, no to refuse one that is more than 1 % off",
-};
+use crate::method::{Job, Made, Plan, Progress};
 
 /// A layer that is being pruned.
 struct Layer<'a> {
@@ -60,7 +48,7 @@ impl Layer<'_> {
                 return Err(Error::Numeric {
                     place: linear.name.clone(),
                     problem: "has a weight that its type cannot hold after the update".to_owned(),
-                    mend: "raise damp, give more calibration text or store the model as bf16".to_owned(),
+                    help: "raise damp, give more calibration text or store the model as bf16".to_owned(),
                 });
             }
             self.masks.set(linear.name.clone(), mask);
@@ -145,7 +133,7 @@ fn calibration<'a>(job: &Job<'a>) -> Result<&'a [Vec<u32>]> {
     if job.calibration.is_empty() {
         return Err(Error::Calibration {
             problem: "there is no text".to_owned(),
-            mend: "give at least one sequence; 128 of the model's length are usual".to_owned(),
+            help: "give at least one sequence; 128 of the model's length are usual".to_owned(),
         });
     }
     Ok(job.calibration)

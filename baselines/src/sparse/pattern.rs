@@ -6,9 +6,11 @@ use std::str::FromStr;
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::checkpoint::tensor_names;
 use dsmoe_core::{Config, Error as CoreError};
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::method::{Budget, Knobs, Plan};
+use crate::method::{Budget, Plan};
+use crate::settings::stored_as_text;
 
 /// A budget that is missed by more than this is an error.
 const TOLERANCE: f64 = 0.01;
@@ -51,43 +53,19 @@ impl fmt::Display for Pattern {
     }
 }
 
-/// The weights among which the smallest scores are looked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Among {
-    /// Those of a row.
+stored_as_text!(Pattern);
+
+/// The weights among which the smallest scores are found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Among {
+    /// The weights of a row.
     Row,
-    /// Those of the matrix.
+    /// The weights of the matrix.
     Matrix,
-    /// Those of so many consecutive columns.
+    /// The weights of this many consecutive columns.
+    #[serde(skip)]
     Columns(usize),
-}
-
-impl FromStr for Among {
-    type Err = ();
-
-    fn from_str(text: &str) -> std::result::Result<Among, ()> {
-        match text {
-            "row" => Ok(Among::Row),
-            "matrix" => Ok(Among::Matrix),
-            _ => Err(()),
-        }
-    }
-}
-
-/// A knob that is `yes` or `no`.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct YesNo(pub(crate) bool);
-
-impl FromStr for YesNo {
-    type Err = ();
-
-    fn from_str(text: &str) -> std::result::Result<YesNo, ()> {
-        match text {
-            "yes" => Ok(YesNo(true)),
-            "no" => Ok(YesNo(false)),
-            _ => Err(()),
-        }
-    }
 }
 
 /// What is removed from every matrix.
@@ -137,23 +115,27 @@ pub(crate) struct Target {
 }
 
 impl Target {
-    /// The share that reaches `budget`: `density = (budget - the rest) / weights of the seven linears`. Of the knobs,
-    /// `pattern` and `nearest` are read.
-    pub(crate) fn new(config: &Config, budget: Budget, among: Among, knobs: &Knobs) -> Result<Target> {
+    /// Finds the share that reaches `budget`: `density = (budget - the rest) / weights of the seven linears`. With
+    /// `nearest`, a budget that is out of reach gives the nearest one.
+    pub(crate) fn new(
+        config: &Config,
+        budget: Budget,
+        pattern: Pattern,
+        among: Among,
+        nearest: bool,
+    ) -> Result<Target> {
         if !config.is_dense() {
             let text =
-                "the model has experts already; name a dense model, or export this one with --as dense first";
+                "the model has experts already; use a dense model, or export this one as a dense model first";
             return Err(CoreError::Argument(text.to_owned()).into());
         }
-        let pattern: Pattern = knobs.need("pattern")?;
-        let YesNo(nearest) = knobs.need("nearest")?;
         if let Pattern::Group { of, .. } = pattern
             && let Some((name, _, cols)) = matrices(config).find(|(.., cols)| cols % of != 0)
         {
-            return Err(Error::Knob {
+            return Err(Error::Setting {
                 name: "pattern".to_owned(),
                 problem: format!("is {pattern} and the {cols} columns of {name} are no multiple of {of}"),
-                mend: "use pattern=unstructured".to_owned(),
+                help: "use the pattern unstructured".to_owned(),
             });
         }
         let shapes: Vec<(usize, usize)> = matrices(config).map(|(_, rows, cols)| (rows, cols)).collect();
@@ -176,7 +158,9 @@ impl Target {
             total: total as f64,
             activated,
             reached_by: format!("density {density:.4} of the layers' linears"),
-            settings: knobs.iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect(),
+            masked: true,
+            keeps_dense_compute: true,
+            ..Plan::default()
         };
         Ok(Target { sparsity: Sparsity { pattern, among, share }, plan })
     }
@@ -207,11 +191,13 @@ fn unreachable(budget: Budget, pattern: Pattern, nearest: f64, [least, most]: [u
     };
     let nearest = shown(nearest);
     let problem = format!("pattern {pattern} reaches {nearest}, more than 1 % off");
-    let mend = match pattern {
+    let help = match pattern {
         Pattern::Unstructured => {
-            format!("ask for {} to {}, or set nearest=yes", shown(least as f64), shown(most as f64))
+            format!("ask for {} to {}, or set nearest to true", shown(least as f64), shown(most as f64))
         }
-        Pattern::Group { .. } => format!("ask for {nearest}, or set pattern=unstructured or nearest=yes"),
+        Pattern::Group { .. } => {
+            format!("ask for {nearest}, set pattern to unstructured, or set nearest to true")
+        }
     };
-    Error::Budget { asked: budget.to_string(), problem, mend }
+    Error::Budget { asked: budget.to_string(), problem, help }
 }

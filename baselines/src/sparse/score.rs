@@ -1,10 +1,116 @@
-//! Pruning by a score of each weight, without an update: Wanda and magnitude.
+//! Pruning by a score of each weight, without an update.
+//!
+//! Wanda (Sun et al., arXiv 2306.11695) removes the weights with the smallest `|w| * ||x||` of their row, where x are the
+//! values of the weight's input over all tokens. Magnitude pruning removes the smallest `|w|`, by default of the whole
+//! matrix, and reads no text.
 
+use dsmoe_core::Config;
+use dsmoe_core::calibrate::Input;
 use dsmoe_core::masks::Mask;
 use rayon::prelude::*;
 
-use super::pattern::{Among, Pattern, Sparsity, removed_of};
+use super::pattern::{Among, Pattern, Sparsity, Target, removed_of};
 use super::select::{Smallest, mark_smallest};
+use super::{Layer, calibration, run};
+use crate::error::Result;
+use crate::method::{Budget, Configured, Job, Made, Plan, Progress};
+use crate::settings::{Entry, SettingValues, Settings as _, settings};
+
+/// Columns summed by one task.
+const COLUMNS: usize = 64;
+
+/// The method `wanda`.
+pub(crate) static WANDA: Entry<ScoreSettings> = Entry {
+    name: "wanda",
+    summary: "zeros where weight times norm of its input is smallest, no update; any budget, or half the linears",
+    defaults: || ScoreSettings { among: Among::Row, ..ScoreSettings::default() },
+    fixed: &[],
+    configure: |settings| Ok(Box::new(ScorePruning { settings, by_inputs: true })),
+};
+
+/// The method `magnitude`.
+pub(crate) static MAGNITUDE: Entry<ScoreSettings> = Entry {
+    name: "magnitude",
+    summary: "zeros where weights are smallest, no calibration; any budget, or half the linears",
+    defaults: ScoreSettings::default,
+    fixed: &[],
+    configure: |settings| Ok(Box::new(ScorePruning { settings, by_inputs: false })),
+};
+
+settings! {
+    /// Settings of Wanda and of magnitude pruning.
+    pub struct ScoreSettings {
+        /// Where zeros may lie: unstructured, or 2:4 or 4:8 (zeros in so many columns), which fix the density at 0.5.
+        pub pattern: Pattern = Pattern::Unstructured,
+        /// True accepts the nearest budget within reach; false refuses one that is more than 1 % off.
+        pub nearest: bool = false,
+        /// The weights whose scores are compared: those of a row or of a matrix.
+        pub among: Among = Among::Matrix,
+    }
+}
+
+/// Pruning by score, with its settings.
+struct ScorePruning {
+    settings: ScoreSettings,
+    /// Scores are weighted by the norms of inputs.
+    by_inputs: bool,
+}
+
+impl ScorePruning {
+    fn target(&self, config: &Config, budget: Budget) -> Result<Target> {
+        let ScoreSettings { pattern, nearest, among } = self.settings;
+        Target::new(config, budget, pattern, among, nearest)
+    }
+
+    fn prune(&self, layer: &mut Layer<'_>, sparsity: &Sparsity) -> Result<()> {
+        let first = if self.by_inputs { 0.0 } else { 1.0 };
+        let mut squares = Input::ALL.map(|input| vec![first; layer.width(input)]);
+        if self.by_inputs {
+            layer.stream.forward(&layer.weights, &mut |tap| {
+                if let Some(at) = Input::ALL.iter().position(|&input| input == tap.input) {
+                    add_squares(&mut squares[at], tap.x);
+                }
+            });
+        }
+        for (input, squares) in Input::ALL.into_iter().zip(squares) {
+            let norms: Vec<f32> = squares.iter().map(|square| square.sqrt() as f32).collect();
+            layer.prune(input, |linear| prune(&mut linear.weight, &norms, sparsity))?;
+        }
+        Ok(())
+    }
+}
+
+impl Configured for ScorePruning {
+    fn needs_calibration(&self) -> bool {
+        self.by_inputs
+    }
+
+    fn resolved(&self) -> SettingValues {
+        self.settings.values()
+    }
+
+    fn plan(&self, config: &Config, budget: Budget) -> Result<Plan> {
+        Ok(self.target(config, budget)?.plan)
+    }
+
+    fn run(&self, job: &Job<'_>, progress: &mut dyn FnMut(Progress)) -> Result<Made> {
+        let Target { sparsity, plan } = self.target(&Config::load(job.model)?, job.budget)?;
+        let text = if self.by_inputs { calibration(job)? } else { &[] };
+        run(job, plan, text, progress, &|layer| self.prune(layer, &sparsity))
+    }
+}
+
+/// Adds to `squares` `[inputs]` the squares of the columns of `x` `[tokens, inputs]`.
+fn add_squares(squares: &mut [f64], x: &[f32]) {
+    let inputs = squares.len();
+    squares.par_chunks_mut(COLUMNS).enumerate().for_each(|(task, squares)| {
+        for x in x.chunks_exact(inputs) {
+            for (square, &x) in squares.iter_mut().zip(&x[task * COLUMNS..]) {
+                *square += f64::from(x) * f64::from(x);
+            }
+        }
+    });
+}
 
 /// Zeroes the weights of `weight` `[rows, cols]` with the smallest `|w| * scale[column]`.
 ///

@@ -8,95 +8,79 @@ use dsmoe_core::Config;
 use dsmoe_core::calibrate::Input;
 
 use super::hessian::{Factored, Hessian};
-use super::pattern::{Among, Pattern, Sparsity, Target, YesNo};
+use super::pattern::{Among, Pattern, Sparsity, Target};
 use super::sweep::{SweepOptions, sweep};
-use super::{Layer, NEAREST, PATTERN, calibration, run};
-use crate::error::{Error, Result};
-use crate::method::{Budget, Job, Knob, Knobs, Made, Method, Plan, Progress};
+use super::{Layer, calibration, run};
+use crate::error::Result;
+use crate::method::{Budget, Configured, Job, Made, Plan, Progress};
+use crate::settings::{Entry, SettingValues, Settings as _, settings, wrong};
 
 /// The method `sparsegpt`.
-#[derive(Clone, Copy, Debug)]
-pub struct SparseGpt;
+pub(crate) static SPARSEGPT: Entry<SparseGptSettings> = Entry {
+    name: "sparsegpt",
+    summary: "zeros among the weights, the others updated by second-order information; any budget, or half the linears",
+    defaults: SparseGptSettings::default,
+    fixed: &[],
+    configure,
+};
 
-/// Knobs of [`SparseGpt`] with its share of zeros.
-struct Settings {
-    sparsity: Sparsity,
-    block: usize,
-    damping: f64,
-    true_sequential: bool,
+settings! {
+    /// Settings of SparseGPT.
+    pub struct SparseGptSettings {
+        /// Where zeros may lie: unstructured, or 2:4 or 4:8 (zeros in so many columns), which fix the density at 0.5.
+        pub pattern: Pattern = Pattern::Unstructured,
+        /// True accepts the nearest budget within reach; false refuses one that is more than 1 % off.
+        pub nearest: bool = false,
+        /// Increment of the Hessian's diagonal as a share of its mean, a number above 0.
+        pub damp: f64 = 0.01,
+        /// Columns that are pruned together, above 0 and a multiple of the pattern's columns.
+        pub block: usize = 128,
+        /// True runs the layer again after each of {q,k,v}, {o}, {gate,up} and {down}.
+        pub true_sequential: bool = false,
+    }
+}
+
+/// SparseGPT with its settings.
+struct SparseGpt(SparseGptSettings);
+
+fn configure(settings: SparseGptSettings) -> Result<Box<dyn Configured>> {
+    if !(settings.damp.is_finite() && settings.damp > 0.0) {
+        return Err(wrong::<SparseGptSettings>("damp", settings.damp));
+    }
+    let of = if let Pattern::Group { of, .. } = settings.pattern { of } else { 1 };
+    if settings.block == 0 || !settings.block.is_multiple_of(of) {
+        return Err(wrong::<SparseGptSettings>("block", settings.block));
+    }
+    Ok(Box::new(SparseGpt(settings)))
 }
 
 impl SparseGpt {
-    fn settings(config: &Config, budget: Budget, knobs: &Knobs) -> Result<(Settings, Plan)> {
-        let wrong = |name: &str, problem: String, mend: &str| Error::Knob {
-            name: name.to_owned(),
-            problem,
-            mend: mend.to_owned(),
-        };
-        let damping: f64 = knobs.need("damp")?;
-        if !(damping.is_finite() && damping > 0.0) {
-            return Err(wrong("damp", format!("is {damping}"), "use a number above 0"));
-        }
-        let block: usize = knobs.need("block")?;
-        let pattern: Pattern = knobs.need("pattern")?;
-        let of = if let Pattern::Group { of, .. } = pattern { of } else { 1 };
-        if block == 0 || !block.is_multiple_of(of) {
-            let mend = "use a number of columns above 0 that is a multiple of the pattern's columns";
-            return Err(wrong("block", format!("is {block}"), mend));
-        }
-        let YesNo(true_sequential) = knobs.need("true_sequential")?;
-        let Target { sparsity, plan } = Target::new(config, budget, Among::Columns(block), knobs)?;
-        Ok((Settings { sparsity, block, damping, true_sequential }, plan))
+    fn target(&self, config: &Config, budget: Budget) -> Result<Target> {
+        let SparseGptSettings { pattern, nearest, block, .. } = self.0;
+        Target::new(config, budget, pattern, Among::Columns(block), nearest)
     }
 }
 
-impl Method for SparseGpt {
-    fn name(&self) -> &'static str {
-        "sparsegpt"
-    }
-
-    fn summary(&self) -> &'static str {
-        "zeros among the weights, the others updated by second-order information; any budget, or half the linears"
-    }
-
-    fn knobs(&self) -> &'static [Knob] {
-        const KNOBS: &[Knob] = &[
-            PATTERN,
-            NEAREST,
-            Knob {
-                name: "damp",
-                default: "0.01",
-                help: "use a number above 0: what the Hessian's diagonal is raised by, in parts of its mean",
-            },
-            Knob {
-                name: "block",
-                default: "128",
-                help: "use a number of columns: those that are pruned together",
-            },
-            Knob {
-                name: "true_sequential",
-                default: "no",
-                help: "use yes to run the layer anew after each of {q,k,v}, {o}, {gate,up}, {down}, else no",
-            },
-        ];
-        KNOBS
-    }
-
-    fn needs_calibration(&self, _knobs: &Knobs) -> bool {
+impl Configured for SparseGpt {
+    fn needs_calibration(&self) -> bool {
         true
     }
 
-    fn plan(&self, config: &Config, budget: Budget, knobs: &Knobs) -> Result<Plan> {
-        Ok(SparseGpt::settings(config, budget, knobs)?.1)
+    fn resolved(&self) -> SettingValues {
+        self.0.values()
+    }
+
+    fn plan(&self, config: &Config, budget: Budget) -> Result<Plan> {
+        Ok(self.target(config, budget)?.plan)
     }
 
     fn run(&self, job: &Job<'_>, progress: &mut dyn FnMut(Progress)) -> Result<Made> {
-        let (settings, plan) = SparseGpt::settings(&Config::load(job.model)?, job.budget, job.knobs)?;
-        run(job, plan, calibration(job)?, progress, &|layer| prune(layer, &settings))
+        let Target { sparsity, plan } = self.target(&Config::load(job.model)?, job.budget)?;
+        run(job, plan, calibration(job)?, progress, &|layer| prune(layer, &self.0, &sparsity))
     }
 }
 
-fn prune(layer: &mut Layer<'_>, settings: &Settings) -> Result<()> {
+fn prune(layer: &mut Layer<'_>, settings: &SparseGptSettings, sparsity: &Sparsity) -> Result<()> {
     let passes = if settings.true_sequential { Input::ALL.chunks(1) } else { Input::ALL.chunks(4) };
     let mut loss = 0.0;
     for inputs in passes {
@@ -109,21 +93,18 @@ fn prune(layer: &mut Layer<'_>, settings: &Settings) -> Result<()> {
         });
         for (&input, hessian) in inputs.iter().zip(hessians) {
             let place = format!("layer {} {}", layer.weights.layer, readers(input));
-            let factored = hessian.factorise(settings.damping, &place)?;
+            let factored = hessian.factorise(settings.damp, &place)?;
             drop(hessian);
             let Factored { dead, damping, .. } = &factored;
-            if *damping != settings.damping {
+            if *damping != settings.damp {
                 layer.measure(&format!("{} damping", readers(input)), *damping);
             }
             let dead_inputs = dead.iter().filter(|dead| **dead).count();
             if dead_inputs > 0 {
                 layer.measure(&format!("{} inputs that are always zero", readers(input)), dead_inputs as f64);
             }
-            let options = SweepOptions {
-                pattern: settings.sparsity.pattern,
-                share: settings.sparsity.share,
-                block: settings.block,
-            };
+            let options =
+                SweepOptions { pattern: sparsity.pattern, share: sparsity.share, block: settings.block };
             layer.prune(input, |linear| {
                 let swept = sweep(&mut linear.weight, &factored, &options);
                 loss += swept.loss;

@@ -13,39 +13,42 @@ use crate::common::{Run, model, saved, tokens};
 const METHODS: [&str; 2] = ["llm-pruner-block", "llm-pruner-channel"];
 
 fn run<'a>(method: &'a str, calibration: &'a [Vec<u32>]) -> Run<'a> {
-    Run { method, knobs: &[], budget: Budget::Share(0.8), calibration, seed: 0, force: false }
+    Run { method, set: &[], budget: Budget::Share(0.8), calibration, seed: 0, force: false }
 }
 
 /// Runs it; the message must be one line with all parts, and nothing may be left beside the model.
 fn fails(run: Run<'_>, source: &Path, parts: &[&str]) {
     let out = source.parent().unwrap().join("out");
-    let error = run.run(source, &out).expect_err(&format!("{} {:?}", run.method, run.knobs)).to_string();
+    let error = run.run(source, &out).expect_err(&format!("{} {:?}", run.method, run.set)).to_string();
     assert!(!error.contains('\n') && parts.iter().all(|part| error.contains(part)), "{error}");
     let left: Vec<_> = fs::read_dir(out.parent().unwrap()).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert_eq!(left, ["dense"], "{error}");
 }
 
 #[test]
-fn knobs_and_budgets() {
+fn settings_and_budgets() {
     let work = tempfile::tempdir().unwrap();
     let source = saved(&model(true), work.path(), Dtype::F32);
     let calibration = tokens(1, 8);
-    for (knobs, parts) in [
+    for (set, parts) in [
         (&["layers=2..4"][..], &["layers: 2..4 of 4 layers", "within 0..3"][..]),
         (&["layers=2..1"], &["layers: 2..1", "within 0..3"]),
-        (&["layers=2"], &["layers: is \"2\"", "FIRST..LAST"]),
+        (&["layers=2"], &["layers: cannot be 2", "FIRST..LAST"]),
         (&["layers=-1..2"], &["FIRST..LAST"]),
-        (&["heads=maybe"], &["heads: is \"maybe\"", "yes or no"]),
-        (&["importance=taylor"], &["importance: is \"taylor\"", "taylor-first"]),
-        (&["importance="], &["importance: is empty"]),
-        (&["reduce=median"], &["reduce: is \"median\"", "prod"]),
-        (&["ratio=0.5"], &["ratio: is no knob", "importance, reduce, layers, heads"]),
+        (&["heads=maybe"], &["heads: cannot be \"maybe\"", "True removes"]),
+        (&["importance=taylor"], &["importance: cannot be \"taylor\"", "taylor-first"]),
+        (&["importance="], &["importance: cannot be \"\""]),
+        (&["reduce=median"], &["reduce: cannot be \"median\"", "prod"]),
+        (&["ratio=0.5"], &["ratio: is not a setting", "importance, reduce, layers, heads"]),
     ] {
-        fails(Run { knobs, ..run("llm-pruner-block", &calibration) }, &source, parts);
+        fails(Run { set, ..run("llm-pruner-block", &calibration) }, &source, parts);
     }
-    for knobs in [&["multiple=0"], &["multiple=33"]] {
+    for (set, parts) in [
+        (&["multiple=0"], ["multiple: cannot be 0", "1 to hidden_size"]),
+        (&["multiple=33"], ["multiple: is 33", "1 to 32"]),
+    ] {
         let run = run("llm-pruner-channel", &calibration);
-        fails(Run { knobs, ..run }, &source, &["multiple: is", "use 1 to 32"]);
+        fails(Run { set, ..run }, &source, &parts);
     }
     for method in METHODS {
         let run = run(method, &calibration);
@@ -74,7 +77,7 @@ fn calibration_text() {
         fails(run(method, &[vec![1, 40, 2]]), &source, &["token id 40", "tokenizer"]);
         fails(run(method, &tokens(1, 40)), &source, &["39 positions", "shorter sequences"]);
         // What reads no text needs none.
-        let run = Run { knobs: &["importance=magnitude-l1"], ..run(method, &[]) };
+        let run = Run { set: &["importance=magnitude-l1"], ..run(method, &[]) };
         run.run(&source, &work.path().join("none")).unwrap();
         fs::remove_dir_all(work.path().join("none")).unwrap();
     }

@@ -13,9 +13,9 @@ use dsmoe_kernels::testing::{assert_close, f64s};
 
 use crate::common::{Run, count, loaded, logits, model, saved, tensors, tokens, values};
 
-fn block<'a>(knobs: &'a [&'static str], budget: f64, calibration: &'a [Vec<u32>]) -> Run<'a> {
+fn block<'a>(set: &'a [&'static str], budget: f64, calibration: &'a [Vec<u32>]) -> Run<'a> {
     let budget = Budget::Share(budget);
-    Run { method: "llm-pruner-block", knobs, budget, calibration, seed: 0, force: false }
+    Run { method: "llm-pruner-block", set, budget, calibration, seed: 0, force: false }
 }
 
 /// Which of the pieces of `len` values of `dense` are not in `pruned`.
@@ -58,16 +58,16 @@ fn dense_width(layout: &dsmoe_core::params::Layout, layer: usize) -> usize {
 #[test]
 fn removal_is_zeroing() {
     let calibration = tokens(3, 17);
-    for (tied, knobs) in [
+    for (tied, set) in [
         (true, &["importance=taylor-first"][..]),
         (false, &["importance=taylor-mix", "reduce=prod", "layers=0..3"]),
-        (true, &["importance=magnitude-l2", "heads=no"]),
+        (true, &["importance=magnitude-l2", "heads=false"]),
         (true, &["importance=random", "layers=1..3"]),
     ] {
         let work = tempfile::tempdir().unwrap();
         let dense = model(tied);
         let (source, out) = (saved(&dense, work.path(), Dtype::F32), work.path().join("pruned"));
-        let made = block(knobs, 0.75, &calibration).run(&source, &out).unwrap();
+        let made = block(set, 0.75, &calibration).run(&source, &out).unwrap();
         let config = Config::load(&out).unwrap();
         check_llama_tensors(&config, &Checkpoint::open(&out).unwrap()).unwrap();
         assert_eq!((made.plan.total, made.plan.activated), (count(&out), count(&out)));
@@ -77,7 +77,7 @@ fn removal_is_zeroing() {
         let dense = zeroed(dense, &source, &out);
         let ids = &tokens(1, 20)[0];
         let want = logits(&Inference::new(&dense, Precision::F32), ids);
-        assert_close(&format!("{knobs:?}"), &logits(&loaded(&out), ids), &f64s(&want), 1e-5);
+        assert_close(&format!("{set:?}"), &logits(&loaded(&out), ids), &f64s(&want), 1e-5);
         assert_eq!(tensors(&out).contains_key("lm_head.weight"), !tied);
     }
 }
@@ -100,7 +100,7 @@ fn what_does_nothing_goes_first() {
         }
         let (source, out) = (saved(&dense, work.path(), Dtype::F32), work.path().join("pruned"));
         let budget = Budget::Params(count(&source) - (2 * 3 * 3 * hidden) as f64);
-        Run { budget, ..block(&[importance, "heads=no"], 1.0, &calibration) }.run(&source, &out).unwrap();
+        Run { budget, ..block(&[importance, "heads=false"], 1.0, &calibration) }.run(&source, &out).unwrap();
         assert_eq!(Config::load(&out).unwrap().layer(2).intermediate, 45);
         let ids = &tokens(1, 20)[0];
         let want = logits(&loaded(&source), ids);
@@ -129,16 +129,16 @@ fn equal_seeds_give_equal_bytes() {
     let work = tempfile::tempdir().unwrap();
     let source = saved(&model(true), work.path(), Dtype::F16);
     let calibration = tokens(4, 12);
-    let make = |name: &str, knobs: &[&'static str], seed| {
+    let make = |name: &str, set: &[&'static str], seed| {
         let out = work.path().join(name);
-        Run { seed, ..block(knobs, 0.8, &calibration) }.run(&source, &out).unwrap();
+        Run { seed, ..block(set, 0.8, &calibration) }.run(&source, &out).unwrap();
         tensors(&out)
     };
     let random = &["importance=random"];
     assert!(make("a", random, 1) == make("b", random, 1));
     assert!(make("c", random, 1) != make("d", random, 2));
-    for (name, knobs) in [("first", &["importance=taylor-first"]), ("mix", &["importance=taylor-mix"])] {
-        assert!(make(name, knobs, 1) == make(&format!("{name}-again"), knobs, 2));
+    for (name, set) in [("first", &["importance=taylor-first"]), ("mix", &["importance=taylor-mix"])] {
+        assert!(make(name, set, 1) == make(&format!("{name}-again"), set, 2));
     }
     for threads in [1, 3] {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
@@ -209,20 +209,20 @@ fn gradients_know_better_than_chance_in_a_real_model() {
     let dense = loaded(&source);
     let mut texts = own_text(&dense, 24, 96);
     let held_out = texts.split_off(16);
-    let after = |knobs: &[&'static str]| {
-        let out = work.path().join(knobs.join(" "));
-        block(knobs, 0.8, &texts).run(&source, &out).unwrap();
+    let after = |set: &[&'static str]| {
+        let out = work.path().join(set.join(" "));
+        block(set, 0.8, &texts).run(&source, &out).unwrap();
         nll(&loaded(&out), &held_out)
     };
     let before = nll(&dense, &held_out);
     let random = after(&["layers=0..4", "importance=random"]);
-    for knobs in [
+    for set in [
         &["layers=0..4", "importance=taylor-first"],
         &["layers=0..4", "importance=taylor-second"],
         &["layers=0..4", "importance=taylor-mix"],
         &["layers=0..4", "importance=vector"],
     ] {
-        let taylor = after(knobs);
-        assert!(before < taylor && taylor < random - 0.2, "{knobs:?}: {before} {taylor} {random}");
+        let taylor = after(set);
+        assert!(before < taylor && taylor < random - 0.2, "{set:?}: {before} {taylor} {random}");
     }
 }

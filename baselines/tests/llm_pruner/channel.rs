@@ -9,7 +9,7 @@ use crate::common::{Run, count, loaded, logits, model, saved, tensors, tokens, v
 #[test]
 fn one_set_of_channels_leaves_every_tensor() {
     let calibration = tokens(3, 17);
-    for (tied, dtype, knobs) in [
+    for (tied, dtype, set) in [
         (true, Dtype::F32, &["importance=taylor-first"][..]),
         (false, Dtype::BF16, &["importance=taylor-second"]),
         (false, Dtype::F32, &["importance=vector", "reduce=prod"]),
@@ -21,7 +21,7 @@ fn one_set_of_channels_leaves_every_tensor() {
         let budget = Budget::Share(0.6);
         let run = Run {
             method: "llm-pruner-channel",
-            knobs,
+            set,
             budget,
             calibration: &calibration,
             seed: 0,

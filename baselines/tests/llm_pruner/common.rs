@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use dsmoe_baselines::{Budget, Job, Knobs, Made, Result, method};
+use dsmoe_baselines::{Budget, Job, Made, Result, method, read_settings};
 use dsmoe_core::checkpoint::{Checkpoint, Dtype};
 use dsmoe_core::model::{Cache, Inference, Workspace};
 use dsmoe_core::{Config, Model};
@@ -44,11 +44,11 @@ pub(crate) fn tokens(sequences: usize, len: usize) -> Vec<Vec<u32>> {
     (0..sequences).map(|_| (0..len).map(|_| rng.below(VOCAB) as u32).collect()).collect()
 }
 
-/// A method, its knobs and what else a job says.
+/// A method, its settings and what else a job says.
 #[derive(Clone, Copy)]
 pub(crate) struct Run<'a> {
     pub(crate) method: &'a str,
-    pub(crate) knobs: &'a [&'static str],
+    pub(crate) set: &'a [&'static str],
     pub(crate) budget: Budget,
     pub(crate) calibration: &'a [Vec<u32>],
     pub(crate) seed: u64,
@@ -57,10 +57,9 @@ pub(crate) struct Run<'a> {
 
 impl Run<'_> {
     pub(crate) fn run(&self, model: &Path, out: &Path) -> Result<Made> {
-        let method = method(self.method)?;
-        let knobs = Knobs::parse(method.knobs(), self.knobs.iter().copied())?;
+        let method = method(self.method)?.configure(&read_settings(self.set.iter().copied())?)?;
         let Run { budget, calibration, seed, force, .. } = *self;
-        let job = Job { model, out, force, budget, calibration, seed, knobs: &knobs };
+        let job = Job { model, out, force, budget, calibration, seed };
         method.run(&job, &mut |progress| assert!(progress.done <= progress.total))
     }
 }

@@ -60,7 +60,7 @@ pub(crate) enum Command {
     Convert(Convert),
     /// Make a model that activates fewer parameters by one of the methods that DSMoE is compared with
     Prune(Prune),
-    /// List these methods with their knobs
+    /// List these methods with their settings
     Methods,
     /// Write a DSMoE model as a plain LLaMA, or a model again in another precision
     Export(Export),

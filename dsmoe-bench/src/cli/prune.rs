@@ -41,9 +41,9 @@ pub(crate) struct Prune {
     /// Tokens of a calibration sequence [default: 1024, or all positions of a smaller model]
     #[arg(long, value_name = "TOKENS")]
     pub(crate) seq: Option<usize>,
-    /// A setting of the method
-    #[arg(long = "knob", value_name = "NAME=VALUE", allow_hyphen_values = true)]
-    pub(crate) knobs: Vec<String>,
+    /// A setting of the method, as in `dsmoe methods`
+    #[arg(long = "set", value_name = "KEY=VALUE", allow_hyphen_values = true)]
+    pub(crate) set: Vec<String>,
     /// Seed of the choice of calibration text and of everything random in the method
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,

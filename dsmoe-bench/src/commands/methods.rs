@@ -1,8 +1,7 @@
-//! `dsmoe methods`: what `dsmoe prune` can do.
-
-use std::collections::BTreeMap;
+//! `dsmoe methods`: the methods of `dsmoe prune` with their settings.
 
 use anyhow::Result;
+use dsmoe_baselines::SettingInfo;
 use serde::Serialize;
 
 use crate::ui::Ui;
@@ -16,18 +15,14 @@ struct Report {
 struct MethodReport {
     name: &'static str,
     summary: &'static str,
-    knobs: Vec<BTreeMap<&'static str, &'static str>>,
+    settings: Vec<SettingInfo>,
 }
 
 pub(crate) fn run(ui: &mut Ui) -> Result<()> {
     let methods = dsmoe_baselines::methods().iter().map(|method| MethodReport {
         name: method.name(),
         summary: method.summary(),
-        knobs: method
-            .knobs()
-            .iter()
-            .map(|knob| [("name", knob.name), ("default", knob.default), ("help", knob.help)].into())
-            .collect(),
+        settings: method.settings(),
     });
     ui.result(&Report { methods: methods.collect() }, show)
 }
@@ -36,12 +31,9 @@ fn show(report: &Report) -> String {
     let mut text = String::new();
     for method in &report.methods {
         text += &format!("{}\n  {}\n", method.name, method.summary);
-        for knob in &method.knobs {
-            let default = match knob["default"] {
-                "" => String::new(),
-                default => format!(" [{default}]"),
-            };
-            text += &format!("    {}{default}: {}\n", knob["name"], knob["help"]);
+        for SettingInfo { name, default, help } in &method.settings {
+            let default = if default.is_empty() { String::new() } else { format!(" [{default}]") };
+            text += &format!("    {name}{default}: {help}\n");
         }
     }
     text

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Result, bail};
-use dsmoe_baselines::{Job, Knobs, Plan, method};
+use dsmoe_baselines::{Job, Plan, SettingValues, method, read_settings};
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::config::Config;
 use dsmoe_datasets::mixture::from_words;
@@ -37,8 +37,11 @@ struct Report<'a> {
     /// Activated parameters over those asked for.
     reached: f64,
     reached_by: String,
-    settings: BTreeMap<String, String>,
-    knobs: BTreeMap<&'static str, String>,
+    /// Quantities that follow from the budget.
+    resolved: BTreeMap<String, String>,
+    settings: SettingValues,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    active_target: Option<f64>,
     seed: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
     calibration: Option<CalibrationReport<'a>>,
@@ -57,11 +60,11 @@ struct CalibrationReport<'a> {
 pub(crate) fn run(args: &Prune, ui: &mut Ui) -> Result<()> {
     let started = Instant::now();
     let method = method(&args.method)?;
-    let knobs = Knobs::parse(method.knobs(), args.knobs.iter().map(String::as_str))?;
+    let configured = method.configure(&read_settings(args.set.iter().map(String::as_str))?)?;
     let config = Config::load(&args.model)?;
     let dense = Accounting::of(&config).total;
-    let plan = method.plan(&config, args.budget, &knobs)?;
-    let needs_text = method.needs_calibration(&knobs);
+    let plan = configured.plan(&config, args.budget)?;
+    let needs_text = configured.needs_calibration();
     let seq = args.seq.unwrap_or(SEQ.min(config.max_position));
     let mut report = Report {
         model: &args.model,
@@ -73,8 +76,9 @@ pub(crate) fn run(args: &Prune, ui: &mut Ui) -> Result<()> {
         params_activated: 0.0,
         reached: 0.0,
         reached_by: String::new(),
-        settings: BTreeMap::new(),
-        knobs: knobs.iter().map(|(name, value)| (name, value.to_owned())).collect(),
+        resolved: BTreeMap::new(),
+        settings: configured.resolved(),
+        active_target: None,
         seed: args.seed,
         calibration: needs_text.then_some(CalibrationReport {
             data: &args.calib,
@@ -101,10 +105,9 @@ pub(crate) fn run(args: &Prune, ui: &mut Ui) -> Result<()> {
             budget: args.budget,
             calibration: &calibration,
             seed: args.seed,
-            knobs: &knobs,
         };
         let mut shown: Option<(&str, Progress)> = None;
-        let made = method.run(&job, &mut |at| {
+        let made = configured.run(&job, &mut |at| {
             if shown.as_ref().is_none_or(|(stage, _)| *stage != at.stage)
                 && let Some((_, done)) =
                     shown.replace((at.stage, Progress::new(ui, at.stage, Unit::Parts, at.total)))
@@ -165,7 +168,8 @@ impl Report<'_> {
         self.params_activated = plan.activated;
         self.reached = plan.activated / self.budget;
         self.reached_by = plan.reached_by;
-        self.settings = plan.settings.into_iter().collect();
+        self.active_target = plan.active_target;
+        self.resolved = plan.settings.into_iter().collect();
     }
 }
 
@@ -183,7 +187,7 @@ fn show(report: &Report<'_>) -> String {
         format::percent(report.reached),
         format::percent(report.params_activated / report.params_dense as f64),
     );
-    for (name, value) in &report.settings {
+    for (name, value) in &report.resolved {
         text += &format!("  {name}: {value}\n");
     }
     for (name, value) in &report.measured {

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use anyhow::{Result, bail};
-use dsmoe_baselines::{Budget, method};
+use dsmoe_baselines::Budget;
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::config::{Config, MoeConfig, PartitionKind};
 use dsmoe_core::init::preset;
@@ -27,8 +27,6 @@ use crate::ui::Ui;
 const TRIAL_SECONDS: f64 = 1.0;
 /// Tokens of the product that it is measured on.
 const TRIAL_TOKENS: usize = 512;
-/// Methods that leave their models dense to the arithmetic.
-const MASKED: [&str; 3] = ["sparsegpt", "wanda", "magnitude"];
 /// FineWeb-edu, OpenWebMath, StarCoder and Cosmopedia.
 const PAPER_SOURCES: usize = 4;
 /// A model with its optimiser's moments on the disk, beside the model itself: bytes of a parameter.
@@ -96,15 +94,11 @@ pub(super) fn run(args: &Options, profile: &Profile, jobs: &[Planned<'_>], ui: &
         let counts = Accounting::of(&shape);
         let measured = costs.measuring(*job, parts);
         let mut row = row(&job.id(), &shape, &counts, share, &config, measured, speed)?;
-        let planned = method(&job.spec.make)?.plan(
-            &dense,
-            Budget::Params(budget.round()),
-            &profile.knobs(job.spec)?,
-        )?;
+        let planned = profile.configured(job.spec)?.plan(&dense, Budget::Params(budget.round()))?;
         (row.params_total, row.params_activated) = (planned.total, planned.activated);
         if !job.spec.is_dsmoe() {
             // A smaller model computes less, and so do k of n experts; zeros in a matrix are multiplied like others.
-            let computes = match MASKED.contains(&job.spec.make.as_str()) {
+            let computes = match planned.keeps_dense_compute {
                 true => 1.0,
                 false => (planned.activated - counts.norms as f64) / (counts.total - counts.norms) as f64,
             };

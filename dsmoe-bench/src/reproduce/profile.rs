@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use dsmoe_baselines::method;
+use dsmoe_baselines::{Configured, method, read_settings};
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::config::{Config, MoeConfig, PartitionKind};
 use dsmoe_core::init::LlamaSizes;
@@ -29,7 +29,7 @@ const LAST_THRESHOLD: f64 = 0.999;
 /// What DSMoE's roles are made by.
 const DSMOE: [(Role, &str); 4] = [
     (Role::Dsmoe, "dsmoe"),
-    (Role::Paper, "dsmoe"),
+    (Role::Paper, "dsmoe-paper"),
     (Role::WithoutSte, "dsmoe-no-ste"),
     (Role::WithoutThreshold, "dsmoe-no-threshold"),
 ];
@@ -289,7 +289,7 @@ impl Profile {
                 bail!("method {:?}: role {role:?} is of make = {make:?}, not of {:?}", spec.name, spec.make);
             }
             method(&spec.make).with_context(of)?;
-            self.knobs(spec).with_context(of)?;
+            self.configured(spec).with_context(of)?;
         }
         Ok(())
     }
@@ -344,16 +344,16 @@ impl Profile {
         all
     }
 
-    /// The knobs of a method of `dsmoe methods`.
-    pub(crate) fn knobs(&self, spec: &MethodSpec) -> Result<dsmoe_baselines::Knobs> {
+    /// The method of a row with its settings.
+    pub(crate) fn configured(&self, spec: &MethodSpec) -> Result<Box<dyn Configured>> {
         let mut words: Vec<String> =
             spec.knobs.iter().map(|(name, value)| format!("{name}={value}")).collect();
         let method = method(&spec.make)?;
-        let takes_experts = method.knobs().iter().any(|knob| knob.name == "experts");
+        let takes_experts = method.settings().iter().any(|setting| setting.name == "experts");
         if spec.is_dsmoe() || takes_experts && !spec.knobs.contains_key("experts") {
             words.push(format!("experts={}", self.experts));
         }
-        Ok(dsmoe_baselines::Knobs::parse(method.knobs(), words.iter().map(String::as_str))?)
+        Ok(method.configure(&read_settings(words.iter().map(String::as_str))?)?)
     }
 
     /// The training of the dense model from random weights.
@@ -424,9 +424,8 @@ mod tests {
         let text = text("quick").unwrap().replacen("experts = 8", "experts = 4", 1);
         let profile = Profile::parse(&text, "p.toml").unwrap();
         let with_experts = profile.method.iter().filter(|spec| {
-            let knobs = profile.knobs(spec).unwrap();
-            let found = knobs.iter().find(|(name, _)| *name == "experts").map(|(_, value)| value.to_owned());
-            found.inspect(|value| assert_eq!(value, "4", "{}", spec.name)).is_some()
+            let settings = profile.configured(spec).unwrap().resolved();
+            settings.get("experts").inspect(|value| assert_eq!(**value, 4, "{}", spec.name)).is_some()
         });
         let names: Vec<&str> = with_experts.map(|spec| spec.name.as_str()).collect();
         for name in ["llama-moe", "moefication", "random-k", "dsmoe", "dsmoe-no-ste"] {
@@ -452,7 +451,7 @@ mod tests {
             &format!(
                 "{quick}\n[[method]]\nname = \"x\"\nrole = \"control\"\nmake = \"wanda\"\nknobs = {{ order = \"taylor\" }}\n"
             ),
-            &["order", "no knob"],
+            &["order", "not a setting"],
         );
         refused(
             &quick.replacen("\"dsmoe-no-ste\"\nrole", "\"x\"\nrole", 1).replacen(

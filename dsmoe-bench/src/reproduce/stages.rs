@@ -1,14 +1,13 @@
 //! The stages: a dense model, and of every method and seed a model made, trained and measured.
 
 use std::cell::{Cell, OnceCell, RefCell};
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, bail};
-use dsmoe_baselines::{Budget, Job as Pruning, method};
+use dsmoe_baselines::{Budget, Job as Pruning};
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::checkpoint::copy_companions;
 use dsmoe_core::config::Config;
@@ -214,7 +213,7 @@ impl Lab<'_> {
         let settings = json!([
             base.key,
             spec.make,
-            self.profile.knobs(spec)?.iter().collect::<BTreeMap<_, _>>(),
+            self.profile.configured(spec)?.resolved(),
             self.profile.active,
             self.profile.calibration,
             self.costs.seq,
@@ -226,13 +225,13 @@ impl Lab<'_> {
 
     /// Makes a method's model of the dense one.
     fn make(&self, job: Job<'_>, base: &Base, dir: &Path) -> Result<Made> {
-        if job.spec.make == "dense" {
+        let method = self.profile.configured(job.spec)?;
+        let budget = Budget::Params(self.profile.budget(&base.config).round());
+        if method.plan(&base.config, budget)?.unchanged {
             let counts = Accounting::of(&base.config);
             return Ok(Made::of_params(counts.total as f64, counts.total as f64, "nothing"));
         }
-        let method = method(&job.spec.make)?;
-        let knobs = self.profile.knobs(job.spec)?;
-        let calibration = match method.needs_calibration(&knobs) {
+        let calibration = match method.needs_calibration() {
             true => self.text.calibration(self.profile.calibration.samples, self.costs.seq, job.seed)?,
             false => Vec::new(),
         };
@@ -240,10 +239,9 @@ impl Lab<'_> {
             model: &base.dir,
             out: &dir.join("model"),
             force: true,
-            budget: Budget::Params(self.profile.budget(&base.config).round()),
+            budget,
             calibration: &calibration,
             seed: job.seed,
-            knobs: &knobs,
         };
         let made = method.run(&pruning, &mut |_| {})?;
         Ok(Made {

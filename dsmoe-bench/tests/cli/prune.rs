@@ -22,7 +22,7 @@ fn every_method_makes_a_model_that_the_other_commands_take() {
         let (out, trained) =
             (fixture.out(&format!("prune-{method}")), fixture.out(&format!("prune-{method}-run")));
         let experts: &[&str] = if ["llama-moe", "moefication", "random-k"].contains(&method) {
-            &["--knob", "experts=4"]
+            &["--set", "experts=4"]
         } else {
             &[]
         };
@@ -107,16 +107,16 @@ fn what_cannot_be_pruned_is_said_in_a_line() {
         fails(&[&base[..], args].concat(), parts);
         assert!(!out.exists(), "{args:?}");
     };
-    check(&["--method", "magic", "--budget", "0.8"], &["magic", "no method", "sparsegpt"]);
+    check(&["--method", "magic", "--budget", "0.8"], &["magic", "is not a method", "sparsegpt"]);
     check(&["--method", "wanda", "--budget", "0.8"], &["wanda", "--calib"]);
     check(&["--method", "magnitude", "--budget", "0.01"], &["budget", "0.01"]);
     check(
-        &["--method", "magnitude", "--budget", "0.8", "--knob", "speed=9"],
-        &["speed", "no knob", "pattern"],
+        &["--method", "magnitude", "--budget", "0.8", "--set", "speed=9"],
+        &["speed", "not a setting", "pattern"],
     );
-    check(&["--method", "magnitude", "--budget", "0.8", "--knob", "pattern=3:5"], &["pattern", "3:5", "2:4"]);
+    check(&["--method", "magnitude", "--budget", "0.8", "--set", "pattern=3:5"], &["pattern", "3:5", "2:4"]);
     check(
-        &[&["--method", "llama-moe", "--budget", "0.85", "--knob", "experts=5"][..], &calib].concat(),
+        &[&["--method", "llama-moe", "--budget", "0.85", "--set", "experts=5"][..], &calib].concat(),
         &["experts", "5"],
     );
     check(
@@ -134,5 +134,5 @@ fn what_cannot_be_pruned_is_said_in_a_line() {
     assert_eq!(budget.code, 2);
     assert!(budget.stderr.contains("735M"), "{}", budget.stderr);
     let listed: Value = json_of(&["methods"]);
-    assert!(listed["methods"][0]["knobs"].is_array(), "{listed}");
+    assert!(listed["methods"][0]["settings"].is_array(), "{listed}");
 }

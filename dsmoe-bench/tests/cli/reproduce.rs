@@ -43,12 +43,12 @@ name = "dsmoe"
 role = "dsmoe"
 make = "dsmoe"
 paper = "dsmoe"
-knobs = { routers = "calibrated", order = "taylor", gate_value = "binary" }
+knobs = { order = "taylor" }
 
 [[method]]
 name = "dsmoe-paper"
 role = "paper"
-make = "dsmoe"
+make = "dsmoe-paper"
 paper = "dsmoe"
 train = { sparsity = 1.0 }
 

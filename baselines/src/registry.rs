@@ -1,0 +1,37 @@
+//! The list of all methods.
+
+use crate::error::{Error, Result};
+use crate::method::Method;
+use crate::{controls, dsmoe, llama_moe, llm_pruner, moefication, random_k, sparse};
+
+/// Lists all methods.
+pub fn methods() -> &'static [&'static dyn Method] {
+    static METHODS: &[&dyn Method] = &[
+        &dsmoe::TUNED,
+        &dsmoe::PAPER,
+        &llm_pruner::BLOCK,
+        &llm_pruner::CHANNEL,
+        &sparse::SPARSEGPT,
+        &sparse::WANDA,
+        &sparse::MAGNITUDE,
+        &llama_moe::LLAMA_MOE,
+        &moefication::MOEFICATION,
+        &random_k::RANDOM_K,
+        &controls::DENSE,
+        &controls::SMALL_DENSE,
+        &dsmoe::NO_STE,
+        &dsmoe::NO_THRESHOLD,
+    ];
+    METHODS
+}
+
+/// Finds the method of that name.
+///
+/// # Errors
+/// There is none; the error lists the names.
+pub fn method(name: &str) -> Result<&'static dyn Method> {
+    methods().iter().copied().find(|method| method.name() == name).ok_or_else(|| Error::Method {
+        name: name.to_owned(),
+        known: methods().iter().map(|method| method.name()).collect(),
+    })
+}

@@ -1,0 +1,220 @@
+//! Typed settings: each method has a struct of settings, whose doc comments are the help.
+//!
+//! Values come by name from a TOML table, a command line or Rust. A value that is given is used or refused.
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use crate::error::{Error, Result};
+use crate::method::{Configured, Method};
+
+/// Values of settings by name.
+pub type SettingValues = serde_json::Map<String, Value>;
+
+/// A setting of a method.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct SettingInfo {
+    /// The name.
+    pub name: &'static str,
+    /// The default as text; empty if the model or the budget decides.
+    pub default: String,
+    /// The meaning and the values that it takes.
+    pub help: &'static str,
+}
+
+/// A struct of settings, declared with [`settings!`](crate::settings::settings).
+pub trait Settings: Default + Serialize + DeserializeOwned + 'static {
+    /// The name and the doc comment of every field.
+    const HELP: &'static [(&'static str, &'static str)];
+
+    /// All settings by name.
+    fn values(&self) -> SettingValues {
+        match serde_json::to_value(self) {
+            Ok(Value::Object(values)) => values,
+            _ => unreachable!("a struct of settings is an object"),
+        }
+    }
+}
+
+/// Reads `NAME=VALUE` texts. A value is a number, `true`, `false` or else a text.
+///
+/// # Errors
+/// A text has no `=`.
+pub fn read_settings<'a>(texts: impl IntoIterator<Item = &'a str>) -> Result<SettingValues> {
+    let read = |text: &'a str| {
+        let (name, value) = text.split_once('=').ok_or_else(|| Error::Setting {
+            name: text.to_owned(),
+            problem: "is not NAME=VALUE".to_owned(),
+            help: "write a setting, =, and its value".to_owned(),
+        })?;
+        let scalar = serde_json::from_str(value.trim())
+            .ok()
+            .filter(|value: &Value| !value.is_array() && !value.is_object());
+        Ok((name.trim().to_owned(), scalar.unwrap_or_else(|| value.trim().into())))
+    };
+    texts.into_iter().map(read).collect()
+}
+
+/// Declares a struct of settings with its defaults; the doc comments of its fields are their help.
+macro_rules! settings {
+    ($(#[$attribute:meta])* $vis:vis struct $name:ident {
+        $($(#[doc = $doc:literal])+ pub $field:ident: $type:ty = $default:expr,)*
+    }) => {
+        $(#[$attribute])*
+        #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+        #[serde(deny_unknown_fields, default)]
+        $vis struct $name { $($(#[doc = $doc])+ pub $field: $type,)* }
+
+        impl Default for $name {
+            fn default() -> $name {
+                $name { $($field: $default,)* }
+            }
+        }
+
+        impl $crate::settings::Settings for $name {
+            const HELP: &'static [(&'static str, &'static str)] =
+                &[$((stringify!($field), concat!($($doc),+)),)*];
+        }
+    };
+}
+pub(crate) use settings;
+
+/// Stores a type as the text of its `Display`, and reads it with its `FromStr`.
+macro_rules! stored_as_text {
+    ($name:ty) => {
+        impl serde::Serialize for $name {
+            fn serialize<S: serde::Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+                serializer.collect_str(self)
+            }
+        }
+
+        impl<'de> serde::Deserialize<'de> for $name {
+            fn deserialize<D: serde::Deserializer<'de>>(
+                deserializer: D,
+            ) -> std::result::Result<$name, D::Error> {
+                let text: String = serde::Deserialize::deserialize(deserializer)?;
+                text.parse().map_err(|_| serde::de::Error::custom("unknown value"))
+            }
+        }
+    };
+}
+pub(crate) use stored_as_text;
+
+/// A method whose settings are of type `S`.
+pub(crate) struct Entry<S> {
+    pub(crate) name: &'static str,
+    pub(crate) summary: &'static str,
+    pub(crate) defaults: fn() -> S,
+    /// The settings that the method fixes at its defaults.
+    pub(crate) fixed: &'static [&'static str],
+    pub(crate) configure: fn(S) -> Result<Box<dyn Configured>>,
+}
+
+impl<S: Settings> Method for Entry<S> {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn summary(&self) -> &'static str {
+        self.summary
+    }
+
+    fn settings(&self) -> Vec<SettingInfo> {
+        let defaults = (self.defaults)().values();
+        let free = S::HELP.iter().filter(|(name, _)| !self.fixed.contains(name));
+        free.map(|&(name, help)| SettingInfo { name, default: shown(&defaults[name]), help: help.trim() })
+            .collect()
+    }
+
+    fn configure(&self, given: &SettingValues) -> Result<Box<dyn Configured>> {
+        let mut values = (self.defaults)().values();
+        for (name, value) in given {
+            if self.fixed.contains(&&**name) && values[name] == *value {
+                continue;
+            }
+            let known = self.settings();
+            let Some(info) = known.iter().find(|info| info.name == name) else {
+                let names: Vec<&str> = known.iter().map(|info| info.name).collect();
+                let problem = match self.fixed.contains(&&**name) {
+                    true => format!("is always {} for {}", shown(&values[name]), self.name),
+                    false => format!("is not a setting of {}", self.name),
+                };
+                let help = match names[..] {
+                    [] => "it has none".to_owned(),
+                    _ => format!("its settings are {}", names.join(", ")),
+                };
+                return Err(Error::Setting { name: name.clone(), problem, help });
+            };
+            let alone = SettingValues::from_iter([(name.clone(), value.clone())]);
+            if S::deserialize(Value::Object(alone)).is_err() {
+                return Err(wrong::<S>(info.name, value.clone()));
+            }
+            values.insert(name.clone(), value.clone());
+        }
+        match S::deserialize(Value::Object(values)) {
+            Ok(settings) => (self.configure)(settings),
+            Err(_) => unreachable!("each value was read alone"),
+        }
+    }
+}
+
+/// The error for a setting of `S` whose value cannot be used; its help is the doc comment.
+pub(crate) fn wrong<S: Settings>(name: &str, value: impl Into<Value>) -> Error {
+    let help = S::HELP.iter().find(|(known, _)| *known == name).map_or("", |(_, help)| help.trim());
+    let problem = format!("cannot be {}", value.into());
+    Error::Setting { name: name.to_owned(), problem, help: help.trim_end_matches('.').to_owned() }
+}
+
+/// A value as text; empty for none.
+fn shown(value: &Value) -> String {
+    match value {
+        Value::Null => String::new(),
+        Value::String(text) => text.clone(),
+        value => value.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::registry::{method, methods};
+
+    fn configure(name: &str, set: &[&str]) -> Result<Box<dyn Configured>> {
+        method(name)?.configure(&read_settings(set.iter().copied())?)
+    }
+
+    #[test]
+    fn settings_are_given_or_default() {
+        let resolved = configure("sparsegpt", &["damp=0.1", "pattern = 2:4", "true_sequential=true"])
+            .unwrap()
+            .resolved();
+        assert_eq!((&resolved["damp"], &resolved["block"]), (&0.1.into(), &128.into()));
+        assert_eq!((&resolved["pattern"], &resolved["true_sequential"]), (&"2:4".into(), &true.into()));
+        for method in methods() {
+            // All defaults, given by name, are the defaults.
+            let resolved = method.configure(&SettingValues::new()).unwrap().resolved();
+            assert_eq!(method.configure(&resolved).unwrap().resolved(), resolved, "{}", method.name());
+            assert!(method.settings().iter().all(|info| info.help.len() > 20), "{}", method.name());
+        }
+    }
+
+    #[test]
+    fn a_setting_that_is_given_is_used_or_refused() {
+        for (name, set, parts) in [
+            ("sparsegpt", "damp", &["damp: is not NAME=VALUE"][..]),
+            ("sparsegpt", "dump=1", &["dump: is not a setting of sparsegpt", "pattern, nearest, damp"]),
+            ("sparsegpt", "damp=lots", &["damp: cannot be \"lots\"", "a number above 0"]),
+            ("sparsegpt", "damp=0", &["damp: cannot be 0", "a number above 0"]),
+            ("sparsegpt", "block=1.5", &["block: cannot be 1.5"]),
+            ("random-k", "gate=mlp", &["gate: is always linear for random-k"]),
+            ("dsmoe-no-threshold", "threshold=0.3", &["threshold: is always 0"]),
+            ("dense", "experts=8", &["experts: is not a setting of dense; it has none"]),
+            ("dsmoes", "experts=8", &["dsmoes: is not a method", "use dsmoe, dsmoe-paper", "small-dense"]),
+        ] {
+            let error = configure(name, &[set]).err().expect(set).to_string();
+            assert!(parts.iter().all(|part| error.contains(part)), "{error}");
+        }
+        assert!(configure("random-k", &["gate=linear"]).is_ok());
+    }
+}

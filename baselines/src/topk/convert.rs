@@ -1,0 +1,185 @@
+//! From a dense model directory to one whose FFNs are of type `topk`: the number of active experts that is nearest to a
+//! budget, and the directory, streamed.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use dsmoe_core::Config;
+use dsmoe_core::accounting::Accounting;
+use dsmoe_core::checkpoint::{
+    Checkpoint, Dtype, OutputDir, TensorInfo, TensorSource, Writer, check_llama_tensors, copy_companions,
+    write_synced,
+};
+use dsmoe_core::config::CONFIG_FILE;
+use dsmoe_core::convert::{ffn_change, source_infos};
+use dsmoe_core::ffn::FfnSpec;
+use dsmoe_core::masks::Masks;
+use dsmoe_core::partition::Partition;
+use serde_json::json;
+
+use super::spec::TopkSpec;
+use crate::error::{Error, Result};
+use crate::method::{Budget, Job, Plan, Progress};
+
+/// The neurons of all experts, in the form that `dsmoe convert --partition` reads.
+pub const EXPERTS_FILE: &str = "experts.json";
+
+/// The configuration of the dense model in `dir`, and its files.
+///
+/// # Errors
+/// They cannot be read, or the model is not dense or has masked weights.
+pub(crate) fn open_dense(dir: &Path) -> Result<(Config, Checkpoint)> {
+    let config = Config::load(dir)?;
+    let wrong = |field: &str, problem: &str| {
+        Error::Core(dsmoe_core::Error::Field {
+            path: dir.join(CONFIG_FILE),
+            field: field.to_owned(),
+            problem: problem.to_owned(),
+            mend: "name a dense model".to_owned(),
+        })
+    };
+    if !config.is_dense() {
+        return Err(wrong("model_type", "says that the FFNs are experts already"));
+    }
+    let checkpoint = Checkpoint::open(dir)?;
+    check_llama_tensors(&config, &checkpoint)?;
+    if Masks::load(dir)?.is_some() {
+        return Err(wrong("the model", "has pruned weights, whose masks would not fit the experts"));
+    }
+    Ok((config, checkpoint))
+}
+
+/// Checks that `num_experts` divide the neurons of every layer.
+///
+/// # Errors
+/// They do not; the message has the numbers that would do.
+pub(crate) fn check_experts(config: &Config, num_experts: usize) -> Result<()> {
+    for shape in config.layers() {
+        Partition::contiguous(shape.intermediate, num_experts)?;
+    }
+    Ok(())
+}
+
+/// Which of `specs` activates the number of parameters nearest to `budget`, the smaller number among equals, and what it
+/// would make of the dense `config`. `specs` ascends in active experts.
+///
+/// # Errors
+/// The budget is more than half a step outside what they reach.
+///
+/// # Panics
+/// There are no `specs`.
+pub(crate) fn nearest(
+    config: &Config,
+    budget: Budget,
+    specs: impl Iterator<Item = TopkSpec>,
+) -> Result<(TopkSpec, Plan)> {
+    let counted: Vec<(TopkSpec, Accounting)> =
+        specs.map(|spec| (spec, Accounting::of(&with_spec(config, spec)))).collect();
+    let activated = |i: usize| counted[i].1.activated(0.0);
+    let asked = budget.params(Accounting::of(config).total);
+    let off = |i: usize| (activated(i) - asked).abs();
+    let last = counted.len() - 1;
+    let best = (0..=last).min_by(|&a, &b| off(a).total_cmp(&off(b))).expect("a spec");
+    let step = counted[best].1.ffn as f64 / counted[best].1.num_experts as f64;
+    let (spec, counts) = &counted[best];
+    if off(best) > 0.5 * step {
+        let side = if asked < activated(best) { "below" } else { "above" };
+        return Err(Error::Budget {
+            asked: budget.to_string(),
+            problem: format!(
+                "is {side} {} of {} experts, which activate {}",
+                spec.active_experts(),
+                spec.all_experts(),
+                Budget::Params(activated(best))
+            ),
+            help: format!(
+                "use {} to {}, or another number of experts",
+                Budget::Params(activated(0)),
+                Budget::Params(activated(last))
+            ),
+        });
+    }
+    let mut settings: Vec<(String, String)> = spec
+        .settings()
+        .iter()
+        .map(|(key, value)| (key.clone(), value.as_str().map_or_else(|| value.to_string(), str::to_owned)))
+        .collect();
+    settings.push(("step".to_owned(), Budget::Params(step).to_string()));
+    let plan = Plan {
+        total: counts.total as f64,
+        activated: activated(best),
+        reached_by: match spec.router.num_residual {
+            0 => format!("{} of {} experts", spec.active_experts(), spec.all_experts()),
+            r => format!("{} of {} experts, {r} of them always", spec.active_experts(), spec.all_experts()),
+        },
+        settings,
+        ..Plan::default()
+    };
+    Ok((*spec, plan))
+}
+
+fn with_spec(config: &Config, spec: TopkSpec) -> Config {
+    let mut config = config.clone();
+    config.ffn = Some(Arc::new(spec));
+    config
+}
+
+/// One layer's experts and gate.
+pub(crate) struct LayerExperts {
+    /// The original neuron of each row, experts one after the other.
+    pub(crate) order: Vec<u32>,
+    /// The gate's tensors, in the order of [`super::gate::Gate::tensors`].
+    pub(crate) gate: Vec<Vec<f32>>,
+}
+
+/// Writes the dense model of `job` with FFNs of `spec`. Weights keep their types; gates are f32.
+///
+/// # Errors
+/// The output directory is not empty; the file system refuses.
+pub(crate) fn write(
+    job: &Job<'_>,
+    config: &Config,
+    checkpoint: &Checkpoint,
+    spec: TopkSpec,
+    layers: &[LayerExperts],
+    progress: &mut dyn FnMut(Progress),
+) -> Result<()> {
+    let config = with_spec(config, spec);
+    let output = OutputDir::create_from(job.model, job.out, job.force)?;
+    let copied = source_infos(checkpoint);
+    let gate = spec.gate(config.hidden).tensors();
+    let name = |layer: usize, name: &str| format!("model.layers.{layer}.mlp.{name}");
+    let gates = (0..layers.len()).flat_map(|layer| gate.iter().map(move |tensor| (layer, tensor))).map(
+        |(layer, tensor)| TensorInfo {
+            name: name(layer, &tensor.name),
+            dtype: Dtype::F32,
+            shape: tensor.shape.clone(),
+        },
+    );
+    let infos: Vec<TensorInfo> = copied.iter().cloned().chain(gates).collect();
+    let total = infos.len() as u64;
+    let mut writer = Writer::create(output.path(), infos)?;
+    let mut source = TensorSource::new(checkpoint);
+    for (done, info) in (0..).zip(&copied) {
+        progress(Progress { stage: "writing", done, total });
+        writer.begin(&info.name)?;
+        let change = ffn_change(&info.name, |layer| layers.get(layer).map(|layer| &layer.order[..]));
+        source.stream(&info.name, change, |bytes| writer.write_chunk(bytes))?;
+    }
+    for (i, layer) in layers.iter().enumerate() {
+        for (tensor, values) in gate.iter().zip(&layer.gate) {
+            writer.write_f32(&name(i, &tensor.name), values)?;
+        }
+    }
+    writer.finish()?;
+    let experts = layers.iter().map(|layer| {
+        let width = layer.order.len() / spec.all_experts();
+        layer.order.chunks_exact(width).collect::<Vec<_>>()
+    });
+    let experts = json!({"layers": experts.collect::<Vec<_>>()});
+    write_synced(&output.path().join(EXPERTS_FILE), format!("{experts}\n").as_bytes())?;
+    copy_companions(job.model, output.path())?;
+    config.save(output.path())?;
+    output.commit()?;
+    Ok(())
+}

@@ -1,0 +1,411 @@
+//! The FFN of LLaMA-MoE and MoEfication: experts cut from the dense FFN, a gate that gives every token exactly k.
+
+use std::any::Any;
+use std::sync::Arc;
+
+use dsmoe_core::ffn::{
+    DeviceFfn, Ffn, FfnBackward, FfnForward, FfnInference, FfnReport, FfnScratch, GateBackward, HostGate,
+    HostRouted, PackedFfn, Record, block_len, projections, routes, split, split_mut,
+};
+use dsmoe_core::params::TensorSpec;
+use dsmoe_kernels::Precision;
+use dsmoe_kernels::expert_ffn::{self, Dims, PackedWeights, Saved, WeightGrads, Weights};
+
+use super::router::{RouterSaved, TopkRouter};
+use super::spec::TopkSpec;
+
+/// `y = sum over the k selected experts of score_scale p_i o_i + sum over residual experts of o_i`; see
+/// [`dsmoe_router::topk`]. Expert i is the i-th block of neurons, the residual ones come last.
+#[derive(Clone, Debug)]
+pub struct TopkMoeFfn {
+    hidden: usize,
+    intermediate: usize,
+    spec: TopkSpec,
+}
+
+/// What the backward needs.
+#[derive(Debug)]
+struct TopkSaved {
+    experts: Saved,
+    router: RouterSaved,
+}
+
+impl TopkMoeFfn {
+    /// For inputs of width `hidden` and `intermediate` neurons.
+    ///
+    /// # Panics
+    /// The experts do not divide `intermediate`.
+    pub fn new(hidden: usize, intermediate: usize, spec: TopkSpec) -> TopkMoeFfn {
+        let num_experts = spec.all_experts();
+        assert!(
+            num_experts > 0 && intermediate.is_multiple_of(num_experts),
+            "top-k ffn: {intermediate} neurons in {num_experts} experts"
+        );
+        TopkMoeFfn { hidden, intermediate, spec }
+    }
+
+    fn router(&self) -> TopkRouter {
+        TopkRouter { hidden: self.hidden, spec: self.spec }
+    }
+
+    /// Values of each projection.
+    fn lens(&self) -> [usize; 3] {
+        [self.hidden * self.intermediate; 3]
+    }
+
+    /// Where the router's parameters start.
+    fn router_start(&self) -> usize {
+        block_len(&projections(self.hidden, self.intermediate))
+    }
+
+    /// Only selected experts take part in the gradient (LLaMA-MoE has no straight-through rule).
+    fn dims(&self, tokens: usize) -> Dims {
+        Dims {
+            tokens,
+            hidden: self.hidden,
+            intermediate: self.intermediate,
+            num_experts: self.spec.all_experts(),
+            all_pairs: false,
+        }
+    }
+}
+
+/// Adds the routing to `record`.
+fn count(record: Option<Record<'_>>, routed: HostRouted<'_>) {
+    if let Some(Record { stats, layer }) = record {
+        stats.add(layer, routed.routing);
+    }
+}
+
+/// A top-k FFN for inference; the gate stays f32.
+#[derive(Debug)]
+struct PackedTopk {
+    ffn: TopkMoeFfn,
+    weights: PackedWeights,
+    router: Vec<f32>,
+}
+
+impl PackedFfn for PackedTopk {
+    fn forward(&self, args: FfnInference<'_>) {
+        let FfnInference { y, x, record, scratch } = args;
+        let mut saved = RouterSaved::default();
+        let routed = self.ffn.router().forward(&mut saved, x, &self.router, None);
+        count(record, routed);
+        let dims = self.ffn.dims(x.len() / self.ffn.hidden);
+        let routes = routes(routed.routing);
+        expert_ffn::forward_packed(y, x, &self.weights, &routes, dims, &mut scratch.experts);
+    }
+
+    fn bytes(&self) -> usize {
+        self.weights.bytes() + 4 * self.router.len()
+    }
+
+    fn num_experts(&self) -> Option<usize> {
+        self.ffn.num_experts()
+    }
+}
+
+impl Ffn for TopkMoeFfn {
+    fn tensors(&self) -> Vec<TensorSpec> {
+        let mut tensors = projections(self.hidden, self.intermediate);
+        tensors.extend(self.router().gate().tensors());
+        tensors
+    }
+
+    fn num_experts(&self) -> Option<usize> {
+        Some(self.spec.all_experts())
+    }
+
+    fn on_device(&self) -> Option<DeviceFfn> {
+        let Dims { hidden, intermediate, num_experts, .. } = self.dims(0);
+        Some(DeviceFfn::Hosted { hidden, intermediate, num_experts, gate: Arc::new(self.router()) })
+    }
+
+    fn pack(&self, params: &[f32], precision: Precision) -> Box<dyn PackedFfn> {
+        let [gate, up, down] = split(params, self.lens());
+        let (weights, n) = (Weights { gate, up, down }, self.spec.all_experts());
+        Box::new(PackedTopk {
+            ffn: self.clone(),
+            weights: PackedWeights::new(precision, &weights, self.hidden, self.intermediate, n),
+            router: params[self.router_start()..][..self.router().inference_len()].to_vec(),
+        })
+    }
+
+    fn new_saved(&self, tokens: usize) -> Box<dyn Any + Send> {
+        let experts = Saved::with_room(self.dims(tokens));
+        Box::new(TopkSaved { experts, router: RouterSaved::default() })
+    }
+
+    fn reserve(&self, scratch: &mut FfnScratch, tokens: usize) {
+        scratch.experts.reserve(self.dims(tokens));
+    }
+
+    fn forward_train(&self, args: FfnForward<'_>) -> FfnReport {
+        let FfnForward { y, saved, x, params, training, record, scratch } = args;
+        let saved = saved.downcast_mut::<TopkSaved>().expect("saved by a top-k FFN");
+        let [gate, up, down] = split(params, self.lens());
+        let of_router = &params[self.router_start()..];
+        let routed = self.router().forward(&mut saved.router, x, of_router, Some(training));
+        count(record, routed);
+        expert_ffn::forward_train(
+            y,
+            &mut saved.experts,
+            x,
+            &Weights { gate, up, down },
+            &routes(routed.routing),
+            self.dims(x.len() / self.hidden),
+            &mut scratch.experts,
+        );
+        FfnReport { balance_loss: routed.balance_loss, ..FfnReport::default() }
+    }
+
+    fn backward(&self, args: FfnBackward<'_>) {
+        let FfnBackward { dx, grads, dy, saved, x, params, training, scratch, .. } = args;
+        let TopkSaved { experts: saved, router } =
+            saved.downcast_mut::<TopkSaved>().expect("saved by a top-k FFN");
+        let routed = router.routed.as_ref().expect("a forward before the backward");
+        let [gate, up, down] = split(params, self.lens());
+        let (grads, drouter) = grads.split_at_mut(self.router_start());
+        let [dgate, dup, ddown] = split_mut(grads, self.lens());
+        let tokens = x.len() / self.hidden;
+        let FfnScratch { experts, dcoefficients, .. } = scratch;
+        dcoefficients.resize(tokens * self.spec.all_experts());
+        expert_ffn::backward(
+            dx,
+            dcoefficients,
+            WeightGrads { gate: dgate, up: dup, down: ddown },
+            dy,
+            saved,
+            x,
+            &Weights { gate, up, down },
+            &routes(&routed.routing),
+            self.dims(tokens),
+            experts,
+        );
+        self.router().backward(GateBackward {
+            dx,
+            grads: drouter,
+            dcoefficients,
+            saved: router,
+            x,
+            params: &params[self.router_start()..],
+            training,
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use dsmoe_core::ffn::{DenseFfn, GateTraining};
+    use dsmoe_kernels::buf::Buf;
+    use dsmoe_kernels::testing::{f64s, normals};
+    use dsmoe_router::topk::{Scores, TopKConfig};
+    use dsmoe_router::{SparsityGrad, SparsityOver};
+
+    use super::super::spec::{GateNetwork, GateSpec};
+    use super::*;
+
+    const HIDDEN: usize = 12;
+    const WIDTH: usize = 20;
+    const EXPERTS: usize = 5;
+    const TOKENS: usize = 6;
+
+    fn params(ffn: &TopkMoeFfn, seed: u64) -> Buf {
+        let mut params = Buf::zeros(block_len(&ffn.tensors()));
+        let values = normals(params.len(), seed);
+        params.iter_mut().zip(values).for_each(|(p, v)| *p = 0.3 * v);
+        params
+    }
+
+    fn spec(router: TopKConfig, network: GateNetwork) -> TopkSpec {
+        let gate = GateSpec { network, normalize: false, noise: false };
+        TopkSpec { router, gate, balance_weight: 0.0 }
+    }
+
+    /// The first matrix of the gate.
+    fn gate_network<'a>(ffn: &TopkMoeFfn, params: &'a mut [f32]) -> &'a mut [f32] {
+        let [gate, ..] = split_mut(&mut params[ffn.router_start()..], ffn.router().gate().lens());
+        gate
+    }
+
+    fn training(seed: u64) -> GateTraining {
+        GateTraining { seed, ..GateTraining::default() }
+    }
+
+    fn infer(ffn: &TopkMoeFfn, params: &[f32], x: &[f32]) -> Vec<f32> {
+        let mut y = vec![0.0; x.len()];
+        ffn.pack(params, Precision::F32).forward(FfnInference {
+            y: &mut y,
+            x,
+            record: None,
+            scratch: &mut FfnScratch::default(),
+        });
+        y
+    }
+
+    fn dense(params: &[f32], x: &[f32]) -> Vec<f32> {
+        let dense = DenseFfn::new(HIDDEN, WIDTH);
+        let mut y = vec![0.0; x.len()];
+        let packed = dense.pack(&params[..block_len(&dense.tensors())], Precision::F32);
+        packed.forward(FfnInference { y: &mut y, x, record: None, scratch: &mut FfnScratch::default() });
+        y
+    }
+
+    #[test]
+    fn all_experts_are_the_dense_ffn() {
+        let all = TopKConfig::new(EXPERTS, EXPERTS).expect("n of n");
+        let x = normals(7 * HIDDEN, 2);
+        let ones = TopKConfig { scores: Scores::One, score_scale: 1.0, ..all };
+        let residual = TopKConfig { num_experts: 2, top_k: 2, num_residual: 3, ..ones };
+        for router in [ones, residual] {
+            let ffn = TopkMoeFfn::new(HIDDEN, WIDTH, spec(router, GateNetwork::Mlp));
+            let params = params(&ffn, 1);
+            let want = f64s(&dense(&params, &x));
+            dsmoe_kernels::testing::assert_close("y", &infer(&ffn, &params, &x), &want, 1e-5);
+        }
+        // Even softmax scores give 1/n of it at scale 1, and all of it at scale n.
+        for (score_scale, factor) in [(1.0, 1.0 / EXPERTS as f64), (EXPERTS as f32, 1.0)] {
+            let router = TopKConfig { score_scale, ..all };
+            let ffn = TopkMoeFfn::new(HIDDEN, WIDTH, spec(router, GateNetwork::Linear));
+            let mut params = params(&ffn, 1);
+            gate_network(&ffn, &mut params).fill(0.0);
+            let want: Vec<f64> = f64s(&dense(&params, &x)).iter().map(|y| factor * y).collect();
+            dsmoe_kernels::testing::assert_close("y", &infer(&ffn, &params, &x), &want, 1e-5);
+        }
+    }
+
+    #[test]
+    fn logits_of_any_size_give_no_nan() {
+        for (router, sign) in [(2, 1.0f32), (2, -1.0), (EXPERTS, 1.0)]
+            .map(|(k, sign)| (TopKConfig::new(EXPERTS, k).expect("k of n"), sign))
+        {
+            let ffn = TopkMoeFfn::new(HIDDEN, WIDTH, spec(router, GateNetwork::Linear));
+            let mut params = params(&ffn, 4);
+            gate_network(&ffn, &mut params).iter_mut().for_each(|a| *a *= 1e30 * sign);
+            let y = infer(&ffn, &params, &normals(TOKENS * HIDDEN, 5));
+            assert!(y.iter().all(|y| y.is_finite()) && y.iter().any(|&y| y != 0.0));
+        }
+    }
+
+    /// What training minimises, `<y, dy>` + balance loss, and which experts each token had.
+    fn loss(ffn: &TopkMoeFfn, x: &[f32], params: &[f32], dy: &[f32]) -> (f64, Vec<u32>, Vec<usize>) {
+        let mut scratch = FfnScratch::default();
+        let mut saved = ffn.new_saved(TOKENS);
+        let mut y = vec![0.0; x.len()];
+        let report = ffn.forward_train(FfnForward {
+            y: &mut y,
+            saved: saved.as_mut(),
+            x,
+            params,
+            training: training(9),
+            record: None,
+            scratch: &mut scratch,
+        });
+        let routed = saved.downcast_ref::<TopkSaved>().and_then(|saved| saved.router.routed.as_ref());
+        let routing = &routed.expect("routed").routing;
+        let value = f64s(&y).iter().zip(f64s(dy)).map(|(y, dy)| y * dy).sum::<f64>();
+        (value + report.balance_loss, routing.tokens.clone(), routing.offsets.clone())
+    }
+
+    #[test]
+    fn gradients_are_differences_while_the_selection_holds() {
+        for (network, normalize, noise, scores, num_residual, balance_weight) in [
+            (GateNetwork::Mlp, false, true, Scores::Softmax, 0, 0.5),
+            (GateNetwork::Linear, false, true, Scores::Softmax, 1, 0.5),
+            (GateNetwork::Linear, false, false, Scores::Softmax, 0, 0.0),
+            (GateNetwork::Mlp, true, false, Scores::One, 0, 0.0),
+        ] {
+            let router = TopKConfig {
+                num_residual,
+                scores,
+                ..TopKConfig::new(EXPERTS - num_residual, 2).expect("k of n")
+            };
+            let gate = GateSpec { network, normalize, noise };
+            let ffn = TopkMoeFfn::new(HIDDEN, WIDTH, TopkSpec { router, gate, balance_weight });
+            let params = params(&ffn, 3);
+            let (x, dy) = (normals(TOKENS * HIDDEN, 4), normals(TOKENS * HIDDEN, 5));
+            let mut scratch = FfnScratch::default();
+            let mut saved = ffn.new_saved(TOKENS);
+            let (mut y, mut dx) = (vec![0.0; x.len()], vec![0.0; x.len()]);
+            let mut grads = Buf::zeros(params.len());
+            let none = SparsityGrad { weight: 0.0, over: SparsityOver::Active };
+            ffn.forward_train(FfnForward {
+                y: &mut y,
+                saved: saved.as_mut(),
+                x: &x,
+                params: &params,
+                training: training(9),
+                record: None,
+                scratch: &mut scratch,
+            });
+            ffn.backward(FfnBackward {
+                dx: &mut dx,
+                grads: &mut grads,
+                dy: &dy,
+                saved: saved.as_mut(),
+                x: &x,
+                params: &params,
+                sparsity: none,
+                training: training(9),
+                scratch: &mut scratch,
+            });
+
+            let (_, tokens, offsets) = loss(&ffn, &x, &params, &dy);
+            let (h, mut checked) = (1e-3f32, 0);
+            let mut check = |what: String, got: f32, at: &dyn Fn(f32) -> (f64, Vec<u32>, Vec<usize>)| {
+                let (up, down) = (at(h), at(-h));
+                // The loss jumps where the step changes which experts run.
+                if [&up, &down].iter().any(|side| (&side.1, &side.2) != (&tokens, &offsets)) {
+                    return;
+                }
+                let want = (up.0 - down.0) / (2.0 * f64::from(h));
+                assert!((f64::from(got) - want).abs() < 1e-2 * want.abs().max(1.0), "{what}: {got} {want}");
+                checked += 1;
+            };
+            let gate_start = ffn.router_start();
+            let points = (0..gate_start).step_by(41).chain((gate_start..params.len()).step_by(3));
+            let points: Vec<usize> = points.collect();
+            for &i in &points {
+                check(format!("{gate:?} parameter {i}"), grads[i], &|h| {
+                    let mut moved = params.clone();
+                    moved[i] += h;
+                    loss(&ffn, &x, &moved, &dy)
+                });
+            }
+            for i in (0..x.len()).step_by(5) {
+                check(format!("{gate:?} input {i}"), dx[i], &|h| {
+                    let mut moved = x.clone();
+                    moved[i] += h;
+                    loss(&ffn, &moved, &params, &dy)
+                });
+            }
+            assert!(checked > points.len(), "{checked} of {} parameters", points.len());
+        }
+    }
+
+    #[test]
+    fn noise_is_a_function_of_the_seed_and_inference_has_none() {
+        let router = TopKConfig::new(EXPERTS, 2).expect("k of n");
+        let gate = GateSpec { network: GateNetwork::Mlp, normalize: false, noise: true };
+        let ffn = TopkMoeFfn::new(HIDDEN, WIDTH, TopkSpec { router, gate, balance_weight: 0.01 });
+        let params = params(&ffn, 6);
+        let x = normals(TOKENS * HIDDEN, 7);
+        let train = |seed| {
+            let mut scratch = FfnScratch::default();
+            let (mut y, mut saved) = (vec![0.0; x.len()], ffn.new_saved(TOKENS));
+            ffn.forward_train(FfnForward {
+                y: &mut y,
+                saved: saved.as_mut(),
+                x: &x,
+                params: &params,
+                training: training(seed),
+                record: None,
+                scratch: &mut scratch,
+            });
+            y
+        };
+        assert_eq!(train(1), train(1));
+        assert_ne!(train(1), train(2));
+        assert_eq!(infer(&ffn, &params, &x), infer(&ffn, &params, &x));
+    }
+}

@@ -1,0 +1,254 @@
+//! LLaMA-MoE's gate network and the network of its noise (`TopKBalancedNoisyGate`), forward and backward.
+//!
+//! ```text
+//! u   = r x A^T               r = 1, or 1 / |x| for a normalised input (MoEfication); 0 for x = 0
+//! z   = tanh(u) B^T           mlp;  z = u  linear
+//! raw = x N^T                 noise, in training
+//! dB += dz^T tanh(u),  du = (dz B) (1 - tanh(u)^2),  dA += (r du)^T x,  dN += draw^T x
+//! dx += r du A + draw N - r^2 <du, u> x      the last term for a normalised input
+//! ```
+//! x `[T, hidden]`, z and raw `[T, n]`, A and N `[n, hidden]`, B `[n, n]`. f32 throughout.
+
+use dsmoe_core::params::TensorSpec;
+use dsmoe_kernels::buf::Buf;
+use dsmoe_kernels::{Precision, linear};
+
+use super::spec::{GateNetwork, GateSpec, TopkSpec};
+
+/// A gate for inputs of width `hidden` and logits of `num_experts` experts.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Gate {
+    pub(crate) spec: GateSpec,
+    pub(crate) hidden: usize,
+    pub(crate) num_experts: usize,
+}
+
+/// A gate's matrices, or their gradients: A, B and N; empty where the gate has none.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct GateWeights<'a> {
+    pub(crate) a: &'a [f32],
+    pub(crate) b: &'a [f32],
+    pub(crate) noise: &'a [f32],
+}
+
+/// Gradients of [`GateWeights`], added to.
+#[derive(Debug)]
+pub(crate) struct GateGrads<'a> {
+    pub(crate) a: &'a mut [f32],
+    pub(crate) b: &'a mut [f32],
+    pub(crate) noise: &'a mut [f32],
+}
+
+/// What a gate's backward needs of its forward.
+#[derive(Debug, Default)]
+pub(crate) struct GateActs {
+    /// r, `[T]`; empty when the input is not normalised.
+    scales: Vec<f32>,
+    /// u.
+    pre: Buf,
+    /// tanh(u); empty for a linear gate.
+    tanh: Buf,
+    /// raw.
+    pub(crate) raw: Buf,
+}
+
+impl TopkSpec {
+    /// The gate for inputs of width `hidden`.
+    pub(crate) fn gate(&self, hidden: usize) -> Gate {
+        Gate { spec: self.gate, hidden, num_experts: self.router.num_experts }
+    }
+}
+
+impl Gate {
+    /// Values of A, B and N.
+    pub(crate) fn lens(&self) -> [usize; 3] {
+        let (n, wide) = (self.num_experts, self.num_experts * self.hidden);
+        let b = if self.spec.network == GateNetwork::Mlp { n * n } else { 0 };
+        [wide, b, if self.spec.noise { wide } else { 0 }]
+    }
+
+    /// A, B and N under LLaMA-MoE's names.
+    pub(crate) fn tensors(&self) -> Vec<TensorSpec> {
+        let (n, hidden) = (self.num_experts, self.hidden);
+        let mut tensors = match self.spec.network {
+            GateNetwork::Linear => vec![TensorSpec::router("gate.gate_network.weight", vec![n, hidden])],
+            GateNetwork::Mlp => vec![
+                TensorSpec::router("gate.gate_network.0.weight", vec![n, hidden]),
+                TensorSpec::router("gate.gate_network.2.weight", vec![n, n]),
+            ],
+        };
+        if self.spec.noise {
+            let noise = TensorSpec::router("gate.weight_noise.weight", vec![n, hidden]);
+            tensors.push(noise.training_only());
+        }
+        tensors
+    }
+
+    fn dims(&self, rows: usize, inputs: usize) -> linear::Dims {
+        linear::Dims { rows, inputs, outputs: self.num_experts, precision: Precision::F32 }
+    }
+
+    /// Sets the logits `z` of `x`, and in `acts` what the backward needs; `raw` too when `noisy`.
+    pub(crate) fn forward(
+        &self,
+        z: &mut Buf,
+        acts: &mut GateActs,
+        x: &[f32],
+        weights: GateWeights<'_>,
+        noisy: bool,
+    ) {
+        let (rows, n) = (x.len() / self.hidden, self.num_experts);
+        let wide = self.dims(rows, self.hidden);
+        z.resize(rows * n);
+        let GateActs { scales, pre, tanh, raw } = acts;
+        pre.resize(rows * n);
+        linear::forward(pre, x, weights.a, wide);
+        scales.clear();
+        if self.spec.normalize {
+            for (u, x) in pre.chunks_exact_mut(n).zip(x.chunks_exact(self.hidden)) {
+                let norm = x.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
+                let scale = if norm > 0.0 { (1.0 / norm) as f32 } else { 0.0 };
+                u.iter_mut().for_each(|u| *u *= scale);
+                scales.push(scale);
+            }
+        }
+        match self.spec.network {
+            GateNetwork::Linear => z.copy_from_slice(pre),
+            GateNetwork::Mlp => {
+                tanh.resize(rows * n);
+                tanh.iter_mut().zip(pre.iter()).for_each(|(t, u)| *t = u.tanh());
+                linear::forward(z, tanh, weights.b, self.dims(rows, n));
+            }
+        }
+        if noisy {
+            raw.resize(rows * n);
+            linear::forward(raw, x, weights.noise, wide);
+        }
+    }
+
+    /// Adds to `dx` and `grads`, given the gradients `dz` and, with noise, `draw`. `acts` is that of the forward over
+    /// the same `x`.
+    #[expect(clippy::too_many_arguments, reason = "the forward's arguments with their gradients")]
+    pub(crate) fn backward(
+        &self,
+        dx: &mut [f32],
+        grads: GateGrads<'_>,
+        dz: &[f32],
+        draw: Option<&[f32]>,
+        acts: &GateActs,
+        x: &[f32],
+        weights: GateWeights<'_>,
+    ) {
+        let (rows, n) = (x.len() / self.hidden, self.num_experts);
+        let wide = self.dims(rows, self.hidden);
+        let mut du = Buf::zeros(rows * n);
+        match self.spec.network {
+            GateNetwork::Linear => du.copy_from_slice(dz),
+            GateNetwork::Mlp => {
+                let dims = self.dims(rows, n);
+                linear::backward_weight(grads.b, dz, &acts.tanh, dims);
+                linear::backward_input(&mut du, dz, weights.b, dims);
+                du.iter_mut().zip(acts.tanh.iter()).for_each(|(du, t)| *du *= 1.0 - t * t);
+            }
+        }
+        if self.spec.normalize {
+            let rows = du.chunks_exact_mut(n).zip(acts.pre.chunks_exact(n)).zip(&acts.scales);
+            let inputs = dx.chunks_exact_mut(self.hidden).zip(x.chunks_exact(self.hidden));
+            for (((du, u), scale), (dx, x)) in rows.zip(inputs) {
+                let along: f32 = du.iter().zip(u).map(|(du, u)| du * u).sum();
+                let along = scale * scale * along;
+                dx.iter_mut().zip(x).for_each(|(dx, x)| *dx -= along * x);
+                du.iter_mut().for_each(|du| *du *= scale);
+            }
+        }
+        linear::backward_weight(grads.a, &du, x, wide);
+        linear::backward_input_add(dx, &du, weights.a, wide);
+        if let Some(draw) = draw {
+            linear::backward_weight(grads.noise, draw, x, wide);
+            linear::backward_input_add(dx, draw, weights.noise, wide);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use dsmoe_kernels::testing::normals;
+
+    use super::*;
+
+    const HIDDEN: usize = 6;
+    const EXPERTS: usize = 4;
+    const TOKENS: usize = 5;
+
+    /// <z, dz> + <raw, draw> in f64 loops.
+    fn loss(gate: &Gate, x: &[f64], [a, b, noise]: [&[f64]; 3], dz: &[f32], draw: &[f32]) -> f64 {
+        let dot = |x: &[f64], w: &[f64]| x.iter().zip(w).map(|(x, w)| x * w).sum::<f64>();
+        let mut loss = 0.0;
+        for (t, x) in x.chunks_exact(HIDDEN).enumerate() {
+            let norm = if gate.spec.normalize { dot(x, x).sqrt() } else { 1.0 };
+            let u: Vec<f64> = a.chunks_exact(HIDDEN).map(|row| dot(x, row) / norm).collect();
+            let z: Vec<f64> = match gate.spec.network {
+                GateNetwork::Linear => u,
+                GateNetwork::Mlp => {
+                    let h: Vec<f64> = u.iter().map(|u| u.tanh()).collect();
+                    b.chunks_exact(EXPERTS).map(|row| dot(&h, row)).collect()
+                }
+            };
+            loss += z.iter().zip(&dz[t * EXPERTS..]).map(|(z, &dz)| z * f64::from(dz)).sum::<f64>();
+            for (row, &draw) in noise.chunks_exact(HIDDEN).zip(&draw[t * EXPERTS..]) {
+                loss += dot(x, row) * f64::from(draw);
+            }
+        }
+        loss
+    }
+
+    #[test]
+    fn gradients_are_differences_of_the_formulas() {
+        use dsmoe_kernels::testing::{assert_close, f64s, finite_differences};
+        for (network, normalize, noise) in [
+            (GateNetwork::Mlp, false, true),
+            (GateNetwork::Mlp, true, false),
+            (GateNetwork::Linear, false, true),
+            (GateNetwork::Linear, true, true),
+        ] {
+            let spec = GateSpec { network, normalize, noise };
+            let gate = Gate { spec, hidden: HIDDEN, num_experts: EXPERTS };
+            let [a, b, noises] = gate.lens();
+            let (x, a, b, noises) =
+                (normals(TOKENS * HIDDEN, 1), normals(a, 2), normals(b, 3), normals(noises, 4));
+            let weights = GateWeights { a: &a, b: &b, noise: &noises };
+            let (dz, draw) = (normals(TOKENS * EXPERTS, 5), normals(TOKENS * EXPERTS, 6));
+            let (mut z, mut acts) = (Buf::default(), GateActs::default());
+            gate.forward(&mut z, &mut acts, &x, weights, noise);
+            let (mut dx, mut da, mut db, mut dn) =
+                (vec![0.0; x.len()], vec![0.0; a.len()], vec![0.0; b.len()], vec![0.0; noises.len()]);
+            let grads = GateGrads { a: &mut da, b: &mut db, noise: &mut dn };
+            gate.backward(&mut dx, grads, &dz, noise.then_some(&draw[..]), &acts, &x, weights);
+
+            let (x, a, b, noises) = (f64s(&x), f64s(&a), f64s(&b), f64s(&noises));
+            let value: f64 = z.iter().zip(&dz).map(|(&z, &dz)| f64::from(z) * f64::from(dz)).sum();
+            assert!((value - loss(&gate, &x, [&a, &b, &[]], &dz, &draw)).abs() < 1e-4, "{spec:?}");
+            let h = 1e-5;
+            let by_x = finite_differences(&x, h, |x| loss(&gate, x, [&a, &b, &noises], &dz, &draw));
+            let by_a = finite_differences(&a, h, |a| loss(&gate, &x, [a, &b, &noises], &dz, &draw));
+            let by_b = finite_differences(&b, h, |b| loss(&gate, &x, [&a, b, &noises], &dz, &draw));
+            let by_n = finite_differences(&noises, h, |n| loss(&gate, &x, [&a, &b, n], &dz, &draw));
+            for (name, got, want) in
+                [("dx", &dx, by_x), ("da", &da, by_a), ("db", &db, by_b), ("dn", &dn, by_n)]
+            {
+                assert_close(&format!("{spec:?} {name}"), got, &want, 1e-5);
+            }
+        }
+    }
+
+    #[test]
+    fn an_input_of_zeros_is_no_nan() {
+        let spec = GateSpec { network: GateNetwork::Mlp, normalize: true, noise: false };
+        let gate = Gate { spec, hidden: HIDDEN, num_experts: EXPERTS };
+        let (a, b) = (normals(EXPERTS * HIDDEN, 1), normals(EXPERTS * EXPERTS, 2));
+        let mut z = Buf::default();
+        let weights = GateWeights { a: &a, b: &b, noise: &[] };
+        gate.forward(&mut z, &mut GateActs::default(), &[0.0; HIDDEN], weights, false);
+        assert_eq!(z[..], [0.0; EXPERTS]);
+    }
+}

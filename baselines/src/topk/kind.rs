@@ -1,0 +1,159 @@
+//! The `ffn` object of config.json for FFNs of type `topk`.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use dsmoe_core::config::Config;
+use dsmoe_core::ffn::{self, Ffn, FfnSpec};
+use dsmoe_router::topk::{Scores, TopKConfig};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::ffn::TopkMoeFfn;
+use super::spec::{GateNetwork, GateSpec, TopkSpec};
+
+/// The `type`.
+const KIND: &str = "topk";
+
+/// [`TopkSpec`] as it is stored; `num_experts` are those the gate chooses from.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Stored {
+    num_experts: usize,
+    top_k: usize,
+    num_residual: usize,
+    scores: StoredScores,
+    score_scale: f64,
+    gate: GateNetwork,
+    normalize: bool,
+    noise: bool,
+    balance_weight: f64,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum StoredScores {
+    Softmax,
+    One,
+}
+
+impl TopkSpec {
+    fn stored(&self) -> Stored {
+        let TopKConfig { num_experts, top_k, num_residual, scores, score_scale } = self.router;
+        let GateSpec { network, normalize, noise } = self.gate;
+        Stored {
+            num_experts,
+            top_k,
+            num_residual,
+            scores: match scores {
+                Scores::Softmax => StoredScores::Softmax,
+                Scores::One => StoredScores::One,
+            },
+            // The shortest decimal of the f32, not the many digits of its f64.
+            score_scale: score_scale.to_string().parse().unwrap_or(f64::from(score_scale)),
+            gate: network,
+            normalize,
+            noise,
+            balance_weight: self.balance_weight,
+        }
+    }
+
+    fn of(stored: &Stored) -> dsmoe_router::Result<TopkSpec> {
+        let range = |field, found: f64, allowed: &str| {
+            Err(dsmoe_router::Error::OutOfRange { field, found: found.to_string(), allowed: allowed.into() })
+        };
+        let scores = match stored.scores {
+            StoredScores::Softmax => Scores::Softmax,
+            StoredScores::One => Scores::One,
+        };
+        let score_scale = stored.score_scale as f32;
+        if !(score_scale.is_finite() && score_scale > 0.0) {
+            return range("score_scale", stored.score_scale, "a positive number");
+        }
+        if !(stored.balance_weight.is_finite() && stored.balance_weight >= 0.0) {
+            return range("balance_weight", stored.balance_weight, "0 or a positive number");
+        }
+        let num_residual = stored.num_residual;
+        Ok(TopkSpec {
+            router: TopKConfig {
+                num_residual,
+                scores,
+                score_scale,
+                ..TopKConfig::new(stored.num_experts, stored.top_k)?
+            },
+            gate: GateSpec { network: stored.gate, normalize: stored.normalize, noise: stored.noise },
+            balance_weight: stored.balance_weight,
+        })
+    }
+}
+
+/// Returns the settings of `spec` if it is a top-k FFN.
+pub(crate) fn spec_of(spec: &dyn FfnSpec) -> Option<TopkSpec> {
+    let stored = Stored::deserialize(&Value::Object(spec.settings())).ok()?;
+    TopkSpec::of(&stored).ok().filter(|_| spec.kind() == KIND)
+}
+
+impl FfnSpec for TopkSpec {
+    fn kind(&self) -> &'static str {
+        KIND
+    }
+
+    fn settings(&self) -> Map<String, Value> {
+        match serde_json::to_value(self.stored()) {
+            Ok(Value::Object(map)) => map,
+            _ => unreachable!("a struct of numbers and names is an object"),
+        }
+    }
+
+    fn build(&self, config: &Config, layer: usize) -> Box<dyn Ffn> {
+        Box::new(TopkMoeFfn::new(config.hidden, config.layer(layer).intermediate, *self))
+    }
+
+    fn num_experts(&self) -> usize {
+        self.all_experts()
+    }
+
+    fn active_experts(&self) -> Option<f64> {
+        Some(TopkSpec::active_experts(self) as f64)
+    }
+}
+
+/// Makes directories with top-k FFNs readable in this process.
+pub(crate) fn register() {
+    ffn::register(KIND, read);
+}
+
+fn read(path: &Path, config: &Config, settings: &Map<String, Value>) -> dsmoe_core::Result<Arc<dyn FfnSpec>> {
+    let wrong = |field: &str, problem: String, mend: &str| dsmoe_core::Error::Field {
+        path: path.to_path_buf(),
+        field: field.to_owned(),
+        problem,
+        mend: mend.to_owned(),
+    };
+    let again = "make the model again from its dense model";
+    let stored = Stored::deserialize(&Value::Object(settings.clone()))
+        .map_err(|cause| wrong("ffn", format!("is not of type {KIND}: {}", one_line(&cause)), again))?;
+    let spec = TopkSpec::of(&stored).map_err(|cause| wrong("ffn:", cause.to_string(), again))?;
+    // Bounded before it is added to or divided by.
+    let most = config.layers().map(|shape| shape.intermediate).max().unwrap_or(0);
+    if spec.router.num_residual > most || spec.router.num_experts > most {
+        let problem = format!("are more than the {most} neurons of a layer");
+        return Err(wrong("ffn.num_experts and ffn.num_residual", problem, again));
+    }
+    for (layer, shape) in config.layers().enumerate() {
+        if !shape.intermediate.is_multiple_of(spec.all_experts()) {
+            let problem = format!(
+                "make {} experts, and layer {layer} has {} neurons, which they do not divide",
+                spec.all_experts(),
+                shape.intermediate
+            );
+            return Err(wrong("ffn.num_experts and ffn.num_residual", problem, again));
+        }
+    }
+    Ok(Arc::new(spec))
+}
+
+/// A parser's message, whatever is in the file, as one line of bounded length.
+fn one_line(cause: &serde_json::Error) -> String {
+    cause.to_string().chars().take(200).map(|c| if c.is_control() { ' ' } else { c }).collect()
+}

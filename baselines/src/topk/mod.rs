@@ -1,0 +1,15 @@
+//! FFNs of n experts of which a gate gives every token exactly k: the form of LLaMA-MoE and MoEfication.
+
+mod convert;
+mod ffn;
+mod gate;
+mod kind;
+mod router;
+mod spec;
+
+pub use convert::EXPERTS_FILE;
+pub(crate) use convert::{LayerExperts, check_experts, nearest, open_dense, write};
+pub use ffn::TopkMoeFfn;
+pub(crate) use gate::{Gate, GateActs, GateGrads, GateWeights};
+pub(crate) use kind::{register, spec_of};
+pub use spec::{GateNetwork, GateSpec, TopkSpec};

@@ -1,0 +1,48 @@
+//! The settings of a top-k FFN.
+
+use dsmoe_router::topk::TopKConfig;
+use serde::{Deserialize, Serialize};
+
+/// An FFN that runs exactly k of n experts for every token, as in LLaMA-MoE and MoEfication.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct TopkSpec {
+    /// The number of experts, k, and the factor of outputs.
+    pub router: TopKConfig,
+    /// The gate that computes logits.
+    pub gate: GateSpec,
+    /// Weight of the balance loss of a layer (LLaMA-MoE: 0.01).
+    pub balance_weight: f64,
+}
+
+impl TopkSpec {
+    /// The number of experts of a layer, residual ones included.
+    pub fn all_experts(&self) -> usize {
+        self.router.num_experts + self.router.num_residual
+    }
+
+    /// The number of experts that run for a token, residual ones included.
+    pub(crate) fn active_experts(&self) -> usize {
+        self.router.top_k + self.router.num_residual
+    }
+}
+
+/// The network of a gate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GateNetwork {
+    /// Two matrices with tanh between them.
+    Mlp,
+    /// One matrix.
+    Linear,
+}
+
+/// The logits that a gate computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GateSpec {
+    /// The network.
+    pub network: GateNetwork,
+    /// The network reads x / |x| in place of x.
+    pub normalize: bool,
+    /// Logits are noisy in training, with a trained standard deviation.
+    pub noise: bool,
+}
