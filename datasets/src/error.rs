@@ -192,14 +192,14 @@ pub enum Error {
         window: usize,
     },
     /// Fewer sequences of text than are needed.
-    #[error("the text has {windows} sequences of {seq} tokens and {wanted} are needed; {}", SEQUENCES)]
+    #[error("the text has {found} sequences of {seq} tokens and {asked} are needed; {}", SEQUENCES)]
     TooFewSequences {
         /// Number of sequences.
-        windows: usize,
+        found: usize,
         /// Tokens in a sequence.
         seq: usize,
         /// Sequences needed.
-        wanted: usize,
+        asked: usize,
     },
     /// A row of a task's file that cannot be used.
     #[error("{}: row {row}: {reason}; {help}", path.display())]

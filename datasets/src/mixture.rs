@@ -309,16 +309,16 @@ impl Mixture {
     /// # Errors
     /// Fewer windows than `count`, or tokens that cannot be read.
     pub fn sequences(&self, count: usize, seed: u64) -> Result<Vec<Vec<u32>>> {
-        let windows = self.parts.iter().map(|part| part.split.num_windows()).sum();
-        let seq = self.parts.first().map_or(0, |part| part.split.seq());
-        if windows < count {
-            return Err(Error::TooFewSequences { windows, seq, wanted: count });
+        let found = self.parts.iter().map(|part| part.split.num_windows()).sum();
+        if found < count {
+            let seq = self.parts.first().map_or(0, |part| part.split.seq());
+            return Err(Error::TooFewSequences { found, seq, asked: count });
         }
         let mut order = self.interleaving(count, seed)?;
         let read = |sample| {
-            let mut ids = Vec::with_capacity(seq + 1);
+            let mut ids = Vec::new();
             self.window(sample, &mut ids)?;
-            ids.truncate(seq);
+            ids.pop();
             Ok(ids)
         };
         order.batch_at(0).map(read).collect()
