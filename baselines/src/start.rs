@@ -15,7 +15,7 @@ use std::path::Path;
 use dsmoe_core::calibrate::{Input, LayerStream, LayerWeights};
 use dsmoe_core::convert::RouterValues;
 use dsmoe_core::partition::check_divisible;
-use dsmoe_kernels::matmul::{Mat, matmul};
+use dsmoe_kernels::matmul::{Mat, Matmul};
 use dsmoe_kernels::{Precision, linear};
 
 use crate::calibration;
@@ -129,7 +129,7 @@ fn examples(
                     let value = |t: usize, j: u32| tap.x[t * intermediate + j as usize];
                     let values: Vec<f32> =
                         chosen.iter().flat_map(|&t| neurons.iter().map(move |&j| value(t, j))).collect();
-                    linear::forward(&mut y, &values, down, dims);
+                    linear::Forward { y: &mut y, x: &values, w: down, dims }.run();
                     for (t, y) in y.chunks_exact(hidden).enumerate() {
                         let square: f64 = y.iter().map(|&y| f64::from(y) * f64::from(y)).sum();
                         scores[at + t * num_experts + i] =
@@ -160,20 +160,48 @@ fn fit(x: &[f32], scores: &[f64], num_experts: usize, active: f64) -> Option<Rou
     // (X^T X / tokens + ridge) W^T = X^T S / tokens
     let x = Mat::new(&x, tokens, hidden);
     let mut covariance = vec![0.0; hidden * hidden];
-    matmul(&mut covariance, x.t(), x, false, Precision::F32);
+    Matmul { c: &mut covariance, a: x.t(), b: x, accumulate: false, precision: Precision::F32 }.run();
     let mut products = vec![0.0; hidden * num_experts];
-    matmul(&mut products, x.t(), Mat::new(&targets, tokens, num_experts), false, Precision::F32);
+    Matmul {
+        c: &mut products,
+        a: x.t(),
+        b: Mat::new(&targets, tokens, num_experts),
+        accumulate: false,
+        precision: Precision::F32,
+    }
+    .run();
     let trace: f64 = covariance.iter().step_by(hidden + 1).map(|&v| f64::from(v)).sum();
     let ridge = (RIDGE * trace / hidden as f64).max(f64::from(f32::MIN_POSITIVE)) as f32;
     covariance.iter_mut().step_by(hidden + 1).for_each(|v| *v += ridge);
     let factor = inverse_factor(covariance, hidden).ok()?;
     let factor = Mat::new(&factor, hidden, hidden);
     let (mut half, mut solved) = (vec![0.0; hidden * num_experts], vec![0.0; hidden * num_experts]);
-    matmul(&mut half, factor.t(), Mat::new(&products, hidden, num_experts), false, Precision::F32);
-    matmul(&mut solved, factor, Mat::new(&half, hidden, num_experts), false, Precision::F32);
+    Matmul {
+        c: &mut half,
+        a: factor.t(),
+        b: Mat::new(&products, hidden, num_experts),
+        accumulate: false,
+        precision: Precision::F32,
+    }
+    .run();
+    Matmul {
+        c: &mut solved,
+        a: factor,
+        b: Mat::new(&half, hidden, num_experts),
+        accumulate: false,
+        precision: Precision::F32,
+    }
+    .run();
 
     let mut predicted = vec![0.0; tokens * num_experts];
-    matmul(&mut predicted, x, Mat::new(&solved, hidden, num_experts), false, Precision::F32);
+    Matmul {
+        c: &mut predicted,
+        a: x,
+        b: Mat::new(&solved, hidden, num_experts),
+        accumulate: false,
+        precision: Precision::F32,
+    }
+    .run();
     let predicted: Vec<f64> =
         predicted.iter().enumerate().map(|(at, &z)| f64::from(z) + means[at % num_experts]).collect();
     let centre = predicted.iter().sum::<f64>() / predicted.len() as f64;
