@@ -18,10 +18,10 @@ const DEFAULT_ROUTER_INIT: &str = "random";
 pub(crate) struct Inspect {
     /// Dense LLaMA or DSMoE directory
     pub(crate) model: PathBuf,
-    /// Active experts per token and layer, mean, to count activated parameters at [default: all experts]
+    /// Mean number of active experts per token and layer, for the activated parameters [default: all experts]
     #[arg(long, value_name = "K")]
     pub(crate) mean_active: Option<f64>,
-    /// Tokens a token attends to, to count FLOPs at [default: 1024, or all positions of a smaller model]
+    /// Tokens that a token attends to, for the FLOPs [default: 1024, or all positions of a smaller model]
     #[arg(long, value_name = "TOKENS")]
     pub(crate) context: Option<usize>,
 }
@@ -33,31 +33,31 @@ pub(crate) struct Convert {
     /// Directory to write
     #[arg(long, value_name = "DIR")]
     pub(crate) out: PathBuf,
-    /// Experts to cut each FFN into; must divide intermediate_size
+    /// Experts in each FFN; must divide intermediate_size
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub(crate) experts: u32,
-    /// Which neurons form an expert: contiguous, random, or a JSON file {"layers": [[[neuron, ...], ...], ...]}
+    /// Assignment of neurons to experts: contiguous, random, or a JSON file {"layers": [[[neuron, ...], ...], ...]}
     #[arg(long, value_name = "contiguous|random|FILE", default_value = "contiguous")]
     pub(crate) partition: PartitionSpec,
-    /// How router weights start: random (the paper), open (all experts active), centroid, or warm(K) (K experts open)
+    /// Initial router weights: random (the paper), open (all experts active), centroid, or warm(K) (K experts open)
     #[arg(long, value_name = "random|open|centroid|warm(K)", default_value = DEFAULT_ROUTER_INIT)]
     pub(crate) router_init: RouterInit,
-    /// An expert is active when its gate is above this, 0 to 1
+    /// Threshold above which a gate activates its expert, 0 to 1
     #[arg(long, value_name = "SHARE", default_value_t = 0.5)]
     pub(crate) threshold: f32,
-    /// What multiplies an active expert: its sigmoid gate (eq. 7), or 1
+    /// Factor of an active expert: its sigmoid gate (eq. 7), or 1
     #[arg(long, default_value = "sigmoid", value_parser = words::<GateValue>(&["sigmoid", "binary"]))]
     pub(crate) gate_value: GateValue,
-    /// Rescale the sum of the experts by experts / active experts (eq. 8), or not
+    /// Rescale the sum of the experts by experts / active experts (eq. 8), or not at all
     #[arg(long, default_value = "none", value_parser = words::<Rescale>(&["none", "eq8"]))]
     pub(crate) rescale: Rescale,
-    /// A token without an active expert skips the FFN, or takes the expert with the largest gate
+    /// A token without an active expert skips the FFN, or uses the expert with the largest gate
     #[arg(long, default_value = "skip", value_parser = words::<ZeroActive>(&["skip", "force_argmax"]))]
     pub(crate) zero_active: ZeroActive,
-    /// Train without the straight-through rule (eq. 10): inactive gates get no gradient of the language-model loss
+    /// Train without the straight-through estimator (eq. 10): inactive gates get no gradient of the language-model loss
     #[arg(long)]
     pub(crate) no_ste: bool,
-    /// Seed of router weights and of a random partition
+    /// Seed of the router weights and of a random partition
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
     /// Replace the output directory if it exists
@@ -69,14 +69,14 @@ pub(crate) struct Convert {
 pub(crate) struct Export {
     /// DSMoE directory (or a dense one, as native)
     pub(crate) model: PathBuf,
-    /// dense: a plain LlamaForCausalLM without routers, neurons in their original order; native: the model as it is;
-    /// llama-moe: what method llama-moe made, as LlamaMoEForCausalLM
+    /// dense: a plain LlamaForCausalLM without routers, with the neurons in their original order; native: the model
+    /// unchanged; llama-moe: a model of the method llama-moe as LlamaMoEForCausalLM
     #[arg(long = "as", value_name = "FORM", value_parser = words::<Form>(&["dense", "native", "llama-moe"]))]
     pub(crate) form: Form,
     /// Directory to write
     #[arg(long, value_name = "DIR")]
     pub(crate) out: PathBuf,
-    /// Precision of the weights [default: as they are]
+    /// Precision of the weights [default: unchanged]
     #[arg(long, value_parser = words::<Dtype>(&["f32", "bf16", "f16"]))]
     pub(crate) dtype: Option<Dtype>,
     /// Replace the output directory if it exists
@@ -86,10 +86,10 @@ pub(crate) struct Export {
 
 #[derive(Debug, Args)]
 pub(crate) struct Init {
-    /// Architecture by name; see --list
+    /// Architecture by name; --list shows them
     #[arg(long, value_name = "NAME", conflicts_with = "config", required_unless_present_any = ["config", "list"])]
     pub(crate) preset: Option<String>,
-    /// Architecture by a config.json
+    /// Architecture from a config.json
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
     /// Directory to write
@@ -104,7 +104,7 @@ pub(crate) struct Init {
     /// A tokenizer.json to copy into the directory
     #[arg(long, value_name = "FILE")]
     pub(crate) tokenizer: Option<PathBuf>,
-    /// Largest file of weights, such as 500MB or 5GB
+    /// Largest size of a file of weights, such as 500MB or 5GB
     #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = quantity)]
     pub(crate) max_shard_size: u64,
     /// Replace the output directory if it exists
