@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, bail};
 use dsmoe_core::Inference;
 use dsmoe_core::config::Config;
-use dsmoe_datasets::tasks::{Loaded, Options as TaskOptions, TaskFiles, TASKS};
+use dsmoe_datasets::tasks::{Loaded, Options as TaskOptions, TASKS, TaskFiles};
 use dsmoe_datasets::world::{Probe, World};
 use dsmoe_kernels::Precision;
 

@@ -8,7 +8,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use dsmoe_core::Inference;
 use dsmoe_core::config::Config;
-use dsmoe_datasets::tasks::{Loaded, Options, Request, TaskFiles, TASKS, Task};
+use dsmoe_datasets::tasks::{Loaded, Options, Request, TASKS, Task, TaskFiles};
 use dsmoe_datasets::world::{ITEMS, Probe, World};
 use dsmoe_datasets::{Bos, Tokenizer};
 use dsmoe_kernels::Isa;
