@@ -93,6 +93,14 @@ pub enum Error {
     /// Lists of neurons that are not a partition.
     #[error("partition: {0}; every neuron must be in exactly one expert, all experts of one size")]
     Partition(String),
+    /// The calibration text does not suffice.
+    #[error("calibration: {problem}; {help}")]
+    Calibration {
+        /// What is wrong.
+        problem: String,
+        /// What suffices.
+        help: String,
+    },
     /// An argument that is out of range; the text names it and the mend.
     #[error("{0}")]
     Argument(String),

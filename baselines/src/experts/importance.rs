@@ -12,6 +12,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use dsmoe_core::Model;
+use dsmoe_core::calibrate::check_text;
 use dsmoe_core::ffn::{DenseFfn, Ffn, FfnBackward, FfnForward, FfnReport, PackedFfn, split, split_mut};
 use dsmoe_core::model::{StepArgs, TrainWorkspace};
 use dsmoe_core::params::TensorSpec;
@@ -21,7 +22,6 @@ use dsmoe_kernels::{Precision, linear};
 use dsmoe_router::SparsityOver;
 use rayon::prelude::*;
 
-use crate::calibration;
 use crate::error::{Error, Result};
 use crate::method::Progress;
 
@@ -112,7 +112,7 @@ pub(crate) fn neurons_by_importance(
     sequences: &[Vec<u32>],
     progress: &mut dyn FnMut(Progress),
 ) -> Result<Vec<Vec<u32>>> {
-    calibration::check(sequences, 1, "an order of neurons")?;
+    check_text(sequences, 1, "an order of neurons")?;
     let labels = vec![0; sequences.len()];
     let layers = importances(dir, sequences, &labels, 1, progress)?;
     let sorted = |layer: LayerImportance| {

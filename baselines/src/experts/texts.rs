@@ -7,7 +7,7 @@
 
 use std::collections::BTreeMap;
 
-use super::kmeans;
+use dsmoe_core::partition::clusters;
 
 /// Tokens that count: those of the largest weights, summed over sequences.
 const MOST_TOKENS: usize = 4096;
@@ -18,7 +18,7 @@ const MOST_TOKENS: usize = 4096;
 /// There are fewer sequences than groups.
 pub(crate) fn groups(sequences: &[Vec<u32>], num_groups: usize, seed: u64) -> Vec<usize> {
     let (vectors, dim) = tf_idf(sequences);
-    kmeans::balanced(&vectors, dim, num_groups, seed).labels
+    clusters::balanced(&vectors, dim, num_groups, seed).labels
 }
 
 /// `[sequences, tokens that count]` and their number.
@@ -56,7 +56,7 @@ fn tf_idf(sequences: &[Vec<u32>]) -> (Vec<f32>, usize) {
             }
         }
     }
-    (kmeans::normalized(vectors, dim), dim)
+    (clusters::normalized(vectors, dim), dim)
 }
 
 #[cfg(test)]

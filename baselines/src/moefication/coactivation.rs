@@ -10,9 +10,10 @@
 //! for 8192.
 
 use dsmoe_core::calibrate::{Input, LayerStream, LayerWeights};
+use dsmoe_core::partition::clusters;
 use rayon::prelude::*;
 
-use crate::experts::{graph, kmeans};
+use crate::experts::graph;
 
 /// One neuron of so many is active for a token.
 const ACTIVE: usize = 10;
@@ -103,7 +104,7 @@ pub(super) fn split(
     order.sort_by_key(|&neuron| cut.labels[neuron as usize]);
     let sizes = vec![width / num_experts; num_experts];
     Experts {
-        centers: kmeans::means(&kmeans::normalized(rows.to_vec(), hidden), hidden, &cut.labels, &sizes),
+        centers: clusters::means(&clusters::normalized(rows.to_vec(), hidden), hidden, &cut.labels, &sizes),
         order,
         within: 2.0 * cut.inside as f64 / total.max(1) as f64,
     }

@@ -154,6 +154,7 @@ fn shape(spec: &MethodSpec, dense: &Config, profile: &Profile) -> (Config, f64) 
             router: RouterConfig::new(profile.experts),
             partition: PartitionKind::Contiguous,
             router_bias: false,
+            active_target: None,
         });
     }
     let share = match spec.role {

@@ -326,6 +326,7 @@ impl Profile {
             router: RouterConfig::new(self.experts),
             partition: PartitionKind::Contiguous,
             router_bias: false,
+            active_target: None,
         });
         Accounting::of(&config).activated(self.active * self.experts as f64)
     }

@@ -232,7 +232,7 @@ impl Lab<'_> {
             return Ok(Made::of_params(counts.total as f64, counts.total as f64, "nothing"));
         }
         let calibration = match method.needs_calibration() {
-            true => self.text.calibration(self.profile.calibration.samples, self.costs.seq, job.seed)?,
+            true => self.text.calibration(self.profile.calibration.samples, job.seed)?,
             false => Vec::new(),
         };
         let pruning = Pruning {
