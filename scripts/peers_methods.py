@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Times the step that dominates LLM-Pruner, LLaMA-MoE and MoEfication beside the same library calls as their official code.
 
-Each step is written anew here; the file that has it in the official repository is named with it. The two sides take turns;
-the least of --rounds counts. Ours is the whole command, less the same command without the step (another construction, or
+Each step is implemented here from its description; the file of the official repository is named with it. The two sides take
+turns; the least of --rounds counts. Ours is the whole command, less the same command without the step (another construction, or
 few samples). Besides wall time the CPU time of all threads is given, which other work on the machine disturbs less (that of
 KMeansConstrained's worker processes, which it has with --threads above 1, is not in it).
 Needs torch, transformers, tokenizers, scikit-learn, k-means-constrained, and the dsmoe command.
@@ -106,10 +106,10 @@ def clustering(options, work):
                                   n_jobs=options.threads, **starts).fit(x) for x in rows]
         return sum(inertia(x, fit.labels_) for x, fit in zip(rows, fits))
 
-    common = ["--method", "llama-moe", "--budget", 1.0, "--knob", f"experts={options.experts}"]
+    common = ["--method", "llama-moe", "--budget", 1.0, "--set", f"experts={options.experts}"]
 
     def ours():
-        dsmoe(options, work / "model", work / "out", *common, "--knob", "construction=clustering")
+        dsmoe(options, work / "model", work / "out", *common, "--set", "construction=clustering")
         layers = json.loads((work / "out" / "experts.json").read_text())
         layers = layers["layers"] if isinstance(layers, dict) else layers
         total = 0
@@ -187,8 +187,8 @@ def gradients(options, work):
             model(sample[None], labels=sample[None]).loss.backward()
         return scores
 
-    cells = calibrated(options, theirs, work, "--method", "llama-moe", "--knob", "construction=sharing-inner",
-                       "--knob", f"experts={options.experts}", "--budget", "0.8")
+    cells = calibrated(options, theirs, work, "--method", "llama-moe", "--set", "construction=sharing-inner",
+                       "--set", f"experts={options.experts}", "--budget", "0.8")
     return f"| LLaMA-MoE's importance of neurons | {cells}"
 
 

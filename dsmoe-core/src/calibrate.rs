@@ -292,7 +292,7 @@ impl Linear {
         y.resize(rows * self.outputs);
         let dims =
             linear::Dims { rows, inputs: self.inputs, outputs: self.outputs, precision: Precision::F32 };
-        linear::forward(y, x, &self.weight, dims);
+        linear::Forward { y, x, w: &self.weight, dims }.run();
     }
 }
 
@@ -316,30 +316,32 @@ impl Scratch {
         rstd.resize(seq);
         x.copy_from_slice(states);
 
-        rms_norm::forward(h, rstd, x, &weights.input_norm, eps, hidden);
+        rms_norm::Forward { y: h, rstd, x, weight: &weights.input_norm, eps }.run();
         tap(Input::Attention, h);
         wq.forward(q, h);
         wk.forward(k, h);
         wv.forward(v, h);
-        rope::forward(q, rope::Args { table, seq, start: 0, heads });
-        rope::forward(k, rope::Args { table, seq, start: 0, heads: kv_heads });
+        for (x, heads) in [(&mut *q, heads), (&mut *k, kv_heads)] {
+            let args = rope::Args { table, seq, start: 0, heads };
+            rope::Forward { x, stride: args.width(), args }.run();
+        }
         a.resize(q.len());
         lse.resize(seq * heads);
         let dims = attention::Dims { batch: 1, queries: seq, keys: seq, heads, kv_heads, head_dim };
-        attention::forward(a, lse, q, k, v, dims);
+        attention::Forward { out: a, lse, q, k, v, dims }.run();
         tap(Input::Heads, a);
         wo.forward(y, a);
-        add::add(x, y);
+        add::Add { y: x, x: y }.run();
 
-        rms_norm::forward(h, rstd, x, &weights.post_norm, eps, hidden);
+        rms_norm::Forward { y: h, rstd, x, weight: &weights.post_norm, eps }.run();
         tap(Input::Ffn, h);
         wgate.forward(gate, h);
         wup.forward(up, h);
         neurons.resize(gate.len());
-        swiglu::forward(neurons, gate, up);
+        swiglu::Forward { c: neurons, a: gate, b: up }.run();
         tap(Input::Neurons, neurons);
         wdown.forward(y, neurons);
-        add::add(x, y);
+        add::Add { y: x, x: y }.run();
     }
 }
 

@@ -102,15 +102,16 @@ fn the_f64_definition_is_pytorchs() {
         let active: Vec<usize> =
             routed.mask.chunks(n).map(|row| row.iter().filter(|m| **m).count()).collect();
         assert_eq!(active, case.active, "{name}: active experts");
-        let y = expert_ffn::reference::forward(x, gate, up, &down, &routed.mask, &routed.coef, case.dims());
+        let (mask, coef, dims) = (&routed.mask, &routed.coef, case.dims());
+        let layer = expert_ffn::reference::Layer { x, gate, up, down: &down, mask, coef, dims };
+        let y = expert_ffn::reference::forward(layer);
         check("y", &y);
         let lm = |y: &[f64]| y.iter().zip(r).map(|(y, r)| y * r).sum::<f64>();
         assert_close_f64(&format!("{name}.lm"), &[lm(&y)], &[lm(get("y"))], 1e-9);
         let sparse = router_reference::sparsity(&routed, SparsityOver::Active);
         assert_close_f64(&format!("{name}.sparse"), &[sparse], &[case.sparse], 1e-9);
 
-        let grads =
-            expert_ffn::reference::backward(r, x, gate, up, &down, &routed.mask, &routed.coef, case.dims());
+        let grads = expert_ffn::reference::backward(r, layer);
         check("d_gate_proj", &grads.dgate);
         check("d_up_proj", &grads.dup);
         check("d_down_proj", &transpose(&grads.ddown, case.intermediate, d));

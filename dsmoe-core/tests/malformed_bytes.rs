@@ -1,13 +1,15 @@
 //! Headers, indexes and configurations of wrong or any bytes: refused in one line, without a panic.
 
+#[path = "malformed_support/bodies.rs"]
+mod bodies;
 mod malformed_support;
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use dsmoe_core::checkpoint::{Checkpoint, Header};
-use dsmoe_core::config::Config;
-use dsmoe_core::{Error, Result};
+use dsmoe_core::Result;
+use dsmoe_core::checkpoint::Checkpoint;
+use dsmoe_core::masks::{Mask, Masks};
 use malformed_support::{refused, small_config};
 use proptest::prelude::*;
 use tempfile::TempDir;
@@ -123,20 +125,12 @@ fn header_with_a_name_twice() {
     refused(open(header, 2), &["x.safetensors", "tensor a is in the header twice"]);
 }
 
-/// What a reader may do with nonsense: accept it, or refuse it in one line.
-fn one_line<T>(result: std::result::Result<T, Error>) -> std::result::Result<(), TestCaseError> {
-    if let Err(error) = result {
-        prop_assert!(!error.to_string().contains('\n'), "{}", error);
-    }
-    Ok(())
-}
-
-/// `text` with some bytes replaced, some removed and some doubled.
-fn mutated(text: String) -> impl Strategy<Value = Vec<u8>> {
-    let len = text.len();
+/// Copies of a good file with some bytes replaced, some removed and some doubled.
+fn mutated(good: Vec<u8>) -> impl Strategy<Value = Vec<u8>> {
+    let len = good.len();
     let edit = (0..len, any::<u8>(), 0usize..4, 0usize..40);
     proptest::collection::vec(edit, 1..6).prop_map(move |edits| {
-        let mut bytes = text.clone().into_bytes();
+        let mut bytes = good.clone();
         for (at, byte, kind, span) in edits {
             let at = at.min(bytes.len().saturating_sub(1));
             let end = bytes.len().min(at + span);
@@ -160,32 +154,36 @@ fn small_header() -> String {
         .to_owned()
 }
 
+/// A good `masks.safetensors`.
+fn small_masks() -> Vec<u8> {
+    let work = tempfile::tempdir().unwrap();
+    let mut masks = Masks::new();
+    masks.set("model.layers.0.mlp.gate_proj.weight", Mask::from_bits(12, 16, vec![0b1011_0110; 24]));
+    masks.save(work.path()).unwrap();
+    fs::read(work.path().join("masks.safetensors")).unwrap()
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 
     #[test]
     fn any_bytes_as_header(bytes: Vec<u8>, data in 0u64..64) {
-        one_line(Header::parse(Path::new("x"), &bytes, 8 + bytes.len() as u64 + data))?;
+        bodies::header(&bytes, data);
     }
 
     #[test]
-    fn mutated_header(bytes in mutated(small_header())) {
-        let header = Header::parse(Path::new("x"), &bytes, 8 + bytes.len() as u64 + 32);
-        if let Ok(header) = &header {
-            let total: u64 = header.entries.iter().map(|entry| entry.len).sum();
-            prop_assert_eq!(total, 32);
-        }
-        one_line(header)?;
+    fn mutated_header(bytes in mutated(small_header().into_bytes())) {
+        bodies::header(&bytes, 32);
     }
 
     #[test]
     fn any_text_as_config(text in "\\PC*") {
-        one_line(Config::from_json(Path::new("config.json"), &text))?;
+        bodies::config(text.as_bytes());
     }
 
     #[test]
-    fn mutated_config(bytes in mutated(small_config().to_json())) {
-        one_line(Config::from_json(Path::new("config.json"), &String::from_utf8_lossy(&bytes)))?;
+    fn mutated_config(bytes in mutated(small_config().to_json().into_bytes())) {
+        bodies::config(&bytes);
     }
 }
 
@@ -194,19 +192,19 @@ proptest! {
 
     #[test]
     fn any_bytes_as_file(bytes: Vec<u8>) {
-        let work = tempfile::tempdir().unwrap();
-        let path = work.path().join("x.safetensors");
-        fs::write(&path, bytes).unwrap();
-        one_line(Checkpoint::open_file(&path))?;
+        bodies::file(&bytes);
+        bodies::masks(&small_config(), &bytes);
     }
 
     #[test]
-    fn mutated_index(bytes in mutated(r#"{"metadata":{"total_size":32},"weight_map":{"a":"x","b":"x"}}"#.to_owned())) {
-        let work = tempfile::tempdir().unwrap();
+    fn mutated_masks(bytes in mutated(small_masks())) {
+        bodies::masks(&small_config(), &bytes);
+    }
+
+    #[test]
+    fn mutated_index(bytes in mutated(br#"{"metadata":{"total_size":32},"weight_map":{"a":"x","b":"x"}}"#.to_vec())) {
         let header = small_header();
         let file = [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &[0; 32]].concat();
-        fs::write(work.path().join("x"), file).unwrap();
-        fs::write(work.path().join("model.safetensors.index.json"), bytes).unwrap();
-        one_line(Checkpoint::open(work.path()))?;
+        bodies::index(&file, &bytes);
     }
 }

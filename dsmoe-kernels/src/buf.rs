@@ -1,8 +1,7 @@
-//! Memory: cache-line aligned `f32` buffers and read-only file maps.
+//! Memory of ops: cache-line aligned `f32` buffers, and rows that parallel tasks share.
 
 use std::cell::Cell;
-use std::fs::File;
-use std::io;
+use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 
 /// One cache line of `f32`.
@@ -76,35 +75,62 @@ pub(crate) fn with_spare<R>(len: usize, work: impl FnOnce(&mut [f32]) -> R) -> R
     result
 }
 
-/// A file mapped for reading.
-///
-/// The bytes are those of the file as long as nobody truncates it: a shrinking file raises SIGBUS on the next
-/// read past its new end, as with every memory map.
-#[derive(Debug)]
-pub struct Mmap(memmap2::Mmap);
-
-impl Mmap {
-    /// Maps all of `file`.
-    ///
-    /// # Errors
-    /// The operating system refuses the map.
-    pub fn open(file: &File) -> io::Result<Mmap> {
-        // SAFETY: the map is read-only and private to this value. Model files are written under temporary names
-        // and renamed, never changed in place; what an outside truncation does is said in the type's docs.
-        unsafe { memmap2::Mmap::map(file) }.map(Mmap)
-    }
+/// Rows of one slice that parallel tasks write, each its own columns of its own rows: the one place where tasks share
+/// mutable memory.
+#[derive(Clone, Copy)]
+pub(crate) struct SharedRows<'a> {
+    data: *mut f32,
+    len: usize,
+    stride: usize,
+    borrowed: PhantomData<&'a mut [f32]>,
 }
 
-impl Deref for Mmap {
-    type Target = [u8];
-    fn deref(&self) -> &[u8] {
-        &self.0
+// SAFETY: memory is reached through `values` and `row` alone, whose callers promise that nobody else uses it.
+unsafe impl Send for SharedRows<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for SharedRows<'_> {}
+
+impl<'a> SharedRows<'a> {
+    /// Borrows all of `data`, whose rows start every `stride` values.
+    pub(crate) fn new(data: &'a mut [f32], stride: usize) -> SharedRows<'a> {
+        SharedRows { data: data.as_mut_ptr(), len: data.len(), stride, borrowed: PhantomData }
+    }
+
+    /// Returns the same rows, with column `column` as their column 0.
+    pub(crate) fn starting_at(self, column: usize) -> SharedRows<'a> {
+        assert!(column <= self.len);
+        // SAFETY: `column` is inside the slice that `new` borrowed, or its end.
+        let data = unsafe { self.data.add(column) };
+        SharedRows { data, len: self.len - column, ..self }
+    }
+
+    /// Returns `width` values of row `row` from column `first` on.
+    ///
+    /// # Safety
+    /// No other slice of these values is used as long as this one is.
+    #[inline(always)]
+    pub(crate) unsafe fn row(self, row: usize, first: usize, width: usize) -> &'a mut [f32] {
+        // SAFETY: the caller's promise.
+        unsafe { self.values(row * self.stride + first, width) }
+    }
+
+    /// Returns the `len` values from `start` on, whatever their rows.
+    ///
+    /// # Safety
+    /// As [`SharedRows::row`].
+    #[inline(always)]
+    pub(crate) unsafe fn values(self, start: usize, len: usize) -> &'a mut [f32] {
+        assert!(start + len <= self.len);
+        // SAFETY: `start` is inside the slice that `new` borrowed for 'a, by the assertion.
+        let start = unsafe { self.data.add(start) };
+        // SAFETY: so are the `len` values from there; nobody else uses them, by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(start, len) }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::Buf;
+    use super::{Buf, SharedRows};
 
     #[test]
     fn buffers_are_aligned_zeroed_and_keep_their_memory() {
@@ -118,5 +144,47 @@ mod tests {
         assert_eq!((buf.len(), buf.as_ptr()), (7, before));
         buf.clear();
         assert_eq!(&buf[..], &[0.0; 7]);
+    }
+    #[test]
+    fn tasks_write_their_own_columns_of_shared_rows() {
+        let (rows, stride) = (4, 6);
+        let mut data = vec![0.0; rows * stride];
+        let left = SharedRows::new(&mut data, stride);
+        let right = left.starting_at(2);
+        std::thread::scope(|scope| {
+            for task in 0..2 {
+                scope.spawn(move || {
+                    for row in (task..rows).step_by(2) {
+                        // SAFETY: a task has its own rows, and the two slices of a row are apart.
+                        let (left, right) = unsafe { (left.row(row, 0, 2), right.row(row, 0, 4)) };
+                        left.fill(row as f32);
+                        right.fill(-(row as f32));
+                    }
+                });
+            }
+        });
+        for (row, values) in data.chunks(stride).enumerate() {
+            let row = row as f32;
+            assert_eq!(values, [row, row, -row, -row, -row, -row]);
+        }
+    }
+
+    #[test]
+    fn shared_rows_end_where_their_slice_ends() {
+        let mut data = [0.0; 6];
+        let rows = SharedRows::new(&mut data, 3).starting_at(1);
+        // SAFETY: one slice at a time.
+        unsafe {
+            rows.row(1, 0, 2).fill(1.0);
+            rows.values(5, 0).fill(2.0);
+        }
+        assert!(
+            std::panic::catch_unwind(|| {
+                // SAFETY: as above.
+                unsafe { rows.row(1, 0, 3).fill(3.0) };
+            })
+            .is_err()
+        );
+        assert_eq!(data, [0.0, 0.0, 0.0, 0.0, 1.0, 1.0]);
     }
 }

@@ -133,7 +133,7 @@ impl Isa {
     /// Runs `kernel` compiled for this tier.
     pub(crate) fn run<K: crate::simd::Kernel>(self, kernel: K) -> K::Output {
         match self {
-            Isa::Scalar => kernel.run(crate::simd::Portable),
+            Isa::Scalar => kernel.body(crate::simd::Portable),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2(token) => crate::simd::x86::run_avx2(token, kernel),
             #[cfg(target_arch = "x86_64")]
@@ -146,7 +146,7 @@ impl Isa {
     /// Runs a kernel of matrix products compiled for this tier.
     pub(crate) fn run_product<K: crate::simd::ProductKernel>(self, kernel: K) -> K::Output {
         match self {
-            Isa::Scalar => kernel.run(crate::simd::Portable),
+            Isa::Scalar => kernel.body(crate::simd::Portable),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2(token) => crate::simd::x86::run_product_avx2(token, kernel),
             #[cfg(target_arch = "x86_64")]

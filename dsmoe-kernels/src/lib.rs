@@ -13,6 +13,7 @@ pub mod buf;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod isa;
+pub mod mmap;
 pub mod ops;
 pub mod peak;
 pub mod rng;

@@ -92,7 +92,7 @@ const LINKS: usize = 1024;
 impl ProductKernel for MultiplyAdds {
     type Output = f64;
     #[inline(always)]
-    fn run<S: Product>(self, s: S) -> f64 {
+    fn body<S: Product>(self, s: S) -> f64 {
         let MultiplyAdds { rounds, dots } = self;
         // The chains tend to 2: no infinities, no subnormals.
         let (half, one) = (black_box(0.5f32), black_box(1.0f32));
@@ -132,7 +132,7 @@ const BLOCK: usize = 4 * STEP;
 impl<const STREAMS: usize> Kernel for Read<'_, STREAMS> {
     type Output = f64;
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) -> f64 {
+    fn body<S: Simd>(self, s: S) -> f64 {
         let Read { x, passes } = self;
         let len = x.len() / STREAMS;
         for _ in 0..passes {

@@ -75,8 +75,8 @@ fn embedding_agrees_with_autograd() {
     let dy = Matrix::new(&f64s(&dout), ids.len(), hidden);
     let (want, grads) = gradients(&leaves, 1, &dy, |l| T::matmul(l[1], l[0]));
     let (mut out, mut dtable) = (vec![f32::NAN; dout.len()], vec![0.0; table.len()]);
-    embedding::forward(&mut out, &table, &ids, hidden);
-    embedding::backward(&mut dtable, &dout, &ids, hidden);
+    embedding::Forward { out: &mut out, table: &table, ids: &ids, hidden }.run();
+    embedding::Backward { dtable: &mut dtable, dout: &dout, ids: &ids, hidden }.run();
     assert_close("out", &out, &want, 0.0);
     assert_close("dtable", &dtable, &grads[0].values, TOLERANCE);
     let reference = embedding::reference::backward(&f64s(&dout), &ids, vocab, hidden);
@@ -107,8 +107,17 @@ fn rms_norm_agrees_with_autograd() {
     for isa in Isa::available() {
         let [mut y, mut dx] = [(); 2].map(|()| vec![f32::NAN; x.len()]);
         let (mut rstd, mut dw) = (vec![f32::NAN; tokens], vec![0.0; hidden]);
-        rms_norm::forward_on(isa, &mut y, &mut rstd, &x, &w, eps, hidden);
-        rms_norm::backward_on(isa, &mut dx, &mut dw, &dout, &x, &w, &rstd, hidden, false);
+        rms_norm::Forward { y: &mut y, rstd: &mut rstd, x: &x, weight: &w, eps }.run_on(isa);
+        rms_norm::Backward {
+            dx: &mut dx,
+            dweight: &mut dw,
+            dy: &dout,
+            x: &x,
+            weight: &w,
+            rstd: &rstd,
+            add: false,
+        }
+        .run_on(isa);
         assert_close("y", &y, &want, TOLERANCE);
         assert_close("dx", &dx, &grads[0].values, TOLERANCE);
         assert_close("dw", &dw, &grads[1].values, TOLERANCE);
@@ -127,9 +136,9 @@ fn linear_agrees_with_autograd() {
     assert_close_f64("reference dx", &dx, &grads[0].values, EXACT);
     assert_close_f64("reference dw", &dw, &want_dw, EXACT);
     let (mut y, mut dx, mut dw) = (vec![f32::NAN; 30], vec![f32::NAN; 54], vec![0.0; 45]);
-    linear::forward(&mut y, &x, &w, dims);
-    linear::backward_input(&mut dx, &dout, &w, dims);
-    linear::backward_weight(&mut dw, &dout, &x, dims);
+    linear::Forward { y: &mut y, x: &x, w: &w, dims }.run();
+    linear::BackwardInput { dx: &mut dx, dy: &dout, w: &w, dims, add: false }.run();
+    linear::BackwardWeight { dw: &mut dw, dy: &dout, x: &x, dims }.run();
     assert_close("y", &y, &want, TOLERANCE);
     assert_close("dx", &dx, &grads[0].values, TOLERANCE);
     assert_close("dw", &dw, &want_dw, TOLERANCE);
@@ -161,8 +170,8 @@ fn rope_agrees_with_autograd() {
     let args = rope::Args { table: &table, seq, start, heads };
     for isa in Isa::available() {
         let (mut y, mut dx) = (x.clone(), dout.clone());
-        rope::forward_on(isa, &mut y, args);
-        rope::backward_columns_on(isa, &mut dx, heads * head_dim, args);
+        rope::Forward { x: &mut y, stride: args.width(), args }.run_on(isa);
+        rope::Backward { dx: &mut dx, stride: heads * head_dim, args }.run_on(isa);
         assert_close("y", &y, &want, TOLERANCE);
         assert_close("dx", &dx, &grads[0].values, TOLERANCE);
     }
@@ -230,14 +239,15 @@ fn attention_agrees_with_autograd() {
         assert_close_f64("reference dv", &dv, &grads[2].values, EXACT);
         for isa in Isa::available() {
             let (mut out, mut lse) = (vec![f32::NAN; q.len()], vec![f32::NAN; queries * heads]);
-            attention::forward_on(isa, &mut out, &mut lse, &q, &k, &v, dims);
+            attention::Forward { out: &mut out, lse: &mut lse, q: &q, k: &k, v: &v, dims }.run_on(isa);
             assert_close("out", &out, &want, TOLERANCE);
             if queries == keys {
                 let parts = [(&f64s(&q), width), (&f64s(&k), kv_width), (&f64s(&v), kv_width)];
                 let qkv: Vec<f32> = joined(parts, queries).iter().map(|&x| x as f32).collect();
                 let mut dqkv = vec![f32::NAN; qkv.len()];
-                attention::forward_joined_on(isa, &mut out, &mut lse, &qkv, dims);
-                attention::backward_on(isa, &mut dqkv, &dout, &out, &qkv, &lse, dims);
+                attention::ForwardJoined { out: &mut out, lse: &mut lse, qkv: &qkv, dims }.run_on(isa);
+                attention::Backward { dqkv: &mut dqkv, dout: &dout, out: &out, qkv: &qkv, lse: &lse, dims }
+                    .run_on(isa);
                 let parts = [(&grads[0].values, width), (&want_dk, kv_width), (&grads[2].values, kv_width)];
                 assert_close("joined out", &out, &want, TOLERANCE);
                 assert_close("dqkv", &dqkv, &joined(parts, queries), TOLERANCE);
@@ -259,8 +269,8 @@ fn swiglu_agrees_with_autograd() {
     assert_close_f64("reference db", &db, &grads[1].values, EXACT);
     for isa in Isa::available() {
         let [mut c, mut da, mut db] = [(); 3].map(|()| vec![f32::NAN; n]);
-        swiglu::forward_on(isa, &mut c, &a, &b);
-        swiglu::backward_on(isa, &mut da, &mut db, &dc, &a, &b);
+        swiglu::Forward { c: &mut c, a: &a, b: &b }.run_on(isa);
+        swiglu::Backward { da: &mut da, db: &mut db, dc: &dc, a: &a, b: &b }.run_on(isa);
         assert_close("c", &c, &want, TOLERANCE);
         assert_close("da", &da, &grads[0].values, TOLERANCE);
         assert_close("db", &db, &grads[1].values, TOLERANCE);
@@ -297,18 +307,19 @@ fn cross_entropy_agrees_with_autograd() {
     assert_close_f64("reference dhead", &dhead, &want_dhead, EXACT);
     for isa in Isa::available() {
         let (mut losses, mut dh, mut dhead) = ([f32::NAN; 6], [f32::NAN; 30], [0.0; 105]);
-        let scratch = &mut cross_entropy::Scratch::with(isa, dsmoe_kernels::Precision::F32);
-        cross_entropy::forward_backward(
-            &mut losses,
-            &mut dh,
-            &mut dhead,
-            &h,
-            &head,
-            &targets,
+        let scratch = &mut cross_entropy::Scratch::new(dsmoe_kernels::Precision::F32);
+        cross_entropy::ForwardBackward {
+            losses: &mut losses,
+            dhidden: &mut dh,
+            dhead: &mut dhead,
+            hidden_states: &h,
+            head: &head,
+            targets: &targets,
             scale,
             dims,
             scratch,
-        );
+        }
+        .run_on(isa);
         assert_close("losses", &losses, &want, TOLERANCE);
         assert_close("dh", &dh, &grads[0].values, TOLERANCE);
         assert_close("dhead", &dhead, &want_dhead, TOLERANCE);

@@ -7,8 +7,8 @@ use autograd as ag;
 use autograd::tensor_ops as T;
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::expert_ffn::{
-    Dims, PackedWeights, Routes, Saved, Scratch, WeightGrads, Weights, backward, forward_packed,
-    forward_train, reference,
+    Backward, Dims, ForwardPacked, ForwardTrain, PackedWeights, Pairs, Routes, Saved, Scratch, WeightGrads,
+    Weights, reference,
 };
 use dsmoe_kernels::testing::{assert_close, assert_close_f64, f64s, normals};
 
@@ -102,9 +102,11 @@ fn the_reference_agrees_with_autograd() {
     let (inputs, want) = (Inputs::new(), Inputs::new().oracle());
     let [x, gate, up, down, dy, coef] =
         [&inputs.x, &inputs.gate, &inputs.up, &inputs.down, &inputs.dy, &inputs.coef].map(|x| f64s(x));
-    let y = reference::forward(&x, &gate, &up, &down, &inputs.mask, &coef, DIMS);
+    let (gate, up, down, mask, coef) = (&gate, &up, &down, &inputs.mask, &coef);
+    let layer = reference::Layer { x: &x, gate, up, down, mask, coef, dims: DIMS };
+    let y = reference::forward(layer);
     assert_close_f64("y", &y, &want.y, 1e-12);
-    let got = reference::backward(&dy, &x, &gate, &up, &down, &inputs.mask, &coef, DIMS);
+    let got = reference::backward(&dy, layer);
     assert_close_f64("dx", &got.dx, &want.dx, 1e-12);
     assert_close_f64("dgate", &got.dgate, &want.dgate, 1e-12);
     assert_close_f64("dup", &got.dup, &want.dup, 1e-12);
@@ -133,20 +135,49 @@ fn the_kernels_agree_with_autograd() {
         slots: &slots,
     };
     let weights = Weights { gate: &inputs.gate, up: &inputs.up, down: &inputs.down };
-    let (mut scratch, mut saved) = (Scratch::new(), Saved::default());
+    let (mut scratch, mut saved) = (Scratch::default(), Saved::default());
     let mut y = vec![f32::NAN; inputs.x.len()];
     let packed =
         PackedWeights::new(Precision::F32, &weights, DIMS.hidden, DIMS.intermediate, DIMS.num_experts);
-    forward_packed(&mut y, &inputs.x, &packed, &routes, DIMS, &mut scratch);
+    ForwardPacked {
+        y: &mut y,
+        x: &inputs.x,
+        weights: &packed,
+        pairs: Pairs::Routed(&routes),
+        dims: DIMS,
+        scratch: &mut scratch,
+    }
+    .run();
     assert_close("y", &y, &want.y, 2e-6);
-    forward_train(&mut y, &mut saved, &inputs.x, &weights, &routes, DIMS, &mut scratch);
+    ForwardTrain {
+        y: &mut y,
+        saved: &mut saved,
+        x: &inputs.x,
+        weights: &weights,
+        pairs: Pairs::Routed(&routes),
+        dims: DIMS,
+        scratch: &mut scratch,
+    }
+    .run();
     assert_close("y of training", &y, &want.y, 2e-6);
     let mut dx = vec![f32::NAN; inputs.x.len()];
     let mut dcoef = vec![f32::NAN; DIMS.tokens * n];
     let [mut gate, mut up, mut down] = [(); 3].map(|()| vec![0.0; inputs.gate.len()]);
     let grads = WeightGrads { gate: &mut gate, up: &mut up, down: &mut down };
     let (dy, x) = (&inputs.dy, &inputs.x);
-    backward(&mut dx, &mut dcoef, grads, dy, &saved, x, &weights, &routes, DIMS, &mut scratch);
+    Backward {
+        dx: &mut dx,
+        dcoefficients: Some(&mut dcoef),
+        grads,
+        dy,
+        saved: &saved,
+        x,
+        weights: &weights,
+        pairs: Pairs::Routed(&routes),
+        dims: DIMS,
+        scratch: &mut scratch,
+    }
+    .run();
     assert_close("dx", &dx, &want.dx, 2e-6);
     assert_close("dcoef", &dcoef, &want.dcoef, 2e-6);
     assert_close("dgate", &gate, &want.dgate, 2e-6);

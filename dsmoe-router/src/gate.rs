@@ -41,7 +41,7 @@ pub fn logits(
     let mut z = Array2::zeros((dims.rows, dims.outputs));
     let (x, weight) = (x.as_standard_layout(), weight.as_standard_layout());
     let (x, weight) = (x.as_slice().expect("standard layout"), weight.as_slice().expect("standard layout"));
-    linear::forward(z.as_slice_mut().expect("standard layout"), x, weight, dims);
+    linear::Forward { y: z.as_slice_mut().expect("standard layout"), x, w: weight, dims }.run();
     if let Some(bias) = bias {
         assert_eq!(bias.len(), dims.outputs, "router logits: bias for {dims:?}");
         z += &bias;
@@ -66,9 +66,10 @@ pub fn logits_backward(
     let dz = dlogits.as_standard_layout();
     let dz = dz.as_slice().expect("standard layout");
     let dx = dx.as_slice_mut().expect("router logits: dx is not in standard layout");
-    linear::backward_input_add(dx, dz, weight.as_slice().expect("standard layout"), dims);
+    linear::BackwardInput { dx, dy: dz, w: weight.as_slice().expect("standard layout"), dims, add: true }
+        .run();
     let dweight = dweight.as_slice_mut().expect("router logits: dweight is not in standard layout");
-    linear::backward_weight(dweight, dz, x.as_slice().expect("standard layout"), dims);
+    linear::BackwardWeight { dw: dweight, dy: dz, x: x.as_slice().expect("standard layout"), dims }.run();
     if let Some(mut dbias) = dbias {
         assert_eq!(dbias.len(), dims.outputs, "router logits: dbias for {dims:?}");
         dbias += &dlogits.sum_axis(Axis(0));

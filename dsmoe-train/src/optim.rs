@@ -114,14 +114,15 @@ impl AdamW {
         );
         for (spec, range) in runs(layout) {
             let hyper = update.hyper(spec.decay, spec.router);
-            adamw::step(
-                &mut params[range.clone()],
-                &mut self.m[range.clone()],
-                &mut self.v[range.clone()],
-                &grads[range],
-                update.scale,
-                &hyper,
-            );
+            adamw::Step {
+                param: &mut params[range.clone()],
+                m: &mut self.m[range.clone()],
+                v: &mut self.v[range.clone()],
+                grad: &grads[range],
+                grad_scale: update.scale,
+                hyper: &hyper,
+            }
+            .run();
         }
     }
 }

@@ -156,7 +156,16 @@ impl Ffn for Probe {
         let weights = Weights { gate, up, down };
         let (tokens, hidden, intermediate) = (x.len() / self.hidden, self.hidden, self.intermediate);
         let experts = &mut scratch.experts;
-        expert_ffn::forward_dense_train(y, saved, x, &weights, tokens, hidden, intermediate, experts);
+        expert_ffn::ForwardTrain {
+            y,
+            saved,
+            x,
+            weights: &weights,
+            pairs: expert_ffn::Pairs::Dense,
+            dims: expert_ffn::Dims::dense(tokens, hidden, intermediate),
+            scratch: experts,
+        }
+        .run();
         FfnReport::default()
     }
 
@@ -168,7 +177,7 @@ impl Ffn for Probe {
         let mut dh = Buf::zeros(tokens * intermediate);
         let dims =
             linear::Dims { rows: tokens, inputs: hidden, outputs: intermediate, precision: Precision::F32 };
-        linear::forward(&mut dh, dy, down, dims);
+        linear::Forward { y: &mut dh, x: dy, w: down, dims }.run();
         let mut sums = self.sums.lock().unwrap_or_else(PoisonError::into_inner);
         sums.par_chunks_mut(TASK).enumerate().for_each(|(task, sums)| {
             for t in 0..tokens {
@@ -186,7 +195,19 @@ impl Ffn for Probe {
         let (grads, weights) =
             (WeightGrads { gate: dgate, up: dup, down: ddown }, Weights { gate, up, down });
         let experts = &mut scratch.experts;
-        expert_ffn::backward_dense(dx, grads, dy, saved, x, &weights, tokens, hidden, intermediate, experts);
+        expert_ffn::Backward {
+            dx,
+            dcoefficients: None,
+            grads,
+            dy,
+            saved,
+            x,
+            weights: &weights,
+            pairs: expert_ffn::Pairs::Dense,
+            dims: expert_ffn::Dims::dense(tokens, hidden, intermediate),
+            scratch: experts,
+        }
+        .run();
     }
 }
 

@@ -85,7 +85,7 @@ pub(super) fn train(
             let (beta1, beta2, eps, weight_decay) = (0.9, 0.999, 1e-8, 0.0);
             let hyper = Hyper { lr: LEARNING_RATE, beta1, beta2, eps, weight_decay, step };
             for ((param, [m, v]), grad) in params.iter_mut().zip(&mut moments).zip(&grads) {
-                adamw::step(param, m, v, grad, 1.0, &hyper);
+                adamw::Step { param, m, v, grad, grad_scale: 1.0, hyper: &hyper }.run();
             }
         }
         let share = captured(gate, &params, &held_out, training.top_k);

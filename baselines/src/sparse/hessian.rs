@@ -7,7 +7,7 @@
 
 use dsmoe_core::checkpoint::transpose;
 use dsmoe_kernels::Precision;
-use dsmoe_kernels::matmul::{Mat, matmul};
+use dsmoe_kernels::matmul::{Mat, Matmul};
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
@@ -73,7 +73,14 @@ impl Hessian {
             let first = number * PANEL;
             let of = |count| Mat::new(&columns[first * seq..(first + count) * seq], count, seq);
             let rows = PANEL.min(inputs - first);
-            matmul(panel, of(rows), of(inputs - first).t(), true, Precision::F32);
+            Matmul {
+                c: panel,
+                a: of(rows),
+                b: of(inputs - first).t(),
+                accumulate: true,
+                precision: Precision::F32,
+            }
+            .run();
         }
     }
 

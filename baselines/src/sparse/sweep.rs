@@ -12,7 +12,7 @@
 use dsmoe_core::checkpoint::transpose;
 use dsmoe_core::masks::Mask;
 use dsmoe_kernels::Precision;
-use dsmoe_kernels::matmul::{Mat, matmul};
+use dsmoe_kernels::matmul::{Mat, Matmul};
 use rayon::prelude::*;
 
 use super::hessian::Factored;
@@ -119,7 +119,14 @@ pub fn sweep(weight: &mut [f32], hessian: &Factored, options: &SweepOptions) -> 
         if end < cols {
             let right = Mat::with_stride(&factor[end * cols + first..], cols - end, width, cols);
             let errors = Mat::new(errors, rows, width).t();
-            matmul(&mut columns[end * rows..], right, errors, true, Precision::F32);
+            Matmul {
+                c: &mut columns[end * rows..],
+                a: right,
+                b: errors,
+                accumulate: true,
+                precision: Precision::F32,
+            }
+            .run();
         }
     }
     transpose(weight, &columns, cols, rows);

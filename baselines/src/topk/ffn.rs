@@ -93,7 +93,15 @@ impl PackedFfn for PackedTopk {
         count(record, routed);
         let dims = self.ffn.dims(x.len() / self.ffn.hidden);
         let routes = routes(routed.routing);
-        expert_ffn::forward_packed(y, x, &self.weights, &routes, dims, &mut scratch.experts);
+        expert_ffn::ForwardPacked {
+            y,
+            x,
+            weights: &self.weights,
+            pairs: expert_ffn::Pairs::Routed(&routes),
+            dims,
+            scratch: &mut scratch.experts,
+        }
+        .run();
     }
 
     fn bytes(&self) -> usize {
@@ -147,15 +155,16 @@ impl Ffn for TopkMoeFfn {
         let of_router = &params[self.router_start()..];
         let routed = self.router().forward(&mut saved.router, x, of_router, Some(training));
         count(record, routed);
-        expert_ffn::forward_train(
+        expert_ffn::ForwardTrain {
             y,
-            &mut saved.experts,
+            saved: &mut saved.experts,
             x,
-            &Weights { gate, up, down },
-            &routes(routed.routing),
-            self.dims(x.len() / self.hidden),
-            &mut scratch.experts,
-        );
+            weights: &Weights { gate, up, down },
+            pairs: expert_ffn::Pairs::Routed(&routes(routed.routing)),
+            dims: self.dims(x.len() / self.hidden),
+            scratch: &mut scratch.experts,
+        }
+        .run();
         FfnReport { balance_loss: routed.balance_loss, ..FfnReport::default() }
     }
 
@@ -170,18 +179,19 @@ impl Ffn for TopkMoeFfn {
         let tokens = x.len() / self.hidden;
         let FfnScratch { experts, dcoefficients, .. } = scratch;
         dcoefficients.resize(tokens * self.spec.all_experts());
-        expert_ffn::backward(
+        expert_ffn::Backward {
             dx,
-            dcoefficients,
-            WeightGrads { gate: dgate, up: dup, down: ddown },
+            dcoefficients: Some(dcoefficients),
+            grads: WeightGrads { gate: dgate, up: dup, down: ddown },
             dy,
             saved,
             x,
-            &Weights { gate, up, down },
-            &routes(&routed.routing),
-            self.dims(tokens),
-            experts,
-        );
+            weights: &Weights { gate, up, down },
+            pairs: expert_ffn::Pairs::Routed(&routes(&routed.routing)),
+            dims: self.dims(tokens),
+            scratch: experts,
+        }
+        .run();
         self.router().backward(GateBackward {
             dx,
             grads: drouter,

@@ -102,7 +102,7 @@ impl Gate {
         z.resize(rows * n);
         let GateActs { scales, pre, tanh, raw } = acts;
         pre.resize(rows * n);
-        linear::forward(pre, x, weights.a, wide);
+        linear::Forward { y: pre, x, w: weights.a, dims: wide }.run();
         scales.clear();
         if self.spec.normalize {
             for (u, x) in pre.chunks_exact_mut(n).zip(x.chunks_exact(self.hidden)) {
@@ -117,12 +117,12 @@ impl Gate {
             GateNetwork::Mlp => {
                 tanh.resize(rows * n);
                 tanh.iter_mut().zip(pre.iter()).for_each(|(t, u)| *t = u.tanh());
-                linear::forward(z, tanh, weights.b, self.dims(rows, n));
+                linear::Forward { y: z, x: tanh, w: weights.b, dims: self.dims(rows, n) }.run();
             }
         }
         if noisy {
             raw.resize(rows * n);
-            linear::forward(raw, x, weights.noise, wide);
+            linear::Forward { y: raw, x, w: weights.noise, dims: wide }.run();
         }
     }
 
@@ -146,8 +146,8 @@ impl Gate {
             GateNetwork::Linear => du.copy_from_slice(dz),
             GateNetwork::Mlp => {
                 let dims = self.dims(rows, n);
-                linear::backward_weight(grads.b, dz, &acts.tanh, dims);
-                linear::backward_input(&mut du, dz, weights.b, dims);
+                linear::BackwardWeight { dw: grads.b, dy: dz, x: &acts.tanh, dims }.run();
+                linear::BackwardInput { dx: &mut du, dy: dz, w: weights.b, dims, add: false }.run();
                 du.iter_mut().zip(acts.tanh.iter()).for_each(|(du, t)| *du *= 1.0 - t * t);
             }
         }
@@ -161,11 +161,11 @@ impl Gate {
                 du.iter_mut().for_each(|du| *du *= scale);
             }
         }
-        linear::backward_weight(grads.a, &du, x, wide);
-        linear::backward_input_add(dx, &du, weights.a, wide);
+        linear::BackwardWeight { dw: grads.a, dy: &du, x, dims: wide }.run();
+        linear::BackwardInput { dx, dy: &du, w: weights.a, dims: wide, add: true }.run();
         if let Some(draw) = draw {
-            linear::backward_weight(grads.noise, draw, x, wide);
-            linear::backward_input_add(dx, draw, weights.noise, wide);
+            linear::BackwardWeight { dw: grads.noise, dy: draw, x, dims: wide }.run();
+            linear::BackwardInput { dx, dy: draw, w: weights.noise, dims: wide, add: true }.run();
         }
     }
 }

@@ -9,7 +9,7 @@ use dsmoe_kernels::expert_ffn::{self, Dims as FfnDims, PackedWeights, Saved, Scr
 use dsmoe_kernels::linear::{self, Dims};
 use dsmoe_kernels::matmul::{Mat, Packed};
 use dsmoe_kernels::rng::Rng;
-use dsmoe_kernels::{Isa, Precision, adamw, add, attention, cross_entropy, rms_norm, rope, swiglu};
+use dsmoe_kernels::{Precision, adamw, add, attention, cross_entropy, rms_norm, rope, swiglu};
 
 use crate::cli::bench::{Architecture, Choice, Routes, Suite};
 use crate::timing::decode::{active_share, decode};
@@ -71,55 +71,78 @@ pub(crate) fn suites(choice: &Choice) -> Vec<Suite> {
 const KERNELS: [Workload; 18] = [
     workload("kernels/add/sum", || {
         let ([a, b, _], mut y) = rows();
-        task(move || add::sum(&mut y, &a, &b))
+        task(move || add::Sum { out: &mut y, a: &a, b: &b }.run())
     }),
     workload("kernels/rms_norm/forward", || {
         let (([a, _, _], mut y), w, mut rstd) = (rows(), random(HIDDEN, 1.0, 4), vec![0.0; TOKENS]);
-        task(move || rms_norm::forward(&mut y, &mut rstd, &a, &w, 1e-5, HIDDEN))
+        task(move || rms_norm::Forward { y: &mut y, rstd: &mut rstd, x: &a, weight: &w, eps: 1e-5 }.run())
     }),
     workload("kernels/rms_norm/backward", || {
         let (([a, _, dy], mut dx), w, mut dw) = (rows(), random(HIDDEN, 1.0, 4), vec![0.0; HIDDEN]);
         let rstd = vec![1.0; TOKENS];
-        task(move || rms_norm::backward(&mut dx, &mut dw, &dy, &a, &w, &rstd, HIDDEN))
+        task(move || {
+            rms_norm::Backward {
+                dx: &mut dx,
+                dweight: &mut dw,
+                dy: &dy,
+                x: &a,
+                weight: &w,
+                rstd: &rstd,
+                add: false,
+            }
+            .run()
+        })
     }),
     workload("kernels/rope/forward", || {
         let (_, mut y) = rows();
         let table = rope::Table::new(HEAD_DIM, 1e4, rope::Scaling::None, SEQ);
         task(move || {
             let args = rope::Args { table: &table, seq: SEQ, start: 0, heads: HIDDEN / HEAD_DIM };
-            rope::forward(&mut y, args);
+            rope::Forward { x: &mut y, stride: args.width(), args }.run();
         })
     }),
     workload("kernels/swiglu/forward", || {
         let ([a, b, _], mut y) = rows();
-        task(move || swiglu::forward(&mut y, &a, &b))
+        task(move || swiglu::Forward { c: &mut y, a: &a, b: &b }.run())
     }),
     workload("kernels/swiglu/backward", || {
         let ([a, b, dy], mut da) = rows();
         let mut db = da.clone();
-        task(move || swiglu::backward(&mut da, &mut db, &dy, &a, &b))
+        task(move || swiglu::Backward { da: &mut da, db: &mut db, dc: &dy, a: &a, b: &b }.run())
     }),
     workload("kernels/adamw/step", || {
         let ([dy, ..], mut weights) = rows();
         let (mut mean, mut squares) = (weights.clone(), vec![1.0; weights.len()]);
         let hyper =
             adamw::Hyper { lr: 1e-5, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, step: 10 };
-        task(move || adamw::step(&mut weights, &mut mean, &mut squares, &dy, 1.0, &hyper))
+        task(move || {
+            adamw::Step {
+                param: &mut weights,
+                m: &mut mean,
+                v: &mut squares,
+                grad: &dy,
+                grad_scale: 1.0,
+                hyper: &hyper,
+            }
+            .run()
+        })
     }),
     workload("kernels/attention/forward", || {
         let Attention { dims, q, k, v, mut out, mut lse, .. } = Attention::new(SEQ);
-        task(move || attention::forward(&mut out, &mut lse, &q, &k, &v, dims))
+        task(move || attention::Forward { out: &mut out, lse: &mut lse, q: &q, k: &k, v: &v, dims }.run())
     }),
     workload("kernels/attention/backward", || {
         let Attention { dims, q: dout, mut out, mut lse, .. } = Attention::new(SEQ);
         let qkv = random(dims.batch * dims.queries * dims.joined_width(), 1.0, 5);
         let mut dqkv = qkv.clone();
-        attention::forward_joined(&mut out, &mut lse, &qkv, dims);
-        task(move || attention::backward(&mut dqkv, &dout, &out, &qkv, &lse, dims))
+        attention::ForwardJoined { out: &mut out, lse: &mut lse, qkv: &qkv, dims }.run();
+        task(move || {
+            attention::Backward { dqkv: &mut dqkv, dout: &dout, out: &out, qkv: &qkv, lse: &lse, dims }.run()
+        })
     }),
     workload("kernels/attention/decode", || {
         let Attention { dims, q, k, v, mut out, .. } = Attention::new(1);
-        task(move || attention::decode(&mut out, &q, &k, &v, dims))
+        task(move || attention::Decode { out: &mut out, q: &q, k: &k, v: &v, dims }.run())
     }),
     workload("kernels/cross_entropy/forward_backward", || {
         let dims = cross_entropy::Dims { tokens: TOKENS, hidden: HIDDEN, vocab: VOCAB };
@@ -128,17 +151,18 @@ const KERNELS: [Workload; 18] = [
         let (mut losses, mut dh, mut dhead) = (vec![0.0; TOKENS], vec![0.0; h.len()], vec![0.0; head.len()]);
         let mut scratch = cross_entropy::Scratch::default();
         task(move || {
-            cross_entropy::forward_backward(
-                &mut losses,
-                &mut dh,
-                &mut dhead,
-                &h,
-                &head,
-                &targets,
-                1.0,
+            cross_entropy::ForwardBackward {
+                losses: &mut losses,
+                dhidden: &mut dh,
+                dhead: &mut dhead,
+                hidden_states: &h,
+                head: &head,
+                targets: &targets,
+                scale: 1.0,
                 dims,
-                &mut scratch,
-            );
+                scratch: &mut scratch,
+            }
+            .run();
         })
     }),
     workload("kernels/matmul_f32/forward", || product(Precision::F32, Layout::Forward)),
@@ -239,19 +263,19 @@ fn product(precision: Precision, layout: Layout) -> Result<Task> {
     match layout {
         Layout::Forward => {
             let mut y = vec![0.0; m * n];
-            task(move || linear::forward(&mut y, &x, &w, dims))
+            task(move || linear::Forward { y: &mut y, x: &x, w: &w, dims }.run())
         }
         Layout::Packed => {
             let (mut y, packed) = (vec![0.0; m * n], Packed::new(precision, Mat::new(&w, n, k)));
-            task(move || linear::forward_packed(&mut y, &x, &packed, m))
+            task(move || linear::ForwardPacked { y: &mut y, x: &x, w: &packed, rows: m }.run())
         }
         Layout::BackwardInput => {
             let mut dx = vec![0.0; m * k];
-            task(move || linear::backward_input(&mut dx, &dy, &w, dims))
+            task(move || linear::BackwardInput { dx: &mut dx, dy: &dy, w: &w, dims, add: false }.run())
         }
         Layout::BackwardWeight => {
             let mut dw = vec![0.0; n * k];
-            task(move || linear::backward_weight(&mut dw, &dy, &x, dims))
+            task(move || linear::BackwardWeight { dw: &mut dw, dy: &dy, x: &x, dims }.run())
         }
     }
 }
@@ -275,13 +299,31 @@ fn ffn_forward(precision: Precision, active: Option<f64>) -> Result<Task> {
     let experts = if active.is_some() { EXPERTS } else { 1 };
     let packed = PackedWeights::new(precision, &weights, HIDDEN, INTERMEDIATE, experts);
     let x = random(FFN_TOKENS * HIDDEN, 1.0, 4);
-    let (mut y, mut scratch) = (vec![0.0; x.len()], Scratch::new());
+    let (mut y, mut scratch) = (vec![0.0; x.len()], Scratch::default());
     match active {
-        None => task(move || expert_ffn::forward_dense_packed(&mut y, &x, &packed, FFN_TOKENS, &mut scratch)),
+        None => task(move || {
+            expert_ffn::ForwardPacked {
+                y: &mut y,
+                x: &x,
+                weights: &packed,
+                pairs: expert_ffn::Pairs::Dense,
+                dims: expert_ffn::Dims::dense(FFN_TOKENS, packed.hidden(), packed.intermediate()),
+                scratch: &mut scratch,
+            }
+            .run()
+        }),
         Some(active) => {
             let routing = routing(Routes::Random, FFN_TOKENS, EXPERTS, active);
             task(move || {
-                expert_ffn::forward_packed(&mut y, &x, &packed, &routes(&routing), FFN_DIMS, &mut scratch);
+                expert_ffn::ForwardPacked {
+                    y: &mut y,
+                    x: &x,
+                    weights: &packed,
+                    pairs: expert_ffn::Pairs::Routed(&routes(&routing)),
+                    dims: FFN_DIMS,
+                    scratch: &mut scratch,
+                }
+                .run();
             })
         }
     }
@@ -293,7 +335,7 @@ fn ffn_train(experts: bool) -> Result<Task> {
     let [x, dy] = [4, 5].map(|seed| random(FFN_TOKENS * HIDDEN, 1.0, seed));
     let (mut y, mut dx) = (vec![0.0; x.len()], vec![0.0; x.len()]);
     let mut grads = [(); 3].map(|()| vec![0.0; HIDDEN * INTERMEDIATE]);
-    let (mut saved, mut scratch) = (Saved::default(), Scratch::with(Isa::current(), Precision::F32));
+    let (mut saved, mut scratch) = (Saved::default(), Scratch::new(Precision::F32));
     let routing = routing(Routes::Random, FFN_TOKENS, EXPERTS, ACTIVE);
     let mut dcoefficients = vec![0.0; FFN_TOKENS * EXPERTS];
     task(move || {
@@ -304,14 +346,54 @@ fn ffn_train(experts: bool) -> Result<Task> {
         let (tokens, hidden, width) = (FFN_TOKENS, HIDDEN, INTERMEDIATE);
         if experts {
             let (routes, dims) = (routes(&routing), FFN_DIMS);
-            expert_ffn::forward_train(&mut y, saved, &x, &weights, &routes, dims, scratch);
+            expert_ffn::ForwardTrain {
+                y: &mut y,
+                saved,
+                x: &x,
+                weights: &weights,
+                pairs: expert_ffn::Pairs::Routed(&routes),
+                dims,
+                scratch,
+            }
+            .run();
             let dc = &mut dcoefficients;
-            expert_ffn::backward(&mut dx, dc, grads, &dy, saved, &x, &weights, &routes, dims, scratch);
+            expert_ffn::Backward {
+                dx: &mut dx,
+                dcoefficients: Some(dc),
+                grads,
+                dy: &dy,
+                saved,
+                x: &x,
+                weights: &weights,
+                pairs: expert_ffn::Pairs::Routed(&routes),
+                dims,
+                scratch,
+            }
+            .run();
         } else {
-            expert_ffn::forward_dense_train(&mut y, saved, &x, &weights, tokens, hidden, width, scratch);
-            expert_ffn::backward_dense(
-                &mut dx, grads, &dy, saved, &x, &weights, tokens, hidden, width, scratch,
-            );
+            expert_ffn::ForwardTrain {
+                y: &mut y,
+                saved,
+                x: &x,
+                weights: &weights,
+                pairs: expert_ffn::Pairs::Dense,
+                dims: expert_ffn::Dims::dense(tokens, hidden, width),
+                scratch,
+            }
+            .run();
+            expert_ffn::Backward {
+                dx: &mut dx,
+                dcoefficients: None,
+                grads,
+                dy: &dy,
+                saved,
+                x: &x,
+                weights: &weights,
+                pairs: expert_ffn::Pairs::Dense,
+                dims: expert_ffn::Dims::dense(tokens, hidden, width),
+                scratch,
+            }
+            .run();
         }
     })
 }

@@ -4,8 +4,8 @@ use std::cell::RefCell;
 
 use anyhow::{Result, bail};
 use dsmoe_core::ffn::routes;
+use dsmoe_kernels::Precision;
 use dsmoe_kernels::expert_ffn::{self, Dims, PackedWeights, Saved, Scratch, WeightGrads, Weights};
-use dsmoe_kernels::{Isa, Precision};
 use dsmoe_router::Routing;
 
 use super::ceilings::Cost;
@@ -119,21 +119,31 @@ impl Layer {
     ) -> Vec<Row> {
         let x = random(tokens * self.hidden, 1.0, 4);
         let y = RefCell::new(vec![0.0; x.len()]);
-        let scratch = RefCell::new(Scratch::new());
+        let scratch = RefCell::new(Scratch::default());
         let mut tasks: Vec<Task<'_>> = vec![Box::new(|| {
-            expert_ffn::forward_dense_packed(
-                &mut y.borrow_mut(),
-                &x,
-                dense,
-                tokens,
-                &mut scratch.borrow_mut(),
-            );
+            expert_ffn::ForwardPacked {
+                y: &mut y.borrow_mut(),
+                x: &x,
+                weights: dense,
+                pairs: expert_ffn::Pairs::Dense,
+                dims: expert_ffn::Dims::dense(tokens, dense.hidden(), dense.intermediate()),
+                scratch: &mut scratch.borrow_mut(),
+            }
+            .run();
         })];
         for Contestant { index, routing, .. } in contestants {
             let (weights, dims, x, y, scratch) = (&packed[*index], self.dims(routing), &x, &y, &scratch);
             tasks.push(Box::new(move || {
                 let (mut y, mut scratch) = (y.borrow_mut(), scratch.borrow_mut());
-                expert_ffn::forward_packed(&mut y, x, weights, &routes(routing), dims, &mut scratch);
+                expert_ffn::ForwardPacked {
+                    y: &mut y,
+                    x,
+                    weights,
+                    pairs: expert_ffn::Pairs::Routed(&routes(routing)),
+                    dims,
+                    scratch: &mut scratch,
+                }
+                .run();
             }));
         }
         let hashes = tasks
@@ -164,26 +174,36 @@ impl Layer {
             dx: vec![0.0; x.len()],
             dcoefficients: Vec::new(),
             saved: Saved::default(),
-            scratch: Scratch::with(Isa::current(), precision),
+            scratch: Scratch::new(precision),
             grads,
         });
         let (space, x, dy) = (&space, &x, &dy);
         let mut tasks: Vec<Task<'_>> = vec![Box::new(move || {
             let Space { y, dx, saved, scratch, grads, .. } = &mut *space.borrow_mut();
-            expert_ffn::forward_dense_train(y, saved, x, weights, tokens, hidden, intermediate, scratch);
+            expert_ffn::ForwardTrain {
+                y,
+                saved,
+                x,
+                weights,
+                pairs: expert_ffn::Pairs::Dense,
+                dims: expert_ffn::Dims::dense(tokens, hidden, intermediate),
+                scratch,
+            }
+            .run();
             let grads = weight_grads(grads);
-            expert_ffn::backward_dense(
+            expert_ffn::Backward {
                 dx,
+                dcoefficients: None,
                 grads,
                 dy,
                 saved,
                 x,
                 weights,
-                tokens,
-                hidden,
-                intermediate,
+                pairs: expert_ffn::Pairs::Dense,
+                dims: expert_ffn::Dims::dense(tokens, hidden, intermediate),
                 scratch,
-            );
+            }
+            .run();
         })];
         for Contestant { routing, .. } in contestants {
             let dims = self.dims(routing);
@@ -191,8 +211,29 @@ impl Layer {
                 let Space { y, dx, dcoefficients, saved, scratch, grads } = &mut *space.borrow_mut();
                 let (routes, grads) = (routes(routing), weight_grads(grads));
                 dcoefficients.resize(tokens * dims.num_experts, 0.0);
-                expert_ffn::forward_train(y, saved, x, weights, &routes, dims, scratch);
-                expert_ffn::backward(dx, dcoefficients, grads, dy, saved, x, weights, &routes, dims, scratch);
+                expert_ffn::ForwardTrain {
+                    y,
+                    saved,
+                    x,
+                    weights,
+                    pairs: expert_ffn::Pairs::Routed(&routes),
+                    dims,
+                    scratch,
+                }
+                .run();
+                expert_ffn::Backward {
+                    dx,
+                    dcoefficients: Some(dcoefficients),
+                    grads,
+                    dy,
+                    saved,
+                    x,
+                    weights,
+                    pairs: expert_ffn::Pairs::Routed(&routes),
+                    dims,
+                    scratch,
+                }
+                .run();
             }));
         }
         let hashes = tasks

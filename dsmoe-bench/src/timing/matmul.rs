@@ -63,19 +63,19 @@ fn measure([m, k, n]: Shape, precision: Precision, rounds: usize, output: &mut O
     let y = RefCell::new(vec![0.0; m * n]);
     let (mut dx, mut dw) = (vec![0.0; m * k], vec![0.0; n * k]);
 
-    linear::forward(&mut y.borrow_mut(), &x, &w, dims);
+    linear::Forward { y: &mut y.borrow_mut(), x: &x, w: &w, dims }.run();
     let forward = bits(&[&y.borrow()]);
-    linear::forward_packed(&mut y.borrow_mut(), &x, &packed, m);
+    linear::ForwardPacked { y: &mut y.borrow_mut(), x: &x, w: &packed, rows: m }.run();
     let from_packed = bits(&[&y.borrow()]);
-    linear::backward_input(&mut dx, &dy, &w, dims);
-    linear::backward_weight(&mut dw, &dy, &x, dims);
+    linear::BackwardInput { dx: &mut dx, dy: &dy, w: &w, dims, add: false }.run();
+    linear::BackwardWeight { dw: &mut dw, dy: &dy, x: &x, dims }.run();
     let hashes = [forward, from_packed, bits(&[&dx]), bits(&[&dw])];
 
     let mut tasks: [Task<'_>; 4] = [
-        Box::new(|| linear::forward(&mut y.borrow_mut(), &x, &w, dims)),
-        Box::new(|| linear::forward_packed(&mut y.borrow_mut(), &x, &packed, m)),
-        Box::new(|| linear::backward_input(&mut dx, &dy, &w, dims)),
-        Box::new(|| linear::backward_weight(&mut dw, &dy, &x, dims)),
+        Box::new(|| linear::Forward { y: &mut y.borrow_mut(), x: &x, w: &w, dims }.run()),
+        Box::new(|| linear::ForwardPacked { y: &mut y.borrow_mut(), x: &x, w: &packed, rows: m }.run()),
+        Box::new(|| linear::BackwardInput { dx: &mut dx, dy: &dy, w: &w, dims, add: false }.run()),
+        Box::new(|| linear::BackwardWeight { dw: &mut dw, dy: &dy, x: &x, dims }.run()),
     ];
     let times = take_turns(&mut tasks, rounds);
     let names = ["forward", "packed", "backward_input", "backward_weight"];

@@ -38,18 +38,31 @@ fn elementwise(rounds: usize, output: &mut Output<'_>) -> Result<()> {
     let table = rope::Table::new(HEAD_DIM, 1e4, rope::Scaling::None, SEQ);
     let hyper = adamw::Hyper { lr: 1e-5, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, step: 10 };
     let ops: [Op<'_>; 7] = [
-        ("add", "sum", 3.0, Box::new(|| add::sum(&mut sum, &a, &b))),
+        ("add", "sum", 3.0, Box::new(|| add::Sum { out: &mut sum, a: &a, b: &b }.run())),
         (
             "rms_norm",
             "forward",
             2.0,
-            Box::new(|| rms_norm::forward(&mut normed, &mut rstd, &a, &w, 1e-5, HIDDEN)),
+            Box::new(|| {
+                rms_norm::Forward { y: &mut normed, rstd: &mut rstd, x: &a, weight: &w, eps: 1e-5 }.run()
+            }),
         ),
         (
             "rms_norm",
             "backward",
             3.0,
-            Box::new(|| rms_norm::backward(&mut dnormed, &mut dw, &dy, &a, &w, &inverse, HIDDEN)),
+            Box::new(|| {
+                rms_norm::Backward {
+                    dx: &mut dnormed,
+                    dweight: &mut dw,
+                    dy: &dy,
+                    x: &a,
+                    weight: &w,
+                    rstd: &inverse,
+                    add: false,
+                }
+                .run()
+            }),
         ),
         (
             "rope",
@@ -57,16 +70,31 @@ fn elementwise(rounds: usize, output: &mut Output<'_>) -> Result<()> {
             2.0,
             Box::new(|| {
                 let args = rope::Args { table: &table, seq: SEQ, start: 0, heads: HIDDEN / HEAD_DIM };
-                rope::forward(&mut rotated, args);
+                rope::Forward { x: &mut rotated, stride: args.width(), args }.run();
             }),
         ),
-        ("swiglu", "forward", 3.0, Box::new(|| swiglu::forward(&mut c, &a, &b))),
-        ("swiglu", "backward", 5.0, Box::new(|| swiglu::backward(&mut da, &mut db, &dy, &a, &b))),
+        ("swiglu", "forward", 3.0, Box::new(|| swiglu::Forward { c: &mut c, a: &a, b: &b }.run())),
+        (
+            "swiglu",
+            "backward",
+            5.0,
+            Box::new(|| swiglu::Backward { da: &mut da, db: &mut db, dc: &dy, a: &a, b: &b }.run()),
+        ),
         (
             "adamw",
             "step",
             7.0,
-            Box::new(|| adamw::step(&mut weights, &mut mean, &mut squares, &dy, 1.0, &hyper)),
+            Box::new(|| {
+                adamw::Step {
+                    param: &mut weights,
+                    m: &mut mean,
+                    v: &mut squares,
+                    grad: &dy,
+                    grad_scale: 1.0,
+                    hyper: &hyper,
+                }
+                .run()
+            }),
         ),
     ];
     let (names, mut tasks): (Vec<_>, Vec<_>) =
@@ -94,17 +122,37 @@ fn attentions(rounds: usize, output: &mut Output<'_>) -> Result<()> {
         let qkv = random(if queries == keys { batch * queries * dims.joined_width() } else { 0 }, 1.0, 5);
         let (mut result, mut saved, mut dqkv) = (out.clone(), lse.clone(), qkv.clone());
         if queries == keys {
-            attention::forward_joined(&mut result, &mut saved, &qkv, dims);
+            attention::ForwardJoined { out: &mut result, lse: &mut saved, qkv: &qkv, dims }.run();
         }
         let parts: Vec<(&'static str, f64, Task<'_>)> = if queries == 1 {
-            vec![("decode", 1.0, Box::new(|| attention::decode(&mut out, &q, &k, &v, dims)))]
+            vec![(
+                "decode",
+                1.0,
+                Box::new(|| attention::Decode { out: &mut out, q: &q, k: &k, v: &v, dims }.run()),
+            )]
         } else {
             vec![
-                ("forward", 1.0, Box::new(|| attention::forward(&mut out, &mut lse, &q, &k, &v, dims))),
+                (
+                    "forward",
+                    1.0,
+                    Box::new(|| {
+                        attention::Forward { out: &mut out, lse: &mut lse, q: &q, k: &k, v: &v, dims }.run()
+                    }),
+                ),
                 (
                     "backward",
                     2.5,
-                    Box::new(|| attention::backward(&mut dqkv, &dout, &result, &qkv, &saved, dims)),
+                    Box::new(|| {
+                        attention::Backward {
+                            dqkv: &mut dqkv,
+                            dout: &dout,
+                            out: &result,
+                            qkv: &qkv,
+                            lse: &saved,
+                            dims,
+                        }
+                        .run()
+                    }),
                 ),
             ]
         };
@@ -136,17 +184,18 @@ fn loss(rounds: usize, output: &mut Output<'_>) -> Result<()> {
     let (mut losses, mut dh, mut dhead) = (vec![0.0; TOKENS], vec![0.0; h.len()], vec![0.0; head.len()]);
     let scratch = &mut cross_entropy::Scratch::default();
     let mut tasks: [Task<'_>; 1] = [Box::new(|| {
-        cross_entropy::forward_backward(
-            &mut losses,
-            &mut dh,
-            &mut dhead,
-            &h,
-            &head,
-            &targets,
-            1.0,
+        cross_entropy::ForwardBackward {
+            losses: &mut losses,
+            dhidden: &mut dh,
+            dhead: &mut dhead,
+            hidden_states: &h,
+            head: &head,
+            targets: &targets,
+            scale: 1.0,
             dims,
             scratch,
-        );
+        }
+        .run();
     })];
     let times = take_turns(&mut tasks, rounds);
     let mut row = Row::new("cross_entropy", "forward_backward", TOKENS, HIDDEN, Precision::F32);

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use dsmoe_kernels::Precision;
-use dsmoe_kernels::buf::Mmap;
+use dsmoe_kernels::mmap::Mmap;
 use serde::Deserialize;
 
 use super::dtype::decode;

@@ -42,7 +42,15 @@ impl PackedFfn for PackedDense {
     fn forward(&self, args: FfnInference<'_>) {
         let FfnInference { y, x, scratch, .. } = args;
         let tokens = x.len() / self.0.hidden();
-        expert_ffn::forward_dense_packed(y, x, &self.0, tokens, &mut scratch.experts);
+        expert_ffn::ForwardPacked {
+            y,
+            x,
+            weights: &self.0,
+            pairs: expert_ffn::Pairs::Dense,
+            dims: expert_ffn::Dims::dense(tokens, self.0.hidden(), self.0.intermediate()),
+            scratch: &mut scratch.experts,
+        }
+        .run();
     }
 
     fn bytes(&self) -> usize {
@@ -79,16 +87,16 @@ impl Ffn for DenseFfn {
         let [gate, up, down] = split(params, self.lens());
         let tokens = x.len() / self.hidden;
         let weights = Weights { gate, up, down };
-        expert_ffn::forward_dense_train(
+        expert_ffn::ForwardTrain {
             y,
             saved,
             x,
-            &weights,
-            tokens,
-            self.hidden,
-            self.intermediate,
-            &mut scratch.experts,
-        );
+            weights: &weights,
+            pairs: expert_ffn::Pairs::Dense,
+            dims: expert_ffn::Dims::dense(tokens, self.hidden, self.intermediate),
+            scratch: &mut scratch.experts,
+        }
+        .run();
         FfnReport::default()
     }
 
@@ -98,17 +106,18 @@ impl Ffn for DenseFfn {
         let [gate, up, down] = split(params, self.lens());
         let [dgate, dup, ddown] = split_mut(grads, self.lens());
         let tokens = x.len() / self.hidden;
-        expert_ffn::backward_dense(
+        expert_ffn::Backward {
             dx,
-            WeightGrads { gate: dgate, up: dup, down: ddown },
+            dcoefficients: None,
+            grads: WeightGrads { gate: dgate, up: dup, down: ddown },
             dy,
             saved,
             x,
-            &Weights { gate, up, down },
-            tokens,
-            self.hidden,
-            self.intermediate,
-            &mut scratch.experts,
-        );
+            weights: &Weights { gate, up, down },
+            pairs: expert_ffn::Pairs::Dense,
+            dims: expert_ffn::Dims::dense(tokens, self.hidden, self.intermediate),
+            scratch: &mut scratch.experts,
+        }
+        .run();
     }
 }

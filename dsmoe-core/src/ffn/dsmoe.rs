@@ -81,7 +81,7 @@ impl DsmoeFfn {
     ) {
         let (tokens, n) = (x.len() / self.hidden, self.router.num_experts);
         logits.resize(tokens * n);
-        linear::forward(logits, x, router, self.router_dims(tokens));
+        linear::Forward { y: logits, x, w: router, dims: self.router_dims(tokens) }.run();
         if self.router_bias {
             for row in logits.chunks_exact_mut(n) {
                 for (z, b) in row.iter_mut().zip(bias) {
@@ -111,14 +111,15 @@ impl PackedFfn for PackedDsmoe {
         let FfnScratch { experts, logits, routed, .. } = scratch;
         self.ffn.route(routed, logits, x, &self.router, &self.bias, record);
         let routes = routes(&routed.routing);
-        expert_ffn::forward_packed(
+        expert_ffn::ForwardPacked {
             y,
             x,
-            &self.weights,
-            &routes,
-            self.ffn.dims(x.len() / self.ffn.hidden),
-            experts,
-        );
+            weights: &self.weights,
+            pairs: expert_ffn::Pairs::Routed(&routes),
+            dims: self.ffn.dims(x.len() / self.ffn.hidden),
+            scratch: experts,
+        }
+        .run();
     }
 
     fn bytes(&self) -> usize {
@@ -196,15 +197,16 @@ impl Ffn for DsmoeFfn {
         let [gate, up, down, router, bias] = split(params, self.lens());
         let FfnScratch { experts, logits, .. } = scratch;
         self.route(&mut saved.routed, logits, x, router, bias, record);
-        expert_ffn::forward_train(
+        expert_ffn::ForwardTrain {
             y,
-            &mut saved.experts,
+            saved: &mut saved.experts,
             x,
-            &Weights { gate, up, down },
-            &routes(&saved.routed.routing),
-            self.dims(x.len() / self.hidden),
-            experts,
-        );
+            weights: &Weights { gate, up, down },
+            pairs: expert_ffn::Pairs::Routed(&routes(&saved.routed.routing)),
+            dims: self.dims(x.len() / self.hidden),
+            scratch: experts,
+        }
+        .run();
         FfnReport {
             sparsity_loss: sparsity::loss(&saved.routed, SparsityOver::Active),
             mean_gate: sparsity::loss(&saved.routed, SparsityOver::All),
@@ -222,18 +224,19 @@ impl Ffn for DsmoeFfn {
         let FfnScratch { experts, dcoefficients, dlogits, .. } = scratch;
         dcoefficients.resize(dims.tokens * n);
         dlogits.resize(dims.tokens * n);
-        expert_ffn::backward(
+        expert_ffn::Backward {
             dx,
-            dcoefficients,
-            WeightGrads { gate: dgate, up: dup, down: ddown },
+            dcoefficients: Some(dcoefficients),
+            grads: WeightGrads { gate: dgate, up: dup, down: ddown },
             dy,
             saved,
             x,
-            &Weights { gate, up, down },
-            &routes(&routed.routing),
+            weights: &Weights { gate, up, down },
+            pairs: expert_ffn::Pairs::Routed(&routes(&routed.routing)),
             dims,
-            experts,
-        );
+            scratch: experts,
+        }
+        .run();
         ste::backward(
             &self.router,
             routed,
@@ -242,8 +245,8 @@ impl Ffn for DsmoeFfn {
             ArrayViewMut2::from_shape((dims.tokens, n), dlogits).expect("tokens * experts values"),
         );
         let router_dims = self.router_dims(dims.tokens);
-        linear::backward_weight(drouter, dlogits, x, router_dims);
-        linear::backward_input_add(dx, dlogits, router, router_dims);
+        linear::BackwardWeight { dw: drouter, dy: dlogits, x, dims: router_dims }.run();
+        linear::BackwardInput { dx, dy: dlogits, w: router, dims: router_dims, add: true }.run();
         for row in dlogits.chunks_exact(n) {
             for (db, dz) in dbias.iter_mut().zip(row) {
                 *db += dz;

@@ -3,7 +3,7 @@
 //! Centers start by k-means++; then points are assigned exactly ([`assign`]) and centers become means, in turn, which
 //! lowers the inertia until nothing changes. Small problems are run from several starts, and the least inertia is kept.
 
-use dsmoe_kernels::matmul::{Mat, Precision, matmul};
+use dsmoe_kernels::matmul::{Mat, Matmul, Precision};
 use dsmoe_kernels::rng::Rng;
 use rayon::prelude::*;
 
@@ -112,7 +112,7 @@ fn distances(points: &[f32], norms: &[f64], centers: &[f32], dim: usize) -> Vec<
     let (items, n) = (norms.len(), centers.len() / dim);
     let mut products = vec![0.0; items * n];
     let (left, right) = (Mat::new(points, items, dim), Mat::new(centers, n, dim).t());
-    matmul(&mut products, left, right, false, Precision::F32);
+    Matmul { c: &mut products, a: left, b: right, accumulate: false, precision: Precision::F32 }.run();
     let squares: Vec<f64> = centers.chunks_exact(dim).map(square).collect();
     let rows = products.chunks_exact(n).zip(norms);
     rows.flat_map(|(row, norm)| {

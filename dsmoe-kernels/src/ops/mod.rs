@@ -1,4 +1,22 @@
-//! One folder per op.
+//! One folder per op. An op is a struct of named arguments; `run` computes it on the tier of [`Isa::current`], `run_on` on
+//! a given tier.
+//!
+//! [`Isa::current`]: crate::Isa::current
+
+/// Defines `run` for ops that have `run_on`.
+macro_rules! run_on_current_tier {
+    ($($op:ident),+) => {$(
+        impl $op<'_> {
+            /// Runs the op on the tier of [`Isa::current`](crate::Isa::current).
+            ///
+            /// # Panics
+            /// As [`Self::run_on`].
+            pub fn run(self) {
+                self.run_on(crate::isa::Isa::current());
+            }
+        }
+    )+};
+}
 
 pub mod adamw;
 pub mod add;

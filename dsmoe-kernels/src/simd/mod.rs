@@ -57,11 +57,11 @@ pub(crate) trait Simd: Copy + Send + Sync {
 
 /// A kernel body with its arguments; see the module's first lines.
 ///
-/// Implementations mark `run`, and every function it calls with a [`Simd`], `#[inline(always)]`: only code
+/// Implementations mark `body`, and every function it calls with a [`Simd`], `#[inline(always)]`: only code
 /// inlined into the tier's entry function is compiled with the tier's features.
 pub(crate) trait Kernel {
     type Output;
-    fn run<S: Simd>(self, s: S) -> Self::Output;
+    fn body<S: Simd>(self, s: S) -> Self::Output;
 }
 
 /// `y[i] += a * x[i]`.

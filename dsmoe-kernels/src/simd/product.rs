@@ -50,7 +50,7 @@ pub(crate) trait Product: Simd {
 /// As [`super::Kernel`], for bodies that need [`Product`].
 pub(crate) trait ProductKernel {
     type Output;
-    fn run<S: Product>(self, s: S) -> Self::Output;
+    fn body<S: Product>(self, s: S) -> Self::Output;
 }
 
 impl Product for Portable {
@@ -61,7 +61,7 @@ impl Product for Portable {
 
     #[inline(never)]
     fn isolated<K: ProductKernel>(self, kernel: K) -> K::Output {
-        kernel.run(self)
+        kernel.body(self)
     }
     #[inline(always)]
     fn transpose(self, out: &mut [f32], stride: usize, rows: [&[f32]; SQUARE], lanes: usize) {

@@ -17,7 +17,7 @@ enum Function {
 impl Kernel for Apply<'_> {
     type Output = ();
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
+    fn body<S: Simd>(self, s: S) {
         for x in self.x.chunks_mut(S::LANES) {
             let v = s.load_tail(x);
             let y = match self.function {
@@ -96,7 +96,7 @@ struct MaxOf<'a>(&'a [f32]);
 impl Kernel for MaxOf<'_> {
     type Output = f32;
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) -> f32 {
+    fn body<S: Simd>(self, s: S) -> f32 {
         max_of(s, self.0)
     }
 }

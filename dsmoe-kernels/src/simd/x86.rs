@@ -12,7 +12,7 @@ use crate::isa::{Avx2, Avx512, Avx512Bf16};
 pub(crate) fn run_avx2<K: Kernel>(token: Avx2, kernel: K) -> K::Output {
     #[target_feature(enable = "avx2,fma")]
     fn inner<K: Kernel>(token: Avx2, kernel: K) -> K::Output {
-        kernel.run(token)
+        kernel.body(token)
     }
     // SAFETY: token: AVX2 and FMA are present.
     unsafe { inner(token, kernel) }
@@ -22,7 +22,7 @@ pub(crate) fn run_avx2<K: Kernel>(token: Avx2, kernel: K) -> K::Output {
 pub(crate) fn run_avx512<K: Kernel>(token: Avx512, kernel: K) -> K::Output {
     #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")]
     fn inner<K: Kernel>(token: Avx512, kernel: K) -> K::Output {
-        kernel.run(token)
+        kernel.body(token)
     }
     // SAFETY: token: AVX-512 F, VL, BW, DQ, AVX2 and FMA are present.
     unsafe { inner(token, kernel) }
@@ -33,7 +33,7 @@ pub(crate) fn run_product_avx2<K: ProductKernel>(token: Avx2, kernel: K) -> K::O
     #[target_feature(enable = "avx2,fma")]
     #[inline(never)]
     fn inner<K: ProductKernel>(token: Avx2, kernel: K) -> K::Output {
-        kernel.run(token)
+        kernel.body(token)
     }
     // SAFETY: token: AVX2 and FMA are present.
     unsafe { inner(token, kernel) }
@@ -44,7 +44,7 @@ pub(crate) fn run_product_avx512<K: ProductKernel>(token: Avx512, kernel: K) -> 
     #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")]
     #[inline(never)]
     fn inner<K: ProductKernel>(token: Avx512, kernel: K) -> K::Output {
-        kernel.run(token)
+        kernel.body(token)
     }
     // SAFETY: token: AVX-512 F, VL, BW, DQ, AVX2 and FMA are present.
     unsafe { inner(token, kernel) }
@@ -55,7 +55,7 @@ pub(crate) fn run_product_avx512bf16<K: ProductKernel>(token: Avx512Bf16, kernel
     #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx512bf16,avx2,fma")]
     #[inline(never)]
     fn inner<K: ProductKernel>(token: Avx512Bf16, kernel: K) -> K::Output {
-        kernel.run(token)
+        kernel.body(token)
     }
     // SAFETY: token: AVX-512 F, VL, BW, DQ, BF16, AVX2 and FMA are present.
     unsafe { inner(token, kernel) }

@@ -9,7 +9,7 @@
 //! q is the value that the wanted share of all pairs exceeds, so that the router opens this share of pairs at the start.
 
 use dsmoe_kernels::Precision;
-use dsmoe_kernels::matmul::{Mat, matmul};
+use dsmoe_kernels::matmul::{Mat, Matmul};
 
 use crate::linalg::inverse_factor;
 
@@ -45,20 +45,20 @@ pub fn calibrated(x: &[f32], scores: &[f64], num_experts: usize, active: f64) ->
     // (X^T X / tokens + ridge) W^T = X^T S / tokens
     let x = Mat::new(&x, tokens, hidden);
     let mut covariance = vec![0.0; hidden * hidden];
-    matmul(&mut covariance, x.t(), x, false, Precision::F32);
+    multiply(&mut covariance, x.t(), x);
     let mut products = vec![0.0; hidden * num_experts];
-    matmul(&mut products, x.t(), Mat::new(&targets, tokens, num_experts), false, Precision::F32);
+    multiply(&mut products, x.t(), Mat::new(&targets, tokens, num_experts));
     let trace: f64 = covariance.iter().step_by(hidden + 1).map(|&v| f64::from(v)).sum();
     let ridge = (RIDGE * trace / hidden as f64).max(f64::from(f32::MIN_POSITIVE)) as f32;
     covariance.iter_mut().step_by(hidden + 1).for_each(|v| *v += ridge);
     let factor = inverse_factor(covariance, hidden).ok()?;
     let factor = Mat::new(&factor, hidden, hidden);
     let (mut half, mut solved) = (vec![0.0; hidden * num_experts], vec![0.0; hidden * num_experts]);
-    matmul(&mut half, factor.t(), Mat::new(&products, hidden, num_experts), false, Precision::F32);
-    matmul(&mut solved, factor, Mat::new(&half, hidden, num_experts), false, Precision::F32);
+    multiply(&mut half, factor.t(), Mat::new(&products, hidden, num_experts));
+    multiply(&mut solved, factor, Mat::new(&half, hidden, num_experts));
 
     let mut predicted = vec![0.0; tokens * num_experts];
-    matmul(&mut predicted, x, Mat::new(&solved, hidden, num_experts), false, Precision::F32);
+    multiply(&mut predicted, x, Mat::new(&solved, hidden, num_experts));
     let predicted: Vec<f64> =
         predicted.iter().enumerate().map(|(at, &z)| f64::from(z) + means[at % num_experts]).collect();
     let centre = predicted.iter().sum::<f64>() / predicted.len() as f64;
@@ -84,6 +84,11 @@ pub fn calibrated(x: &[f32], scores: &[f64], num_experts: usize, active: f64) ->
         })
         .collect();
     weight.iter().chain(&bias).all(|v| v.is_finite()).then_some(RouterValues { weight, bias })
+}
+
+/// Sets `c` to the product of `a` and `b`.
+fn multiply(c: &mut [f32], a: Mat<'_>, b: Mat<'_>) {
+    Matmul { c, a, b, accumulate: false, precision: Precision::F32 }.run();
 }
 
 #[cfg(test)]

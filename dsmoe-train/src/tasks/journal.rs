@@ -37,7 +37,7 @@ impl Ran {
     /// # Panics
     /// It is of a model with other layers or experts.
     pub fn add(&mut self, other: &Ran) {
-        self.tokens += other.tokens;
+        self.tokens = self.tokens.saturating_add(other.tokens);
         match (&mut self.routing, &other.routing) {
             (Some(routing), Some(other)) => routing.merge(other),
             (routing @ None, Some(other)) => *routing = Some(other.clone()),

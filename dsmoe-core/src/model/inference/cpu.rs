@@ -94,7 +94,8 @@ impl CpuInference {
         in_pool(|| {
             self.hidden_states(inputs, seq, None, stats, workspace);
             let Workspace { h, logits, .. } = workspace;
-            cross_entropy::forward_packed(losses, h, &self.head, targets, logits);
+            cross_entropy::ForwardPacked { losses, hidden_states: h, head: &self.head, targets, logits }
+                .run();
         });
     }
 
@@ -112,7 +113,7 @@ impl CpuInference {
             let Workspace { h, logits, .. } = &mut *workspace;
             logits.resize(last * self.config.vocab_size);
             let h = &h[(ids.len() - last) * self.config.hidden..];
-            linear::forward_packed(logits, h, &self.head, last);
+            linear::ForwardPacked { y: logits, x: h, w: &self.head, rows: last }.run();
         });
     }
 
@@ -135,17 +136,18 @@ impl CpuInference {
         let at = |heads| rope::Args { table: &self.rope, seq, start, heads };
         self.forward(ids, stats, workspace, |i, Heads { a, lse, q, k, v }| {
             let shape = self.attention(i, ids.len() / seq, seq, start + seq);
-            rope::forward(q, at(shape.heads));
-            rope::forward(k, at(shape.kv_heads));
+            for (x, args) in [(&mut *q, at(shape.heads)), (&mut *k, at(shape.kv_heads))] {
+                rope::Forward { x, stride: args.width(), args }.run();
+            }
             let Some(cache) = cache.as_deref_mut() else {
-                attention::forward(a, lse, q, k, v, shape);
+                attention::Forward { out: a, lse, q, k, v, dims: shape }.run();
                 return;
             };
             let (keys, values) = cache.push(i, k, v);
             if seq <= attention::DECODE_QUERIES {
-                attention::decode(a, q, keys, values, shape);
+                attention::Decode { out: a, q, k: keys, v: values, dims: shape }.run();
             } else {
-                attention::forward(a, lse, q, keys, values, shape);
+                attention::Forward { out: a, lse, q, k: keys, v: values, dims: shape }.run();
             }
         });
         if let Some(cache) = cache {
@@ -168,27 +170,27 @@ impl CpuInference {
         workspace: &mut Workspace,
         mut attend: impl FnMut(usize, Heads<'_>),
     ) {
-        let (tokens, hidden, eps) = (ids.len(), self.config.hidden, self.config.rms_norm_eps as f32);
+        let (tokens, eps) = (ids.len(), self.config.rms_norm_eps as f32);
         workspace.prepare(&self.config, tokens);
         self.embedding.rows(&mut workspace.x, ids, &self.head);
         for (i, layer) in self.layers.iter().enumerate() {
             let LayerShape { num_heads, num_kv_heads, .. } = self.config.layer(i);
             workspace.prepare_heads(num_heads, num_kv_heads, self.config.head_dim, tokens);
             let Workspace { x, h, q, k, v, a, y, lse, rstd, ffn: scratch, .. } = &mut *workspace;
-            rms_norm::forward(h, rstd, x, &layer.input_norm, eps, hidden);
-            linear::forward_packed(q, h, &layer.q, tokens);
-            linear::forward_packed(k, h, &layer.k, tokens);
-            linear::forward_packed(v, h, &layer.v, tokens);
+            rms_norm::Forward { y: h, rstd, x, weight: &layer.input_norm, eps }.run();
+            linear::ForwardPacked { y: q, x: h, w: &layer.q, rows: tokens }.run();
+            linear::ForwardPacked { y: k, x: h, w: &layer.k, rows: tokens }.run();
+            linear::ForwardPacked { y: v, x: h, w: &layer.v, rows: tokens }.run();
             attend(i, Heads { a, lse, q, k, v });
-            linear::forward_packed(y, a, &layer.o, tokens);
-            add::add(x, y);
-            rms_norm::forward(h, rstd, x, &layer.post_norm, eps, hidden);
+            linear::ForwardPacked { y, x: a, w: &layer.o, rows: tokens }.run();
+            add::Add { y: x, x: y }.run();
+            rms_norm::Forward { y: h, rstd, x, weight: &layer.post_norm, eps }.run();
             let record = stats.as_deref_mut().map(|stats| Record { stats, layer: i });
             layer.ffn.forward(FfnInference { y, x: h, record, scratch });
-            add::add(x, y);
+            add::Add { y: x, x: y }.run();
         }
         let Workspace { x, h, rstd, .. } = workspace;
-        rms_norm::forward(h, rstd, x, &self.norm, eps, hidden);
+        rms_norm::Forward { y: h, rstd, x, weight: &self.norm, eps }.run();
     }
 }
 

@@ -103,7 +103,7 @@ impl CpuInference {
             self.forward(ids, stats, workspace, |layer, heads| self.attend_caches(layer, heads, caches));
             let Workspace { h, logits, .. } = &mut *workspace;
             logits.resize(ids.len() * self.config.vocab_size);
-            linear::forward_packed(logits, h, &self.head, ids.len());
+            linear::ForwardPacked { y: logits, x: h, w: &self.head, rows: ids.len() }.run();
         });
     }
 
@@ -113,10 +113,8 @@ impl CpuInference {
         let LayerShape { num_heads, num_kv_heads: kv_heads, .. } = self.config.layer(layer);
         let (width, kv_width) = (num_heads * self.config.head_dim, kv_heads * self.config.head_dim);
         let turn = |x: &mut [f32], place: &Place, heads| {
-            rope::forward(
-                x,
-                rope::Args { table: &self.rope, seq: place.tokens, start: place.before.1, heads },
-            );
+            let args = rope::Args { table: &self.rope, seq: place.tokens, start: place.before.1, heads };
+            rope::Forward { x, stride: args.width(), args }.run();
         };
         let turned = cut(q, places, width).into_par_iter().zip(cut(k, places, kv_width)).zip(places);
         turned.filter(|(_, place)| place.tokens > 0).for_each(|((q, k), place)| {
@@ -134,7 +132,7 @@ impl CpuInference {
                 let q = &q[own(width)];
                 let (k_own, v_own) = (&k[own(kv_width)], &v[own(kv_width)]);
                 if before == 0 {
-                    attention::forward(a, lse, q, k_own, v_own, shape);
+                    attention::Forward { out: a, lse, q, k: k_own, v: v_own, dims: shape }.run();
                     return;
                 }
                 let shared = start * kv_width..(start + before) * kv_width;
@@ -143,7 +141,7 @@ impl CpuInference {
                     all.extend_from_slice(&x[shared.clone()]);
                     all.extend_from_slice(x_own);
                 }
-                attention::forward(a, lse, q, keys, values, shape);
+                attention::Forward { out: a, lse, q, k: keys, v: values, dims: shape }.run();
             },
         );
     }
@@ -156,11 +154,12 @@ impl CpuInference {
         let rows = a.par_chunks_mut(width).zip(q.par_chunks_mut(width)).zip(k.par_chunks_mut(kv_width));
         rows.zip(v.par_chunks(kv_width)).zip(caches).for_each(|((((a, q), k), v), cache)| {
             let at = |heads| rope::Args { table: &self.rope, seq: 1, start: cache.len, heads };
-            rope::forward(q, at(num_heads));
-            rope::forward(k, at(kv_heads));
+            for (x, args) in [(&mut *q, at(num_heads)), (&mut *k, at(kv_heads))] {
+                rope::Forward { x, stride: args.width(), args }.run();
+            }
             let shape = self.attention(layer, 1, 1, cache.len + 1);
             let (keys, values) = cache.push(layer, k, v);
-            attention::decode(a, q, keys, values, shape);
+            attention::Decode { out: a, q, k: keys, v: values, dims: shape }.run();
         });
     }
 
@@ -179,14 +178,20 @@ impl CpuInference {
                 state.copy_from_slice(&h[targets[row[0]].0 * hidden..][..hidden]);
             }
             logits.resize(rows.len() * vocab);
-            linear::forward_packed(logits, &states[..rows.len() * hidden], &self.head, rows.len());
+            linear::ForwardPacked {
+                y: logits,
+                x: &states[..rows.len() * hidden],
+                w: &self.head,
+                rows: rows.len(),
+            }
+            .run();
             let found_here: Vec<Vec<Likelihood>> = logits
                 .par_chunks_mut(vocab)
                 .zip(rows)
                 .map(|(z, row)| {
                     let tokens = || row.iter().map(|&i| targets[i].1 as usize);
                     let greedy: Vec<bool> = tokens().map(|token| is_largest(z, token)).collect();
-                    cross_entropy::log_softmax_row(z);
+                    cross_entropy::LogSoftmaxRow { logits: z }.run();
                     let likelihood =
                         |(token, greedy): (usize, bool)| Likelihood { log_probability: z[token], greedy };
                     tokens().zip(greedy).map(likelihood).collect()

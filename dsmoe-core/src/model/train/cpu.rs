@@ -68,17 +68,18 @@ impl Model {
             vocab: self.config.vocab_size,
         };
         let TrainWorkspace { h, y: dh, losses, head, .. } = workspace;
-        cross_entropy::forward_backward(
+        cross_entropy::ForwardBackward {
             losses,
-            dh,
-            &mut grads[self.ranges.head.clone()],
-            h,
-            self.param(&self.ranges.head),
+            dhidden: dh,
+            dhead: &mut grads[self.ranges.head.clone()],
+            hidden_states: h,
+            head: self.param(&self.ranges.head),
             targets,
-            args.loss_scale,
+            scale: args.loss_scale,
             dims,
-            head,
-        );
+            scratch: head,
+        }
+        .run();
         output.loss_sum = losses.iter().map(|&loss| f64::from(loss)).sum();
         output.predicted = targets.iter().filter(|&&t| t != cross_entropy::IGNORE).count();
         if output.loss_sum.is_finite() {
@@ -107,19 +108,28 @@ impl Model {
         // What the next norm reads; each block's output joins the residual stream in the norm after it.
         let first =
             layers.first_mut().map_or((&mut *x_last, &mut *rstd_last), |acts| (&mut acts.x, &mut acts.rstd));
-        embedding::forward(first.0, self.param(&self.ranges.embed), inputs, hidden);
+        embedding::Forward { out: first.0, table: self.param(&self.ranges.embed), ids: inputs, hidden }.run();
         let norm = self.ranges.layers.first().map_or(&self.ranges.norm, |ranges| &ranges.input_norm);
-        rms_norm::forward(h, first.1, first.0, self.param(norm), eps, hidden);
+        rms_norm::Forward { y: h, rstd: first.1, x: first.0, weight: self.param(norm), eps }.run();
         for (i, ranges) in self.ranges.layers.iter().enumerate() {
             let (done, after) = layers.split_at_mut(i + 1);
             let LayerActs { x, qkv, a, lse, x_mid, rstd_mid, ffn: saved, .. } = &mut done[i];
             let attention = self.attention_dims(i, tokens, seq);
             let dims = LinearDims::of(attention, hidden, precision);
-            linear::forward(qkv, h, self.param(&ranges.qkv()), dims.qkv);
-            rope::forward_columns(qkv, attention.joined_width(), self.rope_args(attention));
-            attention::forward_joined(a, lse, qkv, attention);
-            linear::forward(y, a, self.param(&ranges.o), dims.o);
-            rms_norm::forward_sum(h, rstd_mid, x_mid, x, y, self.param(&ranges.post_norm), eps, hidden);
+            linear::Forward { y: qkv, x: h, w: self.param(&ranges.qkv()), dims: dims.qkv }.run();
+            rope::Forward { x: qkv, stride: attention.joined_width(), args: self.rope_args(attention) }.run();
+            attention::ForwardJoined { out: a, lse, qkv, dims: attention }.run();
+            linear::Forward { y, x: a, w: self.param(&ranges.o), dims: dims.o }.run();
+            rms_norm::ForwardSum {
+                y: h,
+                rstd: rstd_mid,
+                x: x_mid,
+                a: x,
+                b: y,
+                weight: self.param(&ranges.post_norm),
+                eps,
+            }
+            .run();
             let report = self.ffns[i].forward_train(FfnForward {
                 y,
                 saved: saved.as_mut(),
@@ -133,7 +143,7 @@ impl Model {
                 (Some(acts), Some(ranges)) => (&mut acts.x, &mut acts.rstd, &ranges.input_norm),
                 _ => (&mut *x_last, &mut *rstd_last, &self.ranges.norm),
             };
-            rms_norm::forward_sum(h, rstd, x, x_mid, y, self.param(norm), eps, hidden);
+            rms_norm::ForwardSum { y: h, rstd, x, a: x_mid, b: y, weight: self.param(norm), eps }.run();
             output.sparsity_loss += report.sparsity_loss / config.num_layers as f64;
             output.mean_gate += report.mean_gate / config.num_layers as f64;
             output.balance_loss += report.balance_loss;
@@ -157,7 +167,16 @@ impl Model {
         let TrainWorkspace { layers, x, rstd, h, y: dh, dx, dqkv, da, scratch, .. } = workspace;
 
         let norm = &self.ranges.norm;
-        rms_norm::backward(dx, part(grads, norm), dh, x, self.param(norm), rstd, hidden);
+        rms_norm::Backward {
+            dx,
+            dweight: part(grads, norm),
+            dy: dh,
+            x,
+            weight: self.param(norm),
+            rstd,
+            add: false,
+        }
+        .run();
         for (i, (ranges, acts)) in self.ranges.layers.iter().zip(layers).enumerate().rev() {
             let LayerRanges { input_norm, o, post_norm, ffn, .. } = ranges;
             let LayerActs { x, rstd, qkv, a, lse, x_mid, rstd_mid, ffn: saved } = acts;
@@ -165,7 +184,7 @@ impl Model {
             let dims = LinearDims::of(attention, hidden, precision);
             let (dqkv, da) = (&mut dqkv[..qkv.len()], &mut da[..a.len()]);
             // x_mid + ffn(h)
-            rms_norm::restore(h, x_mid, self.param(post_norm), rstd_mid, hidden);
+            rms_norm::Restore { y: h, x: x_mid, weight: self.param(post_norm), rstd: rstd_mid }.run();
             self.ffns[i].backward(FfnBackward {
                 dx: dh,
                 grads: part(grads, ffn),
@@ -177,26 +196,44 @@ impl Model {
                 training: args.gate_training(i),
                 scratch,
             });
-            rms_norm::backward_add(
+            rms_norm::Backward {
                 dx,
-                part(grads, post_norm),
-                dh,
-                x_mid,
-                self.param(post_norm),
-                rstd_mid,
-                hidden,
-            );
+                dweight: part(grads, post_norm),
+                dy: dh,
+                x: x_mid,
+                weight: self.param(post_norm),
+                rstd: rstd_mid,
+                add: true,
+            }
+            .run();
             // x_mid = x + a W_o^T
-            linear::backward_weight(part(grads, o), dx, a, dims.o);
-            linear::backward_input(da, dx, self.param(o), dims.o);
-            attention::backward(dqkv, da, a, qkv, lse, attention);
-            rope::backward_columns(dqkv, attention.joined_width(), self.rope_args(attention));
-            rms_norm::restore(h, x, self.param(input_norm), rstd, hidden);
-            linear::backward_weight(part(grads, &ranges.qkv()), dqkv, h, dims.qkv);
-            linear::backward_input(dh, dqkv, self.param(&ranges.qkv()), dims.qkv);
-            rms_norm::backward_add(dx, part(grads, input_norm), dh, x, self.param(input_norm), rstd, hidden);
+            linear::BackwardWeight { dw: part(grads, o), dy: dx, x: a, dims: dims.o }.run();
+            linear::BackwardInput { dx: da, dy: dx, w: self.param(o), dims: dims.o, add: false }.run();
+            attention::Backward { dqkv, dout: da, out: a, qkv, lse, dims: attention }.run();
+            rope::Backward { dx: dqkv, stride: attention.joined_width(), args: self.rope_args(attention) }
+                .run();
+            rms_norm::Restore { y: h, x, weight: self.param(input_norm), rstd }.run();
+            linear::BackwardWeight { dw: part(grads, &ranges.qkv()), dy: dqkv, x: h, dims: dims.qkv }.run();
+            linear::BackwardInput {
+                dx: dh,
+                dy: dqkv,
+                w: self.param(&ranges.qkv()),
+                dims: dims.qkv,
+                add: false,
+            }
+            .run();
+            rms_norm::Backward {
+                dx,
+                dweight: part(grads, input_norm),
+                dy: dh,
+                x,
+                weight: self.param(input_norm),
+                rstd,
+                add: true,
+            }
+            .run();
         }
-        embedding::backward(part(grads, &self.ranges.embed), dx, inputs, hidden);
+        embedding::Backward { dtable: part(grads, &self.ranges.embed), dout: dx, ids: inputs, hidden }.run();
     }
 
     /// For the rotation of queries and keys, which are the first columns of qkv.

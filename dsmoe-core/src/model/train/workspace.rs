@@ -3,7 +3,7 @@
 use std::any::Any;
 
 use dsmoe_kernels::buf::Buf;
-use dsmoe_kernels::{Isa, Precision, cross_entropy, expert_ffn};
+use dsmoe_kernels::{Precision, cross_entropy, expert_ffn};
 use dsmoe_router::RoutingStats;
 
 use crate::config::{Config, LayerShape};
@@ -90,9 +90,9 @@ impl TrainWorkspace {
         // Room for the widest layer.
         let widest = Widths::of(config, config.num_heads, config.num_kv_heads);
         let [x, rstd, h, losses, y, dx, dqkv, da] = widest.shared().map(room);
-        let mut head = cross_entropy::Scratch::with(Isa::current(), precision);
+        let mut head = cross_entropy::Scratch::new(precision);
         head.reserve(cross_entropy::Dims { tokens, hidden: config.hidden, vocab: config.vocab_size });
-        let experts = expert_ffn::Scratch::with(Isa::current(), precision);
+        let experts = expert_ffn::Scratch::new(precision);
         let mut scratch = FfnScratch { experts, ..FfnScratch::default() };
         for ffn in &model.ffns {
             ffn.reserve(&mut scratch, tokens);

@@ -46,7 +46,7 @@ pub(super) struct Step<'a> {
 impl Kernel for Step<'_> {
     type Output = ();
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
+    fn body<S: Simd>(self, s: S) {
         let Step { param, m, v, grad, scalars } = self;
         let head = grad.len() - grad.len() % S::LANES;
         for j in (0..head).step_by(S::LANES) {
@@ -85,7 +85,7 @@ impl Kernel for SumOfSquares<'_> {
     type Output = f64;
     /// Plain loops: [`Simd`] has no f64, and these become vectors by themselves.
     #[inline(always)]
-    fn run<S: Simd>(self, _: S) -> f64 {
+    fn body<S: Simd>(self, _: S) -> f64 {
         let mut lanes = [0.0f64; 32];
         let (whole, rest) = self.0.as_chunks::<32>();
         for x in whole {

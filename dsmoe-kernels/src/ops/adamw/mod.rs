@@ -43,37 +43,46 @@ impl Hyper {
     }
 }
 
-/// Updates `param` and its moments `m` and `v` in place from `grad_scale * grad`.
-///
-/// # Panics
-/// The lengths differ, or `hyper.step` is 0.
-pub fn step(param: &mut [f32], m: &mut [f32], v: &mut [f32], grad: &[f32], grad_scale: f32, hyper: &Hyper) {
-    step_on(Isa::current(), param, m, v, grad, grad_scale, hyper);
+/// Updates `param` and its moments `m` and `v` in place from `grad_scale * grad`, all equally long.
+#[derive(Debug)]
+pub struct Step<'a> {
+    /// The parameters.
+    pub param: &'a mut [f32],
+    /// Mean of the gradients.
+    pub m: &'a mut [f32],
+    /// Mean of the squared gradients.
+    pub v: &'a mut [f32],
+    /// The gradient.
+    pub grad: &'a [f32],
+    /// Multiplies `grad`.
+    pub grad_scale: f32,
+    /// The step's hyper-parameters.
+    pub hyper: &'a Hyper,
 }
 
-/// [`step`] on a given tier.
-pub fn step_on(
-    isa: Isa,
-    param: &mut [f32],
-    m: &mut [f32],
-    v: &mut [f32],
-    grad: &[f32],
-    grad_scale: f32,
-    hyper: &Hyper,
-) {
-    assert!(
-        [param.len(), m.len(), v.len()] == [grad.len(); 3] && hyper.step > 0,
-        "adamw::step: param {}, m {}, v {}, grad {} values, step {}",
-        param.len(),
-        m.len(),
-        v.len(),
-        grad.len(),
-        hyper.step
-    );
-    let moments = m.par_chunks_mut(BLOCK).zip(v.par_chunks_mut(BLOCK));
-    let blocks = param.par_chunks_mut(BLOCK).zip(moments).zip(grad.par_chunks(BLOCK));
-    let scalars = kernel::Scalars::new(hyper, grad_scale);
-    each(blocks, |((param, (m, v)), grad)| isa.run(kernel::Step { param, m, v, grad, scalars }));
+run_on_current_tier!(Step);
+
+impl Step<'_> {
+    /// Runs the op on a given tier.
+    ///
+    /// # Panics
+    /// The lengths differ, or `hyper.step` is 0.
+    pub fn run_on(self, isa: Isa) {
+        let Step { param, m, v, grad, grad_scale, hyper } = self;
+        assert!(
+            [param.len(), m.len(), v.len()] == [grad.len(); 3] && hyper.step > 0,
+            "adamw::Step: param {}, m {}, v {}, grad {} values, step {}",
+            param.len(),
+            m.len(),
+            v.len(),
+            grad.len(),
+            hyper.step
+        );
+        let moments = m.par_chunks_mut(BLOCK).zip(v.par_chunks_mut(BLOCK));
+        let blocks = param.par_chunks_mut(BLOCK).zip(moments).zip(grad.par_chunks(BLOCK));
+        let scalars = kernel::Scalars::new(hyper, grad_scale);
+        each(blocks, |((param, (m, v)), grad)| isa.run(kernel::Step { param, m, v, grad, scalars }));
+    }
 }
 
 /// Most blocks of [`sum_of_squares`].

@@ -1,4 +1,4 @@
-use super::{Hyper, reference, step, step_on, sum_of_squares};
+use super::{Hyper, Step, reference, sum_of_squares};
 use crate::isa::Isa;
 use crate::testing::{assert_close, assert_close_f64, assert_same_on_threads, f64s, normals};
 
@@ -24,7 +24,8 @@ fn twenty_steps_agree_with_the_reference_on_every_tier() {
             for number in 1..=20 {
                 let grad = normals(n, 1 + number);
                 let hyper = Hyper { step: number, ..HYPER };
-                step_on(isa, &mut p, &mut m, &mut v, &grad, 0.25, &hyper);
+                Step { param: &mut p, m: &mut m, v: &mut v, grad: &grad, grad_scale: 0.25, hyper: &hyper }
+                    .run_on(isa);
                 reference::step(&mut want_p, &mut want_m, &mut want_v, &f64s(&grad), 0.25, &hyper);
             }
             assert_close(&format!("p {} {n}", isa.name()), &p, &want_p, 1e-6);
@@ -38,7 +39,7 @@ fn twenty_steps_agree_with_the_reference_on_every_tier() {
 fn the_bias_correction_survives_many_steps() {
     let (mut p, mut m, mut v) = ([1.0], [0.5], [0.25]);
     let hyper = Hyper { step: 5_000_000_000, weight_decay: 0.0, ..HYPER };
-    step(&mut p, &mut m, &mut v, &[0.5], 1.0, &hyper);
+    Step { param: &mut p, m: &mut m, v: &mut v, grad: &[0.5], grad_scale: 1.0, hyper: &hyper }.run();
     assert_close("p", &p, &[1.0 - 1e-3], 1e-7);
 }
 
@@ -58,7 +59,7 @@ fn threads_do_not_change_a_bit() {
     let (grad, start) = (normals(200_001, 1), normals(200_001, 2));
     assert_same_on_threads("adamw", || {
         let (mut p, mut m, mut v) = (start.clone(), start.clone(), vec![0.5; start.len()]);
-        step(&mut p, &mut m, &mut v, &grad, 1.0, &HYPER);
+        Step { param: &mut p, m: &mut m, v: &mut v, grad: &grad, grad_scale: 1.0, hyper: &HYPER }.run();
         (p, m, v, sum_of_squares(&grad))
     });
 }

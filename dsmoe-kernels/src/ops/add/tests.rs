@@ -1,4 +1,4 @@
-use super::{add_on, reference, sum, sum_on};
+use super::{Add, Sum, reference};
 use crate::isa::Isa;
 use crate::testing::{assert_same_on_threads, f64s, normals};
 
@@ -9,10 +9,10 @@ fn sums_are_exact_to_rounding_on_every_tier() {
         let want: Vec<f32> = reference::sum(&f64s(&a), &f64s(&b)).iter().map(|&x| x as f32).collect();
         for isa in Isa::available() {
             let mut y = a.clone();
-            add_on(isa, &mut y, &b);
+            Add { y: &mut y, x: &b }.run_on(isa);
             assert_eq!(y, want, "{} {n}", isa.name());
             let mut out = vec![f32::NAN; n];
-            sum_on(isa, &mut out, &a, &b);
+            Sum { out: &mut out, a: &a, b: &b }.run_on(isa);
             assert_eq!(out, want, "{} {n}", isa.name());
         }
     }
@@ -23,13 +23,13 @@ fn threads_do_not_change_a_bit() {
     let (a, b) = (normals(100_000, 1), normals(100_000, 2));
     assert_same_on_threads("add", || {
         let mut out = vec![0.0; a.len()];
-        sum(&mut out, &a, &b);
+        Sum { out: &mut out, a: &a, b: &b }.run();
         out
     });
 }
 
 #[test]
-#[should_panic(expected = "add::add: y 2 values, x 3")]
+#[should_panic(expected = "add::Add: y 2 values, x 3")]
 fn other_lengths_are_refused() {
-    super::add(&mut [0.0; 2], &[0.0; 3]);
+    Add { y: &mut [0.0; 2], x: &[0.0; 3] }.run();
 }

@@ -3,19 +3,17 @@
 use std::cell::RefCell;
 
 use super::Dims;
-use super::tile::{
-    KEYS, Left, Rows, Shared, View, pack_keys, padded, padded_keys, product, transpose, unit_queries,
-};
-use crate::buf::Buf;
+use super::tile::{KEYS, Left, Rows, View, pack_keys, padded, padded_keys, product, transpose, unit_queries};
+use crate::buf::{Buf, SharedRows};
 use crate::isa::Isa;
 use crate::simd::{Product, ProductKernel, dot, exp};
 
 /// Head `kv_head` of batch item `item`, with the query heads that read it.
 #[derive(Clone, Copy)]
 pub(super) struct Head<'a> {
-    pub(super) dq: Shared<'a>,
-    pub(super) dk: Shared<'a>,
-    pub(super) dv: Shared<'a>,
+    pub(super) dq: SharedRows<'a>,
+    pub(super) dk: SharedRows<'a>,
+    pub(super) dv: SharedRows<'a>,
     pub(super) dout: View<'a>,
     pub(super) out: View<'a>,
     pub(super) q: View<'a>,
@@ -54,7 +52,10 @@ thread_local! {
 
 impl Head<'_> {
     /// Computes the head on this thread.
-    pub(super) fn run(self, isa: Isa) {
+    ///
+    /// # Safety
+    /// The same head of the same batch item does not run at the same time.
+    pub(super) unsafe fn run(self, isa: Isa) {
         WORK.with_borrow_mut(|work| isa.run_product((self, work)));
     }
 }
@@ -62,7 +63,7 @@ impl Head<'_> {
 impl ProductKernel for (Head<'_>, &mut Work) {
     type Output = ();
     #[inline(always)]
-    fn run<S: Product>(self, s: S) {
+    fn body<S: Product>(self, s: S) {
         let (head, work) = self;
         let Head { dk, dv, k, v, item, kv_head, dims, .. } = head;
         let (head_dim, width) = (dims.head_dim, padded(dims.head_dim));
@@ -81,8 +82,11 @@ impl ProductKernel for (Head<'_>, &mut Work) {
             head.unit(s, work, rows);
         }
         for j in 0..dims.keys {
-            dk.row(first_row + j, column, head_dim).copy_from_slice(&work.dk[j * width..][..head_dim]);
-            dv.row(first_row + j, column, head_dim).copy_from_slice(&work.dv[j * width..][..head_dim]);
+            // SAFETY: by the contract of `run`, these columns of this batch item are written by this head alone.
+            let (dk, dv) =
+                unsafe { (dk.row(first_row + j, column, head_dim), dv.row(first_row + j, column, head_dim)) };
+            dk.copy_from_slice(&work.dk[j * width..][..head_dim]);
+            dv.copy_from_slice(&work.dv[j * width..][..head_dim]);
         }
     }
 }
@@ -135,7 +139,8 @@ impl Head<'_> {
         transpose(s, &mut work.rows, &work.sums, [width, n]);
         let scale = dims.scale();
         for (row, (token, head)) in rows.places().enumerate() {
-            let dq = dq.row(token, head * head_dim, head_dim);
+            // SAFETY: by the contract of `run`, this head of this token is written by this task alone.
+            let dq = unsafe { dq.row(token, head * head_dim, head_dim) };
             for (dq, sum) in dq.iter_mut().zip(&work.rows[row * width..]) {
                 *dq = scale * sum;
             }

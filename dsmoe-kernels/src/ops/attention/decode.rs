@@ -22,7 +22,7 @@ impl Kernel for Group<'_> {
     type Output = ();
     /// Softmax over blocks of keys: `out` holds the sum of `e^(score - largest so far) v` until the last block.
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
+    fn body<S: Simd>(self, s: S) {
         let Group { out, q, k, v, stride, visible, head_dim } = self;
         let scale = 1.0 / (head_dim as f32).sqrt();
         let mut scores = [0.0; KEYS];

@@ -3,18 +3,16 @@
 use std::cell::RefCell;
 
 use super::Dims;
-use super::tile::{
-    KEYS, Left, Rows, Shared, View, pack_keys, padded, padded_keys, product, transpose, unit_queries,
-};
-use crate::buf::Buf;
+use super::tile::{KEYS, Left, Rows, View, pack_keys, padded, padded_keys, product, transpose, unit_queries};
+use crate::buf::{Buf, SharedRows};
 use crate::isa::Isa;
 use crate::simd::{Product, ProductKernel, exp};
 
 /// `count` queries from `first` on of batch item `item`, the heads of `kv_head`.
 #[derive(Clone, Copy)]
 pub(super) struct Block<'a> {
-    pub(super) out: Shared<'a>,
-    pub(super) lse: Shared<'a>,
+    pub(super) out: SharedRows<'a>,
+    pub(super) lse: SharedRows<'a>,
     pub(super) q: View<'a>,
     pub(super) k: View<'a>,
     pub(super) v: View<'a>,
@@ -47,7 +45,10 @@ thread_local! {
 
 impl Block<'_> {
     /// Computes the block on this thread.
-    pub(super) fn run(self, isa: Isa) {
+    ///
+    /// # Safety
+    /// No block of the same queries and heads runs at the same time.
+    pub(super) unsafe fn run(self, isa: Isa) {
         WORK.with_borrow_mut(|work| isa.run_product((self, work)));
     }
 
@@ -67,7 +68,7 @@ impl Block<'_> {
 impl ProductKernel for (Block<'_>, &mut Work) {
     type Output = ();
     #[inline(always)]
-    fn run<S: Product>(self, s: S) {
+    fn body<S: Product>(self, s: S) {
         let (block, work) = self;
         let Block { out, lse, q, k, v, item, kv_head, first, count, dims } = block;
         let (head_dim, width) = (dims.head_dim, padded(dims.head_dim));
@@ -122,9 +123,11 @@ impl ProductKernel for (Block<'_>, &mut Work) {
             transpose(s, transposed, &sums[start * width..][..width * n], [width, n]);
             for (row, (token, head)) in unit.places().enumerate() {
                 let (largest, total) = (largest[start + row], total[start + row]);
-                lse.row(token, head, 1)[0] = largest + total.ln();
+                // SAFETY: by the contract of `run`, this row and head are written by this block alone.
+                unsafe { lse.row(token, head, 1)[0] = largest + total.ln() };
                 let share = 1.0 / total;
-                let out = out.row(token, head * head_dim, head_dim);
+                // SAFETY: as above.
+                let out = unsafe { out.row(token, head * head_dim, head_dim) };
                 for (out, sum) in out.iter_mut().zip(&transposed[row * width..]) {
                     *out = sum * share;
                 }

@@ -24,8 +24,9 @@ mod tile;
 use rayon::prelude::*;
 
 use super::blocks::each_when;
+use crate::buf::SharedRows;
 use crate::isa::Isa;
-use tile::{Shared, View};
+use tile::View;
 
 /// Sizes of an attention.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -121,47 +122,103 @@ const BLOCK_ROWS: usize = 128;
 const SERIAL_WORK: usize = 1 << 17;
 
 /// Sets `out` and `lse`.
-///
-/// # Panics
-/// Lengths do not fit `dims`, or there are fewer keys than queries.
-pub fn forward(out: &mut [f32], lse: &mut [f32], q: &[f32], k: &[f32], v: &[f32], dims: Dims) {
-    forward_on(Isa::current(), out, lse, q, k, v, dims);
+#[derive(Debug)]
+pub struct Forward<'a> {
+    /// `[batch * queries, heads * head_dim]`, set.
+    pub out: &'a mut [f32],
+    /// `[batch * queries, heads]`, set.
+    pub lse: &'a mut [f32],
+    /// `[batch * queries, heads * head_dim]`
+    pub q: &'a [f32],
+    /// `[batch * keys, kv_heads * head_dim]`
+    pub k: &'a [f32],
+    /// `[batch * keys, kv_heads * head_dim]`
+    pub v: &'a [f32],
+    /// The sizes.
+    pub dims: Dims,
 }
 
-/// [`forward`] on a given tier.
-pub fn forward_on(isa: Isa, out: &mut [f32], lse: &mut [f32], q: &[f32], k: &[f32], v: &[f32], dims: Dims) {
-    dims.check("attention::forward", &[out.len(), q.len()], &[k.len(), v.len()]);
-    let Dims { batch, queries, heads, .. } = dims;
-    assert_eq!(lse.len(), batch * queries * heads, "attention::forward: lse for {dims:?}");
-    if !out.is_empty() {
-        let [k, v] = [k, v].map(|data| View { data, stride: dims.kv_width() });
-        forward_views(isa, out, lse, [View { data: q, stride: dims.width() }, k, v], dims);
+/// [`Forward`] over `qkv`, with as many queries as keys.
+#[derive(Debug)]
+pub struct ForwardJoined<'a> {
+    /// `[batch * queries, heads * head_dim]`, set.
+    pub out: &'a mut [f32],
+    /// `[batch * queries, heads]`, set.
+    pub lse: &'a mut [f32],
+    /// `[batch * queries, (heads + 2 kv_heads) * head_dim]`
+    pub qkv: &'a [f32],
+    /// The sizes.
+    pub dims: Dims,
+}
+
+/// [`Forward`] for up to [`DECODE_QUERIES`] queries, without lse: reads keys and values in place.
+#[derive(Debug)]
+pub struct Decode<'a> {
+    /// `[batch * queries, heads * head_dim]`, set.
+    pub out: &'a mut [f32],
+    /// `[batch * queries, heads * head_dim]`
+    pub q: &'a [f32],
+    /// `[batch * keys, kv_heads * head_dim]`
+    pub k: &'a [f32],
+    /// `[batch * keys, kv_heads * head_dim]`
+    pub v: &'a [f32],
+    /// The sizes.
+    pub dims: Dims,
+}
+
+/// Sets `dqkv`; `out` and `lse` are those of [`ForwardJoined`].
+#[derive(Debug)]
+pub struct Backward<'a> {
+    /// `[batch * queries, (heads + 2 kv_heads) * head_dim]`, set.
+    pub dqkv: &'a mut [f32],
+    /// `[batch * queries, heads * head_dim]`
+    pub dout: &'a [f32],
+    /// `[batch * queries, heads * head_dim]`
+    pub out: &'a [f32],
+    /// `[batch * queries, (heads + 2 kv_heads) * head_dim]`
+    pub qkv: &'a [f32],
+    /// `[batch * queries, heads]`
+    pub lse: &'a [f32],
+    /// The sizes.
+    pub dims: Dims,
+}
+
+run_on_current_tier!(Forward, ForwardJoined, Decode, Backward);
+
+impl Forward<'_> {
+    /// Runs the op on a given tier.
+    ///
+    /// # Panics
+    /// Lengths do not fit `dims`, or there are fewer keys than queries.
+    pub fn run_on(self, isa: Isa) {
+        let Forward { out, lse, q, k, v, dims } = self;
+        dims.check("attention::Forward", &[out.len(), q.len()], &[k.len(), v.len()]);
+        let Dims { batch, queries, heads, .. } = dims;
+        assert_eq!(lse.len(), batch * queries * heads, "attention::Forward: lse for {dims:?}");
+        if !out.is_empty() {
+            let [k, v] = [k, v].map(|data| View { data, stride: dims.kv_width() });
+            forward_views(isa, out, lse, [View { data: q, stride: dims.width() }, k, v], dims);
+        }
     }
 }
 
-/// [`forward`] over `qkv`, with as many queries as keys.
-///
-/// # Panics
-/// Lengths do not fit `dims`.
-pub fn forward_joined(out: &mut [f32], lse: &mut [f32], qkv: &[f32], dims: Dims) {
-    forward_joined_on(Isa::current(), out, lse, qkv, dims);
-}
-
-/// [`forward_joined`] on a given tier.
-pub fn forward_joined_on(isa: Isa, out: &mut [f32], lse: &mut [f32], qkv: &[f32], dims: Dims) {
-    dims.check_joined("attention::forward_joined", &[out.len()], &[qkv.len()], lse.len());
-    if !out.is_empty() {
-        forward_views(isa, out, lse, dims.views(qkv), dims);
+impl ForwardJoined<'_> {
+    /// Runs the op on a given tier.
+    ///
+    /// # Panics
+    /// Lengths do not fit `dims`.
+    pub fn run_on(self, isa: Isa) {
+        let ForwardJoined { out, lse, qkv, dims } = self;
+        dims.check_joined("attention::ForwardJoined", &[out.len()], &[qkv.len()], lse.len());
+        if !out.is_empty() {
+            forward_views(isa, out, lse, dims.views(qkv), dims);
+        }
     }
 }
 
 fn forward_views(isa: Isa, out: &mut [f32], lse: &mut [f32], [q, k, v]: [View<'_>; 3], dims: Dims) {
     let Dims { batch, queries, heads, kv_heads, .. } = dims;
-    // SAFETY: the slices are borrowed until the end of this function, and every task writes the rows of its queries
-    // at the columns of its heads.
-    let out = unsafe { Shared::new(out, dims.width()) };
-    // SAFETY: as above.
-    let lse = unsafe { Shared::new(lse, heads) };
+    let (out, lse) = (SharedRows::new(out, dims.width()), SharedRows::new(lse, heads));
     let rows = (BLOCK_ROWS / dims.group()).max(1);
     let blocks = queries.div_ceil(rows);
     let tasks = batch * kv_heads * blocks;
@@ -169,68 +226,63 @@ fn forward_views(isa: Isa, out: &mut [f32], lse: &mut [f32], [q, k, v]: [View<'_
         let (item, kv_head, first) =
             (task / blocks / kv_heads, task / blocks % kv_heads, task % blocks * rows);
         let count = rows.min(queries - first);
-        forward::Block { out, lse, q, k, v, item, kv_head, first, count, dims }.run(isa);
+        let block = forward::Block { out, lse, q, k, v, item, kv_head, first, count, dims };
+        // SAFETY: every task has other queries or another head, and `block` alone refers to the outputs.
+        unsafe { block.run(isa) };
     });
 }
 
-/// [`forward`] for up to [`DECODE_QUERIES`] queries, without lse: reads keys and values in place.
-///
-/// # Panics
-/// As [`forward`]; also with more queries.
-pub fn decode(out: &mut [f32], q: &[f32], k: &[f32], v: &[f32], dims: Dims) {
-    decode_on(Isa::current(), out, q, k, v, dims);
-}
-
-/// [`decode`] on a given tier.
-pub fn decode_on(isa: Isa, out: &mut [f32], q: &[f32], k: &[f32], v: &[f32], dims: Dims) {
-    dims.check("attention::decode", &[out.len(), q.len()], &[k.len(), v.len()]);
-    let Dims { queries, keys, kv_heads, head_dim, .. } = dims;
-    assert!(queries <= DECODE_QUERIES, "attention::decode: more than {DECODE_QUERIES} queries in {dims:?}");
-    let width = dims.group() * head_dim;
-    let parallel = q.len() * keys > SERIAL_WORK;
-    each_when(parallel, out.par_chunks_mut(width).zip(q.par_chunks(width)).enumerate(), |(i, (out, q))| {
-        let (row, kv_head) = (i / kv_heads, i % kv_heads);
-        let (item, i) = (row / queries, row % queries);
-        let first = item * keys * dims.kv_width() + kv_head * head_dim;
-        let (k, v) = (&k[first..], &v[first..]);
-        let visible = dims.visible(i);
-        isa.run(decode::Group { out, q, k, v, stride: dims.kv_width(), visible, head_dim });
-    });
-}
-
-/// Sets `dqkv`; `out` and `lse` are those of [`forward_joined`].
-///
-/// # Panics
-/// Lengths do not fit `dims`, or there are fewer queries than keys.
-pub fn backward(dqkv: &mut [f32], dout: &[f32], out: &[f32], qkv: &[f32], lse: &[f32], dims: Dims) {
-    backward_on(Isa::current(), dqkv, dout, out, qkv, lse, dims);
-}
-
-/// [`backward`] on a given tier.
-pub fn backward_on(
-    isa: Isa,
-    dqkv: &mut [f32],
-    dout: &[f32],
-    out: &[f32],
-    qkv: &[f32],
-    lse: &[f32],
-    dims: Dims,
-) {
-    dims.check_joined("attention::backward", &[dout.len(), out.len()], &[dqkv.len(), qkv.len()], lse.len());
-    if out.is_empty() {
-        return;
+impl Decode<'_> {
+    /// Runs the op on a given tier.
+    ///
+    /// # Panics
+    /// As [`Forward::run_on`]; also with more queries than [`DECODE_QUERIES`].
+    pub fn run_on(self, isa: Isa) {
+        let Decode { out, q, k, v, dims } = self;
+        dims.check("attention::Decode", &[out.len(), q.len()], &[k.len(), v.len()]);
+        let Dims { queries, keys, kv_heads, head_dim, .. } = dims;
+        assert!(
+            queries <= DECODE_QUERIES,
+            "attention::Decode: more than {DECODE_QUERIES} queries in {dims:?}"
+        );
+        let width = dims.group() * head_dim;
+        let parallel = q.len() * keys > SERIAL_WORK;
+        let groups = out.par_chunks_mut(width).zip(q.par_chunks(width)).enumerate();
+        each_when(parallel, groups, |(i, (out, q))| {
+            let (row, kv_head) = (i / kv_heads, i % kv_heads);
+            let (item, i) = (row / queries, row % queries);
+            let first = item * keys * dims.kv_width() + kv_head * head_dim;
+            let (k, v) = (&k[first..], &v[first..]);
+            let visible = dims.visible(i);
+            isa.run(decode::Group { out, q, k, v, stride: dims.kv_width(), visible, head_dim });
+        });
     }
-    let Dims { batch, heads, kv_heads, .. } = dims;
-    let [q, k, v] = dims.views(qkv);
-    let [dout, out] = [dout, out].map(|data| View { data, stride: dims.width() });
-    let lse = View { data: lse, stride: heads };
-    // SAFETY: the slice is borrowed until the end of this function, and every task writes the rows of its batch item
-    // at the columns of its heads.
-    let all = unsafe { Shared::new(dqkv, dims.joined_width()) };
-    let [dq, dk, dv] = dims.starts().map(|start| all.starting_at_column(start));
-    let tasks = batch * kv_heads;
-    each_when(tasks > 1, (0..tasks).into_par_iter().with_max_len(1), |task| {
-        let (item, kv_head) = (task / kv_heads, task % kv_heads);
-        backward::Head { dq, dk, dv, dout, out, q, k, v, lse, item, kv_head, dims }.run(isa);
-    });
+}
+
+impl Backward<'_> {
+    /// Runs the op on a given tier.
+    ///
+    /// # Panics
+    /// Lengths do not fit `dims`, or there are fewer queries than keys.
+    pub fn run_on(self, isa: Isa) {
+        let Backward { dqkv, dout, out, qkv, lse, dims } = self;
+        let joined = [dqkv.len(), qkv.len()];
+        dims.check_joined("attention::Backward", &[dout.len(), out.len()], &joined, lse.len());
+        if out.is_empty() {
+            return;
+        }
+        let Dims { batch, heads, kv_heads, .. } = dims;
+        let [q, k, v] = dims.views(qkv);
+        let [dout, out] = [dout, out].map(|data| View { data, stride: dims.width() });
+        let lse = View { data: lse, stride: heads };
+        let all = SharedRows::new(dqkv, dims.joined_width());
+        let [dq, dk, dv] = dims.starts().map(|start| all.starting_at(start));
+        let tasks = batch * kv_heads;
+        each_when(tasks > 1, (0..tasks).into_par_iter().with_max_len(1), |task| {
+            let (item, kv_head) = (task / kv_heads, task % kv_heads);
+            let head = backward::Head { dq, dk, dv, dout, out, q, k, v, lse, item, kv_head, dims };
+            // SAFETY: every task has another batch item or head, and `head` alone refers to dqkv.
+            unsafe { head.run(isa) };
+        });
+    }
 }

@@ -1,4 +1,4 @@
-use super::{DECODE_QUERIES, Dims, backward_on, decode_on, forward_joined_on, forward_on, reference};
+use super::{Backward, DECODE_QUERIES, Decode, Dims, Forward, ForwardJoined, reference};
 use crate::isa::Isa;
 use crate::testing::{
     assert_close, assert_close_f64, assert_same_on_threads, f64s, finite_differences, normals,
@@ -29,13 +29,14 @@ impl Problem {
     fn forward(&self, isa: Isa) -> [Vec<f32>; 2] {
         let mut out = vec![f32::NAN; self.q.len()];
         let mut lse = vec![f32::NAN; self.q.len() / self.dims.head_dim];
-        forward_on(isa, &mut out, &mut lse, &self.q, &self.k, &self.v, self.dims);
+        Forward { out: &mut out, lse: &mut lse, q: &self.q, k: &self.k, v: &self.v, dims: self.dims }
+            .run_on(isa);
         [out, lse]
     }
 
     fn decode(&self, isa: Isa) -> Vec<f32> {
         let mut out = vec![f32::NAN; self.q.len()];
-        decode_on(isa, &mut out, &self.q, &self.k, &self.v, self.dims);
+        Decode { out: &mut out, q: &self.q, k: &self.k, v: &self.v, dims: self.dims }.run_on(isa);
         out
     }
 
@@ -44,7 +45,7 @@ impl Problem {
         let mut out = vec![f32::NAN; self.q.len()];
         let mut lse = vec![f32::NAN; self.q.len() / self.dims.head_dim];
         let qkv = join([&self.q, &self.k, &self.v], self.dims);
-        forward_joined_on(isa, &mut out, &mut lse, &qkv, self.dims);
+        ForwardJoined { out: &mut out, lse: &mut lse, qkv: &qkv, dims: self.dims }.run_on(isa);
         [out, lse]
     }
 
@@ -53,7 +54,8 @@ impl Problem {
         let [out, lse] = self.forward_joined(isa);
         let qkv = join([&self.q, &self.k, &self.v], self.dims);
         let mut dqkv = vec![f32::NAN; qkv.len()];
-        backward_on(isa, &mut dqkv, &self.dout, &out, &qkv, &lse, self.dims);
+        Backward { dqkv: &mut dqkv, dout: &self.dout, out: &out, qkv: &qkv, lse: &lse, dims: self.dims }
+            .run_on(isa);
         dqkv
     }
 }
@@ -213,7 +215,7 @@ fn threads_do_not_change_a_bit() {
 }
 
 #[test]
-#[should_panic(expected = "attention::forward: q and its like [8, 8], k and its like [4, 4] values")]
+#[should_panic(expected = "attention::Forward: q and its like [8, 8], k and its like [4, 4] values")]
 fn fewer_keys_than_queries_are_refused() {
     Problem::new(dims(1, 2, 1, 1, 1, 4)).forward(Isa::Scalar);
 }

@@ -5,8 +5,6 @@
 //! across lanes, and rows that see few keys lie in the first lanes. What is packed is padded with zeros to whole
 //! vectors: a padded key is one that no row sees, a padded row gets zeros and gives them.
 
-use std::marker::PhantomData;
-
 use super::Dims;
 use crate::simd::{Product, ProductKernel, SQUARE, Simd};
 
@@ -44,48 +42,6 @@ pub(super) struct View<'a> {
 impl<'a> View<'a> {
     pub(super) fn row(self, row: usize, first: usize, width: usize) -> &'a [f32] {
         &self.data[row * self.stride + first..][..width]
-    }
-}
-
-/// Rows that several tasks write at once, each its own columns of its own rows.
-#[derive(Clone, Copy)]
-pub(super) struct Shared<'a> {
-    data: *mut f32,
-    len: usize,
-    stride: usize,
-    borrowed: PhantomData<&'a mut [f32]>,
-}
-
-// SAFETY: memory is reached through `row` alone, whose callers own the columns of the rows they ask for.
-unsafe impl Send for Shared<'_> {}
-// SAFETY: as above.
-unsafe impl Sync for Shared<'_> {}
-
-impl<'a> Shared<'a> {
-    /// All of `data`, rows of `stride` values.
-    ///
-    /// # Safety
-    /// While the value is used, nobody else touches `data`, and no place is asked for again as long as a slice with
-    /// it lives.
-    pub(super) unsafe fn new(data: &'a mut [f32], stride: usize) -> Shared<'a> {
-        Shared { data: data.as_mut_ptr(), len: data.len(), stride, borrowed: PhantomData }
-    }
-
-    /// The same rows, with column 0 being `column`.
-    pub(super) fn starting_at_column(self, column: usize) -> Shared<'a> {
-        assert!(column <= self.len);
-        // SAFETY: `column` is inside the slice that `new` was given, or its end.
-        let data = unsafe { self.data.add(column) };
-        Shared { data, len: self.len - column, ..self }
-    }
-
-    pub(super) fn row(self, row: usize, first: usize, width: usize) -> &'a mut [f32] {
-        let start = row * self.stride + first;
-        assert!(start + width <= self.len);
-        // SAFETY: `start` is inside the slice that `new` was given.
-        let start = unsafe { self.data.add(start) };
-        // SAFETY: so are the `width` values from there, which by the contract of `new` nobody else uses.
-        unsafe { std::slice::from_raw_parts_mut(start, width) }
     }
 }
 
@@ -308,7 +264,7 @@ struct Column<'a, const N: usize, const COLUMNS: bool> {
 impl<const N: usize, const COLUMNS: bool> ProductKernel for Column<'_, N, COLUMNS> {
     type Output = ();
     #[inline(always)]
-    fn run<S: Product>(self, s: S) {
+    fn body<S: Product>(self, s: S) {
         // As many rows as the tier's registers hold.
         if S::ROWS >= 8 {
             self.blocks::<S, 8>(s);

@@ -1,5 +1,6 @@
 //! Vector bodies.
 
+use super::LogSoftmaxRow;
 use crate::simd::{Kernel, Simd, exp, max_of};
 
 /// `(max, sum of e^(z - max))`. A NaN in z is in the sum.
@@ -57,7 +58,7 @@ pub(super) struct Row<'a> {
 impl Kernel for Row<'_> {
     type Output = f32;
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) -> f32 {
+    fn body<S: Simd>(self, s: S) -> f32 {
         let Row { z, target, scale } = self;
         let Some(target) = target else {
             if scale.is_some() {
@@ -82,18 +83,13 @@ impl Kernel for Row<'_> {
     }
 }
 
-/// `z <- z - logsumexp(z)`.
-pub(super) struct LogSoftmax<'a> {
-    pub(super) z: &'a mut [f32],
-}
-
-impl Kernel for LogSoftmax<'_> {
+impl Kernel for LogSoftmaxRow<'_> {
     type Output = ();
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let (max, sum) = softmax_sums(s, self.z);
+    fn body<S: Simd>(self, s: S) {
+        let (max, sum) = softmax_sums(s, self.logits);
         let shift = sum.ln();
-        for z in self.z.iter_mut() {
+        for z in self.logits.iter_mut() {
             *z = (*z - max) - shift;
         }
     }

@@ -20,7 +20,7 @@ use rayon::prelude::*;
 use super::blocks::{block_rows, each};
 use crate::buf::Buf;
 use crate::isa::Isa;
-use crate::matmul::{Mat, Packed, Precision, matmul_on, matmul_packed};
+use crate::matmul::{Mat, Matmul, MatmulPacked, Packed, Precision};
 
 /// A target that is not scored.
 pub const IGNORE: u32 = u32::MAX;
@@ -52,13 +52,13 @@ impl Dims {
                 && head == vocab * hidden
                 && hidden > 0
                 && vocab > 0,
-            "{op}: losses {losses}, hidden states {hidden_states}, head {head}, targets {} for {self:?}",
+            "cross_entropy::{op}: losses {losses}, hidden states {hidden_states}, head {head}, targets {} for {self:?}",
             targets.len()
         );
         for (t, &target) in targets.iter().enumerate() {
             assert!(
                 target == IGNORE || (target as usize) < vocab,
-                "{op}: target {target} of token {t} in a vocabulary of {vocab}"
+                "cross_entropy::{op}: target {target} of token {t} in a vocabulary of {vocab}"
             );
         }
     }
@@ -69,132 +69,153 @@ impl Dims {
     }
 }
 
-/// Sets `losses` `[T]` from `hidden_states` `[T, hidden]`, `head` `[vocab, hidden]` and `targets` `[T]`.
-///
-/// # Panics
-/// Lengths do not fit `dims`, or a target is neither [`IGNORE`] nor below `vocab`.
-pub fn forward(losses: &mut [f32], hidden_states: &[f32], head: &[f32], targets: &[u32], dims: Dims) {
-    forward_on(Isa::current(), losses, hidden_states, head, targets, dims);
+/// Sets `losses`.
+#[derive(Debug)]
+pub struct Forward<'a> {
+    /// `[T]`, set.
+    pub losses: &'a mut [f32],
+    /// `[T, hidden]`
+    pub hidden_states: &'a [f32],
+    /// `[vocab, hidden]`
+    pub head: &'a [f32],
+    /// `[T]`: [`IGNORE`] or below `vocab`.
+    pub targets: &'a [u32],
+    /// The sizes.
+    pub dims: Dims,
 }
 
-/// [`forward`] on a given tier.
-pub fn forward_on(
-    isa: Isa,
-    losses: &mut [f32],
-    hidden_states: &[f32],
-    head: &[f32],
-    targets: &[u32],
-    dims: Dims,
-) {
-    dims.check("cross_entropy::forward", losses.len(), hidden_states.len(), head.len(), targets);
-    let chunk = dims.chunk();
-    let mut logits = vec![0.0; chunk.min(dims.tokens) * dims.vocab];
-    let inputs = hidden_states.chunks(chunk * dims.hidden).zip(targets.chunks(chunk));
-    for (losses, (h, targets)) in losses.chunks_mut(chunk).zip(inputs) {
-        let z = &mut logits[..targets.len() * dims.vocab];
-        project(isa, z, h, head, dims, Precision::F32);
-        rows(isa, losses, z, targets, None, dims);
+/// [`Forward`] with a packed head, to whose precision the hidden states are rounded.
+#[derive(Debug)]
+pub struct ForwardPacked<'a> {
+    /// `[T]`, set.
+    pub losses: &'a mut [f32],
+    /// `[T, hidden]`
+    pub hidden_states: &'a [f32],
+    /// `[vocab, hidden]`
+    pub head: &'a Packed,
+    /// `[T]`: [`IGNORE`] or below `vocab`.
+    pub targets: &'a [u32],
+    /// Work space.
+    pub logits: &'a mut Buf,
+}
+
+/// Sets `losses` and `dhidden` and adds to `dhead` the gradients of `scale * sum of losses`.
+#[derive(Debug)]
+pub struct ForwardBackward<'a> {
+    /// `[T]`, set.
+    pub losses: &'a mut [f32],
+    /// `[T, hidden]`, set.
+    pub dhidden: &'a mut [f32],
+    /// `[vocab, hidden]`, added to.
+    pub dhead: &'a mut [f32],
+    /// `[T, hidden]`
+    pub hidden_states: &'a [f32],
+    /// `[vocab, hidden]`
+    pub head: &'a [f32],
+    /// `[T]`: [`IGNORE`] or below `vocab`.
+    pub targets: &'a [u32],
+    /// Multiplies the gradients.
+    pub scale: f32,
+    /// The sizes.
+    pub dims: Dims,
+    /// Work space, and the precision of the products.
+    pub scratch: &'a mut Scratch,
+}
+
+/// Turns one row of logits into log-probabilities, in place.
+#[derive(Debug)]
+pub struct LogSoftmaxRow<'a> {
+    /// The row.
+    pub logits: &'a mut [f32],
+}
+
+run_on_current_tier!(Forward, ForwardPacked, ForwardBackward, LogSoftmaxRow);
+
+impl Forward<'_> {
+    /// Runs the op on a given tier.
+    ///
+    /// # Panics
+    /// Lengths do not fit `dims`, or a target is neither [`IGNORE`] nor below `vocab`.
+    pub fn run_on(self, isa: Isa) {
+        let Forward { losses, hidden_states, head, targets, dims } = self;
+        dims.check("Forward", losses.len(), hidden_states.len(), head.len(), targets);
+        let chunk = dims.chunk();
+        let mut logits = vec![0.0; chunk.min(dims.tokens) * dims.vocab];
+        let inputs = hidden_states.chunks(chunk * dims.hidden).zip(targets.chunks(chunk));
+        for (losses, (h, targets)) in losses.chunks_mut(chunk).zip(inputs) {
+            let z = &mut logits[..targets.len() * dims.vocab];
+            project(isa, z, h, head, dims, Precision::F32);
+            rows(isa, losses, z, targets, None, dims.vocab);
+        }
     }
 }
 
-/// [`forward`] with a packed head, to whose precision the hidden states are rounded; `logits` is work space.
-///
-/// # Panics
-/// As [`forward`].
-pub fn forward_packed(
-    losses: &mut [f32],
-    hidden_states: &[f32],
-    head: &Packed,
-    targets: &[u32],
-    logits: &mut Buf,
-) {
-    let dims = Dims { tokens: losses.len(), hidden: head.inputs(), vocab: head.outputs() };
-    let weights = head.outputs() * head.inputs();
-    dims.check("cross_entropy::forward_packed", losses.len(), hidden_states.len(), weights, targets);
-    let isa = Isa::current();
-    let chunk = dims.chunk();
-    logits.resize(chunk.min(dims.tokens) * dims.vocab);
-    let inputs = hidden_states.chunks(chunk * dims.hidden).zip(targets.chunks(chunk));
-    for (losses, (h, targets)) in losses.chunks_mut(chunk).zip(inputs) {
-        let z = &mut logits[..targets.len() * dims.vocab];
-        matmul_packed(isa, z, Mat::new(h, targets.len(), dims.hidden), head);
-        rows(isa, losses, z, targets, None, dims);
+impl ForwardPacked<'_> {
+    /// Runs the op on a given tier.
+    ///
+    /// # Panics
+    /// As [`Forward::run_on`].
+    pub fn run_on(self, isa: Isa) {
+        let ForwardPacked { losses, hidden_states, head, targets, logits } = self;
+        let dims = Dims { tokens: losses.len(), hidden: head.inputs(), vocab: head.outputs() };
+        let weights = head.outputs() * head.inputs();
+        dims.check("ForwardPacked", losses.len(), hidden_states.len(), weights, targets);
+        let chunk = dims.chunk();
+        logits.resize(chunk.min(dims.tokens) * dims.vocab);
+        let inputs = hidden_states.chunks(chunk * dims.hidden).zip(targets.chunks(chunk));
+        for (losses, (h, targets)) in losses.chunks_mut(chunk).zip(inputs) {
+            let z = &mut logits[..targets.len() * dims.vocab];
+            MatmulPacked { c: z, a: Mat::new(h, targets.len(), dims.hidden), w: head }.run_on(isa);
+            rows(isa, losses, z, targets, None, dims.vocab);
+        }
+    }
+}
+
+impl ForwardBackward<'_> {
+    /// Runs the op on a given tier.
+    ///
+    /// # Panics
+    /// As [`Forward::run_on`].
+    pub fn run_on(self, isa: Isa) {
+        let ForwardBackward { losses, dhidden, dhead, hidden_states, head, targets, scale, dims, scratch } =
+            self;
+        dims.check("ForwardBackward", losses.len(), hidden_states.len(), head.len(), targets);
+        dims.check("ForwardBackward", losses.len(), dhidden.len(), dhead.len(), targets);
+        let Dims { hidden, vocab, .. } = dims;
+        scratch.reserve(dims);
+        let precision = scratch.precision;
+        let chunk = dims.chunk();
+        let inputs = hidden_states.chunks(chunk * hidden).zip(targets.chunks(chunk));
+        let outputs = losses.chunks_mut(chunk).zip(dhidden.chunks_mut(chunk * hidden));
+        for ((losses, dh), (h, targets)) in outputs.zip(inputs) {
+            let n = targets.len();
+            let dz = &mut scratch.logits[..n * vocab];
+            project(isa, dz, h, head, dims, precision);
+            rows(isa, losses, dz, targets, Some(scale), vocab);
+            let (dz, head, h) =
+                (Mat::new(dz, n, vocab), Mat::new(head, vocab, hidden), Mat::new(h, n, hidden));
+            Matmul { c: dh, a: dz, b: head, accumulate: false, precision }.run_on(isa);
+            Matmul { c: dhead, a: dz.t(), b: h, accumulate: true, precision }.run_on(isa);
+        }
+    }
+}
+
+impl LogSoftmaxRow<'_> {
+    /// Runs the op on a given tier.
+    pub fn run_on(self, isa: Isa) {
+        isa.run(self);
     }
 }
 
 /// Sets `z` to the logits of a chunk.
 fn project(isa: Isa, z: &mut [f32], h: &[f32], head: &[f32], dims: Dims, precision: Precision) {
     let Dims { hidden, vocab, .. } = dims;
-    let h = Mat::new(h, h.len() / hidden, hidden);
-    matmul_on(isa, z, h, Mat::new(head, vocab, hidden).t(), false, precision);
+    let (a, b) = (Mat::new(h, h.len() / hidden, hidden), Mat::new(head, vocab, hidden).t());
+    Matmul { c: z, a, b, accumulate: false, precision }.run_on(isa);
 }
 
-/// Work space and precision of training. The space grows on demand and is kept.
-#[derive(Debug)]
-pub struct Scratch {
-    isa: Isa,
-    precision: Precision,
-    logits: Buf,
-}
-
-impl Default for Scratch {
-    fn default() -> Scratch {
-        Scratch::with(Isa::current(), Precision::F32)
-    }
-}
-
-impl Scratch {
-    /// An empty scratch: the ops it is given to run on `isa` and round the operands of their products to
-    /// `precision`.
-    pub fn with(isa: Isa, precision: Precision) -> Scratch {
-        Scratch { isa, precision, logits: Buf::default() }
-    }
-
-    /// Makes room for `dims`, so that the op allocates nothing.
-    pub fn reserve(&mut self, dims: Dims) {
-        self.logits.resize(dims.chunk().min(dims.tokens) * dims.vocab);
-    }
-}
-
-/// Sets `losses` `[T]` and `dhidden` `[T, hidden]` and adds to `dhead` `[vocab, hidden]` the gradients of
-/// `scale * sum of losses`.
-///
-/// # Panics
-/// As [`forward`].
-#[expect(clippy::too_many_arguments, reason = "the op's operands, in the order of its formula")]
-pub fn forward_backward(
-    losses: &mut [f32],
-    dhidden: &mut [f32],
-    dhead: &mut [f32],
-    hidden_states: &[f32],
-    head: &[f32],
-    targets: &[u32],
-    scale: f32,
-    dims: Dims,
-    scratch: &mut Scratch,
-) {
-    let op = "cross_entropy::forward_backward";
-    dims.check(op, losses.len(), hidden_states.len(), head.len(), targets);
-    dims.check(op, losses.len(), dhidden.len(), dhead.len(), targets);
-    let Dims { hidden, vocab, .. } = dims;
-    scratch.reserve(dims);
-    let (isa, precision) = (scratch.isa, scratch.precision);
-    let chunk = dims.chunk();
-    let inputs = hidden_states.chunks(chunk * hidden).zip(targets.chunks(chunk));
-    let outputs = losses.chunks_mut(chunk).zip(dhidden.chunks_mut(chunk * hidden));
-    for ((losses, dh), (h, targets)) in outputs.zip(inputs) {
-        let n = targets.len();
-        let dz = &mut scratch.logits[..n * vocab];
-        project(isa, dz, h, head, dims, precision);
-        rows(isa, losses, dz, targets, Some(scale), dims);
-        matmul_on(isa, dh, Mat::new(dz, n, vocab), Mat::new(head, vocab, hidden), false, precision);
-        matmul_on(isa, dhead, Mat::new(dz, n, vocab).t(), Mat::new(h, n, hidden), true, precision);
-    }
-}
-
-/// Losses of a chunk from its logits `z`. Leaves `z`, or sets it to its gradient when there is a `scale`.
-fn rows(isa: Isa, losses: &mut [f32], z: &mut [f32], targets: &[u32], scale: Option<f32>, dims: Dims) {
-    let vocab = dims.vocab;
+/// Computes the losses of a chunk from its logits `z`. Leaves `z`, or sets it to its gradient when there is a `scale`.
+fn rows(isa: Isa, losses: &mut [f32], z: &mut [f32], targets: &[u32], scale: Option<f32>, vocab: usize) {
     let rows = block_rows(vocab);
     let blocks =
         losses.par_chunks_mut(rows).zip(z.par_chunks_mut(rows * vocab)).zip(targets.par_chunks(rows));
@@ -206,12 +227,21 @@ fn rows(isa: Isa, losses: &mut [f32], z: &mut [f32], targets: &[u32], scale: Opt
     });
 }
 
-/// Turns one row of logits into log-probabilities, in place.
-pub fn log_softmax_row(logits: &mut [f32]) {
-    log_softmax_row_on(Isa::current(), logits);
+/// Work space and precision of training. The space grows on demand and is kept.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    precision: Precision,
+    logits: Buf,
 }
 
-/// [`log_softmax_row`] on a given tier.
-pub fn log_softmax_row_on(isa: Isa, logits: &mut [f32]) {
-    isa.run(kernel::LogSoftmax { z: logits });
+impl Scratch {
+    /// Returns an empty scratch; products round their operands to `precision`.
+    pub fn new(precision: Precision) -> Scratch {
+        Scratch { precision, logits: Buf::default() }
+    }
+
+    /// Makes room for `dims`, so that the op allocates nothing.
+    pub fn reserve(&mut self, dims: Dims) {
+        self.logits.resize(dims.chunk().min(dims.tokens) * dims.vocab);
+    }
 }

@@ -1,7 +1,4 @@
-use super::{
-    Dims, IGNORE, Scratch, forward, forward_backward, forward_on, forward_packed, log_softmax_row_on,
-    reference,
-};
+use super::{Dims, Forward, ForwardBackward, ForwardPacked, IGNORE, LogSoftmaxRow, Scratch, reference};
 use crate::buf::Buf;
 use crate::isa::Isa;
 use crate::matmul::{Mat, Packed, Precision};
@@ -50,9 +47,21 @@ fn forward_and_backward_agree_with_the_reference_on_every_tier() {
             let [mut losses, mut again] = [(); 2].map(|()| vec![f32::NAN; tokens]);
             let mut dh = vec![f32::NAN; tokens * hidden];
             let mut dhead = vec![1.0; vocab * hidden];
-            forward_on(isa, &mut losses, &h, &head, &targets, dims);
-            let mut scratch = Scratch::with(isa, Precision::F32);
-            forward_backward(&mut again, &mut dh, &mut dhead, &h, &head, &targets, 0.25, dims, &mut scratch);
+            Forward { losses: &mut losses, hidden_states: &h, head: &head, targets: &targets, dims }
+                .run_on(isa);
+            let mut scratch = Scratch::new(Precision::F32);
+            ForwardBackward {
+                losses: &mut again,
+                dhidden: &mut dh,
+                dhead: &mut dhead,
+                hidden_states: &h,
+                head: &head,
+                targets: &targets,
+                scale: 0.25,
+                dims,
+                scratch: &mut scratch,
+            }
+            .run_on(isa);
             assert_eq!(losses, again, "{name}");
             assert_close(&format!("losses {name}"), &losses, &want, 5e-7);
             assert_close(&format!("dh {name}"), &dh, &want_dh, 1e-6);
@@ -67,9 +76,16 @@ fn a_packed_head_gives_the_same_losses() {
         let dims = Dims { tokens, hidden, vocab };
         let (h, head) = (normals(tokens * hidden, 1), normals(vocab * hidden, 2));
         let [mut want, mut got] = [(); 2].map(|()| vec![f32::NAN; tokens]);
-        forward(&mut want, &h, &head, &targets(dims), dims);
+        Forward { losses: &mut want, hidden_states: &h, head: &head, targets: &targets(dims), dims }.run();
         let packed = Packed::new(Precision::F32, Mat::new(&head, vocab, hidden));
-        forward_packed(&mut got, &h, &packed, &targets(dims), &mut Buf::default());
+        ForwardPacked {
+            losses: &mut got,
+            hidden_states: &h,
+            head: &packed,
+            targets: &targets(dims),
+            logits: &mut Buf::default(),
+        }
+        .run();
         assert_eq!(got, want, "{dims:?}");
     }
 }
@@ -85,8 +101,19 @@ fn bf16_rounds_the_operands_of_the_products() {
     let (want_dh, want_dhead) = reference::backward(&f64s(&h), &f64s(&head), &targets, 1.0, dims);
     for isa in Isa::available() {
         let (mut losses, mut dh, mut dhead) = (vec![0.0; 50], vec![0.0; h.len()], vec![0.0; head.len()]);
-        let scratch = &mut Scratch::with(isa, Precision::Bf16);
-        forward_backward(&mut losses, &mut dh, &mut dhead, &h, &head, &targets, 1.0, dims, scratch);
+        let scratch = &mut Scratch::new(Precision::Bf16);
+        ForwardBackward {
+            losses: &mut losses,
+            dhidden: &mut dh,
+            dhead: &mut dhead,
+            hidden_states: &h,
+            head: &head,
+            targets: &targets,
+            scale: 1.0,
+            dims,
+            scratch,
+        }
+        .run_on(isa);
         assert_close(&format!("losses {}", isa.name()), &losses, &want, 2e-6);
         assert_close(&format!("dh {}", isa.name()), &dh, &want_dh, 3e-2);
         assert_close(&format!("dhead {}", isa.name()), &dhead, &want_dhead, 3e-2);
@@ -108,12 +135,19 @@ fn large_logits_do_not_overflow_and_nan_stays() {
     (head[7], head[39]) = (1.0, -1.0);
     for isa in Isa::available() {
         let mut losses = [0.0; 3];
-        forward_on(isa, &mut losses, &[1e4, f32::NAN, 1e4], &head, &[7, 7, IGNORE], dims);
+        Forward {
+            losses: &mut losses,
+            hidden_states: &[1e4, f32::NAN, 1e4],
+            head: &head,
+            targets: &[7, 7, IGNORE],
+            dims,
+        }
+        .run_on(isa);
         assert!(losses[0].is_finite() && losses[1].is_nan() && losses[2] == 0.0, "{losses:?}");
         for at in [0, 20, 39] {
             let mut z = vec![0.5; 40];
             z[at] = f32::NAN;
-            log_softmax_row_on(isa, &mut z);
+            LogSoftmaxRow { logits: &mut z }.run_on(isa);
             assert!(z.iter().all(|z| z.is_nan()), "{} {at}", isa.name());
         }
     }
@@ -126,7 +160,7 @@ fn log_probabilities_agree_with_the_reference_on_every_tier() {
         let want = reference::log_softmax(&f64s(&z));
         for isa in Isa::available() {
             let mut got = z.clone();
-            log_softmax_row_on(isa, &mut got);
+            LogSoftmaxRow { logits: &mut got }.run_on(isa);
             assert_close(&format!("{} {n}", isa.name()), &got, &want, 2e-7);
         }
     }
@@ -139,14 +173,26 @@ fn threads_do_not_change_a_bit() {
     assert_same_on_threads("cross_entropy", || {
         let (mut losses, mut dh, mut dhead) = (vec![0.0; 600], vec![0.0; h.len()], vec![0.0; head.len()]);
         let scratch = &mut Scratch::default();
-        forward_backward(&mut losses, &mut dh, &mut dhead, &h, &head, &targets, 0.1, dims, scratch);
+        ForwardBackward {
+            losses: &mut losses,
+            dhidden: &mut dh,
+            dhead: &mut dhead,
+            hidden_states: &h,
+            head: &head,
+            targets: &targets,
+            scale: 0.1,
+            dims,
+            scratch,
+        }
+        .run();
         [losses, dh, dhead]
     });
 }
 
 #[test]
-#[should_panic(expected = "cross_entropy::forward: target 5 of token 1 in a vocabulary of 5")]
+#[should_panic(expected = "cross_entropy::Forward: target 5 of token 1 in a vocabulary of 5")]
 fn a_target_outside_the_vocabulary_is_refused() {
     let dims = Dims { tokens: 2, hidden: 1, vocab: 5 };
-    forward(&mut [0.0; 2], &[0.0; 2], &[0.0; 5], &[0, 5], dims);
+    Forward { losses: &mut [0.0; 2], hidden_states: &[0.0; 2], head: &[0.0; 5], targets: &[0, 5], dims }
+        .run();
 }

@@ -12,6 +12,8 @@ mod tests;
 use rayon::prelude::*;
 
 use super::blocks::{block_rows, each};
+use crate::add::Add;
+use crate::isa::Isa;
 
 /// Tasks of the backward: each reads all ids.
 const TASKS: usize = 16;
@@ -28,36 +30,70 @@ fn check(op: &str, activations: usize, table: usize, ids: &[u32], hidden: usize)
     }
 }
 
-/// Sets `out` `[T, hidden]` to the rows `ids` `[T]` of `table` `[vocab, hidden]`.
-///
-/// # Panics
-/// Lengths do not fit, or an id is not below the number of rows.
-pub fn forward(out: &mut [f32], table: &[f32], ids: &[u32], hidden: usize) {
-    check("embedding::forward", out.len(), table.len(), ids, hidden);
-    let rows = block_rows(hidden);
-    each(out.par_chunks_mut(rows * hidden).zip(ids.par_chunks(rows)), |(out, ids)| {
-        for (out, &id) in out.chunks_exact_mut(hidden).zip(ids) {
-            out.copy_from_slice(&table[id as usize * hidden..][..hidden]);
-        }
-    });
+/// Sets `out` to the rows `ids` of `table`.
+#[derive(Debug)]
+pub struct Forward<'a> {
+    /// `[T, hidden]`, set.
+    pub out: &'a mut [f32],
+    /// `[vocab, hidden]`
+    pub table: &'a [f32],
+    /// `[T]`
+    pub ids: &'a [u32],
+    /// Length of a row.
+    pub hidden: usize,
 }
 
-/// Adds the rows of `dout` `[T, hidden]` to the rows `ids` `[T]` of `dtable` `[vocab, hidden]`.
-///
-/// # Panics
-/// Lengths do not fit, or an id is not below the number of rows.
-pub fn backward(dtable: &mut [f32], dout: &[f32], ids: &[u32], hidden: usize) {
-    check("embedding::backward", dout.len(), dtable.len(), ids, hidden);
-    // Every task owns some rows of the table and looks for their tokens, so that no two threads meet.
-    let rows = (dtable.len() / hidden).div_ceil(TASKS).max(1);
-    each(dtable.par_chunks_mut(rows * hidden).enumerate(), |(task, dtable)| {
-        let first = task * rows;
-        for (&id, dout) in ids.iter().zip(dout.chunks_exact(hidden)) {
-            if let Some(at) = (id as usize).checked_sub(first)
-                && let Some(row) = dtable.get_mut(at * hidden..(at + 1) * hidden)
-            {
-                super::add::add(row, dout);
+/// Adds the rows of `dout` to the rows `ids` of `dtable`.
+#[derive(Debug)]
+pub struct Backward<'a> {
+    /// `[vocab, hidden]`, added to.
+    pub dtable: &'a mut [f32],
+    /// `[T, hidden]`
+    pub dout: &'a [f32],
+    /// `[T]`
+    pub ids: &'a [u32],
+    /// Length of a row.
+    pub hidden: usize,
+}
+
+impl Forward<'_> {
+    /// Runs the op; it copies and so has no tiers.
+    ///
+    /// # Panics
+    /// Lengths do not fit, or an id is not below the number of rows.
+    pub fn run(self) {
+        let Forward { out, table, ids, hidden } = self;
+        check("embedding::Forward", out.len(), table.len(), ids, hidden);
+        let rows = block_rows(hidden);
+        each(out.par_chunks_mut(rows * hidden).zip(ids.par_chunks(rows)), |(out, ids)| {
+            for (out, &id) in out.chunks_exact_mut(hidden).zip(ids) {
+                out.copy_from_slice(&table[id as usize * hidden..][..hidden]);
             }
-        }
-    });
+        });
+    }
+}
+
+run_on_current_tier!(Backward);
+
+impl Backward<'_> {
+    /// Runs the op on a given tier.
+    ///
+    /// # Panics
+    /// Lengths do not fit, or an id is not below the number of rows.
+    pub fn run_on(self, isa: Isa) {
+        let Backward { dtable, dout, ids, hidden } = self;
+        check("embedding::Backward", dout.len(), dtable.len(), ids, hidden);
+        // Every task owns some rows of the table and looks for their tokens, so that no two threads meet.
+        let rows = (dtable.len() / hidden).div_ceil(TASKS).max(1);
+        each(dtable.par_chunks_mut(rows * hidden).enumerate(), |(task, dtable)| {
+            let first = task * rows;
+            for (&id, dout) in ids.iter().zip(dout.chunks_exact(hidden)) {
+                if let Some(at) = (id as usize).checked_sub(first)
+                    && let Some(row) = dtable.get_mut(at * hidden..(at + 1) * hidden)
+                {
+                    Add { y: row, x: dout }.run_on(isa);
+                }
+            }
+        });
+    }
 }

@@ -1,4 +1,4 @@
-use super::{backward, forward, reference};
+use super::{Backward, Forward, reference};
 use crate::testing::{
     assert_close, assert_close_f64, assert_same_on_threads, f64s, finite_differences, normals,
 };
@@ -24,10 +24,10 @@ fn forward_and_backward_agree_with_the_reference() {
         let ids = ids(tokens, vocab);
         let (table, dout) = (normals(vocab * hidden, 1), normals(tokens * hidden, 2));
         let mut out = vec![f32::NAN; tokens * hidden];
-        forward(&mut out, &table, &ids, hidden);
+        Forward { out: &mut out, table: &table, ids: &ids, hidden }.run();
         assert_eq!(f64s(&out), reference::forward(&f64s(&table), &ids, hidden));
         let mut dtable = vec![1.0; vocab * hidden];
-        backward(&mut dtable, &dout, &ids, hidden);
+        Backward { dtable: &mut dtable, dout: &dout, ids: &ids, hidden }.run();
         let want = reference::backward(&f64s(&dout), &ids, vocab, hidden);
         let want: Vec<f64> = want.iter().map(|x| x + 1.0).collect();
         assert_close(&format!("dtable {tokens} {vocab} {hidden}"), &dtable, &want, 2e-6);
@@ -40,14 +40,14 @@ fn threads_do_not_change_a_bit() {
     let (ids, dout) = (ids(tokens, vocab), normals(tokens * hidden, 2));
     assert_same_on_threads("embedding", || {
         let (mut dtable, mut out) = (vec![0.0; vocab * hidden], vec![0.0; tokens * hidden]);
-        backward(&mut dtable, &dout, &ids, hidden);
-        forward(&mut out, &dtable, &ids, hidden);
+        Backward { dtable: &mut dtable, dout: &dout, ids: &ids, hidden }.run();
+        Forward { out: &mut out, table: &dtable, ids: &ids, hidden }.run();
         (dtable, out)
     });
 }
 
 #[test]
-#[should_panic(expected = "embedding::forward: id 3 of token 1 in a table of 3 rows")]
+#[should_panic(expected = "embedding::Forward: id 3 of token 1 in a table of 3 rows")]
 fn an_id_outside_the_table_is_refused() {
-    forward(&mut [0.0; 4], &[0.0; 6], &[0, 3], 2);
+    Forward { out: &mut [0.0; 4], table: &[0.0; 6], ids: &[0, 3], hidden: 2 }.run();
 }

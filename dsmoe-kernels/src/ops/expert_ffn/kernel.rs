@@ -3,7 +3,8 @@
 use std::ops::Range;
 
 use super::packed::NEURONS;
-use crate::isa::Isa;
+use super::plan::Plan;
+use crate::buf::SharedRows;
 use crate::matmul::{At, Left, PANEL, Precision, Sink, tiles};
 use crate::simd::{Kernel, Product, ProductKernel, Simd, sigmoid};
 
@@ -16,23 +17,17 @@ fn gated<S: Simd>(s: S, a: S::V, b: S::V, g: S::V) -> S::V {
 /// Activations `[pairs, depth]` stored as the tiles that [`left_tiles`] reads, block after block.
 /// Tasks write different blocks or different neurons.
 #[derive(Clone, Copy)]
-pub(super) struct Tiles {
-    start: *mut f32,
-    len: usize,
+pub(super) struct Tiles<'a> {
+    values: SharedRows<'a>,
     depth: usize,
     precision: Precision,
 }
 
-// SAFETY: a `Tiles` only writes through `put`, whose callers own the neurons of the blocks they write.
-unsafe impl Send for Tiles {}
-// SAFETY: as above.
-unsafe impl Sync for Tiles {}
-
-impl Tiles {
+impl<'a> Tiles<'a> {
     /// # Safety
-    /// While the value is used, nobody else touches `out`, and no two tasks write the same neurons of a block.
-    pub(super) unsafe fn new(out: &mut [f32], depth: usize, precision: Precision) -> Tiles {
-        Tiles { start: out.as_mut_ptr(), len: out.len(), depth, precision }
+    /// While the value is used, no two tasks write the same neurons of a block.
+    pub(super) unsafe fn new(out: &'a mut [f32], depth: usize, precision: Precision) -> Tiles<'a> {
+        Tiles { values: SharedRows::new(out, depth), depth, precision }
     }
 
     /// Stores neurons `k..k + NEURONS` of rows `tile` of the block that starts at pair `first`; `rows` holds
@@ -49,12 +44,10 @@ impl Tiles {
         let width = tile.len();
         let in_pairs = S::DOTS && self.precision == Precision::Bf16;
         let (per_value, len) = if in_pairs { (2, NEURONS / 2 * width) } else { (1, NEURONS * width) };
+        assert!(k + NEURONS <= self.depth);
         let start = ((first + tile.start) * self.depth + k * width) / per_value;
-        assert!(k + NEURONS <= self.depth && start + len <= self.len);
-        // SAFETY: in bounds by the assertion.
-        let start = unsafe { self.start.add(start) };
-        // SAFETY: as above; by the contract of `new` no other task uses these neurons of this block.
-        let out = unsafe { std::slice::from_raw_parts_mut(start, len) };
+        // SAFETY: by the contract of `new` no other task uses these neurons of this block.
+        let out = unsafe { self.values.values(start, len) };
         let mut columns = [0.0; NEURONS * NEURONS];
         let rows = std::array::from_fn(|r| &rows[r * NEURONS..(r + 1) * NEURONS]);
         s.transpose(&mut columns, NEURONS, rows, width);
@@ -95,15 +88,14 @@ impl Tiles {
 }
 
 /// The tiles of a block of pairs.
-pub(super) fn left_tiles(
-    isa: Isa,
-    precision: Precision,
-    tiles: &[f32],
+pub(super) fn left_tiles<'a>(
+    plan: &Plan<'_>,
+    tiles: &'a [f32],
     depth: usize,
     pairs: Range<usize>,
-) -> Left<'_> {
+) -> Left<'a> {
     let values = pairs.start * depth..pairs.end * depth;
-    if isa.dots() && precision == Precision::Bf16 {
+    if plan.isa.dots() && plan.precision == Precision::Bf16 {
         Left::PairTiles { data: bytemuck::cast_slice(&tiles[values.start / 2..values.end / 2]), depth }
     } else {
         Left::Tiles { data: &tiles[values], depth }
@@ -111,8 +103,8 @@ pub(super) fn left_tiles(
 }
 
 /// Takes a product of gate and up panels: `c = coefficient * silu(a) * b` into tiles.
-pub(super) struct Gate<C> {
-    pub(super) tiles: Tiles,
+pub(super) struct Gate<'a, C> {
+    pub(super) tiles: Tiles<'a>,
     /// First pair of the block.
     pub(super) first: usize,
     /// First row of the block, as the product counts them.
@@ -121,7 +113,7 @@ pub(super) struct Gate<C> {
     pub(super) coefficient: C,
 }
 
-impl<C: Fn(usize) -> f32 + Sync> Sink for Gate<C> {
+impl<C: Fn(usize) -> f32 + Sync> Sink for Gate<'_, C> {
     #[inline(always)]
     fn start<S: Product>(&self, _s: S, _at: At) {}
 
@@ -188,7 +180,7 @@ impl Activation for Plain<'_> {
 
 /// Stores a block of pairs into tiles, from neuron `k` of the tiles on.
 pub(super) struct FillTiles<'a, A> {
-    pub(super) tiles: Tiles,
+    pub(super) tiles: Tiles<'a>,
     pub(super) pairs: Range<usize>,
     pub(super) k: usize,
     pub(super) activation: &'a A,
@@ -197,7 +189,7 @@ pub(super) struct FillTiles<'a, A> {
 impl<A: Activation> ProductKernel for FillTiles<'_, A> {
     type Output = ();
     #[inline(always)]
-    fn run<S: Product>(self, s: S) {
+    fn body<S: Product>(self, s: S) {
         let FillTiles { tiles: out, pairs, k, activation } = self;
         let width = activation.width();
         for tile in tiles(pairs.len(), S::ROWS) {
@@ -228,7 +220,7 @@ pub(super) struct GatedDot<'a> {
 impl Kernel for GatedDot<'_> {
     type Output = f32;
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) -> f32 {
+    fn body<S: Simd>(self, s: S) -> f32 {
         let GatedDot { a, b, g } = self;
         assert!(a.len() == b.len() && a.len() == g.len());
         let mut sum = s.splat(0.0);
@@ -259,7 +251,7 @@ pub(super) struct GateBackward<'a> {
 impl Kernel for GateBackward<'_> {
     type Output = f32;
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) -> f32 {
+    fn body<S: Simd>(self, s: S) -> f32 {
         let GateBackward { da, db, scaled, a, b, g, coefficient } = self;
         let n = a.len();
         assert!([da.len(), db.len(), scaled.len(), b.len(), g.len()] == [n; 5]);

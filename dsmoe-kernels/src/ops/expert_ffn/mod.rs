@@ -16,9 +16,13 @@
 //! accumulation. A token without an active expert gets `y = 0` and `dx = 0`.
 //!
 //! Work is cut by shape and routing alone and experts are summed in ascending order, so the result does not
-//! depend on the number of threads. The `dense` functions are the same op with one expert, always active with
-//! coefficient 1.
+//! depend on the number of threads. [`Pairs::Dense`] is the same op with one expert, always active with coefficient 1:
+//! the dense FFN.
+//!
+//! Training keeps a and b ([`Saved`]) in `train.rs`; inference reads packed weights in `infer.rs`; both end in the
+//! combine of `combine.rs`, which adds the experts' outputs to their tokens' rows of y.
 
+mod combine;
 mod infer;
 mod kernel;
 mod packed;
@@ -29,12 +33,14 @@ mod tests;
 mod train;
 
 pub use packed::PackedWeights;
-use packed::tile_depth;
+pub use plan::Pairs;
 
 use crate::buf::Buf;
 use crate::isa::Isa;
 use crate::matmul::Precision;
-use plan::{Cut, Pairs};
+use combine::Blocks;
+use packed::tile_depth;
+use plan::Plan;
 
 /// Sizes of an expert FFN.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,6 +59,11 @@ pub struct Dims {
 }
 
 impl Dims {
+    /// The sizes of a dense FFN: one expert.
+    pub fn dense(tokens: usize, hidden: usize, intermediate: usize) -> Dims {
+        Dims { tokens, hidden, intermediate, num_experts: 1, all_pairs: true }
+    }
+
     /// Neurons of one expert.
     pub fn expert_width(self) -> usize {
         self.intermediate / self.num_experts
@@ -97,7 +108,7 @@ pub struct WeightGrads<'a> {
     pub down: &'a mut [f32],
 }
 
-/// What the backward needs of the forward; made by [`forward_train`] and [`forward_dense_train`].
+/// The values of the forward that the backward needs; set by [`ForwardTrain`].
 #[derive(Clone, Debug, Default)]
 pub struct Saved {
     /// `x Wg^T`: `[tokens, intermediate]`, or of the active pairs alone `[R, expert_width]`.
@@ -114,42 +125,23 @@ impl Saved {
     }
 }
 
-/// Work space, instruction-set tier and precision of training. The space grows on demand and is kept; any scratch
-/// serves any shape.
-#[derive(Debug)]
+/// Work space and precision of training. The space grows on demand and is kept; any scratch serves any shape.
+#[derive(Debug, Default)]
 pub struct Scratch {
-    isa: Isa,
     precision: Precision,
-    tiles: Buf,
+    blocks: Blocks,
     g: Buf,
     da: Buf,
     db: Buf,
     scaled: Buf,
     dpairs: Buf,
-    cut: Cut,
 }
 
 impl Scratch {
-    /// An empty scratch for the current tier; training is in f32.
-    pub fn new() -> Scratch {
-        Scratch::with(Isa::current(), Precision::F32)
-    }
-
-    /// An empty scratch: the ops it is given to run on `isa`, and in training round the operands of their products
-    /// to `precision`. (Inference has the precision of its packed weights.)
-    pub fn with(isa: Isa, precision: Precision) -> Scratch {
-        let empty = Buf::default;
-        Scratch {
-            isa,
-            precision,
-            tiles: empty(),
-            g: empty(),
-            da: empty(),
-            db: empty(),
-            scaled: empty(),
-            dpairs: empty(),
-            cut: Cut::default(),
-        }
+    /// Returns an empty scratch; in training, products round their operands to `precision`. (Inference has the
+    /// precision of its packed weights.)
+    pub fn new(precision: Precision) -> Scratch {
+        Scratch { precision, ..Scratch::default() }
     }
 
     /// Makes room for training on `dims`, whatever the routing. Memory is taken when it is used.
@@ -159,24 +151,18 @@ impl Scratch {
             buf.resize(values);
         }
         let pairs = dims.tokens * dims.num_experts;
-        self.tiles.resize(2 * pairs * tile_depth(dims.expert_width()));
+        self.blocks.tiles.resize(2 * pairs * tile_depth(dims.expert_width()));
         self.dpairs.resize(pairs);
     }
 
-    /// What training rounds to.
+    /// The precision that training rounds to.
     pub fn precision(&self) -> Precision {
         self.precision
     }
 
-    /// Changes what training rounds to.
+    /// Changes the precision that training rounds to.
     pub fn set_precision(&mut self, precision: Precision) {
         self.precision = precision;
-    }
-}
-
-impl Default for Scratch {
-    fn default() -> Scratch {
-        Scratch::new()
     }
 }
 
@@ -195,7 +181,11 @@ fn check(op: &str, y: &[f32], x: &[f32], weights: &Weights<'_>, dims: Dims) {
     );
 }
 
-fn check_routes(op: &str, routes: &Routes<'_>, dims: Dims) {
+fn check_pairs(op: &str, pairs: Pairs<'_>, dims: Dims) {
+    let Pairs::Routed(routes) = pairs else {
+        assert_eq!(dims.num_experts, 1, "expert_ffn::{op}: a dense FFN has one expert");
+        return;
+    };
     let r = routes.tokens.len();
     assert!(
         routes.offsets.len() == dims.num_experts + 1
@@ -226,183 +216,139 @@ fn is_empty(dims: Dims) -> bool {
     dims.tokens == 0 || dims.hidden == 0 || dims.intermediate == 0
 }
 
-/// Sets y `[tokens, hidden]` to the sum of the active experts' outputs of x `[tokens, hidden]`. x and c are rounded
-/// to the weights' precision.
-///
-/// # Panics
-/// Lengths do not fit `dims`, or the weights are of another shape.
-pub fn forward_packed(
-    y: &mut [f32],
-    x: &[f32],
-    weights: &PackedWeights,
-    routes: &Routes<'_>,
-    dims: Dims,
-    scratch: &mut Scratch,
-) {
-    check_packed("forward_packed", y, x, weights, dims);
-    check_routes("forward_packed", routes, dims);
-    infer(y, x, weights, Pairs::Routed(routes), dims, scratch);
+/// Sets y to the sum of the active experts' outputs of x. x and c are rounded to the weights' precision.
+#[derive(Debug)]
+pub struct ForwardPacked<'a> {
+    /// `[tokens, hidden]`, set.
+    pub y: &'a mut [f32],
+    /// `[tokens, hidden]`
+    pub x: &'a [f32],
+    /// The weights.
+    pub weights: &'a PackedWeights,
+    /// The active pairs.
+    pub pairs: Pairs<'a>,
+    /// The sizes.
+    pub dims: Dims,
+    /// Work space.
+    pub scratch: &'a mut Scratch,
 }
 
-/// Sets y to the dense FFN `(silu(x Wg^T) * (x Wu^T)) Wd` of weights packed as one expert.
-///
-/// # Panics
-/// Lengths do not fit, or there are several experts.
-pub fn forward_dense_packed(
-    y: &mut [f32],
-    x: &[f32],
-    weights: &PackedWeights,
-    tokens: usize,
-    scratch: &mut Scratch,
-) {
-    let (hidden, intermediate) = (weights.hidden(), weights.intermediate());
-    let dims = Dims { tokens, hidden, intermediate, num_experts: 1, all_pairs: false };
-    check_packed("forward_dense_packed", y, x, weights, dims);
-    infer(y, x, weights, Pairs::Dense, dims, scratch);
+/// [`ForwardPacked`] over row-major weights that keeps the values that [`Backward`] needs.
+#[derive(Debug)]
+pub struct ForwardTrain<'a> {
+    /// `[tokens, hidden]`, set.
+    pub y: &'a mut [f32],
+    /// Set.
+    pub saved: &'a mut Saved,
+    /// `[tokens, hidden]`
+    pub x: &'a [f32],
+    /// The weights.
+    pub weights: &'a Weights<'a>,
+    /// The active pairs.
+    pub pairs: Pairs<'a>,
+    /// The sizes.
+    pub dims: Dims,
+    /// Work space and precision.
+    pub scratch: &'a mut Scratch,
 }
 
-fn check_packed(op: &str, y: &[f32], x: &[f32], weights: &PackedWeights, dims: Dims) {
-    let Dims { tokens, hidden, intermediate, num_experts, .. } = dims;
-    let packed = (weights.hidden(), weights.intermediate(), weights.num_experts());
-    assert!(
-        x.len() == tokens * hidden && y.len() == x.len() && packed == (hidden, intermediate, num_experts),
-        "expert_ffn::{op}: input {}, output {} values, weights {packed:?} for {dims:?}",
-        x.len(),
-        y.len()
-    );
+/// Sets dx and dcoefficients, adds to the weights' gradients. x, weights, pairs and dims are those of the forward.
+#[derive(Debug)]
+pub struct Backward<'a> {
+    /// `[tokens, hidden]`, set.
+    pub dx: &'a mut [f32],
+    /// `[tokens, num_experts]`, set to `<dy_t, o_i(x_t)>`, of inactive pairs only when [`Dims::all_pairs`] (else 0).
+    /// None of a dense FFN, which has no coefficients.
+    pub dcoefficients: Option<&'a mut [f32]>,
+    /// Added to.
+    pub grads: WeightGrads<'a>,
+    /// `[tokens, hidden]`
+    pub dy: &'a [f32],
+    /// Set by [`ForwardTrain`].
+    pub saved: &'a Saved,
+    /// `[tokens, hidden]`
+    pub x: &'a [f32],
+    /// The weights.
+    pub weights: &'a Weights<'a>,
+    /// The active pairs.
+    pub pairs: Pairs<'a>,
+    /// The sizes.
+    pub dims: Dims,
+    /// Work space and precision.
+    pub scratch: &'a mut Scratch,
 }
 
-fn infer(
-    y: &mut [f32],
-    x: &[f32],
-    weights: &PackedWeights,
-    pairs: Pairs<'_>,
-    dims: Dims,
-    scratch: &mut Scratch,
-) {
-    if is_empty(dims) {
-        y.fill(0.0);
-    } else {
-        infer::forward(y, x, weights, pairs, dims, scratch);
+run_on_current_tier!(ForwardPacked, ForwardTrain, Backward);
+
+impl ForwardPacked<'_> {
+    /// Runs the op on a given tier.
+    ///
+    /// # Panics
+    /// Lengths do not fit `dims`, or the weights are of another shape.
+    pub fn run_on(self, isa: Isa) {
+        let ForwardPacked { y, x, weights, pairs, dims, scratch } = self;
+        let Dims { tokens, hidden, intermediate, num_experts, .. } = dims;
+        let packed = (weights.hidden(), weights.intermediate(), weights.num_experts());
+        assert!(
+            x.len() == tokens * hidden && y.len() == x.len() && packed == (hidden, intermediate, num_experts),
+            "expert_ffn::ForwardPacked: input {}, output {} values, weights {packed:?} for {dims:?}",
+            x.len(),
+            y.len()
+        );
+        check_pairs("ForwardPacked", pairs, dims);
+        if is_empty(dims) {
+            y.fill(0.0);
+            return;
+        }
+        let plan = Plan { pairs, dims, isa, precision: weights.precision() };
+        infer::forward(y, x, weights, &plan, &mut scratch.blocks);
     }
 }
 
-/// [`forward_packed`] over row-major weights that keeps what [`backward`] needs.
-///
-/// # Panics
-/// As [`forward_packed`].
-pub fn forward_train(
-    y: &mut [f32],
-    saved: &mut Saved,
-    x: &[f32],
-    weights: &Weights<'_>,
-    routes: &Routes<'_>,
-    dims: Dims,
-    scratch: &mut Scratch,
-) {
-    check("forward_train", y, x, weights, dims);
-    check_routes("forward_train", routes, dims);
-    if is_empty(dims) {
-        y.fill(0.0);
-    } else {
-        train::forward(y, saved, x, weights, Pairs::Routed(routes), dims, scratch);
+impl ForwardTrain<'_> {
+    /// Runs the op on a given tier.
+    ///
+    /// # Panics
+    /// Lengths do not fit `dims`.
+    pub fn run_on(self, isa: Isa) {
+        let ForwardTrain { y, saved, x, weights, pairs, dims, scratch } = self;
+        check("ForwardTrain", y, x, weights, dims);
+        check_pairs("ForwardTrain", pairs, dims);
+        if is_empty(dims) {
+            y.fill(0.0);
+            return;
+        }
+        let plan = Plan { pairs, dims, isa, precision: scratch.precision };
+        train::forward(y, saved, x, weights, &plan, &mut scratch.blocks);
     }
 }
 
-/// [`forward_dense_packed`] over row-major weights that keeps what [`backward_dense`] needs.
-///
-/// # Panics
-/// As [`forward_dense_packed`].
-#[expect(
-    clippy::too_many_arguments,
-    reason = "outputs, inputs and sizes of one op, each with its own meaning"
-)]
-pub fn forward_dense_train(
-    y: &mut [f32],
-    saved: &mut Saved,
-    x: &[f32],
-    weights: &Weights<'_>,
-    tokens: usize,
-    hidden: usize,
-    intermediate: usize,
-    scratch: &mut Scratch,
-) {
-    let dims = Dims { tokens, hidden, intermediate, num_experts: 1, all_pairs: true };
-    check("forward_dense_train", y, x, weights, dims);
-    if is_empty(dims) {
-        y.fill(0.0);
-    } else {
-        train::forward(y, saved, x, weights, Pairs::Dense, dims, scratch);
-    }
-}
-
-/// Sets dx `[tokens, hidden]` and dcoefficients `[tokens, num_experts]`, adds to the weights' gradients.
-/// dcoefficients is `<dy_t, o_i(x_t)>`, of inactive pairs only when [`Dims::all_pairs`] (else 0).
-/// `saved` is of [`forward_train`] with the same x, weights, routes and dims.
-///
-/// # Panics
-/// Lengths do not fit `dims`.
-#[expect(
-    clippy::too_many_arguments,
-    reason = "outputs, inputs and sizes of one op, each with its own meaning"
-)]
-pub fn backward(
-    dx: &mut [f32],
-    dcoefficients: &mut [f32],
-    grads: WeightGrads<'_>,
-    dy: &[f32],
-    saved: &Saved,
-    x: &[f32],
-    weights: &Weights<'_>,
-    routes: &Routes<'_>,
-    dims: Dims,
-    scratch: &mut Scratch,
-) {
-    check("backward", dx, x, weights, dims);
-    check("backward", dx, dy, weights, dims);
-    check_routes("backward", routes, dims);
-    check_grads("backward", &grads, dims);
-    assert!(
-        dcoefficients.len() == dims.tokens * dims.num_experts,
-        "expert_ffn::backward: {} coefficient gradients for {dims:?}",
-        dcoefficients.len()
-    );
-    if is_empty(dims) {
-        dx.fill(0.0);
-        dcoefficients.fill(0.0);
-    } else {
-        let pairs = Pairs::Routed(routes);
-        train::backward(dx, Some(dcoefficients), grads, dy, saved, x, weights, pairs, dims, scratch);
-    }
-}
-
-/// Sets dx, adds to the weights' gradients: the backward of [`forward_dense_train`].
-///
-/// # Panics
-/// Lengths do not fit the sizes.
-#[expect(
-    clippy::too_many_arguments,
-    reason = "outputs, inputs and sizes of one op, each with its own meaning"
-)]
-pub fn backward_dense(
-    dx: &mut [f32],
-    grads: WeightGrads<'_>,
-    dy: &[f32],
-    saved: &Saved,
-    x: &[f32],
-    weights: &Weights<'_>,
-    tokens: usize,
-    hidden: usize,
-    intermediate: usize,
-    scratch: &mut Scratch,
-) {
-    let dims = Dims { tokens, hidden, intermediate, num_experts: 1, all_pairs: true };
-    check("backward_dense", dx, x, weights, dims);
-    check("backward_dense", dx, dy, weights, dims);
-    check_grads("backward_dense", &grads, dims);
-    if is_empty(dims) {
-        dx.fill(0.0);
-    } else {
-        train::backward(dx, None, grads, dy, saved, x, weights, Pairs::Dense, dims, scratch);
+impl Backward<'_> {
+    /// Runs the op on a given tier.
+    ///
+    /// # Panics
+    /// Lengths do not fit `dims`.
+    pub fn run_on(mut self, isa: Isa) {
+        let (dims, pairs) = (self.dims, self.pairs);
+        check("Backward", self.dx, self.x, self.weights, dims);
+        check("Backward", self.dx, self.dy, self.weights, dims);
+        check_pairs("Backward", pairs, dims);
+        check_grads("Backward", &self.grads, dims);
+        if let Some(dcoefficients) = &self.dcoefficients {
+            assert!(
+                dcoefficients.len() == dims.tokens * dims.num_experts,
+                "expert_ffn::Backward: {} coefficient gradients for {dims:?}",
+                dcoefficients.len()
+            );
+        }
+        if is_empty(dims) {
+            self.dx.fill(0.0);
+            if let Some(dcoefficients) = &mut self.dcoefficients {
+                dcoefficients.fill(0.0);
+            }
+            return;
+        }
+        let plan = Plan { pairs, dims, isa, precision: self.scratch.precision };
+        train::backward(self, &plan);
     }
 }

@@ -3,21 +3,25 @@
 use std::ops::Range;
 
 use super::{Dims, Routes};
-use crate::matmul::Grid;
+use crate::isa::Isa;
+use crate::matmul::{Grid, Precision};
 
-/// The active pairs, grouped by expert.
-#[derive(Clone, Copy)]
-pub(super) enum Pairs<'a> {
+/// The active pairs of tokens and experts, grouped by expert.
+#[derive(Clone, Copy, Debug)]
+pub enum Pairs<'a> {
+    /// The pairs that a router chose.
     Routed(&'a Routes<'a>),
     /// Every token at the only expert, coefficient 1.
     Dense,
 }
 
-/// The pairs of a problem.
+/// One run of the op: its pairs, sizes, tier and precision.
 #[derive(Clone, Copy)]
 pub(super) struct Plan<'a> {
     pub(super) pairs: Pairs<'a>,
     pub(super) dims: Dims,
+    pub(super) isa: Isa,
+    pub(super) precision: Precision,
 }
 
 impl<'a> Plan<'a> {

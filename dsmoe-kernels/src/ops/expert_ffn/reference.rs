@@ -34,17 +34,29 @@ fn axpy(y: &mut [f64], a: f64, x: &[f64]) {
     }
 }
 
+/// The operands of the definition.
+#[derive(Clone, Copy, Debug)]
+pub struct Layer<'a> {
+    /// `[tokens, hidden]`
+    pub x: &'a [f64],
+    /// `[intermediate, hidden]`
+    pub gate: &'a [f64],
+    /// `[intermediate, hidden]`
+    pub up: &'a [f64],
+    /// `[intermediate, hidden]`
+    pub down: &'a [f64],
+    /// `[tokens, num_experts]`
+    pub mask: &'a [bool],
+    /// `[tokens, num_experts]`
+    pub coef: &'a [f64],
+    /// The sizes.
+    pub dims: Dims,
+}
+
 /// `y_t = sum over active i of coef[t, i] * o_i(x_t)`; neuron j of expert i adds
 /// `coef * silu(x . gate_j) * (x . up_j) * down_j`. `down` is `[intermediate, hidden]`.
-pub fn forward(
-    x: &[f64],
-    gate: &[f64],
-    up: &[f64],
-    down: &[f64],
-    mask: &[bool],
-    coef: &[f64],
-    dims: Dims,
-) -> Vec<f64> {
+pub fn forward(layer: Layer<'_>) -> Vec<f64> {
+    let Layer { x, gate, up, down, mask, coef, dims } = layer;
     let (d, n, width) = (dims.hidden, dims.num_experts, dims.expert_width());
     let mut y = vec![0.0; dims.tokens * d];
     for t in 0..dims.tokens {
@@ -62,17 +74,8 @@ pub fn forward(
 }
 
 /// The gradients of `<dy, forward(..)>` with the mask frozen (eqs. 13-16 before the router).
-#[expect(clippy::too_many_arguments, reason = "every array of the definition is an argument of its own")]
-pub fn backward(
-    dy: &[f64],
-    x: &[f64],
-    gate: &[f64],
-    up: &[f64],
-    down: &[f64],
-    mask: &[bool],
-    coef: &[f64],
-    dims: Dims,
-) -> Grads {
+pub fn backward(dy: &[f64], layer: Layer<'_>) -> Grads {
+    let Layer { x, gate, up, down, mask, coef, dims } = layer;
     let (d, n, width) = (dims.hidden, dims.num_experts, dims.expert_width());
     let mut grads = Grads {
         dx: vec![0.0; x.len()],

@@ -110,20 +110,49 @@ impl Problem {
         }
     }
 
-    fn forward(&self, scratch: &mut Scratch) -> Vec<f32> {
+    fn forward(&self, isa: Isa, scratch: &mut Scratch) -> Vec<f32> {
         let mut y = vec![f32::NAN; self.x.len()];
         let packed = self.packed(self.dims.num_experts);
-        forward_packed(&mut y, &self.x, &packed, &self.routing.routes(), self.dims, scratch);
+        ForwardPacked {
+            y: &mut y,
+            x: &self.x,
+            weights: &packed,
+            pairs: Pairs::Routed(&self.routing.routes()),
+            dims: self.dims,
+            scratch,
+        }
+        .run_on(isa);
         y
     }
 
-    fn train(&self, scratch: &mut Scratch) -> Results {
+    fn train(&self, isa: Isa, scratch: &mut Scratch) -> Results {
         let (mut r, mut saved) = (self.results(), Saved::default());
         let (weights, routes) = (self.weights(), self.routing.routes());
-        forward_train(&mut r.y, &mut saved, &self.x, &weights, &routes, self.dims, scratch);
+        ForwardTrain {
+            y: &mut r.y,
+            saved: &mut saved,
+            x: &self.x,
+            weights: &weights,
+            pairs: Pairs::Routed(&routes),
+            dims: self.dims,
+            scratch,
+        }
+        .run_on(isa);
         let grads = WeightGrads { gate: &mut r.dgate, up: &mut r.dup, down: &mut r.ddown };
         let (dx, dcoef) = (&mut r.dx, &mut r.dcoef);
-        backward(dx, dcoef, grads, &self.dy, &saved, &self.x, &weights, &routes, self.dims, scratch);
+        Backward {
+            dx,
+            dcoefficients: Some(dcoef),
+            grads,
+            dy: &self.dy,
+            saved: &saved,
+            x: &self.x,
+            weights: &weights,
+            pairs: Pairs::Routed(&routes),
+            dims: self.dims,
+            scratch,
+        }
+        .run_on(isa);
         r
     }
 
@@ -131,20 +160,49 @@ impl Problem {
         let (mut r, mut saved, weights) = (self.results(), Saved::default(), self.weights());
         let Dims { tokens, hidden, intermediate, .. } = self.dims;
         let mut y = vec![f32::NAN; self.x.len()];
-        forward_dense_packed(&mut y, &self.x, &self.packed(1), tokens, scratch);
-        forward_dense_train(&mut r.y, &mut saved, &self.x, &weights, tokens, hidden, intermediate, scratch);
+        ForwardPacked {
+            y: &mut y,
+            x: &self.x,
+            weights: &self.packed(1),
+            pairs: Pairs::Dense,
+            dims: Dims::dense(tokens, self.packed(1).hidden(), self.packed(1).intermediate()),
+            scratch,
+        }
+        .run();
+        ForwardTrain {
+            y: &mut r.y,
+            saved: &mut saved,
+            x: &self.x,
+            weights: &weights,
+            pairs: Pairs::Dense,
+            dims: Dims::dense(tokens, hidden, intermediate),
+            scratch,
+        }
+        .run();
         let grads = WeightGrads { gate: &mut r.dgate, up: &mut r.dup, down: &mut r.ddown };
         let (x, dy) = (&self.x, &self.dy);
-        backward_dense(&mut r.dx, grads, dy, &saved, x, &weights, tokens, hidden, intermediate, scratch);
+        Backward {
+            dx: &mut r.dx,
+            dcoefficients: None,
+            grads,
+            dy,
+            saved: &saved,
+            x,
+            weights: &weights,
+            pairs: Pairs::Dense,
+            dims: Dims::dense(tokens, hidden, intermediate),
+            scratch,
+        }
+        .run();
         (y, r)
     }
 
     fn expected(&self) -> (Vec<f64>, reference::Grads) {
         let [x, gate, up, down, dy, coef] =
             [&self.x, &self.gate, &self.up, &self.down, &self.dy, &self.routing.coef].map(|x| f64s(x));
-        let mask = &self.routing.mask;
-        let y = reference::forward(&x, &gate, &up, &down, mask, &coef, self.dims);
-        (y, reference::backward(&dy, &x, &gate, &up, &down, mask, &coef, self.dims))
+        let (gate, up, down, mask, coef) = (&gate, &up, &down, &self.routing.mask, &coef);
+        let layer = reference::Layer { x: &x, gate, up, down, mask, coef, dims: self.dims };
+        (reference::forward(layer), reference::backward(&dy, layer))
     }
 
     fn check_train(&self, name: &str, got: &Results) {
@@ -180,21 +238,22 @@ fn the_reference_gradient_is_the_derivative_with_the_mask_frozen() {
             [&problem.x, &problem.gate, &problem.up, &problem.down, &problem.dy, &problem.routing.coef]
                 .map(|x| f64s(x));
         let mask = &problem.routing.mask;
-        let loss = |x: &[f64], gate: &[f64], up: &[f64], down: &[f64], mask: &[bool], coef: &[f64]| -> f64 {
-            let y = reference::forward(x, gate, up, down, mask, coef, dims);
-            y.iter().zip(&dy).map(|(y, dy)| y * dy).sum()
+        let layer = reference::Layer { x: &x, gate: &gate, up: &up, down: &down, mask, coef: &coef, dims };
+        let loss = |layer: reference::Layer<'_>| -> f64 {
+            reference::forward(layer).iter().zip(&dy).map(|(y, dy)| y * dy).sum()
         };
-        let got = reference::backward(&dy, &x, &gate, &up, &down, mask, &coef, dims);
+        let got = reference::backward(&dy, layer);
         let check = |name: &str, got: &[f64], at: &[f64], f: &dyn Fn(&[f64]) -> f64| {
             assert_close_f64(name, got, &finite_differences(at, 1e-5, f), 1e-8);
         };
-        check("dx", &got.dx, &x, &|x| loss(x, &gate, &up, &down, mask, &coef));
-        check("dgate", &got.dgate, &gate, &|gate| loss(&x, gate, &up, &down, mask, &coef));
-        check("dup", &got.dup, &up, &|up| loss(&x, &gate, up, &down, mask, &coef));
-        check("ddown", &got.ddown, &down, &|down| loss(&x, &gate, &up, down, mask, &coef));
+        check("dx", &got.dx, &x, &|x| loss(reference::Layer { x, ..layer }));
+        check("dgate", &got.dgate, &gate, &|gate| loss(reference::Layer { gate, ..layer }));
+        check("dup", &got.dup, &up, &|up| loss(reference::Layer { up, ..layer }));
+        check("ddown", &got.ddown, &down, &|down| loss(reference::Layer { down, ..layer }));
         // The straight-through rule reads an inactive pair's derivative as if the pair were active.
         let open = vec![true; mask.len()];
-        let mut want = finite_differences(&coef, 1e-5, |coef| loss(&x, &gate, &up, &down, &open, coef));
+        let mut want =
+            finite_differences(&coef, 1e-5, |coef| loss(reference::Layer { mask: &open, coef, ..layer }));
         if !all_pairs {
             want.iter_mut().zip(mask).filter(|(_, active)| !**active).for_each(|(want, _)| *want = 0.0);
         }
@@ -207,11 +266,12 @@ fn the_hand_example_comes_out() {
     // d = D = 2, n = 2, gate = I, up = [[1,2],[0,1]] transposed to rows, down = I, x = [1,-1].
     let dims = dims(1, 2, 1, 2);
     let (identity, up) = ([1.0, 0.0, 0.0, 1.0], [1.0, 0.0, 2.0, 1.0]);
-    let y = reference::forward(&[1.0, -1.0], &identity, &up, &identity, &[true, true], &[1.0, 1.0], dims);
-    assert_close_f64("dense", &y, &[0.731_058_578_63, -0.268_941_421_37], 1e-10);
-    let coef = [0.731_058_578_63, 0.268_941_421_37];
-    let y = reference::forward(&[1.0, -1.0], &identity, &up, &identity, &[true, false], &coef, dims);
-    assert_close_f64("gated", &y, &[0.534_446_645_39, 0.0], 1e-10);
+    let (x, gate, up, down) = (&[1.0, -1.0], &identity, &up, &identity);
+    let dense = reference::Layer { x, gate, up, down, mask: &[true, true], coef: &[1.0, 1.0], dims };
+    assert_close_f64("dense", &reference::forward(dense), &[0.731_058_578_63, -0.268_941_421_37], 1e-10);
+    let coef = &[0.731_058_578_63, 0.268_941_421_37];
+    let gated = reference::Layer { mask: &[true, false], coef, ..dense };
+    assert_close_f64("gated", &reference::forward(gated), &[0.534_446_645_39, 0.0], 1e-10);
 }
 
 type Active = fn(usize, usize) -> bool;
@@ -245,14 +305,19 @@ fn problems() -> Vec<Problem> {
 fn kernels_agree_with_the_reference_on_every_tier() {
     for isa in Isa::available() {
         // One scratch for all shapes: leftovers of another problem must not show.
-        let mut scratch = Scratch::with(isa, Precision::F32);
+        let mut scratch = Scratch::new(Precision::F32);
         for mut problem in problems() {
             for all_pairs in [true, false] {
                 problem.dims.all_pairs = all_pairs;
                 let name = format!("{} {:?} {:?}", isa.name(), problem.dims, problem.routing.offsets);
                 let (want, _) = problem.expected();
-                assert_close(&format!("{name} forward"), &problem.forward(&mut scratch), &want, TOLERANCE);
-                problem.check_train(&name, &problem.train(&mut scratch));
+                assert_close(
+                    &format!("{name} forward"),
+                    &problem.forward(isa, &mut scratch),
+                    &want,
+                    TOLERANCE,
+                );
+                problem.check_train(&name, &problem.train(isa, &mut scratch));
             }
         }
     }
@@ -263,10 +328,10 @@ fn the_dense_entry_is_one_expert_always_on() {
     for (tokens, hidden, width) in [(1, 40, 70), (3, 33, 200), (6, 40, 150), (50, 130, 300), (0, 3, 3)] {
         let mut problem = Problem::new(dims(tokens, hidden, width, 1), |_, _| true);
         problem.routing = Routing::of(vec![true; tokens], vec![1.0; tokens], tokens, 1);
-        let mut scratch = Scratch::new();
+        let mut scratch = Scratch::default();
         let (y, mut dense) = problem.dense(&mut scratch);
-        assert_eq!(y, problem.forward(&mut scratch), "forward of {:?}", problem.dims);
-        let routed = problem.train(&mut scratch);
+        assert_eq!(y, problem.forward(Isa::current(), &mut scratch), "forward of {:?}", problem.dims);
+        let routed = problem.train(Isa::current(), &mut scratch);
         dense.dcoef.clone_from(&routed.dcoef);
         assert_eq!(dense, routed, "training of {:?}", problem.dims);
     }
@@ -278,9 +343,14 @@ fn all_experts_with_coefficient_one_are_the_dense_ffn() {
         for tokens in [2, 21, 90] {
             let mut problem = Problem::new(dims(tokens, 48, 96 / n, n), |_, _| true);
             problem.routing = Routing::of(vec![true; tokens * n], vec![1.0; tokens * n], tokens, n);
-            let mut scratch = Scratch::new();
+            let mut scratch = Scratch::default();
             let (dense, _) = problem.dense(&mut scratch);
-            assert_close(&format!("{n} experts"), &problem.forward(&mut scratch), &f64s(&dense), 1e-5);
+            assert_close(
+                &format!("{n} experts"),
+                &problem.forward(Isa::current(), &mut scratch),
+                &f64s(&dense),
+                1e-5,
+            );
         }
     }
 }
@@ -292,8 +362,11 @@ fn threads_do_not_change_a_bit() {
             let problem = Problem::new(Dims { all_pairs, ..dims(tokens, 160, 96, 5) }, scattered);
             let run = |threads| {
                 with_threads(threads, || {
-                    let mut scratch = Scratch::new();
-                    (problem.forward(&mut scratch), problem.train(&mut scratch))
+                    let mut scratch = Scratch::default();
+                    (
+                        problem.forward(Isa::current(), &mut scratch),
+                        problem.train(Isa::current(), &mut scratch),
+                    )
                 })
             };
             let one = run(1);
@@ -310,7 +383,7 @@ const BF16_TOLERANCE: f64 = 0.02;
 #[test]
 fn bf16_is_f32_up_to_rounding_on_every_tier() {
     for isa in Isa::available() {
-        let mut scratch = Scratch::with(isa, Precision::Bf16);
+        let mut scratch = Scratch::new(Precision::Bf16);
         for problem in problems() {
             let Dims { hidden, intermediate, num_experts, .. } = problem.dims;
             let name = format!("{} {:?}", isa.name(), problem.dims);
@@ -318,9 +391,17 @@ fn bf16_is_f32_up_to_rounding_on_every_tier() {
             let (weights, routes) = (problem.weights(), problem.routing.routes());
             let packed = PackedWeights::new(Precision::Bf16, &weights, hidden, intermediate, num_experts);
             let mut y = vec![f32::NAN; problem.x.len()];
-            forward_packed(&mut y, &problem.x, &packed, &routes, problem.dims, &mut scratch);
+            ForwardPacked {
+                y: &mut y,
+                x: &problem.x,
+                weights: &packed,
+                pairs: Pairs::Routed(&routes),
+                dims: problem.dims,
+                scratch: &mut scratch,
+            }
+            .run_on(isa);
             assert_close(&format!("{name} packed"), &y, &want, BF16_TOLERANCE);
-            let got = problem.train(&mut scratch);
+            let got = problem.train(isa, &mut scratch);
             assert_close(&format!("{name} y"), &got.y, &want, BF16_TOLERANCE);
             assert_close(&format!("{name} dx"), &got.dx, &grads.dx, BF16_TOLERANCE);
             assert_close(&format!("{name} dcoef"), &got.dcoef, &grads.dcoef, BF16_TOLERANCE);
@@ -352,8 +433,9 @@ fn the_order_of_the_experts_does_not_matter() {
         dy: problem.dy.clone(),
         routing: Routing::of(mask, coef, tokens, n),
     };
-    let mut scratch = Scratch::new();
-    let (plain, moved) = (problem.train(&mut scratch), permuted.train(&mut scratch));
+    let mut scratch = Scratch::default();
+    let (plain, moved) =
+        (problem.train(Isa::current(), &mut scratch), permuted.train(Isa::current(), &mut scratch));
     assert_close("y", &moved.y, &f64s(&plain.y), 1e-6);
     assert_close("dx", &moved.dx, &f64s(&plain.dx), 1e-6);
     assert_close("dgate", &moved.dgate, &f64s(&experts(&plain.dgate)), 1e-6);
@@ -361,11 +443,19 @@ fn the_order_of_the_experts_does_not_matter() {
 }
 
 #[test]
-#[should_panic(expected = "expert_ffn::forward_packed: offsets")]
+#[should_panic(expected = "expert_ffn::ForwardPacked: offsets")]
 fn routes_of_another_shape_are_refused() {
     let problem = Problem::new(dims(3, 4, 2, 2), scattered);
     let other = Routing::new(3, 3, scattered, 1);
     let mut y = vec![0.0; 12];
     let packed = problem.packed(2);
-    forward_packed(&mut y, &problem.x, &packed, &other.routes(), problem.dims, &mut Scratch::new());
+    ForwardPacked {
+        y: &mut y,
+        x: &problem.x,
+        weights: &packed,
+        pairs: Pairs::Routed(&other.routes()),
+        dims: problem.dims,
+        scratch: &mut Scratch::default(),
+    }
+    .run();
 }

@@ -9,7 +9,7 @@ use crate::simd::{Kernel, Simd, dot};
 /// Weights read by one task.
 const TASK_WEIGHTS: usize = 1 << 16;
 
-/// Sets y; see [`super::forward`].
+/// Sets y; see [`super::Forward`].
 pub(super) fn few_rows(isa: Isa, y: &mut [f32], x: &[f32], w: &[f32], dims: Dims) {
     let Dims { rows, inputs, outputs, .. } = dims;
     if rows == 0 || outputs == 0 {
@@ -47,7 +47,7 @@ struct Block<'a> {
 impl Kernel for Block<'_> {
     type Output = ();
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
+    fn body<S: Simd>(self, s: S) {
         for (o, y) in self.y.chunks_exact_mut(self.stride).enumerate() {
             let w = &self.w[o * self.inputs..][..self.inputs];
             for (t, y) in y[..self.rows].iter_mut().enumerate() {

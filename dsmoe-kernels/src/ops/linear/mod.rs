@@ -13,7 +13,7 @@ pub mod reference;
 mod tests;
 
 use crate::isa::Isa;
-use crate::matmul::{Mat, Packed, Precision, matmul, matmul_packed};
+use crate::matmul::{Mat, Matmul, MatmulPacked, Packed, Precision};
 
 /// Sizes of a linear layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,86 +42,122 @@ impl Dims {
 const FEW_ROWS: usize = 4;
 
 /// Sets `y = x W^T`.
-///
-/// # Panics
-/// Lengths do not fit `dims`.
-pub fn forward(y: &mut [f32], x: &[f32], w: &[f32], dims: Dims) {
-    forward_on(Isa::current(), y, x, w, dims);
-}
-
-/// [`forward`] on a given tier (the tier matters for few rows only).
-pub fn forward_on(isa: Isa, y: &mut [f32], x: &[f32], w: &[f32], dims: Dims) {
-    dims.check("linear::forward", x.len(), w.len(), y.len());
-    if dims.rows <= FEW_ROWS {
-        kernel::few_rows(isa, y, x, w, dims);
-    } else {
-        matmul(
-            y,
-            Mat::new(x, dims.rows, dims.inputs),
-            Mat::new(w, dims.outputs, dims.inputs).t(),
-            false,
-            dims.precision,
-        );
-    }
+#[derive(Debug)]
+pub struct Forward<'a> {
+    /// `[rows, outputs]`, set.
+    pub y: &'a mut [f32],
+    /// `[rows, inputs]`
+    pub x: &'a [f32],
+    /// `[outputs, inputs]`
+    pub w: &'a [f32],
+    /// The sizes.
+    pub dims: Dims,
 }
 
 /// Sets `y = x W^T` for packed weights and any number of rows; x is rounded to the weights' precision.
-///
-/// # Panics
-/// Lengths do not fit.
-pub fn forward_packed(y: &mut [f32], x: &[f32], w: &Packed, rows: usize) {
-    assert!(
-        x.len() == rows * w.inputs() && y.len() == rows * w.outputs(),
-        "linear::forward_packed: x {}, y {} values for {rows} rows of [{}, {}]",
-        x.len(),
-        y.len(),
-        w.outputs(),
-        w.inputs()
-    );
-    matmul_packed(Isa::current(), y, Mat::new(x, rows, w.inputs()), w);
+#[derive(Debug)]
+pub struct ForwardPacked<'a> {
+    /// `[rows, outputs]`, set.
+    pub y: &'a mut [f32],
+    /// `[rows, inputs]`
+    pub x: &'a [f32],
+    /// The weights.
+    pub w: &'a Packed,
+    /// Rows of x and y: tokens.
+    pub rows: usize,
 }
 
-/// Sets `dx = dy W`.
-///
-/// # Panics
-/// Lengths do not fit `dims`.
-pub fn backward_input(dx: &mut [f32], dy: &[f32], w: &[f32], dims: Dims) {
-    dims.check("linear::backward_input", dx.len(), w.len(), dy.len());
-    matmul(
-        dx,
-        Mat::new(dy, dims.rows, dims.outputs),
-        Mat::new(w, dims.outputs, dims.inputs),
-        false,
-        dims.precision,
-    );
-}
-
-/// Adds `dy W` to `dx`: for inputs that feed several layers.
-///
-/// # Panics
-/// Lengths do not fit `dims`.
-pub fn backward_input_add(dx: &mut [f32], dy: &[f32], w: &[f32], dims: Dims) {
-    dims.check("linear::backward_input_add", dx.len(), w.len(), dy.len());
-    matmul(
-        dx,
-        Mat::new(dy, dims.rows, dims.outputs),
-        Mat::new(w, dims.outputs, dims.inputs),
-        true,
-        dims.precision,
-    );
+/// Sets `dx = dy W`, or adds to it.
+#[derive(Debug)]
+pub struct BackwardInput<'a> {
+    /// `[rows, inputs]`, set; with `add`, added to.
+    pub dx: &'a mut [f32],
+    /// `[rows, outputs]`
+    pub dy: &'a [f32],
+    /// `[outputs, inputs]`
+    pub w: &'a [f32],
+    /// The sizes.
+    pub dims: Dims,
+    /// Adds to `dx`: for inputs that feed several layers.
+    pub add: bool,
 }
 
 /// Adds `dy^T x` to `dw`.
-///
-/// # Panics
-/// Lengths do not fit `dims`.
-pub fn backward_weight(dw: &mut [f32], dy: &[f32], x: &[f32], dims: Dims) {
-    dims.check("linear::backward_weight", x.len(), dw.len(), dy.len());
-    matmul(
-        dw,
-        Mat::new(dy, dims.rows, dims.outputs).t(),
-        Mat::new(x, dims.rows, dims.inputs),
-        true,
-        dims.precision,
-    );
+#[derive(Debug)]
+pub struct BackwardWeight<'a> {
+    /// `[outputs, inputs]`, added to.
+    pub dw: &'a mut [f32],
+    /// `[rows, outputs]`
+    pub dy: &'a [f32],
+    /// `[rows, inputs]`
+    pub x: &'a [f32],
+    /// The sizes.
+    pub dims: Dims,
+}
+
+run_on_current_tier!(Forward, ForwardPacked, BackwardInput, BackwardWeight);
+
+impl Forward<'_> {
+    /// Runs the op on a given tier.
+    ///
+    /// # Panics
+    /// Lengths do not fit `dims`.
+    pub fn run_on(self, isa: Isa) {
+        let Forward { y, x, w, dims } = self;
+        dims.check("linear::Forward", x.len(), w.len(), y.len());
+        if dims.rows <= FEW_ROWS {
+            kernel::few_rows(isa, y, x, w, dims);
+            return;
+        }
+        let Dims { rows, inputs, outputs, precision } = dims;
+        let (a, b) = (Mat::new(x, rows, inputs), Mat::new(w, outputs, inputs).t());
+        Matmul { c: y, a, b, accumulate: false, precision }.run_on(isa);
+    }
+}
+
+impl ForwardPacked<'_> {
+    /// Runs the op on a given tier.
+    ///
+    /// # Panics
+    /// Lengths do not fit.
+    pub fn run_on(self, isa: Isa) {
+        let ForwardPacked { y, x, w, rows } = self;
+        assert!(
+            x.len() == rows * w.inputs() && y.len() == rows * w.outputs(),
+            "linear::ForwardPacked: x {}, y {} values for {rows} rows of [{}, {}]",
+            x.len(),
+            y.len(),
+            w.outputs(),
+            w.inputs()
+        );
+        MatmulPacked { c: y, a: Mat::new(x, rows, w.inputs()), w }.run_on(isa);
+    }
+}
+
+impl BackwardInput<'_> {
+    /// Runs the op on a given tier.
+    ///
+    /// # Panics
+    /// Lengths do not fit `dims`.
+    pub fn run_on(self, isa: Isa) {
+        let BackwardInput { dx, dy, w, dims, add } = self;
+        dims.check("linear::BackwardInput", dx.len(), w.len(), dy.len());
+        let Dims { rows, inputs, outputs, precision } = dims;
+        let (a, b) = (Mat::new(dy, rows, outputs), Mat::new(w, outputs, inputs));
+        Matmul { c: dx, a, b, accumulate: add, precision }.run_on(isa);
+    }
+}
+
+impl BackwardWeight<'_> {
+    /// Runs the op on a given tier.
+    ///
+    /// # Panics
+    /// Lengths do not fit `dims`.
+    pub fn run_on(self, isa: Isa) {
+        let BackwardWeight { dw, dy, x, dims } = self;
+        dims.check("linear::BackwardWeight", x.len(), dw.len(), dy.len());
+        let Dims { rows, inputs, outputs, precision } = dims;
+        let (a, b) = (Mat::new(dy, rows, outputs).t(), Mat::new(x, rows, inputs));
+        Matmul { c: dw, a, b, accumulate: true, precision }.run_on(isa);
+    }
 }

@@ -1,4 +1,4 @@
-use super::{Dims, backward_input, backward_input_add, backward_weight, forward_on, reference};
+use super::{BackwardInput, BackwardWeight, Dims, Forward, reference};
 use crate::Precision;
 use crate::isa::Isa;
 use crate::testing::{assert_close, f64s, finite_differences, normals};
@@ -27,18 +27,18 @@ fn forward_and_backward_agree_with_the_reference_on_every_tier() {
         let want = reference::forward(&f64s(&x), &f64s(&w), dims);
         for isa in Isa::available() {
             let mut y = vec![f32::NAN; rows * outputs];
-            forward_on(isa, &mut y, &x, &w, dims);
+            Forward { y: &mut y, x: &x, w: &w, dims }.run_on(isa);
             assert_close(&format!("y {} {dims:?}", isa.name()), &y, &want, 3e-6 * (inputs as f64).sqrt());
         }
         let (want_dx, want_dw) = reference::backward(&f64s(&dy), &f64s(&x), &f64s(&w), dims);
         let mut dx = vec![f32::NAN; rows * inputs];
-        backward_input(&mut dx, &dy, &w, dims);
+        BackwardInput { dx: &mut dx, dy: &dy, w: &w, dims, add: false }.run();
         assert_close("dx", &dx, &want_dx, 3e-6 * (outputs as f64).sqrt());
         let doubled: Vec<f64> = want_dx.iter().map(|x| 2.0 * x).collect();
-        backward_input_add(&mut dx, &dy, &w, dims);
+        BackwardInput { dx: &mut dx, dy: &dy, w: &w, dims, add: true }.run();
         assert_close("dx added", &dx, &doubled, 6e-6 * (outputs as f64).sqrt());
         let mut dw = vec![1.0; outputs * inputs];
-        backward_weight(&mut dw, &dy, &x, dims);
+        BackwardWeight { dw: &mut dw, dy: &dy, x: &x, dims }.run();
         let want_dw: Vec<f64> = want_dw.iter().map(|x| x + 1.0).collect();
         assert_close("dw", &dw, &want_dw, 3e-6 * (rows.max(1) as f64).sqrt());
     }

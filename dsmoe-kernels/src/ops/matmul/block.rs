@@ -105,7 +105,7 @@ struct Task<'a, 'w, K> {
 impl<K: Sink> ProductKernel for Task<'_, '_, K> {
     type Output = ();
     #[inline(always)]
-    fn run<S: Product>(self, s: S) {
+    fn body<S: Product>(self, s: S) {
         let Task { block, work } = self;
         let Work { a, a_pairs, sums, widened } = work;
         let (rows, k) = (block.rows.len(), block.ks.len());
@@ -237,7 +237,7 @@ impl PackLeft<'_> {
 impl ProductKernel for (PackLeft<'_>, &mut Work) {
     type Output = ();
     #[inline(always)]
-    fn run<S: Product>(self, s: S) {
+    fn body<S: Product>(self, s: S) {
         let (PackLeft { out, source, rows, ks, precision }, Work { a, .. }) = self;
         let depth = ks.len();
         if precision == Precision::Bf16 && S::DOTS {

@@ -121,93 +121,76 @@ impl<'a> Mat<'a> {
     }
 }
 
-/// `C = A B` (sets), or `C += A B` when `accumulate`. `c` is row-major `[a.rows, b.cols]`.
-///
-/// # Panics
-/// Shapes do not fit.
-pub fn matmul(c: &mut [f32], a: Mat<'_>, b: Mat<'_>, accumulate: bool, precision: Precision) {
-    matmul_on(Isa::current(), c, a, b, accumulate, precision);
+/// Sets `C = A B`, or adds to it.
+#[derive(Debug)]
+pub struct Matmul<'a> {
+    /// Row-major `[m, n]`, set; with `accumulate`, added to.
+    pub c: &'a mut [f32],
+    /// `[m, k]`
+    pub a: Mat<'a>,
+    /// `[k, n]`
+    pub b: Mat<'a>,
+    /// Adds to `c`.
+    pub accumulate: bool,
+    /// The precision that A and B are rounded to.
+    pub precision: Precision,
 }
 
-/// [`matmul`] on a given tier.
-///
-/// # Panics
-/// As [`matmul`].
-pub fn matmul_on(isa: Isa, c: &mut [f32], a: Mat<'_>, b: Mat<'_>, accumulate: bool, precision: Precision) {
-    run(isa, c, a, b, accumulate, precision, true);
+/// Sets `C = A W^T` for a packed W; A is rounded to the weights' precision.
+#[derive(Debug)]
+pub struct MatmulPacked<'a> {
+    /// Row-major `[rows, outputs]`, set.
+    pub c: &'a mut [f32],
+    /// `[rows, inputs]`
+    pub a: Mat<'a>,
+    /// The weights.
+    pub w: &'a Packed,
 }
 
-/// [`matmul`] on the calling thread alone: for products inside parallel tasks.
-///
-/// # Panics
-/// As [`matmul`].
-pub fn matmul_serial(
-    isa: Isa,
-    c: &mut [f32],
-    a: Mat<'_>,
-    b: Mat<'_>,
-    accumulate: bool,
-    precision: Precision,
-) {
-    run(isa, c, a, b, accumulate, precision, false);
-}
+run_on_current_tier!(Matmul, MatmulPacked);
 
-/// `C = A W^T` for a packed `w`: A `[rows, inputs]`, `c` row-major `[rows, outputs]`. A is rounded to the weights'
-/// precision.
-///
-/// # Panics
-/// Shapes do not fit.
-pub fn matmul_packed(isa: Isa, c: &mut [f32], a: Mat<'_>, w: &Packed) {
-    assert!(
-        a.cols == w.inputs() && c.len() == a.rows * w.outputs(),
-        "matmul_packed: [{}, {}] x packed [{}, {}] into {} values",
-        a.rows,
-        a.cols,
-        w.outputs(),
-        w.inputs(),
-        c.len()
-    );
-    if a.cols == 0 {
-        c.fill(0.0);
-    } else if !c.is_empty() {
-        product::product_packed(isa, c, a, w);
+impl Matmul<'_> {
+    /// Runs the op on a given tier.
+    ///
+    /// # Panics
+    /// Shapes do not fit.
+    pub fn run_on(self, isa: Isa) {
+        let Matmul { c, a, b, accumulate, precision } = self;
+        assert!(
+            a.cols == b.rows && c.len() == a.rows * b.cols,
+            "matmul: [{}, {}] x [{}, {}] into {} values",
+            a.rows,
+            a.cols,
+            b.rows,
+            b.cols,
+            c.len()
+        );
+        let (m, n, k) = (a.rows, b.cols, a.cols);
+        let (a, b) = (Source::rows(a), Source::rows(b.t()));
+        Operands { a, b, m, n, k, precision }.multiply(isa, c, accumulate, true);
     }
 }
 
-fn run(
-    isa: Isa,
-    c: &mut [f32],
-    a: Mat<'_>,
-    b: Mat<'_>,
-    accumulate: bool,
-    precision: Precision,
-    parallel: bool,
-) {
-    assert!(
-        a.cols == b.rows && c.len() == a.rows * b.cols,
-        "matmul: [{}, {}] x [{}, {}] into {} values",
-        a.rows,
-        a.cols,
-        b.rows,
-        b.cols,
-        c.len()
-    );
-    if c.is_empty() {
-        return;
-    }
-    if a.cols == 0 {
-        if !accumulate {
+impl MatmulPacked<'_> {
+    /// Runs the op on a given tier.
+    ///
+    /// # Panics
+    /// Shapes do not fit.
+    pub fn run_on(self, isa: Isa) {
+        let MatmulPacked { c, a, w } = self;
+        assert!(
+            a.cols == w.inputs() && c.len() == a.rows * w.outputs(),
+            "MatmulPacked: [{}, {}] x packed [{}, {}] into {} values",
+            a.rows,
+            a.cols,
+            w.outputs(),
+            w.inputs(),
+            c.len()
+        );
+        if a.cols == 0 {
             c.fill(0.0);
+        } else if !c.is_empty() {
+            product::product_packed(isa, c, a, w);
         }
-        return;
     }
-    let operands = product::Operands {
-        a: pack::Source::rows(a),
-        b: pack::Source::rows(b.t()),
-        m: a.rows,
-        n: b.cols,
-        k: a.cols,
-        precision,
-    };
-    operands.multiply(isa, c, accumulate, parallel);
 }

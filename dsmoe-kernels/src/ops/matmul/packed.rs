@@ -172,7 +172,7 @@ const STEP: usize = 128;
 impl<const N: usize> ProductKernel for PackPanel<'_, N> {
     type Output = ();
     #[inline(always)]
-    fn run<S: Product>(self, s: S) {
+    fn body<S: Product>(self, s: S) {
         let PackPanel { out, parts, ks, precision } = self;
         let width = PANEL / N;
         match precision {

@@ -10,7 +10,7 @@ use super::pack::{PANEL, Source, round};
 use super::packed::{PackPanel, panel_len, panels};
 use super::{Mat, Precision};
 use crate::blocks::each_when;
-use crate::buf::Buf;
+use crate::buf::{Buf, SharedRows};
 use crate::isa::Isa;
 use crate::simd::{Product, ProductKernel};
 
@@ -39,9 +39,7 @@ const TASKS_PER_THREAD: usize = 8;
 /// Rows of C, row-major; tasks write different rows or different columns.
 #[derive(Clone, Copy)]
 pub(crate) struct Rows<'a> {
-    c: *mut f32,
-    len: usize,
-    row_stride: usize,
+    c: SharedRows<'a>,
     /// Columns of C, of which the panels cover those from 0.
     columns: usize,
     /// Row of C for every row of the product.
@@ -49,46 +47,34 @@ pub(crate) struct Rows<'a> {
     accumulate: bool,
 }
 
-// SAFETY: a `Rows` only writes through `row`, whose callers own the columns of the rows they ask for.
-unsafe impl Send for Rows<'_> {}
-// SAFETY: as above.
-unsafe impl Sync for Rows<'_> {}
-
 impl<'a> Rows<'a> {
-    /// All of `c`, whose rows have `columns` values; `picked` says which row of C a row of the product is added to
-    /// or stored in, no row twice.
+    /// Takes all of `c`, whose rows have `columns` values.
     ///
     /// # Safety
-    /// While the value is used, nobody else touches `c`, and no two tasks run at once whose rows and panels
-    /// overlap.
-    pub(crate) unsafe fn new(
-        c: &'a mut [f32],
-        columns: usize,
-        picked: Option<&'a [u32]>,
-        accumulate: bool,
-    ) -> Rows<'a> {
-        Rows { c: c.as_mut_ptr(), len: c.len(), row_stride: columns, columns, picked, accumulate }
+    /// No two tasks run at once whose rows and panels overlap.
+    pub(crate) unsafe fn new(c: &'a mut [f32], columns: usize, accumulate: bool) -> Rows<'a> {
+        Rows { c: SharedRows::new(c, columns), columns, picked: None, accumulate }
     }
 
-    /// The same for a product whose rows are other rows of C.
+    /// Returns the same rows for a product whose row r is added to or stored in row `rows[r]` of C, no row twice.
     pub(crate) fn picked(self, rows: Option<&'a [u32]>) -> Rows<'a> {
         Rows { picked: rows, ..self }
     }
 
+    /// Returns the same rows, with panel 0 being panel `first` of C.
+    pub(crate) fn starting_at_panel(self, first: usize) -> Rows<'a> {
+        let skip = first * PANEL;
+        Rows { c: self.c.starting_at(skip), columns: self.columns - skip, ..self }
+    }
+
     /// The columns of `panel` in row `row` of the product.
-    #[expect(clippy::mut_from_ref, reason = "tasks share the sink and own different parts of C: see `new`")]
     #[inline(always)]
-    fn row(&self, row: usize, panel: usize) -> &mut [f32] {
+    fn row(&self, row: usize, panel: usize) -> &'a mut [f32] {
         let row = self.picked.map_or(row, |rows| rows[row] as usize);
         let first = panel * PANEL;
-        let width = PANEL.min(self.columns - first);
-        let start = row * self.row_stride + first;
-        assert!(start + width <= self.len);
-        // SAFETY: `start + width <= len` of the slice that `new` was given, and by its contract no other task
-        // uses this row's columns of this panel.
-        let start = unsafe { self.c.add(start) };
-        // SAFETY: as above.
-        unsafe { std::slice::from_raw_parts_mut(start, width) }
+        // SAFETY: by the contract of `new` no other task uses this row's columns of this panel, and a task uses one
+        // slice at a time.
+        unsafe { self.c.row(row, first, PANEL.min(self.columns - first)) }
     }
 }
 
@@ -233,11 +219,11 @@ pub(crate) fn right_panels(isa: Isa, precision: Precision, data: &[f32]) -> Pane
 impl<const N: usize> ProductKernel for PackRight<'_, N> {
     type Output = ();
     #[inline(always)]
-    fn run<S: Product>(self, s: S) {
+    fn body<S: Product>(self, s: S) {
         let PackRight { out, parts, ks, precision } = self;
         let stored = if S::DOTS { precision } else { Precision::F32 };
         let values = ks.len() * PANEL;
-        PackPanel { out: &mut *out, parts, ks, precision: stored }.run(s);
+        PackPanel { out: &mut *out, parts, ks, precision: stored }.body(s);
         if stored != precision {
             round(s, &mut out[..values]);
         }
@@ -271,7 +257,7 @@ impl Operands<'_> {
         let tasks = if parallel { tasks_for(m * n * k) } else { 1 };
         for start in (0..k).step_by(ROUND) {
             // SAFETY: C is borrowed mutably, and the tasks of `by_rows` and `by_columns` differ in rows or panels.
-            let sink = unsafe { Rows::new(c, n, None, accumulate || start > 0) };
+            let sink = unsafe { Rows::new(c, n, accumulate || start > 0) };
             let round = Round { isa, operands: self, ks: start..k.min(start + ROUND), tasks, sink };
             if m < n { round.by_columns() } else { round.by_rows() }
         }
@@ -357,23 +343,13 @@ impl Round<'_> {
     }
 }
 
-impl<'a> Rows<'a> {
-    /// The same rows, with panel 0 being panel `first` of C.
-    pub(crate) fn starting_at_panel(self, first: usize) -> Rows<'a> {
-        let skip = first * PANEL;
-        // SAFETY: `first` is a panel of C: the pointer stays inside its first row.
-        let c = unsafe { self.c.add(skip) };
-        Rows { c, len: self.len - skip, columns: self.columns - skip, ..self }
-    }
-}
-
 /// `C = A W^T` with packed weights.
 pub(super) fn product_packed(isa: Isa, c: &mut [f32], a: Mat<'_>, w: &super::Packed) {
     let (m, n, k) = (a.rows, w.outputs(), a.cols);
     let panels = n.div_ceil(PANEL);
     for start in (0..k).step_by(ROUND) {
         // SAFETY: C is borrowed mutably, and the grid's tasks differ in rows or panels.
-        let sink = unsafe { Rows::new(c, n, None, start > 0) };
+        let sink = unsafe { Rows::new(c, n, start > 0) };
         let ks = start..k.min(start + ROUND);
         let grid = Grid::new(m, panels, ks.len(), tasks_for(m * n * ks.len()));
         for_tasks(grid.len(), |task| {

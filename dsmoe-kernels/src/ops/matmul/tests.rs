@@ -1,4 +1,4 @@
-use super::{Mat, Packed, Precision, matmul, matmul_on, matmul_packed, reference};
+use super::{Mat, Matmul, MatmulPacked, Packed, Precision, reference};
 use crate::isa::Isa;
 use crate::testing::{assert_close, f64s, normals, with_threads};
 
@@ -46,10 +46,10 @@ fn all_layouts_agree_with_the_reference_on_every_tier() {
                 for isa in Isa::available() {
                     let name = format!("{layout} {m}x{k}x{n} {precision} {}", isa.name());
                     let mut c = c0.clone();
-                    matmul_on(isa, &mut c, a, b, false, precision);
+                    Matmul { c: &mut c, a, b, accumulate: false, precision }.run_on(isa);
                     assert_close(&name, &c, &want, 3e-6 * (k as f64).sqrt());
                     let mut c = c0.clone();
-                    matmul_on(isa, &mut c, a, b, true, precision);
+                    Matmul { c: &mut c, a, b, accumulate: true, precision }.run_on(isa);
                     assert_close(&format!("{name} +="), &c, &added, 3e-6 * (k as f64).sqrt());
                 }
             }
@@ -65,8 +65,15 @@ fn packed_weights_give_the_same_bits_as_packing_on_the_way() {
             let packed = Packed::new(precision, Mat::new(&w, n, k));
             for isa in Isa::available() {
                 let (mut got, mut want) = (vec![f32::NAN; m * n], vec![f32::NAN; m * n]);
-                matmul_packed(isa, &mut got, Mat::new(&a, m, k), &packed);
-                matmul_on(isa, &mut want, Mat::new(&a, m, k), Mat::new(&w, n, k).t(), false, precision);
+                MatmulPacked { c: &mut got, a: Mat::new(&a, m, k), w: &packed }.run_on(isa);
+                Matmul {
+                    c: &mut want,
+                    a: Mat::new(&a, m, k),
+                    b: Mat::new(&w, n, k).t(),
+                    accumulate: false,
+                    precision,
+                }
+                .run_on(isa);
                 assert!(got == want, "{m}x{k}x{n} {precision} {}", isa.name());
             }
         }
@@ -101,7 +108,7 @@ fn rounding_keeps_what_is_not_finite() {
         for (i, want) in [f32::NAN, f32::INFINITY, f32::NAN, 1.0].into_iter().enumerate() {
             let mut c = [0.0];
             let (row, col) = (Mat::new(&a[i..=i], 1, 1), Mat::new(&identity[..1], 1, 1));
-            matmul_on(isa, &mut c, row, col, false, Precision::Bf16);
+            Matmul { c: &mut c, a: row, b: col, accumulate: false, precision: Precision::Bf16 }.run_on(isa);
             assert!(c[0] == want || (c[0].is_nan() && want.is_nan()), "{} {want}: {}", isa.name(), c[0]);
         }
     }
@@ -113,17 +120,45 @@ fn strided_rows_are_read_in_place() {
     let b = normals(7 * 3, 5);
     let narrow: Vec<f32> = wide.chunks(12).flat_map(|row| row[..7].to_vec()).collect();
     let (mut got, mut want) = (vec![0.0; 15], vec![0.0; 15]);
-    matmul(&mut got, Mat::with_stride(&wide, 5, 7, 12), Mat::new(&b, 7, 3), false, Precision::F32);
-    matmul(&mut want, Mat::new(&narrow, 5, 7), Mat::new(&b, 7, 3), false, Precision::F32);
+    Matmul {
+        c: &mut got,
+        a: Mat::with_stride(&wide, 5, 7, 12),
+        b: Mat::new(&b, 7, 3),
+        accumulate: false,
+        precision: Precision::F32,
+    }
+    .run();
+    Matmul {
+        c: &mut want,
+        a: Mat::new(&narrow, 5, 7),
+        b: Mat::new(&b, 7, 3),
+        accumulate: false,
+        precision: Precision::F32,
+    }
+    .run();
     assert_eq!(got, want);
 }
 
 #[test]
 fn an_empty_inner_dimension_gives_zero() {
     let mut c = vec![1.0; 6];
-    matmul(&mut c, Mat::new(&[], 2, 0), Mat::new(&[], 0, 3), true, Precision::F32);
+    Matmul {
+        c: &mut c,
+        a: Mat::new(&[], 2, 0),
+        b: Mat::new(&[], 0, 3),
+        accumulate: true,
+        precision: Precision::F32,
+    }
+    .run();
     assert_eq!(c, [1.0; 6]);
-    matmul(&mut c, Mat::new(&[], 2, 0), Mat::new(&[], 0, 3), false, Precision::F32);
+    Matmul {
+        c: &mut c,
+        a: Mat::new(&[], 2, 0),
+        b: Mat::new(&[], 0, 3),
+        accumulate: false,
+        precision: Precision::F32,
+    }
+    .run();
     assert_eq!(c, [0.0; 6]);
 }
 
@@ -134,7 +169,14 @@ fn threads_do_not_change_a_bit() {
         let run = |threads| {
             with_threads(threads, || {
                 let mut c = vec![0.0; m * n];
-                matmul(&mut c, Mat::new(&a, m, k), Mat::new(&b, k, n), false, Precision::F32);
+                Matmul {
+                    c: &mut c,
+                    a: Mat::new(&a, m, k),
+                    b: Mat::new(&b, k, n),
+                    accumulate: false,
+                    precision: Precision::F32,
+                }
+                .run();
                 c
             })
         };

@@ -103,7 +103,7 @@ trait Pass<const R: usize, const P: usize> {
 impl<T: Pass<R, P>, const R: usize, const P: usize> ProductKernel for Tile<'_, T, R, P> {
     type Output = ();
     #[inline(always)]
-    fn run<S: Product>(self, s: S) {
+    fn body<S: Product>(self, s: S) {
         let Tile { pass, sums, resume } = self;
         // Neighbours: a cache line of the panel is read by one pass, not by two.
         for first in (0..PANEL).step_by(2 * S::LANES) {

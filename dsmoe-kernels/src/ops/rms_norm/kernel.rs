@@ -1,20 +1,13 @@
 //! Vector bodies.
 
+use super::{Backward, Forward, ForwardSum, Restore};
+use crate::add::Sum;
 use crate::simd::{Kernel, Simd, dot};
-
-/// A block of rows; see [`super::forward`].
-pub(super) struct Forward<'a> {
-    pub(super) y: &'a mut [f32],
-    pub(super) rstd: &'a mut [f32],
-    pub(super) x: &'a [f32],
-    pub(super) weight: &'a [f32],
-    pub(super) eps: f32,
-}
 
 impl Kernel for Forward<'_> {
     type Output = ();
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
+    fn body<S: Simd>(self, s: S) {
         let hidden = self.weight.len();
         let rows = self.y.chunks_exact_mut(hidden).zip(self.x.chunks_exact(hidden));
         for ((y, x), rstd) in rows.zip(self.rstd) {
@@ -24,43 +17,24 @@ impl Kernel for Forward<'_> {
     }
 }
 
-/// A block of rows; see [`super::forward_sum`].
-pub(super) struct ForwardSum<'a> {
-    pub(super) y: &'a mut [f32],
-    pub(super) rstd: &'a mut [f32],
-    pub(super) x: &'a mut [f32],
-    pub(super) a: &'a [f32],
-    pub(super) b: &'a [f32],
-    pub(super) weight: &'a [f32],
-    pub(super) eps: f32,
-}
-
 impl Kernel for ForwardSum<'_> {
     type Output = ();
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
+    fn body<S: Simd>(self, s: S) {
         let ForwardSum { y, rstd, x, a, b, weight, eps } = self;
         let hidden = weight.len();
         let rows = y.chunks_exact_mut(hidden).zip(rstd).zip(x.chunks_exact_mut(hidden));
         for (((y, rstd), x), (a, b)) in rows.zip(a.chunks_exact(hidden).zip(b.chunks_exact(hidden))) {
-            crate::add::Sum { out: x, a, b }.run(s);
-            Forward { y, rstd: std::slice::from_mut(rstd), x, weight, eps }.run(s);
+            Sum { out: x, a, b }.body(s);
+            Forward { y, rstd: std::slice::from_mut(rstd), x, weight, eps }.body(s);
         }
     }
-}
-
-/// A block of rows; see [`super::restore`].
-pub(super) struct Restore<'a> {
-    pub(super) y: &'a mut [f32],
-    pub(super) x: &'a [f32],
-    pub(super) weight: &'a [f32],
-    pub(super) rstd: &'a [f32],
 }
 
 impl Kernel for Restore<'_> {
     type Output = ();
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
+    fn body<S: Simd>(self, s: S) {
         let hidden = self.weight.len();
         let rows = self.y.chunks_exact_mut(hidden).zip(self.x.chunks_exact(hidden));
         for ((y, x), &rstd) in rows.zip(self.rstd) {
@@ -83,21 +57,10 @@ fn scale<S: Simd>(s: S, y: &mut [f32], x: &[f32], weight: &[f32], rstd: f32) {
     }
 }
 
-/// A block of rows; adds its sums to `dweight`, and with `add` to `dx` too.
-pub(super) struct Backward<'a> {
-    pub(super) dx: &'a mut [f32],
-    pub(super) dweight: &'a mut [f32],
-    pub(super) dy: &'a [f32],
-    pub(super) x: &'a [f32],
-    pub(super) weight: &'a [f32],
-    pub(super) rstd: &'a [f32],
-    pub(super) add: bool,
-}
-
 impl Kernel for Backward<'_> {
     type Output = ();
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
+    fn body<S: Simd>(self, s: S) {
         let Backward { dx, dweight, dy, x, weight, rstd, add } = self;
         let hidden = weight.len();
         let head = hidden - hidden % S::LANES;

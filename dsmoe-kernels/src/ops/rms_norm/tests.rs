@@ -1,4 +1,4 @@
-use super::{backward_on, forward_on, forward_sum_on, reference, restore_on};
+use super::{Backward, Forward, ForwardSum, Restore, reference};
 use crate::isa::Isa;
 use crate::testing::{
     assert_close, assert_close_f64, assert_same_on_threads, f64s, finite_differences, normals,
@@ -30,8 +30,9 @@ fn forward_and_backward_agree_with_the_reference_on_every_tier() {
             let [mut y, mut dx] = [(); 2].map(|()| vec![f32::NAN; tokens * hidden]);
             let mut rstd = vec![f32::NAN; tokens];
             let mut dw = vec![1.0; hidden];
-            forward_on(isa, &mut y, &mut rstd, &x, &w, EPS, hidden);
-            backward_on(isa, &mut dx, &mut dw, &dy, &x, &w, &rstd, hidden, false);
+            Forward { y: &mut y, rstd: &mut rstd, x: &x, weight: &w, eps: EPS }.run_on(isa);
+            Backward { dx: &mut dx, dweight: &mut dw, dy: &dy, x: &x, weight: &w, rstd: &rstd, add: false }
+                .run_on(isa);
             assert_close(&format!("y {name}"), &y, &want_y, 5e-7);
             assert_close(&format!("rstd {name}"), &rstd, &want_rstd, 5e-7);
             assert_close(&format!("dx {name}"), &dx, &want_dx, 1e-6);
@@ -49,16 +50,27 @@ fn joined_forms_are_the_sum_of_their_parts() {
     for isa in Isa::available() {
         let [mut y, mut want_y, mut sum, mut dx] = [(); 4].map(|()| vec![f32::NAN; tokens * hidden]);
         let [mut rstd, mut want_rstd] = [(); 2].map(|()| vec![f32::NAN; tokens]);
-        forward_on(isa, &mut want_y, &mut want_rstd, &x, &w, EPS, hidden);
-        forward_sum_on(isa, &mut y, &mut rstd, &mut sum, &a, &b, &w, EPS, hidden);
+        Forward { y: &mut want_y, rstd: &mut want_rstd, x: &x, weight: &w, eps: EPS }.run_on(isa);
+        ForwardSum { y: &mut y, rstd: &mut rstd, x: &mut sum, a: &a, b: &b, weight: &w, eps: EPS }
+            .run_on(isa);
         assert_eq!((&y, &rstd, &sum), (&want_y, &want_rstd, &x), "{}", isa.name());
-        restore_on(isa, &mut y, &x, &w, &rstd, hidden);
+        Restore { y: &mut y, x: &x, weight: &w, rstd: &rstd }.run_on(isa);
         assert_eq!(y, want_y, "{} restored", isa.name());
 
         let [mut dw, mut dw_again] = [(); 2].map(|()| vec![1.0; hidden]);
-        backward_on(isa, &mut dx, &mut dw, &dy, &x, &w, &rstd, hidden, false);
+        Backward { dx: &mut dx, dweight: &mut dw, dy: &dy, x: &x, weight: &w, rstd: &rstd, add: false }
+            .run_on(isa);
         let mut added = a.clone();
-        backward_on(isa, &mut added, &mut dw_again, &dy, &x, &w, &rstd, hidden, true);
+        Backward {
+            dx: &mut added,
+            dweight: &mut dw_again,
+            dy: &dy,
+            x: &x,
+            weight: &w,
+            rstd: &rstd,
+            add: true,
+        }
+        .run_on(isa);
         let want: Vec<f32> = a.iter().zip(&dx).map(|(a, dx)| a + dx).collect();
         assert_eq!((added, dw), (want, dw_again), "{}", isa.name());
     }
@@ -70,7 +82,7 @@ fn a_nan_reaches_its_row_and_no_other() {
     x[37 + 36] = f32::NAN;
     for isa in Isa::available() {
         let (mut y, mut rstd) = (vec![0.0; 3 * 37], [0.0; 3]);
-        forward_on(isa, &mut y, &mut rstd, &x, &[1.0; 37], EPS, 37);
+        Forward { y: &mut y, rstd: &mut rstd, x: &x, weight: &[1.0; 37], eps: EPS }.run_on(isa);
         assert!(y[37..74].iter().all(|y| y.is_nan()));
         assert!(y[..37].iter().chain(&y[74..]).all(|y| y.is_finite()));
     }
@@ -83,10 +95,10 @@ fn threads_do_not_change_a_bit() {
     assert_same_on_threads("rms_norm", || {
         let [mut y, mut dx] = [(); 2].map(|()| vec![0.0; tokens * hidden]);
         let (mut rstd, mut dw) = (vec![0.0; tokens], vec![0.0; hidden]);
-        super::forward(&mut y, &mut rstd, &x, &w, EPS, hidden);
-        super::backward(&mut dx, &mut dw, &dy, &x, &w, &rstd, hidden);
-        super::backward_add(&mut dx, &mut dw, &dy, &x, &w, &rstd, hidden);
-        super::restore(&mut y, &x, &w, &rstd, hidden);
+        Forward { y: &mut y, rstd: &mut rstd, x: &x, weight: &w, eps: EPS }.run();
+        Backward { dx: &mut dx, dweight: &mut dw, dy: &dy, x: &x, weight: &w, rstd: &rstd, add: false }.run();
+        Backward { dx: &mut dx, dweight: &mut dw, dy: &dy, x: &x, weight: &w, rstd: &rstd, add: true }.run();
+        Restore { y: &mut y, x: &x, weight: &w, rstd: &rstd }.run();
         [y, dx, rstd, dw]
     });
 }

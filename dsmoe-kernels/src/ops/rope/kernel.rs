@@ -13,7 +13,7 @@ pub(super) struct Rotate<'a> {
 impl Kernel for Rotate<'_> {
     type Output = ();
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
+    fn body<S: Simd>(self, s: S) {
         let half = self.cos.len();
         let direction = s.splat(self.direction);
         let head = half - half % S::LANES;

@@ -137,44 +137,54 @@ pub struct Args<'a> {
     pub heads: usize,
 }
 
-/// Rotates the rows of `x` `[batch * seq, heads * head_dim]` in place.
-///
-/// # Panics
-/// `x` is no whole number of sequences, or a position is not in the table.
-pub fn forward(x: &mut [f32], args: Args<'_>) {
-    forward_on(Isa::current(), x, args);
+/// Rotates the first [`Args::width`] columns of the rows of `x` in place; the columns past them, such as the values of
+/// a joined qkv, stay as they are.
+#[derive(Debug)]
+pub struct Forward<'a> {
+    /// `[batch * seq, stride]`
+    pub x: &'a mut [f32],
+    /// Length of a row, at least [`Args::width`].
+    pub stride: usize,
+    /// The rotation.
+    pub args: Args<'a>,
 }
 
-/// [`forward`] on a given tier.
-pub fn forward_on(isa: Isa, x: &mut [f32], args: Args<'_>) {
-    rotate("rope::forward", isa, x, args.width(), args, 1.0);
+/// Rotates the columns of the gradient `dx` back, in place.
+#[derive(Debug)]
+pub struct Backward<'a> {
+    /// `[batch * seq, stride]`
+    pub dx: &'a mut [f32],
+    /// Length of a row, at least [`Args::width`].
+    pub stride: usize,
+    /// The rotation.
+    pub args: Args<'a>,
 }
 
-/// Rotates the first `heads * head_dim` columns of the rows of `x` `[batch * seq, stride]` in place: queries and keys
-/// of a matrix that has values too.
-///
-/// # Panics
-/// As [`forward`].
-pub fn forward_columns(x: &mut [f32], stride: usize, args: Args<'_>) {
-    rotate("rope::forward_columns", Isa::current(), x, stride, args, 1.0);
+run_on_current_tier!(Forward, Backward);
+
+impl Forward<'_> {
+    /// Runs the op on a given tier.
+    ///
+    /// # Panics
+    /// `x` is no whole number of sequences, or a position is not in the table.
+    pub fn run_on(self, isa: Isa) {
+        rotate("rope::Forward", isa, self.x, self.stride, self.args, 1.0);
+    }
 }
 
-/// Rotates those columns of the gradient `dx` `[batch * seq, stride]` back, in place.
-///
-/// # Panics
-/// As [`forward`].
-pub fn backward_columns(dx: &mut [f32], stride: usize, args: Args<'_>) {
-    backward_columns_on(Isa::current(), dx, stride, args);
-}
-
-/// [`backward_columns`] on a given tier.
-pub fn backward_columns_on(isa: Isa, dx: &mut [f32], stride: usize, args: Args<'_>) {
-    rotate("rope::backward_columns", isa, dx, stride, args, -1.0);
+impl Backward<'_> {
+    /// Runs the op on a given tier.
+    ///
+    /// # Panics
+    /// As [`Forward::run_on`].
+    pub fn run_on(self, isa: Isa) {
+        rotate("rope::Backward", isa, self.dx, self.stride, self.args, -1.0);
+    }
 }
 
 impl Args<'_> {
-    /// Columns that are rotated.
-    fn width(&self) -> usize {
+    /// Columns that are rotated: `heads * head_dim`.
+    pub fn width(&self) -> usize {
         self.heads * 2 * self.table.frequencies.len()
     }
 }

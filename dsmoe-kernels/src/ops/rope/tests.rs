@@ -1,7 +1,4 @@
-use super::{
-    Args, Scaling, Table, backward_columns, backward_columns_on, forward, forward_columns, forward_on,
-    frequencies, reference,
-};
+use super::{Args, Backward, Forward, Scaling, Table, frequencies, reference};
 use crate::isa::Isa;
 use crate::testing::{
     assert_close, assert_close_f64, assert_same_on_threads, f64s, finite_differences, normals,
@@ -69,8 +66,8 @@ fn forward_and_backward_agree_with_the_reference_on_every_tier() {
             for isa in Isa::available() {
                 let args = Args { table: &table, seq, start, heads };
                 let (mut y, mut dx) = (x.clone(), x.clone());
-                forward_on(isa, &mut y, args);
-                backward_columns_on(isa, &mut dx, heads * head_dim, args);
+                Forward { x: &mut y, stride: args.width(), args }.run_on(isa);
+                Backward { dx: &mut dx, stride: heads * head_dim, args }.run_on(isa);
                 assert_close(&format!("y {} {head_dim}", isa.name()), &y, &want, 3e-7);
                 assert_close(&format!("dx {} {head_dim}", isa.name()), &dx, &want_dx, 3e-7);
             }
@@ -87,11 +84,11 @@ fn columns_past_the_heads_are_left_alone() {
     let columns = |x: &[f32]| -> Vec<f32> { x.chunks(stride).flat_map(|x| x[..24].to_vec()).collect() };
     let rest = |x: &[f32]| -> Vec<f32> { x.chunks(stride).flat_map(|x| x[24..].to_vec()).collect() };
     let mut want = columns(&x);
-    forward(&mut want, args);
+    Forward { x: &mut want, stride: args.width(), args }.run();
     let mut y = x.clone();
-    forward_columns(&mut y, stride, args);
+    Forward { x: &mut y, stride, args }.run();
     assert_eq!((columns(&y), rest(&y)), (want, rest(&x)));
-    backward_columns(&mut y, stride, args);
+    Backward { dx: &mut y, stride, args }.run();
     assert_close("back", &y, &f64s(&x), 1e-6);
 }
 
@@ -101,14 +98,16 @@ fn threads_do_not_change_a_bit() {
     assert_same_on_threads("rope", || {
         let table = Table::new(32, 1e4, Scaling::None, 300);
         let mut y = x.clone();
-        forward(&mut y, Args { table: &table, seq: 300, start: 0, heads: 4 });
+        let args = Args { table: &table, seq: 300, start: 0, heads: 4 };
+        Forward { x: &mut y, stride: args.width(), args }.run();
         y
     });
 }
 
 #[test]
-#[should_panic(expected = "rope::forward: position 10 of 10")]
+#[should_panic(expected = "rope::Forward: position 10 of 10")]
 fn a_position_past_the_table_is_refused() {
     let table = Table::new(2, 1e4, Scaling::None, 10);
-    forward(&mut [0.0; 4], Args { table: &table, seq: 2, start: 9, heads: 1 });
+    let args = Args { table: &table, seq: 2, start: 9, heads: 1 };
+    Forward { x: &mut [0.0; 4], stride: args.width(), args }.run();
 }

@@ -1,18 +1,12 @@
 //! Vector bodies.
 
+use super::{Backward, Forward};
 use crate::simd::{Kernel, Simd, sigmoid};
-
-/// Sets c of equally long slices.
-pub(super) struct Forward<'a> {
-    pub(super) c: &'a mut [f32],
-    pub(super) a: &'a [f32],
-    pub(super) b: &'a [f32],
-}
 
 impl Kernel for Forward<'_> {
     type Output = ();
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
+    fn body<S: Simd>(self, s: S) {
         let Forward { c, a, b } = self;
         let head = c.len() - c.len() % S::LANES;
         for j in (0..head).step_by(S::LANES) {
@@ -29,19 +23,10 @@ fn forward<S: Simd>(s: S, a: S::V, b: S::V) -> S::V {
     s.mul(s.mul(a, sigmoid(s, a)), b)
 }
 
-/// Sets da and db of equally long slices.
-pub(super) struct Backward<'a> {
-    pub(super) da: &'a mut [f32],
-    pub(super) db: &'a mut [f32],
-    pub(super) dc: &'a [f32],
-    pub(super) a: &'a [f32],
-    pub(super) b: &'a [f32],
-}
-
 impl Kernel for Backward<'_> {
     type Output = ();
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
+    fn body<S: Simd>(self, s: S) {
         let Backward { da, db, dc, a, b } = self;
         let head = dc.len() - dc.len() % S::LANES;
         for j in (0..head).step_by(S::LANES) {

@@ -17,46 +17,70 @@ use super::blocks::{BLOCK, each};
 use crate::isa::Isa;
 
 /// Sets `c = silu(a) * b`.
-///
-/// # Panics
-/// The lengths differ.
-pub fn forward(c: &mut [f32], a: &[f32], b: &[f32]) {
-    forward_on(Isa::current(), c, a, b);
-}
-
-/// [`forward`] on a given tier.
-pub fn forward_on(isa: Isa, c: &mut [f32], a: &[f32], b: &[f32]) {
-    assert!(
-        c.len() == a.len() && c.len() == b.len(),
-        "swiglu::forward: c {}, a {}, b {} values",
-        c.len(),
-        a.len(),
-        b.len()
-    );
-    let blocks = c.par_chunks_mut(BLOCK).zip(a.par_chunks(BLOCK)).zip(b.par_chunks(BLOCK));
-    each(blocks, |((c, a), b)| isa.run(kernel::Forward { c, a, b }));
+#[derive(Debug)]
+pub struct Forward<'a> {
+    /// Set.
+    pub c: &'a mut [f32],
+    /// As long as `c`.
+    pub a: &'a [f32],
+    /// As long as `c`.
+    pub b: &'a [f32],
 }
 
 /// Sets `da` and `db`.
-///
-/// # Panics
-/// The lengths differ.
-pub fn backward(da: &mut [f32], db: &mut [f32], dc: &[f32], a: &[f32], b: &[f32]) {
-    backward_on(Isa::current(), da, db, dc, a, b);
+#[derive(Debug)]
+pub struct Backward<'a> {
+    /// Set.
+    pub da: &'a mut [f32],
+    /// Set; as long as `da`.
+    pub db: &'a mut [f32],
+    /// As long as `da`.
+    pub dc: &'a [f32],
+    /// `a` of the forward pass.
+    pub a: &'a [f32],
+    /// `b` of the forward pass.
+    pub b: &'a [f32],
 }
 
-/// [`backward`] on a given tier.
-pub fn backward_on(isa: Isa, da: &mut [f32], db: &mut [f32], dc: &[f32], a: &[f32], b: &[f32]) {
-    assert!(
-        [da.len(), db.len(), a.len(), b.len()] == [dc.len(); 4],
-        "swiglu::backward: da {}, db {}, dc {}, a {}, b {} values",
-        da.len(),
-        db.len(),
-        dc.len(),
-        a.len(),
-        b.len()
-    );
-    let grads = da.par_chunks_mut(BLOCK).zip(db.par_chunks_mut(BLOCK)).zip(dc.par_chunks(BLOCK));
-    let blocks = grads.zip(a.par_chunks(BLOCK)).zip(b.par_chunks(BLOCK));
-    each(blocks, |((((da, db), dc), a), b)| isa.run(kernel::Backward { da, db, dc, a, b }));
+run_on_current_tier!(Forward, Backward);
+
+impl Forward<'_> {
+    /// Runs the op on a given tier.
+    ///
+    /// # Panics
+    /// The lengths differ.
+    pub fn run_on(self, isa: Isa) {
+        let Forward { c, a, b } = self;
+        assert!(
+            c.len() == a.len() && c.len() == b.len(),
+            "swiglu::Forward: c {}, a {}, b {} values",
+            c.len(),
+            a.len(),
+            b.len()
+        );
+        let blocks = c.par_chunks_mut(BLOCK).zip(a.par_chunks(BLOCK)).zip(b.par_chunks(BLOCK));
+        each(blocks, |((c, a), b)| isa.run(Forward { c, a, b }));
+    }
+}
+
+impl Backward<'_> {
+    /// Runs the op on a given tier.
+    ///
+    /// # Panics
+    /// The lengths differ.
+    pub fn run_on(self, isa: Isa) {
+        let Backward { da, db, dc, a, b } = self;
+        assert!(
+            [da.len(), db.len(), a.len(), b.len()] == [dc.len(); 4],
+            "swiglu::Backward: da {}, db {}, dc {}, a {}, b {} values",
+            da.len(),
+            db.len(),
+            dc.len(),
+            a.len(),
+            b.len()
+        );
+        let grads = da.par_chunks_mut(BLOCK).zip(db.par_chunks_mut(BLOCK)).zip(dc.par_chunks(BLOCK));
+        let blocks = grads.zip(a.par_chunks(BLOCK)).zip(b.par_chunks(BLOCK));
+        each(blocks, |((((da, db), dc), a), b)| isa.run(Backward { da, db, dc, a, b }));
+    }
 }

@@ -1,4 +1,4 @@
-use super::{backward_on, forward_on, reference};
+use super::{Backward, Forward, reference};
 use crate::isa::Isa;
 use crate::testing::{
     assert_close, assert_close_f64, assert_same_on_threads, f64s, finite_differences, normals,
@@ -23,8 +23,8 @@ fn forward_and_backward_agree_with_the_reference_on_every_tier() {
         let (want_da, want_db) = reference::backward(&f64s(&dc), &f64s(&a), &f64s(&b));
         for isa in Isa::available() {
             let [mut c, mut da, mut db] = [(); 3].map(|()| vec![f32::NAN; n]);
-            forward_on(isa, &mut c, &a, &b);
-            backward_on(isa, &mut da, &mut db, &dc, &a, &b);
+            Forward { c: &mut c, a: &a, b: &b }.run_on(isa);
+            Backward { da: &mut da, db: &mut db, dc: &dc, a: &a, b: &b }.run_on(isa);
             assert_close(&format!("c {} {n}", isa.name()), &c, &want, 3e-7);
             assert_close(&format!("da {} {n}", isa.name()), &da, &want_da, 3e-7);
             assert_close(&format!("db {} {n}", isa.name()), &db, &want_db, 3e-7);
@@ -36,7 +36,7 @@ fn forward_and_backward_agree_with_the_reference_on_every_tier() {
 fn large_inputs_saturate_and_nan_stays() {
     for isa in Isa::available() {
         let mut c = [0.0; 3];
-        forward_on(isa, &mut c, &[200.0, -200.0, f32::NAN], &[2.0, 2.0, 2.0]);
+        Forward { c: &mut c, a: &[200.0, -200.0, f32::NAN], b: &[2.0, 2.0, 2.0] }.run_on(isa);
         assert!(c[0] == 400.0 && c[1].abs() < 1e-30 && c[2].is_nan(), "{c:?}");
     }
 }
@@ -47,8 +47,8 @@ fn threads_do_not_change_a_bit() {
     let (a, b, dc) = (normals(n, 1), normals(n, 2), normals(n, 3));
     assert_same_on_threads("swiglu", || {
         let [mut c, mut da, mut db] = [(); 3].map(|()| vec![0.0; n]);
-        super::forward(&mut c, &a, &b);
-        super::backward(&mut da, &mut db, &dc, &a, &b);
+        Forward { c: &mut c, a: &a, b: &b }.run();
+        Backward { da: &mut da, db: &mut db, dc: &dc, a: &a, b: &b }.run();
         [c, da, db]
     });
 }

@@ -43,8 +43,17 @@ fn cuda_ffn_of_few_tokens_is_the_reference() {
                 let dims =
                     expert_ffn::Dims { tokens, hidden, intermediate, num_experts: n, all_pairs: false };
                 let double: Vec<f64> = coefficients.iter().map(|&k| f64::from(k)).collect();
-                let [g, u, d] = [&gate, &up, &down].map(|w| to_f64(w));
-                let want = reference::forward(&to_f64(&x), &g, &u, &d, &mask, &double, dims);
+                let [x64, g, u, d] = [&x, &gate, &up, &down].map(|w| to_f64(w));
+                let layer = reference::Layer {
+                    x: &x64,
+                    gate: &g,
+                    up: &u,
+                    down: &d,
+                    mask: &mask,
+                    coef: &double,
+                    dims,
+                };
+                let want = reference::forward(layer);
                 let h = gpu.upload(&x).unwrap();
                 let [g, u, d] = [&gate, &up, &down].map(|w| gpu.upload(w).unwrap());
                 let weights = Weights { gate: g.view(), up: u.view(), down: d.view() };
@@ -59,12 +68,8 @@ fn cuda_ffn_of_few_tokens_is_the_reference() {
                     1e-6 * size + 1e-5 * want[i].abs()
                 });
                 if n == 1 && open == 1.0 {
-                    let ones = vec![1.0; tokens];
-                    let mask = vec![true; tokens];
-                    let [gd, ud, dd] = [&gate, &up, &down].map(|w| to_f64(w));
-                    let of =
-                        expert_ffn::Dims { tokens, hidden, intermediate, num_experts: 1, all_pairs: false };
-                    let want = reference::forward(&to_f64(&x), &gd, &ud, &dd, &mask, &ones, of);
+                    let (mask, coef) = (&vec![true; tokens], &vec![1.0; tokens]);
+                    let want = reference::forward(reference::Layer { mask, coef, ..layer });
                     ffn(&gpu, y.view_mut(), h.view(), weights, None, dims, scratch.view_mut()).unwrap();
                     check_close("dense", &y.download().unwrap(), &want, |i| {
                         1e-6 * size + 1e-5 * want[i].abs()

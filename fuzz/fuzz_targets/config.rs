@@ -1,0 +1,8 @@
+//! config.json.
+#![no_main]
+
+#[expect(dead_code, reason = "other targets use the rest")]
+#[path = "../../dsmoe-core/tests/malformed_support/bodies.rs"]
+mod bodies;
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| bodies::config(bytes));

@@ -1,0 +1,11 @@
+//! Headers and whole files of safetensors.
+#![no_main]
+
+#[expect(dead_code, reason = "other targets use the rest")]
+#[path = "../../dsmoe-core/tests/malformed_support/bodies.rs"]
+mod bodies;
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
+    bodies::header(bytes, 32);
+    bodies::file(bytes);
+});

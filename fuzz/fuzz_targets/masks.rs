@@ -1,0 +1,11 @@
+//! masks.safetensors beside a configuration.
+#![no_main]
+
+#[expect(dead_code, reason = "other targets use the rest")]
+#[path = "../../dsmoe-core/tests/malformed_support/bodies.rs"]
+mod bodies;
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| bodies::masks(
+    &dsmoe_core::init::preset("tiny").expect("a preset"),
+    bytes
+));
