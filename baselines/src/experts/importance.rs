@@ -1,4 +1,4 @@
-//! What each neuron matters for each group of texts: the first-order change of the loss without it.
+//! The importance of each neuron for each group of texts: the first-order change of the loss without it.
 //!
 //! ```text
 //! v_j = mean over tokens of |h_j dL/dh_j|,   h = silu(x Wg^T) * (x Wu^T),   dL/dh = dL/dy Wd^T
@@ -25,13 +25,13 @@ use rayon::prelude::*;
 use crate::error::{Error, Result};
 use crate::method::Progress;
 
-/// Neurons that one task sums.
+/// Neurons per task.
 const TASK: usize = 256;
 
 /// Importances `[group][neuron]` of one layer.
 pub(crate) type LayerImportance = Vec<Vec<f64>>;
 
-/// Importances of every layer's neurons in the dense model of `dir` for each group of `sequences`, whose groups
+/// Computes the importances of every layer's neurons in the dense model of `dir` for each group of `sequences`, whose groups
 /// `labels` gives.
 ///
 /// # Errors
@@ -124,10 +124,10 @@ pub(crate) fn neurons_by_importance(
     Ok(layers.into_iter().map(sorted).collect())
 }
 
-/// Sums over tokens of |h dL/dh| per neuron, taken out after each sequence.
+/// Sums over tokens of |h dL/dh| per neuron, reset after each sequence.
 type Sums = Arc<Mutex<Vec<f64>>>;
 
-/// A dense FFN that adds to its [`Sums`] on the way back.
+/// A dense FFN that adds to its [`Sums`] in the backward pass.
 #[derive(Debug)]
 struct Probe {
     dense: DenseFfn,

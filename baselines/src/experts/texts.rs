@@ -1,4 +1,4 @@
-//! Groups of calibration sequences about like things: k-means on TF-IDF vectors of their tokens, groups of equal size.
+//! Groups of calibration sequences of similar content: k-means on TF-IDF vectors of their tokens, groups of equal size.
 //!
 //! ```text
 //! weight(token, sequence) = tf idf,  tf = share of the sequence,  idf = ln((1 + S) / (1 + df)) + 1
@@ -9,10 +9,10 @@ use std::collections::BTreeMap;
 
 use dsmoe_core::partition::clusters;
 
-/// Tokens that count: those of the largest weights, summed over sequences.
+/// The largest number of tokens used: those of the largest weights, summed over sequences.
 const MOST_TOKENS: usize = 4096;
 
-/// The group of each sequence.
+/// Returns the group of each sequence.
 ///
 /// # Panics
 /// There are fewer sequences than groups.

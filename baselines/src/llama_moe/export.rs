@@ -22,10 +22,10 @@ use serde_json::{Value, json};
 use crate::error::{Error, Result};
 use crate::topk::{TopkSpec, spec_of};
 
-/// The base that LLaMA-MoE's model has, whatever its configuration says.
+/// The rotary base of LLaMA-MoE's model, regardless of its configuration.
 const ROPE_THETA: f64 = 10_000.0;
 
-/// What was made.
+/// The size of an export.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ExportReport {
     /// Tensors written.
@@ -34,7 +34,7 @@ pub struct ExportReport {
     pub bytes: u64,
 }
 
-/// How a tensor is cut.
+/// The cut of a tensor.
 enum Cut {
     Whole,
     /// Experts are row ranges.
@@ -140,7 +140,7 @@ pub fn export(
     Ok(report)
 }
 
-/// The FFNs of `config`, when LLaMA-MoE's model computes the same function.
+/// Returns the FFNs of `config` if LLaMA-MoE's model computes the same function.
 fn exportable(model: &Path, config: &Config) -> Result<TopkSpec> {
     let wrong = |field: &str, problem: String, mend: &str| {
         Err(Error::Core(dsmoe_core::Error::Field {
@@ -152,7 +152,7 @@ fn exportable(model: &Path, config: &Config) -> Result<TopkSpec> {
     };
     let native = "export the model as it is";
     let Some(spec) = config.ffn.as_deref().and_then(spec_of) else {
-        let mend = "name a model that method llama-moe made";
+        let mend = "use a model that the method llama-moe made";
         return wrong("ffn.type", "is not topk".to_owned(), mend);
     };
     if spec.router.num_residual > 0 {

@@ -1,4 +1,4 @@
-//! Experts of neurons that answer the same tokens: the parts of a graph of co-activations.
+//! Experts of neurons that are active for the same tokens: the parts of a graph of co-activations.
 //!
 //! ```text
 //! active(t) = the tenth of the neurons with the largest |c|,  c = silu(x Wg^T) * (x Wu^T), of token t
@@ -15,17 +15,17 @@ use rayon::prelude::*;
 
 use crate::experts::graph;
 
-/// One neuron of so many is active for a token.
+/// One of this many neurons is active for a token.
 const ACTIVE: usize = 10;
-/// Rows of counts that one task makes.
+/// Rows of counts per task.
 const TASK: usize = 32;
 
 /// The active neurons of tokens.
 #[derive(Default)]
 struct Active {
-    /// Token by token, ascending within each.
+    /// The neurons of one token after the other, ascending within each.
     neurons: Vec<u32>,
-    /// Where each token's end.
+    /// The end of each token's neurons.
     ends: Vec<usize>,
 }
 
@@ -37,7 +37,7 @@ impl Active {
         let value = |j: u32| values[j as usize].abs();
         order.select_nth_unstable_by(count - 1, |&a, &b| value(b).total_cmp(&value(a)).then(a.cmp(&b)));
         order.truncate(count);
-        // A neuron that says nothing is not active, however few do.
+        // A neuron with the value 0 is never active.
         order.retain(|&j| value(j) > 0.0);
         order.sort_unstable();
         self.neurons.extend(order);

@@ -1,6 +1,6 @@
-//! MoEfication (Zhang et al., Findings of ACL 2022): a trained FFN's neurons in many small experts, a router that learns
-//! on calibration text which of them answer most, k of n run. No weight of the model changes, and the output is the
-//! plain sum of what runs: all experts together are the dense FFN.
+//! MoEfication (Zhang et al., Findings of ACL 2022): the neurons of a trained FFN in many small experts, of which k of n run.
+//! A router learns on calibration text which experts score most. No weight of the model changes, and the output is the
+//! plain sum of the experts that run: all experts together are the dense FFN.
 //!
 //! SiLU has no zeros, so an expert's score is a norm of its neurons' values in place of the sum of the positive ones.
 
