@@ -1,4 +1,4 @@
-//! Models whose gates choose k of n experts, on a GPU against the same models on the processor.
+//! Compares models whose gates choose k of n experts on a GPU with the same models on the CPU.
 #![cfg(feature = "cuda")]
 
 use std::any::Any;
@@ -30,7 +30,8 @@ const TOKENS: usize = 24;
 const SEQ: usize = 12;
 /// Tokens of the text that is scored and decoded.
 const TEXT: usize = 20;
-/// What a gate's input is moved by without any token choosing other experts, as a share of its size: more than bf16 does.
+/// The change of a gate's input, as a share of its size, that must not change any token's experts. It exceeds the rounding to
+/// bf16.
 const MARGIN: f32 = 0.01;
 
 /// A kind of FFN, and the sizes of a model that has it.
@@ -68,7 +69,7 @@ fn cases() -> [Case; 4] {
 }
 
 impl Case {
-    /// A model of random parameters.
+    /// Makes a model of random parameters.
     fn model(&self, seed: u64, unsteady: &Arc<AtomicBool>) -> Model {
         let mut json: serde_json::Value = serde_json::from_str(&preset("tiny").unwrap().to_json()).unwrap();
         for (key, value) in [
@@ -93,7 +94,7 @@ impl Case {
         let mut rng = Rng::new(seed, 0);
         for entry in model.layout().entries().to_vec() {
             let (name, values) = (&entry.spec.name, &mut model.params_mut()[entry.range]);
-            // Logits of a size of about 1.
+            // Logits are then of a size of about 1.
             let by_input = if self.spec.gate.normalize { 1.5 } else { 1.5 / (self.hidden as f32).sqrt() };
             let std = match name.rsplit_once("mlp.gate.").map(|(_, rest)| rest) {
                 Some("weight_noise.weight") => 0.5 / (self.hidden as f32).sqrt(),
@@ -109,9 +110,8 @@ impl Case {
         model
     }
 
-    /// A model in which no token's choice hangs by less than the margin: one that falls out another way in another
-    /// precision changes an output by all of an expert, and then rounding is not what is compared. `run` says of a model
-    /// what is run of it.
+    /// Makes a model in which no token's choice is closer than the margin. A choice that differs between precisions would
+    /// change an output by a whole expert, so the comparison would not be one of rounding. `run` runs the model.
     fn decided(&self, run: impl Fn(&Model)) -> Model {
         for seed in 1..2000 {
             let unsteady = Arc::new(AtomicBool::new(false));
@@ -137,7 +137,7 @@ impl Case {
     }
 }
 
-/// An FFN that says when a token's choice hangs by less than the margin.
+/// An FFN that reports when a token's choice is closer than the margin.
 #[derive(Debug)]
 struct Watched {
     inner: TopkMoeFfn,
@@ -145,7 +145,7 @@ struct Watched {
     unsteady: Arc<AtomicBool>,
 }
 
-/// The same for inference.
+/// Such an FFN in inference.
 #[derive(Debug)]
 struct WatchedPacked {
     inner: Box<dyn PackedFfn>,
@@ -249,7 +249,7 @@ fn args() -> StepArgs {
     }
 }
 
-/// What a step on the processor showed, its routing, and the gradients.
+/// Takes a step on the CPU. Returns its results, its routing and the gradients.
 fn step(model: &Model, precision: Precision) -> (StepOutput, RoutingStats, Vec<f32>) {
     let mut grads = vec![0.0; model.layout().len()];
     let mut workspace = TrainWorkspace::new(model, TOKENS, precision);
@@ -258,7 +258,7 @@ fn step(model: &Model, precision: Precision) -> (StepOutput, RoutingStats, Vec<f
     (output, workspace.stats().unwrap().clone(), grads)
 }
 
-/// The same on the GPU.
+/// Takes the same step on the GPU.
 fn step_on_gpu(trainer: &mut CudaTrainer, model: &Model) -> (CudaStep, RoutingStats, Vec<f32>) {
     let mut stats = model.new_stats().unwrap();
     trainer.begin().unwrap();
@@ -267,8 +267,8 @@ fn step_on_gpu(trainer: &mut CudaTrainer, model: &Model) -> (CudaStep, RoutingSt
     (shown, stats, trainer.download_grads().unwrap())
 }
 
-/// Token losses, logits by pieces, logits of several sequences, and the routing of the losses. All contexts are starts of
-/// one text.
+/// Returns token losses, logits by pieces, logits of several sequences, and the routing of the losses. All contexts are
+/// beginnings of one text.
 fn infer(model: &Inference) -> (Vec<f32>, Vec<f32>, Vec<f32>, RoutingStats) {
     let (all, targets) = (ids(TEXT, 4), ids(TEXT, 5));
     let mut workspace = Workspace::default();
@@ -340,7 +340,7 @@ fn a_training_step_is_that_of_the_processor() {
         for entry in model.layout().entries() {
             let [got, want, half] =
                 [&got_grads, &grads, &half_grads].map(|grads| &grads[entry.range.clone()]);
-            // What reaches queries and keys is a difference of products of the size of what reaches values.
+            // Gradients of queries and keys are differences of products as large as the gradients of values.
             let values = entry.spec.name.replace("q_proj", "v_proj").replace("k_proj", "v_proj");
             let values = model.layout().get(&values).unwrap().range.clone();
             let size = norm(want).max(norm(&grads[values]));

@@ -1,4 +1,4 @@
-//! Models on a GPU against the same models on the processor.
+//! Compares models on a GPU with the same models on the CPU.
 #![cfg(feature = "cuda")]
 
 use std::path::Path;
@@ -19,8 +19,8 @@ mod golden;
 
 mod common;
 
-/// Random models: dense ones and such with experts of several kinds, of which the widths of the first are such that active
-/// pairs alone are multiplied.
+/// Makes random models: dense ones, and ones with several kinds of experts. The widths of the first let products run over
+/// active pairs alone.
 fn models(dir: &Path) -> Vec<(String, std::path::PathBuf)> {
     let mut all = Vec::new();
     for (name, heads, kv_heads, hidden, intermediate, tied) in
@@ -72,8 +72,8 @@ fn models(dir: &Path) -> Vec<(String, std::path::PathBuf)> {
 }
 
 /// Makes the gates of the model in `dir` depend on three bits of a token's id, and keeps their logits away from the
-/// threshold and from each other. One that is open in one precision and shut in another changes an output by all of its
-/// expert: then rounding is not what is compared.
+/// threshold and from each other. A gate that is active in one precision and inactive in another would change an output by
+/// its whole expert, so the comparison would not be one of rounding.
 fn decide_gates(dir: &Path) {
     let mut model = Model::load(dir).unwrap();
     let hidden = model.config().hidden;
@@ -83,7 +83,7 @@ fn decide_gates(dir: &Path) {
             (entry.spec.name.contains("embed_tokens"), &mut model.params_mut()[entry.range.clone()]);
         for (row, values) in values.chunks_exact_mut(hidden).enumerate() {
             if embeds {
-                // Much more than layers of small weights add to it.
+                // These values exceed by far what layers of small weights add.
                 values.iter_mut().take(3).enumerate().for_each(|(bit, x)| *x = [-0.5, 0.5][row >> bit & 1]);
             } else if entry.spec.router {
                 values.iter_mut().for_each(|w| *w *= 0.05);
@@ -98,7 +98,7 @@ fn ids(count: usize, seed: u32) -> Vec<u32> {
     (0..count as u32).map(|i| (i * i * 7 + 3 * i + seed * 13) % 75).collect()
 }
 
-/// Distance over size.
+/// Returns the distance over the size.
 fn off(got: &[f32], want: &[f32]) -> f64 {
     let sum = |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>().sqrt();
     let size = sum(&mut want.iter().map(|&x| f64::from(x)));
@@ -111,7 +111,7 @@ fn hyper(step: u64, decay: bool) -> adamw::Hyper {
     adamw::Hyper { lr: 1e-3, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay, step }
 }
 
-/// What a step of one micro-batch showed, its routing, and the gradients.
+/// Takes a step of one micro-batch. Returns its results, its routing and the gradients.
 fn take_step(
     trainer: &mut CudaTrainer,
     model: &Model,
@@ -126,7 +126,7 @@ fn take_step(
     (trainer.finish(stats.as_mut()).unwrap(), stats, trainer.download_grads().unwrap())
 }
 
-/// Otherwise the tests below would compare models that run other experts.
+/// Otherwise the tests below would compare models that run different experts.
 #[test]
 fn models_route_alike_in_both_precisions() {
     let dir = tempfile::tempdir().unwrap();
@@ -181,8 +181,8 @@ fn a_training_step_is_that_of_the_processor() {
         let mut trainer = CudaTrainer::new(0, &model, &zeros, &zeros, tokens, seq).unwrap();
         let step = |trainer: &mut CudaTrainer| take_step(trainer, &model, &inputs, &targets, seq, &args);
         let (got, stats, got_grads) = step(&mut trainer);
-        // Errors of tokens cancel more or less in the mean, by chance: half a per mille comes to four times what is left of
-        // the processor's. (PyTorch's bf16 autocast on a processor is off by 0.0029 of 4.6166 on `grouped`.)
+        // Errors of tokens cancel in the mean by chance: half a per mille is four times the error that remains on the CPU.
+        // PyTorch's bf16 autocast on a CPU has a larger one on `grouped`.
         let [got_loss, want_loss, half_loss] =
             [got.loss, want.loss_sum, half.loss_sum].map(|sum| sum / tokens as f64);
         if (got_loss - want_loss).abs() > 4.0 * (half_loss - want_loss).abs() + 5e-4 * want_loss {
@@ -200,7 +200,7 @@ fn a_training_step_is_that_of_the_processor() {
         for entry in model.layout().entries() {
             let [got, want, half] =
                 [&got_grads, &grads, &half_grads].map(|grads| &grads[entry.range.clone()]);
-            // What reaches queries and keys is a difference of products of the size of what reaches values.
+            // Gradients of queries and keys are differences of products as large as the gradients of values.
             let values = entry.spec.name.replace("q_proj", "v_proj").replace("k_proj", "v_proj");
             let values = model.layout().get(&values).unwrap().range.clone();
             let size = norm(want).max(norm(&grads[values]));
@@ -247,7 +247,7 @@ fn recorded_steps_have_the_bits_of_queued_ones() {
         let (mut m, mut v) = (zeros.clone(), zeros.clone());
         let mut trainer = CudaTrainer::new(0, &model, &m, &v, tokens, seq).unwrap();
         for step in 1..=5u32 {
-            // Other ids, other repetitions of them, another weight of the sparsity loss; a threshold that moves once.
+            // Each step has other ids, repeated differently, and another sparsity weight; the threshold moves once.
             let inputs: Vec<u32> = ids(tokens, step).iter().map(|id| id % (10 * step)).collect();
             let targets = ids(tokens, step + 20);
             let args = StepArgs {
@@ -266,7 +266,7 @@ fn recorded_steps_have_the_bits_of_queued_ones() {
                 model.set_threshold(0.9).unwrap();
             }
             let got = take(&mut trainer, &model);
-            // One that has not run before queues its ops one by one.
+            // A new trainer queues its ops one by one.
             let mut fresh = CudaTrainer::new(0, &model, &m, &v, tokens, seq).unwrap();
             let want = take(&mut fresh, &model);
             assert!(!fresh.is_recorded(), "{name}");
@@ -383,7 +383,7 @@ fn inference_is_that_of_the_processor() {
         ] {
             wrong.extend(too_far(&format!("{name}: {what}"), got, want, half, norm(want)));
         }
-        // Loads, numbers of active experts, and those of single tokens.
+        // The routing has loads, numbers of active experts, and those of single tokens.
         if got.4 != want.4 {
             wrong.push(format!("{name}: other routing"));
         }

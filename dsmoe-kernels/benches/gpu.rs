@@ -1,26 +1,27 @@
-//! Products of an FFN's active pairs on the first GPU, beside cuBLASLt's of all pairs: one line of JSON each.
+//! Measures the products of an FFN's active pairs on the first GPU, beside those of all pairs by cuBLASLt. It prints a line of
+//! JSON for each.
 //!
 //! `cargo bench -p dsmoe-kernels --features cuda --bench gpu`, with `DSMOE_CUDA_LIB_DIR` as for `dsmoe`.
 #![expect(clippy::print_stdout, reason = "a program that prints what it measured")]
 
 use std::time::Instant;
 
-use dsmoe_kernels::cuda::ops::experts::{self, Dims};
-use dsmoe_kernels::cuda::ops::ffn;
-use dsmoe_kernels::cuda::ops::matmul::{Gemm, gemm_bf16, gemm_f32};
-use dsmoe_kernels::cuda::ops::router::{self, Lists, Routed};
-use dsmoe_kernels::cuda::{Gpu, GpuBuf, Result, ViewMut};
+use dsmoe_kernels::cuda::ops::ffn::{Activate, Dims};
+use dsmoe_kernels::cuda::ops::matmul::{Form, Product};
+use dsmoe_kernels::cuda::ops::router::{Lists, Routed, Sort};
+use dsmoe_kernels::cuda::ops::{experts, linear};
+use dsmoe_kernels::cuda::{Float, Gpu, GpuBuf, Matrix, Result};
 use dsmoe_kernels::rng::Rng;
 use half::bf16;
 
-/// LLaMA 3.2 1B's FFN.
+/// The FFN of LLaMA 3.2 1B.
 const HIDDEN: usize = 2048;
 const INTERMEDIATE: usize = 8192;
 const EXPERTS: usize = 8;
 const CALLS: u32 = 20;
 const ROUNDS: usize = 5;
 
-/// Median over rounds of the seconds of one call.
+/// Returns the seconds of one call: the median over rounds.
 fn seconds(gpu: &Gpu, mut call: impl FnMut() -> Result<()>) -> Result<f64> {
     call()?;
     let mut times = Vec::new();
@@ -37,9 +38,19 @@ fn seconds(gpu: &Gpu, mut call: impl FnMut() -> Result<()>) -> Result<f64> {
     Ok(times[ROUNDS / 2])
 }
 
-fn halves(gpu: &Gpu, len: usize, seed: u64) -> Result<GpuBuf<bf16>> {
+fn halves(gpu: &Gpu, rows: usize, cols: usize, seed: u64) -> Result<GpuBuf<bf16>> {
     let mut rng = Rng::new(seed, 0);
-    gpu.upload(&(0..len).map(|_| bf16::from_f32(rng.uniform() - 0.5)).collect::<Vec<_>>())
+    gpu.upload_rows(&(0..rows * cols).map(|_| bf16::from_f32(rng.uniform() - 0.5)).collect::<Vec<_>>(), cols)
+}
+
+/// Queues `y = x w^T`.
+fn forward<T: Float>(y: &mut Matrix<T>, x: &Matrix<bf16>, w: &Matrix<bf16>) -> Result<()> {
+    Product { out: y, a: x, b: w, form: Form::Nt, add: false }.run()
+}
+
+/// Queues `y = x w`, or `y += x w`.
+fn times(y: &mut Matrix<f32>, x: &Matrix<bf16>, w: &Matrix<bf16>, add: bool) -> Result<()> {
+    linear::BackwardInput { dx: y, dy: x, w, add }.run()
 }
 
 fn main() -> Result<()> {
@@ -61,16 +72,18 @@ fn run(gpu: &Gpu, tokens: usize, share: f32) -> Result<()> {
     let mut routed = Routed::with_room(gpu, tokens, EXPERTS)?;
     routed.set(&mask, &coefficients)?;
     let mut lists = Lists::with_room(gpu, tokens, EXPERTS)?;
-    let (rows, wide, weight) = (tokens * HIDDEN, tokens * INTERMEDIATE, INTERMEDIATE * HIDDEN);
-    let [x, dy] = [halves(gpu, rows, 2)?, halves(gpu, rows, 3)?];
-    let [gate, up, down] = [halves(gpu, weight, 4)?, halves(gpu, weight, 5)?, halves(gpu, weight, 6)?];
-    let [mut a, mut b, mut c] = [halves(gpu, wide, 7)?, halves(gpu, wide, 8)?, halves(gpu, wide, 9)?];
-    let mut y = gpu.zeros::<f32>(rows)?;
-    let mut parts = gpu.zeros::<bf16>(dims.scratch())?;
-    let mut grads = [gpu.zeros::<f32>(weight)?, gpu.zeros::<f32>(weight)?, gpu.zeros::<f32>(weight)?];
+    let [row, wide] = [HIDDEN, INTERMEDIATE].map(|cols| move |seed| halves(gpu, tokens, cols, seed));
+    let weight = |seed| halves(gpu, INTERMEDIATE, HIDDEN, seed);
+    let [x, dy] = &[row(2)?, row(3)?];
+    let [gate, up, down] = &[weight(4)?, weight(5)?, weight(6)?];
+    let [a, b, c] = &mut [wide(7)?, wide(8)?, wide(9)?];
+    let y = &mut *gpu.zero_rows::<f32>(tokens, HIDDEN)?;
+    let parts = &mut *gpu.zeros::<bf16>(dims.parts())?;
+    let grad = || gpu.zero_rows::<f32>(INTERMEDIATE, HIDDEN);
+    let [dgate, dup, ddown] = &mut [grad()?, grad()?, grad()?];
 
-    // Of one product of all pairs.
-    let flops = 2.0 * (wide * HIDDEN) as f64;
+    // One product of all pairs.
+    let flops = 2.0 * (tokens * INTERMEDIATE * HIDDEN) as f64;
     let part = pairs as f64 / (tokens * EXPERTS) as f64;
     let show = |op: &str, products: f64, dense: f64, sparse: f64| {
         println!(
@@ -85,54 +98,47 @@ fn run(gpu: &Gpu, tokens: usize, share: f32) -> Result<()> {
             products * part * flops / sparse / 1e12,
         );
     };
-    let nt = Gemm::nt(tokens, INTERMEDIATE, HIDDEN);
-    let nn = Gemm::nn(tokens, HIDDEN, INTERMEDIATE);
-    let tn = Gemm { beta_one: true, ..Gemm::tn(INTERMEDIATE, HIDDEN, tokens) };
-    let all = ffn::Dims { tokens, intermediate: INTERMEDIATE, num_experts: 1 };
-
-    let sort = seconds(gpu, || router::lists(gpu, &mut lists, &routed))?;
+    let sort = seconds(gpu, || Sort { lists: &mut lists, routed: &routed }.run())?;
+    let lists = &lists;
     let dense = seconds(gpu, || {
-        gemm_bf16(gpu, a.view_mut(), x.view(), gate.view(), nt)?;
-        gemm_bf16(gpu, b.view_mut(), x.view(), up.view(), nt)?;
-        ffn::activate(gpu, c.view_mut(), a.view(), b.view(), None, all)
+        forward(a, x, gate)?;
+        forward(b, x, up)?;
+        Activate { c: &mut *c, a, b, coefficients: None }.run()
     })?;
-    let k = routed.coefficients();
+    let coefficients = &routed.coefficients();
     let sparse = seconds(gpu, || {
-        experts::up(gpu, c.view_mut(), None, x.view(), gate.view(), up.view(), k, &lists, dims)
+        experts::Up { c: &mut *c, projections: None, x, gate, up, coefficients, lists }.run()
     })?;
     show("gate, up and activation", 2.0, dense, sparse + sort);
 
-    let down_dense = seconds(gpu, || gemm_f32(gpu, y.view_mut(), c.view(), down.view(), nn))?;
-    let down_sparse = seconds(gpu, || {
-        experts::down(gpu, y.view_mut(), parts.view_mut(), c.view(), down.view(), &lists, dims)
-    })?;
+    let down_dense = seconds(gpu, || times(y, c, down, false))?;
+    let down_sparse =
+        seconds(gpu, || experts::Down { y: &mut *y, parts: &mut *parts, c, weight: down, lists }.run())?;
     show("down", 1.0, down_dense, down_sparse);
     show("whole FFN forward", 3.0, dense + down_dense, sparse + sort + down_sparse);
 
-    let dense = seconds(gpu, || gemm_bf16(gpu, a.view_mut(), dy.view(), down.view(), nt))?;
-    let sparse = seconds(gpu, || experts::project(gpu, a.view_mut(), dy.view(), down.view(), &lists, dims))?;
+    let dense = seconds(gpu, || forward(a, dy, down))?;
+    let sparse = seconds(gpu, || experts::Project { out: &mut *a, x: dy, weight: down, lists }.run())?;
     show("gradient of the activation", 1.0, dense, sparse);
 
+    let (da, db, c): (&GpuBuf<bf16>, &GpuBuf<bf16>, &GpuBuf<bf16>) = (a, b, c);
     let dense = seconds(gpu, || {
-        gemm_f32(gpu, y.view_mut(), a.view(), gate.view(), nn)?;
-        gemm_f32(gpu, y.view_mut(), b.view(), up.view(), Gemm { beta_one: true, ..nn })
+        times(y, da, gate, false)?;
+        times(y, db, up, true)
     })?;
-    let (da, db, of_c) = (a.view(), b.view(), c.view());
     let sparse = seconds(gpu, || {
-        let weights = [gate.view(), up.view()];
-        experts::backward_input(gpu, y.view_mut(), parts.view_mut(), [da, db], weights, &lists, dims)
+        experts::BackwardInput { dx: &mut *y, parts: &mut *parts, da, db, gate, up, lists }.run()
     })?;
     show("gradient of the input", 2.0, dense, sparse);
 
     let dense = seconds(gpu, || {
-        let [dgate, dup, ddown]: [ViewMut<'_, f32>; 3] = grads.each_mut().map(GpuBuf::view_mut);
-        gemm_f32(gpu, dgate, da, x.view(), tn)?;
-        gemm_f32(gpu, dup, db, x.view(), tn)?;
-        gemm_f32(gpu, ddown, of_c, dy.view(), tn)
+        linear::BackwardWeight { dw: &mut *dgate, dy: da, x }.run()?;
+        linear::BackwardWeight { dw: &mut *dup, dy: db, x }.run()?;
+        linear::BackwardWeight { dw: &mut *ddown, dy: c, x: dy }.run()
     })?;
     let sparse = seconds(gpu, || {
-        let grads = grads.each_mut().map(GpuBuf::view_mut);
-        experts::backward_weights(gpu, grads, [da, db, of_c], x.view(), dy.view(), &lists, dims)
+        let (dgate, dup, ddown) = (&mut *dgate, &mut *dup, &mut *ddown);
+        experts::BackwardWeights { dgate, dup, ddown, da, db, c, x, dy, lists }.run()
     })?;
     show("gradients of the weights", 3.0, dense, sparse);
     Ok(())

@@ -1,6 +1,6 @@
-//! What is said of machines without a driver or with an odd one, of libraries made for the purpose.
+//! Detection on machines without a driver or with a faulty one, by fake libraries.
 //!
-//! A process looks once, so every case is a process of its own: this program again, with `DSMOE_TEST_SAYS` set.
+//! A process looks once, so every case runs in a process of its own: this program again, with `DSMOE_TEST_SAYS` set.
 #![cfg(feature = "cuda")]
 
 use std::fs;
@@ -12,7 +12,7 @@ use dsmoe_kernels::cuda::{Gpu, cublaslt_version, detect, driver_version, librari
 const SAYS: &str = "DSMOE_TEST_SAYS";
 
 #[test]
-#[ignore = "what the tests of this file run in a process of its own"]
+#[ignore = "run by the other tests of this file, in processes of their own"]
 #[expect(clippy::print_stdout, reason = "its output is what the tests read")]
 fn says() {
     let found = detect();
@@ -26,7 +26,7 @@ fn says() {
     assert_eq!(found, detect(), "asked again");
 }
 
-/// What [`says`] says where the folder `libraries` is searched first.
+/// Returns the output of [`says`] with the folder `libraries` searched first.
 fn said(libraries: &Path, environment: &[(&str, &Path)]) -> String {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["--exact", "says", "--ignored", "--nocapture", "--test-threads=1"]);
@@ -40,7 +40,7 @@ fn said(libraries: &Path, environment: &[(&str, &Path)]) -> String {
     stdout.lines().filter_map(|line| line.strip_prefix(SAYS)).collect::<Vec<_>>().join("\n")
 }
 
-/// Builds `text` as the shared library `name`, and with the name that is looked for first.
+/// Builds `text` as the shared library `name`, also with the name that is looked for first.
 fn library(dir: &Path, name: &str, text: &str) {
     let source = dir.join("library.c");
     fs::write(&source, text).unwrap();
@@ -54,7 +54,7 @@ fn library(dir: &Path, name: &str, text: &str) {
     fs::copy(&path, dir.join(name)).unwrap();
 }
 
-/// What is said where the driver is the library `text`.
+/// Returns the output with the library `text` as the driver.
 fn said_of_driver(text: &str) -> String {
     let dir = tempfile::tempdir().unwrap();
     library(dir.path(), "libcuda.so", text);
@@ -74,18 +74,18 @@ fn has(said: &str, parts: &[&str]) {
 }
 
 #[test]
-fn cuda_without_a_driver_is_told() {
+fn cuda_without_a_driver_is_reported() {
     let dir = tempfile::tempdir().unwrap();
     let said = said(dir.path(), &[]);
     if said.contains("driver: true") {
-        skipped("cuda_without_a_driver_is_told", "this machine has one");
+        skipped("cuda_without_a_driver_is_reported", "this machine has one");
         return;
     }
-    has(&said, &["NoDriver", "open: cuda:7: no driver of NVIDIA is installed; install it", "versions: None"]);
+    has(&said, &["NoDriver", "open: cuda:7: no NVIDIA driver is installed; install it", "versions: None"]);
 }
 
 #[test]
-fn cuda_with_a_driver_that_is_none_is_told() {
+fn cuda_with_a_library_that_is_no_driver_is_reported() {
     let said = said_of_driver("int something(void) { return 0; }");
     has(
         &said,
@@ -94,7 +94,7 @@ fn cuda_with_a_driver_that_is_none_is_told() {
 }
 
 #[test]
-fn cuda_with_a_driver_that_lacks_a_symbol_is_told() {
+fn cuda_with_a_driver_that_lacks_a_symbol_is_reported() {
     let said = said_of_driver(
         "int cuInit(unsigned flags) { return 0; }
          int cuDeviceGetCount(int* n) { *n = 1; return 0; }
@@ -104,7 +104,7 @@ fn cuda_with_a_driver_that_lacks_a_symbol_is_told() {
 }
 
 #[test]
-fn cuda_without_a_device_is_told() {
+fn cuda_without_a_device_is_reported() {
     let said = said_of_driver("int cuInit(unsigned flags) { return 100; }");
     has(
         &said,
@@ -115,7 +115,7 @@ fn cuda_without_a_device_is_told() {
 }
 
 #[test]
-fn cuda_with_the_stub_of_the_toolkit_is_told() {
+fn cuda_with_the_stub_of_the_toolkit_is_reported() {
     let said = said_of_driver("int cuInit(unsigned flags) { return 34; }");
     has(
         &said,
@@ -124,7 +124,7 @@ fn cuda_with_the_stub_of_the_toolkit_is_told() {
 }
 
 #[test]
-fn cuda_devices_are_told_by_name() {
+fn cuda_devices_are_listed_by_name() {
     let said = said_of_driver(
         "int cuInit(unsigned flags) { return 0; }
          int cuDriverGetVersion(int* version) { *version = 12040; return 0; }

@@ -9,10 +9,17 @@
 
 pub(crate) mod arena;
 #[cfg(feature = "cuda")]
-pub mod cuda;
+pub(crate) mod gpu;
 pub(crate) mod inference;
 pub(crate) mod tensors;
 pub(crate) mod train;
+
+/// Models on a GPU. [`CudaTrainer`](cuda::CudaTrainer) trains; [`Inference`] chooses its device.
+#[cfg(feature = "cuda")]
+pub mod cuda {
+    pub use super::gpu::MemoryUse;
+    pub use super::train::cuda::{CudaStep, CudaTrainer};
+}
 
 pub use arena::Model;
 pub use inference::{After, Cache, Inference, Likelihood, Segment, Workspace};

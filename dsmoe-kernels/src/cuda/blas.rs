@@ -1,4 +1,4 @@
-//! cuBLASLt, with the algorithm of every shape chosen once.
+//! cuBLASLt. The algorithm of every shape is chosen once.
 
 use std::collections::HashMap;
 use std::ffi::c_void;
@@ -7,19 +7,38 @@ use cudarc::cublaslt::result::{self, CublasError};
 use cudarc::cublaslt::sys;
 
 use super::detect::libraries;
-use super::device::Gpu;
 use super::error::{CudaError, Result};
-use super::ops::matmul::Gemm;
+use super::stream::Stream;
 
-/// Bytes that algorithms may work in; what NVIDIA advises for Hopper.
+/// Bytes that algorithms may work in, as NVIDIA advises for Hopper.
 const WORKSPACE: usize = 32 << 20;
 
-/// A product as algorithms are chosen by.
+/// A product `out [m, n] = a [m, k] b [k, n]` of row-major matrices without gaps. A transposed operand is stored as `[k, m]`
+/// or `[n, k]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Gemm {
+    pub(super) m: usize,
+    pub(super) n: usize,
+    pub(super) k: usize,
+    pub(super) a_transposed: bool,
+    pub(super) b_transposed: bool,
+    /// Adds to the result instead of setting it.
+    pub(super) add: bool,
+}
+
+impl Gemm {
+    /// The lengths of stored rows of `a` and `b`.
+    fn strides(&self) -> [usize; 2] {
+        [if self.a_transposed { self.m } else { self.k }, if self.b_transposed { self.k } else { self.n }]
+    }
+}
+
+/// A product, with all that the choice of an algorithm depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Shape {
     gemm: Gemm,
     f32_out: bool,
-    /// Bytes that the three matrices are aligned to.
+    /// The alignments of the three matrices in bytes.
     alignments: [u32; 3],
 }
 
@@ -29,7 +48,7 @@ struct Plan {
     a: sys::cublasLtMatrixLayout_t,
     b: sys::cublasLtMatrixLayout_t,
     out: sys::cublasLtMatrixLayout_t,
-    /// None: cuBLASLt has no algorithm for it.
+    /// None when cuBLASLt has no algorithm for the product.
     algorithm: Option<sys::cublasLtMatmulAlgo_t>,
 }
 
@@ -61,13 +80,13 @@ fn refused(gemm: Gemm) -> impl Fn(CublasError) -> CudaError {
     move |error| CudaError::Blas { code: format!("{:?}", error.0), shape: format!("{gemm:?}") }
 }
 
-/// The largest power of two up to 256 that divides `value`; 256 for 0.
+/// Returns the largest power of two up to 256 that divides `value`; 256 for 0.
 fn alignment(value: u64) -> u32 {
     1 << value.trailing_zeros().min(8)
 }
 
 impl Blas {
-    pub(super) fn new(gpu: &Gpu) -> Result<Blas> {
+    pub(super) fn new(stream: &Stream) -> Result<Blas> {
         if !libraries().cublaslt {
             return Err(CudaError::no_cublaslt());
         }
@@ -75,24 +94,25 @@ impl Blas {
             code: format!("{:?}", error.0),
             shape: "at its start".to_owned(),
         })?;
-        let workspace = gpu.allocate(WORKSPACE)?;
+        let workspace = stream.allocate(WORKSPACE)?;
         Ok(Blas { handle, workspace, plans: HashMap::new() })
     }
 
-    /// Queues `out = a b` or, with [`Gemm::beta_one`], `out += a b`; false when cuBLASLt knows no way.
+    /// Queues `out = a b` or, with [`Gemm::add`], `out += a b`. Returns false when cuBLASLt has no algorithm for it.
     ///
     /// # Safety
-    /// The pointers name buffers of the matrices that `gemm` describes, of `gpu`, which is current in this thread.
+    /// The pointers name buffers of the matrices that `gemm` describes, on the device of `stream`.
     pub(super) unsafe fn gemm(
         &mut self,
-        gpu: &Gpu,
+        stream: &Stream,
         gemm: Gemm,
         f32_out: bool,
         [out, a, b]: [u64; 3],
     ) -> Result<bool> {
         let out_size = if f32_out { 4 } else { 2 };
         let aligned = |ptr: u64, ld: usize, size: u64| alignment(ptr | (ld as u64 * size));
-        let alignments = [aligned(out, gemm.ldc, out_size), aligned(a, gemm.lda, 2), aligned(b, gemm.ldb, 2)];
+        let [lda, ldb] = gemm.strides();
+        let alignments = [aligned(out, gemm.n, out_size), aligned(a, lda, 2), aligned(b, ldb, 2)];
         let shape = Shape { gemm, f32_out, alignments };
         if !self.plans.contains_key(&shape) {
             let plan = Plan::new(self.handle, shape)?;
@@ -103,17 +123,17 @@ impl Blas {
         else {
             return Ok(false);
         };
-        let (alpha, beta) = (1.0f32, if gemm.beta_one { 1.0f32 } else { 0.0 });
+        let (alpha, beta) = (1.0f32, if gemm.add { 1.0f32 } else { 0.0 });
         let ptr = |address: u64| address as *mut c_void;
-        // SAFETY: descriptions are alive in `plans`, the scalars live until the call returns, the buffers are as the caller
-        // promises, the workspace is ours and the stream orders its uses.
+        // SAFETY: the descriptions live in `plans`, the scalars until the call returns. The caller promises the buffers. The
+        // workspace belongs to `self`, and the stream orders its uses.
         let queued = unsafe {
             result::matmul(
                 self.handle,
                 *product,
                 (&raw const alpha).cast(),
                 (&raw const beta).cast(),
-                // Row-major matrices are their transposes in columns: the second operand comes first.
+                // A row-major matrix is its transpose stored by columns, so the second operand comes first.
                 ptr(b),
                 *b_of,
                 ptr(a),
@@ -125,7 +145,7 @@ impl Blas {
                 algorithm,
                 ptr(self.workspace),
                 WORKSPACE,
-                gpu.bind()?.cast(),
+                stream.bind()?.cast(),
             )
         };
         queued.map_err(refused(gemm))?;
@@ -136,7 +156,7 @@ impl Blas {
 impl Plan {
     fn new(handle: sys::cublasLtHandle_t, shape: Shape) -> Result<Plan> {
         let Shape { gemm, f32_out, alignments } = shape;
-        let failed = refused(gemm);
+        let ([lda, ldb], failed) = (gemm.strides(), refused(gemm));
         let (half, single) = (sys::cudaDataType_t::CUDA_R_16BF, sys::cudaDataType_t::CUDA_R_32F);
         let product = result::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, single)
             .map_err(&failed)?;
@@ -150,19 +170,19 @@ impl Plan {
             unsafe { result::set_matmul_desc_attribute(product, which, (&raw const value).cast(), 4) }
                 .map_err(&failed)?;
         }
-        // Rows and columns as they lie in columns.
+        // cuBLASLt stores columns: rows and columns change places.
         let layout = |kind, rows: usize, cols: usize, ld: usize| {
             result::create_matrix_layout(kind, rows as u64, cols as u64, ld as i64).map_err(&failed)
         };
         let a = match gemm.a_transposed {
-            false => layout(half, gemm.k, gemm.m, gemm.lda)?,
-            true => layout(half, gemm.m, gemm.k, gemm.lda)?,
+            false => layout(half, gemm.k, gemm.m, lda)?,
+            true => layout(half, gemm.m, gemm.k, lda)?,
         };
         let b = match gemm.b_transposed {
-            false => layout(half, gemm.n, gemm.k, gemm.ldb)?,
-            true => layout(half, gemm.k, gemm.n, gemm.ldb)?,
+            false => layout(half, gemm.n, gemm.k, ldb)?,
+            true => layout(half, gemm.k, gemm.n, ldb)?,
         };
-        let out = layout(if f32_out { single } else { half }, gemm.n, gemm.m, gemm.ldc)?;
+        let out = layout(if f32_out { single } else { half }, gemm.n, gemm.m, gemm.n)?;
         let wishes = result::create_matmul_pref().map_err(&failed)?;
         let workspace = WORKSPACE as u64;
         // SAFETY: the attribute is a u64, which lives until the call returns.

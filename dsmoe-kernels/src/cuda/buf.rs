@@ -1,14 +1,15 @@
-//! Memory on a GPU.
+//! Memory on a GPU: matrices, which own their memory or are rows of another.
 
 use std::marker::PhantomData;
-use std::ops::Range;
+use std::ops::{Deref, DerefMut, Range};
 
 use cudarc::driver::result;
 
 use super::device::Gpu;
 use super::error::{Result, driver};
+use super::kernel::Arg;
 
-/// What lies in a device's memory: plain values.
+/// Types of values in a device's memory: plain data.
 pub trait Element: bytemuck::Pod + Send + Sync + std::fmt::Debug {}
 
 impl Element for f32 {}
@@ -19,100 +20,220 @@ impl Element for i32 {}
 impl Element for u64 {}
 impl Element for u8 {}
 
-/// Values in a device's memory; given back, in the order of the stream, when dropped.
+/// Types of values that products give.
+pub trait Float: Element {
+    /// Tells whether this is f32; otherwise it is bf16.
+    const F32: bool;
+}
+
+impl Float for f32 {
+    const F32: bool = true;
+}
+
+impl Float for half::bf16 {
+    const F32: bool = false;
+}
+
+/// Rows of values in a device's memory, without gaps. A vector has one column.
+///
+/// It is to a [`GpuBuf`] what a slice is to a `Vec`. As a slice it is unsized, which `Tail` is for: two matrices behind
+/// `&mut` cannot be swapped, so that memory never leaves its owner.
 #[derive(Debug)]
-pub struct GpuBuf<T: Element> {
+pub struct Matrix<T: Element, Tail: ?Sized = [()]> {
     gpu: Gpu,
     ptr: u64,
-    len: usize,
+    rows: usize,
+    cols: usize,
     element: PhantomData<T>,
+    _tail: Tail,
 }
 
-/// Some of the values of a [`GpuBuf`], to read.
+type Sized0<T> = Matrix<T, [(); 0]>;
+
+/// A matrix that owns its memory. The memory is freed, in the order of the stream, when the buffer is dropped.
 #[derive(Debug)]
-pub struct View<'a, T: Element> {
-    gpu: &'a Gpu,
-    ptr: u64,
-    len: usize,
-    element: PhantomData<&'a T>,
-}
+pub struct GpuBuf<T: Element>(Sized0<T>);
 
-/// Some of the values of a [`GpuBuf`], to write.
+/// A part of a matrix, to read.
 #[derive(Debug)]
-pub struct ViewMut<'a, T: Element> {
-    gpu: &'a Gpu,
-    ptr: u64,
-    len: usize,
-    element: PhantomData<&'a mut T>,
-}
+pub struct View<'a, T: Element>(Sized0<T>, PhantomData<&'a T>);
 
-impl<T: Element> Clone for View<'_, T> {
-    fn clone(&self) -> Self {
-        *self
+/// A part of a matrix, to write.
+#[derive(Debug)]
+pub struct ViewMut<'a, T: Element>(Sized0<T>, PhantomData<&'a mut T>);
+
+impl Gpu {
+    /// Makes a vector of zeros.
+    ///
+    /// # Errors
+    /// The memory does not suffice.
+    pub fn zeros<T: Element>(&self, len: usize) -> Result<GpuBuf<T>> {
+        self.zero_rows(len, 1)
     }
-}
 
-impl<T: Element> Copy for View<'_, T> {}
-
-/// Where a part of `len` values at `ptr` starts.
-fn part<T>(ptr: u64, len: usize, range: &Range<usize>) -> u64 {
-    assert!(range.start <= range.end && range.end <= len, "gpu: values {range:?} of {len}");
-    ptr + (range.start * size_of::<T>()) as u64
-}
-
-impl<T: Element> GpuBuf<T> {
-    pub(super) fn zeros(gpu: &Gpu, len: usize) -> Result<GpuBuf<T>> {
-        let ptr = gpu.allocate(len * size_of::<T>())?;
-        let mut buf = GpuBuf { gpu: gpu.clone(), ptr, len, element: PhantomData };
+    /// Makes a matrix of zeros.
+    ///
+    /// # Errors
+    /// The memory does not suffice.
+    pub fn zero_rows<T: Element>(&self, rows: usize, cols: usize) -> Result<GpuBuf<T>> {
+        let ptr = self.stream().allocate(rows * cols * size_of::<T>())?;
+        let gpu = self.clone();
+        let mut buf = GpuBuf(Matrix { gpu, ptr, rows, cols, element: PhantomData, _tail: [] });
         buf.fill_zero()?;
         Ok(buf)
     }
 
-    /// Values.
+    /// Makes a vector of `values`.
+    ///
+    /// # Errors
+    /// The memory does not suffice.
+    pub fn upload<T: Element>(&self, values: &[T]) -> Result<GpuBuf<T>> {
+        self.upload_rows(values, 1)
+    }
+
+    /// Makes a matrix of `values`, in rows of `cols`.
+    ///
+    /// # Errors
+    /// The memory does not suffice.
+    ///
+    /// # Panics
+    /// The last row is not whole.
+    pub fn upload_rows<T: Element>(&self, values: &[T], cols: usize) -> Result<GpuBuf<T>> {
+        let mut buf = self.zero_rows(values.len() / cols.max(1), cols)?;
+        buf.upload_from(values)?;
+        Ok(buf)
+    }
+}
+
+impl<T: Element> Drop for GpuBuf<T> {
+    fn drop(&mut self) {
+        self.0.gpu.stream().free(self.0.ptr);
+    }
+}
+
+impl<T: Element> Deref for GpuBuf<T> {
+    type Target = Matrix<T>;
+
+    fn deref(&self) -> &Matrix<T> {
+        &self.0
+    }
+}
+
+impl<T: Element> DerefMut for GpuBuf<T> {
+    fn deref_mut(&mut self) -> &mut Matrix<T> {
+        &mut self.0
+    }
+}
+
+impl<T: Element> Deref for View<'_, T> {
+    type Target = Matrix<T>;
+
+    fn deref(&self) -> &Matrix<T> {
+        &self.0
+    }
+}
+
+impl<T: Element> Deref for ViewMut<'_, T> {
+    type Target = Matrix<T>;
+
+    fn deref(&self) -> &Matrix<T> {
+        &self.0
+    }
+}
+
+impl<T: Element> DerefMut for ViewMut<'_, T> {
+    fn deref_mut(&mut self) -> &mut Matrix<T> {
+        &mut self.0
+    }
+}
+
+impl<T: Element> Matrix<T> {
+    /// The number of rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// The number of values in a row.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// The number of values.
     pub fn len(&self) -> usize {
-        self.len
+        self.rows * self.cols
     }
 
-    /// Whether there are none.
+    /// Tells whether there are no values.
     pub fn is_empty(&self) -> bool {
-        self.len == 0
+        self.len() == 0
     }
 
-    /// All values, to read.
-    pub fn view(&self) -> View<'_, T> {
-        View { gpu: &self.gpu, ptr: self.ptr, len: self.len, element: PhantomData }
-    }
-
-    /// All values, to write.
-    pub fn view_mut(&mut self) -> ViewMut<'_, T> {
-        ViewMut { gpu: &self.gpu, ptr: self.ptr, len: self.len, element: PhantomData }
-    }
-
-    /// Some values, to read.
+    /// Returns some of the rows, to read.
     ///
     /// # Panics
-    /// The range is outside the buffer.
-    pub fn slice(&self, range: Range<usize>) -> View<'_, T> {
-        self.view().slice(range)
+    /// The range is outside the matrix.
+    pub fn part(&self, rows: Range<usize>) -> View<'_, T> {
+        View(self.place_of(rows), PhantomData)
     }
 
-    /// Some values, to write.
+    /// Returns some of the rows, to write.
     ///
     /// # Panics
-    /// The range is outside the buffer.
-    pub fn slice_mut(&mut self, range: Range<usize>) -> ViewMut<'_, T> {
-        self.view_mut().into_slice(range)
+    /// The range is outside the matrix.
+    pub fn part_mut(&mut self, rows: Range<usize>) -> ViewMut<'_, T> {
+        ViewMut(self.place_of(rows), PhantomData)
     }
 
-    /// A copy on the host; waits for all that is queued.
+    /// Returns ranges of rows, each behind the one before it, to write.
+    ///
+    /// # Panics
+    /// They overlap, or are outside the matrix.
+    pub fn parts<const N: usize>(&mut self, ranges: [Range<usize>; N]) -> [ViewMut<'_, T>; N] {
+        let apart = ranges.iter().zip(ranges.iter().skip(1)).all(|(one, next)| one.end <= next.start);
+        assert!(apart, "gpu: {ranges:?}");
+        ranges.map(|rows| ViewMut(self.place_of(rows), PhantomData))
+    }
+
+    /// Returns the first values as a matrix of another shape, to read.
+    ///
+    /// # Panics
+    /// There are fewer values.
+    pub fn shaped(&self, rows: usize, cols: usize) -> View<'_, T> {
+        View(self.first(rows, cols), PhantomData)
+    }
+
+    /// Returns the first values as a matrix of another shape, to write.
+    ///
+    /// # Panics
+    /// There are fewer values.
+    pub fn shaped_mut(&mut self, rows: usize, cols: usize) -> ViewMut<'_, T> {
+        ViewMut(self.first(rows, cols), PhantomData)
+    }
+
+    fn place_of(&self, range: Range<usize>) -> Sized0<T> {
+        assert!(range.start <= range.end && range.end <= self.rows, "gpu: rows {range:?} of {}", self.rows);
+        let ptr = self.ptr + (range.start * self.cols * size_of::<T>()) as u64;
+        let (gpu, cols) = (self.gpu.clone(), self.cols);
+        Matrix { gpu, ptr, rows: range.len(), cols, element: PhantomData, _tail: [] }
+    }
+
+    fn first(&self, rows: usize, cols: usize) -> Sized0<T> {
+        assert!(rows * cols <= self.len(), "gpu: {rows} rows of {cols} out of {} values", self.len());
+        let (gpu, ptr) = (self.gpu.clone(), self.ptr);
+        Matrix { gpu, ptr, rows, cols, element: PhantomData, _tail: [] }
+    }
+
+    /// Copies the values to the host. It waits for the queue.
     ///
     /// # Errors
     /// The device fails.
     pub fn download(&self) -> Result<Vec<T>> {
-        self.view().download()
+        let mut out = vec![T::zeroed(); self.len()];
+        self.download_to(&mut out)?;
+        Ok(out)
     }
 
-    /// Copies all values to `out`; waits for all that is queued.
+    /// Copies the values to `out`. It waits for the queue.
     ///
     /// # Errors
     /// The device fails.
@@ -120,140 +241,18 @@ impl<T: Element> GpuBuf<T> {
     /// # Panics
     /// The lengths differ.
     pub fn download_to(&self, out: &mut [T]) -> Result<()> {
-        self.view().download_to(out)
-    }
-
-    /// Sets all values.
-    ///
-    /// # Errors
-    /// The device fails.
-    ///
-    /// # Panics
-    /// The lengths differ.
-    pub fn upload_from(&mut self, values: &[T]) -> Result<()> {
-        self.view_mut().upload_from(values)
-    }
-
-    /// Sets all values to 0.
-    ///
-    /// # Errors
-    /// The device fails.
-    pub fn fill_zero(&mut self) -> Result<()> {
-        self.view_mut().fill_zero()
-    }
-}
-
-impl<T: Element> Drop for GpuBuf<T> {
-    fn drop(&mut self) {
-        self.gpu.free(self.ptr);
-    }
-}
-
-impl<'a, T: Element> View<'a, T> {
-    /// Values.
-    pub fn len(&self) -> usize {
-        self.len
-    }
-
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
-    /// Some of these.
-    ///
-    /// # Panics
-    /// The range is outside.
-    pub fn slice(self, range: Range<usize>) -> View<'a, T> {
-        View { ptr: part::<T>(self.ptr, self.len, &range), len: range.len(), ..self }
-    }
-
-    /// A copy on the host; waits for all that is queued.
-    ///
-    /// # Errors
-    /// The device fails.
-    pub fn download(self) -> Result<Vec<T>> {
-        let mut out = vec![T::zeroed(); self.len];
-        self.download_to(&mut out)?;
-        Ok(out)
-    }
-
-    /// Copies all values to `out`; waits for all that is queued.
-    ///
-    /// # Errors
-    /// The device fails.
-    ///
-    /// # Panics
-    /// The lengths differ.
-    pub fn download_to(self, out: &mut [T]) -> Result<()> {
-        assert_eq!(self.len, out.len(), "gpu: download");
+        assert_eq!(self.len(), out.len(), "gpu: download");
         if out.is_empty() {
             return Ok(());
         }
-        let stream = self.gpu.bind()?;
-        // SAFETY: `ptr` holds `len` values (made with a length, cut with checks), `out` as many; both live until the
+        let stream = self.gpu.stream().bind()?;
+        // SAFETY: `ptr` holds as many values as `out`: a matrix is made with a size and cut with checks. Both live until the
         // synchronisation below.
         unsafe { result::memcpy_dtoh_async(out, self.ptr, stream) }.map_err(driver("copying to the host"))?;
         self.gpu.synchronize()
     }
 
-    pub(crate) fn ptr(&self) -> u64 {
-        self.ptr
-    }
-}
-
-impl<'a, T: Element> ViewMut<'a, T> {
-    /// Values.
-    pub fn len(&self) -> usize {
-        self.len
-    }
-
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
-    /// These, to read.
-    pub fn as_view(&self) -> View<'_, T> {
-        View { gpu: self.gpu, ptr: self.ptr, len: self.len, element: PhantomData }
-    }
-
-    /// These, for a shorter time.
-    pub fn reborrow(&mut self) -> ViewMut<'_, T> {
-        ViewMut { gpu: self.gpu, ptr: self.ptr, len: self.len, element: PhantomData }
-    }
-
-    /// Some of these, to write.
-    ///
-    /// # Panics
-    /// The range is outside.
-    pub fn slice_mut(&mut self, range: Range<usize>) -> ViewMut<'_, T> {
-        self.reborrow().into_slice(range)
-    }
-
-    /// Some of these, for as long as these.
-    ///
-    /// # Panics
-    /// The range is outside.
-    pub fn into_slice(self, range: Range<usize>) -> ViewMut<'a, T> {
-        let ptr = part::<T>(self.ptr, self.len, &range);
-        ViewMut { ptr, len: range.len(), ..self }
-    }
-
-    /// Parts of these, each behind the one before it.
-    ///
-    /// # Panics
-    /// They overlap, or are outside.
-    pub fn parts<const N: usize>(&mut self, ranges: [Range<usize>; N]) -> [ViewMut<'_, T>; N] {
-        let apart = ranges.iter().zip(ranges.iter().skip(1)).all(|(one, next)| one.end <= next.start);
-        assert!(apart, "gpu: {ranges:?}");
-        ranges.map(|range| {
-            let ptr = part::<T>(self.ptr, self.len, &range);
-            ViewMut { gpu: self.gpu, ptr, len: range.len(), element: PhantomData }
-        })
-    }
-
-    /// Sets all values.
+    /// Sets the values to those of the host.
     ///
     /// # Errors
     /// The device fails.
@@ -261,51 +260,65 @@ impl<'a, T: Element> ViewMut<'a, T> {
     /// # Panics
     /// The lengths differ.
     pub fn upload_from(&mut self, values: &[T]) -> Result<()> {
-        assert_eq!(self.len, values.len(), "gpu: upload");
+        assert_eq!(self.len(), values.len(), "gpu: upload");
         if values.is_empty() {
             return Ok(());
         }
-        let stream = self.gpu.bind()?;
-        // SAFETY: `ptr` holds as many values as `values`. The driver has taken what lies in pageable memory when it
-        // returns, so `values` may change after.
+        let stream = self.gpu.stream().bind()?;
+        // SAFETY: `ptr` holds as many values as `values`. The driver has copied pageable memory when it returns, so `values`
+        // may change after.
         unsafe { result::memcpy_htod_async(self.ptr, values, stream) }
             .map_err(driver("copying to the device"))
     }
 
-    /// Sets all values to those of `from`.
+    /// Sets the values to those of `from`.
     ///
     /// # Errors
     /// The device fails.
     ///
     /// # Panics
     /// The lengths differ.
-    pub fn copy_from(&mut self, from: View<'_, T>) -> Result<()> {
-        assert_eq!(self.len, from.len, "gpu: copy");
-        if self.len == 0 {
+    pub fn copy_from(&mut self, from: &Matrix<T>) -> Result<()> {
+        assert_eq!(self.len(), from.len(), "gpu: copy");
+        if self.is_empty() {
             return Ok(());
         }
-        let stream = self.gpu.bind()?;
-        let bytes = self.len * size_of::<T>();
-        // SAFETY: both hold `len` values, and a view to write does not overlap one to read.
+        let stream = self.gpu.stream().bind()?;
+        let bytes = self.len() * size_of::<T>();
+        // SAFETY: both hold that many bytes, and a matrix to write does not overlap one to read.
         unsafe { result::memcpy_dtod_async(self.ptr, from.ptr, bytes, stream) }
             .map_err(driver("copying on the device"))
     }
 
-    /// Sets all values to 0.
+    /// Sets the values to 0.
     ///
     /// # Errors
     /// The device fails.
     pub fn fill_zero(&mut self) -> Result<()> {
-        if self.len == 0 {
+        if self.is_empty() {
             return Ok(());
         }
-        let stream = self.gpu.bind()?;
-        // SAFETY: `ptr` holds `len` values, which may be zero bytes: `Element` is plain data.
-        unsafe { result::memset_d8_async(self.ptr, 0, self.len * size_of::<T>(), stream) }
+        let stream = self.gpu.stream().bind()?;
+        // SAFETY: `ptr` holds that many values, which may be zero bytes: `Element` is plain data.
+        unsafe { result::memset_d8_async(self.ptr, 0, self.len() * size_of::<T>(), stream) }
             .map_err(driver("clearing memory"))
+    }
+
+    pub(crate) fn gpu(&self) -> &Gpu {
+        &self.gpu
     }
 
     pub(crate) fn ptr(&self) -> u64 {
         self.ptr
     }
+
+    /// The address as an argument of a kernel.
+    pub(crate) fn arg(&self) -> Arg {
+        Arg::Ptr(self.ptr)
+    }
+}
+
+/// The address as an argument of a kernel; null for none.
+pub(crate) fn optional<T: Element>(matrix: Option<&Matrix<T>>) -> Arg {
+    matrix.map_or(Arg::NULL, Matrix::arg)
 }

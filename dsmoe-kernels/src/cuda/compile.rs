@@ -1,4 +1,4 @@
-//! From text to machine code, by NVRTC, with a folder of what was compiled before.
+//! Compilation of kernels by NVRTC, with a folder that caches their machine code.
 
 use std::ffi::{CStr, CString, c_char};
 use std::fs;
@@ -11,21 +11,27 @@ use sha2::{Digest, Sha256};
 
 use super::detect::{guarded, libraries};
 use super::error::{CudaError, Result};
-use super::kernel::Source;
 
-/// What stands before every kernel's text.
+/// The text that precedes every kernel's own.
 const PRELUDE: &str = include_str!("prelude.cuh");
+
+/// The text of some kernels.
+#[derive(Debug)]
+pub(crate) struct Source {
+    pub(crate) name: &'static str,
+    pub(crate) text: &'static str,
+}
 
 /// Kernels in machine code.
 #[derive(Clone, Debug)]
 pub struct Compiled {
-    /// The code.
+    /// The machine code.
     pub cubin: Vec<u8>,
-    /// What the assembler says of every kernel.
+    /// The assembler's log, which names the registers and spills of every kernel.
     pub log: String,
 }
 
-/// Version of NVRTC; none where there is none. Asked once.
+/// Returns the version of NVRTC, or none without NVRTC. It is asked once.
 pub fn nvrtc_version() -> Option<(i32, i32)> {
     static VERSION: OnceLock<Option<(i32, i32)>> = OnceLock::new();
     *VERSION.get_or_init(|| {
@@ -42,10 +48,10 @@ pub fn nvrtc_version() -> Option<(i32, i32)> {
     })
 }
 
-/// Compiles `text`, after what all kernels share, with `defines` for `arch`, such as `sm_90a`.
+/// Compiles `text`, preceded by the code that all kernels share, with `defines` for `arch`, such as `sm_90a`.
 ///
 /// # Errors
-/// NVRTC is not there, or refuses the text.
+/// NVRTC is not found, or refuses the text.
 pub fn compile(name: &str, text: &str, defines: &[(&str, i64)], arch: &str) -> Result<Compiled> {
     if nvrtc_version().is_none() {
         return Err(CudaError::no_nvrtc());
@@ -59,7 +65,7 @@ pub fn compile(name: &str, text: &str, defines: &[(&str, i64)], arch: &str) -> R
         "--std=c++17".to_owned(),
         "--ptxas-options=-v".to_owned(),
         "-default-device".to_owned(),
-        // What NVRTC takes from its own cache comes without the assembler's log.
+        // An entry of NVRTC's own cache has no assembler log.
         "--no-cache".to_owned(),
     ];
     options.extend(defines.iter().map(|(name, value)| format!("-D{name}={value}")));
@@ -74,7 +80,7 @@ pub fn compile(name: &str, text: &str, defines: &[(&str, i64)], arch: &str) -> R
         Ok(()) => take_cubin(program),
         Err(_) => None,
     };
-    // SAFETY: as above; it is not used any more.
+    // SAFETY: as above; the program is not used after.
     let _ = unsafe { result::destroy_program(program) };
     match cubin {
         Some(cubin) => Ok(Compiled { cubin, log }),
@@ -100,7 +106,7 @@ fn take_cubin(program: sys::nvrtcProgram) -> Option<Vec<u8>> {
     (len > 0).then_some(cubin)
 }
 
-/// The architecture to compile for: with Hopper's own instructions on Hopper.
+/// Returns the architecture to compile for. On Hopper it includes Hopper's own instructions.
 fn arch_of(capability: (u32, u32)) -> String {
     match capability {
         (9, 0) => "sm_90a".to_owned(),
@@ -108,7 +114,7 @@ fn arch_of(capability: (u32, u32)) -> String {
     }
 }
 
-/// The machine code of `source`, from the folder of compiled kernels if it is there.
+/// Returns the machine code of `source`, from the cache if it is there.
 pub(super) fn cubin(
     source: &'static Source,
     defines: &[(&'static str, i64)],
@@ -121,13 +127,13 @@ pub(super) fn cubin(
         let hash: String = hash.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect();
         Some(cache_dir()?.join(format!("{}-{arch}-{hash}.cubin", source.name)))
     });
-    // A damaged file is made again.
+    // A damaged file is replaced.
     if let Some(image) = path.as_ref().and_then(|path| fs::read(path).ok()).and_then(unsealed) {
         return Ok(image);
     }
     let compiled = compile(source.name, source.text, defines, &arch)?;
     if let Some(path) = path {
-        // A cache that cannot be written costs time and nothing else.
+        // A cache that cannot be written costs only time.
         drop(store(&path, &compiled.cubin));
     }
     Ok(compiled.cubin)
@@ -139,7 +145,7 @@ fn cache_dir() -> Option<PathBuf> {
     set("DSMOE_CACHE_DIR").or_else(|| Some(user()?.join("dsmoe"))).map(|dir| dir.join("kernels"))
 }
 
-/// Its hash stands behind the code, so that a damaged file is no code.
+/// Takes the code out of a cached file, if the hash behind it matches.
 fn unsealed(mut file: Vec<u8>) -> Option<Vec<u8>> {
     let hash = file.split_off(file.len().checked_sub(32)?);
     (Sha256::digest(&file)[..] == hash[..]).then_some(file)
@@ -148,7 +154,7 @@ fn unsealed(mut file: Vec<u8>) -> Option<Vec<u8>> {
 fn store(path: &std::path::Path, cubin: &[u8]) -> std::io::Result<()> {
     let dir = path.parent().unwrap_or(std::path::Path::new("."));
     fs::create_dir_all(dir)?;
-    // Processes that compile the same at once each have a file of their own.
+    // Processes that compile the same kernel at once write separate files.
     let temporary = path.with_extension(format!("{}.tmp", std::process::id()));
     let mut file = fs::File::create(&temporary)?;
     file.write_all(cubin)?;
@@ -162,7 +168,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn cuda_code_is_kept_whole_or_not_at_all() {
+    fn cuda_a_damaged_cache_entry_is_ignored() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("kernels").join("some-sm_80-0.cubin");
         let code: Vec<u8> = (0..5000u32).map(|i| (i * i) as u8).collect();
@@ -182,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn cuda_text_that_does_not_compile_is_told_by_its_line() {
+    fn cuda_a_compile_error_names_its_line() {
         let wrong = "extern \"C\" __global__ void k(float* x) {\n  x[0] = nothing;\n}\n";
         match compile("wrong", wrong, &[], "sm_80") {
             Err(CudaError::Compile { log, .. }) => assert!(log.starts_with("wrong.cu(2)"), "{log}"),

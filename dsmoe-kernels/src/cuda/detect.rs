@@ -1,4 +1,4 @@
-//! What of CUDA a machine has. Nothing here fails or panics where something is missing.
+//! Detection of the driver, devices and libraries of CUDA. Nothing here fails or panics if they are missing.
 
 use std::ffi::OsString;
 use std::panic;
@@ -11,16 +11,16 @@ use cudarc::{cublaslt, nvrtc};
 
 use super::error::CudaError;
 
-/// What there is to compute on.
+/// The outcome of looking for devices.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Detection {
     /// No driver is installed.
     NoDriver,
-    /// The driver finds no device, or cannot use it; its code, by name.
+    /// The driver finds no device, or cannot use it. Holds the name of its code.
     NoDevice(String),
-    /// A driver that lacks what is needed.
+    /// The driver lacks functions that are needed. Holds the first one.
     Broken(String),
-    /// Devices, by their number.
+    /// The devices, by their number.
     Devices(Vec<DeviceInfo>),
 }
 
@@ -35,7 +35,7 @@ pub struct DeviceInfo {
     pub memory: usize,
 }
 
-/// The libraries that compute and compile.
+/// The libraries of CUDA that are found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Libraries {
     /// The driver, libcuda.
@@ -47,21 +47,21 @@ pub struct Libraries {
 }
 
 impl Detection {
-    /// Why there is nothing to compute on, and what would do, in one line; none where there is a device.
+    /// Returns why there is no device, and help, in one line; none if there is a device.
     pub fn problem(&self) -> Option<String> {
         match self {
             Detection::NoDriver => {
-                Some("no driver of NVIDIA is installed; install it, or use --device cpu".to_owned())
+                Some("no NVIDIA driver is installed; install it, or use the CPU".to_owned())
             }
             Detection::NoDevice(code) if code == "CUDA_ERROR_STUB_LIBRARY" => Some(
-                "the driver's library is the toolkit's stub; take lib64/stubs out of LD_LIBRARY_PATH"
+                "the driver's library is the toolkit's stub; remove lib64/stubs from LD_LIBRARY_PATH"
                     .to_owned(),
             ),
             Detection::NoDevice(code) => {
-                Some(format!("the driver finds no device ({code}); see `nvidia-smi`, or use --device cpu"))
+                Some(format!("the driver finds no device ({code}); see `nvidia-smi`, or use the CPU"))
             }
             Detection::Broken(what) => Some(format!(
-                "the driver cannot be used ({what}); install one of CUDA 13 or newer, or use --device cpu"
+                "the driver cannot be used ({what}); install one of CUDA 13 or newer, or use the CPU"
             )),
             Detection::Devices(_) => None,
         }
@@ -69,19 +69,19 @@ impl Detection {
 }
 
 impl Libraries {
-    /// What of these is not there, and what would do, a line each. The driver is [`Detection`]'s to tell.
+    /// Returns a line with help for each missing library. [`Detection::problem`] reports the driver.
     pub fn problems(&self) -> Vec<String> {
         let each = [(self.nvrtc, CudaError::no_nvrtc()), (self.cublaslt, CudaError::no_cublaslt())];
         each.into_iter().filter(|(found, _)| !found).map(|(_, error)| error.to_string()).collect()
     }
 }
 
-/// Which libraries are there. Those in `DSMOE_CUDA_LIB_DIR` and `DSMOE_NVRTC_DIR` come first.
+/// Looks for the libraries once, first in `DSMOE_CUDA_LIB_DIR` and `DSMOE_NVRTC_DIR`.
 pub fn libraries() -> Libraries {
     static FOUND: OnceLock<Libraries> = OnceLock::new();
     *FOUND.get_or_init(|| {
         preload();
-        // SAFETY: opening the driver's library runs its initialisers, which do not depend on us.
+        // SAFETY: opening the driver's library runs its initialisers, which do not depend on this program.
         let driver = unsafe { driver::is_culib_present() };
         // SAFETY: as above.
         let nvrtc = unsafe { nvrtc::sys::is_culib_present() };
@@ -91,7 +91,7 @@ pub fn libraries() -> Libraries {
     })
 }
 
-/// What there is to compute on; asked once.
+/// Looks for devices once.
 pub fn detect() -> Detection {
     static FOUND: OnceLock<Detection> = OnceLock::new();
     FOUND.get_or_init(ask).clone()
@@ -104,16 +104,16 @@ fn ask() -> Detection {
     match guarded(devices) {
         Ok(Ok(devices)) if !devices.is_empty() => Detection::Devices(devices),
         Ok(Ok(_)) => Detection::NoDevice("CUDA_ERROR_NO_DEVICE".to_owned()),
-        // Not its text: asking the driver for that may panic.
+        // The code alone: asking the driver for its text may panic.
         Ok(Err(error)) => Detection::NoDevice(format!("{:?}", error.0)),
         Err(missing) => Detection::Broken(missing),
     }
 }
 
-/// What `ask` says, or the first line of its panic: the bindings panic where a library lacks a symbol, and the hook would
-/// print that.
+/// Returns the result of `ask`, or the first line of its panic. The bindings panic if a library lacks a symbol, and the panic
+/// hook would print that.
 pub(super) fn guarded<R>(ask: impl FnOnce() -> R + panic::UnwindSafe) -> Result<R, String> {
-    // One at a time, so that the hook that comes back is not the silent one of another thread.
+    // One thread at a time, so that the restored hook is not the silent one of another thread.
     static HOOK: Mutex<()> = Mutex::new(());
     let _one = HOOK.lock().unwrap_or_else(PoisonError::into_inner);
     let hook = panic::take_hook();
@@ -127,7 +127,7 @@ pub(super) fn guarded<R>(ask: impl FnOnce() -> R + panic::UnwindSafe) -> Result<
     })
 }
 
-/// Version of CUDA that the driver is of; none where it finds no device.
+/// Returns the CUDA version of the driver; none if it finds no device.
 pub fn driver_version() -> Option<(i32, i32)> {
     let Detection::Devices(_) = detect() else { return None };
     guarded(|| {
@@ -139,7 +139,7 @@ pub fn driver_version() -> Option<(i32, i32)> {
     .ok()?
 }
 
-/// Version of cuBLASLt, such as 130200 for 13.2.0; none where there is none.
+/// Returns the version of cuBLASLt, such as 130200 for 13.2.0; none if it is not found.
 pub fn cublaslt_version() -> Option<usize> {
     if !libraries().cublaslt {
         return None;
@@ -169,15 +169,15 @@ fn devices() -> Result<Vec<DeviceInfo>, cudarc::driver::DriverError> {
         .collect()
 }
 
-/// Opens CUDA's libraries in the folders that the environment names, and keeps them open: looked for by name later,
-/// they are then found without any search path.
+/// Opens the libraries of CUDA in the folders that the environment names, and keeps them open. A later search by name then
+/// finds them without any search path.
 fn preload() {
     let folders = ["DSMOE_NVRTC_DIR", "DSMOE_CUDA_LIB_DIR"].map(std::env::var_os);
     for folder in folders.into_iter().flatten() {
-        // What others need comes first.
+        // Libraries that others need come first.
         for start in ["libnvrtc-builtins.so", "libnvrtc.so", "libcublasLt.so"] {
             for path in matching(&folder, start) {
-                // SAFETY: opening a library of CUDA runs its initialisers, which do not depend on us.
+                // SAFETY: opening a library of CUDA runs its initialisers, which do not depend on this program.
                 if let Ok(library) = unsafe { libloading::Library::new(&path) } {
                     std::mem::forget(library);
                 }

@@ -1,34 +1,34 @@
-//! What can go wrong on a GPU.
+//! Errors of GPU work.
 
 use cudarc::driver::DriverError;
 
 /// Result of GPU work.
 pub type Result<T> = std::result::Result<T, CudaError>;
 
-/// What can go wrong on a GPU. Every message is one line that ends with the mend.
+/// An error of GPU work. Every message is one line that ends with help.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum CudaError {
-    /// There is no such device.
+    /// The device cannot be used.
     #[error("cuda:{ordinal}: {problem}")]
     Device {
         /// The device asked for.
         ordinal: usize,
-        /// What is missing, and what would do.
+        /// The cause, and help.
         problem: String,
     },
-    /// A library of CUDA is not to be found.
-    #[error("{library} is not to be found; {mend}")]
+    /// A library of CUDA is not found.
+    #[error("{library} is not found; {help}")]
     Library {
         /// Its name.
         library: &'static str,
-        /// What would do.
-        mend: &'static str,
+        /// How to get it.
+        help: &'static str,
     },
     /// The device's memory does not suffice.
     #[error(
-        "the GPU has no {wanted} bytes left ({free} of {total} are free); use a smaller batch, shorter sequences or a \
-         smaller model"
+        "the GPU cannot allocate {wanted} bytes ({free} of {total} are free); use a smaller batch, shorter sequences or \
+         a smaller model"
     )]
     OutOfMemory {
         /// Bytes asked for.
@@ -38,16 +38,16 @@ pub enum CudaError {
         /// Bytes in all.
         total: usize,
     },
-    /// The driver refuses.
-    #[error("CUDA's driver says {code} ({doing}); look at `dsmoe doctor` and the driver's log")]
+    /// The driver fails.
+    #[error("the CUDA driver returned {code} ({doing}); see `dsmoe doctor` and the driver's log")]
     Driver {
         /// Its code, by name.
         code: String,
-        /// What was being done.
+        /// The operation that failed.
         doing: &'static str,
     },
-    /// A kernel that NVRTC does not take.
-    #[error("kernel {name} does not compile for {arch}: {log}; report it with the version of NVRTC")]
+    /// NVRTC refuses a kernel.
+    #[error("kernel {name} does not compile for {arch}: {log}; report it with your version of NVRTC")]
     Compile {
         /// Its source.
         name: String,
@@ -56,15 +56,15 @@ pub enum CudaError {
         /// NVRTC's first error.
         log: String,
     },
-    /// cuBLASLt refuses.
-    #[error("cuBLASLt says {code} to a product {shape}; report it with the version of cuBLASLt")]
+    /// cuBLASLt fails.
+    #[error("cuBLASLt returned {code} for the product {shape}; report it with your version of cuBLASLt")]
     Blas {
         /// Its code, by name.
         code: String,
         /// The product.
         shape: String,
     },
-    /// A size that no kernel takes.
+    /// A size is one that no kernel takes.
     #[error("{0}")]
     Size(String),
 }
@@ -73,19 +73,19 @@ impl CudaError {
     pub(super) fn no_nvrtc() -> CudaError {
         CudaError::Library {
             library: "libnvrtc.so.13, CUDA's run-time compiler",
-            mend: "pip install nvidia-cuda-nvrtc and set DSMOE_NVRTC_DIR to its lib folder",
+            help: "pip install nvidia-cuda-nvrtc and set DSMOE_NVRTC_DIR to its lib folder",
         }
     }
 
     pub(super) fn no_cublaslt() -> CudaError {
         CudaError::Library {
             library: "libcublasLt.so.13, CUDA's matrix products",
-            mend: "pip install nvidia-cublas and set DSMOE_CUDA_LIB_DIR to its lib folder",
+            help: "pip install nvidia-cublas and set DSMOE_CUDA_LIB_DIR to its lib folder",
         }
     }
 }
 
-/// For `map_err`: a driver error while `doing`. The error is not formatted, which may panic with another driver.
+/// Converts a driver error while `doing`, for `map_err`. It does not format the error, which may panic with other drivers.
 pub(super) fn driver(doing: &'static str) -> impl Fn(DriverError) -> CudaError {
     move |error| CudaError::Driver { code: format!("{:?}", error.0), doing }
 }

@@ -1,29 +1,20 @@
-//! Kernels: their text, their compiled form, and how they are started.
+//! Compiled kernels, their arguments and how they are launched.
 
 use std::ffi::c_void;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use cudarc::driver::{CudaContext, CudaFunction, CudaStream, result, sys};
-use cudarc::nvrtc::Ptx;
+use cudarc::driver::{CudaFunction, CudaStream, result, sys};
 
-use super::buf::{Element, View, ViewMut};
-use super::compile::cubin;
-use super::device::Gpu;
+use super::compile::{Source, cubin};
 use super::error::{CudaError, Result, driver};
+use super::stream::Stream;
 
-/// Shared memory that a block has without asking.
+/// Bytes of shared memory that a block has without asking.
 const SHARED: u32 = 48 << 10;
 
-/// The text of some kernels.
-#[derive(Debug)]
-pub(crate) struct Source {
-    pub(crate) name: &'static str,
-    pub(crate) text: &'static str,
-}
-
-/// Kernels to be compiled in a test: for each set of definitions, every entry must compile without spills and with no more
-/// registers than this.
+/// Kernels that a test compiles: for each set of definitions, every entry must compile without spills and with at most
+/// `max_registers` registers.
 #[cfg(test)]
 #[derive(Debug)]
 pub(crate) struct KernelSpec {
@@ -37,9 +28,9 @@ pub(crate) struct KernelSpec {
 #[derive(Clone, Debug)]
 pub(crate) struct Kernel {
     function: CudaFunction,
-    gpu_stream: Arc<CudaStream>,
+    stream: Arc<CudaStream>,
     entry: &'static str,
-    /// The most shared memory that was asked for.
+    /// The most shared memory that has been asked for.
     shared: Arc<AtomicU32>,
 }
 
@@ -54,23 +45,9 @@ pub(crate) enum Arg {
     F64(f64),
 }
 
-impl<T: Element> From<View<'_, T>> for Arg {
-    fn from(view: View<'_, T>) -> Arg {
-        Arg::Ptr(view.ptr())
-    }
-}
-
-impl<T: Element> From<&ViewMut<'_, T>> for Arg {
-    fn from(view: &ViewMut<'_, T>) -> Arg {
-        Arg::Ptr(view.ptr())
-    }
-}
-
-impl<T: Element> From<Option<View<'_, T>>> for Arg {
-    /// A null pointer for none.
-    fn from(view: Option<View<'_, T>>) -> Arg {
-        Arg::Ptr(view.map_or(0, |view| view.ptr()))
-    }
+impl Arg {
+    /// A null pointer.
+    pub(crate) const NULL: Arg = Arg::Ptr(0);
 }
 
 impl From<i32> for Arg {
@@ -97,32 +74,50 @@ impl From<f64> for Arg {
     }
 }
 
-/// A size as kernels take it.
+impl From<bool> for Arg {
+    fn from(value: bool) -> Arg {
+        Arg::I32(i32::from(value))
+    }
+}
+
+/// Converts a size to what kernels take.
 pub(crate) fn int(op: &str, size: usize) -> Result<i32> {
     i32::try_from(size).map_err(|_| {
         CudaError::Size(format!("{op}: a size of {size} is more than a kernel takes; use a smaller batch"))
     })
 }
 
+/// Converts a number of blocks to what a launch takes.
+pub(crate) fn blocks(op: &str, count: usize) -> Result<u32> {
+    Ok(int(op, count)? as u32)
+}
+
+/// Converts sizes to arguments.
+pub(crate) fn sizes<const N: usize>(op: &str, sizes: [usize; N]) -> Result<[Arg; N]> {
+    let mut args = [Arg::I32(0); N];
+    for (arg, size) in args.iter_mut().zip(sizes) {
+        *arg = int(op, size)?.into();
+    }
+    Ok(args)
+}
+
 impl Kernel {
     pub(super) fn load(
-        gpu: &Gpu,
-        context: &Arc<CudaContext>,
+        stream: &Stream,
         source: &'static Source,
         entry: &'static str,
         defines: &[(&'static str, i64)],
     ) -> Result<Kernel> {
-        let image = cubin(source, defines, gpu.capability())?;
-        let module = context.load_module(Ptx::from_binary(image)).map_err(driver("loading a kernel"))?;
-        let function = module.load_function(entry).map_err(driver("finding a kernel"))?;
-        Ok(Kernel { function, gpu_stream: gpu.stream(), entry, shared: Arc::new(AtomicU32::new(SHARED)) })
+        let image = cubin(source, defines, stream.capability())?;
+        let (function, stream) = stream.load(image, entry)?;
+        Ok(Kernel { function, stream, entry, shared: Arc::new(AtomicU32::new(SHARED)) })
     }
 
-    /// Starts `grid` blocks of `block` threads; nothing for a grid without blocks.
+    /// Queues a launch of `grid` blocks of `block` threads; nothing for a grid without blocks.
     ///
     /// # Safety
-    /// `args` are the kernel's parameters in number, type and order, and for these sizes the kernel reads and writes inside
-    /// the buffers that they name only, which the caller may read or write.
+    /// `args` are the kernel's parameters in number, type and order. For these sizes the kernel reads and writes only inside
+    /// the buffers that they name, which the caller may read or write.
     pub(crate) unsafe fn launch(&self, grid: [u32; 3], block: u32, shared: u32, args: &[Arg]) -> Result<()> {
         if grid.contains(&0) {
             return Ok(());
@@ -144,16 +139,16 @@ impl Kernel {
                 Arg::F64(value) => (&raw mut *value).cast(),
             })
             .collect();
-        self.gpu_stream.context().bind_to_thread().map_err(driver("using the device"))?;
-        // SAFETY: the function is loaded, the stream open; the pointers name values that live until the driver has copied
-        // them, which is when it returns; the rest is promised by the caller.
+        self.stream.context().bind_to_thread().map_err(driver("using the device"))?;
+        // SAFETY: the function is loaded and the stream open. The pointers name values that live until the driver returns,
+        // which has copied them then. The caller promises the rest.
         let launched = unsafe {
             result::launch_kernel(
                 self.function.cu_function(),
                 (grid[0], grid[1], grid[2]),
                 (block, 1, 1),
                 shared,
-                self.gpu_stream.cu_stream(),
+                self.stream.cu_stream(),
                 &mut pointers,
             )
         };

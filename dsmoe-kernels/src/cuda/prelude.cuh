@@ -1,4 +1,4 @@
-// What all kernels share. No header is included: NVRTC then needs no folder of them.
+// Code that all kernels share. It includes no header, so NVRTC needs no folder of them.
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;

@@ -9,7 +9,7 @@ pub struct Cache {
     pub(crate) layers: Vec<(Vec<f32>, Vec<f32>)>,
     /// Of a model on a GPU: made when it is first used.
     #[cfg(feature = "cuda")]
-    pub(crate) cuda: Option<Box<crate::model::cuda::CudaCache>>,
+    pub(crate) cuda: Option<Box<super::cuda::cache::CudaCache>>,
     /// Positions to have room for.
     #[cfg(feature = "cuda")]
     pub(crate) room: usize,

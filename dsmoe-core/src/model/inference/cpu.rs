@@ -42,7 +42,7 @@ pub struct Workspace {
     pub(crate) logits: Buf,
     ffn: FfnScratch,
     #[cfg(feature = "cuda")]
-    pub(crate) cuda: Option<Box<crate::model::cuda::CudaWorkspace>>,
+    pub(crate) cuda: Option<Box<super::cuda::acts::CudaWorkspace>>,
 }
 
 impl Workspace {

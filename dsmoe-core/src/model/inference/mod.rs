@@ -2,6 +2,8 @@
 
 mod cache;
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 pub(crate) mod pack;
 pub(crate) mod ragged;
 
@@ -35,7 +37,7 @@ pub struct Inference {
 enum Backend {
     Cpu(Box<CpuInference>),
     #[cfg(feature = "cuda")]
-    Cuda(Box<crate::model::cuda::CudaInference>),
+    Cuda(Box<cuda::CudaInference>),
 }
 
 impl Inference {
@@ -77,7 +79,7 @@ impl Inference {
             Device::Cpu => Backend::Cpu(Box::new(pack::build(parts, precision)?)),
             #[cfg(feature = "cuda")]
             Device::Cuda(ordinal) => {
-                Backend::Cuda(Box::new(crate::model::cuda::CudaInference::build(parts, precision, ordinal)?))
+                Backend::Cuda(Box::new(cuda::CudaInference::build(parts, precision, ordinal)?))
             }
         };
         Ok(Inference { backend })
@@ -180,7 +182,10 @@ impl Inference {
         match &self.backend {
             Backend::Cpu(model) => model.score(losses, inputs, targets, seq, stats, workspace),
             #[cfg(feature = "cuda")]
-            Backend::Cuda(model) => model.score(losses, inputs, targets, seq, stats, workspace)?,
+            Backend::Cuda(model) => {
+                model.score(losses, inputs, targets, seq, workspace)?;
+                model.report(workspace, stats)?;
+            }
         }
         Ok(())
     }

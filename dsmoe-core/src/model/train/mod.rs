@@ -1,6 +1,8 @@
 //! One training step: its arguments and its results, on any device.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
 mod workspace;
 
 use dsmoe_kernels::rng::Rng;

@@ -1,87 +1,116 @@
-//! Values one by one.
+//! Ops on single values, and rows that are copied.
 
 use half::bf16;
 
-#[cfg(test)]
-use super::KernelSpec;
-use super::{Arg, Gpu, Result, Source, View, ViewMut, int};
+use super::{Arg, Gpu, Matrix, Result, Source, blocks, int};
 
 static SOURCE: Source = Source { name: "elementwise", text: include_str!("elementwise.cu") };
 
 #[cfg(test)]
-pub(crate) const KERNELS: &[KernelSpec] = &[KernelSpec {
+pub(crate) const KERNELS: super::KernelSpec = super::KernelSpec {
     source: &SOURCE,
     entries: &["cast", "add", "keep", "rows"],
     defines: &[&[]],
     max_registers: 40,
-}];
+};
 
 /// Threads of a block.
 const BLOCK: u32 = 256;
 
 fn each(gpu: &Gpu, entry: &'static str, len: usize, per_thread: usize, pointers: [Arg; 2]) -> Result<()> {
     let kernel = gpu.kernel(&SOURCE, entry, &[])?;
-    let blocks = int(entry, len.div_ceil(per_thread * BLOCK as usize))? as u32;
+    let count = blocks(entry, len.div_ceil(per_thread * BLOCK as usize))?;
     let [a, b] = pointers;
     // SAFETY: the kernels of elementwise.cu take two pointers and the number of values, which the callers checked.
-    unsafe { kernel.launch([blocks, 1, 1], BLOCK, 0, &[a, b, Arg::I64(len as i64)]) }
+    unsafe { kernel.launch([count, 1, 1], BLOCK, 0, &[a, b, Arg::I64(len as i64)]) }
 }
 
 /// Sets `out` to `x` rounded.
-///
-/// # Errors
-/// The device fails.
-///
-/// # Panics
-/// The lengths differ.
-pub fn cast(gpu: &Gpu, out: ViewMut<'_, bf16>, x: View<'_, f32>) -> Result<()> {
-    assert_eq!(out.len(), x.len(), "cuda cast");
-    each(gpu, "cast", x.len(), 4, [Arg::from(&out), x.into()])
+#[derive(Debug)]
+pub struct Cast<'a> {
+    /// The rounded values.
+    pub out: &'a mut Matrix<bf16>,
+    /// As many values.
+    pub x: &'a Matrix<f32>,
+}
+
+impl Cast<'_> {
+    /// Queues the op, or returns the device's error.
+    ///
+    /// # Panics
+    /// The lengths differ.
+    pub fn run(self) -> Result<()> {
+        let Cast { out, x } = self;
+        assert_eq!(out.len(), x.len(), "cuda cast");
+        each(x.gpu(), "cast", x.len(), 4, [out.arg(), x.arg()])
+    }
 }
 
 /// Adds `x` to `y`.
-///
-/// # Errors
-/// The device fails.
-///
-/// # Panics
-/// The lengths differ.
-pub fn add(gpu: &Gpu, y: ViewMut<'_, f32>, x: View<'_, f32>) -> Result<()> {
-    assert_eq!(y.len(), x.len(), "cuda add");
-    each(gpu, "add", x.len(), 1, [Arg::from(&y), x.into()])
+#[derive(Debug)]
+pub struct Add<'a> {
+    /// The sum.
+    pub y: &'a mut Matrix<f32>,
+    /// As many values.
+    pub x: &'a Matrix<f32>,
 }
 
-/// Sets to 0 what `mask` does not keep.
-///
-/// # Errors
-/// The device fails.
-///
-/// # Panics
-/// The lengths differ.
-pub fn keep(gpu: &Gpu, x: ViewMut<'_, f32>, mask: View<'_, u8>) -> Result<()> {
-    assert_eq!(x.len(), mask.len(), "cuda keep");
-    each(gpu, "keep", mask.len(), 1, [Arg::from(&x), mask.into()])
+impl Add<'_> {
+    /// Queues the op, or returns the device's error.
+    ///
+    /// # Panics
+    /// The lengths differ.
+    pub fn run(self) -> Result<()> {
+        let Add { y, x } = self;
+        assert_eq!(y.len(), x.len(), "cuda add");
+        each(x.gpu(), "add", x.len(), 1, [y.arg(), x.arg()])
+    }
 }
 
-/// Sets row i of `out` `[picked.len(), width]` to row `picked[i]` of `x`. What is picked must be rows of `x`.
-///
-/// # Errors
-/// The device fails.
-///
-/// # Panics
-/// A length does not fit.
-pub fn rows(
-    gpu: &Gpu,
-    out: ViewMut<'_, bf16>,
-    x: View<'_, bf16>,
-    picked: View<'_, u32>,
-    width: usize,
-) -> Result<()> {
-    assert!(out.len() == picked.len() * width && x.len().is_multiple_of(width.max(1)), "cuda rows");
-    let kernel = gpu.kernel(&SOURCE, "rows", &[])?;
-    let grid = [int("rows", picked.len())? as u32, 1, 1];
-    // SAFETY: lengths were checked above; the numbers of rows are the caller's promise.
-    unsafe {
-        kernel.launch(grid, BLOCK, 0, &[Arg::from(&out), x.into(), picked.into(), int("rows", width)?.into()])
+/// Sets the values of `x` to 0 where `mask` is 0.
+#[derive(Debug)]
+pub struct Keep<'a> {
+    /// The values.
+    pub x: &'a mut Matrix<f32>,
+    /// 1 for values that stay.
+    pub mask: &'a Matrix<u8>,
+}
+
+impl Keep<'_> {
+    /// Queues the op, or returns the device's error.
+    ///
+    /// # Panics
+    /// The lengths differ.
+    pub fn run(self) -> Result<()> {
+        let Keep { x, mask } = self;
+        assert_eq!(x.len(), mask.len(), "cuda keep");
+        each(mask.gpu(), "keep", mask.len(), 1, [x.arg(), mask.arg()])
+    }
+}
+
+/// Sets row i of `out` to row `picked[i]` of `x`. The caller promises that these rows exist.
+#[derive(Debug)]
+pub struct Rows<'a> {
+    /// `[picked, width]`
+    pub out: &'a mut Matrix<bf16>,
+    /// `[rows, width]`
+    pub x: &'a Matrix<bf16>,
+    /// Numbers of rows of `x`.
+    pub picked: &'a Matrix<u32>,
+}
+
+impl Rows<'_> {
+    /// Queues the op, or returns the device's error.
+    ///
+    /// # Panics
+    /// A size does not fit.
+    pub fn run(self) -> Result<()> {
+        let Rows { out, x, picked } = self;
+        assert!(out.rows() == picked.len() && out.cols() == x.cols(), "cuda rows");
+        let kernel = x.gpu().kernel(&SOURCE, "rows", &[])?;
+        let grid = [blocks("rows", picked.len())?, 1, 1];
+        let args = [out.arg(), x.arg(), picked.arg(), int("rows", x.cols())?.into()];
+        // SAFETY: the sizes were checked above; the numbers of rows are the caller's promise.
+        unsafe { kernel.launch(grid, BLOCK, 0, &args) }
     }
 }

@@ -1,26 +1,23 @@
-//! Rows of a table; see [`crate::ops::embedding`].
+//! Rows of an embedding table; see [`crate::ops::embedding`].
 
-use half::bf16;
-
-#[cfg(test)]
-use super::KernelSpec;
-use super::{Arg, Gpu, Result, Source, View, ViewMut, int};
-use crate::cuda::GpuBuf;
+use super::{Gpu, Matrix, Result, Source, blocks, int};
+use crate::cuda::{Float, GpuBuf};
 
 static SOURCE: Source = Source { name: "embedding", text: include_str!("embedding.cu") };
 
 #[cfg(test)]
-pub(crate) const KERNELS: &[KernelSpec] = &[KernelSpec {
+pub(crate) const KERNELS: super::KernelSpec = super::KernelSpec {
     source: &SOURCE,
     entries: &["forward_f32", "forward_bf16", "backward"],
     defines: &[&[]],
     max_registers: 40,
-}];
+};
 
 /// Threads of a block.
 const BLOCK: u32 = 256;
 
-/// Where each id of a batch occurs, sorted on the host: gradients of one row are then added in one order.
+/// The places where each id of a batch occurs. They are sorted on the host, so that the gradients of a row are added in a
+/// fixed order.
 #[derive(Debug)]
 pub struct Occurrences {
     ids: GpuBuf<u32>,
@@ -33,7 +30,7 @@ pub struct Occurrences {
 }
 
 impl Occurrences {
-    /// Room for `tokens` ids.
+    /// Allocates room for `tokens` ids.
     ///
     /// # Errors
     /// The device's memory does not suffice.
@@ -49,13 +46,13 @@ impl Occurrences {
         })
     }
 
-    /// Those of `ids`.
+    /// Sets the places to those of `ids`.
     ///
     /// # Errors
     /// The device fails.
     ///
     /// # Panics
-    /// There is no room for as many.
+    /// There is no room for them.
     pub fn update(&mut self, ids: &[u32]) -> Result<()> {
         self.order.clear();
         self.order.extend(0..ids.len() as u32);
@@ -70,98 +67,82 @@ impl Occurrences {
             }
         }
         self.len = ids.len();
-        // Up to as many as there may be: none has a position.
+        // The rest, up to as many ids as there may be, has no position.
         self.host_ids.resize(self.len, 0);
         self.host_offsets.resize(self.len + 1, self.len as u32);
-        self.ids.slice_mut(0..self.len).upload_from(&self.host_ids)?;
-        self.offsets.slice_mut(0..self.len + 1).upload_from(&self.host_offsets)?;
-        self.positions.slice_mut(0..self.len).upload_from(&self.order)
+        self.ids.part_mut(0..self.len).upload_from(&self.host_ids)?;
+        self.offsets.part_mut(0..self.len + 1).upload_from(&self.host_offsets)?;
+        self.positions.part_mut(0..self.len).upload_from(&self.order)
     }
 }
 
-/// Sets row i of `out` to row `ids[i]` of `table`, whose rows the ids must be.
-///
-/// # Errors
-/// The device fails.
-///
-/// # Panics
-/// A length does not fit.
-pub fn forward(
-    gpu: &Gpu,
-    out: ViewMut<'_, f32>,
-    table: View<'_, f32>,
-    ids: View<'_, u32>,
-    hidden: usize,
-) -> Result<()> {
-    run(gpu, "forward_f32", out, table.len(), table.into(), ids, hidden)
+/// Sets row i of `out` to row `ids[i]` of `table`. The caller promises that these rows exist.
+#[derive(Debug)]
+pub struct Forward<'a, T: Float> {
+    /// `[T, hidden]`
+    pub out: &'a mut Matrix<f32>,
+    /// The values of whole rows.
+    pub table: &'a Matrix<T>,
+    /// `[T]`
+    pub ids: &'a Matrix<u32>,
 }
 
-/// [`forward`] of a table in bf16.
-///
-/// # Errors
-/// The device fails.
-///
-/// # Panics
-/// A length does not fit.
-pub fn forward_bf16(
-    gpu: &Gpu,
-    out: ViewMut<'_, f32>,
-    table: View<'_, bf16>,
-    ids: View<'_, u32>,
-    hidden: usize,
-) -> Result<()> {
-    run(gpu, "forward_bf16", out, table.len(), table.into(), ids, hidden)
-}
-
-fn run(
-    gpu: &Gpu,
-    entry: &'static str,
-    out: ViewMut<'_, f32>,
-    values: usize,
-    table: Arg,
-    ids: View<'_, u32>,
-    hidden: usize,
-) -> Result<()> {
-    assert!(
-        out.len() == ids.len() * hidden && values.is_multiple_of(hidden.max(1)),
-        "cuda embedding::forward"
-    );
-    let kernel = gpu.kernel(&SOURCE, entry, &[])?;
-    let grid = [int("embedding", ids.len())? as u32, 1, 1];
-    let args = [Arg::from(&out), table, ids.into(), int("embedding", hidden)?.into()];
-    // SAFETY: a block per id, whose row of `out` there is; ids are rows of the table by the caller's promise.
-    unsafe { kernel.launch(grid, BLOCK, 0, &args) }
+impl<T: Float> Forward<'_, T> {
+    /// Queues the op, or returns the device's error.
+    ///
+    /// # Panics
+    /// A size does not fit.
+    pub fn run(self) -> Result<()> {
+        let Forward { out, table, ids } = self;
+        let hidden = out.cols();
+        assert!(
+            out.rows() == ids.len() && table.len().is_multiple_of(hidden.max(1)),
+            "cuda embedding::forward"
+        );
+        let entry = if T::F32 { "forward_f32" } else { "forward_bf16" };
+        let kernel = ids.gpu().kernel(&SOURCE, entry, &[])?;
+        let grid = [blocks("embedding", ids.len())?, 1, 1];
+        let args = [out.arg(), table.arg(), ids.arg(), int("embedding", hidden)?.into()];
+        // SAFETY: a block per id, which has a row of `out`; ids are rows of the table by the caller's promise.
+        unsafe { kernel.launch(grid, BLOCK, 0, &args) }
+    }
 }
 
 /// Adds the rows of `dout` to the rows of `dtable` that they came from.
-///
-/// # Errors
-/// The device fails.
-///
-/// # Panics
-/// A length does not fit.
-pub fn backward(
-    gpu: &Gpu,
-    dtable: ViewMut<'_, f32>,
-    dout: View<'_, f32>,
-    order: &Occurrences,
-    hidden: usize,
-) -> Result<()> {
-    assert!(
-        dout.len() == order.len * hidden && dtable.len().is_multiple_of(hidden.max(1)),
-        "cuda embedding::backward"
-    );
-    let kernel = gpu.kernel(&SOURCE, "backward", &[])?;
-    let grid = [int("embedding", order.len)? as u32, 1, 1];
-    let args = [
-        Arg::from(&dtable),
-        dout.into(),
-        order.ids.view().into(),
-        order.offsets.view().into(),
-        order.positions.view().into(),
-        int("embedding", hidden)?.into(),
-    ];
-    // SAFETY: offsets and positions were made for as many rows as `dout` has; a block for each, of which those with
-    // positions have ids that are rows of the table, as those of the forward pass were.
-    unsafe { kernel.launch(grid, BLOCK, 0, &args) }
+#[derive(Debug)]
+pub struct Backward<'a> {
+    /// The values of whole rows.
+    pub dtable: &'a mut Matrix<f32>,
+    /// `[T, hidden]`
+    pub dout: &'a Matrix<f32>,
+    /// Where the ids occur.
+    pub order: &'a Occurrences,
+}
+
+impl Backward<'_> {
+    /// Queues the op, or returns the device's error.
+    ///
+    /// # Panics
+    /// A size does not fit.
+    pub fn run(self) -> Result<()> {
+        let Backward { dtable, dout, order } = self;
+        let hidden = dout.cols();
+        assert!(
+            dout.rows() == order.len && dtable.len().is_multiple_of(hidden.max(1)),
+            "cuda embedding::backward"
+        );
+        let kernel = dout.gpu().kernel(&SOURCE, "backward", &[])?;
+        let grid = [blocks("embedding", order.len)?, 1, 1];
+        let args = [
+            dtable.arg(),
+            dout.arg(),
+            order.ids.arg(),
+            order.offsets.arg(),
+            order.positions.arg(),
+            int("embedding", hidden)?.into(),
+        ];
+        // SAFETY: offsets and positions were made for as many rows as `dout` has. A block handles each of them; those with
+        // positions have ids that are rows of the table, as those of the forward pass were.
+        unsafe { kernel.launch(grid, BLOCK, 0, &args) }
+    }
 }

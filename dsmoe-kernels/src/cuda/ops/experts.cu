@@ -83,7 +83,7 @@ template <int FORM> DEV Tile tile_from(int id, const Args& p) {
   return t;
 }
 
-// What a thread copies of every step.
+// The part of every step that a thread copies.
 template <int FORM> struct Loader {
   Tile t;
   int k;
@@ -203,7 +203,7 @@ DEV void hold(float (&d)[128]) {
 template <int N> DEV void wait_products() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
 #endif
 
-// Adds the products of a step, or sets them.
+// Adds the products of a step to the sums, or sets the sums to them.
 template <int FORM> DEV void multiply_step(float (&d)[128], u32 stage, bool add) {
   constexpr int A_COLUMNS = FORM == WEIGHTS, B_COLUMNS = FORM != UP && FORM != PROJECT;
   const int warp = threadIdx.x >> 5;

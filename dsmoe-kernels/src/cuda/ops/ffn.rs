@@ -2,17 +2,19 @@
 
 use half::bf16;
 
-#[cfg(test)]
-use super::KernelSpec;
-use super::{Arg, Gpu, Result, Source, View, ViewMut, int};
+use super::{Arg, Matrix, Result, Source, blocks, optional, sizes};
 
 static SOURCE: Source = Source { name: "ffn", text: include_str!("ffn.cu") };
 
 #[cfg(test)]
-pub(crate) const KERNELS: &[KernelSpec] =
-    &[KernelSpec { source: &SOURCE, entries: &["activate", "backward"], defines: &[&[]], max_registers: 64 }];
+pub(crate) const KERNELS: super::KernelSpec = super::KernelSpec {
+    source: &SOURCE,
+    entries: &["activate", "backward"],
+    defines: &[&[]],
+    max_registers: 64,
+};
 
-/// Experts that a dense FFN's backward pass is cut into: a warp takes each.
+/// Experts that the backward pass of a dense FFN is cut into: a warp takes each.
 const SLICES: usize = 8;
 
 /// Sizes of an FFN.
@@ -20,102 +22,113 @@ const SLICES: usize = 8;
 pub struct Dims {
     /// Tokens.
     pub tokens: usize,
+    /// Width of the input.
+    pub hidden: usize,
     /// Neurons of all experts together.
     pub intermediate: usize,
     /// Experts; 1 for a dense FFN.
     pub num_experts: usize,
 }
 
-impl Dims {
-    fn check(&self, op: &str, lens: &[usize], pairs: Option<usize>) {
-        let Dims { tokens, intermediate, num_experts } = *self;
-        assert!(
-            num_experts > 0
-                && intermediate.is_multiple_of(num_experts)
-                && lens.iter().all(|&len| len == tokens * intermediate)
-                && pairs.is_none_or(|pairs| pairs == tokens * num_experts),
-            "cuda ffn::{op}: {lens:?} values, {pairs:?} coefficients for {self:?}"
-        );
+/// Checks that matrices have the size of `a`, and coefficients a row per token. Returns the number of experts, 1 without
+/// coefficients.
+fn check(op: &str, a: &Matrix<bf16>, lens: &[usize], coefficients: Option<&Matrix<f32>>) -> usize {
+    let n = coefficients.map_or(1, Matrix::cols);
+    assert!(
+        n > 0
+            && a.cols().is_multiple_of(n)
+            && lens.iter().all(|&len| len == a.len())
+            && coefficients.is_none_or(|k| k.rows() == a.rows()),
+        "cuda ffn::{op}: {lens:?} values for {} rows of {}, {n} coefficients each",
+        a.rows(),
+        a.cols()
+    );
+    n
+}
+
+/// Sets `c` to `coefficient silu(a) b`. Without coefficients they are 1.
+#[derive(Debug)]
+pub struct Activate<'a> {
+    /// `[T, intermediate]`
+    pub c: &'a mut Matrix<bf16>,
+    /// Gate projections, `[T, intermediate]`.
+    pub a: &'a Matrix<bf16>,
+    /// Up projections, `[T, intermediate]`.
+    pub b: &'a Matrix<bf16>,
+    /// `[T, n]`
+    pub coefficients: Option<&'a Matrix<f32>>,
+}
+
+impl Activate<'_> {
+    /// Queues the op, or returns the device's error.
+    ///
+    /// # Panics
+    /// A size does not fit.
+    pub fn run(self) -> Result<()> {
+        let Activate { c, a, b, coefficients } = self;
+        let n = check("activate", a, &[c.len(), b.len()], coefficients);
+        let kernel = a.gpu().kernel(&SOURCE, "activate", &[])?;
+        let count = blocks("ffn", c.len().div_ceil(8 * 256))?;
+        let [width, n] = sizes("ffn", [a.cols(), n])?;
+        let tokens = Arg::I64(a.rows() as i64);
+        let args = [c.arg(), a.arg(), b.arg(), optional(coefficients), tokens, width, n];
+        // SAFETY: eight values per thread of buffers whose lengths were checked above; buffers start at 16 bytes.
+        unsafe { kernel.launch([count, 1, 1], 256, 0, &args) }
     }
 }
 
-/// Sets `c` to `coefficient silu(a) b`, all `[tokens, intermediate]`; without coefficients they are 1.
-///
-/// # Errors
-/// The device fails.
-///
-/// # Panics
-/// A length does not fit.
-pub fn activate(
-    gpu: &Gpu,
-    c: ViewMut<'_, bf16>,
-    a: View<'_, bf16>,
-    b: View<'_, bf16>,
-    coefficients: Option<View<'_, f32>>,
-    dims: Dims,
-) -> Result<()> {
-    dims.check("activate", &[c.len(), a.len(), b.len()], coefficients.map(|k| k.len()));
-    let kernel = gpu.kernel(&SOURCE, "activate", &[])?;
-    let blocks = int("ffn", c.len().div_ceil(8 * 256))? as u32;
-    let args = [
-        Arg::from(&c),
-        a.into(),
-        b.into(),
-        coefficients.into(),
-        Arg::I64(dims.tokens as i64),
-        int("ffn", dims.intermediate)?.into(),
-        int("ffn", dims.num_experts)?.into(),
-    ];
-    // SAFETY: eight values per thread of buffers whose lengths were checked above; those start at 16 bytes, as buffers do.
-    unsafe { kernel.launch([blocks, 1, 1], 256, 0, &args) }
+/// Sets the gradients `da` and `db`, and `c` as [`Activate`] does. With coefficients it sets their gradients:
+/// `sum over an expert of silu(a) b g`.
+#[derive(Debug)]
+pub struct Backward<'a> {
+    /// `[T, intermediate]`
+    pub da: &'a mut Matrix<bf16>,
+    /// `[T, intermediate]`
+    pub db: &'a mut Matrix<bf16>,
+    /// `[T, intermediate]`
+    pub c: &'a mut Matrix<bf16>,
+    /// `[T, n]`
+    pub dcoefficients: Option<&'a mut Matrix<f32>>,
+    /// The gradient of the output times the down projection, `[T, intermediate]`.
+    pub g: &'a Matrix<bf16>,
+    /// Gate projections, `[T, intermediate]`.
+    pub a: &'a Matrix<bf16>,
+    /// Up projections, `[T, intermediate]`.
+    pub b: &'a Matrix<bf16>,
+    /// `[T, n]`
+    pub coefficients: Option<&'a Matrix<f32>>,
+    /// Sets the coefficients' gradients of inactive pairs too.
+    pub all_pairs: bool,
 }
 
-/// Sets the gradients `da` and `db`, `c` as [`activate`] does, and where there are coefficients `dcoefficients`
-/// `[tokens, num_experts]`: `sum over an expert of silu(a) b g`, of inactive pairs only with `all_pairs`. `g` is the
-/// gradient of the output times the down projection.
-///
-/// # Errors
-/// The device fails.
-///
-/// # Panics
-/// A length does not fit.
-#[expect(clippy::too_many_arguments, reason = "outputs, inputs and sizes of one op")]
-pub fn backward(
-    gpu: &Gpu,
-    da: ViewMut<'_, bf16>,
-    db: ViewMut<'_, bf16>,
-    c: ViewMut<'_, bf16>,
-    dcoefficients: Option<ViewMut<'_, f32>>,
-    g: View<'_, bf16>,
-    a: View<'_, bf16>,
-    b: View<'_, bf16>,
-    coefficients: Option<View<'_, f32>>,
-    all_pairs: bool,
-    dims: Dims,
-) -> Result<()> {
-    let lens = [da.len(), db.len(), c.len(), g.len(), a.len(), b.len()];
-    dims.check("backward", &lens, coefficients.map(|k| k.len()));
-    dims.check("backward", &lens, dcoefficients.as_ref().map(|k| k.len()));
-    assert!(
-        dcoefficients.is_none() || coefficients.is_some(),
-        "cuda ffn::backward: gradients of no coefficients"
-    );
-    let dense = coefficients.is_none();
-    let slices = if dense && dims.intermediate.is_multiple_of(SLICES) { SLICES } else { dims.num_experts };
-    let kernel = gpu.kernel(&SOURCE, "backward", &[])?;
-    let args = [
-        Arg::from(&da),
-        Arg::from(&db),
-        Arg::from(&c),
-        dcoefficients.as_ref().map_or(Arg::Ptr(0), Arg::from),
-        g.into(),
-        a.into(),
-        b.into(),
-        coefficients.into(),
-        int("ffn", dims.intermediate)?.into(),
-        int("ffn", slices)?.into(),
-        i32::from(all_pairs || dense).into(),
-    ];
-    // SAFETY: a block per token of buffers whose lengths were checked above.
-    unsafe { kernel.launch([int("ffn", dims.tokens)? as u32, 1, 1], 256, 0, &args) }
+impl Backward<'_> {
+    /// Queues the op, or returns the device's error.
+    ///
+    /// # Panics
+    /// A size does not fit, or `dcoefficients` and `coefficients` are not both given.
+    pub fn run(self) -> Result<()> {
+        let Backward { da, db, c, dcoefficients, g, a, b, coefficients, all_pairs } = self;
+        let n = check("backward", a, &[da.len(), db.len(), c.len(), g.len(), b.len()], coefficients);
+        let given = [dcoefficients.as_ref().map(|k| k.len()), coefficients.map(|k| k.len())];
+        assert!(given[0] == given[1], "cuda ffn::backward: {given:?} coefficients");
+        let dense = coefficients.is_none();
+        let slices = if dense && a.cols().is_multiple_of(SLICES) { SLICES } else { n };
+        let kernel = a.gpu().kernel(&SOURCE, "backward", &[])?;
+        let [width, slices] = sizes("ffn", [a.cols(), slices])?;
+        let args = [
+            da.arg(),
+            db.arg(),
+            c.arg(),
+            optional(dcoefficients.as_deref()),
+            g.arg(),
+            a.arg(),
+            b.arg(),
+            optional(coefficients),
+            width,
+            slices,
+            (all_pairs || dense).into(),
+        ];
+        // SAFETY: a block per token of buffers whose lengths were checked above.
+        unsafe { kernel.launch([blocks("ffn", a.rows())?, 1, 1], 256, 0, &args) }
+    }
 }

@@ -1,12 +1,15 @@
-//! Ops on a GPU. Outputs come first, then inputs, then sizes; all are queued and none waits.
+//! Ops on a GPU. Each is a struct with its outputs, inputs and settings, whose `run` checks the sizes and queues kernels.
+//! Sizes come from the shapes of the matrices. No op waits for the device.
 
 pub mod attention;
 pub mod cross_entropy;
+pub mod decode;
 pub mod elementwise;
 pub mod embedding;
 pub mod experts;
-pub mod few;
 pub mod ffn;
+pub mod gemv;
+pub mod linear;
 pub mod matmul;
 pub mod optim;
 pub mod rms_norm;
@@ -15,27 +18,28 @@ pub mod router;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use super::buf::{Matrix, optional};
+pub(crate) use super::compile::Source;
+pub(crate) use super::device::Gpu;
+pub(crate) use super::error::Result;
 #[cfg(test)]
-pub(crate) use super::KernelSpec;
-pub(crate) use super::kernel::int;
-pub(crate) use super::{Arg, Gpu, Result, Source, View, ViewMut};
+pub(crate) use super::kernel::KernelSpec;
+pub(crate) use super::kernel::{Arg, blocks, int, sizes};
 
 /// All kernels, for the test that compiles them.
 #[cfg(test)]
-pub(crate) fn all_kernels() -> impl Iterator<Item = &'static KernelSpec> {
-    let all = [
-        attention::KERNELS,
-        cross_entropy::KERNELS,
-        elementwise::KERNELS,
-        embedding::KERNELS,
-        experts::KERNELS,
-        few::KERNELS,
-        ffn::KERNELS,
-        matmul::KERNELS,
-        optim::KERNELS,
-        rms_norm::KERNELS,
-        rope::KERNELS,
-        router::KERNELS,
-    ];
-    all.into_iter().flatten()
-}
+pub(crate) const KERNELS: &[KernelSpec] = &[
+    attention::KERNELS,
+    cross_entropy::KERNELS,
+    decode::KERNELS,
+    elementwise::KERNELS,
+    embedding::KERNELS,
+    experts::KERNELS,
+    ffn::KERNELS,
+    gemv::KERNELS,
+    matmul::KERNELS,
+    optim::KERNELS,
+    rms_norm::KERNELS,
+    rope::KERNELS,
+    router::KERNELS,
+];

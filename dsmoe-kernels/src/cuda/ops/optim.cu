@@ -1,4 +1,4 @@
-// See the processor's op; `lr` and `root` carry the corrections of the moments' bias.
+// See the CPU's op; `lr` and `root` carry the corrections of the moments' bias.
 extern "C" __global__ void adamw(float* p, bf16* rounded, float* m, float* v, const float* g, const float* scale, i64 n,
                                  float keep, float lr, float beta1, float gain1, float beta2, float gain2,
                                  float root, float eps) {

@@ -2,14 +2,12 @@
 
 use half::bf16;
 
-#[cfg(test)]
-use super::KernelSpec;
-use super::{Arg, Gpu, Result, Source, View, ViewMut, int};
+use super::{Arg, Gpu, Matrix, Result, Source, blocks, int, sizes};
 
 static SOURCE: Source = Source { name: "rms_norm", text: include_str!("rms_norm.cu") };
 
 #[cfg(test)]
-pub(crate) const KERNELS: &[KernelSpec] = &[KernelSpec {
+pub(crate) const KERNELS: super::KernelSpec = super::KernelSpec {
     source: &SOURCE,
     entries: &["forward", "forward_sum", "restore", "backward", "sum_partials"],
     defines: &[
@@ -19,7 +17,7 @@ pub(crate) const KERNELS: &[KernelSpec] = &[KernelSpec {
         &[("HIDDEN", 67), ("THREADS", 32)],
     ],
     max_registers: 64,
-}];
+};
 
 /// Blocks of the backward pass: each keeps a part of the weight's gradient.
 const PARTS: usize = 512;
@@ -30,154 +28,169 @@ fn defines(hidden: usize) -> [(&'static str, i64); 2] {
     [("HIDDEN", hidden as i64), ("THREADS", threads as i64)]
 }
 
-fn start(gpu: &Gpu, entry: &'static str, blocks: usize, hidden: usize, args: &[Arg]) -> Result<()> {
+fn start(gpu: &Gpu, entry: &'static str, rows: usize, hidden: usize, args: &[Arg]) -> Result<()> {
     let defines = defines(hidden);
     let kernel = gpu.kernel(&SOURCE, entry, &defines)?;
-    // SAFETY: the callers checked that the buffers have `blocks` rows, or parts, of `hidden` values.
-    unsafe { kernel.launch([int("rms_norm", blocks)? as u32, 1, 1], defines[1].1 as u32, 0, args) }
+    // SAFETY: the callers checked that the buffers have `rows` rows, or parts, of `hidden` values.
+    unsafe { kernel.launch([blocks("rms_norm", rows)?, 1, 1], defines[1].1 as u32, 0, args) }
 }
 
-fn check(op: &str, rows: usize, hidden: usize, matrices: &[usize], weight: usize) {
+/// Checks that matrices have a row for each value of `rstd`. Returns the numbers of rows and of columns.
+fn check(op: &str, matrices: &[usize], weight: &Matrix<f32>, rstd: &Matrix<f32>) -> [usize; 2] {
+    let (rows, hidden) = (rstd.len(), weight.len());
     assert!(
-        hidden > 0 && weight == hidden && matrices.iter().all(|&len| len == rows * hidden),
-        "cuda rms_norm::{op}: {matrices:?} values, weight {weight}, for {rows} rows of {hidden}"
+        hidden > 0 && matrices.iter().all(|&len| len == rows * hidden),
+        "cuda rms_norm::{op}: {matrices:?} values for {rows} rows of {hidden}"
     );
+    [rows, hidden]
 }
 
-/// Sets `h` to the rows of `x` normed, and `rstd`.
-///
-/// # Errors
-/// The device fails.
-///
-/// # Panics
-/// A length does not fit.
-pub fn forward(
-    gpu: &Gpu,
-    h: ViewMut<'_, bf16>,
-    rstd: ViewMut<'_, f32>,
-    x: View<'_, f32>,
-    weight: View<'_, f32>,
-    eps: f32,
-    hidden: usize,
-) -> Result<()> {
-    check("forward", rstd.len(), hidden, &[h.len(), x.len()], weight.len());
-    start(
-        gpu,
-        "forward",
-        rstd.len(),
-        hidden,
-        &[Arg::from(&h), Arg::from(&rstd), x.into(), weight.into(), eps.into()],
-    )
+/// Sets `h` to the normed rows of `x`, and `rstd` to their reciprocal standard deviations.
+#[derive(Debug)]
+pub struct Forward<'a> {
+    /// `[T, hidden]`
+    pub h: &'a mut Matrix<bf16>,
+    /// `[T]`
+    pub rstd: &'a mut Matrix<f32>,
+    /// `[T, hidden]`
+    pub x: &'a Matrix<f32>,
+    /// `[hidden]`
+    pub weight: &'a Matrix<f32>,
+    /// The term that keeps the division finite.
+    pub eps: f32,
 }
 
-/// Sets `out` to `x + y`, `h` to its rows normed, and `rstd`.
-///
-/// # Errors
-/// The device fails.
-///
-/// # Panics
-/// A length does not fit.
-#[expect(clippy::too_many_arguments, reason = "outputs, inputs and sizes of one op")]
-pub fn forward_sum(
-    gpu: &Gpu,
-    h: ViewMut<'_, bf16>,
-    rstd: ViewMut<'_, f32>,
-    out: ViewMut<'_, f32>,
-    x: View<'_, f32>,
-    y: View<'_, f32>,
-    weight: View<'_, f32>,
-    eps: f32,
-    hidden: usize,
-) -> Result<()> {
-    check("forward_sum", rstd.len(), hidden, &[h.len(), out.len(), x.len(), y.len()], weight.len());
-    let args =
-        [Arg::from(&h), Arg::from(&rstd), Arg::from(&out), x.into(), y.into(), weight.into(), eps.into()];
-    start(gpu, "forward_sum", rstd.len(), hidden, &args)
+impl Forward<'_> {
+    /// Queues the op, or returns the device's error.
+    ///
+    /// # Panics
+    /// A size does not fit.
+    pub fn run(self) -> Result<()> {
+        let Forward { h, rstd, x, weight, eps } = self;
+        let [rows, hidden] = check("forward", &[h.len(), x.len()], weight, rstd);
+        start(x.gpu(), "forward", rows, hidden, &[h.arg(), rstd.arg(), x.arg(), weight.arg(), eps.into()])
+    }
 }
 
-/// Sets `h` as [`forward`] did, from the `rstd` that it set.
-///
-/// # Errors
-/// The device fails.
-///
-/// # Panics
-/// A length does not fit.
-pub fn restore(
-    gpu: &Gpu,
-    h: ViewMut<'_, bf16>,
-    x: View<'_, f32>,
-    weight: View<'_, f32>,
-    rstd: View<'_, f32>,
-    hidden: usize,
-) -> Result<()> {
-    check("restore", rstd.len(), hidden, &[h.len(), x.len()], weight.len());
-    start(gpu, "restore", rstd.len(), hidden, &[Arg::from(&h), x.into(), weight.into(), rstd.into()])
+/// Sets `out` to `x + y`, `h` to its normed rows, and `rstd` to their reciprocal standard deviations.
+#[derive(Debug)]
+pub struct ForwardSum<'a> {
+    /// `[T, hidden]`
+    pub h: &'a mut Matrix<bf16>,
+    /// `[T]`
+    pub rstd: &'a mut Matrix<f32>,
+    /// `[T, hidden]`
+    pub out: &'a mut Matrix<f32>,
+    /// `[T, hidden]`
+    pub x: &'a Matrix<f32>,
+    /// `[T, hidden]`
+    pub y: &'a Matrix<f32>,
+    /// `[hidden]`
+    pub weight: &'a Matrix<f32>,
+    /// The term that keeps the division finite.
+    pub eps: f32,
 }
 
-/// Values of scratch that the backward pass needs.
+impl ForwardSum<'_> {
+    /// Queues the op, or returns the device's error.
+    ///
+    /// # Panics
+    /// A size does not fit.
+    pub fn run(self) -> Result<()> {
+        let ForwardSum { h, rstd, out, x, y, weight, eps } = self;
+        let [rows, hidden] = check("forward_sum", &[h.len(), out.len(), x.len(), y.len()], weight, rstd);
+        let args = [h.arg(), rstd.arg(), out.arg(), x.arg(), y.arg(), weight.arg(), eps.into()];
+        start(x.gpu(), "forward_sum", rows, hidden, &args)
+    }
+}
+
+/// Sets `h` as [`Forward`] did, from the `rstd` that it set.
+#[derive(Debug)]
+pub struct Restore<'a> {
+    /// `[T, hidden]`
+    pub h: &'a mut Matrix<bf16>,
+    /// `[T, hidden]`
+    pub x: &'a Matrix<f32>,
+    /// `[hidden]`
+    pub weight: &'a Matrix<f32>,
+    /// `[T]`
+    pub rstd: &'a Matrix<f32>,
+}
+
+impl Restore<'_> {
+    /// Queues the op, or returns the device's error.
+    ///
+    /// # Panics
+    /// A size does not fit.
+    pub fn run(self) -> Result<()> {
+        let Restore { h, x, weight, rstd } = self;
+        let [rows, hidden] = check("restore", &[h.len(), x.len()], weight, rstd);
+        start(x.gpu(), "restore", rows, hidden, &[h.arg(), x.arg(), weight.arg(), rstd.arg()])
+    }
+}
+
+/// Returns the number of values of [`Backward::partials`].
 pub fn partials_len(tokens: usize, hidden: usize) -> usize {
     tokens.min(PARTS) * hidden
 }
 
-/// Sets `dx`, or adds to it with `add`, and adds to `dweight`.
-///
-/// # Errors
-/// The device fails.
-///
-/// # Panics
-/// A length does not fit.
-#[expect(clippy::too_many_arguments, reason = "outputs, inputs and sizes of one op")]
-pub fn backward(
-    gpu: &Gpu,
-    dx: ViewMut<'_, f32>,
-    dweight: ViewMut<'_, f32>,
-    dy: View<'_, f32>,
-    x: View<'_, f32>,
-    weight: View<'_, f32>,
-    rstd: View<'_, f32>,
-    hidden: usize,
-    partials: ViewMut<'_, f32>,
-    add: bool,
-) -> Result<()> {
-    let rows = rstd.len();
-    check("backward", rows, hidden, &[dx.len(), dy.len(), x.len()], weight.len());
-    check("backward", 1, hidden, &[dweight.len()], hidden);
-    assert!(
-        partials.len() >= partials_len(rows, hidden),
-        "cuda rms_norm::backward: {} partials",
-        partials.len()
-    );
-    let parts = rows.min(PARTS);
-    let args = [
-        Arg::from(&dx),
-        Arg::from(&partials),
-        dy.into(),
-        x.into(),
-        weight.into(),
-        rstd.into(),
-        int("rms_norm", rows)?.into(),
-        i32::from(add).into(),
-    ];
-    start(gpu, "backward", parts, hidden, &args)?;
-    sum_partials(gpu, dweight, partials.as_view(), parts, hidden)
+/// Sets `dx`, or adds to it, and adds to `dweight`.
+#[derive(Debug)]
+pub struct Backward<'a> {
+    /// `[T, hidden]`
+    pub dx: &'a mut Matrix<f32>,
+    /// `[hidden]`
+    pub dweight: &'a mut Matrix<f32>,
+    /// `[T, hidden]`
+    pub dy: &'a Matrix<f32>,
+    /// `[T, hidden]`
+    pub x: &'a Matrix<f32>,
+    /// `[hidden]`
+    pub weight: &'a Matrix<f32>,
+    /// `[T]`
+    pub rstd: &'a Matrix<f32>,
+    /// Scratch memory of [`partials_len`] values.
+    pub partials: &'a mut Matrix<f32>,
+    /// Adds to `dx` instead of setting it.
+    pub add: bool,
 }
 
-/// Adds to `out` `[width]` the sum of the first `parts` rows of `partials`, in order.
-pub(super) fn sum_partials(
-    gpu: &Gpu,
-    out: ViewMut<'_, f32>,
-    partials: View<'_, f32>,
-    parts: usize,
-    width: usize,
-) -> Result<()> {
-    assert!(
-        out.len() == width && partials.len() >= parts * width,
-        "cuda sum_partials: {} of {width}",
-        out.len()
-    );
-    let kernel = gpu.kernel(&SOURCE, "sum_partials", &defines(8))?;
-    let grid = [int("sum_partials", width.div_ceil(128))? as u32, 1, 1];
-    let sizes = [int("sum_partials", parts)?.into(), int("sum_partials", width)?.into()];
+impl Backward<'_> {
+    /// Queues the op, or returns the device's error.
+    ///
+    /// # Panics
+    /// A size does not fit.
+    pub fn run(self) -> Result<()> {
+        let Backward { dx, dweight, dy, x, weight, rstd, partials, add } = self;
+        let [rows, hidden] = check("backward", &[dx.len(), dy.len(), x.len()], weight, rstd);
+        assert!(
+            dweight.len() == hidden && partials.len() >= partials_len(rows, hidden),
+            "cuda rms_norm::backward: {} partials",
+            partials.len()
+        );
+        let parts = rows.min(PARTS);
+        let args = [
+            dx.arg(),
+            partials.arg(),
+            dy.arg(),
+            x.arg(),
+            weight.arg(),
+            rstd.arg(),
+            int("rms_norm", rows)?.into(),
+            add.into(),
+        ];
+        start(x.gpu(), "backward", parts, hidden, &args)?;
+        sum_partials(dweight, partials, parts)
+    }
+}
+
+/// Adds to the vector `out` the sum of the first `parts` rows of `partials`, in order.
+pub(super) fn sum_partials(out: &mut Matrix<f32>, partials: &Matrix<f32>, parts: usize) -> Result<()> {
+    let width = out.len();
+    assert!(partials.len() >= parts * width, "cuda sum_partials: {} of {parts} rows", partials.len());
+    let kernel = out.gpu().kernel(&SOURCE, "sum_partials", &defines(8))?;
+    let grid = [blocks("sum_partials", width.div_ceil(128))?, 1, 1];
+    let [parts, width] = sizes("sum_partials", [parts, width])?;
     // SAFETY: the lengths were checked above; a thread per value of `out`.
-    unsafe { kernel.launch(grid, 128, 0, &[Arg::from(&out), partials.into(), sizes[0], sizes[1]]) }
+    unsafe { kernel.launch(grid, 128, 0, &[out.arg(), partials.arg(), parts, width]) }
 }

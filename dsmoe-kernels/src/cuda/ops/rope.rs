@@ -2,109 +2,74 @@
 
 use half::bf16;
 
-#[cfg(test)]
-use super::KernelSpec;
-use super::{Arg, Gpu, Result, Source, View, ViewMut, int};
+use super::{Matrix, Result, Source, blocks, optional, sizes};
 
 static SOURCE: Source = Source { name: "rope", text: include_str!("rope.cu") };
 
 #[cfg(test)]
-pub(crate) const KERNELS: &[KernelSpec] =
-    &[KernelSpec { source: &SOURCE, entries: &["turn"], defines: &[&[]], max_registers: 40 }];
+pub(crate) const KERNELS: super::KernelSpec =
+    super::KernelSpec { source: &SOURCE, entries: &["turn"], defines: &[&[]], max_registers: 40 };
 
-/// Sizes of a rotation.
+/// The positions of rows.
 #[derive(Clone, Copy, Debug)]
-pub struct Dims {
-    /// Rows.
-    pub tokens: usize,
-    /// Rows of a sequence; row r is at position `start + r % seq`.
-    pub seq: usize,
-    /// Position of a sequence's first row.
-    pub start: usize,
-    /// Heads that are rotated: the first of a row.
+pub enum Positions<'a> {
+    /// Row r is at position `start + r % len`: sequences of `len` rows.
+    Sequences {
+        /// Rows of a sequence.
+        len: usize,
+        /// The position of a sequence's first row.
+        start: usize,
+    },
+    /// Positions that lie on the device, one per row. The caller promises that each has angles.
+    At(&'a Matrix<u32>),
+}
+
+/// Rotates the first heads of every row of `x`, in place.
+#[derive(Debug)]
+pub struct Rotate<'a> {
+    /// `[T, width]`
+    pub x: &'a mut Matrix<bf16>,
+    /// Cosines and sines, `[positions, head_dim]`.
+    pub angles: &'a Matrix<f32>,
+    /// Heads that are rotated.
     pub heads: usize,
-    /// Width of a head.
-    pub head_dim: usize,
-    /// Length of a row.
-    pub width: usize,
+    /// The positions of the rows.
+    pub positions: Positions<'a>,
+    /// Rotates gradients back.
+    pub back: bool,
 }
 
-/// Rotates the first heads of the rows of `x` in place. `angles` `[positions, head_dim]` are cosines and sines.
-///
-/// # Errors
-/// The device fails.
-///
-/// # Panics
-/// A length does not fit, or a position has no angles.
-pub fn forward(gpu: &Gpu, x: ViewMut<'_, bf16>, angles: View<'_, f32>, dims: Dims) -> Result<()> {
-    run(gpu, x, angles, None, dims, 1.0)
-}
-
-/// Rotates gradients back.
-///
-/// # Errors
-/// The device fails.
-///
-/// # Panics
-/// As [`forward`].
-pub fn backward(gpu: &Gpu, dx: ViewMut<'_, bf16>, angles: View<'_, f32>, dims: Dims) -> Result<()> {
-    run(gpu, dx, angles, None, dims, -1.0)
-}
-
-/// [`forward`] with the positions of the rows, which must have angles, in memory.
-///
-/// # Errors
-/// The device fails.
-///
-/// # Panics
-/// A length does not fit.
-pub fn forward_at(
-    gpu: &Gpu,
-    x: ViewMut<'_, bf16>,
-    angles: View<'_, f32>,
-    positions: View<'_, u32>,
-    dims: Dims,
-) -> Result<()> {
-    assert_eq!(positions.len(), dims.tokens, "cuda rope: positions");
-    run(gpu, x, angles, Some(positions), dims, 1.0)
-}
-
-fn run(
-    gpu: &Gpu,
-    x: ViewMut<'_, bf16>,
-    angles: View<'_, f32>,
-    positions: Option<View<'_, u32>>,
-    dims: Dims,
-    sign: f32,
-) -> Result<()> {
-    let Dims { tokens, seq, start, heads, head_dim, width } = dims;
-    let last = if positions.is_some() || tokens == 0 { 0 } else { start + seq.min(tokens) };
-    assert!(
-        x.len() == tokens * width
-            && head_dim.is_multiple_of(2)
-            && heads * head_dim <= width
-            && angles.len() >= last * head_dim
-            && (seq > 0 || tokens == 0),
-        "cuda rope: {} values, {} angles for {dims:?}",
-        x.len(),
-        angles.len()
-    );
-    let kernel = gpu.kernel(&SOURCE, "turn", &[])?;
-    let blocks = int("rope", (tokens * heads * head_dim / 2).div_ceil(256))? as u32;
-    let size = |size| Ok::<_, crate::cuda::CudaError>(Arg::from(int("rope", size)?));
-    let args = [
-        Arg::from(&x),
-        angles.into(),
-        positions.into(),
-        size(tokens)?,
-        size(seq)?,
-        size(start)?,
-        size(heads)?,
-        size(head_dim)?,
-        size(width)?,
-        sign.into(),
-    ];
-    // SAFETY: a thread per pair of the first heads of `tokens` rows; lengths were checked above, positions are the caller's
-    // promise.
-    unsafe { kernel.launch([blocks, 1, 1], 256, 0, &args) }
+impl Rotate<'_> {
+    /// Queues the op, or returns the device's error.
+    ///
+    /// # Panics
+    /// A size does not fit, or a position has no angles.
+    pub fn run(self) -> Result<()> {
+        let Rotate { x, angles, heads, positions, back } = self;
+        let (tokens, width, head_dim) = (x.rows(), x.cols(), angles.cols());
+        let (at, seq, start) = match positions {
+            Positions::Sequences { len, start } => (None, len, start),
+            Positions::At(positions) => (Some(positions), tokens, 0),
+        };
+        let last = if at.is_some() || tokens == 0 { 0 } else { start + seq.min(tokens) };
+        assert!(
+            at.is_none_or(|at| at.len() == tokens)
+                && head_dim.is_multiple_of(2)
+                && heads * head_dim <= width
+                && angles.rows() >= last
+                && (seq > 0 || tokens == 0),
+            "cuda rope: {tokens} rows of {width}, {heads} heads, {} positions for {positions:?}",
+            angles.rows()
+        );
+        let kernel = x.gpu().kernel(&SOURCE, "turn", &[])?;
+        let count = blocks("rope", (tokens * heads * head_dim / 2).div_ceil(256))?;
+        let [t, seq, start, heads, head_dim, width] =
+            sizes("rope", [tokens, seq, start, heads, head_dim, width])?;
+        let sign = if back { -1.0f32 } else { 1.0 };
+        let at = optional(at);
+        let args = [x.arg(), angles.arg(), at, t, seq, start, heads, head_dim, width, sign.into()];
+        // SAFETY: a thread per pair of the first heads of `tokens` rows; sizes were checked above, positions are the caller's
+        // promise.
+        unsafe { kernel.launch([count, 1, 1], 256, 0, &args) }
+    }
 }

@@ -23,7 +23,7 @@ logits(float* z, const float* x, const float* rstd, const float* norm, const flo
 
 DEV float sigmoid(float z) { return z >= 0.0f ? 1.0f / (1.0f + expf(-z)) : expf(z) / (1.0f + expf(z)); }
 
-// A warp per token, four at a block. `threshold` is a logit; the mask is decided in f64, as on the processor.
+// A warp per token, four at a block. `threshold` is a logit; the mask is decided in f64, as on the CPU.
 extern "C" __global__ void __launch_bounds__(128)
 route(float* gates, float* coefficients, u8* mask, u32* active, const float* z, int tokens, int n, double threshold,
       int binary, int rescale, int force) {

@@ -1,22 +1,20 @@
-//! Routers: logits, gates, routing lists and statistics, and the straight-through rule backwards. All in f32, as on the
-//! processor: a router that is rounded would move tokens between experts.
+//! Routers: logits, gates, routing lists and statistics, and the backward pass with the straight-through rule. All are f32,
+//! as on the CPU: rounding a router would move tokens between experts.
 
-#[cfg(test)]
-use super::KernelSpec;
 use super::rms_norm::sum_partials;
-use super::{Arg, Gpu, Result, Source, View, ViewMut, int};
-use crate::cuda::GpuBuf;
+use super::{Arg, Gpu, Matrix, Result, Source, blocks, optional, sizes};
+use crate::cuda::{GpuBuf, View};
 
 static SOURCE: Source = Source { name: "router", text: include_str!("router.cu") };
 
 /// Tokens that one warp counts for one expert; whole warps.
 const CHUNK: usize = 64;
 const DEFINES: &[(&str, i64)] = &[("CHUNK", CHUNK as i64)];
-/// Parts that gradients of the weights are summed in.
+/// Parts that a weight's gradient is summed in.
 const PARTS: usize = 64;
 
 #[cfg(test)]
-pub(crate) const KERNELS: &[KernelSpec] = &[KernelSpec {
+pub(crate) const KERNELS: super::KernelSpec = super::KernelSpec {
     source: &SOURCE,
     entries: &[
         "logits",
@@ -32,17 +30,17 @@ pub(crate) const KERNELS: &[KernelSpec] = &[KernelSpec {
     ],
     defines: &[DEFINES],
     max_registers: 64,
-}];
+};
 
-/// The input of a router: a row of the residual stream with its norm, so that no rounding stands between.
+/// The input of a router: rows of the residual stream with their norm, so that the router sees no rounded values.
 #[derive(Clone, Copy, Debug)]
 pub struct Normed<'a> {
     /// `[T, hidden]`
-    pub x: View<'a, f32>,
+    pub x: &'a Matrix<f32>,
     /// `[T]`
-    pub rstd: View<'a, f32>,
+    pub rstd: &'a Matrix<f32>,
     /// `[hidden]`
-    pub weight: View<'a, f32>,
+    pub weight: &'a Matrix<f32>,
 }
 
 /// Settings of gates.
@@ -58,25 +56,25 @@ pub struct Gates {
     pub rescale: bool,
     /// A token without an active expert takes the one with the largest logit.
     pub force_argmax: bool,
-    /// Gradients of inactive gates are as if they were active.
+    /// Inactive gates get the gradients of active ones.
     pub ste: bool,
 }
 
-/// The sparsity loss in a gradient.
+/// The gradient of the sparsity loss.
 #[derive(Clone, Copy, Debug)]
 pub struct Sparsity<'a> {
-    /// What every gate that counts adds: one value, on the device, as it changes from step to step.
-    pub weight: View<'a, f32>,
-    /// Whether all gates count, or active ones only.
+    /// The amount that every gate that counts adds: one value. It is on the device, as it changes from step to step.
+    pub weight: &'a Matrix<f32>,
+    /// All gates count; otherwise only active ones do.
     pub all: bool,
 }
 
-/// Gates of a batch of tokens.
+/// The routing of a batch of tokens.
 #[derive(Debug)]
 pub struct Routed {
     /// Sigmoids of the logits, `[T, n]`.
     pub gates: GpuBuf<f32>,
-    /// What experts' outputs are multiplied by, 0 for inactive ones, `[T, n]`.
+    /// Factors of the experts' outputs, 0 for inactive experts, `[T, n]`.
     pub coefficients: GpuBuf<f32>,
     /// 1 for active pairs, `[T, n]`.
     pub mask: GpuBuf<u8>,
@@ -87,23 +85,23 @@ pub struct Routed {
 }
 
 impl Routed {
-    /// Room for `tokens` tokens.
+    /// Allocates room for `tokens` tokens.
     ///
     /// # Errors
     /// The device's memory does not suffice.
     pub fn with_room(gpu: &Gpu, tokens: usize, num_experts: usize) -> Result<Routed> {
-        let pairs = tokens * num_experts;
         Ok(Routed {
-            gates: gpu.zeros(pairs)?,
-            coefficients: gpu.zeros(pairs)?,
-            mask: gpu.zeros(pairs)?,
+            gates: gpu.zero_rows(tokens, num_experts)?,
+            coefficients: gpu.zero_rows(tokens, num_experts)?,
+            mask: gpu.zero_rows(tokens, num_experts)?,
             active: gpu.zeros(tokens)?,
             tokens,
             num_experts,
         })
     }
 
-    /// Sets the routing to one that the host decided: `mask` of 0 and 1, and `coefficients`, `[T, n]` each. All gates are 0.
+    /// Sets the routing to a decision of the host: `mask` of 0 and 1, and `coefficients`, `[T, n]` each. It sets the gates
+    /// to 0.
     ///
     /// # Errors
     /// The device fails.
@@ -122,25 +120,25 @@ impl Routed {
         );
         self.tokens = tokens;
         let active = mask.chunks_exact(n.max(1)).map(|row| row.iter().map(|&on| u32::from(on != 0)).sum());
-        self.gates.slice_mut(0..mask.len()).fill_zero()?;
-        self.mask.slice_mut(0..mask.len()).upload_from(mask)?;
-        self.coefficients.slice_mut(0..mask.len()).upload_from(coefficients)?;
-        self.active.slice_mut(0..tokens).upload_from(&active.collect::<Vec<u32>>())
+        self.gates.part_mut(0..tokens).fill_zero()?;
+        self.mask.part_mut(0..tokens).upload_from(mask)?;
+        self.coefficients.part_mut(0..tokens).upload_from(coefficients)?;
+        self.active.part_mut(0..tokens).upload_from(&active.collect::<Vec<u32>>())
     }
 
-    /// Tokens there is room for.
+    /// Returns the number of tokens that there is room for.
     pub fn room(&self) -> usize {
         self.active.len()
     }
 
-    /// The tokens that were routed.
+    /// Returns the number of tokens that are routed.
     pub fn tokens(&self) -> usize {
         self.tokens
     }
 
-    /// Coefficients of the tokens that were routed.
+    /// Returns the coefficients of the tokens that are routed.
     pub fn coefficients(&self) -> View<'_, f32> {
-        self.coefficients.slice(0..self.tokens * self.num_experts)
+        self.coefficients.part(0..self.tokens)
     }
 }
 
@@ -149,7 +147,7 @@ impl Routed {
 pub struct Lists {
     /// `[n + 1]`
     pub offsets: GpuBuf<u32>,
-    /// Tokens by expert; as many as the last offset.
+    /// Tokens by expert; the last offset is their number.
     pub tokens: GpuBuf<u32>,
     /// `[T + 1]`
     pub token_offsets: GpuBuf<u32>,
@@ -159,7 +157,7 @@ pub struct Lists {
 }
 
 impl Lists {
-    /// Room for any routing of `tokens` tokens.
+    /// Allocates room for any routing of `tokens` tokens.
     ///
     /// # Errors
     /// The device's memory does not suffice.
@@ -173,276 +171,303 @@ impl Lists {
             chunks: gpu.zeros(tokens.div_ceil(CHUNK) * num_experts)?,
         })
     }
+
+    /// Returns the number of experts.
+    pub fn num_experts(&self) -> usize {
+        self.offsets.len() - 1
+    }
 }
 
 fn start(gpu: &Gpu, entry: &'static str, grid: [usize; 2], block: u32, args: &[Arg]) -> Result<()> {
     let kernel = gpu.kernel(&SOURCE, entry, DEFINES)?;
-    let grid = [int("router", grid[0])? as u32, int("router", grid[1])? as u32, 1];
+    let grid = [blocks("router", grid[0])?, blocks("router", grid[1])?, 1];
     // SAFETY: the callers checked that the buffers have the values that the kernel's sizes say.
     unsafe { kernel.launch(grid, block, 0, args) }
 }
 
-fn sizes<const N: usize>(sizes: [usize; N]) -> Result<[Arg; N]> {
-    let mut args = [Arg::I32(0); N];
-    for (arg, size) in args.iter_mut().zip(sizes) {
-        *arg = int("router", size)?.into();
+/// Sets `z` to the logits of a router.
+#[derive(Debug)]
+pub struct Logits<'a> {
+    /// `[T, n]`
+    pub z: &'a mut Matrix<f32>,
+    /// The input.
+    pub normed: Normed<'a>,
+    /// `[n, hidden]`
+    pub router: &'a Matrix<f32>,
+    /// `[n]`
+    pub bias: Option<&'a Matrix<f32>>,
+}
+
+impl Logits<'_> {
+    /// Queues the op, or returns the device's error.
+    ///
+    /// # Panics
+    /// A size does not fit.
+    pub fn run(self) -> Result<()> {
+        let Logits { z, normed: Normed { x, rstd, weight }, router, bias } = self;
+        let (tokens, hidden) = (rstd.len(), weight.len());
+        let n = router.len() / hidden;
+        assert!(
+            z.len() == tokens * n
+                && router.len() == n * hidden
+                && x.len() == tokens * hidden
+                && bias.is_none_or(|bias| bias.len() == n),
+            "cuda router::logits: {} logits for {tokens} tokens, {} router values of {hidden}",
+            z.len(),
+            router.len()
+        );
+        let [n, d] = sizes("router", [n, hidden])?;
+        let args = [z.arg(), x.arg(), rstd.arg(), weight.arg(), router.arg(), optional(bias), n, d];
+        start(x.gpu(), "logits", [tokens, 1], 256, &args)
     }
-    Ok(args)
 }
 
-/// Sets `z` `[T, n]` to the logits of a router `[n, hidden]`.
-///
-/// # Errors
-/// The device fails.
-///
-/// # Panics
-/// A length does not fit.
-pub fn logits(
-    gpu: &Gpu,
-    z: ViewMut<'_, f32>,
-    normed: Normed<'_>,
-    router: View<'_, f32>,
-    bias: Option<View<'_, f32>>,
-    hidden: usize,
-) -> Result<()> {
-    let (tokens, n) = (normed.rstd.len(), router.len() / hidden);
-    assert!(
-        z.len() == tokens * n
-            && router.len() == n * hidden
-            && normed.x.len() == tokens * hidden
-            && normed.weight.len() == hidden
-            && bias.is_none_or(|bias| bias.len() == n),
-        "cuda router::logits: {} logits for {tokens} tokens, {} router values of {hidden}",
-        z.len(),
-        router.len()
-    );
-    let [n, d] = sizes([n, hidden])?;
-    let Normed { x, rstd, weight } = normed;
-    let args = [Arg::from(&z), x.into(), rstd.into(), weight.into(), router.into(), bias.into(), n, d];
-    start(gpu, "logits", [tokens, 1], 256, &args)
+/// Sets gates, mask and coefficients from the logits.
+#[derive(Debug)]
+pub struct Route<'a> {
+    /// The routing.
+    pub routed: &'a mut Routed,
+    /// Logits, `[T, n]`.
+    pub z: &'a Matrix<f32>,
+    /// The settings.
+    pub gates: &'a Gates,
 }
 
-/// Sets gates, mask and coefficients from the logits `z` `[T, n]`.
-///
-/// # Errors
-/// The device fails.
-///
-/// # Panics
-/// There is no room for as many tokens.
-pub fn route(gpu: &Gpu, routed: &mut Routed, z: View<'_, f32>, gates: &Gates) -> Result<()> {
-    let n = gates.num_experts;
-    let tokens = z.len() / n.max(1);
-    assert!(
-        n == routed.num_experts && z.len() == tokens * n && tokens <= routed.room(),
-        "cuda router::route: {} logits of {n} experts, room for {}",
-        z.len(),
-        routed.room()
-    );
-    routed.tokens = tokens;
-    let [t, n] = sizes([tokens, n])?;
-    let args = [
-        Arg::from(&routed.gates.view_mut()),
-        Arg::from(&routed.coefficients.view_mut()),
-        Arg::from(&routed.mask.view_mut()),
-        Arg::from(&routed.active.view_mut()),
-        z.into(),
-        t,
-        n,
-        gates.threshold_logit.into(),
-        i32::from(gates.binary).into(),
-        i32::from(gates.rescale).into(),
-        i32::from(gates.force_argmax).into(),
-    ];
-    start(gpu, "route", [tokens.div_ceil(4), 1], 128, &args)
+impl Route<'_> {
+    /// Queues the op, or returns the device's error.
+    ///
+    /// # Panics
+    /// There is no room for as many tokens.
+    pub fn run(self) -> Result<()> {
+        let Route { routed, z, gates } = self;
+        let n = gates.num_experts;
+        let tokens = z.len() / n.max(1);
+        assert!(
+            n == routed.num_experts && z.len() == tokens * n && tokens <= routed.room(),
+            "cuda router::route: {} logits of {n} experts, room for {}",
+            z.len(),
+            routed.room()
+        );
+        routed.tokens = tokens;
+        let [t, n] = sizes("router", [tokens, n])?;
+        let Routed { gates: sigmoids, coefficients, mask, active, .. } = routed;
+        let args = [
+            sigmoids.arg(),
+            coefficients.arg(),
+            mask.arg(),
+            active.arg(),
+            z.arg(),
+            t,
+            n,
+            gates.threshold_logit.into(),
+            gates.binary.into(),
+            gates.rescale.into(),
+            gates.force_argmax.into(),
+        ];
+        start(z.gpu(), "route", [tokens.div_ceil(4), 1], 128, &args)
+    }
 }
 
-/// Sets the lists of the pairs that are active: a counting sort that keeps the tokens' order.
-///
-/// # Errors
-/// The device fails.
-///
-/// # Panics
-/// There is no room for as many tokens.
-pub fn lists(gpu: &Gpu, lists: &mut Lists, routed: &Routed) -> Result<()> {
-    let (tokens, n) = (routed.tokens, routed.num_experts);
-    let parts = tokens.div_ceil(CHUNK);
-    assert!(
-        lists.offsets.len() == n + 1 && lists.token_offsets.len() > tokens && lists.chunks.len() >= parts * n,
-        "cuda router::lists: no room for {tokens} tokens and {n} experts"
-    );
-    let [t, e] = sizes([tokens, n])?;
-    let Lists { offsets, tokens: list, token_offsets, slots, chunks } = lists;
-    let (mask, active) = (Arg::from(routed.mask.view()), Arg::from(routed.active.view()));
-    let offsets = Arg::from(&offsets.view_mut());
-    let chunks = Arg::from(&chunks.view_mut());
-    let token_offsets = Arg::from(&token_offsets.view_mut());
-    let pieces = (parts * n).div_ceil(8);
-    start(gpu, "count", [pieces, 1], 256, &[offsets, chunks, mask, t, e])?;
-    start(gpu, "scan", [1, 1], 1024, &[offsets, chunks, t, e])?;
-    start(gpu, "scan_tokens", [1, 1], 1024, &[token_offsets, active, t])?;
-    let list = Arg::from(&list.view_mut());
-    let slots = Arg::from(&slots.view_mut());
-    start(gpu, "fill", [pieces, 1], 256, &[list, slots, chunks, token_offsets, mask, t, e])
+/// Sets the lists of active pairs, by a counting sort that keeps the tokens' order.
+#[derive(Debug)]
+pub struct Sort<'a> {
+    /// The lists.
+    pub lists: &'a mut Lists,
+    /// The routing.
+    pub routed: &'a Routed,
 }
 
-/// Adds the tokens of every expert and of every number of active experts to `counts` `[2 n + 1]`, the sums of the gates of
-/// active and of all experts to `sums` `[2]`, and the active experts of every token to `of_tokens` `[T]`.
-///
-/// # Errors
-/// The device fails.
-///
-/// # Panics
-/// A length does not fit.
-pub fn stats(
-    gpu: &Gpu,
-    counts: ViewMut<'_, u64>,
-    sums: ViewMut<'_, f64>,
-    of_tokens: Option<ViewMut<'_, u32>>,
-    routed: &Routed,
-) -> Result<()> {
-    let (tokens, n) = (routed.tokens, routed.num_experts);
-    let fit = of_tokens.as_ref().is_none_or(|all| all.len() >= tokens);
-    assert!(
-        fit && counts.len() == 2 * n + 1 && sums.len() == 2,
-        "cuda router::stats: {} counts",
-        counts.len()
-    );
-    let [t, e] = sizes([tokens, n])?;
-    let args = [
-        Arg::from(&counts),
-        Arg::from(&sums),
-        of_tokens.as_ref().map_or(Arg::Ptr(0), Arg::from),
-        routed.gates.view().into(),
-        routed.mask.view().into(),
-        routed.active.view().into(),
-        t,
-        e,
-    ];
-    let block = (tokens * n).next_multiple_of(32).clamp(32, 1024) as u32;
-    start(gpu, "stats", [1, 1], block, &args)
+impl Sort<'_> {
+    /// Queues the op, or returns the device's error.
+    ///
+    /// # Panics
+    /// There is no room for as many tokens.
+    pub fn run(self) -> Result<()> {
+        let Sort { lists, routed } = self;
+        let (tokens, n) = (routed.tokens, routed.num_experts);
+        let parts = tokens.div_ceil(CHUNK);
+        assert!(
+            lists.num_experts() == n && lists.token_offsets.len() > tokens && lists.chunks.len() >= parts * n,
+            "cuda router::lists: no room for {tokens} tokens and {n} experts"
+        );
+        let gpu = routed.mask.gpu();
+        let [t, e] = sizes("router", [tokens, n])?;
+        let (mask, active) = (routed.mask.arg(), routed.active.arg());
+        let Lists { offsets, tokens: list, token_offsets, slots, chunks } = lists;
+        let (offsets, chunks, token_offsets) = (offsets.arg(), chunks.arg(), token_offsets.arg());
+        let pieces = (parts * n).div_ceil(8);
+        start(gpu, "count", [pieces, 1], 256, &[offsets, chunks, mask, t, e])?;
+        start(gpu, "scan", [1, 1], 1024, &[offsets, chunks, t, e])?;
+        start(gpu, "scan_tokens", [1, 1], 1024, &[token_offsets, active, t])?;
+        let args = [list.arg(), slots.arg(), chunks, token_offsets, mask, t, e];
+        start(gpu, "fill", [pieces, 1], 256, &args)
+    }
 }
 
-/// Sets `dz` `[T, n]` to the gradient of the logits.
-///
-/// # Errors
-/// The device fails.
-///
-/// # Panics
-/// A length does not fit.
-pub fn backward(
-    gpu: &Gpu,
-    dz: ViewMut<'_, f32>,
-    dcoefficients: View<'_, f32>,
-    routed: &Routed,
-    sparsity: Sparsity<'_>,
-    gates: &Gates,
-) -> Result<()> {
-    let (tokens, n) = (routed.tokens, routed.num_experts);
-    assert!(
-        dz.len() == tokens * n
-            && dcoefficients.len() == dz.len()
-            && gates.num_experts == n
-            && sparsity.weight.len() == 1,
-        "cuda router::backward: {} gradients of {tokens} tokens, {n} experts",
-        dz.len()
-    );
-    let [t, e] = sizes([tokens, n])?;
-    let args = [
-        Arg::from(&dz),
-        dcoefficients.into(),
-        routed.gates.view().into(),
-        routed.mask.view().into(),
-        routed.active.view().into(),
-        t,
-        e,
-        sparsity.weight.into(),
-        i32::from(sparsity.all).into(),
-        i32::from(gates.binary).into(),
-        i32::from(gates.rescale).into(),
-        i32::from(gates.ste).into(),
-    ];
-    start(gpu, "backward", [tokens.div_ceil(128), 1], 128, &args)
+/// Adds up the statistics of a routing.
+#[derive(Debug)]
+pub struct Stats<'a> {
+    /// The tokens of every expert, and of every number of active experts: `[2 n + 1]`, added to.
+    pub counts: &'a mut Matrix<u64>,
+    /// The sums of the gates of active and of all experts: `[2]`, added to.
+    pub sums: &'a mut Matrix<f64>,
+    /// The active experts of every token: `[T]`, added to.
+    pub of_tokens: Option<&'a mut Matrix<u32>>,
+    /// The routing.
+    pub routed: &'a Routed,
 }
 
-/// Values of scratch that [`backward_weights`] needs.
+impl Stats<'_> {
+    /// Queues the op, or returns the device's error.
+    ///
+    /// # Panics
+    /// A size does not fit.
+    pub fn run(self) -> Result<()> {
+        let Stats { counts, sums, of_tokens, routed } = self;
+        let (tokens, n) = (routed.tokens, routed.num_experts);
+        let fit = of_tokens.as_ref().is_none_or(|all| all.len() >= tokens);
+        assert!(
+            fit && counts.len() == 2 * n + 1 && sums.len() == 2,
+            "cuda router::stats: {} counts",
+            counts.len()
+        );
+        let [t, e] = sizes("router", [tokens, n])?;
+        let of_tokens = optional(of_tokens.as_deref());
+        let Routed { gates, mask, active, .. } = routed;
+        let args = [counts.arg(), sums.arg(), of_tokens, gates.arg(), mask.arg(), active.arg(), t, e];
+        let block = (tokens * n).next_multiple_of(32).clamp(32, 1024) as u32;
+        start(mask.gpu(), "stats", [1, 1], block, &args)
+    }
+}
+
+/// Sets `dz` to the gradient of the logits.
+#[derive(Debug)]
+pub struct Backward<'a> {
+    /// `[T, n]`
+    pub dz: &'a mut Matrix<f32>,
+    /// `[T, n]`
+    pub dcoefficients: &'a Matrix<f32>,
+    /// The routing.
+    pub routed: &'a Routed,
+    /// The sparsity loss.
+    pub sparsity: Sparsity<'a>,
+    /// The settings.
+    pub gates: &'a Gates,
+}
+
+impl Backward<'_> {
+    /// Queues the op, or returns the device's error.
+    ///
+    /// # Panics
+    /// A size does not fit.
+    pub fn run(self) -> Result<()> {
+        let Backward { dz, dcoefficients, routed, sparsity, gates } = self;
+        let (tokens, n) = (routed.tokens, routed.num_experts);
+        assert!(
+            dz.len() == tokens * n
+                && dcoefficients.len() == dz.len()
+                && gates.num_experts == n
+                && sparsity.weight.len() == 1,
+            "cuda router::backward: {} gradients of {tokens} tokens, {n} experts",
+            dz.len()
+        );
+        let [t, e] = sizes("router", [tokens, n])?;
+        let args = [
+            dz.arg(),
+            dcoefficients.arg(),
+            routed.gates.arg(),
+            routed.mask.arg(),
+            routed.active.arg(),
+            t,
+            e,
+            sparsity.weight.arg(),
+            sparsity.all.into(),
+            gates.binary.into(),
+            gates.rescale.into(),
+            gates.ste.into(),
+        ];
+        start(routed.mask.gpu(), "backward", [tokens.div_ceil(128), 1], 128, &args)
+    }
+}
+
+/// Returns the number of values of [`BackwardWeights::partials`].
 pub fn partials_len(hidden: usize, num_experts: usize) -> usize {
     PARTS * num_experts * (hidden + 1)
 }
 
 /// Adds to the gradients of a router's weight and bias.
-///
-/// # Errors
-/// The device fails.
-///
-/// # Panics
-/// A length does not fit.
-pub fn backward_weights(
-    gpu: &Gpu,
-    drouter: ViewMut<'_, f32>,
-    dbias: Option<ViewMut<'_, f32>>,
-    dz: View<'_, f32>,
-    normed: Normed<'_>,
-    hidden: usize,
-    mut partials: ViewMut<'_, f32>,
-) -> Result<()> {
-    let tokens = normed.rstd.len();
-    let n = drouter.len() / hidden;
-    assert!(
-        drouter.len() == n * hidden
-            && dz.len() == tokens * n
-            && normed.x.len() == tokens * hidden
-            && normed.weight.len() == hidden
-            && partials.len() >= partials_len(hidden, n),
-        "cuda router::backward_weights: {} values, {} gradients of {tokens} tokens",
-        drouter.len(),
-        dz.len()
-    );
-    let [of_weights, of_bias] =
-        partials.parts([0..PARTS * n * hidden, PARTS * n * hidden..PARTS * n * (hidden + 1)]);
-    let [t, e, d] = sizes([tokens, n, hidden])?;
-    let Normed { x, rstd, weight } = normed;
-    let args = [
-        Arg::from(&of_weights),
-        Arg::from(&of_bias),
-        dz.into(),
-        x.into(),
-        rstd.into(),
-        weight.into(),
-        t,
-        e,
-        d,
-    ];
-    start(gpu, "backward_weights", [hidden.div_ceil(128), PARTS], 128, &args)?;
-    sum_partials(gpu, drouter, of_weights.as_view(), PARTS, n * hidden)?;
-    match dbias {
-        Some(dbias) => sum_partials(gpu, dbias, of_bias.as_view(), PARTS, n),
-        None => Ok(()),
+#[derive(Debug)]
+pub struct BackwardWeights<'a> {
+    /// `[n, hidden]`
+    pub drouter: &'a mut Matrix<f32>,
+    /// `[n]`
+    pub dbias: Option<&'a mut Matrix<f32>>,
+    /// `[T, n]`
+    pub dz: &'a Matrix<f32>,
+    /// The router's input.
+    pub normed: Normed<'a>,
+    /// Scratch memory of [`partials_len`] values.
+    pub partials: &'a mut Matrix<f32>,
+}
+
+impl BackwardWeights<'_> {
+    /// Queues the op, or returns the device's error.
+    ///
+    /// # Panics
+    /// A size does not fit.
+    pub fn run(self) -> Result<()> {
+        let BackwardWeights { drouter, dbias, dz, normed: Normed { x, rstd, weight }, partials } = self;
+        let (tokens, hidden) = (rstd.len(), weight.len());
+        let n = drouter.len() / hidden;
+        assert!(
+            drouter.len() == n * hidden
+                && dbias.as_ref().is_none_or(|dbias| dbias.len() == n)
+                && dz.len() == tokens * n
+                && x.len() == tokens * hidden
+                && partials.len() >= partials_len(hidden, n),
+            "cuda router::backward_weights: {} values, {} gradients of {tokens} tokens",
+            drouter.len(),
+            dz.len()
+        );
+        let weights = PARTS * n * hidden;
+        let [of_weights, of_bias] = partials.parts([0..weights, weights..PARTS * n * (hidden + 1)]);
+        let [t, e, d] = sizes("router", [tokens, n, hidden])?;
+        let (outs, ins) = ([of_weights.arg(), of_bias.arg()], [dz.arg(), x.arg(), rstd.arg(), weight.arg()]);
+        let args = [&outs[..], &ins, &[t, e, d]].concat();
+        start(x.gpu(), "backward_weights", [hidden.div_ceil(128), PARTS], 128, &args)?;
+        sum_partials(drouter, &of_weights, PARTS)?;
+        dbias.map_or(Ok(()), |dbias| sum_partials(dbias, &of_bias, PARTS))
     }
 }
 
-/// Adds `dz W` to `dh` `[T, hidden]`.
-///
-/// # Errors
-/// The device fails.
-///
-/// # Panics
-/// A length does not fit.
-pub fn backward_input_add(
-    gpu: &Gpu,
-    dh: ViewMut<'_, f32>,
-    dz: View<'_, f32>,
-    router: View<'_, f32>,
-    hidden: usize,
-) -> Result<()> {
-    let n = router.len() / hidden;
-    let tokens = dh.len() / hidden;
-    assert!(
-        router.len() == n * hidden && dh.len() == tokens * hidden && dz.len() == tokens * n,
-        "cuda router::backward_input_add: {} values, {} gradients",
-        dh.len(),
-        dz.len()
-    );
-    let [t, e, d] = sizes([tokens, n, hidden])?;
-    let args = [Arg::from(&dh), dz.into(), router.into(), t, e, d];
-    start(gpu, "backward_input", [hidden.div_ceil(128), tokens.min(65535)], 128, &args)
+/// Adds `dz W` to `dh`.
+#[derive(Debug)]
+pub struct BackwardInput<'a> {
+    /// `[T, hidden]`
+    pub dh: &'a mut Matrix<f32>,
+    /// `[T, n]`
+    pub dz: &'a Matrix<f32>,
+    /// `[n, hidden]`
+    pub router: &'a Matrix<f32>,
+}
+
+impl BackwardInput<'_> {
+    /// Queues the op, or returns the device's error.
+    ///
+    /// # Panics
+    /// A size does not fit.
+    pub fn run(self) -> Result<()> {
+        let BackwardInput { dh, dz, router } = self;
+        let (tokens, hidden) = (dh.rows(), dh.cols());
+        let n = router.len() / hidden;
+        assert!(
+            router.len() == n * hidden && dz.len() == tokens * n,
+            "cuda router::backward_input: {} gradients of {tokens} tokens, {} router values",
+            dz.len(),
+            router.len()
+        );
+        let [t, e, d] = sizes("router", [tokens, n, hidden])?;
+        let args = [dh.arg(), dz.arg(), router.arg(), t, e, d];
+        start(dz.gpu(), "backward_input", [hidden.div_ceil(128), tokens.min(65535)], 128, &args)
+    }
 }

@@ -2,7 +2,8 @@ use half::bf16;
 
 use super::{check_close, gpu_or_skip, to_f32, to_f64, values};
 use crate::attention::{Dims, reference};
-use crate::cuda::ops::attention::{self, At, Segments};
+use crate::cuda::ops::attention::{self, Heads, Segments};
+use crate::cuda::ops::decode::{self, At};
 
 const SHAPES: [Dims; 6] = [
     Dims { batch: 1, queries: 1, keys: 1, heads: 1, kv_heads: 1, head_dim: 16 },
@@ -13,13 +14,17 @@ const SHAPES: [Dims; 6] = [
     Dims { batch: 1, queries: 64, keys: 64, heads: 2, kv_heads: 2, head_dim: 80 },
 ];
 
-/// The columns of heads in the rows of qkv.
+/// Returns the columns of queries, keys and values in the rows of qkv.
 fn columns(qkv: &[f64], dims: Dims) -> [Vec<f64>; 3] {
     let (width, kv) = (dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim);
     let take = |start: usize, len: usize| {
         qkv.chunks_exact(dims.joined_width()).flat_map(|row| row[start..start + len].to_vec()).collect()
     };
     [take(0, width), take(width, kv), take(width + kv, kv)]
+}
+
+fn heads_of(dims: Dims) -> Heads {
+    Heads { heads: dims.heads, kv_heads: dims.kv_heads, head_dim: dims.head_dim }
 }
 
 fn norm(x: &[f64]) -> f64 {
@@ -45,24 +50,26 @@ fn cuda_attention_is_the_reference() {
         let (want, want_lse) = reference::forward(&q, &k, &v, dims);
         let (dq, dk, dv) = reference::backward(&to_f64(&dout), &q, &k, &v, dims);
 
-        let qkv_on = gpu.upload(&qkv).unwrap();
-        let dout_on = gpu.upload(&dout).unwrap();
+        let (heads, seq) = (heads_of(dims), dims.queries);
+        let qkv_on = &gpu.upload_rows(&qkv, dims.joined_width()).unwrap();
+        let dout_on = &gpu.upload(&dout).unwrap();
         let run = || {
             let mut out = gpu.zeros::<bf16>(dout.len()).unwrap();
             let mut lse = gpu.zeros::<f32>(rows * dims.heads).unwrap();
-            attention::forward(&gpu, out.view_mut(), lse.view_mut(), qkv_on.view(), dims).unwrap();
+            attention::Forward { out: &mut out, lse: &mut lse, qkv: qkv_on, heads, seq }.run().unwrap();
             let mut dqkv = gpu.zeros::<bf16>(qkv.len()).unwrap();
-            let mut deltas = gpu.zeros::<f32>(attention::backward_scratch(dims)).unwrap();
-            attention::backward(
-                &gpu,
-                dqkv.view_mut(),
-                dout_on.view(),
-                out.view(),
-                qkv_on.view(),
-                lse.view(),
-                dims,
-                deltas.view_mut(),
-            )
+            let mut deltas = gpu.zeros::<f32>(rows * dims.heads).unwrap();
+            attention::Backward {
+                dqkv: &mut dqkv,
+                dout: dout_on,
+                out: &out,
+                qkv: qkv_on,
+                lse: &lse,
+                heads,
+                seq,
+                deltas: &mut deltas,
+            }
+            .run()
             .unwrap();
             (out.download().unwrap(), lse.download().unwrap(), dqkv.download().unwrap())
         };
@@ -94,42 +101,30 @@ fn cuda_attention_over_caches_and_segments_is_that_of_sequences() {
         let qkv = values(total * dims.joined_width(), 7);
         let [q, k, v] = columns(&to_f64(&qkv), dims);
         let (want, _) = reference::forward(&q, &k, &v, dims);
-        let width = dims.heads * dims.head_dim;
-        let on = gpu.upload(&qkv).unwrap();
-        let kv = dims.kv_heads * dims.head_dim;
-        let (mut keys, mut vals) =
-            (gpu.zeros::<bf16>((total + 70) * kv).unwrap(), gpu.zeros::<bf16>((total + 70) * kv).unwrap());
-        let mut length = gpu.zeros::<u32>(1).unwrap();
-        let room = total + 70;
-        let mut partials = gpu.zeros::<f32>(attention::decode_scratch(dims, room)).unwrap();
+        let (heads, room) = (heads_of(dims), total + 70);
+        let width = heads.width();
+        let on = gpu.upload_rows(&qkv, dims.joined_width()).unwrap();
+        let cache = || gpu.zero_rows::<bf16>(room, heads.kv_width()).unwrap();
+        let (keys, values) = (&mut cache(), &mut cache());
+        let length = &mut gpu.zeros::<u32>(1).unwrap();
+        let partials = &mut gpu.zeros::<f32>(decode::partials_len(heads, room)).unwrap();
         let mut start = 0;
         // Pieces of several tokens, then single ones.
         let mut sizes = vec![total / 2, total / 4];
         sizes.retain(|&size| size > 1);
         sizes.extend(vec![1; total - sizes.iter().sum::<usize>()]);
         for size in sizes {
-            let part = on.slice(start * dims.joined_width()..(start + size) * dims.joined_width());
-            let now = Dims { queries: size, keys: start + size, ..dims };
-            let mut out = gpu.zeros::<bf16>(size * width).unwrap();
+            let qkv = &on.part(start..start + size);
+            let out = &mut gpu.zero_rows::<bf16>(size, width).unwrap();
             if size > 1 {
                 let at = At::Position(start);
-                attention::append(&gpu, keys.view_mut(), vals.view_mut(), part, at, now).unwrap();
-                attention::prefill(&gpu, out.view_mut(), part, keys.view(), vals.view(), now).unwrap();
+                decode::Append { keys, values, qkv, at, heads }.run().unwrap();
+                decode::Prefill { out, qkv, keys, values, start, heads }.run().unwrap();
             } else {
                 length.upload_from(&[start as u32]).unwrap();
-                let at = At::Length(length.view());
-                attention::append(&gpu, keys.view_mut(), vals.view_mut(), part, at, now).unwrap();
-                attention::decode(
-                    &gpu,
-                    out.view_mut(),
-                    part,
-                    keys.view(),
-                    vals.view(),
-                    length.view(),
-                    now,
-                    partials.view_mut(),
-                )
-                .unwrap();
+                let at = At::Length(length);
+                decode::Append { keys, values, qkv, at, heads }.run().unwrap();
+                decode::Decode { out, qkv, keys, values, length, heads, partials }.run().unwrap();
             }
             let got = to_f32(&out.download().unwrap());
             let want = &want[start * width..(start + size) * width];
@@ -139,15 +134,14 @@ fn cuda_attention_over_caches_and_segments_is_that_of_sequences() {
 
         // The same rows as a segment and what continues it, behind another one.
         let first = total / 3;
-        let mut rows = values(5 * dims.joined_width(), 8);
+        let mut rows = super::values(5 * dims.joined_width(), 8);
         rows.extend_from_slice(&qkv);
         let count = total + 5;
         let places = [[0, 5, 0, 0], [5, first, 0, 0], [5 + first, total - first, 5, first]];
         let segments = Segments::new(&gpu, &places).unwrap();
-        let on = gpu.upload(&rows).unwrap();
-        let mut out = gpu.zeros::<bf16>(count * width).unwrap();
-        let all = Dims { queries: count, keys: count, ..dims };
-        attention::ragged(&gpu, out.view_mut(), on.view(), &segments, all).unwrap();
+        let qkv = &gpu.upload_rows(&rows, dims.joined_width()).unwrap();
+        let mut out = gpu.zero_rows::<bf16>(count, width).unwrap();
+        attention::Ragged { out: &mut out, qkv, segments: &segments, heads }.run().unwrap();
         let got = to_f32(&out.download().unwrap());
         check_close(&format!("{dims:?} segments"), &got[5 * width..], &want, |_| 2.0 / 256.0);
     }

@@ -1,10 +1,10 @@
-//! Kernels by what the assembler says of them.
+//! Registers and spills of kernels, from the log of the assembler.
 
 use super::{required, skipped};
-use crate::cuda::ops::all_kernels;
+use crate::cuda::ops::KERNELS;
 use crate::cuda::{compile, nvrtc_version};
 
-/// What the log says of one kernel.
+/// The log of one kernel.
 struct Usage {
     entry: String,
     registers: u32,
@@ -36,7 +36,7 @@ fn cuda_kernels_compile_without_spills() {
         return;
     }
     let mut problems = Vec::new();
-    for spec in all_kernels() {
+    for spec in KERNELS {
         for defines in spec.defines {
             for arch in ["sm_80", "sm_90a"] {
                 let what = format!("{} {defines:?} {arch}", spec.source.name);

@@ -1,11 +1,12 @@
 use half::bf16;
 
 use super::{check_close, gpu_or_skip, to_f32, to_f64, values};
-use crate::cuda::ops::experts::{Dims, PLAIN, backward_input, backward_weights, down, project, up};
+use crate::cuda::ops::experts::{BackwardInput, BackwardWeights, Down, PLAIN, Project, Up};
+use crate::cuda::ops::ffn::Dims;
 use crate::cuda::ops::router::{self, Lists, Routed};
 use crate::cuda::{Gpu, GpuBuf};
 
-/// Rows that the experts of each case have; 131 tokens.
+/// Sizes, and the rows of the experts, of each case.
 const CASES: [(usize, usize, &[usize]); 5] = [
     (64, 64, &[0, 1, 63, 64, 129]),
     (136, 72, &[131, 0, 65]),
@@ -15,24 +16,24 @@ const CASES: [(usize, usize, &[usize]); 5] = [
 ];
 const TOKENS: usize = 131;
 
-/// The mask with so many tokens for each expert.
+/// Returns a mask with so many tokens for each expert.
 fn mask(counts: &[usize]) -> Vec<u8> {
     let n = counts.len();
     (0..TOKENS * n).map(|at| u8::from((at / n * 7 + at % n * 3) % TOKENS < counts[at % n])).collect()
 }
 
-/// `[rows, cols]` from the sums of `term(row, col, i)` over i.
+/// Returns `[rows, cols]` from the sums of `term(row, col, i)` over i.
 fn product(rows: usize, cols: usize, terms: usize, term: impl Fn(usize, usize, usize) -> f64) -> Vec<f64> {
     (0..rows * cols).map(|at| (0..terms).map(|i| term(at / cols, at % cols, i)).sum()).collect()
 }
 
-/// What the ops should give, in f64.
+/// The results that the ops should give, in f64.
 struct Want {
     a: Vec<f64>,
     b: Vec<f64>,
     c: Vec<f64>,
     projection: Vec<f64>,
-    /// Sums over experts, with the sum of the sizes of what is summed.
+    /// Sums over experts, and sums of the sizes of their terms.
     down: [Vec<f64>; 2],
     input: [Vec<f64>; 2],
     grads: [Vec<f64>; 3],
@@ -49,14 +50,15 @@ fn cuda_experts_are_the_reference() {
 fn check(gpu: &Gpu, hidden: usize, w: usize, counts: &[usize]) {
     let (n, width) = (counts.len(), counts.len() * w);
     let dims = Dims { tokens: TOKENS, hidden, intermediate: width, num_experts: n };
-    assert!(dims.fit(gpu), "{dims:?}");
+    assert!(dims.fit_lists(gpu), "{dims:?}");
     let mask = mask(counts);
     let mut routed = Routed::with_room(gpu, TOKENS, n).unwrap();
     routed.mask.upload_from(&mask).unwrap();
     let active: Vec<u32> = mask.chunks(n).map(|row| row.iter().map(|&on| u32::from(on)).sum()).collect();
     routed.active.upload_from(&active).unwrap();
     let mut lists = Lists::with_room(gpu, TOKENS, n).unwrap();
-    router::lists(gpu, &mut lists, &routed).unwrap();
+    router::Sort { lists: &mut lists, routed: &routed }.run().unwrap();
+    let lists = &lists;
     let on = |at: usize| mask[at / width * n + at % width / w] != 0;
 
     let [x, dy] = [1, 2].map(|seed| values(TOKENS * hidden, seed));
@@ -107,15 +109,14 @@ fn check(gpu: &Gpu, hidden: usize, w: usize, counts: &[usize]) {
         }
     };
 
-    let [x, dy] = [&x, &dy].map(|v| gpu.upload(v).unwrap());
+    let [x, dy] = &[&x, &dy].map(|v| gpu.upload_rows(v, hidden).unwrap());
     let weights = weights.each_ref().map(|v| gpu.upload(v).unwrap());
-    let [gate, up_weight, down_weight] = weights.each_ref().map(|v| v.view());
-    let pairs = pairs.each_ref().map(|v| gpu.upload(v).unwrap());
-    let [da, db, c] = pairs.each_ref().map(|v| v.view());
-    let k = gpu.upload(&coefficients).unwrap();
-    // What no op may read, or write: inactive pairs have no value.
-    let nothing = || gpu.upload(&vec![bf16::NAN; TOKENS * width]).unwrap();
-    let mut parts = gpu.upload(&vec![bf16::NAN; dims.scratch()]).unwrap();
+    let [gate, up, down] = &weights;
+    let [da, db, c] = &pairs.each_ref().map(|v| gpu.upload_rows(v, width).unwrap());
+    let coefficients = &gpu.upload_rows(&coefficients, n).unwrap();
+    // Inactive pairs have no value: no op may read or write it.
+    let nothing = || gpu.upload_rows(&vec![bf16::NAN; TOKENS * width], width).unwrap();
+    let mut parts = gpu.upload(&vec![bf16::NAN; dims.parts()]).unwrap();
     for plain in [true, false] {
         PLAIN.set(plain);
         let what = format!("plain {plain}, {dims:?}, {counts:?}");
@@ -129,37 +130,36 @@ fn check(gpu: &Gpu, hidden: usize, w: usize, counts: &[usize]) {
             check_close(&format!("{what}: {name}"), &got, &want, |i| tolerance(want[i]));
         };
         let [mut got_c, mut got_a, mut got_b] = [nothing(), nothing(), nothing()];
-        let both = Some([got_a.view_mut(), got_b.view_mut()]);
-        up(gpu, got_c.view_mut(), both, x.view(), gate, up_weight, k.view(), &lists, dims).unwrap();
+        let both = Some([&mut *got_a, &mut *got_b]);
+        Up { c: &mut got_c, projections: both, x, gate, up, coefficients, lists }.run().unwrap();
         check_pairs("a", &got_a, &want.a, &|size| near(size, hidden));
         check_pairs("b", &got_b, &want.b, &|size| near(size, hidden));
         // Projections may be rounded to a neighbour.
         check_pairs("c", &got_c, &want.c, &|size| size.abs() / 40.0 + 2e-5 * hidden as f64);
         let mut alone = nothing();
-        up(gpu, alone.view_mut(), None, x.view(), gate, up_weight, k.view(), &lists, dims).unwrap();
+        Up { c: &mut alone, projections: None, x, gate, up, coefficients, lists }.run().unwrap();
         let bits = |buf: &GpuBuf<bf16>| -> Vec<u16> {
             buf.download().unwrap().iter().map(|x| x.to_bits()).collect()
         };
         assert_eq!(bits(&alone), bits(&got_c), "{what}: c without its projections");
 
         let mut got = nothing();
-        project(gpu, got.view_mut(), dy.view(), down_weight, &lists, dims).unwrap();
+        Project { out: &mut got, x: dy, weight: down, lists }.run().unwrap();
         check_pairs("projection", &got, &want.projection, &|size| near(size, hidden));
 
-        let mut y = gpu.upload(&vec![f32::NAN; TOKENS * hidden]).unwrap();
-        down(gpu, y.view_mut(), parts.view_mut(), c, down_weight, &lists, dims).unwrap();
+        let mut y = gpu.upload_rows(&vec![f32::NAN; TOKENS * hidden], hidden).unwrap();
+        Down { y: &mut y, parts: &mut parts, c, weight: down, lists }.run().unwrap();
         let [sums, sizes] = &want.down;
         check_close(&format!("{what}: down"), &y.download().unwrap(), sums, |i| near(sizes[i], width));
 
-        let mut dx = gpu.upload(&vec![f32::NAN; TOKENS * hidden]).unwrap();
-        let (products, of) = ([da, db], [gate, up_weight]);
-        backward_input(gpu, dx.view_mut(), parts.view_mut(), products, of, &lists, dims).unwrap();
+        let mut dx = gpu.upload_rows(&vec![f32::NAN; TOKENS * hidden], hidden).unwrap();
+        BackwardInput { dx: &mut dx, parts: &mut parts, da, db, gate, up, lists }.run().unwrap();
         let [sums, sizes] = &want.input;
         check_close(&format!("{what}: input"), &dx.download().unwrap(), sums, |i| near(sizes[i], 2 * width));
 
         let mut grads = [0; 3].map(|_| gpu.upload(&before).unwrap());
-        let views = grads.each_mut().map(|of| of.view_mut());
-        backward_weights(gpu, views, [da, db, c], x.view(), dy.view(), &lists, dims).unwrap();
+        let [dgate, dup, ddown] = &mut grads;
+        BackwardWeights { dgate, dup, ddown, da, db, c, x, dy, lists }.run().unwrap();
         for ((name, got), want) in ["gate", "up", "down"].iter().zip(&grads).zip(&want.grads) {
             let what = format!("{what}: gradient of {name}");
             check_close(&what, &got.download().unwrap(), want, |_| 2e-6 * TOKENS as f64);

@@ -1,7 +1,7 @@
 use half::bf16;
 
 use super::{check_close, gpu_or_skip, to_f32, to_f64, values};
-use crate::cuda::ops::ffn::{Dims, activate, backward};
+use crate::cuda::ops::ffn::{Activate, Backward};
 
 #[test]
 fn cuda_ffn_is_the_reference() {
@@ -28,32 +28,31 @@ fn cuda_ffn_is_the_reference() {
                 da.push(k * gf[at] * bf[at] * s * (1.0 + af[at] * (1.0 - s)));
                 db.push(k * gf[at] * u);
             }
-            let dims = Dims { tokens, intermediate, num_experts: n };
-            let [a, b, g] = [&a, &b, &g].map(|x| gpu.upload(x).unwrap());
-            let k = gpu.upload(&coefficients).unwrap();
-            let zeros = || gpu.zeros::<bf16>(tokens * intermediate).unwrap();
+            let what = format!("{tokens} x {intermediate}, {n} experts");
+            let [a, b, g] = &[&a, &b, &g].map(|x| gpu.upload_rows(x, intermediate).unwrap());
+            let k = &gpu.upload_rows(&coefficients, n).unwrap();
+            let zeros = || gpu.zero_rows::<bf16>(tokens, intermediate).unwrap();
             let (mut got_c, mut got_a, mut got_b, mut again) = (zeros(), zeros(), zeros(), zeros());
-            let mut got_k = gpu.zeros::<f32>(tokens * n).unwrap();
-            activate(&gpu, got_c.view_mut(), a.view(), b.view(), Some(k.view()), dims).unwrap();
-            backward(
-                &gpu,
-                got_a.view_mut(),
-                got_b.view_mut(),
-                again.view_mut(),
-                Some(got_k.view_mut()),
-                g.view(),
-                a.view(),
-                b.view(),
-                Some(k.view()),
+            let mut got_k = gpu.zero_rows::<f32>(tokens, n).unwrap();
+            Activate { c: &mut got_c, a, b, coefficients: Some(k) }.run().unwrap();
+            Backward {
+                da: &mut got_a,
+                db: &mut got_b,
+                c: &mut again,
+                dcoefficients: Some(&mut got_k),
+                g,
+                a,
+                b,
+                coefficients: Some(k),
                 all_pairs,
-                dims,
-            )
+            }
+            .run()
             .unwrap();
-            for (what, got, want) in
+            for (name, got, want) in
                 [("c", &got_c, &c), ("da", &got_a, &da), ("db", &got_b, &db), ("c", &again, &c)]
             {
                 let got = to_f32(&got.download().unwrap());
-                check_close(&format!("{dims:?} {what}"), &got, want, |i| want[i].abs() / 250.0 + 1e-7);
+                check_close(&format!("{what}: {name}"), &got, want, |i| want[i].abs() / 250.0 + 1e-7);
             }
             check_close("dcoefficients", &got_k.download().unwrap(), &dk, |_| 1e-6 * w as f64 + 1e-6);
         }

@@ -1,22 +1,22 @@
-//! Every kernel compiles here, wherever NVRTC is; every op is compared with its reference where there is a GPU.
+//! Every kernel is compiled where NVRTC is installed. Every op is compared with its reference where there is a GPU.
 
 mod attention;
 mod compiled;
 mod experts;
-mod few;
 mod ffn;
+mod gemv;
 mod matmul;
 mod router;
 mod rows;
 
 use crate::cuda::Gpu;
 
-/// Whether the environment says that tests need `what`.
+/// Tells whether the environment requires `what` of tests.
 fn required(what: &str) -> bool {
     std::env::var("DSMOE_REQUIRE").is_ok_and(|all| all.split(',').any(|word| word == what))
 }
 
-/// The first GPU, or a note that the test is skipped.
+/// Opens the first GPU, or notes that the test is skipped.
 ///
 /// # Panics
 /// There is none, and `DSMOE_REQUIRE` asks for one.
@@ -29,7 +29,7 @@ fn skipped(test: &str, why: &str) {
     eprintln!("SKIP {test}: {why}");
 }
 
-/// Values from -1 to 1 that bf16 holds exactly.
+/// Returns values from -1 to 1 that bf16 holds exactly.
 fn values(len: usize, seed: u64) -> Vec<half::bf16> {
     let mut rng = crate::rng::Rng::new(seed, 0);
     (0..len).map(|_| half::bf16::from_f32(2.0 * rng.uniform() - 1.0)).collect()
@@ -43,7 +43,7 @@ fn to_f64(values: &[half::bf16]) -> Vec<f64> {
     values.iter().map(|x| x.to_f64()).collect()
 }
 
-/// Checks that no value is further from what is wanted than `tolerance` says of its index.
+/// Checks that no value is further from the wanted one than the `tolerance` of its index.
 fn check_close(what: &str, got: &[f32], want: &[f64], tolerance: impl Fn(usize) -> f64) {
     assert_eq!(got.len(), want.len(), "{what}");
     let worst = (0..got.len())

@@ -51,11 +51,11 @@ fn cuda_router_is_the_reference() {
                 (0..hidden).map(|i| h(t, i) * f64::from(w[e * hidden + i])).sum::<f64>() + f64::from(bias[e])
             })
             .collect();
-        let [x_on, rstd_on, norm_on] = [&x, &rstd, &norm].map(|v| gpu.upload(v).unwrap());
-        let (w_on, bias_on) = (gpu.upload(&w).unwrap(), gpu.upload(&bias).unwrap());
-        let normed = Normed { x: x_on.view(), rstd: rstd_on.view(), weight: norm_on.view() };
+        let [x_on, rstd_on, norm_on] = &[&x, &rstd, &norm].map(|v| gpu.upload(v).unwrap());
+        let (router, bias_on) = (&gpu.upload(&w).unwrap(), gpu.upload(&bias).unwrap());
+        let normed = Normed { x: x_on, rstd: rstd_on, weight: norm_on };
         let mut z = gpu.zeros::<f32>(tokens * n).unwrap();
-        router::logits(&gpu, z.view_mut(), normed, w_on.view(), Some(bias_on.view()), hidden).unwrap();
+        router::Logits { z: &mut z, normed, router, bias: Some(&bias_on) }.run().unwrap();
         let got_z = z.download().unwrap();
         check_close("logits", &got_z, &want_z, |_| 1e-6 * hidden as f64);
 
@@ -69,7 +69,8 @@ fn cuda_router_is_the_reference() {
             };
             let want = want(&got_z, set);
             let mut routed = Routed::with_room(&gpu, tokens, n).unwrap();
-            router::route(&gpu, &mut routed, z.view(), &set).unwrap();
+            router::Route { routed: &mut routed, z: &z, gates: &set }.run().unwrap();
+            let routed = &routed;
             assert_eq!(routed.mask.download().unwrap(), want.mask);
             assert_eq!(routed.active.download().unwrap(), want.active);
             check_close("gates", &routed.gates.download().unwrap(), &want.gates, |_| 1e-6);
@@ -79,8 +80,8 @@ fn cuda_router_is_the_reference() {
             let mut counts = gpu.zeros::<u64>(2 * n + 1).unwrap();
             let mut sums = gpu.zeros::<f64>(2).unwrap();
             let mut of_tokens = gpu.upload(&vec![5u32; tokens]).unwrap();
-            let each = Some(of_tokens.view_mut());
-            router::stats(&gpu, counts.view_mut(), sums.view_mut(), each, &routed).unwrap();
+            let each = Some(&mut *of_tokens);
+            router::Stats { counts: &mut counts, sums: &mut sums, of_tokens: each, routed }.run().unwrap();
             let more: Vec<u32> = want.active.iter().map(|k| 5 + k).collect();
             assert_eq!(of_tokens.download().unwrap(), more);
             let mut expected = vec![0u64; 2 * n + 1];
@@ -99,10 +100,10 @@ fn cuda_router_is_the_reference() {
             assert!((sums[0] - of_active).abs() < close && (sums[1] - all).abs() < close, "{sums:?}");
 
             let dk = to_f32(&values(tokens * n, 6));
-            let dk_on = gpu.upload(&dk).unwrap();
-            let weight = gpu.upload(&[0.25f32]).unwrap();
+            let dcoefficients = &gpu.upload(&dk).unwrap();
+            let weight = &gpu.upload(&[0.25f32]).unwrap();
             for all in [false, true] {
-                let sparsity = Sparsity { weight: weight.view(), all };
+                let sparsity = Sparsity { weight, all };
                 let want_dz: Vec<f64> = (0..tokens * n)
                     .map(|at| {
                         let (q, on, k) = (want.gates[at], want.mask[at] != 0, want.active[at / n]);
@@ -116,29 +117,28 @@ fn cuda_router_is_the_reference() {
                     })
                     .collect();
                 let mut dz = gpu.zeros::<f32>(tokens * n).unwrap();
-                router::backward(&gpu, dz.view_mut(), dk_on.view(), &routed, sparsity, &set).unwrap();
+                router::Backward { dz: &mut dz, dcoefficients, routed, sparsity, gates: &set }.run().unwrap();
                 check_close("dlogits", &dz.download().unwrap(), &want_dz, |_| 1e-5);
             }
         }
 
         let dz = to_f32(&values(tokens * n, 7));
-        let dz_on = gpu.upload(&dz).unwrap();
+        let dz_on = &gpu.upload(&dz).unwrap();
         let run = || {
             let mut dw = gpu.upload(&vec![1.0f32; n * hidden]).unwrap();
             let mut db = gpu.upload(&vec![2.0f32; n]).unwrap();
             let mut partials = gpu.zeros::<f32>(router::partials_len(hidden, n)).unwrap();
-            router::backward_weights(
-                &gpu,
-                dw.view_mut(),
-                Some(db.view_mut()),
-                dz_on.view(),
+            router::BackwardWeights {
+                drouter: &mut dw,
+                dbias: Some(&mut db),
+                dz: dz_on,
                 normed,
-                hidden,
-                partials.view_mut(),
-            )
+                partials: &mut partials,
+            }
+            .run()
             .unwrap();
-            let mut dh = gpu.upload(&vec![3.0f32; tokens * hidden]).unwrap();
-            router::backward_input_add(&gpu, dh.view_mut(), dz_on.view(), w_on.view(), hidden).unwrap();
+            let mut dh = gpu.upload_rows(&vec![3.0f32; tokens * hidden], hidden).unwrap();
+            router::BackwardInput { dh: &mut dh, dz: dz_on, router }.run().unwrap();
             (dw.download().unwrap(), db.download().unwrap(), dh.download().unwrap())
         };
         let (dw, db, dh) = run();
@@ -169,9 +169,10 @@ fn cuda_routing_lists_are_in_the_order_of_the_tokens() {
         let want = want(&z, gates(n));
         let z = gpu.upload(&z).unwrap();
         let mut routed = Routed::with_room(&gpu, tokens, n).unwrap();
-        router::route(&gpu, &mut routed, z.view(), &gates(n)).unwrap();
+        let (set, z_on) = (&gates(n), &z);
+        router::Route { routed: &mut routed, z: z_on, gates: set }.run().unwrap();
         let mut lists = Lists::with_room(&gpu, tokens, n).unwrap();
-        router::lists(&gpu, &mut lists, &routed).unwrap();
+        router::Sort { lists: &mut lists, routed: &routed }.run().unwrap();
         let (mut offsets, mut list) = (vec![0u32], Vec::new());
         let mut slot = vec![0u32; tokens * n];
         for e in 0..n {
@@ -194,13 +195,13 @@ fn cuda_routing_lists_are_in_the_order_of_the_tokens() {
         // The same routing from the host, where there is room for more tokens.
         let coefficients = routed.coefficients().download().unwrap();
         let mut hosted = Routed::with_room(&gpu, tokens + 1, n).unwrap();
-        router::route(&gpu, &mut hosted, gpu.zeros::<f32>((tokens + 1) * n).unwrap().view(), &gates(n))
-            .unwrap();
+        let more = &gpu.zeros::<f32>((tokens + 1) * n).unwrap();
+        router::Route { routed: &mut hosted, z: more, gates: set }.run().unwrap();
         hosted.set(&want.mask, &coefficients).unwrap();
         assert_eq!(hosted.tokens(), tokens);
         assert_eq!(hosted.coefficients().download().unwrap(), coefficients);
-        assert_eq!(hosted.mask.slice(0..tokens * n).download().unwrap(), want.mask);
-        assert_eq!(hosted.active.slice(0..tokens).download().unwrap(), want.active);
-        assert_eq!(hosted.gates.slice(0..tokens * n).download().unwrap(), vec![0.0; tokens * n]);
+        assert_eq!(hosted.mask.part(0..tokens).download().unwrap(), want.mask);
+        assert_eq!(hosted.active.part(0..tokens).download().unwrap(), want.active);
+        assert_eq!(hosted.gates.part(0..tokens).download().unwrap(), vec![0.0; tokens * n]);
     }
 }

@@ -3,6 +3,7 @@
 use half::bf16;
 
 use super::{check_close, gpu_or_skip, to_f32, to_f64, values};
+use crate::cuda::GpuBuf;
 use crate::cuda::ops::{cross_entropy, elementwise, embedding, optim, rms_norm, rope};
 use crate::{adamw, cross_entropy as losses, embedding as tables, rms_norm as norms, rope as angles};
 
@@ -21,22 +22,13 @@ fn cuda_rms_norm_is_the_reference() {
         let dy = values(rows * hidden, 4);
         let (want_dx, want_dw) = norms::reference::backward(&to_f64(&dy), &sum, &to_f64(&w), &want_rstd);
 
-        let [x_on, y_on, dy_on] = [&x, &y, &dy].map(|v| gpu.upload(&to_f32(v)).unwrap());
-        let w_on = gpu.upload(&to_f32(&w)).unwrap();
+        let [x_on, y_on, dy_on] = &[&x, &y, &dy].map(|v| gpu.upload(&to_f32(v)).unwrap());
+        let weight = &gpu.upload(&to_f32(&w)).unwrap();
         let mut h = gpu.zeros::<bf16>(rows * hidden).unwrap();
         let (mut out, mut rstd) = (gpu.zeros::<f32>(rows * hidden).unwrap(), gpu.zeros::<f32>(rows).unwrap());
-        rms_norm::forward_sum(
-            &gpu,
-            h.view_mut(),
-            rstd.view_mut(),
-            out.view_mut(),
-            x_on.view(),
-            y_on.view(),
-            w_on.view(),
-            eps,
-            hidden,
-        )
-        .unwrap();
+        rms_norm::ForwardSum { h: &mut h, rstd: &mut rstd, out: &mut out, x: x_on, y: y_on, weight, eps }
+            .run()
+            .unwrap();
         let what = format!("{rows} x {hidden}");
         check_close(&format!("{what} sum"), &out.download().unwrap(), &sum, |_| 1e-7);
         check_close(&format!("{what} rstd"), &rstd.download().unwrap(), &want_rstd, |i| 2e-6 * want_rstd[i]);
@@ -44,29 +36,27 @@ fn cuda_rms_norm_is_the_reference() {
         check_close(&format!("{what} h"), &to_f32(&h.download().unwrap()), &want, close);
         let before = h.download().unwrap();
         let mut plain = gpu.zeros::<bf16>(rows * hidden).unwrap();
-        rms_norm::forward(&gpu, plain.view_mut(), rstd.view_mut(), out.view(), w_on.view(), eps, hidden)
-            .unwrap();
+        rms_norm::Forward { h: &mut plain, rstd: &mut rstd, x: &out, weight, eps }.run().unwrap();
         assert_eq!(plain.download().unwrap(), before, "{what}: forward of the sum");
         plain.fill_zero().unwrap();
-        rms_norm::restore(&gpu, plain.view_mut(), out.view(), w_on.view(), rstd.view(), hidden).unwrap();
+        rms_norm::Restore { h: &mut plain, x: &out, weight, rstd: &rstd }.run().unwrap();
         assert_eq!(plain.download().unwrap(), before, "{what}: restored");
 
         let run = |add: bool| {
             let mut dx = gpu.upload(&vec![1.0f32; rows * hidden]).unwrap();
             let mut dw = gpu.upload(&vec![1.0f32; hidden]).unwrap();
             let mut partials = gpu.zeros::<f32>(rms_norm::partials_len(rows, hidden)).unwrap();
-            rms_norm::backward(
-                &gpu,
-                dx.view_mut(),
-                dw.view_mut(),
-                dy_on.view(),
-                out.view(),
-                w_on.view(),
-                rstd.view(),
-                hidden,
-                partials.view_mut(),
+            rms_norm::Backward {
+                dx: &mut dx,
+                dweight: &mut dw,
+                dy: dy_on,
+                x: &out,
+                weight,
+                rstd: &rstd,
+                partials: &mut partials,
                 add,
-            )
+            }
+            .run()
             .unwrap();
             (dx.download().unwrap(), dw.download().unwrap())
         };
@@ -91,20 +81,20 @@ fn cuda_embedding_is_the_reference() {
         let dout = values(ids.len() * hidden, 2);
         let want = tables::reference::forward(&to_f64(&table), &ids, hidden);
         let want_back = tables::reference::backward(&to_f64(&dout), &ids, vocab, hidden);
-        let ids_on = gpu.upload(&ids).unwrap();
-        let mut out = gpu.zeros::<f32>(ids.len() * hidden).unwrap();
+        let ids_on = &gpu.upload(&ids).unwrap();
+        let mut out = gpu.zero_rows::<f32>(ids.len(), hidden).unwrap();
         let full = gpu.upload(&to_f32(&table)).unwrap();
-        embedding::forward(&gpu, out.view_mut(), full.view(), ids_on.view(), hidden).unwrap();
+        embedding::Forward { out: &mut out, table: &full, ids: ids_on }.run().unwrap();
         assert_eq!(out.download().unwrap(), single(&want));
         let half = gpu.upload(&table).unwrap();
         out.fill_zero().unwrap();
-        embedding::forward_bf16(&gpu, out.view_mut(), half.view(), ids_on.view(), hidden).unwrap();
+        embedding::Forward { out: &mut out, table: &half, ids: ids_on }.run().unwrap();
         assert_eq!(out.download().unwrap(), single(&want));
         let mut order = embedding::Occurrences::with_room(&gpu, 10).unwrap();
         order.update(&ids).unwrap();
         let mut dtable = gpu.zeros::<f32>(vocab * hidden).unwrap();
-        let dout_on = gpu.upload(&to_f32(&dout)).unwrap();
-        embedding::backward(&gpu, dtable.view_mut(), dout_on.view(), &order, hidden).unwrap();
+        let dout = &gpu.upload_rows(&to_f32(&dout), hidden).unwrap();
+        embedding::Backward { dtable: &mut dtable, dout, order: &order }.run().unwrap();
         check_close("dtable", &dtable.download().unwrap(), &want_back, |_| 1e-6);
     }
 }
@@ -120,24 +110,24 @@ fn cuda_rope_is_the_reference() {
             [cos, sin].concat()
         })
         .collect();
-    let rows = gpu.upload(&rows).unwrap();
+    let angles_on = &gpu.upload_rows(&rows, head_dim).unwrap();
     let frequencies = angles::frequencies(head_dim, 10000.0, angles::Scaling::None);
     let tokens = 2 * seq;
     let x = values(tokens * width, 1);
     let turned = heads * head_dim;
     let positions: Vec<usize> = (0..tokens).map(|t| 5 + t % seq).collect();
     let cut: Vec<f64> = to_f64(&x).chunks(width).flat_map(|row| row[..turned].to_vec()).collect();
-    let dims = rope::Dims { tokens, seq, start: 5, heads, head_dim, width };
+    let turn = |x: &mut GpuBuf<bf16>, positions, back| {
+        rope::Rotate { x, angles: angles_on, heads, positions, back }.run().unwrap();
+    };
+    let sequences = rope::Positions::Sequences { len: seq, start: 5 };
     for back in [false, true] {
         let want = match back {
             false => angles::reference::forward(&cut, &frequencies, &positions, heads),
             true => angles::reference::backward(&cut, &frequencies, &positions, heads),
         };
-        let mut on = gpu.upload(&x).unwrap();
-        match back {
-            false => rope::forward(&gpu, on.view_mut(), rows.view(), dims).unwrap(),
-            true => rope::backward(&gpu, on.view_mut(), rows.view(), dims).unwrap(),
-        }
+        let mut on = gpu.upload_rows(&x, width).unwrap();
+        turn(&mut on, sequences, back);
         let got = to_f32(&on.download().unwrap());
         let got_cut: Vec<f32> = got.chunks(width).flat_map(|row| row[..turned].to_vec()).collect();
         check_close("rope", &got_cut, &want, |i| want[i].abs() / 256.0 + 1e-5);
@@ -147,9 +137,9 @@ fn cuda_rope_is_the_reference() {
     }
     let at: Vec<u32> = positions.iter().map(|&p| p as u32).collect();
     let at = gpu.upload(&at).unwrap();
-    let (mut a, mut b) = (gpu.upload(&x).unwrap(), gpu.upload(&x).unwrap());
-    rope::forward(&gpu, a.view_mut(), rows.view(), dims).unwrap();
-    rope::forward_at(&gpu, b.view_mut(), rows.view(), at.view(), dims).unwrap();
+    let [mut a, mut b] = [0; 2].map(|_| gpu.upload_rows(&x, width).unwrap());
+    turn(&mut a, sequences, false);
+    turn(&mut b, rope::Positions::At(&at), false);
     assert_eq!(a.download().unwrap(), b.download().unwrap());
 }
 
@@ -174,35 +164,27 @@ fn cuda_cross_entropy_is_the_reference() {
                 if seen { f64::from(scale) * (l.exp() - hit) } else { 0.0 }
             }));
         }
-        let (z_on, t_on) = (gpu.upload(&z).unwrap(), gpu.upload(&targets).unwrap());
+        let (logits, targets) = (&gpu.upload_rows(&z, vocab).unwrap(), &gpu.upload(&targets).unwrap());
         let mut got = gpu.zeros::<f32>(rows).unwrap();
         let mut dz = gpu.zeros::<bf16>(rows * vocab).unwrap();
-        cross_entropy::chunk(&gpu, got.view_mut(), dz.view_mut(), z_on.view(), t_on.view(), scale, vocab)
-            .unwrap();
+        cross_entropy::Chunk { losses: &mut got, dlogits: &mut dz, logits, targets, scale }.run().unwrap();
         check_close("loss", &got.download().unwrap(), &want, |_| 2e-5);
         check_close("dlogits", &to_f32(&dz.download().unwrap()), &want_dz, |i| {
             want_dz[i].abs() / 200.0 + 1e-9
         });
         got.fill_zero().unwrap();
-        cross_entropy::forward(&gpu, got.view_mut(), z_on.view(), t_on.view(), vocab).unwrap();
+        cross_entropy::Forward { losses: &mut got, logits, targets }.run().unwrap();
         check_close("loss alone", &got.download().unwrap(), &want, |_| 2e-5);
     }
 
-    // The first of the likeliest tokens is greedy.
-    let z = gpu.upload(&[0.0f32, 3.0, 3.0, -1.0, 5.0, 1.0, 2.0, 0.0]).unwrap();
-    let rows = gpu.upload(&[0u32, 0, 1, 1]).unwrap();
-    let targets = gpu.upload(&[1u32, 2, 0, 3]).unwrap();
+    // The first of equally likely tokens is greedy.
+    let logits = &gpu.upload_rows(&[0.0f32, 3.0, 3.0, -1.0, 5.0, 1.0, 2.0, 0.0], 4).unwrap();
+    let rows = &gpu.upload(&[0u32, 0, 1, 1]).unwrap();
+    let targets = &gpu.upload(&[1u32, 2, 0, 3]).unwrap();
     let (mut found, mut greedy) = (gpu.zeros::<f32>(4).unwrap(), gpu.zeros::<u32>(4).unwrap());
-    cross_entropy::likelihoods(
-        &gpu,
-        found.view_mut(),
-        greedy.view_mut(),
-        z.view(),
-        rows.view(),
-        targets.view(),
-        4,
-    )
-    .unwrap();
+    cross_entropy::Likelihoods { found: &mut found, greedy: &mut greedy, logits, rows, targets }
+        .run()
+        .unwrap();
     assert_eq!(greedy.download().unwrap(), [1, 0, 1, 0]);
     let first = losses::reference::log_softmax(&[0.0, 3.0, 3.0, -1.0]);
     let second = losses::reference::log_softmax(&[5.0, 1.0, 2.0, 0.0]);
@@ -225,16 +207,16 @@ fn cuda_optimiser_and_sums_are_the_reference() {
         let g_on = gpu.upload(&g).unwrap();
         let scale = gpu.upload(&[0.5f32]).unwrap();
         let mut rounded = gpu.zeros::<bf16>(len).unwrap();
-        optim::adamw(
-            &gpu,
-            p_on.view_mut(),
-            rounded.view_mut(),
-            m_on.view_mut(),
-            v_on.view_mut(),
-            g_on.view(),
-            scale.view(),
-            &hyper,
-        )
+        optim::AdamW {
+            param: &mut p_on,
+            rounded: &mut rounded,
+            m: &mut m_on,
+            v: &mut v_on,
+            grad: &g_on,
+            scale: &scale,
+            hyper: &hyper,
+        }
+        .run()
         .unwrap();
         let got = p_on.download().unwrap();
         check_close("p", &got, &want_p, |i| 1e-6 * (1.0 + want_p[i].abs()));
@@ -243,13 +225,15 @@ fn cuda_optimiser_and_sums_are_the_reference() {
         let want: Vec<bf16> = got.iter().map(|&x| bf16::from_f32(x)).collect();
         assert_eq!(rounded.download().unwrap(), want);
         rounded.fill_zero().unwrap();
-        elementwise::cast(&gpu, rounded.view_mut(), p_on.view()).unwrap();
+        elementwise::Cast { out: &mut rounded, x: &p_on }.run().unwrap();
         assert_eq!(rounded.download().unwrap(), want);
 
         let mut sums = gpu.upload(&[1.0f64, 2.0]).unwrap();
         let mut partials = gpu.zeros::<f64>(optim::PARTIALS).unwrap();
-        optim::add_sum_of_squares(&gpu, sums.slice_mut(0..1), g_on.view(), partials.view_mut()).unwrap();
-        optim::add_sum(&gpu, sums.slice_mut(1..2), g_on.view(), partials.view_mut()).unwrap();
+        for (at, squares) in [(0, true), (1, false)] {
+            let out = &mut sums.part_mut(at..at + 1);
+            optim::AddSum { out, x: &g_on, squares, partials: &mut partials }.run().unwrap();
+        }
         let got = sums.download().unwrap();
         let squares: f64 = double(&g).iter().map(|x| x * x).sum();
         let sum: f64 = double(&g).iter().sum();
@@ -258,12 +242,12 @@ fn cuda_optimiser_and_sums_are_the_reference() {
     }
     let mut x = gpu.upload(&[1.0f32, 2.0, 3.0]).unwrap();
     let mask = gpu.upload(&[1u8, 0, 1]).unwrap();
-    elementwise::keep(&gpu, x.view_mut(), mask.view()).unwrap();
+    elementwise::Keep { x: &mut x, mask: &mask }.run().unwrap();
     assert_eq!(x.download().unwrap(), [1.0, 0.0, 3.0]);
     for len in [0, 1, 1000] {
         let [a, b] = [1, 2].map(|seed| to_f32(&values(len, seed)));
         let (mut sum, b_on) = (gpu.upload(&a).unwrap(), gpu.upload(&b).unwrap());
-        elementwise::add(&gpu, sum.view_mut(), b_on.view()).unwrap();
+        elementwise::Add { y: &mut sum, x: &b_on }.run().unwrap();
         let want: Vec<f32> = a.iter().zip(&b).map(|(a, b)| a + b).collect();
         assert_eq!(sum.download().unwrap(), want);
     }

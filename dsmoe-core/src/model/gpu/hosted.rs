@@ -1,47 +1,49 @@
-//! A gate that the host computes, between ops of the device: its input comes here, its decision and gradients go back.
-//! Each of these copies waits for the device.
+//! A gate that the host computes, between ops of the device: its input is copied to the host, its decision and gradients are
+//! copied back. Each copy to the host waits for the device.
 
 use std::any::Any;
+use std::sync::Arc;
 
 use dsmoe_kernels::cuda::ops::{elementwise, router};
-use dsmoe_kernels::cuda::{Gpu, GpuBuf, View, ViewMut};
+use dsmoe_kernels::cuda::{Gpu, GpuBuf, Matrix};
 use dsmoe_router::Routing;
 use rayon::prelude::*;
 
 use crate::error::Result;
 use crate::ffn::{DeviceFfn, GateBackward, GateTraining, HostGate};
 
-/// What a layer's gate keeps from its forward to its backward, on the host.
+/// A layer's gate, with the data that its backward pass needs from the forward pass, on the host.
 #[derive(Debug)]
-pub(super) struct Hosted {
+pub(crate) struct Hosted {
+    gate: Arc<dyn HostGate>,
     /// The gate's input.
     x: Vec<f32>,
     params: Vec<f32>,
     saved: Box<dyn Any + Send>,
-    pub(super) balance_loss: f64,
+    pub(crate) balance_loss: f64,
 }
 
-/// Where what goes to the device lies before it is added to what is there.
+/// Device memory for values of the host before they are added to a matrix.
 #[derive(Debug)]
-pub(super) struct Staging(GpuBuf<f32>);
+pub(crate) struct Staging(GpuBuf<f32>);
 
 impl Hosted {
-    /// For `ffn`, where its gate is one of the host.
-    pub(super) fn new(ffn: &DeviceFfn) -> Option<Hosted> {
+    /// Makes the state for `ffn`, if its gate is computed by the host.
+    pub(crate) fn new(ffn: &DeviceFfn) -> Option<Hosted> {
         let DeviceFfn::Hosted { gate, .. } = ffn else { return None };
-        Some(Hosted { x: Vec::new(), params: Vec::new(), saved: gate.new_saved(), balance_loss: 0.0 })
+        let (gate, saved) = (gate.clone(), gate.new_saved());
+        Some(Hosted { gate, x: Vec::new(), params: Vec::new(), saved, balance_loss: 0.0 })
     }
 
-    /// Sets `routed`. The parameters are fetched, as every update changes them.
-    pub(super) fn forward(
+    /// Sets `routed`. The parameters are downloaded, as every update changes them.
+    pub(crate) fn forward(
         &mut self,
-        gate: &dyn HostGate,
         routed: &mut router::Routed,
         normed: router::Normed<'_>,
-        params: View<'_, f32>,
+        params: &Matrix<f32>,
         training: GateTraining,
     ) -> Result<()> {
-        let Hosted { x, params: held, saved, balance_loss } = self;
+        let Hosted { gate, x, params: held, saved, balance_loss } = self;
         fetch_normed(x, normed)?;
         held.resize(params.len(), 0.0);
         params.download_to(held)?;
@@ -51,18 +53,15 @@ impl Hosted {
     }
 
     /// Adds to `dh` and to the gradients `dgate` of the gate's parameters.
-    #[expect(clippy::too_many_arguments, reason = "the forward's arguments with their gradients")]
-    pub(super) fn backward(
+    pub(crate) fn backward(
         &self,
-        gate: &dyn HostGate,
-        gpu: &Gpu,
-        dh: ViewMut<'_, f32>,
-        dgate: ViewMut<'_, f32>,
-        dcoefficients: View<'_, f32>,
+        dh: &mut Matrix<f32>,
+        dgate: &mut Matrix<f32>,
+        dcoefficients: &Matrix<f32>,
         training: GateTraining,
         staging: &mut Staging,
     ) -> Result<()> {
-        let Hosted { x, params, saved, .. } = self;
+        let Hosted { gate, x, params, saved, .. } = self;
         let dcoefficients = dcoefficients.download()?;
         let (mut dx, mut grads) = (vec![0.0; x.len()], vec![0.0; params.len()]);
         gate.backward(GateBackward {
@@ -74,29 +73,30 @@ impl Hosted {
             params,
             training,
         });
-        staging.add(gpu, dh, &dx)?;
-        staging.add(gpu, dgate, &grads)
+        let (rows, cols) = (dh.rows(), dh.cols());
+        staging.add(&mut dh.shaped_mut(rows * cols, 1), &dx)?;
+        staging.add(dgate, &grads)
     }
 }
 
 impl Staging {
-    pub(super) fn new(gpu: &Gpu, len: usize) -> Result<Staging> {
+    pub(crate) fn new(gpu: &Gpu, len: usize) -> Result<Staging> {
         Ok(Staging(gpu.zeros(len)?))
     }
 
-    /// Adds `values`, as many at a time as there is room for.
-    fn add(&mut self, gpu: &Gpu, mut to: ViewMut<'_, f32>, values: &[f32]) -> Result<()> {
+    /// Adds `values` to a vector, as many at a time as there is room for.
+    fn add(&mut self, to: &mut Matrix<f32>, values: &[f32]) -> Result<()> {
         let room = self.0.len().max(1);
         for (i, piece) in values.chunks(room).enumerate() {
-            let mut staged = self.0.slice_mut(0..piece.len());
+            let mut staged = self.0.part_mut(0..piece.len());
             staged.upload_from(piece)?;
-            elementwise::add(gpu, to.slice_mut(i * room..i * room + piece.len()), staged.as_view())?;
+            elementwise::Add { y: &mut to.part_mut(i * room..i * room + piece.len()), x: &staged }.run()?;
         }
         Ok(())
     }
 }
 
-/// Mask and coefficients of a routing, `[T, n]` each.
+/// Returns the mask and the coefficients of a routing, `[T, n]` each.
 fn pairs(routing: &Routing) -> (Vec<u8>, Vec<f32>) {
     let n = routing.num_experts;
     let len = routing.num_tokens * n;
@@ -115,8 +115,8 @@ fn send(routing: &Routing, routed: &mut router::Routed) -> Result<()> {
     Ok(routed.set(&mask, &coefficients)?)
 }
 
-/// Sets `routed` by a gate in inference; `params` are those of the gate.
-pub(super) fn route(
+/// Sets `routed` by a gate with these parameters, in inference.
+pub(crate) fn route(
     gate: &dyn HostGate,
     routed: &mut router::Routed,
     normed: router::Normed<'_>,
@@ -128,7 +128,7 @@ pub(super) fn route(
     send(gate.forward(saved.as_mut(), &x, params, None).routing, routed)
 }
 
-/// Sets `h` to `normed` in f32, as the norm's kernel computes it before it rounds.
+/// Sets `h` to `normed` in f32, as the norm's kernel computes it before rounding.
 fn fetch_normed(h: &mut Vec<f32>, normed: router::Normed<'_>) -> Result<()> {
     let router::Normed { x, rstd, weight } = normed;
     h.resize(x.len(), 0.0);
@@ -149,7 +149,7 @@ mod tests {
     #[test]
     fn a_routing_is_sent_as_a_mask_and_coefficients() {
         let mask = array![[true, false, true], [false, false, false], [true, true, false]];
-        // One that runs with a coefficient of 0.
+        // Expert 0 runs for token 0 with a coefficient of 0.
         let routing = Routing::from_mask(mask.view(), |t, i| (t * i) as f32);
         let (mask, coefficients) = pairs(&routing);
         assert_eq!(mask, [1, 0, 1, 0, 0, 0, 1, 1, 0]);

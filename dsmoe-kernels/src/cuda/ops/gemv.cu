@@ -1,6 +1,6 @@
-// y [T, outputs] = x W^TOKENS for a few tokens: a warp per row of W, which is read once for all TOKENS tokens.
+// y [T, outputs] = x W^T for a few tokens: a warp per row of W, which is read once for all TOKENS tokens.
 template <typename Out>
-DEV void few(Out* y, const bf16* x, const bf16* w, int inputs, int outputs) {
+DEV void gemv(Out* y, const bf16* x, const bf16* w, int inputs, int outputs) {
   const int o = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5), lane = threadIdx.x & 31;
   if (o >= outputs) return;
   const bf16* row = w + (i64)o * inputs;
@@ -32,13 +32,13 @@ DEV void few(Out* y, const bf16* x, const bf16* w, int inputs, int outputs) {
   }
 }
 extern "C" __global__ void __launch_bounds__(256)
-few_f32(float* y, const bf16* x, const bf16* w, int inputs, int outputs) { few(y, x, w, inputs, outputs); }
+gemv_f32(float* y, const bf16* x, const bf16* w, int inputs, int outputs) { gemv(y, x, w, inputs, outputs); }
 extern "C" __global__ void __launch_bounds__(256)
-few_bf16(bf16* y, const bf16* x, const bf16* w, int inputs, int outputs) { few(y, x, w, inputs, outputs); }
+gemv_bf16(bf16* y, const bf16* x, const bf16* w, int inputs, int outputs) { gemv(y, x, w, inputs, outputs); }
 
-// c [T, width] = coefficient silu(x Wg^TOKENS) (x Wu^TOKENS): a warp per neuron, none for one whose expert no token has active.
+// c [T, width] = coefficient silu(x Wg^T) (x Wu^T): a warp per neuron, none for one whose expert no token has active.
 extern "C" __global__ void __launch_bounds__(256)
-few_up(float* c, const bf16* x, const bf16* gate, const bf16* up, const float* coefficients, int inputs, int width,
+gemv_up(float* c, const bf16* x, const bf16* gate, const bf16* up, const float* coefficients, int inputs, int width,
        int n) {
   const int o = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5), lane = threadIdx.x & 31;
   if (o >= width) return;
@@ -85,10 +85,10 @@ few_up(float* c, const bf16* x, const bf16* gate, const bf16* up, const float* c
   }
 }
 
-// partials [blocks of NEURONS, TOKENS, outputs]: what these neurons of one expert add to y; nothing where no token has the
+// partials [blocks of NEURONS, TOKENS, outputs]: the terms of y of these neurons of one expert; nothing where no token has the
 // expert active. Four columns per thread.
 extern "C" __global__ void __launch_bounds__(128)
-few_down(float* partials, const float* c, const bf16* down, const float* coefficients, int outputs, int width, int n,
+gemv_down(float* partials, const float* c, const bf16* down, const float* coefficients, int outputs, int width, int n,
          int blocks) {
   const int w = width / n, e = blockIdx.y / blocks, first = e * w + (blockIdx.y % blocks) * NEURONS;
   const int last = min(first + NEURONS, (e + 1) * w);
@@ -131,7 +131,7 @@ few_down(float* partials, const float* c, const bf16* down, const float* coeffic
 // y [T, outputs]: the partial sums of open experts. A warp takes an eighth of them for 32 columns, then the eighths are
 // added in order.
 extern "C" __global__ void __launch_bounds__(256)
-few_sum(float* y, const float* partials, const float* coefficients, int outputs, int n, int blocks) {
+gemv_sum(float* y, const float* partials, const float* coefficients, int outputs, int n, int blocks) {
   __shared__ float eighths[8][32];
   const int lane = threadIdx.x & 31, part = threadIdx.x >> 5, col = blockIdx.x * 32 + lane, t = blockIdx.y;
   const int all = n * blocks, first = all * part / 8, last = all * (part + 1) / 8;

@@ -1,5 +1,6 @@
 use super::{check_close, gpu_or_skip, to_f32, to_f64, values};
-use crate::cuda::ops::few::{Dims, FEW, Weights, ffn, linear_bf16, linear_f32};
+use crate::cuda::ops::ffn::Dims;
+use crate::cuda::ops::gemv::{FEW, Ffn, Linear, Weights};
 use crate::expert_ffn::{self, reference};
 
 #[test]
@@ -15,13 +16,13 @@ fn cuda_products_of_few_tokens_are_the_reference() {
                     (0..inputs).map(|i| xs[t * inputs + i] * ws[o * inputs + i]).sum()
                 })
                 .collect();
-            let (x, w) = (gpu.upload(&x).unwrap(), gpu.upload(&w).unwrap());
-            let mut y = gpu.zeros::<f32>(want.len()).unwrap();
-            linear_f32(&gpu, y.view_mut(), x.view(), w.view(), tokens).unwrap();
+            let (x, w) = (&gpu.upload_rows(&x, inputs).unwrap(), &gpu.upload(&w).unwrap());
+            let mut y = gpu.zero_rows::<f32>(tokens, outputs).unwrap();
+            Linear { y: &mut y, x, w }.run().unwrap();
             let close = inputs as f64 * 1e-6;
             check_close("few", &y.download().unwrap(), &want, |_| close);
-            let mut y = gpu.zeros::<half::bf16>(want.len()).unwrap();
-            linear_bf16(&gpu, y.view_mut(), x.view(), w.view(), tokens).unwrap();
+            let mut y = gpu.zero_rows::<half::bf16>(tokens, outputs).unwrap();
+            Linear { y: &mut y, x, w }.run().unwrap();
             check_close("few", &to_f32(&y.download().unwrap()), &want, |i| close + want[i].abs() / 256.0);
         }
     }
@@ -54,15 +55,16 @@ fn cuda_ffn_of_few_tokens_is_the_reference() {
                     dims,
                 };
                 let want = reference::forward(layer);
-                let h = gpu.upload(&x).unwrap();
+                let h = &gpu.upload_rows(&x, hidden).unwrap();
                 let [g, u, d] = [&gate, &up, &down].map(|w| gpu.upload(w).unwrap());
-                let weights = Weights { gate: g.view(), up: u.view(), down: d.view() };
-                let k = gpu.upload(&coefficients).unwrap();
+                let weights = Weights { gate: &g, up: &u, down: &d };
+                let k = gpu.upload_rows(&coefficients, n).unwrap();
                 let dims = Dims { tokens, hidden, intermediate, num_experts: n };
-                // What earlier calls left behind must not show.
-                let mut scratch = gpu.upload(&vec![f32::NAN; dims.scratch()]).unwrap();
+                // Values left by earlier calls must not matter.
+                let mut scratch = gpu.upload(&vec![f32::NAN; dims.gemv_scratch()]).unwrap();
                 let mut y = gpu.zeros::<f32>(want.len()).unwrap();
-                ffn(&gpu, y.view_mut(), h.view(), weights, Some(k.view()), dims, scratch.view_mut()).unwrap();
+                let coefficients = Some(&*k);
+                Ffn { y: &mut y, h, weights, coefficients, scratch: &mut scratch }.run().unwrap();
                 let size = (hidden * intermediate) as f64;
                 check_close(&format!("{dims:?}"), &y.download().unwrap(), &want, |i| {
                     1e-6 * size + 1e-5 * want[i].abs()
@@ -70,7 +72,7 @@ fn cuda_ffn_of_few_tokens_is_the_reference() {
                 if n == 1 && open == 1.0 {
                     let (mask, coef) = (&vec![true; tokens], &vec![1.0; tokens]);
                     let want = reference::forward(reference::Layer { mask, coef, ..layer });
-                    ffn(&gpu, y.view_mut(), h.view(), weights, None, dims, scratch.view_mut()).unwrap();
+                    Ffn { y: &mut y, h, weights, coefficients: None, scratch: &mut scratch }.run().unwrap();
                     check_close("dense", &y.download().unwrap(), &want, |i| {
                         1e-6 * size + 1e-5 * want[i].abs()
                     });

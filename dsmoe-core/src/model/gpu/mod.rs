@@ -1,0 +1,105 @@
+//! Parts that training and inference on a GPU share. Both compute what the CPU does, with the operands of products rounded
+//! to bf16.
+
+pub(crate) mod hosted;
+
+use std::ops::Range;
+
+use dsmoe_kernels::cuda::Gpu;
+use dsmoe_kernels::cuda::ops::attention::Heads;
+use dsmoe_kernels::cuda::ops::{ffn, router};
+use dsmoe_router::{GateValue, Rescale, RouterConfig, ZeroActive};
+
+use super::tensors::rope_table;
+use crate::config::{Config, LayerShape};
+use crate::error::{Error, Result};
+use crate::ffn::{DeviceFfn, Ffn};
+use crate::params::padded;
+
+/// One use of device memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryUse {
+    /// The use.
+    pub what: &'static str,
+    /// Its size.
+    pub bytes: usize,
+}
+
+/// Returns the forms of the FFNs on a device.
+pub(crate) fn device_ffns(ffns: &[Box<dyn Ffn>]) -> Result<Vec<DeviceFfn>> {
+    let form = |(layer, form): (usize, Option<DeviceFfn>)| {
+        form.ok_or_else(|| {
+            Error::Argument(format!("layer {layer}: this kind of FFN does not run on a GPU; use the CPU"))
+        })
+    };
+    ffns.iter().map(|ffn| ffn.on_device()).enumerate().map(form).collect()
+}
+
+/// Refuses a plan that the device's free memory does not hold.
+pub(crate) fn check_memory(gpu: &Gpu, plan: &[MemoryUse], help: &str) -> Result<()> {
+    let (free, _) = gpu.memory()?;
+    let wanted: usize = plan.iter().map(|part| part.bytes).sum();
+    if wanted <= free {
+        return Ok(());
+    }
+    let gib = |bytes: usize| bytes as f64 / f64::from(1 << 30);
+    let largest = plan.iter().max_by_key(|part| part.bytes).map_or("", |part| part.what);
+    Err(Error::Argument(format!(
+        "{}: {:.1} GiB are needed, most of it {largest}, and {:.1} GiB are free; {help}",
+        gpu.name(),
+        gib(wanted),
+        gib(free)
+    )))
+}
+
+/// Converts a router's settings to those of the kernels.
+pub(crate) fn gates(config: &RouterConfig) -> router::Gates {
+    router::Gates {
+        num_experts: config.num_experts,
+        threshold_logit: config.threshold_logit(),
+        binary: config.gate_value == GateValue::Binary,
+        rescale: config.rescale == Rescale::Eq8,
+        force_argmax: config.zero_active == ZeroActive::ForceArgmax,
+        ste: config.ste,
+    }
+}
+
+/// Returns the heads of layer `i`.
+pub(crate) fn heads(config: &Config, i: usize) -> Heads {
+    let LayerShape { num_heads: heads, num_kv_heads: kv_heads, .. } = config.layer(i);
+    Heads { heads, kv_heads, head_dim: config.head_dim }
+}
+
+/// Returns the heads of the widest layer, which is unpruned.
+pub(crate) fn widest_heads(config: &Config) -> Heads {
+    Heads { heads: config.num_heads, kv_heads: config.num_kv_heads, head_dim: config.head_dim }
+}
+
+/// Returns cosines and sines of the first `positions` positions, `[positions, head_dim]`.
+pub(crate) fn rope_rows(config: &Config, positions: usize) -> Vec<f32> {
+    let table = rope_table(config);
+    (0..positions)
+        .flat_map(|p| {
+            let (cos, sin) = table.angles(p);
+            [cos, sin].concat()
+        })
+        .collect()
+}
+
+/// Returns the sizes of an FFN for a pass over `tokens` tokens.
+pub(crate) fn ffn_dims(ffn: &DeviceFfn, tokens: usize) -> ffn::Dims {
+    let num_experts = ffn.num_experts().unwrap_or(1);
+    ffn::Dims { tokens, hidden: ffn.hidden(), intermediate: ffn.intermediate(), num_experts }
+}
+
+/// Returns the sizes of an FFN with experts whose products run over lists of active pairs.
+pub(crate) fn by_lists(gpu: &Gpu, ffn: &DeviceFfn, tokens: usize) -> Option<ffn::Dims> {
+    ffn.num_experts().map(|_| ffn_dims(ffn, tokens)).filter(|dims| dims.fit_lists(gpu))
+}
+
+/// Returns the places of the router's weight and bias in an FFN's parameters.
+pub(crate) fn router_ranges(hidden: usize, intermediate: usize, n: usize) -> [Range<usize>; 2] {
+    let start = 3 * padded(hidden * intermediate);
+    let bias = start + padded(n * hidden);
+    [start..start + n * hidden, bias..bias + n]
+}

@@ -1,0 +1,184 @@
+//! Activations of inference on a device.
+
+use dsmoe_kernels::cuda::GpuBuf;
+use dsmoe_kernels::cuda::ops::gemv::FEW;
+use dsmoe_kernels::cuda::ops::router;
+use dsmoe_router::RoutingStats;
+use half::bf16;
+
+use super::weights::{CudaInference, Layer};
+use crate::error::Result;
+use crate::model::gpu::{by_lists, ffn_dims, widest_heads};
+
+/// Rows of logits at a time.
+pub(super) const LOGIT_ROWS: usize = 1024;
+
+/// Activations, made for the largest pass so far.
+#[derive(Debug, Default)]
+pub(crate) struct CudaWorkspace {
+    acts: Option<Acts>,
+}
+
+/// Activations of a pass over up to `room` tokens: a row per token. Layers with fewer heads use less of theirs.
+#[derive(Debug)]
+pub(super) struct Acts {
+    room: usize,
+    pub(super) ids: GpuBuf<u32>,
+    pub(super) x: GpuBuf<f32>,
+    pub(super) x_mid: GpuBuf<f32>,
+    pub(super) rstd: GpuBuf<f32>,
+    pub(super) h: GpuBuf<bf16>,
+    pub(super) qkv: GpuBuf<bf16>,
+    pub(super) a: GpuBuf<bf16>,
+    pub(super) lse: GpuBuf<f32>,
+    pub(super) y: GpuBuf<f32>,
+    /// `[at most LOGIT_ROWS, vocab]`
+    pub(super) logits: GpuBuf<f32>,
+    pub(super) ffn: FfnActs,
+}
+
+/// Activations of FFNs, and statistics of their routing.
+#[derive(Debug)]
+pub(super) struct FfnActs {
+    /// `[room, n]`
+    pub(super) gate_logits: GpuBuf<f32>,
+    pub(super) routed: Option<router::Routed>,
+    /// Used by passes of more than a few tokens.
+    pub(super) wide: Option<Wide>,
+    /// Used by passes of a few tokens.
+    pub(super) few: GpuBuf<f32>,
+    /// Per layer the load `[n]` and the histogram `[n + 1]`.
+    pub(super) counts: GpuBuf<u64>,
+    pub(super) gate_sums: GpuBuf<f64>,
+    /// The number of active experts of every token, summed over layers.
+    pub(super) active: GpuBuf<u32>,
+}
+
+/// Activations of the FFNs of a pass of many tokens.
+#[derive(Debug)]
+pub(super) struct Wide {
+    /// Gate and up projections, of FFNs that run all pairs.
+    pub(super) a: GpuBuf<bf16>,
+    pub(super) b: GpuBuf<bf16>,
+    pub(super) c: GpuBuf<bf16>,
+    /// The active pairs and their parts of the sums of tokens, of FFNs that run over lists.
+    pub(super) lists: Option<router::Lists>,
+    pub(super) parts: GpuBuf<bf16>,
+}
+
+impl CudaWorkspace {
+    /// Returns activations with room for `tokens`.
+    pub(super) fn acts(&mut self, model: &CudaInference, tokens: usize) -> Result<&mut Acts> {
+        let CudaWorkspace { acts } = self;
+        let fits = acts.as_ref().is_some_and(|acts| acts.room >= tokens && acts.fits(model));
+        if !fits {
+            // The old memory is freed before the new memory is allocated.
+            *acts = None;
+        }
+        match acts {
+            Some(acts) => Ok(acts),
+            empty => Ok(empty.insert(Acts::new(model, tokens)?)),
+        }
+    }
+}
+
+impl Acts {
+    pub(super) fn new(model: &CudaInference, room: usize) -> Result<Acts> {
+        let (gpu, config) = (&model.gpu, &model.config);
+        let (heads, hidden) = (widest_heads(config), config.hidden);
+        Ok(Acts {
+            room,
+            ids: gpu.zeros(room)?,
+            x: gpu.zero_rows(room, hidden)?,
+            x_mid: gpu.zero_rows(room, hidden)?,
+            rstd: gpu.zeros(room)?,
+            h: gpu.zero_rows(room, hidden)?,
+            qkv: gpu.zero_rows(room, heads.joined_width())?,
+            a: gpu.zero_rows(room, heads.width())?,
+            lse: gpu.zero_rows(room, heads.heads)?,
+            y: gpu.zero_rows(room, hidden)?,
+            logits: gpu.zero_rows(room.min(LOGIT_ROWS), config.vocab_size)?,
+            ffn: FfnActs::new(model, room)?,
+        })
+    }
+
+    /// Tells whether they have the sizes of `model`.
+    fn fits(&self, model: &CudaInference) -> bool {
+        let (config, heads) = (&model.config, widest_heads(&model.config));
+        let n = model.num_experts().unwrap_or(0);
+        let ffn = &self.ffn;
+        self.x.len() == self.room * config.hidden
+            && self.logits.len() == self.room.min(LOGIT_ROWS) * config.vocab_size
+            && ffn.gate_logits.len() == self.room * n
+            && ffn.counts.len() == if n == 0 { 0 } else { (2 * n + 1) * config.num_layers }
+            && self.a.len() == self.room * heads.width()
+            && self.qkv.len() == self.room * heads.joined_width()
+            && ffn.wide.as_ref().is_none_or(|wide| {
+                wide.c.len() == self.room * model.widest()
+                    && [wide.a.len(), wide.parts.len()] == wide_lens(model, self.room)
+            })
+    }
+
+    /// Begins a pass over `ids`.
+    pub(super) fn start(&mut self, ids: &[u32]) -> Result<()> {
+        self.ids.part_mut(0..ids.len()).upload_from(ids)?;
+        self.ffn.clear_counts()
+    }
+}
+
+impl FfnActs {
+    fn new(model: &CudaInference, room: usize) -> Result<FfnActs> {
+        let (gpu, n) = (&model.gpu, model.num_experts());
+        let of_few = model.layers.iter().map(|layer| ffn_dims(&layer.kind, room.min(FEW)).gemv_scratch());
+        let layers = if n.is_some() { model.config.num_layers } else { 0 };
+        Ok(FfnActs {
+            gate_logits: gpu.zero_rows(room, n.unwrap_or(0))?,
+            routed: n.map(|n| router::Routed::with_room(gpu, room, n)).transpose()?,
+            wide: if room > FEW { Some(Wide::new(model, room)?) } else { None },
+            few: gpu.zeros(of_few.max().unwrap_or(0))?,
+            counts: gpu.zero_rows(layers, 2 * n.unwrap_or(0) + 1)?,
+            gate_sums: gpu.zeros(2)?,
+            active: gpu.zeros(if n.is_some() { room } else { 0 })?,
+        })
+    }
+
+    pub(super) fn clear_counts(&mut self) -> Result<()> {
+        self.active.fill_zero()?;
+        Ok(self.counts.fill_zero()?)
+    }
+
+    /// Adds the routing of a pass to `stats`.
+    pub(super) fn report(&self, stats: Option<&mut RoutingStats>) -> Result<()> {
+        let (Some(routed), Some(stats)) = (&self.routed, stats) else { return Ok(()) };
+        let n = self.gate_logits.cols();
+        for (layer, counts) in self.counts.download()?.chunks_exact(2 * n + 1).enumerate() {
+            stats.add_counts(layer, &counts[..n], &counts[n..]);
+        }
+        if stats.is_traced() {
+            stats.add_active_of_tokens(&self.active.part(0..routed.tokens()).download()?);
+        }
+        Ok(())
+    }
+}
+
+impl Wide {
+    fn new(model: &CudaInference, room: usize) -> Result<Wide> {
+        let (gpu, n) = (&model.gpu, model.num_experts());
+        let [all_pairs, parts] = wide_lens(model, room);
+        Ok(Wide {
+            a: gpu.zeros(all_pairs)?,
+            b: gpu.zeros(all_pairs)?,
+            c: gpu.zeros(room * model.widest())?,
+            lists: n.filter(|_| parts > 0).map(|n| router::Lists::with_room(gpu, room, n)).transpose()?,
+            parts: gpu.zeros(parts)?,
+        })
+    }
+}
+
+/// Returns the number of values of the projections of FFNs that run all pairs, and of the parts of those that run over lists.
+fn wide_lens(model: &CudaInference, room: usize) -> [usize; 2] {
+    let lists = |layer: &Layer| by_lists(&model.gpu, &layer.kind, room);
+    let all_pairs = model.layers.iter().filter(|layer| lists(layer).is_none());
+    let parts = model.layers.iter().filter_map(lists).map(|dims| dims.parts());
+    [room * all_pairs.map(|layer| layer.kind.intermediate()).max().unwrap_or(0), parts.max().unwrap_or(0)]
+}

@@ -1,0 +1,176 @@
+//! Causal attention over caches of keys and values, `[room, kv_heads * head_dim]` each.
+
+use half::bf16;
+
+use super::attention::{Heads, Tiles};
+use super::{Matrix, Result, Source, blocks, optional, sizes};
+
+static SOURCE: Source = Source { name: "decode", text: include_str!("decode.cu") };
+
+/// Keys that one block takes.
+const CHUNK: usize = 64;
+
+#[cfg(test)]
+pub(crate) const KERNELS: super::KernelSpec = super::KernelSpec {
+    source: &SOURCE,
+    entries: &["append", "chunks", "combine"],
+    defines: &[&[("HD", 128), ("CHUNK", CHUNK as i64)], &[("HD", 6), ("CHUNK", CHUNK as i64)]],
+    max_registers: 128,
+};
+
+fn defines(heads: Heads) -> [(&'static str, i64); 2] {
+    [("HD", heads.head_dim as i64), ("CHUNK", CHUNK as i64)]
+}
+
+/// The place of the next keys and values of a sequence.
+#[derive(Clone, Copy, Debug)]
+pub enum At<'a> {
+    /// They start at this position.
+    Position(usize),
+    /// They start at the position that lies on the device. The caller promises that it is below the caches' room.
+    Length(&'a Matrix<u32>),
+}
+
+/// Appends the keys and values of the rows of `qkv` to the caches.
+#[derive(Debug)]
+pub struct Append<'a> {
+    /// The cache of keys.
+    pub keys: &'a mut Matrix<bf16>,
+    /// The cache of values.
+    pub values: &'a mut Matrix<bf16>,
+    /// `[T, joined width]`
+    pub qkv: &'a Matrix<bf16>,
+    /// Where they go.
+    pub at: At<'a>,
+    /// The heads.
+    pub heads: Heads,
+}
+
+impl Append<'_> {
+    /// Queues the op, or returns the device's error.
+    ///
+    /// # Panics
+    /// A size does not fit.
+    pub fn run(self) -> Result<()> {
+        let Append { keys, values, qkv, at, heads } = self;
+        let (rows, kv_width) = (qkv.rows(), heads.kv_width());
+        let (length, start) = match at {
+            At::Position(start) => (None, start),
+            At::Length(length) => (Some(length), 0),
+        };
+        assert!(
+            qkv.cols() == heads.joined_width()
+                && keys.len() == values.len()
+                && keys.len() >= (start + rows) * kv_width,
+            "cuda decode::append: {rows} rows of {}, room for {} of keys at {start}",
+            qkv.cols(),
+            keys.len()
+        );
+        let kernel = qkv.gpu().kernel(&SOURCE, "append", &defines(heads))?;
+        let count = blocks("attention", (rows * kv_width).div_ceil(256))?;
+        let [start, rows, joined, width, kv_width] =
+            sizes("attention", [start, rows, heads.joined_width(), heads.width(), kv_width])?;
+        let length = optional(length);
+        let args = [keys.arg(), values.arg(), qkv.arg(), length, start, rows, joined, width, kv_width];
+        // SAFETY: a thread per value of the rows; room was checked above, or for a length on the device is promised.
+        unsafe { kernel.launch([count, 1, 1], 256, 0, &args) }
+    }
+}
+
+/// Attention of the next tokens of one sequence, whose keys and values are appended already.
+#[derive(Debug)]
+pub struct Prefill<'a> {
+    /// `[T, heads * head_dim]`
+    pub out: &'a mut Matrix<bf16>,
+    /// `[T, joined width]`
+    pub qkv: &'a Matrix<bf16>,
+    /// The cache of keys.
+    pub keys: &'a Matrix<bf16>,
+    /// The cache of values.
+    pub values: &'a Matrix<bf16>,
+    /// The position of the first token.
+    pub start: usize,
+    /// The heads.
+    pub heads: Heads,
+}
+
+impl Prefill<'_> {
+    /// Queues the op, or returns the device's error. It is an error if heads are too wide.
+    ///
+    /// # Panics
+    /// A size does not fit.
+    pub fn run(self) -> Result<()> {
+        let Prefill { out, qkv, keys, values, start, heads } = self;
+        heads.check()?;
+        let (rows, kv_width) = (qkv.rows(), heads.kv_width());
+        let total = start + rows;
+        assert!(
+            qkv.cols() == heads.joined_width()
+                && out.len() == rows * heads.width()
+                && keys.len() >= total * kv_width
+                && values.len() == keys.len(),
+            "cuda decode::prefill: {rows} rows of {}, {} of keys for {heads:?}",
+            qkv.cols(),
+            keys.len()
+        );
+        let (pointers, strides) = ([qkv.arg(), keys.arg(), values.arg()], [heads.joined_width(), kv_width]);
+        Tiles { out, lse: None, pointers, strides, batch: 1, queries: rows, keys: total, heads }.run()
+    }
+}
+
+/// Returns the number of values of [`Decode::partials`] for caches of `room` positions.
+pub fn partials_len(heads: Heads, room: usize) -> usize {
+    heads.heads * room.div_ceil(CHUNK) * (heads.head_dim + 2)
+}
+
+/// Attention of one token, whose own position, `length`, is the last one in the caches.
+#[derive(Debug)]
+pub struct Decode<'a> {
+    /// `[1, heads * head_dim]`
+    pub out: &'a mut Matrix<bf16>,
+    /// `[1, joined width]`
+    pub qkv: &'a Matrix<bf16>,
+    /// The cache of keys.
+    pub keys: &'a Matrix<bf16>,
+    /// The cache of values.
+    pub values: &'a Matrix<bf16>,
+    /// One value.
+    pub length: &'a Matrix<u32>,
+    /// The heads.
+    pub heads: Heads,
+    /// Scratch memory of [`partials_len`] values.
+    pub partials: &'a mut Matrix<f32>,
+}
+
+impl Decode<'_> {
+    /// Queues the op, or returns the device's error. It is an error if heads are too wide.
+    ///
+    /// # Panics
+    /// A size does not fit.
+    pub fn run(self) -> Result<()> {
+        let Decode { out, qkv, keys, values, length, heads, partials } = self;
+        heads.check()?;
+        let room = keys.len() / heads.kv_width();
+        assert!(
+            qkv.len() == heads.joined_width()
+                && out.len() == heads.width()
+                && keys.len() == values.len()
+                && length.len() == 1
+                && partials.len() >= partials_len(heads, room),
+            "cuda decode: {} values of qkv, room for {room} for {heads:?}",
+            qkv.len()
+        );
+        let (gpu, defines, chunks) = (qkv.gpu(), defines(heads), room.div_ceil(CHUNK));
+        let [count, kv_count, chunk_count] = sizes("attention", [heads.heads, heads.kv_heads, chunks])?;
+        let first = gpu.kernel(&SOURCE, "chunks", &defines)?;
+        let scale = heads.scale().into();
+        let pointers = [partials.arg(), qkv.arg(), keys.arg(), values.arg(), length.arg()];
+        let args = [&pointers[..], &[count, kv_count, scale]].concat();
+        // SAFETY: a block per chunk of the room and head; those behind the length do nothing.
+        unsafe { first.launch([chunks as u32, heads.heads as u32, 1], CHUNK as u32, 0, &args) }?;
+        let second = gpu.kernel(&SOURCE, "combine", &defines)?;
+        let args = [out.arg(), partials.arg(), length.arg(), chunk_count];
+        // SAFETY: a block per head reads the chunks that were set above.
+        unsafe { second.launch([heads.heads as u32, 1, 1], 128, 0, &args) }
+    }
+}

@@ -1,0 +1,148 @@
+//! Products and FFNs of a few tokens. Every weight is read once, and those of experts only where a token has them active.
+
+use half::bf16;
+
+use super::ffn::Dims;
+use super::{Matrix, Result, Source, blocks, optional, sizes};
+use crate::cuda::Float;
+
+static SOURCE: Source = Source { name: "gemv", text: include_str!("gemv.cu") };
+
+/// The largest number of tokens.
+pub const FEW: usize = 8;
+/// Neurons that one block of the down projection takes.
+const NEURONS: usize = 32;
+
+#[cfg(test)]
+pub(crate) const KERNELS: super::KernelSpec = super::KernelSpec {
+    source: &SOURCE,
+    entries: &["gemv_f32", "gemv_bf16", "gemv_up", "gemv_down", "gemv_sum"],
+    defines: &[
+        &[("TOKENS", 1), ("ALIGNED", 1), ("NEURONS", NEURONS as i64)],
+        &[("TOKENS", 8), ("ALIGNED", 1), ("NEURONS", NEURONS as i64)],
+        &[("TOKENS", 3), ("ALIGNED", 0), ("NEURONS", NEURONS as i64)],
+    ],
+    max_registers: 128,
+};
+
+fn defines(tokens: usize, width: usize) -> [(&'static str, i64); 3] {
+    let aligned = width.is_multiple_of(8);
+    [("TOKENS", tokens as i64), ("ALIGNED", i64::from(aligned)), ("NEURONS", NEURONS as i64)]
+}
+
+/// Sets `y` to `x W^T`, rounded to its type, for at most [`FEW`] tokens.
+#[derive(Debug)]
+pub struct Linear<'a, T: Float> {
+    /// `[T, outputs]`
+    pub y: &'a mut Matrix<T>,
+    /// `[T, inputs]`
+    pub x: &'a Matrix<bf16>,
+    /// `[outputs, inputs]`
+    pub w: &'a Matrix<bf16>,
+}
+
+impl<T: Float> Linear<'_, T> {
+    /// Queues the op, or returns the device's error.
+    ///
+    /// # Panics
+    /// A size does not fit, or there are more tokens.
+    pub fn run(self) -> Result<()> {
+        let Linear { y, x, w } = self;
+        let (tokens, inputs, outputs) = (x.rows(), x.cols(), y.cols());
+        assert!(
+            (1..=FEW).contains(&tokens) && y.rows() == tokens && w.len() == inputs * outputs,
+            "cuda gemv: {inputs} inputs, {outputs} outputs, {} weights for {tokens} tokens",
+            w.len()
+        );
+        let entry = if T::F32 { "gemv_f32" } else { "gemv_bf16" };
+        let kernel = x.gpu().kernel(&SOURCE, entry, &defines(tokens, inputs))?;
+        let count = blocks("gemv", outputs.div_ceil(8))?;
+        let [inputs, outputs] = sizes("gemv", [inputs, outputs])?;
+        // SAFETY: a warp per output; sizes were checked above, and rows of a width of 8 values start at 16 bytes where their
+        // matrix does, as all buffers do.
+        unsafe { kernel.launch([count, 1, 1], 256, 0, &[y.arg(), x.arg(), w.arg(), inputs, outputs]) }
+    }
+}
+
+/// The three matrices of an FFN, `[intermediate, hidden]` each: a neuron is a row.
+#[derive(Clone, Copy, Debug)]
+pub struct Weights<'a> {
+    /// Gate projection.
+    pub gate: &'a Matrix<bf16>,
+    /// Up projection.
+    pub up: &'a Matrix<bf16>,
+    /// Down projection, transposed.
+    pub down: &'a Matrix<bf16>,
+}
+
+impl Dims {
+    fn gemv_blocks(&self) -> usize {
+        (self.intermediate / self.num_experts).div_ceil(NEURONS)
+    }
+
+    /// Returns the number of values of [`Ffn::scratch`].
+    pub fn gemv_scratch(&self) -> usize {
+        self.tokens * (self.intermediate + self.num_experts * self.gemv_blocks() * self.hidden)
+    }
+}
+
+/// Sets `y` to the sum of the active experts' outputs times their coefficients, which are 1 where there are none.
+#[derive(Debug)]
+pub struct Ffn<'a> {
+    /// `[T, hidden]`
+    pub y: &'a mut Matrix<f32>,
+    /// `[T, hidden]`
+    pub h: &'a Matrix<bf16>,
+    /// The projections.
+    pub weights: Weights<'a>,
+    /// `[T, n]`
+    pub coefficients: Option<&'a Matrix<f32>>,
+    /// Scratch memory of [`Dims::gemv_scratch`] values.
+    pub scratch: &'a mut Matrix<f32>,
+}
+
+impl Ffn<'_> {
+    /// Queues the op, or returns the device's error.
+    ///
+    /// # Panics
+    /// A size does not fit, or there are more than [`FEW`] tokens.
+    pub fn run(self) -> Result<()> {
+        let Ffn { y, h, weights: Weights { gate, up, down }, coefficients, scratch } = self;
+        let (tokens, hidden) = (h.rows(), h.cols());
+        let n = coefficients.map_or(1, Matrix::cols);
+        let dims = Dims { tokens, hidden, intermediate: gate.len() / hidden, num_experts: n };
+        let width = dims.intermediate;
+        assert!(
+            (1..=FEW).contains(&tokens)
+                && n > 0
+                && width.is_multiple_of(n)
+                && [gate.len(), up.len(), down.len()] == [hidden * width; 3]
+                && y.len() == h.len()
+                && coefficients.is_none_or(|k| k.rows() == tokens)
+                && scratch.len() >= dims.gemv_scratch(),
+            "cuda gemv::Ffn: {} outputs, scratch {} for {dims:?}",
+            y.len(),
+            scratch.len()
+        );
+        let (gpu, defines, pairs) = (h.gpu(), defines(tokens, hidden), tokens * width);
+        let [c, partials] = scratch.parts([0..pairs, pairs..dims.gemv_scratch()]);
+        let (k, parts) = (optional(coefficients), dims.gemv_blocks());
+        let [hidden_arg, width_arg, n_arg, parts_arg] = sizes("gemv", [hidden, width, n, parts])?;
+
+        let kernel = gpu.kernel(&SOURCE, "gemv_up", &defines)?;
+        let args = [c.arg(), h.arg(), gate.arg(), up.arg(), k, hidden_arg, width_arg, n_arg];
+        // SAFETY: a warp per neuron; sizes were checked above.
+        unsafe { kernel.launch([blocks("gemv", width.div_ceil(8))?, 1, 1], 256, 0, &args) }?;
+
+        let kernel = gpu.kernel(&SOURCE, "gemv_down", &defines)?;
+        let args = [partials.arg(), c.arg(), down.arg(), k, hidden_arg, width_arg, n_arg, parts_arg];
+        let grid = [blocks("gemv", hidden.div_ceil(512))?, blocks("gemv", n * parts)?, 1];
+        // SAFETY: a block per neurons of one expert and 512 columns; partial sums have room for each.
+        unsafe { kernel.launch(grid, 128, 0, &args) }?;
+
+        let kernel = gpu.kernel(&SOURCE, "gemv_sum", &defines)?;
+        let args = [y.arg(), partials.arg(), k, hidden_arg, n_arg, parts_arg];
+        // SAFETY: a block per 32 values of y reads the partial sums that were set above.
+        unsafe { kernel.launch([blocks("gemv", hidden.div_ceil(32))?, tokens as u32, 1], 256, 0, &args) }
+    }
+}
