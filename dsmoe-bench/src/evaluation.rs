@@ -1,4 +1,4 @@
-//! Perplexity with progress.
+//! Perplexity measurements with progress.
 
 use anyhow::{Result, bail};
 use dsmoe_core::Inference;
@@ -34,7 +34,7 @@ pub(crate) fn measure_domains(
     Ok(report)
 }
 
-/// Perplexities by source.
+/// Formats the perplexities by source as a table.
 pub(crate) fn domain_table(domains: &[DomainReport]) -> String {
     let mut table = Table::new(["source", "share", "tokens", "perplexity", "nll", "active share"]);
     for domain in domains {

@@ -1,8 +1,8 @@
-//! Numbers and tables for people.
+//! The formatting of numbers and tables.
 
 use std::fmt::Write as _;
 
-/// `1,235,814,400`.
+/// Formats a count as `1,235,814,400`.
 pub(crate) fn count(n: u64) -> String {
     let digits = n.to_string();
     let mut out = String::new();
@@ -15,17 +15,17 @@ pub(crate) fn count(n: u64) -> String {
     out
 }
 
-/// `13.5 GB`, in powers of ten.
+/// Formats bytes as `13.5 GB`, in powers of ten.
 pub(crate) fn bytes(n: u64) -> String {
     scaled(n as f64, &[" B", " kB", " MB", " GB", " TB"])
 }
 
-/// `735.0 M`, `1.2 B`: parameters and tokens.
+/// Formats a number of parameters or tokens as `735.0 M` or `1.2 B`.
 pub(crate) fn amount(n: f64) -> String {
     scaled(n, &["", " k", " M", " B", " T"])
 }
 
-/// `1.5 G`: FLOPs.
+/// Formats FLOPs as `1.5 G`.
 pub(crate) fn flops(n: f64) -> String {
     scaled(n, &["", " k", " M", " G", " T"])
 }
@@ -40,17 +40,17 @@ fn scaled(mut n: f64, units: &[&str]) -> String {
     if unit == 0 && n.fract() == 0.0 { format!("{n}{}", units[0]) } else { format!("{n:.1}{}", units[unit]) }
 }
 
-/// `37.5 %`.
+/// Formats a share as `37.5 %`.
 pub(crate) fn percent(share: f64) -> String {
     format!("{:.1} %", 100.0 * share)
 }
 
-/// [`percent`], or a dash.
+/// Formats a share as [`percent`] does, or a dash.
 pub(crate) fn percent_or_dash(share: Option<f64>) -> String {
     share.map_or_else(|| "-".to_owned(), percent)
 }
 
-/// `48 s`, `3 min 20 s`, `2 h 05 min`.
+/// Formats a duration as `48 s`, `3 min 20 s` or `2 h 05 min`.
 pub(crate) fn duration(seconds: f64) -> String {
     if seconds < 10.0 {
         return format!("{seconds:.1} s");
@@ -63,7 +63,7 @@ pub(crate) fn duration(seconds: f64) -> String {
     }
 }
 
-/// Lines `name  value`, the values in one column.
+/// Formats lines `name  value` with the values in one column.
 pub(crate) fn fields<'a>(fields: impl IntoIterator<Item = (&'a str, String)>) -> String {
     let fields: Vec<_> = fields.into_iter().collect();
     let width = fields.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
@@ -73,7 +73,7 @@ pub(crate) fn fields<'a>(fields: impl IntoIterator<Item = (&'a str, String)>) ->
     })
 }
 
-/// A table: the first column to the left, numbers to the right.
+/// A table with the first column aligned to the left and the others to the right.
 #[derive(Debug)]
 pub(crate) struct Table {
     rows: Vec<Vec<String>>,
@@ -87,7 +87,7 @@ impl Table {
     /// Appends a row.
     ///
     /// # Panics
-    /// It has another number of cells than the header.
+    /// The number of cells differs from that of the header.
     pub(crate) fn row(&mut self, cells: impl IntoIterator<Item = String>) {
         let cells: Vec<String> = cells.into_iter().collect();
         assert_eq!(cells.len(), self.rows[0].len(), "table: cells of a row");

@@ -1,17 +1,17 @@
-//! What `dsmoe doctor` says of GPUs.
+//! The GPUs and CUDA libraries that `dsmoe doctor` reports.
 
 use serde::Serialize;
 
 #[derive(Debug, Serialize)]
 pub(crate) struct Gpus {
-    /// Whether this program can use a GPU at all.
+    /// Whether this program was built for GPUs.
     built: bool,
     devices: Vec<GpuInfo>,
-    /// Versions, where they are found: CUDA's of the driver, NVRTC's, cuBLASLt's.
+    /// The version of CUDA that the driver supports, where it is found.
     driver: Option<String>,
     nvrtc: Option<String>,
     cublaslt: Option<String>,
-    /// What is missing, and what would do, a line each.
+    /// The defects and their fixes, one line each.
     problems: Vec<String>,
 }
 
@@ -65,7 +65,7 @@ pub(crate) fn gpus() -> Gpus {
 }
 
 impl Gpus {
-    /// A line each, by what it is about.
+    /// Returns named lines.
     pub(crate) fn fields(&self) -> Vec<(&str, String)> {
         let version = |what, version: &Option<String>| Some((what, version.clone()?));
         let mut fields = Vec::new();

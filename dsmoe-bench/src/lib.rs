@@ -20,13 +20,20 @@ mod timing;
 mod training;
 mod ui;
 
+use std::ffi::OsString;
 use std::process::ExitCode;
 
 use clap::Parser;
 
-/// Parses the command line of this process, does what it says, and reports a failure in one line.
+/// Runs the command line of this process and returns its exit status. Wrong usage ends the process.
 pub fn run() -> ExitCode {
-    let cli = cli::Cli::parse();
+    run_from(std::env::args_os())
+}
+
+/// Runs a command line that begins with the name of the program, prints the result or a failure in one line, and returns
+/// the exit status. Wrong usage ends the process. The first call determines the number of threads.
+pub fn run_from<T: Into<OsString> + Clone>(args: impl IntoIterator<Item = T>) -> ExitCode {
+    let cli = cli::Cli::parse_from(args);
     dsmoe_baselines::register();
     let mut ui = ui::Ui::new(cli.json, cli.quiet);
     match commands::run(cli, &mut ui) {

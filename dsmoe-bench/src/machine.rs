@@ -13,7 +13,7 @@ pub(crate) struct Machine {
     pub(crate) arch: String,
     pub(crate) cores: usize,
     pub(crate) threads: usize,
-    /// `L1d 32K` and so on, of the first core.
+    /// The caches of the first core, such as `L1d 32K`.
     pub(crate) caches: Vec<String>,
     /// The tier of the kernels.
     pub(crate) isa: String,
@@ -49,7 +49,7 @@ impl Machine {
         }
     }
 
-    /// Whether times of the two mean the same.
+    /// Reports whether times of the two machines are comparable.
     pub(crate) fn same_hardware(&self, other: &Machine) -> bool {
         let key = |m: &Machine| (m.cpu.clone(), m.arch.clone(), m.cores, m.caches.clone());
         key(self) == key(other)

@@ -1,15 +1,15 @@
-//! How much memory there is, and whether a model fits.
+//! The memory of this machine, and the check that a model fits.
 
 use anyhow::{Result, bail};
 
 use crate::format;
 
-/// All memory, bytes; `None` where `/proc` does not tell.
+/// Returns the bytes of all memory; `None` where `/proc` does not tell.
 pub(crate) fn total() -> Option<u64> {
     field("MemTotal:")
 }
 
-/// Memory that can be had without swapping, bytes.
+/// Returns the bytes of memory available without swapping.
 pub(crate) fn available() -> Option<u64> {
     field("MemAvailable:")
 }
@@ -20,12 +20,12 @@ fn field(name: &str) -> Option<u64> {
     line.split_whitespace().next()?.parse::<u64>().ok().map(|kib| kib * 1024)
 }
 
-/// Refuses what cannot fit, before the system ends the process for it.
-pub(crate) fn check(what: &str, needed: u64, total: Option<u64>, mend: &str) -> Result<()> {
+/// Refuses work that does not fit, before the system ends the process.
+pub(crate) fn check(what: &str, needed: u64, total: Option<u64>, help: &str) -> Result<()> {
     match total {
         Some(total) if needed > total => {
             bail!(
-                "{what} needs {} of memory and this machine has {}; {mend}",
+                "{what} needs {} of memory and this machine has {}; {help}",
                 format::bytes(needed),
                 format::bytes(total)
             )

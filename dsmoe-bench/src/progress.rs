@@ -8,10 +8,10 @@ use indicatif::{ProgressBar, ProgressStyle};
 use crate::format;
 use crate::ui::{Ui, stderr_line};
 
-/// Least time between two plain lines.
+/// The least time between two plain lines.
 const LINE_EVERY: Duration = Duration::from_secs(5);
 
-/// What is counted.
+/// The unit of progress.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Unit {
     Bytes,
@@ -51,21 +51,21 @@ enum Sink {
     Lines { last: Instant },
 }
 
-/// One piece of work with a known end.
+/// The progress of one piece of work with a known end.
 #[derive(Debug)]
 pub(crate) struct Progress {
     what: String,
     unit: Unit,
     total: u64,
-    /// When and where this run of the work began: a resumed one does not begin at 0.
+    /// The time and the count at which this run began; a resumed run does not begin at 0.
     started: Option<(Instant, u64)>,
-    /// A plain line is due at multiples of this.
+    /// Plain lines are printed at multiples of this number.
     line_every: u64,
     sink: Sink,
 }
 
 impl Progress {
-    /// Starts showing `what`, unless the user wants quiet.
+    /// Starts to show `what`, unless `--quiet` is set.
     pub(crate) fn new(ui: &Ui, what: impl Into<String>, unit: Unit, total: u64) -> Progress {
         let what = what.into();
         let sink = if ui.quiet {
@@ -82,12 +82,12 @@ impl Progress {
         Progress { what, unit, total, started: None, line_every: 1, sink }
     }
 
-    /// Plain lines come at multiples of `every` only.
+    /// Restricts plain lines to multiples of `every`.
     pub(crate) fn line_every(&mut self, every: u64) {
         self.line_every = every;
     }
 
-    /// `done` of the total are done; `detail` is shown behind it.
+    /// Shows that `done` of `total` are done, followed by `detail`.
     pub(crate) fn set(&mut self, done: u64, total: u64, detail: &str) {
         if matches!(self.sink, Sink::Silent) {
             return;
@@ -123,7 +123,7 @@ impl Progress {
         }
     }
 
-    /// A line of its own, above the bar if there is one.
+    /// Prints a line, above the bar if there is one.
     pub(crate) fn note(&self, line: &str) {
         match &self.sink {
             Sink::Silent => {}

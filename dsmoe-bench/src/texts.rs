@@ -1,4 +1,4 @@
-//! Text from what a user names: one source or a mixture, read into memory or through a cache.
+//! The text that a user names: one source or a mixture, read into memory or through a cache.
 
 use std::path::Path;
 
@@ -17,7 +17,7 @@ pub(crate) struct Text {
     pub(crate) corpus: Corpus,
 }
 
-/// Finds the files of all sources; what a source does not say itself is as in `defaults`.
+/// Finds the files of all sources; `defaults` apply to sources without their own options.
 pub(crate) fn open(args: &DataArgs, defaults: &CorpusOptions) -> Result<Vec<Text>> {
     let specs = match &args.mixture {
         Some(path) => from_toml(path, defaults)?,
@@ -35,7 +35,7 @@ pub(crate) fn find(specs: Vec<SourceSpec>) -> Result<Vec<Text>> {
     specs.into_iter().map(open).collect()
 }
 
-/// How documents are found, by the flags alone.
+/// Returns the options by which documents are found, from the flags alone.
 pub(crate) fn options(args: &DataArgs) -> CorpusOptions {
     let defaults = CorpusOptions::default();
     CorpusOptions {
@@ -44,17 +44,17 @@ pub(crate) fn options(args: &DataArgs) -> CorpusOptions {
     }
 }
 
-/// Size of all files of all sources, bytes.
+/// Returns the bytes of all files of all sources.
 pub(crate) fn total_bytes(texts: &[Text]) -> u64 {
     texts.iter().map(|text| text.corpus.total_bytes()).sum()
 }
 
-/// What a source is called in a line about it: nothing when it is the only one.
+/// Returns the name of a source for a message; empty if it is the only one.
 pub(crate) fn label(texts: &[Text], text: &Text) -> String {
     if texts.len() > 1 { format!(" of {}", text.spec.name) } else { String::new() }
 }
 
-/// The ids of all sources: in memory, or with a `cache` in files there.
+/// Loads the ids of all sources: into memory, or with `cache` into files there.
 pub(crate) fn load(
     texts: &[Text],
     tokenizer: &Tokenizer,
@@ -81,7 +81,7 @@ pub(crate) fn load(
     texts.iter().map(load).collect()
 }
 
-/// Makes sure that a source is in the cache.
+/// Tokenizes a source into the cache unless it is there.
 pub(crate) fn prepare_one(
     texts: &[Text],
     text: &Text,

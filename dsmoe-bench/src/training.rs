@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use dsmoe_core::Device;
 use dsmoe_core::config::Config;
+use dsmoe_core::model::TrainWorkspace;
 #[cfg(feature = "cuda")]
 use dsmoe_core::model::cuda::CudaTrainer;
 use dsmoe_datasets::overlap::Removed;
-use dsmoe_kernels::cross_entropy;
 use dsmoe_train::config::{Budget, TrainConfig};
 use dsmoe_train::eval::{DomainReport, EvalReport};
 use dsmoe_train::metrics::StepRecord;
@@ -23,14 +23,14 @@ use crate::ui::Ui;
 
 /// One use of memory.
 #[derive(Debug, Serialize)]
-pub(crate) struct Memory {
+pub(crate) struct MemoryUse {
     pub(crate) what: &'static str,
     pub(crate) bytes: u64,
 }
 
-/// What a run came to.
+/// The outcome of a run.
 #[derive(Debug, Serialize)]
-pub(crate) struct Summary {
+pub(crate) struct TrainSummary {
     pub(crate) finished: bool,
     step: u64,
     steps: u64,
@@ -53,7 +53,7 @@ pub(crate) struct Summary {
     checkpoint: Option<PathBuf>,
 }
 
-/// What was trained on of one of several sources.
+/// The training text of one of several sources.
 #[derive(Debug, Serialize)]
 struct SourceSummary {
     name: String,
@@ -63,7 +63,7 @@ struct SourceSummary {
     near_duplicates: Removed,
 }
 
-/// The sources of a mixture, or the one whose near duplicates were dropped.
+/// Returns the sources of a mixture, or the one source whose near duplicates were dropped.
 fn sources_of(trainer: &Trainer) -> Vec<SourceSummary> {
     let mixture = trainer.mixture();
     if mixture.parts().len() == 1 && !mixture.filtered() {
@@ -80,7 +80,7 @@ fn sources_of(trainer: &Trainer) -> Vec<SourceSummary> {
 }
 
 /// Runs `trainer` to its end or to an interruption, with progress.
-pub(crate) fn drive(trainer: &mut Trainer, what: &str, out: &Path, ui: &Ui) -> Result<Summary> {
+pub(crate) fn drive(trainer: &mut Trainer, what: &str, out: &Path, ui: &Ui) -> Result<TrainSummary> {
     let config = trainer.config().clone();
     let steps = config.steps.unwrap_or(0);
     let first = trainer.step();
@@ -103,7 +103,7 @@ pub(crate) fn drive(trainer: &mut Trainer, what: &str, out: &Path, ui: &Ui) -> R
     let step = trainer.step();
     let seconds = last.as_ref().map_or(0.0, |record| record.wall_s);
     let trained = (step - first) * config.tokens_per_step();
-    Ok(Summary {
+    Ok(TrainSummary {
         finished,
         step,
         steps,
@@ -126,19 +126,12 @@ pub(crate) fn drive(trainer: &mut Trainer, what: &str, out: &Path, ui: &Ui) -> R
 }
 
 /// What training allocates, from the sizes alone: the arenas, then what a micro-batch of `tokens` needs.
-pub(crate) fn memory_plan(model: &Config, config: &TrainConfig, params: u64, data_bytes: u64) -> Vec<Memory> {
-    let tokens = config.batch * config.seq;
-    let (queries, keys) = (model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim);
-    // Of a layer: its two inputs and their norms, queries and attention's output, keys, values, the FFN's two.
-    let kept: usize = model
-        .layers()
-        .map(|shape| {
-            let attention = 2 * model.head_dim * (shape.num_heads + shape.num_kv_heads) + shape.num_heads;
-            4 * model.hidden + attention + 2 + 2 * shape.intermediate
-        })
-        .sum();
-    let flow = 5 * model.hidden + 2 * queries + 2 * keys + 2;
-    // Of the FFN at work: one activation of every pair, and five of the active ones.
+pub(crate) fn memory_plan(
+    model: &Config,
+    config: &TrainConfig,
+    params: u64,
+    data_bytes: u64,
+) -> Vec<MemoryUse> {
     let active = match config.budget() {
         _ if model.moe.is_none() => {
             model.fixed_active().zip(model.num_experts()).map_or(1.0, |(active, of)| active / of as f64)
@@ -146,46 +139,37 @@ pub(crate) fn memory_plan(model: &Config, config: &TrainConfig, params: u64, dat
         Budget::Target(share) => share,
         Budget::Weight(_) => 1.0,
     };
-    let ffn = tokens as f64 * model.intermediate as f64 * (1.0 + 5.0 * active);
-    let head = cross_entropy::Dims { tokens, hidden: model.hidden, vocab: model.vocab_size };
-    let logits = head.chunk().min(tokens) * model.vocab_size;
-    let f32s = |values: usize| 4 * values as u64;
-    let memory = |what, bytes| Memory { what, bytes };
-    vec![
-        memory("  weights", 4 * params),
-        memory("  gradients", 4 * params),
-        memory("  moments", 8 * params),
-        memory("  kept activations", f32s(tokens * kept)),
-        memory("  residual stream", f32s(tokens * flow)),
-        memory("  FFN at work", 4 * ffn as u64),
-        memory("  logits", f32s(logits)),
-        // A token of text is about four bytes, and four bytes as a number.
-        memory("  text", data_bytes),
-    ]
+    let memory = |what, bytes| MemoryUse { what, bytes };
+    let arenas =
+        [memory("  weights", 4 * params), memory("  gradients", 4 * params), memory("  moments", 8 * params)];
+    let step = TrainWorkspace::memory(model, config.batch * config.seq, active);
+    let step = step.iter().map(|part| memory(part.what, part.bytes as u64));
+    // A token of text is about four bytes, and four bytes as a number.
+    arenas.into_iter().chain(step).chain([memory("  text", data_bytes)]).collect()
 }
 
 /// What a run that trains on a GPU holds here: what it loads and saves.
 #[cfg(feature = "cuda")]
-pub(crate) fn host_plan(params: u64, data_bytes: u64) -> Vec<Memory> {
-    let memory = |what, bytes| Memory { what, bytes };
+pub(crate) fn host_plan(params: u64, data_bytes: u64) -> Vec<MemoryUse> {
+    let memory = |what, bytes| MemoryUse { what, bytes };
     vec![memory("  weights", 4 * params), memory("  moments", 8 * params), memory("  text", data_bytes)]
 }
 
 #[cfg(feature = "cuda")]
-pub(crate) fn device_plan(model: &Config, config: &TrainConfig, device: Device) -> Result<Vec<Memory>> {
+pub(crate) fn device_plan(model: &Config, config: &TrainConfig, device: Device) -> Result<Vec<MemoryUse>> {
     if !device.is_gpu() {
         return Ok(Vec::new());
     }
     let uses = CudaTrainer::memory(model, config.batch * config.seq)?;
-    Ok(uses.iter().map(|part| Memory { what: part.what, bytes: part.bytes as u64 }).collect())
+    Ok(uses.iter().map(|part| MemoryUse { what: part.what, bytes: part.bytes as u64 }).collect())
 }
 
 #[cfg(not(feature = "cuda"))]
-pub(crate) fn device_plan(_: &Config, _: &TrainConfig, _: Device) -> Result<Vec<Memory>> {
+pub(crate) fn device_plan(_: &Config, _: &TrainConfig, _: Device) -> Result<Vec<MemoryUse>> {
     Ok(Vec::new())
 }
 
-pub(crate) fn show_summary(summary: &Summary) -> String {
+pub(crate) fn show_summary(summary: &TrainSummary) -> String {
     let state = if summary.finished { "finished" } else { "stopped" };
     let mut fields = vec![(
         state,
@@ -226,7 +210,7 @@ pub(crate) fn show_summary(summary: &Summary) -> String {
     }
 }
 
-/// Shows a run and remembers the last of everything.
+/// Shows a run, and keeps its last records.
 struct View {
     progress: Progress,
     steps: u64,

@@ -1,4 +1,4 @@
-//! What the command writes: results to stdout, everything else to stderr.
+//! The output of a command: results to stdout, everything else to stderr.
 
 use std::fmt::{Display, Write as _};
 use std::io::{self, Write as _};
@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use serde::Serialize;
 
-/// Stdout was closed by its reader: the rest is not wanted, and that is no failure.
+/// The error of a stdout that its reader closed, which is not a failure of the command.
 #[derive(Debug)]
 struct ClosedPipe;
 
@@ -19,7 +19,7 @@ impl Display for ClosedPipe {
 
 impl std::error::Error for ClosedPipe {}
 
-/// Where a command reports to.
+/// The output of a command.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Ui {
     pub(crate) json: bool,
@@ -31,7 +31,7 @@ impl Ui {
         Ui { json, quiet }
     }
 
-    /// Writes text to stdout as it is, at once.
+    /// Writes text to stdout unchanged, and flushes it.
     pub(crate) fn text(&mut self, text: &str) -> Result<()> {
         let mut stdout = io::stdout().lock();
         match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
@@ -41,7 +41,7 @@ impl Ui {
         }
     }
 
-    /// The one result of a command: an object on one line with `--json`, otherwise what `human` makes of it.
+    /// Prints the result of a command: an object on one line with `--json`, otherwise the text that `human` returns.
     pub(crate) fn result<T: Serialize>(&mut self, value: &T, human: impl FnOnce(&T) -> String) -> Result<()> {
         let mut text = if self.json { serde_json::to_string(value)? } else { human(value) };
         if !text.ends_with('\n') {
@@ -50,7 +50,7 @@ impl Ui {
         self.text(&text)
     }
 
-    /// A line on stderr, unless `--quiet`.
+    /// Prints a line on stderr, unless `--quiet` is set.
     pub(crate) fn note(&self, line: impl Display) {
         if !self.quiet {
             stderr_line(line);
@@ -65,26 +65,26 @@ impl Ui {
         let message = one_line(error);
         stderr_line(format_args!("dsmoe: error: {message}"));
         if self.json {
-            // Whatever is wrong with stdout, the failure is reported already.
+            // The failure is on stderr already.
             let _ = self.text(&format!("{}\n", serde_json::json!({ "error": message })));
         }
         ExitCode::FAILURE
     }
 }
 
-/// A line on stderr; if nobody reads stderr there is nobody to tell.
+/// Prints a line on stderr, and ignores failures.
 pub(crate) fn stderr_line(line: impl Display) {
     let _ = writeln!(io::stderr().lock(), "{line}");
 }
 
-/// The chain of causes joined by `: `, without a cause that its outer error already tells.
+/// Joins the chain of causes by `: `, without a cause that its outer error contains.
 fn one_line(error: &anyhow::Error) -> String {
     let mut message = String::new();
     for cause in error.chain() {
-        let cause = cause.to_string();
+        let (plain, cause) = (cause.to_string(), cause.to_string());
         if message.is_empty() {
             message = cause;
-        } else if !message.contains(&cause) {
+        } else if !message.contains(&cause) && !message.contains(&plain) {
             let _ = write!(message, ": {cause}");
         }
     }

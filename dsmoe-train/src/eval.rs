@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use dsmoe_core::Inference;
-use dsmoe_core::model::Workspace;
+use dsmoe_core::model::{Batch, Workspace};
 use dsmoe_datasets::{EvalWindow, eval_windows};
 use serde::Serialize;
 
@@ -245,7 +245,12 @@ fn measure(
             predicted += window.end - window.first_target;
         }
         losses.resize(inputs.len(), 0.0f32);
-        model.score(&mut losses, &inputs, &targets, len, stats.as_mut(), &mut workspace)?;
+        model.score(
+            &mut losses,
+            Batch { inputs: &inputs, targets: &targets, seq: len },
+            stats.as_mut(),
+            &mut workspace,
+        )?;
         nll_sum += losses.iter().map(|&loss| f64::from(loss)).sum::<f64>();
         if let Some(detail) = &mut detail {
             let active = stats.as_ref().map_or(&[][..], |stats| &stats.active_of_tokens()[run..]);

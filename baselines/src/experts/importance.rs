@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use dsmoe_core::Model;
 use dsmoe_core::calibrate::check_text;
 use dsmoe_core::ffn::{DenseFfn, Ffn, FfnBackward, FfnForward, FfnReport, PackedFfn, split, split_mut};
-use dsmoe_core::model::{StepArgs, TrainWorkspace};
+use dsmoe_core::model::{Batch, StepArgs, TrainWorkspace};
 use dsmoe_core::params::TensorSpec;
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::expert_ffn::{self, Saved, WeightGrads, Weights};
@@ -78,7 +78,12 @@ pub(crate) fn importances(
             balance_scale: 0.0,
             seed: 0,
         };
-        let output = probed.train_step(&mut grads, &ids[..seq], &ids[1..], seq, &args, &mut workspace)?;
+        let output = probed.train_step(
+            &mut grads,
+            Batch { inputs: &ids[..seq], targets: &ids[1..], seq },
+            &args,
+            &mut workspace,
+        )?;
         if let Some(place) = output.non_finite {
             return Err(Error::Numeric {
                 place,
@@ -246,7 +251,14 @@ mod tests {
                 balance_scale: 0.0,
                 seed: 0,
             };
-            model.train_step(&mut grads, &ids[..1], &ids[1..], 1, &args, &mut workspace).expect("a step");
+            model
+                .train_step(
+                    &mut grads,
+                    Batch { inputs: &ids[..1], targets: &ids[1..], seq: 1 },
+                    &args,
+                    &mut workspace,
+                )
+                .expect("a step");
             for (layer, want) in want.iter_mut().enumerate() {
                 let name = format!("model.layers.{layer}.mlp.down_proj.weight");
                 let range = model.layout().get(&name).expect("a tensor").range.clone();

@@ -76,12 +76,8 @@ fn run(
 ) -> Result<Made> {
     let masks_file = job.model.join(MASKS_FILE);
     if masks_file.is_file() {
-        return Err(dsmoe_core::Error::Path {
-            path: masks_file,
-            problem: "the model is pruned already".to_owned(),
-            mend: "name the dense model it was made from",
-        }
-        .into());
+        let help = "use the dense model it was made from";
+        return Err(dsmoe_core::Error::path(&masks_file, "the model is pruned already", help).into());
     }
     let mut stream = LayerStream::open(job.model, calibration)?;
     let config = stream.config().clone();

@@ -125,9 +125,8 @@ impl Target {
         nearest: bool,
     ) -> Result<Target> {
         if !config.is_dense() {
-            let text =
-                "the model has experts already; use a dense model, or export this one as a dense model first";
-            return Err(CoreError::Argument(text.to_owned()).into());
+            let help = "use a dense model, or export this one as a dense model first";
+            return Err(CoreError::argument("the model has experts already", help).into());
         }
         if let Pattern::Group { of, .. } = pattern
             && let Some((name, _, cols)) = matrices(config).find(|(.., cols)| cols % of != 0)

@@ -8,11 +8,11 @@ use dsmoe_core::Config;
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::checkpoint::{
     Checkpoint, Dtype, OutputDir, TensorInfo, TensorSource, Writer, check_llama_tensors, copy_companions,
-    write_synced,
 };
 use dsmoe_core::config::CONFIG_FILE;
 use dsmoe_core::convert::{ffn_change, source_infos};
 use dsmoe_core::ffn::FfnSpec;
+use dsmoe_core::files::write_synced;
 use dsmoe_core::masks::Masks;
 use dsmoe_core::partition::Partition;
 use serde_json::json;
@@ -31,12 +31,7 @@ pub const EXPERTS_FILE: &str = "experts.json";
 pub(crate) fn open_dense(dir: &Path) -> Result<(Config, Checkpoint)> {
     let config = Config::load(dir)?;
     let wrong = |field: &str, problem: &str| {
-        Error::Core(dsmoe_core::Error::Field {
-            path: dir.join(CONFIG_FILE),
-            field: field.to_owned(),
-            problem: problem.to_owned(),
-            mend: "name a dense model".to_owned(),
-        })
+        Error::Core(dsmoe_core::Error::field(&dir.join(CONFIG_FILE), field, problem, "use a dense model"))
     };
     if !config.is_dense() {
         return Err(wrong("model_type", "says that the FFNs are experts already"));
@@ -177,7 +172,8 @@ pub(crate) fn write(
         layer.order.chunks_exact(width).collect::<Vec<_>>()
     });
     let experts = json!({"layers": experts.collect::<Vec<_>>()});
-    write_synced(&output.path().join(EXPERTS_FILE), format!("{experts}\n").as_bytes())?;
+    let path = output.path().join(EXPERTS_FILE);
+    write_synced(&path, format!("{experts}\n").as_bytes()).map_err(dsmoe_core::Error::io(&path))?;
     copy_companions(job.model, output.path())?;
     config.save(output.path())?;
     output.commit()?;

@@ -4,8 +4,8 @@ use std::any::Any;
 use std::sync::Arc;
 
 use dsmoe_core::ffn::{
-    DeviceFfn, Ffn, FfnBackward, FfnForward, FfnInference, FfnReport, FfnScratch, GateBackward, HostGate,
-    HostRouted, PackedFfn, Record, block_len, projections, routes, split, split_mut,
+    DeviceFfn, Ffn, FfnBackward, FfnForward, FfnInference, FfnKind, FfnReport, FfnScratch, GateBackward,
+    HostGate, HostRouted, PackedFfn, Record, block_len, projections, routes, split, split_mut,
 };
 use dsmoe_core::params::TensorSpec;
 use dsmoe_kernels::Precision;
@@ -122,6 +122,10 @@ impl Ffn for TopkMoeFfn {
 
     fn num_experts(&self) -> Option<usize> {
         Some(self.spec.all_experts())
+    }
+
+    fn kind(&self) -> Option<FfnKind> {
+        Some(FfnKind::Spec(Arc::new(self.spec)))
     }
 
     fn on_device(&self) -> Option<DeviceFfn> {

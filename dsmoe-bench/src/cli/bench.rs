@@ -16,45 +16,45 @@ pub(crate) struct Bench {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Work {
-    /// Matrix products: x [tokens, hidden] times w [intermediate, hidden], and their gradients; every op by default
+    /// Matrix products x [tokens, hidden] times w [intermediate, hidden] and their gradients; by default also every other op
     Kernels(Kernels),
-    /// One FFN, dense and cut into experts
+    /// One FFN, dense and in experts
     Ffn(Ffn),
     /// Whole training steps, dense and DSMoE
     Train(Train),
     /// Decoding with random weights, dense and DSMoE
     Decode(Decode),
-    /// Measure suites of small fixed benchmarks and write a record that others can be compared with
+    /// Measure suites of small fixed benchmarks and write a record, to be compared with other records
     Record(Record),
-    /// Compare two records, or two builds that run in turns; exit status 3 where the second is worse
+    /// Compare two records, or two builds that take turns; exit status 3 if the second is worse
     Compare(Compare),
-    /// Draw the trend of every benchmark over many records into one HTML file
+    /// Write an HTML file with the trend of every benchmark over many records
     History(History),
-    /// Call every benchmark once between two marks: what `record --instructions` runs under valgrind
+    /// Call every benchmark once between two marks; `record --instructions` runs this under valgrind
     Once(Once),
 }
 
 /// The precisions that are measured by default.
 pub(crate) const BOTH: [Precision; 2] = [Precision::F32, Precision::Bf16];
 
-/// What every kind of work has.
+/// The arguments of every measurement.
 #[derive(Debug, Args)]
 pub(crate) struct Common {
-    /// What matrix products round their operands to, f32 or bf16 or both [default: both; decode: bf16]
+    /// Precisions of the operands of matrix products: f32, bf16 or both [default: both; decode: bf16]
     #[arg(long, value_name = "DTYPE,...", value_delimiter = ',')]
     pub(crate) dtype: Vec<Precision>,
-    /// Rounds in which all contestants take their turn; the median counts
+    /// Rounds in which all contestants take their turn; the median is reported
     #[arg(long, value_name = "N", default_value_t = 7, value_parser = clap::value_parser!(u16).range(1..=1000))]
     pub(crate) repeats: u16,
 }
 
 impl Common {
-    /// The precisions asked for, or else `default`.
+    /// Returns the precisions asked for, or else `default`.
     pub(crate) fn precisions<'a>(&'a self, default: &'a [Precision]) -> &'a [Precision] {
         if self.dtype.is_empty() { default } else { &self.dtype }
     }
 
-    /// [`Common::precisions`] of what may run on a GPU, which knows bf16 alone.
+    /// Returns the precisions for `device`: [`Common::precisions`], and by default bf16 alone on a GPU.
     pub(crate) fn precisions_on<'a>(&'a self, device: Device, default: &'a [Precision]) -> &'a [Precision] {
         self.precisions(if device.is_gpu() { &[Precision::Bf16] } else { default })
     }
@@ -75,20 +75,20 @@ pub(crate) struct Kernels {
     pub(crate) common: Common,
 }
 
-/// Which experts get which tokens.
+/// The assignment of tokens to experts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Routes {
-    /// The active share of all pairs, drawn at random
+    /// A random share --active of all pairs
     Random,
-    /// All tokens go to the first expert
+    /// All tokens to the first expert
     OneExpert,
-    /// No token goes anywhere
+    /// No token to any expert
     None,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct Ffn {
-    /// Rows of x, one or several numbers
+    /// Rows of x; one or several numbers
     #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "1,64,512,4096")]
     pub(crate) tokens: Vec<usize>,
     /// Columns of x
@@ -97,10 +97,10 @@ pub(crate) struct Ffn {
     /// Neurons of all experts together
     #[arg(long, value_name = "N", default_value_t = 8192)]
     pub(crate) intermediate: usize,
-    /// Experts, one or several numbers; each divides --intermediate
+    /// Numbers of experts; each must divide --intermediate
     #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "8,16,32")]
     pub(crate) experts: Vec<usize>,
-    /// Share of active pairs of a token and an expert, one or several of 0 to 1
+    /// Shares of active pairs of a token and an expert, 0 to 1
     #[arg(
         long,
         value_name = "SHARE,...",
@@ -109,17 +109,17 @@ pub(crate) struct Ffn {
         allow_negative_numbers = true
     )]
     pub(crate) active: Vec<f64>,
-    /// Which experts get which tokens; --active is about random routing alone
+    /// Assignment of tokens to experts; --active applies to random routing only
     #[arg(long, value_enum, default_value = "random")]
     pub(crate) routing: Routes,
-    /// Training: forward and backward, over weights as the optimiser keeps them
+    /// Time the forward and backward pass of training, with unpacked weights
     #[arg(long)]
     pub(crate) backward: bool,
     #[command(flatten)]
     pub(crate) common: Common,
 }
 
-/// A LLaMA by its sizes.
+/// The sizes of a LLaMA.
 #[derive(Clone, Copy, Debug, Args)]
 pub(crate) struct Architecture {
     /// Width of the model
@@ -134,13 +134,13 @@ pub(crate) struct Architecture {
     /// Query heads
     #[arg(long, value_name = "N")]
     pub(crate) heads: Option<usize>,
-    /// Key and value heads [default: as --heads, or as the default shape]
+    /// Key and value heads [default: --heads, or those of the default shape]
     #[arg(long, value_name = "N")]
     pub(crate) kv_heads: Option<usize>,
     /// Vocabulary
     #[arg(long, value_name = "N")]
     pub(crate) vocab: Option<usize>,
-    /// Experts of every layer; divides --intermediate
+    /// Experts in each layer; must divide --intermediate
     #[arg(long, value_name = "N", default_value_t = 8)]
     pub(crate) experts: usize,
     /// Share of active pairs of a token and an expert, 0 to 1
@@ -158,7 +158,7 @@ pub(crate) struct Train {
     /// Sequences per step
     #[arg(long, value_name = "N", default_value_t = 16)]
     pub(crate) batch: usize,
-    /// Where to compute: cpu, or a GPU as cuda:0 (in bf16)
+    /// Device that computes: cpu, or a GPU such as cuda:0 (in bf16)
     #[arg(long, value_name = "cpu|cuda:N", default_value_t)]
     pub(crate) device: Device,
     #[command(flatten)]
@@ -175,14 +175,14 @@ pub(crate) struct Decode {
     /// New tokens per round
     #[arg(long, value_name = "N", default_value_t = 32)]
     pub(crate) tokens: usize,
-    /// Where to compute: cpu, or a GPU as cuda:0 (in bf16)
+    /// Device that computes: cpu, or a GPU such as cuda:0 (in bf16)
     #[arg(long, value_name = "cpu|cuda:N", default_value_t)]
     pub(crate) device: Device,
     #[command(flatten)]
     pub(crate) common: Common,
 }
 
-/// A set of benchmarks of a record.
+/// A set of benchmarks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Suite {
     /// Every op
@@ -195,14 +195,14 @@ pub(crate) enum Suite {
     Decode,
     /// Conversion of a small model on disk
     Convert,
-    /// Perplexity and active share after a short training with fixed seeds: equal bits on one machine
+    /// Perplexity and active share after a short training with fixed seeds; bit-identical on one machine
     Quality,
 }
 
-/// How a record is written.
+/// The format of a written record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Format {
-    /// The whole record, which `compare` and `history` read
+    /// The whole record; `compare` and `history` read it
     Json,
     /// Bencher Metric Format
     Bmf,
@@ -214,7 +214,7 @@ pub(crate) enum Format {
     Md,
 }
 
-/// Which benchmarks.
+/// The choice of benchmarks.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct Choice {
     /// Suites to measure
@@ -226,7 +226,7 @@ pub(crate) struct Choice {
         default_value = "kernels,ffn,train,decode"
     )]
     pub(crate) suite: Vec<Suite>,
-    /// Only benchmarks whose name has this in it
+    /// Measure only benchmarks whose names contain this text
     #[arg(long, value_name = "TEXT")]
     pub(crate) only: Option<String>,
 }
@@ -238,26 +238,28 @@ pub(crate) struct Record {
     /// File to write [default: stdout]
     #[arg(long, value_name = "FILE")]
     pub(crate) out: Option<PathBuf>,
-    /// What to write; without it and without --out a table for people
+    /// Format of the output [default: json with --out, otherwise a table]
     #[arg(long, value_enum)]
     pub(crate) format: Option<Format>,
-    /// Processes that measure, one after the other: where memory lies differs from one to the next; a 99 % interval needs 8
+    /// Processes that measure one after the other, since the placement of memory differs between processes; a 99 %
+    /// interval needs 8
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u16).range(1..=1000))]
     pub(crate) processes: u16,
-    /// Rounds of a process in which every benchmark and the calibration take their turn; a 99 % interval of one process needs 8
+    /// Rounds of each process, in which every benchmark and the calibration take their turn; a 99 % interval from one
+    /// process needs 8
     #[arg(long, value_name = "N", default_value_t = 9, value_parser = clap::value_parser!(u16).range(8..=1000))]
     pub(crate) repeats: u16,
-    /// Also count instructions with valgrind (kernels and ffn; DSMOE_ISA narrows the tier, avx2 by default)
+    /// Also count instructions with valgrind (suites kernels and ffn; tier avx2, or that of DSMOE_ISA)
     #[arg(long)]
     pub(crate) instructions: bool,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct Compare {
-    /// Two records: before and after
+    /// Two records, before and after
     #[arg(value_name = "RECORD", num_args = 2, required_unless_present = "run", conflicts_with = "run")]
     pub(crate) records: Vec<PathBuf>,
-    /// Two builds of dsmoe, before and after, to run in turns: A B, B A, ...
+    /// Two builds of dsmoe, before and after, that take turns: A B, B A, ...
     #[arg(long, value_names = ["BIN_A", "BIN_B"], num_args = 2)]
     pub(crate) run: Vec<PathBuf>,
     /// Rounds of --run; a 99 % interval needs 8
@@ -268,7 +270,7 @@ pub(crate) struct Compare {
     pub(crate) repeats: u16,
     #[command(flatten)]
     pub(crate) choice: Choice,
-    /// What may fail: instruction counts are the same whatever else a machine does, times are not
+    /// Kinds of benchmarks that can fail the comparison; instruction counts do not depend on the load, times do
     #[arg(
         long,
         value_name = "KIND,...",
@@ -277,10 +279,10 @@ pub(crate) struct Compare {
         default_value = "time,instructions,quality"
     )]
     pub(crate) fail_on: Vec<Kind>,
-    /// Largest growth that is no failure, such as 3%
+    /// Largest growth that does not count as a failure, such as 3%
     #[arg(long, value_name = "SHARE", default_value = "3%", value_parser = share)]
     pub(crate) fail_above: f64,
-    /// Largest change of a perplexity or an active share, either way, that is no failure
+    /// Largest change of a perplexity or an active share, in either direction, that does not count as a failure
     #[arg(long, value_name = "SHARE", default_value = "0%", value_parser = share)]
     pub(crate) quality_tolerance: f64,
 }

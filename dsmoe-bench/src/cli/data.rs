@@ -8,30 +8,30 @@ use dsmoe_datasets::world::ITEMS;
 
 use super::values::{quantity, words};
 
-/// Where text comes from.
+/// The arguments that name text.
 #[derive(Debug, Args)]
 pub(crate) struct DataArgs {
-    /// Text files or folders: .txt .md .tex .jsonl .json, also .gz and .zst, and .parquet; as NAME=PATH:WEIGHT words,
-    /// sources of a mixture
+    /// Text files or folders: .txt .md .tex .jsonl .json, also as .gz and .zst, and .parquet; NAME=PATH:WEIGHT words
+    /// name the sources of a mixture
     #[arg(long, value_name = "PATH", num_args = 1.., required_unless_present = "mixture")]
     pub(crate) data: Vec<String>,
     /// TOML file of [[source]] tables with name, data, weight, and optionally text_column and doc_separator
     #[arg(long, value_name = "FILE", conflicts_with = "data")]
     pub(crate) mixture: Option<PathBuf>,
-    /// Folder of token caches: tokens are made there once and read from there, for text larger than the memory
+    /// Folder of token caches: text is tokenized into it once and read from it, also text larger than the memory
     #[arg(long, value_name = "DIR")]
     pub(crate) cache: Option<PathBuf>,
-    /// What stands between documents in a text file [default: a text file is one document]
+    /// Separator of the documents in a text file [default: a text file is one document]
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub(crate) doc_separator: Option<String>,
-    /// Field of a JSON object, or column of a Parquet file, that holds the text; several, with commas, are joined by
+    /// Field of a JSON object or column of a Parquet file with the text; several, separated by commas, are joined by
     /// line ends [default: text]
     #[arg(long, value_name = "NAME")]
     pub(crate) text_column: Option<String>,
 }
 
 const WORLD_EXAMPLE: &str = "\
-A model of the world, from nothing:
+Train a model of the world from random weights:
 
   dsmoe data world --out WORLD
   dsmoe init --preset world --tokenizer WORLD/tokenizer.json --out START
@@ -46,23 +46,23 @@ pub(crate) struct Data {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum DataCommand {
-    /// Show the public datasets of the paper and the commands that fetch them; nothing is fetched
+    /// Show the public datasets of the paper and the commands that download them; downloads nothing
     List(List),
-    /// Turn text into token caches; goes on where a killed run stopped
+    /// Tokenize text into token caches; continues an interrupted run
     Prepare(Prepare),
-    /// Check folders against their manifests of SHA-256, or write these; check token caches
+    /// Verify folders against their SHA-256 manifests, or write the manifests; verify token caches
     Verify(Verify),
     /// Count documents, bytes and tokens of every source
     Stats(Stats),
     /// Train a byte-level BPE tokenizer on text
     Tokenizer(TrainTokenizer),
-    /// Write the embedded world: text in four domains, a tokenizer, and ten probes of what a model learns from the text
+    /// Write the embedded world: text in four domains, a tokenizer, and ten probes of a model trained on the text
     World(World),
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct List {
-    /// Folder that the commands fetch into
+    /// Folder that the commands download into
     #[arg(long, value_name = "DIR", default_value = "data")]
     pub(crate) folder: String,
 }
@@ -74,7 +74,7 @@ pub(crate) struct Prepare {
     /// Model directory with the tokenizer.json to use
     #[arg(long, value_name = "DIR")]
     pub(crate) model: PathBuf,
-    /// When a document gets a BOS token in front: auto asks the tokenizer
+    /// Prepend a BOS token to each document; auto follows the tokenizer
     #[arg(long, default_value = "auto", value_parser = words::<Bos>(&["auto", "always", "never"]))]
     pub(crate) bos: Bos,
 }
@@ -84,7 +84,7 @@ pub(crate) struct Verify {
     /// Folders with a manifest, and token caches (*.tokens)
     #[arg(required = true)]
     pub(crate) paths: Vec<PathBuf>,
-    /// Write the manifests from the files that lie in the folders
+    /// Write the manifests of the files in the folders
     #[arg(long)]
     pub(crate) write: bool,
 }
@@ -96,7 +96,7 @@ pub(crate) struct Stats {
     /// Model directory with a tokenizer.json, to count tokens too
     #[arg(long, value_name = "DIR")]
     pub(crate) model: Option<PathBuf>,
-    /// When a document gets a BOS token in front: auto asks the tokenizer
+    /// Prepend a BOS token to each document; auto follows the tokenizer
     #[arg(long, default_value = "auto", value_parser = words::<Bos>(&["auto", "always", "never"]))]
     pub(crate) bos: Bos,
 }
@@ -122,16 +122,16 @@ pub(crate) struct World {
     /// Folder to write: text/, probes/, tokenizer.json
     #[arg(long, value_name = "FOLDER")]
     pub(crate) out: PathBuf,
-    /// Which world
+    /// Seed of the world
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
-    /// Bytes of text, about
+    /// Approximate bytes of text
     #[arg(long, value_name = "N", default_value = "16MB", value_parser = quantity)]
     pub(crate) bytes: u64,
-    /// Tokens of the tokenizer at the most; the preset `world` has 1536
+    /// Largest vocabulary of the tokenizer; the preset `world` has 1536
     #[arg(long, value_name = "N", default_value_t = 1536, value_parser = clap::value_parser!(u32).range(258..=65536))]
     pub(crate) vocab: u32,
-    /// Items of each probe at the most
+    /// Largest number of items of each probe
     #[arg(long, value_name = "N", default_value_t = ITEMS as u32,
         value_parser = clap::value_parser!(u32).range(6..=100_000))]
     pub(crate) items: u32,

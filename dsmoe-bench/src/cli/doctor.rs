@@ -6,7 +6,7 @@ use clap::Args;
 
 #[derive(Debug, Args)]
 pub(crate) struct Doctor {
-    /// Data folder to look into [default: $DSMOE_SHARED, or ../shared]
+    /// Data folder to check [default: $DSMOE_SHARED, or ../shared]
     #[arg(long, value_name = "DIR")]
     pub(crate) data: Option<PathBuf>,
 }

@@ -22,19 +22,19 @@ pub(crate) struct Generate {
         required_unless_present = "prompt_file"
     )]
     pub(crate) prompt: Option<String>,
-    /// File with the text to continue; its line end at the very end is left out
+    /// File with the text to continue; a final line end is removed
     #[arg(long, value_name = "FILE")]
     pub(crate) prompt_file: Option<PathBuf>,
-    /// New tokens at the most
+    /// Largest number of new tokens
     #[arg(long, value_name = "N", default_value_t = 128)]
     pub(crate) max_tokens: usize,
-    /// 0 takes the most likely token every time; higher is more varied
+    /// Sampling temperature; 0 always takes the most likely token
     #[arg(long, value_name = "X", default_value_t = 0.0)]
     pub(crate) temperature: f32,
-    /// Sample among this many most likely tokens; 0 for all
+    /// Sample among the N most likely tokens; 0 for all
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) top_k: usize,
-    /// Sample among the most likely tokens that hold this share of the probability; 1 for all
+    /// Sample among the most likely tokens that together have this share of the probability; 1 for all
     #[arg(long, value_name = "SHARE", default_value_t = 1.0)]
     pub(crate) top_p: f32,
     /// Seed of the sampling
@@ -43,25 +43,25 @@ pub(crate) struct Generate {
     /// Stop before this text; may be given several times
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true, value_parser = clap::builder::NonEmptyStringValueParser::new())]
     pub(crate) stop: Vec<String>,
-    /// Go on after an end-of-text token
+    /// Continue after an end-of-text token
     #[arg(long)]
     pub(crate) ignore_eos: bool,
-    /// Run the whole text anew for every token, to check the cache
+    /// Recompute the whole text for every token, to check the cache
     #[arg(long)]
     pub(crate) no_kv_cache: bool,
-    /// Feed the prompt in pieces of this many tokens; 0 for all at once
+    /// Process the prompt in chunks of this many tokens; 0 for one chunk
     #[arg(long, value_name = "TOKENS", default_value_t = 0)]
     pub(crate) prefill_chunk: usize,
-    /// Use this threshold of the gates, 0 to 1, in place of the model's
+    /// Threshold of the gates, 0 to 1, in place of the model's
     #[arg(long, value_name = "SHARE")]
     pub(crate) threshold: Option<f32>,
     /// Precision of the weights [default: bf16 for a model stored as bf16 or f16 and on a GPU, f32 for one stored as f32]
     #[arg(long, value_parser = words::<Precision>(&["f32", "bf16"]))]
     pub(crate) dtype: Option<Precision>,
-    /// Where to compute: cpu, or a GPU as cuda:0 (products in bf16 there)
+    /// Device that computes: cpu, or a GPU such as cuda:0 (matrix products in bf16)
     #[arg(long, value_name = "cpu|cuda:N", default_value_t)]
     pub(crate) device: Device,
-    /// Whether the prompt gets a BOS token in front: auto asks the tokenizer [default: always, if the model has one]
+    /// Prepend a BOS token to the prompt; auto follows the tokenizer [default: always, if the model has one]
     #[arg(long, value_parser = words::<Bos>(&["auto", "always", "never"]))]
     pub(crate) bos: Option<Bos>,
 }

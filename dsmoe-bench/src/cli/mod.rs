@@ -23,7 +23,7 @@ use self::prune::Prune;
 use self::reproduce::Reproduce;
 use self::train::Train;
 
-/// Turn a Hugging Face LLaMA into a DSMoE model, train it, see what it costs and how good it is, and generate text.
+/// Convert a Hugging Face LLaMA into a DSMoE model, train it, measure its cost and quality, and generate text.
 #[derive(Debug, Parser)]
 #[command(name = "dsmoe", version, propagate_version = true, after_help = AFTER_HELP)]
 pub(crate) struct Cli {
@@ -32,7 +32,7 @@ pub(crate) struct Cli {
     /// Print the result as one JSON object on stdout
     #[arg(long, global = true, display_order = 100)]
     pub(crate) json: bool,
-    /// No progress and no notes on stderr
+    /// Print no progress and no notes on stderr
     #[arg(long, short, global = true, display_order = 101)]
     pub(crate) quiet: bool,
     /// Worker threads; results do not depend on it [default: all cores]
@@ -44,25 +44,25 @@ pub(crate) struct Cli {
 const AFTER_HELP: &str = "\
 Results go to stdout, progress and errors to stderr.
 
-Exit status: 0 done; 1 error; 2 wrong usage; 3 a result out of its tolerance; 130 interrupted.
+Exit status: 0 success; 1 error; 2 wrong usage; 3 result outside its tolerance; 130 interrupted.
 
-Environment: DSMOE_ISA=scalar|avx2|avx512 narrows the instruction set; DSMOE_SHARED names the data folder that
-`dsmoe doctor` looks into; DSMOE_CUDA_LIB_DIR names a folder of CUDA's libraries, such as nvidia/cu13/lib of PyTorch's
-wheels, and DSMOE_CACHE_DIR one for compiled GPU kernels [default: dsmoe in the user's cache folder].";
+Environment: DSMOE_ISA=scalar|avx2|avx512 restricts the instruction set; DSMOE_SHARED names the data folder that
+`dsmoe doctor` checks; DSMOE_CUDA_LIB_DIR names a folder with CUDA's libraries, such as nvidia/cu13/lib of PyTorch's
+wheels; DSMOE_CACHE_DIR names a folder for compiled GPU kernels [default: dsmoe in the user's cache folder].";
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Compare DSMoE with the paper's baselines at one budget: every table and figure of the paper, in one report
+    /// Compare DSMoE with the paper's baselines at one budget, with every table and figure of the paper in one report
     Reproduce(Box<Reproduce>),
-    /// Show a model's configuration, layout, parameters and FLOPs; reads headers only
+    /// Show the configuration, layout, parameters and FLOPs of a model; reads headers only
     Inspect(Inspect),
-    /// Turn a dense LLaMA directory into a DSMoE directory
+    /// Convert a dense LLaMA directory into a DSMoE directory
     Convert(Convert),
-    /// Make a model that activates fewer parameters by one of the methods that DSMoE is compared with
+    /// Make a model with fewer activated parameters by DSMoE or one of the methods that it is compared with
     Prune(Prune),
     /// List these methods with their settings
     Methods,
-    /// Write a DSMoE model as a plain LLaMA, or a model again in another precision
+    /// Write a DSMoE model as a plain LLaMA, or a model in another precision
     Export(Export),
     /// Train a DSMoE or dense model on text
     Train(Box<Train>),
@@ -72,11 +72,11 @@ pub(crate) enum Command {
     Generate(Generate),
     /// Make a model with random weights in Hugging Face layout
     Init(Init),
-    /// Show CPU features, threads, memory, GPUs, and what CUDA and a data folder lack
+    /// Show CPU features, threads, memory and GPUs, and report missing CUDA libraries and test data
     Doctor(Doctor),
-    /// Prepare, check, count and generate text for training; train a tokenizer
+    /// Prepare, verify, count and generate text for training; train a tokenizer
     Data(Data),
-    /// Time kernels, FFNs, training and decoding against what the machine can do
+    /// Time kernels, FFNs, training and decoding, and compare the times with the machine's limits
     Bench(Bench),
 }
 

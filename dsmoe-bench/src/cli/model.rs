@@ -17,10 +17,10 @@ use super::values::{quantity, words};
 pub(crate) struct Inspect {
     /// Dense LLaMA or DSMoE directory
     pub(crate) model: PathBuf,
-    /// Active experts per token and layer, mean, to count activated parameters at [default: all experts]
+    /// Mean number of active experts per token and layer, for the activated parameters [default: all experts]
     #[arg(long, value_name = "K")]
     pub(crate) mean_active: Option<f64>,
-    /// Tokens a token attends to, to count FLOPs at [default: 1024, or all positions of a smaller model]
+    /// Tokens that a token attends to, for the FLOPs [default: 1024, or all positions of a smaller model]
     #[arg(long, value_name = "TOKENS")]
     pub(crate) context: Option<usize>,
 }
@@ -45,33 +45,33 @@ pub(crate) struct Convert {
     /// it; 0.375 is 3 of 8
     #[arg(long, value_name = "SHARE")]
     pub(crate) active_target: Option<f64>,
-    /// Experts per FFN; must divide intermediate_size [default: 8]
+    /// Experts in each FFN; must divide intermediate_size [default: 8]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub(crate) experts: Option<u32>,
-    /// Neurons of an expert: contiguous, random, clusters (of similar neurons), or a JSON file
+    /// Assignment of neurons to experts: contiguous, random, clusters (of similar neurons), or a JSON file
     /// {"layers": [[[neuron, ...], ...], ...]} [default: clusters with --calib, else contiguous]
     #[arg(long, value_name = "contiguous|random|clusters|FILE")]
     pub(crate) partition: Option<PartitionSpec>,
-    /// Start of the routers: random (the paper), open (all experts active), centroid, warm(K) (K experts open), or
+    /// Initial router weights: random (the paper), open (all experts active), centroid, warm(K) (K experts open), or
     /// calibrated (fitted to --calib) [default: calibrated with --calib, else random]
     #[arg(long, value_name = "random|open|centroid|warm(K)|calibrated")]
     pub(crate) router_init: Option<Routers>,
-    /// An expert is active when its gate is above this, 0 to 1
+    /// Threshold above which a gate activates its expert, 0 to 1
     #[arg(long, value_name = "SHARE", default_value_t = 0.5)]
     pub(crate) threshold: f32,
     /// Factor of an active expert: its sigmoid gate (eq. 7), or 1 [default: binary with --calib, else sigmoid]
     #[arg(long, value_parser = words::<GateValue>(&["sigmoid", "binary"]))]
     pub(crate) gate_value: Option<GateValue>,
-    /// Rescale the sum of the experts by experts / active experts (eq. 8), or not
+    /// Rescale the sum of the experts by experts / active experts (eq. 8), or not at all
     #[arg(long, default_value = "none", value_parser = words::<Rescale>(&["none", "eq8"]))]
     pub(crate) rescale: Rescale,
-    /// A token without an active expert skips the FFN, or takes the expert with the largest gate
+    /// A token without an active expert skips the FFN, or uses the expert with the largest gate
     #[arg(long, default_value = "skip", value_parser = words::<ZeroActive>(&["skip", "force_argmax"]))]
     pub(crate) zero_active: ZeroActive,
-    /// Train without the straight-through rule (eq. 10): inactive gates get no gradient of the language-model loss
+    /// Train without the straight-through estimator (eq. 10): inactive gates get no gradient of the language-model loss
     #[arg(long)]
     pub(crate) no_ste: bool,
-    /// Seed of router weights and of a random partition
+    /// Seed of the router weights and of a random partition
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
     /// Replace the output directory if it exists
@@ -83,14 +83,14 @@ pub(crate) struct Convert {
 pub(crate) struct Export {
     /// DSMoE directory (or a dense one, as native)
     pub(crate) model: PathBuf,
-    /// dense: a plain LlamaForCausalLM without routers, neurons in their original order; native: the model as it is;
-    /// llama-moe: what method llama-moe made, as LlamaMoEForCausalLM
+    /// dense: a plain LlamaForCausalLM without routers, with the neurons in their original order; native: the model
+    /// unchanged; llama-moe: a model of the method llama-moe as LlamaMoEForCausalLM
     #[arg(long = "as", value_name = "FORM", value_parser = words::<Form>(&["dense", "native", "llama-moe"]))]
     pub(crate) form: Form,
     /// Directory to write
     #[arg(long, value_name = "DIR")]
     pub(crate) out: PathBuf,
-    /// Precision of the weights [default: as they are]
+    /// Precision of the weights [default: unchanged]
     #[arg(long, value_parser = words::<Dtype>(&["f32", "bf16", "f16"]))]
     pub(crate) dtype: Option<Dtype>,
     /// Replace the output directory if it exists
@@ -100,10 +100,10 @@ pub(crate) struct Export {
 
 #[derive(Debug, Args)]
 pub(crate) struct Init {
-    /// Architecture by name; see --list
+    /// Architecture by name; --list shows them
     #[arg(long, value_name = "NAME", conflicts_with = "config", required_unless_present_any = ["config", "list"])]
     pub(crate) preset: Option<String>,
-    /// Architecture by a config.json
+    /// Architecture from a config.json
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
     /// Directory to write
@@ -118,7 +118,7 @@ pub(crate) struct Init {
     /// A tokenizer.json to copy into the directory
     #[arg(long, value_name = "FILE")]
     pub(crate) tokenizer: Option<PathBuf>,
-    /// Largest file of weights, such as 500MB or 5GB
+    /// Largest size of a file of weights, such as 500MB or 5GB
     #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = quantity)]
     pub(crate) max_shard_size: u64,
     /// Replace the output directory if it exists

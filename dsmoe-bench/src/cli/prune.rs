@@ -11,24 +11,24 @@ use super::values::words;
 /// Calibration text and its form.
 #[derive(Debug, Args)]
 pub(crate) struct CalibrationArgs {
-    /// Calibration text: files and folders as for `dsmoe train`, the text that the model is to be trained on; the part that a
-    /// run of default settings holds out is not read
+    /// Calibration text: files and folders as for `dsmoe train`, usually the text of the later training; the part that a
+    /// training with default settings holds out is not read
     #[arg(long, value_name = "PATH", num_args = 1..)]
     pub(crate) calib: Vec<String>,
-    /// Separator of documents in a text file [default: a text file is one document]
+    /// Separator of the documents in a text file [default: a text file is one document]
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true, requires = "calib")]
     pub(crate) doc_separator: Option<String>,
-    /// Field of a JSON object, or column of a Parquet file, that holds the text; several, with commas, are joined by
+    /// Field of a JSON object or column of a Parquet file with the text; several, separated by commas, are joined by
     /// line ends [default: text]
     #[arg(long, value_name = "NAME", requires = "calib")]
     pub(crate) text_column: Option<String>,
-    /// When a document gets a BOS token in front: auto asks the tokenizer
+    /// Prepend a BOS token to each document; auto follows the tokenizer
     #[arg(long, default_value = "auto", requires = "calib", value_parser = words::<Bos>(&["auto", "always", "never"]))]
     pub(crate) bos: Bos,
     /// Calibration sequences
     #[arg(long, value_name = "N", default_value_t = 128, requires = "calib", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) samples: u32,
-    /// Tokens of a calibration sequence [default: 1024, or all positions of a smaller model]
+    /// Tokens in a calibration sequence [default: 1024, or all positions of a smaller model]
     #[arg(long, value_name = "TOKENS", requires = "calib")]
     pub(crate) seq: Option<usize>,
 }
@@ -37,7 +37,7 @@ pub(crate) struct CalibrationArgs {
 pub(crate) struct Prune {
     /// Dense LLaMA directory
     pub(crate) model: PathBuf,
-    /// How; `dsmoe methods` lists all
+    /// Method; `dsmoe methods` lists them
     #[arg(long, value_name = "NAME")]
     pub(crate) method: String,
     /// Parameters to activate, 735M or 3.93B, or a share of the dense model's, 0.59 or 59%
@@ -51,10 +51,10 @@ pub(crate) struct Prune {
     /// A setting of the method, as in `dsmoe methods`
     #[arg(long = "set", value_name = "KEY=VALUE", allow_hyphen_values = true)]
     pub(crate) set: Vec<String>,
-    /// Seed of the choice of calibration text and of everything random in the method
+    /// Seed of the choice of calibration text and of the random parts of the method
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
-    /// Say what would be made, and make nothing
+    /// Print the plan and make nothing
     #[arg(long)]
     pub(crate) dry_run: bool,
     /// Replace the output directory if it exists

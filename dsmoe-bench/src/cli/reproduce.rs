@@ -78,7 +78,7 @@ pub(crate) struct Reproduce {
     /// Where to train and measure: cpu, or a GPU as cuda:0, which wants dtype = "bf16" in the profile
     #[arg(long, value_name = "cpu|cuda:N", default_value_t)]
     pub(crate) device: Device,
-    /// Folder with a folder of files for each benchmark [default: the probes of the embedded world, if it is the text]
+    /// Folder that holds a folder of files for each benchmark [default: the probes of the embedded world, if it is the text]
     #[arg(long, value_name = "FOLDER")]
     pub(crate) task_data: Option<PathBuf>,
 }

@@ -27,13 +27,13 @@ pub(crate) struct Train {
     pub(crate) model: PathBuf,
     #[command(flatten)]
     pub(crate) data: DataArgs,
-    /// Run directory: metrics, checkpoints, and at the end the trained model
+    /// Run directory: metrics, checkpoints and finally the trained model
     #[arg(long, value_name = "DIR")]
     pub(crate) out: PathBuf,
     /// Optimiser steps of the whole run
     #[arg(long, value_name = "N", conflicts_with = "tokens")]
     pub(crate) steps: Option<u64>,
-    /// Tokens of the whole run, rounded up to whole steps; 5M, 10B and the like are understood
+    /// Tokens of the whole run, rounded up to whole steps; accepts suffixes such as 5M and 10B
     #[arg(long, value_name = "N", value_parser = quantity)]
     pub(crate) tokens: Option<u64>,
     /// Sequences per micro-batch [default: 32]
@@ -51,41 +51,41 @@ pub(crate) struct Train {
     /// Steps of linear warm-up [default: a tenth of the steps, at most 100]
     #[arg(long, value_name = "N")]
     pub(crate) warmup_steps: Option<u64>,
-    /// Learning rate of routers over that of the rest [default: 1]
+    /// Ratio of the routers' learning rate to that of the other parameters [default: 1]
     #[arg(long, value_name = "X")]
     pub(crate) router_lr_scale: Option<f64>,
     /// Constant weight of the sparsity loss [default: 1]
     #[arg(long, value_name = "WEIGHT", conflicts_with = "active_target")]
     pub(crate) sparsity: Option<f64>,
-    /// Share of experts to be active, mean over tokens and layers, held by a controller; 0.375 is 3 of 8
+    /// Share of active experts, mean over tokens and layers, that a controller holds; 0.375 is 3 of 8
     #[arg(long, value_name = "SHARE")]
     pub(crate) active_target: Option<f64>,
-    /// TOML file with any of the settings; flags override it
+    /// TOML file with settings; flags override it
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
-    /// One setting by its key in the TOML file, such as weight_decay=0; overrides flags too
+    /// One setting by its key in the TOML file, such as weight_decay=0; overrides flags
     #[arg(long = "set", value_name = "KEY=VALUE", allow_hyphen_values = true)]
     pub(crate) set: Vec<String>,
-    /// What matrix products round their operands to; weights, gradients and sums stay f32 [default: f32, bf16 on a GPU]
+    /// Precision of the operands of matrix products; weights, gradients and sums are f32 [default: f32, bf16 on a GPU]
     #[arg(long, value_parser = words::<Precision>(&["f32", "bf16"]))]
     pub(crate) dtype: Option<Precision>,
-    /// Where to compute: cpu, or a GPU as cuda:0 (products in bf16 there)
+    /// Device that computes: cpu, or a GPU such as cuda:0 (matrix products in bf16)
     #[arg(long, value_name = "cpu|cuda:N", default_value_t)]
     pub(crate) device: Device,
     /// Seed of the order of the text [default: 0]
     #[arg(long)]
     pub(crate) seed: Option<u64>,
-    /// When a document gets a BOS token in front: auto asks the tokenizer [default: auto]
+    /// Prepend a BOS token to each document; auto follows the tokenizer [default: auto]
     #[arg(long, value_parser = words::<Bos>(&["auto", "always", "never"]))]
     pub(crate) bos: Option<Bos>,
-    /// Share of the text of every source held out for evaluation [default: 0.02]
+    /// Share of the text of each source that is held out for evaluation [default: 0.02]
     #[arg(long, value_name = "SHARE")]
     pub(crate) valid_fraction: Option<f64>,
-    /// Windows of every source held out at most [default: 5000]
+    /// Largest number of held-out windows of each source [default: 5000]
     #[arg(long, value_name = "N")]
     pub(crate) valid_samples: Option<u64>,
-    /// Text that is held out and trained on too, up to case, punctuation and small changes: drop it from one side, or
-    /// keep it [default: drop for a mixture, keep for one source]
+    /// Text that is in both the training and the held-out part, up to case, punctuation and small changes: drop it from
+    /// one of them, or keep it [default: drop for a mixture, keep for one source]
     #[arg(long, value_parser = words::<NearDuplicates>(&["keep", "drop"]))]
     pub(crate) near_duplicates: Option<NearDuplicates>,
     /// Steps between evaluations of the held-out text [default: at the end only]
@@ -106,7 +106,7 @@ pub(crate) struct Train {
     /// Save a checkpoint and stop after this many steps of this invocation
     #[arg(long, value_name = "N")]
     pub(crate) stop_after: Option<u64>,
-    /// Show the plan - steps, tokens, parameters, memory - and stop
+    /// Print the plan (steps, tokens, parameters, memory) and stop
     #[arg(long)]
     pub(crate) dry_run: bool,
 }

@@ -1,4 +1,4 @@
-//! `dsmoe convert`: a dense LLaMA cut into experts.
+//! `dsmoe convert`: cuts the FFNs of a dense LLaMA into experts.
 
 use std::path::PathBuf;
 use std::time::Instant;

@@ -1,4 +1,4 @@
-//! `dsmoe doctor`: what this machine and a data folder have.
+//! `dsmoe doctor`: shows what this machine and a data folder provide.
 
 use std::path::{Path, PathBuf};
 
@@ -9,27 +9,24 @@ use serde::Serialize;
 use crate::cli::doctor::Doctor;
 use crate::format;
 use crate::gpu::{Gpus, gpus};
-use crate::machine::cpu_model;
+use crate::machine::Machine;
 use crate::memory;
 use crate::ui::Ui;
 
-/// What the checks on real models and texts read.
+/// The models, files and corpora that the checks on real models read.
 const MODELS: [&str; 3] = ["tinystories-656k", "stories-260k", "babyllama-1m"];
 const MODEL_FILES: [&str; 3] = ["config.json", "model.safetensors", "tokenizer.json"];
 const CORPORA: [&str; 6] = ["code", "math", "stories", "synthetic", "web", "wikitext2"];
 const GOLDEN: [&str; 2] = ["layer.safetensors", "stories_100.txt"];
 
 #[derive(Debug, Serialize)]
-struct Machine {
+struct DoctorReport {
     version: &'static str,
-    cpu: Option<String>,
-    arch: &'static str,
+    #[serde(flatten)]
+    machine: Machine,
     features: Vec<&'static str>,
-    isa: String,
     isa_available: Vec<&'static str>,
     isa_forced: Option<String>,
-    cores: usize,
-    threads: usize,
     memory_total_bytes: Option<u64>,
     memory_available_bytes: Option<u64>,
     gpu: Gpus,
@@ -55,22 +52,18 @@ pub(crate) fn run(args: &Doctor, ui: &mut Ui) -> Result<()> {
         .clone()
         .or_else(|| std::env::var_os("DSMOE_SHARED").map(PathBuf::from))
         .unwrap_or_else(|| PathBuf::from("../shared"));
-    let machine = Machine {
+    let report = DoctorReport {
         version: env!("CARGO_PKG_VERSION"),
-        cpu: cpu_model(),
-        arch: std::env::consts::ARCH,
+        machine: Machine::this(),
         features: features(),
-        isa: Isa::current().name().to_owned(),
         isa_available: Isa::available().into_iter().map(Isa::name).collect(),
         isa_forced: std::env::var("DSMOE_ISA").ok(),
-        cores: std::thread::available_parallelism().map_or(1, |n| n.get()),
-        threads: rayon::current_num_threads(),
         memory_total_bytes: memory::total(),
         memory_available_bytes: memory::available(),
         gpu: gpus(),
         data: look_into(data),
     };
-    ui.result(&machine, show)
+    ui.result(&report, show)
 }
 
 fn look_into(path: PathBuf) -> Data {
@@ -83,46 +76,47 @@ fn look_into(path: PathBuf) -> Data {
     Data { found: path.is_dir(), path, items }
 }
 
-/// Whether there is a file, or a folder with something in it.
+/// Reports whether `path` is a file or a folder that is not empty.
 fn has(path: &Path) -> bool {
     path.is_file() || std::fs::read_dir(path).is_ok_and(|mut entries| entries.next().is_some())
 }
 
-fn show(machine: &Machine) -> String {
+fn show(report: &DoctorReport) -> String {
+    let machine = &report.machine;
     let or_unknown = |text: Option<String>| text.unwrap_or_else(|| "unknown".to_owned());
-    let forced = match &machine.isa_forced {
+    let forced = match &report.isa_forced {
         Some(name) => format!("DSMOE_ISA={name}"),
         None => "DSMOE_ISA not set".to_owned(),
     };
     let mut fields = vec![
-        ("dsmoe", machine.version.to_owned()),
+        ("dsmoe", report.version.to_owned()),
         ("CPU", format!("{} ({})", or_unknown(machine.cpu.clone()), machine.arch)),
-        ("features", machine.features.join(" ")),
-        ("kernels", format!("{} of {} ({forced})", machine.isa, machine.isa_available.join(", "))),
+        ("features", report.features.join(" ")),
+        ("kernels", format!("{} of {} ({forced})", machine.isa, report.isa_available.join(", "))),
         ("threads", format!("{} on {} cores", machine.threads, machine.cores)),
         (
             "memory",
             format!(
                 "{}, {} available",
-                or_unknown(machine.memory_total_bytes.map(format::bytes)),
-                or_unknown(machine.memory_available_bytes.map(format::bytes))
+                or_unknown(report.memory_total_bytes.map(format::bytes)),
+                or_unknown(report.memory_available_bytes.map(format::bytes))
             ),
         ),
     ];
-    fields.extend(machine.gpu.fields());
-    fields.push(("data folder", machine.data.path.display().to_string()));
+    fields.extend(report.gpu.fields());
+    fields.push(("data folder", report.data.path.display().to_string()));
     let mut out = format::fields(fields);
-    if !machine.data.found {
+    if !report.data.found {
         out += "missing  the folder itself; only checks on real models and texts need it\n";
         return out;
     }
-    for item in &machine.data.items {
+    for item in &report.data.items {
         out += &format!("{}  {}\n", if item.ok { "ok     " } else { "missing" }, item.path);
     }
     out
 }
 
-/// The CPU features that a kernel tier or its matrix product looks at.
+/// Returns the CPU features that a kernel tier or its matrix product tests for.
 fn features() -> Vec<&'static str> {
     #[cfg(target_arch = "x86_64")]
     {

@@ -1,4 +1,4 @@
-//! `dsmoe export`: a DSMoE model as a plain LLaMA, in LLaMA-MoE's layout, or in another precision.
+//! `dsmoe export`: writes a DSMoE model as a plain LLaMA, in LLaMA-MoE's layout, or in another precision.
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -14,7 +14,7 @@ use crate::progress::{Progress, Unit};
 use crate::ui::Ui;
 
 #[derive(Debug, Serialize)]
-struct Report {
+struct ExportReport {
     model: PathBuf,
     out: PathBuf,
     form: &'static str,
@@ -37,7 +37,7 @@ pub(crate) fn run(args: &Export, ui: &mut Ui) -> Result<()> {
     };
     progress.finish();
     let bytes = bytes?;
-    let report = Report {
+    let report = ExportReport {
         model: args.model.clone(),
         out: args.out.clone(),
         form: match args.form {

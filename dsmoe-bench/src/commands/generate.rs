@@ -12,11 +12,11 @@ use crate::models::{bos_or_default, default_precision, load_inference, tokenizer
 use crate::ui::Ui;
 
 #[derive(Debug, Serialize)]
-struct Report {
+struct GenerateReport {
     prompt: String,
-    /// The new text alone.
+    /// The new text without the prompt.
     text: String,
-    /// The prompt's and the new ones.
+    /// The tokens of the prompt and the new ones.
     token_ids: Vec<u32>,
     new_token_ids: Vec<u32>,
     prompt_tokens: usize,
@@ -26,7 +26,7 @@ struct Report {
     prefill_seconds: f64,
     decode_seconds: f64,
     prefill_tokens_per_s: f64,
-    /// Of the tokens after the first; none when there was only one.
+    /// The rate of the tokens after the first; none if there is only one.
     tokens_per_s: Option<f64>,
     active_ratio: Option<f64>,
     active_ratio_per_layer: Option<Vec<f64>>,
@@ -34,7 +34,7 @@ struct Report {
 
 pub(crate) fn run(args: &Generate, ui: &mut Ui) -> Result<()> {
     let prompt = read_prompt(args)?;
-    // What is wrong with the prompt is told before the weights are read.
+    // A wrong prompt is reported before the weights are read.
     let config = Config::load(&args.model)?;
     let tokenizer = tokenizer(&args.model, &config)?;
     let prompt_ids = tokenizer.encode(&prompt, bos_or_default(args.bos, &config))?;
@@ -93,7 +93,7 @@ pub(crate) fn run(args: &Generate, ui: &mut Ui) -> Result<()> {
         Finish::Stop => generation.tokens.len(),
         _ => generation.tokens.len().saturating_sub(1),
     };
-    let report = Report {
+    let report = GenerateReport {
         prompt_tokens: prompt_ids.len(),
         generated_tokens: generation.tokens.len(),
         finish: match generation.finish {
@@ -133,7 +133,7 @@ fn read_prompt(args: &Generate) -> Result<String> {
     Ok(text.strip_suffix('\r').unwrap_or(text).to_owned())
 }
 
-fn show(report: &Report) -> String {
+fn show(report: &GenerateReport) -> String {
     let mut line = format!(
         "[{} prompt tokens at {:.1}/s, {} new",
         report.prompt_tokens, report.prefill_tokens_per_s, report.generated_tokens
@@ -147,11 +147,11 @@ fn show(report: &Report) -> String {
     line + &format!(", ended by {}]", report.finish)
 }
 
-/// Text that ends where a stop text begins. What may be the beginning of one is held back.
+/// Text that ends where a stop text begins. A possible beginning of a stop text is held back.
 struct StoppedText<'a> {
     stops: &'a [String],
     text: String,
-    /// Bytes of `text` that were given out.
+    /// Bytes of `text` that were returned.
     shown: usize,
     stopped: bool,
 }
@@ -161,7 +161,7 @@ impl StoppedText<'_> {
         StoppedText { stops, text: String::new(), shown: 0, stopped: false }
     }
 
-    /// Adds a piece; returns what became certain.
+    /// Adds a piece, and returns the text that can no longer belong to a stop text.
     fn push(&mut self, piece: &str) -> &str {
         self.text.push_str(piece);
         let first = self.stops.iter().filter_map(|stop| self.text.find(stop)).min();
@@ -183,7 +183,7 @@ impl StoppedText<'_> {
         &self.text[from..certain]
     }
 
-    /// What was held back until the end.
+    /// Returns the text that was held back.
     fn finish(&mut self) -> &str {
         let from = std::mem::replace(&mut self.shown, self.text.len());
         &self.text[from.min(self.text.len())..]

@@ -1,4 +1,4 @@
-//! `dsmoe init`: a model with random weights.
+//! `dsmoe init`: writes a model with random weights.
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -15,7 +15,7 @@ use crate::progress::{Progress, Unit};
 use crate::ui::Ui;
 
 #[derive(Debug, Serialize)]
-struct Report {
+struct InitReport {
     out: PathBuf,
     params_total: u64,
     bytes: u64,
@@ -73,7 +73,7 @@ pub(crate) fn run(args: &Init, ui: &mut Ui) -> Result<()> {
         let path = out.join("tokenizer.json");
         std::fs::write(&path, tokenizer).with_context(|| format!("{}", path.display()))?;
     }
-    let report = Report {
+    let report = InitReport {
         out: out.to_path_buf(),
         params_total: Accounting::of(&config).total,
         bytes,

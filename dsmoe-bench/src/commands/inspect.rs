@@ -1,4 +1,4 @@
-//! `dsmoe inspect`: what a model is and costs, from its headers.
+//! `dsmoe inspect`: shows the architecture and the costs of a model, from its headers.
 
 use std::path::PathBuf;
 
@@ -14,11 +14,11 @@ use crate::cli::model::Inspect;
 use crate::format::{self, Table};
 use crate::ui::Ui;
 
-/// Context length when none is given.
+/// The default context length.
 const CONTEXT: usize = 1024;
 
 #[derive(Debug, Serialize)]
-struct Report {
+struct InspectReport {
     model: PathBuf,
     model_type: &'static str,
     vocab_size: usize,
@@ -42,7 +42,7 @@ struct Report {
     dtype: String,
     shards: usize,
     tensors: usize,
-    /// Of the weight files, headers included.
+    /// Bytes of the weight files, headers included.
     bytes: u64,
     params_total: u64,
     params_non_ffn: u64,
@@ -73,12 +73,12 @@ struct OtherFfn {
     #[serde(rename = "type")]
     kind: &'static str,
     num_experts: usize,
-    /// Experts that every token runs, when their number is fixed.
+    /// Active experts of each token, if their number is fixed.
     active_experts: Option<f64>,
     settings: Map<String, Value>,
 }
 
-/// Weights of the linears that are masked.
+/// The weights of masked linear layers.
 #[derive(Debug, Serialize)]
 struct Masked {
     linears: usize,
@@ -97,7 +97,7 @@ struct Layer {
     ffn: u64,
     router: u64,
     norms: u64,
-    /// Weights of linears that masks do not keep.
+    /// Weights of linear layers that the masks remove.
     pruned: u64,
     bytes: u64,
     dtype: String,
@@ -117,7 +117,7 @@ pub(crate) fn run(args: &Inspect, ui: &mut Ui) -> Result<()> {
         bytes += std::fs::metadata(file).with_context(|| format!("{}", file.display()))?.len();
     }
     let layers = layers(&config, &checkpoint, masks.as_ref());
-    let report = Report {
+    let report = InspectReport {
         model: args.model.clone(),
         model_type: config.model_type(),
         vocab_size: config.vocab_size,
@@ -173,7 +173,7 @@ pub(crate) fn run(args: &Inspect, ui: &mut Ui) -> Result<()> {
     ui.result(&report, show)
 }
 
-/// The active experts to count with; none for a dense model.
+/// Returns the number of active experts to count with; none for a dense model.
 fn active_experts(args: &Inspect, config: &Config) -> Result<Option<f64>> {
     match (config.num_experts(), config.fixed_active(), args.mean_active) {
         (None, _, None) => Ok(None),
@@ -257,7 +257,7 @@ fn layers(config: &Config, checkpoint: &Checkpoint, masks: Option<&Masks>) -> Ve
     layers
 }
 
-/// `BF16`, or all of a mixture.
+/// Names the precision of the weights, such as `BF16`, or all of them.
 fn dtypes(names: impl Iterator<Item = String>) -> String {
     let mut names: Vec<String> = names.collect();
     names.sort_unstable();
@@ -265,7 +265,7 @@ fn dtypes(names: impl Iterator<Item = String>) -> String {
     names.join("+")
 }
 
-fn show(report: &Report) -> String {
+fn show(report: &InspectReport) -> String {
     let tied = if report.tie_word_embeddings { "tied embedding" } else { "separate output head" };
     let mut fields = vec![
         ("model", format!("{} ({})", report.model.display(), report.model_type)),
@@ -365,8 +365,8 @@ fn show(report: &Report) -> String {
     format!("{}\n{}", format::fields(fields), table(report))
 }
 
-/// What the layers hold; their sizes where these differ, and what masks do not keep.
-fn table(report: &Report) -> String {
+/// Lists the layers: their sizes where these differ, and the weights that masks remove.
+fn table(report: &InspectReport) -> String {
     type Column = (&'static str, fn(&Layer) -> String);
     let sizes: [Column; 3] = [
         ("heads", |layer| layer.num_heads.to_string()),
@@ -394,7 +394,7 @@ fn table(report: &Report) -> String {
     table.show()
 }
 
-/// A size of all layers: one number, or the smallest and the largest.
+/// Formats a size of all layers: one number, or the smallest and the largest.
 fn span(layers: &[Layer], size: impl Fn(&Layer) -> usize) -> String {
     let sizes = || layers.iter().map(&size);
     match (sizes().min().unwrap_or(0), sizes().max().unwrap_or(0)) {

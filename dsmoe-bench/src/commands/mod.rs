@@ -1,4 +1,4 @@
-//! One module per command: each parses its arguments, calls a library or a room of this crate, and prints the result.
+//! One module per command: each parses its arguments, calls a library or another module of this crate, and prints the result.
 
 mod bench;
 mod convert;
@@ -15,6 +15,7 @@ mod reproduce;
 mod train;
 
 use std::process::ExitCode;
+use std::sync::Once;
 
 use anyhow::{Context, Result};
 use dsmoe_kernels::Isa;
@@ -25,8 +26,13 @@ use crate::ui::Ui;
 /// Runs the command that `cli` names.
 pub(crate) fn run(cli: Cli, ui: &mut Ui) -> Result<ExitCode> {
     Isa::from_env()?;
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(cli.threads.map_or(0, usize::from));
-    pool.build_global().context("cannot start the worker threads; use a smaller --threads")?;
+    static POOL: Once = Once::new();
+    let mut started = Ok(());
+    POOL.call_once(|| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(cli.threads.map_or(0, usize::from));
+        started = pool.build_global();
+    });
+    started.context("cannot start the worker threads; use a smaller --threads")?;
     match &cli.command {
         Command::Inspect(args) => inspect::run(args, ui)?,
         Command::Convert(args) => convert::run(args, ui)?,

@@ -1,4 +1,4 @@
-//! `dsmoe train`: a run, its plan, and its progress.
+//! `dsmoe train`: plans and runs a training.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -22,30 +22,30 @@ use crate::models::{load_model, tokenizer};
 use crate::texts::{Text, load, open, total_bytes};
 #[cfg(feature = "cuda")]
 use crate::training::host_plan;
-use crate::training::{Memory, device_plan, drive, memory_plan, show_summary};
+use crate::training::{MemoryUse, device_plan, drive, memory_plan, show_summary};
 use crate::ui::{Ui, stderr_line};
 
-/// What a run would do.
+/// The plan of a run.
 #[derive(Debug, Serialize)]
-struct Plan {
+struct TrainPlan {
     model: PathBuf,
     out: PathBuf,
     steps: u64,
     tokens: u64,
     tokens_per_step: u64,
-    /// Of all files, as they lie.
+    /// Bytes of all files as stored.
     data_bytes: u64,
     data_files: usize,
     params: u64,
     budget: String,
     flops_per_step: f64,
-    /// What the run will hold in memory, by its use.
-    memory: Vec<Memory>,
-    /// All of it together.
+    /// Memory of the run by use.
+    memory: Vec<MemoryUse>,
+    /// The sum of `memory`.
     memory_bytes: u64,
-    /// The same of a GPU.
+    /// Memory of the GPU by use.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    device_memory: Vec<Memory>,
+    device_memory: Vec<MemoryUse>,
     config: TrainConfig,
 }
 
@@ -57,14 +57,14 @@ pub(crate) fn run(args: &Train, threads: Option<u16>, ui: &mut Ui) -> Result<Exi
         text_column: config.text_column.clone(),
     };
     let texts = open(&args.data, &options)?;
-    // Wrong settings are told before the model and the text are read.
+    // Wrong settings are reported before the model and the text are read.
     let plan = plan(args, config.clone().resolve()?, &texts)?;
     if args.dry_run {
         ui.result(&plan, show_plan)?;
         return Ok(ExitCode::SUCCESS);
     }
-    let mend = "use a smaller --batch and a larger --accumulate";
-    memory::check("training", plan.memory_bytes, memory::total(), mend)?;
+    let help = "use a smaller --batch and a larger --accumulate";
+    memory::check("training", plan.memory_bytes, memory::total(), help)?;
     let model = load_model(&args.model)?;
     let tokenizer = tokenizer(&args.model, model.config())?;
     let sources = load(&texts, &tokenizer, config.bos, args.data.cache.as_deref(), ui)?;
@@ -95,7 +95,7 @@ pub(crate) fn run(args: &Train, threads: Option<u16>, ui: &mut Ui) -> Result<Exi
     Ok(ExitCode::SUCCESS)
 }
 
-/// The file's settings, overridden by flags, overridden by `--set`.
+/// Reads the settings of the file, overridden by flags, overridden by `--set`.
 fn settings(args: &Train, threads: Option<u16>) -> Result<TrainConfig> {
     let mut config = match &args.config {
         Some(path) => TrainConfig::from_toml(path)?,
@@ -144,7 +144,7 @@ fn settings(args: &Train, threads: Option<u16>) -> Result<TrainConfig> {
     Ok(config)
 }
 
-fn plan(args: &Train, config: TrainConfig, texts: &[Text]) -> Result<Plan> {
+fn plan(args: &Train, config: TrainConfig, texts: &[Text]) -> Result<TrainPlan> {
     let model = Config::load(&args.model)?;
     let accounting = Accounting::of(&model);
     let (tokens_per_step, steps) = (config.tokens_per_step(), config.steps.unwrap_or(0));
@@ -158,7 +158,7 @@ fn plan(args: &Train, config: TrainConfig, texts: &[Text]) -> Result<Plan> {
         Device::Cuda(_) => host_plan(accounting.total, text),
     };
     let device_memory = device_plan(&model, &config, args.device)?;
-    Ok(Plan {
+    Ok(TrainPlan {
         model: args.model.clone(),
         out: args.out.clone(),
         steps,
@@ -193,7 +193,7 @@ fn keep_apart(source: &Path, out: &Path) -> Result<()> {
     Ok(())
 }
 
-fn show_plan(plan: &Plan) -> String {
+fn show_plan(plan: &TrainPlan) -> String {
     let mut fields = vec![
         ("model", format!("{}, {} parameters", plan.model.display(), format::count(plan.params))),
         (
@@ -226,7 +226,7 @@ fn show_plan(plan: &Plan) -> String {
     format::fields(fields)
 }
 
-/// The command that continues the run that `args` started.
+/// Returns the command that continues the run that `args` started.
 fn resume_command(args: impl Iterator<Item = String>) -> String {
     let mut words = Vec::new();
     let mut skip_value = false;

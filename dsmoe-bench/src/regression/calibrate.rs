@@ -1,19 +1,19 @@
-//! Two kernels in no code that the crates below use: how fast this machine computes, and how fast its processors hand data to
-//! each other, at this moment. A virtual machine's processors may be neighbours in one second and far apart in the next,
-//! which makes ops that share data half as slow again and leaves arithmetic as it is.
+//! Two calibration kernels that share no code with the benchmarks. They time arithmetic and the exchange of data between
+//! processors. A virtual machine's processors can be neighbours at one moment and far apart at the next, which slows ops
+//! that share data and leaves arithmetic unchanged.
 
 use std::hint::black_box;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Instant;
 
-/// Length of the arithmetic: a few milliseconds.
+/// The length of the arithmetic, a few milliseconds.
 const PASSES: usize = 3000;
 const VALUES: usize = 4096;
-/// Cache lines of each thread, and how often they go around.
+/// The cache lines of each thread, and the number of exchanges.
 const LINES: usize = 256;
 const TURNS: usize = 48;
 
-/// Seconds of both kernels at one moment.
+/// The seconds of both kernels at one moment.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Moment {
     pub(crate) arithmetic: f64,
@@ -33,7 +33,7 @@ impl Moment {
 #[repr(align(64))]
 struct Line(AtomicU64);
 
-/// What the threads hand to each other.
+/// The cache lines that threads exchange.
 pub(crate) struct Calibration {
     lines: Vec<Line>,
     arrived: AtomicUsize,
@@ -53,7 +53,7 @@ impl Calibration {
         Moment { arithmetic: arithmetic(), exchange: (threads > 1).then(|| self.exchange(threads)) }
     }
 
-    /// Every thread changes the lines of the next, of the one after that, and so on.
+    /// Lets every thread change the lines of the next one, of the one after that, and so on.
     fn exchange(&self, threads: usize) -> f64 {
         self.arrived.store(0, Ordering::Release);
         let took = rayon::broadcast(|context| {
@@ -75,19 +75,19 @@ impl Calibration {
         took.into_iter().fold(1e-9, f64::max)
     }
 
-    /// Waits until threads have arrived so often.
+    /// Waits until threads have arrived `times` times.
     fn meet(&self, times: usize) {
         self.arrived.fetch_add(1, Ordering::AcqRel);
         let mut looks = 0u32;
         while self.arrived.load(Ordering::Acquire) < times {
             looks += 1;
-            // Another may wait for this processor.
+            // Another thread may wait for this processor.
             if looks.is_multiple_of(1024) { std::thread::yield_now() } else { std::hint::spin_loop() }
         }
     }
 }
 
-/// Multiplications and additions on data in the first cache, on all threads of the pool.
+/// Times multiplications and additions on data in the first-level cache, on all threads of the pool.
 fn arithmetic() -> f64 {
     let started = Instant::now();
     rayon::broadcast(|_| {

@@ -1,4 +1,4 @@
-//! `dsmoe bench compare`: is the second record, or the second build, worse than the first?
+//! `dsmoe bench compare`: reports whether the second record or build is slower than the first.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -15,41 +15,41 @@ use crate::cli::bench::Compare;
 use crate::format::Table;
 use crate::ui::Ui;
 
-/// What is said by the exit status of a comparison that found something worse.
+/// The exit status of a comparison that found a regression.
 const OUT_OF_TOLERANCE: u8 = 3;
-/// An exchange between processors that takes so many times as long is told.
+/// The ratio of exchange times above which a warning is given.
 const FURTHER: f64 = 1.5;
 
 #[derive(Debug, Serialize)]
-struct Report {
+struct Comparison {
     before: String,
     after: String,
     fail_above: f64,
-    /// The worst first.
-    rows: Vec<Row>,
+    /// The comparisons, the worst first.
+    rows: Vec<Compared>,
     worse: usize,
-    /// Those of them that may fail: see `--fail-on`.
+    /// The number of regressions of the kinds in `--fail-on`.
     failed: usize,
-    /// Benchmarks of one side alone.
+    /// Benchmarks that only one side has.
     missing: Vec<String>,
     warnings: Vec<String>,
 }
 
 #[derive(Debug, Serialize)]
-struct Row {
+struct Compared {
     name: String,
     kind: Kind,
-    /// What was compared: seconds, the ratio to the calibration kernel, the fastest sample of each round, or the number
-    /// itself.
+    /// The quantity compared: seconds, the ratio to the calibration kernel, the fastest sample of each round, or the
+    /// number itself.
     compared: &'static str,
-    /// After over before, less 1, of what was compared.
+    /// The relative change of the compared quantity.
     change: f64,
-    /// Of after over before, where both had their turn in every round.
+    /// The ratio after / before, where both took turns.
     interval: Option<Estimate>,
     verdict: Verdict,
     before: Estimate,
     after: Estimate,
-    /// As measured, whatever was compared.
+    /// The measured values.
     value_before: f64,
     value_after: f64,
     unit: String,
@@ -62,11 +62,11 @@ pub(crate) fn run(args: &Compare, ui: &mut Ui) -> Result<ExitCode> {
         _ => bail!("give two records, or --run and two builds"),
     };
     report.rows.sort_by(|a, b| {
-        let worst = |row: &Row| row.verdict == Verdict::Worse;
+        let worst = |row: &Compared| row.verdict == Verdict::Worse;
         worst(b).cmp(&worst(a)).then(b.change.total_cmp(&a.change)).then(a.name.cmp(&b.name))
     });
     report.worse = report.rows.iter().filter(|row| row.verdict == Verdict::Worse).count();
-    let failed = |row: &&Row| row.verdict == Verdict::Worse && args.fail_on.contains(&row.kind);
+    let failed = |row: &&Compared| row.verdict == Verdict::Worse && args.fail_on.contains(&row.kind);
     report.failed = report.rows.iter().filter(failed).count();
     for warning in &report.warnings {
         ui.note(format_args!("warning: {warning}"));
@@ -75,7 +75,7 @@ pub(crate) fn run(args: &Compare, ui: &mut Ui) -> Result<ExitCode> {
     Ok(if report.failed > 0 { ExitCode::from(OUT_OF_TOLERANCE) } else { ExitCode::SUCCESS })
 }
 
-/// Refuses records that measure other things, and warns of what makes them less comparable.
+/// Refuses records of other benchmarks, and returns warnings about differences of machines and builds.
 fn check(before: &Record, after: &Record) -> Result<Vec<String>> {
     if (&before.suites, &before.only) != (&after.suites, &after.only) {
         let name = |record: &Record| {
@@ -90,21 +90,21 @@ fn check(before: &Record, after: &Record) -> Result<Vec<String>> {
     }
     let mut warnings = Vec::new();
     if !before.machine.same_hardware(&after.machine) {
-        warnings.push("two machines: only ratios and instruction counts are compared".to_owned());
+        warnings.push("the machines differ: only ratios and instruction counts are compared".to_owned());
     }
     if before.machine.isa != after.machine.isa || before.machine.threads != after.machine.threads {
         warnings.push(format!(
-            "{} on {} threads against {} on {}: times differ for that alone",
+            "{} on {} threads and {} on {}: this alone changes times",
             before.machine.isa, before.machine.threads, after.machine.isa, after.machine.threads
         ));
     }
     if !(before.build.optimized && after.build.optimized) {
-        warnings.push("a build without optimisation: its times say nothing of a release build".to_owned());
+        warnings.push("a build without optimisation: its times do not apply to release builds".to_owned());
     }
     Ok(warnings)
 }
 
-fn records(before: &Record, after: &Record, args: &Compare) -> Result<Report> {
+fn records(before: &Record, after: &Record, args: &Compare) -> Result<Comparison> {
     let mut warnings = check(before, after)?;
     let same_machine = before.machine.same_hardware(&after.machine);
     let same_bits = same_machine && before.machine.isa == after.machine.isa;
@@ -125,7 +125,7 @@ fn records(before: &Record, after: &Record, args: &Compare) -> Result<Report> {
     if rows.is_empty() {
         bail!("the records have nothing that can be compared; measure both on one machine");
     }
-    Ok(Report {
+    Ok(Comparison {
         before: origin(before),
         after: origin(after),
         fail_above: args.fail_above,
@@ -137,7 +137,7 @@ fn records(before: &Record, after: &Record, args: &Compare) -> Result<Report> {
     })
 }
 
-/// Says where processors handed data to each other at another speed.
+/// Warns if the exchange of data between processors had another speed.
 fn apart(before: &Record, after: &Record) -> Option<String> {
     let micros = |record: &Record| -> Option<f64> {
         let all = record.benchmarks.iter();
@@ -148,14 +148,20 @@ fn apart(before: &Record, after: &Record) -> Option<String> {
     let (a, b) = (micros(before)?, micros(after)?);
     (a.max(b) > FURTHER * a.min(b)).then(|| {
         format!(
-            "threads handed data to each other in {a:.0} µs before and {b:.0} µs after: the processors were in other places, \
-             and what shares data took another time for that alone; measure again, or use --run"
+            "the exchange of data between threads took {a:.0} µs before and {b:.0} µs after: the placement of the processors \
+             differed, which changes the time of work that shares data; measure again, or use --run"
         )
     })
 }
 
-/// None where the numbers of two machines cannot be compared.
-fn row(a: &Benchmark, b: &Benchmark, args: &Compare, same_machine: bool, same_bits: bool) -> Option<Row> {
+/// Compares two benchmarks; none where numbers of different machines cannot be compared.
+fn row(
+    a: &Benchmark,
+    b: &Benchmark,
+    args: &Compare,
+    same_machine: bool,
+    same_bits: bool,
+) -> Option<Compared> {
     let (before, after, compared) = match (a.kind, a.ratio, b.ratio) {
         (Kind::Time, Some(before), Some(after)) => (before, after, "ratio"),
         (Kind::Time, ..) if same_machine => (a.value, b.value, "seconds"),
@@ -175,7 +181,7 @@ fn row(a: &Benchmark, b: &Benchmark, args: &Compare, same_machine: bool, same_bi
                 && a.exchange_ratio.zip(b.exchange_ratio).is_none_or(|(a, b)| agrees(a, b));
         (change, if confirmed { verdict } else { Verdict::Same })
     };
-    Some(Row {
+    Some(Compared {
         name: a.name.clone(),
         kind: a.kind,
         compared,
@@ -190,14 +196,14 @@ fn row(a: &Benchmark, b: &Benchmark, args: &Compare, same_machine: bool, same_bi
     })
 }
 
-/// A number that is the same bits every time is worse when it is any other: better is for a person to say.
+/// Compares a reproducible number: any change beyond the tolerance is reported as worse.
 fn quality(before: Estimate, after: Estimate, tolerance: f64) -> (f64, Verdict) {
     let change = after.median / before.median - 1.0;
     (change, if change.abs() > tolerance { Verdict::Worse } else { Verdict::Same })
 }
 
 /// Runs two builds in turns, A B, B A, ..., and compares them round by round.
-fn builds(before: &Path, after: &Path, args: &Compare, ui: &Ui) -> Result<Report> {
+fn builds(before: &Path, after: &Path, args: &Compare, ui: &Ui) -> Result<Comparison> {
     let mut pairs: Vec<[Record; 2]> = Vec::new();
     for round in 0..args.rounds {
         let order = if round % 2 == 0 { [0, 1] } else { [1, 0] };
@@ -230,7 +236,7 @@ fn builds(before: &Path, after: &Path, args: &Compare, ui: &Ui) -> Result<Report
         warnings.push("a build changed while it was measured".to_owned());
     }
     let name = |path: &Path, record: &Record| format!("{}: {}", path.display(), origin(record));
-    Ok(Report {
+    Ok(Comparison {
         before: name(before, a),
         after: name(after, b),
         fail_above: args.fail_above,
@@ -242,7 +248,7 @@ fn builds(before: &Path, after: &Path, args: &Compare, ui: &Ui) -> Result<Report
     })
 }
 
-fn paired(name: &str, pairs: &[[Record; 2]], args: &Compare) -> Result<Row> {
+fn paired(name: &str, pairs: &[[Record; 2]], args: &Compare) -> Result<Compared> {
     let find = |record: &Record| record.benchmarks.iter().find(|one| one.name == name).cloned();
     let mut sides: [Vec<Benchmark>; 2] = [Vec::new(), Vec::new()];
     for [a, b] in pairs {
@@ -265,7 +271,7 @@ fn paired(name: &str, pairs: &[[Record; 2]], args: &Compare) -> Result<Row> {
         let (ratio, verdict) = judge_pairs(&ratios, args.fail_above);
         (ratio.median - 1.0, Some(ratio), verdict)
     };
-    Ok(Row {
+    Ok(Compared {
         name: name.to_owned(),
         kind,
         compared: match kind {
@@ -284,7 +290,7 @@ fn paired(name: &str, pairs: &[[Record; 2]], args: &Compare) -> Result<Row> {
     })
 }
 
-fn show(report: &Report) -> String {
+fn show(report: &Comparison) -> String {
     let mut table =
         Table::new(["benchmark", "change", "99 % interval", "verdict", "compared", "before", "after"]);
     let percent = |change: f64| format!("{:+.1} %", 100.0 * change);
@@ -397,7 +403,7 @@ mod tests {
         let apart = records(&exchange(&before, 1.0), &exchange(&slower, 1.4 / 3.0), &args()).unwrap();
         assert_eq!(apart.rows[0].verdict, Same);
         let told =
-            |report: &Report| report.warnings.iter().any(|warning| warning.contains("in other places"));
+            |report: &Comparison| report.warnings.iter().any(|warning| warning.contains("in other places"));
         assert!(told(&apart));
         let same = records(&exchange(&before, 1.0), &exchange(&slower, 1.4), &args()).unwrap();
         assert_eq!((same.rows[0].verdict, told(&same)), (Worse, false));

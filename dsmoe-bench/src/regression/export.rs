@@ -1,4 +1,4 @@
-//! A record in the formats of others, and for people.
+//! Records in the formats of other tools and as tables.
 
 use std::fmt::Write as _;
 
@@ -20,7 +20,7 @@ pub(crate) fn text(record: &Record, format: Format) -> Result<String> {
     })
 }
 
-/// Bencher's measures: latency is in nanoseconds.
+/// Writes the measures of Bencher, with latency in nanoseconds.
 fn bmf(record: &Record) -> Value {
     let measure = |Estimate { median, low, high }: Estimate, scale: f64| json!({ "value": scale * median, "lower_value": scale * low, "upper_value": scale * high });
     let mut all = Map::new();
@@ -41,7 +41,7 @@ fn bmf(record: &Record) -> Value {
     Value::Object(all)
 }
 
-/// Calibrated where there is a calibration: the tool of that name has one number per benchmark and no interval.
+/// Writes one number per benchmark for github-action-benchmark: the calibrated one where there is a calibration.
 fn gha(record: &Record) -> Value {
     let entry = |one: &Benchmark| {
         let (Estimate { median, low, high }, unit) =
@@ -103,7 +103,7 @@ fn cells(one: &Benchmark) -> [String; 5] {
     ]
 }
 
-/// A number of a benchmark with its unit.
+/// Formats a number of a benchmark with its unit.
 pub(crate) fn amount(value: f64, kind: Kind, unit: &str) -> String {
     match kind {
         Kind::Time => crate::timing::row::time(value),
@@ -113,7 +113,7 @@ pub(crate) fn amount(value: f64, kind: Kind, unit: &str) -> String {
     }
 }
 
-/// Where and what, in one line.
+/// Describes the machine and the build in one line.
 pub(crate) fn origin(record: &Record) -> String {
     let (machine, build) = (&record.machine, &record.build);
     format!(

@@ -1,4 +1,4 @@
-//! The file of a record.
+//! The file format of a record.
 
 use std::fs;
 use std::path::Path;
@@ -10,7 +10,7 @@ use super::statistics::Estimate;
 use crate::machine::Machine;
 
 const FORMAT: &str = "dsmoe-bench-record";
-/// Goes up whenever a field or a benchmark changes its meaning.
+/// Increases whenever a field or a benchmark changes its meaning.
 const VERSION: u32 = 2;
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -23,13 +23,13 @@ pub(crate) struct Record {
     pub(crate) machine: Machine,
     pub(crate) build: Build,
     pub(crate) suites: Vec<String>,
-    /// Part of a name that was asked for.
+    /// The part of the names that `--only` asked for.
     pub(crate) only: Option<String>,
     pub(crate) notes: Vec<String>,
     pub(crate) benchmarks: Vec<Benchmark>,
 }
 
-/// What was measured.
+/// The build that was measured.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Build {
@@ -39,7 +39,7 @@ pub(crate) struct Build {
     pub(crate) optimized: bool,
 }
 
-/// What a number is, and so how it is compared.
+/// The kind of a number, which determines how it is compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Kind {
@@ -47,7 +47,7 @@ pub(crate) enum Kind {
     Time,
     /// Instructions per call; compared as they are.
     Instructions,
-    /// Not to change, in either direction.
+    /// A number that must not change in either direction.
     Quality,
 }
 
@@ -58,24 +58,24 @@ pub(crate) struct Benchmark {
     pub(crate) name: String,
     pub(crate) kind: Kind,
     pub(crate) unit: String,
-    /// In `unit`, with the 99 % interval of the median.
+    /// The median in `unit` with its 99 % interval.
     pub(crate) value: Estimate,
-    /// Over the arithmetic of the calibration at the same moment.
+    /// The ratio to the arithmetic of the calibration at the same moment.
     pub(crate) ratio: Option<Estimate>,
-    /// Over the exchange of data between threads at the same moment.
+    /// The ratio to the exchange of data between threads at the same moment.
     pub(crate) exchange_ratio: Option<Estimate>,
-    /// Processes, or rounds of one.
+    /// The number of processes, or of rounds of one process.
     pub(crate) repetitions: usize,
-    /// Calls of each repetition, in the first process.
+    /// Calls in each repetition of the first process.
     pub(crate) calls: u64,
-    /// In `unit`, in the order they were taken: the median of each process, or each round of one.
+    /// The samples in `unit` in their order: the median of each process, or each round of one process.
     pub(crate) samples: Vec<f64>,
     pub(crate) ratio_samples: Vec<f64>,
     pub(crate) exchange_samples: Vec<f64>,
 }
 
 impl Benchmark {
-    /// A number that is the same every time.
+    /// Makes the benchmark of a number that is the same every time.
     pub(crate) fn exact(name: String, kind: Kind, unit: &str, value: f64) -> Benchmark {
         Benchmark {
             name,
@@ -94,7 +94,7 @@ impl Benchmark {
 }
 
 impl Record {
-    /// An empty one of this machine and this build, now.
+    /// Makes an empty record of this machine and this build at this time.
     pub(crate) fn new(suites: Vec<String>, only: Option<String>) -> Record {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         Record {
@@ -121,7 +121,7 @@ impl Record {
     }
 
     pub(crate) fn parse(text: &str) -> Result<Record> {
-        /// What is looked at before the rest.
+        /// The fields that are checked before the rest.
         #[derive(Deserialize)]
         struct Head {
             format: String,

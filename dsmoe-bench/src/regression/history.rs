@@ -1,4 +1,4 @@
-//! `dsmoe bench history`: the trend of every benchmark over records, as one HTML file.
+//! `dsmoe bench history`: writes the trend of every benchmark over records as an HTML file.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -14,7 +14,7 @@ use crate::report::html::page;
 use crate::report::{Block, Chapter, Figure, Look, Plot, Point, Report, Series};
 use crate::ui::Ui;
 
-/// The least that the height of a chart stands for, in percent: noise should not look like a cliff.
+/// The smallest range of a chart in percent, so that noise does not look like a change.
 const LEAST: f64 = 5.0;
 
 pub(crate) fn run(args: &History, ui: &mut Ui) -> Result<()> {
@@ -22,14 +22,14 @@ pub(crate) fn run(args: &History, ui: &mut Ui) -> Result<()> {
     for path in files(&args.records)? {
         records.push(Record::read(&path)?);
     }
-    // Of one second as they were named.
+    // The sort is stable: records of one second stay in the order of their names.
     records.sort_by_key(|record| record.time);
     std::fs::write(&args.out, page(&report(&records))).with_context(|| args.out.display().to_string())?;
     let done = serde_json::json!({ "out": args.out, "records": records.len() });
     ui.result(&done, |_| format!("{}: the trend over {} records", args.out.display(), records.len()))
 }
 
-/// The files named, and those that end in .json of the folders named, by name.
+/// Returns the named files, and the .json files of the named folders in the order of their names.
 fn files(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     for path in paths {
@@ -53,7 +53,7 @@ fn files(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// A chapter for each suite, in it a chart for each benchmark.
+/// Makes a report with a chapter for each suite and a chart for each benchmark.
 fn report(records: &[Record]) -> Report {
     let mut suites: BTreeMap<&str, BTreeMap<&str, Vec<_>>> = BTreeMap::new();
     for record in records {
@@ -78,7 +78,7 @@ fn report(records: &[Record]) -> Report {
     }
 }
 
-/// One benchmark, which is in at least one record.
+/// Makes the chart of a benchmark that is in at least one record.
 fn trend(name: &str, found: &[(&Record, &Benchmark)]) -> Figure {
     let compared = |one: &Benchmark| one.ratio.unwrap_or(one.value);
     let show = |one: &Benchmark| amount(one.value.median, one.kind, &one.unit);

@@ -1,4 +1,4 @@
-//! Instruction counts: the one number that a busy machine does not move.
+//! Instruction counts, which do not depend on the load of the machine.
 
 use std::fs;
 use std::hint::black_box;
@@ -13,7 +13,7 @@ use super::workloads::{Workload, suites};
 use crate::cli::bench::{Choice, Once, Suite};
 use crate::ui::Ui;
 
-/// What valgrind is told to start and to stop counting at: the functions below.
+/// The functions at which valgrind starts and stops counting.
 const BEGIN: &str = "*instruction_count_begins*";
 const END: &str = "*instruction_count_ends*";
 
@@ -24,23 +24,23 @@ fn instruction_count_begins() {
 
 #[inline(never)]
 fn instruction_count_ends() {
-    // Another body than that of the other, or the linker may make one function of both.
+    // A body that differs from the other, since the linker may merge equal functions.
     black_box(2);
     black_box(3);
 }
 
-/// What is counted: one process does all, and valgrind is slow.
-fn chosen(choice: &Choice) -> Vec<&'static Workload> {
+/// Returns the workloads to count: those of the suites that valgrind finishes in minutes.
+fn chosen(choice: &Choice) -> Vec<Workload> {
     let counted = suites(choice).into_iter().filter(|suite| matches!(suite, Suite::Kernels | Suite::Ffn));
-    counted.flat_map(|suite| suite.workloads()).filter(|one| choice.takes(one.name)).collect()
+    counted.flat_map(|suite| suite.workloads()).filter(|one| choice.takes(&one.name)).collect()
 }
 
-/// `dsmoe bench once`: each benchmark once to warm up, and once between the marks.
+/// `dsmoe bench once`: calls each benchmark once to warm up, and once between the marks.
 pub(crate) fn once(args: &Once, ui: &mut Ui) -> Result<()> {
-    let names = rayon::scope(|_| -> Result<Vec<&str>> {
+    let names = rayon::scope(|_| -> Result<Vec<String>> {
         let mut names = Vec::new();
         for workload in chosen(&args.choice) {
-            let mut task = (workload.build)()?;
+            let mut task = workload.build()?;
             task()?;
             if names.is_empty() {
                 // The first count has two million instructions too many, whatever is between the marks: not taken.
@@ -58,7 +58,7 @@ pub(crate) fn once(args: &Once, ui: &mut Ui) -> Result<()> {
     ui.result(&names, |names| names.join("\n"))
 }
 
-/// Counts the instructions of a call of every benchmark, or says why that cannot be done here.
+/// Counts the instructions of a call of every benchmark, or returns the reason why that is not possible.
 pub(crate) fn count(choice: &Choice) -> Result<Result<Vec<Benchmark>, String>> {
     if chosen(choice).is_empty() {
         return Ok(Err("no benchmark of kernels or ffn is chosen".to_owned()));
@@ -73,7 +73,7 @@ pub(crate) fn count(choice: &Choice) -> Result<Result<Vec<Benchmark>, String>> {
         return Ok(Err("there is no valgrind; install it".to_owned()));
     }
     let dir = tempfile::tempdir().context("cannot make a temporary directory; set TMPDIR")?;
-    // Valgrind knows no AVX-512.
+    // Valgrind does not support AVX-512.
     let isa = match std::env::var("DSMOE_ISA").ok().filter(|isa| isa != "avx512") {
         Some(isa) => isa,
         None if Isa::available().iter().any(|isa| isa.name() == "avx2") => "avx2".to_owned(),
@@ -98,7 +98,7 @@ pub(crate) fn count(choice: &Choice) -> Result<Result<Vec<Benchmark>, String>> {
     }
     let names: Vec<String> = serde_json::from_slice(&output.stdout).context("valgrind")?;
     let mut counts = Vec::new();
-    // From 1, and the first is not taken.
+    // Dumps count from 1, and the first one is skipped.
     for (i, name) in names.iter().enumerate() {
         let total = total(&dir.path().join(format!("counts.{}", i + 2)))?;
         counts.push(Benchmark::exact(
@@ -111,7 +111,7 @@ pub(crate) fn count(choice: &Choice) -> Result<Result<Vec<Benchmark>, String>> {
     Ok(Ok(counts))
 }
 
-/// The instructions of one dump of callgrind.
+/// Reads the instructions of one dump of callgrind.
 fn total(path: &Path) -> Result<u64> {
     let text = fs::read_to_string(path).with_context(|| path.display().to_string())?;
     let line = text.lines().find_map(|line| line.strip_prefix("summary:").or(line.strip_prefix("totals:")));

@@ -1,4 +1,4 @@
-//! The quality suite: a short training of fixed seeds, whose numbers are the same bits on one machine.
+//! The quality suite: a short training with fixed seeds. Its numbers are bit-identical on one machine.
 
 use std::fs;
 use std::path::Path;
@@ -22,7 +22,7 @@ use crate::models::tokenizer;
 use crate::training::drive;
 use crate::ui::Ui;
 
-/// Of each domain.
+/// Bytes of text of all domains.
 const TEXT_BYTES: u64 = 60_000;
 const VOCAB: usize = 512;
 const SEQ: usize = 64;
@@ -30,7 +30,7 @@ const STEPS: u64 = 80;
 const EXPERTS: usize = 8;
 const ACTIVE_TARGET: f64 = 0.5;
 
-/// Trains a dense model from nothing, cuts it into experts, and trains those to half of them.
+/// Trains a dense model from random weights, converts it, and trains the experts until half of them are active.
 pub(crate) fn measure(ui: &Ui) -> Result<Vec<Benchmark>> {
     ui.note("measuring quality");
     let ui = Ui { quiet: true, ..*ui };
@@ -59,7 +59,7 @@ pub(crate) fn measure(ui: &Ui) -> Result<Vec<Benchmark>> {
     Ok(numbers)
 }
 
-/// Trains the model in `source` into `out` and evaluates it on what was held out.
+/// Trains the model in `source` into `out` and evaluates it on the held-out text.
 fn train(
     source: &Path,
     out: &Path,

@@ -1,4 +1,4 @@
-//! `dsmoe bench record`: measures suites and writes what came out.
+//! `dsmoe bench record`: measures suites and writes a record.
 
 use std::hint::black_box;
 use std::path::Path;
@@ -15,7 +15,7 @@ use super::{export, instructions, quality};
 use crate::cli::bench::{Choice, Format, Record as Args, Suite};
 use crate::ui::Ui;
 
-/// A sample of a short task is this long at least.
+/// The least length of a sample of a short task.
 const SAMPLE_SECONDS: f64 = 0.01;
 const MOST_CALLS: f64 = 100_000.0;
 
@@ -79,12 +79,12 @@ fn measure(args: &Args, ui: &mut Ui) -> Result<Record> {
     Ok(record)
 }
 
-/// The benchmarks of a suite that are asked for.
-fn chosen(suite: Suite, choice: &Choice) -> Vec<&'static Workload> {
-    suite.workloads().iter().filter(|one| choice.takes(one.name)).collect()
+/// Returns the benchmarks of a suite that are asked for.
+fn chosen(suite: Suite, choice: &Choice) -> Vec<Workload> {
+    suite.workloads().into_iter().filter(|one| choice.takes(&one.name)).collect()
 }
 
-/// What one process of `program` measures.
+/// Measures in a process of `program`.
 pub(crate) fn in_process(program: &Path, choice: &Choice, repeats: u16) -> Result<Record> {
     let suites: Vec<&str> = choice.suite.iter().map(|suite| suite.name()).collect();
     let mut command = Command::new(program);
@@ -102,7 +102,7 @@ pub(crate) fn in_process(program: &Path, choice: &Choice, repeats: u16) -> Resul
     Record::parse(&String::from_utf8_lossy(&output.stdout)).with_context(|| program.display().to_string())
 }
 
-/// One benchmark of the medians of every process.
+/// Merges the records of all processes: the samples are their medians.
 fn merge(all: &[Record]) -> Result<Vec<Benchmark>> {
     let mut merged = Vec::new();
     for one in all.first().map_or(&[][..], |first| &first.benchmarks) {
@@ -134,7 +134,7 @@ fn merge(all: &[Record]) -> Result<Vec<Benchmark>> {
 
 /// A benchmark while it is measured.
 struct Contestant {
-    name: &'static str,
+    name: String,
     task: Task,
     calls: u64,
     samples: Vec<f64>,
@@ -142,17 +142,17 @@ struct Contestant {
     exchanges: Vec<f64>,
 }
 
-/// Times `workloads` in turns, each sample between two of the calibration kernel.
-fn time(workloads: &[&Workload], rounds: usize) -> Result<Vec<Benchmark>> {
+/// Times `workloads` in turns, each sample between two calibrations.
+fn time(workloads: &[Workload], rounds: usize) -> Result<Vec<Benchmark>> {
     let mut contestants = Vec::new();
     for workload in workloads {
-        let mut task = (workload.build)().with_context(|| workload.name)?;
+        let mut task = workload.build().with_context(|| workload.name.clone())?;
         // The first calls size buffers and fill caches.
         seconds(&mut task, 1)?;
         let call = seconds(&mut task, 1)?.min(seconds(&mut task, 1)?);
         let calls = (SAMPLE_SECONDS / call).clamp(1.0, MOST_CALLS) as u64;
         contestants.push(Contestant {
-            name: workload.name,
+            name: workload.name.clone(),
             task,
             calls,
             samples: Vec::with_capacity(rounds),
@@ -164,7 +164,7 @@ fn time(workloads: &[&Workload], rounds: usize) -> Result<Vec<Benchmark>> {
     let mut before = calibration.now();
     for _ in 0..rounds {
         for one in &mut contestants {
-            let sample = seconds(&mut one.task, one.calls).with_context(|| one.name)?;
+            let sample = seconds(&mut one.task, one.calls).with_context(|| one.name.clone())?;
             let after = calibration.now();
             one.samples.push(sample);
             let around = before.midpoint(after);
@@ -174,7 +174,7 @@ fn time(workloads: &[&Workload], rounds: usize) -> Result<Vec<Benchmark>> {
         }
     }
     let benchmark = |one: Contestant| Benchmark {
-        name: one.name.to_owned(),
+        name: one.name,
         kind: Kind::Time,
         unit: "s".to_owned(),
         value: Estimate::of(&one.samples),
@@ -189,7 +189,7 @@ fn time(workloads: &[&Workload], rounds: usize) -> Result<Vec<Benchmark>> {
     Ok(contestants.into_iter().map(benchmark).collect())
 }
 
-/// Seconds per call.
+/// Returns the seconds per call.
 fn seconds(task: &mut Task, calls: u64) -> Result<f64> {
     let started = Instant::now();
     let mut parts = None;

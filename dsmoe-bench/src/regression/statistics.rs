@@ -1,11 +1,11 @@
-//! Medians, their intervals, and what counts as a change.
+//! Medians, their intervals, and the detection of changes.
 
 use serde::{Deserialize, Serialize};
 
-/// The probability that an interval holds the median, at least.
+/// The least probability that an interval contains the median.
 pub(crate) const CONFIDENCE: f64 = 0.99;
 
-/// A median with the interval of order statistics around it.
+/// A median with its interval by order statistics.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Estimate {
@@ -15,11 +15,11 @@ pub(crate) struct Estimate {
 }
 
 impl Estimate {
-    /// Of samples; no assumption is made about how they are spread. With fewer than 8 the interval is from the
-    /// smallest to the largest and holds the median less often than [`CONFIDENCE`].
+    /// Estimates the median without an assumption about the distribution. With fewer than 8 samples the interval is
+    /// their range and contains the median less often than [`CONFIDENCE`].
     ///
     /// # Panics
-    /// Without samples.
+    /// There are no samples.
     pub(crate) fn of(samples: &[f64]) -> Estimate {
         let mut sorted = samples.to_vec();
         sorted.sort_by(f64::total_cmp);
@@ -29,14 +29,14 @@ impl Estimate {
         Estimate { median, low: sorted[outside], high: sorted[n - 1 - outside] }
     }
 
-    /// A number that is known.
+    /// Makes the estimate of a known number.
     pub(crate) fn exact(value: f64) -> Estimate {
         Estimate { median: value, low: value, high: value }
     }
 }
 
-/// How many of `n` sorted samples lie outside the interval on each side: the median is below the (k + 1)-th smallest with
-/// the probability that at most k of n fair coins fall heads.
+/// Returns the number of `n` sorted samples outside the interval on each side: the median is below the (k + 1)-th
+/// smallest sample with the probability of at most k heads in n fair coin tosses.
 fn rank(n: usize) -> usize {
     let mut term = 0.5f64.powi(n as i32);
     let (mut sum, mut k) = (term, 0);
@@ -51,7 +51,7 @@ fn rank(n: usize) -> usize {
     k.min(n.saturating_sub(1) / 2)
 }
 
-/// What became of a benchmark.
+/// The verdict about a benchmark.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Verdict {
@@ -60,8 +60,8 @@ pub(crate) enum Verdict {
     Same,
 }
 
-/// Two medians where less is better: another than before only when the intervals have nothing in common and the change
-/// is more than `limit`. The change as a share of `before` comes with it.
+/// Compares two medians where less is better. They differ only if the intervals are disjoint and the change exceeds
+/// `limit`. Returns the relative change as well.
 pub(crate) fn judge(before: Estimate, after: Estimate, limit: f64) -> (f64, Verdict) {
     let change = after.median / before.median - 1.0;
     let verdict = if after.low > before.high && change > limit {
@@ -74,8 +74,8 @@ pub(crate) fn judge(before: Estimate, after: Estimate, limit: f64) -> (f64, Verd
     (change, verdict)
 }
 
-/// Ratios after / before of rounds in which both had their turn: another than 1 only when the interval does not hold 1 and
-/// the median is further from it than `limit`.
+/// Judges the ratios after / before of rounds in which both took turns. They differ from 1 only if the interval does
+/// not contain 1 and the median is further from it than `limit`.
 pub(crate) fn judge_pairs(ratios: &[f64], limit: f64) -> (Estimate, Verdict) {
     let ratio = Estimate::of(ratios);
     (ratio, judge(Estimate::exact(1.0), ratio, limit).1)

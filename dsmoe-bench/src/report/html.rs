@@ -1,4 +1,4 @@
-//! A report as one self-contained HTML page: charts are inline SVG, nothing is fetched.
+//! Reports as self-contained HTML pages. Charts are inline SVG, and nothing is fetched.
 
 use std::fmt::Write as _;
 
@@ -8,7 +8,7 @@ use super::{Block, Cell, Figure, Look, Plot, Report, Series, Tabular};
 const STYLE: &str = include_str!("style.css");
 const SCRIPT: &str = include_str!("script.js");
 
-/// The report as HTML.
+/// Writes the report as HTML.
 pub(crate) fn page(report: &Report) -> String {
     let mut out = String::new();
     let title = escape(&report.title);
@@ -48,7 +48,7 @@ pub(crate) fn page(report: &Report) -> String {
     out
 }
 
-/// [`escape`] with `code` between backticks.
+/// Escapes text and marks code between backticks.
 fn prose(text: &str) -> String {
     let parts: Vec<String> = escape(text).split('`').map(str::to_owned).collect();
     if parts.len().is_multiple_of(2) {
@@ -87,7 +87,7 @@ fn table_html(table: &Tabular) -> String {
 
 fn cell_html(cell: &Cell, first: bool, numeric: bool) -> String {
     let tag = if first { "th scope=\"row\"" } else { "td" };
-    // Short words stay on one line; sentences break.
+    // Short texts stay on one line.
     let class = match (numeric && !first, cell.text.chars().count() > 40) {
         (true, _) => " class=\"n\"",
         (false, true) => " class=\"long\"",
@@ -118,7 +118,7 @@ fn figure_html(figure: &Figure) -> String {
     )
 }
 
-/// The names of lines; clouds have theirs beside them.
+/// Lists the names of lines; clouds have theirs beside their marks.
 fn legend(series: &[Series]) -> String {
     let mut names = String::new();
     for (i, one) in series.iter().enumerate().filter(|(_, one)| one.look != Look::Cloud) {
@@ -159,7 +159,7 @@ mod tests {
         Series { name: "s & t".to_owned(), points: points.iter().map(point).collect(), look }
     }
 
-    /// Whether tags close in order and text has no bare signs.
+    /// Reports whether tags close in order and text has no unescaped characters.
     fn is_well_formed(xml: &str) -> bool {
         let mut open: Vec<&str> = Vec::new();
         let mut rest = xml;
@@ -202,7 +202,7 @@ mod tests {
         assert!(!html.contains("<script>alert") && html.contains("&lt;script&gt;alert"), "{html}");
         assert!(html.contains("T &lt;script&gt;") && html.contains("<code>code</code> &amp; more"), "{html}");
         assert!(html.contains("data-v=\"1.5\"") && html.contains("data-tip=\"&quot;\""), "{html}");
-        // No network: nothing is named that a browser would fetch.
+        // A browser fetches nothing.
         assert!(!html.contains("src=") && !html.contains("url(") && !html.contains("<link"), "{html}");
     }
 

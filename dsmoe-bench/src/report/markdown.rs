@@ -1,10 +1,10 @@
-//! A report as Markdown, and its tables as CSV.
+//! Reports as Markdown, and their tables as CSV.
 
 use std::fmt::Write as _;
 
 use super::{Block, Figure, Plot, Report, Tabular, number};
 
-/// The report as one Markdown text; charts are told as their numbers.
+/// Writes the report as Markdown. Charts become tables of their numbers.
 pub(crate) fn markdown(report: &Report) -> String {
     let mut out = format!("# {}\n\n{}\n", report.title, report.subtitle);
     for chapter in &report.chapters {
@@ -38,7 +38,7 @@ fn table_text(table: &Tabular) -> String {
     out
 }
 
-/// A table as CSV, numbers in full.
+/// Writes a table as CSV with numbers in full precision.
 pub(crate) fn csv(table: &Tabular) -> String {
     let quote = |text: &str| match text.contains([',', '"', '\n']) {
         true => format!("\"{}\"", text.replace('"', "\"\"")),
@@ -55,7 +55,7 @@ pub(crate) fn csv(table: &Tabular) -> String {
     out
 }
 
-/// The numbers of a chart as a table.
+/// Returns the numbers of a chart as a table.
 pub(crate) fn numbers(figure: &Figure) -> Tabular {
     let cell = |value: f64| number(value, |x| format!("{x:.4}"));
     let mut table =

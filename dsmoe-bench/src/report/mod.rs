@@ -1,15 +1,15 @@
-//! A report as chapters of text, tables and charts, whatever it is written as.
+//! Reports of text, tables and charts, independent of the format in which they are written.
 
 pub(crate) mod html;
 pub(crate) mod markdown;
 pub(crate) mod svg;
 
-/// One cell: what is shown, and the number behind it to sort by.
+/// A cell: the text, and the number to sort by.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Cell {
     pub(crate) text: String,
     pub(crate) value: Option<f64>,
-    /// Shown when pointed at.
+    /// Shown when the pointer is over it.
     pub(crate) tip: Option<String>,
 }
 
@@ -32,12 +32,12 @@ impl From<&str> for Cell {
     }
 }
 
-/// A number as `show` writes it.
+/// Makes a cell of a number in the format of `show`.
 pub(crate) fn number(value: f64, show: impl FnOnce(f64) -> String) -> Cell {
     Cell { text: show(value), value: Some(value), tip: None }
 }
 
-/// [`number`], or a dash.
+/// Makes a cell of a number, or of a dash if there is none.
 pub(crate) fn optional(value: Option<f64>, show: impl FnOnce(f64) -> String) -> Cell {
     value.map_or("–".into(), |value| number(value, show))
 }
@@ -79,9 +79,9 @@ impl Tabular {
 pub(crate) struct Point {
     pub(crate) x: f64,
     pub(crate) y: f64,
-    /// Shown when pointed at.
+    /// Shown when the pointer is over it.
     pub(crate) tip: String,
-    /// From where to where y may be.
+    /// Interval of y.
     pub(crate) range: Option<[f64; 2]>,
 }
 
@@ -94,11 +94,11 @@ impl Point {
 /// How the points of a series are drawn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Look {
-    /// Large marks, each beside its name.
+    /// Large marks with their names.
     Cloud,
     Line,
     Dashed,
-    /// A dashed line without marks, through those of others.
+    /// A dashed line without marks, through the marks of other series.
     Guide,
 }
 
@@ -110,15 +110,15 @@ pub(crate) struct Series {
     pub(crate) look: Look,
 }
 
-/// What a chart shows.
+/// The contents of a chart.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Plot {
     Axes {
         series: Vec<Series>,
-        /// The least height of the y axis: noise should not look like a cliff.
+        /// Least range of the y axis, so that noise does not look large.
         least: f64,
     },
-    /// Names of rows and columns, and values.
+    /// A table of coloured cells.
     Heat { rows: Vec<String>, columns: Vec<String>, values: Vec<Vec<f64>> },
 }
 
@@ -133,7 +133,7 @@ pub(crate) struct Figure {
 }
 
 impl Figure {
-    /// A chart between two axes, without a note.
+    /// Makes a chart with two axes and without a note.
     pub(crate) fn new(id: impl Into<String>, title: &str, [x, y]: [&str; 2], series: Vec<Series>) -> Figure {
         Figure {
             id: id.into(),

@@ -22,7 +22,7 @@ const BOTTOM: f64 = 48.0;
 /// A y axis is logarithmic when the largest value is more than this many times the smallest.
 const MANY_SIZES: f64 = 30.0;
 
-/// The text with the special characters of XML replaced.
+/// Replaces the special characters of XML.
 pub(super) fn escape(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
@@ -32,7 +32,7 @@ pub(super) fn escape(text: &str) -> String {
             '>' => out += "&gt;",
             '"' => out += "&quot;",
             '\'' => out += "&#39;",
-            // What XML has no form for.
+            // XML cannot represent control characters.
             c if c.is_control() && c != '\n' && c != '\t' => out.push('\u{fffd}'),
             c => out.push(c),
         }
@@ -40,12 +40,12 @@ pub(super) fn escape(text: &str) -> String {
     out
 }
 
-/// The class of lines that are dashed.
+/// Returns the CSS class of a dashed line.
 pub(super) fn dash(series: &Series) -> &'static str {
     if matches!(series.look, Look::Dashed | Look::Guide) { " dash" } else { "" }
 }
 
-/// The chart as an SVG element without a style of its own.
+/// Writes the chart as an SVG element without a style.
 pub(super) fn chart(figure: &Figure) -> String {
     match &figure.plot {
         Plot::Axes { series, least } => axes_svg(figure, series, *least),
@@ -53,7 +53,7 @@ pub(super) fn chart(figure: &Figure) -> String {
     }
 }
 
-/// The chart alone, as a file of its own: its style comes along.
+/// Writes the chart as a file of its own with its style.
 pub(crate) fn svg(figure: &Figure) -> String {
     let inner = chart(figure);
     let style = format!("<style>{STYLE}{ALONE}</style>");
@@ -61,7 +61,7 @@ pub(crate) fn svg(figure: &Figure) -> String {
     format!("{}{style}{}\n", &inner[..at], &inner[at..])
 }
 
-/// Places for about `count` marks from `low` to `high`: multiples of 1, 2 or 5 times a power of ten.
+/// Chooses about `count` ticks from `low` to `high`: multiples of 1, 2 or 5 times a power of ten.
 fn ticks(low: f64, high: f64, count: f64) -> Vec<f64> {
     let span = high - low;
     if !(span > 0.0 && span.is_finite()) {
@@ -78,14 +78,14 @@ fn ticks(low: f64, high: f64, count: f64) -> Vec<f64> {
     (first..=last).take(50).map(|i| i as f64 * step).collect()
 }
 
-/// The largest over the smallest value; 0 where there is no logarithm of all.
+/// Returns the largest over the smallest value, or 0 if not all are positive.
 fn spread(values: impl Iterator<Item = f64>) -> f64 {
     let (low, high) =
         values.filter(|v| v.is_finite()).fold((f64::INFINITY, 0.0f64), |(l, h), v| (l.min(v), h.max(v)));
     if low > 0.0 && low <= high { high / low } else { 0.0 }
 }
 
-/// Powers of ten, and where they are few their doubles and fives, between two logarithms.
+/// Chooses ticks between two logarithms: powers of ten, and twice and five times them if they are few.
 fn log_ticks(low: f64, high: f64) -> Vec<f64> {
     let powers = (low.floor() as i32..=high.ceil() as i32).take(40);
     let steps: &[f64] = if high - low > 4.0 { &[1.0] } else { &[1.0, 2.0, 5.0] };
@@ -93,7 +93,7 @@ fn log_ticks(low: f64, high: f64) -> Vec<f64> {
     all.filter(|y| (low..=high).contains(&y.log10())).collect()
 }
 
-/// A number as an axis shows it.
+/// Formats a number for an axis.
 fn short(value: f64) -> String {
     let size = value.abs();
     let with = |value: f64, unit: &str| {
@@ -110,7 +110,7 @@ fn short(value: f64) -> String {
     }
 }
 
-/// A range a little wider than the values and no smaller than `least`, or some range where there are none.
+/// Returns a range slightly wider than the values and at least `least` wide, or 0 to 1 without values.
 fn range(values: impl Iterator<Item = f64>, least: f64) -> (f64, f64) {
     let (low, high) = values
         .filter(|v| v.is_finite())
@@ -133,7 +133,6 @@ fn open(figure: &Figure, width: f64, height: f64) -> String {
 fn axes_svg(figure: &Figure, series: &[Series], least: f64) -> String {
     let points = || series.iter().flat_map(|one| one.points.iter());
     let (x0, x1) = range(points().map(|p| p.x), 0.0);
-    // Values of many sizes stand on a logarithmic axis.
     let log = spread(points().map(|p| p.y)) > MANY_SIZES;
     let up = |y: f64| if log { y.log10() } else { y };
     let heights = points().flat_map(|p| p.range.into_iter().flatten().chain([p.y]));
@@ -174,10 +173,10 @@ fn axes_svg(figure: &Figure, series: &[Series], least: f64) -> String {
         (TOP + HEIGHT - BOTTOM) / 2.0,
         escape(&if log { format!("{}, logarithmic", figure.y) } else { figure.y.clone() })
     );
-    // Where names stand: left, right and height.
+    // Places of names: left, right and height.
     let mut names: Vec<(f64, f64, f64)> = Vec::new();
     let mut layers: Vec<_> = series.iter().enumerate().collect();
-    // Under the marks that it goes through.
+    // A guide is drawn under the marks that it passes.
     layers.sort_by_key(|(_, one)| one.look != Look::Guide);
     for (i, one) in layers {
         let class = i % COLOURS;
@@ -209,7 +208,7 @@ fn axes_svg(figure: &Figure, series: &[Series], least: f64) -> String {
             if one.look != Look::Cloud {
                 continue;
             }
-            // More clouds than colours: each says its name where there is room; the others say it when pointed at.
+            // There may be more clouds than colours: each shows its name if there is room, and in its tip otherwise.
             let width = 7.0 * one.name.chars().count() as f64;
             let free = |from: f64| {
                 let apart = |&(left, right, y_of): &(f64, f64, f64)| {
@@ -238,7 +237,7 @@ fn heat_svg(figure: &Figure, rows: &[String], columns: &[String], values: &[Vec<
     let height = TOP + rows.len() as f64 * cell_h + 40.0;
     let finite = || values.iter().flatten().copied().filter(|v| v.is_finite());
     let (low, high) = finite().fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), v| (l.min(v), h.max(v)));
-    // The same decimals in all cells, where they are of one size.
+    // All cells have the same decimals if their values are of similar size.
     let show = |value: f64| if high < 100.0 && low > -100.0 { format!("{value:.2}") } else { short(value) };
     let mut out = open(figure, WIDTH, height);
     for (r, name) in rows.iter().enumerate() {

@@ -1,4 +1,4 @@
-//! Stages: what was done once is found again by a hash of what went into it.
+//! The cache of stages. The result of a stage is found by a hash of its settings and inputs.
 
 use std::fmt;
 use std::fs;
@@ -11,11 +11,11 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-/// Raised when a stage computes something else than before from the same settings.
+/// Version of the computations of stages: it is raised when the same settings give another result.
 const CODE_FORMAT: u32 = 2;
 const RESULT: &str = "result.json";
 
-/// Work stopped on request; what was done is kept.
+/// The work was stopped on request. Finished stages are kept.
 #[derive(Debug)]
 pub(crate) struct Interrupted;
 
@@ -27,7 +27,7 @@ impl fmt::Display for Interrupted {
 
 impl std::error::Error for Interrupted {}
 
-/// A hash of settings and of the keys of what goes in.
+/// A hash of the settings of a stage and of the keys of its inputs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct Key(String);
 
@@ -52,18 +52,18 @@ impl Cache {
         Cache { dir }
     }
 
-    /// The directory of a stage.
+    /// Returns the directory of a stage.
     pub(crate) fn dir(&self, stage: &str, key: &Key) -> PathBuf {
         self.dir.join(format!("{stage}-{}", &key.0[..16]))
     }
 
-    /// What a stage came to, if it was done.
+    /// Returns the result of a stage, if it was done.
     pub(crate) fn get<T: DeserializeOwned>(&self, stage: &str, key: &Key) -> Option<T> {
         let text = fs::read_to_string(self.dir(stage, key).join(RESULT)).ok()?;
         serde_json::from_str(&text).ok()
     }
 
-    /// Does a stage unless it was done: `work` gets its directory, which may hold what an interrupted try left.
+    /// Does a stage unless it was done. `work` receives its directory, which may hold files of an interrupted try.
     pub(crate) fn stage<T: Serialize + DeserializeOwned>(
         &self,
         stage: &str,
@@ -81,13 +81,13 @@ impl Cache {
     }
 }
 
-/// Writes a file as a whole or not at all.
+/// Writes a file atomically.
 pub(crate) fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     let place = || path.display().to_string();
     let folder = path.parent().unwrap_or(Path::new("."));
     fs::create_dir_all(folder).with_context(place)?;
     let mut builder = tempfile::Builder::new();
-    // Others may read it, as far as the user's settings allow.
+    // Temporary files are private by default; this one gets the usual permissions.
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
     let mut file = builder.tempfile_in(folder).with_context(place)?;
@@ -97,7 +97,7 @@ pub(crate) fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// [`write`] of indented JSON.
+/// Writes indented JSON atomically.
 pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
     let mut text = serde_json::to_string_pretty(value)?;
     text.push('\n');

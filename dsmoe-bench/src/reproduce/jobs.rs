@@ -6,7 +6,7 @@ use super::options::Options;
 use super::outputs::{Output, Part};
 use super::profile::{MethodSpec, Profile};
 
-/// One model of the comparison.
+/// A method and seed.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Job<'a> {
     pub(crate) spec: &'a MethodSpec,
@@ -14,43 +14,53 @@ pub(crate) struct Job<'a> {
 }
 
 impl Job<'_> {
-    /// What its files are called.
+    /// Returns the name of its files.
     pub(crate) fn id(&self) -> String {
         format!("{}-s{}", self.spec.name, self.seed)
     }
 }
 
-/// A method and seed, what is measured of it, and its number among all.
-pub(crate) type Planned<'a> = (usize, Job<'a>, Vec<Part>);
+/// A model to make.
+pub(crate) struct Planned<'a> {
+    /// Number among the models of all parts.
+    pub(crate) number: usize,
+    pub(crate) job: Job<'a>,
+    /// Parts that are measured.
+    pub(crate) parts: Vec<Part>,
+}
 
-/// The methods and seeds of this shard.
-pub(crate) fn jobs<'a>(profile: &'a Profile, args: &Options, outputs: &[Output]) -> Result<Vec<Planned<'a>>> {
-    let mut jobs = all_jobs(profile, args, outputs)?;
-    if let Some(shard) = args.shard {
-        jobs.retain(|(number, ..)| shard.has(*number));
+/// Lists the models of this part of the reproduction.
+pub(crate) fn jobs<'a>(
+    profile: &'a Profile,
+    options: &Options,
+    outputs: &[Output],
+) -> Result<Vec<Planned<'a>>> {
+    let mut jobs = all_jobs(profile, options, outputs)?;
+    if let Some(shard) = options.shard {
+        jobs.retain(|planned| shard.has(planned.number));
     }
     Ok(jobs)
 }
 
-/// All methods and seeds that the outputs need.
+/// Lists all models that the outputs need.
 pub(crate) fn all_jobs<'a>(
     profile: &'a Profile,
-    args: &Options,
+    options: &Options,
     outputs: &[Output],
 ) -> Result<Vec<Planned<'a>>> {
-    for name in &args.methods {
+    for name in &options.methods {
         if !profile.method.iter().any(|spec| spec.name == *name) {
             let names: Vec<&str> = profile.method.iter().map(|spec| spec.name.as_str()).collect();
             bail!("--methods {name}: profile {} has no such method; use {}", profile.name, names.join(", "));
         }
     }
-    let wanted = |spec: &&MethodSpec| args.methods.is_empty() || args.methods.contains(&spec.name);
+    let wanted = |spec: &&MethodSpec| options.methods.is_empty() || options.methods.contains(&spec.name);
     let mut jobs = Vec::new();
     for seed in 0..profile.seeds {
         for spec in profile.method.iter().filter(wanted) {
             let parts = Output::parts_of(outputs, spec);
             if !parts.is_empty() {
-                jobs.push((jobs.len(), Job { spec, seed }, parts));
+                jobs.push(Planned { number: jobs.len(), job: Job { spec, seed }, parts });
             }
         }
     }

@@ -1,12 +1,12 @@
-//! What is measured of a model: perplexity by source and window, layers, thresholds, tokens, tasks.
+//! Measurements of a model: perplexity by source and window, active experts by layer, thresholds, tokens and tasks.
 
 use std::collections::BTreeMap;
 
 use anyhow::{Result, bail};
 use dsmoe_core::Inference;
-use dsmoe_core::model::Workspace;
+use dsmoe_datasets::Tokenizer;
 use dsmoe_datasets::tasks::{Loaded, Profile as TaskProfile, Request};
-use dsmoe_datasets::{Tokenizer, eval_windows};
+use dsmoe_train::eval::{EvalOptions, evaluate_detailed};
 use dsmoe_train::tasks::Responder;
 use serde::{Deserialize, Serialize};
 
@@ -14,24 +14,24 @@ use super::cache::Interrupted;
 use super::text::{HeldOut, task_bos};
 use crate::interrupts::STOP;
 
-/// Tokens in a forward pass, about.
+/// Approximate number of tokens in a forward pass.
 const BATCH_TOKENS: usize = 2048;
 /// Groups of tokens by difficulty.
 const BINS: usize = 10;
 /// Bisections of a threshold.
 const BISECTIONS: usize = 24;
 
-/// Perplexity on held-out text and what was active for it.
+/// Perplexity on held-out text, and the share of experts that were active for it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct TextResult {
     pub(crate) nll: f64,
     pub(crate) ppl: f64,
-    /// Share of active experts; none where no router decides it.
+    /// Share of active experts; absent without routers.
     pub(crate) active_ratio: Option<f64>,
     pub(crate) params_total: u64,
     pub(crate) params_activated: f64,
     pub(crate) flops_per_token: f64,
-    /// The threshold that was looked for after training.
+    /// The threshold that was found after training.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) threshold: Option<f32>,
     pub(crate) domains: Vec<DomainResult>,
@@ -53,7 +53,7 @@ pub(crate) struct DomainResult {
     pub(crate) windows: Vec<(f64, u64)>,
 }
 
-/// What single tokens showed, in the order of the held-out text.
+/// Measurements of single tokens, in the order of the held-out text.
 #[derive(Debug, Default)]
 pub(crate) struct PerToken {
     pub(crate) losses: Vec<f32>,
@@ -69,52 +69,34 @@ pub(crate) fn text(
     windows: usize,
 ) -> Result<(TextResult, PerToken)> {
     let accounting = model.accounting();
-    let layers = model.config().num_layers;
+    let layers = model.config().num_layers as f64;
+    let options = EvalOptions { seq: seq + 1, stride: seq + 1, batch_tokens: BATCH_TOKENS };
     let mut tokens = PerToken::default();
     let mut domains = Vec::new();
     let (mut nll, mut ratio) = (0.0, Some(0.0));
     for part in held_out {
         let ids = &part.ids[..part.ids.len().min(windows * (seq + 1))];
-        let mut stats = model.new_stats().map(|stats| stats.traced());
-        let mut of_windows = Vec::new();
-        let mut workspace = Workspace::default();
-        let (mut inputs, mut targets, mut losses) = (Vec::new(), Vec::new(), Vec::new());
-        let all = eval_windows(ids.len(), seq + 1, seq + 1)?;
-        for batch in all.chunks((BATCH_TOKENS / seq).max(1)) {
-            inputs.clear();
-            targets.clear();
-            for window in batch {
-                inputs.extend_from_slice(&ids[window.start..window.end - 1]);
-                targets.extend_from_slice(&ids[window.start + 1..window.end]);
-            }
-            losses.resize(inputs.len(), 0.0f32);
-            model.score(&mut losses, &inputs, &targets, seq, stats.as_mut(), &mut workspace)?;
-            for losses in losses.chunks(seq) {
-                of_windows
-                    .push((losses.iter().map(|&loss| f64::from(loss)).sum::<f64>(), losses.len() as u64));
-            }
-            tokens.losses.extend_from_slice(&losses);
-        }
-        let (sum, count) = of_windows.iter().fold((0.0, 0), |all, one| (all.0 + one.0, all.1 + one.1));
+        let (report, detail) = evaluate_detailed(model, ids, options, &mut |_, _| {})?;
+        let windows: Vec<(f64, u64)> =
+            detail.windows.iter().map(|window| (window.nll_sum, window.predicted as u64)).collect();
+        let (sum, count) = windows.iter().fold((0.0, 0), |all, one| (all.0 + one.0, all.1 + one.1));
         let mean = sum / count as f64;
         if !mean.is_finite() {
             bail!("the likelihood of {} is not finite: the model overflows", part.name);
         }
         nll += part.share * mean;
-        if let Some(stats) = &stats {
-            tokens.active.extend(stats.active_of_tokens().iter().map(|&sum| f64::from(sum) / layers as f64));
-        }
-        let routing = stats.map(|stats| stats.summary());
-        ratio = ratio.zip(routing.as_ref()).map(|(all, routing)| all + part.share * routing.active_ratio);
+        ratio = ratio.zip(report.active_ratio).map(|(all, active)| all + part.share * active);
+        tokens.losses.extend(detail.losses);
+        tokens.active.extend(detail.active.iter().map(|&sum| f64::from(sum) / layers));
         domains.push(DomainResult {
             name: part.name.clone(),
             share: part.share,
             nll: mean,
             ppl: mean.exp(),
-            active_ratio: routing.as_ref().map(|routing| routing.active_ratio),
-            active_ratio_per_layer: routing.as_ref().map(|routing| routing.active_ratio_per_layer.clone()),
-            zero_active_share: routing.as_ref().map(|routing| routing.zero_active_share),
-            windows: of_windows,
+            active_ratio: report.active_ratio,
+            active_ratio_per_layer: report.active_ratio_per_layer,
+            zero_active_share: report.zero_active_share,
+            windows,
         });
     }
     let active = ratio.unwrap_or(0.0) * accounting.num_experts as f64;
@@ -141,7 +123,7 @@ pub(crate) struct SweepPoint {
     pub(crate) params_activated: f64,
 }
 
-/// Measures a gated model at other thresholds, which it keeps.
+/// Measures a gated model at other thresholds. The model keeps the last.
 pub(crate) fn sweep(
     model: &mut Inference,
     held_out: &[HeldOut],
@@ -163,7 +145,7 @@ pub(crate) fn sweep(
     thresholds.iter().map(point).collect()
 }
 
-/// The threshold at which a gated model has that share of experts active, which it keeps.
+/// Finds the threshold at which a gated model has that share of experts active. The model keeps it.
 pub(crate) fn find_threshold(
     model: &mut Inference,
     held_out: &[HeldOut],
@@ -182,11 +164,11 @@ pub(crate) fn find_threshold(
     Ok(high)
 }
 
-/// Tokens of about one difficulty.
+/// Tokens of similar difficulty.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Bin {
     pub(crate) tokens: usize,
-    /// Mean loss of the dense model, which says how hard they are.
+    /// Mean loss of the dense model, the measure of difficulty.
     pub(crate) dense_nll: f64,
     /// Mean loss of this model.
     pub(crate) nll: f64,
@@ -205,7 +187,7 @@ pub(crate) struct Difficulty {
     pub(crate) histogram: Vec<u64>,
 }
 
-/// Sorts tokens by the dense model's losses and says how many experts each group has.
+/// Groups tokens by the losses of the dense model and counts the active experts of each group.
 pub(crate) fn difficulty(dense: &[f32], tokens: &PerToken, experts: usize) -> Difficulty {
     let mut order: Vec<usize> = (0..dense.len()).collect();
     order.sort_by(|&a, &b| dense[a].total_cmp(&dense[b]).then(a.cmp(&b)));
@@ -230,21 +212,21 @@ pub(crate) fn difficulty(dense: &[f32], tokens: &PerToken, experts: usize) -> Di
     Difficulty { bins: bins.collect(), correlation, histogram }
 }
 
-/// A task's score.
+/// The score of a task.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct TaskScore {
     pub(crate) task: String,
-    /// The harness's metric and filter.
+    /// Metric and filter of lm-evaluation-harness.
     pub(crate) metric: String,
     pub(crate) shots: usize,
     pub(crate) items: usize,
     pub(crate) value: f64,
     pub(crate) stderr: Option<f64>,
-    /// Of every item, 1 if it was right.
+    /// `1` for every right item and `0` for every wrong one.
     pub(crate) right: String,
 }
 
-/// Asks a model all tasks.
+/// Scores a model on all tasks.
 pub(crate) fn tasks(
     model: &Inference,
     tokenizer: &Tokenizer,

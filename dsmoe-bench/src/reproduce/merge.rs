@@ -1,4 +1,4 @@
-//! `dsmoe reproduce merge`: the parts of a reproduction put together.
+//! `dsmoe reproduce merge`: combines the parts of a reproduction.
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -6,9 +6,10 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 
 use super::cache::write_json;
+use super::collected::Collected;
 use super::publish::finish;
 use super::records::{BASE, RUNS, SETUP, TIMINGS};
-use super::results::Collected;
+
 use crate::ui::Ui;
 
 /// Merges the parts in `parts` into `out`.

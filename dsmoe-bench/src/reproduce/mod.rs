@@ -1,10 +1,19 @@
 //! `dsmoe reproduce`: the paper's comparison, from text to report.
+//!
+//! A [`profile::Profile`] defines the models. [`stages`] computes them, one stage after the other, and writes a
+//! [`records::Run`] for each. [`analysis`] turns runs into [`results::Results`], and [`chapters`] turns these into a
+//! report.
 
+mod analysis;
 mod cache;
 mod chapters;
+mod collected;
 mod cost;
+mod directions;
+mod inputs;
 mod jobs;
 mod measure;
+mod measuring;
 pub(crate) mod merge;
 pub(crate) mod options;
 pub(crate) mod outputs;
@@ -14,13 +23,15 @@ pub(crate) mod profile;
 mod publish;
 mod records;
 mod results;
+mod setup;
 pub(crate) mod speed;
 pub(crate) mod splice;
 mod stages;
 mod statistics;
 mod text;
+mod training;
+mod work;
 
-use std::cell::{Cell, OnceCell, RefCell};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -30,16 +41,19 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 
 use self::cache::{Cache, Interrupted, read_json, write_json};
-use self::cost::{Costs, Ledger};
+use self::collected::Collected;
+use self::cost::Costs;
+use self::inputs::{Inputs, load_tasks};
 use self::jobs::{Planned, all_jobs, jobs};
 use self::options::Options;
 use self::outputs::{Output, Part};
 use self::profile::Profile;
 use self::publish::finish;
 use self::records::{BASE, RUNS, Run, SETUP, TIMINGS, Timing};
-use self::results::{Collected, Setup};
-use self::stages::Lab;
+use self::setup::Setup;
+use self::stages::Stages;
 use self::text::Text;
+use self::work::Work;
 use crate::interrupts::{INTERRUPTED, STOP, catch_interrupts};
 use crate::ui::{Ui, stderr_line};
 
@@ -49,7 +63,7 @@ pub(crate) fn run(args: &Options, ui: &mut Ui) -> Result<ExitCode> {
     if let Some(seeds) = args.seeds {
         profile.seeds = seeds;
     }
-    let outputs = if args.only.is_empty() { Output::ALL.to_vec() } else { args.only.clone() };
+    let outputs = if args.only.is_empty() { Output::all().collect() } else { args.only.clone() };
     let jobs = jobs(&profile, args, &outputs)?;
     if args.dry_run {
         plan::run(args, &profile, &jobs, ui)?;
@@ -60,7 +74,7 @@ pub(crate) fn run(args: &Options, ui: &mut Ui) -> Result<ExitCode> {
     catch_interrupts()?;
     match reproduce(args, &profile, &outputs, &jobs, &out, ui) {
         Err(error) if error.is::<Interrupted>() => {
-            stderr_line(format_args!("dsmoe: stopped; the same command with --resume goes on from here"));
+            stderr_line("dsmoe: stopped; run the same command with --resume to continue");
             let asked = STOP.load(Ordering::Relaxed);
             Ok(if asked { ExitCode::from(INTERRUPTED) } else { ExitCode::SUCCESS })
         }
@@ -69,13 +83,13 @@ pub(crate) fn run(args: &Options, ui: &mut Ui) -> Result<ExitCode> {
     }
 }
 
-/// Makes the directory, or goes on in it, and holds it for this process.
+/// Makes the directory, or continues in it, and locks it for this process.
 fn open(out: &Path, resume: bool) -> Result<Option<File>> {
     let place = || out.display().to_string();
     std::fs::create_dir_all(out).with_context(place)?;
     let mut entries = std::fs::read_dir(out).with_context(place)?;
     if entries.next().is_some() && !resume {
-        bail!("{} is not empty; pass --resume to go on there, or choose another --out", out.display());
+        bail!("{} is not empty; pass --resume to continue there, or choose another --out", out.display());
     }
     if !cfg!(unix) {
         return Ok(None);
@@ -103,42 +117,40 @@ fn reproduce(
     let text = text(args, profile, &cache, ui).context("stage text")?;
     let costs = Costs { profile, sources: text.held_out.len(), seq: profile.train()?.seq };
     let base_parts = base_parts(outputs);
-    let lab = Lab {
-        profile,
-        args,
-        text: &text,
-        cache: &cache,
-        ui: *ui,
-        costs,
-        ledger: ledger(costs, jobs, &base_parts, args.model.is_some())?,
-        steps_left: Cell::new(args.stop_after),
-        tasks: OnceCell::new(),
-        dense_losses: RefCell::new(None),
+    let (stages, cost) = total(costs, jobs, &base_parts, args.model.is_some())?;
+    let needs_tasks =
+        jobs.iter().flat_map(|job| &job.parts).chain(&base_parts).any(|part| *part == Part::Tasks);
+    let tasks = match needs_tasks {
+        true => load_tasks(profile, args.task_data.as_deref())?,
+        false => Vec::new(),
     };
-    let base = lab.base()?;
-    let runs = all_jobs(profile, args, outputs)?.iter().map(|(_, job, _)| job.id()).collect();
-    let setup = results::setup(profile, outputs, runs, &text, &base, profile.budget(&base.config))?;
+    let mut stages = Stages {
+        inputs: Inputs { profile, options: args, text: &text, tasks: &tasks, costs, ui: *ui },
+        work: Work::new(&cache, *ui, stages, cost),
+        steps_left: args.stop_after,
+    };
+    let mut base = stages.base()?;
+    let runs = all_jobs(profile, args, outputs)?.iter().map(|planned| planned.job.id()).collect();
+    let setup = Setup::new(profile, outputs, runs, &text, &base)?;
     forget_other_results(out, &setup)?;
     write_json(&out.join(SETUP), &setup)?;
     let save = |id: &str, (run, timing): (Run, Timing)| -> Result<()> {
         write_json(&out.join(RUNS).join(format!("{id}.json")), &run)?;
         write_json(&out.join(TIMINGS).join(format!("{id}.json")), &timing)
     };
-    save(BASE, lab.run_base(&base, &base_parts)?)?;
-    for (_, job, parts) in jobs {
-        save(&job.id(), lab.run(*job, &base, parts)?)?;
+    save(BASE, stages.run_base(&mut base, &base_parts)?)?;
+    for Planned { job, parts, .. } in jobs {
+        save(&job.id(), stages.run(*job, &mut base, parts)?)?;
     }
     if args.shard.is_some() {
-        let note =
-            format!("{}: this part is done; put all together with dsmoe reproduce merge", out.display());
-        ui.note(note);
+        ui.note(format_args!("{}: this part is done; combine all with dsmoe reproduce merge", out.display()));
         return Ok(());
     }
     let collected = Collected::read(&[out.to_path_buf()])?;
     finish(&collected, out, started.elapsed().as_secs_f64(), ui)
 }
 
-/// Removes the results of other settings: until this run is done there are none.
+/// Removes the results of other settings, so that there are none until this run is done.
 fn forget_other_results(out: &Path, setup: &Setup) -> Result<()> {
     let before: Option<Setup> = read_json(&out.join(SETUP)).ok();
     if before.as_ref() == Some(setup) {
@@ -153,7 +165,7 @@ fn forget_other_results(out: &Path, setup: &Setup) -> Result<()> {
     Ok(())
 }
 
-/// What is measured of the dense model itself.
+/// Lists the parts that are measured of the dense model itself.
 fn base_parts(outputs: &[Output]) -> Vec<Part> {
     let mut parts = vec![Part::Text];
     for (output, part) in [(Output::Table2, Part::Tasks), (Output::Speed, Part::Speed)] {
@@ -167,7 +179,7 @@ fn base_parts(outputs: &[Output]) -> Vec<Part> {
 fn text(args: &Options, profile: &Profile, cache: &Cache, ui: &Ui) -> Result<Text> {
     match (&profile.world, &args.text) {
         (Some(_), Some(_)) => bail!(
-            "profile {} trains on the embedded world; leave out --data and --mixture, or take [world] out of a copy of it",
+            "profile {} trains on the embedded world; omit --data and --mixture, or remove [world] from a copy of the profile",
             profile.name
         ),
         (Some(world), None) => Text::of_world(world, profile, args.model.as_deref(), cache, ui),
@@ -183,17 +195,17 @@ fn text(args: &Options, profile: &Profile, cache: &Cache, ui: &Ui) -> Result<Tex
     }
 }
 
-/// Counts stages and what they cost; `given`: the dense model is there.
-fn ledger(costs: Costs<'_>, jobs: &[Planned<'_>], base: &[Part], given: bool) -> Result<Ledger> {
+/// Counts all stages and their cost. `given`: the dense model need not be trained.
+fn total(costs: Costs<'_>, jobs: &[Planned<'_>], base: &[Part], given: bool) -> Result<(usize, f64)> {
     let (mut stages, mut cost) = (base.len(), base.iter().map(|part| costs.part(*part, false)).sum::<f64>());
     if let (Some(config), false) = (costs.profile.pretrain(), given) {
         stages += 1;
         cost += costs.train(&config?)?;
     }
-    for (_, job, parts) in jobs {
+    for Planned { job, parts, .. } in jobs {
         stages += 2 + parts.len();
         cost += costs.make() + costs.measuring(*job, parts);
-        cost += costs.train(&costs.profile.train_of(job.spec, job.seed)?)?;
+        cost += costs.train(&costs.profile.train_of(job.spec, job.seed, None)?)?;
     }
-    Ok(Ledger::new(stages, cost))
+    Ok((stages, cost))
 }

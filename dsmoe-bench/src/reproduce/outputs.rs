@@ -1,11 +1,14 @@
-//! The tables and figures, and what has to be measured for each.
+//! The tables and figures of a report, and the measurements that each needs.
 
 use std::str::FromStr;
 
-use super::profile::{MethodSpec, PaperRow, Role};
+use serde::{Deserialize, Serialize};
+
+use super::profile::{MethodSpec, Role};
 
 /// A table or figure of the report.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub(crate) enum Output {
     Table1,
     Table2,
@@ -21,10 +24,10 @@ pub(crate) enum Output {
     Budget,
 }
 
-/// What is measured of a trained model.
+/// A part of the measuring of a trained model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Part {
-    /// Perplexity, activated parameters, layers: always.
+    /// Perplexity, activated parameters and layers. Every output needs it.
     Text,
     Tasks,
     Sweep,
@@ -32,82 +35,66 @@ pub(crate) enum Part {
     Speed,
 }
 
+/// All outputs in the order of the report, with their names and the parts that they need.
+const ALL: [(Output, &str, Part); 12] = [
+    (Output::Table1, "table1", Part::Text),
+    (Output::Table2, "table2", Part::Tasks),
+    (Output::Table3, "table3", Part::Tasks),
+    (Output::Table4, "table4", Part::Sweep),
+    (Output::Table5, "table5", Part::Text),
+    (Output::Table6, "table6", Part::Text),
+    (Output::Figure2, "figure2", Part::Sweep),
+    (Output::Figure3, "figure3", Part::Text),
+    (Output::Speed, "speed", Part::Speed),
+    (Output::Pareto, "pareto", Part::Text),
+    (Output::Difficulty, "difficulty", Part::Difficulty),
+    (Output::Budget, "budget", Part::Text),
+];
+
 impl Output {
-    pub(crate) const ALL: [Output; 12] = [
-        Output::Table1,
-        Output::Table2,
-        Output::Table3,
-        Output::Table4,
-        Output::Table5,
-        Output::Table6,
-        Output::Figure2,
-        Output::Figure3,
-        Output::Speed,
-        Output::Pareto,
-        Output::Difficulty,
-        Output::Budget,
-    ];
-    pub(crate) const NAMES: [&'static str; 12] = [
-        "table1",
-        "table2",
-        "table3",
-        "table4",
-        "table5",
-        "table6",
-        "figure2",
-        "figure3",
-        "speed",
-        "pareto",
-        "difficulty",
-        "budget",
-    ];
+    /// Lists all outputs in the order of the report.
+    pub(crate) fn all() -> impl Iterator<Item = Output> {
+        ALL.iter().map(|(output, ..)| *output)
+    }
+
+    pub(crate) const NAMES: [&'static str; 12] = {
+        let mut names = [""; 12];
+        let mut at = 0;
+        while at < ALL.len() {
+            names[at] = ALL[at].1;
+            at += 1;
+        }
+        names
+    };
+
+    fn row(self) -> &'static (Output, &'static str, Part) {
+        &ALL[self as usize]
+    }
 
     pub(crate) fn name(self) -> &'static str {
-        Output::NAMES[Output::ALL.iter().position(|other| *other == self).unwrap_or(0)]
+        self.row().1
     }
 
-    /// Whether it shows that method.
-    pub(crate) fn shows(self, method: &MethodSpec) -> bool {
-        let gated = matches!(method.role, Role::Dsmoe | Role::Paper);
+    /// Reports whether the output shows that method.
+    fn shows(self, method: &MethodSpec) -> bool {
+        let role = method.role;
         match self {
             Output::Table1 | Output::Speed | Output::Pareto | Output::Budget => true,
-            Output::Table2 => !matches!(method.role, Role::WithoutThreshold),
-            Output::Table3 => gated || method.role == Role::WithoutSte,
-            Output::Figure2 => gated || method.role == Role::WithoutThreshold,
-            Output::Table4 | Output::Table5 | Output::Table6 | Output::Figure3 | Output::Difficulty => gated,
-        }
-    }
-
-    /// What it needs of a method that it shows, beside the text.
-    fn part(self) -> Part {
-        match self {
-            Output::Table1
-            | Output::Table5
-            | Output::Table6
-            | Output::Figure3
-            | Output::Pareto
-            | Output::Budget => Part::Text,
-            Output::Table2 | Output::Table3 => Part::Tasks,
-            Output::Table4 | Output::Figure2 => Part::Sweep,
-            Output::Speed => Part::Speed,
-            Output::Difficulty => Part::Difficulty,
-        }
-    }
-
-    /// The parts that `outputs` need of a method; none when it is in none of them.
-    pub(crate) fn parts_of(outputs: &[Output], method: &MethodSpec) -> Vec<Part> {
-        let gates =
-            matches!(method.role, Role::Dsmoe | Role::Paper | Role::WithoutSte | Role::WithoutThreshold);
-        let mut parts = Vec::new();
-        for output in outputs.iter().filter(|output| output.shows(method)) {
-            for part in [Part::Text, output.part()] {
-                let fits = gates || !matches!(part, Part::Sweep | Part::Difficulty);
-                if fits && !parts.contains(&part) {
-                    parts.push(part);
-                }
+            Output::Table2 => role != Role::WithoutThreshold,
+            Output::Table3 => role.is_dsmoe() || role == Role::WithoutSte,
+            Output::Figure2 => role.is_dsmoe() || role == Role::WithoutThreshold,
+            Output::Table4 | Output::Table5 | Output::Table6 | Output::Figure3 | Output::Difficulty => {
+                role.is_dsmoe()
             }
         }
+    }
+
+    /// Lists the parts that `outputs` need of a method; none if they do not show it.
+    pub(crate) fn parts_of(outputs: &[Output], method: &MethodSpec) -> Vec<Part> {
+        let shown = outputs.iter().filter(|output| output.shows(method));
+        let mut parts: Vec<Part> = shown.flat_map(|output| [Part::Text, output.row().2]).collect();
         parts.sort();
+        parts.dedup();
         parts
     }
 }
@@ -116,22 +103,9 @@ impl FromStr for Output {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Output, String> {
-        let at = Output::NAMES.iter().position(|name| *name == text);
-        at.map(|at| Output::ALL[at])
-            .ok_or_else(|| format!("no output `{text}`; use {}", Output::NAMES.join(", ")))
-    }
-}
-
-impl PaperRow {
-    /// What the paper calls it.
-    pub(crate) fn label(self) -> &'static str {
-        match self {
-            PaperRow::Dense => "dense",
-            PaperRow::LlmPrunerChannel => "LLM-Pruner, channels",
-            PaperRow::LlmPrunerBlock => "LLM-Pruner, blocks",
-            PaperRow::Sparsegpt => "SparseGPT",
-            PaperRow::LlamaMoe => "LLaMA-MoE",
-            PaperRow::Dsmoe => "DSMoE",
-        }
+        let found = ALL.iter().find(|(_, name, _)| *name == text);
+        found
+            .map(|(output, ..)| *output)
+            .ok_or_else(|| format!("`{text}` is not an output; use {}", Output::NAMES.join(", ")))
     }
 }

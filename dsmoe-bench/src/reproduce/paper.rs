@@ -33,7 +33,7 @@ const TABLE1_7B: [Table1; 6] = [
     one(PaperRow::Dsmoe, 6.74, 3.93, 3.91),
 ];
 
-/// The benchmarks of table 2 in its order, by the names of lm-evaluation-harness, and the paper's short names.
+/// The benchmarks of table 2 in its order: the names in lm-evaluation-harness, and the paper's short names.
 pub(crate) const TASKS: [(&str, &str); 10] = [
     ("hellaswag", "HellaSwag"),
     ("lambada_openai", "LAMBADA"),
@@ -47,7 +47,7 @@ pub(crate) const TASKS: [(&str, &str); 10] = [
     ("webqs", "WebQs"),
 ];
 
-/// Percent right, of the benchmarks in [`TASKS`].
+/// Percentages of right items in the benchmarks of [`TASKS`].
 type Scores = [f64; 10];
 
 const TABLE2_1B: [(PaperRow, Scores); 6] = [
@@ -67,8 +67,8 @@ const TABLE2_7B: [(PaperRow, Scores); 6] = [
     (PaperRow::Dsmoe, [70.22, 67.61, 78.12, 44.31, 76.37, 66.77, 6.41, 22.04, 57.94, 29.92]),
 ];
 
-/// Table 3, of the 1B model: with the straight-through rule, and without. Its StoryCloze with the rule is 68.67 where
-/// table 2 has 68.78.
+/// Table 3, of the 1B model, with and without the straight-through estimator. Its StoryCloze with the estimator is 68.67;
+/// that of table 2 is 68.78.
 pub(crate) const TABLE3: [(f64, Scores); 2] = [
     (7.41, [50.92, 48.12, 72.36, 41.14, 68.67, 56.35, 1.67, 8.17, 25.52, 18.21]),
     (12.75, [32.29, 27.79, 62.73, 39.30, 57.14, 50.83, 0.38, 2.47, 2.95, 1.00]),
@@ -79,7 +79,7 @@ pub(crate) const TABLE3: [(f64, Scores); 2] = [
 pub(crate) struct Table4 {
     pub(crate) threshold: f64,
     pub(crate) ppl: f64,
-    /// Percent of all parameters.
+    /// Percentage of all parameters.
     pub(crate) activated: f64,
 }
 
@@ -106,7 +106,7 @@ const TABLE4_7B: [Table4; 7] = [
     at(0.8, 5.09, 52.54),
 ];
 
-/// Tables 5 and 6: billions of tokens of 10, and perplexity.
+/// Tables 5 and 6: billions of tokens, of 10, and perplexity.
 pub(crate) const TABLE5: [(f64, f64); 6] =
     [(2.2, 7.384), (3.8, 7.323), (5.4, 7.481), (7.0, 7.488), (7.8, 7.445), (8.6, 7.422)];
 pub(crate) const TABLE6: [(f64, f64); 6] =

@@ -1,35 +1,33 @@
-//! `dsmoe reproduce --dry-run`: what would be done, and what it would take on this machine.
+//! `dsmoe reproduce --dry-run`: the trainings of a reproduction, and their cost on this machine.
 
 use std::time::Instant;
 
 use anyhow::{Result, bail};
-use dsmoe_baselines::Budget;
 use dsmoe_core::accounting::Accounting;
-use dsmoe_core::config::{Config, MoeConfig, PartitionKind};
+use dsmoe_core::config::Config;
 use dsmoe_core::init::preset;
 use dsmoe_datasets::CorpusOptions;
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::linear;
-use dsmoe_router::RouterConfig;
 use serde::Serialize;
 
 use super::cost::Costs;
 use super::jobs::Planned;
 use super::options::Options;
-use super::profile::{MethodSpec, Profile, Role};
+use super::profile::{MethodSpec, Profile, Role, gated};
 use crate::format::{self, Table};
 use crate::memory;
 use crate::training::memory_plan;
 use crate::ui::Ui;
 
-/// The machine's speed is measured for about so long.
+/// Approximate duration of the measurement of the machine's speed.
 const TRIAL_SECONDS: f64 = 1.0;
-/// Tokens of the product that it is measured on.
+/// Tokens of the product that the speed is measured on.
 const TRIAL_TOKENS: usize = 512;
 /// FineWeb-edu, OpenWebMath, StarCoder and Cosmopedia.
 const PAPER_SOURCES: usize = 4;
-/// A model with its optimiser's moments on the disk, beside the model itself: bytes of a parameter.
+/// Bytes of a parameter in a checkpoint: the weight and two moments.
 const CHECKPOINT_BYTES: u64 = 12;
 
 #[derive(Debug, Serialize)]
@@ -39,11 +37,11 @@ struct Plan<'a> {
     dense_params: u64,
     budget_params: f64,
     rows: Vec<Row>,
-    /// Trainings, that of the dense model included.
+    /// Trainings, including that of the dense model.
     stages: usize,
     tokens: u64,
     flops: f64,
-    /// What a product of this model's shape reached here, in the precision of the training.
+    /// Speed of a product of the model's shape in the precision of the training.
     flops_per_second: f64,
     dtype: &'static str,
     hours: f64,
@@ -60,7 +58,7 @@ struct Row {
     params_activated: f64,
     steps: u64,
     tokens: u64,
-    /// Training, and measuring after it.
+    /// FLOPs of training and of measuring after it.
     flops: f64,
     hours: f64,
     memory_bytes: u64,
@@ -81,23 +79,24 @@ pub(super) fn run(args: &Options, profile: &Profile, jobs: &[Planned<'_>], ui: &
     };
     let costs = Costs { profile, sources, seq: train.seq };
     let counts = Accounting::of(&dense);
-    let budget = profile.budget(&dense);
+    let budget = profile.budget(&dense)?;
     let mut rows = Vec::new();
     let mut disk_bytes = 4 * counts.total;
     if let (Some(config), None) = (profile.pretrain(), &args.model) {
         let config = config?.resolve()?;
-        rows.push(row("dense model", &dense, &counts, 1.0, &config, costs.text(), speed)?);
+        rows.push(row("dense model", &dense, 1.0, &config, costs.text(), speed)?);
     }
-    for (_, job, parts) in jobs {
-        let config = profile.train_of(job.spec, job.seed)?.resolve()?;
-        let (shape, share) = shape(job.spec, &dense, profile);
+    for Planned { job, parts, .. } in jobs {
+        let planned = profile.plan_of(job.spec, &dense)?;
+        let config = profile.train_of(job.spec, job.seed, profile.target_of(job.spec, &dense)?)?.resolve()?;
+        let gated = planned.active_target.is_some() || job.spec.role.is_gated();
+        let (shape, share) = if gated { shape(job.spec, &dense, profile)? } else { (dense.clone(), 1.0) };
         let counts = Accounting::of(&shape);
         let measured = costs.measuring(*job, parts);
-        let mut row = row(&job.id(), &shape, &counts, share, &config, measured, speed)?;
-        let planned = profile.configured(job.spec)?.plan(&dense, Budget::Params(budget.round()))?;
+        let mut row = row(&job.id(), &shape, share, &config, measured, speed)?;
         (row.params_total, row.params_activated) = (planned.total, planned.activated);
-        if !job.spec.is_dsmoe() {
-            // A smaller model computes less, and so do k of n experts; zeros in a matrix are multiplied like others.
+        if !gated {
+            // A smaller model computes less, and so do k of n experts.
             let computes = match planned.keeps_dense_compute {
                 true => 1.0,
                 false => (planned.activated - counts.norms as f64) / (counts.total - counts.norms) as f64,
@@ -105,12 +104,12 @@ pub(super) fn run(args: &Options, profile: &Profile, jobs: &[Planned<'_>], ui: &
             row.flops *= computes;
             row.hours *= computes;
         }
-        // What was made, and what was trained of it.
+        // The model before and after training.
         disk_bytes += 2 * 4 * counts.total;
         rows.push(row);
     }
     if rows.is_empty() {
-        bail!("nothing to do: no method of the profile is in these outputs and this part");
+        bail!("nothing to do: these outputs and this part have no method of the profile");
     }
     disk_bytes += CHECKPOINT_BYTES * counts.total;
     let plan = Plan {
@@ -132,7 +131,7 @@ pub(super) fn run(args: &Options, profile: &Profile, jobs: &[Planned<'_>], ui: &
     ui.result(&plan, show)
 }
 
-/// The dense model, from its directory or from the profile's sizes.
+/// Returns the dense model from its directory or from the sizes of the profile.
 fn dense(args: &Options, profile: &Profile) -> Result<(Config, String)> {
     if let Some(dir) = &args.model {
         return Ok((Config::load(dir)?, dir.display().to_string()));
@@ -146,27 +145,19 @@ fn dense(args: &Options, profile: &Profile) -> Result<(Config, String)> {
     Ok((profile.architecture(vocab)?, name.to_owned()))
 }
 
-/// What a method trains, and the share of its FFN that training computes for inactive parts too.
-fn shape(spec: &MethodSpec, dense: &Config, profile: &Profile) -> (Config, f64) {
-    let mut config = dense.clone();
-    if spec.is_dsmoe() {
-        config.moe = Some(MoeConfig {
-            router: RouterConfig::new(profile.experts),
-            partition: PartitionKind::Contiguous,
-            router_bias: false,
-            active_target: None,
-        });
-    }
+/// Returns the model of a gated row, and the share of its experts that is active in training.
+fn shape(spec: &MethodSpec, dense: &Config, profile: &Profile) -> Result<(Config, f64)> {
+    let experts = profile.experts_of(spec)?.unwrap_or(profile.experts);
     let share = match spec.role {
-        // All its experts run in training.
+        // All experts are active in training.
         Role::WithoutThreshold => 1.0,
-        _ => profile.active,
+        _ => profile.active_of(spec, dense)?,
     };
-    (config, share)
+    Ok((gated(dense, experts), share))
 }
 
-/// FLOPs of a training token: three passes of everything, but of a gated FFN's nine products three are of all experts and
-/// six of the active ones; a fixed number of experts runs those alone; masks save nothing.
+/// Returns the FLOPs of a training token: three passes of everything. Of the nine products of a gated FFN, three are of
+/// all experts and six of the active ones.
 fn training_flops(counts: &Accounting, gated: bool, share: f64, seq: usize) -> f64 {
     let experts = counts.num_experts as f64;
     let context = seq as f64 / 2.0;
@@ -178,21 +169,21 @@ fn training_flops(counts: &Accounting, gated: bool, share: f64, seq: usize) -> f
     3.0 * none + (all - none) * (1.0 + 2.0 * share)
 }
 
+/// Plans a training of a model whose experts are active by `share`.
 fn row(
     run: &str,
     config: &Config,
-    counts: &Accounting,
     share: f64,
     train: &dsmoe_train::TrainConfig,
     measured_tokens: f64,
     speed: f64,
 ) -> Result<Row> {
-    let gated = config.moe.is_some();
+    let (counts, gated) = (Accounting::of(config), config.moe.is_some());
     let steps = train.steps.unwrap_or(0);
     let tokens = steps * train.tokens_per_step();
     let active = share * counts.num_experts as f64;
     let context = train.seq as f64 / 2.0;
-    let flops = tokens as f64 * training_flops(counts, gated, share, train.seq)
+    let flops = tokens as f64 * training_flops(&counts, gated, share, train.seq)
         + measured_tokens * counts.flops_per_token(active, context);
     let memory = memory_plan(config, train, counts.total, 0);
     Ok(Row {
@@ -207,7 +198,7 @@ fn row(
     })
 }
 
-/// What a product of the shape of this model's FFN reaches on this machine.
+/// Measures the speed of a product of the shape of the model's FFN.
 fn flops_per_second(config: &Config, precision: Precision) -> f64 {
     let dims =
         linear::Dims { rows: TRIAL_TOKENS, inputs: config.hidden, outputs: config.intermediate, precision };
@@ -241,14 +232,14 @@ fn show(plan: &Plan<'_>) -> String {
     }
     let memory = match plan.machine_memory_bytes {
         Some(machine) if machine < plan.memory_bytes => format!(
-            "{} at the most, and this machine has {}: too little",
+            "at most {}, more than the {} of this machine",
             format::bytes(plan.memory_bytes),
             format::bytes(machine)
         ),
         Some(machine) => {
-            format!("{} at the most, of {}", format::bytes(plan.memory_bytes), format::bytes(machine))
+            format!("at most {} of {}", format::bytes(plan.memory_bytes), format::bytes(machine))
         }
-        None => format!("{} at the most", format::bytes(plan.memory_bytes)),
+        None => format!("at most {}", format::bytes(plan.memory_bytes)),
     };
     let fields = vec![
         ("profile", format!("{}: {}", plan.profile.name, plan.profile.about)),
@@ -256,18 +247,17 @@ fn show(plan: &Plan<'_>) -> String {
         (
             "budget",
             format!(
-                "{} activated parameters ({} of {} experts)",
+                "{} activated parameters ({} % of the FFNs, and routers)",
                 format::count(plan.budget_params.round() as u64),
-                plan.profile.active * plan.profile.experts as f64,
-                plan.profile.experts
+                100.0 * plan.profile.active
             ),
         ),
         ("trainings", format!("{}, {} tokens", plan.stages, format::amount(plan.tokens as f64))),
-        ("arithmetic", format!("{:.3e} FLOPs, measuring included", plan.flops)),
+        ("arithmetic", format!("{:.3e} FLOPs, including measuring", plan.flops)),
         (
             "time",
             format!(
-                "{} hours at the {} FLOP/s that this machine reaches in {} on a product of this model's FFN",
+                "{} hours at {} FLOP/s, the speed of this machine in {} on a product of the model's FFN",
                 hours(plan.hours),
                 format::flops(plan.flops_per_second),
                 plan.dtype

@@ -1,19 +1,21 @@
-//! What a reproduction does: a TOML file, embedded or a user's own.
+//! Profiles: the TOML files, embedded or a user's own, that define a reproduction.
 
-use std::collections::BTreeMap;
+use std::fmt;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use dsmoe_baselines::{Configured, method, read_settings};
+use dsmoe_baselines::{Budget, Configured, Plan, SettingValues, method};
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::config::{Config, MoeConfig, PartitionKind};
 use dsmoe_core::init::LlamaSizes;
 use dsmoe_router::RouterConfig;
 use dsmoe_train::TrainConfig;
+use dsmoe_train::config::NearDuplicates;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::text::WORLD_TOKEN;
+/// The token of the embedded world that separates documents.
+pub(crate) const WORLD_TOKEN: u32 = 0;
 
 /// The embedded profiles by their names.
 const EMBEDDED: [(&str, &str); 4] = [
@@ -23,10 +25,10 @@ const EMBEDDED: [(&str, &str); 4] = [
     ("paper-7b", include_str!("profiles/paper-7b.toml")),
 ];
 
-/// Thresholds below 1 that the sweep of [`Role::WithoutThreshold`] ends at.
+/// Upper end of the sweep of thresholds of [`Role::WithoutThreshold`].
 const LAST_THRESHOLD: f64 = 0.999;
 
-/// What DSMoE's roles are made by.
+/// The methods that the roles of DSMoE require.
 const DSMOE: [(Role, &str); 4] = [
     (Role::Dsmoe, "dsmoe"),
     (Role::Paper, "dsmoe-paper"),
@@ -34,32 +36,33 @@ const DSMOE: [(Role, &str); 4] = [
     (Role::WithoutThreshold, "dsmoe-no-threshold"),
 ];
 
-/// Everything a reproduction is told apart from places. Unknown keys are errors.
+/// The definition of a reproduction, apart from places. Unknown keys are errors.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Profile {
     pub(crate) name: String,
-    /// One line for people.
+    /// A description in one line.
     pub(crate) about: String,
     /// Runs of every method, with seeds 0, 1, ...
     pub(crate) seeds: u64,
-    /// Experts that an FFN is cut into.
+    /// Experts per layer of methods with a setting `experts` whose rows do not give it.
     pub(crate) experts: usize,
-    /// Share of experts whose activated parameters are everybody's budget.
+    /// Share of the dense FFN that every method may activate. The budget adds the parameters outside FFNs and the
+    /// routers of the row with role `dsmoe`.
     pub(crate) active: f64,
-    /// The model of the paper that ours stands beside.
+    /// The model of the paper to compare with.
     pub(crate) paper: PaperModel,
-    /// Text and probes of the embedded world; without it text comes from --data or --mixture.
+    /// Text and probes of the embedded world; without it the user names text.
     pub(crate) world: Option<WorldText>,
     pub(crate) model: ModelSpec,
-    /// Training of the dense model from random weights; without it the model comes from --model.
-    pub(crate) pretrain: Option<toml::Table>,
+    /// Training of the dense model from random weights; without it the user names a model.
+    pub(crate) pretrain: Option<TrainSettings>,
     /// Continued training of every method.
-    pub(crate) train: toml::Table,
+    pub(crate) train: TrainSettings,
     pub(crate) calibration: Calibration,
-    /// Shares of the continued training after which perplexity is measured, 0 first and 1 last.
+    /// Shares of the continued training after which perplexity is measured. The last is 1.
     pub(crate) milestones: Vec<f64>,
-    /// The same, of DSMoE (tables 5 and 6).
+    /// Further such shares for DSMoE (tables 5 and 6).
     #[serde(default)]
     pub(crate) curve: Vec<f64>,
     pub(crate) measure: Measure,
@@ -100,75 +103,131 @@ pub(crate) struct ModelSpec {
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Calibration {
-    /// Sequences of the continued training's length.
+    /// Sequences, as long as those of the continued training.
     pub(crate) samples: usize,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Measure {
-    /// Held-out windows of every source; the continued training's sequence is their length.
+    /// Held-out windows of every source, as long as the sequences of the continued training.
     pub(crate) windows: usize,
-    /// Of them, those that thresholds are swept on.
+    /// The first of these windows, on which thresholds are swept.
     pub(crate) sweep_windows: usize,
-    /// Items of every task at the most.
+    /// Largest number of items of a task.
     pub(crate) items: usize,
     /// Thresholds of table 4.
     pub(crate) thresholds: Vec<f64>,
-    /// Steps of the threshold where training had none (figure 2).
+    /// Distance of the thresholds of a model that was trained without one (figure 2).
     pub(crate) late_step: f64,
-    /// Tokens that are read at once for the speed of a prefill.
+    /// Tokens read at once to time a prefill.
     pub(crate) prefill: usize,
-    /// Tokens that are decoded one by one for that speed.
+    /// Tokens decoded one by one to time decoding.
     pub(crate) decode: usize,
-    /// Bootstrap resamples of intervals and tests with one seed.
+    /// Bootstrap resamples of intervals and tests when there is one seed.
     pub(crate) resamples: usize,
 }
 
 impl Measure {
-    /// Thresholds of the sweep of [`Role::WithoutThreshold`].
+    /// Lists the thresholds of the sweep of [`Role::WithoutThreshold`].
     pub(crate) fn late_thresholds(&self) -> Vec<f64> {
         (0..).map(|i| f64::from(i) * self.late_step).take_while(|t| *t < LAST_THRESHOLD).collect()
     }
 }
 
-/// What a method is in the comparison.
+/// The part of a method in the comparison.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Role {
-    /// The dense model, trained on.
+    /// The dense model with continued training.
     Dense,
     /// A method that the paper compares with.
     Baseline,
-    /// DSMoE with the settings that serve it best.
+    /// DSMoE with tuned settings.
     Dsmoe,
-    /// DSMoE as the paper has it.
+    /// DSMoE as in the paper.
     Paper,
-    /// That without the straight-through rule (table 3).
+    /// The paper's DSMoE without the straight-through estimator (table 3).
     WithoutSte,
-    /// That without a threshold in training (figure 2).
+    /// The paper's DSMoE trained without a threshold (figure 2).
     WithoutThreshold,
-    /// Something else to compare with.
+    /// Another method to compare with.
     Control,
+}
+
+impl Role {
+    /// Reports whether the row is DSMoE as a whole, without an ablation.
+    pub(crate) fn is_dsmoe(self) -> bool {
+        matches!(self, Role::Dsmoe | Role::Paper)
+    }
+
+    /// Reports whether the row is DSMoE, whole or ablated.
+    pub(crate) fn is_gated(self) -> bool {
+        DSMOE.iter().any(|(role, _)| *role == self)
+    }
 }
 
 /// One row of the comparison.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct MethodSpec {
-    /// What tables call it.
+    /// The name of the row in tables.
     pub(crate) name: String,
     pub(crate) role: Role,
     /// A name that `dsmoe methods` lists.
     pub(crate) make: String,
-    /// The paper's name of the row.
+    /// The paper's row to compare with.
     pub(crate) paper: Option<PaperRow>,
-    /// Settings of the method; the number of experts is the profile's where none is given, and always for DSMoE.
+    /// Settings of the method.
     #[serde(default)]
-    pub(crate) knobs: BTreeMap<String, String>,
-    /// Keys of `[train]` that are others for this row.
+    pub(crate) settings: SettingValues,
+    /// Keys of `[train]` that differ in this row.
     #[serde(default)]
-    pub(crate) train: toml::Table,
+    pub(crate) train: TrainSettings,
+}
+
+/// Settings of a training that a profile gives. Unknown keys and values of wrong types are errors.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "toml::Table")]
+pub(crate) struct TrainSettings(toml::Table);
+
+impl TryFrom<toml::Table> for TrainSettings {
+    type Error = String;
+
+    fn try_from(table: toml::Table) -> Result<TrainSettings, String> {
+        match TrainConfig::deserialize(table.clone()) {
+            Ok(_) => Ok(TrainSettings(table)),
+            Err(cause) => {
+                let message = cause.message().split_whitespace().collect::<Vec<_>>().join(" ");
+                Err(format!("settings of a training: {message}"))
+            }
+        }
+    }
+}
+
+impl TrainSettings {
+    /// Returns the settings with those of `other` in their place.
+    fn replaced_by(&self, other: &TrainSettings) -> TrainSettings {
+        let mut table = self.0.clone();
+        for pair in [["steps", "tokens"], ["sparsity", "active_target"]] {
+            if pair.iter().any(|key| other.0.contains_key(*key)) {
+                table.retain(|key, _| !pair.iter().any(|one| key == *one));
+            }
+        }
+        table.extend(other.0.clone());
+        TrainSettings(table)
+    }
+
+    fn config(&self) -> Result<TrainConfig> {
+        Ok(TrainConfig::deserialize(self.0.clone())?)
+    }
+}
+
+impl fmt::Display for TrainSettings {
+    /// Writes the settings as in TOML, separated by commas.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.to_string().trim().replace('\n', ", "))
+    }
 }
 
 /// A row of the paper's tables 1 and 2.
@@ -183,25 +242,32 @@ pub(crate) enum PaperRow {
     Dsmoe,
 }
 
-impl MethodSpec {
-    /// Whether it is DSMoE, whole or without one of its parts.
-    pub(crate) fn is_dsmoe(&self) -> bool {
-        DSMOE.iter().any(|(_, make)| *make == self.make)
+impl PaperRow {
+    /// Returns the paper's name.
+    pub(crate) fn label(self) -> &'static str {
+        match self {
+            PaperRow::Dense => "dense",
+            PaperRow::LlmPrunerChannel => "LLM-Pruner, channels",
+            PaperRow::LlmPrunerBlock => "LLM-Pruner, blocks",
+            PaperRow::Sparsegpt => "SparseGPT",
+            PaperRow::LlamaMoe => "LLaMA-MoE",
+            PaperRow::Dsmoe => "DSMoE",
+        }
     }
 }
 
-/// Names of the embedded profiles.
+/// Lists the names of the embedded profiles.
 pub(crate) fn names() -> Vec<&'static str> {
     EMBEDDED.iter().map(|(name, _)| *name).collect()
 }
 
-/// The text of an embedded profile.
+/// Returns the text of an embedded profile.
 pub(crate) fn text(name: &str) -> Option<&'static str> {
     EMBEDDED.iter().find(|(known, _)| *known == name).map(|(_, text)| *text)
 }
 
 impl Profile {
-    /// The embedded profile of that name, else the file.
+    /// Loads the embedded profile of that name, or else the file.
     pub(crate) fn load(name: &str) -> Result<Profile> {
         if let Some(text) = text(name) {
             return Profile::parse(text, &format!("profile {name}"));
@@ -217,21 +283,24 @@ impl Profile {
     fn parse(text: &str, place: &str) -> Result<Profile> {
         let profile: Profile = toml::from_str(text).map_err(|cause| {
             let line = cause.span().map_or(1, |span| text[..span.start].matches('\n').count() + 1);
-            let message = cause.message().split_whitespace().collect::<Vec<_>>().join(" ");
+            let mut message = cause.message().split_whitespace().collect::<Vec<_>>().join(" ");
+            if message.contains("unknown field `knobs`") {
+                message = "`knobs` is now `settings`, whose numbers and booleans have no quotes".to_owned();
+            }
             anyhow::anyhow!(
-                "{place}: line {line}: {message}; `dsmoe reproduce --print-profile quick` shows one"
+                "{place}: line {line}: {message}; `dsmoe reproduce --print-profile quick` prints an example"
             )
         })?;
         profile.check().with_context(|| place.to_owned())?;
         Ok(profile)
     }
 
-    /// Says what cannot work before anything is computed.
+    /// Refuses settings that cannot work before anything is computed.
     fn check(&self) -> Result<()> {
         let shares = |name: &str, list: &[f64]| -> Result<()> {
             if list.windows(2).any(|pair| pair[0] >= pair[1]) || list.iter().any(|x| !(0.0..=1.0).contains(x))
             {
-                bail!("{name} is {list:?}; use rising numbers from 0 to 1");
+                bail!("{name} is {list:?}; use increasing numbers from 0 to 1");
             }
             Ok(())
         };
@@ -241,12 +310,13 @@ impl Profile {
         if self.milestones.last() != Some(&1.0) {
             bail!("milestones is {:?}; the last must be 1", self.milestones);
         }
-        if self.experts == 0 || !(self.active > 0.0 && self.active <= 1.0) {
-            bail!("active is {} of {} experts; use a share above 0 and up to 1", self.active, self.experts);
+        if !(self.active > 0.0 && self.active <= 1.0) {
+            bail!("active is {}; use a share above 0 and up to 1", self.active);
         }
         let measure = &self.measure;
         for (name, value) in [
             ("seeds", self.seeds as usize),
+            ("experts", self.experts),
             ("calibration.samples", self.calibration.samples),
             ("measure.windows", measure.windows),
             ("measure.sweep_windows", measure.sweep_windows),
@@ -267,34 +337,33 @@ impl Profile {
         }
         let seq = self.train()?.resolve().context("train")?.seq;
         if self.method.is_empty() {
-            bail!("no methods; write [[method]] tables");
+            bail!("there are no methods; write [[method]] tables");
         }
         for (i, spec) in self.method.iter().enumerate() {
             let of = || format!("method {:?}", spec.name);
             if self.method[..i].iter().any(|other| other.name == spec.name) {
-                bail!("two methods are called {:?}; give each a name of its own", spec.name);
+                bail!("two methods have the name {:?}; give each its own", spec.name);
             }
             if spec.name.is_empty()
                 || !spec.name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
             {
-                bail!("a method is called {:?}; use letters, digits, '-', '_' and '.'", spec.name);
+                bail!("a method has the name {:?}; use letters, digits, '-', '_' and '.'", spec.name);
             }
-            let config = self.train_of(spec, 0).with_context(of)?;
+            let config = self.train_of(spec, 0, None).with_context(of)?;
             if config.resolve().with_context(of)?.seq != seq {
-                bail!("method {:?} has another seq than [train]; measure all on one", spec.name);
+                bail!("method {:?}: seq differs from that of [train]; use one for all methods", spec.name);
             }
             if let Some((role, make)) = DSMOE.iter().find(|(role, _)| *role == spec.role)
                 && *make != spec.make
             {
-                bail!("method {:?}: role {role:?} is of make = {make:?}, not of {:?}", spec.name, spec.make);
+                bail!("method {:?}: role {role:?} requires make = {make:?}, not {:?}", spec.name, spec.make);
             }
-            method(&spec.make).with_context(of)?;
             self.configured(spec).with_context(of)?;
         }
         Ok(())
     }
 
-    /// The dense architecture with that vocabulary.
+    /// Returns the dense architecture with that vocabulary.
     pub(crate) fn architecture(&self, vocab: usize) -> Result<Config> {
         let spec = &self.model;
         if let Some(name) = &spec.preset {
@@ -319,24 +388,55 @@ impl Profile {
         Ok(sizes.config()?)
     }
 
-    /// Everybody's budget for that dense model: activated parameters at the share of experts, routers included.
-    pub(crate) fn budget(&self, dense: &Config) -> f64 {
-        let mut config = dense.clone();
-        config.moe = Some(MoeConfig {
-            router: RouterConfig::new(self.experts),
-            partition: PartitionKind::Contiguous,
-            router_bias: false,
-            active_target: None,
-        });
-        Accounting::of(&config).activated(self.active * self.experts as f64)
+    /// Returns the activated parameters that every method gets: those outside FFNs, the active share of the dense FFN,
+    /// and the router weights of the row with role `dsmoe`.
+    pub(crate) fn budget(&self, dense: &Config) -> Result<f64> {
+        let experts = self.budget_experts()?;
+        Ok(Accounting::of(&gated(dense, experts)).activated(self.active * experts as f64))
     }
 
-    /// Shares of the continued training after which a method is measured.
+    /// Plans the model of a row.
+    pub(crate) fn plan_of(&self, spec: &MethodSpec, dense: &Config) -> Result<Plan> {
+        let budget = Budget::Params(self.budget(dense)?.round());
+        self.configured(spec)?.plan(dense, budget).with_context(|| format!("method {:?}", spec.name))
+    }
+
+    /// Returns the share of active experts at which a gated row has the budget. It differs from `active` by the cost of
+    /// the row's own routers.
+    pub(crate) fn active_of(&self, spec: &MethodSpec, dense: &Config) -> Result<f64> {
+        let counts = |experts| Accounting::of(&gated(dense, experts));
+        let budget = counts(self.budget_experts()?);
+        let own = counts(self.experts_of(spec)?.unwrap_or(self.experts));
+        Ok(self.active + (budget.router as f64 - own.router as f64) / own.ffn as f64)
+    }
+
+    /// Returns the share of active experts that the training of a row has to reach, if it has to.
+    pub(crate) fn target_of(&self, spec: &MethodSpec, dense: &Config) -> Result<Option<f64>> {
+        let is_trained = self.plan_of(spec, dense)?.active_target.is_some();
+        is_trained.then(|| self.active_of(spec, dense)).transpose()
+    }
+
+    /// Returns the number of experts whose routers the budget includes.
+    fn budget_experts(&self) -> Result<usize> {
+        let row = |role| self.method.iter().find(|spec| spec.role == role);
+        match row(Role::Dsmoe).or_else(|| row(Role::Paper)) {
+            Some(spec) => Ok(self.experts_of(spec)?.unwrap_or(self.experts)),
+            None => Ok(self.experts),
+        }
+    }
+
+    /// Returns the number of experts of a row, if its method has that setting.
+    pub(crate) fn experts_of(&self, spec: &MethodSpec) -> Result<Option<usize>> {
+        let settings = self.configured(spec)?.resolved();
+        Ok(settings.get("experts").and_then(Value::as_u64).map(|experts| experts as usize))
+    }
+
+    /// Lists the shares of the continued training after which a row is measured.
     pub(crate) fn milestones_of(&self, spec: &MethodSpec) -> Vec<f64> {
         let mut all = match spec.role {
-            // All its experts are active until a threshold is found after training.
+            // All experts are active until the threshold is found after training.
             Role::WithoutThreshold => return Vec::new(),
-            Role::Dsmoe | Role::Paper => [&self.milestones[..], &self.curve].concat(),
+            role if role.is_dsmoe() => [&self.milestones[..], &self.curve].concat(),
             _ => self.milestones.clone(),
         };
         all.sort_by(f64::total_cmp);
@@ -344,64 +444,62 @@ impl Profile {
         all
     }
 
-    /// The method of a row with its settings.
+    /// Returns the method of a row with its settings.
     pub(crate) fn configured(&self, spec: &MethodSpec) -> Result<Box<dyn Configured>> {
-        let mut words: Vec<String> =
-            spec.knobs.iter().map(|(name, value)| format!("{name}={value}")).collect();
         let method = method(&spec.make)?;
-        let takes_experts = method.settings().iter().any(|setting| setting.name == "experts");
-        if spec.is_dsmoe() || takes_experts && !spec.knobs.contains_key("experts") {
-            words.push(format!("experts={}", self.experts));
+        let mut settings = spec.settings.clone();
+        if method.settings().iter().any(|setting| setting.name == "experts") {
+            settings.entry("experts").or_insert(self.experts.into());
         }
-        Ok(method.configure(&read_settings(words.iter().map(String::as_str))?)?)
+        Ok(method.configure(&settings)?)
     }
 
-    /// The training of the dense model from random weights.
+    /// Returns the training of the dense model from random weights.
     pub(crate) fn pretrain(&self) -> Option<Result<TrainConfig>> {
-        self.pretrain.as_ref().map(|table| self.config(table, "pretrain"))
+        self.pretrain.as_ref().map(|settings| self.config(settings))
     }
 
-    /// The continued training, without what is a method's own.
+    /// Returns the continued training without the settings of a row.
     pub(crate) fn train(&self) -> Result<TrainConfig> {
-        self.config(&self.train, "train")
+        self.config(&self.train)
     }
 
-    /// The continued training of a method.
-    pub(crate) fn train_of(&self, spec: &MethodSpec, seed: u64) -> Result<TrainConfig> {
-        let mut table = self.train.clone();
-        for (one, other) in [("steps", "tokens"), ("sparsity", "active_target")] {
-            for (set, gone) in [(one, other), (other, one)] {
-                if spec.train.contains_key(set) {
-                    table.remove(gone);
-                }
-            }
-        }
-        table.extend(spec.train.clone());
-        let mut config = self.config(&table, "train")?;
-        if spec.is_dsmoe() && config.sparsity.is_none() && config.active_target.is_none() {
-            // Without a threshold in training nothing is shut: the budget is reached after it.
+    /// Returns the continued training of a row. `target` is the share of active experts that it has to reach.
+    pub(crate) fn train_of(&self, spec: &MethodSpec, seed: u64, target: Option<f64>) -> Result<TrainConfig> {
+        let mut config = self.config(&self.train.replaced_by(&spec.train))?;
+        if config.sparsity.is_none() && config.active_target.is_none() {
+            config.active_target = target;
+            // All experts are active in training; a threshold reaches the budget after it.
             if spec.role == Role::WithoutThreshold {
                 config.sparsity = Some(1.0);
-            } else {
-                config.active_target = Some(self.active);
             }
         }
         config.seed += seed;
         Ok(config)
     }
 
-    fn config(&self, table: &toml::Table, name: &str) -> Result<TrainConfig> {
-        let mut config: TrainConfig = table.clone().try_into().map_err(|cause: toml::de::Error| {
-            anyhow::anyhow!("{name}: {}", cause.message().split_whitespace().collect::<Vec<_>>().join(" "))
-        })?;
+    fn config(&self, settings: &TrainSettings) -> Result<TrainConfig> {
+        let mut config = settings.config()?;
         if self.world.is_some() {
-            // Held-out documents are documents of their own.
+            // The world has held-out documents of its own.
             config.valid_fraction = 0.0;
-            config.near_duplicates = Some(dsmoe_train::config::NearDuplicates::Keep);
+            config.near_duplicates = Some(NearDuplicates::Keep);
         }
         config.keep = 1;
         Ok(config)
     }
+}
+
+/// Returns `dense` with a router of that many experts before every FFN.
+pub(crate) fn gated(dense: &Config, experts: usize) -> Config {
+    let mut config = dense.clone();
+    config.moe = Some(MoeConfig {
+        router: RouterConfig::new(experts),
+        partition: PartitionKind::Contiguous,
+        router_bias: false,
+        active_target: None,
+    });
+    config
 }
 
 #[cfg(test)]
@@ -414,23 +512,50 @@ mod tests {
             let profile = Profile::load(name).unwrap();
             assert_eq!(profile.name, name);
             for spec in &profile.method {
-                profile.train_of(spec, 2).unwrap().resolve().unwrap();
+                profile.train_of(spec, 2, Some(profile.active)).unwrap().resolve().unwrap();
             }
         }
     }
 
     #[test]
-    fn all_methods_of_experts_have_the_profiles_number_of_them() {
-        let text = text("quick").unwrap().replacen("experts = 8", "experts = 4", 1);
+    fn methods_with_experts_have_the_profiles_number_or_their_own() {
+        let text = text("quick").unwrap().replacen("experts = 8", "experts = 4", 1).replacen(
+            "make = \"dsmoe-paper\"",
+            "make = \"dsmoe-paper\"\nsettings = { experts = 22 }",
+            1,
+        );
         let profile = Profile::parse(&text, "p.toml").unwrap();
-        let with_experts = profile.method.iter().filter(|spec| {
-            let settings = profile.configured(spec).unwrap().resolved();
-            settings.get("experts").inspect(|value| assert_eq!(**value, 4, "{}", spec.name)).is_some()
-        });
-        let names: Vec<&str> = with_experts.map(|spec| spec.name.as_str()).collect();
+        let experts = |name: &str| {
+            let spec = profile.method.iter().find(|spec| spec.name == name).unwrap();
+            profile.experts_of(spec).unwrap()
+        };
         for name in ["llama-moe", "moefication", "random-k", "dsmoe", "dsmoe-no-ste"] {
-            assert!(names.contains(&name), "{names:?}");
+            assert_eq!(experts(name), Some(4), "{name}");
         }
+        assert_eq!((experts("dsmoe-paper"), experts("wanda")), (Some(22), None));
+    }
+
+    /// Of a model with an FFN of 88 neurons: 22 experts of 4 neurons beside 8 experts of 11.
+    #[test]
+    fn rows_with_other_numbers_of_experts_meet_one_budget() {
+        let control = "[[method]]\nname = \"many\"\nrole = \"control\"\nmake = \"dsmoe-paper\"\nsettings = { experts = 22 }\n";
+        let text = text("quick").unwrap().replacen("intermediate = 384", "intermediate = 88", 1);
+        let profile = Profile::parse(&format!("{text}\n{control}"), "p.toml").unwrap();
+        let dense = profile.architecture(1536).unwrap();
+        let counts = Accounting::of(&dense);
+        let routers = 6.0 * 128.0 * 8.0;
+        let budget = counts.non_ffn as f64 + 0.375 * counts.ffn as f64 + routers;
+        assert_eq!(profile.budget(&dense).unwrap(), budget);
+        let active = |name: &str| {
+            let spec = profile.method.iter().find(|spec| spec.name == name).unwrap();
+            let active = profile.target_of(spec, &dense).unwrap().unwrap();
+            let experts = profile.experts_of(spec).unwrap().unwrap();
+            let activated = Accounting::of(&gated(&dense, experts)).activated(active * experts as f64);
+            assert!((activated / budget - 1.0).abs() < 1e-9, "{name}: {activated}");
+            active
+        };
+        assert_eq!(active("dsmoe-paper"), 0.375);
+        assert!(active("many") < 0.375);
     }
 
     #[test]
@@ -449,7 +574,7 @@ mod tests {
         );
         refused(
             &format!(
-                "{quick}\n[[method]]\nname = \"x\"\nrole = \"control\"\nmake = \"wanda\"\nknobs = {{ order = \"taylor\" }}\n"
+                "{quick}\n[[method]]\nname = \"x\"\nrole = \"control\"\nmake = \"wanda\"\nsettings = {{ order = \"taylor\" }}\n"
             ),
             &["order", "not a setting"],
         );
@@ -460,6 +585,12 @@ mod tests {
                 1,
             ),
             &["WithoutSte", "dsmoe-no-ste"],
+        );
+        refused(&quick.replacen("settings =", "knobs =", 1), &["p.toml: line", "`knobs` is now `settings`"]);
+        refused(&quick.replacen("train = { lr", "train = { bogus = 1, lr", 1), &["p.toml: line", "bogus"]);
+        refused(
+            &quick.replacen("noise = false", "noise = \"perhaps\"", 1),
+            &["llama-moe", "noise", "perhaps"],
         );
         refused(&quick.replacen("seeds = 1", "seeds = 0", 1), &["seeds is 0"]);
     }

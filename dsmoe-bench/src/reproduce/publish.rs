@@ -6,15 +6,16 @@ use anyhow::Result;
 use serde::Serialize;
 
 use super::cache::{write, write_json};
-use super::chapters;
-use super::results::{self, Collected, Comparison, MethodResult};
+use super::collected::Collected;
+use super::results::{Comparison, MethodResult};
+use super::{analysis, chapters};
 use crate::format::{self, Table};
 use crate::report::{Block, html, markdown, svg};
 use crate::ui::Ui;
 
 /// Writes results and report, and shows the main table.
 pub(super) fn finish(collected: &Collected, out: &Path, seconds: f64, ui: &mut Ui) -> Result<()> {
-    let results = results::of(collected)?;
+    let results = analysis::of(collected)?;
     write_json(&out.join("results.json"), &results)?;
     let report = chapters::of(collected, &results);
     write(&out.join("report.md"), markdown::markdown(&report).as_bytes())?;
@@ -35,7 +36,7 @@ pub(super) fn finish(collected: &Collected, out: &Path, seconds: f64, ui: &mut U
     ui.result(&done, Done::show)
 }
 
-/// What a reproduction came to.
+/// The result of a reproduction.
 #[derive(Serialize)]
 struct Done<'a> {
     out: &'a Path,
@@ -66,7 +67,7 @@ impl Done<'_> {
                 format::percent(method.of_budget),
                 format!("{:.3}", method.ppl.mean),
                 method.tasks_mean.map_or_else(|| "-".to_owned(), |mean| format!("{mean:.1}")),
-                self.comparisons.iter().find(is_it).map_or("-", |one| one.verdict).to_owned(),
+                self.comparisons.iter().find(is_it).map_or("-", |one| one.verdict.text()).to_owned(),
             ]);
         }
         format!(

@@ -1,4 +1,4 @@
-//! What is known of one model: how it was made and trained, what was measured of it, and how fast it is.
+//! The records of one model: how it was made and trained, what was measured of it, and its speed.
 
 use std::collections::BTreeMap;
 
@@ -10,9 +10,9 @@ use super::measure::{Difficulty, SweepPoint, TaskScore, TextResult};
 use super::profile::Role;
 use crate::machine::cpu_model;
 
-/// What it says about a file of `runs/`.
+/// Version of the files in `runs/`.
 pub(crate) const FORMAT_VERSION: u32 = 1;
-/// What the dense model before continued training is called.
+/// Name of the dense model before continued training.
 pub(crate) const BASE: &str = "base";
 
 /// Folder of the files of all models in the directory of a reproduction.
@@ -22,7 +22,7 @@ pub(crate) const TIMINGS: &str = "timings";
 /// File of the settings.
 pub(crate) const SETUP: &str = "setup.json";
 
-/// What was made of the dense model, before training.
+/// A model as a method made it, before training.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Made {
     pub(crate) params_total: f64,
@@ -61,7 +61,7 @@ pub(crate) struct Milestone {
     pub(crate) params_activated: f64,
 }
 
-/// What training came to.
+/// A finished training.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Trained {
     pub(crate) steps: u64,
@@ -69,7 +69,8 @@ pub(crate) struct Trained {
     pub(crate) milestones: Vec<Milestone>,
 }
 
-/// All that is known of one model, but no times: the same bytes however often the work was interrupted.
+/// A finished model with its measurements. It holds no times, so that it is the same bytes however often the work was
+/// interrupted.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Run {
     pub(crate) format_version: u32,
@@ -87,7 +88,7 @@ pub(crate) struct Run {
     pub(crate) difficulty: Option<Difficulty>,
 }
 
-/// Where numbers were computed: what can change their last bits.
+/// The properties of a machine that can change the last bits of numbers.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub(crate) struct Machine {
     pub(crate) cpu: String,
@@ -113,18 +114,18 @@ impl Machine {
 pub(crate) struct Speed {
     pub(crate) prefill_tokens_per_s: f64,
     pub(crate) decode_tokens_per_s: f64,
-    /// Most memory that was resident while it was loaded and used, beyond the program's own.
+    /// Peak of the resident memory while the model was loaded and used, without the program's own.
     pub(crate) peak_bytes: Option<u64>,
     pub(crate) weight_bytes: u64,
     pub(crate) threads: usize,
 }
 
-/// What a method's training took on this machine.
+/// Speeds of one model on this machine.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Timing {
     pub(crate) method: String,
     pub(crate) seed: u64,
     pub(crate) speed: Option<Speed>,
-    /// Of the last invocation that trained it.
+    /// Speed of the last invocation that trained the model.
     pub(crate) train_tokens_per_s: Option<f64>,
 }

@@ -1,11 +1,11 @@
-//! Speed and memory of one model, alone in its process.
+//! Measurement of the speed and memory of one model in its own process.
 
 use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Result, bail};
 use dsmoe_core::generate::{GenerateOptions, generate};
-use dsmoe_core::model::Workspace;
+use dsmoe_core::model::{Batch, Workspace};
 use dsmoe_core::{Device, Inference};
 use dsmoe_kernels::Precision;
 
@@ -15,9 +15,9 @@ use crate::models::{default_precision, load_inference};
 use crate::timing::resident::Mark;
 use crate::ui::Ui;
 
-/// Speeds are the best of so many measurements.
+/// Measurements of a speed, of which the best counts.
 const ROUNDS: usize = 3;
-/// Tokens before those that are decoded.
+/// Tokens of the prompt before decoding.
 const PROMPT: usize = 16;
 /// Longest sequence of a prefill.
 const SEQUENCE: usize = 1024;
@@ -38,7 +38,7 @@ pub(crate) fn run(
     let seq = SEQUENCE.min(config.max_position).min(ids.len());
     let decode = decode.min(config.max_position - PROMPT.min(config.max_position));
     if seq < 2 || decode < 2 {
-        bail!("a model of {} positions is too short to be timed", config.max_position);
+        bail!("a model of {} positions is too short for timing", config.max_position);
     }
     let ids = &ids[..ids.len() / seq * seq];
     let prefill = best(|| prefill(&model, ids, seq))?;
@@ -65,10 +65,10 @@ fn best(mut measure: impl FnMut() -> Result<f64>) -> Result<f64> {
     Ok(most)
 }
 
-/// Tokens per second of scoring.
+/// Measures the tokens per second of scoring.
 fn prefill(model: &Inference, ids: &[u32], seq: usize) -> Result<f64> {
     let (mut losses, mut workspace) = (vec![0.0; ids.len()], Workspace::default());
     let started = Instant::now();
-    model.score(&mut losses, ids, ids, seq, None, &mut workspace)?;
+    model.score(&mut losses, Batch { inputs: ids, targets: ids, seq }, None, &mut workspace)?;
     Ok(ids.len() as f64 / started.elapsed().as_secs_f64().max(1e-9))
 }

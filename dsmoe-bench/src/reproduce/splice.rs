@@ -1,8 +1,8 @@
-//! `dsmoe reproduce splice`: the main table and figure of recorded reproductions, written into Markdown files.
+//! `dsmoe reproduce splice`: writes the main table and figure of recorded reproductions into Markdown files.
 //!
 //! ```text
-//! <!-- reproduce DIR -->     DIR, seen from the file, has results.json and charts/pareto-chart.svg
-//! ...                        what stands here is replaced
+//! <!-- reproduce DIR -->     DIR, relative to the file, has results.json and charts/pareto-chart.svg
+//! ...                        this is replaced
 //! <!-- /reproduce -->
 //! ```
 
@@ -10,69 +10,17 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use super::cache::{read_json, write};
+use super::results::Results;
+use super::setup::Setup;
 use crate::format;
 use crate::ui::Ui;
 
 const BEGIN: &str = "<!-- reproduce ";
 const END: &str = "<!-- /reproduce -->";
 const CHART: &str = "charts/pareto-chart.svg";
-
-/// What is shown of a results.json.
-#[derive(Deserialize)]
-struct Results {
-    setup: Setup,
-    methods: Vec<Method>,
-    comparisons: Vec<Comparison>,
-}
-
-#[derive(Deserialize)]
-struct Setup {
-    git_revision: String,
-    budget: f64,
-    dense_params: u64,
-    profile: Profile,
-}
-
-#[derive(Deserialize)]
-struct Profile {
-    name: String,
-    experts: usize,
-    active: f64,
-}
-
-#[derive(Deserialize)]
-struct Method {
-    name: String,
-    seeds: Vec<u64>,
-    tokens: u64,
-    params_activated: Measured,
-    of_budget: f64,
-    ppl: Measured,
-    milestones: Vec<Milestone>,
-    tasks_mean: Option<f64>,
-}
-
-#[derive(Deserialize)]
-struct Measured {
-    mean: f64,
-    interval: Option<[f64; 2]>,
-}
-
-#[derive(Deserialize)]
-struct Milestone {
-    share: f64,
-    ppl: Measured,
-}
-
-#[derive(Deserialize)]
-struct Comparison {
-    dsmoe: String,
-    other: String,
-    verdict: String,
-}
 
 #[derive(Serialize)]
 struct Done<'a> {
@@ -92,10 +40,7 @@ pub(crate) fn run(files: &[PathBuf], check: bool, ui: &mut Ui) -> Result<()> {
             continue;
         }
         if check {
-            bail!(
-                "{}: its tables are not those of the records; run dsmoe reproduce splice {0}",
-                path.display()
-            );
+            bail!("{}: its tables differ from the records; run dsmoe reproduce splice {0}", path.display());
         }
         write(path, spliced.as_bytes())?;
         done.files.push(path);
@@ -103,7 +48,7 @@ pub(crate) fn run(files: &[PathBuf], check: bool, ui: &mut Ui) -> Result<()> {
     ui.result(&done, |done| format!("{} blocks, {} files changed\n", done.blocks, done.files.len()))
 }
 
-/// The text with its blocks filled anew, and how many there are.
+/// Returns the text with its blocks replaced, and their number.
 fn splice(text: &str, folder: &Path) -> Result<(String, usize)> {
     let (mut out, mut rest, mut blocks) = (String::new(), text, 0);
     while let Some(at) = rest.find(BEGIN) {
@@ -113,7 +58,7 @@ fn splice(text: &str, folder: &Path) -> Result<(String, usize)> {
             bail!("line {line}: `{BEGIN}DIR -->` must end its line");
         };
         let Some((_, after)) = body.split_once(END) else {
-            bail!("line {line}: no `{END}` after it");
+            bail!("line {line}: no `{END}` follows");
         };
         let results: Results = read_json(&folder.join(dir).join("results.json"))?;
         let _ = write!(out, "{before}{BEGIN}{dir} -->\n{}{END}", block_text(dir, &results));
@@ -127,7 +72,7 @@ fn splice(text: &str, folder: &Path) -> Result<(String, usize)> {
 }
 
 fn block_text(dir: &str, results: &Results) -> String {
-    let Setup { git_revision, budget, dense_params, profile } = &results.setup;
+    let Setup { git_revision, budget, dense_params, profile, .. } = &results.setup;
     let first = results.comparisons.first().map(|one| one.dsmoe.as_str());
     let seeds = results.methods.iter().map(|method| method.seeds.len()).max().unwrap_or(0);
     let tokens = results.methods.iter().map(|method| method.tokens).min_by_key(|tokens| match tokens {
@@ -135,23 +80,22 @@ fn block_text(dir: &str, results: &Results) -> String {
         tokens => *tokens,
     });
     let mut out = format!(
-        "\nProfile {}: a dense model of {} parameters, {} activated parameters for everyone ({} of {} experts), {} tokens after\n\
-         it was made, {} {}, 95 % intervals; `{dir}`, revision {git_revision}.\n\n",
+        "\nProfile {}: a dense model of {} parameters, {} activated parameters for every method ({} % of the FFNs, and\n\
+         routers), {} tokens of continued training, {} {}, 95 % intervals; `{dir}`, revision {git_revision}.\n\n",
         profile.name,
         format::amount(*dense_params as f64),
         format::amount(*budget),
-        profile.active * profile.experts as f64,
-        profile.experts,
+        100.0 * profile.active,
         format::amount(tokens.unwrap_or(0) as f64),
         seeds,
         if seeds == 1 { "seed" } else { "seeds" },
     );
-    out += "| method | activated | of the budget | perplexity as made | trained on | interval | tasks right, % | ";
+    out += "| method | activated | of the budget | perplexity before training | after training | interval | tasks right, % | ";
     let _ = writeln!(out, "{} is |", first.unwrap_or("DSMoE"));
     out += "|---|---|---|---|---|---|---|---|\n";
     let dash = || "–".to_owned();
     for method in &results.methods {
-        let made = method.milestones.iter().find(|stone| stone.share == 0.0);
+        let made = method.milestone(0.0);
         let verdict =
             results.comparisons.iter().find(|one| Some(&one.dsmoe[..]) == first && one.other == method.name);
         let _ = writeln!(
@@ -164,7 +108,7 @@ fn block_text(dir: &str, results: &Results) -> String {
             method.ppl.mean,
             method.ppl.interval.map_or_else(dash, |[low, high]| format!("{low:.3} to {high:.3}")),
             method.tasks_mean.map_or_else(dash, |mean| format!("{mean:.1}")),
-            verdict.map_or("", |one| one.verdict.as_str()),
+            verdict.map_or("", |one| one.verdict.text()),
         );
     }
     let _ = write!(out, "\n![Perplexity against FLOPs of a token]({dir}/{CHART})\n\n");
@@ -173,6 +117,9 @@ fn block_text(dir: &str, results: &Results) -> String {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
+    use super::super::profile::Profile;
     use super::*;
 
     #[test]
@@ -180,24 +127,35 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let record = folder.path().join("record");
         std::fs::create_dir(&record).unwrap();
-        let measured = |mean: f64| serde_json::json!({ "mean": mean, "interval": [mean - 1.0, mean + 1.0] });
+        let measured =
+            |mean: f64| json!({ "mean": mean, "interval": [mean - 1.0, mean + 1.0], "values": [] });
         let method = |name: &str, ppl: f64| {
-            serde_json::json!({
-                "name": name, "seeds": [0, 1], "tokens": 2048, "params_activated": measured(1000.0), "of_budget": 1.0,
-                "ppl": measured(ppl), "milestones": [{ "share": 0.0, "ppl": measured(9.0) }], "tasks_mean": null,
+            json!({
+                "name": name, "seeds": [0, 1], "calibration_tokens": 0, "tokens": 2048, "params_total": 2000.0,
+                "params_activated": measured(1000.0), "of_budget": 1.0, "flops_per_token": 1.0, "ppl": measured(ppl),
+                "nll": measured(1.0), "domains": [], "tasks": [], "sweep": [],
+                "milestones": [{ "share": 0.0, "tokens": 0, "ppl": measured(9.0), "params_activated": 1000.0 }],
             })
         };
-        let results = serde_json::json!({
-            "setup": { "git_revision": "abc", "budget": 1000.0, "dense_params": 2000,
-                       "profile": { "name": "p", "experts": 8, "active": 0.375 } },
+        let profile = Profile::load("quick").unwrap();
+        let results = json!({
+            "format_version": 1,
+            "setup": {
+                "format_version": 1, "program": "dsmoe", "git_revision": "abc", "profile": profile, "outputs": [],
+                "runs": [], "inputs": null, "tokens_per_source": 1, "budget": 1000.0, "dense_params": 2000,
+                "num_layers": 6,
+            },
+            "machines": [], "seeds": [], "shapes": [], "directions": [],
             "methods": [method("dsmoe", 5.0), method("wanda", 6.5)],
-            "comparisons": [{ "dsmoe": "dsmoe", "other": "wanda", "verdict": "better" }],
+            "comparisons": [{
+                "dsmoe": "dsmoe", "other": "wanda", "difference": 0.1, "test": "", "seeds": 1, "verdict": "better",
+            }],
         });
         std::fs::write(record.join("results.json"), results.to_string()).unwrap();
         let text = "a\n<!-- reproduce record -->\nold\n<!-- /reproduce -->\nb\n";
         let (once, blocks) = splice(text, folder.path()).unwrap();
         assert_eq!(blocks, 1);
-        assert!(once.starts_with("a\n<!-- reproduce record -->\n\nProfile p:"), "{once}");
+        assert!(once.starts_with("a\n<!-- reproduce record -->\n\nProfile quick:"), "{once}");
         assert!(
             once.contains("| wanda | 1.0 k | 100.0 % | 9.000 | 6.500 | 5.500 to 7.500 | – | better |"),
             "{once}"

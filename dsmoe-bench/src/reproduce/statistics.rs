@@ -1,18 +1,18 @@
-//! Intervals and tests: Student's t over seeds, the bootstrap over windows where there is one seed.
+//! Intervals and tests: Student's t over seeds, or the bootstrap over windows if there is one seed.
 
-/// Share of an interval.
+/// Confidence of an interval.
 const CONFIDENCE: f64 = 0.95;
 
 /// A mean with its 95 % interval.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
 pub(crate) struct Estimate {
     pub(crate) mean: f64,
-    /// Standard deviation over seeds; none with one.
+    /// Standard deviation over seeds; absent for one seed.
     pub(crate) deviation: Option<f64>,
     pub(crate) interval: Option<[f64; 2]>,
 }
 
-/// The mean of values of several seeds with its interval; with one value there is none.
+/// Returns the mean of the values of several seeds with its interval, which one value does not have.
 pub(crate) fn estimate(values: &[f64]) -> Estimate {
     let mean = mean(values);
     let Some(deviation) = deviation(values) else {
@@ -27,7 +27,7 @@ pub(crate) fn mean(values: &[f64]) -> f64 {
     values.iter().sum::<f64>() / values.len() as f64
 }
 
-/// The sample's standard deviation; none of less than two values.
+/// Returns the standard deviation of a sample of at least two values.
 fn deviation(values: &[f64]) -> Option<f64> {
     if values.len() < 2 {
         return None;
@@ -37,7 +37,7 @@ fn deviation(values: &[f64]) -> Option<f64> {
     Some((squares / (values.len() - 1) as f64).sqrt())
 }
 
-/// Two-sided p of the paired t test that differences are 0 on average; none of less than two, or of equal ones.
+/// Returns the two-sided p of the paired t test that differences are 0 on average. It needs two different values.
 pub(crate) fn paired_t(differences: &[f64]) -> Option<f64> {
     let spread = deviation(differences)?;
     if spread == 0.0 {
@@ -48,10 +48,10 @@ pub(crate) fn paired_t(differences: &[f64]) -> Option<f64> {
     Some(2.0 * (1.0 - t_distribution(t.abs(), n - 1.0)))
 }
 
-/// Windows of one source: (sum, count) each, with the source's weight.
+/// The sources: the weight, and (sum, count) of every window.
 pub(crate) type Strata<'a> = Vec<(f64, Vec<(f64, f64)>)>;
 
-/// The weighted mean over strata of sum / count.
+/// Returns the weighted mean over strata of sum / count.
 fn ratio(strata: &Strata<'_>, mut pick: impl FnMut(usize) -> usize) -> f64 {
     strata
         .iter()
@@ -67,7 +67,7 @@ fn ratio(strata: &Strata<'_>, mut pick: impl FnMut(usize) -> usize) -> f64 {
         .sum()
 }
 
-/// Bootstrap distribution of [`ratio`], sorted. Windows are drawn within their stratum.
+/// Returns the sorted bootstrap distribution of [`ratio`]. Windows are drawn within their stratum.
 pub(crate) fn bootstrap(strata: &Strata<'_>, resamples: usize) -> Vec<f64> {
     let mut random = SplitMix(0);
     let mut values: Vec<f64> = (0..resamples).map(|_| ratio(strata, |n| random.below(n))).collect();
@@ -75,13 +75,14 @@ pub(crate) fn bootstrap(strata: &Strata<'_>, resamples: usize) -> Vec<f64> {
     values
 }
 
-/// The middle 95 % of a sorted distribution.
+/// Returns the ends of the middle 95 % of a sorted distribution.
 pub(crate) fn middle(sorted: &[f64]) -> [f64; 2] {
     let at = |share: f64| sorted[((sorted.len() as f64 * share) as usize).min(sorted.len() - 1)];
     [at((1.0 - CONFIDENCE) / 2.0), at((1.0 + CONFIDENCE) / 2.0)]
 }
 
-/// Two-sided p that a bootstrap distribution of differences is on one side of 0 by chance; at least 1 / resamples.
+/// Returns the two-sided p that a bootstrap distribution of differences is on one side of 0 by chance, at least
+/// 1 / resamples.
 pub(crate) fn sign_p(sorted: &[f64]) -> f64 {
     let n = sorted.len() as f64;
     let (below, above) = (
@@ -91,7 +92,7 @@ pub(crate) fn sign_p(sorted: &[f64]) -> f64 {
     (2.0 * below.min(above) / n).clamp(1.0 / n, 1.0)
 }
 
-/// A generator of a few lines, so that another program can draw the same resamples.
+/// A generator of random numbers that is simple to implement in another program.
 pub(crate) struct SplitMix(pub(crate) u64);
 
 impl SplitMix {
@@ -103,18 +104,18 @@ impl SplitMix {
         z ^ (z >> 31)
     }
 
-    /// A number below `n`.
+    /// Draws a number below `n`.
     pub(crate) fn below(&mut self, n: usize) -> usize {
         ((u128::from(self.next()) * n as u128) >> 64) as usize
     }
 }
 
-/// P(T <= t) of Student's t with `freedom` degrees, t >= 0.
+/// Returns P(T <= t) of Student's t with `freedom` degrees, t >= 0.
 fn t_distribution(t: f64, freedom: f64) -> f64 {
     1.0 - 0.5 * beta_ratio(freedom / (freedom + t * t), freedom / 2.0, 0.5)
 }
 
-/// The t with P(T <= t) = p, for p from 0.5 up.
+/// Returns the t with P(T <= t) = p, for p >= 0.5.
 fn t_quantile(p: f64, freedom: f64) -> f64 {
     let (mut low, mut high) = (0.0, 1.0);
     while t_distribution(high, freedom) < p {
@@ -127,7 +128,7 @@ fn t_quantile(p: f64, freedom: f64) -> f64 {
     (low + high) / 2.0
 }
 
-/// The regularised incomplete beta function, by its continued fraction.
+/// Computes the regularised incomplete beta function by its continued fraction.
 fn beta_ratio(x: f64, a: f64, b: f64) -> f64 {
     if x <= 0.0 || x >= 1.0 {
         return x.clamp(0.0, 1.0);
@@ -159,7 +160,7 @@ fn beta_ratio(x: f64, a: f64, b: f64) -> f64 {
     front * fraction
 }
 
-/// Lanczos' approximation.
+/// Computes the logarithm of the gamma function by Lanczos' approximation.
 fn ln_gamma(x: f64) -> f64 {
     const G: f64 = 7.0;
     const C: [f64; 9] = [
@@ -182,8 +183,8 @@ fn ln_gamma(x: f64) -> f64 {
     0.5 * (2.0 * std::f64::consts::PI).ln() + (x + 0.5) * base.ln() - base + sum.ln()
 }
 
-/// How much a list over layers is like a W: its correlation with a wave that is high at both ends and in the middle, and
-/// the share of orders of the layers that are as much like it. None below three layers or of equal values.
+/// Compares a list over layers with a W. Returns its correlation with a wave that is high at both ends and in the middle,
+/// and the share of orders of the layers that correlate as much. It needs three layers and two different values.
 pub(crate) fn w_shape(values: &[f64]) -> Option<(f64, f64)> {
     let n = values.len();
     if n < 3 {
@@ -208,7 +209,7 @@ pub(crate) fn w_shape(values: &[f64]) -> Option<(f64, f64)> {
             }
             count(&order);
         }
-        // The order found is one of them.
+        // The actual order is one of them.
         count(values);
     }
     Some((found, as_much as f64 / all as f64))
@@ -225,7 +226,7 @@ fn permutations(values: &mut Vec<f64>, at: usize, visit: &mut impl FnMut(&[f64])
     }
 }
 
-/// Pearson's; none where one side does not vary.
+/// Returns Pearson's correlation, if both sides vary.
 pub(crate) fn correlation(a: &[f64], b: &[f64]) -> Option<f64> {
     let (ma, mb) = (mean(a), mean(b));
     let (mut ab, mut aa, mut bb) = (0.0, 0.0, 0.0);
@@ -277,7 +278,7 @@ mod tests {
     }
 
     #[test]
-    fn a_w_is_told_from_others() {
+    fn a_w_is_distinguished_from_other_shapes() {
         let (r, p) = w_shape(&[0.9, 0.3, 0.8, 0.2, 0.9]).unwrap();
         assert!(r > 0.9 && p < 0.15, "{r} {p}");
         let (r, p) = w_shape(&[0.1, 0.9, 0.2, 0.8, 0.1]).unwrap();

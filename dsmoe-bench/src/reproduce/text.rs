@@ -1,4 +1,4 @@
-//! The text that is trained on, what is held out of it, and the tokenizer.
+//! The training text, the held-out text and the tokenizer.
 
 use std::path::{Path, PathBuf};
 
@@ -15,22 +15,20 @@ use serde_json::{Value, json};
 
 use super::cache::{Cache, Key};
 use super::options::TextSource;
-use super::profile::{Profile, WorldText};
+use super::profile::{Profile, WORLD_TOKEN, WorldText};
 use crate::texts;
 use crate::ui::Ui;
 
-/// Held-out documents of the world are counted from here: no training text reaches so far.
+/// Number of the first held-out document of the world; no training text reaches it.
 const HELD_OUT: u64 = 1 << 40;
-/// Bytes of text that the tokenizer learns from at the most.
+/// Most bytes of text that the tokenizer is trained on.
 const TOKENIZER_BYTES: u64 = 4_000_000;
-/// The world's token that begins a text and so ends the one before.
-pub(crate) const WORLD_TOKEN: u32 = 0;
 
 /// Held-out text of one source.
 #[derive(Debug)]
 pub(crate) struct HeldOut {
     pub(crate) name: String,
-    /// Its share of all weights.
+    /// Share of the weights of all sources.
     pub(crate) share: f64,
     /// Whole windows.
     pub(crate) ids: Vec<u32>,
@@ -44,21 +42,31 @@ pub(crate) struct Text {
     pub(crate) tokenizer: Tokenizer,
     /// A directory with the tokenizer's files.
     pub(crate) tokenizer_dir: PathBuf,
-    /// To draw calibration text from.
+    /// The training side, from which calibration text is drawn.
     pub(crate) mixture: Mixture,
     pub(crate) key: Key,
-    /// Hashes of what went in, for reports.
+    /// Hashes of the inputs, for reports.
     pub(crate) inputs: Value,
 }
 
-/// What the world's stage made.
+/// The parts of a text before they are hashed.
+struct Loaded {
+    sources: Vec<Source>,
+    texts: Option<TokenTexts>,
+    held_out: Vec<HeldOut>,
+    tokenizer: Tokenizer,
+    tokenizer_dir: PathBuf,
+    mixture: Mixture,
+}
+
+/// The result of the stage that writes the world.
 #[derive(Serialize, Deserialize)]
 struct Written {
     vocab_size: usize,
 }
 
 impl Text {
-    /// The world's text, written once, with its tokenizer or that of `model`.
+    /// Loads the world's text, which is written once, with its tokenizer or that of `model`.
     pub(crate) fn of_world(
         world: &WorldText,
         profile: &Profile,
@@ -101,10 +109,11 @@ impl Text {
             held_out.push(HeldOut { name: domain.name().to_owned(), share, ids });
         }
         let mixture = Mixture::new(&parts, train.split_options(), None)?;
-        Text::new(parts, None, held_out, tokenizer, tokenizer_dir, mixture, &train)
+        let loaded = Loaded { sources: parts, texts: None, held_out, tokenizer, tokenizer_dir, mixture };
+        Text::new(loaded, &train)
     }
 
-    /// Text that the user names, with the tokenizer of `model`.
+    /// Loads text that the user names, with the tokenizer of `model`.
     pub(crate) fn of_user(
         data: &TextSource,
         token_cache: Option<&Path>,
@@ -133,7 +142,7 @@ impl Text {
             let windows = (ids.len() / window).min(profile.measure.windows);
             if windows == 0 {
                 bail!(
-                    "source {}: {} held-out tokens are no window of {window}; give more text or a larger valid_fraction",
+                    "source {}: {} held-out tokens are fewer than a window of {window}; give more text or a larger valid_fraction",
                     part.name,
                     ids.len()
                 );
@@ -141,18 +150,12 @@ impl Text {
             let ids = ids[..windows * window].to_vec();
             held_out.push(HeldOut { name: part.name.clone(), share: part.share, ids });
         }
-        Text::new(parts, texts, held_out, tokenizer, model.to_path_buf(), mixture, &train)
+        let tokenizer_dir = model.to_path_buf();
+        Text::new(Loaded { sources: parts, texts, held_out, tokenizer, tokenizer_dir, mixture }, &train)
     }
 
-    fn new(
-        sources: Vec<Source>,
-        texts: Option<TokenTexts>,
-        held_out: Vec<HeldOut>,
-        tokenizer: Tokenizer,
-        tokenizer_dir: PathBuf,
-        mixture: Mixture,
-        train: &TrainConfig,
-    ) -> Result<Text> {
+    fn new(loaded: Loaded, train: &TrainConfig) -> Result<Text> {
+        let Loaded { sources, texts, held_out, tokenizer, tokenizer_dir, mixture } = loaded;
         let hashes = sources
             .iter()
             .map(|source| {
@@ -178,7 +181,7 @@ impl Text {
         Ok(Text { sources, texts, held_out, tokenizer, tokenizer_dir, mixture, key, inputs })
     }
 
-    /// What a run trains on.
+    /// Returns the text of a training.
     pub(crate) fn train_data(&self) -> TrainData {
         TrainData { sources: self.sources.clone(), texts: self.texts.clone() }
     }
@@ -189,7 +192,7 @@ impl Text {
     }
 }
 
-/// When a task's text gets a BOS token.
+/// Returns the rule of BOS tokens in the texts of tasks.
 pub(crate) fn task_bos() -> Bos {
     dsmoe_datasets::tasks::Profile::default().bos()
 }

@@ -1,4 +1,4 @@
-//! What this machine can do, measured before the rows that are compared with it.
+//! The limits of this machine, measured before the rows that are compared with them.
 
 use std::collections::BTreeMap;
 
@@ -6,28 +6,28 @@ use dsmoe_kernels::{Isa, Precision, peak};
 
 use crate::machine::cpu_model;
 
-/// Bandwidth is measured on no more and no less memory than this.
+/// The most and the least memory on which bandwidth is measured.
 const MOST_BYTES: f64 = (1u64 << 30) as f64;
 const FEWEST_BYTES: f64 = 65_536.0;
 
-/// What a call has to do whatever the implementation is.
+/// The work of a call, independent of the implementation.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Cost {
     /// Floating-point operations.
     pub(crate) flops: f64,
-    /// Bytes read or written, everything once.
+    /// Bytes read or written, each once.
     pub(crate) bytes: f64,
 }
 
-/// Ceilings and names of the machine.
+/// The limits and the names of the machine.
 #[derive(Debug)]
 pub(crate) struct Ceilings {
     pub(crate) isa: &'static str,
     pub(crate) cpu: Option<String>,
     pub(crate) threads: usize,
-    /// In f32 and in bf16; 0 where it was not asked for.
+    /// Operations per second in f32 and in bf16; 0 where not measured.
     flops: [f64; 2],
-    /// Bytes per second by the size of what is read.
+    /// Bytes per second by the number of bytes read.
     bandwidths: BTreeMap<u64, f64>,
 }
 
@@ -49,13 +49,13 @@ impl Ceilings {
         }
     }
 
-    /// Operations per second with operands of that precision, one of those measured.
+    /// Returns the operations per second with operands of `precision`, one of those measured.
     pub(crate) fn flops(&self, precision: Precision) -> f64 {
         self.flops[usize::from(precision == Precision::Bf16)]
     }
 
-    /// Bytes per second when about `bytes` are read again and again, as the rounds of a bench do: what fits a cache
-    /// is compared with that cache.
+    /// Returns the bytes per second of reading about `bytes` repeatedly, as the rounds of a benchmark do: data that fits
+    /// into a cache is compared with that cache.
     pub(crate) fn bandwidth(&mut self, bytes: f64) -> f64 {
         // Steps of an eighth of an octave.
         let steps = (8.0 * bytes.clamp(FEWEST_BYTES, MOST_BYTES).log2()).round();
@@ -63,7 +63,7 @@ impl Ceilings {
         *self.bandwidths.entry(bytes).or_insert_with(|| peak::read_bandwidth(Isa::current(), bytes as usize))
     }
 
-    /// The least seconds that work of that cost takes; none for no work.
+    /// Returns the least seconds that work of that cost takes; none for no work.
     pub(crate) fn bound(&mut self, cost: Cost, precision: Precision) -> Option<f64> {
         (cost.flops > 0.0 || cost.bytes > 0.0).then(|| {
             let reading = if cost.bytes > 0.0 { cost.bytes / self.bandwidth(cost.bytes) } else { 0.0 };

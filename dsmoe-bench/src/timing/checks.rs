@@ -1,4 +1,4 @@
-//! Checks of what is asked to be measured.
+//! Checks of the sizes to measure.
 
 use anyhow::{Result, bail};
 
@@ -7,7 +7,7 @@ use crate::memory;
 /// The largest side of a tensor that is accepted.
 const LARGEST: usize = 1 << 24;
 
-/// Refuses a size that is 0 or absurd.
+/// Refuses a size that is 0 or too large.
 pub(crate) fn check_size(flag: &str, size: usize) -> Result<()> {
     match size {
         0 => bail!("--{flag} 0; use at least 1"),

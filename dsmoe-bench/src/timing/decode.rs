@@ -1,4 +1,4 @@
-//! `dsmoe bench decode`: tokens one by one, by a dense and a DSMoE model.
+//! `dsmoe bench decode`: times decoding by a dense and a DSMoE model.
 
 use anyhow::{Result, bail};
 use dsmoe_core::Inference;
@@ -18,10 +18,10 @@ use super::turns::medians;
 use super::values::{bytes_in, f32_bytes, product};
 use crate::cli::bench::Decode;
 
-/// LLaMA 3.2 1B.
+/// The sizes of LLaMA 3.2 1B.
 const DEFAULT: [Sizes; 1] = [[2048, 8192, 16, 32, 8, 128_256]];
 pub(crate) const PRECISIONS: [Precision; 1] = [Precision::Bf16];
-/// Tokens that a threshold is judged by.
+/// Tokens on which the active share of a threshold is measured.
 const TRIAL_TOKENS: usize = 32;
 
 pub(crate) fn check(args: &Decode) -> Result<()> {
@@ -87,7 +87,7 @@ fn measure(args: &Decode, sizes: Sizes, precision: Precision, output: &mut Outpu
     .collect()
 }
 
-/// Seconds for `tokens` tokens after the first.
+/// Returns the seconds for `tokens` tokens after the first.
 pub(crate) fn decode(model: &Inference, prompt: &[u32], tokens: usize) -> Result<f64> {
     let options = GenerateOptions { max_tokens: tokens + 1, ..GenerateOptions::default() };
     let generation = generate(model, prompt, &options, |_| true)?;
@@ -97,7 +97,7 @@ pub(crate) fn decode(model: &Inference, prompt: &[u32], tokens: usize) -> Result
     Ok(generation.decode_seconds.max(1e-9))
 }
 
-/// Active share of the tokens that come after the prompt.
+/// Returns the active share of the tokens after the prompt.
 pub(crate) fn active_share(model: &Inference, prompt: &[u32], tokens: usize) -> Result<f64> {
     let shares = |max_tokens| -> Result<f64> {
         let options = GenerateOptions { max_tokens, ..GenerateOptions::default() };
@@ -108,7 +108,7 @@ pub(crate) fn active_share(model: &Inference, prompt: &[u32], tokens: usize) -> 
     Ok((shares(tokens + 1)? - shares(1)?) / tokens as f64)
 }
 
-/// What a token costs: the weights that it uses are read once, and the keys and values.
+/// Returns the cost of a token: the weights that it uses, and the keys and values, are read once.
 fn cost(config: &Config, precision: Precision, active: f64, context: f64) -> Cost {
     let counts = Accounting::of(config);
     let experts = counts.num_experts as f64;

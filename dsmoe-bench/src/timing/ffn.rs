@@ -1,11 +1,11 @@
-//! `dsmoe bench ffn`: one FFN, dense and cut into experts.
+//! `dsmoe bench ffn`: times one FFN, dense and in experts.
 
 use std::cell::RefCell;
 
 use anyhow::{Result, bail};
 use dsmoe_core::ffn::routes;
 use dsmoe_kernels::Precision;
-use dsmoe_kernels::expert_ffn::{self, Dims, PackedWeights, Saved, Scratch, WeightGrads, Weights};
+use dsmoe_kernels::expert_ffn::{self, Dims, PackedWeights, Pairs, Saved, Scratch, WeightGrads, Weights};
 use dsmoe_router::Routing;
 
 use super::ceilings::Cost;
@@ -44,32 +44,30 @@ pub(crate) fn run(args: &Ffn, output: &mut Output<'_>) -> Result<()> {
     let weights = Weights { gate: &gate, up: &up, down: &down };
     for &precision in args.common.precisions(&BOTH) {
         let layer = Layer { hidden, intermediate, precision };
-        if args.backward {
-            let mut grads = [(); 3].map(|()| vec![0.0; hidden * intermediate]);
-            for &tokens in &args.tokens {
-                let contestants = contestants(args, tokens);
-                let rows = layer.train(tokens, &contestants, &weights, &mut grads, args, output);
-                output.extend(rows)?;
-            }
-        } else {
-            let pack = |experts| PackedWeights::new(precision, &weights, hidden, intermediate, experts);
-            let dense = pack(1);
-            let packed: Vec<PackedWeights> = args.experts.iter().map(|&experts| pack(experts)).collect();
-            for &tokens in &args.tokens {
-                let contestants = contestants(args, tokens);
-                let rows = layer.infer(tokens, &contestants, &dense, &packed, args, output);
-                output.extend(rows)?;
-            }
+        let pack = |experts| PackedWeights::new(precision, &weights, hidden, intermediate, experts);
+        // The dense FFN is the first.
+        let packed: Vec<PackedWeights> = match args.backward {
+            true => Vec::new(),
+            false => [1].iter().chain(&args.experts).map(|&experts| pack(experts)).collect(),
+        };
+        for &tokens in &args.tokens {
+            let contestants = contestants(args, tokens);
+            let measured = match args.backward {
+                true => layer.train(tokens, &contestants, &weights, args),
+                false => layer.infer(tokens, &contestants, &packed, args),
+            };
+            let rows = layer.rows(measured, &contestants, args, output);
+            output.extend(rows)?;
         }
     }
     Ok(())
 }
 
-/// A way to run the experts.
+/// A routing to time.
 struct Contestant {
-    /// Which of the numbers of experts.
+    /// Index of the number of experts.
     index: usize,
-    /// Share of active pairs asked for.
+    /// The share of active pairs asked for.
     active: f64,
     routing: Routing,
 }
@@ -93,179 +91,141 @@ fn contestants(args: &Ffn, tokens: usize) -> Vec<Contestant> {
     contestants
 }
 
+/// The sizes of an FFN.
 #[derive(Clone, Copy)]
-struct Layer {
-    hidden: usize,
-    intermediate: usize,
-    precision: Precision,
+pub(crate) struct Layer {
+    pub(crate) hidden: usize,
+    pub(crate) intermediate: usize,
+    pub(crate) precision: Precision,
+}
+
+/// The times of all contestants and the hashes of their results, the dense FFN first.
+struct Measured {
+    tokens: usize,
+    times: Vec<f64>,
+    hashes: Vec<Option<String>>,
+}
+
+/// Runs inference on packed weights: in experts if there is a routing.
+pub(crate) fn forward(
+    y: &mut [f32],
+    x: &[f32],
+    weights: &PackedWeights,
+    routing: Option<&Routing>,
+    scratch: &mut Scratch,
+) {
+    let (hidden, intermediate) = (weights.hidden(), weights.intermediate());
+    let dims = dims(x.len() / hidden, hidden, intermediate, routing);
+    let routes = routing.map(routes);
+    let pairs = routes.as_ref().map_or(Pairs::Dense, Pairs::Routed);
+    expert_ffn::ForwardPacked { y, x, weights, pairs, dims, scratch }.run();
+}
+
+fn dims(tokens: usize, hidden: usize, intermediate: usize, routing: Option<&Routing>) -> Dims {
+    match routing {
+        None => Dims::dense(tokens, hidden, intermediate),
+        Some(routing) => {
+            Dims { tokens, hidden, intermediate, num_experts: routing.num_experts, all_pairs: true }
+        }
+    }
+}
+
+/// The memory of a training pass.
+pub(crate) struct TrainPass {
+    layer: Layer,
+    y: Vec<f32>,
+    dx: Vec<f32>,
+    dcoefficients: Vec<f32>,
+    grads: [Vec<f32>; 3],
+    saved: Saved,
+    scratch: Scratch,
+}
+
+impl TrainPass {
+    pub(crate) fn new(layer: Layer, tokens: usize) -> TrainPass {
+        let [y, dx] = [(); 2].map(|()| vec![0.0; tokens * layer.hidden]);
+        let grads = [(); 3].map(|()| vec![0.0; layer.hidden * layer.intermediate]);
+        let (saved, scratch) = (Saved::default(), Scratch::new(layer.precision));
+        TrainPass { layer, y, dx, dcoefficients: Vec::new(), grads, saved, scratch }
+    }
+
+    /// Runs forward and backward: in experts if there is a routing.
+    pub(crate) fn run(&mut self, x: &[f32], dy: &[f32], weights: &Weights<'_>, routing: Option<&Routing>) {
+        let Layer { hidden, intermediate, .. } = self.layer;
+        let dims = dims(x.len() / hidden, hidden, intermediate, routing);
+        let routes = routing.map(routes);
+        let TrainPass { y, dx, dcoefficients, grads: [gate, up, down], saved, scratch, .. } = self;
+        dcoefficients.resize(routing.map_or(0, |routing| routing.num_tokens * routing.num_experts), 0.0);
+        let pairs = || routes.as_ref().map_or(Pairs::Dense, Pairs::Routed);
+        expert_ffn::ForwardTrain { y, saved, x, weights, pairs: pairs(), dims, scratch }.run();
+        let (grads, pairs) = (WeightGrads { gate, up, down }, pairs());
+        let dcoefficients = routing.map(|_| &mut dcoefficients[..]);
+        expert_ffn::Backward { dx, dcoefficients, grads, dy, saved, x, weights, pairs, dims, scratch }.run();
+    }
+
+    fn bits(&self) -> Option<String> {
+        let [gate, up, down] = &self.grads;
+        bits(&[&self.y, &self.dx, gate, up, down])
+    }
 }
 
 impl Layer {
-    fn dims(self, routing: &Routing) -> Dims {
-        let Layer { hidden, intermediate, .. } = self;
-        let (tokens, num_experts) = (routing.num_tokens, routing.num_experts);
-        Dims { tokens, hidden, intermediate, num_experts, all_pairs: true }
-    }
-
-    /// Inference on packed weights, the dense FFN first.
     fn infer(
         self,
         tokens: usize,
         contestants: &[Contestant],
-        dense: &PackedWeights,
         packed: &[PackedWeights],
         args: &Ffn,
-        output: &mut Output<'_>,
-    ) -> Vec<Row> {
-        let x = random(tokens * self.hidden, 1.0, 4);
-        let y = RefCell::new(vec![0.0; x.len()]);
-        let scratch = RefCell::new(Scratch::default());
-        let mut tasks: Vec<Task<'_>> = vec![Box::new(|| {
-            expert_ffn::ForwardPacked {
-                y: &mut y.borrow_mut(),
-                x: &x,
-                weights: dense,
-                pairs: expert_ffn::Pairs::Dense,
-                dims: expert_ffn::Dims::dense(tokens, dense.hidden(), dense.intermediate()),
-                scratch: &mut scratch.borrow_mut(),
-            }
-            .run();
-        })];
-        for Contestant { index, routing, .. } in contestants {
-            let (weights, dims, x, y, scratch) = (&packed[*index], self.dims(routing), &x, &y, &scratch);
-            tasks.push(Box::new(move || {
-                let (mut y, mut scratch) = (y.borrow_mut(), scratch.borrow_mut());
-                expert_ffn::ForwardPacked {
-                    y: &mut y,
-                    x,
-                    weights,
-                    pairs: expert_ffn::Pairs::Routed(&routes(routing)),
-                    dims,
-                    scratch: &mut scratch,
-                }
-                .run();
-            }));
-        }
-        let hashes = tasks
-            .iter_mut()
-            .map(|task| {
-                task();
-                bits(&[&y.borrow()])
+    ) -> Measured {
+        let x = &random(tokens * self.hidden, 1.0, 4);
+        let space = &RefCell::new((vec![0.0; x.len()], Scratch::default()));
+        let call = |weights, routing| -> Task<'_> {
+            Box::new(move || {
+                let (y, scratch) = &mut *space.borrow_mut();
+                forward(y, x, weights, routing, scratch);
             })
-            .collect();
+        };
+        let split = contestants.iter().map(|one| call(&packed[1 + one.index], Some(&one.routing)));
+        let mut tasks: Vec<Task<'_>> = [call(&packed[0], None)].into_iter().chain(split).collect();
+        let hash = |task: &mut Task<'_>| {
+            task();
+            bits(&[&space.borrow().0])
+        };
+        let hashes = tasks.iter_mut().map(hash).collect();
         let times = take_turns(&mut tasks, usize::from(args.common.repeats));
-        self.rows("ffn", tokens, contestants, &times, hashes, args, output)
+        Measured { tokens, times, hashes }
     }
 
-    /// Forward and backward.
-    fn train(
-        self,
-        tokens: usize,
-        contestants: &[Contestant],
-        weights: &Weights<'_>,
-        grads: &mut [Vec<f32>; 3],
-        args: &Ffn,
-        output: &mut Output<'_>,
-    ) -> Vec<Row> {
-        let Layer { hidden, intermediate, precision } = self;
-        let [x, dy] = [4, 5].map(|seed| random(tokens * hidden, 1.0, seed));
-        let space = RefCell::new(Space {
-            y: vec![0.0; x.len()],
-            dx: vec![0.0; x.len()],
-            dcoefficients: Vec::new(),
-            saved: Saved::default(),
-            scratch: Scratch::new(precision),
-            grads,
-        });
-        let (space, x, dy) = (&space, &x, &dy);
-        let mut tasks: Vec<Task<'_>> = vec![Box::new(move || {
-            let Space { y, dx, saved, scratch, grads, .. } = &mut *space.borrow_mut();
-            expert_ffn::ForwardTrain {
-                y,
-                saved,
-                x,
-                weights,
-                pairs: expert_ffn::Pairs::Dense,
-                dims: expert_ffn::Dims::dense(tokens, hidden, intermediate),
-                scratch,
-            }
-            .run();
-            let grads = weight_grads(grads);
-            expert_ffn::Backward {
-                dx,
-                dcoefficients: None,
-                grads,
-                dy,
-                saved,
-                x,
-                weights,
-                pairs: expert_ffn::Pairs::Dense,
-                dims: expert_ffn::Dims::dense(tokens, hidden, intermediate),
-                scratch,
-            }
-            .run();
-        })];
-        for Contestant { routing, .. } in contestants {
-            let dims = self.dims(routing);
-            tasks.push(Box::new(move || {
-                let Space { y, dx, dcoefficients, saved, scratch, grads } = &mut *space.borrow_mut();
-                let (routes, grads) = (routes(routing), weight_grads(grads));
-                dcoefficients.resize(tokens * dims.num_experts, 0.0);
-                expert_ffn::ForwardTrain {
-                    y,
-                    saved,
-                    x,
-                    weights,
-                    pairs: expert_ffn::Pairs::Routed(&routes),
-                    dims,
-                    scratch,
-                }
-                .run();
-                expert_ffn::Backward {
-                    dx,
-                    dcoefficients: Some(dcoefficients),
-                    grads,
-                    dy,
-                    saved,
-                    x,
-                    weights,
-                    pairs: expert_ffn::Pairs::Routed(&routes),
-                    dims,
-                    scratch,
-                }
-                .run();
-            }));
-        }
-        let hashes = tasks
-            .iter_mut()
-            .map(|task| {
-                space.borrow_mut().grads.iter_mut().for_each(|grad| grad.fill(0.0));
-                task();
-                let Space { y, dx, grads, .. } = &*space.borrow();
-                bits(&[y, dx, &grads[0], &grads[1], &grads[2]])
-            })
-            .collect();
+    fn train(self, tokens: usize, contestants: &[Contestant], weights: &Weights<'_>, args: &Ffn) -> Measured {
+        let [x, dy] = &[4, 5].map(|seed| random(tokens * self.hidden, 1.0, seed));
+        let pass = &RefCell::new(TrainPass::new(self, tokens));
+        let call = |routing| -> Task<'_> { Box::new(move || pass.borrow_mut().run(x, dy, weights, routing)) };
+        let split = contestants.iter().map(|one| call(Some(&one.routing)));
+        let mut tasks: Vec<Task<'_>> = [call(None)].into_iter().chain(split).collect();
+        let hash = |task: &mut Task<'_>| {
+            pass.borrow_mut().grads.iter_mut().for_each(|grad| grad.fill(0.0));
+            task();
+            pass.borrow().bits()
+        };
+        let hashes = tasks.iter_mut().map(hash).collect();
         let times = take_turns(&mut tasks, usize::from(args.common.repeats));
-        self.rows("ffn_train", tokens, contestants, &times, hashes, args, output)
+        Measured { tokens, times, hashes }
     }
 
-    #[expect(clippy::too_many_arguments, reason = "what was measured, and where it goes")]
     fn rows(
         self,
-        work: &'static str,
-        tokens: usize,
+        Measured { tokens, times, hashes }: Measured,
         contestants: &[Contestant],
-        times: &[f64],
-        hashes: Vec<Option<String>>,
         args: &Ffn,
         output: &mut Output<'_>,
     ) -> Vec<Row> {
+        let work = if args.backward { "ffn_train" } else { "ffn" };
         let dense = (None, 1, tokens, 1.0);
         let split = contestants.iter().map(|one| {
             let touched = experts_in_use(&one.routing) as f64 / one.routing.num_experts as f64;
             (Some(one), one.routing.num_experts, one.routing.num_routed(), touched)
         });
-        let rows = [dense].into_iter().chain(split).zip(times).zip(hashes);
+        let rows = [dense].into_iter().chain(split).zip(&times).zip(hashes);
         let mut rows: Vec<Row> = rows
             .map(|(((contestant, experts, pairs, touched), &seconds), bits)| {
                 let name = if contestant.is_some() { "dsmoe" } else { "dense" };
@@ -291,7 +251,7 @@ impl Layer {
         rows
     }
 
-    /// What the op has to do for `pairs` active pairs in `touched`, a share of the experts.
+    /// Returns the cost for `pairs` active pairs in `touched`, a share of the experts.
     fn cost(self, tokens: usize, pairs: usize, experts: usize, touched: f64, backward: bool) -> Cost {
         if tokens == 0 {
             return Cost::default();
@@ -307,19 +267,4 @@ impl Layer {
         let flops = 18.0 * pairs * area + 6.0 * all * area;
         Cost { flops, bytes: f32_bytes((3.0 + 6.0 * touched) * area + 4.0 * rows) }
     }
-}
-
-/// What a training pass writes.
-struct Space<'a> {
-    y: Vec<f32>,
-    dx: Vec<f32>,
-    dcoefficients: Vec<f32>,
-    saved: Saved,
-    scratch: Scratch,
-    grads: &'a mut [Vec<f32>; 3],
-}
-
-fn weight_grads<'a>(grads: &'a mut [Vec<f32>; 3]) -> WeightGrads<'a> {
-    let [gate, up, down] = grads;
-    WeightGrads { gate, up, down }
 }

@@ -1,4 +1,4 @@
-//! Models with random weights, in memory alone.
+//! Models with random weights in memory.
 
 use anyhow::{Result, bail};
 use dsmoe_core::Model;
@@ -17,7 +17,7 @@ use crate::cli::bench::Architecture;
 pub(crate) type Sizes = [usize; 6];
 
 impl Architecture {
-    /// The sizes asked for, those not said being from the first of `defaults`; without any, all of `defaults`.
+    /// Returns the sizes asked for, completed from the first of `defaults`; without any, all of `defaults`.
     pub(crate) fn sizes(&self, defaults: &[Sizes]) -> Vec<Sizes> {
         let Architecture { hidden, intermediate, layers, heads, kv_heads, vocab, .. } = *self;
         let asked = [hidden, intermediate, layers, heads, kv_heads.or(heads), vocab];
@@ -27,7 +27,7 @@ impl Architecture {
         vec![std::array::from_fn(|i| asked[i].unwrap_or(defaults[0][i]))]
     }
 
-    /// Refuses sizes that make no model.
+    /// Refuses sizes that are no valid model.
     pub(crate) fn check(&self, sizes: Sizes) -> Result<()> {
         const FLAGS: [&str; 6] = ["hidden", "intermediate", "layers", "heads", "kv-heads", "vocab"];
         for (flag, size) in FLAGS.into_iter().zip(sizes) {
@@ -47,7 +47,7 @@ impl Architecture {
         check_active(self.active)
     }
 
-    /// The dense configuration of `sizes` with `positions`, and the DSMoE one.
+    /// Returns the dense configuration of `sizes` with `positions`, and the DSMoE one.
     pub(crate) fn configs(&self, sizes: Sizes, positions: usize) -> Result<[Config; 2]> {
         let [hidden, intermediate, layers, heads, kv_heads, vocab] = sizes;
         let bos_eos = [1, 2];
@@ -64,12 +64,12 @@ impl Architecture {
     }
 }
 
-/// Values of a model's arena, about.
+/// Returns the approximate number of parameters.
 pub(crate) fn parameters(config: &Config) -> u128 {
     u128::from(Accounting::of(config).total)
 }
 
-/// A model of `config` with random weights: those of routers spread the gates.
+/// Makes a model of `config` with random weights; those of routers spread the gates.
 pub(crate) fn random_model(config: Config) -> Model {
     let mut model = Model::new(config);
     let entries = model.layout().entries().to_vec();
@@ -88,12 +88,12 @@ pub(crate) fn random_model(config: Config) -> Model {
     model
 }
 
-/// Halvings of the range of the threshold.
+/// Bisections of the range of the threshold.
 const STEPS: usize = 12;
-/// An active share this near to the wanted one will do.
+/// The accepted distance from the wanted active share.
 const NEAR: f64 = 0.004;
 
-/// Moves the gates' threshold to where `share(threshold)`, the active share that comes of it, is about `wanted`.
+/// Moves the threshold of the gates until `share(threshold)`, the resulting active share, is about `wanted`.
 pub(crate) fn reach_share(wanted: f64, mut share: impl FnMut(f32) -> Result<f64>) -> Result<()> {
     if wanted == 0.0 || wanted == 1.0 {
         // Threshold 1 shuts all gates, 0 opens them.
@@ -112,7 +112,7 @@ pub(crate) fn reach_share(wanted: f64, mut share: impl FnMut(f32) -> Result<f64>
     Ok(())
 }
 
-/// Says which model a row is about.
+/// Adds the description of the model to a row.
 pub(crate) fn describe(row: &mut Row, config: &Config, active: Option<(f64, f64)>) {
     row.intermediate = Some(config.intermediate);
     row.experts = Some(config.moe.as_ref().map_or(1, |moe| moe.router.num_experts));

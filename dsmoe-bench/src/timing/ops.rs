@@ -1,4 +1,5 @@
-//! `dsmoe bench kernels`: the ops that are no matrix product, and attention and the loss, which have some.
+//! The ops of the kernels crate that are timed, apart from matrix products: one table for `dsmoe bench kernels` and for
+//! the suite `kernels` of records.
 
 use anyhow::Result;
 use dsmoe_kernels::{Precision, adamw, add, attention, cross_entropy, rms_norm, rope, swiglu};
@@ -10,198 +11,272 @@ use super::turns::{Task, take_turns};
 use super::values::{f32_bytes, product, random};
 use crate::cli::bench::Kernels;
 
-const TOKENS: usize = 2048;
-const HIDDEN: usize = 1024;
-const VOCAB: usize = 8192;
-const SEQ: usize = 512;
 const HEAD_DIM: usize = 64;
+/// Query heads of each key and value head.
 const KV_SHARE: usize = 4;
+const EPS: f32 = 1e-5;
 
-pub(crate) fn run(args: &Kernels, output: &mut Output<'_>) -> Result<()> {
-    let rounds = usize::from(args.common.repeats);
-    elementwise(rounds, output)?;
-    attentions(rounds, output)?;
-    loss(rounds, output)
+/// The sizes of `dsmoe bench kernels`.
+const LARGE: Shape = Shape { tokens: 2048, hidden: 1024, vocab: 8192, seq: 512 };
+
+/// The sizes that ops are timed at.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Shape {
+    pub(crate) tokens: usize,
+    pub(crate) hidden: usize,
+    pub(crate) vocab: usize,
+    pub(crate) seq: usize,
 }
 
-/// Name, part, how many times `tokens * hidden` values are read or written, and the op.
-type Op<'a> = (&'static str, &'static str, f64, Task<'a>);
-
-fn elementwise(rounds: usize, output: &mut Output<'_>) -> Result<()> {
-    let n = TOKENS * HIDDEN;
-    let [a, b, dy, w] = [(n, 1), (n, 2), (n, 3), (HIDDEN, 4)].map(|(len, seed)| random(len, 1.0, seed));
-    let [mut sum, mut normed, mut dnormed, mut rotated, mut c, mut da, mut db, mut weights, mut mean] =
-        [(); 9].map(|()| vec![0.0; n]);
-    let mut squares = vec![1.0; n];
-    let (mut rstd, mut dw) = (vec![0.0; TOKENS], vec![0.0; HIDDEN]);
-    let inverse = vec![1.0; TOKENS];
-    let table = rope::Table::new(HEAD_DIM, 1e4, rope::Scaling::None, SEQ);
-    let hyper = adamw::Hyper { lr: 1e-5, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, step: 10 };
-    let ops: [Op<'_>; 7] = [
-        ("add", "sum", 3.0, Box::new(|| add::Sum { out: &mut sum, a: &a, b: &b }.run())),
-        (
-            "rms_norm",
-            "forward",
-            2.0,
-            Box::new(|| {
-                rms_norm::Forward { y: &mut normed, rstd: &mut rstd, x: &a, weight: &w, eps: 1e-5 }.run()
-            }),
-        ),
-        (
-            "rms_norm",
-            "backward",
-            3.0,
-            Box::new(|| {
-                rms_norm::Backward {
-                    dx: &mut dnormed,
-                    dweight: &mut dw,
-                    dy: &dy,
-                    x: &a,
-                    weight: &w,
-                    rstd: &inverse,
-                    add: false,
-                }
-                .run()
-            }),
-        ),
-        (
-            "rope",
-            "forward",
-            2.0,
-            Box::new(|| {
-                let args = rope::Args { table: &table, seq: SEQ, start: 0, heads: HIDDEN / HEAD_DIM };
-                rope::Forward { x: &mut rotated, stride: args.width(), args }.run();
-            }),
-        ),
-        ("swiglu", "forward", 3.0, Box::new(|| swiglu::Forward { c: &mut c, a: &a, b: &b }.run())),
-        (
-            "swiglu",
-            "backward",
-            5.0,
-            Box::new(|| swiglu::Backward { da: &mut da, db: &mut db, dc: &dy, a: &a, b: &b }.run()),
-        ),
-        (
-            "adamw",
-            "step",
-            7.0,
-            Box::new(|| {
-                adamw::Step {
-                    param: &mut weights,
-                    m: &mut mean,
-                    v: &mut squares,
-                    grad: &dy,
-                    grad_scale: 1.0,
-                    hyper: &hyper,
-                }
-                .run()
-            }),
-        ),
-    ];
-    let (names, mut tasks): (Vec<_>, Vec<_>) =
-        ops.into_iter().map(|(work, part, passes, task)| ((work, part, passes), task)).unzip();
-    let times = take_turns(&mut tasks, rounds);
-    let rows = names.into_iter().zip(times).map(|((work, part, passes), seconds)| {
-        let mut row = Row::new(work, part, TOKENS, HIDDEN, Precision::F32);
-        let cost = Cost { flops: 0.0, bytes: f32_bytes(passes * product(&[TOKENS, HIDDEN])) };
-        row.measured(seconds, cost, Precision::F32, &mut output.ceilings);
-        row
-    });
-    let rows = rows.collect();
-    output.extend(rows)
+/// An op with the buffers that a call needs.
+pub(crate) struct Op {
+    pub(crate) name: &'static str,
+    pub(crate) part: &'static str,
+    /// Allocates the buffers, and returns the call.
+    pub(crate) build: fn(Shape) -> Task<'static>,
+    cost: fn(Shape) -> Cost,
 }
 
-fn attentions(rounds: usize, output: &mut Output<'_>) -> Result<()> {
-    let (heads, kv_heads) = (HIDDEN / HEAD_DIM, HIDDEN / HEAD_DIM / KV_SHARE);
-    for (batch, queries, keys) in [(TOKENS / SEQ, SEQ, SEQ), (1, 1, SEQ)] {
-        let dims = attention::Dims { batch, queries, keys, heads, kv_heads, head_dim: HEAD_DIM };
-        let (rows, columns) = (batch * queries * HIDDEN, batch * keys * kv_heads * HEAD_DIM);
-        let [q, k, v, dout] =
-            [(rows, 1), (columns, 2), (columns, 3), (rows, 4)].map(|(len, seed)| random(len, 1.0, seed));
-        let (mut out, mut lse) = (vec![0.0; rows], vec![0.0; batch * queries * heads]);
-        // Training has queries, keys and values in one matrix.
-        let qkv = random(if queries == keys { batch * queries * dims.joined_width() } else { 0 }, 1.0, 5);
-        let (mut result, mut saved, mut dqkv) = (out.clone(), lse.clone(), qkv.clone());
-        if queries == keys {
-            attention::ForwardJoined { out: &mut result, lse: &mut saved, qkv: &qkv, dims }.run();
+/// All timed ops.
+pub(crate) const OPS: [Op; 11] = [
+    Op {
+        name: "add",
+        part: "sum",
+        build: |shape| {
+            let ([a, b, _], mut y) = shape.rows();
+            Box::new(move || add::Sum { out: &mut y, a: &a, b: &b }.run())
+        },
+        cost: |shape| shape.passes(3.0),
+    },
+    Op {
+        name: "rms_norm",
+        part: "forward",
+        build: |shape| {
+            let (([x, ..], mut y), weight) = (shape.rows(), random(shape.hidden, 1.0, 4));
+            let mut rstd = vec![0.0; shape.tokens];
+            Box::new(move || {
+                rms_norm::Forward { y: &mut y, rstd: &mut rstd, x: &x, weight: &weight, eps: EPS }.run();
+            })
+        },
+        cost: |shape| shape.passes(2.0),
+    },
+    Op {
+        name: "rms_norm",
+        part: "backward",
+        build: |shape| {
+            let (([x, _, dy], mut dx), weight) = (shape.rows(), random(shape.hidden, 1.0, 4));
+            let (mut dweight, rstd) = (vec![0.0; shape.hidden], vec![1.0; shape.tokens]);
+            Box::new(move || {
+                let (dx, dweight) = (&mut dx[..], &mut dweight[..]);
+                let (dy, x, weight, rstd) = (&dy[..], &x[..], &weight[..], &rstd[..]);
+                rms_norm::Backward { dx, dweight, dy, x, weight, rstd, add: false }.run();
+            })
+        },
+        cost: |shape| shape.passes(3.0),
+    },
+    Op {
+        name: "rope",
+        part: "forward",
+        build: |shape| {
+            let (_, mut x) = shape.rows();
+            let table = rope::Table::new(HEAD_DIM, 1e4, rope::Scaling::None, shape.seq);
+            Box::new(move || {
+                let heads = shape.hidden / HEAD_DIM;
+                let args = rope::Args { table: &table, seq: shape.seq, start: 0, heads };
+                rope::Forward { x: &mut x, stride: args.width(), args }.run();
+            })
+        },
+        cost: |shape| shape.passes(2.0),
+    },
+    Op {
+        name: "swiglu",
+        part: "forward",
+        build: |shape| {
+            let ([a, b, _], mut c) = shape.rows();
+            Box::new(move || swiglu::Forward { c: &mut c, a: &a, b: &b }.run())
+        },
+        cost: |shape| shape.passes(3.0),
+    },
+    Op {
+        name: "swiglu",
+        part: "backward",
+        build: |shape| {
+            let ([a, b, dc], mut da) = shape.rows();
+            let mut db = da.clone();
+            Box::new(move || swiglu::Backward { da: &mut da, db: &mut db, dc: &dc, a: &a, b: &b }.run())
+        },
+        cost: |shape| shape.passes(5.0),
+    },
+    Op {
+        name: "adamw",
+        part: "step",
+        build: |shape| {
+            let ([grad, ..], mut param) = shape.rows();
+            let (mut m, mut v) = (param.clone(), vec![1.0; param.len()]);
+            let hyper =
+                adamw::Hyper { lr: 1e-5, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, step: 10 };
+            Box::new(move || {
+                let (param, m, v) = (&mut param[..], &mut m[..], &mut v[..]);
+                adamw::Step { param, m, v, grad: &grad, grad_scale: 1.0, hyper: &hyper }.run();
+            })
+        },
+        cost: |shape| shape.passes(7.0),
+    },
+    Op {
+        name: "attention",
+        part: "forward",
+        build: |shape| {
+            let Attention { dims, q, k, v, mut out, mut lse } = Attention::new(shape, shape.seq);
+            Box::new(move || {
+                attention::Forward { out: &mut out, lse: &mut lse, q: &q, k: &k, v: &v, dims }.run();
+            })
+        },
+        cost: |shape| attention_cost(shape, shape.seq, 1.0),
+    },
+    Op {
+        name: "attention",
+        part: "backward",
+        build: |shape| {
+            let Attention { dims, q: dout, mut out, mut lse, .. } = Attention::new(shape, shape.seq);
+            let qkv = random(dims.batch * dims.queries * dims.joined_width(), 1.0, 5);
+            let mut dqkv = qkv.clone();
+            attention::ForwardJoined { out: &mut out, lse: &mut lse, qkv: &qkv, dims }.run();
+            Box::new(move || {
+                let (dqkv, dout, out, qkv, lse) = (&mut dqkv[..], &dout[..], &out[..], &qkv[..], &lse[..]);
+                attention::Backward { dqkv, dout, out, qkv, lse, dims }.run();
+            })
+        },
+        cost: |shape| attention_cost(shape, shape.seq, 2.5),
+    },
+    Op {
+        name: "attention",
+        part: "decode",
+        build: |shape| {
+            let Attention { dims, q, k, v, mut out, .. } = Attention::new(shape, 1);
+            Box::new(move || attention::Decode { out: &mut out, q: &q, k: &k, v: &v, dims }.run())
+        },
+        cost: |shape| attention_cost(shape, 1, 1.0),
+    },
+    Op {
+        name: "cross_entropy",
+        part: "forward_backward",
+        build: |Shape { tokens, hidden, vocab, .. }| {
+            let dims = cross_entropy::Dims { tokens, hidden, vocab };
+            let [h, head] =
+                [(tokens * hidden, 1), (vocab * hidden, 2)].map(|(len, seed)| random(len, 0.1, seed));
+            let targets: Vec<u32> = (0..tokens as u32).map(|t| t * t % vocab as u32).collect();
+            let (mut losses, mut dh, mut dhead) =
+                (vec![0.0; tokens], vec![0.0; h.len()], vec![0.0; head.len()]);
+            let mut scratch = cross_entropy::Scratch::default();
+            Box::new(move || {
+                cross_entropy::ForwardBackward {
+                    losses: &mut losses,
+                    dhidden: &mut dh,
+                    dhead: &mut dhead,
+                    hidden_states: &h,
+                    head: &head,
+                    targets: &targets,
+                    scale: 1.0,
+                    dims,
+                    scratch: &mut scratch,
+                }
+                .run();
+            })
+        },
+        cost: |Shape { tokens, hidden, vocab, .. }| {
+            let bytes = f32_bytes(2.0 * product(&[tokens, hidden]) + 3.0 * product(&[vocab, hidden]));
+            Cost { flops: 6.0 * product(&[tokens, hidden, vocab]), bytes }
+        },
+    },
+];
+
+impl Shape {
+    /// Three inputs and an output of elementwise ops.
+    fn rows(self) -> ([Vec<f32>; 3], Vec<f32>) {
+        let len = self.tokens * self.hidden;
+        ([1, 2, 3].map(|seed| random(len, 1.0, seed)), vec![0.0; len])
+    }
+
+    /// The cost of `passes` reads or writes of all values of a tensor [tokens, hidden].
+    fn passes(self, passes: f64) -> Cost {
+        Cost { flops: 0.0, bytes: f32_bytes(passes * product(&[self.tokens, self.hidden])) }
+    }
+
+    /// The dimensions of an attention with `queries` queries of each sequence; a single query has one sequence.
+    fn attention(self, queries: usize) -> attention::Dims {
+        let heads = self.hidden / HEAD_DIM;
+        let batch = if queries == 1 { 1 } else { self.tokens / self.seq };
+        attention::Dims {
+            batch,
+            queries,
+            keys: self.seq,
+            heads,
+            kv_heads: heads / KV_SHARE,
+            head_dim: HEAD_DIM,
         }
-        let parts: Vec<(&'static str, f64, Task<'_>)> = if queries == 1 {
-            vec![(
-                "decode",
-                1.0,
-                Box::new(|| attention::Decode { out: &mut out, q: &q, k: &k, v: &v, dims }.run()),
-            )]
-        } else {
-            vec![
-                (
-                    "forward",
-                    1.0,
-                    Box::new(|| {
-                        attention::Forward { out: &mut out, lse: &mut lse, q: &q, k: &k, v: &v, dims }.run()
-                    }),
-                ),
-                (
-                    "backward",
-                    2.5,
-                    Box::new(|| {
-                        attention::Backward {
-                            dqkv: &mut dqkv,
-                            dout: &dout,
-                            out: &result,
-                            qkv: &qkv,
-                            lse: &saved,
-                            dims,
-                        }
-                        .run()
-                    }),
-                ),
-            ]
-        };
-        // Position i sees i + 1 of as many keys.
-        let visible = if queries == 1 { keys as f64 } else { product(&[keys, keys + 1]) / 2.0 };
-        let flops = 4.0 * visible * product(&[batch, heads, HEAD_DIM]);
-        let values = (2 * rows + 2 * columns) as f64;
-        let (names, mut tasks): (Vec<_>, Vec<_>) =
-            parts.into_iter().map(|(part, times, task)| ((part, times), task)).unzip();
-        let times = take_turns(&mut tasks, rounds);
-        let rows = names.into_iter().zip(times).map(|((part, passes), seconds)| {
-            let mut row = Row::new("attention", part, batch * queries, HIDDEN, Precision::F32);
-            (row.heads, row.kv_heads, row.seq, row.batch) =
-                (Some(heads), Some(kv_heads), Some(keys), Some(batch));
-            let cost = Cost { flops: passes * flops, bytes: f32_bytes(passes * values) };
-            row.measured(seconds, cost, Precision::F32, &mut output.ceilings);
+    }
+}
+
+/// The buffers of an attention.
+struct Attention {
+    dims: attention::Dims,
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+    out: Vec<f32>,
+    lse: Vec<f32>,
+}
+
+impl Attention {
+    fn new(shape: Shape, queries: usize) -> Attention {
+        let dims = shape.attention(queries);
+        let (rows, columns) = attention_sizes(dims);
+        let [q, k, v] = [(rows, 1), (columns, 2), (columns, 3)].map(|(len, seed)| random(len, 1.0, seed));
+        let lse = vec![0.0; dims.batch * queries * dims.heads];
+        Attention { dims, q, k, v, out: vec![0.0; rows], lse }
+    }
+}
+
+/// Returns the number of values of the queries, and of the keys.
+fn attention_sizes(dims: attention::Dims) -> (usize, usize) {
+    let width = |heads: usize| heads * dims.head_dim;
+    (dims.batch * dims.queries * width(dims.heads), dims.batch * dims.keys * width(dims.kv_heads))
+}
+
+fn attention_cost(shape: Shape, queries: usize, passes: f64) -> Cost {
+    let dims = shape.attention(queries);
+    let (rows, columns) = attention_sizes(dims);
+    // Position i sees i + 1 of as many keys.
+    let visible = if queries == 1 { dims.keys as f64 } else { product(&[dims.keys, dims.keys + 1]) / 2.0 };
+    let flops = 4.0 * visible * product(&[dims.batch, dims.heads, dims.head_dim]);
+    Cost { flops: passes * flops, bytes: f32_bytes(passes * (2 * rows + 2 * columns) as f64) }
+}
+
+/// Times all ops; those of one kind take turns.
+pub(crate) fn run(args: &Kernels, output: &mut Output<'_>) -> Result<()> {
+    let elementwise = |op: &Op| op.name != "attention" && op.name != "cross_entropy";
+    for kind in
+        OPS.chunk_by(|a, b| a.name == b.name && a.part != "backward" || elementwise(a) && elementwise(b))
+    {
+        let mut tasks: Vec<Task<'_>> = kind.iter().map(|op| (op.build)(LARGE)).collect();
+        let times = take_turns(&mut tasks, usize::from(args.common.repeats));
+        let rows = kind.iter().zip(times).map(|(op, seconds)| {
+            let mut row = Row::new(op.name, op.part, LARGE.tokens, LARGE.hidden, Precision::F32);
+            match op.name {
+                "attention" => {
+                    let dims = LARGE.attention(if op.part == "decode" { 1 } else { LARGE.seq });
+                    row.tokens = dims.batch * dims.queries;
+                    (row.heads, row.kv_heads) = (Some(dims.heads), Some(dims.kv_heads));
+                    (row.seq, row.batch) = (Some(dims.keys), Some(dims.batch));
+                }
+                "cross_entropy" => row.vocab = Some(LARGE.vocab),
+                _ => {}
+            }
+            row.measured(seconds, (op.cost)(LARGE), Precision::F32, &mut output.ceilings);
             row
         });
         let rows = rows.collect();
         output.extend(rows)?;
     }
     Ok(())
-}
-
-fn loss(rounds: usize, output: &mut Output<'_>) -> Result<()> {
-    let dims = cross_entropy::Dims { tokens: TOKENS, hidden: HIDDEN, vocab: VOCAB };
-    let [h, head] = [(TOKENS * HIDDEN, 1), (VOCAB * HIDDEN, 2)].map(|(len, seed)| random(len, 0.1, seed));
-    let targets: Vec<u32> = (0..TOKENS as u32).map(|t| t * t % VOCAB as u32).collect();
-    let (mut losses, mut dh, mut dhead) = (vec![0.0; TOKENS], vec![0.0; h.len()], vec![0.0; head.len()]);
-    let scratch = &mut cross_entropy::Scratch::default();
-    let mut tasks: [Task<'_>; 1] = [Box::new(|| {
-        cross_entropy::ForwardBackward {
-            losses: &mut losses,
-            dhidden: &mut dh,
-            dhead: &mut dhead,
-            hidden_states: &h,
-            head: &head,
-            targets: &targets,
-            scale: 1.0,
-            dims,
-            scratch,
-        }
-        .run();
-    })];
-    let times = take_turns(&mut tasks, rounds);
-    let mut row = Row::new("cross_entropy", "forward_backward", TOKENS, HIDDEN, Precision::F32);
-    row.vocab = Some(VOCAB);
-    let bytes = f32_bytes(2.0 * product(&[TOKENS, HIDDEN]) + 3.0 * product(&[VOCAB, HIDDEN]));
-    let cost = Cost { flops: 6.0 * product(&[TOKENS, HIDDEN, VOCAB]), bytes };
-    row.measured(times[0], cost, Precision::F32, &mut output.ceilings);
-    output.extend(vec![row])
 }

@@ -1,4 +1,4 @@
-//! Where the rows of a measurement go.
+//! The output of the rows of a measurement.
 
 use anyhow::Result;
 
@@ -6,7 +6,7 @@ use super::ceilings::Ceilings;
 use super::row::Row;
 use crate::ui::Ui;
 
-/// Where rows go: out at once as JSON lines, or into a table at the end.
+/// Prints rows at once as JSON lines, or collects them for a table.
 pub(crate) struct Output<'a> {
     pub(crate) ui: &'a mut Ui,
     pub(crate) ceilings: Ceilings,
@@ -14,7 +14,7 @@ pub(crate) struct Output<'a> {
 }
 
 impl Output<'_> {
-    /// Takes the rows of one shape.
+    /// Adds the rows of one shape.
     pub(crate) fn extend(&mut self, rows: Vec<Row>) -> Result<()> {
         if self.ui.json {
             return rows.iter().try_for_each(|row| self.ui.result(row, |_| String::new()));

@@ -1,28 +1,28 @@
-//! How much memory work takes.
+//! The memory that work takes.
 
 use std::fs;
 
-/// A moment to measure memory from.
+/// A moment from which memory is measured.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Mark {
     resident: u64,
 }
 
 impl Mark {
-    /// Now; none where `/proc` does not let the peak be reset.
+    /// Marks this moment; none where `/proc` cannot reset the peak.
     pub(crate) fn now() -> Option<Mark> {
         // 5 sets the peak to what is resident at the moment.
         fs::write("/proc/self/clear_refs", "5").ok()?;
         Some(Mark { resident: status("VmRSS:")? })
     }
 
-    /// The most bytes that were resident since, beyond those of the mark.
+    /// Returns the peak of the resident bytes since the mark, less those at the mark.
     pub(crate) fn peak_since(self) -> Option<u64> {
         Some(status("VmHWM:")?.saturating_sub(self.resident))
     }
 }
 
-/// A field of `/proc/self/status`, bytes.
+/// Reads a field of `/proc/self/status` in bytes.
 fn status(name: &str) -> Option<u64> {
     let status = fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix(name))?;

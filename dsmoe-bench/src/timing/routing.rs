@@ -1,4 +1,4 @@
-//! Routings to measure with.
+//! Routings for measurements.
 
 use dsmoe_kernels::rng::Rng;
 use dsmoe_router::Routing;
@@ -6,7 +6,7 @@ use ndarray::Array2;
 
 use crate::cli::bench::Routes;
 
-/// The routing that `routes` names; `active` is the share of pairs of a random one.
+/// Makes the routing that `routes` names; `active` is the share of pairs of a random one.
 pub(crate) fn routing(routes: Routes, tokens: usize, experts: usize, active: f64) -> Routing {
     let mut rng = Rng::new(0x5e1f, 0);
     let mut mask = Array2::from_elem((tokens, experts), false);
@@ -28,7 +28,7 @@ pub(crate) fn routing(routes: Routes, tokens: usize, experts: usize, active: f64
     Routing::from_mask(mask.view(), |token, expert| coefficients[[token, expert]])
 }
 
-/// Experts that have a token.
+/// Returns the number of experts with a token.
 pub(crate) fn experts_in_use(routing: &Routing) -> usize {
     routing.counts().filter(|&count| count > 0).count()
 }

@@ -1,4 +1,4 @@
-//! What is reported: one row per implementation and shape.
+//! The rows of a measurement: one per implementation and shape.
 
 use dsmoe_core::Device;
 use dsmoe_kernels::Precision;
@@ -7,12 +7,12 @@ use serde::Serialize;
 use super::ceilings::{Ceilings, Cost};
 use crate::format::{self, Table};
 
-/// One measurement. Keys that do not apply are null.
+/// One measurement. Fields that do not apply are null.
 #[derive(Clone, Debug, Default, Serialize)]
 pub(crate) struct Row {
-    /// What is computed.
+    /// The work that is measured.
     pub(crate) work: &'static str,
-    /// By which of our implementations, or which part of it.
+    /// The implementation, or the part of the work.
     #[serde(rename = "impl")]
     pub(crate) implementation: &'static str,
     pub(crate) tokens: usize,
@@ -22,28 +22,28 @@ pub(crate) struct Row {
     /// Share of active pairs asked for; 1 for a dense FFN.
     pub(crate) active: Option<f64>,
     pub(crate) dtype: &'static str,
-    /// The GPU, where one computed.
+    /// The GPU, if one computed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) device: Option<String>,
     pub(crate) seconds: f64,
-    /// Of our dense FFN or model on the same work.
+    /// Seconds of the dense FFN or model on the same work.
     pub(crate) dense_seconds: Option<f64>,
-    /// Least time by the machine's ceilings over the time taken.
+    /// The least time by the machine's limits over the time taken.
     pub(crate) peak_share: Option<f64>,
     /// `seconds / dense_seconds`.
     pub(crate) ratio_to_dense: Option<f64>,
     /// Share of pairs that were active.
     pub(crate) active_measured: Option<f64>,
-    /// The active share above which the dense one is faster; 1 when it never is.
+    /// The active share above which the dense one is faster; 1 if it never is.
     pub(crate) break_even: Option<f64>,
     pub(crate) routing: Option<&'static str>,
     pub(crate) gflops: Option<f64>,
     pub(crate) gb_per_s: Option<f64>,
     pub(crate) tokens_per_s: Option<f64>,
-    /// The ceilings behind `peak_share`: that of the precision, and that of reading as many bytes.
+    /// The limits behind `peak_share`: the rate of arithmetic in the precision, and of reading as many bytes.
     pub(crate) peak_gflops: Option<f64>,
     pub(crate) peak_gb_per_s: Option<f64>,
-    /// Most memory the work took beyond what was there before.
+    /// The peak of the memory that the work took.
     pub(crate) peak_memory_bytes: Option<u64>,
     pub(crate) layers: Option<usize>,
     pub(crate) heads: Option<usize>,
@@ -51,7 +51,7 @@ pub(crate) struct Row {
     pub(crate) vocab: Option<usize>,
     pub(crate) seq: Option<usize>,
     pub(crate) batch: Option<usize>,
-    /// Hash of the results' bits: equal for every number of threads.
+    /// Hash of the bits of the results, equal for every number of threads.
     pub(crate) bits: Option<String>,
     pub(crate) threads: usize,
     pub(crate) isa: &'static str,
@@ -59,7 +59,7 @@ pub(crate) struct Row {
 }
 
 impl Row {
-    /// A row of `tokens` rows of `hidden` values.
+    /// Makes a row about `tokens` rows of `hidden` values.
     pub(crate) fn new(
         work: &'static str,
         implementation: &'static str,
@@ -70,7 +70,7 @@ impl Row {
         Row { work, implementation, tokens, hidden, dtype: precision.name(), ..Row::default() }
     }
 
-    /// Fills in the time and what follows from it.
+    /// Adds the time and the numbers derived from it.
     pub(crate) fn measured(
         &mut self,
         seconds: f64,
@@ -94,7 +94,7 @@ impl Row {
         }
     }
 
-    /// [`Row::measured`] on any device; what a GPU could do at best is not known.
+    /// Does as [`Row::measured`] on any device; the limits of a GPU are unknown.
     pub(crate) fn measured_on(
         &mut self,
         device: Device,
@@ -119,7 +119,7 @@ impl Row {
     }
 }
 
-/// Gives every row with experts the break-even of its shape: rows of `rows` that differ in the active share alone.
+/// Adds the break-even to every row with experts, from the rows that differ in the active share alone.
 pub(crate) fn find_break_evens(rows: &mut [Row]) {
     let found: Vec<Option<f64>> = rows
         .iter()
@@ -136,8 +136,8 @@ pub(crate) fn find_break_evens(rows: &mut [Row]) {
     }
 }
 
-/// Where the line through (share, seconds) passes `dense` seconds, between the points or along the nearest two;
-/// at most 1. None with fewer than two shares.
+/// Returns the share, at most 1, at which the line through (share, seconds) passes `dense` seconds, between the points
+/// or along the nearest two. None with fewer than two shares.
 fn break_even(mut points: Vec<(f64, f64)>, dense: f64) -> Option<f64> {
     points.sort_by(|a, b| a.0.total_cmp(&b.0));
     points.dedup_by_key(|point| point.0);
@@ -151,7 +151,7 @@ fn break_even(mut points: Vec<(f64, f64)>, dense: f64) -> Option<f64> {
     Some((low + (dense - fast) / (slow - fast) * (high - low)).clamp(0.0, 1.0))
 }
 
-/// FNV-1a over the bits of all values.
+/// Returns the FNV-1a hash of the bits of all values.
 pub(crate) fn bits(parts: &[&[f32]]) -> Option<String> {
     let hash = parts.iter().flat_map(|part| part.iter()).fold(0xcbf2_9ce4_8422_2325, |hash: u64, x| {
         (hash ^ u64::from(x.to_bits())).wrapping_mul(0x0000_0100_0000_01b3)
@@ -159,7 +159,7 @@ pub(crate) fn bits(parts: &[&[f32]]) -> Option<String> {
     Some(format!("{hash:016x}"))
 }
 
-/// All rows for people.
+/// Formats all rows as a table.
 pub(crate) fn show(rows: &[Row]) -> String {
     let mut table = Table::new([
         "work", "tokens", "hidden", "width", "experts", "active", "dtype", "time", "of dense", "of peak",
@@ -214,7 +214,7 @@ pub(crate) fn show(rows: &[Row]) -> String {
     out
 }
 
-/// `12.3 us`, `4.56 ms`, `1.234 s`.
+/// Formats a time as `12.3 us`, `4.56 ms` or `1.234 s`.
 pub(crate) fn time(seconds: f64) -> String {
     match seconds {
         s if s < 1e-6 => format!("{:.1} ns", 1e9 * s),

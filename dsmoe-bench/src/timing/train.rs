@@ -1,4 +1,4 @@
-//! `dsmoe bench train`: whole optimiser steps of a dense and a DSMoE model.
+//! `dsmoe bench train`: times whole optimiser steps of a dense and a DSMoE model.
 
 use std::time::Instant;
 
@@ -26,11 +26,11 @@ use crate::cli::bench::Train;
 
 const DEFAULTS: [Sizes; 2] = [[128, 512, 4, 4, 4, 2048], [512, 1536, 8, 8, 8, 8192]];
 pub(crate) const PRECISIONS: [Precision; 2] = [Precision::F32, Precision::Bf16];
-/// So small that the gates stay where they are.
+/// Small enough to keep the gates unchanged.
 const LEARNING_RATE: f64 = 1e-9;
-/// Weight of the sparsity loss: the paper's.
+/// The weight of the sparsity loss in the paper.
 const SPARSITY_WEIGHT: f32 = 1.0;
-/// A sample takes this long at least.
+/// The least length of a sample.
 const SAMPLE_SECONDS: f64 = 0.1;
 
 pub(crate) fn check(args: &Train) -> Result<()> {
@@ -163,7 +163,7 @@ impl Run {
         Ok(self.engine.finish(&self.model)?)
     }
 
-    /// The share of experts that a step runs.
+    /// Returns the share of active experts of a step.
     pub(crate) fn active_ratio(&mut self) -> Result<f64> {
         self.gradients()?;
         Ok(self.engine.stats().map_or(0.0, RoutingStats::active_ratio))

@@ -1,10 +1,10 @@
-//! Times of contestants that take turns.
+//! The timing of contestants that take turns.
 
 use std::convert::Infallible;
 use std::hint::black_box;
 use std::time::Instant;
 
-/// A sample of a short task is this long at least.
+/// The least length of a sample of a short task.
 const SAMPLE_SECONDS: f64 = 0.02;
 const MOST_CALLS: f64 = 10_000.0;
 

@@ -4,14 +4,14 @@ use dsmoe_kernels::Precision;
 use dsmoe_kernels::rng::Rng;
 use rayon::prelude::*;
 
-/// `len` values as [`fill_random`] makes them.
+/// Returns `len` values as [`fill_random`] makes them.
 pub(crate) fn random(len: usize, deviation: f32, seed: u64) -> Vec<f32> {
     let mut values = vec![0.0; len];
     fill_random(&mut values, deviation, seed);
     values
 }
 
-/// Sets `values` to uniform ones around 0 with that standard deviation, a function of `seed`.
+/// Sets `values` to uniform random numbers with mean 0 and that standard deviation, a function of `seed`.
 pub(crate) fn fill_random(values: &mut [f32], deviation: f32, seed: u64) {
     let width = 12f32.sqrt() * deviation;
     values.par_chunks_mut(1 << 14).enumerate().for_each(|(stream, values)| {
@@ -20,17 +20,17 @@ pub(crate) fn fill_random(values: &mut [f32], deviation: f32, seed: u64) {
     });
 }
 
-/// As a cost counts it.
+/// Returns the product of the sizes.
 pub(crate) fn product(sizes: &[usize]) -> f64 {
     sizes.iter().map(|&size| size as f64).product()
 }
 
-/// Bytes of f32 values.
+/// Returns the bytes of f32 values.
 pub(crate) fn f32_bytes(values: f64) -> f64 {
     4.0 * values
 }
 
-/// Bytes of values in a precision.
+/// Returns the bytes of values in a precision.
 pub(crate) fn bytes_in(precision: Precision, values: f64) -> f64 {
     precision.bytes() as f64 * values
 }

@@ -9,6 +9,7 @@ mod data;
 mod faults;
 mod prune;
 mod reproduce;
+mod snapshots;
 mod track;
 mod variants;
 mod world;

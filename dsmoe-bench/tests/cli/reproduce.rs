@@ -43,7 +43,7 @@ name = "dsmoe"
 role = "dsmoe"
 make = "dsmoe"
 paper = "dsmoe"
-knobs = { order = "taylor" }
+settings = { order = "taylor" }
 
 [[method]]
 name = "dsmoe-paper"
@@ -250,7 +250,7 @@ fn changed_settings_redo_only_what_they_touch() {
     let (profile, other) = (profile(), place().join("other.toml"));
     let only = ["--methods", "dense,dsmoe", "--only", "table1"];
     succeeds(&[&["reproduce", "--profile", at(&profile), "--out", at(&out)][..], &only].concat());
-    let text = PROFILE.replacen("routers = \"calibrated\"", "routers = \"warm(4)\"", 1);
+    let text = PROFILE.replacen("order = \"taylor\"", "order = \"random\"", 1);
     fs::write(&other, text).unwrap();
     let again =
         run(&[&["reproduce", "--profile", at(&other), "--out", at(&out), "--resume"][..], &only].concat());
@@ -266,6 +266,43 @@ fn changed_settings_redo_only_what_they_touch() {
     fails(&["reproduce", "--profile", at(&profile), "--out", at(&out)], &["is not empty", "--resume"]);
 }
 
+/// One row has 22 experts, the others 8. All have one budget, in which everyone pays for its own routers.
+#[test]
+fn a_row_has_the_experts_that_its_settings_give() {
+    let (profile, out) = (place().join("experts.toml"), place().join("experts"));
+    let (make, given) = ("make = \"dsmoe-no-ste\"", "make = \"dsmoe-no-ste\"\nsettings = { experts = 22 }");
+    let text = PROFILE.replacen("intermediate = 64", "intermediate = 88", 1).replacen(make, given, 1);
+    fs::write(&profile, text).unwrap();
+    let asked =
+        ["reproduce", "--profile", at(&profile), "--methods", "dsmoe,dsmoe-no-ste", "--only", "table1"];
+    let plan = json_of(&[&asked[..], &["--dry-run"]].concat());
+    let budget = plan["budget_params"].as_f64().unwrap();
+    for row in &plan["rows"].as_array().unwrap()[1..] {
+        let activated = row["params_activated"].as_f64().unwrap();
+        assert!((activated / budget - 1.0).abs() < 1e-4, "{row} {budget}");
+    }
+    succeeds(&[&asked[..], &["--out", at(&out), "--quiet"]].concat());
+    let found: Value = serde_json::from_str(&results(&out)).unwrap();
+    let experts: Vec<&Value> =
+        found["methods"].as_array().unwrap().iter().map(|one| &one["experts"]).collect();
+    assert_eq!(experts, [&Value::Null, &8.into(), &22.into()]);
+    // More routers leave less for experts: 6 layers of 14 routers of 32 weights, of FFNs of 6 * 3 * 88 * 32.
+    let trained: Vec<PathBuf> = fs::read_dir(out.join("cache"))
+        .unwrap()
+        .map(|entry| entry.unwrap().path().join("run"))
+        .filter(|run| run.join("config.json").is_file())
+        .collect();
+    let read = |run: &PathBuf, file: &str| fs::read_to_string(run.join(file)).unwrap();
+    let of = |experts: usize| {
+        let has = |run: &&PathBuf| read(run, "config.json").contains(&format!("\"num_experts\": {experts},"));
+        let settings = read(trained.iter().find(has).unwrap(), "run.toml");
+        let target = settings.lines().find_map(|line| line.strip_prefix("active_target = ")).unwrap();
+        target.parse::<f64>().unwrap()
+    };
+    assert_eq!(of(8), 0.375);
+    assert!((of(22) - (0.375 - 14.0 / (3.0 * 88.0))).abs() < 1e-12, "{}", of(22));
+}
+
 #[test]
 fn what_cannot_be_done_is_told_before_anything_is() {
     let out = place().join("never");
@@ -274,12 +311,17 @@ fn what_cannot_be_done_is_told_before_anything_is() {
         fs::write(&path, PROFILE.replacen(from, to, 1)).unwrap();
         path
     };
+    let renamed = profile_of("renamed.toml", "settings =", "knobs =");
+    fails(
+        &["reproduce", "--profile", at(&renamed), "--out", at(&out)],
+        &["renamed.toml: line", "`settings`"],
+    );
     let unknown = profile_of("unknown.toml", "seeds = 1", "seedz = 1\nseeds = 1");
     fails(&["reproduce", "--profile", at(&unknown), "--out", at(&out)], &["unknown.toml: line 4", "seedz"]);
     let wrong = profile_of("wrong.toml", "steps = 12", "steps = 12, bogus = 1");
     fails(&["reproduce", "--profile", at(&wrong), "--out", at(&out)], &["train", "bogus"]);
     let method = profile_of("method.toml", "make = \"sparsegpt\"", "make = \"sparsegbt\"");
-    fails(&["reproduce", "--profile", at(&method), "--out", at(&out)], &["sparsegbt", "no method"]);
+    fails(&["reproduce", "--profile", at(&method), "--out", at(&out)], &["sparsegbt", "not a method"]);
     fails(&["reproduce", "--profile", "no-such.toml", "--out", at(&out)], &["no-such.toml", "quick, small"]);
     let profile = profile();
     fails(

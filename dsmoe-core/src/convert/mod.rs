@@ -1,4 +1,4 @@
-//! From a dense LLaMA directory to a DSMoE directory, streamed.
+//! Converts a dense LLaMA directory to a DSMoE directory, streaming.
 
 mod calibrated;
 
@@ -22,16 +22,16 @@ use crate::error::{Error, Result};
 use crate::masks::{MASKS_FILE, Masks};
 use crate::partition::{Partition, check_divisible};
 
-/// How neurons are given to experts.
+/// Assignment of neurons to experts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PartitionSpec {
-    /// In blocks, as the paper does (eq. 6).
+    /// Blocks of consecutive neurons, as in the paper (eq. 6).
     Contiguous,
-    /// At random, by [`ConvertOptions::seed`], every layer differently.
+    /// A random partition by [`ConvertOptions::seed`], different in every layer.
     Random,
-    /// By similarity: balanced k-means on the rows of `gate_proj`.
+    /// Similar neurons: balanced k-means on the rows of `gate_proj`.
     Clusters,
-    /// As a JSON file says, see [`Partition::read_file`].
+    /// The partition of a JSON file, see [`Partition::read_file`].
     File(PathBuf),
     /// The neurons of every layer, one expert after the other.
     Orders(Vec<Vec<u32>>),
@@ -40,7 +40,7 @@ pub enum PartitionSpec {
 impl FromStr for PartitionSpec {
     type Err = Error;
 
-    /// Reads `contiguous`, `random`, `clusters`, or else a path.
+    /// Parses `contiguous`, `random`, `clusters`, or else a path.
     fn from_str(s: &str) -> Result<PartitionSpec> {
         Ok(match s {
             "contiguous" => PartitionSpec::Contiguous,
@@ -63,12 +63,12 @@ impl fmt::Display for PartitionSpec {
     }
 }
 
-/// What to convert to.
+/// Options of a conversion.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ConvertOptions {
-    /// What the routers do, and the number of experts.
+    /// Settings of the routers, with the number of experts.
     pub router: RouterConfig,
-    /// How neurons are given to experts.
+    /// Assignment of neurons to experts.
     pub partition: PartitionSpec,
     /// The first weights of routers.
     pub routers: RouterStart,
@@ -116,7 +116,7 @@ pub struct ConvertProgress {
     pub total: u64,
 }
 
-/// What was made.
+/// Summary of the result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ConvertReport {
     /// Decoder layers.
@@ -146,8 +146,8 @@ pub fn convert(
     let mut config = Config::load(model)?;
     let config_path = model.join(CONFIG_FILE);
     if !config.is_dense() {
-        let mend = "name a dense model, or export this one with --as dense first";
-        return Err(Error::field(&config_path, "model_type", "is already dsmoe", mend));
+        let help = "use a dense model, or export this one as a dense model first";
+        return Err(Error::field(&config_path, "model_type", "is already dsmoe", help));
     }
     options.router.validate()?;
     let num_experts = options.router.num_experts;
@@ -160,7 +160,7 @@ pub fn convert(
     let permuted = partitions.iter().any(|partition| partition.order().is_some());
     let masks = Masks::read(model, &config)?;
     if permuted && masks.is_some() {
-        return Err(masks_of_other_order(model, "use --partition contiguous"));
+        return Err(masks_of_other_order(model, "use a contiguous {partition}"));
     }
     // Options that cannot work are refused before anything is written.
     let fitted;
@@ -176,10 +176,13 @@ pub fn convert(
                 one.weight.len() == num_experts * config.hidden && one.bias.len() == num_experts
             };
             if routers.len() != config.num_layers || !routers.iter().all(fits) {
-                return Err(Error::Argument(format!(
-                    "routers are not of {} layers, {num_experts} experts and {} inputs; make them for this model",
-                    config.num_layers, config.hidden
-                )));
+                return Err(Error::argument(
+                    format!(
+                        "routers are not of {} layers, {num_experts} experts and {} inputs",
+                        config.num_layers, config.hidden
+                    ),
+                    "make them for this model",
+                ));
             }
             (RouterInit::Random, Some(routers))
         }
@@ -267,10 +270,10 @@ pub fn convert(
     })
 }
 
-/// That the masks of `model` are in the order its neurons are to leave.
-pub(crate) fn masks_of_other_order(model: &Path, mend: &'static str) -> Error {
+/// Makes the error for masks of `model` that do not fit a new order of its neurons.
+pub(crate) fn masks_of_other_order(model: &Path, help: &'static str) -> Error {
     let problem = "masks neurons in the order they now have, which would change".to_owned();
-    Error::Path { path: model.join(MASKS_FILE), problem, mend }
+    Error::path(&model.join(MASKS_FILE), problem, help)
 }
 
 fn partitions(
@@ -288,11 +291,10 @@ fn partitions(
             .map(|(layer, width)| Partition::random(width, experts, options.seed, layer))
             .collect(),
         PartitionSpec::Clusters => calibrated::partitions(model, experts, options.seed, progress),
-        PartitionSpec::Orders(orders) if orders.len() != config.num_layers => Err(Error::Argument(format!(
-            "{} orders of neurons for {} layers; give one for each",
-            orders.len(),
-            config.num_layers
-        ))),
+        PartitionSpec::Orders(orders) if orders.len() != config.num_layers => Err(Error::argument(
+            format!("{} orders of neurons for {} layers", orders.len(), config.num_layers),
+            "give one for each",
+        )),
         PartitionSpec::Orders(orders) => widths
             .zip(orders)
             .map(|(width, order)| {
@@ -301,18 +303,17 @@ fn partitions(
                 Partition::from_experts(width, &lists)
             })
             .collect(),
-        PartitionSpec::File(path) if !config.is_even() => Err(Error::Path {
-            path: path.clone(),
-            problem: "lists neurons of layers of one width, and this model's layers differ".to_owned(),
-            mend: "use --partition contiguous or random",
-        }),
+        PartitionSpec::File(path) if !config.is_even() => {
+            let problem = "lists neurons of layers of one width, and this model's layers differ";
+            Err(Error::path(path, problem, "use a contiguous or random {partition}"))
+        }
         PartitionSpec::File(path) => {
             Partition::read_file(path, config.num_layers, config.intermediate, experts)
         }
     }
 }
 
-/// All tensors of a checkpoint that are worth keeping, in the order they lie on disk.
+/// Returns all tensors of a checkpoint that are worth keeping, in the order they lie on disk.
 pub fn source_infos(checkpoint: &Checkpoint) -> Vec<TensorInfo> {
     let mut tensors: Vec<_> = checkpoint
         .names()
@@ -328,7 +329,7 @@ pub fn source_infos(checkpoint: &Checkpoint) -> Vec<TensorInfo> {
     tensors.into_iter().map(info).collect()
 }
 
-/// The tensors a conversion adds, layer by layer.
+/// Returns the tensors a conversion adds, layer by layer.
 fn new_infos(config: &Config) -> Vec<TensorInfo> {
     let Some(moe) = &config.moe else { return Vec::new() };
     let num_experts = moe.router.num_experts;
@@ -346,7 +347,7 @@ fn new_infos(config: &Config) -> Vec<TensorInfo> {
     infos
 }
 
-/// What a permutation of neurons, given by layer, does to the tensor `name`.
+/// Returns the change of the tensor `name` under a permutation of neurons, given by layer.
 pub fn ffn_change<'a>(name: &str, order: impl Fn(usize) -> Option<&'a [u32]>) -> Change<'a> {
     let Some((layer, projection)) = ffn_tensor(name) else { return Change::None };
     match (order(layer), projection) {
@@ -356,7 +357,7 @@ pub fn ffn_change<'a>(name: &str, order: impl Fn(usize) -> Option<&'a [u32]>) ->
     }
 }
 
-/// Layer and projection of an FFN weight.
+/// Returns the layer and the projection of an FFN weight.
 fn ffn_tensor(name: &str) -> Option<(usize, &str)> {
     let (layer, rest) = name.strip_prefix("model.layers.")?.split_once(".mlp.")?;
     Some((layer.parse().ok()?, rest.strip_suffix(".weight")?))
@@ -397,7 +398,7 @@ impl Centroids {
         Some(Tap { sums, row: 0, width, hidden, dtype, values: Buf::default() })
     }
 
-    /// Mean row of every expert of a layer, `[num_experts, hidden]`.
+    /// Returns the mean row of every expert of a layer, `[num_experts, hidden]`.
     fn means(&self, layer: usize) -> Array2<f32> {
         Array2::from_shape_fn((self.num_experts, self.hidden), |(expert, i)| {
             (self.sums[layer][expert * self.hidden + i] / self.widths[layer] as f64) as f32

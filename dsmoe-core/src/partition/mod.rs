@@ -12,14 +12,14 @@ use dsmoe_kernels::rng::Rng;
 use ndarray::{Array2, ArrayView2, Axis};
 use serde::Deserialize;
 
-use crate::config::read_json;
-use crate::error::{Error, Result, shown};
+use crate::error::{Error, Result};
+use crate::json::{parse, read_json};
 
 /// The most experts an error message suggests.
 const MOST_SUGGESTED: usize = 64;
 
-/// Which neurons each expert of one layer has: stored row j is original neuron `order[j]`, and expert i is the rows
-/// `i * width..(i + 1) * width`.
+/// Assignment of the neurons of one layer to experts: stored row j is original neuron `order[j]`, and expert i is the
+/// rows `i * width..(i + 1) * width`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Partition {
     num_experts: usize,
@@ -36,7 +36,7 @@ struct Layers {
 }
 
 impl Partition {
-    /// Expert i has the i-th block of neurons.
+    /// Makes expert i of the i-th block of neurons.
     ///
     /// # Errors
     /// `intermediate` is not divisible by `num_experts`.
@@ -45,7 +45,7 @@ impl Partition {
         Ok(Partition { num_experts, intermediate, order: None })
     }
 
-    /// Every neuron in a random expert, ascending inside it; a function of the arguments alone.
+    /// Puts every neuron in a random expert, ascending inside it; a function of the arguments alone.
     ///
     /// # Errors
     /// `intermediate` is not divisible by `num_experts`.
@@ -60,7 +60,7 @@ impl Partition {
         Partition::from_order(order, num_experts)
     }
 
-    /// Experts as lists of neurons.
+    /// Makes a partition of lists of neurons, one per expert.
     ///
     /// # Errors
     /// The lists are not of one size, or do not hold each of `0..intermediate` once.
@@ -74,7 +74,7 @@ impl Partition {
         Partition::from_order(experts.concat(), experts.len())
     }
 
-    /// The experts one after the other.
+    /// Makes a partition of the neurons of all experts, one expert after the other.
     ///
     /// # Errors
     /// `order` is not a permutation of `0..len`, or not divisible by `num_experts`.
@@ -108,26 +108,26 @@ impl Partition {
         num_experts: usize,
     ) -> Result<Vec<Partition>> {
         let text = read_json(path)?;
-        let parsed = if text.trim_start().starts_with('[') {
-            serde_json::from_str(&text).map(|experts| vec![experts])
-        } else {
-            serde_json::from_str(&text).map(|file: Layers| file.layers)
+        let (form, help) = ("a partition", "write {\"layers\": [[[neuron, ...] per expert] per layer]}");
+        let layers = match text.trim_start().starts_with('[') {
+            true => vec![parse(path, &text, form, help)?],
+            false => parse::<Layers>(path, &text, form, help)?.layers,
         };
-        let layers: Vec<Vec<Vec<u32>>> = parsed.map_err(|cause| Error::Json {
-            path: path.to_path_buf(),
-            message: format!("not a partition: {}", shown(&cause.to_string())),
-            mend: "write {\"layers\": [[[neuron, ...] per expert] per layer]}",
-        })?;
         if layers.len() != 1 && layers.len() != num_layers {
-            let mend = "give one list for every layer, or one for all";
+            let help = "give one list for every layer, or one for all";
             let problem = format!("has {} lists and the model {num_layers} layers", layers.len());
-            return Err(Error::field(path, "layers", problem, mend));
+            return Err(Error::field(path, "layers", problem, help));
         }
         let read = |(i, experts): (usize, &Vec<Vec<u32>>)| {
             let field = format!("layers[{i}]");
             if experts.len() != num_experts {
                 let problem = format!("has {} experts, not {num_experts}", experts.len());
-                return Err(Error::field(path, field, problem, format!("use --experts {}", experts.len())));
+                return Err(Error::field(
+                    path,
+                    field,
+                    problem,
+                    format!("set {{experts}} to {}", experts.len()),
+                ));
             }
             Partition::from_experts(intermediate, experts).map_err(|cause| {
                 let problem = format!("is no partition ({cause})");
@@ -138,22 +138,22 @@ impl Partition {
         Ok(partitions.iter().cycle().take(num_layers).cloned().collect())
     }
 
-    /// Number of experts.
+    /// Returns the number of experts.
     pub fn num_experts(&self) -> usize {
         self.num_experts
     }
 
-    /// Neurons of an expert.
+    /// Returns the number of neurons of an expert.
     pub fn expert_width(&self) -> usize {
         self.intermediate / self.num_experts
     }
 
-    /// Original neuron of every stored row; none when they are in the original order.
+    /// Returns the original neuron of every stored row; none when they are in the original order.
     pub fn order(&self) -> Option<&[u32]> {
         self.order.as_deref()
     }
 
-    /// Stored row of every original neuron; none when they are in the original order.
+    /// Returns the stored row of every original neuron; none when they are in the original order.
     pub fn inverse(&self) -> Option<Vec<u32>> {
         let order = self.order.as_ref()?;
         let mut inverse = vec![0; order.len()];
@@ -163,7 +163,7 @@ impl Partition {
         Some(inverse)
     }
 
-    /// The neurons of expert `i`, in stored order.
+    /// Returns the neurons of expert `i`, in stored order.
     ///
     /// # Panics
     /// There are not that many experts.
@@ -177,7 +177,7 @@ impl Partition {
         }
     }
 
-    /// `[intermediate, hidden]` (gate, up, or transposed down) from original to stored order.
+    /// Reorders `[intermediate, hidden]` (gate, up, or transposed down) from original to stored order.
     ///
     /// # Panics
     /// There are not `intermediate` rows.
@@ -185,7 +185,7 @@ impl Partition {
         self.select(original, self.order.as_deref())
     }
 
-    /// `[intermediate, hidden]` from stored to original order: the inverse of [`Partition::partition_rows`].
+    /// Reorders `[intermediate, hidden]` from stored to original order: the inverse of [`Partition::partition_rows`].
     ///
     /// # Panics
     /// There are not `intermediate` rows.

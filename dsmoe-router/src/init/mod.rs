@@ -17,7 +17,7 @@ const OPEN_GATE: f32 = 0.95;
 const RANDOM_STD: f32 = 0.02;
 const BIASED_STD: f32 = 0.01;
 
-/// How router weights start. Parses from and prints as `random`, `open`, `centroid`, `warm(3)`.
+/// Initial router weights. Parses from and prints as `random`, `open`, `centroid`, `warm(3)`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum RouterInit {
     /// N(0, 0.02^2), no bias: about half of the experts active (the paper).
@@ -33,7 +33,7 @@ pub enum RouterInit {
 }
 
 impl RouterInit {
-    /// Whether the router has a bias.
+    /// Returns whether the router has a bias.
     pub fn has_bias(&self) -> bool {
         matches!(self, RouterInit::Open | RouterInit::Warm(_))
     }
@@ -68,9 +68,9 @@ impl fmt::Display for RouterInit {
     }
 }
 
-/// Weight `[num_experts, hidden]` and, for [`RouterInit::has_bias`], bias `[num_experts]` of the router of
-/// `layer`: a function of the arguments alone. `centroids` `[num_experts, hidden]` is read by `Centroid` only:
-/// row i is the mean of expert i's `gate_proj` rows, times the norm weight where the caller wants it.
+/// Returns the weight `[num_experts, hidden]` and, for [`RouterInit::has_bias`], the bias `[num_experts]` of the
+/// router of `layer`: a function of the arguments alone. `centroids` `[num_experts, hidden]` is read by `Centroid`
+/// only: row i is the mean of expert i's `gate_proj` rows, times the norm weight where the caller wants it.
 ///
 /// # Errors
 /// `Warm(k)` with k not in 1..=num_experts; `Centroid` without centroids, or with one that is zero or not finite.

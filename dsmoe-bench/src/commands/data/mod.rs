@@ -1,4 +1,4 @@
-//! `dsmoe data`: text before training.
+//! `dsmoe data`: prepares text for training.
 
 mod prepare;
 mod tokenizer;

@@ -1,4 +1,4 @@
-//! `dsmoe data prepare` and `dsmoe data stats`: sources as tokens, and what they amount to.
+//! `dsmoe data prepare` and `dsmoe data stats`: tokenize sources and count their tokens.
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -31,9 +31,9 @@ struct PreparedSource {
     file_bytes: u64,
     documents: usize,
     tokens: usize,
-    /// It was there before.
+    /// Whether the cache existed.
     reused: bool,
-    /// Tokens that an interrupted run had left.
+    /// Tokens that an interrupted run had written.
     resumed_tokens: u64,
     seconds: f64,
 }
@@ -107,7 +107,7 @@ struct StatsReport {
 struct SourceStats {
     name: String,
     weight: f64,
-    /// Of all weights.
+    /// Share of the sum of all weights.
     share: f64,
     #[serde(flatten)]
     counts: Counts,
@@ -116,10 +116,10 @@ struct SourceStats {
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 struct Counts {
     files: usize,
-    /// Of the files, as they lie.
+    /// Bytes of the files as stored.
     file_bytes: u64,
     documents: u64,
-    /// Of the text, UTF-8.
+    /// Bytes of the text in UTF-8.
     text_bytes: u64,
     tokens: Option<u64>,
     bytes_per_token: Option<f64>,

@@ -1,4 +1,4 @@
-//! `dsmoe data tokenizer`: a tokenizer for a model made from scratch.
+//! `dsmoe data tokenizer`: trains a tokenizer.
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -14,7 +14,7 @@ use crate::texts::{label, open, options, total_bytes};
 use crate::ui::Ui;
 
 #[derive(Debug, Serialize)]
-struct Report {
+struct TokenizerReport {
     out: PathBuf,
     vocab: usize,
     text_bytes: u64,
@@ -31,7 +31,8 @@ pub(crate) fn run(args: &TrainTokenizer, ui: &mut Ui) -> Result<()> {
     }
     let texts = open(&args.data, &options(&args.data))?;
     let total = total_bytes(&texts);
-    let mut report = Report { out: args.out.clone(), vocab: 0, text_bytes: 0, documents: 0, seconds: 0.0 };
+    let mut report =
+        TokenizerReport { out: args.out.clone(), vocab: 0, text_bytes: 0, documents: 0, seconds: 0.0 };
     let (mut error, mut before) = (None, 0);
     let mut progress = Progress::new(ui, "counting words", Unit::Bytes, total);
     let temporary =
@@ -96,7 +97,7 @@ pub(crate) fn run(args: &TrainTokenizer, ui: &mut Ui) -> Result<()> {
     })
 }
 
-/// The folder of `target`, made if need be.
+/// Returns the folder of `target`, and creates it if it does not exist.
 fn parent(target: &Path) -> Result<PathBuf> {
     let parent = target.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     std::fs::create_dir_all(parent).with_context(|| format!("{}", parent.display()))?;

@@ -1,4 +1,4 @@
-//! `dsmoe data verify`: manifests and caches.
+//! `dsmoe data verify`: verifies manifests and token caches.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -13,11 +13,11 @@ use crate::format;
 use crate::progress::{Progress, Unit};
 use crate::ui::Ui;
 
-/// A file is not what its manifest says.
+/// The exit status for a file that differs from its manifest.
 const OUT_OF_TOLERANCE: u8 = 3;
 
 #[derive(Debug, Serialize)]
-struct Report {
+struct VerifyReport {
     holds: bool,
     checked: Vec<Checked>,
 }
@@ -34,7 +34,7 @@ struct Checked {
 }
 
 pub(crate) fn run(args: &Verify, ui: &mut Ui) -> Result<ExitCode> {
-    let mut report = Report { holds: true, checked: Vec::new() };
+    let mut report = VerifyReport { holds: true, checked: Vec::new() };
     for path in &args.paths {
         let mut checked = Checked { path: path.clone(), written: None, found: None, tokens: None };
         let mut progress = Progress::new(ui, format!("hashing {}", path.display()), Unit::Bytes, 0);
@@ -55,7 +55,7 @@ pub(crate) fn run(args: &Verify, ui: &mut Ui) -> Result<ExitCode> {
     Ok(if report.holds { ExitCode::SUCCESS } else { ExitCode::from(OUT_OF_TOLERANCE) })
 }
 
-fn show(report: &Report) -> String {
+fn show(report: &VerifyReport) -> String {
     let mut out = String::new();
     for checked in &report.checked {
         let path = checked.path.display();

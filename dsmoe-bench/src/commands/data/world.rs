@@ -1,4 +1,4 @@
-//! `dsmoe data world`: the embedded world's text, its tokenizer and its probes.
+//! `dsmoe data world`: writes the text, the tokenizer and the probes of the embedded world.
 
 use std::path::PathBuf;
 
@@ -12,12 +12,12 @@ use crate::format::{self, Table};
 use crate::progress::{Progress, Unit};
 use crate::ui::Ui;
 
-/// Bytes of text that the tokenizer learns from at the most; more change nothing but the time it takes.
+/// Largest number of bytes that the tokenizer is trained on; more text only takes more time.
 const TOKENIZER_BYTES: u64 = 4_000_000;
 const MIN_BYTES: u64 = 10_000;
 
 #[derive(Debug, Serialize)]
-struct Report {
+struct WorldReport {
     out: PathBuf,
     seed: u64,
     vocab_size: usize,
@@ -70,7 +70,7 @@ pub(crate) fn run(args: &args::World, ui: &mut Ui) -> Result<()> {
     };
     let probe =
         |(probe, items): (Probe, usize)| ProbeRow { probe: probe.name(), items, shots: probe.task().shots };
-    let report = Report {
+    let report = WorldReport {
         out: out.clone(),
         seed: args.seed,
         vocab_size,
@@ -80,7 +80,7 @@ pub(crate) fn run(args: &args::World, ui: &mut Ui) -> Result<()> {
     ui.result(&report, show)
 }
 
-fn show(report: &Report) -> String {
+fn show(report: &WorldReport) -> String {
     let mut domains = Table::new(["domain", "documents", "text"]);
     for row in &report.domains {
         domains.row([row.domain.to_owned(), format::count(row.documents), format::bytes(row.bytes)]);

@@ -1,4 +1,4 @@
-//! `dsmoe eval --tasks`: benchmarks, scored as lm-evaluation-harness scores them.
+//! `dsmoe eval --tasks`: scores benchmarks as lm-evaluation-harness does.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -14,7 +14,7 @@ use dsmoe_datasets::{Bos, Tokenizer};
 use dsmoe_kernels::Isa;
 use dsmoe_train::tasks::{Journal, Responder, model_sha256};
 
-use super::results::{Measured, Results, TaskResult};
+use super::results::{Measured, TaskResult, TaskResults};
 use crate::cli::eval::{Eval, TaskFile};
 use crate::format;
 use crate::interrupts::{INTERRUPTED, STOP, catch_interrupts};
@@ -22,9 +22,9 @@ use crate::models::{load_inference, tokenizer};
 use crate::progress::{Progress, Unit};
 use crate::ui::Ui;
 
-/// All benchmarks there are files of.
+/// The name of all benchmarks with files.
 pub(crate) const ALL: &str = "all";
-/// The probes of the embedded world.
+/// The name of the probes of the embedded world.
 const WORLD: &str = "world";
 
 pub(crate) fn run(args: &Eval, ui: &mut Ui) -> Result<ExitCode> {
@@ -59,7 +59,7 @@ pub(crate) fn run(args: &Eval, ui: &mut Ui) -> Result<ExitCode> {
         journals.extend(journal);
     }
 
-    let mut results = Results {
+    let mut results = TaskResults {
         args,
         name: model_name(&args.model),
         bos,
@@ -72,7 +72,7 @@ pub(crate) fn run(args: &Eval, ui: &mut Ui) -> Result<ExitCode> {
     };
     if let Some(folder) = &folder {
         results.write(folder)?;
-        // The answers stand in the samples now.
+        // The samples hold the answers now.
         for journal in journals {
             journal.remove()?;
         }
@@ -81,7 +81,7 @@ pub(crate) fn run(args: &Eval, ui: &mut Ui) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Reads the benchmarks asked for. Documents need not come from files: what follows knows only [`Loaded`].
+/// Loads the benchmarks asked for, from files or from the embedded world.
 fn load(args: &Eval, ui: &Ui) -> Result<Vec<Loaded>> {
     if let Some(folder) = &args.task_data
         && !folder.is_dir()
@@ -103,7 +103,7 @@ fn load(args: &Eval, ui: &Ui) -> Result<Vec<Loaded>> {
         if name == ALL {
             tasks.extend(all(args, &source, ui)?);
         } else if name == WORLD {
-            // Asked for twice, it is asked once.
+            // A second mention changes nothing.
             if !loaded.is_empty() {
                 continue;
             }
@@ -134,7 +134,7 @@ fn load(args: &Eval, ui: &Ui) -> Result<Vec<Loaded>> {
     Ok(loaded)
 }
 
-/// The benchmarks there are files of.
+/// Returns the benchmarks with files.
 fn all(args: &Eval, source: &Source, ui: &Ui) -> Result<Vec<&'static Task>> {
     let mut found = Vec::new();
     let mut taken: Vec<(&str, Vec<PathBuf>)> = Vec::new();
@@ -166,7 +166,7 @@ fn named_files(files: &[TaskFile]) -> Result<BTreeMap<String, Vec<PathBuf>>> {
     Ok(all)
 }
 
-/// What a user should know about how a benchmark went.
+/// Returns remarks about the results of a benchmark.
 fn remarks(loaded: &Loaded, measured: &Measured) -> Vec<String> {
     let mut remarks = Vec::new();
     let origin = loaded.origin();
@@ -189,7 +189,7 @@ fn remarks(loaded: &Loaded, measured: &Measured) -> Vec<String> {
     remarks
 }
 
-/// The last part of the path, with what cannot stand in a file name replaced.
+/// Returns the last part of the path, fit for a file name.
 fn model_name(model: &Path) -> String {
     let whole = model.canonicalize().unwrap_or_else(|_| model.to_path_buf());
     let name = whole.file_name().unwrap_or_default().to_string_lossy().into_owned();
@@ -205,7 +205,7 @@ struct Runner<'a> {
 }
 
 impl Runner<'_> {
-    /// The journal of a benchmark's answers.
+    /// Opens the journal of a benchmark's answers.
     fn journal(&self, folder: &Path, task: &str) -> Result<Journal> {
         let threshold = self.model.config().moe.as_ref().map(|moe| moe.router.threshold);
         let made_by = serde_json::json!({

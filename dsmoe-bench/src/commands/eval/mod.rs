@@ -1,4 +1,4 @@
-//! `dsmoe eval`: perplexity and active share on text, or scores on benchmarks.
+//! `dsmoe eval`: measures perplexity and active share on text, or scores benchmarks.
 
 mod benchmarks;
 mod perplexity;

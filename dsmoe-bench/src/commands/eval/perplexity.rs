@@ -1,4 +1,4 @@
-//! `dsmoe eval --data`: perplexity and active share on text.
+//! `dsmoe eval --data`: measures perplexity and active share on text.
 
 use std::path::PathBuf;
 
@@ -18,15 +18,15 @@ use crate::progress::{Progress, Unit};
 use crate::texts::{Text, load, open, options};
 use crate::ui::Ui;
 
-/// Window length when none is given.
+/// The default window length.
 const SEQ: usize = 1024;
-/// The same of [`Perplexity::Window`].
+/// The default window length of [`Perplexity::Window`].
 const WINDOW_SEQ: usize = 2048;
-/// What stands between documents there.
+/// The separator of documents in [`Perplexity::Window`].
 const JOINT: &str = "\n\n";
 
 #[derive(Debug, Serialize)]
-struct Report<'a> {
+struct PerplexityReport<'a> {
     model: &'a PathBuf,
     #[serde(skip_serializing_if = "<[_]>::is_empty")]
     data: &'a [String],
@@ -62,12 +62,12 @@ struct Window {
     result: EvalReport,
 }
 
-/// Documents by themselves, by word and byte.
+/// Each document by itself, by word and byte.
 #[derive(Debug, Serialize)]
 struct Rolling {
     #[serde(flatten)]
     result: RollingReport,
-    /// Tokens run.
+    /// Tokens that were computed.
     tokens: u64,
     active_ratio: Option<f64>,
     params_activated: f64,
@@ -88,7 +88,7 @@ pub(crate) fn run(args: &Eval, ui: &mut Ui) -> Result<()> {
     let config = model.config();
     let bos = bos_or_default(args.bos, config);
     let tokenizer = tokenizer(&args.model, config)?;
-    let mut report = Report {
+    let mut report = PerplexityReport {
         model: &args.model,
         data: &args.data.data,
         mixture: args.data.mixture.as_ref(),
@@ -177,7 +177,7 @@ fn by_word(model: &Inference, tokenizer: &Tokenizer, corpus: &Corpus, bos: Bos, 
     })
 }
 
-fn show(report: &Report<'_>) -> String {
+fn show(report: &PerplexityReport<'_>) -> String {
     let mut blocks = Vec::new();
     if let Some(Stream { seq, stride, result }) = &report.stream {
         blocks.push(show_windows(result, "perplexity", &format!("windows of {seq} every {stride}")));

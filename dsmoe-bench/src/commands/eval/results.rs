@@ -15,17 +15,17 @@ use serde_json::{Map, Value, json};
 use crate::cli::eval::Eval;
 use crate::format::{self, Table};
 
-/// Version of our part of the results.
+/// The version of the part of the results that the harness does not have.
 const SCHEMA_VERSION: u32 = 1;
 
-/// A benchmark's scores and what they cost.
+/// The scores of a benchmark and their cost.
 pub(super) struct Measured {
     pub(super) scored: Scored,
     pub(super) ran: Ran,
     pub(super) seconds: f64,
 }
 
-/// A benchmark that is done.
+/// The result of a benchmark.
 pub(super) struct TaskResult {
     loaded: Loaded,
     measured: Measured,
@@ -37,10 +37,10 @@ impl TaskResult {
     }
 }
 
-/// All there is to report.
-pub(super) struct Results<'a> {
+/// The results of all benchmarks.
+pub(super) struct TaskResults<'a> {
     pub(super) args: &'a Eval,
-    /// The model's, fit for a file name.
+    /// The name of the model, fit for a file name.
     pub(super) name: String,
     pub(super) bos: Bos,
     pub(super) model: &'a Inference,
@@ -48,11 +48,11 @@ pub(super) struct Results<'a> {
     pub(super) model_sha256: String,
     pub(super) seconds: f64,
     pub(super) tasks: Vec<TaskResult>,
-    /// What was written.
+    /// The files that were written.
     pub(super) files: Vec<PathBuf>,
 }
 
-impl Results<'_> {
+impl TaskResults<'_> {
     /// Writes the results and the samples of every benchmark to `folder`.
     pub(super) fn write(&mut self, folder: &Path) -> Result<()> {
         let stamp = stamp(now());
@@ -74,7 +74,7 @@ impl Results<'_> {
         write(&results, |out| Ok(out.write_all(text.as_bytes())?))
     }
 
-    /// The whole report.
+    /// Returns the whole report.
     pub(super) fn json(&self) -> Result<Value> {
         let by_task = |value: &dyn Fn(&TaskResult) -> Value| -> Value {
             let entries = self.tasks.iter().map(|task| (task.loaded.name().to_owned(), value(task)));
@@ -129,7 +129,7 @@ impl Results<'_> {
         }))
     }
 
-    /// What the harness has no place for.
+    /// Returns the part that the harness does not have.
     fn extras(&self) -> Value {
         let config = self.model.config();
         let mut extras = json!({
@@ -163,7 +163,7 @@ impl Results<'_> {
         all
     }
 
-    /// Adds what a token cost, mean over those that were run.
+    /// Adds the mean cost of the computed tokens.
     fn add_cost(&self, fields: &mut Value, ran: &Ran) {
         let routing = ran.routing.as_ref().map(|routing| routing.summary());
         let active = routing.as_ref().map_or(0.0, |routing| routing.active_experts);
@@ -176,7 +176,7 @@ impl Results<'_> {
         fields["zero_active_share"] = json!(routing.as_ref().map(|routing| routing.zero_active_share));
     }
 
-    /// For people.
+    /// Formats the results as a table.
     pub(super) fn show(&self) -> String {
         let mut table = Table::new(["task", "version", "shots", "filter", "metric", "value", "stderr", "n"]);
         for TaskResult { loaded, measured } in &self.tasks {
@@ -228,12 +228,12 @@ fn bos_word(bos: Bos) -> &'static str {
     }
 }
 
-/// Four decimals, or four digits of a large number.
+/// Formats a number with four decimals, or with four digits if it is large.
 fn number(value: f64) -> String {
     if value.abs() < 1e5 { format!("{value:.4}") } else { format!("{value:.3e}") }
 }
 
-/// Writes a file as a whole or not at all.
+/// Writes a file atomically.
 fn write(path: &Path, fill: impl FnOnce(&mut BufWriter<&std::fs::File>) -> Result<()>) -> Result<()> {
     let folder = path.parent().unwrap_or(Path::new("."));
     let result = tempfile::NamedTempFile::new_in(folder).map_err(anyhow::Error::from).and_then(|file| {
@@ -251,7 +251,7 @@ fn now() -> Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
-/// `2026-01-31T23-59-59.123456`, UTC.
+/// Formats a time in UTC as `2026-01-31T23-59-59.123456`.
 fn stamp(since_epoch: Duration) -> String {
     let seconds = since_epoch.as_secs();
     let (mut days, time) = (seconds / 86_400, seconds % 86_400);
@@ -282,7 +282,7 @@ fn stamp(since_epoch: Duration) -> String {
 mod tests {
     use super::*;
 
-    /// `date -u -d @SECONDS`
+    /// Values from `date -u -d @SECONDS`.
     #[test]
     fn stamps_are_dates() {
         for (seconds, date) in [

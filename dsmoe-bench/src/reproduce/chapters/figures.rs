@@ -1,4 +1,4 @@
-//! The paper's figures, and charts it does not have.
+//! The paper's figures, and further charts.
 
 use super::super::profile::Role;
 use super::super::results::MethodResult;
@@ -15,11 +15,10 @@ impl View<'_> {
             &["trained", "threshold at inference", "active experts", "perplexity", "direction"],
         )
         .note(
-            "The paper (section 6.2) states the direction, worse without a threshold in training; the numbers of its figure 2 \
-             are not stated in the documents at hand.",
+            "The paper (section 6.2) states that training without a threshold is worse; the text does not state the numbers \
+             of its figure 2.",
         );
         let literal = self.method(Role::Paper).or_else(|| self.main());
-        let experts = self.experts();
         for method in self.gated().chain([without]) {
             let is_it = method.name == without.name;
             let threshold = match is_it {
@@ -29,7 +28,7 @@ impl View<'_> {
             table.row(vec![
                 method.name.as_str().into(),
                 optional(threshold, |x| format!("{x:.4}")),
-                optional(method.active_ratio.map(|ratio| ratio * experts), |x| format!("{x:.2}")),
+                optional(method.active_experts(), |x| format!("{x:.2}")),
                 measured(&method.ppl),
                 match literal {
                     Some(literal) if is_it => agreement(Some(method.ppl.mean > literal.ppl.mean)),
@@ -45,14 +44,14 @@ impl View<'_> {
                     .iter()
                     .map(|point| {
                         let tip = format!("threshold {}", trim(point.threshold));
-                        Point::new(point.active_ratio * experts, point.ppl.mean, tip)
+                        Point::new(method.experts_of(point.active_ratio), point.ppl.mean, tip)
                     })
                     .collect(),
                 look: if method.name == without.name { Look::Dashed } else { Look::Line },
             });
         let figure = Figure::new(
             "figure2-chart",
-            "Perplexity against active experts, along the threshold",
+            "Perplexity against active experts, by threshold",
             ["active experts", "perplexity"],
             series.collect(),
         );
@@ -64,7 +63,7 @@ impl View<'_> {
         for point in &without.sweep {
             sweep.row(vec![
                 number(point.threshold, trim),
-                number(point.active_ratio * experts, |x| format!("{x:.2}")),
+                number(without.experts_of(point.active_ratio), |x| format!("{x:.2}")),
                 measured(&point.ppl),
             ]);
         }
@@ -92,7 +91,7 @@ impl View<'_> {
             }));
             let mut table = Tabular::new(&format!("figure3-{}-layers", method.name), &method.name, &["text"]);
             table.header.extend((0..layers).map(|layer| format!("layer {layer}")));
-            table.header.extend(["mean", "like a W", "p", "W", "the paper"].map(str::to_owned));
+            table.header.extend(["mean", "correlation", "p", "W", "the paper"].map(str::to_owned));
             for shape in shapes {
                 let values = &shape.active_experts_per_layer;
                 let mut cells = vec![shape.domain.as_str().into()];
@@ -107,10 +106,10 @@ impl View<'_> {
                 cells.push("W".into());
                 table.row(cells);
             }
-            table.note = "Like a W: correlation of the layers with a wave that is high at both ends and in the middle and low \
-                          between. p: the share of all orders of these layers that are as much like it. A W has a correlation of \
-                          0.5 or more and p below 0.05. The numbers of the paper's figure 3 are not stated in the documents at \
-                          hand; it says that the pattern is a W and differs between texts."
+            table.note = "Correlation: that of the layers with a wave that is high at both ends and in the middle and low \
+                          between. p: the share of all orders of these layers that correlate as much. A W has a correlation of \
+                          0.5 or more and p below 0.05. The paper states that the pattern is a W and differs between texts; it \
+                          does not state the numbers of its figure 3."
                 .to_owned();
             blocks.push(Block::Table(table));
         }
@@ -134,8 +133,8 @@ impl View<'_> {
             ],
         )
         .note(
-            "Each model alone in a process of its own, best of three; prefill of held-out text, decoding one token at a time. \
-             Zeros that are scattered over a matrix save no time.",
+            "Each model runs alone in its own process; best of three. Prefill reads held-out text; decoding takes one token \
+             at a time. Zeros scattered over a matrix save no time.",
         );
         for method in &self.results.methods {
             let timing = self.timing(method);
@@ -157,7 +156,6 @@ impl View<'_> {
 
     pub(super) fn pareto(&self) -> Vec<Block> {
         let methods = &self.results.methods;
-        // Nobody has both fewer FLOPs and less perplexity.
         let on_front = |method: &MethodResult| {
             !methods.iter().any(|other| {
                 other.flops_per_token <= method.flops_per_token
@@ -170,7 +168,7 @@ impl View<'_> {
             "Perplexity and activated FLOPs",
             &["method", "FLOPs per token", "perplexity", "on the front"],
         )
-        .note("FLOPs are nominal: of activated weights. On the front: no other row has as few and as low.");
+        .note("FLOPs are nominal: those of activated weights. A row is on the front if no other has both fewer FLOPs and a lower perplexity.");
         let point = |method: &MethodResult| {
             let (flops, ppl) = (method.flops_per_token, method.ppl.mean);
             let tip = format!("{}: {} FLOPs, perplexity {}", method.name, format::flops(flops), plain(ppl));
@@ -217,9 +215,9 @@ impl View<'_> {
                 &["tokens, easiest first", "dense model's loss", "loss", "active experts"],
             )
             .note(format!(
-                "Tenths of the held-out tokens by the loss of the dense model before training. Correlation of a token's active \
-                 experts with that loss: {}.",
-                found.correlation.map_or_else(|| "none, they do not vary".to_owned(), |r| format!("{r:+.3}")),
+                "Tenths of the held-out tokens by the loss of the dense model before continued training. Correlation of the \
+                 active experts of a token with that loss: {}.",
+                found.correlation.map_or_else(|| "none, because they do not vary".to_owned(), |r| format!("{r:+.3}")),
             ));
             for (at, bin) in found.bins.iter().enumerate() {
                 table.row(vec![
@@ -243,7 +241,7 @@ impl View<'_> {
         if !series.is_empty() {
             let figure = Figure::new(
                 "difficulty-chart",
-                "Active experts of a token against how hard it is",
+                "Active experts of a token against its difficulty",
                 ["loss of the dense model, nats", "active experts"],
                 series,
             );
@@ -255,18 +253,17 @@ impl View<'_> {
     pub(super) fn budget(&self) -> Vec<Block> {
         let profile = &self.results.setup.profile;
         let shares: Vec<f64> = profile.milestones.clone();
-        let mut table = Tabular::new("budget", "Perplexity after parts of the tokens", &["method"]).note(
-            "0 % is the model as it was made, before any training. Active experts stand in brackets where training changes \
-             them. A method without a threshold in training has none before it is found at the end.",
+        let mut table = Tabular::new("budget", "Perplexity after shares of the tokens", &["method"]).note(
+            "0 % is the model before training. Active experts are in brackets where training changes them. A method trained \
+             without a threshold has no entries, because its threshold is found after training.",
         );
         table.header.extend(shares.iter().map(|share| format!("{} %", trim(100.0 * share))));
         for method in self.results.methods.iter().filter(|method| !method.milestones.is_empty()) {
-            let gated = !matches!(method.role, Some(Role::Baseline | Role::Control | Role::Dense) | None);
+            let gated = method.role.is_some_and(Role::is_gated);
             let mut cells = vec![method.name.as_str().into()];
             for share in &shares {
-                let stone = method.milestones.iter().find(|stone| (stone.share - share).abs() < 1e-9);
-                cells.push(stone.map_or("–".into(), |stone| {
-                    let experts = stone.active_ratio.filter(|_| gated).map(|r| r * self.experts());
+                cells.push(method.milestone(*share).map_or("–".into(), |stone| {
+                    let experts = stone.active_ratio.filter(|_| gated).map(|share| method.experts_of(share));
                     let mut cell = measured(&stone.ppl);
                     if let Some(experts) = experts {
                         cell.text += &format!(" ({experts:.2})");

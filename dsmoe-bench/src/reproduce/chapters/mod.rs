@@ -1,23 +1,24 @@
-//! Results as chapters of tables and charts.
+//! Results as chapters of text, tables and charts.
 
 mod figures;
 mod tables;
 
+use super::collected::Collected;
 use super::outputs::Output;
 use super::paper;
 use super::profile::{PaperModel, Role};
 use super::records::{BASE, Timing};
-use super::results::{Collected, Comparison, Measured, MethodResult, Results};
+use super::results::{Comparison, Measured, MethodResult, Results, Verdict};
 use crate::format;
 use crate::report::{Block, Cell, Chapter, Report, Tabular, number, optional};
 
-/// The whole report.
+/// Writes the report.
 pub(crate) fn of(collected: &Collected, results: &Results) -> Report {
     let view = View { collected, results };
     let setup = &results.setup;
     let mut chapters = vec![view.summary()];
-    for output in Output::ALL {
-        if setup.outputs.iter().any(|name| name == output.name())
+    for output in Output::all() {
+        if setup.outputs.contains(&output)
             && let Some(chapter) = view.chapter(output)
         {
             chapters.push(chapter);
@@ -26,7 +27,7 @@ pub(crate) fn of(collected: &Collected, results: &Results) -> Report {
     chapters.push(view.directions());
     chapters.push(view.settings());
     Report {
-        title: "DSMoE beside the methods it is compared with".to_owned(),
+        title: "DSMoE compared with other methods".to_owned(),
         subtitle: format!("profile {}: {}", setup.profile.name, setup.profile.about),
         chapters,
     }
@@ -47,10 +48,10 @@ impl View<'_> {
     }
 
     fn gated(&self) -> impl Iterator<Item = &MethodResult> {
-        self.results.methods.iter().filter(|m| matches!(m.role, Some(Role::Dsmoe | Role::Paper)))
+        self.results.methods.iter().filter(|method| method.is_dsmoe())
     }
 
-    /// DSMoE's row that others are compared with: the one with the best settings, else the paper's.
+    /// Returns DSMoE's row that others are compared with: the tuned one, or else the paper's.
     fn main(&self) -> Option<&MethodResult> {
         self.method(Role::Dsmoe).or_else(|| self.method(Role::Paper))
     }
@@ -59,7 +60,7 @@ impl View<'_> {
         self.results.comparisons.iter().find(|one| one.dsmoe == dsmoe && one.other == other)
     }
 
-    /// Of the dense model, or of a method's first seed.
+    /// Returns the timing of the dense model, or of a method's first seed.
     fn timing(&self, method: &MethodResult) -> Option<&Timing> {
         let id = match method.role {
             None => BASE.to_owned(),
@@ -68,16 +69,11 @@ impl View<'_> {
         self.collected.timings.get(&id)
     }
 
-    /// Of a layer.
-    fn experts(&self) -> f64 {
-        self.results.setup.profile.experts as f64
-    }
-
     fn chapter(&self, output: Output) -> Option<Chapter> {
         let (title, blocks) = match output {
             Output::Table1 => ("Table 1: perplexity at one budget".to_owned(), self.table1()),
             Output::Table2 => ("Table 2: ten tasks".to_owned(), self.table2()),
-            Output::Table3 => ("Table 3: without the straight-through rule".to_owned(), self.table3()),
+            Output::Table3 => ("Table 3: without the straight-through estimator".to_owned(), self.table3()),
             Output::Table4 => ("Table 4: other thresholds at inference".to_owned(), self.table4()),
             Output::Table5 => {
                 ("Table 5: perplexity over tokens, 1B".to_owned(), self.tokens(&paper::TABLE5, "table5"))
@@ -92,7 +88,7 @@ impl View<'_> {
             Output::Difficulty => {
                 ("Active experts against the difficulty of tokens".to_owned(), self.difficulty())
             }
-            Output::Budget => ("Perplexity at parts of the training".to_owned(), self.budget()),
+            Output::Budget => ("Perplexity during training".to_owned(), self.budget()),
         };
         (!blocks.is_empty()).then(|| Chapter { id: output.name().to_owned(), title, blocks })
     }
@@ -106,19 +102,19 @@ impl View<'_> {
             .map(|method| format!(" ({} on {})", method.name, format::count(method.tokens)))
             .collect();
         let mut blocks = vec![Block::Text(format!(
-            "Every method starts from one dense model of {} parameters, is brought to {} activated parameters ({} of {} \
-             experts), and is trained on {} tokens{} of the same text, with the settings of the last chapter; {} seed{}.",
+            "All methods start from one dense model of {} parameters. Each is reduced to {} activated parameters ({} % of \
+             the FFNs, and routers) and trained on {} tokens{} of the same text. The last chapter lists all settings. {} \
+             seed{}.",
             format::count(setup.dense_params),
             format::count(setup.budget.round() as u64),
-            trim(setup.profile.active * self.experts()),
-            setup.profile.experts,
+            trim(100.0 * setup.profile.active),
             format::count(tokens),
             more.concat(),
             self.results.seeds.len(),
             if self.results.seeds.len() == 1 { "" } else { "s" },
         ))];
         for dsmoe in self.gated() {
-            let found = |verdict: &str, words: &str| -> Option<String> {
+            let found = |verdict: Verdict, words: &str| -> Option<String> {
                 let comparisons = self.results.comparisons.iter();
                 let names: Vec<&str> = comparisons
                     .filter(|one| one.dsmoe == dsmoe.name && one.verdict == verdict)
@@ -127,12 +123,12 @@ impl View<'_> {
                 (!names.is_empty()).then(|| format!("; {words} {}", names.join(", ")))
             };
             let verdicts = [
-                ("better", "better than"),
-                ("worse", "worse than"),
-                ("not told apart", "not told apart from"),
+                (Verdict::Better, "better than"),
+                (Verdict::Worse, "worse than"),
+                (Verdict::NotSignificant, "no significant difference from"),
             ];
             let verdicts: Vec<String> =
-                verdicts.iter().filter_map(|(verdict, words)| found(verdict, words)).collect();
+                verdicts.iter().filter_map(|(verdict, words)| found(*verdict, words)).collect();
             let mut text = format!(
                 "{}: perplexity {} with {:.1} % of the budget{}.",
                 dsmoe.name,
@@ -144,28 +140,28 @@ impl View<'_> {
                 self.results.directions.iter().filter(|one| one.method == dsmoe.name).collect();
             let agree = mine.iter().filter(|one| one.agrees == Some(true)).count();
             let judged = mine.iter().filter(|one| one.agrees.is_some()).count();
-            text += &format!(" Of the paper's statements that it can be held to, {agree} of {judged} hold.");
+            text += &format!(" {agree} of {judged} statements of the paper that can be tested hold.");
             blocks.push(Block::Text(text));
         }
         if self.results.seeds.len() == 1 {
             blocks.push(Block::Text(
-                "With one seed, intervals and tests are bootstraps over held-out windows: they say how far the text \
-                 decides, not how far another training would."
+                "With one seed, intervals and tests are bootstraps over held-out windows. They measure the variation \
+                 between texts, not between trainings."
                     .to_owned(),
             ));
         }
-        Chapter { id: "summary".to_owned(), title: "What came out".to_owned(), blocks }
+        Chapter { id: "summary".to_owned(), title: "Summary".to_owned(), blocks }
     }
 
     fn directions(&self) -> Chapter {
         let mut table = Tabular::new(
             "directions",
             "The paper's statements",
-            &["table or figure", "method", "the paper's statement", "ours agree"],
+            &["table or figure", "method", "the paper's statement", "our result"],
         );
         for one in &self.results.directions {
             table.row(vec![
-                one.output.into(),
+                one.output.name().into(),
                 one.method.as_str().into(),
                 one.statement.as_str().into(),
                 agreement(one.agrees),
@@ -183,13 +179,13 @@ impl View<'_> {
                 number(one.difference, |x| format!("{x:+.4}")),
                 one.interval.map_or("–".into(), |[low, high]| format!("{low:+.4} to {high:+.4}").into()),
                 optional(one.p, p_value),
-                one.test.into(),
-                one.verdict.into(),
+                one.test.as_str().into(),
+                one.verdict.text().into(),
             ]);
         }
         Chapter {
             id: "directions".to_owned(),
-            title: "Every statement and every test".to_owned(),
+            title: "All statements and tests".to_owned(),
             blocks: vec![Block::Table(tests), Block::Table(table)],
         }
     }
@@ -219,14 +215,12 @@ impl View<'_> {
                 ),
             );
         }
-        let show = |value: Option<&toml::Table>| {
-            value.map_or_else(
-                || "the model was given".to_owned(),
-                |table| table.to_string().trim().replace('\n', ", "),
-            )
-        };
-        add("training of the dense model", show(setup.profile.pretrain.as_ref()));
-        add("continued training", show(Some(&setup.profile.train)));
+        let pretrain = setup.profile.pretrain.as_ref();
+        add(
+            "training of the dense model",
+            pretrain.map_or_else(|| "the model was given".to_owned(), ToString::to_string),
+        );
+        add("continued training", setup.profile.train.to_string());
         let mut methods = Tabular::new(
             "methods",
             "Methods",
@@ -234,7 +228,7 @@ impl View<'_> {
                 "method",
                 "made by",
                 "settings",
-                "training of its own",
+                "training settings",
                 "budget reached by",
                 "calibration tokens",
             ],
@@ -243,20 +237,20 @@ impl View<'_> {
             let Some(found) = self.results.methods.iter().find(|method| method.name == spec.name) else {
                 continue;
             };
-            let settings: Vec<String> = spec.knobs.iter().map(|(k, v)| format!("{k} = {v}")).collect();
+            let settings: Vec<String> = spec.settings.iter().map(|(k, v)| format!("{k} = {v}")).collect();
             let settings = if settings.is_empty() { "defaults".to_owned() } else { settings.join(", ") };
             methods.row(vec![
                 spec.name.as_str().into(),
                 spec.make.as_str().into(),
                 settings.into(),
-                spec.train.to_string().trim().replace('\n', ", ").into(),
+                spec.train.to_string().into(),
                 found.reached_by.clone().unwrap_or_default().into(),
                 number(found.calibration_tokens as f64, |x| format::count(x as u64)),
             ]);
         }
         Chapter {
             id: "settings".to_owned(),
-            title: "How it was done".to_owned(),
+            title: "Settings".to_owned(),
             blocks: vec![Block::Table(methods), Block::Table(table)],
         }
     }
@@ -277,7 +271,7 @@ fn yes(is: bool) -> Cell {
 fn agreement(agrees: Option<bool>) -> Cell {
     match agrees {
         Some(true) => "agrees".into(),
-        Some(false) => "does not".into(),
+        Some(false) => "disagrees".into(),
         None => "–".into(),
     }
 }
@@ -292,7 +286,7 @@ fn mark(agrees: Option<bool>) -> Cell {
 
 fn measured(value: &Measured) -> Cell {
     let tip = value.interval.map(|[low, high]| {
-        format!("95 % over {}: {} to {}", value.over.unwrap_or(""), plain(low), plain(high))
+        format!("95 % over {}: {} to {}", value.over.as_deref().unwrap_or_default(), plain(low), plain(high))
     });
     number(value.mean, plain).tip(tip)
 }
@@ -301,7 +295,7 @@ fn interval(value: &Measured) -> Cell {
     value.interval.map_or("–".into(), |[low, high]| format!("{} to {}", plain(low), plain(high)).into())
 }
 
-/// Four digits or two decimals.
+/// Formats a number with four digits, or with three decimals if it is small.
 fn plain(value: f64) -> String {
     match value.abs() {
         x if x >= 1e6 => format!("{value:.2e}"),
@@ -316,7 +310,7 @@ fn p_value(p: f64) -> String {
     if p < 0.001 { "< 0.001".to_owned() } else { format!("{p:.3}") }
 }
 
-/// A number without needless zeros.
+/// Formats a number without trailing zeros.
 fn trim(value: f64) -> String {
     let text = format!("{value:.4}");
     text.trim_end_matches('0').trim_end_matches('.').to_owned()

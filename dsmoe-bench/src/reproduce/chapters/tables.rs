@@ -1,5 +1,6 @@
-//! The paper's tables beside ours.
+//! The paper's tables beside our results.
 
+use super::super::outputs::Output;
 use super::super::paper;
 use super::super::profile::{PaperModel, PaperRow, Role};
 use super::super::results::{Direction, MethodResult};
@@ -32,10 +33,10 @@ impl View<'_> {
             ],
         )
         .note(format!(
-            "Perplexity of the held-out text, sources weighted as in training. Loss minus DSMoE's: nats per token, above 0 \
-             {} is better; {}. Speed and memory were measured once on one of the machines named at the end.",
+            "Perplexity of the held-out text, with sources weighted as in training. Loss minus DSMoE's: nats per token; {} is \
+             better above 0; test: {}. Speed and memory were measured once on one of the machines named in the settings.",
             main.map_or("DSMoE", |m| &m.name),
-            main.and_then(|m| self.results.comparisons.iter().find(|one| one.dsmoe == m.name)).map_or("no test", |one| one.test),
+            main.and_then(|m| self.results.comparisons.iter().find(|one| one.dsmoe == m.name)).map_or("none", |one| &one.test),
         ));
         let mut beside = Tabular::new(
             "table1-paper",
@@ -49,24 +50,23 @@ impl View<'_> {
                 "activated",
                 "perplexity",
                 "DSMoE lower: ours",
-                "ours, literal",
+                "ours, as in the paper",
                 "the paper's",
                 "direction",
             ],
         )
-        .note("The paper's models, text and tokens are others: directions compare, numbers do not.");
+        .note("The paper uses other models, text and tokens: compare directions, not numbers.");
         let paper = paper::table1(self.model());
         let dsmoe_paper = paper.iter().find(|one| one.row == PaperRow::Dsmoe);
         for method in &self.results.methods {
             let test = main.and_then(|main| self.comparison(&main.name, &method.name));
             let speed = self.timing(method).and_then(|timing| timing.speed.as_ref());
-            let experts = method.active_ratio.map(|ratio| ratio * self.experts());
             table.row(vec![
                 method.name.as_str().into(),
                 amount(method.params_total),
                 amount(method.params_activated.mean),
                 number(100.0 * method.of_budget, |x| format!("{x:.1} %")),
-                optional(experts, |x| format!("{x:.2}")),
+                optional(method.active_experts(), |x| format!("{x:.2}")),
                 measured(&method.ppl),
                 interval(&method.ppl),
                 test.map_or("".into(), |one| {
@@ -124,8 +124,7 @@ impl View<'_> {
     pub(super) fn table2(&self) -> Vec<Block> {
         if self.results.methods.iter().all(|method| method.tasks.is_empty()) {
             return vec![Block::Text(
-                "No benchmark files were given (--task-data), and the text is not the embedded world's, so no task was \
-                 asked."
+                "No tasks: no benchmark files were given (--task-data), and the text is not the embedded world's."
                     .to_owned(),
             )];
         }
@@ -134,12 +133,9 @@ impl View<'_> {
         header.push("mean");
         let mut ours = Tabular::new("table2", "Ours, percent right", &header).note(self.tasks_note());
         let mut theirs = Tabular::new("table2-paper", "The paper's, percent right", &header);
-        let mut agree = Tabular::new(
-            "table2-directions",
-            "DSMoE above the method: do ours and the paper agree?",
-            &header,
-        )
-        .note("✓ the paper's direction, ✗ the other, – equal or not measured.");
+        let mut agree =
+            Tabular::new("table2-directions", "DSMoE above the method: agreement with the paper", &header)
+                .note("✓ the paper's direction, ✗ the opposite, – equal or not measured.");
         *agree.header.last_mut().expect("a header") = "agree".to_owned();
         for method in self.results.methods.iter().filter(|method| !method.tasks.is_empty()) {
             let mut cells = vec![method.name.as_str().into()];
@@ -172,7 +168,7 @@ impl View<'_> {
                         let start = format!("{label}: ");
                         let end = format!(" than {}", row.label());
                         let is = |one: &&Direction| {
-                            one.output == "table2"
+                            one.output == Output::Table2
                                 && one.method == dsmoe.name
                                 && one.statement.starts_with(&start)
                                 && one.statement.ends_with(&end)
@@ -202,11 +198,13 @@ impl View<'_> {
         let (least, most) =
             (items.iter().min().copied().unwrap_or(0), items.iter().max().copied().unwrap_or(0));
         let what = match &self.results.setup.profile.world {
-            Some(_) => "Probes of the embedded world, each in the kind and form of its benchmark",
-            None => "The benchmarks' own files",
+            Some(_) => "Probes of the embedded world in the form of each benchmark",
+            None => "The files of the benchmarks",
         };
         let items = if least == most { least.to_string() } else { format!("{least} to {most}") };
-        format!("{what}; {items} items; accuracy, or exact match after five examples (the last four).")
+        format!(
+            "{what}; {items} items; accuracy, or exact match after five examples for the last four tasks."
+        )
     }
 
     pub(super) fn table3(&self) -> Vec<Block> {
@@ -218,7 +216,7 @@ impl View<'_> {
             "With and without",
             &["measure", "ours: with", "without", "the paper's: with", "without", "direction"],
         )
-        .note(format!("{} and {}: the paper's settings, with and without eq. 10; the paper's numbers are the 1B model's.", with.name, without.name));
+        .note(format!("{} and {}: the paper's settings with and without eq. 10. The paper's numbers are of the 1B model.", with.name, without.name));
         let [(ppl_with, tasks_with), (ppl_without, tasks_without)] = paper::TABLE3;
         table.row(vec![
             "perplexity".into(),
@@ -228,9 +226,7 @@ impl View<'_> {
             number(ppl_without, plain),
             agreement(Some(without.ppl.mean > with.ppl.mean)),
         ]);
-        let active = |method: &MethodResult| {
-            optional(method.active_ratio.map(|r| r * self.experts()), |x| format!("{x:.2}"))
-        };
+        let active = |method: &MethodResult| optional(method.active_experts(), |x| format!("{x:.2}"));
         table.row(vec![
             "active experts".into(),
             active(with),
@@ -240,10 +236,7 @@ impl View<'_> {
             "".into(),
         ]);
         for (at, (task, label)) in paper::TASKS.iter().enumerate() {
-            let find = |method: &MethodResult| {
-                method.tasks.iter().find(|one| one.task == *task).map(|one| one.percent.mean)
-            };
-            let (a, b) = (find(with), find(without));
+            let (a, b) = (with.percent(task), without.percent(task));
             table.row(vec![
                 format!("{label}, %").into(),
                 optional(a, |x| format!("{x:.1}")),
@@ -272,7 +265,7 @@ impl View<'_> {
                     "active experts",
                     "the paper's: perplexity",
                     "activated, % of all",
-                    "against the row above",
+                    "direction from the row above",
                 ],
             );
             let mut above: Option<(f64, f64)> = None;
@@ -289,7 +282,7 @@ impl View<'_> {
                     measured(&point.ppl),
                     interval(&point.ppl),
                     number(share(method, point.params_activated), |x| format!("{x:.2}")),
-                    number(point.active_ratio * self.experts(), |x| format!("{x:.2}")),
+                    number(method.experts_of(point.active_ratio), |x| format!("{x:.2}")),
                     optional(theirs.map(|one| one.ppl), |x| format!("{x:.2}")),
                     optional(theirs.map(|one| one.activated), |x| format!("{x:.2}")),
                     agreement(agrees),
@@ -320,7 +313,7 @@ impl View<'_> {
                 look: Look::Dashed,
             });
             let axes = ["activated, % of all parameters", "perplexity"];
-            let figure = Figure::new("table4-chart", "Perplexity along thresholds", axes, series);
+            let figure = Figure::new("table4-chart", "Perplexity by threshold", axes, series);
             blocks.push(Block::Figure(figure.note("Each point is a threshold, 0.2 at the right end.")));
         }
         blocks
@@ -338,7 +331,9 @@ impl View<'_> {
             table.header.extend([format!("{}: perplexity", method.name), "active experts".to_owned()]);
         }
         table.header.extend(["the paper's: tokens".to_owned(), "perplexity".to_owned()]);
-        table.header.extend(methods.iter().map(|method| format!("{}: against the row above", method.name)));
+        table
+            .header
+            .extend(methods.iter().map(|method| format!("{}: direction from the row above", method.name)));
         let mut shares: Vec<f64> =
             methods.iter().flat_map(|m| m.milestones.iter().map(|stone| stone.share)).collect();
         shares.extend(theirs.iter().map(|(tokens, _)| tokens / 10.0));
@@ -346,18 +341,13 @@ impl View<'_> {
         shares.dedup_by(|a, b| (*a - *b).abs() < 1e-9);
         let mut above: Option<(f64, Vec<Option<f64>>)> = None;
         for share in shares {
-            let found = |method: &MethodResult| {
-                method.milestones.iter().find(|stone| (stone.share - share).abs() < 1e-9).cloned()
-            };
             let paper = theirs.iter().find(|(tokens, _)| (tokens / 10.0 - share).abs() < 1e-9);
             let mut cells = vec![number(100.0 * share, |x| format!("{} %", trim(x)))];
-            let now: Vec<_> = methods.iter().map(|method| found(method)).collect();
-            for stone in &now {
-                cells.push(stone.as_ref().map_or("–".into(), |stone| measured(&stone.ppl)));
-                cells.push(optional(
-                    stone.as_ref().and_then(|s| s.active_ratio).map(|r| r * self.experts()),
-                    |x| format!("{x:.2}"),
-                ));
+            let now: Vec<_> = methods.iter().map(|method| method.milestone(share)).collect();
+            for (method, stone) in methods.iter().zip(&now) {
+                cells.push(stone.map_or("–".into(), |stone| measured(&stone.ppl)));
+                let active = stone.and_then(|stone| stone.active_ratio).map(|share| method.experts_of(share));
+                cells.push(optional(active, |x| format!("{x:.2}")));
             }
             cells.push(paper.map_or("".into(), |(tokens, _)| number(*tokens, |x| format!("{x} B"))));
             cells.push(paper.map_or("".into(), |(_, ppl)| number(*ppl, |x| format!("{x:.3}"))));
@@ -371,20 +361,19 @@ impl View<'_> {
                 cells.push(if above.is_some() && paper.is_some() { agreement(agrees) } else { "".into() });
             }
             if let Some((_, ppl)) = paper {
-                above = Some((*ppl, now.iter().map(|stone| stone.as_ref().map(|s| s.ppl.mean)).collect()));
+                above = Some((*ppl, now.iter().map(|stone| stone.map(|s| s.ppl.mean)).collect()));
             }
             table.row(cells);
         }
         let beside = match stands_beside {
             true => "Rows without a number of the paper are not in its table.",
             false => {
-                "This profile stands beside the paper's other model; its own table is the other of 5 and 6. Rows are where \
-                 the two have points."
+                "This profile is compared with the paper's other model, whose table is the other one of 5 and 6."
             }
         };
         table.note = format!(
-            "{beside} The learning rate has not come down before the end, and the share of active experts is moving: a \
-             perplexity says nothing without the column beside it."
+            "{beside} Before the end, the learning rate has not decayed and the share of active experts still changes, so a \
+             perplexity must be read together with its active experts."
         );
         let mut series: Vec<Series> = methods
             .iter()
@@ -411,7 +400,7 @@ impl View<'_> {
             look: Look::Dashed,
         });
         let axes = ["% of the tokens", "perplexity"];
-        let figure = Figure::new(format!("{id}-chart"), "Perplexity over the training", axes, series)
+        let figure = Figure::new(format!("{id}-chart"), "Perplexity during training", axes, series)
             .note("From a tenth of the tokens on.");
         vec![Block::Table(table), Block::Figure(figure)]
     }

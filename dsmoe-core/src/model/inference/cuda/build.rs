@@ -19,7 +19,7 @@ impl CudaInference {
     /// Moves a model to device `ordinal`.
     pub(crate) fn build(parts: Parts<'_>, precision: Precision, ordinal: usize) -> Result<CudaInference> {
         if precision != Precision::Bf16 {
-            return Err(Error::Argument("a GPU computes in bf16; choose bf16".to_owned()));
+            return Err(Error::argument("a GPU computes in bf16", "set {dtype} to bf16"));
         }
         let Parts { config, accounting, ffns, ranges, source } = parts;
         let kinds = device_ffns(ffns)?;

@@ -10,7 +10,7 @@ use autograd as ag;
 use autograd::ndarray::Array2;
 use autograd::tensor_ops as t;
 use dsmoe_core::config::Config;
-use dsmoe_core::model::{Model, StepArgs, TrainWorkspace};
+use dsmoe_core::model::{Batch, Model, StepArgs, TrainWorkspace};
 use dsmoe_core::params::Entry;
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::buf::Buf;
@@ -308,8 +308,14 @@ fn every_gradient_is_that_of_autograd() {
             seed: 0,
         };
         let mut workspace = TrainWorkspace::new(&model, TOKENS, Precision::F32);
-        let output =
-            model.train_step(&mut grads, &inputs, &targets, SEQ, &args, &mut workspace).expect("step");
+        let output = model
+            .train_step(
+                &mut grads,
+                Batch { inputs: &inputs, targets: &targets, seq: SEQ },
+                &args,
+                &mut workspace,
+            )
+            .expect("step");
         assert_eq!(output.predicted, TOKENS - 1, "{case:?}");
         if let Some(stats) = workspace.stats() {
             let active = stats.active_ratio();

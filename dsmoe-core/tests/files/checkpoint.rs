@@ -1,7 +1,5 @@
 //! Reading and writing against the safetensors crate, and the rules of configurations.
 
-mod common;
-
 use std::fs;
 use std::path::Path;
 
@@ -160,7 +158,7 @@ fn outputs_appear_whole_or_not_at_all() {
 
 #[test]
 fn real_models_are_what_their_configurations_say() {
-    let Some(shared) = common::shared("real_models_are_what_their_configurations_say") else { return };
+    let Some(shared) = crate::common::shared("real_models_are_what_their_configurations_say") else { return };
     for model in ["babyllama-1m", "tinystories-656k", "stories-260k"] {
         let dir = shared.join("models").join(model);
         let config = Config::load(&dir).unwrap();

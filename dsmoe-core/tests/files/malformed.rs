@@ -1,10 +1,9 @@
-//! Every wrong directory, option or output gives one line that names the file, the field or tensor, and the mend.
-
-mod malformed_support;
+//! Every wrong directory, option or output gives one line that names the file, the field or tensor, and the remedy.
 
 use std::fs;
 use std::path::PathBuf;
 
+use crate::support::{refused, small_config};
 use dsmoe_core::Result;
 use dsmoe_core::checkpoint::{Checkpoint, Dtype, OutputDir, TensorInfo, Writer, check_llama_tensors};
 use dsmoe_core::config::Config;
@@ -13,7 +12,6 @@ use dsmoe_core::export::{ExportAs, export};
 use dsmoe_core::init::{InitOptions, init, preset};
 use dsmoe_kernels::Precision;
 use dsmoe_router::RouterInit;
-use malformed_support::{refused, small_config};
 use tempfile::TempDir;
 
 fn quiet<T>(_: T) {}
@@ -262,10 +260,10 @@ fn options_that_cannot_work() {
     refused(fixture.convert(&options), &["warm(k) is 5; use 1 to the number of experts, 4"]);
     fixture.convert(&ConvertOptions::new(4)).unwrap();
     let again = convert(&fixture.out(), &fixture.work.path().join("x"), &ConvertOptions::new(4), &mut quiet);
-    refused(again, &["out/config.json: model_type is already dsmoe", "--as dense"]);
+    refused(again, &["out/config.json: model_type is already dsmoe", "export this one as a dense model"]);
     let out = fixture.work.path().join("y");
     let dense = export(&fixture.dir, &out, ExportAs::Dense, None, false, &mut quiet);
-    refused(dense, &["model/config.json: model_type is llama already", "--as native"]);
+    refused(dense, &["model/config.json: model_type is llama already", "export it as native"]);
     let cast = export(&fixture.dir, &out, ExportAs::Native, Some(Dtype::I8), false, &mut quiet);
     refused(cast, &["dtype I8 is not for weights", "bf16, f16 or f32"]);
     refused(preset("llama-9"), &["unknown preset `llama-9`", "tiny, small"]);
@@ -295,7 +293,7 @@ fn partition_files() {
     check("", &["not a partition", "write {\"layers\""]);
     check("{\"layer\": []}", &["not a partition: unknown field `layer`"]);
     check("{\"layers\": []}", &["layers has 0 lists and the model 2 layers", "one for all"]);
-    check("[[0, 1, 2, 3]]", &["layers[0] has 1 experts, not 2", "use --experts 1"]);
+    check("[[0, 1, 2, 3]]", &["layers[0] has 1 experts, not 2", "set experts to 1"]);
     check(
         "[[0, 1, 2, 3, 4, 5], [6, 7, 8]]",
         &["layers[0] is no partition", "expert 1 has 3 neurons", "not 6"],
@@ -335,14 +333,11 @@ fn output_that_is_not_empty() {
     let out = fixture.out();
     fs::create_dir(&out).unwrap();
     fs::write(out.join("notes.txt"), "mine").unwrap();
-    refused(
-        fixture.convert(&ConvertOptions::new(4)),
-        &["out is not empty; choose another --out or pass --force"],
-    );
+    refused(fixture.convert(&ConvertOptions::new(4)), &["out is not empty; choose another out or set force"]);
     let force = ConvertOptions { force: true, ..ConvertOptions::new(4) };
     refused(
         fixture.convert(&force),
-        &["out: is not a model directory and is not replaced", "choose another --out"],
+        &["out: is not a model directory and is not replaced", "choose another out"],
     );
     assert_eq!(fs::read_to_string(out.join("notes.txt")).unwrap(), "mine");
     fs::write(out.join("config.json"), "{}").unwrap();
@@ -353,9 +348,9 @@ fn output_that_is_not_empty() {
 
     let file = fixture.work.path().join("file");
     fs::write(&file, "").unwrap();
-    refused(convert(&fixture.dir, &file, &force, &mut quiet), &["file: is a file", "choose another --out"]);
+    refused(convert(&fixture.dir, &file, &force, &mut quiet), &["file: is a file", "choose another out"]);
     let own = convert(&fixture.dir, &fixture.dir, &force, &mut quiet);
-    refused(own, &["model: holds the model that is read", "choose another --out"]);
+    refused(own, &["model: holds the model that is read", "choose another out"]);
     let above = convert(&fixture.dir, fixture.work.path(), &force, &mut quiet);
     refused(above, &["holds the model that is read"]);
 }

@@ -1,11 +1,9 @@
-//! Every wrong config.json gives one line that names the file, the key, and the mend.
-
-mod malformed_support;
+//! Every wrong config.json gives one line that names the file, the key, and the remedy.
 
 use std::path::Path;
 
+use crate::support::{refused, small_config};
 use dsmoe_core::config::Config;
-use malformed_support::{refused, small_config};
 
 /// Refusals of a config.json with one thing changed.
 fn config_refused(from: &str, to: &str, parts: &[&str]) {

@@ -4,7 +4,7 @@ use dsmoe_core::accounting::Accounting;
 use dsmoe_core::checkpoint::Dtype;
 use dsmoe_core::config::LayerShape;
 use dsmoe_core::init::preset;
-use dsmoe_core::model::{After, Cache, Inference, Segment, StepArgs, TrainWorkspace, Workspace};
+use dsmoe_core::model::{After, Batch, Cache, Inference, Segment, StepArgs, TrainWorkspace, Workspace};
 use dsmoe_core::params::Entry;
 use dsmoe_core::{Config, Model};
 use dsmoe_kernels::Precision;
@@ -167,9 +167,23 @@ fn gradients_are_those_of_the_model_with_silent_parts() {
             seed: 0,
         };
         // Twice: nothing of the first pass may show in the second.
-        model.train_step(&mut grads, &inputs, &targets, 9, &args, &mut workspace).unwrap();
+        model
+            .train_step(
+                &mut grads,
+                Batch { inputs: &inputs, targets: &targets, seq: 9 },
+                &args,
+                &mut workspace,
+            )
+            .unwrap();
         grads.clear();
-        let output = model.train_step(&mut grads, &inputs, &targets, 9, &args, &mut workspace).unwrap();
+        let output = model
+            .train_step(
+                &mut grads,
+                Batch { inputs: &inputs, targets: &targets, seq: 9 },
+                &args,
+                &mut workspace,
+            )
+            .unwrap();
         (output.loss_sum, grads)
     };
     let ((loss, got), (want_loss, want)) = (step(&small), step(&whole));

@@ -1,16 +1,12 @@
 //! Headers, indexes and configurations of wrong or any bytes: refused in one line, without a panic.
 
-#[path = "malformed_support/bodies.rs"]
-mod bodies;
-mod malformed_support;
-
 use std::fs;
 use std::path::PathBuf;
 
+use crate::support::{refused, small_config};
 use dsmoe_core::Result;
 use dsmoe_core::checkpoint::Checkpoint;
 use dsmoe_core::masks::{Mask, Masks};
-use malformed_support::{refused, small_config};
 use proptest::prelude::*;
 use tempfile::TempDir;
 
@@ -168,22 +164,22 @@ proptest! {
 
     #[test]
     fn any_bytes_as_header(bytes: Vec<u8>, data in 0u64..64) {
-        bodies::header(&bytes, data);
+        crate::bodies::header(&bytes, data);
     }
 
     #[test]
     fn mutated_header(bytes in mutated(small_header().into_bytes())) {
-        bodies::header(&bytes, 32);
+        crate::bodies::header(&bytes, 32);
     }
 
     #[test]
     fn any_text_as_config(text in "\\PC*") {
-        bodies::config(text.as_bytes());
+        crate::bodies::config(text.as_bytes());
     }
 
     #[test]
     fn mutated_config(bytes in mutated(small_config().to_json().into_bytes())) {
-        bodies::config(&bytes);
+        crate::bodies::config(&bytes);
     }
 }
 
@@ -192,19 +188,19 @@ proptest! {
 
     #[test]
     fn any_bytes_as_file(bytes: Vec<u8>) {
-        bodies::file(&bytes);
-        bodies::masks(&small_config(), &bytes);
+        crate::bodies::file(&bytes);
+        crate::bodies::masks(&small_config(), &bytes);
     }
 
     #[test]
     fn mutated_masks(bytes in mutated(small_masks())) {
-        bodies::masks(&small_config(), &bytes);
+        crate::bodies::masks(&small_config(), &bytes);
     }
 
     #[test]
     fn mutated_index(bytes in mutated(br#"{"metadata":{"total_size":32},"weight_map":{"a":"x","b":"x"}}"#.to_vec())) {
         let header = small_header();
         let file = [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &[0; 32]].concat();
-        bodies::index(&file, &bytes);
+        crate::bodies::index(&file, &bytes);
     }
 }

@@ -7,9 +7,7 @@ use dsmoe_core::model::{Cache, Inference, Workspace};
 use dsmoe_kernels::Precision;
 use serde_json::Value;
 
-mod common;
-#[path = "common/golden.rs"]
-mod golden;
+use crate::{common, golden};
 
 const MODELS: [&str; 3] = ["tinystories-656k", "stories-260k", "babyllama-1m"];
 

@@ -94,7 +94,7 @@ fn directories_keep_masks() {
     assert_eq!(Model::load(&at("moe")).unwrap().masks(), model.masks());
     options.partition = PartitionSpec::Random;
     let converted = convert(&at("model"), &at("mixed"), &options, &mut |_| {});
-    refused(converted, &[MASKS_FILE, "--partition contiguous"]);
+    refused(converted, &[MASKS_FILE, "use a contiguous partition"]);
     assert!(!at("mixed").exists());
 }
 

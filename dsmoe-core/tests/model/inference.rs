@@ -1,14 +1,10 @@
 //! Inference on packed weights: loading is packing, and bf16 errs by the rounding of its operands alone.
 
-mod common;
-
 use std::path::{Path, PathBuf};
 
 use dsmoe_core::checkpoint::{Checkpoint, Dtype};
-use dsmoe_core::config::Config;
 use dsmoe_core::convert::{ConvertOptions, PartitionSpec, convert};
-use dsmoe_core::init::{InitOptions, init, preset};
-use dsmoe_core::model::{Cache, Inference, Model, Workspace};
+use dsmoe_core::model::{Batch, Cache, Inference, Model, Workspace};
 use dsmoe_kernels::Precision;
 use half::bf16;
 
@@ -16,17 +12,8 @@ const BOTH: [Precision; 2] = [Precision::F32, Precision::Bf16];
 
 /// A random dense model in `dir`.
 fn dense(dir: &Path, dtype: Dtype, tied: bool) -> PathBuf {
-    let mut json: serde_json::Value = serde_json::from_str(&preset("tiny").unwrap().to_json()).unwrap();
-    for (key, value) in [("intermediate_size", 88), ("vocab_size", 75), ("num_hidden_layers", 2)] {
-        json[key] = value.into();
-    }
-    json["tie_word_embeddings"] = tied.into();
-    // Activations of the order of 1, and logits that tell tokens apart.
-    json["initializer_range"] = 0.1.into();
-    let config = Config::from_json(Path::new("config.json"), &json.to_string()).unwrap();
-    let out = dir.join(format!("dense-{dtype}-{tied}"));
-    init(&config, &out, &InitOptions { dtype, seed: 3, ..InitOptions::default() }, &mut |_| {}).unwrap();
-    out
+    let sizes = [("intermediate_size", 88), ("vocab_size", 75), ("num_hidden_layers", 2)];
+    crate::dense(dir, &sizes, dtype, tied)
 }
 
 /// The same cut into experts of permuted neurons.
@@ -52,7 +39,9 @@ fn outputs(model: &Inference) -> (Vec<f32>, Vec<f32>) {
     }
     let targets: Vec<u32> = ids.iter().rev().copied().collect();
     let mut losses = vec![f32::NAN; ids.len()];
-    model.score(&mut losses, &ids, &targets, 30, None, &mut workspace).unwrap();
+    model
+        .score(&mut losses, Batch { inputs: &ids, targets: &targets, seq: 30 }, None, &mut workspace)
+        .unwrap();
     (logits, losses)
 }
 
@@ -91,7 +80,14 @@ fn the_threshold_moves_where_there_are_gates() {
     let share = |model: &Inference| {
         let mut stats = model.new_stats().unwrap();
         let (mut losses, mut workspace) = (vec![0.0; ids.len()], Workspace::default());
-        model.score(&mut losses, &ids, &ids, 60, Some(&mut stats), &mut workspace).unwrap();
+        model
+            .score(
+                &mut losses,
+                Batch { inputs: &ids, targets: &ids, seq: 60 },
+                Some(&mut stats),
+                &mut workspace,
+            )
+            .unwrap();
         stats.active_ratio()
     };
     assert!((0.2..0.8).contains(&share(&sparse)));
@@ -122,7 +118,7 @@ fn bf16_errs_by_the_rounding_of_its_operands() {
     let work = tempfile::tempdir().unwrap();
     let dense = dense(work.path(), Dtype::BF16, false);
     let mut dirs = vec![dsmoe(&dense), dense];
-    if let Some(shared) = common::shared("bf16_errs_by_the_rounding_of_its_operands") {
+    if let Some(shared) = crate::common::shared("bf16_errs_by_the_rounding_of_its_operands") {
         let models = ["tinystories-656k", "stories-260k", "babyllama-1m"];
         dirs.extend(models.map(|name| shared.join("models").join(name)));
     }

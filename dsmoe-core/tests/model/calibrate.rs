@@ -1,33 +1,21 @@
 //! The layer stream is the model, and its taps are what the linears read.
 
-mod common;
-
 use std::path::{Path, PathBuf};
 
 use dsmoe_core::calibrate::{Input, LayerStream, LayerWeights};
 use dsmoe_core::checkpoint::{Checkpoint, Dtype};
 use dsmoe_core::config::Config;
 use dsmoe_core::convert::{ConvertOptions, convert};
-use dsmoe_core::init::{InitOptions, init, preset};
 use dsmoe_core::model::{Cache, Inference, Workspace};
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::testing::{assert_close, assert_close_f64, f64s};
 
 /// A random model with grouped heads in `dir`.
 fn small(dir: &Path, dtype: Dtype, tied: bool) -> PathBuf {
-    let mut json: serde_json::Value = serde_json::from_str(&preset("tiny").unwrap().to_json()).unwrap();
-    let sizes =
+    let heads =
         [("hidden_size", 48), ("num_attention_heads", 6), ("num_key_value_heads", 2), ("head_dim", 10)];
     let others = [("intermediate_size", 88), ("vocab_size", 75), ("num_hidden_layers", 3)];
-    for (key, value) in sizes.into_iter().chain(others) {
-        json[key] = value.into();
-    }
-    json["tie_word_embeddings"] = tied.into();
-    json["initializer_range"] = 0.1.into();
-    let config = Config::from_json(Path::new("config.json"), &json.to_string()).unwrap();
-    let out = dir.join(format!("dense-{dtype}-{tied}"));
-    init(&config, &out, &InitOptions { dtype, seed: 3, ..InitOptions::default() }, &mut |_| {}).unwrap();
-    out
+    crate::dense(dir, &[&heads[..], &others].concat(), dtype, tied)
 }
 
 fn sequences(vocab: usize, count: usize, seq: usize) -> Vec<Vec<u32>> {
@@ -86,7 +74,7 @@ fn the_last_states_give_the_models_logits() {
         .into_iter()
         .map(|(dtype, tied)| small(work.path(), dtype, tied))
         .collect();
-    models.extend(common::shared("calibrate").map(|dir| dir.join("models/babyllama-1m")));
+    models.extend(crate::common::shared("calibrate").map(|dir| dir.join("models/babyllama-1m")));
     for dir in models {
         let sequences = sequences(Config::load(&dir).unwrap().vocab_size, 3, 37);
         let (got, want) = (inference_logits(&dir, &sequences), streamed_logits(&dir, &sequences));
@@ -167,6 +155,6 @@ fn bad_calibration_is_named() {
     }
     let experts = work.path().join("dsmoe");
     convert(&dir, &experts, &ConvertOptions::new(4), &mut |_| {}).unwrap();
-    assert!(error(&experts, &[]).contains("name a dense model"));
+    assert!(error(&experts, &[]).contains("use a dense model"));
     assert!(LayerStream::open(&dir, &[]).unwrap().layer(2).is_ok());
 }

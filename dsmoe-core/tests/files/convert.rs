@@ -1,7 +1,5 @@
 //! Conversion and export give back every byte, and write what their options say.
 
-mod common;
-
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -105,7 +103,7 @@ fn check_permuted(
 
 #[test]
 fn every_byte_comes_back_on_real_models() {
-    let Some(shared) = common::shared("every_byte_comes_back_on_real_models") else { return };
+    let Some(shared) = crate::common::shared("every_byte_comes_back_on_real_models") else { return };
     for (model, num_experts) in [("babyllama-1m", 8), ("tinystories-656k", 8), ("stories-260k", 4)] {
         let work = tempfile::tempdir().unwrap();
         round_trip(&shared.join("models").join(model), num_experts, work.path());

@@ -8,9 +8,9 @@ use dsmoe_core::accounting::Accounting;
 use dsmoe_core::checkpoint::{Dtype, tensor_names};
 use dsmoe_core::export::{ExportAs, export};
 use dsmoe_core::ffn::{
-    DenseFfn, Ffn, FfnBackward, FfnForward, FfnReport, FfnSpec, PackedFfn, block_len, register,
+    DenseFfn, Ffn, FfnBackward, FfnForward, FfnKind, FfnReport, FfnSpec, PackedFfn, block_len, register,
 };
-use dsmoe_core::model::{StepArgs, TrainWorkspace, Workspace};
+use dsmoe_core::model::{Batch, StepArgs, TrainWorkspace, Workspace};
 use dsmoe_core::params::TensorSpec;
 use dsmoe_core::{Config, Error, Inference, Model, Result};
 use dsmoe_kernels::Precision;
@@ -30,6 +30,8 @@ type Seen = Arc<Mutex<Vec<(u64, f32)>>>;
 struct Halves {
     dense: DenseFfn,
     noise: bool,
+    /// Whether it says how config.json names it.
+    named: bool,
     seen: Seen,
 }
 
@@ -47,6 +49,10 @@ impl Ffn for Halves {
             tensors.push(TensorSpec::router("gate.noise.weight", vec![EXPERTS, HIDDEN]).training_only());
         }
         tensors
+    }
+
+    fn kind(&self) -> Option<FfnKind> {
+        self.named.then(|| FfnKind::Spec(Arc::new(HalvesSpec { noise: self.noise })))
     }
 
     fn pack(&self, params: &[f32], precision: Precision) -> Box<dyn PackedFfn> {
@@ -86,7 +92,7 @@ impl HalvesSpec {
                 path: path.to_path_buf(),
                 field: "ffn.noise".to_owned(),
                 problem: "is wrong".to_owned(),
-                mend: "use true or false".to_owned(),
+                help: "use true or false".into(),
             }),
         }
     }
@@ -103,7 +109,7 @@ impl FfnSpec for HalvesSpec {
 
     fn build(&self, config: &Config, layer: usize) -> Box<dyn Ffn> {
         let dense = DenseFfn::new(config.hidden, config.layer(layer).intermediate);
-        Box::new(Halves { dense, noise: self.noise, seen: Arc::default() })
+        Box::new(Halves { dense, noise: self.noise, named: false, seen: Arc::default() })
     }
 
     fn num_experts(&self) -> usize {
@@ -168,16 +174,56 @@ fn a_directory_keeps_all_tensors() {
     export(&at("model"), &at("copy"), ExportAs::Native, Some(Dtype::F32), false, &mut |_| {}).unwrap();
     assert_eq!(Model::load(&at("copy")).unwrap().params(), back.params());
     let dense = export(&at("model"), &at("dense"), ExportAs::Dense, None, false, &mut |_| {});
-    refused(dense, &["ffn.type is \"halves\", which has no dense form", "--as native"]);
+    refused(dense, &["ffn.type is \"halves\", which has no dense form", "export it as native"]);
 
     let ids = tokens(8, 2);
     let score = |model: &Inference| {
         let mut losses = vec![0.0; 7];
-        model.score(&mut losses, &ids[..7], &ids[1..], 7, None, &mut Workspace::default()).unwrap();
+        model
+            .score(
+                &mut losses,
+                Batch { inputs: &ids[..7], targets: &ids[1..], seq: 7 },
+                None,
+                &mut Workspace::default(),
+            )
+            .unwrap();
         losses
     };
     let loaded = Inference::load(&at("model"), Precision::F32).unwrap();
     assert_eq!(score(&loaded), score(&Inference::new(&back, Precision::F32)));
+}
+
+#[test]
+fn an_ffn_of_another_crate_is_saved_by_its_spec_or_not_at_all() {
+    register("halves", HalvesSpec::read);
+    let model = |config: Config, noise: [bool; LAYERS], named| {
+        let ffn = |noise| -> Box<dyn Ffn> {
+            let dense = DenseFfn::new(HIDDEN, INTERMEDIATE);
+            Box::new(Halves { dense, noise, named, seen: Arc::default() })
+        };
+        let mut model = Model::with_ffns(config, noise.map(ffn).into());
+        fill(&mut model, 4);
+        model
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let named = model(config(), [true; LAYERS], true);
+    named.save(dir.path(), Dtype::F32).unwrap();
+    let back = Model::load(dir.path()).unwrap();
+    assert_eq!((back.params(), back.config().num_experts()), (named.params(), Some(EXPERTS)));
+    assert!(back.config().ffn == with_spec().ffn);
+    // The configuration may name the spec as well.
+    model(with_spec(), [true; LAYERS], false).save(dir.path(), Dtype::F32).unwrap();
+
+    let empty = tempfile::tempdir().unwrap();
+    for (config, noise, named) in [
+        (config(), [true; LAYERS], false),
+        (config(), [true, false, true], true),
+        (with_spec(), [false; LAYERS], true),
+    ] {
+        let saved = model(config, noise, named).save(empty.path(), Dtype::F32);
+        refused(saved, &["the FFN of layer 0 is not what config.json would describe", "give the FFN a kind"]);
+        assert_eq!(std::fs::read_dir(empty.path()).unwrap().count(), 0);
+    }
 }
 
 #[test]
@@ -194,7 +240,7 @@ fn noise_has_a_seed_of_its_own_in_every_layer() {
     let seen: Vec<Seen> = (0..LAYERS).map(|_| Arc::default()).collect();
     let ffn = |seen: &Arc<_>| -> Box<dyn Ffn> {
         let dense = DenseFfn::new(HIDDEN, INTERMEDIATE);
-        Box::new(Halves { dense, noise: false, seen: Arc::clone(seen) })
+        Box::new(Halves { dense, noise: false, named: false, seen: Arc::clone(seen) })
     };
     let mut model = Model::with_ffns(config(), seen.iter().map(ffn).collect());
     fill(&mut model, 6);
@@ -209,7 +255,14 @@ fn noise_has_a_seed_of_its_own_in_every_layer() {
             balance_scale: 0.5,
             seed,
         };
-        let output = model.train_step(&mut grads, &ids[..6], &ids[1..], 6, &args, &mut workspace).unwrap();
+        let output = model
+            .train_step(
+                &mut grads,
+                Batch { inputs: &ids[..6], targets: &ids[1..], seq: 6 },
+                &args,
+                &mut workspace,
+            )
+            .unwrap();
         assert_eq!(output.balance_loss, 0.25 * LAYERS as f64);
     }
     let seen: Vec<Vec<(u64, f32)>> = seen.iter().map(|seen| seen.lock().unwrap().clone()).collect();

@@ -15,7 +15,7 @@ use dsmoe_router::sparsity::{SparsityGrad, SparsityOver};
 use dsmoe_router::{GateValue, Rescale, RouterConfig, ZeroActive, reference as router_reference};
 use serde::Deserialize;
 
-mod common;
+use crate::common;
 
 #[derive(Deserialize)]
 struct Case {

@@ -6,7 +6,7 @@ use dsmoe_core::config::Config;
 use dsmoe_core::convert::{ConvertOptions, convert};
 use dsmoe_core::generate::argmax;
 use dsmoe_core::init::{InitOptions, init, preset};
-use dsmoe_core::model::{After, Cache, Inference, Likelihood, Segment, Workspace};
+use dsmoe_core::model::{After, Batch, Cache, Inference, Likelihood, Segment, Workspace};
 use dsmoe_kernels::Precision;
 
 /// A random dense model, and the same cut into experts.
@@ -51,7 +51,14 @@ fn likelihoods_are_those_of_scoring_and_of_the_logits() {
         let found = alone(model, &text, 1);
         let mut workspace = Workspace::default();
         let mut losses = vec![0.0; 49];
-        model.score(&mut losses, &text[..49], &text[1..], 49, None, &mut workspace).unwrap();
+        model
+            .score(
+                &mut losses,
+                Batch { inputs: &text[..49], targets: &text[1..], seq: 49 },
+                None,
+                &mut workspace,
+            )
+            .unwrap();
         let mut cache = Cache::new(model, 49);
         let logits = model.logits(&text[..49], 49, &mut cache, None, &mut workspace).unwrap();
         let mut greedy = 0;

@@ -1,0 +1,83 @@
+//! The files of a reproduction, read from one directory or from those of its parts.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use anyhow::{Result, bail};
+
+use super::cache::read_json;
+use super::records::{BASE, RUNS, Run, SETUP, TIMINGS, Timing};
+use super::setup::Setup;
+
+/// All files of a reproduction.
+pub(crate) struct Collected {
+    pub(crate) setup: Setup,
+    pub(crate) base: Run,
+    /// In the order of the setup.
+    pub(crate) runs: Vec<Run>,
+    pub(crate) timings: BTreeMap<String, Timing>,
+}
+
+impl Collected {
+    /// Reads the files of one reproduction, or of its parts.
+    pub(crate) fn read(dirs: &[PathBuf]) -> Result<Collected> {
+        let setup: Setup = read_json(&dirs[0].join(SETUP))?;
+        for dir in &dirs[1..] {
+            let other: Setup = read_json(&dir.join(SETUP))?;
+            if other != setup {
+                bail!(
+                    "{} and {} are not parts of one reproduction: their {SETUP} differ",
+                    dirs[0].display(),
+                    dir.display()
+                );
+            }
+        }
+        let find = |id: &str| -> Result<Option<Run>> {
+            let mut found: Option<(Run, &PathBuf)> = None;
+            for dir in dirs {
+                let path = dir.join(RUNS).join(format!("{id}.json"));
+                if !path.is_file() {
+                    continue;
+                }
+                let run: Run = read_json(&path)?;
+                match &found {
+                    Some((other, _)) if *other == run => {}
+                    // The last bits of a stage depend on the machine.
+                    Some((other, place)) if other.key != run.key => {
+                        bail!(
+                            "{id}: {} and {} have it with different settings",
+                            place.display(),
+                            dir.display()
+                        )
+                    }
+                    Some(_) => {}
+                    None => found = Some((run, dir)),
+                }
+            }
+            Ok(found.map(|(run, _)| run))
+        };
+        let Some(base) = find(BASE)? else {
+            bail!("{}: {RUNS}/{BASE}.json is missing; run the reproduction to its end", dirs[0].display());
+        };
+        let (mut runs, mut missing) = (Vec::new(), Vec::new());
+        for id in &setup.runs {
+            match find(id)? {
+                Some(run) => runs.push(run),
+                None => missing.push(id.as_str()),
+            }
+        }
+        if !missing.is_empty() {
+            bail!("not all parts are there: {} missing ({})", missing.len(), missing.join(", "));
+        }
+        let mut timings = BTreeMap::new();
+        for id in setup.runs.iter().map(String::as_str).chain([BASE]) {
+            for dir in dirs {
+                let path = dir.join(TIMINGS).join(format!("{id}.json"));
+                if path.is_file() {
+                    timings.entry(id.to_owned()).or_insert(read_json(&path)?);
+                }
+            }
+        }
+        Ok(Collected { setup, base, runs, timings })
+    }
+}

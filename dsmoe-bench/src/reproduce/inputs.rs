@@ -1,0 +1,88 @@
+//! The inputs that all stages share.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, bail};
+use dsmoe_core::Inference;
+use dsmoe_core::config::Config;
+use dsmoe_datasets::tasks::{Loaded, Options as TaskOptions, Source, TASKS};
+use dsmoe_datasets::world::{Probe, World};
+use dsmoe_kernels::Precision;
+
+use super::cache::Key;
+use super::cost::Costs;
+use super::options::Options;
+use super::profile::Profile;
+use super::text::Text;
+use crate::models::default_precision;
+use crate::ui::Ui;
+
+/// The inputs of all stages.
+#[derive(Clone, Copy)]
+pub(crate) struct Inputs<'a> {
+    pub(crate) profile: &'a Profile,
+    pub(crate) options: &'a Options,
+    pub(crate) text: &'a Text,
+    /// Tasks for the models; empty when no output shows them.
+    pub(crate) tasks: &'a [Loaded],
+    pub(crate) costs: Costs<'a>,
+    pub(crate) ui: Ui,
+}
+
+impl Inputs<'_> {
+    /// Loads a model for inference on the device.
+    pub(crate) fn load(&self, model: &Path) -> Result<Inference> {
+        let device = self.options.device;
+        Ok(Inference::load_on(model, default_precision(device, Precision::F32), device)?)
+    }
+
+    /// Returns the number of windows of every source that models are measured on.
+    pub(crate) fn windows(&self) -> usize {
+        self.profile.measure.windows
+    }
+}
+
+/// The dense model that every method starts from.
+pub(crate) struct Base {
+    pub(crate) dir: PathBuf,
+    pub(crate) key: Key,
+    pub(crate) config: Config,
+    /// Hash of its files, if the user named it.
+    pub(crate) sha256: Option<String>,
+    /// Its losses on the held-out text, once they were needed.
+    pub(crate) losses: Option<Vec<f32>>,
+}
+
+/// Loads the tasks: files of benchmarks, or else the probes of the embedded world.
+pub(crate) fn load_tasks(profile: &Profile, folder: Option<&Path>) -> Result<Vec<Loaded>> {
+    let items = profile.measure.items;
+    match (folder, &profile.world) {
+        (Some(folder), _) => tasks_in(folder, items),
+        (None, Some(world)) => {
+            let world = World::new(world.seed);
+            let load = |probe| world.load(probe, items, &TaskOptions::default());
+            Ok(Probe::ALL.into_iter().map(load).collect::<Result<_, _>>()?)
+        }
+        (None, None) => Ok(Vec::new()),
+    }
+}
+
+/// Loads the benchmarks in `folder` that the paper uses.
+fn tasks_in(folder: &Path, items: usize) -> Result<Vec<Loaded>> {
+    if !folder.is_dir() {
+        bail!("--task-data {}: no such folder", folder.display());
+    }
+    let source = Source::folder(folder);
+    let options = TaskOptions { limit: Some(items), ..TaskOptions::default() };
+    let mut loaded = Vec::new();
+    for task in &TASKS {
+        let of_paper = Probe::ALL.iter().any(|probe| probe.name() == task.name);
+        if of_paper && source.files_of(task)?.is_some() {
+            loaded.push(Loaded::load(task, &source, &options)?);
+        }
+    }
+    if loaded.is_empty() {
+        bail!("--task-data {}: no files of the ten benchmarks of the paper", folder.display());
+    }
+    Ok(loaded)
+}

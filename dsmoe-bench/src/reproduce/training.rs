@@ -1,0 +1,135 @@
+//! Training with stops at milestones.
+
+use std::fs;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context, Result};
+use dsmoe_core::{Device, Model};
+use dsmoe_train::TrainConfig;
+use dsmoe_train::metrics::StepRecord;
+use dsmoe_train::run::{Observer, Outcome, RunOptions, TrainData, Trainer};
+use serde_json::Value;
+
+use super::cache::Interrupted;
+use crate::interrupts::STOP;
+use crate::progress::{Progress, Unit};
+use crate::ui::Ui;
+
+/// A training of the model in `source` that writes to `out`.
+pub(crate) struct Training<'a> {
+    pub(crate) source: &'a Path,
+    pub(crate) out: &'a Path,
+    pub(crate) config: TrainConfig,
+    /// Shares of the steps at which the model is measured, ascending.
+    pub(crate) milestones: &'a [f64],
+    pub(crate) data: TrainData,
+    pub(crate) device: Device,
+    /// The name of the model for progress lines.
+    pub(crate) name: &'a str,
+}
+
+impl Training<'_> {
+    /// Trains, from the newest checkpoint if there is one. `at` receives the share, the step and the model at every
+    /// milestone. `steps_left` is the number of steps that may still be taken.
+    pub(crate) fn run(
+        self,
+        steps_left: &mut Option<u64>,
+        ui: Ui,
+        at: &mut dyn FnMut(f64, u64, &Model) -> Result<()>,
+    ) -> Result<()> {
+        let options =
+            RunOptions { resume: true, device: self.device, ..RunOptions::new(self.source, self.out) };
+        let mut trainer = Trainer::new(Model::load(self.source)?, self.data, self.config, options)?;
+        let steps = trainer.config().steps.unwrap_or(0);
+        let step_of = |share: f64| ((share * steps as f64).ceil() as u64).min(steps);
+        let due = self.milestones.iter().map(|&share| (step_of(share), share));
+        let due: Vec<(u64, f64)> = due.filter(|(step, _)| *step >= trainer.step()).collect();
+        let mut due = due.into_iter().peekable();
+        let stop = AtomicBool::new(false);
+        let mut progress = Progress::new(&ui, format!("training {}", self.name), Unit::Steps, steps);
+        progress.line_every(trainer.config().log_every);
+        let mut watch = Watch { progress, steps, next: None, stop: &stop, left: steps_left };
+        loop {
+            while let Some((step, share)) = due.next_if(|(step, _)| *step == trainer.step()) {
+                at(share, step, trainer.measured_model())?;
+            }
+            watch.next = due.peek().map(|(step, _)| *step);
+            // After the last step the model is still to be written.
+            stop.store(watch.must_stop() && trainer.step() < steps, Ordering::Relaxed);
+            if trainer.run(&mut watch, &stop)? == Outcome::Finished {
+                for (step, share) in due {
+                    at(share, step, trainer.measured_model())?;
+                }
+                watch.progress.finish();
+                return Ok(());
+            }
+            if watch.must_stop() {
+                watch.progress.finish();
+                return Err(Interrupted.into());
+            }
+        }
+    }
+}
+
+/// Shows a training and stops it at milestones.
+struct Watch<'a> {
+    progress: Progress,
+    steps: u64,
+    /// Step of the next milestone.
+    next: Option<u64>,
+    stop: &'a AtomicBool,
+    /// Steps that may still be taken.
+    left: &'a mut Option<u64>,
+}
+
+impl Watch<'_> {
+    fn must_stop(&self) -> bool {
+        STOP.load(Ordering::Relaxed) || *self.left == Some(0)
+    }
+}
+
+impl Observer for Watch<'_> {
+    fn step(&mut self, record: &StepRecord) {
+        let ratio = record.activation_ratio.map(|ratio| format!("  active {:.1} %", 100.0 * ratio));
+        let detail = format!("loss {:.3}{}", record.lm_loss, ratio.unwrap_or_default());
+        self.progress.set(record.step, self.steps, &detail);
+        if let Some(left) = &mut *self.left {
+            *left = left.saturating_sub(1);
+        }
+        if self.must_stop() || self.next == Some(record.step) {
+            self.stop.store(true, Ordering::Relaxed);
+        }
+    }
+
+    fn note(&mut self, message: &str) {
+        if message.contains("broken") {
+            self.progress.note(message);
+        }
+    }
+}
+
+/// Returns the settings with all derived ones filled in and without those that cannot change the numbers.
+pub(crate) fn settled(config: &TrainConfig) -> Result<Value> {
+    let mut config = config.clone().resolve()?;
+    (config.save_every, config.keep, config.log_every, config.threads) = (None, 1, 1, None);
+    Ok(serde_json::to_value(config)?)
+}
+
+/// Removes the checkpoints of a finished run: they take three times the room of the model.
+pub(crate) fn remove_checkpoints(run: &Path) -> Result<()> {
+    let dir = run.join("checkpoints");
+    if dir.is_dir() {
+        fs::remove_dir_all(&dir).with_context(|| dir.display().to_string())?;
+    }
+    Ok(())
+}
+
+/// Returns the tokens per second of the median training step.
+pub(crate) fn training_speed(run: &Path) -> Option<f64> {
+    let text = fs::read_to_string(run.join("metrics.jsonl")).ok()?;
+    let speed = |line: &str| serde_json::from_str::<Value>(line).ok()?["tokens_per_s"].as_f64();
+    let mut speeds: Vec<f64> = text.lines().filter_map(speed).collect();
+    speeds.sort_by(f64::total_cmp);
+    speeds.get(speeds.len() / 2).copied()
+}

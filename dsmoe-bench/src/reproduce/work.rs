@@ -1,0 +1,85 @@
+//! Execution of stages: each is found in the cache or computed, and a line reports the progress of the whole work.
+
+use std::path::Path;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::cache::{Cache, Interrupted, Key};
+use crate::format::duration;
+use crate::interrupts::STOP;
+use crate::ui::Ui;
+
+/// One stage of the work on a model.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Stage<'a> {
+    pub(crate) name: &'a str,
+    /// The model.
+    pub(crate) of: &'a str,
+    pub(crate) key: &'a Key,
+    /// Cost in tokens of forward passes.
+    pub(crate) cost: f64,
+}
+
+/// All stages of a reproduction.
+pub(crate) struct Work<'a> {
+    pub(crate) cache: &'a Cache,
+    ui: Ui,
+    started: Instant,
+    stages: usize,
+    finished: usize,
+    /// Cost of the stages that this process computed.
+    computed: f64,
+    /// Cost of the stages to come.
+    left: f64,
+}
+
+impl<'a> Work<'a> {
+    pub(crate) fn new(cache: &'a Cache, ui: Ui, stages: usize, cost: f64) -> Work<'a> {
+        Work { cache, ui, started: Instant::now(), stages, finished: 0, computed: 0.0, left: cost }
+    }
+
+    /// Returns the result of a stage, from the cache or by `compute`, which receives the directory of the stage.
+    pub(crate) fn stage<T: Serialize + DeserializeOwned>(
+        &mut self,
+        stage: Stage<'_>,
+        compute: impl FnOnce(&Path) -> Result<T>,
+    ) -> Result<T> {
+        let Stage { name, of, key, cost } = stage;
+        if STOP.load(Ordering::Relaxed) {
+            return Err(Interrupted.into());
+        }
+        let result = match self.cache.get(name, key) {
+            Some(done) => done,
+            None => {
+                self.announce(&format!("{name} {of}"));
+                let result = match self.cache.stage(name, key, compute) {
+                    Err(error) if error.is::<Interrupted>() => return Err(error),
+                    other => other.with_context(|| format!("stage {name} of {of}"))?,
+                };
+                self.computed += cost;
+                result
+            }
+        };
+        self.finished += 1;
+        self.left = (self.left - cost).max(0.0);
+        Ok(result)
+    }
+
+    fn announce(&self, what: &str) {
+        let elapsed = self.started.elapsed().as_secs_f64();
+        let left = match self.computed > 0.0 {
+            true => format!(", about {} left", duration(elapsed / self.computed * self.left)),
+            false => String::new(),
+        };
+        self.ui.note(format_args!(
+            "[{}/{}] {what} ({}{left})",
+            self.finished + 1,
+            self.stages,
+            duration(elapsed)
+        ));
+    }
+}
