@@ -218,8 +218,8 @@ impl<'a> Fields<'a> {
             help: "convert the model again".into(),
         })?;
         if let Some(share) = stored.active_target.filter(|share| !(*share > 0.0 && *share <= 1.0)) {
-            let problem = format!("is {share}, which is no share above 0 and up to 1");
-            return Err(self.wrong("dsmoe.active_target", problem, "correct or remove it"));
+            let problem = format!("is {share}");
+            return Err(self.wrong("dsmoe.active_target", problem, "use a share above 0 and up to 1"));
         }
         Ok(Some(MoeConfig {
             router,
