@@ -5,8 +5,24 @@ use std::error::Error;
 /// Words one error of a chain.
 pub(crate) fn worded(error: &(dyn Error + 'static)) -> String {
     let message = error.to_string();
-    match core_error(error).and_then(dsmoe_core::Error::help) {
+    if let Some(core) = core_error(error) {
+        return match core.help() {
+            Some(help) => message.replace(&help.to_string(), &help.worded(flag)),
+            None => message,
+        };
+    }
+    let (help, setting) =
+        match (error.downcast_ref::<dsmoe_train::Error>(), error.downcast_ref::<dsmoe_datasets::Error>()) {
+            (Some(error), _) => (error.help(), error.setting()),
+            (_, Some(error)) => (error.help(), error.setting()),
+            _ => return message,
+        };
+    let message = match help {
         Some(help) => message.replace(&help.to_string(), &help.worded(flag)),
+        None => message,
+    };
+    match setting.and_then(|setting| Some((setting, message.strip_prefix(setting)?))) {
+        Some((setting, rest)) => format!("{}{rest}", flag(setting)),
         None => message,
     }
 }
@@ -22,7 +38,7 @@ fn core_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a dsmoe_core::Er
 }
 
 /// Returns the flag of a setting.
-pub(crate) fn flag(setting: &str) -> String {
+fn flag(setting: &str) -> String {
     format!("--{}", setting.replace('_', "-"))
 }
 
@@ -43,41 +59,21 @@ mod tests {
             own.chain(command.get_subcommands().flat_map(flags)).collect()
         }
         let flags = flags(&Cli::command());
-        let settings = [
-            "accumulate",
-            "batch",
-            "bos",
-            "cache",
-            "data",
-            "device",
-            "doc_separator",
-            "dtype",
-            "experts",
-            "force",
-            "lr",
-            "out",
-            "partition",
-            "profile",
-            "resume",
-            "samples",
-            "seq",
-            "shots_file",
-            "steps",
-            "stride",
-            "task_file",
-            "text_column",
-            "threads",
-            "tokens",
-        ];
-        for setting in settings {
+        let settings = "accumulate batch bos cache data device doc_separator dtype experts force lr out partition \
+            profile resume samples seq shots_file steps stride task_file text_column threads tokens";
+        for setting in settings.split_whitespace() {
             assert!(flags.contains(&flag(setting)), "{setting}");
         }
     }
 
     #[test]
-    fn remedies_of_libraries_name_flags() {
+    fn remedies_and_settings_of_libraries_are_flags() {
         let error = || dsmoe_core::Error::argument("model: too large", "use a smaller {batch}");
         assert_eq!(worded(&error()), "model: too large; use a smaller --batch");
         assert_eq!(worded(&dsmoe_train::Error::Core(error())), "model: too large; use a smaller --batch");
+        let error = dsmoe_train::Error::OutHoldsSource { path: "run".into() };
+        assert_eq!(worded(&error), "run holds the model to train; choose another --out");
+        let error = dsmoe_datasets::eval_windows(9, 1, 1).unwrap_err();
+        assert_eq!(worded(&error), "--seq is 1; use at least 2");
     }
 }

@@ -323,7 +323,7 @@ fn literal(text: &str, before: &str) -> Option<usize> {
 }
 
 /// The code without items under `#[cfg(test)]`, and the names of modules in files of their own that are such items.
-fn without_tests(code: &str) -> (String, Vec<String>) {
+pub(crate) fn without_tests(code: &str) -> (String, Vec<String>) {
     const MARK: &str = "#[cfg(test)]";
     let (mut out, mut modules, mut rest) = (String::new(), Vec::new(), code);
     while let Some(at) = rest.find(MARK) {
@@ -340,7 +340,7 @@ fn without_tests(code: &str) -> (String, Vec<String>) {
 }
 
 /// Where the item that `code` begins with ends: after its `;` or its block.
-pub(crate) fn item_end(code: &str) -> usize {
+fn item_end(code: &str) -> usize {
     let mut depth = 0usize;
     for (at, c) in code.char_indices() {
         match c {

@@ -8,7 +8,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use dsmoe_core::Inference;
 use dsmoe_core::config::Config;
-use dsmoe_datasets::tasks::{Loaded, Options, Request, Source, TASKS, Task};
+use dsmoe_datasets::tasks::{Loaded, Options, Request, TASKS, Task, TaskFiles};
 use dsmoe_datasets::world::{ITEMS, Probe, World};
 use dsmoe_datasets::{Bos, Tokenizer};
 use dsmoe_kernels::Isa;
@@ -91,7 +91,7 @@ fn load(args: &Eval, ui: &Ui) -> Result<Vec<Loaded>> {
             folder.display()
         );
     }
-    let source = Source {
+    let source = TaskFiles {
         folder: args.task_data.clone(),
         files: named_files(&args.task_file)?,
         shot_files: named_files(&args.shots_file)?,
@@ -135,7 +135,7 @@ fn load(args: &Eval, ui: &Ui) -> Result<Vec<Loaded>> {
 }
 
 /// Returns the benchmarks with files.
-fn all(args: &Eval, source: &Source, ui: &Ui) -> Result<Vec<&'static Task>> {
+fn all(args: &Eval, source: &TaskFiles, ui: &Ui) -> Result<Vec<&'static Task>> {
     let mut found = Vec::new();
     let mut taken: Vec<(&str, Vec<PathBuf>)> = Vec::new();
     for task in &TASKS {
