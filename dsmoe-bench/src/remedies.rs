@@ -69,11 +69,14 @@ mod tests {
     #[test]
     fn remedies_and_settings_of_libraries_are_flags() {
         let error = || dsmoe_core::Error::argument("model: too large", "use a smaller {batch}");
-        assert_eq!(worded(&error()), "model: too large; use a smaller --batch");
-        assert_eq!(worded(&dsmoe_train::Error::Core(error())), "model: too large; use a smaller --batch");
+        let worded_core = "model: too large; use a smaller --batch";
+        assert_eq!(worded(&error()), worded_core);
+        assert_eq!(worded(&dsmoe_train::Error::Core(error())), worded_core);
+        assert_eq!(worded(&dsmoe_baselines::Error::Core(error())), worded_core);
         let error = dsmoe_train::Error::OutHoldsSource { path: "run".into() };
         assert_eq!(worded(&error), "run holds the model to train; choose another --out");
         let error = dsmoe_datasets::eval_windows(9, 1, 1).unwrap_err();
         assert_eq!(worded(&error), "--seq is 1; use at least 2");
+        assert_eq!(worded(&std::fmt::Error), std::fmt::Error.to_string());
     }
 }
