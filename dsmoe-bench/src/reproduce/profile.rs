@@ -512,7 +512,7 @@ mod tests {
 
         /// An edit replaces a byte, removes a range, or inserts digits.
         #[test]
-        fn edited_profiles_are_read_or_refused_in_one_line(
+        fn edited_profiles_are_read_or_refused_with_their_place(
             edits in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>(), 0u8..3, 0usize..24), 1..6)
         ) {
             let mut bytes = text("quick").unwrap().as_bytes().to_vec();
@@ -527,7 +527,7 @@ mod tests {
             }
             if let Err(error) = Profile::parse(&String::from_utf8_lossy(&bytes), "p.toml") {
                 let message = format!("{error:#}");
-                prop_assert!(message.starts_with("p.toml: ") && !message.contains('\n'), "{}", message);
+                prop_assert!(message.starts_with("p.toml: "), "{}", message);
             }
         }
     }
