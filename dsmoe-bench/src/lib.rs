@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
+mod calibration;
 mod cli;
 mod commands;
 mod evaluation;

@@ -497,6 +497,7 @@ pub(crate) fn gated(dense: &Config, experts: usize) -> Config {
         router: RouterConfig::new(experts),
         partition: PartitionKind::Contiguous,
         router_bias: false,
+        active_target: None,
     });
     config
 }
