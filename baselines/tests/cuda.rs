@@ -14,7 +14,7 @@ use dsmoe_core::ffn::{
 };
 use dsmoe_core::init::preset;
 use dsmoe_core::model::cuda::{CudaStep, CudaTrainer};
-use dsmoe_core::model::{Cache, StepArgs, StepOutput, TrainWorkspace, Workspace};
+use dsmoe_core::model::{Batch, Cache, StepArgs, StepOutput, TrainWorkspace, Workspace};
 use dsmoe_core::params::TensorSpec;
 use dsmoe_core::{Device, Inference, Model};
 use dsmoe_kernels::rng::Rng;
@@ -254,7 +254,14 @@ fn step(model: &Model, precision: Precision) -> (StepOutput, RoutingStats, Vec<f
     let mut grads = vec![0.0; model.layout().len()];
     let mut workspace = TrainWorkspace::new(model, TOKENS, precision);
     let (inputs, targets) = (ids(TOKENS, 1), ids(TOKENS, 2));
-    let output = model.train_step(&mut grads, &inputs, &targets, SEQ, &args(), &mut workspace).unwrap();
+    let output = model
+        .train_step(
+            &mut grads,
+            Batch { inputs: &inputs, targets: &targets, seq: SEQ },
+            &args(),
+            &mut workspace,
+        )
+        .unwrap();
     (output, workspace.stats().unwrap().clone(), grads)
 }
 
@@ -274,7 +281,14 @@ fn infer(model: &Inference) -> (Vec<f32>, Vec<f32>, Vec<f32>, RoutingStats) {
     let mut workspace = Workspace::default();
     let mut stats = model.new_stats().unwrap();
     let mut losses = vec![f32::NAN; TEXT];
-    model.score(&mut losses, &all, &targets, TEXT, Some(&mut stats), &mut workspace).unwrap();
+    model
+        .score(
+            &mut losses,
+            Batch { inputs: &all, targets: &targets, seq: TEXT },
+            Some(&mut stats),
+            &mut workspace,
+        )
+        .unwrap();
     let mut cache = Cache::new(model, TEXT);
     let mut logits = Vec::new();
     for piece in [&all[..10], &all[10..13], &all[13..14], &all[14..15], &all[15..16], &all[16..]] {

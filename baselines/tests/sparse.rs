@@ -10,7 +10,7 @@ use dsmoe_core::calibrate::LayerStream;
 use dsmoe_core::checkpoint::{Checkpoint, Dtype};
 use dsmoe_core::convert::{ConvertOptions, convert};
 use dsmoe_core::init::{InitOptions, init, preset};
-use dsmoe_core::model::{Inference, Model, Workspace};
+use dsmoe_core::model::{Batch, Inference, Model, Workspace};
 use dsmoe_core::{Config, Masks};
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::testing::with_threads;
@@ -117,7 +117,14 @@ fn loss(dir: &Path, sequences: &[Vec<u32>]) -> f32 {
     let inputs: Vec<u32> = sequences.iter().flat_map(|ids| &ids[..seq]).copied().collect();
     let targets: Vec<u32> = sequences.iter().flat_map(|ids| &ids[1..]).copied().collect();
     let mut losses = vec![0.0; inputs.len()];
-    model.score(&mut losses, &inputs, &targets, seq, None, &mut Workspace::default()).unwrap();
+    model
+        .score(
+            &mut losses,
+            Batch { inputs: &inputs, targets: &targets, seq },
+            None,
+            &mut Workspace::default(),
+        )
+        .unwrap();
     losses.iter().sum::<f32>() / losses.len() as f32
 }
 

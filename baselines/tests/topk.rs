@@ -11,7 +11,7 @@ use dsmoe_core::config::Config;
 use dsmoe_core::convert::{ConvertOptions, PartitionSpec, convert};
 use dsmoe_core::init::{InitOptions, init, preset};
 use dsmoe_core::masks::Masks;
-use dsmoe_core::model::{Cache, StepArgs, TrainWorkspace, Workspace};
+use dsmoe_core::model::{Batch, Cache, StepArgs, TrainWorkspace, Workspace};
 use dsmoe_core::{Inference, Model};
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::buf::Buf;
@@ -191,7 +191,9 @@ fn training_moves_every_part_of_the_gate_and_the_loss_goes_down() {
             seed,
         };
         let mut grads = Buf::zeros(model.layout().len());
-        let output = model.train_step(&mut grads, inputs, targets, inputs.len(), &args, workspace).unwrap();
+        let output = model
+            .train_step(&mut grads, Batch { inputs, targets, seq: inputs.len() }, &args, workspace)
+            .unwrap();
         (grads, output.loss_sum / inputs.len() as f64, output.balance_loss)
     };
     let (grads, first, balance) = step(&model, 1, &mut workspace);

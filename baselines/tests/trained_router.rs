@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use dsmoe_baselines::{Job, Made, method, read_settings};
 use dsmoe_core::Inference;
-use dsmoe_core::model::Workspace;
+use dsmoe_core::model::{Batch, Workspace};
 use dsmoe_kernels::Precision;
 
 const SEQ: usize = 128;
@@ -43,7 +43,14 @@ fn loss(dir: &Path, sequences: &[Vec<u32>]) -> f64 {
     let mut sum = 0.0;
     for ids in sequences {
         let mut losses = vec![0.0; SEQ - 1];
-        model.score(&mut losses, &ids[..SEQ - 1], &ids[1..], SEQ - 1, None, &mut workspace).unwrap();
+        model
+            .score(
+                &mut losses,
+                Batch { inputs: &ids[..SEQ - 1], targets: &ids[1..], seq: SEQ - 1 },
+                None,
+                &mut workspace,
+            )
+            .unwrap();
         sum += losses.iter().map(|&loss| f64::from(loss)).sum::<f64>();
     }
     sum / (sequences.len() * (SEQ - 1)) as f64

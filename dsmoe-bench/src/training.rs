@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use dsmoe_core::Device;
 use dsmoe_core::config::Config;
+use dsmoe_core::model::TrainWorkspace;
 #[cfg(feature = "cuda")]
 use dsmoe_core::model::cuda::CudaTrainer;
 use dsmoe_datasets::overlap::Removed;
-use dsmoe_kernels::cross_entropy;
 use dsmoe_train::config::{Budget, TrainConfig};
 use dsmoe_train::eval::{DomainReport, EvalReport};
 use dsmoe_train::metrics::StepRecord;
@@ -125,25 +125,13 @@ pub(crate) fn drive(trainer: &mut Trainer, what: &str, out: &Path, ui: &Ui) -> R
     })
 }
 
-/// What training allocates, from the sizes alone: the arenas, then what a micro-batch of `tokens` needs.
+/// Returns the memory of a training, from the sizes alone: the arenas, the work space of a micro-batch, the text.
 pub(crate) fn memory_plan(
     model: &Config,
     config: &TrainConfig,
     params: u64,
     data_bytes: u64,
 ) -> Vec<MemoryUse> {
-    let tokens = config.batch * config.seq;
-    let (queries, keys) = (model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim);
-    // Of a layer: its two inputs and their norms, queries and attention's output, keys, values, the FFN's two.
-    let kept: usize = model
-        .layers()
-        .map(|shape| {
-            let attention = 2 * model.head_dim * (shape.num_heads + shape.num_kv_heads) + shape.num_heads;
-            4 * model.hidden + attention + 2 + 2 * shape.intermediate
-        })
-        .sum();
-    let flow = 5 * model.hidden + 2 * queries + 2 * keys + 2;
-    // Of the FFN at work: one activation of every pair, and five of the active ones.
     let active = match config.budget() {
         _ if model.moe.is_none() => {
             model.fixed_active().zip(model.num_experts()).map_or(1.0, |(active, of)| active / of as f64)
@@ -151,31 +139,23 @@ pub(crate) fn memory_plan(
         Budget::Target(share) => share,
         Budget::Weight(_) => 1.0,
     };
-    let ffn = tokens as f64 * model.intermediate as f64 * (1.0 + 5.0 * active);
-    let head = cross_entropy::Dims { tokens, hidden: model.hidden, vocab: model.vocab_size };
-    let logits = head.chunk().min(tokens) * model.vocab_size;
-    let f32s = |values: usize| 4 * values as u64;
     let memory = |what, bytes| MemoryUse { what, bytes };
-    vec![
-        memory("  weights", 4 * params),
-        memory("  gradients", 4 * params),
-        memory("  moments", 8 * params),
-        memory("  kept activations", f32s(tokens * kept)),
-        memory("  residual stream", f32s(tokens * flow)),
-        memory("  FFN at work", 4 * ffn as u64),
-        memory("  logits", f32s(logits)),
-        // A token of text is about four bytes, and four bytes as a number.
-        memory("  text", data_bytes),
-    ]
+    let arenas =
+        [memory("  weights", 4 * params), memory("  gradients", 4 * params), memory("  moments", 8 * params)];
+    let step = TrainWorkspace::memory(model, config.batch * config.seq, active);
+    let step = step.iter().map(|part| memory(part.what, part.bytes as u64));
+    // A token of text is about four bytes, and four bytes as a number.
+    arenas.into_iter().chain(step).chain([memory("  text", data_bytes)]).collect()
 }
 
-/// What a run that trains on a GPU holds here: what it loads and saves.
+/// Returns the memory of the host for a training on a GPU: the state that it loads and saves.
 #[cfg(feature = "cuda")]
 pub(crate) fn host_plan(params: u64, data_bytes: u64) -> Vec<MemoryUse> {
     let memory = |what, bytes| MemoryUse { what, bytes };
     vec![memory("  weights", 4 * params), memory("  moments", 8 * params), memory("  text", data_bytes)]
 }
 
+/// Returns the memory of the GPU for a training on `device`; empty for the CPU.
 #[cfg(feature = "cuda")]
 pub(crate) fn device_plan(model: &Config, config: &TrainConfig, device: Device) -> Result<Vec<MemoryUse>> {
     if !device.is_gpu() {

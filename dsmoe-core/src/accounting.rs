@@ -1,4 +1,4 @@
-//! What a model costs: parameters held and used per token, and floating-point operations.
+//! Costs of a model: parameters stored and used per token, and floating-point operations.
 //!
 //! ```text
 //! attention  = sum over layers of 2 d H hd + 2 d KV hd          ffn = sum over layers of 3 d D
@@ -8,7 +8,7 @@
 //! flops      = 2 (activated matrix weights, head included, embedding excluded) + sum over layers of 4 H hd context
 //! ```
 //!
-//! H, KV and D are a layer's own. What only training reads ([`TensorSpec::training_only`]) is in no count.
+//! H, KV and D are a layer's own. Tensors that only training reads ([`TensorSpec::training_only`]) are not counted.
 //!
 //! [`TensorSpec::training_only`]: crate::params::TensorSpec::training_only
 
@@ -51,7 +51,7 @@ pub struct Accounting {
 }
 
 impl Accounting {
-    /// The counts of a model of `config`.
+    /// Returns the counts of a model of `config`.
     pub fn of(config: &Config) -> Accounting {
         let wide = |n: usize| n as u64;
         let (hidden, num_layers) = (wide(config.hidden), wide(config.num_layers));
@@ -96,7 +96,7 @@ impl Accounting {
         }
     }
 
-    /// The same with linears masked: what is not kept is held, and neither activated nor multiplied.
+    /// Returns the counts with linears masked: pruned weights are stored, but neither activated nor multiplied.
     pub fn with_masks(self, masks: &Masks) -> Accounting {
         let pruned = |part: &str| {
             masks.iter().filter(|(name, _)| name.contains(part)).map(|(_, mask)| mask.pruned()).sum()
@@ -104,14 +104,16 @@ impl Accounting {
         Accounting { pruned_attention: pruned(".self_attn."), pruned_ffn: pruned(".mlp."), ..self }
     }
 
-    /// Parameters used for a token when `mean_active_experts` of each layer's experts are active, mean over tokens
-    /// and layers. Where the number of active experts is fixed, or there are none, the argument does not matter.
+    /// Returns the parameters used for a token when `mean_active_experts` of each layer's experts are active, mean
+    /// over tokens and layers. Where the number of active experts is fixed, or there are none, the argument does not
+    /// matter.
     pub fn activated(&self, mean_active_experts: f64) -> f64 {
         (self.non_ffn + self.router - self.pruned_attention) as f64 + self.active_ffn(mean_active_experts)
     }
 
-    /// Floating-point operations of the forward pass of one token that attends to `context` positions (half the
-    /// sequence length for the mean of a causal sequence). The first argument is that of [`Accounting::activated`].
+    /// Returns the floating-point operations of the forward pass of one token that attends to `context` positions
+    /// (half the sequence length for the mean of a causal sequence). The first argument is that of
+    /// [`Accounting::activated`].
     pub fn flops_per_token(&self, mean_active_experts: f64, context: f64) -> f64 {
         let matrices = self.attention - self.pruned_attention + self.router_matrices + self.head;
         let attention = 4.0 * self.query_width as f64 * context;

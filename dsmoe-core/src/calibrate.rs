@@ -33,7 +33,7 @@ pub struct LayerStream {
     scratch: Scratch,
 }
 
-/// What some linears of a layer read.
+/// Input of some linears of a layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Input {
     /// The normed states, read by q, k and v.
@@ -51,12 +51,12 @@ impl Input {
     pub const ALL: [Input; 4] = [Input::Attention, Input::Heads, Input::Ffn, Input::Neurons];
 }
 
-/// What linears read in one sequence.
+/// Input of linears in one sequence.
 #[derive(Clone, Copy, Debug)]
 pub struct Tap<'a> {
     /// Number of the sequence.
     pub sequence: usize,
-    /// Which linears.
+    /// The linears that read it.
     pub input: Input,
     /// `[seq, inputs]`.
     pub x: &'a [f32],
@@ -71,7 +71,7 @@ pub struct Linear {
     pub outputs: usize,
     /// Columns of the weight.
     pub inputs: usize,
-    /// What it reads.
+    /// Its input.
     pub input: Input,
     /// W `[outputs, inputs]`, as stored.
     pub weight: Buf,
@@ -107,6 +107,42 @@ struct Scratch {
     neurons: Buf,
 }
 
+/// A router that learns from fewer tokens is refused.
+const FEWEST_TOKENS: usize = 256;
+
+/// Checks that there are `at_least` sequences, all of one length of at least 2 tokens. `need` names their use.
+///
+/// # Errors
+/// There are fewer, or they are shorter.
+pub fn check_text(sequences: &[Vec<u32>], at_least: usize, need: &str) -> Result<()> {
+    let problem = if sequences.len() < at_least {
+        format!("{} sequences are too few for {need}", sequences.len())
+    } else if let Some(i) = sequences.iter().position(|ids| ids.len() < 2 || ids.len() != sequences[0].len())
+    {
+        format!("sequence {i} has {} tokens and the first {}", sequences[i].len(), sequences[0].len())
+    } else {
+        return Ok(());
+    };
+    let help = format!("give {at_least} or more sequences of one length, at least 2 tokens");
+    Err(Error::Calibration { problem, help })
+}
+
+/// Checks the text that routers learn from, and returns the number of its tokens.
+///
+/// # Errors
+/// As [`check_text`]; also fewer than 256 tokens.
+pub fn check_router_text(sequences: &[Vec<u32>]) -> Result<usize> {
+    check_text(sequences, 1, "routers")?;
+    let tokens = sequences.iter().map(Vec::len).sum();
+    match tokens < FEWEST_TOKENS {
+        true => Err(Error::Calibration {
+            problem: format!("{tokens} tokens are too few for routers"),
+            help: format!("give {FEWEST_TOKENS} tokens or more"),
+        }),
+        false => Ok(tokens),
+    }
+}
+
 const PROJECTIONS: [(&str, Input); 7] = [
     ("self_attn.q_proj", Input::Attention),
     ("self_attn.k_proj", Input::Attention),
@@ -127,12 +163,12 @@ impl LayerStream {
     pub fn open(dir: &Path, sequences: &[Vec<u32>]) -> Result<LayerStream> {
         let config = Config::load(dir)?;
         if !config.is_dense() {
-            let mend = "name a dense model, or export this one with --as dense first";
+            let help = "use a dense model, or export this one as a dense model first";
             return Err(Error::field(
                 &dir.join(CONFIG_FILE),
                 "model_type",
                 "is of a model with experts",
-                mend,
+                help,
             ));
         }
         let checkpoint = Checkpoint::open(dir)?;
@@ -140,10 +176,10 @@ impl LayerStream {
         let seq = sequences.first().map_or(0, Vec::len);
         for (i, ids) in sequences.iter().enumerate() {
             if ids.len() != seq || seq == 0 {
-                return Err(Error::Argument(format!(
-                    "calibration sequence {i} has {} tokens and the first {seq}; give sequences of one length",
-                    ids.len()
-                )));
+                return Err(Error::argument(
+                    format!("calibration sequence {i} has {} tokens and the first {seq}", ids.len()),
+                    "give sequences of one length",
+                ));
             }
             check_input(&config, ids, 0, seq)?;
         }
@@ -153,27 +189,27 @@ impl LayerStream {
         Ok(LayerStream { config, checkpoint, names, rope, seq, states, scratch: Scratch::default() })
     }
 
-    /// The model's configuration.
+    /// Returns the model's configuration.
     pub fn config(&self) -> &Config {
         &self.config
     }
 
-    /// The model's files.
+    /// Returns the model's files.
     pub fn checkpoint(&self) -> &Checkpoint {
         &self.checkpoint
     }
 
-    /// The model's tensors in those files.
+    /// Returns the model's tensors in those files.
     pub fn tensors(&self) -> LlamaTensors {
         self.names
     }
 
-    /// Tokens of a sequence.
+    /// Returns the number of tokens of a sequence.
     pub fn seq(&self) -> usize {
         self.seq
     }
 
-    /// Hidden states `[sequences, seq, hidden]` before the next layer.
+    /// Returns the hidden states `[sequences, seq, hidden]` before the next layer.
     pub fn states(&self) -> &[f32] {
         &self.states
     }
@@ -243,7 +279,7 @@ impl LayerStream {
 }
 
 impl LayerWeights {
-    /// The linears that read `input`.
+    /// Returns the linears that read `input`.
     pub fn reading(&mut self, input: Input) -> impl Iterator<Item = &mut Linear> {
         self.linears.iter_mut().filter(move |linear| linear.input == input)
     }

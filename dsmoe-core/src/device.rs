@@ -1,4 +1,4 @@
-//! Where a model runs.
+//! Devices that run models.
 
 use std::fmt;
 use std::str::FromStr;
@@ -17,7 +17,7 @@ pub enum Device {
 }
 
 impl Device {
-    /// Whether it is a GPU.
+    /// Returns whether it is a GPU.
     pub fn is_gpu(self) -> bool {
         self != Device::Cpu
     }
@@ -47,7 +47,7 @@ impl FromStr for Device {
         };
         match number {
             Some(ordinal) => Device::cuda(ordinal),
-            None => Err(Error::Argument(format!("unknown device `{s}`; use cpu, cuda or cuda:1"))),
+            None => Err(Error::argument(format!("unknown device `{s}`"), "use cpu, cuda or cuda:1")),
         }
     }
 }
@@ -62,9 +62,10 @@ impl Device {
 #[cfg(not(feature = "cuda"))]
 impl Device {
     fn cuda(ordinal: usize) -> Result<Device> {
-        Err(Error::Argument(format!(
-            "cuda:{ordinal}: this program was built without CUDA; build it with --features cuda, or use cpu"
-        )))
+        Err(Error::argument(
+            format!("cuda:{ordinal}: this program was built without CUDA"),
+            "build it with the feature `cuda`, or use cpu",
+        ))
     }
 }
 
@@ -94,6 +95,6 @@ mod tests {
     #[test]
     fn without_cuda_a_gpu_is_refused() {
         let error = "cuda:0".parse::<Device>().unwrap_err().to_string();
-        assert!(error.contains("--features cuda"), "{error}");
+        assert!(error.contains("the feature `cuda`"), "{error}");
     }
 }

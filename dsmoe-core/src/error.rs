@@ -3,77 +3,62 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// What can be wrong with a model directory or a request. Every message is one line that ends with the mend.
+use crate::remedy::Remedy;
+
+/// An error about a model directory or a request. Every message is one line that ends with its remedy.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// The operating system refuses.
+    /// An error of the file system.
     #[error("{}: {cause}", .path.display())]
     Io {
         /// The file or directory.
         path: PathBuf,
-        /// What the system says.
+        /// The system's error.
+        #[source]
         cause: io::Error,
     },
-    /// A file that is not JSON, or not the JSON it should be.
-    #[error("{}: {message}; {mend}", .path.display())]
-    Json {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong, with line and column.
-        message: String,
-        /// What would do.
-        mend: &'static str,
-    },
     /// A field of a JSON file.
-    #[error("{}: {field} {problem}; {mend}", .path.display())]
+    #[error("{}: {field} {problem}; {help}", .path.display())]
     Field {
         /// The file.
         path: PathBuf,
         /// The key, dotted when nested.
         field: String,
-        /// What is wrong with it.
+        /// The defect.
         problem: String,
-        /// What would do.
-        mend: String,
-    },
-    /// A safetensors file whose header cannot be used.
-    #[error("{}: header {problem}; {mend}", .path.display())]
-    Header {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        problem: String,
-        /// What would do.
-        mend: &'static str,
+        /// The fix.
+        help: Remedy,
     },
     /// A tensor that is missing, surplus, or not what the configuration says.
-    #[error("{}: tensor {tensor} {problem}; {mend}", .path.display())]
+    #[error("{}: tensor {tensor} {problem}; {help}", .path.display())]
     Tensor {
         /// The file it is in, or the directory it should be in.
         path: PathBuf,
         /// Its name.
         tensor: String,
-        /// What is wrong with it.
+        /// The defect.
         problem: String,
-        /// What would do.
-        mend: String,
+        /// The fix.
+        help: Remedy,
     },
-    /// A file or directory that should not be, or not be there.
-    #[error("{}: {problem}; {mend}", .path.display())]
+    /// A file or directory that is missing, surplus or malformed.
+    #[error("{}: {problem}; {help}", .path.display())]
     Path {
         /// The file or directory.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The defect.
         problem: String,
-        /// What would do.
-        mend: &'static str,
+        /// The fix.
+        help: Remedy,
     },
     /// The output directory holds something.
-    #[error("{} is not empty; choose another --out or pass --force", .path.display())]
+    #[error("{} is not empty; {help}", .path.display())]
     OutputNotEmpty {
         /// The output directory.
         path: PathBuf,
+        /// The fix.
+        help: Remedy,
     },
     /// The FFN cannot be cut into that many equal experts.
     #[error(
@@ -93,14 +78,27 @@ pub enum Error {
     /// Lists of neurons that are not a partition.
     #[error("partition: {0}; every neuron must be in exactly one expert, all experts of one size")]
     Partition(String),
-    /// An argument that is out of range; the text names it and the mend.
-    #[error("{0}")]
-    Argument(String),
-    /// A GPU.
+    /// The calibration text does not suffice.
+    #[error("calibration: {problem}; {help}")]
+    Calibration {
+        /// The problem.
+        problem: String,
+        /// The text that suffices.
+        help: String,
+    },
+    /// An argument that is out of range.
+    #[error("{problem}; {help}")]
+    Argument {
+        /// The argument and what is wrong with it.
+        problem: String,
+        /// The fix.
+        help: Remedy,
+    },
+    /// An error of a GPU.
     #[cfg(feature = "cuda")]
     #[error(transparent)]
     Cuda(#[from] dsmoe_kernels::cuda::CudaError),
-    /// A router's configuration or initialisation.
+    /// An error in a router's configuration or initialisation.
     #[error(transparent)]
     Router(#[from] dsmoe_router::Error),
 }
@@ -109,23 +107,34 @@ pub enum Error {
 pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
-    /// For `map_err`: an [`Error::Io`] about `path`.
-    pub(crate) fn io(path: &Path) -> impl FnOnce(io::Error) -> Error {
+    /// Makes an [`Error::Io`] about `path`; for `map_err`.
+    pub fn io(path: &Path) -> impl FnOnce(io::Error) -> Error {
         let path = path.to_path_buf();
         move |cause| Error::Io { path, cause }
     }
 
-    pub(crate) fn field(
+    /// Makes an [`Error::Argument`].
+    pub fn argument(problem: impl Into<String>, help: impl Into<Remedy>) -> Error {
+        Error::Argument { problem: problem.into(), help: help.into() }
+    }
+
+    /// Makes an [`Error::Path`].
+    pub fn path(path: &Path, problem: impl Into<String>, help: impl Into<Remedy>) -> Error {
+        Error::Path { path: path.to_path_buf(), problem: problem.into(), help: help.into() }
+    }
+
+    /// Makes an [`Error::Field`].
+    pub fn field(
         path: &Path,
         field: impl Into<String>,
         problem: impl Into<String>,
-        mend: impl Into<String>,
+        help: impl Into<Remedy>,
     ) -> Error {
         Error::Field {
             path: path.to_path_buf(),
             field: field.into(),
             problem: problem.into(),
-            mend: mend.into(),
+            help: help.into(),
         }
     }
 
@@ -133,18 +142,32 @@ impl Error {
         path: &Path,
         tensor: &str,
         problem: impl Into<String>,
-        mend: impl Into<String>,
+        help: impl Into<Remedy>,
     ) -> Error {
         Error::Tensor {
             path: path.to_path_buf(),
             tensor: shown(tensor),
             problem: problem.into(),
-            mend: mend.into(),
+            help: help.into(),
         }
     }
 }
 
-/// `text` from a file, fit for a one-line message.
+impl Error {
+    /// Returns the fix, where it is stored by itself.
+    pub fn help(&self) -> Option<&Remedy> {
+        match self {
+            Error::Field { help, .. }
+            | Error::Tensor { help, .. }
+            | Error::Path { help, .. }
+            | Error::OutputNotEmpty { help, .. }
+            | Error::Argument { help, .. } => Some(help),
+            _ => None,
+        }
+    }
+}
+
+/// Shortens and escapes `text` from a file for a one-line message.
 pub(crate) fn shown(text: &str) -> String {
     const LONGEST: usize = 200;
     let mut line: String = text.chars().take(LONGEST).flat_map(escape_control).collect();

@@ -1,4 +1,4 @@
-//! From a model directory to a plain LLaMA directory or a copy of itself, streamed.
+//! Exports a model directory as a plain LLaMA directory or a copy, streaming.
 
 use std::path::Path;
 use std::str::FromStr;
@@ -12,29 +12,29 @@ use crate::convert::{ffn_change, masks_of_other_order, source_infos};
 use crate::error::{Error, Result, shown};
 use crate::masks::Masks;
 
-/// What to export as.
+/// Form of an export.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ExportAs {
     /// A plain LLaMA: neurons in their original order, no routers.
     Dense,
-    /// The same model.
+    /// A copy of the model.
     Native,
 }
 
 impl FromStr for ExportAs {
     type Err = Error;
 
-    /// `dense` or `native`.
+    /// Parses `dense` or `native`.
     fn from_str(s: &str) -> Result<ExportAs> {
         match s {
             "dense" => Ok(ExportAs::Dense),
             "native" => Ok(ExportAs::Native),
-            _ => Err(Error::Argument(format!("unknown export format `{}`; use dense or native", shown(s)))),
+            _ => Err(Error::argument(format!("unknown export format `{}`", shown(s)), "use dense or native")),
         }
     }
 }
 
-/// What was made.
+/// Summary of the result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ExportReport {
     /// Tensors written.
@@ -59,7 +59,7 @@ pub fn export(
     progress: &mut dyn FnMut(Progress),
 ) -> Result<ExportReport> {
     if let Some(dtype) = dtype.filter(|dtype| !dtype.is_float()) {
-        return Err(Error::Argument(format!("dtype {dtype} is not for weights; use bf16, f16 or f32")));
+        return Err(Error::argument(format!("dtype {dtype} is not for weights"), "use bf16, f16 or f32"));
     }
     let mut config = Config::load(model)?;
     let checkpoint = Checkpoint::open(model)?;
@@ -71,8 +71,8 @@ pub fn export(
                 None => ("model_type", format!("is {} already, without experts", config.model_type())),
                 Some(spec) => ("ffn.type", format!("is {:?}, which has no dense form", spec.kind())),
             };
-            let mend = "use --as native to copy it";
-            return Err(Error::field(&model.join(CONFIG_FILE), field, problem, mend));
+            let help = "export it as native";
+            return Err(Error::field(&model.join(CONFIG_FILE), field, problem, help));
         }
         inverses =
             read_partitions(&config, &checkpoint)?.iter().map(|partition| partition.inverse()).collect();
@@ -80,7 +80,7 @@ pub fn export(
     }
     let masks = Masks::read(model, &Config::load(model)?)?;
     if masks.is_some() && inverses.iter().any(Option::is_some) {
-        return Err(masks_of_other_order(model, "use --as native"));
+        return Err(masks_of_other_order(model, "export it as native"));
     }
     if let Some(dtype) = dtype {
         config.set_dtype(dtype);

@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::model::tensors::in_pool;
 use crate::model::{Cache, Inference, Workspace};
 
-/// How to choose the next token, and when to stop.
+/// Options for choosing the next token and for stopping.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GenerateOptions {
     /// Tokens to generate at the most.
@@ -48,16 +48,16 @@ impl Default for GenerateOptions {
 impl GenerateOptions {
     fn check(&self) -> Result<()> {
         if !(self.temperature >= 0.0 && self.temperature.is_finite()) {
-            return Err(Error::Argument(format!("temperature {} is negative; use 0", self.temperature)));
+            return Err(Error::argument(format!("temperature {} is negative", self.temperature), "use 0"));
         }
         if !(self.top_p > 0.0 && self.top_p <= 1.0) {
-            return Err(Error::Argument(format!("top-p {} is outside 0..1; use 1", self.top_p)));
+            return Err(Error::argument(format!("top-p {} is outside 0..1", self.top_p), "use 1"));
         }
         Ok(())
     }
 }
 
-/// Why generation ended.
+/// Reason for the end of a generation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Finish {
     /// `max_tokens` were generated.
@@ -70,12 +70,12 @@ pub enum Finish {
     Caller,
 }
 
-/// What was generated.
+/// Result of a generation.
 #[derive(Clone, Debug)]
 pub struct Generation {
     /// The new tokens, without the prompt and without a stop token.
     pub tokens: Vec<u32>,
-    /// Why it ended.
+    /// Reason for its end.
     pub finish: Finish,
     /// Routing over all positions that were run; none without routers.
     pub stats: Option<RoutingStats>,
@@ -88,7 +88,7 @@ pub struct Generation {
 /// Positions that the cache has room for from the start, beside the prompt.
 const ROOM: usize = 4096;
 
-/// Continues `prompt`; `on_token` gets every token as it comes and returns whether to go on. It is called on a
+/// Continues `prompt`; `on_token` receives every token and returns whether to continue. It is called on a
 /// thread of the pool, where all of the generation runs.
 ///
 /// # Errors
@@ -166,7 +166,7 @@ struct Sampler<'a> {
     candidates: Vec<(u32, f32)>,
 }
 
-/// More likely first; the lower id on ties.
+/// Orders by falling logit, then by id.
 fn likely_first(a: &(u32, f32), b: &(u32, f32)) -> Ordering {
     b.1.total_cmp(&a.1).then(a.0.cmp(&b.0))
 }
@@ -177,7 +177,7 @@ impl Sampler<'_> {
         Sampler { options, rng: Rng::new(options.seed, 0x9e), candidates }
     }
 
-    /// The next token. Of tokens with equal logits, top-k and top-p prefer the lower id.
+    /// Returns the next token. Of tokens with equal logits, top-k and top-p prefer the lower id.
     fn choose(&mut self, logits: &[f32]) -> u32 {
         let GenerateOptions { temperature, top_k, top_p, .. } = *self.options;
         let best = argmax(logits);
@@ -232,7 +232,7 @@ fn nucleus(candidates: &mut Vec<(u32, f32)>, mass: f32) {
     }
 }
 
-/// Index of the largest logit; the lowest on ties.
+/// Returns the index of the largest logit; the lowest on ties.
 pub fn argmax(logits: &[f32]) -> u32 {
     let mut best = 0;
     for (i, &x) in logits.iter().enumerate() {

@@ -17,7 +17,7 @@ const STREAM: usize = 1 << 16;
 /// Values in memory at a time.
 const CHUNK: usize = 32 * STREAM;
 
-/// How to write random weights.
+/// Options for writing random weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct InitOptions {
     /// Type of the stored weights.
@@ -49,7 +49,7 @@ struct Preset {
     kind: Kind,
 }
 
-/// What goes with a generation of models.
+/// Settings shared by a generation of models.
 enum Kind {
     /// Base 10000, 4096 positions, tokens 1 and 2.
     Llama2,
@@ -85,16 +85,17 @@ pub struct LlamaSizes {
 }
 
 impl LlamaSizes {
-    /// The configuration of such a model: tied embeddings, rotation of base 10000.
+    /// Returns the configuration of such a model: tied embeddings, rotation of base 10000.
     ///
     /// # Errors
     /// The sizes do not fit together.
     pub fn config(self) -> Result<Config> {
         let LlamaSizes { vocab, hidden, intermediate, layers, heads, kv_heads, positions, bos_eos } = self;
         if heads == 0 || !hidden.is_multiple_of(heads) {
-            return Err(Error::Argument(format!(
-                "{heads} heads do not divide a width of {hidden}; use a divisor"
-            )));
+            return Err(Error::argument(
+                format!("{heads} heads do not divide a width of {hidden}"),
+                "use a divisor",
+            ));
         }
         let sizes = [vocab, hidden, intermediate, layers, heads, kv_heads];
         let json = Preset::new("", sizes, true, Kind::Own(positions, bos_eos)).json();
@@ -166,19 +167,19 @@ impl Preset {
     }
 }
 
-/// Names of all presets, small to large.
+/// Returns the names of all presets, small to large.
 pub fn preset_names() -> impl Iterator<Item = &'static str> {
     PRESETS.iter().map(|preset| preset.name)
 }
 
-/// The configuration of a preset.
+/// Returns the configuration of a preset.
 ///
 /// # Errors
 /// There is no preset of that name.
 pub fn preset(name: &str) -> Result<Config> {
     let preset = PRESETS.iter().find(|preset| preset.name == name).ok_or_else(|| {
         let names = preset_names().collect::<Vec<_>>().join(", ");
-        Error::Argument(format!("unknown preset `{}`; use one of {names}", shown(name)))
+        Error::argument(format!("unknown preset `{}`", shown(name)), format!("use one of {names}"))
     })?;
     Config::from_json(Path::new(name), &preset.json().to_string())
 }
@@ -199,10 +200,10 @@ pub fn init(
     write(config, output, options, progress)
 }
 
-/// [`init`] with the tokenizer and the generation settings of the model directory `source`, which must survive.
+/// Does as [`init`] with the tokenizer and the generation settings of the model directory `source`, which must survive.
 ///
 /// # Errors
-/// As [`init`]; also when `source` is `out` or inside it, or cannot be read.
+/// Those of [`init`]; `source` is `out` or inside it, or cannot be read.
 pub fn init_beside(
     source: &Path,
     config: &Config,
@@ -218,12 +219,11 @@ pub fn init_beside(
 
 fn check(config: &Config, dtype: Dtype) -> Result<()> {
     if !config.is_dense() {
-        let message =
-            "random weights are made for dense models; use a configuration without experts, then convert";
-        return Err(Error::Argument(message.to_owned()));
+        let problem = "random weights are made for dense models";
+        return Err(Error::argument(problem, "use a configuration without experts, then convert"));
     }
     if !dtype.is_float() {
-        return Err(Error::Argument(format!("dtype {dtype} is not for weights; use bf16, f16 or f32")));
+        return Err(Error::argument(format!("dtype {dtype} is not for weights"), "use bf16, f16 or f32"));
     }
     Ok(())
 }
@@ -265,7 +265,7 @@ fn write(
     output.commit()
 }
 
-/// FNV-1a: a seed of its own for every tensor.
+/// Computes FNV-1a: every tensor has a seed of its own.
 fn hash(name: &str) -> u64 {
     name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
         (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)

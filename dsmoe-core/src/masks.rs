@@ -1,4 +1,4 @@
-//! Which weights of pruned linears are kept, and their file.
+//! Masks of pruned linears, and their file.
 //!
 //! `masks.safetensors` in a model directory holds, per masked weight, one U8 tensor of the weight's name and shape
 //! `[rows, cols.div_ceil(8)]`, rows and columns as the checkpoint stores the weight (`[out, in]`): bit `c % 8` of byte
@@ -19,7 +19,7 @@ use crate::params::{Layout, Stored};
 pub const MASKS_FILE: &str = "masks.safetensors";
 const BITS: usize = 8;
 
-/// Which weights of one linear are kept.
+/// Mask of the weights of one linear: a bit is 1 where the weight is kept.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Mask {
     rows: usize,
@@ -46,7 +46,7 @@ impl Mask {
         Mask { rows, cols, bits }
     }
 
-    /// From the bits of [`MASKS_FILE`]: `[rows, cols.div_ceil(8)]`.
+    /// Makes a mask of the bits of [`MASKS_FILE`]: `[rows, cols.div_ceil(8)]`.
     ///
     /// # Panics
     /// There are not as many bytes, or bits behind the last column.
@@ -60,17 +60,17 @@ impl Mask {
         mask
     }
 
-    /// Rows of the weight as stored.
+    /// Returns the number of rows of the weight as stored.
     pub fn rows(&self) -> usize {
         self.rows
     }
 
-    /// Columns of the weight as stored.
+    /// Returns the number of columns of the weight as stored.
     pub fn cols(&self) -> usize {
         self.cols
     }
 
-    /// Whether the weight at `(row, col)` is kept.
+    /// Returns whether the weight at `(row, col)` is kept.
     ///
     /// # Panics
     /// It is outside the weight.
@@ -79,12 +79,12 @@ impl Mask {
         self.bits[row * self.stride() + col / BITS] >> (col % BITS) & 1 == 1
     }
 
-    /// Weights that are kept.
+    /// Returns the number of weights that are kept.
     pub fn kept(&self) -> u64 {
         self.bits.iter().map(|byte| u64::from(byte.count_ones())).sum()
     }
 
-    /// Weights that are not kept.
+    /// Returns the number of pruned weights.
     pub fn pruned(&self) -> u64 {
         (self.rows * self.cols) as u64 - self.kept()
     }
@@ -125,7 +125,7 @@ impl Mask {
         }
     }
 
-    /// The first place `(row, col)` as stored that is not kept and not 0.
+    /// Returns the first place `(row, col)` as stored that is not kept and not 0.
     pub(crate) fn first_nonzero(&self, values: &[f32], stored: Stored) -> Option<(usize, usize)> {
         match stored {
             Stored::AsIs => self.first_nonzero_row(values, 0),
@@ -138,7 +138,7 @@ impl Mask {
         }
     }
 
-    /// [`Mask::first_nonzero`] in whole rows as stored, the first of which is `first`.
+    /// Does as [`Mask::first_nonzero`] in whole rows as stored, the first of which is `first`.
     pub(crate) fn first_nonzero_row(&self, values: &[f32], first: usize) -> Option<(usize, usize)> {
         let row = |(i, values): (usize, &[f32])| {
             let row = first + i;
@@ -161,7 +161,7 @@ fn each_pruned(bits: u8, len: usize, mut at: impl FnMut(usize)) {
 pub struct Masks(BTreeMap<String, Mask>);
 
 impl Masks {
-    /// No masks.
+    /// Makes an empty set of masks.
     pub fn new() -> Masks {
         Masks::default()
     }
@@ -182,32 +182,32 @@ impl Masks {
         self.0.insert(name.into(), mask);
     }
 
-    /// The mask of the weight `name`.
+    /// Returns the mask of the weight `name`.
     pub fn get(&self, name: &str) -> Option<&Mask> {
         self.0.get(name)
     }
 
-    /// Names and masks, by name.
+    /// Returns names and masks, by name.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = (&str, &Mask)> {
         self.0.iter().map(|(name, mask)| (name.as_str(), mask))
     }
 
-    /// Whether there are no masks.
+    /// Returns whether there are no masks.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// Weights that are kept of all masked linears.
+    /// Returns the number of weights that are kept in all masked linears.
     pub fn kept(&self) -> u64 {
         self.0.values().map(Mask::kept).sum()
     }
 
-    /// Weights that are not kept.
+    /// Returns the number of pruned weights.
     pub fn pruned(&self) -> u64 {
         self.0.values().map(Mask::pruned).sum()
     }
 
-    /// The masks in the model directory `dir`; none where there is no file.
+    /// Reads the masks in the model directory `dir`; none where there is no file.
     ///
     /// # Errors
     /// The file cannot be read, or does not fit the configuration beside it.
@@ -218,7 +218,7 @@ impl Masks {
         Masks::read(dir, &Config::load(dir)?)
     }
 
-    /// [`Masks::load`] for a directory of that configuration.
+    /// Does as [`Masks::load`] for a directory of that configuration.
     pub(crate) fn read(dir: &Path, config: &Config) -> Result<Option<Masks>> {
         let path = dir.join(MASKS_FILE);
         if !path.is_file() {
@@ -233,12 +233,12 @@ impl Masks {
             let (shape, wanted) = (&view.shape, [rows, cols.div_ceil(BITS)]);
             if view.dtype != Dtype::U8 || shape[..] != wanted {
                 let problem = format!("is {} {shape:?} and not U8 {wanted:?}", view.dtype);
-                return Err(Error::tensor(&path, name, problem, MEND));
+                return Err(Error::tensor(&path, name, problem, HELP));
             }
             let mask = Mask { rows, cols, bits: file.bytes(name)?.to_vec() };
             if mask.has_bits_behind() {
                 let problem = format!("has bits behind its {cols} columns");
-                return Err(Error::tensor(&path, name, problem, MEND));
+                return Err(Error::tensor(&path, name, problem, HELP));
             }
             masks.insert(name.to_owned(), mask);
         }
@@ -273,7 +273,7 @@ impl Masks {
             if *shape != [mask.rows, mask.cols] {
                 let problem =
                     format!("has shape {:?} and config.json says {shape:?}", [mask.rows, mask.cols]);
-                return Err(Error::tensor(path, name, problem, MEND));
+                return Err(Error::tensor(path, name, problem, HELP));
             }
         }
         Ok(())
@@ -291,10 +291,10 @@ impl Masks {
         }
     }
 
-    /// The first weight, with row and column as stored, that is not kept and not 0.
+    /// Returns the first weight, with row and column as stored, that is not kept and not 0.
     ///
     /// # Panics
-    /// As [`Masks::apply`].
+    /// Those of [`Masks::apply`].
     pub fn first_nonzero(&self, arena: &[f32], layout: &Layout) -> Option<(&str, [usize; 2])> {
         self.iter().find_map(|(name, mask)| {
             let entry = layout.get(name).expect("a masked linear of the model");
@@ -304,14 +304,14 @@ impl Masks {
     }
 }
 
-const MEND: &str = "use the masks that belong to this model, or remove the file";
+const HELP: &str = "use the masks that belong to this model, or remove the file";
 
-/// Names and stored shapes of the weights that can be masked.
+/// Returns names and stored shapes of the weights that can be masked.
 fn linears(config: &Config) -> BTreeMap<String, [usize; 2]> {
     let matrix = |(name, shape): (String, Vec<usize>)| Some((name, <[usize; 2]>::try_from(shape).ok()?));
     tensor_names(config).filter(|(name, _)| name.ends_with("_proj.weight")).filter_map(matrix).collect()
 }
 
 fn linear<'a>(linears: &'a BTreeMap<String, [usize; 2]>, name: &str, path: &Path) -> Result<&'a [usize; 2]> {
-    linears.get(name).ok_or_else(|| Error::tensor(path, name, "is no linear of a layer of config.json", MEND))
+    linears.get(name).ok_or_else(|| Error::tensor(path, name, "is no linear of a layer of config.json", HELP))
 }

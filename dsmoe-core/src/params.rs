@@ -5,16 +5,16 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
-/// How a tensor in memory relates to the one in a checkpoint.
+/// Relation of a tensor in memory to the one in a checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stored {
-    /// The same row-major values.
+    /// Row-major values as in memory.
     AsIs,
     /// The checkpoint holds the transpose (the FFN's down projection: an expert is then a row range in memory).
     Transposed,
 }
 
-/// What a tensor is, before it has a place.
+/// Description of a tensor that has no place yet.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorSpec {
     /// Name in the checkpoint; for an [`crate::ffn::Ffn`], relative to `model.layers.{i}.mlp.`.
@@ -23,68 +23,47 @@ pub struct TensorSpec {
     pub shape: Vec<usize>,
     /// Relation to the checkpoint.
     pub stored: Stored,
-    /// Whether weight decay applies (not to norms and routers).
+    /// True if weight decay applies (not to norms and routers).
     pub decay: bool,
-    /// Whether it belongs to a router.
+    /// True if it belongs to a router.
     pub router: bool,
-    /// Whether inference has no use for it, as for the noise of a gate: no count of parameters has it.
+    /// True if only training reads it, as the noise of a gate; counts of parameters leave it out.
     pub training_only: bool,
 }
 
 impl TensorSpec {
-    /// A weight matrix, stored as it is, with decay.
+    /// Describes a weight matrix, stored as it is, with decay.
     pub fn matrix(name: impl Into<String>, rows: usize, cols: usize) -> TensorSpec {
-        let shape = vec![rows, cols];
-        TensorSpec {
-            name: name.into(),
-            shape,
-            stored: Stored::AsIs,
-            decay: true,
-            router: false,
-            training_only: false,
-        }
+        TensorSpec { decay: true, router: false, ..TensorSpec::router(name, vec![rows, cols]) }
     }
 
-    /// A norm's weight: no decay.
+    /// Describes a norm's weight: no decay.
     pub fn norm(name: impl Into<String>, len: usize) -> TensorSpec {
-        TensorSpec {
-            name: name.into(),
-            shape: vec![len],
-            stored: Stored::AsIs,
-            decay: false,
-            router: false,
-            training_only: false,
-        }
+        TensorSpec { router: false, ..TensorSpec::router(name, vec![len]) }
     }
 
-    /// A router's tensor: no decay.
+    /// Describes a router's tensor: no decay.
     pub fn router(name: impl Into<String>, shape: Vec<usize>) -> TensorSpec {
-        TensorSpec {
-            name: name.into(),
-            shape,
-            stored: Stored::AsIs,
-            decay: false,
-            router: true,
-            training_only: false,
-        }
+        let (name, stored) = (name.into(), Stored::AsIs);
+        TensorSpec { name, shape, stored, decay: false, router: true, training_only: false }
     }
 
-    /// The same, stored transposed.
+    /// Returns the description of the transposed tensor.
     pub fn transposed(self) -> TensorSpec {
         TensorSpec { stored: Stored::Transposed, ..self }
     }
 
-    /// The same, of no use to inference.
+    /// Returns the description with [`TensorSpec::training_only`] set.
     pub fn training_only(self) -> TensorSpec {
         TensorSpec { training_only: true, ..self }
     }
 
-    /// Number of values.
+    /// Returns the number of values.
     pub fn numel(&self) -> usize {
         self.shape.iter().product()
     }
 
-    /// Shape in the checkpoint.
+    /// Returns the shape in the checkpoint.
     pub fn stored_shape(&self) -> Vec<usize> {
         match self.stored {
             Stored::AsIs => self.shape.clone(),
@@ -96,9 +75,9 @@ impl TensorSpec {
 /// A tensor with its place in the arena.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
-    /// What it is, with its full name.
+    /// Description, with the full name.
     pub spec: TensorSpec,
-    /// Where it lies.
+    /// Range in the arena.
     pub range: Range<usize>,
     /// The decoder layer it belongs to.
     pub layer: Option<usize>,
@@ -130,7 +109,7 @@ impl Layout {
     /// Appends tensors with nothing between them: matrices of one width are then one matrix.
     ///
     /// # Panics
-    /// As [`Layout::push`].
+    /// Those of [`Layout::push`].
     pub(crate) fn push_joined<const N: usize>(
         &mut self,
         specs: [TensorSpec; N],
@@ -150,28 +129,28 @@ impl Layout {
         range
     }
 
-    /// All tensors, in arena order.
+    /// Returns all tensors, in arena order.
     pub fn entries(&self) -> &[Entry] {
         &self.entries
     }
 
-    /// The tensor of that checkpoint name.
+    /// Returns the tensor of that checkpoint name.
     pub fn get(&self, name: &str) -> Option<&Entry> {
         self.by_name.get(name).map(|&i| &self.entries[i])
     }
 
-    /// The tensors that start in `range`, in arena order.
+    /// Returns the tensors that start in `range`, in arena order.
     pub(crate) fn within(&self, range: &Range<usize>) -> &[Entry] {
         let first_from = |at| self.entries.partition_point(|entry| entry.range.start < at);
         &self.entries[first_from(range.start)..first_from(range.end)]
     }
 
-    /// Length of the arena, padding included.
+    /// Returns the length of the arena, padding included.
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// Whether there are no tensors.
+    /// Returns whether there are no tensors.
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }

@@ -8,7 +8,7 @@ use dsmoe_core::config::Config;
 use dsmoe_core::convert::{ConvertOptions, convert};
 use dsmoe_core::init::{InitOptions, init, preset};
 use dsmoe_core::model::cuda::{CudaStep, CudaTrainer};
-use dsmoe_core::model::{After, Cache, Segment, StepArgs, TrainWorkspace, Workspace};
+use dsmoe_core::model::{After, Batch, Cache, Segment, StepArgs, TrainWorkspace, Workspace};
 use dsmoe_core::{Device, Inference, Model};
 use dsmoe_kernels::testing::{has_gpu, norm, too_far};
 use dsmoe_kernels::{Precision, adamw};
@@ -137,7 +137,14 @@ fn models_route_alike_in_both_precisions() {
             let mut stats = model.new_stats().map(RoutingStats::traced);
             let mut losses = vec![f32::NAN; 120];
             let mut workspace = Workspace::default();
-            model.score(&mut losses, &ids(120, 4), &ids(120, 5), 40, stats.as_mut(), &mut workspace).unwrap();
+            model
+                .score(
+                    &mut losses,
+                    Batch { inputs: &ids(120, 4), targets: &ids(120, 5), seq: 40 },
+                    stats.as_mut(),
+                    &mut workspace,
+                )
+                .unwrap();
             stats
         });
         assert_eq!(got, want, "{name}");
@@ -171,11 +178,19 @@ fn a_training_step_is_that_of_the_processor() {
         let len = model.layout().len();
         let mut grads = vec![0.0; len];
         let mut workspace = TrainWorkspace::new(&model, tokens, Precision::F32);
-        let want = model.train_step(&mut grads, &inputs, &targets, seq, &args, &mut workspace).unwrap();
+        let want = model
+            .train_step(&mut grads, Batch { inputs: &inputs, targets: &targets, seq }, &args, &mut workspace)
+            .unwrap();
         let mut half_grads = vec![0.0; len];
         let mut half_workspace = TrainWorkspace::new(&model, tokens, Precision::Bf16);
-        let half =
-            model.train_step(&mut half_grads, &inputs, &targets, seq, &args, &mut half_workspace).unwrap();
+        let half = model
+            .train_step(
+                &mut half_grads,
+                Batch { inputs: &inputs, targets: &targets, seq },
+                &args,
+                &mut half_workspace,
+            )
+            .unwrap();
 
         let zeros = vec![0.0; len];
         let mut trainer = CudaTrainer::new(0, &model, &zeros, &zeros, tokens, seq).unwrap();
@@ -217,14 +232,15 @@ fn a_training_step_is_that_of_the_processor() {
         let (mut params, mut m, mut v) = (model.params().to_vec(), zeros.clone(), zeros.clone());
         for entry in model.layout().entries() {
             let range = entry.range.clone();
-            adamw::step(
-                &mut params[range.clone()],
-                &mut m[range.clone()],
-                &mut v[range.clone()],
-                &got_grads[range],
-                0.5,
-                &hyper(1, entry.spec.decay),
-            );
+            adamw::Step {
+                param: &mut params[range.clone()],
+                m: &mut m[range.clone()],
+                v: &mut v[range.clone()],
+                grad: &got_grads[range],
+                grad_scale: 0.5,
+                hyper: &hyper(1, entry.spec.decay),
+            }
+            .run();
         }
         assert!(off(updated.params(), &params) < 1e-6, "{name}: the update");
         let (mut m_got, mut v_got) = (zeros.clone(), zeros.clone());
@@ -338,7 +354,14 @@ fn inference_is_that_of_the_processor() {
             let mut workspace = Workspace::default();
             let mut stats = model.new_stats().map(RoutingStats::traced);
             let mut losses = vec![f32::NAN; 120];
-            model.score(&mut losses, &all, &targets, 40, stats.as_mut(), &mut workspace).unwrap();
+            model
+                .score(
+                    &mut losses,
+                    Batch { inputs: &all, targets: &targets, seq: 40 },
+                    stats.as_mut(),
+                    &mut workspace,
+                )
+                .unwrap();
             let mut cache = Cache::new(model, 20);
             let mut logits = Vec::new();
             for piece in [
@@ -401,7 +424,7 @@ fn other_precisions_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let (_, path) = models(dir.path()).remove(0);
     let error = Inference::load_on(&path, Precision::F32, Device::Cuda(0)).unwrap_err().to_string();
-    assert!(error.contains("--dtype bf16"), "{error}");
+    assert!(error.contains("set dtype to bf16"), "{error}");
     let error = Inference::load_on(&path, Precision::Bf16, Device::Cuda(63)).unwrap_err().to_string();
     assert!(error.contains("cuda:63"), "{error}");
 }

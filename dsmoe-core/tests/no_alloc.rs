@@ -5,7 +5,7 @@ use std::path::Path;
 use dsmoe_core::config::Config;
 use dsmoe_core::generate::{GenerateOptions, generate};
 use dsmoe_core::init::preset;
-use dsmoe_core::model::{Inference, Model, StepArgs, TrainWorkspace};
+use dsmoe_core::model::{Batch, Inference, Model, StepArgs, TrainWorkspace};
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::rng::Rng;
 use dsmoe_kernels::testing::CountingAllocator;
@@ -115,7 +115,14 @@ fn training() {
             let mut steps = || {
                 counts.clear();
                 for _ in 0..=STEPS {
-                    model.train_step(&mut grads, &inputs, &inputs, seq, &args, &mut workspace).unwrap();
+                    model
+                        .train_step(
+                            &mut grads,
+                            Batch { inputs: &inputs, targets: &inputs, seq },
+                            &args,
+                            &mut workspace,
+                        )
+                        .unwrap();
                     counts.push(ALLOCATOR.count());
                 }
                 counts.windows(2).map(|two| two[1] - two[0]).collect::<Vec<_>>()

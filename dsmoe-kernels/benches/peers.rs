@@ -1,4 +1,4 @@
-//! Our matrix product beside those of the gemm crate and of faer, in turns: `y = x W^T` with row-major x
+//! Times this matrix product and those of the gemm crate and of faer in turns: `y = x W^T` with row-major x
 //! `[tokens, hidden]` and W `[intermediate, hidden]`, f32.
 //!
 //! `cargo bench -p dsmoe-kernels --bench peers -- --threads 2 --rounds 9 --shape 512,2048,8192` prints one JSON
@@ -15,7 +15,7 @@ use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 
 const SHAPES: [[usize; 3]; 4] = [[512, 512, 512], [2048, 2048, 2048], [256, 2048, 8192], [1024, 288, 768]];
-/// A sample takes this long at least.
+/// Least seconds of a sample.
 const SAMPLE_SECONDS: f64 = 0.02;
 
 struct Options {
@@ -129,7 +129,7 @@ fn gemm_crate(y: &mut [f32], x: &[f32], w: &[f32], [m, k, n]: [usize; 3], thread
     }
 }
 
-/// Median seconds per call; every peer has one sample per round.
+/// Returns the median seconds per call; every peer has one sample per round.
 fn take_turns(peers: &mut [Peer<'_>], rounds: usize) -> Vec<f64> {
     let sample = |(_, y, call): &mut Peer<'_>, calls: usize| {
         let started = Instant::now();

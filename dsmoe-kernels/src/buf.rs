@@ -22,12 +22,12 @@ pub struct Buf {
 }
 
 impl Buf {
-    /// `len` zeros.
+    /// Allocates `len` zeros.
     pub fn zeros(len: usize) -> Buf {
         Buf { lines: bytemuck::allocation::zeroed_vec(len.div_ceil(16)), len }
     }
 
-    /// Makes the buffer `len` long, keeping its memory when that is enough. The contents are unspecified.
+    /// Sets the length to `len` and reuses the memory if it is large enough. The contents are unspecified.
     pub fn resize(&mut self, len: usize) {
         let lines = len.div_ceil(16);
         if lines > self.lines.len() {
@@ -65,7 +65,7 @@ thread_local! {
     static SPARE: Cell<Buf> = Cell::default();
 }
 
-/// Runs `work` with `len` values of unspecified contents, in memory that this thread keeps for the next call.
+/// Runs `work` with `len` values of unspecified contents, in memory that this thread reuses in its next call.
 pub(crate) fn with_spare<R>(len: usize, work: impl FnOnce(&mut [f32]) -> R) -> R {
     // Taken while in use: a thread that waits may be given another op to run.
     let mut buf = SPARE.take();
@@ -75,8 +75,8 @@ pub(crate) fn with_spare<R>(len: usize, work: impl FnOnce(&mut [f32]) -> R) -> R
     result
 }
 
-/// Rows of one slice that parallel tasks write, each its own columns of its own rows: the one place where tasks share
-/// mutable memory.
+/// Lets parallel tasks write one slice of rows, each task its own columns of its own rows. All mutable memory that tasks
+/// share goes through this type.
 #[derive(Clone, Copy)]
 pub(crate) struct SharedRows<'a> {
     data: *mut f32,
@@ -114,7 +114,7 @@ impl<'a> SharedRows<'a> {
         unsafe { self.values(row * self.stride + first, width) }
     }
 
-    /// Returns the `len` values from `start` on, whatever their rows.
+    /// Returns the `len` values from `start` on, which may span rows.
     ///
     /// # Safety
     /// As [`SharedRows::row`].

@@ -1,30 +1,30 @@
-//! Which instruction set the kernels use, decided at run time.
+//! The instruction-set tier of the kernels, chosen at run time.
 
 use std::sync::OnceLock;
 
 use thiserror::Error;
 
-/// Proof that AVX2 and FMA are present; made only by [`Isa::available`].
+/// Proves that AVX2 and FMA are present. Only [`Isa::available`] makes one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Avx2(());
 
-/// Proof that AVX-512 F, VL, BW and DQ are present; made only by [`Isa::available`].
+/// Proves that AVX-512 F, VL, BW and DQ are present. Only [`Isa::available`] makes one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Avx512(());
 
-/// Proof that AVX512_BF16 is present beside [`Avx512`]; made only by [`Isa::available`].
+/// Proves that AVX512_BF16 is present in addition to [`Avx512`]. Only [`Isa::available`] makes one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Avx512Bf16(());
 
 #[cfg(target_arch = "x86_64")]
 impl Avx512Bf16 {
-    /// The features this tier builds on.
+    /// Returns the proof for the features that this tier builds on.
     pub(crate) fn base(self) -> Avx512 {
         Avx512(())
     }
 }
 
-/// An instruction-set tier, with the proof that this machine has it.
+/// An instruction-set tier, with a proof that this machine has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Isa {
     /// Portable Rust, no intrinsics.
@@ -35,12 +35,12 @@ pub enum Isa {
     /// 16 lanes.
     #[cfg(target_arch = "x86_64")]
     Avx512(Avx512),
-    /// 16 lanes, and bf16 products in matrix products.
+    /// 16 lanes, with bf16 instructions in matrix products.
     #[cfg(target_arch = "x86_64")]
     Avx512Bf16(Avx512Bf16),
 }
 
-/// `DSMOE_ISA` asks for something this machine does not have, or for no tier at all.
+/// `DSMOE_ISA` names a tier that does not exist or that this machine lacks.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[error("DSMOE_ISA={asked} cannot be used; this machine has {available}")]
 pub struct IsaError {
@@ -49,7 +49,7 @@ pub struct IsaError {
 }
 
 impl Isa {
-    /// The tiers of this machine, narrowest first; [`Isa::Scalar`] is always there.
+    /// Lists the tiers of this machine, narrowest first. [`Isa::Scalar`] is always among them.
     pub fn available() -> Vec<Isa> {
         let mut tiers = vec![Isa::Scalar];
         #[cfg(target_arch = "x86_64")]
@@ -73,8 +73,8 @@ impl Isa {
         tiers
     }
 
-    /// The tier for this machine: the widest one, but without bf16 products where they are the slower way. Intel's
-    /// cores issue one `vdpbf16ps` for every four fused multiply-adds, AMD's one for one.
+    /// Returns the fastest tier of this machine: the widest one, but without bf16 instructions where they are slower.
+    /// Intel's cores issue one `vdpbf16ps` for every four fused multiply-adds, AMD's one for one.
     pub fn best() -> Isa {
         let tiers = Isa::available();
         let widest = tiers[tiers.len() - 1];
@@ -87,10 +87,10 @@ impl Isa {
         widest
     }
 
-    /// The tier that `DSMOE_ISA` names, or [`Isa::best`] when it is not set.
+    /// Returns the tier that `DSMOE_ISA` names, or [`Isa::best`] if the variable is not set.
     ///
     /// # Errors
-    /// The named tier is unknown or not on this machine.
+    /// The named tier is unknown, or this machine lacks it.
     pub fn from_env() -> Result<Isa, IsaError> {
         let tiers = Isa::available();
         match std::env::var("DSMOE_ISA") {
@@ -102,14 +102,14 @@ impl Isa {
         }
     }
 
-    /// The tier every op uses unless told otherwise. Binaries check [`Isa::from_env`] first, so that a wrong
-    /// `DSMOE_ISA` is reported; a library user who did not gets [`Isa::best`].
+    /// Returns the tier that the ops use by default. A binary calls [`Isa::from_env`] first, so that a wrong `DSMOE_ISA`
+    /// is reported; otherwise a wrong value selects [`Isa::best`].
     pub fn current() -> Isa {
         static CURRENT: OnceLock<Isa> = OnceLock::new();
         *CURRENT.get_or_init(|| Isa::from_env().unwrap_or_else(|_| Isa::best()))
     }
 
-    /// `scalar`, `avx2`, `avx512` or `avx512bf16`: the values of `DSMOE_ISA`.
+    /// Returns `scalar`, `avx2`, `avx512` or `avx512bf16`, the values of `DSMOE_ISA`.
     pub fn name(self) -> &'static str {
         match self {
             Isa::Scalar => "scalar",
@@ -122,7 +122,7 @@ impl Isa {
         }
     }
 
-    /// Whether bf16 products run on pairs.
+    /// Tells whether bf16 products run on pairs.
     pub(crate) fn dots(self) -> bool {
         #[cfg(target_arch = "x86_64")]
         return matches!(self, Isa::Avx512Bf16(_));

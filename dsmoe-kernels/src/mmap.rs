@@ -6,8 +6,8 @@ use std::ops::Deref;
 
 /// A file mapped for reading.
 ///
-/// The bytes are those of the file as long as nobody truncates it: a shrinking file raises SIGBUS on the next
-/// read past its new end, as with every memory map.
+/// The bytes are those of the file unless another process truncates it: a read past the new end then raises SIGBUS, as
+/// with every memory map.
 #[derive(Debug)]
 pub struct Mmap(memmap2::Mmap);
 

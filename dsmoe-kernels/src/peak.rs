@@ -1,7 +1,7 @@
-//! What this machine can do at best: the ceilings that the time of an op is compared with.
+//! The peak speed of this machine, with which the time of an op is compared.
 //!
-//! A ceiling is measured, not looked up: the best of several short bursts on all threads of the current rayon pool.
-//! Whatever else the machine does can only slow a burst down.
+//! A peak is measured: it is the best of several short bursts on all threads of the current rayon pool. Other load on
+//! the machine can only slow a burst down.
 
 use std::hint::black_box;
 use std::sync::Mutex;
@@ -15,14 +15,14 @@ use crate::simd::{Kernel, Product, ProductKernel, Simd};
 
 /// Independent sums: they cover the latency of a multiply-add on every pipe and fit AVX2's registers.
 const CHAINS: usize = 12;
-/// Seconds that a burst takes at least: long beside the clock's steps, short beside a scheduler's slice.
+/// Least seconds of a burst: long compared with the clock's resolution, short compared with a scheduler's slice.
 const BURST_SECONDS: f64 = 0.0015;
-/// Bursts go on for this many seconds, but there are a few whatever they take.
+/// Bursts are repeated for this many seconds, but at least a few times.
 const ALL_SECONDS: f64 = 0.12;
 const FEWEST_BURSTS: usize = 4;
 
-/// Floating-point operations per second of multiply-adds that never leave the registers. In bf16 that is the better
-/// of products of pairs, where the tier has them, and f32.
+/// Measures the floating-point operations per second of multiply-adds in registers. For bf16, returns the better of
+/// products of pairs, where the tier has them, and f32.
 pub fn flops(isa: Isa, precision: Precision) -> f64 {
     let wide = on_all_threads(|rounds| isa.run_product(MultiplyAdds { rounds, dots: false }));
     if precision == Precision::Bf16 && isa.dots() {
@@ -32,8 +32,8 @@ pub fn flops(isa: Isa, precision: Precision) -> f64 {
     }
 }
 
-/// Bytes per second at which all threads together read `bytes` again and again, each its own part of them. A size
-/// past the caches gives the bandwidth of memory, which that much memory is taken for.
+/// Measures the bytes per second at which all threads together read `bytes` repeatedly, each thread its own part. A
+/// size beyond the caches gives the bandwidth of memory; the call allocates that much memory.
 pub fn read_bandwidth(isa: Isa, bytes: usize) -> f64 {
     let per_thread = (bytes / size_of::<f32>() / rayon::current_num_threads()).next_multiple_of(BLOCK);
     let parts: Vec<_> = (0..rayon::current_num_threads()).map(|_| Mutex::new(Buf::default())).collect();
@@ -49,7 +49,7 @@ pub fn read_bandwidth(isa: Isa, bytes: usize) -> f64 {
     one.max(on_all_threads(|passes| isa.run(Read::<4> { x: &part(), passes })))
 }
 
-/// The best work per second of `burst(amount)` on all threads at once; a burst returns how much work it did.
+/// Returns the best work per second of `burst(amount)` on all threads at once. A burst returns the work it did.
 fn on_all_threads(burst: impl Fn(usize) -> f64 + Sync) -> f64 {
     let run = |amount: usize| {
         let waiting = AtomicUsize::new(rayon::current_num_threads());
@@ -126,7 +126,7 @@ struct Read<'a, const STREAMS: usize> {
 
 /// Values of one step of a stream on the widest tier.
 const STEP: usize = 64;
-/// What a thread's part is a multiple of: whole steps in all streams.
+/// A thread's part is a multiple of this: whole steps in all streams.
 const BLOCK: usize = 4 * STEP;
 
 impl<const STREAMS: usize> Kernel for Read<'_, STREAMS> {

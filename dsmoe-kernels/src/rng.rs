@@ -1,10 +1,10 @@
-//! Reproducible random numbers: PCG-64 raw output with distributions of our own, whose values do not change
-//! with a dependency's version.
+//! Reproducible random numbers: the raw output of PCG-64 with distributions defined here, whose values do not depend
+//! on the version of a dependency.
 
 use rand_pcg::Pcg64;
 use rand_pcg::rand_core::Rng as _;
 
-/// A stream of random numbers; equal (seed, stream) give equal numbers on every machine.
+/// A stream of random numbers. Equal seeds and streams give equal numbers on every machine.
 #[derive(Clone, Debug)]
 pub struct Rng {
     pcg: Pcg64,
@@ -12,7 +12,7 @@ pub struct Rng {
 }
 
 impl Rng {
-    /// The stream `stream` of `seed`. Different streams of one seed are independent.
+    /// Starts stream `stream` of `seed`. Different streams of one seed are independent.
     pub fn new(seed: u64, stream: u64) -> Rng {
         let mix = |x: u64| {
             // splitmix64, so that neighbouring seeds start far apart.
@@ -26,17 +26,17 @@ impl Rng {
         Rng { pcg: Pcg64::new(state, increment), spare: None }
     }
 
-    /// 64 random bits.
+    /// Returns 64 random bits.
     pub fn next_u64(&mut self) -> u64 {
         self.pcg.next_u64()
     }
 
-    /// Uniform in [0, 1), 24 bits.
+    /// Returns a uniform value in [0, 1) with 24 random bits.
     pub fn uniform(&mut self) -> f32 {
         (self.next_u64() >> 40) as f32 * (1.0 / (1u64 << 24) as f32)
     }
 
-    /// Uniform in 0..n.
+    /// Returns a uniform value in 0..n.
     ///
     /// # Panics
     /// `n` is 0.
@@ -52,7 +52,7 @@ impl Rng {
         }
     }
 
-    /// Standard normal, by Box and Muller.
+    /// Returns a standard normal value, by the method of Box and Muller.
     pub fn normal(&mut self) -> f32 {
         if let Some(x) = self.spare.take() {
             return x;

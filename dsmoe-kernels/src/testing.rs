@@ -1,22 +1,23 @@
-//! Helpers for tests of kernels, here and in the crates above.
+//! Helpers for tests, here and in the crates that build on this one.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::rng::Rng;
 
-/// The system's allocator, which counts what all threads ask for: a test's `#[global_allocator]`.
+/// Counts the allocations of all threads and passes them to the system's allocator. A test makes it its
+/// `#[global_allocator]`.
 #[derive(Debug)]
 pub struct CountingAllocator(AtomicUsize);
 
 impl CountingAllocator {
-    /// Nothing counted yet.
+    /// Starts with a count of 0.
     #[expect(clippy::new_without_default, reason = "a static needs a const function")]
     pub const fn new() -> CountingAllocator {
         CountingAllocator(AtomicUsize::new(0))
     }
 
-    /// Allocations and reallocations so far.
+    /// Returns the number of allocations and reallocations so far.
     pub fn count(&self) -> usize {
         self.0.load(Ordering::Relaxed)
     }
@@ -48,28 +49,28 @@ unsafe impl GlobalAlloc for CountingAllocator {
     }
 }
 
-/// `n` normal values, a function of `seed`.
+/// Returns `n` normal values that depend on `seed` alone.
 pub fn normals(n: usize, seed: u64) -> Vec<f32> {
     let mut out = vec![0.0; n];
     Rng::new(seed, 0xd5).fill_normal(&mut out, 1.0);
     out
 }
 
-/// To f64, for the references.
+/// Converts to f64, for the references.
 pub fn f64s(x: &[f32]) -> Vec<f64> {
     x.iter().map(|&x| f64::from(x)).collect()
 }
 
-/// Panics unless every value of `got` is within `tolerance * max(1, max |want|)` of `want`; says where the
-/// worst one is and what share of the tolerance it used.
+/// Checks that every value of `got` is within `tolerance * max(1, max |want|)` of `want`. The message gives the place of
+/// the largest error and its share of the tolerance.
 ///
 /// # Panics
-/// See above; also when the lengths differ or a value is NaN.
+/// A value is farther off or NaN, or the lengths differ.
 pub fn assert_close(name: &str, got: &[f32], want: &[f64], tolerance: f64) {
     assert_close_f64(name, &f64s(got), want, tolerance);
 }
 
-/// [`assert_close`] for f64 results.
+/// Does the same as [`assert_close`] for f64 results.
 ///
 /// # Panics
 /// As [`assert_close`].
@@ -95,7 +96,7 @@ pub fn assert_close_f64(name: &str, got: &[f64], want: &[f64], tolerance: f64) {
     );
 }
 
-/// Central differences of `f` at `x`, one per coordinate, with step `h`.
+/// Returns the central differences of `f` at `x`, one per coordinate, with step `h`.
 pub fn finite_differences(x: &[f64], h: f64, mut f: impl FnMut(&[f64]) -> f64) -> Vec<f64> {
     let mut point = x.to_vec();
     (0..x.len())
@@ -118,10 +119,10 @@ pub fn with_threads<R: Send>(threads: usize, f: impl FnOnce() -> R + Send) -> R 
     rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("thread pool").install(f)
 }
 
-/// Panics unless `f` gives the same result on 1, 2 and 3 threads.
+/// Checks that `f` gives the same result on 1, 2 and 3 threads.
 ///
 /// # Panics
-/// See above.
+/// The results differ.
 pub fn assert_same_on_threads<R: PartialEq + Send>(name: &str, f: impl Fn() -> R + Sync) {
     let one = with_threads(1, &f);
     for threads in [2, 3] {
@@ -129,19 +130,20 @@ pub fn assert_same_on_threads<R: PartialEq + Send>(name: &str, f: impl Fn() -> R
     }
 }
 
-/// Distance of two arrays.
+/// Returns the Euclidean distance of two arrays.
 pub fn distance(a: &[f32], b: &[f32]) -> f64 {
     a.iter().zip(b).map(|(&a, &b)| (f64::from(a) - f64::from(b)).powi(2)).sum::<f64>().sqrt()
 }
 
-/// Size of an array.
+/// Returns the Euclidean norm of an array.
 pub fn norm(x: &[f32]) -> f64 {
     x.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt()
 }
 
-/// What is wrong if `got` errs more than four times what `half`, the processor in bf16, does against `want`, its f32. Both
-/// round operands of products to 8 bits; a GPU also keeps activations and their gradients so between ops. To that comes half
-/// a percent of `size`, the norm of what was added up on the way.
+/// Compares `got`, the result of a GPU, with `want`, the f32 result of the CPU. The error may be four times that of
+/// `half`, the bf16 result of the CPU, plus half a percent of `size`, the norm of the added terms: both round the operands
+/// of products to bf16, and a GPU also keeps activations and their gradients in bf16 between ops. Returns a message if the
+/// error is larger.
 pub fn too_far(what: &str, got: &[f32], want: &[f32], half: &[f32], size: f64) -> Option<String> {
     let (got, allowed) = (distance(got, want), 4.0 * distance(half, want) + 0.005 * size);
     // Not a number is too far.
@@ -151,10 +153,10 @@ pub fn too_far(what: &str, got: &[f32], want: &[f32], half: &[f32], size: f64) -
     })
 }
 
-/// Whether there is a GPU; says so where not.
+/// Tells whether there is a GPU, and prints that the test is skipped if there is none.
 ///
 /// # Panics
-/// There is none, and `DSMOE_REQUIRE` asks for one (`gpu`).
+/// There is no GPU, and `DSMOE_REQUIRE` contains `gpu`.
 #[cfg(feature = "cuda")]
 #[expect(clippy::print_stderr, reason = "a skipped test says so")]
 pub fn has_gpu(test: &str) -> bool {

@@ -39,7 +39,7 @@ impl Matrix {
     }
 }
 
-/// y = f(leaves), and the gradient of `sum(dy * y)` for each of the first `count` leaves.
+/// Returns y = f(leaves), and the gradient of `sum(dy * y)` for each of the first `count` leaves.
 fn gradients(
     leaves: &[Matrix],
     count: usize,
@@ -197,7 +197,7 @@ fn attention_graph<'g>(l: &[ag::Tensor<'g, f64>]) -> ag::Tensor<'g, f64> {
     heads.reduce(|a, b| a + b).expect("there are heads")
 }
 
-/// The columns of matrices with these widths, in one matrix.
+/// Joins the columns of matrices with these widths in one matrix.
 fn joined(parts: [(&Vec<f64>, usize); 3], rows: usize) -> Vec<f64> {
     (0..rows)
         .flat_map(|t| parts.into_iter().flat_map(move |(x, width)| &x[t * width..(t + 1) * width]))

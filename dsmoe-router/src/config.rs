@@ -1,4 +1,4 @@
-//! What a DSMoE router does, as stored in a model's `config.json`.
+//! Settings of a DSMoE router, as stored in a model's `config.json`.
 
 use std::fmt;
 use std::str::FromStr;
@@ -15,13 +15,13 @@ pub struct RouterConfig {
     pub num_experts: usize,
     /// A gate is active when strictly above this (tau of eq. 7), in 0..=1: 0 opens all, 1 shuts all.
     pub threshold: f32,
-    /// What an active expert's output is multiplied by.
+    /// Factor of an active expert's output.
     pub gate_value: GateValue,
-    /// Whether the sum of experts is rescaled by their number.
+    /// Rescaling of the sum of experts by their number.
     pub rescale: Rescale,
-    /// What happens to a token without an active expert.
+    /// Treatment of a token without an active expert.
     pub zero_active: ZeroActive,
-    /// Whether inactive gates receive the gradient of the language-model loss (eq. 10).
+    /// True if inactive gates receive the gradient of the language-model loss (eq. 10).
     pub ste: bool,
 }
 
@@ -43,7 +43,7 @@ pub enum Rescale {
     /// None.
     #[default]
     None,
-    /// By n / max(k, 1) for a token with k active experts (eq. 8); a constant to the gradient.
+    /// The factor n / max(k, 1) for a token with k active experts (eq. 8); a constant to the gradient.
     Eq8,
 }
 
@@ -59,7 +59,7 @@ pub enum ZeroActive {
 }
 
 impl RouterConfig {
-    /// The paper's router: threshold 0.5, sigmoid gates, no rescale, STE.
+    /// Makes the paper's router: threshold 0.5, sigmoid gates, no rescale, STE.
     pub fn new(num_experts: usize) -> RouterConfig {
         RouterConfig {
             num_experts,
@@ -93,8 +93,8 @@ impl RouterConfig {
         Ok(())
     }
 
-    /// ln(threshold / (1 - threshold)): a gate is active when its logit is strictly above. -inf for threshold 0,
-    /// +inf for 1.
+    /// Returns ln(threshold / (1 - threshold)); a gate is active when its logit is strictly above. It is -inf for
+    /// threshold 0, +inf for 1.
     pub fn threshold_logit(&self) -> f64 {
         let threshold = f64::from(self.threshold);
         (threshold / (1.0 - threshold)).ln()

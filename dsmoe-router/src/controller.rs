@@ -81,12 +81,12 @@ impl BudgetController {
         })
     }
 
-    /// The weight for the next step.
+    /// Returns the weight for the next step.
     pub fn weight(&self) -> f32 {
         self.weight as f32
     }
 
-    /// Share aimed at.
+    /// Returns the target share.
     pub fn target(&self) -> f32 {
         self.target as f32
     }

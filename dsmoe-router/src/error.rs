@@ -1,6 +1,6 @@
 //! The error of this crate.
 
-/// What can be wrong with a router's configuration or initialisation.
+/// An error in a router's configuration or initialisation.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -11,7 +11,7 @@ pub enum Error {
         field: &'static str,
         /// The value found.
         found: String,
-        /// What to use instead.
+        /// The values allowed.
         allowed: String,
     },
     /// A word is not one of those its field allows.

@@ -1,7 +1,7 @@
-//! Gates: from hidden states to a [`Routing`] (paper section 3.2).
+//! Gates: from router logits to a [`Routing`] (paper section 3.2).
 //!
 //! ```text
-//! logits  z = x Y^T + b              router weight Y [n, hidden], bias b [n] or none
+//! logits  z = x Y^T + b              computed by the caller: router weight Y [n, hidden], bias b [n] or none
 //! gates   q = 1 / (1 + e^-z)
 //! mask    m = [z > logit(threshold)] the same as [q > threshold], without the rounding of a sigmoid
 //! value   S = q m  or  m             sigmoid or binary gates (eqs. 7, 10)
@@ -10,12 +10,11 @@
 //! ```
 //! With [`ZeroActive::ForceArgmax`] a token with k = 0 gets its largest gate (the first of equals) into the mask.
 
-use dsmoe_kernels::{Precision, linear};
-use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis};
+use ndarray::{Array2, ArrayView1, ArrayView2};
 
 use crate::{GateValue, Rescale, RouterConfig, Routing, ZeroActive};
 
-/// What routing one layer gave; kept for the backward pass.
+/// The routing of one layer; kept for the backward pass.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Routed {
     /// z, `[T, n]`.
@@ -26,59 +25,6 @@ pub struct Routed {
     pub mask: Array2<bool>,
     /// The active pairs with their coefficients.
     pub routing: Routing,
-}
-
-/// Router logits `[T, n]` of hidden states `x` `[T, hidden]`, with `weight` `[n, hidden]` and `bias` `[n]`.
-///
-/// # Panics
-/// The shapes do not fit.
-pub fn logits(
-    x: ArrayView2<'_, f32>,
-    weight: ArrayView2<'_, f32>,
-    bias: Option<ArrayView1<'_, f32>>,
-) -> Array2<f32> {
-    let dims = dims(x.dim(), weight.dim());
-    let mut z = Array2::zeros((dims.rows, dims.outputs));
-    let (x, weight) = (x.as_standard_layout(), weight.as_standard_layout());
-    let (x, weight) = (x.as_slice().expect("standard layout"), weight.as_slice().expect("standard layout"));
-    linear::Forward { y: z.as_slice_mut().expect("standard layout"), x, w: weight, dims }.run();
-    if let Some(bias) = bias {
-        assert_eq!(bias.len(), dims.outputs, "router logits: bias for {dims:?}");
-        z += &bias;
-    }
-    z
-}
-
-/// Gradients of [`logits`]: **adds** to `dx` `[T, hidden]`, `dweight` `[n, hidden]` and `dbias` `[n]`.
-///
-/// # Panics
-/// The shapes do not fit; `dx` or `dweight` is not in standard layout.
-pub fn logits_backward(
-    mut dx: ArrayViewMut2<'_, f32>,
-    mut dweight: ArrayViewMut2<'_, f32>,
-    dbias: Option<ArrayViewMut1<'_, f32>>,
-    dlogits: ArrayView2<'_, f32>,
-    x: ArrayView2<'_, f32>,
-    weight: ArrayView2<'_, f32>,
-) {
-    let dims = dims(x.dim(), weight.dim());
-    let (x, weight) = (x.as_standard_layout(), weight.as_standard_layout());
-    let dz = dlogits.as_standard_layout();
-    let dz = dz.as_slice().expect("standard layout");
-    let dx = dx.as_slice_mut().expect("router logits: dx is not in standard layout");
-    linear::BackwardInput { dx, dy: dz, w: weight.as_slice().expect("standard layout"), dims, add: true }
-        .run();
-    let dweight = dweight.as_slice_mut().expect("router logits: dweight is not in standard layout");
-    linear::BackwardWeight { dw: dweight, dy: dz, x: x.as_slice().expect("standard layout"), dims }.run();
-    if let Some(mut dbias) = dbias {
-        assert_eq!(dbias.len(), dims.outputs, "router logits: dbias for {dims:?}");
-        dbias += &dlogits.sum_axis(Axis(0));
-    }
-}
-
-fn dims((rows, inputs): (usize, usize), weight: (usize, usize)) -> linear::Dims {
-    assert_eq!(weight.1, inputs, "router logits: x [{rows}, {inputs}], weight {weight:?}");
-    linear::Dims { rows, inputs, outputs: weight.0, precision: Precision::F32 }
 }
 
 /// Routes tokens by their `logits` `[T, n]`.
@@ -92,10 +38,10 @@ pub fn route(config: &RouterConfig, logits: ArrayView2<'_, f32>) -> Routed {
 }
 
 impl Routed {
-    /// [`route`] into the memory of `self`.
+    /// Does as [`route`], in the memory of `self`.
     ///
     /// # Panics
-    /// As [`route`].
+    /// Those of [`route`].
     pub fn rebuild(&mut self, config: &RouterConfig, logits: ArrayView2<'_, f32>) {
         let Routed { logits: z, gates, mask, routing } = self;
         assert_eq!(logits.ncols(), config.num_experts, "route: logits {:?} for {config:?}", logits.dim());
@@ -121,7 +67,7 @@ impl Routed {
     }
 }
 
-/// The factor c of a token with this mask (eq. 8), 1 without rescale.
+/// Returns the factor c of a token with this mask (eq. 8), 1 without rescale.
 pub(crate) fn scale(config: &RouterConfig, mask: ArrayView1<'_, bool>) -> f32 {
     match config.rescale {
         Rescale::None => 1.0,

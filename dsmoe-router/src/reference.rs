@@ -16,7 +16,7 @@ pub struct RoutedF64 {
     pub coef: Vec<f64>,
 }
 
-/// Gates, mask and coefficients of `logits`.
+/// Computes gates, mask and coefficients of `logits`.
 ///
 /// # Panics
 /// `logits` is not a number of rows of `config.num_experts`.
@@ -59,7 +59,7 @@ pub fn route(config: &RouterConfig, logits: &[f64]) -> RoutedF64 {
     RoutedF64 { gates, mask, coef }
 }
 
-/// c of one token (eq. 8).
+/// Returns c of one token (eq. 8).
 fn scale(config: &RouterConfig, mask: &[bool]) -> f64 {
     let k = mask.iter().filter(|m| **m).count();
     match config.rescale {
@@ -68,8 +68,8 @@ fn scale(config: &RouterConfig, mask: &[bool]) -> f64 {
     }
 }
 
-/// Gradient by the logits, from the gradient `dcoef` by the coefficient of every pair and the derivative `weight`
-/// of the loss by each gate that the sparsity loss counts ([`crate::ste::backward`] states the formulas).
+/// Computes the gradient by the logits from the gradient `dcoef` by the coefficient of every pair and the derivative
+/// `weight` of the loss by each gate that the sparsity loss counts ([`crate::ste::backward`] states the formulas).
 ///
 /// # Panics
 /// The lengths differ.
@@ -104,7 +104,8 @@ pub fn backward(
     dlogits
 }
 
-/// Sparsity loss of the layer: mean over tokens and experts of G (`Active`) or q (`All`); 0 without tokens.
+/// Computes the sparsity loss of the layer: mean over tokens and experts of G (`Active`) or q (`All`); 0 without
+/// tokens.
 pub fn sparsity(routed: &RoutedF64, over: SparsityOver) -> f64 {
     let mut sum = 0.0;
     for (q, active) in routed.gates.iter().zip(&routed.mask) {

@@ -1,4 +1,4 @@
-//! Which experts run for which tokens: compressed rows by expert, with the token-major inverse.
+//! Experts that run for each token: compressed rows by expert, with the token-major inverse.
 
 use ndarray::ArrayView2;
 
@@ -53,7 +53,7 @@ impl Default for Routing {
 }
 
 impl Routing {
-    /// Routing of the pairs set in `mask` `[T, n]`; `coefficient(token, expert)` is asked for those alone.
+    /// Makes the routing of the pairs set in `mask` `[T, n]`; `coefficient(token, expert)` is called for those alone.
     ///
     /// # Panics
     /// More than `u32::MAX` pairs.
@@ -63,7 +63,7 @@ impl Routing {
         routing
     }
 
-    /// [`from_mask`](Self::from_mask) into the memory of `self`.
+    /// Does as [`from_mask`](Self::from_mask), in the memory of `self`.
     ///
     /// # Panics
     /// More than `u32::MAX` pairs.
@@ -112,12 +112,12 @@ impl Routing {
         debug_assert!(self.is_consistent());
     }
 
-    /// Active pairs (R).
+    /// Returns the number of active pairs (R).
     pub fn num_routed(&self) -> usize {
         self.tokens.len()
     }
 
-    /// R / (T n); 0 without tokens.
+    /// Returns R / (T n); 0 without tokens.
     pub fn active_ratio(&self) -> f64 {
         match self.num_tokens * self.num_experts {
             0 => 0.0,
@@ -125,17 +125,17 @@ impl Routing {
         }
     }
 
-    /// Tokens of each expert, `[n]`.
+    /// Returns the number of tokens of each expert, `[n]`.
     pub fn counts(&self) -> impl ExactSizeIterator<Item = usize> + '_ {
         self.offsets.windows(2).map(|pair| pair[1] - pair[0])
     }
 
-    /// Active experts of each token (k_t), `[T]`.
+    /// Returns the number of active experts of each token (k_t), `[T]`.
     pub fn active_counts(&self) -> impl ExactSizeIterator<Item = usize> + '_ {
         self.token_offsets.windows(2).map(|pair| pair[1] - pair[0])
     }
 
-    /// Whether the fields are what the documentation of this type says.
+    /// Returns whether the fields satisfy the documentation of this type.
     pub fn is_consistent(&self) -> bool {
         let routed = self.num_routed();
         let covers = |offsets: &[usize], groups: usize| {

@@ -8,7 +8,7 @@
 
 use crate::Routed;
 
-/// Which gates the sparsity loss counts.
+/// Gates that the sparsity loss counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum SparsityOver {
     /// Active ones (eq. 19): a shut gate gets no gradient.
@@ -26,7 +26,7 @@ pub struct SparsityGrad {
     pub over: SparsityOver,
 }
 
-/// Sparsity loss of the layer, in 0..=1; 0 without tokens. Its gradient is part of [`crate::ste::backward`].
+/// Computes the sparsity loss of the layer, in 0..=1; 0 without tokens. [`crate::ste::backward`] holds its gradient.
 pub fn loss(routed: &Routed, over: SparsityOver) -> f64 {
     let counted = |active: bool| active || over == SparsityOver::All;
     let pairs = routed.gates.iter().zip(&routed.mask);

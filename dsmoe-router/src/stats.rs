@@ -16,9 +16,9 @@ pub struct RoutingStats {
 /// Active experts of single tokens.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Trace {
-    /// Of each token, summed over layers.
+    /// Count of each token, summed over layers.
     active: Vec<u32>,
-    /// Where the present batch begins.
+    /// First token of the present batch.
     batch: usize,
 }
 
@@ -30,7 +30,7 @@ struct LayerStats {
     histogram: Vec<u64>,
 }
 
-/// What [`RoutingStats`] says, by layer and in all. Shares are in 0..=1; all are 0 without tokens.
+/// Shares that [`RoutingStats`] gives, by layer and overall, in 0..=1; all are 0 without tokens.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct RoutingSummary {
     /// Tokens seen by the first layer.
@@ -54,13 +54,13 @@ pub struct RoutingSummary {
 }
 
 impl RoutingStats {
-    /// No tokens yet.
+    /// Makes statistics without tokens.
     pub fn new(num_layers: usize, num_experts: usize) -> RoutingStats {
         let layer = LayerStats { load: vec![0; num_experts], histogram: vec![0; num_experts + 1] };
         RoutingStats { num_experts, layers: vec![layer; num_layers], trace: None }
     }
 
-    /// The same, keeping the active experts of every token too. Batches must then come layer by layer from the first,
+    /// Makes it keep the active experts of every token too. Batches must then come layer by layer from the first,
     /// as a forward pass adds them.
     #[must_use]
     pub fn traced(mut self) -> RoutingStats {
@@ -68,8 +68,8 @@ impl RoutingStats {
         self
     }
 
-    /// Active experts of each token, summed over layers, in the order in which they were added; empty unless
-    /// [`RoutingStats::traced`]. Merging leaves it as it is.
+    /// Returns the active experts of each token, summed over layers, in the order in which they were added; empty
+    /// unless [`RoutingStats::traced`]. Merging leaves it as it is.
     pub fn active_of_tokens(&self) -> &[u32] {
         self.trace.as_ref().map_or(&[], |trace| &trace.active)
     }
@@ -97,7 +97,7 @@ impl RoutingStats {
         }
     }
 
-    /// Experts of a layer.
+    /// Returns the number of experts of a layer.
     pub fn num_experts(&self) -> usize {
         self.num_experts
     }
@@ -120,7 +120,7 @@ impl RoutingStats {
         layer.histogram.iter_mut().zip(histogram).for_each(|(a, b)| *a += b);
     }
 
-    /// Whether `other` has the same layers and experts, so that [`RoutingStats::merge`] takes it.
+    /// Returns whether `other` has the same layers and experts, so that [`RoutingStats::merge`] takes it.
     pub fn is_like(&self, other: &RoutingStats) -> bool {
         let shape = |stats: &RoutingStats| -> Vec<(usize, usize)> {
             stats.layers.iter().map(|layer| (layer.load.len(), layer.histogram.len())).collect()
@@ -141,7 +141,7 @@ impl RoutingStats {
         }
     }
 
-    /// Whether it keeps the active experts of every token.
+    /// Returns whether it keeps the active experts of every token.
     pub fn is_traced(&self) -> bool {
         self.trace.is_some()
     }
@@ -166,13 +166,13 @@ impl RoutingStats {
         }
     }
 
-    /// Active share of all (token, layer, expert) triples; 0 without tokens.
+    /// Returns the active share of all (token, layer, expert) triples; 0 without tokens.
     pub fn active_ratio(&self) -> f64 {
         let routed = self.layers.iter().map(LayerStats::routed).sum();
         ratio(routed, self.layers.iter().map(LayerStats::tokens).sum::<u64>() * self.num_experts as u64)
     }
 
-    /// Shares and entropies.
+    /// Computes shares and entropies.
     pub fn summary(&self) -> RoutingSummary {
         let n = self.num_experts as u64;
         let tokens: u64 = self.layers.iter().map(LayerStats::tokens).sum();

@@ -6,7 +6,7 @@ use crate::gate::scale;
 use crate::sparsity::{SparsityGrad, SparsityOver};
 use crate::{GateValue, Routed, RouterConfig};
 
-/// **Sets** `dlogits` `[T, n]`, the gradient of the loss by the router logits.
+/// Sets `dlogits` `[T, n]`, the gradient of the loss by the router logits.
 ///
 /// `dcoefficients` `[T, n]` is the gradient by the coefficient of *every* pair, `<dy_t, o_i(x_t)>`, inactive ones
 /// included: an inactive expert's output counts in the router's gradient although it does not in the forward pass.

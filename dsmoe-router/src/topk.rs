@@ -22,7 +22,7 @@ use crate::{Error, Result, Routing};
 const NOISE_FLOOR: f64 = 0.01;
 const CV2_FLOOR: f64 = 1e-10;
 
-/// What the selected experts of a token are weighed by.
+/// Weights of the selected experts of a token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scores {
     /// The softmax over their logits (LLaMA-MoE).
@@ -40,14 +40,14 @@ pub struct TopKConfig {
     pub top_k: usize,
     /// Experts that every token has besides, numbered after the others (LLaMA-MoE's residual experts).
     pub num_residual: usize,
-    /// What the chosen experts are weighed by.
+    /// Weights of the chosen experts.
     pub scores: Scores,
     /// Factor on the scores: n / k in LLaMA-MoE, which gives 1/k of the dense output for even scores; n keeps it.
     pub score_scale: f32,
 }
 
 impl TopKConfig {
-    /// Softmax scores with LLaMA-MoE's scale n / k, no residual experts.
+    /// Makes a router with softmax scores, LLaMA-MoE's scale n / k and no residual experts.
     ///
     /// # Errors
     /// `top_k` is not in 1..=num_experts.
@@ -73,7 +73,7 @@ pub struct Noise<'a> {
     pub draws: ArrayView2<'a, f32>,
 }
 
-/// What top-k routing one layer gave; kept for the backward pass.
+/// The top-k routing of one layer; kept for the backward pass.
 #[derive(Clone, Debug)]
 pub struct TopKRouted {
     /// p, `[T, n]`.
@@ -102,14 +102,14 @@ impl NoisyLogits {
         self.logits[[t, i]] + self.draws[[t, i]] * self.std[[t, i]]
     }
 
-    /// (z_i - H) / s_i and the expert whose noisy logit is H.
+    /// Returns (z_i - H) / s_i and the expert whose noisy logit is H.
     fn margin(&self, t: usize, i: usize, ranking: &[usize], top_k: usize) -> (f64, usize) {
         let other = if ranking[..top_k].contains(&i) { ranking[top_k] } else { ranking[top_k - 1] };
         ((self.logits[[t, i]] - self.noisy(t, other)) / self.std[[t, i]], other)
     }
 }
 
-/// Standard deviation s of the noise from the noise network's output: softplus(raw) + 0.01.
+/// Computes the standard deviation s of the noise from the noise network's output: softplus(raw) + 0.01.
 pub fn noise_std(raw: ArrayView2<'_, f32>) -> Array2<f32> {
     raw.mapv(|x| {
         let x = f64::from(x);
@@ -192,12 +192,12 @@ pub fn route(config: &TopKConfig, logits: ArrayView2<'_, f32>, noise: Option<Noi
     TopKRouted { scores, routing, importance, load, ranking, noise }
 }
 
-/// cv2(importance) + cv2(load); LLaMA-MoE weighs it by 0.01 and sums over layers.
+/// Computes cv2(importance) + cv2(load); LLaMA-MoE weighs it by 0.01 and sums over layers.
 pub fn balance_loss(routed: &TopKRouted) -> f64 {
     cv2(&routed.importance) + cv2(&routed.load)
 }
 
-/// **Sets** `dlogits` `[T, n]` and, where given, `dstd` `[T, n]`, the gradient by [`Noise::std`] (0 without noise).
+/// Sets `dlogits` `[T, n]` and, where given, `dstd` `[T, n]`, the gradient by [`Noise::std`] (0 without noise).
 ///
 /// `dcoefficients` `[T, n + num_residual]` is the gradient by the coefficients, read for selected pairs alone;
 /// `balance_weight` the weight of [`balance_loss`] in the loss.
@@ -267,7 +267,7 @@ pub fn backward(
     }
 }
 
-/// Squared coefficient of variation; 0 for fewer than two values.
+/// Computes the squared coefficient of variation; 0 for fewer than two values.
 pub fn cv2(values: &[f64]) -> f64 {
     if values.len() < 2 {
         return 0.0;
@@ -276,7 +276,7 @@ pub fn cv2(values: &[f64]) -> f64 {
     variance / (mean * mean + CV2_FLOOR)
 }
 
-/// `weight` times the gradient of [`cv2`].
+/// Computes `weight` times the gradient of [`cv2`].
 fn cv2_gradient(values: &[f64], weight: f64) -> Vec<f64> {
     if values.len() < 2 {
         return vec![0.0; values.len()];
@@ -288,7 +288,7 @@ fn cv2_gradient(values: &[f64], weight: f64) -> Vec<f64> {
     values.iter().map(|v| weight * (2.0 * (v - mean) / (n - 1.0) / floor + by_mean)).collect()
 }
 
-/// Mean, and variance with n - 1.
+/// Computes the mean, and the variance with n - 1.
 fn moments(values: &[f64]) -> (f64, f64) {
     let n = values.len() as f64;
     let mean = values.iter().sum::<f64>() / n;
@@ -299,8 +299,8 @@ fn normal_density(x: f64) -> f64 {
     (-0.5 * x * x).exp() / std::f64::consts::TAU.sqrt()
 }
 
-/// Standard normal distribution function to about 1e-15, by the series of Marsaglia (J. Stat. Softw. 11(4), 2004):
-/// Phi(x) = 1/2 + density(x) (x + x^3/3 + x^5/15 + ...).
+/// Computes the standard normal distribution function to about 1e-15, by the series of Marsaglia (J. Stat. Softw.
+/// 11(4), 2004): Phi(x) = 1/2 + density(x) (x + x^3/3 + x^5/15 + ...).
 fn normal_cdf(x: f64) -> f64 {
     if x.is_nan() {
         return x;

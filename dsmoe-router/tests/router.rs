@@ -3,9 +3,9 @@
 use dsmoe_kernels::testing::{assert_close, assert_close_f64, f64s, finite_differences, normals};
 use dsmoe_router::reference::{self, RoutedF64};
 use dsmoe_router::{
-    GateValue, Rescale, RouterConfig, SparsityGrad, SparsityOver, ZeroActive, gate, route, sparsity, ste,
+    GateValue, Rescale, RouterConfig, SparsityGrad, SparsityOver, ZeroActive, route, sparsity, ste,
 };
-use ndarray::{Array1, Array2, array};
+use ndarray::{Array2, array};
 
 const NO_SPARSITY: SparsityGrad = SparsityGrad { weight: 0.0, over: SparsityOver::Active };
 
@@ -231,40 +231,4 @@ fn rebuild_gives_what_route_gives() {
     let mut routed = route(&config, logits(9).view());
     routed.rebuild(&config, logits(5).view());
     assert_eq!(routed, route(&config, logits(5).view()));
-}
-
-#[test]
-fn logits_and_their_gradients_are_those_of_a_linear_layer() {
-    let (num_tokens, hidden, n) = (6, 10, 3);
-    let make = |shape: (usize, usize), seed| {
-        Array2::from_shape_vec(shape, normals(shape.0 * shape.1, seed)).unwrap()
-    };
-    let (x, weight, dz) = (make((num_tokens, hidden), 1), make((n, hidden), 2), make((num_tokens, n), 3));
-    let bias = Array1::from_vec(normals(n, 4));
-    let wide = |a: &Array2<f32>| a.mapv(f64::from);
-    let check = |name: &str, got: &Array2<f32>, want: Array2<f64>| {
-        assert_close(name, got.as_slice().unwrap(), want.as_standard_layout().as_slice().unwrap(), 1e-6);
-    };
-
-    let plain = wide(&x).dot(&wide(&weight).t());
-    check("z", &gate::logits(x.view(), weight.view(), None), plain.clone());
-    // A transposed copy has another memory layout and the same values.
-    let x_columns = x.t().as_standard_layout().into_owned();
-    let z = gate::logits(x_columns.t(), weight.view(), Some(bias.view()));
-    check("z + b", &z, plain + bias.mapv(f64::from));
-
-    let (mut dx, mut dweight, mut dbias) =
-        (Array2::ones((num_tokens, hidden)), Array2::ones((n, hidden)), Array1::ones(n));
-    gate::logits_backward(
-        dx.view_mut(),
-        dweight.view_mut(),
-        Some(dbias.view_mut()),
-        dz.view(),
-        x.view(),
-        weight.view(),
-    );
-    check("dx", &dx, wide(&dz).dot(&wide(&weight)) + 1.0);
-    check("dweight", &dweight, wide(&dz).t().dot(&wide(&x)) + 1.0);
-    let sums: Vec<f64> = wide(&dz).columns().into_iter().map(|column| column.sum() + 1.0).collect();
-    assert_close("dbias", dbias.as_slice().unwrap(), &sums, 1e-6);
 }

@@ -2,7 +2,7 @@
 #![no_main]
 
 #[expect(dead_code, reason = "other targets use the rest")]
-#[path = "../../dsmoe-core/tests/malformed_support/bodies.rs"]
+#[path = "../../dsmoe-core/tests/files/bodies.rs"]
 mod bodies;
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {

@@ -34,13 +34,9 @@ pub(crate) fn check_dense(config: &Config, path: &Path) -> Result<()> {
     if config.is_dense() && config.is_even() {
         return Ok(());
     }
-    let wrong = dsmoe_core::Error::Field {
-        path: path.to_path_buf(),
-        field: "model_type".to_owned(),
-        problem: format!("is {}, not a plain llama", config.model_type()),
-        mend: "use a dense model whose layers are alike".to_owned(),
-    };
-    Err(wrong.into())
+    let problem = format!("is {}, not a plain llama", config.model_type());
+    let help = "use a dense model whose layers are alike";
+    Err(dsmoe_core::Error::field(path, "model_type", problem, help).into())
 }
 
 /// Reports a streamed writer's progress as a method's.

@@ -3,6 +3,7 @@ use std::path::{Path, PathBuf};
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::config::PartitionKind;
 use dsmoe_core::init::{InitOptions, init, preset};
+use dsmoe_core::model::Batch;
 use dsmoe_core::{Config, Inference, Model};
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::testing::{assert_close, f64s};
@@ -139,7 +140,14 @@ fn a_start_from_text_opens_the_budget() {
         let targets = inputs.clone();
         let (mut losses, mut stats) = (vec![0.0; inputs.len()], model.new_stats());
         let mut workspace = Default::default();
-        model.score(&mut losses, &inputs, &targets, 64, stats.as_mut(), &mut workspace).unwrap();
+        model
+            .score(
+                &mut losses,
+                Batch { inputs: &inputs, targets: &targets, seq: 64 },
+                stats.as_mut(),
+                &mut workspace,
+            )
+            .unwrap();
         (losses, stats.map(|stats| stats.summary().active_ratio_per_layer))
     };
     let (dense, _) = score(&model, None);

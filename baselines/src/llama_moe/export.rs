@@ -10,22 +10,23 @@
 use std::path::Path;
 
 use dsmoe_core::Config;
+use dsmoe_core::Remedy;
 use dsmoe_core::checkpoint::{
     Checkpoint, Dtype, OutputDir, Progress, TensorInfo, Writer, check_llama_tensors, copy_companions,
-    write_synced,
 };
 use dsmoe_core::config::{CONFIG_FILE, RopeScaling};
 use dsmoe_core::convert::source_infos;
+use dsmoe_core::files::write_synced;
 use dsmoe_router::topk::Scores;
 use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
 use crate::topk::{TopkSpec, spec_of};
 
-/// The base that LLaMA-MoE's model has, whatever its configuration says.
+/// The rotary base of LLaMA-MoE's model, regardless of its configuration.
 const ROPE_THETA: f64 = 10_000.0;
 
-/// What was made.
+/// The size of an export.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ExportReport {
     /// Tensors written.
@@ -34,7 +35,7 @@ pub struct ExportReport {
     pub bytes: u64,
 }
 
-/// How a tensor is cut.
+/// The cut of a tensor.
 enum Cut {
     Whole,
     /// Experts are row ranges.
@@ -86,8 +87,8 @@ pub fn export(
     progress: &mut dyn FnMut(Progress),
 ) -> Result<ExportReport> {
     if let Some(dtype) = dtype.filter(|dtype| !dtype.is_float()) {
-        let problem = format!("dtype {dtype} is not for weights; use bf16, f16 or f32");
-        return Err(dsmoe_core::Error::Argument(problem).into());
+        let problem = format!("dtype {dtype} is not for weights");
+        return Err(dsmoe_core::Error::argument(problem, "use bf16, f16 or f32").into());
     }
     let mut config = Config::load(model)?;
     let spec = exportable(model, &config)?;
@@ -135,25 +136,21 @@ pub fn export(
     }
     writer.finish()?;
     copy_companions(model, output.path())?;
-    write_synced(&output.path().join(CONFIG_FILE), config_json(&config, &spec).as_bytes())?;
+    let path = output.path().join(CONFIG_FILE);
+    write_synced(&path, config_json(&config, &spec).as_bytes()).map_err(dsmoe_core::Error::io(&path))?;
     output.commit()?;
     Ok(report)
 }
 
-/// The FFNs of `config`, when LLaMA-MoE's model computes the same function.
+/// Returns the FFNs of `config` if LLaMA-MoE's model computes the same function.
 fn exportable(model: &Path, config: &Config) -> Result<TopkSpec> {
-    let wrong = |field: &str, problem: String, mend: &str| {
-        Err(Error::Core(dsmoe_core::Error::Field {
-            path: model.join(CONFIG_FILE),
-            field: field.to_owned(),
-            problem,
-            mend: mend.to_owned(),
-        }))
+    let wrong = |field: &str, problem: String, help: Remedy| {
+        Err(Error::Core(dsmoe_core::Error::field(&model.join(CONFIG_FILE), field, problem, help)))
     };
-    let native = "export the model as it is";
+    let native = Remedy::from("export the model as it is");
     let Some(spec) = config.ffn.as_deref().and_then(spec_of) else {
-        let mend = "name a model that method llama-moe made";
-        return wrong("ffn.type", "is not topk".to_owned(), mend);
+        let help = "use a model that the method llama-moe made".into();
+        return wrong("ffn.type", "is not topk".to_owned(), help);
     };
     if spec.router.num_residual > 0 {
         return wrong("ffn.num_residual", format!("is {}", spec.router.num_residual), native);

@@ -1,7 +1,7 @@
 //! Gradients of the language-model loss over calibration text, one sequence at a time.
 
 use dsmoe_core::Model;
-use dsmoe_core::model::{StepArgs, TrainWorkspace};
+use dsmoe_core::model::{Batch, StepArgs, TrainWorkspace};
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::buf::Buf;
 use dsmoe_router::SparsityOver;
@@ -40,9 +40,7 @@ impl<'a> Gradients<'a> {
         };
         let output = self.model.train_step(
             &mut self.sum,
-            inputs,
-            targets,
-            inputs.len(),
+            Batch { inputs, targets, seq: inputs.len() },
             &args,
             &mut self.workspace,
         )?;

@@ -58,18 +58,17 @@ fn copy(
     cut: &Cut,
     sink: &mut dyn FnMut(&[u8]) -> dsmoe_core::Result<()>,
 ) -> dsmoe_core::Result<()> {
-    let io = |cause| dsmoe_core::Error::Io { path: path.to_path_buf(), cause };
     let size = view.dtype.size();
     let cols = view.shape.last().copied().unwrap_or(1);
     let (row, rows) = (cols * size, view.numel() / cols.max(1));
     let per_chunk = (CHUNK / row.max(1)).max(1);
-    let mut file = File::open(path).map_err(io)?;
-    file.seek(SeekFrom::Start(view.offset)).map_err(io)?;
+    let mut file = File::open(path).map_err(dsmoe_core::Error::io(path))?;
+    file.seek(SeekFrom::Start(view.offset)).map_err(dsmoe_core::Error::io(path))?;
     let (mut input, mut output) = (Vec::new(), Vec::new());
     for first in (0..rows).step_by(per_chunk) {
         let count = per_chunk.min(rows - first);
         input.resize(count * row, 0);
-        file.read_exact(&mut input).map_err(io)?;
+        file.read_exact(&mut input).map_err(dsmoe_core::Error::io(path))?;
         let kept: Vec<usize> = match &cut.rows {
             None => (0..count).collect(),
             Some(rows) => {

@@ -1,4 +1,4 @@
-//! From a dense model directory to one whose FFNs are of type `topk`: the number of active experts that is nearest to a
+//! The conversion of a dense model directory to one with FFNs of type `topk`: the number of active experts nearest to a
 //! budget, and the directory, streamed.
 
 use std::path::Path;
@@ -8,11 +8,11 @@ use dsmoe_core::Config;
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::checkpoint::{
     Checkpoint, Dtype, OutputDir, TensorInfo, TensorSource, Writer, check_llama_tensors, copy_companions,
-    write_synced,
 };
 use dsmoe_core::config::CONFIG_FILE;
 use dsmoe_core::convert::{ffn_change, source_infos};
 use dsmoe_core::ffn::FfnSpec;
+use dsmoe_core::files::write_synced;
 use dsmoe_core::masks::Masks;
 use dsmoe_core::partition::Partition;
 use serde_json::json;
@@ -24,19 +24,14 @@ use crate::method::{Budget, Job, Plan, Progress};
 /// The neurons of all experts, in the form that `dsmoe convert --partition` reads.
 pub const EXPERTS_FILE: &str = "experts.json";
 
-/// The configuration of the dense model in `dir`, and its files.
+/// Opens the dense model in `dir`: its configuration and its files.
 ///
 /// # Errors
 /// They cannot be read, or the model is not dense or has masked weights.
 pub(crate) fn open_dense(dir: &Path) -> Result<(Config, Checkpoint)> {
     let config = Config::load(dir)?;
     let wrong = |field: &str, problem: &str| {
-        Error::Core(dsmoe_core::Error::Field {
-            path: dir.join(CONFIG_FILE),
-            field: field.to_owned(),
-            problem: problem.to_owned(),
-            mend: "name a dense model".to_owned(),
-        })
+        Error::Core(dsmoe_core::Error::field(&dir.join(CONFIG_FILE), field, problem, "use a dense model"))
     };
     if !config.is_dense() {
         return Err(wrong("model_type", "says that the FFNs are experts already"));
@@ -52,7 +47,7 @@ pub(crate) fn open_dense(dir: &Path) -> Result<(Config, Checkpoint)> {
 /// Checks that `num_experts` divide the neurons of every layer.
 ///
 /// # Errors
-/// They do not; the message has the numbers that would do.
+/// They do not; the message lists numbers that do.
 pub(crate) fn check_experts(config: &Config, num_experts: usize) -> Result<()> {
     for shape in config.layers() {
         Partition::contiguous(shape.intermediate, num_experts)?;
@@ -60,8 +55,8 @@ pub(crate) fn check_experts(config: &Config, num_experts: usize) -> Result<()> {
     Ok(())
 }
 
-/// Which of `specs` activates the number of parameters nearest to `budget`, the smaller number among equals, and what it
-/// would make of the dense `config`. `specs` ascends in active experts.
+/// Chooses the spec whose number of activated parameters is nearest to `budget`, the smaller number among equals, and plans
+/// the model that it makes of the dense `config`. `specs` ascends in active experts.
 ///
 /// # Errors
 /// The budget is more than half a step outside what they reach.
@@ -124,7 +119,7 @@ fn with_spec(config: &Config, spec: TopkSpec) -> Config {
     config
 }
 
-/// One layer's experts and gate.
+/// The experts and the gate of a layer.
 pub(crate) struct LayerExperts {
     /// The original neuron of each row, experts one after the other.
     pub(crate) order: Vec<u32>,
@@ -177,7 +172,8 @@ pub(crate) fn write(
         layer.order.chunks_exact(width).collect::<Vec<_>>()
     });
     let experts = json!({"layers": experts.collect::<Vec<_>>()});
-    write_synced(&output.path().join(EXPERTS_FILE), format!("{experts}\n").as_bytes())?;
+    let path = output.path().join(EXPERTS_FILE);
+    write_synced(&path, format!("{experts}\n").as_bytes()).map_err(dsmoe_core::Error::io(&path))?;
     copy_companions(job.model, output.path())?;
     config.save(output.path())?;
     output.commit()?;

@@ -124,11 +124,8 @@ pub(crate) fn register() {
 }
 
 fn read(path: &Path, config: &Config, settings: &Map<String, Value>) -> dsmoe_core::Result<Arc<dyn FfnSpec>> {
-    let wrong = |field: &str, problem: String, mend: &str| dsmoe_core::Error::Field {
-        path: path.to_path_buf(),
-        field: field.to_owned(),
-        problem,
-        mend: mend.to_owned(),
+    let wrong = |field: &str, problem: String, help: &'static str| {
+        dsmoe_core::Error::field(path, field, problem, help)
     };
     let again = "make the model again from its dense model";
     let stored = Stored::deserialize(&Value::Object(settings.clone()))

@@ -6,7 +6,7 @@ use dsmoe_baselines::Budget;
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::checkpoint::{Checkpoint, Dtype, check_llama_tensors};
 use dsmoe_core::generate::{GenerateOptions, generate};
-use dsmoe_core::model::{Inference, Workspace};
+use dsmoe_core::model::{Batch, Inference, Workspace};
 use dsmoe_core::{Config, Model};
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::testing::{assert_close, f64s};
@@ -184,7 +184,9 @@ fn nll(model: &Inference, texts: &[Vec<u32>]) -> f64 {
     let mean = |ids: &Vec<u32>| {
         let mut losses = vec![0.0; ids.len() - 1];
         let (inputs, targets) = (&ids[..losses.len()], &ids[1..]);
-        model.score(&mut losses, inputs, targets, inputs.len(), None, &mut Workspace::default()).unwrap();
+        model
+            .score(&mut losses, Batch { inputs, targets, seq: inputs.len() }, None, &mut Workspace::default())
+            .unwrap();
         losses.iter().map(|&x| f64::from(x)).sum::<f64>() / losses.len() as f64
     };
     texts.iter().map(mean).sum::<f64>() / texts.len() as f64

@@ -1,4 +1,4 @@
-//! The command line of `dsmoe reproduce`.
+//! The arguments of `dsmoe reproduce`.
 
 use std::path::PathBuf;
 
@@ -12,8 +12,8 @@ use crate::reproduce::profile;
 
 const EXAMPLES: &str = "\
 Everything is kept in --out: results.json, one JSON file for each method and seed under runs/, speeds under timings/, and
-the stages under cache/, named by a hash of their settings and of what went into them. An interrupted run goes on with
---resume; with changed settings it does again only what they touch.
+the stages under cache/, named by a hash of their settings and inputs. An interrupted run continues
+with --resume; with changed settings it repeats only the stages that they affect.
 
   dsmoe reproduce                                        # quick, in ./reproduce-quick
   dsmoe reproduce --print-profile quick > mine.toml; dsmoe reproduce --profile mine.toml --seeds 3 --out MINE
@@ -21,7 +21,7 @@ the stages under cache/, named by a hash of their settings and of what went into
   dsmoe reproduce --profile small --shard 1/4 --out S1   # and 2/4, 3/4, 4/4 elsewhere; then
   dsmoe reproduce merge S1 S2 S3 S4 --out ALL";
 
-/// Reproduce the paper's comparison.
+/// The arguments of `dsmoe reproduce`.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES, args_conflicts_with_subcommands = true)]
 #[command(
@@ -30,37 +30,37 @@ the stages under cache/, named by a hash of their settings and of what went into
 pub(crate) struct Reproduce {
     #[command(subcommand)]
     pub(crate) command: Option<Sub>,
-    /// What to do: quick, small, paper-1b, paper-7b, or a TOML file
+    /// Profile: quick, small, paper-1b, paper-7b, or a TOML file
     #[arg(long, value_name = "NAME|FILE", default_value = "quick")]
     pub(crate) profile: String,
     /// Print an embedded profile as TOML and stop
     #[arg(long, value_name = "NAME", value_parser = profile::names())]
     pub(crate) print_profile: Option<String>,
-    /// Only these tables and figures, and what they need
+    /// Only these tables and figures, and the runs that they need
     #[arg(long, value_name = "OUTPUT,...", value_delimiter = ',', value_parser = words::<Output>(&Output::NAMES))]
     pub(crate) only: Vec<Output>,
     /// Only these methods of the profile
     #[arg(long, value_name = "NAME,...", value_delimiter = ',')]
     pub(crate) methods: Vec<String>,
-    /// Runs of every method, in place of the profile's
+    /// Runs of each method, in place of the profile's number
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1000))]
     pub(crate) seeds: Option<u64>,
-    /// Where everything goes [default: reproduce-PROFILE]
+    /// Directory of the results [default: reproduce-PROFILE]
     #[arg(long, value_name = "DIR")]
     pub(crate) out: Option<PathBuf>,
-    /// Stages are kept here; shards on one file system may share it [default: OUT/cache]
+    /// Directory of the stages; shards on one file system can share it [default: OUT/cache]
     #[arg(long, value_name = "DIR")]
     pub(crate) stages: Option<PathBuf>,
-    /// Go on in an --out that has been begun
+    /// Continue in an --out that is not empty
     #[arg(long)]
     pub(crate) resume: bool,
-    /// Print the plan - stages, tokens, memory, FLOPs, hours on this machine - and stop
+    /// Print the plan (stages, tokens, memory, FLOPs, hours on this machine) and stop
     #[arg(long)]
     pub(crate) dry_run: bool,
-    /// Do the i-th of n parts; 0/n does what all of them need first
+    /// Run the i-th of n parts; 0/n runs the stages that all parts need
     #[arg(long, value_name = "I/N")]
     pub(crate) shard: Option<Shard>,
-    /// Stop as if interrupted after so many training steps
+    /// Stop as if interrupted after this many training steps
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) stop_after: Option<u64>,
     /// Dense LLaMA directory to start from, in place of one trained from random weights
@@ -75,7 +75,7 @@ pub(crate) struct Reproduce {
     /// Folder of token caches, for text larger than the memory
     #[arg(long, value_name = "DIR")]
     pub(crate) cache: Option<PathBuf>,
-    /// Where to train and measure: cpu, or a GPU as cuda:0, which wants dtype = "bf16" in the profile
+    /// Device that trains and measures: cpu, or a GPU such as cuda:0, which needs dtype = "bf16" in the profile
     #[arg(long, value_name = "cpu|cuda:N", default_value_t)]
     pub(crate) device: Device,
     /// Folder that holds a folder of files for each benchmark [default: the probes of the embedded world, if it is the text]
@@ -85,11 +85,11 @@ pub(crate) struct Reproduce {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Sub {
-    /// Put the parts of a reproduction together
+    /// Merge the parts of a reproduction
     Merge(Merge),
     /// Fill the blocks `<!-- reproduce DIR -->` of Markdown files with the table and figure of the record in DIR
     Splice(Splice),
-    /// Speed and memory of one model, in a process of its own
+    /// Measure the speed and memory of one model in a separate process
     #[command(hide = true)]
     Speed(Speed),
 }
@@ -99,10 +99,10 @@ pub(crate) struct Merge {
     /// Directories of the parts
     #[arg(required = true, value_name = "DIR")]
     pub(crate) parts: Vec<PathBuf>,
-    /// Where the whole goes
+    /// Directory of the merged results
     #[arg(long, value_name = "DIR")]
     pub(crate) out: PathBuf,
-    /// Replace results that are there
+    /// Replace existing results
     #[arg(long)]
     pub(crate) force: bool,
 }

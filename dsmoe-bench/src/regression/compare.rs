@@ -10,7 +10,7 @@ use serde::Serialize;
 use super::export::{amount, origin};
 use super::file::{Benchmark, Kind, Record};
 use super::record::in_process;
-use super::statistics::{Estimate, Verdict, judge, judge_pairs};
+use super::statistics::{MedianEstimate, Verdict, judge, judge_pairs};
 use crate::cli::bench::Compare;
 use crate::format::Table;
 use crate::ui::Ui;
@@ -45,10 +45,10 @@ struct Compared {
     /// The relative change of the compared quantity.
     change: f64,
     /// The ratio after / before, where both took turns.
-    interval: Option<Estimate>,
+    interval: Option<MedianEstimate>,
     verdict: Verdict,
-    before: Estimate,
-    after: Estimate,
+    before: MedianEstimate,
+    after: MedianEstimate,
     /// The measured values.
     value_before: f64,
     value_after: f64,
@@ -143,7 +143,7 @@ fn apart(before: &Record, after: &Record) -> Option<String> {
         let all = record.benchmarks.iter();
         let found: Vec<f64> =
             all.filter_map(|one| Some(1e6 * one.value.median / one.exchange_ratio?.median)).collect();
-        (!found.is_empty()).then(|| Estimate::of(&found).median)
+        (!found.is_empty()).then(|| MedianEstimate::of(&found).median)
     };
     let (a, b) = (micros(before)?, micros(after)?);
     (a.max(b) > FURTHER * a.min(b)).then(|| {
@@ -197,7 +197,7 @@ fn row(
 }
 
 /// Compares a reproducible number: any change beyond the tolerance is reported as worse.
-fn quality(before: Estimate, after: Estimate, tolerance: f64) -> (f64, Verdict) {
+fn quality(before: MedianEstimate, after: MedianEstimate, tolerance: f64) -> (f64, Verdict) {
     let change = after.median / before.median - 1.0;
     (change, if change.abs() > tolerance { Verdict::Worse } else { Verdict::Same })
 }
@@ -259,7 +259,7 @@ fn paired(name: &str, pairs: &[[Record; 2]], args: &Compare) -> Result<Compared>
     // Other work only ever adds time, and both builds see the same moments: the fastest sample is the least disturbed.
     let compared = |one: &Benchmark| one.samples.iter().copied().fold(f64::INFINITY, f64::min);
     let all = |side: &[Benchmark], number: &dyn Fn(&Benchmark) -> f64| {
-        Estimate::of(&side.iter().map(number).collect::<Vec<f64>>())
+        MedianEstimate::of(&side.iter().map(number).collect::<Vec<f64>>())
     };
     let (before, after) = (all(a, &compared), all(b, &compared));
     let ratios: Vec<f64> = a.iter().zip(b).map(|(a, b)| compared(b) / compared(a)).collect();
@@ -323,10 +323,10 @@ fn show(report: &Comparison) -> String {
     if !report.missing.is_empty() {
         out += &format!("in one record alone: {}\n", report.missing.join(", "));
     }
-    let told =
+    let to_fail =
         if report.failed == report.worse { String::new() } else { format!(", {} to fail", report.failed) };
     out + &format!(
-        "{} of {} are worse by more than {:.1} %{told}\n",
+        "{} of {} are worse by more than {:.1} %{to_fail}\n",
         report.worse,
         report.rows.len(),
         100.0 * report.fail_above
@@ -351,7 +351,7 @@ mod tests {
     }
 
     fn record(ratio: f64, seconds: f64, instructions: f64, perplexity: f64) -> Record {
-        let around = |median: f64| Estimate { median, low: 0.99 * median, high: 1.01 * median };
+        let around = |median: f64| MedianEstimate { median, low: 0.99 * median, high: 1.01 * median };
         let mut record = Record::new(vec!["kernels".to_owned()], None);
         let mut time = Benchmark::exact("kernels/a/b".to_owned(), Kind::Time, "s", seconds);
         time.ratio = Some(around(ratio));
@@ -395,18 +395,19 @@ mod tests {
         let exchange = |record: &Record, ratio: f64| {
             let mut record = record.clone();
             record.benchmarks[0].exchange_ratio =
-                Some(Estimate { median: ratio, low: 0.99 * ratio, high: 1.01 * ratio });
+                Some(MedianEstimate { median: ratio, low: 0.99 * ratio, high: 1.01 * ratio });
             record
         };
         let (before, slower) = (record(1.0, 1.0, 1000.0, 20.0), record(1.4, 1.4, 1000.0, 20.0));
         // 3 times as long to hand data over, and so 1.4 times as long for what does.
         let apart = records(&exchange(&before, 1.0), &exchange(&slower, 1.4 / 3.0), &args()).unwrap();
         assert_eq!(apart.rows[0].verdict, Same);
-        let told =
-            |report: &Comparison| report.warnings.iter().any(|warning| warning.contains("in other places"));
-        assert!(told(&apart));
+        let warned = |report: &Comparison| {
+            report.warnings.iter().any(|warning| warning.contains("placement of the processors"))
+        };
+        assert!(warned(&apart));
         let same = records(&exchange(&before, 1.0), &exchange(&slower, 1.4), &args()).unwrap();
-        assert_eq!((same.rows[0].verdict, told(&same)), (Worse, false));
+        assert_eq!((same.rows[0].verdict, warned(&same)), (Worse, false));
     }
 
     #[test]
@@ -417,7 +418,7 @@ mod tests {
         after.benchmarks[0].ratio = None;
         let report = records(&before, &after, &args()).unwrap();
         assert_eq!(report.rows.len(), 1, "instructions alone");
-        assert!(report.warnings.iter().any(|warning| warning.contains("two machines")));
+        assert!(report.warnings.iter().any(|warning| warning.contains("machines differ")));
         after.suites = vec!["ffn".to_owned()];
         assert!(records(&before, &after, &args()).unwrap_err().to_string().contains("kernels and ffn"));
     }

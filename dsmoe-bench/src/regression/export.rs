@@ -6,7 +6,7 @@ use anyhow::Result;
 use serde_json::{Map, Value, json};
 
 use super::file::{Benchmark, Kind, Record};
-use super::statistics::Estimate;
+use super::statistics::MedianEstimate;
 use crate::cli::bench::Format;
 use crate::format::{self, Table};
 
@@ -22,7 +22,7 @@ pub(crate) fn text(record: &Record, format: Format) -> Result<String> {
 
 /// Writes the measures of Bencher, with latency in nanoseconds.
 fn bmf(record: &Record) -> Value {
-    let measure = |Estimate { median, low, high }: Estimate, scale: f64| json!({ "value": scale * median, "lower_value": scale * low, "upper_value": scale * high });
+    let measure = |MedianEstimate { median, low, high }: MedianEstimate, scale: f64| json!({ "value": scale * median, "lower_value": scale * low, "upper_value": scale * high });
     let mut all = Map::new();
     for one in &record.benchmarks {
         let measures = match one.kind {
@@ -44,7 +44,7 @@ fn bmf(record: &Record) -> Value {
 /// Writes one number per benchmark for github-action-benchmark: the calibrated one where there is a calibration.
 fn gha(record: &Record) -> Value {
     let entry = |one: &Benchmark| {
-        let (Estimate { median, low, high }, unit) =
+        let (MedianEstimate { median, low, high }, unit) =
             one.ratio.map_or((one.value, one.unit.as_str()), |ratio| (ratio, "calibration kernels"));
         json!({
             "name": one.name,

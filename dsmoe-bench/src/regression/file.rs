@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
-use super::statistics::Estimate;
+use super::statistics::MedianEstimate;
 use crate::machine::Machine;
 
 const FORMAT: &str = "dsmoe-bench-record";
@@ -59,11 +59,11 @@ pub(crate) struct Benchmark {
     pub(crate) kind: Kind,
     pub(crate) unit: String,
     /// The median in `unit` with its 99 % interval.
-    pub(crate) value: Estimate,
+    pub(crate) value: MedianEstimate,
     /// The ratio to the arithmetic of the calibration at the same moment.
-    pub(crate) ratio: Option<Estimate>,
+    pub(crate) ratio: Option<MedianEstimate>,
     /// The ratio to the exchange of data between threads at the same moment.
-    pub(crate) exchange_ratio: Option<Estimate>,
+    pub(crate) exchange_ratio: Option<MedianEstimate>,
     /// The number of processes, or of rounds of one process.
     pub(crate) repetitions: usize,
     /// Calls in each repetition of the first process.
@@ -81,7 +81,7 @@ impl Benchmark {
             name,
             kind,
             unit: unit.to_owned(),
-            value: Estimate::exact(value),
+            value: MedianEstimate::exact(value),
             ratio: None,
             exchange_ratio: None,
             repetitions: 1,
@@ -138,7 +138,7 @@ impl Record {
         let record: Record = serde_json::from_str(text)?;
         for one in &record.benchmarks {
             let numbers = [Some(one.value), one.ratio, one.exchange_ratio].into_iter().flatten();
-            for Estimate { median, low, high } in numbers {
+            for MedianEstimate { median, low, high } in numbers {
                 if !(0.0 < low && low <= median && median <= high && high.is_finite()) {
                     bail!("{}: {low} <= {median} <= {high} is no interval above 0; measure again", one.name);
                 }

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 
 use super::export::{amount, origin};
 use super::file::{Benchmark, Record};
-use super::statistics::Estimate;
+use super::statistics::MedianEstimate;
 use crate::cli::bench::History;
 use crate::machine::Machine;
 use crate::report::html::page;
@@ -86,7 +86,7 @@ fn trend(name: &str, found: &[(&Record, &Benchmark)]) -> Figure {
     let percent = |value: f64| 100.0 * value / compared(first).median;
     let mut machines: Vec<(&Machine, Series)> = Vec::new();
     for (i, (record, one)) in found.iter().enumerate() {
-        let Estimate { median, low, high } = compared(one);
+        let MedianEstimate { median, low, high } = compared(one);
         let point = Point {
             x: (i + 1) as f64,
             y: percent(median),

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 
 use super::calibrate::Calibration;
 use super::file::{Benchmark, Kind, Record};
-use super::statistics::Estimate;
+use super::statistics::MedianEstimate;
 use super::workloads::{Task, Workload, suites};
 use super::{export, instructions, quality};
 use crate::cli::bench::{Choice, Format, Record as Args, Suite};
@@ -111,15 +111,15 @@ fn merge(all: &[Record]) -> Result<Vec<Benchmark>> {
             .map(|record| record.benchmarks.iter().find(|other| other.name == one.name))
             .collect::<Option<_>>()
             .with_context(|| format!("{} is not in every process's record", one.name))?;
-        let medians = |estimate: &dyn Fn(&Benchmark) -> Option<Estimate>| -> Vec<f64> {
+        let medians = |estimate: &dyn Fn(&Benchmark) -> Option<MedianEstimate>| -> Vec<f64> {
             same.iter().filter_map(|one| estimate(one)).map(|found| found.median).collect()
         };
         let samples = medians(&|one| Some(one.value));
         let (ratio_samples, exchange_samples) =
             (medians(&|one| one.ratio), medians(&|one| one.exchange_ratio));
-        let estimate = |samples: &[f64]| (!samples.is_empty()).then(|| Estimate::of(samples));
+        let estimate = |samples: &[f64]| (!samples.is_empty()).then(|| MedianEstimate::of(samples));
         merged.push(Benchmark {
-            value: Estimate::of(&samples),
+            value: MedianEstimate::of(&samples),
             ratio: estimate(&ratio_samples),
             exchange_ratio: estimate(&exchange_samples),
             repetitions: samples.len(),
@@ -177,9 +177,9 @@ fn time(workloads: &[Workload], rounds: usize) -> Result<Vec<Benchmark>> {
         name: one.name,
         kind: Kind::Time,
         unit: "s".to_owned(),
-        value: Estimate::of(&one.samples),
-        ratio: Some(Estimate::of(&one.ratios)),
-        exchange_ratio: (!one.exchanges.is_empty()).then(|| Estimate::of(&one.exchanges)),
+        value: MedianEstimate::of(&one.samples),
+        ratio: Some(MedianEstimate::of(&one.ratios)),
+        exchange_ratio: (!one.exchanges.is_empty()).then(|| MedianEstimate::of(&one.exchanges)),
         repetitions: rounds,
         calls: one.calls,
         samples: one.samples,

@@ -8,30 +8,30 @@ pub(crate) const CONFIDENCE: f64 = 0.99;
 /// A median with its interval by order statistics.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(crate) struct Estimate {
+pub(crate) struct MedianEstimate {
     pub(crate) median: f64,
     pub(crate) low: f64,
     pub(crate) high: f64,
 }
 
-impl Estimate {
+impl MedianEstimate {
     /// Estimates the median without an assumption about the distribution. With fewer than 8 samples the interval is
     /// their range and contains the median less often than [`CONFIDENCE`].
     ///
     /// # Panics
     /// There are no samples.
-    pub(crate) fn of(samples: &[f64]) -> Estimate {
+    pub(crate) fn of(samples: &[f64]) -> MedianEstimate {
         let mut sorted = samples.to_vec();
         sorted.sort_by(f64::total_cmp);
         let n = sorted.len();
         let outside = rank(n);
         let median = f64::midpoint(sorted[(n - 1) / 2], sorted[n / 2]);
-        Estimate { median, low: sorted[outside], high: sorted[n - 1 - outside] }
+        MedianEstimate { median, low: sorted[outside], high: sorted[n - 1 - outside] }
     }
 
     /// Makes the estimate of a known number.
-    pub(crate) fn exact(value: f64) -> Estimate {
-        Estimate { median: value, low: value, high: value }
+    pub(crate) fn exact(value: f64) -> MedianEstimate {
+        MedianEstimate { median: value, low: value, high: value }
     }
 }
 
@@ -62,7 +62,7 @@ pub(crate) enum Verdict {
 
 /// Compares two medians where less is better. They differ only if the intervals are disjoint and the change exceeds
 /// `limit`. Returns the relative change as well.
-pub(crate) fn judge(before: Estimate, after: Estimate, limit: f64) -> (f64, Verdict) {
+pub(crate) fn judge(before: MedianEstimate, after: MedianEstimate, limit: f64) -> (f64, Verdict) {
     let change = after.median / before.median - 1.0;
     let verdict = if after.low > before.high && change > limit {
         Verdict::Worse
@@ -76,9 +76,9 @@ pub(crate) fn judge(before: Estimate, after: Estimate, limit: f64) -> (f64, Verd
 
 /// Judges the ratios after / before of rounds in which both took turns. They differ from 1 only if the interval does
 /// not contain 1 and the median is further from it than `limit`.
-pub(crate) fn judge_pairs(ratios: &[f64], limit: f64) -> (Estimate, Verdict) {
-    let ratio = Estimate::of(ratios);
-    (ratio, judge(Estimate::exact(1.0), ratio, limit).1)
+pub(crate) fn judge_pairs(ratios: &[f64], limit: f64) -> (MedianEstimate, Verdict) {
+    let ratio = MedianEstimate::of(ratios);
+    (ratio, judge(MedianEstimate::exact(1.0), ratio, limit).1)
 }
 
 #[cfg(test)]
@@ -113,7 +113,7 @@ mod tests {
         let missed = (0..4000)
             .filter(|_| {
                 let samples: Vec<f64> = (0..21).map(|_| f64::from(rng.uniform()).powi(3)).collect();
-                let estimate = Estimate::of(&samples);
+                let estimate = MedianEstimate::of(&samples);
                 estimate.low > 0.125 || estimate.high < 0.125
             })
             .count();
@@ -126,9 +126,9 @@ mod tests {
         let mut rng = Rng::new(7, 0);
         let (mut alarms, mut found, pairs) = (0, 0, 5000);
         for _ in 0..pairs {
-            let [a, b] = [1.0, 1.0].map(|level| Estimate::of(&run(&mut rng, level, REPEATS)));
+            let [a, b] = [1.0, 1.0].map(|level| MedianEstimate::of(&run(&mut rng, level, REPEATS)));
             alarms += usize::from(judge(a, b, LIMIT).1 != Verdict::Same);
-            let slow = Estimate::of(&run(&mut rng, 1.1, REPEATS));
+            let slow = MedianEstimate::of(&run(&mut rng, 1.1, REPEATS));
             found += usize::from(judge(a, slow, LIMIT).1 == Verdict::Worse);
         }
         assert_eq!(alarms, 0);
@@ -159,7 +159,8 @@ mod tests {
 
     #[test]
     fn a_change_needs_both_distance_and_size() {
-        let at = |median: f64, width: f64| Estimate { median, low: median - width, high: median + width };
+        let at =
+            |median: f64, width: f64| MedianEstimate { median, low: median - width, high: median + width };
         assert_eq!(judge(at(1.0, 0.001), at(1.02, 0.001), LIMIT).1, Verdict::Same, "small");
         assert_eq!(judge(at(1.0, 0.05), at(1.09, 0.05), LIMIT).1, Verdict::Same, "overlapping");
         assert_eq!(judge(at(1.0, 0.01), at(1.1, 0.01), LIMIT).1, Verdict::Worse);

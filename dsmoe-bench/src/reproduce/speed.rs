@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use anyhow::{Result, bail};
 use dsmoe_core::generate::{GenerateOptions, generate};
-use dsmoe_core::model::Workspace;
+use dsmoe_core::model::{Batch, Workspace};
 use dsmoe_core::{Device, Inference};
 use dsmoe_kernels::Precision;
 
@@ -69,6 +69,6 @@ fn best(mut measure: impl FnMut() -> Result<f64>) -> Result<f64> {
 fn prefill(model: &Inference, ids: &[u32], seq: usize) -> Result<f64> {
     let (mut losses, mut workspace) = (vec![0.0; ids.len()], Workspace::default());
     let started = Instant::now();
-    model.score(&mut losses, ids, ids, seq, None, &mut workspace)?;
+    model.score(&mut losses, Batch { inputs: ids, targets: ids, seq }, None, &mut workspace)?;
     Ok(ids.len() as f64 / started.elapsed().as_secs_f64().max(1e-9))
 }

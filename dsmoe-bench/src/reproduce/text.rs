@@ -8,7 +8,7 @@ use dsmoe_datasets::overlap::TokenTexts;
 use dsmoe_datasets::tasks::sha256;
 use dsmoe_datasets::tokens::identity;
 use dsmoe_datasets::world::{Domain, World};
-use dsmoe_datasets::{Bos, Corpus, CorpusOptions, Mixture, Source, Tokenizer, train_bpe};
+use dsmoe_datasets::{Bos, Corpus, CorpusOptions, Mixture, TokenSource, Tokenizer, train_bpe};
 use dsmoe_train::config::{NearDuplicates, TrainConfig};
 use dsmoe_train::run::TrainData;
 use serde::{Deserialize, Serialize};
@@ -37,7 +37,7 @@ pub(crate) struct HeldOut {
 
 /// All text of a reproduction.
 pub(crate) struct Text {
-    sources: Vec<Source>,
+    sources: Vec<TokenSource>,
     texts: Option<TokenTexts>,
     pub(crate) held_out: Vec<HeldOut>,
     pub(crate) tokenizer: Tokenizer,
@@ -87,7 +87,7 @@ impl Text {
             let corpus = Corpus::open(&[path], CorpusOptions::default())?;
             let tokens = dsmoe_datasets::tokenize(&corpus, &tokenizer, train.bos, None, &mut |_| {})?;
             let share = domain.share() as f64 / 100.0;
-            parts.push(Source { name: domain.name().to_owned(), weight: share, tokens: tokens.into() });
+            parts.push(TokenSource { name: domain.name().to_owned(), weight: share, tokens: tokens.into() });
             let wanted = profile.measure.windows * (train.seq + 1);
             let mut ids = Vec::with_capacity(wanted);
             for index in HELD_OUT.. {
@@ -151,33 +151,20 @@ impl Text {
         TrainData { sources: self.sources.clone(), texts: self.texts.clone() }
     }
 
-    /// Returns the first sequences of `seq` tokens that a training of this seed reads.
-    pub(crate) fn calibration(&self, samples: usize, seq: usize, seed: u64) -> Result<Vec<Vec<u32>>> {
-        let windows: usize = self.mixture.parts().iter().map(|part| part.split.num_windows()).sum();
-        if windows < samples {
-            bail!(
-                "calibration.samples is {samples} and the text has {windows} sequences of {seq}; use fewer, or more text"
-            );
-        }
-        let mut order = self.mixture.interleaving(samples, seed)?;
-        let read = |sample| {
-            let mut ids = Vec::with_capacity(seq + 1);
-            self.mixture.window(sample, &mut ids)?;
-            ids.truncate(seq);
-            Ok(ids)
-        };
-        order.batch_at(0).map(read).collect()
+    /// Returns the first sequences that a training of this seed reads.
+    pub(crate) fn calibration(&self, samples: usize, seed: u64) -> Result<Vec<Vec<u32>>> {
+        Ok(self.mixture.sequences(samples, seed)?)
     }
 }
 
 /// Returns the key of the tokens, and the hashes of the inputs.
 fn hashed(
-    sources: &[Source],
+    sources: &[TokenSource],
     held_out: &[HeldOut],
     tokenizer: &Tokenizer,
     train: &TrainConfig,
 ) -> Result<(Key, Value)> {
-    let hash = |source: &Source| {
+    let hash = |source: &TokenSource| {
         let (name, weight, tokens) = (&source.name, source.weight, source.tokens.len());
         let hash = identity(&source.tokens).with_context(|| name.clone())?;
         Ok(json!({ "name": name, "weight": weight, "tokens": tokens, "sha256": hash }))

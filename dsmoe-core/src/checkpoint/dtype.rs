@@ -55,12 +55,12 @@ const NAMES: [(Dtype, &str, usize); 16] = [
 ];
 
 impl Dtype {
-    /// Bytes of an element.
+    /// Returns the size of an element in bytes.
     pub fn size(self) -> usize {
         NAMES[self as usize].2
     }
 
-    /// Whether tensors of this type can be read and written as f32.
+    /// Returns whether tensors of this type can be read and written as f32.
     pub fn is_float(self) -> bool {
         matches!(self, Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16)
     }
@@ -95,18 +95,18 @@ impl fmt::Display for Dtype {
 impl FromStr for Dtype {
     type Err = Error;
 
-    /// The types weights are written as: `f32`, `f16`, `bf16`, in any case.
+    /// Parses the types that weights are written as: `f32`, `f16`, `bf16`, in any case.
     fn from_str(s: &str) -> Result<Dtype> {
         match s.to_ascii_lowercase().as_str() {
             "f32" | "float32" => Ok(Dtype::F32),
             "f16" | "float16" => Ok(Dtype::F16),
             "bf16" | "bfloat16" => Ok(Dtype::BF16),
-            _ => Err(Error::Argument(format!("unknown dtype `{}`; use bf16, f16 or f32", shown(s)))),
+            _ => Err(Error::argument(format!("unknown dtype `{}`", shown(s)), "use bf16, f16 or f32")),
         }
     }
 }
 
-/// Little-endian elements of `dtype` to f32.
+/// Converts little-endian elements of `dtype` to f32.
 ///
 /// # Panics
 /// `dtype` is not a float, or the lengths do not fit.
@@ -128,7 +128,7 @@ pub(crate) fn decode(out: &mut [f32], bytes: &[u8], dtype: Dtype) {
     }
 }
 
-/// f32 to little-endian elements of `dtype`.
+/// Converts f32 to little-endian elements of `dtype`.
 ///
 /// # Panics
 /// `dtype` is not a float, or the lengths do not fit.
@@ -150,7 +150,7 @@ pub(crate) fn encode(out: &mut [u8], values: &[f32], dtype: Dtype) {
     }
 }
 
-/// Elements `[rows, cols]` of `dtype` to f32 `[cols, rows]`.
+/// Converts elements `[rows, cols]` of `dtype` to f32 `[cols, rows]`.
 ///
 /// # Panics
 /// `dtype` is not a float, or the lengths do not fit.

@@ -24,7 +24,7 @@ const FOREIGN: &str = "write the file again with the safetensors library";
 pub struct Header {
     /// All tensors, in the order of their data.
     pub entries: Vec<HeaderEntry>,
-    /// Where the data starts in the file.
+    /// Offset of the data in the file.
     pub data_start: u64,
 }
 
@@ -145,8 +145,8 @@ impl Header {
     }
 }
 
-fn wrong(path: &Path, problem: String, mend: &'static str) -> Error {
-    Error::Header { path: path.to_path_buf(), problem, mend }
+fn wrong(path: &Path, problem: String, help: &'static str) -> Error {
+    Error::path(path, format!("header {problem}"), help)
 }
 
 fn check_len(path: &Path, header_len: u64, file_len: u64) -> Result<()> {

@@ -1,7 +1,8 @@
-//! Which tensors a LLaMA or DSMoE checkpoint must hold.
+//! Tensors that a LLaMA or DSMoE checkpoint must hold.
 
 use std::collections::HashSet;
 
+use super::names::{EMBEDDING, HEAD, ffn_name, is_ignored, norm_name, partition_name};
 use super::stream::same_bytes;
 use super::{Checkpoint, Dtype};
 use crate::config::{Config, PartitionKind};
@@ -9,11 +10,8 @@ use crate::error::{Error, Result};
 use crate::ffn;
 use crate::partition::Partition;
 
-pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
-pub(crate) const HEAD: &str = "lm_head.weight";
-
-/// Names and shapes of all tensors of `config`, as stored, in the order of the forward pass. A tied model has no
-/// `lm_head.weight`.
+/// Returns names and shapes of all tensors of `config`, as stored, in the order of the forward pass. A tied model has
+/// no `lm_head.weight`.
 pub fn tensor_names(config: &Config) -> impl Iterator<Item = (String, Vec<usize>)> + '_ {
     let &Config { vocab_size, hidden, head_dim, .. } = config;
     let layer = move |i: usize| {
@@ -41,41 +39,6 @@ pub fn tensor_names(config: &Config) -> impl Iterator<Item = (String, Vec<usize>
         .chain(head)
 }
 
-/// Full name of a layer's FFN tensor.
-pub(crate) fn ffn_name(layer: usize, name: &str) -> String {
-    format!("model.layers.{layer}.mlp.{name}")
-}
-
-/// Name of the norm before a layer's FFN.
-pub(crate) fn norm_name(layer: usize) -> String {
-    format!("model.layers.{layer}.post_attention_layernorm.weight")
-}
-
-/// Name of a layer's router, `[num_experts, hidden]`.
-pub(crate) fn router_name(layer: usize) -> String {
-    format!("model.layers.{layer}.mlp.router.weight")
-}
-
-/// Whether a tensor is a part of a layer's FFN other than a projection: of its router, or its partition.
-pub fn is_router(name: &str) -> bool {
-    name.contains(".mlp.") && !name.ends_with("_proj.weight")
-}
-
-/// Name of a layer's router bias, `[num_experts]`.
-pub(crate) fn router_bias_name(layer: usize) -> String {
-    format!("model.layers.{layer}.mlp.router.bias")
-}
-
-/// Name of a layer's original neuron indices, `[intermediate]`.
-pub(crate) fn partition_name(layer: usize) -> String {
-    format!("model.layers.{layer}.mlp.partition")
-}
-
-/// Whether a tensor is one that old conversions left and nobody reads.
-pub(crate) fn is_ignored(name: &str) -> bool {
-    name.ends_with(".rotary_emb.inv_freq")
-}
-
 /// A checkpoint that was found to hold the model of a configuration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LlamaTensors {
@@ -83,8 +46,8 @@ pub struct LlamaTensors {
 }
 
 impl LlamaTensors {
-    /// Name under which the tensor `name` of [`tensor_names`] is stored: a tied model may have stored its embedding
-    /// as `lm_head.weight`.
+    /// Returns the name under which the tensor `name` of [`tensor_names`] is stored: a tied model may have stored its
+    /// embedding as `lm_head.weight`.
     pub fn stored_name<'a>(&self, name: &'a str) -> &'a str {
         if self.embedding_is_head && name == EMBEDDING { HEAD } else { name }
     }
@@ -102,8 +65,8 @@ pub fn check_llama_tensors(config: &Config, checkpoint: &Checkpoint) -> Result<L
         && !same_bytes(checkpoint, embedding, head)?
     {
         let problem = format!("differs from {EMBEDDING} and config.json has tie_word_embeddings true");
-        let mend = "set tie_word_embeddings to false".to_owned();
-        return Err(checkpoint.wrong(HEAD, head, problem, mend));
+        let help = "set tie_word_embeddings to false";
+        return Err(checkpoint.wrong(HEAD, head, problem, help));
     }
     let tensors = LlamaTensors { embedding_is_head: tied && embedding.is_none() && head.is_some() };
 
@@ -114,22 +77,22 @@ pub fn check_llama_tensors(config: &Config, checkpoint: &Checkpoint) -> Result<L
             Some(view) => view,
             None if name == HEAD => {
                 let problem = "is missing and config.json has tie_word_embeddings false";
-                let mend =
+                let help =
                     "set tie_word_embeddings to true, or use the weights that belong to this config.json";
-                return Err(Error::tensor(checkpoint.path(), &name, problem, mend));
+                return Err(Error::tensor(checkpoint.path(), &name, problem, help));
             }
             None => return Err(checkpoint.need(&name).expect_err("the tensor is absent")),
         };
         if view.shape != shape {
             let problem = format!("has shape {:?} and config.json says {shape:?}", view.shape);
-            let mend = "use the weights that belong to this config.json".to_owned();
-            return Err(checkpoint.wrong(&name, view, problem, mend));
+            let help = "use the weights that belong to this config.json";
+            return Err(checkpoint.wrong(&name, view, problem, help));
         }
         let is_partition = name.ends_with(".mlp.partition");
         if !(if is_partition { view.dtype == Dtype::I32 } else { view.dtype.is_float() }) {
             let wanted = if is_partition { "I32" } else { "F32, F16, BF16 or F64" };
-            let mend = format!("store it as {wanted}");
-            return Err(checkpoint.wrong(&name, view, format!("has dtype {}", view.dtype), mend));
+            let help = format!("store it as {wanted}");
+            return Err(checkpoint.wrong(&name, view, format!("has dtype {}", view.dtype), help));
         }
         expected.insert(name);
     }
@@ -137,14 +100,14 @@ pub fn check_llama_tensors(config: &Config, checkpoint: &Checkpoint) -> Result<L
     if let Some(name) = checkpoint.names().find(|name| !known(name)) {
         let view = checkpoint.need(name)?;
         let problem = "is not part of the model of config.json";
-        let mend = "use the config.json that belongs to the weights, or remove the tensor".to_owned();
-        return Err(checkpoint.wrong(name, view, problem, mend));
+        let help = "use the config.json that belongs to the weights, or remove the tensor";
+        return Err(checkpoint.wrong(name, view, problem, help));
     }
     read_partitions(config, checkpoint)?;
     Ok(tensors)
 }
 
-/// The partition of every layer of a DSMoE checkpoint; empty for a dense one.
+/// Returns the partition of every layer of a DSMoE checkpoint; empty for a dense one.
 pub(crate) fn read_partitions(config: &Config, checkpoint: &Checkpoint) -> Result<Vec<Partition>> {
     let Some(moe) = &config.moe else { return Ok(Vec::new()) };
     let num_experts = moe.router.num_experts;
@@ -155,8 +118,8 @@ pub(crate) fn read_partitions(config: &Config, checkpoint: &Checkpoint) -> Resul
             let order = checkpoint.read_i32(&name)?;
             let unsigned = order.iter().map(|&i| u32::try_from(i).unwrap_or(u32::MAX)).collect();
             Partition::from_order(unsigned, num_experts).map_err(|cause| {
-                let mend = "convert the model again";
-                Error::tensor(checkpoint.path(), &name, format!("is no partition ({cause})"), mend)
+                let help = "convert the model again";
+                Error::tensor(checkpoint.path(), &name, format!("is no partition ({cause})"), help)
             })
         }
     };

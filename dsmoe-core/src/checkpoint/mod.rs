@@ -3,6 +3,7 @@
 mod dtype;
 mod header;
 mod llama;
+mod names;
 mod output;
 mod reader;
 mod stream;
@@ -12,18 +13,21 @@ mod writer;
 pub use dtype::{Dtype, transpose};
 pub(crate) use dtype::{decode, encode};
 pub use header::{Header, HeaderEntry};
-pub(crate) use llama::{
-    EMBEDDING, ffn_name, is_ignored, norm_name, partition_name, read_partitions, router_bias_name,
-    router_name,
+pub(crate) use llama::read_partitions;
+pub use llama::{LlamaTensors, check_llama_tensors, tensor_names};
+pub use names::is_router;
+pub(crate) use names::{
+    EMBEDDING, ffn_name, is_ignored, norm_name, partition_name, router_bias_name, router_name,
 };
-pub use llama::{LlamaTensors, check_llama_tensors, is_router, tensor_names};
-pub use output::{OutputDir, write_synced};
+pub use output::OutputDir;
 pub use reader::{Checkpoint, TensorView};
 pub(crate) use stream::Meter;
 pub use stream::{Change, Progress, TensorSource};
 pub(crate) use weights::WeightReader;
 pub use writer::{DEFAULT_SHARD_BYTES, TensorInfo, Writer};
 
+/// Name of the configuration in a model directory.
+pub const CONFIG_FILE: &str = "config.json";
 /// The only weights file of an unsharded directory.
 pub const SINGLE_FILE: &str = "model.safetensors";
 /// The table of a sharded directory: which tensor is in which file.

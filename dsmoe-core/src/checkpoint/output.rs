@@ -1,11 +1,12 @@
 //! Output directories that appear complete or not at all.
 
-use std::fs::{self, File};
-use std::io::{ErrorKind, Write};
+use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use crate::config::CONFIG_FILE;
+use super::CONFIG_FILE;
 use crate::error::{Error, Result};
+use crate::files::{parent, remove_dir, sync_dir};
 
 /// A directory being written beside its target, `.NAME.tmp-PID`; [`OutputDir::commit`] renames it. Dropped without
 /// that, it is removed.
@@ -25,49 +26,48 @@ impl OutputDir {
     /// `path` is a file, or a directory that is not empty: without `force`, or with it when there is no config.json
     /// in it; or the file system refuses.
     pub fn create(path: &Path, force: bool) -> Result<OutputDir> {
-        let wrong = |problem: &str, mend| {
-            Err(Error::Path { path: path.to_path_buf(), problem: problem.to_owned(), mend })
-        };
+        let wrong = |problem: &str| Err(Error::path(path, problem, "choose another {out}"));
         let target =
             if path.exists() { path.canonicalize().map_err(Error::io(path))? } else { path.to_path_buf() };
         if target.exists() && !target.is_dir() {
-            return wrong("is a file", "choose another --out");
+            return wrong("is a file");
         }
         if !is_empty(&target)? {
             if !force {
-                return Err(Error::OutputNotEmpty { path: path.to_path_buf() });
+                let help = "choose another {out} or set {force}".into();
+                return Err(Error::OutputNotEmpty { path: path.to_path_buf(), help });
             }
             if !target.join(CONFIG_FILE).is_file() {
-                return wrong("is not a model directory and is not replaced", "choose another --out");
+                return wrong("is not a model directory and is not replaced");
             }
         }
         let Some(name) = target.file_name().map(|name| name.to_string_lossy().into_owned()) else {
-            return wrong("is not the name of a directory", "choose another --out");
+            return wrong("is not the name of a directory");
         };
         let parent = parent(&target);
         fs::create_dir_all(parent).map_err(Error::io(parent))?;
         let temporary = parent.join(format!(".{name}.tmp-{}", std::process::id()));
-        remove_if_there(&temporary)?;
+        remove_dir(&temporary).map_err(Error::io(&temporary))?;
         remove_abandoned(parent, &format!(".{name}.tmp-"))?;
         fs::create_dir(&temporary).map_err(Error::io(&temporary))?;
         Ok(OutputDir { target, temporary, name, committed: false })
     }
 
-    /// [`OutputDir::create`] for a directory made from `source`, which must survive.
+    /// Does as [`OutputDir::create`] for a directory made from `source`, which must survive.
     ///
     /// # Errors
-    /// As `create`; also when `source` is `path` or inside it.
+    /// Those of `create`; `source` is `path` or inside it.
     pub fn create_from(source: &Path, path: &Path, force: bool) -> Result<OutputDir> {
         if let (Ok(source), Ok(target)) = (source.canonicalize(), path.canonicalize())
             && source.starts_with(&target)
         {
-            let problem = "holds the model that is read".to_owned();
-            return Err(Error::Path { path: path.to_path_buf(), problem, mend: "choose another --out" });
+            let help = "choose another {out}";
+            return Err(Error::path(path, "holds the model that is read", help));
         }
         OutputDir::create(path, force)
     }
 
-    /// Where to write.
+    /// Returns the temporary directory to write to.
     pub fn path(&self) -> &Path {
         &self.temporary
     }
@@ -78,13 +78,13 @@ impl OutputDir {
     /// The file system refuses; what was there is then still there.
     pub fn commit(mut self) -> Result<()> {
         let target = &self.target;
-        sync_dir(&self.temporary)?;
+        sync_dir(&self.temporary).map_err(Error::io(&self.temporary))?;
         let parent = parent(target);
         if !target.exists() {
             fs::rename(&self.temporary, target).map_err(Error::io(target))?;
             self.committed = true;
         } else if is_empty(target)? {
-            // Filled, not replaced: it may be somebody's working directory. What makes it a model comes last.
+            // Filled, not replaced: it may be the working directory of a process. The file that makes it a model comes last.
             let mut names = Vec::new();
             for entry in fs::read_dir(&self.temporary).map_err(Error::io(&self.temporary))? {
                 names.push(entry.map_err(Error::io(&self.temporary))?.file_name());
@@ -94,46 +94,33 @@ impl OutputDir {
                 let file = target.join(&name);
                 fs::rename(self.temporary.join(&name), &file).map_err(Error::io(&file))?;
             }
-            sync_dir(target)?;
+            sync_dir(target).map_err(Error::io(target))?;
         } else {
             let old = parent.join(format!(".{}.old-{}", self.name, std::process::id()));
-            remove_if_there(&old)?;
+            remove_dir(&old).map_err(Error::io(&old))?;
             fs::rename(target, &old).map_err(Error::io(target))?;
             if let Err(cause) = fs::rename(&self.temporary, target) {
                 fs::rename(&old, target).map_err(Error::io(&old))?;
                 return Err(Error::io(target)(cause));
             }
             self.committed = true;
-            sync_dir(parent)?;
+            sync_dir(parent).map_err(Error::io(parent))?;
             fs::remove_dir_all(&old).map_err(Error::io(&old))?;
         }
-        sync_dir(parent)
+        sync_dir(parent).map_err(Error::io(parent))
     }
 }
 
 impl Drop for OutputDir {
     fn drop(&mut self) {
         if !self.committed {
-            // Nobody is left to tell when this fails too.
+            // A failure here cannot be reported.
             let _ = fs::remove_dir_all(&self.temporary);
         }
     }
 }
 
-/// Writes a small file and syncs it.
-///
-/// # Errors
-/// The file system refuses; the message names the file.
-pub fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
-    let mut file = File::create(path).map_err(Error::io(path))?;
-    file.write_all(bytes).and_then(|()| file.sync_all()).map_err(Error::io(path))
-}
-
-fn parent(path: &Path) -> &Path {
-    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
-}
-
-/// Whether there is nothing at `path`, or a directory with nothing in it.
+/// Returns whether there is nothing at `path`, or an empty directory.
 fn is_empty(path: &Path) -> Result<bool> {
     match fs::read_dir(path) {
         Ok(mut entries) => Ok(entries.next().is_none()),
@@ -142,14 +129,7 @@ fn is_empty(path: &Path) -> Result<bool> {
     }
 }
 
-fn remove_if_there(path: &Path) -> Result<()> {
-    match fs::remove_dir_all(path) {
-        Err(cause) if cause.kind() != ErrorKind::NotFound => Err(Error::io(path)(cause)),
-        _ => Ok(()),
-    }
-}
-
-/// Removes what killed processes left: `PREFIX<pid>` of processes that are no more. Where processes are not listed
+/// Removes the leftovers `PREFIX<pid>` of processes that no longer run. Where processes are not listed
 /// in /proc nothing is removed.
 fn remove_abandoned(parent: &Path, prefix: &str) -> Result<()> {
     if !Path::new("/proc/self").exists() {
@@ -161,25 +141,16 @@ fn remove_abandoned(parent: &Path, prefix: &str) -> Result<()> {
         let pid =
             name.to_str().and_then(|name| name.strip_prefix(prefix)).and_then(|pid| pid.parse::<u32>().ok());
         if pid.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists()) {
-            remove_if_there(&entry.path())?;
+            remove_dir(&entry.path()).map_err(Error::io(&entry.path()))?;
         }
     }
-    Ok(())
-}
-
-#[cfg(unix)]
-fn sync_dir(path: &Path) -> Result<()> {
-    File::open(path).and_then(|dir| dir.sync_all()).map_err(Error::io(path))
-}
-
-#[cfg(not(unix))]
-fn sync_dir(_path: &Path) -> Result<()> {
     Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::files::write_synced;
 
     #[test]
     fn what_a_killed_process_left_is_removed_and_what_a_live_one_writes_is_not() {

@@ -10,10 +10,11 @@ use dsmoe_kernels::mmap::Mmap;
 use serde::Deserialize;
 
 use super::dtype::decode;
-use super::llama::is_router;
+use super::names::is_router;
 use super::{Dtype, Header, INDEX_FILE, SINGLE_FILE};
-use crate::config::read_json;
 use crate::error::{Error, Result, shown};
+use crate::json::{COPY, parse, read_json};
+use crate::remedy::Remedy;
 
 /// A tensor's place in a checkpoint.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,7 +23,7 @@ pub struct TensorView {
     pub dtype: Dtype,
     /// Shape, outermost first.
     pub shape: Vec<usize>,
-    /// Which of [`Checkpoint::files`] it is in.
+    /// Index of its file in [`Checkpoint::files`].
     pub file: usize,
     /// First byte, from the start of the file.
     pub offset: u64,
@@ -31,7 +32,7 @@ pub struct TensorView {
 }
 
 impl TensorView {
-    /// Number of elements.
+    /// Returns the number of elements.
     pub fn numel(&self) -> usize {
         self.shape.iter().product()
     }
@@ -72,11 +73,11 @@ impl Checkpoint {
         } else if index.exists() {
             Checkpoint::open_index(dir, &index)
         } else {
-            Err(Error::Path {
-                path: dir.to_path_buf(),
-                problem: format!("there is no {SINGLE_FILE} and no {INDEX_FILE}"),
-                mend: "name a model directory with safetensors weights (transformers' save_pretrained writes them)",
-            })
+            Err(Error::path(
+                dir,
+                format!("there is no {SINGLE_FILE} and no {INDEX_FILE}"),
+                "name a model directory with safetensors weights (transformers' save_pretrained writes them)",
+            ))
         }
     }
 
@@ -91,11 +92,7 @@ impl Checkpoint {
     }
 
     fn open_index(dir: &Path, path: &Path) -> Result<Checkpoint> {
-        let index: Index = serde_json::from_str(&read_json(path)?).map_err(|cause| Error::Json {
-            path: path.to_path_buf(),
-            message: format!("not an index of shards: {}", shown(&cause.to_string())),
-            mend: "copy the file again",
-        })?;
+        let index: Index = parse(path, &read_json(path)?, "an index of shards", COPY)?;
         let mut numbers: BTreeMap<&str, usize> = BTreeMap::new();
         for (tensor, name) in &index.weight_map {
             if !is_plain_name(name) {
@@ -115,8 +112,8 @@ impl Checkpoint {
             let (shard, header) = open_shard(&dir.join(name))?;
             for (tensor, view) in views(header, number) {
                 if !index.weight_map.contains_key(&tensor) {
-                    let mend = format!("add it to {INDEX_FILE} or remove it");
-                    return Err(Error::tensor(&shard.path, &tensor, "is not in the index", mend));
+                    let help = format!("add it to {INDEX_FILE} or remove it");
+                    return Err(Error::tensor(&shard.path, &tensor, "is not in the index", help));
                 }
                 found.insert((number, tensor), view);
             }
@@ -135,23 +132,23 @@ impl Checkpoint {
         Ok(Checkpoint { path: dir.to_path_buf(), files, tensors })
     }
 
-    /// The directory or file that was opened.
+    /// Returns the directory or file that was opened.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Names of all tensors, sorted.
+    /// Returns the names of all tensors, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.tensors.keys().map(String::as_str)
     }
 
-    /// Where a tensor is.
+    /// Returns the place of a tensor.
     pub fn tensor(&self, name: &str) -> Option<&TensorView> {
         self.tensors.get(name)
     }
 
-    /// The precision that keeps what is stored: bf16 when no matrix but routers takes more than two bytes a value.
-    /// (Of f16, bf16 keeps the range and eight bits.)
+    /// Returns the precision that keeps what is stored: bf16 when no matrix but routers takes more than two bytes a
+    /// value. (Of f16, bf16 keeps the range and eight bits.)
     pub fn precision(&self) -> Precision {
         let narrow = |(name, view): (&String, &TensorView)| {
             view.shape.len() < 2 || view.dtype.size() <= 2 || is_router(name)
@@ -159,7 +156,7 @@ impl Checkpoint {
         if self.tensors.iter().all(narrow) { Precision::Bf16 } else { Precision::F32 }
     }
 
-    /// The files, as [`TensorView::file`] numbers them.
+    /// Returns the files, as [`TensorView::file`] numbers them.
     pub fn files(&self) -> impl Iterator<Item = &Path> {
         self.files.iter().map(|shard| shard.path.as_path())
     }
@@ -168,7 +165,7 @@ impl Checkpoint {
         (&self.files[number].path, &self.files[number].file)
     }
 
-    /// The bytes of a tensor, memory mapped.
+    /// Returns the bytes of a tensor, memory mapped.
     ///
     /// # Errors
     /// There is no such tensor, or the system refuses the map.
@@ -196,13 +193,13 @@ impl Checkpoint {
         let view = self.need_float(name)?;
         if view.numel() != out.len() {
             let problem = format!("has shape {:?}, not {} elements", view.shape, out.len());
-            return Err(self.wrong(name, view, problem, "use the weights of this model".to_owned()));
+            return Err(self.wrong(name, view, problem, "use the weights of this model"));
         }
         decode(out, self.bytes(name)?, view.dtype);
         Ok(())
     }
 
-    /// A tensor of type I32, flat.
+    /// Reads a tensor of type I32, flat.
     ///
     /// # Errors
     /// There is no such tensor, or it is of another type.
@@ -210,7 +207,7 @@ impl Checkpoint {
         let view = self.need(name)?;
         if view.dtype != Dtype::I32 {
             let problem = format!("has dtype {}, not I32", view.dtype);
-            return Err(self.wrong(name, view, problem, "convert the model again".to_owned()));
+            return Err(self.wrong(name, view, problem, "convert the model again"));
         }
         let (elements, _) = self.bytes(name)?.as_chunks();
         Ok(elements.iter().map(|&element| i32::from_le_bytes(element)).collect())
@@ -226,21 +223,21 @@ impl Checkpoint {
         let view = self.need(name)?;
         if !view.dtype.is_float() {
             let problem = format!("has dtype {}", view.dtype);
-            let mend = "use F32, F16, BF16 or F64".to_owned();
-            return Err(self.wrong(name, view, problem, mend));
+            let help = "use F32, F16, BF16 or F64";
+            return Err(self.wrong(name, view, problem, help));
         }
         Ok(view)
     }
 
-    /// An error about a tensor that is there, naming its file.
+    /// Makes an error about a tensor that is there, naming its file.
     pub(crate) fn wrong(
         &self,
         name: &str,
         view: &TensorView,
         problem: impl Into<String>,
-        mend: String,
+        help: impl Into<Remedy>,
     ) -> Error {
-        Error::tensor(&self.files[view.file].path, name, problem, mend)
+        Error::tensor(&self.files[view.file].path, name, problem, help)
     }
 }
 
@@ -257,7 +254,7 @@ fn views(header: Header, file: usize) -> impl Iterator<Item = (String, TensorVie
     })
 }
 
-/// Whether `name` is a file of the same directory.
+/// Returns whether `name` is a file of the same directory.
 fn is_plain_name(name: &str) -> bool {
     !name.is_empty() && name != "." && name != ".." && !name.contains(['/', '\\', '\0'])
 }

@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 /// Bytes read or written at once.
 const CHUNK: usize = 8 << 20;
 
-/// How far a streamed operation is.
+/// Progress of a streamed operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Progress {
     /// Bytes written.
@@ -36,7 +36,7 @@ impl<'a> Meter<'a> {
     }
 }
 
-/// What happens to a tensor `[rows, cols]` on its way.
+/// Change of a tensor `[rows, cols]` while it is copied.
 #[derive(Clone, Copy, Debug)]
 pub enum Change<'a> {
     /// Nothing.
@@ -110,7 +110,7 @@ impl<'a> TensorSource<'a> {
     }
 }
 
-/// Whether two tensors have the same bytes.
+/// Returns whether two tensors have the same bytes.
 pub(crate) fn same_bytes(checkpoint: &Checkpoint, a: &TensorView, b: &TensorView) -> Result<bool> {
     if (a.dtype, &a.shape) != (b.dtype, &b.shape) {
         return Ok(false);

@@ -15,7 +15,8 @@ use crate::params::{Stored, TensorSpec};
 /// Values checked by one task.
 const TASK: usize = 1 << 16;
 
-/// The weights of a checked checkpoint, in f32. A value that is not finite is refused, and one that is masked and not 0.
+/// The weights of a checked checkpoint, in f32. A value that is not finite is refused, and one that is masked and not
+/// 0.
 pub(crate) struct WeightReader<'a> {
     checkpoint: &'a Checkpoint,
     names: LlamaTensors,
@@ -36,7 +37,7 @@ impl<'a> WeightReader<'a> {
         Ok(WeightReader { masks, ..WeightReader::resume(names, checkpoint) })
     }
 
-    /// For a checkpoint that was checked before, without masks.
+    /// Makes a reader, without masks, of a checkpoint that was checked before.
     pub(crate) fn resume(names: LlamaTensors, checkpoint: &'a Checkpoint) -> WeightReader<'a> {
         let source = TensorSource::new(checkpoint);
         WeightReader { checkpoint, names, masks: None, source, bytes: Vec::new(), values: Vec::new() }
@@ -106,6 +107,6 @@ fn check_finite(path: &Path, name: &str, values: &[f32]) -> Result<()> {
 fn check_masked(checkpoint: &Checkpoint, name: &str, wrong: Option<(usize, usize)>) -> Result<()> {
     let Some((row, col)) = wrong else { return Ok(()) };
     let problem = format!("is not 0 at row {row}, column {col}, which {MASKS_FILE} does not keep");
-    let mend = "use the masks that belong to the weights, or remove the file".to_owned();
-    Err(checkpoint.wrong(name, checkpoint.need(name)?, problem, mend))
+    let help = "use the masks that belong to the weights, or remove the file";
+    Err(checkpoint.wrong(name, checkpoint.need(name)?, problem, help))
 }

@@ -9,10 +9,11 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 
 use super::dtype::encode;
-use super::{Dtype, INDEX_FILE, SINGLE_FILE, write_synced};
+use super::{Dtype, INDEX_FILE, SINGLE_FILE};
 use crate::error::{Error, Result};
+use crate::files::write_synced;
 
-/// Largest shard unless told otherwise, as `save_pretrained` has it.
+/// Default size of the largest shard, that of `save_pretrained`.
 pub const DEFAULT_SHARD_BYTES: u64 = 5_000_000_000;
 const BUFFER: usize = 1 << 20;
 
@@ -28,7 +29,7 @@ pub struct TensorInfo {
 }
 
 impl TensorInfo {
-    /// Bytes of the tensor.
+    /// Returns the size of the tensor in bytes.
     ///
     /// # Panics
     /// They do not fit 64 bits.
@@ -73,7 +74,7 @@ impl Writer {
         Writer::create_sharded(dir, infos, DEFAULT_SHARD_BYTES)
     }
 
-    /// [`Writer::create`] with shards of at most `max_shard_bytes`; a larger tensor has a shard for itself.
+    /// Does as [`Writer::create`] with shards of at most `max_shard_bytes`; a larger tensor has a shard of its own.
     ///
     /// # Errors
     /// The file system refuses.
@@ -245,7 +246,7 @@ impl Writer {
             }
         }
         let index = json!({"metadata": {"total_size": total}, "weight_map": weight_map});
-        write_synced(path, format!("{index:#}\n").as_bytes())
+        write_synced(path, format!("{index:#}\n").as_bytes()).map_err(Error::io(path))
     }
 
     fn open(&mut self) -> Result<()> {

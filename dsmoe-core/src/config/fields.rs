@@ -7,33 +7,10 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::{
-    Config, FORMAT_VERSION, LARGEST_DIMENSION, LARGEST_JSON, LayerShape, MoeConfig, RopeScaling, StoredMoe,
-    largest,
+    Config, FORMAT_VERSION, LARGEST_DIMENSION, LayerShape, MoeConfig, RopeScaling, StoredMoe, largest,
 };
 use crate::error::{Error, Result, shown};
-
-/// Reads a JSON file of bounded size.
-pub(crate) fn read_json(path: &Path) -> Result<String> {
-    let len = std::fs::metadata(path).map_err(Error::io(path))?.len();
-    if len > LARGEST_JSON {
-        let problem = format!("{len} bytes are too many for a JSON file");
-        return Err(Error::Path { path: path.to_path_buf(), problem, mend: "copy the file again" });
-    }
-    let bytes = std::fs::read(path).map_err(Error::io(path))?;
-    String::from_utf8(bytes).map_err(|cause| Error::Json {
-        path: path.to_path_buf(),
-        message: format!("not UTF-8 at byte {}", cause.utf8_error().valid_up_to()),
-        mend: "copy the file again",
-    })
-}
-
-pub(super) fn parse_object(path: &Path, text: &str) -> Result<Map<String, Value>> {
-    serde_json::from_str(text).map_err(|cause| Error::Json {
-        path: path.to_path_buf(),
-        message: format!("not a JSON object: {}", shown(&cause.to_string())),
-        mend: "copy the file again",
-    })
-}
+use crate::remedy::Remedy;
 
 /// Access to one JSON object, with errors that name file and key.
 pub(super) struct Fields<'a> {
@@ -43,24 +20,24 @@ pub(super) struct Fields<'a> {
 }
 
 impl<'a> Fields<'a> {
-    /// The value, unless absent or null.
+    /// Returns the value, unless absent or null.
     pub(super) fn get(&self, key: &str) -> Option<&'a Value> {
         self.map.get(key).filter(|value| !value.is_null())
     }
 
-    pub(super) fn wrong(&self, key: &str, problem: impl Into<String>, mend: impl Into<String>) -> Error {
-        Error::field(self.path, format!("{}{key}", self.prefix), problem, mend)
+    pub(super) fn wrong(&self, key: &str, problem: impl Into<String>, help: impl Into<Remedy>) -> Error {
+        Error::field(self.path, format!("{}{key}", self.prefix), problem, help)
     }
 
-    fn is_not(&self, key: &str, value: &Value, mend: &str) -> Error {
-        self.wrong(key, format!("is {}", shown(&value.to_string())), mend)
+    fn is_not(&self, key: &str, value: &Value, help: impl Into<Remedy>) -> Error {
+        self.wrong(key, format!("is {}", shown(&value.to_string())), help)
     }
 
     fn integer_opt(&self, key: &str, largest: u64) -> Result<Option<usize>> {
         let Some(value) = self.get(key) else { return Ok(None) };
         match value.as_u64() {
             Some(n) if (1..=largest).contains(&n) => Ok(Some(n as usize)),
-            _ => Err(self.is_not(key, value, &format!("use an integer from 1 to {largest}"))),
+            _ => Err(self.is_not(key, value, format!("use an integer from 1 to {largest}"))),
         }
     }
 
@@ -94,7 +71,7 @@ impl<'a> Fields<'a> {
         value.as_str().map(Some).ok_or_else(|| self.is_not(key, value, "use a text"))
     }
 
-    /// A token id or a list of them.
+    /// Reads a token id or a list of them.
     pub(super) fn token_ids(&self, key: &str) -> Result<Option<Vec<u32>>> {
         let Some(value) = self.get(key) else { return Ok(None) };
         let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
@@ -128,8 +105,8 @@ impl<'a> Fields<'a> {
             }
         }
         if self.get("quantization_config").is_some() {
-            let mend = "use the checkpoint it was quantised from";
-            return Err(self.wrong("quantization_config", "is present and not supported", mend));
+            let help = "use the checkpoint it was quantised from";
+            return Err(self.wrong("quantization_config", "is present and not supported", help));
         }
         if self.positive("partial_rotary_factor")?.is_some_and(|factor| factor != 1.0) {
             return Err(self.wrong("partial_rotary_factor", "is not supported", "use a model without it"));
@@ -147,21 +124,21 @@ impl<'a> Fields<'a> {
         let own = ["dsmoe", "ffn", "layer_shapes"].into_iter().find(|key| self.get(key).is_some());
         match (self.text("model_type")?, own) {
             (Some("dsmoe"), None) => {
-                let mend = "convert the model again, or set model_type to llama";
-                Err(self.wrong("dsmoe", "is missing", mend))
+                let help = "convert the model again, or set model_type to llama";
+                Err(self.wrong("dsmoe", "is missing", help))
             }
             (Some("dsmoe"), Some(_)) if self.get("dsmoe").is_some() && self.get("ffn").is_some() => {
                 Err(self.wrong("ffn", "is present beside dsmoe", "remove one of them"))
             }
             (Some("dsmoe"), Some(_)) | (_, None) => Ok(()),
             (_, Some(key)) => {
-                let mend = "set model_type to dsmoe or remove the object";
-                Err(self.wrong(key, "is present but model_type is not dsmoe", mend))
+                let help = "set model_type to dsmoe or remove the object";
+                Err(self.wrong(key, "is present but model_type is not dsmoe", help))
             }
         }
     }
 
-    /// The kind of an FFN of another crate, and its settings.
+    /// Returns the kind of an FFN of another crate, and its settings.
     pub(super) fn ffn(&self) -> Result<Option<(&'a str, Map<String, Value>)>> {
         let Some(map) = self.object("ffn")? else { return Ok(None) };
         let fields = Fields { path: self.path, prefix: "ffn.", map };
@@ -170,21 +147,21 @@ impl<'a> Fields<'a> {
         Ok(Some((kind, others.map(|(key, value)| (key.clone(), value.clone())).collect())))
     }
 
-    /// The sizes of every layer of `config`, where they are given and differ.
+    /// Returns the sizes of every layer of `config`, where they are given and differ.
     pub(super) fn layer_shapes(&self, config: &Config) -> Result<Option<Vec<LayerShape>>> {
         let Some(value) = self.get("layer_shapes") else { return Ok(None) };
-        let mend = "give one object with num_attention_heads, num_key_value_heads and intermediate_size for each \
+        let help = "give one object with num_attention_heads, num_key_value_heads and intermediate_size for each \
                     layer";
         let layers = Vec::<LayerShape>::deserialize(value)
-            .map_err(|cause| self.wrong("layer_shapes", shown(&format!("is wrong ({cause})")), mend))?;
+            .map_err(|cause| self.wrong("layer_shapes", shown(&format!("is wrong ({cause})")), help))?;
         if layers.len() != config.num_layers {
             let problem =
                 format!("has {} entries and num_hidden_layers is {}", layers.len(), config.num_layers);
-            return Err(self.wrong("layer_shapes", problem, mend));
+            return Err(self.wrong("layer_shapes", problem, help));
         }
         for (i, &LayerShape { num_heads, num_kv_heads, intermediate }) in layers.iter().enumerate() {
-            let wrong = |key: &str, problem: String, mend: &str| {
-                Err(self.wrong(&format!("layer_shapes[{i}].{key}"), problem, mend))
+            let wrong = |key: &str, problem: String, help: Remedy| {
+                Err(self.wrong(&format!("layer_shapes[{i}].{key}"), problem, help))
             };
             let sizes = [
                 ("num_attention_heads", num_heads),
@@ -193,14 +170,14 @@ impl<'a> Fields<'a> {
             ];
             for (key, size) in sizes {
                 if size == 0 || size as u64 > LARGEST_DIMENSION {
-                    let mend = format!("use an integer from 1 to {LARGEST_DIMENSION}");
-                    return wrong(key, format!("is {size}"), &mend);
+                    let help = format!("use an integer from 1 to {LARGEST_DIMENSION}");
+                    return wrong(key, format!("is {size}"), help.into());
                 }
             }
             if !num_heads.is_multiple_of(num_kv_heads) {
                 let problem =
                     format!("is {num_kv_heads} and does not divide num_attention_heads {num_heads}");
-                return wrong("num_key_value_heads", problem, "correct one of them");
+                return wrong("num_key_value_heads", problem, "correct one of them".into());
             }
         }
         let most = largest(&layers);
@@ -238,12 +215,21 @@ impl<'a> Fields<'a> {
             path: self.path.to_path_buf(),
             field: "dsmoe:".to_owned(),
             problem: cause.to_string(),
-            mend: "convert the model again".to_owned(),
+            help: "convert the model again".into(),
         })?;
-        Ok(Some(MoeConfig { router, partition: stored.partition, router_bias: stored.router_bias }))
+        if let Some(share) = stored.active_target.filter(|share| !(*share > 0.0 && *share <= 1.0)) {
+            let problem = format!("is {share}");
+            return Err(self.wrong("dsmoe.active_target", problem, "use a share above 0 and up to 1"));
+        }
+        Ok(Some(MoeConfig {
+            router,
+            partition: stored.partition,
+            router_bias: stored.router_bias,
+            active_target: stored.active_target,
+        }))
     }
 
-    /// Base and scaling from either spelling: `rope_theta` and `rope_scaling`, or `rope_parameters`.
+    /// Reads base and scaling in either spelling: `rope_theta` and `rope_scaling`, or `rope_parameters`.
     pub(super) fn rope(&self) -> Result<(f64, RopeScaling)> {
         let mut theta = self.positive("rope_theta")?;
         let mut scaling = match self.map.contains_key("rope_scaling") {
@@ -253,8 +239,8 @@ impl<'a> Fields<'a> {
         if let Some(map) = self.object("rope_parameters")? {
             let inner = Fields { path: self.path, prefix: "rope_parameters.", map };
             if let Some((key, _)) = map.iter().find(|(_, value)| value.is_object()) {
-                let mend = "use a model with one set of rope_parameters";
-                return Err(inner.wrong(&shown(key), "is an object and not supported", mend));
+                let help = "use a model with one set of rope_parameters";
+                return Err(inner.wrong(&shown(key), "is an object and not supported", help));
             }
             let differ = |key: &str, other: &str| {
                 inner.wrong(key, format!("differs from {other}"), "remove the one that is wrong")

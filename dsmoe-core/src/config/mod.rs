@@ -9,20 +9,17 @@ use dsmoe_router::{GateValue, Rescale, RouterConfig, ZeroActive};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
+pub use crate::checkpoint::CONFIG_FILE;
 use crate::checkpoint::Dtype;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::ffn::{self, FfnSpec};
+use crate::files::write_synced;
+use crate::json::{parse_object, read_json};
 use crate::partition;
-use fields::{Fields, parse_object};
+use fields::Fields;
 
-pub(crate) use fields::read_json;
-
-/// Name of the configuration in a model directory.
-pub const CONFIG_FILE: &str = "config.json";
 const GENERATION_CONFIG_FILE: &str = "generation_config.json";
 const FORMAT_VERSION: u64 = 1;
-/// The largest JSON file that is read.
-const LARGEST_JSON: u64 = 64 << 20;
 /// The largest width, vocabulary or number of positions believed.
 const LARGEST_DIMENSION: u64 = 1 << 24;
 const LARGEST_LAYERS: u64 = 1 << 12;
@@ -56,7 +53,7 @@ pub struct Config {
     pub rope_scaling: RopeScaling,
     /// Positions the model was made for.
     pub max_position: usize,
-    /// Whether the output head is the embedding.
+    /// True if the output head is the embedding.
     pub tie_word_embeddings: bool,
     /// First token of a text.
     pub bos_token_id: Option<u32>,
@@ -110,7 +107,7 @@ pub enum RopeScaling {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PartitionKind {
-    /// As in the original; expert i is the i-th block.
+    /// The original order; expert i is the i-th block.
     Contiguous,
     /// Permuted; `mlp.partition` of each layer holds the original indices.
     Permuted,
@@ -119,12 +116,14 @@ pub enum PartitionKind {
 /// The `dsmoe` object of config.json.
 #[derive(Clone, Debug, PartialEq)]
 pub struct MoeConfig {
-    /// What the routers do.
+    /// Settings of the routers.
     pub router: RouterConfig,
     /// Order of the neurons.
     pub partition: PartitionKind,
-    /// Whether routers have a bias.
+    /// True if routers have a bias.
     pub router_bias: bool,
+    /// The share of experts to be active that the model was made for; training reaches it unless told otherwise.
+    pub active_target: Option<f64>,
 }
 
 /// [`MoeConfig`] as it is stored.
@@ -136,6 +135,8 @@ struct StoredMoe {
     threshold: f64,
     partition: PartitionKind,
     router_bias: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    active_target: Option<f64>,
     gate_value: GateValue,
     rescale: Rescale,
     zero_active: ZeroActive,
@@ -224,7 +225,7 @@ impl Config {
         Ok(Config { ffn: ffn.transpose()?, raw, ..config })
     }
 
-    /// The sizes of layer `i`.
+    /// Returns the sizes of layer `i`.
     ///
     /// # Panics
     /// There is no such layer.
@@ -240,12 +241,12 @@ impl Config {
         }
     }
 
-    /// The sizes of all layers.
+    /// Returns the sizes of all layers.
     pub fn layers(&self) -> impl ExactSizeIterator<Item = LayerShape> + '_ {
         (0..self.num_layers).map(|i| self.layer(i))
     }
 
-    /// Whether all layers have the same sizes.
+    /// Returns whether all layers have the same sizes.
     pub fn is_even(&self) -> bool {
         self.layers.is_none()
     }
@@ -289,23 +290,23 @@ impl Config {
         }
     }
 
-    /// Experts per layer, when there are routers.
+    /// Returns the number of experts per layer; none without routers.
     pub fn num_experts(&self) -> Option<usize> {
         let moe = self.moe.as_ref().map(|moe| moe.router.num_experts);
         moe.or_else(|| self.ffn.as_ref().map(|spec| spec.num_experts()))
     }
 
-    /// Experts that every token runs, when their number is fixed.
+    /// Returns the number of experts that every token runs, where it is fixed.
     pub fn fixed_active(&self) -> Option<f64> {
         self.ffn.as_ref().and_then(|spec| spec.active_experts())
     }
 
-    /// Whether every FFN is dense.
+    /// Returns whether every FFN is dense.
     pub fn is_dense(&self) -> bool {
         self.moe.is_none() && self.ffn.is_none()
     }
 
-    /// `model_type` of config.json: `llama` for what transformers loads as it is.
+    /// Returns `model_type` of config.json: `llama` for a model that transformers loads directly.
     pub fn model_type(&self) -> &'static str {
         if self.is_dense() && self.is_even() { "llama" } else { "dsmoe" }
     }
@@ -325,7 +326,8 @@ impl Config {
         Ok(())
     }
 
-    /// The keys of the source, with `model_type`, `architectures`, `dsmoe`, `ffn` and `layer_shapes` as the fields say.
+    /// Returns the JSON of the source with `model_type`, `architectures`, `dsmoe`, `ffn` and `layer_shapes` set by
+    /// the fields.
     pub fn to_json(&self) -> String {
         let mut raw = self.raw.clone();
         let model_type = self.model_type();
@@ -354,7 +356,8 @@ impl Config {
     /// # Errors
     /// The file system refuses.
     pub fn save(&self, dir: &Path) -> Result<()> {
-        crate::checkpoint::write_synced(&dir.join(CONFIG_FILE), self.to_json().as_bytes())
+        let path = dir.join(CONFIG_FILE);
+        write_synced(&path, self.to_json().as_bytes()).map_err(Error::io(&path))
     }
 
     /// Changes the key that says what the weights are stored as: `dtype` where the source has it, else `torch_dtype`.
@@ -382,6 +385,7 @@ impl MoeConfig {
             threshold,
             partition: self.partition,
             router_bias: self.router_bias,
+            active_target: self.active_target,
             gate_value: router.gate_value,
             rescale: router.rescale,
             zero_active: router.zero_active,
@@ -390,7 +394,7 @@ impl MoeConfig {
     }
 }
 
-/// The largest of each size.
+/// Returns the largest of each size.
 fn largest(layers: &[LayerShape]) -> LayerShape {
     let most = |size: fn(&LayerShape) -> usize| layers.iter().map(size).max().unwrap_or(0);
     LayerShape {

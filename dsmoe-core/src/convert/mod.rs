@@ -1,11 +1,14 @@
-//! From a dense LLaMA directory to a DSMoE directory, streamed.
+//! Converts a dense LLaMA directory to a DSMoE directory, streaming.
+
+mod calibrated;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+pub use calibrated::Calibration;
 use dsmoe_kernels::buf::Buf;
-use dsmoe_router::{RouterConfig, RouterInit, router_weights};
+use dsmoe_router::{RouterConfig, RouterInit, RouterValues, router_weights};
 use ndarray::Array2;
 
 use crate::accounting::Accounting;
@@ -19,14 +22,16 @@ use crate::error::{Error, Result};
 use crate::masks::{MASKS_FILE, Masks};
 use crate::partition::{Partition, check_divisible};
 
-/// How neurons are given to experts.
+/// Assignment of neurons to experts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PartitionSpec {
-    /// In blocks, as the paper does (eq. 6).
+    /// Blocks of consecutive neurons, as in the paper (eq. 6).
     Contiguous,
-    /// At random, by [`ConvertOptions::seed`], every layer differently.
+    /// A random partition by [`ConvertOptions::seed`], different in every layer.
     Random,
-    /// As a JSON file says, see [`Partition::read_file`].
+    /// Similar neurons: balanced k-means on the rows of `gate_proj`.
+    Clusters,
+    /// The partition of a JSON file, see [`Partition::read_file`].
     File(PathBuf),
     /// The neurons of every layer, one expert after the other.
     Orders(Vec<Vec<u32>>),
@@ -35,11 +40,12 @@ pub enum PartitionSpec {
 impl FromStr for PartitionSpec {
     type Err = Error;
 
-    /// `contiguous`, `random`, or else a path.
+    /// Parses `contiguous`, `random`, `clusters`, or else a path.
     fn from_str(s: &str) -> Result<PartitionSpec> {
         Ok(match s {
             "contiguous" => PartitionSpec::Contiguous,
             "random" => PartitionSpec::Random,
+            "clusters" => PartitionSpec::Clusters,
             path => PartitionSpec::File(PathBuf::from(path)),
         })
     }
@@ -50,23 +56,24 @@ impl fmt::Display for PartitionSpec {
         match self {
             PartitionSpec::Contiguous => f.write_str("contiguous"),
             PartitionSpec::Random => f.write_str("random"),
+            PartitionSpec::Clusters => f.write_str("clusters"),
             PartitionSpec::File(path) => write!(f, "{}", path.display()),
             PartitionSpec::Orders(_) => f.write_str("given"),
         }
     }
 }
 
-/// What to convert to.
+/// Options of a conversion.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ConvertOptions {
-    /// What the routers do, and the number of experts.
+    /// Settings of the routers, with the number of experts.
     pub router: RouterConfig,
-    /// How neurons are given to experts.
+    /// Assignment of neurons to experts.
     pub partition: PartitionSpec,
-    /// How router weights start.
-    pub router_init: RouterInit,
-    /// Routers of all layers, in place of what `router_init` makes.
-    pub routers: Option<Vec<RouterValues>>,
+    /// The first weights of routers.
+    pub routers: RouterStart,
+    /// The share of experts that training has to reach, stored with the model.
+    pub active_target: Option<f64>,
     /// Seed of router weights and of a random partition.
     pub seed: u64,
     /// Replace an output directory that is not empty.
@@ -79,24 +86,37 @@ impl ConvertOptions {
         ConvertOptions {
             router: RouterConfig::new(num_experts),
             partition: PartitionSpec::Contiguous,
-            router_init: RouterInit::Random,
-            routers: None,
+            routers: RouterStart::Init(RouterInit::Random),
+            active_target: None,
             seed: 0,
             force: false,
         }
     }
 }
 
-/// The router of a layer.
+/// The first weights of routers.
 #[derive(Clone, Debug, PartialEq)]
-pub struct RouterValues {
-    /// `[num_experts, hidden]`.
-    pub weight: Vec<f32>,
-    /// `[num_experts]`.
-    pub bias: Vec<f32>,
+pub enum RouterStart {
+    /// A start that reads no text.
+    Init(RouterInit),
+    /// Fitted to text, to open the experts whose outputs are large.
+    Calibrated(Calibration),
+    /// The routers of all layers.
+    Values(Vec<RouterValues>),
 }
 
-/// What was made.
+/// The progress of a conversion.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ConvertProgress {
+    /// The current stage.
+    pub stage: &'static str,
+    /// The finished parts of the stage: layers, or bytes when `stage` is `writing`.
+    pub done: u64,
+    /// All parts of the stage.
+    pub total: u64,
+}
+
+/// Summary of the result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ConvertReport {
     /// Decoder layers.
@@ -121,13 +141,13 @@ pub fn convert(
     model: &Path,
     out: &Path,
     options: &ConvertOptions,
-    progress: &mut dyn FnMut(Progress),
+    progress: &mut dyn FnMut(ConvertProgress),
 ) -> Result<ConvertReport> {
     let mut config = Config::load(model)?;
     let config_path = model.join(CONFIG_FILE);
     if !config.is_dense() {
-        let mend = "name a dense model, or export this one with --as dense first";
-        return Err(Error::field(&config_path, "model_type", "is already dsmoe", mend));
+        let help = "use a dense model, or export this one as a dense model first";
+        return Err(Error::field(&config_path, "model_type", "is already dsmoe", help));
     }
     options.router.validate()?;
     let num_experts = options.router.num_experts;
@@ -136,31 +156,46 @@ pub fn convert(
     }
     let checkpoint = Checkpoint::open(model)?;
     check_llama_tensors(&config, &checkpoint)?;
-    let partitions = partitions(&config, options)?;
+    let partitions = partitions(model, &config, options, progress)?;
     let permuted = partitions.iter().any(|partition| partition.order().is_some());
     let masks = Masks::read(model, &config)?;
     if permuted && masks.is_some() {
-        return Err(masks_of_other_order(model, "use --partition contiguous"));
+        return Err(masks_of_other_order(model, "use a contiguous {partition}"));
     }
-    // Options that cannot work are told before anything is written.
-    if let Some(routers) = &options.routers {
-        let fits = |one: &RouterValues| {
-            one.weight.len() == num_experts * config.hidden && one.bias.len() == num_experts
-        };
-        if routers.len() != config.num_layers || !routers.iter().all(fits) {
-            return Err(Error::Argument(format!(
-                "routers are not of {} layers, {num_experts} experts and {} inputs; make them for this model",
-                config.num_layers, config.hidden
-            )));
+    // Options that cannot work are refused before anything is written.
+    let fitted;
+    let (init, routers) = match &options.routers {
+        RouterStart::Init(init) => {
+            if *init != RouterInit::Centroid {
+                router_weights(init, num_experts, 1, options.seed, 0, None)?;
+            }
+            (*init, None)
         }
-    }
-    if !matches!(options.router_init, RouterInit::Centroid) {
-        router_weights(&options.router_init, num_experts, 1, options.seed, 0, None)?;
-    }
+        RouterStart::Values(routers) => {
+            let fits = |one: &RouterValues| {
+                one.weight.len() == num_experts * config.hidden && one.bias.len() == num_experts
+            };
+            if routers.len() != config.num_layers || !routers.iter().all(fits) {
+                return Err(Error::argument(
+                    format!(
+                        "routers are not of {} layers, {num_experts} experts and {} inputs",
+                        config.num_layers, config.hidden
+                    ),
+                    "make them for this model",
+                ));
+            }
+            (RouterInit::Random, Some(routers))
+        }
+        RouterStart::Calibrated(calibration) => {
+            fitted = calibrated::routers(model, &partitions, calibration, progress)?;
+            (RouterInit::Random, Some(&fitted))
+        }
+    };
     config.moe = Some(MoeConfig {
         router: options.router.clone(),
         partition: if permuted { PartitionKind::Permuted } else { PartitionKind::Contiguous },
-        router_bias: options.routers.is_some() || options.router_init.has_bias(),
+        router_bias: routers.is_some() || init.has_bias(),
+        active_target: options.active_target,
     });
 
     let output = OutputDir::create_from(model, out, options.force)?;
@@ -168,11 +203,14 @@ pub fn convert(
     let num_copied = infos.len();
     infos.extend(new_infos(&config));
     let bytes = infos.iter().map(TensorInfo::len_bytes).sum();
-    let mut meter = Meter::new(bytes, progress);
+    let mut report = |at: Progress| {
+        progress(ConvertProgress { stage: "writing", done: at.done_bytes, total: at.total_bytes });
+    };
+    let mut meter = Meter::new(bytes, &mut report);
     let copied: Vec<String> = infos[..num_copied].iter().map(|info| info.name.clone()).collect();
     let mut writer = Writer::create(output.path(), infos)?;
-    let mut centroids = match options.router_init {
-        RouterInit::Centroid if options.routers.is_none() => Some(Centroids::new(&config, num_experts)),
+    let mut centroids = match init {
+        RouterInit::Centroid => Some(Centroids::new(&config, num_experts)),
         _ => None,
     };
     let mut source = TensorSource::new(&checkpoint);
@@ -189,14 +227,13 @@ pub fn convert(
         })?;
     }
     for (layer, partition) in partitions.iter().enumerate() {
-        let (weight, bias) = match &options.routers {
+        let (weight, bias) = match routers {
             Some(routers) => (routers[layer].weight.clone(), Some(routers[layer].bias.clone())),
             None => {
                 let means = centroids.as_ref().map(|centroids| centroids.means(layer));
                 let view = means.as_ref().map(|means| means.view());
-                let (init, hidden) = (&options.router_init, config.hidden);
                 let (mut weight, bias) =
-                    router_weights(init, num_experts, hidden, options.seed, layer, view)?;
+                    router_weights(&init, num_experts, config.hidden, options.seed, layer, view)?;
                 if means.is_some() {
                     scale_to_norm(&mut weight, layer, &checkpoint)?;
                 }
@@ -233,13 +270,18 @@ pub fn convert(
     })
 }
 
-/// That the masks of `model` are in the order its neurons are to leave.
-pub(crate) fn masks_of_other_order(model: &Path, mend: &'static str) -> Error {
+/// Makes the error for masks of `model` that do not fit a new order of its neurons.
+pub(crate) fn masks_of_other_order(model: &Path, help: &'static str) -> Error {
     let problem = "masks neurons in the order they now have, which would change".to_owned();
-    Error::Path { path: model.join(MASKS_FILE), problem, mend }
+    Error::path(&model.join(MASKS_FILE), problem, help)
 }
 
-fn partitions(config: &Config, options: &ConvertOptions) -> Result<Vec<Partition>> {
+fn partitions(
+    model: &Path,
+    config: &Config,
+    options: &ConvertOptions,
+    progress: &mut dyn FnMut(ConvertProgress),
+) -> Result<Vec<Partition>> {
     let experts = options.router.num_experts;
     let widths = config.layers().map(|shape| shape.intermediate);
     match &options.partition {
@@ -248,11 +290,11 @@ fn partitions(config: &Config, options: &ConvertOptions) -> Result<Vec<Partition
             .enumerate()
             .map(|(layer, width)| Partition::random(width, experts, options.seed, layer))
             .collect(),
-        PartitionSpec::Orders(orders) if orders.len() != config.num_layers => Err(Error::Argument(format!(
-            "{} orders of neurons for {} layers; give one for each",
-            orders.len(),
-            config.num_layers
-        ))),
+        PartitionSpec::Clusters => calibrated::partitions(model, experts, options.seed, progress),
+        PartitionSpec::Orders(orders) if orders.len() != config.num_layers => Err(Error::argument(
+            format!("{} orders of neurons for {} layers", orders.len(), config.num_layers),
+            "give one for each",
+        )),
         PartitionSpec::Orders(orders) => widths
             .zip(orders)
             .map(|(width, order)| {
@@ -261,18 +303,17 @@ fn partitions(config: &Config, options: &ConvertOptions) -> Result<Vec<Partition
                 Partition::from_experts(width, &lists)
             })
             .collect(),
-        PartitionSpec::File(path) if !config.is_even() => Err(Error::Path {
-            path: path.clone(),
-            problem: "lists neurons of layers of one width, and this model's layers differ".to_owned(),
-            mend: "use --partition contiguous or random",
-        }),
+        PartitionSpec::File(path) if !config.is_even() => {
+            let problem = "lists neurons of layers of one width, and this model's layers differ";
+            Err(Error::path(path, problem, "use a contiguous or random {partition}"))
+        }
         PartitionSpec::File(path) => {
             Partition::read_file(path, config.num_layers, config.intermediate, experts)
         }
     }
 }
 
-/// All tensors of a checkpoint that are worth keeping, in the order they lie on disk.
+/// Returns all tensors of a checkpoint that are worth keeping, in the order they lie on disk.
 pub fn source_infos(checkpoint: &Checkpoint) -> Vec<TensorInfo> {
     let mut tensors: Vec<_> = checkpoint
         .names()
@@ -288,7 +329,7 @@ pub fn source_infos(checkpoint: &Checkpoint) -> Vec<TensorInfo> {
     tensors.into_iter().map(info).collect()
 }
 
-/// The tensors a conversion adds, layer by layer.
+/// Returns the tensors a conversion adds, layer by layer.
 fn new_infos(config: &Config) -> Vec<TensorInfo> {
     let Some(moe) = &config.moe else { return Vec::new() };
     let num_experts = moe.router.num_experts;
@@ -306,7 +347,7 @@ fn new_infos(config: &Config) -> Vec<TensorInfo> {
     infos
 }
 
-/// What a permutation of neurons, given by layer, does to the tensor `name`.
+/// Returns the change of the tensor `name` under a permutation of neurons, given by layer.
 pub fn ffn_change<'a>(name: &str, order: impl Fn(usize) -> Option<&'a [u32]>) -> Change<'a> {
     let Some((layer, projection)) = ffn_tensor(name) else { return Change::None };
     match (order(layer), projection) {
@@ -316,7 +357,7 @@ pub fn ffn_change<'a>(name: &str, order: impl Fn(usize) -> Option<&'a [u32]>) ->
     }
 }
 
-/// Layer and projection of an FFN weight.
+/// Returns the layer and the projection of an FFN weight.
 fn ffn_tensor(name: &str) -> Option<(usize, &str)> {
     let (layer, rest) = name.strip_prefix("model.layers.")?.split_once(".mlp.")?;
     Some((layer.parse().ok()?, rest.strip_suffix(".weight")?))
@@ -357,7 +398,7 @@ impl Centroids {
         Some(Tap { sums, row: 0, width, hidden, dtype, values: Buf::default() })
     }
 
-    /// Mean row of every expert of a layer, `[num_experts, hidden]`.
+    /// Returns the mean row of every expert of a layer, `[num_experts, hidden]`.
     fn means(&self, layer: usize) -> Array2<f32> {
         Array2::from_shape_fn((self.num_experts, self.hidden), |(expert, i)| {
             (self.sums[layer][expert * self.hidden + i] / self.widths[layer] as f64) as f32

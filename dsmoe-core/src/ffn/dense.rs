@@ -6,8 +6,8 @@ use dsmoe_kernels::Precision;
 use dsmoe_kernels::expert_ffn::{self, Dims, PackedWeights, Saved, WeightGrads, Weights};
 
 use super::{
-    DeviceFfn, Ffn, FfnBackward, FfnForward, FfnInference, FfnReport, FfnScratch, PackedFfn, projections,
-    split, split_mut,
+    DeviceFfn, Ffn, FfnBackward, FfnForward, FfnInference, FfnKind, FfnReport, FfnScratch, PackedFfn,
+    projections, split, split_mut,
 };
 use crate::params::TensorSpec;
 
@@ -19,7 +19,7 @@ pub struct DenseFfn {
 }
 
 impl DenseFfn {
-    /// For inputs of width `hidden` and `intermediate` neurons.
+    /// Makes the FFN for inputs of width `hidden` with `intermediate` neurons.
     pub fn new(hidden: usize, intermediate: usize) -> DenseFfn {
         DenseFfn { hidden, intermediate }
     }
@@ -61,6 +61,10 @@ impl PackedFfn for PackedDense {
 impl Ffn for DenseFfn {
     fn tensors(&self) -> Vec<TensorSpec> {
         projections(self.hidden, self.intermediate)
+    }
+
+    fn kind(&self) -> Option<FfnKind> {
+        Some(FfnKind::Dense)
     }
 
     fn on_device(&self) -> Option<DeviceFfn> {

@@ -9,7 +9,7 @@ use dsmoe_router::{Routed, RouterConfig, ste};
 use ndarray::{ArrayView2, ArrayViewMut2};
 
 use super::{
-    DeviceFfn, Ffn, FfnBackward, FfnForward, FfnInference, FfnReport, FfnScratch, PackedFfn, Record,
+    DeviceFfn, Ffn, FfnBackward, FfnForward, FfnInference, FfnKind, FfnReport, FfnScratch, PackedFfn, Record,
     projections, routes, split, split_mut,
 };
 use crate::params::TensorSpec;
@@ -23,7 +23,7 @@ pub struct DsmoeFfn {
     router_bias: bool,
 }
 
-/// What the backward needs.
+/// Values kept for the backward.
 #[derive(Debug)]
 struct DsmoeSaved {
     experts: Saved,
@@ -31,7 +31,7 @@ struct DsmoeSaved {
 }
 
 impl DsmoeFfn {
-    /// For inputs of width `hidden` and `intermediate` neurons in `router.num_experts` experts.
+    /// Makes the FFN for inputs of width `hidden` with `intermediate` neurons in `router.num_experts` experts.
     ///
     /// # Panics
     /// The experts do not divide `intermediate`: the caller's configuration was not checked.
@@ -75,8 +75,7 @@ impl DsmoeFfn {
         routed: &mut Routed,
         logits: &mut dsmoe_kernels::buf::Buf,
         x: &[f32],
-        router: &[f32],
-        bias: &[f32],
+        [router, bias]: [&[f32]; 2],
         record: Option<Record<'_>>,
     ) {
         let (tokens, n) = (x.len() / self.hidden, self.router.num_experts);
@@ -109,7 +108,7 @@ impl PackedFfn for PackedDsmoe {
     fn forward(&self, args: FfnInference<'_>) {
         let FfnInference { y, x, record, scratch } = args;
         let FfnScratch { experts, logits, routed, .. } = scratch;
-        self.ffn.route(routed, logits, x, &self.router, &self.bias, record);
+        self.ffn.route(routed, logits, x, [&self.router, &self.bias], record);
         let routes = routes(&routed.routing);
         expert_ffn::ForwardPacked {
             y,
@@ -159,6 +158,10 @@ impl Ffn for DsmoeFfn {
         true
     }
 
+    fn kind(&self) -> Option<FfnKind> {
+        Some(FfnKind::Dsmoe { router: self.router.clone(), router_bias: self.router_bias })
+    }
+
     fn on_device(&self) -> Option<DeviceFfn> {
         Some(DeviceFfn::Gated {
             hidden: self.hidden,
@@ -196,7 +199,7 @@ impl Ffn for DsmoeFfn {
         let saved = saved.downcast_mut::<DsmoeSaved>().expect("saved by a DSMoE FFN");
         let [gate, up, down, router, bias] = split(params, self.lens());
         let FfnScratch { experts, logits, .. } = scratch;
-        self.route(&mut saved.routed, logits, x, router, bias, record);
+        self.route(&mut saved.routed, logits, x, [router, bias], record);
         expert_ffn::ForwardTrain {
             y,
             saved: &mut saved.experts,

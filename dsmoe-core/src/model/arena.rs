@@ -11,8 +11,8 @@ use super::tensors::{Ranges, ffns_of, lay_out, rope_table, set_threshold};
 use crate::accounting::Accounting;
 use crate::checkpoint::{Checkpoint, Dtype, TensorInfo, WeightReader, Writer, partition_name};
 use crate::config::{Config, PartitionKind};
-use crate::error::Result;
-use crate::ffn::Ffn;
+use crate::error::{Error, Result};
+use crate::ffn::{Ffn, FfnKind};
 use crate::masks::Masks;
 use crate::params::{Layout, Stored};
 
@@ -31,20 +31,29 @@ pub struct Model {
 }
 
 impl Model {
-    /// A model of `config` with the given FFNs, one per layer, and all parameters zero: the way in for FFNs of
-    /// other crates.
+    /// Makes a model of `config` with the given FFNs, one per layer, and all parameters zero. FFNs of other crates
+    /// enter here. Where all of them name one spec ([`Ffn::kind`]) and `config` is dense, the configuration takes
+    /// that spec.
     ///
     /// # Panics
     /// The number of FFNs is not the number of layers.
-    pub fn with_ffns(config: Config, ffns: Vec<Box<dyn Ffn>>) -> Model {
+    pub fn with_ffns(mut config: Config, ffns: Vec<Box<dyn Ffn>>) -> Model {
         assert_eq!(ffns.len(), config.num_layers, "model: FFNs and layers");
+        let mut kinds = ffns.iter().map(|ffn| ffn.kind());
+        if let Some(Some(first @ FfnKind::Spec(_))) = kinds.next()
+            && config.is_dense()
+            && kinds.all(|kind| kind.as_ref() == Some(&first))
+            && let FfnKind::Spec(spec) = first
+        {
+            config.ffn = Some(spec);
+        }
         let (layout, ranges) = lay_out(&config, &ffns);
         let (params, rope) = (Buf::zeros(layout.len()), rope_table(&config));
         Model { config, ffns, layout, ranges, params, rope, partitions: None, masks: None }
     }
 
-    /// A model of `config` with all parameters zero: dense, DSMoE, or with FFNs of another kind, as the configuration
-    /// says.
+    /// Makes a model of `config` with all parameters zero: dense, DSMoE, or with FFNs of another kind, as the
+    /// configuration says.
     pub fn new(config: Config) -> Model {
         let ffns = ffns_of(&config);
         Model::with_ffns(config, ffns)
@@ -53,7 +62,7 @@ impl Model {
     /// Loads a model directory: a dense LLaMA, DSMoE, or FFNs of a kind that is registered ([`ffn::register`]).
     ///
     /// # Errors
-    /// Anything wrong with the directory; the message names the file, the field or tensor, and the mend.
+    /// The directory is malformed; the message names the file, the field or tensor, and the remedy.
     pub fn load(dir: &Path) -> Result<Model> {
         let config = Config::load(dir)?;
         let checkpoint = Checkpoint::open(dir)?;
@@ -71,12 +80,14 @@ impl Model {
         Ok(model)
     }
 
-    /// Writes config.json, masks and the weights, in Hugging Face layout, to the existing directory `dir`; every file is
-    /// synced. Routers and partitions stay f32 and i32 whatever `dtype` is.
+    /// Writes config.json, masks and the weights, in Hugging Face layout, to the existing directory `dir`; every file
+    /// is synced. Routers and partitions stay f32 and i32 whatever `dtype` is.
     ///
     /// # Errors
-    /// The file system refuses; the message names the file.
+    /// The configuration does not describe the model's FFNs; nothing is written then. The file system refuses; the
+    /// message names the file.
     pub fn save(&self, dir: &Path, dtype: Dtype) -> Result<()> {
+        self.check_kinds()?;
         let mut infos = Vec::new();
         for entry in self.layout.entries() {
             let dtype = if entry.spec.router { Dtype::F32 } else { dtype };
@@ -108,23 +119,45 @@ impl Model {
         config.save(dir)
     }
 
-    /// The configuration.
+    /// Checks that config.json describes every FFN as it is.
+    fn check_kinds(&self) -> Result<()> {
+        let Config { moe, ffn: spec, .. } = &self.config;
+        for (layer, ffn) in self.ffns.iter().enumerate() {
+            let described = match (ffn.kind(), moe, spec) {
+                (Some(FfnKind::Dense), None, None) | (None, _, Some(_)) => true,
+                (Some(FfnKind::Dsmoe { router, router_bias }), Some(moe), _) => {
+                    (&router, router_bias) == (&moe.router, moe.router_bias)
+                }
+                (Some(FfnKind::Spec(own)), None, Some(spec)) => *own == **spec,
+                _ => false,
+            };
+            if !described {
+                return Err(Error::argument(
+                    format!("the FFN of layer {layer} is not what config.json would describe"),
+                    "give the FFN a kind, the same in every layer, or set the configuration's FFN spec",
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns the configuration.
     pub fn config(&self) -> &Config {
         &self.config
     }
 
-    /// Parameter counts; of masked linears, what is kept counts as activated.
+    /// Returns the parameter counts; pruned weights of masked linears are not activated.
     pub fn accounting(&self) -> Accounting {
         let counts = Accounting::of(&self.config);
         self.masks.as_ref().map_or(counts, |masks| counts.with_masks(masks))
     }
 
-    /// Which weights of pruned linears are kept; none where nothing is pruned.
+    /// Returns the masks of pruned linears; none where nothing is pruned.
     pub fn masks(&self) -> Option<&Masks> {
         self.masks.as_ref()
     }
 
-    /// Prunes: sets what `masks` does not keep to 0, and has it stay so in training.
+    /// Sets the weights that `masks` prunes to 0, where they stay in training.
     ///
     /// # Errors
     /// A mask is of no linear of this model, or of another shape.
@@ -142,27 +175,27 @@ impl Model {
         }
     }
 
-    /// Names, shapes and places of all parameters.
+    /// Returns names, shapes and places of all parameters.
     pub fn layout(&self) -> &Layout {
         &self.layout
     }
 
-    /// The parameter arena.
+    /// Returns the parameter arena.
     pub fn params(&self) -> &[f32] {
         &self.params
     }
 
-    /// The parameter arena, to change.
+    /// Returns the parameter arena, mutable.
     pub fn params_mut(&mut self) -> &mut [f32] {
         &mut self.params
     }
 
-    /// Experts per layer, when there are routers.
+    /// Returns the number of experts per layer; none without routers.
     pub fn num_experts(&self) -> Option<usize> {
         self.ffns.first().and_then(|ffn| ffn.num_experts())
     }
 
-    /// Moves the gates' threshold of every layer (the paper's table 4), here and in what [`Model::save`] writes.
+    /// Sets the gates' threshold of every layer (the paper's table 4), here and in the files of [`Model::save`].
     ///
     /// # Errors
     /// The threshold is outside 0..=1, or the model has no gates.
@@ -172,7 +205,7 @@ impl Model {
         })
     }
 
-    /// Empty routing statistics for this model; none without routers.
+    /// Returns empty routing statistics for this model; none without routers.
     pub fn new_stats(&self) -> Option<RoutingStats> {
         self.num_experts().map(|n| RoutingStats::new(self.config.num_layers, n))
     }

@@ -17,10 +17,10 @@ pub(crate) mod train;
 /// Models on a GPU. [`CudaTrainer`](cuda::CudaTrainer) trains; [`Inference`] chooses its device.
 #[cfg(feature = "cuda")]
 pub mod cuda {
-    pub use super::gpu::MemoryUse;
     pub use super::train::cuda::{CudaStep, CudaTrainer};
 }
 
 pub use arena::Model;
 pub use inference::{After, Cache, Inference, Likelihood, Segment, Workspace};
-pub use train::{StepArgs, StepOutput, TrainWorkspace};
+pub use tensors::Batch;
+pub use train::{MemoryUse, StepArgs, StepOutput, TrainWorkspace};

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use dsmoe_kernels::rope;
+use dsmoe_kernels::{attention, rope};
 
 use crate::checkpoint::ffn_name;
 use crate::config::{Config, LayerShape, RopeScaling};
@@ -23,7 +23,7 @@ pub(crate) struct LayerRanges {
 }
 
 impl LayerRanges {
-    /// q, k and v, which are one matrix.
+    /// Returns the range of q, k and v, which are one matrix.
     pub(crate) fn qkv(&self) -> Range<usize> {
         self.q.start..self.v.end
     }
@@ -39,12 +39,12 @@ pub(crate) struct Ranges {
     pub(crate) head: Range<usize>,
 }
 
-/// The FFNs that `config` asks for, one per layer.
+/// Makes the FFNs that `config` asks for, one per layer.
 pub(crate) fn ffns_of(config: &Config) -> Vec<Box<dyn Ffn>> {
     (0..config.num_layers).map(|i| ffn::of_layer(config, i)).collect()
 }
 
-/// The table of all tensors, and where they lie.
+/// Lays out all tensors and returns their ranges.
 pub(crate) fn lay_out(config: &Config, ffns: &[Box<dyn Ffn>]) -> (Layout, Ranges) {
     let mut layout = Layout::default();
     let hidden = config.hidden;
@@ -103,33 +103,76 @@ pub(crate) fn set_threshold(
     move_gates: impl FnOnce() -> bool,
 ) -> Result<()> {
     if !(0.0..=1.0).contains(&threshold) {
-        return Err(Error::Argument(format!("threshold {threshold} is outside 0..=1; use 0.5")));
+        return Err(Error::argument(format!("threshold {threshold} is outside 0..=1"), "use 0.5"));
     }
     match &mut config.moe {
         Some(moe) if move_gates() => moe.router.threshold = threshold,
         _ => {
-            return Err(Error::Argument(
-                "this model has no gates to set a threshold for; convert it first".to_owned(),
+            return Err(Error::argument(
+                "this model has no gates to set a threshold for",
+                "convert it first",
             ));
         }
     }
     Ok(())
 }
 
+/// Returns the sizes of the attention of layer `i` over `batch` sequences.
+pub(crate) fn attention_dims(
+    config: &Config,
+    i: usize,
+    batch: usize,
+    [queries, keys]: [usize; 2],
+) -> attention::Dims {
+    let LayerShape { num_heads: heads, num_kv_heads: kv_heads, .. } = config.layer(i);
+    attention::Dims { batch, queries, keys, heads, kv_heads, head_dim: config.head_dim }
+}
+
+/// Sequences of one length, one after the other, with the tokens to predict.
+#[derive(Clone, Copy, Debug)]
+pub struct Batch<'a> {
+    /// Tokens of all sequences.
+    pub inputs: &'a [u32],
+    /// The token to predict after each input; [`IGNORE`](dsmoe_kernels::cross_entropy::IGNORE) for none.
+    pub targets: &'a [u32],
+    /// Tokens of a sequence.
+    pub seq: usize,
+}
+
+impl Batch<'_> {
+    /// Checks that the sequences can be fed to a model of `config`.
+    ///
+    /// # Panics
+    /// The slices' lengths differ, or are no multiple of `seq`.
+    pub(crate) fn check(&self, config: &Config) -> Result<()> {
+        let Batch { inputs, targets, seq } = self;
+        assert!(
+            targets.len() == inputs.len() && inputs.len().is_multiple_of(*seq),
+            "batch: {} inputs, {} targets, seq {seq}",
+            inputs.len(),
+            targets.len()
+        );
+        check_input(config, inputs, 0, *seq)
+    }
+}
+
 /// Checks that `ids` can be fed at positions `start..`.
 pub(crate) fn check_input(config: &Config, ids: &[u32], start: usize, seq: usize) -> Result<()> {
     if let Some(id) = ids.iter().find(|&&id| id as usize >= config.vocab_size) {
-        return Err(Error::Argument(format!(
-            "token id {id} is not below vocab_size {}; use the model's own tokenizer",
-            config.vocab_size
-        )));
+        return Err(Error::argument(
+            format!("token id {id} is not below vocab_size {}", config.vocab_size),
+            "use the model's own tokenizer",
+        ));
     }
     if start + seq > config.max_position {
-        return Err(Error::Argument(format!(
-            "{} positions are more than max_position_embeddings {}; use shorter sequences",
-            start + seq,
-            config.max_position
-        )));
+        return Err(Error::argument(
+            format!(
+                "{} positions are more than max_position_embeddings {}",
+                start + seq,
+                config.max_position
+            ),
+            "use shorter sequences",
+        ));
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! How elementwise and row-wise ops are cut for threads: by shape alone.
+//! Cuts elementwise and row-wise ops for threads, by shape alone.
 
 use rayon::iter::plumbing::{Producer, ProducerCallback};
 use rayon::prelude::*;
@@ -6,7 +6,7 @@ use rayon::prelude::*;
 /// Values of one block.
 pub(crate) const BLOCK: usize = 1 << 14;
 
-/// Rows of a block for rows of `width` values.
+/// Returns the rows of a block for rows of `width` values.
 pub(crate) fn block_rows(width: usize) -> usize {
     (BLOCK / width.max(1)).max(1)
 }

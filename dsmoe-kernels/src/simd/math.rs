@@ -2,7 +2,8 @@
 
 use super::Simd;
 
-/// e^x, within 2 ULP on [-87.3, 88.3]; clamped outside, so that it never overflows or turns denormal. NaN stays NaN.
+/// Returns e^x, within 2 ULP on [-87.3, 88.3]. It is clamped outside, so that it never overflows or becomes denormal.
+/// NaN stays NaN.
 ///
 /// x = n ln 2 + r with |r| <= ln(2)/2; the polynomial for e^r is the degree-6 one of Cephes' `expf`.
 #[inline(always)]
@@ -22,7 +23,7 @@ pub(crate) fn exp<S: Simd>(s: S, x: S::V) -> S::V {
     s.mul(p, s.exp2_integral(n))
 }
 
-/// 1 / (1 + e^-x).
+/// Returns 1 / (1 + e^-x).
 #[inline(always)]
 pub(crate) fn sigmoid<S: Simd>(s: S, x: S::V) -> S::V {
     let one = s.splat(1.0);

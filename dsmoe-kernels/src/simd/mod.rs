@@ -39,23 +39,23 @@ pub(crate) trait Simd: Copy + Send + Sync {
     fn mul(self, a: Self::V, b: Self::V) -> Self::V;
     fn div(self, a: Self::V, b: Self::V) -> Self::V;
     fn sqrt(self, a: Self::V) -> Self::V;
-    /// The larger; `b` when one is NaN.
+    /// Returns the larger value, or `b` if one is NaN.
     fn max(self, a: Self::V, b: Self::V) -> Self::V;
-    /// The smaller; `b` when one is NaN.
+    /// Returns the smaller value, or `b` if one is NaN.
     fn min(self, a: Self::V, b: Self::V) -> Self::V;
-    /// `a * b + c`, fused where the tier has it.
+    /// Returns `a * b + c`, fused where the tier has it.
     fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
-    /// Nearest integer, ties to even.
+    /// Rounds to the nearest integer, ties to even.
     fn round(self, a: Self::V) -> Self::V;
-    /// 2^a for integral `a` in [-126, 127].
+    /// Returns 2^a for integral `a` in [-126, 127].
     fn exp2_integral(self, a: Self::V) -> Self::V;
-    /// Sum of the lanes in a fixed order.
+    /// Adds the lanes in a fixed order.
     fn reduce_add(self, a: Self::V) -> f32;
-    /// Largest lane.
+    /// Returns the largest lane.
     fn reduce_max(self, a: Self::V) -> f32;
 }
 
-/// A kernel body with its arguments; see the module's first lines.
+/// A kernel body with its arguments; see the docs of the module.
 ///
 /// Implementations mark `body`, and every function it calls with a [`Simd`], `#[inline(always)]`: only code
 /// inlined into the tier's entry function is compiled with the tier's features.
@@ -64,7 +64,7 @@ pub(crate) trait Kernel {
     fn body<S: Simd>(self, s: S) -> Self::Output;
 }
 
-/// `y[i] += a * x[i]`.
+/// Computes `y[i] += a * x[i]`.
 #[inline(always)]
 pub(crate) fn axpy<S: Simd>(s: S, y: &mut [f32], a: f32, x: &[f32]) {
     assert_eq!(y.len(), x.len());
@@ -80,7 +80,7 @@ pub(crate) fn axpy<S: Simd>(s: S, y: &mut [f32], a: f32, x: &[f32]) {
     }
 }
 
-/// `sum of a[i] * b[i]`, four independent accumulators, fixed order.
+/// Returns the sum of `a[i] * b[i]`, with four independent accumulators and a fixed order.
 #[inline(always)]
 pub(crate) fn dot<S: Simd>(s: S, a: &[f32], b: &[f32]) -> f32 {
     assert_eq!(a.len(), b.len());
@@ -103,7 +103,7 @@ pub(crate) fn dot<S: Simd>(s: S, a: &[f32], b: &[f32]) -> f32 {
     s.reduce_add(s.add(s.add(acc[0], acc[1]), s.add(acc[2], acc[3])))
 }
 
-/// Largest value of `x`; negative infinity for an empty slice.
+/// Returns the largest value of `x`, or negative infinity for an empty slice.
 #[inline(always)]
 pub(crate) fn max_of<S: Simd>(s: S, x: &[f32]) -> f32 {
     let mut acc = s.splat(f32::NEG_INFINITY);

@@ -1,4 +1,4 @@
-//! What matrix products need of a tier beyond [`Simd`].
+//! The operations of a tier that matrix products need in addition to [`Simd`].
 
 use half::bf16;
 
@@ -7,25 +7,25 @@ use super::{Portable, Simd};
 /// Rows or columns of a block that [`Product::transpose`] moves.
 pub(crate) const SQUARE: usize = 16;
 
-/// A tier's part in matrix products. *Pairs* are two bf16 in a `u32`, the even index in the low half.
+/// The operations of matrix products. A *pair* is two bf16 in a `u32`, the even index in the low half.
 pub(crate) trait Product: Simd {
     /// Most rows of a tile of two registers' width.
     const ROWS: usize;
     /// Most rows of a tile of four registers' width.
     const ROWS_OF_WIDE: usize;
-    /// Inner dimension of one pass, in values or, where pairs are multiplied, in pairs: a panel of that depth and a tile stay
-    /// in the first-level cache. Even.
+    /// Inner dimension of one pass, an even number of values or, where pairs are multiplied, of pairs: a panel of that depth
+    /// and a tile stay in the first-level cache.
     const DEPTH: usize;
-    /// Whether [`Product::dot`] is one instruction: bf16 products then run on pairs, otherwise on widened f32.
+    /// [`Product::dot`] is one instruction: bf16 products run on pairs instead of widened f32.
     const DOTS: bool;
 
-    /// Runs `kernel` in a function of its own: what keeps all registers for one inner loop.
+    /// Runs `kernel` in a function of its own, so that one inner loop gets all registers.
     fn isolated<K: ProductKernel>(self, kernel: K) -> K::Output;
-    /// Sets `out[j * stride + i] = rows[i][j]` for i < lanes and j < 16, ascending j. What lies at `lanes <= i < 16` is of
-    /// unspecified value after: a stride below 16 overwrites what is past it.
+    /// Sets `out[j * stride + i] = rows[i][j]` for i < lanes and j < 16, ascending j. Values at `lanes <= i < 16` become
+    /// unspecified: with a stride below 16 they overlap the next j.
     fn transpose(self, out: &mut [f32], stride: usize, rows: [&[f32]; SQUARE], lanes: usize);
     /// Sets `out[j * stride + i]` to the pair (`rows[i][2 j]`, `rows[i][2 j + 1]`), rounded to bf16, for i < lanes and j < 16;
-    /// else as [`Product::transpose`]. Of use where [`Product::DOTS`].
+    /// otherwise like [`Product::transpose`]. Used only if [`Product::DOTS`].
     #[inline(always)]
     fn transpose_pairs(self, out: &mut [u32], stride: usize, rows: [&[f32]; SQUARE], lanes: usize) {
         let rows = rows.map(|row| &row[..2 * SQUARE]);
@@ -35,19 +35,19 @@ pub(crate) trait Product: Simd {
             }
         }
     }
-    /// Asks for the cache line `ahead` values after the start of `x`, which may lie past its end.
+    /// Prefetches the cache line `ahead` values after the start of `x`, which may lie past its end.
     fn prefetch(self, x: &[f32], ahead: usize);
-    /// The nearest bf16, ties to even; NaN stays NaN.
+    /// Rounds to the nearest bf16, ties to even. NaN stays NaN.
     fn round_bf16(self, a: Self::V) -> Self::V;
     /// Stores the pairs (even, odd), rounded to bf16. Subnormals may become 0, as they do in [`Product::dot`].
     fn store_pairs(self, out: &mut [u32], even: Self::V, odd: Self::V);
-    /// The even and the odd values of the first [`Simd::LANES`] pairs.
+    /// Returns the even and the odd values of the first [`Simd::LANES`] pairs.
     fn widen(self, pairs: &[u32]) -> (Self::V, Self::V);
-    /// `acc + even(a) even(b) + odd(a) odd(b)` in every lane.
+    /// Returns `acc + even(a) even(b) + odd(a) odd(b)` in every lane.
     fn dot(self, acc: Self::V, a: u32, b: &[u32]) -> Self::V;
 }
 
-/// As [`super::Kernel`], for bodies that need [`Product`].
+/// A [`super::Kernel`] whose body needs [`Product`].
 pub(crate) trait ProductKernel {
     type Output;
     fn body<S: Product>(self, s: S) -> Self::Output;
@@ -96,13 +96,13 @@ impl Product for Portable {
     }
 }
 
-/// A pair of bf16, rounded.
+/// Returns a pair of bf16, rounded.
 #[inline(always)]
 pub(crate) fn pair(even: f32, odd: f32) -> u32 {
     u32::from(bf16::from_f32(even).to_bits()) | u32::from(bf16::from_f32(odd).to_bits()) << 16
 }
 
-/// [`Product::dot`] in f32.
+/// Computes [`Product::dot`] in f32.
 #[inline(always)]
 pub(super) fn widened_dot<S: Product>(s: S, acc: S::V, a: u32, b: &[u32]) -> S::V {
     let (even, odd) = s.widen(b);

@@ -61,7 +61,7 @@ pub(crate) fn run_product_avx512bf16<K: ProductKernel>(token: Avx512Bf16, kernel
     unsafe { inner(token, kernel) }
 }
 
-/// Whether the processor is AMD's, by its CPUID vendor string.
+/// Tells whether the processor is AMD's, by its CPUID vendor string.
 pub(crate) fn is_amd() -> bool {
     let vendor = __cpuid(0);
     (vendor.ebx, vendor.edx, vendor.ecx) == (0x6874_7541, 0x6974_6e65, 0x444d_4163)
@@ -77,7 +77,7 @@ fn tail_mask(_token: Avx2, n: usize) -> __m256i {
     unsafe { _mm256_loadu_si256(window.as_ptr().cast()) }
 }
 
-/// Sum of the lanes, the upper half added to the lower until one is left.
+/// Adds the lanes: the upper half to the lower half until one is left.
 ///
 /// # Safety
 /// AVX is present.

@@ -233,7 +233,7 @@ fn dot16(acc: __m512, a: u32, b: __m512i) -> __m512 {
     _mm512_dpbf16_ps(acc, a, b)
 }
 
-/// The 32 bf16 of `left` and then `right`: pairs of neighbours.
+/// Rounds to bf16: `left`, then `right`, as pairs of neighbours.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bf16")]
 fn converted(left: __m512, right: __m512) -> __m512 {

@@ -1,7 +1,7 @@
 //! Optimiser steps on the processor.
 
 use dsmoe_core::Model;
-use dsmoe_core::model::{StepArgs, TrainWorkspace};
+use dsmoe_core::model::{Batch, StepArgs, TrainWorkspace};
 use dsmoe_core::params::Layout;
 use dsmoe_kernels::buf::Buf;
 use dsmoe_router::RoutingStats;
@@ -55,7 +55,8 @@ impl CpuEngine {
         args: &StepArgs,
     ) -> Result<bool> {
         let MicroBatch { inputs, targets, seq } = batch;
-        let output = model.train_step(&mut self.grads, inputs, targets, seq, args, &mut self.workspace)?;
+        let output =
+            model.train_step(&mut self.grads, Batch { inputs, targets, seq }, args, &mut self.workspace)?;
         self.predicted += targets.len();
         let (result, parts) = (&mut self.result, self.micro_batches as f64);
         result.lm_loss += output.loss_sum;

@@ -2,7 +2,7 @@
 
 use crate::common::*;
 use dsmoe_core::Inference;
-use dsmoe_core::model::Workspace;
+use dsmoe_core::model::{Batch, Workspace};
 use dsmoe_kernels::Precision;
 use dsmoe_train::eval::evaluate_detailed;
 use dsmoe_train::{EvalOptions, evaluate};
@@ -15,7 +15,12 @@ fn by_hand(model: &Inference, ids: &[u32], windows: &[(usize, usize, usize)]) ->
         let mut losses = vec![0.0; len];
         let mut workspace = Workspace::default();
         model
-            .score(&mut losses, &ids[start..end - 1], &ids[start + 1..end], len, None, &mut workspace)
+            .score(
+                &mut losses,
+                Batch { inputs: &ids[start..end - 1], targets: &ids[start + 1..end], seq: len },
+                None,
+                &mut workspace,
+            )
             .unwrap();
         let scored = &losses[first - start - 1..];
         sum += scored.iter().map(|&x| f64::from(x)).sum::<f64>();
@@ -101,7 +106,7 @@ fn what_cannot_be_evaluated_is_said() {
         evaluate(&model, ids, EvalOptions::new(seq), &mut |_, _| {}).unwrap_err().to_string()
     };
     assert!(error(&[1], 8).contains("1 tokens"));
-    assert!(error(&[1, 2, 3], 1).contains("--seq"));
+    assert!(error(&[1, 2, 3], 1).contains("seq is 1"));
     assert!(error(&[1, 2, 999, 4], 8).contains("999"));
     assert!(error(&text(1).ids, 80).contains("max_position_embeddings"));
 }

@@ -14,29 +14,22 @@ use super::tensors::rope_table;
 use crate::config::{Config, LayerShape};
 use crate::error::{Error, Result};
 use crate::ffn::{DeviceFfn, Ffn};
+use crate::model::train::MemoryUse;
 use crate::params::padded;
-
-/// One use of device memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MemoryUse {
-    /// The use.
-    pub what: &'static str,
-    /// Its size.
-    pub bytes: usize,
-}
 
 /// Returns the forms of the FFNs on a device.
 pub(crate) fn device_ffns(ffns: &[Box<dyn Ffn>]) -> Result<Vec<DeviceFfn>> {
     let form = |(layer, form): (usize, Option<DeviceFfn>)| {
         form.ok_or_else(|| {
-            Error::Argument(format!("layer {layer}: this kind of FFN does not run on a GPU; use the CPU"))
+            let problem = format!("layer {layer}: this kind of FFN does not run on a GPU");
+            Error::argument(problem, "set {device} to cpu")
         })
     };
     ffns.iter().map(|ffn| ffn.on_device()).enumerate().map(form).collect()
 }
 
 /// Refuses a plan that the device's free memory does not hold.
-pub(crate) fn check_memory(gpu: &Gpu, plan: &[MemoryUse], help: &str) -> Result<()> {
+pub(crate) fn check_memory(gpu: &Gpu, plan: &[MemoryUse], help: &'static str) -> Result<()> {
     let (free, _) = gpu.memory()?;
     let wanted: usize = plan.iter().map(|part| part.bytes).sum();
     if wanted <= free {
@@ -44,12 +37,10 @@ pub(crate) fn check_memory(gpu: &Gpu, plan: &[MemoryUse], help: &str) -> Result<
     }
     let gib = |bytes: usize| bytes as f64 / f64::from(1 << 30);
     let largest = plan.iter().max_by_key(|part| part.bytes).map_or("", |part| part.what);
-    Err(Error::Argument(format!(
-        "{}: {:.1} GiB are needed, most of it {largest}, and {:.1} GiB are free; {help}",
-        gpu.name(),
-        gib(wanted),
-        gib(free)
-    )))
+    let (name, wanted, free) = (gpu.name(), gib(wanted), gib(free));
+    let problem =
+        format!("{name}: {wanted:.1} GiB are needed, most of it {largest}, and {free:.1} GiB are free");
+    Err(Error::argument(problem, help))
 }
 
 /// Converts a router's settings to those of the kernels.

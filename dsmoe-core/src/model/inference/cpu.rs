@@ -1,17 +1,19 @@
-//! Inference on the processor: scoring windows of text, and decoding with a cache.
+//! Inference on the host: scoring windows of text, and decoding with a cache.
 
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::matmul::Packed;
 use dsmoe_kernels::{Precision, add, attention, cross_entropy, linear, rms_norm, rope};
 use dsmoe_router::RoutingStats;
+use half::bf16;
+use half::slice::HalfFloatSliceExt;
 
 use super::cache::Cache;
-use super::pack::{Embedding, Layer};
+use super::pack::{Embedding, Layer, Parts, fill, pack, vector};
 use crate::accounting::Accounting;
 use crate::config::{Config, LayerShape};
 use crate::error::Result;
 use crate::ffn::{FfnInference, FfnScratch, Record};
-use crate::model::tensors::{in_pool, set_threshold};
+use crate::model::tensors::{Batch, attention_dims, in_pool, rope_table, set_threshold};
 
 /// A LLaMA decoder for inference: weight matrices packed in a [`Precision`], norms and routers in f32. With bf16
 /// the operands of matrix products are rounded to it; sums, softmax and the residual stream are f32.
@@ -67,6 +69,42 @@ impl Workspace {
 }
 
 impl CpuInference {
+    /// Packs a model for the host.
+    pub(crate) fn build(parts: Parts<'_>, precision: Precision) -> Result<CpuInference> {
+        let Parts { config, accounting, ffns, ranges, source } = parts;
+        let hidden = config.hidden;
+        let head = pack(source, &ranges.head, hidden, precision)?;
+        let embedding = match precision {
+            _ if config.tie_word_embeddings => Embedding::Tied,
+            Precision::F32 => {
+                let mut table = Buf::zeros(ranges.embed.len());
+                fill(&mut table, source, &ranges.embed, |to, from| to.copy_from_slice(from))?;
+                Embedding::F32(table)
+            }
+            Precision::Bf16 => {
+                let mut table = vec![bf16::ZERO; ranges.embed.len()];
+                fill(&mut table, source, &ranges.embed, |to, from| to.convert_from_f32_slice(from))?;
+                Embedding::Bf16(table)
+            }
+        };
+        let mut layers = Vec::with_capacity(config.num_layers);
+        for (i, (ranges, ffn)) in ranges.layers.iter().zip(ffns).enumerate() {
+            let q_width = config.layer(i).num_heads * config.head_dim;
+            layers.push(Layer {
+                input_norm: vector(source.part(&ranges.input_norm)?),
+                q: pack(source, &ranges.q, hidden, precision)?,
+                k: pack(source, &ranges.k, hidden, precision)?,
+                v: pack(source, &ranges.v, hidden, precision)?,
+                o: pack(source, &ranges.o, q_width, precision)?,
+                post_norm: vector(source.part(&ranges.post_norm)?),
+                ffn: ffn.pack(source.part(&ranges.ffn)?, precision),
+            });
+        }
+        let norm = vector(source.part(&ranges.norm)?);
+        let rope = rope_table(&config);
+        Ok(CpuInference { config, accounting, precision, embedding, layers, norm, head, rope })
+    }
+
     pub(crate) fn bytes(&self) -> usize {
         let layers = self.layers.iter().map(Layer::bytes).sum::<usize>();
         self.embedding.bytes() + layers + 4 * self.norm.len() + self.head.bytes()
@@ -85,12 +123,11 @@ impl CpuInference {
     pub(crate) fn score(
         &self,
         losses: &mut [f32],
-        inputs: &[u32],
-        targets: &[u32],
-        seq: usize,
+        batch: Batch<'_>,
         stats: Option<&mut RoutingStats>,
         workspace: &mut Workspace,
     ) {
+        let Batch { inputs, targets, seq } = batch;
         in_pool(|| {
             self.hidden_states(inputs, seq, None, stats, workspace);
             let Workspace { h, logits, .. } = workspace;
@@ -135,7 +172,7 @@ impl CpuInference {
         let start = cache.as_ref().map_or(0, |cache| cache.len);
         let at = |heads| rope::Args { table: &self.rope, seq, start, heads };
         self.forward(ids, stats, workspace, |i, Heads { a, lse, q, k, v }| {
-            let shape = self.attention(i, ids.len() / seq, seq, start + seq);
+            let shape = attention_dims(&self.config, i, ids.len() / seq, [seq, start + seq]);
             for (x, args) in [(&mut *q, at(shape.heads)), (&mut *k, at(shape.kv_heads))] {
                 rope::Forward { x, stride: args.width(), args }.run();
             }
@@ -153,12 +190,6 @@ impl CpuInference {
         if let Some(cache) = cache {
             cache.len += seq;
         }
-    }
-
-    /// The shape of an attention of layer `i`.
-    pub(crate) fn attention(&self, i: usize, batch: usize, queries: usize, keys: usize) -> attention::Dims {
-        let LayerShape { num_heads: heads, num_kv_heads: kv_heads, .. } = self.config.layer(i);
-        attention::Dims { batch, queries, keys, heads, kv_heads, head_dim: self.config.head_dim }
     }
 
     /// Sets `workspace.h` to the normed hidden states `[ids.len(), hidden]`, where `attend` does what a layer's

@@ -5,7 +5,8 @@ mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 pub(crate) mod pack;
-pub(crate) mod ragged;
+mod ragged;
+pub(crate) mod segments;
 
 use std::path::Path;
 
@@ -16,11 +17,11 @@ pub use cache::Cache;
 use cpu::CpuInference;
 pub use cpu::Workspace;
 use pack::Parts;
-use ragged::places;
-pub use ragged::{After, Likelihood, Segment};
+use segments::places;
+pub use segments::{After, Likelihood, Segment};
 
 use super::arena::Model;
-use super::tensors::check_input;
+use super::tensors::{Batch, check_input};
 use crate::accounting::Accounting;
 use crate::config::Config;
 use crate::device::Device;
@@ -40,28 +41,39 @@ enum Backend {
     Cuda(Box<cuda::CudaInference>),
 }
 
+/// Evaluates an expression for the model of either device.
+macro_rules! each {
+    ($backend:expr, $model:ident => $value:expr) => {
+        match $backend {
+            Backend::Cpu($model) => $value,
+            #[cfg(feature = "cuda")]
+            Backend::Cuda($model) => $value,
+        }
+    };
+}
+
 impl Inference {
-    /// Packs the weights of `model` for the processor, rounded where the precision is bf16.
+    /// Packs the weights of `model` for the host, rounded where the precision is bf16.
     pub fn new(model: &Model, precision: Precision) -> Inference {
         let packed = pack::of_model(model, |parts| Inference::build(parts, precision, Device::Cpu));
-        packed.expect("an arena is there to be read")
+        packed.expect("reading an arena does not fail")
     }
 
     /// Packs the weights of `model` for `device`.
     ///
     /// # Errors
-    /// The device is not there, its memory does not suffice, or it does not know the precision (a GPU takes bf16) or the
-    /// model's FFNs.
+    /// The device is not there, its memory does not suffice, or it does not know the precision (a GPU takes bf16) or
+    /// the model's FFNs.
     pub fn new_on(model: &Model, precision: Precision, device: Device) -> Result<Inference> {
         pack::of_model(model, |parts| Inference::build(parts, precision, device))
     }
 
-    /// Loads a model directory for the processor tensor by tensor: beside the packed weights, one FFN at the
+    /// Loads a model directory for the host tensor by tensor: beside the packed weights, one FFN at the
     /// most is in memory in f32. Weights stored as bf16 stay what they are in [`Precision::Bf16`]; f16 and f32 are
     /// rounded.
     ///
     /// # Errors
-    /// Anything wrong with the directory; the message names the file, the field or tensor, and the mend.
+    /// The directory is malformed; the message names the file, the field or tensor, and the remedy.
     pub fn load(dir: &Path, precision: Precision) -> Result<Inference> {
         Inference::load_on(dir, precision, Device::Cpu)
     }
@@ -76,7 +88,7 @@ impl Inference {
 
     fn build(parts: Parts<'_>, precision: Precision, device: Device) -> Result<Inference> {
         let backend = match device {
-            Device::Cpu => Backend::Cpu(Box::new(pack::build(parts, precision)?)),
+            Device::Cpu => Backend::Cpu(Box::new(CpuInference::build(parts, precision)?)),
             #[cfg(feature = "cuda")]
             Device::Cuda(ordinal) => {
                 Backend::Cuda(Box::new(cuda::CudaInference::build(parts, precision, ordinal)?))
@@ -85,7 +97,7 @@ impl Inference {
         Ok(Inference { backend })
     }
 
-    /// Where it runs.
+    /// Returns the device that it runs on.
     pub fn device(&self) -> Device {
         match &self.backend {
             Backend::Cpu(_) => Device::Cpu,
@@ -94,25 +106,17 @@ impl Inference {
         }
     }
 
-    /// The configuration.
+    /// Returns the configuration.
     pub fn config(&self) -> &Config {
-        match &self.backend {
-            Backend::Cpu(model) => &model.config,
-            #[cfg(feature = "cuda")]
-            Backend::Cuda(model) => &model.config,
-        }
+        each!(&self.backend, model => &model.config)
     }
 
-    /// Parameter counts; of masked linears, what is kept counts as activated.
+    /// Returns the parameter counts; pruned weights of masked linears are not activated.
     pub fn accounting(&self) -> &Accounting {
-        match &self.backend {
-            Backend::Cpu(model) => &model.accounting,
-            #[cfg(feature = "cuda")]
-            Backend::Cuda(model) => &model.accounting,
-        }
+        each!(&self.backend, model => &model.accounting)
     }
 
-    /// What the weights are stored as.
+    /// Returns the precision of the packed weights.
     pub fn precision(&self) -> Precision {
         match &self.backend {
             Backend::Cpu(model) => model.precision,
@@ -121,69 +125,48 @@ impl Inference {
         }
     }
 
-    /// Bytes that the weights take.
+    /// Returns the size of the weights in bytes.
     pub fn bytes(&self) -> usize {
-        match &self.backend {
-            Backend::Cpu(model) => model.bytes(),
-            #[cfg(feature = "cuda")]
-            Backend::Cuda(model) => model.bytes(),
-        }
+        each!(&self.backend, model => model.bytes())
     }
 
-    /// Empty routing statistics for this model; none without routers.
+    /// Returns empty routing statistics for this model; none without routers.
     pub fn new_stats(&self) -> Option<RoutingStats> {
-        let experts = match &self.backend {
-            Backend::Cpu(model) => model.num_experts(),
-            #[cfg(feature = "cuda")]
-            Backend::Cuda(model) => model.num_experts(),
-        };
+        let experts = each!(&self.backend, model => model.num_experts());
         experts.map(|n| RoutingStats::new(self.config().num_layers, n))
     }
 
-    /// Moves the gates' threshold of every layer (the paper's table 4).
+    /// Sets the gates' threshold of every layer (the paper's table 4).
     ///
     /// # Errors
     /// The threshold is outside 0..=1, or the model has no gates.
     pub fn set_threshold(&mut self, threshold: f32) -> Result<()> {
-        match &mut self.backend {
-            Backend::Cpu(model) => model.set_threshold(threshold),
-            #[cfg(feature = "cuda")]
-            Backend::Cuda(model) => model.set_threshold(threshold),
-        }
+        each!(&mut self.backend, model => model.set_threshold(threshold))
     }
 
-    /// Sets `losses[t]` to the negative log-likelihood (nats) of `targets[t]` after `inputs` up to t, for
-    /// `inputs.len() / seq` sequences of `seq` tokens each. A target of
-    /// [`IGNORE`](dsmoe_kernels::cross_entropy::IGNORE) scores 0. Adds the routing of all inputs to `stats` (from
+    /// Sets `losses[t]` to the negative log-likelihood (nats) of target t after the inputs up to t of its sequence; 0
+    /// for [`IGNORE`](dsmoe_kernels::cross_entropy::IGNORE). Adds the routing of all inputs to `stats` (from
     /// [`Inference::new_stats`]).
     ///
     /// # Errors
-    /// A token id outside the vocabulary, or more positions than the model has; a GPU fails.
+    /// A token id is outside the vocabulary, there are more positions than the model has, or a GPU fails.
     ///
     /// # Panics
-    /// The slices' lengths differ, or are no multiple of `seq`.
+    /// The slices' lengths differ, or are no multiple of the batch's `seq`.
     pub fn score(
         &self,
         losses: &mut [f32],
-        inputs: &[u32],
-        targets: &[u32],
-        seq: usize,
+        batch: Batch<'_>,
         stats: Option<&mut RoutingStats>,
         workspace: &mut Workspace,
     ) -> Result<()> {
-        assert!(
-            losses.len() == inputs.len() && targets.len() == inputs.len() && inputs.len().is_multiple_of(seq),
-            "score: {} losses, {} inputs, {} targets, seq {seq}",
-            losses.len(),
-            inputs.len(),
-            targets.len()
-        );
-        check_input(self.config(), inputs, 0, seq)?;
+        assert_eq!(losses.len(), batch.inputs.len(), "score: losses and inputs");
+        batch.check(self.config())?;
         match &self.backend {
-            Backend::Cpu(model) => model.score(losses, inputs, targets, seq, stats, workspace),
+            Backend::Cpu(model) => model.score(losses, batch, stats, workspace),
             #[cfg(feature = "cuda")]
             Backend::Cuda(model) => {
-                model.score(losses, inputs, targets, seq, workspace)?;
+                model.score(losses, batch, workspace)?;
                 model.report(workspace, stats)?;
             }
         }
@@ -217,10 +200,10 @@ impl Inference {
         workspace: &'w mut Workspace,
     ) -> Result<&'w [f32]> {
         if ids.len() < last || ids.is_empty() {
-            return Err(Error::Argument(format!(
-                "{} tokens to read logits of {last}; give at least one token",
-                ids.len()
-            )));
+            return Err(Error::argument(
+                format!("{} tokens to read logits of {last}", ids.len()),
+                "give at least one token",
+            ));
         }
         check_input(self.config(), ids, cache.len, ids.len())?;
         match &self.backend {
@@ -231,8 +214,8 @@ impl Inference {
         Ok(&workspace.logits)
     }
 
-    /// How likely each of `targets` `(place, token)` is: the token behind that place of `ids`. `ids` are the tokens
-    /// of `segments`, one segment after the other. Adds the routing of all tokens to `stats` (from
+    /// Computes the likelihood of each of `targets` `(place, token)`: the token behind that place of `ids`. `ids` are
+    /// the tokens of `segments`, one segment after the other. Adds the routing of all tokens to `stats` (from
     /// [`Inference::new_stats`]).
     ///
     /// # Errors
@@ -294,6 +277,27 @@ impl Inference {
             Backend::Cpu(model) => model.prepare(positions),
             #[cfg(feature = "cuda")]
             Backend::Cuda(_) => {}
+        }
+    }
+}
+
+impl Cache {
+    /// Makes an empty cache for `model` with room for `positions`: until they are used up, decoding allocates nothing
+    /// for them; after that the room doubles.
+    pub fn new(model: &Inference, positions: usize) -> Cache {
+        let positions = positions.min(model.config().max_position);
+        let config = model.config();
+        let host = if model.device().is_gpu() { 0 } else { positions };
+        let room = |heads: usize| Vec::with_capacity(host * heads * config.head_dim);
+        let layers = config.layers().map(|shape| (room(shape.num_kv_heads), room(shape.num_kv_heads)));
+        model.prepare(positions);
+        Cache {
+            layers: layers.collect(),
+            #[cfg(feature = "cuda")]
+            cuda: None,
+            #[cfg(feature = "cuda")]
+            room: positions,
+            len: 0,
         }
     }
 }

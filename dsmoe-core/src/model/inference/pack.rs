@@ -1,4 +1,4 @@
-//! From parameters to packed weights: of a model in memory, or of a directory, tensor by tensor.
+//! Packs the weights of a model in memory, or of a directory tensor by tensor.
 
 use std::ops::Range;
 use std::path::Path;
@@ -9,7 +9,6 @@ use dsmoe_kernels::matmul::{Mat, Packed};
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
 
-use super::cpu::CpuInference;
 use crate::accounting::Accounting;
 use crate::checkpoint::{Checkpoint, WeightReader};
 use crate::config::Config;
@@ -17,7 +16,7 @@ use crate::error::Result;
 use crate::ffn::{Ffn, PackedFfn};
 use crate::masks::Masks;
 use crate::model::arena::Model;
-use crate::model::tensors::{Ranges, ffns_of, lay_out, rope_table};
+use crate::model::tensors::{Ranges, ffns_of, lay_out};
 use crate::params::Layout;
 
 /// One decoder layer. Matrices are `[outputs, inputs]`.
@@ -40,14 +39,14 @@ impl Layer {
     }
 }
 
-/// Where tokens' first hidden states come from.
+/// Source of the tokens' first hidden states.
 #[derive(Debug)]
 pub(crate) enum Embedding {
     /// The output head's rows.
     Tied,
     /// A table `[vocab, hidden]`.
     F32(Buf),
-    /// The same in bf16.
+    /// A table `[vocab, hidden]` in bf16.
     Bf16(Vec<bf16>),
 }
 
@@ -74,11 +73,11 @@ impl Embedding {
     }
 }
 
-/// Where weights come from. Tensors are named by their range in an arena.
+/// Source of weights. A tensor is named by its range in an arena.
 pub(crate) trait Source {
     /// Gives the rows of a matrix to `sink`, in order, in pieces.
     fn rows(&mut self, matrix: &Range<usize>, sink: &mut dyn FnMut(&[f32])) -> Result<()>;
-    /// Adjacent tensors as they lie in the arena.
+    /// Returns adjacent tensors as they lie in the arena.
     fn part(&mut self, range: &Range<usize>) -> Result<&[f32]>;
 }
 
@@ -151,44 +150,8 @@ pub(crate) fn of_directory<R>(dir: &Path, pack: impl FnOnce(Parts<'_>) -> Result
     pack(Parts { config, accounting, ffns: &ffns, ranges: &ranges, source: &mut source })
 }
 
-/// Packs a model for the processor.
-pub(crate) fn build(parts: Parts<'_>, precision: Precision) -> Result<CpuInference> {
-    let Parts { config, accounting, ffns, ranges, source } = parts;
-    let hidden = config.hidden;
-    let head = pack(source, &ranges.head, hidden, precision)?;
-    let embedding = match precision {
-        _ if config.tie_word_embeddings => Embedding::Tied,
-        Precision::F32 => {
-            let mut table = Buf::zeros(ranges.embed.len());
-            fill(&mut table, source, &ranges.embed, |to, from| to.copy_from_slice(from))?;
-            Embedding::F32(table)
-        }
-        Precision::Bf16 => {
-            let mut table = vec![bf16::ZERO; ranges.embed.len()];
-            fill(&mut table, source, &ranges.embed, |to, from| to.convert_from_f32_slice(from))?;
-            Embedding::Bf16(table)
-        }
-    };
-    let mut layers = Vec::with_capacity(config.num_layers);
-    for (i, (ranges, ffn)) in ranges.layers.iter().zip(ffns).enumerate() {
-        let q_width = config.layer(i).num_heads * config.head_dim;
-        layers.push(Layer {
-            input_norm: vector(source.part(&ranges.input_norm)?),
-            q: pack(source, &ranges.q, hidden, precision)?,
-            k: pack(source, &ranges.k, hidden, precision)?,
-            v: pack(source, &ranges.v, hidden, precision)?,
-            o: pack(source, &ranges.o, q_width, precision)?,
-            post_norm: vector(source.part(&ranges.post_norm)?),
-            ffn: ffn.pack(source.part(&ranges.ffn)?, precision),
-        });
-    }
-    let norm = vector(source.part(&ranges.norm)?);
-    let rope = rope_table(&config);
-    Ok(CpuInference { config, accounting, precision, embedding, layers, norm, head, rope })
-}
-
-/// A matrix with `inputs` columns, packed.
-fn pack(
+/// Packs a matrix with `inputs` columns.
+pub(crate) fn pack(
     source: &mut dyn Source,
     matrix: &Range<usize>,
     inputs: usize,
@@ -218,7 +181,7 @@ pub(crate) fn fill<T>(
     })
 }
 
-fn vector(values: &[f32]) -> Buf {
+pub(crate) fn vector(values: &[f32]) -> Buf {
     let mut buf = Buf::zeros(values.len());
     buf.copy_from_slice(values);
     buf

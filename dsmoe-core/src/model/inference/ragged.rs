@@ -10,69 +10,12 @@ use rayon::prelude::*;
 
 use super::cache::Cache;
 use super::cpu::{CpuInference, Heads, Workspace};
-use crate::config::{Config, LayerShape};
-use crate::error::Result;
-use crate::model::tensors::{check_input, in_pool};
+use super::segments::{Likelihood, Place};
+use crate::config::LayerShape;
+use crate::model::tensors::{attention_dims, in_pool};
 
 /// Rows of logits at a time.
 const LOGIT_ROWS: usize = 512;
-
-/// What stands before the tokens of a [`Segment`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum After {
-    /// Nothing.
-    Nothing,
-    /// The tokens of an earlier segment of the batch, which has nothing before it.
-    Segment(usize),
-}
-
-/// Tokens of one sequence, one after the other in a batch.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Segment {
-    /// How many.
-    pub tokens: usize,
-    /// What they continue.
-    pub after: After,
-}
-
-/// How likely a token is where it was asked for.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Likelihood {
-    /// Natural logarithm of its probability.
-    pub log_probability: f32,
-    /// Whether no token is likelier; of equally likely ones the lowest id counts.
-    pub greedy: bool,
-}
-
-/// Where a segment lies.
-pub(crate) struct Place {
-    /// Its first token in the batch.
-    pub(crate) first: usize,
-    pub(crate) tokens: usize,
-    /// The first token and the number of those before it.
-    pub(crate) before: (usize, usize),
-}
-
-/// Where the segments lie in `ids`; checks both.
-pub(crate) fn places(config: &Config, ids: &[u32], segments: &[Segment]) -> Result<Vec<Place>> {
-    let mut places: Vec<Place> = Vec::with_capacity(segments.len());
-    let mut first = 0;
-    for (i, &Segment { tokens, after }) in segments.iter().enumerate() {
-        let before = match after {
-            After::Nothing => (0, 0),
-            After::Segment(j) => {
-                assert!(j < i && places[j].before.1 == 0, "likelihoods: segment {i} continues {j}");
-                (places[j].first, places[j].tokens)
-            }
-        };
-        assert!(first + tokens <= ids.len(), "likelihoods: segment {i} ends behind {} tokens", ids.len());
-        check_input(config, &ids[first..first + tokens], before.1, tokens)?;
-        places.push(Place { first, tokens, before });
-        first += tokens;
-    }
-    assert_eq!(first, ids.len(), "likelihoods: tokens of all segments");
-    Ok(places)
-}
 
 impl CpuInference {
     pub(crate) fn likelihoods(
@@ -107,7 +50,7 @@ impl CpuInference {
         });
     }
 
-    /// Attention of every segment by itself.
+    /// Computes the attention of every segment by itself.
     fn attend(&self, layer: usize, heads: Heads<'_>, places: &[Place]) {
         let Heads { a, lse, q, k, v } = heads;
         let LayerShape { num_heads, num_kv_heads: kv_heads, .. } = self.config.layer(layer);
@@ -128,7 +71,7 @@ impl CpuInference {
             |(keys, values): &mut (Vec<f32>, Vec<f32>), ((a, lse), place)| {
                 let own = |width: usize| place.first * width..(place.first + place.tokens) * width;
                 let (start, before) = place.before;
-                let shape = self.attention(layer, 1, place.tokens, before + place.tokens);
+                let shape = attention_dims(&self.config, layer, 1, [place.tokens, before + place.tokens]);
                 let q = &q[own(width)];
                 let (k_own, v_own) = (&k[own(kv_width)], &v[own(kv_width)]);
                 if before == 0 {
@@ -146,7 +89,7 @@ impl CpuInference {
         );
     }
 
-    /// Attention of one token each over its cache.
+    /// Computes the attention of one token each over its cache.
     fn attend_caches(&self, layer: usize, heads: Heads<'_>, caches: &mut [&mut Cache]) {
         let Heads { a, q, k, v, .. } = heads;
         let LayerShape { num_heads, num_kv_heads: kv_heads, .. } = self.config.layer(layer);
@@ -157,7 +100,7 @@ impl CpuInference {
             for (x, args) in [(&mut *q, at(num_heads)), (&mut *k, at(kv_heads))] {
                 rope::Forward { x, stride: args.width(), args }.run();
             }
-            let shape = self.attention(layer, 1, 1, cache.len + 1);
+            let shape = attention_dims(&self.config, layer, 1, [1, cache.len + 1]);
             let (keys, values) = cache.push(layer, k, v);
             attention::Decode { out: a, q, k: keys, v: values, dims: shape }.run();
         });
@@ -204,7 +147,7 @@ impl CpuInference {
     }
 }
 
-/// The tokens of each segment in `x`, whose rows have `width` values.
+/// Returns the tokens of each segment in `x`, whose rows have `width` values.
 fn cut<'a>(mut x: &'a mut [f32], places: &[Place], width: usize) -> Vec<&'a mut [f32]> {
     let segment = |place: &Place| {
         let (segment, rest) = std::mem::take(&mut x).split_at_mut(place.tokens * width);
@@ -214,7 +157,7 @@ fn cut<'a>(mut x: &'a mut [f32], places: &[Place], width: usize) -> Vec<&'a mut 
     places.iter().map(segment).collect()
 }
 
-/// Whether no value is larger than `z[at]` and none before it equals it.
+/// Returns whether `z[at]` is the largest value, and the first of equal ones.
 fn is_largest(z: &[f32], at: usize) -> bool {
     z[..at].iter().all(|&x| x < z[at]) && z[at..].iter().all(|&x| x <= z[at])
 }

@@ -10,10 +10,10 @@ use super::{StepArgs, StepOutput};
 use crate::error::Result;
 use crate::ffn::{FfnBackward, FfnForward, Record};
 use crate::model::arena::Model;
-use crate::model::tensors::{LayerRanges, check_input, in_pool};
+use crate::model::tensors::{Batch, LayerRanges, attention_dims, in_pool};
 
 impl Model {
-    /// Forward and backward over `inputs.len() / seq` sequences of `seq` tokens. Adds to `grads` (laid out as
+    /// Runs forward and backward over `batch`. Adds to `grads` (laid out as
     /// [`Model::params`]) the gradient of
     ///
     /// ```text
@@ -31,36 +31,29 @@ impl Model {
     pub fn train_step(
         &self,
         grads: &mut [f32],
-        inputs: &[u32],
-        targets: &[u32],
-        seq: usize,
+        batch: Batch<'_>,
         args: &StepArgs,
         workspace: &mut TrainWorkspace,
     ) -> Result<StepOutput> {
         assert!(
-            grads.len() == self.params.len()
-                && targets.len() == inputs.len()
-                && inputs.len() == workspace.tokens()
-                && inputs.len().is_multiple_of(seq),
-            "train_step: {} gradients, {} inputs, {} targets, seq {seq}, workspace for {}",
+            grads.len() == self.params.len() && batch.inputs.len() == workspace.tokens(),
+            "train_step: {} gradients, {} inputs, workspace for {}",
             grads.len(),
-            inputs.len(),
-            targets.len(),
+            batch.inputs.len(),
             workspace.tokens()
         );
-        check_input(&self.config, inputs, 0, seq)?;
-        Ok(in_pool(|| self.pooled_step(grads, inputs, targets, seq, args, workspace)))
+        batch.check(&self.config)?;
+        Ok(in_pool(|| self.pooled_step(grads, batch, args, workspace)))
     }
 
     fn pooled_step(
         &self,
         grads: &mut [f32],
-        inputs: &[u32],
-        targets: &[u32],
-        seq: usize,
+        batch: Batch<'_>,
         args: &StepArgs,
         workspace: &mut TrainWorkspace,
     ) -> StepOutput {
+        let Batch { inputs, targets, seq } = batch;
         let mut output = self.forward_train(inputs, seq, args, workspace);
         let dims = cross_entropy::Dims {
             tokens: inputs.len(),
@@ -114,7 +107,7 @@ impl Model {
         for (i, ranges) in self.ranges.layers.iter().enumerate() {
             let (done, after) = layers.split_at_mut(i + 1);
             let LayerActs { x, qkv, a, lse, x_mid, rstd_mid, ffn: saved, .. } = &mut done[i];
-            let attention = self.attention_dims(i, tokens, seq);
+            let attention = attention_dims(&self.config, i, tokens / seq, [seq, seq]);
             let dims = LinearDims::of(attention, hidden, precision);
             linear::Forward { y: qkv, x: h, w: self.param(&ranges.qkv()), dims: dims.qkv }.run();
             rope::Forward { x: qkv, stride: attention.joined_width(), args: self.rope_args(attention) }.run();
@@ -180,7 +173,7 @@ impl Model {
         for (i, (ranges, acts)) in self.ranges.layers.iter().zip(layers).enumerate().rev() {
             let LayerRanges { input_norm, o, post_norm, ffn, .. } = ranges;
             let LayerActs { x, rstd, qkv, a, lse, x_mid, rstd_mid, ffn: saved } = acts;
-            let attention = self.attention_dims(i, tokens, seq);
+            let attention = attention_dims(&self.config, i, tokens / seq, [seq, seq]);
             let dims = LinearDims::of(attention, hidden, precision);
             let (dqkv, da) = (&mut dqkv[..qkv.len()], &mut da[..a.len()]);
             // x_mid + ffn(h)
@@ -236,23 +229,10 @@ impl Model {
         embedding::Backward { dtable: part(grads, &self.ranges.embed), dout: dx, ids: inputs, hidden }.run();
     }
 
-    /// For the rotation of queries and keys, which are the first columns of qkv.
+    /// Returns the arguments that rotate queries and keys, the first columns of qkv.
     fn rope_args(&self, attention: attention::Dims) -> rope::Args<'_> {
         let heads = attention.heads + attention.kv_heads;
         rope::Args { table: &self.rope, seq: attention.queries, start: 0, heads }
-    }
-
-    /// The shape of the attention of layer `i`.
-    fn attention_dims(&self, i: usize, tokens: usize, seq: usize) -> attention::Dims {
-        let shape = self.config.layer(i);
-        attention::Dims {
-            batch: tokens / seq,
-            queries: seq,
-            keys: seq,
-            heads: shape.num_heads,
-            kv_heads: shape.num_kv_heads,
-            head_dim: self.config.head_dim,
-        }
     }
 }
 
@@ -271,7 +251,7 @@ impl LinearDims {
     }
 }
 
-/// One tensor, or one FFN, of the gradients.
+/// Returns one tensor, or one FFN, of the gradients.
 fn part<'a>(grads: &'a mut [f32], range: &Range<usize>) -> &'a mut [f32] {
     &mut grads[range.clone()]
 }

@@ -14,20 +14,29 @@ use crate::ffn::GateTraining;
 /// Weights of the losses of one micro-batch.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct StepArgs {
-    /// What each token's loss is multiplied by: one over the predicted tokens of the whole optimiser step.
+    /// Factor of each token's loss: one over the predicted tokens of the whole optimiser step.
     pub loss_scale: f32,
     /// Weight of the sparsity loss (a mean over layers, tokens and experts) in this micro-batch: the weight of the
     /// optimiser step divided by its micro-batches.
     pub sparsity_weight: f32,
-    /// Which gates the sparsity loss acts on.
+    /// Gates that the sparsity loss acts on.
     pub sparsity_over: SparsityOver,
-    /// What balance losses are multiplied by: one over the micro-batches of the optimiser step.
+    /// Factor of balance losses: one over the micro-batches of the optimiser step.
     pub balance_scale: f32,
     /// Seed of the noise of this micro-batch.
     pub seed: u64,
 }
 
-/// What a micro-batch showed.
+/// One use of memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryUse {
+    /// The use.
+    pub what: &'static str,
+    /// Its size.
+    pub bytes: usize,
+}
+
+/// Losses and checks of a micro-batch.
 #[derive(Clone, Debug, Default)]
 pub struct StepOutput {
     /// Sum of the token losses, nats.
@@ -38,7 +47,7 @@ pub struct StepOutput {
     pub sparsity_loss: f64,
     /// Mean of all gates over layers, tokens and experts.
     pub mean_gate: f64,
-    /// What the layers add to the loss so that experts are used evenly, summed; scaled and weighted.
+    /// Sum over layers of the balance losses, scaled and weighted.
     pub balance_loss: f64,
     /// The first place with a NaN or infinity in the forward pass, e.g. `layer 3 ffn`, when the loss has one.
     pub non_finite: Option<String>,

@@ -6,11 +6,12 @@ use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::{Precision, cross_entropy, expert_ffn};
 use dsmoe_router::RoutingStats;
 
+use super::MemoryUse;
 use crate::config::{Config, LayerShape};
 use crate::ffn::{Ffn, FfnScratch};
 use crate::model::arena::Model;
 
-/// What one layer's backward needs from its forward. Normed inputs are computed again from the residual stream.
+/// Values that one layer's backward needs from its forward. Normed inputs are recomputed from the residual stream.
 #[derive(Debug)]
 pub(crate) struct LayerActs {
     /// Input of the layer.
@@ -64,20 +65,20 @@ impl Widths {
         Widths { hidden: config.hidden, qkv: attention + 2 * kv, attention, heads }
     }
 
-    /// What a layer keeps apart from its FFN, as [`LayerActs`] lists it.
+    /// Returns the widths of [`LayerActs`] in order, without the FFN.
     fn layer(self) -> [usize; 7] {
         [self.hidden, 1, self.qkv, self.attention, self.heads, self.hidden, 1]
     }
 
-    /// What all layers share, as [`TrainWorkspace`] lists it.
+    /// Returns the widths of the buffers of [`TrainWorkspace`] in order.
     fn shared(self) -> [usize; 8] {
         [self.hidden, 1, self.hidden, 1, self.hidden, self.hidden, self.qkv, self.attention]
     }
 }
 
 impl TrainWorkspace {
-    /// For micro-batches of `tokens` tokens of `model`; operands of matrix products are rounded to `precision`
-    /// (routers stay f32).
+    /// Makes a workspace for micro-batches of `tokens` tokens of `model`; operands of matrix products are rounded to
+    /// `precision` (routers stay f32).
     pub fn new(model: &Model, tokens: usize, precision: Precision) -> TrainWorkspace {
         let config = &model.config;
         let room = |width: usize| Buf::zeros(tokens * width);
@@ -116,17 +117,38 @@ impl TrainWorkspace {
         }
     }
 
-    /// The routing of the last step; none without routers.
+    /// Returns the memory of a workspace for `tokens` tokens of a model of `config`, when `active` is the share of its
+    /// experts that a token runs.
+    pub fn memory(config: &Config, tokens: usize, active: f64) -> Vec<MemoryUse> {
+        let layer = |shape: LayerShape| {
+            let widths = Widths::of(config, shape.num_heads, shape.num_kv_heads);
+            // An FFN keeps what gate and up give.
+            widths.layer().iter().sum::<usize>() + 2 * shape.intermediate
+        };
+        let shared = Widths::of(config, config.num_heads, config.num_kv_heads).shared();
+        let head = cross_entropy::Dims { tokens, hidden: config.hidden, vocab: config.vocab_size };
+        // An FFN at work holds one activation of every pair, and five of the active ones.
+        let ffn = config.intermediate as f64 * (1.0 + 5.0 * active);
+        let f32s = |what, values: usize| MemoryUse { what, bytes: 4 * values };
+        vec![
+            f32s("  kept activations", tokens * config.layers().map(layer).sum::<usize>()),
+            f32s("  residual stream", tokens * shared.iter().sum::<usize>()),
+            f32s("  FFN at work", (tokens as f64 * ffn) as usize),
+            f32s("  logits", head.chunk().min(tokens) * config.vocab_size),
+        ]
+    }
+
+    /// Returns the routing of the last step; none without routers.
     pub fn stats(&self) -> Option<&RoutingStats> {
         self.stats.as_ref()
     }
 
-    /// Tokens of a micro-batch.
+    /// Returns the number of tokens of a micro-batch.
     pub(crate) fn tokens(&self) -> usize {
         self.tokens
     }
 
-    /// Where the forward pass first left the finite numbers.
+    /// Returns the first place of the forward pass with a value that is not finite.
     pub(crate) fn first_non_finite(&self) -> String {
         let bad = |buf: &Buf| buf.iter().any(|x| !x.is_finite());
         for (i, layer) in self.layers.iter().enumerate() {

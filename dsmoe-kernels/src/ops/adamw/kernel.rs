@@ -67,7 +67,7 @@ impl Kernel for Step<'_> {
     }
 }
 
-/// New `[p, m, v]`.
+/// Returns the new `[p, m, v]`.
 #[inline(always)]
 fn step<S: Simd>(s: S, [p, m, v]: [S::V; 3], grad: S::V, scalars: Scalars) -> [S::V; 3] {
     let g = s.mul(grad, s.splat(scalars.grad_scale));
@@ -83,7 +83,7 @@ pub(super) struct SumOfSquares<'a>(pub(super) &'a [f32]);
 
 impl Kernel for SumOfSquares<'_> {
     type Output = f64;
-    /// Plain loops: [`Simd`] has no f64, and these become vectors by themselves.
+    /// Uses plain loops: [`Simd`] has no f64, and the compiler vectorises these.
     #[inline(always)]
     fn body<S: Simd>(self, _: S) -> f64 {
         let mut lanes = [0.0f64; 32];

@@ -18,7 +18,7 @@ use rayon::prelude::*;
 use super::blocks::{BLOCK, each};
 use crate::isa::Isa;
 
-/// What one step uses besides the tensors.
+/// The hyper-parameters of one step.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Hyper {
     /// Learning rate of this step.
@@ -29,14 +29,14 @@ pub struct Hyper {
     pub beta2: f64,
     /// Added to the denominator.
     pub eps: f64,
-    /// Share of a parameter taken away per unit of learning rate.
+    /// Share of a parameter that decays per unit of learning rate.
     pub weight_decay: f64,
     /// This step's number; the first is 1.
     pub step: u64,
 }
 
 impl Hyper {
-    /// `(lr / (1 - beta1^step), 1 / sqrt(1 - beta2^step))`.
+    /// Returns `(lr / (1 - beta1^step), 1 / sqrt(1 - beta2^step))`.
     pub(crate) fn corrections(&self) -> (f64, f64) {
         let power = self.step as f64;
         (self.lr / (1.0 - self.beta1.powf(power)), (1.0 - self.beta2.powf(power)).sqrt().recip())
@@ -88,7 +88,8 @@ impl Step<'_> {
 /// Most blocks of [`sum_of_squares`].
 const MOST_SUMS: usize = 64;
 
-/// Sum of the squares of `x`, in f64: per block, the blocks in order, cut by the length alone.
+/// Returns the sum of the squares of `x`, in f64. Each block is summed, then the blocks in order; the length alone
+/// determines the blocks.
 pub fn sum_of_squares(x: &[f32]) -> f64 {
     let isa = Isa::current();
     let block = x.len().div_ceil(MOST_SUMS).next_multiple_of(BLOCK).max(1);

@@ -1,4 +1,4 @@
-//! Backward of one head of keys and values: the scores are computed again, tile by tile.
+//! Backward of one head of keys and values, which recomputes the scores tile by tile.
 
 use std::cell::RefCell;
 
@@ -36,12 +36,12 @@ struct Work {
     q_rows: Buf,
     dout_columns: Buf,
     dout_rows: Buf,
-    /// Per row: logsumexp, and `<dout, out>`.
+    /// logsumexp and `<dout, out>` of each row.
     logs: Buf,
     deltas: Buf,
     scores: Buf,
     slopes: Buf,
-    /// dq of a unit, transposed, and as it is.
+    /// dq of a unit, transposed and as rows.
     sums: Buf,
     rows: Buf,
 }
@@ -92,7 +92,7 @@ impl ProductKernel for (Head<'_>, &mut Work) {
 }
 
 impl Head<'_> {
-    /// Sets dq of one unit and adds what it gives to dk and dv.
+    /// Sets dq of one unit and adds its share of dk and dv.
     #[inline(always)]
     fn unit<S: Product>(self, s: S, work: &mut Work, rows: Rows) {
         let Head { dq, dout, out, q, lse, dims, .. } = self;
@@ -126,15 +126,15 @@ impl Head<'_> {
             let part = first_key * width..(first_key + seen) * width;
             let (k, v) = (&work.k[part.clone()], &work.v[part.clone()]);
             let (p, ds) = (&mut scores[..seen * n], &mut slopes[..seen * n]);
-            product(s, p, k, Left::Rows(width), q_columns, [seen, n, head_dim], false);
-            product(s, ds, v, Left::Rows(width), dout_columns, [seen, n, head_dim], false);
+            product(s, p, Left::Rows(k, width), q_columns, [seen, n, head_dim], false);
+            product(s, ds, Left::Rows(v, width), dout_columns, [seen, n, head_dim], false);
             gradients(s, p, ds, logs, deltas);
             rows.mask(p, first_key, 0.0);
             rows.mask(ds, first_key, 0.0);
-            product(s, &mut work.dv[part.clone()], p, Left::Rows(n), dout_rows, [seen, width, n], true);
-            product(s, &mut work.dk[part], ds, Left::Rows(n), q_rows, [seen, width, n], true);
+            product(s, &mut work.dv[part.clone()], Left::Rows(p, n), dout_rows, [seen, width, n], true);
+            product(s, &mut work.dk[part], Left::Rows(ds, n), q_rows, [seen, width, n], true);
             let sizes = [width, n, seen];
-            product(s, &mut work.sums, k, Left::Columns(width), ds, sizes, first_key > 0);
+            product(s, &mut work.sums, Left::Columns(k, width), ds, sizes, first_key > 0);
         }
         transpose(s, &mut work.rows, &work.sums, [width, n]);
         let scale = dims.scale();
@@ -148,7 +148,7 @@ impl Head<'_> {
     }
 }
 
-/// From scores and `<dout, v>`, both `[keys, n]`: `p <- e^(p - logs)`, `ds <- p (ds - deltas)`.
+/// Turns scores p and `ds = <dout, v>`, both `[keys, n]`, into `p <- e^(p - logs)` and `ds <- p (ds - deltas)`.
 #[inline(always)]
 fn gradients<S: Product>(s: S, p: &mut [f32], ds: &mut [f32], logs: &[f32], deltas: &[f32]) {
     let n = logs.len();

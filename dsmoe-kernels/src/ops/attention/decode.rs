@@ -1,4 +1,4 @@
-//! One query against all keys: bound by reading keys and values.
+//! Attention of one query, whose time is that of reading keys and values.
 
 use crate::simd::{Kernel, Simd, exp, max_of};
 
@@ -20,7 +20,7 @@ pub(super) struct Group<'a> {
 
 impl Kernel for Group<'_> {
     type Output = ();
-    /// Softmax over blocks of keys: `out` holds the sum of `e^(score - largest so far) v` until the last block.
+    /// Computes the softmax over blocks of keys. Until the last block, `out` holds the sum of `e^(score - largest so far) v`.
     #[inline(always)]
     fn body<S: Simd>(self, s: S) {
         let Group { out, q, k, v, stride, visible, head_dim } = self;
@@ -64,7 +64,7 @@ fn score<S: Simd>(s: S, p: &mut [f32], q: &[f32], k: &[f32], stride: usize, scal
     p.iter_mut().for_each(|p| *p *= scale);
 }
 
-/// `<q, k[j]>` of N keys.
+/// Returns `<q, k[j]>` of N keys.
 #[inline(always)]
 fn dots<S: Simd, const N: usize>(s: S, q: &[f32], k: &[f32], stride: usize) -> [f32; N] {
     let keys: [&[f32]; N] = std::array::from_fn(|j| &k[j * stride..][..q.len()]);
@@ -89,7 +89,7 @@ fn dots<S: Simd, const N: usize>(s: S, q: &[f32], k: &[f32], stride: usize) -> [
     sums.map(|[a, b]| s.reduce_add(s.add(a, b)))
 }
 
-/// Turns scores into e^(score - largest); returns their sum.
+/// Turns scores into e^(score - largest) and returns their sum.
 #[inline(always)]
 fn exponentials<S: Simd>(s: S, p: &mut [f32], largest: f32) -> f32 {
     let largest = s.splat(largest);
@@ -106,7 +106,7 @@ fn exponentials<S: Simd>(s: S, p: &mut [f32], largest: f32) -> f32 {
     s.reduce_add(sum) + tail.iter().sum::<f32>()
 }
 
-/// e^x as the vectors have it.
+/// Returns e^x with the rounding of the vector code.
 #[inline(always)]
 fn exp_of<S: Simd>(s: S, x: f32) -> f32 {
     let mut out = [0.0];
@@ -114,7 +114,7 @@ fn exp_of<S: Simd>(s: S, x: f32) -> f32 {
     out[0]
 }
 
-/// Sets `out = kept out + sum_j p[j] v[j]`; what was there does not matter when `kept` is 0.
+/// Sets `out = kept out + sum_j p[j] v[j]`. The old values are not read if `kept` is 0.
 #[inline(always)]
 fn add_values<S: Simd>(s: S, out: &mut [f32], kept: f32, p: &[f32], v: &[f32], stride: usize) {
     let mut d = 0;
@@ -136,7 +136,7 @@ fn add_values<S: Simd>(s: S, out: &mut [f32], kept: f32, p: &[f32], v: &[f32], s
     }
 }
 
-/// [`add_values`] for N vectors.
+/// Does the same as [`add_values`] for N vectors.
 #[inline(always)]
 fn add_vectors<S: Simd, const N: usize>(
     s: S,

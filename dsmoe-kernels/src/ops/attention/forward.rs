@@ -31,7 +31,7 @@ struct Work {
     /// The queries of all units, transposed.
     columns: Buf,
     scores: Buf,
-    /// Of all units: outputs so far, transposed; per row the largest score so far and the sum of
+    /// Of all units: outputs so far, transposed, and for each row the largest score so far and the sum of
     /// `e^(score - largest)`.
     sums: Buf,
     largest: Buf,
@@ -108,14 +108,14 @@ impl ProductKernel for (Block<'_>, &mut Work) {
                 }
                 let scores = &mut scores[..seen * n];
                 let columns = &columns[start * head_dim..];
-                product(s, scores, keys_packed, Left::Rows(width), columns, [seen, n, head_dim], false);
+                product(s, scores, Left::Rows(keys_packed, width), columns, [seen, n, head_dim], false);
                 unit.mask(scores, first_key, f32::NEG_INFINITY);
                 let (largest, total) = (&mut largest[start..start + n], &mut total[start..start + n]);
                 let sums = &mut sums[start * width..][..width * n];
                 softmax(s, scores, largest, total, (first_key > 0).then_some(&mut *sums));
                 unit.mask(scores, first_key, 0.0);
                 let sizes = [width, n, seen];
-                product(s, sums, values_packed, Left::Columns(width), scores, sizes, first_key > 0);
+                product(s, sums, Left::Columns(values_packed, width), scores, sizes, first_key > 0);
             }
         }
         for (i, unit) in block.units().enumerate() {
@@ -136,8 +136,8 @@ impl ProductKernel for (Block<'_>, &mut Work) {
     }
 }
 
-/// Turns `scores` `[keys, n]` into e^(score - largest), with `largest` now over these keys too, and brings `total`
-/// and `sums` `[width, n]`, unless these are the first keys, to it.
+/// Updates `largest` with `scores` `[keys, n]` and turns them into e^(score - largest). Rescales `total` and, unless these
+/// are the first keys, `sums` `[width, n]` to the new `largest`.
 #[inline(always)]
 fn softmax<S: Product>(
     s: S,

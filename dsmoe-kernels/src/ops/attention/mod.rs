@@ -28,7 +28,7 @@ use crate::buf::SharedRows;
 use crate::isa::Isa;
 use tile::View;
 
-/// Sizes of an attention.
+/// The sizes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Dims {
     /// Sequences.
@@ -46,22 +46,22 @@ pub struct Dims {
 }
 
 impl Dims {
-    /// Query heads per head of keys.
+    /// Returns the query heads per head of keys.
     fn group(self) -> usize {
         self.heads / self.kv_heads
     }
 
-    /// Row length of q and out.
+    /// Returns the row length of q and out.
     fn width(self) -> usize {
         self.heads * self.head_dim
     }
 
-    /// Row length of k and v.
+    /// Returns the row length of k and v.
     fn kv_width(self) -> usize {
         self.kv_heads * self.head_dim
     }
 
-    /// Keys that query i of a sequence sees: the first so many.
+    /// Returns how many keys query i of a sequence sees, from the first on.
     fn visible(self, i: usize) -> usize {
         i + 1 + self.keys - self.queries
     }
@@ -70,17 +70,17 @@ impl Dims {
         1.0 / (self.head_dim as f32).sqrt()
     }
 
-    /// Row length of qkv.
+    /// Returns the row length of qkv.
     pub fn joined_width(self) -> usize {
         self.width() + 2 * self.kv_width()
     }
 
-    /// Where q, k and v start in a row of qkv.
+    /// Returns the columns at which q, k and v start in a row of qkv.
     fn starts(self) -> [usize; 3] {
         [0, self.width(), self.width() + self.kv_width()]
     }
 
-    /// q, k and v of a qkv that is not empty.
+    /// Returns q, k and v of a qkv that is not empty.
     fn views(self, qkv: &[f32]) -> [View<'_>; 3] {
         self.starts().map(|start| View { data: &qkv[start..], stride: self.joined_width() })
     }
@@ -112,13 +112,13 @@ impl Dims {
     }
 }
 
-/// Up to this many queries, [`decode`] serves.
+/// Most queries of [`Decode`].
 pub const DECODE_QUERIES: usize = 4;
 
-/// Queries times heads of a group in a task of the forward pass: what the packing of keys is shared by.
+/// Queries times heads of a group in a task of the forward pass: they share the packed keys.
 const BLOCK_ROWS: usize = 128;
 
-/// Multiply-adds below which threads cost more than they bring.
+/// Multiply-adds below which threads cost more time than they save.
 const SERIAL_WORK: usize = 1 << 17;
 
 /// Sets `out` and `lse`.
@@ -138,7 +138,7 @@ pub struct Forward<'a> {
     pub dims: Dims,
 }
 
-/// [`Forward`] over `qkv`, with as many queries as keys.
+/// Does the same as [`Forward`] over `qkv`, with as many queries as keys.
 #[derive(Debug)]
 pub struct ForwardJoined<'a> {
     /// `[batch * queries, heads * head_dim]`, set.
@@ -151,7 +151,7 @@ pub struct ForwardJoined<'a> {
     pub dims: Dims,
 }
 
-/// [`Forward`] for up to [`DECODE_QUERIES`] queries, without lse: reads keys and values in place.
+/// Sets `out` like [`Forward`], for up to [`DECODE_QUERIES`] queries. Reads keys and values in place.
 #[derive(Debug)]
 pub struct Decode<'a> {
     /// `[batch * queries, heads * head_dim]`, set.

@@ -2,12 +2,12 @@
 
 use super::Dims;
 
-/// The query `i` of batch item `b` at head `h`, with what it reads.
+/// One query of a batch item at one head.
 struct Query<'a> {
     q: &'a [f64],
-    /// Where the values of its head start in q and out.
+    /// Start of its head in q and out.
     at: usize,
-    /// Where key 0 of its head starts in k and v.
+    /// Start of key 0 of its head in k and v.
     base: usize,
     /// Softmax of its scores over the keys it sees.
     p: Vec<f64>,
@@ -33,7 +33,7 @@ fn queries<'a>(q: &'a [f64], k: &'a [f64], dims: Dims) -> impl Iterator<Item = Q
     })
 }
 
-/// `(out, lse)`.
+/// Returns `(out, lse)`.
 pub fn forward(q: &[f64], k: &[f64], v: &[f64], dims: Dims) -> (Vec<f64>, Vec<f64>) {
     let mut out = vec![0.0; q.len()];
     let mut lse = Vec::new();
@@ -49,7 +49,7 @@ pub fn forward(q: &[f64], k: &[f64], v: &[f64], dims: Dims) -> (Vec<f64>, Vec<f6
     (out, lse)
 }
 
-/// `(dq, dk, dv)`. From `out = sum_j p_j v_j`: `dv_j += p_j dout` and `dp_j = <dout, v_j>`. From p = softmax(s):
+/// Returns `(dq, dk, dv)`. From `out = sum_j p_j v_j`: `dv_j += p_j dout` and `dp_j = <dout, v_j>`. From p = softmax(s):
 /// `ds_j = p_j (dp_j - sum_l p_l dp_l)`. From `s_j = <q, k_j> / sqrt(head_dim)`: `dq += ds_j k_j / sqrt(head_dim)`
 /// and `dk_j += ds_j q / sqrt(head_dim)`.
 pub fn backward(dout: &[f64], q: &[f64], k: &[f64], v: &[f64], dims: Dims) -> (Vec<f64>, Vec<f64>, Vec<f64>) {

@@ -25,7 +25,7 @@ impl Problem {
         }
     }
 
-    /// `[out, lse]`.
+    /// Returns `[out, lse]`.
     fn forward(&self, isa: Isa) -> [Vec<f32>; 2] {
         let mut out = vec![f32::NAN; self.q.len()];
         let mut lse = vec![f32::NAN; self.q.len() / self.dims.head_dim];
@@ -40,7 +40,7 @@ impl Problem {
         out
     }
 
-    /// `[out, lse]` of the joined form.
+    /// Returns `[out, lse]` of the joined form.
     fn forward_joined(&self, isa: Isa) -> [Vec<f32>; 2] {
         let mut out = vec![f32::NAN; self.q.len()];
         let mut lse = vec![f32::NAN; self.q.len() / self.dims.head_dim];
@@ -49,7 +49,7 @@ impl Problem {
         [out, lse]
     }
 
-    /// dqkv.
+    /// Returns dqkv.
     fn backward(&self, isa: Isa) -> Vec<f32> {
         let [out, lse] = self.forward_joined(isa);
         let qkv = join([&self.q, &self.k, &self.v], self.dims);
@@ -60,7 +60,7 @@ impl Problem {
     }
 }
 
-/// The columns of q, k and v in one matrix.
+/// Joins the columns of q, k and v in one matrix.
 fn join<T: Copy>([q, k, v]: [&[T]; 3], dims: Dims) -> Vec<T> {
     let (width, kv_width) = (dims.width(), dims.kv_width());
     (0..dims.batch * dims.queries)

@@ -1,14 +1,14 @@
 //! Tiles: small products in registers, and the packing they need.
 //!
 //! A *unit* is a few queries with all heads of one group; a row of it is one (query, head). Its scores are kept
-//! transposed, `[keys, rows]`: every vector then holds as many rows at one key, so that the softmax needs no sum
-//! across lanes, and rows that see few keys lie in the first lanes. What is packed is padded with zeros to whole
-//! vectors: a padded key is one that no row sees, a padded row gets zeros and gives them.
+//! transposed, `[keys, rows]`: a vector holds several rows at one key, so that the softmax needs no sum across lanes, and
+//! rows that see few keys lie in the first lanes. Packed values are padded with zeros to whole vectors: no row sees a
+//! padded key, and a padded row contributes zeros.
 
 use super::Dims;
 use crate::simd::{Product, ProductKernel, SQUARE, Simd};
 
-/// Rows of a unit, about.
+/// Approximate rows of a unit.
 const ROWS: usize = 32;
 /// Keys of a tile.
 pub(super) const KEYS: usize = 128;
@@ -17,17 +17,17 @@ const PAD: usize = SQUARE;
 /// Keys are padded to this, a multiple of the rows of every tier's blocks.
 const KEY_PAD: usize = 8;
 
-/// Queries of a unit.
+/// Returns the queries of a unit.
 pub(super) fn unit_queries(dims: Dims) -> usize {
     (ROWS / dims.group()).max(1)
 }
 
-/// `n` rows or values of a head, padded.
+/// Pads `n` rows or values of a head.
 pub(super) fn padded(n: usize) -> usize {
     n.next_multiple_of(PAD)
 }
 
-/// `n` keys, padded.
+/// Pads `n` keys.
 pub(super) fn padded_keys(n: usize) -> usize {
     n.next_multiple_of(KEY_PAD)
 }
@@ -57,7 +57,7 @@ pub(super) struct Rows {
 }
 
 impl Rows {
-    /// Rows, padded.
+    /// Returns the padded number of rows.
     pub(super) fn padded(self) -> usize {
         padded(self.len())
     }
@@ -66,23 +66,23 @@ impl Rows {
         self.dims.group() * self.count
     }
 
-    /// Keys that some row sees.
+    /// Returns the number of keys that at least one row sees.
     pub(super) fn visible(self) -> usize {
         self.dims.visible(self.first + self.count - 1)
     }
 
-    /// Of the `keys` keys from `first_key` on, those that some row sees, padded.
+    /// Returns how many of the `keys` keys from `first_key` on at least one row sees, padded.
     pub(super) fn visible_of(self, first_key: usize, keys: usize) -> usize {
         padded_keys(self.visible().saturating_sub(first_key).min(keys))
     }
 
-    /// `(token, head)` of a row.
+    /// Returns `(token, head)` of a row.
     pub(super) fn place(self, row: usize) -> (usize, usize) {
         let group = self.dims.group();
         (self.item * self.dims.queries + self.first + row / group, self.kv_head * group + row % group)
     }
 
-    /// Places of all rows, in their order.
+    /// Lists the places of all rows, in their order.
     pub(super) fn places(self) -> impl Iterator<Item = (usize, usize)> {
         (0..self.len()).map(move |row| self.place(row))
     }
@@ -200,30 +200,29 @@ pub(super) fn transpose<S: Product>(s: S, out: &mut [f32], x: &[f32], [m, n]: [u
     }
 }
 
-/// How the left factor of a product lies in memory.
+/// The left factor of a product, with its stride.
 #[derive(Clone, Copy)]
-pub(super) enum Left {
-    /// A[i, k] at `i * stride + k`.
-    Rows(usize),
-    /// A[i, k] at `k * stride + i`.
-    Columns(usize),
+pub(super) enum Left<'a> {
+    /// A[i, k] lies at `i * stride + k`.
+    Rows(&'a [f32], usize),
+    /// A[i, k] lies at `k * stride + i`.
+    Columns(&'a [f32], usize),
 }
 
-/// `C = A B`, or `C += A B` when `accumulate`: C `[m, n]`, A `[m, k]` as `left` says, B `[k, n]`; m is a multiple of
-/// [`KEY_PAD`] and n of [`PAD`].
+/// Sets `C = A B`, or adds to it if `accumulate`. `sizes` are m, n and k: C `[m, n]`, A `[m, k]`, B `[k, n]`; m is a
+/// multiple of [`KEY_PAD`] and n of [`PAD`].
 #[inline(always)]
 pub(super) fn product<S: Product>(
     s: S,
     c: &mut [f32],
-    a: &[f32],
-    left: Left,
+    left: Left<'_>,
     b: &[f32],
-    [m, n, k]: [usize; 3],
+    sizes: [usize; 3],
     accumulate: bool,
 ) {
     match left {
-        Left::Rows(stride) => columns::<S, false>(s, c, a, stride, b, [m, n, k], accumulate),
-        Left::Columns(stride) => columns::<S, true>(s, c, a, stride, b, [m, n, k], accumulate),
+        Left::Rows(a, stride) => columns::<S, false>(s, c, (a, stride), b, sizes, accumulate),
+        Left::Columns(a, stride) => columns::<S, true>(s, c, (a, stride), b, sizes, accumulate),
     }
 }
 
@@ -231,8 +230,7 @@ pub(super) fn product<S: Product>(
 fn columns<S: Product, const COLUMNS: bool>(
     s: S,
     c: &mut [f32],
-    a: &[f32],
-    stride: usize,
+    (a, stride): (&[f32], usize),
     b: &[f32],
     sizes: [usize; 3],
     accumulate: bool,

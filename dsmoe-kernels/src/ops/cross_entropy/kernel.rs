@@ -3,7 +3,7 @@
 use super::LogSoftmaxRow;
 use crate::simd::{Kernel, Simd, exp, max_of};
 
-/// `(max, sum of e^(z - max))`. A NaN in z is in the sum.
+/// Returns `(max, sum of e^(z - max))`. A NaN in z makes the sum NaN.
 #[inline(always)]
 fn softmax_sums<S: Simd>(s: S, z: &[f32]) -> (f32, f32) {
     let max = max_of(s, z);
@@ -23,7 +23,7 @@ fn softmax_sums<S: Simd>(s: S, z: &[f32]) -> (f32, f32) {
     (max, s.reduce_add(s.add(sums[0], sums[1])) + rest)
 }
 
-/// [`softmax_sums`] that also sets z to e^(z - max).
+/// Returns the same as [`softmax_sums`] and sets z to e^(z - max).
 #[inline(always)]
 fn softmax_terms<S: Simd>(s: S, z: &mut [f32]) -> (f32, f32) {
     let max = max_of(s, z);
@@ -47,7 +47,7 @@ fn softmax_terms<S: Simd>(s: S, z: &mut [f32]) -> (f32, f32) {
     (max, s.reduce_add(s.add(sums[0], sums[1])) + rest)
 }
 
-/// The loss of one row of logits; with a `scale`, z becomes the gradient of `scale * loss`. Without a target the
+/// Returns the loss of one row of logits. With a `scale`, z becomes the gradient of `scale * loss`. Without a target the
 /// loss and the gradient are 0.
 pub(super) struct Row<'a> {
     pub(super) z: &'a mut [f32],

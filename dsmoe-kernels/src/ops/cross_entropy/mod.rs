@@ -7,8 +7,8 @@
 //!           dh = dz W                          set
 //!           dW += dz^T h                       added to
 //! ```
-//! Works on a few rows of logits at a time, never on more than [`CHUNK_BYTES`] of them (but at least one row), so
-//! that `[T, vocab]` is never stored.
+//! The op works on a few rows of logits at a time, at most [`CHUNK_BYTES`] of them (but at least one row), so that
+//! `[T, vocab]` is never stored.
 
 mod kernel;
 pub mod reference;
@@ -31,10 +31,10 @@ pub const CHUNK_BYTES: usize = 64 << 20;
 /// Rows after which a larger product gains nothing.
 const MAX_ROWS: usize = 512;
 
-/// Sizes of the head.
+/// The sizes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Dims {
-    /// T.
+    /// T, the number of tokens.
     pub tokens: usize,
     /// Columns of the hidden states.
     pub hidden: usize,
@@ -63,7 +63,7 @@ impl Dims {
         }
     }
 
-    /// Rows of logits at a time.
+    /// Returns the rows of logits kept at a time.
     pub fn chunk(self) -> usize {
         (CHUNK_BYTES / size_of::<f32>() / self.vocab).clamp(1, MAX_ROWS)
     }
@@ -84,7 +84,7 @@ pub struct Forward<'a> {
     pub dims: Dims,
 }
 
-/// [`Forward`] with a packed head, to whose precision the hidden states are rounded.
+/// Sets `losses` with a packed head. The hidden states are rounded to its precision.
 #[derive(Debug)]
 pub struct ForwardPacked<'a> {
     /// `[T]`, set.

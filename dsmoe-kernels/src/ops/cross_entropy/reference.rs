@@ -3,21 +3,21 @@
 use super::{Dims, IGNORE};
 use crate::linear;
 
-/// `z - logsumexp(z)` of one row of logits.
+/// Returns `z - logsumexp(z)` of one row of logits.
 pub fn log_softmax(z: &[f64]) -> Vec<f64> {
     let max = z.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     let shift = max + z.iter().map(|z| (z - max).exp()).sum::<f64>().ln();
     z.iter().map(|z| z - shift).collect()
 }
 
-/// `losses[t] = -log_softmax(h[t] W^T)[targets[t]]`, 0 where the target is [`IGNORE`].
+/// Returns `losses[t] = -log_softmax(h[t] W^T)[targets[t]]`, 0 where the target is [`IGNORE`].
 pub fn forward(h: &[f64], head: &[f64], targets: &[u32], dims: Dims) -> Vec<f64> {
     let logits = linear::reference::forward(h, head, linear_dims(dims));
     let rows = logits.chunks(dims.vocab).zip(targets);
     rows.map(|(z, &target)| if target == IGNORE { 0.0 } else { -log_softmax(z)[target as usize] }).collect()
 }
 
-/// `(dh, dW)` of `scale * sum of losses`: with `loss = logsumexp(z) - z_target`, `dz = softmax(z) - onehot`; then
+/// Returns `(dh, dW)` of `scale * sum of losses`: with `loss = logsumexp(z) - z_target`, `dz = softmax(z) - onehot`; then
 /// the linear layer's backward.
 pub fn backward(h: &[f64], head: &[f64], targets: &[u32], scale: f64, dims: Dims) -> (Vec<f64>, Vec<f64>) {
     let mut dz = linear::reference::forward(h, head, linear_dims(dims));

@@ -15,7 +15,7 @@ use super::blocks::{block_rows, each};
 use crate::add::Add;
 use crate::isa::Isa;
 
-/// Tasks of the backward: each reads all ids.
+/// Tasks of the backward, each of which reads all ids.
 const TASKS: usize = 16;
 
 fn check(op: &str, activations: usize, table: usize, ids: &[u32], hidden: usize) {
@@ -57,7 +57,7 @@ pub struct Backward<'a> {
 }
 
 impl Forward<'_> {
-    /// Runs the op; it copies and so has no tiers.
+    /// Runs the op. It copies rows, so it has no tiers.
     ///
     /// # Panics
     /// Lengths do not fit, or an id is not below the number of rows.

@@ -1,10 +1,10 @@
-//! The combine: adds the outputs of the experts to their tokens' rows, experts in ascending order.
+//! The combine, which adds the outputs of the experts to the rows of their tokens, experts in ascending order.
 //!
 //! ```text
 //! y_t = sum over the active pairs (t, i), i ascending, of h[t,i] W_i
 //! ```
-//! h is `coefficient * silu(a) * b` with the down weights in the forward; in the backward, da with the gate weights plus
-//! db with the up weights. It lies in tiles, the order in which the product reads it.
+//! In the forward h is `coefficient * silu(a) * b` and W the down weights. In the backward there are two terms: da with the
+//! gate weights and db with the up weights. h lies in tiles, the order in which the product reads it.
 
 use std::ops::Range;
 
@@ -21,14 +21,14 @@ use crate::matmul::{
     with_right,
 };
 
-/// The pairs in blocks of rows, and their activations in the tiles of these blocks.
+/// The cut of the pairs into blocks of rows, and the activations in the tiles of these blocks.
 #[derive(Debug, Default)]
 pub(super) struct Blocks {
     pub(super) tiles: Buf,
     pub(super) cut: Cut,
 }
 
-/// Sets y from tiles of `depth` values and packed down weights; a task is some of its columns.
+/// Sets y from tiles of `depth` values and packed down weights. A task computes some columns of y.
 pub(super) fn packed(y: &mut [f32], weights: &PackedWeights, plan: &Plan<'_>, depth: usize, blocks: &Blocks) {
     let Dims { hidden, .. } = plan.dims;
     y.fill(0.0);

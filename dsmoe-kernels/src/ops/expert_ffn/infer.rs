@@ -8,8 +8,8 @@ use crate::matmul::{Block, Left, Mat, Precision, Source, for_tasks, tasks_for};
 
 /// Sets y; see [`super::ForwardPacked`].
 ///
-/// First every active pair's `c = coefficient * silu(a) * b`, kept as the tiles that the second product reads:
-/// a task is a block of an expert's tokens and some of its neurons. Then the combine.
+/// First computes `c = coefficient * silu(a) * b` of every active pair, in the tiles that the second product reads: a
+/// task is a block of an expert's tokens and some of its neurons. Then runs the combine.
 pub(super) fn forward(
     y: &mut [f32],
     x: &[f32],

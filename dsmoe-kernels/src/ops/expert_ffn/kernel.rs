@@ -8,7 +8,7 @@ use crate::buf::SharedRows;
 use crate::matmul::{At, Left, PANEL, Precision, Sink, tiles};
 use crate::simd::{Kernel, Product, ProductKernel, Simd, sigmoid};
 
-/// `silu(a) * b * g`. A function, as closures are not sure to be inlined into the tier's code.
+/// Returns `silu(a) * b * g`. It is a function because closures may not be inlined into the code of the tier.
 #[inline(always)]
 fn gated<S: Simd>(s: S, a: S::V, b: S::V, g: S::V) -> S::V {
     s.mul(s.mul(s.mul(a, sigmoid(s, a)), b), g)
@@ -87,7 +87,7 @@ impl<'a> Tiles<'a> {
     }
 }
 
-/// The tiles of a block of pairs.
+/// Returns the tiles of a block of pairs.
 pub(super) fn left_tiles<'a>(
     plan: &Plan<'_>,
     tiles: &'a [f32],
@@ -102,14 +102,14 @@ pub(super) fn left_tiles<'a>(
     }
 }
 
-/// Takes a product of gate and up panels: `c = coefficient * silu(a) * b` into tiles.
+/// Receives a product of gate and up panels and stores `c = coefficient * silu(a) * b` in tiles.
 pub(super) struct Gate<'a, C> {
     pub(super) tiles: Tiles<'a>,
     /// First pair of the block.
     pub(super) first: usize,
-    /// First row of the block, as the product counts them.
+    /// First row of the block, in the numbering of the product.
     pub(super) first_row: usize,
-    /// Of a row of the product.
+    /// The coefficient of a row of the product.
     pub(super) coefficient: C,
 }
 
@@ -132,15 +132,15 @@ impl<C: Fn(usize) -> f32 + Sync> Sink for Gate<'_, C> {
     }
 }
 
-/// What [`FillTiles`] stores for a pair.
+/// The activations of a pair that [`FillTiles`] stores.
 pub(super) trait Activation: Sync {
-    /// Neurons of a pair.
+    /// Returns the neurons of a pair.
     fn width(&self) -> usize;
-    /// Up to LANES neurons from `k` on.
+    /// Loads up to LANES neurons from `k` on.
     fn load<S: Simd>(&self, s: S, pair: usize, k: usize) -> S::V;
 }
 
-/// `coefficient * silu(a) * b`; `row` says where a pair's neurons lie in a and b.
+/// `coefficient * silu(a) * b`; `row` gives the place of a pair's neurons in a and b.
 pub(super) struct Gated<'a, R, C> {
     pub(super) a: &'a [f32],
     pub(super) b: &'a [f32],
@@ -210,7 +210,7 @@ impl<A: Activation> ProductKernel for FillTiles<'_, A> {
     }
 }
 
-/// `sum over j of silu(a[j]) * b[j] * g[j]`.
+/// Returns the sum over j of `silu(a[j]) * b[j] * g[j]`.
 pub(super) struct GatedDot<'a> {
     pub(super) a: &'a [f32],
     pub(super) b: &'a [f32],
@@ -236,8 +236,8 @@ impl Kernel for GatedDot<'_> {
     }
 }
 
-/// One row of the SwiGLU backward: from a, b, g = `<dy, w_down>` and the pair's coefficient, sets da, db and
-/// scaled = coefficient * silu(a) * b; returns the coefficient's gradient, [`GatedDot`].
+/// Computes one row of the SwiGLU backward: from a, b, g = `<dy, w_down>` and the pair's coefficient, sets da, db and
+/// scaled = coefficient * silu(a) * b. Returns the coefficient's gradient, the value of [`GatedDot`].
 pub(super) struct GateBackward<'a> {
     pub(super) da: &'a mut [f32],
     pub(super) db: &'a mut [f32],

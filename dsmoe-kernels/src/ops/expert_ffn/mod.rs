@@ -19,8 +19,8 @@
 //! depend on the number of threads. [`Pairs::Dense`] is the same op with one expert, always active with coefficient 1:
 //! the dense FFN.
 //!
-//! Training keeps a and b ([`Saved`]) in `train.rs`; inference reads packed weights in `infer.rs`; both end in the
-//! combine of `combine.rs`, which adds the experts' outputs to their tokens' rows of y.
+//! `train.rs` has the passes of training, which keep a and b ([`Saved`]), and `infer.rs` the forward over packed weights.
+//! Both end in the combine of `combine.rs`, which adds the experts' outputs to the rows of their tokens.
 
 mod combine;
 mod infer;
@@ -42,7 +42,7 @@ use combine::Blocks;
 use packed::tile_depth;
 use plan::Plan;
 
-/// Sizes of an expert FFN.
+/// The sizes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Dims {
     /// Rows of x and y.
@@ -53,25 +53,25 @@ pub struct Dims {
     pub intermediate: usize,
     /// Experts; divides `intermediate`.
     pub num_experts: usize,
-    /// Training: whether inactive pairs get a coefficient gradient too, as the straight-through rule needs
-    /// (eq. 16). Without it a, b and B are computed for active pairs only. Not used by inference.
+    /// Training computes the coefficient gradients of inactive pairs too, which the straight-through rule needs (eq. 16).
+    /// Without it a, b and B are computed for active pairs only. Inference ignores it.
     pub all_pairs: bool,
 }
 
 impl Dims {
-    /// The sizes of a dense FFN: one expert.
+    /// Returns the sizes of a dense FFN, which has one expert.
     pub fn dense(tokens: usize, hidden: usize, intermediate: usize) -> Dims {
         Dims { tokens, hidden, intermediate, num_experts: 1, all_pairs: true }
     }
 
-    /// Neurons of one expert.
+    /// Returns the neurons of one expert.
     pub fn expert_width(self) -> usize {
         self.intermediate / self.num_experts
     }
 }
 
-/// Which tokens go to which expert: CSR by expert, with its token-major inverse. R is the number of active pairs;
-/// pair r of the expert-major arrays is token `tokens[r]` at the expert i with `offsets[i] <= r < offsets[i+1]`.
+/// The tokens of each expert in CSR form, with the token-major inverse. R is the number of active pairs: pair r of the
+/// expert-major arrays is token `tokens[r]` at the expert i with `offsets[i] <= r < offsets[i+1]`.
 #[derive(Clone, Copy, Debug)]
 pub struct Routes<'a> {
     /// `[num_experts + 1]`: where each expert's pairs start.
@@ -93,7 +93,7 @@ pub struct Weights<'a> {
     pub gate: &'a [f32],
     /// `w_up`
     pub up: &'a [f32],
-    /// `w_down`, transposed: row j is what neuron j adds to y.
+    /// `w_down`, transposed: row j is the output of neuron j.
     pub down: &'a [f32],
 }
 
@@ -118,7 +118,7 @@ pub struct Saved {
 }
 
 impl Saved {
-    /// A place that no routing of `dims` outgrows.
+    /// Allocates the memory that the largest routing of `dims` needs.
     pub fn with_room(dims: Dims) -> Saved {
         let len = dims.tokens * dims.intermediate;
         Saved { a: Buf::zeros(len), b: Buf::zeros(len) }
@@ -144,7 +144,7 @@ impl Scratch {
         Scratch { precision, ..Scratch::default() }
     }
 
-    /// Makes room for training on `dims`, whatever the routing. Memory is taken when it is used.
+    /// Reserves the memory for training on `dims` with any routing.
     pub fn reserve(&mut self, dims: Dims) {
         let values = dims.tokens * dims.intermediate;
         for buf in [&mut self.g, &mut self.da, &mut self.db, &mut self.scaled] {
@@ -155,12 +155,12 @@ impl Scratch {
         self.dpairs.resize(pairs);
     }
 
-    /// The precision that training rounds to.
+    /// Returns the precision to which training rounds.
     pub fn precision(&self) -> Precision {
         self.precision
     }
 
-    /// Changes the precision that training rounds to.
+    /// Changes the precision to which training rounds.
     pub fn set_precision(&mut self, precision: Precision) {
         self.precision = precision;
     }
@@ -233,12 +233,12 @@ pub struct ForwardPacked<'a> {
     pub scratch: &'a mut Scratch,
 }
 
-/// [`ForwardPacked`] over row-major weights that keeps the values that [`Backward`] needs.
+/// Sets y like [`ForwardPacked`], over row-major weights, and keeps the values that [`Backward`] needs.
 #[derive(Debug)]
 pub struct ForwardTrain<'a> {
     /// `[tokens, hidden]`, set.
     pub y: &'a mut [f32],
-    /// Set.
+    /// Set; the backward reads it.
     pub saved: &'a mut Saved,
     /// `[tokens, hidden]`
     pub x: &'a [f32],

@@ -1,4 +1,4 @@
-//! Expert weights kept in the order the kernels read them.
+//! Expert weights in the order in which the kernels read them.
 
 use rayon::prelude::*;
 
@@ -7,13 +7,13 @@ use crate::buf::Buf;
 use crate::isa::Isa;
 use crate::matmul::{Mat, PANEL, PackPanel, Panels, Precision, Source, panel_len, panels};
 
-/// Neurons of a panel of gate and up weights: its first half is gate, its second up.
+/// Neurons of a panel of gate and up weights: its first half holds gate rows, its second half up rows.
 pub(super) const NEURONS: usize = PANEL / 2;
 
 /// The three matrices of an expert FFN for inference, f32 or bf16.
 ///
-/// An expert's gate and up rows are interleaved by 16 neurons, so one product gives both inputs of the same
-/// neurons' SwiGLU. Experts are apart from each other: what is not active is not read.
+/// An expert's gate and up rows are interleaved by 16 neurons, so one product gives both inputs of their SwiGLU. The
+/// experts are stored apart: inactive experts are not read.
 #[derive(Clone, Debug)]
 pub struct PackedWeights {
     precision: Precision,
@@ -25,7 +25,7 @@ pub struct PackedWeights {
 }
 
 impl PackedWeights {
-    /// Packs `weights`, rounded to bf16 where that is the precision. A dense FFN has one expert.
+    /// Packs `weights`, rounded to `precision`. A dense FFN has one expert.
     ///
     /// # Panics
     /// Lengths do not fit, or `num_experts` does not divide `intermediate`.
@@ -65,32 +65,32 @@ impl PackedWeights {
         packed
     }
 
-    /// Bytes of memory, padding included.
+    /// Returns the bytes of memory, padding included.
     pub fn bytes(&self) -> usize {
         4 * (self.gate_up.len() + self.down.len())
     }
 
-    /// Bytes of one expert.
+    /// Returns the bytes of one expert.
     pub fn expert_bytes(&self) -> usize {
         self.bytes() / self.num_experts
     }
 
-    /// What the weights are stored as.
+    /// Returns the precision of the stored weights.
     pub fn precision(&self) -> Precision {
         self.precision
     }
 
-    /// Columns of x and y.
+    /// Returns the columns of x and y.
     pub fn hidden(&self) -> usize {
         self.hidden
     }
 
-    /// Neurons of all experts together.
+    /// Returns the neurons of all experts together.
     pub fn intermediate(&self) -> usize {
         self.intermediate
     }
 
-    /// Experts; 1 when dense.
+    /// Returns the number of experts, 1 for a dense FFN.
     pub fn num_experts(&self) -> usize {
         self.num_experts
     }
@@ -132,12 +132,12 @@ impl Sizes {
     }
 }
 
-/// Neurons of a tile of activations: whole panels, the missing ones zero.
+/// Returns the neurons of a tile of activations: whole panels, padded with zeros.
 pub(super) fn tile_depth(width: usize) -> usize {
     width.next_multiple_of(NEURONS)
 }
 
-/// The gate and the up rows of panel `panel` of `expert`.
+/// Returns the gate and the up rows of panel `panel` of `expert`.
 fn gate_up_parts<'a>(
     weights: &Weights<'a>,
     hidden: usize,
@@ -150,7 +150,7 @@ fn gate_up_parts<'a>(
     [weights.gate, weights.up].map(|w| (Source::rows(Mat::new(w, w.len() / hidden, hidden)), neurons.clone()))
 }
 
-/// Columns of panel `panel` of a matrix with rows of `hidden` values, the rows being k.
+/// Returns the columns of panel `panel` of a matrix with rows of `hidden` values, whose rows are k.
 pub(super) fn row_columns(w: &[f32], hidden: usize, panel: usize) -> (Source<'_>, std::ops::Range<usize>) {
     let columns = panel * PANEL..hidden.min((panel + 1) * PANEL);
     (Source::rows(Mat::new(w, w.len() / hidden, hidden).t()), columns)

@@ -25,7 +25,7 @@ pub(super) struct Plan<'a> {
 }
 
 impl<'a> Plan<'a> {
-    /// Expert-major index of the first pair of `expert`.
+    /// Returns the expert-major index of the first pair of `expert`.
     pub(super) fn offset(&self, expert: usize) -> usize {
         match self.pairs {
             Pairs::Routed(routes) => routes.offsets[expert],
@@ -33,7 +33,7 @@ impl<'a> Plan<'a> {
         }
     }
 
-    /// The pairs of `expert`.
+    /// Returns the pairs of `expert`.
     pub(super) fn pairs_of(&self, expert: usize) -> Range<usize> {
         self.offset(expert)..self.offset(expert + 1)
     }
@@ -42,7 +42,7 @@ impl<'a> Plan<'a> {
         self.offset(self.dims.num_experts)
     }
 
-    /// The tokens of pairs `pairs`; none says they are counted from 0.
+    /// Returns the tokens of pairs `pairs`; none if token t is pair t.
     pub(super) fn tokens(&self, pairs: Range<usize>) -> Option<&'a [u32]> {
         match self.pairs {
             Pairs::Routed(routes) => Some(&routes.tokens[pairs]),
@@ -64,7 +64,7 @@ impl<'a> Plan<'a> {
         }
     }
 
-    /// The expert of a pair.
+    /// Returns the expert of a pair.
     pub(super) fn expert(&self, pair: usize) -> usize {
         match self.pairs {
             Pairs::Routed(routes) => routes.offsets.partition_point(|&offset| offset <= pair) - 1,
@@ -72,7 +72,7 @@ impl<'a> Plan<'a> {
         }
     }
 
-    /// Expert-major indices of the pairs of `token`, experts ascending.
+    /// Lists the expert-major indices of the pairs of `token`, experts ascending.
     pub(super) fn slots(&self, token: usize) -> impl Iterator<Item = usize> + use<'a> {
         let (slots, dense) = match self.pairs {
             Pairs::Routed(r) => (&r.slots[r.token_offsets[token]..r.token_offsets[token + 1]], None),
@@ -82,10 +82,10 @@ impl<'a> Plan<'a> {
     }
 }
 
-/// Every expert's pairs cut into blocks of rows, and the panels of a product over them into tasks.
+/// The cut of every expert's pairs into blocks of rows, and of a product over them into tasks.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Cut {
-    /// Per expert with pairs: its number, its grid, and the number of its first task.
+    /// The number, the grid and the first task of each expert with pairs.
     experts: Vec<(usize, Grid, usize)>,
     tasks: usize,
 }
@@ -115,7 +115,7 @@ impl Cut {
         }
     }
 
-    /// Number of tasks.
+    /// Returns the number of tasks.
     pub(super) fn len(&self) -> usize {
         self.tasks
     }
@@ -128,7 +128,7 @@ impl Cut {
         Task { expert, pairs: start + rows.start..start + rows.end, panels }
     }
 
-    /// The blocks of rows, experts ascending: what a block's tiles are laid out by.
+    /// Lists the blocks of rows, experts ascending: the layout of the tiles.
     pub(super) fn blocks(&self, plan: &Plan<'_>) -> impl Iterator<Item = (usize, Range<usize>)> {
         self.experts.iter().flat_map(move |&(expert, grid, _)| {
             let start = plan.offset(expert);

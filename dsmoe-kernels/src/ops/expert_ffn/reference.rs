@@ -1,7 +1,7 @@
 //! The definition of the gated expert FFN, in f64 loops over every (token, expert) pair.
 //!
-//! Routing is dense here: `mask[t, i]` says whether expert i is active for token t, `coef[t, i]` with what
-//! coefficient. Coefficients of inactive pairs are not read.
+//! Routing is dense here: expert i is active for token t if `mask[t, i]`, with the coefficient `coef[t, i]`. Coefficients
+//! of inactive pairs are not read.
 
 use super::Dims;
 
@@ -53,8 +53,8 @@ pub struct Layer<'a> {
     pub dims: Dims,
 }
 
-/// `y_t = sum over active i of coef[t, i] * o_i(x_t)`; neuron j of expert i adds
-/// `coef * silu(x . gate_j) * (x . up_j) * down_j`. `down` is `[intermediate, hidden]`.
+/// Returns `y_t = sum over active i of coef[t, i] * o_i(x_t)`. Neuron j of expert i adds
+/// `coef * silu(x . gate_j) * (x . up_j) * down_j`.
 pub fn forward(layer: Layer<'_>) -> Vec<f64> {
     let Layer { x, gate, up, down, mask, coef, dims } = layer;
     let (d, n, width) = (dims.hidden, dims.num_experts, dims.expert_width());
@@ -73,7 +73,7 @@ pub fn forward(layer: Layer<'_>) -> Vec<f64> {
     y
 }
 
-/// The gradients of `<dy, forward(..)>` with the mask frozen (eqs. 13-16 before the router).
+/// Returns the gradients of `<dy, forward(..)>` with the mask frozen (eqs. 13-16 before the router).
 pub fn backward(dy: &[f64], layer: Layer<'_>) -> Grads {
     let Layer { x, gate, up, down, mask, coef, dims } = layer;
     let (d, n, width) = (dims.hidden, dims.num_experts, dims.expert_width());

@@ -1,7 +1,7 @@
 use super::*;
 use crate::testing::{assert_close, assert_close_f64, f64s, finite_differences, normals, with_threads};
 
-/// A routing with its dense form.
+/// A routing and its dense form.
 struct Routing {
     mask: Vec<bool>,
     coef: Vec<f32>,
@@ -60,7 +60,7 @@ struct Problem {
     routing: Routing,
 }
 
-/// What the op computes; the weights' gradients start at 1.
+/// The results of the op. The weights' gradients start at 1.
 #[derive(Clone, Debug, PartialEq)]
 struct Results {
     y: Vec<f32>,
@@ -217,14 +217,14 @@ impl Problem {
     }
 }
 
-/// Of the largest value, at inner dimensions up to a few hundred.
+/// Error as a share of the largest value, at inner dimensions up to a few hundred.
 const TOLERANCE: f64 = 3e-6;
 
 fn dims(tokens: usize, hidden: usize, width: usize, num_experts: usize) -> Dims {
     Dims { tokens, hidden, intermediate: width * num_experts, num_experts, all_pairs: true }
 }
 
-/// About three in eight pairs, in no pattern the blocks know.
+/// Activates about three in eight pairs, in a pattern that fits no block.
 fn scattered(t: usize, i: usize) -> bool {
     (t * 5 + i * 3 + t * i) % 8 < 3
 }
@@ -377,7 +377,7 @@ fn threads_do_not_change_a_bit() {
     }
 }
 
-/// What bf16 operands do to a result of order 1, at inner dimensions up to a few hundred: eight bits are kept.
+/// Error of a result of order 1 with bf16 operands, at inner dimensions up to a few hundred: eight bits are kept.
 const BF16_TOLERANCE: f64 = 0.02;
 
 #[test]

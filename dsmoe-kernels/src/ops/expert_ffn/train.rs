@@ -9,12 +9,12 @@ use super::{Backward, Dims, Saved, Scratch, WeightGrads, Weights};
 use crate::blocks::{BLOCK, each_when};
 use crate::matmul::{Mat, Operands, Source};
 
-/// Where the backward finds a pair's activations.
+/// The layout of the pairs' activations that the backward reads.
 #[derive(Clone, Copy)]
 struct Layout<'a>(&'a Plan<'a>);
 
 impl Layout<'_> {
-    /// Every pair in rows of `intermediate` values, or the active ones in rows of `expert_width`.
+    /// Counts the values: every pair in rows of `intermediate` values, or the active ones in rows of `expert_width`.
     fn len(self) -> usize {
         let Plan { dims, .. } = *self.0;
         if dims.all_pairs {
@@ -24,7 +24,7 @@ impl Layout<'_> {
         }
     }
 
-    /// Where the neurons of an active pair start.
+    /// Returns the start of the neurons of an active pair.
     #[inline(always)]
     fn row(self, pair: usize) -> usize {
         let Plan { dims, .. } = *self.0;
@@ -127,7 +127,7 @@ fn project(out: &mut [f32], x: &[f32], w: &[f32], plan: &Plan<'_>) {
     }
 }
 
-/// `dcoefficients[t, i]`: of active pairs `dpairs`, of the others `sum over j of silu(a) * b * g` or 0.
+/// Sets `dcoefficients[t, i]` of active pairs to `dpairs`, of the others to `sum over j of silu(a) * b * g` or 0.
 fn coefficient_gradients(
     dcoefficients: &mut [f32],
     dpairs: &[f32],

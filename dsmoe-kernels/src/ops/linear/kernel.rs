@@ -1,4 +1,4 @@
-//! y = x W^T for a few rows: bound by reading W, so W is read once.
+//! `y = x W^T` for a few rows. Its time is that of reading W, so W is read once.
 
 use rayon::prelude::*;
 
@@ -34,7 +34,7 @@ pub(super) fn few_rows(isa: Isa, y: &mut [f32], x: &[f32], w: &[f32], dims: Dims
     }
 }
 
-/// Outputs `y[o * stride + t]` for the weight rows that `w` starts with.
+/// Sets outputs `y[o * stride + t]` for the first weight rows of `w`.
 struct Block<'a> {
     y: &'a mut [f32],
     stride: usize,

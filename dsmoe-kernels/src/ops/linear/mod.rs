@@ -5,7 +5,7 @@
 //! backward  dx = dy W          set
 //!           dW += dy^T x       added to
 //! ```
-//! f32 accumulation. Few rows (decoding) go through a kernel that streams W once; many through [`crate::matmul`].
+//! Sums are f32. A few rows (decoding) use a kernel that streams W once; more rows use [`crate::matmul`].
 
 mod kernel;
 pub mod reference;
@@ -15,7 +15,7 @@ mod tests;
 use crate::isa::Isa;
 use crate::matmul::{Mat, Matmul, MatmulPacked, Packed, Precision};
 
-/// Sizes of a linear layer.
+/// The sizes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Dims {
     /// Rows of x and y: tokens.
@@ -24,7 +24,7 @@ pub struct Dims {
     pub inputs: usize,
     /// Columns of y.
     pub outputs: usize,
-    /// What x, W and dy are rounded to (few rows stay f32).
+    /// The precision to which x, W and dy are rounded (a few rows stay f32).
     pub precision: Precision,
 }
 

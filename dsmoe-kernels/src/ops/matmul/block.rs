@@ -5,7 +5,8 @@ use std::ops::Range;
 
 use super::Precision;
 use super::pack::{
-    DEPTH, PANEL, SLACK, Source, copied_pair_tiles, copied_tiles, pack, pack_pairs, packs_pairs, pairs, round,
+    DEPTH, PANEL, Part, SLACK, Source, copied_pair_tiles, copied_tiles, pack, pack_pairs, packs_pairs, pairs,
+    round,
 };
 use super::tile::{Depth, Next, product};
 use crate::buf::Buf;
@@ -22,37 +23,37 @@ pub(crate) enum Panels<'a> {
 /// The rows of A.
 #[derive(Clone, Copy)]
 pub(crate) enum Left<'a> {
-    /// To be packed; rounded to bf16 when the flag is set.
+    /// Rows that the task packs, rounded to bf16 when the flag is set.
     Source(Source<'a>, bool),
-    /// Tiles in f32, one after the other, cut as [`tiles`] does, with `depth` values of k each.
+    /// Consecutive f32 tiles, cut by [`tiles`], with `depth` values of k each.
     Tiles { data: &'a [f32], depth: usize },
-    /// The same in pairs, where pairs are multiplied; `depth` is even.
+    /// Tiles in pairs, where pairs are multiplied; `depth` is even.
     PairTiles { data: &'a [u32], depth: usize },
 }
 
 /// A tile of C: rows of the task and a panel.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct At {
-    /// First row, counted as [`Block::rows`].
+    /// First row, in the numbering of [`Block::rows`].
     pub(crate) row: usize,
     pub(crate) rows: usize,
     pub(crate) panel: usize,
 }
 
-/// Where the product goes. A tile is `[at.rows, PANEL]`.
+/// Receives the product in tiles `[at.rows, PANEL]`.
 pub(crate) trait Sink: Sync {
-    /// A tile is begun: the place to ask for the memory that `finish` needs.
+    /// Is called when a tile begins: it prefetches the memory that `finish` needs.
     fn start<S: Product>(&self, s: S, at: At);
-    /// Takes the finished tile.
+    /// Receives the finished tile.
     fn finish<S: Product>(&self, s: S, tile: &[f32], at: At);
 }
 
-/// How many tiles `rows` rows are cut into, each of `most` at most.
+/// Returns the number of tiles of `rows` rows, `most` rows at most in each.
 fn tile_count(rows: usize, most: usize) -> usize {
     rows.div_ceil(most)
 }
 
-/// The tiles of `rows` rows: as even as can be, larger ones first.
+/// Cuts `rows` rows into tiles of nearly equal size, larger ones first.
 pub(crate) fn tiles(rows: usize, most: usize) -> impl Iterator<Item = Range<usize>> {
     let count = tile_count(rows, most).max(1);
     let (size, larger) = (rows / count, rows % count);
@@ -62,16 +63,16 @@ pub(crate) fn tiles(rows: usize, most: usize) -> impl Iterator<Item = Range<usiz
     })
 }
 
-/// See the module's first line.
+/// One task; see the docs of the module.
 pub(crate) struct Block<'a, K> {
     pub(crate) left: Left<'a>,
-    /// Rows of A, of [`Left::Source`]; of tiles their number counts.
+    /// Rows of A to multiply; for packed tiles only the length is used.
     pub(crate) rows: Range<usize>,
-    /// The part of the inner dimension, even in its start.
+    /// The part of the inner dimension; its start is even.
     pub(crate) ks: Range<usize>,
-    /// All panels; `range` says which ones to use.
+    /// All panels, of which `range` is used.
     pub(crate) panels: Panels<'a>,
-    /// The inner dimension of the panels: `ks`, or all that `ks` is a part of.
+    /// The inner dimension of the panels, which contains `ks`.
     pub(crate) panel_ks: Range<usize>,
     pub(crate) range: Range<usize>,
     pub(crate) sink: &'a K,
@@ -127,12 +128,18 @@ impl<K: Sink> ProductKernel for Task<'_, '_, K> {
             Left::Source(source, _) if dots => {
                 a_pairs.resize(rows * depth / 2 + SLACK);
                 let out = bytemuck::cast_slice_mut(a_pairs);
-                pack_pair_tiles(s, out, a, &source, block.rows.clone(), block.ks.clone());
+                pack_pair_tiles(s, out, a, Part { source, lanes: block.rows.clone(), ks: block.ks.clone() });
                 (&[], out)
             }
             Left::Source(source, rounded) => {
                 a.resize(rows * depth + SLACK);
-                pack_tiles(s, a, &source, block.rows.clone(), block.ks.clone(), depth, rounded);
+                pack_tiles(
+                    s,
+                    a,
+                    Part { source, lanes: block.rows.clone(), ks: block.ks.clone() },
+                    depth,
+                    rounded,
+                );
                 (a, &[])
             }
         };
@@ -162,20 +169,12 @@ impl<K: Sink> ProductKernel for Task<'_, '_, K> {
     }
 }
 
-/// Sets `out` to the tiles of rows `rows` and columns `ks` of `source`, followed by zeros up to `depth`.
+/// Sets `out` to the tiles of `part`, followed by zeros up to `depth`.
 #[inline(always)]
-fn pack_tiles<S: Product>(
-    s: S,
-    out: &mut [f32],
-    source: &Source<'_>,
-    rows: Range<usize>,
-    ks: Range<usize>,
-    depth: usize,
-    rounded: bool,
-) {
-    let k = ks.len();
-    if source.lanes_are_dense() {
-        copied_tiles(s, out, source, rows.clone(), ks, depth, || tiles(rows.len(), S::ROWS));
+fn pack_tiles<S: Product>(s: S, out: &mut [f32], part: Part<'_>, depth: usize, rounded: bool) {
+    let (rows, k) = (part.lanes.clone(), part.ks.len());
+    if part.source.lanes_are_dense() {
+        copied_tiles(s, out, part, depth, || tiles(rows.len(), S::ROWS));
         for tile in tiles(rows.len(), S::ROWS) {
             let out = &mut out[tile.start * depth..tile.end * depth];
             if rounded {
@@ -191,7 +190,8 @@ fn pack_tiles<S: Product>(
         for start in (0..k).step_by(DEPTH) {
             let end = k.min(start + DEPTH);
             let out = &mut out[start * width..];
-            pack(s, out, (width, width), source, lanes.clone(), ks.start + start..ks.start + end);
+            let ks = part.ks.start + start..part.ks.start + end;
+            pack(s, out, (width, width), Part { source: part.source, lanes: lanes.clone(), ks });
             if rounded {
                 round(s, &mut out[..(end - start) * width]);
             }
@@ -200,7 +200,7 @@ fn pack_tiles<S: Product>(
     }
 }
 
-/// Packs the rows of A for several blocks: f32 values that [`PackLeft::tiles`] reads.
+/// Packs the rows of A for several blocks, into f32 values that [`PackLeft::tiles`] reads.
 pub(crate) struct PackLeft<'a> {
     /// [`PackLeft::len`] values.
     pub(crate) out: &'a mut [f32],
@@ -224,7 +224,7 @@ impl PackLeft<'_> {
         WORK.with_borrow_mut(|work| isa.run_product((self, work)));
     }
 
-    /// What `run` has set.
+    /// Returns the tiles that `run` has packed.
     pub(crate) fn tiles(isa: Isa, precision: Precision, out: &[f32], depth: usize) -> Left<'_> {
         if precision == Precision::Bf16 && isa.dots() {
             Left::PairTiles { data: bytemuck::cast_slice(out), depth: depth.next_multiple_of(2) }
@@ -241,38 +241,32 @@ impl ProductKernel for (PackLeft<'_>, &mut Work) {
         let (PackLeft { out, source, rows, ks, precision }, Work { a, .. }) = self;
         let depth = ks.len();
         if precision == Precision::Bf16 && S::DOTS {
-            pack_pair_tiles(s, bytemuck::cast_slice_mut(out), a, &source, rows, ks);
+            pack_pair_tiles(s, bytemuck::cast_slice_mut(out), a, Part { source, lanes: rows, ks });
         } else {
-            pack_tiles(s, out, &source, rows, ks, depth, precision == Precision::Bf16);
+            let part = Part { source, lanes: rows, ks };
+            pack_tiles(s, out, part, depth, precision == Precision::Bf16);
         }
     }
 }
 
-/// Sets `out` to the tiles of rows `rows` and columns `ks` of `source` in pairs; `values` is memory to work in.
+/// Sets `out` to the tiles of `part` in pairs; `values` is memory to work in.
 #[inline(always)]
-fn pack_pair_tiles<S: Product>(
-    s: S,
-    out: &mut [u32],
-    values: &mut Buf,
-    source: &Source<'_>,
-    rows: Range<usize>,
-    ks: Range<usize>,
-) {
-    let depth = ks.len().next_multiple_of(2);
-    if source.lanes_are_dense() {
-        copied_pair_tiles(s, out, source, rows.clone(), ks, || tiles(rows.len(), S::ROWS));
+fn pack_pair_tiles<S: Product>(s: S, out: &mut [u32], values: &mut Buf, part: Part<'_>) {
+    let (rows, depth) = (part.lanes.clone(), part.ks.len().next_multiple_of(2));
+    if part.source.lanes_are_dense() {
+        copied_pair_tiles(s, out, part, || tiles(rows.len(), S::ROWS));
         return;
     }
-    if !packs_pairs(source) {
+    if !packs_pairs(&part.source) {
         values.resize(rows.len() * depth + SLACK);
-        pack_tiles(s, values, source, rows.clone(), ks, depth, false);
+        pack_tiles(s, values, part, depth, false);
         pair_tiles(s, out, values, rows.len(), depth);
         return;
     }
     for tile in tiles(rows.len(), S::ROWS) {
         let (width, out) = (tile.len(), &mut out[tile.start * depth / 2..]);
         let lanes = rows.start + tile.start..rows.start + tile.end;
-        pack_pairs(s, out, (width, width), source, lanes, ks.clone());
+        pack_pairs(s, out, (width, width), Part { lanes, ..part.clone() });
     }
 }
 
@@ -284,7 +278,7 @@ fn pair_tiles<S: Product>(s: S, out: &mut [u32], values: &[f32], rows: usize, de
     }
 }
 
-/// What the passes over one block share.
+/// The state that the passes over one block share.
 struct Passes<'a, 'w, S, K> {
     s: S,
     block: &'a Block<'a, K>,
@@ -294,14 +288,14 @@ struct Passes<'a, 'w, S, K> {
     widened: &'w mut [f32],
     rows: usize,
     depth: usize,
-    /// Of `values`: depth of a tile, and where the block's k begin in it.
+    /// The depth of a tile in `values`, and the place of the block's first k in it.
     layout: (usize, usize),
-    /// The same of the panels.
+    /// The same for the panels.
     panel_layout: (usize, usize),
 }
 
 impl<S: Product, K: Sink> Passes<'_, '_, S, K> {
-    /// P panels from `first`, all rows.
+    /// Multiplies all rows with P panels from `first` on.
     #[inline(always)]
     fn panels<const P: usize>(&mut self, first: usize) {
         let Passes { s, block, rows, depth, layout, panel_layout, .. } = *self;

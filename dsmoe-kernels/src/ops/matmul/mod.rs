@@ -4,9 +4,9 @@
 //! forward   C[i,j] (+)= sum_k A[i,k] B[k,j]      A [m,k], B [k,n], C [m,n]
 //! backward  dA = dC B^T,  dB = A^T dC            two more products: see [`Mat::t`]
 //! ```
-//! With [`Precision::Bf16`] A and B are rounded to bf16 first. Sums are f32: every value of C is a sum over k in one
-//! fixed order (chains of a few hundred multiply-adds, added up), so neither the number of threads nor the way the product
-//! is cut changes a bit.
+//! With [`Precision::Bf16`] A and B are rounded to bf16 first. Sums are f32. Every value of C is a sum over k in one fixed
+//! order (chains of a few hundred multiply-adds, added up), so the bits depend neither on the number of threads nor on the
+//! cut into tasks.
 
 mod block;
 mod pack;
@@ -28,18 +28,18 @@ pub(crate) use product::{
 
 use crate::isa::Isa;
 
-/// What the operands of matrix products are rounded to; sums are f32 always.
+/// The precision to which a matrix product rounds its operands. Sums are always f32.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Precision {
-    /// Not at all.
+    /// f32: no rounding.
     #[default]
     F32,
-    /// To bf16, ties to even.
+    /// bf16, ties to even.
     Bf16,
 }
 
 impl Precision {
-    /// `f32` or `bf16`.
+    /// Returns `f32` or `bf16`.
     pub fn name(self) -> &'static str {
         match self {
             Precision::F32 => "f32",
@@ -47,7 +47,7 @@ impl Precision {
         }
     }
 
-    /// Bytes of a stored value.
+    /// Returns the bytes of a stored value.
     pub fn bytes(self) -> usize {
         match self {
             Precision::F32 => 4,
@@ -83,7 +83,7 @@ pub struct Mat<'a> {
 }
 
 impl<'a> Mat<'a> {
-    /// Row-major `[rows, cols]`.
+    /// Views `data` as a row-major `[rows, cols]` matrix.
     ///
     /// # Panics
     /// `data` does not hold `rows * cols` values.
@@ -92,7 +92,7 @@ impl<'a> Mat<'a> {
         Mat { data, rows, cols, row_stride: cols, col_stride: 1 }
     }
 
-    /// Rows of length `cols` that start every `row_stride` values.
+    /// Views rows of length `cols` that start every `row_stride` values.
     ///
     /// # Panics
     /// The last row ends past `data`.
@@ -105,7 +105,7 @@ impl<'a> Mat<'a> {
         Mat { data, rows, cols, row_stride, col_stride: 1 }
     }
 
-    /// The transpose, without moving anything.
+    /// Returns the transpose; no data moves.
     pub fn t(self) -> Mat<'a> {
         Mat {
             rows: self.cols,

@@ -1,4 +1,4 @@
-//! Operands in the order the product kernels read them.
+//! Packs operands in the order in which the product kernels read them.
 //!
 //! A *tile* holds `width` lanes (rows of A, or the columns of one panel of B) k-major: value (k, lane) lies at
 //! `k * width + lane`. In pairs, (k, k + 1) of a lane are one `u32` at `k / 2 * width + lane`.
@@ -10,7 +10,7 @@ use crate::simd::{Product, SQUARE, pair};
 
 /// Columns of a panel of B.
 pub(crate) const PANEL: usize = 32;
-/// Inner dimension packed at a time: what is packed stays in the first-level cache for the next step. Even.
+/// Inner dimension packed at a time, even: the packed values stay in the first-level cache for the next step.
 pub(crate) const DEPTH: usize = 256;
 /// Values past a tile's end that packing may overwrite.
 pub(crate) const SLACK: usize = SQUARE;
@@ -26,7 +26,7 @@ pub(crate) struct Source<'a> {
 }
 
 impl<'a> Source<'a> {
-    /// Rows are lanes.
+    /// Takes rows as lanes.
     pub(crate) fn rows(mat: Mat<'a>) -> Source<'a> {
         Source {
             data: mat.data,
@@ -37,19 +37,24 @@ impl<'a> Source<'a> {
         }
     }
 
-    /// Row `list[lane]` for every lane.
+    /// Takes row `list[lane]` for every lane.
     pub(crate) fn picked_rows(mat: Mat<'a>, list: Option<&'a [u32]>) -> Source<'a> {
         Source { lanes: list, ..Source::rows(mat) }
     }
 
-    /// Columns are lanes, and row `list[k]` is k.
+    /// Takes columns as lanes, and row `list[k]` as k.
     pub(crate) fn columns_of_picked_rows(mat: Mat<'a>, list: Option<&'a [u32]>) -> Source<'a> {
         Source { ks: list, ..Source::rows(mat.t()) }
     }
 
-    /// Whether neighbouring lanes lie side by side.
+    /// Tells whether neighbouring lanes lie side by side.
     pub(crate) fn lanes_are_dense(&self) -> bool {
-        self.lane_stride == 1 && self.lanes.is_none() && !(self.k_stride == 1 && self.ks.is_none())
+        self.lane_stride == 1 && self.lanes.is_none() && !self.k_is_dense()
+    }
+
+    /// Tells whether the values of a lane lie side by side.
+    fn k_is_dense(&self) -> bool {
+        self.k_stride == 1 && self.ks.is_none()
     }
 
     fn at_lane(&self, lane: usize) -> usize {
@@ -61,23 +66,24 @@ impl<'a> Source<'a> {
     }
 }
 
-/// Sets `width` lanes of a tile of `stride` lanes to lanes `lanes` and depth `ks` of `source`. Lanes that are
-/// missing up to `width` become 0. Where `width` is `stride`, overwrites up to [`SLACK`] values past the tile;
-/// elsewhere `width` is a multiple of 16.
+/// Lanes and depth of a source that are packed.
+#[derive(Clone)]
+pub(crate) struct Part<'a> {
+    pub(crate) source: Source<'a>,
+    pub(crate) lanes: Range<usize>,
+    pub(crate) ks: Range<usize>,
+}
+
+/// Sets `width` lanes of a tile of `stride` lanes to `part`; missing lanes become 0. If `width` is `stride`, up to
+/// [`SLACK`] values past the tile are overwritten; otherwise `width` is a multiple of 16.
 #[inline(always)]
-pub(crate) fn pack<S: Product>(
-    s: S,
-    out: &mut [f32],
-    (width, stride): (usize, usize),
-    source: &Source<'_>,
-    lanes: Range<usize>,
-    ks: Range<usize>,
-) {
-    if source.k_stride == 1 && source.ks.is_none() {
-        transposed(s, out, (width, stride), source, lanes, ks);
-    } else if source.lane_stride == 1 && source.lanes.is_none() {
-        copied(s, out, (width, stride), source, lanes, ks);
+pub(crate) fn pack<S: Product>(s: S, out: &mut [f32], (width, stride): (usize, usize), part: Part<'_>) {
+    if part.source.k_is_dense() {
+        transposed(s, out, (width, stride), part);
+    } else if part.source.lane_stride == 1 && part.source.lanes.is_none() {
+        copied(s, out, (width, stride), part);
     } else {
+        let Part { source, lanes, ks } = part;
         for (i, k) in ks.enumerate() {
             let row = &mut out[i * stride..][..width];
             row.fill(0.0);
@@ -92,14 +98,8 @@ static ZEROS: [f32; SQUARE] = [0.0; SQUARE];
 static WIDE_ZEROS: [f32; 2 * SQUARE] = [0.0; 2 * SQUARE];
 
 #[inline(always)]
-fn transposed<S: Product>(
-    s: S,
-    out: &mut [f32],
-    (width, stride): (usize, usize),
-    source: &Source<'_>,
-    lanes: Range<usize>,
-    ks: Range<usize>,
-) {
+fn transposed<S: Product>(s: S, out: &mut [f32], (width, stride): (usize, usize), part: Part<'_>) {
+    let Part { source, lanes, ks } = part;
     let squares = ks.len() / SQUARE;
     for first in (0..width).step_by(SQUARE) {
         let mut rows = [&ZEROS[..0]; SQUARE];
@@ -124,14 +124,8 @@ fn transposed<S: Product>(
 }
 
 #[inline(always)]
-fn copied<S: Product>(
-    s: S,
-    out: &mut [f32],
-    (width, stride): (usize, usize),
-    source: &Source<'_>,
-    lanes: Range<usize>,
-    ks: Range<usize>,
-) {
+fn copied<S: Product>(s: S, out: &mut [f32], (width, stride): (usize, usize), part: Part<'_>) {
+    let Part { source, lanes, ks } = part;
     for (i, k) in ks.enumerate() {
         let row = &source.data[source.at_k(k) + lanes.start..][..lanes.len()];
         let out = &mut out[i * stride..];
@@ -141,22 +135,21 @@ fn copied<S: Product>(
     }
 }
 
-/// Values of k that [`copied_tiles`] moves of all tiles before the next: what it reads is at one place of every row, and
-/// rows may be apart by a power of two, which the first-level cache holds eight of.
+/// Values of k that [`copied_tiles`] moves for all tiles at a time. It reads one place of every row, and rows may be a
+/// power of two apart; the first-level cache holds eight such lines.
 const ROWS_AT_ONCE: usize = 8;
 
-/// Sets the tiles of lanes `lanes` of a source with dense lanes, cut as `tiles` says and `depth` deep each, to depth `ks`.
-/// What is past `ks` in a tile is left as it is or of unspecified value.
+/// Sets tiles, cut as `tiles` says and `depth` deep each, to a part of a source with dense lanes. Values past the part in
+/// a tile are unspecified.
 #[inline(always)]
 pub(crate) fn copied_tiles<S: Product, T: Iterator<Item = Range<usize>>>(
     s: S,
     out: &mut [f32],
-    source: &Source<'_>,
-    lanes: Range<usize>,
-    ks: Range<usize>,
+    part: Part<'_>,
     depth: usize,
     tiles: impl Fn() -> T,
 ) {
+    let Part { source, lanes, ks } = part;
     for start in (0..ks.len()).step_by(ROWS_AT_ONCE) {
         let count = ROWS_AT_ONCE.min(ks.len() - start);
         let mut rows = [&ZEROS[..0]; ROWS_AT_ONCE];
@@ -184,16 +177,15 @@ pub(crate) fn copied_tiles<S: Product, T: Iterator<Item = Range<usize>>>(
     }
 }
 
-/// As [`copied_tiles`], to pairs; of `depth`, which is even, an odd last value has a zero beside it.
+/// Does the same as [`copied_tiles`] for pairs. The depth is even: an odd last value is paired with a zero.
 #[inline(always)]
 pub(crate) fn copied_pair_tiles<S: Product, T: Iterator<Item = Range<usize>>>(
     s: S,
     out: &mut [u32],
-    source: &Source<'_>,
-    lanes: Range<usize>,
-    ks: Range<usize>,
+    part: Part<'_>,
     tiles: impl Fn() -> T,
 ) {
+    let Part { source, lanes, ks } = part;
     let depth = ks.len().next_multiple_of(2);
     for start in (0..ks.len()).step_by(ROWS_AT_ONCE) {
         let count = ROWS_AT_ONCE.min(ks.len() - start);
@@ -228,22 +220,17 @@ pub(crate) fn copied_pair_tiles<S: Product, T: Iterator<Item = Range<usize>>>(
     }
 }
 
-/// Whether [`pack_pairs`] takes this source.
+/// Tells whether [`pack_pairs`] takes this source.
 pub(crate) fn packs_pairs(source: &Source<'_>) -> bool {
-    source.k_stride == 1 && source.ks.is_none() || source.lane_stride == 1 && source.lanes.is_none()
+    source.k_is_dense() || source.lane_stride == 1 && source.lanes.is_none()
 }
 
-/// As [`pack`], to pairs: `ks.len()` is made even with zeros, and [`SLACK`] pairs past the tile may be overwritten.
+/// Does the same as [`pack`] for pairs: `ks.len()` is made even with zeros, and up to [`SLACK`] pairs past the tile are
+/// overwritten.
 #[inline(always)]
-pub(crate) fn pack_pairs<S: Product>(
-    s: S,
-    out: &mut [u32],
-    (width, stride): (usize, usize),
-    source: &Source<'_>,
-    lanes: Range<usize>,
-    ks: Range<usize>,
-) {
-    if !(source.k_stride == 1 && source.ks.is_none()) {
+pub(crate) fn pack_pairs<S: Product>(s: S, out: &mut [u32], (width, stride): (usize, usize), part: Part<'_>) {
+    let Part { source, lanes, ks } = part;
+    if !source.k_is_dense() {
         for k in (0..ks.len()).step_by(2) {
             let row = |k: usize| &source.data[source.at_k(ks.start + k) + lanes.start..][..lanes.len()];
             let (even, odd) = (row(k), if k + 1 < ks.len() { row(k + 1) } else { &[] });
@@ -289,8 +276,8 @@ pub(crate) fn round<S: Product>(s: S, values: &mut [f32]) {
     }
 }
 
-/// Sets the pairs of a tile of `width` lanes and `depth` values of k, which is even or followed by zeros. Both
-/// need [`SLACK`].
+/// Sets the pairs of a tile of `width` lanes and `depth` values of k, which is even or followed by zeros. Both slices
+/// have [`SLACK`] values past the tile.
 #[inline(always)]
 pub(crate) fn pairs<S: Product>(s: S, out: &mut [u32], values: &[f32], width: usize, depth: usize) {
     for k in (0..depth).step_by(2) {

@@ -1,11 +1,11 @@
-//! Weight matrices kept in the order the product kernels read.
+//! Weight matrices in the order in which the product kernels read them.
 
 use std::ops::Range;
 
 use rayon::prelude::*;
 
 use super::block::Panels;
-use super::pack::{PANEL, SLACK, Source, pack, pack_pairs, packs_pairs, pairs};
+use super::pack::{PANEL, Part, SLACK, Source, pack, pack_pairs, packs_pairs, pairs};
 use super::{Mat, Precision};
 use crate::buf::Buf;
 use crate::isa::Isa;
@@ -13,8 +13,8 @@ use crate::simd::{Product, ProductKernel, pair};
 
 /// A weight matrix W `[outputs, inputs]` for `y = x W^T`, in panels of 32 outputs, f32 or bf16.
 ///
-/// A panel holds its outputs' weights input after input, so a product reads it once, in order, whatever the number
-/// of rows of x. Outputs are padded to whole panels with zeros; in bf16 the inputs are padded to an even number.
+/// A panel holds the weights of its outputs input after input, so a product reads it once, in order, for any number of
+/// rows of x. Outputs are padded to whole panels with zeros; in bf16 the inputs are padded to an even number.
 #[derive(Clone, Debug)]
 pub struct Packed {
     precision: Precision,
@@ -24,21 +24,21 @@ pub struct Packed {
 }
 
 impl Packed {
-    /// A matrix of zeros.
+    /// Makes a matrix of zeros.
     pub fn zeros(precision: Precision, outputs: usize, inputs: usize) -> Packed {
         let panels = outputs.div_ceil(PANEL);
         Packed { precision, outputs, inputs, data: Buf::zeros(panels * panel_len(precision, inputs)) }
     }
 
-    /// Packs `w`, whose rows are the outputs; rounds to bf16 where that is the precision.
+    /// Packs `w`, whose rows are the outputs, and rounds it to `precision`.
     pub fn new(precision: Precision, w: Mat<'_>) -> Packed {
         let mut packed = Packed::zeros(precision, w.rows, w.cols);
         packed.set_rows(0, w);
         packed
     }
 
-    /// Sets outputs `first..first + w.rows`: the way to fill a matrix piece by piece. Pieces of whole panels (32
-    /// outputs) are fastest.
+    /// Sets outputs `first..first + w.rows`, to fill a matrix piece by piece. Pieces of whole panels (32 outputs) are
+    /// fastest.
     ///
     /// # Panics
     /// The rows do not fit.
@@ -105,22 +105,22 @@ impl Packed {
         }
     }
 
-    /// Rows of W.
+    /// Returns the rows of W.
     pub fn outputs(&self) -> usize {
         self.outputs
     }
 
-    /// Columns of W.
+    /// Returns the columns of W.
     pub fn inputs(&self) -> usize {
         self.inputs
     }
 
-    /// What the weights are stored as.
+    /// Returns the precision of the stored weights.
     pub fn precision(&self) -> Precision {
         self.precision
     }
 
-    /// Bytes of memory, padding included.
+    /// Returns the bytes of memory, padding included.
     pub fn bytes(&self) -> usize {
         4 * self.data.len()
     }
@@ -130,7 +130,7 @@ impl Packed {
     }
 }
 
-/// f32 values that a panel takes.
+/// Returns the f32 values that a panel takes.
 pub(crate) fn panel_len(precision: Precision, inputs: usize) -> usize {
     match precision {
         Precision::F32 => inputs * PANEL,
@@ -178,13 +178,14 @@ impl<const N: usize> ProductKernel for PackPanel<'_, N> {
         match precision {
             Precision::F32 => {
                 for (part, (source, lanes)) in parts.into_iter().enumerate() {
-                    pack(s, &mut out[part * width..], (width, PANEL), &source, lanes, ks.clone());
+                    pack(s, &mut out[part * width..], (width, PANEL), Part { source, lanes, ks: ks.clone() });
                 }
             }
             Precision::Bf16 if S::DOTS && parts.iter().all(|(source, _)| packs_pairs(source)) => {
                 let out: &mut [u32] = bytemuck::cast_slice_mut(out);
                 for (part, (source, lanes)) in parts.into_iter().enumerate() {
-                    pack_pairs(s, &mut out[part * width..], (width, PANEL), &source, lanes, ks.clone());
+                    let packed = Part { source, lanes, ks: ks.clone() };
+                    pack_pairs(s, &mut out[part * width..], (width, PANEL), packed);
                 }
             }
             Precision::Bf16 => {
@@ -195,7 +196,8 @@ impl<const N: usize> ProductKernel for PackPanel<'_, N> {
                     let now = ks.start + start..ks.start + start + depth;
                     for (part, (source, lanes)) in parts.iter().enumerate() {
                         let values = &mut values[part * width..];
-                        pack(s, values, (width, PANEL), source, lanes.clone(), now.clone());
+                        let part = Part { source: *source, lanes: lanes.clone(), ks: now.clone() };
+                        pack(s, values, (width, PANEL), part);
                     }
                     if depth % 2 == 1 {
                         values[depth * PANEL..(depth + 1) * PANEL].fill(0.0);

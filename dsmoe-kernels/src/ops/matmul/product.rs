@@ -1,4 +1,4 @@
-//! How a whole product is cut into tasks.
+//! Cuts a whole product into tasks.
 
 use std::cell::{Cell, RefCell};
 use std::ops::Range;
@@ -16,22 +16,22 @@ use crate::simd::{Product, ProductKernel};
 
 /// Multiply-adds below which waking a second thread costs more than it saves.
 const SERIAL_WORK: usize = 1 << 18;
-/// Inner dimension of one round over C: what a task packs of A stays in the second-level cache.
+/// Inner dimension of one round over C: the part of A that a task packs stays in the second-level cache.
 pub(crate) const ROUND: usize = 2048;
-/// f32 values of A that a task packs, about.
+/// Approximate f32 values of A that a task packs.
 const LEFT_LEN: usize = 1 << 18;
-/// Rows below which a task uses too little of what it reads of B: finer tasks share rows instead.
+/// Rows below which a task reuses too little of B: finer tasks share rows instead.
 const ENOUGH_ROWS: usize = 96;
-/// The same for a B of at most [`SMALL_RIGHT`] values of a lane, which stays in the cache.
+/// The same for a B of at most [`SMALL_RIGHT`] values per lane, which stays in the cache.
 const FEW_ROWS: usize = 26;
 const SMALL_RIGHT: usize = 1 << 13;
-/// Panels below which a task uses too little of what it packs of A.
+/// Panels below which a task reuses too little of its packed A.
 const ENOUGH_PANELS: usize = 16;
 /// Most rows of a task.
 const MOST_ROWS: usize = 224;
 /// f32 values of B packed at a time.
 pub(crate) const RIGHT_LEN: usize = 1 << 22;
-/// f32 values of B that a task packs for itself, about.
+/// Approximate f32 values of B that a task packs for itself.
 const PRIVATE_LEN: usize = 1 << 18;
 /// Tasks per thread that keep the threads busy to the end.
 const TASKS_PER_THREAD: usize = 8;
@@ -56,7 +56,7 @@ impl<'a> Rows<'a> {
         Rows { c: SharedRows::new(c, columns), columns, picked: None, accumulate }
     }
 
-    /// Returns the same rows for a product whose row r is added to or stored in row `rows[r]` of C, no row twice.
+    /// Returns the same rows for a product whose row r goes to row `rows[r]` of C. No row occurs twice.
     pub(crate) fn picked(self, rows: Option<&'a [u32]>) -> Rows<'a> {
         Rows { picked: rows, ..self }
     }
@@ -67,7 +67,7 @@ impl<'a> Rows<'a> {
         Rows { c: self.c.starting_at(skip), columns: self.columns - skip, ..self }
     }
 
-    /// The columns of `panel` in row `row` of the product.
+    /// Returns the columns of `panel` in row `row` of the product.
     #[inline(always)]
     fn row(&self, row: usize, panel: usize) -> &'a mut [f32] {
         let row = self.picked.map_or(row, |rows| rows[row] as usize);
@@ -119,7 +119,7 @@ pub(crate) struct Grid {
 }
 
 impl Grid {
-    /// For `rows` rows, `panels` panels, inner dimension k; `parallel` asks for enough tasks for all threads.
+    /// Cuts `rows` rows and `panels` panels with inner dimension k into about `tasks` tasks.
     pub(crate) fn new(rows: usize, panels: usize, k: usize, tasks: usize) -> Grid {
         let most = (LEFT_LEN / k.max(1)).clamp(28, MOST_ROWS);
         let fewest = rows.div_ceil(most).max(1);
@@ -140,18 +140,18 @@ impl Grid {
         (part(row, self.row_blocks, self.rows), part(panel, self.panel_blocks, self.panels))
     }
 
-    /// The blocks of rows.
+    /// Lists the blocks of rows.
     pub(crate) fn row_blocks(self) -> impl Iterator<Item = Range<usize>> {
         (0..self.row_blocks).map(move |row| part(row, self.row_blocks, self.rows))
     }
 }
 
-/// Part `i` of `total` things cut into `of` parts.
+/// Returns part `i` of `total` things cut into `of` parts.
 fn part(i: usize, of: usize, total: usize) -> Range<usize> {
     i * total / of..(i + 1) * total / of
 }
 
-/// Tasks to aim for with `work` multiply-adds.
+/// Returns the number of tasks to aim for with `work` multiply-adds.
 pub(crate) fn tasks_for(work: usize) -> usize {
     let threads = rayon::current_num_threads();
     if threads == 1 || work < SERIAL_WORK {
@@ -161,18 +161,18 @@ pub(crate) fn tasks_for(work: usize) -> usize {
     }
 }
 
-/// Runs `task` for 0..tasks, in parallel when there are several.
+/// Runs `task` for 0..tasks, in parallel if there are several.
 pub(crate) fn for_tasks(tasks: usize, task: impl Fn(usize) + Send + Sync) {
     each_when(tasks > 1, (0..tasks).into_par_iter().with_max_len(1), task);
 }
 
 thread_local! {
-    /// Packed B of the product this thread has started. Taken while in use: a thread that waits may be given
-    /// another product to start.
+    /// Packed B of the product that this thread has started. It is taken while in use: a thread that waits may start
+    /// another product.
     static RIGHT: Cell<Buf> = Cell::default();
 }
 
-/// Runs `f` with a buffer of `len` values of unspecified contents that is kept for the next call.
+/// Runs `f` with a buffer of `len` values of unspecified contents, which the next call reuses.
 pub(crate) fn with_right<R>(len: usize, f: impl FnOnce(&mut Buf) -> R) -> R {
     let mut buf = RIGHT.take();
     buf.resize(len);
@@ -186,7 +186,7 @@ thread_local! {
     static PRIVATE: RefCell<Buf> = RefCell::default();
 }
 
-/// How B is packed for one product: pairs where they are multiplied, else f32, rounded for bf16.
+/// Returns the storage of B packed for one product: pairs where they are multiplied, else f32, rounded for bf16.
 fn storage(isa: Isa, precision: Precision) -> Precision {
     if precision == Precision::Bf16 && isa.dots() { Precision::Bf16 } else { Precision::F32 }
 }
@@ -206,12 +206,12 @@ impl<const N: usize> PackRight<'_, N> {
     }
 }
 
-/// f32 values of a panel packed for one call.
+/// Returns the f32 values of a panel packed for one call.
 pub(crate) fn right_len(isa: Isa, precision: Precision, depth: usize) -> usize {
     panel_len(storage(isa, precision), depth)
 }
 
-/// Panels packed for one call.
+/// Views panels packed for one call.
 pub(crate) fn right_panels(isa: Isa, precision: Precision, data: &[f32]) -> Panels<'_> {
     panels(storage(isa, precision), data)
 }
@@ -232,8 +232,8 @@ impl<const N: usize> ProductKernel for PackRight<'_, N> {
 
 /// A product of rows of `a` `[m, k]` with columns of `b` `[k, n]`; the sources' lanes are those rows and columns.
 ///
-/// The smaller operand is packed once for all tasks, the larger one piece by piece by the task that uses the
-/// piece, so that it never leaves that core's cache.
+/// The smaller operand is packed once for all tasks. The larger one is packed piece by piece by the task that uses the
+/// piece, so that it stays in the cache of its core.
 #[derive(Clone, Copy)]
 pub(crate) struct Operands<'a> {
     pub(crate) a: Source<'a>,
@@ -245,7 +245,7 @@ pub(crate) struct Operands<'a> {
 }
 
 impl Operands<'_> {
-    /// Sets C, row-major with n columns, or adds to it; on this thread alone unless `parallel`.
+    /// Sets C, row-major with n columns, or adds to it. Runs on this thread alone unless `parallel`.
     pub(crate) fn multiply(self, isa: Isa, c: &mut [f32], accumulate: bool, parallel: bool) {
         let Operands { m, n, k, .. } = self;
         if m == 0 || n == 0 {
@@ -281,7 +281,7 @@ impl Round<'_> {
         PackRight { out, parts: [(b, lanes)], ks: self.ks.clone(), precision }.run(self.isa);
     }
 
-    /// B packed for all tasks, A by each task.
+    /// Packs B once for all tasks; each task packs its part of A.
     fn by_rows(&self) {
         let Round { isa, tasks, operands: Operands { a, m, n, precision, .. }, .. } = *self;
         let (panels, depth) = (n.div_ceil(PANEL), self.ks.len());
@@ -305,7 +305,7 @@ impl Round<'_> {
         });
     }
 
-    /// A packed for all tasks, B by each task.
+    /// Packs A once for all tasks; each task packs its part of B.
     fn by_columns(&self) {
         let Round { isa, tasks, operands: Operands { a, m, n, precision, .. }, .. } = *self;
         let (panels, depth) = (n.div_ceil(PANEL), self.ks.len());
@@ -343,7 +343,7 @@ impl Round<'_> {
     }
 }
 
-/// `C = A W^T` with packed weights.
+/// Sets `C = A W^T` with packed weights.
 pub(super) fn product_packed(isa: Isa, c: &mut [f32], a: Mat<'_>, w: &super::Packed) {
     let (m, n, k) = (a.rows, w.outputs(), a.cols);
     let panels = n.div_ceil(PANEL);

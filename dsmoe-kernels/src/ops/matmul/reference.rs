@@ -1,6 +1,6 @@
 //! The definition of the matrix product, in f64.
 
-/// `C[i,j] = sum_k A[i,k] B[k,j]`, row-major.
+/// Returns `C[i,j] = sum_k A[i,k] B[k,j]`, row-major.
 pub fn matmul(a: &[f64], b: &[f64], m: usize, k: usize, n: usize) -> Vec<f64> {
     let mut c = vec![0.0; m * n];
     for i in 0..m {
@@ -13,7 +13,7 @@ pub fn matmul(a: &[f64], b: &[f64], m: usize, k: usize, n: usize) -> Vec<f64> {
     c
 }
 
-/// Transpose of a row-major `[rows, cols]` matrix.
+/// Returns the transpose of a row-major `[rows, cols]` matrix.
 pub fn transpose(a: &[f64], rows: usize, cols: usize) -> Vec<f64> {
     let mut t = vec![0.0; rows * cols];
     for i in 0..rows {

@@ -17,7 +17,7 @@ const SHAPES: [(usize, usize, usize); 12] = [
     (5, 4200, 40),
 ];
 
-/// What an operand becomes in `precision`.
+/// Rounds an operand to `precision`.
 fn rounded(x: &[f32], precision: Precision) -> Vec<f64> {
     match precision {
         Precision::F32 => f64s(x),

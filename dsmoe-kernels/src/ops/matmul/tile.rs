@@ -6,18 +6,18 @@
 use super::pack::PANEL;
 use crate::simd::{Product, ProductKernel, SQUARE};
 
-/// What one pass multiplies.
+/// The operands of one pass.
 #[derive(Clone, Copy)]
 pub(super) enum Depth<'a, const P: usize> {
     /// A tile and panels in f32.
     F32(&'a [f32], [&'a [f32]; P]),
-    /// A tile in f32, panels in pairs that are widened on the way.
+    /// A tile in f32, and panels in pairs that the pass widens.
     Widened(&'a [f32], [&'a [u32]; P]),
     /// Both in pairs.
     Pairs(&'a [u32], [&'a [u32]; P]),
 }
 
-/// Memory that a pass asks for on its way, a little with every k.
+/// Memory that a pass prefetches, a little with every k.
 #[derive(Clone, Copy)]
 pub(super) struct Next<'a> {
     /// A cache line with every k.
@@ -35,8 +35,8 @@ impl Next<'_> {
     }
 }
 
-/// Sets `sums[p]`, `[rows, PANEL]`, to the product of the tile with panel p, or adds to it when `resume`. Asks for the memory of
-/// `next` on the way.
+/// Sets `sums[p]`, `[rows, PANEL]`, to the product of the tile with panel p, or adds to it if `resume`. Prefetches the
+/// memory of `next`.
 #[inline(always)]
 pub(super) fn product<S: Product, const P: usize>(
     s: S,
@@ -96,7 +96,7 @@ struct Tile<'a, T, const R: usize, const P: usize> {
 
 /// The inner loop of a tile.
 trait Pass<const R: usize, const P: usize> {
-    /// `ask`: whether to ask for what is next.
+    /// Adds the products of the pass to `acc`. `ask` also prefetches the memory of the next pass.
     fn add<S: Product>(&self, s: S, acc: &mut Sums<S::V, R, P>, at: [usize; 2], ask: bool);
 }
 

@@ -43,7 +43,7 @@ impl Kernel for Restore<'_> {
     }
 }
 
-/// `y = x rstd w` of one row.
+/// Sets `y = x rstd w` of one row.
 #[inline(always)]
 fn scale<S: Simd>(s: S, y: &mut [f32], x: &[f32], weight: &[f32], rstd: f32) {
     let r = s.splat(rstd);

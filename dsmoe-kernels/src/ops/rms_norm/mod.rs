@@ -55,7 +55,7 @@ pub struct ForwardSum<'a> {
     pub eps: f32,
 }
 
-/// Sets `y` again to the values that [`Forward`] set, from its `x`, `weight` and `rstd`.
+/// Recomputes the `y` of [`Forward`] from its `x`, `weight` and `rstd`.
 #[derive(Debug)]
 pub struct Restore<'a> {
     /// `[T, hidden]`, set.

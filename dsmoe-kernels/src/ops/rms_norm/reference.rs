@@ -1,6 +1,6 @@
 //! The definition of RMSNorm, in f64.
 
-/// `(y, rstd)`: `rstd[t] = 1 / sqrt(mean(x[t]^2) + eps)`, `y = x rstd w`.
+/// Returns `(y, rstd)`: `rstd[t] = 1 / sqrt(mean(x[t]^2) + eps)`, `y = x rstd w`.
 pub fn forward(x: &[f64], weight: &[f64], eps: f64) -> (Vec<f64>, Vec<f64>) {
     let hidden = weight.len();
     let rstd: Vec<f64> = x
@@ -11,7 +11,7 @@ pub fn forward(x: &[f64], weight: &[f64], eps: f64) -> (Vec<f64>, Vec<f64>) {
     (y, rstd)
 }
 
-/// `(dx, dw)`. From `y_j = x_j r w_j` with `r = (mean x^2 + eps)^(-1/2)`, so `dr/dx_j = -r^3 x_j / hidden`:
+/// Returns `(dx, dw)`. From `y_j = x_j r w_j` with `r = (mean x^2 + eps)^(-1/2)`, so `dr/dx_j = -r^3 x_j / hidden`:
 /// `dx_j = dy_j w_j r - r^3 x_j / hidden sum_i dy_i w_i x_i`, and `dw_j = sum_t dy_j x_j r`.
 pub fn backward(dy: &[f64], x: &[f64], weight: &[f64], rstd: &[f64]) -> (Vec<f64>, Vec<f64>) {
     let hidden = weight.len();

@@ -21,27 +21,27 @@ use rayon::prelude::*;
 use super::blocks::{block_rows, each};
 use crate::isa::Isa;
 
-/// How the frequencies of a model with a stretched context differ from theta's powers.
+/// The scaling of the frequencies of a model with an extended context.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Scaling {
-    /// Not at all.
+    /// No scaling.
     None,
     /// LLaMA-3.1's rule. With wavelength l = 2 pi / f and s = (original_max_position / l - low) / (high - low):
     /// f is kept for l < original_max_position / high, f / factor for l > original_max_position / low, and
     /// (1 - s) f / factor + s f between.
     Llama3 {
-        /// What long wavelengths are divided by.
+        /// Divides the frequencies of long wavelengths.
         factor: f64,
         /// `low` of the rule.
         low_freq_factor: f64,
         /// `high` of the rule.
         high_freq_factor: f64,
-        /// Context length of the first training, in tokens.
+        /// Context length before the extension, in tokens.
         original_max_position: f64,
     },
 }
 
-/// The frequencies `[head_dim / 2]` in radians per position.
+/// Returns the frequencies `[head_dim / 2]` in radians per position.
 pub fn frequencies(head_dim: usize, theta: f64, scaling: Scaling) -> Vec<f64> {
     let plain = (0..head_dim / 2).map(|i| theta.powf(-2.0 * i as f64 / head_dim as f64));
     let Scaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position } = scaling else {
@@ -66,17 +66,17 @@ pub fn frequencies(head_dim: usize, theta: f64, scaling: Scaling) -> Vec<f64> {
 /// Positions tabulated at a time.
 const PAGE: usize = 256;
 
-/// Cosines and sines of a model's positions, computed when a position is first used.
+/// Cosines and sines of a model's positions, computed at the first use of a position.
 #[derive(Debug)]
 pub struct Table {
     frequencies: Vec<f64>,
     positions: usize,
-    /// Per page, the rows of its positions: `half` cosines, then `half` sines.
+    /// Pages of rows, one row per position: `half` cosines, then `half` sines.
     pages: Vec<OnceLock<Vec<f32>>>,
 }
 
 impl Table {
-    /// For heads of `head_dim` values and positions below `max_position`.
+    /// Makes a table for heads of `head_dim` values and positions below `max_position`.
     ///
     /// # Panics
     /// `head_dim` is odd.
@@ -86,7 +86,7 @@ impl Table {
         Table { frequencies: frequencies(head_dim, theta, scaling), positions: max_position, pages }
     }
 
-    /// Positions there are: one more than the last.
+    /// Returns the number of positions.
     pub fn positions(&self) -> usize {
         self.positions
     }
@@ -98,7 +98,7 @@ impl Table {
         }
     }
 
-    /// `(cos, sin)` `[head_dim / 2]` each, of position `p`.
+    /// Returns `(cos, sin)`, `[head_dim / 2]` each, of position `p`.
     ///
     /// # Panics
     /// There is no such position.
@@ -124,7 +124,7 @@ impl Table {
     }
 }
 
-/// Which rows are rotated by what.
+/// The rows and their angles.
 #[derive(Clone, Copy, Debug)]
 pub struct Args<'a> {
     /// The model's angles.
@@ -183,7 +183,7 @@ impl Backward<'_> {
 }
 
 impl Args<'_> {
-    /// Columns that are rotated: `heads * head_dim`.
+    /// Returns the number of rotated columns, `heads * head_dim`.
     pub fn width(&self) -> usize {
         self.heads * 2 * self.table.frequencies.len()
     }

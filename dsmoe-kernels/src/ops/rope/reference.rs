@@ -6,7 +6,7 @@ pub fn forward(x: &[f64], frequencies: &[f64], positions: &[usize], heads: usize
     rotate(x, frequencies, positions, heads, 1.0)
 }
 
-/// dx from dy: the transpose of the rotation by an angle is the rotation by minus that angle.
+/// Returns dx from dy: the transpose of the rotation by an angle is the rotation by minus that angle.
 pub fn backward(dy: &[f64], frequencies: &[f64], positions: &[usize], heads: usize) -> Vec<f64> {
     rotate(dy, frequencies, positions, heads, -1.0)
 }

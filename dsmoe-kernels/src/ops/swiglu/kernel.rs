@@ -43,7 +43,7 @@ impl Kernel for Backward<'_> {
     }
 }
 
-/// `(da, db)`.
+/// Returns `(da, db)`.
 #[inline(always)]
 fn backward<S: Simd>(s: S, dc: S::V, a: S::V, b: S::V) -> (S::V, S::V) {
     let one = s.splat(1.0);

@@ -4,12 +4,12 @@ fn sigmoid(x: f64) -> f64 {
     1.0 / (1.0 + (-x).exp())
 }
 
-/// `c = silu(a) * b`.
+/// Returns `c = silu(a) * b`.
 pub fn forward(a: &[f64], b: &[f64]) -> Vec<f64> {
     a.iter().zip(b).map(|(a, b)| a * sigmoid(*a) * b).collect()
 }
 
-/// `(da, db)`: from `c = a s(a) b` with s' = s (1 - s), `da = dc b (s + a s (1 - s))` and `db = dc a s`.
+/// Returns `(da, db)`: from `c = a s(a) b` with s' = s (1 - s), `da = dc b (s + a s (1 - s))` and `db = dc a s`.
 pub fn backward(dc: &[f64], a: &[f64], b: &[f64]) -> (Vec<f64>, Vec<f64>) {
     (0..dc.len())
         .map(|j| {

@@ -11,15 +11,16 @@ use super::super::pack::{Parts, Source};
 use super::weights::{CudaInference, Layer};
 use crate::error::{Error, Result};
 use crate::ffn::DeviceFfn;
-use crate::model::gpu::{MemoryUse, check_memory, device_ffns, rope_rows, router_ranges};
+use crate::model::gpu::{check_memory, device_ffns, rope_rows, router_ranges};
 use crate::model::tensors::LayerRanges;
+use crate::model::train::MemoryUse;
 use crate::params::padded;
 
 impl CudaInference {
     /// Moves a model to device `ordinal`.
     pub(crate) fn build(parts: Parts<'_>, precision: Precision, ordinal: usize) -> Result<CudaInference> {
         if precision != Precision::Bf16 {
-            return Err(Error::Argument("a GPU computes in bf16; choose bf16".to_owned()));
+            return Err(Error::argument("a GPU computes in bf16", "set {dtype} to bf16"));
         }
         let Parts { config, accounting, ffns, ranges, source } = parts;
         let kinds = device_ffns(ffns)?;

@@ -16,19 +16,19 @@ use self::cache::{CudaCache, Step};
 use self::forward::Attend;
 use super::cache::Cache;
 use super::cpu::Workspace;
-use super::ragged::{Likelihood, Place};
+use super::segments::{Likelihood, Place};
 use crate::error::Result;
+use crate::model::tensors::Batch;
 
 impl CudaInference {
     /// Sets `losses` to those of the targets. [`CudaInference::report`] then gives the routing.
     pub(crate) fn score(
         &self,
         losses: &mut [f32],
-        inputs: &[u32],
-        targets: &[u32],
-        seq: usize,
+        batch: Batch<'_>,
         workspace: &mut Workspace,
     ) -> Result<()> {
+        let Batch { inputs, targets, seq } = batch;
         let (gpu, tokens) = (&self.gpu, inputs.len());
         let acts = self.acts(workspace, tokens)?;
         acts.start(inputs)?;

@@ -24,8 +24,9 @@ use crate::error::Result;
 use crate::ffn::DeviceFfn;
 use crate::masks::Masks;
 use crate::model::arena::Model;
-use crate::model::gpu::{MemoryUse, check_memory, device_ffns};
+use crate::model::gpu::{check_memory, device_ffns};
 use crate::model::tensors::{Ranges, check_input, ffns_of, lay_out, set_threshold};
+use crate::model::train::MemoryUse;
 use crate::params::Layout;
 
 /// A model in training on a GPU: parameters, gradients, moments and activations.
@@ -115,7 +116,7 @@ impl CudaTrainer {
     ) -> Result<CudaTrainer> {
         let gpu = &Gpu::open(ordinal)?;
         let plan = CudaTrainer::memory(&model.config, tokens)?;
-        check_memory(gpu, &plan, "use a smaller batch and accumulate more of them")?;
+        check_memory(gpu, &plan, "use a smaller {batch} and a larger {accumulate}")?;
         let (config, layout) = (model.config.clone(), model.layout.clone());
         let ffns = device_ffns(&model.ffns)?;
         let params = gpu.upload(&model.params)?;

@@ -1,0 +1,114 @@
+//! Arguments and results of the passes of an FFN.
+
+use std::any::Any;
+
+use dsmoe_kernels::buf::Buf;
+use dsmoe_kernels::expert_ffn;
+use dsmoe_router::{Routed, RoutingStats, SparsityGrad};
+
+/// The memory an FFN works in. One serves all layers; no value in it outlives a call.
+#[derive(Debug, Default)]
+pub struct FfnScratch {
+    /// Memory of the expert kernels.
+    pub experts: expert_ffn::Scratch,
+    /// Router logits and their like, `[tokens, experts]`.
+    pub logits: Buf,
+    /// Gradient by the coefficient of every pair, `[tokens, experts]`.
+    pub dcoefficients: Buf,
+    /// Gradient of the router logits, `[tokens, experts]`.
+    pub dlogits: Buf,
+    /// Routing of an inference pass.
+    pub routed: Routed,
+}
+
+/// Statistics to which the routing of one layer is added.
+#[derive(Debug)]
+pub struct Record<'a> {
+    /// The model's statistics.
+    pub stats: &'a mut RoutingStats,
+    /// The layer within them.
+    pub layer: usize,
+}
+
+/// Losses that a training forward reports beside its output.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct FfnReport {
+    /// Mean over tokens and experts of the gates of active experts (eq. 17-19 for one layer); 0 without a router.
+    pub sparsity_loss: f64,
+    /// Mean over tokens and experts of all gates; 0 without a router.
+    pub mean_gate: f64,
+    /// The loss term of this layer that balances the use of experts, multiplied by its weight and by
+    /// [`GateTraining::balance_scale`]; 0 without such a loss.
+    pub balance_loss: f64,
+}
+
+/// Settings of one layer's gate in one micro-batch of training; the same in the forward and the backward.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct GateTraining {
+    /// Seed of the gate's noise.
+    pub seed: u64,
+    /// Factor of the balance loss and its gradient: one over the micro-batches of the optimiser step.
+    pub balance_scale: f32,
+}
+
+impl Default for GateTraining {
+    /// Uses seed 0 and a single micro-batch.
+    fn default() -> GateTraining {
+        GateTraining { seed: 0, balance_scale: 1.0 }
+    }
+}
+
+/// Arguments of [`Ffn::forward_train`](super::Ffn::forward_train).
+#[derive(Debug)]
+pub struct FfnForward<'a> {
+    /// Output `[tokens, hidden]`; set.
+    pub y: &'a mut [f32],
+    /// Values kept for the backward, made by [`Ffn::new_saved`](super::Ffn::new_saved); set.
+    pub saved: &'a mut (dyn Any + Send),
+    /// Input `[tokens, hidden]`.
+    pub x: &'a [f32],
+    /// The FFN's part of the arena.
+    pub params: &'a [f32],
+    /// Settings of this micro-batch.
+    pub training: GateTraining,
+    /// Statistics that the routing of these tokens is added to.
+    pub record: Option<Record<'a>>,
+    /// Memory to work in.
+    pub scratch: &'a mut FfnScratch,
+}
+
+/// Arguments of [`Ffn::backward`](super::Ffn::backward).
+#[derive(Debug)]
+pub struct FfnBackward<'a> {
+    /// Gradient of the input `[tokens, hidden]`; set.
+    pub dx: &'a mut [f32],
+    /// Gradient of the parameters, laid out as `params`; added to.
+    pub grads: &'a mut [f32],
+    /// Gradient of the output `[tokens, hidden]`.
+    pub dy: &'a [f32],
+    /// Values of the forward over the same `x`.
+    pub saved: &'a mut (dyn Any + Send),
+    /// Input `[tokens, hidden]`.
+    pub x: &'a [f32],
+    /// The FFN's part of the arena.
+    pub params: &'a [f32],
+    /// Share of the sparsity loss in the gradient.
+    pub sparsity: SparsityGrad,
+    /// Settings of this micro-batch, those of the forward.
+    pub training: GateTraining,
+    /// Memory to work in.
+    pub scratch: &'a mut FfnScratch,
+}
+
+/// Arguments of [`PackedFfn::forward`](super::PackedFfn::forward).
+#[derive(Debug)]
+pub struct FfnInference<'a> {
+    /// Output `[tokens, hidden]`; set.
+    pub y: &'a mut [f32],
+    /// Input `[tokens, hidden]`.
+    pub x: &'a [f32],
+    /// Statistics that the routing of these tokens is added to.
+    pub record: Option<Record<'a>>,
+    /// Memory to work in.
+    pub scratch: &'a mut FfnScratch,
+}

@@ -1,0 +1,143 @@
+//! Forms of an FFN on other devices than the host.
+
+use std::any::Any;
+use std::sync::Arc;
+
+use dsmoe_router::{RouterConfig, Routing};
+
+use super::args::GateTraining;
+use crate::params::padded;
+
+/// Arguments of [`HostGate::backward`].
+#[derive(Debug)]
+pub struct GateBackward<'a> {
+    /// Gradient of the input `[tokens, hidden]`; added to.
+    pub dx: &'a mut [f32],
+    /// Gradient of the gate's parameters; added to.
+    pub grads: &'a mut [f32],
+    /// Gradient of the coefficients `[tokens, experts]`; entries for experts that did not run are unspecified.
+    pub dcoefficients: &'a [f32],
+    /// Values of the training forward over the same `x`.
+    pub saved: &'a (dyn Any + Send),
+    /// Input `[tokens, hidden]`.
+    pub x: &'a [f32],
+    /// The gate's parameters.
+    pub params: &'a [f32],
+    /// Settings of this micro-batch, those of the forward.
+    pub training: GateTraining,
+}
+
+/// Decision of a [`HostGate`] for a batch of tokens.
+#[derive(Clone, Copy, Debug)]
+pub struct HostRouted<'a> {
+    /// The experts that each token runs, and their coefficients.
+    pub routing: &'a Routing,
+    /// The loss of [`FfnReport::balance_loss`](super::FfnReport::balance_loss); 0 in inference.
+    pub balance_loss: f64,
+}
+
+/// A gate that the host computes wherever the experts run. Its data is small, `[tokens, experts]`, and its forms are
+/// many. Its parameters follow the [`projections`](super::projections) in an FFN's part of the arena, each tensor padded as in [`split`](super::split);
+/// its gradients are laid out alike.
+pub trait HostGate: std::fmt::Debug + Send + Sync {
+    /// Makes room for the values that [`HostGate::backward`] needs; reused every step.
+    fn new_saved(&self) -> Box<dyn Any + Send>;
+
+    /// Routes the FFN's input `x` `[tokens, hidden]`; sets `saved`, which must come from this gate's
+    /// [`HostGate::new_saved`]. Inference is without `training`: nothing is drawn.
+    fn forward<'a>(
+        &self,
+        saved: &'a mut (dyn Any + Send),
+        x: &[f32],
+        params: &[f32],
+        training: Option<GateTraining>,
+    ) -> HostRouted<'a>;
+
+    /// Adds the gradients of the input and of the gate's parameters.
+    fn backward(&self, args: GateBackward<'_>);
+}
+
+/// The forms of FFN that devices other than the host run.
+#[derive(Clone, Debug)]
+pub enum DeviceFfn {
+    /// SwiGLU.
+    Dense {
+        /// Width of its input.
+        hidden: usize,
+        /// Neurons.
+        intermediate: usize,
+    },
+    /// SwiGLU cut into experts behind sigmoid gates; parameters are [`projections`](super::projections), the router, and its bias.
+    Gated {
+        /// Width of its input.
+        hidden: usize,
+        /// Neurons of all experts together.
+        intermediate: usize,
+        /// Its gates.
+        router: RouterConfig,
+        /// Whether the router has a bias.
+        router_bias: bool,
+    },
+    /// SwiGLU cut into experts behind a gate that the host computes; parameters are [`projections`](super::projections) and the
+    /// gate's. Only experts that ran take part in the gradient.
+    Hosted {
+        /// Width of its input.
+        hidden: usize,
+        /// Neurons of all experts together.
+        intermediate: usize,
+        /// Experts, those that every token has included.
+        num_experts: usize,
+        /// The gate.
+        gate: Arc<dyn HostGate>,
+    },
+}
+
+impl DeviceFfn {
+    /// Returns the width of its input.
+    pub fn hidden(&self) -> usize {
+        match *self {
+            DeviceFfn::Dense { hidden, .. }
+            | DeviceFfn::Gated { hidden, .. }
+            | DeviceFfn::Hosted { hidden, .. } => hidden,
+        }
+    }
+
+    /// Returns the number of neurons.
+    pub fn intermediate(&self) -> usize {
+        match *self {
+            DeviceFfn::Dense { intermediate, .. }
+            | DeviceFfn::Gated { intermediate, .. }
+            | DeviceFfn::Hosted { intermediate, .. } => intermediate,
+        }
+    }
+
+    /// Sets the gates' threshold, where there is one; returns whether there is.
+    pub fn set_threshold(&mut self, threshold: f32) -> bool {
+        match self {
+            DeviceFfn::Dense { .. } | DeviceFfn::Hosted { .. } => false,
+            DeviceFfn::Gated { router, .. } => {
+                router.threshold = threshold;
+                true
+            }
+        }
+    }
+
+    /// Returns the number of experts; none without a router.
+    pub fn num_experts(&self) -> Option<usize> {
+        match self {
+            DeviceFfn::Dense { .. } => None,
+            DeviceFfn::Gated { router, .. } => Some(router.num_experts),
+            DeviceFfn::Hosted { num_experts, .. } => Some(*num_experts),
+        }
+    }
+
+    /// Returns whether a pass waits for the host; it cannot be captured as a CUDA graph then.
+    pub fn is_hosted(&self) -> bool {
+        matches!(self, DeviceFfn::Hosted { .. })
+    }
+
+    /// Returns the range of the gate's parameters in the `len` parameters of the FFN.
+    pub fn gate_params(&self, len: usize) -> std::ops::Range<usize> {
+        3 * padded(self.hidden() * self.intermediate())..len
+    }
+}

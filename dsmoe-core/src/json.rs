@@ -1,0 +1,41 @@
+//! Reads JSON files of bounded size.
+
+use std::path::Path;
+
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
+
+use crate::error::{Error, Result, shown};
+
+pub(crate) const COPY: &str = "copy the file again";
+/// The largest JSON file that is read, in bytes.
+const LARGEST: u64 = 64 << 20;
+
+/// Reads the text of a JSON file.
+pub(crate) fn read_json(path: &Path) -> Result<String> {
+    let len = std::fs::metadata(path).map_err(Error::io(path))?.len();
+    if len > LARGEST {
+        let problem = format!("{len} bytes are too many for a JSON file");
+        return Err(Error::path(path, problem, COPY));
+    }
+    let bytes = std::fs::read(path).map_err(Error::io(path))?;
+    String::from_utf8(bytes).map_err(|cause| {
+        Error::path(path, format!("not UTF-8 at byte {}", cause.utf8_error().valid_up_to()), COPY)
+    })
+}
+
+/// Parses JSON; `path`, the name of the type and the remedy are for messages.
+pub(crate) fn parse<T: DeserializeOwned>(
+    path: &Path,
+    text: &str,
+    what: &str,
+    help: &'static str,
+) -> Result<T> {
+    serde_json::from_str(text)
+        .map_err(|cause| Error::path(path, format!("not {what}: {}", shown(&cause.to_string())), help))
+}
+
+/// Parses a JSON object; `path` is for messages.
+pub(crate) fn parse_object(path: &Path, text: &str) -> Result<Map<String, Value>> {
+    parse(path, text, "a JSON object", COPY)
+}

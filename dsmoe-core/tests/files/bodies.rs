@@ -1,0 +1,51 @@
+//! Readers of model directories on any bytes. A body accepts the bytes or refuses them in one line, and never panics.
+//! The tests and the targets of cargo-fuzz share these functions.
+
+use std::fs;
+use std::path::Path;
+
+use dsmoe_core::Error;
+use dsmoe_core::checkpoint::{Checkpoint, Header};
+use dsmoe_core::config::Config;
+use dsmoe_core::masks::Masks;
+
+fn one_line<T>(result: Result<T, Error>) -> Option<T> {
+    result.inspect_err(|error| assert!(!error.to_string().contains('\n'), "{error}")).ok()
+}
+
+/// Parses the header of a safetensors file with `data` bytes of tensors.
+pub(crate) fn header(bytes: &[u8], data: u64) {
+    if let Some(header) = one_line(Header::parse(Path::new("x"), bytes, 8 + bytes.len() as u64 + data)) {
+        let total: u64 = header.entries.iter().map(|entry| entry.len).sum();
+        assert_eq!(total, data, "tensors cover the data");
+    }
+}
+
+/// Parses a `config.json`.
+pub(crate) fn config(bytes: &[u8]) {
+    one_line(Config::from_json(Path::new("config.json"), &String::from_utf8_lossy(bytes)));
+}
+
+/// Opens a safetensors file.
+pub(crate) fn file(bytes: &[u8]) {
+    let work = tempfile::tempdir().unwrap();
+    let path = work.path().join("x.safetensors");
+    fs::write(&path, bytes).unwrap();
+    one_line(Checkpoint::open_file(&path));
+}
+
+/// Opens a sharded model: one shard with the name `x`, and an index.
+pub(crate) fn index(shard: &[u8], index: &[u8]) {
+    let work = tempfile::tempdir().unwrap();
+    fs::write(work.path().join("x"), shard).unwrap();
+    fs::write(work.path().join("model.safetensors.index.json"), index).unwrap();
+    one_line(Checkpoint::open(work.path()));
+}
+
+/// Loads a `masks.safetensors` beside a configuration.
+pub(crate) fn masks(config: &Config, bytes: &[u8]) {
+    let work = tempfile::tempdir().unwrap();
+    fs::write(work.path().join("config.json"), config.to_json()).unwrap();
+    fs::write(work.path().join("masks.safetensors"), bytes).unwrap();
+    one_line(Masks::load(work.path()));
+}

@@ -1,0 +1,390 @@
+//! Every wrong directory, option or output gives one line that names the file, the field or tensor, and the remedy.
+
+use std::fs;
+use std::path::PathBuf;
+
+use crate::support::{refused, small_config};
+use dsmoe_core::Result;
+use dsmoe_core::checkpoint::{Checkpoint, Dtype, OutputDir, TensorInfo, Writer, check_llama_tensors};
+use dsmoe_core::config::Config;
+use dsmoe_core::convert::{ConvertOptions, ConvertReport, PartitionSpec, RouterStart, convert};
+use dsmoe_core::export::{ExportAs, export};
+use dsmoe_core::init::{InitOptions, init, preset};
+use dsmoe_kernels::Precision;
+use dsmoe_router::RouterInit;
+use tempfile::TempDir;
+
+fn quiet<T>(_: T) {}
+
+/// A model of two small layers in a directory of its own.
+struct Fixture {
+    work: TempDir,
+    dir: PathBuf,
+}
+
+impl Fixture {
+    fn new() -> Fixture {
+        Fixture::sharded(u64::MAX)
+    }
+
+    fn sharded(max_shard_bytes: u64) -> Fixture {
+        let work = tempfile::tempdir().unwrap();
+        let dir = work.path().join("model");
+        let options = InitOptions { max_shard_bytes, ..InitOptions::default() };
+        init(&small_config(), &dir, &options, &mut quiet).unwrap();
+        Fixture { work, dir }
+    }
+
+    fn edit(&self, file: &str, from: &str, to: &str) {
+        let path = self.dir.join(file);
+        let text = fs::read_to_string(&path).unwrap();
+        assert!(text.contains(from), "{from} in {text}");
+        fs::write(path, text.replace(from, to)).unwrap();
+    }
+
+    /// Changes the header of the weights, keeping its length.
+    fn edit_header(&self, from: &str, to: &str) {
+        let path = self.dir.join("model.safetensors");
+        let bytes = fs::read(&path).unwrap();
+        let len = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        let header = String::from_utf8(bytes[8..len].to_vec()).unwrap();
+        assert!(header.contains(from), "{from} in {header}");
+        let header = header.replacen(from, to, 1);
+        let header = format!("{:<width$}", header.trim_end(), width = len - 8);
+        assert_eq!(header.len(), len - 8, "the new header is longer");
+        fs::write(path, [&bytes[..8], header.as_bytes(), &bytes[len..]].concat()).unwrap();
+    }
+
+    fn check(&self) -> Result<()> {
+        let config = Config::load(&self.dir)?;
+        check_llama_tensors(&config, &Checkpoint::open(&self.dir)?).map(|_| ())
+    }
+
+    fn convert(&self, options: &ConvertOptions) -> Result<ConvertReport> {
+        let report = convert(&self.dir, &self.out(), options, &mut quiet);
+        if report.is_err() {
+            let left: Vec<_> = fs::read_dir(self.work.path()).unwrap().flatten().collect();
+            assert!(
+                left.iter().all(|entry| !entry.file_name().to_string_lossy().contains(".tmp-")),
+                "{left:?}"
+            );
+        }
+        report
+    }
+
+    fn infos(&self) -> Vec<TensorInfo> {
+        let checkpoint = Checkpoint::open(&self.dir).unwrap();
+        let info = |name: &str| {
+            let view = checkpoint.tensor(name).unwrap();
+            TensorInfo { name: name.to_owned(), dtype: view.dtype, shape: view.shape.clone() }
+        };
+        checkpoint.names().map(info).collect()
+    }
+
+    fn out(&self) -> PathBuf {
+        self.work.path().join("out")
+    }
+
+    fn partition(&self, text: &str) -> ConvertOptions {
+        let path = self.work.path().join("partition.json");
+        fs::write(&path, text).unwrap();
+        ConvertOptions { partition: PartitionSpec::File(path), ..ConvertOptions::new(2) }
+    }
+}
+
+#[test]
+fn truncated_data() {
+    let fixture = Fixture::new();
+    let path = fixture.dir.join("model.safetensors");
+    let len = fs::metadata(&path).unwrap().len();
+    fs::File::options().write(true).open(&path).unwrap().set_len(len - 1).unwrap();
+    refused(
+        fixture.check(),
+        &["model.safetensors: header describes", "bytes of data", "copy the file again"],
+    );
+}
+
+#[test]
+fn no_weights() {
+    let work = tempfile::tempdir().unwrap();
+    refused(
+        Checkpoint::open(work.path()),
+        &["no model.safetensors", "model.safetensors.index.json", "save_pretrained"],
+    );
+    refused(Config::load(work.path()), &["config.json", "No such file"]);
+}
+
+#[test]
+fn index_to_a_missing_shard() {
+    let fixture = Fixture::sharded(4000);
+    assert!(fixture.check().is_ok());
+    let shard = fs::read_dir(&fixture.dir).unwrap().flatten().map(|entry| entry.file_name());
+    let shard = shard.into_iter().find(|name| name.to_string_lossy().starts_with("model-00002-of")).unwrap();
+    fs::remove_file(fixture.dir.join(&shard)).unwrap();
+    let shard = shard.to_string_lossy();
+    refused(
+        fixture.check(),
+        &["model.safetensors.index.json: tensor model.", &shard, "is missing", "copy that file"],
+    );
+}
+
+#[test]
+fn index_that_names_a_path() {
+    for path in ["../model.safetensors", "/etc/passwd", "", "..", "a/b.safetensors"] {
+        let fixture = Fixture::sharded(4000);
+        let shard = fs::read_dir(&fixture.dir).unwrap().flatten().map(|entry| entry.file_name());
+        let shard =
+            shard.into_iter().find(|name| name.to_string_lossy().starts_with("model-00001-of")).unwrap();
+        fixture.edit("model.safetensors.index.json", &shard.to_string_lossy(), path);
+        refused(fixture.check(), &["model.safetensors.index.json: tensor", "not a file name", "name a file"]);
+    }
+}
+
+#[test]
+fn index_and_shards_that_disagree() {
+    let fixture = Fixture::sharded(4000);
+    fixture.edit("model.safetensors.index.json", "model.norm.weight", "model.morn.weight");
+    refused(fixture.check(), &["tensor model.norm.weight is not in the index", "add it to"]);
+    let text = fs::read_to_string(fixture.dir.join("model.safetensors.index.json")).unwrap();
+    let last = text.rfind("model-0").map(|at| &text[at..at + 32]).unwrap();
+    let more = format!("\"model.morn.weight\": \"{last}\", \"model.norm.weight\"");
+    fixture.edit("model.safetensors.index.json", "\"model.morn.weight\"", &more);
+    refused(
+        fixture.check(),
+        &["index.json: tensor model.morn.weight is not in the shard", "copy index and shards"],
+    );
+}
+
+#[test]
+fn index_that_is_not_one() {
+    let fixture = Fixture::sharded(4000);
+    let path = fixture.dir.join("model.safetensors.index.json");
+    for text in ["", "[]", "{}", r#"{"weight_map": {"a": 1}}"#] {
+        fs::write(&path, text).unwrap();
+        refused(
+            fixture.check(),
+            &["model.safetensors.index.json: not an index of shards", "copy the file again"],
+        );
+    }
+    fs::write(&path, [0xff, 0xfe]).unwrap();
+    refused(fixture.check(), &["model.safetensors.index.json: not UTF-8 at byte 0"]);
+}
+
+#[test]
+fn missing_and_extra_tensor() {
+    let fixture = Fixture::new();
+    fixture.edit_header("layers.1.mlp.up_proj", "layers.1.mlp.pu_proj");
+    refused(
+        fixture.check(),
+        &["model: tensor model.layers.1.mlp.up_proj.weight is missing", "this config.json"],
+    );
+    fixture.edit_header("layers.1.mlp.pu_proj", "layers.1.mlp.up_proj");
+    fixture.edit("config.json", "\"num_hidden_layers\": 2", "\"num_hidden_layers\": 1");
+    refused(
+        fixture.check(),
+        &["model.safetensors: tensor model.layers.1.", "is not part of the model", "or remove the tensor"],
+    );
+}
+
+#[test]
+fn wrong_shape() {
+    let fixture = Fixture::new();
+    fixture.edit("config.json", "\"intermediate_size\": 12", "\"intermediate_size\": 8");
+    refused(
+        fixture.check(),
+        &["model.safetensors: tensor model.layers.0.mlp.gate_proj.weight", "shape [12, 16]", "says [8, 16]"],
+    );
+}
+
+#[test]
+fn wrong_dtype() {
+    let fixture = Fixture::new();
+    fixture.edit_header("F32", "I32");
+    refused(
+        fixture.check(),
+        &["model.safetensors: tensor model.embed_tokens.weight has dtype I32", "store it as F32"],
+    );
+    let checkpoint = Checkpoint::open(&fixture.dir).unwrap();
+    let read = checkpoint.read_f32("model.embed_tokens.weight", &mut vec![0.0; 20 * 16]);
+    refused(read, &["model.safetensors: tensor model.embed_tokens.weight has dtype I32", "use F32"]);
+}
+
+#[test]
+fn reads_of_another_size() {
+    let fixture = Fixture::new();
+    let checkpoint = Checkpoint::open(&fixture.dir).unwrap();
+    let name = "model.layers.0.mlp.down_proj.weight";
+    refused(
+        checkpoint.read_f32(name, &mut [0.0; 3]),
+        &["model.safetensors: tensor", name, "[16, 12], not 3"],
+    );
+    refused(checkpoint.read_f32("a", &mut []), &["model: tensor a is missing"]);
+    refused(checkpoint.read_i32(name), &["tensor", name, "has dtype F32, not I32"]);
+}
+
+#[test]
+fn tied_head_that_differs_and_untied_head_that_is_missing() {
+    let fixture = Fixture::new();
+    fixture.edit("config.json", "\"tie_word_embeddings\": true", "\"tie_word_embeddings\": false");
+    refused(fixture.check(), &["tensor lm_head.weight is missing", "set tie_word_embeddings to true"]);
+
+    let untied = Config::load(&fixture.dir).unwrap();
+    fs::remove_dir_all(&fixture.dir).unwrap();
+    init(&untied, &fixture.dir, &InitOptions::default(), &mut quiet).unwrap();
+    fixture.edit("config.json", "\"tie_word_embeddings\": false", "\"tie_word_embeddings\": true");
+    refused(
+        fixture.check(),
+        &["model.safetensors: tensor lm_head.weight differs from", "set tie_word_embeddings to false"],
+    );
+}
+
+#[test]
+fn experts_that_do_not_divide() {
+    let fixture = Fixture::new();
+    refused(
+        fixture.convert(&ConvertOptions::new(8)),
+        &["config.json: intermediate_size 12 is not divisible by 8 experts; use one of 1, 2, 3, 4, 6, 12"],
+    );
+    refused(
+        dsmoe_core::partition::Partition::contiguous(172, 8),
+        &["intermediate_size 172 is not divisible by 8 experts; use one of 1, 2, 4, 43"],
+    );
+    refused(fixture.convert(&ConvertOptions::new(0)), &["num_experts is 0; use 1 to 65536"]);
+}
+
+#[test]
+fn options_that_cannot_work() {
+    let fixture = Fixture::new();
+    let options =
+        ConvertOptions { routers: RouterStart::Init(RouterInit::Warm(5)), ..ConvertOptions::new(4) };
+    refused(fixture.convert(&options), &["warm(k) is 5; use 1 to the number of experts, 4"]);
+    fixture.convert(&ConvertOptions::new(4)).unwrap();
+    let again = convert(&fixture.out(), &fixture.work.path().join("x"), &ConvertOptions::new(4), &mut quiet);
+    refused(again, &["out/config.json: model_type is already dsmoe", "export this one as a dense model"]);
+    let out = fixture.work.path().join("y");
+    let dense = export(&fixture.dir, &out, ExportAs::Dense, None, false, &mut quiet);
+    refused(dense, &["model/config.json: model_type is llama already", "export it as native"]);
+    let cast = export(&fixture.dir, &out, ExportAs::Native, Some(Dtype::I8), false, &mut quiet);
+    refused(cast, &["dtype I8 is not for weights", "bf16, f16 or f32"]);
+    refused(preset("llama-9"), &["unknown preset `llama-9`", "tiny, small"]);
+}
+
+#[test]
+fn centroids_of_weights_that_are_not_numbers() {
+    let fixture = Fixture::new();
+    let path = fixture.dir.join("model.safetensors");
+    let offset =
+        Checkpoint::open(&fixture.dir).unwrap().tensor("model.layers.1.mlp.gate_proj.weight").unwrap().offset;
+    let mut bytes = fs::read(&path).unwrap();
+    bytes[offset as usize..][..4].copy_from_slice(&f32::NAN.to_le_bytes());
+    fs::write(&path, bytes).unwrap();
+    let options =
+        ConvertOptions { routers: RouterStart::Init(RouterInit::Centroid), ..ConvertOptions::new(4) };
+    refused(fixture.convert(&options), &["centroid of expert 0 in layer 1", "use router init `open`"]);
+}
+
+#[test]
+fn partition_files() {
+    let fixture = Fixture::new();
+    let check = |text: &str, parts: &[&str]| {
+        let parts: Vec<&str> = [&["partition.json: "], parts].concat();
+        refused(fixture.convert(&fixture.partition(text)), &parts);
+    };
+    check("", &["not a partition", "write {\"layers\""]);
+    check("{\"layer\": []}", &["not a partition: unknown field `layer`"]);
+    check("{\"layers\": []}", &["layers has 0 lists and the model 2 layers", "one for all"]);
+    check("[[0, 1, 2, 3]]", &["layers[0] has 1 experts, not 2", "set experts to 1"]);
+    check(
+        "[[0, 1, 2, 3, 4, 5], [6, 7, 8]]",
+        &["layers[0] is no partition", "expert 1 has 3 neurons", "not 6"],
+    );
+    check(
+        "[[0, 1, 2, 3, 4, 5], [5, 7, 8, 9, 10, 11]]",
+        &["neuron 5 is there twice", "list every neuron once"],
+    );
+    check("[[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 12]]", &["neuron 12 is not below intermediate_size 12"]);
+    check("[[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, -1]]", &["not a partition"]);
+    let options =
+        ConvertOptions { partition: PartitionSpec::File("none.json".into()), ..ConvertOptions::new(2) };
+    refused(fixture.convert(&options), &["none.json", "No such file"]);
+}
+
+#[test]
+fn stored_partition_that_is_none() {
+    let fixture = Fixture::new();
+    let options = ConvertOptions { partition: PartitionSpec::Random, ..ConvertOptions::new(4) };
+    fixture.convert(&options).unwrap();
+    let path = fixture.out().join("model.safetensors");
+    let name = "model.layers.1.mlp.partition";
+    let view = Checkpoint::open(&fixture.out()).unwrap().tensor(name).unwrap().clone();
+    for wrong in [-1, 12, i32::MIN] {
+        let mut bytes = fs::read(&path).unwrap();
+        bytes[view.offset as usize..][..4].copy_from_slice(&i32::to_le_bytes(wrong));
+        fs::write(&path, bytes).unwrap();
+        let out = fixture.work.path().join("dense");
+        let result = export(&fixture.out(), &out, ExportAs::Dense, None, false, &mut quiet);
+        refused(result, &["tensor model.layers.1.mlp.partition is no partition", "convert the model again"]);
+    }
+}
+
+#[test]
+fn output_that_is_not_empty() {
+    let fixture = Fixture::new();
+    let out = fixture.out();
+    fs::create_dir(&out).unwrap();
+    fs::write(out.join("notes.txt"), "mine").unwrap();
+    refused(fixture.convert(&ConvertOptions::new(4)), &["out is not empty; choose another out or set force"]);
+    let force = ConvertOptions { force: true, ..ConvertOptions::new(4) };
+    refused(
+        fixture.convert(&force),
+        &["out: is not a model directory and is not replaced", "choose another out"],
+    );
+    assert_eq!(fs::read_to_string(out.join("notes.txt")).unwrap(), "mine");
+    fs::write(out.join("config.json"), "{}").unwrap();
+    fixture.convert(&force).unwrap();
+    assert!(!out.join("notes.txt").exists());
+    assert!(out.join("model.safetensors").exists());
+    assert_eq!(fs::read_dir(fixture.work.path()).unwrap().count(), 2);
+
+    let file = fixture.work.path().join("file");
+    fs::write(&file, "").unwrap();
+    refused(convert(&fixture.dir, &file, &force, &mut quiet), &["file: is a file", "choose another out"]);
+    let own = convert(&fixture.dir, &fixture.dir, &force, &mut quiet);
+    refused(own, &["model: holds the model that is read", "choose another out"]);
+    let above = convert(&fixture.dir, fixture.work.path(), &force, &mut quiet);
+    refused(above, &["holds the model that is read"]);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn full_disk() {
+    let work = tempfile::tempdir().unwrap();
+    let out = work.path().join("out");
+    let output = OutputDir::create(&out, false).unwrap();
+    let infos = Fixture::new().infos();
+    std::os::unix::fs::symlink("/dev/full", output.path().join("model.safetensors")).unwrap();
+    let mut writer = Writer::create(output.path(), infos.clone()).unwrap();
+    let written =
+        infos.iter().try_for_each(|info| writer.write(&info.name, &vec![0; info.len_bytes() as usize]));
+    refused(written.and_then(|()| writer.finish()), &["model.safetensors: No space left on device"]);
+    drop(output);
+    assert_eq!(fs::read_dir(work.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn a_weight_that_is_not_finite() {
+    let fixture = Fixture::new();
+    let path = fixture.dir.join("model.safetensors");
+    let name = "model.layers.1.mlp.down_proj.weight";
+    let view = Checkpoint::open(&fixture.dir).unwrap().tensor(name).unwrap().clone();
+    let mut bytes = fs::read(&path).unwrap();
+    // All bits of an element set is a NaN in every float type.
+    let at = view.offset as usize;
+    bytes[at..at + 4].fill(0xff);
+    fs::write(&path, bytes).unwrap();
+    let message = [name, "not finite", "undamaged copy"];
+    refused(dsmoe_core::Model::load(&fixture.dir).map(|_| ()), &message);
+    for precision in [Precision::F32, Precision::Bf16] {
+        refused(dsmoe_core::Inference::load(&fixture.dir, precision).map(|_| ()), &message);
+    }
+}

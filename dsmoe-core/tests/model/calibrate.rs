@@ -1,0 +1,160 @@
+//! The layer stream is the model, and its taps are what the linears read.
+
+use std::path::{Path, PathBuf};
+
+use dsmoe_core::calibrate::{Input, LayerStream, LayerWeights};
+use dsmoe_core::checkpoint::{Checkpoint, Dtype};
+use dsmoe_core::config::Config;
+use dsmoe_core::convert::{ConvertOptions, convert};
+use dsmoe_core::model::{Cache, Inference, Workspace};
+use dsmoe_kernels::Precision;
+use dsmoe_kernels::testing::{assert_close, assert_close_f64, f64s};
+
+/// A random model with grouped heads in `dir`.
+fn small(dir: &Path, dtype: Dtype, tied: bool) -> PathBuf {
+    let heads =
+        [("hidden_size", 48), ("num_attention_heads", 6), ("num_key_value_heads", 2), ("head_dim", 10)];
+    let others = [("intermediate_size", 88), ("vocab_size", 75), ("num_hidden_layers", 3)];
+    crate::dense(dir, &[&heads[..], &others].concat(), dtype, tied)
+}
+
+fn sequences(vocab: usize, count: usize, seq: usize) -> Vec<Vec<u32>> {
+    let id = |i: usize| ((i * i * 7 + 3 * i) % vocab) as u32;
+    (0..count).map(|s| (0..seq).map(|t| id(s * seq + t + 1)).collect()).collect()
+}
+
+/// Sums of a linear layer in f64: `x W^T`.
+fn linear(x: &[f64], w: &[f32], inputs: usize) -> Vec<f64> {
+    let dot = |x: &[f64], w: &[f32]| x.iter().zip(w).map(|(x, &w)| x * f64::from(w)).sum();
+    x.chunks(inputs).flat_map(|x| w.chunks(inputs).map(move |w| dot(x, w))).collect()
+}
+
+fn rms_norm(x: &[f64], weight: &[f32], eps: f64) -> Vec<f64> {
+    x.chunks(weight.len())
+        .flat_map(|x| {
+            let mean = x.iter().map(|x| x * x).sum::<f64>() / x.len() as f64;
+            let rstd = 1.0 / (mean + eps).sqrt();
+            x.iter().zip(weight).map(move |(x, &w)| x * rstd * f64::from(w)).collect::<Vec<_>>()
+        })
+        .collect()
+}
+
+/// Streams a model; the logits of all tokens in f64 from the last states.
+fn streamed_logits(dir: &Path, sequences: &[Vec<u32>]) -> Vec<f64> {
+    let mut stream = LayerStream::open(dir, sequences).unwrap();
+    let config = stream.config().clone();
+    for i in 0..config.num_layers {
+        let weights = stream.layer(i).unwrap();
+        stream.advance(&weights);
+    }
+    let checkpoint = Checkpoint::open(dir).unwrap();
+    let mut norm = vec![0.0; config.hidden];
+    checkpoint.read_f32("model.norm.weight", &mut norm).unwrap();
+    let mut head = vec![0.0; config.vocab_size * config.hidden];
+    let name = if config.tie_word_embeddings { "model.embed_tokens.weight" } else { "lm_head.weight" };
+    checkpoint.read_f32(name, &mut head).unwrap();
+    linear(&rms_norm(&f64s(stream.states()), &norm, config.rms_norm_eps), &head, config.hidden)
+}
+
+fn inference_logits(dir: &Path, sequences: &[Vec<u32>]) -> Vec<f32> {
+    let model = Inference::load(dir, Precision::F32).unwrap();
+    let mut workspace = Workspace::default();
+    let mut all = Vec::new();
+    for ids in sequences {
+        let mut cache = Cache::new(&model, ids.len());
+        all.extend_from_slice(model.logits(ids, ids.len(), &mut cache, None, &mut workspace).unwrap());
+    }
+    all
+}
+
+#[test]
+fn the_last_states_give_the_models_logits() {
+    let work = tempfile::tempdir().unwrap();
+    let mut models: Vec<PathBuf> = [(Dtype::F32, true), (Dtype::BF16, false)]
+        .into_iter()
+        .map(|(dtype, tied)| small(work.path(), dtype, tied))
+        .collect();
+    models.extend(crate::common::shared("calibrate").map(|dir| dir.join("models/babyllama-1m")));
+    for dir in models {
+        let sequences = sequences(Config::load(&dir).unwrap().vocab_size, 3, 37);
+        let (got, want) = (inference_logits(&dir, &sequences), streamed_logits(&dir, &sequences));
+        assert_close(&dir.display().to_string(), &got, &want, 2e-5);
+    }
+}
+
+#[test]
+fn taps_are_what_the_linears_read_and_forward_keeps_the_states() {
+    let work = tempfile::tempdir().unwrap();
+    let dir = small(work.path(), Dtype::F32, true);
+    let (count, seq) = (2, 19);
+    let mut stream = LayerStream::open(&dir, &sequences(75, count, seq)).unwrap();
+    let (hidden, eps) = (stream.config().hidden, stream.config().rms_norm_eps);
+    for i in 0..stream.config().num_layers {
+        let weights = stream.layer(i).unwrap();
+        let before = f64s(stream.states());
+        let mut seen: [Vec<f64>; 4] = Default::default();
+        let mut order = Vec::new();
+        stream.forward(&weights, &mut |tap| {
+            order.push((tap.sequence, tap.input));
+            let place = Input::ALL.iter().position(|input| *input == tap.input).unwrap();
+            seen[place].extend(f64s(tap.x));
+        });
+        let wanted: Vec<_> =
+            (0..count).flat_map(|sequence| Input::ALL.map(|input| (sequence, input))).collect();
+        assert_eq!(order, wanted);
+        assert_eq!(f64s(stream.states()), before);
+
+        let LayerWeights { input_norm, post_norm, linears, .. } = &weights;
+        let [_, _, _, o, gate, up, down] = linears;
+        let [attention, heads, ffn, neurons] = &seen;
+        assert_close_f64("attention", attention, &rms_norm(&before, input_norm, eps), 2e-6);
+        let add = |x: &[f64], y: Vec<f64>| x.iter().zip(y).map(|(x, y)| x + y).collect::<Vec<f64>>();
+        let middle = add(&before, linear(heads, &o.weight, o.inputs));
+        assert_close_f64("ffn", ffn, &rms_norm(&middle, post_norm, eps), 4e-6);
+        let silu = |x: f64| x / (1.0 + (-x).exp());
+        let activated: Vec<f64> = linear(ffn, &gate.weight, hidden)
+            .into_iter()
+            .zip(linear(ffn, &up.weight, hidden))
+            .map(|(a, b)| silu(a) * b)
+            .collect();
+        assert_close_f64("neurons", neurons, &activated, 4e-6);
+        let after = add(&middle, linear(neurons, &down.weight, down.inputs));
+        stream.advance(&weights);
+        assert_close("states", stream.states(), &after, 4e-6);
+    }
+}
+
+#[test]
+fn changed_weights_are_the_ones_that_run() {
+    let work = tempfile::tempdir().unwrap();
+    let dir = small(work.path(), Dtype::F32, true);
+    let mut stream = LayerStream::open(&dir, &sequences(75, 1, 9)).unwrap();
+    let before = stream.states().to_vec();
+    let mut weights = stream.layer(0).unwrap();
+    for input in [Input::Heads, Input::Neurons] {
+        weights.reading(input).for_each(|linear| linear.weight.fill(0.0));
+    }
+    stream.advance(&weights);
+    assert_eq!(stream.states(), before);
+}
+
+#[test]
+fn bad_calibration_is_named() {
+    let work = tempfile::tempdir().unwrap();
+    let dir = small(work.path(), Dtype::F32, true);
+    let error =
+        |dir: &Path, sequences: &[Vec<u32>]| LayerStream::open(dir, sequences).unwrap_err().to_string();
+    for (sequences, part) in [
+        (vec![vec![1, 2], vec![1]], "calibration sequence 1 has 1 tokens and the first 2"),
+        (vec![vec![]], "calibration sequence 0 has 0 tokens"),
+        (vec![vec![75]], "token id 75 is not below vocab_size 75"),
+        (vec![vec![1; 5000]], "max_position_embeddings"),
+    ] {
+        let error = error(&dir, &sequences);
+        assert!(error.contains(part), "{error}");
+    }
+    let experts = work.path().join("dsmoe");
+    convert(&dir, &experts, &ConvertOptions::new(4), &mut |_| {}).unwrap();
+    assert!(error(&experts, &[]).contains("use a dense model"));
+    assert!(LayerStream::open(&dir, &[]).unwrap().layer(2).is_ok());
+}

@@ -1,0 +1,156 @@
+//! Inference on packed weights: loading is packing, and bf16 errs by the rounding of its operands alone.
+
+use std::path::{Path, PathBuf};
+
+use dsmoe_core::checkpoint::{Checkpoint, Dtype};
+use dsmoe_core::convert::{ConvertOptions, PartitionSpec, convert};
+use dsmoe_core::model::{Batch, Cache, Inference, Model, Workspace};
+use dsmoe_kernels::Precision;
+use half::bf16;
+
+const BOTH: [Precision; 2] = [Precision::F32, Precision::Bf16];
+
+/// A random dense model in `dir`.
+fn dense(dir: &Path, dtype: Dtype, tied: bool) -> PathBuf {
+    let sizes = [("intermediate_size", 88), ("vocab_size", 75), ("num_hidden_layers", 2)];
+    crate::dense(dir, &sizes, dtype, tied)
+}
+
+/// The same cut into experts of permuted neurons.
+fn dsmoe(dense: &Path) -> PathBuf {
+    let out = dense.with_extension("dsmoe");
+    let options = ConvertOptions { partition: PartitionSpec::Random, ..ConvertOptions::new(8) };
+    convert(dense, &out, &options, &mut |_| {}).unwrap();
+    out
+}
+
+fn ids(vocab: usize) -> Vec<u32> {
+    (0..60).map(|i| (i * i * 7 + 3 * i) % vocab as u32).collect()
+}
+
+/// Logits of a text fed in pieces, and losses of two sequences.
+fn outputs(model: &Inference) -> (Vec<f32>, Vec<f32>) {
+    let ids = ids(model.config().vocab_size);
+    let mut workspace = Workspace::default();
+    let mut cache = Cache::new(model, 8);
+    let mut logits = Vec::new();
+    for piece in [&ids[..30], &ids[30..33], &ids[33..34], &ids[34..60]] {
+        logits.extend_from_slice(model.logits(piece, piece.len(), &mut cache, None, &mut workspace).unwrap());
+    }
+    let targets: Vec<u32> = ids.iter().rev().copied().collect();
+    let mut losses = vec![f32::NAN; ids.len()];
+    model
+        .score(&mut losses, Batch { inputs: &ids, targets: &targets, seq: 30 }, None, &mut workspace)
+        .unwrap();
+    (logits, losses)
+}
+
+#[test]
+fn a_directory_and_its_model_pack_alike_whatever_is_stored() {
+    let work = tempfile::tempdir().unwrap();
+    for dtype in [Dtype::F32, Dtype::BF16] {
+        for tied in [true, false] {
+            let dense = dense(work.path(), dtype, tied);
+            let narrow = Checkpoint::open(&dense).unwrap().precision() == Precision::Bf16;
+            assert_eq!(narrow, dtype == Dtype::BF16);
+            for dir in [dsmoe(&dense), dense] {
+                let model = Model::load(&dir).unwrap();
+                let [wide, half] = BOTH.map(|precision| {
+                    let loaded = Inference::load(&dir, precision).unwrap();
+                    let packed = Inference::new(&model, precision);
+                    assert_eq!((loaded.precision(), packed.precision()), (precision, precision));
+                    assert_eq!(loaded.bytes(), packed.bytes());
+                    assert!(outputs(&loaded) == outputs(&packed), "{} {precision}", dir.display());
+                    (loaded.bytes(), outputs(&loaded))
+                });
+                assert!(half.0 < wide.0 * 6 / 10, "{} bytes for {}", half.0, wide.0);
+                assert!(half.1 != wide.1, "bf16 rounds");
+                assert_eq!(Checkpoint::open(&dir).unwrap().precision() == Precision::Bf16, narrow);
+            }
+        }
+    }
+}
+
+#[test]
+fn the_threshold_moves_where_there_are_gates() {
+    let work = tempfile::tempdir().unwrap();
+    let dense = dense(work.path(), Dtype::F32, true);
+    let mut sparse = Inference::load(&dsmoe(&dense), Precision::F32).unwrap();
+    let ids = ids(sparse.config().vocab_size);
+    let share = |model: &Inference| {
+        let mut stats = model.new_stats().unwrap();
+        let (mut losses, mut workspace) = (vec![0.0; ids.len()], Workspace::default());
+        model
+            .score(
+                &mut losses,
+                Batch { inputs: &ids, targets: &ids, seq: 60 },
+                Some(&mut stats),
+                &mut workspace,
+            )
+            .unwrap();
+        stats.active_ratio()
+    };
+    assert!((0.2..0.8).contains(&share(&sparse)));
+    for (threshold, want) in [(0.0, 1.0), (1.0, 0.0)] {
+        sparse.set_threshold(threshold).unwrap();
+        assert_eq!(share(&sparse), want);
+        assert_eq!(sparse.config().moe.as_ref().unwrap().router.threshold, threshold);
+    }
+    assert!(sparse.set_threshold(1.5).unwrap_err().to_string().contains("use 0.5"));
+    let mut dense = Inference::load(&dense, Precision::Bf16).unwrap();
+    assert!(dense.new_stats().is_none());
+    assert!(dense.set_threshold(0.5).unwrap_err().to_string().contains("convert it first"));
+}
+
+fn rms_of_difference(a: &[f32], b: &[f32]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    let sum: f64 = a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum();
+    (sum / a.len() as f64).sqrt()
+}
+
+/// Rounding the weights of a product to eight bits and rounding its inputs change each of its terms by a factor
+/// within 2^-8 of 1, independently: the outputs change by about as much, in the root mean square, for the one as
+/// for the other. So where the weights are bf16 already, what bf16 inference changes (it rounds inputs) is held
+/// against what rounding the weights on another grid changes: up to twice as much, and no less than a quarter
+/// (else nothing was rounded).
+#[test]
+fn bf16_errs_by_the_rounding_of_its_operands() {
+    let work = tempfile::tempdir().unwrap();
+    let dense = dense(work.path(), Dtype::BF16, false);
+    let mut dirs = vec![dsmoe(&dense), dense];
+    if let Some(shared) = crate::common::shared("bf16_errs_by_the_rounding_of_its_operands") {
+        let models = ["tinystories-656k", "stories-260k", "babyllama-1m"];
+        dirs.extend(models.map(|name| shared.join("models").join(name)));
+    }
+    for dir in dirs {
+        let mut model = Model::load(&dir).unwrap();
+        if model.num_experts().is_some() {
+            // All experts: a gate that a rounding pushes over the threshold is no small change.
+            model.set_threshold(0.0).unwrap();
+        }
+        round_matrices(&mut model, 1.0);
+        let exact = outputs(&Inference::new(&model, Precision::F32));
+        let half = outputs(&Inference::new(&model, Precision::Bf16));
+        round_matrices(&mut model, 1.37);
+        let moved = outputs(&Inference::new(&model, Precision::F32));
+        let pairs = [(exact.0, half.0, moved.0), (exact.1, half.1, moved.1)];
+        for (what, (exact, half, moved)) in ["logits", "losses"].into_iter().zip(pairs) {
+            let (inputs, weights) = (rms_of_difference(&exact, &half), rms_of_difference(&exact, &moved));
+            assert!(
+                inputs < 2.0 * weights && inputs > weights / 4.0,
+                "{}: {what} change by {inputs} when inputs are rounded, by {weights} when weights are",
+                dir.display()
+            );
+        }
+    }
+}
+
+/// Rounds all weights but norms and routers to bf16 multiples of `1 / grid`.
+fn round_matrices(model: &mut Model, grid: f32) {
+    for entry in model.layout().clone().entries() {
+        if entry.spec.shape.len() == 2 && !entry.spec.router {
+            let weights = &mut model.params_mut()[entry.range.clone()];
+            weights.iter_mut().for_each(|w| *w = bf16::from_f32(*w * grid).to_f32() / grid);
+        }
+    }
+}

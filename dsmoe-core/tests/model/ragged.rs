@@ -1,0 +1,174 @@
+//! Batches of sequences of different lengths: every token's result is that of its sequence alone, to the bit.
+
+use std::path::{Path, PathBuf};
+
+use dsmoe_core::config::Config;
+use dsmoe_core::convert::{ConvertOptions, convert};
+use dsmoe_core::generate::argmax;
+use dsmoe_core::init::{InitOptions, init, preset};
+use dsmoe_core::model::{After, Batch, Cache, Inference, Likelihood, Segment, Workspace};
+use dsmoe_kernels::Precision;
+
+/// A random dense model, and the same cut into experts.
+fn models(dir: &Path) -> [PathBuf; 2] {
+    let mut json: serde_json::Value = serde_json::from_str(&preset("tiny").unwrap().to_json()).unwrap();
+    for (key, value) in [("intermediate_size", 88), ("vocab_size", 75), ("num_hidden_layers", 2)] {
+        json[key] = value.into();
+    }
+    json["initializer_range"] = 0.1.into();
+    let config = Config::from_json(Path::new("config.json"), &json.to_string()).unwrap();
+    let [dense, dsmoe] = ["dense", "dsmoe"].map(|name| dir.join(name));
+    init(&config, &dense, &InitOptions { seed: 5, ..InitOptions::default() }, &mut |_| {}).unwrap();
+    convert(&dense, &dsmoe, &ConvertOptions::new(8), &mut |_| {}).unwrap();
+    [dense, dsmoe]
+}
+
+fn text(seed: u32, len: usize) -> Vec<u32> {
+    (0..len as u32).map(|i| (i * i * 7 + seed * 13 + i) % 75).collect()
+}
+
+/// Each text's likelihoods of its own next tokens from `from` on, asked for by itself.
+fn alone(model: &Inference, text: &[u32], from: usize) -> Vec<Likelihood> {
+    let inputs = &text[..text.len() - 1];
+    let segments = [Segment { tokens: inputs.len(), after: After::Nothing }];
+    let targets: Vec<_> = (from - 1..inputs.len()).map(|at| (at, text[at + 1])).collect();
+    model.likelihoods(inputs, &segments, &targets, None, &mut Workspace::default()).unwrap()
+}
+
+fn each_model(check: impl Fn(&Inference)) {
+    let work = tempfile::tempdir().unwrap();
+    for dir in models(work.path()) {
+        for precision in [Precision::F32, Precision::Bf16] {
+            check(&Inference::load(&dir, precision).unwrap());
+        }
+    }
+}
+
+#[test]
+fn likelihoods_are_those_of_scoring_and_of_the_logits() {
+    each_model(|model| {
+        let text = text(1, 50);
+        let found = alone(model, &text, 1);
+        let mut workspace = Workspace::default();
+        let mut losses = vec![0.0; 49];
+        model
+            .score(
+                &mut losses,
+                Batch { inputs: &text[..49], targets: &text[1..], seq: 49 },
+                None,
+                &mut workspace,
+            )
+            .unwrap();
+        let mut cache = Cache::new(model, 49);
+        let logits = model.logits(&text[..49], 49, &mut cache, None, &mut workspace).unwrap();
+        let mut greedy = 0;
+        for (i, likelihood) in found.iter().enumerate() {
+            assert!((likelihood.log_probability + losses[i]).abs() < 1e-5, "{likelihood:?} {}", losses[i]);
+            let best = argmax(&logits[i * 75..(i + 1) * 75]);
+            assert_eq!(likelihood.greedy, best == text[i + 1], "{i}");
+            // The likeliest token is found to be it.
+            let asked = [Segment { tokens: i + 1, after: After::Nothing }];
+            let mut other = Workspace::default();
+            let best = model.likelihoods(&text[..=i], &asked, &[(i, best)], None, &mut other).unwrap();
+            greedy += usize::from(best[0].greedy);
+        }
+        assert_eq!(greedy, found.len());
+    });
+}
+
+#[test]
+fn a_sequence_scores_alike_alone_in_a_batch_and_behind_a_shared_beginning() {
+    each_model(|model| {
+        let context = text(2, 37);
+        let endings = [text(3, 1), text(4, 9), text(5, 30), text(6, 2)];
+        let other = text(7, 70);
+        let mut stats = model.new_stats();
+        let mut ids = other[..69].to_vec();
+        let mut segments = vec![Segment { tokens: 69, after: After::Nothing }];
+        let mut targets: Vec<_> = (0..69).map(|at| (at, other[at + 1])).collect();
+        segments.push(Segment { tokens: context.len(), after: After::Nothing });
+        ids.extend(&context);
+        let last = ids.len() - 1;
+        for ending in &endings {
+            let first = ids.len();
+            segments.push(Segment { tokens: ending.len() - 1, after: After::Segment(1) });
+            ids.extend(&ending[..ending.len() - 1]);
+            targets.push((last, ending[0]));
+            targets.extend((1..ending.len()).map(|i| (first + i - 1, ending[i])));
+        }
+        let workspace = &mut Workspace::default();
+        let found = model.likelihoods(&ids, &segments, &targets, stats.as_mut(), workspace).unwrap();
+        let (found_other, mut found) = found.split_at(69);
+        assert_eq!(found_other, alone(model, &other, 1));
+        for ending in &endings {
+            let (here, rest) = found.split_at(ending.len());
+            found = rest;
+            let whole = [&context[..], ending].concat();
+            assert_eq!(here, alone(model, &whole, context.len()), "{}", ending.len());
+        }
+        if let Some(stats) = stats {
+            assert_eq!(stats.summary().tokens, ids.len() as u64);
+        }
+        for threads in [1, 3] {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let again = pool.install(|| {
+                model.likelihoods(&ids, &segments, &targets, None, &mut Workspace::default()).unwrap()
+            });
+            assert_eq!(again[..69], *found_other);
+        }
+    });
+}
+
+#[test]
+fn many_sequences_decode_as_each_alone() {
+    each_model(|model| {
+        let prompts = [text(1, 7), text(2, 20), text(3, 1)];
+        let mut workspace = Workspace::default();
+        let alone: Vec<Vec<f32>> = prompts
+            .iter()
+            .map(|prompt| {
+                let mut cache = Cache::new(model, 30);
+                model.decode(prompt, &mut cache, None, &mut workspace).unwrap();
+                (0..5)
+                    .flat_map(|i| model.decode(&[i * 3], &mut cache, None, &mut workspace).unwrap().to_vec())
+                    .collect()
+            })
+            .collect();
+        let mut caches = [(); 3].map(|()| Cache::new(model, 1));
+        for (prompt, cache) in prompts.iter().zip(&mut caches) {
+            model.decode(prompt, cache, None, &mut workspace).unwrap();
+        }
+        for i in 0..5 {
+            let mut caches: Vec<&mut Cache> = caches.iter_mut().collect();
+            let logits = model.decode_each(&[i * 3; 3], &mut caches, None, &mut workspace).unwrap();
+            for (logits, alone) in logits.chunks(75).zip(&alone) {
+                assert_eq!(logits, &alone[i as usize * 75..][..75]);
+            }
+        }
+        assert_eq!(caches.map(|cache| cache.len()), [12, 25, 6]);
+    });
+}
+
+#[test]
+fn what_does_not_fit_the_model_is_refused() {
+    let work = tempfile::tempdir().unwrap();
+    let [dense, _] = models(work.path());
+    let model = Inference::load(&dense, Precision::F32).unwrap();
+    let positions = model.config().max_position;
+    let workspace = &mut Workspace::default();
+    let long = vec![1; positions + 1];
+    let segments = [
+        Segment { tokens: positions, after: After::Nothing },
+        Segment { tokens: 1, after: After::Segment(0) },
+    ];
+    let error = model.likelihoods(&long, &segments, &[], None, workspace).unwrap_err().to_string();
+    assert!(error.contains("positions are more than"), "{error}");
+    let one = [Segment { tokens: 1, after: After::Nothing }];
+    for (id, target) in [(75, 0), (0, 75)] {
+        let error = model.likelihoods(&[id], &one, &[(0, target)], None, workspace).unwrap_err().to_string();
+        assert!(error.contains("token id 75"), "{error}");
+    }
+    let mut cache = Cache::new(&model, 1);
+    assert!(model.decode_each(&[75], &mut [&mut cache], None, workspace).is_err());
+    assert!(cache.is_empty());
+}
