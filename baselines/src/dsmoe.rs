@@ -7,18 +7,16 @@ use std::str::FromStr;
 use dsmoe_core::Config;
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::config::{CONFIG_FILE, MoeConfig, PartitionKind};
-use dsmoe_core::convert::{ConvertOptions, PartitionSpec, convert};
+use dsmoe_core::convert::{Calibration, ConvertOptions, PartitionSpec, RouterStart, convert};
 use dsmoe_core::partition::check_divisible;
 use dsmoe_router::{GateValue, Rescale, RouterConfig, RouterInit, ZeroActive};
 use serde::{Deserialize, Serialize};
 
-use crate::controls::{check_dense, dense_config, writing};
+use crate::controls::{check_dense, dense_config};
 use crate::error::{Error, Result};
-use crate::experts::construction::random;
 use crate::experts::importance::neurons_by_importance;
 use crate::method::{Budget, Configured, Job, Made, Plan, Progress};
 use crate::settings::{Entry, SettingValues, Settings as _, settings, stored_as_text};
-use crate::start::{calibrated_routers, neurons_by_cluster};
 
 /// The method `dsmoe`: experts of similar neurons, routers fitted to calibration text, gates of 1.
 pub(crate) const TUNED: Entry<Settings> = Entry {
@@ -178,6 +176,7 @@ impl Dsmoe {
                 Routers::Untrained(init) => init.has_bias(),
                 Routers::Calibrated => true,
             },
+            active_target: None,
         });
         let counts = Accounting::of(&converted);
         let wanted = budget.params(dense);
@@ -232,32 +231,33 @@ impl Configured for Dsmoe {
     fn run(&self, job: &Job<'_>, progress: &mut dyn FnMut(Progress)) -> Result<Made> {
         let config = dense_config(job.model)?;
         let plan = self.plan(&config, job.budget)?;
-        let router = self.router();
-        let num_experts = router.num_experts;
-        let orders = match self.settings.order {
-            Order::Contiguous => None,
-            Order::Random => Some(
-                (0..config.num_layers)
-                    .map(|layer| random(config.intermediate, num_experts, job.seed, layer))
-                    .collect::<Result<Vec<_>>>()?,
-            ),
-            Order::Taylor => Some(neurons_by_importance(job.model, job.calibration, progress)?),
-            Order::Clustering => Some(neurons_by_cluster(job.model, num_experts, job.seed, progress)?),
-        };
-        let (router_init, routers) = match self.settings.routers {
-            Routers::Untrained(init) => (init, None),
-            Routers::Calibrated => {
-                let share = self.experts(&config, job.budget)?.1 / num_experts as f64;
-                let (model, text) = (job.model, job.calibration);
-                let routers =
-                    calibrated_routers(model, orders.as_deref(), num_experts, share, text, progress)?;
-                (RouterInit::Random, Some(routers))
+        let partition = match self.settings.order {
+            Order::Contiguous => PartitionSpec::Contiguous,
+            Order::Random => PartitionSpec::Random,
+            Order::Clustering => PartitionSpec::Clusters,
+            Order::Taylor => {
+                PartitionSpec::Orders(neurons_by_importance(job.model, job.calibration, progress)?)
             }
         };
-        let partition = orders.map_or(PartitionSpec::Contiguous, PartitionSpec::Orders);
-        let options =
-            ConvertOptions { router, partition, router_init, routers, seed: job.seed, force: job.force };
-        convert(job.model, job.out, &options, &mut writing(progress))?;
+        let routers = match self.settings.routers {
+            Routers::Untrained(init) => RouterStart::Init(init),
+            Routers::Calibrated => {
+                let (counts, experts) = self.experts(&config, job.budget)?;
+                let active = experts / counts.num_experts as f64;
+                RouterStart::Calibrated(Calibration { sequences: job.calibration.to_vec(), active })
+            }
+        };
+        let options = ConvertOptions {
+            router: self.router(),
+            partition,
+            routers,
+            active_target: plan.active_target,
+            seed: job.seed,
+            force: job.force,
+        };
+        convert(job.model, job.out, &options, &mut |at| {
+            progress(Progress { stage: at.stage, done: at.done, total: at.total });
+        })?;
         Ok(Made { plan, measured: Vec::new() })
     }
 }

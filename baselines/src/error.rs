@@ -15,7 +15,7 @@ pub enum Error {
     Budget {
         /// The budget as given.
         asked: String,
-        /// Why it is out of reach.
+        /// The reason.
         problem: String,
         /// The range within reach, or the setting to change.
         help: String,
@@ -33,7 +33,7 @@ pub enum Error {
     Setting {
         /// The setting.
         name: String,
-        /// What is wrong.
+        /// The problem.
         problem: String,
         /// The values that it takes, or the settings that there are.
         help: String,
@@ -41,17 +41,17 @@ pub enum Error {
     /// The method does not work on this model.
     #[error("model: {problem}; {help}")]
     Model {
-        /// What is wrong.
+        /// The problem.
         problem: String,
-        /// What to use in its place.
+        /// The model to use in its place.
         help: String,
     },
     /// The calibration text does not suffice.
     #[error("calibration: {problem}; {help}")]
     Calibration {
-        /// What is wrong.
+        /// The problem.
         problem: String,
-        /// What suffices.
+        /// The text that suffices.
         help: String,
     },
     /// A computation has no result.
@@ -59,9 +59,9 @@ pub enum Error {
     Numeric {
         /// The tensor or layer.
         place: String,
-        /// What happened.
+        /// The problem.
         problem: String,
-        /// What to change.
+        /// The change that helps.
         help: String,
     },
 }

@@ -2,7 +2,6 @@
 #![forbid(unsafe_code)]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
-mod calibration;
 mod controls;
 pub mod dsmoe;
 mod error;
@@ -16,7 +15,6 @@ mod random_k;
 mod registry;
 mod settings;
 pub mod sparse;
-mod start;
 pub mod topk;
 
 pub use error::{Error, Result};

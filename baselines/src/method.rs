@@ -77,7 +77,7 @@ pub struct Plan {
     pub total: f64,
     /// Parameters used per token; the nearest to the budget that the method can reach.
     pub activated: f64,
-    /// How the budget is reached, e.g. `density 0.4853` or `3 of 8 experts`.
+    /// The setting that reaches the budget, e.g. `density 0.4853` or `3 of 8 experts`.
     pub reached_by: String,
     /// Quantities that follow from the budget and the model, for reports.
     pub settings: Vec<(String, String)>,
@@ -170,7 +170,7 @@ pub trait Configured {
     /// Makes the model. The result is a model directory like any other.
     ///
     /// # Errors
-    /// As [`Configured::plan`]; also a model that cannot be read or is not dense, calibration text that does not
+    /// The errors of [`Configured::plan`]; also a model that cannot be read or is not dense, calibration text that does not
     /// suffice, a computation without a result, or a file system that refuses. Nothing is left half-written.
     fn run(&self, job: &Job<'_>, progress: &mut dyn FnMut(Progress)) -> Result<Made>;
 }

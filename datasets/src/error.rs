@@ -181,6 +181,16 @@ pub enum Error {
         /// Tokens that a window needs.
         window: usize,
     },
+    /// The training text has fewer sequences than asked for.
+    #[error(
+        "the text has {found} sequences and {asked} are needed; use more text, or fewer or shorter sequences"
+    )]
+    TooFewSequences {
+        /// Sequences of the text.
+        found: usize,
+        /// Sequences asked for.
+        asked: usize,
+    },
     /// A row of a task's file that cannot be used.
     #[error("{}: row {row}: {reason}; {mend}", path.display())]
     Row {

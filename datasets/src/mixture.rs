@@ -304,6 +304,26 @@ impl Mixture {
             self.parts.iter().map(|part| (part.split.num_windows(), part.share)).collect();
         Interleaving::new(&parts, batch, seed)
     }
+
+    /// Returns the inputs of the first `count` samples that a run of this seed trains on: sequences of one length, without
+    /// the last target.
+    ///
+    /// # Errors
+    /// The text has fewer training windows, or tokens that cannot be read.
+    pub fn sequences(&self, count: usize, seed: u64) -> Result<Vec<Vec<u32>>> {
+        let found = self.parts.iter().map(|part| part.split.num_windows()).sum();
+        if found < count {
+            return Err(Error::TooFewSequences { found, asked: count });
+        }
+        let mut order = self.interleaving(count, seed)?;
+        let read = |sample| {
+            let mut ids = Vec::new();
+            self.window(sample, &mut ids)?;
+            ids.pop();
+            Ok(ids)
+        };
+        order.batch_at(0).map(read).collect()
+    }
 }
 
 /// Says which of several sources is too small.

@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
+mod calibration;
 mod cli;
 mod commands;
 mod evaluation;
@@ -12,6 +13,7 @@ mod memory;
 mod models;
 mod progress;
 mod regression;
+mod remedies;
 mod report;
 mod reproduce;
 mod texts;

@@ -78,6 +78,14 @@ pub enum Error {
     /// Lists of neurons that are not a partition.
     #[error("partition: {0}; every neuron must be in exactly one expert, all experts of one size")]
     Partition(String),
+    /// The calibration text does not suffice.
+    #[error("calibration: {problem}; {help}")]
+    Calibration {
+        /// The problem.
+        problem: String,
+        /// The text that suffices.
+        help: String,
+    },
     /// An argument that is out of range.
     #[error("{problem}; {help}")]
     Argument {

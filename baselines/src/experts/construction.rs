@@ -1,4 +1,4 @@
-//! LLaMA-MoE's ways of making experts of a dense FFN's neurons. The index set of an expert serves gate, up and down.
+//! LLaMA-MoE's ways of forming experts of a dense FFN's neurons. The index set of an expert serves gate, up and down.
 
 use std::fmt;
 
@@ -6,7 +6,6 @@ use dsmoe_core::partition::Partition;
 use serde::{Deserialize, Serialize};
 
 use super::importance::LayerImportance;
-use super::kmeans;
 use crate::error::Result;
 
 /// A way of forming experts.
@@ -43,27 +42,13 @@ impl Construction {
     }
 }
 
-/// The neurons of `num_experts` experts, one after the other, of Independent-Random.
+/// Forms experts by Independent-Random; returns the neurons of one expert after the other.
 pub(crate) fn random(intermediate: usize, num_experts: usize, seed: u64, layer: usize) -> Result<Vec<u32>> {
     let partition = Partition::random(intermediate, num_experts, seed, layer)?;
     Ok((0..num_experts).flat_map(|expert| partition.expert(expert)).collect())
 }
 
-/// The neurons of each cluster of `rows` `[intermediate, hidden]`, and the clusters' centers `[num_experts, hidden]`:
-/// k-means on rows of length 1.
-pub(crate) fn clustering(
-    rows: Vec<f32>,
-    hidden: usize,
-    num_experts: usize,
-    seed: u64,
-) -> (Vec<u32>, Vec<f32>) {
-    let clusters = kmeans::balanced(&kmeans::normalized(rows, hidden), hidden, num_experts, seed);
-    let mut order: Vec<u32> = (0..clusters.labels.len() as u32).collect();
-    order.sort_by_key(|&neuron| clusters.labels[neuron as usize]);
-    (order, clusters.centers)
-}
-
-/// The neurons of each expert by Sharing-Inner.
+/// Forms experts by Sharing-Inner.
 pub(crate) fn sharing_inner(importance: &LayerImportance, width: usize) -> Vec<u32> {
     let experts = importance.iter().map(|values| {
         let mut expert = top(values, width, |_| true);
@@ -73,7 +58,7 @@ pub(crate) fn sharing_inner(importance: &LayerImportance, width: usize) -> Vec<u
     experts.flatten().collect()
 }
 
-/// The neurons of each expert by Sharing-Inter, those of `num_residual` residual ones last.
+/// Forms experts by Sharing-Inter, the `num_residual` residual ones last.
 pub(crate) fn sharing_inter(importance: &LayerImportance, width: usize, num_residual: usize) -> Vec<u32> {
     let intermediate = importance.first().map_or(0, Vec::len);
     let mut residual = vec![false; intermediate];
@@ -112,7 +97,7 @@ pub(crate) fn sharing_inter(importance: &LayerImportance, width: usize, num_resi
     experts.concat()
 }
 
-/// The up to `count` neurons of the largest values among those of `among`, the lower first among equals.
+/// Selects up to `count` neurons of the largest values among those of `among`, the lower first among equals.
 fn top(values: &[f64], count: usize, among: impl Fn(usize) -> bool) -> Vec<u32> {
     let mut order: Vec<u32> = (0..values.len() as u32).filter(|&j| among(j as usize)).collect();
     order.sort_by(|&a, &b| values[b as usize].total_cmp(&values[a as usize]).then(a.cmp(&b)));
@@ -146,13 +131,13 @@ mod tests {
             row[j % 4] += 1.0;
             row.iter_mut().for_each(|x| *x *= 1.0 + j as f32);
         }
-        let (order, centers) = clustering(rows.clone(), 8, 4, 5);
+        let (order, centers) = dsmoe_core::partition::clusters::neurons(rows.clone(), 8, 4, 5);
         assert!(is_permutation(&order));
         for (expert, center) in order.chunks_exact(6).zip(centers.chunks_exact(8)) {
             assert!(expert.iter().all(|j| j % 4 == expert[0] % 4), "{order:?}");
             assert!(center[(expert[0] % 4) as usize] > 0.99, "{center:?}");
         }
-        assert_eq!((order, centers), clustering(rows, 8, 4, 5));
+        assert_eq!((order, centers), dsmoe_core::partition::clusters::neurons(rows, 8, 4, 5));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Cutting a weighted graph into parts of equal size, with as much weight inside parts as can be found.
+//! Cuts of a weighted graph into parts of equal size, with large weight inside parts.
 //!
 //! Parts grow from a vertex each, always by the vertex with the most weight to them, or are drawn. Then pairs of vertices change places
 //! (Kernighan and Lin): every vertex with the best other one while that gains; then the most promising one with its best
@@ -8,7 +8,7 @@
 use dsmoe_kernels::rng::Rng;
 use rayon::prelude::*;
 
-/// Starts at the most.
+/// The largest number of starts.
 const MOST_STARTS: usize = 20;
 /// Weights that all starts together look at in one round, at the most; one start is always run. 512 vertices get 20
 /// starts, 1024 get 8, 2048 get two, more get one.
@@ -56,7 +56,7 @@ pub(crate) fn cut(weights: &[u32], parts: usize, seed: u64) -> Cut {
             Cut { inside: state.own.iter().sum::<i64>() / 2, labels: state.part }
         })
         .collect();
-    // The first of equals.
+    // The first among equals.
     cuts.into_iter().rev().max_by_key(|cut| cut.inside).expect("a start")
 }
 
@@ -175,7 +175,7 @@ impl<'a> State<'a> {
         most > 0
     }
 
-    /// What the parts gain in weight when `vertex` and the best vertex of another part change places, and that one: the
+    /// The weight that the parts gain if `vertex` and the best vertex of another part change places, and that vertex: the
     /// first among equals, of those that are free.
     fn best_exchange(&self, vertex: usize, free: Option<&[bool]>) -> Option<(i64, usize)> {
         let vertices = self.part.len();

@@ -1,4 +1,4 @@
-//! What each neuron matters for each group of texts: the first-order change of the loss without it.
+//! The importance of each neuron for each group of texts: the first-order change of the loss without it.
 //!
 //! ```text
 //! v_j = mean over tokens of |h_j dL/dh_j|,   h = silu(x Wg^T) * (x Wu^T),   dL/dh = dL/dy Wd^T
@@ -12,6 +12,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use dsmoe_core::Model;
+use dsmoe_core::calibrate::check_text;
 use dsmoe_core::ffn::{DenseFfn, Ffn, FfnBackward, FfnForward, FfnReport, PackedFfn, split, split_mut};
 use dsmoe_core::model::{Batch, StepArgs, TrainWorkspace};
 use dsmoe_core::params::TensorSpec;
@@ -21,17 +22,16 @@ use dsmoe_kernels::{Precision, linear};
 use dsmoe_router::SparsityOver;
 use rayon::prelude::*;
 
-use crate::calibration;
 use crate::error::{Error, Result};
 use crate::method::Progress;
 
-/// Neurons that one task sums.
+/// Neurons per task.
 const TASK: usize = 256;
 
 /// Importances `[group][neuron]` of one layer.
 pub(crate) type LayerImportance = Vec<Vec<f64>>;
 
-/// Importances of every layer's neurons in the dense model of `dir` for each group of `sequences`, whose groups
+/// Computes the importances of every layer's neurons in the dense model of `dir` for each group of `sequences`, whose groups
 /// `labels` gives.
 ///
 /// # Errors
@@ -117,7 +117,7 @@ pub(crate) fn neurons_by_importance(
     sequences: &[Vec<u32>],
     progress: &mut dyn FnMut(Progress),
 ) -> Result<Vec<Vec<u32>>> {
-    calibration::check(sequences, 1, "an order of neurons")?;
+    check_text(sequences, 1, "an order of neurons")?;
     let labels = vec![0; sequences.len()];
     let layers = importances(dir, sequences, &labels, 1, progress)?;
     let sorted = |layer: LayerImportance| {
@@ -129,10 +129,10 @@ pub(crate) fn neurons_by_importance(
     Ok(layers.into_iter().map(sorted).collect())
 }
 
-/// Sums over tokens of |h dL/dh| per neuron, taken out after each sequence.
+/// Sums over tokens of |h dL/dh| per neuron, reset after each sequence.
 type Sums = Arc<Mutex<Vec<f64>>>;
 
-/// A dense FFN that adds to its [`Sums`] on the way back.
+/// A dense FFN that adds to its [`Sums`] in the backward pass.
 #[derive(Debug)]
 struct Probe {
     dense: DenseFfn,

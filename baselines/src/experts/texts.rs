@@ -1,4 +1,4 @@
-//! Groups of calibration sequences about like things: k-means on TF-IDF vectors of their tokens, groups of equal size.
+//! Groups of calibration sequences of similar content: k-means on TF-IDF vectors of their tokens, groups of equal size.
 //!
 //! ```text
 //! weight(token, sequence) = tf idf,  tf = share of the sequence,  idf = ln((1 + S) / (1 + df)) + 1
@@ -7,18 +7,18 @@
 
 use std::collections::BTreeMap;
 
-use super::kmeans;
+use dsmoe_core::partition::clusters;
 
-/// Tokens that count: those of the largest weights, summed over sequences.
+/// The largest number of tokens used: those of the largest weights, summed over sequences.
 const MOST_TOKENS: usize = 4096;
 
-/// The group of each sequence.
+/// Returns the group of each sequence.
 ///
 /// # Panics
 /// There are fewer sequences than groups.
 pub(crate) fn groups(sequences: &[Vec<u32>], num_groups: usize, seed: u64) -> Vec<usize> {
     let (vectors, dim) = tf_idf(sequences);
-    kmeans::balanced(&vectors, dim, num_groups, seed).labels
+    clusters::balanced(&vectors, dim, num_groups, seed).labels
 }
 
 /// `[sequences, tokens that count]` and their number.
@@ -56,7 +56,7 @@ fn tf_idf(sequences: &[Vec<u32>]) -> (Vec<f32>, usize) {
             }
         }
     }
-    (kmeans::normalized(vectors, dim), dim)
+    (clusters::normalized(vectors, dim), dim)
 }
 
 #[cfg(test)]

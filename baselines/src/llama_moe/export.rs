@@ -23,10 +23,10 @@ use serde_json::{Value, json};
 use crate::error::{Error, Result};
 use crate::topk::{TopkSpec, spec_of};
 
-/// The base that LLaMA-MoE's model has, whatever its configuration says.
+/// The rotary base of LLaMA-MoE's model, regardless of its configuration.
 const ROPE_THETA: f64 = 10_000.0;
 
-/// What was made.
+/// The size of an export.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ExportReport {
     /// Tensors written.
@@ -35,7 +35,7 @@ pub struct ExportReport {
     pub bytes: u64,
 }
 
-/// How a tensor is cut.
+/// The cut of a tensor.
 enum Cut {
     Whole,
     /// Experts are row ranges.
@@ -142,7 +142,7 @@ pub fn export(
     Ok(report)
 }
 
-/// The FFNs of `config`, when LLaMA-MoE's model computes the same function.
+/// Returns the FFNs of `config` if LLaMA-MoE's model computes the same function.
 fn exportable(model: &Path, config: &Config) -> Result<TopkSpec> {
     let wrong = |field: &str, problem: String, help: Remedy| {
         Err(Error::Core(dsmoe_core::Error::field(&model.join(CONFIG_FILE), field, problem, help)))

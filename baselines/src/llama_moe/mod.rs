@@ -4,7 +4,9 @@
 mod export;
 
 use dsmoe_core::Config;
+use dsmoe_core::calibrate::check_text;
 use dsmoe_core::checkpoint::Checkpoint;
+use dsmoe_core::partition::clusters;
 use dsmoe_kernels::rng::Rng;
 use dsmoe_router::topk::TopKConfig;
 use serde::{Deserialize, Serialize};
@@ -12,7 +14,6 @@ use serde::{Deserialize, Serialize};
 pub use crate::experts::construction::Construction;
 pub use export::{ExportReport, export};
 
-use crate::calibration;
 use crate::error::{Error, Result};
 use crate::experts::{construction, importance, texts};
 use crate::method::{Budget, Configured, Job, Made, Plan, Progress};
@@ -162,16 +163,12 @@ impl LlamaMoe {
                     progress(at);
                     let name = format!("model.layers.{layer}.mlp.up_proj.weight");
                     let rows = read_finite(checkpoint, &name, width * config.hidden)?;
-                    orders.push(construction::clustering(rows, config.hidden, n, job.seed).0);
+                    orders.push(clusters::neurons(rows, config.hidden, n, job.seed).0);
                 }
             }
             Construction::SharingInner | Construction::SharingInter => {
                 let groups = n - residual;
-                calibration::check(
-                    job.calibration,
-                    groups,
-                    &format!("{groups} groups of texts, one per expert"),
-                )?;
+                check_text(job.calibration, groups, &format!("{groups} groups of texts, one per expert"))?;
                 let labels = texts::groups(job.calibration, groups, job.seed);
                 let importances =
                     importance::importances(job.model, job.calibration, &labels, groups, progress)?;

@@ -36,7 +36,7 @@ impl Member {
         Member { tensor, axis, width }
     }
 
-    /// What group `group` owns of this tensor.
+    /// The rows or columns of this tensor that belong to `group`.
     pub(crate) fn indices(&self, group: usize) -> Range<usize> {
         group * self.width..(group + 1) * self.width
     }
@@ -45,9 +45,9 @@ impl Member {
 /// Groups that compete with each other, of one structure.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Groups {
-    /// Where they are, e.g. `layer 3 heads`.
+    /// The place of the groups, e.g. `layer 3 heads`.
     pub(crate) place: String,
-    /// How many there are.
+    /// The number of groups.
     pub(crate) count: usize,
     /// Rows of a group whose members correspond: 1, or the width of a head. A member that owns more indices than
     /// this (q and o, when query heads share keys) has them folded onto these.
@@ -128,12 +128,12 @@ pub(crate) struct Cut {
     pub(crate) columns: Option<Vec<usize>>,
 }
 
-/// What stays of every tensor that loses something.
+/// The rows and columns that stay of every cut tensor.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Cuts(HashMap<String, Cut>);
 
 impl Cuts {
-    /// Of `groups`, only the groups in `kept` (ascending) stay.
+    /// Keeps only the groups in `kept` (ascending) of `groups`.
     pub(crate) fn keep(&mut self, groups: &Groups, kept: &[usize]) {
         for member in &groups.members {
             let indices = kept.iter().flat_map(|&group| member.indices(group)).collect();
@@ -145,7 +145,7 @@ impl Cuts {
         }
     }
 
-    /// What stays of the tensor of that name.
+    /// Returns the rows and columns that stay of a tensor.
     pub(crate) fn of(&self, tensor: &str) -> Cut {
         self.0.get(tensor).cloned().unwrap_or_default()
     }

@@ -1,4 +1,4 @@
-//! How much a group matters: salience of its weights, summed per row or column, put together over its tensors.
+//! The importance of a group: the salience of its weights, summed per row or column and reduced over its tensors.
 //!
 //! ```text
 //! w a weight, g its gradient (mean over sequences), F the mean over sequences of the squared gradient
@@ -65,7 +65,7 @@ pub enum Reduce {
     Last,
 }
 
-/// How groups are scored.
+/// The way groups are scored.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Scoring {
     pub(crate) importance: Importance,
@@ -84,7 +84,7 @@ struct Matrix<'a> {
     entry: &'a Entry,
     rows: usize,
     cols: usize,
-    /// Whether indices are rows in memory.
+    /// True if indices are rows in memory.
     by_row: bool,
 }
 

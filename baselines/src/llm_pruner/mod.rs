@@ -1,5 +1,5 @@
-//! LLM-Pruner (Ma, Fang, Wang 2023, arXiv 2305.11627): whole neurons, heads or channels go, the least important first,
-//! and a smaller dense model stays.
+//! LLM-Pruner (Ma, Fang, Wang 2023, arXiv 2305.11627) removes whole neurons, heads or channels, the least important first,
+//! and leaves a smaller dense model.
 //!
 //! Memory: parameters and one set of gradients in f32 whatever the importance (`taylor-second` sums per sequence,
 //! `taylor-mix` runs the text once per 34 million weights scored), and the activations of one sequence. For LLaMA-3.2-1B

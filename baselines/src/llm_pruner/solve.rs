@@ -1,4 +1,4 @@
-//! From a budget to sizes.
+//! The sizes that meet a budget.
 //!
 //! ```text
 //! neurons left      int(D (1 - p))                              key/value heads left  KV - (KV hd - int(KV hd (1 - p))) div hd
@@ -16,7 +16,7 @@ use dsmoe_core::config::LayerShape;
 use crate::error::{Error, Result};
 use crate::method::Budget;
 
-/// How far a budget may lie outside what can be reached, as a share of it.
+/// The share by which a budget may lie outside the reach.
 const TOLERANCE: f64 = 0.01;
 
 /// The share of heads and of neurons that goes from each pruned layer; equal unless heads are kept, or the budget lies
@@ -27,7 +27,7 @@ pub(crate) struct Ratios {
     pub(crate) neurons: f64,
 }
 
-/// What block pruning makes of a model.
+/// The sizes of a model after block pruning.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct BlockSizes {
     pub(crate) ratios: Ratios,
@@ -35,7 +35,7 @@ pub(crate) struct BlockSizes {
     pub(crate) total: f64,
 }
 
-/// What channel pruning makes of a model.
+/// The sizes of a model after channel pruning.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct ChannelSizes {
     pub(crate) ratio: f64,
@@ -43,12 +43,12 @@ pub(crate) struct ChannelSizes {
     pub(crate) total: f64,
 }
 
-/// Of `count` neurons or channels, those left at a ratio; at least one.
+/// Counts the neurons or channels left of `count` at a ratio; at least one.
 fn left(count: usize, ratio: f64) -> usize {
     ((count as f64 * (1.0 - ratio)) as usize).max(1)
 }
 
-/// Of `heads` heads, those left at a ratio; at least one.
+/// Counts the heads left of `heads` at a ratio; at least one.
 fn heads_left(heads: usize, head_dim: usize, ratio: f64) -> usize {
     let rows = heads * head_dim;
     let pruned = rows - (rows as f64 * (1.0 - ratio)) as usize;
@@ -95,8 +95,8 @@ fn total_of_hidden(config: &Config, hidden: usize) -> f64 {
     Accounting::of(&config).total as f64
 }
 
-/// The sizes nearest to the budget. One ratio is bisected for heads and neurons; where the step of a whole head is in the
-/// way, the neurons' ratio goes on alone.
+/// The sizes nearest to the budget. One ratio is bisected for heads and neurons; where the step of a whole head
+/// prevents it, the ratio of neurons is bisected alone.
 ///
 /// # Errors
 /// The budget is out of reach of these layers.

@@ -1,4 +1,4 @@
-//! Experts of neurons that answer the same tokens: the parts of a graph of co-activations.
+//! Experts of neurons that are active for the same tokens: the parts of a graph of co-activations.
 //!
 //! ```text
 //! active(t) = the tenth of the neurons with the largest |c|,  c = silu(x Wg^T) * (x Wu^T), of token t
@@ -10,21 +10,22 @@
 //! for 8192.
 
 use dsmoe_core::calibrate::{Input, LayerStream, LayerWeights};
+use dsmoe_core::partition::clusters;
 use rayon::prelude::*;
 
-use crate::experts::{graph, kmeans};
+use crate::experts::graph;
 
-/// One neuron of so many is active for a token.
+/// One of this many neurons is active for a token.
 const ACTIVE: usize = 10;
-/// Rows of counts that one task makes.
+/// Rows of counts per task.
 const TASK: usize = 32;
 
 /// The active neurons of tokens.
 #[derive(Default)]
 struct Active {
-    /// Token by token, ascending within each.
+    /// The neurons of one token after the other, ascending within each.
     neurons: Vec<u32>,
-    /// Where each token's end.
+    /// The end of each token's neurons.
     ends: Vec<usize>,
 }
 
@@ -36,7 +37,7 @@ impl Active {
         let value = |j: u32| values[j as usize].abs();
         order.select_nth_unstable_by(count - 1, |&a, &b| value(b).total_cmp(&value(a)).then(a.cmp(&b)));
         order.truncate(count);
-        // A neuron that says nothing is not active, however few do.
+        // A neuron with the value 0 is never active.
         order.retain(|&j| value(j) > 0.0);
         order.sort_unstable();
         self.neurons.extend(order);
@@ -103,7 +104,7 @@ pub(super) fn split(
     order.sort_by_key(|&neuron| cut.labels[neuron as usize]);
     let sizes = vec![width / num_experts; num_experts];
     Experts {
-        centers: kmeans::means(&kmeans::normalized(rows.to_vec(), hidden), hidden, &cut.labels, &sizes),
+        centers: clusters::means(&clusters::normalized(rows.to_vec(), hidden), hidden, &cut.labels, &sizes),
         order,
         within: 2.0 * cut.inside as f64 / total.max(1) as f64,
     }

@@ -1,6 +1,6 @@
-//! MoEfication (Zhang et al., Findings of ACL 2022): a trained FFN's neurons in many small experts, a router that learns
-//! on calibration text which of them answer most, k of n run. No weight of the model changes, and the output is the
-//! plain sum of what runs: all experts together are the dense FFN.
+//! MoEfication (Zhang et al., Findings of ACL 2022): the neurons of a trained FFN in many small experts, of which k of n run.
+//! A router learns on calibration text which experts score most. No weight of the model changes, and the output is the
+//! plain sum of the experts that run: all experts together are the dense FFN.
 //!
 //! SiLU has no zeros, so an expert's score is a norm of its neurons' values in place of the sum of the positive ones.
 
@@ -8,13 +8,12 @@ mod coactivation;
 mod router;
 
 use dsmoe_core::Config;
-use dsmoe_core::calibrate::{Input, LayerStream, LayerWeights};
+use dsmoe_core::calibrate::{Input, LayerStream, LayerWeights, check_router_text};
+use dsmoe_core::partition::clusters;
 use dsmoe_router::topk::{Scores, TopKConfig};
 use serde::{Deserialize, Serialize};
 
-use crate::calibration;
 use crate::error::{Error, Result};
-use crate::experts::construction::clustering;
 use crate::method::{Budget, Configured, Job, Made, Plan, Progress};
 use crate::settings::{Entry, SettingValues, Settings as _, settings, wrong};
 use crate::topk::{GateNetwork, GateSpec, LayerExperts, TopkSpec, check_experts, nearest, open_dense, write};
@@ -154,7 +153,7 @@ impl Configured for MoEfication {
         let (config, checkpoint) = open_dense(job.model)?;
         let (settings, n) = (&self.0, self.0.num_experts(&config)?);
         let (spec, mut plan) = settings.choose(&config, job.budget)?;
-        let inputs = calibration::check_for_routers(job.calibration)?;
+        let inputs = check_router_text(job.calibration)?;
         plan.settings.push(("router inputs".to_owned(), inputs.min(MOST_INPUTS).to_string()));
 
         let every = inputs.div_ceil(MOST_INPUTS);
@@ -169,7 +168,7 @@ impl Configured for MoEfication {
                 Rows::Up => up,
             };
             let (order, centers) = match settings.split {
-                Split::Clustering => clustering(rows.weight.to_vec(), config.hidden, n, job.seed),
+                Split::Clustering => clusters::neurons(rows.weight.to_vec(), config.hidden, n, job.seed),
                 Split::CoActivation => {
                     let experts =
                         coactivation::split(&mut stream, &weights, &rows.weight, n, every, job.seed);
@@ -248,7 +247,7 @@ mod tests {
             }
         }
         let rows: Vec<&[f32]> = stored.chunks_exact(WIDTH * HIDDEN).collect();
-        let (order, centers) = clustering(rows[0].to_vec(), HIDDEN, 4, 1);
+        let (order, centers) = clusters::neurons(rows[0].to_vec(), HIDDEN, 4, 1);
         let spec = TopkSpec {
             router: TopKConfig {
                 scores: Scores::One,

@@ -1,4 +1,4 @@
-//! The router of one layer, `s = tanh(x A^T / |x|) B^T`, trained to tell which experts score most.
+//! The router of one layer, `s = tanh(x A^T / |x|) B^T`, trained to predict which experts score most.
 //!
 //! ```text
 //! start    A = the experts' centers, B = identity: experts by the direction of the input
@@ -21,7 +21,7 @@ const LEARNING_RATE: f64 = 0.01;
 /// One token of so many is held out.
 const HELD_OUT: usize = 10;
 
-/// What a layer's FFN read and what its experts did.
+/// Inputs of a layer's FFN and scores of its experts.
 pub(super) struct Examples {
     /// `[tokens, hidden]`
     pub(super) inputs: Vec<f32>,
@@ -29,7 +29,7 @@ pub(super) struct Examples {
     pub(super) scores: Vec<f32>,
 }
 
-/// How to train.
+/// Options of the training.
 #[derive(Clone, Copy)]
 pub(super) struct Training {
     pub(super) top_k: usize,
@@ -43,8 +43,8 @@ struct Part {
     targets: Vec<f32>,
 }
 
-/// A and B of `gate`, and the share of held-out scores that the `top_k` experts they choose capture. `centers` is
-/// `[experts, hidden]`.
+/// Trains A and B of `gate`; returns them and the share of held-out scores that the `top_k` chosen experts capture. `centers`
+/// is `[experts, hidden]`.
 pub(super) fn train(
     gate: &Gate,
     examples: &Examples,
@@ -100,13 +100,13 @@ fn identity(n: usize) -> Vec<f32> {
     (0..n * n).map(|i| if i / n == i % n { 1.0 } else { 0.0 }).collect()
 }
 
-/// The part to learn from and the one held out.
+/// Splits examples in a part to learn from and a held-out part.
 fn split(examples: &Examples, hidden: usize, n: usize) -> (Part, Part) {
     let [mut learned, mut held_out] = [0, 1].map(|_| Part { inputs: Vec::new(), targets: Vec::new() });
     let tokens = examples.inputs.chunks_exact(hidden).zip(examples.scores.chunks_exact(n));
     for (t, (x, scores)) in tokens.enumerate() {
         let largest = scores.iter().fold(0.0f32, |a, &b| a.max(b));
-        // A token that no expert answers teaches nothing.
+        // A token without scores has no target.
         if largest > 0.0 && largest.is_finite() {
             let part = if t % HELD_OUT == HELD_OUT - 1 { &mut held_out } else { &mut learned };
             part.inputs.extend_from_slice(x);

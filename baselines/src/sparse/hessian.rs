@@ -1,4 +1,4 @@
-//! The Hessian of a layer's squared output error, summed over calibration sequences as they pass.
+//! The Hessian of a layer's squared output error, summed over calibration sequences.
 //!
 //! ```text
 //! H = (2 / sequences) sum over sequences X^T X        X [seq, inputs]
@@ -49,7 +49,7 @@ pub struct Factored {
 }
 
 impl Hessian {
-    /// Of a layer of `inputs` columns, before any sequence.
+    /// Creates the Hessian of a layer of `inputs` columns, before any sequence.
     pub fn new(inputs: usize) -> Hessian {
         let panels = (0..inputs)
             .step_by(PANEL)
@@ -66,7 +66,7 @@ impl Hessian {
         assert!(x.len().is_multiple_of(self.inputs), "Hessian: {} values, {} inputs", x.len(), self.inputs);
         let (inputs, seq) = (self.inputs, x.len() / self.inputs);
         self.sequences += 1;
-        // The products want the tokens of an input in one piece.
+        // The products need the tokens of an input contiguous.
         let mut columns = vec![0.0; x.len()];
         transpose(&mut columns, x, seq, inputs);
         for (number, panel) in self.panels.iter_mut().enumerate() {
@@ -89,11 +89,11 @@ impl Hessian {
         self.panels[i / PANEL][row * (self.inputs - i / PANEL * PANEL) + row]
     }
 
-    /// Factorises with `damping`, in parts of the diagonal's mean, and while there is no factorisation with 0.01, 0.1
-    /// and 1, so far as they are larger. `place` is for messages.
+    /// Factorises with `damping`, a share of the diagonal's mean. If there is no factorisation it tries the larger ones of
+    /// 0.01, 0.1 and 1. `place` is for messages.
     ///
     /// # Errors
-    /// No damping is enough, or an input was not finite.
+    /// No damping suffices, or an input was not finite.
     pub fn factorise(&self, damping: f64, place: &str) -> Result<Factored> {
         let wrong = |problem: &str, help: &str| Error::Numeric {
             place: place.to_owned(),
@@ -114,7 +114,7 @@ impl Hessian {
             }
         }
         let problem = "has a Hessian that is not positive definite even when damped";
-        Err(wrong(problem, "give more calibration text or raise damp above 1"))
+        Err(wrong(problem, "give more calibration text or raise the setting damp above 1"))
     }
 
     /// H, 1 on the diagonal of inputs that were always zero, plus `damping` times the mean of the diagonal on the

@@ -1,5 +1,5 @@
-//! Pruning of the decoder layers' linears to zeros among the weights, layer by layer: every layer is pruned on the
-//! inputs that the pruned layers before it give. The result is a plain LLaMA with `masks.safetensors` beside the
+//! Pruning of single weights in the linears of decoder layers, layer by layer: every layer is pruned on the inputs that the
+//! pruned layers before it give. The result is a plain LLaMA with `masks.safetensors` beside the
 //! weights.
 
 mod hessian;
@@ -33,7 +33,7 @@ struct Layer<'a> {
 }
 
 impl Layer<'_> {
-    /// Width of what the linears of `input` read.
+    /// The width of `input`.
     fn width(&self, input: Input) -> usize {
         let reading = self.weights.linears.iter().find(|linear| linear.input == input);
         reading.map_or(0, |linear| linear.inputs)
@@ -48,7 +48,8 @@ impl Layer<'_> {
                 return Err(Error::Numeric {
                     place: linear.name.clone(),
                     problem: "has a weight that its type cannot hold after the update".to_owned(),
-                    help: "raise damp, give more calibration text or store the model as bf16".to_owned(),
+                    help: "raise the setting damp, give more calibration text or store the model as bf16"
+                        .to_owned(),
                 });
             }
             self.masks.set(linear.name.clone(), mask);
@@ -124,7 +125,7 @@ fn run(
     Ok(Made { plan: Plan { activated: plan.total - masks.pruned() as f64, ..plan }, measured })
 }
 
-/// The calibration text of a method that cannot do without.
+/// Returns the calibration text of a method that needs it.
 fn calibration<'a>(job: &Job<'a>) -> Result<&'a [Vec<u32>]> {
     if job.calibration.is_empty() {
         return Err(Error::Calibration {

@@ -1,4 +1,4 @@
-//! Patterns of sparsity, what they reach, and the share to remove for a budget.
+//! Patterns of sparsity, the budgets that they reach, and the share to remove for a budget.
 
 use std::fmt;
 use std::str::FromStr;
@@ -14,10 +14,10 @@ use crate::settings::stored_as_text;
 
 /// A budget that is missed by more than this is an error.
 const TOLERANCE: f64 = 0.01;
-/// What is pruned: the linears of a decoder layer.
+/// The linears of a decoder layer that are pruned.
 const LINEARS: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
 
-/// Where zeros may lie.
+/// The places where zeros may lie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pattern {
     /// Anywhere.
@@ -68,7 +68,7 @@ pub enum Among {
     Columns(usize),
 }
 
-/// What is removed from every matrix.
+/// The weights that are removed from every matrix.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Sparsity {
     pub(crate) pattern: Pattern,
@@ -77,13 +77,13 @@ pub(crate) struct Sparsity {
     pub(crate) share: f64,
 }
 
-/// The part of `count` weights that `share` removes.
+/// The number of `count` weights that `share` removes.
 pub(crate) fn removed_of(count: usize, share: f64) -> usize {
     ((count as f64 * share) as usize).min(count)
 }
 
 impl Sparsity {
-    /// Weights removed from a `[rows, cols]` matrix.
+    /// Counts the weights removed from a `[rows, cols]` matrix.
     fn removed(&self, rows: usize, cols: usize) -> u64 {
         let count = match (self.pattern, self.among) {
             (Pattern::Group { removed, of }, _) => rows * (cols / of) * removed,
@@ -99,7 +99,7 @@ impl Sparsity {
     }
 }
 
-/// Names and shapes `[rows, cols]` of the matrices that are pruned.
+/// Lists names and shapes `[rows, cols]` of the matrices that are pruned.
 fn matrices(config: &Config) -> impl Iterator<Item = (String, usize, usize)> + '_ {
     tensor_names(config).filter_map(|(name, shape)| {
         let module = name.strip_suffix(".weight")?.rsplit('.').next()?;
@@ -107,7 +107,7 @@ fn matrices(config: &Config) -> impl Iterator<Item = (String, usize, usize)> + '
     })
 }
 
-/// What a budget asks for and the nearest that can be reached.
+/// The sparsity that reaches a budget, or comes nearest to it.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Target {
     pub(crate) sparsity: Sparsity,
@@ -165,7 +165,7 @@ impl Target {
     }
 }
 
-/// The share for which `removed`, which grows with it, is nearest to `wanted`.
+/// Finds the share for which `removed`, which grows with it, is nearest to `wanted`.
 fn nearest_share(removed: &dyn Fn(f64) -> u64, wanted: f64) -> f64 {
     if removed(0.0) as f64 >= wanted {
         return 0.0;

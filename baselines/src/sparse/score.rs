@@ -40,7 +40,7 @@ pub(crate) static MAGNITUDE: Entry<ScoreSettings> = Entry {
 settings! {
     /// Settings of Wanda and of magnitude pruning.
     pub struct ScoreSettings {
-        /// Where zeros may lie: unstructured, or 2:4 or 4:8 (zeros in so many columns), which fix the density at 0.5.
+        /// Pattern of zeros: unstructured, or 2:4 or 4:8 (zeros in so many columns), which fix the density at 0.5.
         pub pattern: Pattern = Pattern::Unstructured,
         /// True accepts the nearest budget within reach; false refuses one that is more than 1 % off.
         pub nearest: bool = false,

@@ -1,17 +1,17 @@
-//! The smallest scores of a set, exactly as many as asked for: ties go to the lower index.
+//! The selection of an exact number of smallest scores; among equals the lower index wins.
 
 use rayon::prelude::*;
 
 /// Scores counted by one task.
 const TASK: usize = 1 << 16;
-/// Bits of a score that the first pass tells apart; scores have no sign.
+/// Bits of a score that the first pass distinguishes; scores have no sign.
 const HIGH_BITS: u32 = 15;
 const LOW_BITS: u32 = 31 - HIGH_BITS;
 
-/// Which entries of a set are among its smallest.
+/// The smallest entries of a set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Smallest {
-    /// Keys below it are.
+    /// Keys below it belong to them.
     end: u64,
 }
 
@@ -21,7 +21,7 @@ fn key(score: f32, index: usize) -> u64 {
 }
 
 impl Smallest {
-    /// The `count` smallest of `scores`, which are not negative.
+    /// Selects the `count` smallest of `scores`, which are not negative.
     ///
     /// # Panics
     /// `count` is more than there are.
@@ -66,7 +66,7 @@ impl Smallest {
         Smallest { end: *end }
     }
 
-    /// [`Smallest::of`] on the calling thread, for short sets; `keys` is scratch.
+    /// Does the same as [`Smallest::of`] on the calling thread, for short sets; `keys` is scratch.
     ///
     /// # Panics
     /// As [`Smallest::of`].
@@ -81,7 +81,7 @@ impl Smallest {
         Smallest { end: *end }
     }
 
-    /// Whether the entry of that score and index is one of them.
+    /// Returns true if the entry of that score and index is one of them.
     pub(crate) fn has(self, score: f32, index: usize) -> bool {
         key(score, index) < self.end
     }
@@ -103,7 +103,7 @@ mod tests {
 
     use super::*;
 
-    /// By sorting, stable.
+    /// Selects by a stable sort.
     fn sorted(scores: &[f32], count: usize) -> Vec<bool> {
         let mut order: Vec<usize> = (0..scores.len()).collect();
         order.sort_by(|&a, &b| scores[a].total_cmp(&scores[b]));

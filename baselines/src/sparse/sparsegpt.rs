@@ -27,7 +27,7 @@ pub(crate) static SPARSEGPT: Entry<SparseGptSettings> = Entry {
 settings! {
     /// Settings of SparseGPT.
     pub struct SparseGptSettings {
-        /// Where zeros may lie: unstructured, or 2:4 or 4:8 (zeros in so many columns), which fix the density at 0.5.
+        /// Pattern of zeros: unstructured, or 2:4 or 4:8 (zeros in so many columns), which fix the density at 0.5.
         pub pattern: Pattern = Pattern::Unstructured,
         /// True accepts the nearest budget within reach; false refuses one that is more than 1 % off.
         pub nearest: bool = false,
@@ -116,7 +116,7 @@ fn prune(layer: &mut Layer<'_>, settings: &SparseGptSettings, sparsity: &Sparsit
     Ok(())
 }
 
-/// What reads `input`.
+/// Names the linears that read `input`.
 fn readers(input: Input) -> &'static str {
     match input {
         Input::Attention => "q, k, v",

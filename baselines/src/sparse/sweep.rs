@@ -1,4 +1,4 @@
-//! SparseGPT's sweep over the columns of one weight matrix: what is removed is made good by the columns to its right.
+//! SparseGPT's sweep over the columns of one weight matrix: the columns to the right compensate for removed weights.
 //!
 //! ```text
 //! per block of columns:                                           H^-1 = R^T R, R upper triangular
@@ -24,7 +24,7 @@ const ROWS: usize = 16;
 /// The longest group of a pattern.
 const LONGEST_GROUP: usize = 8;
 
-/// How to sweep.
+/// Options of a sweep.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SweepOptions {
     /// Where zeros may lie.
@@ -35,16 +35,16 @@ pub struct SweepOptions {
     pub block: usize,
 }
 
-/// What was done to a matrix.
+/// The result of a sweep.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Swept {
-    /// What is kept.
+    /// The mask of kept weights.
     pub mask: Mask,
-    /// Half the sum of e^2: `||W X - W' X||^2` as the Hessian means it, damping included.
+    /// Half the sum of e^2: `||W X - W' X||^2` in terms of the damped Hessian.
     pub loss: f64,
 }
 
-/// Prunes `weight` `[outputs, inputs]` in place. Weights whose input was always zero are the first to go.
+/// Prunes `weight` `[outputs, inputs]` in place. Weights whose input was always zero are removed first.
 ///
 /// # Panics
 /// Shapes do not fit, a block is no multiple of the pattern's group, or that is of more than 8 columns.

@@ -1,4 +1,4 @@
-//! From a dense model directory to one whose FFNs are of type `topk`: the number of active experts that is nearest to a
+//! The conversion of a dense model directory to one with FFNs of type `topk`: the number of active experts nearest to a
 //! budget, and the directory, streamed.
 
 use std::path::Path;
@@ -24,7 +24,7 @@ use crate::method::{Budget, Job, Plan, Progress};
 /// The neurons of all experts, in the form that `dsmoe convert --partition` reads.
 pub const EXPERTS_FILE: &str = "experts.json";
 
-/// The configuration of the dense model in `dir`, and its files.
+/// Opens the dense model in `dir`: its configuration and its files.
 ///
 /// # Errors
 /// They cannot be read, or the model is not dense or has masked weights.
@@ -47,7 +47,7 @@ pub(crate) fn open_dense(dir: &Path) -> Result<(Config, Checkpoint)> {
 /// Checks that `num_experts` divide the neurons of every layer.
 ///
 /// # Errors
-/// They do not; the message has the numbers that would do.
+/// They do not; the message lists numbers that do.
 pub(crate) fn check_experts(config: &Config, num_experts: usize) -> Result<()> {
     for shape in config.layers() {
         Partition::contiguous(shape.intermediate, num_experts)?;
@@ -55,8 +55,8 @@ pub(crate) fn check_experts(config: &Config, num_experts: usize) -> Result<()> {
     Ok(())
 }
 
-/// Which of `specs` activates the number of parameters nearest to `budget`, the smaller number among equals, and what it
-/// would make of the dense `config`. `specs` ascends in active experts.
+/// Chooses the spec whose number of activated parameters is nearest to `budget`, the smaller number among equals, and plans
+/// the model that it makes of the dense `config`. `specs` ascends in active experts.
 ///
 /// # Errors
 /// The budget is more than half a step outside what they reach.
@@ -119,7 +119,7 @@ fn with_spec(config: &Config, spec: TopkSpec) -> Config {
     config
 }
 
-/// One layer's experts and gate.
+/// The experts and the gate of a layer.
 pub(crate) struct LayerExperts {
     /// The original neuron of each row, experts one after the other.
     pub(crate) order: Vec<u32>,

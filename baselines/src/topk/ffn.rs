@@ -23,7 +23,7 @@ pub struct TopkMoeFfn {
     spec: TopkSpec,
 }
 
-/// What the backward needs.
+/// Values that the backward pass needs.
 #[derive(Debug)]
 struct TopkSaved {
     experts: Saved,
@@ -31,7 +31,7 @@ struct TopkSaved {
 }
 
 impl TopkMoeFfn {
-    /// For inputs of width `hidden` and `intermediate` neurons.
+    /// Creates an FFN for inputs of width `hidden` and `intermediate` neurons.
     ///
     /// # Panics
     /// The experts do not divide `intermediate`.
@@ -48,12 +48,12 @@ impl TopkMoeFfn {
         TopkRouter { hidden: self.hidden, spec: self.spec }
     }
 
-    /// Values of each projection.
+    /// The number of values of each projection.
     fn lens(&self) -> [usize; 3] {
         [self.hidden * self.intermediate; 3]
     }
 
-    /// Where the router's parameters start.
+    /// The index of the router's first parameter.
     fn router_start(&self) -> usize {
         block_len(&projections(self.hidden, self.intermediate))
     }
@@ -301,7 +301,7 @@ mod tests {
         }
     }
 
-    /// What training minimises, `<y, dy>` + balance loss, and which experts each token had.
+    /// The objective `<y, dy>` + balance loss, and the experts of each token.
     fn loss(ffn: &TopkMoeFfn, x: &[f32], params: &[f32], dy: &[f32]) -> (f64, Vec<u32>, Vec<usize>) {
         let mut scratch = FfnScratch::default();
         let mut saved = ffn.new_saved(TOKENS);

@@ -39,7 +39,7 @@ pub(crate) struct GateGrads<'a> {
     pub(crate) noise: &'a mut [f32],
 }
 
-/// What a gate's backward needs of its forward.
+/// Values of a gate's forward pass that its backward pass needs.
 #[derive(Debug, Default)]
 pub(crate) struct GateActs {
     /// r, `[T]`; empty when the input is not normalised.
@@ -60,7 +60,7 @@ impl TopkSpec {
 }
 
 impl Gate {
-    /// Values of A, B and N.
+    /// The numbers of values of A, B and N.
     pub(crate) fn lens(&self) -> [usize; 3] {
         let (n, wide) = (self.num_experts, self.num_experts * self.hidden);
         let b = if self.spec.network == GateNetwork::Mlp { n * n } else { 0 };

@@ -1,5 +1,5 @@
-//! The router of a top-k FFN: gate network, noise, selection and balance loss, forward and backward. The processor runs it
-//! wherever the experts run.
+//! The router of a top-k FFN: gate network, noise, selection and balance loss, forward and backward. It always runs on the
+//! CPU, also if the experts run on a GPU.
 
 use std::any::Any;
 
@@ -19,7 +19,7 @@ pub(super) struct TopkRouter {
     pub(super) spec: TopkSpec,
 }
 
-/// What the backward needs.
+/// Values that the backward pass needs.
 #[derive(Debug, Default)]
 pub(super) struct RouterSaved {
     acts: GateActs,
@@ -31,7 +31,7 @@ impl TopkRouter {
         self.spec.gate(self.hidden)
     }
 
-    /// Values of what inference reads, the start of the parameters.
+    /// The number of values that inference reads, from the start of the parameters.
     pub(super) fn inference_len(&self) -> usize {
         let mut tensors = self.gate().tensors();
         tensors.retain(|tensor| !tensor.training_only);
@@ -48,7 +48,7 @@ impl TopkRouter {
         f64::from(training.balance_scale) * self.spec.balance_weight
     }
 
-    /// Routes noisy logits; `raw` is what the noise network gave.
+    /// Routes noisy logits; `raw` is the output of the noise network.
     fn route_noisy(&self, logits: ArrayView2<'_, f32>, raw: ArrayView2<'_, f32>, seed: u64) -> TopKRouted {
         let std = topk::noise_std(raw);
         let mut draws = vec![0.0; raw.len()];

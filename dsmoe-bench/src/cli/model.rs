@@ -4,15 +4,14 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::Args;
+use dsmoe_baselines::dsmoe::Routers;
 use dsmoe_core::checkpoint::Dtype;
 use dsmoe_core::convert::PartitionSpec;
 use dsmoe_core::export::ExportAs;
-use dsmoe_router::{GateValue, Rescale, RouterInit, ZeroActive};
+use dsmoe_router::{GateValue, Rescale, ZeroActive};
 
+use super::prune::CalibrationArgs;
 use super::values::{quantity, words};
-
-/// Router weights of a conversion that does not say otherwise: the paper's.
-const DEFAULT_ROUTER_INIT: &str = "random";
 
 #[derive(Debug, Args)]
 pub(crate) struct Inspect {
@@ -26,28 +25,43 @@ pub(crate) struct Inspect {
     pub(crate) context: Option<usize>,
 }
 
+const ABOUT_CONVERT: &str = "\
+With --calib, the conversion makes DSMoE's best start, as `dsmoe prune --method dsmoe` does: experts of similar neurons \
+(clusters), routers fitted to the text so that they open --active-target of the experts (calibrated), and gates of 1 \
+(binary). Without --calib it makes the paper's start: contiguous experts, random routers and sigmoid gates. An option \
+that is given replaces its part of either start.";
+
 #[derive(Debug, Args)]
+#[command(after_help = ABOUT_CONVERT)]
 pub(crate) struct Convert {
     /// Dense LLaMA directory
     pub(crate) model: PathBuf,
     /// Directory to write
     #[arg(long, value_name = "DIR")]
     pub(crate) out: PathBuf,
-    /// Experts in each FFN; must divide intermediate_size
+    #[command(flatten)]
+    pub(crate) calibration: CalibrationArgs,
+    /// Share of experts to be active, mean over tokens and layers; it is stored with the model, and `dsmoe train` reaches
+    /// it; 0.375 is 3 of 8
+    #[arg(long, value_name = "SHARE")]
+    pub(crate) active_target: Option<f64>,
+    /// Experts in each FFN; must divide intermediate_size [default: 8]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65536))]
-    pub(crate) experts: u32,
-    /// Assignment of neurons to experts: contiguous, random, or a JSON file {"layers": [[[neuron, ...], ...], ...]}
-    #[arg(long, value_name = "contiguous|random|FILE", default_value = "contiguous")]
-    pub(crate) partition: PartitionSpec,
-    /// Initial router weights: random (the paper), open (all experts active), centroid, or warm(K) (K experts open)
-    #[arg(long, value_name = "random|open|centroid|warm(K)", default_value = DEFAULT_ROUTER_INIT)]
-    pub(crate) router_init: RouterInit,
+    pub(crate) experts: Option<u32>,
+    /// Assignment of neurons to experts: contiguous, random, clusters (of similar neurons), or a JSON file
+    /// {"layers": [[[neuron, ...], ...], ...]} [default: clusters with --calib, else contiguous]
+    #[arg(long, value_name = "contiguous|random|clusters|FILE")]
+    pub(crate) partition: Option<PartitionSpec>,
+    /// Initial router weights: random (the paper), open (all experts active), centroid, warm(K) (K experts open), or
+    /// calibrated (fitted to --calib) [default: calibrated with --calib, else random]
+    #[arg(long, value_name = "random|open|centroid|warm(K)|calibrated")]
+    pub(crate) router_init: Option<Routers>,
     /// Threshold above which a gate activates its expert, 0 to 1
     #[arg(long, value_name = "SHARE", default_value_t = 0.5)]
     pub(crate) threshold: f32,
-    /// Factor of an active expert: its sigmoid gate (eq. 7), or 1
-    #[arg(long, default_value = "sigmoid", value_parser = words::<GateValue>(&["sigmoid", "binary"]))]
-    pub(crate) gate_value: GateValue,
+    /// Factor of an active expert: its sigmoid gate (eq. 7), or 1 [default: binary with --calib, else sigmoid]
+    #[arg(long, value_parser = words::<GateValue>(&["sigmoid", "binary"]))]
+    pub(crate) gate_value: Option<GateValue>,
     /// Rescale the sum of the experts by experts / active experts (eq. 8), or not at all
     #[arg(long, default_value = "none", value_parser = words::<Rescale>(&["none", "eq8"]))]
     pub(crate) rescale: Rescale,

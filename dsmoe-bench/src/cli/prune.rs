@@ -8,6 +8,31 @@ use dsmoe_datasets::Bos;
 
 use super::values::words;
 
+/// Calibration text and its form.
+#[derive(Debug, Args)]
+pub(crate) struct CalibrationArgs {
+    /// Calibration text: files and folders as for `dsmoe train`, usually the text of the later training; the part that a
+    /// training with default settings holds out is not read
+    #[arg(long, value_name = "PATH", num_args = 1..)]
+    pub(crate) calib: Vec<String>,
+    /// Separator of the documents in a text file [default: a text file is one document]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true, requires = "calib")]
+    pub(crate) doc_separator: Option<String>,
+    /// Field of a JSON object or column of a Parquet file with the text; several, separated by commas, are joined by
+    /// line ends [default: text]
+    #[arg(long, value_name = "NAME", requires = "calib")]
+    pub(crate) text_column: Option<String>,
+    /// Prepend a BOS token to each document; auto follows the tokenizer
+    #[arg(long, default_value = "auto", requires = "calib", value_parser = words::<Bos>(&["auto", "always", "never"]))]
+    pub(crate) bos: Bos,
+    /// Calibration sequences
+    #[arg(long, value_name = "N", default_value_t = 128, requires = "calib", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) samples: u32,
+    /// Tokens in a calibration sequence [default: 1024, or all positions of a smaller model]
+    #[arg(long, value_name = "TOKENS", requires = "calib")]
+    pub(crate) seq: Option<usize>,
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct Prune {
     /// Dense LLaMA directory
@@ -21,26 +46,8 @@ pub(crate) struct Prune {
     /// Directory to write
     #[arg(long, value_name = "DIR", required_unless_present = "dry_run")]
     pub(crate) out: Option<PathBuf>,
-    /// Calibration text: files and folders as for `dsmoe train`, usually the text of the later training; the part that a
-    /// training with default settings holds out is not read
-    #[arg(long, value_name = "PATH", num_args = 1..)]
-    pub(crate) calib: Vec<String>,
-    /// Separator of the documents in a text file [default: a text file is one document]
-    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
-    pub(crate) doc_separator: Option<String>,
-    /// Field of a JSON object or column of a Parquet file with the text; several, separated by commas, are joined by
-    /// line ends [default: text]
-    #[arg(long, value_name = "NAME")]
-    pub(crate) text_column: Option<String>,
-    /// Prepend a BOS token to each document; auto follows the tokenizer
-    #[arg(long, default_value = "auto", value_parser = words::<Bos>(&["auto", "always", "never"]))]
-    pub(crate) bos: Bos,
-    /// Calibration sequences
-    #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..))]
-    pub(crate) samples: u32,
-    /// Tokens in a calibration sequence [default: 1024, or all positions of a smaller model]
-    #[arg(long, value_name = "TOKENS")]
-    pub(crate) seq: Option<usize>,
+    #[command(flatten)]
+    pub(crate) calibration: CalibrationArgs,
     /// A setting of the method, as in `dsmoe methods`
     #[arg(long = "set", value_name = "KEY=VALUE", allow_hyphen_values = true)]
     pub(crate) set: Vec<String>,

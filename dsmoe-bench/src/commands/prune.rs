@@ -8,20 +8,12 @@ use anyhow::{Result, bail};
 use dsmoe_baselines::{Job, Plan, SettingValues, method, read_settings};
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::config::Config;
-use dsmoe_datasets::mixture::from_words;
-use dsmoe_datasets::{Bos, CorpusOptions, Mixture, SplitOptions};
-use dsmoe_train::TrainConfig;
 use serde::Serialize;
 
+use crate::calibration::{self, CalibrationReport, Stages};
 use crate::cli::prune::Prune;
 use crate::format;
-use crate::models::tokenizer;
-use crate::progress::{Progress, Unit};
-use crate::texts::{find, load};
 use crate::ui::Ui;
-
-/// Length of a calibration sequence when none is given.
-const SEQ: usize = 1024;
 
 #[derive(Debug, Serialize)]
 struct Report<'a> {
@@ -49,14 +41,6 @@ struct Report<'a> {
     seconds: f64,
 }
 
-#[derive(Debug, Serialize)]
-struct CalibrationReport<'a> {
-    data: &'a [String],
-    bos: Bos,
-    samples: usize,
-    seq: usize,
-}
-
 pub(crate) fn run(args: &Prune, ui: &mut Ui) -> Result<()> {
     let started = Instant::now();
     let method = method(&args.method)?;
@@ -65,7 +49,6 @@ pub(crate) fn run(args: &Prune, ui: &mut Ui) -> Result<()> {
     let dense = Accounting::of(&config).total;
     let plan = configured.plan(&config, args.budget)?;
     let needs_text = configured.needs_calibration();
-    let seq = args.seq.unwrap_or(SEQ.min(config.max_position));
     let mut report = Report {
         model: &args.model,
         out: args.out.as_deref().filter(|_| !args.dry_run),
@@ -80,24 +63,22 @@ pub(crate) fn run(args: &Prune, ui: &mut Ui) -> Result<()> {
         settings: configured.resolved(),
         active_target: None,
         seed: args.seed,
-        calibration: needs_text.then_some(CalibrationReport {
-            data: &args.calib,
-            bos: args.bos,
-            samples: args.samples as usize,
-            seq,
-        }),
+        calibration: needs_text.then(|| CalibrationReport::new(&args.calibration, &config)),
         measured: BTreeMap::new(),
         seconds: 0.0,
     };
     report.set_plan(plan);
     if let (Some(out), false) = (&args.out, args.dry_run) {
-        if needs_text && args.calib.is_empty() {
+        if needs_text && args.calibration.calib.is_empty() {
             bail!(
                 "--method {} reads calibration text; name the training text with --calib PATH",
                 method.name()
             );
         }
-        let calibration = if needs_text { calibration(args, &config, seq, ui)? } else { Vec::new() };
+        let calibration = match needs_text {
+            true => calibration::read(&args.calibration, &args.model, &config, args.seed, ui)?,
+            false => Vec::new(),
+        };
         let job = Job {
             model: &args.model,
             out,
@@ -106,60 +87,15 @@ pub(crate) fn run(args: &Prune, ui: &mut Ui) -> Result<()> {
             calibration: &calibration,
             seed: args.seed,
         };
-        let mut shown: Option<(&str, Progress)> = None;
-        let made = configured.run(&job, &mut |at| {
-            if shown.as_ref().is_none_or(|(stage, _)| *stage != at.stage)
-                && let Some((_, done)) =
-                    shown.replace((at.stage, Progress::new(ui, at.stage, Unit::Parts, at.total)))
-            {
-                done.finish();
-            }
-            if let Some((_, progress)) = &mut shown {
-                progress.set(at.done, at.total, "");
-            }
-        });
-        if let Some((_, progress)) = shown {
-            progress.finish();
-        }
+        let mut stages = Stages::new(ui);
+        let made = configured.run(&job, &mut |at| stages.set(at.stage, at.done, at.total));
+        stages.finish();
         let made = made?;
         report.set_plan(made.plan);
         report.measured = made.measured.into_iter().collect();
     }
     report.seconds = started.elapsed().as_secs_f64();
     ui.result(&report, show)
-}
-
-/// Sequences of `seq` tokens of the training side of the text, in the order in which a run of this seed takes them.
-fn calibration(args: &Prune, config: &Config, seq: usize, ui: &Ui) -> Result<Vec<Vec<u32>>> {
-    if seq == 0 || seq > config.max_position {
-        bail!("--seq {seq} is not in 1..={}, the positions of the model", config.max_position);
-    }
-    let defaults = CorpusOptions::default();
-    let options = CorpusOptions {
-        doc_separator: args.doc_separator.clone(),
-        text_column: args.text_column.clone().unwrap_or(defaults.text_column),
-    };
-    let specs = from_words(&args.calib, &options)?;
-    let texts = find(specs)?;
-    let sources = load(&texts, &tokenizer(&args.model, config)?, args.bos, None, ui)?;
-    let split = SplitOptions { seq, ..TrainConfig::default().split_options() };
-    let mixture = Mixture::new(&sources, split, None)?;
-    let (samples, windows) =
-        (args.samples as usize, mixture.parts().iter().map(|part| part.split.num_windows()).sum::<usize>());
-    if windows < samples {
-        bail!(
-            "--calib: the text has {windows} sequences of {seq} tokens and --samples is {samples}; give more text or a smaller \
-             --samples or --seq"
-        );
-    }
-    let mut order = mixture.interleaving(samples, args.seed)?;
-    let read = |sample| {
-        let mut ids = Vec::with_capacity(seq + 1);
-        mixture.window(sample, &mut ids)?;
-        ids.truncate(seq);
-        Ok(ids)
-    };
-    order.batch_at(0).map(read).collect()
 }
 
 impl Report<'_> {

@@ -87,7 +87,7 @@ impl Stages<'_> {
             }
             let method = profile.configured(spec)?;
             let calibration = match method.needs_calibration() {
-                true => text.calibration(profile.calibration.samples, costs.seq, job.seed)?,
+                true => text.calibration(profile.calibration.samples, job.seed)?,
                 false => Vec::new(),
             };
             let pruning = Pruning {

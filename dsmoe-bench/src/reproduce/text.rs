@@ -186,22 +186,9 @@ impl Text {
         TrainData { sources: self.sources.clone(), texts: self.texts.clone() }
     }
 
-    /// Returns the first sequences of `seq` tokens that a training of this seed reads.
-    pub(crate) fn calibration(&self, samples: usize, seq: usize, seed: u64) -> Result<Vec<Vec<u32>>> {
-        let windows: usize = self.mixture.parts().iter().map(|part| part.split.num_windows()).sum();
-        if windows < samples {
-            bail!(
-                "calibration.samples is {samples} and the text has {windows} sequences of {seq}; use fewer, or more text"
-            );
-        }
-        let mut order = self.mixture.interleaving(samples, seed)?;
-        let read = |sample| {
-            let mut ids = Vec::with_capacity(seq + 1);
-            self.mixture.window(sample, &mut ids)?;
-            ids.truncate(seq);
-            Ok(ids)
-        };
-        order.batch_at(0).map(read).collect()
+    /// Sequences of `seq` tokens of the training side, in the order in which a run of this seed takes them.
+    pub(crate) fn calibration(&self, samples: usize, seed: u64) -> Result<Vec<Vec<u32>>> {
+        Ok(self.mixture.sequences(samples, seed)?)
     }
 }
 

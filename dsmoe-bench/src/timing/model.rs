@@ -58,6 +58,7 @@ impl Architecture {
             router: RouterConfig::new(self.experts),
             partition: PartitionKind::Contiguous,
             router_bias: true,
+            active_target: None,
         });
         Ok([dense, dsmoe])
     }

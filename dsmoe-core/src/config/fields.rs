@@ -217,7 +217,16 @@ impl<'a> Fields<'a> {
             problem: cause.to_string(),
             help: "convert the model again".into(),
         })?;
-        Ok(Some(MoeConfig { router, partition: stored.partition, router_bias: stored.router_bias }))
+        if let Some(share) = stored.active_target.filter(|share| !(*share > 0.0 && *share <= 1.0)) {
+            let problem = format!("is {share}");
+            return Err(self.wrong("dsmoe.active_target", problem, "use a share above 0 and up to 1"));
+        }
+        Ok(Some(MoeConfig {
+            router,
+            partition: stored.partition,
+            router_bias: stored.router_bias,
+            active_target: stored.active_target,
+        }))
     }
 
     /// Reads base and scaling in either spelling: `rope_theta` and `rope_scaling`, or `rope_parameters`.

@@ -122,6 +122,8 @@ pub struct MoeConfig {
     pub partition: PartitionKind,
     /// True if routers have a bias.
     pub router_bias: bool,
+    /// The share of experts to be active that the model was made for; training reaches it unless told otherwise.
+    pub active_target: Option<f64>,
 }
 
 /// [`MoeConfig`] as it is stored.
@@ -133,6 +135,8 @@ struct StoredMoe {
     threshold: f64,
     partition: PartitionKind,
     router_bias: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    active_target: Option<f64>,
     gate_value: GateValue,
     rescale: Rescale,
     zero_active: ZeroActive,
@@ -381,6 +385,7 @@ impl MoeConfig {
             threshold,
             partition: self.partition,
             router_bias: self.router_bias,
+            active_target: self.active_target,
             gate_value: router.gate_value,
             rescale: router.rescale,
             zero_active: router.zero_active,

@@ -1,11 +1,14 @@
 //! Converts a dense LLaMA directory to a DSMoE directory, streaming.
 
+mod calibrated;
+
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+pub use calibrated::Calibration;
 use dsmoe_kernels::buf::Buf;
-use dsmoe_router::{RouterConfig, RouterInit, router_weights};
+use dsmoe_router::{RouterConfig, RouterInit, RouterValues, router_weights};
 use ndarray::Array2;
 
 use crate::accounting::Accounting;
@@ -26,6 +29,8 @@ pub enum PartitionSpec {
     Contiguous,
     /// A random partition by [`ConvertOptions::seed`], different in every layer.
     Random,
+    /// Similar neurons: balanced k-means on the rows of `gate_proj`.
+    Clusters,
     /// The partition of a JSON file, see [`Partition::read_file`].
     File(PathBuf),
     /// The neurons of every layer, one expert after the other.
@@ -35,11 +40,12 @@ pub enum PartitionSpec {
 impl FromStr for PartitionSpec {
     type Err = Error;
 
-    /// Parses `contiguous`, `random`, or else a path.
+    /// Parses `contiguous`, `random`, `clusters`, or else a path.
     fn from_str(s: &str) -> Result<PartitionSpec> {
         Ok(match s {
             "contiguous" => PartitionSpec::Contiguous,
             "random" => PartitionSpec::Random,
+            "clusters" => PartitionSpec::Clusters,
             path => PartitionSpec::File(PathBuf::from(path)),
         })
     }
@@ -50,6 +56,7 @@ impl fmt::Display for PartitionSpec {
         match self {
             PartitionSpec::Contiguous => f.write_str("contiguous"),
             PartitionSpec::Random => f.write_str("random"),
+            PartitionSpec::Clusters => f.write_str("clusters"),
             PartitionSpec::File(path) => write!(f, "{}", path.display()),
             PartitionSpec::Orders(_) => f.write_str("given"),
         }
@@ -63,10 +70,10 @@ pub struct ConvertOptions {
     pub router: RouterConfig,
     /// Assignment of neurons to experts.
     pub partition: PartitionSpec,
-    /// Initial router weights.
-    pub router_init: RouterInit,
-    /// Routers of all layers, in place of what `router_init` makes.
-    pub routers: Option<Vec<RouterValues>>,
+    /// The first weights of routers.
+    pub routers: RouterStart,
+    /// The share of experts that training has to reach, stored with the model.
+    pub active_target: Option<f64>,
     /// Seed of router weights and of a random partition.
     pub seed: u64,
     /// Replace an output directory that is not empty.
@@ -79,21 +86,34 @@ impl ConvertOptions {
         ConvertOptions {
             router: RouterConfig::new(num_experts),
             partition: PartitionSpec::Contiguous,
-            router_init: RouterInit::Random,
-            routers: None,
+            routers: RouterStart::Init(RouterInit::Random),
+            active_target: None,
             seed: 0,
             force: false,
         }
     }
 }
 
-/// The router of a layer.
+/// The first weights of routers.
 #[derive(Clone, Debug, PartialEq)]
-pub struct RouterValues {
-    /// `[num_experts, hidden]`.
-    pub weight: Vec<f32>,
-    /// `[num_experts]`.
-    pub bias: Vec<f32>,
+pub enum RouterStart {
+    /// A start that reads no text.
+    Init(RouterInit),
+    /// Fitted to text, to open the experts whose outputs are large.
+    Calibrated(Calibration),
+    /// The routers of all layers.
+    Values(Vec<RouterValues>),
+}
+
+/// The progress of a conversion.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ConvertProgress {
+    /// The current stage.
+    pub stage: &'static str,
+    /// The finished parts of the stage: layers, or bytes when `stage` is `writing`.
+    pub done: u64,
+    /// All parts of the stage.
+    pub total: u64,
 }
 
 /// Summary of the result.
@@ -121,7 +141,7 @@ pub fn convert(
     model: &Path,
     out: &Path,
     options: &ConvertOptions,
-    progress: &mut dyn FnMut(Progress),
+    progress: &mut dyn FnMut(ConvertProgress),
 ) -> Result<ConvertReport> {
     let mut config = Config::load(model)?;
     let config_path = model.join(CONFIG_FILE);
@@ -136,34 +156,46 @@ pub fn convert(
     }
     let checkpoint = Checkpoint::open(model)?;
     check_llama_tensors(&config, &checkpoint)?;
-    let partitions = partitions(&config, options)?;
+    let partitions = partitions(model, &config, options, progress)?;
     let permuted = partitions.iter().any(|partition| partition.order().is_some());
     let masks = Masks::read(model, &config)?;
     if permuted && masks.is_some() {
         return Err(masks_of_other_order(model, "use a contiguous {partition}"));
     }
     // Options that cannot work are refused before anything is written.
-    if let Some(routers) = &options.routers {
-        let fits = |one: &RouterValues| {
-            one.weight.len() == num_experts * config.hidden && one.bias.len() == num_experts
-        };
-        if routers.len() != config.num_layers || !routers.iter().all(fits) {
-            return Err(Error::argument(
-                format!(
-                    "routers are not of {} layers, {num_experts} experts and {} inputs",
-                    config.num_layers, config.hidden
-                ),
-                "make them for this model",
-            ));
+    let fitted;
+    let (init, routers) = match &options.routers {
+        RouterStart::Init(init) => {
+            if *init != RouterInit::Centroid {
+                router_weights(init, num_experts, 1, options.seed, 0, None)?;
+            }
+            (*init, None)
         }
-    }
-    if !matches!(options.router_init, RouterInit::Centroid) {
-        router_weights(&options.router_init, num_experts, 1, options.seed, 0, None)?;
-    }
+        RouterStart::Values(routers) => {
+            let fits = |one: &RouterValues| {
+                one.weight.len() == num_experts * config.hidden && one.bias.len() == num_experts
+            };
+            if routers.len() != config.num_layers || !routers.iter().all(fits) {
+                return Err(Error::argument(
+                    format!(
+                        "routers are not of {} layers, {num_experts} experts and {} inputs",
+                        config.num_layers, config.hidden
+                    ),
+                    "make them for this model",
+                ));
+            }
+            (RouterInit::Random, Some(routers))
+        }
+        RouterStart::Calibrated(calibration) => {
+            fitted = calibrated::routers(model, &partitions, calibration, progress)?;
+            (RouterInit::Random, Some(&fitted))
+        }
+    };
     config.moe = Some(MoeConfig {
         router: options.router.clone(),
         partition: if permuted { PartitionKind::Permuted } else { PartitionKind::Contiguous },
-        router_bias: options.routers.is_some() || options.router_init.has_bias(),
+        router_bias: routers.is_some() || init.has_bias(),
+        active_target: options.active_target,
     });
 
     let output = OutputDir::create_from(model, out, options.force)?;
@@ -171,11 +203,14 @@ pub fn convert(
     let num_copied = infos.len();
     infos.extend(new_infos(&config));
     let bytes = infos.iter().map(TensorInfo::len_bytes).sum();
-    let mut meter = Meter::new(bytes, progress);
+    let mut report = |at: Progress| {
+        progress(ConvertProgress { stage: "writing", done: at.done_bytes, total: at.total_bytes });
+    };
+    let mut meter = Meter::new(bytes, &mut report);
     let copied: Vec<String> = infos[..num_copied].iter().map(|info| info.name.clone()).collect();
     let mut writer = Writer::create(output.path(), infos)?;
-    let mut centroids = match options.router_init {
-        RouterInit::Centroid if options.routers.is_none() => Some(Centroids::new(&config, num_experts)),
+    let mut centroids = match init {
+        RouterInit::Centroid => Some(Centroids::new(&config, num_experts)),
         _ => None,
     };
     let mut source = TensorSource::new(&checkpoint);
@@ -192,14 +227,13 @@ pub fn convert(
         })?;
     }
     for (layer, partition) in partitions.iter().enumerate() {
-        let (weight, bias) = match &options.routers {
+        let (weight, bias) = match routers {
             Some(routers) => (routers[layer].weight.clone(), Some(routers[layer].bias.clone())),
             None => {
                 let means = centroids.as_ref().map(|centroids| centroids.means(layer));
                 let view = means.as_ref().map(|means| means.view());
-                let (init, hidden) = (&options.router_init, config.hidden);
                 let (mut weight, bias) =
-                    router_weights(init, num_experts, hidden, options.seed, layer, view)?;
+                    router_weights(&init, num_experts, config.hidden, options.seed, layer, view)?;
                 if means.is_some() {
                     scale_to_norm(&mut weight, layer, &checkpoint)?;
                 }
@@ -242,7 +276,12 @@ pub(crate) fn masks_of_other_order(model: &Path, help: &'static str) -> Error {
     Error::path(&model.join(MASKS_FILE), problem, help)
 }
 
-fn partitions(config: &Config, options: &ConvertOptions) -> Result<Vec<Partition>> {
+fn partitions(
+    model: &Path,
+    config: &Config,
+    options: &ConvertOptions,
+    progress: &mut dyn FnMut(ConvertProgress),
+) -> Result<Vec<Partition>> {
     let experts = options.router.num_experts;
     let widths = config.layers().map(|shape| shape.intermediate);
     match &options.partition {
@@ -251,6 +290,7 @@ fn partitions(config: &Config, options: &ConvertOptions) -> Result<Vec<Partition
             .enumerate()
             .map(|(layer, width)| Partition::random(width, experts, options.seed, layer))
             .collect(),
+        PartitionSpec::Clusters => calibrated::partitions(model, experts, options.seed, progress),
         PartitionSpec::Orders(orders) if orders.len() != config.num_layers => Err(Error::argument(
             format!("{} orders of neurons for {} layers", orders.len(), config.num_layers),
             "give one for each",

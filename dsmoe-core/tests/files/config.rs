@@ -123,6 +123,10 @@ fn config_with_a_wrong_dsmoe_object() {
     assert!(Config::from_json(Path::new("config.json"), &text).is_ok());
     dsmoe(&good.replace("\"ste\"", "\"stee\""), &["dsmoe unknown field `stee`", "convert the model again"]);
     dsmoe(&good.replace(": 1,", ": 2,"), &["dsmoe.format_version is 2", "update it"]);
+    dsmoe(
+        &good.replace("\"ste\"", "\"active_target\": 1.5, \"ste\""),
+        &["dsmoe.active_target is 1.5", "above 0 and up to 1"],
+    );
     dsmoe(&good.replace("0.5", "1.5"), &["dsmoe: threshold is 1.5", "0 to 1"]);
     dsmoe(
         &good.replace(": 4", ": 5"),

@@ -4,16 +4,16 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use dsmoe_core::checkpoint::{Checkpoint, Dtype, Progress, check_llama_tensors};
+use dsmoe_core::checkpoint::{Checkpoint, Dtype, check_llama_tensors};
 use dsmoe_core::config::{Config, PartitionKind};
-use dsmoe_core::convert::{ConvertOptions, PartitionSpec, RouterValues, convert};
+use dsmoe_core::convert::{ConvertOptions, ConvertProgress, PartitionSpec, RouterStart, convert};
 use dsmoe_core::export::{ExportAs, export};
 use dsmoe_core::init::{InitOptions, init, preset};
 use dsmoe_core::partition::Partition;
-use dsmoe_router::{RouterConfig, RouterInit};
+use dsmoe_router::{RouterConfig, RouterInit, RouterValues};
 use proptest::prelude::*;
 
-fn quiet(_: Progress) {}
+fn quiet<T>(_: T) {}
 
 /// All tensors of a directory, by name.
 fn tensors(dir: &Path) -> BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)> {
@@ -52,9 +52,9 @@ fn round_trip(model: &Path, num_experts: usize, work: &Path) {
     {
         let options = ConvertOptions { partition: partition.clone(), ..ConvertOptions::new(num_experts) };
         let (converted, dense) = (work.join(format!("dsmoe-{i}")), work.join(format!("dense-{i}")));
-        let mut last = Progress { done_bytes: 0, total_bytes: 1 };
+        let mut last = ConvertProgress { stage: "", done: 0, total: 1 };
         let report = convert(model, &converted, &options, &mut |progress| last = progress).unwrap();
-        assert_eq!((last.done_bytes, last.total_bytes), (report.bytes, report.bytes));
+        assert_eq!((last.done, last.total), (report.bytes, report.bytes));
         let moe = Config::load(&converted).unwrap().moe.unwrap();
         assert_eq!(moe.partition == PartitionKind::Permuted, partition != PartitionSpec::Contiguous);
         check_permuted(&original, &tensors(&converted), moe.partition, config.hidden);
@@ -125,7 +125,8 @@ fn conversion_writes_what_its_options_say() {
     let model = small(work.path(), Dtype::BF16);
     let router = RouterConfig { threshold: 0.3, ste: false, ..RouterConfig::new(4) };
     let options = ConvertOptions {
-        router_init: RouterInit::Warm(3),
+        routers: RouterStart::Init(RouterInit::Warm(3)),
+        active_target: Some(0.3125),
         router: router.clone(),
         seed: 5,
         ..ConvertOptions::new(4)
@@ -136,7 +137,7 @@ fn conversion_writes_what_its_options_say() {
     assert_eq!(report.router_params, 4 * (4 * 128 + 4));
     let config = Config::load(&out).unwrap();
     let moe = config.moe.clone().unwrap();
-    assert_eq!((moe.router, moe.router_bias), (router, true));
+    assert_eq!((moe.router, moe.router_bias, moe.active_target), (router, true, Some(0.3125)));
     assert!(fs::read_to_string(out.join("config.json")).unwrap().contains("\"threshold\": 0.3,"));
     let checkpoint = Checkpoint::open(&out).unwrap();
     check_llama_tensors(&config, &checkpoint).unwrap();
@@ -157,7 +158,7 @@ fn centroid_routers_point_along_their_experts() {
     let work = tempfile::tempdir().unwrap();
     let model = small(work.path(), Dtype::F32);
     let options = ConvertOptions {
-        router_init: RouterInit::Centroid,
+        routers: RouterStart::Init(RouterInit::Centroid),
         partition: PartitionSpec::Random,
         ..ConvertOptions::new(8)
     };
@@ -186,7 +187,7 @@ fn routers_and_orders_that_are_given_are_written() {
     };
     let order: Vec<u32> = striped(96, 8).concat();
     let options = ConvertOptions {
-        routers: Some((0..4).map(router).collect()),
+        routers: RouterStart::Values((0..4).map(router).collect()),
         partition: PartitionSpec::Orders(vec![order.clone(); 4]),
         ..ConvertOptions::new(8)
     };
@@ -203,7 +204,7 @@ fn routers_and_orders_that_are_given_are_written() {
         let error = convert(&model, &work.path().join("none"), &options, &mut quiet).unwrap_err().to_string();
         assert!(error.contains(says), "{error}");
     };
-    let routers = Some(vec![router(0); 3]);
+    let routers = RouterStart::Values(vec![router(0); 3]);
     refused(ConvertOptions { routers, ..ConvertOptions::new(8) }, "routers are not of 4 layers");
     let partition = PartitionSpec::Orders(vec![order.clone(); 3]);
     refused(ConvertOptions { partition, ..ConvertOptions::new(8) }, "3 orders of neurons for 4 layers");

@@ -5,18 +5,16 @@ use std::path::PathBuf;
 
 use crate::support::{refused, small_config};
 use dsmoe_core::Result;
-use dsmoe_core::checkpoint::{
-    Checkpoint, Dtype, OutputDir, Progress, TensorInfo, Writer, check_llama_tensors,
-};
+use dsmoe_core::checkpoint::{Checkpoint, Dtype, OutputDir, TensorInfo, Writer, check_llama_tensors};
 use dsmoe_core::config::Config;
-use dsmoe_core::convert::{ConvertOptions, ConvertReport, PartitionSpec, convert};
+use dsmoe_core::convert::{ConvertOptions, ConvertReport, PartitionSpec, RouterStart, convert};
 use dsmoe_core::export::{ExportAs, export};
 use dsmoe_core::init::{InitOptions, init, preset};
 use dsmoe_kernels::Precision;
 use dsmoe_router::RouterInit;
 use tempfile::TempDir;
 
-fn quiet(_: Progress) {}
+fn quiet<T>(_: T) {}
 
 /// A model of two small layers in a directory of its own.
 struct Fixture {
@@ -257,7 +255,8 @@ fn experts_that_do_not_divide() {
 #[test]
 fn options_that_cannot_work() {
     let fixture = Fixture::new();
-    let options = ConvertOptions { router_init: RouterInit::Warm(5), ..ConvertOptions::new(4) };
+    let options =
+        ConvertOptions { routers: RouterStart::Init(RouterInit::Warm(5)), ..ConvertOptions::new(4) };
     refused(fixture.convert(&options), &["warm(k) is 5; use 1 to the number of experts, 4"]);
     fixture.convert(&ConvertOptions::new(4)).unwrap();
     let again = convert(&fixture.out(), &fixture.work.path().join("x"), &ConvertOptions::new(4), &mut quiet);
@@ -279,7 +278,8 @@ fn centroids_of_weights_that_are_not_numbers() {
     let mut bytes = fs::read(&path).unwrap();
     bytes[offset as usize..][..4].copy_from_slice(&f32::NAN.to_le_bytes());
     fs::write(&path, bytes).unwrap();
-    let options = ConvertOptions { router_init: RouterInit::Centroid, ..ConvertOptions::new(4) };
+    let options =
+        ConvertOptions { routers: RouterStart::Init(RouterInit::Centroid), ..ConvertOptions::new(4) };
     refused(fixture.convert(&options), &["centroid of expert 0 in layer 1", "use router init `open`"]);
 }
 

@@ -1,4 +1,4 @@
-//! k-means with clusters of equal size (MoEfication, LLaMA-MoE's Independent-Clustering).
+//! Experts of similar neurons: k-means with clusters of equal size.
 //!
 //! Centers start by k-means++; then points are assigned exactly ([`assign`]) and centers become means, in turn, which
 //! lowers the inertia until nothing changes. Small problems are run from several starts, and the least inertia is kept.
@@ -9,31 +9,31 @@ use rayon::prelude::*;
 
 use super::assignment::assign;
 
-/// Rounds at the most.
+/// The largest number of rounds.
 const MOST_ROUNDS: usize = 100;
-/// Starts at the most.
+/// The largest number of starts.
 const MOST_STARTS: usize = 10;
-/// Products of the distances of all starts' first rounds, at the most; one start is always run. Few points often stop in
-/// bad places and cost nothing to run again; starts of thousands of rows end within 0.03 % of each other in inertia, and
-/// one of 8192 rows of width 2048 in 8 clusters takes 1 to 3 s. So those get one start, 2048 of width 512 get 8.
+/// The largest number of products in the distances of all starts' first rounds; one start always runs. Few points often end
+/// in a poor local minimum and are cheap to run again; starts of thousands of rows end in nearly equal inertia.
 const STARTS_WORK: usize = 1 << 26;
 
-/// Points in clusters.
+/// A clustering of points.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Clustering {
-    /// Cluster of each point.
-    pub(crate) labels: Vec<usize>,
+pub struct Clustering {
+    /// The cluster of each point.
+    pub labels: Vec<usize>,
     /// `[clusters, dim]`: the means of their points.
-    pub(crate) centers: Vec<f32>,
+    pub centers: Vec<f32>,
     /// Sum of the squared distances of the points to the centers of their clusters.
-    pub(crate) inertia: f64,
+    pub inertia: f64,
 }
 
-/// Clusters the rows of `points` `[items, dim]`; sizes differ by one at the most. A function of its arguments alone.
+/// Clusters the rows of `points` `[items, dim]` in clusters whose sizes differ by at most one. The result depends on the
+/// arguments alone.
 ///
 /// # Panics
 /// There are fewer points than clusters, no clusters, or points that are not finite.
-pub(crate) fn balanced(points: &[f32], dim: usize, num_clusters: usize, seed: u64) -> Clustering {
+pub fn balanced(points: &[f32], dim: usize, num_clusters: usize, seed: u64) -> Clustering {
     let items = points.len() / dim;
     assert!(
         (1..=items).contains(&num_clusters),
@@ -48,11 +48,11 @@ pub(crate) fn balanced(points: &[f32], dim: usize, num_clusters: usize, seed: u6
             descend(points, &norms, dim, centers)
         })
         .collect();
-    // The first of equals.
+    // The first among equals.
     runs.into_iter().min_by(|a, b| a.inertia.total_cmp(&b.inertia)).expect("a start")
 }
 
-/// Assignments and means in turn, from `centers`.
+/// Alternates assignments and means, from `centers`.
 fn descend(points: &[f32], norms: &[f64], dim: usize, mut centers: Vec<f32>) -> Clustering {
     let (items, n) = (norms.len(), centers.len() / dim);
     let sizes: Vec<usize> = (0..n).map(|c| (items + c) / n).collect();
@@ -65,7 +65,7 @@ fn descend(points: &[f32], norms: &[f64], dim: usize, mut centers: Vec<f32>) -> 
         centers = means(points, dim, &labels, &sizes);
         let inertia = points.chunks_exact(dim).zip(&labels);
         let inertia = inertia.map(|(point, &c)| between(point, &centers[c * dim..][..dim])).sum();
-        // Distances are of f32 products: rounding can make two clusterings take turns.
+        // Distances come from f32 products: rounding can make two clusterings alternate.
         if best.as_ref().is_some_and(|best| best.inertia <= inertia) {
             break;
         }
@@ -74,7 +74,7 @@ fn descend(points: &[f32], norms: &[f64], dim: usize, mut centers: Vec<f32>) -> 
     best.expect("a first round")
 }
 
-/// k-means++: each center is a point, drawn with probability proportional to its squared distance to the nearest center
+/// Draws centers by k-means++: each is a point, with probability proportional to its squared distance to the nearest center
 /// before it. Each `start` draws others.
 fn first_centers(
     points: &[f32],
@@ -100,14 +100,14 @@ fn first_centers(
             left -= distance;
             left < 0.0
         });
-        // All points coincide with centers: any other point does.
+        // If all points coincide with centers, any other point serves.
         let drawn = drawn.or_else(|| (0..items).find(|point| !chosen.contains(point)));
         chosen.push(drawn.expect("fewer centers than points"));
     }
     chosen.iter().flat_map(|&point| &points[point * dim..][..dim]).copied().collect()
 }
 
-/// Squared distances `[items, clusters]`: |x|^2 - 2 x c + |c|^2.
+/// Computes squared distances `[items, clusters]`: |x|^2 - 2 x c + |c|^2.
 fn distances(points: &[f32], norms: &[f64], centers: &[f32], dim: usize) -> Vec<f64> {
     let (items, n) = (norms.len(), centers.len() / dim);
     let mut products = vec![0.0; items * n];
@@ -121,8 +121,8 @@ fn distances(points: &[f32], norms: &[f64], centers: &[f32], dim: usize) -> Vec<
     .collect()
 }
 
-/// The means `[clusters, dim]` of the points of each cluster, which are of `sizes`.
-pub(crate) fn means(points: &[f32], dim: usize, labels: &[usize], sizes: &[usize]) -> Vec<f32> {
+/// Computes the means `[clusters, dim]` of the points of each cluster; `sizes` are the sizes of the clusters.
+pub fn means(points: &[f32], dim: usize, labels: &[usize], sizes: &[usize]) -> Vec<f32> {
     let mut sums = vec![0.0f64; sizes.len() * dim];
     for (point, &c) in points.chunks_exact(dim).zip(labels) {
         let sum = &mut sums[c * dim..][..dim];
@@ -140,8 +140,8 @@ fn between(x: &[f32], center: &[f32]) -> f64 {
     x.iter().zip(center).map(|(&x, &c)| (f64::from(x) - f64::from(c)).powi(2)).sum()
 }
 
-/// The rows of a matrix, each divided by its length; rows of zeros stay.
-pub(crate) fn normalized(mut rows: Vec<f32>, dim: usize) -> Vec<f32> {
+/// Divides each row of a matrix by its length; rows of zeros stay.
+pub fn normalized(mut rows: Vec<f32>, dim: usize) -> Vec<f32> {
     for row in rows.chunks_exact_mut(dim) {
         let norm = square(row).sqrt();
         if norm > 0.0 {
@@ -149,6 +149,15 @@ pub(crate) fn normalized(mut rows: Vec<f32>, dim: usize) -> Vec<f32> {
         }
     }
     rows
+}
+
+/// Clusters the neurons with the given `rows` `[intermediate, hidden]`, each scaled to length 1. Returns the neurons, one
+/// expert after the other, and the centers of the clusters `[num_experts, hidden]`.
+pub fn neurons(rows: Vec<f32>, hidden: usize, num_experts: usize, seed: u64) -> (Vec<u32>, Vec<f32>) {
+    let clusters = balanced(&normalized(rows, hidden), hidden, num_experts, seed);
+    let mut order: Vec<u32> = (0..clusters.labels.len() as u32).collect();
+    order.sort_by_key(|&neuron| clusters.labels[neuron as usize]);
+    (order, clusters.centers)
 }
 
 #[cfg(test)]

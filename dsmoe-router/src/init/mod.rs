@@ -1,10 +1,14 @@
 //! Initial router weights.
 
+mod calibrated;
+
 use std::fmt;
 use std::str::FromStr;
 
 use dsmoe_kernels::rng::Rng;
 use ndarray::{Array1, Array2, ArrayView2, Axis};
+
+pub use calibrated::{RouterValues, calibrated};
 
 use crate::{Error, Result};
 

@@ -3,6 +3,9 @@
 //! Neuron j is row j of gate and up and column j of down; permuting all three alike leaves the FFN unchanged, so a
 //! partition is a list of indices and its inverse is exact.
 
+mod assignment;
+pub mod clusters;
+
 use std::path::Path;
 
 use dsmoe_kernels::rng::Rng;

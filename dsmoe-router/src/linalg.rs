@@ -1,27 +1,44 @@
-//! The one factorisation that pruning needs, by faer; with the feature `lapack` by the system's LAPACK.
+//! The factorisation behind ridge regression and second-order pruning: one Cholesky factorisation and one triangular
+//! inverse.
+//!
+//! ```text
+//! J H J = C C^T            J reverses the order of rows or columns
+//! R = J C^-1 J             upper triangular, R^T R = (J C C^T J)^-1 = H^-1
+//! ```
 
-#[cfg(any(test, not(feature = "lapack")))]
-mod faer;
-#[cfg(feature = "lapack")]
-mod lapack;
+use faer::dyn_stack::{MemBuffer, MemStack};
+use faer::linalg::cholesky::llt::factor::{cholesky_in_place, cholesky_in_place_scratch};
+use faer::linalg::triangular_inverse::invert_lower_triangular;
+use faer::prelude::{Reborrow, ReborrowMut};
+use faer::{MatMut, Par};
 
-#[cfg(not(feature = "lapack"))]
-use self::faer as backend;
-#[cfg(feature = "lapack")]
-use self::lapack as backend;
-
-/// A matrix that has no Cholesky factor.
+/// A matrix has no Cholesky factor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct NotPositiveDefinite;
+pub struct NotPositiveDefinite;
 
-/// L `[n, n]`, lower triangular and row-major, with `H^-1 = L L^T`, for a symmetric `h` `[n, n]`. R of `H^-1 = R^T R`
-/// is its transpose.
+/// Computes L `[n, n]`, lower triangular and row-major, with `H^-1 = L L^T`, for a symmetric `h` `[n, n]`. R of
+/// `H^-1 = R^T R` is its transpose.
+///
+/// # Errors
+/// `h` is not positive definite.
 ///
 /// # Panics
 /// `h` does not hold `n * n` values.
-pub(crate) fn inverse_factor(h: Vec<f32>, n: usize) -> Result<Vec<f32>, NotPositiveDefinite> {
+pub fn inverse_factor(mut h: Vec<f32>, n: usize) -> Result<Vec<f32>, NotPositiveDefinite> {
     assert_eq!(h.len(), n * n, "inverse_factor: values of an [{n}, {n}] matrix");
-    backend::inverse_factor(h, n)
+    // All threads of the pool; the work is cut by shape.
+    let par = Par::rayon(0);
+    h.reverse();
+    let mut matrix = MatMut::from_column_major_slice_mut(&mut h, n, n);
+    let mut memory = MemBuffer::new(cholesky_in_place_scratch::<f32>(n, par, Default::default()));
+    let stack = MemStack::new(&mut memory);
+    cholesky_in_place(matrix.rb_mut(), Default::default(), par, stack, Default::default())
+        .map_err(|_| NotPositiveDefinite)?;
+    let mut inverse = vec![0.0; n * n];
+    invert_lower_triangular(MatMut::from_column_major_slice_mut(&mut inverse, n, n), matrix.rb(), par);
+    // Columns are R's; read as rows, they are those of its transpose.
+    inverse.reverse();
+    Ok(inverse)
 }
 
 #[cfg(test)]
@@ -79,16 +96,5 @@ mod tests {
     fn threads_do_not_show() {
         let h = positive(333, 5);
         assert_same_on_threads("inverse_factor", || inverse_factor(h.clone(), 333).unwrap());
-    }
-
-    #[cfg(feature = "lapack")]
-    #[test]
-    fn lapack_and_faer_agree() {
-        for n in [1, 5, 200] {
-            let h = positive(n, 11);
-            let (ours, theirs) = (super::faer::inverse_factor(h.clone(), n), lapack::inverse_factor(h, n));
-            assert_close("L", &ours.unwrap(), &f64s(&theirs.unwrap()), 1e-4);
-        }
-        assert!(super::faer::inverse_factor(vec![1.0, 2.0, 2.0, 1.0], 2).is_err());
     }
 }

@@ -1,14 +1,15 @@
-//! Giving items to clusters of fixed sizes at the least total cost, exactly: a transportation problem.
+//! The exact assignment of items to clusters of fixed sizes at the least total cost: a transportation problem.
 //!
 //! Every item starts in its cheapest cluster. While clusters are overfull, one item at a time is pushed along the
 //! cheapest chain of moves to a cluster with room (successive shortest paths on the graph of clusters, with
 //! potentials, so that Dijkstra's algorithm serves). Among equal costs the lower index wins.
 
-/// The cluster of every item, cluster c being given to exactly `capacities[c]` items. `costs` is `[items, clusters]`.
+/// Assigns items to clusters, exactly `capacities[c]` of them to cluster c; returns the cluster of every item. `costs` is
+/// `[items, clusters]`.
 ///
 /// # Panics
 /// The capacities do not add up to the items, or a cost is not finite.
-pub(crate) fn assign(costs: &[f64], capacities: &[usize]) -> Vec<usize> {
+pub(super) fn assign(costs: &[f64], capacities: &[usize]) -> Vec<usize> {
     let n = capacities.len();
     assert!(
         costs.len() == n * capacities.iter().sum::<usize>() && costs.iter().all(|cost| cost.is_finite()),
@@ -63,7 +64,7 @@ struct Clusters<'a> {
 }
 
 impl Clusters<'_> {
-    /// Finds the cheapest moves out of `from` again.
+    /// Updates the cheapest moves out of `from`.
     fn refresh(&mut self, from: usize) {
         let n = self.members.len();
         let moves = &mut self.moves[from * n..][..n];
@@ -79,8 +80,8 @@ impl Clusters<'_> {
         }
     }
 
-    /// The cluster before each on the cheapest chain of moves from an overfull one; `potentials` become the chains'
-    /// costs.
+    /// Returns the cluster before each one on the cheapest chain of moves from an overfull cluster; `potentials` become the
+    /// costs of the chains.
     fn shortest_paths(&self, capacities: &[usize], potentials: &mut [f64]) -> Vec<Option<usize>> {
         let n = capacities.len();
         let (mut before, mut done) = (vec![None; n], vec![false; n]);
@@ -156,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn no_exchange_betters_a_large_assignment() {
+    fn no_exchange_improves_a_large_assignment() {
         let (n, width) = (8, 64);
         let mut rng = Rng::new(2, 0);
         let costs: Vec<f64> =

@@ -1,0 +1,94 @@
+//! Calibration text of the commands that make models.
+
+use anyhow::{Context, Result, bail};
+use dsmoe_core::config::Config;
+use dsmoe_datasets::mixture::from_words;
+use dsmoe_datasets::{Bos, CorpusOptions, Mixture, SplitOptions};
+use dsmoe_train::TrainConfig;
+use serde::Serialize;
+
+use std::path::Path;
+
+use crate::cli::prune::CalibrationArgs;
+use crate::models::tokenizer;
+use crate::progress::{Progress, Unit};
+use crate::texts::{find, load};
+use crate::ui::Ui;
+
+/// Default length of a calibration sequence.
+const SEQ: usize = 1024;
+
+/// The calibration text of a report.
+#[derive(Debug, Serialize)]
+pub(crate) struct CalibrationReport<'a> {
+    data: &'a [String],
+    bos: Bos,
+    samples: usize,
+    seq: usize,
+}
+
+impl<'a> CalibrationReport<'a> {
+    pub(crate) fn new(args: &'a CalibrationArgs, config: &Config) -> CalibrationReport<'a> {
+        let (samples, seq) = (args.samples as usize, seq(args, config));
+        CalibrationReport { data: &args.calib, bos: args.bos, samples, seq }
+    }
+}
+
+fn seq(args: &CalibrationArgs, config: &Config) -> usize {
+    args.seq.unwrap_or(SEQ.min(config.max_position))
+}
+
+/// Reads sequences of the training side of the text, in the order in which a run of this seed trains on them.
+pub(crate) fn read(
+    args: &CalibrationArgs,
+    model: &Path,
+    config: &Config,
+    seed: u64,
+    ui: &Ui,
+) -> Result<Vec<Vec<u32>>> {
+    let seq = seq(args, config);
+    if seq == 0 || seq > config.max_position {
+        bail!("--seq {seq} is not in 1..={}, the positions of the model", config.max_position);
+    }
+    let defaults = CorpusOptions::default();
+    let options = CorpusOptions {
+        doc_separator: args.doc_separator.clone(),
+        text_column: args.text_column.clone().unwrap_or(defaults.text_column),
+    };
+    let texts = find(from_words(&args.calib, &options)?)?;
+    let sources = load(&texts, &tokenizer(model, config)?, args.bos, None, ui)?;
+    let split = SplitOptions { seq, ..TrainConfig::default().split_options() };
+    let mixture = Mixture::new(&sources, split, None)?;
+    let sequences = mixture.sequences(args.samples as usize, seed);
+    sequences.with_context(|| format!("--calib with --samples {} and --seq {seq}", args.samples))
+}
+
+/// Progress of stages that follow each other.
+pub(crate) struct Stages<'a> {
+    ui: &'a Ui,
+    shown: Option<(&'static str, Progress)>,
+}
+
+impl<'a> Stages<'a> {
+    pub(crate) fn new(ui: &'a Ui) -> Stages<'a> {
+        Stages { ui, shown: None }
+    }
+
+    pub(crate) fn set(&mut self, stage: &'static str, done: u64, total: u64) {
+        if self.shown.as_ref().is_none_or(|(shown, _)| *shown != stage)
+            && let Some((_, done)) =
+                self.shown.replace((stage, Progress::new(self.ui, stage, Unit::Parts, total)))
+        {
+            done.finish();
+        }
+        if let Some((_, progress)) = &mut self.shown {
+            progress.set(done, total, "");
+        }
+    }
+
+    pub(crate) fn finish(self) {
+        if let Some((_, progress)) = self.shown {
+            progress.finish();
+        }
+    }
+}
