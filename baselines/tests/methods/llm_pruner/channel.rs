@@ -4,7 +4,7 @@ use dsmoe_baselines::Budget;
 use dsmoe_core::Config;
 use dsmoe_core::checkpoint::{Checkpoint, Dtype, check_llama_tensors};
 
-use crate::common::{Run, count, loaded, logits, model, saved, tensors, tokens, values};
+use super::common::{Run, count, loaded, logits, model, saved, tensors, tokens, values};
 
 #[test]
 fn one_set_of_channels_leaves_every_tensor() {
