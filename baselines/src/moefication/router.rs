@@ -14,7 +14,7 @@ use dsmoe_kernels::adamw::{self, Hyper};
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::rng::Rng;
 
-use crate::topk::{Gate, GateActs, GateBackward, GateGrads, GateWeights};
+use crate::topk::{Gate, GateActs, GateGrads, GateWeights, NetworkBackward};
 
 const BATCH: usize = 512;
 const LEARNING_RATE: f64 = 0.01;
@@ -79,9 +79,16 @@ pub(super) fn train(
             let mut grads = [0, 1].map(|i: usize| vec![0.0; params[i].len()]);
             let [da, db] = &mut grads;
             unused.resize(x.len(), 0.0);
-            let grads = GateGrads { a: da, b: db, noise: &mut [] };
-            let dx = &mut unused;
-            gate.backward(GateBackward { dx, grads, dz: &dz, draw: None, acts: &acts, x: &x, weights });
+            let (dx, into) = (&mut unused, GateGrads { a: da, b: db, noise: &mut [] });
+            gate.backward(NetworkBackward {
+                dx,
+                grads: into,
+                dz: &dz,
+                draw: None,
+                acts: &acts,
+                x: &x,
+                weights,
+            });
             step += 1;
             let (beta1, beta2, eps, weight_decay) = (0.9, 0.999, 1e-8, 0.0);
             let hyper = Hyper { lr: LEARNING_RATE, beta1, beta2, eps, weight_decay, step };

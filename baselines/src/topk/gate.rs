@@ -41,7 +41,7 @@ pub(crate) struct GateGrads<'a> {
 
 /// Arguments of [`Gate::backward`].
 #[derive(Debug)]
-pub(crate) struct GateBackward<'a> {
+pub(crate) struct NetworkBackward<'a> {
     /// Added to.
     pub(crate) dx: &'a mut [f32],
     pub(crate) grads: GateGrads<'a>,
@@ -142,8 +142,8 @@ impl Gate {
     }
 
     /// Adds the gradients of x and of the weights.
-    pub(crate) fn backward(&self, args: GateBackward<'_>) {
-        let GateBackward { dx, grads, dz, draw, acts, x, weights } = args;
+    pub(crate) fn backward(&self, args: NetworkBackward<'_>) {
+        let NetworkBackward { dx, grads, dz, draw, acts, x, weights } = args;
         let (rows, n) = (x.len() / self.hidden, self.num_experts);
         let wide = self.dims(rows, self.hidden);
         let mut du = Buf::zeros(rows * n);
@@ -229,7 +229,7 @@ mod tests {
                 (vec![0.0; x.len()], vec![0.0; a.len()], vec![0.0; b.len()], vec![0.0; noises.len()]);
             let grads = GateGrads { a: &mut da, b: &mut db, noise: &mut dn };
             let draws = noise.then_some(&draw[..]);
-            gate.backward(GateBackward {
+            gate.backward(NetworkBackward {
                 dx: &mut dx,
                 grads,
                 dz: &dz,

@@ -9,7 +9,7 @@ use dsmoe_kernels::rng::Rng;
 use dsmoe_router::topk::{self, Noise, TopKRouted};
 use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 
-use super::gate::{Gate, GateActs, GateBackward, GateGrads, GateWeights};
+use super::gate::{Gate, GateActs, GateGrads, GateWeights, NetworkBackward};
 use super::spec::TopkSpec;
 
 /// Routes inputs of width `hidden`.
@@ -109,7 +109,7 @@ impl HostGate for TopkRouter {
         let grads = GateGrads { a, b, noise };
         let weights = self.weights(params, noisy);
         let draw = draw.as_deref();
-        self.gate().backward(GateBackward { dx, grads, dz: &dlogits, draw, acts, x, weights });
+        self.gate().backward(NetworkBackward { dx, grads, dz: &dlogits, draw, acts, x, weights });
     }
 }
 

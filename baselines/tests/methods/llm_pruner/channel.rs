@@ -58,7 +58,7 @@ fn one_set_of_channels_leaves_every_tensor() {
             } else {
                 values.chunks(cols).flat_map(|row| kept.iter().map(|&c| row[c]).collect::<Vec<_>>()).collect()
             };
-            assert_eq!(crate::common::values(&out, name), want, "{name}");
+            assert_eq!(super::common::values(&out, name), want, "{name}");
             assert_eq!(after[name].0, *dtype);
         }
         assert!(logits(&loaded(&out), &[1, 2, 3]).iter().all(|x| x.is_finite()));
