@@ -211,7 +211,7 @@ impl TrainSettings {
         let mut table = self.0.clone();
         for pair in [["steps", "tokens"], ["sparsity", "active_target"]] {
             if pair.iter().any(|key| other.0.contains_key(*key)) {
-                table.retain(|key, _| !pair.iter().any(|one| key == *one));
+                table.retain(|key, _| !pair.contains(&key));
             }
         }
         table.extend(other.0.clone());
