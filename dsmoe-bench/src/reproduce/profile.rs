@@ -504,7 +504,34 @@ pub(crate) fn gated(dense: &Config, experts: usize) -> Config {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(500))]
+
+        /// An edit replaces a byte, removes a range, or inserts digits.
+        #[test]
+        fn edited_profiles_are_read_or_refused_with_their_place(
+            edits in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>(), 0u8..3, 0usize..24), 1..6)
+        ) {
+            let mut bytes = text("quick").unwrap().as_bytes().to_vec();
+            for (at, byte, kind, span) in edits {
+                let at = at.index(bytes.len());
+                let end = bytes.len().min(at + span);
+                match kind {
+                    0 => bytes[at] = byte,
+                    1 => drop(bytes.drain(at..end)),
+                    _ => drop(bytes.splice(at..at, b"9".repeat(span))),
+                }
+            }
+            if let Err(error) = Profile::parse(&String::from_utf8_lossy(&bytes), "p.toml") {
+                let message = format!("{error:#}");
+                prop_assert!(message.starts_with("p.toml: "), "{}", message);
+            }
+        }
+    }
 
     #[test]
     fn embedded_profiles_are_sound() {

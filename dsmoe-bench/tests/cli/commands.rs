@@ -299,7 +299,7 @@ fn doctor_names_what_is_missing() {
             (gpu["nvrtc"].is_null(), gpu["cublaslt"].is_null())
         );
     } else {
-        assert!(human.contains("built without CUDA; build it with --features cuda"), "{human}");
+        assert!(human.contains("built without CUDA; build it with the feature `cuda`"), "{human}");
     }
 
     let mut wrong = command(&["doctor", "--json"]);
