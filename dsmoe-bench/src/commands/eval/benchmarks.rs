@@ -29,11 +29,11 @@ const WORLD: &str = "world";
 
 pub(crate) fn run(args: &Eval, ui: &mut Ui) -> Result<ExitCode> {
     let started = Instant::now();
-    // Wrong files are told before the weights are read.
+    // Wrong files are reported before the weights are read.
     let config = Config::load(&args.model)?;
     let tokenizer = tokenizer(&args.model, &config)?;
     let bos = args.bos.unwrap_or(args.profile.bos());
-    // A rule that the tokenizer cannot follow is told now, too.
+    // So is a BOS rule that the tokenizer cannot follow.
     tokenizer.encode("", bos)?;
     let loaded = load(args, ui)?;
     let folder = args.out.as_ref().map(|out| out.join(model_name(&args.model)));
@@ -49,7 +49,7 @@ pub(crate) fn run(args: &Eval, ui: &mut Ui) -> Result<ExitCode> {
     for loaded in loaded {
         let mut journal = folder.as_ref().map(|folder| runner.journal(folder, loaded.name())).transpose()?;
         let Some(measured) = runner.measure(&loaded, journal.as_mut(), ui)? else {
-            ui.note("dsmoe: stopped; the same command goes on from here");
+            ui.note("dsmoe: stopped; the same command continues from here");
             return Ok(ExitCode::from(INTERRUPTED));
         };
         for line in remarks(&loaded, &measured) {
