@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use dsmoe_datasets::tasks::{Loaded, Options, Source, Task};
+use dsmoe_datasets::tasks::{Loaded, Options, Task, TaskFiles};
 use dsmoe_datasets::token_cache::TokenFile;
 use dsmoe_datasets::{Bos, Corpus, CorpusOptions, Error, Tokenizer, manifest, mixture};
 use tempfile::TempDir;
@@ -73,6 +73,6 @@ pub(crate) fn task(task: &str, name: &str, bytes: &[u8]) {
     let task = Task::named(task).expect("a known task");
     with_file(&format!("{}/{name}", task.name), bytes, |path| {
         let folder: PathBuf = path.parent().unwrap().parent().unwrap().into();
-        one_line(Loaded::load(task, &Source::folder(&folder), &Options::default()));
+        one_line(Loaded::load(task, &TaskFiles::folder(&folder), &Options::default()));
     });
 }

@@ -81,7 +81,7 @@ pub(crate) enum PaperModel {
 #[serde(deny_unknown_fields)]
 pub(crate) struct WorldText {
     pub(crate) seed: u64,
-    /// Of all four domains together.
+    /// Size of the text of all four domains.
     pub(crate) bytes: u64,
     /// Tokens of the vocabulary.
     pub(crate) vocab: usize,
@@ -562,7 +562,7 @@ mod tests {
         assert_eq!((experts("dsmoe-paper"), experts("wanda")), (Some(22), None));
     }
 
-    /// Of a model with an FFN of 88 neurons: 22 experts of 4 neurons beside 8 experts of 11.
+    /// The FFN has 88 neurons, so that 22 experts of 4 neurons and 8 experts of 11 fit.
     #[test]
     fn rows_with_other_numbers_of_experts_meet_one_budget() {
         let control = "[[method]]\nname = \"many\"\nrole = \"control\"\nmake = \"dsmoe-paper\"\nsettings = { experts = 22 }\n";
