@@ -13,6 +13,7 @@ mod memory;
 mod models;
 mod progress;
 mod regression;
+mod remedies;
 mod report;
 mod reproduce;
 mod texts;

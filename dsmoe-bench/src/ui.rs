@@ -7,6 +7,8 @@ use std::process::ExitCode;
 use anyhow::Result;
 use serde::Serialize;
 
+use crate::remedies::worded;
+
 /// The error of a stdout that its reader closed, which is not a failure of the command.
 #[derive(Debug)]
 struct ClosedPipe;
@@ -81,7 +83,7 @@ pub(crate) fn stderr_line(line: impl Display) {
 fn one_line(error: &anyhow::Error) -> String {
     let mut message = String::new();
     for cause in error.chain() {
-        let (plain, cause) = (cause.to_string(), cause.to_string());
+        let (plain, cause) = (cause.to_string(), worded(cause));
         if message.is_empty() {
             message = cause;
         } else if !message.contains(&cause) && !message.contains(&plain) {

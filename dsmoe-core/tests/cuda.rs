@@ -232,14 +232,15 @@ fn a_training_step_is_that_of_the_processor() {
         let (mut params, mut m, mut v) = (model.params().to_vec(), zeros.clone(), zeros.clone());
         for entry in model.layout().entries() {
             let range = entry.range.clone();
-            adamw::step(
-                &mut params[range.clone()],
-                &mut m[range.clone()],
-                &mut v[range.clone()],
-                &got_grads[range],
-                0.5,
-                &hyper(1, entry.spec.decay),
-            );
+            adamw::Step {
+                param: &mut params[range.clone()],
+                m: &mut m[range.clone()],
+                v: &mut v[range.clone()],
+                grad: &got_grads[range],
+                grad_scale: 0.5,
+                hyper: &hyper(1, entry.spec.decay),
+            }
+            .run();
         }
         assert!(off(updated.params(), &params) < 1e-6, "{name}: the update");
         let (mut m_got, mut v_got) = (zeros.clone(), zeros.clone());

@@ -11,8 +11,9 @@ use super::super::pack::{Parts, Source};
 use super::weights::{CudaInference, Layer};
 use crate::error::{Error, Result};
 use crate::ffn::DeviceFfn;
-use crate::model::gpu::{MemoryUse, check_memory, device_ffns, rope_rows, router_ranges};
+use crate::model::gpu::{check_memory, device_ffns, rope_rows, router_ranges};
 use crate::model::tensors::LayerRanges;
+use crate::model::train::MemoryUse;
 use crate::params::padded;
 
 impl CudaInference {
