@@ -3,7 +3,8 @@
 //! Texts and tokenizers of the data folder (`DSMOE_SHARED`) where it is present, generated text otherwise.
 #![expect(clippy::print_stdout, reason = "a bench reports")]
 
-use dsmoe_datasets::{Bos, Corpus, CorpusOptions, DOC_SEPARATOR, Tokenizer, synthetic_text, train_bpe};
+use dsmoe_datasets::world::{Domain, World};
+use dsmoe_datasets::{Bos, Corpus, CorpusOptions, Tokenizer, train_bpe};
 use rayon::prelude::*;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -14,8 +15,8 @@ fn main() {
     let default = concat!(env!("CARGO_MANIFEST_DIR"), "/../../shared");
     let shared = PathBuf::from(std::env::var_os("DSMOE_SHARED").unwrap_or_else(|| default.into()));
     let dir = tempfile::tempdir().expect("a temporary directory");
-    let generated = synthetic_text(1, 8_000_000);
-    let split = || generated.split(DOC_SEPARATOR).map(str::to_owned);
+    let generated: Vec<String> = World::new(1).documents(Domain::Stories, 8_000_000).collect();
+    let split = || generated.iter().cloned();
     train_bpe(split().take(2000), 4096, dir.path()).expect("a tokenizer");
 
     let mut texts = vec![("generated", split().collect::<Vec<_>>())];

@@ -1,4 +1,4 @@
-//! Byte-pair merges with a total order on candidates, so that equal texts give equal merges in any process.
+//! Learns byte-pair merges with a total order on candidates, so that equal texts give equal merges in any process.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap, HashMap, HashSet};
@@ -48,7 +48,7 @@ pub(crate) fn learn(mut tokens: Vec<String>, words: &BTreeMap<String, i64>, voca
         }
         let (left, right) = (&tokens[pair.0 as usize], &tokens[pair.1 as usize]);
         let text = format!("{left}{right}");
-        // A string that was reached by another pair of parts comes again here: the two must share one id.
+        // Another pair of parts can give the same string: the two must share one id.
         if merged.insert(pair) {
             merges.push((left.clone(), right.clone()));
         }
@@ -85,7 +85,7 @@ fn pairs(ids: &[u32]) -> impl Iterator<Item = Pair> {
     ids.windows(2).map(|pair| (pair[0], pair[1]))
 }
 
-/// `ids` with every `pair`, from the left, replaced by `id`.
+/// Replaces every `pair` in `ids` by `id`, from the left.
 fn merge(ids: &[u32], pair: Pair, id: u32) -> Vec<u32> {
     let mut out = Vec::with_capacity(ids.len());
     let mut rest = ids;

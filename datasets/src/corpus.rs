@@ -1,16 +1,15 @@
 //! Documents out of files: text, JSON lines, JSON arrays, each plain, gzip or Zstandard; Parquet.
 
-use crate::parquet_texts::ParquetTexts;
+use crate::error::{Error, Result};
+use crate::files::sha256_of;
+use crate::parquet_rows::ParquetRows;
 use crate::reader::{Packing, Records};
-use crate::token_cache::Position;
-use crate::tokenizer::hex;
-use crate::{Error, Result};
 use serde::de::{DeserializeSeed, Error as _, SeqAccess, Visitor};
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
-use sha2::{Digest, Sha256};
 use std::fmt;
-use std::fs::{self, File};
-use std::io::{self, Read};
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -22,10 +21,13 @@ const MAX_DOCUMENT: u64 = 64 << 20;
 /// The largest JSON array, in bytes; it is parsed whole.
 const MAX_JSON: u64 = 1 << 30;
 
-/// How documents are found in files.
+/// The customary text between two documents of a text file.
+pub const DOC_SEPARATOR: &str = "<|endoftext|>";
+
+/// Options for finding documents in files.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CorpusOptions {
-    /// What stands between two documents of a text file; none: a text file is one document.
+    /// The text between two documents of a text file. Without it a text file is one document.
     pub doc_separator: Option<String>,
     /// The field of a JSON object, or the column of a Parquet file, that holds the text; `"text"` by default. Several,
     /// with commas between them, are joined by line ends: `question,answer`.
@@ -40,21 +42,21 @@ impl Default for CorpusOptions {
 
 /// Files that are read as documents.
 pub struct Corpus {
-    files: Vec<Source>,
+    files: Vec<CorpusFile>,
     options: CorpusOptions,
     total_bytes: u64,
 }
 
-/// A piece of text on its own: no context of it reaches another.
+/// A piece of text that is independent of all others.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Document {
-    /// The text, without whitespace at either end and not empty; of [`Corpus::texts`] as it stands.
+    /// The text. It has no white space at either end and is not empty, but for [`Corpus::texts`].
     pub text: String,
     /// Index into [`Corpus::files`] of the file it is from.
     pub source: usize,
 }
 
-struct Source {
+struct CorpusFile {
     path: PathBuf,
     format: Format,
     packing: Packing,
@@ -69,11 +71,20 @@ enum Format {
     Parquet,
 }
 
+/// A place between two documents of a corpus.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Position {
+    /// Index of the file being read.
+    pub(crate) file: usize,
+    /// Documents of it that are done.
+    pub(crate) documents: u64,
+}
+
 /// Size and time of a file, to see whether it changes.
 pub(crate) type Stamp = (u64, Option<SystemTime>);
 
 impl Corpus {
-    /// Names the files of a corpus: each of `paths` is a file or a directory. A directory is searched recursively, in
+    /// Opens a corpus: each of `paths` is a file or a directory. A directory is searched recursively, in
     /// the order of names, for `.txt`, `.text`, `.md`, `.tex`, `.jsonl` and `.json` files, also with `.gz` or `.zst`
     /// appended, and `.parquet` files. A file named by itself may end otherwise and is read as text.
     ///
@@ -81,7 +92,11 @@ impl Corpus {
     /// A path that does not exist or is no regular file, a directory without such files, an empty separator.
     pub fn open(paths: &[PathBuf], options: CorpusOptions) -> Result<Corpus> {
         if options.doc_separator.as_deref() == Some("") {
-            return Err(Error::option("--doc-separator", "\"\"", "at least one character, or leave it out"));
+            return Err(Error::setting_range(
+                "doc_separator",
+                "\"\"",
+                "at least one character, or leave it out",
+            ));
         }
         let mut files = Vec::new();
         for path in paths {
@@ -94,7 +109,11 @@ impl Corpus {
                 }
             } else if metadata.is_file() {
                 let (format, packing) = format_of(path);
-                files.push(Source { path: path.clone(), format: format.unwrap_or(Format::Text), packing });
+                files.push(CorpusFile {
+                    path: path.clone(),
+                    format: format.unwrap_or(Format::Text),
+                    packing,
+                });
             } else {
                 return Err(Error::NotAFile { path: path.clone() });
             }
@@ -106,23 +125,23 @@ impl Corpus {
         Ok(Corpus { files, options, total_bytes })
     }
 
-    /// The files, in the order in which they are read.
+    /// Returns the files, in the order in which they are read.
     pub fn files(&self) -> impl ExactSizeIterator<Item = &Path> {
         self.files.iter().map(|file| file.path.as_path())
     }
 
-    /// The options given to [`Corpus::open`].
+    /// Returns the options given to [`Corpus::open`].
     pub fn options(&self) -> &CorpusOptions {
         &self.options
     }
 
-    /// Size of all files on disk, in bytes.
+    /// Returns the size of all files on disk, in bytes.
     pub fn total_bytes(&self) -> u64 {
         self.total_bytes
     }
 
-    /// Reads the documents, one after the other. After an error the iterator ends; a corpus without a document gives
-    /// the one error [`Error::EmptyCorpus`].
+    /// Reads the documents one after the other. The iterator ends after an error. A corpus without a document yields
+    /// [`Error::EmptyCorpus`].
     pub fn documents(&self) -> Documents<'_> {
         Documents {
             corpus: self,
@@ -136,13 +155,13 @@ impl Corpus {
         }
     }
 
-    /// As [`Corpus::documents`], with the texts as they stand in the files: with the white space around them, and blank
-    /// ones too.
+    /// Reads the documents as [`Corpus::documents`] does, but keeps the white space around them, and blank ones too.
     pub fn texts(&self) -> Documents<'_> {
         Documents { as_they_stand: true, ..self.documents() }
     }
 
-    /// The documents from `start` on: files before it are not opened, documents before it in its file are passed over.
+    /// Reads the documents from `start` on: files before it are not opened, documents before it in its file are
+    /// skipped.
     pub(crate) fn documents_from(&self, start: Position) -> Result<Documents<'_>> {
         let mut documents = self.documents();
         for file in &self.files[..start.file.min(self.files.len())] {
@@ -157,30 +176,31 @@ impl Corpus {
         Ok(documents)
     }
 
-    /// What identifies the content of each file whatever its name: its bytes and how they are read. `progress` hears
-    /// how many bytes are done.
+    /// Returns what identifies the content of each file whatever its name: its bytes and how they are read. `progress`
+    /// receives the number of bytes done.
     pub(crate) fn content_hashes(&self, progress: &mut dyn FnMut(u64)) -> Result<Vec<String>> {
         let mut done = 0;
-        let hash = |file: &Source| {
-            let hash = sha256_of(&file.path, &mut |bytes| {
+        let hash = |file: &CorpusFile| {
+            let mut hashed = |bytes| {
                 done += bytes;
                 progress(done);
-            })?;
+            };
+            let hash = sha256_of(&file.path, &mut hashed).map_err(Error::io(&file.path))?;
             Ok(format!("{:?} {:?} {hash}", file.format, file.packing))
         };
         self.files.iter().map(hash).collect()
     }
 
-    /// Size and time of every file.
+    /// Returns size and time of every file.
     pub(crate) fn stamps(&self) -> Result<Vec<Stamp>> {
-        let stamp = |file: &Source| {
+        let stamp = |file: &CorpusFile| {
             let metadata = fs::metadata(&file.path).map_err(Error::io(&file.path))?;
             Ok((metadata.len(), metadata.modified().ok()))
         };
         self.files.iter().map(stamp).collect()
     }
 
-    /// Whether the files are still as `stamps` says.
+    /// Checks that the files are still as `stamps` says.
     pub(crate) fn check_stamps(&self, stamps: &[Stamp]) -> Result<()> {
         match self.stamps()?.iter().zip(stamps).position(|(now, then)| now != then) {
             Some(file) => Err(Error::Changed { path: self.files[file].path.clone() }),
@@ -198,23 +218,8 @@ impl Corpus {
     }
 }
 
-/// SHA-256 of a file, in hexadecimal. `progress` hears of bytes as they are done.
-pub(crate) fn sha256_of(path: &Path, progress: &mut dyn FnMut(u64)) -> Result<String> {
-    let mut file = File::open(path).map_err(Error::io(path))?;
-    let (mut hasher, mut buffer) = (Sha256::new(), vec![0; 1 << 20]);
-    loop {
-        match file.read(&mut buffer).map_err(Error::io(path))? {
-            0 => return Ok(hex(&hasher.finalize())),
-            read => {
-                hasher.update(&buffer[..read]);
-                progress(read as u64);
-            }
-        }
-    }
-}
-
-/// Adds the text files under `dir`. Linked directories are passed over: a link can lead back up.
-fn search(dir: &Path, files: &mut Vec<Source>) -> Result<()> {
+/// Adds the text files under `dir`. Linked directories are skipped: a link can lead back up.
+fn search(dir: &Path, files: &mut Vec<CorpusFile>) -> Result<()> {
     let entries = fs::read_dir(dir).and_then(|entries| entries.collect::<io::Result<Vec<_>>>());
     let mut paths: Vec<PathBuf> = entries.map_err(Error::io(dir))?.iter().map(fs::DirEntry::path).collect();
     paths.sort_unstable();
@@ -227,25 +232,19 @@ fn search(dir: &Path, files: &mut Vec<Source>) -> Result<()> {
         } else if let (Some(format), packing) = format_of(&path)
             && fs::metadata(&path).map_err(Error::io(&path))?.is_file()
         {
-            files.push(Source { path, format, packing });
+            files.push(CorpusFile { path, format, packing });
         }
     }
     Ok(())
 }
 
 fn format_of(path: &Path) -> (Option<Format>, Packing) {
-    let extension = |path: &Path| path.extension().map(|e| e.to_string_lossy().to_ascii_lowercase());
-    let outer = extension(path);
-    let (inner, packing) = match outer.as_deref() {
-        Some("gz") => (extension(&path.with_extension("")), Packing::Gzip),
-        Some("zst") => (extension(&path.with_extension("")), Packing::Zstd),
-        _ => (outer, Packing::Plain),
-    };
-    let format = match inner.as_deref() {
-        Some("txt" | "text" | "md" | "tex") => Some(Format::Text),
-        Some("jsonl") => Some(Format::JsonLines),
-        Some("json") => Some(Format::Json),
-        Some("parquet") if packing == Packing::Plain => Some(Format::Parquet),
+    let (extension, packing) = Packing::of(path);
+    let format = match &extension[..] {
+        "txt" | "text" | "md" | "tex" => Some(Format::Text),
+        "jsonl" => Some(Format::JsonLines),
+        "json" => Some(Format::Json),
+        "parquet" if packing == Packing::Plain => Some(Format::Parquet),
         _ => None,
     };
     (format, packing)
@@ -264,21 +263,21 @@ pub struct Documents<'a> {
     ended: bool,
 }
 
-/// What is left of the file being read.
+/// The rest of the file being read.
 enum OpenFile {
     Text(Records),
     Lines { records: Records, line: u64 },
     Rows(std::vec::IntoIter<String>),
-    Parquet(ParquetTexts),
+    Parquet(ParquetRows),
 }
 
 impl Documents<'_> {
-    /// How many bytes of [`Corpus::total_bytes`] have been read.
+    /// Returns how many bytes of [`Corpus::total_bytes`] have been read.
     pub fn bytes_read(&self) -> u64 {
         self.bytes_read.load(Ordering::Relaxed)
     }
 
-    /// Where the next document comes from.
+    /// Returns the place of the next document.
     pub(crate) fn position(&self) -> Position {
         match self.current {
             Some(_) => Position { file: self.next_file - 1, documents: self.in_file },
@@ -286,7 +285,7 @@ impl Documents<'_> {
         }
     }
 
-    fn open(&self, file: &Source) -> Result<OpenFile> {
+    fn open(&self, file: &CorpusFile) -> Result<OpenFile> {
         const DOCUMENT: (&str, u64) = ("document", MAX_DOCUMENT);
         const LINE: (&str, u64) = ("line", MAX_DOCUMENT);
         let records = |delimiter, limit| {
@@ -310,18 +309,18 @@ impl Documents<'_> {
             }
             Format::Parquet => {
                 let names: Vec<&str> = options.text_column.split(',').collect();
-                OpenFile::Parquet(ParquetTexts::open(&file.path, &names, self.bytes_read.clone())?)
+                OpenFile::Parquet(ParquetRows::open(&file.path, self.bytes_read.clone())?.with_texts(&names)?)
             }
         })
     }
 
-    /// The next text of the open file, as it stands there.
+    /// Reads the next text of the open file, unchanged.
     fn next_text(&mut self, path: &Path) -> Result<Option<String>> {
         match &mut self.current {
             None => Ok(None),
             Some(OpenFile::Text(records)) => records.next(),
             Some(OpenFile::Rows(rows)) => Ok(rows.next()),
-            Some(OpenFile::Parquet(texts)) => texts.next(),
+            Some(OpenFile::Parquet(rows)) => rows.next_text(),
             Some(OpenFile::Lines { records, line }) => loop {
                 let Some(text) = records.next()? else { return Ok(None) };
                 *line += 1;
@@ -374,7 +373,7 @@ impl Iterator for Documents<'_> {
     }
 }
 
-/// The text of one line of JSON.
+/// Returns the text of one line of JSON.
 fn row(path: &Path, line: u64, json: &str, column: &str) -> Result<String> {
     let path = || path.to_path_buf();
     match serde_json::from_str(json) {
@@ -383,13 +382,13 @@ fn row(path: &Path, line: u64, json: &str, column: &str) -> Result<String> {
     }
 }
 
-/// What the parser said and where in its line; the line number is told apart.
+/// Returns the parser's message and its column; the error names the line itself.
 fn parse_reason(cause: &serde_json::Error) -> String {
     let text = cause.to_string();
     format!("{} at column {}", text.split(" at line ").next().unwrap_or_default(), cause.column())
 }
 
-/// The text column of `object`, or the columns between commas joined; or why there is none.
+/// Returns the text column of `object`, or the columns between commas joined; or the reason why there is none.
 fn text_of(mut object: Map<String, Value>, column: &str) -> std::result::Result<String, String> {
     let mut text = String::new();
     let single = object.contains_key(column);
@@ -419,7 +418,7 @@ fn text_of(mut object: Map<String, Value>, column: &str) -> std::result::Result<
     Ok(text)
 }
 
-/// The texts of a JSON array of objects. The objects are dropped as soon as their text is out.
+/// Reads the texts of a JSON array of objects. Each object is dropped once its text is read.
 fn rows(path: &Path, json: &str, column: &str) -> Result<Vec<String>> {
     struct Rows<'a> {
         column: &'a str,

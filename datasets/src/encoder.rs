@@ -5,7 +5,7 @@
 //! what the table lacks is asked of the crate's own model. The ids are the crate's; a text or a tokenizer for which
 //! that is not certain is left to the crate.
 //!
-//! Where a text may be cut:
+//! A text may be cut at these places:
 //! - A tokenizer that splits by a pattern is cut by the same pattern. The one part of the usual patterns that a regular
 //!   expression without look-ahead cannot say, `\s+(?!\S)`, is done by hand.
 //! - A tokenizer that sees the text as one word (SentencePiece's kind) is cut between two characters that stand side by
@@ -24,7 +24,7 @@ use tokenizers::{Model, OffsetReferential, OffsetType, PreTokenizedString, PreTo
 /// The pattern of GPT-2, which a byte-level pre-tokenizer uses by itself.
 const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
 
-/// What the usual patterns end in: white space without its last character where a word follows, else all of it.
+/// The end of the usual patterns: white space without its last character where a word follows, else all of it.
 const TAIL: &str = r"|\s+(?!\S)|\s+";
 
 /// SentencePiece's sign for a space.
@@ -48,7 +48,7 @@ enum Words {
 }
 
 impl Encoder {
-    /// An encoder for the tokenizer of this `tokenizer.json`, if it is of a kind that is known.
+    /// Makes an encoder for the tokenizer of this `tokenizer.json`, if its kind is supported.
     pub(crate) fn new(json: &Value) -> Option<Encoder> {
         let model = &json["model"];
         let plain = |key: &str| model[key].as_str().unwrap_or_default().is_empty();
@@ -124,18 +124,19 @@ impl ByteLevelWords {
         })
     }
 
-    /// The spelling of the words that [`ByteLevelWords::count`] counts.
+    /// Returns the spelling of the words that [`ByteLevelWords::count`] counts.
     pub(crate) fn spelling(&self, word: String) -> String {
         if self.0.is_some() { as_chars(&word) } else { word }
     }
 }
 
-/// The bytes of `word` as GPT-2 writes them: one printable character each.
+/// Returns the bytes of `word` as GPT-2 writes them: one printable character each.
 fn as_chars(word: &str) -> String {
     word.bytes().map(byte_char).collect()
 }
 
-/// GPT-2's character for a byte: the byte itself where that is printable, otherwise the next one from U+0100 on.
+/// Returns GPT-2's character for a byte: the byte itself where that is printable, otherwise the next one from U+0100
+/// on.
 pub(crate) fn byte_char(byte: u8) -> char {
     let code = match byte {
         0..=0x20 => 0x100 + u32::from(byte),
@@ -221,7 +222,7 @@ struct Pairs {
     prefix: Option<Prefix>,
     /// Cut before every [`SPACE`] too.
     at_spaces: bool,
-    /// Whether `a` then `b` stand side by side in a token, for ASCII and [`SPACE`] (written as a space).
+    /// True where `a` then `b` stand side by side in a token, for ASCII and [`SPACE`] (written as a space).
     ascii: Vec<bool>,
     others: HashSet<(char, char), BuildHasherDefault<WordHasher>>,
     /// Characters before which a cut is harmless although the one before may be unknown; none: before all.
@@ -304,7 +305,7 @@ impl Pairs {
         Some(pairs)
     }
 
-    /// Whether the ids before and after the place between `a` and `b` do not depend on each other.
+    /// Returns true if the ids before and after the place between `a` and `b` do not depend on each other.
     fn cuts(&self, a: char, b: char) -> bool {
         let joined = match pair_index(a, b) {
             Some(at) => self.ascii[at],
@@ -345,7 +346,7 @@ impl Pairs {
     }
 }
 
-/// Where in [`Pairs::ascii`] a pair is.
+/// Returns the index of a pair in [`Pairs::ascii`].
 fn pair_index(a: char, b: char) -> Option<usize> {
     let index = |c: char| match c {
         // No text has a plain space once it is spelled.

@@ -3,7 +3,17 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// What can go wrong with text, tokenizers, token caches and windows; each message is one line with its mend.
+use crate::remedy::Remedy;
+
+static SPLIT: Remedy = Remedy::fixed("split the file, or name where documents end with {doc_separator}");
+static COLUMN: Remedy = Remedy::fixed("name the column of the text with {text_column}");
+static EMPTY: Remedy = Remedy::fixed("check the files and {doc_separator}");
+static BOS: Remedy = Remedy::fixed("set bos_token_id in config.json, or use {bos} never");
+static BUSY: Remedy = Remedy::fixed("wait for it, or use another {cache}");
+static SEQUENCES: Remedy = Remedy::fixed("give more text, or a smaller {samples} or {seq}");
+static SHORT: Remedy = Remedy::fixed("give more text, or a smaller {seq}");
+
+/// An error of text, tokenizers, token caches or windows. Each message is one line that ends with a remedy.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -12,7 +22,8 @@ pub enum Error {
     Io {
         /// The file or directory.
         path: PathBuf,
-        /// What the system said.
+        /// The error of the operating system.
+        #[source]
         cause: io::Error,
     },
     /// A path is neither a regular file nor a directory.
@@ -21,7 +32,7 @@ pub enum Error {
         /// The path.
         path: PathBuf,
     },
-    /// A directory holds no file that is read as text.
+    /// A directory holds no text file.
     #[error("{}: no .txt, .text, .md, .tex, .jsonl or .json file (plain, .gz or .zst) and no .parquet file in this directory", path.display())]
     NoTextFiles {
         /// The directory.
@@ -34,7 +45,8 @@ pub enum Error {
         path: PathBuf,
         /// `gzip` or `zstd`.
         format: &'static str,
-        /// What the decoder said.
+        /// The error of the decoder.
+        #[source]
         cause: io::Error,
     },
     /// Text that is not UTF-8.
@@ -46,7 +58,7 @@ pub enum Error {
         offset: u64,
     },
     /// One document, line or JSON file is larger than this crate reads at once.
-    #[error("{}: a {what} of more than {limit} bytes; split the file, or name where documents end with --doc-separator", path.display())]
+    #[error("{}: a {what} of more than {limit} bytes; {}", path.display(), SPLIT)]
     TooLarge {
         /// The file.
         path: PathBuf,
@@ -62,21 +74,21 @@ pub enum Error {
         path: PathBuf,
         /// Line number from 1.
         line: u64,
-        /// What the parser said.
+        /// The message of the parser.
         reason: String,
     },
     /// A JSON object without text in the text column.
-    #[error("{}: line {line}: {reason}; name the column of the text with --text-column", path.display())]
+    #[error("{}: line {line}: {reason}; {}", path.display(), COLUMN)]
     Column {
         /// The file.
         path: PathBuf,
         /// Line number from 1.
         line: u64,
-        /// Which column, and which columns there are.
+        /// The missing column, and the columns that exist.
         reason: String,
     },
     /// A corpus without a single non-empty document.
-    #[error("{files}: empty corpus, not one document with text; check the files and --doc-separator")]
+    #[error("{files}: empty corpus, not one document with text; {}", EMPTY)]
     EmptyCorpus {
         /// The files that were read.
         files: String,
@@ -98,7 +110,7 @@ pub enum Error {
     BadTokenizer {
         /// The file.
         path: PathBuf,
-        /// What the parser said.
+        /// The message of the parser.
         reason: String,
     },
     /// The tokenizer can produce ids that the embedding has no row for.
@@ -113,8 +125,8 @@ pub enum Error {
         /// Rows of the embedding.
         vocab_size: usize,
     },
-    /// A BOS token is asked for and the model has none.
-    #[error("{}: the model names no BOS token; set bos_token_id in config.json, or use --bos never", path.display())]
+    /// A BOS token is required and the model has none.
+    #[error("{}: the model names no BOS token; {}", path.display(), BOS)]
     NoBos {
         /// The tokenizer file.
         path: PathBuf,
@@ -126,7 +138,7 @@ pub enum Error {
         path: PathBuf,
         /// `encoding`, `decoding` or `writing`.
         what: &'static str,
-        /// What the tokenizer said.
+        /// The message of the tokenizer.
         reason: String,
     },
     /// A file that is not a token cache, or not a whole one.
@@ -134,103 +146,101 @@ pub enum Error {
     Cache {
         /// The cache file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The defect.
         reason: String,
     },
     /// Another process is making the same token cache.
-    #[error("{}: in use by another process; wait for it, or use another --cache", path.display())]
+    #[error("{}: in use by another process; {}", path.display(), BUSY)]
     CacheBusy {
         /// The directory of the cache in the making.
         path: PathBuf,
     },
-    /// A file is not any more what was hashed.
+    /// A file changed after it was hashed.
     #[error("{}: changed while it was read; run this again when nothing writes to it", path.display())]
     Changed {
         /// The file.
         path: PathBuf,
     },
     /// A mixture of sources that cannot be used.
-    #[error("{place}: {reason}; {mend}")]
+    #[error("{place}: {reason}; {help}")]
     Mixture {
         /// The file with its line, or the argument.
         place: String,
-        /// What is wrong.
+        /// The defect.
         reason: String,
-        /// What would do.
-        mend: String,
+        /// How to fix it.
+        help: Remedy,
     },
     /// A manifest that cannot be used.
-    #[error("{}: {reason}; {mend}", path.display())]
+    #[error("{}: {reason}; {help}", path.display())]
     Manifest {
         /// The manifest.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The defect.
         reason: String,
-        /// What would do.
-        mend: String,
+        /// How to fix it.
+        help: Remedy,
     },
     /// Too little text for even one window.
-    #[error(
-        "{side}: {tokens} tokens are fewer than one window of {window}; give more text, or a smaller --seq"
-    )]
+    #[error("{side}: {tokens} tokens are fewer than one window of {window}; {}", SHORT)]
     TooFewTokens {
         /// `evaluation text`, `training split`, ...
         side: &'static str,
-        /// Tokens there are.
+        /// Number of tokens.
         tokens: usize,
-        /// Tokens that a window needs.
+        /// Tokens in a window.
         window: usize,
     },
-    /// The training text has fewer sequences than asked for.
-    #[error(
-        "the text has {found} sequences and {asked} are needed; use more text, or fewer or shorter sequences"
-    )]
+    /// Fewer sequences of text than are needed.
+    #[error("the text has {found} sequences of {seq} tokens and {asked} are needed; {}", SEQUENCES)]
     TooFewSequences {
-        /// Sequences of the text.
+        /// Number of sequences.
         found: usize,
-        /// Sequences asked for.
+        /// Tokens in a sequence.
+        seq: usize,
+        /// Sequences needed.
         asked: usize,
     },
     /// A row of a task's file that cannot be used.
-    #[error("{}: row {row}: {reason}; {mend}", path.display())]
+    #[error("{}: row {row}: {reason}; {help}", path.display())]
     Row {
         /// The file.
         path: PathBuf,
         /// Number of the row from 1, blank lines and a header not counted.
         row: u64,
-        /// What is wrong with it.
+        /// The defect.
         reason: String,
-        /// What would do.
-        mend: String,
+        /// How to fix it.
+        help: Remedy,
     },
     /// A task's file that cannot be used as a whole.
-    #[error("{}: {reason}; {mend}", path.display())]
+    #[error("{}: {reason}; {help}", path.display())]
     TaskFile {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The defect.
         reason: String,
-        /// What would do.
-        mend: String,
+        /// How to fix it.
+        help: Remedy,
     },
     /// A task that cannot be run as asked.
-    #[error("task {task}: {reason}; {mend}")]
+    #[error("task {task}: {reason}; {help}")]
     Task {
         /// The task.
         task: String,
-        /// What is wrong.
+        /// The defect.
         reason: String,
-        /// What would do.
-        mend: String,
+        /// How to fix it.
+        help: Remedy,
     },
-    /// An option outside its range.
-    #[error("{option}: {value} is out of range; use {range}")]
-    Option {
-        /// Name of the option.
-        option: &'static str,
+    /// A setting outside its range.
+    #[error("{setting} is {value}; use {range}")]
+    Setting {
+        /// Name of the setting.
+        setting: &'static str,
         /// The value given.
         value: String,
-        /// What is allowed.
+        /// The values that are allowed.
         range: &'static str,
     },
 }
@@ -239,13 +249,41 @@ pub enum Error {
 pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
-    /// For `map_err`: an [`Error::Io`] about `path`.
+    /// Makes an [`Error::Io`] about `path`, for `map_err`.
     pub(crate) fn io(path: &Path) -> impl FnOnce(io::Error) -> Error {
         let path = path.to_path_buf();
         move |cause| Error::Io { path, cause }
     }
 
-    pub(crate) fn option(option: &'static str, value: impl ToString, range: &'static str) -> Error {
-        Error::Option { option, value: value.to_string(), range }
+    pub(crate) fn setting_range(setting: &'static str, value: impl ToString, range: &'static str) -> Error {
+        Error::Setting { setting, value: value.to_string(), range }
+    }
+
+    /// Returns the remedy with which the message ends, where it names settings.
+    pub fn help(&self) -> Option<&Remedy> {
+        match self {
+            Error::TooLarge { .. } => Some(&SPLIT),
+            Error::Column { .. } => Some(&COLUMN),
+            Error::EmptyCorpus { .. } => Some(&EMPTY),
+            Error::NoBos { .. } => Some(&BOS),
+            Error::CacheBusy { .. } => Some(&BUSY),
+            Error::TooFewTokens { .. } => Some(&SHORT),
+            Error::TooFewSequences { .. } => Some(&SEQUENCES),
+            Error::Mixture { help, .. }
+            | Error::Manifest { help, .. }
+            | Error::Row { help, .. }
+            | Error::TaskFile { help, .. }
+            | Error::Task { help, .. } => Some(help),
+            _ => None,
+        }
+    }
+
+    /// Returns the setting with whose name the message begins, if it is about one.
+    pub fn setting(&self) -> Option<&'static str> {
+        match self {
+            Error::Setting { setting, .. } if !setting.contains(' ') => Some(setting),
+            Error::Mixture { place, .. } if place.starts_with("data") => Some("data"),
+            _ => None,
+        }
     }
 }

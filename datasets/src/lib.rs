@@ -1,36 +1,31 @@
-//! Text for DSMoE: tokenizers, corpora, token streams with a cache, evaluation and training windows, synthetic text.
-//!
-//! The path of a text: [`Corpus`] reads documents from files, [`Tokenizer`] turns each into ids, [`tokenize`]
-//! concatenates them to one [`TokenStream`], or [`tokens::prepare`] puts them into a hashed cache file. From there
-//! either [`eval_windows`] lays out what is scored, or a [`Mixture`] of sources, each a [`Split`], what is trained on. Everything is a function of its inputs alone: no
-//! clock, no thread count, no path enters a result.
+#![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
 mod bpe;
 pub mod corpus;
 mod encoder;
 mod error;
+pub mod files;
 pub mod manifest;
 pub mod mixture;
 pub mod overlap;
-mod parquet_texts;
+mod parquet_rows;
 mod reader;
-pub mod synthetic;
+mod remedy;
+mod stream;
 pub mod tasks;
 pub mod token_cache;
+mod token_texts;
 pub mod tokenizer;
 pub mod tokens;
 pub mod windows;
 pub mod world;
 
-pub use corpus::{Corpus, CorpusOptions, Document};
+pub use corpus::{Corpus, CorpusOptions, DOC_SEPARATOR, Document};
 pub use error::{Error, Result};
-pub use mixture::{Interleaving, Mixture, Sample, Source, SourceSpec};
-pub use synthetic::{DOC_SEPARATOR, synthetic_text};
+pub use mixture::{Interleaving, Mixture, Sample, SourceSpec, TokenSource};
+pub use remedy::Remedy;
+pub use stream::TokenStream;
 pub use tokenizer::{Bos, DecodeStream, Tokenizer, train_bpe};
-pub use tokens::{TokenStream, Tokens, tokenize};
+pub use tokens::{Tokens, tokenize};
 pub use windows::{Batches, EvalWindow, Split, SplitOptions, eval_windows};
-
-#[cfg(doctest)]
-#[doc = include_str!("../README.md")]
-struct Readme;

@@ -1,11 +1,11 @@
-//! Manifests: the files of a folder with their sizes and SHA-256, and the public datasets to make folders of.
+//! Manifests: the files of a folder with their sizes and SHA-256, and the public datasets that folders are made from.
 
-use crate::corpus::sha256_of;
-use crate::{Error, Result};
+use crate::error::{Error, Result};
+use crate::files::{replace, sha256_of};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::{self, Write};
+use std::io;
 use std::path::{Component, Path, PathBuf};
 
 /// Name of the manifest in its folder.
@@ -21,15 +21,15 @@ const MAX_MANIFEST: u64 = 256 << 20;
 pub struct PublicDataset {
     /// Its name here.
     pub name: &'static str,
-    /// What kind of text it is.
+    /// The kind of text.
     pub domain: &'static str,
-    /// Where its publisher keeps it.
+    /// The repository of its publisher.
     pub repository: &'static str,
     /// The files taken of it.
     pub files: &'static str,
     /// The column of the text.
     pub text_column: &'static str,
-    /// What has to be known before.
+    /// A note for users who fetch it.
     pub note: &'static str,
 }
 
@@ -70,7 +70,7 @@ pub const PUBLIC: [PublicDataset; 4] = [
 ];
 
 impl PublicDataset {
-    /// The command that fetches it into `folder`/NAME.
+    /// Returns the command that fetches it into `folder`/NAME.
     pub fn command(&self, folder: &str) -> String {
         format!(
             "hf download {} --repo-type dataset --include '{}' --local-dir {folder}/{}",
@@ -98,10 +98,10 @@ struct Manifest {
     files: Vec<Entry>,
 }
 
-/// What a folder is, held against its manifest.
+/// The comparison of a folder with its manifest.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Verification {
-    /// Files that are as the manifest says.
+    /// The number of files that are as the manifest says.
     pub good: usize,
     /// Bytes of all files of the manifest.
     pub bytes: u64,
@@ -114,14 +114,14 @@ pub struct Verification {
 }
 
 impl Verification {
-    /// Whether every file of the manifest is there as it says.
+    /// Returns true if every file of the manifest exists as it says.
     pub fn holds(&self) -> bool {
         self.missing.is_empty() && self.changed.is_empty()
     }
 }
 
-/// Writes the manifest of `folder` from the files that lie there; hidden ones are left out. `progress` hears how many
-/// bytes of how many are hashed.
+/// Writes the manifest of `folder` from its files; hidden ones are left out. `progress`
+/// receives the bytes hashed and the bytes of all files.
 ///
 /// # Errors
 /// An empty folder, a file that cannot be read or whose name is not UTF-8, or a folder that cannot be written.
@@ -132,33 +132,31 @@ pub fn write(folder: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<Vec<En
         return Err(Error::Manifest {
             path: folder.to_path_buf(),
             reason: "no file to hash in this folder".into(),
-            mend: "fetch the dataset first".into(),
+            help: "fetch the dataset first".into(),
         });
     }
     let total: u64 = files.iter().map(|(_, bytes)| bytes).sum();
     let mut done = 0;
     let mut entries = Vec::new();
     for (name, bytes) in files {
-        let sha256 = sha256_of(&folder.join(&name), &mut |more| {
+        let path = folder.join(&name);
+        let mut hashed = |more| {
             done += more;
             progress(done, total);
-        })?;
+        };
+        let sha256 = sha256_of(&path, &mut hashed).map_err(Error::io(&path))?;
         entries.push(Entry { path: name, bytes, sha256 });
     }
     let manifest = Manifest { format_version: FORMAT_VERSION, files: entries };
-    let save = || -> io::Result<()> {
-        let mut file = tempfile::NamedTempFile::new_in(folder)?;
-        serde_json::to_writer_pretty(&mut file, &manifest)?;
-        file.write_all(b"\n")?;
-        file.as_file().sync_all()?;
-        file.persist(&path)?;
-        Ok(())
-    };
-    save().map_err(Error::io(&path))?;
+    let saved = replace(&path, |file| {
+        serde_json::to_writer_pretty(&mut *file, &manifest)?;
+        file.write_all(b"\n")
+    });
+    saved.map_err(Error::io(&path))?;
     Ok(manifest.files)
 }
 
-/// Holds `folder` against its manifest. `progress` hears how many bytes of how many are hashed.
+/// Compares `folder` with its manifest. `progress` receives the bytes hashed and the bytes of all files.
 ///
 /// # Errors
 /// No manifest, one that is not sound, or a file that cannot be read.
@@ -181,7 +179,8 @@ pub fn verify(folder: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<Verif
         // A file of another size need not be read.
         let same = size == entry.bytes
             && sha256_of(&path, &mut |more| progress(done + more, total))
-                .map(|sha256| sha256.eq_ignore_ascii_case(&entry.sha256))?;
+                .map_err(Error::io(&path))?
+                .eq_ignore_ascii_case(&entry.sha256);
         done += entry.bytes;
         progress(done, total);
         match same {
@@ -198,7 +197,7 @@ fn read(path: &Path) -> Result<Manifest> {
     let wrong = |reason: String| Error::Manifest {
         path: path.to_path_buf(),
         reason,
-        mend: "make it again with dsmoe data verify --write".into(),
+        help: "write it again with dsmoe data verify {write}".into(),
     };
     let metadata = match fs::metadata(path) {
         Err(cause) if cause.kind() == io::ErrorKind::NotFound => return Err(wrong("no manifest".into())),
@@ -227,7 +226,8 @@ fn read(path: &Path) -> Result<Manifest> {
     Ok(manifest)
 }
 
-/// The files below `folder`, by name, with their sizes; hidden ones, links to folders and the manifest left out.
+/// Returns the files below `folder`, by name, with their sizes; hidden ones, links to folders and the manifest left
+/// out.
 fn files(folder: &Path) -> Result<Vec<(String, u64)>> {
     let mut files = Vec::new();
     let mut folders: Vec<(PathBuf, String)> = vec![(folder.to_path_buf(), String::new())];
@@ -239,7 +239,7 @@ fn files(folder: &Path) -> Result<Vec<(String, u64)>> {
                 return Err(Error::Manifest {
                     path,
                     reason: "a file name that is not UTF-8".into(),
-                    mend: "rename it".into(),
+                    help: "rename it".into(),
                 });
             };
             if name.starts_with('.') || (prefix.is_empty() && name == MANIFEST) {

@@ -1,4 +1,4 @@
-//! Several sources of text as one: which there are, how each is split, and which of their windows a step sees.
+//! Mixtures: several sources of text, each split into two sides, and the order in which steps see their windows.
 //!
 //! A mixture file:
 //! ```toml
@@ -10,9 +10,12 @@
 //! doc_separator = "<|end|>"
 //! ```
 
+use crate::corpus::CorpusOptions;
+use crate::error::{Error, Result};
 use crate::overlap::{self, Removed, Sides, TokenTexts};
+use crate::tokens::Tokens;
 use crate::windows::Pieces;
-use crate::{Batches, CorpusOptions, Error, Result, Split, SplitOptions, Tokens};
+use crate::windows::{Batches, Split, SplitOptions};
 use rand_pcg::Pcg64;
 use rand_pcg::rand_core::Rng;
 use serde::Deserialize;
@@ -25,7 +28,7 @@ pub const UNNAMED: &str = "text";
 /// Samples over which weights are kept: in each block every source has its share to one part in so many.
 pub const BLOCK: usize = 10_000;
 
-/// Most sources.
+/// The largest number of sources.
 const MAX_SOURCES: usize = 1000;
 
 /// One source of a mixture, as a user states it.
@@ -37,7 +40,7 @@ pub struct SourceSpec {
     pub paths: Vec<PathBuf>,
     /// Its weight: samples are drawn in these ratios.
     pub weight: f64,
-    /// How documents are found.
+    /// Options for finding documents.
     pub options: CorpusOptions,
 }
 
@@ -64,7 +67,7 @@ enum Paths {
     Many(Vec<PathBuf>),
 }
 
-/// Reads a mixture file; what an entry does not say is as in `defaults`.
+/// Reads a mixture file. `defaults` fill in what an entry leaves out.
 ///
 /// # Errors
 /// A file that cannot be read or is no such table, names that are wrong or occur twice, weights that are not positive.
@@ -73,7 +76,7 @@ pub fn from_toml(path: &Path, defaults: &CorpusOptions) -> Result<Vec<SourceSpec
     let wrong = |reason: String| Error::Mixture {
         place: path.display().to_string(),
         reason,
-        mend: "write [[source]] tables with name, data and weight".into(),
+        help: "write [[source]] tables with name, data and weight".into(),
     };
     let file: File = toml::from_str(&text).map_err(|cause| {
         let line = cause.span().map_or(1, |span| text[..span.start].matches('\n').count() + 1);
@@ -103,16 +106,16 @@ pub fn from_toml(path: &Path, defaults: &CorpusOptions) -> Result<Vec<SourceSpec
     Ok(sources)
 }
 
-/// Sources of command-line words: `PATH ...` for one source without a name, or `NAME=PATH[:WEIGHT] ...`, where words of
+/// Parses sources from words: `PATH ...` for one source without a name, or `NAME=PATH[:WEIGHT] ...`, where words of
 /// one name go together.
 ///
 /// # Errors
 /// Words of both kinds, names that are wrong, weights that are not positive or contradict each other.
 pub fn from_words(words: &[String], options: &CorpusOptions) -> Result<Vec<SourceSpec>> {
-    let wrong = |word: &str, reason: &str, mend: &str| Error::Mixture {
-        place: format!("--data {word}"),
+    let wrong = |word: &str, reason: &str, help: &'static str| Error::Mixture {
+        place: format!("data {word}"),
         reason: reason.into(),
-        mend: mend.into(),
+        help: help.into(),
     };
     let mut sources: Vec<SourceSpec> = Vec::new();
     let mut weighted: Vec<bool> = Vec::new();
@@ -159,7 +162,7 @@ pub fn from_words(words: &[String], options: &CorpusOptions) -> Result<Vec<Sourc
             (sources[at].weight, weighted[at]) = (weight, true);
         }
     }
-    check(&sources, "--data")?;
+    check(&sources, "data")?;
     Ok(sources)
 }
 
@@ -170,8 +173,9 @@ fn is_name(text: &str) -> bool {
 }
 
 fn check(sources: &[SourceSpec], place: &str) -> Result<()> {
-    let wrong =
-        |reason: String, mend: &str| Err(Error::Mixture { place: place.into(), reason, mend: mend.into() });
+    let wrong = |reason: String, help: &'static str| {
+        Err(Error::Mixture { place: place.into(), reason, help: help.into() })
+    };
     if sources.is_empty() || sources.len() > MAX_SOURCES {
         return wrong(format!("{} sources", sources.len()), "name 1 to 1000");
     }
@@ -189,9 +193,9 @@ fn check(sources: &[SourceSpec], place: &str) -> Result<()> {
     Ok(())
 }
 
-/// A source as ids.
+/// A source of a mixture as token ids.
 #[derive(Clone, Debug)]
-pub struct Source {
+pub struct TokenSource {
     /// Its name in reports.
     pub name: String,
     /// Its weight.
@@ -209,7 +213,7 @@ pub struct Part {
     pub share: f64,
     /// Its two sides.
     pub split: Split,
-    /// What the filter took out of them.
+    /// The text that the filter removed.
     pub removed: Removed,
 }
 
@@ -230,12 +234,16 @@ pub struct Sample {
 }
 
 impl Mixture {
-    /// Splits every source. With `filter`, the bytes of the tokens, whatever the two sides have in common is taken out
-    /// (see [`overlap`]).
+    /// Splits every source. `filter` holds the bytes of the tokens; with it, text that the two sides have in common is
+    /// removed (see [`overlap`]).
     ///
     /// # Errors
     /// No source, options out of range, a source with too little text, tokens that cannot be read.
-    pub fn new(sources: &[Source], options: SplitOptions, filter: Option<&TokenTexts>) -> Result<Mixture> {
+    pub fn new(
+        sources: &[TokenSource],
+        options: SplitOptions,
+        filter: Option<&TokenTexts>,
+    ) -> Result<Mixture> {
         let total: f64 = sources.iter().map(|source| source.weight).sum();
         let mut sides = Vec::new();
         for source in sources {
@@ -264,22 +272,22 @@ impl Mixture {
         Ok(Mixture { parts, filtered: filter.is_some() })
     }
 
-    /// The sources, in their order.
+    /// Returns the sources, in their order.
     pub fn parts(&self) -> &[Part] {
         &self.parts
     }
 
-    /// Whether what the sides have in common was taken out.
+    /// Returns true if text that the sides have in common was removed.
     pub fn filtered(&self) -> bool {
         self.filtered
     }
 
-    /// Tokens of all training sides.
+    /// Returns the number of tokens of all training sides.
     pub fn train_len(&self) -> usize {
         self.parts.iter().map(|part| part.split.train_len()).sum()
     }
 
-    /// Tokens of all held-out sides.
+    /// Returns the number of tokens of all held-out sides.
     pub fn valid_len(&self) -> usize {
         self.parts.iter().map(|part| part.split.valid_tokens().len()).sum()
     }
@@ -295,25 +303,16 @@ impl Mixture {
         self.parts[sample.part].split.window(sample.window, out)
     }
 
-    /// The order in which windows are trained on.
+    /// Returns the inputs of the first `count` training windows, in the order in which a run of this seed takes them, as
+    /// calibration text.
     ///
     /// # Errors
-    /// A batch out of range.
-    pub fn interleaving(&self, batch: usize, seed: u64) -> Result<Interleaving> {
-        let parts: Vec<(usize, f64)> =
-            self.parts.iter().map(|part| (part.split.num_windows(), part.share)).collect();
-        Interleaving::new(&parts, batch, seed)
-    }
-
-    /// Returns the inputs of the first `count` samples that a run of this seed trains on: sequences of one length, without
-    /// the last target.
-    ///
-    /// # Errors
-    /// The text has fewer training windows, or tokens that cannot be read.
+    /// Fewer windows than `count`, or tokens that cannot be read.
     pub fn sequences(&self, count: usize, seed: u64) -> Result<Vec<Vec<u32>>> {
         let found = self.parts.iter().map(|part| part.split.num_windows()).sum();
         if found < count {
-            return Err(Error::TooFewSequences { found, asked: count });
+            let seq = self.parts.first().map_or(0, |part| part.split.seq());
+            return Err(Error::TooFewSequences { found, seq, asked: count });
         }
         let mut order = self.interleaving(count, seed)?;
         let read = |sample| {
@@ -324,21 +323,31 @@ impl Mixture {
         };
         order.batch_at(0).map(read).collect()
     }
+
+    /// Returns the order in which windows are trained on.
+    ///
+    /// # Errors
+    /// A batch out of range.
+    pub fn interleaving(&self, batch: usize, seed: u64) -> Result<Interleaving> {
+        let parts: Vec<(usize, f64)> =
+            self.parts.iter().map(|part| (part.split.num_windows(), part.share)).collect();
+        Interleaving::new(&parts, batch, seed)
+    }
 }
 
-/// Says which of several sources is too small.
-fn of_source(error: Error, source: &Source, all: &[Source]) -> Error {
+/// Names the source that is too small, where there are several.
+fn of_source(error: Error, source: &TokenSource, all: &[TokenSource]) -> Error {
     match error {
-        Error::TooFewTokens { .. } if all.len() > 1 => Error::Mixture {
+        Error::TooFewTokens { side, tokens, window } if all.len() > 1 => Error::Mixture {
             place: format!("source {}", source.name),
-            reason: error.to_string(),
-            mend: "or leave the source out".into(),
+            reason: format!("{side}: {tokens} tokens are fewer than one window of {window}"),
+            help: "give more text, or a smaller {seq}, or leave the source out".into(),
         },
         _ => error,
     }
 }
 
-/// Which windows of which part a training step sees: a function of seed and step alone.
+/// The order of training windows: a function of seed and step alone says which windows of which part a step sees.
 ///
 /// Samples come in blocks of [`BLOCK`]. In each block every part has its share of the weights, rounded to whole samples
 /// and at least one, spread evenly with a jitter. The samples of a part go through its windows in epochs, each a
@@ -354,7 +363,7 @@ pub struct Interleaving {
 }
 
 impl Interleaving {
-    /// For parts of (windows, weight).
+    /// Orders the windows of parts of (windows, weight).
     ///
     /// # Errors
     /// A batch out of range, or a part without windows.
@@ -367,7 +376,7 @@ impl Interleaving {
         Ok(Interleaving { batch, seed, quotas, orders, block: None })
     }
 
-    /// The samples of step `step`, counted from 0.
+    /// Returns the samples of step `step`, counted from 0.
     pub fn batch_at(&mut self, step: u64) -> impl Iterator<Item = Sample> + '_ {
         let first = u128::from(step) * self.batch as u128;
         (first..first + self.batch as u128).map(|sample| {
@@ -389,8 +398,8 @@ impl Interleaving {
     }
 }
 
-/// Whole numbers that sum up to [`BLOCK`], in the ratio of `weights`, each at least 1: the largest remainders are
-/// rounded up.
+/// Divides [`BLOCK`] into whole numbers in the ratio of `weights`, each at least 1: the largest remainders are rounded
+/// up.
 fn quotas(weights: &[f64]) -> Vec<usize> {
     let total: f64 = weights.iter().sum();
     let exact: Vec<f64> = weights.iter().map(|weight| weight / total * BLOCK as f64).collect();
@@ -416,7 +425,7 @@ fn quotas(weights: &[f64]) -> Vec<usize> {
     }
 }
 
-/// The parts of one block in their order, each with its rank.
+/// Returns the parts of one block in their order, each with its rank.
 fn pattern(quotas: &[usize], seed: u64, block: u64) -> Vec<(usize, usize)> {
     let mix = crate::windows::mix;
     // Another stream than that of the windows.
@@ -442,6 +451,23 @@ mod tests {
     fn samples(parts: &[(usize, f64)], seed: u64, count: usize) -> Vec<Sample> {
         let mut order = Interleaving::new(parts, 4, seed).unwrap();
         (0..count.div_ceil(4) as u64).flat_map(|step| order.batch_at(step).collect::<Vec<_>>()).collect()
+    }
+
+    #[test]
+    fn sequences_are_the_first_inputs_of_a_run() {
+        let stream = TokenStream { ids: (0..100).collect(), doc_starts: vec![0] };
+        let source = TokenSource { name: "a".into(), weight: 1.0, tokens: stream.into() };
+        let options = SplitOptions { seq: 8, valid_fraction: 0.0, valid_samples: 0 };
+        let mixture = Mixture::new(&[source], options, None).unwrap();
+        let sequences = mixture.sequences(3, 7).unwrap();
+        let first: Vec<Sample> = mixture.interleaving(3, 7).unwrap().batch_at(0).collect();
+        for (ids, sample) in sequences.iter().zip(first) {
+            let mut window = Vec::new();
+            mixture.window(sample, &mut window).unwrap();
+            assert_eq!(ids[..], window[..8]);
+        }
+        let message = mixture.sequences(13, 7).unwrap_err().to_string();
+        assert!(message.contains("12 sequences of 8 tokens and 13 are needed"), "{message}");
     }
 
     #[test]
@@ -511,7 +537,7 @@ mod tests {
             (&[], "0 sources"),
         ] {
             let message = parse(words).unwrap_err().to_string();
-            assert!(message.contains(wanted) && message.contains("--data"), "{message}");
+            assert!(message.contains(wanted) && message.starts_with("data"), "{message}");
         }
     }
 
@@ -551,13 +577,13 @@ mod tests {
 
     #[test]
     fn a_source_that_is_too_small_is_named() {
-        let source = |name: &str, len: u32| Source {
+        let source = |name: &str, len: u32| TokenSource {
             name: name.into(),
             weight: 1.0,
             tokens: TokenStream { ids: (0..len).collect(), doc_starts: vec![0] }.into(),
         };
         let options = SplitOptions { seq: 20, valid_fraction: 0.1, valid_samples: 100 };
-        let message = |sources: &[Source]| Mixture::new(sources, options, None).unwrap_err().to_string();
+        let message = |sources: &[TokenSource]| Mixture::new(sources, options, None).unwrap_err().to_string();
         assert!(
             message(&[source("a", 900), source("b", 9)]).starts_with("source b: training text: 9 tokens")
         );

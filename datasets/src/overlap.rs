@@ -1,4 +1,4 @@
-//! What held-out text and training text have in common, and how it is taken out.
+//! Removes text that held-out and training sides have in common.
 //!
 //! Text is compared by its words: letters and digits, ASCII letters in lower case; all else only separates. A piece of
 //! text is the set of its *shingles*, eight words in a row each; a piece of fewer words is one shingle. The shingles of
@@ -8,10 +8,12 @@
 //! - a held-out piece of which at least half of the shingles occur in what is trained on is not evaluated.
 //!
 //! The first takes out near copies of held-out documents, the second held-out text that lies inside longer training
-//! text. Held-out text is small, so the table holds its shingles themselves, where sketches of both sides (MinHash) would
-//! estimate the same shares; when there are more than a million, those with the smallest hashes stand for all.
+//! text. Held-out text is small, so the table holds its shingles themselves, where sketches of both sides (MinHash)
+//! would estimate the same shares; when there are more than a million, those with the smallest hashes stand for all.
 
-use crate::{Result, Tokens};
+use crate::error::Result;
+pub use crate::token_texts::TokenTexts;
+use crate::tokens::Tokens;
 use rayon::prelude::*;
 use serde::Serialize;
 use std::collections::HashMap;
@@ -21,38 +23,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 /// Words of a shingle.
 pub const SHINGLE_WORDS: usize = 8;
 
-/// Shingles in the table, about, at most.
+/// The largest number of shingles in the table, roughly.
 const MAX_SHINGLES: usize = 1 << 20;
 
 /// Training pieces read at a time by one thread.
 const PIECES: usize = 256;
 
-/// The bytes that each token of a vocabulary stands for.
-#[derive(Clone, Debug, Default)]
-pub struct TokenTexts {
-    bytes: Vec<u8>,
-    ends: Vec<usize>,
-}
-
 impl TokenTexts {
-    /// By the bytes of every id from 0 on; a token that is not text has none, and separates words.
-    pub fn new<'a>(tokens: impl Iterator<Item = Option<&'a [u8]>>) -> TokenTexts {
-        let mut texts = TokenTexts::default();
-        for token in tokens {
-            texts.bytes.extend_from_slice(token.unwrap_or(b" "));
-            texts.ends.push(texts.bytes.len());
-        }
-        texts
-    }
-
-    /// The bytes of token `id`; a space for one that is not text.
-    pub fn of(&self, id: u32) -> &[u8] {
-        let id = id as usize;
-        let start = id.checked_sub(1).map_or(0, |before| self.ends.get(before).copied().unwrap_or(0));
-        self.ends.get(id).map_or(b" ", |&end| &self.bytes[start..end])
-    }
-
-    /// Hands on the shingles of `ids`, each a hash of its words.
+    /// Hands the shingles of `ids` to `take`, each a hash of its words.
     fn shingles(&self, ids: &[u32], take: &mut dyn FnMut(u64)) {
         const EMPTY: u64 = 0xcbf2_9ce4_8422_2325;
         let (mut ring, mut words, mut word) = ([0u64; SHINGLE_WORDS], 0usize, EMPTY);
@@ -89,12 +67,12 @@ fn mix(value: u64) -> u64 {
     crate::windows::mix(value)
 }
 
-/// What was taken out of one source. A piece is a document, or a part of a long one.
+/// The text removed from one source. A piece is a document, or a part of a long one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Removed {
     /// Training pieces that are near copies of held-out ones.
     pub train_pieces: u64,
-    /// Of these, pieces with all of their shingles held out: copies up to case, punctuation and order.
+    /// The pieces among them with all of their shingles held out: copies up to case, punctuation and order.
     pub train_copies: u64,
     /// Tokens of these pieces.
     pub train_tokens: u64,
@@ -111,7 +89,7 @@ pub(crate) struct Sides<'a> {
     pub(crate) valid: Vec<Range<usize>>,
 }
 
-/// Takes out of all sources what the two sides have in common; what was taken out, by source.
+/// Removes from all sources what the two sides have in common, and returns what was removed, by source.
 ///
 /// # Errors
 /// Tokens that cannot be read.

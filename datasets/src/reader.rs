@@ -1,6 +1,6 @@
-//! Records of one file: decompressed on the way, cut at a delimiter, never more in memory than one record.
+//! Reads records of one file: decompresses it, cuts it at a delimiter, and holds one record in memory.
 
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 use flate2::read::MultiGzDecoder;
 use ruzstd::decoding::FrameDecoder;
 use ruzstd::decoding::errors::{FrameDecoderError, ReadFrameHeaderError};
@@ -16,12 +16,26 @@ const CHUNK: u64 = 1 << 16;
 /// The largest window of a Zstandard frame that is decoded, as in the reference decoder: 128 MiB.
 const MAX_ZSTD_WINDOW: u64 = 1 << 27;
 
-/// How the bytes of a file are packed.
+/// The compression of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Packing {
     Plain,
     Gzip,
     Zstd,
+}
+
+impl Packing {
+    /// Splits the name of `path` into the extension of its content, in lower case, and its packing.
+    pub(crate) fn of(path: &Path) -> (String, Packing) {
+        let extension = |path: &Path| {
+            path.extension().map(|e| e.to_string_lossy().to_ascii_lowercase()).unwrap_or_default()
+        };
+        match &extension(path)[..] {
+            "gz" => (extension(&path.with_extension("")), Packing::Gzip),
+            "zst" => (extension(&path.with_extension("")), Packing::Zstd),
+            other => (other.to_owned(), Packing::Plain),
+        }
+    }
 }
 
 /// Cuts the content of a file into records.
@@ -34,9 +48,9 @@ pub(crate) struct Records {
     what: &'static str,
     limit: u64,
     buffer: Vec<u8>,
-    /// Where in `buffer` the next record starts.
+    /// The start of the next record in `buffer`.
     begin: usize,
-    /// Where in the content of the file it starts.
+    /// Its start in the content of the file.
     offset: u64,
     at_end: bool,
 }
@@ -72,19 +86,19 @@ impl Records {
         })
     }
 
-    /// Another delimiter and limit for the records still to come.
+    /// Sets the delimiter and limit of the records still to come.
     pub(crate) fn set_delimiter(&mut self, delimiter: &str, (what, limit): (&'static str, u64)) {
         (self.delimiter, self.what, self.limit) = (delimiter.as_bytes().to_vec(), what, limit);
     }
 
-    /// The first byte of the content that is neither whitespace nor part of a byte-order mark, among those that come
-    /// with the first read.
+    /// Returns the first byte of the content that is neither whitespace nor part of a byte-order mark, among those
+    /// that come with the first read.
     pub(crate) fn peek(&mut self) -> Result<Option<u8>> {
         self.fill()?;
         Ok(self.buffer.iter().copied().find(|byte| byte.is_ascii() && !byte.is_ascii_whitespace()))
     }
 
-    /// The next record as text, without its delimiter and without a byte-order mark.
+    /// Reads the next record as text, without its delimiter and without a byte-order mark.
     pub(crate) fn next(&mut self) -> Result<Option<String>> {
         let mut searched = 0;
         let length = loop {
@@ -144,7 +158,7 @@ impl Records {
     }
 }
 
-/// Where `needle` starts in `bytes`.
+/// Finds the start of `needle` in `bytes`.
 fn find(bytes: &[u8], needle: &[u8]) -> Option<usize> {
     let (&first, rest) = needle.split_first()?;
     let mut at = 0;
@@ -170,7 +184,7 @@ impl Read for Counted {
     }
 }
 
-/// Decodes a sequence of Zstandard frames, checks their checksums, passes over skippable ones.
+/// Decodes a sequence of Zstandard frames, checks their checksums, and skips skippable ones.
 struct ZstdReader<R> {
     source: R,
     decoder: FrameDecoder,

@@ -1,4 +1,4 @@
-//! The file of a token cache, and how it comes about.
+//! The file of a token cache, and its writer.
 //!
 //! ```text
 //! offset  size  what
@@ -11,16 +11,19 @@
 //!     64        the ids; then the document starts, 8 bytes each
 //! ```
 //! All numbers are little-endian. A file is opened only if its length is exactly what the header says and the hash
-//! agrees. Then its ids stay where they are and are read by position: the system keeps what is used often in memory, as
-//! with a map of the file, but a file that is cut while it is read gives an error and not the end of the process.
+//! agrees. Its ids are read by position: the system keeps those in use in memory, as with a mapped file, but a file
+//! that is cut while it is read gives an error instead of ending the process.
 //!
 //! While it is written, a cache is a directory `KEY.part`: the ids, the document starts, and a cursor that says up to
-//! which document both are on the disk. Whoever comes after a kill goes on from there. The directory is locked.
+//! which document both are on the disk. After a kill the next writer resumes there. The directory is locked.
 
-use crate::{Error, Result, TokenStream};
+use crate::corpus::Position;
+use crate::error::{Error, Result};
+use crate::files::{lock_dir, replace, sync_dir};
+use crate::stream::TokenStream;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use std::fs::{self, File, OpenOptions, TryLockError};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufWriter, Read, Seek, SeekFrom, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -37,7 +40,7 @@ const IDS_FILE: &str = "ids";
 const STARTS_FILE: &str = "starts";
 const CURSOR_FILE: &str = "cursor.json";
 
-/// A token cache that was found whole.
+/// A complete token cache.
 #[derive(Debug)]
 pub struct TokenFile {
     file: Positioned,
@@ -115,22 +118,22 @@ impl TokenFile {
         Ok(TokenFile { file, path, width: width as usize, len, doc_starts, max_id })
     }
 
-    /// Number of ids.
+    /// Returns the number of ids.
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// Whether there is no id.
+    /// Returns true if there is no id.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// Where each document starts: ascending, from 0.
+    /// Returns the start of each document: ascending, from 0.
     pub fn doc_starts(&self) -> &[usize] {
         &self.doc_starts
     }
 
-    /// The largest id; 0 if there is none.
+    /// Returns the largest id; 0 if there is none.
     pub fn max_id(&self) -> u32 {
         self.max_id
     }
@@ -156,7 +159,7 @@ impl TokenFile {
         Ok(())
     }
 
-    /// All of it in memory.
+    /// Reads all of it into memory.
     ///
     /// # Errors
     /// The file cannot be read any more.
@@ -208,16 +211,7 @@ impl Positioned {
     }
 }
 
-/// Up to where a corpus has been taken in.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Position {
-    /// Index of the file being read.
-    pub(crate) file: usize,
-    /// Documents of it that are done.
-    pub(crate) documents: u64,
-}
-
-/// What is on the disk of a cache in the making.
+/// The part of an unfinished cache that is on the disk.
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Cursor {
@@ -226,7 +220,7 @@ struct Cursor {
     documents: u64,
 }
 
-/// A cache in the making.
+/// Writes a token cache.
 pub(crate) struct Writer {
     dir: PathBuf,
     width: usize,
@@ -238,13 +232,16 @@ pub(crate) struct Writer {
 }
 
 impl Writer {
-    /// Goes on where `dir` stands, or starts it; ids below `vocab_size` can be pushed.
+    /// Continues the cache in `dir`, or starts it. Ids below `vocab_size` can be pushed.
     ///
     /// # Errors
-    /// Another process is at it, or the file system refuses.
+    /// Another process writes it, or the file system refuses.
     pub(crate) fn open(dir: &Path, vocab_size: usize) -> Result<Writer> {
         fs::create_dir_all(dir).map_err(Error::io(dir))?;
-        let lock = lock(dir)?;
+        let lock = lock_dir(dir).map_err(|cause| match cause.kind() {
+            io::ErrorKind::WouldBlock => Error::CacheBusy { path: dir.to_path_buf() },
+            _ => Error::io(dir)(cause),
+        })?;
         let width: u64 = if vocab_size <= 1 << 16 { 2 } else { 4 };
         let file = |name: &str| {
             let path = dir.join(name);
@@ -272,7 +269,7 @@ impl Writer {
         Ok(writer)
     }
 
-    /// Cuts off what the cursor does not vouch for.
+    /// Cuts off what lies behind the cursor.
     fn rewind(&mut self) -> io::Result<()> {
         for (file, end) in [
             (&mut self.ids, HEADER as u64 + self.cursor.ids * self.width as u64),
@@ -284,7 +281,7 @@ impl Writer {
         Ok(())
     }
 
-    /// Where to go on.
+    /// Returns the place to continue from.
     pub(crate) fn position(&self) -> Position {
         self.cursor.position
     }
@@ -312,7 +309,7 @@ impl Writer {
         Ok(())
     }
 
-    /// Makes sure that all up to `position` is on the disk.
+    /// Ensures that everything up to `position` is on the disk.
     pub(crate) fn checkpoint(&mut self, position: Position) -> Result<()> {
         self.cursor.position = position;
         let mut save = || -> io::Result<()> {
@@ -320,11 +317,7 @@ impl Writer {
                 file.flush()?;
                 file.get_ref().sync_data()?;
             }
-            let mut file = tempfile::NamedTempFile::new_in(&self.dir)?;
-            file.write_all(serde_json::to_string(&self.cursor)?.as_bytes())?;
-            file.as_file().sync_all()?;
-            file.persist(self.dir.join(CURSOR_FILE))?;
-            Ok(())
+            replace(&self.dir.join(CURSOR_FILE), |file| Ok(serde_json::to_writer(file, &self.cursor)?))
         };
         save().map_err(Error::io(&self.dir))
     }
@@ -357,25 +350,10 @@ impl Writer {
             ids.write_all(&header)?;
             ids.sync_all()?;
             fs::rename(self.dir.join(IDS_FILE), path)?;
-            if cfg!(unix) {
-                File::open(path.parent().unwrap_or(Path::new(".")))?.sync_all()?;
-            }
+            sync_dir(path.parent().unwrap_or(Path::new(".")))?;
             fs::remove_dir_all(&self.dir)
         };
         save().map_err(Error::io(path))
-    }
-}
-
-/// Holds `dir` for this process as long as the file lives; nothing where directories cannot be locked.
-fn lock(dir: &Path) -> Result<Option<File>> {
-    if !cfg!(unix) {
-        return Ok(None);
-    }
-    let directory = File::open(dir).map_err(Error::io(dir))?;
-    match directory.try_lock() {
-        Err(TryLockError::WouldBlock) => Err(Error::CacheBusy { path: dir.to_path_buf() }),
-        // Some network file systems have no locks.
-        Ok(()) | Err(TryLockError::Error(_)) => Ok(Some(directory)),
     }
 }
 

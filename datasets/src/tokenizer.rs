@@ -1,9 +1,11 @@
 //! `tokenizer.json` of a model: encoding with a stated BOS rule, decoding at once or token by token, and training of
 //! a small byte-level BPE.
 
+use crate::bpe;
 use crate::encoder::{ByteLevelWords, Encoder, byte_char};
-use crate::overlap::TokenTexts;
-use crate::{Error, Result, bpe};
+use crate::error::{Error, Result};
+use crate::files::hex;
+use crate::token_texts::TokenTexts;
 use rayon::prelude::*;
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
@@ -21,11 +23,11 @@ use tokenizers::{AddedToken, DecoderWrapper, ModelWrapper, Tokenizer as Inner};
 /// Tokens that a [`DecodeStream`] holds back at most: more than one character can need.
 const MAX_HELD: usize = 16;
 
-/// When a text gets the beginning-of-sequence token in front.
+/// The rule by which a text gets the beginning-of-sequence token in front.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Bos {
-    /// When the tokenizer's own files say so.
+    /// The tokenizer's own files decide.
     #[default]
     Auto,
     /// Always; the model must name a BOS token.
@@ -42,7 +44,7 @@ impl FromStr for Bos {
             "auto" => Ok(Bos::Auto),
             "always" => Ok(Bos::Always),
             "never" => Ok(Bos::Never),
-            _ => Err(Error::option("--bos", format!("{text:?}"), "auto, always or never")),
+            _ => Err(Error::setting_range("bos", format!("{text:?}"), "auto, always or never")),
         }
     }
 }
@@ -50,7 +52,7 @@ impl FromStr for Bos {
 /// The tokenizer of one model.
 pub struct Tokenizer {
     inner: Inner,
-    /// The quicker way to the same ids, for the kinds of tokenizers it knows.
+    /// Gives the same ids faster, for the kinds of tokenizers it supports.
     encoder: Option<Encoder>,
     path: PathBuf,
     sha256: String,
@@ -60,7 +62,7 @@ pub struct Tokenizer {
     vocab_size: usize,
 }
 
-/// What is read of `tokenizer_config.json`.
+/// The fields that are read of `tokenizer_config.json`.
 #[derive(Default, Deserialize)]
 struct TokenizerConfig {
     #[serde(default)]
@@ -118,7 +120,7 @@ impl Tokenizer {
         if let Some(id) = bos_id
             && id as usize >= vocab_size
         {
-            return Err(Error::option("bos_token_id in config.json", id, "an id below vocab_size"));
+            return Err(Error::setting_range("bos_token_id in config.json", id, "an id below vocab_size"));
         }
         let config = read_config(&model_dir.join("tokenizer_config.json"))?;
         let template_bos = template_bos(&inner).map_err(bad)?;
@@ -147,7 +149,7 @@ impl Tokenizer {
         })
     }
 
-    /// Whether special tokens written out in a text (`"</s>"`) become those tokens (the default) or plain text.
+    /// Sets whether special tokens written out in a text (`"</s>"`) become those tokens (the default) or plain text.
     #[must_use]
     pub fn special_in_text(mut self, parse: bool) -> Tokenizer {
         self.inner.set_encode_special_tokens(!parse);
@@ -179,7 +181,7 @@ impl Tokenizer {
         texts.par_iter().map(|text| self.encode(text, bos)).collect()
     }
 
-    /// The text of `ids`, without special tokens if `skip_special`. Ids outside the vocabulary are left out.
+    /// Decodes `ids`, without special tokens if `skip_special`. Ids outside the vocabulary are left out.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
         // The library compares normalised texts here and so misses special tokens marked `normalized`.
         let kept: Vec<u32> =
@@ -187,12 +189,12 @@ impl Tokenizer {
         self.inner.decode(&kept, false).map_err(|cause| self.failed("decoding", cause))
     }
 
-    /// A decoder that is fed one token at a time; special tokens give no text.
+    /// Returns a decoder that receives one token at a time. Special tokens give no text.
     pub fn stream(&self) -> DecodeStream<'_> {
         DecodeStream { tokenizer: self, ids: Vec::new(), shown: 0 }
     }
 
-    /// The bytes that each token stands for; special ones stand for none.
+    /// Returns the bytes of each token; special tokens have none.
     pub fn token_texts(&self) -> TokenTexts {
         let bytes_of_chars: HashMap<char, u8> = (0..=255).map(|byte| (byte_char(byte), byte)).collect();
         let byte_level = matches!(self.inner.get_decoder(), Some(DecoderWrapper::ByteLevel(_)));
@@ -212,22 +214,22 @@ impl Tokenizer {
         TokenTexts::new(texts.iter().map(Option::as_deref))
     }
 
-    /// SHA-256 of the bytes of `tokenizer.json`, in hexadecimal.
+    /// Returns the SHA-256 of the bytes of `tokenizer.json`, in hexadecimal.
     pub fn sha256(&self) -> &str {
         &self.sha256
     }
 
-    /// One more than the largest id this tokenizer produces.
+    /// Returns one more than the largest id that this tokenizer produces.
     pub fn vocab_size(&self) -> usize {
         self.vocab_size
     }
 
-    /// The model's BOS id, as given to [`Tokenizer::load`].
+    /// Returns the model's BOS id, as given to [`Tokenizer::load`].
     pub fn bos_id(&self) -> Option<u32> {
         self.bos_id
     }
 
-    /// The id that `bos` puts in front of a text.
+    /// Returns the id that `bos` puts in front of a text.
     pub(crate) fn bos_prefix(&self, bos: Bos) -> Result<Option<u32>> {
         match bos {
             Bos::Never => Ok(None),
@@ -239,7 +241,7 @@ impl Tokenizer {
         }
     }
 
-    /// Whether special tokens in a text are parsed.
+    /// Returns true if special tokens in a text are parsed.
     pub(crate) fn parses_special(&self) -> bool {
         !self.inner.get_encode_special_tokens()
     }
@@ -257,18 +259,18 @@ pub struct DecodeStream<'a> {
     tokenizer: &'a Tokenizer,
     /// The tokens of the last piece, for context, then those held back.
     ids: Vec<u32>,
-    /// How many of `ids` have been shown.
+    /// The number of `ids` that have been shown.
     shown: usize,
 }
 
 impl DecodeStream<'_> {
-    /// Adds a token; the text that became certain by it, if any.
+    /// Adds a token and returns the text that it completes, if any.
     pub fn push(&mut self, id: u32) -> Result<Option<String>> {
         self.ids.push(id);
         self.advance(self.ids.len() - self.shown >= MAX_HELD)
     }
 
-    /// What is still held back: an incomplete character as U+FFFD.
+    /// Returns the text that is still held back, with an incomplete character as U+FFFD.
     pub fn finish(mut self) -> Result<Option<String>> {
         self.advance(true)
     }
@@ -303,7 +305,7 @@ pub fn train_bpe(texts: impl Iterator<Item = String>, vocab_size: usize, out_dir
     let mut alphabet: Vec<char> = ByteLevel::alphabet().into_iter().collect();
     alphabet.sort_unstable();
     if vocab_size < SPECIAL.len() + alphabet.len() {
-        return Err(Error::option("vocab_size", vocab_size, "at least 258 (256 bytes, <s> and </s>)"));
+        return Err(Error::setting_range("vocab_size", vocab_size, "at least 258 (256 bytes, <s> and </s>)"));
     }
     let path = out_dir.join("tokenizer.json");
     let failed = |cause: tokenizers::Error| Error::Tokenizer {
@@ -356,14 +358,14 @@ pub fn train_bpe(texts: impl Iterator<Item = String>, vocab_size: usize, out_dir
     Ok(size)
 }
 
-/// Parses `tokenizer.json`. The library panics on some broken files; the check of the syntax spares most of them that.
+/// Parses `tokenizer.json`. The library panics on some broken files; the check of the syntax catches most of them.
 fn parse(bytes: &[u8]) -> tokenizers::Result<Inner> {
     serde_json::from_slice::<IgnoredAny>(bytes)?;
     catch_unwind(|| Inner::from_bytes(bytes))
         .unwrap_or_else(|_| Err("a field has a value of the wrong kind".into()))
 }
 
-/// The token that the tokenizer's own post-processor puts in front of a text.
+/// Returns the token that the tokenizer's own post-processor puts in front of a text.
 fn template_bos(inner: &Inner) -> tokenizers::Result<Option<u32>> {
     let encoding = inner.encode("a", true)?;
     let first = encoding.get_ids().first().copied();
@@ -381,9 +383,4 @@ fn read_config(path: &Path) -> Result<TokenizerConfig> {
 
 fn one_line(cause: impl ToString) -> String {
     cause.to_string().replace('\n', " ")
-}
-
-/// Lowercase hexadecimal of `bytes`.
-pub(crate) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -1,8 +1,12 @@
 //! A corpus as one stream of token ids, in memory or in a cache file.
 
-use crate::token_cache::{Position, TokenFile, Writer};
-use crate::tokenizer::hex;
-use crate::{Bos, Corpus, Result, Tokenizer, token_cache};
+use crate::corpus::{Corpus, Position};
+use crate::error::Result;
+use crate::files::hex;
+use crate::stream::TokenStream;
+use crate::token_cache;
+use crate::token_cache::{TokenFile, Writer};
+use crate::tokenizer::{Bos, Tokenizer};
 use sha2::{Digest, Sha256};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -11,34 +15,10 @@ use std::sync::Arc;
 /// Documents are encoded together until they have this many bytes.
 const BATCH_BYTES: usize = 4 << 20;
 
-/// A cache in the making is put on the disk every so many batches.
+/// A cache is synced to the disk every so many batches.
 const CHECKPOINT_BATCHES: u64 = 2;
 
-/// The ids of all documents of a corpus, one after the other.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct TokenStream {
-    /// All ids.
-    pub ids: Vec<u32>,
-    /// Where each document starts in `ids`: ascending, from 0.
-    pub doc_starts: Vec<usize>,
-}
-
-impl TokenStream {
-    /// The ids of each document.
-    pub fn documents(&self) -> impl Iterator<Item = &[u32]> {
-        let ends = self.doc_starts.iter().skip(1).copied().chain([self.ids.len()]);
-        self.doc_starts.iter().zip(ends).map(|(&start, end)| &self.ids[start..end])
-    }
-
-    fn push(&mut self, document: &[u32]) {
-        if !document.is_empty() {
-            self.doc_starts.push(self.ids.len());
-            self.ids.extend_from_slice(document);
-        }
-    }
-}
-
-/// A token stream wherever it lies; a clone is the same stream.
+/// A token stream in memory or in a file. A clone is the same stream.
 #[derive(Clone, Debug)]
 pub struct Tokens(Arc<Place>);
 
@@ -67,7 +47,7 @@ impl From<TokenFile> for Tokens {
 }
 
 impl Tokens {
-    /// Number of ids.
+    /// Returns the number of ids.
     pub fn len(&self) -> usize {
         match &*self.0 {
             Place::Memory(stream) => stream.ids.len(),
@@ -75,12 +55,12 @@ impl Tokens {
         }
     }
 
-    /// Whether there is no id.
+    /// Returns true if there is no id.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Where each document starts: ascending, from 0.
+    /// Returns the start of each document: ascending, from 0.
     pub fn doc_starts(&self) -> &[usize] {
         match &*self.0 {
             Place::Memory(stream) => &stream.doc_starts,
@@ -88,7 +68,7 @@ impl Tokens {
         }
     }
 
-    /// The largest id; 0 if there is none.
+    /// Returns the largest id; 0 if there is none.
     pub fn max_id(&self) -> u32 {
         match &*self.0 {
             Place::Memory(stream) => stream.ids.iter().copied().max().unwrap_or(0),
@@ -113,7 +93,7 @@ impl Tokens {
         }
     }
 
-    /// All ids, some at a time.
+    /// Hands all ids to `take`, some at a time.
     ///
     /// # Errors
     /// Those of [`Tokens::read`].
@@ -129,7 +109,7 @@ impl Tokens {
     }
 }
 
-/// What [`prepare`] is about.
+/// A stage of [`prepare`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stage {
     /// The files are hashed.
@@ -145,14 +125,14 @@ pub struct Prepared {
     pub tokens: Tokens,
     /// The cache file.
     pub path: PathBuf,
-    /// Whether it was there already.
+    /// True if it existed already.
     pub reused: bool,
-    /// Ids that an interrupted call had left behind.
+    /// The number of ids that an interrupted call had written.
     pub resumed: u64,
 }
 
-/// Encodes every document of `corpus`, each with BOS as `bos` says, into memory. With a `cache_dir` through a cache
-/// there, as [`prepare`] does. `progress` hears how many bytes of [`Corpus::total_bytes`] are done.
+/// Encodes every document of `corpus`, each with BOS as `bos` says, into memory. A `cache_dir` is used as by
+/// [`prepare`]. `progress` receives how many bytes of [`Corpus::total_bytes`] are done.
 ///
 /// # Errors
 /// Whatever reading the corpus or encoding gives, an empty corpus, or a cache directory that cannot be written.
@@ -187,8 +167,8 @@ pub fn tokenize(
 
 /// Encodes every document of `corpus`, each with BOS as `bos` says, into a file of `cache_dir`, unless it is there
 /// from files of the same content, the same tokenizer and the same options, wherever the files lie. Neither the text
-/// nor the ids are held in memory. A cache file that is damaged or does not fit is made again; after a kill the next
-/// call goes on. `progress` hears how many bytes of [`Corpus::total_bytes`] are done in a stage.
+/// nor the ids are held in memory. A cache file that is damaged or does not fit is written again. After a kill the next
+/// call resumes. `progress` receives how many bytes of [`Corpus::total_bytes`] are done in a stage.
 ///
 /// # Errors
 /// Whatever reading the corpus or encoding gives, an empty corpus, files that change meanwhile, another process that
@@ -229,7 +209,7 @@ pub fn prepare(
     Ok(Prepared { tokens: TokenFile::open(&path)?.into(), path, reused: false, resumed })
 }
 
-/// The number of ids that [`tokenize`] would give, without keeping them. `progress` hears how many bytes of
+/// Counts the ids that [`tokenize`] would give. `progress` receives how many bytes of
 /// [`Corpus::total_bytes`] are done.
 ///
 /// # Errors
@@ -244,7 +224,7 @@ pub fn count(corpus: &Corpus, tokenizer: &Tokenizer, bos: Bos, progress: &mut dy
     Ok(count)
 }
 
-/// Takes the ids of some documents, the place after them, and the bytes read up to there.
+/// Receives the ids of some documents, the place after them, and the bytes read up to there.
 type TakeIds<'a> = &'a mut dyn FnMut(&[Vec<u32>], Position, u64) -> Result<()>;
 
 /// Hands on the ids of the documents from `start` on, batch by batch, with the place after each batch and the bytes
@@ -277,14 +257,14 @@ fn encode(
     }
 }
 
-/// The cache file, if it is whole and its ids are of this tokenizer.
+/// Opens the cache file, if it is complete and its ids fit this tokenizer.
 fn cached(path: &Path, tokenizer: &Tokenizer) -> Option<TokenFile> {
     let file = TokenFile::open(path).ok()?;
     let fits = (file.max_id() as usize) < tokenizer.vocab_size() || tokenizer.bos_id() == Some(file.max_id());
     (!file.is_empty() && fits).then_some(file)
 }
 
-/// The name of the cache for this content, tokenizer and options.
+/// Computes the name of the cache for this content, tokenizer and options.
 fn cache_key(
     corpus: &Corpus,
     tokenizer: &Tokenizer,
@@ -309,7 +289,7 @@ fn cache_key(
     Ok(hex(&hasher.finalize()))
 }
 
-/// SHA-256 of all ids, each in four bytes, in hexadecimal.
+/// Computes the SHA-256 of all ids, each in four bytes, in hexadecimal.
 ///
 /// # Errors
 /// Those of [`Tokens::read`].

@@ -1,6 +1,7 @@
 //! Windows over a token stream: what an evaluation scores, and what a training step sees.
 
-use crate::{Error, Result, Tokens};
+use crate::error::{Error, Result};
+use crate::tokens::Tokens;
 use rand_pcg::Pcg64;
 use rand_pcg::rand_core::Rng;
 use sha2::{Digest, Sha256};
@@ -24,18 +25,18 @@ pub struct EvalWindow {
     pub first_target: usize,
 }
 
-/// Lays out the evaluation of `len` tokens: windows of `window` tokens that start every `stride`; the last may be
-/// shorter. The first token of a window is context only. With `stride == window` the windows do not overlap; with a
-/// smaller stride every token but the first is scored once, in the first window that reaches it.
+/// Computes the windows for an evaluation of `len` tokens: windows of `window` tokens that start every `stride`; the
+/// last may be shorter. The first token of a window is context only. With `stride == window` the windows do not
+/// overlap; with a smaller stride every token but the first is scored once, in the first window that reaches it.
 ///
 /// # Errors
 /// `len` below 2, `window` below 2, or a stride that is 0 or larger than the window.
 pub fn eval_windows(len: usize, window: usize, stride: usize) -> Result<Vec<EvalWindow>> {
     if window < 2 {
-        return Err(Error::option("--seq", window, "at least 2"));
+        return Err(Error::setting_range("seq", window, "at least 2"));
     }
     if stride == 0 || stride > window {
-        return Err(Error::option("--stride", stride, "1 to --seq"));
+        return Err(Error::setting_range("stride", stride, "1 to seq"));
     }
     if len < 2 {
         return Err(Error::TooFewTokens { side: "evaluation text", tokens: len, window: 2 });
@@ -56,14 +57,14 @@ pub fn eval_windows(len: usize, window: usize, stride: usize) -> Result<Vec<Eval
     Ok(windows)
 }
 
-/// What is trained on and what is held out.
+/// Options for splitting text into training and held-out sides.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SplitOptions {
     /// Inputs per window.
     pub seq: usize,
     /// Share of the tokens that is held out, in [0, 1).
     pub valid_fraction: f64,
-    /// Windows that are held out at most.
+    /// The largest number of windows held out.
     pub valid_samples: u64,
 }
 
@@ -83,7 +84,7 @@ pub struct Split {
 /// Ranges of a stream, one after the other as one text.
 #[derive(Debug, Default)]
 struct Runs {
-    /// Where each range begins in the text, and the range.
+    /// The begin of each range in the text, and the range.
     ranges: Vec<(usize, Range<usize>)>,
     len: usize,
 }
@@ -122,16 +123,16 @@ pub(crate) struct Pieces {
 }
 
 impl Pieces {
-    /// Cuts `tokens` and holds out.
+    /// Cuts `tokens` into pieces and holds some out.
     pub(crate) fn of(tokens: &Tokens, options: SplitOptions) -> Result<Pieces> {
         let SplitOptions { seq, valid_fraction, valid_samples } = options;
         if !(0.0..1.0).contains(&valid_fraction) {
-            return Err(Error::option("valid_fraction", valid_fraction, "0 or more and below 1"));
+            return Err(Error::setting_range("valid_fraction", valid_fraction, "0 or more and below 1"));
         }
         let total = tokens.len();
         let window = match seq.checked_add(1) {
             Some(window) if seq > 0 => window,
-            _ => return Err(Error::option("--seq", seq, "at least 1")),
+            _ => return Err(Error::setting_range("seq", seq, "at least 1")),
         };
         if total < window {
             return Err(Error::TooFewTokens { side: "training text", tokens: total, window });
@@ -203,7 +204,7 @@ impl Split {
         self.seq
     }
 
-    /// Number of training windows, at least 1. Tokens after the last whole window are not trained on.
+    /// Returns the number of training windows, at least 1. Tokens after the last whole window are not trained on.
     pub fn num_windows(&self) -> usize {
         (self.train.len - 1) / self.seq
     }
@@ -221,18 +222,18 @@ impl Split {
         self.train.read(&self.tokens, index * self.seq, (index + 1) * self.seq + 1, out)
     }
 
-    /// Number of tokens of the training side.
+    /// Returns the number of tokens of the training side.
     pub fn train_len(&self) -> usize {
         self.train.len
     }
 
-    /// All tokens of the held-out side, in the order of the corpus; empty if nothing is held out.
+    /// Returns all tokens of the held-out side, in the order of the corpus; empty if nothing is held out.
     pub fn valid_tokens(&self) -> &[u32] {
         &self.valid
     }
 }
 
-/// The first half of the SHA-256 of a piece.
+/// Computes the first half of the SHA-256 of a piece.
 fn hash(piece: &[u32]) -> u128 {
     let mut hasher = Sha256::new();
     let bytes: Vec<u8> = piece.iter().flat_map(|id| id.to_le_bytes()).collect();
@@ -242,8 +243,8 @@ fn hash(piece: &[u32]) -> u128 {
     u128::from_be_bytes(first)
 }
 
-/// Which windows a training step sees: epochs, each a permutation of all windows that is a function of the seed and
-/// the epoch, run into one another and are cut into batches. The step number is the whole state.
+/// The order of training windows. Each epoch is a permutation of all windows, a function of the seed and the epoch.
+/// Epochs follow one another and are cut into batches. The step number is the whole state.
 pub struct Batches {
     num_windows: usize,
     batch: usize,
@@ -259,7 +260,7 @@ impl Batches {
     /// A batch of 0 or above 2^20 windows, or no window at all.
     pub fn new(num_windows: usize, batch: usize, seed: u64) -> Result<Batches> {
         if batch == 0 || batch > MAX_BATCH {
-            return Err(Error::option("--batch", batch, "1 to 1048576"));
+            return Err(Error::setting_range("batch", batch, "1 to 1048576"));
         }
         if num_windows == 0 {
             return Err(Error::TooFewTokens { side: "training text", tokens: 0, window: 1 });
@@ -267,7 +268,8 @@ impl Batches {
         Ok(Batches { num_windows, batch, seed, epoch: None })
     }
 
-    /// The windows of step `step`, counted from 0. Depends on nothing but the arguments of [`Batches::new`] and
+    /// Returns the windows of step `step`, counted from 0. They depend on nothing but the arguments of
+    /// [`Batches::new`] and
     /// `step`.
     pub fn batch_at(&mut self, step: u64) -> impl Iterator<Item = usize> + '_ {
         let first = u128::from(step) * self.batch as u128;
@@ -287,8 +289,8 @@ impl Batches {
     }
 }
 
-/// Sets `order` to a permutation of 0..len. Fisher-Yates on raw PCG output: the order is ours and does not change
-/// with a version of a library.
+/// Sets `order` to a permutation of 0..len, by Fisher-Yates on raw PCG output: the order does not depend on the version
+/// of a library.
 fn shuffle(order: &mut Vec<usize>, len: usize, seed: u64, epoch: u64) {
     let mut rng = Pcg64::new(u128::from(mix(seed)) << 64 | u128::from(mix(epoch)), 0);
     order.clear();
@@ -299,7 +301,7 @@ fn shuffle(order: &mut Vec<usize>, len: usize, seed: u64, epoch: u64) {
     }
 }
 
-/// The finaliser of SplitMix64: near seeds and epochs give far states.
+/// Applies the finaliser of SplitMix64: near seeds and epochs give far states.
 pub(crate) fn mix(value: u64) -> u64 {
     let mut z = value.wrapping_add(0x9e37_79b9_7f4a_7c15);
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -331,7 +333,7 @@ mod tests {
         }
         assert_eq!(
             eval_windows(1, 4, 4).unwrap_err().to_string(),
-            "evaluation text: 1 tokens are fewer than one window of 2; give more text, or a smaller --seq"
+            "evaluation text: 1 tokens are fewer than one window of 2; give more text, or a smaller seq"
         );
         assert_eq!(eval_windows(4, usize::MAX, usize::MAX).unwrap().len(), 1);
     }
@@ -366,7 +368,10 @@ mod tests {
             assert!(split(&stream, 8, fraction).is_err(), "{fraction}");
         }
         let error = split(&stream, 100, 0.0).err().unwrap().to_string();
-        assert!(error.contains("100 tokens") && error.contains("101") && error.contains("--seq"), "{error}");
+        assert!(
+            error.contains("100 tokens") && error.contains("101") && error.contains("smaller seq"),
+            "{error}"
+        );
         let short = TokenStream { ids: (0..10).collect(), doc_starts: vec![0] };
         assert!(split(&short, 9, 0.0).is_ok());
         assert!(split(&short, 9, 0.5).is_err(), "the only piece is held out");

@@ -122,7 +122,7 @@ fn broken_files_are_named_with_the_mend() {
     let absent = message("a.jsonl", "{\"text\": \"a\"}\n{\"id\": 1, \"body\": \"b\"}");
     assert_eq!(
         absent,
-        "line 2: no column \"text\" (columns: \"id\", \"body\"); name the column of the text with --text-column"
+        "line 2: no column \"text\" (columns: \"id\", \"body\"); name the column of the text with text_column"
     );
     assert!(message("a.jsonl", "{\"text\": null}").starts_with("line 1: column \"text\" holds null"));
     assert!(
@@ -181,7 +181,7 @@ fn paths_that_cannot_be_read() {
     assert!(matches!(documents(Path::new("/dev/zero")), Err(Error::NotAFile { .. })));
     assert!(matches!(documents_with(&[], CorpusOptions::default()), Err(Error::EmptyCorpus { .. })));
     let options = CorpusOptions { doc_separator: Some(String::new()), ..CorpusOptions::default() };
-    assert!(matches!(documents_with(&[], options), Err(Error::Option { .. })));
+    assert!(matches!(documents_with(&[], options), Err(Error::Setting { .. })));
 }
 
 /// A Parquet file of optional text columns and a number, `rows` rows in two row groups.
@@ -252,7 +252,7 @@ fn parquet_gives_its_text_columns() {
     let message = documents(&path).unwrap_err().to_string();
     assert!(
         message
-            .ends_with("row 2: column \"text\" holds null, not text; name another column with --text-column"),
+            .ends_with("row 2: column \"text\" holds null, not text; name another column with text_column"),
         "{message}"
     );
 }

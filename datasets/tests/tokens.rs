@@ -2,9 +2,9 @@
 
 use dsmoe_datasets::token_cache::TokenFile;
 use dsmoe_datasets::tokens::{Stage, prepare};
+use dsmoe_datasets::world::{Domain, World};
 use dsmoe_datasets::{
-    Bos, Corpus, CorpusOptions, DOC_SEPARATOR, Error, TokenStream, Tokenizer, synthetic_text, tokenize,
-    train_bpe,
+    Bos, Corpus, CorpusOptions, DOC_SEPARATOR, Error, TokenStream, Tokenizer, tokenize, train_bpe,
 };
 use proptest::prelude::*;
 use sha2::{Digest, Sha256};
@@ -13,12 +13,19 @@ use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 use tempfile::TempDir;
 
+/// About `bytes` bytes of documents with separators between them.
+fn text_of(seed: u64, bytes: u64) -> String {
+    let world = World::new(seed);
+    let documents = world.documents(Domain::Stories, bytes);
+    documents.map(|document| format!("{document}\n{DOC_SEPARATOR}\n")).collect()
+}
+
 const VOCAB: usize = 400;
 
 /// A directory with a tokenizer trained on synthetic text.
 fn trained() -> TempDir {
     let dir = TempDir::new().unwrap();
-    let text = synthetic_text(1, 60_000);
+    let text = text_of(1, 60_000);
     let size = train_bpe(text.split(DOC_SEPARATOR).map(String::from), VOCAB, dir.path()).unwrap();
     assert_eq!(size, VOCAB);
     dir
@@ -52,13 +59,13 @@ fn equal_texts_train_equal_files() {
             "{name}"
         );
     }
-    assert!(matches!(train_bpe(std::iter::empty(), 257, one.path()), Err(Error::Option { .. })));
+    assert!(matches!(train_bpe(std::iter::empty(), 257, one.path()), Err(Error::Setting { .. })));
     assert_eq!(train_bpe(std::iter::empty(), 300, one.path()).unwrap(), 258);
 }
 
 #[test]
 fn training_shortens_text() {
-    let text = synthetic_text(2, 5000);
+    let text = text_of(2, 5000);
     let ids = TOKENIZER.1.encode(&text, Bos::Never).unwrap();
     assert!(ids.len() * 5 < text.len() * 3, "{} ids for {} bytes", ids.len(), text.len());
     assert_eq!(TOKENIZER.1.decode(&ids, true).unwrap(), text);
@@ -215,7 +222,7 @@ impl Case {
     fn new() -> Case {
         let dir = TempDir::new().unwrap();
         let (text, cache) = (dir.path().join("a.txt"), dir.path().join("cache"));
-        fs::write(&text, synthetic_text(5, 20_000)).unwrap();
+        fs::write(&text, text_of(5, 20_000)).unwrap();
         Case { _dir: dir, text, cache }
     }
 
@@ -287,7 +294,7 @@ fn a_cache_that_lies_is_made_again() {
 
 /// Text of about `megabytes`, in documents, half of it in a second file of JSON lines.
 fn large(dir: &Path, megabytes: usize) -> Corpus {
-    let story = synthetic_text(9, 60_000);
+    let story = text_of(9, 60_000);
     let documents: Vec<&str> = story.split(DOC_SEPARATOR).map(str::trim).filter(|d| !d.is_empty()).collect();
     let bytes: usize = documents.iter().map(|document| document.len()).sum();
     let times = megabytes * 500_000 / bytes + 1;

@@ -1,6 +1,6 @@
 //! The embedded world: the same everywhere, right in itself, and held out where it is asked.
 
-use dsmoe_datasets::tasks::{Loaded, Options, Request, Response, Source};
+use dsmoe_datasets::tasks::{Loaded, Options, Request, Response, TaskFiles};
 use dsmoe_datasets::world::{Domain, Item, Probe, World};
 use dsmoe_datasets::{Corpus, CorpusOptions};
 use sha2::{Digest, Sha256};
@@ -309,7 +309,7 @@ fn items_are_asked_as_the_benchmarks_ask_and_their_files_give_the_same() {
         let loaded = world.load(probe, 40, &Options::default()).unwrap();
         assert_eq!(loaded.name(), format!("world_{}", probe.name()));
         let from_files =
-            Loaded::load(probe.task(), &Source::folder(dir.path()), &Options::default()).unwrap();
+            Loaded::load(probe.task(), &TaskFiles::folder(dir.path()), &Options::default()).unwrap();
         assert_eq!((loaded.documents().len(), from_files.documents().len()), (count, count));
         for (at, item) in world.probe(probe, 40).test.iter().enumerate() {
             let (asked, same) = (requests(&loaded, at), requests(&from_files, at));

@@ -5,14 +5,30 @@ use std::error::Error;
 /// Words one error of a chain.
 pub(crate) fn worded(error: &(dyn Error + 'static)) -> String {
     let message = error.to_string();
-    match core_of(error).and_then(dsmoe_core::Error::help) {
+    if let Some(core) = core_error(error) {
+        return match core.help() {
+            Some(help) => message.replace(&help.to_string(), &help.worded(flag)),
+            None => message,
+        };
+    }
+    let (help, setting) =
+        match (error.downcast_ref::<dsmoe_train::Error>(), error.downcast_ref::<dsmoe_datasets::Error>()) {
+            (Some(error), _) => (error.help(), error.setting()),
+            (_, Some(error)) => (error.help(), error.setting()),
+            _ => return message,
+        };
+    let message = match help {
         Some(help) => message.replace(&help.to_string(), &help.worded(flag)),
+        None => message,
+    };
+    match setting.and_then(|setting| Some((setting, message.strip_prefix(setting)?))) {
+        Some((setting, rest)) => format!("{}{rest}", flag(setting)),
         None => message,
     }
 }
 
-/// Returns the error of dsmoe-core that an error is or carries.
-fn core_of<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a dsmoe_core::Error> {
+/// Returns the error of dsmoe-core that `error` is or passes on.
+fn core_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a dsmoe_core::Error> {
     match (error.downcast_ref::<dsmoe_train::Error>(), error.downcast_ref::<dsmoe_baselines::Error>()) {
         (Some(dsmoe_train::Error::Core(error)), _) | (_, Some(dsmoe_baselines::Error::Core(error))) => {
             Some(error)
@@ -28,13 +44,39 @@ fn flag(setting: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
+    use clap::CommandFactory;
+
     use super::*;
+    use crate::cli::Cli;
 
     #[test]
-    fn settings_are_named_as_flags() {
-        let error = dsmoe_core::Error::argument("a GPU computes in bf16", "set {dtype} to bf16");
-        let wrapped = dsmoe_baselines::Error::Core(error);
-        assert_eq!(worded(&wrapped), "a GPU computes in bf16; set --dtype to bf16");
+    fn settings_of_remedies_are_flags() {
+        fn flags(command: &clap::Command) -> BTreeSet<String> {
+            let own =
+                command.get_arguments().filter_map(|arg| arg.get_long()).map(|long| format!("--{long}"));
+            own.chain(command.get_subcommands().flat_map(flags)).collect()
+        }
+        let flags = flags(&Cli::command());
+        let settings = "accumulate batch bos cache data device doc_separator dtype experts force lr out partition \
+            profile resume samples seq shots_file steps stride task_file text_column threads tokens";
+        for setting in settings.split_whitespace() {
+            assert!(flags.contains(&flag(setting)), "{setting}");
+        }
+    }
+
+    #[test]
+    fn remedies_and_settings_of_libraries_are_flags() {
+        let error = || dsmoe_core::Error::argument("model: too large", "use a smaller {batch}");
+        let worded_core = "model: too large; use a smaller --batch";
+        assert_eq!(worded(&error()), worded_core);
+        assert_eq!(worded(&dsmoe_train::Error::Core(error())), worded_core);
+        assert_eq!(worded(&dsmoe_baselines::Error::Core(error())), worded_core);
+        let error = dsmoe_train::Error::OutHoldsSource { path: "run".into() };
+        assert_eq!(worded(&error), "run holds the model to train; choose another --out");
+        let error = dsmoe_datasets::eval_windows(9, 1, 1).unwrap_err();
+        assert_eq!(worded(&error), "--seq is 1; use at least 2");
         assert_eq!(worded(&std::fmt::Error), std::fmt::Error.to_string());
     }
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::Result;
 use dsmoe_datasets::mixture::{from_toml, from_words};
 use dsmoe_datasets::tokens::{Prepared, Stage, prepare};
-use dsmoe_datasets::{Bos, Corpus, CorpusOptions, Source, SourceSpec, Tokenizer};
+use dsmoe_datasets::{Bos, Corpus, CorpusOptions, SourceSpec, TokenSource, Tokenizer};
 
 use crate::cli::data::DataArgs;
 use crate::progress::{Progress, Unit};
@@ -61,7 +61,7 @@ pub(crate) fn load(
     bos: Bos,
     cache: Option<&Path>,
     ui: &Ui,
-) -> Result<Vec<Source>> {
+) -> Result<Vec<TokenSource>> {
     let load = |text: &Text| {
         let tokens = match cache {
             Some(dir) => prepare_one(texts, text, tokenizer, bos, dir, ui)?.tokens,
@@ -76,7 +76,7 @@ pub(crate) fn load(
                 stream?.into()
             }
         };
-        Ok(Source { name: text.spec.name.clone(), weight: text.spec.weight, tokens })
+        Ok(TokenSource { name: text.spec.name.clone(), weight: text.spec.weight, tokens })
     };
     texts.iter().map(load).collect()
 }

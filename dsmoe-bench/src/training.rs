@@ -125,7 +125,7 @@ pub(crate) fn drive(trainer: &mut Trainer, what: &str, out: &Path, ui: &Ui) -> R
     })
 }
 
-/// What training allocates, from the sizes alone: the arenas, then what a micro-batch of `tokens` needs.
+/// Returns the memory of a training, from the sizes alone: the arenas, the work space of a micro-batch, the text.
 pub(crate) fn memory_plan(
     model: &Config,
     config: &TrainConfig,
@@ -148,13 +148,14 @@ pub(crate) fn memory_plan(
     arenas.into_iter().chain(step).chain([memory("  text", data_bytes)]).collect()
 }
 
-/// What a run that trains on a GPU holds here: what it loads and saves.
+/// Returns the memory of the host for a training on a GPU: the state that it loads and saves.
 #[cfg(feature = "cuda")]
 pub(crate) fn host_plan(params: u64, data_bytes: u64) -> Vec<MemoryUse> {
     let memory = |what, bytes| MemoryUse { what, bytes };
     vec![memory("  weights", 4 * params), memory("  moments", 8 * params), memory("  text", data_bytes)]
 }
 
+/// Returns the memory of the GPU for a training on `device`; empty for the CPU.
 #[cfg(feature = "cuda")]
 pub(crate) fn device_plan(model: &Config, config: &TrainConfig, device: Device) -> Result<Vec<MemoryUse>> {
     if !device.is_gpu() {

@@ -145,6 +145,7 @@ mod tests {
         buf.clear();
         assert_eq!(&buf[..], &[0.0; 7]);
     }
+
     #[test]
     fn tasks_write_their_own_columns_of_shared_rows() {
         let (rows, stride) = (4, 6);
@@ -155,8 +156,10 @@ mod tests {
             for task in 0..2 {
                 scope.spawn(move || {
                     for row in (task..rows).step_by(2) {
-                        // SAFETY: a task has its own rows, and the two slices of a row are apart.
-                        let (left, right) = unsafe { (left.row(row, 0, 2), right.row(row, 0, 4)) };
+                        // SAFETY: a task has its own rows, and the two slices of a row are disjoint.
+                        let left = unsafe { left.row(row, 0, 2) };
+                        // SAFETY: as above.
+                        let right = unsafe { right.row(row, 0, 4) };
                         left.fill(row as f32);
                         right.fill(-(row as f32));
                     }
@@ -174,10 +177,9 @@ mod tests {
         let mut data = [0.0; 6];
         let rows = SharedRows::new(&mut data, 3).starting_at(1);
         // SAFETY: one slice at a time.
-        unsafe {
-            rows.row(1, 0, 2).fill(1.0);
-            rows.values(5, 0).fill(2.0);
-        }
+        unsafe { rows.row(1, 0, 2).fill(1.0) };
+        // SAFETY: as above.
+        unsafe { rows.values(5, 0).fill(2.0) };
         assert!(
             std::panic::catch_unwind(|| {
                 // SAFETY: as above.

@@ -1,4 +1,4 @@
-//! Checkpoints of a run: weights, moments, and where the run stands, written as a whole or not at all.
+//! Checkpoints of a run: weights, moments and the state of the run, written as a whole or not at all.
 //!
 //! ```text
 //! checkpoints/step-00000020/config.json, model.safetensors   the model in f32, a model directory of its own
@@ -14,11 +14,12 @@ use std::path::{Path, PathBuf};
 use dsmoe_core::checkpoint::{Checkpoint, Dtype, TensorInfo, Writer};
 use dsmoe_core::params::Layout;
 use dsmoe_core::{Masks, Model};
-use dsmoe_datasets::Source;
+use dsmoe_datasets::TokenSource;
+use dsmoe_datasets::files::hex;
 use dsmoe_datasets::tokens::identity;
 use dsmoe_router::BudgetController;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
 use crate::config::TrainConfig;
@@ -33,31 +34,22 @@ const OPTIMIZER_FILE: &str = "optimizer.safetensors";
 /// Values of each tensor that the identity of a model covers.
 const IDENTITY_VALUES: usize = 1024;
 
-/// Settings that a resumed run cannot change: the weights would not be those of any one run.
-const FIXED: [&str; 20] = [
-    "seed",
-    "batch",
-    "seq",
-    "dtype",
-    "accumulate",
-    "valid_fraction",
-    "valid_samples",
-    "near_duplicates",
-    "lr",
-    "min_lr_ratio",
-    "warmup_steps",
-    "schedule",
-    "beta1",
-    "beta2",
-    "eps",
-    "weight_decay",
-    "clip",
-    "sparsity",
-    "active_target",
-    "router_lr_scale",
+/// Settings that a resumed run may change. With any other change the weights would not be those of one run. The hash of
+/// the tokens covers the settings by which text is read.
+const FREE: [&str; 10] = [
+    "steps",
+    "tokens",
+    "save_every",
+    "keep",
+    "log_every",
+    "eval_every",
+    "threads",
+    "doc_separator",
+    "text_column",
+    "bos",
 ];
 
-/// Where a run stands: `state.json`.
+/// The state of a run: `state.json`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct State {
@@ -71,45 +63,47 @@ pub(crate) struct State {
     /// Weight of the sparsity loss in the next step.
     pub(crate) sparsity_weight: f32,
     pub(crate) controller: Option<BudgetController>,
-    /// Of the model the run started from.
+    /// Hash of the model the run started from.
     pub(crate) model_sha256: String,
-    /// Of all token ids.
+    /// Hash of all token ids.
     pub(crate) data_sha256: String,
     /// The resolved configuration.
     pub(crate) config: TrainConfig,
 }
 
 impl State {
-    /// Whether a run of `self` may go on as the run of `now`: same model, data and fixed settings.
+    /// Checks that a run of `self` may continue as the run of `now`: same model, data and fixed settings.
     pub(crate) fn check(&self, path: &Path, now: &State) -> Result<()> {
-        let same = |field, saved: &str, now: &str, mend| match saved == now {
+        let same = |field: &str, saved: &str, now: &str, help: &'static str| match saved == now {
             true => Ok(()),
-            false => {
-                let (saved, now) = (saved.to_owned(), now.to_owned());
-                Err(Error::ResumeMismatch { path: path.join(STATE_FILE), field, saved, now, mend })
-            }
+            false => Err(Error::ResumeMismatch {
+                path: path.join(STATE_FILE),
+                field: field.to_owned(),
+                saved: saved.to_owned(),
+                now: now.to_owned(),
+                help: help.into(),
+            }),
         };
         let short = |sha: &str| sha.chars().take(12).collect::<String>();
         let (saved, wanted) = (short(&self.model_sha256), short(&now.model_sha256));
-        same(
-            "the starting model",
-            &saved,
-            &wanted,
-            "give the model this run started from, or another --out",
-        )?;
+        let help = "give the model this run started from, or another {out}";
+        same("the starting model", &saved, &wanted, help)?;
         let (saved, wanted) = (short(&self.data_sha256), short(&now.data_sha256));
-        same("the text", &saved, &wanted, "give the data this run started with, or another --out")?;
-        let fields = |state: &State| serde_json::to_value(&state.config).unwrap_or(Value::Null);
+        same("the text", &saved, &wanted, "give the data this run started with, or another {out}")?;
+        let fields = |state: &State| match serde_json::to_value(&state.config) {
+            Ok(Value::Object(fields)) => fields,
+            _ => Map::new(),
+        };
         let (saved, wanted) = (fields(self), fields(now));
-        for field in FIXED {
-            let (saved, wanted) = (saved[field].to_string(), wanted[field].to_string());
-            same(field, &saved, &wanted, "use the old value, or another --out")?;
+        for (field, wanted) in wanted.iter().filter(|(field, _)| !FREE.contains(&&field[..])) {
+            let saved = saved.get(field).unwrap_or(&Value::Null).to_string();
+            same(field, &saved, &wanted.to_string(), "use the old value, or another {out}")?;
         }
         Ok(())
     }
 }
 
-/// A hash by which a model is recognised: names, shapes and the first values of every tensor.
+/// Computes a hash that identifies a model: names, shapes and the first values of every tensor.
 pub(crate) fn model_identity(model: &Model) -> String {
     let mut hasher = Sha256::new();
     for entry in model.layout().entries() {
@@ -126,8 +120,8 @@ pub(crate) fn model_identity(model: &Model) -> String {
     hex(&hasher.finalize())
 }
 
-/// A hash of all token ids; of several sources, of their names, weights and ids.
-pub(crate) fn data_identity(sources: &[Source]) -> Result<String> {
+/// Computes a hash of all token ids; for several sources, of their names, weights and ids.
+pub(crate) fn data_identity(sources: &[TokenSource]) -> Result<String> {
     if let [source] = sources {
         return Ok(identity(&source.tokens)?);
     }
@@ -139,15 +133,11 @@ pub(crate) fn data_identity(sources: &[Source]) -> Result<String> {
     Ok(hex(&hasher.finalize()))
 }
 
-pub(crate) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
 fn dir_name(step: u64) -> String {
     format!("step-{step:08}")
 }
 
-/// Checkpoints in `dir`, newest first, whole or not.
+/// Lists the checkpoints in `dir`, newest first, complete or not.
 pub(crate) fn list(dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
     let parse = |name: &str| -> Option<u64> {
         let step = name.strip_prefix("step-")?.parse().ok()?;
@@ -160,8 +150,8 @@ pub(crate) fn list(dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
     Ok(found)
 }
 
-/// Writes the checkpoint of `state.step` to `dir`, then removes all but the newest `keep`, those of later steps
-/// (a resumed run has left them behind), and what an interrupted write left.
+/// Writes the checkpoint of `state.step` to `dir`. Then removes all but the newest `keep`, those of later steps (of a
+/// run that was resumed before them), and the rest of an interrupted write.
 pub(crate) fn save(
     dir: &Path,
     state: &State,
@@ -219,7 +209,7 @@ fn write(dir: &Path, state: &State, model: &Model, optimizer: &AdamW) -> Result<
     files::sync_dir(dir)
 }
 
-/// Reads where the run of the checkpoint `path` stood.
+/// Reads the state of the run in the checkpoint `path`.
 pub(crate) fn read_state(path: &Path) -> Result<State> {
     let file = path.join(STATE_FILE);
     let text = fs::read_to_string(&file).map_err(Error::io(&file))?;

@@ -3,6 +3,7 @@
 use std::ops::RangeInclusive;
 use std::path::Path;
 
+use dsmoe_core::config::Config;
 use dsmoe_datasets::{Bos, SplitOptions};
 use dsmoe_kernels::Precision;
 use serde::{Deserialize, Serialize};
@@ -19,7 +20,7 @@ const WARMUP_STEPS: u64 = 100;
 /// The paper's coefficient of the sparsity loss.
 const PAPER_SPARSITY: f64 = 1.0;
 
-/// Everything a run is told, apart from the model and the text. Unknown keys are errors.
+/// The settings of a run, apart from the model and the text. Unknown keys are errors.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct TrainConfig {
@@ -31,8 +32,8 @@ pub struct TrainConfig {
     pub batch: usize,
     /// Tokens in a sequence; default 1024.
     pub seq: usize,
-    /// What operands of matrix products are rounded to: `f32` (default) or `bf16`. Weights, gradients, moments, sums,
-    /// norms, softmax and routers are f32 either way.
+    /// The precision to which operands of matrix products are rounded: `f32` (default) or `bf16`. Weights, gradients,
+    /// moments, sums, norms, softmax and routers are f32 either way.
     #[serde(with = "precision")]
     pub dtype: Precision,
     /// Micro-batches per optimiser step; default 1.
@@ -55,7 +56,8 @@ pub struct TrainConfig {
     pub weight_decay: f64,
     /// Largest global gradient norm; 0 turns clipping off; default 1.
     pub clip: f64,
-    /// Weight of the sparsity loss over active gates, constant; default 1, the paper's. Excludes `active_target`.
+    /// Constant weight of the sparsity loss over active gates. Excludes `active_target`. Without either, a run holds
+    /// the share that the model was made for; a model that names none gets weight 1, the paper's.
     pub sparsity: Option<f64>,
     /// Share of experts to be active, mean over tokens and layers, held by the budget controller. Excludes
     /// `sparsity`.
@@ -76,7 +78,7 @@ pub struct TrainConfig {
     pub valid_fraction: f64,
     /// Windows of every source held out at most; default 5000.
     pub valid_samples: u64,
-    /// What becomes of text that training and held-out sides have in common: `keep`, or `drop` (see
+    /// The treatment of text that training and held-out sides have in common: `keep`, or `drop` (see
     /// [`dsmoe_datasets::overlap`]); default `drop` for several sources, `keep` for one.
     pub near_duplicates: Option<NearDuplicates>,
     /// Worker threads; default all. Results do not depend on it.
@@ -126,13 +128,13 @@ impl Default for TrainConfig {
     }
 }
 
-/// What becomes of text that is on both sides.
+/// The treatment of text that is on both sides.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum NearDuplicates {
-    /// Nothing: only equal pieces stay together.
+    /// It stays; only equal pieces are kept on one side.
     Keep,
-    /// It is taken out of one side.
+    /// It is removed from one side.
     Drop,
 }
 
@@ -143,11 +145,7 @@ impl std::str::FromStr for NearDuplicates {
         match text {
             "keep" => Ok(NearDuplicates::Keep),
             "drop" => Ok(NearDuplicates::Drop),
-            _ => Err(Error::Field {
-                field: "near_duplicates",
-                found: format!("{text:?}"),
-                allowed: "keep or drop".to_owned(),
-            }),
+            _ => Err(Error::field("near_duplicates", format!("{text:?}"), "keep or drop")),
         }
     }
 }
@@ -170,7 +168,7 @@ mod precision {
     }
 }
 
-/// How far the gates are pushed shut.
+/// The pressure on gates to close.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Budget {
     /// A constant weight of the sparsity loss over active gates.
@@ -193,22 +191,36 @@ impl TrainConfig {
         })
     }
 
-    /// The table as TOML.
+    /// Returns the table as TOML.
     pub(crate) fn to_toml(&self) -> String {
         toml::to_string(self).expect("a flat table of numbers and strings is TOML")
     }
 
-    /// Applies one `key=value` word, as of `--set`. The value is TOML; a bare word is a string. Of two keys that
-    /// exclude each other the one set last holds.
+    /// Applies one `key=value` word. The value is TOML; a bare word is a string. See [`TrainConfig::apply`].
     ///
     /// # Errors
     /// No `=`, an unknown key, or a value of the wrong type.
     pub fn set(&mut self, setting: &str) -> Result<()> {
-        let wrong = |message: String| Error::Setting { setting: setting.to_owned(), message };
         let Some((key, value)) = setting.split_once('=').map(|(key, value)| (key.trim(), value.trim()))
         else {
-            return Err(wrong("no `=`; write key=value, such as lr=3e-4".to_owned()));
+            let message = "no `=`; write key=value, such as lr=3e-4".to_owned();
+            return Err(Error::Setting { setting: setting.to_owned(), message });
         };
+        let parsed =
+            format!("value = {value}").parse::<toml::Table>().ok().and_then(|mut t| t.remove("value"));
+        let value = parsed.unwrap_or_else(|| toml::Value::String(value.to_owned()));
+        self.insert(key, value, setting)
+    }
+
+    /// Overrides the settings that `table` names. Of two keys that exclude each other the one set last holds.
+    ///
+    /// # Errors
+    /// An unknown key or a value of the wrong type; the message names the key.
+    pub fn apply(&mut self, table: &toml::Table) -> Result<()> {
+        table.iter().try_for_each(|(key, value)| self.insert(key, value.clone(), &format!("{key} = {value}")))
+    }
+
+    fn insert(&mut self, key: &str, value: toml::Value, shown: &str) -> Result<()> {
         let mut table = toml::Table::try_from(&*self).expect("a flat table of numbers and strings is TOML");
         let excluded = match key {
             "steps" => "tokens",
@@ -218,11 +230,28 @@ impl TrainConfig {
             _ => "",
         };
         table.remove(excluded);
-        let parsed =
-            format!("value = {value}").parse::<toml::Table>().ok().and_then(|mut t| t.remove("value"));
-        table.insert(key.to_owned(), parsed.unwrap_or_else(|| toml::Value::String(value.to_owned())));
-        *self = table.try_into().map_err(|cause: toml::de::Error| wrong(one_line(cause.message())))?;
+        table.insert(key.to_owned(), value);
+        *self = table.try_into().map_err(|cause: toml::de::Error| Error::Setting {
+            setting: shown.to_owned(),
+            message: one_line(cause.message()),
+        })?;
         Ok(())
+    }
+
+    /// Resolves the settings of a run of a model. Without an explicit `active_target` or `sparsity` the run holds the
+    /// share of experts that the model was made for, if its directory names one. See [`TrainConfig::resolve`].
+    ///
+    /// # Errors
+    /// Those of [`TrainConfig::resolve`].
+    pub fn resolve_for(mut self, model: &Config) -> Result<TrainConfig> {
+        self.active_target = self.active_target.or_else(|| self.made_for(model));
+        self.resolve()
+    }
+
+    /// Returns the share of active experts that `model` was made for, if these settings leave it to the model.
+    pub fn made_for(&self, model: &Config) -> Option<f64> {
+        let explicit = self.sparsity.is_some() || self.active_target.is_some();
+        model.moe.as_ref().and_then(|moe| moe.active_target).filter(|_| !explicit)
     }
 
     /// Checks every field and fills in what follows from others: `steps` from `tokens`, `warmup_steps`, and the
@@ -236,13 +265,10 @@ impl TrainConfig {
         in_range("accumulate", self.accumulate, 1..=1 << 20)?;
         let micro = self.batch.saturating_mul(self.seq);
         if micro > MAX_MICRO_TOKENS {
+            let found = format!("{} x seq {}", self.batch, self.seq);
             let allowed =
                 format!("at most {MAX_MICRO_TOKENS} tokens in a micro-batch; raise accumulate instead");
-            return Err(Error::Field {
-                field: "batch",
-                found: format!("{} x seq {}", self.batch, self.seq),
-                allowed,
-            });
+            return Err(Error::field("batch", found, allowed));
         }
         for (field, value, range, allowed) in [
             ("lr", self.lr, 0.0..=1e3, "0 to 1000"),
@@ -258,7 +284,7 @@ impl TrainConfig {
             ("valid_fraction", self.valid_fraction, 0.0..=0.999, "0 or more and below 1"),
         ] {
             if !range.contains(&value) {
-                return Err(Error::Field { field, found: value.to_string(), allowed: allowed.to_owned() });
+                return Err(Error::field(field, value, allowed));
             }
         }
         in_range("seed", self.seed, 0..=i64::MAX as u64)?;
@@ -269,22 +295,13 @@ impl TrainConfig {
         in_range("threads", self.threads.unwrap_or(1), 1..=1024)?;
         in_range("valid_samples", self.valid_samples, 0..=1 << 40)?;
         if self.eval_every.is_some() && (self.valid_fraction == 0.0 || self.valid_samples == 0) {
-            return Err(Error::Field {
-                field: "eval_every",
-                found: "set with nothing held out".to_owned(),
-                allowed: "valid_fraction above 0, valid_samples above 0, or leave eval_every out".to_owned(),
-            });
+            let allowed = "valid_fraction above 0, valid_samples above 0, or leave eval_every out";
+            return Err(Error::field("eval_every", "set with nothing held out", allowed));
         }
 
         let steps = match (self.steps, self.tokens.take()) {
             (Some(_), Some(_)) => return Err(exclusive("steps", "tokens")),
-            (None, None) => {
-                return Err(Error::Field {
-                    field: "steps",
-                    found: "not set".to_owned(),
-                    allowed: "--steps N or --tokens N".to_owned(),
-                });
-            }
+            (None, None) => return Err(Error::field("steps", "not set", "{steps} N or {tokens} N")),
             (Some(steps), None) => steps,
             (None, Some(tokens)) => tokens.div_ceil(self.tokens_per_step()),
         };
@@ -299,12 +316,12 @@ impl TrainConfig {
         Ok(self)
     }
 
-    /// Tokens predicted in one optimiser step.
+    /// Returns the number of tokens predicted in one optimiser step.
     pub fn tokens_per_step(&self) -> u64 {
         self.batch as u64 * self.accumulate as u64 * self.seq as u64
     }
 
-    /// The learning rate of every step, of a resolved configuration.
+    /// Returns the learning rate of every step, of a resolved configuration.
     pub fn schedule(&self) -> Schedule {
         Schedule {
             lr: self.lr,
@@ -315,13 +332,13 @@ impl TrainConfig {
         }
     }
 
-    /// How a text is split.
+    /// Returns how a text is split into training and held-out text.
     pub fn split_options(&self) -> SplitOptions {
         let (seq, valid_fraction) = (self.seq, self.valid_fraction);
         SplitOptions { seq, valid_fraction, valid_samples: self.valid_samples }
     }
 
-    /// How far the gates are pushed shut.
+    /// Returns the pressure on gates to close.
     pub fn budget(&self) -> Budget {
         match self.active_target {
             Some(target) => Budget::Target(target),
@@ -331,7 +348,7 @@ impl TrainConfig {
 }
 
 fn exclusive(field: &'static str, other: &str) -> Error {
-    Error::Field { field, found: format!("set together with {other}"), allowed: "one of the two".to_owned() }
+    Error::field(field, format!("set together with {other}"), "one of the two")
 }
 
 fn in_range<T: PartialOrd + std::fmt::Display>(
@@ -342,8 +359,7 @@ fn in_range<T: PartialOrd + std::fmt::Display>(
     if range.contains(&value) {
         return Ok(());
     }
-    let allowed = format!("{} to {}", range.start(), range.end());
-    Err(Error::Field { field, found: value.to_string(), allowed })
+    Err(Error::field(field, value, format!("{} to {}", range.start(), range.end())))
 }
 
 fn one_line(message: &str) -> String {
@@ -385,7 +401,7 @@ mod tests {
     }
 
     #[test]
-    fn errors_are_one_line_with_field_and_mend() {
+    fn errors_are_one_line_with_field_and_remedy() {
         for (settings, wanted) in [
             (vec!["lr"], ["setting `lr`", "key=value"]),
             (vec!["lrr=1"], ["setting `lrr=1`: unknown field", "`min_lr_ratio`"]),
@@ -408,9 +424,25 @@ mod tests {
             );
         }
         let none = TrainConfig::default().resolve().unwrap_err().to_string();
-        assert_eq!(none, "steps is not set; use --steps N or --tokens N");
+        assert_eq!(none, "steps is not set; use steps N or tokens N");
         let both = TrainConfig { steps: Some(1), tokens: Some(1), ..TrainConfig::default() };
         assert!(both.resolve().unwrap_err().to_string().starts_with("steps is set together with tokens"));
+    }
+
+    #[test]
+    fn tables_override_settings_and_name_unknown_keys() {
+        let mut config = TrainConfig { sparsity: Some(2.0), tokens: Some(9), ..TrainConfig::default() };
+        let table = |text: &str| text.parse::<toml::Table>().unwrap();
+        config.apply(&table("active_target = 0.25\nsteps = 7\nlr = 1e-3")).unwrap();
+        assert_eq!((config.active_target, config.sparsity), (Some(0.25), None));
+        assert_eq!((config.steps, config.tokens, config.lr), (Some(7), None, 1e-3));
+        for (text, wanted) in [
+            ("learning_rate = 1", ["setting `learning_rate = 1`", "unknown field `learning_rate`"]),
+            ("lr = 'fast'", ["setting `lr = \"fast\"`", "expected f64"]),
+        ] {
+            let message = config.apply(&table(text)).unwrap_err().to_string();
+            assert!(wanted.iter().all(|part| message.contains(part)), "{message}");
+        }
     }
 
     #[test]

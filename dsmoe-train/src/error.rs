@@ -3,7 +3,19 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// What can go wrong in training and evaluation.
+use dsmoe_datasets::Remedy;
+
+static THREADS: Remedy = Remedy::fixed("use fewer {threads}");
+static NOT_EMPTY: Remedy =
+    Remedy::fixed("choose another {out}, set {resume} to continue, or set {force} to start over");
+static ANOTHER_OUT: Remedy = Remedy::fixed("choose another {out}");
+static WAIT: Remedy = Remedy::fixed("wait for it, or choose another {out}");
+static CHECKPOINT: Remedy =
+    Remedy::fixed("delete this checkpoint to resume from an older one, or set {force} to start over");
+static RESPONSES: Remedy = Remedy::fixed("choose another {out}, or delete the file");
+static LR: Remedy = Remedy::fixed("use a smaller {lr} or look at the data");
+
+/// An error of training or evaluation.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -16,12 +28,13 @@ pub enum Error {
     /// A router's setting.
     #[error(transparent)]
     Router(#[from] dsmoe_router::Error),
-    /// The operating system.
+    /// The file system.
     #[error("{path}: {cause}")]
     Io {
         /// The file or directory.
         path: PathBuf,
-        /// What the system says.
+        /// The error of the operating system.
+        #[source]
         cause: io::Error,
     },
     /// A configuration file that is not TOML, or not this table.
@@ -29,15 +42,15 @@ pub enum Error {
     ConfigFile {
         /// The file.
         path: PathBuf,
-        /// What is wrong, with the line.
+        /// The defect, with its line.
         message: String,
     },
-    /// A `key=value` word that cannot be read.
+    /// A setting that cannot be read.
     #[error("setting `{setting}`: {message}")]
     Setting {
-        /// The word.
+        /// The setting as it was given.
         setting: String,
-        /// What is wrong and what would do.
+        /// The defect, with the keys or values that are allowed.
         message: String,
     },
     /// A field outside its range, or two fields that exclude each other.
@@ -47,65 +60,62 @@ pub enum Error {
         field: &'static str,
         /// The value found.
         found: String,
-        /// What would do.
-        allowed: String,
+        /// The values that are allowed.
+        allowed: Remedy,
     },
     /// The thread pool cannot be made.
-    #[error("cannot start {threads} threads: {message}; use a smaller --threads")]
+    #[error("cannot start {threads} threads: {cause}; {}", THREADS)]
     Threads {
         /// Threads asked for.
         threads: usize,
-        /// What the system says.
-        message: String,
+        /// The error of the thread pool.
+        #[source]
+        cause: rayon::ThreadPoolBuildError,
     },
-    /// The output directory has something in it.
-    #[error(
-        "{path} is not empty; choose another --out, continue with --resume, or pass --force to start over"
-    )]
+    /// The output directory is not empty.
+    #[error("{path} is not empty; {}", NOT_EMPTY)]
     OutNotEmpty {
         /// The output directory.
         path: PathBuf,
     },
     /// Starting over would remove the model that is to be trained.
-    #[error("{path} holds the model to train; choose another --out")]
+    #[error("{path} holds the model to train; {}", ANOTHER_OUT)]
     OutHoldsSource {
         /// The output directory.
         path: PathBuf,
     },
     /// Another process is writing the run.
-    #[error("{path} is in use by another run; wait for it, or choose another --out")]
+    #[error("{path} is in use by another run; {}", WAIT)]
     Busy {
         /// The output directory.
         path: PathBuf,
     },
-    /// `--resume` or `--force` on a directory that is no run.
-    #[error("{path} is not empty and holds no run; choose another --out")]
+    /// A run is to be resumed or started over in a directory that is no run.
+    #[error("{path} is not empty and holds no run; {}", ANOTHER_OUT)]
     NotARun {
         /// The output directory.
         path: PathBuf,
     },
-    /// The run directory was started with something else.
-    #[error("{path}: {field} was {saved} and is now {now}; {mend}")]
+    /// The run directory was started with another model, text or setting.
+    #[error("{path}: {field} was {saved} and is now {now}; {help}")]
     ResumeMismatch {
         /// state.json of the checkpoint.
         path: PathBuf,
-        /// What differs.
-        field: &'static str,
+        /// The setting or input that differs.
+        field: String,
         /// Value in the checkpoint.
         saved: String,
         /// Value of this invocation.
         now: String,
-        /// What would do.
-        mend: &'static str,
+        /// How to fix it.
+        help: Remedy,
     },
     /// A checkpoint that cannot be used.
-    #[error(
-        "{path}: {message}; delete this checkpoint to resume from an older one, or pass --force to start over"
-    )]
+    #[error("{path}: {message}; {}", CHECKPOINT)]
     BadCheckpoint {
         /// The file or directory.
         path: PathBuf,
-        /// What is wrong.
+        /// The defect.
         message: String,
     },
     /// A document of a text that a model cannot score.
@@ -113,33 +123,31 @@ pub enum Error {
     Unscorable {
         /// Its number from 1.
         document: usize,
-        /// What keeps it from being scored.
+        /// The reason.
         reason: String,
     },
     /// A file of responses that cannot be read.
-    #[error("{path}: line {line} is no response; delete the file, or choose another --out")]
+    #[error("{path}: line {line} is no response; {}", RESPONSES)]
     BadResponses {
         /// The file.
         path: PathBuf,
         /// Number of the line from 1.
         line: usize,
     },
-    /// A file of responses of another model, or made in another way.
-    #[error(
-        "{path}: the responses of another model or of other settings; choose another --out, or delete the file"
-    )]
+    /// A file of responses of another model, or made with other settings.
+    #[error("{path}: the responses of another model or of other settings; {}", RESPONSES)]
     OtherResponses {
         /// The file.
         path: PathBuf,
     },
     /// A NaN or an infinity.
-    #[error("step {step}: {place} is not finite; stopped, {intact}; use a smaller --lr or look at the data")]
+    #[error("step {step}: {place} is not finite; stopped, {intact}; {}", LR)]
     NonFinite {
         /// The step being taken, from 1.
         step: u64,
-        /// Where it shows first: a layer of the forward pass, or the tensor whose gradient has it.
+        /// The first such place: a layer of the forward pass, or the tensor whose gradient has it.
         place: String,
-        /// Which checkpoint there is to go back to.
+        /// The checkpoint that is left.
         intact: String,
     },
 }
@@ -148,9 +156,37 @@ pub enum Error {
 pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
-    /// For `map_err`: an [`Error::Io`] about `path`.
+    /// Makes an [`Error::Io`] about `path`, for `map_err`.
     pub(crate) fn io(path: &Path) -> impl FnOnce(io::Error) -> Error {
         let path = path.to_path_buf();
         move |cause| Error::Io { path, cause }
+    }
+
+    pub(crate) fn field(field: &'static str, found: impl ToString, allowed: impl Into<Remedy>) -> Error {
+        Error::Field { field, found: found.to_string(), allowed: allowed.into() }
+    }
+
+    /// Returns the remedy with which the message ends, where it names settings.
+    pub fn help(&self) -> Option<&Remedy> {
+        match self {
+            Error::Data(error) => error.help(),
+            Error::Field { allowed: help, .. } | Error::ResumeMismatch { help, .. } => Some(help),
+            Error::Threads { .. } => Some(&THREADS),
+            Error::OutNotEmpty { .. } => Some(&NOT_EMPTY),
+            Error::OutHoldsSource { .. } | Error::NotARun { .. } => Some(&ANOTHER_OUT),
+            Error::Busy { .. } => Some(&WAIT),
+            Error::BadCheckpoint { .. } => Some(&CHECKPOINT),
+            Error::BadResponses { .. } | Error::OtherResponses { .. } => Some(&RESPONSES),
+            Error::NonFinite { .. } => Some(&LR),
+            _ => None,
+        }
+    }
+
+    /// Returns the setting with whose name the message begins, if it is about one.
+    pub fn setting(&self) -> Option<&'static str> {
+        match self {
+            Error::Data(error) => error.setting(),
+            _ => None,
+        }
     }
 }

@@ -1,4 +1,4 @@
-//! Evaluation: negative log-likelihood of a token stream in windows, with what the model activates for it.
+//! Evaluation: negative log-likelihood of a token stream in windows, with the share of experts that are active.
 
 use std::time::Instant;
 
@@ -9,25 +9,25 @@ use serde::Serialize;
 
 use crate::error::Result;
 
-/// How a stream is cut into windows.
+/// Options for cutting a stream into windows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EvalOptions {
     /// Tokens in a window; its first is context only.
     pub seq: usize,
     /// Tokens from one window's start to the next; `seq` for windows that do not overlap.
     pub stride: usize,
-    /// Tokens per forward pass, about; windows of one length go together.
+    /// The approximate number of tokens per forward pass. Windows of one length run together.
     pub batch_tokens: usize,
 }
 
 impl EvalOptions {
-    /// Windows of `seq` tokens that do not overlap, about 1024 tokens in a forward pass.
+    /// Uses windows of `seq` tokens that do not overlap, and about 1024 tokens in a forward pass.
     pub fn new(seq: usize) -> EvalOptions {
         EvalOptions { seq, stride: seq, batch_tokens: 1024 }
     }
 }
 
-/// What an evaluation found. Shares are in 0..=1, and absent for a model without routers; they are means over all
+/// The result of an evaluation. Shares are in 0..=1, and absent for a model without routers. They are means over all
 /// tokens that were run.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[non_exhaustive]
@@ -61,7 +61,7 @@ pub struct EvalReport {
     pub domains: Vec<DomainReport>,
 }
 
-/// What an evaluation found on one of several sources.
+/// The result of an evaluation on one of several sources.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct DomainReport {
     /// The source.
@@ -121,8 +121,8 @@ pub struct Domain<'a> {
     pub ids: &'a [u32],
 }
 
-/// Evaluates `model` on every one of `domains`, as [`evaluate`] does, and takes the means by their weights. A domain of
-/// less than two tokens is left out. `progress` hears how many windows of how many are done.
+/// Evaluates `model` on each of `domains`, as [`evaluate`] does, and takes the means by their weights. A domain of
+/// fewer than two tokens is left out. `progress` receives the number of windows done and of all.
 ///
 /// # Errors
 /// Those of [`evaluate`]; no domain with two tokens.
@@ -286,7 +286,7 @@ fn measure(
     })
 }
 
-/// Appends a window's inputs, and its targets with those already scored masked.
+/// Appends a window's inputs, and its targets. Targets that an earlier window scored are masked.
 fn gather(window: &EvalWindow, ids: &[u32], inputs: &mut Vec<u32>, targets: &mut Vec<u32>) {
     inputs.extend_from_slice(&ids[window.start..window.end - 1]);
     for (at, &id) in ids.iter().enumerate().take(window.end).skip(window.start + 1) {

@@ -1,8 +1,10 @@
-//! Writing so that a crash leaves the old or the new, never half of one.
+//! Directories and files of a run: after a crash each has its old or its new content.
 
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{self, Write};
 use std::path::Path;
+
+use dsmoe_datasets::files;
 
 use crate::error::{Error, Result};
 
@@ -12,23 +14,23 @@ pub(crate) fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
     file.write_all(bytes).and_then(|()| file.sync_all()).map_err(Error::io(path))
 }
 
-/// Replaces a file as a whole.
+/// Replaces a file by one with these bytes.
 pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
-    let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(".tmp");
-    let temporary = path.with_file_name(name);
-    write_synced(&temporary, bytes)?;
-    fs::rename(&temporary, path).map_err(Error::io(path))?;
-    sync_dir(path.parent().unwrap_or(Path::new(".")))
+    files::replace(path, |file| file.write_all(bytes)).map_err(Error::io(path))
 }
 
 /// Waits until renames in `dir` are on the disk.
 pub(crate) fn sync_dir(dir: &Path) -> Result<()> {
-    // Only Unix can open a directory, and only there is it needed.
-    if cfg!(unix) {
-        File::open(dir).and_then(|dir| dir.sync_all()).map_err(Error::io(dir))?;
-    }
-    Ok(())
+    files::sync_dir(dir).map_err(Error::io(dir))
+}
+
+/// Makes `dir` and locks it for this process, until the returned file is dropped or the process ends.
+pub(crate) fn lock_dir(dir: &Path) -> Result<Option<File>> {
+    fs::create_dir_all(dir).map_err(Error::io(dir))?;
+    files::lock_dir(dir).map_err(|cause| match cause.kind() {
+        io::ErrorKind::WouldBlock => Error::Busy { path: dir.to_path_buf() },
+        _ => Error::io(dir)(cause),
+    })
 }
 
 /// Makes `dir` an empty directory.
@@ -40,15 +42,15 @@ pub(crate) fn fresh_dir(dir: &Path) -> Result<()> {
 /// Removes `dir` and all in it, if it is there.
 pub(crate) fn remove_dir(dir: &Path) -> Result<()> {
     match fs::remove_dir_all(dir) {
-        Err(cause) if cause.kind() != std::io::ErrorKind::NotFound => Err(Error::io(dir)(cause)),
+        Err(cause) if cause.kind() != io::ErrorKind::NotFound => Err(Error::io(dir)(cause)),
         _ => Ok(()),
     }
 }
 
-/// Names in `dir`, sorted; none when it does not exist.
+/// Lists the names in `dir`, sorted; none when it does not exist.
 pub(crate) fn names(dir: &Path) -> Result<Vec<String>> {
     let entries = match fs::read_dir(dir) {
-        Err(cause) if cause.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(cause) if cause.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         entries => entries.map_err(Error::io(dir))?,
     };
     let mut names = Vec::new();

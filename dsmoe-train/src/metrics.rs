@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 
-/// What one optimiser step showed. Shares are in 0..=1; fields about routing are empty for a dense model.
+/// The losses and rates of one optimiser step. Shares are in 0..=1; fields about routing are empty for a dense model.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 #[non_exhaustive]
 pub struct StepRecord {
@@ -26,7 +26,7 @@ pub struct StepRecord {
     /// Mean gate of active experts over layers, tokens and experts (eqs. 17-19).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sparsity_loss: Option<f64>,
-    /// What the layers add to the loss so that experts are used evenly, where the FFN has such a loss.
+    /// The balance losses of all layers, where the FFN has such a loss.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub balance_loss: Option<f64>,
     /// Learning rate.
@@ -53,7 +53,7 @@ pub struct StepRecord {
     /// Weight of the sparsity loss in this step.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sparsity_weight: Option<f64>,
-    /// Resident memory of the process, where the system tells.
+    /// Resident memory of the process, where the system reports it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rss_bytes: Option<u64>,
     /// Seconds since this invocation began to train.
@@ -76,8 +76,8 @@ impl Metrics {
         Ok(metrics)
     }
 
-    /// Continues a file after `step`: lines of later steps, and whatever follows a torn line, are cut off. A file
-    /// that is missing or has no whole header is started anew.
+    /// Continues a file after `step`: lines of later steps, and everything after a torn line, are cut off. A file
+    /// that is missing or has no complete header is started anew.
     pub(crate) fn resume(path: &Path, step: u64, header: &Value) -> Result<Metrics> {
         let Ok(file) = OpenOptions::new().read(true).append(true).open(path) else {
             return Metrics::create(path, header);
@@ -116,7 +116,7 @@ impl Metrics {
     }
 }
 
-/// A step as a line of the file.
+/// Returns a step as a line of the file.
 pub(crate) fn step_line(record: &StepRecord) -> Value {
     let numbers =
         [record.loss, record.lm_loss, record.lr, record.grad_norm, record.tokens_per_s, record.wall_s];
@@ -139,7 +139,7 @@ pub(crate) fn step_line(record: &StepRecord) -> Value {
     value
 }
 
-/// An evaluation as a line of the file: its fields prefixed with `eval_`.
+/// Returns an evaluation as a line of the file: its fields prefixed with `eval_`.
 pub(crate) fn eval_line(step: u64, report: &crate::eval::EvalReport) -> Value {
     let mut map = Map::new();
     map.insert("step".to_owned(), step.into());
@@ -152,7 +152,7 @@ pub(crate) fn eval_line(step: u64, report: &crate::eval::EvalReport) -> Value {
     Value::Object(map)
 }
 
-/// Resident memory of this process, bytes; `None` where `/proc` does not tell.
+/// Returns the resident memory of this process in bytes; `None` without `/proc`.
 pub(crate) fn resident_bytes() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;

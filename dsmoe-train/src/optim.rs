@@ -69,8 +69,8 @@ pub struct Update<'a> {
 }
 
 impl Update<'_> {
-    /// The constants of tensors that decay or not, and that belong to a router or not. Norms and routers do not decay;
-    /// routers use [`TrainConfig::router_lr_scale`] times the learning rate.
+    /// Returns the constants for tensors that decay or not, and that belong to a router or not. Norms and routers do
+    /// not decay. Routers use [`TrainConfig::router_lr_scale`] times the learning rate.
     pub fn hyper(&self, decay: bool, router: bool) -> adamw::Hyper {
         let Update { config, lr, step, .. } = *self;
         adamw::Hyper {

@@ -1,4 +1,4 @@
-//! A run: its directory, its loop, and how it goes on after an interruption.
+//! A run: its directory, its loop, and how it resumes after an interruption.
 //!
 //! ```text
 //! OUT/run.toml                     the resolved configuration
@@ -18,7 +18,7 @@ use dsmoe_core::masks::MASKS_FILE;
 use dsmoe_core::{Device, Inference, Model};
 use dsmoe_datasets::mixture::UNNAMED;
 use dsmoe_datasets::overlap::TokenTexts;
-use dsmoe_datasets::{Interleaving, Mixture, Source, TokenStream};
+use dsmoe_datasets::{Interleaving, Mixture, TokenSource, TokenStream};
 use dsmoe_router::{BudgetController, SparsityOver};
 use serde_json::{Value, json};
 
@@ -38,25 +38,25 @@ const CHECKPOINTS: &str = "checkpoints";
 const FINAL_TEMPORARY: &str = ".final.tmp";
 /// The share of active experts approaches its target over one part in so many of the run.
 const RAMP_SHARE: u64 = 3;
-/// Where a run reads and writes.
+/// The directories and the device of a run, and how it starts and stops.
 #[derive(Clone, Debug)]
 pub struct RunOptions {
     /// The run directory.
     pub out: PathBuf,
     /// The directory the model was loaded from; its tokenizer goes into the result.
     pub source: PathBuf,
-    /// Go on from the newest checkpoint in `out`; start there if it has none.
+    /// Resume from the newest checkpoint in `out`, or start if there is none.
     pub resume: bool,
     /// Start over in an `out` that is not empty. Only files of runs and models are removed from it.
     pub force: bool,
     /// Stop with a checkpoint after so many steps of this invocation, as if interrupted.
     pub stop_after: Option<u64>,
-    /// Where to train and evaluate. A run may go on elsewhere; its numbers then differ in the last bits.
+    /// The device to train and evaluate on. A run may resume on another; its numbers then differ in the last bits.
     pub device: Device,
 }
 
 impl RunOptions {
-    /// A new run of the model in `source` to its end, into the empty directory `out`, on the processor.
+    /// Starts a new run of the model in `source` into the empty directory `out`, on the processor, to its end.
     pub fn new(source: &Path, out: &Path) -> RunOptions {
         RunOptions {
             out: out.to_path_buf(),
@@ -73,34 +73,34 @@ impl RunOptions {
 #[derive(Clone, Debug)]
 pub struct TrainData {
     /// Its sources.
-    pub sources: Vec<Source>,
+    pub sources: Vec<TokenSource>,
     /// The bytes of the tokens, to compare text by; without them nothing can be dropped as a near duplicate.
     pub texts: Option<TokenTexts>,
 }
 
 impl From<&TokenStream> for TrainData {
     fn from(stream: &TokenStream) -> TrainData {
-        let source = Source { name: UNNAMED.to_owned(), weight: 1.0, tokens: stream.into() };
+        let source = TokenSource { name: UNNAMED.to_owned(), weight: 1.0, tokens: stream.into() };
         TrainData { sources: vec![source], texts: None }
     }
 }
 
-/// Hears of a run as it goes.
+/// Receives the events of a run.
 pub trait Observer: Send {
-    /// A step is done.
+    /// Receives a finished step.
     fn step(&mut self, _record: &StepRecord) {}
-    /// The held-out text was evaluated after `step` steps.
+    /// Receives an evaluation of the held-out text after `step` steps.
     fn evaluated(&mut self, _step: u64, _report: &EvalReport) {}
-    /// A checkpoint of `step` is on the disk.
+    /// Receives the checkpoint of `step` once it is on the disk.
     fn saved(&mut self, _step: u64, _path: &Path) {}
-    /// Something a person should know.
+    /// Receives a note for the user.
     fn note(&mut self, _message: &str) {}
 }
 
-/// An observer that hears nothing.
+/// Ignores all events.
 impl Observer for () {}
 
-/// How a run ended.
+/// The end of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// All steps are done and the trained model is in the run directory.
@@ -112,7 +112,7 @@ pub enum Outcome {
     },
 }
 
-/// A run, ready to go on.
+/// A run that is ready to start or resume.
 pub struct Trainer {
     config: TrainConfig,
     options: RunOptions,
@@ -132,7 +132,7 @@ pub struct Trainer {
 }
 
 impl Trainer {
-    /// Prepares a run of `model` on `data`: checks everything, makes the run directory or finds where it stands.
+    /// Prepares a run of `model` on `data`: checks everything, and makes the run directory or reads its state.
     ///
     /// # Errors
     /// The configuration, text and model do not fit together; the directory is not empty or holds another run.
@@ -144,7 +144,8 @@ impl Trainer {
     ) -> Result<Trainer> {
         let data = data.into();
         let wished_warmup = config.warmup_steps;
-        let mut config = config.resolve()?;
+        let made_for = config.made_for(model.config());
+        let mut config = config.resolve_for(model.config())?;
         check_fit(&model, &data, &config)?;
         let filter = near_duplicates(&data, &mut config)?;
         let mixture = Mixture::new(&data.sources, config.split_options(), filter)?;
@@ -165,6 +166,9 @@ impl Trainer {
         let lock = prepare_directory(&options)?;
 
         let mut notes = mixture_notes(&mixture);
+        if let Some(share) = made_for {
+            notes.push(format!("active_target is {share}, the share of experts that the model was made for"));
+        }
         let (model, optimizer) = match options.resume {
             true => load_newest(&options.out, model, &mut state, wished_warmup, &mut notes)?,
             false => (model, None),
@@ -173,7 +177,9 @@ impl Trainer {
         let saved = optimizer.as_ref().map(|_| state.step);
         let optimizer = optimizer.unwrap_or_else(|| AdamW::new(model.layout()));
 
-        files::replace(&options.out.join(CONFIG_FILE), config.to_toml().as_bytes())?;
+        let origin = made_for.map_or("", |_| "# active_target is the model's own.\n");
+        let resolved = format!("{origin}{}", config.to_toml());
+        files::replace(&options.out.join(CONFIG_FILE), resolved.as_bytes())?;
         let header = header(&model, &mixture, &state);
         let path = options.out.join(METRICS_FILE);
         let metrics = match saved {
@@ -199,17 +205,17 @@ impl Trainer {
         })
     }
 
-    /// The resolved configuration.
+    /// Returns the resolved configuration.
     pub fn config(&self) -> &TrainConfig {
         &self.config
     }
 
-    /// The model as it stands.
+    /// Returns the model in its present state.
     pub fn model(&self) -> &Model {
         &self.model
     }
 
-    /// The model as it stands, to be measured: until the next step the gradients' memory is free for that.
+    /// Returns the model for a measurement. The memory of the gradients is free until the next step.
     pub fn measured_model(&mut self) -> &Model {
         self.stepper.engine.release();
         &self.model
@@ -220,7 +226,7 @@ impl Trainer {
         self.state.step
     }
 
-    /// Tokens to train on and tokens held out.
+    /// Returns the tokens to train on and the tokens held out.
     pub fn mixture(&self) -> &Mixture {
         &self.mixture
     }
@@ -275,7 +281,7 @@ impl Trainer {
         Ok(Outcome::Finished)
     }
 
-    /// One step with its records; `None` when `stop` was raised, and then nothing has changed.
+    /// Takes one step and writes its records. Returns `None`, with nothing changed, when `stop` was raised.
     fn take_step(&mut self, started: Instant, stop: &AtomicBool) -> Result<Option<StepRecord>> {
         let began = Instant::now();
         if stop.load(Ordering::Relaxed) {
@@ -383,7 +389,7 @@ impl Trainer {
         Ok(())
     }
 
-    /// A checkpoint of the present step, unless there is one.
+    /// Saves a checkpoint of the present step, unless there is one.
     fn save(&mut self, observer: &mut dyn Observer) -> Result<()> {
         if self.saved == Some(self.state.step) {
             return Ok(());
@@ -447,22 +453,22 @@ impl Trainer {
     }
 }
 
-/// What the trainer needs of a model and a text beyond their own soundness.
+/// Checks that model, text and configuration fit together.
 fn check_fit(model: &Model, data: &TrainData, config: &TrainConfig) -> Result<()> {
     let of = model.config();
     if config.seq > of.max_position {
         let allowed = format!("at most the model's max_position_embeddings {}", of.max_position);
-        return Err(Error::Field { field: "seq", found: config.seq.to_string(), allowed });
+        return Err(Error::field("seq", config.seq, allowed));
     }
     let largest = data.sources.iter().map(|source| source.tokens.max_id()).max().unwrap_or(0);
     if largest as usize >= of.vocab_size {
         let allowed = format!("the model's own tokenizer: ids are below vocab_size {}", of.vocab_size);
-        return Err(Error::Field { field: "a token id of the text", found: largest.to_string(), allowed });
+        return Err(Error::field("a token id of the text", largest, allowed));
     }
     Ok(())
 }
 
-/// The filter, if one is wanted; settles what is wanted in `config`.
+/// Returns the filter, if one is wanted, and sets the default in `config`.
 fn near_duplicates<'a>(data: &'a TrainData, config: &mut TrainConfig) -> Result<Option<&'a TokenTexts>> {
     let several = data.sources.len() > 1 && data.texts.is_some();
     let wanted =
@@ -471,15 +477,15 @@ fn near_duplicates<'a>(data: &'a TrainData, config: &mut TrainConfig) -> Result<
     match (wanted, &data.texts) {
         (NearDuplicates::Keep, _) => Ok(None),
         (NearDuplicates::Drop, Some(texts)) => Ok(Some(texts)),
-        (NearDuplicates::Drop, None) => Err(Error::Field {
-            field: "near_duplicates",
-            found: "drop, without the texts of the tokens".to_owned(),
-            allowed: "keep, or give TrainData::texts".to_owned(),
-        }),
+        (NearDuplicates::Drop, None) => Err(Error::field(
+            "near_duplicates",
+            "drop, without the texts of the tokens",
+            "keep, or give TrainData::texts",
+        )),
     }
 }
 
-/// What a person should know of the sources.
+/// Notes about the sources for the user.
 fn mixture_notes(mixture: &Mixture) -> Vec<String> {
     let mut notes = Vec::new();
     for part in mixture.parts() {
@@ -504,20 +510,20 @@ fn mixture_notes(mixture: &Mixture) -> Vec<String> {
     notes
 }
 
-/// The controller, under a target, and the weight of the sparsity loss in the first step.
+/// Returns the controller, under a target, and the weight of the sparsity loss in the first step.
 fn budget(model: &Model, config: &TrainConfig) -> Result<(Option<BudgetController>, f32)> {
     match config.budget() {
         Budget::Weight(weight) => Ok((None, weight as f32)),
-        Budget::Target(target) if model.num_experts().is_none() => Err(Error::Field {
-            field: "active_target",
-            found: target.to_string(),
-            allowed: "a model with experts (dsmoe convert), or no target for a dense model".to_owned(),
-        }),
-        Budget::Target(target) if model.config().fixed_active().is_some() => Err(Error::Field {
-            field: "active_target",
-            found: target.to_string(),
-            allowed: "no target for a model whose tokens all run the same number of experts".to_owned(),
-        }),
+        Budget::Target(target) if model.num_experts().is_none() => Err(Error::field(
+            "active_target",
+            target,
+            "a model with experts (dsmoe convert), or no target for a dense model",
+        )),
+        Budget::Target(target) if model.config().fixed_active().is_some() => Err(Error::field(
+            "active_target",
+            target,
+            "no target for a model whose tokens all run the same number of experts",
+        )),
         Budget::Target(target) => {
             let ramp_steps = (config.steps.unwrap_or(1) / RAMP_SHARE).max(1);
             let controller = BudgetController::new(target as f32, ramp_steps)?;
@@ -531,25 +537,10 @@ fn thread_pool(threads: usize) -> Result<rayon::ThreadPool> {
     rayon::ThreadPoolBuilder::new()
         .num_threads(threads)
         .build()
-        .map_err(|cause| Error::Threads { threads, message: cause.to_string() })
+        .map_err(|cause| Error::Threads { threads, cause })
 }
 
-/// Makes the run directory and holds it for this process: two runs in one directory would spoil each other. The
-/// system lets go of it when the process ends, however it ends. Where directories cannot be locked nothing is held.
-fn lock(out: &Path) -> Result<Option<fs::File>> {
-    fs::create_dir_all(out).map_err(Error::io(out))?;
-    if !cfg!(unix) {
-        return Ok(None);
-    }
-    let directory = fs::File::open(out).map_err(Error::io(out))?;
-    match directory.try_lock() {
-        Err(fs::TryLockError::WouldBlock) => Err(Error::Busy { path: out.to_path_buf() }),
-        // Some network file systems have no locks.
-        Ok(()) | Err(fs::TryLockError::Error(_)) => Ok(Some(directory)),
-    }
-}
-
-/// Checks that the run directory may be used, and holds it.
+/// Checks that the run directory may be used, and locks it.
 fn prepare_directory(options: &RunOptions) -> Result<Option<fs::File>> {
     let out = &options.out;
     let names = files::names(out)?;
@@ -558,7 +549,7 @@ fn prepare_directory(options: &RunOptions) -> Result<Option<fs::File>> {
     };
     if options.resume {
         let is_run = names.is_empty() || names.iter().any(|name| ours(name));
-        return if is_run { lock(out) } else { Err(Error::NotARun { path: out.clone() }) };
+        return if is_run { files::lock_dir(out) } else { Err(Error::NotARun { path: out.clone() }) };
     }
     if !names.is_empty() && !options.force {
         return Err(Error::OutNotEmpty { path: out.clone() });
@@ -579,7 +570,7 @@ fn prepare_directory(options: &RunOptions) -> Result<Option<fs::File>> {
             || (name.starts_with("model")
                 && (name.ends_with(".safetensors") || name.ends_with(".index.json")))
     };
-    let held = lock(out)?;
+    let held = files::lock_dir(out)?;
     for name in names.iter().filter(|name| ours(name) || model_file(name)) {
         let path = out.join(name);
         let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
@@ -588,8 +579,8 @@ fn prepare_directory(options: &RunOptions) -> Result<Option<fs::File>> {
     Ok(held)
 }
 
-/// Loads the newest whole checkpoint and moves `state` there; gives `model` back when there is none yet. Checkpoints
-/// that cannot be read are passed over with a note.
+/// Loads the newest complete checkpoint and sets `state` to it. Returns `model` when there is none yet. Checkpoints
+/// that cannot be read are skipped with a note.
 fn load_newest(
     out: &Path,
     model: Model,
@@ -626,7 +617,7 @@ fn load_newest(
                 return Ok((model, Some(optimizer)));
             }
             Err(error) => {
-                notes.push(format!("passed over a broken checkpoint: {error}"));
+                notes.push(format!("skipped a broken checkpoint: {error}"));
                 newest_error.get_or_insert(error);
             }
         }
@@ -640,7 +631,7 @@ fn load_newest(
     }
 }
 
-/// First line of the metrics file.
+/// Returns the first line of the metrics file.
 fn header(model: &Model, mixture: &Mixture, state: &State) -> Value {
     let mut header = json!({
         "format_version": FORMAT_VERSION,

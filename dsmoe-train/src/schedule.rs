@@ -32,12 +32,12 @@ pub struct Schedule {
     pub warmup_steps: u64,
     /// Steps of the whole run.
     pub steps: u64,
-    /// What comes after the warm-up.
+    /// The decay after the warm-up.
     pub decay: Decay,
 }
 
 impl Schedule {
-    /// Learning rate of `step`, counted from 0. Steps past the end keep the last value.
+    /// Returns the learning rate of `step`, counted from 0. Steps past the end keep the last value.
     pub fn lr_at(&self, step: u64) -> f64 {
         if step < self.warmup_steps {
             return self.lr * ((step + 1) as f64 / self.warmup_steps as f64);

@@ -1,12 +1,11 @@
 //! Tasks whose answer the model has to find itself, after five examples.
 
-use super::files::Split;
 use super::filter::{Filter, STRICT_ANSWER};
 use super::metrics::{ExactMatch, Ignored, Metric};
 use super::profile::Profile;
 use super::row::Row;
-use super::task::{Ask, Item, Rules, Task};
-use crate::Result;
+use super::task::{Ask, Item, NOT_IN_030, Rules, Split, Task};
+use crate::error::Result;
 
 /// GSM8K: word problems.
 pub(crate) const GSM8K: Task = Task {
@@ -21,7 +20,7 @@ pub(crate) const GSM8K: Task = Task {
     reads_lines: false,
     read: gsm8k,
     rules: gsm8k_rules,
-    old: true,
+    not_in: &[],
 };
 
 /// NaturalQuestions, answered from memory.
@@ -37,42 +36,36 @@ pub(crate) const NQ_OPEN: Task = Task {
     reads_lines: false,
     read: nq_open,
     rules: nq_open_rules,
-    old: false,
+    not_in: NOT_IN_030,
 };
 
 /// TriviaQA, answered from memory.
 pub(crate) const TRIVIAQA: Task = Task {
     name: "triviaqa",
-    aliases: &[],
     folders: &["triviaqa", "trivia_qa"],
     subset: "rc.nocontext",
-    split: Split::Validation,
     version: 3.0,
-    shots: 5,
-    spare_shot: true,
-    reads_lines: false,
     read: triviaqa,
     rules: triviaqa_rules,
-    old: true,
+    not_in: &[],
+    ..NQ_OPEN
 };
 
-/// WebQuestions: whether one of the answers would be generated.
+/// WebQuestions: a right answer would be generated.
 pub(crate) const WEBQS: Task = Task {
     name: "webqs",
     aliases: &["webquestions"],
     folders: &["webquestions", "webqs", "web_questions"],
-    subset: "",
     split: Split::Test,
     version: 2.0,
-    shots: 5,
     spare_shot: false,
-    reads_lines: false,
     read: webqs,
     rules: webqs_rules,
-    old: true,
+    not_in: &[(Profile::LmEval0412, "fails on its few-shot examples")],
+    ..NQ_OPEN
 };
 
-/// What ends a short answer.
+/// The texts that end a short answer.
 const SHORT: &[&str] = &["\n", ".", ","];
 
 fn gsm8k(row: &Row, _: Profile) -> Result<Item> {
@@ -106,7 +99,7 @@ fn gsm8k_rules(profile: Profile) -> Rules {
     }
 }
 
-/// What is done to a short answer.
+/// Returns the filters for a short answer.
 fn short_filter(profile: Profile) -> &'static [Filter] {
     match profile {
         Profile::LmEval049 => &[Filter::StripStart],
@@ -197,7 +190,7 @@ fn webqs_rules(profile: Profile) -> Rules {
     })
 }
 
-/// The answers in order, without those that begin with the one kept before: where that is generated, so is it.
+/// Sorts the answers and leaves out those that begin with the one kept before: a text with them has that one too.
 fn without_longer(mut answers: Vec<String>) -> Vec<String> {
     answers.sort_unstable();
     let mut kept: Vec<String> = Vec::new();

@@ -4,15 +4,14 @@ use std::sync::LazyLock;
 
 use regex::Regex;
 
-use super::files::Split;
 use super::metrics::Metric;
 use super::profile::Profile;
 use super::row::Row;
-use super::task::{Ask, Item, Rules, Task};
+use super::task::{Ask, Item, NOT_IN_030, Rules, Split, Task};
 use super::text::{capitalize, strip};
-use crate::Result;
+use crate::error::Result;
 
-/// Hellaswag: how a description of an activity, or an instruction, goes on.
+/// Hellaswag: the continuation of a description of an activity, or of an instruction.
 pub(crate) const HELLASWAG: Task = Task {
     name: "hellaswag",
     aliases: &[],
@@ -25,39 +24,22 @@ pub(crate) const HELLASWAG: Task = Task {
     reads_lines: false,
     read: hellaswag,
     rules: normed,
-    old: true,
+    not_in: &[],
 };
 
 /// PIQA: which of two ways reaches a goal.
-pub(crate) const PIQA: Task = Task {
-    name: "piqa",
-    aliases: &[],
-    folders: &["piqa"],
-    subset: "",
-    split: Split::Validation,
-    version: 1.0,
-    shots: 0,
-    spare_shot: false,
-    reads_lines: false,
-    read: piqa,
-    rules: normed,
-    old: true,
-};
+pub(crate) const PIQA: Task = Task { name: "piqa", folders: &["piqa"], read: piqa, ..HELLASWAG };
 
 /// SIQA: what people want, feel or do.
 pub(crate) const SOCIAL_IQA: Task = Task {
     name: "social_iqa",
     aliases: &["siqa"],
     folders: &["siqa", "social_iqa", "social_i_qa"],
-    subset: "",
-    split: Split::Validation,
     version: 0.0,
-    shots: 0,
-    spare_shot: false,
-    reads_lines: false,
     read: social_iqa,
     rules: plain,
-    old: false,
+    not_in: NOT_IN_030,
+    ..HELLASWAG
 };
 
 /// The story cloze test of 2016: which of two sentences ends a story.
@@ -67,13 +49,10 @@ pub(crate) const STORYCLOZE: Task = Task {
     folders: &["storycloze", "storycloze_2016", "story_cloze"],
     subset: "2016",
     split: Split::Test,
-    version: 1.0,
-    shots: 0,
-    spare_shot: false,
-    reads_lines: false,
     read: storycloze,
     rules: plain,
-    old: false,
+    not_in: NOT_IN_030,
+    ..HELLASWAG
 };
 
 fn plain(_: Profile) -> Rules {
@@ -109,7 +88,7 @@ fn hellaswag(row: &Row, _: Profile) -> Result<Item> {
     Ok(item(query, endings, gold))
 }
 
-/// The whole sentences of a context, and the beginning of a sentence behind them.
+/// Returns the whole sentences of a context, and the beginning of a sentence behind them.
 fn divide(ctx: &str) -> (&str, &str) {
     static WHOLE: LazyLock<Regex> = LazyLock::new(|| Regex::new(r#"[.!?]["')\]]*\s*$"#).expect("a constant"));
     match ctx.rfind(". ") {

@@ -1,12 +1,11 @@
 //! Tasks about what stands in a text: its last word, or whom a gap means.
 
-use super::files::Split;
 use super::metrics::Metric;
 use super::profile::Profile;
 use super::row::Row;
-use super::task::{Ask, Item, Rules, Task};
+use super::task::{Ask, Item, Rules, Split, Task};
 use super::text::strip;
-use crate::Result;
+use crate::error::Result;
 
 /// LAMBADA with the texts as OpenAI set them.
 pub(crate) const LAMBADA_OPENAI: Task = Task {
@@ -21,7 +20,7 @@ pub(crate) const LAMBADA_OPENAI: Task = Task {
     reads_lines: false,
     read: lambada,
     rules: lambada_rules,
-    old: true,
+    not_in: &[],
 };
 
 /// LAMBADA with the original texts, cut into words.
@@ -41,13 +40,9 @@ pub(crate) const WINOGRANDE: Task = Task {
     folders: &["winogrande"],
     subset: "winogrande_xl",
     split: Split::Validation,
-    version: 1.0,
-    shots: 0,
-    spare_shot: false,
-    reads_lines: false,
     read: winogrande,
     rules: |_| Rules::of(&[Metric::Acc]),
-    old: true,
+    ..LAMBADA_OPENAI
 };
 
 fn lambada_rules(profile: Profile) -> Rules {

@@ -1,10 +1,19 @@
-//! CSV with a header line: fields in quotes may hold commas, line ends and doubled quotes.
+//! CSV with a header line.
 
 use std::path::Path;
+use std::sync::LazyLock;
 
+use csv::{ReaderBuilder, StringRecord};
+use regex::Regex;
 use serde_json::{Map, Value};
 
-use crate::{Error, Result};
+use crate::error::{Error, Result};
+
+/// A record whose quotes are closed at the ends of fields. The reader accepts any other as well.
+static QUOTED_WELL: LazyLock<Regex> = LazyLock::new(|| {
+    let field = r#"(?:"(?:[^"]|"")*"|[^",\r\n][^,\r\n]*|)"#;
+    Regex::new(&format!("^{field}(?:,{field})*$")).expect("a constant")
+});
 
 /// Hands the rows of `text` to `take`, as texts under the header's names.
 pub(crate) fn rows(
@@ -12,70 +21,38 @@ pub(crate) fn rows(
     text: &str,
     take: &mut dyn FnMut(Map<String, Value>) -> Result<()>,
 ) -> Result<()> {
-    let mut rest = text;
-    let mut header: Option<Vec<String>> = None;
-    let mut row = 0;
-    while !rest.is_empty() {
+    let mut reader = ReaderBuilder::new().has_headers(false).flexible(true).from_reader(text.as_bytes());
+    let mut names: Option<StringRecord> = None;
+    let mut record = StringRecord::new();
+    for row in 0.. {
         let wrong = |reason: String| Error::Row {
             path: path.to_path_buf(),
             row,
             reason,
-            mend: "fetch the file again".into(),
+            help: "fetch the file again".into(),
         };
-        let (record, after) = record(rest).map_err(|reason| wrong(reason.to_owned()))?;
-        rest = after;
-        if record.len() == 1 && record[0].is_empty() {
-            continue;
+        let start = reader.position().byte() as usize;
+        if !reader.read_record(&mut record).map_err(|cause| wrong(cause.to_string()))? {
+            break;
         }
-        match &header {
-            None => header = Some(record),
+        let raw = text[start..reader.position().byte() as usize].trim_matches(['\r', '\n']);
+        if !QUOTED_WELL.is_match(raw) {
+            let odd = raw.matches('"').count() % 2 == 1;
+            let reason = if odd { "a quote that is never closed" } else { "text behind a closing quote" };
+            return Err(wrong(reason.to_owned()));
+        }
+        match &names {
+            None => names = Some(std::mem::take(&mut record)),
             Some(names) if names.len() == record.len() => {
-                take(names.iter().cloned().zip(record.into_iter().map(Value::String)).collect())?;
+                take(names.iter().map(str::to_owned).zip(record.iter().map(Value::from)).collect())?;
             }
             Some(names) => {
                 return Err(wrong(format!("{} fields under {} columns", record.len(), names.len())));
             }
         }
-        row += 1;
     }
     Ok(())
 }
-
-/// The first record of `text`, and what follows it.
-fn record(text: &str) -> std::result::Result<(Vec<String>, &str), &'static str> {
-    let mut fields = Vec::new();
-    let mut rest = text;
-    loop {
-        let mut field = String::new();
-        if let Some(quoted) = rest.strip_prefix('"') {
-            rest = quoted;
-            loop {
-                let end = rest.find('"').ok_or("a quote that is never closed")?;
-                field += &rest[..end];
-                rest = &rest[end + 1..];
-                match rest.strip_prefix('"') {
-                    Some(more) => (field, rest) = (field + "\"", more),
-                    None => break,
-                }
-            }
-            if !(rest.is_empty() || rest.starts_with([',', '\n', '\r'])) {
-                return Err("text behind a closing quote");
-            }
-        } else {
-            let end = rest.find([',', '\n', '\r']).unwrap_or(rest.len());
-            field += &rest[..end];
-            rest = &rest[end..];
-        }
-        fields.push(field);
-        match rest.strip_prefix(',') {
-            Some(more) => rest = more,
-            None => break,
-        }
-    }
-    let rest = rest.strip_prefix("\r\n").or_else(|| rest.strip_prefix(['\n', '\r'])).unwrap_or(rest);
-    Ok((fields, rest))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

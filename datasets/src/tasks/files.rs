@@ -1,4 +1,4 @@
-//! Where a task's rows lie in a folder of benchmarks.
+//! Finds a task's files in a folder of benchmarks.
 //!
 //! `FOLDER/<task>/` holds the files as they are distributed: Parquet or JSONL of the Hugging Face dataset, with or
 //! without the folder of its configuration, or the original files. Of the files whose name, or else folder, says the
@@ -9,68 +9,30 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::read::{Format, format_of, stem};
-use super::task::{TASKS, Task};
-use crate::{Error, Result};
+use super::registry::TASKS;
+use super::task::{Split, Task};
+use crate::error::{Error, Result};
 
 /// Folders below a task's folder that are searched.
 const MAX_DEPTH: usize = 3;
 
-/// A part of a dataset.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Split {
-    /// Shown in prompts, never scored.
-    Train,
-    /// Scored.
-    Validation,
-    /// Scored.
-    Test,
-}
-
-impl Split {
-    /// The name in results.
-    pub fn name(self) -> &'static str {
-        match self {
-            Split::Train => "train",
-            Split::Validation => "validation",
-            Split::Test => "test",
-        }
-    }
-
-    /// What file names call it.
-    fn words(self) -> &'static [&'static str] {
-        match self {
-            Split::Train => &["train"],
-            Split::Validation => &["validation", "valid", "val", "dev"],
-            Split::Test => &["test"],
-        }
-    }
-
-    /// What else may stand for it.
-    fn stand_ins(self) -> &'static [&'static str] {
-        match self {
-            Split::Train => &["trainmodel", "pool"],
-            Split::Validation | Split::Test => &["eval"],
-        }
-    }
-}
-
-/// The files of `split` of `task` under `folder`, in the order in which they are read; none if there are none.
+/// Finds the files of `split` of `task` under `folder`, in the order in which they are read; none if there are none.
 ///
 /// # Errors
-/// No folder of the task, or files of which it cannot be said which to take.
+/// No folder of the task, or several sets of files that match equally well.
 pub(crate) fn find(folder: &Path, task: &Task, split: Split) -> Result<Option<Vec<PathBuf>>> {
     let Some(base) = task_folder(folder, task)? else {
         return Err(Error::Task {
             task: task.name.into(),
             reason: format!("no folder `{}` in {}", task.folders.join("` or `"), folder.display()),
-            mend: format!("put its files there, or name them: --task-file {}=FILE", task.name),
+            help: format!("put its files there, or name them: {{task_file}} {}=FILE", task.name).into(),
         });
     };
     let mut files = Vec::new();
     search(&base, 0, &mut files)?;
     // Lines of text are rows of one task only; elsewhere they are notes.
     files.retain(|path| task.reads_lines || !matches!(format_of(path), Some((Format::Lines, _))));
-    // By how much their names say besides the split, then by what they are called without the number of a shard.
+    // Ordered by how much their names say besides the split, then by the name without the number of a shard.
     let mut sets: BTreeMap<(usize, String), Vec<PathBuf>> = BTreeMap::new();
     for path in files {
         if let Some((surplus, set)) = rate(&path, &base, task, split) {
@@ -90,14 +52,14 @@ pub(crate) fn find(folder: &Path, task: &Task, split: Split) -> Result<Option<Ve
                 other[0].display(),
                 split.name()
             ),
-            mend: format!("keep one of them, or name it: --task-file {}=FILE", task.name),
+            help: format!("keep one of them, or name it: {{task_file}} {}=FILE", task.name).into(),
         });
     }
     best.sort_unstable();
     Ok(Some(best))
 }
 
-/// The folder of `task`: one of its names, or the one name that begins with its first.
+/// Finds the folder of `task`: one of its names, or the one name that begins with its first.
 pub(crate) fn task_folder(folder: &Path, task: &Task) -> Result<Option<PathBuf>> {
     let mut there: Vec<String> = Vec::new();
     for entry in fs::read_dir(folder).map_err(Error::io(folder))? {
@@ -119,7 +81,7 @@ pub(crate) fn task_folder(folder: &Path, task: &Task) -> Result<Option<PathBuf>>
     }
 }
 
-/// Lower case without separators.
+/// Converts to lower case without separators.
 fn plain(name: &str) -> String {
     name.chars().filter(|c| c.is_alphanumeric()).flat_map(char::to_lowercase).collect()
 }
@@ -142,8 +104,8 @@ fn search(dir: &Path, depth: usize, files: &mut Vec<PathBuf>) -> Result<()> {
     Ok(())
 }
 
-/// How much the name of `path` says besides `split` and the task, and that name without the number of a shard; none
-/// if it is not of `split`.
+/// Rates how much the name of `path` says besides `split` and the task, and returns that name without the number of a
+/// shard; none if it is not of `split`.
 fn rate(path: &Path, base: &Path, task: &Task, split: Split) -> Option<(usize, String)> {
     let within = path.strip_prefix(base).ok()?;
     let folders: Vec<String> =
@@ -185,7 +147,7 @@ fn says_split(words: &[String]) -> bool {
     words.iter().any(|word| splits.iter().any(|split| split.words().contains(&&word[..])))
 }
 
-/// `00000`, as in `train-00000-of-00002`.
+/// Recognises the number of a shard: `00000`, as in `train-00000-of-00002`.
 fn is_shard(word: &str) -> bool {
     word.len() >= 4 && word.chars().all(|c| c.is_ascii_digit())
 }

@@ -1,4 +1,4 @@
-//! What is done to a generated answer before it is compared.
+//! Filters for generated answers before they are compared.
 
 use std::sync::LazyLock;
 
@@ -12,7 +12,7 @@ pub(crate) static STRICT_ANSWER: LazyLock<Regex> =
 static FLEXIBLE: LazyLock<Regex> =
     LazyLock::new(|| Regex::new(r"(-?[$0-9.,]{2,})|(-?[0-9]+)").expect("a constant"));
 
-/// What a filter gives when it finds nothing.
+/// The result of a filter that finds nothing.
 const INVALID: &str = "[invalid]";
 
 /// A way to find the answer in a generated text.
@@ -28,12 +28,12 @@ pub(crate) enum Filter {
     Strict,
     /// The last number.
     Flexible,
-    /// As `Strict`, without commas; of the right answer too.
+    /// Filters as `Strict` does and removes commas, from the right answer too.
     FirstNumber,
 }
 
 impl Filter {
-    /// The name in the keys of results.
+    /// Returns the name in the keys of results.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Filter::None | Filter::FirstNumber => "none",

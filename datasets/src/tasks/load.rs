@@ -1,4 +1,4 @@
-//! From rows to prompts.
+//! Loads tasks: turns rows into prompts.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -7,23 +7,23 @@ use std::sync::Arc;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use super::files::{Split, find, task_folder};
+use super::files::{find, task_folder};
 use super::profile::Profile;
 use super::random::Random;
 use super::read::read_rows;
+use super::request::{MAX_NEW_TOKENS, Request};
 use super::row::Row;
-use super::task::{Ask, Item, Rules, Task};
-use super::{MAX_NEW_TOKENS, Request};
-use crate::{Error, Result};
+use super::task::{Ask, Item, Rules, Split, Task};
+use crate::error::{Error, Result};
 
 /// Seed of the few-shot examples.
 const SHOT_SEED: u32 = 1234;
 /// Seed of the order of documents and of the examples in harness 0.3.0.
 const OLD_SEED: u32 = 42;
 
-/// Where the rows of tasks come from.
+/// The files of tasks: a folder of benchmarks, files given by name, or both.
 #[derive(Clone, Debug, Default)]
-pub struct Source {
+pub struct TaskFiles {
     /// A folder with a folder for each task.
     pub folder: Option<PathBuf>,
     /// Files to score, by the name of the task, in place of those in the folder.
@@ -32,16 +32,16 @@ pub struct Source {
     pub shot_files: BTreeMap<String, Vec<PathBuf>>,
 }
 
-impl Source {
-    /// The folder `folder`.
-    pub fn folder(folder: &Path) -> Source {
-        Source { folder: Some(folder.to_path_buf()), ..Source::default() }
+impl TaskFiles {
+    /// Uses the folder `folder`.
+    pub fn folder(folder: &Path) -> TaskFiles {
+        TaskFiles { folder: Some(folder.to_path_buf()), ..TaskFiles::default() }
     }
 
-    /// The files of `task` to score; none if there are none.
+    /// Finds the files of `task` to score; none if there are none.
     ///
     /// # Errors
-    /// A folder that cannot be read, or files of which it cannot be said which to take.
+    /// A folder that cannot be read, or several sets of files that match equally well.
     pub fn files_of(&self, task: &Task) -> Result<Option<Vec<PathBuf>>> {
         if let (Some(folder), false) = (&self.folder, self.files.contains_key(task.name))
             && task_folder(folder, task)?.is_none()
@@ -51,7 +51,8 @@ impl Source {
         Ok(self.scored(task)?.map(|(_, files)| files))
     }
 
-    /// The split of `task` that is scored, with its files: its own, or the validation split in place of a test split.
+    /// Finds the split of `task` that is scored, with its files: its own, or the validation split in place of a test
+    /// split.
     fn scored(&self, task: &Task) -> Result<Option<(Split, Vec<PathBuf>)>> {
         for split in [task.split, Split::Validation] {
             if let Some(files) = self.find(task, split)? {
@@ -61,7 +62,7 @@ impl Source {
         Ok(None)
     }
 
-    /// The files of a split of a task.
+    /// Returns the files of a split of a task.
     fn find(&self, task: &Task, split: Split) -> Result<Option<Vec<PathBuf>>> {
         let named = if split == Split::Train { &self.shot_files } else { &self.files };
         if let Some(files) = named.get(task.name) {
@@ -77,7 +78,7 @@ impl Source {
     }
 }
 
-/// How tasks are loaded.
+/// Options for loading tasks.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
     /// The conventions.
@@ -101,12 +102,12 @@ pub struct Document {
     pub id: usize,
     /// Its row.
     pub fields: Map<String, Value>,
-    /// What to ask a model.
+    /// The questions to a model.
     pub requests: Vec<Request>,
     pub(crate) item: Item,
 }
 
-/// Where the documents and the examples of a task are from.
+/// The files of the documents and the examples of a task.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Origin {
     /// The split that is scored.
@@ -137,14 +138,15 @@ impl Loaded {
     ///
     /// # Errors
     /// No files, files that are not the task's, too few rows to draw examples from, or a profile without the task.
-    /// Each names the file, the row and the mend.
-    pub fn load(task: &'static Task, source: &Source, options: &Options) -> Result<Loaded> {
+    /// Each names the file, the row and a remedy.
+    pub fn load(task: &'static Task, source: &TaskFiles, options: &Options) -> Result<Loaded> {
         let rules = task.checked_rules(options.profile)?;
         let Some((split, files)) = source.scored(task)? else {
             return Err(Error::Task {
                 task: task.name.into(),
                 reason: format!("no files of its {} split", task.split.name()),
-                mend: format!("put them into its folder, or name them: --task-file {}=FILE", task.name),
+                help: format!("put them into its folder, or name them: {{task_file}} {}=FILE", task.name)
+                    .into(),
             });
         };
         let shot_files = if task.shots > 0 { source.find(task, Split::Train)? } else { None };
@@ -169,7 +171,7 @@ impl Loaded {
     /// call it and `place` what errors call the rows' file.
     ///
     /// # Errors
-    /// As [`Loaded::load`].
+    /// Those of [`Loaded::load`].
     pub fn from_rows(
         task: &'static Task,
         (name, place): (&str, &str),
@@ -196,22 +198,22 @@ impl Loaded {
         builder.finish(name.to_owned())
     }
 
-    /// The task.
+    /// Returns the task.
     pub fn task(&self) -> &'static Task {
         self.task
     }
 
-    /// What results call it.
+    /// Returns its name in results.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// The conventions.
+    /// Returns the conventions.
     pub fn profile(&self) -> Profile {
         self.profile
     }
 
-    /// The documents, in their order.
+    /// Returns the documents, in their order.
     pub fn documents(&self) -> &[Document] {
         &self.documents
     }
@@ -221,7 +223,7 @@ impl Loaded {
         self.original
     }
 
-    /// Where the rows are from.
+    /// Returns the files of the rows.
     pub fn origin(&self) -> &Origin {
         &self.origin
     }
@@ -271,7 +273,7 @@ impl Builder {
         Ok(())
     }
 
-    /// The row as samples show it.
+    /// Returns the row as samples show it.
     fn logged(&self, row: Row, item: &Item) -> Map<String, Value> {
         let labelled = row.find(&["label", "answer"]).is_some();
         let mut fields = row.fields;
@@ -292,7 +294,8 @@ impl Builder {
     }
 
     fn finish(mut self, name: String) -> Result<Loaded> {
-        let wrong = |reason: String, mend: String| Error::Task { task: name.clone(), reason, mend };
+        let wrong =
+            |reason: String, help: String| Error::Task { task: name.clone(), reason, help: help.into() };
         let shots = self.task.shots;
         if self.rows.is_empty() {
             let files = self.origin.files.iter().map(|file| file.display().to_string()).collect::<Vec<_>>();
@@ -304,7 +307,7 @@ impl Builder {
         if self.examples.len() < drawn {
             return Err(wrong(
                 format!("{} rows to draw {drawn} examples from", self.examples.len()),
-                format!("name a training file: --shots-file {}=FILE", self.task.name),
+                format!("name a training file: {{shots_file}} {}=FILE", self.task.name),
             ));
         }
         let mut random = Random::new(if self.old() { OLD_SEED } else { SHOT_SEED });
@@ -331,7 +334,7 @@ impl Builder {
     }
 }
 
-/// What to ask for a document, with `before` in front of its question.
+/// Returns the questions of a document, with `before` in front of each.
 fn requests(before: &str, item: &Item, rules: &Rules, max_tokens: usize) -> Vec<Request> {
     let behind = |context: &str| -> Arc<str> { format!("{before}{context}").into() };
     let context = behind(&item.prompt);

@@ -10,7 +10,7 @@ use super::random::Random;
 /// Resamples of a bootstrap, in chunks that each have a generator of their own.
 const BOOTSTRAP: [u32; 2] = [100, 1000];
 
-/// What is measured.
+/// A metric.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Metric {
     /// The likeliest choice is the right one; the last word would be generated.
@@ -47,7 +47,7 @@ pub(crate) struct Part {
 }
 
 impl Metric {
-    /// The name in the keys of results.
+    /// Returns the name in the keys of results.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Metric::Acc | Metric::AnyAcc | Metric::AccOfNumber => "acc",
@@ -62,7 +62,7 @@ impl Metric {
         }
     }
 
-    /// Whether more is better.
+    /// Returns true if more is better.
     pub(crate) fn higher_is_better(self) -> bool {
         !matches!(
             self,
@@ -74,7 +74,7 @@ impl Metric {
         )
     }
 
-    /// The metric of a task of which these are the documents, and its standard error where one is defined.
+    /// Returns the metric of a task of which these are the documents, and its standard error where one is defined.
     pub(crate) fn aggregate(self, parts: &[Part]) -> (f64, Option<f64>) {
         let values: Vec<f64> = parts.iter().map(|part| part.value).collect();
         let weighted = || values.iter().sum::<f64>() / parts.iter().map(|part| part.weight).sum::<f64>();
@@ -96,14 +96,14 @@ fn perplexity(values: &[f64]) -> f64 {
     (-mean(values)).exp()
 }
 
-/// Standard deviation of a sample.
+/// Computes the standard deviation of a sample.
 fn deviation(values: &[f64]) -> f64 {
     let mean = mean(values);
     let squares: f64 = values.iter().map(|x| (x - mean).powi(2)).sum();
     (squares / (values.len() - 1) as f64).sqrt()
 }
 
-/// Standard error of the perplexity, by resampling.
+/// Computes the standard error of the perplexity, by resampling.
 fn bootstrap(values: &[f64]) -> f64 {
     let [chunks, size] = BOOTSTRAP;
     let n = values.len() as f64;
@@ -118,14 +118,14 @@ fn bootstrap(values: &[f64]) -> f64 {
     deviation(&(0..chunks).into_par_iter().map(resampled).collect::<Vec<_>>().concat())
 }
 
-/// Index of the largest value, the first of equal ones.
+/// Returns the index of the largest value, the first of equal ones.
 pub(crate) fn argmax(values: impl IntoIterator<Item = f64>) -> usize {
     let mut values = values.into_iter().enumerate();
     let first = values.next().unwrap_or((0, 0.0));
     values.fold(first, |best, next| if next.1 > best.1 { next } else { best }).0
 }
 
-/// What does not count in a comparison of texts.
+/// Parts of texts that a comparison ignores.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Ignored {
     Commas,
@@ -156,7 +156,7 @@ impl Ignored {
     }
 }
 
-/// How texts are compared.
+/// Options for comparing texts.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct ExactMatch {
     /// Removed first, in this order.
@@ -178,7 +178,7 @@ impl ExactMatch {
         text
     }
 
-    /// Whether `text` equals one of `answers`.
+    /// Returns true if `text` equals one of `answers`.
     pub(crate) fn any(&self, text: &str, answers: &[String]) -> bool {
         let text = self.normal(text);
         answers.iter().any(|answer| self.normal(answer) == text)

@@ -1,17 +1,17 @@
-//! Which release's conventions a score follows.
+//! The release whose conventions a score follows.
 
 use std::fmt;
 use std::str::FromStr;
 
 use serde::{Serialize, Serializer};
 
+use crate::error::{Error, Result};
 use crate::tokenizer::Bos;
-use crate::{Error, Result};
 
 /// The conventions of a release of lm-evaluation-harness. Scores compare only within one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Profile {
-    /// As 0.4.12, with few-shot examples of WebQuestions that show their first answer.
+    /// Release 0.4.12, with few-shot examples of WebQuestions that show their first answer.
     #[default]
     Dsmoe,
     /// 0.4.12 and 0.4.13; these cannot run WebQuestions with few-shot examples.
@@ -30,7 +30,7 @@ impl Profile {
     pub const ALL: [Profile; 5] =
         [Profile::Dsmoe, Profile::LmEval0412, Profile::LmEval0492, Profile::LmEval049, Profile::LmEval030];
 
-    /// The name on the command line and in results.
+    /// Returns the name on the command line and in results.
     pub const fn name(self) -> &'static str {
         match self {
             Profile::Dsmoe => "dsmoe",
@@ -41,7 +41,7 @@ impl Profile {
         }
     }
 
-    /// The BOS rule when none is asked for.
+    /// Returns the default BOS rule.
     pub fn bos(self) -> Bos {
         match self {
             Profile::Dsmoe | Profile::LmEval0412 | Profile::LmEval0492 => Bos::Auto,
@@ -49,12 +49,12 @@ impl Profile {
         }
     }
 
-    /// Whether a continuation is encoded by itself instead of as the rest of the whole text.
+    /// Returns true if a continuation is encoded by itself instead of as the rest of the whole text.
     pub fn encodes_apart(self) -> bool {
         self == Profile::LmEval030
     }
 
-    /// Whether a text without context starts from the end token instead of the BOS token.
+    /// Returns true if a text without context starts from the end token instead of the BOS token.
     pub fn starts_from_end_token(self) -> bool {
         self == Profile::LmEval030
     }
@@ -66,7 +66,7 @@ impl FromStr for Profile {
     fn from_str(name: &str) -> Result<Profile> {
         let profile = Profile::ALL.into_iter().find(|profile| profile.name() == name);
         let names = "dsmoe, lm-eval-0.4.12, lm-eval-0.4.9.2, lm-eval-0.4.9 or lm-eval-0.3.0";
-        profile.ok_or_else(|| Error::option("--profile", format!("{name:?}"), names))
+        profile.ok_or_else(|| Error::setting_range("profile", format!("{name:?}"), names))
     }
 }
 

@@ -14,7 +14,7 @@ pub struct Random {
 }
 
 impl Random {
-    /// `random.Random(seed)`.
+    /// Seeds a generator as `random.Random(seed)` does.
     pub fn new(seed: u32) -> Random {
         let mut state = [0u32; WORDS];
         state[0] = 19_650_218;
@@ -52,13 +52,13 @@ impl Random {
         y ^ (y >> 18)
     }
 
-    /// `random()`: uniform in 0..1.
+    /// Draws as `random()` does: uniform in 0..1.
     pub fn uniform(&mut self) -> f64 {
         let (high, low) = (self.word() >> 5, self.word() >> 6);
         (f64::from(high) * 67_108_864.0 + f64::from(low)) / 9_007_199_254_740_992.0
     }
 
-    /// `randrange(n)`.
+    /// Draws as `randrange(n)` does.
     ///
     /// # Panics
     /// `n` is 0 or above 2^32 - 1.
@@ -74,7 +74,7 @@ impl Random {
         }
     }
 
-    /// `sample(range(n), k)`: `k` different numbers below `n`.
+    /// Draws as `sample(range(n), k)` does: `k` different numbers below `n`.
     ///
     /// # Panics
     /// `k` is larger than `n`.
@@ -104,7 +104,7 @@ impl Random {
         (0..k).map(draw).collect()
     }
 
-    /// `shuffle(list)`.
+    /// Shuffles as `shuffle(list)` does.
     pub fn shuffle<T>(&mut self, list: &mut [T]) {
         for i in (1..list.len()).rev() {
             list.swap(i, self.below(i + 1));
@@ -112,12 +112,12 @@ impl Random {
     }
 }
 
-/// What seeding makes of the word before word `i`.
+/// Computes word `i` of the seeded state from the word before it.
 fn mixed(state: &[u32; WORDS], i: usize) -> u32 {
     state[i - 1] ^ (state[i - 1] >> 30)
 }
 
-/// The word after word `i` in seeding, which goes round without word 0.
+/// Returns the word after word `i` in seeding, which wraps around to word 1.
 fn wrapped(i: usize, state: &mut [u32; WORDS]) -> usize {
     if i + 1 < WORDS {
         return i + 1;

@@ -1,4 +1,4 @@
-//! Rows out of the files that benchmarks come in: JSON lines, JSON arrays, CSV, lines of text, also as .gz and .zst;
+//! Reads rows of the files that benchmarks come in: JSON lines, JSON arrays, CSV, lines of text, also as .gz and .zst;
 //! Parquet.
 
 use std::fmt;
@@ -8,20 +8,21 @@ use std::sync::Arc;
 use serde::de::{DeserializeSeed, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Value};
 
+use super::csv;
 use super::row::Row;
-use super::{csv, parquet};
+use crate::error::{Error, Result};
+use crate::parquet_rows::ParquetRows;
 use crate::reader::{Packing, Records};
-use crate::{Error, Result};
 
 /// The largest line of a JSONL file, in bytes.
 const MAX_LINE: u64 = 64 << 20;
 /// The largest JSON or CSV file, in bytes of its text; it is held whole.
 const MAX_FILE: u64 = 1 << 30;
 
-/// Takes rows one after the other.
+/// Receives rows one after the other.
 pub(crate) type Sink<'a> = dyn FnMut(Row) -> Result<()> + 'a;
 
-/// What a file holds, by its name.
+/// The content of a file, by its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Format {
     JsonLines,
@@ -32,16 +33,10 @@ pub(crate) enum Format {
     Parquet,
 }
 
-/// What the name of `path` says of its content; none for a file that holds no rows.
+/// Derives the format of `path` from its name; none for a file that holds no rows.
 pub(crate) fn format_of(path: &Path) -> Option<(Format, Packing)> {
-    let extension = |path: &Path| path.extension().map(|e| e.to_string_lossy().to_ascii_lowercase());
-    let outer = extension(path);
-    let (inner, packing) = match outer.as_deref() {
-        Some("gz") => (extension(&path.with_extension("")), Packing::Gzip),
-        Some("zst") => (extension(&path.with_extension("")), Packing::Zstd),
-        _ => (outer, Packing::Plain),
-    };
-    let format = match inner.as_deref()? {
+    let (extension, packing) = Packing::of(path);
+    let format = match &extension[..] {
         "jsonl" | "ndjson" => Format::JsonLines,
         "json" => Format::Json,
         "csv" => Format::Csv,
@@ -52,7 +47,7 @@ pub(crate) fn format_of(path: &Path) -> Option<(Format, Packing)> {
     Some((format, packing))
 }
 
-/// Name of `path` without the endings that say its format.
+/// Returns the name of `path` without the endings that say its format.
 pub(crate) fn stem(path: &Path) -> String {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let packed = name.strip_suffix(".gz").or_else(|| name.strip_suffix(".zst")).unwrap_or(&name);
@@ -66,7 +61,7 @@ pub(crate) fn read_rows(path: &Path, task: &'static str, sink: &mut Sink<'_>) ->
         return Err(Error::TaskFile {
             path: path.to_path_buf(),
             reason: "not a file of rows by its name".into(),
-            mend: "give a .jsonl, .json, .csv, .txt (also .gz, .zst) or .parquet file".into(),
+            help: "give a .jsonl, .json, .csv, .txt (also .gz, .zst) or .parquet file".into(),
         });
     };
     let mut labels = Labels::beside(path)?;
@@ -87,7 +82,12 @@ pub(crate) fn read_rows(path: &Path, task: &'static str, sink: &mut Sink<'_>) ->
         })?,
         Format::Json => json(&path, packing, &mut take)?,
         Format::Csv => csv::rows(&path, &whole(&path, packing)?, &mut take)?,
-        Format::Parquet => parquet::rows(&path, &mut take)?,
+        Format::Parquet => {
+            let mut rows = ParquetRows::open(&path, Arc::default())?;
+            while let Some(fields) = rows.next_object()? {
+                take(fields)?;
+            }
+        }
     }
     if let Some(labels) = labels {
         labels.check_end(number)?;
@@ -127,24 +127,27 @@ impl Labels {
         Err(Error::TaskFile {
             path: self.path.clone(),
             reason: format!("{} labels for {rows} rows", self.labels.len()),
-            mend: "take both files from the original".into(),
+            help: "take both files from the original".into(),
         })
     }
 }
 
-/// The text of a whole file.
+/// Returns the text of a whole file.
 fn whole(path: &Path, packing: Packing) -> Result<String> {
     let mut records = Records::open(path, packing, "", ("file", MAX_FILE), Arc::default())?;
     Ok(records.next().map_err(|cause| at_row(path, 1, cause))?.unwrap_or_default())
 }
 
-/// A failure of reading, with the row it kept from being read.
+/// Names the row that a failure of reading is about.
 fn at_row(path: &Path, row: u64, cause: Error) -> Error {
     let (path, message) = (path.to_path_buf(), cause.to_string());
-    // The reader's messages are `path: reason; mend`.
+    // The reader's messages are `path: reason; help`.
     let message = message.strip_prefix(&format!("{}: ", path.display())).unwrap_or(&message);
     match message.split_once("; ") {
-        Some((reason, mend)) => Error::Row { path, row, reason: reason.into(), mend: mend.into() },
+        Some((reason, help)) => {
+            let help = cause.help().cloned().unwrap_or_else(|| help.to_owned().into());
+            Error::Row { path, row, reason: reason.into(), help }
+        }
         None => cause,
     }
 }
@@ -154,7 +157,7 @@ fn not_json(path: &Path, row: u64, reason: impl fmt::Display) -> Error {
         path: path.to_path_buf(),
         row,
         reason: format!("not a JSON object ({reason})"),
-        mend: "fetch the file again".into(),
+        help: "fetch the file again".into(),
     }
 }
 
@@ -201,7 +204,7 @@ fn json(path: &Path, packing: Packing, take: &mut dyn FnMut(Map<String, Value>) 
 /// The key under which a file's one object holds its rows.
 const CONTAINER: &str = "Data";
 
-/// A value at the top of a file. `take` says whether to go on.
+/// A value at the top of a file. `take` returns true to continue.
 struct Top<'a> {
     take: &'a mut dyn FnMut(Map<String, Value>) -> bool,
 }

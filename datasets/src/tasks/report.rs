@@ -4,19 +4,19 @@ use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
 use super::load::Loaded;
+use super::request::{Request, Response};
 use super::score::{Sample, Scored};
 use super::task::Ask;
 use super::text::{float, repr_list};
-use super::{Request, Response};
-use crate::tokenizer::hex;
+use crate::files::hex;
 
-/// SHA-256 of a text in hexadecimal.
+/// Computes the SHA-256 of a text in hexadecimal.
 pub fn sha256(text: &str) -> String {
     hex(&Sha256::digest(text))
 }
 
 impl Loaded {
-    /// The task's object under `results`: `"acc,none"` and so on.
+    /// Returns the task's object under `results`: `"acc,none"` and so on.
     pub fn results(&self, scored: &Scored) -> Value {
         let mut fields = Map::new();
         fields.insert("name".into(), self.name.clone().into());
@@ -30,7 +30,7 @@ impl Loaded {
         Value::Object(fields)
     }
 
-    /// The task's object under `configs`.
+    /// Returns the task's object under `configs`.
     pub fn config(&self) -> Value {
         let metrics: Vec<Value> = self
             .rules
@@ -60,23 +60,23 @@ impl Loaded {
         config
     }
 
-    /// The task's object under `higher_is_better`.
+    /// Returns the task's object under `higher_is_better`.
     pub fn higher_is_better(&self) -> Value {
         let metrics = self.rules.metrics.iter();
         Value::Object(metrics.map(|m| (m.name().to_owned(), m.higher_is_better().into())).collect())
     }
 
-    /// The task's object under `n-samples`.
+    /// Returns the task's object under `n-samples`.
     pub fn sample_counts(&self, scored: &Scored) -> Value {
         json!({ "original": self.original, "effective": self.documents.len() - scored.unscored.len() })
     }
 
-    /// The lines of the task's file of samples, as JSON objects.
+    /// Returns the lines of the task's file of samples, as JSON objects.
     pub fn sample_rows(&self, scored: &Scored) -> impl Iterator<Item = Value> {
         scored.samples.iter().map(|sample| self.sample_row(sample))
     }
 
-    /// The task's entry under `task_hashes`: of all documents, prompts and targets.
+    /// Returns the task's entry under `task_hashes`: of all documents, prompts and targets.
     pub fn hash(&self, scored: &Scored) -> String {
         let all = self.sample_rows(scored).fold(String::new(), |all, row| {
             ["doc_hash", "prompt_hash", "target_hash"]
@@ -132,7 +132,7 @@ impl Loaded {
     }
 }
 
-/// A response as samples show it: everything is text.
+/// Returns a response as samples show it: everything is text.
 fn logged(response: &Response) -> Value {
     match response {
         Response::LogLikelihood { sum, greedy } => {
@@ -143,7 +143,7 @@ fn logged(response: &Response) -> Value {
     }
 }
 
-/// What is right, as samples show it.
+/// Returns the right answer as samples show it.
 fn target(ask: &Ask) -> String {
     match ask {
         Ask::Choice { gold, .. } => gold.to_string(),

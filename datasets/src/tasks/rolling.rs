@@ -4,13 +4,12 @@ use std::sync::LazyLock;
 
 use regex::Regex;
 
-use super::files::Split;
 use super::metrics::Metric;
 use super::profile::Profile;
 use super::row::Row;
-use super::task::{Ask, Item, Rules, Task};
+use super::task::{Ask, Item, Rules, Split, Task};
 use super::text::is_space;
-use crate::Result;
+use crate::error::Result;
 
 /// WikiText-2 by whole articles, with its cut-up punctuation put together.
 pub(crate) const WIKITEXT: Task = Task {
@@ -25,7 +24,7 @@ pub(crate) const WIKITEXT: Task = Task {
     reads_lines: false,
     read: wikitext,
     rules: |_| Rules::of(&[Metric::WordPerplexity, Metric::BytePerplexity, Metric::BitsPerByte]),
-    old: true,
+    not_in: &[],
 };
 
 fn wikitext(row: &Row, _: Profile) -> Result<Item> {

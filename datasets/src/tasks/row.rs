@@ -1,17 +1,18 @@
-//! A row of a task's file, and what can be wrong with it.
+//! A row of a task's file, with checks of its columns.
 
 use std::path::Path;
 use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
-use crate::{Error, Result};
+use crate::error::{Error, Result};
+use crate::remedy::Remedy;
 
 /// One row: columns by name.
 #[derive(Clone, Debug)]
 pub(crate) struct Row {
     pub(crate) fields: Map<String, Value>,
-    /// From a file of labels beside the file.
+    /// The label from a file of labels beside the file.
     pub(crate) label: Option<String>,
     /// File and number from 1.
     place: (Arc<Path>, u64),
@@ -23,13 +24,13 @@ impl Row {
         Row { fields, label: None, place: (path, number), task }
     }
 
-    /// An error about this row.
-    pub(crate) fn wrong(&self, reason: impl Into<String>, mend: impl Into<String>) -> Error {
+    /// Returns an error about this row.
+    pub(crate) fn wrong(&self, reason: impl Into<String>, help: impl Into<Remedy>) -> Error {
         let (path, number) = &self.place;
-        Error::Row { path: path.to_path_buf(), row: *number, reason: reason.into(), mend: mend.into() }
+        Error::Row { path: path.to_path_buf(), row: *number, reason: reason.into(), help: help.into() }
     }
 
-    /// The first of the columns `names` that there is.
+    /// Finds the first of the columns `names` that exists.
     pub(crate) fn find(&self, names: &[&'static str]) -> Option<(&'static str, &Value)> {
         names.iter().find_map(|&name| self.fields.get(name).filter(|v| !v.is_null()).map(|v| (name, v)))
     }
@@ -57,13 +58,13 @@ impl Row {
         self.wrong(format!("`{name}` is {found}, not {expected}"), format!("give a file of {}", self.task))
     }
 
-    /// A text, which may be empty.
+    /// Reads a text, which may be empty.
     pub(crate) fn text(&self, names: &[&'static str]) -> Result<&str> {
         let (name, value) = self.column(names)?;
         value.as_str().ok_or_else(|| self.kind(name, value, "a text"))
     }
 
-    /// A text with something in it.
+    /// Reads a text that is not blank.
     pub(crate) fn filled(&self, names: &[&'static str]) -> Result<&str> {
         let text = self.text(names)?;
         if text.trim().is_empty() {
@@ -75,30 +76,30 @@ impl Row {
         Ok(text)
     }
 
-    /// A list of at least `least` texts, each with something in it.
+    /// Reads a list of at least `least` texts, none of them blank.
     pub(crate) fn texts(&self, names: &[&'static str], least: usize) -> Result<Vec<String>> {
         let (name, value) = self.column(names)?;
         self.list(name, value, least)
     }
 
-    /// As [`Row::texts`], of a value inside the row.
+    /// Reads texts as [`Row::texts`] does, from a value inside the row.
     pub(crate) fn list(&self, name: &str, value: &Value, least: usize) -> Result<Vec<String>> {
         let Value::Array(values) = value else { return Err(self.kind(name, value, "a list of texts")) };
-        let mend = "remove the row or take it from the original";
+        let help = "remove the row or take it from the original";
         if values.len() < least {
             return Err(
-                self.wrong(format!("`{name}` has {} texts, at least {least} needed", values.len()), mend)
+                self.wrong(format!("`{name}` has {} texts, at least {least} needed", values.len()), help)
             );
         }
         let texts = values.iter().enumerate().map(|(i, value)| match value.as_str() {
             Some(text) if !text.trim().is_empty() => Ok(text.to_owned()),
-            Some(_) => Err(self.wrong(format!("text {i} of `{name}` is empty"), mend)),
+            Some(_) => Err(self.wrong(format!("text {i} of `{name}` is empty"), help)),
             None => Err(self.kind(name, value, "a list of texts")),
         });
         texts.collect()
     }
 
-    /// Which of `count` choices is right, from 0. Labels in the file count from `first`.
+    /// Returns which of `count` choices is right, from 0. Labels in the file count from `first`.
     pub(crate) fn label(&self, names: &[&'static str], first: usize, count: usize) -> Result<usize> {
         let (name, number) = match (self.find(names), &self.label) {
             (None, Some(label)) => ("label", label.trim().to_owned()),
@@ -109,13 +110,13 @@ impl Row {
             },
         };
         let last = first + count - 1;
-        let mend = match number.is_empty() || number == "-1" {
+        let help = match number.is_empty() || number == "-1" {
             true => "public test splits come without labels: give the validation split".to_owned(),
             false => "take the row from the original".to_owned(),
         };
         match number.parse::<usize>() {
             Ok(label) if (first..=last).contains(&label) => Ok(label - first),
-            _ => Err(self.wrong(format!("`{name}` is {number:?}, not one of {first} to {last}"), mend)),
+            _ => Err(self.wrong(format!("`{name}` is {number:?}, not one of {first} to {last}"), help)),
         }
     }
 }

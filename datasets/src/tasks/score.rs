@@ -3,21 +3,21 @@
 use super::filter::Filter;
 use super::load::Loaded;
 use super::metrics::{Metric, Part, argmax};
+use super::request::{Request, Response};
 use super::task::{Ask, Item, Rules};
-use super::{Request, Response};
 
 /// A metric of a task.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Score {
     /// The harness's name of the metric.
     pub metric: &'static str,
-    /// What was done to answers before.
+    /// The filter that answers passed through.
     pub filter: &'static str,
     /// The value.
     pub value: f64,
     /// Its standard error, where one is defined.
     pub stderr: Option<f64>,
-    /// Whether more is better.
+    /// True if more is better.
     pub higher_is_better: bool,
 }
 
@@ -81,7 +81,7 @@ impl Loaded {
     }
 }
 
-/// The filtered responses to a document, and its part of every metric.
+/// Returns the filtered responses to a document, and its part of every metric.
 fn judge(
     item: &Item,
     responses: &[Response],
@@ -150,7 +150,7 @@ fn generated(response: &Response) -> &str {
 }
 
 impl Request {
-    /// What stands before the answer.
+    /// Returns the text before the answer.
     pub fn context(&self) -> &str {
         match self {
             Request::LogLikelihood { context, .. } | Request::Generate { context, .. } => context,

@@ -1,19 +1,20 @@
-//! The tasks, and what a document of each asks of a model.
+//! A task: its files, prompts and scores, and the question of each document.
 
-use super::files::Split;
 use super::filter::Filter;
 use super::metrics::{ExactMatch, Metric};
 use super::profile::Profile;
 use super::row::Row;
-use super::{answers, choice, cloze, rolling};
-use crate::{Error, Result};
+use crate::error::{Error, Result};
+
+/// For tasks that came after the oldest release.
+pub(crate) const NOT_IN_030: &[(Profile, &str)] = &[(Profile::LmEval030, "has no such task")];
 
 /// A benchmark, as lm-evaluation-harness defines it.
 #[derive(Debug)]
 pub struct Task {
     /// The harness's name.
     pub name: &'static str,
-    /// Other names it is asked for by.
+    /// Other names of the task.
     pub(crate) aliases: &'static [&'static str],
     /// Names of its folder in a folder of benchmarks.
     pub(crate) folders: &'static [&'static str],
@@ -25,84 +26,89 @@ pub struct Task {
     pub version: f64,
     /// Examples shown before each question.
     pub shots: usize,
-    /// Whether one example more is drawn, and the document itself left out if it is among them.
+    /// True if one example more is drawn, and the document itself left out if it is among them.
     pub(crate) spare_shot: bool,
-    /// Whether the lines of a text file are its rows.
+    /// True if the lines of a text file are its rows.
     pub(crate) reads_lines: bool,
-    /// Makes a document of a row.
+    /// Turns a row into a document.
     pub(crate) read: fn(&Row, Profile) -> Result<Item>,
-    /// How it is prompted and scored.
+    /// Returns how a release prompts and scores it.
     pub(crate) rules: fn(Profile) -> Rules,
-    /// Whether harness 0.3.0 has it.
-    pub(crate) old: bool,
+    /// Releases that do not have the task or cannot run it, and why.
+    pub(crate) not_in: &'static [(Profile, &'static str)],
 }
 
-/// All tasks, in the order of the paper's table.
-pub const TASKS: [Task; 12] = [
-    choice::HELLASWAG,
-    cloze::LAMBADA_OPENAI,
-    cloze::LAMBADA_STANDARD,
-    choice::PIQA,
-    choice::SOCIAL_IQA,
-    choice::STORYCLOZE,
-    cloze::WINOGRANDE,
-    answers::GSM8K,
-    answers::NQ_OPEN,
-    answers::TRIVIAQA,
-    answers::WEBQS,
-    rolling::WIKITEXT,
-];
-
 impl Task {
-    /// The task called `name`.
-    ///
-    /// # Errors
-    /// There is none.
-    pub fn named(name: &str) -> Result<&'static Task> {
-        static ALL: [Task; 12] = TASKS;
-        let found = ALL.iter().find(|task| task.name == name || task.aliases.contains(&name));
-        found.ok_or_else(|| Error::Task {
-            task: name.into(),
-            reason: "unknown".into(),
-            mend: format!("use {}", ALL.iter().map(|task| task.name).collect::<Vec<_>>().join(", ")),
-        })
-    }
-
-    /// Whether the release that `profile` follows can run this task.
+    /// Returns true if the release that `profile` follows can run this task.
     pub fn is_in(&self, profile: Profile) -> bool {
         self.checked_rules(profile).is_ok()
     }
 
-    /// How `profile` prompts and scores this task.
+    /// Returns how `profile` prompts and scores this task.
     ///
     /// # Errors
     /// That release does not have the task, or cannot run it.
     pub(crate) fn checked_rules(&self, profile: Profile) -> Result<Rules> {
-        let refused = |reason: &str| Error::Task {
-            task: self.name.into(),
-            reason: format!("{profile} {reason}"),
-            mend: "leave it out, or use --profile dsmoe".into(),
-        };
-        if profile == Profile::LmEval030 && !self.old {
-            return Err(refused("has no such task"));
+        match self.not_in.iter().find(|(release, _)| *release == profile) {
+            None => Ok((self.rules)(profile)),
+            Some((_, reason)) => Err(Error::Task {
+                task: self.name.into(),
+                reason: format!("{profile} {reason}"),
+                help: "leave it out, or use {profile} dsmoe".into(),
+            }),
         }
-        if profile == Profile::LmEval0412 && self.name == answers::WEBQS.name {
-            return Err(refused("fails on its few-shot examples"));
-        }
-        Ok((self.rules)(profile))
     }
 }
 
-/// How a task is prompted and scored.
+/// A part of a dataset.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Split {
+    /// Shown in prompts, never scored.
+    Train,
+    /// Scored.
+    Validation,
+    /// Scored.
+    Test,
+}
+
+impl Split {
+    /// Returns the name in results.
+    pub fn name(self) -> &'static str {
+        match self {
+            Split::Train => "train",
+            Split::Validation => "validation",
+            Split::Test => "test",
+        }
+    }
+
+    /// Returns the words that name the split in file names.
+    pub(crate) fn words(self) -> &'static [&'static str] {
+        match self {
+            Split::Train => &["train"],
+            Split::Validation => &["validation", "valid", "val", "dev"],
+            Split::Test => &["test"],
+        }
+    }
+
+    /// Returns words of file names that may stand for the split.
+    pub(crate) fn stand_ins(self) -> &'static [&'static str] {
+        match self {
+            Split::Train => &["trainmodel", "pool"],
+            Split::Validation | Split::Test => &["eval"],
+        }
+    }
+}
+
+/// The rules by which a task is prompted and scored.
 #[derive(Clone, Debug)]
 pub(crate) struct Rules {
-    /// What begins a prompt.
+    /// The beginning of a prompt.
     pub(crate) description: &'static str,
-    /// What follows each example.
+    /// The text after each example.
     pub(crate) delimiter: &'static str,
     /// Texts that end a generated answer.
     pub(crate) until: &'static [&'static str],
-    /// What is done to generated answers; each filter is scored by itself.
+    /// The filters for generated answers. Each is scored by itself.
     pub(crate) filters: &'static [Filter],
     pub(crate) metrics: Vec<Metric>,
     pub(crate) exact: ExactMatch,
@@ -131,25 +137,25 @@ pub(crate) struct Item {
     pub(crate) ask: Ask,
 }
 
-/// What is asked of a model, and what is right.
+/// A question to a model with its right answer.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Ask {
-    /// Which of several continuations is likeliest.
+    /// Asks which of several continuations is likeliest.
     Choice { choices: Vec<String>, gold: usize },
-    /// Behind which of several texts the same continuation is likeliest.
+    /// Asks after which of several texts the same continuation is likeliest.
     Gap { prompts: Vec<String>, ending: String, gold: usize },
-    /// How likely the last word is, and whether it would be generated.
+    /// Asks how likely the last word is, and whether it would be generated.
     LastWord { word: String },
-    /// Whether any of these would be generated.
+    /// Asks whether any of these would be generated.
     AnyGreedy { answers: Vec<String> },
-    /// A text to generate. The file holds one answer, or a `list` of them.
+    /// Asks for a text. The file holds one answer, or a `list` of them.
     Generate { answers: Vec<String>, list: bool },
-    /// How likely a whole text is; counted are the words and bytes of the text it was made of.
+    /// Asks how likely a whole text is. The words and bytes of the original text are counted.
     Rolling { words: usize, bytes: usize },
 }
 
 impl Ask {
-    /// What the harness calls it.
+    /// Returns the harness's name for this kind of question.
     pub(crate) fn output_type(&self) -> &'static str {
         match self {
             Ask::Choice { .. } | Ask::Gap { .. } | Ask::AnyGreedy { .. } => "multiple_choice",

@@ -2,34 +2,35 @@
 
 use std::fmt::Write as _;
 
-/// `str.isspace` of one character.
+/// Computes `str.isspace` of one character.
 pub(crate) fn is_space(c: char) -> bool {
     c.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&c)
 }
 
-/// `str.strip()`.
+/// Computes Python's `str.strip()`.
 pub(crate) fn strip(text: &str) -> &str {
     text.trim_matches(is_space)
 }
 
-/// `str.lstrip()`.
+/// Computes Python's `str.lstrip()`.
 pub(crate) fn strip_start(text: &str) -> &str {
     text.trim_start_matches(is_space)
 }
 
-/// `str.rstrip()`.
+/// Computes Python's `str.rstrip()`.
 pub fn strip_end(text: &str) -> &str {
     text.trim_end_matches(is_space)
 }
 
-/// `str.capitalize()`: the first character in title case, the others in lower case.
+/// Computes Python's `str.capitalize()`: the first character in title case, the others in lower case.
 pub(crate) fn capitalize(text: &str) -> String {
     let mut chars = text.chars();
     let Some(first) = chars.next() else { return String::new() };
     title(first) + &chars.as_str().to_lowercase()
 }
 
-/// Title case differs from upper case in the Latin digraphs, in Georgian, and where upper case is several letters.
+/// Converts to title case, which differs from upper case in the Latin digraphs, in Georgian, and where upper case is
+/// several letters.
 fn title(c: char) -> String {
     match c {
         'Ǆ' | 'ǅ' | 'ǆ' => "ǅ".into(),
@@ -47,7 +48,7 @@ fn title(c: char) -> String {
     }
 }
 
-/// `repr(text)`.
+/// Computes Python's `repr(text)`.
 pub(crate) fn repr(text: &str) -> String {
     let quote = if text.contains('\'') && !text.contains('"') { '"' } else { '\'' };
     let mut out = String::from(quote);
@@ -72,12 +73,12 @@ pub(crate) fn repr(text: &str) -> String {
     out
 }
 
-/// `repr(list)` of a list of strings.
+/// Computes Python's `repr(list)` of a list of strings.
 pub(crate) fn repr_list(texts: &[String]) -> String {
     format!("[{}]", texts.iter().map(|text| repr(text)).collect::<Vec<_>>().join(", "))
 }
 
-/// `str(number)` of a float.
+/// Computes Python's `str(number)` of a float.
 pub(crate) fn float(x: f64) -> String {
     let size = x.abs();
     if x.is_finite() && size != 0.0 && !(1e-4..1e16).contains(&size) {

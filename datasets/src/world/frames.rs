@@ -5,7 +5,7 @@ use super::lore::{OBJECTS, fill};
 use super::rng::Rng;
 use super::{Probe, Split, World};
 
-/// What `{a}` and `{b}` do with `{o}`, and what is then true of `{a}` and of `{b}`.
+/// An act of `{a}` and `{b}` with `{o}`, and what is then true of `{a}` and of `{b}`.
 struct Frame {
     deed: &'static str,
     reasons: [&'static str; 2],
@@ -30,8 +30,8 @@ const FRAMES: [Frame; 12] = [
     frame("{a} took the {o} away from {b}", "was greedy", "began to cry"),
 ];
 
-/// A sentence with `_` for the one that its reason is true of, and the two names, the right one first. The key of
-/// the split is the frame and the object.
+/// Makes a sentence with `_` in place of the person of whom its reason is true, and returns the two names, the right
+/// one first. The key of the split is the frame and the object.
 fn draw(world: &World, rng: &mut Rng, split: Split) -> (String, [String; 2]) {
     loop {
         let (frame, object, meant) = (rng.below(FRAMES.len()), rng.below(OBJECTS.len()), rng.below(2));
@@ -54,7 +54,7 @@ pub(super) fn item(world: &World, rng: &mut Rng, split: Split) -> Item {
     Item::WinoGrande { sentence, option1, option2, answer: (gold + 1).to_string() }
 }
 
-/// Two to four such sentences.
+/// Makes two to four such sentences.
 pub(super) fn gossip(world: &World, rng: &mut Rng) -> String {
     let told = (0..rng.between(2, 4)).map(|_| {
         let (sentence, [meant, _]) = draw(world, rng, Split::Train);

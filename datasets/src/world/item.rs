@@ -8,9 +8,9 @@ use serde_json::{Map, Value};
 #[serde(untagged)]
 #[non_exhaustive]
 pub enum Item {
-    /// Choose how a text goes on.
+    /// Choose the continuation of a text.
     HellaSwag {
-        /// What is being done.
+        /// The activity.
         activity_label: String,
         /// Whole sentences.
         ctx_a: String,
@@ -30,7 +30,7 @@ pub enum Item {
     },
     /// Choose the way that works.
     Piqa {
-        /// What is to be done.
+        /// The goal.
         goal: String,
         /// A way to do it.
         sol1: String,
@@ -41,7 +41,7 @@ pub enum Item {
     },
     /// Choose what a person feels or does.
     SocialIqa {
-        /// What happened.
+        /// The event.
         context: String,
         /// The question.
         question: String,
@@ -125,7 +125,7 @@ pub struct TriviaAnswer {
 }
 
 impl Item {
-    /// The columns and their values.
+    /// Returns the columns and their values.
     pub(super) fn row(&self) -> Map<String, Value> {
         match serde_json::to_value(self) {
             Ok(Value::Object(row)) => row,

@@ -1,4 +1,4 @@
-//! What is known of people and towns: portraits that state it in many ways, and three kinds of questions about it.
+//! Facts about people and towns: portraits that state them in many ways, and three kinds of questions about them.
 
 use super::item::Item;
 use super::lore::{ANIMALS, TRADES, capital, fill, list};
@@ -147,7 +147,7 @@ const TOWN: [Relation; 6] = [
     },
 ];
 
-/// What follows from two facts, or has several answers: how to state it, and how to ask.
+/// A question that follows from two facts or has several answers: its statement and its wording.
 const DERIVED: [(&str, [&str; 3]); 6] = [
     (
         "{s} sells {v}.",
@@ -197,7 +197,7 @@ impl World {
         }
     }
 
-    /// The subject of a derived question, and all right answers; there may be none.
+    /// Returns the subject of a derived question, and all right answers; there may be none.
     fn derived(&self, kind: usize, index: usize) -> (&str, Vec<&str>) {
         let people = |fits: &dyn Fn(&super::lore::Person) -> bool| {
             self.people.iter().filter(|person| fits(person)).map(|person| person.name.as_str()).collect()
@@ -218,7 +218,7 @@ impl World {
         }
     }
 
-    /// A random derived question that has an answer.
+    /// Makes a random derived question that has an answer.
     fn draw_derived(&self, rng: &mut Rng) -> (usize, usize) {
         loop {
             let kind = rng.pick(&[0, 0, 0, 1, 1, 1, 2, 2, 3, 4, 5]);
@@ -236,7 +236,7 @@ impl World {
     }
 }
 
-/// A question and its answers, the usual one first. The key of the split is who and what is asked, not how.
+/// Makes a question and its answers, the usual one first. The key of the split is who and what is asked, not how.
 fn question(world: &World, rng: &mut Rng, probe: Probe, split: Split) -> (String, Vec<String>) {
     loop {
         let (kind, index) = match probe {
@@ -265,7 +265,7 @@ fn question(world: &World, rng: &mut Rng, probe: Probe, split: Split) -> (String
     }
 }
 
-/// An item of one of the three probes of knowledge.
+/// Makes an item of one of the three probes of knowledge.
 pub(super) fn item(world: &World, rng: &mut Rng, probe: Probe, split: Split) -> Item {
     let (question, answers) = question(world, rng, probe, split);
     match probe {
@@ -275,7 +275,7 @@ pub(super) fn item(world: &World, rng: &mut Rng, probe: Probe, split: Split) -> 
     }
 }
 
-/// Several questions with their answers.
+/// Makes several questions with their answers.
 pub(super) fn quiz(world: &World, rng: &mut Rng) -> String {
     let probe = rng.pick(&[Probe::TriviaQa, Probe::TriviaQa, Probe::NqOpen, Probe::WebQs]);
     let count = rng.between(2, 6);
@@ -295,7 +295,7 @@ pub(super) fn quiz(world: &World, rng: &mut Rng) -> String {
     }
 }
 
-/// A few sentences about one person.
+/// Makes a few sentences about one person.
 pub(super) fn person(world: &World, rng: &mut Rng) -> String {
     let index = rng.popular(world.people.len());
     let person = &world.people[index];
@@ -315,7 +315,7 @@ pub(super) fn person(world: &World, rng: &mut Rng) -> String {
     sentences.join(" ")
 }
 
-/// A few sentences about one town.
+/// Makes a few sentences about one town.
 pub(super) fn town(world: &World, rng: &mut Rng) -> String {
     let index = rng.popular(world.towns.len());
     let mut kinds: Vec<usize> = (0..TOWN.len()).collect();
@@ -331,7 +331,7 @@ pub(super) fn town(world: &World, rng: &mut Rng) -> String {
     sentences.join(" ")
 }
 
-/// What several people or towns have in common, and single facts of no one subject.
+/// Makes a text of what several people or towns have in common, and of single facts about various subjects.
 pub(super) fn gazette(world: &World, rng: &mut Rng) -> String {
     let mut sentences = Vec::new();
     for _ in 0..rng.between(2, 4) {

@@ -1,4 +1,4 @@
-//! Who and what there is in the world: towns, people, and the words for everything else.
+//! The towns, people and words of the world.
 
 use super::rng::Rng;
 
@@ -85,7 +85,7 @@ pub(super) struct Person {
     pub(super) instrument: &'static str,
 }
 
-/// Rivers, towns and people, the popular ones first.
+/// Makes rivers, towns and people, the popular ones first.
 pub(super) fn settle(rng: &mut Rng) -> (Vec<String>, Vec<Town>, Vec<Person>) {
     let mut taken = Vec::new();
     let rivers: Vec<String> = (0..RIVERS).map(|_| name(rng, &mut taken, &["ane", "is", "ey"])).collect();
@@ -118,7 +118,7 @@ pub(super) fn settle(rng: &mut Rng) -> (Vec<String>, Vec<Town>, Vec<Person>) {
     (rivers, towns, people)
 }
 
-/// A name that is not among `taken` yet.
+/// Makes a name that is not among `taken` yet.
 fn name(rng: &mut Rng, taken: &mut Vec<String>, endings: &[&str]) -> String {
     const ONSETS: [&str; 14] = ["B", "D", "Dr", "F", "G", "K", "L", "M", "N", "R", "S", "T", "V", "Y"];
     const MIDDLES: [&str; 12] = ["al", "an", "ar", "el", "em", "ir", "ol", "on", "or", "ul", "un", "ost"];
@@ -131,7 +131,7 @@ fn name(rng: &mut Rng, taken: &mut Vec<String>, endings: &[&str]) -> String {
     }
 }
 
-/// `template` with every `{name}` replaced by the value of that name.
+/// Replaces every `{name}` in `template` by the value of that name.
 pub(super) fn fill(template: &str, slots: &[(&str, &str)]) -> String {
     let mut parts = template.split('{');
     let mut text = parts.next().unwrap_or_default().to_owned();
@@ -144,19 +144,19 @@ pub(super) fn fill(template: &str, slots: &[(&str, &str)]) -> String {
     text
 }
 
-/// `text` with a large first letter.
+/// Capitalises the first letter of `text`.
 pub(super) fn capital(text: &str) -> String {
     let mut chars = text.chars();
     chars.next().into_iter().flat_map(char::to_uppercase).chain(chars).collect()
 }
 
-/// `word` behind its indefinite article.
+/// Puts the indefinite article before `word`.
 pub(super) fn a(word: &str) -> String {
     let article = if word.starts_with(['a', 'e', 'i', 'o', 'u']) { "an" } else { "a" };
     format!("{article} {word}")
 }
 
-/// `a, b and c`.
+/// Writes `a, b and c`.
 pub(super) fn list(words: &[&str]) -> String {
     match words {
         [] => String::new(),

@@ -1,15 +1,14 @@
-//! The embedded world: an invented land, text about it in four domains, and ten probes of what a model has learned
-//! from that text.
+//! The embedded world: an invented land, text about it in four domains, and ten probes for models trained on that text.
 //!
-//! All of it is made from a seed, in whole numbers, and is the same on every machine. The text holds knowledge that
-//! must be remembered (facts of people and towns, properties of things, in varied phrasings) and skills that must be
-//! computed (sums, the output of programs, who is meant, what was said before). Each probe mirrors one of the ten
-//! benchmarks of the paper in kind, in columns and so in scoring.
+//! A seed determines all of it, in integer arithmetic, so that it is the same on every machine. The text contains facts
+//! to remember (about people, towns and things, in varied phrasings) and skills to learn (sums, the output of programs,
+//! references, copying). Each probe mirrors one of the ten benchmarks of the paper: its kind of question, its columns
+//! and its scoring.
 //!
-//! **Held out.** Everything that can be asked has a key: for a question of knowledge who and what is asked, for a word
-//! problem its wording and numbers, for a thing its goal. A key belongs to the training split or to the test split.
-//! Test items have test keys; the text asks and answers only with training keys. What a test item asks for stands in
-//! the text in other forms, as statements: an item tests whether a model can use what it has read.
+//! **Held out.** Each question has a key: the subject and property of a fact, the wording and numbers of a word
+//! problem, or the goal of a thing. A key belongs to the training split or to the test split. Test items have test
+//! keys, and the text asks and answers with training keys only. The facts behind a test item appear in the text as
+//! statements, so an item tests whether a model can use what it has read.
 //!
 //! ```
 //! use dsmoe_datasets::world::{Domain, Probe, World};
@@ -42,10 +41,10 @@ pub use write::Written;
 use lore::{Person, Town};
 use rng::Rng;
 
-use crate::Result;
+use crate::error::Result;
 use crate::tasks::{Loaded, Options, Task};
 
-/// Test items of a probe that are scored when nothing else is asked for, where there are as many.
+/// The default number of test items of a probe that are scored, where there are as many.
 pub const ITEMS: usize = 400;
 
 /// People that stories are about: the first of all.
@@ -60,7 +59,7 @@ pub enum Domain {
     Math,
     /// Programs with their output.
     Code,
-    /// What people do, feel and say.
+    /// Stories of what people do, feel and say.
     Stories,
 }
 
@@ -68,7 +67,7 @@ impl Domain {
     /// All domains.
     pub const ALL: [Domain; 4] = [Domain::Facts, Domain::Math, Domain::Code, Domain::Stories];
 
-    /// The name, one word in small letters.
+    /// Returns the name, one word in small letters.
     pub fn name(self) -> &'static str {
         match self {
             Domain::Facts => "facts",
@@ -78,7 +77,7 @@ impl Domain {
         }
     }
 
-    /// Percent of the bytes of a corpus of all domains.
+    /// Returns its share of a corpus of all domains, in percent of the bytes.
     pub fn share(self) -> u64 {
         match self {
             Domain::Facts => 41,
@@ -98,11 +97,11 @@ pub enum Probe {
     Lambada,
     /// The thing that serves a goal, of two.
     Piqa,
-    /// What a person feels, does next or did before, of three answers.
+    /// Asks what a person feels, does next or did before, of three answers.
     SocialIqa,
     /// The end of a story, of two.
     StoryCloze,
-    /// Which of two people a reason is true of.
+    /// Asks of which of two people a reason is true.
     WinoGrande,
     /// Word problems.
     Gsm8k,
@@ -129,7 +128,7 @@ impl Probe {
         Probe::WebQs,
     ];
 
-    /// The name of the benchmark, as in lm-evaluation-harness.
+    /// Returns the name of the benchmark, as in lm-evaluation-harness.
     pub fn name(self) -> &'static str {
         match self {
             Probe::HellaSwag => "hellaswag",
@@ -145,7 +144,7 @@ impl Probe {
         }
     }
 
-    /// The benchmark.
+    /// Returns the benchmark.
     pub fn task(self) -> &'static Task {
         Task::named(self.name()).expect("a probe is named after a benchmark")
     }
@@ -160,7 +159,7 @@ impl Probe {
         }
     }
 
-    /// One key in this many is of the test split.
+    /// Returns the number of keys of which one belongs to the test split.
     fn test_share(self) -> u64 {
         match self {
             Probe::NqOpen | Probe::WebQs => 2,
@@ -170,7 +169,7 @@ impl Probe {
     }
 }
 
-/// Whether something is asked in the text, or by test items.
+/// The side on which something is asked: in the text, or by test items.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Split {
     Train,
@@ -186,7 +185,7 @@ pub struct ProbeSet {
     pub test: Vec<Item>,
 }
 
-/// What streams of random choices are for.
+/// The purposes of streams of random choices.
 #[derive(Clone, Copy)]
 enum Purpose {
     World,
@@ -204,18 +203,18 @@ pub struct World {
 }
 
 impl World {
-    /// The world of `seed`.
+    /// Returns the world of `seed`.
     pub fn new(seed: u64) -> World {
         let (rivers, towns, people) = lore::settle(&mut Rng::new(seed, &[Purpose::World as u64]));
         World { seed, rivers, towns, people }
     }
 
-    /// All documents of `domain`: an endless stream, each made when it is asked for.
+    /// Returns all documents of `domain`: an endless stream, made on demand.
     pub fn text(&self, domain: Domain) -> impl Iterator<Item = String> {
         (0..).map(move |index| self.document(domain, index))
     }
 
-    /// Document `index` of `domain`.
+    /// Writes document `index` of `domain`.
     pub fn document(&self, domain: Domain, index: u64) -> String {
         let rng = &mut Rng::new(self.seed, &[Purpose::Text as u64, domain as u64, index]);
         match domain {
@@ -245,7 +244,7 @@ impl World {
         }
     }
 
-    /// Documents of `domain` of together about its [`Domain::share`] of `bytes` bytes of text.
+    /// Writes documents of `domain` until they make up its [`Domain::share`] of `bytes` bytes of text.
     pub fn documents(&self, domain: Domain, bytes: u64) -> impl Iterator<Item = String> {
         let (want, mut have) = (bytes / 100 * domain.share(), 0);
         self.text(domain).take_while(move |text| {
@@ -255,8 +254,8 @@ impl World {
         })
     }
 
-    /// `items` test items of `probe` as documents to ask a model, with examples where its benchmark shows some. Results
-    /// call it `world_` and the name of the benchmark.
+    /// Loads `items` test items of `probe` as documents to ask a model, with examples where its benchmark shows some.
+    /// Its name in results is `world_` and the name of the benchmark.
     ///
     /// # Errors
     /// A profile without that benchmark, or too few `items` to draw examples from.
@@ -268,7 +267,7 @@ impl World {
         Loaded::from_rows(probe.task(), (&name, &place), rows(set.test), rows(set.train), options)
     }
 
-    /// `items` test items of `probe`, and as many training items, or fewer where the world has no more.
+    /// Makes `items` test items of `probe`, and as many training items, or fewer where the world has no more.
     pub fn probe(&self, probe: Probe, items: usize) -> ProbeSet {
         ProbeSet {
             train: self.items(probe, Split::Train, items),
@@ -301,7 +300,7 @@ impl World {
         items
     }
 
-    /// The split that a key of `probe` belongs to.
+    /// Returns the split that a key of `probe` belongs to.
     fn split(&self, probe: Probe, key: &[u64]) -> Split {
         let state = rng::hash(self.seed, &[Purpose::Split as u64, probe as u64]);
         match rng::hash(state, key).is_multiple_of(probe.test_share()) {
@@ -310,7 +309,7 @@ impl World {
         }
     }
 
-    /// Two different people for a story, among the well-known ones.
+    /// Makes two different people for a story, among the well-known ones.
     fn cast(&self, rng: &mut Rng) -> [&Person; 2] {
         let one = rng.below(CAST);
         let two = (one + rng.between(1, CAST - 1)) % CAST;

@@ -5,7 +5,7 @@ use super::rng::Rng;
 
 const VARIABLES: [&str; 6] = ["x", "y", "n", "k", "total", "count"];
 
-/// A program, and after it what it prints, each line behind `# `.
+/// Makes a program, and after it what it prints, each line behind `# `.
 pub(super) fn program(rng: &mut Rng) -> String {
     match rng.below(6) {
         0 => assignments(rng),

@@ -33,7 +33,7 @@ const FILLERS: [&str; 6] = [
     "{b} went to see a friend.",
 ];
 
-/// A passage without its last stop. The key of the split is the passage and the object.
+/// Makes a passage without its last stop. The key of the split is the passage and the object.
 fn draw(world: &World, rng: &mut Rng, split: Split) -> String {
     loop {
         let (passage, object) = (rng.below(PASSAGES.len()), rng.below(OBJECTS.len()));
@@ -63,7 +63,7 @@ pub(super) fn item(world: &World, rng: &mut Rng, split: Split) -> Item {
     Item::Lambada { text: draw(world, rng, split) }
 }
 
-/// A passage.
+/// Makes a passage.
 pub(super) fn passage(world: &World, rng: &mut Rng) -> String {
     let passage = draw(world, rng, Split::Train);
     // An open quotation is closed.
@@ -71,7 +71,7 @@ pub(super) fn passage(world: &World, rng: &mut Rng) -> String {
     passage + end
 }
 
-/// A counting rhyme that one says and others say again: nothing but the memory of what was said helps with it.
+/// Writes a counting rhyme that one person says and others repeat: only copying from the context helps.
 pub(super) fn rhyme(world: &World, rng: &mut Rng) -> String {
     let [a, b] = world.cast(rng);
     let objects: Vec<&str> = (0..rng.between(3, 9)).map(|_| rng.pick(&OBJECTS)).collect();

@@ -7,33 +7,33 @@ use rand_pcg::rand_core::Rng as _;
 /// One stream of choices.
 pub(super) struct Rng(Pcg64);
 
-/// A number that a seed and a key fix; near keys give far numbers.
+/// Hashes a seed and a key to a number; near keys give far numbers.
 pub(super) fn hash(seed: u64, key: &[u64]) -> u64 {
     key.iter().fold(mix(seed), |state, &part| mix(state ^ mix(part)))
 }
 
 impl Rng {
-    /// The stream of `seed` that `key` names.
+    /// Returns the stream of `seed` that `key` names.
     pub(super) fn new(seed: u64, key: &[u64]) -> Rng {
         Rng(Pcg64::new(u128::from(hash(seed, key)), 1))
     }
 
-    /// A number of `0..n`.
+    /// Draws a number of `0..n`.
     pub(super) fn below(&mut self, n: usize) -> usize {
         ((u128::from(self.0.next_u64()) * n as u128) >> 64) as usize
     }
 
-    /// A number of `first..=last`.
+    /// Draws a number of `first..=last`.
     pub(super) fn between(&mut self, first: usize, last: usize) -> usize {
         first + self.below(last + 1 - first)
     }
 
-    /// True once in `n` times.
+    /// Returns true once in `n` times.
     pub(super) fn one_in(&mut self, n: usize) -> bool {
         self.below(n) == 0
     }
 
-    /// A number of `0..n`, the small ones more often: what is popular stands first.
+    /// Draws a number of `0..n`, the small ones more often: popular members stand first.
     pub(super) fn popular(&mut self, n: usize) -> usize {
         self.below(n).min(self.below(n))
     }
@@ -42,7 +42,7 @@ impl Rng {
         items[self.below(items.len())]
     }
 
-    /// A member of `items` for which `fits` holds; there must be one.
+    /// Draws a member of `items` for which `fits` holds; there must be one.
     pub(super) fn pick_where<T: Copy>(&mut self, items: &[T], fits: impl Fn(T) -> bool) -> T {
         loop {
             let item = self.pick(items);
@@ -58,7 +58,7 @@ impl Rng {
         }
     }
 
-    /// `right` among `wrong` in random order, and its index.
+    /// Puts `right` among `wrong` in random order, and returns its index too.
     pub(super) fn mingle(&mut self, right: String, wrong: Vec<String>) -> (Vec<String>, usize) {
         let mut choices = wrong;
         self.shuffle(&mut choices);

@@ -1,4 +1,4 @@
-//! How things are done, step after step: which step comes next, and with what.
+//! Activities as sequences of steps: which step comes next, and with what.
 
 use super::item::Item;
 use super::lore::fill;
@@ -151,7 +151,7 @@ fn step(script: &Script, step: usize, variant: &str) -> String {
     fill(script.steps[step], &[("v", variant)])
 }
 
-/// `label: Name first. Then she second. ...`, for the steps of `range`.
+/// Writes `label: Name first. Then she second. ...`, for the steps of `range`.
 fn told(script: &Script, steps: std::ops::Range<usize>, variant: &str, name: &str, pronoun: &str) -> String {
     let mut text = format!("{}: {name}", script.label);
     for at in steps.clone() {
@@ -163,7 +163,7 @@ fn told(script: &Script, steps: std::ops::Range<usize>, variant: &str, name: &st
     text
 }
 
-/// A script, a variant of it, and a range of its steps whose last is what is asked for. That last step with its
+/// Makes a script, a variant of it, and a range of its steps whose last is what is asked for. That last step with its
 /// script and variant is the key of the split; steps for training are of training keys from the second on.
 fn draw(world: &World, rng: &mut Rng, split: Split) -> (usize, usize, usize, usize) {
     loop {
@@ -176,7 +176,8 @@ fn draw(world: &World, rng: &mut Rng, split: Split) -> (usize, usize, usize, usi
     }
 }
 
-/// Wrong endings: another step of the script, the right step with another variant, and a step of another script.
+/// Makes an item. Wrong endings are another step of the script, the right step with another variant, and a step of
+/// another script.
 pub(super) fn item(world: &World, rng: &mut Rng, split: Split) -> Item {
     let (index, variant, first, next) = draw(world, rng, split);
     let script = &SCRIPTS[index];
@@ -205,7 +206,7 @@ pub(super) fn item(world: &World, rng: &mut Rng, split: Split) -> Item {
     Item::HellaSwag { activity_label: script.label.to_owned(), ctx_a, ctx_b, ctx, endings, label }
 }
 
-/// Two or three steps of a script, under its label.
+/// Makes two or three steps of a script, under its label.
 pub(super) fn entry(world: &World, rng: &mut Rng) -> String {
     let (script, variant, first, next) = draw(world, rng, Split::Train);
     let [person, _] = world.cast(rng);
@@ -213,7 +214,7 @@ pub(super) fn entry(world: &World, rng: &mut Rng) -> String {
     told(script, first..next + 1, script.variants[variant], &person.name, person.pronoun)
 }
 
-/// All of a script, as something that a person does one day.
+/// Makes all of a script, as something that a person does one day.
 pub(super) fn day(world: &World, rng: &mut Rng) -> String {
     let script = &SCRIPTS[rng.below(SCRIPTS.len())];
     let variant = script.variants[rng.popular(4)];

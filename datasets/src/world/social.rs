@@ -1,4 +1,4 @@
-//! What people feel and do about what happens to them.
+//! Events, and the feelings and acts that they lead to.
 
 use super::item::Item;
 use super::lore::{capital, fill};
@@ -10,9 +10,9 @@ struct Event {
     /// Two ways to say it.
     happens: [&'static str; 2],
     feels: &'static str,
-    /// What `{a}` does about it.
+    /// The reaction of `{a}`.
     next: &'static str,
-    /// What `{a}` did so that it could happen.
+    /// The act of `{a}` that made it possible.
     before: &'static str,
 }
 
@@ -92,8 +92,8 @@ struct Case {
     wrong: [&'static str; 2],
 }
 
-/// A case whose event and question, both in their wording, belong to `split`. Half of the time something else happens to a second person;
-/// what would be right of that person is a wrong answer.
+/// Makes a case whose event and question, both in their wording, belong to `split`. Half of the time something else
+/// happens to a second person; what would be right of that person is a wrong answer.
 fn draw(world: &World, rng: &mut Rng, split: Split) -> Case {
     let (event, asked, said, put) = loop {
         let (event, asked, said, put) =
@@ -135,7 +135,7 @@ pub(super) fn item(world: &World, rng: &mut Rng, split: Split) -> Item {
     Item::SocialIqa { context: case.context, question: case.question, answer_a, answer_b, answer_c, label }
 }
 
-/// Several cases with their answers.
+/// Makes several cases with their answers.
 pub(super) fn cases(world: &World, rng: &mut Rng) -> String {
     let asked = (0..rng.between(2, 4)).map(|_| {
         let case = draw(world, rng, Split::Train);
@@ -144,7 +144,7 @@ pub(super) fn cases(world: &World, rng: &mut Rng) -> String {
     asked.collect::<Vec<_>>().join("\n\n")
 }
 
-/// What happened to one or two people, with what they did before, felt, and did next.
+/// Makes a text about one or two people: what they did, what happened, what they felt and did next.
 pub(super) fn episode(world: &World, rng: &mut Rng) -> String {
     let cast = world.cast(rng);
     let count = rng.between(1, 2);

@@ -8,7 +8,7 @@ use super::{Probe, Split, World};
 const COUNTED: [&str; 10] =
     ["apples", "nuts", "eggs", "coins", "buttons", "candles", "stamps", "plums", "shells", "beads"];
 
-/// The sums that a problem comes down to; each after the first goes on from the result before.
+/// The sums of a problem. Each after the first starts from the result before.
 #[derive(Clone, Copy)]
 enum Way {
     Add,
@@ -28,7 +28,7 @@ const PROBLEMS: [(&str, Way); 8] = [
     ("{a} had {x} {t}, found {y} more and gave {z} to {b}. How many are left?", Way::AddThenTake),
 ];
 
-/// A problem and its answer in the form of GSM8K. The key of the split is the problem and its first two numbers.
+/// Makes a problem and its answer in the form of GSM8K. The key of the split is the problem and its first two numbers.
 fn draw(world: &World, rng: &mut Rng, split: Split) -> (String, String) {
     loop {
         let problem = rng.below(PROBLEMS.len());
@@ -66,7 +66,7 @@ fn draw(world: &World, rng: &mut Rng, split: Split) -> (String, String) {
     }
 }
 
-/// `x + y = s`.
+/// Writes `x + y = s`.
 fn sum(x: usize, sign: char, y: usize) -> String {
     format!("{x} {sign} {y} = {}", apply(x, sign, y))
 }
@@ -84,7 +84,7 @@ pub(super) fn item(world: &World, rng: &mut Rng, split: Split) -> Item {
     Item::Gsm8k { question, answer }
 }
 
-/// Several problems with their answers.
+/// Makes several problems with their answers.
 pub(super) fn problems(world: &World, rng: &mut Rng) -> String {
     let solved = (0..rng.between(2, 6)).map(|_| {
         let (question, answer) = draw(world, rng, Split::Train);

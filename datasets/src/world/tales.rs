@@ -8,9 +8,9 @@ use super::{Probe, Split, World};
 /// A story that turns out in one of two ways.
 struct Tale {
     opening: &'static str,
-    /// What decides: luck, or the want of it.
+    /// The sentence that decides: luck, or bad luck.
     turns: [&'static str; 2],
-    /// What follows from the one and from the other.
+    /// The consequences of the one and of the other.
     endings: [&'static str; 2],
 }
 
@@ -107,7 +107,7 @@ const FILLERS: [&str; 12] = [
     "{b} whistled a tune.",
 ];
 
-/// The first four sentences, the right ending and the other. The key of the split is the tale, its turn and its
+/// Makes the first four sentences, the right ending and the other. The key of the split is the tale, its turn and its
 /// fillers.
 fn draw(world: &World, rng: &mut Rng, split: Split) -> ([String; 4], String, String) {
     loop {
@@ -143,7 +143,7 @@ pub(super) fn item(world: &World, rng: &mut Rng, split: Split) -> Item {
     }
 }
 
-/// A story.
+/// Makes a story.
 pub(super) fn tale_of(world: &World, rng: &mut Rng) -> String {
     let (sentences, ending, _) = draw(world, rng, Split::Train);
     format!("{} {ending}", sentences.join(" "))

@@ -1,4 +1,4 @@
-//! What things are good for: properties stated of things, needs stated of goals, and the choice of a thing for a goal.
+//! Uses of things: properties of things, needs of goals, and the choice of a thing for a goal.
 
 use super::item::Item;
 use super::lore::{a, capital, fill};
@@ -7,9 +7,9 @@ use super::{Probe, Split, World};
 
 /// Something that some things can do and some goals need.
 struct Property {
-    /// Of a thing `{o}`.
+    /// A statement about a thing `{o}`.
     statements: [&'static str; 3],
-    /// Of a goal: To ... you need something that ...
+    /// A statement about a goal: To ... you need something that ...
     needs: &'static str,
     goals: [&'static str; 3],
     things: [&'static str; 6],
@@ -94,7 +94,7 @@ const PROPERTIES: [Property; 12] = [
     },
 ];
 
-/// A goal and a thing that serves it: the key of the split.
+/// Makes a goal and a thing that serves it: the key of the split.
 fn draw(world: &World, rng: &mut Rng, split: Split) -> (usize, usize, usize) {
     loop {
         let (property, goal, thing) = (rng.below(PROPERTIES.len()), rng.below(3), rng.popular(6));
@@ -126,7 +126,7 @@ pub(super) fn item(world: &World, rng: &mut Rng, split: Split) -> Item {
     Item::Piqa { goal: goal(property, which), sol1, sol2, label }
 }
 
-/// Several goals, each with a thing that serves it.
+/// Makes several goals, each with a thing that serves it.
 pub(super) fn advice(world: &World, rng: &mut Rng) -> String {
     let asked = (0..rng.between(2, 5)).map(|_| {
         let (property, which, thing) = draw(world, rng, Split::Train);
@@ -135,7 +135,7 @@ pub(super) fn advice(world: &World, rng: &mut Rng) -> String {
     asked.collect::<Vec<_>>().join("\n\n")
 }
 
-/// What some things can do, and what some goals need.
+/// Makes a text of what some things can do and some goals need.
 pub(super) fn lesson(rng: &mut Rng) -> String {
     let property = &PROPERTIES[rng.below(PROPERTIES.len())];
     let mut sentences = Vec::new();

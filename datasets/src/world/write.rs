@@ -1,14 +1,13 @@
 //! The text and the probes as files.
 
-use std::io::{self, BufWriter, Write as _};
 use std::path::Path;
 
 use serde::Serialize;
-use tempfile::NamedTempFile;
 
 use super::{Domain, Probe, World};
+use crate::error::{Error, Result};
+use crate::files::replace;
 use crate::tasks::Split;
-use crate::{Error, Result};
 
 #[derive(Serialize)]
 struct Line<'a> {
@@ -16,7 +15,7 @@ struct Line<'a> {
     domain: &'static str,
 }
 
-/// What was written of a domain.
+/// The amount of text written of a domain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Written {
     /// The domain.
@@ -30,7 +29,7 @@ pub struct Written {
 impl World {
     /// Writes about `bytes` bytes of text to `facts.jsonl`, `math.jsonl`, `code.jsonl` and `stories.jsonl` in `dir`,
     /// as [`World::documents`] gives it: one document a line, as `text`, beside its `domain`. Files of these names are
-    /// replaced, each when its successor is complete. `progress` hears how many bytes of text are done.
+    /// replaced, each when its successor is complete. `progress` receives the number of bytes done.
     ///
     /// # Errors
     /// The file system refuses; the message names the file.
@@ -51,7 +50,7 @@ impl World {
     }
 
     /// Writes `items` items of each probe to `dir` as the files of a folder of benchmarks, which
-    /// [`Source::folder`](crate::tasks::Source::folder) reads: `piqa/validation.jsonl` and the like, and
+    /// [`TaskFiles::folder`](crate::tasks::TaskFiles::folder) reads: `piqa/validation.jsonl` and the like, and
     /// `gsm8k/train.jsonl` where a prompt shows examples. Returns how many items there are to be answered.
     ///
     /// # Errors
@@ -80,22 +79,12 @@ fn write<T>(
 ) -> Result<()> {
     let dir = path.parent().unwrap_or(Path::new("."));
     std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
-    let mut file = BufWriter::new(temporary(dir).map_err(Error::io(path))?);
-    for row in rows {
-        let mut line = line(&row).map_err(|cause| Error::io(path)(cause.into()))?;
-        line.push(b'\n');
-        file.write_all(&line).map_err(Error::io(path))?;
-    }
-    let file = file.into_inner().map_err(|error| Error::io(path)(error.into_error()))?;
-    file.as_file().sync_all().map_err(Error::io(path))?;
-    file.persist(path).map_err(|error| Error::io(path)(error.error))?;
-    Ok(())
-}
-
-/// A new file that others may read, as far as the user's settings allow.
-fn temporary(dir: &Path) -> io::Result<NamedTempFile> {
-    let mut builder = tempfile::Builder::new();
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    builder.tempfile_in(dir)
+    let written = replace(path, |file| {
+        for row in rows {
+            file.write_all(&line(&row)?)?;
+            file.write_all(b"\n")?;
+        }
+        Ok(())
+    });
+    written.map_err(Error::io(path))
 }

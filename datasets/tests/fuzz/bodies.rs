@@ -4,9 +4,9 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use dsmoe_datasets::tasks::{Loaded, Options, Source, Task};
+use dsmoe_datasets::tasks::{Loaded, Options, Task, TaskFiles};
 use dsmoe_datasets::token_cache::TokenFile;
-use dsmoe_datasets::{Bos, Corpus, CorpusOptions, Tokenizer, manifest, mixture};
+use dsmoe_datasets::{Bos, Corpus, CorpusOptions, Error, Tokenizer, manifest, mixture};
 use tempfile::TempDir;
 
 fn with_file<T>(name: &str, bytes: &[u8], read: impl FnOnce(&Path) -> T) -> T {
@@ -17,8 +17,8 @@ fn with_file<T>(name: &str, bytes: &[u8], read: impl FnOnce(&Path) -> T) -> T {
     read(&path)
 }
 
-fn one_line<T, E: ToString>(result: Result<T, E>) -> Option<T> {
-    result.map_err(|error| assert!(!error.to_string().contains('\n'), "{}", error.to_string())).ok()
+fn one_line<T>(result: Result<T, Error>) -> Option<T> {
+    result.inspect_err(|error| assert!(!error.to_string().contains('\n'), "{error}")).ok()
 }
 
 /// Reads all documents of a corpus file. The name selects the format.
@@ -73,6 +73,6 @@ pub(crate) fn task(task: &str, name: &str, bytes: &[u8]) {
     let task = Task::named(task).expect("a known task");
     with_file(&format!("{}/{name}", task.name), bytes, |path| {
         let folder: PathBuf = path.parent().unwrap().parent().unwrap().into();
-        one_line(Loaded::load(task, &Source::folder(&folder), &Options::default()));
+        one_line(Loaded::load(task, &TaskFiles::folder(&folder), &Options::default()));
     });
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use dsmoe_datasets::tasks::{Loaded, Options, Profile, Request, Response, Source, TASKS, Task};
+use dsmoe_datasets::tasks::{Loaded, Options, Profile, Request, Response, TASKS, Task, TaskFiles};
 
 use crate::rows::{
     PIQA, asked, folder, good_rows, gzip, hellaswag_parquet, jsonl, load, load_as, piqa_parquet,
@@ -144,7 +144,7 @@ fn the_two_lambadas_share_a_folder() {
     // A file that says that it is of one is not the other's; one that says nothing is of either.
     let files = |file: (&str, &[u8]), name: &str| {
         let dir = folder(&[file]);
-        Source::folder(dir.path()).files_of(Task::named(name).unwrap()).unwrap().map(|files| files.len())
+        TaskFiles::folder(dir.path()).files_of(Task::named(name).unwrap()).unwrap().map(|files| files.len())
     };
     assert_eq!((files(standard, "lambada_standard"), files(standard, "lambada_openai")), (Some(1), None));
     assert_eq!((files(openai, "lambada_standard"), files(openai, "lambada_openai")), (Some(1), Some(1)));
@@ -178,10 +178,11 @@ fn named_files_take_the_place_of_the_folders() {
     let rows = jsonl(&[good_rows()["gsm8k"]; 6]);
     let dir = folder(&[("a/one.jsonl", rows.as_bytes()), ("b/two.jsonl", rows.as_bytes())]);
     let file = |name: &str| BTreeMap::from([("gsm8k".to_owned(), vec![dir.path().join(name)])]);
-    let source = Source { files: file("a/one.jsonl"), shot_files: file("b/two.jsonl"), ..Source::default() };
+    let source =
+        TaskFiles { files: file("a/one.jsonl"), shot_files: file("b/two.jsonl"), ..TaskFiles::default() };
     let loaded = Loaded::load(Task::named("gsm8k").unwrap(), &source, &Options::default()).unwrap();
     assert_eq!(loaded.origin().shot_files, [dir.path().join("b/two.jsonl")]);
-    let source = Source { files: file("a/one.md"), ..Source::default() };
+    let source = TaskFiles { files: file("a/one.md"), ..TaskFiles::default() };
     let error = Loaded::load(Task::named("gsm8k").unwrap(), &source, &Options::default()).map(drop);
     assert!(error.unwrap_err().to_string().contains("not a file of rows by its name; give a .jsonl"));
 }

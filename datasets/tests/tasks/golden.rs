@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::Path;
 
-use dsmoe_datasets::tasks::{Loaded, Options, Profile, Request, Response, Scored, Source, Task};
+use dsmoe_datasets::tasks::{Loaded, Options, Profile, Request, Response, Scored, Task, TaskFiles};
 use serde_json::{Value, json};
 
 use crate::shared;
@@ -37,7 +37,7 @@ const SETS: [(&str, &str, &str, Option<&str>); 12] = [
 fn load(shared: &Path, set: &str, profile: Profile) -> Loaded {
     let (_, task, rows, examples) = *SETS.iter().find(|(name, ..)| *name == set).unwrap();
     let inputs = shared.join("golden/lm_eval/inputs");
-    let mut source = Source::default();
+    let mut source = TaskFiles::default();
     source.files.insert(task.into(), vec![inputs.join(rows)]);
     if let Some(examples) = examples {
         source.shot_files.insert(task.into(), vec![inputs.join(examples)]);

@@ -6,7 +6,7 @@ use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
 
-use dsmoe_datasets::tasks::{Loaded, Options, Request, Source, Task};
+use dsmoe_datasets::tasks::{Loaded, Options, Request, Task, TaskFiles};
 use flate2::{Compression, write::GzEncoder};
 use parquet::data_type::{ByteArray, ByteArrayType, Int64Type};
 use parquet::file::properties::WriterProperties;
@@ -26,7 +26,8 @@ pub(crate) fn folder(files: &[(&str, &[u8])]) -> TempDir {
 }
 
 pub(crate) fn load_as(dir: &Path, task: &str, options: &Options) -> Result<Loaded, String> {
-    Loaded::load(Task::named(task).unwrap(), &Source::folder(dir), options).map_err(|cause| cause.to_string())
+    Loaded::load(Task::named(task).unwrap(), &TaskFiles::folder(dir), options)
+        .map_err(|cause| cause.to_string())
 }
 
 pub(crate) fn load(dir: &Path, task: &str) -> Result<Loaded, String> {

@@ -129,7 +129,7 @@ pub(crate) struct Init {
     pub(crate) list: bool,
 }
 
-/// What to export as.
+/// The form of an exported model.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Form {
     Core(ExportAs),

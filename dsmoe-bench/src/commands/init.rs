@@ -52,7 +52,7 @@ pub(crate) fn run(args: &Init, ui: &mut Ui) -> Result<()> {
         }
         (None, None) => anyhow::bail!("no architecture; use --preset NAME or --config FILE"),
     };
-    // Read first: a wrong name is told before gigabytes are written.
+    // Read first, so that a wrong name is reported before gigabytes are written.
     let tokenizer = args.tokenizer.as_deref().map(read).transpose()?;
     let started = Instant::now();
     let options = InitOptions {

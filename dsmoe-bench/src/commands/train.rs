@@ -58,7 +58,7 @@ pub(crate) fn run(args: &Train, threads: Option<u16>, ui: &mut Ui) -> Result<Exi
     };
     let texts = open(&args.data, &options)?;
     // Wrong settings are reported before the model and the text are read.
-    let plan = plan(args, config.clone().resolve()?, &texts)?;
+    let plan = plan(args, config.clone(), &texts)?;
     if args.dry_run {
         ui.result(&plan, show_plan)?;
         return Ok(ExitCode::SUCCESS);
@@ -146,6 +146,7 @@ fn settings(args: &Train, threads: Option<u16>) -> Result<TrainConfig> {
 
 fn plan(args: &Train, config: TrainConfig, texts: &[Text]) -> Result<TrainPlan> {
     let model = Config::load(&args.model)?;
+    let config = config.resolve_for(&model)?;
     let accounting = Accounting::of(&model);
     let (tokens_per_step, steps) = (config.tokens_per_step(), config.steps.unwrap_or(0));
     let all_experts = model.num_experts().map_or(0.0, |experts| experts as f64);

@@ -323,10 +323,10 @@ fn show(report: &Comparison) -> String {
     if !report.missing.is_empty() {
         out += &format!("in one record alone: {}\n", report.missing.join(", "));
     }
-    let told =
+    let to_fail =
         if report.failed == report.worse { String::new() } else { format!(", {} to fail", report.failed) };
     out + &format!(
-        "{} of {} are worse by more than {:.1} %{told}\n",
+        "{} of {} are worse by more than {:.1} %{to_fail}\n",
         report.worse,
         report.rows.len(),
         100.0 * report.fail_above
@@ -402,12 +402,12 @@ mod tests {
         // 3 times as long to hand data over, and so 1.4 times as long for what does.
         let apart = records(&exchange(&before, 1.0), &exchange(&slower, 1.4 / 3.0), &args()).unwrap();
         assert_eq!(apart.rows[0].verdict, Same);
-        let told = |report: &Comparison| {
+        let warned = |report: &Comparison| {
             report.warnings.iter().any(|warning| warning.contains("placement of the processors"))
         };
-        assert!(told(&apart));
+        assert!(warned(&apart));
         let same = records(&exchange(&before, 1.0), &exchange(&slower, 1.4), &args()).unwrap();
-        assert_eq!((same.rows[0].verdict, told(&same)), (Worse, false));
+        assert_eq!((same.rows[0].verdict, warned(&same)), (Worse, false));
     }
 
     #[test]

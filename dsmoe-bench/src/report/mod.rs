@@ -42,6 +42,11 @@ pub(crate) fn optional(value: Option<f64>, show: impl FnOnce(f64) -> String) -> 
     value.map_or("–".into(), |value| number(value, show))
 }
 
+/// Makes a cell of a number with that many decimals.
+pub(crate) fn fixed(value: f64, decimals: usize) -> Cell {
+    number(value, |x| format!("{x:.decimals$}"))
+}
+
 /// A table with a name for its CSV file.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Tabular {
@@ -61,6 +66,11 @@ impl Tabular {
             header: header.iter().map(|&name| name.to_owned()).collect(),
             rows: Vec::new(),
         }
+    }
+
+    /// Appends columns.
+    pub(crate) fn extend<T: Into<String>>(&mut self, header: impl IntoIterator<Item = T>) {
+        self.header.extend(header.into_iter().map(Into::into));
     }
 
     pub(crate) fn note(mut self, note: impl Into<String>) -> Tabular {
@@ -108,6 +118,12 @@ pub(crate) struct Series {
     pub(crate) name: String,
     pub(crate) points: Vec<Point>,
     pub(crate) look: Look,
+}
+
+impl Series {
+    pub(crate) fn new(name: &str, look: Look, points: impl IntoIterator<Item = Point>) -> Series {
+        Series { name: name.to_owned(), points: points.into_iter().collect(), look }
+    }
 }
 
 /// The contents of a chart.

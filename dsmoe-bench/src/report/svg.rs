@@ -130,6 +130,13 @@ fn open(figure: &Figure, width: f64, height: f64) -> String {
     )
 }
 
+fn label(out: &mut String, class: &str, [x, y]: [f64; 2], anchor: &str, text: &str) {
+    let _ = write!(
+        out,
+        "<text class=\"{class}\" x=\"{x:.1}\" y=\"{y:.1}\" text-anchor=\"{anchor}\">{text}</text>"
+    );
+}
+
 fn axes_svg(figure: &Figure, series: &[Series], least: f64) -> String {
     let points = || series.iter().flat_map(|one| one.points.iter());
     let (x0, x1) = range(points().map(|p| p.x), 0.0);
@@ -143,23 +150,15 @@ fn axes_svg(figure: &Figure, series: &[Series], least: f64) -> String {
     let marks = if log { log_ticks(y0, y1) } else { ticks(y0, y1, 6.0) };
     for y in marks {
         let at = py(y);
+        let right = WIDTH - RIGHT;
         let _ = write!(
             out,
-            "<line class=\"grid\" x1=\"{LEFT}\" x2=\"{:.1}\" y1=\"{at:.1}\" y2=\"{at:.1}\"/><text class=\"tick\" x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"end\">{}</text>",
-            WIDTH - RIGHT,
-            LEFT - 8.0,
-            at + 4.0,
-            short(y)
+            "<line class=\"grid\" x1=\"{LEFT}\" x2=\"{right:.1}\" y1=\"{at:.1}\" y2=\"{at:.1}\"/>"
         );
+        label(&mut out, "tick", [LEFT - 8.0, at + 4.0], "end", &short(y));
     }
     for x in ticks(x0, x1, 7.0) {
-        let _ = write!(
-            out,
-            "<text class=\"tick\" x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{}</text>",
-            px(x),
-            HEIGHT - BOTTOM + 18.0,
-            short(x)
-        );
+        label(&mut out, "tick", [px(x), HEIGHT - BOTTOM + 18.0], "middle", &short(x));
     }
     let _ = write!(
         out,
@@ -218,12 +217,7 @@ fn axes_svg(figure: &Figure, series: &[Series], least: f64) -> String {
             };
             if let Some(from) = [x + 9.0, x - 9.0 - width].into_iter().find(|&from| free(from)) {
                 names.push((from, from + width, y));
-                let _ = write!(
-                    out,
-                    "<text class=\"tick\" x=\"{from:.1}\" y=\"{:.1}\">{}</text>",
-                    y + 4.0,
-                    escape(&one.name)
-                );
+                label(&mut out, "tick", [from, y + 4.0], "start", &escape(&one.name));
             }
         }
     }
@@ -231,9 +225,9 @@ fn axes_svg(figure: &Figure, series: &[Series], least: f64) -> String {
 }
 
 fn heat_svg(figure: &Figure, rows: &[String], columns: &[String], values: &[Vec<f64>]) -> String {
-    let label = 12.0
+    let left = 12.0
         + 7.0 * columns.iter().chain(rows).map(|name| name.chars().count()).max().unwrap_or(4).min(22) as f64;
-    let (cell_w, cell_h) = (((WIDTH - label - RIGHT) / columns.len().max(1) as f64).min(110.0), 30.0);
+    let (cell_w, cell_h) = (((WIDTH - left - RIGHT) / columns.len().max(1) as f64).min(110.0), 30.0);
     let height = TOP + rows.len() as f64 * cell_h + 40.0;
     let finite = || values.iter().flatten().copied().filter(|v| v.is_finite());
     let (low, high) = finite().fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), v| (l.min(v), h.max(v)));
@@ -242,13 +236,7 @@ fn heat_svg(figure: &Figure, rows: &[String], columns: &[String], values: &[Vec<
     let mut out = open(figure, WIDTH, height);
     for (r, name) in rows.iter().enumerate() {
         let y = TOP + r as f64 * cell_h;
-        let _ = write!(
-            out,
-            "<text class=\"tick\" x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"end\">{}</text>",
-            label - 6.0,
-            y + cell_h / 2.0 + 4.0,
-            escape(name)
-        );
+        label(&mut out, "tick", [left - 6.0, y + cell_h / 2.0 + 4.0], "end", &escape(name));
         for (c, column) in columns.iter().enumerate() {
             let value = values.get(r).and_then(|row| row.get(c)).copied().unwrap_or(f64::NAN);
             let share = if high > low { (value - low) / (high - low) } else { 0.5 };
@@ -257,7 +245,7 @@ fn heat_svg(figure: &Figure, rows: &[String], columns: &[String], values: &[Vec<
                 false => ("–".to_owned(), 0.0, false),
             };
             let tip = escape(&format!("{name}, {column}: {text}"));
-            let x = label + c as f64 * cell_w;
+            let x = left + c as f64 * cell_w;
             let class = if dark { "on" } else { "off" };
             let _ = write!(
                 out,
@@ -272,21 +260,11 @@ fn heat_svg(figure: &Figure, rows: &[String], columns: &[String], values: &[Vec<
         }
     }
     for (c, name) in columns.iter().enumerate() {
-        let _ = write!(
-            out,
-            "<text class=\"tick\" x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{}</text>",
-            label + (c as f64 + 0.5) * cell_w,
-            TOP + rows.len() as f64 * cell_h + 16.0,
-            escape(name)
-        );
+        let at = [left + (c as f64 + 0.5) * cell_w, TOP + rows.len() as f64 * cell_h + 16.0];
+        label(&mut out, "tick", at, "middle", &escape(name));
     }
-    let _ = write!(
-        out,
-        "<text class=\"name\" x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{}</text>",
-        label + columns.len() as f64 * cell_w / 2.0,
-        height - 6.0,
-        escape(&figure.x)
-    );
+    let at = [left + columns.len() as f64 * cell_w / 2.0, height - 6.0];
+    label(&mut out, "name", at, "middle", &escape(&figure.x));
     out + "</svg>"
 }
 

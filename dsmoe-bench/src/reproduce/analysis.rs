@@ -54,13 +54,13 @@ pub(crate) fn of(collected: &Collected) -> Result<Results> {
     machines.sort();
     machines.dedup();
 
-    let mut groups: Vec<(Option<&MethodSpec>, Vec<&Run>)> = vec![(None, vec![&collected.base])];
-    for spec in &profile.method {
-        let runs: Vec<&Run> = collected.runs.iter().filter(|run| run.method == spec.name).collect();
-        if !runs.is_empty() {
-            groups.push((Some(spec), runs));
-        }
-    }
+    let runs_of = |spec: &MethodSpec| collected.runs.iter().filter(|run| run.method == spec.name).collect();
+    let groups = profile.method.iter().map(|spec| (Some(spec), runs_of(spec)));
+    let groups: Vec<(Option<&MethodSpec>, Vec<&Run>)> = [(None, vec![&collected.base])]
+        .into_iter()
+        .chain(groups)
+        .filter(|(_, runs)| !runs.is_empty())
+        .collect();
     let methods = groups.iter().map(|(spec, runs)| method_result(setup, *spec, runs));
     let methods: Vec<MethodResult> = methods.collect::<Result<_>>()?;
     let mut comparisons = Vec::new();
@@ -132,18 +132,15 @@ fn method_result(setup: &Setup, spec: Option<&MethodSpec>, runs: &[&Run]) -> Res
         .collect();
     let milestones =
         first.trained.iter().flat_map(|trained| &trained.milestones).enumerate().map(|(at, stone)| {
-            let all: Vec<_> = runs
-                .iter()
-                .filter_map(|run| run.trained.as_ref())
-                .map(|trained| &trained.milestones[at])
-                .collect();
+            let all = runs.iter().filter_map(|run| Some(&run.trained.as_ref()?.milestones[at]));
+            let all: Vec<_> = all.collect();
             let active: Option<Vec<f64>> = all.iter().map(|stone| stone.active_ratio).collect();
             MilestoneMean {
                 share: stone.share,
                 tokens: stone.tokens,
                 ppl: Measured::of_perplexities(all.iter().map(|stone| stone.ppl).collect()),
                 active_ratio: active.map(|values| mean(&values)),
-                params_activated: mean(&all.iter().map(|stone| stone.params_activated).collect::<Vec<_>>()),
+                params_activated: mean_of(&all, |stone| stone.params_activated),
             }
         });
     let sweep = first.sweep.iter().flatten().enumerate().map(|(at, point)| {
@@ -151,8 +148,8 @@ fn method_result(setup: &Setup, spec: Option<&MethodSpec>, runs: &[&Run]) -> Res
         SweepMean {
             threshold: point.threshold,
             ppl: Measured::of_perplexities(all.iter().map(|point| point.ppl).collect()),
-            active_ratio: mean(&all.iter().map(|point| point.active_ratio).collect::<Vec<_>>()),
-            params_activated: mean(&all.iter().map(|point| point.params_activated).collect::<Vec<_>>()),
+            active_ratio: mean_of(&all, |point| point.active_ratio),
+            params_activated: mean_of(&all, |point| point.params_activated),
         }
     });
     Ok(MethodResult {
@@ -174,13 +171,16 @@ fn method_result(setup: &Setup, spec: Option<&MethodSpec>, runs: &[&Run]) -> Res
             .or_interval("windows", || windows().map(|interval| interval.map(f64::exp))),
         nll: Measured::of_seeds(of(&|run| run.text.nll)).or_interval("windows", windows),
         domains: domains.collect(),
-        tasks_mean: (!tasks.is_empty())
-            .then(|| mean(&tasks.iter().map(|task| task.percent.mean).collect::<Vec<_>>())),
+        tasks_mean: (!tasks.is_empty()).then(|| mean_of(&tasks, |task| task.percent.mean)),
         tasks,
         milestones: milestones.collect(),
         sweep: sweep.collect(),
         difficulty: mean_difficulty(runs),
     })
+}
+
+fn mean_of<T>(all: &[T], value: impl Fn(&T) -> f64) -> f64 {
+    mean(&all.iter().map(value).collect::<Vec<_>>())
 }
 
 /// Lists the windows of every source as sums of losses and numbers of predicted tokens.
@@ -195,9 +195,7 @@ fn mean_difficulty(runs: &[&Run]) -> Option<Difficulty> {
     let all: Vec<&Difficulty> = runs.iter().map(|run| run.difficulty.as_ref()).collect::<Option<_>>()?;
     let mut result = all[0].clone();
     for (at, bin) in result.bins.iter_mut().enumerate() {
-        let of = |value: &dyn Fn(&Bin) -> f64| {
-            mean(&all.iter().map(|one| value(&one.bins[at])).collect::<Vec<_>>())
-        };
+        let of = |value: &dyn Fn(&Bin) -> f64| mean_of(&all, |one| value(&one.bins[at]));
         (bin.dense_nll, bin.nll, bin.active) = (of(&|b| b.dense_nll), of(&|b| b.nll), of(&|b| b.active));
     }
     let correlations: Option<Vec<f64>> = all.iter().map(|one| one.correlation).collect();

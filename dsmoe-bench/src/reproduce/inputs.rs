@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, bail};
 use dsmoe_core::Inference;
 use dsmoe_core::config::Config;
-use dsmoe_datasets::tasks::{Loaded, Options as TaskOptions, Source, TASKS};
+use dsmoe_datasets::tasks::{Loaded, Options as TaskOptions, TASKS, TaskFiles};
 use dsmoe_datasets::world::{Probe, World};
 use dsmoe_kernels::Precision;
 
@@ -72,7 +72,7 @@ fn tasks_in(folder: &Path, items: usize) -> Result<Vec<Loaded>> {
     if !folder.is_dir() {
         bail!("--task-data {}: no such folder", folder.display());
     }
-    let source = Source::folder(folder);
+    let source = TaskFiles::folder(folder);
     let options = TaskOptions { limit: Some(items), ..TaskOptions::default() };
     let mut loaded = Vec::new();
     for task in &TASKS {

@@ -231,15 +231,11 @@ fn show(plan: &Plan<'_>) -> String {
         ]);
     }
     let memory = match plan.machine_memory_bytes {
-        Some(machine) if machine < plan.memory_bytes => format!(
-            "at most {}, more than the {} of this machine",
-            format::bytes(plan.memory_bytes),
-            format::bytes(machine)
-        ),
-        Some(machine) => {
-            format!("at most {} of {}", format::bytes(plan.memory_bytes), format::bytes(machine))
+        Some(machine) if machine < plan.memory_bytes => {
+            format!(", more than the {} of this machine", format::bytes(machine))
         }
-        None => format!("at most {}", format::bytes(plan.memory_bytes)),
+        Some(machine) => format!(" of {}", format::bytes(machine)),
+        None => String::new(),
     };
     let fields = vec![
         ("profile", format!("{}: {}", plan.profile.name, plan.profile.about)),
@@ -263,7 +259,7 @@ fn show(plan: &Plan<'_>) -> String {
                 plan.dtype
             ),
         ),
-        ("memory", memory),
+        ("memory", format!("at most {}{memory}", format::bytes(plan.memory_bytes))),
         ("disk", format::bytes(plan.disk_bytes)),
     ];
     format!("{}\n{}", table.show(), format::fields(fields))

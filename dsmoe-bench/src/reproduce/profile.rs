@@ -81,7 +81,7 @@ pub(crate) enum PaperModel {
 #[serde(deny_unknown_fields)]
 pub(crate) struct WorldText {
     pub(crate) seed: u64,
-    /// Of all four domains together.
+    /// Size of the text of all four domains.
     pub(crate) bytes: u64,
     /// Tokens of the vocabulary.
     pub(crate) vocab: usize,
@@ -468,10 +468,10 @@ impl Profile {
     pub(crate) fn train_of(&self, spec: &MethodSpec, seed: u64, target: Option<f64>) -> Result<TrainConfig> {
         let mut config = self.config(&self.train.replaced_by(&spec.train))?;
         if config.sparsity.is_none() && config.active_target.is_none() {
-            config.active_target = target;
-            // All experts are active in training; a threshold reaches the budget after it.
-            if spec.role == Role::WithoutThreshold {
-                config.sparsity = Some(1.0);
+            match spec.role {
+                // All experts are active in training; a threshold reaches the budget after it.
+                Role::WithoutThreshold => config.sparsity = Some(1.0),
+                _ => config.active_target = target,
             }
         }
         config.seed += seed;
@@ -504,7 +504,34 @@ pub(crate) fn gated(dense: &Config, experts: usize) -> Config {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(500))]
+
+        /// An edit replaces a byte, removes a range, or inserts digits.
+        #[test]
+        fn edited_profiles_are_read_or_refused_with_their_place(
+            edits in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>(), 0u8..3, 0usize..24), 1..6)
+        ) {
+            let mut bytes = text("quick").unwrap().as_bytes().to_vec();
+            for (at, byte, kind, span) in edits {
+                let at = at.index(bytes.len());
+                let end = bytes.len().min(at + span);
+                match kind {
+                    0 => bytes[at] = byte,
+                    1 => drop(bytes.drain(at..end)),
+                    _ => drop(bytes.splice(at..at, b"9".repeat(span))),
+                }
+            }
+            if let Err(error) = Profile::parse(&String::from_utf8_lossy(&bytes), "p.toml") {
+                let message = format!("{error:#}");
+                prop_assert!(message.starts_with("p.toml: "), "{}", message);
+            }
+        }
+    }
 
     #[test]
     fn embedded_profiles_are_sound() {
@@ -535,7 +562,7 @@ mod tests {
         assert_eq!((experts("dsmoe-paper"), experts("wanda")), (Some(22), None));
     }
 
-    /// Of a model with an FFN of 88 neurons: 22 experts of 4 neurons beside 8 experts of 11.
+    /// The FFN has 88 neurons, so that 22 experts of 4 neurons and 8 experts of 11 fit.
     #[test]
     fn rows_with_other_numbers_of_experts_meet_one_budget() {
         let control = "[[method]]\nname = \"many\"\nrole = \"control\"\nmake = \"dsmoe-paper\"\nsettings = { experts = 22 }\n";

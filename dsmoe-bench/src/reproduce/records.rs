@@ -23,7 +23,7 @@ pub(crate) const TIMINGS: &str = "timings";
 pub(crate) const SETUP: &str = "setup.json";
 
 /// A model as a method made it, before training.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Made {
     pub(crate) params_total: f64,
     pub(crate) params_activated: f64,
@@ -32,19 +32,6 @@ pub(crate) struct Made {
     pub(crate) calibration_tokens: usize,
     pub(crate) settings: BTreeMap<String, String>,
     pub(crate) measured: BTreeMap<String, f64>,
-}
-
-impl Made {
-    pub(crate) fn of_params(total: f64, activated: f64, by: &str) -> Made {
-        Made {
-            params_total: total,
-            params_activated: activated,
-            reached_by: by.to_owned(),
-            calibration_tokens: 0,
-            settings: BTreeMap::new(),
-            measured: BTreeMap::new(),
-        }
-    }
 }
 
 /// Perplexity after a part of the continued training.

@@ -9,7 +9,7 @@ use dsmoe_core::config::Config;
 use dsmoe_core::init::{InitOptions, init};
 use dsmoe_kernels::Precision;
 use dsmoe_train::tasks::model_sha256;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::cache::{Key, read_json, write_json};
 use super::inputs::{Base, Inputs};
@@ -82,8 +82,14 @@ impl Stages<'_> {
         let stage = Stage { name: "make", of: &id, key: &made_key, cost: costs.make() };
         let made: Made = self.work.stage(stage, |dir| {
             if plan.unchanged {
-                let counts = Accounting::of(&base.config);
-                return Ok(Made::of_params(counts.total as f64, counts.total as f64, "nothing"));
+                let total = Accounting::of(&base.config).total as f64;
+                let reached_by = "nothing".to_owned();
+                return Ok(Made {
+                    params_total: total,
+                    params_activated: total,
+                    reached_by,
+                    ..Made::default()
+                });
             }
             let method = profile.configured(spec)?;
             let calibration = match method.needs_calibration() {
@@ -99,12 +105,14 @@ impl Stages<'_> {
                 seed: job.seed,
             };
             let made = method.run(&pruning, &mut |_| {})?;
+            let shown = |value: Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+            let settings = method.resolved().into_iter().map(|(name, value)| (name, shown(value)));
             Ok(Made {
                 params_total: made.plan.total,
                 params_activated: made.plan.activated,
                 reached_by: made.plan.reached_by,
                 calibration_tokens: calibration.len() * costs.seq,
-                settings: made.plan.settings.into_iter().collect(),
+                settings: settings.chain(made.plan.settings).collect(),
                 measured: made.measured.into_iter().collect(),
             })
         })?;

@@ -5,9 +5,10 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use dsmoe_core::config::Config;
 use dsmoe_datasets::overlap::TokenTexts;
+use dsmoe_datasets::tasks::sha256;
 use dsmoe_datasets::tokens::identity;
 use dsmoe_datasets::world::{Domain, World};
-use dsmoe_datasets::{Bos, Corpus, CorpusOptions, Mixture, Source, Tokenizer, train_bpe};
+use dsmoe_datasets::{Bos, Corpus, CorpusOptions, Mixture, TokenSource, Tokenizer, train_bpe};
 use dsmoe_train::config::{NearDuplicates, TrainConfig};
 use dsmoe_train::run::TrainData;
 use serde::{Deserialize, Serialize};
@@ -36,7 +37,7 @@ pub(crate) struct HeldOut {
 
 /// All text of a reproduction.
 pub(crate) struct Text {
-    sources: Vec<Source>,
+    sources: Vec<TokenSource>,
     texts: Option<TokenTexts>,
     pub(crate) held_out: Vec<HeldOut>,
     pub(crate) tokenizer: Tokenizer,
@@ -47,16 +48,6 @@ pub(crate) struct Text {
     pub(crate) key: Key,
     /// Hashes of the inputs, for reports.
     pub(crate) inputs: Value,
-}
-
-/// The parts of a text before they are hashed.
-struct Loaded {
-    sources: Vec<Source>,
-    texts: Option<TokenTexts>,
-    held_out: Vec<HeldOut>,
-    tokenizer: Tokenizer,
-    tokenizer_dir: PathBuf,
-    mixture: Mixture,
 }
 
 /// The result of the stage that writes the world.
@@ -96,7 +87,7 @@ impl Text {
             let corpus = Corpus::open(&[path], CorpusOptions::default())?;
             let tokens = dsmoe_datasets::tokenize(&corpus, &tokenizer, train.bos, None, &mut |_| {})?;
             let share = domain.share() as f64 / 100.0;
-            parts.push(Source { name: domain.name().to_owned(), weight: share, tokens: tokens.into() });
+            parts.push(TokenSource { name: domain.name().to_owned(), weight: share, tokens: tokens.into() });
             let wanted = profile.measure.windows * (train.seq + 1);
             let mut ids = Vec::with_capacity(wanted);
             for index in HELD_OUT.. {
@@ -109,8 +100,8 @@ impl Text {
             held_out.push(HeldOut { name: domain.name().to_owned(), share, ids });
         }
         let mixture = Mixture::new(&parts, train.split_options(), None)?;
-        let loaded = Loaded { sources: parts, texts: None, held_out, tokenizer, tokenizer_dir, mixture };
-        Text::new(loaded, &train)
+        let (key, inputs) = hashed(&parts, &held_out, &tokenizer, &train)?;
+        Ok(Text { sources: parts, texts: None, held_out, tokenizer, tokenizer_dir, mixture, key, inputs })
     }
 
     /// Loads text that the user names, with the tokenizer of `model`.
@@ -150,35 +141,9 @@ impl Text {
             let ids = ids[..windows * window].to_vec();
             held_out.push(HeldOut { name: part.name.clone(), share: part.share, ids });
         }
+        let (key, inputs) = hashed(&parts, &held_out, &tokenizer, &train)?;
         let tokenizer_dir = model.to_path_buf();
-        Text::new(Loaded { sources: parts, texts, held_out, tokenizer, tokenizer_dir, mixture }, &train)
-    }
-
-    fn new(loaded: Loaded, train: &TrainConfig) -> Result<Text> {
-        let Loaded { sources, texts, held_out, tokenizer, tokenizer_dir, mixture } = loaded;
-        let hashes = sources
-            .iter()
-            .map(|source| {
-                let hash = identity(&source.tokens).with_context(|| source.name.clone())?;
-                Ok(json!({
-                    "name": source.name,
-                    "weight": source.weight,
-                    "tokens": source.tokens.len(),
-                    "sha256": hash,
-                }))
-            })
-            .collect::<Result<Vec<Value>>>()?;
-        let held: Vec<Value> = held_out
-            .iter()
-            .map(|part| {
-                let bytes: String = part.ids.iter().map(|id| format!("{id} ")).collect();
-                json!({ "name": part.name, "tokens": part.ids.len(), "sha256": dsmoe_datasets::tasks::sha256(&bytes) })
-            })
-            .collect();
-        let inputs = json!({ "tokenizer_sha256": tokenizer.sha256(), "sources": hashes, "held_out": held });
-        let split = json!([train.seq, train.valid_fraction, train.valid_samples, train.near_duplicates]);
-        let key = Key::of("tokens", &json!([inputs, split]));
-        Ok(Text { sources, texts, held_out, tokenizer, tokenizer_dir, mixture, key, inputs })
+        Ok(Text { sources: parts, texts, held_out, tokenizer, tokenizer_dir, mixture, key, inputs })
     }
 
     /// Returns the text of a training.
@@ -186,10 +151,33 @@ impl Text {
         TrainData { sources: self.sources.clone(), texts: self.texts.clone() }
     }
 
-    /// Sequences of `seq` tokens of the training side, in the order in which a run of this seed takes them.
+    /// Returns the first sequences that a training of this seed reads.
     pub(crate) fn calibration(&self, samples: usize, seed: u64) -> Result<Vec<Vec<u32>>> {
         Ok(self.mixture.sequences(samples, seed)?)
     }
+}
+
+/// Returns the key of the tokens, and the hashes of the inputs.
+fn hashed(
+    sources: &[TokenSource],
+    held_out: &[HeldOut],
+    tokenizer: &Tokenizer,
+    train: &TrainConfig,
+) -> Result<(Key, Value)> {
+    let hash = |source: &TokenSource| {
+        let (name, weight, tokens) = (&source.name, source.weight, source.tokens.len());
+        let hash = identity(&source.tokens).with_context(|| name.clone())?;
+        Ok(json!({ "name": name, "weight": weight, "tokens": tokens, "sha256": hash }))
+    };
+    let hashes = sources.iter().map(hash).collect::<Result<Vec<Value>>>()?;
+    let held = held_out.iter().map(|part| {
+        let bytes: String = part.ids.iter().map(|id| format!("{id} ")).collect();
+        json!({ "name": part.name, "tokens": part.ids.len(), "sha256": sha256(&bytes) })
+    });
+    let held: Vec<Value> = held.collect();
+    let inputs = json!({ "tokenizer_sha256": tokenizer.sha256(), "sources": hashes, "held_out": held });
+    let split = json!([train.seq, train.valid_fraction, train.valid_samples, train.near_duplicates]);
+    Ok((Key::of("tokens", &json!([inputs, split])), inputs))
 }
 
 /// Returns the rule of BOS tokens in the texts of tasks.

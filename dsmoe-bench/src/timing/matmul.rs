@@ -1,4 +1,4 @@
-//! `dsmoe bench kernels`: the products of a linear layer.
+//! `dsmoe bench kernels`: times the products of a linear layer.
 
 use std::cell::RefCell;
 
@@ -18,10 +18,10 @@ use crate::cli::bench::{BOTH, Kernels};
 /// Rows of x, columns of x, rows of w.
 type Shape = [usize; 3];
 
-/// What is measured when no shape is asked for.
+/// The shapes that are measured by default.
 const SHAPES: [Shape; 5] =
     [[512, 512, 512], [2048, 2048, 2048], [256, 2048, 8192], [1024, 288, 768], [1, 2048, 8192]];
-/// The sizes that are not said when others are.
+/// The sizes that complete a given one.
 const DEFAULT: Shape = [512, 2048, 8192];
 
 fn shapes(args: &Kernels) -> Vec<Shape> {

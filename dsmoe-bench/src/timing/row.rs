@@ -186,7 +186,7 @@ pub(crate) fn show(rows: &[Row]) -> String {
         ]);
     }
     let mut out = table.show();
-    let mut told = Vec::new();
+    let mut seen = Vec::new();
     for row in rows {
         if row.routing.is_none() {
             continue;
@@ -200,7 +200,7 @@ pub(crate) fn show(rows: &[Row]) -> String {
             row.experts.unwrap_or(1),
             row.dtype
         );
-        if told.last() != Some(&shape) {
+        if seen.last() != Some(&shape) {
             let verdict = match row.break_even {
                 // One share, or times that do not grow with it.
                 None => "no break-even in these times".to_owned(),
@@ -208,7 +208,7 @@ pub(crate) fn show(rows: &[Row]) -> String {
                 Some(share) => format!("dense wins above {} active", format::percent(share)),
             };
             out += &format!("{shape}: {verdict}\n");
-            told.push(shape);
+            seen.push(shape);
         }
     }
     out

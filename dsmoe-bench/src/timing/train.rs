@@ -178,7 +178,7 @@ impl Run {
     }
 }
 
-/// What a step has to do: of every inactive pair of token and expert a third of the products.
+/// Returns the cost of a step: an inactive pair of token and expert takes a third of the products of an active one.
 fn cost(config: &Config, active: f64, tokens: usize, seq: usize) -> Cost {
     let counts = Accounting::of(config);
     let head = product(&[config.vocab_size, config.hidden]);

@@ -1,4 +1,4 @@
-//! Whatever is wrong with what a user gives, the command says so in one line with file, field and mend.
+//! For every wrong input the command prints one line that names the file, the field and the fix.
 
 use std::fs;
 use std::path::Path;

@@ -142,7 +142,7 @@ fn limits_files_profiles_and_all() {
     assert_eq!((&old["dsmoe"]["bos"], &old["dsmoe"]["profile"]), (&json!("never"), &json!("lm-eval-0.3.0")));
     assert!(old["results"]["gsm8k"]["acc,none"].is_f64(), "{old}");
 
-    // What a model has no room for counts in no metric, and is told.
+    // Documents longer than the model count in no metric and are reported.
     let long = data.join("long/valid.jsonl");
     fs::create_dir_all(long.parent().unwrap()).unwrap();
     let row = |text: &str| format!("{}\n", json!({ "goal": "g", "sol1": text, "sol2": "b", "label": 0 }));
@@ -239,7 +239,7 @@ fn an_interrupted_run_goes_on_where_it_was() {
         }
         assert!(output.stdout.is_empty() && written(&out, "results_").is_empty(), "{signal}");
     }
-    // Another model may not go on with these answers, nor may the same at another precision.
+    // Another model may not continue with these answers, nor may the same at another precision.
     let other = [&plain[..], &["--out", at(&out), "--dtype", "bf16"]].concat();
     fails(&other, &[at(&journal), "the responses of another model or of other settings"]);
     let resumed = timeless(serde_json::from_str(&succeeds(&args)).unwrap());

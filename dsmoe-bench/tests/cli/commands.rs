@@ -14,25 +14,7 @@ fn has(value: &Value, keys: &[&str]) {
 
 #[test]
 fn help_and_usage() {
-    for args in [
-        vec!["--help"],
-        vec!["inspect", "--help"],
-        vec!["convert", "--help"],
-        vec!["export", "--help"],
-        vec!["train", "--help"],
-        vec!["eval", "--help"],
-        vec!["generate", "--help"],
-        vec!["init", "--help"],
-        vec!["doctor", "--help"],
-        vec!["data", "--help"],
-        vec!["data", "prepare", "--help"],
-        vec!["data", "world", "--help"],
-        vec!["--version"],
-    ] {
-        assert!(!succeeds(&args).is_empty(), "{args:?}");
-    }
-    let help = succeeds(&["train", "--help"]);
-    assert!(help.contains("weight_decay") && help.contains("min_lr_ratio"), "{help}");
+    assert!(succeeds(&["--version"]).starts_with("dsmoe "));
     for args in [
         vec![],
         vec!["fly"],

@@ -148,7 +148,7 @@ fn prepare_stats_and_verify() {
     assert_eq!(stats["total"]["tokens"], sum);
     assert!(json_of(&["data", "stats", "--data", at(&dir.join("one.txt"))])["total"]["tokens"].is_null());
 
-    // A changed file makes another cache; a damaged cache is told and made again.
+    // A changed file makes another cache; a damaged cache is reported and made again.
     fs::write(dir.join("two.md"), "Another text, quite short.").unwrap();
     let third = json_of(&prepare);
     assert_eq!(

@@ -86,7 +86,7 @@ fn results(dir: &Path) -> String {
     fs::read_to_string(dir.join("results.json")).unwrap()
 }
 
-/// Both files, byte for byte; told by the first line that differs.
+/// Compares both files byte for byte, and shows the first line that differs.
 fn same_results(one: &Path, other: &Path) {
     let (one, other) = (results(one), results(other));
     if one != other {
@@ -147,7 +147,7 @@ fn every_table_and_figure_is_there() {
         "Speed",
         "Perplexity against",
         "difficulty of tokens",
-        "parts of the training",
+        "Perplexity during training",
     ] {
         assert!(report.contains(title), "{title}");
     }
@@ -157,7 +157,7 @@ fn every_table_and_figure_is_there() {
     assert_eq!(directions.iter().filter(|one| one["output"] == "table1").count(), 4);
     assert_eq!(directions.iter().filter(|one| one["output"] == "table3").count(), 11);
     assert!(directions.iter().any(|one| one["output"] == "figure3" && one["agrees"].is_boolean()));
-    // Nothing is done twice, and nothing of a finished run is left to go on from.
+    // Finished runs keep no checkpoints.
     assert!(
         !out.join("cache")
             .read_dir()
@@ -173,7 +173,7 @@ fn an_independent_program_finds_the_same_numbers() {
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
     assert!(text.contains("numbers agree"), "{text}");
-    // It can fail: a changed number is told.
+    // It reports a changed number.
     let spoiled = place().join("spoiled");
     for folder in ["runs", "."] {
         fs::create_dir_all(spoiled.join(folder)).unwrap();
@@ -392,7 +392,7 @@ fn a_plan_counts_what_a_run_would_take() {
     assert!(small["dense_params"].as_u64().unwrap() < 100_000);
 }
 
-/// A given checkpoint and a user's text, stopped after its first steps and gone on with.
+/// A given checkpoint and a user's text, interrupted after its first steps and resumed.
 #[test]
 fn a_given_model_is_trained_on_given_text() {
     let fixture = fixture();
@@ -426,7 +426,7 @@ fn a_given_model_is_trained_on_given_text() {
     let found: Value = serde_json::from_str(&results(&out)).unwrap();
     assert_eq!(found["methods"][2]["name"], "dsmoe");
     assert!(found["setup"]["inputs"]["dense_model"]["sha256"].is_string());
-    assert!(fs::read_to_string(out.join("report.md")).unwrap().contains("No benchmark files were given"));
+    assert!(fs::read_to_string(out.join("report.md")).unwrap().contains("no benchmark files were given"));
 }
 
 /// The tables of the README are those of the recorded runs, and another program finds the records' numbers in their

@@ -15,8 +15,6 @@ use crate::{LAYERS, source_folder};
 const LARGEST_CIRCLE: usize = 3;
 /// Crates in which no module imports from the module that declares it, if that one calls it.
 const STRICT: [&str; 3] = ["dsmoe-router", "dsmoe-train", "dsmoe-bench"];
-/// Pairs of a type and its trait that must know each other: the edge from the first file to the second is left out.
-const PAIRS: [(&str, &str); 0] = [];
 
 #[test]
 fn no_circle_of_imports_has_more_than_three_files() {
@@ -119,7 +117,9 @@ impl Sources {
 
     /// Adds a file, and returns the child modules that it has for tests alone.
     fn add(&mut self, module: String, file: String, text: &str) -> Vec<String> {
-        let (code, test_modules) = without_tests(&without_comments_and_strings(text));
+        let code: String =
+            lex(text).iter().map(|(kind, part)| if *kind == Part::Code { *part } else { " " }).collect();
+        let (code, test_modules) = without_tests(&code);
         let (code, imports) = take_imports(&code);
         let children = test_modules.into_iter().map(|child| join(&module, &child)).collect();
         self.modules.insert(module, Module { file, imports, code });
@@ -146,7 +146,6 @@ impl Sources {
                     self.modules.iter().filter(own).map(|(_, child)| &child.file).collect();
                 found.retain(|to| !own.contains(to));
             }
-            found.retain(|to| !PAIRS.contains(&(module.file.as_str(), to.as_str())));
             (module.file.clone(), found)
         };
         self.modules.iter().map(edges).collect()
@@ -226,18 +225,6 @@ pub(crate) fn files(folder: &Path) -> Vec<PathBuf> {
     found
 }
 
-/// Replaces comments, and what is inside of quotes, by spaces.
-fn without_comments_and_strings(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    for (kind, part) in lex(text) {
-        match kind {
-            Part::Code => out.push_str(part),
-            Part::Comment | Part::Literal => out.push(' '),
-        }
-    }
-    out
-}
-
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Part {
     Code,
@@ -255,7 +242,7 @@ pub(crate) fn lex(text: &str) -> Vec<(Part, &str)> {
         let (kind, len) = if rest.starts_with("//") {
             (Part::Comment, rest.find('\n').unwrap_or(rest.len()))
         } else if rest.starts_with("/*") {
-            (Part::Comment, block_comment(rest))
+            (Part::Comment, rest.find("*/").map_or(rest.len(), |end| end + 2))
         } else if let Some(len) = literal(rest, &text[..at]) {
             (Part::Literal, len)
         } else {
@@ -269,24 +256,6 @@ pub(crate) fn lex(text: &str) -> Vec<(Part, &str)> {
     }
     parts.push((Part::Code, &text[start..]));
     parts
-}
-
-/// The length of the block comment that `text` begins with; block comments nest.
-fn block_comment(text: &str) -> usize {
-    let (mut depth, mut at) = (0, 0);
-    while at < text.len() {
-        if text[at..].starts_with("/*") {
-            (depth, at) = (depth + 1, at + 2);
-        } else if text[at..].starts_with("*/") {
-            (depth, at) = (depth - 1, at + 2);
-            if depth == 0 {
-                return at;
-            }
-        } else {
-            at += text[at..].chars().next().map_or(1, char::len_utf8);
-        }
-    }
-    text.len()
 }
 
 /// The length of the string or character literal that `text` begins with.
@@ -323,7 +292,7 @@ fn literal(text: &str, before: &str) -> Option<usize> {
 }
 
 /// The code without items under `#[cfg(test)]`, and the names of modules in files of their own that are such items.
-fn without_tests(code: &str) -> (String, Vec<String>) {
+pub(crate) fn without_tests(code: &str) -> (String, Vec<String>) {
     const MARK: &str = "#[cfg(test)]";
     let (mut out, mut modules, mut rest) = (String::new(), Vec::new(), code);
     while let Some(at) = rest.find(MARK) {
@@ -340,7 +309,7 @@ fn without_tests(code: &str) -> (String, Vec<String>) {
 }
 
 /// Where the item that `code` begins with ends: after its `;` or its block.
-pub(crate) fn item_end(code: &str) -> usize {
+fn item_end(code: &str) -> usize {
     let mut depth = 0usize;
     for (at, c) in code.char_indices() {
         match c {

@@ -1,5 +1,6 @@
 //! The architecture's invariants, read from the manifests and the sources.
 
+mod flags;
 mod imports;
 
 use std::collections::BTreeSet;

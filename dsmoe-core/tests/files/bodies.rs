@@ -10,7 +10,7 @@ use dsmoe_core::config::Config;
 use dsmoe_core::masks::Masks;
 
 fn one_line<T>(result: Result<T, Error>) -> Option<T> {
-    result.map_err(|error| assert!(!error.to_string().contains('\n'), "{error}")).ok()
+    result.inspect_err(|error| assert!(!error.to_string().contains('\n'), "{error}")).ok()
 }
 
 /// Parses the header of a safetensors file with `data` bytes of tensors.

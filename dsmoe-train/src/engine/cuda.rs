@@ -27,8 +27,7 @@ impl CudaEngine {
         ordinal: usize,
     ) -> Result<CudaEngine> {
         if options.precision != Precision::Bf16 {
-            let allowed = "bf16 on a GPU".to_owned();
-            return Err(Error::Field { field: "dtype", found: options.precision.to_string(), allowed });
+            return Err(Error::field("dtype", options.precision, "bf16 on a GPU"));
         }
         let (m, v) = (&optimizer.m, &optimizer.v);
         let trainer = Box::new(CudaTrainer::new(ordinal, model, m, v, options.tokens, options.seq)?);

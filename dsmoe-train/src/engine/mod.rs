@@ -166,7 +166,7 @@ impl Engine {
         Ok(())
     }
 
-    /// The gradients, laid out as the parameters.
+    /// Returns the gradients, laid out as the parameters.
     ///
     /// # Errors
     /// The device fails.
@@ -178,7 +178,7 @@ impl Engine {
         })
     }
 
-    /// The optimiser's state; on a GPU that of the last [`Engine::fetch`].
+    /// Returns the optimiser's state; on a GPU that of the last [`Engine::fetch`].
     pub fn optimizer(&self) -> &AdamW {
         match self {
             Engine::Cpu(engine) => &engine.optimizer,
@@ -187,7 +187,7 @@ impl Engine {
         }
     }
 
-    /// The routing of the last step's tokens; none without routers.
+    /// Returns the routing of the last step's tokens; none without routers.
     pub fn stats(&self) -> Option<&RoutingStats> {
         match self {
             Engine::Cpu(engine) => engine.stats.as_ref(),

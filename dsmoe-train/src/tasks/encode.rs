@@ -1,31 +1,31 @@
-//! From texts to tokens, as lm-evaluation-harness does it.
+//! Encodes the texts of requests as lm-evaluation-harness does.
 
 use dsmoe_datasets::tasks::{Profile, strip_end};
 use dsmoe_datasets::{Bos, Tokenizer};
 
 use crate::error::Result;
 
-/// Why a request has no response; of the document, not of the run.
+/// The reason why a request has no response. It is about the document, not about the run.
 pub(crate) type Refusal = String;
 
-/// How texts are encoded, and for how long a model.
+/// Encodes texts for a model.
 #[derive(Clone, Copy)]
 pub(crate) struct Encoder<'a> {
     pub(crate) tokenizer: &'a Tokenizer,
     pub(crate) bos: Bos,
     pub(crate) profile: Profile,
-    /// What a text without anything before it starts from.
+    /// The token from which a text without context starts.
     pub(crate) start: Option<u32>,
     /// Positions of the model.
     pub(crate) positions: usize,
 }
 
-/// Tokens to run, and those to look for behind them.
+/// Tokens to run, and those to score after them.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Scored {
-    /// What the model reads.
+    /// The inputs of the model.
     pub(crate) inputs: Vec<u32>,
-    /// The tokens behind the last so many inputs.
+    /// The tokens after the last inputs, one for each.
     pub(crate) targets: Vec<u32>,
 }
 
@@ -34,7 +34,7 @@ impl Encoder<'_> {
         Ok(self.tokenizer.encode(text, self.bos)?)
     }
 
-    /// A context by itself, and the white space at its end, which belongs to what follows it.
+    /// Encodes a context by itself. The white space at its end belongs to what follows it and is returned too.
     pub(crate) fn context<'t>(&self, context: &'t str) -> Result<(Vec<u32>, &'t str, &'t str)> {
         if context.is_empty() {
             return Ok((self.start.into_iter().collect(), "", ""));
@@ -43,7 +43,7 @@ impl Encoder<'_> {
         Ok((self.encode(text)?, text, &context[text.len()..]))
     }
 
-    /// A continuation behind a context encoded by [`Encoder::context`].
+    /// Encodes a continuation after a context encoded by [`Encoder::context`].
     pub(crate) fn pair(
         &self,
         (context, text, space): &(Vec<u32>, &str, &str),
@@ -68,14 +68,14 @@ impl Encoder<'_> {
         Ok(self.scored(context, targets))
     }
 
-    /// The last tokens that the model has positions for.
+    /// Keeps the last tokens that the model has positions for.
     pub(crate) fn scored(
         &self,
         context: Vec<u32>,
         targets: Vec<u32>,
     ) -> std::result::Result<Scored, Refusal> {
         if context.is_empty() {
-            return Err("nothing stands before the continuation; use --bos always".into());
+            return Err("nothing stands before the continuation; set the BOS rule to always".into());
         }
         if targets.is_empty() {
             return Err("the continuation has no token of its own with this tokenizer".into());
@@ -90,8 +90,8 @@ impl Encoder<'_> {
         Ok(Scored { inputs, targets })
     }
 
-    /// A text in windows that do not overlap, each as long as the model, the first behind the start token; the last
-    /// has all the context there is room for.
+    /// Cuts a text into windows that do not overlap, each as long as the model. The first follows the start token; the
+    /// last has as much context as fits.
     pub(crate) fn rolling(&self, text: &str) -> Result<std::result::Result<Vec<Scored>, Refusal>> {
         let Some(start) = self.start else {
             return Ok(Err("the model names no token to start a text from".into()));
@@ -109,7 +109,7 @@ impl Encoder<'_> {
         Ok(Ok(windows))
     }
 
-    /// A prompt that leaves room for `max_tokens` new ones.
+    /// Encodes a prompt that leaves room for `max_tokens` new ones.
     pub(crate) fn prompt(
         &self,
         context: &str,
@@ -118,13 +118,13 @@ impl Encoder<'_> {
         let Some(room) = self.positions.checked_sub(max_tokens).filter(|&room| room > 0) else {
             let positions = self.positions;
             return Ok(Err(format!(
-                "an answer of {max_tokens} tokens for a model of {positions} positions; use a smaller --max-new-tokens"
+                "an answer of {max_tokens} tokens for a model of {positions} positions; allow fewer new tokens"
             )));
         };
         let mut tokens = self.encode(context)?;
         tokens.drain(..tokens.len().saturating_sub(room));
         if tokens.is_empty() {
-            return Ok(Err("the prompt is empty; use --bos always".into()));
+            return Ok(Err("the prompt is empty; set the BOS rule to always".into()));
         }
         Ok(Ok(tokens))
     }

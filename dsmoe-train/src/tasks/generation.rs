@@ -1,4 +1,4 @@
-//! Generated answers: several prompts decode side by side, each with its own cache, until each has its answer.
+//! Generates answers: several prompts decode side by side, each with its own cache, until each has its answer.
 
 use dsmoe_core::generate::argmax;
 use dsmoe_core::model::{Cache, Inference, Workspace};
@@ -9,11 +9,11 @@ use rayon::prelude::*;
 use super::Ran;
 use crate::error::Result;
 
-/// Sequences side by side at the most.
+/// The largest number of sequences side by side.
 const MOST: usize = 32;
-/// Bytes of all caches at the most, but for one sequence.
+/// The largest size of all caches, in bytes; a single sequence may have more.
 const CACHE_BYTES: usize = 1 << 30;
-/// Tokens that a text to stop at may have more than it has bytes.
+/// The number of tokens that a stop text may have beyond its bytes.
 const SLACK: usize = 2;
 
 /// A prompt, and when its answer ends.
@@ -33,7 +33,7 @@ struct Answer {
     done: bool,
 }
 
-/// What ends every answer, beside its own texts.
+/// The tokens and texts that end every answer, beside its own texts.
 pub(crate) struct Ends<'a> {
     pub(crate) tokenizer: &'a Tokenizer,
     pub(crate) tokens: &'a [u32],
@@ -52,7 +52,7 @@ impl<'a> Ends<'a> {
         prompt.until.iter().copied().chain(self.texts.iter().map(String::as_str))
     }
 
-    /// Takes the next token of `answer`; whether that ends it.
+    /// Takes the next token of `answer`. Returns true if that ends it.
     fn take(&self, answer: &mut Answer, token: u32) -> Result<bool> {
         if self.tokens.contains(&token) {
             return Ok(true);
@@ -78,8 +78,8 @@ impl<'a> Ends<'a> {
     }
 }
 
-/// Answers all `prompts`, unless `stopped`; whether to the end. `finished` hears of each answer as it is complete, and
-/// of what was run since it heard last.
+/// Answers all `prompts`. Returns false if `stopped` interrupted it. `finished` receives each answer when it is
+/// complete, and the work since the answer before.
 ///
 /// # Errors
 /// The model or the tokenizer refuses tokens, or `finished` fails.
@@ -139,7 +139,7 @@ pub(crate) fn generate(
     Ok(true)
 }
 
-/// How many sequences as long as `longest` and its answer there is memory for.
+/// Returns how many sequences as long as `longest` and its answer fit into memory.
 fn side_by_side(model: &Inference, longest: Option<&Prompt>) -> usize {
     let config = model.config();
     let positions = longest.map_or(1, |prompt| prompt.tokens.len() + prompt.max_tokens);

@@ -1,28 +1,27 @@
-//! Responses on disk, so that a run that was stopped goes on where it was.
+//! Keeps responses on disk, so that an interrupted run can resume.
 //!
-//! One JSON object a line: first what made the responses, then each response under its request's hash, and what was run
-//! for them. A line that a kill cut short is dropped. Responses do not depend on what ran beside them, so a resumed
-//! run gives what an uninterrupted one gives.
+//! The file has one JSON object per line: first a header that identifies the model, then each response under the hash
+//! of its request, and counts of what was run. A line that a kill cut short is dropped. Responses do not depend on
+//! what ran beside them, so a resumed run gives the same results as an uninterrupted one.
 
 use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions};
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 
+use dsmoe_datasets::files::sha256_of;
 use dsmoe_datasets::tasks::{Request, Response, sha256};
 use dsmoe_router::RoutingStats;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
-use crate::checkpoint::hex;
 use crate::error::{Error, Result};
 use crate::files;
 
 /// Version of the file's format and of how responses are made.
 const VERSION: u32 = 1;
 
-/// What a model ran for its responses.
+/// The work of a model for its responses.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Ran {
     /// Tokens.
@@ -32,7 +31,7 @@ pub struct Ran {
 }
 
 impl Ran {
-    /// Adds what `other` ran.
+    /// Adds the work of `other`.
     ///
     /// # Panics
     /// It is of a model with other layers or experts.
@@ -92,7 +91,7 @@ impl Journal {
         Ok(journal)
     }
 
-    /// Reads the lines; the length of those that are whole.
+    /// Reads the lines and returns the length of those that are complete.
     fn read(&mut self, wanted: &Header) -> Result<u64> {
         let bad = |line: usize| Error::BadResponses { path: self.path.clone(), line };
         let mut reader = BufReader::new(&self.file);
@@ -131,17 +130,17 @@ impl Journal {
         Ok(whole)
     }
 
-    /// The response to `request`, if it is known.
+    /// Returns the response to `request`, if it is known.
     pub fn get(&self, request: &Request) -> Option<&Response> {
         self.known.get(&key(request))
     }
 
-    /// What was run for all that is kept.
+    /// Returns the work for all responses that are kept.
     pub fn ran(&self) -> &Ran {
         &self.ran
     }
 
-    /// Keeps responses and what was run for them, on disk too.
+    /// Keeps responses and the work for them, on disk too.
     ///
     /// # Errors
     /// The file cannot be written.
@@ -172,7 +171,7 @@ impl Journal {
         self.file.write_all(&bytes).map_err(Error::io(&self.path))
     }
 
-    /// Removes the file: what it was for is done.
+    /// Removes the file once all responses are used.
     ///
     /// # Errors
     /// It cannot be removed.
@@ -181,7 +180,7 @@ impl Journal {
     }
 }
 
-/// A request by its content.
+/// Computes the key of a request from its content.
 fn key(request: &Request) -> String {
     let text = match request {
         Request::LogLikelihood { context, continuation } => {
@@ -195,7 +194,7 @@ fn key(request: &Request) -> String {
     sha256(&text)[..32].to_owned()
 }
 
-/// SHA-256 of the files that make a model's responses: configuration, weights and tokenizer in `dir`.
+/// Computes the SHA-256 of the files that decide a model's responses: configuration, weights and tokenizer in `dir`.
 ///
 /// # Errors
 /// A file cannot be read.
@@ -207,16 +206,7 @@ pub fn model_sha256(dir: &Path) -> Result<String> {
     let names: Vec<String> = files::names(dir)?.into_iter().filter(counts).collect();
     let hash = |name: &String| -> Result<String> {
         let path = dir.join(name);
-        let mut file = File::open(&path).map_err(Error::io(&path))?;
-        let mut hasher = Sha256::new();
-        let mut piece = vec![0; 1 << 20];
-        loop {
-            match file.read(&mut piece).map_err(Error::io(&path))? {
-                0 => break,
-                read => hasher.update(&piece[..read]),
-            }
-        }
-        Ok(format!("{name} {}\n", hex(&hasher.finalize())))
+        Ok(format!("{name} {}\n", sha256_of(&path, &mut |_| {}).map_err(Error::io(&path))?))
     };
     let hashes: Vec<String> = names.par_iter().map(hash).collect::<Result<_>>()?;
     Ok(sha256(&hashes.concat()))

@@ -1,4 +1,4 @@
-//! Log-likelihoods: requests of a document share what their inputs begin with, documents of about one length share a
+//! Log-likelihoods: requests of a document share the beginning of their inputs, and documents of similar length share a
 //! forward pass.
 
 use dsmoe_core::model::{After, Likelihood, Segment};
@@ -27,18 +27,18 @@ impl Unit {
         Unit { document, scored, shared }
     }
 
-    /// Tokens that are run.
+    /// Returns the number of tokens that are run.
     pub(crate) fn tokens(&self) -> usize {
         self.shared + self.scored.iter().map(|(_, scored)| scored.inputs.len() - self.shared).sum::<usize>()
     }
 }
 
-/// What a forward pass takes.
+/// The inputs of a forward pass.
 #[derive(Default)]
 pub(crate) struct Batch {
     pub(crate) ids: Vec<u32>,
     pub(crate) segments: Vec<Segment>,
-    /// Places and tokens, those of one request after the other.
+    /// Places and tokens, one request after the other.
     pub(crate) targets: Vec<(usize, u32)>,
 }
 
@@ -67,7 +67,8 @@ impl Batch {
     }
 }
 
-/// Sum and greediness of the targets of one request, taken off `found`.
+/// Takes the targets of one request off `found` and returns the sum of their log-probabilities, and whether all are
+/// greedy.
 pub(crate) fn total(found: &mut impl Iterator<Item = Likelihood>, targets: usize) -> (f64, bool) {
     found.take(targets).fold((0.0, true), |(sum, greedy), likelihood| {
         (sum + f64::from(likelihood.log_probability), greedy && likelihood.greedy)

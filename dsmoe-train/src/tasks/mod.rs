@@ -27,17 +27,18 @@ use encode::{Encoder, Refusal, Scored};
 use generation::{Ends, Prompt};
 use likelihood::{Batch, Unit, total};
 
-/// Tokens of a forward pass of a small model, about.
+/// The approximate number of tokens of a forward pass of a small model.
 const BATCH_TOKENS: usize = 2048;
-/// The same of a large one: enough to make good use of its weights, and an interrupt need not wait for long.
+/// The same for a large model: enough to make good use of its weights, and an interrupt does not wait long.
 const LARGE_BATCH_TOKENS: usize = 512;
 /// Bytes of weights from which a model is large.
 const LARGE: usize = 256 << 20;
 
-/// Forward passes of a small model side by side at the most: while one waits for its last piece, others go on.
+/// The largest number of forward passes of a small model side by side: while one waits for its last piece, others
+/// continue.
 const SIDE_BY_SIDE: usize = 4;
 
-/// A response, or why the document has none.
+/// A response, or the reason why the document has none.
 pub type Answer = std::result::Result<Response, String>;
 
 /// Answers requests with a model.
@@ -55,12 +56,12 @@ pub struct Responder<'a> {
 pub struct Answers {
     /// One list a document, one answer a request.
     pub documents: Vec<Vec<Answer>>,
-    /// What was run for them, by this and earlier runs with the same journal. An answer that was cut short by an
-    /// interrupt and begun anew counts with what was run of it.
+    /// The work for them, by this and earlier runs with the same journal. An answer that an interrupt cut short counts
+    /// with what was run of it.
     pub ran: Ran,
 }
 
-/// What a request is turned into.
+/// The work for a request.
 enum Work {
     Likelihood(Scored),
     Rolling(Vec<Scored>),
@@ -68,13 +69,13 @@ enum Work {
 }
 
 impl<'a> Responder<'a> {
-    /// For `model` with its `tokenizer`; `bos` says when a text gets the BOS token in front.
+    /// Answers with `model` and its `tokenizer`; `bos` says when a text gets the BOS token in front.
     pub fn new(model: &'a Inference, tokenizer: &'a Tokenizer, bos: Bos, profile: Profile) -> Responder<'a> {
         let batch_tokens = if model.bytes() < LARGE { BATCH_TOKENS } else { LARGE_BATCH_TOKENS };
         Responder { model, tokenizer, bos, profile, batch_tokens, stop: None }
     }
 
-    /// Runs about so many tokens in a forward pass, in place of what suits the model; responses do not depend on it.
+    /// Sets the approximate number of tokens in a forward pass. Responses do not depend on it.
     #[must_use]
     pub fn batch_tokens(mut self, tokens: usize) -> Responder<'a> {
         self.batch_tokens = tokens;
@@ -88,8 +89,8 @@ impl<'a> Responder<'a> {
         self
     }
 
-    /// Answers the requests of `documents`, in their order; none if it was stopped. What `journal` knows is not run
-    /// again, and what is run is kept there. `progress` hears how many documents of how many are done.
+    /// Answers the requests of `documents`, in their order; none if it was stopped. Responses in `journal` are used,
+    /// and new ones are kept there. `progress` receives the number of documents done and of all.
     ///
     /// # Errors
     /// The tokenizer or the model fails, or the journal cannot be written. A request that cannot be answered is no
@@ -136,7 +137,7 @@ impl<'a> Responder<'a> {
         self.stop.is_some_and(|stop| stop.load(Ordering::Relaxed))
     }
 
-    /// Runs the likelihoods; whether to the end.
+    /// Runs the likelihoods. Returns false if it was stopped.
     fn likelihoods(&self, mut units: Vec<Unit>, sheet: &mut Sheet<'_>) -> Result<bool> {
         units.sort_by_key(|unit| (Reverse(unit.tokens()), unit.document));
         let mut passes: Vec<Pass<'_>> = Vec::new();
@@ -172,7 +173,7 @@ impl<'a> Responder<'a> {
         Ok(true)
     }
 
-    /// Generates the answers; whether to the end.
+    /// Generates the answers. Returns false if it was stopped.
     fn generate(&self, prompts: Vec<Prompt>, sheet: &mut Sheet<'_>) -> Result<bool> {
         if prompts.is_empty() {
             return Ok(true);
@@ -220,11 +221,11 @@ impl Pass<'_> {
     }
 }
 
-/// What is answered so far.
+/// The answers so far.
 struct Sheet<'a> {
     documents: &'a [&'a [Request]],
     answers: Vec<Vec<Option<Answer>>>,
-    /// Pieces of work that each document waits for.
+    /// The pieces of work that each document waits for.
     left: Vec<usize>,
     finished: usize,
     ran: Ran,
@@ -233,8 +234,8 @@ struct Sheet<'a> {
 }
 
 impl<'a> Sheet<'a> {
-    /// With what `journal` knows. A document is run whole, as its requests share a beginning: the answers to some of
-    /// them are as good as none.
+    /// Starts with the responses in `journal`. A document is run as a whole, since its requests share a beginning; a
+    /// document with some responses is run again.
     fn new(
         documents: &'a [&'a [Request]],
         journal: Option<&'a mut Journal>,
@@ -250,7 +251,7 @@ impl<'a> Sheet<'a> {
         Sheet { documents, answers, left, finished: 0, ran, journal, progress }
     }
 
-    /// The documents that are not answered.
+    /// Returns the documents that are not answered.
     fn open(&self) -> Vec<usize> {
         (0..self.answers.len()).filter(|&i| self.answers[i].iter().any(Option::is_none)).collect()
     }
@@ -277,7 +278,7 @@ impl<'a> Sheet<'a> {
         });
     }
 
-    /// A piece of work of each of `documents` is done.
+    /// Records that a piece of work of each of `documents` is done.
     fn done(&mut self, documents: impl IntoIterator<Item = usize>, ran: Ran) -> Result<()> {
         let mut whole = Vec::new();
         for document in documents {

@@ -1,4 +1,4 @@
-//! Perplexity by word and byte of whole documents.
+//! Computes perplexity by word and byte of whole documents.
 
 use dsmoe_datasets::tasks::{Request, Response, count_words};
 use serde::Serialize;
@@ -6,7 +6,7 @@ use serde::Serialize;
 use super::{Ran, Responder};
 use crate::error::{Error, Result};
 
-/// Bytes of text that are held as tokens at a time, about.
+/// The approximate size of the text that is held as tokens at a time, in bytes.
 const PIECE_BYTES: usize = 8 << 20;
 
 /// Perplexity by units that do not depend on a tokenizer. Every document is scored by itself from the start token on,
@@ -28,8 +28,8 @@ pub struct RollingReport {
     pub bits_per_byte: f64,
 }
 
-/// Measures the documents that `texts` gives; none if the responder was stopped. `progress` hears how many bytes of
-/// text are done.
+/// Measures the documents that `texts` gives; none if the responder was stopped. `progress` receives the number of
+/// bytes done.
 ///
 /// # Errors
 /// A text cannot be read or scored, or there is none.

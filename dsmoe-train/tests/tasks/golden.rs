@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use dsmoe_core::Inference;
-use dsmoe_datasets::tasks::{Loaded, Options, Profile, Request, Response, Source, Task};
+use dsmoe_datasets::tasks::{Loaded, Options, Profile, Request, Response, Task, TaskFiles};
 use dsmoe_datasets::{Bos, Tokenizer};
 use dsmoe_kernels::Precision;
 use dsmoe_train::tasks::{Answer, Responder};
@@ -75,7 +75,7 @@ impl Golden {
     fn load(&self, set: &str, profile: Profile) -> Loaded {
         let (_, task, rows, examples) = *SETS.iter().find(|(name, ..)| *name == set).unwrap();
         let inputs = self.folder.join("../inputs");
-        let mut source = Source::default();
+        let mut source = TaskFiles::default();
         source.files.insert(task.into(), vec![inputs.join(rows)]);
         if let Some(examples) = examples {
             source.shot_files.insert(task.into(), vec![inputs.join(examples)]);

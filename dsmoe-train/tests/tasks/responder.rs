@@ -8,7 +8,8 @@ use dsmoe_core::config::Config;
 use dsmoe_core::model::{Cache, Workspace};
 use dsmoe_core::{Inference, Model};
 use dsmoe_datasets::tasks::{Profile, Request, Response};
-use dsmoe_datasets::{Bos, DOC_SEPARATOR, Tokenizer, synthetic_text, train_bpe};
+use dsmoe_datasets::world::{Domain, World};
+use dsmoe_datasets::{Bos, Tokenizer, train_bpe};
 use dsmoe_kernels::rng::Rng;
 use dsmoe_kernels::{Isa, Precision};
 use dsmoe_train::tasks::{Answer, Answers, Journal, Responder, model_sha256};
@@ -26,8 +27,7 @@ struct Setup {
 impl Setup {
     fn new() -> Setup {
         let dir = tempfile::tempdir().unwrap();
-        let text = synthetic_text(5, 30_000);
-        let texts: Vec<String> = text.split(DOC_SEPARATOR).map(|text| text.trim().to_owned()).collect();
+        let texts: Vec<String> = World::new(5).documents(Domain::Stories, 30_000).collect();
         let vocab = train_bpe(texts.iter().cloned(), 320, dir.path()).unwrap();
         let config = format!(
             r#"{{"model_type": "dsmoe", "architectures": ["DsmoeForCausalLM"], "hidden_size": 32,
@@ -227,7 +227,10 @@ fn what_cannot_be_answered_is_told_of_its_document_alone() {
     assert!(answers[0][1].is_ok() && answers[4][0].is_ok(), "{answers:?}");
     let empty = answer(&never, &[vec![generate("", 5)], vec![likelihood(" ", "b")]], None).documents;
     assert!(
-        empty.concat().iter().all(|answer| answer.as_ref().is_err_and(|r| r.contains("use --bos always")))
+        empty
+            .concat()
+            .iter()
+            .all(|answer| answer.as_ref().is_err_and(|r| r.contains("set the BOS rule to always")))
     );
 }
 
@@ -259,7 +262,7 @@ fn a_journal_cut_anywhere_gives_the_rest_anew() {
         assert_eq!(bits(&again.documents), bits(&whole.documents), "round {round}, cut at {cut}");
     }
     let other = Journal::open(&path, "that", stats.as_ref()).unwrap_err().to_string();
-    assert!(other.contains("another model or of other settings; choose another --out"), "{other}");
+    assert!(other.contains("another model or of other settings; choose another out"), "{other}");
     let dense = Journal::open(&path, "this", None).unwrap_err().to_string();
     assert!(dense.contains("is no response; delete the file"), "{dense}");
     fs::write(&path, b"{}\n").unwrap();

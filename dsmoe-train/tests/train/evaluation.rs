@@ -106,7 +106,7 @@ fn what_cannot_be_evaluated_is_said() {
         evaluate(&model, ids, EvalOptions::new(seq), &mut |_, _| {}).unwrap_err().to_string()
     };
     assert!(error(&[1], 8).contains("1 tokens"));
-    assert!(error(&[1, 2, 3], 1).contains("--seq"));
+    assert!(error(&[1, 2, 3], 1).contains("seq is 1"));
     assert!(error(&[1, 2, 999, 4], 8).contains("999"));
     assert!(error(&text(1).ids, 80).contains("max_position_embeddings"));
 }

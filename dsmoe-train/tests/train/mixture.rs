@@ -5,7 +5,7 @@ use std::path::Path;
 use crate::common::*;
 use dsmoe_core::{Inference, Model};
 use dsmoe_datasets::overlap::TokenTexts;
-use dsmoe_datasets::{Source, TokenStream};
+use dsmoe_datasets::{TokenSource, TokenStream};
 use dsmoe_kernels::Precision;
 use dsmoe_train::config::NearDuplicates;
 use dsmoe_train::eval::{Domain, evaluate_domains};
@@ -14,7 +14,7 @@ use serde_json::Value;
 use std::sync::atomic::AtomicBool;
 
 fn data(sources: &[(&str, f64, TokenStream)]) -> TrainData {
-    let sources = sources.iter().map(|(name, weight, stream)| Source {
+    let sources = sources.iter().map(|(name, weight, stream)| TokenSource {
         name: (*name).to_owned(),
         weight: *weight,
         tokens: stream.into(),

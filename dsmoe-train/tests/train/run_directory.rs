@@ -5,7 +5,7 @@ use std::path::Path;
 use crate::common::*;
 use dsmoe_core::Model;
 use dsmoe_core::checkpoint::Dtype;
-use dsmoe_train::{Error, Outcome, RunOptions};
+use dsmoe_train::{Error, Outcome, RunOptions, TrainConfig};
 use serde_json::Value;
 
 fn names(dir: &Path) -> Vec<String> {
@@ -90,7 +90,7 @@ fn training_learns_and_a_dense_model_has_no_routing() {
 }
 
 #[test]
-fn half_written_and_broken_checkpoints_are_passed_over() {
+fn half_written_and_broken_checkpoints_are_skipped() {
     let dir = tempfile::tempdir().unwrap();
     let source = model_dir(dir.path(), "source", true, 1);
     let (whole, out) = (dir.path().join("whole"), dir.path().join("out"));
@@ -110,7 +110,7 @@ fn half_written_and_broken_checkpoints_are_passed_over() {
     let (outcome, heard) = train(settings(&[]), &text(1), resumed.clone()).unwrap();
     assert_eq!(outcome, Outcome::Interrupted { step: 7 });
     assert!(
-        heard.notes.contains("passed over a broken checkpoint") && heard.notes.contains("state.json"),
+        heard.notes.contains("skipped a broken checkpoint") && heard.notes.contains("state.json"),
         "{}",
         heard.notes
     );
@@ -134,7 +134,7 @@ fn half_written_and_broken_checkpoints_are_passed_over() {
         std::fs::write(checkpoints.join(name).join("state.json"), "{}").unwrap();
     }
     let error = train(settings(&[]), &text(1), to_end).unwrap_err();
-    one_line(&error, &["step-00000020", "state.json", "format_version", "--force"]);
+    one_line(&error, &["step-00000020", "state.json", "format_version", "set force"]);
 }
 
 #[test]
@@ -171,6 +171,43 @@ fn only_the_same_run_can_be_resumed() {
 }
 
 #[test]
+fn a_run_holds_the_share_that_its_model_was_made_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = model_dir(dir.path(), "source", true, 1);
+    let path = source.join("config.json");
+    let mut json: Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+    json["dsmoe"]["active_target"] = 0.375.into();
+    std::fs::write(&path, json.to_string()).unwrap();
+    let unset = || TrainConfig { active_target: None, ..settings(&[]) };
+    let run = |name: &str, config: TrainConfig, resume: bool| {
+        let out = dir.path().join(name);
+        let options = RunOptions { resume, stop_after: Some(3), ..RunOptions::new(&source, &out) };
+        train(config, &text(1), options).map(|(_, heard)| (heard, out.join("run.toml")))
+    };
+
+    let (heard, resolved) = run("own", unset(), false).unwrap();
+    assert!(heard.notes.contains("active_target is 0.375"), "{}", heard.notes);
+    let toml = std::fs::read_to_string(&resolved).unwrap();
+    assert!(toml.starts_with("# active_target is the model's own.\n"), "{toml}");
+    assert_eq!(TrainConfig::from_toml(&resolved).unwrap().active_target, Some(0.375));
+    let (heard, _) = run("own", unset(), true).unwrap();
+    assert!(heard.notes.contains("at step 3 of 20"), "{}", heard.notes);
+    one_line(&run("own", settings(&[]), true).unwrap_err(), &["active_target was 0.375 and is now 0.5"]);
+    let checkpoint = Model::load(&dir.path().join("own/checkpoints/step-00000006")).unwrap();
+    assert_eq!(checkpoint.config().moe.as_ref().unwrap().active_target, Some(0.375));
+
+    for (name, config, wanted) in [
+        ("target", settings(&[]), (None, Some(0.5))),
+        ("weight", settings(&["sparsity=1"]), (Some(1.0), None)),
+    ] {
+        let (heard, resolved) = run(name, config, false).unwrap();
+        assert!(!heard.notes.contains("was made for"), "{}", heard.notes);
+        let resolved = TrainConfig::from_toml(&resolved).unwrap();
+        assert_eq!((resolved.sparsity, resolved.active_target), wanted);
+    }
+}
+
+#[test]
 fn directories_of_others_are_left_alone() {
     let dir = tempfile::tempdir().unwrap();
     let source = model_dir(dir.path(), "source", true, 1);
@@ -179,7 +216,7 @@ fn directories_of_others_are_left_alone() {
     std::fs::write(out.join("thesis.tex"), "years of work").unwrap();
     let config = || settings(&["steps=2"]);
     let error = train(config(), &text(1), RunOptions::new(&source, &out)).unwrap_err();
-    one_line(&error, &["out is not empty", "--resume", "--force"]);
+    one_line(&error, &["out is not empty", "set resume to continue", "set force"]);
     let error =
         train(config(), &text(1), RunOptions { resume: true, ..RunOptions::new(&source, &out) }).unwrap_err();
     one_line(&error, &["out is not empty and holds no run"]);
@@ -193,7 +230,10 @@ fn directories_of_others_are_left_alone() {
     std::fs::write(out.join("thesis.tex"), "years of work").unwrap();
     train(config(), &text(1), force).unwrap();
     let own = RunOptions { force: true, ..RunOptions::new(&source, &source) };
-    one_line(&train(config(), &text(1), own).unwrap_err(), &["source holds the model to train", "--out"]);
+    one_line(
+        &train(config(), &text(1), own).unwrap_err(),
+        &["source holds the model to train", "another out"],
+    );
     assert!(source.join("tokenizer.json").exists());
     let found = names(&out);
     assert!(found.contains(&"thesis.tex".to_owned()));
@@ -217,7 +257,7 @@ fn what_is_not_finite_stops_the_run_and_saves_nothing() {
     let ffn = poisoned("ffn", "model.layers.1.mlp.up_proj.weight");
     let out = dir.path().join("ffn out");
     let error = train(settings(&[]), &text(1), RunOptions::new(&ffn, &out)).unwrap_err();
-    one_line(&error, &["step 1: layer 1 ffn is not finite", "no checkpoint was saved yet", "--lr"]);
+    one_line(&error, &["step 1: layer 1 ffn is not finite", "no checkpoint was saved yet", "smaller lr"]);
     assert!(!out.join("checkpoints").exists() && !out.join("model.safetensors").exists());
     let metrics = std::fs::read_to_string(out.join("metrics.jsonl")).unwrap();
     let last: Value = serde_json::from_str(metrics.lines().last().unwrap()).unwrap();

@@ -53,7 +53,7 @@ pub(crate) fn run(args: &Prepare, ui: &mut Ui) -> Result<()> {
         let prepared = prepare_one(&texts, text, &tokenizer, args.bos, cache, ui)?;
         if prepared.resumed > 0 {
             ui.note(format_args!(
-                "went on{} after {} tokens",
+                "resumed{} after {} tokens",
                 label(&texts, text),
                 format::count(prepared.resumed)
             ));

@@ -8,7 +8,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use dsmoe_core::Inference;
 use dsmoe_core::config::Config;
-use dsmoe_datasets::tasks::{Loaded, Options, Request, Source, TASKS, Task};
+use dsmoe_datasets::tasks::{Loaded, Options, Request, TASKS, Task, TaskFiles};
 use dsmoe_datasets::world::{ITEMS, Probe, World};
 use dsmoe_datasets::{Bos, Tokenizer};
 use dsmoe_kernels::Isa;
@@ -29,11 +29,11 @@ const WORLD: &str = "world";
 
 pub(crate) fn run(args: &Eval, ui: &mut Ui) -> Result<ExitCode> {
     let started = Instant::now();
-    // Wrong files are told before the weights are read.
+    // Wrong files are reported before the weights are read.
     let config = Config::load(&args.model)?;
     let tokenizer = tokenizer(&args.model, &config)?;
     let bos = args.bos.unwrap_or(args.profile.bos());
-    // A rule that the tokenizer cannot follow is told now, too.
+    // So is a BOS rule that the tokenizer cannot follow.
     tokenizer.encode("", bos)?;
     let loaded = load(args, ui)?;
     let folder = args.out.as_ref().map(|out| out.join(model_name(&args.model)));
@@ -49,7 +49,7 @@ pub(crate) fn run(args: &Eval, ui: &mut Ui) -> Result<ExitCode> {
     for loaded in loaded {
         let mut journal = folder.as_ref().map(|folder| runner.journal(folder, loaded.name())).transpose()?;
         let Some(measured) = runner.measure(&loaded, journal.as_mut(), ui)? else {
-            ui.note("dsmoe: stopped; the same command goes on from here");
+            ui.note("dsmoe: stopped; the same command continues from here");
             return Ok(ExitCode::from(INTERRUPTED));
         };
         for line in remarks(&loaded, &measured) {
@@ -91,7 +91,7 @@ fn load(args: &Eval, ui: &Ui) -> Result<Vec<Loaded>> {
             folder.display()
         );
     }
-    let source = Source {
+    let source = TaskFiles {
         folder: args.task_data.clone(),
         files: named_files(&args.task_file)?,
         shot_files: named_files(&args.shots_file)?,
@@ -135,7 +135,7 @@ fn load(args: &Eval, ui: &Ui) -> Result<Vec<Loaded>> {
 }
 
 /// Returns the benchmarks with files.
-fn all(args: &Eval, source: &Source, ui: &Ui) -> Result<Vec<&'static Task>> {
+fn all(args: &Eval, source: &TaskFiles, ui: &Ui) -> Result<Vec<&'static Task>> {
     let mut found = Vec::new();
     let mut taken: Vec<(&str, Vec<PathBuf>)> = Vec::new();
     for task in &TASKS {

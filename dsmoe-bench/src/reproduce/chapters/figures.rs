@@ -2,9 +2,9 @@
 
 use super::super::profile::Role;
 use super::super::results::MethodResult;
-use super::{View, agreement, amount, flops, measured, p_value, plain, trim, yes};
+use super::{View, agreement, amount, flops, measured, optional_fixed, p_value, plain, trim, yes};
 use crate::format;
-use crate::report::{Block, Figure, Look, Plot, Point, Series, Tabular, number, optional};
+use crate::report::{Block, Figure, Look, Plot, Point, Series, Tabular, fixed, number, optional};
 
 impl View<'_> {
     pub(super) fn figure2(&self) -> Vec<Block> {
@@ -21,14 +21,11 @@ impl View<'_> {
         let literal = self.method(Role::Paper).or_else(|| self.main());
         for method in self.gated().chain([without]) {
             let is_it = method.name == without.name;
-            let threshold = match is_it {
-                true => method.threshold,
-                false => Some(0.5),
-            };
+            let threshold = if is_it { method.threshold } else { Some(0.5) };
             table.row(vec![
                 method.name.as_str().into(),
-                optional(threshold, |x| format!("{x:.4}")),
-                optional(method.active_experts(), |x| format!("{x:.2}")),
+                optional_fixed(threshold, 4),
+                optional_fixed(method.active_experts(), 2),
                 measured(&method.ppl),
                 match literal {
                     Some(literal) if is_it => agreement(Some(method.ppl.mean > literal.ppl.mean)),
@@ -36,19 +33,15 @@ impl View<'_> {
                 },
             ]);
         }
-        let series =
-            self.gated().chain([without]).filter(|method| !method.sweep.is_empty()).map(|method| Series {
-                name: method.name.clone(),
-                points: method
-                    .sweep
-                    .iter()
-                    .map(|point| {
-                        let tip = format!("threshold {}", trim(point.threshold));
-                        Point::new(method.experts_of(point.active_ratio), point.ppl.mean, tip)
-                    })
-                    .collect(),
-                look: if method.name == without.name { Look::Dashed } else { Look::Line },
+        let swept = self.gated().chain([without]).filter(|method| !method.sweep.is_empty());
+        let series = swept.map(|method| {
+            let points = method.sweep.iter().map(|point| {
+                let tip = format!("threshold {}", trim(point.threshold));
+                Point::new(method.experts_of(point.active_ratio), point.ppl.mean, tip)
             });
+            let look = if method.name == without.name { Look::Dashed } else { Look::Line };
+            Series::new(&method.name, look, points)
+        });
         let figure = Figure::new(
             "figure2-chart",
             "Perplexity against active experts, by threshold",
@@ -63,7 +56,7 @@ impl View<'_> {
         for point in &without.sweep {
             sweep.row(vec![
                 number(point.threshold, trim),
-                number(without.experts_of(point.active_ratio), |x| format!("{x:.2}")),
+                fixed(without.experts_of(point.active_ratio), 2),
                 measured(&point.ppl),
             ]);
         }
@@ -90,19 +83,16 @@ impl View<'_> {
                 },
             }));
             let mut table = Tabular::new(&format!("figure3-{}-layers", method.name), &method.name, &["text"]);
-            table.header.extend((0..layers).map(|layer| format!("layer {layer}")));
-            table.header.extend(["mean", "correlation", "p", "W", "the paper"].map(str::to_owned));
+            table.extend((0..layers).map(|layer| format!("layer {layer}")));
+            table.extend(["mean", "correlation", "p", "W", "the paper"]);
             for shape in shapes {
                 let values = &shape.active_experts_per_layer;
                 let mut cells = vec![shape.domain.as_str().into()];
-                cells.extend(values.iter().map(|&value| number(value, |x| format!("{x:.2}"))));
-                cells.push(number(values.iter().sum::<f64>() / layers as f64, |x| format!("{x:.2}")));
+                cells.extend(values.iter().map(|&value| fixed(value, 2)));
+                cells.push(fixed(values.iter().sum::<f64>() / layers as f64, 2));
                 cells.push(optional(shape.correlation, |x| format!("{x:+.2}")));
                 cells.push(optional(shape.p, p_value));
-                cells.push(match shape.is_w {
-                    Some(is) => yes(is),
-                    None => "too few layers".into(),
-                });
+                cells.push(shape.is_w.map_or("too few layers".into(), yes));
                 cells.push("W".into());
                 table.row(cells);
             }
@@ -144,11 +134,11 @@ impl View<'_> {
                 measured(&method.ppl),
                 amount(method.params_activated.mean),
                 flops(method.flops_per_token),
-                optional(speed.map(|s| s.prefill_tokens_per_s), |x| format!("{x:.0}")),
-                optional(speed.map(|s| s.decode_tokens_per_s), |x| format!("{x:.0}")),
+                optional_fixed(speed.map(|s| s.prefill_tokens_per_s), 0),
+                optional_fixed(speed.map(|s| s.decode_tokens_per_s), 0),
                 optional(speed.and_then(|s| s.peak_bytes).map(|b| b as f64), |x| format::bytes(x as u64)),
                 optional(speed.map(|s| s.weight_bytes as f64), |x| format::bytes(x as u64)),
-                optional(timing.and_then(|t| t.train_tokens_per_s), |x| format!("{x:.0}")),
+                optional_fixed(timing.and_then(|t| t.train_tokens_per_s), 0),
             ]);
         }
         vec![Block::Table(table)]
@@ -174,18 +164,12 @@ impl View<'_> {
             let tip = format!("{}: {} FLOPs, perplexity {}", method.name, format::flops(flops), plain(ppl));
             Point::new(flops, ppl, tip)
         };
-        let mut series: Vec<Series> = methods
-            .iter()
-            .map(|method| Series {
-                name: method.name.clone(),
-                points: vec![point(method)],
-                look: Look::Cloud,
-            })
-            .collect();
+        let cloud = |method: &MethodResult| Series::new(&method.name, Look::Cloud, [point(method)]);
+        let mut series: Vec<Series> = methods.iter().map(cloud).collect();
         let mut front: Vec<Point> = methods.iter().filter(|method| on_front(method)).map(point).collect();
         front.sort_by(|a, b| a.x.total_cmp(&b.x));
         if front.len() > 1 {
-            series.push(Series { name: "front".to_owned(), points: front, look: Look::Guide });
+            series.push(Series::new("front", Look::Guide, front));
         }
         let figure = Figure::new(
             "pareto-chart",
@@ -222,21 +206,20 @@ impl View<'_> {
             for (at, bin) in found.bins.iter().enumerate() {
                 table.row(vec![
                     number(at as f64, |_| format!("{} to {} %", 10 * at, 10 * (at + 1))),
-                    number(bin.dense_nll, |x| format!("{x:.3}")),
-                    number(bin.nll, |x| format!("{x:.3}")),
-                    number(bin.active, |x| format!("{x:.3}")),
+                    fixed(bin.dense_nll, 3),
+                    fixed(bin.nll, 3),
+                    fixed(bin.active, 3),
                 ]);
             }
             blocks.push(Block::Table(table));
-            series.push(Series {
-                name: method.name.clone(),
-                points: found
+            series.push(Series::new(
+                &method.name,
+                Look::Line,
+                found
                     .bins
                     .iter()
-                    .map(|bin| Point::new(bin.dense_nll, bin.active, format!("{} tokens", bin.tokens)))
-                    .collect(),
-                look: Look::Line,
-            });
+                    .map(|bin| Point::new(bin.dense_nll, bin.active, format!("{} tokens", bin.tokens))),
+            ));
         }
         if !series.is_empty() {
             let figure = Figure::new(
@@ -251,17 +234,16 @@ impl View<'_> {
     }
 
     pub(super) fn budget(&self) -> Vec<Block> {
-        let profile = &self.results.setup.profile;
-        let shares: Vec<f64> = profile.milestones.clone();
+        let shares = &self.results.setup.profile.milestones;
         let mut table = Tabular::new("budget", "Perplexity after shares of the tokens", &["method"]).note(
             "0 % is the model before training. Active experts are in brackets where training changes them. A method trained \
              without a threshold has no entries, because its threshold is found after training.",
         );
-        table.header.extend(shares.iter().map(|share| format!("{} %", trim(100.0 * share))));
+        table.extend(shares.iter().map(|share| format!("{} %", trim(100.0 * share))));
         for method in self.results.methods.iter().filter(|method| !method.milestones.is_empty()) {
             let gated = method.role.is_some_and(Role::is_gated);
             let mut cells = vec![method.name.as_str().into()];
-            for share in &shares {
+            for share in shares {
                 cells.push(method.milestone(*share).map_or("–".into(), |stone| {
                     let experts = stone.active_ratio.filter(|_| gated).map(|share| method.experts_of(share));
                     let mut cell = measured(&stone.ppl);

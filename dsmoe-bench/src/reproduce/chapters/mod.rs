@@ -10,7 +10,7 @@ use super::profile::{PaperModel, Role};
 use super::records::{BASE, Timing};
 use super::results::{Comparison, Measured, MethodResult, Results, Verdict};
 use crate::format;
-use crate::report::{Block, Cell, Chapter, Report, Tabular, number, optional};
+use crate::report::{Block, Cell, Chapter, Report, Tabular, fixed, number, optional};
 
 /// Writes the report.
 pub(crate) fn of(collected: &Collected, results: &Results) -> Report {
@@ -71,26 +71,21 @@ impl View<'_> {
 
     fn chapter(&self, output: Output) -> Option<Chapter> {
         let (title, blocks) = match output {
-            Output::Table1 => ("Table 1: perplexity at one budget".to_owned(), self.table1()),
-            Output::Table2 => ("Table 2: ten tasks".to_owned(), self.table2()),
-            Output::Table3 => ("Table 3: without the straight-through estimator".to_owned(), self.table3()),
-            Output::Table4 => ("Table 4: other thresholds at inference".to_owned(), self.table4()),
-            Output::Table5 => {
-                ("Table 5: perplexity over tokens, 1B".to_owned(), self.tokens(&paper::TABLE5, "table5"))
-            }
-            Output::Table6 => {
-                ("Table 6: perplexity over tokens, 7B".to_owned(), self.tokens(&paper::TABLE6, "table6"))
-            }
-            Output::Figure2 => ("Figure 2: trained without a threshold".to_owned(), self.figure2()),
-            Output::Figure3 => ("Figure 3: active experts by layer and text".to_owned(), self.figure3()),
-            Output::Speed => ("Speed and memory".to_owned(), self.speed()),
-            Output::Pareto => ("Perplexity against arithmetic".to_owned(), self.pareto()),
-            Output::Difficulty => {
-                ("Active experts against the difficulty of tokens".to_owned(), self.difficulty())
-            }
-            Output::Budget => ("Perplexity during training".to_owned(), self.budget()),
+            Output::Table1 => ("Table 1: perplexity at one budget", self.table1()),
+            Output::Table2 => ("Table 2: ten tasks", self.table2()),
+            Output::Table3 => ("Table 3: without the straight-through estimator", self.table3()),
+            Output::Table4 => ("Table 4: other thresholds at inference", self.table4()),
+            Output::Table5 => ("Table 5: perplexity over tokens, 1B", self.tokens(&paper::TABLE5, "table5")),
+            Output::Table6 => ("Table 6: perplexity over tokens, 7B", self.tokens(&paper::TABLE6, "table6")),
+            Output::Figure2 => ("Figure 2: trained without a threshold", self.figure2()),
+            Output::Figure3 => ("Figure 3: active experts by layer and text", self.figure3()),
+            Output::Speed => ("Speed and memory", self.speed()),
+            Output::Pareto => ("Perplexity against arithmetic", self.pareto()),
+            Output::Difficulty => ("Active experts against the difficulty of tokens", self.difficulty()),
+            Output::Budget => ("Perplexity during training", self.budget()),
         };
-        (!blocks.is_empty()).then(|| Chapter { id: output.name().to_owned(), title, blocks })
+        let (id, title) = (output.name().to_owned(), title.to_owned());
+        (!blocks.is_empty()).then_some(Chapter { id, title, blocks })
     }
 
     fn summary(&self) -> Chapter {
@@ -269,19 +264,16 @@ fn yes(is: bool) -> Cell {
 }
 
 fn agreement(agrees: Option<bool>) -> Cell {
-    match agrees {
-        Some(true) => "agrees".into(),
-        Some(false) => "disagrees".into(),
-        None => "–".into(),
-    }
+    agrees.map_or("–", |yes| if yes { "agrees" } else { "disagrees" }).into()
 }
 
 fn mark(agrees: Option<bool>) -> Cell {
-    match agrees {
-        Some(true) => "✓".into(),
-        Some(false) => "✗".into(),
-        None => "–".into(),
-    }
+    agrees.map_or("–", |yes| if yes { "✓" } else { "✗" }).into()
+}
+
+/// Makes a cell of a number with that many decimals, or of a dash.
+fn optional_fixed(value: Option<f64>, decimals: usize) -> Cell {
+    value.map_or("–".into(), |value| fixed(value, decimals))
 }
 
 fn measured(value: &Measured) -> Cell {

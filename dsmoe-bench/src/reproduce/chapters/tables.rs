@@ -4,9 +4,9 @@ use super::super::outputs::Output;
 use super::super::paper;
 use super::super::profile::{PaperModel, PaperRow, Role};
 use super::super::results::{Direction, MethodResult};
-use super::{View, agreement, amount, interval, mark, measured, p_value, plain, trim, yes};
+use super::{View, agreement, amount, interval, mark, measured, optional_fixed, p_value, plain, trim, yes};
 use crate::format;
-use crate::report::{Block, Figure, Look, Point, Series, Tabular, number, optional};
+use crate::report::{Block, Figure, Look, Point, Series, Tabular, fixed, number, optional};
 
 const NOT_STATED: &str = "not stated";
 
@@ -66,7 +66,7 @@ impl View<'_> {
                 amount(method.params_total),
                 amount(method.params_activated.mean),
                 number(100.0 * method.of_budget, |x| format!("{x:.1} %")),
-                optional(method.active_experts(), |x| format!("{x:.2}")),
+                optional_fixed(method.active_experts(), 2),
                 measured(&method.ppl),
                 interval(&method.ppl),
                 test.map_or("".into(), |one| {
@@ -74,8 +74,8 @@ impl View<'_> {
                         .tip(one.interval.map(|[low, high]| format!("95 %: {low:+.4} to {high:+.4}")))
                 }),
                 optional(test.and_then(|one| one.p), p_value),
-                optional(speed.map(|s| s.prefill_tokens_per_s), |x| format!("{x:.0}")),
-                optional(speed.map(|s| s.decode_tokens_per_s), |x| format!("{x:.0}")),
+                optional_fixed(speed.map(|s| s.prefill_tokens_per_s), 0),
+                optional_fixed(speed.map(|s| s.decode_tokens_per_s), 0),
                 optional(speed.and_then(|s| s.peak_bytes).map(|b| b as f64), |x| format::bytes(x as u64)),
             ]);
             let Some(row) = method.paper else { continue };
@@ -96,7 +96,7 @@ impl View<'_> {
                 measured(&method.ppl),
                 amount(theirs.params * 1e9),
                 amount(theirs.activated * 1e9),
-                number(theirs.ppl, |x| format!("{x:.2}")),
+                fixed(theirs.ppl, 2),
                 lower(main),
                 lower(literal),
                 match dsmoe_paper {
@@ -107,10 +107,8 @@ impl View<'_> {
             ]);
         }
         let mut sources = Tabular::new("table1-sources", "By source", &["method"]);
-        let names: Vec<&str> =
-            self.results.methods[0].domains.iter().map(|domain| domain.name.as_str()).collect();
-        sources.header.extend(names.iter().map(|&name| name.to_owned()));
-        sources.header.push("mean of the sources' perplexities".to_owned());
+        sources.extend(self.results.methods[0].domains.iter().map(|domain| &domain.name));
+        sources.extend(["mean of the sources' perplexities"]);
         for method in &self.results.methods {
             let mut cells = vec![method.name.as_str().into()];
             cells.extend(method.domains.iter().map(|domain| number(domain.ppl, plain)));
@@ -142,7 +140,7 @@ impl View<'_> {
             for (task, _) in paper::TASKS {
                 let found = method.tasks.iter().find(|one| one.task == task);
                 cells.push(found.map_or("–".into(), |one| {
-                    number(one.percent.mean, |x| format!("{x:.1}")).tip(Some(format!(
+                    fixed(one.percent.mean, 1).tip(Some(format!(
                         "{}, {} items, 95 %: {}",
                         one.metric,
                         one.items,
@@ -150,14 +148,14 @@ impl View<'_> {
                     )))
                 }));
             }
-            cells.push(optional(method.tasks_mean, |x| format!("{x:.1}")));
+            cells.push(optional_fixed(method.tasks_mean, 1));
             ours.row(cells);
         }
         let rows = paper::table2(self.model());
         for (row, scores) in rows {
             let mut cells = vec![row.label().into()];
-            cells.extend(scores.iter().map(|&score| number(score, |x| format!("{x:.2}"))));
-            cells.push(number(scores.iter().sum::<f64>() / 10.0, |x| format!("{x:.1}")));
+            cells.extend(scores.iter().map(|&score| fixed(score, 2)));
+            cells.push(fixed(scores.iter().sum::<f64>() / 10.0, 1));
             theirs.row(cells);
         }
         for dsmoe in self.gated() {
@@ -181,10 +179,8 @@ impl View<'_> {
                 }
                 let mut cells = vec![format!("{} against {}", dsmoe.name, row.label()).into()];
                 cells.extend(found.iter().map(|agrees| mark(*agrees)));
-                let (yes, all) = (
-                    found.iter().filter(|one| **one == Some(true)).count(),
-                    found.iter().filter(|one| one.is_some()).count(),
-                );
+                let yes = found.iter().filter(|one| **one == Some(true)).count();
+                let all = found.iter().flatten().count();
                 cells.push(number(yes as f64 / all as f64, |_| format!("{yes} of {all}")));
                 agree.row(cells);
             }
@@ -193,10 +189,8 @@ impl View<'_> {
     }
 
     pub(super) fn tasks_note(&self) -> String {
-        let items: Vec<usize> =
-            self.results.methods.iter().flat_map(|m| m.tasks.iter().map(|task| task.items)).collect();
-        let (least, most) =
-            (items.iter().min().copied().unwrap_or(0), items.iter().max().copied().unwrap_or(0));
+        let items = || self.results.methods.iter().flat_map(|m| &m.tasks).map(|task| task.items);
+        let (least, most) = (items().min().unwrap_or(0), items().max().unwrap_or(0));
         let what = match &self.results.setup.profile.world {
             Some(_) => "Probes of the embedded world in the form of each benchmark",
             None => "The files of the benchmarks",
@@ -226,11 +220,10 @@ impl View<'_> {
             number(ppl_without, plain),
             agreement(Some(without.ppl.mean > with.ppl.mean)),
         ]);
-        let active = |method: &MethodResult| optional(method.active_experts(), |x| format!("{x:.2}"));
         table.row(vec![
             "active experts".into(),
-            active(with),
-            active(without),
+            optional_fixed(with.active_experts(), 2),
+            optional_fixed(without.active_experts(), 2),
             NOT_STATED.into(),
             NOT_STATED.into(),
             "".into(),
@@ -239,10 +232,10 @@ impl View<'_> {
             let (a, b) = (with.percent(task), without.percent(task));
             table.row(vec![
                 format!("{label}, %").into(),
-                optional(a, |x| format!("{x:.1}")),
-                optional(b, |x| format!("{x:.1}")),
-                number(tasks_with[at], |x| format!("{x:.2}")),
-                number(tasks_without[at], |x| format!("{x:.2}")),
+                optional_fixed(a, 1),
+                optional_fixed(b, 1),
+                fixed(tasks_with[at], 2),
+                fixed(tasks_without[at], 2),
                 agreement(a.zip(b).filter(|(a, b)| a != b).map(|(a, b)| b < a)),
             ]);
         }
@@ -281,37 +274,32 @@ impl View<'_> {
                     number(point.threshold, |x| format!("{x}")),
                     measured(&point.ppl),
                     interval(&point.ppl),
-                    number(share(method, point.params_activated), |x| format!("{x:.2}")),
-                    number(method.experts_of(point.active_ratio), |x| format!("{x:.2}")),
-                    optional(theirs.map(|one| one.ppl), |x| format!("{x:.2}")),
-                    optional(theirs.map(|one| one.activated), |x| format!("{x:.2}")),
+                    fixed(share(method, point.params_activated), 2),
+                    fixed(method.experts_of(point.active_ratio), 2),
+                    optional_fixed(theirs.map(|one| one.ppl), 2),
+                    optional_fixed(theirs.map(|one| one.activated), 2),
                     agreement(agrees),
                 ]);
                 above = Some((point.ppl.mean, point.params_activated));
             }
             blocks.push(Block::Table(table));
-            series.push(Series {
-                name: method.name.clone(),
-                points: method
-                    .sweep
-                    .iter()
-                    .map(|point| {
-                        let tip = format!("threshold {}", point.threshold);
-                        Point::new(share(method, point.params_activated), point.ppl.mean, tip)
-                    })
-                    .collect(),
-                look: Look::Line,
-            });
+            series.push(Series::new(
+                &method.name,
+                Look::Line,
+                method.sweep.iter().map(|point| {
+                    let tip = format!("threshold {}", point.threshold);
+                    Point::new(share(method, point.params_activated), point.ppl.mean, tip)
+                }),
+            ));
         }
         if !series.is_empty() {
-            series.push(Series {
-                name: "the paper".to_owned(),
-                points: paper::table4(self.model())
+            series.push(Series::new(
+                "the paper",
+                Look::Dashed,
+                paper::table4(self.model())
                     .iter()
-                    .map(|one| Point::new(one.activated, one.ppl, format!("threshold {}", one.threshold)))
-                    .collect(),
-                look: Look::Dashed,
-            });
+                    .map(|one| Point::new(one.activated, one.ppl, format!("threshold {}", one.threshold))),
+            ));
             let axes = ["activated, % of all parameters", "perplexity"];
             let figure = Figure::new("table4-chart", "Perplexity by threshold", axes, series);
             blocks.push(Block::Figure(figure.note("Each point is a threshold, 0.2 at the right end.")));
@@ -328,12 +316,10 @@ impl View<'_> {
             return Vec::new();
         }
         for method in &methods {
-            table.header.extend([format!("{}: perplexity", method.name), "active experts".to_owned()]);
+            table.extend([format!("{}: perplexity", method.name), "active experts".to_owned()]);
         }
-        table.header.extend(["the paper's: tokens".to_owned(), "perplexity".to_owned()]);
-        table
-            .header
-            .extend(methods.iter().map(|method| format!("{}: direction from the row above", method.name)));
+        table.extend(["the paper's: tokens", "perplexity"]);
+        table.extend(methods.iter().map(|method| format!("{}: direction from the row above", method.name)));
         let mut shares: Vec<f64> =
             methods.iter().flat_map(|m| m.milestones.iter().map(|stone| stone.share)).collect();
         shares.extend(theirs.iter().map(|(tokens, _)| tokens / 10.0));
@@ -347,10 +333,10 @@ impl View<'_> {
             for (method, stone) in methods.iter().zip(&now) {
                 cells.push(stone.map_or("–".into(), |stone| measured(&stone.ppl)));
                 let active = stone.and_then(|stone| stone.active_ratio).map(|share| method.experts_of(share));
-                cells.push(optional(active, |x| format!("{x:.2}")));
+                cells.push(optional_fixed(active, 2));
             }
             cells.push(paper.map_or("".into(), |(tokens, _)| number(*tokens, |x| format!("{x} B"))));
-            cells.push(paper.map_or("".into(), |(_, ppl)| number(*ppl, |x| format!("{x:.3}"))));
+            cells.push(paper.map_or("".into(), |(_, ppl)| fixed(*ppl, 3)));
             for (at, stone) in now.iter().enumerate() {
                 let agrees = match (paper, stone, &above) {
                     (Some((_, ppl)), Some(stone), Some((before, ours))) => {
@@ -375,30 +361,20 @@ impl View<'_> {
             "{beside} Before the end, the learning rate has not decayed and the share of active experts still changes, so a \
              perplexity must be read together with its active experts."
         );
-        let mut series: Vec<Series> = methods
-            .iter()
-            .map(|method| Series {
-                name: method.name.clone(),
-                points: method
-                    .milestones
-                    .iter()
-                    .filter(|stone| stone.share >= 0.1)
-                    .map(|stone| {
-                        let tip = format!("{} tokens", format::count(stone.tokens));
-                        Point::new(100.0 * stone.share, stone.ppl.mean, tip)
-                    })
-                    .collect(),
-                look: Look::Line,
-            })
-            .collect();
-        series.push(Series {
-            name: "the paper".to_owned(),
-            points: theirs
-                .iter()
-                .map(|(tokens, ppl)| Point::new(10.0 * tokens, *ppl, format!("{tokens} B tokens")))
-                .collect(),
-            look: Look::Dashed,
-        });
+        let line = |method: &&MethodResult| {
+            let late = method.milestones.iter().filter(|stone| stone.share >= 0.1);
+            let points = late.map(|stone| {
+                let tip = format!("{} tokens", format::count(stone.tokens));
+                Point::new(100.0 * stone.share, stone.ppl.mean, tip)
+            });
+            Series::new(&method.name, Look::Line, points)
+        };
+        let mut series: Vec<Series> = methods.iter().map(line).collect();
+        series.push(Series::new(
+            "the paper",
+            Look::Dashed,
+            theirs.iter().map(|(tokens, ppl)| Point::new(10.0 * tokens, *ppl, format!("{tokens} B tokens"))),
+        ));
         let axes = ["% of the tokens", "perplexity"];
         let figure = Figure::new(format!("{id}-chart"), "Perplexity during training", axes, series)
             .note("From a tenth of the tokens on.");

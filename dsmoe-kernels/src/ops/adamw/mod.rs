@@ -69,15 +69,9 @@ impl Step<'_> {
     /// The lengths differ, or `hyper.step` is 0.
     pub fn run_on(self, isa: Isa) {
         let Step { param, m, v, grad, grad_scale, hyper } = self;
-        assert!(
-            [param.len(), m.len(), v.len()] == [grad.len(); 3] && hyper.step > 0,
-            "adamw::Step: param {}, m {}, v {}, grad {} values, step {}",
-            param.len(),
-            m.len(),
-            v.len(),
-            grad.len(),
-            hyper.step
-        );
+        let lens = [param.len(), m.len(), v.len()];
+        assert_eq!(lens, [grad.len(); 3], "adamw::Step: param, m and v for {} values", grad.len());
+        assert!(hyper.step > 0, "adamw::Step: the first step is 1");
         let moments = m.par_chunks_mut(BLOCK).zip(v.par_chunks_mut(BLOCK));
         let blocks = param.par_chunks_mut(BLOCK).zip(moments).zip(grad.par_chunks(BLOCK));
         let scalars = kernel::Scalars::new(hyper, grad_scale);

@@ -82,11 +82,11 @@ impl ProductKernel for (Head<'_>, &mut Work) {
             head.unit(s, work, rows);
         }
         for j in 0..dims.keys {
-            // SAFETY: by the contract of `run`, these columns of this batch item are written by this head alone.
-            let (dk, dv) =
-                unsafe { (dk.row(first_row + j, column, head_dim), dv.row(first_row + j, column, head_dim)) };
-            dk.copy_from_slice(&work.dk[j * width..][..head_dim]);
-            dv.copy_from_slice(&work.dv[j * width..][..head_dim]);
+            for (rows, sums) in [(dk, &work.dk), (dv, &work.dv)] {
+                // SAFETY: by the contract of `run`, these columns of this batch item are written by this head alone.
+                let row = unsafe { rows.row(first_row + j, column, head_dim) };
+                row.copy_from_slice(&sums[j * width..][..head_dim]);
+            }
         }
     }
 }

@@ -31,6 +31,32 @@ fn targets(dims: Dims) -> Vec<u32> {
     (0..dims.tokens).map(|t| if t % 7 == 3 { IGNORE } else { (t * 31 % dims.vocab) as u32 }).collect()
 }
 
+/// Returns the losses, dh, and the gradient that is added to a dhead of ones.
+fn train(
+    isa: Isa,
+    precision: Precision,
+    [hidden_states, head]: [&[f32]; 2],
+    targets: &[u32],
+    scale: f32,
+    dims: Dims,
+) -> [Vec<f32>; 3] {
+    let [mut losses, mut dh] = [targets.len(), hidden_states.len()].map(|len| vec![f32::NAN; len]);
+    let (mut dhead, scratch) = (vec![1.0; head.len()], &mut Scratch::new(precision));
+    ForwardBackward {
+        losses: &mut losses,
+        dhidden: &mut dh,
+        dhead: &mut dhead,
+        hidden_states,
+        head,
+        targets,
+        scale,
+        dims,
+        scratch,
+    }
+    .run_on(isa);
+    [losses, dh, dhead]
+}
+
 #[test]
 fn forward_and_backward_agree_with_the_reference_on_every_tier() {
     for (tokens, hidden, vocab) in
@@ -44,24 +70,10 @@ fn forward_and_backward_agree_with_the_reference_on_every_tier() {
         let want_dhead: Vec<f64> = want_dhead.iter().map(|x| x + 1.0).collect();
         for isa in Isa::available() {
             let name = format!("{} {dims:?}", isa.name());
-            let [mut losses, mut again] = [(); 2].map(|()| vec![f32::NAN; tokens]);
-            let mut dh = vec![f32::NAN; tokens * hidden];
-            let mut dhead = vec![1.0; vocab * hidden];
+            let mut losses = vec![f32::NAN; tokens];
             Forward { losses: &mut losses, hidden_states: &h, head: &head, targets: &targets, dims }
                 .run_on(isa);
-            let mut scratch = Scratch::new(Precision::F32);
-            ForwardBackward {
-                losses: &mut again,
-                dhidden: &mut dh,
-                dhead: &mut dhead,
-                hidden_states: &h,
-                head: &head,
-                targets: &targets,
-                scale: 0.25,
-                dims,
-                scratch: &mut scratch,
-            }
-            .run_on(isa);
+            let [again, dh, dhead] = train(isa, Precision::F32, [&h, &head], &targets, 0.25, dims);
             assert_eq!(losses, again, "{name}");
             assert_close(&format!("losses {name}"), &losses, &want, 5e-7);
             assert_close(&format!("dh {name}"), &dh, &want_dh, 1e-6);
@@ -100,20 +112,8 @@ fn bf16_rounds_the_operands_of_the_products() {
     let want = reference::forward(&f64s(&rounded(h.clone())), &f64s(&rounded(head.clone())), &targets, dims);
     let (want_dh, want_dhead) = reference::backward(&f64s(&h), &f64s(&head), &targets, 1.0, dims);
     for isa in Isa::available() {
-        let (mut losses, mut dh, mut dhead) = (vec![0.0; 50], vec![0.0; h.len()], vec![0.0; head.len()]);
-        let scratch = &mut Scratch::new(Precision::Bf16);
-        ForwardBackward {
-            losses: &mut losses,
-            dhidden: &mut dh,
-            dhead: &mut dhead,
-            hidden_states: &h,
-            head: &head,
-            targets: &targets,
-            scale: 1.0,
-            dims,
-            scratch,
-        }
-        .run_on(isa);
+        let [losses, dh, mut dhead] = train(isa, Precision::Bf16, [&h, &head], &targets, 1.0, dims);
+        dhead.iter_mut().for_each(|dhead| *dhead -= 1.0);
         assert_close(&format!("losses {}", isa.name()), &losses, &want, 2e-6);
         assert_close(&format!("dh {}", isa.name()), &dh, &want_dh, 3e-2);
         assert_close(&format!("dhead {}", isa.name()), &dhead, &want_dhead, 3e-2);
@@ -171,21 +171,7 @@ fn threads_do_not_change_a_bit() {
     let dims = Dims { tokens: 600, hidden: 40, vocab: 333 };
     let (h, head, targets) = (normals(600 * 40, 1), normals(333 * 40, 2), targets(dims));
     assert_same_on_threads("cross_entropy", || {
-        let (mut losses, mut dh, mut dhead) = (vec![0.0; 600], vec![0.0; h.len()], vec![0.0; head.len()]);
-        let scratch = &mut Scratch::default();
-        ForwardBackward {
-            losses: &mut losses,
-            dhidden: &mut dh,
-            dhead: &mut dhead,
-            hidden_states: &h,
-            head: &head,
-            targets: &targets,
-            scale: 0.1,
-            dims,
-            scratch,
-        }
-        .run();
-        [losses, dh, dhead]
+        train(Isa::current(), Precision::F32, [&h, &head], &targets, 0.1, dims)
     });
 }
 

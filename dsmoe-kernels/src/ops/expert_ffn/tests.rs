@@ -111,90 +111,35 @@ impl Problem {
     }
 
     fn forward(&self, isa: Isa, scratch: &mut Scratch) -> Vec<f32> {
-        let mut y = vec![f32::NAN; self.x.len()];
-        let packed = self.packed(self.dims.num_experts);
-        ForwardPacked {
-            y: &mut y,
-            x: &self.x,
-            weights: &packed,
-            pairs: Pairs::Routed(&self.routing.routes()),
-            dims: self.dims,
-            scratch,
-        }
-        .run_on(isa);
+        self.infer(isa, Pairs::Routed(&self.routing.routes()), self.dims, scratch)
+    }
+
+    fn infer(&self, isa: Isa, pairs: Pairs<'_>, dims: Dims, scratch: &mut Scratch) -> Vec<f32> {
+        let (mut y, weights) = (vec![f32::NAN; self.x.len()], &self.packed(dims.num_experts));
+        ForwardPacked { y: &mut y, x: &self.x, weights, pairs, dims, scratch }.run_on(isa);
         y
     }
 
     fn train(&self, isa: Isa, scratch: &mut Scratch) -> Results {
-        let (mut r, mut saved) = (self.results(), Saved::default());
-        let (weights, routes) = (self.weights(), self.routing.routes());
-        ForwardTrain {
-            y: &mut r.y,
-            saved: &mut saved,
-            x: &self.x,
-            weights: &weights,
-            pairs: Pairs::Routed(&routes),
-            dims: self.dims,
-            scratch,
-        }
-        .run_on(isa);
+        self.train_pairs(isa, Pairs::Routed(&self.routing.routes()), self.dims, scratch)
+    }
+
+    fn train_pairs(&self, isa: Isa, pairs: Pairs<'_>, dims: Dims, scratch: &mut Scratch) -> Results {
+        let (mut r, mut saved, weights) = (self.results(), Saved::default(), &self.weights());
+        let (x, dy) = (&self.x, &self.dy);
+        ForwardTrain { y: &mut r.y, saved: &mut saved, x, weights, pairs, dims, scratch }.run_on(isa);
         let grads = WeightGrads { gate: &mut r.dgate, up: &mut r.dup, down: &mut r.ddown };
-        let (dx, dcoef) = (&mut r.dx, &mut r.dcoef);
-        Backward {
-            dx,
-            dcoefficients: Some(dcoef),
-            grads,
-            dy: &self.dy,
-            saved: &saved,
-            x: &self.x,
-            weights: &weights,
-            pairs: Pairs::Routed(&routes),
-            dims: self.dims,
-            scratch,
-        }
-        .run_on(isa);
+        let routed = matches!(pairs, Pairs::Routed(_));
+        let (dx, dcoefficients, saved) = (&mut r.dx, routed.then_some(&mut r.dcoef[..]), &saved);
+        Backward { dx, dcoefficients, grads, dy, saved, x, weights, pairs, dims, scratch }.run_on(isa);
         r
     }
 
     fn dense(&self, scratch: &mut Scratch) -> (Vec<f32>, Results) {
-        let (mut r, mut saved, weights) = (self.results(), Saved::default(), self.weights());
-        let Dims { tokens, hidden, intermediate, .. } = self.dims;
-        let mut y = vec![f32::NAN; self.x.len()];
-        ForwardPacked {
-            y: &mut y,
-            x: &self.x,
-            weights: &self.packed(1),
-            pairs: Pairs::Dense,
-            dims: Dims::dense(tokens, self.packed(1).hidden(), self.packed(1).intermediate()),
-            scratch,
-        }
-        .run();
-        ForwardTrain {
-            y: &mut r.y,
-            saved: &mut saved,
-            x: &self.x,
-            weights: &weights,
-            pairs: Pairs::Dense,
-            dims: Dims::dense(tokens, hidden, intermediate),
-            scratch,
-        }
-        .run();
-        let grads = WeightGrads { gate: &mut r.dgate, up: &mut r.dup, down: &mut r.ddown };
-        let (x, dy) = (&self.x, &self.dy);
-        Backward {
-            dx: &mut r.dx,
-            dcoefficients: None,
-            grads,
-            dy,
-            saved: &saved,
-            x,
-            weights: &weights,
-            pairs: Pairs::Dense,
-            dims: Dims::dense(tokens, hidden, intermediate),
-            scratch,
-        }
-        .run();
-        (y, r)
+        let (isa, dims) = (Isa::current(), self.dims);
+        let dims = Dims::dense(dims.tokens, dims.hidden, dims.intermediate);
+        let y = self.infer(isa, Pairs::Dense, dims, scratch);
+        (y, self.train_pairs(isa, Pairs::Dense, dims, scratch))
     }
 
     fn expected(&self) -> (Vec<f64>, reference::Grads) {
@@ -390,18 +335,12 @@ fn bf16_is_f32_up_to_rounding_on_every_tier() {
             let (want, grads) = problem.expected();
             let (weights, routes) = (problem.weights(), problem.routing.routes());
             let packed = PackedWeights::new(Precision::Bf16, &weights, hidden, intermediate, num_experts);
-            let mut y = vec![f32::NAN; problem.x.len()];
-            ForwardPacked {
-                y: &mut y,
-                x: &problem.x,
-                weights: &packed,
-                pairs: Pairs::Routed(&routes),
-                dims: problem.dims,
-                scratch: &mut scratch,
-            }
-            .run_on(isa);
+            let (mut y, x) = (vec![f32::NAN; problem.x.len()], &problem.x);
+            let (weights, pairs, dims, scratch) =
+                (&packed, Pairs::Routed(&routes), problem.dims, &mut scratch);
+            ForwardPacked { y: &mut y, x, weights, pairs, dims, scratch: &mut *scratch }.run_on(isa);
             assert_close(&format!("{name} packed"), &y, &want, BF16_TOLERANCE);
-            let got = problem.train(isa, &mut scratch);
+            let got = problem.train(isa, scratch);
             assert_close(&format!("{name} y"), &got.y, &want, BF16_TOLERANCE);
             assert_close(&format!("{name} dx"), &got.dx, &grads.dx, BF16_TOLERANCE);
             assert_close(&format!("{name} dcoef"), &got.dcoef, &grads.dcoef, BF16_TOLERANCE);
@@ -447,15 +386,7 @@ fn the_order_of_the_experts_does_not_matter() {
 fn routes_of_another_shape_are_refused() {
     let problem = Problem::new(dims(3, 4, 2, 2), scattered);
     let other = Routing::new(3, 3, scattered, 1);
-    let mut y = vec![0.0; 12];
-    let packed = problem.packed(2);
-    ForwardPacked {
-        y: &mut y,
-        x: &problem.x,
-        weights: &packed,
-        pairs: Pairs::Routed(&other.routes()),
-        dims: problem.dims,
-        scratch: &mut Scratch::default(),
-    }
-    .run();
+    let (dims, packed, scratch) = (problem.dims, problem.packed(2), &mut Scratch::default());
+    let (x, pairs) = (&problem.x, Pairs::Routed(&other.routes()));
+    ForwardPacked { y: &mut [0.0; 12], x, weights: &packed, pairs, dims, scratch }.run();
 }

@@ -119,47 +119,22 @@ fn strided_rows_are_read_in_place() {
     let wide = normals(5 * 12, 4);
     let b = normals(7 * 3, 5);
     let narrow: Vec<f32> = wide.chunks(12).flat_map(|row| row[..7].to_vec()).collect();
-    let (mut got, mut want) = (vec![0.0; 15], vec![0.0; 15]);
-    Matmul {
-        c: &mut got,
-        a: Mat::with_stride(&wide, 5, 7, 12),
-        b: Mat::new(&b, 7, 3),
-        accumulate: false,
-        precision: Precision::F32,
-    }
-    .run();
-    Matmul {
-        c: &mut want,
-        a: Mat::new(&narrow, 5, 7),
-        b: Mat::new(&b, 7, 3),
-        accumulate: false,
-        precision: Precision::F32,
-    }
-    .run();
+    let [got, want] = [Mat::with_stride(&wide, 5, 7, 12), Mat::new(&narrow, 5, 7)].map(|a| {
+        let (mut c, b) = (vec![0.0; 15], Mat::new(&b, 7, 3));
+        Matmul { c: &mut c, a, b, accumulate: false, precision: Precision::F32 }.run();
+        c
+    });
     assert_eq!(got, want);
 }
 
 #[test]
 fn an_empty_inner_dimension_gives_zero() {
-    let mut c = vec![1.0; 6];
-    Matmul {
-        c: &mut c,
-        a: Mat::new(&[], 2, 0),
-        b: Mat::new(&[], 0, 3),
-        accumulate: true,
-        precision: Precision::F32,
+    let (a, b) = (Mat::new(&[], 2, 0), Mat::new(&[], 0, 3));
+    for (accumulate, want) in [(true, 1.0), (false, 0.0)] {
+        let mut c = vec![1.0; 6];
+        Matmul { c: &mut c, a, b, accumulate, precision: Precision::F32 }.run();
+        assert_eq!(c, [want; 6]);
     }
-    .run();
-    assert_eq!(c, [1.0; 6]);
-    Matmul {
-        c: &mut c,
-        a: Mat::new(&[], 2, 0),
-        b: Mat::new(&[], 0, 3),
-        accumulate: false,
-        precision: Precision::F32,
-    }
-    .run();
-    assert_eq!(c, [0.0; 6]);
 }
 
 #[test]
@@ -168,15 +143,8 @@ fn threads_do_not_change_a_bit() {
         let (a, b) = (normals(m * k, 1), normals(k * n, 2));
         let run = |threads| {
             with_threads(threads, || {
-                let mut c = vec![0.0; m * n];
-                Matmul {
-                    c: &mut c,
-                    a: Mat::new(&a, m, k),
-                    b: Mat::new(&b, k, n),
-                    accumulate: false,
-                    precision: Precision::F32,
-                }
-                .run();
+                let (mut c, a, b) = (vec![0.0; m * n], Mat::new(&a, m, k), Mat::new(&b, k, n));
+                Matmul { c: &mut c, a, b, accumulate: false, precision: Precision::F32 }.run();
                 c
             })
         };

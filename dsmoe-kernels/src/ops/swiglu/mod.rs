@@ -51,13 +51,7 @@ impl Forward<'_> {
     /// The lengths differ.
     pub fn run_on(self, isa: Isa) {
         let Forward { c, a, b } = self;
-        assert!(
-            c.len() == a.len() && c.len() == b.len(),
-            "swiglu::Forward: c {}, a {}, b {} values",
-            c.len(),
-            a.len(),
-            b.len()
-        );
+        assert_eq!([a.len(), b.len()], [c.len(); 2], "swiglu::Forward: a and b for {} values", c.len());
         let blocks = c.par_chunks_mut(BLOCK).zip(a.par_chunks(BLOCK)).zip(b.par_chunks(BLOCK));
         each(blocks, |((c, a), b)| isa.run(Forward { c, a, b }));
     }
@@ -70,15 +64,8 @@ impl Backward<'_> {
     /// The lengths differ.
     pub fn run_on(self, isa: Isa) {
         let Backward { da, db, dc, a, b } = self;
-        assert!(
-            [da.len(), db.len(), a.len(), b.len()] == [dc.len(); 4],
-            "swiglu::Backward: da {}, db {}, dc {}, a {}, b {} values",
-            da.len(),
-            db.len(),
-            dc.len(),
-            a.len(),
-            b.len()
-        );
+        let lens = [da.len(), db.len(), a.len(), b.len()];
+        assert_eq!(lens, [dc.len(); 4], "swiglu::Backward: da, db, a and b for {} values", dc.len());
         let grads = da.par_chunks_mut(BLOCK).zip(db.par_chunks_mut(BLOCK)).zip(dc.par_chunks(BLOCK));
         let blocks = grads.zip(a.par_chunks(BLOCK)).zip(b.par_chunks(BLOCK));
         each(blocks, |((((da, db), dc), a), b)| isa.run(Backward { da, db, dc, a, b }));

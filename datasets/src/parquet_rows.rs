@@ -1,0 +1,202 @@
+//! Rows of a Parquet file, a few at a time, of all columns or of text columns alone.
+
+use std::fs::File;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parquet::basic::Type as PhysicalType;
+use parquet::file::reader::{FileReader, SerializedFileReader};
+use parquet::record::reader::{ReaderIter, TreeBuilder};
+use parquet::record::{Field, Row};
+use parquet::schema::types::{SchemaDescPtr, SchemaDescriptor, Type};
+use serde_json::{Map, Value};
+
+use crate::error::{Error, Result};
+use crate::remedy::Remedy;
+
+/// Rows decoded at a time.
+const ROWS: usize = 64;
+
+/// Reads the rows of a Parquet file.
+pub(crate) struct ParquetRows {
+    path: PathBuf,
+    reader: SerializedFileReader<File>,
+    /// The columns that are decoded.
+    schema: SchemaDescPtr,
+    /// The text columns: names, and where they lie in a row.
+    texts: Vec<(String, Vec<String>)>,
+    /// The open row group.
+    group: Option<ReaderIter>,
+    next_group: usize,
+    /// Rows handed out.
+    row: u64,
+    bytes_read: Arc<AtomicU64>,
+    /// Bytes of the file that are not yet counted as read.
+    uncounted: u64,
+}
+
+impl ParquetRows {
+    /// Opens `path`, to read all its columns. `bytes_read` counts the bytes taken from the file.
+    pub(crate) fn open(path: &Path, bytes_read: Arc<AtomicU64>) -> Result<ParquetRows> {
+        let file = File::open(path).map_err(Error::io(path))?;
+        let uncounted = file.metadata().map_err(Error::io(path))?.len();
+        let reader = guarded(|| SerializedFileReader::new(file)).map_err(|reason| broken(path, 1, reason))?;
+        let schema = reader.metadata().file_metadata().schema_descr_ptr();
+        let (path, texts) = (path.to_path_buf(), Vec::new());
+        let (group, next_group, row) = (None, 0, 0);
+        Ok(ParquetRows { path, reader, schema, texts, group, next_group, row, bytes_read, uncounted })
+    }
+
+    /// Reads the columns `names` alone, which must hold text; [`ParquetRows::next_text`] then joins them.
+    pub(crate) fn with_texts(mut self, names: &[&str]) -> Result<ParquetRows> {
+        let mut roots: Vec<usize> = Vec::new();
+        for &name in names {
+            let wrong = |reason: String| Error::Row {
+                path: self.path.clone(),
+                row: 1,
+                reason,
+                help: Remedy::fixed("name the column of the text with {text_column}"),
+            };
+            let columns = self.schema.columns();
+            let Some(index) = columns.iter().position(|column| column.path().string() == name) else {
+                let all = columns.iter().take(20).map(|column| format!("{:?}", column.path().string()));
+                let all = all.collect::<Vec<_>>().join(", ");
+                return Err(wrong(format!("no column {name:?} (columns: {all})")));
+            };
+            let column = &columns[index];
+            if column.physical_type() != PhysicalType::BYTE_ARRAY || column.max_rep_level() > 0 {
+                return Err(wrong(format!("column {name:?} holds {}, not text", column.physical_type())));
+            }
+            self.texts.push((name.to_owned(), column.path().parts().to_vec()));
+            roots.push(self.schema.get_column_root_idx(index));
+        }
+        roots.sort_unstable();
+        roots.dedup();
+        let root = self.schema.root_schema();
+        let fields = roots.iter().map(|&at| Arc::clone(&root.get_fields()[at])).collect();
+        let selected = Type::group_type_builder(root.name()).with_fields(fields).build();
+        let selected = selected.map_err(|cause| broken(&self.path, 1, cause.to_string()))?;
+        self.schema = Arc::new(SchemaDescriptor::new(Arc::new(selected)));
+        Ok(self)
+    }
+
+    /// Reads the next row as JSON. Lists and groups become arrays and objects.
+    pub(crate) fn next_object(&mut self) -> Result<Option<Map<String, Value>>> {
+        Ok(self.next_row()?.map(|row| object(&row)))
+    }
+
+    /// Reads the text columns of the next row, joined by line ends.
+    pub(crate) fn next_text(&mut self) -> Result<Option<String>> {
+        let Some(row) = self.next_row()? else { return Ok(None) };
+        let mut text = String::new();
+        for (name, place) in &self.texts {
+            let wrong = |reason: &str, help: Remedy| Error::Row {
+                path: self.path.clone(),
+                row: self.row,
+                reason: format!("column {name:?} {reason}"),
+                help,
+            };
+            let not_text = || wrong("is not UTF-8", Remedy::fixed("write the file again with a text column"));
+            let part = match field(&row, place) {
+                Some(Field::Str(part)) => part,
+                Some(Field::Bytes(bytes)) => bytes.as_utf8().map_err(|_| not_text())?,
+                None | Some(Field::Null) => {
+                    let help = Remedy::fixed("name another column with {text_column}");
+                    return Err(wrong("holds null, not text", help));
+                }
+                Some(_) => return Err(not_text()),
+            };
+            if !text.is_empty() && !part.is_empty() {
+                text.push('\n');
+            }
+            text.push_str(part);
+        }
+        Ok(Some(text))
+    }
+
+    fn next_row(&mut self) -> Result<Option<Row>> {
+        let number = self.row + 1;
+        loop {
+            if let Some(group) = &mut self.group {
+                let row = guarded(|| group.next().transpose());
+                if let Some(row) = row.map_err(|reason| broken(&self.path, number, reason))? {
+                    self.row = number;
+                    return Ok(Some(row));
+                }
+            }
+            if self.next_group == self.reader.num_row_groups() {
+                self.bytes_read.fetch_add(std::mem::take(&mut self.uncounted), Ordering::Relaxed);
+                return Ok(None);
+            }
+            let size = self.reader.metadata().row_group(self.next_group).compressed_size();
+            let size = u64::try_from(size).unwrap_or(0).min(self.uncounted);
+            self.uncounted -= size;
+            self.bytes_read.fetch_add(size, Ordering::Relaxed);
+            let opened = guarded(|| {
+                let group = self.reader.get_row_group(self.next_group)?;
+                TreeBuilder::new().with_batch_size(ROWS).as_iter(Arc::clone(&self.schema), &*group)
+            });
+            self.group = Some(opened.map_err(|reason| broken(&self.path, number, reason))?);
+            self.next_group += 1;
+        }
+    }
+}
+
+/// Finds the field at the nested `place` of a row.
+fn field<'a>(row: &'a Row, place: &[String]) -> Option<&'a Field> {
+    let (first, rest) = place.split_first()?;
+    let (_, found) = row.get_column_iter().find(|(name, _)| *name == first)?;
+    match found {
+        Field::Group(inner) if !rest.is_empty() => field(inner, rest),
+        found => Some(found),
+    }
+}
+
+fn object(row: &Row) -> Map<String, Value> {
+    row.get_column_iter().map(|(name, field)| (name.clone(), value(field))).collect()
+}
+
+fn value(field: &Field) -> Value {
+    match field {
+        Field::Null => Value::Null,
+        Field::Bool(x) => Value::from(*x),
+        Field::Byte(x) => Value::from(*x),
+        Field::Short(x) => Value::from(*x),
+        Field::Int(x) => Value::from(*x),
+        Field::Long(x) => Value::from(*x),
+        Field::UByte(x) => Value::from(*x),
+        Field::UShort(x) => Value::from(*x),
+        Field::UInt(x) => Value::from(*x),
+        Field::ULong(x) => Value::from(*x),
+        Field::Float(x) => Value::from(*x),
+        Field::Double(x) => Value::from(*x),
+        Field::Str(text) => Value::from(text.as_str()),
+        Field::Bytes(bytes) => Value::from(String::from_utf8_lossy(bytes.data())),
+        Field::ListInternal(list) => list.elements().iter().map(value).collect(),
+        Field::Group(group) => Value::Object(object(group)),
+        other => Value::from(other.to_string()),
+    }
+}
+
+fn broken(path: &Path, row: u64, reason: String) -> Error {
+    Error::Row {
+        path: path.to_path_buf(),
+        row,
+        reason: format!("unreadable Parquet data ({reason})"),
+        help: Remedy::fixed("fetch the file again; supported are plain and Snappy-compressed columns"),
+    }
+}
+
+/// Runs `read` and turns panics into errors: the library panics on some damaged files.
+fn guarded<T>(read: impl FnOnce() -> parquet::errors::Result<T>) -> std::result::Result<T, String> {
+    match catch_unwind(AssertUnwindSafe(read)) {
+        // Some messages repeat the bytes of the text.
+        Ok(read) => read.map_err(|cause| {
+            let message = cause.to_string().replace('\n', " ");
+            message.split(" Bytes: ").next().unwrap_or_default().to_owned()
+        }),
+        Err(_) => Err("its pages contradict its footer".into()),
+    }
+}
