@@ -337,11 +337,11 @@ fn what_cannot_be_is_one_line_with_the_help() {
     let mut masks = Masks::new();
     masks.insert("model.layers.0.mlp.up_proj.weight".to_owned(), 96, 128, |_, _| true);
     masks.save(&pruned).unwrap();
-    tell(run("llama-moe", &pruned, &out, "0.8", &[]), &["has pruned weights", "name a dense model"]);
+    tell(run("llama-moe", &pruned, &out, "0.8", &[]), &["has pruned weights", "use a dense model"]);
 
     let made = dir.path().join("made");
     run("llama-moe", &model, &made, "0.8", &[]).unwrap();
-    tell(run("moefication", &made, &out, "0.8", &[]), &["experts already", "name a dense model"]);
+    tell(run("moefication", &made, &out, "0.8", &[]), &["experts already", "use a dense model"]);
     let text = fs::read_to_string(made.join("config.json")).unwrap();
     for (from, to, part) in [
         ("\"num_experts\": 8", "\"num_experts\": 5", "do not divide"),
