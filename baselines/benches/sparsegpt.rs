@@ -1,7 +1,8 @@
 //! SparseGPT of one decoder layer of the shape of LLaMA-3.2-1B: random weights and inputs, density 0.4853.
 //!
-//! `cargo bench -p dsmoe-baselines --bench sparsegpt -- --threads 2 --sequences 2 --tokens 2048` prints one JSON object
-//! per group of linears and one for all, in seconds. The counterpart in PyTorch is `tests/golden/make_sparse.py --time`.
+//! `cargo bench -p dsmoe-baselines --bench sparsegpt -- --threads 2 --sequences 2 --tokens 2048` prints one JSON
+//! object per group of linears and one for all, in seconds. The counterpart in PyTorch is
+//! `tests/golden/make_sparse.py --time`.
 #![expect(clippy::print_stdout, reason = "the result of a program")]
 
 use std::process::ExitCode;

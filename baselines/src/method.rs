@@ -170,8 +170,8 @@ pub trait Configured {
     /// Makes the model. The result is a model directory like any other.
     ///
     /// # Errors
-    /// The errors of [`Configured::plan`]; also a model that cannot be read or is not dense, calibration text that does not
-    /// suffice, a computation without a result, or a file system that refuses. Nothing is left half-written.
+    /// The errors of [`Configured::plan`]; also a model that cannot be read or is not dense, calibration text that
+    /// does not suffice, a computation without a result, or a file system that refuses. Nothing is left half-written.
     fn run(&self, job: &Job<'_>, progress: &mut dyn FnMut(Progress)) -> Result<Made>;
 }
 

@@ -30,8 +30,8 @@ const TOKENS: usize = 24;
 const SEQ: usize = 12;
 /// Tokens of the text that is scored and decoded.
 const TEXT: usize = 20;
-/// The change of a gate's input, as a share of its size, that must not change any token's experts. It exceeds the rounding to
-/// bf16.
+/// The change of a gate's input, as a share of its size, that must not change any token's experts. It exceeds the
+/// rounding to bf16.
 const MARGIN: f32 = 0.01;
 
 /// A kind of FFN, and the sizes of a model that has it.
@@ -110,8 +110,9 @@ impl Case {
         model
     }
 
-    /// Makes a model in which no token's choice is closer than the margin. A choice that differs between precisions would
-    /// change an output by a whole expert, so the comparison would not be one of rounding. `run` runs the model.
+    /// Makes a model in which no token's choice is closer than the margin. A choice that differs between precisions
+    /// would change an output by a whole expert, so the comparison would not be one of rounding. `run` runs the
+    /// model.
     fn decided(&self, run: impl Fn(&Model)) -> Model {
         for seed in 1..2000 {
             let unsteady = Arc::new(AtomicBool::new(false));

@@ -12,8 +12,9 @@ use crate::error::{Error, Result};
 use crate::method::{Budget, Configured, Job, Made, Plan, Progress};
 use crate::settings::{Entry, SettingValues};
 
-/// The method `small-dense`: a dense model as large as the budget, to be trained from scratch. Depth, residual width and
-/// head width are the source's; key-value groups and neurons are scaled by one factor, then neurons fill the budget.
+/// The method `small-dense`: a dense model as large as the budget, to be trained from scratch. Depth, residual width
+/// and head width are the source's; key-value groups and neurons are scaled by one factor, then neurons fill the
+/// budget.
 pub(crate) static SMALL_DENSE: Entry<NoSettings> = Entry {
     name: "small-dense",
     summary: "control: a smaller dense model with random weights, for training from scratch; one neuron per layer is a step",

@@ -117,7 +117,8 @@ fn what_cannot_be_reached_is_refused() {
     }
 }
 
-/// Experts and routers from calibration text: the same function when all are open, and the budget's share open on that text.
+/// Experts and routers from calibration text: the same function when all are open, and the budget's share open on
+/// that text.
 #[test]
 fn a_start_from_text_opens_the_budget() {
     let dir = tempfile::tempdir().unwrap();

@@ -1,9 +1,10 @@
 //! Cuts of a weighted graph into parts of equal size, with large weight inside parts.
 //!
-//! Parts grow from a vertex each, always by the vertex with the most weight to them, or are drawn. Then pairs of vertices change places
-//! (Kernighan and Lin): every vertex with the best other one while that gains; then the most promising one with its best
-//! other one even at a loss, each vertex once, and what came after the best of these places is taken back. Small graphs are
-//! cut from several starts, and the heaviest parts are kept. Weights are whole numbers, so sums are exact.
+//! Parts grow from a vertex each, always by the vertex with the most weight to them, or are drawn. Then pairs of
+//! vertices change places (Kernighan and Lin): every vertex with the best other one while that gains; then the most
+//! promising one with its best other one even at a loss, each vertex once, and what came after the best of these
+//! places is taken back. Small graphs are cut from several starts, and the heaviest parts are kept. Weights are whole
+//! numbers, so sums are exact.
 
 use dsmoe_kernels::rng::Rng;
 use rayon::prelude::*;
@@ -175,8 +176,8 @@ impl<'a> State<'a> {
         most > 0
     }
 
-    /// The weight that the parts gain if `vertex` and the best vertex of another part change places, and that vertex: the
-    /// first among equals, of those that are free.
+    /// The weight that the parts gain if `vertex` and the best vertex of another part change places, and that vertex:
+    /// the first among equals, of those that are free.
     fn best_exchange(&self, vertex: usize, free: Option<&[bool]>) -> Option<(i64, usize)> {
         let vertices = self.part.len();
         let from = self.part[vertex];

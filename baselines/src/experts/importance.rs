@@ -31,8 +31,8 @@ const TASK: usize = 256;
 /// Importances `[group][neuron]` of one layer.
 pub(crate) type LayerImportance = Vec<Vec<f64>>;
 
-/// Computes the importances of every layer's neurons in the dense model of `dir` for each group of `sequences`, whose groups
-/// `labels` gives.
+/// Computes the importances of every layer's neurons in the dense model of `dir` for each group of `sequences`, whose
+/// groups `labels` gives.
 ///
 /// # Errors
 /// The model cannot be read; a sequence that is too long or has tokens outside the vocabulary; a loss that is not

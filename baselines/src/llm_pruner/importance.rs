@@ -7,8 +7,8 @@
 //! group         reduced over members row by row, then summed over the rows of a head
 //! ```
 //!
-//! (Ma, Fang, Wang 2023, eqs. 3-5; hf_llama_pruner.py. Query heads are added to the key head that serves them, where that
-//! file adds every num_kv_heads-th.)
+//! (Ma, Fang, Wang 2023, eqs. 3-5; hf_llama_pruner.py. Query heads are added to the key head that serves them, where
+//! that file adds every num_kv_heads-th.)
 
 use dsmoe_core::Model;
 use dsmoe_core::params::{Entry, Stored};

@@ -1,9 +1,10 @@
-//! LLM-Pruner (Ma, Fang, Wang 2023, arXiv 2305.11627) removes whole neurons, heads or channels, the least important first,
-//! and leaves a smaller dense model.
+//! LLM-Pruner (Ma, Fang, Wang 2023, arXiv 2305.11627) removes whole neurons, heads or channels, the least important
+//! first, and leaves a smaller dense model.
 //!
 //! Memory: parameters and one set of gradients in f32 whatever the importance (`taylor-second` sums per sequence,
-//! `taylor-mix` runs the text once per 34 million weights scored), and the activations of one sequence. For LLaMA-3.2-1B
-//! that is 9.9 GB and 2 MB per token of a sequence (1,024 tokens: 11.9 GB), and with `taylor-mix` 0.3 GB more.
+//! `taylor-mix` runs the text once per 34 million weights scored), and the activations of one sequence. For
+//! LLaMA-3.2-1B that is 9.9 GB and 2 MB per token of a sequence (1,024 tokens: 11.9 GB), and with `taylor-mix` 0.3 GB
+//! more.
 
 mod gradients;
 mod groups;
@@ -55,9 +56,11 @@ pub(crate) static CHANNEL: Entry<ChannelSettings> = Entry {
 };
 
 settings! {
-    /// Settings of block-wise LLM-Pruner: FFN neurons, and key/value heads with their query heads, in a range of layers.
+    /// Settings of block-wise LLM-Pruner: FFN neurons, and key/value heads with their query heads, in a range of
+    /// layers.
     pub struct BlockSettings {
-        /// Importance of a weight: taylor-first, taylor-second, taylor-mix, vector, magnitude-l1, magnitude-l2 or random.
+        /// Importance of a weight: taylor-first, taylor-second, taylor-mix, vector, magnitude-l1, magnitude-l2 or
+        /// random.
         pub importance: Importance = Importance::TaylorFirst,
         /// Reduction of the importances of coupled tensors to one: sum, max, mean, prod or last.
         pub reduce: Reduce = Reduce::Sum,
@@ -71,7 +74,8 @@ settings! {
 settings! {
     /// Settings of channel-wise LLM-Pruner: channels of the residual stream, through the whole network.
     pub struct ChannelSettings {
-        /// Importance of a weight: taylor-first, taylor-second, taylor-mix, vector, magnitude-l1, magnitude-l2 or random.
+        /// Importance of a weight: taylor-first, taylor-second, taylor-mix, vector, magnitude-l1, magnitude-l2 or
+        /// random.
         pub importance: Importance = Importance::TaylorFirst,
         /// Reduction of the importances of coupled tensors to one: sum, max, mean, prod or last.
         pub reduce: Reduce = Reduce::Sum,
@@ -267,7 +271,8 @@ impl Configured for Pruner {
             cuts.keep(groups, &largest(scores, places));
         }
         let mut report = |done, total| progress(Progress { stage: "tensors", done, total });
-        rewrite::rewrite(job.model, &checkpoint, &names, &pruned, &cuts, output, &mut report)?;
+        let source = rewrite::Source { dir: job.model, checkpoint: &checkpoint, names: &names };
+        rewrite::rewrite(&source, &pruned, &cuts, output, &mut report)?;
         Ok(Made { plan, measured })
     }
 }

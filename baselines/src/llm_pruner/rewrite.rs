@@ -16,19 +16,25 @@ use crate::error::Result;
 /// Bytes read at once.
 const CHUNK: usize = 8 << 20;
 
-/// Writes what `cuts` leaves of the dense model in `source`, as the model of `pruned`, in the types of the source.
+/// A checked dense model directory.
+pub(crate) struct Source<'a> {
+    pub(crate) dir: &'a Path,
+    pub(crate) checkpoint: &'a Checkpoint,
+    pub(crate) names: &'a LlamaTensors,
+}
+
+/// Writes the rest of the dense model `source` after `cuts`, as the model of `pruned`, in the types of the source.
 ///
 /// # Errors
 /// The file system refuses, or a file has shrunk.
 pub(crate) fn rewrite(
-    source: &Path,
-    checkpoint: &Checkpoint,
-    names: &LlamaTensors,
+    source: &Source<'_>,
     pruned: &Config,
     cuts: &Cuts,
     output: OutputDir,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<()> {
+    let Source { dir, checkpoint, names } = *source;
     let info = |(name, shape): (String, Vec<usize>)| {
         let name = names.stored_name(&name).to_owned();
         let dtype = checkpoint.tensor(&name).expect("a checked checkpoint").dtype;
@@ -46,12 +52,12 @@ pub(crate) fn rewrite(
         progress(i as u64 + 1, stored.len() as u64);
     }
     writer.finish()?;
-    copy_companions(source, output.path())?;
+    copy_companions(dir, output.path())?;
     pruned.save(output.path())?;
     Ok(output.commit()?)
 }
 
-/// Gives what `cut` leaves of a tensor to `sink`, in order.
+/// Passes the rest of a tensor after `cut` to `sink`, in order.
 fn copy(
     path: &Path,
     view: &TensorView,

@@ -4,10 +4,10 @@
 //! active(t) = the tenth of the neurons with the largest |c|,  c = silu(x Wg^T) * (x Wu^T), of token t
 //! w_ij      = number of tokens in whose active(t) both i and j are
 //! ```
-//! (The reference has ReLU: activations are zeros or not. It adds up products of activations, each clamped to 1 over 8
-//! tokens, rounds the sums to whole numbers, leaves out the smallest, and cuts by METIS, whose uneven parts it evens out
-//! at random. Counts need no clamp and no rounding, and [`graph::cut`] keeps parts even.) Takes 4 bytes per pair of neurons, 270 MB
-//! for 8192.
+//! (The reference has ReLU: activations are zeros or not. It adds up products of activations, each clamped to 1 over
+//! 8 tokens, rounds the sums to whole numbers, leaves out the smallest, and cuts by METIS, whose uneven parts it
+//! evens out at random. Counts need no clamp and no rounding, and [`graph::cut`] keeps parts even.) Takes 4 bytes per
+//! pair of neurons, 270 MB for 8192.
 
 use dsmoe_core::calibrate::{Input, LayerStream, LayerWeights};
 use dsmoe_core::partition::clusters;

@@ -1,6 +1,6 @@
-//! MoEfication (Zhang et al., Findings of ACL 2022): the neurons of a trained FFN in many small experts, of which k of n run.
-//! A router learns on calibration text which experts score most. No weight of the model changes, and the output is the
-//! plain sum of the experts that run: all experts together are the dense FFN.
+//! MoEfication (Zhang et al., Findings of ACL 2022): the neurons of a trained FFN in many small experts, of which k
+//! of n run. A router learns on calibration text which experts score most. No weight of the model changes, and the
+//! output is the plain sum of the experts that run: all experts together are the dense FFN.
 //!
 //! SiLU has no zeros, so an expert's score is a norm of its neurons' values in place of the sum of the positive ones.
 
@@ -231,8 +231,8 @@ mod tests {
     use super::*;
     use crate::topk::TopkMoeFfn;
 
-    /// Neurons in four groups that read and write two coordinates each, in a shuffled order, and inputs in two coordinates
-    /// each: one expert is then all that answers, and the untrained router finds it.
+    /// Neurons in four groups that read and write two coordinates each, in a shuffled order, and inputs in two
+    /// coordinates each: one expert is then all that answers, and the untrained router finds it.
     #[test]
     fn one_expert_of_disjoint_ones_is_exact() {
         const HIDDEN: usize = 8;

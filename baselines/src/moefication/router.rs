@@ -14,7 +14,7 @@ use dsmoe_kernels::adamw::{self, Hyper};
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::rng::Rng;
 
-use crate::topk::{Gate, GateActs, GateGrads, GateWeights};
+use crate::topk::{Gate, GateActs, GateGrads, GateWeights, NetworkBackward};
 
 const BATCH: usize = 512;
 const LEARNING_RATE: f64 = 0.01;
@@ -43,8 +43,8 @@ struct Part {
     targets: Vec<f32>,
 }
 
-/// Trains A and B of `gate`; returns them and the share of held-out scores that the `top_k` chosen experts capture. `centers`
-/// is `[experts, hidden]`.
+/// Trains A and B of `gate`; returns them and the share of held-out scores that the `top_k` chosen experts capture.
+/// `centers` is `[experts, hidden]`.
 pub(super) fn train(
     gate: &Gate,
     examples: &Examples,
@@ -79,8 +79,16 @@ pub(super) fn train(
             let mut grads = [0, 1].map(|i: usize| vec![0.0; params[i].len()]);
             let [da, db] = &mut grads;
             unused.resize(x.len(), 0.0);
-            let into = GateGrads { a: da, b: db, noise: &mut [] };
-            gate.backward(&mut unused, into, &dz, None, &acts, &x, weights);
+            let (dx, into) = (&mut unused, GateGrads { a: da, b: db, noise: &mut [] });
+            gate.backward(NetworkBackward {
+                dx,
+                grads: into,
+                dz: &dz,
+                draw: None,
+                acts: &acts,
+                x: &x,
+                weights,
+            });
             step += 1;
             let (beta1, beta2, eps, weight_decay) = (0.9, 0.999, 1e-8, 0.0);
             let hyper = Hyper { lr: LEARNING_RATE, beta1, beta2, eps, weight_decay, step };

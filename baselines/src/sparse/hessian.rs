@@ -89,8 +89,8 @@ impl Hessian {
         self.panels[i / PANEL][row * (self.inputs - i / PANEL * PANEL) + row]
     }
 
-    /// Factorises with `damping`, a share of the diagonal's mean. If there is no factorisation it tries the larger ones of
-    /// 0.01, 0.1 and 1. `place` is for messages.
+    /// Factorises with `damping`, a share of the diagonal's mean. If there is no factorisation it tries the larger
+    /// ones of 0.01, 0.1 and 1. `place` is for messages.
     ///
     /// # Errors
     /// No damping suffices, or an input was not finite.

@@ -1,6 +1,5 @@
-//! Pruning of single weights in the linears of decoder layers, layer by layer: every layer is pruned on the inputs that the
-//! pruned layers before it give. The result is a plain LLaMA with `masks.safetensors` beside the
-//! weights.
+//! Pruning of single weights in the linears of decoder layers, layer by layer: every layer is pruned on the inputs
+//! that the pruned layers before it give. The result is a plain LLaMA with `masks.safetensors` beside the weights.
 
 mod hessian;
 mod pattern;

@@ -1,8 +1,8 @@
 //! Pruning by a score of each weight, without an update.
 //!
-//! Wanda (Sun et al., arXiv 2306.11695) removes the weights with the smallest `|w| * ||x||` of their row, where x are the
-//! values of the weight's input over all tokens. Magnitude pruning removes the smallest `|w|`, by default of the whole
-//! matrix, and reads no text.
+//! Wanda (Sun et al., arXiv 2306.11695) removes the weights with the smallest `|w| * ||x||` of their row, where x are
+//! the values of the weight's input over all tokens. Magnitude pruning removes the smallest `|w|`, by default of the
+//! whole matrix, and reads no text.
 
 use dsmoe_core::Config;
 use dsmoe_core::calibrate::Input;

@@ -1,8 +1,9 @@
 //! SparseGPT (Frantar and Alistarh, arXiv 2301.00774): one-shot pruning with an update of the weights that stay.
 //!
-//! It differs from the reference implementation in three points. Of every block exactly the asked-for share of weights is
-//! removed (the reference's `<=` takes one more). Weights whose input was always zero are the first to be removed but are
-//! not removed beyond that share. R comes out of one Cholesky factorisation and one triangular inverse.
+//! It differs from the reference implementation in three points. Of every block exactly the asked-for share of
+//! weights is removed (the reference's `<=` takes one more). Weights whose input was always zero are the first to be
+//! removed but are not removed beyond that share. R comes out of one Cholesky factorisation and one triangular
+//! inverse.
 
 use dsmoe_core::Config;
 use dsmoe_core::calibrate::Input;

@@ -55,8 +55,8 @@ pub(crate) fn check_experts(config: &Config, num_experts: usize) -> Result<()> {
     Ok(())
 }
 
-/// Chooses the spec whose number of activated parameters is nearest to `budget`, the smaller number among equals, and plans
-/// the model that it makes of the dense `config`. `specs` ascends in active experts.
+/// Chooses the spec whose number of activated parameters is nearest to `budget`, the smaller number among equals, and
+/// plans the model that it makes of the dense `config`. `specs` ascends in active experts.
 ///
 /// # Errors
 /// The budget is more than half a step outside what they reach.

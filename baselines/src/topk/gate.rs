@@ -39,6 +39,21 @@ pub(crate) struct GateGrads<'a> {
     pub(crate) noise: &'a mut [f32],
 }
 
+/// Arguments of [`Gate::backward`].
+#[derive(Debug)]
+pub(crate) struct NetworkBackward<'a> {
+    /// Added to.
+    pub(crate) dx: &'a mut [f32],
+    pub(crate) grads: GateGrads<'a>,
+    pub(crate) dz: &'a [f32],
+    /// The gradient of raw, if the gate is noisy.
+    pub(crate) draw: Option<&'a [f32]>,
+    /// The values of the forward pass over `x`.
+    pub(crate) acts: &'a GateActs,
+    pub(crate) x: &'a [f32],
+    pub(crate) weights: GateWeights<'a>,
+}
+
 /// Values of a gate's forward pass that its backward pass needs.
 #[derive(Debug, Default)]
 pub(crate) struct GateActs {
@@ -88,7 +103,7 @@ impl Gate {
         linear::Dims { rows, inputs, outputs: self.num_experts, precision: Precision::F32 }
     }
 
-    /// Sets the logits `z` of `x`, and in `acts` what the backward needs; `raw` too when `noisy`.
+    /// Sets the logits `z` of `x` and the values in `acts` that the backward pass needs, `raw` only if `noisy`.
     pub(crate) fn forward(
         &self,
         z: &mut Buf,
@@ -126,19 +141,9 @@ impl Gate {
         }
     }
 
-    /// Adds to `dx` and `grads`, given the gradients `dz` and, with noise, `draw`. `acts` is that of the forward over
-    /// the same `x`.
-    #[expect(clippy::too_many_arguments, reason = "the forward's arguments with their gradients")]
-    pub(crate) fn backward(
-        &self,
-        dx: &mut [f32],
-        grads: GateGrads<'_>,
-        dz: &[f32],
-        draw: Option<&[f32]>,
-        acts: &GateActs,
-        x: &[f32],
-        weights: GateWeights<'_>,
-    ) {
+    /// Adds the gradients of x and of the weights.
+    pub(crate) fn backward(&self, args: NetworkBackward<'_>) {
+        let NetworkBackward { dx, grads, dz, draw, acts, x, weights } = args;
         let (rows, n) = (x.len() / self.hidden, self.num_experts);
         let wide = self.dims(rows, self.hidden);
         let mut du = Buf::zeros(rows * n);
@@ -223,7 +228,16 @@ mod tests {
             let (mut dx, mut da, mut db, mut dn) =
                 (vec![0.0; x.len()], vec![0.0; a.len()], vec![0.0; b.len()], vec![0.0; noises.len()]);
             let grads = GateGrads { a: &mut da, b: &mut db, noise: &mut dn };
-            gate.backward(&mut dx, grads, &dz, noise.then_some(&draw[..]), &acts, &x, weights);
+            let draws = noise.then_some(&draw[..]);
+            gate.backward(NetworkBackward {
+                dx: &mut dx,
+                grads,
+                dz: &dz,
+                draw: draws,
+                acts: &acts,
+                x: &x,
+                weights,
+            });
 
             let (x, a, b, noises) = (f64s(&x), f64s(&a), f64s(&b), f64s(&noises));
             let value: f64 = z.iter().zip(&dz).map(|(&z, &dz)| f64::from(z) * f64::from(dz)).sum();

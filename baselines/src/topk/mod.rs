@@ -10,6 +10,6 @@ mod spec;
 pub use convert::EXPERTS_FILE;
 pub(crate) use convert::{LayerExperts, check_experts, nearest, open_dense, write};
 pub use ffn::TopkMoeFfn;
-pub(crate) use gate::{Gate, GateActs, GateGrads, GateWeights};
+pub(crate) use gate::{Gate, GateActs, GateGrads, GateWeights, NetworkBackward};
 pub(crate) use kind::{register, spec_of};
 pub use spec::{GateNetwork, GateSpec, TopkSpec};

@@ -1,5 +1,5 @@
-//! The router of a top-k FFN: gate network, noise, selection and balance loss, forward and backward. It always runs on the
-//! CPU, also if the experts run on a GPU.
+//! The router of a top-k FFN: gate network, noise, selection and balance loss, forward and backward. It always runs
+//! on the CPU, also if the experts run on a GPU.
 
 use std::any::Any;
 
@@ -9,7 +9,7 @@ use dsmoe_kernels::rng::Rng;
 use dsmoe_router::topk::{self, Noise, TopKRouted};
 use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 
-use super::gate::{Gate, GateActs, GateGrads, GateWeights};
+use super::gate::{Gate, GateActs, GateGrads, GateWeights, NetworkBackward};
 use super::spec::TopkSpec;
 
 /// Routes inputs of width `hidden`.
@@ -108,7 +108,8 @@ impl HostGate for TopkRouter {
         let [a, b, noise] = split_mut(grads, self.gate().lens());
         let grads = GateGrads { a, b, noise };
         let weights = self.weights(params, noisy);
-        self.gate().backward(dx, grads, &dlogits, draw.as_deref(), acts, x, weights);
+        let draw = draw.as_deref();
+        self.gate().backward(NetworkBackward { dx, grads, dz: &dlogits, draw, acts, x, weights });
     }
 }
 

@@ -211,7 +211,7 @@ impl TrainSettings {
         let mut table = self.0.clone();
         for pair in [["steps", "tokens"], ["sparsity", "active_target"]] {
             if pair.iter().any(|key| other.0.contains_key(*key)) {
-                table.retain(|key, _| !pair.iter().any(|one| key == *one));
+                table.retain(|key, _| !pair.contains(&key));
             }
         }
         table.extend(other.0.clone());
@@ -468,10 +468,10 @@ impl Profile {
     pub(crate) fn train_of(&self, spec: &MethodSpec, seed: u64, target: Option<f64>) -> Result<TrainConfig> {
         let mut config = self.config(&self.train.replaced_by(&spec.train))?;
         if config.sparsity.is_none() && config.active_target.is_none() {
-            config.active_target = target;
-            // All experts are active in training; a threshold reaches the budget after it.
-            if spec.role == Role::WithoutThreshold {
-                config.sparsity = Some(1.0);
+            match spec.role {
+                // All experts are active in training; a threshold reaches the budget after it.
+                Role::WithoutThreshold => config.sparsity = Some(1.0),
+                _ => config.active_target = target,
             }
         }
         config.seed += seed;

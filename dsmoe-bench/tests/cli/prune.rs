@@ -136,3 +136,52 @@ fn what_cannot_be_pruned_is_said_in_a_line() {
     let listed: Value = json_of(&["methods"]);
     assert!(listed["methods"][0]["settings"].is_array(), "{listed}");
 }
+
+#[test]
+fn convert_with_text_makes_what_prune_makes() {
+    let fixture = fixture();
+    let [pruned, converted] = ["prune-start", "convert-start"].map(|name| fixture.out(name));
+    let text = [
+        "--calib",
+        at(&fixture.text),
+        "--doc-separator",
+        SEPARATOR,
+        "--samples",
+        "16",
+        "--seq",
+        "32",
+        "--seed",
+        "2",
+    ];
+    let prune = ["prune", at(&fixture.dense), "--method", "dsmoe", "--budget", BUDGET, "--out", at(&pruned)];
+    let share = json_of(&[&prune[..], &text].concat())["active_target"].to_string();
+    let convert = ["convert", at(&fixture.dense), "--active-target", &share, "--out", at(&converted)];
+    let report = json_of(&[&convert[..], &text].concat());
+    assert_eq!((&report["partition"], &report["router_init"]), (&"clusters".into(), &"calibrated".into()));
+    for file in ["model.safetensors", "config.json"] {
+        assert!(
+            std::fs::read(pruned.join(file)).unwrap() == std::fs::read(converted.join(file)).unwrap(),
+            "{file}"
+        );
+    }
+    let config = std::fs::read_to_string(converted.join("config.json")).unwrap();
+    assert!(config.contains(&format!("\"active_target\": {share}")), "{config}");
+
+    // Options that are given win; those that contradict each other are refused.
+    let own = fixture.out("convert-own");
+    let given = ["--partition", "contiguous", "--gate-value", "sigmoid"];
+    let convert = ["convert", at(&fixture.dense), "--active-target", "0.5", "--out", at(&own)];
+    let report = json_of(&[&convert[..], &text, &given].concat());
+    assert_eq!((&report["partition"], &report["router_init"]), (&"contiguous".into(), &"calibrated".into()));
+    let none = fixture.out("convert-none");
+    let base = ["convert", at(&fixture.dense), "--out", at(&none)];
+    let check = |args: &[&str], parts: &[&str]| fails(&[&base[..], args].concat(), parts);
+    check(&text, &["--calib", "--active-target"]);
+    check(
+        &[&text[..], &["--active-target", "0.5", "--router-init", "open"]].concat(),
+        &["--router-init open", "--calib"],
+    );
+    check(&["--active-target", "0.5", "--router-init", "calibrated"], &["calibrated needs text", "--calib"]);
+    check(&["--active-target", "1.5"], &["--active-target 1.5"]);
+    assert_eq!(run(&[&base[..], &["--samples", "4"]].concat()).code, 2);
+}

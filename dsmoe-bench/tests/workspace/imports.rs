@@ -261,7 +261,7 @@ pub(crate) fn lex(text: &str) -> Vec<(Part, &str)> {
 /// The length of the string or character literal that `text` begins with.
 fn literal(text: &str, before: &str) -> Option<usize> {
     let after_word = before.ends_with(|c: char| c.is_alphanumeric() || c == '_');
-    if text.starts_with('r') && !after_word || text.starts_with("br") && !after_word {
+    if !after_word && (text.starts_with('r') || text.starts_with("br")) {
         let hashes_at = text.find('r')? + 1;
         let hashes = text[hashes_at..].bytes().take_while(|&byte| byte == b'#').count();
         if text[hashes_at + hashes..].starts_with('"') {

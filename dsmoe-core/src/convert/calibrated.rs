@@ -1,5 +1,5 @@
-//! The start from a dense model and calibration text: experts of similar neurons, and routers that open the experts whose
-//! outputs are large (see [`dsmoe_router::init::calibrated`]).
+//! The start from a dense model and calibration text: experts of similar neurons, and routers that open the experts
+//! whose outputs are large (see [`dsmoe_router::init::calibrated`]).
 
 use std::path::Path;
 

@@ -4,8 +4,8 @@
 //! cheapest chain of moves to a cluster with room (successive shortest paths on the graph of clusters, with
 //! potentials, so that Dijkstra's algorithm serves). Among equal costs the lower index wins.
 
-/// Assigns items to clusters, exactly `capacities[c]` of them to cluster c; returns the cluster of every item. `costs` is
-/// `[items, clusters]`.
+/// Assigns items to clusters, exactly `capacities[c]` of them to cluster c; returns the cluster of every item.
+/// `costs` is `[items, clusters]`.
 ///
 /// # Panics
 /// The capacities do not add up to the items, or a cost is not finite.
@@ -80,8 +80,8 @@ impl Clusters<'_> {
         }
     }
 
-    /// Returns the cluster before each one on the cheapest chain of moves from an overfull cluster; `potentials` become the
-    /// costs of the chains.
+    /// Returns the cluster before each one on the cheapest chain of moves from an overfull cluster; `potentials`
+    /// become the costs of the chains.
     fn shortest_paths(&self, capacities: &[usize], potentials: &mut [f64]) -> Vec<Option<usize>> {
         let n = capacities.len();
         let (mut before, mut done) = (vec![None; n], vec![false; n]);

@@ -13,8 +13,9 @@ use super::assignment::assign;
 const MOST_ROUNDS: usize = 100;
 /// The largest number of starts.
 const MOST_STARTS: usize = 10;
-/// The largest number of products in the distances of all starts' first rounds; one start always runs. Few points often end
-/// in a poor local minimum and are cheap to run again; starts of thousands of rows end in nearly equal inertia.
+/// The largest number of products in the distances of all starts' first rounds; one start always runs. Few points
+/// often end in a poor local minimum and are cheap to run again; starts of thousands of rows end in nearly equal
+/// inertia.
 const STARTS_WORK: usize = 1 << 26;
 
 /// A clustering of points.
@@ -28,8 +29,8 @@ pub struct Clustering {
     pub inertia: f64,
 }
 
-/// Clusters the rows of `points` `[items, dim]` in clusters whose sizes differ by at most one. The result depends on the
-/// arguments alone.
+/// Clusters the rows of `points` `[items, dim]` in clusters whose sizes differ by at most one. The result depends on
+/// the arguments alone.
 ///
 /// # Panics
 /// There are fewer points than clusters, no clusters, or points that are not finite.
@@ -74,8 +75,8 @@ fn descend(points: &[f32], norms: &[f64], dim: usize, mut centers: Vec<f32>) -> 
     best.expect("a first round")
 }
 
-/// Draws centers by k-means++: each is a point, with probability proportional to its squared distance to the nearest center
-/// before it. Each `start` draws others.
+/// Draws centers by k-means++: each is a point, with probability proportional to its squared distance to the nearest
+/// center before it. Each `start` draws others.
 fn first_centers(
     points: &[f32],
     norms: &[f64],
@@ -151,8 +152,8 @@ pub fn normalized(mut rows: Vec<f32>, dim: usize) -> Vec<f32> {
     rows
 }
 
-/// Clusters the neurons with the given `rows` `[intermediate, hidden]`, each scaled to length 1. Returns the neurons, one
-/// expert after the other, and the centers of the clusters `[num_experts, hidden]`.
+/// Clusters the neurons with the given `rows` `[intermediate, hidden]`, each scaled to length 1. Returns the neurons,
+/// one expert after the other, and the centers of the clusters `[num_experts, hidden]`.
 pub fn neurons(rows: Vec<f32>, hidden: usize, num_experts: usize, seed: u64) -> (Vec<u32>, Vec<f32>) {
     let clusters = balanced(&normalized(rows, hidden), hidden, num_experts, seed);
     let mut order: Vec<u32> = (0..clusters.labels.len() as u32).collect();

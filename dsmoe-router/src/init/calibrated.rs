@@ -6,7 +6,8 @@
 //!   w_i, m_i = ridge regression of s[:, i] on x
 //!   z[t, i] = spread (w_i (x_t - mean x) + m_i - q) / deviation
 //! ```
-//! q is the value that the wanted share of all pairs exceeds, so that the router opens this share of pairs at the start.
+//! q is the value that the wanted share of all pairs exceeds, so that the router opens this share of pairs at the
+//! start.
 
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::matmul::{Mat, Matmul};
@@ -27,8 +28,8 @@ pub struct RouterValues {
     pub bias: Vec<f32>,
 }
 
-/// Fits a router to the inputs `x` `[tokens, hidden]` and `scores` `[tokens, num_experts]` of experts, such that it opens
-/// the share `active` of all pairs. Returns none if a value is not finite.
+/// Fits a router to the inputs `x` `[tokens, hidden]` and `scores` `[tokens, num_experts]` of experts, such that it
+/// opens the share `active` of all pairs. Returns none if a value is not finite.
 pub fn calibrated(x: &[f32], scores: &[f64], num_experts: usize, active: f64) -> Option<RouterValues> {
     let tokens = scores.len() / num_experts;
     let hidden = x.len() / tokens;

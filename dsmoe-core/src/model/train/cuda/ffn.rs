@@ -174,10 +174,11 @@ impl Weights<'_> {
             }
         }
         // The down projection is stored transposed: y = c W.
-        Ok(match lists {
+        match lists {
             Some(lists) => experts::Down { y, parts, c: &c, weight: down, lists }.run()?,
             None => linear::BackwardInput { dx: y, dy: &c, w: down, add: false }.run()?,
-        })
+        }
+        Ok(())
     }
 
     /// Sets the routing, where there is a gate.

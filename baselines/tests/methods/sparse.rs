@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use dsmoe_baselines::{Budget, Configured, Job, Made, Result, method, read_settings};
+use dsmoe_baselines::{Budget, Job, Made, Result};
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::calibrate::LayerStream;
 use dsmoe_core::checkpoint::{Checkpoint, Dtype};
@@ -15,6 +15,8 @@ use dsmoe_core::{Config, Masks};
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::testing::with_threads;
 use serde_json::{Value, json};
+
+use crate::{configured, shared};
 
 const METHODS: [&str; 3] = ["sparsegpt", "wanda", "magnitude"];
 
@@ -46,10 +48,6 @@ fn small(dir: &Path, dtype: Dtype) -> PathBuf {
 
 fn sequences() -> Vec<Vec<u32>> {
     (0..5).map(|s| (0..31).map(|t| ((s * 31 + t) * (s + 7 * t + 2) % 75) as u32).collect()).collect()
-}
-
-fn configured(name: &str, set: &[&str]) -> Result<Box<dyn Configured>> {
-    method(name)?.configure(&read_settings(set.iter().copied())?)
 }
 
 struct Run<'a> {
@@ -364,20 +362,6 @@ fn what_cannot_be_done_is_said_in_a_line_and_leaves_nothing() {
     assert!(error.contains("50 columns") && error.contains("pattern unstructured"), "{error}");
 }
 
-/// The data folder; prints a skip when it is absent.
-#[expect(clippy::print_stdout, reason = "a skipped test says so")]
-fn shared(test: &str) -> Option<PathBuf> {
-    let dir = std::env::var_os("DSMOE_SHARED")
-        .map_or_else(|| PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../shared")), PathBuf::from);
-    if dir.join("models").exists() {
-        return Some(dir);
-    }
-    let required = std::env::var("DSMOE_REQUIRE").is_ok_and(|list| list.split(',').any(|w| w == "shared"));
-    assert!(!required, "{test}: no shared data at {}", dir.display());
-    println!("SKIP {test}: no shared data at {}", dir.display());
-    None
-}
-
 fn base64(text: &str) -> Vec<u8> {
     const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     let digit = |byte: &u8| DIGITS.iter().position(|digit| digit == byte).map(|at| at as u32);
@@ -393,7 +377,7 @@ fn base64(text: &str) -> Vec<u8> {
 #[test]
 fn masks_and_errors_of_a_real_layer_are_pytorchs() {
     let Some(shared) = shared("masks_and_errors_of_a_real_layer_are_pytorchs") else { return };
-    let golden: Value = serde_json::from_str(include_str!("golden/sparse.json")).unwrap();
+    let golden: Value = serde_json::from_str(include_str!("../golden/sparse.json")).unwrap();
     let sequences: Vec<Vec<u32>> = serde_json::from_value(golden["sequences"].clone()).unwrap();
     let model = shared.join("models/babyllama-1m");
     let config = Config::load(&model).unwrap();

@@ -4,7 +4,7 @@ use dsmoe_baselines::Budget;
 use dsmoe_core::Config;
 use dsmoe_core::checkpoint::{Checkpoint, Dtype, check_llama_tensors};
 
-use crate::common::{Run, count, loaded, logits, model, saved, tensors, tokens, values};
+use super::common::{Run, count, loaded, logits, model, saved, tensors, tokens, values};
 
 #[test]
 fn one_set_of_channels_leaves_every_tensor() {
@@ -58,7 +58,7 @@ fn one_set_of_channels_leaves_every_tensor() {
             } else {
                 values.chunks(cols).flat_map(|row| kept.iter().map(|&c| row[c]).collect::<Vec<_>>()).collect()
             };
-            assert_eq!(crate::common::values(&out, name), want, "{name}");
+            assert_eq!(super::common::values(&out, name), want, "{name}");
             assert_eq!(after[name].0, *dtype);
         }
         assert!(logits(&loaded(&out), &[1, 2, 3]).iter().all(|x| x.is_finite()));

@@ -1,30 +1,18 @@
-//! MoEfication of a real model: the trained router keeps its loss better than the start, experts of co-active neurons better
-//! than clusters, and all experts keep it whole.
+//! MoEfication of a real model: the trained router keeps its loss better than the start, experts of co-active neurons
+//! better than clusters, and all experts keep it whole.
 
 use std::collections::HashMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use dsmoe_baselines::{Job, Made, method, read_settings};
+use dsmoe_baselines::{Job, Made};
 use dsmoe_core::Inference;
 use dsmoe_core::model::{Batch, Workspace};
 use dsmoe_kernels::Precision;
 
-const SEQ: usize = 128;
+use crate::{configured, shared};
 
-/// The shared data folder; prints a skip when it is absent.
-#[expect(clippy::print_stdout, reason = "a skipped test says so")]
-fn shared(test: &str) -> Option<PathBuf> {
-    let dir = std::env::var_os("DSMOE_SHARED")
-        .map_or_else(|| PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../shared")), PathBuf::from);
-    if dir.join("models/babyllama-1m").exists() {
-        return Some(dir);
-    }
-    let required = std::env::var("DSMOE_REQUIRE").is_ok_and(|list| list.split(',').any(|w| w == "shared"));
-    assert!(!required, "{test}: no shared data at {}", dir.display());
-    println!("SKIP {test}: no shared data at {}", dir.display());
-    None
-}
+const SEQ: usize = 128;
 
 /// Sequences of the model's text; its tokens are characters.
 fn sequences(shared: &Path, model: &Path) -> Vec<Vec<u32>> {
@@ -65,8 +53,7 @@ fn a_trained_router_keeps_a_real_model_better() {
     let (calibration, held_out) = (&sequences[..96], &sequences[96..128]);
     let dir = tempfile::tempdir().unwrap();
     let run = |name: &str, budget: &str, set: &[&str]| -> (f64, Made) {
-        let method = method(name).unwrap();
-        let method = method.configure(&read_settings(set.iter().copied()).unwrap()).unwrap();
+        let method = configured(name, set).unwrap();
         let out = dir.path().join("out");
         let budget = budget.parse().unwrap();
         let job = Job { model: &model, out: &out, force: true, budget, calibration, seed: 1 };

@@ -15,7 +15,7 @@ const TOKENS: usize = 7;
 
 #[test]
 fn output_balance_loss_and_gradients_are_those_of_pytorch() {
-    let golden: Value = serde_json::from_str(include_str!("golden/llama_moe_layer.json")).unwrap();
+    let golden: Value = serde_json::from_str(include_str!("../golden/llama_moe_layer.json")).unwrap();
     let wide = |name: &str| -> Vec<f64> { serde_json::from_value(golden[name].clone()).unwrap() };
     let read = |name: &str| -> Vec<f32> { wide(name).iter().map(|&x| x as f32).collect() };
     let spec = TopkSpec {

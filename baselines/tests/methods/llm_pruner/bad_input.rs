@@ -8,7 +8,7 @@ use dsmoe_core::checkpoint::Dtype;
 use dsmoe_core::convert::{ConvertOptions, convert};
 use dsmoe_core::masks::Masks;
 
-use crate::common::{Run, model, saved, tokens};
+use super::common::{Run, model, saved, tokens};
 
 const METHODS: [&str; 2] = ["llm-pruner-block", "llm-pruner-channel"];
 

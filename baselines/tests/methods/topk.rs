@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use dsmoe_baselines::llama_moe::export;
 use dsmoe_baselines::topk::EXPERTS_FILE;
-use dsmoe_baselines::{Budget, Job, Made, Plan, Result, method, read_settings};
+use dsmoe_baselines::{Budget, Job, Made, Plan, Result};
 use dsmoe_core::checkpoint::{Checkpoint, Dtype};
 use dsmoe_core::config::Config;
 use dsmoe_core::convert::{ConvertOptions, PartitionSpec, convert};
@@ -17,6 +17,8 @@ use dsmoe_kernels::Precision;
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::rng::Rng;
 use dsmoe_router::SparsityOver;
+
+use crate::configured;
 
 const VOCAB: u32 = 40;
 const SEQ: usize = 24;
@@ -52,15 +54,13 @@ fn run_on(
     set: &[&str],
     calibration: &[Vec<u32>],
 ) -> Result<Made> {
-    let method = method(name)?.configure(&read_settings(set.iter().copied())?)?;
     let budget = budget.parse()?;
     let job = Job { model, out, force: false, budget, calibration, seed: 5 };
-    method.run(&job, &mut |_| {})
+    configured(name, set)?.run(&job, &mut |_| {})
 }
 
 fn plan(name: &str, shape: &str, budget: &str, set: &[&str]) -> Result<Plan> {
-    let method = method(name)?.configure(&read_settings(set.iter().copied())?)?;
-    method.plan(&preset(shape)?, budget.parse::<Budget>()?)
+    configured(name, set)?.plan(&preset(shape)?, budget.parse::<Budget>()?)
 }
 
 fn logits_of(model: &Inference) -> Vec<f32> {

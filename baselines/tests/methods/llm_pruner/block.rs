@@ -1,6 +1,6 @@
 //! Block-wise pruning.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use dsmoe_baselines::Budget;
 use dsmoe_core::accounting::Accounting;
@@ -11,7 +11,8 @@ use dsmoe_core::{Config, Model};
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::testing::{assert_close, f64s};
 
-use crate::common::{Run, count, loaded, logits, model, saved, tensors, tokens, values};
+use super::common::{Run, count, loaded, logits, model, saved, tensors, tokens, values};
+use crate::shared;
 
 fn block<'a>(set: &'a [&'static str], budget: f64, calibration: &'a [Vec<u32>]) -> Run<'a> {
     let budget = Budget::Share(budget);
@@ -192,21 +193,10 @@ fn nll(model: &Inference, texts: &[Vec<u32>]) -> f64 {
     texts.iter().map(mean).sum::<f64>() / texts.len() as f64
 }
 
-#[expect(clippy::print_stdout, reason = "a skipped test says so")]
-fn real_model(name: &str) -> Option<PathBuf> {
-    let shared = std::env::var_os("DSMOE_SHARED")
-        .map_or_else(|| PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../shared")), PathBuf::from);
-    let dir = shared.join("models").join(name);
-    if dir.exists() {
-        return Some(dir);
-    }
-    println!("SKIP: no model at {}", dir.display());
-    None
-}
-
 #[test]
 fn gradients_know_better_than_chance_in_a_real_model() {
-    let Some(source) = real_model("babyllama-1m") else { return };
+    let Some(shared) = shared("gradients_know_better_than_chance_in_a_real_model") else { return };
+    let source = shared.join("models/babyllama-1m");
     let work = tempfile::tempdir().unwrap();
     let dense = loaded(&source);
     let mut texts = own_text(&dense, 24, 96);

@@ -3,12 +3,14 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use dsmoe_baselines::{Budget, Job, Made, Result, method, read_settings};
+use dsmoe_baselines::{Budget, Job, Made, Result};
 use dsmoe_core::checkpoint::{Checkpoint, Dtype};
 use dsmoe_core::model::{Cache, Inference, Workspace};
 use dsmoe_core::{Config, Model};
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::rng::Rng;
+
+use crate::configured;
 
 pub(crate) const VOCAB: u64 = 40;
 
@@ -57,7 +59,7 @@ pub(crate) struct Run<'a> {
 
 impl Run<'_> {
     pub(crate) fn run(&self, model: &Path, out: &Path) -> Result<Made> {
-        let method = method(self.method)?.configure(&read_settings(self.set.iter().copied())?)?;
+        let method = configured(self.method, self.set)?;
         let Run { budget, calibration, seed, force, .. } = *self;
         let job = Job { model, out, force, budget, calibration, seed };
         method.run(&job, &mut |progress| assert!(progress.done <= progress.total))
