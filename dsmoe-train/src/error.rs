@@ -12,6 +12,7 @@ static ANOTHER_OUT: Remedy = Remedy::fixed("choose another {out}");
 static WAIT: Remedy = Remedy::fixed("wait for it, or choose another {out}");
 static CHECKPOINT: Remedy =
     Remedy::fixed("delete this checkpoint to resume from an older one, or set {force} to start over");
+static BROKEN_RESPONSES: Remedy = Remedy::fixed("delete the file, or choose another {out}");
 static RESPONSES: Remedy = Remedy::fixed("choose another {out}, or delete the file");
 static LR: Remedy = Remedy::fixed("use a smaller {lr} or look at the data");
 
@@ -127,7 +128,7 @@ pub enum Error {
         reason: String,
     },
     /// A file of responses that cannot be read.
-    #[error("{path}: line {line} is no response; {}", RESPONSES)]
+    #[error("{path}: line {line} is no response; {}", BROKEN_RESPONSES)]
     BadResponses {
         /// The file.
         path: PathBuf,
@@ -176,7 +177,8 @@ impl Error {
             Error::OutHoldsSource { .. } | Error::NotARun { .. } => Some(&ANOTHER_OUT),
             Error::Busy { .. } => Some(&WAIT),
             Error::BadCheckpoint { .. } => Some(&CHECKPOINT),
-            Error::BadResponses { .. } | Error::OtherResponses { .. } => Some(&RESPONSES),
+            Error::BadResponses { .. } => Some(&BROKEN_RESPONSES),
+            Error::OtherResponses { .. } => Some(&RESPONSES),
             Error::NonFinite { .. } => Some(&LR),
             _ => None,
         }
