@@ -130,7 +130,7 @@ pub fn check_text(sequences: &[Vec<u32>], at_least: usize, need: &str) -> Result
 /// Checks the text that routers learn from, and returns the number of its tokens.
 ///
 /// # Errors
-/// As [`check_text`]; also fewer than 256 tokens.
+/// Those of [`check_text`]; there are fewer than 256 tokens.
 pub fn check_router_text(sequences: &[Vec<u32>]) -> Result<usize> {
     check_text(sequences, 1, "routers")?;
     let tokens = sequences.iter().map(Vec::len).sum();

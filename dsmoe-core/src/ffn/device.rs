@@ -75,7 +75,7 @@ pub enum DeviceFfn {
         intermediate: usize,
         /// Its gates.
         router: RouterConfig,
-        /// Whether the router has a bias.
+        /// True if the router has a bias.
         router_bias: bool,
     },
     /// SwiGLU cut into experts behind a gate that the host computes; parameters are [`projections`](super::projections) and the

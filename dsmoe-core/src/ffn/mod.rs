@@ -170,7 +170,7 @@ pub enum FfnKind {
     Dsmoe {
         /// The gates.
         router: RouterConfig,
-        /// Whether the router has a bias.
+        /// True if the router has a bias.
         router_bias: bool,
     },
     /// The `ffn` object of this spec.

@@ -59,7 +59,8 @@ impl Model {
         Model::with_ffns(config, ffns)
     }
 
-    /// Loads a model directory: a dense LLaMA, DSMoE, or FFNs of a kind that is registered ([`ffn::register`]).
+    /// Loads a model directory: a dense LLaMA, DSMoE, or FFNs of a registered kind
+    /// ([`register`](crate::ffn::register)).
     ///
     /// # Errors
     /// The directory is malformed; the message names the file, the field or tensor, and the remedy.

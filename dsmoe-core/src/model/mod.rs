@@ -1,5 +1,5 @@
-//! The LLaMA decoder over any [`Ffn`]: [`Model`], an arena of f32 parameters, to train, load and save; [`Inference`],
-//! packed weights in a precision, to score and to decode.
+//! The LLaMA decoder over any [`Ffn`](crate::ffn::Ffn): [`Model`], an arena of f32 parameters, to train, load and save;
+//! [`Inference`], packed weights in a precision, to score and to decode.
 //!
 //! ```text
 //! x = embed(ids)

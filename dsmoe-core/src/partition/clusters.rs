@@ -1,6 +1,6 @@
 //! Experts of similar neurons: k-means with clusters of equal size.
 //!
-//! Centers start by k-means++; then points are assigned exactly ([`assign`]) and centers become means, in turn, which
+//! Centers start by k-means++; then points are assigned exactly (`assign`) and centers become means, in turn, which
 //! lowers the inertia until nothing changes. Small problems are run from several starts, and the least inertia is kept.
 
 use dsmoe_kernels::matmul::{Mat, Matmul, Precision};
