@@ -25,7 +25,7 @@ struct GpuInfo {
 
 #[cfg(not(feature = "cuda"))]
 pub(crate) fn gpus() -> Gpus {
-    let problem = "this program was built without CUDA; build it with --features cuda to use a GPU";
+    let problem = "this program was built without CUDA; build it with the feature `cuda` to use a GPU";
     Gpus {
         built: false,
         devices: Vec::new(),

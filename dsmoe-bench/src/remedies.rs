@@ -37,9 +37,13 @@ fn core_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a dsmoe_core::Er
     }
 }
 
+/// Settings whose flags have other names.
+const FLAGS: [(&str, &str); 1] = [("vocab_size", "--vocab")];
+
 /// Returns the flag of a setting.
 fn flag(setting: &str) -> String {
-    format!("--{}", setting.replace('_', "-"))
+    let other = FLAGS.iter().find(|(name, _)| *name == setting);
+    other.map_or_else(|| format!("--{}", setting.replace('_', "-")), |(_, flag)| (*flag).to_owned())
 }
 
 #[cfg(test)]
@@ -60,7 +64,7 @@ mod tests {
         }
         let flags = flags(&Cli::command());
         let settings = "accumulate batch bos cache data device doc_separator dtype experts force lr out partition \
-            profile resume samples seq shots_file steps stride task_file text_column threads tokens";
+            profile resume samples seq shots_file steps stride task_file text_column threads tokens valid_fraction vocab_size";
         for setting in settings.split_whitespace() {
             assert!(flags.contains(&flag(setting)), "{setting}");
         }

@@ -120,7 +120,7 @@ fn configurations() {
     fs::write(&lists, "{\"layers\": [[[0, 1], [1, 2]]]}").unwrap();
     fails(
         &["convert", at(&fixture.dense), "--experts", "4", "--partition", at(&lists), "--out", at(&out)],
-        &["bad-partition.json", "layers[0] has 2 experts, not 4", "; use --experts 2"],
+        &["bad-partition.json", "layers[0] has 2 experts, not 4", "; set --experts to 2"],
     );
     assert!(!out.exists(), "a failed conversion leaves nothing");
 }
@@ -176,7 +176,7 @@ fn tokenizers_and_texts() {
     );
     fails(
         &["eval", at(&fixture.dense), "--data", at(&fixture.text), "--seq", "1"],
-        &["--seq: 1", "use at least 2"],
+        &["--seq is 1", "use at least 2"],
     );
     fails(
         &["eval", at(&fixture.dense), "--data", at(&fixture.text), "--threshold", "0.5"],

@@ -267,7 +267,7 @@ fn tokenizers_are_trained() {
     as_words(train(&two, &["--force"]), &|args| drop(succeeds(args)));
     let mut small = train(&dir.join("three"), &[]);
     small[7] = "100".into();
-    as_words(small, &|args| fails(args, &["vocab_size: 100", "at least 258"]));
+    as_words(small, &|args| fails(args, &["--vocab is 100", "at least 258"]));
     let broken = dir.join("broken.jsonl");
     fs::write(&broken, "{\"text\": \"a\"}\n{").unwrap();
     fails(
