@@ -1,4 +1,5 @@
 //! Makes small models of a dense one by several methods, at one budget, and prints what each activates.
+#![expect(clippy::print_stdout, reason = "an example prints its results")]
 
 use dsmoe_baselines::{Budget, Job, SettingValues, method};
 use dsmoe_core::Config;
