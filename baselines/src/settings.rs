@@ -23,7 +23,7 @@ pub struct SettingInfo {
     pub help: &'static str,
 }
 
-/// A struct of settings, declared with [`settings!`](crate::settings::settings).
+/// A struct of settings that the macro `settings!` of this crate declares.
 pub trait Settings: Default + Serialize + DeserializeOwned + 'static {
     /// The name and the doc comment of every field.
     const HELP: &'static [(&'static str, &'static str)];
