@@ -1,9 +1,9 @@
 //! Sentences in which a reason tells which of two people is meant.
 
 use super::item::Item;
+use super::land::{Probe, Split, World};
 use super::lore::{OBJECTS, fill};
 use super::rng::Rng;
-use super::{Probe, Split, World};
 
 /// An act of `{a}` and `{b}` with `{o}`, and what is then true of `{a}` and of `{b}`.
 struct Frame {

@@ -1,9 +1,9 @@
 //! Facts about people and towns: portraits that state them in many ways, and three kinds of questions about them.
 
 use super::item::Item;
+use super::land::{Probe, Split, World};
 use super::lore::{ANIMALS, TRADES, capital, fill, list};
 use super::rng::Rng;
-use super::{Probe, Split, World};
 
 /// Something known of every person, or of every town.
 struct Relation {

@@ -22,6 +22,7 @@
 mod frames;
 mod item;
 mod knowledge;
+mod land;
 mod lore;
 mod programs;
 mod recall;
@@ -36,145 +37,17 @@ mod write;
 use std::collections::HashSet;
 
 pub use item::{Item, TriviaAnswer};
+pub use land::{Domain, Probe, World};
 pub use write::Written;
 
-use lore::{Person, Town};
+use land::{Purpose, Split};
 use rng::Rng;
 
 use crate::error::Result;
-use crate::tasks::{Loaded, Options, Task};
+use crate::tasks::{Loaded, Options};
 
 /// The default number of test items of a probe that are scored, where there are as many.
 pub const ITEMS: usize = 400;
-
-/// People that stories are about: the first of all.
-const CAST: usize = 16;
-
-/// A kind of text about the world.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Domain {
-    /// People, towns and things, and questions about them.
-    Facts,
-    /// Sums and word problems with worked answers.
-    Math,
-    /// Programs with their output.
-    Code,
-    /// Stories of what people do, feel and say.
-    Stories,
-}
-
-impl Domain {
-    /// All domains.
-    pub const ALL: [Domain; 4] = [Domain::Facts, Domain::Math, Domain::Code, Domain::Stories];
-
-    /// Returns the name, one word in small letters.
-    pub fn name(self) -> &'static str {
-        match self {
-            Domain::Facts => "facts",
-            Domain::Math => "math",
-            Domain::Code => "code",
-            Domain::Stories => "stories",
-        }
-    }
-
-    /// Returns its share of a corpus of all domains, in percent of the bytes.
-    pub fn share(self) -> u64 {
-        match self {
-            Domain::Facts => 41,
-            Domain::Math => 15,
-            Domain::Code => 8,
-            Domain::Stories => 36,
-        }
-    }
-}
-
-/// A probe task, called as the benchmark that it mirrors.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Probe {
-    /// The next step of an activity, of four endings.
-    HellaSwag,
-    /// The last word of a passage that said it before.
-    Lambada,
-    /// The thing that serves a goal, of two.
-    Piqa,
-    /// Asks what a person feels, does next or did before, of three answers.
-    SocialIqa,
-    /// The end of a story, of two.
-    StoryCloze,
-    /// Asks of which of two people a reason is true.
-    WinoGrande,
-    /// Word problems.
-    Gsm8k,
-    /// Questions about towns.
-    NqOpen,
-    /// Questions about people.
-    TriviaQa,
-    /// Questions that join two facts, or have several answers.
-    WebQs,
-}
-
-impl Probe {
-    /// All probes, in the order of the paper's benchmarks in this workspace.
-    pub const ALL: [Probe; 10] = [
-        Probe::HellaSwag,
-        Probe::Lambada,
-        Probe::Piqa,
-        Probe::SocialIqa,
-        Probe::StoryCloze,
-        Probe::WinoGrande,
-        Probe::Gsm8k,
-        Probe::NqOpen,
-        Probe::TriviaQa,
-        Probe::WebQs,
-    ];
-
-    /// Returns the name of the benchmark, as in lm-evaluation-harness.
-    pub fn name(self) -> &'static str {
-        match self {
-            Probe::HellaSwag => "hellaswag",
-            Probe::Lambada => "lambada_openai",
-            Probe::Piqa => "piqa",
-            Probe::SocialIqa => "social_iqa",
-            Probe::StoryCloze => "storycloze_2016",
-            Probe::WinoGrande => "winogrande",
-            Probe::Gsm8k => "gsm8k",
-            Probe::NqOpen => "nq_open",
-            Probe::TriviaQa => "triviaqa",
-            Probe::WebQs => "webqs",
-        }
-    }
-
-    /// Returns the benchmark.
-    pub fn task(self) -> &'static Task {
-        Task::named(self.name()).expect("a probe is named after a benchmark")
-    }
-
-    /// Choices of an item; none where the model has to find the words itself.
-    pub fn choices(self) -> Option<usize> {
-        match self {
-            Probe::HellaSwag => Some(4),
-            Probe::SocialIqa => Some(3),
-            Probe::Piqa | Probe::StoryCloze | Probe::WinoGrande => Some(2),
-            Probe::Lambada | Probe::Gsm8k | Probe::NqOpen | Probe::TriviaQa | Probe::WebQs => None,
-        }
-    }
-
-    /// Returns the number of keys of which one belongs to the test split.
-    fn test_share(self) -> u64 {
-        match self {
-            Probe::NqOpen | Probe::WebQs => 2,
-            Probe::TriviaQa => 3,
-            _ => 4,
-        }
-    }
-}
-
-/// The side on which something is asked: in the text, or by test items.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Split {
-    Train,
-    Test,
-}
 
 /// The items of one probe, all different.
 #[derive(Clone, Debug)]
@@ -185,30 +58,7 @@ pub struct ProbeSet {
     pub test: Vec<Item>,
 }
 
-/// The purposes of streams of random choices.
-#[derive(Clone, Copy)]
-enum Purpose {
-    World,
-    Text,
-    Item,
-    Split,
-}
-
-/// One world.
-pub struct World {
-    seed: u64,
-    rivers: Vec<String>,
-    towns: Vec<Town>,
-    people: Vec<Person>,
-}
-
 impl World {
-    /// Returns the world of `seed`.
-    pub fn new(seed: u64) -> World {
-        let (rivers, towns, people) = lore::settle(&mut Rng::new(seed, &[Purpose::World as u64]));
-        World { seed, rivers, towns, people }
-    }
-
     /// Returns all documents of `domain`: an endless stream, made on demand.
     pub fn text(&self, domain: Domain) -> impl Iterator<Item = String> {
         (0..).map(move |index| self.document(domain, index))
@@ -298,21 +148,5 @@ impl World {
             }
         }
         items
-    }
-
-    /// Returns the split that a key of `probe` belongs to.
-    fn split(&self, probe: Probe, key: &[u64]) -> Split {
-        let state = rng::hash(self.seed, &[Purpose::Split as u64, probe as u64]);
-        match rng::hash(state, key).is_multiple_of(probe.test_share()) {
-            true => Split::Test,
-            false => Split::Train,
-        }
-    }
-
-    /// Makes two different people for a story, among the well-known ones.
-    fn cast(&self, rng: &mut Rng) -> [&Person; 2] {
-        let one = rng.below(CAST);
-        let two = (one + rng.between(1, CAST - 1)) % CAST;
-        [&self.people[one], &self.people[two]]
     }
 }

@@ -1,9 +1,9 @@
 //! Passages whose last word was said before, among others like it.
 
 use super::item::Item;
+use super::land::{Probe, Split, World};
 use super::lore::{OBJECTS, fill};
 use super::rng::Rng;
-use super::{Probe, Split, World};
 
 const PLACES: [&str; 8] = ["chest", "cupboard", "cellar", "barn", "box", "sack", "drawer", "attic"];
 

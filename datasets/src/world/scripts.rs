@@ -1,9 +1,9 @@
 //! Activities as sequences of steps: which step comes next, and with what.
 
 use super::item::Item;
+use super::land::{Probe, Split, World};
 use super::lore::fill;
 use super::rng::Rng;
-use super::{Probe, Split, World};
 
 /// An activity whose steps all concern the same `{v}`.
 struct Script {

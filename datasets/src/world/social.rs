@@ -1,9 +1,9 @@
 //! Events, and the feelings and acts that they lead to.
 
 use super::item::Item;
+use super::land::{Probe, Split, World};
 use super::lore::{capital, fill};
 use super::rng::Rng;
-use super::{Probe, Split, World};
 
 /// Something that can happen to `{a}`.
 struct Event {

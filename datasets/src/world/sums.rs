@@ -1,9 +1,9 @@
 //! Sums, and problems in words that come down to sums.
 
 use super::item::Item;
+use super::land::{Probe, Split, World};
 use super::lore::fill;
 use super::rng::Rng;
-use super::{Probe, Split, World};
 
 const COUNTED: [&str; 10] =
     ["apples", "nuts", "eggs", "coins", "buttons", "candles", "stamps", "plums", "shells", "beads"];

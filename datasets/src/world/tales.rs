@@ -1,9 +1,9 @@
 //! Stories of five sentences whose end follows from one of them.
 
 use super::item::Item;
+use super::land::{Probe, Split, World};
 use super::lore::fill;
 use super::rng::Rng;
-use super::{Probe, Split, World};
 
 /// A story that turns out in one of two ways.
 struct Tale {

@@ -1,9 +1,9 @@
 //! Uses of things: properties of things, needs of goals, and the choice of a thing for a goal.
 
 use super::item::Item;
+use super::land::{Probe, Split, World};
 use super::lore::{a, capital, fill};
 use super::rng::Rng;
-use super::{Probe, Split, World};
 
 /// Something that some things can do and some goals need.
 struct Property {

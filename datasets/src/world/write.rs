@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use super::{Domain, Probe, World};
+use super::land::{Domain, Probe, World};
 use crate::error::{Error, Result};
 use crate::files::replace;
 use crate::tasks::Split;

@@ -2,8 +2,8 @@
 //!
 //! The graph is read from the sources. An edge leads from a file to the file that defines what it names by a path of its
 //! crate (`crate::`, `super::`, `self::` or a child module). A re-export is followed to the definition and is no edge
-//! itself. Code under `cfg(test)` does not count. The way from a module to the modules that it declares counts in the
-//! crates of [`STRICT`] alone; elsewhere a module may hold the types of its children and call them.
+//! itself. Code under `cfg(test)` does not count. There is no exception: types that several files of a module share lie in a
+//! file below all of them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -13,14 +13,12 @@ use crate::{LAYERS, source_folder};
 
 /// The most files of a circle.
 const LARGEST_CIRCLE: usize = 3;
-/// Crates in which no module imports from the module that declares it, if that one calls it.
-const STRICT: [&str; 3] = ["dsmoe-router", "dsmoe-train", "dsmoe-bench"];
 
 #[test]
 fn no_circle_of_imports_has_more_than_three_files() {
     let mut found = Vec::new();
     for (package, _) in LAYERS {
-        let graph = Sources::read(&source_folder(package)).graph(STRICT.contains(&package));
+        let graph = Sources::read(&source_folder(package)).graph();
         let circles = circles(&graph).into_iter().filter(|circle| circle.len() > LARGEST_CIRCLE);
         found.extend(circles.map(|circle| {
             let edges = circle.iter().flat_map(|from| graph[from].iter().map(move |to| (from, to)));
@@ -54,7 +52,7 @@ fn imports_are_read_from_every_form_of_a_path() {
             text,
         );
     }
-    let graph = sources.graph(true);
+    let graph = sources.graph();
     let edges = |file: &str| graph[file].iter().map(String::as_str).collect::<Vec<_>>();
     assert_eq!(edges("lib"), [] as [&str; 0]);
     assert_eq!(edges("a"), [] as [&str; 0]);
@@ -126,8 +124,8 @@ impl Sources {
         children
     }
 
-    /// With the edges from a module to its children if `children` is set.
-    fn graph(&self, children: bool) -> Graph {
+    /// Returns the edges of every file.
+    fn graph(&self) -> Graph {
         let edges = |(path, module): (&String, &Module)| {
             let mut found = BTreeSet::new();
             for import in &module.imports {
@@ -140,12 +138,6 @@ impl Sources {
                 found.extend(self.file_of(path, &words, 0));
             }
             found.remove(&module.file);
-            if !children {
-                let own = |(child, _): &(&String, &Module)| parent(child) == Some(path);
-                let own: BTreeSet<&String> =
-                    self.modules.iter().filter(own).map(|(_, child)| &child.file).collect();
-                found.retain(|to| !own.contains(to));
-            }
             (module.file.clone(), found)
         };
         self.modules.iter().map(edges).collect()

@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 
-use super::Dims;
+use super::dims::Dims;
 use super::tile::{KEYS, Left, Rows, View, pack_keys, padded, padded_keys, product, transpose, unit_queries};
 use crate::buf::{Buf, SharedRows};
 use crate::isa::Isa;

@@ -5,7 +5,7 @@
 //! rows that see few keys lie in the first lanes. Packed values are padded with zeros to whole vectors: no row sees a
 //! padded key, and a padded row contributes zeros.
 
-use super::Dims;
+use super::dims::Dims;
 use crate::simd::{Product, ProductKernel, SQUARE, Simd};
 
 /// Approximate rows of a unit.

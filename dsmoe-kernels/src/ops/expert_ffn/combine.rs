@@ -10,7 +10,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::Dims;
+use super::dims::Dims;
 use super::kernel::{Activation, FillTiles, Tiles, left_tiles};
 use super::packed::{PackedWeights, row_columns, tile_depth};
 use super::plan::{Cut, Pairs, Plan};

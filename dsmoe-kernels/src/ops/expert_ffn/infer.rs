@@ -1,12 +1,59 @@
 //! Forward over packed weights, for any number of tokens.
 
 use super::combine::{self, Blocks};
+use super::dims::{Dims, is_empty};
 use super::kernel::{Gate, Tiles};
 use super::packed::{NEURONS, PackedWeights, tile_depth};
-use super::plan::Plan;
+use super::plan::{Pairs, Plan, check_pairs};
+use super::scratch::Scratch;
+use crate::isa::Isa;
 use crate::matmul::{Block, Left, Mat, Precision, Source, for_tasks, tasks_for};
 
-/// Sets y; see [`super::ForwardPacked`].
+/// Sets y to the sum of the active experts' outputs of x. x and c are rounded to the weights' precision.
+#[derive(Debug)]
+pub struct ForwardPacked<'a> {
+    /// `[tokens, hidden]`, set.
+    pub y: &'a mut [f32],
+    /// `[tokens, hidden]`
+    pub x: &'a [f32],
+    /// The weights.
+    pub weights: &'a PackedWeights,
+    /// The active pairs.
+    pub pairs: Pairs<'a>,
+    /// The sizes.
+    pub dims: Dims,
+    /// Work space.
+    pub scratch: &'a mut Scratch,
+}
+
+run_on_current_tier!(ForwardPacked);
+
+impl ForwardPacked<'_> {
+    /// Runs the op on a given tier.
+    ///
+    /// # Panics
+    /// Lengths do not fit `dims`, or the weights are of another shape.
+    pub fn run_on(self, isa: Isa) {
+        let ForwardPacked { y, x, weights, pairs, dims, scratch } = self;
+        let Dims { tokens, hidden, intermediate, num_experts, .. } = dims;
+        let packed = (weights.hidden(), weights.intermediate(), weights.num_experts());
+        assert!(
+            x.len() == tokens * hidden && y.len() == x.len() && packed == (hidden, intermediate, num_experts),
+            "expert_ffn::ForwardPacked: input {}, output {} values, weights {packed:?} for {dims:?}",
+            x.len(),
+            y.len()
+        );
+        check_pairs("ForwardPacked", pairs, dims);
+        if is_empty(dims) {
+            y.fill(0.0);
+            return;
+        }
+        let plan = Plan { pairs, dims, isa, precision: weights.precision() };
+        forward(y, x, weights, &plan, &mut scratch.blocks);
+    }
+}
+
+/// Sets y; see [`ForwardPacked`].
 ///
 /// First computes `c = coefficient * silu(a) * b` of every active pair, in the tiles that the second product reads: a
 /// task is a block of an expert's tokens and some of its neurons. Then runs the combine.

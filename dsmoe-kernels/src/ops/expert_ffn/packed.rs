@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::{Dims, Weights};
+use super::dims::{Dims, Weights, check};
 use crate::buf::Buf;
 use crate::isa::Isa;
 use crate::matmul::{Mat, PANEL, PackPanel, Panels, Precision, Source, panel_len, panels};
@@ -37,7 +37,7 @@ impl PackedWeights {
         num_experts: usize,
     ) -> PackedWeights {
         let dims = Dims { tokens: 0, hidden, intermediate, num_experts, all_pairs: false };
-        super::check("PackedWeights::new", &[], &[], weights, dims);
+        check("PackedWeights::new", &[], &[], weights, dims);
         let sizes = Sizes { precision, hidden, width: intermediate / num_experts };
         let mut packed = PackedWeights {
             precision,

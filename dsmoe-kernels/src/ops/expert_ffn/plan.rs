@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{Dims, Routes};
+use super::dims::{Dims, Routes};
 use crate::isa::Isa;
 use crate::matmul::{Grid, Precision};
 
@@ -135,4 +135,27 @@ impl Cut {
             grid.row_blocks().map(move |rows| (expert, start + rows.start..start + rows.end))
         })
     }
+}
+
+pub(super) fn check_pairs(op: &str, pairs: Pairs<'_>, dims: Dims) {
+    let Pairs::Routed(routes) = pairs else {
+        assert_eq!(dims.num_experts, 1, "expert_ffn::{op}: a dense FFN has one expert");
+        return;
+    };
+    let r = routes.tokens.len();
+    assert!(
+        routes.offsets.len() == dims.num_experts + 1
+            && routes.offsets.first() == Some(&0)
+            && routes.offsets.last() == Some(&r)
+            && routes.offsets.is_sorted()
+            && routes.coefficients.len() == r
+            && routes.token_offsets.len() == dims.tokens + 1
+            && routes.token_offsets.last() == Some(&r)
+            && routes.slots.len() == r,
+        "expert_ffn::{op}: offsets {:?}, {r} tokens, {} coefficients, {} token_offsets, {} slots for {dims:?}",
+        routes.offsets,
+        routes.coefficients.len(),
+        routes.token_offsets.len(),
+        routes.slots.len()
+    );
 }

@@ -1,4 +1,6 @@
 use super::*;
+use crate::isa::Isa;
+use crate::matmul::Precision;
 use crate::testing::{assert_close, assert_close_f64, f64s, finite_differences, normals, with_threads};
 
 /// A routing and its dense form.

@@ -3,10 +3,12 @@
 use rayon::prelude::*;
 
 use super::combine::{self, Blocks};
+use super::dims::{Dims, Saved, WeightGrads, Weights, check, check_grads, is_empty};
 use super::kernel::{GateBackward, Gated, GatedDot, Plain};
-use super::plan::Plan;
-use super::{Backward, Dims, Saved, Scratch, WeightGrads, Weights};
+use super::plan::{Pairs, Plan, check_pairs};
+use super::scratch::Scratch;
 use crate::blocks::{BLOCK, each_when};
+use crate::isa::Isa;
 use crate::matmul::{Mat, Operands, Source};
 
 /// The layout of the pairs' activations that the backward reads.
@@ -37,7 +39,102 @@ impl Layout<'_> {
     }
 }
 
-/// Sets y and `saved`; see [`super::ForwardTrain`].
+/// Sets y like [`ForwardPacked`](super::ForwardPacked), over row-major weights, and keeps the values that [`Backward`] needs.
+#[derive(Debug)]
+pub struct ForwardTrain<'a> {
+    /// `[tokens, hidden]`, set.
+    pub y: &'a mut [f32],
+    /// Set; the backward reads it.
+    pub saved: &'a mut Saved,
+    /// `[tokens, hidden]`
+    pub x: &'a [f32],
+    /// The weights.
+    pub weights: &'a Weights<'a>,
+    /// The active pairs.
+    pub pairs: Pairs<'a>,
+    /// The sizes.
+    pub dims: Dims,
+    /// Work space and precision.
+    pub scratch: &'a mut Scratch,
+}
+
+/// Sets dx and dcoefficients, adds to the weights' gradients. x, weights, pairs and dims are those of the forward.
+#[derive(Debug)]
+pub struct Backward<'a> {
+    /// `[tokens, hidden]`, set.
+    pub dx: &'a mut [f32],
+    /// `[tokens, num_experts]`, set to `<dy_t, o_i(x_t)>`, of inactive pairs only when [`Dims::all_pairs`] (else 0).
+    /// None of a dense FFN, which has no coefficients.
+    pub dcoefficients: Option<&'a mut [f32]>,
+    /// Added to.
+    pub grads: WeightGrads<'a>,
+    /// `[tokens, hidden]`
+    pub dy: &'a [f32],
+    /// Set by [`ForwardTrain`].
+    pub saved: &'a Saved,
+    /// `[tokens, hidden]`
+    pub x: &'a [f32],
+    /// The weights.
+    pub weights: &'a Weights<'a>,
+    /// The active pairs.
+    pub pairs: Pairs<'a>,
+    /// The sizes.
+    pub dims: Dims,
+    /// Work space and precision.
+    pub scratch: &'a mut Scratch,
+}
+
+run_on_current_tier!(ForwardTrain, Backward);
+
+impl ForwardTrain<'_> {
+    /// Runs the op on a given tier.
+    ///
+    /// # Panics
+    /// Lengths do not fit `dims`.
+    pub fn run_on(self, isa: Isa) {
+        let ForwardTrain { y, saved, x, weights, pairs, dims, scratch } = self;
+        check("ForwardTrain", y, x, weights, dims);
+        check_pairs("ForwardTrain", pairs, dims);
+        if is_empty(dims) {
+            y.fill(0.0);
+            return;
+        }
+        let plan = Plan { pairs, dims, isa, precision: scratch.precision };
+        forward(y, saved, x, weights, &plan, &mut scratch.blocks);
+    }
+}
+
+impl Backward<'_> {
+    /// Runs the op on a given tier.
+    ///
+    /// # Panics
+    /// Lengths do not fit `dims`.
+    pub fn run_on(mut self, isa: Isa) {
+        let (dims, pairs) = (self.dims, self.pairs);
+        check("Backward", self.dx, self.x, self.weights, dims);
+        check("Backward", self.dx, self.dy, self.weights, dims);
+        check_pairs("Backward", pairs, dims);
+        check_grads("Backward", &self.grads, dims);
+        if let Some(dcoefficients) = &self.dcoefficients {
+            assert!(
+                dcoefficients.len() == dims.tokens * dims.num_experts,
+                "expert_ffn::Backward: {} coefficient gradients for {dims:?}",
+                dcoefficients.len()
+            );
+        }
+        if is_empty(dims) {
+            self.dx.fill(0.0);
+            if let Some(dcoefficients) = &mut self.dcoefficients {
+                dcoefficients.fill(0.0);
+            }
+            return;
+        }
+        let plan = Plan { pairs, dims, isa, precision: self.scratch.precision };
+        backward(self, &plan);
+    }
+}
+
+/// Sets y and `saved`; see [`ForwardTrain`].
 pub(super) fn forward(
     y: &mut [f32],
     saved: &mut Saved,
@@ -61,7 +158,7 @@ pub(super) fn forward(
     combine::row_major(y, [&activation], [weights.down], plan, blocks);
 }
 
-/// Sets dx and, where asked for, dcoefficients; adds to the weights' gradients. See [`super::Backward`].
+/// Sets dx and, where asked for, dcoefficients; adds to the weights' gradients. See [`Backward`].
 pub(super) fn backward(op: Backward<'_>, plan: &Plan<'_>) {
     let Backward { dx, dcoefficients, grads, dy, saved, x, weights, scratch, .. } = op;
     let layout = Layout(plan);

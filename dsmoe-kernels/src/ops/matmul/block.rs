@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
-use super::Precision;
+use super::mat::Precision;
 use super::pack::{
     DEPTH, PANEL, Part, SLACK, Source, copied_pair_tiles, copied_tiles, pack, pack_pairs, packs_pairs, pairs,
     round,

@@ -9,6 +9,7 @@
 //! cut into tasks.
 
 mod block;
+mod mat;
 mod pack;
 mod packed;
 mod product;
@@ -18,6 +19,7 @@ mod tests;
 mod tile;
 
 pub(crate) use block::{At, Block, Left, Panels, Sink, tiles};
+pub use mat::{Mat, Precision};
 pub(crate) use pack::{PANEL, Source};
 pub use packed::Packed;
 pub(crate) use packed::{PackPanel, panel_len, panels};
@@ -27,99 +29,6 @@ pub(crate) use product::{
 };
 
 use crate::isa::Isa;
-
-/// The precision to which a matrix product rounds its operands. Sums are always f32.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum Precision {
-    /// f32: no rounding.
-    #[default]
-    F32,
-    /// bf16, ties to even.
-    Bf16,
-}
-
-impl Precision {
-    /// Returns `f32` or `bf16`.
-    pub fn name(self) -> &'static str {
-        match self {
-            Precision::F32 => "f32",
-            Precision::Bf16 => "bf16",
-        }
-    }
-
-    /// Returns the bytes of a stored value.
-    pub fn bytes(self) -> usize {
-        match self {
-            Precision::F32 => 4,
-            Precision::Bf16 => 2,
-        }
-    }
-}
-
-impl std::str::FromStr for Precision {
-    type Err = String;
-    fn from_str(name: &str) -> Result<Precision, String> {
-        [Precision::F32, Precision::Bf16]
-            .into_iter()
-            .find(|precision| precision.name() == name)
-            .ok_or_else(|| format!("unknown precision `{name}`; use f32 or bf16"))
-    }
-}
-
-impl std::fmt::Display for Precision {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(self.name())
-    }
-}
-
-/// A borrowed matrix with arbitrary strides.
-#[derive(Clone, Copy, Debug)]
-pub struct Mat<'a> {
-    data: &'a [f32],
-    rows: usize,
-    cols: usize,
-    row_stride: usize,
-    col_stride: usize,
-}
-
-impl<'a> Mat<'a> {
-    /// Views `data` as a row-major `[rows, cols]` matrix.
-    ///
-    /// # Panics
-    /// `data` does not hold `rows * cols` values.
-    pub fn new(data: &'a [f32], rows: usize, cols: usize) -> Mat<'a> {
-        assert_eq!(data.len(), rows * cols, "matmul: {} values for a [{rows}, {cols}] matrix", data.len());
-        Mat { data, rows, cols, row_stride: cols, col_stride: 1 }
-    }
-
-    /// Views rows of length `cols` that start every `row_stride` values.
-    ///
-    /// # Panics
-    /// The last row ends past `data`.
-    pub fn with_stride(data: &'a [f32], rows: usize, cols: usize, row_stride: usize) -> Mat<'a> {
-        assert!(
-            rows == 0 || (row_stride >= cols && (rows - 1) * row_stride + cols <= data.len()),
-            "matmul: {} values for [{rows}, {cols}] rows every {row_stride}",
-            data.len()
-        );
-        Mat { data, rows, cols, row_stride, col_stride: 1 }
-    }
-
-    /// Returns the transpose; no data moves.
-    pub fn t(self) -> Mat<'a> {
-        Mat {
-            rows: self.cols,
-            cols: self.rows,
-            row_stride: self.col_stride,
-            col_stride: self.row_stride,
-            ..self
-        }
-    }
-
-    pub(crate) fn at(&self, row: usize, col: usize) -> f32 {
-        self.data[row * self.row_stride + col * self.col_stride]
-    }
-}
 
 /// Sets `C = A B`, or adds to it.
 #[derive(Debug)]

@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use super::Mat;
+use super::mat::Mat;
 use crate::simd::{Product, SQUARE, pair};
 
 /// Columns of a panel of B.

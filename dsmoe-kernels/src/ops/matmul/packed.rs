@@ -5,8 +5,8 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::block::Panels;
+use super::mat::{Mat, Precision};
 use super::pack::{PANEL, Part, SLACK, Source, pack, pack_pairs, packs_pairs, pairs};
-use super::{Mat, Precision};
 use crate::buf::Buf;
 use crate::isa::Isa;
 use crate::simd::{Product, ProductKernel, pair};

@@ -6,9 +6,9 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::block::{At, Block, Left, PackLeft, Panels, Sink};
+use super::mat::{Mat, Precision};
 use super::pack::{PANEL, Source, round};
 use super::packed::{PackPanel, panel_len, panels};
-use super::{Mat, Precision};
 use crate::blocks::each_when;
 use crate::buf::{Buf, SharedRows};
 use crate::isa::Isa;
@@ -344,7 +344,7 @@ impl Round<'_> {
 }
 
 /// Sets `C = A W^T` with packed weights.
-pub(super) fn product_packed(isa: Isa, c: &mut [f32], a: Mat<'_>, w: &super::Packed) {
+pub(super) fn product_packed(isa: Isa, c: &mut [f32], a: Mat<'_>, w: &super::packed::Packed) {
     let (m, n, k) = (a.rows, w.outputs(), a.cols);
     let panels = n.div_ceil(PANEL);
     for start in (0..k).step_by(ROUND) {

@@ -1,0 +1,85 @@
+//! The sizes of attention, and the checks of lengths against them.
+
+use super::tile::View;
+
+/// The sizes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Dims {
+    /// Sequences.
+    pub batch: usize,
+    /// Queries of a sequence: its last positions.
+    pub queries: usize,
+    /// Keys and values of a sequence, at least as many as queries.
+    pub keys: usize,
+    /// Query heads, a multiple of `kv_heads`.
+    pub heads: usize,
+    /// Heads of keys and values.
+    pub kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+}
+
+impl Dims {
+    /// Returns the query heads per head of keys.
+    pub(super) fn group(self) -> usize {
+        self.heads / self.kv_heads
+    }
+
+    /// Returns the row length of q and out.
+    pub(super) fn width(self) -> usize {
+        self.heads * self.head_dim
+    }
+
+    /// Returns the row length of k and v.
+    pub(super) fn kv_width(self) -> usize {
+        self.kv_heads * self.head_dim
+    }
+
+    /// Returns how many keys query i of a sequence sees, from the first on.
+    pub(super) fn visible(self, i: usize) -> usize {
+        i + 1 + self.keys - self.queries
+    }
+
+    pub(super) fn scale(self) -> f32 {
+        1.0 / (self.head_dim as f32).sqrt()
+    }
+
+    /// Returns the row length of qkv.
+    pub fn joined_width(self) -> usize {
+        self.width() + 2 * self.kv_width()
+    }
+
+    /// Returns the columns at which q, k and v start in a row of qkv.
+    pub(super) fn starts(self) -> [usize; 3] {
+        [0, self.width(), self.width() + self.kv_width()]
+    }
+
+    /// Returns q, k and v of a qkv that is not empty.
+    pub(super) fn views(self, qkv: &[f32]) -> [View<'_>; 3] {
+        self.starts().map(|start| View { data: &qkv[start..], stride: self.joined_width() })
+    }
+
+    pub(super) fn check(self, op: &str, queries: &[usize], keys: &[usize]) {
+        assert!(
+            self.kv_heads > 0
+                && self.heads > 0
+                && self.head_dim > 0
+                && self.heads.is_multiple_of(self.kv_heads)
+                && self.queries <= self.keys
+                && queries.iter().all(|&len| len == self.batch * self.queries * self.width())
+                && keys.iter().all(|&len| len == self.batch * self.keys * self.kv_width()),
+            "{op}: q and its like {queries:?}, k and its like {keys:?} values for {self:?}"
+        );
+    }
+
+    pub(super) fn check_joined(self, op: &str, outs: &[usize], joined: &[usize], lse: usize) {
+        let rows = self.batch * self.queries;
+        self.check(op, outs, &[]);
+        assert!(
+            self.queries == self.keys
+                && lse == rows * self.heads
+                && joined.iter().all(|&len| len == rows * self.joined_width()),
+            "{op}: qkv and its like {joined:?}, lse {lse} values for {self:?}"
+        );
+    }
+}

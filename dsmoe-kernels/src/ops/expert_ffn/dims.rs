@@ -1,0 +1,113 @@
+//! The sizes and operands of the expert FFN, and the checks of lengths against them.
+
+use crate::buf::Buf;
+
+/// The sizes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Dims {
+    /// Rows of x and y.
+    pub tokens: usize,
+    /// Columns of x and y.
+    pub hidden: usize,
+    /// Neurons of all experts together.
+    pub intermediate: usize,
+    /// Experts; divides `intermediate`.
+    pub num_experts: usize,
+    /// Training computes the coefficient gradients of inactive pairs too, which the straight-through rule needs (eq. 16).
+    /// Without it a, b and B are computed for active pairs only. Inference ignores it.
+    pub all_pairs: bool,
+}
+
+impl Dims {
+    /// Returns the sizes of a dense FFN, which has one expert.
+    pub fn dense(tokens: usize, hidden: usize, intermediate: usize) -> Dims {
+        Dims { tokens, hidden, intermediate, num_experts: 1, all_pairs: true }
+    }
+
+    /// Returns the neurons of one expert.
+    pub fn expert_width(self) -> usize {
+        self.intermediate / self.num_experts
+    }
+}
+
+/// The tokens of each expert in CSR form, with the token-major inverse. R is the number of active pairs: pair r of the
+/// expert-major arrays is token `tokens[r]` at the expert i with `offsets[i] <= r < offsets[i+1]`.
+#[derive(Clone, Copy, Debug)]
+pub struct Routes<'a> {
+    /// `[num_experts + 1]`: where each expert's pairs start.
+    pub offsets: &'a [usize],
+    /// `[R]`, ascending inside an expert.
+    pub tokens: &'a [u32],
+    /// `[R]`
+    pub coefficients: &'a [f32],
+    /// `[tokens + 1]`: where each token's pairs start in `slots`.
+    pub token_offsets: &'a [usize],
+    /// `[R]`: token-major, the pair's index in the expert-major arrays; ascending inside a token.
+    pub slots: &'a [u32],
+}
+
+/// The three matrices, each `[intermediate, hidden]`.
+#[derive(Clone, Copy, Debug)]
+pub struct Weights<'a> {
+    /// `w_gate`
+    pub gate: &'a [f32],
+    /// `w_up`
+    pub up: &'a [f32],
+    /// `w_down`, transposed: row j is the output of neuron j.
+    pub down: &'a [f32],
+}
+
+/// Gradients of [`Weights`], added to.
+#[derive(Debug)]
+pub struct WeightGrads<'a> {
+    /// `[intermediate, hidden]`
+    pub gate: &'a mut [f32],
+    /// `[intermediate, hidden]`
+    pub up: &'a mut [f32],
+    /// `[intermediate, hidden]`
+    pub down: &'a mut [f32],
+}
+
+/// The values of the forward that the backward needs; set by [`ForwardTrain`].
+#[derive(Clone, Debug, Default)]
+pub struct Saved {
+    /// `x Wg^T`: `[tokens, intermediate]`, or of the active pairs alone `[R, expert_width]`.
+    pub a: Buf,
+    /// `x Wu^T`, as `a`.
+    pub b: Buf,
+}
+
+impl Saved {
+    /// Allocates the memory that the largest routing of `dims` needs.
+    pub fn with_room(dims: Dims) -> Saved {
+        let len = dims.tokens * dims.intermediate;
+        Saved { a: Buf::zeros(len), b: Buf::zeros(len) }
+    }
+}
+
+pub(super) fn check(op: &str, y: &[f32], x: &[f32], weights: &Weights<'_>, dims: Dims) {
+    let Dims { tokens, hidden, intermediate, num_experts, .. } = dims;
+    assert!(
+        num_experts > 0 && intermediate.is_multiple_of(num_experts),
+        "expert_ffn::{op}: num_experts does not divide intermediate in {dims:?}"
+    );
+    let w = [weights.gate.len(), weights.up.len(), weights.down.len()];
+    assert!(
+        x.len() == tokens * hidden && y.len() == x.len() && w == [intermediate * hidden; 3],
+        "expert_ffn::{op}: input {}, output {}, weights {w:?} values for {dims:?}",
+        x.len(),
+        y.len()
+    );
+}
+
+pub(super) fn check_grads(op: &str, grads: &WeightGrads<'_>, dims: Dims) {
+    let w = [grads.gate.len(), grads.up.len(), grads.down.len()];
+    assert!(
+        w == [dims.intermediate * dims.hidden; 3],
+        "expert_ffn::{op}: weight gradients {w:?} values for {dims:?}"
+    );
+}
+
+pub(super) fn is_empty(dims: Dims) -> bool {
+    dims.tokens == 0 || dims.hidden == 0 || dims.intermediate == 0
+}
