@@ -68,7 +68,7 @@ pub struct WeightGrads<'a> {
     pub down: &'a mut [f32],
 }
 
-/// The values of the forward that the backward needs; set by [`ForwardTrain`].
+/// The values of the forward that the backward needs; set by [`ForwardTrain`](super::ForwardTrain).
 #[derive(Clone, Debug, Default)]
 pub struct Saved {
     /// `x Wg^T`: `[tokens, intermediate]`, or of the active pairs alone `[R, expert_width]`.
