@@ -18,7 +18,7 @@ fn main() {
     }
 }
 
-/// What a program says, or `unknown`.
+/// Returns the output of a program, or `unknown`.
 fn first_line(program: &str, args: &[&str]) -> String {
     let output = Command::new(program).args(args).output().ok().filter(|output| output.status.success());
     let text = output.and_then(|output| String::from_utf8(output.stdout).ok()).unwrap_or_default();

@@ -108,7 +108,7 @@ fn a_directory_is_read_in_the_order_of_names() {
 }
 
 #[test]
-fn broken_files_are_named_with_the_mend() {
+fn broken_files_are_named_with_the_fix() {
     assert!(message("a.txt", b"ab\xff").starts_with("not UTF-8 at byte 2 "));
     assert!(
         message("a.jsonl", b"{\"text\": \"a\"}\n{\"text\": \"\xc3\"}").starts_with("not UTF-8 at byte 24 ")

@@ -4,7 +4,7 @@ use serde::Serialize;
 
 #[derive(Debug, Serialize)]
 pub(crate) struct Gpus {
-    /// Whether this program was built for GPUs.
+    /// Is true when this program was built for GPUs.
     built: bool,
     devices: Vec<GpuInfo>,
     /// The version of CUDA that the driver supports, where it is found.

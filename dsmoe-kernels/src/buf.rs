@@ -117,7 +117,7 @@ impl<'a> SharedRows<'a> {
     /// Returns the `len` values from `start` on, which may span rows.
     ///
     /// # Safety
-    /// As [`SharedRows::row`].
+    /// The contract is that of [`SharedRows::row`].
     #[inline(always)]
     pub(crate) unsafe fn values(self, start: usize, len: usize) -> &'a mut [f32] {
         assert!(start + len <= self.len);

@@ -73,7 +73,7 @@ pub fn assert_close(name: &str, got: &[f32], want: &[f64], tolerance: f64) {
 /// Does the same as [`assert_close`] for f64 results.
 ///
 /// # Panics
-/// As [`assert_close`].
+/// Panics under the conditions of [`assert_close`].
 pub fn assert_close_f64(name: &str, got: &[f64], want: &[f64], tolerance: f64) {
     assert_eq!(got.len(), want.len(), "{name}: length");
     let scale = want.iter().fold(1.0f64, |m, x| m.max(x.abs()));

@@ -69,7 +69,7 @@ impl Smallest {
     /// Does the same as [`Smallest::of`] on the calling thread, for short sets; `keys` is scratch.
     ///
     /// # Panics
-    /// As [`Smallest::of`].
+    /// Panics under the conditions of [`Smallest::of`].
     pub(crate) fn of_few(scores: &[f32], count: usize, keys: &mut Vec<u64>) -> Smallest {
         assert!(count <= scores.len(), "{count} smallest of {}", scores.len());
         if count == scores.len() {

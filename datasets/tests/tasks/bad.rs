@@ -1,4 +1,4 @@
-//! Bad files: an error with the file, the row and the mend.
+//! Bad files: an error with the file, the row and the help.
 
 use dsmoe_datasets::tasks::Task;
 
@@ -14,10 +14,10 @@ fn refused(task: &str, name: &str, content: &[u8]) -> String {
 }
 
 #[test]
-fn bad_rows_are_named_with_their_mend() {
+fn bad_rows_are_named_with_their_fix() {
     let original = "take the row from the original";
     let removed = "remove the row or take it from the original";
-    for (task, from, to, reason, mend) in [
+    for (task, from, to, reason, help) in [
         (
             "hellaswag",
             "\"endings\"",
@@ -78,7 +78,7 @@ fn bad_rows_are_named_with_their_mend() {
         assert_ne!(good, bad, "{task} {from}");
         let split = Task::named(task).unwrap().split.name();
         let error = refused(task, &format!("{split}.jsonl"), format!("{good}\n\n{bad}\n").as_bytes());
-        assert_eq!(error, format!("row 2: {reason}; {mend}"), "{task} {from}");
+        assert_eq!(error, format!("row 2: {reason}; {help}"), "{task} {from}");
     }
 }
 

@@ -255,7 +255,7 @@ mod tests {
         }
     }
 
-    /// Of 1, 2, 3: mean 2, deviation 1, half-width 4.30265 / sqrt 3; t = 2 sqrt 3 against 0, p = 0.0742.
+    /// The values 1, 2, 3 have mean 2, deviation 1, half-width 4.30265 / sqrt 3; t = 2 sqrt 3 against 0, p = 0.0742.
     #[test]
     fn an_interval_and_a_test_by_hand() {
         let estimate = estimate(&[1.0, 2.0, 3.0]);

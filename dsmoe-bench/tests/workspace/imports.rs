@@ -402,7 +402,7 @@ fn has_word(code: &str, word: &str) -> bool {
     find_word(code, word).is_some()
 }
 
-/// Whether the code defines `name` as an item.
+/// Returns true when the code defines `name` as an item.
 fn defines(code: &str, name: &str) -> bool {
     ["fn", "struct", "enum", "trait", "type", "const", "static", "union", "mod", "macro_rules!"]
         .iter()

@@ -11,7 +11,7 @@ use serde_json::Value;
 
 const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
 
-/// What each package of the workspace may use of the others.
+/// Lists the packages of the workspace that each of them may use.
 const LAYERS: [(&str, &[&str]); 7] = [
     ("dsmoe-kernels", &[]),
     ("dsmoe-router", &["dsmoe-kernels"]),

@@ -10,7 +10,7 @@ macro_rules! run_on_current_tier {
             /// Runs the op on the tier of [`Isa::current`](crate::Isa::current).
             ///
             /// # Panics
-            /// As [`Self::run_on`].
+            /// Panics under the conditions of [`Self::run_on`].
             pub fn run(self) {
                 self.run_on(crate::isa::Isa::current());
             }

@@ -1,6 +1,6 @@
 //! [`Product`] for the x86 tiers.
 //!
-//! As in [`super::x86`], the token passed by value proves the features. The functions that carry a
+//! The token passed by value proves the features. The functions that carry a
 //! `target_feature` hold the instructions; calling one is the `unsafe` step.
 
 use std::arch::x86_64::*;

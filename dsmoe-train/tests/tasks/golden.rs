@@ -112,7 +112,7 @@ fn number(value: &Value) -> f64 {
     value.as_f64().or_else(|| value.as_str().unwrap().parse().ok()).unwrap()
 }
 
-/// What was compared.
+/// Counts of the compared values.
 #[derive(Default)]
 struct Compared {
     likelihoods: usize,

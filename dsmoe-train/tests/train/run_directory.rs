@@ -1,4 +1,4 @@
-//! What a run leaves on the disk, and what it refuses.
+//! A run leaves a complete directory on the disk and refuses a foreign one.
 
 use std::path::Path;
 

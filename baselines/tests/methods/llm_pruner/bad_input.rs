@@ -1,4 +1,4 @@
-//! What cannot be done is one line with a mend, and leaves nothing behind.
+//! What cannot be done is one line with a help, and leaves nothing behind.
 
 use std::fs;
 use std::path::Path;

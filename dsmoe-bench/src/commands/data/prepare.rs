@@ -31,7 +31,7 @@ struct PreparedSource {
     file_bytes: u64,
     documents: usize,
     tokens: usize,
-    /// Whether the cache existed.
+    /// Is true when the cache existed before.
     reused: bool,
     /// Tokens that an interrupted run had written.
     resumed_tokens: u64,

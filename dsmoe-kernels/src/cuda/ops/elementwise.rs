@@ -30,7 +30,7 @@ fn each(gpu: &Gpu, entry: &'static str, len: usize, per_thread: usize, pointers:
 pub struct Cast<'a> {
     /// The rounded values.
     pub out: &'a mut Matrix<bf16>,
-    /// As many values.
+    /// The same number of values.
     pub x: &'a Matrix<f32>,
 }
 
@@ -51,7 +51,7 @@ impl Cast<'_> {
 pub struct Add<'a> {
     /// The sum.
     pub y: &'a mut Matrix<f32>,
-    /// As many values.
+    /// The same number of values.
     pub x: &'a Matrix<f32>,
 }
 

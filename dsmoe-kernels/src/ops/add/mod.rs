@@ -20,7 +20,7 @@ use crate::simd::{Kernel, Simd};
 pub struct Add<'a> {
     /// Added to.
     pub y: &'a mut [f32],
-    /// As long as `y`.
+    /// Has the length of `y`.
     pub x: &'a [f32],
 }
 
@@ -29,9 +29,9 @@ pub struct Add<'a> {
 pub struct Sum<'a> {
     /// Set.
     pub out: &'a mut [f32],
-    /// As long as `out`.
+    /// Has the length of `out`.
     pub a: &'a [f32],
-    /// As long as `out`.
+    /// Has the length of `out`.
     pub b: &'a [f32],
 }
 

@@ -31,7 +31,7 @@ struct Work {
     /// The queries of all units, transposed.
     columns: Buf,
     scores: Buf,
-    /// Of all units: outputs so far, transposed, and for each row the largest score so far and the sum of
+    /// Holds for all units the outputs so far, transposed, and for each row the largest score so far and the sum of
     /// `e^(score - largest)`.
     sums: Buf,
     largest: Buf,

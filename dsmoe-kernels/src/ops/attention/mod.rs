@@ -155,7 +155,7 @@ impl Decode<'_> {
     /// Runs the op on a given tier.
     ///
     /// # Panics
-    /// As [`Forward::run_on`]; also with more queries than [`DECODE_QUERIES`].
+    /// Panics under the conditions of [`Forward::run_on`], and with more queries than [`DECODE_QUERIES`].
     pub fn run_on(self, isa: Isa) {
         let Decode { out, q, k, v, dims } = self;
         dims.check("attention::Decode", &[out.len(), q.len()], &[k.len(), v.len()]);

@@ -154,7 +154,7 @@ impl ForwardPacked<'_> {
     /// Runs the op on a given tier.
     ///
     /// # Panics
-    /// As [`Forward::run_on`].
+    /// Panics under the conditions of [`Forward::run_on`].
     pub fn run_on(self, isa: Isa) {
         let ForwardPacked { losses, hidden_states, head, targets, logits } = self;
         let dims = Dims { tokens: losses.len(), hidden: head.inputs(), vocab: head.outputs() };
@@ -175,7 +175,7 @@ impl ForwardBackward<'_> {
     /// Runs the op on a given tier.
     ///
     /// # Panics
-    /// As [`Forward::run_on`].
+    /// Panics under the conditions of [`Forward::run_on`].
     pub fn run_on(self, isa: Isa) {
         let ForwardBackward { losses, dhidden, dhead, hidden_states, head, targets, scale, dims, scratch } =
             self;

@@ -176,7 +176,7 @@ impl Backward<'_> {
     /// Runs the op on a given tier.
     ///
     /// # Panics
-    /// As [`Forward::run_on`].
+    /// Panics under the conditions of [`Forward::run_on`].
     pub fn run_on(self, isa: Isa) {
         rotate("rope::Backward", isa, self.dx, self.stride, self.args, -1.0);
     }

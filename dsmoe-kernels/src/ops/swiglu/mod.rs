@@ -21,9 +21,9 @@ use crate::isa::Isa;
 pub struct Forward<'a> {
     /// Set.
     pub c: &'a mut [f32],
-    /// As long as `c`.
+    /// Has the length of `c`.
     pub a: &'a [f32],
-    /// As long as `c`.
+    /// Has the length of `c`.
     pub b: &'a [f32],
 }
 
@@ -34,7 +34,7 @@ pub struct Backward<'a> {
     pub da: &'a mut [f32],
     /// Set; as long as `da`.
     pub db: &'a mut [f32],
-    /// As long as `da`.
+    /// Has the length of `da`.
     pub dc: &'a [f32],
     /// `a` of the forward pass.
     pub a: &'a [f32],
