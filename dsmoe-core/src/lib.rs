@@ -9,6 +9,7 @@ pub mod convert;
 pub mod device;
 mod error;
 pub mod export;
+pub mod family;
 pub mod ffn;
 pub mod files;
 pub mod generate;

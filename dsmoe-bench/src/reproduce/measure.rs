@@ -106,7 +106,7 @@ pub(crate) fn text(
         active_ratio: ratio,
         params_total: accounting.total,
         params_activated: accounting.activated(active),
-        flops_per_token: accounting.flops_per_token(active, seq as f64 / 2.0),
+        flops_per_token: accounting.mean_flops_per_token(active, seq),
         threshold: None,
         domains,
     };

@@ -12,6 +12,8 @@ pub struct Cache {
     #[cfg(feature = "cuda")]
     pub(crate) room: usize,
     pub(crate) len: usize,
+    /// Positions of the text that is being fed, where it is known to be longer than what was fed so far.
+    pub(crate) expected: usize,
 }
 
 impl Cache {
@@ -23,13 +25,24 @@ impl Cache {
         (keys, values)
     }
 
+    /// States that the next calls feed a text up to `positions` positions: a rotation that depends on their number is then
+    /// that of the whole text.
+    pub(crate) fn expect(&mut self, positions: usize) {
+        self.expected = positions;
+    }
+
+    /// Returns the positions of a pass that feeds `tokens` more.
+    pub(crate) fn positions(&self, tokens: usize) -> usize {
+        self.expected.max(self.len + tokens)
+    }
+
     /// Forgets all positions and keeps the room.
     pub fn clear(&mut self) {
         for (keys, values) in &mut self.layers {
             keys.clear();
             values.clear();
         }
-        self.len = 0;
+        (self.len, self.expected) = (0, 0);
     }
 
     /// Returns the number of positions held.

@@ -27,7 +27,7 @@ use crate::config::Config;
 use crate::device::Device;
 use crate::error::{Error, Result};
 
-/// A LLaMA decoder for inference: weight matrices packed in a [`Precision`], norms and routers in f32. With bf16
+/// A decoder for inference: weight matrices packed in a [`Precision`], norms and routers in f32. With bf16
 /// the operands of matrix products are rounded to it; sums, softmax and the residual stream are f32.
 #[derive(Debug)]
 pub struct Inference {
@@ -298,6 +298,7 @@ impl Cache {
             #[cfg(feature = "cuda")]
             room: positions,
             len: 0,
+            expected: 0,
         }
     }
 }

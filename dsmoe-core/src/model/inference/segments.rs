@@ -38,6 +38,8 @@ pub(crate) struct Place {
     pub(crate) tokens: usize,
     /// The first token and the number of those before it.
     pub(crate) before: (usize, usize),
+    /// Positions of the whole sequence.
+    pub(crate) positions: usize,
 }
 
 /// Locates the segments in `ids` and checks both.
@@ -54,7 +56,7 @@ pub(crate) fn places(config: &Config, ids: &[u32], segments: &[Segment]) -> Resu
         };
         assert!(first + tokens <= ids.len(), "likelihoods: segment {i} ends behind {} tokens", ids.len());
         check_input(config, &ids[first..first + tokens], before.1, tokens)?;
-        places.push(Place { first, tokens, before });
+        places.push(Place { first, tokens, before, positions: before.1 + tokens });
         first += tokens;
     }
     assert_eq!(first, ids.len(), "likelihoods: tokens of all segments");
