@@ -13,6 +13,7 @@ use dsmoe_core::Config;
 use dsmoe_core::Remedy;
 use dsmoe_core::checkpoint::{
     Checkpoint, Dtype, OutputDir, Progress, TensorInfo, Writer, check_llama_tensors, copy_companions,
+    open_model,
 };
 use dsmoe_core::config::{CONFIG_FILE, RopeScaling};
 use dsmoe_core::convert::source_infos;
@@ -92,7 +93,7 @@ pub fn export(
     }
     let mut config = Config::load(model)?;
     let spec = exportable(model, &config)?;
-    let checkpoint = Checkpoint::open(model)?;
+    let checkpoint = open_model(model, &config)?;
     check_llama_tensors(&config, &checkpoint)?;
     if let Some(dtype) = dtype {
         config.set_dtype(dtype);
@@ -158,8 +159,13 @@ fn exportable(model: &Path, config: &Config) -> Result<TopkSpec> {
     if spec.gate.normalize {
         return wrong("ffn.normalize", "is true, as LLaMA-MoE's gate cannot have it".to_owned(), native);
     }
-    if config.rope_theta != ROPE_THETA || config.rope_scaling != RopeScaling::None {
-        let problem = format!("is {} or scaled, and LLaMA-MoE's is {ROPE_THETA}", config.rope_theta);
+    if config.family().model_type != "llama" || !config.architecture.differences().is_empty() {
+        let problem = format!("is {}, and LLaMA-MoE's models are LLaMA's without biases", config.family().model_type);
+        return wrong("base_model_type", problem, native);
+    }
+    let rope = &config.architecture.ropes[0];
+    if rope.theta != ROPE_THETA || rope.scaling != RopeScaling::None {
+        let problem = format!("is {} or scaled, and LLaMA-MoE's is {ROPE_THETA}", rope.theta);
         return wrong("rope_theta", problem, native);
     }
     if config.hidden != config.num_heads * config.head_dim {

@@ -18,7 +18,7 @@ use std::fmt;
 use std::ops::RangeInclusive;
 use std::str::FromStr;
 
-use dsmoe_core::checkpoint::{Checkpoint, OutputDir, check_llama_tensors};
+use dsmoe_core::checkpoint::{OutputDir, check_llama_tensors, open_model};
 use dsmoe_core::masks::{MASKS_FILE, Masks};
 use dsmoe_core::{Config, Model};
 
@@ -172,6 +172,7 @@ impl BlockSettings {
 impl ChannelSettings {
     fn resolve(&self, config: &Config, budget: Budget) -> Result<Resolved> {
         check_dense(config)?;
+        check_channels(config)?;
         if self.multiple > config.hidden {
             return Err(Error::Setting {
                 name: "multiple".to_owned(),
@@ -197,10 +198,21 @@ fn check_dense(config: &Config) -> Result<()> {
     if !config.is_dense() {
         return Err(Error::Model {
             problem: "has experts".to_owned(),
-            help: "use a dense LLaMA, or export this model as a dense model first".to_owned(),
+            help: "use a dense model, or export this one as a dense model first".to_owned(),
         });
     }
     Ok(())
+}
+
+/// Checks that the residual stream of a model can be narrowed: nothing in its family is a function of the width.
+fn check_channels(config: &Config) -> Result<()> {
+    let family = config.family().model_type;
+    let problem = if config.architecture.scales_by_width(config.hidden) {
+        format!("is of type {family}, whose embedding is multiplied by the root of hidden_size")
+    } else {
+        return Ok(());
+    };
+    Err(Error::Model { problem, help: "use llm-pruner-block".to_owned() })
 }
 
 impl Pruner {
@@ -250,7 +262,7 @@ impl Configured for Pruner {
                 help: "use the dense model it was made from".to_owned(),
             });
         }
-        let checkpoint = Checkpoint::open(job.model)?;
+        let checkpoint = open_model(job.model, &config)?;
         let names = check_llama_tensors(&config, &checkpoint)?;
         let output = OutputDir::create_from(job.model, job.out, job.force)?;
 

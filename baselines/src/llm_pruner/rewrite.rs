@@ -6,7 +6,8 @@ use std::path::Path;
 
 use dsmoe_core::Config;
 use dsmoe_core::checkpoint::{
-    Checkpoint, LlamaTensors, OutputDir, TensorInfo, TensorView, Writer, copy_companions, tensor_names,
+    Checkpoint, DEFAULT_SHARD_BYTES, LlamaTensors, OutputDir, TensorInfo, TensorView, copy_companions,
+    model_writer, tensor_names,
 };
 use rayon::prelude::*;
 
@@ -43,7 +44,7 @@ pub(crate) fn rewrite(
     let infos: Vec<TensorInfo> = tensor_names(pruned).map(info).collect();
     let stored: Vec<(String, Cut)> =
         tensor_names(pruned).map(|(name, _)| (names.stored_name(&name).to_owned(), cuts.of(&name))).collect();
-    let mut writer = Writer::create(output.path(), infos)?;
+    let mut writer = model_writer(pruned, output.path(), infos, DEFAULT_SHARD_BYTES)?;
     for (i, (name, cut)) in stored.iter().enumerate() {
         let view = checkpoint.tensor(name).expect("a checked checkpoint");
         let path = checkpoint.files().nth(view.file).expect("a file of the checkpoint");

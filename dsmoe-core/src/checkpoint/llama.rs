@@ -70,6 +70,12 @@ fn attention_tensors(config: &Config, i: usize) -> Vec<(String, Vec<usize>)> {
     tensors
 }
 
+/// Returns the names of the norms of layer `i` over the residual stream: before attention, after it, before the FFN and
+/// after it; none where the family has no such norm.
+pub fn norm_names(config: &Config, i: usize) -> [Option<String>; 4] {
+    LayerNorm::ALL.map(|norm| norm.name(config.architecture.norms, i))
+}
+
 /// Opens the weights of the model of `config` in `dir`. Projections that the family stores as one matrix are seen one by
 /// one.
 ///
@@ -184,6 +190,9 @@ impl LlamaTensors {
 /// The first tensor that is missing, surplus, or of another shape or type; a tied model whose head differs from its
 /// embedding; a stored partition that is none.
 pub fn check_llama_tensors(config: &Config, checkpoint: &Checkpoint) -> Result<LlamaTensors> {
+    if config.architecture.activation != dsmoe_kernels::Activation::Silu {
+        return Err(Error::argument("gelu_tanh is not supported", "use a model with silu"));
+    }
     let (embedding, head) = (checkpoint.tensor(EMBEDDING), checkpoint.tensor(HEAD));
     let tied = config.tie_word_embeddings;
     if let (true, Some(embedding), Some(head)) = (tied, embedding, head)

@@ -1,16 +1,8 @@
 //! The switches in which decoders of different families differ.
 
-use super::rope::Rope;
+use dsmoe_kernels::Activation;
 
-/// The activation of an FFN's gate.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Activation {
-    /// x / (1 + exp(-x)).
-    #[default]
-    Silu,
-    /// 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))).
-    GeluTanh,
-}
+use super::rope::Rope;
 
 /// RMSNorm of queries and keys, before they are rotated.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -123,6 +115,11 @@ impl Architecture {
     /// Returns whether norms stand after attention and FFN; the scale of what the FFN gives is then lost.
     pub fn norms_after(&self) -> bool {
         self.norms != Norms::Pre
+    }
+
+    /// Returns whether the factor of the embedding is the root of the width `hidden`, and so another in a narrower model.
+    pub fn scales_by_width(&self, hidden: usize) -> bool {
+        self.embed_scale != 1.0 && self.embed_scale == (hidden as f64).sqrt() as f32
     }
 
     /// Returns the switches that are not LLaMA's, in words.

@@ -22,7 +22,8 @@ use crate::ffn::{self, FfnSpec};
 use crate::files::{check_exists, write_synced};
 use crate::json::{parse_object, read_json};
 use crate::partition;
-pub use arch::{Activation, Architecture, LayerAttention, Norms, QkNorm};
+pub use arch::{Architecture, LayerAttention, Norms, QkNorm};
+pub use dsmoe_kernels::Activation;
 use fields::Fields;
 pub use rope::{Rope, RopeScaling};
 
@@ -175,9 +176,9 @@ impl Config {
         let architecture =
             family.architecture(&fields, Sizes { hidden, num_layers, head_dim, max_position })?;
         let notices = rope_keys::notices(&fields, &architecture.ropes);
-        let token = |key: &str, default: Option<u32>| match fields.has(key) {
-            true => Ok(fields.token_ids(key)?.unwrap_or_default()),
-            false => Ok(default.into_iter().collect()),
+        let token = |key: &str, default: Option<u32>| -> Result<Vec<u32>> {
+            let given = fields.token_ids(key)?;
+            Ok(if fields.has(key) { given.unwrap_or_default() } else { default.into_iter().collect() })
         };
         let config = Config {
             vocab_size: fields.dimension("vocab_size")?,
@@ -337,7 +338,7 @@ impl Config {
             wide(self.hidden) * (2 * wide(self.head_dim) * heads + 3 * wide(layer.intermediate))
         };
         let total = self.layers().map(layer).sum::<u128>() + 2 * wide(self.vocab_size) * wide(self.hidden);
-        if wide(self.num_heads) * wide(self.head_dim) > u128::from(LARGEST_DIMENSION) || total > LARGEST_MODEL
+        if wide(self.num_heads) * wide(self.head_dim) > u128::from(fields::LARGEST_DIMENSION) || total > LARGEST_MODEL
         {
             let problem = format!("and the other sizes make a model of {total} parameters");
             return Err(fields.wrong("hidden_size", problem, "correct the sizes"));

@@ -83,6 +83,11 @@ impl RopeScaling {
             RopeScaling::LongRope { .. } => "longrope",
         }
     }
+
+    /// Returns whether the frequencies depend on the number of positions of a pass.
+    pub fn varies(&self) -> bool {
+        matches!(self, RopeScaling::Dynamic { .. } | RopeScaling::LongRope { .. })
+    }
 }
 
 impl Rope {

@@ -402,6 +402,7 @@ fn state(object: &mut Map<String, Value>, rope: &Rope) {
         _ => rope.scaling.name(),
     };
     object.shift_remove("type");
+    object.shift_remove("rope_theta");
     object.insert("rope_type".to_owned(), json!(kind));
     object.insert("rope_theta".to_owned(), json!(rope.theta));
 }

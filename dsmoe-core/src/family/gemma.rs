@@ -1,10 +1,12 @@
 //! Gemma 1 to 3 (text): gelu_tanh, norms of weight w + 1, embeddings times sqrt(hidden). Gemma 2 and 3 have four norms a
 //! layer; Gemma 2 caps scores and logits; Gemma 3 norms queries and keys and rotates layers with a window by another base.
 
+use dsmoe_kernels::Activation;
+
 use super::spec::{
     Defaults, Family, HeadDim, Sizes, attention_bias, cap, set_ropes, set_windows, sliding_layers, window,
 };
-use crate::config::arch::{Activation, Architecture, Norms, QkNorm};
+use crate::config::arch::{Architecture, Norms, QkNorm};
 use crate::config::fields::Fields;
 use crate::config::rope_keys::{RopeRules, SlidingRope};
 use crate::error::Result;

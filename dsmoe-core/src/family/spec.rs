@@ -1,6 +1,8 @@
 //! The description of a family, and what families read from config.json alike.
 
-use crate::config::arch::{Activation, Architecture, LayerAttention};
+use dsmoe_kernels::Activation;
+
+use crate::config::arch::{Architecture, LayerAttention};
 use crate::config::fields::Fields;
 use crate::config::rope::Rope;
 use crate::config::rope_keys::{self, RopeRules, RopeSizes};

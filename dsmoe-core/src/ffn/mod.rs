@@ -122,6 +122,9 @@ pub fn split_mut<const N: usize>(block: &mut [f32], lens: [usize; N]) -> [&mut [
     })
 }
 
+/// Name of the bias of the down projection. It belongs to no expert: every token gets it once.
+pub(crate) const DOWN_BIAS: &str = "down_proj.bias";
+
 /// Returns the three projections every FFN here has, `[intermediate, hidden]` each, the down projection transposed.
 pub fn projections(hidden: usize, intermediate: usize) -> Vec<TensorSpec> {
     vec![

@@ -1,5 +1,7 @@
 //! The key-value cache of a decoding sequence.
 
+use crate::config::{Config, RopeScaling};
+
 /// Keys and values of all positions so far, per layer.
 #[derive(Debug)]
 pub struct Cache {
@@ -26,9 +28,20 @@ impl Cache {
     }
 
     /// States that the next calls feed a text up to `positions` positions: a rotation that depends on their number is then
-    /// that of the whole text.
-    pub(crate) fn expect(&mut self, positions: usize) {
+    /// that of the whole text, in whatever pieces it is fed.
+    pub fn expect(&mut self, positions: usize) {
         self.expected = positions;
+    }
+
+    /// Returns whether a text of `positions` positions has to be fed from its start again, as it outgrows the rotation of
+    /// what is in the cache.
+    pub fn is_outgrown(&self, config: &Config, positions: usize) -> bool {
+        config.architecture.ropes.iter().any(|rope| match rope.scaling {
+            RopeScaling::LongRope { original_max_position: original, restart, .. } => {
+                restart && self.len > 0 && self.len <= original && positions > original
+            }
+            _ => false,
+        })
     }
 
     /// Returns the positions of a pass that feeds `tokens` more.

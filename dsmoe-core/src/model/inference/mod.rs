@@ -17,7 +17,7 @@ pub use cache::Cache;
 use cpu::CpuInference;
 pub use cpu::Workspace;
 use pack::Parts;
-use segments::places;
+use segments::{Alone, places};
 pub use segments::{After, Likelihood, Segment};
 
 use super::arena::Model;
@@ -232,13 +232,18 @@ impl Inference {
         stats: Option<&mut RoutingStats>,
         workspace: &mut Workspace,
     ) -> Result<Vec<Likelihood>> {
-        let places = places(self.config(), ids, segments)?;
+        let located = places(self.config(), ids, segments)?;
+        let varies = self.config().architecture.ropes.iter().any(|rope| rope.scaling.varies());
+        if varies && located.iter().any(|place| place.before.1 > 0) {
+            let Alone { ids, segments, targets } = Alone::of(ids, &located, targets);
+            return self.likelihoods(&ids, &segments, &targets, stats, workspace);
+        }
         let tokens: Vec<u32> = targets.iter().map(|&(_, token)| token).collect();
         check_input(self.config(), &tokens, 0, 0)?;
         match &self.backend {
-            Backend::Cpu(model) => Ok(model.likelihoods(ids, &places, targets, stats, workspace)),
+            Backend::Cpu(model) => Ok(model.likelihoods(ids, &located, targets, stats, workspace)),
             #[cfg(feature = "cuda")]
-            Backend::Cuda(model) => model.likelihoods(ids, &places, targets, stats, workspace),
+            Backend::Cuda(model) => model.likelihoods(ids, &located, targets, stats, workspace),
         }
     }
 

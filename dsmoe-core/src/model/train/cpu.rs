@@ -173,7 +173,7 @@ impl Model {
             let [after_attention, after_ffn] = after.as_ref().map_or([None, None], |acts| acts.each_ref().map(Some));
             // x_mid + scale norm(ffn(h))
             let norm = ranges.after_ffn.as_ref().zip(after_ffn);
-            let dy = self.branch_gradient(grads, norm, [&mut *dbranch, &mut *h], dx);
+            let dy = self.branch_gradient(grads, norm, dbranch, h, dx);
             self.restore(ranges.before_ffn.as_ref(), h, x_mid, rstd_mid);
             self.ffns[i].backward(FfnBackward {
                 dx: dh,
@@ -189,7 +189,7 @@ impl Model {
             self.input_gradient(grads, ranges.before_ffn.as_ref(), [&mut *dx, &mut *dh], x_mid, rstd_mid);
             // x_mid = x + scale norm(a W_o^T + b)
             let norm = ranges.after_attention.as_ref().zip(after_attention);
-            let dy = self.branch_gradient(grads, norm, [&mut *dbranch, &mut *h], dx);
+            let dy = self.branch_gradient(grads, norm, dbranch, h, dx);
             linear::BackwardWeight { dw: part(grads, o), dy, x: a, dims: dims.o }.run();
             if let Some(bias) = &ranges.o_bias {
                 linear::BackwardBias { db: part(grads, bias), dy, dims: dims.o }.run();
@@ -256,7 +256,7 @@ impl Model {
     ) {
         let Join { x, rstd, residual, branch, h } = join;
         let scale = self.config.architecture.residual_scale;
-        if let (None, Some(next), 1.0) = (&after, next, scale) {
+        if let Some(next) = next.filter(|_| after.is_none() && scale == 1.0) {
             block.norm_sum(self.param(next), [h, rstd, x], [residual, branch]);
             return;
         }
@@ -279,7 +279,8 @@ impl Model {
         &self,
         grads: &mut [f32],
         after: Option<(&Range<usize>, &NormActs)>,
-        [dbranch, h]: [&'a mut [f32]; 2],
+        dbranch: &'a mut [f32],
+        h: &mut [f32],
         dx: &'a [f32],
     ) -> &'a [f32] {
         let scale = self.config.architecture.residual_scale;
