@@ -289,7 +289,8 @@ impl LayerStream {
         }
         in_pool(|| {
             for (sequence, states) in states.chunks_exact_mut(len).enumerate() {
-                scratch.layer(states, weights, config, ropes, &mut |input, x| tap(Tap { sequence, input, x }));
+                scratch
+                    .layer(states, weights, config, ropes, &mut |input, x| tap(Tap { sequence, input, x }));
                 if replace {
                     states.copy_from_slice(&scratch.x);
                 }

@@ -12,8 +12,7 @@ use std::path::Path;
 use dsmoe_core::Config;
 use dsmoe_core::Remedy;
 use dsmoe_core::checkpoint::{
-    Checkpoint, Dtype, OutputDir, Progress, TensorInfo, Writer, check_llama_tensors, copy_companions,
-    open_model,
+    Dtype, OutputDir, Progress, TensorInfo, Writer, check_llama_tensors, copy_companions, open_model,
 };
 use dsmoe_core::config::{CONFIG_FILE, RopeScaling};
 use dsmoe_core::convert::source_infos;
@@ -160,7 +159,8 @@ fn exportable(model: &Path, config: &Config) -> Result<TopkSpec> {
         return wrong("ffn.normalize", "is true, as LLaMA-MoE's gate cannot have it".to_owned(), native);
     }
     if config.family().model_type != "llama" || !config.architecture.differences().is_empty() {
-        let problem = format!("is {}, and LLaMA-MoE's models are LLaMA's without biases", config.family().model_type);
+        let problem =
+            format!("is {}, and LLaMA-MoE's models are LLaMA's without biases", config.family().model_type);
         return wrong("base_model_type", problem, native);
     }
     let rope = &config.architecture.ropes[0];

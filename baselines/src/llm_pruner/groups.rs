@@ -66,9 +66,8 @@ impl Groups {
     pub(crate) fn neurons(config: &Config, layer: usize) -> Groups {
         let member =
             |name: &str, axis| Member::new(format!("model.layers.{layer}.mlp.{name}.weight"), axis, 1);
-        let bias = |name: &str| {
-            Member::new(format!("model.layers.{layer}.mlp.{name}.bias"), Axis::Columns, 1)
-        };
+        let bias =
+            |name: &str| Member::new(format!("model.layers.{layer}.mlp.{name}.bias"), Axis::Columns, 1);
         let biases = config.architecture.mlp_bias.then(|| ["gate_proj", "up_proj"].map(bias));
         Groups {
             place: format!("layer {layer} neurons"),
@@ -121,11 +120,8 @@ impl Groups {
             ("self_attn.v_proj", Axis::Columns),
             ("self_attn.o_proj", Axis::Rows),
         ];
-        const FFN: [(&str, Axis); 3] = [
-            ("mlp.gate_proj", Axis::Columns),
-            ("mlp.up_proj", Axis::Columns),
-            ("mlp.down_proj", Axis::Rows),
-        ];
+        const FFN: [(&str, Axis); 3] =
+            [("mlp.gate_proj", Axis::Columns), ("mlp.up_proj", Axis::Columns), ("mlp.down_proj", Axis::Rows)];
         let columns = |name: String| Member::new(name, Axis::Columns, 1);
         let embedding = columns("model.embed_tokens.weight".to_owned());
         let (first, last) = match config.tie_word_embeddings {
@@ -134,8 +130,7 @@ impl Groups {
         };
         let layers = (0..config.num_layers).flat_map(|i| {
             let matrix = move |(name, axis)| Member::new(format!("model.layers.{i}.{name}.weight"), axis, 1);
-            let [before, after, before_ffn, after_ffn] =
-                norm_names(config, i).map(|name| name.map(columns));
+            let [before, after, before_ffn, after_ffn] = norm_names(config, i).map(|name| name.map(columns));
             let attention = before.into_iter().chain(ATTENTION.map(matrix)).chain(after);
             attention.chain(before_ffn).chain(FFN.map(matrix)).chain(after_ffn).collect::<Vec<_>>()
         });

@@ -108,7 +108,8 @@ fn every_command_runs_every_family() {
 
         // All experts open are the dense model, and it comes back to the byte.
         let experts = out("experts");
-        let convert = ["convert", at(&model), "--experts", "4", "--partition", "random", "--router-init", "open"];
+        let convert =
+            ["convert", at(&model), "--experts", "4", "--partition", "random", "--router-init", "open"];
         succeeds(&[&convert[..], &["--gate-value", "binary", "--out", at(&experts)]].concat());
         let seen = json_of(&["inspect", at(&experts)]);
         assert_eq!((&seen["model_type"], &seen["family"]), (&"dsmoe".into(), &family.as_str().into()));
@@ -122,7 +123,8 @@ fn every_command_runs_every_family() {
         // Training runs, lowers nothing to NaN, and its directory is read again.
         for (from, what) in [(&model, "dense"), (&experts, "moe")] {
             let trained = out(&format!("trained-{what}"));
-            let train = ["train", at(from), "--out", at(&trained), "--steps", "2", "--batch", "2", "--seq", "32"];
+            let train =
+                ["train", at(from), "--out", at(&trained), "--steps", "2", "--batch", "2", "--seq", "32"];
             succeeds(&[&train[..], &data].concat());
             assert!(nll(&trained).is_finite(), "{name} {what}");
             let of = &json_of(&["inspect", at(&trained)])["family"];
@@ -131,7 +133,8 @@ fn every_command_runs_every_family() {
 
         // Routers fitted to text, and every kind of method.
         let calibrated = out("calibrated");
-        let convert = ["convert", at(&model), "--experts", "4", "--active-target", "0.5", "--out", at(&calibrated)];
+        let convert =
+            ["convert", at(&model), "--experts", "4", "--active-target", "0.5", "--out", at(&calibrated)];
         succeeds(&[&convert[..], &calib].concat());
         assert!(nll(&calibrated).is_finite(), "{name} calibrated");
         let tied_to_width = ["gemma", "gemma2", "gemma3_text"].contains(&family.as_str());
@@ -149,7 +152,11 @@ fn every_command_runs_every_family() {
             let prune = ["prune", at(&model), "--method", method, "--budget", budget, "--out", at(&pruned)];
             let run = finish(command(&[&prune[..], &calib].concat()));
             if method == "llm-pruner-channel" && tied_to_width {
-                assert!(run.stderr.contains("multiplied by the root of hidden_size"), "{name}: {}", run.stderr);
+                assert!(
+                    run.stderr.contains("multiplied by the root of hidden_size"),
+                    "{name}: {}",
+                    run.stderr
+                );
                 continue;
             }
             assert_eq!(run.code, 0, "{name} {method}: {}", run.stderr);

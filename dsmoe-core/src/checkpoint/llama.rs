@@ -3,9 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
-use super::names::{
-    EMBEDDING, HEAD, LayerNorm, attention_name, ffn_name, is_ignored, partition_name,
-};
+use super::names::{EMBEDDING, HEAD, LayerNorm, attention_name, ffn_name, is_ignored, partition_name};
 use super::stream::same_bytes;
 use super::writer::{Join, TensorInfo, Writer};
 use super::{Checkpoint, Dtype};
@@ -59,9 +57,9 @@ fn attention_tensors(config: &Config, i: usize) -> Vec<(String, Vec<usize>)> {
         }
     }
     if let Some(widths) = config.qk_norm_widths(i) {
-        tensors.extend(["q", "k"].iter().zip(widths).map(|(which, width)| {
-            (format!("{which}_norm.weight"), vec![width])
-        }));
+        tensors.extend(
+            ["q", "k"].iter().zip(widths).map(|(which, width)| (format!("{which}_norm.weight"), vec![width])),
+        );
     }
     tensors.push(("o_proj.weight".to_owned(), vec![hidden, q]));
     if architecture.o_bias {

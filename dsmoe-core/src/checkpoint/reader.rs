@@ -254,11 +254,12 @@ impl Checkpoint {
 
     pub(crate) fn need(&self, name: &str) -> Result<&TensorView> {
         self.tensor(name).ok_or_else(|| {
-            let wrong = |path: &Path, problem: String, help: &'static str| {
-                Error::tensor(path, name, problem, help)
-            };
+            let wrong =
+                |path: &Path, problem: String, help: &'static str| Error::tensor(path, name, problem, help);
             match self.disputed.get(name) {
-                None => wrong(&self.path, "is missing".into(), "use the weights that belong to this config.json"),
+                None => {
+                    wrong(&self.path, "is missing".into(), "use the weights that belong to this config.json")
+                }
                 Some(Disputed::NotListed) => {
                     wrong(&self.path.join(INDEX_FILE), "is in a shard and not listed".into(), "add it")
                 }

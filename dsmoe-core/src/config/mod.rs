@@ -338,7 +338,8 @@ impl Config {
             wide(self.hidden) * (2 * wide(self.head_dim) * heads + 3 * wide(layer.intermediate))
         };
         let total = self.layers().map(layer).sum::<u128>() + 2 * wide(self.vocab_size) * wide(self.hidden);
-        if wide(self.num_heads) * wide(self.head_dim) > u128::from(fields::LARGEST_DIMENSION) || total > LARGEST_MODEL
+        if wide(self.num_heads) * wide(self.head_dim) > u128::from(fields::LARGEST_DIMENSION)
+            || total > LARGEST_MODEL
         {
             let problem = format!("and the other sizes make a model of {total} parameters");
             return Err(fields.wrong("hidden_size", problem, "correct the sizes"));

@@ -149,7 +149,8 @@ impl Rope {
     /// Returns the first and the last pair of YaRN's ramp: those that turn `beta_fast` and `beta_slow` times within the
     /// original positions.
     fn yarn_ramp(&self) -> [f64; 2] {
-        let RopeScaling::Yarn { original_max_position, beta_fast, beta_slow, truncate, .. } = self.scaling else {
+        let RopeScaling::Yarn { original_max_position, beta_fast, beta_slow, truncate, .. } = self.scaling
+        else {
             return [0.0, 1.0];
         };
         let width = self.width as f64;
@@ -254,14 +255,18 @@ mod tests {
     #[test]
     fn yarn_keeps_fast_pairs_and_divides_slow_ones() {
         let yarn = |truncate, original_max_position| {
-            rope(1e4, 128, RopeScaling::Yarn {
-                factor: 4.0,
-                original_max_position,
-                beta_fast: 32.0,
-                beta_slow: 1.0,
-                truncate,
-                attention_factor: yarn_factor(4.0, 1.0),
-            })
+            rope(
+                1e4,
+                128,
+                RopeScaling::Yarn {
+                    factor: 4.0,
+                    original_max_position,
+                    beta_fast: 32.0,
+                    beta_slow: 1.0,
+                    truncate,
+                    attention_factor: yarn_factor(4.0, 1.0),
+                },
+            )
         };
         let plain = Rope::plain(1e4, 128).frequencies(1);
         let scaled = yarn(true, 4096).frequencies(1);

@@ -268,8 +268,7 @@ impl Reader<'_> {
 
     fn longrope(&self, inner: &Fields<'_>, width: usize) -> Result<RopeScaling> {
         let list = |key: &str| {
-            let list =
-                inner.positives(key)?.ok_or_else(|| inner.wrong(key, "is missing", "add it"))?;
+            let list = inner.positives(key)?.ok_or_else(|| inner.wrong(key, "is missing", "add it"))?;
             if list.len() != width / 2 {
                 let problem = format!("has {} numbers for {} pairs of values", list.len(), width / 2);
                 return Err(inner.wrong(key, problem, "give one for each"));
@@ -317,7 +316,9 @@ pub(crate) fn notices(top: &Fields<'_>, ropes: &[Rope]) -> Vec<String> {
             found.push(format!("{key}: {} is not known and has no effect", shown(name)));
         }
     }
-    if !by_kind(map) && let Some(other) = map.get("rope_theta").and_then(|_| top.get("rope_theta")) {
+    if !by_kind(map)
+        && let Some(other) = map.get("rope_theta").and_then(|_| top.get("rope_theta"))
+    {
         let theta = ropes.first().map(|rope| rope.theta);
         if other.as_f64() != theta {
             let theta = theta.unwrap_or_default();
@@ -352,14 +353,18 @@ pub(crate) fn write_both(raw: &mut Map<String, Value>, rules: &RopeRules, ropes:
     };
     state(&mut inner, first);
     raw.insert("rope_theta".to_owned(), json!(first.theta));
+    const ORIGINAL: &str = "original_max_position_embeddings";
     if rules.original_at_top.is_some()
         && let RopeScaling::LongRope { original_max_position, .. } = &first.scaling
     {
-        raw.insert("original_max_position_embeddings".to_owned(), json!(original_max_position));
-        inner.insert("original_max_position_embeddings".to_owned(), json!(original_max_position));
+        inner.shift_remove(ORIGINAL);
+        inner.insert(ORIGINAL.to_owned(), json!(original_max_position));
+        raw.insert(ORIGINAL.to_owned(), json!(original_max_position));
     }
-    if let Some(share) = inner.get("partial_rotary_factor").cloned() {
-        raw.insert("partial_rotary_factor".to_owned(), share);
+    const PARTIAL: &str = "partial_rotary_factor";
+    if let Some(share) = inner.shift_remove(PARTIAL).or_else(|| raw.get(PARTIAL).cloned()) {
+        inner.insert(PARTIAL.to_owned(), share.clone());
+        raw.insert(PARTIAL.to_owned(), share);
     }
     let is_plain = matches!(first.scaling, RopeScaling::None);
     let scaling = if is_plain { Value::Null } else { json!(v4_object(&inner, rules)) };

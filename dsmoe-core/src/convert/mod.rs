@@ -13,9 +13,9 @@ use ndarray::Array2;
 
 use crate::accounting::Accounting;
 use crate::checkpoint::{
-    Change, Checkpoint, Dtype, Meter, OutputDir, Progress, TensorInfo, TensorSource, Writer,
-    LayerNorm, check_llama_tensors, copy_companions, is_ignored, open_model, partition_name,
-    router_bias_name, router_name,
+    Change, Checkpoint, Dtype, LayerNorm, Meter, OutputDir, Progress, TensorInfo, TensorSource, Writer,
+    check_llama_tensors, copy_companions, is_ignored, open_model, partition_name, router_bias_name,
+    router_name,
 };
 use crate::config::{CONFIG_FILE, Config, MoeConfig, PartitionKind};
 use crate::error::{Error, Result};

@@ -6,8 +6,7 @@ use crate::config::fields::Fields;
 use crate::config::rope_keys::RopeRules;
 use crate::error::Result;
 
-const DEFAULTS: Defaults =
-    Defaults { max_position: 131_072, kv_heads_are_heads: false, ..Defaults::LLAMA };
+const DEFAULTS: Defaults = Defaults { max_position: 131_072, kv_heads_are_heads: false, ..Defaults::LLAMA };
 
 /// The window of a file that does not mention one.
 const WINDOW: usize = 4096;

@@ -6,13 +6,8 @@ use crate::config::fields::Fields;
 use crate::config::rope_keys::RopeRules;
 use crate::error::Result;
 
-const DEFAULTS: Defaults = Defaults {
-    max_position: 32_768,
-    kv_heads_are_heads: false,
-    bos: None,
-    eos: None,
-    ..Defaults::LLAMA
-};
+const DEFAULTS: Defaults =
+    Defaults { max_position: 32_768, kv_heads_are_heads: false, bos: None, eos: None, ..Defaults::LLAMA };
 
 pub(super) static QWEN2: Family = Family {
     model_type: "qwen2",

@@ -83,8 +83,7 @@ fn lay_out_layer(layout: &mut Layout, config: &Config, i: usize, ffn: &dyn Ffn) 
         Some(layout.push(TensorSpec::norm(name, hidden), Some(i)))
     });
     let qkv_bias = architecture.qkv_bias.then(|| {
-        let specs =
-            widths.map(|(which, rows)| TensorSpec::bias(name(format!("{which}_proj.bias")), rows));
+        let specs = widths.map(|(which, rows)| TensorSpec::bias(name(format!("{which}_proj.bias")), rows));
         let [q, _, v] = layout.push_joined(specs, Some(i));
         q.start..v.end
     });

@@ -38,7 +38,10 @@ fn rope_of(keys: &str) -> dsmoe_core::Result<Config> {
 #[test]
 fn config_with_a_rope_that_is_not_supported() {
     for (keys, parts) in [
-        (r#"{"rope_scaling": {"rope_type": "mrope"}}"#, ["rope_scaling.rope_type is \"mrope\"", "yarn or longrope"]),
+        (
+            r#"{"rope_scaling": {"rope_type": "mrope"}}"#,
+            ["rope_scaling.rope_type is \"mrope\"", "yarn or longrope"],
+        ),
         (r#"{"rope_scaling": {"type": "axial"}}"#, ["rope_scaling.type is \"axial\"", "longrope"]),
         (r#"{"rope_parameters": {"rope_type": "x"}}"#, ["rope_parameters.rope_type is", "longrope"]),
         (r#"{"rope_scaling": {"rope_type": "yarn"}}"#, ["rope_scaling.factor is missing", "add it"]),
@@ -211,7 +214,11 @@ fn of_family(kind: &str, keys: &str) -> dsmoe_core::Result<Config> {
 fn keys_of_a_family_that_are_wrong_are_named() {
     for (kind, keys, parts) in [
         ("qwen2", r#"{"use_sliding_window": true, "sliding_window": 0}"#, ["sliding_window is 0", "integer"]),
-        ("qwen2", r#"{"layer_types": ["full_attention"]}"#, ["layer_types has 1 entries", "one for each layer"]),
+        (
+            "qwen2",
+            r#"{"layer_types": ["full_attention"]}"#,
+            ["layer_types has 1 entries", "one for each layer"],
+        ),
         (
             "qwen3",
             r#"{"layer_types": ["full_attention", "chunked_attention"]}"#,
@@ -220,7 +227,11 @@ fn keys_of_a_family_that_are_wrong_are_named() {
         ("qwen3", r#"{"max_window_layers": -1}"#, ["max_window_layers is -1", "from 0"]),
         ("smollm3", r#"{"no_rope_layers": [1]}"#, ["no_rope_layers is no list", "each layer"]),
         ("smollm3", r#"{"no_rope_layers": [1, 2]}"#, ["no_rope_layers is no list", "each layer"]),
-        ("gemma3_text", r#"{"attn_logit_softcapping": 50.0}"#, ["attn_logit_softcapping is set", "remove it"]),
+        (
+            "gemma3_text",
+            r#"{"attn_logit_softcapping": 50.0}"#,
+            ["attn_logit_softcapping is set", "remove it"],
+        ),
         (
             "gemma3_text",
             r#"{"use_bidirectional_attention": true}"#,
@@ -232,7 +243,11 @@ fn keys_of_a_family_that_are_wrong_are_named() {
             ["rope_parameters has one rotation", "full_attention"],
         ),
         ("gemma2", r#"{"final_logit_softcapping": 0}"#, ["final_logit_softcapping is 0", "positive"]),
-        ("gemma2", r#"{"hidden_activation": "gelu"}"#, ["hidden_activation is \"gelu\"", "gelu_pytorch_tanh"]),
+        (
+            "gemma2",
+            r#"{"hidden_activation": "gelu"}"#,
+            ["hidden_activation is \"gelu\"", "gelu_pytorch_tanh"],
+        ),
         ("granite", r#"{"logits_scaling": 0}"#, ["logits_scaling is 0", "positive"]),
         ("granite", r#"{"residual_multiplier": "x"}"#, ["residual_multiplier is \"x\"", "positive"]),
         ("olmo2", r#"{"attention_bias": 1}"#, ["attention_bias is 1", "true or false"]),
@@ -266,7 +281,8 @@ fn what_families_leave_unsaid() {
     assert_eq!(bare.layers.iter().map(|layer| layer.rope).collect::<Vec<_>>(), [Some(0), None]);
     let granite = of("granite", r#"{"logits_scaling": 8.0, "attention_multiplier": null}"#).architecture;
     assert_eq!((granite.logit_scale, granite.attn_scale), (0.125, 1.0));
-    let gemma = of("gemma2", r#"{"query_pre_attn_scalar": 144, "attn_logit_softcapping": null}"#).architecture;
+    let gemma =
+        of("gemma2", r#"{"query_pre_attn_scalar": 144, "attn_logit_softcapping": null}"#).architecture;
     assert_eq!((gemma.attn_cap, gemma.final_cap), (None, Some(30.0)));
     assert_eq!((gemma.attn_scale, gemma.embed_scale, gemma.norm_offset), (1.0 / 12.0, 4.0, 1.0));
     let local = of("gemma3_text", r#"{"rope_theta": 5e5, "sliding_window_pattern": 2}"#).architecture;

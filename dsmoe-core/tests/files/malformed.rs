@@ -1,7 +1,7 @@
 //! Every wrong directory, option or output gives one line that names the file, the field or tensor, and the remedy.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::support::{refused, small_config};
 use dsmoe_core::Result;
@@ -144,7 +144,10 @@ fn index_that_names_a_path() {
 fn index_and_shards_that_disagree() {
     let fixture = Fixture::sharded(4000);
     fixture.edit("model.safetensors.index.json", "model.norm.weight", "model.morn.weight");
-    refused(fixture.check(), &["index.json: tensor model.norm.weight is in a shard and not listed", "add it"]);
+    refused(
+        fixture.check(),
+        &["index.json: tensor model.norm.weight is in a shard and not listed", "add it"],
+    );
     let text = fs::read_to_string(fixture.dir.join("model.safetensors.index.json")).unwrap();
     let last = text.rfind("model-0").map(|at| &text[at..at + 32]).unwrap();
     let more = format!("\"model.morn.weight\": \"{last}\", \"model.norm.weight\"");

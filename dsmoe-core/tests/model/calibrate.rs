@@ -104,7 +104,8 @@ fn taps_are_what_the_linears_read_and_forward_keeps_the_states() {
         assert_eq!(order, wanted);
         assert_eq!(f64s(stream.states()), before);
 
-        let LayerWeights { norms: [Some(input_norm), None, Some(post_norm), None], linears, .. } = &weights else {
+        let LayerWeights { norms: [Some(input_norm), None, Some(post_norm), None], linears, .. } = &weights
+        else {
             panic!("LLaMA's norms");
         };
         let [_, _, _, o, gate, up, down] = linears;

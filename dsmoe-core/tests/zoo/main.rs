@@ -2,6 +2,8 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod gradients;
+mod reference;
 
 use std::path::{Path, PathBuf};
 
@@ -125,7 +127,13 @@ fn logits_are_those_of_transformers_however_the_text_is_fed() {
                 let mut cache = Cache::new(&model, ids.len());
                 let mut found = Vec::new();
                 for ids in ids.chunks(piece) {
-                    found.extend_from_slice(model.logits(ids, ids.len(), &mut cache, None, &mut workspace)?);
+                    found.extend_from_slice(model.logits(
+                        ids,
+                        ids.len(),
+                        &mut cache,
+                        None,
+                        &mut workspace,
+                    )?);
                 }
                 let picked: Vec<f32> = found
                     .chunks_exact(vocab)
@@ -181,11 +189,8 @@ fn all_passes_agree() {
         let segment = |tokens, after| Segment { tokens, after };
         let alone = vec![segment(63, After::Nothing), segment(63, After::Nothing)];
         // The first tokens of the first row are the context of the others.
-        let shared = vec![
-            segment(40, After::Nothing),
-            segment(23, After::Segment(0)),
-            segment(63, After::Nothing),
-        ];
+        let shared =
+            vec![segment(40, After::Nothing), segment(23, After::Segment(0)), segment(63, After::Nothing)];
         for segments in [alone, shared] {
             let found = model.likelihoods(&inputs, &segments, &asked, None, &mut workspace)?;
             let probabilities: Vec<f32> = found.iter().map(|it| -it.log_probability).collect();

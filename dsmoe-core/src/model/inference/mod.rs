@@ -17,8 +17,8 @@ pub use cache::Cache;
 use cpu::CpuInference;
 pub use cpu::Workspace;
 use pack::Parts;
-use segments::{Alone, places};
 pub use segments::{After, Likelihood, Segment};
+use segments::{Alone, places};
 
 use super::arena::Model;
 use super::tensors::{Batch, check_input};

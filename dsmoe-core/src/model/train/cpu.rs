@@ -104,8 +104,14 @@ impl Model {
         // What the next block reads: each block's output joins the residual stream in the norm of the next.
         let first =
             layers.first_mut().map_or((&mut *x_last, &mut *rstd_last), |acts| (&mut acts.x, &mut acts.rstd));
-        embedding::Forward { out: first.0, table: self.param(&self.ranges.embed), ids: inputs, hidden, scale }
-            .run();
+        embedding::Forward {
+            out: first.0,
+            table: self.param(&self.ranges.embed),
+            ids: inputs,
+            hidden,
+            scale,
+        }
+        .run();
         let norm = self.norm_before(0);
         self.read(block, norm, h, first.1, first.0);
         for (i, ranges) in self.ranges.layers.iter().enumerate() {
@@ -121,9 +127,15 @@ impl Model {
             attention::ForwardJoined { out: a, lse, qkv, dims: attention }.run();
             let bias = ranges.o_bias.as_ref().map(|range| self.param(range));
             linear::Forward { y, x: a, w: self.param(&ranges.o), bias, dims: dims.o }.run();
-            let [after_attention, after_ffn] = norms.as_mut().map_or([None, None], |acts| acts.each_mut().map(Some));
+            let [after_attention, after_ffn] =
+                norms.as_mut().map_or([None, None], |acts| acts.each_mut().map(Some));
             let join = Join { x: &mut *x_mid, rstd: rstd_mid, residual: x, branch: y, h };
-            self.join(block, ranges.after_attention.as_ref().zip(after_attention), ranges.before_ffn.as_ref(), join);
+            self.join(
+                block,
+                ranges.after_attention.as_ref().zip(after_attention),
+                ranges.before_ffn.as_ref(),
+                join,
+            );
             let report = self.ffns[i].forward_train(FfnForward {
                 y,
                 saved: saved.as_mut(),
@@ -170,7 +182,8 @@ impl Model {
             let attention = attention_dims(config, i, tokens / seq, [seq, seq]);
             let dims = LinearDims::of(attention, hidden, precision);
             let (dqkv, da) = (&mut dqkv[..qkv.len()], &mut da[..a.len()]);
-            let [after_attention, after_ffn] = after.as_ref().map_or([None, None], |acts| acts.each_ref().map(Some));
+            let [after_attention, after_ffn] =
+                after.as_ref().map_or([None, None], |acts| acts.each_ref().map(Some));
             // x_mid + scale norm(ffn(h))
             let norm = ranges.after_ffn.as_ref().zip(after_ffn);
             let dy = self.branch_gradient(grads, norm, dbranch, h, dx);
