@@ -43,11 +43,9 @@ pub trait Settings: Default + Serialize + DeserializeOwned + 'static {
 /// A text has no `=`.
 pub fn read_settings<'a>(texts: impl IntoIterator<Item = &'a str>) -> Result<SettingValues> {
     let read = |text: &'a str| {
-        let (name, value) = text.split_once('=').ok_or_else(|| Error::Setting {
-            name: text.to_owned(),
-            problem: "is not NAME=VALUE".to_owned(),
-            help: "write a setting, =, and its value".to_owned(),
-        })?;
+        let help = "write a setting, =, and its value";
+        let (name, value) =
+            text.split_once('=').ok_or_else(|| Error::setting(text, "is not NAME=VALUE", help))?;
         let scalar = serde_json::from_str(value.trim())
             .ok()
             .filter(|value: &Value| !value.is_array() && !value.is_object());
@@ -163,7 +161,7 @@ impl<S: Settings> Method for Entry<S> {
 pub(crate) fn wrong<S: Settings>(name: &str, value: impl Into<Value>) -> Error {
     let help = S::HELP.iter().find(|(known, _)| *known == name).map_or("", |(_, help)| help.trim());
     let problem = format!("cannot be {}", value.into());
-    Error::Setting { name: name.to_owned(), problem, help: help.trim_end_matches('.').to_owned() }
+    Error::setting(name, problem, help.trim_end_matches('.'))
 }
 
 /// A value as text; empty for none.

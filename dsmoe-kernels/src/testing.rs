@@ -1,6 +1,7 @@
 //! Helpers for tests, here and in the crates that build on this one.
 
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::rng::Rng;
@@ -128,6 +129,25 @@ pub fn assert_same_on_threads<R: PartialEq + Send>(name: &str, f: impl Fn() -> R
     for threads in [2, 3] {
         assert!(with_threads(threads, &f) == one, "{name}: {threads} threads give another result");
     }
+}
+
+/// Returns the folder of checkpoints and golden data, `DSMOE_SHARED`, if it holds `needed`; else prints that `test` is
+/// skipped.
+///
+/// # Panics
+/// It is absent, and `DSMOE_REQUIRE` contains `shared`.
+#[expect(clippy::print_stdout, reason = "a skipped test says so")]
+pub fn shared(test: &str, needed: &str) -> Option<PathBuf> {
+    let default = || concat!(env!("CARGO_MANIFEST_DIR"), "/../../shared").into();
+    let dir = PathBuf::from(std::env::var_os("DSMOE_SHARED").unwrap_or_else(default));
+    if dir.join(needed).exists() {
+        return Some(dir);
+    }
+    let required =
+        std::env::var("DSMOE_REQUIRE").is_ok_and(|all| all.split(',').any(|word| word == "shared"));
+    assert!(!required, "{test}: no shared data at {}", dir.display());
+    println!("SKIP {test}: no shared data at {}", dir.display());
+    None
 }
 
 /// Returns the Euclidean distance of two arrays.

@@ -15,6 +15,7 @@
 //! The selection is held fixed in gradients; everything else is differentiated, H included. Sums are in f64.
 
 use ndarray::{Array2, ArrayView2, ArrayViewMut2};
+use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result, Routing};
 
@@ -23,7 +24,8 @@ const NOISE_FLOOR: f64 = 0.01;
 const CV2_FLOOR: f64 = 1e-10;
 
 /// Weights of the selected experts of a token.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Scores {
     /// The softmax over their logits (LLaMA-MoE).
     Softmax,

@@ -201,15 +201,13 @@ impl TrainConfig {
     /// # Errors
     /// No `=`, an unknown key, or a value of the wrong type.
     pub fn set(&mut self, setting: &str) -> Result<()> {
-        let Some((key, value)) = setting.split_once('=').map(|(key, value)| (key.trim(), value.trim()))
-        else {
+        let Some((key, value)) = setting.split_once('=') else {
             let message = "no `=`; write key=value, such as lr=3e-4".to_owned();
             return Err(Error::Setting { setting: setting.to_owned(), message });
         };
-        let parsed =
-            format!("value = {value}").parse::<toml::Table>().ok().and_then(|mut t| t.remove("value"));
-        let value = parsed.unwrap_or_else(|| toml::Value::String(value.to_owned()));
-        self.insert(key, value, setting)
+        let parsed = format!("value = {value}").parse::<toml::Table>().ok();
+        let parsed = parsed.and_then(|mut table| table.remove("value"));
+        self.insert(key.trim(), parsed.unwrap_or_else(|| value.trim().into()), setting)
     }
 
     /// Overrides the settings that `table` names. Of two keys that exclude each other the one set last holds.
@@ -418,10 +416,8 @@ mod tests {
             (vec!["valid_fraction=0", "eval_every=5"], ["eval_every", "valid_fraction above 0"]),
         ] {
             let message = with(&settings).unwrap_err().to_string();
-            assert!(
-                wanted.iter().all(|part| message.contains(part)) && message.lines().count() == 1,
-                "{message}"
-            );
+            assert!(wanted.iter().all(|part| message.contains(part)), "{message}");
+            assert_eq!(message.lines().count(), 1, "{message}");
         }
         let none = TrainConfig::default().resolve().unwrap_err().to_string();
         assert_eq!(none, "steps is not set; use steps N or tokens N");
@@ -461,8 +457,7 @@ mod tests {
             assert!(message.contains("run.toml") && message.contains(wanted), "{message}");
             assert_eq!(message.lines().count(), 1, "{message}");
         }
-        assert!(
-            TrainConfig::from_toml(&dir.path().join("no.toml")).unwrap_err().to_string().contains("no.toml")
-        );
+        let missing = TrainConfig::from_toml(&dir.path().join("no.toml")).unwrap_err().to_string();
+        assert!(missing.contains("no.toml"), "{missing}");
     }
 }

@@ -196,11 +196,7 @@ fn read_finite(checkpoint: &Checkpoint, name: &str, len: usize) -> Result<Vec<f3
     if values.iter().all(|x| x.is_finite()) {
         return Ok(values);
     }
-    Err(Error::Numeric {
-        place: name.to_owned(),
-        problem: "holds a value that is not finite".to_owned(),
-        help: "take an undamaged copy of the checkpoint".to_owned(),
-    })
+    Err(Error::numeric(name, "holds a value that is not finite", "take an undamaged copy of the checkpoint"))
 }
 
 /// Returns the first values of a gate as in LLaMA-MoE: an mlp from N(0, std^2), a linear one and the noise at zero.

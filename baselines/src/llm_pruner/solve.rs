@@ -174,7 +174,7 @@ fn check_reach(
     }
     let (what, help) = explain();
     let problem = format!("{what} reach {least} to {most} parameters");
-    Err(Error::Budget { asked: budget.to_string(), problem, help: help.to_owned() })
+    Err(Error::budget(budget, problem, help))
 }
 
 /// The ratios on both sides of the step where `total`, which never grows with the ratio, crosses the target; an end of

@@ -95,11 +95,7 @@ impl Hessian {
     /// # Errors
     /// No damping suffices, or an input was not finite.
     pub fn factorise(&self, damping: f64, place: &str) -> Result<Factored> {
-        let wrong = |problem: &str, help: &str| Error::Numeric {
-            place: place.to_owned(),
-            problem: problem.to_owned(),
-            help: help.to_owned(),
-        };
+        let wrong = |problem: &str, help: &str| Error::numeric(place, problem, help);
         if !(0..self.inputs).all(|i| self.diagonal(i).is_finite()) {
             return Err(wrong("reads values that are not finite", "check the model with eval"));
         }
