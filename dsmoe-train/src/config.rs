@@ -229,10 +229,8 @@ impl TrainConfig {
         };
         table.remove(excluded);
         table.insert(key.to_owned(), value);
-        *self = table.try_into().map_err(|cause: toml::de::Error| Error::Setting {
-            setting: shown.to_owned(),
-            message: one_line(cause.message()),
-        })?;
+        let wrong = |message: String| Error::Setting { setting: shown.to_owned(), message };
+        *self = table.try_into().map_err(|cause: toml::de::Error| wrong(one_line(cause.message())))?;
         Ok(())
     }
 
@@ -321,13 +319,9 @@ impl TrainConfig {
 
     /// Returns the learning rate of every step, of a resolved configuration.
     pub fn schedule(&self) -> Schedule {
-        Schedule {
-            lr: self.lr,
-            min_lr_ratio: self.min_lr_ratio,
-            warmup_steps: self.warmup_steps.unwrap_or(0),
-            steps: self.steps.unwrap_or(0),
-            decay: self.schedule,
-        }
+        let TrainConfig { lr, min_lr_ratio, schedule: decay, .. } = *self;
+        let [warmup_steps, steps] = [self.warmup_steps, self.steps].map(Option::unwrap_or_default);
+        Schedule { lr, min_lr_ratio, warmup_steps, steps, decay }
     }
 
     /// Returns how a text is split into training and held-out text.

@@ -59,14 +59,8 @@ pub struct RunOptions {
 impl RunOptions {
     /// Starts a new run of the model in `source` into the empty directory `out`, on the processor, to its end.
     pub fn new(source: &Path, out: &Path) -> RunOptions {
-        RunOptions {
-            out: out.to_path_buf(),
-            source: source.to_path_buf(),
-            resume: false,
-            force: false,
-            stop_after: None,
-            device: Device::Cpu,
-        }
+        let (out, source, device) = (out.to_path_buf(), source.to_path_buf(), Device::Cpu);
+        RunOptions { out, source, resume: false, force: false, stop_after: None, device }
     }
 }
 

@@ -37,11 +37,8 @@ impl SmallDense {
         let least = rest + attention + neuron;
         if !(least..=counts.total as f64).contains(&wanted) {
             let problem = "is no size between one head group with one neuron and the dense model";
-            return Err(Error::budget(
-                budget,
-                problem,
-                format!("give {least:.0} to {} parameters", counts.total),
-            ));
+            let help = format!("give {least:.0} to {} parameters", counts.total);
+            return Err(Error::budget(budget, problem, help));
         }
         let factor = (wanted - rest) / (counts.attention + counts.ffn) as f64;
         // A narrow FFN may leave no room for the groups of the common factor.

@@ -175,10 +175,8 @@ impl ChannelSettings {
         }
         let sizes = solve::channel(config, budget, self.multiple)?;
         let reached_by = format!("{} of {} channels", sizes.hidden, config.hidden);
-        let settings = vec![
-            ("ratio".to_owned(), sizes.ratio.to_string()),
-            ("hidden_size".to_owned(), sizes.hidden.to_string()),
-        ];
+        let settings = [("ratio", sizes.ratio.to_string()), ("hidden_size", sizes.hidden.to_string())];
+        let settings = settings.map(|(name, value)| (name.to_owned(), value)).to_vec();
         let plan = Plan { settings, ..Plan::dense(sizes.total, reached_by) };
         let mut pruned = config.clone();
         pruned.set_hidden(sizes.hidden);

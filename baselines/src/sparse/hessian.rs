@@ -72,15 +72,8 @@ impl Hessian {
         for (number, panel) in self.panels.iter_mut().enumerate() {
             let first = number * PANEL;
             let of = |count| Mat::new(&columns[first * seq..(first + count) * seq], count, seq);
-            let rows = PANEL.min(inputs - first);
-            Matmul {
-                c: panel,
-                a: of(rows),
-                b: of(inputs - first).t(),
-                accumulate: true,
-                precision: Precision::F32,
-            }
-            .run();
+            let (a, b) = (of(PANEL.min(inputs - first)), of(inputs - first).t());
+            Matmul { c: panel, a, b, accumulate: true, precision: Precision::F32 }.run();
         }
     }
 

@@ -16,11 +16,12 @@ use dsmoe_core::files::write_synced;
 use dsmoe_core::masks::Masks;
 use dsmoe_core::params::TensorSpec;
 use dsmoe_core::partition::Partition;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::spec::TopkSpec;
 use crate::error::{Error, Result};
 use crate::method::{Budget, Job, Plan, Progress};
+use crate::settings::shown;
 
 /// The neurons of all experts, in the form that `dsmoe convert --partition` reads.
 pub const EXPERTS_FILE: &str = "experts.json";
@@ -86,9 +87,7 @@ pub(crate) fn nearest(
         let help = format!("use {} to {}, or another number of experts", reach[1], reach[2]);
         return Err(Error::budget(budget, problem, help));
     }
-    let shown = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-    let settings = spec.settings();
-    let settings = settings.iter().map(|(key, value)| (key.clone(), shown(value)));
+    let settings = spec.settings().into_iter().map(|(key, value)| (key, shown(&value)));
     let settings = settings.chain([("step".to_owned(), Budget::Params(step).to_string())]).collect();
     let plan = Plan {
         total: counts.total as f64,

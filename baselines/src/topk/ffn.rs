@@ -37,10 +37,8 @@ impl TopkMoeFfn {
     /// The experts do not divide `intermediate`.
     pub fn new(hidden: usize, intermediate: usize, spec: TopkSpec) -> TopkMoeFfn {
         let num_experts = spec.all_experts();
-        assert!(
-            num_experts > 0 && intermediate.is_multiple_of(num_experts),
-            "top-k ffn: {intermediate} neurons in {num_experts} experts"
-        );
+        let even = num_experts > 0 && intermediate.is_multiple_of(num_experts);
+        assert!(even, "top-k ffn: {intermediate} neurons in {num_experts} experts");
         TopkMoeFfn { hidden, intermediate, spec }
     }
 
@@ -60,13 +58,8 @@ impl TopkMoeFfn {
 
     /// Only selected experts take part in the gradient (LLaMA-MoE has no straight-through rule).
     fn dims(&self, tokens: usize) -> Dims {
-        Dims {
-            tokens,
-            hidden: self.hidden,
-            intermediate: self.intermediate,
-            num_experts: self.spec.all_experts(),
-            all_pairs: false,
-        }
+        let &TopkMoeFfn { hidden, intermediate, spec } = self;
+        Dims { tokens, hidden, intermediate, num_experts: spec.all_experts(), all_pairs: false }
     }
 }
 

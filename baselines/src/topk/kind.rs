@@ -49,15 +49,13 @@ impl TopkSpec {
     }
 
     fn of(stored: &Stored) -> dsmoe_router::Result<TopkSpec> {
-        let range = |field, found: f64, allowed: &str| {
-            Err(dsmoe_router::Error::OutOfRange { field, found: found.to_string(), allowed: allowed.into() })
-        };
+        let wrong = dsmoe_router::Error::range;
         let score_scale = stored.score_scale as f32;
         if !(score_scale.is_finite() && score_scale > 0.0) {
-            return range("score_scale", stored.score_scale, "a positive number");
+            return Err(wrong("score_scale", stored.score_scale, "a positive number"));
         }
         if !(stored.balance_weight.is_finite() && stored.balance_weight >= 0.0) {
-            return range("balance_weight", stored.balance_weight, "0 or a positive number");
+            return Err(wrong("balance_weight", stored.balance_weight, "0 or a positive number"));
         }
         let &Stored { num_experts, top_k, num_residual, scores, .. } = stored;
         let router = TopKConfig::new(num_experts, top_k)?;

@@ -10,15 +10,15 @@ use dsmoe_train::eval::{Domain, evaluate_domains};
 use dsmoe_train::{EvalOptions, Outcome, RunOptions, TrainData, Trainer, evaluate};
 
 fn data(sources: &[(&str, f64, TokenStream)]) -> TrainData {
-    let sources = sources.iter().map(|(name, weight, stream)| TokenSource {
+    let source = |(name, weight, stream): &(&str, f64, TokenStream)| TokenSource {
         name: (*name).to_owned(),
         weight: *weight,
         tokens: stream.into(),
-    });
+    };
     // Every id is a word of its own.
     let words: Vec<String> = (0..VOCAB).map(|id| format!("w{id} ")).collect();
     let texts = TokenTexts::new(words.iter().map(|word| Some(word.as_bytes())));
-    TrainData { sources: sources.collect(), texts: Some(texts) }
+    TrainData { sources: sources.iter().map(source).collect(), texts: Some(texts) }
 }
 
 fn three() -> TrainData {
