@@ -197,40 +197,43 @@ pub(super) fn quiz(world: &World, rng: &mut Rng) -> String {
     }
 }
 
-/// Makes a few sentences about one person.
-pub(super) fn person(world: &World, rng: &mut Rng) -> String {
-    let index = rng.popular(world.people.len());
-    let person = &world.people[index];
-    let mut kinds: Vec<usize> = (0..PERSON.len() + 2).collect();
+/// Makes a few sentences about a subject that is called by its name or by a pronoun. `of` draws a statement of a kind, and
+/// returns its value too.
+fn portrait<'a>(
+    rng: &mut Rng,
+    kinds: usize,
+    [name, pronoun]: [&str; 2],
+    of: impl Fn(&mut Rng, usize) -> (&'static str, &'a str),
+) -> String {
+    let mut kinds: Vec<usize> = (0..kinds).collect();
     rng.shuffle(&mut kinds);
     let count = rng.between(3, 5);
     let mut sentences = Vec::new();
     for &kind in &kinds[..count] {
-        let (pattern, value) = match kind.checked_sub(PERSON.len()) {
-            None => (rng.pick(&relation(PERSON[kind]).statements), world.of_person(kind, index)),
-            Some(derived) => (self::derived(derived).0, world.derived(derived, index).1[0]),
-        };
-        let pronoun = !sentences.is_empty() && pattern.starts_with("{s}") && rng.one_in(3);
-        let subject = if pronoun { capital(person.pronoun) } else { person.name.clone() };
-        sentences.push(fill(pattern, &[("s", &subject), ("v", value)]));
+        let (pattern, value) = of(rng, kind);
+        let again = !sentences.is_empty() && pattern.starts_with("{s}") && rng.one_in(3);
+        sentences.push(fill(pattern, &[("s", if again { pronoun } else { name }), ("v", value)]));
     }
     sentences.join(" ")
+}
+
+/// Makes a few sentences about one person.
+pub(super) fn person(world: &World, rng: &mut Rng) -> String {
+    let index = rng.popular(world.people.len());
+    let person = &world.people[index];
+    let names = [person.name.as_str(), &capital(person.pronoun)];
+    portrait(rng, PERSON.len() + 2, names, |rng, kind| match kind.checked_sub(PERSON.len()) {
+        None => (rng.pick(&relation(PERSON[kind]).statements), world.of_person(kind, index)),
+        Some(kind) => (derived(kind).0, world.derived(kind, index).1[0]),
+    })
 }
 
 /// Makes a few sentences about one town.
 pub(super) fn town(world: &World, rng: &mut Rng) -> String {
     let index = rng.popular(world.towns.len());
-    let mut kinds: Vec<usize> = (0..TOWN.len()).collect();
-    rng.shuffle(&mut kinds);
-    let count = rng.between(3, 5);
-    let mut sentences = Vec::new();
-    for &kind in &kinds[..count] {
-        let pattern = rng.pick(&relation(TOWN[kind]).statements);
-        let pronoun = !sentences.is_empty() && pattern.starts_with("{s}") && rng.one_in(3);
-        let subject = if pronoun { "It" } else { &world.towns[index].name };
-        sentences.push(fill(pattern, &[("s", subject), ("v", world.of_town(kind, index))]));
-    }
-    sentences.join(" ")
+    portrait(rng, TOWN.len(), [world.towns[index].name.as_str(), "It"], |rng, kind| {
+        (rng.pick(&relation(TOWN[kind]).statements), world.of_town(kind, index))
+    })
 }
 
 /// Makes a text of what several people or towns have in common, and of single facts about various subjects.

@@ -47,18 +47,6 @@ impl From<usize> for Arg {
     }
 }
 
-impl From<f32> for Arg {
-    fn from(value: f32) -> Arg {
-        Arg::F32(value)
-    }
-}
-
-impl From<f64> for Arg {
-    fn from(value: f64) -> Arg {
-        Arg::F64(value)
-    }
-}
-
 impl From<bool> for Arg {
     fn from(value: bool) -> Arg {
         Arg::I32(i32::from(value))

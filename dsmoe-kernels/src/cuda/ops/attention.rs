@@ -117,7 +117,7 @@ impl Tiles<'_> {
         let [q_stride, k_stride] = strides.map(|stride| Arg::I64(stride as i64));
         let pointers = [out.arg(), optional(lse.as_deref()), q, k, v, q_stride, k_stride];
         let sizes = [queries, keys, count, count / kv_heads].map(Arg::Size);
-        let args = [&pointers[..], &sizes, &[heads.scale().into()]].concat();
+        let args = [&pointers[..], &sizes, &[Arg::F32(heads.scale())]].concat();
         let grid = Grid { blocks, threads: 128, shared: heads.shared(3 * TILE) };
         // SAFETY: a block per tile of queries of a head; the callers checked that rows and strides are inside the buffers.
         unsafe { SOURCE.launch(out.gpu(), "forward", &heads.defines(), grid, &args) }
@@ -200,7 +200,7 @@ impl Ragged<'_> {
         let (table, tiles, stride) = (segments.table.arg(), segments.tiles.arg(), Arg::I64(width as i64));
         let pointers = [out.arg(), qkv.arg(), k, v, stride, table, tiles];
         let sizes = [count, count / kv_heads].map(Arg::Size);
-        let args = [&pointers[..], &sizes, &[heads.scale().into()]].concat();
+        let args = [&pointers[..], &sizes, &[Arg::F32(heads.scale())]].concat();
         let shared = heads.shared(3 * TILE);
         let grid = Grid { shared, ..Grid::plane(segments.blocks, count, 128) };
         // SAFETY: a block per tile of a segment's queries. Segments lie in the batch by the caller's promise, whose rows were
@@ -258,7 +258,7 @@ impl Backward<'_> {
         unsafe { SOURCE.launch(gpu, "deltas", &defines, Grid::row(pairs.div_ceil(4), 128), &args) }?;
         let sizes = [seq, heads.heads, heads.kv_heads].map(Arg::Size);
         let pointers = [dqkv.arg(), dout.arg(), qkv.arg(), lse.arg(), deltas.arg(), Arg::I64(width as i64)];
-        let args = [&pointers[..], &sizes, &[heads.scale().into()]].concat();
+        let args = [&pointers[..], &sizes, &[Arg::F32(heads.scale())]].concat();
         let (tiles, shared) = (seq.div_ceil(TILE), heads.shared(2 * TILE + 2 * TILE / 2));
         for (entry, count) in [("backward_queries", heads.heads), ("backward_keys", heads.kv_heads)] {
             let grid = Grid { blocks: [tiles, count, rows / seq], threads: 128, shared };

@@ -40,7 +40,7 @@ impl Chunk<'_> {
             "cuda cross_entropy::chunk: {} rows of logits for {rows} targets",
             logits.rows()
         );
-        let args = [losses.arg(), dlogits.arg(), logits.arg(), targets.arg(), scale.into(), vocab.into()];
+        let args = [losses.arg(), dlogits.arg(), logits.arg(), targets.arg(), Arg::F32(scale), vocab.into()];
         start(logits.gpu(), "chunk", rows, vocab, &args)
     }
 }

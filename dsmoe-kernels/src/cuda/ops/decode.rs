@@ -152,7 +152,7 @@ impl Decode<'_> {
         let (gpu, defines, chunks) = (qkv.gpu(), defines(heads), room.div_ceil(CHUNK));
         let Heads { heads: count, kv_heads, .. } = heads;
         let pointers = [partials.arg(), qkv.arg(), keys.arg(), values.arg(), length.arg()];
-        let args = [&pointers[..], &[count.into(), kv_heads.into(), heads.scale().into()]].concat();
+        let args = [&pointers[..], &[count.into(), kv_heads.into(), Arg::F32(heads.scale())]].concat();
         let grid = Grid::plane(chunks, count, CHUNK as u32);
         // SAFETY: a block per chunk of the room and head; those behind the length do nothing.
         unsafe { SOURCE.launch(gpu, "chunks", &defines, grid, &args) }?;

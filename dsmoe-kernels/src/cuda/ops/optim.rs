@@ -44,12 +44,8 @@ impl AdamW<'_> {
             "cuda adamw: {} parameters, {len} gradients",
             param.len()
         );
-        let (lr, root) = hyper.corrections();
-        let &Hyper { beta1, beta2, eps, .. } = hyper;
-        let kept = 1.0 - hyper.lr * hyper.weight_decay;
-        let factors = [kept, lr, beta1, 1.0 - beta1, beta2, 1.0 - beta2, root, eps];
         let pointers = [param.arg(), rounded.arg(), m.arg(), v.arg(), grad.arg(), scale.arg()];
-        let args = [&pointers[..], &[Arg::I64(len as i64)], &factors.map(|x| Arg::F32(x as f32))].concat();
+        let args = [&pointers[..], &[Arg::I64(len as i64)], &hyper.factors().map(Arg::F32)].concat();
         let grid = Grid::row(len.div_ceil(BLOCK as usize), BLOCK);
         // SAFETY: a thread per value of buffers whose lengths were checked above.
         unsafe { SOURCE.launch(grad.gpu(), "adamw", &[], grid, &args) }

@@ -54,7 +54,7 @@ impl Forward<'_> {
     pub fn run(self) -> Result<()> {
         let Forward { h, rstd, x, weight, eps } = self;
         let [rows, hidden] = check("forward", &[h.len(), x.len()], weight, rstd);
-        start(x.gpu(), "forward", rows, hidden, &[h.arg(), rstd.arg(), x.arg(), weight.arg(), eps.into()])
+        start(x.gpu(), "forward", rows, hidden, &[h.arg(), rstd.arg(), x.arg(), weight.arg(), Arg::F32(eps)])
     }
 }
 
@@ -85,7 +85,7 @@ impl ForwardSum<'_> {
     pub fn run(self) -> Result<()> {
         let ForwardSum { h, rstd, out, x, y, weight, eps } = self;
         let [rows, hidden] = check("forward_sum", &[h.len(), out.len(), x.len(), y.len()], weight, rstd);
-        let args = [h.arg(), rstd.arg(), out.arg(), x.arg(), y.arg(), weight.arg(), eps.into()];
+        let args = [h.arg(), rstd.arg(), out.arg(), x.arg(), y.arg(), weight.arg(), Arg::F32(eps)];
         start(x.gpu(), "forward_sum", rows, hidden, &args)
     }
 }

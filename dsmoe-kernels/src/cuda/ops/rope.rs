@@ -62,7 +62,7 @@ impl Rotate<'_> {
             [tokens, seq, start, heads, head_dim, width].map(Arg::Size);
         let sign = if back { -1.0f32 } else { 1.0 };
         let at = optional(at);
-        let args = [x.arg(), angles.arg(), at, t, seq, start, heads, head_dim, width, sign.into()];
+        let args = [x.arg(), angles.arg(), at, t, seq, start, heads, head_dim, width, Arg::F32(sign)];
         // SAFETY: a thread per pair of the first heads of `tokens` rows; sizes were checked above, positions are the caller's
         // promise.
         unsafe { SOURCE.launch(x.gpu(), "turn", &[], grid, &args) }

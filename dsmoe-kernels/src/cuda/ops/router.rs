@@ -231,7 +231,7 @@ impl Route<'_> {
         let Routed { gates: sigmoids, coefficients, mask, active, .. } = routed;
         let pointers = [sigmoids.arg(), coefficients.arg(), mask.arg(), active.arg(), z.arg()];
         let flags = [gates.binary, gates.rescale, gates.force_argmax].map(Arg::from);
-        let sizes = [tokens.into(), n.into(), gates.threshold_logit.into()];
+        let sizes = [tokens.into(), n.into(), Arg::F64(gates.threshold_logit)];
         start(z.gpu(), "route", Grid::row(tokens.div_ceil(4), 128), &[&pointers[..], &sizes, &flags].concat())
     }
 }
