@@ -113,34 +113,24 @@ fn with_masks_file(name: &str, dtype: Dtype, shape: &[usize], byte: u8) -> tempf
 
 #[test]
 fn masks_of_another_model_are_refused() {
-    let up = "model.layers.7.mlp.up_proj.weight";
-    let cases: [(&str, Dtype, &[usize], u8, &[&str]); 7] = [
-        (
-            up,
-            Dtype::U8,
-            &[INTERMEDIATE, 2],
-            255,
-            &[MASKS_FILE, "layers.7", "is no linear", "remove the file"],
-        ),
-        (
-            "model.embed_tokens.weight",
-            Dtype::U8,
-            &[29, 2],
-            255,
-            &[MASKS_FILE, "embed_tokens", "is no linear"],
-        ),
-        (DOWN, Dtype::U8, &[HIDDEN, 2], 255, &[MASKS_FILE, "down_proj", "is U8 [16, 2] and not U8 [16, 3]"]),
-        (DOWN, Dtype::I8, &[HIDDEN, 3], 1, &["down_proj", "is I8 [16, 3] and not U8"]),
-        (DOWN, Dtype::U8, &[HIDDEN, 3], 255, &["down_proj", "bits behind its 20 columns"]),
-        // Whole masks, of weights that are not 0 there: one read by rows, one transposed.
-        (Q, Dtype::U8, &[24, 2], 0b1111_1101, &["q_proj", "is not 0 at row 0, column 1", MASKS_FILE]),
-        (DOWN, Dtype::U8, &[HIDDEN, 3], 0b0000_1011, &["model.safetensors: ", "is not 0 at row 0, column 2"]),
-    ];
-    for (name, dtype, shape, byte, parts) in cases {
+    let check = |name: &str, dtype: Dtype, shape: &[usize], byte: u8, parts: &[&str]| {
         let dir = with_masks_file(name, dtype, shape, byte);
         refused(Model::load(dir.path()), parts);
         refused(Inference::load(dir.path(), Precision::F32), parts);
-    }
+    };
+    let (other, embedding) = ("model.layers.7.mlp.up_proj.weight", "model.embed_tokens.weight");
+    let no_linear = [MASKS_FILE, "layers.7", "is no linear", "remove the file"];
+    check(other, Dtype::U8, &[INTERMEDIATE, 2], 255, &no_linear);
+    check(embedding, Dtype::U8, &[29, 2], 255, &[MASKS_FILE, "embed_tokens", "is no linear"]);
+    let shapes = [MASKS_FILE, "down_proj", "is U8 [16, 2] and not U8 [16, 3]"];
+    check(DOWN, Dtype::U8, &[HIDDEN, 2], 255, &shapes);
+    check(DOWN, Dtype::I8, &[HIDDEN, 3], 1, &["down_proj", "is I8 [16, 3] and not U8"]);
+    check(DOWN, Dtype::U8, &[HIDDEN, 3], 255, &["down_proj", "bits behind its 20 columns"]);
+    // Whole masks, of weights that are not 0 there: one read by rows, one transposed.
+    let by_rows = ["model.safetensors", "q_proj", "is not 0 at row 0, column 1", MASKS_FILE];
+    check(Q, Dtype::U8, &[24, 2], 0b1111_1101, &by_rows);
+    let by_columns = ["model.safetensors", "down_proj", "is not 0 at row 0, column 2"];
+    check(DOWN, Dtype::U8, &[HIDDEN, 3], 0b0000_1011, &by_columns);
 
     let mut model = Model::new(config());
     let mut masks = Masks::new();
