@@ -8,7 +8,8 @@ use autograd as ag;
 use autograd::tensor_ops as T;
 use dsmoe_kernels::testing::{assert_close, assert_close_f64, f64s, normals};
 use dsmoe_kernels::{
-    Isa, Precision, attention, cross_entropy, embedding, expert_ffn, linear, rms_norm, rope, swiglu,
+    Activation, Isa, Precision, attention, cross_entropy, embedding, expert_ffn, linear, rms_norm, rope,
+    swiglu,
 };
 
 const EXACT: f64 = 1e-12;
@@ -77,11 +78,11 @@ fn embedding_agrees_with_autograd() {
     let dy = Matrix::new(&f64s(&dout), ids.len(), hidden);
     let (want, grads) = gradients(&leaves, 1, &dy, |l| T::matmul(l[1], l[0]));
     let (mut out, mut dtable) = (vec![f32::NAN; dout.len()], vec![0.0; table.len()]);
-    embedding::Forward { out: &mut out, table: &table, ids: &ids, hidden }.run();
-    embedding::Backward { dtable: &mut dtable, dout: &dout, ids: &ids, hidden }.run();
+    embedding::Forward { out: &mut out, table: &table, ids: &ids, hidden, scale: 1.0 }.run();
+    embedding::Backward { dtable: &mut dtable, dout: &dout, ids: &ids, hidden, scale: 1.0 }.run();
     assert_close("out", &out, &want, 0.0);
     assert_close("dtable", &dtable, &grads[0].values, TOLERANCE);
-    let reference = embedding::reference::backward(&f64s(&dout), &ids, vocab, hidden);
+    let reference = embedding::reference::backward(&f64s(&dout), &ids, [vocab, hidden], 1.0);
     assert_close_f64("reference dtable", &reference, &grads[0].values, EXACT);
 }
 
@@ -109,13 +110,14 @@ fn rms_norm_agrees_with_autograd() {
     for isa in Isa::available() {
         let [mut y, mut dx] = [(); 2].map(|()| vec![f32::NAN; x.len()]);
         let (mut rstd, mut dw) = (vec![f32::NAN; tokens], vec![0.0; hidden]);
-        rms_norm::Forward { y: &mut y, rstd: &mut rstd, x: &x, weight: &w, eps }.run_on(isa);
+        rms_norm::Forward { y: &mut y, rstd: &mut rstd, x: &x, weight: &w, offset: 0.0, eps }.run_on(isa);
         rms_norm::Backward {
             dx: &mut dx,
             dweight: &mut dw,
             dy: &dout,
             x: &x,
             weight: &w,
+            offset: 0.0,
             rstd: &rstd,
             add: false,
         }
@@ -138,7 +140,7 @@ fn linear_agrees_with_autograd() {
     assert_close_f64("reference dx", &dx, &grads[0].values, EXACT);
     assert_close_f64("reference dw", &dw, &want_dw, EXACT);
     let (mut y, mut dx, mut dw) = (vec![f32::NAN; 30], vec![f32::NAN; 54], vec![0.0; 45]);
-    linear::Forward { y: &mut y, x: &x, w: &w, dims }.run();
+    linear::Forward { y: &mut y, x: &x, w: &w, bias: None, dims }.run();
     linear::BackwardInput { dx: &mut dx, dy: &dout, w: &w, dims, add: false }.run();
     linear::BackwardWeight { dw: &mut dw, dy: &dout, x: &x, dims }.run();
     assert_close("y", &y, &want, TOLERANCE);
@@ -168,8 +170,9 @@ fn rope_agrees_with_autograd() {
     let (x, dout) = (normals(n, 1), normals(n, 2));
     let leaves = [Matrix::new(&f64s(&x), 1, n), rotation];
     let (want, grads) = gradients(&leaves, 1, &Matrix::new(&f64s(&dout), 1, n), |l| T::matmul(l[0], l[1]));
-    let table = rope::Table::new(head_dim, theta, rope::Scaling::None, start + seq);
-    let args = rope::Args { table: &table, seq, start, heads };
+    let frequencies = rope::reference::frequencies(head_dim, theta);
+    let table = rope::Table::new(frequencies.clone(), 1.0, start + seq);
+    let args = rope::Args { table: &table, seq, start, heads, head_dim };
     for isa in Isa::available() {
         let (mut y, mut dx) = (x.clone(), dout.clone());
         rope::Forward { x: &mut y, stride: args.width(), args }.run_on(isa);
@@ -177,12 +180,16 @@ fn rope_agrees_with_autograd() {
         assert_close("y", &y, &want, TOLERANCE);
         assert_close("dx", &dx, &grads[0].values, TOLERANCE);
     }
-    let frequencies = rope::frequencies(head_dim, theta, rope::Scaling::None);
     let positions: Vec<usize> = (0..2 * seq).map(|r| start + r % seq).collect();
-    let y = rope::reference::forward(&f64s(&x), &frequencies, &positions, heads);
-    let dx = rope::reference::backward(&f64s(&dout), &frequencies, &positions, heads);
-    assert_close_f64("reference y", &y, &want, EXACT);
-    assert_close_f64("reference dx", &dx, &grads[0].values, EXACT);
+    let rotation = rope::reference::Rotation {
+        frequencies: &frequencies,
+        factor: 1.0,
+        positions: &positions,
+        heads,
+        head_dim,
+    };
+    assert_close_f64("reference y", &rotation.forward(&f64s(&x)), &want, EXACT);
+    assert_close_f64("reference dx", &rotation.backward(&f64s(&dout)), &grads[0].values, EXACT);
 }
 
 /// Attention of one sequence; k enters transposed. Leaves: q, k^T, v, mask, ones, 1 / sqrt(head_dim), then per
@@ -210,7 +217,15 @@ fn joined(parts: [(&Vec<f64>, usize); 3], rows: usize) -> Vec<f64> {
 #[test]
 fn attention_agrees_with_autograd() {
     for (queries, keys, heads, kv_heads, head_dim) in [(7, 7, 4, 2, 6), (3, 8, 3, 1, 4), (6, 6, 2, 2, 8)] {
-        let dims = attention::Dims { batch: 1, queries, keys, heads, kv_heads, head_dim };
+        let dims = attention::Dims {
+            batch: 1,
+            queries,
+            keys,
+            heads,
+            kv_heads,
+            head_dim,
+            scores: attention::Scores::plain(head_dim),
+        };
         let (width, kv_width) = (heads * head_dim, kv_heads * head_dim);
         let [q, dout] = [1, 2].map(|seed| normals(queries * width, seed));
         let [k, v] = [3, 4].map(|seed| normals(keys * kv_width, seed));
@@ -223,7 +238,7 @@ fn attention_agrees_with_autograd() {
             Matrix::new(&f64s(&v), keys, kv_width),
             Matrix::of(queries, keys, |i, j| if j + queries <= i + keys { 1.0 } else { 0.0 }),
             Matrix::constant(keys, keys, 1.0),
-            Matrix::constant(queries, keys, (head_dim as f64).powf(-0.5)),
+            Matrix::constant(queries, keys, f64::from(dims.scores.scale)),
         ];
         for head in 0..heads {
             let kv = select(kv_width, head / (heads / kv_heads));
@@ -260,19 +275,44 @@ fn attention_agrees_with_autograd() {
 
 #[test]
 fn swiglu_agrees_with_autograd() {
+    for activation in [Activation::Silu, Activation::GeluTanh] {
+        check_swiglu(activation);
+    }
+}
+
+fn check_swiglu(activation: Activation) {
     let n = 37;
     let [a, b, dc] = [1, 2, 3].map(|seed| normals(n, seed));
-    let leaves = [Matrix::new(&f64s(&a), 1, n), Matrix::new(&f64s(&b), 1, n)];
-    let (want, grads) =
-        gradients(&leaves, 2, &Matrix::new(&f64s(&dc), 1, n), |l| l[0] * T::sigmoid(l[0]) * l[1]);
-    let (da, db) = swiglu::reference::backward(&f64s(&dc), &f64s(&a), &f64s(&b));
-    assert_close_f64("reference c", &swiglu::reference::forward(&f64s(&a), &f64s(&b)), &want, EXACT);
+    let constant = |value| Matrix::constant(1, n, value);
+    let leaves = [
+        Matrix::new(&f64s(&a), 1, n),
+        Matrix::new(&f64s(&b), 1, n),
+        constant(0.5),
+        constant(std::f64::consts::FRAC_2_PI.sqrt()),
+        constant(0.044_715),
+        constant(1.0),
+    ];
+    let dy = Matrix::new(&f64s(&dc), 1, n);
+    let (want, grads) = gradients(&leaves, 2, &dy, |l| {
+        let [a, b, half, factor, cubic, one] = [l[0], l[1], l[2], l[3], l[4], l[5]];
+        match activation {
+            Activation::Silu => a * T::sigmoid(a) * b,
+            Activation::GeluTanh => half * a * (one + T::tanh(factor * (a + cubic * a * a * a))) * b,
+        }
+    });
+    let (da, db) = swiglu::reference::backward(&f64s(&dc), &f64s(&a), &f64s(&b), activation);
+    assert_close_f64(
+        "reference c",
+        &swiglu::reference::forward(&f64s(&a), &f64s(&b), activation),
+        &want,
+        EXACT,
+    );
     assert_close_f64("reference da", &da, &grads[0].values, EXACT);
     assert_close_f64("reference db", &db, &grads[1].values, EXACT);
     for isa in Isa::available() {
         let [mut c, mut da, mut db] = [(); 3].map(|()| vec![f32::NAN; n]);
-        swiglu::Forward { c: &mut c, a: &a, b: &b }.run_on(isa);
-        swiglu::Backward { da: &mut da, db: &mut db, dc: &dc, a: &a, b: &b }.run_on(isa);
+        swiglu::Forward { c: &mut c, a: &a, b: &b, activation }.run_on(isa);
+        swiglu::Backward { da: &mut da, db: &mut db, dc: &dc, a: &a, b: &b, activation }.run_on(isa);
         assert_close("c", &c, &want, TOLERANCE);
         assert_close("da", &da, &grads[0].values, TOLERANCE);
         assert_close("db", &db, &grads[1].values, TOLERANCE);
@@ -301,10 +341,12 @@ fn cross_entropy_agrees_with_autograd() {
         (T::ln(T::matmul(T::exp(logits), ones)) - T::matmul(logits * onehot, ones)) * scored
     });
     let want_dhead = grads[1].t().values;
-    let losses = cross_entropy::reference::forward(&f64s(&h), &f64s(&head), &targets, dims);
-    let (dh, dhead) =
-        cross_entropy::reference::backward(&f64s(&h), &f64s(&head), &targets, f64::from(scale), dims);
-    assert_close_f64("reference losses", &losses, &want, EXACT);
+    let logits = cross_entropy::Logits::default();
+    let (wide_h, wide_head) = (f64s(&h), f64s(&head));
+    let problem =
+        cross_entropy::reference::Problem { h: &wide_h, head: &wide_head, targets: &targets, logits, dims };
+    let (dh, dhead) = problem.backward(f64::from(scale));
+    assert_close_f64("reference losses", &problem.forward(), &want, EXACT);
     assert_close_f64("reference dh", &dh, &grads[0].values, EXACT);
     assert_close_f64("reference dhead", &dhead, &want_dhead, EXACT);
     for isa in Isa::available() {
@@ -318,6 +360,7 @@ fn cross_entropy_agrees_with_autograd() {
             head: &head,
             targets: &targets,
             scale,
+            logits,
             dims,
             scratch,
         }
