@@ -173,21 +173,43 @@ pub fn too_far(what: &str, got: &[f32], want: &[f32], half: &[f32], size: f64) -
     })
 }
 
+/// Checks that `result` is an error whose message is one line with all of `parts`.
+///
+/// # Panics
+/// It is none, or its message is another.
+#[track_caller]
+pub fn refused<T, E: std::fmt::Display>(result: Result<T, E>, parts: &[&str]) {
+    let message =
+        result.err().unwrap_or_else(|| panic!("accepted, without an error about {parts:?}")).to_string();
+    assert!(!message.contains('\n'), "{message}");
+    for part in parts {
+        assert!(message.contains(part), "no {part:?} in: {message}");
+    }
+}
+
+/// Tells whether `DSMOE_REQUIRE` names `what`, so that no test of it may be skipped.
+pub fn required(what: &str) -> bool {
+    std::env::var("DSMOE_REQUIRE").is_ok_and(|all| all.split(',').any(|word| word == what))
+}
+
+/// Prints that `test` is skipped and why.
+#[expect(clippy::print_stderr, reason = "a skipped test says so")]
+pub fn skipped(test: &str, why: &str) {
+    eprintln!("SKIP {test}: {why}");
+}
+
 /// Tells whether there is a GPU, and prints that the test is skipped if there is none.
 ///
 /// # Panics
 /// There is no GPU, and `DSMOE_REQUIRE` contains `gpu`.
 #[cfg(feature = "cuda")]
-#[expect(clippy::print_stderr, reason = "a skipped test says so")]
 pub fn has_gpu(test: &str) -> bool {
     use crate::cuda::{Detection, detect};
-    let required = std::env::var("DSMOE_REQUIRE").is_ok_and(|all| all.split(',').any(|word| word == "gpu"));
-    match detect() {
-        Detection::Devices(_) => true,
-        other if required => panic!("{test} needs a GPU: {other:?}"),
-        other => {
-            eprintln!("SKIP {test}: no GPU ({other:?})");
-            false
-        }
+    let found = detect();
+    let any = matches!(found, Detection::Devices(_));
+    assert!(any || !required("gpu"), "{test} needs a GPU: {found:?}");
+    if !any {
+        skipped(test, &format!("no GPU ({found:?})"));
     }
+    any
 }
