@@ -64,8 +64,9 @@ pub(crate) struct Groups {
 impl Groups {
     /// The FFN neurons of a layer.
     pub(crate) fn neurons(config: &Config, layer: usize) -> Groups {
+        let members = [("gate", Axis::Rows), ("up", Axis::Rows), ("down", Axis::Columns)];
         let member =
-            |name: &str, axis| Member::new(format!("model.layers.{layer}.mlp.{name}.weight"), axis, 1);
+            |(name, axis)| Member::new(format!("model.layers.{layer}.mlp.{name}_proj.weight"), axis, 1);
         let bias =
             |name: &str| Member::new(format!("model.layers.{layer}.mlp.{name}.bias"), Axis::Columns, 1);
         let biases = config.architecture.mlp_bias.then(|| ["gate_proj", "up_proj"].map(bias));
@@ -73,11 +74,7 @@ impl Groups {
             place: format!("layer {layer} neurons"),
             count: config.layer(layer).intermediate,
             lanes: 1,
-            members: vec![
-                member("gate_proj", Axis::Rows),
-                member("up_proj", Axis::Rows),
-                member("down_proj", Axis::Columns),
-            ],
+            members: members.map(member).to_vec(),
             followers: biases.into_iter().flatten().collect(),
         }
     }
@@ -86,8 +83,14 @@ impl Groups {
     pub(crate) fn heads(config: &Config, layer: usize) -> Groups {
         let shape = config.layer(layer);
         let (lanes, queries) = (config.head_dim, shape.num_heads / shape.num_kv_heads * config.head_dim);
-        let member = |name: &str, axis, width| {
-            Member::new(format!("model.layers.{layer}.self_attn.{name}.weight"), axis, width)
+        let members = [
+            ("q", Axis::Rows, queries),
+            ("k", Axis::Rows, lanes),
+            ("v", Axis::Rows, lanes),
+            ("o", Axis::Columns, queries),
+        ];
+        let member = |(name, axis, width)| {
+            Member::new(format!("model.layers.{layer}.self_attn.{name}_proj.weight"), axis, width)
         };
         let vector = |(name, width): (&str, usize)| {
             Member::new(format!("model.layers.{layer}.self_attn.{name}"), Axis::Columns, width)
@@ -101,12 +104,7 @@ impl Groups {
             place: format!("layer {layer} heads"),
             count: shape.num_kv_heads,
             lanes,
-            members: vec![
-                member("q_proj", Axis::Rows, queries),
-                member("k_proj", Axis::Rows, lanes),
-                member("v_proj", Axis::Rows, lanes),
-                member("o_proj", Axis::Columns, queries),
-            ],
+            members: members.map(member).to_vec(),
             followers,
         }
     }

@@ -2,36 +2,54 @@
 
 use std::path::Path;
 
-use crate::support::{refused, small_config};
+use crate::support::small_config;
+use dsmoe_core::Result;
 use dsmoe_core::config::{Config, RopeScaling};
+use dsmoe_kernels::testing::refused;
+use serde_json::{Map, Value, json};
 
-/// Refusals of a config.json with one thing changed.
-fn config_refused(from: &str, to: &str, parts: &[&str]) {
-    let text = small_config().to_json();
-    assert!(text.contains(from), "{from} in {text}");
-    let parts: Vec<&str> = [&["dir/config.json: "], parts].concat();
-    refused(Config::from_json(Path::new("dir/config.json"), &text.replacen(from, to, 1)), &parts);
+fn read(text: &str) -> Result<Config> {
+    Config::from_json(Path::new("dir/config.json"), text)
+}
+
+/// Returns a good config.json with other values of some keys.
+fn with(changes: &[(&str, Value)]) -> String {
+    let mut config: Value = serde_json::from_str(&small_config().to_json()).unwrap();
+    for (key, value) in changes {
+        config[*key] = value.clone();
+    }
+    config.to_string()
+}
+
+/// Checks that each of these values of a key is refused.
+fn each_refused(cases: &[(&str, Value, &[&str])]) {
+    for (key, value, parts) in cases {
+        refused(read(&with(&[(*key, value.clone())])), &[&["dir/config.json: "], *parts].concat());
+    }
 }
 
 #[test]
 fn config_that_is_not_json() {
-    config_refused("{", "", &["not a JSON object", "copy the file again"]);
-    config_refused("\"hidden_size\": 16", "\"hidden_size\": 16 16", &["not a JSON object", "line"]);
+    let text = small_config().to_json();
+    for (from, to, part) in [("{", "", "copy the file again"), (": 16", ": 16 16", "line")] {
+        let wrong = text.replacen(from, to, 1);
+        assert_ne!(wrong, text);
+        refused(read(&wrong), &["dir/config.json: ", "not a JSON object", part]);
+    }
 }
 
 /// The small configuration with its rope keys replaced.
 fn with_rope(keys: &str) -> String {
-    let mut json: serde_json::Map<String, serde_json::Value> =
-        serde_json::from_str(&small_config().to_json()).unwrap();
+    let mut json: Map<String, Value> = serde_json::from_str(&small_config().to_json()).unwrap();
     for key in ["rope_theta", "rope_scaling", "rope_parameters"] {
         json.remove(key);
     }
-    let keys: serde_json::Map<String, serde_json::Value> = serde_json::from_str(keys).unwrap();
+    let keys: Map<String, Value> = serde_json::from_str(keys).unwrap();
     json.extend(keys);
-    serde_json::Value::Object(json).to_string()
+    Value::Object(json).to_string()
 }
 
-fn rope_of(keys: &str) -> dsmoe_core::Result<Config> {
+fn rope_of(keys: &str) -> Result<Config> {
     Config::from_json(Path::new("dir/config.json"), &with_rope(keys))
 }
 
@@ -123,36 +141,23 @@ fn the_rope_object_inside_wins_and_says_so() {
 
 #[test]
 fn config_with_wrong_sizes() {
-    let hidden = "\"hidden_size\": 16";
-    config_refused(hidden, "\"hidden\": 16", &["hidden_size is missing", "add it"]);
-    for wrong in ["0", "-1", "1.5", "\"16\"", "1e30", "99999999999", "[16]"] {
-        config_refused(
-            hidden,
-            &format!("\"hidden_size\": {wrong}"),
-            &["hidden_size is", "use an integer from 1"],
-        );
+    for wrong in
+        [json!(0), json!(-1), json!(1.5), json!("16"), json!(1e30), json!(99999999999u64), json!([16])]
+    {
+        each_refused(&[("hidden_size", wrong, &["hidden_size is", "use an integer from 1"])]);
     }
-    let layers = "\"num_hidden_layers\": 2";
-    config_refused(
-        layers,
-        "\"num_hidden_layers\": 100000",
-        &["num_hidden_layers is 100000", "use an integer"],
-    );
-    let vocab = "\"vocab_size\": 20";
-    config_refused(vocab, "\"vocab_size\": 16777217", &["vocab_size is 16777217", "use an integer"]);
-    let absurd = "\"hidden_size\": 16000000, \"intermediate_size\": 16000000";
-    let text = small_config().to_json().replace("\"intermediate_size\": 12,", "").replace(hidden, absurd);
-    refused(
-        Config::from_json(Path::new("config.json"), &text),
-        &["config.json: hidden_size", "correct the sizes"],
-    );
-    config_refused(
-        "\"num_key_value_heads\": 2",
-        "\"num_key_value_heads\": 3",
-        &["num_key_value_heads is 3", "divide"],
-    );
-    config_refused("\"head_dim\": 4", "\"head_dim\": 5", &["head_dim is 5", "use an even number"]);
-    config_refused("\"rms_norm_eps\": 0.00001", "\"rms_norm_eps\": 0", &["rms_norm_eps is 0", "positive"]);
+    each_refused(&[
+        ("num_hidden_layers", json!(100_000), &["num_hidden_layers is 100000", "use an integer"]),
+        ("vocab_size", json!(16_777_217), &["vocab_size is 16777217", "use an integer"]),
+        ("num_key_value_heads", json!(3), &["num_key_value_heads is 3", "divide"]),
+        ("head_dim", json!(5), &["head_dim is 5", "use an even number"]),
+        ("rms_norm_eps", json!(0), &["rms_norm_eps is 0", "positive"]),
+    ]);
+    let huge = || json!(16_000_000);
+    let absurd = with(&[("hidden_size", huge()), ("intermediate_size", huge())]);
+    refused(read(&absurd), &["config.json: hidden_size", "correct the sizes"]);
+    let unnamed = small_config().to_json().replace("\"hidden_size\"", "\"hidden\"");
+    refused(read(&unnamed), &["config.json: ", "hidden_size is missing", "add it"]);
 }
 
 #[test]
@@ -180,34 +185,30 @@ fn config_of_another_kind_of_model() {
         ("bert", ""),
     ] {
         let problem = format!("model_type is \"{kind}\" and not supported");
-        config_refused(
-            "\"llama\"",
-            &format!("\"{kind}\""),
-            &[&problem, reason, "use a model of type dsmoe, llama, mistral"],
-        );
+        let parts = [&problem, reason, "use a model of type dsmoe, llama, mistral"];
+        each_refused(&[("model_type", json!(kind), &parts)]);
     }
-    config_refused("\"model_type\": \"llama\"", "\"type\": 1", &["model_type is missing"]);
-    config_refused("\"silu\"", "\"gelu\"", &["hidden_act is \"gelu\" and not supported", "silu"]);
-    config_refused("\"silu\"", "\"relu\"", &["hidden_act is \"relu\" and not supported", "silu"]);
-    config_refused("\"mlp_bias\": false", "\"quantization_config\": {}", &["quantization_config is present"]);
-    config_refused(
-        "\"eos_token_id\": 2",
-        "\"eos_token_id\": [2, -1]",
-        &["eos_token_id is [2,-1]", "token id"],
-    );
+    each_refused(&[
+        ("model_type", Value::Null, &["model_type is missing"]),
+        ("hidden_act", json!("gelu"), &["hidden_act is \"gelu\" and not supported", "silu"]),
+        ("hidden_act", json!("relu"), &["hidden_act is \"relu\" and not supported", "silu"]),
+        ("quantization_config", json!({}), &["quantization_config is present"]),
+        ("eos_token_id", json!([2, -1]), &["eos_token_id is [2,-1]", "token id"]),
+        ("model_type", json!("dsmoe"), &["dsmoe is missing", "convert the model again"]),
+        ("dsmoe", json!({}), &["dsmoe is present but model_type", "remove"]),
+    ]);
 }
 
 /// A small configuration of a family, with other keys added.
-fn of_family(kind: &str, keys: &str) -> dsmoe_core::Result<Config> {
-    let mut json: serde_json::Map<String, serde_json::Value> =
-        serde_json::from_str(&small_config().to_json()).unwrap();
+fn of_family(kind: &str, keys: &str) -> Result<Config> {
+    let mut json: Map<String, Value> = serde_json::from_str(&small_config().to_json()).unwrap();
     for key in ["rope_theta", "rope_scaling", "rope_parameters", "hidden_act"] {
         json.remove(key);
     }
     json.insert("model_type".into(), kind.into());
-    let keys: serde_json::Map<String, serde_json::Value> = serde_json::from_str(keys).unwrap();
+    let keys: Map<String, Value> = serde_json::from_str(keys).unwrap();
     json.extend(keys);
-    Config::from_json(Path::new("dir/config.json"), &serde_json::Value::Object(json).to_string())
+    Config::from_json(Path::new("dir/config.json"), &Value::Object(json).to_string())
 }
 
 #[test]
@@ -255,10 +256,10 @@ fn keys_of_a_family_that_are_wrong_are_named() {
     ] {
         refused(of_family(kind, keys), &[&["dir/config.json: "], &parts[..]].concat());
     }
-    let mut json: serde_json::Map<String, serde_json::Value> =
+    let mut json: Map<String, Value> =
         serde_json::from_str(&of_family("mistral", "{}").unwrap().to_json()).unwrap();
     json.remove("num_key_value_heads");
-    let text = serde_json::Value::Object(json).to_string();
+    let text = Value::Object(json).to_string();
     refused(Config::from_json(Path::new("c"), &text), &["num_key_value_heads is missing", "add it"]);
 }
 
@@ -301,13 +302,13 @@ fn native_directories_name_their_family() {
     let native = of_family("dsmoe", &format!(r#"{{"base_model_type": "qwen2", "dsmoe": {good}}}"#)).unwrap();
     assert_eq!((native.family().model_type, native.model_type()), ("qwen2", "dsmoe"));
     assert!(native.architecture.qkv_bias);
-    let json: serde_json::Value = serde_json::from_str(&native.to_json()).unwrap();
+    let json: Value = serde_json::from_str(&native.to_json()).unwrap();
     assert_eq!(json["base_model_type"], "qwen2");
     let mut dense = native;
     dense.moe = None;
-    let json: serde_json::Value = serde_json::from_str(&dense.to_json()).unwrap();
+    let json: Value = serde_json::from_str(&dense.to_json()).unwrap();
     assert_eq!(json["model_type"], "qwen2");
-    assert_eq!(json["architectures"], serde_json::json!(["Qwen2ForCausalLM"]));
+    assert_eq!(json["architectures"], json!(["Qwen2ForCausalLM"]));
     assert!(json.get("base_model_type").is_none());
     let llama = of_family("dsmoe", &format!(r#"{{"dsmoe": {good}}}"#)).unwrap();
     assert_eq!(llama.family().model_type, "llama");
@@ -317,29 +318,22 @@ fn native_directories_name_their_family() {
 
 #[test]
 fn config_with_a_wrong_dsmoe_object() {
-    let dsmoe = |moe: &str, parts: &[&str]| {
-        config_refused("\"llama\"", &format!("\"dsmoe\", \"dsmoe\": {moe}"), parts);
-    };
-    let good = r#"{"format_version": 1, "num_experts": 4, "threshold": 0.5, "partition": "contiguous",
-        "router_bias": false, "gate_value": "sigmoid", "rescale": "none", "zero_active": "skip", "ste": true}"#;
-    let text = small_config().to_json().replace("\"llama\"", &format!("\"dsmoe\", \"dsmoe\": {good}"));
-    assert!(Config::from_json(Path::new("config.json"), &text).is_ok());
-    dsmoe(&good.replace("\"ste\"", "\"stee\""), &["dsmoe unknown field `stee`", "convert the model again"]);
-    dsmoe(&good.replace(": 1,", ": 2,"), &["dsmoe.format_version is 2", "update it"]);
-    dsmoe(
-        &good.replace("\"ste\"", "\"active_target\": 1.5, \"ste\""),
-        &["dsmoe.active_target is 1.5", "above 0 and up to 1"],
-    );
-    dsmoe(&good.replace("0.5", "1.5"), &["dsmoe: threshold is 1.5", "0 to 1"]);
-    dsmoe(
-        &good.replace(": 4", ": 5"),
-        &["intermediate_size 12 is not divisible by 5 experts; use one of 1, 2, 3, 4, 6, 12"],
-    );
-    dsmoe(&good.replace("eq8", "eq9").replace("none", "eq9"), &["dsmoe unknown variant `eq9`"]);
-    config_refused("\"llama\"", "\"dsmoe\"", &["dsmoe is missing", "convert the model again"]);
-    config_refused(
-        "\"mlp_bias\"",
-        "\"dsmoe\": {}, \"mlp_bias\"",
-        &["dsmoe is present but model_type", "remove"],
-    );
+    let good = json!({"format_version": 1, "num_experts": 4, "threshold": 0.5, "partition": "contiguous",
+        "router_bias": false, "gate_value": "sigmoid", "rescale": "none", "zero_active": "skip", "ste": true});
+    let of = |dsmoe: Value| with(&[("model_type", json!("dsmoe")), ("dsmoe", dsmoe)]);
+    assert!(read(&of(good.clone())).is_ok());
+    let divide = "intermediate_size 12 is not divisible by 5 experts; use one of 1, 2, 3, 4, 6, 12";
+    let cases: [(&str, Value, &[&str]); 6] = [
+        ("stee", json!(true), &["dsmoe unknown field `stee`", "convert the model again"]),
+        ("format_version", json!(2), &["dsmoe.format_version is 2", "update it"]),
+        ("active_target", json!(1.5), &["dsmoe.active_target is 1.5", "above 0 and up to 1"]),
+        ("threshold", json!(1.5), &["dsmoe: threshold is 1.5", "0 to 1"]),
+        ("num_experts", json!(5), &[divide]),
+        ("rescale", json!("eq9"), &["dsmoe unknown variant `eq9`"]),
+    ];
+    for (key, value, parts) in cases {
+        let mut wrong = good.clone();
+        wrong[key] = value;
+        refused(read(&of(wrong)), parts);
+    }
 }
