@@ -5,14 +5,21 @@
 
 use autograd as ag;
 use autograd::tensor_ops as T;
-use dsmoe_kernels::Precision;
 use dsmoe_kernels::expert_ffn::{
     Backward, Dims, ForwardPacked, ForwardTrain, PackedWeights, Pairs, Routes, Saved, Scratch, WeightGrads,
     Weights, reference,
 };
 use dsmoe_kernels::testing::{assert_close, assert_close_f64, f64s, normals};
+use dsmoe_kernels::{Activation, Precision};
 
-const DIMS: Dims = Dims { tokens: 12, hidden: 10, intermediate: 21, num_experts: 3, all_pairs: true };
+const DIMS: Dims = Dims {
+    tokens: 12,
+    hidden: 10,
+    intermediate: 21,
+    num_experts: 3,
+    all_pairs: true,
+    activation: Activation::Silu,
+};
 
 /// y and the gradients of `sum(dy * y)`: x, gate, up, down, and the coefficient of every pair.
 struct Oracle {
@@ -103,7 +110,7 @@ fn the_reference_agrees_with_autograd() {
     let [x, gate, up, down, dy, coef] =
         [&inputs.x, &inputs.gate, &inputs.up, &inputs.down, &inputs.dy, &inputs.coef].map(|x| f64s(x));
     let (gate, up, down, mask, coef) = (&gate, &up, &down, &inputs.mask, &coef);
-    let layer = reference::Layer { x: &x, gate, up, down, mask, coef, dims: DIMS };
+    let layer = reference::Layer { x: &x, gate, up, down, biases: None, mask, coef, dims: DIMS };
     let y = reference::forward(layer);
     assert_close_f64("y", &y, &want.y, 1e-12);
     let got = reference::backward(&dy, layer);
@@ -134,7 +141,7 @@ fn the_kernels_agree_with_autograd() {
         token_offsets: &token_offsets,
         slots: &slots,
     };
-    let weights = Weights { gate: &inputs.gate, up: &inputs.up, down: &inputs.down };
+    let weights = Weights { gate: &inputs.gate, up: &inputs.up, down: &inputs.down, biases: None };
     let (mut scratch, mut saved) = (Scratch::default(), Saved::default());
     let mut y = vec![f32::NAN; inputs.x.len()];
     let packed =
@@ -163,7 +170,7 @@ fn the_kernels_agree_with_autograd() {
     let mut dx = vec![f32::NAN; inputs.x.len()];
     let mut dcoef = vec![f32::NAN; DIMS.tokens * n];
     let [mut gate, mut up, mut down] = [(); 3].map(|()| vec![0.0; inputs.gate.len()]);
-    let grads = WeightGrads { gate: &mut gate, up: &mut up, down: &mut down };
+    let grads = WeightGrads { gate: &mut gate, up: &mut up, down: &mut down, biases: None };
     let (dy, x) = (&inputs.dy, &inputs.x);
     Backward {
         dx: &mut dx,

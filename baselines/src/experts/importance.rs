@@ -18,7 +18,7 @@ use dsmoe_core::model::{Batch, StepArgs, TrainWorkspace};
 use dsmoe_core::params::TensorSpec;
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::expert_ffn::{self, Saved, WeightGrads, Weights};
-use dsmoe_kernels::{Precision, linear};
+use dsmoe_kernels::{Activation, Precision, linear};
 use dsmoe_router::SparsityOver;
 use rayon::prelude::*;
 
@@ -158,7 +158,7 @@ impl Ffn for Probe {
         let FfnForward { y, saved, x, params, scratch, .. } = args;
         let saved = saved.downcast_mut::<Saved>().expect("saved by a probe");
         let [gate, up, down] = split(params, [self.hidden * self.intermediate; 3]);
-        let weights = Weights { gate, up, down };
+        let weights = Weights { gate, up, down, biases: None };
         let (tokens, hidden, intermediate) = (x.len() / self.hidden, self.hidden, self.intermediate);
         let experts = &mut scratch.experts;
         expert_ffn::ForwardTrain {
@@ -167,7 +167,7 @@ impl Ffn for Probe {
             x,
             weights: &weights,
             pairs: expert_ffn::Pairs::Dense,
-            dims: expert_ffn::Dims::dense(tokens, hidden, intermediate),
+            dims: expert_ffn::Dims::dense(tokens, hidden, intermediate, Activation::Silu),
             scratch: experts,
         }
         .run();
@@ -197,8 +197,10 @@ impl Ffn for Probe {
         });
 
         let [dgate, dup, ddown] = split_mut(grads, [hidden * intermediate; 3]);
-        let (grads, weights) =
-            (WeightGrads { gate: dgate, up: dup, down: ddown }, Weights { gate, up, down });
+        let (grads, weights) = (
+            WeightGrads { gate: dgate, up: dup, down: ddown, biases: None },
+            Weights { gate, up, down, biases: None },
+        );
         let experts = &mut scratch.experts;
         expert_ffn::Backward {
             dx,
@@ -209,7 +211,7 @@ impl Ffn for Probe {
             x,
             weights: &weights,
             pairs: expert_ffn::Pairs::Dense,
-            dims: expert_ffn::Dims::dense(tokens, hidden, intermediate),
+            dims: expert_ffn::Dims::dense(tokens, hidden, intermediate, Activation::Silu),
             scratch: experts,
         }
         .run();

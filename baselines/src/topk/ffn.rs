@@ -8,8 +8,8 @@ use dsmoe_core::ffn::{
     HostGate, HostRouted, PackedFfn, Record, block_len, projections, routes, split, split_mut,
 };
 use dsmoe_core::params::TensorSpec;
-use dsmoe_kernels::Precision;
 use dsmoe_kernels::expert_ffn::{self, Dims, PackedWeights, Saved, WeightGrads, Weights};
+use dsmoe_kernels::{Activation, Precision};
 
 use super::router::{RouterSaved, TopkRouter};
 use super::spec::TopkSpec;
@@ -66,6 +66,7 @@ impl TopkMoeFfn {
             intermediate: self.intermediate,
             num_experts: self.spec.all_experts(),
             all_pairs: false,
+            activation: Activation::Silu,
         }
     }
 }
@@ -135,7 +136,7 @@ impl Ffn for TopkMoeFfn {
 
     fn pack(&self, params: &[f32], precision: Precision) -> Box<dyn PackedFfn> {
         let [gate, up, down] = split(params, self.lens());
-        let (weights, n) = (Weights { gate, up, down }, self.spec.all_experts());
+        let (weights, n) = (Weights { gate, up, down, biases: None }, self.spec.all_experts());
         Box::new(PackedTopk {
             ffn: self.clone(),
             weights: PackedWeights::new(precision, &weights, self.hidden, self.intermediate, n),
@@ -163,7 +164,7 @@ impl Ffn for TopkMoeFfn {
             y,
             saved: &mut saved.experts,
             x,
-            weights: &Weights { gate, up, down },
+            weights: &Weights { gate, up, down, biases: None },
             pairs: expert_ffn::Pairs::Routed(&routes(routed.routing)),
             dims: self.dims(x.len() / self.hidden),
             scratch: &mut scratch.experts,
@@ -186,11 +187,11 @@ impl Ffn for TopkMoeFfn {
         expert_ffn::Backward {
             dx,
             dcoefficients: Some(dcoefficients),
-            grads: WeightGrads { gate: dgate, up: dup, down: ddown },
+            grads: WeightGrads { gate: dgate, up: dup, down: ddown, biases: None },
             dy,
             saved,
             x,
-            weights: &Weights { gate, up, down },
+            weights: &Weights { gate, up, down, biases: None },
             pairs: expert_ffn::Pairs::Routed(&routes(&routed.routing)),
             dims: self.dims(tokens),
             scratch: experts,
