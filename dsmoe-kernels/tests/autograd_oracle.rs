@@ -7,7 +7,10 @@
 use autograd as ag;
 use autograd::tensor_ops as T;
 use dsmoe_kernels::testing::{assert_close, assert_close_f64, f64s, normals};
-use dsmoe_kernels::{Activation, Isa, attention, cross_entropy, embedding, linear, rms_norm, rope, swiglu};
+use dsmoe_kernels::{
+    Activation, Isa, Precision, attention, cross_entropy, embedding, expert_ffn, linear, rms_norm, rope,
+    swiglu,
+};
 
 const EXACT: f64 = 1e-12;
 const TOLERANCE: f64 = 2e-6;
@@ -127,7 +130,7 @@ fn rms_norm_agrees_with_autograd() {
 
 #[test]
 fn linear_agrees_with_autograd() {
-    let dims = linear::Dims { rows: 6, inputs: 9, outputs: 5, precision: dsmoe_kernels::Precision::F32 };
+    let dims = linear::Dims { rows: 6, inputs: 9, outputs: 5, precision: Precision::F32 };
     let (x, w, dout) = (normals(54, 1), normals(45, 2), normals(30, 3));
     let leaves = [Matrix::new(&f64s(&x), 6, 9), Matrix::new(&f64s(&w), 5, 9).t()];
     let (want, grads) = gradients(&leaves, 2, &Matrix::new(&f64s(&dout), 6, 5), |l| T::matmul(l[0], l[1]));
@@ -348,7 +351,7 @@ fn cross_entropy_agrees_with_autograd() {
     assert_close_f64("reference dhead", &dhead, &want_dhead, EXACT);
     for isa in Isa::available() {
         let (mut losses, mut dh, mut dhead) = ([f32::NAN; 6], [f32::NAN; 30], [0.0; 105]);
-        let scratch = &mut cross_entropy::Scratch::new(dsmoe_kernels::Precision::F32);
+        let scratch = &mut cross_entropy::Scratch::new(Precision::F32);
         cross_entropy::ForwardBackward {
             losses: &mut losses,
             dhidden: &mut dh,
@@ -365,5 +368,94 @@ fn cross_entropy_agrees_with_autograd() {
         assert_close("losses", &losses, &want, TOLERANCE);
         assert_close("dh", &dh, &grads[0].values, TOLERANCE);
         assert_close("dhead", &dhead, &want_dhead, TOLERANCE);
+    }
+}
+
+#[test]
+fn the_expert_ffn_agrees_with_autograd() {
+    let dims = expert_ffn::Dims { num_experts: 3, ..expert_ffn::Dims::dense(12, 10, 21, Activation::Silu) };
+    let expert_ffn::Dims { tokens, hidden, intermediate, num_experts: n, .. } = dims;
+    let [x, dy] = [1, 5].map(|seed| normals(tokens * hidden, seed));
+    let [gate, up, down] = [2, 3, 4].map(|seed| normals(intermediate * hidden, seed));
+    // Token 2 has no expert; the others have one to three.
+    let mask: Vec<bool> =
+        (0..tokens * n).map(|pair| pair / 3 != 2 && !(pair * 7).is_multiple_of(3 + pair % 2)).collect();
+    let coef: Vec<f32> = normals(tokens * n, 6).iter().map(|z| 0.25 + z.abs()).collect();
+    let [x64, dy64, gate64, up64, down64, coef64] = [&x, &dy, &gate, &up, &down, &coef].map(|v| f64s(v));
+    let width = dims.expert_width();
+    // The straight-through rule's gradient is the one at coefficients that the mask scales in value alone: inactive
+    // coefficients enter as 0, and their derivative is taken there. The last leaf spreads an expert's coefficient over its
+    // neurons.
+    let leaves = [
+        Matrix::new(&x64, tokens, hidden),
+        Matrix::new(&gate64, intermediate, hidden).t(),
+        Matrix::new(&up64, intermediate, hidden).t(),
+        Matrix::new(&down64, intermediate, hidden),
+        Matrix::of(tokens, n, |t, i| if mask[t * n + i] { coef64[t * n + i] } else { 0.0 }),
+        Matrix::of(n, intermediate, |i, j| if j / width == i { 1.0 } else { 0.0 }),
+    ];
+    let (want, grads) = gradients(&leaves, 5, &Matrix::new(&dy64, tokens, hidden), |l| {
+        let [x, gate, up, down, coef, spread] = [l[0], l[1], l[2], l[3], l[4], l[5]];
+        let (a, b) = (T::matmul(x, gate), T::matmul(x, up));
+        T::matmul(T::matmul(coef, spread) * (a * T::sigmoid(a) * b), down)
+    });
+    let [dx, dgate, dup, ddown, dcoef] = &grads[..] else { panic!("five gradients") };
+    let wanted = [dx, &dgate.t(), &dup.t(), ddown, dcoef].map(|grad| grad.values.clone());
+    let names = ["dx", "dgate", "dup", "ddown", "dcoef"];
+
+    let layer = {
+        let (x, gate, up, down, mask, coef) = (&x64, &gate64, &up64, &down64, &mask, &coef64);
+        expert_ffn::reference::Layer { x, gate, up, down, biases: None, mask, coef, dims }
+    };
+    assert_close_f64("reference y", &expert_ffn::reference::forward(layer), &want, EXACT);
+    let got = expert_ffn::reference::backward(&dy64, layer);
+    for ((name, got), want) in
+        names.iter().zip([got.dx, got.dgate, got.dup, got.ddown, got.dcoef]).zip(&wanted)
+    {
+        assert_close_f64(&format!("reference {name}"), &got, want, EXACT);
+    }
+
+    let by_expert: Vec<(usize, usize)> =
+        (0..n).flat_map(|i| (0..tokens).map(move |t| (i, t))).filter(|(i, t)| mask[t * n + i]).collect();
+    let mut slots: Vec<u32> = (0..by_expert.len() as u32).collect();
+    slots.sort_by_key(|&slot| by_expert[slot as usize].1);
+    let routes = expert_ffn::Routes {
+        offsets: &(0..=n).map(|e| by_expert.iter().filter(|(i, _)| *i < e).count()).collect::<Vec<_>>(),
+        tokens: &by_expert.iter().map(|(_, t)| *t as u32).collect::<Vec<_>>(),
+        coefficients: &by_expert.iter().map(|(i, t)| coef[t * n + i]).collect::<Vec<_>>(),
+        token_offsets: &(0..=tokens)
+            .map(|end| by_expert.iter().filter(|(_, t)| *t < end).count())
+            .collect::<Vec<_>>(),
+        slots: &slots,
+    };
+    let (pairs, weights) = (
+        expert_ffn::Pairs::Routed(&routes),
+        &expert_ffn::Weights { gate: &gate, up: &up, down: &down, biases: None },
+    );
+    let (scratch, saved) = (&mut expert_ffn::Scratch::default(), &mut expert_ffn::Saved::default());
+    let mut y = vec![f32::NAN; x.len()];
+    let packed = expert_ffn::PackedWeights::new(Precision::F32, weights, hidden, intermediate, n);
+    expert_ffn::ForwardPacked { y: &mut y, x: &x, weights: &packed, pairs, dims, scratch }.run();
+    assert_close("y", &y, &want, TOLERANCE);
+    y.fill(f32::NAN);
+    expert_ffn::ForwardTrain { y: &mut y, saved, x: &x, weights, pairs, dims, scratch }.run();
+    assert_close("y of training", &y, &want, TOLERANCE);
+    let (mut dx, mut dcoef) = (vec![f32::NAN; x.len()], vec![f32::NAN; tokens * n]);
+    let [mut dgate, mut dup, mut ddown] = [(); 3].map(|()| vec![0.0; gate.len()]);
+    expert_ffn::Backward {
+        dx: &mut dx,
+        dcoefficients: Some(&mut dcoef),
+        grads: expert_ffn::WeightGrads { gate: &mut dgate, up: &mut dup, down: &mut ddown, biases: None },
+        dy: &dy,
+        saved,
+        x: &x,
+        weights,
+        pairs,
+        dims,
+        scratch,
+    }
+    .run();
+    for ((name, got), want) in names.iter().zip([dx, dgate, dup, ddown, dcoef]).zip(&wanted) {
+        assert_close(name, &got, want, TOLERANCE);
     }
 }

@@ -57,6 +57,7 @@ fn cuda_ffn_of_few_tokens_is_the_reference() {
                     gate: &g,
                     up: &u,
                     down: &d,
+                    biases: None,
                     mask: &mask,
                     coef: &double,
                     dims,
