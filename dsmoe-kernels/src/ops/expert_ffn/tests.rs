@@ -231,9 +231,9 @@ fn check_reference_gradient(problem: Problem) {
         assert_close_f64(name, got, &finite_differences(at, 1e-5, f), 1e-8);
     };
     check("dx", &got.dx, &x, &|x| loss(reference::Layer { x, ..layer }));
-    check("dgate", &got.dgate, &gate, &|gate| loss(reference::Layer { gate, ..layer }));
-    check("dup", &got.dup, &up, &|up| loss(reference::Layer { up, ..layer }));
-    check("ddown", &got.ddown, &down, &|down| loss(reference::Layer { down, ..layer }));
+    check("dgate", &got.dgate, gate, &|gate| loss(reference::Layer { gate, ..layer }));
+    check("dup", &got.dup, up, &|up| loss(reference::Layer { up, ..layer }));
+    check("ddown", &got.ddown, down, &|down| loss(reference::Layer { down, ..layer }));
     for i in 0..wide.as_ref().map_or(0, |biases| biases.len()) {
         let all = biases.expect("biases");
         let at = |b: &[f64]| {
@@ -246,7 +246,7 @@ fn check_reference_gradient(problem: Problem) {
     // The straight-through rule reads an inactive pair's derivative as if the pair were active.
     let open = vec![true; mask.len()];
     let mut want =
-        finite_differences(&coef, 1e-5, |coef| loss(reference::Layer { mask: &open, coef, ..layer }));
+        finite_differences(coef, 1e-5, |coef| loss(reference::Layer { mask: &open, coef, ..layer }));
     if !all_pairs {
         want.iter_mut().zip(mask).filter(|(_, active)| !**active).for_each(|(want, _)| *want = 0.0);
     }
