@@ -28,15 +28,9 @@ fn copy_linked(from: &Path, to: &Path) {
 
 /// The shared folder of golden data, and copies of the zoo's models; none without the shared data.
 fn zoo(test: &str) -> Option<(PathBuf, Vec<Case>)> {
-    let shared = std::env::var_os("DSMOE_SHARED")
-        .map_or_else(|| PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../shared")), PathBuf::from);
+    let shared = dsmoe_kernels::testing::shared(test, "golden/zoo")?;
     let zoo = shared.join("golden/zoo");
-    let Ok(index) = fs::read(zoo.join("index.json")) else {
-        let required = std::env::var("DSMOE_REQUIRE").unwrap_or_default();
-        assert!(!required.split(',').any(|word| word == "shared"), "{test}: nothing at {}", zoo.display());
-        println!("SKIP {test}: nothing at {}", zoo.display());
-        return None;
-    };
+    let index = fs::read(zoo.join("index.json")).unwrap();
     let index: serde_json::Map<String, Value> = serde_json::from_slice(&index).unwrap();
     let copies = Path::new(env!("CARGO_TARGET_TMPDIR")).join(test);
     if copies.exists() {

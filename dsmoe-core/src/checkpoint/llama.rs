@@ -188,9 +188,6 @@ impl LlamaTensors {
 /// The first tensor that is missing, surplus, or of another shape or type; a tied model whose head differs from its
 /// embedding; a stored partition that is none.
 pub fn check_llama_tensors(config: &Config, checkpoint: &Checkpoint) -> Result<LlamaTensors> {
-    if config.architecture.activation != dsmoe_kernels::Activation::Silu {
-        return Err(Error::argument("gelu_tanh is not supported", "use a model with silu"));
-    }
     let (embedding, head) = (checkpoint.tensor(EMBEDDING), checkpoint.tensor(HEAD));
     let tied = config.tie_word_embeddings;
     if let (true, Some(embedding), Some(head)) = (tied, embedding, head)

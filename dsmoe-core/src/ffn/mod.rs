@@ -9,6 +9,7 @@ mod build;
 mod dense;
 mod device;
 mod dsmoe;
+mod gated;
 
 use std::any::Any;
 use std::collections::BTreeMap;
@@ -24,6 +25,7 @@ pub(crate) use build::of_layer;
 pub use dense::DenseFfn;
 pub use device::{DeviceFfn, GateBackward, HostGate, HostRouted};
 pub use dsmoe::DsmoeFfn;
+pub use gated::Gated;
 
 use crate::config::Config;
 use crate::error::{Error, Result, shown};

@@ -1,7 +1,5 @@
 //! Tiny models of every family against transformers: logits, greedy text, and the passes against each other.
 
-#[path = "../common/mod.rs"]
-mod common;
 mod gradients;
 mod reference;
 
@@ -14,6 +12,7 @@ use dsmoe_core::model::{
 };
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::buf::Buf;
+use dsmoe_kernels::testing::shared;
 use dsmoe_router::SparsityOver;
 use serde_json::Value;
 
@@ -77,7 +76,7 @@ fn read_linked(path: &Path) -> Vec<u8> {
 }
 
 fn cases(test: &str) -> Vec<Case> {
-    let Some(shared) = common::shared(test) else { return Vec::new() };
+    let Some(shared) = shared(test, "golden/zoo") else { return Vec::new() };
     let zoo = shared.join("golden/zoo");
     let index: serde_json::Map<String, Value> =
         serde_json::from_slice(&std::fs::read(zoo.join("index.json")).expect("index")).expect("JSON");
