@@ -3,9 +3,9 @@
 use dsmoe_kernels::Activation;
 use dsmoe_kernels::expert_ffn::{BiasGrads, Biases, Dims, WeightGrads, Weights};
 
-use super::{DOWN_BIAS, block_len, projections, split, split_mut};
+use super::{DOWN_BIAS, projections, split, split_mut};
 use crate::config::Config;
-use crate::params::TensorSpec;
+use crate::params::{TensorSpec, padded};
 
 /// `y = (act(x W_gate^T + b_gate) * (x W_up^T + b_up)) W_down + b_down`, cut into experts or not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,7 +54,7 @@ impl Gated {
 
     /// Returns the length of its tensors in an arena. What else an FFN has comes after them.
     pub fn len(&self) -> usize {
-        block_len(&self.tensors())
+        self.lens().map(padded).iter().sum()
     }
 
     /// Returns whether it has no neurons.
