@@ -27,6 +27,8 @@ pub use dsmoe_kernels::Activation;
 use fields::Fields;
 pub use rope::{Rope, RopeScaling};
 
+/// The configuration of Mistral's own format, whose tensors have other names and layouts.
+const MISTRAL_CONFIG_FILE: &str = "params.json";
 const GENERATION_CONFIG_FILE: &str = "generation_config.json";
 const FORMAT_VERSION: u64 = 1;
 const LARGEST_LAYERS: u64 = 1 << 12;
@@ -144,6 +146,11 @@ impl Config {
     pub fn load(dir: &Path) -> Result<Config> {
         check_exists(dir)?;
         let path = dir.join(CONFIG_FILE);
+        if !path.is_file() && dir.join(MISTRAL_CONFIG_FILE).is_file() {
+            let problem =
+                format!("there is no {CONFIG_FILE}; {MISTRAL_CONFIG_FILE} is of Mistral's own format");
+            return Err(Error::path(dir, problem, "take the model in Hugging Face's format"));
+        }
         let mut config = Config::from_json(&path, &read_json(&path)?)?;
         let path = dir.join(GENERATION_CONFIG_FILE);
         if path.is_file() {

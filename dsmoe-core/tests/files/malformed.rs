@@ -200,6 +200,13 @@ fn git_lfs_pointers_are_named() {
 }
 
 #[test]
+fn mistrals_own_format_is_named() {
+    let work = tempfile::tempdir().unwrap();
+    fs::write(work.path().join("params.json"), "{}").unwrap();
+    refused(Config::load(work.path()), &["there is no config.json", "Mistral's own format"]);
+}
+
+#[test]
 fn names_of_the_hub_are_told_from_missing_directories() {
     let hub = Path::new("no-such-org/no-such-model");
     for error in [Config::load(hub).map(|_| ()), Checkpoint::open(hub).map(|_| ())] {

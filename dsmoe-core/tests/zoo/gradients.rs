@@ -71,6 +71,37 @@ fn config(family: &str, keys: &Value, experts: bool) -> Config {
     Config::from_json("config.json".as_ref(), &json.to_string()).unwrap()
 }
 
+/// What the refusal of a GPU says of each of [`families`].
+#[cfg(feature = "cuda")]
+#[test]
+fn switches_without_a_gpu_kernel_are_named() {
+    use dsmoe_core::model::cuda::CudaTrainer;
+    use dsmoe_core::{Device, Inference};
+    use dsmoe_kernels::testing::refused;
+
+    let missing = [
+        "llama with bias on q, k, v, bias on o, biases in the FFN",
+        "dynamic scaling of the rotation",
+        "a window of 2 in 2 layers",
+        "a window of 3 in 1 layers",
+        "norm of q and k by head",
+        "no rotation in 1 layers",
+        "2 of 4 values of a head rotated",
+        "norms after attention and FFN",
+        "two rotations",
+        "gelu_tanh",
+        "attention scores capped at 2, logits capped at 3",
+        "norms before and after attention and FFN, norm weights + 1",
+        "embedding times 3, residual branches times 0.6, logits times 2",
+    ];
+    for ((family, keys), missing) in families().into_iter().zip(missing) {
+        let model = random(config(family, &keys, false));
+        let parts = ["a GPU does not run", family, missing, "device to cpu"];
+        refused(CudaTrainer::memory(model.config(), 8), &parts);
+        refused(Inference::new_on(&model, Precision::Bf16, Device::Cuda(0)), &parts);
+    }
+}
+
 fn random(config: Config) -> Model {
     let offset = config.architecture.norm_offset;
     let mut model = Model::new(config);

@@ -41,11 +41,10 @@ pub(crate) struct Layer {
 impl Layer {
     pub(crate) fn bytes(&self) -> usize {
         let matrices = [&self.q, &self.k, &self.v, &self.o].map(Packed::bytes);
-        let [norms, biases] = [&self.before_attention, &self.o_bias].map(Option::as_ref);
-        let vectors = [&self.after_attention, &self.before_ffn, &self.after_ffn].map(Option::as_ref);
+        let norms = [&self.before_attention, &self.after_attention, &self.before_ffn, &self.after_ffn];
+        let vectors = norms.into_iter().chain([&self.o_bias]).flatten();
         let heads = self.qkv_bias.iter().flatten().chain(self.qk_norm.iter().flatten());
-        let vectors = vectors.into_iter().chain([norms, biases]).flatten().chain(heads);
-        let values: usize = vectors.map(|vector| vector.len()).sum();
+        let values: usize = vectors.chain(heads).map(|vector| vector.len()).sum();
         matrices.iter().sum::<usize>() + 4 * values + self.ffn.bytes()
     }
 }
