@@ -88,9 +88,12 @@ fn an_index_with_a_missing_shard() {
 #[test]
 fn configurations() {
     let fixture = fixture();
-    let yarn = json!({ "rope_type": "yarn", "factor": 4.0 });
-    let rope = fixture.with_config("rope", "rope_scaling", yarn);
-    inspect_fails(&rope, &["config.json", "rope_scaling", "yarn", "llama3"]);
+    let other = json!({ "rope_type": "mrope", "factor": 4.0 });
+    let rope = fixture.with_config("rope", "rope_scaling", other);
+    inspect_fails(&rope, &["config.json", "rope_scaling", "mrope", "llama3"]);
+    let kind = fixture.with_config("mixtral", "model_type", json!("mixtral"));
+    inspect_fails(&kind, &["config.json", "model_type", "mixtral", "experts already", "qwen3"]);
+    inspect_fails(Path::new("no-org/no-model"), &["no-org/no-model", "Hugging Face Hub", "hf download"]);
     let huge = fixture.with_config("huge", "hidden_size", json!(1u64 << 60));
     inspect_fails(&huge, &["config.json", "hidden_size", "; "]);
     let zero = fixture.with_config("zero", "num_hidden_layers", json!(0));
@@ -101,7 +104,7 @@ fn configurations() {
     fs::write(text.join("config.json"), "{\n\"vocab_size\": ,").unwrap();
     inspect_fails(&text, &["config.json", "line 2", "; "]);
     let nowhere = fixture.dir.join("nowhere");
-    inspect_fails(&nowhere, &["nowhere", "config.json"]);
+    inspect_fails(&nowhere, &["nowhere", "no such directory"]);
     let out = fixture.out("indivisible");
     fails(
         &["convert", at(&fixture.dense), "--experts", "7", "--out", at(&out)],

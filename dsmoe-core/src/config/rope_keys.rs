@@ -233,13 +233,12 @@ impl Reader<'_> {
             let problem = format!("is {low} and not below high_freq_factor {high}");
             return Err(inner.wrong("low_freq_factor", problem, "correct one of them"));
         }
-        let original = self.original(inner)?;
-        let key = "original_max_position_embeddings";
+        let original_max_position = self.original(inner)?.unwrap_or(self.sizes.max_position);
         Ok(RopeScaling::Llama3 {
             factor: need(inner, "factor")?,
             low_freq_factor: low,
             high_freq_factor: high,
-            original_max_position: original.ok_or_else(|| inner.wrong(key, "is missing", "add it"))?,
+            original_max_position,
         })
     }
 
