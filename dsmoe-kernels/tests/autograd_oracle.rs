@@ -1,4 +1,5 @@
-//! Every op against reverse-mode differentiation by the `autograd` crate, which shares no code with it.
+//! The definition of every op, which its kernels are tested against, against reverse-mode differentiation by the `autograd`
+//! crate, which shares no code with it.
 //!
 //! The ops are written there with matrix products, elementwise functions of equal shapes, and constant matrices:
 //! sums are products with ones, because the crate's gradients of broadcasts are wrong. Its `transpose` fails too,
@@ -8,8 +9,7 @@ use autograd as ag;
 use autograd::tensor_ops as T;
 use dsmoe_kernels::testing::{assert_close, assert_close_f64, f64s, normals};
 use dsmoe_kernels::{
-    Activation, Isa, Precision, attention, cross_entropy, embedding, expert_ffn, linear, rms_norm, rope,
-    swiglu,
+    Activation, Precision, attention, cross_entropy, embedding, expert_ffn, linear, rms_norm, rope, swiglu,
 };
 
 const EXACT: f64 = 1e-12;
@@ -107,25 +107,6 @@ fn rms_norm_agrees_with_autograd() {
     assert_close_f64("reference y", &y, &want, EXACT);
     assert_close_f64("reference dx", &dx, &grads[0].values, EXACT);
     assert_close_f64("reference dw", &dw, &grads[1].values, EXACT);
-    for isa in Isa::available() {
-        let [mut y, mut dx] = [(); 2].map(|()| vec![f32::NAN; x.len()]);
-        let (mut rstd, mut dw) = (vec![f32::NAN; tokens], vec![0.0; hidden]);
-        rms_norm::Forward { y: &mut y, rstd: &mut rstd, x: &x, weight: &w, offset: 0.0, eps }.run_on(isa);
-        rms_norm::Backward {
-            dx: &mut dx,
-            dweight: &mut dw,
-            dy: &dout,
-            x: &x,
-            weight: &w,
-            offset: 0.0,
-            rstd: &rstd,
-            add: false,
-        }
-        .run_on(isa);
-        assert_close("y", &y, &want, TOLERANCE);
-        assert_close("dx", &dx, &grads[0].values, TOLERANCE);
-        assert_close("dw", &dw, &grads[1].values, TOLERANCE);
-    }
 }
 
 #[test]
@@ -139,13 +120,6 @@ fn linear_agrees_with_autograd() {
     assert_close_f64("reference y", &linear::reference::forward(&f64s(&x), &f64s(&w), dims), &want, EXACT);
     assert_close_f64("reference dx", &dx, &grads[0].values, EXACT);
     assert_close_f64("reference dw", &dw, &want_dw, EXACT);
-    let (mut y, mut dx, mut dw) = (vec![f32::NAN; 30], vec![f32::NAN; 54], vec![0.0; 45]);
-    linear::Forward { y: &mut y, x: &x, w: &w, bias: None, dims }.run();
-    linear::BackwardInput { dx: &mut dx, dy: &dout, w: &w, dims, add: false }.run();
-    linear::BackwardWeight { dw: &mut dw, dy: &dout, x: &x, dims }.run();
-    assert_close("y", &y, &want, TOLERANCE);
-    assert_close("dx", &dx, &grads[0].values, TOLERANCE);
-    assert_close("dw", &dw, &want_dw, TOLERANCE);
 }
 
 #[test]
@@ -171,15 +145,6 @@ fn rope_agrees_with_autograd() {
     let leaves = [Matrix::new(&f64s(&x), 1, n), rotation];
     let (want, grads) = gradients(&leaves, 1, &Matrix::new(&f64s(&dout), 1, n), |l| T::matmul(l[0], l[1]));
     let frequencies = rope::reference::frequencies(head_dim, theta);
-    let table = rope::Table::new(frequencies.clone(), 1.0, start + seq);
-    let args = rope::Args { table: &table, seq, start, heads, head_dim };
-    for isa in Isa::available() {
-        let (mut y, mut dx) = (x.clone(), dout.clone());
-        rope::Forward { x: &mut y, stride: args.width(), args }.run_on(isa);
-        rope::Backward { dx: &mut dx, stride: heads * head_dim, args }.run_on(isa);
-        assert_close("y", &y, &want, TOLERANCE);
-        assert_close("dx", &dx, &grads[0].values, TOLERANCE);
-    }
     let positions: Vec<usize> = (0..2 * seq).map(|r| start + r % seq).collect();
     let rotation = rope::reference::Rotation {
         frequencies: &frequencies,
@@ -204,14 +169,6 @@ fn attention_graph<'g>(l: &[ag::Tensor<'g, f64>]) -> ag::Tensor<'g, f64> {
         T::matmul(T::matmul(p, T::matmul(v, select[2])), select[3])
     });
     heads.reduce(|a, b| a + b).expect("there are heads")
-}
-
-/// Joins the columns of matrices with these widths in one matrix.
-fn joined(parts: [(&Vec<f64>, usize); 3], rows: usize) -> Vec<f64> {
-    (0..rows)
-        .flat_map(|t| parts.into_iter().flat_map(move |(x, width)| &x[t * width..(t + 1) * width]))
-        .copied()
-        .collect()
 }
 
 #[test]
@@ -254,22 +211,6 @@ fn attention_agrees_with_autograd() {
         assert_close_f64("reference dq", &dq, &grads[0].values, EXACT);
         assert_close_f64("reference dk", &dk, &want_dk, EXACT);
         assert_close_f64("reference dv", &dv, &grads[2].values, EXACT);
-        for isa in Isa::available() {
-            let (mut out, mut lse) = (vec![f32::NAN; q.len()], vec![f32::NAN; queries * heads]);
-            attention::Forward { out: &mut out, lse: &mut lse, q: &q, k: &k, v: &v, dims }.run_on(isa);
-            assert_close("out", &out, &want, TOLERANCE);
-            if queries == keys {
-                let parts = [(&f64s(&q), width), (&f64s(&k), kv_width), (&f64s(&v), kv_width)];
-                let qkv: Vec<f32> = joined(parts, queries).iter().map(|&x| x as f32).collect();
-                let mut dqkv = vec![f32::NAN; qkv.len()];
-                attention::ForwardJoined { out: &mut out, lse: &mut lse, qkv: &qkv, dims }.run_on(isa);
-                attention::Backward { dqkv: &mut dqkv, dout: &dout, out: &out, qkv: &qkv, lse: &lse, dims }
-                    .run_on(isa);
-                let parts = [(&grads[0].values, width), (&want_dk, kv_width), (&grads[2].values, kv_width)];
-                assert_close("joined out", &out, &want, TOLERANCE);
-                assert_close("dqkv", &dqkv, &joined(parts, queries), TOLERANCE);
-            }
-        }
     }
 }
 
@@ -309,14 +250,6 @@ fn check_swiglu(activation: Activation) {
     );
     assert_close_f64("reference da", &da, &grads[0].values, EXACT);
     assert_close_f64("reference db", &db, &grads[1].values, EXACT);
-    for isa in Isa::available() {
-        let [mut c, mut da, mut db] = [(); 3].map(|()| vec![f32::NAN; n]);
-        swiglu::Forward { c: &mut c, a: &a, b: &b, activation }.run_on(isa);
-        swiglu::Backward { da: &mut da, db: &mut db, dc: &dc, a: &a, b: &b, activation }.run_on(isa);
-        assert_close("c", &c, &want, TOLERANCE);
-        assert_close("da", &da, &grads[0].values, TOLERANCE);
-        assert_close("db", &db, &grads[1].values, TOLERANCE);
-    }
 }
 
 #[test]
@@ -349,26 +282,6 @@ fn cross_entropy_agrees_with_autograd() {
     assert_close_f64("reference losses", &problem.forward(), &want, EXACT);
     assert_close_f64("reference dh", &dh, &grads[0].values, EXACT);
     assert_close_f64("reference dhead", &dhead, &want_dhead, EXACT);
-    for isa in Isa::available() {
-        let (mut losses, mut dh, mut dhead) = ([f32::NAN; 6], [f32::NAN; 30], [0.0; 105]);
-        let scratch = &mut cross_entropy::Scratch::new(Precision::F32);
-        cross_entropy::ForwardBackward {
-            losses: &mut losses,
-            dhidden: &mut dh,
-            dhead: &mut dhead,
-            hidden_states: &h,
-            head: &head,
-            targets: &targets,
-            scale,
-            logits,
-            dims,
-            scratch,
-        }
-        .run_on(isa);
-        assert_close("losses", &losses, &want, TOLERANCE);
-        assert_close("dh", &dh, &grads[0].values, TOLERANCE);
-        assert_close("dhead", &dhead, &want_dhead, TOLERANCE);
-    }
 }
 
 #[test]
@@ -413,47 +326,5 @@ fn the_expert_ffn_agrees_with_autograd() {
         names.iter().zip([got.dx, got.dgate, got.dup, got.ddown, got.dcoef]).zip(&wanted)
     {
         assert_close_f64(&format!("reference {name}"), &got, want, EXACT);
-    }
-
-    let by_expert: Vec<(usize, usize)> =
-        (0..n).flat_map(|i| (0..tokens).map(move |t| (i, t))).filter(|(i, t)| mask[t * n + i]).collect();
-    let mut slots: Vec<u32> = (0..by_expert.len() as u32).collect();
-    slots.sort_by_key(|&slot| by_expert[slot as usize].1);
-    let routes = expert_ffn::Routes {
-        offsets: &(0..=n).map(|e| by_expert.iter().filter(|(i, _)| *i < e).count()).collect::<Vec<_>>(),
-        tokens: &by_expert.iter().map(|(_, t)| *t as u32).collect::<Vec<_>>(),
-        coefficients: &by_expert.iter().map(|(i, t)| coef[t * n + i]).collect::<Vec<_>>(),
-        token_offsets: &(0..=tokens)
-            .map(|end| by_expert.iter().filter(|(_, t)| *t < end).count())
-            .collect::<Vec<_>>(),
-        slots: &slots,
-    };
-    let (pairs, weights) =
-        (expert_ffn::Pairs::Routed(&routes), &expert_ffn::Weights { gate: &gate, up: &up, down: &down });
-    let (scratch, saved) = (&mut expert_ffn::Scratch::default(), &mut expert_ffn::Saved::default());
-    let mut y = vec![f32::NAN; x.len()];
-    let packed = expert_ffn::PackedWeights::new(Precision::F32, weights, hidden, intermediate, n);
-    expert_ffn::ForwardPacked { y: &mut y, x: &x, weights: &packed, pairs, dims, scratch }.run();
-    assert_close("y", &y, &want, TOLERANCE);
-    y.fill(f32::NAN);
-    expert_ffn::ForwardTrain { y: &mut y, saved, x: &x, weights, pairs, dims, scratch }.run();
-    assert_close("y of training", &y, &want, TOLERANCE);
-    let (mut dx, mut dcoef) = (vec![f32::NAN; x.len()], vec![f32::NAN; tokens * n]);
-    let [mut dgate, mut dup, mut ddown] = [(); 3].map(|()| vec![0.0; gate.len()]);
-    expert_ffn::Backward {
-        dx: &mut dx,
-        dcoefficients: Some(&mut dcoef),
-        grads: expert_ffn::WeightGrads { gate: &mut dgate, up: &mut dup, down: &mut ddown },
-        dy: &dy,
-        saved,
-        x: &x,
-        weights,
-        pairs,
-        dims,
-        scratch,
-    }
-    .run();
-    for ((name, got), want) in names.iter().zip([dx, dgate, dup, ddown, dcoef]).zip(&wanted) {
-        assert_close(name, &got, want, TOLERANCE);
     }
 }

@@ -44,15 +44,10 @@ fn cuda_ffn_of_few_tokens_is_the_reference() {
                 let dims =
                     expert_ffn::Dims { tokens, hidden, intermediate, num_experts: n, all_pairs: false };
                 let double: Vec<f64> = coefficients.iter().map(|&k| f64::from(k)).collect();
-                let [x64, g, u, d] = [&x, &gate, &up, &down].map(|w| to_f64(w));
-                let layer = reference::Layer {
-                    x: &x64,
-                    gate: &g,
-                    up: &u,
-                    down: &d,
-                    mask: &mask,
-                    coef: &double,
-                    dims,
+                let f64s = [&x, &gate, &up, &down].map(|w| to_f64(w));
+                let layer = {
+                    let ([x, gate, up, down], mask, coef) = (&f64s, &mask, &double);
+                    reference::Layer { x, gate, up, down, mask, coef, dims }
                 };
                 let want = reference::forward(layer);
                 let h = &gpu.upload_rows(&x, hidden).unwrap();
