@@ -125,10 +125,8 @@ fn truncated_data() {
 #[test]
 fn no_weights() {
     let work = tempfile::tempdir().unwrap();
-    refused(
-        Checkpoint::open(work.path()),
-        &["no model.safetensors", "model.safetensors.index.json", "save_pretrained"],
-    );
+    let parts = ["no model.safetensors", "model.safetensors.index.json", "save_pretrained"];
+    refused(Checkpoint::open(work.path()), &parts);
     refused(Config::load(work.path()), &["config.json", "No such file"]);
 }
 
@@ -224,10 +222,8 @@ fn reads_of_another_size() {
     let fixture = Fixture::new();
     let checkpoint = Checkpoint::open(&fixture.dir).unwrap();
     let name = "model.layers.0.mlp.down_proj.weight";
-    refused(
-        checkpoint.read_f32(name, &mut [0.0; 3]),
-        &["model.safetensors: tensor", name, "[16, 12], not 3"],
-    );
+    let read = checkpoint.read_f32(name, &mut [0.0; 3]);
+    refused(read, &["model.safetensors: tensor", name, "[16, 12], not 3"]);
     refused(checkpoint.read_f32("a", &mut []), &["model: tensor a is missing"]);
     refused(checkpoint.read_i32(name), &["tensor", name, "has dtype F32, not I32"]);
 }
@@ -240,23 +236,18 @@ fn tied_head_that_differs() {
     fs::remove_dir_all(&fixture.dir).unwrap();
     init(&untied, &fixture.dir, &InitOptions::default(), &mut quiet).unwrap();
     fixture.edit("config.json", "\"tie_word_embeddings\": false", "\"tie_word_embeddings\": true");
-    fixture.refused(&[
-        "model.safetensors: tensor lm_head.weight differs from",
-        "set tie_word_embeddings to false",
-    ]);
+    let differs = "model.safetensors: tensor lm_head.weight differs from";
+    fixture.refused(&[differs, "set tie_word_embeddings to false"]);
 }
 
 #[test]
 fn experts_that_do_not_divide() {
     let fixture = Fixture::new();
-    refused(
-        fixture.convert(&ConvertOptions::new(8)),
-        &["config.json: intermediate_size 12 is not divisible by 8 experts; use one of 1, 2, 3, 4, 6, 12"],
-    );
-    refused(
-        dsmoe_core::partition::Partition::contiguous(172, 8),
-        &["intermediate_size 172 is not divisible by 8 experts; use one of 1, 2, 4, 43"],
-    );
+    let eight =
+        "config.json: intermediate_size 12 is not divisible by 8 experts; use one of 1, 2, 3, 4, 6, 12";
+    refused(fixture.convert(&ConvertOptions::new(8)), &[eight]);
+    let other = "intermediate_size 172 is not divisible by 8 experts; use one of 1, 2, 4, 43";
+    refused(dsmoe_core::partition::Partition::contiguous(172, 8), &[other]);
     refused(fixture.convert(&ConvertOptions::new(0)), &["num_experts is 0; use 1 to 65536"]);
 }
 
@@ -339,10 +330,8 @@ fn output_that_is_not_empty() {
     fs::write(out.join("notes.txt"), "mine").unwrap();
     refused(fixture.convert(&ConvertOptions::new(4)), &["out is not empty; choose another out or set force"]);
     let force = ConvertOptions { force: true, ..ConvertOptions::new(4) };
-    refused(
-        fixture.convert(&force),
-        &["out: is not a model directory and is not replaced", "choose another out"],
-    );
+    let foreign = "out: is not a model directory and is not replaced";
+    refused(fixture.convert(&force), &[foreign, "choose another out"]);
     assert_eq!(fs::read_to_string(out.join("notes.txt")).unwrap(), "mine");
     fs::write(out.join("config.json"), "{}").unwrap();
     fixture.convert(&force).unwrap();
