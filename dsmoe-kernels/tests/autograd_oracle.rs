@@ -275,7 +275,7 @@ fn cross_entropy_agrees_with_autograd() {
 
 #[test]
 fn the_expert_ffn_agrees_with_autograd() {
-    let dims = expert_ffn::Dims { tokens: 12, hidden: 10, intermediate: 21, num_experts: 3, all_pairs: true };
+    let dims = expert_ffn::Dims { num_experts: 3, ..expert_ffn::Dims::dense(12, 10, 21, Activation::Silu) };
     let expert_ffn::Dims { tokens, hidden, intermediate, num_experts: n, .. } = dims;
     let [x, dy] = [1, 5].map(|seed| random(tokens * hidden, seed));
     let [gate, up, down] = [2, 3, 4].map(|seed| random(intermediate * hidden, seed));
@@ -305,7 +305,7 @@ fn the_expert_ffn_agrees_with_autograd() {
 
     let layer = {
         let (x, gate, up, down, mask, coef) = (&x, &gate, &up, &down, &mask, &coef);
-        expert_ffn::reference::Layer { x, gate, up, down, mask, coef, dims }
+        expert_ffn::reference::Layer { x, gate, up, down, biases: None, mask, coef, dims }
     };
     let y = expert_ffn::reference::forward(layer);
     let got = expert_ffn::reference::backward(&dy, layer);
