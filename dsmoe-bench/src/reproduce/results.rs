@@ -184,3 +184,17 @@ pub(crate) struct Results {
     pub(crate) shapes: Vec<Shape>,
     pub(crate) directions: Vec<Direction>,
 }
+
+impl Results {
+    /// Returns the name of the row that methods are compared with in the main table.
+    pub(crate) fn first_dsmoe(&self) -> Option<&str> {
+        self.comparisons.first().map(|one| one.dsmoe.as_str())
+    }
+
+    /// Returns the verdict of that row on a method.
+    pub(crate) fn verdict_on(&self, method: &MethodResult) -> Option<Verdict> {
+        let first = self.first_dsmoe();
+        let is_it = |one: &&Comparison| Some(&one.dsmoe[..]) == first && one.other == method.name;
+        self.comparisons.iter().find(is_it).map(|one| one.verdict)
+    }
+}

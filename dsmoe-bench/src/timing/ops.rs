@@ -37,33 +37,42 @@ pub(crate) struct Op {
     cost: fn(Shape) -> Cost,
 }
 
+const fn op(
+    name: &'static str,
+    part: &'static str,
+    build: fn(Shape) -> Task<'static>,
+    cost: fn(Shape) -> Cost,
+) -> Op {
+    Op { name, part, build, cost }
+}
+
 /// All timed ops.
 pub(crate) const OPS: [Op; 11] = [
-    Op {
-        name: "add",
-        part: "sum",
-        build: |shape| {
+    op(
+        "add",
+        "sum",
+        |shape| {
             let ([a, b, _], mut y) = shape.rows();
             Box::new(move || add::Sum { out: &mut y, a: &a, b: &b }.run())
         },
-        cost: |shape| shape.passes(3.0),
-    },
-    Op {
-        name: "rms_norm",
-        part: "forward",
-        build: |shape| {
+        |shape| shape.passes(3.0),
+    ),
+    op(
+        "rms_norm",
+        "forward",
+        |shape| {
             let (([x, ..], mut y), weight) = (shape.rows(), random(shape.hidden, 1.0, 4));
             let mut rstd = vec![0.0; shape.tokens];
             Box::new(move || {
                 rms_norm::Forward { y: &mut y, rstd: &mut rstd, x: &x, weight: &weight, eps: EPS }.run();
             })
         },
-        cost: |shape| shape.passes(2.0),
-    },
-    Op {
-        name: "rms_norm",
-        part: "backward",
-        build: |shape| {
+        |shape| shape.passes(2.0),
+    ),
+    op(
+        "rms_norm",
+        "backward",
+        |shape| {
             let (([x, _, dy], mut dx), weight) = (shape.rows(), random(shape.hidden, 1.0, 4));
             let (mut dweight, rstd) = (vec![0.0; shape.hidden], vec![1.0; shape.tokens]);
             Box::new(move || {
@@ -72,12 +81,12 @@ pub(crate) const OPS: [Op; 11] = [
                 rms_norm::Backward { dx, dweight, dy, x, weight, rstd, add: false }.run();
             })
         },
-        cost: |shape| shape.passes(3.0),
-    },
-    Op {
-        name: "rope",
-        part: "forward",
-        build: |shape| {
+        |shape| shape.passes(3.0),
+    ),
+    op(
+        "rope",
+        "forward",
+        |shape| {
             let (_, mut x) = shape.rows();
             let table = rope::Table::new(HEAD_DIM, 1e4, rope::Scaling::None, shape.seq);
             Box::new(move || {
@@ -86,31 +95,31 @@ pub(crate) const OPS: [Op; 11] = [
                 rope::Forward { x: &mut x, stride: args.width(), args }.run();
             })
         },
-        cost: |shape| shape.passes(2.0),
-    },
-    Op {
-        name: "swiglu",
-        part: "forward",
-        build: |shape| {
+        |shape| shape.passes(2.0),
+    ),
+    op(
+        "swiglu",
+        "forward",
+        |shape| {
             let ([a, b, _], mut c) = shape.rows();
             Box::new(move || swiglu::Forward { c: &mut c, a: &a, b: &b }.run())
         },
-        cost: |shape| shape.passes(3.0),
-    },
-    Op {
-        name: "swiglu",
-        part: "backward",
-        build: |shape| {
+        |shape| shape.passes(3.0),
+    ),
+    op(
+        "swiglu",
+        "backward",
+        |shape| {
             let ([a, b, dc], mut da) = shape.rows();
             let mut db = da.clone();
             Box::new(move || swiglu::Backward { da: &mut da, db: &mut db, dc: &dc, a: &a, b: &b }.run())
         },
-        cost: |shape| shape.passes(5.0),
-    },
-    Op {
-        name: "adamw",
-        part: "step",
-        build: |shape| {
+        |shape| shape.passes(5.0),
+    ),
+    op(
+        "adamw",
+        "step",
+        |shape| {
             let ([grad, ..], mut param) = shape.rows();
             let (mut m, mut v) = (param.clone(), vec![1.0; param.len()]);
             let hyper =
@@ -120,23 +129,23 @@ pub(crate) const OPS: [Op; 11] = [
                 adamw::Step { param, m, v, grad: &grad, grad_scale: 1.0, hyper: &hyper }.run();
             })
         },
-        cost: |shape| shape.passes(7.0),
-    },
-    Op {
-        name: "attention",
-        part: "forward",
-        build: |shape| {
+        |shape| shape.passes(7.0),
+    ),
+    op(
+        "attention",
+        "forward",
+        |shape| {
             let Attention { dims, q, k, v, mut out, mut lse } = Attention::new(shape, shape.seq);
             Box::new(move || {
                 attention::Forward { out: &mut out, lse: &mut lse, q: &q, k: &k, v: &v, dims }.run();
             })
         },
-        cost: |shape| attention_cost(shape, shape.seq, 1.0),
-    },
-    Op {
-        name: "attention",
-        part: "backward",
-        build: |shape| {
+        |shape| attention_cost(shape, shape.seq, 1.0),
+    ),
+    op(
+        "attention",
+        "backward",
+        |shape| {
             let Attention { dims, q: dout, mut out, mut lse, .. } = Attention::new(shape, shape.seq);
             let qkv = random(dims.batch * dims.queries * dims.joined_width(), 1.0, 5);
             let mut dqkv = qkv.clone();
@@ -146,21 +155,21 @@ pub(crate) const OPS: [Op; 11] = [
                 attention::Backward { dqkv, dout, out, qkv, lse, dims }.run();
             })
         },
-        cost: |shape| attention_cost(shape, shape.seq, 2.5),
-    },
-    Op {
-        name: "attention",
-        part: "decode",
-        build: |shape| {
+        |shape| attention_cost(shape, shape.seq, 2.5),
+    ),
+    op(
+        "attention",
+        "decode",
+        |shape| {
             let Attention { dims, q, k, v, mut out, .. } = Attention::new(shape, 1);
             Box::new(move || attention::Decode { out: &mut out, q: &q, k: &k, v: &v, dims }.run())
         },
-        cost: |shape| attention_cost(shape, 1, 1.0),
-    },
-    Op {
-        name: "cross_entropy",
-        part: "forward_backward",
-        build: |Shape { tokens, hidden, vocab, .. }| {
+        |shape| attention_cost(shape, 1, 1.0),
+    ),
+    op(
+        "cross_entropy",
+        "forward_backward",
+        |Shape { tokens, hidden, vocab, .. }| {
             let dims = cross_entropy::Dims { tokens, hidden, vocab };
             let [h, head] =
                 [(tokens * hidden, 1), (vocab * hidden, 2)].map(|(len, seed)| random(len, 0.1, seed));
@@ -183,11 +192,11 @@ pub(crate) const OPS: [Op; 11] = [
                 .run();
             })
         },
-        cost: |Shape { tokens, hidden, vocab, .. }| {
+        |Shape { tokens, hidden, vocab, .. }| {
             let bytes = f32_bytes(2.0 * product(&[tokens, hidden]) + 3.0 * product(&[vocab, hidden]));
             Cost { flops: 6.0 * product(&[tokens, hidden, vocab]), bytes }
         },
-    },
+    ),
 ];
 
 impl Shape {
@@ -206,14 +215,8 @@ impl Shape {
     fn attention(self, queries: usize) -> attention::Dims {
         let heads = self.hidden / HEAD_DIM;
         let batch = if queries == 1 { 1 } else { self.tokens / self.seq };
-        attention::Dims {
-            batch,
-            queries,
-            keys: self.seq,
-            heads,
-            kv_heads: heads / KV_SHARE,
-            head_dim: HEAD_DIM,
-        }
+        let (keys, kv_heads) = (self.seq, heads / KV_SHARE);
+        attention::Dims { batch, queries, keys, heads, kv_heads, head_dim: HEAD_DIM }
     }
 }
 
