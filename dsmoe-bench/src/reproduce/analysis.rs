@@ -11,11 +11,10 @@ use super::measure::{Bin, Difficulty, DomainResult, TaskScore};
 use super::profile::{MethodSpec, Profile};
 use super::records::{BASE, FORMAT_VERSION, Machine, Run};
 use super::results::{
-    Comparison, DomainMean, Measured, MethodResult, MilestoneMean, Results, Shape, SweepMean, TaskMean,
-    Verdict,
+    Comparison, DomainMean, MethodResult, MilestoneMean, Results, Shape, SweepMean, TaskMean, Verdict,
 };
 use super::setup::Setup;
-use super::statistics::{bootstrap, mean, middle, paired_t, sign_p, w_shape};
+use super::statistics::{Measured, bootstrap, mean, middle, paired_t, sign_p, w_shape};
 
 /// A difference is significant below this p.
 const SIGNIFICANT: f64 = 0.05;

@@ -7,18 +7,7 @@ use super::outputs::Output;
 use super::profile::{PaperRow, Role};
 use super::records::Machine;
 use super::setup::Setup;
-
-/// A mean over seeds with its interval.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Measured {
-    pub(crate) mean: f64,
-    pub(crate) deviation: Option<f64>,
-    /// The 95 % interval.
-    pub(crate) interval: Option<[f64; 2]>,
-    /// The source of the interval: `seeds`, or with one seed `windows` or `items`.
-    pub(crate) over: Option<String>,
-    pub(crate) values: Vec<f64>,
-}
+use super::statistics::Measured;
 
 /// One row of the comparison, a mean over its seeds.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -1,9 +1,21 @@
 //! Intervals and tests: Student's t over seeds, or the bootstrap over windows if there is one seed.
 
-use super::results::Measured;
+use serde::{Deserialize, Serialize};
 
 /// Confidence of an interval.
 const CONFIDENCE: f64 = 0.95;
+
+/// A mean over seeds with its interval.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Measured {
+    pub(crate) mean: f64,
+    pub(crate) deviation: Option<f64>,
+    /// The 95 % interval.
+    pub(crate) interval: Option<[f64; 2]>,
+    /// The source of the interval: `seeds`, or with one seed `windows` or `items`.
+    pub(crate) over: Option<String>,
+    pub(crate) values: Vec<f64>,
+}
 
 impl Measured {
     /// Returns the mean of the values of several seeds with its interval, which one value does not have.
