@@ -182,7 +182,7 @@ impl Ffn for Probe {
         let mut dh = Buf::zeros(tokens * intermediate);
         let dims =
             linear::Dims { rows: tokens, inputs: hidden, outputs: intermediate, precision: Precision::F32 };
-        linear::Forward { y: &mut dh, x: dy, w: down, dims }.run();
+        linear::Forward { y: &mut dh, x: dy, w: down, bias: None, dims }.run();
         let mut sums = self.sums.lock().unwrap_or_else(PoisonError::into_inner);
         sums.par_chunks_mut(TASK).enumerate().for_each(|(task, sums)| {
             for t in 0..tokens {

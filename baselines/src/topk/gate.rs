@@ -117,7 +117,7 @@ impl Gate {
         z.resize(rows * n);
         let GateActs { scales, pre, tanh, raw } = acts;
         pre.resize(rows * n);
-        linear::Forward { y: pre, x, w: weights.a, dims: wide }.run();
+        linear::Forward { y: pre, x, w: weights.a, bias: None, dims: wide }.run();
         scales.clear();
         if self.spec.normalize {
             for (u, x) in pre.chunks_exact_mut(n).zip(x.chunks_exact(self.hidden)) {
@@ -132,12 +132,12 @@ impl Gate {
             GateNetwork::Mlp => {
                 tanh.resize(rows * n);
                 tanh.iter_mut().zip(pre.iter()).for_each(|(t, u)| *t = u.tanh());
-                linear::Forward { y: z, x: tanh, w: weights.b, dims: self.dims(rows, n) }.run();
+                linear::Forward { y: z, x: tanh, w: weights.b, bias: None, dims: self.dims(rows, n) }.run();
             }
         }
         if noisy {
             raw.resize(rows * n);
-            linear::Forward { y: raw, x, w: weights.noise, dims: wide }.run();
+            linear::Forward { y: raw, x, w: weights.noise, bias: None, dims: wide }.run();
         }
     }
 

@@ -101,8 +101,10 @@ impl Product {
         let Product { layout, dims, inputs, packed, out } = self;
         let ([x, w, dy], dims) = (&**inputs, *dims);
         match (layout, packed) {
-            (Layout::Packed, Some(w)) => linear::ForwardPacked { y: out, x, w, rows: dims.rows }.run(),
-            (Layout::Forward | Layout::Packed, _) => linear::Forward { y: out, x, w, dims }.run(),
+            (Layout::Packed, Some(w)) => {
+                linear::ForwardPacked { y: out, x, w, bias: None, rows: dims.rows }.run()
+            }
+            (Layout::Forward | Layout::Packed, _) => linear::Forward { y: out, x, w, bias: None, dims }.run(),
             (Layout::BackwardInput, _) => linear::BackwardInput { dx: out, dy, w, dims, add: false }.run(),
             (Layout::BackwardWeight, _) => linear::BackwardWeight { dw: out, dy, x, dims }.run(),
         }

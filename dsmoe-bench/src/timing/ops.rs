@@ -2,7 +2,7 @@
 //! the suite `kernels` of records.
 
 use anyhow::Result;
-use dsmoe_kernels::{Precision, adamw, add, attention, cross_entropy, rms_norm, rope, swiglu};
+use dsmoe_kernels::{Activation, Precision, adamw, add, attention, cross_entropy, rms_norm, rope, swiglu};
 
 use super::ceilings::Cost;
 use super::output::Output;
@@ -37,89 +37,84 @@ pub(crate) struct Op {
     cost: fn(Shape) -> Cost,
 }
 
-const fn op(
-    name: &'static str,
-    part: &'static str,
-    build: fn(Shape) -> Task<'static>,
-    cost: fn(Shape) -> Cost,
-) -> Op {
-    Op { name, part, build, cost }
-}
-
 /// All timed ops.
 pub(crate) const OPS: [Op; 11] = [
-    op(
-        "add",
-        "sum",
-        |shape| {
+    Op {
+        name: "add",
+        part: "sum",
+        build: |shape| {
             let ([a, b, _], mut y) = shape.rows();
             Box::new(move || add::Sum { out: &mut y, a: &a, b: &b }.run())
         },
-        |shape| shape.passes(3.0),
-    ),
-    op(
-        "rms_norm",
-        "forward",
-        |shape| {
+        cost: |shape| shape.passes(3.0),
+    },
+    Op {
+        name: "rms_norm",
+        part: "forward",
+        build: |shape| {
             let (([x, ..], mut y), weight) = (shape.rows(), random(shape.hidden, 1.0, 4));
             let mut rstd = vec![0.0; shape.tokens];
             Box::new(move || {
-                rms_norm::Forward { y: &mut y, rstd: &mut rstd, x: &x, weight: &weight, eps: EPS }.run();
+                let (y, rstd) = (&mut y[..], &mut rstd[..]);
+                rms_norm::Forward { y, rstd, x: &x, weight: &weight, offset: 0.0, eps: EPS }.run();
             })
         },
-        |shape| shape.passes(2.0),
-    ),
-    op(
-        "rms_norm",
-        "backward",
-        |shape| {
+        cost: |shape| shape.passes(2.0),
+    },
+    Op {
+        name: "rms_norm",
+        part: "backward",
+        build: |shape| {
             let (([x, _, dy], mut dx), weight) = (shape.rows(), random(shape.hidden, 1.0, 4));
             let (mut dweight, rstd) = (vec![0.0; shape.hidden], vec![1.0; shape.tokens]);
             Box::new(move || {
                 let (dx, dweight) = (&mut dx[..], &mut dweight[..]);
                 let (dy, x, weight, rstd) = (&dy[..], &x[..], &weight[..], &rstd[..]);
-                rms_norm::Backward { dx, dweight, dy, x, weight, rstd, add: false }.run();
+                rms_norm::Backward { dx, dweight, dy, x, weight, offset: 0.0, rstd, add: false }.run();
             })
         },
-        |shape| shape.passes(3.0),
-    ),
-    op(
-        "rope",
-        "forward",
-        |shape| {
+        cost: |shape| shape.passes(3.0),
+    },
+    Op {
+        name: "rope",
+        part: "forward",
+        build: |shape| {
             let (_, mut x) = shape.rows();
-            let table = rope::Table::new(HEAD_DIM, 1e4, rope::Scaling::None, shape.seq);
+            let table = rope::Table::new(rope::reference::frequencies(HEAD_DIM, 1e4), 1.0, shape.seq);
             Box::new(move || {
                 let heads = shape.hidden / HEAD_DIM;
-                let args = rope::Args { table: &table, seq: shape.seq, start: 0, heads };
+                let args = rope::Args { table: &table, seq: shape.seq, start: 0, heads, head_dim: HEAD_DIM };
                 rope::Forward { x: &mut x, stride: args.width(), args }.run();
             })
         },
-        |shape| shape.passes(2.0),
-    ),
-    op(
-        "swiglu",
-        "forward",
-        |shape| {
+        cost: |shape| shape.passes(2.0),
+    },
+    Op {
+        name: "swiglu",
+        part: "forward",
+        build: |shape| {
             let ([a, b, _], mut c) = shape.rows();
-            Box::new(move || swiglu::Forward { c: &mut c, a: &a, b: &b }.run())
+            Box::new(move || swiglu::Forward { c: &mut c, a: &a, b: &b, activation: Activation::Silu }.run())
         },
-        |shape| shape.passes(3.0),
-    ),
-    op(
-        "swiglu",
-        "backward",
-        |shape| {
+        cost: |shape| shape.passes(3.0),
+    },
+    Op {
+        name: "swiglu",
+        part: "backward",
+        build: |shape| {
             let ([a, b, dc], mut da) = shape.rows();
             let mut db = da.clone();
-            Box::new(move || swiglu::Backward { da: &mut da, db: &mut db, dc: &dc, a: &a, b: &b }.run())
+            Box::new(move || {
+                let (da, db, activation) = (&mut da[..], &mut db[..], Activation::Silu);
+                swiglu::Backward { da, db, dc: &dc, a: &a, b: &b, activation }.run();
+            })
         },
-        |shape| shape.passes(5.0),
-    ),
-    op(
-        "adamw",
-        "step",
-        |shape| {
+        cost: |shape| shape.passes(5.0),
+    },
+    Op {
+        name: "adamw",
+        part: "step",
+        build: |shape| {
             let ([grad, ..], mut param) = shape.rows();
             let (mut m, mut v) = (param.clone(), vec![1.0; param.len()]);
             let hyper =
@@ -129,23 +124,23 @@ pub(crate) const OPS: [Op; 11] = [
                 adamw::Step { param, m, v, grad: &grad, grad_scale: 1.0, hyper: &hyper }.run();
             })
         },
-        |shape| shape.passes(7.0),
-    ),
-    op(
-        "attention",
-        "forward",
-        |shape| {
+        cost: |shape| shape.passes(7.0),
+    },
+    Op {
+        name: "attention",
+        part: "forward",
+        build: |shape| {
             let Attention { dims, q, k, v, mut out, mut lse } = Attention::new(shape, shape.seq);
             Box::new(move || {
                 attention::Forward { out: &mut out, lse: &mut lse, q: &q, k: &k, v: &v, dims }.run();
             })
         },
-        |shape| attention_cost(shape, shape.seq, 1.0),
-    ),
-    op(
-        "attention",
-        "backward",
-        |shape| {
+        cost: |shape| attention_cost(shape, shape.seq, 1.0),
+    },
+    Op {
+        name: "attention",
+        part: "backward",
+        build: |shape| {
             let Attention { dims, q: dout, mut out, mut lse, .. } = Attention::new(shape, shape.seq);
             let qkv = random(dims.batch * dims.queries * dims.joined_width(), 1.0, 5);
             let mut dqkv = qkv.clone();
@@ -155,21 +150,21 @@ pub(crate) const OPS: [Op; 11] = [
                 attention::Backward { dqkv, dout, out, qkv, lse, dims }.run();
             })
         },
-        |shape| attention_cost(shape, shape.seq, 2.5),
-    ),
-    op(
-        "attention",
-        "decode",
-        |shape| {
+        cost: |shape| attention_cost(shape, shape.seq, 2.5),
+    },
+    Op {
+        name: "attention",
+        part: "decode",
+        build: |shape| {
             let Attention { dims, q, k, v, mut out, .. } = Attention::new(shape, 1);
             Box::new(move || attention::Decode { out: &mut out, q: &q, k: &k, v: &v, dims }.run())
         },
-        |shape| attention_cost(shape, 1, 1.0),
-    ),
-    op(
-        "cross_entropy",
-        "forward_backward",
-        |Shape { tokens, hidden, vocab, .. }| {
+        cost: |shape| attention_cost(shape, 1, 1.0),
+    },
+    Op {
+        name: "cross_entropy",
+        part: "forward_backward",
+        build: |Shape { tokens, hidden, vocab, .. }| {
             let dims = cross_entropy::Dims { tokens, hidden, vocab };
             let [h, head] =
                 [(tokens * hidden, 1), (vocab * hidden, 2)].map(|(len, seed)| random(len, 0.1, seed));
@@ -186,17 +181,18 @@ pub(crate) const OPS: [Op; 11] = [
                     head: &head,
                     targets: &targets,
                     scale: 1.0,
+                    logits: cross_entropy::Logits::default(),
                     dims,
                     scratch: &mut scratch,
                 }
                 .run();
             })
         },
-        |Shape { tokens, hidden, vocab, .. }| {
+        cost: |Shape { tokens, hidden, vocab, .. }| {
             let bytes = f32_bytes(2.0 * product(&[tokens, hidden]) + 3.0 * product(&[vocab, hidden]));
             Cost { flops: 6.0 * product(&[tokens, hidden, vocab]), bytes }
         },
-    ),
+    },
 ];
 
 impl Shape {
@@ -215,8 +211,9 @@ impl Shape {
     fn attention(self, queries: usize) -> attention::Dims {
         let heads = self.hidden / HEAD_DIM;
         let batch = if queries == 1 { 1 } else { self.tokens / self.seq };
-        let (keys, kv_heads) = (self.seq, heads / KV_SHARE);
-        attention::Dims { batch, queries, keys, heads, kv_heads, head_dim: HEAD_DIM }
+        let (keys, kv_heads, head_dim) = (self.seq, heads / KV_SHARE, HEAD_DIM);
+        let scores = attention::Scores::plain(head_dim);
+        attention::Dims { batch, queries, keys, heads, kv_heads, head_dim, scores }
     }
 }
 
