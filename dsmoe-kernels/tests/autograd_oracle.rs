@@ -373,7 +373,7 @@ fn cross_entropy_agrees_with_autograd() {
 
 #[test]
 fn the_expert_ffn_agrees_with_autograd() {
-    let dims = expert_ffn::Dims { tokens: 12, hidden: 10, intermediate: 21, num_experts: 3, all_pairs: true };
+    let dims = expert_ffn::Dims { num_experts: 3, ..expert_ffn::Dims::dense(12, 10, 21, Activation::Silu) };
     let expert_ffn::Dims { tokens, hidden, intermediate, num_experts: n, .. } = dims;
     let [x, dy] = [1, 5].map(|seed| normals(tokens * hidden, seed));
     let [gate, up, down] = [2, 3, 4].map(|seed| normals(intermediate * hidden, seed));
@@ -405,7 +405,7 @@ fn the_expert_ffn_agrees_with_autograd() {
 
     let layer = {
         let (x, gate, up, down, mask, coef) = (&x64, &gate64, &up64, &down64, &mask, &coef64);
-        expert_ffn::reference::Layer { x, gate, up, down, mask, coef, dims }
+        expert_ffn::reference::Layer { x, gate, up, down, biases: None, mask, coef, dims }
     };
     assert_close_f64("reference y", &expert_ffn::reference::forward(layer), &want, EXACT);
     let got = expert_ffn::reference::backward(&dy64, layer);
@@ -428,8 +428,10 @@ fn the_expert_ffn_agrees_with_autograd() {
             .collect::<Vec<_>>(),
         slots: &slots,
     };
-    let (pairs, weights) =
-        (expert_ffn::Pairs::Routed(&routes), &expert_ffn::Weights { gate: &gate, up: &up, down: &down });
+    let (pairs, weights) = (
+        expert_ffn::Pairs::Routed(&routes),
+        &expert_ffn::Weights { gate: &gate, up: &up, down: &down, biases: None },
+    );
     let (scratch, saved) = (&mut expert_ffn::Scratch::default(), &mut expert_ffn::Saved::default());
     let mut y = vec![f32::NAN; x.len()];
     let packed = expert_ffn::PackedWeights::new(Precision::F32, weights, hidden, intermediate, n);
@@ -443,7 +445,7 @@ fn the_expert_ffn_agrees_with_autograd() {
     expert_ffn::Backward {
         dx: &mut dx,
         dcoefficients: Some(&mut dcoef),
-        grads: expert_ffn::WeightGrads { gate: &mut dgate, up: &mut dup, down: &mut ddown },
+        grads: expert_ffn::WeightGrads { gate: &mut dgate, up: &mut dup, down: &mut ddown, biases: None },
         dy: &dy,
         saved,
         x: &x,

@@ -142,7 +142,7 @@ fn ffn_weights() -> [Vec<f32>; 3] {
 /// Runs forward on packed weights; with an active share, in experts.
 fn ffn_forward(precision: Precision, active: Option<f64>) -> Result<Task> {
     let [gate, up, down] = ffn_weights();
-    let weights = Weights { gate: &gate, up: &up, down: &down };
+    let weights = Weights { gate: &gate, up: &up, down: &down, biases: None };
     let experts = if active.is_some() { EXPERTS } else { 1 };
     let packed = PackedWeights::new(precision, &weights, HIDDEN, INTERMEDIATE, experts);
     let x = random(FFN_TOKENS * HIDDEN, 1.0, 4);
@@ -158,7 +158,9 @@ fn ffn_train(experts: bool) -> Result<Task> {
     let layer = ffn::Layer { hidden: HIDDEN, intermediate: INTERMEDIATE, precision: Precision::F32 };
     let mut pass = ffn::TrainPass::new(layer, FFN_TOKENS);
     let routing = experts.then(|| routing(Routes::Random, FFN_TOKENS, EXPERTS, ACTIVE));
-    task(move || pass.run(&x, &dy, &Weights { gate: &gate, up: &up, down: &down }, routing.as_ref()))
+    task(move || {
+        pass.run(&x, &dy, &Weights { gate: &gate, up: &up, down: &down, biases: None }, routing.as_ref())
+    })
 }
 
 fn ids(count: usize, stream: u64) -> Vec<u32> {
