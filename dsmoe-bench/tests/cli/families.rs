@@ -3,60 +3,56 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
+use dsmoe_core::checkpoint::Checkpoint;
+use serde_json::{Map, Value};
 
-use crate::common::{at, command, finish, fixture, json_of, succeeds};
+use crate::common::{json_of, path, run, succeeds};
 
-/// A model of the zoo.
+/// A model of the zoo, copied to a directory below the folder of the tests.
 struct Case {
     name: String,
     /// It has weights of its own.
     is_base: bool,
-    dir: PathBuf,
+    dir: String,
     golden: Value,
 }
 
-/// Copies a file that may be a link, or a link that became its target's name when it was copied.
-fn copy_linked(from: &Path, to: &Path) {
-    let bytes = fs::read(from).unwrap();
-    let bytes = match std::str::from_utf8(&bytes) {
-        Ok(target) if target.starts_with("../") => fs::read(from.with_file_name(target.trim())).unwrap(),
+/// Reads a file that may be a link, or a link that became its target's name when it was copied.
+fn read_linked(file: &Path) -> Vec<u8> {
+    let bytes = fs::read(file).unwrap();
+    match std::str::from_utf8(&bytes) {
+        Ok(target) if target.starts_with("../") => fs::read(file.with_file_name(target.trim())).unwrap(),
         _ => bytes,
-    };
-    fs::write(to, bytes).unwrap();
+    }
 }
 
 /// The shared folder of golden data, and copies of the zoo's models; none without the shared data.
 fn zoo(test: &str) -> Option<(PathBuf, Vec<Case>)> {
-    let shared = dsmoe_kernels::testing::shared(test, "golden/zoo")?;
-    let zoo = shared.join("golden/zoo");
-    let index = fs::read(zoo.join("index.json")).unwrap();
-    let index: serde_json::Map<String, Value> = serde_json::from_slice(&index).unwrap();
-    let copies = Path::new(env!("CARGO_TARGET_TMPDIR")).join(test);
-    if copies.exists() {
-        fs::remove_dir_all(&copies).unwrap();
-    }
+    let golden = dsmoe_kernels::testing::shared(test, "golden/zoo")?.join("golden");
+    let zoo = golden.join("zoo");
+    let index: Map<String, Value> =
+        serde_json::from_slice(&fs::read(zoo.join("index.json")).unwrap()).unwrap();
     let case = |(name, case): (&String, &Value)| {
-        let (from, dir) = (zoo.join(name), copies.join(name));
-        fs::create_dir_all(&dir).unwrap();
+        let (from, dir) = (zoo.join(name), format!("{test}/{name}"));
+        fs::create_dir_all(path(&dir)).unwrap();
         for file in ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"] {
-            copy_linked(&from.join(file), &dir.join(file));
+            fs::write(path(&dir).join(file), read_linked(&from.join(file))).unwrap();
         }
         let golden = serde_json::from_slice(&fs::read(from.join("golden.json")).unwrap()).unwrap();
         Case { name: name.clone(), is_base: case["weights_of"] == name.as_str(), dir, golden }
     };
     let cases = index.iter().map(case).collect();
-    Some((shared.join("golden"), cases))
+    Some((golden, cases))
 }
 
 #[test]
 fn windows_of_text_have_the_nll_of_transformers() {
     let Some((golden, cases)) = zoo("families-nll") else { return };
     let text = golden.join("zoo/text.txt");
+    let data = format!("--data '{}' --doc-separator <|endoftext|> --bos auto", text.display());
     let mut failures = Vec::new();
     for Case { name, dir, golden, .. } in cases {
-        let eval = ["eval", at(&dir), "--data", at(&text), "--seq", "64", "--bos", "auto", "--json"];
-        let run = finish(command(&[&eval[..], &["--doc-separator", "<|endoftext|>"]].concat()));
+        let run = run(&format!("eval {dir} {data} --seq 64 --json"));
         let Ok(report) = serde_json::from_str::<Value>(&run.stdout) else {
             failures.push(format!("{name}: {}", run.stderr));
             continue;
@@ -70,92 +66,108 @@ fn windows_of_text_have_the_nll_of_transformers() {
     assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
 
-/// The bytes of all tensors, in the order of the file.
-fn weights(dir: &Path) -> Vec<(String, Vec<u8>)> {
-    let checkpoint = dsmoe_core::checkpoint::Checkpoint::open(dir).unwrap();
+/// The bytes of all tensors, in the order of their names.
+fn tensors(dir: &str) -> Vec<(String, Vec<u8>)> {
+    let checkpoint = Checkpoint::open(&path(dir)).unwrap();
     let names: Vec<String> = checkpoint.names().map(str::to_owned).collect();
     names.into_iter().map(|name| (name.clone(), checkpoint.bytes(&name).unwrap().to_vec())).collect()
 }
 
-#[test]
-fn every_command_runs_every_family() {
-    let Some((golden, cases)) = zoo("families-commands") else { return };
-    let fixture = fixture();
-    let text = fixture.dir.join("families.txt");
-    fs::write(&text, fs::read_to_string(golden.join("stories_100.txt")).unwrap()).unwrap();
-    let data = ["--data", at(&text), "--doc-separator", "<|endoftext|>"];
-    let calib = ["--calib", at(&text), "--doc-separator", "<|endoftext|>", "--samples", "12", "--seq", "32"];
-    for Case { name, is_base, dir: model, .. } in cases {
-        if !is_base && !name.ends_with("-window") && name != "olmo3" {
+fn family_of(dir: &str) -> (Value, Value) {
+    let seen = json_of(&format!("inspect {dir}"));
+    (seen["model_type"].clone(), seen["family"].clone())
+}
+
+/// Runs the commands with the models of the zoo that have weights of their own and that `chosen` takes.
+fn run_all(test: &str, chosen: &[&str]) {
+    let Some((golden, cases)) = zoo(test) else { return };
+    let text = golden.join("stories_100.txt");
+    let text = format!("'{}' --doc-separator <|endoftext|> --bos auto", text.display());
+    let calib = format!("--calib {text} --samples 12 --seq 32");
+    let nll = |dir: &str| {
+        let report = json_of(&format!("eval {dir} --data {text} --seq 32 --limit-tokens 300"));
+        report["nll"].as_f64().unwrap()
+    };
+    let mut seen = Vec::new();
+    for Case { name, dir, golden, .. } in
+        cases.into_iter().filter(|case| case.is_base || case.name == "olmo3")
+    {
+        let family = golden["model_type"].as_str().unwrap().to_owned();
+        if !chosen.contains(&family.as_str()) {
             continue;
         }
-        let out = |what: &str| fixture.out(&format!("family-{name}-{what}"));
-        let nll = |model: &Path| {
-            let eval = ["eval", at(model), "--seq", "32", "--limit-tokens", "300", "--bos", "auto"];
-            json_of(&[&eval[..], &data].concat())["nll"].as_f64().unwrap()
-        };
-        let inspected = json_of(&["inspect", at(&model)]);
-        let family = inspected["family"].as_str().unwrap().to_owned();
-        assert_eq!(inspected["model_type"], family.as_str(), "{name}");
-        let dense = nll(&model);
-        succeeds(&["generate", at(&model), "--prompt", "Once", "--max-tokens", "4", "--temperature", "0"]);
+        let (dense_type, own_type) = (Value::from(family.as_str()), Value::from("dsmoe"));
+        assert_eq!(family_of(&dir), (dense_type.clone(), dense_type.clone()));
+        let dense = nll(&dir);
+        succeeds(&format!("generate {dir} --prompt Once --max-tokens 4 --temperature 0"));
 
         // All experts open are the dense model, and it comes back to the byte.
-        let experts = out("experts");
-        let convert =
-            ["convert", at(&model), "--experts", "4", "--partition", "random", "--router-init", "open"];
-        succeeds(&[&convert[..], &["--gate-value", "binary", "--out", at(&experts)]].concat());
-        let seen = json_of(&["inspect", at(&experts)]);
-        assert_eq!((&seen["model_type"], &seen["family"]), (&"dsmoe".into(), &family.as_str().into()));
+        let experts = format!("{dir}-experts");
+        let open = "--router-init open --gate-value binary";
+        let run_of = run(&format!("convert {dir} --experts 4 --partition random {open} --out {experts}"));
+        assert_eq!(run_of.code, 0, "{name}: {}", run_of.stderr);
+        let norm_follows = ["olmo2", "olmo3", "gemma2", "gemma3_text"].contains(&family.as_str());
+        assert_eq!(run_of.stderr.contains("a norm follows the FFN"), norm_follows, "{}", run_of.stderr);
+        assert_eq!(family_of(&experts), (own_type, dense_type.clone()));
         let open = nll(&experts);
         assert!((open - dense).abs() < 1e-5, "{name}: {open} with all experts, {dense} dense");
-        let back = out("back");
-        succeeds(&["export", at(&experts), "--as", "dense", "--out", at(&back)]);
-        assert!(weights(&back) == weights(&model), "{name}: the export has other weights");
-        assert_eq!(json_of(&["inspect", at(&back)])["model_type"], family.as_str(), "{name}");
+        succeeds(&format!("export {experts} --as dense --out {dir}-back"));
+        assert!(tensors(&format!("{dir}-back")) == tensors(&dir), "{name}: the export has other weights");
+        assert_eq!(family_of(&format!("{dir}-back")), (dense_type.clone(), dense_type.clone()));
 
-        // Training runs, lowers nothing to NaN, and its directory is read again.
-        for (from, what) in [(&model, "dense"), (&experts, "moe")] {
-            let trained = out(&format!("trained-{what}"));
-            let train =
-                ["train", at(from), "--out", at(&trained), "--steps", "2", "--batch", "2", "--seq", "32"];
-            succeeds(&[&train[..], &data].concat());
-            assert!(nll(&trained).is_finite(), "{name} {what}");
-            let of = &json_of(&["inspect", at(&trained)])["family"];
-            assert_eq!(of, family.as_str(), "{name} {what}");
+        for from in [&dir, &experts] {
+            let trained = format!("{from}-trained");
+            succeeds(&format!("train {from} --data {text} --steps 2 --batch 2 --seq 32 --out {trained}"));
+            assert!(nll(&trained).is_finite(), "{trained}");
+            assert_eq!(family_of(&trained).1, dense_type, "{trained}");
         }
 
-        // Routers fitted to text, and every kind of method.
-        let calibrated = out("calibrated");
-        let convert =
-            ["convert", at(&model), "--experts", "4", "--active-target", "0.5", "--out", at(&calibrated)];
-        succeeds(&[&convert[..], &calib].concat());
-        assert!(nll(&calibrated).is_finite(), "{name} calibrated");
-        let tied_to_width = ["gemma", "gemma2", "gemma3_text"].contains(&family.as_str());
+        succeeds(&format!("convert {dir} --experts 4 --active-target 0.5 {calib} --out {dir}-calibrated"));
+        assert!(nll(&format!("{dir}-calibrated")).is_finite(), "{name}");
+        let tied_to_width = family.starts_with("gemma");
         for (method, budget) in [
-            ("magnitude", "0.8"),
-            ("wanda", "0.8"),
-            ("sparsegpt", "0.8"),
-            ("llm-pruner-block", "0.85"),
-            ("llm-pruner-channel", "0.85"),
-            ("llama-moe", "0.85"),
-            ("moefication", "0.85"),
-            ("random-k", "0.85"),
+            ("magnitude", 0.8),
+            ("wanda", 0.8),
+            ("sparsegpt", 0.8),
+            ("llm-pruner-block", 0.85),
+            ("llm-pruner-channel", 0.85),
+            ("llama-moe", 0.85),
+            ("moefication", 0.85),
+            ("random-k", 0.85),
         ] {
-            let pruned = out(method);
-            let prune = ["prune", at(&model), "--method", method, "--budget", budget, "--out", at(&pruned)];
-            let run = finish(command(&[&prune[..], &calib].concat()));
+            let pruned = format!("{dir}-{method}");
+            let run = run(&format!("prune {dir} --method {method} --budget {budget} {calib} --out {pruned}"));
             if method == "llm-pruner-channel" && tied_to_width {
-                assert!(
-                    run.stderr.contains("multiplied by the root of hidden_size"),
-                    "{name}: {}",
-                    run.stderr
-                );
+                assert!(run.stderr.contains("multiplied by the root of hidden_size"), "{}", run.stderr);
                 continue;
             }
             assert_eq!(run.code, 0, "{name} {method}: {}", run.stderr);
             assert!(nll(&pruned).is_finite(), "{name} {method}");
-            assert_eq!(json_of(&["inspect", at(&pruned)])["family"], family.as_str(), "{name} {method}");
+            assert_eq!(family_of(&pruned).1, dense_type, "{name} {method}");
         }
+        seen.push(family);
     }
+    chosen
+        .iter()
+        .for_each(|family| assert!(seen.iter().any(|seen| seen == family), "{family} is in the zoo"));
+}
+
+#[test]
+fn every_command_runs_llama_mistral_and_granite() {
+    run_all("families-llama", &["llama", "mistral", "granite"]);
+}
+
+#[test]
+fn every_command_runs_qwen_and_smollm() {
+    run_all("families-qwen", &["qwen2", "qwen3", "smollm3"]);
+}
+
+#[test]
+fn every_command_runs_phi_and_olmo() {
+    run_all("families-phi", &["phi3", "olmo2", "olmo3"]);
+}
+
+#[test]
+fn every_command_runs_gemma() {
+    run_all("families-gemma", &["gemma", "gemma2", "gemma3_text"]);
 }

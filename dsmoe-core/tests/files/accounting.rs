@@ -132,8 +132,7 @@ fn published_totals_of_other_families() {
 fn biases_are_parameters_and_no_operations() {
     let sizes = [100, 8, 12, 3, 4, 2, 6];
     let plain = of_family("llama", sizes, serde_json::json!({}));
-    let biased =
-        of_family("llama", sizes, serde_json::json!({"attention_bias": true, "mlp_bias": true}));
+    let biased = of_family("llama", sizes, serde_json::json!({"attention_bias": true, "mlp_bias": true}));
     // q 24, k and v 12 each, o 8, down 8; gate and up 12 each.
     assert_eq!((biased.biases, biased.ffn - plain.ffn), (3 * (24 + 12 + 12 + 8 + 8), 3 * 24));
     assert_eq!(biased.total, plain.total + biased.biases + 3 * 24);
