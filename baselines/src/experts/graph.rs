@@ -134,9 +134,7 @@ impl<'a> State<'a> {
     fn sweep(&mut self) -> bool {
         let mut changed = false;
         for vertex in 0..self.part.len() {
-            if let Some((gain, other)) = self.best_exchange(vertex, None)
-                && gain > 0
-            {
+            if let Some((1.., other)) = self.best_exchange(vertex, None) {
                 self.exchange(vertex, other);
                 changed = true;
             }

@@ -16,6 +16,7 @@ use dsmoe_core::checkpoint::{
 };
 use dsmoe_core::config::{CONFIG_FILE, RopeScaling};
 use dsmoe_core::convert::source_infos;
+use dsmoe_core::ffn::FfnSpec;
 use dsmoe_core::files::write_synced;
 use dsmoe_router::topk::Scores;
 use serde_json::{Value, json};
@@ -178,16 +179,13 @@ fn config_json(config: &Config, spec: &TopkSpec) -> String {
     };
     map.shift_remove("ffn");
     let sizes = vec![vec![config.intermediate / n; n]; config.num_layers];
-    // The shortest decimal of the f32, not the many digits of its f64.
-    let scale: f64 =
-        spec.router.score_scale.to_string().parse().unwrap_or(f64::from(spec.router.score_scale));
     let Value::Object(keys) = json!({
         "model_type": "llama_moe", "architectures": ["LlamaMoEForCausalLM"],
         "num_experts": n, "num_selects": spec.router.top_k, "size_experts": sizes,
         "gate_type": "TopKBalancedNoisyGate", "gate_network": spec.gate.network, "gate_use_softmax": true,
         "gate_use_balance": spec.balance_weight > 0.0, "gate_balance_loss_weight": spec.balance_weight,
         "gate_add_noise": spec.gate.noise, "gate_noise_epsilon": 0.01,
-        "calculator_type": "UniversalCalculator", "add_weight_norm": false, "score_scale_factor": scale,
+        "calculator_type": "UniversalCalculator", "add_weight_norm": false, "score_scale_factor": spec.settings()["score_scale"],
         "multiply_gate_scores": spec.router.scores == Scores::Softmax,
     }) else {
         unreachable!("an object")

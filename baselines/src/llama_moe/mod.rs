@@ -26,9 +26,7 @@ use crate::topk::{
 pub(crate) static LLAMA_MOE: Entry<Settings> = Entry {
     name: "llama-moe",
     summary: "LLaMA-MoE: k of n experts by a softmax gate with noise and balance losses; budgets k/n",
-    defaults: Settings::default,
-    fixed: &[],
-    configure,
+    ..Entry::new(configure)
 };
 
 settings! {
@@ -164,9 +162,8 @@ impl LlamaMoe {
                 let groups = n - residual;
                 check_text(job.calibration, groups, &format!("{groups} groups of texts, one per expert"))?;
                 let labels = texts::groups(job.calibration, groups, job.seed);
-                let importances =
-                    importance::importances(job.model, job.calibration, &labels, groups, progress)?;
-                for ((layer, width), importance) in widths.zip(&importances) {
+                let layers = importance::importances(job.model, job.calibration, &labels, groups, progress)?;
+                for ((layer, width), importance) in widths.zip(&layers) {
                     let order = match self.0.construction {
                         Construction::SharingInner => construction::sharing_inner(importance, width / n),
                         _ => construction::sharing_inter(importance, width / n, residual),

@@ -32,9 +32,7 @@ pub(crate) static WANDA: Entry<ScoreSettings> = Entry {
 pub(crate) static MAGNITUDE: Entry<ScoreSettings> = Entry {
     name: "magnitude",
     summary: "zeros where weights are smallest, no calibration; any budget, or half the linears",
-    defaults: ScoreSettings::default,
-    fixed: &[],
-    configure: |settings| Ok(Box::new(ScorePruning { settings, by_inputs: false })),
+    ..Entry::new(|settings| Ok(Box::new(ScorePruning { settings, by_inputs: false })))
 };
 
 settings! {
@@ -179,20 +177,16 @@ mod tests {
     #[test]
     fn the_smallest_scores_go_and_the_first_of_equals() {
         let third = |among| Sparsity { pattern: Pattern::Unstructured, among, share: 1.0 / 3.0 };
-        let group = Pattern::Group { removed: 2, of: 4 };
+        let pattern = Pattern::Group { removed: 2, of: 4 };
+        let half = Sparsity { pattern, among: Among::Row, share: 0.5 };
         let six = [1.0, -2.0, 3.0, 4.0, 0.5, -1.0];
+        let eight = [1.0, -2.0, 3.0, -4.0, 0.0, 0.0, 0.0, 0.0];
         for (weights, scale, sparsity, want, kept) in [
             // Scores [[3, 2, 1.5], [12, 0.5, 0.5]].
             (&six[..], &[3.0, 1.0, 0.5][..], third(Among::Row), &[2, 4][..], &[0b011, 0b101][..]),
             (&six, &[1.0; 3], third(Among::Matrix), &[0, 4], &[0b110, 0b101]),
             // A kept zero stays one of the kept.
-            (
-                &[1.0, -2.0, 3.0, -4.0, 0.0, 0.0, 0.0, 0.0],
-                &[1.0; 8],
-                Sparsity { pattern: group, among: Among::Row, share: 0.5 },
-                &[0, 1],
-                &[0b1100_1100],
-            ),
+            (&eight, &[1.0; 8], half, &[0, 1], &[0b1100_1100]),
         ] {
             let (mut got, mut left) = (weights.to_vec(), weights.to_vec());
             want.iter().for_each(|&removed: &usize| left[removed] = 0.0);

@@ -43,16 +43,13 @@ impl FromStr for RouterInit {
     type Err = Error;
 
     fn from_str(s: &str) -> Result<RouterInit> {
+        let allowed = "random, open, centroid or warm(K), K experts open";
         let warm = || s.strip_prefix("warm(")?.strip_suffix(')')?.parse().ok().map(RouterInit::Warm);
         match s {
             "random" => Ok(RouterInit::Random),
             "open" => Ok(RouterInit::Open),
             "centroid" => Ok(RouterInit::Centroid),
-            _ => warm().ok_or_else(|| Error::UnknownName {
-                field: "router init",
-                found: s.into(),
-                allowed: "random, open, centroid or warm(K), K experts open",
-            }),
+            _ => warm().ok_or_else(|| Error::UnknownName { field: "router init", found: s.into(), allowed }),
         }
     }
 }

@@ -61,10 +61,7 @@ impl Engine for CudaEngine {
             mean_gate: sums.all_gates / gates as f64,
             balance_loss: sums.balance_loss,
             norms: GradNorms { all: sums.squares.sqrt(), router: sums.router_squares.sqrt() },
-            non_finite: match sums.loss.is_finite() {
-                true => None,
-                false => Some(self.trainer.first_non_finite()?),
-            },
+            non_finite: if sums.loss.is_finite() { None } else { Some(self.trainer.first_non_finite()?) },
         })
     }
 

@@ -70,9 +70,9 @@ pub(crate) fn text(seed: u64) -> TokenStream {
 
 /// 20 steps of 2 micro-batches under a target.
 pub(crate) fn settings(more: &[&str]) -> TrainConfig {
-    let mut config =
-        TrainConfig { steps: Some(20), batch: 2, seq: 16, accumulate: 2, ..TrainConfig::default() };
-    (config.lr, config.valid_fraction, config.active_target) = (3e-3, 0.1, Some(0.5));
+    let mut config = TrainConfig { steps: Some(20), batch: 2, seq: 16, ..TrainConfig::default() };
+    (config.accumulate, config.lr, config.valid_fraction) = (2, 3e-3, 0.1);
+    config.active_target = Some(0.5);
     more.iter().for_each(|setting| config.set(setting).unwrap());
     config
 }
@@ -141,25 +141,27 @@ impl Bed {
         train(&text(1), settings(more), options).unwrap()
     }
 
-    /// One whole run.
-    pub(crate) fn whole(&self, name: &str, more: &[&str]) -> Heard {
-        let (outcome, heard) = self.train(more, self.options(name));
-        assert_eq!(outcome, Outcome::Finished, "{name}");
+    /// One invocation on the first text that must end so.
+    fn ends(&self, end: Outcome, more: &[&str], options: RunOptions) -> Heard {
+        let (outcome, heard) = self.train(more, options);
+        assert_eq!(outcome, end);
         heard
     }
 
-    /// The first `steps` steps of a run.
-    pub(crate) fn part(&self, name: &str, steps: u64, more: &[&str]) -> Heard {
-        let (outcome, heard) = self.train(more, RunOptions { stop_after: Some(steps), ..self.options(name) });
-        assert_eq!(outcome, Outcome::Interrupted { step: steps }, "{name}");
-        heard
+    /// One whole run.
+    pub(crate) fn whole(&self, name: &str, more: &[&str]) -> Heard {
+        self.ends(Outcome::Finished, more, self.options(name))
+    }
+
+    /// The first `step` steps of a run.
+    pub(crate) fn part(&self, name: &str, step: u64, more: &[&str]) -> Heard {
+        let options = RunOptions { stop_after: Some(step), ..self.options(name) };
+        self.ends(Outcome::Interrupted { step }, more, options)
     }
 
     /// The rest of a run.
     pub(crate) fn rest(&self, name: &str, more: &[&str]) -> Heard {
-        let (outcome, heard) = self.train(more, self.resumed(name));
-        assert_eq!(outcome, Outcome::Finished, "{name}");
-        heard
+        self.ends(Outcome::Finished, more, self.resumed(name))
     }
 
     /// The model, for inference.
