@@ -46,9 +46,8 @@ fn measure(threads: usize, sequences: usize, tokens: usize) {
     let options = SweepOptions { pattern: Pattern::Unstructured, share: 0.5147, block: 128 };
     let mut totals = [0.0; 3];
     for (seed, (what, width, rows)) in (0..).zip(GROUPS) {
-        let inputs: Vec<Vec<f32>> =
-            (0..sequences).map(|s| normals(tokens * width, 10 * s as u64 + seed)).collect();
-        let mut weights: Vec<Vec<f32>> =
+        let inputs: Vec<_> = (0..sequences).map(|s| normals(tokens * width, 10 * s as u64 + seed)).collect();
+        let mut weights: Vec<_> =
             rows.iter().map(|rows| normals(rows * width, 1000 + *rows as u64)).collect();
         let started = Instant::now();
         let mut hessian = Hessian::new(width);

@@ -28,8 +28,7 @@ pub(crate) const TUNED: Entry<Settings> = Entry {
         gate_value: GateValue::Binary,
         ..Settings::default()
     },
-    fixed: &[],
-    configure: |settings| Dsmoe { settings, ste: true, trains_threshold: true }.checked(),
+    ..Entry::new(|settings| Dsmoe { settings, ste: true, trains_threshold: true }.checked())
 };
 
 /// The method `dsmoe-paper`: experts in contiguous blocks, random routers and sigmoid gates (eqs. 6-11).

@@ -43,9 +43,8 @@ pub trait Settings: Default + Serialize + DeserializeOwned + 'static {
 /// A text has no `=`.
 pub fn read_settings<'a>(texts: impl IntoIterator<Item = &'a str>) -> Result<SettingValues> {
     let read = |text: &'a str| {
-        let help = "write a setting, =, and its value";
-        let (name, value) =
-            text.split_once('=').ok_or_else(|| Error::setting(text, "is not NAME=VALUE", help))?;
+        let wrong = || Error::setting(text, "is not NAME=VALUE", "write a setting, =, and its value");
+        let (name, value) = text.split_once('=').ok_or_else(wrong)?;
         let scalar = serde_json::from_str::<Value>(value.trim()).ok();
         let scalar = scalar.filter(|value| !value.is_array() && !value.is_object());
         Ok((name.trim().to_owned(), scalar.unwrap_or_else(|| value.trim().into())))

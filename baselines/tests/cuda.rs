@@ -320,8 +320,7 @@ fn a_training_step_is_that_of_the_processor() {
         let name_of = format!("{name}: balance loss");
         wrong.extend(too_far(&name_of, got_loss, want_loss, half_loss, norm(want_loss)));
         for entry in model.layout().entries() {
-            let [got, want, half] =
-                [&got_grads, &grads, &half_grads].map(|grads| &grads[entry.range.clone()]);
+            let [got, want, half] = [&got_grads, &grads, &half_grads].map(|of| &of[entry.range.clone()]);
             // Gradients of queries and keys are differences of products as large as the gradients of values.
             let values = entry.spec.name.replace("q_proj", "v_proj").replace("k_proj", "v_proj");
             let values = model.layout().get(&values).unwrap().range.clone();

@@ -1,23 +1,10 @@
 //! `dsmoe eval` and `dsmoe generate` on real checkpoints against transformers.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
+use dsmoe_kernels::testing::shared;
 use serde_json::Value;
-
-/// The data folder; none when it is absent and not required.
-#[expect(clippy::print_stdout, reason = "a skipped test says so")]
-fn shared(test: &str) -> Option<PathBuf> {
-    let default = concat!(env!("CARGO_MANIFEST_DIR"), "/../../shared");
-    let dir = PathBuf::from(std::env::var("DSMOE_SHARED").unwrap_or_else(|_| default.to_owned()));
-    if dir.is_dir() {
-        return Some(dir);
-    }
-    let required = std::env::var("DSMOE_REQUIRE").is_ok_and(|list| list.contains("shared"));
-    assert!(!required, "{test}: no {}", dir.display());
-    println!("SKIP {test}: no {}; set DSMOE_SHARED", dir.display());
-    None
-}
 
 fn dsmoe(args: &[&str]) -> Value {
     let output = Command::new(env!("CARGO_BIN_EXE_dsmoe"))
@@ -36,7 +23,8 @@ fn read(path: &Path) -> Value {
 
 #[test]
 fn real_checkpoints_score_and_continue_as_in_transformers() {
-    let Some(shared) = shared("real_checkpoints_score_and_continue_as_in_transformers") else { return };
+    let test = "real_checkpoints_score_and_continue_as_in_transformers";
+    let Some(shared) = shared(test, "golden") else { return };
     let text = shared.join("golden/stories_100.txt");
     for model in ["tinystories-656k", "stories-260k", "babyllama-1m"] {
         let golden = read(&shared.join(format!("golden/nll_{model}.json")));

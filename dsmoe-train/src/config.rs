@@ -225,8 +225,7 @@ impl TrainConfig {
         let micro = self.batch.saturating_mul(self.seq);
         if micro > MAX_MICRO_TOKENS {
             let found = format!("{} x seq {}", self.batch, self.seq);
-            let allowed =
-                format!("at most {MAX_MICRO_TOKENS} tokens in a micro-batch; raise accumulate instead");
+            let allowed = format!("at most {MAX_MICRO_TOKENS} tokens in a micro-batch; raise accumulate");
             return Err(Error::field("batch", found, allowed));
         }
         for (field, value, range, allowed) in [

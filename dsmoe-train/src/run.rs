@@ -250,8 +250,7 @@ impl Trainer {
             self.write_final()?;
             return Ok(Outcome::Finished);
         }
-        let last =
-            self.options.stop_after.map_or(total, |most| total.min(self.state.step.saturating_add(most)));
+        let last = self.options.stop_after.map_or(total, |n| total.min(self.state.step.saturating_add(n)));
         let started = Instant::now();
         while self.state.step < last {
             let Some(record) = self.take_step(started, stop)? else { break };

@@ -67,8 +67,7 @@ fn grow(weights: &[u32], vertices: usize, parts: usize, mut rng: Option<&mut Rng
     for part in 0..parts {
         to_part.fill(0);
         for size in 0..vertices / parts {
-            let most =
-                |of: &[i64]| (0..left.len()).rev().max_by_key(|&at| of[left[at]]).expect("a vertex left");
+            let most = |of: &[i64]| (0..left.len()).rev().max_by_key(|&at| of[left[at]]).expect("a vertex");
             let at = match (size, &mut rng) {
                 (0, Some(rng)) => rng.below(left.len() as u64) as usize,
                 (0, None) => most(&to_left),

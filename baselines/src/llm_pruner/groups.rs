@@ -60,9 +60,8 @@ impl Groups {
     /// The FFN neurons of a layer.
     pub(crate) fn neurons(config: &Config, layer: usize) -> Groups {
         let members = [("gate", Axis::Rows), ("up", Axis::Rows), ("down", Axis::Columns)];
-        let member =
-            |(name, axis)| Member::new(format!("model.layers.{layer}.mlp.{name}_proj.weight"), axis, 1);
-        let (place, members) = (format!("layer {layer} neurons"), members.map(member).to_vec());
+        let of = |(name, axis)| Member::new(format!("model.layers.{layer}.mlp.{name}_proj.weight"), axis, 1);
+        let (place, members) = (format!("layer {layer} neurons"), members.map(of).to_vec());
         Groups { place, count: config.layer(layer).intermediate, lanes: 1, members }
     }
 

@@ -24,8 +24,7 @@ pub(crate) static WANDA: Entry<ScoreSettings> = Entry {
     name: "wanda",
     summary: "zeros where weight times norm of its input is smallest, no update; any budget, or half the linears",
     defaults: || ScoreSettings { among: Among::Row, ..ScoreSettings::default() },
-    fixed: &[],
-    configure: |settings| Ok(Box::new(ScorePruning { settings, by_inputs: true })),
+    ..Entry::new(|settings| Ok(Box::new(ScorePruning { settings, by_inputs: true })))
 };
 
 /// The method `magnitude`.
@@ -119,9 +118,7 @@ pub(crate) fn prune(weight: &mut [f32], scale: &[f32], sparsity: &Sparsity) -> M
     assert!(cols > 0 && weight.len().is_multiple_of(cols), "prune: {} weights, {cols} columns", weight.len());
     let rows = weight.len() / cols;
     let scores = |out: &mut [f32], w: &[f32]| {
-        for ((out, w), scale) in out.iter_mut().zip(w).zip(scale) {
-            *out = w.abs() * scale;
-        }
+        out.iter_mut().zip(w).zip(scale).for_each(|((out, w), scale)| *out = w.abs() * scale);
     };
     let of_matrix = match (sparsity.pattern, sparsity.among) {
         (Pattern::Unstructured, Among::Matrix) => {
@@ -145,10 +142,10 @@ pub(crate) fn prune(weight: &mut [f32], scale: &[f32], sparsity: &Sparsity) -> M
                     mark_smallest(removed, scores, count);
                 }
             }
-            (Pattern::Unstructured, Some(smallest)) => mark(removed, row_scores, smallest, row * cols),
+            (Pattern::Unstructured, Some(smallest)) => smallest.mark(removed, row_scores, row * cols),
             (Pattern::Unstructured, None) => {
                 let count = removed_of(cols, sparsity.share);
-                mark(removed, row_scores, Smallest::of_few(row_scores, count, keys), 0);
+                Smallest::of_few(row_scores, count, keys).mark(removed, row_scores, 0);
             }
         }
         for (col, (w, &removed)) in w.iter_mut().zip(&*removed).enumerate() {
@@ -160,12 +157,6 @@ pub(crate) fn prune(weight: &mut [f32], scale: &[f32], sparsity: &Sparsity) -> M
         }
     });
     Mask::from_bits(rows, cols, kept)
-}
-
-fn mark(removed: &mut [bool], scores: &[f32], smallest: Smallest, first: usize) {
-    for (i, (removed, &score)) in removed.iter_mut().zip(scores).enumerate() {
-        *removed = smallest.has(score, first + i);
-    }
 }
 
 #[cfg(test)]

@@ -76,6 +76,13 @@ impl Smallest {
     pub(crate) fn has(self, score: f32, index: usize) -> bool {
         key(score, index) < self.end
     }
+
+    /// Sets in `removed` which of `scores` belong to them; `first` is the index of the first.
+    pub(crate) fn mark(self, removed: &mut [bool], scores: &[f32], first: usize) {
+        for (i, (removed, &score)) in removed.iter_mut().zip(scores).enumerate() {
+            *removed = self.has(score, first + i);
+        }
+    }
 }
 
 /// Sets `removed[i]` for the `count` smallest of a group of a few scores.

@@ -95,9 +95,7 @@ pub fn sweep(weight: &mut [f32], hessian: &Factored, options: &SweepOptions) -> 
             for (r, ((w, errors), loss)) in rows.enumerate() {
                 if let Some(smallest) = smallest {
                     let at = (task * ROWS + r) * width;
-                    for (i, removed) in removed.iter_mut().enumerate() {
-                        *removed = smallest.has(scores[at + i], at + i);
-                    }
+                    smallest.mark(&mut removed, &scores[at..at + width], at);
                 }
                 *loss += block.row(w, errors, &mut removed);
                 let bits = &mut bits[r * stride..][..stride];

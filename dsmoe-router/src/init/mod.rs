@@ -178,11 +178,10 @@ mod tests {
 
     #[test]
     fn centroid_rows_have_length_one() {
-        let centroids = Array2::from_shape_fn((2, 3), |(i, j)| (i * 3 + j) as f32 - 1.0);
-        let (weight, bias) =
-            router_weights(&RouterInit::Centroid, 2, 3, 1, 0, Some(centroids.view())).unwrap();
+        let rows = Array2::from_shape_fn((2, 3), |(i, j)| (i * 3 + j) as f32 - 1.0);
+        let (weight, bias) = router_weights(&RouterInit::Centroid, 2, 3, 1, 0, Some(rows.view())).unwrap();
         assert_eq!(bias, None);
-        for (row, source) in weight.outer_iter().zip(centroids.outer_iter()) {
+        for (row, source) in weight.outer_iter().zip(rows.outer_iter()) {
             assert!((row.dot(&row) - 1.0).abs() < 1e-6);
             assert!((row.dot(&source) - source.dot(&source).sqrt()).abs() < 1e-5);
         }

@@ -73,10 +73,8 @@ fn head(layer: usize, kv: usize) -> Vec<Vec<(String, Vec<Line>)>> {
 /// Lines of a channel, as one lane.
 fn channel(names: &Tensors, c: usize) -> Vec<Vec<(String, Vec<Line>)>> {
     let writes = |name: &str| name.contains("o_proj") || name.contains("down_proj");
-    let mut lines: Vec<_> = names
-        .keys()
-        .map(|name| (name.clone(), vec![if writes(name) { Line::Row(c) } else { Line::Column(c) }]))
-        .collect();
+    let line = |name: &String| vec![if writes(name) { Line::Row(c) } else { Line::Column(c) }];
+    let mut lines: Vec<_> = names.keys().map(|name| (name.clone(), line(name))).collect();
     let head =
         if names.contains_key("lm_head.weight") { "lm_head.weight" } else { "model.embed_tokens.weight" };
     lines.sort_by_key(|(name, _)| name == head);
