@@ -65,18 +65,13 @@ impl Groups {
     /// The FFN neurons of a layer.
     pub(crate) fn neurons(config: &Config, layer: usize) -> Groups {
         let members = [("gate", Axis::Rows), ("up", Axis::Rows), ("down", Axis::Columns)];
-        let member =
-            |(name, axis)| Member::new(format!("model.layers.{layer}.mlp.{name}_proj.weight"), axis, 1);
+        let of = |(name, axis)| Member::new(format!("model.layers.{layer}.mlp.{name}_proj.weight"), axis, 1);
+        let (place, members) = (format!("layer {layer} neurons"), members.map(of).to_vec());
         let bias =
             |name: &str| Member::new(format!("model.layers.{layer}.mlp.{name}.bias"), Axis::Columns, 1);
         let biases = config.architecture.mlp_bias.then(|| ["gate_proj", "up_proj"].map(bias));
-        Groups {
-            place: format!("layer {layer} neurons"),
-            count: config.layer(layer).intermediate,
-            lanes: 1,
-            members: members.map(member).to_vec(),
-            followers: biases.into_iter().flatten().collect(),
-        }
+        let followers = biases.into_iter().flatten().collect();
+        Groups { place, count: config.layer(layer).intermediate, lanes: 1, members, followers }
     }
 
     /// The key and value heads of a layer, each with its query heads.
@@ -100,13 +95,8 @@ impl Groups {
         let biases = config.architecture.qkv_bias.then_some(biases).into_iter().flatten();
         let norms = (config.architecture.qk_norm == QkNorm::Whole).then_some(norms).into_iter().flatten();
         let followers = biases.chain(norms).map(vector).collect();
-        Groups {
-            place: format!("layer {layer} heads"),
-            count: shape.num_kv_heads,
-            lanes,
-            members: members.map(member).to_vec(),
-            followers,
-        }
+        let (place, members) = (format!("layer {layer} heads"), members.map(member).to_vec());
+        Groups { place, count: shape.num_kv_heads, lanes, members, followers }
     }
 
     /// The channels of the residual stream. The last member is the output head, which a tied model has in its
