@@ -5,13 +5,13 @@ use std::time::Instant;
 use anyhow::Result;
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::config::Config;
-use dsmoe_core::model::StepArgs;
+use dsmoe_core::model::{Batch, StepArgs};
 use dsmoe_core::{Device, Model};
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::rng::Rng;
 use dsmoe_router::{RoutingStats, SparsityOver};
 use dsmoe_train::TrainConfig;
-use dsmoe_train::engine::{self, Engine, EngineOptions, MicroBatch, StepResult};
+use dsmoe_train::engine::{self, Engine, EngineOptions, StepResult};
 use dsmoe_train::optim::{AdamW, Update, clip_scale};
 
 use super::ceilings::Cost;
@@ -147,7 +147,7 @@ impl Run {
             balance_scale: 1.0,
             seed: self.steps,
         };
-        let batch = MicroBatch { inputs: &self.inputs, targets: &self.targets, seq: self.seq };
+        let batch = Batch { inputs: &self.inputs, targets: &self.targets, seq: self.seq };
         self.engine.begin(1)?;
         self.engine.micro_batch(&self.model, batch, &args)?;
         Ok(self.engine.finish(&self.model)?)

@@ -5,6 +5,7 @@ pub(crate) mod hosted;
 
 use std::ops::Range;
 
+use dsmoe_kernels::attention::Scores;
 use dsmoe_kernels::cuda::Gpu;
 use dsmoe_kernels::cuda::ops::attention::Heads;
 use dsmoe_kernels::cuda::ops::{ffn, router};
@@ -58,12 +59,13 @@ pub(crate) fn gates(config: &RouterConfig) -> router::Gates {
 /// Returns the heads of layer `i`.
 pub(crate) fn heads(config: &Config, i: usize) -> Heads {
     let LayerShape { num_heads: heads, num_kv_heads: kv_heads, .. } = config.layer(i);
-    Heads { heads, kv_heads, head_dim: config.head_dim }
+    Heads { heads, kv_heads, head_dim: config.head_dim, scores: Scores::plain(config.head_dim) }
 }
 
 /// Returns the heads of the widest layer, which is unpruned.
 pub(crate) fn widest_heads(config: &Config) -> Heads {
-    Heads { heads: config.num_heads, kv_heads: config.num_kv_heads, head_dim: config.head_dim }
+    let Config { num_heads: heads, num_kv_heads: kv_heads, head_dim, .. } = *config;
+    Heads { heads, kv_heads, head_dim, scores: Scores::plain(head_dim) }
 }
 
 /// Returns cosines and sines of the first `positions` positions, `[positions, head_dim]`.

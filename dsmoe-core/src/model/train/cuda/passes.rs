@@ -35,7 +35,15 @@ impl CudaTrainer {
             linear::Forward { y: &mut acts.qkv, x: h, w: &weight(&layer.qkv()) }.run()?;
             let (turned, positions) =
                 (heads.heads + heads.kv_heads, Positions::Sequences { len: seq, start: 0 });
-            Rotate { x: &mut acts.qkv, angles, heads: turned, positions, back: false }.run()?;
+            Rotate {
+                x: &mut acts.qkv,
+                angles,
+                heads: turned,
+                head_dim: heads.head_dim,
+                positions,
+                back: false,
+            }
+            .run()?;
             let (out, lse) = (&mut acts.a, &mut acts.lse);
             attention::Forward { out, lse, qkv: &acts.qkv, heads, seq }.run()?;
             linear::Forward { y, x: &acts.a, w: &weight(&layer.o) }.run()?;
@@ -141,7 +149,8 @@ impl CudaTrainer {
             attention::Backward { dqkv: &mut dqkv, dout, out, qkv, lse, heads, seq, deltas }.run()?;
             let (turned, positions) =
                 (heads.heads + heads.kv_heads, Positions::Sequences { len: seq, start: 0 });
-            Rotate { x: &mut dqkv, angles, heads: turned, positions, back: true }.run()?;
+            Rotate { x: &mut dqkv, angles, heads: turned, head_dim: heads.head_dim, positions, back: true }
+                .run()?;
             let (norm, of_qkv) = (&param(input_norm), layer.qkv());
             rms_norm::Restore { h, x, weight: norm, rstd }.run()?;
             linear::BackwardWeight { dw: &mut grads.part_mut(of_qkv.clone()), dy: &dqkv, x: h }.run()?;
