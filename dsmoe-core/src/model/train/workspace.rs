@@ -113,7 +113,7 @@ impl TrainWorkspace {
         let config = &model.config;
         let room = |width: usize| Buf::zeros(tokens * width);
         let norms = |[x, rstd]: [usize; 2]| NormActs { x: room(x), rstd: room(rstd) };
-        let layer = |(i, ffn): (usize, &Box<dyn Ffn>)| {
+        let layer = |(i, ffn): (usize, &dyn Ffn)| {
             let shape = config.layer(i);
             let widths = Widths::of(config, shape.num_heads, shape.num_kv_heads);
             let [x, rstd, qkv, a, lse, x_mid, rstd_mid] = widths.layer().map(room);
@@ -121,7 +121,7 @@ impl TrainWorkspace {
             let after = after_norm_widths(config).map(|widths| widths.map(norms));
             LayerActs { x, rstd, qkv, a, lse, x_mid, rstd_mid, heads, after, ffn: ffn.new_saved(tokens) }
         };
-        let layers = model.ffns.iter().enumerate().map(layer).collect();
+        let layers = model.ffns.iter().map(|ffn| &**ffn).enumerate().map(layer).collect();
         // Room for the widest layer.
         let widest = Widths::of(config, config.num_heads, config.num_kv_heads);
         let [x, rstd, h, losses, y, dx, dbranch, dqkv, da] = widest.shared(config).map(room);
