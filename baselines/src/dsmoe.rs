@@ -177,6 +177,7 @@ impl Dsmoe {
                 Routers::Calibrated => true,
             },
             active_target: None,
+            untrained: false,
         });
         let counts = Accounting::of(&converted);
         let wanted = budget.params(dense);

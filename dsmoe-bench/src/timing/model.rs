@@ -59,6 +59,7 @@ impl Architecture {
             partition: PartitionKind::Contiguous,
             router_bias: true,
             active_target: None,
+            untrained: false,
         });
         Ok([dense, dsmoe])
     }

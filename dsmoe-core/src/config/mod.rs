@@ -1,6 +1,7 @@
 //! `config.json` of a LLaMA or DSMoE directory: reading, checking, writing.
 
 mod fields;
+mod transformers;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -124,6 +125,8 @@ pub struct MoeConfig {
     pub router_bias: bool,
     /// The share of experts to be active that the model was made for; training reaches it unless told otherwise.
     pub active_target: Option<f64>,
+    /// True if no weight of the dense model was changed since the conversion.
+    pub untrained: bool,
 }
 
 /// [`MoeConfig`] as it is stored.
@@ -137,6 +140,8 @@ struct StoredMoe {
     router_bias: bool,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     active_target: Option<f64>,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    untrained: bool,
     gate_value: GateValue,
     rescale: Rescale,
     zero_active: ZeroActive,
@@ -327,13 +332,15 @@ impl Config {
     }
 
     /// Returns the JSON of the source with `model_type`, `architectures`, `dsmoe`, `ffn` and `layer_shapes` set by
-    /// the fields.
+    /// the fields, without `auto_map`.
     pub fn to_json(&self) -> String {
         let mut raw = self.raw.clone();
         let model_type = self.model_type();
         let architecture = if model_type == "llama" { "LlamaForCausalLM" } else { "DsmoeForCausalLM" };
         raw.insert("model_type".to_owned(), json!(model_type));
         raw.insert("architectures".to_owned(), json!([architecture]));
+        // Code of the source is not copied, and it would run another model.
+        raw.shift_remove("auto_map");
         let ffn = self.ffn.as_ref().map(|spec| {
             let kind = std::iter::once(("type".to_owned(), json!(spec.kind())));
             Value::Object(kind.chain(spec.settings()).collect())
@@ -386,6 +393,7 @@ impl MoeConfig {
             partition: self.partition,
             router_bias: self.router_bias,
             active_target: self.active_target,
+            untrained: self.untrained,
             gate_value: router.gate_value,
             rescale: router.rescale,
             zero_active: router.zero_active,
