@@ -101,6 +101,9 @@ impl Card<'_> {
             }
             _ if self.masks.is_some() => "A pruned model: single weights are 0",
             _ if !self.config.is_even() => "A pruned model: its layers have different sizes",
+            _ if self.config.needs_remote_code() => {
+                "A pruned model: its hidden size is not that of its heads"
+            }
             _ => "A dense model",
         };
         format!("{kind}. Made by [dsmoe](https://github.com/dsmoe/dsmoe).")
@@ -119,6 +122,7 @@ impl Card<'_> {
             }
             _ if self.masks.is_some() => "weights set to 0".to_owned(),
             _ if !self.config.is_even() => "heads and neurons removed".to_owned(),
+            _ if self.config.needs_remote_code() => "channels of the residual stream removed".to_owned(),
             _ => "dense".to_owned(),
         }
     }

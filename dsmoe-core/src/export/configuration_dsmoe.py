@@ -27,8 +27,14 @@ class DsmoeConfig(BaseConfig):
     # A plan for dense FFNs would cut the projections across experts.
     base_model_tp_plan = None
 
-    def validate_architecture(self):
-        """Accepts heads that do not divide the hidden size: a pruned model has them and states `head_dim`."""
+    def validate(self):
+        """Runs the checks of transformers 5, but for one that refuses heads that do not divide the hidden size.
+
+        A pruned model has such heads and states `head_dim`.
+        """
+        for check in getattr(type(self), "__class_validators__", ()):
+            if check.__name__ != "validate_architecture":
+                check(self)
 
     def to_dict(self):
         output = super().to_dict()
