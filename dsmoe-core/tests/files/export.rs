@@ -9,11 +9,11 @@ use dsmoe_core::convert::{ConvertOptions, PartitionSpec, RouterStart, convert};
 use dsmoe_core::export::{DenseForm, ExportAs, ExportOptions, Measured, export};
 use dsmoe_core::init::{InitOptions, init, preset};
 use dsmoe_core::model::Model;
+use dsmoe_kernels::testing::refused;
 use dsmoe_router::{GateValue, RouterConfig, RouterInit, RouterValues};
 use serde_json::{Value, json};
 
 use crate::convert::{quiet, small, tensors};
-use crate::support::refused;
 
 const EXPERTS: usize = 4;
 
