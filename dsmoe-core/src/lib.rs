@@ -6,6 +6,7 @@ pub mod calibrate;
 pub mod checkpoint;
 pub mod config;
 pub mod convert;
+mod defaults;
 pub mod device;
 mod error;
 pub mod export;

@@ -139,10 +139,8 @@ pub fn evaluate_domains(
     let [_, _, ..] = domains[..] else {
         return evaluate(model, domains.first().map_or(&[], |domain| domain.ids), options, progress);
     };
-    let mut windows = Vec::new();
-    for domain in &domains {
-        windows.push(eval_windows(domain.ids.len(), options.seq, options.stride)?.len());
-    }
+    let cut = |domain: &&Domain<'_>| Ok(eval_windows(domain.ids.len(), options.seq, options.stride)?.len());
+    let windows = domains.iter().map(cut).collect::<Result<Vec<usize>>>()?;
     let (all, mut before) = (windows.iter().sum(), 0);
     let total: f64 = domains.iter().map(|domain| domain.weight).sum();
     let mut reports = Vec::new();

@@ -44,8 +44,7 @@ pub(crate) fn importances(
 ) -> Result<Vec<LayerImportance>> {
     let model = Model::load(dir)?;
     let config = model.config().clone();
-    let sums: Vec<Sums> =
-        config.layers().map(|shape| Sums::new(Mutex::new(vec![0.0; shape.intermediate]))).collect();
+    let sums: Vec<_> = config.layers().map(|of| Sums::new(Mutex::new(vec![0.0; of.intermediate]))).collect();
     let probes = config.layers().zip(&sums).map(|(shape, sums)| -> Box<dyn Ffn> {
         let dense = DenseFfn::new(config.hidden, shape.intermediate);
         Box::new(Probe { dense, hidden: config.hidden, intermediate: shape.intermediate, sums: sums.clone() })

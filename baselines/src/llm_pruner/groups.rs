@@ -60,14 +60,9 @@ impl Groups {
     /// The FFN neurons of a layer.
     pub(crate) fn neurons(config: &Config, layer: usize) -> Groups {
         let members = [("gate", Axis::Rows), ("up", Axis::Rows), ("down", Axis::Columns)];
-        let member =
-            |(name, axis)| Member::new(format!("model.layers.{layer}.mlp.{name}_proj.weight"), axis, 1);
-        Groups {
-            place: format!("layer {layer} neurons"),
-            count: config.layer(layer).intermediate,
-            lanes: 1,
-            members: members.map(member).to_vec(),
-        }
+        let of = |(name, axis)| Member::new(format!("model.layers.{layer}.mlp.{name}_proj.weight"), axis, 1);
+        let (place, members) = (format!("layer {layer} neurons"), members.map(of).to_vec());
+        Groups { place, count: config.layer(layer).intermediate, lanes: 1, members }
     }
 
     /// The key and value heads of a layer, each with its query heads.
@@ -83,12 +78,8 @@ impl Groups {
         let member = |(name, axis, width)| {
             Member::new(format!("model.layers.{layer}.self_attn.{name}_proj.weight"), axis, width)
         };
-        Groups {
-            place: format!("layer {layer} heads"),
-            count: shape.num_kv_heads,
-            lanes,
-            members: members.map(member).to_vec(),
-        }
+        let (place, members) = (format!("layer {layer} heads"), members.map(member).to_vec());
+        Groups { place, count: shape.num_kv_heads, lanes, members }
     }
 
     /// The channels of the residual stream. The last member is the output head, which a tied model has in its

@@ -37,21 +37,17 @@ const MIX_WINDOW: usize = 32 << 20;
 pub(crate) static BLOCK: Entry<BlockSettings> = Entry {
     name: "llm-pruner-block",
     summary: "removes FFN neurons and attention heads of a range of layers by gradient; any budget to a neuron per layer",
-    defaults: BlockSettings::default,
-    fixed: &[],
-    configure: |settings| Ok(Box::new(Pruner::Block(settings))),
+    ..Entry::new(|settings| Ok(Box::new(Pruner::Block(settings))))
 };
 
 /// The method `llm-pruner-channel`.
 pub(crate) static CHANNEL: Entry<ChannelSettings> = Entry {
     name: "llm-pruner-channel",
     summary: "removes channels of the residual stream through the whole network by gradient; any budget to a channel",
-    defaults: ChannelSettings::default,
-    fixed: &[],
-    configure: |settings| match settings.multiple {
+    ..Entry::new(|settings| match settings.multiple {
         0 => Err(wrong::<ChannelSettings>("multiple", 0)),
         _ => Ok(Box::new(Pruner::Channel(settings))),
-    },
+    })
 };
 
 settings! {

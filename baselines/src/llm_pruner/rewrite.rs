@@ -41,15 +41,15 @@ pub(crate) fn rewrite(
         TensorInfo { name, dtype, shape }
     };
     let infos: Vec<TensorInfo> = tensor_names(pruned).map(info).collect();
-    let stored: Vec<(String, Cut)> =
-        tensor_names(pruned).map(|(name, _)| (names.stored_name(&name).to_owned(), cuts.of(&name))).collect();
+    let total = infos.len() as u64;
     let mut writer = Writer::create(output.path(), infos)?;
-    for (i, (name, cut)) in stored.iter().enumerate() {
-        let view = checkpoint.tensor(name).expect("a checked checkpoint");
+    for (done, (name, _)) in (1..).zip(tensor_names(pruned)) {
+        let stored = names.stored_name(&name);
+        let view = checkpoint.tensor(stored).expect("a checked checkpoint");
         let path = checkpoint.files().nth(view.file).expect("a file of the checkpoint");
-        writer.begin(name)?;
-        copy(path, view, cut, &mut |bytes| writer.write_chunk(bytes))?;
-        progress(i as u64 + 1, stored.len() as u64);
+        writer.begin(stored)?;
+        copy(path, view, &cuts.of(&name), &mut |bytes| writer.write_chunk(bytes))?;
+        progress(done, total);
     }
     writer.finish()?;
     copy_companions(dir, output.path())?;

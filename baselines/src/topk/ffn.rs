@@ -321,19 +321,18 @@ mod tests {
             };
             let gate_start = ffn.router_start();
             let points = (0..gate_start).step_by(41).chain((gate_start..params.len()).step_by(3));
+            let moved = |values: &[f32], i: usize, h: f32| {
+                let mut moved = values.to_vec();
+                moved[i] += h;
+                moved
+            };
             for i in points.clone() {
-                check(format!("{gate:?} parameter {i}"), grads[i], &|h| {
-                    let mut moved = params.clone();
-                    moved[i] += h;
-                    loss(&ffn, &x, &moved, &dy)
-                });
+                let what = format!("{gate:?} parameter {i}");
+                check(what, grads[i], &|h| loss(&ffn, &x, &moved(&params, i, h), &dy));
             }
             for i in (0..x.len()).step_by(5) {
-                check(format!("{gate:?} input {i}"), dx[i], &|h| {
-                    let mut moved = x.clone();
-                    moved[i] += h;
-                    loss(&ffn, &moved, &params, &dy)
-                });
+                let what = format!("{gate:?} input {i}");
+                check(what, dx[i], &|h| loss(&ffn, &moved(&x, i, h), &params, &dy));
             }
             assert!(checked > points.clone().count(), "{checked} of {} parameters", points.count());
         }

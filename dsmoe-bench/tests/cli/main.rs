@@ -8,6 +8,7 @@ mod common;
 mod data;
 mod export;
 mod faults;
+mod golden;
 mod prune;
 mod reproduce;
 mod snapshots;

@@ -13,7 +13,8 @@ use dsmoe_kernels::testing::refused;
 use dsmoe_router::{GateValue, RouterConfig, RouterInit, RouterValues};
 use serde_json::{Value, json};
 
-use crate::convert::{quiet, small, tensors};
+use crate::convert::{small, tensors};
+use crate::support::quiet;
 
 const EXPERTS: usize = 4;
 
