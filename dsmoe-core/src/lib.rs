@@ -10,6 +10,7 @@ mod defaults;
 pub mod device;
 mod error;
 pub mod export;
+pub mod family;
 pub mod ffn;
 pub mod files;
 pub mod generate;

@@ -278,7 +278,7 @@ fn measure(
         zero_active_share: routing.as_ref().map(|routing| routing.zero_active_share),
         params_total: accounting.total,
         params_activated: accounting.activated(active),
-        flops_per_token: accounting.flops_per_token(active, options.seq as f64 / 2.0),
+        flops_per_token: accounting.mean_flops_per_token(active, options.seq),
         tokens_per_s: run as f64 / seconds.max(1e-9),
         seconds,
         domains: Vec::new(),

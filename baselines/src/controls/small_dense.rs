@@ -28,7 +28,7 @@ impl SmallDense {
     fn shape(config: &Config, budget: Budget) -> Result<LayerShape> {
         let counts = Accounting::of(config);
         let (layers, hidden) = (counts.num_layers as f64, config.hidden as f64);
-        let (rest, wanted) = ((counts.embedding + counts.norms) as f64, budget.params(counts.total));
+        let (rest, wanted) = ((counts.non_ffn - counts.attention) as f64, budget.params(counts.total));
         let group = config.num_heads / config.num_kv_heads;
         let attention = counts.attention as f64 / config.num_kv_heads as f64;
         let neuron = 3.0 * hidden * layers;

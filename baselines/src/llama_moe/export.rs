@@ -12,7 +12,7 @@ use std::path::Path;
 use dsmoe_core::Config;
 use dsmoe_core::Remedy;
 use dsmoe_core::checkpoint::{
-    Checkpoint, Dtype, OutputDir, Progress, TensorInfo, Writer, check_llama_tensors, copy_companions,
+    Dtype, OutputDir, Progress, TensorInfo, Writer, check_llama_tensors, copy_companions, open_model,
 };
 use dsmoe_core::config::{CONFIG_FILE, RopeScaling};
 use dsmoe_core::convert::source_infos;
@@ -93,7 +93,7 @@ pub fn export(
     }
     let mut config = Config::load(model)?;
     let spec = exportable(model, &config)?;
-    let checkpoint = Checkpoint::open(model)?;
+    let checkpoint = open_model(model, &config)?;
     check_llama_tensors(&config, &checkpoint)?;
     if let Some(dtype) = dtype {
         config.set_dtype(dtype);
@@ -150,12 +150,15 @@ fn exportable(model: &Path, config: &Config) -> Result<TopkSpec> {
         let help = "use a model that the method llama-moe made".into();
         return wrong("ffn.type", "is not topk".to_owned(), help);
     };
-    let theta = config.rope_theta;
+    let (family, rope) = (config.family().model_type, &config.architecture.ropes[0]);
+    let theta = rope.theta;
     let (field, problem) = if spec.router.num_residual > 0 {
         ("ffn.num_residual", format!("is {}", spec.router.num_residual))
     } else if spec.gate.normalize {
         ("ffn.normalize", "is true, as LLaMA-MoE's gate cannot have it".to_owned())
-    } else if theta != ROPE_THETA || config.rope_scaling != RopeScaling::None {
+    } else if family != "llama" || !config.architecture.differences().is_empty() {
+        ("base_model_type", format!("is {family}, and LLaMA-MoE's models are LLaMA's without biases"))
+    } else if theta != ROPE_THETA || rope.scaling != RopeScaling::None {
         ("rope_theta", format!("is {theta} or scaled, and LLaMA-MoE's is {ROPE_THETA}"))
     } else if config.hidden != config.num_heads * config.head_dim {
         ("head_dim", format!("is {} and LLaMA-MoE's is hidden_size / num_attention_heads", config.head_dim))

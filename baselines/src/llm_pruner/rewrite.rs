@@ -6,7 +6,8 @@ use std::path::Path;
 
 use dsmoe_core::Config;
 use dsmoe_core::checkpoint::{
-    Checkpoint, LlamaTensors, OutputDir, TensorInfo, TensorView, Writer, copy_companions, tensor_names,
+    Checkpoint, DEFAULT_SHARD_BYTES, LlamaTensors, OutputDir, TensorInfo, TensorView, copy_companions,
+    model_writer, tensor_names,
 };
 use rayon::prelude::*;
 
@@ -42,7 +43,7 @@ pub(crate) fn rewrite(
     };
     let infos: Vec<TensorInfo> = tensor_names(pruned).map(info).collect();
     let total = infos.len() as u64;
-    let mut writer = Writer::create(output.path(), infos)?;
+    let mut writer = model_writer(pruned, output.path(), infos, DEFAULT_SHARD_BYTES)?;
     for (done, (name, _)) in (1..).zip(tensor_names(pruned)) {
         let stored = names.stored_name(&name);
         let view = checkpoint.tensor(stored).expect("a checked checkpoint");

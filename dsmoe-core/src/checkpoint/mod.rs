@@ -17,10 +17,12 @@ pub use header::{Header, HeaderEntry};
 pub use licences::{CARD_FILE, SOURCE_CARD_FILE};
 pub(crate) use licences::{GENERATED, is_generated, read_card};
 pub(crate) use llama::read_partitions;
-pub use llama::{LlamaTensors, check_llama_tensors, tensor_names};
+pub use llama::{
+    LlamaTensors, check_llama_tensors, in_stored_order, model_writer, norm_names, open_model, tensor_names,
+};
 pub use names::is_router;
 pub(crate) use names::{
-    EMBEDDING, ffn_name, is_ignored, norm_name, partition_name, router_bias_name, router_name,
+    EMBEDDING, LayerNorm, attention_name, ffn_name, is_ignored, partition_name, router_bias_name, router_name,
 };
 pub use output::OutputDir;
 pub use reader::{Checkpoint, TensorView};

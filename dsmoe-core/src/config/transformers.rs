@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::Config;
+use super::{BASE_KEY, Config};
 use crate::json::object;
 
 /// The class of the configuration in the remote code.
@@ -14,12 +14,12 @@ impl Config {
     /// Returns whether transformers runs the model by the remote code: it has experts or layers of different sizes, or
     /// heads that do not divide the hidden size, which the configurations of transformers 5 refuse.
     pub(crate) fn needs_remote_code(&self) -> bool {
-        self.model_type() == "dsmoe" || !self.hidden.is_multiple_of(self.num_heads)
+        self.model_type() == "dsmoe" || (!self.hidden.is_multiple_of(self.num_heads) && !self.family.fused)
     }
 
     /// Returns the class in transformers of the dense model of this family.
     pub(crate) fn base_class(&self) -> &'static str {
-        "LlamaForCausalLM"
+        self.family.class
     }
 
     /// Returns the name of the source model on a hub, `owner/name`, if the configuration states one.
@@ -43,6 +43,7 @@ impl Config {
                 map.insert("model_type".to_owned(), json!("dsmoe"));
                 map.insert("architectures".to_owned(), json!(["DsmoeForCausalLM"]));
                 map.insert("layer_shapes".to_owned(), json!(layers));
+                map.insert(BASE_KEY.to_owned(), json!(self.family.model_type));
             }
         }
         format!("{:#}\n", Value::Object(map))

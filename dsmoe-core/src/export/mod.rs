@@ -10,8 +10,9 @@ use std::str::FromStr;
 pub use dense::DenseForm;
 
 use crate::checkpoint::{
-    Checkpoint, Dtype, Meter, OutputDir, Progress, TensorInfo, TensorSource, Writer, check_llama_tensors,
-    copy_companions, decode, encode, is_router,
+    Checkpoint, DEFAULT_SHARD_BYTES, Dtype, Meter, OutputDir, Progress, TensorInfo, TensorSource,
+    check_llama_tensors, copy_companions, decode, encode, in_stored_order, is_router, model_writer,
+    open_model,
 };
 use crate::config::Config;
 use crate::convert::{ffn_change, masks_of_other_order, source_infos};
@@ -113,7 +114,7 @@ pub fn export(
         return Err(Error::argument("only a dense export folds gates", "export it {as} dense"));
     }
     let config = Config::load(model)?;
-    let checkpoint = Checkpoint::open(model)?;
+    let checkpoint = open_model(model, &config)?;
     check_llama_tensors(&config, &checkpoint)?;
     let dense = match form {
         ExportAs::Dense => Some(Dense::new(model, &config, &checkpoint, fold.as_deref())?),
@@ -125,10 +126,6 @@ pub fn export(
     }
 
     let output = OutputDir::create_from(model, out, force)?;
-    let tensors = Tensors { checkpoint: &checkpoint, dense: dense.as_ref(), dtype };
-    let (tensors, bytes) = tensors.write(output.path(), progress)?;
-    masks.iter().try_for_each(|masks| masks.save(output.path()))?;
-    copy_companions(model, output.path())?;
     let mut written = config.clone();
     if form == ExportAs::Dense {
         written.moe = None;
@@ -136,6 +133,10 @@ pub fn export(
     if let Some(dtype) = dtype {
         written.set_dtype(dtype);
     }
+    let tensors = Tensors { checkpoint: &checkpoint, written: &written, dense: dense.as_ref(), dtype };
+    let (tensors, bytes) = tensors.write(output.path(), progress)?;
+    masks.iter().try_for_each(|masks| masks.save(output.path()))?;
+    copy_companions(model, output.path())?;
     match form {
         ExportAs::Dense | ExportAs::Native => written.save(output.path())?,
         ExportAs::Transformers => remote::write(&written, output.path())?,
@@ -151,6 +152,8 @@ pub fn export(
 /// The tensors of an export.
 struct Tensors<'a> {
     checkpoint: &'a Checkpoint,
+    /// The configuration of the export.
+    written: &'a Config,
     dense: Option<&'a Dense>,
     dtype: Option<Dtype>,
 }
@@ -162,11 +165,12 @@ impl Tensors<'_> {
             .into_iter()
             .filter(|info| self.dense.is_none() || !is_router(&info.name))
             .collect();
+        let sources = in_stored_order(self.written, sources);
         let infos: Vec<TensorInfo> =
             sources.iter().map(|info| TensorInfo { dtype: self.cast(info), ..info.clone() }).collect();
         let (count, bytes) = (infos.len(), infos.iter().map(TensorInfo::len_bytes).sum());
         let mut meter = Meter::new(bytes, progress);
-        let mut writer = Writer::create(dir, infos)?;
+        let mut writer = model_writer(self.written, dir, infos, DEFAULT_SHARD_BYTES)?;
         let mut source = TensorSource::new(self.checkpoint);
         let (mut values, mut casted) = (Vec::new(), Vec::new());
         for info in &sources {
