@@ -56,6 +56,34 @@ fn ids_and_windows_are_those_of_transformers() {
     }
 }
 
+/// Qwen, SmolLM and OLMo get nothing in front, whatever their config.json names; Llama, Gemma and others their `<s>`.
+#[test]
+fn families_get_the_bos_of_their_own_tokenizer() {
+    let Some(shared) = shared("families_get_the_bos_of_their_own_tokenizer") else { return };
+    let mut without = 0;
+    for family in
+        ["gemma", "gemma3", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3"]
+    {
+        let dir = shared.join("golden/zoo").join(family);
+        let (config, golden) = (json(&dir.join("config.json")), json(&dir.join("golden.json")));
+        let bos = config["bos_token_id"].as_u64().map(|id| id as u32);
+        let tokenizer = Tokenizer::load(&dir, bos, 512).unwrap();
+        for row in golden["tokens"].as_array().unwrap() {
+            let text = row["text"].as_str().unwrap();
+            let (plain, special) = (ids(&row["ids"]), ids(&row["ids_with_special"]));
+            assert_eq!(tokenizer.encode(text, Bos::Never).unwrap(), plain, "{family} {text:?}");
+            assert_eq!(tokenizer.encode(text, Bos::Auto).unwrap(), special, "{family} {text:?}");
+            assert_eq!(
+                tokenizer.decode(&plain, false).unwrap(),
+                row["decoded"].as_str().unwrap(),
+                "{family}"
+            );
+            without += u32::from(plain == special);
+        }
+    }
+    assert!(without >= 15, "{without} texts have no BOS");
+}
+
 #[test]
 fn generated_ids_decode_to_the_same_text_at_once_and_streamed() {
     let Some(shared) = shared("generated_ids_decode_to_the_same_text_at_once_and_streamed") else { return };

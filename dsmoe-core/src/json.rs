@@ -18,7 +18,11 @@ pub(crate) fn read_json(path: &Path) -> Result<String> {
         let problem = format!("{len} bytes are too many for a JSON file");
         return Err(Error::path(path, problem, COPY));
     }
-    let bytes = std::fs::read(path).map_err(Error::io(path))?;
+    let mut bytes = std::fs::read(path).map_err(Error::io(path))?;
+    // Some editors write a byte-order mark.
+    if bytes.starts_with(b"\xEF\xBB\xBF") {
+        bytes.drain(..3);
+    }
     String::from_utf8(bytes).map_err(|cause| {
         Error::path(path, format!("not UTF-8 at byte {}", cause.utf8_error().valid_up_to()), COPY)
     })

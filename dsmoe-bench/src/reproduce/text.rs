@@ -76,7 +76,7 @@ impl Text {
             Ok(Written { vocab_size })
         })?;
         let (tokenizer_dir, tokenizer) = match model {
-            Some(model) => (model.to_path_buf(), crate::models::tokenizer(model, &Config::load(model)?)?),
+            Some(model) => (model.to_path_buf(), crate::models::tokenizer(model, &Config::load(model)?, ui)?),
             None => (dir.clone(), Tokenizer::load(&dir, Some(WORLD_TOKEN), written.vocab_size)?),
         };
         let train = profile.train()?;
@@ -118,7 +118,7 @@ impl Text {
             text_column: train.text_column.clone(),
         };
         let found = data.open(&options)?;
-        let tokenizer = crate::models::tokenizer(model, &Config::load(model)?)?;
+        let tokenizer = crate::models::tokenizer(model, &Config::load(model)?, ui)?;
         let parts = texts::load(&found, &tokenizer, train.bos, token_cache, ui)?;
         let drop = match train.near_duplicates {
             Some(rule) => rule == NearDuplicates::Drop,

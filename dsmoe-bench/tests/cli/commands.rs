@@ -155,7 +155,7 @@ fn eval_reports_the_whole_protocol() {
         &["model", "data", "seq", "stride", "bos", "threshold", "seconds", "tokens_per_s", "flops_per_token"],
     );
     assert_eq!((&dense["tokens"], &dense["predicted"]), (&1000.into(), &968.into()));
-    assert!(dense["active_ratio"].is_null() && dense["bos"] == "always");
+    assert!(dense["active_ratio"].is_null() && dense["bos"] == "auto");
     let (nll, ppl) = (dense["nll"].as_f64().unwrap(), dense["ppl"].as_f64().unwrap());
     assert!((nll.exp() - ppl).abs() < 1e-6 * ppl && (nll - 320f64.ln()).abs() < 0.5, "{nll} {ppl}");
 

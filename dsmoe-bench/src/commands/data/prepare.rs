@@ -5,14 +5,14 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use dsmoe_core::config::Config;
-use dsmoe_datasets::Tokenizer;
+use dsmoe_datasets::{Skipped, Tokenizer};
 use serde::Serialize;
 
 use crate::cli::data::{Prepare, Stats};
 use crate::format::{self, Table};
 use crate::models::tokenizer;
 use crate::progress::{Progress, Unit};
-use crate::texts::{Text, label, open, options, prepare_one};
+use crate::texts::{Text, label, open, options, prepare_one, show_notices};
 use crate::ui::Ui;
 
 #[derive(Debug, Serialize)]
@@ -31,6 +31,8 @@ struct PreparedSource {
     file_bytes: u64,
     documents: usize,
     tokens: usize,
+    /// What was left out of the documents; none when the cache existed before.
+    skipped: Option<Skipped>,
     /// Is true when the cache existed before.
     reused: bool,
     /// Tokens that an interrupted run had written.
@@ -38,14 +40,14 @@ struct PreparedSource {
     seconds: f64,
 }
 
-fn tokenizer_of(model: &Path) -> Result<Tokenizer> {
-    tokenizer(model, &Config::load(model)?)
+fn tokenizer_of(model: &Path, ui: &Ui) -> Result<Tokenizer> {
+    tokenizer(model, &Config::load(model)?, ui)
 }
 
 pub(crate) fn run(args: &Prepare, ui: &mut Ui) -> Result<()> {
     let cache = args.data.cache.as_deref().context("no folder for the caches; use --cache DIR")?;
     let started = Instant::now();
-    let tokenizer = tokenizer_of(&args.model)?;
+    let tokenizer = tokenizer_of(&args.model, ui)?;
     let texts = open(&args.data, &options(&args.data))?;
     let mut sources = Vec::new();
     for text in &texts {
@@ -66,6 +68,7 @@ pub(crate) fn run(args: &Prepare, ui: &mut Ui) -> Result<()> {
             file_bytes: text.corpus.total_bytes(),
             documents: prepared.tokens.doc_starts().len(),
             tokens: prepared.tokens.len(),
+            skipped: (!prepared.reused).then(|| text.corpus.skipped()),
             reused: prepared.reused,
             resumed_tokens: prepared.resumed,
             seconds: started.elapsed().as_secs_f64(),
@@ -119,6 +122,8 @@ struct Counts {
     /// Bytes of the files as stored.
     file_bytes: u64,
     documents: u64,
+    /// What was left out of the documents.
+    skipped: Skipped,
     /// Bytes of the text in UTF-8.
     text_bytes: u64,
     tokens: Option<u64>,
@@ -135,7 +140,7 @@ impl Counts {
 
 pub(crate) fn stats(args: &Stats, ui: &mut Ui) -> Result<()> {
     let started = Instant::now();
-    let tokenizer = args.model.as_deref().map(tokenizer_of).transpose()?;
+    let tokenizer = args.model.as_deref().map(|model| tokenizer_of(model, ui)).transpose()?;
     let texts = open(&args.data, &options(&args.data))?;
     let all_weights: f64 = texts.iter().map(|text| text.spec.weight).sum();
     let mut total = Counts { tokens: tokenizer.as_ref().map(|_| 0), ..Counts::default() };
@@ -152,6 +157,7 @@ pub(crate) fn stats(args: &Stats, ui: &mut Ui) -> Result<()> {
         total.files += counts.files;
         total.file_bytes += counts.file_bytes;
         total.documents += counts.documents;
+        total.skipped += counts.skipped;
         total.text_bytes += counts.text_bytes;
         total.tokens = total.tokens.zip(counts.tokens).map(|(sum, tokens)| sum + tokens);
         let (name, weight) = (text.spec.name.clone(), text.spec.weight);
@@ -175,6 +181,8 @@ fn count(texts: &[Text], text: &Text, ui: &Ui) -> Result<Counts> {
         }
     }
     progress.finish();
+    counts.skipped = text.corpus.skipped();
+    show_notices(&text.corpus, ui);
     Ok(counts)
 }
 
