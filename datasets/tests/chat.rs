@@ -60,6 +60,29 @@ fn texts_are_those_of_transformers() {
 }
 
 #[test]
+fn pieces_of_templates_render_as_by_jinja() {
+    let all: Value = serde_json::from_str(include_str!("data/jinja.json")).unwrap();
+    let rows = all["rows"].as_array().unwrap();
+    assert!(rows.len() > 40);
+    for row in rows {
+        let files = TokenizerFiles {
+            path: "m/tokenizer.json".into(),
+            chat_template: Some(row[0].as_str().unwrap().into()),
+            ..TokenizerFiles::default()
+        };
+        let messages = all["messages"].as_array().unwrap().clone();
+        let chat = Chat { messages, generation_prompt: true, ..Chat::default() };
+        let text = ChatTemplate::new(&files, false).unwrap().render(&chat);
+        assert_eq!(
+            text.map_err(|error| error.to_string()).as_deref(),
+            Ok(row[1].as_str().unwrap()),
+            "{}",
+            row[0]
+        );
+    }
+}
+
+#[test]
 fn messages_are_read_from_a_file() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("messages.json");

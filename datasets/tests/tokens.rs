@@ -354,7 +354,7 @@ proptest! {
 fn write_cache(path: &Path, stream: &TokenStream) {
     let mut payload: Vec<u8> = stream.ids.iter().flat_map(|&id| (id as u16).to_le_bytes()).collect();
     payload.extend(stream.doc_starts.iter().flat_map(|&start| (start as u64).to_le_bytes()));
-    let mut bytes = [&b"DSMOETOK"[..], &2u32.to_le_bytes(), &2u32.to_le_bytes()].concat();
+    let mut bytes = [&b"DSMOETOK"[..], &3u32.to_le_bytes(), &2u32.to_le_bytes()].concat();
     bytes.extend((stream.ids.len() as u64).to_le_bytes());
     bytes.extend((stream.doc_starts.len() as u64).to_le_bytes());
     bytes.extend(Sha256::digest(&payload));

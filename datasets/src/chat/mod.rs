@@ -1,12 +1,13 @@
 //! Chat templates: the text that a model sees for a conversation, as transformers renders it.
 
 mod python;
+mod source;
 
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::Kwargs;
+use minijinja::value::{Kwargs, ValueKind};
 use minijinja::{Environment, ErrorKind};
 use minijinja_contrib::pycompat::unknown_method_callback;
 use serde_json::{Map, Value};
@@ -134,7 +135,7 @@ impl ChatTemplate {
         variables.insert("add_generation_prompt".into(), chat.generation_prompt.into());
         variables.extend(chat.arguments.clone());
         let variables = minijinja::Value::from(minijinja::value::Serde(&variables));
-        let source = without_generation_tags(&self.source);
+        let source = source::adapted(&self.source);
         environment()
             .render_named_str("chat template", &source, variables)
             .map_err(|cause| Error::ChatTemplate { path: self.path.clone(), reason: reason(&cause) })
@@ -166,9 +167,16 @@ fn environment() -> Environment<'static> {
     let mut environment = Environment::new();
     let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
     environment.set_syntax(syntax.unwrap_or_default());
-    environment.set_unknown_method_callback(unknown_method_callback);
+    environment.set_unknown_method_callback(|state, value, method, arguments| {
+        let own = value.as_str().and_then(|text| python::method(text, method, arguments));
+        own.map_or_else(|| unknown_method_callback(state, value, method, arguments), Ok)
+    });
     environment.set_fuel(Some(FUEL));
     environment.add_filter("tojson", to_json);
+    // In Python a text and a dict are sequences too.
+    environment.add_test("sequence", |value: &minijinja::Value| {
+        matches!(value.kind(), ValueKind::String | ValueKind::Seq | ValueKind::Map)
+    });
     environment.add_function("raise_exception", |message: String| -> std::result::Result<String, _> {
         Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
     });
@@ -204,29 +212,6 @@ fn to_json(
     options.assert_all_used()?;
     let json = serde_json::to_value(value).map_err(|cause| wrong(cause.to_string()))?;
     Ok(style.write(&json))
-}
-
-/// Replaces the tags `generation` and `endgeneration`, which only mark text, by tags that do nothing either. White space
-/// is trimmed around them as around any tag.
-fn without_generation_tags(source: &str) -> String {
-    let mut text = String::with_capacity(source.len());
-    let mut rest = source;
-    while let Some(start) = rest.find("{%") {
-        let (before, tag) = rest.split_at(start);
-        text.push_str(before);
-        let Some(end) = tag.find("%}") else {
-            rest = tag;
-            break;
-        };
-        let (tag, after) = tag.split_at(end);
-        match tag[2..].trim_matches(|c: char| c.is_whitespace() || c == '-' || c == '+') {
-            "generation" => text.push_str(&tag.replace("generation", "if true")),
-            "endgeneration" => text.push_str(&tag.replace("endgeneration", "endif")),
-            _ => text.push_str(tag),
-        }
-        rest = after;
-    }
-    text + rest
 }
 
 #[cfg(test)]
@@ -280,10 +265,6 @@ mod tests {
     #[test]
     fn generation_tags_trim_as_tags_do() {
         assert_eq!(render("a\n  {% generation %}\nb\n{%- endgeneration -%}\n c"), "a\nbc");
-        assert_eq!(
-            without_generation_tags("{%- generation -%}{% x generation %}{%"),
-            "{%- if true -%}{% x generation %}{%"
-        );
     }
 
     #[test]

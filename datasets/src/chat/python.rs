@@ -1,7 +1,8 @@
-//! What templates use of Python: `json.dumps` and `strftime`.
+//! What templates use of Python: `json.dumps`, `strftime`, and methods of texts that the template engine lacks.
 
 use std::fmt::Write as _;
 
+use minijinja::Value as Item;
 use serde_json::{Number, Value};
 
 /// The options of `json.dumps`.
@@ -122,6 +123,27 @@ fn float_text(x: f64) -> String {
     }
 }
 
+/// Calls a method of a text; none if it is not one of those here.
+pub(super) fn method(text: &str, name: &str, arguments: &[Item]) -> Option<Item> {
+    let part = arguments.first()?.as_str().filter(|part| !part.is_empty() || name.starts_with("remove"))?;
+    let list = |parts: &[&str]| parts.iter().map(|&part| Item::from(part)).collect::<Item>();
+    let three = |(before, after)| list(&[before, part, after]);
+    Some(match (name, arguments) {
+        ("removeprefix", [_]) => text.strip_prefix(part).unwrap_or(text).into(),
+        ("removesuffix", [_]) => text.strip_suffix(part).unwrap_or(text).into(),
+        ("partition", [_]) => text.split_once(part).map_or_else(|| list(&[text, "", ""]), three),
+        ("rpartition", [_]) => text.rsplit_once(part).map_or_else(|| list(&["", "", text]), three),
+        ("rsplit", [_]) => list(&text.split(part).collect::<Vec<_>>()),
+        ("rsplit", [_, most]) => {
+            let most = usize::try_from(most.as_i64()?).unwrap_or(usize::MAX);
+            let mut parts: Vec<&str> = text.rsplitn(most.saturating_add(1), part).collect();
+            parts.reverse();
+            list(&parts)
+        }
+        _ => return None,
+    })
+}
+
 const MONTHS: [&str; 12] = [
     "January",
     "February",
@@ -236,6 +258,29 @@ mod tests {
         assert_eq!(style(Some(0)).write(&json!([1, 2])), "[\n1,\n2\n]");
         let ascii = Style { ensure_ascii: true, ..style(None) };
         assert_eq!(ascii.write(&json!("é🙂")), "\"\\u00e9\\ud83d\\ude42\"");
+    }
+
+    #[test]
+    fn texts_have_pythons_methods() {
+        let call = |text: &str, name: &str, arguments: &[Item]| {
+            method(text, name, arguments).map(|item| item.to_string())
+        };
+        let text = |part: &str| Item::from(part);
+        for (name, arguments, wanted) in [
+            ("removeprefix", vec![text("a-")], "b-c"),
+            ("removeprefix", vec![text("x")], "a-b-c"),
+            ("removesuffix", vec![text("-c")], "a-b"),
+            ("partition", vec![text("-")], "['a', '-', 'b-c']"),
+            ("partition", vec![text("x")], "['a-b-c', '', '']"),
+            ("rpartition", vec![text("-")], "['a-b', '-', 'c']"),
+            ("rsplit", vec![text("-")], "['a', 'b', 'c']"),
+            ("rsplit", vec![text("-"), Item::from(1)], "['a-b', 'c']"),
+            ("rsplit", vec![text("-"), Item::from(-1)], "['a', 'b', 'c']"),
+        ] {
+            assert_eq!(call("a-b-c", name, &arguments).as_deref(), Some(wanted), "{name}");
+        }
+        assert_eq!(call("a", "split", &[text("-")]), None);
+        assert_eq!(call("a", "partition", &[]), None);
     }
 
     #[test]
