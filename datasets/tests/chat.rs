@@ -1,27 +1,15 @@
 //! Chat templates against the texts that transformers rendered, and their use with tokenizers.
 
+#[path = "common/shared.rs"]
+mod shared;
+
 use dsmoe_datasets::{Chat, ChatTemplate, TokenizerFiles};
 use serde_json::{Map, Value, json};
 use std::fs;
-use std::path::PathBuf;
-
-/// The folder of reference material, if this machine has it.
-#[expect(clippy::print_stdout, reason = "a skipped test says so")]
-fn shared(test: &str) -> Option<PathBuf> {
-    let default = concat!(env!("CARGO_MANIFEST_DIR"), "/../../shared");
-    let path = PathBuf::from(std::env::var_os("DSMOE_SHARED").unwrap_or_else(|| default.into()));
-    if path.join("golden/chat").is_dir() {
-        return Some(path);
-    }
-    let required = std::env::var("DSMOE_REQUIRE").unwrap_or_default();
-    assert!(!required.split(',').any(|name| name == "shared"), "{test}: no {}", path.display());
-    println!("SKIP {test}: no {}", path.display());
-    None
-}
 
 #[test]
 fn texts_are_those_of_transformers() {
-    let Some(shared) = shared("texts_are_those_of_transformers") else { return };
+    let Some(shared) = shared::shared("texts_are_those_of_transformers", "golden/chat") else { return };
     let folder = shared.join("golden/chat");
     let rows: Vec<Value> = serde_json::from_slice(&fs::read(folder.join("golden.json")).unwrap()).unwrap();
     assert_eq!(rows.len(), 70);

@@ -1,18 +1,15 @@
 //! Edited copies of good files for every reader of the crate. Longer searches: `fuzz/` of the repository.
 
 mod bodies;
+#[expect(dead_code, reason = "other tests use the rest")]
+#[path = "../common/made.rs"]
+mod made;
 
-use std::io::Write;
-use std::sync::Arc;
-use std::{fs, path::Path};
+use std::fs;
 
-use bzip2::write::BzEncoder;
 use dsmoe_datasets::tokens::prepare;
 use dsmoe_datasets::{Bos, Corpus, CorpusOptions, Tokenizer, tokenizer::train_bpe};
-use flate2::{Compression, write::GzEncoder};
-use parquet::data_type::ByteArrayType;
-use parquet::file::writer::SerializedFileWriter;
-use parquet::schema::parser::parse_message_type;
+use made::{bzip2, gzip};
 use proptest::prelude::*;
 use ruzstd::encoding::{CompressionLevel, compress_to_vec};
 use serde_json::{Value, json};
@@ -49,18 +46,6 @@ fn edited(good: &[u8], edits: &[(prop::sample::Index, u8, u8, usize)]) -> Vec<u8
     bytes
 }
 
-fn gzip(bytes: &[u8]) -> Vec<u8> {
-    let mut encoder = GzEncoder::new(Vec::new(), Compression::default());
-    encoder.write_all(bytes).unwrap();
-    encoder.finish().unwrap()
-}
-
-fn bzip2(bytes: &[u8]) -> Vec<u8> {
-    let mut encoder = BzEncoder::new(Vec::new(), bzip2::Compression::default());
-    encoder.write_all(bytes).unwrap();
-    encoder.finish().unwrap()
-}
-
 /// Two lines of JSON.
 const XZ: [u8; 96] = [
     0xfd, 0x37, 0x7a, 0x58, 0x5a, 0x00, 0x00, 0x04, 0xe6, 0xd6, 0xb4, 0x46, 0x02, 0x00, 0x21, 0x01, 0x16,
@@ -78,18 +63,9 @@ const PACKED: [&[u8]; 4] = [
     include_bytes!("../data/lz4-v1.parquet"),
 ];
 
-fn parquet(path: &Path) -> Vec<u8> {
-    let schema = Arc::new(parse_message_type("message m { REQUIRED BYTE_ARRAY text (UTF8); }").unwrap());
-    let mut writer =
-        SerializedFileWriter::new(fs::File::create(path).unwrap(), schema, Arc::default()).unwrap();
-    let mut group = writer.next_row_group().unwrap();
-    let mut column = group.next_column().unwrap().unwrap();
-    let values: Vec<_> = (0..20).map(|i| format!("text {}", i * i).into_bytes().into()).collect();
-    column.typed::<ByteArrayType>().write_batch(&values, None, None).unwrap();
-    column.close().unwrap();
-    group.close().unwrap();
-    writer.close().unwrap();
-    fs::read(path).unwrap()
+fn parquet() -> Vec<u8> {
+    let texts: Vec<String> = (0..20).map(|i| format!("text {}", i * i)).collect();
+    made::parquet("message m { REQUIRED BYTE_ARRAY text (UTF8); }", vec![vec![made::texts(&texts, 0)]])
 }
 
 /// A good tokenizer, token cache and Parquet file.
@@ -103,13 +79,9 @@ fn made_files() -> &'static [Vec<u8>; 3] {
         let tokenizer = Tokenizer::load(dir.path(), None, 280).unwrap();
         let corpus = Corpus::open(&[text], CorpusOptions::default()).unwrap();
         let cache = prepare(&corpus, &tokenizer, Bos::Never, dir.path(), &mut |_, _| ()).unwrap().path;
-        [dir.path().join("tokenizer.json"), cache]
-            .map(|path| fs::read(path).unwrap())
-            .into_iter()
-            .chain([parquet(&dir.path().join("a.parquet"))])
-            .collect::<Vec<_>>()
-            .try_into()
-            .expect("three files")
+        let [tokenizer, cache] =
+            [dir.path().join("tokenizer.json"), cache].map(|path| fs::read(path).unwrap());
+        [tokenizer, cache, parquet()]
     })
 }
 

@@ -163,11 +163,11 @@ fn product(precision: Precision, layout: Layout) -> Result<Task> {
     match layout {
         Layout::Forward => {
             let mut y = vec![0.0; m * n];
-            task(move || linear::Forward { y: &mut y, x: &x, w: &w, dims }.run())
+            task(move || linear::Forward { y: &mut y, x: &x, w: &w, bias: None, dims }.run())
         }
         Layout::Packed => {
             let (mut y, packed) = (vec![0.0; m * n], Packed::new(precision, Mat::new(&w, n, k)));
-            task(move || linear::ForwardPacked { y: &mut y, x: &x, w: &packed, rows: m }.run())
+            task(move || linear::ForwardPacked { y: &mut y, x: &x, w: &packed, bias: None, rows: m }.run())
         }
         Layout::BackwardInput => {
             let mut dx = vec![0.0; m * k];
@@ -187,7 +187,7 @@ fn ffn_weights() -> [Vec<f32>; 3] {
 /// Runs forward on packed weights; with an active share, in experts.
 fn ffn_forward(precision: Precision, active: Option<f64>) -> Result<Task> {
     let [gate, up, down] = ffn_weights();
-    let weights = Weights { gate: &gate, up: &up, down: &down };
+    let weights = Weights { gate: &gate, up: &up, down: &down, biases: None };
     let experts = if active.is_some() { EXPERTS } else { 1 };
     let packed = PackedWeights::new(precision, &weights, HIDDEN, INTERMEDIATE, experts);
     let x = random(FFN_TOKENS * HIDDEN, 1.0, 4);
@@ -203,7 +203,9 @@ fn ffn_train(experts: bool) -> Result<Task> {
     let layer = ffn::Layer { hidden: HIDDEN, intermediate: INTERMEDIATE, precision: Precision::F32 };
     let mut pass = ffn::TrainPass::new(layer, FFN_TOKENS);
     let routing = experts.then(|| routing(Routes::Random, FFN_TOKENS, EXPERTS, ACTIVE));
-    task(move || pass.run(&x, &dy, &Weights { gate: &gate, up: &up, down: &down }, routing.as_ref()))
+    task(move || {
+        pass.run(&x, &dy, &Weights { gate: &gate, up: &up, down: &down, biases: None }, routing.as_ref())
+    })
 }
 
 /// The experts of the models; sizes are in `SIZES`.

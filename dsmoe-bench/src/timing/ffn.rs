@@ -4,8 +4,8 @@ use std::cell::RefCell;
 
 use anyhow::{Result, bail};
 use dsmoe_core::ffn::routes;
-use dsmoe_kernels::Precision;
 use dsmoe_kernels::expert_ffn::{self, Dims, PackedWeights, Pairs, Saved, Scratch, WeightGrads, Weights};
+use dsmoe_kernels::{Activation, Precision};
 use dsmoe_router::Routing;
 
 use super::ceilings::Cost;
@@ -41,7 +41,7 @@ pub(crate) fn run(args: &Ffn, output: &mut Output<'_>) -> Result<()> {
     let (hidden, intermediate) = (args.hidden, args.intermediate);
     let deviation = 1.0 / (hidden as f32).sqrt();
     let [gate, up, down] = [1, 2, 3].map(|seed| random(hidden * intermediate, deviation, seed));
-    let weights = Weights { gate: &gate, up: &up, down: &down };
+    let weights = Weights { gate: &gate, up: &up, down: &down, biases: None };
     for &precision in args.common.precisions(&BOTH) {
         let layer = Layer { hidden, intermediate, precision };
         let pack = |experts| PackedWeights::new(precision, &weights, hidden, intermediate, experts);
@@ -123,10 +123,15 @@ pub(crate) fn forward(
 
 fn dims(tokens: usize, hidden: usize, intermediate: usize, routing: Option<&Routing>) -> Dims {
     match routing {
-        None => Dims::dense(tokens, hidden, intermediate),
-        Some(routing) => {
-            Dims { tokens, hidden, intermediate, num_experts: routing.num_experts, all_pairs: true }
-        }
+        None => Dims::dense(tokens, hidden, intermediate, Activation::Silu),
+        Some(routing) => Dims {
+            tokens,
+            hidden,
+            intermediate,
+            num_experts: routing.num_experts,
+            all_pairs: true,
+            activation: Activation::Silu,
+        },
     }
 }
 
@@ -158,7 +163,7 @@ impl TrainPass {
         dcoefficients.resize(routing.map_or(0, |routing| routing.num_tokens * routing.num_experts), 0.0);
         let pairs = || routes.as_ref().map_or(Pairs::Dense, Pairs::Routed);
         expert_ffn::ForwardTrain { y, saved, x, weights, pairs: pairs(), dims, scratch }.run();
-        let (grads, pairs) = (WeightGrads { gate, up, down }, pairs());
+        let (grads, pairs) = (WeightGrads { gate, up, down, biases: None }, pairs());
         let dcoefficients = routing.map(|_| &mut dcoefficients[..]);
         expert_ffn::Backward { dx, dcoefficients, grads, dy, saved, x, weights, pairs, dims, scratch }.run();
     }
