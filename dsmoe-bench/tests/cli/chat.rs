@@ -14,6 +14,8 @@ const TEMPLATE: &str = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m
 fn model(name: &str) -> PathBuf {
     let model = fixture().copy_of_dense(name);
     fs::write(model.join("chat_template.jinja"), TEMPLATE).unwrap();
+    let config = json!({"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": true});
+    fs::write(model.join("tokenizer_config.json"), config.to_string()).unwrap();
     model
 }
 

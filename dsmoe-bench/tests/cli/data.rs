@@ -288,7 +288,7 @@ fn what_is_wrong_with_sources_is_said() {
     };
     let parquet = file_of("foreign.parquet", b"PAR1 no such thing PAR1");
     let cut = file_of("cut.jsonl.gz", b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03\xab\x56");
-    let column = file_of("column.jsonl", b"{\"text\": \"a\"}\n{\"body\": \"b\"}\n");
+    let column = file_of("column.jsonl", b"\n{\"body\": \"b\"}\n");
     let short = file_of("short.txt", b"A few words.");
     let cache = dir.join("cache");
     for (path, parts) in [
