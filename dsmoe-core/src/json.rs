@@ -6,6 +6,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result, shown};
+use crate::files::{LFS_POINTER, lfs_pointer};
 
 pub(crate) const COPY: &str = "copy the file again";
 /// The largest JSON file that is read, in bytes.
@@ -22,6 +23,9 @@ pub(crate) fn read_json(path: &Path) -> Result<String> {
     // Some editors write a byte-order mark.
     if bytes.starts_with(b"\xEF\xBB\xBF") {
         bytes.drain(..3);
+    }
+    if bytes.starts_with(LFS_POINTER) {
+        return Err(lfs_pointer(path));
     }
     String::from_utf8(bytes).map_err(|cause| {
         Error::path(path, format!("not UTF-8 at byte {}", cause.utf8_error().valid_up_to()), COPY)

@@ -9,8 +9,8 @@ use dsmoe_core::model::{Batch, Workspace};
 use dsmoe_core::{Device, Inference};
 use dsmoe_kernels::Precision;
 
-use super::cache::read_json;
 use super::records::Speed;
+use crate::files::read_json;
 use crate::models::{default_precision, load_inference};
 use crate::timing::resident::Mark;
 use crate::ui::Ui;
@@ -58,11 +58,7 @@ pub(crate) fn run(
 }
 
 fn best(mut measure: impl FnMut() -> Result<f64>) -> Result<f64> {
-    let mut most = 0.0f64;
-    for _ in 0..ROUNDS {
-        most = most.max(measure()?);
-    }
-    Ok(most)
+    (0..ROUNDS).try_fold(0.0f64, |most, _| Ok(most.max(measure()?)))
 }
 
 /// Measures the tokens per second of scoring.

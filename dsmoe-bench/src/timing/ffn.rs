@@ -81,11 +81,8 @@ fn contestants(args: &Ffn, tokens: usize) -> Vec<Contestant> {
             Routes::None => vec![0.0],
         };
         for active in shares {
-            contestants.push(Contestant {
-                index,
-                active,
-                routing: routing(args.routing, tokens, experts, active),
-            });
+            let routing = routing(args.routing, tokens, experts, active);
+            contestants.push(Contestant { index, active, routing });
         }
     }
     contestants
@@ -104,6 +101,18 @@ struct Measured {
     tokens: usize,
     times: Vec<f64>,
     hashes: Vec<Option<String>>,
+}
+
+impl Measured {
+    fn new(
+        tokens: usize,
+        tasks: &mut [Task<'_>],
+        args: &Ffn,
+        hash: impl FnMut(&mut Task<'_>) -> Option<String>,
+    ) -> Measured {
+        let hashes = tasks.iter_mut().map(hash).collect();
+        Measured { tokens, times: take_turns(tasks, usize::from(args.common.repeats)), hashes }
+    }
 }
 
 /// Runs inference on packed weights: in experts if there is a routing.
@@ -192,13 +201,10 @@ impl Layer {
         };
         let split = contestants.iter().map(|one| call(&packed[1 + one.index], Some(&one.routing)));
         let mut tasks: Vec<Task<'_>> = [call(&packed[0], None)].into_iter().chain(split).collect();
-        let hash = |task: &mut Task<'_>| {
+        Measured::new(tokens, &mut tasks, args, |task| {
             task();
             bits(&[&space.borrow().0])
-        };
-        let hashes = tasks.iter_mut().map(hash).collect();
-        let times = take_turns(&mut tasks, usize::from(args.common.repeats));
-        Measured { tokens, times, hashes }
+        })
     }
 
     fn train(self, tokens: usize, contestants: &[Contestant], weights: &Weights<'_>, args: &Ffn) -> Measured {
@@ -207,14 +213,11 @@ impl Layer {
         let call = |routing| -> Task<'_> { Box::new(move || pass.borrow_mut().run(x, dy, weights, routing)) };
         let split = contestants.iter().map(|one| call(Some(&one.routing)));
         let mut tasks: Vec<Task<'_>> = [call(None)].into_iter().chain(split).collect();
-        let hash = |task: &mut Task<'_>| {
+        Measured::new(tokens, &mut tasks, args, |task| {
             pass.borrow_mut().grads.iter_mut().for_each(|grad| grad.fill(0.0));
             task();
             pass.borrow().bits()
-        };
-        let hashes = tasks.iter_mut().map(hash).collect();
-        let times = take_turns(&mut tasks, usize::from(args.common.repeats));
-        Measured { tokens, times, hashes }
+        })
     }
 
     fn rows(

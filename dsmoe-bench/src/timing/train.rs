@@ -5,23 +5,23 @@ use std::time::Instant;
 use anyhow::Result;
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::config::Config;
-use dsmoe_core::model::StepArgs;
+use dsmoe_core::model::{Batch, StepArgs};
 use dsmoe_core::{Device, Model};
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::rng::Rng;
 use dsmoe_router::{RoutingStats, SparsityOver};
 use dsmoe_train::TrainConfig;
-use dsmoe_train::engine::{self, Engine, EngineOptions, MicroBatch, StepResult};
+use dsmoe_train::engine::{self, Engine, EngineOptions, StepResult};
 use dsmoe_train::optim::{AdamW, Update, clip_scale};
 
 use super::ceilings::Cost;
 use super::checks::{check_memory, check_size};
-use super::model::{Sizes, describe, parameters, random_model, reach_share};
+use super::model::{Sizes, configs, describe, parameters, random_model, reach_share};
 use super::output::Output;
 use super::resident::Mark;
 use super::row::{Row, bits};
 use super::turns::medians;
-use super::values::{f32_bytes, product};
+use super::values::{f32_bytes, product, random_ids};
 use crate::cli::bench::Train;
 
 const DEFAULTS: [Sizes; 2] = [[128, 512, 4, 4, 4, 2048], [512, 1536, 8, 8, 8, 8192]];
@@ -39,7 +39,7 @@ pub(crate) fn check(args: &Train) -> Result<()> {
     check_size("batch times --seq", args.batch.saturating_mul(args.seq))?;
     for sizes in args.architecture.sizes(&DEFAULTS) {
         args.architecture.check(sizes)?;
-        let [_, dsmoe] = args.architecture.configs(sizes, args.seq)?;
+        let [_, dsmoe] = configs(args.architecture.experts, sizes, args.seq)?;
         let [hidden, intermediate, layers, ..] = sizes.map(|size| size as u128);
         let saved = (args.batch * args.seq) as u128 * layers * (8 * hidden + 2 * intermediate);
         // Two models with gradients and moments, and what their forward passes keep.
@@ -49,34 +49,28 @@ pub(crate) fn check(args: &Train) -> Result<()> {
 }
 
 pub(crate) fn run(args: &Train, output: &mut Output<'_>) -> Result<()> {
-    for sizes in args.architecture.sizes(&DEFAULTS) {
-        for &precision in args.common.precisions_on(args.device, &PRECISIONS) {
-            let rows = measure(args, sizes, precision, output)?;
-            output.extend(rows)?;
-        }
-    }
-    Ok(())
+    let precisions = args.common.precisions_on(args.device, &PRECISIONS);
+    output.each(&args.architecture.sizes(&DEFAULTS), precisions, |sizes, precision, output| {
+        measure(args, sizes, precision, output)
+    })
 }
 
 fn measure(args: &Train, sizes: Sizes, precision: Precision, output: &mut Output<'_>) -> Result<Vec<Row>> {
-    let configs = args.architecture.configs(sizes, args.seq)?;
+    let configs = configs(args.architecture.experts, sizes, args.seq)?;
     let tokens = args.batch * args.seq;
-    let mut rng = Rng::new(0x7a, 0);
-    let ids: Vec<u32> = (0..=tokens).map(|_| rng.below(configs[0].vocab_size as u64) as u32).collect();
+    let ids = random_ids(tokens + 1, configs[0].vocab_size, Rng::new(0x7a, 0));
 
     let mut contestants = Vec::new();
     for (name, config) in ["dense", "dsmoe"].into_iter().zip(configs) {
         let mark = Mark::now();
         let mut run = Run::new(config, &ids, args.seq, precision, args.device)?;
-        let share = if run.model.config().moe.is_some() {
-            reach_share(args.architecture.active, |threshold| {
-                run.set_threshold(threshold)?;
-                run.active_ratio()
-            })?;
-            Some(run.active_ratio()?)
-        } else {
-            None
-        };
+        let share = run
+            .model
+            .config()
+            .moe
+            .is_some()
+            .then(|| run.reach_share(args.architecture.active))
+            .transpose()?;
         run.gradients()?;
         let bits = bits(&[&run.engine.grads()?]);
         run.step()?;
@@ -144,10 +138,6 @@ impl Run {
         })
     }
 
-    pub(crate) fn set_threshold(&mut self, threshold: f32) -> Result<()> {
-        Ok(self.engine.set_threshold(&mut self.model, threshold)?)
-    }
-
     /// Runs forward and backward.
     fn gradients(&mut self) -> Result<StepResult> {
         let args = StepArgs {
@@ -157,16 +147,25 @@ impl Run {
             balance_scale: 1.0,
             seed: self.steps,
         };
-        let batch = MicroBatch { inputs: &self.inputs, targets: &self.targets, seq: self.seq };
+        let batch = Batch { inputs: &self.inputs, targets: &self.targets, seq: self.seq };
         self.engine.begin(1)?;
         self.engine.micro_batch(&self.model, batch, &args)?;
         Ok(self.engine.finish(&self.model)?)
     }
 
     /// Returns the share of active experts of a step.
-    pub(crate) fn active_ratio(&mut self) -> Result<f64> {
+    fn active_ratio(&mut self) -> Result<f64> {
         self.gradients()?;
         Ok(self.engine.stats().map_or(0.0, RoutingStats::active_ratio))
+    }
+
+    /// Moves the threshold until about that share of experts is active, and returns the share.
+    pub(crate) fn reach_share(&mut self, wanted: f64) -> Result<f64> {
+        reach_share(wanted, |threshold| {
+            self.engine.set_threshold(&mut self.model, threshold)?;
+            self.active_ratio()
+        })?;
+        self.active_ratio()
     }
 
     /// Takes a whole step, as `dsmoe train` does.

@@ -6,7 +6,11 @@ use crate::cuda::ops::attention::{self, Heads, Segments};
 use crate::cuda::ops::decode::{self, At};
 
 /// Returns sizes, odd ones too.
-fn shapes() -> [Dims; 6] {
+fn shapes() -> [Dims; 10] {
+    let with = |window, cap, dims: Dims| {
+        let scores = Scores { scale: 0.7 * dims.scores.scale, window, cap };
+        Dims { scores, ..dims }
+    };
     [
         dims([1, 1, 1, 1, 1, 16]),
         dims([2, 65, 65, 4, 2, 64]),
@@ -14,6 +18,10 @@ fn shapes() -> [Dims; 6] {
         dims([3, 17, 17, 3, 3, 12]),
         dims([2, 130, 130, 6, 2, 32]),
         dims([1, 64, 64, 2, 2, 80]),
+        with(None, None, dims([2, 65, 65, 4, 2, 64])),
+        with(Some(1), None, dims([1, 70, 70, 2, 1, 16])),
+        with(Some(45), None, dims([2, 200, 200, 4, 2, 64])),
+        with(Some(70), Some(2.0), dims([1, 210, 210, 2, 1, 12])),
     ]
 }
 
@@ -31,7 +39,8 @@ fn columns(qkv: &[f64], dims: Dims) -> [Vec<f64>; 3] {
 }
 
 fn heads_of(dims: Dims) -> Heads {
-    Heads { heads: dims.heads, kv_heads: dims.kv_heads, head_dim: dims.head_dim }
+    let Dims { heads, kv_heads, head_dim, scores, .. } = dims;
+    Heads { heads, kv_heads, head_dim, scores }
 }
 
 fn norm(x: &[f64]) -> f64 {
@@ -64,20 +73,10 @@ fn cuda_attention_is_the_reference() {
             let mut out = gpu.zeros::<bf16>(dout.len()).unwrap();
             let mut lse = gpu.zeros::<f32>(rows * dims.heads).unwrap();
             attention::Forward { out: &mut out, lse: &mut lse, qkv: qkv_on, heads, seq }.run().unwrap();
-            let mut dqkv = gpu.zeros::<bf16>(qkv.len()).unwrap();
-            let mut deltas = gpu.zeros::<f32>(rows * dims.heads).unwrap();
-            attention::Backward {
-                dqkv: &mut dqkv,
-                dout: dout_on,
-                out: &out,
-                qkv: qkv_on,
-                lse: &lse,
-                heads,
-                seq,
-                deltas: &mut deltas,
-            }
-            .run()
-            .unwrap();
+            let dqkv = &mut gpu.zeros::<bf16>(qkv.len()).unwrap();
+            let deltas = &mut gpu.zeros::<f32>(rows * dims.heads).unwrap();
+            let (dout, qkv, out, lse) = (dout_on, qkv_on, &out, &lse);
+            attention::Backward { dqkv, dout, out, qkv, lse, heads, seq, deltas }.run().unwrap();
             (out.download().unwrap(), lse.download().unwrap(), dqkv.download().unwrap())
         };
         let (out, lse, dqkv) = run();
