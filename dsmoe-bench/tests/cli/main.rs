@@ -7,6 +7,7 @@ mod chat;
 mod commands;
 mod common;
 mod data;
+mod export;
 mod families;
 mod faults;
 mod golden;

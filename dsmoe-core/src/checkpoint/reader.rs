@@ -160,10 +160,13 @@ impl Checkpoint {
             return Err(self.wrong(name, &view, format!("is there beside {part}"), "remove one of them"));
         }
         self.tensors.remove(name);
-        let mut first = 0;
+        let row = view.shape[1] as u64 * view.dtype.size() as u64;
+        let mut offset = view.offset;
         for (part, rows) in parts {
-            self.tensors.insert(part.clone(), view.rows(first, *rows));
-            first += rows;
+            let len = *rows as u64 * row;
+            let shape = vec![*rows, view.shape[1]];
+            self.tensors.insert(part.clone(), TensorView { shape, offset, len, ..view.clone() });
+            offset += len;
         }
         Ok(())
     }

@@ -6,5 +6,6 @@ mod bytes;
 mod checkpoint;
 mod config;
 mod convert;
+mod export;
 mod malformed;
 mod support;
