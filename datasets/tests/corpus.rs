@@ -386,7 +386,7 @@ fn parquet_is_read_in_every_common_compression() {
         assert_eq!(read.unwrap(), texts, "{name}");
         assert_eq!(corpus.skipped(), Skipped { null: 6, ..Skipped::default() }, "{name}");
         let options = CorpusOptions { text_column: "meta.answer".into(), ..CorpusOptions::default() };
-        let answers = documents_with(&[path.clone()], options).unwrap();
+        let answers = documents_with(std::slice::from_ref(&path), options).unwrap();
         assert_eq!((answers.len(), &answers[298][..]), (300, "a3"), "{name}");
 
         // Any damage is an error or reads as some text.
