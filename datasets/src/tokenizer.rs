@@ -97,10 +97,31 @@ impl Tokenizer {
                 false => Error::NoTokenizer { dir },
             });
         }
-        let bytes = fs::read(&path).map_err(Error::io(&path))?;
+        let json = fs::read(&path).map_err(Error::io(&path))?;
+        let config = model_dir.join("tokenizer_config.json");
+        let config = match config.exists() {
+            true => fs::read(&config).map_err(Error::io(&config))?,
+            false => b"{}".to_vec(),
+        };
+        Tokenizer::from_json(&path, &json, &config, bos_id, vocab_size)
+    }
+
+    /// Does as [`Tokenizer::load`] with the contents of `tokenizer.json` and `tokenizer_config.json`; `path` is for
+    /// messages.
+    ///
+    /// # Errors
+    /// Those of `load`.
+    pub fn from_json(
+        path: &Path,
+        json: &[u8],
+        config: &[u8],
+        bos_id: Option<u32>,
+        vocab_size: usize,
+    ) -> Result<Tokenizer> {
+        let path = path.to_path_buf();
         let bad =
             |cause: tokenizers::Error| Error::BadTokenizer { path: path.clone(), reason: one_line(cause) };
-        let mut inner = parse(&bytes).map_err(bad)?;
+        let mut inner = parse(json).map_err(bad)?;
         inner.with_truncation(None).map_err(bad)?.with_padding(None);
         if let ModelWrapper::BPE(model) = inner.get_model()
             && model.dropout.is_some()
@@ -122,7 +143,10 @@ impl Tokenizer {
         {
             return Err(Error::setting_range("bos_token_id in config.json", id, "an id below vocab_size"));
         }
-        let config = read_config(&model_dir.join("tokenizer_config.json"))?;
+        let config: TokenizerConfig = serde_json::from_slice(config).map_err(|cause| {
+            let path = path.with_file_name("tokenizer_config.json");
+            Error::BadTokenizer { path, reason: cause.to_string() }
+        })?;
         let template_bos = template_bos(&inner).map_err(bad)?;
         let auto_bos = match config.add_bos_token {
             Some(true) => {
@@ -135,8 +159,8 @@ impl Tokenizer {
         };
         let added = inner.get_added_tokens_decoder();
         let special_ids = added.into_iter().filter(|(_, token)| token.special).map(|(id, _)| id).collect();
-        let sha256 = hex(&Sha256::digest(&bytes));
-        let encoder = serde_json::from_slice(&bytes).ok().as_ref().and_then(Encoder::new);
+        let sha256 = hex(&Sha256::digest(json));
+        let encoder = serde_json::from_slice(json).ok().as_ref().and_then(Encoder::new);
         Ok(Tokenizer {
             inner,
             encoder,
@@ -370,15 +394,6 @@ fn template_bos(inner: &Inner) -> tokenizers::Result<Option<u32>> {
     let encoding = inner.encode("a", true)?;
     let first = encoding.get_ids().first().copied();
     Ok(first.filter(|_| encoding.get_special_tokens_mask().first() == Some(&1)))
-}
-
-fn read_config(path: &Path) -> Result<TokenizerConfig> {
-    if !path.exists() {
-        return Ok(TokenizerConfig::default());
-    }
-    let bytes = fs::read(path).map_err(Error::io(path))?;
-    serde_json::from_slice(&bytes)
-        .map_err(|cause| Error::BadTokenizer { path: path.to_path_buf(), reason: cause.to_string() })
 }
 
 fn one_line(cause: impl ToString) -> String {

@@ -5,14 +5,19 @@ use std::path::Path;
 use anyhow::Result;
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::config::Config;
-use dsmoe_core::{Device, Inference, Model};
+use dsmoe_core::{Device, Inference, Model, gguf};
 use dsmoe_datasets::{Bos, Tokenizer};
 use dsmoe_kernels::Precision;
 
 use crate::memory;
 
-/// Loads the tokenizer of the model in `dir`.
+/// Loads the tokenizer of the model in `dir`, or of a GGUF file.
 pub(crate) fn tokenizer(dir: &Path, config: &Config) -> Result<Tokenizer> {
+    let (bos, size) = (config.bos_token_id, config.vocab_size);
+    if let Some(file) = gguf::file_of(dir)? {
+        let [(_, json), (_, settings)] = gguf::tokenizer_files(&file)?;
+        return Ok(Tokenizer::from_json(&file, &json, &settings, bos, size)?);
+    }
     Ok(Tokenizer::load(dir, config.bos_token_id, config.vocab_size)?)
 }
 

@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use crate::checkpoint::{
     Checkpoint, Dtype, Meter, OutputDir, Progress, TensorInfo, TensorSource, Writer, check_llama_tensors,
-    copy_companions, decode, encode, is_router, read_partitions,
+    copy_companions, decode, encode, is_router, is_too_large, read_partitions,
 };
 use crate::config::{CONFIG_FILE, Config};
 use crate::convert::{ffn_change, masks_of_other_order, source_infos};
@@ -109,6 +109,10 @@ pub fn export(
             }
             values.resize(bytes.len() / from.size(), 0.0);
             decode(&mut values, bytes, from);
+            if let Some(value) = is_too_large(&values, to) {
+                let problem = format!("holds {value}, which {to} cannot store");
+                return Err(Error::tensor(model, &info.name, problem, "set {dtype} to bf16 or f32"));
+            }
             casted.resize(values.len() * to.size(), 0);
             encode(&mut casted, &values, to);
             meter.add(casted.len());

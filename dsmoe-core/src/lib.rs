@@ -12,6 +12,7 @@ pub mod export;
 pub mod ffn;
 pub mod files;
 pub mod generate;
+pub mod gguf;
 pub mod init;
 mod json;
 pub mod masks;

@@ -1,7 +1,5 @@
 //! A model directory without the removed rows and columns, streamed.
 
-use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
 
 use dsmoe_core::Config;
@@ -46,9 +44,8 @@ pub(crate) fn rewrite(
     let mut writer = Writer::create(output.path(), infos)?;
     for (i, (name, cut)) in stored.iter().enumerate() {
         let view = checkpoint.tensor(name).expect("a checked checkpoint");
-        let path = checkpoint.files().nth(view.file).expect("a file of the checkpoint");
         writer.begin(name)?;
-        copy(path, view, cut, &mut |bytes| writer.write_chunk(bytes))?;
+        copy(checkpoint, view, cut, &mut |bytes| writer.write_chunk(bytes))?;
         progress(i as u64 + 1, stored.len() as u64);
     }
     writer.finish()?;
@@ -59,7 +56,7 @@ pub(crate) fn rewrite(
 
 /// Passes the rest of a tensor after `cut` to `sink`, in order.
 fn copy(
-    path: &Path,
+    checkpoint: &Checkpoint,
     view: &TensorView,
     cut: &Cut,
     sink: &mut dyn FnMut(&[u8]) -> dsmoe_core::Result<()>,
@@ -68,13 +65,11 @@ fn copy(
     let cols = view.shape.last().copied().unwrap_or(1);
     let (row, rows) = (cols * size, view.numel() / cols.max(1));
     let per_chunk = (CHUNK / row.max(1)).max(1);
-    let mut file = File::open(path).map_err(dsmoe_core::Error::io(path))?;
-    file.seek(SeekFrom::Start(view.offset)).map_err(dsmoe_core::Error::io(path))?;
     let (mut input, mut output) = (Vec::new(), Vec::new());
     for first in (0..rows).step_by(per_chunk) {
         let count = per_chunk.min(rows - first);
         input.resize(count * row, 0);
-        file.read_exact(&mut input).map_err(dsmoe_core::Error::io(path))?;
+        checkpoint.read_at(view, (first * row) as u64, &mut input)?;
         let kept: Vec<usize> = match &cut.rows {
             None => (0..count).collect(),
             Some(rows) => {

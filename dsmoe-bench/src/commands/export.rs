@@ -1,11 +1,13 @@
-//! `dsmoe export`: writes a DSMoE model as a plain LLaMA, in LLaMA-MoE's layout, or in another precision.
+//! `dsmoe export`: writes a DSMoE model as a plain LLaMA, in LLaMA-MoE's layout, in another precision, or a dense model
+//! as GGUF.
 
 use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use dsmoe_baselines::llama_moe;
 use dsmoe_core::export::{ExportAs, export};
+use dsmoe_core::gguf::{GgufType, export_gguf};
 use serde::Serialize;
 
 use crate::cli::model::{Export, Form};
@@ -25,13 +27,21 @@ struct ExportReport {
 
 pub(crate) fn run(args: &Export, ui: &mut Ui) -> Result<()> {
     let started = Instant::now();
+    let dtype = match (args.form, args.dtype) {
+        (Form::Gguf, _) | (_, None) => None,
+        (_, Some(GgufType::Float(dtype))) => Some(dtype),
+        (_, Some(GgufType::Q8_0)) => bail!("--dtype q8_0 is for --as gguf; use bf16, f16 or f32"),
+    };
     let mut progress = Progress::new(ui, "exporting", Unit::Bytes, 0);
     let mut show = |at: dsmoe_core::checkpoint::Progress| progress.set(at.done_bytes, at.total_bytes, "");
     let bytes = match args.form {
-        Form::Core(form) => export(&args.model, &args.out, form, args.dtype, args.force, &mut show)
+        Form::Core(form) => export(&args.model, &args.out, form, dtype, args.force, &mut show)
             .map(|done| done.bytes)
             .map_err(anyhow::Error::from),
-        Form::LlamaMoe => llama_moe::export(&args.model, &args.out, args.dtype, args.force, &mut show)
+        Form::LlamaMoe => llama_moe::export(&args.model, &args.out, dtype, args.force, &mut show)
+            .map(|done| done.bytes)
+            .map_err(anyhow::Error::from),
+        Form::Gguf => export_gguf(&args.model, &args.out, args.dtype, args.force, &mut show)
             .map(|done| done.bytes)
             .map_err(anyhow::Error::from),
     };
@@ -44,6 +54,7 @@ pub(crate) fn run(args: &Export, ui: &mut Ui) -> Result<()> {
             Form::Core(ExportAs::Dense) => "dense",
             Form::Core(ExportAs::Native) => "native",
             Form::LlamaMoe => "LLaMA-MoE",
+            Form::Gguf => "GGUF",
         },
         dtype: args.dtype.map(|dtype| dtype.to_string()),
         bytes,

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail};
 use dsmoe_core::Masks;
 use dsmoe_core::accounting::Accounting;
-use dsmoe_core::checkpoint::{Checkpoint, check_llama_tensors, is_router};
+use dsmoe_core::checkpoint::{Checkpoint, TensorView, check_llama_tensors, is_router};
 use dsmoe_core::config::{Config, LayerShape, RopeScaling};
 use serde::Serialize;
 use serde_json::{Map, Value};
@@ -155,7 +155,7 @@ pub(crate) fn run(args: &Inspect, ui: &mut Ui) -> Result<()> {
                 .filter(|name| !is_router(name))
                 .filter_map(|name| checkpoint.tensor(name))
                 .filter(|t| t.dtype.is_float())
-                .map(|t| t.dtype.to_string()),
+                .map(TensorView::stored_as),
         ),
         shards: checkpoint.files().count(),
         tensors: checkpoint.names().count(),

@@ -11,7 +11,7 @@ mod weights;
 mod writer;
 
 pub use dtype::{Dtype, transpose};
-pub(crate) use dtype::{decode, encode};
+pub(crate) use dtype::{decode, encode, is_too_large};
 pub use header::{Header, HeaderEntry};
 pub(crate) use llama::read_partitions;
 pub use llama::{LlamaTensors, check_llama_tensors, tensor_names};
@@ -43,11 +43,19 @@ const COMPANIONS: [&str; 6] = [
     "chat_template.jinja",
 ];
 
-/// Copies tokenizer and generation files from one model directory to another, synced.
+/// Copies tokenizer and generation files from one model directory to another, synced. A GGUF file has them in its
+/// metadata.
 ///
 /// # Errors
 /// The file system refuses; the message names the file.
 pub fn copy_companions(from: &std::path::Path, to: &std::path::Path) -> crate::Result<()> {
+    if let Some(file) = crate::gguf::file_of(from)? {
+        for (name, bytes) in crate::gguf::tokenizer_files(&file)? {
+            let target = to.join(name);
+            crate::files::write_synced(&target, &bytes).map_err(crate::Error::io(&target))?;
+        }
+        return Ok(());
+    }
     for name in COMPANIONS {
         let (source, target) = (from.join(name), to.join(name));
         if source.is_file() {

@@ -14,6 +14,7 @@ use crate::checkpoint::Dtype;
 use crate::error::{Error, Result};
 use crate::ffn::{self, FfnSpec};
 use crate::files::write_synced;
+use crate::gguf;
 use crate::json::{parse_object, read_json};
 use crate::partition;
 use fields::Fields;
@@ -144,11 +145,16 @@ struct StoredMoe {
 }
 
 impl Config {
-    /// Reads `config.json`, and the end-of-text tokens of `generation_config.json` when that exists.
+    /// Reads `config.json`, and the end-of-text tokens of `generation_config.json` when that exists; or the metadata
+    /// of the GGUF file that `dir` names or holds.
     ///
     /// # Errors
     /// Either file cannot be read or has a field that is missing, out of range or not supported.
     pub fn load(dir: &Path) -> Result<Config> {
+        if let Some(file) = gguf::file_of(dir)? {
+            let metadata = gguf::config_json(&file, &gguf::Container::open(&file)?)?;
+            return Config::from_json(&file, &Value::Object(metadata).to_string());
+        }
         let path = dir.join(CONFIG_FILE);
         let mut config = Config::from_json(&path, &read_json(&path)?)?;
         let path = dir.join(GENERATION_CONFIG_FILE);

@@ -8,5 +8,6 @@ mod checkpoint;
 mod common;
 mod config;
 mod convert;
+mod gguf;
 mod malformed;
 mod support;
