@@ -28,7 +28,7 @@ struct Options {
 fn main() -> ExitCode {
     match options() {
         Ok(options) => {
-            with_threads(options.threads, || measure(&options));
+            with_threads(options.threads, || measure(options));
             ExitCode::SUCCESS
         }
         Err(problem) => {
@@ -55,7 +55,7 @@ fn options() -> Result<Options, String> {
     Ok(options)
 }
 
-fn measure(&Options { threads, sequences, tokens }: &Options) {
+fn measure(Options { threads, sequences, tokens }: Options) {
     let print = |what: &str, [hessian, factor, sweep]: [f64; 3]| {
         let total = hessian + factor + sweep;
         println!(

@@ -26,14 +26,8 @@ fn compare(dir: &std::path::Path) -> Result<(), Box<dyn std::error::Error>> {
     println!("{:<20} {:>10} {:>10}", "method", "total", "activated");
     for name in ["dsmoe", "dsmoe-paper", "llama-moe", "wanda", "llm-pruner-block", "small-dense"] {
         let configured = method(name)?.configure(&SettingValues::new())?;
-        let job = Job {
-            model: &model,
-            out: &out,
-            force: true,
-            budget: Budget::Share(0.8),
-            calibration: &calibration,
-            seed: 0,
-        };
+        let (model, out, calibration) = (&model, &out, &calibration);
+        let job = Job { model, out, force: true, budget: Budget::Share(0.8), calibration, seed: 0 };
         let plan = configured.run(&job, &mut |_| {})?.plan;
         println!("{name:<20} {:>10} {:>10.0}  {}", plan.total, plan.activated, plan.reached_by);
     }

@@ -137,26 +137,17 @@ impl Dsmoe {
         if let Routers::Untrained(RouterInit::Warm(open)) = self.settings.routers
             && !(1..=router.num_experts).contains(&open)
         {
-            return Err(Error::Setting {
-                name: "routers".to_owned(),
-                problem: format!("is warm({open}) of {} experts", router.num_experts),
-                help: format!("use warm(1) to warm({})", router.num_experts),
-            });
+            let n = router.num_experts;
+            let problem = format!("is warm({open}) of {n} experts");
+            return Err(Error::setting("routers", problem, format!("use warm(1) to warm({n})")));
         }
         Ok(Box::new(self))
     }
 
     fn router(&self) -> RouterConfig {
         let Settings { experts, threshold, gate_value, rescale, zero_active, .. } = self.settings;
-        let threshold = threshold as f32;
-        RouterConfig {
-            threshold,
-            ste: self.ste,
-            gate_value,
-            rescale,
-            zero_active,
-            ..RouterConfig::new(experts)
-        }
+        let (num_experts, threshold, ste) = (experts, threshold as f32, self.ste);
+        RouterConfig { num_experts, threshold, gate_value, rescale, zero_active, ste }
     }
 
     /// Counts the parameters of the model, and the experts that the budget is worth.
@@ -166,33 +157,24 @@ impl Dsmoe {
         check_divisible(config.intermediate, num_experts, None)?;
         let dense = Accounting::of(config).total;
         let mut converted = config.clone();
-        converted.moe = Some(MoeConfig {
-            router: self.router(),
-            partition: match self.settings.order {
-                Order::Contiguous => PartitionKind::Contiguous,
-                _ => PartitionKind::Permuted,
-            },
-            router_bias: match self.settings.routers {
-                Routers::Untrained(init) => init.has_bias(),
-                Routers::Calibrated => true,
-            },
-            active_target: None,
-        });
+        let partition = match self.settings.order {
+            Order::Contiguous => PartitionKind::Contiguous,
+            _ => PartitionKind::Permuted,
+        };
+        let router_bias = match self.settings.routers {
+            Routers::Untrained(init) => init.has_bias(),
+            Routers::Calibrated => true,
+        };
+        converted.moe =
+            Some(MoeConfig { router: self.router(), partition, router_bias, active_target: None });
         let counts = Accounting::of(&converted);
-        let wanted = budget.params(dense);
-        let experts =
-            (wanted - (counts.non_ffn + counts.router) as f64) / counts.ffn as f64 * num_experts as f64;
+        let for_ffn = budget.params(dense) - (counts.non_ffn + counts.router) as f64;
+        let experts = for_ffn / counts.ffn as f64 * num_experts as f64;
         let of_one = counts.ffn as f64 / num_experts as f64;
         if experts <= 0.0 || experts > num_experts as f64 {
-            return Err(Error::Budget {
-                asked: budget.to_string(),
-                problem: format!("is {experts:.2} of {num_experts} experts"),
-                help: format!(
-                    "give {:.0} (one expert in ten tokens) to {} parameters",
-                    counts.activated(0.0) + of_one / 10.0,
-                    counts.total
-                ),
-            });
+            let least = counts.activated(0.0) + of_one / 10.0;
+            let help = format!("give {least:.0} (one expert in ten tokens) to {} parameters", counts.total);
+            return Err(Error::budget(budget, format!("is {experts:.2} of {num_experts} experts"), help));
         }
         Ok((counts, experts))
     }
@@ -211,13 +193,10 @@ impl Configured for Dsmoe {
         let (counts, experts) = self.experts(config, budget)?;
         let num_experts = counts.num_experts;
         let share = experts / num_experts as f64;
+        let of = format!("{experts:.2} of {num_experts}");
         let reached_by = match self.trains_threshold {
-            true => {
-                format!("training to an active share of {share:.4} ({experts:.2} of {num_experts} experts)")
-            }
-            false => format!(
-                "training without a target, then the threshold that leaves {experts:.2} of {num_experts} experts"
-            ),
+            true => format!("training to an active share of {share:.4} ({of} experts)"),
+            false => format!("training without a target, then the threshold that leaves {of} experts"),
         };
         Ok(Plan {
             total: counts.total as f64,
@@ -247,14 +226,9 @@ impl Configured for Dsmoe {
                 RouterStart::Calibrated(Calibration { sequences: job.calibration.to_vec(), active })
             }
         };
-        let options = ConvertOptions {
-            router: self.router(),
-            partition,
-            routers,
-            active_target: plan.active_target,
-            seed: job.seed,
-            force: job.force,
-        };
+        let (router, active_target) = (self.router(), plan.active_target);
+        let &Job { seed, force, .. } = job;
+        let options = ConvertOptions { router, partition, routers, active_target, seed, force };
         convert(job.model, job.out, &options, &mut |at| {
             progress(Progress { stage: at.stage, done: at.done, total: at.total });
         })?;

@@ -46,14 +46,6 @@ pub enum Error {
         /// The model to use in its place.
         help: String,
     },
-    /// The calibration text does not suffice.
-    #[error("calibration: {problem}; {help}")]
-    Calibration {
-        /// The problem.
-        problem: String,
-        /// The text that suffices.
-        help: String,
-    },
     /// A computation has no result.
     #[error("{place}: {problem}; {help}")]
     Numeric {
@@ -68,3 +60,21 @@ pub enum Error {
 
 /// The result type of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    pub(crate) fn budget(asked: impl ToString, problem: impl Into<String>, help: impl Into<String>) -> Error {
+        Error::Budget { asked: asked.to_string(), problem: problem.into(), help: help.into() }
+    }
+
+    pub(crate) fn numeric(place: impl Into<String>, problem: &str, help: &str) -> Error {
+        Error::Numeric { place: place.into(), problem: problem.to_owned(), help: help.to_owned() }
+    }
+
+    pub(crate) fn model(problem: impl Into<String>, help: &str) -> Error {
+        Error::Model { problem: problem.into(), help: help.to_owned() }
+    }
+
+    pub(crate) fn setting(name: &str, problem: impl Into<String>, help: impl Into<String>) -> Error {
+        Error::Setting { name: name.to_owned(), problem: problem.into(), help: help.into() }
+    }
+}

@@ -6,6 +6,7 @@ mod controls;
 pub mod dsmoe;
 mod error;
 mod experts;
+mod gradients;
 mod linalg;
 pub mod llama_moe;
 pub mod llm_pruner;

@@ -33,28 +33,22 @@ impl FromStr for Budget {
 
     /// Reads `735M`, `3.93B`, `12k`, `735000000`, or a share of the dense model: `0.59`, `59%`.
     fn from_str(text: &str) -> Result<Budget> {
-        let wrong = || Error::Budget {
-            asked: text.to_owned(),
-            problem: "is not a budget".to_owned(),
-            help: "give parameters (735M) or a share of the dense model (0.59 or 59%)".to_owned(),
+        let help = "give parameters (735M) or a share of the dense model (0.59 or 59%)".to_owned();
+        let problem = "is not a budget".to_owned();
+        let wrong = || Error::Budget { asked: text.to_owned(), problem, help };
+        let text = text.trim();
+        let (number, factor) = match text.char_indices().next_back() {
+            Some((at, 'k' | 'K')) => (&text[..at], 1e3),
+            Some((at, 'M' | 'm')) => (&text[..at], 1e6),
+            Some((at, 'B' | 'b' | 'G' | 'g')) => (&text[..at], 1e9),
+            Some((at, '%')) => (&text[..at], 0.01),
+            _ => (text, 1.0),
         };
-        let (number, factor) = match text.trim().char_indices().next_back().ok_or_else(wrong)? {
-            (at, 'k' | 'K') => (&text.trim()[..at], 1e3),
-            (at, 'M' | 'm') => (&text.trim()[..at], 1e6),
-            (at, 'B' | 'b' | 'G' | 'g') => (&text.trim()[..at], 1e9),
-            (at, '%') => (&text.trim()[..at], 0.01),
-            _ => (text.trim(), 1.0),
-        };
-        let value: f64 = number.parse().map_err(|_| wrong())?;
-        let scaled = value * factor;
-        if !(scaled.is_finite() && scaled > 0.0) {
-            return Err(wrong());
-        }
-        match factor {
-            0.01 if scaled <= 1.0 => Ok(Budget::Share(scaled)),
-            0.01 => Err(wrong()),
-            1.0 if scaled <= 1.0 => Ok(Budget::Share(scaled)),
-            _ => Ok(Budget::Params(scaled)),
+        match number.parse::<f64>().map(|number| number * factor) {
+            Ok(scaled) if !(scaled.is_finite() && scaled > 0.0) => Err(wrong()),
+            Ok(share) if factor <= 1.0 && share <= 1.0 => Ok(Budget::Share(share)),
+            Ok(params) if factor >= 1.0 => Ok(Budget::Params(params)),
+            _ => Err(wrong()),
         }
     }
 }
@@ -156,10 +150,14 @@ pub trait Method: Sync {
 /// A method with its settings.
 pub trait Configured {
     /// Returns true if the method reads calibration text.
-    fn needs_calibration(&self) -> bool;
+    fn needs_calibration(&self) -> bool {
+        false
+    }
 
     /// Returns all settings, defaults included.
-    fn resolved(&self) -> SettingValues;
+    fn resolved(&self) -> SettingValues {
+        SettingValues::new()
+    }
 
     /// Plans the model that would be made of a dense model of `config`.
     ///

@@ -43,14 +43,11 @@ pub trait Settings: Default + Serialize + DeserializeOwned + 'static {
 /// A text has no `=`.
 pub fn read_settings<'a>(texts: impl IntoIterator<Item = &'a str>) -> Result<SettingValues> {
     let read = |text: &'a str| {
-        let (name, value) = text.split_once('=').ok_or_else(|| Error::Setting {
-            name: text.to_owned(),
-            problem: "is not NAME=VALUE".to_owned(),
-            help: "write a setting, =, and its value".to_owned(),
-        })?;
-        let scalar = serde_json::from_str(value.trim())
-            .ok()
-            .filter(|value: &Value| !value.is_array() && !value.is_object());
+        let help = "write a setting, =, and its value";
+        let (name, value) =
+            text.split_once('=').ok_or_else(|| Error::setting(text, "is not NAME=VALUE", help))?;
+        let scalar = serde_json::from_str::<Value>(value.trim()).ok();
+        let scalar = scalar.filter(|value| !value.is_array() && !value.is_object());
         Ok((name.trim().to_owned(), scalar.unwrap_or_else(|| value.trim().into())))
     };
     texts.into_iter().map(read).collect()
@@ -163,11 +160,11 @@ impl<S: Settings> Method for Entry<S> {
 pub(crate) fn wrong<S: Settings>(name: &str, value: impl Into<Value>) -> Error {
     let help = S::HELP.iter().find(|(known, _)| *known == name).map_or("", |(_, help)| help.trim());
     let problem = format!("cannot be {}", value.into());
-    Error::Setting { name: name.to_owned(), problem, help: help.trim_end_matches('.').to_owned() }
+    Error::setting(name, problem, help.trim_end_matches('.'))
 }
 
 /// A value as text; empty for none.
-fn shown(value: &Value) -> String {
+pub(crate) fn shown(value: &Value) -> String {
     match value {
         Value::Null => String::new(),
         Value::String(text) => text.clone(),
@@ -186,9 +183,8 @@ mod tests {
 
     #[test]
     fn settings_are_given_or_default() {
-        let resolved = configure("sparsegpt", &["damp=0.1", "pattern = 2:4", "true_sequential=true"])
-            .unwrap()
-            .resolved();
+        let set = ["damp=0.1", "pattern = 2:4", "true_sequential=true"];
+        let resolved = configure("sparsegpt", &set).unwrap().resolved();
         assert_eq!((&resolved["damp"], &resolved["block"]), (&0.1.into(), &128.into()));
         assert_eq!((&resolved["pattern"], &resolved["true_sequential"]), (&"2:4".into(), &true.into()));
         for method in methods() {

@@ -22,6 +22,7 @@ use dsmoe_kernels::testing::{has_gpu, norm, too_far};
 use dsmoe_kernels::{Precision, adamw};
 use dsmoe_router::topk::{Scores, TopKConfig};
 use dsmoe_router::{RoutingStats, SparsityOver};
+use serde_json::{Value, json};
 
 const VOCAB: usize = 75;
 const LAYERS: usize = 2;
@@ -71,19 +72,16 @@ fn cases() -> [Case; 4] {
 impl Case {
     /// Makes a model of random parameters.
     fn model(&self, seed: u64, unsteady: &Arc<AtomicBool>) -> Model {
-        let mut json: serde_json::Value = serde_json::from_str(&preset("tiny").unwrap().to_json()).unwrap();
-        for (key, value) in [
-            ("hidden_size", self.hidden),
-            ("intermediate_size", self.intermediate),
-            ("vocab_size", VOCAB),
-            ("num_hidden_layers", LAYERS),
-            ("num_attention_heads", self.heads),
-            ("num_key_value_heads", self.kv_heads),
-            ("head_dim", self.hidden / self.heads),
-            ("max_position_embeddings", 64),
-        ] {
-            json[key] = value.into();
-        }
+        let mut json: Value = serde_json::from_str(&preset("tiny").unwrap().to_json()).unwrap();
+        let Value::Object(sizes) = json!({
+            "hidden_size": self.hidden, "intermediate_size": self.intermediate, "vocab_size": VOCAB,
+            "num_hidden_layers": LAYERS, "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads, "head_dim": self.hidden / self.heads,
+            "max_position_embeddings": 64
+        }) else {
+            unreachable!("an object")
+        };
+        json.as_object_mut().unwrap().extend(sizes);
         let mut config = Config::from_json(Path::new("config.json"), &json.to_string()).unwrap();
         config.ffn = Some(Arc::new(self.spec));
         let ffn = || -> Box<dyn Ffn> {
@@ -126,20 +124,16 @@ impl Case {
     }
 
     fn decided_in_training(&self) -> Model {
-        self.decided(|model| {
-            step(model, Precision::F32);
-        })
+        self.decided(|model| drop(step(model, Precision::F32)))
     }
 
     fn decided_in_inference(&self) -> Model {
-        self.decided(|model| {
-            infer(&Inference::new(model, Precision::F32));
-        })
+        self.decided(|model| drop(infer(&Inference::new(model, Precision::F32))))
     }
 }
 
 /// An FFN that reports when a token's choice is closer than the margin.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Watched {
     inner: TopkMoeFfn,
     hidden: usize,
@@ -159,10 +153,8 @@ impl Watched {
         if self.unsteady.load(Ordering::Relaxed) {
             return;
         }
-        let Some(kind @ DeviceFfn::Hosted { .. }) = &self.inner.on_device() else {
-            panic!("no gate of the host")
-        };
-        let DeviceFfn::Hosted { gate, .. } = kind else { return };
+        let kind = self.inner.on_device().unwrap();
+        let DeviceFfn::Hosted { gate, .. } = &kind else { panic!("no gate of the host") };
         let params = &params[kind.gate_params(params.len())];
         let choices = |x: &[f32]| {
             let mut saved = gate.new_saved();
@@ -198,9 +190,8 @@ impl Ffn for Watched {
     }
 
     fn pack(&self, params: &[f32], precision: Precision) -> Box<dyn PackedFfn> {
-        let gate =
-            Watched { inner: self.inner.clone(), hidden: self.hidden, unsteady: self.unsteady.clone() };
-        Box::new(WatchedPacked { inner: self.inner.pack(params, precision), gate, params: params.to_vec() })
+        let inner = self.inner.pack(params, precision);
+        Box::new(WatchedPacked { inner, gate: self.clone(), params: params.to_vec() })
     }
 
     fn new_saved(&self, tokens: usize) -> Box<dyn Any + Send> {
@@ -241,13 +232,8 @@ fn ids(count: usize, seed: u32) -> Vec<u32> {
 }
 
 fn args() -> StepArgs {
-    StepArgs {
-        loss_scale: 1.0 / TOKENS as f32,
-        sparsity_weight: 0.5,
-        sparsity_over: SparsityOver::All,
-        balance_scale: 0.5,
-        seed: 7,
-    }
+    let (loss_scale, sparsity_over) = (1.0 / TOKENS as f32, SparsityOver::All);
+    StepArgs { loss_scale, sparsity_weight: 0.5, sparsity_over, balance_scale: 0.5, seed: 7 }
 }
 
 /// Takes a step on the CPU. Returns its results, its routing and the gradients.
@@ -255,14 +241,8 @@ fn step(model: &Model, precision: Precision) -> (StepOutput, RoutingStats, Vec<f
     let mut grads = vec![0.0; model.layout().len()];
     let mut workspace = TrainWorkspace::new(model, TOKENS, precision);
     let (inputs, targets) = (ids(TOKENS, 1), ids(TOKENS, 2));
-    let output = model
-        .train_step(
-            &mut grads,
-            Batch { inputs: &inputs, targets: &targets, seq: SEQ },
-            &args(),
-            &mut workspace,
-        )
-        .unwrap();
+    let batch = Batch { inputs: &inputs, targets: &targets, seq: SEQ };
+    let output = model.train_step(&mut grads, batch, &args(), &mut workspace).unwrap();
     (output, workspace.stats().unwrap().clone(), grads)
 }
 
@@ -282,14 +262,8 @@ fn infer(model: &Inference) -> (Vec<f32>, Vec<f32>, Vec<f32>, RoutingStats) {
     let mut workspace = Workspace::default();
     let mut stats = model.new_stats().unwrap();
     let mut losses = vec![f32::NAN; TEXT];
-    model
-        .score(
-            &mut losses,
-            Batch { inputs: &all, targets: &targets, seq: TEXT },
-            Some(&mut stats),
-            &mut workspace,
-        )
-        .unwrap();
+    let batch = Batch { inputs: &all, targets: &targets, seq: TEXT };
+    model.score(&mut losses, batch, Some(&mut stats), &mut workspace).unwrap();
     let mut cache = Cache::new(model, TEXT);
     let mut logits = Vec::new();
     for piece in [&all[..10], &all[10..13], &all[13..14], &all[14..15], &all[15..16], &all[16..]] {
@@ -344,14 +318,9 @@ fn a_training_step_is_that_of_the_processor() {
         assert_eq!((want.sparsity_loss, want.mean_gate), (0.0, 0.0), "{name}: gates");
         let balance = [got.balance_loss, want.balance_loss, half.balance_loss].map(|loss| [loss as f32]);
         assert_eq!(want.balance_loss > 0.0, case.spec.balance_weight > 0.0, "{name}");
-        let [got_balance, want_balance, half_balance] = &balance;
-        wrong.extend(too_far(
-            &format!("{name}: balance loss"),
-            got_balance,
-            want_balance,
-            half_balance,
-            norm(want_balance),
-        ));
+        let [got_loss, want_loss, half_loss] = &balance;
+        let name_of = format!("{name}: balance loss");
+        wrong.extend(too_far(&name_of, got_loss, want_loss, half_loss, norm(want_loss)));
         for entry in model.layout().entries() {
             let [got, want, half] =
                 [&got_grads, &grads, &half_grads].map(|grads| &grads[entry.range.clone()]);
@@ -363,10 +332,7 @@ fn a_training_step_is_that_of_the_processor() {
         }
         let (again, _, grads_again) = step_on_gpu(&mut trainer, &model);
         let losses = |shown: &CudaStep| (shown.loss, shown.balance_loss);
-        assert!(
-            losses(&again) == losses(&got) && grads_again == got_grads,
-            "{name}: other bits the second time"
-        );
+        assert!(losses(&again) == losses(&got) && grads_again == got_grads, "{name}: other bits again");
         assert!(!trainer.is_recorded(), "{name}: recorded, though the host takes part");
 
         // The gates of the next step are those of the updated parameters.

@@ -171,16 +171,6 @@ pub enum Error {
         /// How to fix it.
         help: Remedy,
     },
-    /// A manifest that cannot be used.
-    #[error("{}: {reason}; {help}", path.display())]
-    Manifest {
-        /// The manifest.
-        path: PathBuf,
-        /// The defect.
-        reason: String,
-        /// How to fix it.
-        help: Remedy,
-    },
     /// Too little text for even one window.
     #[error("{side}: {tokens} tokens are fewer than one window of {window}; {}", SHORT)]
     TooFewTokens {
@@ -213,9 +203,9 @@ pub enum Error {
         /// How to fix it.
         help: Remedy,
     },
-    /// A task's file that cannot be used as a whole.
+    /// A manifest, or a task's file, that cannot be used as a whole.
     #[error("{}: {reason}; {help}", path.display())]
-    TaskFile {
+    File {
         /// The file.
         path: PathBuf,
         /// The defect.
@@ -259,6 +249,26 @@ impl Error {
         Error::Setting { setting, value: value.to_string(), range }
     }
 
+    pub(crate) fn file(path: &Path, reason: impl Into<String>, help: impl Into<Remedy>) -> Error {
+        Error::File { path: path.to_path_buf(), reason: reason.into(), help: help.into() }
+    }
+
+    pub(crate) fn row(path: &Path, row: u64, reason: impl Into<String>, help: impl Into<Remedy>) -> Error {
+        Error::Row { path: path.to_path_buf(), row, reason: reason.into(), help: help.into() }
+    }
+
+    pub(crate) fn task(task: &str, reason: impl Into<String>, help: impl Into<Remedy>) -> Error {
+        Error::Task { task: task.into(), reason: reason.into(), help: help.into() }
+    }
+
+    pub(crate) fn mixture(
+        place: impl Into<String>,
+        reason: impl Into<String>,
+        help: impl Into<Remedy>,
+    ) -> Error {
+        Error::Mixture { place: place.into(), reason: reason.into(), help: help.into() }
+    }
+
     /// Returns the remedy with which the message ends, where it names settings.
     pub fn help(&self) -> Option<&Remedy> {
         match self {
@@ -270,9 +280,8 @@ impl Error {
             Error::TooFewTokens { .. } => Some(&SHORT),
             Error::TooFewSequences { .. } => Some(&SEQUENCES),
             Error::Mixture { help, .. }
-            | Error::Manifest { help, .. }
+            | Error::File { help, .. }
             | Error::Row { help, .. }
-            | Error::TaskFile { help, .. }
             | Error::Task { help, .. } => Some(help),
             _ => None,
         }

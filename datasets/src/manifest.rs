@@ -129,11 +129,7 @@ pub fn write(folder: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<Vec<En
     let path = folder.join(MANIFEST);
     let files = files(folder)?;
     if files.is_empty() {
-        return Err(Error::Manifest {
-            path: folder.to_path_buf(),
-            reason: "no file to hash in this folder".into(),
-            help: "fetch the dataset first".into(),
-        });
+        return Err(Error::file(folder, "no file to hash in this folder", "fetch the dataset first"));
     }
     let total: u64 = files.iter().map(|(_, bytes)| bytes).sum();
     let mut done = 0;
@@ -194,11 +190,7 @@ pub fn verify(folder: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<Verif
 }
 
 fn read(path: &Path) -> Result<Manifest> {
-    let wrong = |reason: String| Error::Manifest {
-        path: path.to_path_buf(),
-        reason,
-        help: "write it again with dsmoe data verify {write}".into(),
-    };
+    let wrong = |reason: String| Error::file(path, reason, "write it again with dsmoe data verify {write}");
     let metadata = match fs::metadata(path) {
         Err(cause) if cause.kind() == io::ErrorKind::NotFound => return Err(wrong("no manifest".into())),
         metadata => metadata.map_err(Error::io(path))?,
@@ -209,10 +201,8 @@ fn read(path: &Path) -> Result<Manifest> {
     let text = fs::read(path).map_err(Error::io(path))?;
     let manifest: Manifest = serde_json::from_slice(&text).map_err(|cause| wrong(cause.to_string()))?;
     if manifest.format_version != FORMAT_VERSION {
-        return Err(wrong(format!(
-            "format_version {}, this program reads {FORMAT_VERSION}",
-            manifest.format_version
-        )));
+        let version = manifest.format_version;
+        return Err(wrong(format!("format_version {version}, this program reads {FORMAT_VERSION}")));
     }
     for entry in &manifest.files {
         let inside = Path::new(&entry.path).components().all(|part| matches!(part, Component::Normal(_)));
@@ -236,11 +226,7 @@ fn files(folder: &Path) -> Result<Vec<(String, u64)>> {
             let path = entry.map_err(Error::io(&dir))?.path();
             let name = path.file_name().unwrap_or_default();
             let Some(name) = name.to_str() else {
-                return Err(Error::Manifest {
-                    path,
-                    reason: "a file name that is not UTF-8".into(),
-                    help: "rename it".into(),
-                });
+                return Err(Error::file(&path, "a file name that is not UTF-8", "rename it"));
             };
             if name.starts_with('.') || (prefix.is_empty() && name == MANIFEST) {
                 continue;
@@ -289,20 +275,18 @@ mod tests {
         let found = verify(dir.path(), &mut |_, _| ()).unwrap();
         assert!(!found.holds());
         assert_eq!(found.changed, ["a.txt", "sub/b.txt"]);
-        assert_eq!(
-            (&found.missing[..], &found.extra[..]),
-            (&["c.txt".to_owned()][..], &["d.txt".to_owned()][..])
-        );
+        assert_eq!([found.missing, found.extra], [["c.txt"], ["d.txt"]]);
     }
 
     #[test]
     fn manifests_that_cannot_be_used() {
         let dir = tempfile::tempdir().unwrap();
+        let verified = || verify(dir.path(), &mut |_, _| ()).unwrap_err().to_string();
         let message = |text: &str| {
             fs::write(dir.path().join(MANIFEST), text).unwrap();
-            verify(dir.path(), &mut |_, _| ()).unwrap_err().to_string()
+            verified()
         };
-        assert!(verify(dir.path(), &mut |_, _| ()).unwrap_err().to_string().contains("no manifest"));
+        assert!(verified().contains("no manifest"));
         assert!(write(dir.path(), &mut |_, _| ()).unwrap_err().to_string().contains("no file to hash"));
         let with = |path: &str, sha256: &str| {
             format!(

@@ -16,7 +16,6 @@ use crate::overlap::{self, Removed, Sides, TokenTexts};
 use crate::tokens::Tokens;
 use crate::windows::Pieces;
 use crate::windows::{Batches, Split, SplitOptions};
-use rand_pcg::Pcg64;
 use rand_pcg::rand_core::Rng;
 use serde::Deserialize;
 use std::fs;
@@ -73,10 +72,12 @@ enum Paths {
 /// A file that cannot be read or is no such table, names that are wrong or occur twice, weights that are not positive.
 pub fn from_toml(path: &Path, defaults: &CorpusOptions) -> Result<Vec<SourceSpec>> {
     let text = fs::read_to_string(path).map_err(Error::io(path))?;
-    let wrong = |reason: String| Error::Mixture {
-        place: path.display().to_string(),
-        reason,
-        help: "write [[source]] tables with name, data and weight".into(),
+    let wrong = |reason: String| {
+        Error::mixture(
+            path.display().to_string(),
+            reason,
+            "write [[source]] tables with name, data and weight",
+        )
     };
     let file: File = toml::from_str(&text).map_err(|cause| {
         let line = cause.span().map_or(1, |span| text[..span.start].matches('\n').count() + 1);
@@ -112,10 +113,8 @@ pub fn from_toml(path: &Path, defaults: &CorpusOptions) -> Result<Vec<SourceSpec
 /// # Errors
 /// Words of both kinds, names that are wrong, weights that are not positive or contradict each other.
 pub fn from_words(words: &[String], options: &CorpusOptions) -> Result<Vec<SourceSpec>> {
-    let wrong = |word: &str, reason: &str, help: &'static str| Error::Mixture {
-        place: format!("data {word}"),
-        reason: reason.into(),
-        help: help.into(),
+    let wrong = |word: &str, reason: &str, help: &'static str| {
+        Err(Error::mixture(format!("data {word}"), reason, help))
     };
     let mut sources: Vec<SourceSpec> = Vec::new();
     let mut weighted: Vec<bool> = Vec::new();
@@ -133,31 +132,19 @@ pub fn from_words(words: &[String], options: &CorpusOptions) -> Result<Vec<Sourc
         };
         let mixed = sources.iter().any(|source| (source.name == UNNAMED) != (name == UNNAMED));
         if mixed {
-            return Err(wrong(
-                word,
-                "some sources have names and some do not",
-                "give all as NAME=PATH:WEIGHT",
-            ));
+            return wrong(word, "some sources have names and some do not", "give all as NAME=PATH:WEIGHT");
         }
         let at = sources.iter().position(|source| source.name == name);
         let at = at.unwrap_or_else(|| {
-            sources.push(SourceSpec {
-                name: name.into(),
-                paths: vec![],
-                weight: 1.0,
-                options: options.clone(),
-            });
+            let (name, options) = (name.to_owned(), options.clone());
+            sources.push(SourceSpec { name, paths: vec![], weight: 1.0, options });
             weighted.push(false);
             sources.len() - 1
         });
         sources[at].paths.push(path.into());
         if let Some(weight) = weight {
             if weighted[at] && sources[at].weight != weight {
-                return Err(wrong(
-                    word,
-                    "its source has another weight already",
-                    "give each source one weight",
-                ));
+                return wrong(word, "its source has another weight already", "give each source one weight");
             }
             (sources[at].weight, weighted[at]) = (weight, true);
         }
@@ -173,9 +160,7 @@ fn is_name(text: &str) -> bool {
 }
 
 fn check(sources: &[SourceSpec], place: &str) -> Result<()> {
-    let wrong = |reason: String, help: &'static str| {
-        Err(Error::Mixture { place: place.into(), reason, help: help.into() })
-    };
+    let wrong = |reason: String, help: &'static str| Err(Error::mixture(place, reason, help));
     if sources.is_empty() || sources.len() > MAX_SOURCES {
         return wrong(format!("{} sources", sources.len()), "name 1 to 1000");
     }
@@ -338,11 +323,11 @@ impl Mixture {
 /// Names the source that is too small, where there are several.
 fn of_source(error: Error, source: &TokenSource, all: &[TokenSource]) -> Error {
     match error {
-        Error::TooFewTokens { side, tokens, window } if all.len() > 1 => Error::Mixture {
-            place: format!("source {}", source.name),
-            reason: format!("{side}: {tokens} tokens are fewer than one window of {window}"),
-            help: "give more text, or a smaller {seq}, or leave the source out".into(),
-        },
+        Error::TooFewTokens { side, tokens, window } if all.len() > 1 => Error::mixture(
+            format!("source {}", source.name),
+            format!("{side}: {tokens} tokens are fewer than one window of {window}"),
+            "give more text, or a smaller {seq}, or leave the source out",
+        ),
         _ => error,
     }
 }
@@ -427,9 +412,8 @@ fn quotas(weights: &[f64]) -> Vec<usize> {
 
 /// Returns the parts of one block in their order, each with its rank.
 fn pattern(quotas: &[usize], seed: u64, block: u64) -> Vec<(usize, usize)> {
-    let mix = crate::windows::mix;
     // Another stream than that of the windows.
-    let mut rng = Pcg64::new(u128::from(mix(seed)) << 64 | u128::from(mix(block)), 1);
+    let mut rng = crate::windows::stream(seed, block, 1);
     let mut places: Vec<(u128, usize, usize)> = Vec::with_capacity(BLOCK);
     for (part, &quota) in quotas.iter().enumerate() {
         for rank in 0..quota {
@@ -491,10 +475,8 @@ mod tests {
                 for (part, &(_, weight)) in parts.iter().enumerate() {
                     let count = chunk.iter().filter(|sample| sample.part == part).count();
                     let wanted = weight / 10.0 * stretch as f64;
-                    assert!(
-                        (count as f64 - wanted).abs() <= f64::from(slack),
-                        "{part}: {count} of {stretch}"
-                    );
+                    let off = (count as f64 - wanted).abs();
+                    assert!(off <= f64::from(slack), "{part}: {count} of {stretch}");
                 }
             }
         }
@@ -512,10 +494,8 @@ mod tests {
         assert_eq!(late.batch_at(3000).collect::<Vec<_>>(), all[12_000..12_004], "any step at once");
         // Fixed for good: a checkpoint of an older version resumes on the same windows.
         let first: Vec<usize> = all[..12].iter().map(|sample| sample.part).collect();
-        assert_eq!(first, FIRST);
+        assert_eq!(first, [2, 1, 0, 0, 1, 0, 0, 1, 3, 2, 0, 3]);
     }
-
-    const FIRST: [usize; 12] = [2, 1, 0, 0, 1, 0, 0, 1, 3, 2, 0, 3];
 
     #[test]
     fn specifications_of_words() {
@@ -584,9 +564,8 @@ mod tests {
         };
         let options = SplitOptions { seq: 20, valid_fraction: 0.1, valid_samples: 100 };
         let message = |sources: &[TokenSource]| Mixture::new(sources, options, None).unwrap_err().to_string();
-        assert!(
-            message(&[source("a", 900), source("b", 9)]).starts_with("source b: training text: 9 tokens")
-        );
+        let two = message(&[source("a", 900), source("b", 9)]);
+        assert!(two.starts_with("source b: training text: 9 tokens"), "{two}");
         assert!(message(&[source("a", 9)]).starts_with("training text: 9 tokens"));
         let mixture = Mixture::new(&[source("a", 900), source("b", 300)], options, None).unwrap();
         assert_eq!(mixture.train_len() + mixture.valid_len(), 1200);

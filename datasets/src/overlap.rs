@@ -14,6 +14,7 @@
 use crate::error::Result;
 pub use crate::token_texts::TokenTexts;
 use crate::tokens::Tokens;
+use crate::windows::mix;
 use rayon::prelude::*;
 use serde::Serialize;
 use std::collections::HashMap;
@@ -61,10 +62,6 @@ impl TokenTexts {
             take(ring[..words].iter().fold(words as u64, |hash, &word| mix(hash ^ word)));
         }
     }
-}
-
-fn mix(value: u64) -> u64 {
-    crate::windows::mix(value)
 }
 
 /// The text removed from one source. A piece is a document, or a part of a long one.

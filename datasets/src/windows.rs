@@ -235,11 +235,9 @@ impl Split {
 
 /// Computes the first half of the SHA-256 of a piece.
 fn hash(piece: &[u32]) -> u128 {
-    let mut hasher = Sha256::new();
     let bytes: Vec<u8> = piece.iter().flat_map(|id| id.to_le_bytes()).collect();
-    hasher.update(bytes);
     let mut first = [0; 16];
-    first.copy_from_slice(&hasher.finalize()[..16]);
+    first.copy_from_slice(&Sha256::digest(bytes)[..16]);
     u128::from_be_bytes(first)
 }
 
@@ -292,13 +290,18 @@ impl Batches {
 /// Sets `order` to a permutation of 0..len, by Fisher-Yates on raw PCG output: the order does not depend on the version
 /// of a library.
 fn shuffle(order: &mut Vec<usize>, len: usize, seed: u64, epoch: u64) {
-    let mut rng = Pcg64::new(u128::from(mix(seed)) << 64 | u128::from(mix(epoch)), 0);
+    let mut rng = stream(seed, epoch, 0);
     order.clear();
     order.extend(0..len);
     for last in (1..len).rev() {
         let other = (u128::from(rng.next_u64()) * (last as u128 + 1)) >> 64;
         order.swap(last, other as usize);
     }
+}
+
+/// Returns random stream `number` of an epoch, or of a block of samples.
+pub(crate) fn stream(seed: u64, epoch: u64, number: u128) -> Pcg64 {
+    Pcg64::new(u128::from(mix(seed)) << 64 | u128::from(mix(epoch)), number)
 }
 
 /// Applies the finaliser of SplitMix64: near seeds and epochs give far states.
@@ -368,10 +371,7 @@ mod tests {
             assert!(split(&stream, 8, fraction).is_err(), "{fraction}");
         }
         let error = split(&stream, 100, 0.0).err().unwrap().to_string();
-        assert!(
-            error.contains("100 tokens") && error.contains("101") && error.contains("smaller seq"),
-            "{error}"
-        );
+        assert!(["100 tokens", "101", "smaller seq"].iter().all(|part| error.contains(part)), "{error}");
         let short = TokenStream { ids: (0..10).collect(), doc_starts: vec![0] };
         assert!(split(&short, 9, 0.0).is_ok());
         assert!(split(&short, 9, 0.5).is_err(), "the only piece is held out");

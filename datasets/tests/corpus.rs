@@ -1,19 +1,15 @@
 //! Reading documents from files of every kind, whole and broken.
 
+#[expect(dead_code, reason = "other tests use the rest")]
+#[path = "common/made.rs"]
+mod made;
+
 use dsmoe_datasets::{Corpus, CorpusOptions, Error, Result};
-use flate2::Compression;
-use flate2::write::GzEncoder;
+use made::{Column, gzip};
 use ruzstd::encoding::{CompressionLevel, compress_to_vec};
 use std::fs;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
-
-fn gzip(content: &[u8]) -> Vec<u8> {
-    let mut encoder = GzEncoder::new(Vec::new(), Compression::default());
-    encoder.write_all(content).unwrap();
-    encoder.finish().unwrap()
-}
 
 fn zstd(content: &[u8]) -> Vec<u8> {
     compress_to_vec(content, CompressionLevel::Fastest)
@@ -28,6 +24,18 @@ fn file(dir: &Path, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
 
 fn documents_with(paths: &[PathBuf], options: CorpusOptions) -> Result<Vec<String>> {
     Corpus::open(paths, options)?.documents().map(|document| Ok(document?.text)).collect()
+}
+
+/// The documents of some columns of a file.
+fn columns(path: &Path, text_column: &str) -> Result<Vec<String>> {
+    let options = CorpusOptions { text_column: text_column.into(), ..CorpusOptions::default() };
+    documents_with(&[path.to_path_buf()], options)
+}
+
+/// The documents of a file between separators.
+fn separated(paths: &[PathBuf], separator: &str) -> Result<Vec<String>> {
+    let options = CorpusOptions { doc_separator: Some(separator.into()), ..CorpusOptions::default() };
+    documents_with(paths, options)
 }
 
 fn documents(path: &Path) -> Result<Vec<String>> {
@@ -52,8 +60,7 @@ fn text_is_one_document_or_split() {
     assert_eq!(read("a.txt", " one\n\ntwo \n").unwrap(), ["one\n\ntwo"]);
     let dir = TempDir::new().unwrap();
     let path = file(dir.path(), "a.txt", "one\n<sep>\n\n<sep> two<sep>");
-    let options = CorpusOptions { doc_separator: Some("<sep>".into()), ..CorpusOptions::default() };
-    assert_eq!(documents_with(&[path], options).unwrap(), ["one", "two"]);
+    assert_eq!(separated(&[path], "<sep>").unwrap(), ["one", "two"]);
 }
 
 #[test]
@@ -65,8 +72,7 @@ fn json_lines_and_arrays() {
     }
     let dir = TempDir::new().unwrap();
     let path = file(dir.path(), "a.jsonl", "{\"body\": \"b\"}");
-    let options = CorpusOptions { text_column: "body".into(), ..CorpusOptions::default() };
-    assert_eq!(documents_with(&[path], options).unwrap(), ["b"]);
+    assert_eq!(columns(&path, "body").unwrap(), ["b"]);
 }
 
 #[test]
@@ -107,28 +113,26 @@ fn a_directory_is_read_in_the_order_of_names() {
     assert_eq!(iter.bytes_read(), corpus.total_bytes());
 }
 
+const ABSENT: &str =
+    "line 2: no column \"text\" (columns: \"id\", \"body\"); name the column of the text with text_column";
+
 #[test]
 fn broken_files_are_named_with_the_fix() {
-    assert!(message("a.txt", b"ab\xff").starts_with("not UTF-8 at byte 2 "));
-    assert!(
-        message("a.jsonl", b"{\"text\": \"a\"}\n{\"text\": \"\xc3\"}").starts_with("not UTF-8 at byte 24 ")
-    );
-    for content in ["", " \n\t "] {
-        assert!(message("a.txt", content).starts_with("empty corpus"), "{content:?}");
+    let cases: [(&str, &[u8], &str); 9] = [
+        ("a.txt", b"ab\xff", "not UTF-8 at byte 2 "),
+        ("a.jsonl", b"{\"text\": \"a\"}\n{\"text\": \"\xc3\"}", "not UTF-8 at byte 24 "),
+        ("a.txt", b"", "empty corpus"),
+        ("a.txt", b" \n\t ", "empty corpus"),
+        ("a.jsonl", b"\n\n", "empty corpus"),
+        ("a.json", b"[]", "empty corpus"),
+        ("a.jsonl", b"{\"text\": \"a\"}\n{\"id\": 1, \"body\": \"b\"}", ABSENT),
+        ("a.jsonl", b"{\"text\": null}", "line 1: column \"text\" holds null"),
+        ("a.json", b"[{\"text\": \"a\"},\n{\"text\": 1}]", "line 2: column \"text\" holds a num"),
+    ];
+    for (name, content, start) in cases {
+        let message = message(name, content);
+        assert!(message.starts_with(start), "{message}");
     }
-    assert!(message("a.jsonl", "\n\n").starts_with("empty corpus"));
-    assert!(message("a.json", "[]").starts_with("empty corpus"));
-
-    let absent = message("a.jsonl", "{\"text\": \"a\"}\n{\"id\": 1, \"body\": \"b\"}");
-    assert_eq!(
-        absent,
-        "line 2: no column \"text\" (columns: \"id\", \"body\"); name the column of the text with text_column"
-    );
-    assert!(message("a.jsonl", "{\"text\": null}").starts_with("line 1: column \"text\" holds null"));
-    assert!(
-        message("a.json", "[{\"text\": \"a\"},\n{\"text\": 1}]")
-            .starts_with("line 2: column \"text\" holds a num")
-    );
     for (name, content) in [
         ("a.jsonl", "{\"text\": \"a\"}\n{\"text\": \"b"),
         ("a.json", "[{\"text\": \"a\"},\n{\"text\": \"b"),
@@ -180,43 +184,20 @@ fn paths_that_cannot_be_read() {
     assert!(matches!(documents(dir.path()), Err(Error::NoTextFiles { .. })));
     assert!(matches!(documents(Path::new("/dev/zero")), Err(Error::NotAFile { .. })));
     assert!(matches!(documents_with(&[], CorpusOptions::default()), Err(Error::EmptyCorpus { .. })));
-    let options = CorpusOptions { doc_separator: Some(String::new()), ..CorpusOptions::default() };
-    assert!(matches!(documents_with(&[], options), Err(Error::Setting { .. })));
+    assert!(matches!(separated(&[], ""), Err(Error::Setting { .. })));
 }
 
-/// A Parquet file of optional text columns and a number, `rows` rows in two row groups.
+/// Writes a Parquet file of optional text columns and a number, `rows` rows in two row groups.
 fn parquet(path: &Path, rows: &[(Option<&str>, Option<&str>)]) {
-    use parquet::data_type::{ByteArrayType, Int64Type};
-    use parquet::file::properties::WriterProperties;
-    use parquet::file::writer::SerializedFileWriter;
-    use parquet::schema::parser::parse_message_type;
-    let schema = "message m { OPTIONAL BYTE_ARRAY text (UTF8); REQUIRED INT64 id; OPTIONAL GROUP meta { OPTIONAL BYTE_ARRAY answer (UTF8); } }";
-    let schema = std::sync::Arc::new(parse_message_type(schema).unwrap());
-    let properties = WriterProperties::builder().set_compression(parquet::basic::Compression::SNAPPY).build();
-    let file = fs::File::create(path).unwrap();
-    let mut writer = SerializedFileWriter::new(file, schema, properties.into()).unwrap();
-    for half in rows.chunks(rows.len().div_ceil(2).max(1)) {
-        let mut group = writer.next_row_group().unwrap();
-        for column in 0..3 {
-            let mut next = group.next_column().unwrap().unwrap();
-            let texts: Vec<Option<&str>> =
-                half.iter().map(|row| if column == 0 { row.0 } else { row.1 }).collect();
-            if column == 1 {
-                let ids: Vec<i64> = (0..half.len() as i64).collect();
-                next.typed::<Int64Type>().write_batch(&ids, None, None).unwrap();
-            } else {
-                let top = if column == 0 { 1 } else { 2 };
-                let levels: Vec<i16> =
-                    texts.iter().map(|text| if text.is_some() { top } else { top - 1 }).collect();
-                let values: Vec<_> =
-                    texts.iter().flatten().map(|text| text.as_bytes().to_vec().into()).collect();
-                next.typed::<ByteArrayType>().write_batch(&values, Some(&levels), None).unwrap();
-            }
-            next.close().unwrap();
-        }
-        group.close().unwrap();
-    }
-    writer.close().unwrap();
+    let schema = "message m { OPTIONAL BYTE_ARRAY text (UTF8); REQUIRED INT64 id;
+        OPTIONAL GROUP meta { OPTIONAL BYTE_ARRAY answer (UTF8); } }";
+    let group = |half: &[(Option<&str>, Option<&str>)]| {
+        let (texts, answers) = half.iter().map(|(t, a)| (t.map(str::to_owned), a.map(str::to_owned))).unzip();
+        let ids = Column::Ints((0..half.len() as i64).collect());
+        vec![Column::Texts(texts, 1), ids, Column::Texts(answers, 2)]
+    };
+    let groups = rows.chunks(rows.len().div_ceil(2).max(1)).map(group).collect();
+    fs::write(path, made::parquet(schema, groups)).unwrap();
 }
 
 #[test]
@@ -228,12 +209,7 @@ fn parquet_gives_its_text_columns() {
     let rows: Vec<_> = texts.iter().zip(&answers).map(|(t, a)| (Some(&t[..]), Some(&a[..]))).collect();
     parquet(&path, &rows);
     assert_eq!(documents(dir.path()).unwrap(), texts, "found in a folder");
-    let column = |text_column: &str| {
-        documents_with(
-            std::slice::from_ref(&path),
-            CorpusOptions { text_column: text_column.into(), ..CorpusOptions::default() },
-        )
-    };
+    let column = |text_column| columns(&path, text_column);
     assert_eq!(column("meta.answer").unwrap(), answers);
     assert_eq!(column("text,meta.answer").unwrap()[499], "text 499 é\nanswer 499");
     let corpus = Corpus::open(std::slice::from_ref(&path), CorpusOptions::default()).unwrap();
@@ -250,11 +226,8 @@ fn parquet_gives_its_text_columns() {
     }
     parquet(&path, &[(Some("a"), None), (None, None), (Some("c"), None)]);
     let message = documents(&path).unwrap_err().to_string();
-    assert!(
-        message
-            .ends_with("row 2: column \"text\" holds null, not text; name another column with text_column"),
-        "{message}"
-    );
+    let wanted = "row 2: column \"text\" holds null, not text; name another column with text_column";
+    assert!(message.ends_with(wanted), "{message}");
 }
 
 #[test]
@@ -268,10 +241,8 @@ fn a_damaged_parquet_is_an_error_or_reads_as_written() {
     for cut in (0..good.len()).step_by(good.len() / 40) {
         fs::write(&path, &good[..cut]).unwrap();
         let message = documents(&path).unwrap_err().to_string();
-        assert!(
-            message.contains("a.parquet: row 1: unreadable Parquet data") && !message.contains('\n'),
-            "{message}"
-        );
+        assert!(message.contains("a.parquet: row 1: unreadable Parquet data"), "{message}");
+        assert!(!message.contains('\n'), "{message}");
     }
     for at in (0..good.len()).step_by(good.len() / 150) {
         let mut bad = good.clone();
@@ -287,10 +258,7 @@ fn a_damaged_parquet_is_an_error_or_reads_as_written() {
 #[test]
 fn several_columns_are_joined() {
     let dir = TempDir::new().unwrap();
-    let columns = |content: &str, text_column: &str| {
-        let path = file(dir.path(), "a.jsonl", content);
-        documents_with(&[path], CorpusOptions { text_column: text_column.into(), ..CorpusOptions::default() })
-    };
+    let columns = |content: &str, names: &str| columns(&file(dir.path(), "a.jsonl", content), names);
     let row = "{\"question\": \"q\", \"input\": \"\", \"answer\": \"a\", \"x,y\": \"z\"}";
     assert_eq!(columns(row, "question,input,answer").unwrap(), ["q\na"]);
     assert_eq!(columns(row, "answer,question").unwrap(), ["a\nq"]);

@@ -1,22 +1,15 @@
 //! Token ids and window counts of real tokenizers against the numbers that transformers gave.
 
+#[path = "common/shared.rs"]
+mod shared;
+
 use dsmoe_datasets::{Bos, Corpus, CorpusOptions, Error, Tokenizer, eval_windows, tokenize};
 use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// The folder of reference material, if this machine has it.
-#[expect(clippy::print_stdout, reason = "a skipped test says so")]
 fn shared(test: &str) -> Option<PathBuf> {
-    let default = concat!(env!("CARGO_MANIFEST_DIR"), "/../../shared");
-    let path = PathBuf::from(std::env::var_os("DSMOE_SHARED").unwrap_or_else(|| default.into()));
-    if path.join("golden").is_dir() {
-        return Some(path);
-    }
-    let required = std::env::var("DSMOE_REQUIRE").unwrap_or_default();
-    assert!(!required.split(',').any(|name| name == "shared"), "{test}: no {}", path.display());
-    println!("SKIP {test}: no {}", path.display());
-    None
+    shared::shared(test, "golden")
 }
 
 fn json(path: &Path) -> Value {

@@ -53,11 +53,8 @@ static TOKENIZER: LazyLock<(TempDir, Tokenizer)> = LazyLock::new(|| {
 fn equal_texts_train_equal_files() {
     let (one, two) = (trained(), trained());
     for name in ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"] {
-        assert_eq!(
-            fs::read(one.path().join(name)).unwrap(),
-            fs::read(two.path().join(name)).unwrap(),
-            "{name}"
-        );
+        let [one, two] = [&one, &two].map(|dir| fs::read(dir.path().join(name)).unwrap());
+        assert_eq!(one, two, "{name}");
     }
     assert!(matches!(train_bpe(std::iter::empty(), 257, one.path()), Err(Error::Setting { .. })));
     assert_eq!(train_bpe(std::iter::empty(), 300, one.path()).unwrap(), 258);
@@ -135,11 +132,8 @@ fn tokenizers_that_cannot_be_used() {
         Ok(_) => panic!("must not load"),
         Err(error) => error.to_string(),
     };
-    assert!(
-        message(VOCAB - 1).contains("has id 399, the model's vocab_size is 399"),
-        "{}",
-        message(VOCAB - 1)
-    );
+    let large = message(VOCAB - 1);
+    assert!(large.contains("has id 399, the model's vocab_size is 399"), "{large}");
     assert!(Tokenizer::load(dir.path(), Some(VOCAB as u32), VOCAB).is_err());
     fs::write(dir.path().join("tokenizer_config.json"), "{\"add_bos_token\": 3}").unwrap();
     assert!(message(VOCAB).contains("tokenizer_config.json: not a tokenizer file"));
@@ -352,11 +346,8 @@ fn a_file_that_changes_while_it_is_read_makes_no_cache() {
     });
     let message = changed.unwrap_err().to_string();
     assert!(message.contains("b.jsonl: changed while it was read"), "{message}");
-    assert!(
-        !fs::read_dir(dir.path().join("cache"))
-            .unwrap()
-            .any(|e| e.unwrap().path().extension().unwrap() == "tokens")
-    );
+    let mut left = fs::read_dir(dir.path().join("cache")).unwrap();
+    assert!(!left.any(|entry| entry.unwrap().path().extension().unwrap() == "tokens"));
 }
 
 #[test]

@@ -151,13 +151,8 @@ fn documents_hardly_repeat() {
     {
         let documents = documents(&world, domain, 500_000);
         let distinct: HashSet<&String> = documents.iter().collect();
-        assert!(
-            distinct.len() * 100 >= documents.len() * share,
-            "{}: {} different documents of {}",
-            domain.name(),
-            distinct.len(),
-            documents.len()
-        );
+        let (name, distinct, all) = (domain.name(), distinct.len(), documents.len());
+        assert!(distinct * 100 >= all * share, "{name}: {distinct} different documents of {all}");
     }
 }
 
@@ -255,12 +250,8 @@ fn right_choices_stand_anywhere_and_are_not_told_by_their_length() {
         let even = items.len() / count;
         let most = even + items.len() / 8;
         assert!(at.iter().all(|&times| times.abs_diff(even) < items.len() / 10), "{}: {at:?}", probe.name());
-        assert!(
-            longest < most && shortest < most,
-            "{}: {longest}, {shortest} of {}",
-            probe.name(),
-            items.len()
-        );
+        let (name, all) = (probe.name(), items.len());
+        assert!(longest < most && shortest < most, "{name}: {longest}, {shortest} of {all}");
     }
 }
 

@@ -77,7 +77,7 @@ mod tests {
         assert_eq!(worded(&error()), worded_core);
         assert_eq!(worded(&dsmoe_train::Error::Core(error())), worded_core);
         assert_eq!(worded(&dsmoe_baselines::Error::Core(error())), worded_core);
-        let error = dsmoe_train::Error::OutHoldsSource { path: "run".into() };
+        let error = dsmoe_train::Error::OutHoldsSource("run".into());
         assert_eq!(worded(&error), "run holds the model to train; choose another --out");
         let error = dsmoe_datasets::eval_windows(9, 1, 1).unwrap_err();
         assert_eq!(worded(&error), "--seq is 1; use at least 2");

@@ -74,7 +74,11 @@ fn run(args: &[&str]) -> Result<Value, String> {
         .output()
         .unwrap();
     let error = String::from_utf8_lossy(&output.stderr).into_owned();
-    if output.status.success() { Ok(serde_json::from_slice(&output.stdout).unwrap_or_default()) } else { Err(error) }
+    if output.status.success() {
+        Ok(serde_json::from_slice(&output.stdout).unwrap_or_default())
+    } else {
+        Err(error)
+    }
 }
 
 fn dsmoe(args: &[&str]) -> Value {
@@ -104,10 +108,18 @@ fn tokenizers_give_the_ids_of_hugging_face() {
         let ours = tokenizer(&dir.join(format!("{model}.gguf")), 512);
         for text in story.split("<|endoftext|>").chain(TEXTS) {
             for bos in [Bos::Never, Bos::Auto] {
-                assert_eq!(ours.encode(text, bos).unwrap(), theirs.encode(text, bos).unwrap(), "{model}: {text:?}");
+                assert_eq!(
+                    ours.encode(text, bos).unwrap(),
+                    theirs.encode(text, bos).unwrap(),
+                    "{model}: {text:?}"
+                );
             }
             let ids = theirs.encode(text, Bos::Never).unwrap();
-            assert_eq!(ours.decode(&ids, false).unwrap(), theirs.decode(&ids, false).unwrap(), "{model}: {text:?}");
+            assert_eq!(
+                ours.decode(&ids, false).unwrap(),
+                theirs.decode(&ids, false).unwrap(),
+                "{model}: {text:?}"
+            );
         }
     }
 }
@@ -153,20 +165,44 @@ fn every_command_takes_a_file() {
     assert!(run(&["import", file, "--out", &narrow]).unwrap_err().contains("is not empty"));
 
     let greedy = |model: &str| {
-        let args = ["generate", model, "--prompt", "Once", "--max-tokens", "12", "--ignore-eos", "--dtype", "f32"];
+        let args =
+            ["generate", model, "--prompt", "Once", "--max-tokens", "12", "--ignore-eos", "--dtype", "f32"];
         dsmoe(&args)["token_ids"].clone()
     };
     assert_eq!(greedy(file), greedy(&plain));
     let (sparse, run_dir, pruned, native) = (at("sparse"), at("run"), at("pruned"), at("native"));
-    dsmoe(&["convert", file, "--experts", "4", "--router-init", "open", "--gate-value", "binary", "--out", &sparse]);
+    dsmoe(&[
+        "convert",
+        file,
+        "--experts",
+        "4",
+        "--router-init",
+        "open",
+        "--gate-value",
+        "binary",
+        "--out",
+        &sparse,
+    ]);
     assert!((nll(&sparse) - exact).abs() < 1e-4);
-    let train = ["train", &sparse, "--steps", "2", "--batch", "2", "--active-target", "0.5", "--out", &run_dir];
+    let train =
+        ["train", &sparse, "--steps", "2", "--batch", "2", "--active-target", "0.5", "--out", &run_dir];
     with(&train);
     assert!(nll(&run_dir).is_finite());
     let train = at("dense-run");
     with(&["train", file, "--steps", "1", "--batch", "2", "--out", &train]);
     assert!(nll(&train).is_finite());
-    dsmoe(&["prune", file, "--method", "llm-pruner-channel", "--budget", "0.8", "--calib", text(&story), "--out", &pruned]);
+    dsmoe(&[
+        "prune",
+        file,
+        "--method",
+        "llm-pruner-channel",
+        "--budget",
+        "0.8",
+        "--calib",
+        text(&story),
+        "--out",
+        &pruned,
+    ]);
     assert!(nll(&pruned).is_finite());
     dsmoe(&["export", file, "--as", "native", "--dtype", "bf16", "--out", &native]);
     assert_eq!(nll(&native), rounded);
@@ -175,12 +211,16 @@ fn every_command_takes_a_file() {
     assert_eq!(nll(&again), exact);
     let message = run(&["export", &sparse, "--as", "gguf", "--out", &at("no.gguf")]).unwrap_err();
     assert!(message.contains("dsmoe is present: llama.cpp has no graph"), "{message}");
-    let message = run(&["export", &plain, "--as", "native", "--dtype", "q8_0", "--out", &at("no")]).unwrap_err();
+    let message =
+        run(&["export", &plain, "--as", "native", "--dtype", "q8_0", "--out", &at("no")]).unwrap_err();
     assert!(message.contains("--dtype q8_0 is for --as gguf"), "{message}");
     let message = run(&["import", &plain, "--out", &at("no")]).unwrap_err();
     assert!(message.contains("is no GGUF file"), "{message}");
     let message = run(&["inspect", text(&story)]).unwrap_err();
-    assert!(message.contains("header is not that of GGUF; name a .gguf file or a model directory"), "{message}");
+    assert!(
+        message.contains("header is not that of GGUF; name a .gguf file or a model directory"),
+        "{message}"
+    );
 }
 
 #[test]
@@ -200,7 +240,8 @@ fn a_real_model_has_the_ids_and_the_text_of_transformers() {
     assert_eq!(ours.encode(chat["text"].as_str().unwrap(), Bos::Never).unwrap(), ids(&chat["ids"]));
     let row = &read(&golden.join("greedy.json"))[0];
     let prompt = row["prompt"].as_str().unwrap();
-    let args = ["generate", text(&file), "--prompt", prompt, "--bos", "never", "--dtype", "f32", "--ignore-eos"];
+    let args =
+        ["generate", text(&file), "--prompt", prompt, "--bos", "never", "--dtype", "f32", "--ignore-eos"];
     let report = dsmoe(&[&args[..], &["--max-tokens", "8"]].concat());
     assert_eq!(ids(&report["new_token_ids"]), ids(&row["new_ids"])[..8]);
 }

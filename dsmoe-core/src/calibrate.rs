@@ -292,7 +292,7 @@ impl Linear {
         y.resize(rows * self.outputs);
         let dims =
             linear::Dims { rows, inputs: self.inputs, outputs: self.outputs, precision: Precision::F32 };
-        linear::Forward { y, x, w: &self.weight, dims }.run();
+        linear::Forward { y, x, w: &self.weight, bias: None, dims }.run();
     }
 }
 
@@ -316,32 +316,33 @@ impl Scratch {
         rstd.resize(seq);
         x.copy_from_slice(states);
 
-        rms_norm::Forward { y: h, rstd, x, weight: &weights.input_norm, eps }.run();
+        rms_norm::Forward { y: h, rstd, x, weight: &weights.input_norm, offset: 0.0, eps }.run();
         tap(Input::Attention, h);
         wq.forward(q, h);
         wk.forward(k, h);
         wv.forward(v, h);
         for (x, heads) in [(&mut *q, heads), (&mut *k, kv_heads)] {
-            let args = rope::Args { table, seq, start: 0, heads };
+            let args = rope::Args { table, seq, start: 0, heads, head_dim };
             rope::Forward { x, stride: args.width(), args }.run();
         }
         a.resize(q.len());
         lse.resize(seq * heads);
-        let dims = attention::Dims { batch: 1, queries: seq, keys: seq, heads, kv_heads, head_dim };
+        let scores = attention::Scores::plain(head_dim);
+        let dims = attention::Dims { batch: 1, queries: seq, keys: seq, heads, kv_heads, head_dim, scores };
         attention::Forward { out: a, lse, q, k, v, dims }.run();
         tap(Input::Heads, a);
         wo.forward(y, a);
-        add::Add { y: x, x: y }.run();
+        add::Add { y: x, x: y, scale: 1.0 }.run();
 
-        rms_norm::Forward { y: h, rstd, x, weight: &weights.post_norm, eps }.run();
+        rms_norm::Forward { y: h, rstd, x, weight: &weights.post_norm, offset: 0.0, eps }.run();
         tap(Input::Ffn, h);
         wgate.forward(gate, h);
         wup.forward(up, h);
         neurons.resize(gate.len());
-        swiglu::Forward { c: neurons, a: gate, b: up }.run();
+        swiglu::Forward { c: neurons, a: gate, b: up, activation: swiglu::Activation::Silu }.run();
         tap(Input::Neurons, neurons);
         wdown.forward(y, neurons);
-        add::Add { y: x, x: y }.run();
+        add::Add { y: x, x: y, scale: 1.0 }.run();
     }
 }
 

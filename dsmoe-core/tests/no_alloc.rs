@@ -8,7 +8,7 @@ use dsmoe_core::init::preset;
 use dsmoe_core::model::{Batch, Inference, Model, StepArgs, TrainWorkspace};
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::rng::Rng;
-use dsmoe_kernels::testing::CountingAllocator;
+use dsmoe_kernels::testing::{CountingAllocator, with_threads};
 use dsmoe_router::SparsityOver;
 
 #[global_allocator]
@@ -50,7 +50,7 @@ fn allocations(model: &Inference, serial: bool, tokens: usize, temperature: f32)
     let prompt: Vec<u32> = (1..20).collect();
     let run = || generate(model, &prompt, &options, on_token).unwrap();
     if serial {
-        rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap().install(run);
+        with_threads(1, run);
     } else {
         run();
     }
@@ -115,20 +115,14 @@ fn training() {
             let mut steps = || {
                 counts.clear();
                 for _ in 0..=STEPS {
-                    model
-                        .train_step(
-                            &mut grads,
-                            Batch { inputs: &inputs, targets: &inputs, seq },
-                            &args,
-                            &mut workspace,
-                        )
-                        .unwrap();
+                    let batch = Batch { inputs: &inputs, targets: &inputs, seq };
+                    model.train_step(&mut grads, batch, &args, &mut workspace).unwrap();
                     counts.push(ALLOCATOR.count());
                 }
                 counts.windows(2).map(|two| two[1] - two[0]).collect::<Vec<_>>()
             };
             let case = format!("threshold {threshold:?}, {precision}");
-            let serial = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap().install(&mut steps);
+            let serial = with_threads(1, &mut steps);
             assert_eq!(serial, [0; STEPS], "{case}, one thread");
             // A worker that comes late to its first task of a kind makes its scratch then.
             let least = rayon::scope(|_| steps()).into_iter().min();

@@ -70,7 +70,7 @@ fn measure([m, k, n]: [usize; 3], threads: usize, rounds: usize) {
     let (x, w) = (&x[..], &w[..]);
     let dims = Dims { rows: m, inputs: k, outputs: n, precision: Precision::F32 };
     let mut peers: [Peer<'_>; 3] = [
-        ("dsmoe", vec![0.0; m * n], Box::new(move |y| linear::Forward { y, x, w, dims }.run())),
+        ("dsmoe", vec![0.0; m * n], Box::new(move |y| linear::Forward { y, x, w, bias: None, dims }.run())),
         ("gemm", vec![0.0; m * n], Box::new(move |y| gemm_crate(y, x, w, [m, k, n], threads))),
         (
             "faer",

@@ -23,6 +23,7 @@ pub mod testing;
 pub use isa::Isa;
 pub use matmul::Precision;
 pub use ops::*;
+pub use swiglu::Activation;
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

@@ -1,6 +1,7 @@
 //! Helpers for tests, here and in the crates that build on this one.
 
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::rng::Rng;
@@ -130,6 +131,25 @@ pub fn assert_same_on_threads<R: PartialEq + Send>(name: &str, f: impl Fn() -> R
     }
 }
 
+/// Returns the folder of checkpoints and golden data, `DSMOE_SHARED`, if it holds `needed`; else prints that `test` is
+/// skipped.
+///
+/// # Panics
+/// It is absent, and `DSMOE_REQUIRE` contains `shared`.
+#[expect(clippy::print_stdout, reason = "a skipped test says so")]
+pub fn shared(test: &str, needed: &str) -> Option<PathBuf> {
+    let default = || concat!(env!("CARGO_MANIFEST_DIR"), "/../../shared").into();
+    let dir = PathBuf::from(std::env::var_os("DSMOE_SHARED").unwrap_or_else(default));
+    if dir.join(needed).exists() {
+        return Some(dir);
+    }
+    let required =
+        std::env::var("DSMOE_REQUIRE").is_ok_and(|all| all.split(',').any(|word| word == "shared"));
+    assert!(!required, "{test}: no shared data at {}", dir.display());
+    println!("SKIP {test}: no shared data at {}", dir.display());
+    None
+}
+
 /// Returns the Euclidean distance of two arrays.
 pub fn distance(a: &[f32], b: &[f32]) -> f64 {
     a.iter().zip(b).map(|(&a, &b)| (f64::from(a) - f64::from(b)).powi(2)).sum::<f64>().sqrt()
@@ -153,21 +173,43 @@ pub fn too_far(what: &str, got: &[f32], want: &[f32], half: &[f32], size: f64) -
     })
 }
 
+/// Checks that `result` is an error whose message is one line with all of `parts`.
+///
+/// # Panics
+/// It is none, or its message is another.
+#[track_caller]
+pub fn refused<T, E: std::fmt::Display>(result: Result<T, E>, parts: &[&str]) {
+    let message =
+        result.err().unwrap_or_else(|| panic!("accepted, without an error about {parts:?}")).to_string();
+    assert!(!message.contains('\n'), "{message}");
+    for part in parts {
+        assert!(message.contains(part), "no {part:?} in: {message}");
+    }
+}
+
+/// Tells whether `DSMOE_REQUIRE` names `what`, so that no test of it may be skipped.
+pub fn required(what: &str) -> bool {
+    std::env::var("DSMOE_REQUIRE").is_ok_and(|all| all.split(',').any(|word| word == what))
+}
+
+/// Prints that `test` is skipped and why.
+#[expect(clippy::print_stderr, reason = "a skipped test says so")]
+pub fn skipped(test: &str, why: &str) {
+    eprintln!("SKIP {test}: {why}");
+}
+
 /// Tells whether there is a GPU, and prints that the test is skipped if there is none.
 ///
 /// # Panics
 /// There is no GPU, and `DSMOE_REQUIRE` contains `gpu`.
 #[cfg(feature = "cuda")]
-#[expect(clippy::print_stderr, reason = "a skipped test says so")]
 pub fn has_gpu(test: &str) -> bool {
     use crate::cuda::{Detection, detect};
-    let required = std::env::var("DSMOE_REQUIRE").is_ok_and(|all| all.split(',').any(|word| word == "gpu"));
-    match detect() {
-        Detection::Devices(_) => true,
-        other if required => panic!("{test} needs a GPU: {other:?}"),
-        other => {
-            eprintln!("SKIP {test}: no GPU ({other:?})");
-            false
-        }
+    let found = detect();
+    let any = matches!(found, Detection::Devices(_));
+    assert!(any || !required("gpu"), "{test} needs a GPU: {found:?}");
+    if !any {
+        skipped(test, &format!("no GPU ({found:?})"));
     }
+    any
 }

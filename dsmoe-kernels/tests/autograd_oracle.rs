@@ -7,7 +7,10 @@
 use autograd as ag;
 use autograd::tensor_ops as T;
 use dsmoe_kernels::testing::{assert_close, assert_close_f64, f64s, normals};
-use dsmoe_kernels::{Isa, attention, cross_entropy, embedding, linear, rms_norm, rope, swiglu};
+use dsmoe_kernels::{
+    Activation, Isa, Precision, attention, cross_entropy, embedding, expert_ffn, linear, rms_norm, rope,
+    swiglu,
+};
 
 const EXACT: f64 = 1e-12;
 const TOLERANCE: f64 = 2e-6;
@@ -75,11 +78,11 @@ fn embedding_agrees_with_autograd() {
     let dy = Matrix::new(&f64s(&dout), ids.len(), hidden);
     let (want, grads) = gradients(&leaves, 1, &dy, |l| T::matmul(l[1], l[0]));
     let (mut out, mut dtable) = (vec![f32::NAN; dout.len()], vec![0.0; table.len()]);
-    embedding::Forward { out: &mut out, table: &table, ids: &ids, hidden }.run();
-    embedding::Backward { dtable: &mut dtable, dout: &dout, ids: &ids, hidden }.run();
+    embedding::Forward { out: &mut out, table: &table, ids: &ids, hidden, scale: 1.0 }.run();
+    embedding::Backward { dtable: &mut dtable, dout: &dout, ids: &ids, hidden, scale: 1.0 }.run();
     assert_close("out", &out, &want, 0.0);
     assert_close("dtable", &dtable, &grads[0].values, TOLERANCE);
-    let reference = embedding::reference::backward(&f64s(&dout), &ids, vocab, hidden);
+    let reference = embedding::reference::backward(&f64s(&dout), &ids, [vocab, hidden], 1.0);
     assert_close_f64("reference dtable", &reference, &grads[0].values, EXACT);
 }
 
@@ -107,13 +110,14 @@ fn rms_norm_agrees_with_autograd() {
     for isa in Isa::available() {
         let [mut y, mut dx] = [(); 2].map(|()| vec![f32::NAN; x.len()]);
         let (mut rstd, mut dw) = (vec![f32::NAN; tokens], vec![0.0; hidden]);
-        rms_norm::Forward { y: &mut y, rstd: &mut rstd, x: &x, weight: &w, eps }.run_on(isa);
+        rms_norm::Forward { y: &mut y, rstd: &mut rstd, x: &x, weight: &w, offset: 0.0, eps }.run_on(isa);
         rms_norm::Backward {
             dx: &mut dx,
             dweight: &mut dw,
             dy: &dout,
             x: &x,
             weight: &w,
+            offset: 0.0,
             rstd: &rstd,
             add: false,
         }
@@ -126,7 +130,7 @@ fn rms_norm_agrees_with_autograd() {
 
 #[test]
 fn linear_agrees_with_autograd() {
-    let dims = linear::Dims { rows: 6, inputs: 9, outputs: 5, precision: dsmoe_kernels::Precision::F32 };
+    let dims = linear::Dims { rows: 6, inputs: 9, outputs: 5, precision: Precision::F32 };
     let (x, w, dout) = (normals(54, 1), normals(45, 2), normals(30, 3));
     let leaves = [Matrix::new(&f64s(&x), 6, 9), Matrix::new(&f64s(&w), 5, 9).t()];
     let (want, grads) = gradients(&leaves, 2, &Matrix::new(&f64s(&dout), 6, 5), |l| T::matmul(l[0], l[1]));
@@ -136,7 +140,7 @@ fn linear_agrees_with_autograd() {
     assert_close_f64("reference dx", &dx, &grads[0].values, EXACT);
     assert_close_f64("reference dw", &dw, &want_dw, EXACT);
     let (mut y, mut dx, mut dw) = (vec![f32::NAN; 30], vec![f32::NAN; 54], vec![0.0; 45]);
-    linear::Forward { y: &mut y, x: &x, w: &w, dims }.run();
+    linear::Forward { y: &mut y, x: &x, w: &w, bias: None, dims }.run();
     linear::BackwardInput { dx: &mut dx, dy: &dout, w: &w, dims, add: false }.run();
     linear::BackwardWeight { dw: &mut dw, dy: &dout, x: &x, dims }.run();
     assert_close("y", &y, &want, TOLERANCE);
@@ -166,8 +170,9 @@ fn rope_agrees_with_autograd() {
     let (x, dout) = (normals(n, 1), normals(n, 2));
     let leaves = [Matrix::new(&f64s(&x), 1, n), rotation];
     let (want, grads) = gradients(&leaves, 1, &Matrix::new(&f64s(&dout), 1, n), |l| T::matmul(l[0], l[1]));
-    let table = rope::Table::new(head_dim, theta, rope::Scaling::None, start + seq);
-    let args = rope::Args { table: &table, seq, start, heads };
+    let frequencies = rope::reference::frequencies(head_dim, theta);
+    let table = rope::Table::new(frequencies.clone(), 1.0, start + seq);
+    let args = rope::Args { table: &table, seq, start, heads, head_dim };
     for isa in Isa::available() {
         let (mut y, mut dx) = (x.clone(), dout.clone());
         rope::Forward { x: &mut y, stride: args.width(), args }.run_on(isa);
@@ -175,12 +180,16 @@ fn rope_agrees_with_autograd() {
         assert_close("y", &y, &want, TOLERANCE);
         assert_close("dx", &dx, &grads[0].values, TOLERANCE);
     }
-    let frequencies = rope::frequencies(head_dim, theta, rope::Scaling::None);
     let positions: Vec<usize> = (0..2 * seq).map(|r| start + r % seq).collect();
-    let y = rope::reference::forward(&f64s(&x), &frequencies, &positions, heads);
-    let dx = rope::reference::backward(&f64s(&dout), &frequencies, &positions, heads);
-    assert_close_f64("reference y", &y, &want, EXACT);
-    assert_close_f64("reference dx", &dx, &grads[0].values, EXACT);
+    let rotation = rope::reference::Rotation {
+        frequencies: &frequencies,
+        factor: 1.0,
+        positions: &positions,
+        heads,
+        head_dim,
+    };
+    assert_close_f64("reference y", &rotation.forward(&f64s(&x)), &want, EXACT);
+    assert_close_f64("reference dx", &rotation.backward(&f64s(&dout)), &grads[0].values, EXACT);
 }
 
 /// Attention of one sequence; k enters transposed. Leaves: q, k^T, v, mask, ones, 1 / sqrt(head_dim), then per
@@ -208,7 +217,15 @@ fn joined(parts: [(&Vec<f64>, usize); 3], rows: usize) -> Vec<f64> {
 #[test]
 fn attention_agrees_with_autograd() {
     for (queries, keys, heads, kv_heads, head_dim) in [(7, 7, 4, 2, 6), (3, 8, 3, 1, 4), (6, 6, 2, 2, 8)] {
-        let dims = attention::Dims { batch: 1, queries, keys, heads, kv_heads, head_dim };
+        let dims = attention::Dims {
+            batch: 1,
+            queries,
+            keys,
+            heads,
+            kv_heads,
+            head_dim,
+            scores: attention::Scores::plain(head_dim),
+        };
         let (width, kv_width) = (heads * head_dim, kv_heads * head_dim);
         let [q, dout] = [1, 2].map(|seed| normals(queries * width, seed));
         let [k, v] = [3, 4].map(|seed| normals(keys * kv_width, seed));
@@ -221,7 +238,7 @@ fn attention_agrees_with_autograd() {
             Matrix::new(&f64s(&v), keys, kv_width),
             Matrix::of(queries, keys, |i, j| if j + queries <= i + keys { 1.0 } else { 0.0 }),
             Matrix::constant(keys, keys, 1.0),
-            Matrix::constant(queries, keys, (head_dim as f64).powf(-0.5)),
+            Matrix::constant(queries, keys, f64::from(dims.scores.scale)),
         ];
         for head in 0..heads {
             let kv = select(kv_width, head / (heads / kv_heads));
@@ -258,19 +275,44 @@ fn attention_agrees_with_autograd() {
 
 #[test]
 fn swiglu_agrees_with_autograd() {
+    for activation in [Activation::Silu, Activation::GeluTanh] {
+        check_swiglu(activation);
+    }
+}
+
+fn check_swiglu(activation: Activation) {
     let n = 37;
     let [a, b, dc] = [1, 2, 3].map(|seed| normals(n, seed));
-    let leaves = [Matrix::new(&f64s(&a), 1, n), Matrix::new(&f64s(&b), 1, n)];
-    let (want, grads) =
-        gradients(&leaves, 2, &Matrix::new(&f64s(&dc), 1, n), |l| l[0] * T::sigmoid(l[0]) * l[1]);
-    let (da, db) = swiglu::reference::backward(&f64s(&dc), &f64s(&a), &f64s(&b));
-    assert_close_f64("reference c", &swiglu::reference::forward(&f64s(&a), &f64s(&b)), &want, EXACT);
+    let constant = |value| Matrix::constant(1, n, value);
+    let leaves = [
+        Matrix::new(&f64s(&a), 1, n),
+        Matrix::new(&f64s(&b), 1, n),
+        constant(0.5),
+        constant(std::f64::consts::FRAC_2_PI.sqrt()),
+        constant(0.044_715),
+        constant(1.0),
+    ];
+    let dy = Matrix::new(&f64s(&dc), 1, n);
+    let (want, grads) = gradients(&leaves, 2, &dy, |l| {
+        let [a, b, half, factor, cubic, one] = [l[0], l[1], l[2], l[3], l[4], l[5]];
+        match activation {
+            Activation::Silu => a * T::sigmoid(a) * b,
+            Activation::GeluTanh => half * a * (one + T::tanh(factor * (a + cubic * a * a * a))) * b,
+        }
+    });
+    let (da, db) = swiglu::reference::backward(&f64s(&dc), &f64s(&a), &f64s(&b), activation);
+    assert_close_f64(
+        "reference c",
+        &swiglu::reference::forward(&f64s(&a), &f64s(&b), activation),
+        &want,
+        EXACT,
+    );
     assert_close_f64("reference da", &da, &grads[0].values, EXACT);
     assert_close_f64("reference db", &db, &grads[1].values, EXACT);
     for isa in Isa::available() {
         let [mut c, mut da, mut db] = [(); 3].map(|()| vec![f32::NAN; n]);
-        swiglu::Forward { c: &mut c, a: &a, b: &b }.run_on(isa);
-        swiglu::Backward { da: &mut da, db: &mut db, dc: &dc, a: &a, b: &b }.run_on(isa);
+        swiglu::Forward { c: &mut c, a: &a, b: &b, activation }.run_on(isa);
+        swiglu::Backward { da: &mut da, db: &mut db, dc: &dc, a: &a, b: &b, activation }.run_on(isa);
         assert_close("c", &c, &want, TOLERANCE);
         assert_close("da", &da, &grads[0].values, TOLERANCE);
         assert_close("db", &db, &grads[1].values, TOLERANCE);
@@ -299,15 +341,17 @@ fn cross_entropy_agrees_with_autograd() {
         (T::ln(T::matmul(T::exp(logits), ones)) - T::matmul(logits * onehot, ones)) * scored
     });
     let want_dhead = grads[1].t().values;
-    let losses = cross_entropy::reference::forward(&f64s(&h), &f64s(&head), &targets, dims);
-    let (dh, dhead) =
-        cross_entropy::reference::backward(&f64s(&h), &f64s(&head), &targets, f64::from(scale), dims);
-    assert_close_f64("reference losses", &losses, &want, EXACT);
+    let logits = cross_entropy::Logits::default();
+    let (wide_h, wide_head) = (f64s(&h), f64s(&head));
+    let problem =
+        cross_entropy::reference::Problem { h: &wide_h, head: &wide_head, targets: &targets, logits, dims };
+    let (dh, dhead) = problem.backward(f64::from(scale));
+    assert_close_f64("reference losses", &problem.forward(), &want, EXACT);
     assert_close_f64("reference dh", &dh, &grads[0].values, EXACT);
     assert_close_f64("reference dhead", &dhead, &want_dhead, EXACT);
     for isa in Isa::available() {
         let (mut losses, mut dh, mut dhead) = ([f32::NAN; 6], [f32::NAN; 30], [0.0; 105]);
-        let scratch = &mut cross_entropy::Scratch::new(dsmoe_kernels::Precision::F32);
+        let scratch = &mut cross_entropy::Scratch::new(Precision::F32);
         cross_entropy::ForwardBackward {
             losses: &mut losses,
             dhidden: &mut dh,
@@ -316,6 +360,7 @@ fn cross_entropy_agrees_with_autograd() {
             head: &head,
             targets: &targets,
             scale,
+            logits,
             dims,
             scratch,
         }
@@ -323,5 +368,92 @@ fn cross_entropy_agrees_with_autograd() {
         assert_close("losses", &losses, &want, TOLERANCE);
         assert_close("dh", &dh, &grads[0].values, TOLERANCE);
         assert_close("dhead", &dhead, &want_dhead, TOLERANCE);
+    }
+}
+
+#[test]
+fn the_expert_ffn_agrees_with_autograd() {
+    let dims = expert_ffn::Dims { tokens: 12, hidden: 10, intermediate: 21, num_experts: 3, all_pairs: true };
+    let expert_ffn::Dims { tokens, hidden, intermediate, num_experts: n, .. } = dims;
+    let [x, dy] = [1, 5].map(|seed| normals(tokens * hidden, seed));
+    let [gate, up, down] = [2, 3, 4].map(|seed| normals(intermediate * hidden, seed));
+    // Token 2 has no expert; the others have one to three.
+    let mask: Vec<bool> =
+        (0..tokens * n).map(|pair| pair / 3 != 2 && !(pair * 7).is_multiple_of(3 + pair % 2)).collect();
+    let coef: Vec<f32> = normals(tokens * n, 6).iter().map(|z| 0.25 + z.abs()).collect();
+    let [x64, dy64, gate64, up64, down64, coef64] = [&x, &dy, &gate, &up, &down, &coef].map(|v| f64s(v));
+    let width = dims.expert_width();
+    // The straight-through rule's gradient is the one at coefficients that the mask scales in value alone: inactive
+    // coefficients enter as 0, and their derivative is taken there. The last leaf spreads an expert's coefficient over its
+    // neurons.
+    let leaves = [
+        Matrix::new(&x64, tokens, hidden),
+        Matrix::new(&gate64, intermediate, hidden).t(),
+        Matrix::new(&up64, intermediate, hidden).t(),
+        Matrix::new(&down64, intermediate, hidden),
+        Matrix::of(tokens, n, |t, i| if mask[t * n + i] { coef64[t * n + i] } else { 0.0 }),
+        Matrix::of(n, intermediate, |i, j| if j / width == i { 1.0 } else { 0.0 }),
+    ];
+    let (want, grads) = gradients(&leaves, 5, &Matrix::new(&dy64, tokens, hidden), |l| {
+        let [x, gate, up, down, coef, spread] = [l[0], l[1], l[2], l[3], l[4], l[5]];
+        let (a, b) = (T::matmul(x, gate), T::matmul(x, up));
+        T::matmul(T::matmul(coef, spread) * (a * T::sigmoid(a) * b), down)
+    });
+    let [dx, dgate, dup, ddown, dcoef] = &grads[..] else { panic!("five gradients") };
+    let wanted = [dx, &dgate.t(), &dup.t(), ddown, dcoef].map(|grad| grad.values.clone());
+    let names = ["dx", "dgate", "dup", "ddown", "dcoef"];
+
+    let layer = {
+        let (x, gate, up, down, mask, coef) = (&x64, &gate64, &up64, &down64, &mask, &coef64);
+        expert_ffn::reference::Layer { x, gate, up, down, mask, coef, dims }
+    };
+    assert_close_f64("reference y", &expert_ffn::reference::forward(layer), &want, EXACT);
+    let got = expert_ffn::reference::backward(&dy64, layer);
+    for ((name, got), want) in
+        names.iter().zip([got.dx, got.dgate, got.dup, got.ddown, got.dcoef]).zip(&wanted)
+    {
+        assert_close_f64(&format!("reference {name}"), &got, want, EXACT);
+    }
+
+    let by_expert: Vec<(usize, usize)> =
+        (0..n).flat_map(|i| (0..tokens).map(move |t| (i, t))).filter(|(i, t)| mask[t * n + i]).collect();
+    let mut slots: Vec<u32> = (0..by_expert.len() as u32).collect();
+    slots.sort_by_key(|&slot| by_expert[slot as usize].1);
+    let routes = expert_ffn::Routes {
+        offsets: &(0..=n).map(|e| by_expert.iter().filter(|(i, _)| *i < e).count()).collect::<Vec<_>>(),
+        tokens: &by_expert.iter().map(|(_, t)| *t as u32).collect::<Vec<_>>(),
+        coefficients: &by_expert.iter().map(|(i, t)| coef[t * n + i]).collect::<Vec<_>>(),
+        token_offsets: &(0..=tokens)
+            .map(|end| by_expert.iter().filter(|(_, t)| *t < end).count())
+            .collect::<Vec<_>>(),
+        slots: &slots,
+    };
+    let (pairs, weights) =
+        (expert_ffn::Pairs::Routed(&routes), &expert_ffn::Weights { gate: &gate, up: &up, down: &down });
+    let (scratch, saved) = (&mut expert_ffn::Scratch::default(), &mut expert_ffn::Saved::default());
+    let mut y = vec![f32::NAN; x.len()];
+    let packed = expert_ffn::PackedWeights::new(Precision::F32, weights, hidden, intermediate, n);
+    expert_ffn::ForwardPacked { y: &mut y, x: &x, weights: &packed, pairs, dims, scratch }.run();
+    assert_close("y", &y, &want, TOLERANCE);
+    y.fill(f32::NAN);
+    expert_ffn::ForwardTrain { y: &mut y, saved, x: &x, weights, pairs, dims, scratch }.run();
+    assert_close("y of training", &y, &want, TOLERANCE);
+    let (mut dx, mut dcoef) = (vec![f32::NAN; x.len()], vec![f32::NAN; tokens * n]);
+    let [mut dgate, mut dup, mut ddown] = [(); 3].map(|()| vec![0.0; gate.len()]);
+    expert_ffn::Backward {
+        dx: &mut dx,
+        dcoefficients: Some(&mut dcoef),
+        grads: expert_ffn::WeightGrads { gate: &mut dgate, up: &mut dup, down: &mut ddown },
+        dy: &dy,
+        saved,
+        x: &x,
+        weights,
+        pairs,
+        dims,
+        scratch,
+    }
+    .run();
+    for ((name, got), want) in names.iter().zip([dx, dgate, dup, ddown, dcoef]).zip(&wanted) {
+        assert_close(name, &got, want, TOLERANCE);
     }
 }

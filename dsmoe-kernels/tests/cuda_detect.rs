@@ -8,6 +8,7 @@ use std::path::Path;
 use std::process::Command;
 
 use dsmoe_kernels::cuda::{Gpu, cublaslt_version, detect, driver_version, libraries, nvrtc_version};
+use dsmoe_kernels::testing::skipped;
 
 const SAYS: &str = "DSMOE_TEST_SAYS";
 
@@ -40,30 +41,26 @@ fn said(libraries: &Path, environment: &[(&str, &Path)]) -> String {
     stdout.lines().filter_map(|line| line.strip_prefix(SAYS)).collect::<Vec<_>>().join("\n")
 }
 
-/// Builds `text` as the shared library `name`, also with the name that is looked for first.
-fn library(dir: &Path, name: &str, text: &str) {
-    let source = dir.join("library.c");
+/// Builds `text` as the shared library `path`, which calls itself `name`.
+fn library(path: &Path, name: &str, text: &str) {
+    let source = path.with_file_name("library.c");
     fs::write(&source, text).unwrap();
-    let path = dir.join(format!("{name}.1"));
     let built = Command::new(std::env::var_os("CC").unwrap_or("cc".into()))
-        .args(["-shared", "-fPIC", "-o"])
-        .args([&path, &source])
+        .args(["-shared", "-fPIC", &format!("-Wl,-soname,{name}"), "-o"])
+        .args([path, &source])
         .status()
         .expect("a C compiler, which a build needs too");
     assert!(built.success(), "{text}");
-    fs::copy(&path, dir.join(name)).unwrap();
 }
 
-/// Returns the output with the library `text` as the driver.
-fn said_of_driver(text: &str) -> String {
+/// Checks what is reported with the library `text` as the driver, by both names that are looked for.
+#[track_caller]
+fn driver_is_reported(text: &str, parts: &[&str]) {
     let dir = tempfile::tempdir().unwrap();
-    library(dir.path(), "libcuda.so", text);
-    said(dir.path(), &[])
-}
-
-#[expect(clippy::print_stderr, reason = "a skipped test says so")]
-fn skipped(test: &str, why: &str) {
-    eprintln!("SKIP {test}: {why}");
+    let path = dir.path().join("libcuda.so.1");
+    library(&path, "libcuda.so.1", text);
+    fs::copy(&path, dir.path().join("libcuda.so")).unwrap();
+    has(&said(dir.path(), &[]), parts);
 }
 
 #[track_caller]
@@ -85,47 +82,44 @@ fn cuda_without_a_driver_is_reported() {
 }
 
 #[test]
-fn cuda_with_a_library_that_is_no_driver_is_reported() {
-    let said = said_of_driver("int something(void) { return 0; }");
-    has(
-        &said,
-        &["Broken(\"Missing symbol cuInit", "open: cuda:7: the driver cannot be used", "CUDA 13 or newer"],
+fn cuda_with_a_faulty_driver_is_reported() {
+    let unusable = "open: cuda:7: the driver cannot be used";
+    driver_is_reported(
+        "int something(void) { return 0; }",
+        &["Broken(\"Missing symbol cuInit", unusable, "CUDA 13 or newer"],
     );
-}
-
-#[test]
-fn cuda_with_a_driver_that_lacks_a_symbol_is_reported() {
-    let said = said_of_driver(
+    driver_is_reported(
         "int cuInit(unsigned flags) { return 0; }
          int cuDeviceGetCount(int* n) { *n = 1; return 0; }
          int cuDeviceGet(int* device, int i) { *device = i; return 0; }",
+        &["Broken(\"Missing symbol cuDevice", unusable],
     );
-    has(&said, &["Broken(\"Missing symbol cuDevice", "open: cuda:7: the driver cannot be used"]);
 }
 
 #[test]
 fn cuda_without_a_device_is_reported() {
-    let said = said_of_driver("int cuInit(unsigned flags) { return 100; }");
-    has(
-        &said,
-        &["NoDevice(\"CUDA_ERROR_NO_DEVICE\")", "open: cuda:7: the driver finds no device", "nvidia-smi"],
-    );
-    let none = "int cuInit(unsigned flags) { return 0; } int cuDeviceGetCount(int* n) { *n = 0; return 0; }";
-    has(&said_of_driver(none), &["NoDevice(\"CUDA_ERROR_NO_DEVICE\")"]);
-}
-
-#[test]
-fn cuda_with_the_stub_of_the_toolkit_is_reported() {
-    let said = said_of_driver("int cuInit(unsigned flags) { return 34; }");
-    has(
-        &said,
-        &["NoDevice(\"CUDA_ERROR_STUB_LIBRARY\")", "open: cuda:7: the driver's library is", "lib64/stubs"],
-    );
+    let none = "NoDevice(\"CUDA_ERROR_NO_DEVICE\")";
+    for (text, parts) in [
+        (
+            "int cuInit(unsigned flags) { return 100; }",
+            [none, "open: cuda:7: the driver finds no device", "nvidia-smi"],
+        ),
+        (
+            "int cuInit(unsigned flags) { return 0; } int cuDeviceGetCount(int* n) { *n = 0; return 0; }",
+            [none, "open: cuda:7: the driver finds no device", "nvidia-smi"],
+        ),
+        (
+            "int cuInit(unsigned flags) { return 34; }",
+            ["NoDevice(\"CUDA_ERROR_STUB_LIBRARY\")", "open: cuda:7: the driver's library is", "lib64/stubs"],
+        ),
+    ] {
+        driver_is_reported(text, &parts);
+    }
 }
 
 #[test]
 fn cuda_devices_are_listed_by_name() {
-    let said = said_of_driver(
+    driver_is_reported(
         "int cuInit(unsigned flags) { return 0; }
          int cuDriverGetVersion(int* version) { *version = 12040; return 0; }
          int cuDeviceGetCount(int* n) { *n = 2; return 0; }
@@ -138,9 +132,6 @@ fn cuda_devices_are_listed_by_name() {
            return 0;
          }
          int cuDeviceTotalMem_v2(unsigned long* bytes, int device) { *bytes = 5000000000ul; return 0; }",
-    );
-    has(
-        &said,
         &[
             "name: \"Device A\", capability: (9, 0), memory: 5000000000",
             "name: \"Device B\", capability: (9, 1)",
@@ -164,14 +155,8 @@ fn cuda_libraries_are_found_in_the_folders_of_the_environment() {
         ("libcublasLt", "unsigned long cublasLtGetVersion(void) { return 130205; }"),
         ("libnvrtc", "int nvrtcVersion(int* major, int* minor) { *major = 13; *minor = 5; return 0; }"),
     ] {
-        let source = dir.path().join("library.c");
-        fs::write(&source, text).unwrap();
-        let built = Command::new(std::env::var_os("CC").unwrap_or("cc".into()))
-            .args(["-shared", "-fPIC", &format!("-Wl,-soname,{name}.so.13"), "-o"])
-            .args([&dir.path().join(format!("{name}.so.13")), &source])
-            .status()
-            .unwrap();
-        assert!(built.success(), "{text}");
+        let name = format!("{name}.so.13");
+        library(&dir.path().join(&name), &name, text);
     }
     let all = said(empty.path(), &[("DSMOE_CUDA_LIB_DIR", dir.path())]);
     has(&all, &["nvrtc: true, cublaslt: true } []", "Some((13, 5)) Some(130205)"]);

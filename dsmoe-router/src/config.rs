@@ -61,14 +61,8 @@ pub enum ZeroActive {
 impl RouterConfig {
     /// Makes the paper's router: threshold 0.5, sigmoid gates, no rescale, STE.
     pub fn new(num_experts: usize) -> RouterConfig {
-        RouterConfig {
-            num_experts,
-            threshold: 0.5,
-            gate_value: GateValue::Sigmoid,
-            rescale: Rescale::None,
-            zero_active: ZeroActive::Skip,
-            ste: true,
-        }
+        let (gate_value, rescale, zero_active) = (GateValue::Sigmoid, Rescale::None, ZeroActive::Skip);
+        RouterConfig { num_experts, threshold: 0.5, gate_value, rescale, zero_active, ste: true }
     }
 
     /// Checks the ranges of all fields.
@@ -77,18 +71,10 @@ impl RouterConfig {
     /// `num_experts` is 0 or over 65536, `threshold` is not in 0..=1.
     pub fn validate(&self) -> Result<()> {
         if !(1..=1 << 16).contains(&self.num_experts) {
-            return Err(Error::OutOfRange {
-                field: "num_experts",
-                found: self.num_experts.to_string(),
-                allowed: "1 to 65536".into(),
-            });
+            return Err(Error::range("num_experts", self.num_experts, "1 to 65536"));
         }
         if !(0.0..=1.0).contains(&self.threshold) {
-            return Err(Error::OutOfRange {
-                field: "threshold",
-                found: self.threshold.to_string(),
-                allowed: "a number from 0 to 1".into(),
-            });
+            return Err(Error::range("threshold", self.threshold, "a number from 0 to 1"));
         }
         Ok(())
     }
@@ -146,10 +132,8 @@ mod tests {
         check(&[GateValue::Sigmoid, GateValue::Binary]);
         check(&[Rescale::None, Rescale::Eq8]);
         check(&[ZeroActive::Skip, ZeroActive::ForceArgmax]);
-        assert_eq!(
-            "eq9".parse::<Rescale>().unwrap_err().to_string(),
-            "unknown rescale `eq9`; use none or eq8"
-        );
+        let error = "eq9".parse::<Rescale>().unwrap_err().to_string();
+        assert_eq!(error, "unknown rescale `eq9`; use none or eq8");
     }
 
     #[test]
@@ -164,10 +148,8 @@ mod tests {
     #[test]
     fn ranges_are_checked() {
         assert!(RouterConfig::new(8).validate().is_ok());
-        assert_eq!(
-            RouterConfig::new(0).validate().unwrap_err().to_string(),
-            "num_experts is 0; use 1 to 65536"
-        );
+        let error = RouterConfig::new(0).validate().unwrap_err().to_string();
+        assert_eq!(error, "num_experts is 0; use 1 to 65536");
         for threshold in [-0.1, 1.5, f32::NAN, f32::INFINITY] {
             let error = RouterConfig { threshold, ..RouterConfig::new(8) }.validate().unwrap_err();
             assert!(error.to_string().ends_with("use a number from 0 to 1"), "{error}");

@@ -64,12 +64,10 @@ impl BudgetController {
     /// `target` is not in 0..=1, `ramp_steps` is 0.
     pub fn new(target: f32, ramp_steps: u64) -> Result<BudgetController> {
         if !(0.0..=1.0).contains(&target) {
-            let allowed = "a share from 0 to 1".into();
-            return Err(Error::OutOfRange { field: "active target", found: target.to_string(), allowed });
+            return Err(Error::range("active target", target, "a share from 0 to 1"));
         }
         if ramp_steps == 0 {
-            let allowed = "a third of the steps of the run, 1 at least".into();
-            return Err(Error::OutOfRange { field: "ramp_steps", found: "0".into(), allowed });
+            return Err(Error::range("ramp_steps", 0, "a third of the steps of the run, 1 at least"));
         }
         let ramp_steps = ramp_steps as f64;
         Ok(BudgetController {

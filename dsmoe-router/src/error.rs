@@ -37,5 +37,12 @@ pub enum Error {
     },
 }
 
+impl Error {
+    /// Makes an [`Error::OutOfRange`].
+    pub fn range(field: &'static str, found: impl ToString, allowed: impl Into<String>) -> Error {
+        Error::OutOfRange { field, found: found.to_string(), allowed: allowed.into() }
+    }
+}
+
 /// Result of this crate.
 pub type Result<T> = std::result::Result<T, Error>;

@@ -40,15 +40,9 @@ pub struct Routing {
 
 impl Default for Routing {
     fn default() -> Routing {
-        Routing {
-            num_tokens: 0,
-            num_experts: 0,
-            offsets: vec![0],
-            tokens: Vec::new(),
-            coefficients: Vec::new(),
-            token_offsets: vec![0],
-            slots: Vec::new(),
-        }
+        let (offsets, token_offsets) = (vec![0], vec![0]);
+        let (tokens, coefficients, slots) = (Vec::new(), Vec::new(), Vec::new());
+        Routing { num_tokens: 0, num_experts: 0, offsets, tokens, coefficients, token_offsets, slots }
     }
 }
 

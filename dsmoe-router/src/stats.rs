@@ -109,13 +109,8 @@ impl RoutingStats {
     /// The counts are of another number of experts, or `layer` is not a layer.
     pub fn add_counts(&mut self, layer: usize, load: &[u64], histogram: &[u64]) {
         let layer = &mut self.layers[layer];
-        assert!(
-            load.len() == layer.load.len() && histogram.len() == layer.histogram.len(),
-            "routing stats: {} loads, {} counts for {} experts",
-            load.len(),
-            histogram.len(),
-            layer.load.len()
-        );
+        let (wanted, found) = (layer.load.len(), (load.len(), histogram.len()));
+        assert_eq!(found, (wanted, wanted + 1), "routing stats: loads and counts for {wanted} experts");
         layer.load.iter_mut().zip(load).for_each(|(a, b)| *a += b);
         layer.histogram.iter_mut().zip(histogram).for_each(|(a, b)| *a += b);
     }
@@ -135,9 +130,8 @@ impl RoutingStats {
     pub fn merge(&mut self, other: &RoutingStats) {
         let shape = (self.layers.len(), self.num_experts);
         assert_eq!(shape, (other.layers.len(), other.num_experts), "routing stats: (layers, experts)");
-        for (layer, other) in self.layers.iter_mut().zip(&other.layers) {
-            layer.load.iter_mut().zip(&other.load).for_each(|(a, b)| *a += b);
-            layer.histogram.iter_mut().zip(&other.histogram).for_each(|(a, b)| *a += b);
+        for (i, layer) in other.layers.iter().enumerate() {
+            self.add_counts(i, &layer.load, &layer.histogram);
         }
     }
 
@@ -178,8 +172,9 @@ impl RoutingStats {
         let tokens: u64 = self.layers.iter().map(LayerStats::tokens).sum();
         let zero: u64 = self.layers.iter().map(|layer| layer.histogram[0]).sum();
         let per_layer = |f: &dyn Fn(&LayerStats) -> f64| self.layers.iter().map(f).collect::<Vec<_>>();
-        let shares =
-            |counts: &[u64], of: u64| counts.iter().map(|&count| ratio(count, of)).collect::<Vec<_>>();
+        let shares = |layer: &LayerStats, counts: &[u64]| {
+            counts.iter().map(|&count| ratio(count, layer.tokens())).collect::<Vec<_>>()
+        };
         RoutingSummary {
             tokens: self.layers.first().map_or(0, LayerStats::tokens),
             active_ratio: self.active_ratio(),
@@ -187,12 +182,8 @@ impl RoutingStats {
             zero_active_share: ratio(zero, tokens),
             active_ratio_per_layer: per_layer(&|layer| ratio(layer.routed(), layer.tokens() * n)),
             zero_active_share_per_layer: per_layer(&|layer| ratio(layer.histogram[0], layer.tokens())),
-            active_histogram_per_layer: self
-                .layers
-                .iter()
-                .map(|l| shares(&l.histogram, l.tokens()))
-                .collect(),
-            load_per_layer: self.layers.iter().map(|layer| shares(&layer.load, layer.tokens())).collect(),
+            active_histogram_per_layer: self.layers.iter().map(|l| shares(l, &l.histogram)).collect(),
+            load_per_layer: self.layers.iter().map(|layer| shares(layer, &layer.load)).collect(),
             load_entropy_per_layer: per_layer(&LayerStats::load_entropy),
         }
     }

@@ -15,6 +15,7 @@
 //! The selection is held fixed in gradients; everything else is differentiated, H included. Sums are in f64.
 
 use ndarray::{Array2, ArrayView2, ArrayViewMut2};
+use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result, Routing};
 
@@ -23,7 +24,8 @@ const NOISE_FLOOR: f64 = 0.01;
 const CV2_FLOOR: f64 = 1e-10;
 
 /// Weights of the selected experts of a token.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Scores {
     /// The softmax over their logits (LLaMA-MoE).
     Softmax,
@@ -53,11 +55,7 @@ impl TopKConfig {
     /// `top_k` is not in 1..=num_experts.
     pub fn new(num_experts: usize, top_k: usize) -> Result<TopKConfig> {
         if !(1..=num_experts).contains(&top_k) {
-            return Err(Error::OutOfRange {
-                field: "top_k",
-                found: top_k.to_string(),
-                allowed: format!("1 to the number of experts, {num_experts}"),
-            });
+            return Err(Error::range("top_k", top_k, format!("1 to the number of experts, {num_experts}")));
         }
         let score_scale = num_experts as f32 / top_k as f32;
         Ok(TopKConfig { num_experts, top_k, num_residual: 0, scores: Scores::Softmax, score_scale })
@@ -122,25 +120,18 @@ pub fn noise_std(raw: ArrayView2<'_, f32>) -> Array2<f32> {
 /// # Panics
 /// The shapes do not fit; `top_k` is not in 1..=num_experts.
 pub fn route(config: &TopKConfig, logits: ArrayView2<'_, f32>, noise: Option<Noise<'_>>) -> TopKRouted {
-    let (num_tokens, n) = logits.dim();
-    let k = config.top_k;
-    assert!(
-        n == config.num_experts && (1..=n).contains(&k),
-        "topk::route: logits {:?} for {config:?}",
-        logits.dim()
-    );
-    let noisy = match noise {
+    let ((num_tokens, n), k) = (logits.dim(), config.top_k);
+    let fits = n == config.num_experts && (1..=n).contains(&k);
+    assert!(fits, "topk::route: logits [{num_tokens}, {n}] for {config:?}");
+    let noise = noise.map(|Noise { std, draws }| {
+        let dims = [std.dim(), draws.dim()];
+        assert!(dims == [logits.dim(); 2], "topk::route: logits [{num_tokens}, {n}], noise {dims:?}");
+        let [logits, std, draws] = [logits, std, draws].map(|values| values.mapv(f64::from));
+        NoisyLogits { logits, std, draws }
+    });
+    let noisy = match &noise {
         None => logits.mapv(f64::from),
-        Some(Noise { std, draws }) => {
-            assert!(
-                std.dim() == logits.dim() && draws.dim() == logits.dim(),
-                "topk::route: logits {:?}, noise std {:?}, draws {:?}",
-                logits.dim(),
-                std.dim(),
-                draws.dim()
-            );
-            logits.mapv(f64::from) + draws.mapv(f64::from) * std.mapv(f64::from)
-        }
+        Some(NoisyLogits { logits, std, draws }) => logits + draws * std,
     };
 
     let mut ranking = Array2::zeros((num_tokens, (k + 1).min(n)));
@@ -167,11 +158,6 @@ pub fn route(config: &TopKConfig, logits: ArrayView2<'_, f32>, noise: Option<Noi
         false => 1.0,
     });
 
-    let noise = noise.map(|Noise { std, draws }| NoisyLogits {
-        logits: logits.mapv(f64::from),
-        std: std.mapv(f64::from),
-        draws: draws.mapv(f64::from),
-    });
     let load = match &noise {
         Some(noise) if k < n => {
             let mut load = vec![0.0; n];
@@ -351,14 +337,6 @@ mod tests {
     }
 
     #[test]
-    fn balance_loss_of_one_expert_taking_all() {
-        let config = TopKConfig::new(2, 1).unwrap();
-        let routed = route(&config, array![[1.0, 0.0], [3.0, 0.0]].view(), None);
-        assert_eq!((routed.importance.clone(), routed.load.clone()), (vec![2.0, 0.0], vec![2.0, 0.0]));
-        assert!((0.01 * balance_loss(&routed) - 0.04).abs() < 1e-9);
-    }
-
-    #[test]
     fn load_estimate_by_hand() {
         let config = TopKConfig::new(2, 1).unwrap();
         let (ones, draws) = (array![[1.0, 1.0]], array![[1.0, -1.0]]);
@@ -370,24 +348,26 @@ mod tests {
     }
 
     #[test]
-    fn all_experts_with_even_scores_are_the_dense_layer_over_n() {
+    fn routes_by_hand() {
+        let one = TopKConfig::new(2, 1).unwrap();
+        let routed = route(&one, array![[1.0, 0.0], [3.0, 0.0]].view(), None);
+        assert_eq!((&routed.importance[..], &routed.load[..]), (&[2.0, 0.0][..], &[2.0, 0.0][..]));
+        assert!((0.01 * balance_loss(&routed) - 0.04).abs() < 1e-9);
+
+        // All experts with even scores are the dense layer over n.
         let config = TopKConfig { score_scale: 1.0, ..TopKConfig::new(4, 4).unwrap() };
         let routed = route(&config, Array2::zeros((3, 4)).view(), None);
         assert_eq!(routed.routing.coefficients, [0.25; 12]);
         assert_eq!(TopKConfig::new(4, 2).unwrap().score_scale, 2.0);
-    }
 
-    #[test]
-    fn residual_experts_serve_every_token_and_are_no_part_of_the_balance() {
+        // Residual experts serve every token and are no part of the balance.
         let config = TopKConfig { num_residual: 2, scores: Scores::One, ..TopKConfig::new(3, 1).unwrap() };
         let routed = route(&config, array![[0.0, 5.0, 1.0], [2.0, 1.0, 1.0]].view(), None);
         assert_eq!(routed.routing.offsets, [0, 1, 2, 2, 4, 6]);
         assert_eq!(routed.routing.coefficients, [3.0, 3.0, 1.0, 1.0, 1.0, 1.0]);
         assert_eq!((&routed.importance[..], &routed.load[..]), (&[1.0, 1.0, 0.0][..], &[1.0, 1.0, 0.0][..]));
-    }
 
-    #[test]
-    fn selects_the_largest_and_breaks_ties_by_index() {
+        // Among equals the first.
         let config = TopKConfig::new(3, 2).unwrap();
         let routed = route(&config, array![[0.0, 5.0, 1.0], [2.0, 2.0, 2.0]].view(), None);
         let selected = routed.scores.mapv(|p| p > 0.0);
@@ -431,23 +411,16 @@ mod tests {
             (5, 4, 2, Scores::One, 1, true, 1.0),
         ] {
             let config = TopKConfig { scores, num_residual, ..TopKConfig::new(n, k).unwrap() };
-            let make = |seed| Array2::from_shape_vec((num_tokens, n), normals(num_tokens * n, seed)).unwrap();
-            let (mut logits, draws) = (make(1), make(2));
-            let width = n + num_residual;
-            let dcoefficients =
-                Array2::from_shape_vec((num_tokens, width), normals(num_tokens * width, 3)).unwrap();
-            let mut std = noise_std(make(4).view());
+            let make = |width, seed| {
+                Array2::from_shape_vec((num_tokens, width), normals(num_tokens * width, seed)).unwrap()
+            };
+            let (mut logits, draws, dcoefficients) = (make(n, 1), make(n, 2), make(n + num_residual, 3));
+            let mut std = noise_std(make(n, 4).view());
             let noise = noisy.then_some(Noise { std: std.view(), draws: draws.view() });
             let routed = route(&config, logits.view(), noise);
             let (mut dlogits, mut dstd) = (Array2::zeros((num_tokens, n)), Array2::zeros((num_tokens, n)));
-            backward(
-                &config,
-                &routed,
-                dcoefficients.view(),
-                balance_weight,
-                dlogits.view_mut(),
-                Some(dstd.view_mut()),
-            );
+            let (dz, ds) = (dlogits.view_mut(), Some(dstd.view_mut()));
+            backward(&config, &routed, dcoefficients.view(), balance_weight, dz, ds);
             for (name, got, by_std) in [("dlogits", &dlogits, false), ("dstd", &dstd, true)] {
                 let mut want = Vec::new();
                 for at in ndarray::indices((num_tokens, n)) {

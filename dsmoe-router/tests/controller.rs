@@ -64,11 +64,9 @@ fn integrator_with_a_saturating_actuator_and_delay() {
                         share = share.clamp(0.0, 1.0);
                         share
                     });
-                    check(
-                        &mut failures,
-                        format!("target {target} start {start} speed {speed} push {push} delay {delay}"),
-                        &outcome,
-                    );
+                    let name =
+                        format!("target {target} start {start} speed {speed} push {push} delay {delay}");
+                    check(&mut failures, name, &outcome);
                 }
             }
         }
@@ -133,11 +131,8 @@ fn gates_trained_by_adam() {
                     let mut setup = Rng::new(2, 0);
                     let mut gates = Gates::new(logit, learning_rate, noise, &mut setup);
                     let outcome = run(target, steps, 1, 3, |weight, rng| gates.train(weight, rng));
-                    check(
-                        &mut failures,
-                        format!("target {target} logit {logit} lr {learning_rate} noise {noise}"),
-                        &outcome,
-                    );
+                    let name = format!("target {target} logit {logit} lr {learning_rate} noise {noise}");
+                    check(&mut failures, name, &outcome);
                 }
             }
         }
@@ -152,8 +147,8 @@ fn resume_is_bit_exact() {
     for _ in 0..50 {
         controller.update(0.4 + 0.3 * rng.uniform());
     }
-    let mut resumed: BudgetController =
-        serde_json::from_str(&serde_json::to_string(&controller).unwrap()).unwrap();
+    let text = serde_json::to_string(&controller).unwrap();
+    let mut resumed: BudgetController = serde_json::from_str(&text).unwrap();
     for _ in 0..50 {
         let share = rng.uniform();
         assert_eq!(controller.update(share).to_bits(), resumed.update(share).to_bits());
@@ -186,8 +181,5 @@ fn a_share_held_far_from_the_target_is_pushed_as_hard_wherever_the_run_began() {
         weights.last().unwrap() - early
     };
     let (far, beside) = (growth(0.575), growth(0.38));
-    assert!(
-        far > 1.0 && beside > 0.95 * far,
-        "weight grows by {far} from afar, {beside} from beside the target"
-    );
+    assert!(far > 1.0 && beside > 0.95 * far, "weight grows by {far} from afar, {beside} from beside");
 }

@@ -16,12 +16,8 @@ struct Print;
 impl Observer for Print {
     fn step(&mut self, record: &StepRecord) {
         let active = record.activation_ratio.unwrap_or(1.0);
-        println!(
-            "step {:2}: loss {:.3}, {:.0} % of experts active",
-            record.step,
-            record.lm_loss,
-            100.0 * active
-        );
+        let StepRecord { step, lm_loss, .. } = record;
+        println!("step {step:2}: loss {lm_loss:.3}, {:.0} % of experts active", 100.0 * active);
     }
 }
 
@@ -32,16 +28,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     // A dense model with random weights, cut into four experts.
     let texts: Vec<String> = World::new(0).documents(Domain::Stories, 200_000).collect();
     let vocab = train_bpe(texts.iter().cloned(), 512, dir.path())?;
-    let sizes = LlamaSizes {
-        vocab,
-        hidden: 32,
-        intermediate: 64,
-        layers: 2,
-        heads: 4,
-        kv_heads: 2,
-        positions: 64,
-        bos_eos: [0, 1],
-    };
+    let (hidden, intermediate, layers, heads, kv_heads, positions) = (32, 64, 2, 4, 2, 64);
+    let bos_eos = [0, 1];
+    let sizes = LlamaSizes { vocab, hidden, intermediate, layers, heads, kv_heads, positions, bos_eos };
     init(&sizes.config()?, &dense, &InitOptions::default(), &mut |_| {})?;
     convert(&dense, &source, &ConvertOptions::new(4), &mut |_| {})?;
 

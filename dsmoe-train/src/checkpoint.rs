@@ -74,22 +74,18 @@ pub(crate) struct State {
 impl State {
     /// Checks that a run of `self` may continue as the run of `now`: same model, data and fixed settings.
     pub(crate) fn check(&self, path: &Path, now: &State) -> Result<()> {
-        let same = |field: &str, saved: &str, now: &str, help: &'static str| match saved == now {
+        let same = |field: &str, saved: String, now: String, help: &'static str| match saved == now {
             true => Ok(()),
-            false => Err(Error::ResumeMismatch {
-                path: path.join(STATE_FILE),
-                field: field.to_owned(),
-                saved: saved.to_owned(),
-                now: now.to_owned(),
-                help: help.into(),
-            }),
+            false => {
+                let path = path.join(STATE_FILE);
+                Err(Error::ResumeMismatch { path, field: field.to_owned(), saved, now, help: help.into() })
+            }
         };
         let short = |sha: &str| sha.chars().take(12).collect::<String>();
-        let (saved, wanted) = (short(&self.model_sha256), short(&now.model_sha256));
         let help = "give the model this run started from, or another {out}";
-        same("the starting model", &saved, &wanted, help)?;
-        let (saved, wanted) = (short(&self.data_sha256), short(&now.data_sha256));
-        same("the text", &saved, &wanted, "give the data this run started with, or another {out}")?;
+        same("the starting model", short(&self.model_sha256), short(&now.model_sha256), help)?;
+        let help = "give the data this run started with, or another {out}";
+        same("the text", short(&self.data_sha256), short(&now.data_sha256), help)?;
         let fields = |state: &State| match serde_json::to_value(&state.config) {
             Ok(Value::Object(fields)) => fields,
             _ => Map::new(),
@@ -97,7 +93,7 @@ impl State {
         let (saved, wanted) = (fields(self), fields(now));
         for (field, wanted) in wanted.iter().filter(|(field, _)| !FREE.contains(&&field[..])) {
             let saved = saved.get(field).unwrap_or(&Value::Null).to_string();
-            same(field, &saved, &wanted.to_string(), "use the old value, or another {out}")?;
+            same(field, saved, wanted.to_string(), "use the old value, or another {out}")?;
         }
         Ok(())
     }
@@ -150,25 +146,13 @@ pub(crate) fn list(dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
     Ok(found)
 }
 
-/// Writes the checkpoint of `state.step` to `dir`. Then removes all but the newest `keep`, those of later steps (of a
+/// Writes the checkpoint of `state.step` to `dir`. Then removes all but the newest ones to keep, those of later steps (of a
 /// run that was resumed before them), and the rest of an interrupted write.
-pub(crate) fn save(
-    dir: &Path,
-    state: &State,
-    model: &Model,
-    optimizer: &AdamW,
-    keep: usize,
-) -> Result<PathBuf> {
+pub(crate) fn save(dir: &Path, state: &State, model: &Model, optimizer: &AdamW) -> Result<PathBuf> {
     fs::create_dir_all(dir).map_err(Error::io(dir))?;
     let path = dir.join(dir_name(state.step));
     let temporary = dir.join(format!(".{}.tmp", dir_name(state.step)));
-    files::fresh_dir(&temporary)?;
-    let written = write(&temporary, state, model, optimizer);
-    if let Err(error) = written {
-        // Frees the disk; the error that matters is the first one.
-        drop(files::remove_dir(&temporary));
-        return Err(error);
-    }
+    files::fill_dir(&temporary, |temporary| write(temporary, state, model, optimizer))?;
     files::remove_dir(&path)?;
     fs::rename(&temporary, &path).map_err(Error::io(&path))?;
     files::sync_dir(dir)?;
@@ -176,7 +160,7 @@ pub(crate) fn save(
     let mut kept = 0;
     for (step, old) in list(dir)? {
         kept += usize::from(step <= state.step);
-        if step > state.step || kept > keep {
+        if step > state.step || kept > state.config.keep {
             files::remove_dir(&old)?;
         }
     }
@@ -213,15 +197,13 @@ fn write(dir: &Path, state: &State, model: &Model, optimizer: &AdamW) -> Result<
 pub(crate) fn read_state(path: &Path) -> Result<State> {
     let file = path.join(STATE_FILE);
     let text = fs::read_to_string(&file).map_err(Error::io(&file))?;
-    let bad = |message: String| Error::BadCheckpoint { path: file.clone(), message };
-    let version = serde_json::from_str::<Value>(&text).map_err(|cause| bad(cause.to_string()))?;
-    match version.get("format_version").and_then(Value::as_u64) {
-        Some(version) if version == u64::from(FORMAT_VERSION) => {}
-        version => {
-            return Err(bad(format!("format_version is {version:?}, this program reads {FORMAT_VERSION}")));
-        }
+    let bad = |message: String| Error::checkpoint(&file, message);
+    let json: Value = serde_json::from_str(&text).map_err(|cause| bad(cause.to_string()))?;
+    let version = json.get("format_version").and_then(Value::as_u64);
+    if version != Some(FORMAT_VERSION.into()) {
+        return Err(bad(format!("format_version is {version:?}, this program reads {FORMAT_VERSION}")));
     }
-    let state: State = serde_json::from_str(&text).map_err(|cause| bad(cause.to_string()))?;
+    let state: State = serde_json::from_value(json).map_err(|cause| bad(cause.to_string()))?;
     let config = state.config.clone().resolve()?;
     let samples = (config.batch * config.accumulate) as u64;
     let counts = (state.step.checked_mul(config.tokens_per_step()), state.step.checked_mul(samples));
@@ -236,12 +218,10 @@ pub(crate) fn read_state(path: &Path) -> Result<State> {
 pub(crate) fn load(path: &Path, layout: &Layout, masks: Option<&Masks>) -> Result<(Model, AdamW)> {
     let model = Model::load(path)?;
     if model.layout().entries() != layout.entries() {
-        let message = "its tensors are not those of the starting model".to_owned();
-        return Err(Error::BadCheckpoint { path: path.to_path_buf(), message });
+        return Err(Error::checkpoint(path, "its tensors are not those of the starting model"));
     }
     if model.masks() != masks {
-        let message = "its masks are not those of the starting model".to_owned();
-        return Err(Error::BadCheckpoint { path: path.to_path_buf(), message });
+        return Err(Error::checkpoint(path, "its masks are not those of the starting model"));
     }
     let moments = Checkpoint::open_file(&path.join(OPTIMIZER_FILE))?;
     let mut optimizer = AdamW::new(layout);

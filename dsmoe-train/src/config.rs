@@ -201,15 +201,13 @@ impl TrainConfig {
     /// # Errors
     /// No `=`, an unknown key, or a value of the wrong type.
     pub fn set(&mut self, setting: &str) -> Result<()> {
-        let Some((key, value)) = setting.split_once('=').map(|(key, value)| (key.trim(), value.trim()))
-        else {
+        let Some((key, value)) = setting.split_once('=') else {
             let message = "no `=`; write key=value, such as lr=3e-4".to_owned();
             return Err(Error::Setting { setting: setting.to_owned(), message });
         };
-        let parsed =
-            format!("value = {value}").parse::<toml::Table>().ok().and_then(|mut t| t.remove("value"));
-        let value = parsed.unwrap_or_else(|| toml::Value::String(value.to_owned()));
-        self.insert(key, value, setting)
+        let parsed = format!("value = {value}").parse::<toml::Table>().ok();
+        let parsed = parsed.and_then(|mut table| table.remove("value"));
+        self.insert(key.trim(), parsed.unwrap_or_else(|| value.trim().into()), setting)
     }
 
     /// Overrides the settings that `table` names. Of two keys that exclude each other the one set last holds.
@@ -231,10 +229,8 @@ impl TrainConfig {
         };
         table.remove(excluded);
         table.insert(key.to_owned(), value);
-        *self = table.try_into().map_err(|cause: toml::de::Error| Error::Setting {
-            setting: shown.to_owned(),
-            message: one_line(cause.message()),
-        })?;
+        let wrong = |message: String| Error::Setting { setting: shown.to_owned(), message };
+        *self = table.try_into().map_err(|cause: toml::de::Error| wrong(one_line(cause.message())))?;
         Ok(())
     }
 
@@ -323,13 +319,9 @@ impl TrainConfig {
 
     /// Returns the learning rate of every step, of a resolved configuration.
     pub fn schedule(&self) -> Schedule {
-        Schedule {
-            lr: self.lr,
-            min_lr_ratio: self.min_lr_ratio,
-            warmup_steps: self.warmup_steps.unwrap_or(0),
-            steps: self.steps.unwrap_or(0),
-            decay: self.schedule,
-        }
+        let TrainConfig { lr, min_lr_ratio, schedule: decay, .. } = *self;
+        let [warmup_steps, steps] = [self.warmup_steps, self.steps].map(Option::unwrap_or_default);
+        Schedule { lr, min_lr_ratio, warmup_steps, steps, decay }
     }
 
     /// Returns how a text is split into training and held-out text.
@@ -418,10 +410,8 @@ mod tests {
             (vec!["valid_fraction=0", "eval_every=5"], ["eval_every", "valid_fraction above 0"]),
         ] {
             let message = with(&settings).unwrap_err().to_string();
-            assert!(
-                wanted.iter().all(|part| message.contains(part)) && message.lines().count() == 1,
-                "{message}"
-            );
+            assert!(wanted.iter().all(|part| message.contains(part)), "{message}");
+            assert_eq!(message.lines().count(), 1, "{message}");
         }
         let none = TrainConfig::default().resolve().unwrap_err().to_string();
         assert_eq!(none, "steps is not set; use steps N or tokens N");
@@ -461,8 +451,7 @@ mod tests {
             assert!(message.contains("run.toml") && message.contains(wanted), "{message}");
             assert_eq!(message.lines().count(), 1, "{message}");
         }
-        assert!(
-            TrainConfig::from_toml(&dir.path().join("no.toml")).unwrap_err().to_string().contains("no.toml")
-        );
+        let missing = TrainConfig::from_toml(&dir.path().join("no.toml")).unwrap_err().to_string();
+        assert!(missing.contains("no.toml"), "{missing}");
     }
 }

@@ -74,29 +74,17 @@ pub enum Error {
         cause: rayon::ThreadPoolBuildError,
     },
     /// The output directory is not empty.
-    #[error("{path} is not empty; {}", NOT_EMPTY)]
-    OutNotEmpty {
-        /// The output directory.
-        path: PathBuf,
-    },
+    #[error("{0} is not empty; {help}", help = NOT_EMPTY)]
+    OutNotEmpty(PathBuf),
     /// Starting over would remove the model that is to be trained.
-    #[error("{path} holds the model to train; {}", ANOTHER_OUT)]
-    OutHoldsSource {
-        /// The output directory.
-        path: PathBuf,
-    },
+    #[error("{0} holds the model to train; {help}", help = ANOTHER_OUT)]
+    OutHoldsSource(PathBuf),
     /// Another process is writing the run.
-    #[error("{path} is in use by another run; {}", WAIT)]
-    Busy {
-        /// The output directory.
-        path: PathBuf,
-    },
+    #[error("{0} is in use by another run; {help}", help = WAIT)]
+    Busy(PathBuf),
     /// A run is to be resumed or started over in a directory that is no run.
-    #[error("{path} is not empty and holds no run; {}", ANOTHER_OUT)]
-    NotARun {
-        /// The output directory.
-        path: PathBuf,
-    },
+    #[error("{0} is not empty and holds no run; {help}", help = ANOTHER_OUT)]
+    NotARun(PathBuf),
     /// The run directory was started with another model, text or setting.
     #[error("{path}: {field} was {saved} and is now {now}; {help}")]
     ResumeMismatch {
@@ -136,11 +124,8 @@ pub enum Error {
         line: usize,
     },
     /// A file of responses of another model, or made with other settings.
-    #[error("{path}: the responses of another model or of other settings; {}", RESPONSES)]
-    OtherResponses {
-        /// The file.
-        path: PathBuf,
-    },
+    #[error("{0}: the responses of another model or of other settings; {help}", help = RESPONSES)]
+    OtherResponses(PathBuf),
     /// A NaN or an infinity.
     #[error("step {step}: {place} is not finite; stopped, {intact}; {}", LR)]
     NonFinite {
@@ -163,6 +148,11 @@ impl Error {
         move |cause| Error::Io { path, cause }
     }
 
+    /// Makes an [`Error::BadCheckpoint`].
+    pub(crate) fn checkpoint(path: &Path, message: impl Into<String>) -> Error {
+        Error::BadCheckpoint { path: path.to_path_buf(), message: message.into() }
+    }
+
     pub(crate) fn field(field: &'static str, found: impl ToString, allowed: impl Into<Remedy>) -> Error {
         Error::Field { field, found: found.to_string(), allowed: allowed.into() }
     }
@@ -173,12 +163,12 @@ impl Error {
             Error::Data(error) => error.help(),
             Error::Field { allowed: help, .. } | Error::ResumeMismatch { help, .. } => Some(help),
             Error::Threads { .. } => Some(&THREADS),
-            Error::OutNotEmpty { .. } => Some(&NOT_EMPTY),
-            Error::OutHoldsSource { .. } | Error::NotARun { .. } => Some(&ANOTHER_OUT),
-            Error::Busy { .. } => Some(&WAIT),
+            Error::OutNotEmpty(_) => Some(&NOT_EMPTY),
+            Error::OutHoldsSource(_) | Error::NotARun(_) => Some(&ANOTHER_OUT),
+            Error::Busy(_) => Some(&WAIT),
             Error::BadCheckpoint { .. } => Some(&CHECKPOINT),
             Error::BadResponses { .. } => Some(&BROKEN_RESPONSES),
-            Error::OtherResponses { .. } => Some(&RESPONSES),
+            Error::OtherResponses(_) => Some(&RESPONSES),
             Error::NonFinite { .. } => Some(&LR),
             _ => None,
         }
@@ -186,9 +176,6 @@ impl Error {
 
     /// Returns the setting with whose name the message begins, if it is about one.
     pub fn setting(&self) -> Option<&'static str> {
-        match self {
-            Error::Data(error) => error.setting(),
-            _ => None,
-        }
+        if let Error::Data(error) = self { error.setting() } else { None }
     }
 }

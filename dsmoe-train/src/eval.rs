@@ -157,6 +157,15 @@ pub fn evaluate_domains(
     let layers = reports[0].1.active_ratio_per_layer.as_ref().map(Vec::len);
     let layer = |at: usize| mean_of(&|report| report.active_ratio_per_layer.as_ref()?.get(at).copied());
     let nll = mean(&|report| report.nll);
+    let part = |(domain, (share, report)): (&&Domain<'_>, &(f64, EvalReport))| DomainReport {
+        name: domain.name.to_owned(),
+        share: *share,
+        tokens: report.tokens,
+        predicted: report.predicted,
+        nll: report.nll,
+        ppl: report.ppl,
+        active_ratio: report.active_ratio,
+    };
     let seconds: f64 = reports.iter().map(|(_, report)| report.seconds).sum();
     let run: f64 = reports.iter().map(|(_, report)| report.tokens_per_s * report.seconds).sum();
     Ok(EvalReport {
@@ -172,19 +181,7 @@ pub fn evaluate_domains(
         flops_per_token: mean(&|report| report.flops_per_token),
         tokens_per_s: run / seconds.max(1e-9),
         seconds,
-        domains: domains
-            .iter()
-            .zip(&reports)
-            .map(|(domain, (share, report))| DomainReport {
-                name: domain.name.to_owned(),
-                share: *share,
-                tokens: report.tokens,
-                predicted: report.predicted,
-                nll: report.nll,
-                ppl: report.ppl,
-                active_ratio: report.active_ratio,
-            })
-            .collect(),
+        domains: domains.iter().zip(&reports).map(part).collect(),
     })
 }
 
@@ -245,12 +242,8 @@ fn measure(
             predicted += window.end - window.first_target;
         }
         losses.resize(inputs.len(), 0.0f32);
-        model.score(
-            &mut losses,
-            Batch { inputs: &inputs, targets: &targets, seq: len },
-            stats.as_mut(),
-            &mut workspace,
-        )?;
+        let tokens = Batch { inputs: &inputs, targets: &targets, seq: len };
+        model.score(&mut losses, tokens, stats.as_mut(), &mut workspace)?;
         nll_sum += losses.iter().map(|&loss| f64::from(loss)).sum::<f64>();
         if let Some(detail) = &mut detail {
             let active = stats.as_ref().map_or(&[][..], |stats| &stats.active_of_tokens()[run..]);

@@ -28,15 +28,17 @@ pub(crate) fn sync_dir(dir: &Path) -> Result<()> {
 pub(crate) fn lock_dir(dir: &Path) -> Result<Option<File>> {
     fs::create_dir_all(dir).map_err(Error::io(dir))?;
     files::lock_dir(dir).map_err(|cause| match cause.kind() {
-        io::ErrorKind::WouldBlock => Error::Busy { path: dir.to_path_buf() },
+        io::ErrorKind::WouldBlock => Error::Busy(dir.to_path_buf()),
         _ => Error::io(dir)(cause),
     })
 }
 
-/// Makes `dir` an empty directory.
-pub(crate) fn fresh_dir(dir: &Path) -> Result<()> {
+/// Makes `dir` anew and fills it with `write`. Removes it where that fails.
+pub(crate) fn fill_dir(dir: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     remove_dir(dir)?;
-    fs::create_dir_all(dir).map_err(Error::io(dir))
+    fs::create_dir_all(dir).map_err(Error::io(dir))?;
+    // Frees the disk; the error that matters is the first one.
+    write(dir).inspect_err(|_| drop(remove_dir(dir)))
 }
 
 /// Removes `dir` and all in it, if it is there.

@@ -118,22 +118,13 @@ impl Metrics {
 
 /// Returns a step as a line of the file.
 pub(crate) fn step_line(record: &StepRecord) -> Value {
-    let numbers =
-        [record.loss, record.lm_loss, record.lr, record.grad_norm, record.tokens_per_s, record.wall_s];
-    let routing = [
-        record.sparsity_loss,
-        record.balance_loss,
-        record.router_grad_norm,
-        record.activation_ratio,
-        record.zero_active_share,
-        record.load_entropy,
-        record.sparsity_weight,
-    ];
-    let finite =
-        numbers.iter().chain(routing.iter().flatten()).chain(&record.layer_activation).all(|x| x.is_finite());
     // serde_json writes a number that is not finite as null.
     let mut value = serde_json::to_value(record).expect("a record of numbers is JSON");
-    if let (false, Value::Object(map)) = (finite, &mut value) {
+    let null =
+        |value: &Value| value.is_null() || value.as_array().is_some_and(|all| all.contains(&Value::Null));
+    if let Value::Object(map) = &mut value
+        && map.values().any(null)
+    {
         map.insert("nan".to_owned(), Value::Bool(true));
     }
     value
@@ -169,10 +160,8 @@ mod tests {
     fn a_number_that_is_not_finite_is_null_and_flagged() {
         let record = StepRecord { step: 3, loss: f64::NAN, lm_loss: 1.5, ..StepRecord::default() };
         let line = step_line(&record);
-        assert_eq!(
-            (&line["loss"], &line["lm_loss"], &line["nan"]),
-            (&Value::Null, &json!(1.5), &json!(true))
-        );
+        let found = (&line["loss"], &line["lm_loss"], &line["nan"]);
+        assert_eq!(found, (&Value::Null, &json!(1.5), &json!(true)));
         assert!(line.get("activation_ratio").is_none());
         let line = step_line(&StepRecord { activation_ratio: Some(0.5), ..StepRecord::default() });
         assert_eq!((&line["activation_ratio"], line.get("nan")), (&json!(0.5), None));
@@ -190,13 +179,14 @@ mod tests {
         };
         let head = "{\"format_version\":1}\n";
         let steps = "{\"step\":1}\n{\"step\":2}\n{\"step\":2,\"eval_nll\":1}\n";
-        assert_eq!(
-            resumed(&format!("{head}{steps}{{\"step\":3}}\n"), 2),
-            format!("{head}{steps}{{\"step\":99}}\n")
-        );
-        assert_eq!(resumed(&format!("{head}{steps}{{\"st"), 5), format!("{head}{steps}{{\"step\":99}}\n"));
-        assert_eq!(resumed(&format!("{head}{{\"step\":3}}\n"), 0), format!("{head}{{\"step\":99}}\n"));
-        assert_eq!(resumed("{\"form", 4), format!("{head}{{\"step\":99}}\n"));
+        for (text, step, kept) in [
+            (format!("{head}{steps}{{\"step\":3}}\n"), 2, steps),
+            (format!("{head}{steps}{{\"st"), 5, steps),
+            (format!("{head}{{\"step\":3}}\n"), 0, ""),
+            ("{\"form".to_owned(), 4, ""),
+        ] {
+            assert_eq!(resumed(&text, step), format!("{head}{kept}{{\"step\":99}}\n"), "{text}");
+        }
         std::fs::remove_file(&path).unwrap();
         Metrics::resume(&path, 4, &header).unwrap();
         assert_eq!(std::fs::read_to_string(&path).unwrap(), head);

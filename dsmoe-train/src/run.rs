@@ -19,11 +19,12 @@ use dsmoe_core::{Device, Inference, Model};
 use dsmoe_datasets::mixture::UNNAMED;
 use dsmoe_datasets::overlap::TokenTexts;
 use dsmoe_datasets::{Interleaving, Mixture, TokenSource, TokenStream};
-use dsmoe_router::{BudgetController, SparsityOver};
+use dsmoe_router::{BudgetController, RoutingSummary, SparsityOver};
 use serde_json::{Value, json};
 
 use crate::checkpoint::{self, FORMAT_VERSION, State};
 use crate::config::{Budget, NearDuplicates, TrainConfig};
+use crate::engine::StepResult;
 use crate::error::{Error, Result};
 use crate::eval::{Domain, EvalOptions, EvalReport, evaluate_domains};
 use crate::files;
@@ -58,14 +59,8 @@ pub struct RunOptions {
 impl RunOptions {
     /// Starts a new run of the model in `source` into the empty directory `out`, on the processor, to its end.
     pub fn new(source: &Path, out: &Path) -> RunOptions {
-        RunOptions {
-            out: out.to_path_buf(),
-            source: source.to_path_buf(),
-            resume: false,
-            force: false,
-            stop_after: None,
-            device: Device::Cpu,
-        }
+        let (out, source, device) = (out.to_path_buf(), source.to_path_buf(), Device::Cpu);
+        RunOptions { out, source, resume: false, force: false, stop_after: None, device }
     }
 }
 
@@ -114,7 +109,6 @@ pub enum Outcome {
 
 /// A run that is ready to start or resume.
 pub struct Trainer {
-    config: TrainConfig,
     options: RunOptions,
     model: Model,
     mixture: Mixture,
@@ -161,7 +155,7 @@ impl Trainer {
             controller,
             model_sha256: checkpoint::model_identity(&model),
             data_sha256: checkpoint::data_identity(&data.sources)?,
-            config: config.clone(),
+            config,
         };
         let lock = prepare_directory(&options)?;
 
@@ -173,12 +167,11 @@ impl Trainer {
             true => load_newest(&options.out, model, &mut state, wished_warmup, &mut notes)?,
             false => (model, None),
         };
-        config = state.config.clone();
         let saved = optimizer.as_ref().map(|_| state.step);
         let optimizer = optimizer.unwrap_or_else(|| AdamW::new(model.layout()));
 
         let origin = made_for.map_or("", |_| "# active_target is the model's own.\n");
-        let resolved = format!("{origin}{}", config.to_toml());
+        let resolved = format!("{origin}{}", state.config.to_toml());
         files::replace(&options.out.join(CONFIG_FILE), resolved.as_bytes())?;
         let header = header(&model, &mixture, &state);
         let path = options.out.join(METRICS_FILE);
@@ -187,9 +180,8 @@ impl Trainer {
             None => Metrics::create(&path, &header)?,
         };
         let events = EventWriter::create(&options.out, options.resume.then_some(state.step))?;
-        let stepper = Stepper::new(&model, optimizer, &config, options.device)?;
+        let stepper = Stepper::new(&model, optimizer, &state.config, options.device)?;
         Ok(Trainer {
-            config,
             options,
             model,
             mixture,
@@ -207,7 +199,7 @@ impl Trainer {
 
     /// Returns the resolved configuration.
     pub fn config(&self) -> &TrainConfig {
-        &self.config
+        &self.state.config
     }
 
     /// Returns the model in its present state.
@@ -252,7 +244,7 @@ impl Trainer {
         for note in self.notes.drain(..) {
             observer.note(&note);
         }
-        let total = self.config.steps.unwrap_or(0);
+        let total = self.state.config.steps.unwrap_or(0);
         if self.state.step >= total {
             observer.note(&format!("all {total} steps are done; writing the trained model"));
             self.write_final()?;
@@ -266,10 +258,10 @@ impl Trainer {
             observer.step(&record);
             let step = self.state.step;
             let due = |every: Option<u64>| every.is_some_and(|every| step.is_multiple_of(every));
-            if due(self.config.eval_every) || step == total {
+            if due(self.state.config.eval_every) || step == total {
                 self.evaluate_held_out(observer)?;
             }
-            if due(self.config.save_every) {
+            if due(self.state.config.save_every) {
                 self.save(observer)?;
             }
         }
@@ -287,44 +279,44 @@ impl Trainer {
         if stop.load(Ordering::Relaxed) {
             return Ok(None);
         }
-        let over = match self.config.budget() {
-            Budget::Weight(_) => SparsityOver::Active,
-            Budget::Target(_) => SparsityOver::All,
+        let (over, penalty): (_, fn(&StepResult) -> f64) = match self.state.config.budget() {
+            Budget::Weight(_) => (SparsityOver::Active, |result| result.sparsity_loss),
+            Budget::Target(_) => (SparsityOver::All, |result| result.mean_gate),
         };
         let sparsity = (self.state.sparsity_weight, over);
         let step = self.state.step;
-        let text = StepText { mixture: &self.mixture, order: &mut self.order, config: &self.config, step };
+        let config = &self.state.config;
+        let text = StepText { mixture: &self.mixture, order: &mut self.order, config, step };
         let result = self.stepper.take(&mut self.model, text, sparsity, stop)?;
         let Some(result) = result else { return Ok(None) };
 
         let routing = self.stepper.engine.stats().map(|stats| stats.summary());
         let routed = routing.is_some();
-        let penalty = match over {
-            SparsityOver::Active => result.sparsity_loss,
-            SparsityOver::All => result.mean_gate,
-        };
-        let step_tokens = self.config.tokens_per_step();
+        let step_tokens = self.state.config.tokens_per_step();
+        let shares = |of: fn(&RoutingSummary) -> f64| routing.as_ref().map(of);
         let mut record = StepRecord {
             step: step + 1,
             tokens: self.state.tokens + step_tokens,
-            loss: result.lm_loss + result.balance_loss + f64::from(self.state.sparsity_weight) * penalty,
+            loss: result.lm_loss
+                + result.balance_loss
+                + f64::from(self.state.sparsity_weight) * penalty(&result),
             lm_loss: result.lm_loss,
             sparsity_loss: routed.then_some(result.sparsity_loss),
             balance_loss: self.model.config().ffn.as_ref().map(|_| result.balance_loss),
-            lr: self.config.schedule().lr_at(step),
+            lr: self.state.config.schedule().lr_at(step),
             grad_norm: result.norms.all,
             router_grad_norm: routed.then_some(result.norms.router),
             sparsity_weight: routed.then_some(f64::from(self.state.sparsity_weight)),
+            activation_ratio: shares(|routing| routing.active_ratio),
+            zero_active_share: shares(|routing| routing.zero_active_share),
+            load_entropy: shares(|routing| {
+                let entropies = &routing.load_entropy_per_layer;
+                entropies.iter().sum::<f64>() / entropies.len().max(1) as f64
+            }),
+            layer_activation: routing.as_ref().map_or(Vec::new(), |r| r.active_ratio_per_layer.clone()),
             rss_bytes: resident_bytes(),
             ..StepRecord::default()
         };
-        if let Some(routing) = &routing {
-            record.activation_ratio = Some(routing.active_ratio);
-            record.layer_activation = routing.active_ratio_per_layer.clone();
-            record.zero_active_share = Some(routing.zero_active_share);
-            let entropies = &routing.load_entropy_per_layer;
-            record.load_entropy = Some(entropies.iter().sum::<f64>() / entropies.len().max(1) as f64);
-        }
         record.tokens_per_s = step_tokens as f64 / began.elapsed().as_secs_f64().max(1e-9);
         record.wall_s = started.elapsed().as_secs_f64();
         self.metrics.line(&step_line(&record))?;
@@ -339,7 +331,8 @@ impl Trainer {
         }
         self.state.step = record.step;
         self.state.tokens = record.tokens;
-        self.state.data_cursor = record.step * (self.config.batch * self.config.accumulate) as u64;
+        self.state.data_cursor =
+            record.step * (self.state.config.batch * self.state.config.accumulate) as u64;
         Ok(Some(record))
     }
 
@@ -372,10 +365,10 @@ impl Trainer {
             return Ok(());
         }
         // A window of `seq` predicted tokens, as in training.
-        let seq = (self.config.seq + 1).max(2);
+        let seq = (self.state.config.seq + 1).max(2);
         self.stepper.engine.fetch(&mut self.model)?;
         self.stepper.engine.release();
-        let model = Inference::new_on(&self.model, self.config.dtype, self.options.device)?;
+        let model = Inference::new_on(&self.model, self.state.config.dtype, self.options.device)?;
         let report = evaluate_domains(&model, &domains, EvalOptions::new(seq), &mut |_, _| {})?;
         let step = self.state.step;
         self.metrics.line(&eval_line(step, &report))?;
@@ -406,13 +399,7 @@ impl Trainer {
         }
         self.metrics.sync()?;
         let dir = self.options.out.join(CHECKPOINTS);
-        let path = checkpoint::save(
-            &dir,
-            &self.state,
-            &self.model,
-            self.stepper.engine.optimizer(),
-            self.config.keep,
-        )?;
+        let path = checkpoint::save(&dir, &self.state, &self.model, self.stepper.engine.optimizer())?;
         self.saved = Some(self.state.step);
         observer.saved(self.state.step, &path);
         Ok(())
@@ -422,13 +409,10 @@ impl Trainer {
     fn write_final(&self) -> Result<()> {
         let out = &self.options.out;
         let temporary = out.join(FINAL_TEMPORARY);
-        files::fresh_dir(&temporary)?;
-        let written = self.write_model(&temporary);
-        if let Err(error) = written {
-            // Frees the disk; the error that matters is the first one.
-            drop(files::remove_dir(&temporary));
-            return Err(error);
-        }
+        files::fill_dir(&temporary, |dir| {
+            self.model.save(dir, Dtype::F32)?;
+            Ok(copy_companions(&self.options.source, dir)?)
+        })?;
         let mut names = files::names(&temporary)?;
         names.sort_by_key(|name| name == "config.json");
         for name in names {
@@ -437,11 +421,6 @@ impl Trainer {
         }
         files::sync_dir(out)?;
         files::remove_dir(&temporary)
-    }
-
-    fn write_model(&self, dir: &Path) -> Result<()> {
-        self.model.save(dir, Dtype::F32)?;
-        Ok(copy_companions(&self.options.source, dir)?)
     }
 
     fn non_finite(&self, place: String) -> Error {
@@ -477,11 +456,10 @@ fn near_duplicates<'a>(data: &'a TrainData, config: &mut TrainConfig) -> Result<
     match (wanted, &data.texts) {
         (NearDuplicates::Keep, _) => Ok(None),
         (NearDuplicates::Drop, Some(texts)) => Ok(Some(texts)),
-        (NearDuplicates::Drop, None) => Err(Error::field(
-            "near_duplicates",
-            "drop, without the texts of the tokens",
-            "keep, or give TrainData::texts",
-        )),
+        (NearDuplicates::Drop, None) => {
+            let found = "drop, without the texts of the tokens";
+            Err(Error::field("near_duplicates", found, "keep, or give TrainData::texts"))
+        }
     }
 }
 
@@ -492,19 +470,17 @@ fn mixture_notes(mixture: &Mixture) -> Vec<String> {
         let of = if mixture.parts().len() > 1 { format!("{}: ", part.name) } else { String::new() };
         let removed = &part.removed;
         if removed.train_pieces > 0 || removed.valid_pieces > 0 {
+            let train = format!("{} pieces ({} tokens", removed.train_pieces, removed.train_tokens);
+            let valid = format!("{} ({} tokens) not evaluated", removed.valid_pieces, removed.valid_tokens);
+            let copies = removed.train_copies;
             notes.push(format!(
-                "{of}near duplicates: {} pieces ({} tokens, {} whole copies) not trained on, {} ({} tokens) not evaluated",
-                removed.train_pieces,
-                removed.train_tokens,
-                removed.train_copies,
-                removed.valid_pieces,
-                removed.valid_tokens
+                "{of}near duplicates: {train}, {copies} whole copies) not trained on, {valid}"
             ));
         }
         if removed.valid_pieces > 0 && part.split.valid_tokens().len() < 2 {
-            notes.push(format!(
-                "{of}all that was held out is in the training text too: it is not evaluated; remove the copies"
-            ));
+            let note =
+                "all that was held out is in the training text too: it is not evaluated; remove the copies";
+            notes.push(format!("{of}{note}"));
         }
     }
     notes
@@ -514,17 +490,14 @@ fn mixture_notes(mixture: &Mixture) -> Vec<String> {
 fn budget(model: &Model, config: &TrainConfig) -> Result<(Option<BudgetController>, f32)> {
     match config.budget() {
         Budget::Weight(weight) => Ok((None, weight as f32)),
-        Budget::Target(target) if model.num_experts().is_none() => Err(Error::field(
-            "active_target",
-            target,
-            "a model with experts (dsmoe convert), or no target for a dense model",
-        )),
-        Budget::Target(target) if model.config().fixed_active().is_some() => Err(Error::field(
-            "active_target",
-            target,
-            "no target for a model whose tokens all run the same number of experts",
-        )),
         Budget::Target(target) => {
+            let wrong = |allowed: &'static str| Err(Error::field("active_target", target, allowed));
+            if model.num_experts().is_none() {
+                return wrong("a model with experts (dsmoe convert), or no target for a dense model");
+            }
+            if model.config().fixed_active().is_some() {
+                return wrong("no target for a model whose tokens all run the same number of experts");
+            }
             let ramp_steps = (config.steps.unwrap_or(1) / RAMP_SHARE).max(1);
             let controller = BudgetController::new(target as f32, ramp_steps)?;
             let weight = controller.weight();
@@ -534,10 +507,8 @@ fn budget(model: &Model, config: &TrainConfig) -> Result<(Option<BudgetControlle
 }
 
 fn thread_pool(threads: usize) -> Result<rayon::ThreadPool> {
-    rayon::ThreadPoolBuilder::new()
-        .num_threads(threads)
-        .build()
-        .map_err(|cause| Error::Threads { threads, cause })
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+    pool.map_err(|cause| Error::Threads { threads, cause })
 }
 
 /// Checks that the run directory may be used, and locks it.
@@ -549,26 +520,25 @@ fn prepare_directory(options: &RunOptions) -> Result<Option<fs::File>> {
     };
     if options.resume {
         let is_run = names.is_empty() || names.iter().any(|name| ours(name));
-        return if is_run { files::lock_dir(out) } else { Err(Error::NotARun { path: out.clone() }) };
+        return if is_run { files::lock_dir(out) } else { Err(Error::NotARun(out.clone())) };
     }
     if !names.is_empty() && !options.force {
-        return Err(Error::OutNotEmpty { path: out.clone() });
+        return Err(Error::OutNotEmpty(out.clone()));
     }
     if let (Ok(source), Ok(inside)) = (options.source.canonicalize(), out.canonicalize())
         && source.starts_with(inside)
     {
-        return Err(Error::OutHoldsSource { path: out.clone() });
+        return Err(Error::OutHoldsSource(out.clone()));
     }
     if !names.is_empty() && !names.iter().any(|name| ours(name) || name == "config.json") {
-        return Err(Error::NotARun { path: out.clone() });
+        return Err(Error::NotARun(out.clone()));
     }
+    let starts = ["tokenizer", "chat_template.", "events.out.tfevents."];
     let model_file = |name: &str| {
         ["config.json", MASKS_FILE, "generation_config.json", "special_tokens_map.json"].contains(&name)
-            || ["tokenizer", "chat_template.", "events.out.tfevents."]
-                .iter()
-                .any(|start| name.starts_with(start))
-            || (name.starts_with("model")
-                && (name.ends_with(".safetensors") || name.ends_with(".index.json")))
+            || starts.iter().any(|start| name.starts_with(start))
+            || name.starts_with("model")
+                && [".safetensors", ".index.json"].iter().any(|end| name.ends_with(end))
     };
     let held = files::lock_dir(out)?;
     for name in names.iter().filter(|name| ours(name) || model_file(name)) {
@@ -609,9 +579,8 @@ fn load_newest(
                 let (then, steps) = (saved.config.steps.unwrap_or(0), config.steps.unwrap_or(0));
                 notes.push(format!("resumed from {} at step {} of {steps}", path.display(), saved.step));
                 if then != steps {
-                    notes.push(format!(
-                        "steps was {then} and is now {steps}: the learning rate follows the new end"
-                    ));
+                    let note = "the learning rate follows the new end";
+                    notes.push(format!("steps was {then} and is now {steps}: {note}"));
                 }
                 *state = State { config, ..saved };
                 return Ok((model, Some(optimizer)));
@@ -627,7 +596,7 @@ fn load_newest(
             notes.push(format!("{} has no checkpoint yet; starting from step 0", out.display()));
             Ok((model, None))
         }
-        (error, _) => Err(error.unwrap_or(Error::NotARun { path: out.to_path_buf() })),
+        (error, _) => Err(error.unwrap_or(Error::NotARun(out.to_path_buf()))),
     }
 }
 

@@ -9,14 +9,14 @@ use dsmoe_kernels::rng::Rng;
 use dsmoe_router::SparsityOver;
 
 use crate::config::TrainConfig;
-use crate::engine::{Engine, EngineOptions, MicroBatch, StepResult};
+use crate::engine::{self, Engine, EngineOptions, MicroBatch, StepResult};
 use crate::error::Result;
 use crate::optim::{AdamW, Update, clip_scale};
 
 /// Takes optimiser steps on the text of a run.
 #[derive(Debug)]
 pub(crate) struct Stepper {
-    pub(crate) engine: Engine,
+    pub(crate) engine: Box<dyn Engine>,
     inputs: Vec<u32>,
     targets: Vec<u32>,
     window: Vec<u32>,
@@ -44,7 +44,7 @@ impl Stepper {
         let (seq, precision) = (config.seq, config.dtype);
         let tokens = config.batch * seq;
         Ok(Stepper {
-            engine: Engine::new(model, optimizer, EngineOptions { tokens, seq, precision, device })?,
+            engine: engine::new(model, optimizer, EngineOptions { tokens, seq, precision, device })?,
             inputs: Vec::with_capacity(tokens),
             targets: Vec::with_capacity(tokens),
             window: Vec::with_capacity(seq + 1),

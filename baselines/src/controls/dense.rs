@@ -10,7 +10,7 @@ use dsmoe_core::export::{ExportAs, export};
 use super::{NoSettings, check_dense, dense_config, writing};
 use crate::error::Result;
 use crate::method::{Budget, Configured, Job, Made, Plan, Progress};
-use crate::settings::{Entry, SettingValues};
+use crate::settings::Entry;
 
 /// The method `dense`: a copy of the dense model, to measure what more training on the same text does.
 pub(crate) static DENSE: Entry<NoSettings> = Entry {
@@ -24,14 +24,6 @@ pub(crate) static DENSE: Entry<NoSettings> = Entry {
 struct Dense;
 
 impl Configured for Dense {
-    fn needs_calibration(&self) -> bool {
-        false
-    }
-
-    fn resolved(&self) -> SettingValues {
-        SettingValues::new()
-    }
-
     fn plan(&self, config: &Config, _budget: Budget) -> Result<Plan> {
         check_dense(config, Path::new(CONFIG_FILE))?;
         let reached_by = "full size, whatever the budget".to_owned();

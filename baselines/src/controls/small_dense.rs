@@ -10,7 +10,7 @@ use dsmoe_core::init::{InitOptions, init_beside};
 use super::{NoSettings, check_dense, dense_config, writing};
 use crate::error::{Error, Result};
 use crate::method::{Budget, Configured, Job, Made, Plan, Progress};
-use crate::settings::{Entry, SettingValues};
+use crate::settings::Entry;
 
 /// The method `small-dense`: a dense model as large as the budget, to be trained from scratch. Depth, residual width
 /// and head width are the source's; key-value groups and neurons are scaled by one factor, then neurons fill the
@@ -36,22 +36,17 @@ impl SmallDense {
         let neuron = 3.0 * hidden * layers;
         let least = rest + attention + neuron;
         if !(least..=counts.total as f64).contains(&wanted) {
-            return Err(Error::Budget {
-                asked: budget.to_string(),
-                problem: "is no size between one head group with one neuron and the dense model".to_owned(),
-                help: format!("give {least:.0} to {} parameters", counts.total),
-            });
+            let problem = "is no size between one head group with one neuron and the dense model";
+            let help = format!("give {least:.0} to {} parameters", counts.total);
+            return Err(Error::budget(budget, problem, help));
         }
         let factor = (wanted - rest) / (counts.attention + counts.ffn) as f64;
         // A narrow FFN may leave no room for the groups of the common factor.
         let most_groups = ((wanted - rest - neuron) / attention).floor().max(1.0);
         let groups = (factor * config.num_kv_heads as f64).round().clamp(1.0, most_groups);
         let neurons = ((wanted - rest - groups * attention) / neuron).round().max(1.0);
-        Ok(LayerShape {
-            num_heads: groups as usize * group,
-            num_kv_heads: groups as usize,
-            intermediate: neurons as usize,
-        })
+        let num_kv_heads = groups as usize;
+        Ok(LayerShape { num_heads: num_kv_heads * group, num_kv_heads, intermediate: neurons as usize })
     }
 
     fn small(config: &Config, budget: Budget) -> Result<Config> {
@@ -62,14 +57,6 @@ impl SmallDense {
 }
 
 impl Configured for SmallDense {
-    fn needs_calibration(&self) -> bool {
-        false
-    }
-
-    fn resolved(&self) -> SettingValues {
-        SettingValues::new()
-    }
-
     fn plan(&self, config: &Config, budget: Budget) -> Result<Plan> {
         check_dense(config, Path::new(CONFIG_FILE))?;
         let small = SmallDense::small(config, budget)?;

@@ -1,7 +1,5 @@
 //! LLaMA-MoE's ways of forming experts of a dense FFN's neurons. The index set of an expert serves gate, up and down.
 
-use std::fmt;
-
 use dsmoe_core::partition::Partition;
 use serde::{Deserialize, Serialize};
 
@@ -22,17 +20,6 @@ pub enum Construction {
     /// Sharing-Inter: neurons that matter most for most groups are in residual experts, which always run. Each other
     /// neuron is in one of the other experts.
     SharingInter,
-}
-
-impl fmt::Display for Construction {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Construction::Random => "random",
-            Construction::Clustering => "clustering",
-            Construction::SharingInner => "sharing-inner",
-            Construction::SharingInter => "sharing-inter",
-        })
-    }
 }
 
 impl Construction {

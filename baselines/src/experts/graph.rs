@@ -33,15 +33,10 @@ pub(crate) struct Cut {
 /// `parts` do not divide the vertices, or `weights` are not of that shape.
 pub(crate) fn cut(weights: &[u32], parts: usize, seed: u64) -> Cut {
     let vertices = weights.len().isqrt();
-    assert!(
-        vertices * vertices == weights.len() && parts > 0 && vertices.is_multiple_of(parts),
-        "cut: {} weights, {parts} parts",
-        weights.len()
-    );
-    debug_assert!(
-        (0..vertices).all(|i| weights[i * vertices + i] == 0),
-        "cut: an edge from a vertex to itself"
-    );
+    let fits = vertices * vertices == weights.len() && parts > 0 && vertices.is_multiple_of(parts);
+    assert!(fits, "cut: {} weights, {parts} parts", weights.len());
+    let loops = weights.iter().step_by(vertices + 1).any(|&weight| weight > 0);
+    debug_assert!(!loops, "cut: an edge from a vertex to itself");
     let starts = (STARTS_WORK / weights.len().max(1)).clamp(1, MOST_STARTS);
     let cuts: Vec<Cut> = (0..starts as u64)
         .into_par_iter()
@@ -185,12 +180,11 @@ impl<'a> State<'a> {
             (0..self.parts).map(|part| self.to[part * vertices + vertex] - self.own[vertex]).collect();
         let to_from = &self.to[from * vertices..][..vertices];
         let mut best = None;
-        for (other, ((&part, &weight), (&to_from, &own))) in
-            self.part.iter().zip(self.row(vertex)).zip(to_from.iter().zip(&self.own)).enumerate()
-        {
+        let others = self.part.iter().zip(self.row(vertex)).zip(to_from.iter().zip(&self.own));
+        for (other, ((&part, &weight), (&to_from, &own))) in others.enumerate() {
             let gain = gains[part] + to_from - own - 2 * i64::from(weight);
-            if part != from && best.is_none_or(|(most, _)| gain > most) && free.is_none_or(|free| free[other])
-            {
+            let better = best.is_none_or(|(most, _)| gain > most);
+            if part != from && better && free.is_none_or(|free| free[other]) {
                 best = Some((gain, other));
             }
         }
@@ -298,12 +292,9 @@ mod tests {
                     let hub = if i < hubs || j < hubs { 100 } else { 0 };
                     base + hub + if i % parts == j % parts { 25 } else { 0 }
                 });
-                let found = cut(&weights, parts, seed);
-                assert!(
-                    (0..vertices).all(|i| found.labels[i] == found.labels[i % parts]),
-                    "{vertices} {parts} {hubs}: {:?}",
-                    found.labels
-                );
+                let labels = cut(&weights, parts, seed).labels;
+                let found = (0..vertices).all(|i| labels[i] == labels[i % parts]);
+                assert!(found, "{vertices} {parts} {hubs}: {labels:?}");
             }
         }
     }

@@ -12,17 +12,15 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use dsmoe_core::Model;
-use dsmoe_core::calibrate::check_text;
-use dsmoe_core::ffn::{DenseFfn, Ffn, FfnBackward, FfnForward, FfnReport, PackedFfn, split, split_mut};
-use dsmoe_core::model::{Batch, StepArgs, TrainWorkspace};
+use dsmoe_core::ffn::{DenseFfn, Ffn, FfnBackward, FfnForward, FfnReport, PackedFfn, split};
 use dsmoe_core::params::TensorSpec;
 use dsmoe_kernels::buf::Buf;
-use dsmoe_kernels::expert_ffn::{self, Saved, WeightGrads, Weights};
+use dsmoe_kernels::expert_ffn::Saved;
 use dsmoe_kernels::{Precision, linear};
-use dsmoe_router::SparsityOver;
 use rayon::prelude::*;
 
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::gradients::Gradients;
 use crate::method::Progress;
 
 /// Neurons per task.
@@ -35,11 +33,8 @@ pub(crate) type LayerImportance = Vec<Vec<f64>>;
 /// groups `labels` gives.
 ///
 /// # Errors
-/// The model cannot be read; a sequence that is too long or has tokens outside the vocabulary; a loss that is not
-/// finite.
-///
-/// # Panics
-/// The sequences are not of one length, at least 2.
+/// The model cannot be read; sequences that differ in length, are shorter than two tokens or longer than the model has
+/// positions, or have tokens outside the vocabulary; a loss that is not finite.
 pub(crate) fn importances(
     dir: &Path,
     sequences: &[Vec<u32>],
@@ -47,11 +42,6 @@ pub(crate) fn importances(
     num_groups: usize,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<Vec<LayerImportance>> {
-    let seq = sequences.first().map_or(0, Vec::len).saturating_sub(1);
-    assert!(
-        seq > 0 && sequences.iter().all(|ids| ids.len() == seq + 1),
-        "importances: sequences of one length, at least 2"
-    );
     let model = Model::load(dir)?;
     let config = model.config().clone();
     let sums: Vec<Sums> =
@@ -64,34 +54,14 @@ pub(crate) fn importances(
     probed.params_mut().copy_from_slice(model.params());
     drop(model);
 
-    let mut grads = Buf::zeros(probed.layout().len());
+    let mut gradients = Gradients::new(&probed, sequences)?;
     let mut importances: Vec<LayerImportance> =
         config.layers().map(|shape| vec![vec![0.0; shape.intermediate]; num_groups]).collect();
     let mut tokens = vec![0; num_groups];
-    let mut workspace = TrainWorkspace::new(&probed, seq, Precision::F32);
     for (done, (ids, &group)) in sequences.iter().zip(labels).enumerate() {
         progress(Progress { stage: "gradients", done: done as u64, total: sequences.len() as u64 });
-        let args = StepArgs {
-            loss_scale: 1.0 / seq as f32,
-            sparsity_weight: 0.0,
-            sparsity_over: SparsityOver::All,
-            balance_scale: 0.0,
-            seed: 0,
-        };
-        let output = probed.train_step(
-            &mut grads,
-            Batch { inputs: &ids[..seq], targets: &ids[1..], seq },
-            &args,
-            &mut workspace,
-        )?;
-        if let Some(place) = output.non_finite {
-            return Err(Error::Numeric {
-                place,
-                problem: format!("is not finite for calibration sequence {done}"),
-                help: "use an undamaged model, or other calibration text".to_owned(),
-            });
-        }
-        tokens[group] += seq;
+        gradients.add(done)?;
+        tokens[group] += ids.len() - 1;
         for (sums, importance) in sums.iter().zip(&mut importances) {
             let mut sums = sums.lock().unwrap_or_else(PoisonError::into_inner);
             for (sum, total) in sums.iter_mut().zip(&mut importance[group]) {
@@ -110,14 +80,12 @@ pub(crate) fn importances(
 /// Sorts the neurons of every layer of the dense model in `dir` by importance, the most important first.
 ///
 /// # Errors
-/// The model cannot be read; sequences that differ in length, are shorter than two tokens or longer than the model has
-/// positions, or have tokens outside the vocabulary; a loss that is not finite.
+/// Those of [`importances`].
 pub(crate) fn neurons_by_importance(
     dir: &Path,
     sequences: &[Vec<u32>],
     progress: &mut dyn FnMut(Progress),
 ) -> Result<Vec<Vec<u32>>> {
-    check_text(sequences, 1, "an order of neurons")?;
     let labels = vec![0; sequences.len()];
     let layers = importances(dir, sequences, &labels, 1, progress)?;
     let sorted = |layer: LayerImportance| {
@@ -150,39 +118,23 @@ impl Ffn for Probe {
         self.dense.pack(params, precision)
     }
 
-    fn new_saved(&self, _tokens: usize) -> Box<dyn Any + Send> {
-        Box::new(Saved::default())
+    fn new_saved(&self, tokens: usize) -> Box<dyn Any + Send> {
+        self.dense.new_saved(tokens)
     }
 
     fn forward_train(&self, args: FfnForward<'_>) -> FfnReport {
-        let FfnForward { y, saved, x, params, scratch, .. } = args;
-        let saved = saved.downcast_mut::<Saved>().expect("saved by a probe");
-        let [gate, up, down] = split(params, [self.hidden * self.intermediate; 3]);
-        let weights = Weights { gate, up, down };
-        let (tokens, hidden, intermediate) = (x.len() / self.hidden, self.hidden, self.intermediate);
-        let experts = &mut scratch.experts;
-        expert_ffn::ForwardTrain {
-            y,
-            saved,
-            x,
-            weights: &weights,
-            pairs: expert_ffn::Pairs::Dense,
-            dims: expert_ffn::Dims::dense(tokens, hidden, intermediate),
-            scratch: experts,
-        }
-        .run();
-        FfnReport::default()
+        self.dense.forward_train(args)
     }
 
     fn backward(&self, args: FfnBackward<'_>) {
-        let FfnBackward { dx, grads, dy, saved, x, params, scratch, .. } = args;
-        let saved = saved.downcast_mut::<Saved>().expect("saved by a probe");
+        let FfnBackward { dy, x, params, .. } = args;
+        let saved = args.saved.downcast_ref::<Saved>().expect("saved by a dense FFN");
         let (tokens, hidden, intermediate) = (x.len() / self.hidden, self.hidden, self.intermediate);
-        let [gate, up, down] = split(params, [hidden * intermediate; 3]);
+        let [.., down] = split(params, [hidden * intermediate; 3]);
         let mut dh = Buf::zeros(tokens * intermediate);
-        let dims =
-            linear::Dims { rows: tokens, inputs: hidden, outputs: intermediate, precision: Precision::F32 };
-        linear::Forward { y: &mut dh, x: dy, w: down, dims }.run();
+        let precision = Precision::F32;
+        let dims = linear::Dims { rows: tokens, inputs: hidden, outputs: intermediate, precision };
+        linear::Forward { y: &mut dh, x: dy, w: down, bias: None, dims }.run();
         let mut sums = self.sums.lock().unwrap_or_else(PoisonError::into_inner);
         sums.par_chunks_mut(TASK).enumerate().for_each(|(task, sums)| {
             for t in 0..tokens {
@@ -196,23 +148,8 @@ impl Ffn for Probe {
             }
         });
 
-        let [dgate, dup, ddown] = split_mut(grads, [hidden * intermediate; 3]);
-        let (grads, weights) =
-            (WeightGrads { gate: dgate, up: dup, down: ddown }, Weights { gate, up, down });
-        let experts = &mut scratch.experts;
-        expert_ffn::Backward {
-            dx,
-            dcoefficients: None,
-            grads,
-            dy,
-            saved,
-            x,
-            weights: &weights,
-            pairs: expert_ffn::Pairs::Dense,
-            dims: expert_ffn::Dims::dense(tokens, hidden, intermediate),
-            scratch: experts,
-        }
-        .run();
+        drop(sums);
+        self.dense.backward(args);
     }
 }
 
@@ -227,44 +164,28 @@ mod tests {
     /// gradients of the model's own dense FFN.
     #[test]
     fn importance_is_that_of_the_weight_gradients() {
-        let dir = tempfile::tempdir().expect("directory");
-        let text = preset("tiny").expect("a preset").to_json();
+        let dir = tempfile::tempdir().unwrap();
+        let text = preset("tiny").unwrap().to_json();
         let text = text.replace("\"vocab_size\": 2048", "\"vocab_size\": 40");
         let text = text.replace("\"intermediate_size\": 512", "\"intermediate_size\": 72");
-        let config = Config::from_json(Path::new("config.json"), &text).expect("a configuration");
+        let config = Config::from_json(Path::new("config.json"), &text).unwrap();
         let out = dir.path().join("dense");
-        init(&config, &out, &InitOptions { seed: 4, ..InitOptions::default() }, &mut |_| {})
-            .expect("a model");
+        init(&config, &out, &InitOptions { seed: 4, ..InitOptions::default() }, &mut |_| {}).unwrap();
 
         let sequences = vec![vec![3, 9], vec![17, 2], vec![30, 8]];
-        let got = importances(&out, &sequences, &[0, 1, 0], 2, &mut |_| {}).expect("importances");
+        let got = importances(&out, &sequences, &[0, 1, 0], 2, &mut |_| {}).unwrap();
 
-        let model = Model::load(&out).expect("the model");
+        let model = Model::load(&out).unwrap();
         let mut want = vec![vec![vec![0.0; config.intermediate]; 2]; config.num_layers];
-        for (ids, (group, count)) in sequences.iter().zip([(0, 2.0), (1, 1.0), (0, 2.0)]) {
-            let mut grads = Buf::zeros(model.layout().len());
-            let mut workspace = TrainWorkspace::new(&model, 1, Precision::F32);
-            let args = StepArgs {
-                loss_scale: 1.0,
-                sparsity_weight: 0.0,
-                sparsity_over: SparsityOver::All,
-                balance_scale: 0.0,
-                seed: 0,
-            };
-            model
-                .train_step(
-                    &mut grads,
-                    Batch { inputs: &ids[..1], targets: &ids[1..], seq: 1 },
-                    &args,
-                    &mut workspace,
-                )
-                .expect("a step");
+        for (sequence, (group, count)) in [(0, 2.0), (1, 1.0), (0, 2.0)].into_iter().enumerate() {
+            let mut gradients = Gradients::new(&model, &sequences).unwrap();
+            gradients.add(sequence).unwrap();
             for (layer, want) in want.iter_mut().enumerate() {
                 let name = format!("model.layers.{layer}.mlp.down_proj.weight");
-                let range = model.layout().get(&name).expect("a tensor").range.clone();
+                let range = model.layout().get(&name).unwrap().range.clone();
                 let rows = model.params()[range.clone()].chunks_exact(config.hidden);
                 for (want, (v, dv)) in
-                    want[group].iter_mut().zip(rows.zip(grads[range].chunks_exact(config.hidden)))
+                    want[group].iter_mut().zip(rows.zip(gradients.sum[range].chunks_exact(config.hidden)))
                 {
                     let sum: f64 = v.iter().zip(dv).map(|(&v, &dv)| f64::from(v) * f64::from(dv)).sum();
                     *want += sum.abs() / count;
@@ -276,7 +197,7 @@ mod tests {
         for (got, want) in got.iter().flatten().flatten().zip(want.iter().flatten().flatten()) {
             assert!((got - want).abs() < 1e-4 * largest, "{got} {want}");
         }
-        let again = importances(&out, &sequences, &[0, 1, 0], 2, &mut |_| {}).expect("importances");
+        let again = importances(&out, &sequences, &[0, 1, 0], 2, &mut |_| {}).unwrap();
         assert_eq!(got, again);
     }
 }

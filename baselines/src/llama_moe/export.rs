@@ -115,21 +115,19 @@ pub fn export(
         let cols = info.shape.last().copied().unwrap_or(1);
         for expert in 0..if matches!(cut, Cut::Whole) { 1 } else { n } {
             let target = targets.next().expect("declared in this order");
-            match cut {
-                Cut::Whole => writer.write_f32(&target.name, &values)?,
-                Cut::Rows(_) => {
-                    let len = values.len() / n;
-                    writer.write_f32(&target.name, &values[expert * len..][..len])?;
-                }
+            let len = values.len() / n;
+            let values = match cut {
+                Cut::Whole => &values[..],
+                Cut::Rows(_) => &values[expert * len..][..len],
                 Cut::Cols(_) => {
-                    let width = cols / n;
                     part.clear();
-                    for row in values.chunks_exact(cols) {
-                        part.extend_from_slice(&row[expert * width..][..width]);
-                    }
-                    writer.write_f32(&target.name, &part)?;
+                    values
+                        .chunks_exact(cols)
+                        .for_each(|row| part.extend(&row[expert * cols / n..][..cols / n]));
+                    &part[..]
                 }
-            }
+            };
+            writer.write_f32(&target.name, values)?;
             done_bytes += target.len_bytes();
             progress(Progress { done_bytes, total_bytes });
         }
@@ -183,25 +181,17 @@ fn config_json(config: &Config, spec: &TopkSpec) -> String {
     // The shortest decimal of the f32, not the many digits of its f64.
     let scale: f64 =
         spec.router.score_scale.to_string().parse().unwrap_or(f64::from(spec.router.score_scale));
-    for (key, value) in [
-        ("model_type", json!("llama_moe")),
-        ("architectures", json!(["LlamaMoEForCausalLM"])),
-        ("num_experts", json!(n)),
-        ("num_selects", json!(spec.router.top_k)),
-        ("size_experts", json!(sizes)),
-        ("gate_type", json!("TopKBalancedNoisyGate")),
-        ("gate_network", json!(spec.gate.network)),
-        ("gate_use_softmax", json!(true)),
-        ("gate_use_balance", json!(spec.balance_weight > 0.0)),
-        ("gate_balance_loss_weight", json!(spec.balance_weight)),
-        ("gate_add_noise", json!(spec.gate.noise)),
-        ("gate_noise_epsilon", json!(0.01)),
-        ("calculator_type", json!("UniversalCalculator")),
-        ("multiply_gate_scores", json!(spec.router.scores == Scores::Softmax)),
-        ("score_scale_factor", json!(scale)),
-        ("add_weight_norm", json!(false)),
-    ] {
-        map.insert(key.to_owned(), value);
-    }
+    let Value::Object(keys) = json!({
+        "model_type": "llama_moe", "architectures": ["LlamaMoEForCausalLM"],
+        "num_experts": n, "num_selects": spec.router.top_k, "size_experts": sizes,
+        "gate_type": "TopKBalancedNoisyGate", "gate_network": spec.gate.network, "gate_use_softmax": true,
+        "gate_use_balance": spec.balance_weight > 0.0, "gate_balance_loss_weight": spec.balance_weight,
+        "gate_add_noise": spec.gate.noise, "gate_noise_epsilon": 0.01,
+        "calculator_type": "UniversalCalculator", "add_weight_norm": false, "score_scale_factor": scale,
+        "multiply_gate_scores": spec.router.scores == Scores::Softmax,
+    }) else {
+        unreachable!("an object")
+    };
+    map.extend(keys);
     format!("{:#}\n", Value::Object(map))
 }

@@ -17,7 +17,7 @@ pub use export::{ExportReport, export};
 use crate::error::{Error, Result};
 use crate::experts::{construction, importance, texts};
 use crate::method::{Budget, Configured, Job, Made, Plan, Progress};
-use crate::settings::{Entry, SettingValues, Settings as _, settings, wrong};
+use crate::settings::{Entry, SettingValues, Settings as _, settings, shown, wrong};
 use crate::topk::{
     Gate, GateNetwork, GateSpec, LayerExperts, TopkSpec, check_experts, nearest, open_dense, write,
 };
@@ -90,20 +90,15 @@ impl Settings {
         check_experts(config, self.experts)?;
         let num_residual = self.num_residual();
         let n = self.experts - num_residual;
-        let specs = (1..=n).map(|k| TopkSpec {
-            router: TopKConfig {
-                num_residual,
-                score_scale: match self.scale {
-                    Scale::N => n as f32,
-                    Scale::NOverK => n as f32 / k as f32,
-                },
-                ..TopKConfig::new(n, k).expect("k of n")
-            },
-            gate: GateSpec { network: self.gate, normalize: false, noise: self.noise },
-            balance_weight: self.balance,
-        });
-        let (spec, mut plan) = nearest(config, budget, specs)?;
-        plan.settings.push(("construction".to_owned(), self.construction.to_string()));
+        let gate = GateSpec { network: self.gate, normalize: false, noise: self.noise };
+        let spec = |k| {
+            let plain = TopKConfig::new(n, k).expect("k of n");
+            let score_scale = if self.scale == Scale::N { n as f32 } else { plain.score_scale };
+            let router = TopKConfig { num_residual, score_scale, ..plain };
+            TopkSpec { router, gate, balance_weight: self.balance }
+        };
+        let (spec, mut plan) = nearest(config, budget, (1..=n).map(spec))?;
+        plan.settings.push(("construction".to_owned(), shown(&self.values()["construction"])));
         Ok((spec, plan))
     }
 }
@@ -158,9 +153,8 @@ impl LlamaMoe {
             }
             Construction::Clustering => {
                 for (layer, width) in widths {
-                    let at =
-                        Progress { stage: "clustering", done: layer as u64, total: config.num_layers as u64 };
-                    progress(at);
+                    let (done, total) = (layer as u64, config.num_layers as u64);
+                    progress(Progress { stage: "clustering", done, total });
                     let name = format!("model.layers.{layer}.mlp.up_proj.weight");
                     let rows = read_finite(checkpoint, &name, width * config.hidden)?;
                     orders.push(clusters::neurons(rows, config.hidden, n, job.seed).0);
@@ -196,11 +190,7 @@ fn read_finite(checkpoint: &Checkpoint, name: &str, len: usize) -> Result<Vec<f3
     if values.iter().all(|x| x.is_finite()) {
         return Ok(values);
     }
-    Err(Error::Numeric {
-        place: name.to_owned(),
-        problem: "holds a value that is not finite".to_owned(),
-        help: "take an undamaged copy of the checkpoint".to_owned(),
-    })
+    Err(Error::numeric(name, "holds a value that is not finite", "take an undamaged copy of the checkpoint"))
 }
 
 /// Returns the first values of a gate as in LLaMA-MoE: an mlp from N(0, std^2), a linear one and the noise at zero.

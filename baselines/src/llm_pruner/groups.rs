@@ -59,17 +59,14 @@ pub(crate) struct Groups {
 impl Groups {
     /// The FFN neurons of a layer.
     pub(crate) fn neurons(config: &Config, layer: usize) -> Groups {
+        let members = [("gate", Axis::Rows), ("up", Axis::Rows), ("down", Axis::Columns)];
         let member =
-            |name: &str, axis| Member::new(format!("model.layers.{layer}.mlp.{name}.weight"), axis, 1);
+            |(name, axis)| Member::new(format!("model.layers.{layer}.mlp.{name}_proj.weight"), axis, 1);
         Groups {
             place: format!("layer {layer} neurons"),
             count: config.layer(layer).intermediate,
             lanes: 1,
-            members: vec![
-                member("gate_proj", Axis::Rows),
-                member("up_proj", Axis::Rows),
-                member("down_proj", Axis::Columns),
-            ],
+            members: members.map(member).to_vec(),
         }
     }
 
@@ -77,19 +74,20 @@ impl Groups {
     pub(crate) fn heads(config: &Config, layer: usize) -> Groups {
         let shape = config.layer(layer);
         let (lanes, queries) = (config.head_dim, shape.num_heads / shape.num_kv_heads * config.head_dim);
-        let member = |name: &str, axis, width| {
-            Member::new(format!("model.layers.{layer}.self_attn.{name}.weight"), axis, width)
+        let members = [
+            ("q", Axis::Rows, queries),
+            ("k", Axis::Rows, lanes),
+            ("v", Axis::Rows, lanes),
+            ("o", Axis::Columns, queries),
+        ];
+        let member = |(name, axis, width)| {
+            Member::new(format!("model.layers.{layer}.self_attn.{name}_proj.weight"), axis, width)
         };
         Groups {
             place: format!("layer {layer} heads"),
             count: shape.num_kv_heads,
             lanes,
-            members: vec![
-                member("q_proj", Axis::Rows, queries),
-                member("k_proj", Axis::Rows, lanes),
-                member("v_proj", Axis::Rows, lanes),
-                member("o_proj", Axis::Columns, queries),
-            ],
+            members: members.map(member).to_vec(),
         }
     }
 

@@ -16,9 +16,9 @@ use dsmoe_kernels::rng::Rng;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use super::gradients::Gradients;
 use super::groups::{Axis, Groups};
 use crate::error::{Error, Result};
+use crate::gradients::Gradients;
 
 /// Columns summed by one task.
 const COLUMNS: usize = 64;
@@ -152,7 +152,7 @@ fn from_gradients(
     gradients: &mut Gradients<'_>,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<f64> {
-    let sequences = gradients.sequences();
+    let sequences = gradients.calibration.len();
     let count = sequences as f64;
     let mut loss = 0.0;
     let with_gradients = |members: &mut Members, grads: &[f32], salience: fn(f64, f64) -> f64| {
@@ -165,9 +165,9 @@ fn from_gradients(
     match importance {
         Importance::TaylorSecond => {
             for i in 0..sequences {
-                gradients.clear();
+                gradients.sum.fill(0.0);
                 loss += gradients.add(i)? / count;
-                with_gradients(members, gradients.sum(), |w, g| (w * g) * (w * g));
+                with_gradients(members, &gradients.sum, |w, g| (w * g) * (w * g));
                 progress(i as u64 + 1, sequences as u64);
             }
             members.iter_mut().flatten().flatten().for_each(|sum| *sum /= count);
@@ -178,8 +178,8 @@ fn from_gradients(
                 progress(i as u64 + 1, sequences as u64);
             }
             match importance {
-                Importance::Vector => with_gradients(members, gradients.sum(), |w, g| w * g),
-                _ => with_gradients(members, gradients.sum(), |w, g| (w * g).abs()),
+                Importance::Vector => with_gradients(members, &gradients.sum, |w, g| w * g),
+                _ => with_gradients(members, &gradients.sum, |w, g| (w * g).abs()),
             }
             members.iter_mut().flatten().flatten().for_each(|sum| *sum = sum.abs() / count);
         }
@@ -206,7 +206,7 @@ fn mix(
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<f64> {
     let windows = windows(targets, window);
-    let (sequences, passes) = (gradients.sequences(), windows.len());
+    let (sequences, passes) = (gradients.calibration.len(), windows.len());
     let count = sequences as f64;
     let mut loss = 0.0;
     for (pass, window) in windows.into_iter().enumerate() {
@@ -218,11 +218,11 @@ fn mix(
         let mut pieces: Vec<Piece<'_>> = window.into_iter().map(zeros).collect();
         loss = 0.0;
         for i in 0..sequences {
-            gradients.clear();
+            gradients.sum.fill(0.0);
             loss += gradients.add(i)? / count;
             for Piece { matrix, first_row, sum, squares } in &mut pieces {
                 let start = matrix.entry.range.start + *first_row * matrix.cols;
-                let grads = &gradients.sum()[start..start + sum.len()];
+                let grads = &gradients.sum[start..start + sum.len()];
                 sum.par_iter_mut().zip(squares).zip(grads).for_each(|((sum, square), &g)| {
                     *sum += g;
                     *square += g * g;
@@ -320,11 +320,10 @@ pub(crate) fn reduced(set: &Groups, members: &[Vec<f64>], reduce: Reduce) -> Res
     let scores: Vec<f64> = (0..set.count).map(score).collect();
     match scores.iter().all(|&score| score < f64::INFINITY) {
         true => Ok(scores),
-        false => Err(Error::Numeric {
-            place: set.place.clone(),
-            problem: "an importance is not finite".to_owned(),
-            help: "use another importance or other calibration text".to_owned(),
-        }),
+        false => {
+            let help = "use another importance or other calibration text";
+            Err(Error::numeric(&set.place, "an importance is not finite", help))
+        }
     }
 }
 

@@ -6,7 +6,6 @@
 //! LLaMA-3.2-1B that is 9.9 GB and 2 MB per token of a sequence (1,024 tokens: 11.9 GB), and with `taylor-mix` 0.3 GB
 //! more.
 
-mod gradients;
 mod groups;
 mod importance;
 mod rewrite;
@@ -18,6 +17,7 @@ use std::fmt;
 use std::ops::RangeInclusive;
 use std::str::FromStr;
 
+use dsmoe_core::calibrate::check_text;
 use dsmoe_core::checkpoint::{Checkpoint, OutputDir, check_llama_tensors};
 use dsmoe_core::masks::{MASKS_FILE, Masks};
 use dsmoe_core::{Config, Model};
@@ -27,7 +27,6 @@ pub use importance::{Importance, Reduce};
 use crate::error::{Error, Result};
 use crate::method::{Budget, Configured, Job, Made, Plan, Progress};
 use crate::settings::{Entry, SettingValues, Settings as _, settings, stored_as_text, wrong};
-use gradients::check_calibration;
 use groups::{Cuts, Groups};
 use importance::{Scoring, group_scores, largest, random_scores};
 
@@ -126,11 +125,9 @@ impl BlockSettings {
             return Ok(solve::default_layers(config.num_layers));
         };
         if layers.is_empty() || *layers.end() >= config.num_layers {
-            return Err(Error::Setting {
-                name: "layers".to_owned(),
-                problem: format!("{} of {} layers", Layers(layers), config.num_layers),
-                help: format!("use FIRST..LAST within 0..{}, both included", config.num_layers - 1),
-            });
+            let problem = format!("{} of {} layers", Layers(layers), config.num_layers);
+            let help = format!("use FIRST..LAST within 0..{}, both included", config.num_layers - 1);
+            return Err(Error::setting("layers", problem, help));
         }
         Ok(layers)
     }
@@ -173,18 +170,13 @@ impl ChannelSettings {
     fn resolve(&self, config: &Config, budget: Budget) -> Result<Resolved> {
         check_dense(config)?;
         if self.multiple > config.hidden {
-            return Err(Error::Setting {
-                name: "multiple".to_owned(),
-                problem: format!("is {}", self.multiple),
-                help: format!("use 1 to {}", config.hidden),
-            });
+            let help = format!("use 1 to {}", config.hidden);
+            return Err(Error::setting("multiple", format!("is {}", self.multiple), help));
         }
         let sizes = solve::channel(config, budget, self.multiple)?;
         let reached_by = format!("{} of {} channels", sizes.hidden, config.hidden);
-        let settings = vec![
-            ("ratio".to_owned(), sizes.ratio.to_string()),
-            ("hidden_size".to_owned(), sizes.hidden.to_string()),
-        ];
+        let settings = [("ratio", sizes.ratio.to_string()), ("hidden_size", sizes.hidden.to_string())];
+        let settings = settings.map(|(name, value)| (name.to_owned(), value)).to_vec();
         let plan = Plan { settings, ..Plan::dense(sizes.total, reached_by) };
         let mut pruned = config.clone();
         pruned.set_hidden(sizes.hidden);
@@ -194,13 +186,8 @@ impl ChannelSettings {
 }
 
 fn check_dense(config: &Config) -> Result<()> {
-    if !config.is_dense() {
-        return Err(Error::Model {
-            problem: "has experts".to_owned(),
-            help: "use a dense LLaMA, or export this model as a dense model first".to_owned(),
-        });
-    }
-    Ok(())
+    let help = "use a dense LLaMA, or export this model as a dense model first";
+    if config.is_dense() { Ok(()) } else { Err(Error::model("has experts", help)) }
 }
 
 impl Pruner {
@@ -242,13 +229,11 @@ impl Configured for Pruner {
         let Resolved { plan, pruned, sets } = self.resolve(&config, job.budget)?;
         let scoring = self.scoring();
         if self.needs_calibration() {
-            check_calibration(job.calibration)?;
+            check_text(job.calibration, 1, "gradients")?;
         }
         if Masks::load(job.model)?.is_some() {
-            return Err(Error::Model {
-                problem: format!("has {MASKS_FILE}"),
-                help: "use the dense model it was made from".to_owned(),
-            });
+            let help = "use the dense model it was made from";
+            return Err(Error::model(format!("has {MASKS_FILE}"), help));
         }
         let checkpoint = Checkpoint::open(job.model)?;
         let names = check_llama_tensors(&config, &checkpoint)?;

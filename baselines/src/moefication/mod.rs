@@ -107,32 +107,32 @@ impl Score {
 
 impl Settings {
     fn num_experts(&self, config: &Config) -> Result<usize> {
-        let even =
-            config.layers().all(|shape| shape.intermediate.is_multiple_of(EXPERT_WIDTH)) && config.is_even();
+        let even = config.is_even() && config.intermediate.is_multiple_of(EXPERT_WIDTH);
         match self.experts {
             Some(experts) => Ok(experts),
             None if even => Ok(config.intermediate / EXPERT_WIDTH),
-            None => Err(Error::Setting {
-                name: "experts".to_owned(),
-                problem: format!("the layers do not all have the same multiple of {EXPERT_WIDTH} neurons"),
-                help: "give a number that divides intermediate_size".to_owned(),
-            }),
+            None => {
+                let problem =
+                    format!("the layers do not all have the same multiple of {EXPERT_WIDTH} neurons");
+                Err(Error::setting("experts", problem, "give a number that divides intermediate_size"))
+            }
         }
     }
 
     fn choose(&self, config: &Config, budget: Budget) -> Result<(TopkSpec, Plan)> {
         let n = self.num_experts(config)?;
         check_experts(config, n)?;
-        let specs = (1..=n).map(|k| TopkSpec {
-            router: TopKConfig {
-                scores: Scores::One,
-                score_scale: 1.0,
-                ..TopKConfig::new(n, k).expect("k of n")
-            },
-            gate: GateSpec { network: GateNetwork::Mlp, normalize: true, noise: false },
-            balance_weight: 0.0,
-        });
-        nearest(config, budget, specs)
+        nearest(config, budget, (1..=n).map(|k| spec(n, k)))
+    }
+}
+
+/// The FFN that runs k of n experts.
+fn spec(n: usize, k: usize) -> TopkSpec {
+    let router = TopKConfig::new(n, k).expect("k of n");
+    TopkSpec {
+        router: TopKConfig { scores: Scores::One, score_scale: 1.0, ..router },
+        gate: GateSpec { network: GateNetwork::Mlp, normalize: true, noise: false },
+        balance_weight: 0.0,
     }
 }
 
@@ -170,10 +170,10 @@ impl Configured for MoEfication {
             let (order, centers) = match settings.split {
                 Split::Clustering => clusters::neurons(rows.weight.to_vec(), config.hidden, n, job.seed),
                 Split::CoActivation => {
-                    let experts =
-                        coactivation::split(&mut stream, &weights, &rows.weight, n, every, job.seed);
-                    let place = format!("layer {i}: share of co-activations within experts");
-                    measured.push((place, experts.within));
+                    let rows = &rows.weight;
+                    let experts = coactivation::split(&mut stream, &weights, rows, n, every, job.seed);
+                    measured
+                        .push((format!("layer {i}: share of co-activations within experts"), experts.within));
                     (experts.order, experts.centers)
                 }
             };
@@ -205,15 +205,12 @@ fn examples(
         let chosen = (0..seq).filter(|t| (first + t).is_multiple_of(every));
         match tap.input {
             Input::Ffn => {
-                chosen.for_each(|t| examples.inputs.extend_from_slice(&tap.x[t * hidden..][..hidden]))
+                chosen.for_each(|t| examples.inputs.extend_from_slice(&tap.x[t * hidden..][..hidden]));
             }
             Input::Neurons => chosen.for_each(|t| {
                 let values = &tap.x[t * intermediate..][..intermediate];
-                let experts = order.chunks_exact(intermediate / num_experts);
-                examples.scores.extend(
-                    experts
-                        .map(|expert| score.of(expert.iter().map(|&neuron| values[neuron as usize])) as f32),
-                );
+                let of = |expert: &[u32]| score.of(expert.iter().map(|&j| values[j as usize])) as f32;
+                examples.scores.extend(order.chunks_exact(intermediate / num_experts).map(of));
             }),
             Input::Attention | Input::Heads => {}
         }
@@ -223,13 +220,13 @@ fn examples(
 
 #[cfg(test)]
 mod tests {
-    use dsmoe_core::ffn::{DenseFfn, Ffn, FfnInference, FfnScratch, PackedFfn, block_len, split_mut};
+    use dsmoe_core::ffn::{DenseFfn, Ffn, block_len, split_mut};
     use dsmoe_kernels::Precision;
     use dsmoe_kernels::buf::Buf;
     use dsmoe_kernels::rng::Rng;
 
     use super::*;
-    use crate::topk::TopkMoeFfn;
+    use crate::topk::{TopkMoeFfn, infer};
 
     /// Neurons in four groups that read and write two coordinates each, in a shuffled order, and inputs in two
     /// coordinates each: one expert is then all that answers, and the untrained router finds it.
@@ -248,15 +245,7 @@ mod tests {
         }
         let rows: Vec<&[f32]> = stored.chunks_exact(WIDTH * HIDDEN).collect();
         let (order, centers) = clusters::neurons(rows[0].to_vec(), HIDDEN, 4, 1);
-        let spec = TopkSpec {
-            router: TopKConfig {
-                scores: Scores::One,
-                score_scale: 1.0,
-                ..TopKConfig::new(4, 1).expect("1 of 4")
-            },
-            gate: GateSpec { network: GateNetwork::Mlp, normalize: true, noise: false },
-            balance_weight: 0.0,
-        };
+        let spec = spec(4, 1);
         let examples = Examples { inputs: Vec::new(), scores: Vec::new() };
         let start = Training { top_k: 1, epochs: 0, seed: 0 };
         let (gate, _) = router::train(&spec.gate(HIDDEN), &examples, centers, start);
@@ -280,18 +269,8 @@ mod tests {
         for (t, x) in x.chunks_exact_mut(HIDDEN).enumerate() {
             x[t % 4 * 2..t % 4 * 2 + 2].iter_mut().for_each(|x| *x = 0.5 + rng.uniform());
         }
-        let answer = |packed: Box<dyn PackedFfn>| {
-            let mut y = vec![0.0; x.len()];
-            packed.forward(FfnInference {
-                y: &mut y,
-                x: &x,
-                record: None,
-                scratch: &mut FfnScratch::default(),
-            });
-            y
-        };
-        let want = answer(dense.pack(&dense_params, Precision::F32));
-        let got = answer(moe.pack(&params, Precision::F32));
+        let want = infer(&*dense.pack(&dense_params, Precision::F32), &x);
+        let got = infer(&*moe.pack(&params, Precision::F32), &x);
         assert!(want.iter().any(|&y| y > 1.0));
         for (got, want) in got.iter().zip(&want) {
             assert!((got - want).abs() <= 1e-5 * want.abs().max(1.0), "{got} {want}");
@@ -300,8 +279,8 @@ mod tests {
 
     #[test]
     fn scores_by_hand() {
-        for (score, want) in [(Score::L1, 7.0), (Score::L2, 5.0), (Score::Plain, 1.0), (Score::Positive, 3.0)]
-        {
+        use Score::{L1, L2, Plain, Positive};
+        for (score, want) in [(L1, 7.0), (L2, 5.0), (Plain, 1.0), (Positive, 3.0)] {
             assert_eq!(score.of([3.0, -4.0].into_iter()), want, "{score:?}");
         }
     }

@@ -79,16 +79,9 @@ pub(super) fn train(
             let mut grads = [0, 1].map(|i: usize| vec![0.0; params[i].len()]);
             let [da, db] = &mut grads;
             unused.resize(x.len(), 0.0);
-            let (dx, into) = (&mut unused, GateGrads { a: da, b: db, noise: &mut [] });
-            gate.backward(NetworkBackward {
-                dx,
-                grads: into,
-                dz: &dz,
-                draw: None,
-                acts: &acts,
-                x: &x,
-                weights,
-            });
+            let (dx, grads_of) = (&mut unused[..], GateGrads { a: da, b: db, noise: &mut [] });
+            let (dz, acts, x) = (&dz, &acts, &x);
+            gate.backward(NetworkBackward { dx, grads: grads_of, dz, draw: None, acts, x, weights });
             step += 1;
             let (beta1, beta2, eps, weight_decay) = (0.9, 0.999, 1e-8, 0.0);
             let hyper = Hyper { lr: LEARNING_RATE, beta1, beta2, eps, weight_decay, step };

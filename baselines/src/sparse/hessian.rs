@@ -72,15 +72,8 @@ impl Hessian {
         for (number, panel) in self.panels.iter_mut().enumerate() {
             let first = number * PANEL;
             let of = |count| Mat::new(&columns[first * seq..(first + count) * seq], count, seq);
-            let rows = PANEL.min(inputs - first);
-            Matmul {
-                c: panel,
-                a: of(rows),
-                b: of(inputs - first).t(),
-                accumulate: true,
-                precision: Precision::F32,
-            }
-            .run();
+            let (a, b) = (of(PANEL.min(inputs - first)), of(inputs - first).t());
+            Matmul { c: panel, a, b, accumulate: true, precision: Precision::F32 }.run();
         }
     }
 
@@ -95,11 +88,7 @@ impl Hessian {
     /// # Errors
     /// No damping suffices, or an input was not finite.
     pub fn factorise(&self, damping: f64, place: &str) -> Result<Factored> {
-        let wrong = |problem: &str, help: &str| Error::Numeric {
-            place: place.to_owned(),
-            problem: problem.to_owned(),
-            help: help.to_owned(),
-        };
+        let wrong = |problem: &str, help: &str| Error::numeric(place, problem, help);
         if !(0..self.inputs).all(|i| self.diagonal(i).is_finite()) {
             return Err(wrong("reads values that are not finite", "check the model with eval"));
         }

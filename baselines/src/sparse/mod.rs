@@ -44,12 +44,9 @@ impl Layer<'_> {
             let mask = prune(linear);
             dtype(self.stream, &linear.name).round(&mut linear.weight);
             if !linear.weight.iter().all(|w| w.is_finite()) {
-                return Err(Error::Numeric {
-                    place: linear.name.clone(),
-                    problem: "has a weight that its type cannot hold after the update".to_owned(),
-                    help: "raise the setting damp, give more calibration text or store the model as bf16"
-                        .to_owned(),
-                });
+                let problem = "has a weight that its type cannot hold after the update";
+                let help = "raise the setting damp, give more calibration text or store the model as bf16";
+                return Err(Error::numeric(&linear.name, problem, help));
             }
             self.masks.set(linear.name.clone(), mask);
         }
@@ -127,10 +124,8 @@ fn run(
 /// Returns the calibration text of a method that needs it.
 fn calibration<'a>(job: &Job<'a>) -> Result<&'a [Vec<u32>]> {
     if job.calibration.is_empty() {
-        return Err(Error::Calibration {
-            problem: "there is no text".to_owned(),
-            help: "give at least one sequence; 128 of the model's length are usual".to_owned(),
-        });
+        let help = "give at least one sequence; 128 of the model's length are usual".to_owned();
+        return Err(dsmoe_core::Error::Calibration { problem: "there is no text".to_owned(), help }.into());
     }
     Ok(job.calibration)
 }

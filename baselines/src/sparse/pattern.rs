@@ -131,11 +131,8 @@ impl Target {
         if let Pattern::Group { of, .. } = pattern
             && let Some((name, _, cols)) = matrices(config).find(|(.., cols)| cols % of != 0)
         {
-            return Err(Error::Setting {
-                name: "pattern".to_owned(),
-                problem: format!("is {pattern} and the {cols} columns of {name} are no multiple of {of}"),
-                help: "use the pattern unstructured".to_owned(),
-            });
+            let problem = format!("is {pattern} and the {cols} columns of {name} are no multiple of {of}");
+            return Err(Error::setting("pattern", problem, "use the pattern unstructured"));
         }
         let shapes: Vec<(usize, usize)> = matrices(config).map(|(_, rows, cols)| (rows, cols)).collect();
         let total = Accounting::of(config).total;
@@ -191,12 +188,8 @@ fn unreachable(budget: Budget, pattern: Pattern, nearest: f64, [least, most]: [u
     let nearest = shown(nearest);
     let problem = format!("pattern {pattern} reaches {nearest}, more than 1 % off");
     let help = match pattern {
-        Pattern::Unstructured => {
-            format!("ask for {} to {}, or set nearest to true", shown(least as f64), shown(most as f64))
-        }
-        Pattern::Group { .. } => {
-            format!("ask for {nearest}, set pattern to unstructured, or set nearest to true")
-        }
+        Pattern::Unstructured => format!("ask for {} to {}", shown(least as f64), shown(most as f64)),
+        Pattern::Group { .. } => format!("ask for {nearest}, set pattern to unstructured"),
     };
-    Error::Budget { asked: budget.to_string(), problem, help }
+    Error::budget(budget, problem, format!("{help}, or set nearest to true"))
 }

@@ -147,9 +147,7 @@ pub(crate) fn prune(weight: &mut [f32], scale: &[f32], sparsity: &Sparsity) -> M
                     mark_smallest(removed, scores, count);
                 }
             }
-            (Pattern::Unstructured, Some(smallest)) => {
-                mark(removed, row_scores, smallest, row * cols);
-            }
+            (Pattern::Unstructured, Some(smallest)) => mark(removed, row_scores, smallest, row * cols),
             (Pattern::Unstructured, None) => {
                 let count = removed_of(cols, sparsity.share);
                 mark(removed, row_scores, Smallest::of_few(row_scores, count, keys), 0);
@@ -178,46 +176,42 @@ mod tests {
 
     use super::*;
 
-    fn sparsity(pattern: Pattern, among: Among, share: f64) -> Sparsity {
-        Sparsity { pattern, among, share }
-    }
-
     #[test]
-    fn rows_lose_their_smallest_scores_and_the_first_of_equals() {
-        // Scores [[3, 2, 1.5], [12, 0.5, 0.5]].
-        let mut w = [1.0, -2.0, 3.0, 4.0, 0.5, -1.0];
-        let third = sparsity(Pattern::Unstructured, Among::Row, 1.0 / 3.0);
-        let keep = prune(&mut w, &[3.0, 1.0, 0.5], &third);
-        assert_eq!(w, [1.0, -2.0, 0.0, 4.0, 0.0, -1.0]);
-        assert_eq!(keep, Mask::from_bits(2, 3, vec![0b011, 0b101]));
-    }
-
-    #[test]
-    fn the_matrix_loses_its_smallest_magnitudes() {
-        let mut w = [1.0, -2.0, 3.0, 4.0, 0.5, -1.0];
-        let third = sparsity(Pattern::Unstructured, Among::Matrix, 1.0 / 3.0);
-        prune(&mut w, &[1.0; 3], &third);
-        assert_eq!(w, [0.0, -2.0, 3.0, 4.0, 0.0, -1.0]);
-    }
-
-    #[test]
-    fn groups_lose_half() {
-        let mut w = [1.0, -2.0, 3.0, -4.0, 0.0, 0.0, 0.0, 0.0];
-        let keep = prune(&mut w, &[1.0; 8], &sparsity(Pattern::Group { removed: 2, of: 4 }, Among::Row, 0.5));
-        assert_eq!(w, [0.0, 0.0, 3.0, -4.0, 0.0, 0.0, 0.0, 0.0]);
-        // A kept zero stays one of the kept.
-        assert_eq!(keep, Mask::from_bits(1, 8, vec![0b1100_1100]));
+    fn the_smallest_scores_go_and_the_first_of_equals() {
+        let third = |among| Sparsity { pattern: Pattern::Unstructured, among, share: 1.0 / 3.0 };
+        let group = Pattern::Group { removed: 2, of: 4 };
+        let six = [1.0, -2.0, 3.0, 4.0, 0.5, -1.0];
+        for (weights, scale, sparsity, want, kept) in [
+            // Scores [[3, 2, 1.5], [12, 0.5, 0.5]].
+            (&six[..], &[3.0, 1.0, 0.5][..], third(Among::Row), &[2, 4][..], &[0b011, 0b101][..]),
+            (&six, &[1.0; 3], third(Among::Matrix), &[0, 4], &[0b110, 0b101]),
+            // A kept zero stays one of the kept.
+            (
+                &[1.0, -2.0, 3.0, -4.0, 0.0, 0.0, 0.0, 0.0],
+                &[1.0; 8],
+                Sparsity { pattern: group, among: Among::Row, share: 0.5 },
+                &[0, 1],
+                &[0b1100_1100],
+            ),
+        ] {
+            let (mut got, mut left) = (weights.to_vec(), weights.to_vec());
+            want.iter().for_each(|&removed: &usize| left[removed] = 0.0);
+            let mask = prune(&mut got, scale, &sparsity);
+            assert_eq!(got, left, "{sparsity:?}");
+            assert_eq!(mask, Mask::from_bits(kept.len(), scale.len(), kept.to_vec()), "{sparsity:?}");
+        }
     }
 
     #[test]
     fn nothing_and_everything() {
         for among in [Among::Row, Among::Matrix] {
             let dense = normals(5 * 13, 1);
-            let mut w = dense.clone();
-            assert_eq!(prune(&mut w, &[1.0; 13], &sparsity(Pattern::Unstructured, among, 0.0)).kept(), 65);
-            assert_eq!(w, dense);
-            assert_eq!(prune(&mut w, &[1.0; 13], &sparsity(Pattern::Unstructured, among, 1.0)).kept(), 0);
-            assert!(w.iter().all(|&w| w == 0.0));
+            for (share, kept) in [(0.0, 65), (1.0, 0)] {
+                let mut w = dense.clone();
+                let sparsity = Sparsity { pattern: Pattern::Unstructured, among, share };
+                assert_eq!(prune(&mut w, &[1.0; 13], &sparsity).kept(), kept);
+                assert!(if kept > 0 { w == dense } else { w.iter().all(|&w| w == 0.0) });
+            }
         }
     }
 
@@ -225,9 +219,10 @@ mod tests {
     fn threads_do_not_show() {
         let dense = normals(40 * 301, 9);
         for among in [Among::Row, Among::Matrix] {
+            let sparsity = Sparsity { pattern: Pattern::Unstructured, among, share: 0.4 };
             assert_same_on_threads("prune", || {
                 let mut w = dense.clone();
-                (prune(&mut w, &[1.0; 301], &sparsity(Pattern::Unstructured, among, 0.4)), w)
+                (prune(&mut w, &[1.0; 301], &sparsity), w)
             });
         }
     }

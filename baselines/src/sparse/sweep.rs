@@ -117,16 +117,9 @@ pub fn sweep(weight: &mut [f32], hessian: &Factored, options: &SweepOptions) -> 
         });
         transpose(&mut columns[first * rows..end * rows], w, rows, width);
         if end < cols {
-            let right = Mat::with_stride(&factor[end * cols + first..], cols - end, width, cols);
-            let errors = Mat::new(errors, rows, width).t();
-            Matmul {
-                c: &mut columns[end * rows..],
-                a: right,
-                b: errors,
-                accumulate: true,
-                precision: Precision::F32,
-            }
-            .run();
+            let a = Mat::with_stride(&factor[end * cols + first..], cols - end, width, cols);
+            let (c, b) = (&mut columns[end * rows..], Mat::new(errors, rows, width).t());
+            Matmul { c, a, b, accumulate: true, precision: Precision::F32 }.run();
         }
     }
     transpose(weight, &columns, cols, rows);

@@ -14,12 +14,14 @@ use dsmoe_core::convert::{ffn_change, source_infos};
 use dsmoe_core::ffn::FfnSpec;
 use dsmoe_core::files::write_synced;
 use dsmoe_core::masks::Masks;
+use dsmoe_core::params::TensorSpec;
 use dsmoe_core::partition::Partition;
 use serde_json::json;
 
 use super::spec::TopkSpec;
 use crate::error::{Error, Result};
 use crate::method::{Budget, Job, Plan, Progress};
+use crate::settings::shown;
 
 /// The neurons of all experts, in the form that `dsmoe convert --partition` reads.
 pub const EXPERTS_FILE: &str = "experts.json";
@@ -79,27 +81,14 @@ pub(crate) fn nearest(
     let (spec, counts) = &counted[best];
     if off(best) > 0.5 * step {
         let side = if asked < activated(best) { "below" } else { "above" };
-        return Err(Error::Budget {
-            asked: budget.to_string(),
-            problem: format!(
-                "is {side} {} of {} experts, which activate {}",
-                spec.active_experts(),
-                spec.all_experts(),
-                Budget::Params(activated(best))
-            ),
-            help: format!(
-                "use {} to {}, or another number of experts",
-                Budget::Params(activated(0)),
-                Budget::Params(activated(last))
-            ),
-        });
+        let reach = [best, 0, last].map(|i| Budget::Params(activated(i)));
+        let experts = format!("{} of {} experts", spec.active_experts(), spec.all_experts());
+        let problem = format!("is {side} {experts}, which activate {}", reach[0]);
+        let help = format!("use {} to {}, or another number of experts", reach[1], reach[2]);
+        return Err(Error::budget(budget, problem, help));
     }
-    let mut settings: Vec<(String, String)> = spec
-        .settings()
-        .iter()
-        .map(|(key, value)| (key.clone(), value.as_str().map_or_else(|| value.to_string(), str::to_owned)))
-        .collect();
-    settings.push(("step".to_owned(), Budget::Params(step).to_string()));
+    let settings = spec.settings().into_iter().map(|(key, value)| (key, shown(&value)));
+    let settings = settings.chain([("step".to_owned(), Budget::Params(step).to_string())]).collect();
     let plan = Plan {
         total: counts.total as f64,
         activated: activated(best),
@@ -144,13 +133,12 @@ pub(crate) fn write(
     let copied = source_infos(checkpoint);
     let gate = spec.gate(config.hidden).tensors();
     let name = |layer: usize, name: &str| format!("model.layers.{layer}.mlp.{name}");
-    let gates = (0..layers.len()).flat_map(|layer| gate.iter().map(move |tensor| (layer, tensor))).map(
-        |(layer, tensor)| TensorInfo {
-            name: name(layer, &tensor.name),
-            dtype: Dtype::F32,
-            shape: tensor.shape.clone(),
-        },
-    );
+    let gates = (0..layers.len()).flat_map(|layer| gate.iter().map(move |tensor| (layer, tensor)));
+    let gates = gates.map(|(layer, TensorSpec { name: tensor, shape, .. })| TensorInfo {
+        name: name(layer, tensor),
+        dtype: Dtype::F32,
+        shape: shape.clone(),
+    });
     let infos: Vec<TensorInfo> = copied.iter().cloned().chain(gates).collect();
     let total = infos.len() as u64;
     let mut writer = Writer::create(output.path(), infos)?;
@@ -167,11 +155,10 @@ pub(crate) fn write(
         }
     }
     writer.finish()?;
-    let experts = layers.iter().map(|layer| {
-        let width = layer.order.len() / spec.all_experts();
-        layer.order.chunks_exact(width).collect::<Vec<_>>()
-    });
-    let experts = json!({"layers": experts.collect::<Vec<_>>()});
+    let experts = |LayerExperts { order, .. }: &LayerExperts| -> Vec<Vec<u32>> {
+        order.chunks_exact(order.len() / spec.all_experts()).map(<[u32]>::to_vec).collect()
+    };
+    let experts = json!({"layers": layers.iter().map(experts).collect::<Vec<_>>()});
     let path = output.path().join(EXPERTS_FILE);
     write_synced(&path, format!("{experts}\n").as_bytes()).map_err(dsmoe_core::Error::io(&path))?;
     copy_companions(job.model, output.path())?;

@@ -9,7 +9,7 @@ use dsmoe_core::ffn::{
 };
 use dsmoe_core::params::TensorSpec;
 use dsmoe_kernels::Precision;
-use dsmoe_kernels::expert_ffn::{self, Dims, PackedWeights, Saved, WeightGrads, Weights};
+use dsmoe_kernels::expert_ffn::{self, Dims, PackedWeights, Pairs, Saved, WeightGrads, Weights};
 
 use super::router::{RouterSaved, TopkRouter};
 use super::spec::TopkSpec;
@@ -37,10 +37,8 @@ impl TopkMoeFfn {
     /// The experts do not divide `intermediate`.
     pub fn new(hidden: usize, intermediate: usize, spec: TopkSpec) -> TopkMoeFfn {
         let num_experts = spec.all_experts();
-        assert!(
-            num_experts > 0 && intermediate.is_multiple_of(num_experts),
-            "top-k ffn: {intermediate} neurons in {num_experts} experts"
-        );
+        let even = num_experts > 0 && intermediate.is_multiple_of(num_experts);
+        assert!(even, "top-k ffn: {intermediate} neurons in {num_experts} experts");
         TopkMoeFfn { hidden, intermediate, spec }
     }
 
@@ -60,13 +58,8 @@ impl TopkMoeFfn {
 
     /// Only selected experts take part in the gradient (LLaMA-MoE has no straight-through rule).
     fn dims(&self, tokens: usize) -> Dims {
-        Dims {
-            tokens,
-            hidden: self.hidden,
-            intermediate: self.intermediate,
-            num_experts: self.spec.all_experts(),
-            all_pairs: false,
-        }
+        let &TopkMoeFfn { hidden, intermediate, spec } = self;
+        Dims { tokens, hidden, intermediate, num_experts: spec.all_experts(), all_pairs: false }
     }
 }
 
@@ -91,17 +84,9 @@ impl PackedFfn for PackedTopk {
         let mut saved = RouterSaved::default();
         let routed = self.ffn.router().forward(&mut saved, x, &self.router, None);
         count(record, routed);
-        let dims = self.ffn.dims(x.len() / self.ffn.hidden);
-        let routes = routes(routed.routing);
-        expert_ffn::ForwardPacked {
-            y,
-            x,
-            weights: &self.weights,
-            pairs: expert_ffn::Pairs::Routed(&routes),
-            dims,
-            scratch: &mut scratch.experts,
-        }
-        .run();
+        let (dims, routes) = (self.ffn.dims(x.len() / self.ffn.hidden), routes(routed.routing));
+        let (pairs, weights, scratch) = (Pairs::Routed(&routes), &self.weights, &mut scratch.experts);
+        expert_ffn::ForwardPacked { y, x, weights, pairs, dims, scratch }.run();
     }
 
     fn bytes(&self) -> usize {
@@ -159,60 +144,48 @@ impl Ffn for TopkMoeFfn {
         let of_router = &params[self.router_start()..];
         let routed = self.router().forward(&mut saved.router, x, of_router, Some(training));
         count(record, routed);
-        expert_ffn::ForwardTrain {
-            y,
-            saved: &mut saved.experts,
-            x,
-            weights: &Weights { gate, up, down },
-            pairs: expert_ffn::Pairs::Routed(&routes(routed.routing)),
-            dims: self.dims(x.len() / self.hidden),
-            scratch: &mut scratch.experts,
-        }
-        .run();
+        let (weights, routes) = (&Weights { gate, up, down }, routes(routed.routing));
+        let (pairs, dims) = (Pairs::Routed(&routes), self.dims(x.len() / self.hidden));
+        let (saved, scratch) = (&mut saved.experts, &mut scratch.experts);
+        expert_ffn::ForwardTrain { y, saved, x, weights, pairs, dims, scratch }.run();
         FfnReport { balance_loss: routed.balance_loss, ..FfnReport::default() }
     }
 
     fn backward(&self, args: FfnBackward<'_>) {
         let FfnBackward { dx, grads, dy, saved, x, params, training, scratch, .. } = args;
-        let TopkSaved { experts: saved, router } =
-            saved.downcast_mut::<TopkSaved>().expect("saved by a top-k FFN");
+        let saved = saved.downcast_mut::<TopkSaved>().expect("saved by a top-k FFN");
+        let TopkSaved { experts: saved, router } = saved;
         let routed = router.routed.as_ref().expect("a forward before the backward");
-        let [gate, up, down] = split(params, self.lens());
+        let (weights, params) = params.split_at(self.router_start());
         let (grads, drouter) = grads.split_at_mut(self.router_start());
-        let [dgate, dup, ddown] = split_mut(grads, self.lens());
-        let tokens = x.len() / self.hidden;
-        let FfnScratch { experts, dcoefficients, .. } = scratch;
-        dcoefficients.resize(tokens * self.spec.all_experts());
-        expert_ffn::Backward {
-            dx,
-            dcoefficients: Some(dcoefficients),
-            grads: WeightGrads { gate: dgate, up: dup, down: ddown },
-            dy,
-            saved,
-            x,
-            weights: &Weights { gate, up, down },
-            pairs: expert_ffn::Pairs::Routed(&routes(&routed.routing)),
-            dims: self.dims(tokens),
-            scratch: experts,
-        }
-        .run();
-        self.router().backward(GateBackward {
-            dx,
-            grads: drouter,
-            dcoefficients,
-            saved: router,
-            x,
-            params: &params[self.router_start()..],
-            training,
-        });
+        let [gate, up, down] = split(weights, self.lens());
+        let weights = &Weights { gate, up, down };
+        let [gate, up, down] = split_mut(grads, self.lens());
+        let grads = WeightGrads { gate, up, down };
+        let dims = self.dims(x.len() / self.hidden);
+        let FfnScratch { experts: scratch, dcoefficients: by_pair, .. } = scratch;
+        by_pair.resize(dims.tokens * dims.num_experts);
+        let (dcoefficients, routes) = (Some(&mut by_pair[..]), routes(&routed.routing));
+        let pairs = Pairs::Routed(&routes);
+        expert_ffn::Backward { dx, dcoefficients, grads, dy, saved, x, weights, pairs, dims, scratch }.run();
+        let (grads, dcoefficients, saved) = (drouter, &by_pair[..], router);
+        self.router().backward(GateBackward { dx, grads, dcoefficients, saved, x, params, training });
     }
+}
+
+/// Runs an FFN for inference.
+#[cfg(test)]
+pub(crate) fn infer(packed: &dyn PackedFfn, x: &[f32]) -> Vec<f32> {
+    let mut y = vec![0.0; x.len()];
+    packed.forward(FfnInference { y: &mut y, x, record: None, scratch: &mut FfnScratch::default() });
+    y
 }
 
 #[cfg(test)]
 mod tests {
     use dsmoe_core::ffn::{DenseFfn, GateTraining};
     use dsmoe_kernels::buf::Buf;
-    use dsmoe_kernels::testing::{f64s, normals};
+    use dsmoe_kernels::testing::{assert_close, f64s, normals};
     use dsmoe_router::topk::{Scores, TopKConfig};
     use dsmoe_router::{SparsityGrad, SparsityOver};
 
@@ -242,32 +215,28 @@ mod tests {
         gate
     }
 
-    fn training(seed: u64) -> GateTraining {
-        GateTraining { seed, ..GateTraining::default() }
+    fn packed(ffn: &TopkMoeFfn, params: &[f32], x: &[f32]) -> Vec<f32> {
+        infer(&*ffn.pack(params, Precision::F32), x)
     }
 
-    fn infer(ffn: &TopkMoeFfn, params: &[f32], x: &[f32]) -> Vec<f32> {
-        let mut y = vec![0.0; x.len()];
-        ffn.pack(params, Precision::F32).forward(FfnInference {
-            y: &mut y,
-            x,
-            record: None,
-            scratch: &mut FfnScratch::default(),
-        });
-        y
+    /// The forward pass of training: the output, the balance loss and the saved values.
+    fn train(ffn: &TopkMoeFfn, x: &[f32], params: &[f32], seed: u64) -> (Vec<f32>, f64, Box<dyn Any + Send>) {
+        let (mut y, mut saved) = (vec![0.0; x.len()], ffn.new_saved(TOKENS));
+        let training = GateTraining { seed, ..GateTraining::default() };
+        let scratch = &mut FfnScratch::default();
+        let args = FfnForward { y: &mut y, saved: &mut *saved, x, params, training, record: None, scratch };
+        let report = ffn.forward_train(args);
+        (y, report.balance_loss, saved)
     }
 
     fn dense(params: &[f32], x: &[f32]) -> Vec<f32> {
         let dense = DenseFfn::new(HIDDEN, WIDTH);
-        let mut y = vec![0.0; x.len()];
-        let packed = dense.pack(&params[..block_len(&dense.tensors())], Precision::F32);
-        packed.forward(FfnInference { y: &mut y, x, record: None, scratch: &mut FfnScratch::default() });
-        y
+        infer(&*dense.pack(&params[..block_len(&dense.tensors())], Precision::F32), x)
     }
 
     #[test]
     fn all_experts_are_the_dense_ffn() {
-        let all = TopKConfig::new(EXPERTS, EXPERTS).expect("n of n");
+        let all = TopKConfig::new(EXPERTS, EXPERTS).unwrap();
         let x = normals(7 * HIDDEN, 2);
         let ones = TopKConfig { scores: Scores::One, score_scale: 1.0, ..all };
         let residual = TopKConfig { num_experts: 2, top_k: 2, num_residual: 3, ..ones };
@@ -275,7 +244,7 @@ mod tests {
             let ffn = TopkMoeFfn::new(HIDDEN, WIDTH, spec(router, GateNetwork::Mlp));
             let params = params(&ffn, 1);
             let want = f64s(&dense(&params, &x));
-            dsmoe_kernels::testing::assert_close("y", &infer(&ffn, &params, &x), &want, 1e-5);
+            assert_close("y", &packed(&ffn, &params, &x), &want, 1e-5);
         }
         // Even softmax scores give 1/n of it at scale 1, and all of it at scale n.
         for (score_scale, factor) in [(1.0, 1.0 / EXPERTS as f64), (EXPERTS as f32, 1.0)] {
@@ -284,41 +253,29 @@ mod tests {
             let mut params = params(&ffn, 1);
             gate_network(&ffn, &mut params).fill(0.0);
             let want: Vec<f64> = f64s(&dense(&params, &x)).iter().map(|y| factor * y).collect();
-            dsmoe_kernels::testing::assert_close("y", &infer(&ffn, &params, &x), &want, 1e-5);
+            assert_close("y", &packed(&ffn, &params, &x), &want, 1e-5);
         }
     }
 
     #[test]
     fn logits_of_any_size_give_no_nan() {
-        for (router, sign) in [(2, 1.0f32), (2, -1.0), (EXPERTS, 1.0)]
-            .map(|(k, sign)| (TopKConfig::new(EXPERTS, k).expect("k of n"), sign))
-        {
+        for (k, sign) in [(2, 1.0f32), (2, -1.0), (EXPERTS, 1.0)] {
+            let router = TopKConfig::new(EXPERTS, k).unwrap();
             let ffn = TopkMoeFfn::new(HIDDEN, WIDTH, spec(router, GateNetwork::Linear));
             let mut params = params(&ffn, 4);
             gate_network(&ffn, &mut params).iter_mut().for_each(|a| *a *= 1e30 * sign);
-            let y = infer(&ffn, &params, &normals(TOKENS * HIDDEN, 5));
+            let y = packed(&ffn, &params, &normals(TOKENS * HIDDEN, 5));
             assert!(y.iter().all(|y| y.is_finite()) && y.iter().any(|&y| y != 0.0));
         }
     }
 
     /// The objective `<y, dy>` + balance loss, and the experts of each token.
     fn loss(ffn: &TopkMoeFfn, x: &[f32], params: &[f32], dy: &[f32]) -> (f64, Vec<u32>, Vec<usize>) {
-        let mut scratch = FfnScratch::default();
-        let mut saved = ffn.new_saved(TOKENS);
-        let mut y = vec![0.0; x.len()];
-        let report = ffn.forward_train(FfnForward {
-            y: &mut y,
-            saved: saved.as_mut(),
-            x,
-            params,
-            training: training(9),
-            record: None,
-            scratch: &mut scratch,
-        });
+        let (y, balance_loss, saved) = train(ffn, x, params, 9);
         let routed = saved.downcast_ref::<TopkSaved>().and_then(|saved| saved.router.routed.as_ref());
         let routing = &routed.expect("routed").routing;
         let value = f64s(&y).iter().zip(f64s(dy)).map(|(y, dy)| y * dy).sum::<f64>();
-        (value + report.balance_loss, routing.tokens.clone(), routing.offsets.clone())
+        (value + balance_loss, routing.tokens.clone(), routing.offsets.clone())
     }
 
     #[test]
@@ -329,39 +286,24 @@ mod tests {
             (GateNetwork::Linear, false, false, Scores::Softmax, 0, 0.0),
             (GateNetwork::Mlp, true, false, Scores::One, 0, 0.0),
         ] {
-            let router = TopKConfig {
-                num_residual,
-                scores,
-                ..TopKConfig::new(EXPERTS - num_residual, 2).expect("k of n")
-            };
+            let plain = TopKConfig::new(EXPERTS - num_residual, 2).unwrap();
+            let router = TopKConfig { num_residual, scores, ..plain };
             let gate = GateSpec { network, normalize, noise };
             let ffn = TopkMoeFfn::new(HIDDEN, WIDTH, TopkSpec { router, gate, balance_weight });
             let params = params(&ffn, 3);
             let (x, dy) = (normals(TOKENS * HIDDEN, 4), normals(TOKENS * HIDDEN, 5));
-            let mut scratch = FfnScratch::default();
-            let mut saved = ffn.new_saved(TOKENS);
-            let (mut y, mut dx) = (vec![0.0; x.len()], vec![0.0; x.len()]);
-            let mut grads = Buf::zeros(params.len());
-            let none = SparsityGrad { weight: 0.0, over: SparsityOver::Active };
-            ffn.forward_train(FfnForward {
-                y: &mut y,
-                saved: saved.as_mut(),
-                x: &x,
-                params: &params,
-                training: training(9),
-                record: None,
-                scratch: &mut scratch,
-            });
+            let (_, _, mut saved) = train(&ffn, &x, &params, 9);
+            let (mut dx, mut grads) = (vec![0.0; x.len()], Buf::zeros(params.len()));
             ffn.backward(FfnBackward {
                 dx: &mut dx,
                 grads: &mut grads,
                 dy: &dy,
-                saved: saved.as_mut(),
+                saved: &mut *saved,
                 x: &x,
                 params: &params,
-                sparsity: none,
-                training: training(9),
-                scratch: &mut scratch,
+                sparsity: SparsityGrad { weight: 0.0, over: SparsityOver::Active },
+                training: GateTraining { seed: 9, ..GateTraining::default() },
+                scratch: &mut FfnScratch::default(),
             });
 
             let (_, tokens, offsets) = loss(&ffn, &x, &params, &dy);
@@ -378,8 +320,7 @@ mod tests {
             };
             let gate_start = ffn.router_start();
             let points = (0..gate_start).step_by(41).chain((gate_start..params.len()).step_by(3));
-            let points: Vec<usize> = points.collect();
-            for &i in &points {
+            for i in points.clone() {
                 check(format!("{gate:?} parameter {i}"), grads[i], &|h| {
                     let mut moved = params.clone();
                     moved[i] += h;
@@ -393,33 +334,20 @@ mod tests {
                     loss(&ffn, &moved, &params, &dy)
                 });
             }
-            assert!(checked > points.len(), "{checked} of {} parameters", points.len());
+            assert!(checked > points.clone().count(), "{checked} of {} parameters", points.count());
         }
     }
 
     #[test]
     fn noise_is_a_function_of_the_seed_and_inference_has_none() {
-        let router = TopKConfig::new(EXPERTS, 2).expect("k of n");
+        let router = TopKConfig::new(EXPERTS, 2).unwrap();
         let gate = GateSpec { network: GateNetwork::Mlp, normalize: false, noise: true };
         let ffn = TopkMoeFfn::new(HIDDEN, WIDTH, TopkSpec { router, gate, balance_weight: 0.01 });
         let params = params(&ffn, 6);
         let x = normals(TOKENS * HIDDEN, 7);
-        let train = |seed| {
-            let mut scratch = FfnScratch::default();
-            let (mut y, mut saved) = (vec![0.0; x.len()], ffn.new_saved(TOKENS));
-            ffn.forward_train(FfnForward {
-                y: &mut y,
-                saved: saved.as_mut(),
-                x: &x,
-                params: &params,
-                training: training(seed),
-                record: None,
-                scratch: &mut scratch,
-            });
-            y
-        };
-        assert_eq!(train(1), train(1));
-        assert_ne!(train(1), train(2));
-        assert_eq!(infer(&ffn, &params, &x), infer(&ffn, &params, &x));
+        let outputs = |seed| train(&ffn, &x, &params, seed).0;
+        assert_eq!(outputs(1), outputs(1));
+        assert_ne!(outputs(1), outputs(2));
+        assert_eq!(packed(&ffn, &params, &x), packed(&ffn, &params, &x));
     }
 }

@@ -84,18 +84,16 @@ impl Gate {
 
     /// A, B and N under LLaMA-MoE's names.
     pub(crate) fn tensors(&self) -> Vec<TensorSpec> {
-        let (n, hidden) = (self.num_experts, self.hidden);
-        let mut tensors = match self.spec.network {
-            GateNetwork::Linear => vec![TensorSpec::router("gate.gate_network.weight", vec![n, hidden])],
-            GateNetwork::Mlp => vec![
-                TensorSpec::router("gate.gate_network.0.weight", vec![n, hidden]),
-                TensorSpec::router("gate.gate_network.2.weight", vec![n, n]),
-            ],
+        let tensor = |name: &str, cols| {
+            TensorSpec::router(format!("gate.{name}.weight"), vec![self.num_experts, cols])
         };
-        if self.spec.noise {
-            let noise = TensorSpec::router("gate.weight_noise.weight", vec![n, hidden]);
-            tensors.push(noise.training_only());
-        }
+        let mut tensors = match self.spec.network {
+            GateNetwork::Linear => vec![tensor("gate_network", self.hidden)],
+            GateNetwork::Mlp => {
+                vec![tensor("gate_network.0", self.hidden), tensor("gate_network.2", self.num_experts)]
+            }
+        };
+        tensors.extend(self.spec.noise.then(|| tensor("weight_noise", self.hidden).training_only()));
         tensors
     }
 
@@ -117,7 +115,7 @@ impl Gate {
         z.resize(rows * n);
         let GateActs { scales, pre, tanh, raw } = acts;
         pre.resize(rows * n);
-        linear::Forward { y: pre, x, w: weights.a, dims: wide }.run();
+        linear::Forward { y: pre, x, w: weights.a, bias: None, dims: wide }.run();
         scales.clear();
         if self.spec.normalize {
             for (u, x) in pre.chunks_exact_mut(n).zip(x.chunks_exact(self.hidden)) {
@@ -132,12 +130,12 @@ impl Gate {
             GateNetwork::Mlp => {
                 tanh.resize(rows * n);
                 tanh.iter_mut().zip(pre.iter()).for_each(|(t, u)| *t = u.tanh());
-                linear::Forward { y: z, x: tanh, w: weights.b, dims: self.dims(rows, n) }.run();
+                linear::Forward { y: z, x: tanh, w: weights.b, bias: None, dims: self.dims(rows, n) }.run();
             }
         }
         if noisy {
             raw.resize(rows * n);
-            linear::Forward { y: raw, x, w: weights.noise, dims: wide }.run();
+            linear::Forward { y: raw, x, w: weights.noise, bias: None, dims: wide }.run();
         }
     }
 
@@ -219,18 +217,18 @@ mod tests {
             let spec = GateSpec { network, normalize, noise };
             let gate = Gate { spec, hidden: HIDDEN, num_experts: EXPERTS };
             let [a, b, noises] = gate.lens();
-            let (x, a, b, noises) =
-                (normals(TOKENS * HIDDEN, 1), normals(a, 2), normals(b, 3), normals(noises, 4));
+            let [x, a, b, noises] =
+                [(TOKENS * HIDDEN, 1), (a, 2), (b, 3), (noises, 4)].map(|(n, seed)| normals(n, seed));
             let weights = GateWeights { a: &a, b: &b, noise: &noises };
             let (dz, draw) = (normals(TOKENS * EXPERTS, 5), normals(TOKENS * EXPERTS, 6));
             let (mut z, mut acts) = (Buf::default(), GateActs::default());
             gate.forward(&mut z, &mut acts, &x, weights, noise);
-            let (mut dx, mut da, mut db, mut dn) =
-                (vec![0.0; x.len()], vec![0.0; a.len()], vec![0.0; b.len()], vec![0.0; noises.len()]);
+            let [mut dx, mut da, mut db, mut dn] = [&x, &a, &b, &noises].map(|of| vec![0.0; of.len()]);
             let grads = GateGrads { a: &mut da, b: &mut db, noise: &mut dn };
             let draws = noise.then_some(&draw[..]);
+            let dx_of = &mut dx;
             gate.backward(NetworkBackward {
-                dx: &mut dx,
+                dx: dx_of,
                 grads,
                 dz: &dz,
                 draw: draws,
@@ -247,10 +245,9 @@ mod tests {
             let by_a = finite_differences(&a, h, |a| loss(&gate, &x, [a, &b, &noises], &dz, &draw));
             let by_b = finite_differences(&b, h, |b| loss(&gate, &x, [&a, b, &noises], &dz, &draw));
             let by_n = finite_differences(&noises, h, |n| loss(&gate, &x, [&a, &b, n], &dz, &draw));
-            for (name, got, want) in
-                [("dx", &dx, by_x), ("da", &da, by_a), ("db", &db, by_b), ("dn", &dn, by_n)]
+            for (name, got, want) in [("x", &dx, by_x), ("a", &da, by_a), ("b", &db, by_b), ("n", &dn, by_n)]
             {
-                assert_close(&format!("{spec:?} {name}"), got, &want, 1e-5);
+                assert_close(&format!("{spec:?} d{name}"), got, &want, 1e-5);
             }
         }
     }

@@ -22,19 +22,12 @@ struct Stored {
     num_experts: usize,
     top_k: usize,
     num_residual: usize,
-    scores: StoredScores,
+    scores: Scores,
     score_scale: f64,
     gate: GateNetwork,
     normalize: bool,
     noise: bool,
     balance_weight: f64,
-}
-
-#[derive(Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-enum StoredScores {
-    Softmax,
-    One,
 }
 
 impl TopkSpec {
@@ -45,10 +38,7 @@ impl TopkSpec {
             num_experts,
             top_k,
             num_residual,
-            scores: match scores {
-                Scores::Softmax => StoredScores::Softmax,
-                Scores::One => StoredScores::One,
-            },
+            scores,
             // The shortest decimal of the f32, not the many digits of its f64.
             score_scale: score_scale.to_string().parse().unwrap_or(f64::from(score_scale)),
             gate: network,
@@ -59,28 +49,18 @@ impl TopkSpec {
     }
 
     fn of(stored: &Stored) -> dsmoe_router::Result<TopkSpec> {
-        let range = |field, found: f64, allowed: &str| {
-            Err(dsmoe_router::Error::OutOfRange { field, found: found.to_string(), allowed: allowed.into() })
-        };
-        let scores = match stored.scores {
-            StoredScores::Softmax => Scores::Softmax,
-            StoredScores::One => Scores::One,
-        };
+        let wrong = dsmoe_router::Error::range;
         let score_scale = stored.score_scale as f32;
         if !(score_scale.is_finite() && score_scale > 0.0) {
-            return range("score_scale", stored.score_scale, "a positive number");
+            return Err(wrong("score_scale", stored.score_scale, "a positive number"));
         }
         if !(stored.balance_weight.is_finite() && stored.balance_weight >= 0.0) {
-            return range("balance_weight", stored.balance_weight, "0 or a positive number");
+            return Err(wrong("balance_weight", stored.balance_weight, "0 or a positive number"));
         }
-        let num_residual = stored.num_residual;
+        let &Stored { num_experts, top_k, num_residual, scores, .. } = stored;
+        let router = TopKConfig::new(num_experts, top_k)?;
         Ok(TopkSpec {
-            router: TopKConfig {
-                num_residual,
-                scores,
-                score_scale,
-                ..TopKConfig::new(stored.num_experts, stored.top_k)?
-            },
+            router: TopKConfig { num_residual, scores, score_scale, ..router },
             gate: GateSpec { network: stored.gate, normalize: stored.normalize, noise: stored.noise },
             balance_weight: stored.balance_weight,
         })
@@ -139,10 +119,9 @@ fn read(path: &Path, config: &Config, settings: &Map<String, Value>) -> dsmoe_co
     }
     for (layer, shape) in config.layers().enumerate() {
         if !shape.intermediate.is_multiple_of(spec.all_experts()) {
+            let (experts, neurons) = (spec.all_experts(), shape.intermediate);
             let problem = format!(
-                "make {} experts, and layer {layer} has {} neurons, which they do not divide",
-                spec.all_experts(),
-                shape.intermediate
+                "make {experts} experts, and layer {layer} has {neurons} neurons, which they do not divide"
             );
             return Err(wrong("ffn.num_experts and ffn.num_residual", problem, again));
         }

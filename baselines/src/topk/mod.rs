@@ -10,6 +10,8 @@ mod spec;
 pub use convert::EXPERTS_FILE;
 pub(crate) use convert::{LayerExperts, check_experts, nearest, open_dense, write};
 pub use ffn::TopkMoeFfn;
+#[cfg(test)]
+pub(crate) use ffn::infer;
 pub(crate) use gate::{Gate, GateActs, GateGrads, GateWeights, NetworkBackward};
 pub(crate) use kind::{register, spec_of};
 pub use spec::{GateNetwork, GateSpec, TopkSpec};

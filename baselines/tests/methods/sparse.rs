@@ -4,93 +4,37 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use dsmoe_baselines::{Budget, Job, Made, Result};
+use dsmoe_baselines::Budget;
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::calibrate::LayerStream;
 use dsmoe_core::checkpoint::{Checkpoint, Dtype};
 use dsmoe_core::convert::{ConvertOptions, convert};
-use dsmoe_core::init::{InitOptions, init, preset};
-use dsmoe_core::model::{Batch, Inference, Model, Workspace};
-use dsmoe_core::{Config, Masks};
-use dsmoe_kernels::Precision;
-use dsmoe_kernels::testing::with_threads;
+use dsmoe_core::init::preset;
+use dsmoe_core::{Config, Masks, Model};
+use dsmoe_kernels::testing::{shared, with_threads};
 use serde_json::{Value, json};
 
-use crate::{configured, shared};
+use super::common::{Run, configured, made, mean_loss, tensors, tensors_of, tiny, values};
 
 const METHODS: [&str; 3] = ["sparsegpt", "wanda", "magnitude"];
 
-fn config(changes: &[(&str, Value)]) -> Config {
-    let mut json: Value = serde_json::from_str(&preset("tiny").unwrap().to_json()).unwrap();
-    for (key, value) in changes {
-        json[key] = value.clone();
-    }
-    Config::from_json(Path::new("config.json"), &json.to_string()).unwrap()
-}
-
 /// A random model in `dir`, with widths that are no multiple of 128.
 fn small(dir: &Path, dtype: Dtype) -> PathBuf {
-    let config = config(&[
-        ("hidden_size", json!(48)),
-        ("num_attention_heads", json!(6)),
-        ("num_key_value_heads", json!(2)),
-        ("head_dim", json!(8)),
-        ("intermediate_size", json!(152)),
-        ("vocab_size", json!(75)),
-        ("num_hidden_layers", json!(2)),
-        ("tie_word_embeddings", json!(false)),
-        ("initializer_range", json!(0.1)),
-    ]);
-    let out = dir.join(format!("dense-{dtype}"));
-    init(&config, &out, &InitOptions { dtype, seed: 3, ..InitOptions::default() }, &mut |_| {}).unwrap();
-    out
+    let sizes = json!({
+        "hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 75,
+        "intermediate_size": 152, "num_hidden_layers": 2, "tie_word_embeddings": false, "initializer_range": 0.1
+    });
+    made(&tiny(&sizes), dir, dtype)
 }
 
 fn sequences() -> Vec<Vec<u32>> {
     (0..5).map(|s| (0..31).map(|t| ((s * 31 + t) * (s + 7 * t + 2) % 75) as u32).collect()).collect()
 }
 
-struct Run<'a> {
-    method: &'a str,
-    model: &'a Path,
-    budget: Budget,
-    set: &'a [&'a str],
-    calibration: &'a [Vec<u32>],
-}
-
-impl Run<'_> {
-    fn to(&self, out: &Path) -> Result<Made> {
-        let method = configured(self.method, self.set)?;
-        let job = Job {
-            model: self.model,
-            out,
-            force: false,
-            budget: self.budget,
-            calibration: self.calibration,
-            seed: 0,
-        };
-        let mut last = None;
-        let made = method.run(&job, &mut |progress| last = Some(progress))?;
-        let last = last.expect("progress");
-        assert_eq!(last.done, last.total);
-        Ok(made)
-    }
-}
-
-type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
-
-fn tensors(checkpoint: &Checkpoint) -> Tensors {
-    let read = |name: &str| {
-        let view = checkpoint.tensor(name).unwrap();
-        (name.to_owned(), (view.dtype, view.shape.clone(), checkpoint.bytes(name).unwrap().to_vec()))
-    };
-    checkpoint.names().map(read).collect()
-}
-
 /// Which weights are kept, by weight, row after row.
 fn masks(dir: &Path) -> BTreeMap<String, Vec<bool>> {
     let weights = Checkpoint::open(dir).unwrap();
-    tensors(&Checkpoint::open_file(&dir.join("masks.safetensors")).unwrap())
+    tensors_of(&Checkpoint::open_file(&dir.join("masks.safetensors")).unwrap())
         .into_iter()
         .map(|(name, (dtype, shape, bytes))| {
             let of = weights.tensor(&name).unwrap().shape.clone();
@@ -102,52 +46,9 @@ fn masks(dir: &Path) -> BTreeMap<String, Vec<bool>> {
         .collect()
 }
 
-fn values(checkpoint: &Checkpoint, name: &str) -> Vec<f32> {
-    let mut values = vec![0.0; checkpoint.tensor(name).unwrap().numel()];
-    checkpoint.read_f32(name, &mut values).unwrap();
-    values
-}
-
-/// Mean loss of the model in `dir` on `sequences`.
-fn loss(dir: &Path, sequences: &[Vec<u32>]) -> f32 {
-    let model = Inference::load(dir, Precision::F32).unwrap();
-    let seq = sequences[0].len() - 1;
-    let inputs: Vec<u32> = sequences.iter().flat_map(|ids| &ids[..seq]).copied().collect();
-    let targets: Vec<u32> = sequences.iter().flat_map(|ids| &ids[1..]).copied().collect();
-    let mut losses = vec![0.0; inputs.len()];
-    model
-        .score(
-            &mut losses,
-            Batch { inputs: &inputs, targets: &targets, seq },
-            None,
-            &mut Workspace::default(),
-        )
-        .unwrap();
-    losses.iter().sum::<f32>() / losses.len() as f32
-}
-
 #[test]
 fn the_papers_budgets_are_reached() {
-    let small = config(&[
-        ("hidden_size", json!(2048)),
-        ("intermediate_size", json!(8192)),
-        ("num_hidden_layers", json!(16)),
-        ("num_attention_heads", json!(32)),
-        ("num_key_value_heads", json!(8)),
-        ("head_dim", json!(64)),
-        ("vocab_size", json!(128256)),
-        ("tie_word_embeddings", json!(true)),
-    ]);
-    let large = config(&[
-        ("hidden_size", json!(4096)),
-        ("intermediate_size", json!(11008)),
-        ("num_hidden_layers", json!(32)),
-        ("num_attention_heads", json!(32)),
-        ("num_key_value_heads", json!(32)),
-        ("head_dim", json!(128)),
-        ("vocab_size", json!(32000)),
-        ("tie_word_embeddings", json!(false)),
-    ]);
+    let [small, large] = ["llama-3.2-1b", "llama-2-7b"].map(|name| preset(name).unwrap());
     for name in METHODS {
         let plan = |config: &Config, budget: &str, set: &[&str]| {
             configured(name, set)?.plan(config, budget.parse()?)
@@ -190,54 +91,48 @@ fn the_papers_budgets_are_reached() {
 
 #[test]
 fn the_result_is_a_plain_model_with_zeros_where_its_masks_say() {
-    let work = tempfile::tempdir().unwrap();
+    let calibration = sequences();
     for dtype in [Dtype::BF16, Dtype::F32] {
+        let work = tempfile::tempdir().unwrap();
         let model = small(work.path(), dtype);
-        let dense = tensors(&Checkpoint::open(&model).unwrap());
+        let dense = tensors(&model);
         for name in METHODS {
             for set in [&[][..], &["pattern=2:4", "nearest=true"], &["pattern=4:8", "nearest=true"]] {
-                let out = work.path().join(format!("{dtype}-{name}-{}", set.concat()));
-                let run = Run {
-                    method: name,
-                    model: &model,
-                    budget: Budget::Share(0.6),
-                    set,
-                    calibration: &sequences(),
-                };
-                let made = run.to(&out).unwrap();
+                let out = work.path().join(format!("{name}-{}", set.concat()));
+                let run = Run::new(name, set, 0.6, &calibration);
+                let mut last = None;
+                let made = run.watched(&model, &out, &mut |progress| last = Some(progress)).unwrap();
+                assert!(last.is_some_and(|last| last.done == last.total), "{last:?}");
                 let config = Config::load(&out).unwrap();
-                let plan = configured(name, set).unwrap().plan(&config, run.budget).unwrap();
-                assert_eq!(made.plan, plan);
+                assert_eq!(made.plan, configured(name, set).unwrap().plan(&config, run.budget).unwrap());
                 assert!(made.measured.iter().all(|(_, value)| value.is_finite()));
 
                 let json = |dir: &Path| -> Value {
                     serde_json::from_slice(&fs::read(dir.join("config.json")).unwrap()).unwrap()
                 };
                 assert_eq!(json(&out), json(&model));
-                let checkpoint = Checkpoint::open(&out).unwrap();
                 let masks = masks(&out);
                 assert_eq!(masks.len(), 14);
                 let mut removed = 0;
-                for (tensor, (dtype, shape, bytes)) in tensors(&checkpoint) {
+                for (tensor, (dtype, shape, bytes)) in tensors(&out) {
                     assert_eq!((dtype, &shape), (dense[&tensor].0, &dense[&tensor].1));
                     let Some(mask) = masks.get(&tensor) else {
                         assert!(bytes == dense[&tensor].2, "{tensor} changed");
                         continue;
                     };
-                    let weights = values(&checkpoint, &tensor);
+                    let weights = values(&out, &tensor);
                     assert!(weights.iter().zip(mask).all(|(&w, &kept)| kept || w.to_bits() == 0));
                     removed += mask.iter().filter(|kept| !**kept).count();
                     let of = if set.is_empty() { continue } else { set[0][10..].parse::<usize>().unwrap() };
-                    assert!(
-                        mask.chunks(of).all(|group| group.iter().filter(|kept| **kept).count() == of / 2)
-                    );
+                    let kept = |group: &[bool]| group.iter().filter(|kept| **kept).count();
+                    assert!(mask.chunks(of).all(|group| kept(group) == of / 2), "{tensor}");
                 }
                 assert_eq!(made.plan.activated, made.plan.total - removed as f64);
                 let counts = Accounting::of(&config).with_masks(&Masks::load(&out).unwrap().unwrap());
                 assert_eq!(counts.activated(0.0), made.plan.activated);
                 // The weights fit their masks, and the trainer keeps them so.
                 assert!(Model::load(&out).unwrap().masks().is_some());
-                assert!(loss(&out, &sequences()).is_finite());
+                assert!(mean_loss(&out, &calibration).is_finite());
             }
         }
     }
@@ -245,43 +140,35 @@ fn the_result_is_a_plain_model_with_zeros_where_its_masks_say() {
 
 #[test]
 fn all_weights_kept_is_the_dense_model_and_none_still_runs() {
-    let work = tempfile::tempdir().unwrap();
+    let (work, calibration) = (tempfile::tempdir().unwrap(), sequences());
     let model = small(work.path(), Dtype::BF16);
     for name in METHODS {
         let run = |budget, out: &str| {
             let out = work.path().join(format!("{name}-{out}"));
-            Run { method: name, model: &model, budget, set: &[], calibration: &sequences() }
-                .to(&out)
-                .unwrap();
+            Run { budget, ..Run::new(name, &[], 1.0, &calibration) }.run(&model, &out).unwrap();
             out
         };
         let all = run(Budget::Share(1.0), "all");
-        assert!(
-            tensors(&Checkpoint::open(&all).unwrap()) == tensors(&Checkpoint::open(&model).unwrap()),
-            "{name} changed a weight at density 1"
-        );
-        let config = Config::load(&model).unwrap();
+        assert!(tensors(&all) == tensors(&model), "{name} changed a weight at density 1");
         let rest = 2 * 75 * 48 + 5 * 48;
         let none = run(Budget::Params(f64::from(rest)), "none");
         assert!(masks(&none).values().flatten().all(|kept| !kept));
-        let loss = loss(&none, &sequences());
-        assert!(loss.is_finite(), "{name}: {loss}");
-        assert_eq!(config, Config::load(&none).unwrap());
+        assert!(mean_loss(&none, &calibration).is_finite(), "{name}");
+        assert_eq!(Config::load(&model).unwrap(), Config::load(&none).unwrap());
     }
 }
 
 #[test]
 fn equal_runs_give_equal_bits_on_any_threads() {
-    let work = tempfile::tempdir().unwrap();
+    let (work, calibration) = (tempfile::tempdir().unwrap(), sequences());
     let model = small(work.path(), Dtype::F32);
     for (name, set) in
         [("sparsegpt", &[][..]), ("sparsegpt", &["true_sequential=true", "block=16"]), ("wanda", &[])]
     {
         let files = |threads: usize| {
             let out = work.path().join(format!("{name}-{}-{threads}", set.len()));
-            let budget = Budget::Share(0.55);
-            let run = Run { method: name, model: &model, budget, set, calibration: &sequences() };
-            with_threads(threads, || run.to(&out)).unwrap();
+            let run = Run::new(name, set, 0.55, &calibration);
+            with_threads(threads, || run.run(&model, &out)).unwrap();
             ["model.safetensors", "masks.safetensors"].map(|file| fs::read(out.join(file)).unwrap())
         };
         assert!(files(1) == files(3), "{name} {set:?}");
@@ -294,8 +181,7 @@ fn the_order_of_the_passes_matters_only_within_a_layer() {
     let model = small(work.path(), Dtype::F32);
     let masks = |set: &[&str]| {
         let out = work.path().join(set.concat());
-        let budget = Budget::Share(0.6);
-        Run { method: "sparsegpt", model: &model, budget, set, calibration: &sequences() }.to(&out).unwrap();
+        Run::new("sparsegpt", set, 0.6, &sequences()).run(&model, &out).unwrap();
         masks(&out)
     };
     let (once, anew) = (masks(&["true_sequential=false"]), masks(&["true_sequential=true"]));
@@ -333,7 +219,7 @@ fn what_cannot_be_done_is_said_in_a_line_and_leaves_nothing() {
             &model,
             &["true_sequential=maybe"],
             &good,
-            "true_sequential: cannot be \"maybe\"; True runs",
+            "true_sequential: cannot be \"maybe\"; True",
         ),
         ("magnitude", &model, &["pattern=3:7"], &good, "unstructured, or 2:4 or 4:8"),
         ("magnitude", &model, &["among=layer"], &good, "of a row or of a matrix"),
@@ -341,22 +227,17 @@ fn what_cannot_be_done_is_said_in_a_line_and_leaves_nothing() {
         ("magnitude", &damaged, &[], &good, "model.safetensors"),
     ];
     for (name, model, set, calibration, part) in cases {
-        let run = Run { method: name, model, budget: Budget::Share(0.6), set, calibration };
-        let error = run.to(&out).unwrap_err().to_string();
-        assert!(error.contains(part) && !error.contains('\n'), "{name} {set:?}: {error}");
-        assert!(!out.exists());
+        Run::new(name, set, 0.6, calibration).fails(model, &out, &[part]);
     }
-    let run =
-        Run { method: "magnitude", model: &model, budget: Budget::Share(0.6), set: &[], calibration: &[] };
-    run.to(&out).unwrap();
-    assert!(run.to(&out).unwrap_err().to_string().contains("not empty"));
-    assert!(run.to(&model).is_err());
-    let again = Run { model: &out, ..run }.to(&work.path().join("again")).unwrap_err().to_string();
-    assert!(again.contains("masks.safetensors: the model is pruned already"), "{again}");
+    let run = Run::new("magnitude", &[], 0.6, &[]);
+    run.run(&model, &out).unwrap();
+    run.fails(&model, &out, &["not empty"]);
+    run.fails(&model, &model, &[]);
+    run.fails(&out, &work.path().join("again"), &["masks.safetensors: the model is pruned already"]);
     let left: Vec<_> = fs::read_dir(work.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert!(left.iter().all(|name| !name.to_string_lossy().starts_with('.')), "{left:?}");
 
-    let odd = config(&[("hidden_size", json!(50)), ("head_dim", json!(8))]);
+    let odd = tiny(&json!({"hidden_size": 50, "head_dim": 8}));
     let magnitude = configured("magnitude", &["pattern=4:8"]).unwrap();
     let error = magnitude.plan(&odd, Budget::Share(0.6)).unwrap_err().to_string();
     assert!(error.contains("50 columns") && error.contains("pattern unstructured"), "{error}");
@@ -376,7 +257,8 @@ fn base64(text: &str) -> Vec<u8> {
 
 #[test]
 fn masks_and_errors_of_a_real_layer_are_pytorchs() {
-    let Some(shared) = shared("masks_and_errors_of_a_real_layer_are_pytorchs") else { return };
+    let test = "masks_and_errors_of_a_real_layer_are_pytorchs";
+    let Some(shared) = shared(test, "models/babyllama-1m") else { return };
     let golden: Value = serde_json::from_str(include_str!("../golden/sparse.json")).unwrap();
     let sequences: Vec<Vec<u32>> = serde_json::from_value(golden["sequences"].clone()).unwrap();
     let model = shared.join("models/babyllama-1m");
@@ -402,9 +284,9 @@ fn masks_and_errors_of_a_real_layer_are_pytorchs() {
         let pruned: usize = dense.linears.iter().map(|linear| linear.outputs * linear.inputs).sum();
         let total = Accounting::of(&config).total;
         let budget = Budget::Params(total as f64 - (pruned * config.num_layers / 2) as f64);
-        Run { method: name, model: &model, budget, set, calibration: &sequences }.to(&out).unwrap();
-        losses.insert(case, loss(&out, &sequences));
-        let (checkpoint, masks) = (Checkpoint::open(&out).unwrap(), masks(&out));
+        Run { budget, ..Run::new(name, set, 0.5, &sequences) }.run(&model, &out).unwrap();
+        losses.insert(case, mean_loss(&out, &sequences));
+        let masks = masks(&out);
         let Some(linears) = golden["cases"][case].as_object() else { continue };
         assert_eq!(linears.len(), 7);
         for linear in &dense.linears {
@@ -419,12 +301,12 @@ fn masks_and_errors_of_a_real_layer_are_pytorchs() {
             let share = agree as f64 / mask.len() as f64;
             assert!(share >= 0.999, "{case} {}: {share} of the mask agrees", linear.name);
 
-            let (pruned, want) = (values(&checkpoint, &linear.name), golden["error"].as_f64().unwrap());
+            let (pruned, want) = (values(&out, &linear.name), golden["error"].as_f64().unwrap());
             let error = relative_error(&linear.weight, &pruned, &inputs[&linear.name], linear.inputs);
             assert!((error / want - 1.0).abs() < 0.01, "{case} {}: error {error}, {want}", linear.name);
         }
     }
-    let dense = loss(&model, &sequences);
+    let dense = mean_loss(&model, &sequences);
     assert!(dense < losses["sparsegpt"], "{dense} {losses:?}");
     for worse in ["sparsegpt 2:4", "wanda", "magnitude"] {
         assert!(losses["sparsegpt"] < losses[worse], "{losses:?}");

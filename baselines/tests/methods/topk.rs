@@ -5,73 +5,41 @@ use std::path::{Path, PathBuf};
 
 use dsmoe_baselines::llama_moe::export;
 use dsmoe_baselines::topk::EXPERTS_FILE;
-use dsmoe_baselines::{Budget, Job, Made, Plan, Result};
+use dsmoe_baselines::{Made, Result};
+use dsmoe_core::accounting::Accounting;
 use dsmoe_core::checkpoint::{Checkpoint, Dtype};
 use dsmoe_core::config::Config;
 use dsmoe_core::convert::{ConvertOptions, PartitionSpec, convert};
-use dsmoe_core::init::{InitOptions, init, preset};
+use dsmoe_core::init::preset;
 use dsmoe_core::masks::Masks;
-use dsmoe_core::model::{Batch, Cache, StepArgs, TrainWorkspace, Workspace};
+use dsmoe_core::model::{Batch, StepArgs, TrainWorkspace};
 use dsmoe_core::{Inference, Model};
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::buf::Buf;
-use dsmoe_kernels::rng::Rng;
 use dsmoe_router::SparsityOver;
+use serde_json::json;
 
-use crate::configured;
+use super::common::{self, Run, VOCAB, configured, loaded, made, tiny, tokens, values};
 
-const VOCAB: u32 = 40;
 const SEQ: usize = 24;
 
 /// A dense model of two layers of 96 neurons.
 fn dense(dir: &Path) -> PathBuf {
     dsmoe_baselines::register();
-    let text = preset("tiny").unwrap().to_json();
-    let text = ["\"vocab_size\": 2048", "\"intermediate_size\": 512", "\"num_hidden_layers\": 4"]
-        .into_iter()
-        .zip(["\"vocab_size\": 40", "\"intermediate_size\": 96", "\"num_hidden_layers\": 2"])
-        .fold(text, |text, (from, to)| text.replace(from, to));
-    let config = Config::from_json(Path::new("config.json"), &text).unwrap();
-    let out = dir.join("dense");
-    init(&config, &out, &InitOptions { seed: 3, ..InitOptions::default() }, &mut |_| {}).unwrap();
-    out
+    let sizes = json!({"vocab_size": VOCAB, "intermediate_size": 96, "num_hidden_layers": 2});
+    made(&tiny(&sizes), dir, Dtype::F32)
 }
 
-fn sequences(count: usize) -> Vec<Vec<u32>> {
-    let mut rng = Rng::new(8, 0);
-    (0..count).map(|_| (0..SEQ).map(|_| rng.below(u64::from(VOCAB)) as u32).collect()).collect()
-}
-
-fn run(name: &str, model: &Path, out: &Path, budget: &str, set: &[&str]) -> Result<Made> {
-    run_on(name, model, out, budget, set, &sequences(16))
-}
-
-fn run_on(
-    name: &str,
-    model: &Path,
-    out: &Path,
-    budget: &str,
-    set: &[&str],
-    calibration: &[Vec<u32>],
-) -> Result<Made> {
-    let budget = budget.parse()?;
-    let job = Job { model, out, force: false, budget, calibration, seed: 5 };
-    configured(name, set)?.run(&job, &mut |_| {})
-}
-
-fn plan(name: &str, shape: &str, budget: &str, set: &[&str]) -> Result<Plan> {
-    configured(name, set)?.plan(&preset(shape)?, budget.parse::<Budget>()?)
+fn run(name: &str, model: &Path, out: &Path, share: f64, set: &[&str]) -> Result<Made> {
+    Run::new(name, set, share, &tokens(16, SEQ)).run(model, out)
 }
 
 fn logits_of(model: &Inference) -> Vec<f32> {
-    let ids = &sequences(1)[0];
-    let mut cache = Cache::new(model, SEQ);
-    let mut workspace = Workspace::default();
-    model.logits(ids, SEQ, &mut cache, None, &mut workspace).unwrap().to_vec()
+    common::logits(model, &tokens(1, SEQ)[0])
 }
 
 fn logits(dir: &Path) -> Vec<f32> {
-    logits_of(&Inference::load(dir, Precision::F32).unwrap())
+    logits_of(&loaded(dir))
 }
 
 fn weights(dir: &Path) -> Vec<u8> {
@@ -96,34 +64,23 @@ fn what_is_made_loads_answers_and_is_a_function_of_the_seed() {
     let model = dense(dir.path());
     for (i, (name, set)) in WAYS.into_iter().enumerate() {
         let out = [0, 1].map(|run| dir.path().join(format!("out-{i}-{run}")));
-        let made = out.each_ref().map(|out| run(name, &model, out, "0.8", set).unwrap());
+        let made = out.each_ref().map(|out| run(name, &model, out, 0.8, set).unwrap());
         assert_eq!(made[0], made[1], "{name} {set:?}");
         assert_eq!(weights(&out[0]), weights(&out[1]), "{name} {set:?}");
-        assert!((made[0].plan.activated / (0.8 * Config::load(&model).unwrap().total()) - 1.0).abs() < 0.06);
+        let total = Accounting::of(&Config::load(&model).unwrap()).total as f64;
+        assert!((made[0].plan.activated / (0.8 * total) - 1.0).abs() < 0.06);
 
         // Save, load and forward: the same bits by either way into memory.
         let loaded = Model::load(&out[0]).unwrap();
         let saved = dir.path().join(format!("saved-{i}"));
         fs::create_dir(&saved).unwrap();
         loaded.save(&saved, Dtype::F32).unwrap();
-        assert_eq!(
-            fs::read(saved.join("config.json")).unwrap(),
-            fs::read(out[0].join("config.json")).unwrap()
-        );
+        let [before, after] = [&out[0], &saved].map(|dir| fs::read(dir.join("config.json")).unwrap());
+        assert_eq!(before, after, "{name} {set:?}");
         let want = logits(&out[0]);
         assert!(want.iter().all(|x| x.is_finite()));
         assert_eq!(logits_of(&Inference::new(&loaded, Precision::F32)), want, "{name} {set:?}");
         assert_eq!(logits(&saved), want, "{name} {set:?}");
-    }
-}
-
-trait Total {
-    fn total(&self) -> f64;
-}
-
-impl Total for Config {
-    fn total(&self) -> f64 {
-        dsmoe_core::accounting::Accounting::of(self).total as f64
     }
 }
 
@@ -150,7 +107,7 @@ fn all_experts_are_the_dense_model() {
         ("random-k", &["scale=n"]),
     ] {
         let out = dir.path().join("all");
-        let made = run(name, &model, &out, "1.0", set).unwrap();
+        let made = run(name, &model, &out, 1.0, set).unwrap();
         assert!(made.plan.reached_by.starts_with("8 of 8 experts"), "{made:?}");
         assert_same(&logits(&out), &want, &format!("{name} {set:?}"));
         fs::remove_dir_all(&out).unwrap();
@@ -163,7 +120,7 @@ fn the_experts_file_is_a_partition_to_convert_by() {
     let dir = tempfile::tempdir().unwrap();
     let model = dense(dir.path());
     let (out, converted) = (dir.path().join("out"), dir.path().join("converted"));
-    run("llama-moe", &model, &out, "0.8", &["construction=clustering"]).unwrap();
+    run("llama-moe", &model, &out, 0.8, &["construction=clustering"]).unwrap();
     let options =
         ConvertOptions { partition: PartitionSpec::File(out.join(EXPERTS_FILE)), ..ConvertOptions::new(8) };
     convert(&model, &converted, &options, &mut |_| {}).unwrap();
@@ -177,23 +134,17 @@ fn the_experts_file_is_a_partition_to_convert_by() {
 fn training_moves_every_part_of_the_gate_and_the_loss_goes_down() {
     let dir = tempfile::tempdir().unwrap();
     let (source, out) = (dense(dir.path()), dir.path().join("out"));
-    run("llama-moe", &source, &out, "0.8", &[]).unwrap();
+    run("llama-moe", &source, &out, 0.8, &[]).unwrap();
     let mut model = Model::load(&out).unwrap();
-    let ids = sequences(4).concat();
+    let ids = tokens(4, SEQ).concat();
     let (inputs, targets) = (&ids[..ids.len() - 1], &ids[1..]);
     let mut workspace = TrainWorkspace::new(&model, inputs.len(), Precision::F32);
     let step = |model: &Model, seed: u64, workspace: &mut TrainWorkspace| {
-        let args = StepArgs {
-            loss_scale: 1.0 / inputs.len() as f32,
-            sparsity_weight: 0.0,
-            sparsity_over: SparsityOver::Active,
-            balance_scale: 1.0,
-            seed,
-        };
+        let (loss_scale, sparsity_over) = (1.0 / inputs.len() as f32, SparsityOver::Active);
+        let args = StepArgs { loss_scale, sparsity_weight: 0.0, sparsity_over, balance_scale: 1.0, seed };
         let mut grads = Buf::zeros(model.layout().len());
-        let output = model
-            .train_step(&mut grads, Batch { inputs, targets, seq: inputs.len() }, &args, workspace)
-            .unwrap();
+        let batch = Batch { inputs, targets, seq: inputs.len() };
+        let output = model.train_step(&mut grads, batch, &args, workspace).unwrap();
         (grads, output.loss_sum / inputs.len() as f64, output.balance_loss)
     };
     let (grads, first, balance) = step(&model, 1, &mut workspace);
@@ -215,51 +166,24 @@ fn training_moves_every_part_of_the_gate_and_the_loss_goes_down() {
 
 #[test]
 fn budgets_of_the_published_shapes() {
-    let exact = |name, shape, budget, set: &[&str], reached: &str, activated: f64| {
-        let plan = plan(name, shape, budget, set).unwrap();
-        assert_eq!((&plan.reached_by[..], plan.activated), (reached, activated), "{name} {shape} {budget}");
-        plan.total
-    };
+    let (moe, one, seven) = ("llama-moe", "llama-3.2-1b", "llama-2-7b");
+    let residual = &["construction=sharing-inter"][..];
     // non_ffn + L ffn_layer k/n + L (d n + n n)
-    let total = exact("llama-moe", "llama-3.2-1b", "735M", &[], "3 of 8 experts", 732_497_920.0 + 263_168.0);
-    assert_eq!(total, 1_235_814_400.0 + 263_168.0);
-    let total =
-        exact("llama-moe", "llama-2-7b", "3.93B", &[], "3 of 8 experts", 4_033_089_536.0 + 1_050_624.0);
-    assert_eq!(total, 6_738_415_616.0 + 1_050_624.0);
-    exact(
-        "llama-moe",
-        "llama-2-7b",
-        "3.49B",
-        &["experts=16"],
-        "4 of 16 experts",
-        3_492_024_320.0 + 2_105_344.0,
-    );
-    exact(
-        "llama-moe",
-        "llama-2-7b",
-        "0.44",
-        &["experts=16"],
-        "2 of 16 experts",
-        2_950_959_104.0 + 2_105_344.0,
-    );
-    exact("random-k", "llama-3.2-1b", "735M", &[], "3 of 8 experts", 732_497_920.0 + 262_144.0);
-    exact("random-k", "llama-3.2-1b", "1.0", &[], "8 of 8 experts", 1_235_814_400.0 + 262_144.0);
-    exact(
-        "llama-moe",
-        "llama-3.2-1b",
-        "735M",
-        &["construction=sharing-inter"],
-        "3 of 8 experts, 1 of them always",
-        732_497_920.0 + 16.0 * (2048.0 * 7.0 + 49.0),
-    );
-    exact(
-        "moefication",
-        "llama-3.2-1b",
-        "735M",
-        &[],
-        "94 of 256 experts",
-        430_508_032.0 + 94.0 * 3_145_728.0 + 9_437_184.0,
-    );
+    for (name, shape, budget, set, reached, rest, gates) in [
+        (moe, one, "735M", &[][..], "3 of 8 experts", 732_497_920.0, 263_168.0),
+        (moe, seven, "3.93B", &[], "3 of 8 experts", 4_033_089_536.0, 1_050_624.0),
+        (moe, seven, "3.49B", &["experts=16"], "4 of 16 experts", 3_492_024_320.0, 2_105_344.0),
+        (moe, seven, "0.44", &["experts=16"], "2 of 16 experts", 2_950_959_104.0, 2_105_344.0),
+        ("random-k", one, "735M", &[], "3 of 8 experts", 732_497_920.0, 262_144.0),
+        ("random-k", one, "1.0", &[], "8 of 8 experts", 1_235_814_400.0, 262_144.0),
+        (moe, one, "735M", residual, "3 of 8 experts, 1 of them always", 732_497_920.0, 230_160.0),
+        ("moefication", one, "735M", &[], "94 of 256 experts", 726_206_464.0, 9_437_184.0),
+    ] {
+        let (config, what) = (preset(shape).unwrap(), format!("{name} {shape} {budget}"));
+        let plan = configured(name, set).unwrap().plan(&config, budget.parse().unwrap()).unwrap();
+        assert_eq!((&plan.reached_by[..], plan.activated), (reached, rest + gates), "{what}");
+        assert_eq!(plan.total, Accounting::of(&config).total as f64 + gates, "{what}");
+    }
 }
 
 #[test]
@@ -267,81 +191,64 @@ fn what_cannot_be_is_one_line_with_the_help() {
     let dir = tempfile::tempdir().unwrap();
     let model = dense(dir.path());
     let out = dir.path().join("out");
-    let tell = |result: Result<Made>, parts: &[&str]| {
-        let error = result.expect_err(parts[0]).to_string();
-        assert!(parts.iter().all(|part| error.contains(part)) && !error.contains('\n'), "{error}");
-        assert!(!out.exists(), "{error}");
+    let calibration = tokens(16, SEQ);
+    let fails = |run: Run<'_>, model: &Path, parts: &[&str]| {
+        run.fails(model, &out, parts);
+        assert!(!out.exists(), "{run:?}");
     };
-    tell(run("llama-moe", &model, &out, "0.8", &["experts=7"]), &["96 is not divisible by 7", "use one of"]);
-    tell(run("llama-moe", &model, &out, "0.8", &["experts=0"]), &["not divisible by 0"]);
-    tell(run("llama-moe", &model, &out, "12M", &[]), &["is above 8 of 8 experts", "use "]);
-    tell(run("llama-moe", &model, &out, "1k", &[]), &["is below 1 of 8 experts", "use "]);
-    tell(
-        run("llama-moe", &model, &out, "0.8", &["gate=deep"]),
-        &["gate: cannot be \"deep\"", "mlp or linear"],
-    );
-    tell(
-        run("llama-moe", &model, &out, "0.8", &["construction=graph"]),
-        &["construction", "random, clustering"],
-    );
-    tell(
-        run("llama-moe", &model, &out, "0.8", &["residual=1"]),
-        &["residual: cannot be 1", "only with sharing-inter"],
-    );
-    for residual in ["0", "8"] {
-        let set = ["construction=sharing-inter", &format!("residual={residual}")];
-        tell(
-            run("llama-moe", &model, &out, "0.8", &set),
-            &[&format!("residual: cannot be {residual}"), "1 to experts - 1"],
-        );
+    for (set, parts) in [
+        (&["experts=7"][..], &["96 is not divisible by 7", "use one of"][..]),
+        (&["experts=0"], &["not divisible by 0"]),
+        (&["gate=deep"], &["gate: cannot be \"deep\"", "mlp or linear"]),
+        (&["construction=graph"], &["construction", "random, clustering"]),
+        (&["residual=1"], &["residual: cannot be 1", "only with sharing-inter"]),
+        (&["construction=sharing-inter", "residual=0"], &["residual: cannot be 0", "1 to experts - 1"]),
+        (&["construction=sharing-inter", "residual=8"], &["residual: cannot be 8", "1 to experts - 1"]),
+        (&["scale=2"], &["scale: cannot be 2", "n/k, or n"]),
+        (&["noise=1"], &["noise: cannot be 1", "true or false"]),
+        (&["balance=-1"], &["balance: cannot be -1", "0 or a positive"]),
+        (&["balance=NaN"], &["balance: cannot be \"NaN\"", "0 or a positive"]),
+    ] {
+        fails(Run::new("llama-moe", set, 0.8, &calibration), &model, parts);
     }
     for (set, parts) in [
-        ("scale=2", ["scale: cannot be 2", "n/k, or n"]),
-        ("noise=1", ["noise: cannot be 1", "true or false"]),
-        ("balance=-1", ["balance: cannot be -1", "0 or a positive"]),
-        ("balance=NaN", ["balance: cannot be \"NaN\"", "0 or a positive"]),
+        ("score=l3", &["score: cannot be \"l3\"", "l1, l2"][..]),
+        ("split=metis", &["split: cannot be \"metis\"", "co-activation"]),
+        ("rows=down", &["rows: cannot be \"down\"", "gate or up"]),
+        ("epochs=1001", &["epochs: cannot be 1001"]),
     ] {
-        tell(run("llama-moe", &model, &out, "0.8", &[set]), &parts);
+        fails(Run::new("moefication", &[set], 0.8, &calibration), &model, parts);
     }
-    let inner = ["construction=sharing-inner"];
-    let few = &sequences(7);
-    tell(
-        run_on("llama-moe", &model, &out, "0.8", &inner, few),
-        &["7 sequences are too few", "give 8 or more"],
-    );
-    let mut uneven = sequences(8);
+    for (budget, part) in [("12M", "is above 8 of 8 experts"), ("1k", "is below 1 of 8 experts")] {
+        let run = Run { budget: budget.parse().unwrap(), ..Run::new("llama-moe", &[], 0.8, &calibration) };
+        fails(run, &model, &[part, "use "]);
+    }
+    let inner = &["construction=sharing-inner"][..];
+    let mut uneven = tokens(8, SEQ);
     uneven[3].pop();
-    tell(run_on("llama-moe", &model, &out, "0.8", &inner, &uneven), &["sequence 3 has 23 tokens"]);
-    let single = vec![vec![1]; 8];
-    tell(run_on("llama-moe", &model, &out, "0.8", &inner, &single), &["sequence 0 has 1 tokens"]);
-    let foreign = vec![vec![VOCAB; SEQ]; 16];
-    tell(run_on("llama-moe", &model, &out, "0.8", &inner, &foreign), &["token id 40", "vocab"]);
-    tell(run_on("moefication", &model, &out, "0.8", &[], &foreign), &["token id 40", "vocab"]);
-    tell(
-        run_on("moefication", &model, &out, "0.8", &[], &sequences(2)),
-        &["48 tokens are too few", "give 256"],
-    );
-    tell(run_on("moefication", &model, &out, "0.8", &[], &[]), &["0 sequences are too few"]);
-    tell(run("moefication", &model, &out, "0.8", &["score=l3"]), &["score: cannot be \"l3\"", "l1, l2"]);
-    tell(
-        run("moefication", &model, &out, "0.8", &["split=metis"]),
-        &["split: cannot be \"metis\"", "co-activation"],
-    );
-    tell(
-        run("moefication", &model, &out, "0.8", &["rows=down"]),
-        &["rows: cannot be \"down\"", "gate or up"],
-    );
-    tell(run("moefication", &model, &out, "0.8", &["epochs=1001"]), &["epochs: cannot be 1001"]);
+    let foreign = vec![vec![VOCAB as u32; SEQ]; 16];
+    for (name, set, calibration, parts) in [
+        ("llama-moe", inner, &tokens(7, SEQ), &["7 sequences are too few", "give 8 or more"][..]),
+        ("llama-moe", inner, &uneven, &["sequence 3 has 23 tokens"]),
+        ("llama-moe", inner, &vec![vec![1]; 8], &["sequence 0 has 1 tokens"]),
+        ("llama-moe", inner, &foreign, &["token id 40", "vocab"]),
+        ("moefication", &[], &foreign, &["token id 40", "vocab"]),
+        ("moefication", &[], &tokens(2, SEQ), &["48 tokens are too few", "give 256"]),
+        ("moefication", &[], &vec![], &["0 sequences are too few"]),
+    ] {
+        fails(Run::new(name, set, 0.8, calibration), &model, parts);
+    }
 
     let pruned = dense(&dir.path().join("pruned"));
     let mut masks = Masks::new();
     masks.insert("model.layers.0.mlp.up_proj.weight".to_owned(), 96, 128, |_, _| true);
     masks.save(&pruned).unwrap();
-    tell(run("llama-moe", &pruned, &out, "0.8", &[]), &["has pruned weights", "use a dense model"]);
+    let run_of = |name| Run::new(name, &[], 0.8, &calibration);
+    fails(run_of("llama-moe"), &pruned, &["has pruned weights", "use a dense model"]);
 
     let made = dir.path().join("made");
-    run("llama-moe", &model, &made, "0.8", &[]).unwrap();
-    tell(run("moefication", &made, &out, "0.8", &[]), &["experts already", "use a dense model"]);
+    run_of("llama-moe").run(&model, &made).unwrap();
+    fails(run_of("moefication"), &made, &["experts already", "use a dense model"]);
     let text = fs::read_to_string(made.join("config.json")).unwrap();
     for (from, to, part) in [
         ("\"num_experts\": 8", "\"num_experts\": 5", "do not divide"),
@@ -365,31 +272,26 @@ fn what_cannot_be_is_one_line_with_the_help() {
 fn llama_moe_layout_holds_every_value_once() {
     let dir = tempfile::tempdir().unwrap();
     let (model, made, out) = (dense(dir.path()), dir.path().join("made"), dir.path().join("out"));
-    let plan = run("llama-moe", &model, &made, "0.8", &["construction=clustering"]).unwrap().plan;
+    let plan = run("llama-moe", &model, &made, 0.8, &["construction=clustering"]).unwrap().plan;
     let report = export(&made, &out, None, false, &mut |_| {}).unwrap();
-    let (ours, theirs) = (Checkpoint::open(&made).unwrap(), Checkpoint::open(&out).unwrap());
+    let theirs = Checkpoint::open(&out).unwrap();
     assert_eq!(report.tensors, theirs.names().count());
-    let read = |checkpoint: &Checkpoint, name: &str| {
-        let mut values = vec![0.0; checkpoint.tensor(name).unwrap_or_else(|| panic!("{name}")).numel()];
-        checkpoint.read_f32(name, &mut values).unwrap();
-        values
-    };
     let mlp = "model.layers.1.mlp";
     for (whole, part) in [("gate_proj", "weight_gate"), ("up_proj", "weight_up")] {
-        let parts = (0..8).flat_map(|e| read(&theirs, &format!("{mlp}.calculator.experts.{part}.{e}")));
-        assert_eq!(parts.collect::<Vec<_>>(), read(&ours, &format!("{mlp}.{whole}.weight")));
+        let parts = (0..8).flat_map(|e| values(&out, &format!("{mlp}.calculator.experts.{part}.{e}")));
+        assert_eq!(parts.collect::<Vec<_>>(), values(&made, &format!("{mlp}.{whole}.weight")));
     }
-    let down = read(&ours, &format!("{mlp}.down_proj.weight"));
+    let down = values(&made, &format!("{mlp}.down_proj.weight"));
     for e in 0..8 {
         let name = format!("{mlp}.calculator.experts.weight_down.{e}");
         assert_eq!(theirs.tensor(&name).unwrap().shape, [128, 12]);
-        for (row, part) in read(&theirs, &name).chunks_exact(12).enumerate() {
+        for (row, part) in values(&out, &name).chunks_exact(12).enumerate() {
             assert_eq!(part, &down[row * 96 + e * 12..][..12]);
         }
     }
     for name in ["gate.gate_network.0.weight", "gate.gate_network.2.weight", "gate.weight_noise.weight"] {
         let name = format!("{mlp}.{name}");
-        assert_eq!(read(&theirs, &name), read(&ours, &name));
+        assert_eq!(values(&out, &name), values(&made, &name));
     }
     let config = fs::read_to_string(out.join("config.json")).unwrap();
     let selects = format!("\"num_selects\": {}", plan.reached_by.split(' ').next().unwrap());
@@ -403,7 +305,7 @@ fn llama_moe_layout_holds_every_value_once() {
         ("llama-moe", &["construction=sharing-inter"], "ffn.num_residual"),
     ] {
         let (made, out) = (dir.path().join(part), dir.path().join("none"));
-        run(name, &model, &made, "0.8", set).unwrap();
+        run(name, &model, &made, 0.8, set).unwrap();
         let error = export(&made, &out, None, false, &mut |_| {}).unwrap_err().to_string();
         assert!(error.contains(part) && !out.exists(), "{error}");
     }

@@ -5,14 +5,10 @@ use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
 
-use dsmoe_baselines::{Job, Made};
-use dsmoe_core::Inference;
-use dsmoe_core::model::{Batch, Workspace};
-use dsmoe_kernels::Precision;
+use dsmoe_baselines::Made;
+use dsmoe_kernels::testing::shared;
 
-use crate::{configured, shared};
-
-const SEQ: usize = 128;
+use super::common::{Run, mean_loss};
 
 /// Sequences of the model's text; its tokens are characters.
 fn sequences(shared: &Path, model: &Path) -> Vec<Vec<u32>> {
@@ -22,64 +18,39 @@ fn sequences(shared: &Path, model: &Path) -> Vec<Vec<u32>> {
     let text = fs::read_to_string(shared.join("data/corpora/stories/tinystories_lowercase_4M.txt")).unwrap();
     let id = |c: char| ids.get(&if c == ' ' { '\u{2581}'.to_string() } else { c.to_string() }).copied();
     let tokens: Vec<u32> = text.chars().take(40_000).filter_map(id).collect();
-    tokens.chunks_exact(SEQ).map(<[u32]>::to_vec).collect()
-}
-
-fn loss(dir: &Path, sequences: &[Vec<u32>]) -> f64 {
-    let model = Inference::load(dir, Precision::F32).unwrap();
-    let mut workspace = Workspace::default();
-    let mut sum = 0.0;
-    for ids in sequences {
-        let mut losses = vec![0.0; SEQ - 1];
-        model
-            .score(
-                &mut losses,
-                Batch { inputs: &ids[..SEQ - 1], targets: &ids[1..], seq: SEQ - 1 },
-                None,
-                &mut workspace,
-            )
-            .unwrap();
-        sum += losses.iter().map(|&loss| f64::from(loss)).sum::<f64>();
-    }
-    sum / (sequences.len() * (SEQ - 1)) as f64
+    tokens.chunks_exact(128).map(<[u32]>::to_vec).collect()
 }
 
 #[test]
 fn a_trained_router_keeps_a_real_model_better() {
-    let Some(shared) = shared("a_trained_router_keeps_a_real_model_better") else { return };
+    let test = "a_trained_router_keeps_a_real_model_better";
+    let Some(shared) = shared(test, "models/babyllama-1m") else { return };
     dsmoe_baselines::register();
     let model = shared.join("models/babyllama-1m");
     let sequences = sequences(&shared, &model);
     let (calibration, held_out) = (&sequences[..96], &sequences[96..128]);
     let dir = tempfile::tempdir().unwrap();
-    let run = |name: &str, budget: &str, set: &[&str]| -> (f64, Made) {
-        let method = configured(name, set).unwrap();
+    let run = |name: &str, share: f64, set: &[&str]| -> (f64, Made) {
         let out = dir.path().join("out");
-        let budget = budget.parse().unwrap();
-        let job = Job { model: &model, out: &out, force: true, budget, calibration, seed: 1 };
-        let made = method.run(&job, &mut |_| {}).unwrap();
-        (loss(&out, held_out), made)
+        let run = Run { seed: 1, force: true, ..Run::new(name, set, share, calibration) };
+        let made = run.run(&model, &out).unwrap();
+        (mean_loss(&out, held_out), made)
     };
-    let dense = loss(&model, held_out);
-    let (all, _) = run("moefication", "1.0", &["epochs=1"]);
+    let dense = mean_loss(&model, held_out);
+    let (all, _) = run("moefication", 1.0, &["epochs=1"]);
     assert!((all - dense).abs() < 1e-5 * dense, "all experts {all}, dense {dense}");
-    let (trained, made) = run("moefication", "0.8", &[]);
-    let (start, before) = run("moefication", "0.8", &["epochs=0"]);
-    let (random, _) = run("random-k", "0.8", &["scale=n"]);
-    let (together, by_counts) = run("moefication", "0.8", &["split=co-activation"]);
+    let (trained, made) = run("moefication", 0.8, &[]);
+    let (start, before) = run("moefication", 0.8, &["epochs=0"]);
+    let (random, _) = run("random-k", 0.8, &["scale=n"]);
+    let (together, by_counts) = run("moefication", 0.8, &["split=co-activation"]);
     assert_eq!(made.plan.reached_by, "8 of 11 experts");
-    assert!(
-        dense < trained && trained < start - 0.1 && trained < random - 0.1,
-        "{dense} {trained} {start} {random}"
-    );
     assert!(dense < together && together < trained, "{dense} {together} {trained}");
-    let within: Vec<f64> =
-        by_counts.measured.iter().filter(|(name, _)| name.contains("within")).map(|m| m.1).collect();
+    assert!(trained < start - 0.1 && trained < random - 0.1, "{trained} {start} {random}");
+    let within = by_counts.measured.iter().filter(|(name, _)| name.contains("within"));
+    let within: Vec<f64> = within.map(|measured| measured.1).collect();
     // At random one of 11 experts would hold both neurons 31 times of 351.
-    assert!(
-        within.len() == made.measured.len() && within.iter().all(|&share| share > 1.3 / 11.0),
-        "{within:?}"
-    );
+    assert!(within.iter().all(|&share| share > 1.3 / 11.0), "{within:?}");
+    assert_eq!(within.len(), made.measured.len());
     for ((_, after), (_, before)) in made.measured.iter().zip(&before.measured) {
         assert!(after >= before && *after > 0.75, "share {after} after training, {before} before");
     }

@@ -193,13 +193,8 @@ fn webqs_rules(profile: Profile) -> Rules {
 /// Sorts the answers and leaves out those that begin with the one kept before: a text with them has that one too.
 fn without_longer(mut answers: Vec<String>) -> Vec<String> {
     answers.sort_unstable();
-    let mut kept: Vec<String> = Vec::new();
-    for answer in answers {
-        if !kept.last().is_some_and(|last| answer.starts_with(last)) {
-            kept.push(answer);
-        }
-    }
-    kept
+    answers.dedup_by(|answer, kept| answer.starts_with(kept.as_str()));
+    answers
 }
 
 #[cfg(test)]

@@ -25,12 +25,7 @@ pub(crate) fn rows(
     let mut names: Option<StringRecord> = None;
     let mut record = StringRecord::new();
     for row in 0.. {
-        let wrong = |reason: String| Error::Row {
-            path: path.to_path_buf(),
-            row,
-            reason,
-            help: "fetch the file again".into(),
-        };
+        let wrong = |reason: String| Error::row(path, row, reason, "fetch the file again");
         let start = reader.position().byte() as usize;
         if !reader.read_record(&mut record).map_err(|cause| wrong(cause.to_string()))? {
             break;

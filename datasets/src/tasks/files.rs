@@ -22,11 +22,11 @@ const MAX_DEPTH: usize = 3;
 /// No folder of the task, or several sets of files that match equally well.
 pub(crate) fn find(folder: &Path, task: &Task, split: Split) -> Result<Option<Vec<PathBuf>>> {
     let Some(base) = task_folder(folder, task)? else {
-        return Err(Error::Task {
-            task: task.name.into(),
-            reason: format!("no folder `{}` in {}", task.folders.join("` or `"), folder.display()),
-            help: format!("put its files there, or name them: {{task_file}} {}=FILE", task.name).into(),
-        });
+        return Err(Error::task(
+            task.name,
+            format!("no folder `{}` in {}", task.folders.join("` or `"), folder.display()),
+            format!("put its files there, or name them: {{task_file}} {}=FILE", task.name),
+        ));
     };
     let mut files = Vec::new();
     search(&base, 0, &mut files)?;
@@ -44,16 +44,12 @@ pub(crate) fn find(folder: &Path, task: &Task, split: Split) -> Result<Option<Ve
     if let Some(((same, _), other)) = sets.next()
         && same == surplus
     {
-        return Err(Error::Task {
-            task: task.name.into(),
-            reason: format!(
-                "{} and {} both look like its {} split",
-                best[0].display(),
-                other[0].display(),
-                split.name()
-            ),
-            help: format!("keep one of them, or name it: {{task_file}} {}=FILE", task.name).into(),
-        });
+        let (one, other) = (best[0].display(), other[0].display());
+        return Err(Error::task(
+            task.name,
+            format!("{one} and {other} both look like its {} split", split.name()),
+            format!("keep one of them, or name it: {{task_file}} {}=FILE", task.name),
+        ));
     }
     best.sort_unstable();
     Ok(Some(best))

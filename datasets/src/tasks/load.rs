@@ -142,12 +142,11 @@ impl Loaded {
     pub fn load(task: &'static Task, source: &TaskFiles, options: &Options) -> Result<Loaded> {
         let rules = task.checked_rules(options.profile)?;
         let Some((split, files)) = source.scored(task)? else {
-            return Err(Error::Task {
-                task: task.name.into(),
-                reason: format!("no files of its {} split", task.split.name()),
-                help: format!("put them into its folder, or name them: {{task_file}} {}=FILE", task.name)
-                    .into(),
-            });
+            return Err(Error::task(
+                task.name,
+                format!("no files of its {} split", task.split.name()),
+                format!("put them into its folder, or name them: {{task_file}} {}=FILE", task.name),
+            ));
         };
         let shot_files = if task.shots > 0 { source.find(task, Split::Train)? } else { None };
         let mut builder = Builder::new(task, rules, options, shot_files.is_none());
@@ -294,8 +293,7 @@ impl Builder {
     }
 
     fn finish(mut self, name: String) -> Result<Loaded> {
-        let wrong =
-            |reason: String, help: String| Error::Task { task: name.clone(), reason, help: help.into() };
+        let wrong = |reason: String, help: String| Error::task(&name, reason, help);
         let shots = self.task.shots;
         if self.rows.is_empty() {
             let files = self.origin.files.iter().map(|file| file.display().to_string()).collect::<Vec<_>>();

@@ -58,11 +58,8 @@ pub(crate) fn stem(path: &Path) -> String {
 /// how many there were.
 pub(crate) fn read_rows(path: &Path, task: &'static str, sink: &mut Sink<'_>) -> Result<u64> {
     let Some((format, packing)) = format_of(path) else {
-        return Err(Error::TaskFile {
-            path: path.to_path_buf(),
-            reason: "not a file of rows by its name".into(),
-            help: "give a .jsonl, .json, .csv, .txt (also .gz, .zst) or .parquet file".into(),
-        });
+        let help = "give a .jsonl, .json, .csv, .txt (also .gz, .zst) or .parquet file";
+        return Err(Error::file(path, "not a file of rows by its name", help));
     };
     let mut labels = Labels::beside(path)?;
     let path: Arc<Path> = path.into();
@@ -124,11 +121,8 @@ impl Labels {
         if self.used == self.labels.len() {
             return Ok(());
         }
-        Err(Error::TaskFile {
-            path: self.path.clone(),
-            reason: format!("{} labels for {rows} rows", self.labels.len()),
-            help: "take both files from the original".into(),
-        })
+        let reason = format!("{} labels for {rows} rows", self.labels.len());
+        Err(Error::file(&self.path, reason, "take both files from the original"))
     }
 }
 
@@ -140,25 +134,20 @@ fn whole(path: &Path, packing: Packing) -> Result<String> {
 
 /// Names the row that a failure of reading is about.
 fn at_row(path: &Path, row: u64, cause: Error) -> Error {
-    let (path, message) = (path.to_path_buf(), cause.to_string());
+    let message = cause.to_string();
     // The reader's messages are `path: reason; help`.
     let message = message.strip_prefix(&format!("{}: ", path.display())).unwrap_or(&message);
     match message.split_once("; ") {
         Some((reason, help)) => {
             let help = cause.help().cloned().unwrap_or_else(|| help.to_owned().into());
-            Error::Row { path, row, reason: reason.into(), help }
+            Error::row(path, row, reason, help)
         }
         None => cause,
     }
 }
 
 fn not_json(path: &Path, row: u64, reason: impl fmt::Display) -> Error {
-    Error::Row {
-        path: path.to_path_buf(),
-        row,
-        reason: format!("not a JSON object ({reason})"),
-        help: "fetch the file again".into(),
-    }
+    Error::row(path, row, format!("not a JSON object ({reason})"), "fetch the file again")
 }
 
 /// Hands the lines that are not blank to `take`, each with its number as a row.

@@ -29,8 +29,7 @@ impl Task {
         let found = TASKS.iter().find(|task| task.name == name || task.aliases.contains(&name));
         found.ok_or_else(|| {
             let names: Vec<&str> = TASKS.iter().map(|task| task.name).collect();
-            let help = format!("use {}", names.join(", ")).into();
-            Error::Task { task: name.into(), reason: "unknown".into(), help }
+            Error::task(name, "unknown", format!("use {}", names.join(", ")))
         })
     }
 }

@@ -27,7 +27,7 @@ impl Row {
     /// Returns an error about this row.
     pub(crate) fn wrong(&self, reason: impl Into<String>, help: impl Into<Remedy>) -> Error {
         let (path, number) = &self.place;
-        Error::Row { path: path.to_path_buf(), row: *number, reason: reason.into(), help: help.into() }
+        Error::row(path, *number, reason, help)
     }
 
     /// Finds the first of the columns `names` that exists.

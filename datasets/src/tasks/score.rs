@@ -105,12 +105,10 @@ fn part(metric: Metric, item: &Item, responses: &[Response], rules: &Rules) -> P
     let sums = || responses.iter().map(sum);
     match (metric, &item.ask) {
         (Metric::Acc, Ask::Choice { gold, .. } | Ask::Gap { gold, .. }) => yes(argmax(sums()) == *gold),
-        (Metric::AccNorm, Ask::Choice { choices, gold }) => {
-            let lengths = choices.iter().map(|choice| choice.chars().count() as f64);
-            yes(argmax(sums().zip(lengths).map(|(sum, length)| sum / length)) == *gold)
-        }
-        (Metric::AccBytes, Ask::Choice { choices, gold }) => {
-            let lengths = choices.iter().map(|choice| choice.len() as f64);
+        (Metric::AccNorm | Metric::AccBytes, Ask::Choice { choices, gold }) => {
+            let in_bytes = metric == Metric::AccBytes;
+            let length = |choice: &String| if in_bytes { choice.len() } else { choice.chars().count() };
+            let lengths = choices.iter().map(|choice| length(choice) as f64);
             yes(argmax(sums().zip(lengths).map(|(sum, length)| sum / length)) == *gold)
         }
         (Metric::Acc, Ask::LastWord { .. }) | (Metric::AnyMatch | Metric::AnyAcc, Ask::AnyGreedy { .. }) => {

@@ -51,11 +51,10 @@ impl Task {
     pub(crate) fn checked_rules(&self, profile: Profile) -> Result<Rules> {
         match self.not_in.iter().find(|(release, _)| *release == profile) {
             None => Ok((self.rules)(profile)),
-            Some((_, reason)) => Err(Error::Task {
-                task: self.name.into(),
-                reason: format!("{profile} {reason}"),
-                help: "leave it out, or use {profile} dsmoe".into(),
-            }),
+            Some((_, reason)) => {
+                let help = "leave it out, or use {profile} dsmoe";
+                Err(Error::task(self.name, format!("{profile} {reason}"), help))
+            }
         }
     }
 }

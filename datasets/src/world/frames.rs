@@ -5,29 +5,20 @@ use super::land::{Probe, Split, World};
 use super::lore::{OBJECTS, fill};
 use super::rng::Rng;
 
-/// An act of `{a}` and `{b}` with `{o}`, and what is then true of `{a}` and of `{b}`.
-struct Frame {
-    deed: &'static str,
-    reasons: [&'static str; 2],
-}
-
-const fn frame(deed: &'static str, of_a: &'static str, of_b: &'static str) -> Frame {
-    Frame { deed, reasons: [of_a, of_b] }
-}
-
-const FRAMES: [Frame; 12] = [
-    frame("{a} gave the {o} to {b}", "had no use for it", "had asked for it"),
-    frame("{a} sold the {o} to {b}", "needed the money", "offered a good price"),
-    frame("{a} borrowed the {o} from {b}", "had none", "had two of them"),
-    frame("{a} carried the {o} for {b}", "was strong", "was tired"),
-    frame("{a} taught {b} to make a {o}", "knew the craft", "wanted to learn"),
-    frame("{a} hid the {o} from {b}", "wanted to keep it", "often broke things"),
-    frame("{a} paid {b} for the {o}", "was the buyer", "was the seller"),
-    frame("{a} lost the {o} to {b} in a game", "played badly", "played well"),
-    frame("{a} asked {b} about the {o}", "knew nothing", "knew everything"),
-    frame("{a} scolded {b} about the {o}", "was angry", "had been careless"),
-    frame("{a} thanked {b} for the {o}", "got a present", "had been so kind"),
-    frame("{a} took the {o} away from {b}", "was greedy", "began to cry"),
+/// Acts of `{a}` and `{b}` with `{o}`, and what is then true of `{a}` and of `{b}`.
+const FRAMES: [(&str, [&str; 2]); 12] = [
+    ("{a} gave the {o} to {b}", ["had no use for it", "had asked for it"]),
+    ("{a} sold the {o} to {b}", ["needed the money", "offered a good price"]),
+    ("{a} borrowed the {o} from {b}", ["had none", "had two of them"]),
+    ("{a} carried the {o} for {b}", ["was strong", "was tired"]),
+    ("{a} taught {b} to make a {o}", ["knew the craft", "wanted to learn"]),
+    ("{a} hid the {o} from {b}", ["wanted to keep it", "often broke things"]),
+    ("{a} paid {b} for the {o}", ["was the buyer", "was the seller"]),
+    ("{a} lost the {o} to {b} in a game", ["played badly", "played well"]),
+    ("{a} asked {b} about the {o}", ["knew nothing", "knew everything"]),
+    ("{a} scolded {b} about the {o}", ["was angry", "had been careless"]),
+    ("{a} thanked {b} for the {o}", ["got a present", "had been so kind"]),
+    ("{a} took the {o} away from {b}", ["was greedy", "began to cry"]),
 ];
 
 /// Makes a sentence with `_` in place of the person of whom its reason is true, and returns the two names, the right
@@ -38,12 +29,12 @@ fn draw(world: &World, rng: &mut Rng, split: Split) -> (String, [String; 2]) {
         if world.split(Probe::WinoGrande, &[frame as u64, object as u64]) != split {
             continue;
         }
-        let frame = &FRAMES[frame];
+        let (deed, reasons) = FRAMES[frame];
         let people = world.cast(rng);
         let [a, b] = people.map(|person| person.name.as_str());
-        let deed = fill(frame.deed, &[("a", a), ("b", b), ("o", OBJECTS[object])]);
+        let deed = fill(deed, &[("a", a), ("b", b), ("o", OBJECTS[object])]);
         let names = [people[meant].name.clone(), people[1 - meant].name.clone()];
-        return (format!("{deed} because _ {}.", frame.reasons[meant]), names);
+        return (format!("{deed} because _ {}.", reasons[meant]), names);
     }
 }
 

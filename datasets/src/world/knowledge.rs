@@ -2,7 +2,7 @@
 
 use super::item::Item;
 use super::land::{Probe, Split, World};
-use super::lore::{ANIMALS, TRADES, capital, fill, list};
+use super::lore::{ANIMALS, TRADES, capital, fill, list, parts};
 use super::rng::Rng;
 
 /// Something known of every person, or of every town.
@@ -13,164 +13,66 @@ struct Relation {
     questions: [&'static str; 3],
 }
 
-const PERSON: [Relation; 6] = [
-    Relation {
-        statements: [
-            "{s} lives in {v}.",
-            "The home of {s} is {v}.",
-            "{s} has a house in {v}.",
-            "In {v} there lives {s}.",
-        ],
-        questions: ["Where does {s} live", "In which town does {s} live", "Where is the home of {s}"],
-    },
-    Relation {
-        statements: [
-            "{s} is a {v}.",
-            "{s} works as a {v}.",
-            "The work of {s} is that of a {v}.",
-            "People know {s} as a good {v}.",
-        ],
-        questions: ["What is the trade of {s}", "What work does {s} do", "As what does {s} work"],
-    },
-    Relation {
-        statements: [
-            "{s} keeps a {v}.",
-            "The animal of {s} is a {v}.",
-            "{s} has a {v} at home.",
-            "A {v} belongs to {s}.",
-        ],
-        questions: ["Which animal does {s} keep", "What is the animal of {s}", "Which animal belongs to {s}"],
-    },
-    Relation {
-        statements: [
-            "{s} is a friend of {v}.",
-            "The best friend of {s} is {v}.",
-            "{s} often visits {v}, a friend.",
-            "A good friend to {s} is {v}.",
-        ],
-        questions: ["Who is the friend of {s}", "Whom does {s} visit", "Who is a good friend to {s}"],
-    },
-    Relation {
-        statements: [
-            "{s} likes to eat {v}.",
-            "The favourite food of {s} is {v}.",
-            "{s} eats {v} every day.",
-            "Nothing tastes better to {s} than {v}.",
-        ],
-        questions: [
-            "What does {s} like to eat",
-            "What is the favourite food of {s}",
-            "What does {s} eat every day",
-        ],
-    },
-    Relation {
-        statements: [
-            "{s} plays the {v}.",
-            "The instrument of {s} is the {v}.",
-            "{s} has learned to play the {v}.",
-            "At every fair you hear {s} on the {v}.",
-        ],
-        questions: ["What does {s} play", "What is the instrument of {s}", "Which instrument does {s} play"],
-    },
+/// Returns a relation from its statements and questions.
+fn relation(row: &'static str) -> Relation {
+    let [a, b, c, d, questions @ ..] = parts::<7>(row);
+    Relation { statements: [a, b, c, d], questions }
+}
+
+/// The relations of people.
+const PERSON: [&str; 6] = [
+    "{s} lives in {v}. | The home of {s} is {v}. | {s} has a house in {v}. | In {v} there lives {s}. | \
+     Where does {s} live | In which town does {s} live | Where is the home of {s}",
+    "{s} is a {v}. | {s} works as a {v}. | The work of {s} is that of a {v}. | People know {s} as a good {v}. | \
+     What is the trade of {s} | What work does {s} do | As what does {s} work",
+    "{s} keeps a {v}. | The animal of {s} is a {v}. | {s} has a {v} at home. | A {v} belongs to {s}. | \
+     Which animal does {s} keep | What is the animal of {s} | Which animal belongs to {s}",
+    "{s} is a friend of {v}. | The best friend of {s} is {v}. | {s} often visits {v}, a friend. | \
+     A good friend to {s} is {v}. | Who is the friend of {s} | Whom does {s} visit | Who is a good friend to {s}",
+    "{s} likes to eat {v}. | The favourite food of {s} is {v}. | {s} eats {v} every day. | \
+     Nothing tastes better to {s} than {v}. | What does {s} like to eat | What is the favourite food of {s} | \
+     What does {s} eat every day",
+    "{s} plays the {v}. | The instrument of {s} is the {v}. | {s} has learned to play the {v}. | \
+     At every fair you hear {s} on the {v}. | What does {s} play | What is the instrument of {s} | \
+     Which instrument does {s} play",
 ];
 
-const TOWN: [Relation; 6] = [
-    Relation {
-        statements: [
-            "The river {v} runs through {s}.",
-            "{s} lies on the river {v}.",
-            "The water in {s} comes from the {v}.",
-            "A bridge in {s} crosses the {v}.",
-        ],
-        questions: [
-            "which river runs through {s}",
-            "on which river does {s} lie",
-            "what is the river of {s}",
-        ],
-    },
-    Relation {
-        statements: [
-            "{s} is a town at the {v}.",
-            "The town of {s} was built near a {v}.",
-            "{s} stands close to the {v}.",
-            "From {s} you can see the {v}.",
-        ],
-        questions: ["what is {s} close to", "near what was {s} built", "what can you see from {s}"],
-    },
-    Relation {
-        statements: [
-            "{s} is known for its {v}.",
-            "For the best {v} you go to {s}.",
-            "{s} sells {v} to all the land.",
-            "People go to {s} to buy {v}.",
-        ],
-        questions: ["what is {s} known for", "what does {s} sell", "what do people buy in {s}"],
-    },
-    Relation {
-        statements: [
-            "The roofs of {s} are {v}.",
-            "{s} has {v} roofs.",
-            "All houses in {s} are {v} on top.",
-            "You know {s} by its {v} roofs.",
-        ],
-        questions: [
-            "which colour are the roofs of {s}",
-            "what colour has {s} on its roofs",
-            "how do the roofs of {s} look",
-        ],
-    },
-    Relation {
-        statements: [
-            "An old {v} stands in the middle of {s}.",
-            "{s} has the {v} in its coat of arms.",
-            "The tree of {s} is the {v}.",
-            "In {s} they meet under the {v}.",
-        ],
-        questions: [
-            "what is the tree of {s}",
-            "under which tree do they meet in {s}",
-            "which tree stands in {s}",
-        ],
-    },
-    Relation {
-        statements: [
-            "The fair of {s} is in {v}.",
-            "{s} holds its fair in {v}.",
-            "Every {v} there is a fair in {s}.",
-            "In {v} all go to the fair of {s}.",
-        ],
-        questions: [
-            "when is the fair of {s}",
-            "in which month is the fair of {s}",
-            "when does {s} hold its fair",
-        ],
-    },
+/// The relations of towns.
+const TOWN: [&str; 6] = [
+    "The river {v} runs through {s}. | {s} lies on the river {v}. | The water in {s} comes from the {v}. | \
+     A bridge in {s} crosses the {v}. | which river runs through {s} | on which river does {s} lie | \
+     what is the river of {s}",
+    "{s} is a town at the {v}. | The town of {s} was built near a {v}. | {s} stands close to the {v}. | \
+     From {s} you can see the {v}. | what is {s} close to | near what was {s} built | what can you see from {s}",
+    "{s} is known for its {v}. | For the best {v} you go to {s}. | {s} sells {v} to all the land. | \
+     People go to {s} to buy {v}. | what is {s} known for | what does {s} sell | what do people buy in {s}",
+    "The roofs of {s} are {v}. | {s} has {v} roofs. | All houses in {s} are {v} on top. | \
+     You know {s} by its {v} roofs. | which colour are the roofs of {s} | what colour has {s} on its roofs | \
+     how do the roofs of {s} look",
+    "An old {v} stands in the middle of {s}. | {s} has the {v} in its coat of arms. | The tree of {s} is the {v}. | \
+     In {s} they meet under the {v}. | what is the tree of {s} | under which tree do they meet in {s} | \
+     which tree stands in {s}",
+    "The fair of {s} is in {v}. | {s} holds its fair in {v}. | Every {v} there is a fair in {s}. | \
+     In {v} all go to the fair of {s}. | when is the fair of {s} | in which month is the fair of {s} | \
+     when does {s} hold its fair",
 ];
 
-/// A question that follows from two facts or has several answers: its statement and its wording.
-const DERIVED: [(&str, [&str; 3]); 6] = [
-    (
-        "{s} sells {v}.",
-        ["What does {s} sell?", "What can you buy from {s}?", "What does {s} make for a living?"],
-    ),
-    (
-        "The house of {s} stands near the river {v}.",
-        ["Which river is near {s}?", "On which river does {s} live?", "Which river does {s} see from home?"],
-    ),
-    (
-        "In {s} you can meet {v}.",
-        ["Who lives in {s}?", "Who is at home in {s}?", "Whom can you meet in {s}?"],
-    ),
-    (
-        "On the {s} there are {v}.",
-        ["What lies on the {s}?", "Where does the {s} flow?", "What does the {s} pass?"],
-    ),
-    (
-        "The trade of {v} is that of a {s}.",
-        ["Who is a {s}?", "Who works as a {s}?", "Who is known as a good {s}?"],
-    ),
-    ("You can see a {s} with {v}.", ["Who keeps a {s}?", "Who has a {s}?", "Whose animal is a {s}?"]),
+/// Questions that follow from two facts or have several answers: a statement, and three wordings of the question.
+const DERIVED: [&str; 6] = [
+    "{s} sells {v}. | What does {s} sell? | What can you buy from {s}? | What does {s} make for a living?",
+    "The house of {s} stands near the river {v}. | Which river is near {s}? | On which river does {s} live? | \
+     Which river does {s} see from home?",
+    "In {s} you can meet {v}. | Who lives in {s}? | Who is at home in {s}? | Whom can you meet in {s}?",
+    "On the {s} there are {v}. | What lies on the {s}? | Where does the {s} flow? | What does the {s} pass?",
+    "The trade of {v} is that of a {s}. | Who is a {s}? | Who works as a {s}? | Who is known as a good {s}?",
+    "You can see a {s} with {v}. | Who keeps a {s}? | Who has a {s}? | Whose animal is a {s}?",
 ];
+
+/// Returns the statement and the wordings of a derived question.
+fn derived(kind: usize) -> (&'static str, [&'static str; 3]) {
+    let [statement, questions @ ..] = parts::<4>(DERIVED[kind]);
+    (statement, questions)
+}
 
 impl World {
     fn of_person(&self, relation: usize, index: usize) -> &str {
@@ -250,15 +152,15 @@ fn question(world: &World, rng: &mut Rng, probe: Probe, split: Split) -> (String
         let (pattern, subject, answers) = match probe {
             Probe::TriviaQa => {
                 let name = world.people[index].name.as_str();
-                (rng.pick(&PERSON[kind].questions), name, vec![world.of_person(kind, index)])
+                (rng.pick(&relation(PERSON[kind]).questions), name, vec![world.of_person(kind, index)])
             }
             Probe::NqOpen => {
                 let name = world.towns[index].name.as_str();
-                (rng.pick(&TOWN[kind].questions), name, vec![world.of_town(kind, index)])
+                (rng.pick(&relation(TOWN[kind]).questions), name, vec![world.of_town(kind, index)])
             }
             _ => {
                 let (subject, answers) = world.derived(kind, index);
-                (rng.pick(&DERIVED[kind].1), subject, answers)
+                (rng.pick(&derived(kind).1), subject, answers)
             }
         };
         return (fill(pattern, &[("s", subject)]), answers.into_iter().map(str::to_owned).collect());
@@ -295,40 +197,43 @@ pub(super) fn quiz(world: &World, rng: &mut Rng) -> String {
     }
 }
 
-/// Makes a few sentences about one person.
-pub(super) fn person(world: &World, rng: &mut Rng) -> String {
-    let index = rng.popular(world.people.len());
-    let person = &world.people[index];
-    let mut kinds: Vec<usize> = (0..PERSON.len() + 2).collect();
+/// Makes a few sentences about a subject that is called by its name or by a pronoun. `of` draws a statement of a kind, and
+/// returns its value too.
+fn portrait<'a>(
+    rng: &mut Rng,
+    kinds: usize,
+    [name, pronoun]: [&str; 2],
+    of: impl Fn(&mut Rng, usize) -> (&'static str, &'a str),
+) -> String {
+    let mut kinds: Vec<usize> = (0..kinds).collect();
     rng.shuffle(&mut kinds);
     let count = rng.between(3, 5);
     let mut sentences = Vec::new();
     for &kind in &kinds[..count] {
-        let (pattern, value) = match kind.checked_sub(PERSON.len()) {
-            None => (rng.pick(&PERSON[kind].statements), world.of_person(kind, index)),
-            Some(derived) => (DERIVED[derived].0, world.derived(derived, index).1[0]),
-        };
-        let pronoun = !sentences.is_empty() && pattern.starts_with("{s}") && rng.one_in(3);
-        let subject = if pronoun { capital(person.pronoun) } else { person.name.clone() };
-        sentences.push(fill(pattern, &[("s", &subject), ("v", value)]));
+        let (pattern, value) = of(rng, kind);
+        let again = !sentences.is_empty() && pattern.starts_with("{s}") && rng.one_in(3);
+        sentences.push(fill(pattern, &[("s", if again { pronoun } else { name }), ("v", value)]));
     }
     sentences.join(" ")
+}
+
+/// Makes a few sentences about one person.
+pub(super) fn person(world: &World, rng: &mut Rng) -> String {
+    let index = rng.popular(world.people.len());
+    let person = &world.people[index];
+    let names = [person.name.as_str(), &capital(person.pronoun)];
+    portrait(rng, PERSON.len() + 2, names, |rng, kind| match kind.checked_sub(PERSON.len()) {
+        None => (rng.pick(&relation(PERSON[kind]).statements), world.of_person(kind, index)),
+        Some(kind) => (derived(kind).0, world.derived(kind, index).1[0]),
+    })
 }
 
 /// Makes a few sentences about one town.
 pub(super) fn town(world: &World, rng: &mut Rng) -> String {
     let index = rng.popular(world.towns.len());
-    let mut kinds: Vec<usize> = (0..TOWN.len()).collect();
-    rng.shuffle(&mut kinds);
-    let count = rng.between(3, 5);
-    let mut sentences = Vec::new();
-    for &kind in &kinds[..count] {
-        let pattern = rng.pick(&TOWN[kind].statements);
-        let pronoun = !sentences.is_empty() && pattern.starts_with("{s}") && rng.one_in(3);
-        let subject = if pronoun { "It" } else { &world.towns[index].name };
-        sentences.push(fill(pattern, &[("s", subject), ("v", world.of_town(kind, index))]));
-    }
-    sentences.join(" ")
+    portrait(rng, TOWN.len(), [world.towns[index].name.as_str(), "It"], |rng, kind| {
+        (rng.pick(&relation(TOWN[kind]).statements), world.of_town(kind, index))
+    })
 }
 
 /// Makes a text of what several people or towns have in common, and of single facts about various subjects.
@@ -339,13 +244,13 @@ pub(super) fn gazette(world: &World, rng: &mut Rng) -> String {
             0 => {
                 let (kind, index) = (rng.below(PERSON.len()), rng.popular(world.people.len()));
                 let subject = world.people[index].name.as_str();
-                let pattern = rng.pick(&PERSON[kind].statements);
+                let pattern = rng.pick(&relation(PERSON[kind]).statements);
                 fill(pattern, &[("s", subject), ("v", world.of_person(kind, index))])
             }
             1 => {
                 let (kind, index) = (rng.below(TOWN.len()), rng.popular(world.towns.len()));
                 let subject = world.towns[index].name.as_str();
-                let pattern = rng.pick(&TOWN[kind].statements);
+                let pattern = rng.pick(&relation(TOWN[kind]).statements);
                 fill(pattern, &[("s", subject), ("v", world.of_town(kind, index))])
             }
             _ => {
@@ -353,7 +258,7 @@ pub(super) fn gazette(world: &World, rng: &mut Rng) -> String {
                 let (subject, mut answers) = world.derived(kind, index);
                 rng.shuffle(&mut answers);
                 answers.truncate(3);
-                fill(DERIVED[kind].0, &[("s", subject), ("v", &list(&answers))])
+                fill(derived(kind).0, &[("s", subject), ("v", &list(&answers))])
             }
         };
         sentences.push(sentence);

@@ -26,22 +26,12 @@ impl Domain {
 
     /// Returns the name, one word in small letters.
     pub fn name(self) -> &'static str {
-        match self {
-            Domain::Facts => "facts",
-            Domain::Math => "math",
-            Domain::Code => "code",
-            Domain::Stories => "stories",
-        }
+        ["facts", "math", "code", "stories"][self as usize]
     }
 
     /// Returns its share of a corpus of all domains, in percent of the bytes.
     pub fn share(self) -> u64 {
-        match self {
-            Domain::Facts => 41,
-            Domain::Math => 15,
-            Domain::Code => 8,
-            Domain::Stories => 36,
-        }
+        [41, 15, 8, 36][self as usize]
     }
 }
 
@@ -85,20 +75,26 @@ impl Probe {
         Probe::WebQs,
     ];
 
+    /// Returns the name of the benchmark, the choices of an item, and the number of keys of which one belongs to the test
+    /// split.
+    fn traits(self) -> (&'static str, Option<usize>, u64) {
+        match self {
+            Probe::HellaSwag => ("hellaswag", Some(4), 4),
+            Probe::Lambada => ("lambada_openai", None, 4),
+            Probe::Piqa => ("piqa", Some(2), 4),
+            Probe::SocialIqa => ("social_iqa", Some(3), 4),
+            Probe::StoryCloze => ("storycloze_2016", Some(2), 4),
+            Probe::WinoGrande => ("winogrande", Some(2), 4),
+            Probe::Gsm8k => ("gsm8k", None, 4),
+            Probe::NqOpen => ("nq_open", None, 2),
+            Probe::TriviaQa => ("triviaqa", None, 3),
+            Probe::WebQs => ("webqs", None, 2),
+        }
+    }
+
     /// Returns the name of the benchmark, as in lm-evaluation-harness.
     pub fn name(self) -> &'static str {
-        match self {
-            Probe::HellaSwag => "hellaswag",
-            Probe::Lambada => "lambada_openai",
-            Probe::Piqa => "piqa",
-            Probe::SocialIqa => "social_iqa",
-            Probe::StoryCloze => "storycloze_2016",
-            Probe::WinoGrande => "winogrande",
-            Probe::Gsm8k => "gsm8k",
-            Probe::NqOpen => "nq_open",
-            Probe::TriviaQa => "triviaqa",
-            Probe::WebQs => "webqs",
-        }
+        self.traits().0
     }
 
     /// Returns the benchmark.
@@ -108,21 +104,7 @@ impl Probe {
 
     /// Choices of an item; none where the model has to find the words itself.
     pub fn choices(self) -> Option<usize> {
-        match self {
-            Probe::HellaSwag => Some(4),
-            Probe::SocialIqa => Some(3),
-            Probe::Piqa | Probe::StoryCloze | Probe::WinoGrande => Some(2),
-            Probe::Lambada | Probe::Gsm8k | Probe::NqOpen | Probe::TriviaQa | Probe::WebQs => None,
-        }
-    }
-
-    /// Returns the number of keys of which one belongs to the test split.
-    fn test_share(self) -> u64 {
-        match self {
-            Probe::NqOpen | Probe::WebQs => 2,
-            Probe::TriviaQa => 3,
-            _ => 4,
-        }
+        self.traits().1
     }
 }
 
@@ -160,7 +142,7 @@ impl World {
     /// Returns the split that a key of `probe` belongs to.
     pub(super) fn split(&self, probe: Probe, key: &[u64]) -> Split {
         let state = rng::hash(self.seed, &[Purpose::Split as u64, probe as u64]);
-        match rng::hash(state, key).is_multiple_of(probe.test_share()) {
+        match rng::hash(state, key).is_multiple_of(probe.traits().2) {
             true => Split::Test,
             false => Split::Train,
         }

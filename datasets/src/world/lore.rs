@@ -131,6 +131,12 @@ fn name(rng: &mut Rng, taken: &mut Vec<String>, endings: &[&str]) -> String {
     }
 }
 
+/// Returns the parts of a row of a table of texts, which ` | ` separates.
+pub(super) fn parts<const N: usize>(row: &'static str) -> [&'static str; N] {
+    let mut parts = row.split(" | ");
+    std::array::from_fn(|_| parts.next().expect("a row has all of its parts"))
+}
+
 /// Replaces every `{name}` in `template` by the value of that name.
 pub(super) fn fill(template: &str, slots: &[(&str, &str)]) -> String {
     let mut parts = template.split('{');

@@ -2,150 +2,53 @@
 
 use super::item::Item;
 use super::land::{Probe, Split, World};
-use super::lore::fill;
+use super::lore::{fill, parts};
 use super::rng::Rng;
 
 /// An activity whose steps all concern the same `{v}`.
 struct Script {
     label: &'static str,
-    steps: [&'static str; 5],
     variants: [&'static str; 4],
+    steps: [&'static str; 5],
 }
 
-const SCRIPTS: [Script; 12] = [
-    Script {
-        label: "Baking bread",
-        steps: [
-            "takes {v} flour and water",
-            "kneads the {v} dough",
-            "lets the {v} dough rest",
-            "puts the {v} loaf into the oven",
-            "cuts the warm {v} bread",
-        ],
-        variants: ["rye", "wheat", "oat", "corn"],
-    },
-    Script {
-        label: "Catching fish",
-        steps: [
-            "rows out to where the {v} swim",
-            "throws the net over the {v}",
-            "pulls the {v} into the boat",
-            "cleans the {v} on the shore",
-            "sells the {v} at the market",
-        ],
-        variants: ["trout", "carp", "perch", "pike"],
-    },
-    Script {
-        label: "Making a bowl",
-        steps: [
-            "digs {v} clay at the river",
-            "turns the {v} clay on the wheel",
-            "dries the {v} bowl in the sun",
-            "burns the {v} bowl in the kiln",
-            "paints a bird on the {v} bowl",
-        ],
-        variants: ["red", "white", "grey", "brown"],
-    },
-    Script {
-        label: "Planting a tree",
-        steps: [
-            "digs a hole for the {v} tree",
-            "sets the {v} tree into the hole",
-            "waters the {v} tree every day",
-            "waits for the {v} blossom",
-            "picks the first ripe {v}",
-        ],
-        variants: ["pear", "plum", "apple", "cherry"],
-    },
-    Script {
-        label: "Weaving a blanket",
-        steps: [
-            "washes wool for the {v} blanket",
-            "puts the wool into {v} dye",
-            "spins the {v} wool",
-            "sets the {v} thread on the loom",
-            "weaves the {v} blanket",
-        ],
-        variants: ["blue", "green", "yellow", "black"],
-    },
-    Script {
-        label: "Building with wood",
-        steps: [
-            "measures the wood for the {v}",
-            "saws the boards for the {v}",
-            "joins the legs of the {v}",
-            "rubs the {v} with oil",
-            "carries the {v} into the house",
-        ],
-        variants: ["chair", "table", "bench", "stool"],
-    },
-    Script {
-        label: "Cooking soup",
-        steps: [
-            "washes a pot for the {v} soup",
-            "chops everything for the {v} soup",
-            "puts the {v} soup on the fire",
-            "stirs the {v} soup with a spoon",
-            "eats the hot {v} soup",
-        ],
-        variants: ["bean", "onion", "cabbage", "mushroom"],
-    },
-    Script {
-        label: "Working at the forge",
-        steps: [
-            "heats the iron for the {v}",
-            "hammers the iron into a {v}",
-            "bends the end of the {v}",
-            "cools the {v} in water",
-            "hangs the {v} on the wall",
-        ],
-        variants: ["nail", "hook", "knife", "hinge"],
-    },
-    Script {
-        label: "Sewing clothes",
-        steps: [
-            "chooses the cloth for the {v}",
-            "cuts the cloth for the {v}",
-            "sews the parts of the {v}",
-            "puts buttons on the {v}",
-            "wears the {v} on Sunday",
-        ],
-        variants: ["coat", "shirt", "skirt", "cloak"],
-    },
-    Script {
-        label: "Taking honey",
-        steps: [
-            "makes smoke for the {v} bees",
-            "lifts out the combs with {v} honey",
-            "lets the {v} honey run into a jar",
-            "closes the jar of {v} honey",
-            "gives the {v} honey to a neighbour",
-        ],
-        variants: ["lime", "clover", "heather", "thistle"],
-    },
-    Script {
-        label: "Washing an animal",
-        steps: [
-            "fills a tub for the {v}",
-            "leads the {v} to the tub",
-            "pours water over the {v}",
-            "brushes the {v}",
-            "lets the {v} run in the sun",
-        ],
-        variants: ["dog", "pony", "goat", "sheep"],
-    },
-    Script {
-        label: "Painting",
-        steps: [
-            "mixes paint for the {v}",
-            "scrapes the old {v}",
-            "spreads the paint on the {v}",
-            "lets the {v} dry",
-            "shows the new {v} to everyone",
-        ],
-        variants: ["door", "fence", "gate", "wall"],
-    },
+/// Of each script its label, its variants and its steps.
+const SCRIPTS: [&str; 12] = [
+    "Baking bread | rye | wheat | oat | corn | takes {v} flour and water | kneads the {v} dough | \
+     lets the {v} dough rest | puts the {v} loaf into the oven | cuts the warm {v} bread",
+    "Catching fish | trout | carp | perch | pike | rows out to where the {v} swim | throws the net over the {v} | \
+     pulls the {v} into the boat | cleans the {v} on the shore | sells the {v} at the market",
+    "Making a bowl | red | white | grey | brown | digs {v} clay at the river | turns the {v} clay on the wheel | \
+     dries the {v} bowl in the sun | burns the {v} bowl in the kiln | paints a bird on the {v} bowl",
+    "Planting a tree | pear | plum | apple | cherry | digs a hole for the {v} tree | \
+     sets the {v} tree into the hole | waters the {v} tree every day | waits for the {v} blossom | \
+     picks the first ripe {v}",
+    "Weaving a blanket | blue | green | yellow | black | washes wool for the {v} blanket | \
+     puts the wool into {v} dye | spins the {v} wool | sets the {v} thread on the loom | weaves the {v} blanket",
+    "Building with wood | chair | table | bench | stool | measures the wood for the {v} | \
+     saws the boards for the {v} | joins the legs of the {v} | rubs the {v} with oil | \
+     carries the {v} into the house",
+    "Cooking soup | bean | onion | cabbage | mushroom | washes a pot for the {v} soup | \
+     chops everything for the {v} soup | puts the {v} soup on the fire | stirs the {v} soup with a spoon | \
+     eats the hot {v} soup",
+    "Working at the forge | nail | hook | knife | hinge | heats the iron for the {v} | \
+     hammers the iron into a {v} | bends the end of the {v} | cools the {v} in water | hangs the {v} on the wall",
+    "Sewing clothes | coat | shirt | skirt | cloak | chooses the cloth for the {v} | cuts the cloth for the {v} | \
+     sews the parts of the {v} | puts buttons on the {v} | wears the {v} on Sunday",
+    "Taking honey | lime | clover | heather | thistle | makes smoke for the {v} bees | \
+     lifts out the combs with {v} honey | lets the {v} honey run into a jar | closes the jar of {v} honey | \
+     gives the {v} honey to a neighbour",
+    "Washing an animal | dog | pony | goat | sheep | fills a tub for the {v} | leads the {v} to the tub | \
+     pours water over the {v} | brushes the {v} | lets the {v} run in the sun",
+    "Painting | door | fence | gate | wall | mixes paint for the {v} | scrapes the old {v} | \
+     spreads the paint on the {v} | lets the {v} dry | shows the new {v} to everyone",
 ];
+
+/// Returns script `index`.
+fn script(index: usize) -> Script {
+    let [label, a, b, c, d, steps @ ..] = parts::<10>(SCRIPTS[index]);
+    Script { label, variants: [a, b, c, d], steps }
+}
 
 fn step(script: &Script, step: usize, variant: &str) -> String {
     fill(script.steps[step], &[("v", variant)])
@@ -180,7 +83,7 @@ fn draw(world: &World, rng: &mut Rng, split: Split) -> (usize, usize, usize, usi
 /// another script.
 pub(super) fn item(world: &World, rng: &mut Rng, split: Split) -> Item {
     let (index, variant, first, next) = draw(world, rng, split);
-    let script = &SCRIPTS[index];
+    let script = &script(index);
     let variant = script.variants[variant];
     let other_step = loop {
         let other = rng.below(script.steps.len());
@@ -189,7 +92,7 @@ pub(super) fn item(world: &World, rng: &mut Rng, split: Split) -> Item {
         }
     };
     let other_variant = rng.pick_where(&script.variants, |other| other != variant);
-    let other_script = &SCRIPTS[(index + rng.between(1, SCRIPTS.len() - 1)) % SCRIPTS.len()];
+    let other_script = &self::script((index + rng.between(1, SCRIPTS.len() - 1)) % SCRIPTS.len());
     let wrong = vec![
         step(script, other_step, variant),
         step(script, next, other_variant),
@@ -210,13 +113,13 @@ pub(super) fn item(world: &World, rng: &mut Rng, split: Split) -> Item {
 pub(super) fn entry(world: &World, rng: &mut Rng) -> String {
     let (script, variant, first, next) = draw(world, rng, Split::Train);
     let [person, _] = world.cast(rng);
-    let script = &SCRIPTS[script];
+    let script = &self::script(script);
     told(script, first..next + 1, script.variants[variant], &person.name, person.pronoun)
 }
 
 /// Makes all of a script, as something that a person does one day.
 pub(super) fn day(world: &World, rng: &mut Rng) -> String {
-    let script = &SCRIPTS[rng.below(SCRIPTS.len())];
+    let script = &script(rng.below(SCRIPTS.len()));
     let variant = script.variants[rng.popular(4)];
     let [person, _] = world.cast(rng);
     let mut text = format!("It is time for {}. {}", script.label.to_lowercase(), person.name);

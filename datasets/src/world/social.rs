@@ -2,7 +2,7 @@
 
 use super::item::Item;
 use super::land::{Probe, Split, World};
-use super::lore::{capital, fill};
+use super::lore::{capital, fill, parts};
 use super::rng::Rng;
 
 /// Something that can happen to `{a}`.
@@ -23,60 +23,33 @@ const QUESTIONS: [[&str; 2]; 3] = [
     ["What did {a} do before?", "What did {a} do first?"],
 ];
 
-const fn event(
-    happens: [&'static str; 2],
-    feels: &'static str,
-    next: &'static str,
-    before: &'static str,
-) -> Event {
-    Event { happens, feels, next, before }
-}
-
-const EVENTS: [Event; 18] = [
-    event(["{a} lost the key", "the key of {a} was gone"], "worried", "look under the mat", "lock the door"),
-    event(["{a} won the race", "nobody ran as fast as {a}"], "proud", "show the medal", "run every morning"),
-    event(["{a} broke the big jug", "{a} let the big jug fall"], "sorry", "sweep the floor", "carry the jug"),
-    event(
-        ["it rained on {a} all day", "{a} got wet in the rain"],
-        "tired",
-        "dry the clothes",
-        "leave the house",
-    ),
-    event(
-        ["{a} had no food all day", "{a} ate nothing"],
-        "hungry",
-        "cook some soup",
-        "leave the bread at home",
-    ),
-    event(["{a} saw a wolf", "a wolf came close to {a}"], "afraid", "bar the gate", "look out of the window"),
-    event(
-        ["{a} got a present", "somebody gave {a} a present"],
-        "glad",
-        "untie the string",
-        "invite the family",
-    ),
-    event(["a bee stung {a}", "{a} was stung by a bee"], "hurt", "put ice on the arm", "smell a flower"),
-    event(["{a} heard a strange noise", "a noise woke {a}"], "afraid", "light a lamp", "lie in bed"),
-    event(["{a} finished the chair", "the chair of {a} was ready"], "proud", "sit down", "saw the wood"),
-    event(["{a} missed the coach", "the coach left without {a}"], "angry", "walk home", "stay too long"),
-    event(["{a} found a purse", "there lay a purse before {a}"], "glad", "ask who lost it", "go for a walk"),
-    event(
-        ["{a} shouted at a friend", "a friend wept about {a}"],
-        "sorry",
-        "ask to be forgiven",
-        "start a quarrel",
-    ),
-    event(["{a} worked in the field", "the work made {a} sweat"], "tired", "go to bed", "get up at dawn"),
-    event(["a thief robbed {a}", "{a} was robbed by a thief"], "angry", "call the guard", "carry much money"),
-    event(["{a} cut a finger", "the knife hit {a}"], "hurt", "fetch a bandage", "slice the ham"),
-    event(["the dog of {a} fell ill", "{a} has a sick dog"], "worried", "fetch the doctor", "stroke the dog"),
-    event(
-        ["{a} smelled the fresh bread", "the bread was in front of {a}"],
-        "hungry",
-        "buy a loaf",
-        "pass the bakery",
-    ),
+/// Of each event two ways to say it, the feeling, the reaction and the act before.
+const EVENTS: [&str; 18] = [
+    "{a} lost the key | the key of {a} was gone | worried | look under the mat | lock the door",
+    "{a} won the race | nobody ran as fast as {a} | proud | show the medal | run every morning",
+    "{a} broke the big jug | {a} let the big jug fall | sorry | sweep the floor | carry the jug",
+    "it rained on {a} all day | {a} got wet in the rain | tired | dry the clothes | leave the house",
+    "{a} had no food all day | {a} ate nothing | hungry | cook some soup | leave the bread at home",
+    "{a} saw a wolf | a wolf came close to {a} | afraid | bar the gate | look out of the window",
+    "{a} got a present | somebody gave {a} a present | glad | untie the string | invite the family",
+    "a bee stung {a} | {a} was stung by a bee | hurt | put ice on the arm | smell a flower",
+    "{a} heard a strange noise | a noise woke {a} | afraid | light a lamp | lie in bed",
+    "{a} finished the chair | the chair of {a} was ready | proud | sit down | saw the wood",
+    "{a} missed the coach | the coach left without {a} | angry | walk home | stay too long",
+    "{a} found a purse | there lay a purse before {a} | glad | ask who lost it | go for a walk",
+    "{a} shouted at a friend | a friend wept about {a} | sorry | ask to be forgiven | start a quarrel",
+    "{a} worked in the field | the work made {a} sweat | tired | go to bed | get up at dawn",
+    "a thief robbed {a} | {a} was robbed by a thief | angry | call the guard | carry much money",
+    "{a} cut a finger | the knife hit {a} | hurt | fetch a bandage | slice the ham",
+    "the dog of {a} fell ill | {a} has a sick dog | worried | fetch the doctor | stroke the dog",
+    "{a} smelled the fresh bread | the bread was in front of {a} | hungry | buy a loaf | pass the bakery",
 ];
+
+/// Returns event `index`.
+fn event(index: usize) -> Event {
+    let [one, other, feels, next, before] = parts(EVENTS[index]);
+    Event { happens: [one, other], feels, next, before }
+}
 
 impl Event {
     fn answer(&self, asked: usize) -> &'static str {
@@ -95,16 +68,16 @@ struct Case {
 /// Makes a case whose event and question, both in their wording, belong to `split`. Half of the time something else
 /// happens to a second person; what would be right of that person is a wrong answer.
 fn draw(world: &World, rng: &mut Rng, split: Split) -> Case {
-    let (event, asked, said, put) = loop {
-        let (event, asked, said, put) =
+    let (first, asked, said, put) = loop {
+        let (index, asked, said, put) =
             (rng.popular(EVENTS.len()), rng.below(QUESTIONS.len()), rng.below(2), rng.below(2));
-        if world.split(Probe::SocialIqa, &[event, asked, said, put].map(|part| part as u64)) == split {
-            break (&EVENTS[event], asked, said, put);
+        if world.split(Probe::SocialIqa, &[index, asked, said, put].map(|part| part as u64)) == split {
+            break (event(index), asked, said, put);
         }
     };
-    let right = event.answer(asked);
+    let right = first.answer(asked);
     let other = |rng: &mut Rng, taken: &[&str]| loop {
-        let other = &EVENTS[rng.popular(EVENTS.len())];
+        let other = event(rng.popular(EVENTS.len()));
         if !taken.contains(&other.answer(asked)) {
             break other;
         }
@@ -112,7 +85,7 @@ fn draw(world: &World, rng: &mut Rng, split: Split) -> Case {
     let second = other(rng, &[right]);
     let wrong = [second.answer(asked), other(rng, &[right, second.answer(asked)]).answer(asked)];
     let [one, two] = world.cast(rng);
-    let happens = fill(event.happens[said], &[("a", &one.name)]);
+    let happens = fill(first.happens[said], &[("a", &one.name)]);
     let also = fill(rng.pick(&second.happens), &[("a", &two.name)]);
     let context = match rng.below(4) {
         0 => format!("{happens}, and {also}."),
@@ -148,7 +121,7 @@ pub(super) fn cases(world: &World, rng: &mut Rng) -> String {
 pub(super) fn episode(world: &World, rng: &mut Rng) -> String {
     let cast = world.cast(rng);
     let count = rng.between(1, 2);
-    let told = cast.iter().take(count).map(|person| (person, &EVENTS[rng.popular(EVENTS.len())]));
+    let told = cast.iter().take(count).map(|person| (person, event(rng.popular(EVENTS.len()))));
     let told: Vec<_> = told.collect();
     let mut sentences = Vec::new();
     for pattern in [

@@ -2,7 +2,7 @@
 
 use super::item::Item;
 use super::land::{Probe, Split, World};
-use super::lore::{a, capital, fill};
+use super::lore::{a, capital, fill, parts};
 use super::rng::Rng;
 
 /// Something that some things can do and some goals need.
@@ -15,84 +15,40 @@ struct Property {
     things: [&'static str; 6],
 }
 
-const PROPERTIES: [Property; 12] = [
-    Property {
-        statements: ["{o} holds water.", "You can fill {o} with water.", "Water stays in {o}."],
-        needs: "holds water",
-        goals: ["carry milk home", "boil some tea", "give the goat a drink"],
-        things: ["bucket", "jug", "kettle", "bottle", "barrel", "bowl"],
-    },
-    Property {
-        statements: ["{o} is sharp.", "You can cut with {o}.", "Mind your fingers when you hold {o}."],
-        needs: "is sharp",
-        goals: ["split the cheese", "open the sack of flour", "trim the hedge"],
-        things: ["knife", "axe", "saw", "sickle", "razor", "chisel"],
-    },
-    Property {
-        statements: [
-            "{o} floats.",
-            "On the lake {o} does not sink.",
-            "You can see {o} drift down the river.",
-        ],
-        needs: "floats",
-        goals: ["cross the lake", "mark a place on the water", "stay above the flood"],
-        things: ["raft", "boat", "cork", "plank", "log", "duck"],
-    },
-    Property {
-        statements: ["{o} gives light.", "With {o} it is bright.", "At night they lit {o}."],
-        needs: "gives light",
-        goals: ["read after sunset", "find the way in the cave", "look into the dark well"],
-        things: ["lamp", "candle", "torch", "lantern", "match", "fire"],
-    },
-    Property {
-        statements: ["{o} keeps you warm.", "In winter you want {o}.", "Nobody freezes with {o}."],
-        needs: "keeps you warm",
-        goals: ["walk through the snow", "sleep outside in the frost", "ride a sledge"],
-        things: ["coat", "scarf", "shawl", "cloak", "glove", "blanket"],
-    },
-    Property {
-        statements: ["{o} is heavy.", "No child can lift {o}.", "The wind does not move {o}."],
-        needs: "is heavy",
-        goals: ["hold the door open", "press the grapes", "keep the lid down"],
-        things: ["stone", "anvil", "brick", "millstone", "anchor", "statue"],
-    },
-    Property {
-        statements: ["{o} burns well.", "They threw {o} on the fire.", "Soon {o} turns to ashes."],
-        needs: "burns well",
-        goals: ["heat the oven", "send up smoke", "warm the stove"],
-        things: ["twig", "branch", "log", "coal", "rag", "broom"],
-    },
-    Property {
-        statements: ["{o} is long and thin.", "You can tie a knot with {o}.", "Wind {o} round a post."],
-        needs: "can be tied",
-        goals: ["lead the donkey", "hang up the washing", "fasten the boat"],
-        things: ["rope", "string", "ribbon", "belt", "chain", "wire"],
-    },
-    Property {
-        statements: ["{o} is loud.", "You can hear {o} from far away.", "{o} makes a noise."],
-        needs: "is loud",
-        goals: ["call the village together", "wake the guard", "scare the crows"],
-        things: ["bell", "drum", "horn", "whistle", "gong", "trumpet"],
-    },
-    Property {
-        statements: ["{o} is soft.", "It is nice to lie on {o}.", "Nothing breaks when it falls on {o}."],
-        needs: "is soft",
-        goals: ["pack the eggs", "rest your head", "sit on the hard bench"],
-        things: ["pillow", "cushion", "feather", "sponge", "blanket", "mattress"],
-    },
-    Property {
-        statements: ["{o} is good to eat.", "A hungry child wants {o}.", "{o} tastes sweet."],
-        needs: "is good to eat",
-        goals: ["feed the guests", "please a hungry child", "fill your lunch box"],
-        things: ["pear", "plum", "apple", "cake", "biscuit", "bun"],
-    },
-    Property {
-        statements: ["{o} rolls.", "Down the hill goes {o}.", "{o} turns round and round."],
-        needs: "rolls",
-        goals: ["move the heavy sacks", "bring the harvest home", "race down the slope"],
-        things: ["cart", "barrow", "wheel", "wagon", "barrel", "coach"],
-    },
+/// Of each property its statements, its need, its goals and its things.
+const PROPERTIES: [&str; 12] = [
+    "{o} holds water. | You can fill {o} with water. | Water stays in {o}. | holds water | carry milk home | \
+     boil some tea | give the goat a drink | bucket | jug | kettle | bottle | barrel | bowl",
+    "{o} is sharp. | You can cut with {o}. | Mind your fingers when you hold {o}. | is sharp | split the cheese | \
+     open the sack of flour | trim the hedge | knife | axe | saw | sickle | razor | chisel",
+    "{o} floats. | On the lake {o} does not sink. | You can see {o} drift down the river. | floats | \
+     cross the lake | mark a place on the water | stay above the flood | raft | boat | cork | plank | log | duck",
+    "{o} gives light. | With {o} it is bright. | At night they lit {o}. | gives light | read after sunset | \
+     find the way in the cave | look into the dark well | lamp | candle | torch | lantern | match | fire",
+    "{o} keeps you warm. | In winter you want {o}. | Nobody freezes with {o}. | keeps you warm | \
+     walk through the snow | sleep outside in the frost | ride a sledge | coat | scarf | shawl | cloak | glove | \
+     blanket",
+    "{o} is heavy. | No child can lift {o}. | The wind does not move {o}. | is heavy | hold the door open | \
+     press the grapes | keep the lid down | stone | anvil | brick | millstone | anchor | statue",
+    "{o} burns well. | They threw {o} on the fire. | Soon {o} turns to ashes. | burns well | heat the oven | \
+     send up smoke | warm the stove | twig | branch | log | coal | rag | broom",
+    "{o} is long and thin. | You can tie a knot with {o}. | Wind {o} round a post. | can be tied | \
+     lead the donkey | hang up the washing | fasten the boat | rope | string | ribbon | belt | chain | wire",
+    "{o} is loud. | You can hear {o} from far away. | {o} makes a noise. | is loud | call the village together | \
+     wake the guard | scare the crows | bell | drum | horn | whistle | gong | trumpet",
+    "{o} is soft. | It is nice to lie on {o}. | Nothing breaks when it falls on {o}. | is soft | pack the eggs | \
+     rest your head | sit on the hard bench | pillow | cushion | feather | sponge | blanket | mattress",
+    "{o} is good to eat. | A hungry child wants {o}. | {o} tastes sweet. | is good to eat | feed the guests | \
+     please a hungry child | fill your lunch box | pear | plum | apple | cake | biscuit | bun",
+    "{o} rolls. | Down the hill goes {o}. | {o} turns round and round. | rolls | move the heavy sacks | \
+     bring the harvest home | race down the slope | cart | barrow | wheel | wagon | barrel | coach",
 ];
+
+/// Returns property `index`.
+fn property(index: usize) -> Property {
+    let [s1, s2, s3, needs, g1, g2, g3, things @ ..] = parts::<13>(PROPERTIES[index]);
+    Property { statements: [s1, s2, s3], needs, goals: [g1, g2, g3], things }
+}
 
 /// Makes a goal and a thing that serves it: the key of the split.
 fn draw(world: &World, rng: &mut Rng, split: Split) -> (usize, usize, usize) {
@@ -105,7 +61,7 @@ fn draw(world: &World, rng: &mut Rng, split: Split) -> (usize, usize, usize) {
 }
 
 fn goal(property: usize, goal: usize) -> String {
-    format!("How do you {}?", PROPERTIES[property].goals[goal])
+    format!("How do you {}?", self::property(property).goals[goal])
 }
 
 fn way(thing: &str) -> String {
@@ -114,9 +70,9 @@ fn way(thing: &str) -> String {
 
 pub(super) fn item(world: &World, rng: &mut Rng, split: Split) -> Item {
     let (property, which, thing) = draw(world, rng, split);
-    let fitting = &PROPERTIES[property].things;
+    let fitting = self::property(property).things;
     let other = loop {
-        let other = PROPERTIES[rng.below(PROPERTIES.len())].things[rng.popular(6)];
+        let other = self::property(rng.below(PROPERTIES.len())).things[rng.popular(6)];
         if !fitting.contains(&other) {
             break other;
         }
@@ -130,14 +86,18 @@ pub(super) fn item(world: &World, rng: &mut Rng, split: Split) -> Item {
 pub(super) fn advice(world: &World, rng: &mut Rng) -> String {
     let asked = (0..rng.between(2, 5)).map(|_| {
         let (property, which, thing) = draw(world, rng, Split::Train);
-        format!("Question: {}\nAnswer: {}", goal(property, which), way(PROPERTIES[property].things[thing]))
+        format!(
+            "Question: {}\nAnswer: {}",
+            goal(property, which),
+            way(self::property(property).things[thing])
+        )
     });
     asked.collect::<Vec<_>>().join("\n\n")
 }
 
 /// Makes a text of what some things can do and some goals need.
 pub(super) fn lesson(rng: &mut Rng) -> String {
-    let property = &PROPERTIES[rng.below(PROPERTIES.len())];
+    let property = property(rng.below(PROPERTIES.len()));
     let mut sentences = Vec::new();
     if rng.one_in(3) {
         let goal = rng.pick(&property.goals);

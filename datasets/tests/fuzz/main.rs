@@ -1,17 +1,15 @@
 //! Edited copies of good files for every reader of the crate. Longer searches: `fuzz/` of the repository.
 
 mod bodies;
+#[expect(dead_code, reason = "other tests use the rest")]
+#[path = "../common/made.rs"]
+mod made;
 
-use std::io::Write;
-use std::sync::Arc;
-use std::{fs, path::Path};
+use std::fs;
 
 use dsmoe_datasets::tokens::prepare;
 use dsmoe_datasets::{Bos, Corpus, CorpusOptions, Tokenizer, tokenizer::train_bpe};
-use flate2::{Compression, write::GzEncoder};
-use parquet::data_type::ByteArrayType;
-use parquet::file::writer::SerializedFileWriter;
-use parquet::schema::parser::parse_message_type;
+use made::gzip;
 use proptest::prelude::*;
 use ruzstd::encoding::{CompressionLevel, compress_to_vec};
 
@@ -47,24 +45,9 @@ fn edited(good: &[u8], edits: &[(prop::sample::Index, u8, u8, usize)]) -> Vec<u8
     bytes
 }
 
-fn gzip(bytes: &[u8]) -> Vec<u8> {
-    let mut encoder = GzEncoder::new(Vec::new(), Compression::default());
-    encoder.write_all(bytes).unwrap();
-    encoder.finish().unwrap()
-}
-
-fn parquet(path: &Path) -> Vec<u8> {
-    let schema = Arc::new(parse_message_type("message m { REQUIRED BYTE_ARRAY text (UTF8); }").unwrap());
-    let mut writer =
-        SerializedFileWriter::new(fs::File::create(path).unwrap(), schema, Arc::default()).unwrap();
-    let mut group = writer.next_row_group().unwrap();
-    let mut column = group.next_column().unwrap().unwrap();
-    let values: Vec<_> = (0..20).map(|i| format!("text {}", i * i).into_bytes().into()).collect();
-    column.typed::<ByteArrayType>().write_batch(&values, None, None).unwrap();
-    column.close().unwrap();
-    group.close().unwrap();
-    writer.close().unwrap();
-    fs::read(path).unwrap()
+fn parquet() -> Vec<u8> {
+    let texts: Vec<String> = (0..20).map(|i| format!("text {}", i * i)).collect();
+    made::parquet("message m { REQUIRED BYTE_ARRAY text (UTF8); }", vec![vec![made::texts(&texts, 0)]])
 }
 
 /// A good tokenizer, token cache and Parquet file.
@@ -78,13 +61,9 @@ fn made_files() -> &'static [Vec<u8>; 3] {
         let tokenizer = Tokenizer::load(dir.path(), None, 280).unwrap();
         let corpus = Corpus::open(&[text], CorpusOptions::default()).unwrap();
         let cache = prepare(&corpus, &tokenizer, Bos::Never, dir.path(), &mut |_, _| ()).unwrap().path;
-        [dir.path().join("tokenizer.json"), cache]
-            .map(|path| fs::read(path).unwrap())
-            .into_iter()
-            .chain([parquet(&dir.path().join("a.parquet"))])
-            .collect::<Vec<_>>()
-            .try_into()
-            .expect("three files")
+        let [tokenizer, cache] =
+            [dir.path().join("tokenizer.json"), cache].map(|path| fs::read(path).unwrap());
+        [tokenizer, cache, parquet()]
     })
 }
 

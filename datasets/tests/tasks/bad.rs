@@ -2,7 +2,8 @@
 
 use dsmoe_datasets::tasks::Task;
 
-use crate::rows::{PIQA, folder, good_rows, gzip, jsonl, load, piqa_parquet};
+use crate::made::gzip;
+use crate::rows::{PIQA, folder, good_rows, jsonl, load, piqa_parquet};
 
 /// The error of one bad file under `name`, without its path.
 fn refused(task: &str, name: &str, content: &[u8]) -> String {
@@ -17,39 +18,22 @@ fn refused(task: &str, name: &str, content: &[u8]) -> String {
 fn bad_rows_are_named_with_their_fix() {
     let original = "take the row from the original";
     let removed = "remove the row or take it from the original";
+    let split = "public test splits come without labels: give the validation split";
+    let (swag, lambada) = ("give a file of hellaswag", "give a file of lambada_openai");
+    let no_endings = "no column `endings`, there is activity_label, ctx_a, ctx_b, options, label";
+    let all_endings = "[\"d\", \"e\", \"f\", \"g\"]";
+    let aliases = "{\"aliases\": [\"a\"], \"value\": \"a\"}";
+    let (no_aliases, no_answers) =
+        ("no column `answer` with `aliases`", "no column `answers`, there is question, answers");
     for (task, from, to, reason, help) in [
-        (
-            "hellaswag",
-            "\"endings\"",
-            "\"options\"",
-            "no column `endings`, there is activity_label, ctx_a, ctx_b, options, label",
-            "give a file of hellaswag",
-        ),
+        ("hellaswag", "\"endings\"", "\"options\"", no_endings, swag),
         ("hellaswag", "\"3\"", "4", "`label` is \"4\", not one of 0 to 3", original),
-        (
-            "hellaswag",
-            "\"3\"",
-            "\"\"",
-            "`label` is \"\", not one of 0 to 3",
-            "public test splits come without labels: give the validation split",
-        ),
-        (
-            "hellaswag",
-            "[\"d\", \"e\", \"f\", \"g\"]",
-            "[]",
-            "`endings` has 0 texts, at least 2 needed",
-            removed,
-        ),
+        ("hellaswag", "\"3\"", "\"\"", "`label` is \"\", not one of 0 to 3", split),
+        ("hellaswag", all_endings, "[]", "`endings` has 0 texts, at least 2 needed", removed),
         ("hellaswag", "\"d\"", "\" \"", "text 0 of `endings` is empty", removed),
-        ("hellaswag", "\"d\"", "7", "`endings` is a number, not a list of texts", "give a file of hellaswag"),
+        ("hellaswag", "\"d\"", "7", "`endings` is a number, not a list of texts", swag),
         ("hellaswag", "\"d\"", "\"[step]\"", "text 0 of `endings` is markup alone", original),
-        (
-            "lambada_openai",
-            "\"text\"",
-            "\"txt\"",
-            "no column `text`, there is txt",
-            "give a file of lambada_openai",
-        ),
+        ("lambada_openai", "\"text\"", "\"txt\"", "no column `text`, there is txt", lambada),
         ("piqa", "\"two\"", "\"\"", "`sol2` is empty", removed),
         ("piqa", "\"two\"", "[]", "`sol2` is a list, not a text", "give a file of piqa"),
         ("piqa", "1}", "1.5}", "`label` is \"1.5\", not one of 0 to 1", original),
@@ -58,20 +42,8 @@ fn bad_rows_are_named_with_their_fix() {
         ("winogrande", "a _ b", "a b", "`sentence` has no gap `_`", original),
         ("gsm8k", "#### 1", "1", "`answer` does not end in `#### ` and a number", original),
         ("nq_open", "[\"a\"]", "[]", "`answer` has 0 texts, at least 1 needed", removed),
-        (
-            "triviaqa",
-            "{\"aliases\": [\"a\"], \"value\": \"a\"}",
-            "\"a\"",
-            "no column `answer` with `aliases`",
-            "give a file of triviaqa",
-        ),
-        (
-            "webqs",
-            "[\"a\"]",
-            "null",
-            "no column `answers`, there is question, answers",
-            "give a file of webqs",
-        ),
+        ("triviaqa", aliases, "\"a\"", no_aliases, "give a file of triviaqa"),
+        ("webqs", "[\"a\"]", "null", no_answers, "give a file of webqs"),
     ] {
         let good = good_rows()[task].replace('\n', " ");
         let bad = good.replace(from, to);

@@ -4,9 +4,8 @@ use std::collections::BTreeMap;
 
 use dsmoe_datasets::tasks::{Loaded, Options, Profile, Request, Response, TASKS, Task, TaskFiles};
 
-use crate::rows::{
-    PIQA, asked, folder, good_rows, gzip, hellaswag_parquet, jsonl, load, load_as, piqa_parquet,
-};
+use crate::made::gzip;
+use crate::rows::{PIQA, asked, folder, good_rows, hellaswag_parquet, jsonl, load, load_as, piqa_parquet};
 use crate::shared;
 
 #[test]
@@ -97,15 +96,14 @@ fn of_several_files_the_plain_one_is_taken() {
     ] {
         assert_eq!(first(&files), Ok(format!("Question: {goal}\nAnswer:")), "{files:?}");
     }
-    for (files, message) in [
-        (
-            vec![("piqa/valid.jsonl", "a"), ("piqa/dev.jsonl", "b")],
-            "both look like its validation split; keep one of them",
-        ),
-        (vec![("piqa/train.jsonl", "a")], "task piqa: no files of its validation split; put them"),
-        (vec![("other/valid.jsonl", "a")], "task piqa: no folder `piqa` in "),
-    ] {
-        let error = first(&files).unwrap_err();
+    let both = "both look like its validation split; keep one of them";
+    let cases: [(&[(&str, &str)], &str); 3] = [
+        (&[("piqa/valid.jsonl", "a"), ("piqa/dev.jsonl", "b")], both),
+        (&[("piqa/train.jsonl", "a")], "task piqa: no files of its validation split; put them"),
+        (&[("other/valid.jsonl", "a")], "task piqa: no folder `piqa` in "),
+    ];
+    for (files, message) in cases {
+        let error = first(files).unwrap_err();
         assert!(error.contains(message), "{error}");
     }
 }

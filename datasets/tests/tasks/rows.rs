@@ -2,17 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::Write;
 use std::path::Path;
-use std::sync::Arc;
 
 use dsmoe_datasets::tasks::{Loaded, Options, Request, Task, TaskFiles};
-use flate2::{Compression, write::GzEncoder};
-use parquet::data_type::{ByteArray, ByteArrayType, Int64Type};
-use parquet::file::properties::WriterProperties;
-use parquet::file::writer::SerializedFileWriter;
-use parquet::schema::parser::parse_message_type;
 use tempfile::TempDir;
+
+use crate::made::{Column, parquet, texts};
 
 /// A folder with these files, by path and content.
 pub(crate) fn folder(files: &[(&str, &[u8])]) -> TempDir {
@@ -44,12 +39,6 @@ pub(crate) fn asked(loaded: &Loaded) -> Vec<(String, String)> {
             Request::Rolling { text } => (String::new(), text.clone()),
         })
         .collect()
-}
-
-pub(crate) fn gzip(bytes: &[u8]) -> Vec<u8> {
-    let mut encoder = GzEncoder::new(Vec::new(), Compression::default());
-    encoder.write_all(bytes).unwrap();
-    encoder.finish().unwrap()
 }
 
 pub(crate) const PIQA: &str = r#"{"goal": "g", "sol1": "one", "sol2": "two", "label": 1}"#;
@@ -89,27 +78,11 @@ pub(crate) fn jsonl(rows: &[&str]) -> String {
 
 /// A file of PIQA rows in Parquet.
 pub(crate) fn piqa_parquet(goals: &[&str]) -> Vec<u8> {
-    let texts = |texts: &[&str]| texts.iter().map(|&text| ByteArray::from(text)).collect::<Vec<_>>();
-    let n = goals.len();
-    let columns = [texts(goals), texts(&vec!["one"; n]), texts(&vec!["two"; n])];
     let schema = "message piqa { required binary goal (UTF8); required binary sol1 (UTF8);
         required binary sol2 (UTF8); required int64 label; }";
-    let mut bytes = Vec::new();
-    let schema = Arc::new(parse_message_type(schema).unwrap());
-    let properties = WriterProperties::builder().set_compression(parquet::basic::Compression::SNAPPY);
-    let mut writer = SerializedFileWriter::new(&mut bytes, schema, Arc::new(properties.build())).unwrap();
-    let mut group = writer.next_row_group().unwrap();
-    for column in &columns {
-        let mut out = group.next_column().unwrap().unwrap();
-        out.typed::<ByteArrayType>().write_batch(column, None, None).unwrap();
-        out.close().unwrap();
-    }
-    let mut out = group.next_column().unwrap().unwrap();
-    out.typed::<Int64Type>().write_batch(&vec![1; n], None, None).unwrap();
-    out.close().unwrap();
-    group.close().unwrap();
-    writer.close().unwrap();
-    bytes
+    let same = |text| texts(&vec![text; goals.len()], 0);
+    let rows = vec![texts(goals, 0), same("one"), same("two"), Column::Ints(vec![1; goals.len()])];
+    parquet(schema, vec![rows])
 }
 
 /// A HellaSwag row in Parquet with a list of endings, as the `datasets` library writes it.
@@ -117,24 +90,8 @@ pub(crate) fn hellaswag_parquet(endings: &[&str]) -> Vec<u8> {
     let schema = "message hellaswag { optional binary activity_label (UTF8); optional binary ctx_a (UTF8);
         optional binary ctx_b (UTF8); optional group endings (LIST) { repeated group list {
         optional binary element (UTF8); } } optional binary label (UTF8); }";
-    let mut bytes = Vec::new();
-    let schema = Arc::new(parse_message_type(schema).unwrap());
-    let mut writer = SerializedFileWriter::new(&mut bytes, schema, Arc::default()).unwrap();
-    let mut group = writer.next_row_group().unwrap();
-    for text in ["Cooking", "A cook stirs.", "the cook", "", "1"] {
-        let mut out = group.next_column().unwrap().unwrap();
-        if text.is_empty() {
-            let list: Vec<ByteArray> = endings.iter().map(|&ending| ByteArray::from(ending)).collect();
-            let repeated: Vec<i16> = (0..list.len()).map(|i| i16::from(i > 0)).collect();
-            let defined = vec![3; list.len()];
-            out.typed::<ByteArrayType>().write_batch(&list, Some(&defined), Some(&repeated)).unwrap();
-        } else {
-            let column = [ByteArray::from(text)];
-            out.typed::<ByteArrayType>().write_batch(&column, Some(&[1]), None).unwrap();
-        }
-        out.close().unwrap();
-    }
-    group.close().unwrap();
-    writer.close().unwrap();
-    bytes
+    let mut row: Vec<Column> =
+        ["Cooking", "A cook stirs.", "the cook", "1"].iter().map(|text| texts(&[text], 1)).collect();
+    row.insert(3, Column::List(endings.iter().map(ToString::to_string).collect()));
+    parquet(schema, vec![row])
 }

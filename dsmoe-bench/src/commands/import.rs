@@ -28,7 +28,10 @@ struct ImportReport {
 pub(crate) fn run(args: &Import, ui: &mut Ui) -> Result<()> {
     let started = Instant::now();
     let Some(file) = gguf::file_of(&args.model)? else {
-        bail!("{}: is no GGUF file; name one, or use dsmoe export for a model directory", args.model.display());
+        bail!(
+            "{}: is no GGUF file; name one, or use dsmoe export for a model directory",
+            args.model.display()
+        );
     };
     let mut from: Vec<String> = {
         let checkpoint = Checkpoint::open(&file)?;

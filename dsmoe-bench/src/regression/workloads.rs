@@ -163,11 +163,11 @@ fn product(precision: Precision, layout: Layout) -> Result<Task> {
     match layout {
         Layout::Forward => {
             let mut y = vec![0.0; m * n];
-            task(move || linear::Forward { y: &mut y, x: &x, w: &w, dims }.run())
+            task(move || linear::Forward { y: &mut y, x: &x, w: &w, bias: None, dims }.run())
         }
         Layout::Packed => {
             let (mut y, packed) = (vec![0.0; m * n], Packed::new(precision, Mat::new(&w, n, k)));
-            task(move || linear::ForwardPacked { y: &mut y, x: &x, w: &packed, rows: m }.run())
+            task(move || linear::ForwardPacked { y: &mut y, x: &x, w: &packed, bias: None, rows: m }.run())
         }
         Layout::BackwardInput => {
             let mut dx = vec![0.0; m * k];

@@ -208,7 +208,7 @@ fn flops_per_second(config: &Config, precision: Precision) -> f64 {
     let (began, mut best) = (Instant::now(), 0.0f64);
     while began.elapsed().as_secs_f64() < TRIAL_SECONDS || best == 0.0 {
         let started = Instant::now();
-        linear::Forward { y: &mut y, x: &x, w: &w, dims }.run();
+        linear::Forward { y: &mut y, x: &x, w: &w, bias: None, dims }.run();
         best = best.max(flops / started.elapsed().as_secs_f64().max(1e-9));
     }
     best

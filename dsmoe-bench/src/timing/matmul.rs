@@ -63,17 +63,19 @@ fn measure([m, k, n]: Shape, precision: Precision, rounds: usize, output: &mut O
     let y = RefCell::new(vec![0.0; m * n]);
     let (mut dx, mut dw) = (vec![0.0; m * k], vec![0.0; n * k]);
 
-    linear::Forward { y: &mut y.borrow_mut(), x: &x, w: &w, dims }.run();
+    linear::Forward { y: &mut y.borrow_mut(), x: &x, w: &w, bias: None, dims }.run();
     let forward = bits(&[&y.borrow()]);
-    linear::ForwardPacked { y: &mut y.borrow_mut(), x: &x, w: &packed, rows: m }.run();
+    linear::ForwardPacked { y: &mut y.borrow_mut(), x: &x, w: &packed, bias: None, rows: m }.run();
     let from_packed = bits(&[&y.borrow()]);
     linear::BackwardInput { dx: &mut dx, dy: &dy, w: &w, dims, add: false }.run();
     linear::BackwardWeight { dw: &mut dw, dy: &dy, x: &x, dims }.run();
     let hashes = [forward, from_packed, bits(&[&dx]), bits(&[&dw])];
 
     let mut tasks: [Task<'_>; 4] = [
-        Box::new(|| linear::Forward { y: &mut y.borrow_mut(), x: &x, w: &w, dims }.run()),
-        Box::new(|| linear::ForwardPacked { y: &mut y.borrow_mut(), x: &x, w: &packed, rows: m }.run()),
+        Box::new(|| linear::Forward { y: &mut y.borrow_mut(), x: &x, w: &w, bias: None, dims }.run()),
+        Box::new(|| {
+            linear::ForwardPacked { y: &mut y.borrow_mut(), x: &x, w: &packed, bias: None, rows: m }.run()
+        }),
         Box::new(|| linear::BackwardInput { dx: &mut dx, dy: &dy, w: &w, dims, add: false }.run()),
         Box::new(|| linear::BackwardWeight { dw: &mut dw, dy: &dy, x: &x, dims }.run()),
     ];

@@ -2,7 +2,7 @@
 //! the suite `kernels` of records.
 
 use anyhow::Result;
-use dsmoe_kernels::{Precision, adamw, add, attention, cross_entropy, rms_norm, rope, swiglu};
+use dsmoe_kernels::{Activation, Precision, adamw, add, attention, cross_entropy, rms_norm, rope, swiglu};
 
 use super::ceilings::Cost;
 use super::output::Output;
@@ -55,7 +55,15 @@ pub(crate) const OPS: [Op; 11] = [
             let (([x, ..], mut y), weight) = (shape.rows(), random(shape.hidden, 1.0, 4));
             let mut rstd = vec![0.0; shape.tokens];
             Box::new(move || {
-                rms_norm::Forward { y: &mut y, rstd: &mut rstd, x: &x, weight: &weight, eps: EPS }.run();
+                rms_norm::Forward {
+                    y: &mut y,
+                    rstd: &mut rstd,
+                    x: &x,
+                    weight: &weight,
+                    offset: 0.0,
+                    eps: EPS,
+                }
+                .run();
             })
         },
         cost: |shape| shape.passes(2.0),
@@ -69,7 +77,7 @@ pub(crate) const OPS: [Op; 11] = [
             Box::new(move || {
                 let (dx, dweight) = (&mut dx[..], &mut dweight[..]);
                 let (dy, x, weight, rstd) = (&dy[..], &x[..], &weight[..], &rstd[..]);
-                rms_norm::Backward { dx, dweight, dy, x, weight, rstd, add: false }.run();
+                rms_norm::Backward { dx, dweight, dy, x, weight, offset: 0.0, rstd, add: false }.run();
             })
         },
         cost: |shape| shape.passes(3.0),
@@ -79,10 +87,10 @@ pub(crate) const OPS: [Op; 11] = [
         part: "forward",
         build: |shape| {
             let (_, mut x) = shape.rows();
-            let table = rope::Table::new(HEAD_DIM, 1e4, rope::Scaling::None, shape.seq);
+            let table = rope::Table::new(rope::reference::frequencies(HEAD_DIM, 1e4), 1.0, shape.seq);
             Box::new(move || {
                 let heads = shape.hidden / HEAD_DIM;
-                let args = rope::Args { table: &table, seq: shape.seq, start: 0, heads };
+                let args = rope::Args { table: &table, seq: shape.seq, start: 0, heads, head_dim: HEAD_DIM };
                 rope::Forward { x: &mut x, stride: args.width(), args }.run();
             })
         },
@@ -93,7 +101,7 @@ pub(crate) const OPS: [Op; 11] = [
         part: "forward",
         build: |shape| {
             let ([a, b, _], mut c) = shape.rows();
-            Box::new(move || swiglu::Forward { c: &mut c, a: &a, b: &b }.run())
+            Box::new(move || swiglu::Forward { c: &mut c, a: &a, b: &b, activation: Activation::Silu }.run())
         },
         cost: |shape| shape.passes(3.0),
     },
@@ -103,7 +111,17 @@ pub(crate) const OPS: [Op; 11] = [
         build: |shape| {
             let ([a, b, dc], mut da) = shape.rows();
             let mut db = da.clone();
-            Box::new(move || swiglu::Backward { da: &mut da, db: &mut db, dc: &dc, a: &a, b: &b }.run())
+            Box::new(move || {
+                swiglu::Backward {
+                    da: &mut da,
+                    db: &mut db,
+                    dc: &dc,
+                    a: &a,
+                    b: &b,
+                    activation: Activation::Silu,
+                }
+                .run()
+            })
         },
         cost: |shape| shape.passes(5.0),
     },
@@ -177,6 +195,7 @@ pub(crate) const OPS: [Op; 11] = [
                     head: &head,
                     targets: &targets,
                     scale: 1.0,
+                    logits: cross_entropy::Logits::default(),
                     dims,
                     scratch: &mut scratch,
                 }
@@ -213,6 +232,7 @@ impl Shape {
             heads,
             kv_heads: heads / KV_SHARE,
             head_dim: HEAD_DIM,
+            scores: attention::Scores::plain(HEAD_DIM),
         }
     }
 }

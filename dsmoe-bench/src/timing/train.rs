@@ -11,7 +11,7 @@ use dsmoe_kernels::Precision;
 use dsmoe_kernels::rng::Rng;
 use dsmoe_router::{RoutingStats, SparsityOver};
 use dsmoe_train::TrainConfig;
-use dsmoe_train::engine::{Engine, EngineOptions, MicroBatch, StepResult};
+use dsmoe_train::engine::{self, Engine, EngineOptions, MicroBatch, StepResult};
 use dsmoe_train::optim::{AdamW, Update, clip_scale};
 
 use super::ceilings::Cost;
@@ -113,7 +113,7 @@ fn measure(args: &Train, sizes: Sizes, precision: Precision, output: &mut Output
 /// A model with the engine that trains it on one micro-batch.
 pub(crate) struct Run {
     pub(crate) model: Model,
-    engine: Engine,
+    engine: Box<dyn Engine>,
     inputs: Vec<u32>,
     targets: Vec<u32>,
     seq: usize,
@@ -134,7 +134,7 @@ impl Run {
         let tokens = ids.len() - 1;
         let options = EngineOptions { tokens, seq, precision, device };
         Ok(Run {
-            engine: Engine::new(&model, AdamW::new(model.layout()), options)?,
+            engine: engine::new(&model, AdamW::new(model.layout()), options)?,
             inputs: ids[..tokens].to_vec(),
             targets: ids[1..].to_vec(),
             seq,

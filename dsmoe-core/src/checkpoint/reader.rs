@@ -66,7 +66,14 @@ impl TensorView {
             Some(encoded) => encoded.offset(),
             None => self.offset + (first * row * size) as u64,
         };
-        TensorView { dtype: self.dtype, shape, file: self.file, offset, len: (count * row * size) as u64, encoded }
+        TensorView {
+            dtype: self.dtype,
+            shape,
+            file: self.file,
+            offset,
+            len: (count * row * size) as u64,
+            encoded,
+        }
     }
 }
 

@@ -110,7 +110,7 @@ fn examples(
                     let value = |t: usize, j: u32| tap.x[t * intermediate + j as usize];
                     let values: Vec<f32> =
                         chosen.iter().flat_map(|&t| neurons.iter().map(move |&j| value(t, j))).collect();
-                    linear::Forward { y: &mut y, x: &values, w: down, dims }.run();
+                    linear::Forward { y: &mut y, x: &values, w: down, bias: None, dims }.run();
                     for (t, y) in y.chunks_exact(hidden).enumerate() {
                         let square: f64 = y.iter().map(|&y| f64::from(y) * f64::from(y)).sum();
                         scores[at + t * num_experts + i] =

@@ -80,7 +80,7 @@ impl DsmoeFfn {
     ) {
         let (tokens, n) = (x.len() / self.hidden, self.router.num_experts);
         logits.resize(tokens * n);
-        linear::Forward { y: logits, x, w: router, dims: self.router_dims(tokens) }.run();
+        linear::Forward { y: logits, x, w: router, bias: None, dims: self.router_dims(tokens) }.run();
         if self.router_bias {
             for row in logits.chunks_exact_mut(n) {
                 for (z, b) in row.iter_mut().zip(bias) {

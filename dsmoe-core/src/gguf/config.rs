@@ -26,9 +26,8 @@ pub(crate) struct Keys<'a> {
 impl<'a> Keys<'a> {
     /// Finds the architecture of the file.
     pub(crate) fn new(path: &'a Path, container: &'a Container) -> Result<Keys<'a>> {
-        let wrong = |problem: String, help: &str| {
-            Err(Error::field(path, ARCHITECTURE_KEY, problem, help.to_owned()))
-        };
+        let wrong =
+            |problem: String, help: &str| Err(Error::field(path, ARCHITECTURE_KEY, problem, help.to_owned()));
         let Some(name) = container.metadata.get(ARCHITECTURE_KEY).and_then(Value::as_str) else {
             return wrong("is missing".into(), FOREIGN);
         };
@@ -145,8 +144,7 @@ fn sizes(keys: &Keys<'_>) -> Result<Map<String, Json>> {
         None => keys.need("vocab_size")?,
     };
     let eps = keys.number("attention.layer_norm_rms_epsilon")?;
-    let eps = eps
-        .ok_or_else(|| keys.wrong("attention.layer_norm_rms_epsilon", "is missing", FOREIGN))?;
+    let eps = eps.ok_or_else(|| keys.wrong("attention.layer_norm_rms_epsilon", "is missing", FOREIGN))?;
     Ok(object(json!({
         "architectures": [keys.arch.class],
         "model_type": keys.arch.model_type,

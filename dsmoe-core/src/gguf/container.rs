@@ -178,13 +178,7 @@ fn alignment(path: &Path, metadata: &BTreeMap<String, Value>) -> Result<u64> {
 }
 
 /// Makes the offsets those from the start of the file, and checks that every tensor lies in it by itself.
-fn check_places(
-    path: &Path,
-    places: &mut [TensorPlace],
-    start: u64,
-    alignment: u64,
-    len: u64,
-) -> Result<()> {
+fn check_places(path: &Path, places: &mut [TensorPlace], start: u64, alignment: u64, len: u64) -> Result<()> {
     let mut names = HashSet::new();
     let mut spans = Vec::new();
     for place in &mut *places {
@@ -205,7 +199,10 @@ fn check_places(
         let row = place.shape.last().copied().unwrap_or(1);
         if !row.is_multiple_of(layout.elements) {
             let (kind, block) = (place.kind, layout.elements);
-            return fail(format!("has rows of {row} elements, not whole blocks of {block} ({kind})"), FOREIGN);
+            return fail(
+                format!("has rows of {row} elements, not whole blocks of {block} ({kind})"),
+                FOREIGN,
+            );
         }
         let bytes = place.numel() / layout.elements as u64 * layout.bytes as u64;
         match offset.checked_add(bytes) {
@@ -289,9 +286,7 @@ impl<R: Read> Input<'_, R> {
             return Err(self.too_long(what, len));
         }
         if len > longest {
-            return Err(
-                self.wrong(format!("says {what} has {len} bytes; {longest} are the most read"), COPY)
-            );
+            return Err(self.wrong(format!("says {what} has {len} bytes; {longest} are the most read"), COPY));
         }
         let mut bytes = vec![0; len as usize];
         self.fill(&mut bytes)?;

@@ -16,8 +16,8 @@ use super::value::Value;
 use super::vocab::Files;
 use super::write::{Declared, GgufWriter};
 use crate::checkpoint::{
-    Change, Checkpoint, Dtype, Meter, Progress, TensorSource, check_llama_tensors, decode, encode, is_too_large,
-    tensor_names,
+    Change, Checkpoint, Dtype, Meter, Progress, TensorSource, check_llama_tensors, decode, encode,
+    is_too_large, tensor_names,
 };
 use crate::config::{CONFIG_FILE, Config, RopeScaling};
 use crate::error::{Error, Result, shown};
@@ -133,7 +133,8 @@ pub fn export_gguf(
         return Err(Error::path(out, "is the model that is read", "choose another {out}"));
     }
     let mut writer = GgufWriter::create(out, &metadata, &declared, force)?;
-    let mut copy = Copy { arch, config: &config, checkpoint: &checkpoint, source: TensorSource::new(&checkpoint) };
+    let mut copy =
+        Copy { arch, config: &config, checkpoint: &checkpoint, source: TensorSource::new(&checkpoint) };
     let mut meter = Meter::new(report.bytes, progress);
     for (name, tensor) in &tensors {
         copy.tensor(names.stored_name(name), tensor, &mut |bytes| {
@@ -163,7 +164,8 @@ fn model_name(model: &Path) -> String {
 /// Refuses a model that llama.cpp has no graph for.
 fn check(model: &Path, config: &Config) -> Result<&'static Arch> {
     let path = model.join(CONFIG_FILE);
-    let fail = |field: &str, problem: String, help: &'static str| Err(Error::field(&path, field, problem, help));
+    let fail =
+        |field: &str, problem: String, help: &'static str| Err(Error::field(&path, field, problem, help));
     if config.moe.is_some() {
         let problem = "is present: llama.cpp has no graph for gated experts".to_owned();
         return fail("dsmoe", problem, "export the model as dense first, and that as GGUF");

@@ -60,8 +60,8 @@ pub fn file_of(model: &Path) -> Result<Option<PathBuf>> {
 /// Returns the first part of the split model that the file is a part of; the file itself if it is none.
 fn first_part(path: &Path) -> PathBuf {
     let name = path.file_name().and_then(|name| name.to_str());
-    let first = name.and_then(container::split_prefix).map(|(prefix, _, parts)| {
-        path.with_file_name(format!("{prefix}-00001-of-{parts:05}.gguf"))
-    });
+    let first = name
+        .and_then(container::split_prefix)
+        .map(|(prefix, _, parts)| path.with_file_name(format!("{prefix}-00001-of-{parts:05}.gguf")));
     first.filter(|first| first.is_file()).unwrap_or_else(|| path.to_path_buf())
 }

@@ -110,7 +110,8 @@ mod tests {
             assert_eq!(plain.gguf_name(hf).as_deref(), Some(gguf));
         }
         let gemma = Arch::of("gemma3").unwrap();
-        let (ffn, after) = ("model.layers.0.pre_feedforward_layernorm", "model.layers.0.post_attention_layernorm");
+        let (ffn, after) =
+            ("model.layers.0.pre_feedforward_layernorm", "model.layers.0.post_attention_layernorm");
         assert_eq!(gemma.hf_name("blk.0.ffn_norm.weight"), format!("{ffn}.weight"));
         assert_eq!(gemma.hf_name("blk.0.post_attention_norm.weight"), format!("{after}.weight"));
         let phi = Arch::of("phi3").unwrap();

@@ -95,7 +95,9 @@ impl Pre {
         let split = match *steps {
             [bytes] if plain(bytes, true) => Split::ByteLevel,
             [digits, bytes]
-                if digits["type"] == "Digits" && digits["individual_digits"] == true && plain(bytes, true) =>
+                if digits["type"] == "Digits"
+                    && digits["individual_digits"] == true
+                    && plain(bytes, true) =>
             {
                 Split::Digits
             }
@@ -115,9 +117,7 @@ impl Pre {
     }
 
     pub(crate) fn pre_tokenizer(&self) -> Json {
-        let sequence = |first: Json, use_regex: bool| {
-            json!({ "type": "Sequence", "pretokenizers": [first, byte_level(use_regex)] })
-        };
+        let sequence = |first: Json, use_regex: bool| json!({ "type": "Sequence", "pretokenizers": [first, byte_level(use_regex)] });
         match self.split {
             Split::ByteLevel => byte_level(true),
             Split::Digits => sequence(json!({ "type": "Digits", "individual_digits": true }), true),

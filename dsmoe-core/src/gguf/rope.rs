@@ -57,8 +57,7 @@ pub(crate) fn from_keys(keys: &Keys<'_>) -> Result<Map<String, Json>> {
 
 fn scaling(keys: &Keys<'_>, original: Option<u64>, theta: f64, head_dim: u64) -> Result<Json> {
     let factor = keys.number("rope.scaling.factor")?.or(keys.number("rope.scale_linear")?);
-    let need_factor =
-        || factor.ok_or_else(|| keys.wrong("rope.scaling.factor", "is missing", OTHER));
+    let need_factor = || factor.ok_or_else(|| keys.wrong("rope.scaling.factor", "is missing", OTHER));
     let scaling = match keys.text("rope.scaling.type")? {
         None if keys.get("rope.scale_linear").is_some() => {
             json!({ "rope_type": "linear", "factor": need_factor()? })
@@ -188,7 +187,9 @@ mod tests {
 
     #[test]
     fn the_settings_of_llama_3_come_back_from_the_divisors() {
-        for (factor, low, high, original) in [(8.0, 1.0, 4.0, 8192.0), (32.0, 1.0, 4.0, 8192.0), (4.0, 1.0, 4.0, 2048.0)] {
+        for (factor, low, high, original) in
+            [(8.0, 1.0, 4.0, 8192.0), (32.0, 1.0, 4.0, 8192.0), (4.0, 1.0, 4.0, 2048.0)]
+        {
             let divisor = |i: usize| {
                 llama3_divisor(5e5f64.powf(-2.0 * i as f64 / 64.0), factor, low, high, original) as f32
             };

@@ -71,7 +71,12 @@ pub(crate) fn tensors(path: &Path, container: &Container) -> Result<Vec<GgufTens
 }
 
 impl Encoded {
-    fn new(path: &Path, place: &TensorPlace, head: Option<(usize, usize)>, plus_one: bool) -> Result<Encoded> {
+    fn new(
+        path: &Path,
+        place: &TensorPlace,
+        head: Option<(usize, usize)>,
+        plus_one: bool,
+    ) -> Result<Encoded> {
         let fail = |problem: String| Err(Error::tensor(path, &place.name, problem, UNREAD));
         let Some(layout) = place.kind.layout() else {
             return fail(format!("is of type {}, which is not read", place.kind));

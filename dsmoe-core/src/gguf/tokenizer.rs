@@ -196,7 +196,9 @@ impl<'a> Tokenizer<'a> {
 fn space_normalizer(prefix: bool) -> Json {
     let replace = json!({ "type": "Replace", "pattern": { "String": " " }, "content": SPACE });
     match prefix {
-        true => json!({ "type": "Sequence", "normalizers": [{ "type": "Prepend", "prepend": SPACE }, replace] }),
+        true => {
+            json!({ "type": "Sequence", "normalizers": [{ "type": "Prepend", "prepend": SPACE }, replace] })
+        }
         false => replace,
     }
 }
@@ -288,8 +290,7 @@ fn scores(keys: &Keys<'_>, tokens: usize) -> Result<Vec<f32>> {
 /// highest score of the whole first.
 pub(crate) fn scored_merges(tokens: &[&str], kinds: &[i64], scores: &[f32]) -> Vec<(String, String)> {
     let usable = |id: &usize| kinds[*id] != kind::UNUSED;
-    let ids: HashMap<&str, usize> =
-        (0..tokens.len()).filter(usable).map(|id| (tokens[id], id)).collect();
+    let ids: HashMap<&str, usize> = (0..tokens.len()).filter(usable).map(|id| (tokens[id], id)).collect();
     let mut merges = Vec::new();
     for (id, token) in tokens.iter().enumerate() {
         let merged = matches!(kinds[id], kind::NORMAL | kind::USER_DEFINED) && ids.get(token) == Some(&id);

@@ -104,11 +104,13 @@ impl Files {
         let list = self.tokenizer["model"]["merges"].as_array().map_or(&[][..], Vec::as_slice);
         let mut merges = Vec::with_capacity(list.len());
         for (i, merge) in list.iter().enumerate() {
-            merges.push(match merge {
-                Json::String(text) => text.split_once(' '),
-                pair => pair[0].as_str().zip(pair[1].as_str()),
-            }
-            .ok_or_else(|| self.wrong(&format!("model.merges[{i}]"), "is not a pair of tokens"))?);
+            merges.push(
+                match merge {
+                    Json::String(text) => text.split_once(' '),
+                    pair => pair[0].as_str().zip(pair[1].as_str()),
+                }
+                .ok_or_else(|| self.wrong(&format!("model.merges[{i}]"), "is not a pair of tokens"))?,
+            );
         }
         Ok(merges)
     }

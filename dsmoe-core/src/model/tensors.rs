@@ -1,5 +1,6 @@
 //! The tensors of a decoder, where they lie in the arena, and the checks and tables that all passes share.
 
+use std::f64::consts::PI;
 use std::ops::Range;
 
 use dsmoe_kernels::{attention, rope};
@@ -82,18 +83,29 @@ pub(crate) fn lay_out(config: &Config, ffns: &[Box<dyn Ffn>]) -> (Layout, Ranges
 }
 
 pub(crate) fn rope_table(config: &Config) -> rope::Table {
-    let scaling = match config.rope_scaling {
-        RopeScaling::None => rope::Scaling::None,
-        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position } => {
-            rope::Scaling::Llama3 {
-                factor,
-                low_freq_factor,
-                high_freq_factor,
-                original_max_position: original_max_position as f64,
-            }
-        }
+    let head_dim = config.head_dim;
+    let plain = (0..head_dim / 2).map(|i| config.rope_theta.powf(-2.0 * i as f64 / head_dim as f64));
+    let frequencies = plain.map(|f| scaled(f, config.rope_scaling)).collect();
+    rope::Table::new(frequencies, 1.0, config.max_position)
+}
+
+/// Returns a scaled frequency. Llama 3.1's rule, with wavelength l = 2 pi / f and
+/// s = (original_max_position / l - low) / (high - low): f is kept for l < original_max_position / high, f / factor for
+/// l > original_max_position / low, and (1 - s) f / factor + s f between.
+fn scaled(f: f64, scaling: RopeScaling) -> f64 {
+    let RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position } = scaling
+    else {
+        return f;
     };
-    rope::Table::new(config.head_dim, config.rope_theta, scaling, config.max_position)
+    let (wavelength, original) = (2.0 * PI / f, original_max_position as f64);
+    if wavelength < original / high_freq_factor {
+        f
+    } else if wavelength > original / low_freq_factor {
+        f / factor
+    } else {
+        let kept = (original / wavelength - low_freq_factor) / (high_freq_factor - low_freq_factor);
+        (1.0 - kept) * f / factor + kept * f
+    }
 }
 
 /// Moves the threshold in `config`, and in the FFNs by `move_gates`, which says whether all have gates.
@@ -125,7 +137,8 @@ pub(crate) fn attention_dims(
     [queries, keys]: [usize; 2],
 ) -> attention::Dims {
     let LayerShape { num_heads: heads, num_kv_heads: kv_heads, .. } = config.layer(i);
-    attention::Dims { batch, queries, keys, heads, kv_heads, head_dim: config.head_dim }
+    let scores = attention::Scores::plain(config.head_dim);
+    attention::Dims { batch, queries, keys, heads, kv_heads, head_dim: config.head_dim, scores }
 }
 
 /// Sequences of one length, one after the other, with the tokens to predict.

@@ -3,10 +3,11 @@
 use std::fs;
 use std::path::PathBuf;
 
-use crate::support::{refused, small_config};
+use crate::support::small_config;
 use dsmoe_core::Result;
 use dsmoe_core::checkpoint::Checkpoint;
 use dsmoe_core::masks::{Mask, Masks};
+use dsmoe_kernels::testing::refused;
 use proptest::prelude::*;
 use tempfile::TempDir;
 
@@ -25,100 +26,61 @@ fn open(header: &str, data: usize) -> Result<Checkpoint> {
 }
 
 #[test]
-fn file_without_a_header() {
+fn files_that_end_in_or_before_their_header() {
     let work = tempfile::tempdir().unwrap();
     let path = work.path().join("x.safetensors");
     for bytes in [0, 7] {
         fs::write(&path, vec![0; bytes]).unwrap();
         refused(Checkpoint::open_file(&path), &["x.safetensors: header is missing", "copy the file again"]);
     }
-}
-
-#[test]
-fn header_longer_than_the_file() {
-    let work = tempfile::tempdir().unwrap();
-    let path = work.path().join("x.safetensors");
     for len in [9u64, 1 << 40, u64::MAX] {
         fs::write(&path, [&len.to_le_bytes()[..], b"{      }"].concat()).unwrap();
         let says = format!("header says it has {len} bytes and the file has 8");
         refused(Checkpoint::open_file(&path), &["x.safetensors", &says, "copy the file again"]);
     }
-}
-
-#[test]
-fn header_over_the_limit_in_a_file_with_holes() {
-    let work = tempfile::tempdir().unwrap();
-    let path = work.path().join("x.safetensors");
+    // Over the limit, in a file with holes.
     fs::write(&path, 200_000_000u64.to_le_bytes()).unwrap();
     fs::File::options().write(true).open(&path).unwrap().set_len(1 << 40).unwrap();
     refused(Checkpoint::open_file(&path), &["x.safetensors", "header has 200000000 bytes", "100000000"]);
 }
 
-#[test]
-fn header_that_is_not_json() {
-    refused(
-        open("{nonsense}", 0),
-        &["x.safetensors: header is not that of safetensors", "line 1", "write the file"],
-    );
-    refused(open("[]", 0), &["x.safetensors: header is not that of safetensors", "an object of tensors"]);
-    refused(open(&"[".repeat(10_000), 0), &["x.safetensors: header is not"]);
-    refused(
-        open(r#"{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}"#, 4),
-        &["x.safetensors", "tensor a", "-1"],
-    );
+/// Returns the entry of a tensor in a header.
+fn entry(name: &str, dtype: &str, shape: &str, offsets: [u64; 2]) -> String {
+    format!(r#""{name}": {{"dtype": "{dtype}", "shape": [{shape}], "data_offsets": {offsets:?}}}"#)
 }
 
 #[test]
-fn header_with_unknown_dtype() {
-    refused(
-        open(r#"{"a": {"dtype": "F31\n", "shape": [1], "data_offsets": [0, 4]}}"#, 4),
-        &["x.safetensors", "tensor a has unknown dtype", "F31", "safetensors library"],
-    );
-}
-
-#[test]
-fn header_with_absurd_shape() {
-    let huge = u64::MAX;
-    for shape in [format!("[{huge}]"), format!("[{huge}, {huge}]"), "[4611686018427387905]".to_owned()] {
-        let header = format!(r#"{{"a": {{"dtype": "F32", "shape": {shape}, "data_offsets": [0, 4]}}}}"#);
-        refused(open(&header, 4), &["x.safetensors", "tensor a of shape", "does not fill its 4 bytes"]);
-    }
-    let header = r#"{"a": {"dtype": "F32", "shape": [1], "data_offsets": [18446744073709551612, 18446744073709551615]}}"#;
-    refused(open(header, 4), &["x.safetensors", "tensor a"]);
-}
-
-#[test]
-fn header_with_offsets_backwards() {
-    refused(
-        open(r#"{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}"#, 4),
-        &["x.safetensors", "tensor a ends at byte 0, before its start 4"],
-    );
-}
-
-#[test]
-fn header_with_overlap_or_gap() {
-    let two = |start: u64, data| {
-        let header = format!(
-            r#"{{"a": {{"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}},
-                "b": {{"dtype": "U8", "shape": [4], "data_offsets": [{start}, {}]}}}}"#,
-            start + 4
-        );
-        open(&header, data)
+fn wrong_headers() {
+    let one = |dtype: &str, shape: &str, offsets| format!("{{{}}}", entry("a", dtype, shape, offsets));
+    let two = |name: &str, start: u64| {
+        format!("{{{}, {}}}", entry("a", "U8", "4", [0, 4]), entry(name, "U8", "4", [start, start + 4]))
     };
-    assert!(two(4, 8).is_ok());
-    refused(
-        two(2, 6),
-        &["x.safetensors", "tensor b overlaps the tensor before it", "byte 2 of the data, not 4"],
-    );
-    refused(two(6, 10), &["x.safetensors", "tensor b leaves a gap before it", "byte 6 of the data, not 4"]);
-    refused(two(4, 9), &["x.safetensors", "describes 8 bytes of data and the file has 9"]);
-}
-
-#[test]
-fn header_with_a_name_twice() {
-    let header = r#"{"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
-        "a": {"dtype": "U8", "shape": [1], "data_offsets": [1, 2]}}"#;
-    refused(open(header, 2), &["x.safetensors", "tensor a is in the header twice"]);
+    assert!(open(&two("b", 4), 8).is_ok());
+    let max = u64::MAX;
+    let no_header = "header is not that of safetensors";
+    let cases: [(String, usize, &[&str]); 13] = [
+        ("{nonsense}".into(), 0, &[no_header, "line 1", "write the file"]),
+        ("[]".into(), 0, &[no_header, "an object of tensors"]),
+        ("[".repeat(10_000), 0, &["header is not"]),
+        (one("F32", "-1", [0, 4]), 4, &["tensor a", "-1"]),
+        (one(r"F31\n", "1", [0, 4]), 4, &["tensor a has unknown dtype", "F31", "safetensors library"]),
+        (one("F32", &format!("{max}"), [0, 4]), 4, &["tensor a of shape", "does not fill its 4 bytes"]),
+        (
+            one("F32", &format!("{max}, {max}"), [0, 4]),
+            4,
+            &["tensor a of shape", "does not fill its 4 bytes"],
+        ),
+        (one("F32", "4611686018427387905", [0, 4]), 4, &["tensor a of shape", "does not fill its 4 bytes"]),
+        (one("F32", "1", [max - 3, max]), 4, &["tensor a"]),
+        (one("F32", "1", [4, 0]), 4, &["tensor a ends at byte 0, before its start 4"]),
+        (two("b", 2), 6, &["tensor b overlaps the tensor before it", "byte 2 of the data, not 4"]),
+        (two("b", 6), 10, &["tensor b leaves a gap before it", "byte 6 of the data, not 4"]),
+        (two("a", 4), 8, &["tensor a is in the header twice"]),
+    ];
+    for (header, data, parts) in cases {
+        refused(open(&header, data), &[&["x.safetensors"], parts].concat());
+    }
+    refused(open(&two("b", 4), 9), &["x.safetensors", "describes 8 bytes of data and the file has 9"]);
 }
 
 /// Copies of a good file with some bytes replaced, some removed and some doubled.

@@ -8,6 +8,7 @@ use dsmoe_core::checkpoint::{
 };
 use dsmoe_core::config::{Config, RopeScaling};
 use dsmoe_core::init::{preset, preset_names};
+use dsmoe_kernels::testing::shared;
 use half::{bf16, f16};
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView as OracleView;
@@ -18,6 +19,12 @@ fn info(name: &str, dtype: Dtype, shape: &[usize]) -> TensorInfo {
 
 fn values(n: usize) -> Vec<f32> {
     (0..n).map(|i| (i as f32 - 7.0) / 8.0).collect()
+}
+
+fn read(checkpoint: &Checkpoint, name: &str, n: usize) -> Vec<f32> {
+    let mut found = vec![0.0; n];
+    checkpoint.read_f32(name, &mut found).unwrap();
+    found
 }
 
 #[test]
@@ -60,9 +67,7 @@ fn the_safetensors_crate_reads_what_is_written() {
     let checkpoint = Checkpoint::open(work.path()).unwrap();
     for info in infos.iter().filter(|info| info.dtype.is_float()) {
         let n = info.shape.iter().product();
-        let mut found = vec![0.0; n];
-        checkpoint.read_f32(&info.name, &mut found).unwrap();
-        assert_eq!(found, values(n), "{}", info.name);
+        assert_eq!(read(&checkpoint, &info.name, n), values(n), "{}", info.name);
     }
     assert_eq!(checkpoint.read_i32("i").unwrap(), [1, -1]);
 }
@@ -83,9 +88,7 @@ fn what_the_safetensors_crate_writes_is_read() {
     assert_eq!(checkpoint.names().collect::<Vec<_>>(), ["a", "scalar", "z"]);
     assert_eq!(*checkpoint.bytes("z").unwrap(), f32s[..]);
     assert_eq!(*checkpoint.bytes("scalar").unwrap(), [9]);
-    let mut a = vec![0.0; 6];
-    checkpoint.read_f32("a", &mut a).unwrap();
-    assert_eq!(a, values(6));
+    assert_eq!(read(&checkpoint, "a", 6), values(6));
 }
 
 #[test]
@@ -109,26 +112,26 @@ fn shards_hold_at_most_their_limit_and_the_index_finds_all() {
     let checkpoint = Checkpoint::open(work.path()).unwrap();
     assert_eq!(checkpoint.files().count(), 4);
     for (name, &n) in names.iter().zip(&sizes) {
-        let mut found = vec![0.0; n];
-        checkpoint.read_f32(name, &mut found).unwrap();
-        assert_eq!(found, values(n));
+        assert_eq!(read(&checkpoint, name, n), values(n));
     }
+}
+
+/// Begins a file of two tensors.
+fn two(dir: &Path) -> Writer {
+    Writer::create(dir, vec![info("a", Dtype::F32, &[1]), info("b", Dtype::F32, &[1])]).unwrap()
 }
 
 #[test]
 #[should_panic(expected = "tensor b written where Some(\"a\") was declared")]
 fn tensors_are_written_in_their_order() {
-    let work = tempfile::tempdir().unwrap();
-    let infos = vec![info("a", Dtype::F32, &[1]), info("b", Dtype::F32, &[1])];
-    let _ = Writer::create(work.path(), infos).unwrap().write_f32("b", &[0.0]);
+    let _ = two(tempfile::tempdir().unwrap().path()).write_f32("b", &[0.0]);
 }
 
 #[test]
 #[should_panic(expected = "\"b\"")]
 fn no_tensor_is_forgotten() {
     let work = tempfile::tempdir().unwrap();
-    let infos = vec![info("a", Dtype::F32, &[1]), info("b", Dtype::F32, &[1])];
-    let mut writer = Writer::create(work.path(), infos).unwrap();
+    let mut writer = two(work.path());
     writer.write_f32("a", &[0.0]).unwrap();
     let _ = writer.finish();
 }
@@ -158,7 +161,7 @@ fn outputs_appear_whole_or_not_at_all() {
 
 #[test]
 fn real_models_are_what_their_configurations_say() {
-    let Some(shared) = crate::common::shared("real_models_are_what_their_configurations_say") else { return };
+    let Some(shared) = shared("real_models_are_what_their_configurations_say", "models") else { return };
     for model in ["babyllama-1m", "tinystories-656k", "stories-260k"] {
         let dir = shared.join("models").join(model);
         let config = Config::load(&dir).unwrap();

@@ -10,13 +10,16 @@ use dsmoe_core::convert::{ConvertOptions, ConvertProgress, PartitionSpec, Router
 use dsmoe_core::export::{ExportAs, export};
 use dsmoe_core::init::{InitOptions, init, preset};
 use dsmoe_core::partition::Partition;
+use dsmoe_kernels::testing::{refused, shared};
 use dsmoe_router::{RouterConfig, RouterInit, RouterValues};
 use proptest::prelude::*;
 
 fn quiet<T>(_: T) {}
 
+type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
+
 /// All tensors of a directory, by name.
-fn tensors(dir: &Path) -> BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)> {
+fn tensors(dir: &Path) -> Tensors {
     let checkpoint = Checkpoint::open(dir).unwrap();
     let read = |name: &str| {
         let view = checkpoint.tensor(name).unwrap();
@@ -34,6 +37,13 @@ fn small(dir: &Path, dtype: Dtype) -> PathBuf {
     let out = dir.join("dense");
     init(&config, &out, &InitOptions { dtype, seed: 3, ..InitOptions::default() }, &mut quiet).unwrap();
     out
+}
+
+/// The values of a tensor of `n` f32 values.
+fn read(checkpoint: &Checkpoint, name: &str, n: usize) -> Vec<f32> {
+    let mut found = vec![0.0; n];
+    checkpoint.read_f32(name, &mut found).unwrap();
+    found
 }
 
 /// Experts of `width` neurons that step through the layer.
@@ -71,12 +81,7 @@ fn round_trip(model: &Path, num_experts: usize, work: &Path) {
 }
 
 /// The stored order applied to the original tensors, row by row.
-fn check_permuted(
-    original: &BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>,
-    converted: &BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>,
-    kind: PartitionKind,
-    hidden: usize,
-) {
+fn check_permuted(original: &Tensors, converted: &Tensors, kind: PartitionKind, hidden: usize) {
     for (name, (dtype, shape, bytes)) in original {
         let (_, _, found) = &converted[name];
         let partition = name.find("mlp.").map(|at| format!("{}mlp.partition", &name[..at]));
@@ -103,7 +108,7 @@ fn check_permuted(
 
 #[test]
 fn every_byte_comes_back_on_real_models() {
-    let Some(shared) = crate::common::shared("every_byte_comes_back_on_real_models") else { return };
+    let Some(shared) = shared("every_byte_comes_back_on_real_models", "models") else { return };
     for (model, num_experts) in [("babyllama-1m", 8), ("tinystories-656k", 8), ("stories-260k", 4)] {
         let work = tempfile::tempdir().unwrap();
         round_trip(&shared.join("models").join(model), num_experts, work.path());
@@ -144,12 +149,9 @@ fn conversion_writes_what_its_options_say() {
     let view = checkpoint.tensor("model.layers.3.mlp.router.weight").unwrap();
     assert_eq!((view.dtype, &view.shape[..]), (Dtype::F32, &[4, 128][..]));
     let (weight, bias) = dsmoe_router::router_weights(&RouterInit::Warm(3), 4, 128, 5, 3, None).unwrap();
-    let mut found = vec![0.0; 4 * 128];
-    checkpoint.read_f32("model.layers.3.mlp.router.weight", &mut found).unwrap();
+    let found = read(&checkpoint, "model.layers.3.mlp.router.weight", 4 * 128);
     assert_eq!(found, weight.iter().copied().collect::<Vec<_>>());
-    let mut found = vec![0.0; 4];
-    checkpoint.read_f32("model.layers.3.mlp.router.bias", &mut found).unwrap();
-    assert_eq!(found, bias.unwrap().to_vec());
+    assert_eq!(read(&checkpoint, "model.layers.3.mlp.router.bias", 4), bias.unwrap().to_vec());
     assert_eq!(checkpoint.tensor("model.embed_tokens.weight").unwrap().dtype, Dtype::BF16);
 }
 
@@ -165,9 +167,8 @@ fn centroid_routers_point_along_their_experts() {
     let out = work.path().join("out");
     convert(&model, &out, &options, &mut quiet).unwrap();
     let checkpoint = Checkpoint::open(&out).unwrap();
-    let (mut router, mut gate) = (vec![0.0; 8 * 128], vec![0.0; 96 * 128]);
-    checkpoint.read_f32("model.layers.1.mlp.router.weight", &mut router).unwrap();
-    checkpoint.read_f32("model.layers.1.mlp.gate_proj.weight", &mut gate).unwrap();
+    let router = read(&checkpoint, "model.layers.1.mlp.router.weight", 8 * 128);
+    let gate = read(&checkpoint, "model.layers.1.mlp.gate_proj.weight", 96 * 128);
     for (router, gate) in router.chunks_exact(128).zip(gate.chunks_exact(12 * 128)) {
         let mean: Vec<f32> = (0..128).map(|i| (0..12).map(|row| gate[row * 128 + i] / 12.0).sum()).collect();
         let length = mean.iter().map(|x| x * x).sum::<f32>().sqrt();
@@ -194,22 +195,20 @@ fn routers_and_orders_that_are_given_are_written() {
     let out = work.path().join("out");
     convert(&model, &out, &options, &mut quiet).unwrap();
     let checkpoint = Checkpoint::open(&out).unwrap();
-    let (mut weight, mut bias) = (vec![0.0; 8 * 128], vec![0.0; 8]);
-    checkpoint.read_f32("model.layers.2.mlp.router.weight", &mut weight).unwrap();
-    checkpoint.read_f32("model.layers.2.mlp.router.bias", &mut bias).unwrap();
-    assert_eq!((weight, bias), (router(2).weight, router(2).bias));
+    assert_eq!(read(&checkpoint, "model.layers.2.mlp.router.weight", 8 * 128), router(2).weight);
+    assert_eq!(read(&checkpoint, "model.layers.2.mlp.router.bias", 8), router(2).bias);
     let stored: Vec<u8> = order.iter().flat_map(|neuron| neuron.to_le_bytes()).collect();
     assert_eq!(checkpoint.bytes("model.layers.2.mlp.partition").unwrap(), stored);
-    let refused = |options: ConvertOptions, says: &str| {
-        let error = convert(&model, &work.path().join("none"), &options, &mut quiet).unwrap_err().to_string();
-        assert!(error.contains(says), "{error}");
-    };
+    let new = || ConvertOptions::new(8);
+    let orders = |order: &[u32], layers| PartitionSpec::Orders(vec![order.to_vec(); layers]);
     let routers = RouterStart::Values(vec![router(0); 3]);
-    refused(ConvertOptions { routers, ..ConvertOptions::new(8) }, "routers are not of 4 layers");
-    let partition = PartitionSpec::Orders(vec![order.clone(); 3]);
-    refused(ConvertOptions { partition, ..ConvertOptions::new(8) }, "3 orders of neurons for 4 layers");
-    let partition = PartitionSpec::Orders(vec![vec![0; 96]; 4]);
-    refused(ConvertOptions { partition, ..ConvertOptions::new(8) }, "neuron");
+    for (options, says) in [
+        (ConvertOptions { routers, ..new() }, "routers are not of 4 layers"),
+        (ConvertOptions { partition: orders(&order, 3), ..new() }, "3 orders of neurons for 4 layers"),
+        (ConvertOptions { partition: orders(&[0; 96], 4), ..new() }, "neuron"),
+    ] {
+        refused(convert(&model, &work.path().join("none"), &options, &mut quiet), &[says]);
+    }
 }
 
 #[test]

@@ -4,8 +4,6 @@ mod accounting;
 mod bodies;
 mod bytes;
 mod checkpoint;
-#[path = "../common/mod.rs"]
-mod common;
 mod config;
 mod convert;
 mod gguf;

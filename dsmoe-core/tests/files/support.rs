@@ -1,22 +1,9 @@
-//! Asserting on refusals, and a model small enough for it.
+//! A model small enough for files of errors.
 
 use std::path::Path;
 
-use dsmoe_core::Result;
 use dsmoe_core::config::Config;
 use dsmoe_core::init::preset;
-
-/// Asserts that the result is an error of one line with all of `parts`.
-pub(crate) fn refused<T>(result: Result<T>, parts: &[&str]) {
-    let message = match result {
-        Ok(_) => panic!("accepted, without an error about {parts:?}"),
-        Err(error) => error.to_string(),
-    };
-    assert!(!message.contains('\n'), "{message}");
-    for part in parts {
-        assert!(message.contains(part), "no {part:?} in: {message}");
-    }
-}
 
 pub(crate) fn small_config() -> Config {
     let text = preset("tiny").unwrap().to_json();

@@ -3,19 +3,17 @@
 use std::collections::HashMap;
 
 use dsmoe_core::ffn::{
-    DsmoeFfn, Ffn, FfnBackward, FfnForward, FfnInference, FfnScratch, GateTraining, block_len, split,
-    split_mut,
+    DsmoeFfn, Ffn, FfnBackward, FfnForward, FfnInference, FfnReport, FfnScratch, GateTraining, block_len,
+    split, split_mut,
 };
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::linear::{self, reference as linear_reference};
 use dsmoe_kernels::matmul::reference::transpose;
-use dsmoe_kernels::testing::{assert_close, assert_close_f64};
+use dsmoe_kernels::testing::{assert_close, assert_close_f64, f64s, shared};
 use dsmoe_kernels::{Precision, expert_ffn};
 use dsmoe_router::sparsity::{SparsityGrad, SparsityOver};
 use dsmoe_router::{GateValue, Rescale, RouterConfig, ZeroActive, reference as router_reference};
 use serde::Deserialize;
-
-use crate::common;
 
 #[derive(Deserialize)]
 struct Case {
@@ -62,7 +60,7 @@ type Tensors = HashMap<String, Vec<f64>>;
 
 /// The tensors of every case, by `case.tensor`; masks as 0 and 1.
 fn golden() -> Option<(Cases, Tensors)> {
-    let dir = common::shared("golden_layer")?.join("golden");
+    let dir = shared("golden_layer", "models")?.join("golden");
     let cases = std::fs::read(dir.join("layer.json")).expect("layer.json");
     let bytes = std::fs::read(dir.join("layer.safetensors")).expect("layer.safetensors");
     let file = safetensors::SafeTensors::deserialize(&bytes).expect("safetensors");
@@ -163,66 +161,48 @@ fn the_f32_layer_is_pytorchs() {
         });
         check("y", &y);
         let mut saved = ffn.new_saved(x.len() / case.hidden);
-        y.fill(f32::NAN);
-        let report = ffn.forward_train(FfnForward {
-            y: &mut y,
-            saved: saved.as_mut(),
-            x: &x,
-            params: &params,
-            training: GateTraining::default(),
-            record: None,
-            scratch: &mut scratch,
-        });
+        let training = GateTraining::default();
+        let mut dx = vec![f32::NAN; x.len()];
+        // A forward and a backward pass for the gradient `dy` of the outputs.
+        let mut pass = |y: &mut [f32], dx: &mut [f32], dy: &[f32], weight: f32| -> (FfnReport, Buf) {
+            let (params, scratch) = (&params[..], &mut scratch);
+            y.fill(f32::NAN);
+            let report = ffn.forward_train(FfnForward {
+                y,
+                saved: saved.as_mut(),
+                x: &x,
+                params,
+                training,
+                record: None,
+                scratch,
+            });
+            let mut grads = Buf::zeros(params.len());
+            ffn.backward(FfnBackward {
+                dx,
+                grads: &mut grads,
+                dy,
+                saved: saved.as_mut(),
+                x: &x,
+                params,
+                sparsity: SparsityGrad { weight, over: SparsityOver::Active },
+                training,
+                scratch,
+            });
+            (report, grads)
+        };
+        let (report, grads) = pass(&mut y, &mut dx, &r, 0.0);
         check("y", &y);
         assert!((report.sparsity_loss - case.sparse).abs() < 1e-6, "{name}: {report:?}");
-
-        let mut grads = Buf::zeros(params.len());
-        let mut dx = vec![f32::NAN; x.len()];
-        let none = SparsityGrad { weight: 0.0, over: SparsityOver::Active };
-        ffn.backward(FfnBackward {
-            dx: &mut dx,
-            grads: &mut grads,
-            dy: &r,
-            saved: saved.as_mut(),
-            x: &x,
-            params: &params,
-            sparsity: none,
-            training: GateTraining::default(),
-            scratch: &mut scratch,
-        });
         check("d_x", &dx);
         let [dgate, dup, ddown, drouter] = split(&grads, lens);
         check("d_gate_proj", dgate);
         check("d_up_proj", dup);
-        let ddown: Vec<f64> = ddown.iter().map(|&x| f64::from(x)).collect();
-        let ddown: Vec<f32> = transpose(&ddown, width, d).into_iter().map(|x| x as f32).collect();
+        let ddown: Vec<f32> = transpose(&f64s(ddown), width, d).into_iter().map(|x| x as f32).collect();
         check("d_down_proj", &ddown);
         check("d_router", drouter);
 
-        let mut grads = Buf::zeros(params.len());
         let zero = vec![0.0; x.len()];
-        let weight = 1.0 / (case.tokens * n) as f32;
-        let sparsity = SparsityGrad { weight, over: SparsityOver::Active };
-        ffn.forward_train(FfnForward {
-            y: &mut y,
-            saved: saved.as_mut(),
-            x: &x,
-            params: &params,
-            training: GateTraining::default(),
-            record: None,
-            scratch: &mut scratch,
-        });
-        ffn.backward(FfnBackward {
-            dx: &mut dx,
-            grads: &mut grads,
-            dy: &zero,
-            saved: saved.as_mut(),
-            x: &x,
-            params: &params,
-            sparsity,
-            training: GateTraining::default(),
-            scratch: &mut scratch,
-        });
+        let (_, grads) = pass(&mut y, &mut dx, &zero, 1.0 / (case.tokens * n) as f32);
         let [dgate, dup, ddown, drouter] = split(&grads, lens);
         check("sparse_d_router", drouter);
         check("sparse_d_x", &dx);

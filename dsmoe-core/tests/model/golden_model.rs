@@ -3,11 +3,12 @@
 use std::path::Path;
 
 use dsmoe_core::generate::{GenerateOptions, generate};
-use dsmoe_core::model::{Cache, Inference, Workspace};
+use dsmoe_core::model::Inference;
 use dsmoe_kernels::Precision;
+use dsmoe_kernels::testing::shared;
 use serde_json::Value;
 
-use crate::{common, golden};
+use crate::{golden, logits};
 
 const MODELS: [&str; 3] = ["tinystories-656k", "stories-260k", "babyllama-1m"];
 
@@ -21,21 +22,15 @@ fn json(path: &Path) -> Value {
 
 #[test]
 fn logits_are_those_of_transformers_however_the_text_is_fed() {
-    let Some(shared) = common::shared("golden_model") else { return };
+    let Some(shared) = shared("golden_model", "models") else { return };
     for name in MODELS {
         let dir = shared.join("models").join(name);
         let (ids, want) = golden::logits(&dir);
         let model = Inference::load(&dir, Precision::F32).expect("model");
-        let vocab = model.config().vocab_size;
-        let mut workspace = Workspace::default();
         for chunk in [ids.len(), 1, 5, 17] {
-            let mut cache = Cache::new(&model, ids.len());
-            let mut worst = 0.0f32;
-            for (i, piece) in ids.chunks(chunk).enumerate() {
-                let got = model.logits(piece, piece.len(), &mut cache, None, &mut workspace).expect("logits");
-                let want = &want[i * chunk * vocab..][..got.len()];
-                worst = got.iter().zip(want).fold(worst, |m, (g, w)| m.max((g - w).abs()));
-            }
+            let got = logits(&model, ids.chunks(chunk));
+            assert_eq!(got.len(), ids.len() * model.config().vocab_size);
+            let worst = got.iter().zip(&want).fold(0.0f32, |m, (g, w)| m.max((g - w).abs()));
             assert!(worst < 2e-4, "{name}, {chunk} tokens at a time: {worst}");
         }
     }
@@ -43,7 +38,7 @@ fn logits_are_those_of_transformers_however_the_text_is_fed() {
 
 #[test]
 fn greedy_text_is_that_of_transformers_with_and_without_cache_and_in_any_chunks() {
-    let Some(shared) = common::shared("golden_model") else { return };
+    let Some(shared) = shared("golden_model", "models") else { return };
     let mut cases: Vec<(&str, Vec<u32>, usize)> = Vec::new();
     for name in MODELS {
         let golden = json(&shared.join(format!("golden/nll_{name}.json")));

@@ -4,8 +4,9 @@ use std::path::{Path, PathBuf};
 
 use dsmoe_core::checkpoint::{Checkpoint, Dtype};
 use dsmoe_core::convert::{ConvertOptions, PartitionSpec, convert};
-use dsmoe_core::model::{Batch, Cache, Inference, Model, Workspace};
+use dsmoe_core::model::{Batch, Inference, Model};
 use dsmoe_kernels::Precision;
+use dsmoe_kernels::testing::{distance, refused, shared};
 use half::bf16;
 
 const BOTH: [Precision; 2] = [Precision::F32, Precision::Bf16];
@@ -24,25 +25,16 @@ fn dsmoe(dense: &Path) -> PathBuf {
     out
 }
 
-fn ids(vocab: usize) -> Vec<u32> {
-    (0..60).map(|i| (i * i * 7 + 3 * i) % vocab as u32).collect()
+fn ids(model: &Inference) -> Vec<u32> {
+    crate::ids(60, 0, model.config().vocab_size as u32)
 }
 
 /// Logits of a text fed in pieces, and losses of two sequences.
 fn outputs(model: &Inference) -> (Vec<f32>, Vec<f32>) {
-    let ids = ids(model.config().vocab_size);
-    let mut workspace = Workspace::default();
-    let mut cache = Cache::new(model, 8);
-    let mut logits = Vec::new();
-    for piece in [&ids[..30], &ids[30..33], &ids[33..34], &ids[34..60]] {
-        logits.extend_from_slice(model.logits(piece, piece.len(), &mut cache, None, &mut workspace).unwrap());
-    }
+    let ids = ids(model);
+    let logits = crate::logits(model, [&ids[..30], &ids[30..33], &ids[33..34], &ids[34..60]]);
     let targets: Vec<u32> = ids.iter().rev().copied().collect();
-    let mut losses = vec![f32::NAN; ids.len()];
-    model
-        .score(&mut losses, Batch { inputs: &ids, targets: &targets, seq: 30 }, None, &mut workspace)
-        .unwrap();
-    (logits, losses)
+    (logits, crate::losses(model, Batch { inputs: &ids, targets: &targets, seq: 30 }, None))
 }
 
 #[test]
@@ -76,18 +68,10 @@ fn the_threshold_moves_where_there_are_gates() {
     let work = tempfile::tempdir().unwrap();
     let dense = dense(work.path(), Dtype::F32, true);
     let mut sparse = Inference::load(&dsmoe(&dense), Precision::F32).unwrap();
-    let ids = ids(sparse.config().vocab_size);
+    let ids = ids(&sparse);
     let share = |model: &Inference| {
         let mut stats = model.new_stats().unwrap();
-        let (mut losses, mut workspace) = (vec![0.0; ids.len()], Workspace::default());
-        model
-            .score(
-                &mut losses,
-                Batch { inputs: &ids, targets: &ids, seq: 60 },
-                Some(&mut stats),
-                &mut workspace,
-            )
-            .unwrap();
+        crate::losses(model, Batch { inputs: &ids, targets: &ids, seq: 60 }, Some(&mut stats));
         stats.active_ratio()
     };
     assert!((0.2..0.8).contains(&share(&sparse)));
@@ -96,16 +80,15 @@ fn the_threshold_moves_where_there_are_gates() {
         assert_eq!(share(&sparse), want);
         assert_eq!(sparse.config().moe.as_ref().unwrap().router.threshold, threshold);
     }
-    assert!(sparse.set_threshold(1.5).unwrap_err().to_string().contains("use 0.5"));
+    refused(sparse.set_threshold(1.5), &["use 0.5"]);
     let mut dense = Inference::load(&dense, Precision::Bf16).unwrap();
     assert!(dense.new_stats().is_none());
-    assert!(dense.set_threshold(0.5).unwrap_err().to_string().contains("convert it first"));
+    refused(dense.set_threshold(0.5), &["convert it first"]);
 }
 
 fn rms_of_difference(a: &[f32], b: &[f32]) -> f64 {
     assert_eq!(a.len(), b.len());
-    let sum: f64 = a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum();
-    (sum / a.len() as f64).sqrt()
+    distance(a, b) / (a.len() as f64).sqrt()
 }
 
 /// Rounding the weights of a product to eight bits and rounding its inputs change each of its terms by a factor
@@ -118,7 +101,7 @@ fn bf16_errs_by_the_rounding_of_its_operands() {
     let work = tempfile::tempdir().unwrap();
     let dense = dense(work.path(), Dtype::BF16, false);
     let mut dirs = vec![dsmoe(&dense), dense];
-    if let Some(shared) = crate::common::shared("bf16_errs_by_the_rounding_of_its_operands") {
+    if let Some(shared) = shared("bf16_errs_by_the_rounding_of_its_operands", "models") {
         let models = ["tinystories-656k", "stories-260k", "babyllama-1m"];
         dirs.extend(models.map(|name| shared.join("models").join(name)));
     }

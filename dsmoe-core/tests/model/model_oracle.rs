@@ -10,14 +10,15 @@ use autograd as ag;
 use autograd::ndarray::Array2;
 use autograd::tensor_ops as t;
 use dsmoe_core::config::Config;
-use dsmoe_core::model::{Batch, Model, StepArgs, TrainWorkspace};
+use dsmoe_core::model::{Batch, Model, StepArgs};
 use dsmoe_core::params::Entry;
 use dsmoe_kernels::Precision;
-use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::matmul::reference::transpose;
 use dsmoe_kernels::rng::Rng;
 use dsmoe_kernels::testing::{assert_close, f64s};
 use dsmoe_router::SparsityOver;
+
+use crate::{step_args, train};
 
 const HIDDEN: usize = 12;
 const HEADS: usize = 4;
@@ -192,15 +193,8 @@ impl<'g> Oracle<'g> {
 
     /// Columns of one head of `[TOKENS, heads * HEAD_DIM]`.
     fn head(&self, x: Tensor<'g>, heads: usize, head: usize) -> Tensor<'g> {
-        let pick =
-            self.constant(
-                heads * HEAD_DIM,
-                HEAD_DIM,
-                |from, to| {
-                    if from == head * HEAD_DIM + to { 1.0 } else { 0.0 }
-                },
-            );
-        t::matmul(x, pick)
+        let picks = |from, to| if from == head * HEAD_DIM + to { 1.0 } else { 0.0 };
+        t::matmul(x, self.constant(heads * HEAD_DIM, HEAD_DIM, picks))
     }
 
     fn attention(&self, h: Tensor<'g>, i: usize) -> Tensor<'g> {
@@ -208,14 +202,8 @@ impl<'g> Oracle<'g> {
         let k = t::matmul(h, self.layer(i, "self_attn.k_proj.weight"));
         let v = t::matmul(h, self.layer(i, "self_attn.v_proj.weight"));
         let scale = self.constant(TOKENS, TOKENS, |_, _| (HEAD_DIM as f64).powf(-0.5));
-        let mask =
-            self.constant(
-                TOKENS,
-                TOKENS,
-                |query, key| {
-                    if query / SEQ == key / SEQ && key <= query { 0.0 } else { -1e9 }
-                },
-            );
+        let sees = |query, key| query / SEQ == key / SEQ && key <= query;
+        let mask = self.constant(TOKENS, TOKENS, |query, key| if sees(query, key) { 0.0 } else { -1e9 });
         let heads: Vec<Tensor<'g>> = (0..HEADS)
             .map(|head| {
                 let kv = head / (HEADS / KV_HEADS);
@@ -299,23 +287,14 @@ fn every_gradient_is_that_of_autograd() {
     let scale = 1.0 / 9.0;
     for case in CASES {
         let model = model(case);
-        let mut grads = Buf::zeros(model.params().len());
         let args = StepArgs {
             loss_scale: scale as f32,
             sparsity_weight: case.sparsity_weight as f32,
             sparsity_over: case.over,
-            balance_scale: 1.0,
-            seed: 0,
+            ..step_args(TOKENS)
         };
-        let mut workspace = TrainWorkspace::new(&model, TOKENS, Precision::F32);
-        let output = model
-            .train_step(
-                &mut grads,
-                Batch { inputs: &inputs, targets: &targets, seq: SEQ },
-                &args,
-                &mut workspace,
-            )
-            .expect("step");
+        let batch = Batch { inputs: &inputs, targets: &targets, seq: SEQ };
+        let (output, grads, workspace) = train(&model, batch, &args, Precision::F32);
         assert_eq!(output.predicted, TOKENS - 1, "{case:?}");
         if let Some(stats) = workspace.stats() {
             let active = stats.active_ratio();

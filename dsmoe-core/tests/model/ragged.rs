@@ -1,43 +1,41 @@
 //! Batches of sequences of different lengths: every token's result is that of its sequence alone, to the bit.
 
-use std::path::{Path, PathBuf};
-
-use dsmoe_core::config::Config;
+use dsmoe_core::checkpoint::Dtype;
 use dsmoe_core::convert::{ConvertOptions, convert};
 use dsmoe_core::generate::argmax;
-use dsmoe_core::init::{InitOptions, init, preset};
 use dsmoe_core::model::{After, Batch, Cache, Inference, Likelihood, Segment, Workspace};
 use dsmoe_kernels::Precision;
+use dsmoe_kernels::testing::{refused, with_threads};
 
-/// A random dense model, and the same cut into experts.
-fn models(dir: &Path) -> [PathBuf; 2] {
-    let mut json: serde_json::Value = serde_json::from_str(&preset("tiny").unwrap().to_json()).unwrap();
-    for (key, value) in [("intermediate_size", 88), ("vocab_size", 75), ("num_hidden_layers", 2)] {
-        json[key] = value.into();
-    }
-    json["initializer_range"] = 0.1.into();
-    let config = Config::from_json(Path::new("config.json"), &json.to_string()).unwrap();
-    let [dense, dsmoe] = ["dense", "dsmoe"].map(|name| dir.join(name));
-    init(&config, &dense, &InitOptions { seed: 5, ..InitOptions::default() }, &mut |_| {}).unwrap();
-    convert(&dense, &dsmoe, &ConvertOptions::new(8), &mut |_| {}).unwrap();
-    [dense, dsmoe]
-}
+use crate::{dense, logits, losses};
+
+const VOCAB: usize = 75;
+const SIZES: [(&str, usize); 3] =
+    [("intermediate_size", 88), ("vocab_size", VOCAB), ("num_hidden_layers", 2)];
 
 fn text(seed: u32, len: usize) -> Vec<u32> {
-    (0..len as u32).map(|i| (i * i * 7 + seed * 13 + i) % 75).collect()
+    crate::ids(len, seed, VOCAB as u32)
+}
+
+/// Returns a segment that continues none.
+fn first(tokens: usize) -> Segment {
+    Segment { tokens, after: After::Nothing }
 }
 
 /// Each text's likelihoods of its own next tokens from `from` on, asked for by itself.
 fn alone(model: &Inference, text: &[u32], from: usize) -> Vec<Likelihood> {
     let inputs = &text[..text.len() - 1];
-    let segments = [Segment { tokens: inputs.len(), after: After::Nothing }];
+    let segments = [first(inputs.len())];
     let targets: Vec<_> = (from - 1..inputs.len()).map(|at| (at, text[at + 1])).collect();
     model.likelihoods(inputs, &segments, &targets, None, &mut Workspace::default()).unwrap()
 }
 
+/// Checks a random dense model, and the same cut into experts.
 fn each_model(check: impl Fn(&Inference)) {
     let work = tempfile::tempdir().unwrap();
-    for dir in models(work.path()) {
+    let (dense, dsmoe) = (dense(work.path(), &SIZES, Dtype::F32, true), work.path().join("dsmoe"));
+    convert(&dense, &dsmoe, &ConvertOptions::new(8), &mut |_| {}).unwrap();
+    for dir in [dense, dsmoe] {
         for precision in [Precision::F32, Precision::Bf16] {
             check(&Inference::load(&dir, precision).unwrap());
         }
@@ -49,27 +47,17 @@ fn likelihoods_are_those_of_scoring_and_of_the_logits() {
     each_model(|model| {
         let text = text(1, 50);
         let found = alone(model, &text, 1);
-        let mut workspace = Workspace::default();
-        let mut losses = vec![0.0; 49];
-        model
-            .score(
-                &mut losses,
-                Batch { inputs: &text[..49], targets: &text[1..], seq: 49 },
-                None,
-                &mut workspace,
-            )
-            .unwrap();
-        let mut cache = Cache::new(model, 49);
-        let logits = model.logits(&text[..49], 49, &mut cache, None, &mut workspace).unwrap();
+        let losses = losses(model, Batch { inputs: &text[..49], targets: &text[1..], seq: 49 }, None);
+        let logits = logits(model, [&text[..49]]);
         let mut greedy = 0;
         for (i, likelihood) in found.iter().enumerate() {
             assert!((likelihood.log_probability + losses[i]).abs() < 1e-5, "{likelihood:?} {}", losses[i]);
-            let best = argmax(&logits[i * 75..(i + 1) * 75]);
+            let best = argmax(&logits[i * VOCAB..(i + 1) * VOCAB]);
             assert_eq!(likelihood.greedy, best == text[i + 1], "{i}");
             // The likeliest token is found to be it.
-            let asked = [Segment { tokens: i + 1, after: After::Nothing }];
-            let mut other = Workspace::default();
-            let best = model.likelihoods(&text[..=i], &asked, &[(i, best)], None, &mut other).unwrap();
+            let workspace = &mut Workspace::default();
+            let best =
+                model.likelihoods(&text[..=i], &[first(i + 1)], &[(i, best)], None, workspace).unwrap();
             greedy += usize::from(best[0].greedy);
         }
         assert_eq!(greedy, found.len());
@@ -84,9 +72,8 @@ fn a_sequence_scores_alike_alone_in_a_batch_and_behind_a_shared_beginning() {
         let other = text(7, 70);
         let mut stats = model.new_stats();
         let mut ids = other[..69].to_vec();
-        let mut segments = vec![Segment { tokens: 69, after: After::Nothing }];
+        let mut segments = vec![first(69), first(context.len())];
         let mut targets: Vec<_> = (0..69).map(|at| (at, other[at + 1])).collect();
-        segments.push(Segment { tokens: context.len(), after: After::Nothing });
         ids.extend(&context);
         let last = ids.len() - 1;
         for ending in &endings {
@@ -110,8 +97,7 @@ fn a_sequence_scores_alike_alone_in_a_batch_and_behind_a_shared_beginning() {
             assert_eq!(stats.summary().tokens, ids.len() as u64);
         }
         for threads in [1, 3] {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            let again = pool.install(|| {
+            let again = with_threads(threads, || {
                 model.likelihoods(&ids, &segments, &targets, None, &mut Workspace::default()).unwrap()
             });
             assert_eq!(again[..69], *found_other);
@@ -141,8 +127,8 @@ fn many_sequences_decode_as_each_alone() {
         for i in 0..5 {
             let mut caches: Vec<&mut Cache> = caches.iter_mut().collect();
             let logits = model.decode_each(&[i * 3; 3], &mut caches, None, &mut workspace).unwrap();
-            for (logits, alone) in logits.chunks(75).zip(&alone) {
-                assert_eq!(logits, &alone[i as usize * 75..][..75]);
+            for (logits, alone) in logits.chunks(VOCAB).zip(&alone) {
+                assert_eq!(logits, &alone[i as usize * VOCAB..][..VOCAB]);
             }
         }
         assert_eq!(caches.map(|cache| cache.len()), [12, 25, 6]);
@@ -152,21 +138,15 @@ fn many_sequences_decode_as_each_alone() {
 #[test]
 fn what_does_not_fit_the_model_is_refused() {
     let work = tempfile::tempdir().unwrap();
-    let [dense, _] = models(work.path());
+    let dense = dense(work.path(), &SIZES, Dtype::F32, true);
     let model = Inference::load(&dense, Precision::F32).unwrap();
     let positions = model.config().max_position;
     let workspace = &mut Workspace::default();
-    let long = vec![1; positions + 1];
-    let segments = [
-        Segment { tokens: positions, after: After::Nothing },
-        Segment { tokens: 1, after: After::Segment(0) },
-    ];
-    let error = model.likelihoods(&long, &segments, &[], None, workspace).unwrap_err().to_string();
-    assert!(error.contains("positions are more than"), "{error}");
-    let one = [Segment { tokens: 1, after: After::Nothing }];
+    let segments = [first(positions), Segment { tokens: 1, after: After::Segment(0) }];
+    let long = model.likelihoods(&vec![1; positions + 1], &segments, &[], None, workspace);
+    refused(long, &["positions are more than"]);
     for (id, target) in [(75, 0), (0, 75)] {
-        let error = model.likelihoods(&[id], &one, &[(0, target)], None, workspace).unwrap_err().to_string();
-        assert!(error.contains("token id 75"), "{error}");
+        refused(model.likelihoods(&[id], &[first(1)], &[(0, target)], None, workspace), &["token id 75"]);
     }
     let mut cache = Cache::new(&model, 1);
     assert!(model.decode_each(&[75], &mut [&mut cache], None, workspace).is_err());

@@ -160,12 +160,12 @@ impl Plan {
         let (half, single) = (sys::cudaDataType_t::CUDA_R_16BF, sys::cudaDataType_t::CUDA_R_32F);
         let product = result::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, single)
             .map_err(&failed)?;
-        let transposed = |yes: bool| if yes { 1i32 } else { 0 };
-        let attributes = [
-            (sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA, transposed(gemm.b_transposed)),
-            (sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSB, transposed(gemm.a_transposed)),
-        ];
-        for (which, value) in attributes {
+        use sys::cublasLtMatmulDescAttributes_t as Attribute;
+        for (which, transposed) in [
+            (Attribute::CUBLASLT_MATMUL_DESC_TRANSA, gemm.b_transposed),
+            (Attribute::CUBLASLT_MATMUL_DESC_TRANSB, gemm.a_transposed),
+        ] {
+            let value = i32::from(transposed);
             // SAFETY: the attribute is an i32, which lives until the call returns.
             unsafe { result::set_matmul_desc_attribute(product, which, (&raw const value).cast(), 4) }
                 .map_err(&failed)?;
@@ -174,28 +174,16 @@ impl Plan {
         let layout = |kind, rows: usize, cols: usize, ld: usize| {
             result::create_matrix_layout(kind, rows as u64, cols as u64, ld as i64).map_err(&failed)
         };
-        let a = match gemm.a_transposed {
-            false => layout(half, gemm.k, gemm.m, lda)?,
-            true => layout(half, gemm.m, gemm.k, lda)?,
-        };
-        let b = match gemm.b_transposed {
-            false => layout(half, gemm.n, gemm.k, ldb)?,
-            true => layout(half, gemm.k, gemm.n, ldb)?,
-        };
-        let out = layout(if f32_out { single } else { half }, gemm.n, gemm.m, gemm.n)?;
-        let wishes = result::create_matmul_pref().map_err(&failed)?;
-        let workspace = WORKSPACE as u64;
-        // SAFETY: the attribute is a u64, which lives until the call returns.
-        unsafe {
-            result::set_matmul_pref_attribute(
-                wishes,
-                sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
-                (&raw const workspace).cast(),
-                8,
-            )
-        }
-        .map_err(&failed)?;
+        let Gemm { m, n, k, a_transposed, b_transposed, .. } = gemm;
+        let a = if a_transposed { layout(half, m, k, lda)? } else { layout(half, k, m, lda)? };
+        let b = if b_transposed { layout(half, k, n, ldb)? } else { layout(half, n, k, ldb)? };
+        let out = layout(if f32_out { single } else { half }, n, m, n)?;
         use sys::cublasLtMatmulPreferenceAttributes_t as Wish;
+        let wishes = result::create_matmul_pref().map_err(&failed)?;
+        let (workspace, room) = (WORKSPACE as u64, Wish::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES);
+        // SAFETY: the attribute is a u64, which lives until the call returns.
+        unsafe { result::set_matmul_pref_attribute(wishes, room, (&raw const workspace).cast(), 8) }
+            .map_err(&failed)?;
         let [of_out, of_a, of_b] = alignments;
         let aligned = [
             (Wish::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, of_b),

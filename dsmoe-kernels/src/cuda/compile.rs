@@ -15,6 +15,9 @@ use super::error::{CudaError, Result};
 /// The text that precedes every kernel's own.
 const PRELUDE: &str = include_str!("prelude.cuh");
 
+/// A definition that a kernel is compiled with.
+pub(crate) type Define = (&'static str, i64);
+
 /// The text of some kernels.
 #[derive(Debug)]
 pub(crate) struct Source {
@@ -115,11 +118,7 @@ fn arch_of(capability: (u32, u32)) -> String {
 }
 
 /// Returns the machine code of `source`, from the cache if it is there.
-pub(super) fn cubin(
-    source: &'static Source,
-    defines: &[(&'static str, i64)],
-    capability: (u32, u32),
-) -> Result<Vec<u8>> {
+pub(super) fn cubin(source: &'static Source, defines: &[Define], capability: (u32, u32)) -> Result<Vec<u8>> {
     let arch = arch_of(capability);
     let path = nvrtc_version().and_then(|version| {
         let mut hash = Sha256::new();

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use cudarc::driver::sys::CUdevice_attribute as Attribute;
 
 use super::blas::Blas;
-use super::compile::Source;
+use super::compile::{Define, Source};
 use super::detect::{Detection, detect};
 use super::error::{CudaError, Result};
 use super::kernel::Kernel;
@@ -109,7 +109,7 @@ impl Gpu {
         &self,
         source: &'static Source,
         entry: &'static str,
-        defines: &[(&'static str, i64)],
+        defines: &[Define],
     ) -> Result<Kernel> {
         let mut key = format!("{}/{entry}", source.name);
         for (name, value) in defines {

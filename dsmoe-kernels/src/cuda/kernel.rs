@@ -6,23 +6,13 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use cudarc::driver::{CudaFunction, CudaStream, result, sys};
 
-use super::compile::{Source, cubin};
+use super::compile::{Define, Source, cubin};
+use super::device::Gpu;
 use super::error::{CudaError, Result, driver};
 use super::stream::Stream;
 
 /// Bytes of shared memory that a block has without asking.
 const SHARED: u32 = 48 << 10;
-
-/// Kernels that a test compiles: for each set of definitions, every entry must compile without spills and with at most
-/// `max_registers` registers.
-#[cfg(test)]
-#[derive(Debug)]
-pub(crate) struct KernelSpec {
-    pub(crate) source: &'static Source,
-    pub(crate) entries: &'static [&'static str],
-    pub(crate) defines: &'static [&'static [(&'static str, i64)]],
-    pub(crate) max_registers: u32,
-}
 
 /// A compiled kernel.
 #[derive(Clone, Debug)]
@@ -38,8 +28,9 @@ pub(crate) struct Kernel {
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Arg {
     Ptr(u64),
+    /// A size, which a kernel takes as an i32.
+    Size(usize),
     I32(i32),
-    U32(u32),
     I64(i64),
     F32(f32),
     F64(f64),
@@ -50,27 +41,9 @@ impl Arg {
     pub(crate) const NULL: Arg = Arg::Ptr(0);
 }
 
-impl From<i32> for Arg {
-    fn from(value: i32) -> Arg {
-        Arg::I32(value)
-    }
-}
-
-impl From<u32> for Arg {
-    fn from(value: u32) -> Arg {
-        Arg::U32(value)
-    }
-}
-
-impl From<f32> for Arg {
-    fn from(value: f32) -> Arg {
-        Arg::F32(value)
-    }
-}
-
-impl From<f64> for Arg {
-    fn from(value: f64) -> Arg {
-        Arg::F64(value)
+impl From<usize> for Arg {
+    fn from(value: usize) -> Arg {
+        Arg::Size(value)
     }
 }
 
@@ -80,25 +53,44 @@ impl From<bool> for Arg {
     }
 }
 
-/// Converts a size to what kernels take.
-pub(crate) fn int(op: &str, size: usize) -> Result<i32> {
-    i32::try_from(size).map_err(|_| {
-        CudaError::Size(format!("{op}: a size of {size} is more than a kernel takes; use a smaller batch"))
-    })
+/// The blocks of a launch, the threads of each, and the bytes of shared memory that each asks for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Grid {
+    pub(crate) blocks: [usize; 3],
+    pub(crate) threads: u32,
+    pub(crate) shared: u32,
 }
 
-/// Converts a number of blocks to what a launch takes.
-pub(crate) fn blocks(op: &str, count: usize) -> Result<u32> {
-    Ok(int(op, count)? as u32)
-}
-
-/// Converts sizes to arguments.
-pub(crate) fn sizes<const N: usize>(op: &str, sizes: [usize; N]) -> Result<[Arg; N]> {
-    let mut args = [Arg::I32(0); N];
-    for (arg, size) in args.iter_mut().zip(sizes) {
-        *arg = int(op, size)?.into();
+impl Grid {
+    /// Makes a row of blocks without shared memory.
+    pub(crate) fn row(blocks: usize, threads: u32) -> Grid {
+        Grid::plane(blocks, 1, threads)
     }
-    Ok(args)
+
+    /// Makes a plane of blocks without shared memory.
+    pub(crate) fn plane(x: usize, y: usize, threads: u32) -> Grid {
+        Grid { blocks: [x, y, 1], threads, shared: 0 }
+    }
+}
+
+impl Source {
+    /// Queues a launch of the kernel `entry` with these definitions; nothing for a grid without blocks.
+    ///
+    /// # Safety
+    /// `args` are the kernel's parameters in number, type and order. For these sizes the kernel reads and writes only inside
+    /// the buffers that they name, which the caller may read or write.
+    pub(crate) unsafe fn launch(
+        &'static self,
+        gpu: &Gpu,
+        entry: &'static str,
+        defines: &[Define],
+        grid: Grid,
+        args: &[Arg],
+    ) -> Result<()> {
+        let kernel = gpu.kernel(self, entry, defines)?;
+        // SAFETY: the caller's promise.
+        unsafe { kernel.launch(grid, args) }
+    }
 }
 
 impl Kernel {
@@ -106,34 +98,50 @@ impl Kernel {
         stream: &Stream,
         source: &'static Source,
         entry: &'static str,
-        defines: &[(&'static str, i64)],
+        defines: &[Define],
     ) -> Result<Kernel> {
         let image = cubin(source, defines, stream.capability())?;
         let (function, stream) = stream.load(image, entry)?;
         Ok(Kernel { function, stream, entry, shared: Arc::new(AtomicU32::new(SHARED)) })
     }
 
-    /// Queues a launch of `grid` blocks of `block` threads; nothing for a grid without blocks.
+    /// Converts a size to what kernels take.
+    fn int(&self, size: usize) -> Result<i32> {
+        i32::try_from(size).map_err(|_| {
+            let entry = self.entry;
+            CudaError::Size(format!(
+                "{entry}: a size of {size} is more than a kernel takes; use a smaller batch"
+            ))
+        })
+    }
+
+    /// Queues a launch.
     ///
     /// # Safety
-    /// `args` are the kernel's parameters in number, type and order. For these sizes the kernel reads and writes only inside
-    /// the buffers that they name, which the caller may read or write.
-    pub(crate) unsafe fn launch(&self, grid: [u32; 3], block: u32, shared: u32, args: &[Arg]) -> Result<()> {
-        if grid.contains(&0) {
+    /// As for [`Source::launch`].
+    unsafe fn launch(&self, grid: Grid, args: &[Arg]) -> Result<()> {
+        let Grid { blocks: [x, y, z], threads, shared } = grid;
+        if grid.blocks.contains(&0) {
             return Ok(());
         }
+        let blocks = (self.int(x)? as u32, self.int(y)? as u32, self.int(z)? as u32);
         if shared > self.shared.load(Ordering::Relaxed) {
             let which = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             self.function.set_attribute(which, shared as i32).map_err(driver("asking for shared memory"))?;
             self.shared.fetch_max(shared, Ordering::Relaxed);
         }
         let mut args = args.to_vec();
+        for arg in &mut args {
+            if let Arg::Size(size) = *arg {
+                *arg = Arg::I32(self.int(size)?);
+            }
+        }
         let mut pointers: Vec<*mut c_void> = args
             .iter_mut()
             .map(|arg| match arg {
                 Arg::Ptr(value) => (&raw mut *value).cast(),
+                Arg::Size(value) => (&raw mut *value).cast(),
                 Arg::I32(value) => (&raw mut *value).cast(),
-                Arg::U32(value) => (&raw mut *value).cast(),
                 Arg::I64(value) => (&raw mut *value).cast(),
                 Arg::F32(value) => (&raw mut *value).cast(),
                 Arg::F64(value) => (&raw mut *value).cast(),
@@ -145,8 +153,8 @@ impl Kernel {
         let launched = unsafe {
             result::launch_kernel(
                 self.function.cu_function(),
-                (grid[0], grid[1], grid[2]),
-                (block, 1, 1),
+                blocks,
+                (threads, 1, 1),
                 shared,
                 self.stream.cu_stream(),
                 &mut pointers,

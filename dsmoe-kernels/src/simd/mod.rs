@@ -14,7 +14,7 @@ pub(crate) mod x86;
 #[cfg(target_arch = "x86_64")]
 mod x86_product;
 
-pub(crate) use math::{exp, sigmoid};
+pub(crate) use math::{clamp, exp, sigmoid, tanh};
 pub(crate) use portable::Portable;
 pub(crate) use product::{Product, ProductKernel, SQUARE, pair};
 
@@ -112,4 +112,18 @@ pub(crate) fn max_of<S: Simd>(s: S, x: &[f32]) -> f32 {
         acc = s.max(acc, s.load(x));
     }
     xs.remainder().iter().fold(s.reduce_max(acc), |m, &v| m.max(v))
+}
+
+/// Sets `x = cap tanh(x / cap)`.
+#[inline(always)]
+pub(crate) fn soft_cap<S: Simd>(s: S, x: &mut [f32], cap: f32) {
+    let (shrink, cap) = (s.splat(1.0 / cap), s.splat(cap));
+    let mut whole = x.chunks_exact_mut(S::LANES);
+    for x in &mut whole {
+        s.store(x, s.mul(cap, tanh(s, s.mul(s.load(x), shrink))));
+    }
+    let x = whole.into_remainder();
+    if !x.is_empty() {
+        s.store_tail(x, s.mul(cap, tanh(s, s.mul(s.load_tail(x), shrink))));
+    }
 }

@@ -1,4 +1,4 @@
-use super::{Kernel, Simd, exp, max_of, sigmoid};
+use super::{Kernel, Simd, exp, max_of, sigmoid, tanh};
 use crate::isa::Isa;
 
 /// Applies one function to every value of `x`, in place.
@@ -12,6 +12,7 @@ enum Function {
     Exp,
     Sigmoid,
     Silu,
+    Tanh,
 }
 
 impl Kernel for Apply<'_> {
@@ -24,6 +25,7 @@ impl Kernel for Apply<'_> {
                 Function::Exp => exp(s, v),
                 Function::Sigmoid => sigmoid(s, v),
                 Function::Silu => s.mul(v, sigmoid(s, v)),
+                Function::Tanh => tanh(s, v),
             };
             s.store_tail(x, y);
         }
@@ -42,6 +44,7 @@ impl Function {
             Function::Exp => x.exp(),
             Function::Sigmoid => 1.0 / (1.0 + (-x).exp()),
             Function::Silu => x / (1.0 + (-x).exp()),
+            Function::Tanh => x.tanh(),
         }
     }
 }
@@ -61,9 +64,12 @@ fn sweep(limit: f32) -> Vec<f32> {
 
 #[test]
 fn elementary_functions_are_within_their_ulps_on_every_tier() {
-    for (function, limit, bound) in
-        [(Function::Exp, 87.3, 2.0), (Function::Sigmoid, 87.0, 3.5), (Function::Silu, 87.0, 4.0)]
-    {
+    for (function, limit, bound) in [
+        (Function::Exp, 87.3, 2.0),
+        (Function::Sigmoid, 87.0, 3.5),
+        (Function::Silu, 87.0, 4.0),
+        (Function::Tanh, 90.0, 4.0),
+    ] {
         let xs = sweep(limit);
         for isa in Isa::available() {
             let worst = xs
@@ -79,7 +85,7 @@ fn elementary_functions_are_within_their_ulps_on_every_tier() {
 #[test]
 fn elementary_functions_keep_nan_and_saturate() {
     for isa in Isa::available() {
-        for function in [Function::Exp, Function::Sigmoid, Function::Silu] {
+        for function in [Function::Exp, Function::Sigmoid, Function::Silu, Function::Tanh] {
             assert!(function.of(isa, &[f32::NAN])[0].is_nan(), "{function:?} {}", isa.name());
         }
         let far = [f32::NEG_INFINITY, -1e30, 1e30, f32::INFINITY];
@@ -88,6 +94,7 @@ fn elementary_functions_keep_nan_and_saturate() {
         assert!(e[2] == e[3] && e[3] > 2e38 && e[3].is_finite(), "{e:?}");
         let p = Function::Sigmoid.of(isa, &far);
         assert!(p[0] < 1e-38 && p[3] == 1.0, "{p:?}");
+        assert_eq!(Function::Tanh.of(isa, &far), [-1.0, -1.0, 1.0, 1.0]);
     }
 }
 

@@ -100,11 +100,8 @@ pub fn router_weights(
         }
         RouterInit::Warm(k) => {
             if !(1..=num_experts).contains(&k) {
-                return Err(Error::OutOfRange {
-                    field: "k of router init warm(k)",
-                    found: k.to_string(),
-                    allowed: format!("1 to the number of experts, {num_experts}"),
-                });
+                let allowed = format!("1 to the number of experts, {num_experts}");
+                return Err(Error::range("k of router init warm(k)", k, allowed));
             }
             let first = layer * k;
             let bias = Array1::from_shape_fn(num_experts, |i| {

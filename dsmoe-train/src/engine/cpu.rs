@@ -1,20 +1,22 @@
 //! Optimiser steps on the processor.
 
+use std::borrow::Cow;
+
 use dsmoe_core::Model;
 use dsmoe_core::model::{Batch, StepArgs, TrainWorkspace};
 use dsmoe_core::params::Layout;
 use dsmoe_kernels::buf::Buf;
 use dsmoe_router::RoutingStats;
 
-use super::{EngineOptions, MicroBatch, StepResult};
+use super::{Engine, EngineOptions, MicroBatch, StepResult};
 use crate::error::Result;
 use crate::optim::{AdamW, Update, grad_norms};
 
 /// The memory of training on the processor.
 #[derive(Debug)]
-pub struct CpuEngine {
-    pub(super) optimizer: AdamW,
-    pub(super) stats: Option<RoutingStats>,
+pub(super) struct CpuEngine {
+    optimizer: AdamW,
+    stats: Option<RoutingStats>,
     layout: Layout,
     grads: Buf,
     workspace: Box<TrainWorkspace>,
@@ -37,8 +39,10 @@ impl CpuEngine {
             predicted: 0,
         }
     }
+}
 
-    pub(super) fn begin(&mut self, micro_batches: u64) {
+impl Engine for CpuEngine {
+    fn begin(&mut self, micro_batches: u64) -> Result<()> {
         self.grads.resize(self.layout.len());
         self.grads.clear();
         if let Some(stats) = &mut self.stats {
@@ -46,17 +50,13 @@ impl CpuEngine {
         }
         self.result = StepResult::default();
         (self.micro_batches, self.predicted) = (micro_batches, 0);
+        Ok(())
     }
 
-    pub(super) fn micro_batch(
-        &mut self,
-        model: &Model,
-        batch: MicroBatch<'_>,
-        args: &StepArgs,
-    ) -> Result<bool> {
+    fn micro_batch(&mut self, model: &Model, batch: MicroBatch<'_>, args: &StepArgs) -> Result<bool> {
         let MicroBatch { inputs, targets, seq } = batch;
-        let output =
-            model.train_step(&mut self.grads, Batch { inputs, targets, seq }, args, &mut self.workspace)?;
+        let batch = Batch { inputs, targets, seq };
+        let output = model.train_step(&mut self.grads, batch, args, &mut self.workspace)?;
         self.predicted += targets.len();
         let (result, parts) = (&mut self.result, self.micro_batches as f64);
         result.lm_loss += output.loss_sum;
@@ -70,26 +70,35 @@ impl CpuEngine {
         Ok(self.result.non_finite.is_none())
     }
 
-    pub(super) fn finish(&mut self, model: &Model) -> StepResult {
+    fn end(&mut self, model: &Model) -> Result<StepResult> {
         if let Some(masks) = model.masks() {
             masks.apply(&mut self.grads, &self.layout);
         }
         let mut result = self.result.clone();
         result.norms = grad_norms(&self.layout, &self.grads);
         result.lm_loss /= self.predicted as f64;
-        result
+        Ok(result)
     }
 
-    pub(super) fn update(&mut self, model: &mut Model, update: &Update<'_>) {
+    fn update(&mut self, model: &mut Model, update: &Update<'_>) -> Result<()> {
         self.optimizer.step(model.params_mut(), &self.grads, &self.layout, update);
         model.apply_masks();
+        Ok(())
     }
 
-    pub(super) fn grads(&self) -> &[f32] {
-        &self.grads
+    fn grads(&self) -> Result<Cow<'_, [f32]>> {
+        Ok(Cow::Borrowed(&self.grads))
     }
 
-    pub(super) fn release(&mut self) {
+    fn optimizer(&self) -> &AdamW {
+        &self.optimizer
+    }
+
+    fn stats(&self) -> Option<&RoutingStats> {
+        self.stats.as_ref()
+    }
+
+    fn release(&mut self) {
         self.grads = Buf::zeros(0);
     }
 }

@@ -1,20 +1,22 @@
 //! Optimiser steps on a GPU.
 
+use std::borrow::Cow;
+
 use dsmoe_core::Model;
 use dsmoe_core::model::StepArgs;
 use dsmoe_core::model::cuda::CudaTrainer;
 use dsmoe_kernels::Precision;
 use dsmoe_router::RoutingStats;
 
-use super::{EngineOptions, MicroBatch, StepResult};
+use super::{Engine, EngineOptions, MicroBatch, StepResult};
 use crate::error::{Error, Result};
 use crate::optim::{AdamW, GradNorms, Update};
 
 /// The memory of training on a GPU.
 #[derive(Debug)]
-pub struct CudaEngine {
-    pub(super) optimizer: AdamW,
-    pub(super) stats: Option<RoutingStats>,
+pub(super) struct CudaEngine {
+    optimizer: AdamW,
+    stats: Option<RoutingStats>,
     trainer: Box<CudaTrainer>,
     predicted: usize,
 }
@@ -33,8 +35,10 @@ impl CudaEngine {
         let trainer = Box::new(CudaTrainer::new(ordinal, model, m, v, options.tokens, options.seq)?);
         Ok(CudaEngine { optimizer, stats: model.new_stats(), trainer, predicted: 0 })
     }
+}
 
-    pub(super) fn begin(&mut self) -> Result<()> {
+impl Engine for CudaEngine {
+    fn begin(&mut self, _micro_batches: u64) -> Result<()> {
         if let Some(stats) = &mut self.stats {
             stats.clear();
         }
@@ -42,13 +46,13 @@ impl CudaEngine {
         Ok(self.trainer.begin()?)
     }
 
-    pub(super) fn micro_batch(&mut self, batch: MicroBatch<'_>, args: &StepArgs) -> Result<bool> {
+    fn micro_batch(&mut self, _model: &Model, batch: MicroBatch<'_>, args: &StepArgs) -> Result<bool> {
         self.trainer.micro_batch(batch.inputs, batch.targets, batch.seq, args)?;
         self.predicted += batch.targets.len();
         Ok(true)
     }
 
-    pub(super) fn finish(&mut self, model: &Model) -> Result<StepResult> {
+    fn end(&mut self, model: &Model) -> Result<StepResult> {
         let sums = self.trainer.finish(self.stats.as_mut())?;
         let gates = self.predicted * model.config().num_layers * model.num_experts().unwrap_or(1);
         Ok(StepResult {
@@ -64,20 +68,29 @@ impl CudaEngine {
         })
     }
 
-    pub(super) fn update(&mut self, update: &Update<'_>) -> Result<()> {
+    fn update(&mut self, _model: &mut Model, update: &Update<'_>) -> Result<()> {
         Ok(self.trainer.update(update.scale, |decay, router| update.hyper(decay, router))?)
     }
 
-    pub(super) fn fetch(&mut self, model: &mut Model) -> Result<()> {
+    fn fetch(&mut self, model: &mut Model) -> Result<()> {
         self.trainer.download(model)?;
         Ok(self.trainer.download_moments(&mut self.optimizer.m, &mut self.optimizer.v)?)
     }
 
-    pub(super) fn grads(&self) -> Result<Vec<f32>> {
-        Ok(self.trainer.download_grads()?)
+    fn grads(&self) -> Result<Cow<'_, [f32]>> {
+        Ok(Cow::Owned(self.trainer.download_grads()?))
     }
 
-    pub(super) fn set_threshold(&mut self, threshold: f32) -> Result<()> {
+    fn optimizer(&self) -> &AdamW {
+        &self.optimizer
+    }
+
+    fn stats(&self) -> Option<&RoutingStats> {
+        self.stats.as_ref()
+    }
+
+    fn set_threshold(&mut self, model: &mut Model, threshold: f32) -> Result<()> {
+        model.set_threshold(threshold)?;
         Ok(self.trainer.set_threshold(threshold)?)
     }
 }

@@ -13,6 +13,7 @@ mod cpu;
 mod cuda;
 
 use std::borrow::Cow;
+use std::fmt::Debug;
 
 use dsmoe_core::model::StepArgs;
 use dsmoe_core::{Device, Model};
@@ -24,16 +25,6 @@ use self::cpu::CpuEngine;
 use self::cuda::CudaEngine;
 use crate::error::Result;
 use crate::optim::{AdamW, GradNorms, Update, last_non_finite};
-
-/// The memory of training on one device, with the optimiser's state. Steps allocate nothing.
-#[derive(Debug)]
-pub enum Engine {
-    /// Computes on the processor.
-    Cpu(CpuEngine),
-    /// Computes on a GPU.
-    #[cfg(feature = "cuda")]
-    Cuda(CudaEngine),
-}
 
 /// The shape of the micro-batches of an engine, and where and how it computes.
 #[derive(Clone, Copy, Debug)]
@@ -76,31 +67,13 @@ pub struct StepResult {
     pub non_finite: Option<String>,
 }
 
-impl Engine {
-    /// Allocates the memory to train `model` from the given state of the optimiser.
-    ///
-    /// # Errors
-    /// The device is not there, its memory does not suffice, or it does not support the model's FFNs or the precision.
-    pub fn new(model: &Model, optimizer: AdamW, options: EngineOptions) -> Result<Engine> {
-        Ok(match options.device {
-            Device::Cpu => Engine::Cpu(CpuEngine::new(model, optimizer, options)),
-            #[cfg(feature = "cuda")]
-            Device::Cuda(ordinal) => Engine::Cuda(CudaEngine::new(model, optimizer, options, ordinal)?),
-        })
-    }
-
+/// The memory of training on one device, with the optimiser's state. Steps allocate nothing.
+pub trait Engine: Debug + Send {
     /// Starts a step of so many micro-batches: sets gradients and sums to zero.
     ///
     /// # Errors
     /// The device fails.
-    pub fn begin(&mut self, micro_batches: u64) -> Result<()> {
-        match self {
-            Engine::Cpu(engine) => engine.begin(micro_batches),
-            #[cfg(feature = "cuda")]
-            Engine::Cuda(engine) => engine.begin()?,
-        }
-        Ok(())
-    }
+    fn begin(&mut self, micro_batches: u64) -> Result<()>;
 
     /// Runs a micro-batch forward and backward and adds its gradients and losses to those of the step. A GPU only
     /// queues the work. Returns false when the loss is not finite, so that further micro-batches are of no use.
@@ -110,24 +83,20 @@ impl Engine {
     ///
     /// # Panics
     /// The batch has not [`EngineOptions::tokens`] tokens, or these are no multiple of its `seq`.
-    pub fn micro_batch(&mut self, model: &Model, batch: MicroBatch<'_>, args: &StepArgs) -> Result<bool> {
-        match self {
-            Engine::Cpu(engine) => engine.micro_batch(model, batch, args),
-            #[cfg(feature = "cuda")]
-            Engine::Cuda(engine) => engine.micro_batch(batch, args),
-        }
-    }
+    fn micro_batch(&mut self, model: &Model, batch: MicroBatch<'_>, args: &StepArgs) -> Result<bool>;
 
-    /// Ends the backward passes of the step and returns its losses and norms.
+    /// Ends the backward passes of the step and returns its losses and norms as the device has them.
     ///
     /// # Errors
     /// The device fails.
-    pub fn finish(&mut self, model: &Model) -> Result<StepResult> {
-        let mut result = match self {
-            Engine::Cpu(engine) => engine.finish(model),
-            #[cfg(feature = "cuda")]
-            Engine::Cuda(engine) => engine.finish(model)?,
-        };
+    fn end(&mut self, model: &Model) -> Result<StepResult>;
+
+    /// Ends the backward passes of the step and returns its losses and norms, with the first place that is not finite.
+    ///
+    /// # Errors
+    /// The device fails.
+    fn finish(&mut self, model: &Model) -> Result<StepResult> {
+        let mut result = self.end(model)?;
         if result.non_finite.is_none() && !result.lm_loss.is_finite() {
             result.non_finite = Some("loss".to_owned());
         }
@@ -143,26 +112,14 @@ impl Engine {
     ///
     /// # Errors
     /// The device fails.
-    pub fn update(&mut self, model: &mut Model, update: &Update<'_>) -> Result<()> {
-        match self {
-            Engine::Cpu(engine) => engine.update(model, update),
-            #[cfg(feature = "cuda")]
-            Engine::Cuda(engine) => engine.update(update)?,
-        }
-        Ok(())
-    }
+    fn update(&mut self, model: &mut Model, update: &Update<'_>) -> Result<()>;
 
-    /// Copies parameters and moments from the device to `model` and to [`Engine::optimizer`].
+    /// Copies parameters and moments from the device to `model` and to [`Engine::optimizer`], where the host has not
+    /// got them.
     ///
     /// # Errors
     /// The device fails.
-    #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "the host has them"))]
-    pub fn fetch(&mut self, model: &mut Model) -> Result<()> {
-        match self {
-            Engine::Cpu(_) => {}
-            #[cfg(feature = "cuda")]
-            Engine::Cuda(engine) => engine.fetch(model)?,
-        }
+    fn fetch(&mut self, _model: &mut Model) -> Result<()> {
         Ok(())
     }
 
@@ -170,52 +127,34 @@ impl Engine {
     ///
     /// # Errors
     /// The device fails.
-    pub fn grads(&self) -> Result<Cow<'_, [f32]>> {
-        Ok(match self {
-            Engine::Cpu(engine) => Cow::Borrowed(engine.grads()),
-            #[cfg(feature = "cuda")]
-            Engine::Cuda(engine) => Cow::Owned(engine.grads()?),
-        })
-    }
+    fn grads(&self) -> Result<Cow<'_, [f32]>>;
 
     /// Returns the optimiser's state; on a GPU that of the last [`Engine::fetch`].
-    pub fn optimizer(&self) -> &AdamW {
-        match self {
-            Engine::Cpu(engine) => &engine.optimizer,
-            #[cfg(feature = "cuda")]
-            Engine::Cuda(engine) => &engine.optimizer,
-        }
-    }
+    fn optimizer(&self) -> &AdamW;
 
     /// Returns the routing of the last step's tokens; none without routers.
-    pub fn stats(&self) -> Option<&RoutingStats> {
-        match self {
-            Engine::Cpu(engine) => engine.stats.as_ref(),
-            #[cfg(feature = "cuda")]
-            Engine::Cuda(engine) => engine.stats.as_ref(),
-        }
-    }
+    fn stats(&self) -> Option<&RoutingStats>;
 
     /// Sets the gates' threshold of every layer, in `model` and on the device.
     ///
     /// # Errors
     /// The threshold is outside 0..=1, or the model has no gates.
-    pub fn set_threshold(&mut self, model: &mut Model, threshold: f32) -> Result<()> {
-        model.set_threshold(threshold)?;
-        match self {
-            Engine::Cpu(_) => {}
-            #[cfg(feature = "cuda")]
-            Engine::Cuda(engine) => engine.set_threshold(threshold)?,
-        }
-        Ok(())
+    fn set_threshold(&mut self, model: &mut Model, threshold: f32) -> Result<()> {
+        Ok(model.set_threshold(threshold)?)
     }
 
     /// Frees the host memory of the gradients until the next step, for what measures the model meanwhile.
-    pub fn release(&mut self) {
-        match self {
-            Engine::Cpu(engine) => engine.release(),
-            #[cfg(feature = "cuda")]
-            Engine::Cuda(_) => {}
-        }
-    }
+    fn release(&mut self) {}
+}
+
+/// Allocates the memory to train `model` from the given state of the optimiser.
+///
+/// # Errors
+/// The device is not there, its memory does not suffice, or it does not support the model's FFNs or the precision.
+pub fn new(model: &Model, optimizer: AdamW, options: EngineOptions) -> Result<Box<dyn Engine>> {
+    Ok(match options.device {
+        Device::Cpu => Box::new(CpuEngine::new(model, optimizer, options)),
+        #[cfg(feature = "cuda")]
+        Device::Cuda(ordinal) => Box::new(CudaEngine::new(model, optimizer, options, ordinal)?),
+    })
 }

@@ -8,6 +8,9 @@ use crate::error::Result;
 /// The reason why a request has no response. It is about the document, not about the run.
 pub(crate) type Refusal = String;
 
+/// What a request becomes, or why it cannot be answered.
+pub(crate) type Encoded<T> = std::result::Result<T, Refusal>;
+
 /// Encodes texts for a model.
 #[derive(Clone, Copy)]
 pub(crate) struct Encoder<'a> {
@@ -48,7 +51,7 @@ impl Encoder<'_> {
         &self,
         (context, text, space): &(Vec<u32>, &str, &str),
         continuation: &str,
-    ) -> Result<std::result::Result<Scored, Refusal>> {
+    ) -> Result<Encoded<Scored>> {
         let mut context = context.clone();
         let targets = if text.is_empty() && space.is_empty() {
             let mut targets = self.tokenizer.encode(continuation, Bos::Never)?;
@@ -69,11 +72,7 @@ impl Encoder<'_> {
     }
 
     /// Keeps the last tokens that the model has positions for.
-    pub(crate) fn scored(
-        &self,
-        context: Vec<u32>,
-        targets: Vec<u32>,
-    ) -> std::result::Result<Scored, Refusal> {
+    pub(crate) fn scored(&self, context: Vec<u32>, targets: Vec<u32>) -> Encoded<Scored> {
         if context.is_empty() {
             return Err("nothing stands before the continuation; set the BOS rule to always".into());
         }
@@ -92,7 +91,7 @@ impl Encoder<'_> {
 
     /// Cuts a text into windows that do not overlap, each as long as the model. The first follows the start token; the
     /// last has as much context as fits.
-    pub(crate) fn rolling(&self, text: &str) -> Result<std::result::Result<Vec<Scored>, Refusal>> {
+    pub(crate) fn rolling(&self, text: &str) -> Result<Encoded<Vec<Scored>>> {
         let Some(start) = self.start else {
             return Ok(Err("the model names no token to start a text from".into()));
         };
@@ -110,16 +109,11 @@ impl Encoder<'_> {
     }
 
     /// Encodes a prompt that leaves room for `max_tokens` new ones.
-    pub(crate) fn prompt(
-        &self,
-        context: &str,
-        max_tokens: usize,
-    ) -> Result<std::result::Result<Vec<u32>, Refusal>> {
+    pub(crate) fn prompt(&self, context: &str, max_tokens: usize) -> Result<Encoded<Vec<u32>>> {
         let Some(room) = self.positions.checked_sub(max_tokens).filter(|&room| room > 0) else {
-            let positions = self.positions;
-            return Ok(Err(format!(
-                "an answer of {max_tokens} tokens for a model of {positions} positions; allow fewer new tokens"
-            )));
+            let what =
+                format!("an answer of {max_tokens} tokens for a model of {} positions", self.positions);
+            return Ok(Err(format!("{what}; allow fewer new tokens")));
         };
         let mut tokens = self.encode(context)?;
         tokens.drain(..tokens.len().saturating_sub(room));

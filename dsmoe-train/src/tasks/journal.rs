@@ -79,7 +79,7 @@ impl Journal {
         let file = file.map_err(Error::io(path))?;
         // Some network file systems have no locks.
         if let Err(fs::TryLockError::WouldBlock) = file.try_lock() {
-            return Err(Error::Busy { path: path.to_path_buf() });
+            return Err(Error::Busy(path.to_path_buf()));
         }
         let header = Header { dsmoe_responses: VERSION, made_by: made_by.to_owned() };
         let ran = Ran { tokens: 0, routing: routing.cloned() };
@@ -107,7 +107,7 @@ impl Journal {
             if line == 1 {
                 let found: Header = serde_json::from_slice(&bytes).map_err(|_| bad(line))?;
                 if found != *wanted {
-                    return Err(Error::OtherResponses { path: self.path.clone() });
+                    return Err(Error::OtherResponses(self.path.clone()));
                 }
             } else {
                 match serde_json::from_slice(&bytes).map_err(|_| bad(line))? {

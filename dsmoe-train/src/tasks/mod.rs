@@ -23,7 +23,7 @@ pub use journal::{Journal, Ran, model_sha256};
 pub use rolling::{RollingReport, rolling};
 
 use crate::error::Result;
-use encode::{Encoder, Refusal, Scored};
+use encode::{Encoded, Encoder, Scored};
 use generation::{Ends, Prompt};
 use likelihood::{Batch, Unit, total};
 
@@ -105,7 +105,7 @@ impl<'a> Responder<'a> {
         let (mut units, mut prompts) = (Vec::new(), Vec::new());
         let encoder = self.encoder();
         let open = sheet.open();
-        let encoded: Vec<Vec<std::result::Result<Work, Refusal>>> =
+        let encoded: Vec<Vec<Encoded<Work>>> =
             open.par_iter().map(|&i| encode(&encoder, documents[i])).collect::<Result<_>>()?;
         for (&i, works) in open.iter().zip(encoded) {
             let mut scored = Vec::new();
@@ -190,13 +190,8 @@ impl<'a> Responder<'a> {
         let config = self.model.config();
         let end = config.eos_token_ids.first().copied();
         let start = if self.profile.starts_from_end_token() { end } else { config.bos_token_id.or(end) };
-        Encoder {
-            tokenizer: self.tokenizer,
-            bos: self.bos,
-            profile: self.profile,
-            start,
-            positions: config.max_position,
-        }
+        let &Responder { tokenizer, bos, profile, .. } = self;
+        Encoder { tokenizer, bos, profile, start, positions: config.max_position }
     }
 }
 
@@ -291,10 +286,9 @@ impl<'a> Sheet<'a> {
         self.ran.add(&ran);
         if let Some(journal) = self.journal.as_deref_mut() {
             let pairs = whole.iter().flat_map(|&i| self.documents[i].iter().zip(&self.answers[i]));
-            journal.put(
-                pairs.filter_map(|(request, answer)| Some((request, answer.as_ref()?.as_ref().ok()?))),
-                ran,
-            )?;
+            let answered =
+                pairs.filter_map(|(request, answer)| Some((request, answer.as_ref()?.as_ref().ok()?)));
+            journal.put(answered, ran)?;
         }
         (self.progress)(self.finished, self.documents.len());
         Ok(())
@@ -310,7 +304,7 @@ impl<'a> Sheet<'a> {
 }
 
 /// Encodes the requests of one document.
-fn encode(encoder: &Encoder<'_>, requests: &[Request]) -> Result<Vec<std::result::Result<Work, Refusal>>> {
+fn encode(encoder: &Encoder<'_>, requests: &[Request]) -> Result<Vec<Encoded<Work>>> {
     let mut last = None;
     let mut works = Vec::with_capacity(requests.len());
     for request in requests {

@@ -7,6 +7,7 @@ use dsmoe_core::Inference;
 use dsmoe_datasets::tasks::{Loaded, Options, Profile, Request, Response, Task, TaskFiles};
 use dsmoe_datasets::{Bos, Tokenizer};
 use dsmoe_kernels::Precision;
+use dsmoe_kernels::testing::shared;
 use dsmoe_train::tasks::{Answer, Responder};
 use serde_json::{Map, Value};
 
@@ -17,28 +18,16 @@ const PERPLEXITY: f64 = 1e-5;
 /// A text may differ where the two likeliest tokens were closer than this.
 const GAP: f64 = 1e-4;
 
-/// The folder of reference material, if this machine has it.
-#[expect(clippy::print_stdout, reason = "a skipped test says so")]
-fn shared(test: &str) -> Option<PathBuf> {
-    let default = concat!(env!("CARGO_MANIFEST_DIR"), "/../../shared");
-    let path = PathBuf::from(std::env::var_os("DSMOE_SHARED").unwrap_or_else(|| default.into()));
-    if path.join("golden/lm_eval").is_dir() {
-        return Some(path);
-    }
-    let required = std::env::var("DSMOE_REQUIRE").unwrap_or_default();
-    assert!(!required.split(',').any(|name| name == "shared"), "{test}: no {}", path.display());
-    println!("SKIP {test}: no {}", path.display());
-    None
-}
-
 fn json(path: &Path) -> Value {
-    serde_json::from_slice(&fs::read(path).unwrap_or_else(|cause| panic!("{}: {cause}", path.display())))
-        .unwrap()
+    serde_json::from_str(&read(path)).unwrap()
 }
 
 fn lines(path: &Path) -> Vec<Value> {
-    let text = fs::read_to_string(path).unwrap_or_else(|cause| panic!("{}: {cause}", path.display()));
-    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    read(path).lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+fn read(path: &Path) -> String {
+    fs::read_to_string(path).unwrap_or_else(|cause| panic!("{}: {cause}", path.display()))
 }
 
 /// Every set of rows: its name in the golden files, the task, its rows and those of its examples.
@@ -184,7 +173,7 @@ fn unscorable(shared: &Path, model: &str, set: &str) -> Vec<usize> {
 
 #[expect(clippy::print_stdout, reason = "says what was compared, and explains every difference")]
 fn check_model(name: &str) {
-    let Some(shared) = shared(name) else { return };
+    let Some(shared) = shared(name, "golden/lm_eval") else { return };
     let golden = Golden::open(&shared, name);
     let mut compared = Compared::default();
     for (bos, rule) in [("bos", Bos::Always), ("nobos", Bos::Never)] {
@@ -194,9 +183,8 @@ fn check_model(name: &str) {
             let place = format!("{name} {bos} {set}");
             let loaded = golden.load(set, Profile::Dsmoe);
             let answers = golden.answer(&loaded, rule);
-            let refused: Vec<usize> =
-                (0..answers.len()).filter(|&i| answers[i].iter().any(Result::is_err)).collect();
-            assert_eq!(refused, unscorable(&shared, name, set), "{place}");
+            let refused = (0..answers.len()).filter(|&i| answers[i].iter().any(Result::is_err));
+            assert!(refused.eq(unscorable(&shared, name, set)), "{place}");
             let samples = golden.samples(&release, set);
             check_answers(&place, &answers, &samples, || golden.gaps(set, bos), &mut compared);
             check_results(&place, &loaded, &answers, &results[set]);
@@ -210,8 +198,8 @@ fn check_model(name: &str) {
         for (bos, rule) in [("bos", Bos::Always), ("nobos", Bos::Never)] {
             let release = format!("{release}_{bos}");
             let results = golden.results(&release);
-            for (set, name) in [("webqs", "webqs_official"), ("nq_open", "nq_open"), ("triviaqa", "triviaqa")]
-            {
+            let sets = [("webqs", "webqs_official"), ("nq_open", "nq_open"), ("triviaqa", "triviaqa")];
+            for (set, name) in sets {
                 let loaded = golden.load(set, profile);
                 let answers = golden.answer(&loaded, rule);
                 let place = format!("{release} {name}");
@@ -225,9 +213,7 @@ fn check_model(name: &str) {
         }
     }
     let Compared { likelihoods, error, texts, differ } = compared;
-    println!(
-        "{name}: {likelihoods} log-likelihoods, largest error {error:.1e}; {texts} texts, of which differ:"
-    );
+    println!("{name}: {likelihoods} likelihoods, largest error {error:.1e}; {texts} texts, of which differ:");
     for (document, gap) in &differ {
         println!("  {document}: its two likeliest tokens were {gap:.1e} apart");
     }

@@ -11,6 +11,7 @@ use dsmoe_datasets::tasks::{Profile, Request, Response};
 use dsmoe_datasets::world::{Domain, World};
 use dsmoe_datasets::{Bos, Tokenizer, train_bpe};
 use dsmoe_kernels::rng::Rng;
+use dsmoe_kernels::testing::with_threads;
 use dsmoe_kernels::{Isa, Precision};
 use dsmoe_train::tasks::{Answer, Answers, Journal, Responder, model_sha256};
 
@@ -59,17 +60,13 @@ impl Setup {
         for (i, texts) in self.texts.windows(3).take(24).enumerate() {
             let words: Vec<&str> = texts[0].split(' ').take(5 + 7 * (i % 6)).collect();
             let context = words.join(" ");
-            let word =
-                |text: &str, n: usize| text.split(' ').skip(n).take(1 + n).collect::<Vec<_>>().join(" ");
+            let choice = |j: usize| {
+                let words: Vec<&str> = texts[1 + j % 2].split(' ').skip(j).take(1 + j).collect();
+                likelihood(&context, &format!(" {}", words.join(" ")))
+            };
             documents.push(match i % 4 {
-                0 | 1 => (0..3)
-                    .map(|j| likelihood(&context, &format!(" {}", word(&texts[1 + j % 2], j))))
-                    .collect(),
-                2 => vec![Request::Generate {
-                    context: context.into(),
-                    until: &["\n", " the"],
-                    max_tokens: 20,
-                }],
+                0 | 1 => (0..3).map(choice).collect(),
+                2 => vec![generate(&context, &["\n", " the"], 20)],
                 _ => vec![Request::Rolling { text: texts[1..].join("\n") }],
             });
         }
@@ -80,6 +77,10 @@ impl Setup {
 
 fn likelihood(context: &str, continuation: &str) -> Request {
     Request::LogLikelihood { context: context.into(), continuation: continuation.to_owned() }
+}
+
+fn generate(context: &str, until: &'static [&'static str], max_tokens: usize) -> Request {
+    Request::Generate { context: context.into(), until, max_tokens }
 }
 
 fn answer(responder: &Responder<'_>, documents: &[Vec<Request>], journal: Option<&mut Journal>) -> Answers {
@@ -111,8 +112,7 @@ fn batches_and_threads_do_not_change_a_bit() {
         assert_eq!(some.ran, all.ran, "batches of {batch}");
     }
     for threads in [1, 3] {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        let some = pool.install(|| answer(&setup.responder(), &documents, None));
+        let some = with_threads(threads, || answer(&setup.responder(), &documents, None));
         assert_eq!(bits(&some.documents), wanted, "{threads} threads");
     }
     // A limit takes the same answers, and requests answer alone as they do beside others.
@@ -181,11 +181,8 @@ fn answers_are_those_of_the_model_run_token_by_token() {
                 for (i, &token) in tokens.iter().enumerate() {
                     // Windows as long as the model; the last one reaches back.
                     let whole = (tokens.len() / POSITIONS) * POSITIONS;
-                    let first = if i < whole {
-                        i / POSITIONS * POSITIONS
-                    } else {
-                        tokens.len().saturating_sub(POSITIONS)
-                    };
+                    let last = tokens.len().saturating_sub(POSITIONS);
+                    let first = if i < whole { i / POSITIONS * POSITIONS } else { last };
                     let before = if first == 0 { 0 } else { tokens[first - 1] };
                     let ids: Vec<u32> = [&[before], &tokens[first..i]].concat();
                     wanted += logits(&ids, &mut workspace)[token as usize];
@@ -201,37 +198,30 @@ fn answers_are_those_of_the_model_run_token_by_token() {
 fn what_cannot_be_answered_is_told_of_its_document_alone() {
     let setup = Setup::new();
     let long = "word ".repeat(2 * POSITIONS);
-    let generate =
-        |context: &str, max_tokens| Request::Generate { context: context.into(), until: &[], max_tokens };
     let documents = vec![
         vec![likelihood("a", ""), likelihood("a", " b")],
         vec![likelihood("a", &format!(" {long}"))],
-        vec![generate("a", POSITIONS)],
+        vec![generate("a", &[], POSITIONS)],
         vec![Request::Rolling { text: String::new() }],
         vec![likelihood(&long, " b")],
     ];
     let never = Responder::new(&setup.model, &setup.tokenizer, Bos::Never, Profile::Dsmoe);
     let answers = answer(&never, &documents, None).documents;
-    for (i, reason) in [
+    let reasons = [
         "no token of its own with this tokenizer",
         "tokens for a model of 96 positions",
         "an answer of 96 tokens for a model of 96 positions",
         "it has no text",
-    ]
-    .iter()
-    .enumerate()
-    {
+    ];
+    for (i, reason) in reasons.iter().enumerate() {
         let refusal = answers[i][0].as_ref().unwrap_err();
         assert!(refusal.contains(reason), "{refusal}");
     }
     assert!(answers[0][1].is_ok() && answers[4][0].is_ok(), "{answers:?}");
-    let empty = answer(&never, &[vec![generate("", 5)], vec![likelihood(" ", "b")]], None).documents;
-    assert!(
-        empty
-            .concat()
-            .iter()
-            .all(|answer| answer.as_ref().is_err_and(|r| r.contains("set the BOS rule to always")))
-    );
+    let empty = answer(&never, &[vec![generate("", &[], 5)], vec![likelihood(" ", "b")]], None).documents;
+    for refusal in empty.concat() {
+        assert!(refusal.as_ref().is_err_and(|r| r.contains("set the BOS rule to always")), "{refusal:?}");
+    }
 }
 
 #[test]
@@ -261,13 +251,15 @@ fn a_journal_cut_anywhere_gives_the_rest_anew() {
         let again = answer(&responder(), &documents, Some(&mut open(&path).unwrap()));
         assert_eq!(bits(&again.documents), bits(&whole.documents), "round {round}, cut at {cut}");
     }
-    let other = Journal::open(&path, "that", stats.as_ref()).unwrap_err().to_string();
-    assert!(other.contains("another model or of other settings; choose another out"), "{other}");
-    let dense = Journal::open(&path, "this", None).unwrap_err().to_string();
-    assert!(dense.contains("is no response; delete the file"), "{dense}");
+    let refused = |opened: dsmoe_train::Result<Journal>, part: &str| {
+        let error = opened.unwrap_err().to_string();
+        assert!(error.contains(part), "{error}");
+    };
+    let other = Journal::open(&path, "that", stats.as_ref());
+    refused(other, "another model or of other settings; choose another out");
+    refused(Journal::open(&path, "this", None), "is no response; delete the file");
     fs::write(&path, b"{}\n").unwrap();
-    let foreign = open(&path).unwrap_err().to_string();
-    assert!(foreign.contains("line 1 is no response; delete the file"), "{foreign}");
+    refused(open(&path), "line 1 is no response; delete the file");
 }
 
 #[test]

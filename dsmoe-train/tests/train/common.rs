@@ -3,12 +3,16 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
-use dsmoe_core::Model;
 use dsmoe_core::checkpoint::Dtype;
 use dsmoe_core::config::Config;
+use dsmoe_core::{Inference, Model};
 use dsmoe_datasets::TokenStream;
+use dsmoe_kernels::Precision;
 use dsmoe_kernels::rng::Rng;
-use dsmoe_train::{EvalReport, Observer, Outcome, Result, RunOptions, StepRecord, TrainConfig, Trainer};
+use dsmoe_train::{
+    EvalReport, Observer, Outcome, Result, RunOptions, StepRecord, TrainConfig, TrainData, Trainer,
+};
+use serde_json::Value;
 
 pub(crate) const VOCAB: usize = 48;
 
@@ -36,9 +40,8 @@ pub(crate) fn model_dir(parent: &Path, name: &str, experts: bool, seed: u64) -> 
     let config = Config::from_json(&dir.join("config.json"), &config_json(experts)).unwrap();
     let mut model = Model::new(config);
     let mut rng = Rng::new(seed, 0);
-    let entries = model.layout().entries().to_vec();
-    for entry in entries {
-        let values = &mut model.params_mut()[entry.range.clone()];
+    for entry in model.layout().entries().to_vec() {
+        let values = &mut model.params_mut()[entry.range];
         match entry.spec.name.as_str() {
             name if name.ends_with("router.bias") => values.fill(1.0),
             name if name.contains("norm") => values.fill(1.0),
@@ -67,21 +70,10 @@ pub(crate) fn text(seed: u64) -> TokenStream {
 
 /// 20 steps of 2 micro-batches under a target.
 pub(crate) fn settings(more: &[&str]) -> TrainConfig {
-    let mut config = TrainConfig::default();
-    for setting in [
-        "steps=20",
-        "batch=2",
-        "seq=16",
-        "accumulate=2",
-        "lr=3e-3",
-        "active_target=0.5",
-        "valid_fraction=0.1",
-    ] {
-        config.set(setting).unwrap();
-    }
-    for setting in more {
-        config.set(setting).unwrap();
-    }
+    let mut config =
+        TrainConfig { steps: Some(20), batch: 2, seq: 16, accumulate: 2, ..TrainConfig::default() };
+    (config.lr, config.valid_fraction, config.active_target) = (3e-3, 0.1, Some(0.5));
+    more.iter().for_each(|setting| config.set(setting).unwrap());
     config
 }
 
@@ -92,6 +84,13 @@ pub(crate) struct Heard {
     pub(crate) evals: Vec<(u64, EvalReport)>,
     pub(crate) saved: Vec<u64>,
     pub(crate) notes: String,
+}
+
+impl Heard {
+    /// Checks that the notes have all `parts`.
+    pub(crate) fn noted(&self, parts: &[&str]) {
+        assert!(parts.iter().all(|part| self.notes.contains(part)), "{} lacks one of {parts:?}", self.notes);
+    }
 }
 
 impl Observer for Heard {
@@ -111,20 +110,90 @@ impl Observer for Heard {
     }
 }
 
+/// A model directory and runs beside it.
+pub(crate) struct Bed {
+    dir: tempfile::TempDir,
+    pub(crate) source: PathBuf,
+}
+
+impl Bed {
+    pub(crate) fn new(experts: bool) -> Bed {
+        let dir = tempfile::tempdir().unwrap();
+        Bed { source: model_dir(dir.path(), "source", experts, 1), dir }
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// A run of the model into the directory `name`.
+    pub(crate) fn options(&self, name: &str) -> RunOptions {
+        RunOptions::new(&self.source, &self.path(name))
+    }
+
+    /// The rest of the run in `name`.
+    pub(crate) fn resumed(&self, name: &str) -> RunOptions {
+        RunOptions { resume: true, ..self.options(name) }
+    }
+
+    /// One invocation on the first text.
+    pub(crate) fn train(&self, more: &[&str], options: RunOptions) -> (Outcome, Heard) {
+        train(&text(1), settings(more), options).unwrap()
+    }
+
+    /// One whole run.
+    pub(crate) fn whole(&self, name: &str, more: &[&str]) -> Heard {
+        let (outcome, heard) = self.train(more, self.options(name));
+        assert_eq!(outcome, Outcome::Finished, "{name}");
+        heard
+    }
+
+    /// The first `steps` steps of a run.
+    pub(crate) fn part(&self, name: &str, steps: u64, more: &[&str]) -> Heard {
+        let (outcome, heard) = self.train(more, RunOptions { stop_after: Some(steps), ..self.options(name) });
+        assert_eq!(outcome, Outcome::Interrupted { step: steps }, "{name}");
+        heard
+    }
+
+    /// The rest of a run.
+    pub(crate) fn rest(&self, name: &str, more: &[&str]) -> Heard {
+        let (outcome, heard) = self.train(more, self.resumed(name));
+        assert_eq!(outcome, Outcome::Finished, "{name}");
+        heard
+    }
+
+    /// The model, for inference.
+    pub(crate) fn inference(&self) -> Inference {
+        Inference::load(&self.source, Precision::F32).unwrap()
+    }
+}
+
 /// One invocation.
 pub(crate) fn train(
+    data: impl Into<TrainData>,
     config: TrainConfig,
-    stream: &TokenStream,
     options: RunOptions,
 ) -> Result<(Outcome, Heard)> {
-    let model = Model::load(&options.source)?;
     let mut heard = Heard::default();
-    let mut trainer = Trainer::new(model, stream, config, options)?;
+    let mut trainer = Trainer::new(Model::load(&options.source)?, data, config, options)?;
     let outcome = trainer.run(&mut heard, &AtomicBool::new(false))?;
     Ok((outcome, heard))
 }
 
-/// The bytes of the weights in `dir`.
+/// Checks that an invocation fails in one line that has all `parts`.
+pub(crate) fn refused(data: impl Into<TrainData>, config: TrainConfig, options: RunOptions, parts: &[&str]) {
+    let error = train(data, config, options).expect_err(parts[0]).to_string();
+    assert!(parts.iter().all(|part| error.contains(part)), "{error} lacks one of {parts:?}");
+    assert_eq!(error.lines().count(), 1, "{error}");
+}
+
+/// The lines of the metrics of the run in `out`.
+pub(crate) fn metrics(out: &Path) -> Vec<Value> {
+    let text = std::fs::read_to_string(out.join("metrics.jsonl")).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+/// The bytes of the weights/// The bytes of the weights/// The bytes of the weights in `dir`.
 pub(crate) fn weights(dir: &Path) -> Vec<u8> {
     std::fs::read(dir.join("model.safetensors")).unwrap()
 }

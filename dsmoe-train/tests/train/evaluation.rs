@@ -3,7 +3,6 @@
 use crate::common::*;
 use dsmoe_core::Inference;
 use dsmoe_core::model::{Batch, Workspace};
-use dsmoe_kernels::Precision;
 use dsmoe_train::eval::evaluate_detailed;
 use dsmoe_train::{EvalOptions, evaluate};
 
@@ -13,15 +12,8 @@ fn by_hand(model: &Inference, ids: &[u32], windows: &[(usize, usize, usize)]) ->
     for &(start, end, first) in windows {
         let len = end - start - 1;
         let mut losses = vec![0.0; len];
-        let mut workspace = Workspace::default();
-        model
-            .score(
-                &mut losses,
-                Batch { inputs: &ids[start..end - 1], targets: &ids[start + 1..end], seq: len },
-                None,
-                &mut workspace,
-            )
-            .unwrap();
+        let batch = Batch { inputs: &ids[start..end - 1], targets: &ids[start + 1..end], seq: len };
+        model.score(&mut losses, batch, None, &mut Workspace::default()).unwrap();
         let scored = &losses[first - start - 1..];
         sum += scored.iter().map(|&x| f64::from(x)).sum::<f64>();
         count += scored.len();
@@ -31,8 +23,7 @@ fn by_hand(model: &Inference, ids: &[u32], windows: &[(usize, usize, usize)]) ->
 
 #[test]
 fn windows_are_those_of_the_protocol() {
-    let dir = tempfile::tempdir().unwrap();
-    let model = Inference::load(&model_dir(dir.path(), "source", true, 1), Precision::F32).unwrap();
+    let model = Bed::new(true).inference();
     let ids = &text(1).ids[..100];
     let windows: Vec<_> =
         (0..100).step_by(16).map(|start| (start, (start + 16).min(100), start + 1)).collect();
@@ -60,10 +51,8 @@ fn windows_are_those_of_the_protocol() {
 
 #[test]
 fn details_add_up_to_the_report() {
-    let dir = tempfile::tempdir().unwrap();
     for (experts, stride) in [(true, 16), (true, 8), (false, 16)] {
-        let path = model_dir(dir.path(), &format!("source {experts} {stride}"), experts, 1);
-        let model = Inference::load(&path, Precision::F32).unwrap();
+        let model = Bed::new(experts).inference();
         let ids = &text(1).ids[..90];
         let options = EvalOptions { stride, ..EvalOptions::new(16) };
         let (report, detail) = evaluate_detailed(&model, ids, options, &mut |_, _| {}).unwrap();
@@ -88,8 +77,7 @@ fn details_add_up_to_the_report() {
 
 #[test]
 fn a_dense_model_reports_no_shares() {
-    let dir = tempfile::tempdir().unwrap();
-    let model = Inference::load(&model_dir(dir.path(), "source", false, 1), Precision::F32).unwrap();
+    let model = Bed::new(false).inference();
     let report = evaluate(&model, &text(1).ids, EvalOptions::new(32), &mut |_, _| {}).unwrap();
     let json = serde_json::to_value(&report).unwrap();
     for key in ["active_ratio", "active_ratio_per_layer", "zero_active_share"] {
@@ -100,13 +88,16 @@ fn a_dense_model_reports_no_shares() {
 
 #[test]
 fn what_cannot_be_evaluated_is_said() {
-    let dir = tempfile::tempdir().unwrap();
-    let model = Inference::load(&model_dir(dir.path(), "source", false, 1), Precision::F32).unwrap();
-    let error = |ids: &[u32], seq| {
-        evaluate(&model, ids, EvalOptions::new(seq), &mut |_, _| {}).unwrap_err().to_string()
-    };
-    assert!(error(&[1], 8).contains("1 tokens"));
-    assert!(error(&[1, 2, 3], 1).contains("seq is 1"));
-    assert!(error(&[1, 2, 999, 4], 8).contains("999"));
-    assert!(error(&text(1).ids, 80).contains("max_position_embeddings"));
+    let model = Bed::new(false).inference();
+    let long = text(1).ids;
+    for (ids, seq, part) in [
+        (&[1][..], 8, "1 tokens"),
+        (&[1, 2, 3], 1, "seq is 1"),
+        (&[1, 2, 999, 4], 8, "999"),
+        (&long, 80, "max_position_embeddings"),
+    ] {
+        let options = EvalOptions::new(seq);
+        let error = evaluate(&model, ids, options, &mut |_, _| {}).unwrap_err().to_string();
+        assert!(error.contains(part), "{error}");
+    }
 }

@@ -50,12 +50,9 @@ fn scores(
 
 /// Lines of a neuron, as one lane.
 fn neuron(layer: usize, j: usize) -> Vec<Vec<(String, Vec<Line>)>> {
-    let name = |name: &str| format!("model.layers.{layer}.mlp.{name}.weight");
-    vec![vec![
-        (name("gate_proj"), vec![Line::Row(j)]),
-        (name("up_proj"), vec![Line::Row(j)]),
-        (name("down_proj"), vec![Line::Column(j)]),
-    ]]
+    let lines = [("gate", Line::Row(j)), ("up", Line::Row(j)), ("down", Line::Column(j))];
+    let line = |(name, line)| (format!("model.layers.{layer}.mlp.{name}_proj.weight"), vec![line]);
+    vec![lines.map(line).to_vec()]
 }
 
 /// Lines of a key and value head with two query heads of four rows each, a lane per row.

@@ -76,11 +76,8 @@ pub(super) fn loss(config: &Config, p: &Tensors, ids: &[u32]) -> f64 {
             };
             xs.iter().enumerate().map(one).collect()
         };
-        let (q, k, v) = (
-            project("self_attn.q_proj", true),
-            project("self_attn.k_proj", true),
-            project("self_attn.v_proj", false),
-        );
+        let [q, k, v] = [("q", true), ("k", true), ("v", false)]
+            .map(|(name, turn)| project(&format!("self_attn.{name}_proj"), turn));
         let sharing = config.num_heads / config.num_kv_heads;
         for t in 0..xs.len() {
             let mut out = Vec::new();

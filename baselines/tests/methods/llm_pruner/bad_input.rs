@@ -8,21 +8,21 @@ use dsmoe_core::checkpoint::Dtype;
 use dsmoe_core::convert::{ConvertOptions, convert};
 use dsmoe_core::masks::Masks;
 
-use super::common::{Run, model, saved, tokens};
+use super::super::common::{Run, saved, tokens};
+use super::model;
 
 const METHODS: [&str; 2] = ["llm-pruner-block", "llm-pruner-channel"];
-
-fn run<'a>(method: &'a str, calibration: &'a [Vec<u32>]) -> Run<'a> {
-    Run { method, set: &[], budget: Budget::Share(0.8), calibration, seed: 0, force: false }
-}
 
 /// Runs it; the message must be one line with all parts, and nothing may be left beside the model.
 fn fails(run: Run<'_>, source: &Path, parts: &[&str]) {
     let out = source.parent().unwrap().join("out");
-    let error = run.run(source, &out).expect_err(&format!("{} {:?}", run.method, run.set)).to_string();
-    assert!(!error.contains('\n') && parts.iter().all(|part| error.contains(part)), "{error}");
+    run.fails(source, &out, parts);
     let left: Vec<_> = fs::read_dir(out.parent().unwrap()).unwrap().map(|e| e.unwrap().file_name()).collect();
-    assert_eq!(left, ["dense"], "{error}");
+    assert_eq!(left, ["dense"], "{run:?}");
+}
+
+fn run<'a>(method: &'a str, calibration: &'a [Vec<u32>]) -> Run<'a> {
+    Run::new(method, &[], 0.8, calibration)
 }
 
 #[test]
@@ -30,34 +30,26 @@ fn settings_and_budgets() {
     let work = tempfile::tempdir().unwrap();
     let source = saved(&model(true), work.path(), Dtype::F32);
     let calibration = tokens(1, 8);
-    for (set, parts) in [
-        (&["layers=2..4"][..], &["layers: 2..4 of 4 layers", "within 0..3"][..]),
-        (&["layers=2..1"], &["layers: 2..1", "within 0..3"]),
-        (&["layers=2"], &["layers: cannot be 2", "FIRST..LAST"]),
-        (&["layers=-1..2"], &["FIRST..LAST"]),
-        (&["heads=maybe"], &["heads: cannot be \"maybe\"", "True removes"]),
-        (&["importance=taylor"], &["importance: cannot be \"taylor\"", "taylor-first"]),
-        (&["importance="], &["importance: cannot be \"\""]),
-        (&["reduce=median"], &["reduce: cannot be \"median\"", "prod"]),
-        (&["ratio=0.5"], &["ratio: is not a setting", "importance, reduce, layers, heads"]),
+    let [block, channel] = METHODS;
+    for (method, set, parts) in [
+        (block, "layers=2..4", &["layers: 2..4 of 4 layers", "within 0..3"][..]),
+        (block, "layers=2..1", &["layers: 2..1", "within 0..3"]),
+        (block, "layers=2", &["layers: cannot be 2", "FIRST..LAST"]),
+        (block, "layers=-1..2", &["FIRST..LAST"]),
+        (block, "heads=maybe", &["heads: cannot be \"maybe\"", "True removes"]),
+        (block, "importance=taylor", &["importance: cannot be \"taylor\"", "taylor-first"]),
+        (block, "importance=", &["importance: cannot be \"\""]),
+        (block, "reduce=median", &["reduce: cannot be \"median\"", "prod"]),
+        (block, "ratio=0.5", &["ratio: is not a setting", "importance, reduce, layers, heads"]),
+        (channel, "multiple=0", &["multiple: cannot be 0", "1 to hidden_size"]),
+        (channel, "multiple=33", &["multiple: is 33", "1 to 32"]),
     ] {
-        fails(Run { set, ..run("llm-pruner-block", &calibration) }, &source, parts);
-    }
-    for (set, parts) in [
-        (&["multiple=0"], ["multiple: cannot be 0", "1 to hidden_size"]),
-        (&["multiple=33"], ["multiple: is 33", "1 to 32"]),
-    ] {
-        let run = run("llm-pruner-channel", &calibration);
-        fails(Run { set, ..run }, &source, &parts);
+        fails(Run { set: &[set], ..run(method, &calibration) }, &source, parts);
     }
     for method in METHODS {
-        let run = run(method, &calibration);
-        fails(
-            Run { budget: Budget::Share(0.01), ..run },
-            &source,
-            &["budget 0.01", "reach", "give a budget between"],
-        );
-        fails(Run { budget: Budget::Params(1e9), ..run }, &source, &["budget 1B", "reach"]);
+        let run = |budget| Run { budget, ..run(method, &calibration) };
+        fails(run(Budget::Share(0.01)), &source, &["budget 0.01", "reach", "give a budget between"]);
+        fails(run(Budget::Params(1e9)), &source, &["budget 1B", "reach"]);
     }
 }
 
@@ -66,16 +58,16 @@ fn calibration_text() {
     let work = tempfile::tempdir().unwrap();
     let source = saved(&model(true), work.path(), Dtype::F32);
     for method in METHODS {
-        fails(run(method, &[]), &source, &["calibration: there is no sequence"]);
-        fails(
-            run(method, &tokens(3, 1)),
-            &source,
-            &["calibration: sequences of 1 tokens", "2 tokens or more"],
-        );
         let uneven = [tokens(1, 5), tokens(1, 6)].concat();
-        fails(run(method, &uneven), &source, &["calibration: sequences of 5 and 6 tokens", "one length"]);
-        fails(run(method, &[vec![1, 40, 2]]), &source, &["token id 40", "tokenizer"]);
-        fails(run(method, &tokens(1, 40)), &source, &["39 positions", "shorter sequences"]);
+        for (calibration, parts) in [
+            (&[][..], &["calibration: 0 sequences are too few"][..]),
+            (&tokens(3, 1), &["calibration: sequence 0 has 1 tokens", "at least 2 tokens"]),
+            (&uneven, &["calibration: sequence 1 has 6 tokens and the first 5", "one length"]),
+            (&[vec![1, 40, 2]], &["token id 40", "tokenizer"]),
+            (&tokens(1, 40), &["39 positions", "shorter sequences"]),
+        ] {
+            fails(run(method, calibration), &source, parts);
+        }
         // What reads no text needs none.
         let run = Run { set: &["importance=magnitude-l1"], ..run(method, &[]) };
         run.run(&source, &work.path().join("none")).unwrap();
@@ -102,8 +94,7 @@ fn models() {
         masks.save(&target).unwrap();
         fails(run, &target, &["model: has masks.safetensors", "dense model"]);
 
-        let error = Run { force: true, ..run }.run(&source, &source).unwrap_err().to_string();
-        assert!(error.contains("holds the model that is read"), "{error}");
+        Run { force: true, ..run }.fails(&source, &source, &["holds the model that is read"]);
 
         let damaged = tempfile::tempdir().unwrap();
         let target = saved(&model(true), damaged.path(), Dtype::F32);
@@ -120,6 +111,5 @@ fn models() {
     let out = work.path().join("taken");
     fs::create_dir(&out).unwrap();
     fs::write(out.join("file"), "").unwrap();
-    let error = run(METHODS[0], &calibration).run(&source, &out).unwrap_err().to_string();
-    assert!(error.contains("is not empty"), "{error}");
+    run(METHODS[0], &calibration).fails(&source, &out, &["is not empty"]);
 }

@@ -6,17 +6,15 @@ use dsmoe_baselines::Budget;
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::checkpoint::{Checkpoint, Dtype, check_llama_tensors};
 use dsmoe_core::generate::{GenerateOptions, generate};
-use dsmoe_core::model::{Batch, Inference, Workspace};
-use dsmoe_core::{Config, Model};
+use dsmoe_core::{Config, Inference, Model};
 use dsmoe_kernels::Precision;
-use dsmoe_kernels::testing::{assert_close, f64s};
+use dsmoe_kernels::testing::{assert_close, f64s, shared, with_threads};
 
-use super::common::{Run, count, loaded, logits, model, saved, tensors, tokens, values};
-use crate::shared;
+use super::super::common::{Run, count, loaded, logits, mean_loss, saved, tensors, tokens, values};
+use super::model;
 
-fn block<'a>(set: &'a [&'static str], budget: f64, calibration: &'a [Vec<u32>]) -> Run<'a> {
-    let budget = Budget::Share(budget);
-    Run { method: "llm-pruner-block", set, budget, calibration, seed: 0, force: false }
+fn block<'a>(set: &'a [&'static str], share: f64, calibration: &'a [Vec<u32>]) -> Run<'a> {
+    Run::new("llm-pruner-block", set, share, calibration)
 }
 
 /// Which of the pieces of `len` values of `dense` are not in `pruned`.
@@ -40,20 +38,15 @@ fn zeroed(mut dense: Model, source: &Path, pruned: &Path) -> Model {
         for neuron in lost("mlp.gate_proj", hidden) {
             dense.params_mut()[down.start + neuron * hidden..][..hidden].fill(0.0);
         }
-        let o = &layout.get(&format!("model.layers.{layer}.self_attn.o_proj.weight")).unwrap().range;
+        let o = layout.get(&format!("model.layers.{layer}.self_attn.o_proj.weight")).unwrap();
         let width = sharing * head_dim;
         for head in lost("self_attn.k_proj", head_dim * hidden) {
-            for row in dense.params_mut()[o.clone()].chunks_mut(dense_width(&layout, layer)) {
+            for row in dense.params_mut()[o.range.clone()].chunks_mut(o.spec.shape[1]) {
                 row[head * width..][..width].fill(0.0);
             }
         }
     }
     dense
-}
-
-/// Columns of a layer's output projection.
-fn dense_width(layout: &dsmoe_core::params::Layout, layer: usize) -> usize {
-    layout.get(&format!("model.layers.{layer}.self_attn.o_proj.weight")).unwrap().spec.shape[1]
 }
 
 #[test]
@@ -83,12 +76,13 @@ fn removal_is_zeroing() {
     }
 }
 
+const GRADIENT_KINDS: [&str; 4] =
+    ["importance=taylor-first", "importance=taylor-second", "importance=taylor-mix", "importance=vector"];
+
 #[test]
 fn what_does_nothing_goes_first() {
     let calibration = tokens(2, 9);
-    for importance in
-        ["importance=taylor-first", "importance=taylor-second", "importance=taylor-mix", "importance=vector"]
-    {
+    for importance in GRADIENT_KINDS {
         let work = tempfile::tempdir().unwrap();
         let mut dense = model(true);
         let hidden = dense.config().hidden;
@@ -142,8 +136,8 @@ fn equal_seeds_give_equal_bytes() {
         assert!(make(name, set, 1) == make(&format!("{name}-again"), set, 2));
     }
     for threads in [1, 3] {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        let threaded = pool.install(|| make(&format!("mix-{threads}"), &["importance=taylor-mix"], 1));
+        let run = || make(&format!("mix-{threads}"), &["importance=taylor-mix"], 1);
+        let threaded = with_threads(threads, run);
         assert!(threaded == tensors(&work.path().join("mix")), "{threads} threads");
     }
     assert!(tensors(&work.path().join("first")).values().all(|(dtype, _, _)| *dtype == Dtype::F16));
@@ -181,40 +175,23 @@ fn own_text(model: &Inference, sequences: u64, len: usize) -> Vec<Vec<u32>> {
     (0..sequences).map(write).collect()
 }
 
-fn nll(model: &Inference, texts: &[Vec<u32>]) -> f64 {
-    let mean = |ids: &Vec<u32>| {
-        let mut losses = vec![0.0; ids.len() - 1];
-        let (inputs, targets) = (&ids[..losses.len()], &ids[1..]);
-        model
-            .score(&mut losses, Batch { inputs, targets, seq: inputs.len() }, None, &mut Workspace::default())
-            .unwrap();
-        losses.iter().map(|&x| f64::from(x)).sum::<f64>() / losses.len() as f64
-    };
-    texts.iter().map(mean).sum::<f64>() / texts.len() as f64
-}
-
 #[test]
 fn gradients_know_better_than_chance_in_a_real_model() {
-    let Some(shared) = shared("gradients_know_better_than_chance_in_a_real_model") else { return };
+    let test = "gradients_know_better_than_chance_in_a_real_model";
+    let Some(shared) = shared(test, "models/babyllama-1m") else { return };
     let source = shared.join("models/babyllama-1m");
     let work = tempfile::tempdir().unwrap();
-    let dense = loaded(&source);
-    let mut texts = own_text(&dense, 24, 96);
+    let mut texts = own_text(&loaded(&source), 24, 96);
     let held_out = texts.split_off(16);
     let after = |set: &[&'static str]| {
         let out = work.path().join(set.join(" "));
         block(set, 0.8, &texts).run(&source, &out).unwrap();
-        nll(&loaded(&out), &held_out)
+        mean_loss(&out, &held_out)
     };
-    let before = nll(&dense, &held_out);
+    let before = mean_loss(&source, &held_out);
     let random = after(&["layers=0..4", "importance=random"]);
-    for set in [
-        &["layers=0..4", "importance=taylor-first"],
-        &["layers=0..4", "importance=taylor-second"],
-        &["layers=0..4", "importance=taylor-mix"],
-        &["layers=0..4", "importance=vector"],
-    ] {
-        let taylor = after(set);
-        assert!(before < taylor && taylor < random - 0.2, "{set:?}: {before} {taylor} {random}");
+    for importance in GRADIENT_KINDS {
+        let taylor = after(&["layers=0..4", importance]);
+        assert!(before < taylor && taylor < random - 0.2, "{importance}: {before} {taylor} {random}");
     }
 }

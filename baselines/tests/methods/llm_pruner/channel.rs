@@ -1,10 +1,10 @@
 //! Channel-wise pruning.
 
-use dsmoe_baselines::Budget;
 use dsmoe_core::Config;
 use dsmoe_core::checkpoint::{Checkpoint, Dtype, check_llama_tensors};
 
-use super::common::{Run, count, loaded, logits, model, saved, tensors, tokens, values};
+use super::super::common::{Run, count, loaded, logits, saved, tensors, tokens, values};
+use super::model;
 
 #[test]
 fn one_set_of_channels_leaves_every_tensor() {
@@ -18,16 +18,7 @@ fn one_set_of_channels_leaves_every_tensor() {
         let work = tempfile::tempdir().unwrap();
         let source = saved(&model(tied), work.path(), dtype);
         let out = work.path().join("pruned");
-        let budget = Budget::Share(0.6);
-        let run = Run {
-            method: "llm-pruner-channel",
-            set,
-            budget,
-            calibration: &calibration,
-            seed: 0,
-            force: false,
-        };
-        let made = run.run(&source, &out).unwrap();
+        let made = Run::new("llm-pruner-channel", set, 0.6, &calibration).run(&source, &out).unwrap();
         let (dense, config) = (Config::load(&source).unwrap(), Config::load(&out).unwrap());
         check_llama_tensors(&config, &Checkpoint::open(&out).unwrap()).unwrap();
         assert_eq!(config.head_dim, dense.head_dim);
@@ -36,9 +27,7 @@ fn one_set_of_channels_leaves_every_tensor() {
         assert!((count(&out) - 0.6 * count(&source)).abs() <= channel / 2.0);
 
         let (before, after) = (tensors(&source), tensors(&out));
-        let names =
-            |tensors: &std::collections::BTreeMap<String, _>| tensors.keys().cloned().collect::<Vec<_>>();
-        assert_eq!(names(&before), names(&after));
+        assert!(before.keys().eq(after.keys()));
         assert_eq!(after.contains_key("lm_head.weight"), !tied);
         // The final norm's entries differ from one another, also in 16 bits, when whole columns of the embedding do.
         let column = |dir, c: usize, width: usize| {
@@ -58,7 +47,7 @@ fn one_set_of_channels_leaves_every_tensor() {
             } else {
                 values.chunks(cols).flat_map(|row| kept.iter().map(|&c| row[c]).collect::<Vec<_>>()).collect()
             };
-            assert_eq!(super::common::values(&out, name), want, "{name}");
+            assert_eq!(super::super::common::values(&out, name), want, "{name}");
             assert_eq!(after[name].0, *dtype);
         }
         assert!(logits(&loaded(&out), &[1, 2, 3]).iter().all(|x| x.is_finite()));

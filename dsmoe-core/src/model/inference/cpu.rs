@@ -131,8 +131,15 @@ impl CpuInference {
         in_pool(|| {
             self.hidden_states(inputs, seq, None, stats, workspace);
             let Workspace { h, logits, .. } = workspace;
-            cross_entropy::ForwardPacked { losses, hidden_states: h, head: &self.head, targets, logits }
-                .run();
+            cross_entropy::ForwardPacked {
+                losses,
+                hidden_states: h,
+                head: &self.head,
+                targets,
+                logits: cross_entropy::Logits::default(),
+                space: logits,
+            }
+            .run();
         });
     }
 
@@ -150,7 +157,7 @@ impl CpuInference {
             let Workspace { h, logits, .. } = &mut *workspace;
             logits.resize(last * self.config.vocab_size);
             let h = &h[(ids.len() - last) * self.config.hidden..];
-            linear::ForwardPacked { y: logits, x: h, w: &self.head, rows: last }.run();
+            linear::ForwardPacked { y: logits, x: h, w: &self.head, bias: None, rows: last }.run();
         });
     }
 
@@ -170,7 +177,7 @@ impl CpuInference {
         workspace: &mut Workspace,
     ) {
         let start = cache.as_ref().map_or(0, |cache| cache.len);
-        let at = |heads| rope::Args { table: &self.rope, seq, start, heads };
+        let at = |heads| rope::Args { table: &self.rope, seq, start, heads, head_dim: self.config.head_dim };
         self.forward(ids, stats, workspace, |i, Heads { a, lse, q, k, v }| {
             let shape = attention_dims(&self.config, i, ids.len() / seq, [seq, start + seq]);
             for (x, args) in [(&mut *q, at(shape.heads)), (&mut *k, at(shape.kv_heads))] {
@@ -208,20 +215,20 @@ impl CpuInference {
             let LayerShape { num_heads, num_kv_heads, .. } = self.config.layer(i);
             workspace.prepare_heads(num_heads, num_kv_heads, self.config.head_dim, tokens);
             let Workspace { x, h, q, k, v, a, y, lse, rstd, ffn: scratch, .. } = &mut *workspace;
-            rms_norm::Forward { y: h, rstd, x, weight: &layer.input_norm, eps }.run();
-            linear::ForwardPacked { y: q, x: h, w: &layer.q, rows: tokens }.run();
-            linear::ForwardPacked { y: k, x: h, w: &layer.k, rows: tokens }.run();
-            linear::ForwardPacked { y: v, x: h, w: &layer.v, rows: tokens }.run();
+            rms_norm::Forward { y: h, rstd, x, weight: &layer.input_norm, offset: 0.0, eps }.run();
+            linear::ForwardPacked { y: q, x: h, w: &layer.q, bias: None, rows: tokens }.run();
+            linear::ForwardPacked { y: k, x: h, w: &layer.k, bias: None, rows: tokens }.run();
+            linear::ForwardPacked { y: v, x: h, w: &layer.v, bias: None, rows: tokens }.run();
             attend(i, Heads { a, lse, q, k, v });
-            linear::ForwardPacked { y, x: a, w: &layer.o, rows: tokens }.run();
-            add::Add { y: x, x: y }.run();
-            rms_norm::Forward { y: h, rstd, x, weight: &layer.post_norm, eps }.run();
+            linear::ForwardPacked { y, x: a, w: &layer.o, bias: None, rows: tokens }.run();
+            add::Add { y: x, x: y, scale: 1.0 }.run();
+            rms_norm::Forward { y: h, rstd, x, weight: &layer.post_norm, offset: 0.0, eps }.run();
             let record = stats.as_deref_mut().map(|stats| Record { stats, layer: i });
             layer.ffn.forward(FfnInference { y, x: h, record, scratch });
-            add::Add { y: x, x: y }.run();
+            add::Add { y: x, x: y, scale: 1.0 }.run();
         }
         let Workspace { x, h, rstd, .. } = workspace;
-        rms_norm::Forward { y: h, rstd, x, weight: &self.norm, eps }.run();
+        rms_norm::Forward { y: h, rstd, x, weight: &self.norm, offset: 0.0, eps }.run();
     }
 }
 

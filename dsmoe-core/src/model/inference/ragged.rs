@@ -46,7 +46,7 @@ impl CpuInference {
             self.forward(ids, stats, workspace, |layer, heads| self.attend_caches(layer, heads, caches));
             let Workspace { h, logits, .. } = &mut *workspace;
             logits.resize(ids.len() * self.config.vocab_size);
-            linear::ForwardPacked { y: logits, x: h, w: &self.head, rows: ids.len() }.run();
+            linear::ForwardPacked { y: logits, x: h, w: &self.head, bias: None, rows: ids.len() }.run();
         });
     }
 
@@ -56,7 +56,13 @@ impl CpuInference {
         let LayerShape { num_heads, num_kv_heads: kv_heads, .. } = self.config.layer(layer);
         let (width, kv_width) = (num_heads * self.config.head_dim, kv_heads * self.config.head_dim);
         let turn = |x: &mut [f32], place: &Place, heads| {
-            let args = rope::Args { table: &self.rope, seq: place.tokens, start: place.before.1, heads };
+            let args = rope::Args {
+                table: &self.rope,
+                seq: place.tokens,
+                start: place.before.1,
+                heads,
+                head_dim: self.config.head_dim,
+            };
             rope::Forward { x, stride: args.width(), args }.run();
         };
         let turned = cut(q, places, width).into_par_iter().zip(cut(k, places, kv_width)).zip(places);
@@ -96,7 +102,13 @@ impl CpuInference {
         let (width, kv_width) = (num_heads * self.config.head_dim, kv_heads * self.config.head_dim);
         let rows = a.par_chunks_mut(width).zip(q.par_chunks_mut(width)).zip(k.par_chunks_mut(kv_width));
         rows.zip(v.par_chunks(kv_width)).zip(caches).for_each(|((((a, q), k), v), cache)| {
-            let at = |heads| rope::Args { table: &self.rope, seq: 1, start: cache.len, heads };
+            let at = |heads| rope::Args {
+                table: &self.rope,
+                seq: 1,
+                start: cache.len,
+                heads,
+                head_dim: self.config.head_dim,
+            };
             for (x, args) in [(&mut *q, at(num_heads)), (&mut *k, at(kv_heads))] {
                 rope::Forward { x, stride: args.width(), args }.run();
             }
@@ -125,6 +137,7 @@ impl CpuInference {
                 y: logits,
                 x: &states[..rows.len() * hidden],
                 w: &self.head,
+                bias: None,
                 rows: rows.len(),
             }
             .run();

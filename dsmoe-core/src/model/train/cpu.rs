@@ -69,6 +69,7 @@ impl Model {
             head: self.param(&self.ranges.head),
             targets,
             scale: args.loss_scale,
+            logits: cross_entropy::Logits::default(),
             dims,
             scratch: head,
         }
@@ -101,18 +102,26 @@ impl Model {
         // What the next norm reads; each block's output joins the residual stream in the norm after it.
         let first =
             layers.first_mut().map_or((&mut *x_last, &mut *rstd_last), |acts| (&mut acts.x, &mut acts.rstd));
-        embedding::Forward { out: first.0, table: self.param(&self.ranges.embed), ids: inputs, hidden }.run();
+        embedding::Forward {
+            out: first.0,
+            table: self.param(&self.ranges.embed),
+            ids: inputs,
+            hidden,
+            scale: 1.0,
+        }
+        .run();
         let norm = self.ranges.layers.first().map_or(&self.ranges.norm, |ranges| &ranges.input_norm);
-        rms_norm::Forward { y: h, rstd: first.1, x: first.0, weight: self.param(norm), eps }.run();
+        rms_norm::Forward { y: h, rstd: first.1, x: first.0, weight: self.param(norm), offset: 0.0, eps }
+            .run();
         for (i, ranges) in self.ranges.layers.iter().enumerate() {
             let (done, after) = layers.split_at_mut(i + 1);
             let LayerActs { x, qkv, a, lse, x_mid, rstd_mid, ffn: saved, .. } = &mut done[i];
             let attention = attention_dims(&self.config, i, tokens / seq, [seq, seq]);
             let dims = LinearDims::of(attention, hidden, precision);
-            linear::Forward { y: qkv, x: h, w: self.param(&ranges.qkv()), dims: dims.qkv }.run();
+            linear::Forward { y: qkv, x: h, w: self.param(&ranges.qkv()), bias: None, dims: dims.qkv }.run();
             rope::Forward { x: qkv, stride: attention.joined_width(), args: self.rope_args(attention) }.run();
             attention::ForwardJoined { out: a, lse, qkv, dims: attention }.run();
-            linear::Forward { y, x: a, w: self.param(&ranges.o), dims: dims.o }.run();
+            linear::Forward { y, x: a, w: self.param(&ranges.o), bias: None, dims: dims.o }.run();
             rms_norm::ForwardSum {
                 y: h,
                 rstd: rstd_mid,
@@ -120,6 +129,7 @@ impl Model {
                 a: x,
                 b: y,
                 weight: self.param(&ranges.post_norm),
+                offset: 0.0,
                 eps,
             }
             .run();
@@ -136,7 +146,17 @@ impl Model {
                 (Some(acts), Some(ranges)) => (&mut acts.x, &mut acts.rstd, &ranges.input_norm),
                 _ => (&mut *x_last, &mut *rstd_last, &self.ranges.norm),
             };
-            rms_norm::ForwardSum { y: h, rstd, x, a: x_mid, b: y, weight: self.param(norm), eps }.run();
+            rms_norm::ForwardSum {
+                y: h,
+                rstd,
+                x,
+                a: x_mid,
+                b: y,
+                weight: self.param(norm),
+                offset: 0.0,
+                eps,
+            }
+            .run();
             output.sparsity_loss += report.sparsity_loss / config.num_layers as f64;
             output.mean_gate += report.mean_gate / config.num_layers as f64;
             output.balance_loss += report.balance_loss;
@@ -166,6 +186,7 @@ impl Model {
             dy: dh,
             x,
             weight: self.param(norm),
+            offset: 0.0,
             rstd,
             add: false,
         }
@@ -177,7 +198,8 @@ impl Model {
             let dims = LinearDims::of(attention, hidden, precision);
             let (dqkv, da) = (&mut dqkv[..qkv.len()], &mut da[..a.len()]);
             // x_mid + ffn(h)
-            rms_norm::Restore { y: h, x: x_mid, weight: self.param(post_norm), rstd: rstd_mid }.run();
+            rms_norm::Restore { y: h, x: x_mid, weight: self.param(post_norm), offset: 0.0, rstd: rstd_mid }
+                .run();
             self.ffns[i].backward(FfnBackward {
                 dx: dh,
                 grads: part(grads, ffn),
@@ -195,6 +217,7 @@ impl Model {
                 dy: dh,
                 x: x_mid,
                 weight: self.param(post_norm),
+                offset: 0.0,
                 rstd: rstd_mid,
                 add: true,
             }
@@ -205,7 +228,7 @@ impl Model {
             attention::Backward { dqkv, dout: da, out: a, qkv, lse, dims: attention }.run();
             rope::Backward { dx: dqkv, stride: attention.joined_width(), args: self.rope_args(attention) }
                 .run();
-            rms_norm::Restore { y: h, x, weight: self.param(input_norm), rstd }.run();
+            rms_norm::Restore { y: h, x, weight: self.param(input_norm), offset: 0.0, rstd }.run();
             linear::BackwardWeight { dw: part(grads, &ranges.qkv()), dy: dqkv, x: h, dims: dims.qkv }.run();
             linear::BackwardInput {
                 dx: dh,
@@ -221,18 +244,27 @@ impl Model {
                 dy: dh,
                 x,
                 weight: self.param(input_norm),
+                offset: 0.0,
                 rstd,
                 add: true,
             }
             .run();
         }
-        embedding::Backward { dtable: part(grads, &self.ranges.embed), dout: dx, ids: inputs, hidden }.run();
+        embedding::Backward {
+            dtable: part(grads, &self.ranges.embed),
+            dout: dx,
+            ids: inputs,
+            hidden,
+            scale: 1.0,
+        }
+        .run();
     }
 
     /// Returns the arguments that rotate queries and keys, the first columns of qkv.
     fn rope_args(&self, attention: attention::Dims) -> rope::Args<'_> {
         let heads = attention.heads + attention.kv_heads;
-        rope::Args { table: &self.rope, seq: attention.queries, start: 0, heads }
+        let head_dim = attention.head_dim;
+        rope::Args { table: &self.rope, seq: attention.queries, start: 0, heads, head_dim }
     }
 }
 

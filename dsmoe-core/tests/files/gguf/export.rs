@@ -51,13 +51,22 @@ fn a_model_reads_back_as_it_was() {
             let again = Config::load(&out).unwrap();
             assert_eq!(
                 (again.hidden, again.intermediate, again.num_layers, again.num_heads, again.num_kv_heads),
-                (config.hidden, config.intermediate, config.num_layers, config.num_heads, config.num_kv_heads)
+                (
+                    config.hidden,
+                    config.intermediate,
+                    config.num_layers,
+                    config.num_heads,
+                    config.num_kv_heads
+                )
             );
             assert_eq!(
                 (again.rms_norm_eps, again.rope_theta, again.max_position, again.tie_word_embeddings),
                 (config.rms_norm_eps, config.rope_theta, config.max_position, config.tie_word_embeddings)
             );
-            assert_eq!((again.bos_token_id, &again.eos_token_ids), (config.bos_token_id, &config.eos_token_ids));
+            assert_eq!(
+                (again.bos_token_id, &again.eos_token_ids),
+                (config.bos_token_id, &config.eos_token_ids)
+            );
         }
         refused(write(&model, &work.path().join(format!("{name}-None.gguf")), None), &["exists already"]);
     }
@@ -140,14 +149,20 @@ fn what_has_no_form_is_refused_by_name() {
     refused(write(&model, &out, None), &["tokenizer.json: model.type is \"Unigram\" and not supported"]);
     let bytes = r#"{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "pre_tokenizer": {"type": "Whitespace"}}"#;
     fs::write(model.join("tokenizer.json"), bytes).unwrap();
-    refused(write(&model, &out, None), &["pre_tokenizer is {\"type\":\"Whitespace\"}, which has no name in GGUF"]);
+    refused(
+        write(&model, &out, None),
+        &["pre_tokenizer is {\"type\":\"Whitespace\"}, which has no name in GGUF"],
+    );
     let large = r#"{"model": {"type": "BPE", "vocab": {"a": 20}, "merges": []}}"#;
     fs::write(model.join("tokenizer.json"), large).unwrap();
     refused(write(&model, &out, None), &["model.vocab has \"a\" as token 20 and the model has 20"]);
 
     let sparse = work.path().join("sparse");
     convert(&model, &sparse, &ConvertOptions::new(2), &mut quiet).unwrap();
-    refused(write(&sparse, &out, None), &["config.json: dsmoe is present", "export the model as dense first"]);
+    refused(
+        write(&sparse, &out, None),
+        &["config.json: dsmoe is present", "export the model as dense first"],
+    );
     assert!(!out.exists());
     let left: Vec<_> = fs::read_dir(work.path()).unwrap().flatten().map(|entry| entry.file_name()).collect();
     assert_eq!(left.len(), 2, "{left:?}");
@@ -162,7 +177,8 @@ fn a_value_beyond_f16_is_refused_by_every_writer() {
     fs::write(model.join("tokenizer.json"), bytes).unwrap();
     let checkpoint = Checkpoint::open(&model).unwrap();
     let name = "model.layers.1.mlp.down_proj.weight";
-    let (offset, len) = checkpoint.tensor(name).map(|view| (view.offset as usize, view.len as usize)).unwrap();
+    let (offset, len) =
+        checkpoint.tensor(name).map(|view| (view.offset as usize, view.len as usize)).unwrap();
     let path = model.join("model.safetensors");
     let mut file = fs::read(&path).unwrap();
     file[offset + len - 4..offset + len].copy_from_slice(&(-65520f32).to_le_bytes());

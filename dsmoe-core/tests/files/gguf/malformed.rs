@@ -79,13 +79,21 @@ fn values_that_are_longer_than_the_file() {
     let long = |len: u64| key("a", 8, &len.to_le_bytes());
     for len in [1 << 30, u64::MAX] {
         let says = format!("the text of a has {len} bytes");
-        refused(container(&Gguf::small().with_key(long(len))), &["x.gguf: header", &says, "left of the file"]);
+        refused(
+            container(&Gguf::small().with_key(long(len))),
+            &["x.gguf: header", &says, "left of the file"],
+        );
     }
-    let count = |kind: u32, count: u64| key("a", 9, &[&kind.to_le_bytes()[..], &count.to_le_bytes()].concat());
+    let count =
+        |kind: u32, count: u64| key("a", 9, &[&kind.to_le_bytes()[..], &count.to_le_bytes()].concat());
     refused(container(&Gguf::small().with_key(count(4, 1 << 20))), &["elements in a has 4194304 bytes"]);
     refused(container(&Gguf::small().with_key(count(0, u64::MAX))), &["elements in a", "the most read"]);
-    let nested = (0..6).fold(Vec::new(), |inner, _| [&9u32.to_le_bytes()[..], &1u64.to_le_bytes(), &inner].concat());
-    refused(container(&Gguf::small().with_key(key("deep", 9, &nested))), &["deep is a list nested more than"]);
+    let nested =
+        (0..6).fold(Vec::new(), |inner, _| [&9u32.to_le_bytes()[..], &1u64.to_le_bytes(), &inner].concat());
+    refused(
+        container(&Gguf::small().with_key(key("deep", 9, &nested))),
+        &["deep is a list nested more than"],
+    );
     refused(container(&Gguf::small().with_key(key("a", 13, &[]))), &["a has unknown type 13"]);
     refused(container(&Gguf::small().with_key(key("a", 7, &[2]))), &["a is a flag of value 2"]);
     let bad = [&2u64.to_le_bytes()[..], &[0xff, 0xfe]].concat();
@@ -116,16 +124,16 @@ fn tensors_that_cannot_be() {
     refused(two(tensor("t", &[4], 0, 0), tensor("t", &[4], 0, 32)), &["tensor t is in the header twice"]);
     refused(two(tensor("t", &[32], 0, 0), tensor("u", &[4], 0, 64)), &["tensor u overlaps the tensor t"]);
     let strange = Gguf::small().with_tensor(tensor("output_norm.weight", &[64], 77, 0));
-    refused(on_file(&strange, Checkpoint::open), &["output_norm.weight is of type number 77, which is not read"]);
+    refused(
+        on_file(&strange, Checkpoint::open),
+        &["output_norm.weight is of type number 77, which is not read"],
+    );
 }
 
 #[test]
 fn parts_of_a_split_model() {
     let part = |i: u32| Gguf {
-        keys: vec![
-            text_key("general.architecture", "llama"),
-            key("split.count", 2, &2u16.to_le_bytes()),
-        ],
+        keys: vec![text_key("general.architecture", "llama"), key("split.count", 2, &2u16.to_le_bytes())],
         ..Gguf::small().with_tensor(tensor(&format!("t{i}"), &[64], 0, 0))
     };
     let work = tempfile::tempdir().unwrap();
@@ -162,7 +170,10 @@ fn configurations_that_cannot_be() {
         on_file(&arch("bert"), Config::load),
         &["x.gguf: general.architecture is \"bert\" and not supported", "llama, qwen2, qwen3"],
     );
-    refused(on_file(&Gguf { keys: vec![], ..Gguf::small() }, Config::load), &["general.architecture is missing"]);
+    refused(
+        on_file(&Gguf { keys: vec![], ..Gguf::small() }, Config::load),
+        &["general.architecture is missing"],
+    );
     for (key, says) in [
         (u32_key("llama.expert_count", 8), "llama.expert_count is above 0"),
         (u32_key("llama.attention.key_length", 24), "llama.rope.dimension_count is 16 and not 24"),
@@ -207,7 +218,10 @@ fn tokenizers_that_cannot_be() {
     refused(on_file(&bad, tokenizer_files), &["tokenizer.ggml.merges has \"ab\" as entry 0"]);
     let gpt2 = gpt2.with_key(merges("a b"));
     let kinds = list_key("tokenizer.ggml.token_type", 5, &[vec![1, 0, 0, 0]]);
-    refused(on_file(&gpt2.clone().with_key(kinds), tokenizer_files), &["has 1 entries and there are 3 tokens"]);
+    refused(
+        on_file(&gpt2.clone().with_key(kinds), tokenizer_files),
+        &["has 1 entries and there are 3 tokens"],
+    );
     let bos = u32_key("tokenizer.ggml.bos_token_id", 3);
     refused(on_file(&gpt2.with_key(bos), tokenizer_files), &["bos_token_id is 3, not the id of a token"]);
 }

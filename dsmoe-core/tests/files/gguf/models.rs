@@ -80,7 +80,10 @@ fn configurations_are_those_of_hugging_face() {
             Err(error) => {
                 assert!(!model.starts_with("llama-F"), "{error}");
                 let error = error.to_string();
-                assert!(error.contains(&format!("{model}.gguf")) && error.contains("not supported"), "{error}");
+                assert!(
+                    error.contains(&format!("{model}.gguf")) && error.contains("not supported"),
+                    "{error}"
+                );
                 continue;
             }
         };

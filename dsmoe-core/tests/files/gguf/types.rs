@@ -48,7 +48,8 @@ fn other_types_are_refused_by_name() {
     let names: Vec<String> =
         Container::open(&path).unwrap().tensors.iter().map(|tensor| tensor.kind.to_string()).collect();
     assert_eq!(names, ["TQ1_0", "TQ2_0", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ1_S"]);
-    let message = ["quants-other.gguf: tensor tq1_0 is of type TQ1_0, which is not read", "use a file of Q8_0 or F16"];
+    let message =
+        ["quants-other.gguf: tensor tq1_0 is of type TQ1_0, which is not read", "use a file of Q8_0 or F16"];
     refused(Checkpoint::open(&path), &message);
     assert_eq!(TensorType::from_id(77).to_string(), "number 77");
 }

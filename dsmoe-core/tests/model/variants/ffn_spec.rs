@@ -10,15 +10,15 @@ use dsmoe_core::export::{ExportAs, export};
 use dsmoe_core::ffn::{
     DenseFfn, Ffn, FfnBackward, FfnForward, FfnKind, FfnReport, FfnSpec, PackedFfn, block_len, register,
 };
-use dsmoe_core::model::{Batch, StepArgs, TrainWorkspace, Workspace};
+use dsmoe_core::model::{Batch, StepArgs};
 use dsmoe_core::params::TensorSpec;
 use dsmoe_core::{Config, Error, Inference, Model, Result};
 use dsmoe_kernels::Precision;
-use dsmoe_kernels::buf::Buf;
-use dsmoe_router::SparsityOver;
+use dsmoe_kernels::testing::refused;
 use serde_json::{Map, Value, json};
 
-use super::{HIDDEN, INTERMEDIATE, LAYERS, config, fill, read, refused, tokens};
+use super::{HIDDEN, INTERMEDIATE, LAYERS, config, fill, read, tokens};
+use crate::{losses, step_args, train};
 
 const EXPERTS: usize = 2;
 
@@ -139,20 +139,18 @@ fn config_names_the_kind() {
     assert_eq!((back.ffn == config.ffn, back.num_experts(), back.fixed_active()), (true, Some(2), Some(1.0)));
     assert!(back.ffn != read(&text.replace("\"noise\": true", "\"noise\": false")).unwrap().ffn);
 
-    refused(
-        read(&text.replace("\"halves\"", "\"thirds\"")),
-        &["config.json: ffn.type is \"thirds\"", "halves"],
-    );
-    refused(read(&text.replace("\"noise\": true", "\"noise\": 3")), &["config.json: ffn.noise is wrong"]);
-    refused(read(&text.replace("\"type\": \"halves\",", "")), &["ffn.type is missing", "add it"]);
-    refused(
-        read(&text.replace("\"model_type\": \"dsmoe\"", "\"model_type\": \"llama\"")),
-        &["ffn is present but"],
-    );
     let moe = r#""dsmoe": {"format_version": 1, "num_experts": 4, "threshold": 0.5, "partition": "contiguous",
         "router_bias": true, "gate_value": "sigmoid", "rescale": "none", "zero_active": "skip", "ste": true},
         "ffn": {"#;
-    refused(read(&text.replace("\"ffn\": {", moe)), &["ffn is present beside dsmoe", "remove one"]);
+    for (from, to, parts) in [
+        ("\"halves\"", "\"thirds\"", ["config.json: ffn.type is \"thirds\"", "halves"]),
+        ("\"noise\": true", "\"noise\": 3", ["config.json: ffn.noise", "is wrong"]),
+        ("\"type\": \"halves\",", "", ["ffn.type is missing", "add it"]),
+        ("\"model_type\": \"dsmoe\"", "\"model_type\": \"llama\"", ["ffn is present but", "model_type"]),
+        ("\"ffn\": {", moe, ["ffn is present beside dsmoe", "remove one"]),
+    ] {
+        refused(read(&text.replace(from, to)), &parts);
+    }
 }
 
 #[test]
@@ -177,18 +175,8 @@ fn a_directory_keeps_all_tensors() {
     refused(dense, &["ffn.type is \"halves\", which has no dense form", "export it as native"]);
 
     let ids = tokens(8, 2);
-    let score = |model: &Inference| {
-        let mut losses = vec![0.0; 7];
-        model
-            .score(
-                &mut losses,
-                Batch { inputs: &ids[..7], targets: &ids[1..], seq: 7 },
-                None,
-                &mut Workspace::default(),
-            )
-            .unwrap();
-        losses
-    };
+    let score =
+        |model: &Inference| losses(model, Batch { inputs: &ids[..7], targets: &ids[1..], seq: 7 }, None);
     let loaded = Inference::load(&at("model"), Precision::F32).unwrap();
     assert_eq!(score(&loaded), score(&Inference::new(&back, Precision::F32)));
 }
@@ -245,24 +233,10 @@ fn noise_has_a_seed_of_its_own_in_every_layer() {
     let mut model = Model::with_ffns(config(), seen.iter().map(ffn).collect());
     fill(&mut model, 6);
     let ids = tokens(7, 1);
-    let mut grads = Buf::zeros(model.layout().len());
-    let mut workspace = TrainWorkspace::new(&model, 6, Precision::F32);
+    let batch = Batch { inputs: &ids[..6], targets: &ids[1..], seq: 6 };
     for seed in [8, 9, 8] {
-        let args = StepArgs {
-            loss_scale: 1.0,
-            sparsity_weight: 0.0,
-            sparsity_over: SparsityOver::Active,
-            balance_scale: 0.5,
-            seed,
-        };
-        let output = model
-            .train_step(
-                &mut grads,
-                Batch { inputs: &ids[..6], targets: &ids[1..], seq: 6 },
-                &args,
-                &mut workspace,
-            )
-            .unwrap();
+        let args = StepArgs { balance_scale: 0.5, seed, ..step_args(1) };
+        let (output, ..) = train(&model, batch, &args, Precision::F32);
         assert_eq!(output.balance_loss, 0.25 * LAYERS as f64);
     }
     let seen: Vec<Vec<(u64, f32)>> = seen.iter().map(|seen| seen.lock().unwrap().clone()).collect();

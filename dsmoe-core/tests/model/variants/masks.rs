@@ -1,7 +1,5 @@
 //! Masked linears: their file, what it refuses, and what they count.
 
-use std::path::Path;
-
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::checkpoint::{Dtype, TensorInfo, Writer, tensor_names};
 use dsmoe_core::convert::{ConvertOptions, PartitionSpec, convert};
@@ -11,8 +9,9 @@ use dsmoe_core::masks::MASKS_FILE;
 use dsmoe_core::{Inference, Masks, Model};
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::buf::Buf;
+use dsmoe_kernels::testing::refused;
 
-use super::{HIDDEN, INTERMEDIATE, config, fill, refused};
+use super::{HIDDEN, INTERMEDIATE, config, fill};
 
 const DOWN: &str = "model.layers.1.mlp.down_proj.weight";
 const Q: &str = "model.layers.0.self_attn.q_proj.weight";
@@ -114,25 +113,24 @@ fn with_masks_file(name: &str, dtype: Dtype, shape: &[usize], byte: u8) -> tempf
 
 #[test]
 fn masks_of_another_model_are_refused() {
-    let check = |dir: &Path, parts: &[&str]| {
-        refused(Model::load(dir), parts);
-        refused(Inference::load(dir, Precision::F32), parts);
+    let check = |name: &str, dtype: Dtype, shape: &[usize], byte: u8, parts: &[&str]| {
+        let dir = with_masks_file(name, dtype, shape, byte);
+        refused(Model::load(dir.path()), parts);
+        refused(Inference::load(dir.path(), Precision::F32), parts);
     };
-    let dir = with_masks_file("model.layers.7.mlp.up_proj.weight", Dtype::U8, &[INTERMEDIATE, 2], 255);
-    check(dir.path(), &[MASKS_FILE, "layers.7", "is no linear", "remove the file"]);
-    let dir = with_masks_file("model.embed_tokens.weight", Dtype::U8, &[29, 2], 255);
-    check(dir.path(), &[MASKS_FILE, "embed_tokens", "is no linear"]);
-    let dir = with_masks_file(DOWN, Dtype::U8, &[HIDDEN, 2], 255);
-    check(dir.path(), &[MASKS_FILE, "down_proj", "is U8 [16, 2] and not U8 [16, 3]"]);
-    let dir = with_masks_file(DOWN, Dtype::I8, &[HIDDEN, 3], 1);
-    check(dir.path(), &["down_proj", "is I8 [16, 3] and not U8"]);
-    let dir = with_masks_file(DOWN, Dtype::U8, &[HIDDEN, 3], 255);
-    check(dir.path(), &["down_proj", "bits behind its 20 columns"]);
+    let (other, embedding) = ("model.layers.7.mlp.up_proj.weight", "model.embed_tokens.weight");
+    let no_linear = [MASKS_FILE, "layers.7", "is no linear", "remove the file"];
+    check(other, Dtype::U8, &[INTERMEDIATE, 2], 255, &no_linear);
+    check(embedding, Dtype::U8, &[29, 2], 255, &[MASKS_FILE, "embed_tokens", "is no linear"]);
+    let shapes = [MASKS_FILE, "down_proj", "is U8 [16, 2] and not U8 [16, 3]"];
+    check(DOWN, Dtype::U8, &[HIDDEN, 2], 255, &shapes);
+    check(DOWN, Dtype::I8, &[HIDDEN, 3], 1, &["down_proj", "is I8 [16, 3] and not U8"]);
+    check(DOWN, Dtype::U8, &[HIDDEN, 3], 255, &["down_proj", "bits behind its 20 columns"]);
     // Whole masks, of weights that are not 0 there: one read by rows, one transposed.
-    let dir = with_masks_file(Q, Dtype::U8, &[24, 2], 0b1111_1101);
-    check(dir.path(), &["model.safetensors", "q_proj", "is not 0 at row 0, column 1", MASKS_FILE]);
-    let dir = with_masks_file(DOWN, Dtype::U8, &[HIDDEN, 3], 0b0000_1011);
-    check(dir.path(), &["model.safetensors", "down_proj", "is not 0 at row 0, column 2"]);
+    let by_rows = ["model.safetensors", "q_proj", "is not 0 at row 0, column 1", MASKS_FILE];
+    check(Q, Dtype::U8, &[24, 2], 0b1111_1101, &by_rows);
+    let by_columns = ["model.safetensors", "down_proj", "is not 0 at row 0, column 2"];
+    check(DOWN, Dtype::U8, &[HIDDEN, 3], 0b0000_1011, &by_columns);
 
     let mut model = Model::new(config());
     let mut masks = Masks::new();
@@ -152,17 +150,11 @@ fn kept_weights_are_what_is_activated() {
             masks.insert(name, shape[0], shape[1], |row, _| row % of == 0);
         }
     }
-    let pruned_counts = counts.with_masks(&masks);
+    let left = counts.with_masks(&masks);
     let pruned = 10_485_760 / 2 + 50_331_648 / 4 * 3;
     assert_eq!((masks.pruned(), masks.kept()), (pruned, 10_485_760 + 50_331_648 - pruned));
-    assert_eq!(
-        (pruned_counts.total, pruned_counts.activated(0.0)),
-        (1_235_814_400, (1_235_814_400 - pruned) as f64)
-    );
-    assert_eq!(
-        counts.flops_per_token(0.0, 9.0) - pruned_counts.flops_per_token(0.0, 9.0),
-        2.0 * pruned as f64
-    );
+    assert_eq!((left.total, left.activated(0.0)), (1_235_814_400, (1_235_814_400 - pruned) as f64));
+    assert_eq!(counts.flops_per_token(0.0, 9.0) - left.flops_per_token(0.0, 9.0), 2.0 * pruned as f64);
 
     let model = masked();
     let kept = Accounting::of(model.config()).total - model.masks().unwrap().pruned();

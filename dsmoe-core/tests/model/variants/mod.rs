@@ -51,11 +51,3 @@ fn tokens(len: usize, seed: u64) -> Vec<u32> {
     let mut rng = Rng::new(seed, 7);
     (0..len).map(|_| rng.below(VOCAB as u64) as u32).collect()
 }
-
-fn refused<T>(result: Result<T>, parts: &[&str]) {
-    let message = result.err().unwrap_or_else(|| panic!("accepted, without {parts:?}")).to_string();
-    assert!(
-        !message.contains('\n') && parts.iter().all(|part| message.contains(part)),
-        "{message}: {parts:?}"
-    );
-}

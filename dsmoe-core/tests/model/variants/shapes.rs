@@ -4,17 +4,17 @@ use dsmoe_core::accounting::Accounting;
 use dsmoe_core::checkpoint::Dtype;
 use dsmoe_core::config::LayerShape;
 use dsmoe_core::init::preset;
-use dsmoe_core::model::{After, Batch, Cache, Inference, Segment, StepArgs, TrainWorkspace, Workspace};
+use dsmoe_core::model::{After, Batch, Cache, Inference, Segment, TrainWorkspace, Workspace};
 use dsmoe_core::params::Entry;
 use dsmoe_core::{Config, Model};
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::buf::Buf;
-use dsmoe_router::SparsityOver;
+use dsmoe_kernels::testing::refused;
 
 use super::{
-    HEAD_DIM, HEADS, HIDDEN, INTERMEDIATE, KV_HEADS, LAYERS, VOCAB, config, config_json, fill, read, refused,
-    tokens,
+    HEAD_DIM, HEADS, HIDDEN, INTERMEDIATE, KV_HEADS, LAYERS, VOCAB, config, config_json, fill, read, tokens,
 };
+use crate::{logits, step_args};
 
 const GROUP: usize = HEADS / KV_HEADS;
 
@@ -101,29 +101,20 @@ fn close(what: &str, got: &[f32], want: &[f32]) {
     }
 }
 
-fn logits(model: &Inference, ids: &[u32]) -> Vec<f32> {
-    let mut cache = Cache::new(model, ids.len());
-    model.logits(ids, ids.len(), &mut cache, None, &mut Workspace::default()).unwrap().to_vec()
-}
-
 #[test]
 fn missing_heads_and_neurons_are_silent_ones() {
     let (small, whole) = pair();
     for precision in [Precision::F32, Precision::Bf16] {
         let (small, whole) = (Inference::new(&small, precision), Inference::new(&whole, precision));
         let ids = tokens(13, 1);
-        let (got, want) = (logits(&small, &ids), logits(&whole, &ids));
-        match precision {
-            Precision::F32 => close("logits", &got, &want),
-            // Sums are rounded in another order, here and there to the next bf16.
-            Precision::Bf16 => {
-                let far = got.iter().zip(&want).filter(|(a, b)| (*a - *b).abs() > 0.05).count();
-                assert!(far == 0, "{far} logits differ");
-            }
-        }
+        let (got, want) = (logits(&small, [&ids[..]]), logits(&whole, [&ids[..]]));
         if precision == Precision::Bf16 {
+            // Sums are rounded in another order, here and there to the next bf16.
+            let far = got.iter().zip(&want).filter(|(a, b)| (*a - *b).abs() > 0.05).count();
+            assert!(far == 0, "{far} logits differ");
             continue;
         }
+        close("logits", &got, &want);
         // Token by token, with a cache of its own and beside another sequence.
         let mut workspace = Workspace::default();
         let (mut one, mut each) = (Cache::new(&small, 4), Cache::new(&small, 4));
@@ -159,31 +150,11 @@ fn gradients_are_those_of_the_model_with_silent_parts() {
     let step = |model: &Model| {
         let mut grads = Buf::zeros(model.layout().len());
         let mut workspace = TrainWorkspace::new(model, inputs.len(), Precision::F32);
-        let args = StepArgs {
-            loss_scale: 0.1,
-            sparsity_weight: 0.0,
-            sparsity_over: SparsityOver::Active,
-            balance_scale: 1.0,
-            seed: 0,
-        };
+        let (batch, args) = (Batch { inputs: &inputs, targets: &targets, seq: 9 }, step_args(10));
         // Twice: nothing of the first pass may show in the second.
-        model
-            .train_step(
-                &mut grads,
-                Batch { inputs: &inputs, targets: &targets, seq: 9 },
-                &args,
-                &mut workspace,
-            )
-            .unwrap();
+        model.train_step(&mut grads, batch, &args, &mut workspace).unwrap();
         grads.clear();
-        let output = model
-            .train_step(
-                &mut grads,
-                Batch { inputs: &inputs, targets: &targets, seq: 9 },
-                &args,
-                &mut workspace,
-            )
-            .unwrap();
+        let output = model.train_step(&mut grads, batch, &args, &mut workspace).unwrap();
         (output.loss_sum, grads)
     };
     let ((loss, got), (want_loss, want)) = (step(&small), step(&whole));
@@ -206,7 +177,7 @@ fn a_directory_keeps_the_shapes() {
     assert_eq!(back.config().to_json(), text);
     assert_eq!(back.params(), small.params());
     let (loaded, ids) = (Inference::load(dir.path(), Precision::F32).unwrap(), tokens(9, 5));
-    assert_eq!(logits(&loaded, &ids), logits(&Inference::new(&small, Precision::F32), &ids));
+    assert_eq!(logits(&loaded, [&ids[..]]), logits(&Inference::new(&small, Precision::F32), [&ids[..]]));
 }
 
 #[test]
@@ -242,24 +213,26 @@ fn wrong_shapes_are_refused() {
     let text = uneven.to_json();
     let last = text.rfind("\"num_key_value_heads\": 1").unwrap();
     let with_last = |to: &str| format!("{}{to}{}", &text[..last], &text[last + 24..]);
-    refused(
-        read(&with_last("\"num_key_value_heads\": 3")),
-        &["layer_shapes[2].num_key_value_heads is 3", "does not divide num_attention_heads 2"],
-    );
-    refused(
-        read(&with_last("\"num_key_value_heads\": 0")),
-        &["layer_shapes[2].num_key_value_heads is 0", "use an"],
-    );
-    refused(
-        read(&with_last("\"kv\": 1")),
-        &["layer_shapes is wrong", "unknown field `kv`", "for each layer"],
-    );
-    let fewer = text.replace("\"num_hidden_layers\": 3", "\"num_hidden_layers\": 4");
-    refused(read(&fewer), &["layer_shapes has 3 entries", "num_hidden_layers is 4"]);
-    let wide = text.replacen("\"intermediate_size\": 20", "\"intermediate_size\": 21", 1);
-    refused(read(&wide), &["intermediate_size is 21", "largest of layer_shapes is 20"]);
-    let llama = text.replace("\"model_type\": \"dsmoe\"", "\"model_type\": \"llama\"");
-    refused(read(&llama), &["layer_shapes is present but model_type is not dsmoe"]);
+    let heads = "layer_shapes[2].num_key_value_heads is";
+    for (wrong, parts) in [
+        (with_last("\"num_key_value_heads\": 3"), [heads, " 3", "does not divide num_attention_heads 2"]),
+        (with_last("\"num_key_value_heads\": 0"), [heads, " 0", "use an"]),
+        (with_last("\"kv\": 1"), ["layer_shapes is wrong", "unknown field `kv`", "for each layer"]),
+        (
+            text.replace("\"num_hidden_layers\": 3", "\"num_hidden_layers\": 4"),
+            ["layer_shapes has 3 entries", "num_hidden_layers", "is 4"],
+        ),
+        (
+            text.replacen("\"intermediate_size\": 20", "\"intermediate_size\": 21", 1),
+            ["intermediate_size is 21", "largest of layer_shapes", "is 20"],
+        ),
+        (
+            text.replace("\"model_type\": \"dsmoe\"", "\"model_type\": \"llama\""),
+            ["layer_shapes is present", "but model_type", "is not dsmoe"],
+        ),
+    ] {
+        refused(read(&wrong), &parts);
+    }
     for value in ["3", "[1, 2, 3]", "{}"] {
         let wrong = format!("{}, \"layer_shapes\": {value}}}", config_json(true).trim_end_matches('}'));
         refused(read(&wrong.replace("\"llama\"", "\"dsmoe\"")), &["layer_shapes is wrong"]);
@@ -268,10 +241,8 @@ fn wrong_shapes_are_refused() {
 
 fn pruned(name: &str, layers: std::ops::RangeInclusive<usize>, shape: LayerShape) -> Config {
     let mut config = preset(name).unwrap();
-    let shapes =
-        config.layers().enumerate().map(|(i, whole)| if layers.contains(&i) { shape } else { whole });
-    let shapes = shapes.collect();
-    config.set_layers(shapes);
+    let layer = |(i, whole)| if layers.contains(&i) { shape } else { whole };
+    config.set_layers(config.layers().enumerate().map(layer).collect());
     config
 }
 
@@ -283,17 +254,18 @@ fn counts_of_block_pruning() {
         assert_eq!(counts.activated(0.0), counts.total as f64);
         counts.total
     };
-    let seven = LayerShape { num_heads: 15, num_kv_heads: 15, intermediate: 5160 };
-    assert_eq!(count(&pruned("llama-2-7b", 4..=29, seven)), 3_943_108_608);
+    let shape = |heads: usize, kv_heads: usize, intermediate: usize| LayerShape {
+        num_heads: heads,
+        num_kv_heads: kv_heads,
+        intermediate,
+    };
+    assert_eq!(count(&pruned("llama-2-7b", 4..=29, shape(15, 15, 5160))), 3_943_108_608);
     // Either of two ways for the 1B model: 10 layers with 2 key-value heads, or 15 with 4.
-    let one = LayerShape { num_heads: 8, num_kv_heads: 2, intermediate: 1319 };
-    assert_eq!(count(&pruned("llama-3.2-1b", 3..=12, one)), 734_894_080);
-    let one = LayerShape { num_heads: 16, num_kv_heads: 4, intermediate: 3610 };
-    assert_eq!(count(&pruned("llama-3.2-1b", 1..=15, one)), 734_894_080);
-    let mut narrow = preset("llama-2-7b").unwrap();
-    narrow.set_hidden(2401);
-    assert_eq!(count(&narrow), 3_949_935_521);
-    let mut narrow = preset("llama-3.2-1b").unwrap();
-    narrow.set_hidden(1215);
-    assert_eq!(count(&narrow), 733_161_375);
+    assert_eq!(count(&pruned("llama-3.2-1b", 3..=12, shape(8, 2, 1319))), 734_894_080);
+    assert_eq!(count(&pruned("llama-3.2-1b", 1..=15, shape(16, 4, 3610))), 734_894_080);
+    for (name, hidden, total) in [("llama-2-7b", 2401, 3_949_935_521), ("llama-3.2-1b", 1215, 733_161_375)] {
+        let mut narrow = preset(name).unwrap();
+        narrow.set_hidden(hidden);
+        assert_eq!(count(&narrow), total, "{name}");
+    }
 }

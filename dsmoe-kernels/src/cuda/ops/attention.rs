@@ -3,28 +3,15 @@
 
 use half::bf16;
 
-use super::{Arg, Gpu, Matrix, Result, Source, blocks, optional, sizes};
+use super::{Arg, Define, Gpu, Grid, Matrix, Result, Source, optional};
 use crate::cuda::{CudaError, GpuBuf};
 
-static SOURCE: Source = Source { name: "attention", text: include_str!("attention.cu") };
+pub(super) static SOURCE: Source = Source { name: "attention", text: include_str!("attention.cu") };
 
 /// The widest head: its gradients must fit into registers.
 const MAX_HEAD_DIM: usize = 128;
 /// Rows of a block.
 const TILE: usize = 64;
-
-#[cfg(test)]
-pub(crate) const KERNELS: super::KernelSpec = super::KernelSpec {
-    source: &SOURCE,
-    entries: &["forward", "ragged", "deltas", "backward_queries", "backward_keys"],
-    defines: &[
-        &[("HD", 128), ("HP", 128)],
-        &[("HD", 64), ("HP", 64)],
-        &[("HD", 32), ("HP", 32)],
-        &[("HD", 12), ("HP", 16)],
-    ],
-    max_registers: 255,
-};
 
 /// The heads of a layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,7 +52,7 @@ impl Heads {
         Ok(())
     }
 
-    fn defines(self) -> [(&'static str, i64); 2] {
+    pub(super) fn defines(self) -> [Define; 2] {
         [("HD", self.head_dim as i64), ("HP", self.head_dim.next_multiple_of(16) as i64)]
     }
 
@@ -125,15 +112,15 @@ pub(super) struct Tiles<'a> {
 impl Tiles<'_> {
     pub(super) fn run(self) -> Result<()> {
         let Tiles { out, lse, pointers: [q, k, v], strides, batch, queries, keys, heads } = self;
-        let kernel = out.gpu().kernel(&SOURCE, "forward", &heads.defines())?;
-        let grid = [queries.div_ceil(TILE) as u32, heads.heads as u32, batch as u32];
-        let [q_stride, k_stride] = strides.map(|stride| Arg::I64(stride as i64));
         let Heads { heads: count, kv_heads, .. } = heads;
-        let [queries, keys, count, group] = sizes("attention", [queries, keys, count, count / kv_heads])?;
-        let (lse, scale) = (optional(lse.as_deref()), heads.scale().into());
-        let args = [out.arg(), lse, q, k, v, q_stride, k_stride, queries, keys, count, group, scale];
+        let blocks = [queries.div_ceil(TILE), count, batch];
+        let [q_stride, k_stride] = strides.map(|stride| Arg::I64(stride as i64));
+        let pointers = [out.arg(), optional(lse.as_deref()), q, k, v, q_stride, k_stride];
+        let sizes = [queries, keys, count, count / kv_heads].map(Arg::Size);
+        let args = [&pointers[..], &sizes, &[Arg::F32(heads.scale())]].concat();
+        let grid = Grid { blocks, threads: 128, shared: heads.shared(3 * TILE) };
         // SAFETY: a block per tile of queries of a head; the callers checked that rows and strides are inside the buffers.
-        unsafe { kernel.launch(grid, 128, heads.shared(3 * TILE), &args) }
+        unsafe { SOURCE.launch(out.gpu(), "forward", &heads.defines(), grid, &args) }
     }
 }
 
@@ -209,15 +196,16 @@ impl Ragged<'_> {
             return Ok(());
         }
         let [k, v] = heads.keys_and_values(qkv);
-        let kernel = qkv.gpu().kernel(&SOURCE, "ragged", &heads.defines())?;
-        let [count, group] = sizes("attention", [heads.heads, heads.heads / heads.kv_heads])?;
-        let (table, tiles) = (segments.table.arg(), segments.tiles.arg());
-        let (stride, scale) = (Arg::I64(width as i64), heads.scale().into());
-        let args = [out.arg(), qkv.arg(), k, v, stride, table, tiles, count, group, scale];
-        let grid = [blocks("attention", segments.blocks)?, heads.heads as u32, 1];
+        let Heads { heads: count, kv_heads, .. } = heads;
+        let (table, tiles, stride) = (segments.table.arg(), segments.tiles.arg(), Arg::I64(width as i64));
+        let pointers = [out.arg(), qkv.arg(), k, v, stride, table, tiles];
+        let sizes = [count, count / kv_heads].map(Arg::Size);
+        let args = [&pointers[..], &sizes, &[Arg::F32(heads.scale())]].concat();
+        let shared = heads.shared(3 * TILE);
+        let grid = Grid { shared, ..Grid::plane(segments.blocks, count, 128) };
         // SAFETY: a block per tile of a segment's queries. Segments lie in the batch by the caller's promise, whose rows were
         // checked above.
-        unsafe { kernel.launch(grid, 128, heads.shared(3 * TILE), &args) }
+        unsafe { SOURCE.launch(qkv.gpu(), "ragged", &heads.defines(), grid, &args) }
     }
 }
 
@@ -265,21 +253,17 @@ impl Backward<'_> {
             return Ok(());
         }
         let (gpu, defines, pairs) = (qkv.gpu(), heads.defines(), rows * heads.heads);
-        let first = gpu.kernel(&SOURCE, "deltas", &defines)?;
         let args = [deltas.arg(), dout.arg(), out.arg(), Arg::I64(pairs as i64)];
         // SAFETY: a warp per row of a head; sizes were checked above.
-        unsafe { first.launch([blocks("attention", pairs.div_ceil(4))?, 1, 1], 128, 0, &args) }?;
-        let [queries, count, kv_count] = sizes("attention", [seq, heads.heads, heads.kv_heads])?;
-        let (stride, scale) = (Arg::I64(width as i64), heads.scale().into());
-        let (pointers, deltas) = ([dqkv.arg(), dout.arg(), qkv.arg(), lse.arg()], deltas.arg());
-        let args = [&pointers[..], &[deltas, stride, queries, count, kv_count, scale]].concat();
-        let tiles = seq.div_ceil(TILE) as u32;
-        let bytes = heads.shared(2 * TILE + 2 * TILE / 2);
+        unsafe { SOURCE.launch(gpu, "deltas", &defines, Grid::row(pairs.div_ceil(4), 128), &args) }?;
+        let sizes = [seq, heads.heads, heads.kv_heads].map(Arg::Size);
+        let pointers = [dqkv.arg(), dout.arg(), qkv.arg(), lse.arg(), deltas.arg(), Arg::I64(width as i64)];
+        let args = [&pointers[..], &sizes, &[Arg::F32(heads.scale())]].concat();
+        let (tiles, shared) = (seq.div_ceil(TILE), heads.shared(2 * TILE + 2 * TILE / 2));
         for (entry, count) in [("backward_queries", heads.heads), ("backward_keys", heads.kv_heads)] {
-            let kernel = gpu.kernel(&SOURCE, entry, &defines)?;
-            let grid = [tiles, count as u32, (rows / seq) as u32];
+            let grid = Grid { blocks: [tiles, count, rows / seq], threads: 128, shared };
             // SAFETY: a block per tile of queries, or keys, of a head; the two kernels set different columns of dqkv.
-            unsafe { kernel.launch(grid, 128, bytes, &args) }?;
+            unsafe { SOURCE.launch(gpu, entry, &defines, grid, &args) }?;
         }
         Ok(())
     }

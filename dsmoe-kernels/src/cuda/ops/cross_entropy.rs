@@ -2,23 +2,14 @@
 
 use half::bf16;
 
-use super::{Arg, Gpu, Matrix, Result, Source, blocks, int};
+use super::{Arg, Gpu, Grid, Matrix, Result, Source};
 
-static SOURCE: Source = Source { name: "cross_entropy", text: include_str!("cross_entropy.cu") };
-
-#[cfg(test)]
-pub(crate) const KERNELS: super::KernelSpec = super::KernelSpec {
-    source: &SOURCE,
-    entries: &["chunk", "forward", "likelihoods"],
-    defines: &[&[]],
-    max_registers: 64,
-};
+pub(super) static SOURCE: Source = Source { name: "cross_entropy", text: include_str!("cross_entropy.cu") };
 
 fn start(gpu: &Gpu, entry: &'static str, rows: usize, vocab: usize, args: &[Arg]) -> Result<()> {
-    let kernel = gpu.kernel(&SOURCE, entry, &[])?;
-    let block = vocab.next_multiple_of(32).clamp(32, 1024) as u32;
+    let threads = vocab.next_multiple_of(32).clamp(32, 1024) as u32;
     // SAFETY: a block per row; the callers checked the sizes, and their callers promise that targets are logits.
-    unsafe { kernel.launch([blocks("cross_entropy", rows)?, 1, 1], block, 0, args) }
+    unsafe { SOURCE.launch(gpu, entry, &[], Grid::row(rows, threads), args) }
 }
 
 /// Sets the losses as [`Forward`] does, and `dlogits` to their gradient times `scale`, which is 0 for an ignored target.
@@ -49,8 +40,7 @@ impl Chunk<'_> {
             "cuda cross_entropy::chunk: {} rows of logits for {rows} targets",
             logits.rows()
         );
-        let vocab_arg = int("cross_entropy", vocab)?.into();
-        let args = [losses.arg(), dlogits.arg(), logits.arg(), targets.arg(), scale.into(), vocab_arg];
+        let args = [losses.arg(), dlogits.arg(), logits.arg(), targets.arg(), Arg::F32(scale), vocab.into()];
         start(logits.gpu(), "chunk", rows, vocab, &args)
     }
 }
@@ -80,7 +70,7 @@ impl Forward<'_> {
             "cuda cross_entropy::forward: {} rows of logits for {rows} targets",
             logits.rows()
         );
-        let args = [losses.arg(), logits.arg(), targets.arg(), int("cross_entropy", vocab)?.into()];
+        let args = [losses.arg(), logits.arg(), targets.arg(), vocab.into()];
         start(logits.gpu(), "forward", rows, vocab, &args)
     }
 }
@@ -114,8 +104,7 @@ impl Likelihoods<'_> {
             "cuda cross_entropy::likelihoods: {} rows for {count} targets",
             rows.len()
         );
-        let vocab_arg = int("cross_entropy", vocab)?.into();
-        let args = [found.arg(), greedy.arg(), logits.arg(), rows.arg(), targets.arg(), vocab_arg];
+        let args = [found.arg(), greedy.arg(), logits.arg(), rows.arg(), targets.arg(), vocab.into()];
         start(logits.gpu(), "likelihoods", count, vocab, &args)
     }
 }

@@ -3,22 +3,14 @@
 use half::bf16;
 
 use super::attention::{Heads, Tiles};
-use super::{Matrix, Result, Source, blocks, optional, sizes};
+use super::{Arg, Define, Grid, Matrix, Result, Source, optional};
 
-static SOURCE: Source = Source { name: "decode", text: include_str!("decode.cu") };
+pub(super) static SOURCE: Source = Source { name: "decode", text: include_str!("decode.cu") };
 
 /// Keys that one block takes.
 const CHUNK: usize = 64;
 
-#[cfg(test)]
-pub(crate) const KERNELS: super::KernelSpec = super::KernelSpec {
-    source: &SOURCE,
-    entries: &["append", "chunks", "combine"],
-    defines: &[&[("HD", 128), ("CHUNK", CHUNK as i64)], &[("HD", 6), ("CHUNK", CHUNK as i64)]],
-    max_registers: 128,
-};
-
-fn defines(heads: Heads) -> [(&'static str, i64); 2] {
+pub(super) fn defines(heads: Heads) -> [Define; 2] {
     [("HD", heads.head_dim as i64), ("CHUNK", CHUNK as i64)]
 }
 
@@ -66,14 +58,11 @@ impl Append<'_> {
             qkv.cols(),
             keys.len()
         );
-        let kernel = qkv.gpu().kernel(&SOURCE, "append", &defines(heads))?;
-        let count = blocks("attention", (rows * kv_width).div_ceil(256))?;
-        let [start, rows, joined, width, kv_width] =
-            sizes("attention", [start, rows, heads.joined_width(), heads.width(), kv_width])?;
-        let length = optional(length);
-        let args = [keys.arg(), values.arg(), qkv.arg(), length, start, rows, joined, width, kv_width];
+        let grid = Grid::row((rows * kv_width).div_ceil(256), 256);
+        let sizes = [start, rows, heads.joined_width(), heads.width(), kv_width].map(Arg::Size);
+        let args = [&[keys.arg(), values.arg(), qkv.arg(), optional(length)], &sizes[..]].concat();
         // SAFETY: a thread per value of the rows; room was checked above, or for a length on the device is promised.
-        unsafe { kernel.launch([count, 1, 1], 256, 0, &args) }
+        unsafe { SOURCE.launch(qkv.gpu(), "append", &defines(heads), grid, &args) }
     }
 }
 
@@ -161,16 +150,14 @@ impl Decode<'_> {
             qkv.len()
         );
         let (gpu, defines, chunks) = (qkv.gpu(), defines(heads), room.div_ceil(CHUNK));
-        let [count, kv_count, chunk_count] = sizes("attention", [heads.heads, heads.kv_heads, chunks])?;
-        let first = gpu.kernel(&SOURCE, "chunks", &defines)?;
-        let scale = heads.scale().into();
+        let Heads { heads: count, kv_heads, .. } = heads;
         let pointers = [partials.arg(), qkv.arg(), keys.arg(), values.arg(), length.arg()];
-        let args = [&pointers[..], &[count, kv_count, scale]].concat();
+        let args = [&pointers[..], &[count.into(), kv_heads.into(), Arg::F32(heads.scale())]].concat();
+        let grid = Grid::plane(chunks, count, CHUNK as u32);
         // SAFETY: a block per chunk of the room and head; those behind the length do nothing.
-        unsafe { first.launch([chunks as u32, heads.heads as u32, 1], CHUNK as u32, 0, &args) }?;
-        let second = gpu.kernel(&SOURCE, "combine", &defines)?;
-        let args = [out.arg(), partials.arg(), length.arg(), chunk_count];
+        unsafe { SOURCE.launch(gpu, "chunks", &defines, grid, &args) }?;
+        let args = [out.arg(), partials.arg(), length.arg(), chunks.into()];
         // SAFETY: a block per head reads the chunks that were set above.
-        unsafe { second.launch([heads.heads as u32, 1, 1], 128, 0, &args) }
+        unsafe { SOURCE.launch(gpu, "combine", &defines, Grid::row(count, 128), &args) }
     }
 }

@@ -2,27 +2,17 @@
 
 use half::bf16;
 
-use super::{Arg, Gpu, Matrix, Result, Source, blocks, int};
+use super::{Arg, Gpu, Grid, Matrix, Result, Source};
 
-static SOURCE: Source = Source { name: "elementwise", text: include_str!("elementwise.cu") };
-
-#[cfg(test)]
-pub(crate) const KERNELS: super::KernelSpec = super::KernelSpec {
-    source: &SOURCE,
-    entries: &["cast", "add", "keep", "rows"],
-    defines: &[&[]],
-    max_registers: 40,
-};
+pub(super) static SOURCE: Source = Source { name: "elementwise", text: include_str!("elementwise.cu") };
 
 /// Threads of a block.
 const BLOCK: u32 = 256;
 
-fn each(gpu: &Gpu, entry: &'static str, len: usize, per_thread: usize, pointers: [Arg; 2]) -> Result<()> {
-    let kernel = gpu.kernel(&SOURCE, entry, &[])?;
-    let count = blocks(entry, len.div_ceil(per_thread * BLOCK as usize))?;
-    let [a, b] = pointers;
+fn each(gpu: &Gpu, entry: &'static str, len: usize, per_thread: usize, [a, b]: [Arg; 2]) -> Result<()> {
+    let grid = Grid::row(len.div_ceil(per_thread * BLOCK as usize), BLOCK);
     // SAFETY: the kernels of elementwise.cu take two pointers and the number of values, which the callers checked.
-    unsafe { kernel.launch([count, 1, 1], BLOCK, 0, &[a, b, Arg::I64(len as i64)]) }
+    unsafe { SOURCE.launch(gpu, entry, &[], grid, &[a, b, Arg::I64(len as i64)]) }
 }
 
 /// Sets `out` to `x` rounded.
@@ -107,10 +97,8 @@ impl Rows<'_> {
     pub fn run(self) -> Result<()> {
         let Rows { out, x, picked } = self;
         assert!(out.rows() == picked.len() && out.cols() == x.cols(), "cuda rows");
-        let kernel = x.gpu().kernel(&SOURCE, "rows", &[])?;
-        let grid = [blocks("rows", picked.len())?, 1, 1];
-        let args = [out.arg(), x.arg(), picked.arg(), int("rows", x.cols())?.into()];
+        let args = [out.arg(), x.arg(), picked.arg(), x.cols().into()];
         // SAFETY: the sizes were checked above; the numbers of rows are the caller's promise.
-        unsafe { kernel.launch(grid, BLOCK, 0, &args) }
+        unsafe { SOURCE.launch(x.gpu(), "rows", &[], Grid::row(picked.len(), BLOCK), &args) }
     }
 }

@@ -1,17 +1,9 @@
 //! Rows of an embedding table; see [`crate::ops::embedding`].
 
-use super::{Gpu, Matrix, Result, Source, blocks, int};
+use super::{Gpu, Grid, Matrix, Result, Source};
 use crate::cuda::{Float, GpuBuf};
 
-static SOURCE: Source = Source { name: "embedding", text: include_str!("embedding.cu") };
-
-#[cfg(test)]
-pub(crate) const KERNELS: super::KernelSpec = super::KernelSpec {
-    source: &SOURCE,
-    entries: &["forward_f32", "forward_bf16", "backward"],
-    defines: &[&[]],
-    max_registers: 40,
-};
+pub(super) static SOURCE: Source = Source { name: "embedding", text: include_str!("embedding.cu") };
 
 /// Threads of a block.
 const BLOCK: u32 = 256;
@@ -100,11 +92,9 @@ impl<T: Float> Forward<'_, T> {
             "cuda embedding::forward"
         );
         let entry = if T::F32 { "forward_f32" } else { "forward_bf16" };
-        let kernel = ids.gpu().kernel(&SOURCE, entry, &[])?;
-        let grid = [blocks("embedding", ids.len())?, 1, 1];
-        let args = [out.arg(), table.arg(), ids.arg(), int("embedding", hidden)?.into()];
+        let args = [out.arg(), table.arg(), ids.arg(), hidden.into()];
         // SAFETY: a block per id, which has a row of `out`; ids are rows of the table by the caller's promise.
-        unsafe { kernel.launch(grid, BLOCK, 0, &args) }
+        unsafe { SOURCE.launch(ids.gpu(), entry, &[], Grid::row(ids.len(), BLOCK), &args) }
     }
 }
 
@@ -131,18 +121,10 @@ impl Backward<'_> {
             dout.rows() == order.len && dtable.len().is_multiple_of(hidden.max(1)),
             "cuda embedding::backward"
         );
-        let kernel = dout.gpu().kernel(&SOURCE, "backward", &[])?;
-        let grid = [blocks("embedding", order.len)?, 1, 1];
-        let args = [
-            dtable.arg(),
-            dout.arg(),
-            order.ids.arg(),
-            order.offsets.arg(),
-            order.positions.arg(),
-            int("embedding", hidden)?.into(),
-        ];
+        let Occurrences { ids, offsets, positions, len, .. } = order;
+        let args = [dtable.arg(), dout.arg(), ids.arg(), offsets.arg(), positions.arg(), hidden.into()];
         // SAFETY: offsets and positions were made for as many rows as `dout` has. A block handles each of them; those with
         // positions have ids that are rows of the table, as those of the forward pass were.
-        unsafe { kernel.launch(grid, BLOCK, 0, &args) }
+        unsafe { SOURCE.launch(dout.gpu(), "backward", &[], Grid::row(*len, BLOCK), &args) }
     }
 }

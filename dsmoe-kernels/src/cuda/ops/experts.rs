@@ -8,22 +8,14 @@ use half::bf16;
 
 use super::ffn::Dims;
 use super::router::Lists;
-use super::{Arg, Gpu, Matrix, Result, Source, blocks, int, sizes};
+use super::{Arg, Define, Gpu, Grid, Matrix, Result, Source};
 
-static SOURCE: Source = Source { name: "experts", text: include_str!("experts.cu") };
+pub(super) static SOURCE: Source = Source { name: "experts", text: include_str!("experts.cu") };
 
 /// Bytes of shared memory that a step of a tile takes.
 const STAGE_BYTES: u32 = (128 + 256) * 64 * 2;
 /// Bytes of shared memory beside the steps: results on their way out, and room to align the start.
 const OTHER_BYTES: u32 = 8 * 16 * 272 + 1024;
-
-#[cfg(test)]
-pub(crate) const KERNELS: super::KernelSpec = super::KernelSpec {
-    source: &SOURCE,
-    entries: &["up", "project", "down", "input", "weights", "combine"],
-    defines: &[&[("STAGES", 4), ("PLAIN", 0)], &[("STAGES", 2), ("PLAIN", 1)]],
-    max_registers: 255,
-};
 
 impl Dims {
     /// Tells whether these kernels take an FFN of such sizes: rows of an expert's weights and activations are whole groups of
@@ -86,30 +78,31 @@ thread_local! {
 /// Queues a kernel with `args`, which the arguments common to all kernels but `combine` follow.
 fn start(gpu: &Gpu, entry: &'static str, args: &[Arg], lists: &Lists, dims: &Dims) -> Result<()> {
     let Dims { hidden, intermediate, num_experts: n, .. } = *dims;
-    let ends = sizes("experts", [n, intermediate / n, hidden])?;
+    let ends = [n, intermediate / n, hidden].map(Arg::Size);
     let args = [args, &[lists.offsets.arg(), lists.tokens.arg()], &ends].concat();
     let stages = stages(gpu);
     // Tensor cores of Hopper read a step while the one before is still in use.
     let plain = stages < 3;
     #[cfg(test)]
     let plain = plain || PLAIN.get();
-    let defines = [("STAGES", i64::from(stages)), ("PLAIN", i64::from(plain))];
-    let kernel = gpu.kernel(&SOURCE, entry, &defines)?;
     let shared = stages * STAGE_BYTES + OTHER_BYTES;
+    let grid = Grid { shared, ..Grid::row(gpu.multiprocessors() as usize, 256) };
     // SAFETY: the arguments are those of the kernel in experts.cu. The callers checked the sizes, and that rows are groups of
     // 8 values, so that all of them start at 16 bytes, as buffers do; lists name tokens and pairs of these sizes.
-    unsafe { kernel.launch([gpu.multiprocessors(), 1, 1], 256, shared, &args) }
+    unsafe { SOURCE.launch(gpu, entry, &defines(stages, plain), grid, &args) }
+}
+
+pub(super) fn defines(stages: u32, plain: bool) -> [Define; 2] {
+    [("STAGES", i64::from(stages)), ("PLAIN", i64::from(plain))]
 }
 
 /// Sets `y` to the sums of the parts of every token.
 fn combine(y: &mut Matrix<f32>, parts: &Matrix<bf16>, lists: &Lists, dims: &Dims) -> Result<()> {
-    let kernel = y.gpu().kernel(&SOURCE, "combine", &[("STAGES", 2), ("PLAIN", 1)])?;
-    let hidden = int("experts", dims.hidden)?.into();
-    let args = [y.arg(), parts.arg(), lists.token_offsets.arg(), lists.slots.arg(), hidden];
-    let block = (dims.hidden / 8).next_multiple_of(32).clamp(32, 256) as u32;
+    let args = [y.arg(), parts.arg(), lists.token_offsets.arg(), lists.slots.arg(), dims.hidden.into()];
+    let threads = (dims.hidden / 8).next_multiple_of(32).clamp(32, 256) as u32;
     // SAFETY: a block per token. The callers checked the sizes; slots are places of active pairs, of which there are no more
     // than `parts` has room for.
-    unsafe { kernel.launch([blocks("experts", dims.tokens)?, 1, 1], block, 0, &args) }
+    unsafe { SOURCE.launch(y.gpu(), "combine", &defines(2, true), Grid::row(dims.tokens, threads), &args) }
 }
 
 fn check_parts(dims: &Dims, parts: &Matrix<bf16>) {

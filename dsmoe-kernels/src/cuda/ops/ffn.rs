@@ -2,17 +2,9 @@
 
 use half::bf16;
 
-use super::{Arg, Matrix, Result, Source, blocks, optional, sizes};
+use super::{Arg, Grid, Matrix, Result, Source, optional};
 
-static SOURCE: Source = Source { name: "ffn", text: include_str!("ffn.cu") };
-
-#[cfg(test)]
-pub(crate) const KERNELS: super::KernelSpec = super::KernelSpec {
-    source: &SOURCE,
-    entries: &["activate", "backward"],
-    defines: &[&[]],
-    max_registers: 64,
-};
+pub(super) static SOURCE: Source = Source { name: "ffn", text: include_str!("ffn.cu") };
 
 /// Experts that the backward pass of a dense FFN is cut into: a warp takes each.
 const SLICES: usize = 8;
@@ -67,13 +59,11 @@ impl Activate<'_> {
     pub fn run(self) -> Result<()> {
         let Activate { c, a, b, coefficients } = self;
         let n = check("activate", a, &[c.len(), b.len()], coefficients);
-        let kernel = a.gpu().kernel(&SOURCE, "activate", &[])?;
-        let count = blocks("ffn", c.len().div_ceil(8 * 256))?;
-        let [width, n] = sizes("ffn", [a.cols(), n])?;
-        let tokens = Arg::I64(a.rows() as i64);
-        let args = [c.arg(), a.arg(), b.arg(), optional(coefficients), tokens, width, n];
+        let (k, tokens) = (optional(coefficients), Arg::I64(a.rows() as i64));
+        let args = [c.arg(), a.arg(), b.arg(), k, tokens, a.cols().into(), n.into()];
+        let grid = Grid::row(c.len().div_ceil(8 * 256), 256);
         // SAFETY: eight values per thread of buffers whose lengths were checked above; buffers start at 16 bytes.
-        unsafe { kernel.launch([count, 1, 1], 256, 0, &args) }
+        unsafe { SOURCE.launch(a.gpu(), "activate", &[], grid, &args) }
     }
 }
 
@@ -113,22 +103,10 @@ impl Backward<'_> {
         assert!(given[0] == given[1], "cuda ffn::backward: {given:?} coefficients");
         let dense = coefficients.is_none();
         let slices = if dense && a.cols().is_multiple_of(SLICES) { SLICES } else { n };
-        let kernel = a.gpu().kernel(&SOURCE, "backward", &[])?;
-        let [width, slices] = sizes("ffn", [a.cols(), slices])?;
-        let args = [
-            da.arg(),
-            db.arg(),
-            c.arg(),
-            optional(dcoefficients.as_deref()),
-            g.arg(),
-            a.arg(),
-            b.arg(),
-            optional(coefficients),
-            width,
-            slices,
-            (all_pairs || dense).into(),
-        ];
+        let (k, dk) = (optional(coefficients), optional(dcoefficients.as_deref()));
+        let pointers = [da.arg(), db.arg(), c.arg(), dk, g.arg(), a.arg(), b.arg(), k];
+        let args = [&pointers[..], &[a.cols().into(), slices.into(), (all_pairs || dense).into()]].concat();
         // SAFETY: a block per token of buffers whose lengths were checked above.
-        unsafe { kernel.launch([blocks("ffn", a.rows())?, 1, 1], 256, 0, &args) }
+        unsafe { SOURCE.launch(a.gpu(), "backward", &[], Grid::row(a.rows(), 256), &args) }
     }
 }

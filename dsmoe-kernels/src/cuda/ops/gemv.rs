@@ -3,29 +3,17 @@
 use half::bf16;
 
 use super::ffn::Dims;
-use super::{Matrix, Result, Source, blocks, optional, sizes};
+use super::{Arg, Define, Grid, Matrix, Result, Source, optional};
 use crate::cuda::Float;
 
-static SOURCE: Source = Source { name: "gemv", text: include_str!("gemv.cu") };
+pub(super) static SOURCE: Source = Source { name: "gemv", text: include_str!("gemv.cu") };
 
 /// The largest number of tokens.
 pub const FEW: usize = 8;
 /// Neurons that one block of the down projection takes.
 const NEURONS: usize = 32;
 
-#[cfg(test)]
-pub(crate) const KERNELS: super::KernelSpec = super::KernelSpec {
-    source: &SOURCE,
-    entries: &["gemv_f32", "gemv_bf16", "gemv_up", "gemv_down", "gemv_sum"],
-    defines: &[
-        &[("TOKENS", 1), ("ALIGNED", 1), ("NEURONS", NEURONS as i64)],
-        &[("TOKENS", 8), ("ALIGNED", 1), ("NEURONS", NEURONS as i64)],
-        &[("TOKENS", 3), ("ALIGNED", 0), ("NEURONS", NEURONS as i64)],
-    ],
-    max_registers: 128,
-};
-
-fn defines(tokens: usize, width: usize) -> [(&'static str, i64); 3] {
+pub(super) fn defines(tokens: usize, width: usize) -> [Define; 3] {
     let aligned = width.is_multiple_of(8);
     [("TOKENS", tokens as i64), ("ALIGNED", i64::from(aligned)), ("NEURONS", NEURONS as i64)]
 }
@@ -55,12 +43,11 @@ impl<T: Float> Linear<'_, T> {
             w.len()
         );
         let entry = if T::F32 { "gemv_f32" } else { "gemv_bf16" };
-        let kernel = x.gpu().kernel(&SOURCE, entry, &defines(tokens, inputs))?;
-        let count = blocks("gemv", outputs.div_ceil(8))?;
-        let [inputs, outputs] = sizes("gemv", [inputs, outputs])?;
+        let (defines, grid) = (defines(tokens, inputs), Grid::row(outputs.div_ceil(8), 256));
+        let args = [y.arg(), x.arg(), w.arg(), inputs.into(), outputs.into()];
         // SAFETY: a warp per output; sizes were checked above, and rows of a width of 8 values start at 16 bytes where their
         // matrix does, as all buffers do.
-        unsafe { kernel.launch([count, 1, 1], 256, 0, &[y.arg(), x.arg(), w.arg(), inputs, outputs]) }
+        unsafe { SOURCE.launch(x.gpu(), entry, &defines, grid, &args) }
     }
 }
 
@@ -127,22 +114,20 @@ impl Ffn<'_> {
         let (gpu, defines, pairs) = (h.gpu(), defines(tokens, hidden), tokens * width);
         let [c, partials] = scratch.parts([0..pairs, pairs..dims.gemv_scratch()]);
         let (k, parts) = (optional(coefficients), dims.gemv_blocks());
-        let [hidden_arg, width_arg, n_arg, parts_arg] = sizes("gemv", [hidden, width, n, parts])?;
+        let [hidden_arg, width_arg, n_arg, parts_arg] = [hidden, width, n, parts].map(Arg::Size);
 
-        let kernel = gpu.kernel(&SOURCE, "gemv_up", &defines)?;
         let args = [c.arg(), h.arg(), gate.arg(), up.arg(), k, hidden_arg, width_arg, n_arg];
         // SAFETY: a warp per neuron; sizes were checked above.
-        unsafe { kernel.launch([blocks("gemv", width.div_ceil(8))?, 1, 1], 256, 0, &args) }?;
+        unsafe { SOURCE.launch(gpu, "gemv_up", &defines, Grid::row(width.div_ceil(8), 256), &args) }?;
 
-        let kernel = gpu.kernel(&SOURCE, "gemv_down", &defines)?;
         let args = [partials.arg(), c.arg(), down.arg(), k, hidden_arg, width_arg, n_arg, parts_arg];
-        let grid = [blocks("gemv", hidden.div_ceil(512))?, blocks("gemv", n * parts)?, 1];
+        let grid = Grid::plane(hidden.div_ceil(512), n * parts, 128);
         // SAFETY: a block per neurons of one expert and 512 columns; partial sums have room for each.
-        unsafe { kernel.launch(grid, 128, 0, &args) }?;
+        unsafe { SOURCE.launch(gpu, "gemv_down", &defines, grid, &args) }?;
 
-        let kernel = gpu.kernel(&SOURCE, "gemv_sum", &defines)?;
         let args = [y.arg(), partials.arg(), k, hidden_arg, n_arg, parts_arg];
+        let grid = Grid::plane(hidden.div_ceil(32), tokens, 256);
         // SAFETY: a block per 32 values of y reads the partial sums that were set above.
-        unsafe { kernel.launch([blocks("gemv", hidden.div_ceil(32))?, tokens as u32, 1], 256, 0, &args) }
+        unsafe { SOURCE.launch(gpu, "gemv_sum", &defines, grid, &args) }
     }
 }

@@ -2,19 +2,11 @@
 
 use half::bf16;
 
-use super::{Arg, Matrix, Result, Source, blocks, sizes};
+use super::{Arg, Grid, Matrix, Result, Source};
 use crate::cuda::Float;
 use crate::cuda::blas::Gemm;
 
-static SOURCE: Source = Source { name: "matmul", text: include_str!("matmul.cu") };
-
-#[cfg(test)]
-pub(crate) const KERNELS: super::KernelSpec = super::KernelSpec {
-    source: &SOURCE,
-    entries: &["gemm_f32", "gemm_bf16"],
-    defines: &[&[]],
-    max_registers: 64,
-};
+pub(super) static SOURCE: Source = Source { name: "matmul", text: include_str!("matmul.cu") };
 
 /// The operands of a product that are stored transposed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,17 +61,16 @@ impl<T: Float> Product<'_, T> {
         let gemm = self.gemm();
         let Product { out, a, b, .. } = self;
         let Gemm { m, n, k, .. } = gemm;
-        let kernel = a.gpu().kernel(&SOURCE, if T::F32 { "gemm_f32" } else { "gemm_bf16" }, &[])?;
+        let entry = if T::F32 { "gemm_f32" } else { "gemm_bf16" };
         // Steps of an operand along its two dimensions of the product.
         let (a_row, a_k) = if gemm.a_transposed { (1, m) } else { (k, 1) };
         let (b_k, b_col) = if gemm.b_transposed { (1, k) } else { (n, 1) };
-        let [rows, cols, terms] = sizes("gemm", [m, n, k])?;
-        let [a_row, a_k, b_k, b_col, row] = [a_row, a_k, b_k, b_col, n].map(|step| Arg::I64(step as i64));
-        let args =
-            [out.arg(), a.arg(), b.arg(), rows, cols, terms, a_row, a_k, b_k, b_col, row, gemm.add.into()];
-        let grid = [blocks("gemm", n.div_ceil(16))?, blocks("gemm", m.div_ceil(16))?, 1];
+        let steps = [a_row, a_k, b_k, b_col, n].map(|step| Arg::I64(step as i64));
+        let (pointers, sizes) = ([out.arg(), a.arg(), b.arg()], [m, n, k].map(Arg::Size));
+        let args = [&pointers[..], &sizes, &steps, &[gemm.add.into()]].concat();
+        let grid = Grid::plane(n.div_ceil(16), m.div_ceil(16), 256);
         // SAFETY: the arguments are those of the kernels in matmul.cu; the lengths were checked by `gemm`.
-        unsafe { kernel.launch(grid, 256, 0, &args) }
+        unsafe { SOURCE.launch(a.gpu(), entry, &[], grid, &args) }
     }
 
     fn gemm(&self) -> Gemm {

@@ -19,27 +19,7 @@ pub mod router;
 mod tests;
 
 pub(crate) use super::buf::{Matrix, optional};
-pub(crate) use super::compile::Source;
+pub(crate) use super::compile::{Define, Source};
 pub(crate) use super::device::Gpu;
 pub(crate) use super::error::Result;
-#[cfg(test)]
-pub(crate) use super::kernel::KernelSpec;
-pub(crate) use super::kernel::{Arg, blocks, int, sizes};
-
-/// All kernels, for the test that compiles them.
-#[cfg(test)]
-pub(crate) const KERNELS: &[KernelSpec] = &[
-    attention::KERNELS,
-    cross_entropy::KERNELS,
-    decode::KERNELS,
-    elementwise::KERNELS,
-    embedding::KERNELS,
-    experts::KERNELS,
-    ffn::KERNELS,
-    gemv::KERNELS,
-    matmul::KERNELS,
-    optim::KERNELS,
-    rms_norm::KERNELS,
-    rope::KERNELS,
-    router::KERNELS,
-];
+pub(crate) use super::kernel::{Arg, Grid};

@@ -2,18 +2,10 @@
 
 use half::bf16;
 
-use super::{Arg, Matrix, Result, Source, blocks, int};
+use super::{Arg, Grid, Matrix, Result, Source};
 use crate::adamw::Hyper;
 
-static SOURCE: Source = Source { name: "optim", text: include_str!("optim.cu") };
-
-#[cfg(test)]
-pub(crate) const KERNELS: super::KernelSpec = super::KernelSpec {
-    source: &SOURCE,
-    entries: &["adamw", "sum_squares", "sum", "add_partials"],
-    defines: &[&[]],
-    max_registers: 40,
-};
+pub(super) static SOURCE: Source = Source { name: "optim", text: include_str!("optim.cu") };
 
 /// Values of [`AddSum::partials`], which are added in order.
 pub const PARTIALS: usize = 512;
@@ -52,28 +44,11 @@ impl AdamW<'_> {
             "cuda adamw: {} parameters, {len} gradients",
             param.len()
         );
-        let (lr, root) = hyper.corrections();
-        let kernel = grad.gpu().kernel(&SOURCE, "adamw", &[])?;
-        let args = [
-            param.arg(),
-            rounded.arg(),
-            m.arg(),
-            v.arg(),
-            grad.arg(),
-            scale.arg(),
-            Arg::I64(len as i64),
-            ((1.0 - hyper.lr * hyper.weight_decay) as f32).into(),
-            (lr as f32).into(),
-            (hyper.beta1 as f32).into(),
-            ((1.0 - hyper.beta1) as f32).into(),
-            (hyper.beta2 as f32).into(),
-            ((1.0 - hyper.beta2) as f32).into(),
-            (root as f32).into(),
-            (hyper.eps as f32).into(),
-        ];
-        let count = blocks("adamw", len.div_ceil(BLOCK as usize))?;
+        let pointers = [param.arg(), rounded.arg(), m.arg(), v.arg(), grad.arg(), scale.arg()];
+        let args = [&pointers[..], &[Arg::I64(len as i64)], &hyper.factors().map(Arg::F32)].concat();
+        let grid = Grid::row(len.div_ceil(BLOCK as usize), BLOCK);
         // SAFETY: a thread per value of buffers whose lengths were checked above.
-        unsafe { kernel.launch([count, 1, 1], BLOCK, 0, &args) }
+        unsafe { SOURCE.launch(grad.gpu(), "adamw", &[], grid, &args) }
     }
 }
 
@@ -100,13 +75,11 @@ impl AddSum<'_> {
         let entry = if squares { "sum_squares" } else { "sum" };
         assert!(out.len() == 1 && partials.len() >= PARTIALS, "cuda {entry}: {} partials", partials.len());
         let parts = x.len().div_ceil(BLOCK as usize).min(PARTIALS);
-        let first = x.gpu().kernel(&SOURCE, entry, &[])?;
         let args = [partials.arg(), x.arg(), Arg::I64(x.len() as i64)];
         // SAFETY: a block per partial sum, for which there is room.
-        unsafe { first.launch([blocks(entry, parts)?, 1, 1], BLOCK, 0, &args) }?;
-        let second = x.gpu().kernel(&SOURCE, "add_partials", &[])?;
-        let args = [out.arg(), partials.arg(), int(entry, parts)?.into()];
+        unsafe { SOURCE.launch(x.gpu(), entry, &[], Grid::row(parts, BLOCK), &args) }?;
+        let args = [out.arg(), partials.arg(), parts.into()];
         // SAFETY: one thread reads the partial sums that were set above.
-        unsafe { second.launch([1, 1, 1], 1, 0, &args) }
+        unsafe { SOURCE.launch(x.gpu(), "add_partials", &[], Grid::row(1, 1), &args) }
     }
 }

@@ -2,27 +2,14 @@
 
 use half::bf16;
 
-use super::{Arg, Gpu, Matrix, Result, Source, blocks, int, sizes};
+use super::{Arg, Define, Gpu, Grid, Matrix, Result, Source};
 
-static SOURCE: Source = Source { name: "rms_norm", text: include_str!("rms_norm.cu") };
-
-#[cfg(test)]
-pub(crate) const KERNELS: super::KernelSpec = super::KernelSpec {
-    source: &SOURCE,
-    entries: &["forward", "forward_sum", "restore", "backward", "sum_partials"],
-    defines: &[
-        &[("HIDDEN", 4096), ("THREADS", 512)],
-        &[("HIDDEN", 8192), ("THREADS", 1024)],
-        &[("HIDDEN", 128), ("THREADS", 32)],
-        &[("HIDDEN", 67), ("THREADS", 32)],
-    ],
-    max_registers: 64,
-};
+pub(super) static SOURCE: Source = Source { name: "rms_norm", text: include_str!("rms_norm.cu") };
 
 /// Blocks of the backward pass: each keeps a part of the weight's gradient.
 const PARTS: usize = 512;
 
-fn defines(hidden: usize) -> [(&'static str, i64); 2] {
+pub(super) fn defines(hidden: usize) -> [Define; 2] {
     // About eight values a thread.
     let threads = hidden.div_ceil(8).next_multiple_of(32).clamp(32, 1024);
     [("HIDDEN", hidden as i64), ("THREADS", threads as i64)]
@@ -30,9 +17,8 @@ fn defines(hidden: usize) -> [(&'static str, i64); 2] {
 
 fn start(gpu: &Gpu, entry: &'static str, rows: usize, hidden: usize, args: &[Arg]) -> Result<()> {
     let defines = defines(hidden);
-    let kernel = gpu.kernel(&SOURCE, entry, &defines)?;
     // SAFETY: the callers checked that the buffers have `rows` rows, or parts, of `hidden` values.
-    unsafe { kernel.launch([blocks("rms_norm", rows)?, 1, 1], defines[1].1 as u32, 0, args) }
+    unsafe { SOURCE.launch(gpu, entry, &defines, Grid::row(rows, defines[1].1 as u32), args) }
 }
 
 /// Checks that matrices have a row for each value of `rstd`. Returns the numbers of rows and of columns.
@@ -68,7 +54,7 @@ impl Forward<'_> {
     pub fn run(self) -> Result<()> {
         let Forward { h, rstd, x, weight, eps } = self;
         let [rows, hidden] = check("forward", &[h.len(), x.len()], weight, rstd);
-        start(x.gpu(), "forward", rows, hidden, &[h.arg(), rstd.arg(), x.arg(), weight.arg(), eps.into()])
+        start(x.gpu(), "forward", rows, hidden, &[h.arg(), rstd.arg(), x.arg(), weight.arg(), Arg::F32(eps)])
     }
 }
 
@@ -99,7 +85,7 @@ impl ForwardSum<'_> {
     pub fn run(self) -> Result<()> {
         let ForwardSum { h, rstd, out, x, y, weight, eps } = self;
         let [rows, hidden] = check("forward_sum", &[h.len(), out.len(), x.len(), y.len()], weight, rstd);
-        let args = [h.arg(), rstd.arg(), out.arg(), x.arg(), y.arg(), weight.arg(), eps.into()];
+        let args = [h.arg(), rstd.arg(), out.arg(), x.arg(), y.arg(), weight.arg(), Arg::F32(eps)];
         start(x.gpu(), "forward_sum", rows, hidden, &args)
     }
 }
@@ -169,16 +155,8 @@ impl Backward<'_> {
             partials.len()
         );
         let parts = rows.min(PARTS);
-        let args = [
-            dx.arg(),
-            partials.arg(),
-            dy.arg(),
-            x.arg(),
-            weight.arg(),
-            rstd.arg(),
-            int("rms_norm", rows)?.into(),
-            add.into(),
-        ];
+        let pointers = [dx.arg(), partials.arg(), dy.arg(), x.arg(), weight.arg(), rstd.arg()];
+        let args = [&pointers[..], &[rows.into(), add.into()]].concat();
         start(x.gpu(), "backward", parts, hidden, &args)?;
         sum_partials(dweight, partials, parts)
     }
@@ -188,9 +166,8 @@ impl Backward<'_> {
 pub(super) fn sum_partials(out: &mut Matrix<f32>, partials: &Matrix<f32>, parts: usize) -> Result<()> {
     let width = out.len();
     assert!(partials.len() >= parts * width, "cuda sum_partials: {} of {parts} rows", partials.len());
-    let kernel = out.gpu().kernel(&SOURCE, "sum_partials", &defines(8))?;
-    let grid = [blocks("sum_partials", width.div_ceil(128))?, 1, 1];
-    let [parts, width] = sizes("sum_partials", [parts, width])?;
+    let (grid, args) =
+        (Grid::row(width.div_ceil(128), 128), [out.arg(), partials.arg(), parts.into(), width.into()]);
     // SAFETY: the lengths were checked above; a thread per value of `out`.
-    unsafe { kernel.launch(grid, 128, 0, &[out.arg(), partials.arg(), parts, width]) }
+    unsafe { SOURCE.launch(out.gpu(), "sum_partials", &defines(8), grid, &args) }
 }

@@ -2,13 +2,9 @@
 
 use half::bf16;
 
-use super::{Matrix, Result, Source, blocks, optional, sizes};
+use super::{Arg, Grid, Matrix, Result, Source, optional};
 
-static SOURCE: Source = Source { name: "rope", text: include_str!("rope.cu") };
-
-#[cfg(test)]
-pub(crate) const KERNELS: super::KernelSpec =
-    super::KernelSpec { source: &SOURCE, entries: &["turn"], defines: &[&[]], max_registers: 40 };
+pub(super) static SOURCE: Source = Source { name: "rope", text: include_str!("rope.cu") };
 
 /// The positions of rows.
 #[derive(Clone, Copy, Debug)]
@@ -61,15 +57,14 @@ impl Rotate<'_> {
             "cuda rope: {tokens} rows of {width}, {heads} heads, {} positions for {positions:?}",
             angles.rows()
         );
-        let kernel = x.gpu().kernel(&SOURCE, "turn", &[])?;
-        let count = blocks("rope", (tokens * heads * head_dim / 2).div_ceil(256))?;
+        let grid = Grid::row((tokens * heads * head_dim / 2).div_ceil(256), 256);
         let [t, seq, start, heads, head_dim, width] =
-            sizes("rope", [tokens, seq, start, heads, head_dim, width])?;
+            [tokens, seq, start, heads, head_dim, width].map(Arg::Size);
         let sign = if back { -1.0f32 } else { 1.0 };
         let at = optional(at);
-        let args = [x.arg(), angles.arg(), at, t, seq, start, heads, head_dim, width, sign.into()];
+        let args = [x.arg(), angles.arg(), at, t, seq, start, heads, head_dim, width, Arg::F32(sign)];
         // SAFETY: a thread per pair of the first heads of `tokens` rows; sizes were checked above, positions are the caller's
         // promise.
-        unsafe { kernel.launch([count, 1, 1], 256, 0, &args) }
+        unsafe { SOURCE.launch(x.gpu(), "turn", &[], grid, &args) }
     }
 }

@@ -2,35 +2,16 @@
 //! as on the CPU: rounding a router would move tokens between experts.
 
 use super::rms_norm::sum_partials;
-use super::{Arg, Gpu, Matrix, Result, Source, blocks, optional, sizes};
+use super::{Arg, Define, Gpu, Grid, Matrix, Result, Source, optional};
 use crate::cuda::{GpuBuf, View};
 
-static SOURCE: Source = Source { name: "router", text: include_str!("router.cu") };
+pub(super) static SOURCE: Source = Source { name: "router", text: include_str!("router.cu") };
 
 /// Tokens that one warp counts for one expert; whole warps.
 const CHUNK: usize = 64;
-const DEFINES: &[(&str, i64)] = &[("CHUNK", CHUNK as i64)];
+pub(super) const DEFINES: [Define; 1] = [("CHUNK", CHUNK as i64)];
 /// Parts that a weight's gradient is summed in.
 const PARTS: usize = 64;
-
-#[cfg(test)]
-pub(crate) const KERNELS: super::KernelSpec = super::KernelSpec {
-    source: &SOURCE,
-    entries: &[
-        "logits",
-        "route",
-        "count",
-        "scan",
-        "scan_tokens",
-        "fill",
-        "stats",
-        "backward",
-        "backward_weights",
-        "backward_input",
-    ],
-    defines: &[DEFINES],
-    max_registers: 64,
-};
 
 /// The input of a router: rows of the residual stream with their norm, so that the router sees no rounded values.
 #[derive(Clone, Copy, Debug)]
@@ -178,11 +159,9 @@ impl Lists {
     }
 }
 
-fn start(gpu: &Gpu, entry: &'static str, grid: [usize; 2], block: u32, args: &[Arg]) -> Result<()> {
-    let kernel = gpu.kernel(&SOURCE, entry, DEFINES)?;
-    let grid = [blocks("router", grid[0])?, blocks("router", grid[1])?, 1];
+fn start(gpu: &Gpu, entry: &'static str, grid: Grid, args: &[Arg]) -> Result<()> {
     // SAFETY: the callers checked that the buffers have the values that the kernel's sizes say.
-    unsafe { kernel.launch(grid, block, 0, args) }
+    unsafe { SOURCE.launch(gpu, entry, &DEFINES, grid, args) }
 }
 
 /// Sets `z` to the logits of a router.
@@ -216,9 +195,9 @@ impl Logits<'_> {
             z.len(),
             router.len()
         );
-        let [n, d] = sizes("router", [n, hidden])?;
-        let args = [z.arg(), x.arg(), rstd.arg(), weight.arg(), router.arg(), optional(bias), n, d];
-        start(x.gpu(), "logits", [tokens, 1], 256, &args)
+        let pointers = [z.arg(), x.arg(), rstd.arg(), weight.arg(), router.arg(), optional(bias)];
+        let args = [&pointers[..], &[n.into(), hidden.into()]].concat();
+        start(x.gpu(), "logits", Grid::row(tokens, 256), &args)
     }
 }
 
@@ -249,22 +228,11 @@ impl Route<'_> {
             routed.room()
         );
         routed.tokens = tokens;
-        let [t, n] = sizes("router", [tokens, n])?;
         let Routed { gates: sigmoids, coefficients, mask, active, .. } = routed;
-        let args = [
-            sigmoids.arg(),
-            coefficients.arg(),
-            mask.arg(),
-            active.arg(),
-            z.arg(),
-            t,
-            n,
-            gates.threshold_logit.into(),
-            gates.binary.into(),
-            gates.rescale.into(),
-            gates.force_argmax.into(),
-        ];
-        start(z.gpu(), "route", [tokens.div_ceil(4), 1], 128, &args)
+        let pointers = [sigmoids.arg(), coefficients.arg(), mask.arg(), active.arg(), z.arg()];
+        let flags = [gates.binary, gates.rescale, gates.force_argmax].map(Arg::from);
+        let sizes = [tokens.into(), n.into(), Arg::F64(gates.threshold_logit)];
+        start(z.gpu(), "route", Grid::row(tokens.div_ceil(4), 128), &[&pointers[..], &sizes, &flags].concat())
     }
 }
 
@@ -291,16 +259,15 @@ impl Sort<'_> {
             "cuda router::lists: no room for {tokens} tokens and {n} experts"
         );
         let gpu = routed.mask.gpu();
-        let [t, e] = sizes("router", [tokens, n])?;
+        let [t, e] = [tokens, n].map(Arg::Size);
         let (mask, active) = (routed.mask.arg(), routed.active.arg());
         let Lists { offsets, tokens: list, token_offsets, slots, chunks } = lists;
         let (offsets, chunks, token_offsets) = (offsets.arg(), chunks.arg(), token_offsets.arg());
-        let pieces = (parts * n).div_ceil(8);
-        start(gpu, "count", [pieces, 1], 256, &[offsets, chunks, mask, t, e])?;
-        start(gpu, "scan", [1, 1], 1024, &[offsets, chunks, t, e])?;
-        start(gpu, "scan_tokens", [1, 1], 1024, &[token_offsets, active, t])?;
-        let args = [list.arg(), slots.arg(), chunks, token_offsets, mask, t, e];
-        start(gpu, "fill", [pieces, 1], 256, &args)
+        let (pieces, one) = (Grid::row((parts * n).div_ceil(8), 256), Grid::row(1, 1024));
+        start(gpu, "count", pieces, &[offsets, chunks, mask, t, e])?;
+        start(gpu, "scan", one, &[offsets, chunks, t, e])?;
+        start(gpu, "scan_tokens", one, &[token_offsets, active, t])?;
+        start(gpu, "fill", pieces, &[list.arg(), slots.arg(), chunks, token_offsets, mask, t, e])
     }
 }
 
@@ -331,12 +298,12 @@ impl Stats<'_> {
             "cuda router::stats: {} counts",
             counts.len()
         );
-        let [t, e] = sizes("router", [tokens, n])?;
         let of_tokens = optional(of_tokens.as_deref());
         let Routed { gates, mask, active, .. } = routed;
-        let args = [counts.arg(), sums.arg(), of_tokens, gates.arg(), mask.arg(), active.arg(), t, e];
-        let block = (tokens * n).next_multiple_of(32).clamp(32, 1024) as u32;
-        start(mask.gpu(), "stats", [1, 1], block, &args)
+        let pointers = [counts.arg(), sums.arg(), of_tokens, gates.arg(), mask.arg(), active.arg()];
+        let threads = (tokens * n).next_multiple_of(32).clamp(32, 1024) as u32;
+        let args = [&pointers[..], &[tokens.into(), n.into()]].concat();
+        start(mask.gpu(), "stats", Grid::row(1, threads), &args)
     }
 }
 
@@ -371,22 +338,11 @@ impl Backward<'_> {
             "cuda router::backward: {} gradients of {tokens} tokens, {n} experts",
             dz.len()
         );
-        let [t, e] = sizes("router", [tokens, n])?;
-        let args = [
-            dz.arg(),
-            dcoefficients.arg(),
-            routed.gates.arg(),
-            routed.mask.arg(),
-            routed.active.arg(),
-            t,
-            e,
-            sparsity.weight.arg(),
-            sparsity.all.into(),
-            gates.binary.into(),
-            gates.rescale.into(),
-            gates.ste.into(),
-        ];
-        start(routed.mask.gpu(), "backward", [tokens.div_ceil(128), 1], 128, &args)
+        let Routed { gates: sigmoids, mask, active, .. } = routed;
+        let pointers = [dz.arg(), dcoefficients.arg(), sigmoids.arg(), mask.arg(), active.arg()];
+        let flags = [sparsity.all, gates.binary, gates.rescale, gates.ste].map(Arg::from);
+        let args = [&pointers[..], &[tokens.into(), n.into(), sparsity.weight.arg()], &flags].concat();
+        start(mask.gpu(), "backward", Grid::row(tokens.div_ceil(128), 128), &args)
     }
 }
 
@@ -431,10 +387,9 @@ impl BackwardWeights<'_> {
         );
         let weights = PARTS * n * hidden;
         let [of_weights, of_bias] = partials.parts([0..weights, weights..PARTS * n * (hidden + 1)]);
-        let [t, e, d] = sizes("router", [tokens, n, hidden])?;
         let (outs, ins) = ([of_weights.arg(), of_bias.arg()], [dz.arg(), x.arg(), rstd.arg(), weight.arg()]);
-        let args = [&outs[..], &ins, &[t, e, d]].concat();
-        start(x.gpu(), "backward_weights", [hidden.div_ceil(128), PARTS], 128, &args)?;
+        let args = [&outs[..], &ins, &[tokens, n, hidden].map(Arg::Size)].concat();
+        start(x.gpu(), "backward_weights", Grid::plane(hidden.div_ceil(128), PARTS, 128), &args)?;
         sum_partials(drouter, &of_weights, PARTS)?;
         dbias.map_or(Ok(()), |dbias| sum_partials(dbias, &of_bias, PARTS))
     }
@@ -466,8 +421,8 @@ impl BackwardInput<'_> {
             dz.len(),
             router.len()
         );
-        let [t, e, d] = sizes("router", [tokens, n, hidden])?;
-        let args = [dh.arg(), dz.arg(), router.arg(), t, e, d];
-        start(dz.gpu(), "backward_input", [hidden.div_ceil(128), tokens.min(65535)], 128, &args)
+        let args = [dh.arg(), dz.arg(), router.arg(), tokens.into(), n.into(), hidden.into()];
+        let grid = Grid::plane(hidden.div_ceil(128), tokens.min(65535), 128);
+        start(dz.gpu(), "backward_input", grid, &args)
     }
 }

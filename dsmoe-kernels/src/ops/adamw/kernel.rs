@@ -19,18 +19,8 @@ pub(super) struct Scalars {
 
 impl Scalars {
     pub(super) fn new(hyper: &Hyper, grad_scale: f32) -> Scalars {
-        let (rate, correction) = hyper.corrections();
-        Scalars {
-            grad_scale,
-            kept: (1.0 - hyper.lr * hyper.weight_decay) as f32,
-            beta1: hyper.beta1 as f32,
-            beta2: hyper.beta2 as f32,
-            gain1: (1.0 - hyper.beta1) as f32,
-            gain2: (1.0 - hyper.beta2) as f32,
-            rate: -rate as f32,
-            correction: correction as f32,
-            eps: hyper.eps as f32,
-        }
+        let [kept, rate, beta1, gain1, beta2, gain2, correction, eps] = hyper.factors();
+        Scalars { grad_scale, kept, beta1, beta2, gain1, gain2, rate: -rate, correction, eps }
     }
 }
 

@@ -36,10 +36,14 @@ pub struct Hyper {
 }
 
 impl Hyper {
-    /// Returns `(lr / (1 - beta1^step), 1 / sqrt(1 - beta2^step))`.
-    pub(crate) fn corrections(&self) -> (f64, f64) {
-        let power = self.step as f64;
-        (self.lr / (1.0 - self.beta1.powf(power)), (1.0 - self.beta2.powf(power)).sqrt().recip())
+    /// Returns the step's factors, rounded once: `1 - lr weight_decay`, `lr / (1 - beta1^step)`, beta1, `1 - beta1`, beta2,
+    /// `1 - beta2`, `1 / sqrt(1 - beta2^step)` and eps.
+    pub(crate) fn factors(&self) -> [f32; 8] {
+        let Hyper { lr, beta1, beta2, eps, weight_decay, step } = *self;
+        let rate = lr / (1.0 - beta1.powf(step as f64));
+        let root = (1.0 - beta2.powf(step as f64)).sqrt().recip();
+        let factors = [1.0 - lr * weight_decay, rate, beta1, 1.0 - beta1, beta2, 1.0 - beta2, root, eps];
+        factors.map(|factor| factor as f32)
     }
 }
 

@@ -1,8 +1,8 @@
 //! Elementwise sum: the residual join.
 //!
 //! ```text
-//! forward   y += x      or      out = a + b
-//! backward  dx = dy, da = db = dout: nothing to compute
+//! forward   y += scale x      or      out = a + b
+//! backward  dx = scale dy: [`Scale`];  da = db = dout: nothing to compute
 //! ```
 
 pub mod reference;
@@ -15,13 +15,26 @@ use super::blocks::{BLOCK, each};
 use crate::isa::Isa;
 use crate::simd::{Kernel, Simd};
 
-/// Adds `x` to `y`.
+/// Adds `scale * x` to `y`.
 #[derive(Debug)]
 pub struct Add<'a> {
     /// Added to.
     pub y: &'a mut [f32],
     /// Has the length of `y`.
     pub x: &'a [f32],
+    /// 1 for a plain sum.
+    pub scale: f32,
+}
+
+/// Sets `y = scale * x`.
+#[derive(Debug)]
+pub struct Scale<'a> {
+    /// Set.
+    pub y: &'a mut [f32],
+    /// Has the length of `y`.
+    pub x: &'a [f32],
+    /// The factor.
+    pub scale: f32,
 }
 
 /// Sets `out = a + b`.
@@ -35,7 +48,7 @@ pub struct Sum<'a> {
     pub b: &'a [f32],
 }
 
-run_on_current_tier!(Add, Sum);
+run_on_current_tier!(Add, Scale, Sum);
 
 impl Add<'_> {
     /// Runs the op on a given tier.
@@ -43,9 +56,21 @@ impl Add<'_> {
     /// # Panics
     /// The lengths differ.
     pub fn run_on(self, isa: Isa) {
-        let Add { y, x } = self;
+        let Add { y, x, scale } = self;
         assert_eq!(y.len(), x.len(), "add::Add: y {} values, x {}", y.len(), x.len());
-        each(y.par_chunks_mut(BLOCK).zip(x.par_chunks(BLOCK)), |(y, x)| isa.run(Add { y, x }));
+        each(y.par_chunks_mut(BLOCK).zip(x.par_chunks(BLOCK)), |(y, x)| isa.run(Add { y, x, scale }));
+    }
+}
+
+impl Scale<'_> {
+    /// Runs the op on a given tier.
+    ///
+    /// # Panics
+    /// The lengths differ.
+    pub fn run_on(self, isa: Isa) {
+        let Scale { y, x, scale } = self;
+        assert_eq!(y.len(), x.len(), "add::Scale: y {} values, x {}", y.len(), x.len());
+        each(y.par_chunks_mut(BLOCK).zip(x.par_chunks(BLOCK)), |(y, x)| isa.run(Scale { y, x, scale }));
     }
 }
 
@@ -66,7 +91,23 @@ impl Kernel for Add<'_> {
     type Output = ();
     #[inline(always)]
     fn body<S: Simd>(self, s: S) {
-        crate::simd::axpy(s, self.y, 1.0, self.x);
+        crate::simd::axpy(s, self.y, self.scale, self.x);
+    }
+}
+
+impl Kernel for Scale<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn body<S: Simd>(self, s: S) {
+        let Scale { y, x, scale } = self;
+        let scale = s.splat(scale);
+        let head = y.len() - y.len() % S::LANES;
+        for j in (0..head).step_by(S::LANES) {
+            s.store(&mut y[j..], s.mul(scale, s.load(&x[j..])));
+        }
+        if head < y.len() {
+            s.store_tail(&mut y[head..], s.mul(scale, s.load_tail(&x[head..])));
+        }
     }
 }
 

@@ -6,7 +6,7 @@ use super::dims::Dims;
 use super::tile::{KEYS, Left, Rows, View, pack_keys, padded, padded_keys, product, transpose, unit_queries};
 use crate::buf::{Buf, SharedRows};
 use crate::isa::Isa;
-use crate::simd::{Product, ProductKernel, dot, exp};
+use crate::simd::{Product, ProductKernel, dot, exp, soft_cap};
 
 /// Head `kv_head` of batch item `item`, with the query heads that read it.
 #[derive(Clone, Copy)]
@@ -104,8 +104,8 @@ impl Head<'_> {
         for buf in [&mut *q_rows, dout_rows, &mut work.sums, &mut work.rows] {
             buf.resize(width * n);
         }
-        rows.pack_columns(s, q_columns, q, dims.scale());
-        rows.pack_rows(s, q_rows, q, dims.scale());
+        rows.pack_columns(s, q_columns, q, dims.scores.scale);
+        rows.pack_rows(s, q_rows, q, dims.scores.scale);
         rows.pack_columns(s, dout_columns, dout, 1.0);
         rows.pack_rows(s, dout_rows, dout, 1.0);
         for buf in [&mut *logs, deltas] {
@@ -117,27 +117,33 @@ impl Head<'_> {
             let out = out.row(token, head * head_dim, head_dim);
             deltas[row] = dot(s, &dout_rows[row * width..][..head_dim], out);
         }
-        let visible = rows.visible();
-        let tile = padded_keys(KEYS.min(visible)) * n;
+        let (start, visible) = (rows.first_key(), rows.visible());
+        let tile = padded_keys(KEYS.min(visible - start)) * n;
         scores.resize(tile);
         slopes.resize(tile);
-        for first_key in (0..visible).step_by(KEYS) {
+        for first_key in (start..visible).step_by(KEYS) {
             let seen = rows.visible_of(first_key, KEYS);
             let part = first_key * width..(first_key + seen) * width;
             let (k, v) = (&work.k[part.clone()], &work.v[part.clone()]);
             let (p, ds) = (&mut scores[..seen * n], &mut slopes[..seen * n]);
             product(s, p, Left::Rows(k, width), q_columns, [seen, n, head_dim], false);
             product(s, ds, Left::Rows(v, width), dout_columns, [seen, n, head_dim], false);
-            gradients(s, p, ds, logs, deltas);
+            match dims.scores.cap {
+                None => gradients::<S, false>(s, p, ds, [logs, deltas], 0.0),
+                Some(cap) => {
+                    soft_cap(s, p, cap);
+                    gradients::<S, true>(s, p, ds, [logs, deltas], cap);
+                }
+            }
             rows.mask(p, first_key, 0.0);
             rows.mask(ds, first_key, 0.0);
             product(s, &mut work.dv[part.clone()], Left::Rows(p, n), dout_rows, [seen, width, n], true);
             product(s, &mut work.dk[part], Left::Rows(ds, n), q_rows, [seen, width, n], true);
             let sizes = [width, n, seen];
-            product(s, &mut work.sums, Left::Columns(k, width), ds, sizes, first_key > 0);
+            product(s, &mut work.sums, Left::Columns(k, width), ds, sizes, first_key > start);
         }
         transpose(s, &mut work.rows, &work.sums, [width, n]);
-        let scale = dims.scale();
+        let scale = dims.scores.scale;
         for (row, (token, head)) in rows.places().enumerate() {
             // SAFETY: by the contract of `run`, this head of this token is written by this task alone.
             let dq = unsafe { dq.row(token, head * head_dim, head_dim) };
@@ -148,14 +154,27 @@ impl Head<'_> {
     }
 }
 
-/// Turns scores p and `ds = <dout, v>`, both `[keys, n]`, into `p <- e^(p - logs)` and `ds <- p (ds - deltas)`.
+/// Turns scores p and `ds = <dout, v>`, both `[keys, n]`, into `p <- e^(p - logs)` and `ds <- p (ds - deltas)`; if the scores
+/// are CAPPED, times the derivative of the cap, `1 - (score / cap)^2`.
 #[inline(always)]
-fn gradients<S: Product>(s: S, p: &mut [f32], ds: &mut [f32], logs: &[f32], deltas: &[f32]) {
+fn gradients<S: Product, const CAPPED: bool>(
+    s: S,
+    p: &mut [f32],
+    ds: &mut [f32],
+    [logs, deltas]: [&[f32]; 2],
+    cap: f32,
+) {
     let n = logs.len();
+    let (shrink, one) = (s.splat(1.0 / cap), s.splat(1.0));
     for (p, ds) in p.chunks_exact_mut(n).zip(ds.chunks_exact_mut(n)) {
         for j in (0..n).step_by(S::LANES) {
-            let share = exp(s, s.sub(s.load(&p[j..]), s.load(&logs[j..])));
-            let slope = s.sub(s.load(&ds[j..]), s.load(&deltas[j..]));
+            let score = s.load(&p[j..]);
+            let share = exp(s, s.sub(score, s.load(&logs[j..])));
+            let mut slope = s.sub(s.load(&ds[j..]), s.load(&deltas[j..]));
+            if CAPPED {
+                let t = s.mul(score, shrink);
+                slope = s.mul(slope, s.sub(one, s.mul(t, t)));
+            }
             s.store(&mut p[j..], share);
             s.store(&mut ds[j..], s.mul(share, slope));
         }

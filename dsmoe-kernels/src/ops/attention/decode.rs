@@ -1,21 +1,21 @@
 //! Attention of one query, whose time is that of reading keys and values.
 
-use crate::simd::{Kernel, Simd, exp, max_of};
+use super::dims::Dims;
+use crate::simd::{Kernel, Simd, exp, max_of, soft_cap};
 
 /// Keys whose scores are kept at a time.
 const KEYS: usize = 256;
 /// Heads that share a pass over the keys.
 const HEADS: usize = 8;
 
-/// The heads of one group, `head_dim` values each in `q` and `out`. Key j starts at `j * stride`.
+/// The heads of one group, for a query that sees the first `visible` keys of `k`.
 pub(super) struct Group<'a> {
     pub(super) out: &'a mut [f32],
     pub(super) q: &'a [f32],
     pub(super) k: &'a [f32],
     pub(super) v: &'a [f32],
-    pub(super) stride: usize,
     pub(super) visible: usize,
-    pub(super) head_dim: usize,
+    pub(super) dims: Dims,
 }
 
 impl Kernel for Group<'_> {
@@ -23,8 +23,8 @@ impl Kernel for Group<'_> {
     /// Computes the softmax over blocks of keys. Until the last block, `out` holds the sum of `e^(score - largest so far) v`.
     #[inline(always)]
     fn body<S: Simd>(self, s: S) {
-        let Group { out, q, k, v, stride, visible, head_dim } = self;
-        let scale = 1.0 / (head_dim as f32).sqrt();
+        let Group { out, q, k, v, visible, dims } = self;
+        let (head_dim, stride) = (dims.head_dim, dims.kv_width());
         let mut scores = [0.0; KEYS];
         for (q, out) in q.chunks(HEADS * head_dim).zip(out.chunks_mut(HEADS * head_dim)) {
             let (mut largest, mut totals) = ([f32::NEG_INFINITY; HEADS], [0.0; HEADS]);
@@ -33,7 +33,10 @@ impl Kernel for Group<'_> {
                 let (k, v) = (&k[first * stride..], &v[first * stride..]);
                 let heads = q.chunks_exact(head_dim).zip(out.chunks_exact_mut(head_dim));
                 for ((q, out), (largest, total)) in heads.zip(largest.iter_mut().zip(&mut totals)) {
-                    score(s, p, q, k, stride, scale);
+                    score(s, p, q, k, stride, dims.scores.scale);
+                    if let Some(cap) = dims.scores.cap {
+                        soft_cap(s, p, cap);
+                    }
                     let before = std::mem::replace(largest, largest.max(max_of(s, p)));
                     let sum = exponentials(s, p, *largest);
                     let kept = if first == 0 { 0.0 } else { exp_of(s, before - *largest) };

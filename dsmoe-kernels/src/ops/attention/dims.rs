@@ -2,8 +2,26 @@
 
 use super::tile::View;
 
-/// The sizes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// How scores are made of the products of queries and keys.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Scores {
+    /// Multiplies the products.
+    pub scale: f32,
+    /// A query sees itself and the keys before it, this many in all; none for all keys before it. Not 0.
+    pub window: Option<usize>,
+    /// The soft cap c of the scaled products, `c tanh(s / c)`, applied before the mask; positive.
+    pub cap: Option<f32>,
+}
+
+impl Scores {
+    /// Returns the plain scores: scaled by `1 / sqrt(head_dim)`, without window and cap.
+    pub fn plain(head_dim: usize) -> Scores {
+        Scores { scale: 1.0 / (head_dim as f32).sqrt(), window: None, cap: None }
+    }
+}
+
+/// The sizes, and the making of the scores.
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Dims {
     /// Sequences.
     pub batch: usize,
@@ -17,6 +35,8 @@ pub struct Dims {
     pub kv_heads: usize,
     /// Width of a head.
     pub head_dim: usize,
+    /// How scores are made.
+    pub scores: Scores,
 }
 
 impl Dims {
@@ -35,13 +55,14 @@ impl Dims {
         self.kv_heads * self.head_dim
     }
 
-    /// Returns how many keys query i of a sequence sees, from the first on.
+    /// Returns the end of the keys that query i of a sequence sees: one past its own.
     pub(super) fn visible(self, i: usize) -> usize {
         i + 1 + self.keys - self.queries
     }
 
-    pub(super) fn scale(self) -> f32 {
-        1.0 / (self.head_dim as f32).sqrt()
+    /// Returns the first key that query i of a sequence sees.
+    pub(super) fn first_seen(self, i: usize) -> usize {
+        self.scores.window.map_or(0, |window| self.visible(i).saturating_sub(window))
     }
 
     /// Returns the row length of qkv.
@@ -69,6 +90,12 @@ impl Dims {
                 && queries.iter().all(|&len| len == self.batch * self.queries * self.width())
                 && keys.iter().all(|&len| len == self.batch * self.keys * self.kv_width()),
             "{op}: q and its like {queries:?}, k and its like {keys:?} values for {self:?}"
+        );
+        let Scores { window, cap, .. } = self.scores;
+        assert!(
+            window != Some(0) && cap.is_none_or(|cap| cap > 0.0),
+            "{op}: window and cap have to be positive in {:?}",
+            self.scores
         );
     }
 

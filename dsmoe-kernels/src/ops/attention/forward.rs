@@ -6,7 +6,7 @@ use super::dims::Dims;
 use super::tile::{KEYS, Left, Rows, View, pack_keys, padded, padded_keys, product, transpose, unit_queries};
 use crate::buf::{Buf, SharedRows};
 use crate::isa::Isa;
-use crate::simd::{Product, ProductKernel, exp};
+use crate::simd::{Product, ProductKernel, exp, soft_cap};
 
 /// `count` queries from `first` on of batch item `item`, the heads of `kv_head`.
 #[derive(Clone, Copy)]
@@ -76,7 +76,8 @@ impl ProductKernel for (Block<'_>, &mut Work) {
         let n = padded(dims.group() * unit_queries(dims).min(count));
         let all = n * count.div_ceil(unit_queries(dims));
         let visible = dims.visible(first + count - 1);
-        let keys = padded_keys(KEYS.min(visible));
+        let start_key = Rows { item, kv_head, first, count, dims }.first_key();
+        let keys = padded_keys(KEYS.min(visible - start_key));
         for (buf, len) in [
             (&mut work.k, keys * width),
             (&mut work.v, keys * width),
@@ -91,31 +92,37 @@ impl ProductKernel for (Block<'_>, &mut Work) {
         }
         let Work { k: keys_packed, v: values_packed, columns, scores, sums, largest, total, transposed } =
             work;
-        largest.fill(f32::NEG_INFINITY);
+        // With a window, a row may see no key of its unit's first tile: its largest score stays finite there, since the
+        // difference of two infinities is no number.
+        largest.fill(if dims.scores.window.is_some() { f32::MIN } else { f32::NEG_INFINITY });
         total.fill(0.0);
         for (unit, columns) in block.units().zip(columns.chunks_mut(n * head_dim)) {
-            unit.pack_columns(s, columns, q, dims.scale());
+            unit.pack_columns(s, columns, q, dims.scores.scale);
         }
-        for first_key in (0..visible).step_by(KEYS) {
+        for first_key in (start_key..visible).step_by(KEYS) {
             let keys = KEYS.min(visible - first_key);
             let (row, column) = (item * dims.keys + first_key, kv_head * head_dim);
             pack_keys(s, keys_packed, k, [row, keys], column, head_dim);
             pack_keys(s, values_packed, v, [row, keys], column, head_dim);
             for (i, unit) in block.units().enumerate() {
                 let (n, start, seen) = (unit.padded(), i * n, unit.visible_of(first_key, keys));
-                if seen == 0 {
+                if seen == 0 || unit.first_seen() >= first_key + keys {
                     continue;
                 }
+                let is_first = first_key <= unit.first_seen();
                 let scores = &mut scores[..seen * n];
                 let columns = &columns[start * head_dim..];
                 product(s, scores, Left::Rows(keys_packed, width), columns, [seen, n, head_dim], false);
+                if let Some(cap) = dims.scores.cap {
+                    soft_cap(s, scores, cap);
+                }
                 unit.mask(scores, first_key, f32::NEG_INFINITY);
                 let (largest, total) = (&mut largest[start..start + n], &mut total[start..start + n]);
                 let sums = &mut sums[start * width..][..width * n];
-                softmax(s, scores, largest, total, (first_key > 0).then_some(&mut *sums));
+                softmax(s, scores, largest, total, (!is_first).then_some(&mut *sums));
                 unit.mask(scores, first_key, 0.0);
                 let sizes = [width, n, seen];
-                product(s, sums, Left::Columns(values_packed, width), scores, sizes, first_key > 0);
+                product(s, sums, Left::Columns(values_packed, width), scores, sizes, !is_first);
             }
         }
         for (i, unit) in block.units().enumerate() {

@@ -1,12 +1,13 @@
 //! Causal attention with grouped keys and values, tiled: no `[queries, keys]` matrix is kept.
 //!
 //! ```text
-//! forward   s[i,j] = <q[i], k[j]> / sqrt(head_dim)      for j <= i + keys - queries: the queries are the last ones
+//! forward   s[i,j] = scale <q[i], k[j]>, and with a cap c: s <- c tanh(s / c)
+//!           for j <= p = i + keys - queries: the queries are the last ones; with a window w: p - j < w as well
 //!           p[i,:] = softmax(s[i,:]),  lse[i] = logsumexp(s[i,:])
 //!           out[i] = sum_j p[i,j] v[j]
 //! backward  dv[j] = sum_i p[i,j] dout[i]                                             set
-//!           ds[i,j] = p[i,j] (<dout[i], v[j]> - <dout[i], out[i]>) / sqrt(head_dim)
-//!           dq[i] = sum_j ds[i,j] k[j],  dk[j] = sum_i ds[i,j] q[i]                  set
+//!           ds[i,j] = p[i,j] (<dout[i], v[j]> - <dout[i], out[i]>), with a cap: times 1 - (s[i,j] / c)^2
+//!           dq[i] = scale sum_j ds[i,j] k[j],  dk[j] = scale sum_i ds[i,j] q[i]      set
 //! ```
 //! per batch item and head; head h reads keys and values of head h / (heads / kv_heads). q, out
 //! `[batch * queries, heads * head_dim]`; k, v `[batch * keys, kv_heads * head_dim]`; lse `[batch * queries, heads]`.
@@ -22,7 +23,7 @@ pub mod reference;
 mod tests;
 mod tile;
 
-pub use dims::Dims;
+pub use dims::{Dims, Scores};
 
 use rayon::prelude::*;
 
@@ -165,15 +166,16 @@ impl Decode<'_> {
             "attention::Decode: more than {DECODE_QUERIES} queries in {dims:?}"
         );
         let width = dims.group() * head_dim;
-        let parallel = q.len() * keys > SERIAL_WORK;
+        let parallel = q.len() * keys.min(dims.scores.window.unwrap_or(keys)) > SERIAL_WORK;
         let groups = out.par_chunks_mut(width).zip(q.par_chunks(width)).enumerate();
         each_when(parallel, groups, |(i, (out, q))| {
             let (row, kv_head) = (i / kv_heads, i % kv_heads);
             let (item, i) = (row / queries, row % queries);
-            let first = item * keys * dims.kv_width() + kv_head * head_dim;
+            let first_seen = dims.first_seen(i);
+            let first = (item * keys + first_seen) * dims.kv_width() + kv_head * head_dim;
             let (k, v) = (&k[first..], &v[first..]);
-            let visible = dims.visible(i);
-            isa.run(decode::Group { out, q, k, v, stride: dims.kv_width(), visible, head_dim });
+            let visible = dims.visible(i) - first_seen;
+            isa.run(decode::Group { out, q, k, v, visible, dims });
         });
     }
 }

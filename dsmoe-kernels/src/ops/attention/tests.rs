@@ -1,4 +1,4 @@
-use super::{Backward, DECODE_QUERIES, Decode, Dims, Forward, ForwardJoined, reference};
+use super::{Backward, DECODE_QUERIES, Decode, Dims, Forward, ForwardJoined, Scores, reference};
 use crate::isa::Isa;
 use crate::testing::{
     assert_close, assert_close_f64, assert_same_on_threads, f64s, finite_differences, normals,
@@ -72,12 +72,28 @@ fn join<T: Copy>([q, k, v]: [&[T]; 3], dims: Dims) -> Vec<T> {
 }
 
 fn dims(batch: usize, queries: usize, keys: usize, heads: usize, kv_heads: usize, head_dim: usize) -> Dims {
-    Dims { batch, queries, keys, heads, kv_heads, head_dim }
+    Dims { batch, queries, keys, heads, kv_heads, head_dim, scores: Scores::plain(head_dim) }
+}
+
+/// The variants of scores: plain, scaled, windows that end inside tiles and at their edges, caps.
+fn variants(head_dim: usize) -> impl Iterator<Item = Scores> {
+    let plain = Scores::plain(head_dim);
+    let scaled = Scores { scale: 0.3, ..plain };
+    let windows = [1, 2, 5, 33, 127, 128, 1000].map(|window| Scores { window: Some(window), ..plain });
+    let capped = [0.5, 3.0].map(|cap| Scores { cap: Some(cap), ..scaled });
+    let all = Scores { scale: 0.7, window: Some(20), cap: Some(1.5) };
+    [plain, scaled, all].into_iter().chain(windows).chain(capped)
 }
 
 #[test]
 fn the_reference_gradient_is_the_derivative() {
-    let Problem { dims, q, k, v, dout } = Problem::new(dims(2, 3, 5, 4, 2, 2));
+    for scores in variants(2) {
+        check_reference_gradient(Dims { scores, ..dims(2, 3, 5, 4, 2, 2) });
+    }
+}
+
+fn check_reference_gradient(dims: Dims) {
+    let Problem { dims, q, k, v, dout } = Problem::new(dims);
     let [q, k, v, dout] = [q, k, v, dout].map(|x| f64s(&x));
     let loss = |q: &[f64], k: &[f64], v: &[f64]| -> f64 {
         reference::forward(q, k, v, dims).0.iter().zip(&dout).map(|(y, dy)| y * dy).sum()
@@ -95,6 +111,15 @@ fn the_hand_example_comes_out() {
     let (out, lse) = reference::forward(&[5.0, 1.0], &[3f64.ln(), 0.0], &[4.0, 8.0], dims);
     assert_close_f64("out", &out, &[4.0, 5.0], 1e-15);
     assert_close_f64("lse", &lse, &[5.0 * 3f64.ln(), 4f64.ln()], 1e-15);
+    // A window of one key: every query sees itself.
+    let scores = Scores { window: Some(1), ..dims.scores };
+    let (out, _) = reference::forward(&[5.0, 1.0], &[3.0, 7.0], &[4.0, 8.0], Dims { scores, ..dims });
+    assert_close_f64("out of a window", &out, &[4.0, 8.0], 1e-15);
+    // A cap of 2: scores of the second query 2 tanh(1) and 0.
+    let scores = Scores { cap: Some(2.0), ..dims.scores };
+    let (out, _) = reference::forward(&[5.0, 1.0], &[2.0, 0.0], &[4.0, 8.0], Dims { scores, ..dims });
+    let weight = 1.0 / (1.0 + (-2.0 * 0.761_594_155_955_764_9_f64).exp());
+    assert_close_f64("out of a cap", &out, &[4.0, 8.0 - 4.0 * weight], 1e-15);
 }
 
 /// Odd sizes, several tiles of queries and keys, every sharing of heads, and queries that continue a sequence.
@@ -117,7 +142,17 @@ fn problems() -> Vec<Problem> {
     let decodes = (1..=DECODE_QUERIES).flat_map(|queries| {
         [8, 20, 64, 80, 128].map(|head_dim| dims(2, queries, 66 + queries, 6, 3, head_dim))
     });
-    shapes.into_iter().chain(decodes).map(Problem::new).collect()
+    let windowed = [
+        dims(2, 5, 5, 3, 3, 8),
+        dims(3, 7, 12, 4, 2, 16),
+        dims(1, 300, 300, 2, 1, 8),
+        dims(2, 65, 400, 6, 2, 5),
+        dims(2, 4, 290, 6, 3, 20),
+    ];
+    let varied = windowed
+        .into_iter()
+        .flat_map(|dims| variants(dims.head_dim).skip(1).map(move |scores| Dims { scores, ..dims }));
+    shapes.into_iter().chain(decodes).chain(varied).map(Problem::new).collect()
 }
 
 #[test]
@@ -146,7 +181,13 @@ fn forward_backward_and_decode_agree_with_the_reference_on_every_tier() {
 
 #[test]
 fn any_chunking_of_the_queries_gives_the_same_rows() {
-    let whole = Problem::new(dims(1, 150, 150, 4, 2, 16));
+    for scores in [Scores::plain(16), Scores { scale: 0.25, window: Some(40), cap: Some(5.0) }] {
+        check_chunks(Dims { scores, ..dims(1, 150, 150, 4, 2, 16) });
+    }
+}
+
+fn check_chunks(dims: Dims) {
+    let whole = Problem::new(dims);
     let [out, _] = whole.forward(Isa::current());
     for (first, end) in [(0, 1), (0, 150), (10, 90), (149, 150), (63, 65)] {
         let part = Problem {
@@ -203,7 +244,13 @@ fn a_nan_reaches_every_query_that_sees_it() {
 
 #[test]
 fn threads_do_not_change_a_bit() {
-    for dims in [dims(3, 70, 70, 4, 2, 16), dims(1, 200, 300, 4, 4, 32), dims(2, 2, 900, 8, 4, 64)] {
+    let windowed = Scores { scale: 0.25, window: Some(40), cap: Some(5.0) };
+    for dims in [
+        dims(3, 70, 70, 4, 2, 16),
+        Dims { scores: windowed, ..dims(3, 170, 170, 4, 2, 16) },
+        dims(1, 200, 300, 4, 4, 32),
+        dims(2, 2, 900, 8, 4, 64),
+    ] {
         let problem = Problem::new(dims);
         assert_same_on_threads("attention", || {
             let isa = Isa::current();
@@ -218,4 +265,28 @@ fn threads_do_not_change_a_bit() {
 #[should_panic(expected = "attention::Forward: q and its like [8, 8], k and its like [4, 4] values")]
 fn fewer_keys_than_queries_are_refused() {
     Problem::new(dims(1, 2, 1, 1, 1, 4)).forward(Isa::Scalar);
+}
+
+#[test]
+fn keys_behind_the_window_are_not_read() {
+    let scores = Scores { window: Some(9), ..Scores::plain(8) };
+    for (queries, seen_from) in [(1, 291), (3, 289), (60, 232)] {
+        let mut problem = Problem::new(Dims { scores, ..dims(1, queries, 300, 2, 1, 8) });
+        let clean = problem.forward(Isa::current());
+        // A tile starts at a multiple of 8 keys.
+        let hidden = seen_from / 8 * 8 * 8;
+        problem.k[..hidden].fill(f32::NAN);
+        problem.v[..hidden].fill(f32::NAN);
+        assert_eq!(problem.forward(Isa::current()), clean);
+        if queries <= DECODE_QUERIES {
+            assert!(problem.decode(Isa::current()).iter().all(|x| x.is_finite()));
+        }
+    }
+}
+
+#[test]
+#[should_panic(expected = "attention::Forward: window and cap have to be positive")]
+fn an_empty_window_is_refused() {
+    let scores = Scores { window: Some(0), ..Scores::plain(4) };
+    Problem::new(Dims { scores, ..dims(1, 2, 2, 1, 1, 4) }).forward(Isa::Scalar);
 }

@@ -136,7 +136,18 @@ impl Rows {
         }
     }
 
-    /// Sets the places of `scores` `[keys, padded rows]` that causality hides, for the keys from `first_key` on.
+    /// Returns the first key that at least one row sees.
+    pub(super) fn first_seen(self) -> usize {
+        self.dims.first_seen(self.first)
+    }
+
+    /// Returns the key at which tiles start: [`Rows::first_seen`] or one just before it.
+    pub(super) fn first_key(self) -> usize {
+        self.first_seen() / KEY_PAD * KEY_PAD
+    }
+
+    /// Sets the places of `scores` `[keys, padded rows]` that causality or the window hides, for the keys from `first_key`
+    /// on.
     #[inline(always)]
     pub(super) fn mask(self, scores: &mut [f32], first_key: usize, value: f32) {
         let seen_by_all = self.dims.visible(self.first);
@@ -144,6 +155,15 @@ impl Rows {
         for (j, scores) in scores.chunks_exact_mut(self.padded()).enumerate().skip(first_hidden) {
             let hidden = (first_key + j + 1 - seen_by_all).min(self.count);
             scores[..hidden * self.dims.group()].fill(value);
+        }
+        let Some(window) = self.dims.scores.window else { return };
+        for (j, scores) in scores.chunks_exact_mut(self.padded()).enumerate() {
+            // The first query that is too far behind the key; later keys are hidden from fewer queries.
+            let far = (first_key + j + 1).saturating_add(window).saturating_sub(seen_by_all);
+            if far >= self.count {
+                break;
+            }
+            scores[far * self.dims.group()..self.len()].fill(value);
         }
     }
 }

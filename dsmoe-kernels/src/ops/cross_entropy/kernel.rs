@@ -1,7 +1,7 @@
 //! Vector bodies.
 
-use super::LogSoftmaxRow;
-use crate::simd::{Kernel, Simd, exp, max_of};
+use super::{LogSoftmaxRow, Logits};
+use crate::simd::{Kernel, Simd, exp, max_of, soft_cap};
 
 /// Returns `(max, sum of e^(z - max))`. A NaN in z makes the sum NaN.
 #[inline(always)]
@@ -80,6 +80,64 @@ impl Kernel for Row<'_> {
             z[target] -= scale;
         }
         sum.ln() - (at_target - max)
+    }
+}
+
+/// Turns products into logits.
+pub(super) struct Transform<'a> {
+    pub(super) z: &'a mut [f32],
+    pub(super) logits: Logits,
+}
+
+impl Kernel for Transform<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn body<S: Simd>(self, s: S) {
+        let Transform { z, logits: Logits { scale, cap } } = self;
+        multiply(s, z, scale);
+        if let Some(cap) = cap {
+            soft_cap(s, z, cap);
+        }
+    }
+}
+
+#[inline(always)]
+fn multiply<S: Simd>(s: S, z: &mut [f32], factor: f32) {
+    let factor = s.splat(factor);
+    for z in z.chunks_mut(S::LANES) {
+        let v = s.load_tail(z);
+        s.store_tail(z, s.mul(v, factor));
+    }
+}
+
+/// Does the same as [`Row`] for one row of products: z becomes the gradient of the products.
+pub(super) struct TransformedRow<'a> {
+    pub(super) z: &'a mut [f32],
+    pub(super) target: Option<usize>,
+    pub(super) scale: f32,
+    pub(super) logits: Logits,
+    /// Room for the logits.
+    pub(super) capped: &'a mut [f32],
+}
+
+impl Kernel for TransformedRow<'_> {
+    type Output = f32;
+    #[inline(always)]
+    fn body<S: Simd>(self, s: S) -> f32 {
+        let TransformedRow { z, target, scale, logits, capped } = self;
+        Transform { z, logits }.body(s);
+        capped.copy_from_slice(z);
+        let loss = Row { z, target, scale: Some(scale) }.body(s);
+        multiply(s, z, logits.scale);
+        if let Some(cap) = logits.cap {
+            let (shrink, one) = (s.splat(1.0 / cap), s.splat(1.0));
+            for (dz, z) in z.chunks_mut(S::LANES).zip(capped.chunks(S::LANES)) {
+                let t = s.mul(s.load_tail(z), shrink);
+                let v = s.mul(s.load_tail(dz), s.sub(one, s.mul(t, t)));
+                s.store_tail(dz, v);
+            }
+        }
+        loss
     }
 }
 

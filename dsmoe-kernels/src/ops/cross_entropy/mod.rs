@@ -1,11 +1,13 @@
 //! Cross-entropy of the next token, fused with the output head.
 //!
 //! ```text
-//! logits  z = h W^T                            h [T, hidden], W [vocab, hidden]
+//! logits  z = s h W^T                          h [T, hidden], W [vocab, hidden], s the scale of the logits
+//!         with a cap c: z <- c tanh(z / c)
 //! forward   losses[t] = logsumexp(z[t]) - z[t, targets[t]]            nats; 0 where the target is IGNORE
 //! backward  dz[t] = scale (softmax(z[t]) - onehot(targets[t]))        0 where the target is IGNORE
-//!           dh = dz W                          set
-//!           dW += dz^T h                       added to
+//!           with a cap: dz <- dz (1 - (z / c)^2)
+//!           dh = s dz W                        set
+//!           dW += s dz^T h                     added to
 //! ```
 //! The op works on a few rows of logits at a time, at most [`CHUNK_BYTES`] of them (but at least one row), so that
 //! `[T, vocab]` is never stored.
@@ -17,8 +19,8 @@ mod tests;
 
 use rayon::prelude::*;
 
-use super::blocks::{block_rows, each};
-use crate::buf::Buf;
+use super::blocks::{BLOCK, block_rows, each};
+use crate::buf::{Buf, with_spare};
 use crate::isa::Isa;
 use crate::matmul::{Mat, Matmul, MatmulPacked, Packed, Precision};
 
@@ -69,6 +71,36 @@ impl Dims {
     }
 }
 
+/// What turns the products of hidden states and head into logits.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Logits {
+    /// Multiplies the products.
+    pub scale: f32,
+    /// The soft cap c of the scaled products, `c tanh(z / c)`; positive.
+    pub cap: Option<f32>,
+}
+
+impl Default for Logits {
+    /// Returns what leaves the products as they are.
+    fn default() -> Logits {
+        Logits { scale: 1.0, cap: None }
+    }
+}
+
+impl Logits {
+    /// Turns products of hidden states and head into logits, in place.
+    pub fn apply(self, z: &mut [f32]) {
+        self.apply_on(Isa::current(), z);
+    }
+
+    /// Does the same as [`Logits::apply`] on a given tier.
+    pub fn apply_on(self, isa: Isa, z: &mut [f32]) {
+        if self != Logits::default() {
+            each(z.par_chunks_mut(BLOCK), |z| isa.run(kernel::Transform { z, logits: self }));
+        }
+    }
+}
+
 /// Sets `losses`.
 #[derive(Debug)]
 pub struct Forward<'a> {
@@ -80,6 +112,8 @@ pub struct Forward<'a> {
     pub head: &'a [f32],
     /// `[T]`: [`IGNORE`] or below `vocab`.
     pub targets: &'a [u32],
+    /// What makes the logits.
+    pub logits: Logits,
     /// The sizes.
     pub dims: Dims,
 }
@@ -95,8 +129,10 @@ pub struct ForwardPacked<'a> {
     pub head: &'a Packed,
     /// `[T]`: [`IGNORE`] or below `vocab`.
     pub targets: &'a [u32],
+    /// What makes the logits.
+    pub logits: Logits,
     /// Work space.
-    pub logits: &'a mut Buf,
+    pub space: &'a mut Buf,
 }
 
 /// Sets `losses` and `dhidden` and adds to `dhead` the gradients of `scale * sum of losses`.
@@ -116,6 +152,8 @@ pub struct ForwardBackward<'a> {
     pub targets: &'a [u32],
     /// Multiplies the gradients.
     pub scale: f32,
+    /// What makes the logits.
+    pub logits: Logits,
     /// The sizes.
     pub dims: Dims,
     /// Work space, and the precision of the products.
@@ -137,15 +175,15 @@ impl Forward<'_> {
     /// # Panics
     /// Lengths do not fit `dims`, or a target is neither [`IGNORE`] nor below `vocab`.
     pub fn run_on(self, isa: Isa) {
-        let Forward { losses, hidden_states, head, targets, dims } = self;
+        let Forward { losses, hidden_states, head, targets, logits, dims } = self;
         dims.check("Forward", losses.len(), hidden_states.len(), head.len(), targets);
         let chunk = dims.chunk();
-        let mut logits = vec![0.0; chunk.min(dims.tokens) * dims.vocab];
+        let mut space = vec![0.0; chunk.min(dims.tokens) * dims.vocab];
         let inputs = hidden_states.chunks(chunk * dims.hidden).zip(targets.chunks(chunk));
         for (losses, (h, targets)) in losses.chunks_mut(chunk).zip(inputs) {
-            let z = &mut logits[..targets.len() * dims.vocab];
+            let z = &mut space[..targets.len() * dims.vocab];
             project(isa, z, h, head, dims, Precision::F32);
-            rows(isa, losses, z, targets, None, dims.vocab);
+            rows(isa, losses, z, targets, Rows { scale: None, logits, vocab: dims.vocab });
         }
     }
 }
@@ -156,17 +194,17 @@ impl ForwardPacked<'_> {
     /// # Panics
     /// Panics under the conditions of [`Forward::run_on`].
     pub fn run_on(self, isa: Isa) {
-        let ForwardPacked { losses, hidden_states, head, targets, logits } = self;
+        let ForwardPacked { losses, hidden_states, head, targets, logits, space } = self;
         let dims = Dims { tokens: losses.len(), hidden: head.inputs(), vocab: head.outputs() };
         let weights = head.outputs() * head.inputs();
         dims.check("ForwardPacked", losses.len(), hidden_states.len(), weights, targets);
         let chunk = dims.chunk();
-        logits.resize(chunk.min(dims.tokens) * dims.vocab);
+        space.resize(chunk.min(dims.tokens) * dims.vocab);
         let inputs = hidden_states.chunks(chunk * dims.hidden).zip(targets.chunks(chunk));
         for (losses, (h, targets)) in losses.chunks_mut(chunk).zip(inputs) {
-            let z = &mut logits[..targets.len() * dims.vocab];
+            let z = &mut space[..targets.len() * dims.vocab];
             MatmulPacked { c: z, a: Mat::new(h, targets.len(), dims.hidden), w: head }.run_on(isa);
-            rows(isa, losses, z, targets, None, dims.vocab);
+            rows(isa, losses, z, targets, Rows { scale: None, logits, vocab: dims.vocab });
         }
     }
 }
@@ -177,8 +215,8 @@ impl ForwardBackward<'_> {
     /// # Panics
     /// Panics under the conditions of [`Forward::run_on`].
     pub fn run_on(self, isa: Isa) {
-        let ForwardBackward { losses, dhidden, dhead, hidden_states, head, targets, scale, dims, scratch } =
-            self;
+        let ForwardBackward { losses, dhidden, dhead, hidden_states, head, targets, .. } = self;
+        let (scratch, scale, logits, dims) = (self.scratch, self.scale, self.logits, self.dims);
         dims.check("ForwardBackward", losses.len(), hidden_states.len(), head.len(), targets);
         dims.check("ForwardBackward", losses.len(), dhidden.len(), dhead.len(), targets);
         let Dims { hidden, vocab, .. } = dims;
@@ -191,7 +229,7 @@ impl ForwardBackward<'_> {
             let n = targets.len();
             let dz = &mut scratch.logits[..n * vocab];
             project(isa, dz, h, head, dims, precision);
-            rows(isa, losses, dz, targets, Some(scale), vocab);
+            rows(isa, losses, dz, targets, Rows { scale: Some(scale), logits, vocab });
             let (dz, head, h) =
                 (Mat::new(dz, n, vocab), Mat::new(head, vocab, hidden), Mat::new(h, n, hidden));
             Matmul { c: dh, a: dz, b: head, accumulate: false, precision }.run_on(isa);
@@ -214,15 +252,36 @@ fn project(isa: Isa, z: &mut [f32], h: &[f32], head: &[f32], dims: Dims, precisi
     Matmul { c: z, a, b, accumulate: false, precision }.run_on(isa);
 }
 
-/// Computes the losses of a chunk from its logits `z`. Leaves `z`, or sets it to its gradient when there is a `scale`.
-fn rows(isa: Isa, losses: &mut [f32], z: &mut [f32], targets: &[u32], scale: Option<f32>, vocab: usize) {
+/// How the rows of a chunk are computed.
+#[derive(Clone, Copy)]
+struct Rows {
+    /// Asks for the gradient, times this.
+    scale: Option<f32>,
+    logits: Logits,
+    vocab: usize,
+}
+
+/// Computes the losses of a chunk from its products `z`. Sets `z` to the logits, or to the gradient of the products when there
+/// is a `scale`.
+fn rows(isa: Isa, losses: &mut [f32], z: &mut [f32], targets: &[u32], settings: Rows) {
+    let Rows { scale, logits, vocab } = settings;
     let rows = block_rows(vocab);
     let blocks =
         losses.par_chunks_mut(rows).zip(z.par_chunks_mut(rows * vocab)).zip(targets.par_chunks(rows));
     each(blocks, |((losses, z), targets)| {
         for ((loss, z), &target) in losses.iter_mut().zip(z.chunks_exact_mut(vocab)).zip(targets) {
             let target = (target != IGNORE).then_some(target as usize);
-            *loss = isa.run(kernel::Row { z, target, scale });
+            *loss = match scale {
+                Some(scale) if logits != Logits::default() => with_spare(vocab, |capped| {
+                    isa.run(kernel::TransformedRow { z, target, scale, logits, capped })
+                }),
+                _ => {
+                    if logits != Logits::default() {
+                        isa.run(kernel::Transform { z, logits });
+                    }
+                    isa.run(kernel::Row { z, target, scale })
+                }
+            };
         }
     });
 }

@@ -1,4 +1,5 @@
-use super::{Dims, Forward, ForwardBackward, ForwardPacked, IGNORE, LogSoftmaxRow, Scratch, reference};
+use super::reference::{self, Problem};
+use super::{Dims, Forward, ForwardBackward, ForwardPacked, IGNORE, LogSoftmaxRow, Logits, Scratch};
 use crate::buf::Buf;
 use crate::isa::Isa;
 use crate::matmul::{Mat, Packed, Precision};
@@ -6,15 +7,27 @@ use crate::testing::{
     assert_close, assert_close_f64, assert_same_on_threads, f64s, finite_differences, normals,
 };
 
+const PLAIN: Logits = Logits { scale: 1.0, cap: None };
+const VARIANTS: [Logits; 4] = [
+    PLAIN,
+    Logits { scale: 0.125, cap: None },
+    Logits { scale: 1.0, cap: Some(2.0) },
+    Logits { scale: 3.0, cap: Some(30.0) },
+];
+
 #[test]
 fn the_reference_gradient_is_the_derivative() {
     let dims = Dims { tokens: 3, hidden: 2, vocab: 5 };
     let (h, head, targets) = (f64s(&normals(6, 1)), f64s(&normals(10, 2)), [4, IGNORE, 0]);
-    let loss =
-        |h: &[f64], head: &[f64]| 0.5 * reference::forward(h, head, &targets, dims).iter().sum::<f64>();
-    let (dh, dhead) = reference::backward(&h, &head, &targets, 0.5, dims);
-    assert_close_f64("dh", &dh, &finite_differences(&h, 1e-5, |h| loss(h, &head)), 1e-9);
-    assert_close_f64("dhead", &dhead, &finite_differences(&head, 1e-5, |head| loss(&h, head)), 1e-9);
+    for logits in VARIANTS {
+        let problem = Problem { h: &h, head: &head, targets: &targets, logits, dims };
+        let loss = |problem: Problem<'_>| 0.5 * problem.forward().iter().sum::<f64>();
+        let (dh, dhead) = problem.backward(0.5);
+        let want_dh = finite_differences(&h, 1e-5, |h| loss(Problem { h, ..problem }));
+        let want_dhead = finite_differences(&head, 1e-5, |head| loss(Problem { head, ..problem }));
+        assert_close_f64("dh", &dh, &want_dh, 1e-9);
+        assert_close_f64("dhead", &dhead, &want_dhead, 1e-9);
+    }
 }
 
 #[test]
@@ -22,8 +35,15 @@ fn the_hand_example_comes_out() {
     // logits (ln 1, ln 2, ln 5): probabilities 1/8, 2/8, 5/8.
     let head = [0.0, 2f64.ln(), 5f64.ln()];
     let dims = Dims { tokens: 2, hidden: 1, vocab: 3 };
-    let losses = reference::forward(&[1.0, 1.0], &head, &[0, 2], dims);
-    assert_close_f64("losses", &losses, &[8f64.ln(), 1.6f64.ln()], 1e-15);
+    let problem = Problem { h: &[1.0, 1.0], head: &head, targets: &[0, 2], logits: PLAIN, dims };
+    assert_close_f64("losses", &problem.forward(), &[8f64.ln(), 1.6f64.ln()], 1e-15);
+    // Scaled by 2: 1/30, 4/30, 25/30.
+    let scaled = Problem { logits: Logits { scale: 2.0, cap: None }, ..problem };
+    assert_close_f64("scaled", &scaled.forward(), &[30f64.ln(), 1.2f64.ln()], 1e-15);
+    // Capped at 1: the logits are 0, tanh(ln 2) = 3/5 and tanh(ln 5) = 12/13.
+    let capped = Problem { logits: Logits { scale: 1.0, cap: Some(1.0) }, ..problem };
+    let sum = 1.0 + 0.6f64.exp() + (12.0 / 13.0f64).exp();
+    assert_close_f64("capped", &capped.forward(), &[sum.ln(), sum.ln() - 12.0 / 13.0], 1e-15);
 }
 
 /// Every seventh target is ignored.
@@ -37,7 +57,7 @@ fn train(
     precision: Precision,
     [hidden_states, head]: [&[f32]; 2],
     targets: &[u32],
-    scale: f32,
+    (scale, logits): (f32, Logits),
     dims: Dims,
 ) -> [Vec<f32>; 3] {
     let [mut losses, mut dh] = [targets.len(), hidden_states.len()].map(|len| vec![f32::NAN; len]);
@@ -50,6 +70,7 @@ fn train(
         head,
         targets,
         scale,
+        logits,
         dims,
         scratch,
     }
@@ -65,18 +86,21 @@ fn forward_and_backward_agree_with_the_reference_on_every_tier() {
         let dims = Dims { tokens, hidden, vocab };
         let (h, head) = (normals(tokens * hidden, 1), normals(vocab * hidden, 2));
         let targets = targets(dims);
-        let want = reference::forward(&f64s(&h), &f64s(&head), &targets, dims);
-        let (want_dh, want_dhead) = reference::backward(&f64s(&h), &f64s(&head), &targets, 0.25, dims);
-        let want_dhead: Vec<f64> = want_dhead.iter().map(|x| x + 1.0).collect();
-        for isa in Isa::available() {
-            let name = format!("{} {dims:?}", isa.name());
+        let (wide_h, wide_head) = (f64s(&h), f64s(&head));
+        for (isa, logits) in Isa::available().into_iter().flat_map(|isa| VARIANTS.map(|logits| (isa, logits)))
+        {
+            let problem = Problem { h: &wide_h, head: &wide_head, targets: &targets, logits, dims };
+            let want = problem.forward();
+            let (want_dh, want_dhead) = problem.backward(0.25);
+            let want_dhead: Vec<f64> = want_dhead.iter().map(|x| x + 1.0).collect();
+            let name = format!("{} {dims:?} {logits:?}", isa.name());
             let mut losses = vec![f32::NAN; tokens];
-            Forward { losses: &mut losses, hidden_states: &h, head: &head, targets: &targets, dims }
+            Forward { losses: &mut losses, hidden_states: &h, head: &head, targets: &targets, logits, dims }
                 .run_on(isa);
-            let [again, dh, dhead] = train(isa, Precision::F32, [&h, &head], &targets, 0.25, dims);
+            let [again, dh, dhead] = train(isa, Precision::F32, [&h, &head], &targets, (0.25, logits), dims);
             assert_eq!(losses, again, "{name}");
             assert_close(&format!("losses {name}"), &losses, &want, 5e-7);
-            assert_close(&format!("dh {name}"), &dh, &want_dh, 1e-6);
+            assert_close(&format!("dh {name}"), &dh, &want_dh, 2e-6);
             assert_close(&format!("dhead {name}"), &dhead, &want_dhead, 1e-6);
         }
     }
@@ -87,18 +111,15 @@ fn a_packed_head_gives_the_same_losses() {
     for (tokens, hidden, vocab) in [(0, 3, 5), (1, 1, 1), (9, 20, 33), (1300, 4, 37), (3, 700, 20_000)] {
         let dims = Dims { tokens, hidden, vocab };
         let (h, head) = (normals(tokens * hidden, 1), normals(vocab * hidden, 2));
-        let [mut want, mut got] = [(); 2].map(|()| vec![f32::NAN; tokens]);
-        Forward { losses: &mut want, hidden_states: &h, head: &head, targets: &targets(dims), dims }.run();
         let packed = Packed::new(Precision::F32, Mat::new(&head, vocab, hidden));
-        ForwardPacked {
-            losses: &mut got,
-            hidden_states: &h,
-            head: &packed,
-            targets: &targets(dims),
-            logits: &mut Buf::default(),
+        let (targets, hidden_states) = (&targets(dims), &h);
+        for logits in VARIANTS {
+            let [mut want, mut got] = [(); 2].map(|()| vec![f32::NAN; tokens]);
+            Forward { losses: &mut want, hidden_states, head: &head, targets, logits, dims }.run();
+            let space = &mut Buf::default();
+            ForwardPacked { losses: &mut got, hidden_states, head: &packed, targets, logits, space }.run();
+            assert_eq!(got, want, "{dims:?} {logits:?}");
         }
-        .run();
-        assert_eq!(got, want, "{dims:?}");
     }
 }
 
@@ -109,10 +130,13 @@ fn bf16_rounds_the_operands_of_the_products() {
     let rounded = |x: Vec<f32>| -> Vec<f32> { x.iter().map(|&x| half::bf16::from_f32(x).to_f32()).collect() };
     let (h, head) = (normals(50 * 24, 1), normals(90 * 24, 2));
     let targets = targets(dims);
-    let want = reference::forward(&f64s(&rounded(h.clone())), &f64s(&rounded(head.clone())), &targets, dims);
-    let (want_dh, want_dhead) = reference::backward(&f64s(&h), &f64s(&head), &targets, 1.0, dims);
+    let [wide_h, wide_head] = [f64s(&h), f64s(&head)];
+    let problem = Problem { h: &wide_h, head: &wide_head, targets: &targets, logits: PLAIN, dims };
+    let (want_dh, want_dhead) = problem.backward(1.0);
+    let [near_h, near_head] = [f64s(&rounded(h.clone())), f64s(&rounded(head.clone()))];
+    let want = Problem { h: &near_h, head: &near_head, ..problem }.forward();
     for isa in Isa::available() {
-        let [losses, dh, mut dhead] = train(isa, Precision::Bf16, [&h, &head], &targets, 1.0, dims);
+        let [losses, dh, mut dhead] = train(isa, Precision::Bf16, [&h, &head], &targets, (1.0, PLAIN), dims);
         dhead.iter_mut().for_each(|dhead| *dhead -= 1.0);
         assert_close(&format!("losses {}", isa.name()), &losses, &want, 2e-6);
         assert_close(&format!("dh {}", isa.name()), &dh, &want_dh, 3e-2);
@@ -140,6 +164,7 @@ fn large_logits_do_not_overflow_and_nan_stays() {
             hidden_states: &[1e4, f32::NAN, 1e4],
             head: &head,
             targets: &[7, 7, IGNORE],
+            logits: PLAIN,
             dims,
         }
         .run_on(isa);
@@ -167,11 +192,33 @@ fn log_probabilities_agree_with_the_reference_on_every_tier() {
 }
 
 #[test]
+fn logits_of_their_own_are_those_of_the_losses() {
+    for logits in VARIANTS {
+        let products: Vec<f32> = normals(20_000, 1).iter().map(|z| 10.0 * z).collect();
+        let want: Vec<f64> = products
+            .iter()
+            .map(|&z| {
+                let z = f64::from(z) * f64::from(logits.scale);
+                logits.cap.map(f64::from).map_or(z, |cap| cap * (z / cap).tanh())
+            })
+            .collect();
+        for isa in Isa::available() {
+            let mut z = products.clone();
+            logits.apply_on(isa, &mut z);
+            assert_close(&format!("{} {logits:?}", isa.name()), &z, &want, 3e-7);
+        }
+        let mut z = products.clone();
+        logits.apply(&mut z);
+        assert_close(&format!("{logits:?}"), &z, &want, 3e-7);
+    }
+}
+
+#[test]
 fn threads_do_not_change_a_bit() {
     let dims = Dims { tokens: 600, hidden: 40, vocab: 333 };
     let (h, head, targets) = (normals(600 * 40, 1), normals(333 * 40, 2), targets(dims));
     assert_same_on_threads("cross_entropy", || {
-        train(Isa::current(), Precision::F32, [&h, &head], &targets, 0.1, dims)
+        train(Isa::current(), Precision::F32, [&h, &head], &targets, (0.1, VARIANTS[3]), dims)
     });
 }
 
@@ -179,6 +226,13 @@ fn threads_do_not_change_a_bit() {
 #[should_panic(expected = "cross_entropy::Forward: target 5 of token 1 in a vocabulary of 5")]
 fn a_target_outside_the_vocabulary_is_refused() {
     let dims = Dims { tokens: 2, hidden: 1, vocab: 5 };
-    Forward { losses: &mut [0.0; 2], hidden_states: &[0.0; 2], head: &[0.0; 5], targets: &[0, 5], dims }
-        .run();
+    Forward {
+        losses: &mut [0.0; 2],
+        hidden_states: &[0.0; 2],
+        head: &[0.0; 5],
+        targets: &[0, 5],
+        logits: PLAIN,
+        dims,
+    }
+    .run();
 }

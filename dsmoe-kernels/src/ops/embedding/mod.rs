@@ -1,8 +1,8 @@
 //! Token embedding: a row of the table per token.
 //!
 //! ```text
-//! forward   out[t] = table[ids[t]]            table [vocab, hidden], out [T, hidden]
-//! backward  dtable[ids[t]] += dout[t]         added to, t ascending
+//! forward   out[t] = scale table[ids[t]]            table [vocab, hidden], out [T, hidden]
+//! backward  dtable[ids[t]] += scale dout[t]         added to, t ascending
 //! ```
 
 pub mod reference;
@@ -12,7 +12,7 @@ mod tests;
 use rayon::prelude::*;
 
 use super::blocks::{block_rows, each};
-use crate::add::Add;
+use crate::add::{Add, Scale};
 use crate::isa::Isa;
 
 /// Tasks of the backward, each of which reads all ids.
@@ -30,7 +30,7 @@ fn check(op: &str, activations: usize, table: usize, ids: &[u32], hidden: usize)
     }
 }
 
-/// Sets `out` to the rows `ids` of `table`.
+/// Sets `out` to the rows `ids` of `table`, scaled.
 #[derive(Debug)]
 pub struct Forward<'a> {
     /// `[T, hidden]`, set.
@@ -41,9 +41,11 @@ pub struct Forward<'a> {
     pub ids: &'a [u32],
     /// Length of a row.
     pub hidden: usize,
+    /// Multiplies the rows; 1 for plain rows.
+    pub scale: f32,
 }
 
-/// Adds the rows of `dout` to the rows `ids` of `dtable`.
+/// Adds the rows of `dout`, scaled, to the rows `ids` of `dtable`.
 #[derive(Debug)]
 pub struct Backward<'a> {
     /// `[vocab, hidden]`, added to.
@@ -54,26 +56,33 @@ pub struct Backward<'a> {
     pub ids: &'a [u32],
     /// Length of a row.
     pub hidden: usize,
+    /// Multiplies the rows; 1 for plain rows.
+    pub scale: f32,
 }
 
+run_on_current_tier!(Forward, Backward);
+
 impl Forward<'_> {
-    /// Runs the op. It copies rows, so it has no tiers.
+    /// Runs the op on a given tier.
     ///
     /// # Panics
     /// Lengths do not fit, or an id is not below the number of rows.
-    pub fn run(self) {
-        let Forward { out, table, ids, hidden } = self;
+    pub fn run_on(self, isa: Isa) {
+        let Forward { out, table, ids, hidden, scale } = self;
         check("embedding::Forward", out.len(), table.len(), ids, hidden);
         let rows = block_rows(hidden);
         each(out.par_chunks_mut(rows * hidden).zip(ids.par_chunks(rows)), |(out, ids)| {
             for (out, &id) in out.chunks_exact_mut(hidden).zip(ids) {
-                out.copy_from_slice(&table[id as usize * hidden..][..hidden]);
+                let row = &table[id as usize * hidden..][..hidden];
+                if scale == 1.0 {
+                    out.copy_from_slice(row);
+                } else {
+                    isa.run(Scale { y: out, x: row, scale });
+                }
             }
         });
     }
 }
-
-run_on_current_tier!(Backward);
 
 impl Backward<'_> {
     /// Runs the op on a given tier.
@@ -81,7 +90,7 @@ impl Backward<'_> {
     /// # Panics
     /// Lengths do not fit, or an id is not below the number of rows.
     pub fn run_on(self, isa: Isa) {
-        let Backward { dtable, dout, ids, hidden } = self;
+        let Backward { dtable, dout, ids, hidden, scale } = self;
         check("embedding::Backward", dout.len(), dtable.len(), ids, hidden);
         // Every task owns some rows of the table and looks for their tokens, so that no two threads meet.
         let rows = (dtable.len() / hidden).div_ceil(TASKS).max(1);
@@ -91,7 +100,7 @@ impl Backward<'_> {
                 if let Some(at) = (id as usize).checked_sub(first)
                     && let Some(row) = dtable.get_mut(at * hidden..(at + 1) * hidden)
                 {
-                    Add { y: row, x: dout }.run_on(isa);
+                    Add { y: row, x: dout, scale }.run_on(isa);
                 }
             }
         });

@@ -1,10 +1,10 @@
-//! `y = x W^T` for a few rows. Its time is that of reading W, so W is read once.
+//! Vector bodies: the bias, its gradient, and `y = x W^T` for a few rows, whose time is that of reading W, so W is read once.
 
 use rayon::prelude::*;
 
 use super::Dims;
 use crate::isa::Isa;
-use crate::simd::{Kernel, Simd, dot};
+use crate::simd::{Kernel, Simd, axpy, dot};
 
 /// Weights read by one task.
 const TASK_WEIGHTS: usize = 1 << 16;
@@ -53,6 +53,38 @@ impl Kernel for Block<'_> {
             for (t, y) in y[..self.rows].iter_mut().enumerate() {
                 *y = dot(s, w, &self.x[t * self.inputs..][..self.inputs]);
             }
+        }
+    }
+}
+
+/// Adds `bias` to every row of `y`.
+pub(super) struct AddBias<'a> {
+    pub(super) y: &'a mut [f32],
+    pub(super) bias: &'a [f32],
+}
+
+impl Kernel for AddBias<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn body<S: Simd>(self, s: S) {
+        for y in self.y.chunks_exact_mut(self.bias.len()) {
+            axpy(s, y, 1.0, self.bias);
+        }
+    }
+}
+
+/// Adds the rows of `dy` to `sums`, in their order.
+pub(super) struct SumRows<'a> {
+    pub(super) sums: &'a mut [f32],
+    pub(super) dy: &'a [f32],
+}
+
+impl Kernel for SumRows<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn body<S: Simd>(self, s: S) {
+        for dy in self.dy.chunks_exact(self.sums.len()) {
+            axpy(s, self.sums, 1.0, dy);
         }
     }
 }

@@ -1,9 +1,10 @@
-//! Linear layer without bias, torch layout.
+//! Linear layer, with or without bias, torch layout.
 //!
 //! ```text
-//! forward   y = x W^T          x [rows, inputs], W [outputs, inputs], y [rows, outputs]
-//! backward  dx = dy W          set
-//!           dW += dy^T x       added to
+//! forward   y = x W^T (+ b)     x [rows, inputs], W [outputs, inputs], b [outputs], y [rows, outputs]
+//! backward  dx = dy W           set
+//!           dW += dy^T x        added to
+//!           db += sum over the rows of dy, blocks of rows in their order        added to
 //! ```
 //! Sums are f32. A few rows (decoding) use a kernel that streams W once; more rows use [`crate::matmul`].
 
@@ -12,6 +13,11 @@ pub mod reference;
 #[cfg(test)]
 mod tests;
 
+use rayon::prelude::*;
+
+use super::blocks::{BLOCK, block_rows, each};
+use crate::add::Add;
+use crate::buf::with_spare;
 use crate::isa::Isa;
 use crate::matmul::{Mat, Matmul, MatmulPacked, Packed, Precision};
 
@@ -41,7 +47,7 @@ impl Dims {
 /// Up to this many rows the weights are streamed once, row by row.
 const FEW_ROWS: usize = 4;
 
-/// Sets `y = x W^T`.
+/// Sets `y = x W^T`, plus the bias if there is one.
 #[derive(Debug)]
 pub struct Forward<'a> {
     /// `[rows, outputs]`, set.
@@ -50,11 +56,14 @@ pub struct Forward<'a> {
     pub x: &'a [f32],
     /// `[outputs, inputs]`
     pub w: &'a [f32],
+    /// `[outputs]`
+    pub bias: Option<&'a [f32]>,
     /// The sizes.
     pub dims: Dims,
 }
 
-/// Sets `y = x W^T` for packed weights and any number of rows; x is rounded to the weights' precision.
+/// Sets `y = x W^T`, plus the bias if there is one, for packed weights and any number of rows; x is rounded to the weights'
+/// precision.
 #[derive(Debug)]
 pub struct ForwardPacked<'a> {
     /// `[rows, outputs]`, set.
@@ -63,6 +72,8 @@ pub struct ForwardPacked<'a> {
     pub x: &'a [f32],
     /// The weights.
     pub w: &'a Packed,
+    /// `[outputs]`
+    pub bias: Option<&'a [f32]>,
     /// Rows of x and y: tokens.
     pub rows: usize,
 }
@@ -95,7 +106,28 @@ pub struct BackwardWeight<'a> {
     pub dims: Dims,
 }
 
-run_on_current_tier!(Forward, ForwardPacked, BackwardInput, BackwardWeight);
+/// Adds the sum of the rows of `dy` to `db`.
+#[derive(Debug)]
+pub struct BackwardBias<'a> {
+    /// `[outputs]`, added to.
+    pub db: &'a mut [f32],
+    /// `[rows, outputs]`
+    pub dy: &'a [f32],
+    /// The sizes.
+    pub dims: Dims,
+}
+
+run_on_current_tier!(Forward, ForwardPacked, BackwardInput, BackwardWeight, BackwardBias);
+
+/// Adds the bias to every row of `y`.
+fn add_bias(op: &str, isa: Isa, y: &mut [f32], bias: Option<&[f32]>, outputs: usize) {
+    let Some(bias) = bias else { return };
+    assert_eq!(bias.len(), outputs, "linear::{op}: bias of {} values for {outputs} outputs", bias.len());
+    if outputs > 0 {
+        let blocks = y.par_chunks_mut(block_rows(outputs) * outputs);
+        each(blocks, |y| isa.run(kernel::AddBias { y, bias }));
+    }
+}
 
 impl Forward<'_> {
     /// Runs the op on a given tier.
@@ -103,15 +135,16 @@ impl Forward<'_> {
     /// # Panics
     /// Lengths do not fit `dims`.
     pub fn run_on(self, isa: Isa) {
-        let Forward { y, x, w, dims } = self;
+        let Forward { y, x, w, bias, dims } = self;
         dims.check("linear::Forward", x.len(), w.len(), y.len());
-        if dims.rows <= FEW_ROWS {
-            kernel::few_rows(isa, y, x, w, dims);
-            return;
-        }
         let Dims { rows, inputs, outputs, precision } = dims;
-        let (a, b) = (Mat::new(x, rows, inputs), Mat::new(w, outputs, inputs).t());
-        Matmul { c: y, a, b, accumulate: false, precision }.run_on(isa);
+        if rows <= FEW_ROWS {
+            kernel::few_rows(isa, y, x, w, dims);
+        } else {
+            let (a, b) = (Mat::new(x, rows, inputs), Mat::new(w, outputs, inputs).t());
+            Matmul { c: &mut *y, a, b, accumulate: false, precision }.run_on(isa);
+        }
+        add_bias("Forward", isa, y, bias, outputs);
     }
 }
 
@@ -121,7 +154,7 @@ impl ForwardPacked<'_> {
     /// # Panics
     /// Lengths do not fit.
     pub fn run_on(self, isa: Isa) {
-        let ForwardPacked { y, x, w, rows } = self;
+        let ForwardPacked { y, x, w, bias, rows } = self;
         assert!(
             x.len() == rows * w.inputs() && y.len() == rows * w.outputs(),
             "linear::ForwardPacked: x {}, y {} values for {rows} rows of [{}, {}]",
@@ -130,7 +163,8 @@ impl ForwardPacked<'_> {
             w.outputs(),
             w.inputs()
         );
-        MatmulPacked { c: y, a: Mat::new(x, rows, w.inputs()), w }.run_on(isa);
+        MatmulPacked { c: &mut *y, a: Mat::new(x, rows, w.inputs()), w }.run_on(isa);
+        add_bias("ForwardPacked", isa, y, bias, w.outputs());
     }
 }
 
@@ -159,5 +193,36 @@ impl BackwardWeight<'_> {
         let Dims { rows, inputs, outputs, precision } = dims;
         let (a, b) = (Mat::new(dy, rows, outputs).t(), Mat::new(x, rows, inputs));
         Matmul { c: dw, a, b, accumulate: true, precision }.run_on(isa);
+    }
+}
+
+impl BackwardBias<'_> {
+    /// Runs the op on a given tier.
+    ///
+    /// # Panics
+    /// Lengths do not fit `dims`.
+    pub fn run_on(self, isa: Isa) {
+        let BackwardBias { db, dy, dims: Dims { rows, outputs, .. } } = self;
+        assert!(
+            db.len() == outputs && dy.len() == rows * outputs,
+            "linear::BackwardBias: db {}, dy {} values for {rows} rows of {outputs}",
+            db.len(),
+            dy.len()
+        );
+        if dy.is_empty() {
+            return;
+        }
+        // A block's sums cost a row each: few of them.
+        let block = (2 * BLOCK / outputs).max(8);
+        with_spare(rows.div_ceil(block) * outputs, |sums| {
+            let blocks = sums.par_chunks_mut(outputs).zip(dy.par_chunks(block * outputs));
+            each(blocks, |(sums, dy)| {
+                sums.fill(0.0);
+                isa.run(kernel::SumRows { sums, dy });
+            });
+            for sums in sums.chunks_exact(outputs) {
+                Add { y: db, x: sums, scale: 1.0 }.run_on(isa);
+            }
+        });
     }
 }

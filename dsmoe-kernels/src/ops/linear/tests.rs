@@ -1,7 +1,10 @@
-use super::{BackwardInput, BackwardWeight, Dims, Forward, reference};
+use super::{BackwardBias, BackwardInput, BackwardWeight, Dims, Forward, ForwardPacked, reference};
 use crate::Precision;
 use crate::isa::Isa;
-use crate::testing::{assert_close, f64s, finite_differences, normals};
+use crate::matmul::{Mat, Packed};
+use crate::testing::{
+    assert_close, assert_close_f64, assert_same_on_threads, f64s, finite_differences, normals,
+};
 
 #[test]
 fn the_reference_gradient_is_the_derivative() {
@@ -13,8 +16,15 @@ fn the_reference_gradient_is_the_derivative() {
     let (dx, dw) = reference::backward(&dy, &x, &w, dims);
     let want_dx = finite_differences(&x, 1e-5, |x| loss(x, &w));
     let want_dw = finite_differences(&w, 1e-5, |w| loss(&x, w));
-    crate::testing::assert_close_f64("dx", &dx, &want_dx, 1e-8);
-    crate::testing::assert_close_f64("dw", &dw, &want_dw, 1e-8);
+    assert_close_f64("dx", &dx, &want_dx, 1e-8);
+    assert_close_f64("dw", &dw, &want_dw, 1e-8);
+    let b = f64s(&normals(4, 4));
+    let loss_of_bias = |b: &[f64]| -> f64 {
+        let y = reference::with_bias(&reference::forward(&x, &w, dims), b);
+        y.iter().zip(&dy).map(|(y, dy)| y * dy).sum()
+    };
+    let want_db = finite_differences(&b, 1e-5, loss_of_bias);
+    assert_close_f64("db", &reference::backward_bias(&dy, dims), &want_db, 1e-8);
 }
 
 #[test]
@@ -27,7 +37,7 @@ fn forward_and_backward_agree_with_the_reference_on_every_tier() {
         let want = reference::forward(&f64s(&x), &f64s(&w), dims);
         for isa in Isa::available() {
             let mut y = vec![f32::NAN; rows * outputs];
-            Forward { y: &mut y, x: &x, w: &w, dims }.run_on(isa);
+            Forward { y: &mut y, x: &x, w: &w, bias: None, dims }.run_on(isa);
             assert_close(&format!("y {} {dims:?}", isa.name()), &y, &want, 3e-6 * (inputs as f64).sqrt());
         }
         let (want_dx, want_dw) = reference::backward(&f64s(&dy), &f64s(&x), &f64s(&w), dims);
@@ -42,4 +52,52 @@ fn forward_and_backward_agree_with_the_reference_on_every_tier() {
         let want_dw: Vec<f64> = want_dw.iter().map(|x| x + 1.0).collect();
         assert_close("dw", &dw, &want_dw, 3e-6 * (rows.max(1) as f64).sqrt());
     }
+}
+
+#[test]
+fn a_bias_is_added_to_every_row_and_summed_over_them_on_every_tier() {
+    for (rows, inputs, outputs) in
+        [(0, 3, 4), (1, 70, 33), (3, 129, 5), (9, 31, 17), (900, 8, 65), (50, 4, 5000)]
+    {
+        let dims = Dims { rows, inputs, outputs, precision: Precision::F32 };
+        let (x, w, dy) =
+            (normals(rows * inputs, 1), normals(outputs * inputs, 2), normals(rows * outputs, 3));
+        let bias: Vec<f32> = normals(outputs, 4).iter().map(|b| 100.0 * b).collect();
+        let packed = Packed::new(Precision::F32, Mat::new(&w, outputs, inputs));
+        let want_db: Vec<f64> = reference::backward_bias(&f64s(&dy), dims).iter().map(|x| x + 1.0).collect();
+        for isa in Isa::available() {
+            let name = format!("{} {dims:?}", isa.name());
+            let [mut y, mut want] = [(); 2].map(|()| vec![f32::NAN; rows * outputs]);
+            Forward { y: &mut want, x: &x, w: &w, bias: None, dims }.run_on(isa);
+            want.iter_mut().zip(bias.iter().cycle()).for_each(|(y, b)| *y += b);
+            Forward { y: &mut y, x: &x, w: &w, bias: Some(&bias), dims }.run_on(isa);
+            assert_eq!(y, want, "{name}");
+            ForwardPacked { y: &mut want, x: &x, w: &packed, bias: None, rows }.run_on(isa);
+            want.iter_mut().zip(bias.iter().cycle()).for_each(|(y, b)| *y += b);
+            ForwardPacked { y: &mut y, x: &x, w: &packed, bias: Some(&bias), rows }.run_on(isa);
+            assert_eq!(y, want, "packed {name}");
+            let mut db = vec![1.0; outputs];
+            BackwardBias { db: &mut db, dy: &dy, dims }.run_on(isa);
+            assert_close(&format!("db {name}"), &db, &want_db, 2e-6);
+        }
+    }
+}
+
+#[test]
+fn threads_do_not_change_a_bit_of_the_bias() {
+    let dims = Dims { rows: 700, inputs: 3, outputs: 500, precision: Precision::F32 };
+    let (dy, x, w) = (normals(700 * 500, 1), normals(700 * 3, 2), normals(500 * 3, 3));
+    assert_same_on_threads("linear bias", || {
+        let (mut db, mut y) = (vec![0.0; 500], vec![0.0; 700 * 500]);
+        BackwardBias { db: &mut db, dy: &dy, dims }.run();
+        Forward { y: &mut y, x: &x, w: &w, bias: Some(&db), dims }.run();
+        (db, y)
+    });
+}
+
+#[test]
+#[should_panic(expected = "linear::Forward: bias of 2 values for 3 outputs")]
+fn a_bias_of_another_length_is_refused() {
+    let dims = Dims { rows: 1, inputs: 1, outputs: 3, precision: Precision::F32 };
+    Forward { y: &mut [0.0; 3], x: &[0.0], w: &[0.0; 3], bias: Some(&[0.0; 2]), dims }.run();
 }

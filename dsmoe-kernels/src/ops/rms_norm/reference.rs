@@ -1,6 +1,7 @@
 //! The definition of RMSNorm, in f64.
 
-/// Returns `(y, rstd)`: `rstd[t] = 1 / sqrt(mean(x[t]^2) + eps)`, `y = x rstd w`.
+/// Returns `(y, rstd)`: `rstd[t] = 1 / sqrt(mean(x[t]^2) + eps)`, `y = x rstd w`. An offset of the weight is part of `weight`
+/// here. The norm over heads is this one over rows of one head each.
 pub fn forward(x: &[f64], weight: &[f64], eps: f64) -> (Vec<f64>, Vec<f64>) {
     let hidden = weight.len();
     let rstd: Vec<f64> = x

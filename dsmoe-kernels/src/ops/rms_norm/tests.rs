@@ -1,4 +1,4 @@
-use super::{Backward, Forward, ForwardSum, Restore, reference};
+use super::{Backward, BackwardHeads, Forward, ForwardHeads, ForwardSum, Heads, Restore, reference};
 use crate::isa::Isa;
 use crate::testing::{
     assert_close, assert_close_f64, assert_same_on_threads, f64s, finite_differences, normals,
@@ -19,20 +19,41 @@ fn the_reference_gradient_is_the_derivative() {
 
 #[test]
 fn forward_and_backward_agree_with_the_reference_on_every_tier() {
+    for offset in [0.0, 1.0] {
+        check_against_the_reference(offset);
+    }
+}
+
+/// Returns the weight of the reference.
+fn shifted(w: &[f32], offset: f32) -> Vec<f64> {
+    w.iter().map(|&w| f64::from(w) + f64::from(offset)).collect()
+}
+
+fn check_against_the_reference(offset: f32) {
     for (tokens, hidden) in [(0, 8), (1, 1), (3, 7), (5, 16), (33, 100), (700, 65), (9, 2049)] {
         let (x, w) = (normals(tokens * hidden, 1), normals(hidden, 2));
         let dy = normals(tokens * hidden, 3);
-        let (want_y, want_rstd) = reference::forward(&f64s(&x), &f64s(&w), f64::from(EPS));
-        let (want_dx, want_dw) = reference::backward(&f64s(&dy), &f64s(&x), &f64s(&w), &want_rstd);
+        let whole = shifted(&w, offset);
+        let (want_y, want_rstd) = reference::forward(&f64s(&x), &whole, f64::from(EPS));
+        let (want_dx, want_dw) = reference::backward(&f64s(&dy), &f64s(&x), &whole, &want_rstd);
         let want_dw: Vec<f64> = want_dw.iter().map(|x| x + 1.0).collect();
         for isa in Isa::available() {
             let name = format!("{} [{tokens}, {hidden}]", isa.name());
             let [mut y, mut dx] = [(); 2].map(|()| vec![f32::NAN; tokens * hidden]);
             let mut rstd = vec![f32::NAN; tokens];
             let mut dw = vec![1.0; hidden];
-            Forward { y: &mut y, rstd: &mut rstd, x: &x, weight: &w, eps: EPS }.run_on(isa);
-            Backward { dx: &mut dx, dweight: &mut dw, dy: &dy, x: &x, weight: &w, rstd: &rstd, add: false }
-                .run_on(isa);
+            Forward { y: &mut y, rstd: &mut rstd, x: &x, weight: &w, offset, eps: EPS }.run_on(isa);
+            Backward {
+                dx: &mut dx,
+                dweight: &mut dw,
+                dy: &dy,
+                x: &x,
+                weight: &w,
+                offset,
+                rstd: &rstd,
+                add: false,
+            }
+            .run_on(isa);
             assert_close(&format!("y {name}"), &y, &want_y, 5e-7);
             assert_close(&format!("rstd {name}"), &rstd, &want_rstd, 5e-7);
             assert_close(&format!("dx {name}"), &dx, &want_dx, 1e-6);
@@ -43,6 +64,12 @@ fn forward_and_backward_agree_with_the_reference_on_every_tier() {
 
 #[test]
 fn joined_forms_are_the_sum_of_their_parts() {
+    for offset in [0.0, 1.0] {
+        check_joined_forms(offset);
+    }
+}
+
+fn check_joined_forms(offset: f32) {
     let (tokens, hidden) = (300, 70);
     let [a, b, dy] = [1, 2, 3].map(|seed| normals(tokens * hidden, seed));
     let w = normals(hidden, 4);
@@ -50,16 +77,25 @@ fn joined_forms_are_the_sum_of_their_parts() {
     for isa in Isa::available() {
         let [mut y, mut want_y, mut sum, mut dx] = [(); 4].map(|()| vec![f32::NAN; tokens * hidden]);
         let [mut rstd, mut want_rstd] = [(); 2].map(|()| vec![f32::NAN; tokens]);
-        Forward { y: &mut want_y, rstd: &mut want_rstd, x: &x, weight: &w, eps: EPS }.run_on(isa);
-        ForwardSum { y: &mut y, rstd: &mut rstd, x: &mut sum, a: &a, b: &b, weight: &w, eps: EPS }
+        Forward { y: &mut want_y, rstd: &mut want_rstd, x: &x, weight: &w, offset, eps: EPS }.run_on(isa);
+        ForwardSum { y: &mut y, rstd: &mut rstd, x: &mut sum, a: &a, b: &b, weight: &w, offset, eps: EPS }
             .run_on(isa);
         assert_eq!((&y, &rstd, &sum), (&want_y, &want_rstd, &x), "{}", isa.name());
-        Restore { y: &mut y, x: &x, weight: &w, rstd: &rstd }.run_on(isa);
+        Restore { y: &mut y, x: &x, weight: &w, offset, rstd: &rstd }.run_on(isa);
         assert_eq!(y, want_y, "{} restored", isa.name());
 
         let [mut dw, mut dw_again] = [(); 2].map(|()| vec![1.0; hidden]);
-        Backward { dx: &mut dx, dweight: &mut dw, dy: &dy, x: &x, weight: &w, rstd: &rstd, add: false }
-            .run_on(isa);
+        Backward {
+            dx: &mut dx,
+            dweight: &mut dw,
+            dy: &dy,
+            x: &x,
+            weight: &w,
+            offset,
+            rstd: &rstd,
+            add: false,
+        }
+        .run_on(isa);
         let mut added = a.clone();
         Backward {
             dx: &mut added,
@@ -67,6 +103,7 @@ fn joined_forms_are_the_sum_of_their_parts() {
             dy: &dy,
             x: &x,
             weight: &w,
+            offset,
             rstd: &rstd,
             add: true,
         }
@@ -76,13 +113,108 @@ fn joined_forms_are_the_sum_of_their_parts() {
     }
 }
 
+/// Every head of a strided matrix is a row of the plain norm: the bits are the same, and columns of others stay.
+#[test]
+fn heads_are_rows_of_one_head() {
+    let shapes =
+        [(0, 2, 8, 20, 0), (1, 1, 5, 5, 0), (7, 3, 8, 40, 9), (300, 4, 33, 140, 8), (9, 1, 700, 800, 100)];
+    for ((tokens, heads, head_dim, stride, first), offset) in
+        shapes.into_iter().zip([0.0, 1.0].into_iter().cycle())
+    {
+        let width = heads * head_dim;
+        let (matrix, dmatrix) = (normals(tokens * stride, 1), normals(tokens * stride, 2));
+        let w = normals(head_dim, 3);
+        let cut =
+            |x: &[f32]| -> Vec<f32> { x.chunks(stride).flat_map(|x| x[first..][..width].to_vec()).collect() };
+        let (x, dy) = (cut(&matrix), cut(&dmatrix));
+        for isa in Isa::available() {
+            let name = format!("{} {tokens} {heads} {head_dim}", isa.name());
+            let [mut y, mut dx] = [(); 2].map(|()| vec![f32::NAN; x.len()]);
+            let (mut rstd, mut dw) = (vec![f32::NAN; tokens * heads], vec![1.0; head_dim]);
+            Forward { y: &mut y, rstd: &mut rstd, x: &x, weight: &w, offset, eps: EPS }.run_on(isa);
+            Backward {
+                dx: &mut dx,
+                dweight: &mut dw,
+                dy: &dy,
+                x: &x,
+                weight: &w,
+                offset,
+                rstd: &rstd,
+                add: false,
+            }
+            .run_on(isa);
+            let want_dw = f64s(&dw);
+
+            let norm = Heads { heads, stride, offset, eps: EPS };
+            let (mut got, mut saved) = (matrix.clone(), vec![f32::NAN; x.len()]);
+            let mut got_rstd = vec![f32::NAN; rstd.len()];
+            let columns = first.min(got.len())..;
+            ForwardHeads {
+                x: &mut got[columns.clone()],
+                saved: Some(&mut saved),
+                rstd: &mut got_rstd,
+                weight: &w,
+                heads: norm,
+            }
+            .run_on(isa);
+            assert_eq!((cut(&got), &saved, &got_rstd), (y, &x, &rstd), "{name}");
+            let mut unsaved = matrix.clone();
+            let x = &mut unsaved[columns.clone()];
+            ForwardHeads { x, saved: None, rstd: &mut got_rstd, weight: &w, heads: norm }.run_on(isa);
+            assert_eq!(unsaved, got, "{name}");
+
+            let (mut got_dx, mut got_dw) = (dmatrix.clone(), vec![1.0; head_dim]);
+            BackwardHeads {
+                dx: &mut got_dx[columns],
+                dweight: &mut got_dw,
+                x: &saved,
+                rstd: &rstd,
+                weight: &w,
+                heads: norm,
+            }
+            .run_on(isa);
+            assert_eq!(cut(&got_dx), dx, "{name}");
+            assert_close(&format!("dw {name}"), &got_dw, &want_dw, 2e-6);
+            for (old, new) in [(&matrix, &got), (&dmatrix, &got_dx)] {
+                for (old, new) in old.chunks(stride).zip(new.chunks(stride)) {
+                    let others = |x: &[f32]| [&x[..first], &x[first + width..]].concat();
+                    assert_eq!(others(old), others(new), "{name}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn threads_do_not_change_a_bit_of_heads() {
+    let (tokens, heads, head_dim) = (900, 4, 32);
+    let norm = Heads { heads, stride: 200, offset: 1.0, eps: EPS };
+    let (matrix, w) = (normals(tokens * 200, 1), normals(head_dim, 2));
+    assert_same_on_threads("rms_norm of heads", || {
+        let (mut x, mut dx, mut dw) = (matrix.clone(), matrix.clone(), vec![0.0; head_dim]);
+        let (mut saved, mut rstd) = (vec![0.0; tokens * heads * head_dim], vec![0.0; tokens * heads]);
+        let all = Some(&mut saved[..]);
+        ForwardHeads { x: &mut x, saved: all, rstd: &mut rstd, weight: &w, heads: norm }.run();
+        BackwardHeads { dx: &mut dx, dweight: &mut dw, x: &saved, rstd: &rstd, weight: &w, heads: norm }
+            .run();
+        (x, dx, dw)
+    });
+}
+
+#[test]
+#[should_panic(expected = "rms_norm::ForwardHeads: 7 values, rstd 2")]
+fn rows_shorter_than_their_heads_are_refused() {
+    let heads = Heads { heads: 1, stride: 4, offset: 0.0, eps: EPS };
+    ForwardHeads { x: &mut [0.0; 7], saved: None, rstd: &mut [0.0; 2], weight: &[1.0; 4], heads }.run();
+}
+
 #[test]
 fn a_nan_reaches_its_row_and_no_other() {
     let mut x = normals(3 * 37, 1);
     x[37 + 36] = f32::NAN;
     for isa in Isa::available() {
         let (mut y, mut rstd) = (vec![0.0; 3 * 37], [0.0; 3]);
-        Forward { y: &mut y, rstd: &mut rstd, x: &x, weight: &[1.0; 37], eps: EPS }.run_on(isa);
+        Forward { y: &mut y, rstd: &mut rstd, x: &x, weight: &[1.0; 37], offset: 0.0, eps: EPS }.run_on(isa);
         assert!(y[37..74].iter().all(|y| y.is_nan()));
         assert!(y[..37].iter().chain(&y[74..]).all(|y| y.is_finite()));
     }
@@ -95,10 +227,30 @@ fn threads_do_not_change_a_bit() {
     assert_same_on_threads("rms_norm", || {
         let [mut y, mut dx] = [(); 2].map(|()| vec![0.0; tokens * hidden]);
         let (mut rstd, mut dw) = (vec![0.0; tokens], vec![0.0; hidden]);
-        Forward { y: &mut y, rstd: &mut rstd, x: &x, weight: &w, eps: EPS }.run();
-        Backward { dx: &mut dx, dweight: &mut dw, dy: &dy, x: &x, weight: &w, rstd: &rstd, add: false }.run();
-        Backward { dx: &mut dx, dweight: &mut dw, dy: &dy, x: &x, weight: &w, rstd: &rstd, add: true }.run();
-        Restore { y: &mut y, x: &x, weight: &w, rstd: &rstd }.run();
+        Forward { y: &mut y, rstd: &mut rstd, x: &x, weight: &w, offset: 0.0, eps: EPS }.run();
+        Backward {
+            dx: &mut dx,
+            dweight: &mut dw,
+            dy: &dy,
+            x: &x,
+            weight: &w,
+            offset: 0.0,
+            rstd: &rstd,
+            add: false,
+        }
+        .run();
+        Backward {
+            dx: &mut dx,
+            dweight: &mut dw,
+            dy: &dy,
+            x: &x,
+            weight: &w,
+            offset: 0.0,
+            rstd: &rstd,
+            add: true,
+        }
+        .run();
+        Restore { y: &mut y, x: &x, weight: &w, offset: 0.0, rstd: &rstd }.run();
         [y, dx, rstd, dw]
     });
 }

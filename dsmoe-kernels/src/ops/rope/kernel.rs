@@ -2,9 +2,10 @@
 
 use crate::simd::{Kernel, Simd};
 
-/// Rotates the heads of one row, `2 * cos.len()` values each; `direction` multiplies the sines.
+/// Rotates the first `2 * cos.len()` values of the heads of one row; `direction` multiplies the sines.
 pub(super) struct Rotate<'a> {
     pub(super) x: &'a mut [f32],
+    pub(super) head_dim: usize,
     pub(super) cos: &'a [f32],
     pub(super) sin: &'a [f32],
     pub(super) direction: f32,
@@ -17,8 +18,8 @@ impl Kernel for Rotate<'_> {
         let half = self.cos.len();
         let direction = s.splat(self.direction);
         let head = half - half % S::LANES;
-        for x in self.x.chunks_exact_mut(2 * half) {
-            let (low, high) = x.split_at_mut(half);
+        for x in self.x.chunks_exact_mut(self.head_dim) {
+            let (low, high) = x[..2 * half].split_at_mut(half);
             for j in (0..head).step_by(S::LANES) {
                 let sin = s.mul(s.load(&self.sin[j..]), direction);
                 let (a, b) = rotated(s, s.load(&low[j..]), s.load(&high[j..]), s.load(&self.cos[j..]), sin);

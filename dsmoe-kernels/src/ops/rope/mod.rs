@@ -1,10 +1,10 @@
 //! Rotary position embedding, rotate-half layout as in Hugging Face checkpoints.
 //!
 //! ```text
-//! angle[p, i] = p f_i,  f_i = theta^(-2i / head_dim),  i < half = head_dim / 2     (f_i scaled by Scaling)
-//! forward   x[i]        <- x[i] cos - x[i + half] sin        in place, every head at position p
-//!           x[i + half] <- x[i + half] cos + x[i] sin
-//! backward  the inverse rotation (sin negated), in place on the gradient
+//! half = frequencies.len() <= head_dim / 2;  c = factor cos(p f_i),  s = factor sin(p f_i)
+//! forward   x[i]        <- x[i] c - x[i + half] s            in place, every head at position p, i < half
+//!           x[i + half] <- x[i + half] c + x[i] s            values from 2 half on stay
+//! backward  the transpose (s negated), in place on the gradient
 //! ```
 //! Angles, sines and cosines are computed in f64 and kept in f32.
 
@@ -13,55 +13,12 @@ pub mod reference;
 #[cfg(test)]
 mod tests;
 
-use std::f64::consts::PI;
 use std::sync::OnceLock;
 
 use rayon::prelude::*;
 
 use super::blocks::{block_rows, each};
 use crate::isa::Isa;
-
-/// The scaling of the frequencies of a model with an extended context.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Scaling {
-    /// No scaling.
-    None,
-    /// LLaMA-3.1's rule. With wavelength l = 2 pi / f and s = (original_max_position / l - low) / (high - low):
-    /// f is kept for l < original_max_position / high, f / factor for l > original_max_position / low, and
-    /// (1 - s) f / factor + s f between.
-    Llama3 {
-        /// Divides the frequencies of long wavelengths.
-        factor: f64,
-        /// `low` of the rule.
-        low_freq_factor: f64,
-        /// `high` of the rule.
-        high_freq_factor: f64,
-        /// Context length before the extension, in tokens.
-        original_max_position: f64,
-    },
-}
-
-/// Returns the frequencies `[head_dim / 2]` in radians per position.
-pub fn frequencies(head_dim: usize, theta: f64, scaling: Scaling) -> Vec<f64> {
-    let plain = (0..head_dim / 2).map(|i| theta.powf(-2.0 * i as f64 / head_dim as f64));
-    let Scaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position } = scaling else {
-        return plain.collect();
-    };
-    plain
-        .map(|f| {
-            let wavelength = 2.0 * PI / f;
-            if wavelength < original_max_position / high_freq_factor {
-                f
-            } else if wavelength > original_max_position / low_freq_factor {
-                f / factor
-            } else {
-                let kept = (original_max_position / wavelength - low_freq_factor)
-                    / (high_freq_factor - low_freq_factor);
-                (1.0 - kept) * f / factor + kept * f
-            }
-        })
-        .collect()
-}
 
 /// Positions tabulated at a time.
 const PAGE: usize = 256;
@@ -70,20 +27,18 @@ const PAGE: usize = 256;
 #[derive(Debug)]
 pub struct Table {
     frequencies: Vec<f64>,
+    factor: f64,
     positions: usize,
     /// Pages of rows, one row per position: `half` cosines, then `half` sines.
     pages: Vec<OnceLock<Vec<f32>>>,
 }
 
 impl Table {
-    /// Makes a table for heads of `head_dim` values and positions below `max_position`.
-    ///
-    /// # Panics
-    /// `head_dim` is odd.
-    pub fn new(head_dim: usize, theta: f64, scaling: Scaling, max_position: usize) -> Table {
-        assert!(head_dim.is_multiple_of(2), "rope::Table: head_dim {head_dim} is odd");
-        let pages = std::iter::repeat_with(OnceLock::new).take(max_position.div_ceil(PAGE)).collect();
-        Table { frequencies: frequencies(head_dim, theta, scaling), positions: max_position, pages }
+    /// Makes a table of `frequencies`, in radians per position, for positions below `positions`. Sines and cosines are
+    /// multiplied by `factor`, which is 1 for a plain rotation.
+    pub fn new(frequencies: Vec<f64>, factor: f64, positions: usize) -> Table {
+        let pages = std::iter::repeat_with(OnceLock::new).take(positions.div_ceil(PAGE)).collect();
+        Table { frequencies, factor, positions, pages }
     }
 
     /// Returns the number of positions.
@@ -98,7 +53,7 @@ impl Table {
         }
     }
 
-    /// Returns `(cos, sin)`, `[head_dim / 2]` each, of position `p`.
+    /// Returns `(cos, sin)`, one value per frequency each, of position `p`.
     ///
     /// # Panics
     /// There is no such position.
@@ -115,7 +70,7 @@ impl Table {
                 let (cos, sin) = row.split_at_mut(half);
                 for ((cos, sin), f) in cos.iter_mut().zip(sin).zip(&self.frequencies) {
                     let angle = (p / PAGE * PAGE + i) as f64 * f;
-                    (*cos, *sin) = (angle.cos() as f32, angle.sin() as f32);
+                    (*cos, *sin) = ((self.factor * angle.cos()) as f32, (self.factor * angle.sin()) as f32);
                 }
             }
             page
@@ -135,10 +90,12 @@ pub struct Args<'a> {
     pub start: usize,
     /// Heads in a row.
     pub heads: usize,
+    /// Width of a head, at least two values per frequency of the table.
+    pub head_dim: usize,
 }
 
-/// Rotates the first [`Args::width`] columns of the rows of `x` in place; the columns past them, such as the values of
-/// a joined qkv, stay as they are.
+/// Rotates the heads in the first [`Args::width`] columns of the rows of `x` in place; the columns past them, such as the
+/// values of a joined qkv, stay as they are.
 #[derive(Debug)]
 pub struct Forward<'a> {
     /// `[batch * seq, stride]`
@@ -166,7 +123,7 @@ impl Forward<'_> {
     /// Runs the op on a given tier.
     ///
     /// # Panics
-    /// `x` is no whole number of sequences, or a position is not in the table.
+    /// `x` is no whole number of sequences, a position is not in the table, or a head is too narrow for the table.
     pub fn run_on(self, isa: Isa) {
         rotate("rope::Forward", isa, self.x, self.stride, self.args, 1.0);
     }
@@ -183,23 +140,27 @@ impl Backward<'_> {
 }
 
 impl Args<'_> {
-    /// Returns the number of rotated columns, `heads * head_dim`.
+    /// Returns the number of columns of the heads, `heads * head_dim`.
     pub fn width(&self) -> usize {
-        self.heads * 2 * self.table.frequencies.len()
+        self.heads * self.head_dim
     }
 }
 
 fn rotate(op: &str, isa: Isa, x: &mut [f32], stride: usize, args: Args<'_>, direction: f32) {
-    let Args { table, seq, start, heads } = args;
+    let Args { table, seq, start, heads, head_dim } = args;
     let width = args.width();
     if x.is_empty() {
         return;
     }
     assert!(
         width > 0 && seq > 0 && stride >= width && x.len().is_multiple_of(seq * stride),
-        "{op}: {} values for sequences of {seq} rows of {heads} heads of {}, rows of {stride}",
-        x.len(),
-        2 * table.frequencies.len()
+        "{op}: {} values for sequences of {seq} rows of {heads} heads of {head_dim}, rows of {stride}",
+        x.len()
+    );
+    assert!(
+        2 * table.frequencies.len() <= head_dim,
+        "{op}: {} frequencies for heads of {head_dim}",
+        table.frequencies.len()
     );
     assert!(
         start <= table.positions && seq <= table.positions - start,
@@ -211,7 +172,7 @@ fn rotate(op: &str, isa: Isa, x: &mut [f32], stride: usize, args: Args<'_>, dire
     each(x.par_chunks_mut(rows * stride).enumerate(), |(block, x)| {
         for (i, x) in x.chunks_exact_mut(stride).enumerate() {
             let (cos, sin) = table.row(start + (block * rows + i) % seq);
-            isa.run(kernel::Rotate { x: &mut x[..width], cos, sin, direction });
+            isa.run(kernel::Rotate { x: &mut x[..width], head_dim, cos, sin, direction });
         }
     });
 }

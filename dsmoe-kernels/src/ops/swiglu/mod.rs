@@ -1,11 +1,12 @@
 //! The gated unit of LLaMA's FFN, elementwise.
 //!
 //! ```text
-//! forward   c = silu(a) * b,  silu(a) = a sigmoid(a)
-//! backward  db = dc silu(a)                                    set
-//!           da = dc b s (1 + a (1 - s)),  s = sigmoid(a)       set
+//! forward   c = act(a) * b,  act(a) = a sigmoid(a), or another activation
+//! backward  db = dc act(a)          set
+//!           da = dc b act'(a)       set;  silu'(a) = s (1 + a (1 - s)),  s = sigmoid(a)
 //! ```
 
+pub(crate) mod activation;
 mod kernel;
 pub mod reference;
 #[cfg(test)]
@@ -13,10 +14,13 @@ mod tests;
 
 use rayon::prelude::*;
 
+pub use activation::Activation;
+
 use super::blocks::{BLOCK, each};
 use crate::isa::Isa;
+use activation::with_unit;
 
-/// Sets `c = silu(a) * b`.
+/// Sets `c = act(a) * b`.
 #[derive(Debug)]
 pub struct Forward<'a> {
     /// Set.
@@ -25,6 +29,8 @@ pub struct Forward<'a> {
     pub a: &'a [f32],
     /// Has the length of `c`.
     pub b: &'a [f32],
+    /// The activation of a.
+    pub activation: Activation,
 }
 
 /// Sets `da` and `db`.
@@ -40,6 +46,8 @@ pub struct Backward<'a> {
     pub a: &'a [f32],
     /// `b` of the forward pass.
     pub b: &'a [f32],
+    /// The activation of a.
+    pub activation: Activation,
 }
 
 run_on_current_tier!(Forward, Backward);
@@ -50,10 +58,12 @@ impl Forward<'_> {
     /// # Panics
     /// The lengths differ.
     pub fn run_on(self, isa: Isa) {
-        let Forward { c, a, b } = self;
+        let Forward { c, a, b, activation } = self;
         assert_eq!([a.len(), b.len()], [c.len(); 2], "swiglu::Forward: a and b for {} values", c.len());
         let blocks = c.par_chunks_mut(BLOCK).zip(a.par_chunks(BLOCK)).zip(b.par_chunks(BLOCK));
-        each(blocks, |((c, a), b)| isa.run(Forward { c, a, b }));
+        with_unit!(activation, unit => {
+            each(blocks, |((c, a), b)| isa.run(kernel::Forward { c, a, b, unit }));
+        });
     }
 }
 
@@ -63,11 +73,13 @@ impl Backward<'_> {
     /// # Panics
     /// The lengths differ.
     pub fn run_on(self, isa: Isa) {
-        let Backward { da, db, dc, a, b } = self;
+        let Backward { da, db, dc, a, b, activation } = self;
         let lens = [da.len(), db.len(), a.len(), b.len()];
         assert_eq!(lens, [dc.len(); 4], "swiglu::Backward: da, db, a and b for {} values", dc.len());
         let grads = da.par_chunks_mut(BLOCK).zip(db.par_chunks_mut(BLOCK)).zip(dc.par_chunks(BLOCK));
         let blocks = grads.zip(a.par_chunks(BLOCK)).zip(b.par_chunks(BLOCK));
-        each(blocks, |((((da, db), dc), a), b)| isa.run(Backward { da, db, dc, a, b }));
+        with_unit!(activation, unit => {
+            each(blocks, |((((da, db), dc), a), b)| isa.run(kernel::Backward { da, db, dc, a, b, unit }));
+        });
     }
 }

@@ -1,18 +1,25 @@
 use half::bf16;
 
 use super::{check_close, gpu_or_skip, to_f32, to_f64, values};
-use crate::attention::{Dims, reference};
+use crate::attention::{Dims, Scores, reference};
 use crate::cuda::ops::attention::{self, Heads, Segments};
 use crate::cuda::ops::decode::{self, At};
 
-const SHAPES: [Dims; 6] = [
-    Dims { batch: 1, queries: 1, keys: 1, heads: 1, kv_heads: 1, head_dim: 16 },
-    Dims { batch: 2, queries: 65, keys: 65, heads: 4, kv_heads: 2, head_dim: 64 },
-    Dims { batch: 1, queries: 200, keys: 200, heads: 2, kv_heads: 1, head_dim: 128 },
-    Dims { batch: 3, queries: 17, keys: 17, heads: 3, kv_heads: 3, head_dim: 12 },
-    Dims { batch: 2, queries: 130, keys: 130, heads: 6, kv_heads: 2, head_dim: 32 },
-    Dims { batch: 1, queries: 64, keys: 64, heads: 2, kv_heads: 2, head_dim: 80 },
-];
+/// Returns sizes, odd ones too.
+fn shapes() -> [Dims; 6] {
+    [
+        dims([1, 1, 1, 1, 1, 16]),
+        dims([2, 65, 65, 4, 2, 64]),
+        dims([1, 200, 200, 2, 1, 128]),
+        dims([3, 17, 17, 3, 3, 12]),
+        dims([2, 130, 130, 6, 2, 32]),
+        dims([1, 64, 64, 2, 2, 80]),
+    ]
+}
+
+fn dims([batch, queries, keys, heads, kv_heads, head_dim]: [usize; 6]) -> Dims {
+    Dims { batch, queries, keys, heads, kv_heads, head_dim, scores: Scores::plain(head_dim) }
+}
 
 /// Returns the columns of queries, keys and values in the rows of qkv.
 fn columns(qkv: &[f64], dims: Dims) -> [Vec<f64>; 3] {
@@ -42,7 +49,7 @@ fn check_norm(what: &str, got: &[f32], want: &[f64], tolerance: f64) {
 #[test]
 fn cuda_attention_is_the_reference() {
     let Some(gpu) = gpu_or_skip("cuda_attention_is_the_reference") else { return };
-    for dims in SHAPES {
+    for dims in shapes() {
         let rows = dims.batch * dims.queries;
         let qkv = values(rows * dims.joined_width(), 5);
         let dout = values(rows * dims.heads * dims.head_dim, 6);
@@ -96,7 +103,7 @@ fn cuda_attention_over_caches_and_segments_is_that_of_sequences() {
     let Some(gpu) = gpu_or_skip("cuda_attention_over_caches_and_segments_is_that_of_sequences") else {
         return;
     };
-    for dims in SHAPES.map(|dims| Dims { batch: 1, ..dims }) {
+    for dims in shapes().map(|dims| Dims { batch: 1, ..dims }) {
         let total = dims.queries;
         let qkv = values(total * dims.joined_width(), 7);
         let [q, k, v] = columns(&to_f64(&qkv), dims);

@@ -11,22 +11,12 @@ mod rows;
 
 use crate::cuda::Gpu;
 
-/// Tells whether the environment requires `what` of tests.
-fn required(what: &str) -> bool {
-    std::env::var("DSMOE_REQUIRE").is_ok_and(|all| all.split(',').any(|word| word == what))
-}
-
 /// Opens the first GPU, or notes that the test is skipped.
 ///
 /// # Panics
 /// There is none, and `DSMOE_REQUIRE` asks for one.
 fn gpu_or_skip(test: &str) -> Option<Gpu> {
     crate::testing::has_gpu(test).then(|| Gpu::open(0).expect("a device that was found"))
-}
-
-#[expect(clippy::print_stderr, reason = "a skipped test says so")]
-fn skipped(test: &str, why: &str) {
-    eprintln!("SKIP {test}: {why}");
 }
 
 /// Returns values from -1 to 1 that bf16 holds exactly.

@@ -5,6 +5,7 @@ use half::bf16;
 use super::{check_close, gpu_or_skip, to_f32, to_f64, values};
 use crate::cuda::GpuBuf;
 use crate::cuda::ops::{cross_entropy, elementwise, embedding, optim, rms_norm, rope};
+use crate::rope::reference::Rotation;
 use crate::{adamw, cross_entropy as losses, embedding as tables, rms_norm as norms, rope as angles};
 
 fn single(values: &[f64]) -> Vec<f32> {
@@ -79,8 +80,8 @@ fn cuda_embedding_is_the_reference() {
     for ids in [vec![], vec![3], vec![1, 4, 1, 1, 10, 0, 4]] {
         let table = values(vocab * hidden, 1);
         let dout = values(ids.len() * hidden, 2);
-        let want = tables::reference::forward(&to_f64(&table), &ids, hidden);
-        let want_back = tables::reference::backward(&to_f64(&dout), &ids, vocab, hidden);
+        let want = tables::reference::forward(&to_f64(&table), &ids, hidden, 1.0);
+        let want_back = tables::reference::backward(&to_f64(&dout), &ids, [vocab, hidden], 1.0);
         let ids_on = &gpu.upload(&ids).unwrap();
         let mut out = gpu.zero_rows::<f32>(ids.len(), hidden).unwrap();
         let full = gpu.upload(&to_f32(&table)).unwrap();
@@ -103,7 +104,8 @@ fn cuda_embedding_is_the_reference() {
 fn cuda_rope_is_the_reference() {
     let Some(gpu) = gpu_or_skip("cuda_rope_is_the_reference") else { return };
     let (head_dim, heads, width, seq) = (12, 3, 50, 9);
-    let table = angles::Table::new(head_dim, 10000.0, angles::Scaling::None, 64);
+    let frequencies = angles::reference::frequencies(head_dim, 10000.0);
+    let table = angles::Table::new(frequencies.clone(), 1.0, 64);
     let rows: Vec<f32> = (0..64)
         .flat_map(|p| {
             let (cos, sin) = table.angles(p);
@@ -111,7 +113,6 @@ fn cuda_rope_is_the_reference() {
         })
         .collect();
     let angles_on = &gpu.upload_rows(&rows, head_dim).unwrap();
-    let frequencies = angles::frequencies(head_dim, 10000.0, angles::Scaling::None);
     let tokens = 2 * seq;
     let x = values(tokens * width, 1);
     let turned = heads * head_dim;
@@ -121,10 +122,12 @@ fn cuda_rope_is_the_reference() {
         rope::Rotate { x, angles: angles_on, heads, positions, back }.run().unwrap();
     };
     let sequences = rope::Positions::Sequences { len: seq, start: 5 };
+    let rotation =
+        Rotation { frequencies: &frequencies, factor: 1.0, positions: &positions, heads, head_dim };
     for back in [false, true] {
         let want = match back {
-            false => angles::reference::forward(&cut, &frequencies, &positions, heads),
-            true => angles::reference::backward(&cut, &frequencies, &positions, heads),
+            false => rotation.forward(&cut),
+            true => rotation.backward(&cut),
         };
         let mut on = gpu.upload_rows(&x, width).unwrap();
         turn(&mut on, sequences, back);

@@ -1,33 +1,26 @@
 //! Compares models on a GPU with the same models on the CPU.
-#![cfg(feature = "cuda")]
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use dsmoe_core::Device;
 use dsmoe_core::checkpoint::Dtype;
-use dsmoe_core::config::Config;
 use dsmoe_core::convert::{ConvertOptions, convert};
-use dsmoe_core::init::{InitOptions, init, preset};
 use dsmoe_core::model::cuda::{CudaStep, CudaTrainer};
-use dsmoe_core::model::{After, Batch, Cache, Segment, StepArgs, TrainWorkspace, Workspace};
-use dsmoe_core::{Device, Inference, Model};
-use dsmoe_kernels::testing::{has_gpu, norm, too_far};
+use dsmoe_core::model::{After, Batch, Cache, Inference, Model, Segment, StepArgs, Workspace};
+use dsmoe_kernels::testing::{distance, has_gpu, norm, refused, shared, too_far};
 use dsmoe_kernels::{Precision, adamw};
 use dsmoe_router::{GateValue, Rescale, RoutingStats, SparsityOver, ZeroActive};
 
-#[path = "common/golden.rs"]
-mod golden;
-
-mod common;
+use crate::{golden, logits, losses, step_args, train, write_dense};
 
 /// Makes random models: dense ones, and ones with several kinds of experts. The widths of the first let products run over
 /// active pairs alone.
-fn models(dir: &Path) -> Vec<(String, std::path::PathBuf)> {
+fn models(dir: &Path) -> Vec<(String, PathBuf)> {
     let mut all = Vec::new();
     for (name, heads, kv_heads, hidden, intermediate, tied) in
         [("square", 4, 4, 64, 192, true), ("grouped", 6, 2, 96, 160, false), ("odd", 3, 1, 36, 56, false)]
     {
-        let mut json: serde_json::Value = serde_json::from_str(&preset("tiny").unwrap().to_json()).unwrap();
-        let settings = [
+        let sizes = [
             ("hidden_size", hidden),
             ("intermediate_size", intermediate),
             ("vocab_size", 75),
@@ -37,17 +30,10 @@ fn models(dir: &Path) -> Vec<(String, std::path::PathBuf)> {
             ("head_dim", hidden / heads),
             ("max_position_embeddings", 256),
         ];
-        for (key, value) in settings {
-            json[key] = value.into();
-        }
-        json["tie_word_embeddings"] = tied.into();
-        let mut dense = |name: &str, initializer_range: f64| {
-            json["initializer_range"] = initializer_range.into();
-            let config = Config::from_json(Path::new("config.json"), &json.to_string()).unwrap();
-            let dense = dir.join(name);
-            let options = InitOptions { dtype: Dtype::BF16, seed: 3, ..InitOptions::default() };
-            init(&config, &dense, &options, &mut |_| {}).unwrap();
-            dense
+        let dense = |name: &str, initializer_range: f64| {
+            let out = dir.join(name);
+            write_dense(&out, &sizes, Dtype::BF16, tied, initializer_range);
+            out
         };
         all.push((name.to_owned(), dense(name, 0.1)));
         let dense = dense(&format!("{name}-small"), 0.03);
@@ -95,14 +81,12 @@ fn decide_gates(dir: &Path) {
 }
 
 fn ids(count: usize, seed: u32) -> Vec<u32> {
-    (0..count as u32).map(|i| (i * i * 7 + 3 * i + seed * 13) % 75).collect()
+    crate::ids(count, seed, 75)
 }
 
 /// Returns the distance over the size.
 fn off(got: &[f32], want: &[f32]) -> f64 {
-    let sum = |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>().sqrt();
-    let size = sum(&mut want.iter().map(|&x| f64::from(x)));
-    let distance = sum(&mut got.iter().zip(want).map(|(&a, &b)| f64::from(a) - f64::from(b)));
+    let (distance, size) = (distance(got, want), norm(want));
     if size == 0.0 { distance } else { distance / size }
 }
 
@@ -115,9 +99,7 @@ fn hyper(step: u64, decay: bool) -> adamw::Hyper {
 fn take_step(
     trainer: &mut CudaTrainer,
     model: &Model,
-    inputs: &[u32],
-    targets: &[u32],
-    seq: usize,
+    Batch { inputs, targets, seq }: Batch<'_>,
     args: &StepArgs,
 ) -> (CudaStep, Option<RoutingStats>, Vec<f32>) {
     let mut stats = model.new_stats();
@@ -135,16 +117,7 @@ fn models_route_alike_in_both_precisions() {
         let [want, got] = [Precision::F32, Precision::Bf16].map(|precision| {
             let model = Inference::load(&path, precision).unwrap();
             let mut stats = model.new_stats().map(RoutingStats::traced);
-            let mut losses = vec![f32::NAN; 120];
-            let mut workspace = Workspace::default();
-            model
-                .score(
-                    &mut losses,
-                    Batch { inputs: &ids(120, 4), targets: &ids(120, 5), seq: 40 },
-                    stats.as_mut(),
-                    &mut workspace,
-                )
-                .unwrap();
+            losses(&model, Batch { inputs: &ids(120, 4), targets: &ids(120, 5), seq: 40 }, stats.as_mut());
             stats
         });
         assert_eq!(got, want, "{name}");
@@ -165,36 +138,17 @@ fn a_training_step_is_that_of_the_processor() {
     let dir = tempfile::tempdir().unwrap();
     let (seq, tokens) = (33, 99);
     let (inputs, targets) = (ids(tokens, 1), ids(tokens, 2));
-    let args = StepArgs {
-        loss_scale: 1.0 / tokens as f32,
-        sparsity_weight: 0.5,
-        sparsity_over: SparsityOver::All,
-        balance_scale: 1.0,
-        seed: 1,
-    };
+    let batch = Batch { inputs: &inputs, targets: &targets, seq };
+    let args =
+        StepArgs { sparsity_weight: 0.5, sparsity_over: SparsityOver::All, seed: 1, ..step_args(tokens) };
     let mut wrong = Vec::new();
     for (name, path) in models(dir.path()) {
         let model = Model::load(&path).unwrap();
-        let len = model.layout().len();
-        let mut grads = vec![0.0; len];
-        let mut workspace = TrainWorkspace::new(&model, tokens, Precision::F32);
-        let want = model
-            .train_step(&mut grads, Batch { inputs: &inputs, targets: &targets, seq }, &args, &mut workspace)
-            .unwrap();
-        let mut half_grads = vec![0.0; len];
-        let mut half_workspace = TrainWorkspace::new(&model, tokens, Precision::Bf16);
-        let half = model
-            .train_step(
-                &mut half_grads,
-                Batch { inputs: &inputs, targets: &targets, seq },
-                &args,
-                &mut half_workspace,
-            )
-            .unwrap();
-
-        let zeros = vec![0.0; len];
+        let (want, grads, workspace) = train(&model, batch, &args, Precision::F32);
+        let (half, half_grads, _) = train(&model, batch, &args, Precision::Bf16);
+        let zeros = vec![0.0; model.layout().len()];
         let mut trainer = CudaTrainer::new(0, &model, &zeros, &zeros, tokens, seq).unwrap();
-        let step = |trainer: &mut CudaTrainer| take_step(trainer, &model, &inputs, &targets, seq, &args);
+        let step = |trainer: &mut CudaTrainer| take_step(trainer, &model, batch, &args);
         let (got, stats, got_grads) = step(&mut trainer);
         // Errors of tokens cancel in the mean by chance: half a per mille is four times the error that remains on the CPU.
         // PyTorch's bf16 autocast on a CPU has a larger one on `grouped`.
@@ -266,15 +220,11 @@ fn recorded_steps_have_the_bits_of_queued_ones() {
             // Each step has other ids, repeated differently, and another sparsity weight; the threshold moves once.
             let inputs: Vec<u32> = ids(tokens, step).iter().map(|id| id % (10 * step)).collect();
             let targets = ids(tokens, step + 20);
-            let args = StepArgs {
-                loss_scale: 1.0 / tokens as f32,
-                sparsity_weight: 0.1 * step as f32,
-                sparsity_over: SparsityOver::All,
-                balance_scale: 1.0,
-                seed: 1,
-            };
+            let batch = Batch { inputs: &inputs, targets: &targets, seq };
+            let (sparsity_weight, sparsity_over) = (0.1 * step as f32, SparsityOver::All);
+            let args = StepArgs { sparsity_weight, sparsity_over, seed: 1, ..step_args(tokens) };
             let take = |trainer: &mut CudaTrainer, model: &Model| {
-                let (shown, stats, grads) = take_step(trainer, model, &inputs, &targets, seq, &args);
+                let (shown, stats, grads) = take_step(trainer, model, batch, &args);
                 (shown.loss, shown.all_gates, stats.map(|stats| stats.active_ratio()), grads)
             };
             if step == 4 && model.num_experts().is_some() {
@@ -301,7 +251,7 @@ fn logits_are_those_of_transformers() {
     if !has_gpu("logits_are_those_of_transformers") {
         return;
     }
-    let Some(shared) = common::shared("logits_are_those_of_transformers") else { return };
+    let Some(shared) = shared("logits_are_those_of_transformers", "models") else { return };
     let (mut seen, mut wrong) = (0, Vec::new());
     for name in ["babyllama-1m", "tinystories-656k", "stories-260k"] {
         let dir = shared.join("models").join(name);
@@ -312,26 +262,10 @@ fn logits_are_those_of_transformers() {
         let (ids, want) = golden::logits(&dir);
         let half = Inference::load(&dir, Precision::Bf16).unwrap();
         let gpu = Inference::load_on(&dir, Precision::Bf16, Device::Cuda(0)).unwrap();
-        let mut workspace = Workspace::default();
         for chunk in [ids.len(), 1, 5, 17] {
-            let mut of = |model: &Inference| {
-                let mut cache = Cache::new(model, ids.len());
-                let mut logits = Vec::new();
-                for piece in ids.chunks(chunk) {
-                    logits.extend_from_slice(
-                        model.logits(piece, piece.len(), &mut cache, None, &mut workspace).unwrap(),
-                    );
-                }
-                logits
-            };
-            let (got, half) = (of(&gpu), of(&half));
-            wrong.extend(too_far(
-                &format!("{name}, {chunk} tokens at a time"),
-                &got,
-                &want,
-                &half,
-                norm(&want),
-            ));
+            let [got, half] = [&gpu, &half].map(|model| logits(model, ids.chunks(chunk)));
+            let what = format!("{name}, {chunk} tokens at a time");
+            wrong.extend(too_far(&what, &got, &want, &half, norm(&want)));
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
@@ -353,29 +287,10 @@ fn inference_is_that_of_the_processor() {
         let run = |model: &Inference| {
             let mut workspace = Workspace::default();
             let mut stats = model.new_stats().map(RoutingStats::traced);
-            let mut losses = vec![f32::NAN; 120];
-            model
-                .score(
-                    &mut losses,
-                    Batch { inputs: &all, targets: &targets, seq: 40 },
-                    stats.as_mut(),
-                    &mut workspace,
-                )
-                .unwrap();
-            let mut cache = Cache::new(model, 20);
-            let mut logits = Vec::new();
-            for piece in [
-                &all[..30],
-                &all[30..33],
-                &all[33..34],
-                &all[34..35],
-                &all[35..36],
-                &all[36..70],
-                &all[70..71],
-            ] {
-                let of = model.logits(piece, piece.len(), &mut cache, None, &mut workspace).unwrap();
-                logits.extend_from_slice(of);
-            }
+            let batch = Batch { inputs: &all, targets: &targets, seq: 40 };
+            let losses = losses(model, batch, stats.as_mut());
+            let pieces = [0..30, 30..33, 33..34, 34..35, 35..36, 36..70, 70..71];
+            let logits = logits(model, pieces.map(|piece| &all[piece]));
             let segments = [
                 Segment { tokens: 7, after: After::Nothing },
                 Segment { tokens: 90, after: After::Nothing },
@@ -423,8 +338,6 @@ fn other_precisions_are_refused() {
     }
     let dir = tempfile::tempdir().unwrap();
     let (_, path) = models(dir.path()).remove(0);
-    let error = Inference::load_on(&path, Precision::F32, Device::Cuda(0)).unwrap_err().to_string();
-    assert!(error.contains("set dtype to bf16"), "{error}");
-    let error = Inference::load_on(&path, Precision::Bf16, Device::Cuda(63)).unwrap_err().to_string();
-    assert!(error.contains("cuda:63"), "{error}");
+    refused(Inference::load_on(&path, Precision::F32, Device::Cuda(0)), &["set dtype to bf16"]);
+    refused(Inference::load_on(&path, Precision::Bf16, Device::Cuda(63)), &["cuda:63"]);
 }
