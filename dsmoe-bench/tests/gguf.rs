@@ -7,6 +7,7 @@ use std::process::Command;
 use dsmoe_core::Config;
 use dsmoe_core::gguf::tokenizer_files;
 use dsmoe_datasets::{Bos, Tokenizer};
+use dsmoe_kernels::testing::{required, shared, skipped};
 use serde_json::Value;
 
 const TEXTS: [&str; 6] = [
@@ -18,25 +19,7 @@ const TEXTS: [&str; 6] = [
     "def f(x):\n    return x**2",
 ];
 
-fn required(what: &str) -> bool {
-    std::env::var("DSMOE_REQUIRE").is_ok_and(|list| list.split(',').any(|word| word == what))
-}
-
-/// The data folder; none when it is absent and not required.
-#[expect(clippy::print_stdout, reason = "a skipped test says so")]
-fn shared(test: &str) -> Option<PathBuf> {
-    let default = concat!(env!("CARGO_MANIFEST_DIR"), "/../../shared");
-    let dir = PathBuf::from(std::env::var("DSMOE_SHARED").unwrap_or_else(|_| default.to_owned()));
-    if dir.join("golden/gguf").is_dir() {
-        return Some(dir);
-    }
-    assert!(!required("shared"), "{test}: no golden/gguf in {}", dir.display());
-    println!("SKIP {test}: no golden/gguf in {}; set DSMOE_SHARED", dir.display());
-    None
-}
-
 /// The file that `scripts/get-smollm2` fetches; none when it is absent and not required.
-#[expect(clippy::print_stdout, reason = "a skipped test says so")]
 fn smollm2(test: &str) -> Option<PathBuf> {
     let cache = || {
         let home = std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache"));
@@ -48,7 +31,7 @@ fn smollm2(test: &str) -> Option<PathBuf> {
         return Some(file);
     }
     assert!(!required("smollm2"), "{test}: no {}", file.display());
-    println!("SKIP {test}: no {}; run scripts/get-smollm2", file.display());
+    skipped(test, &format!("no {}; run scripts/get-smollm2", file.display()));
     None
 }
 
@@ -91,7 +74,7 @@ fn text(path: &Path) -> &str {
 
 #[test]
 fn tokenizers_give_the_ids_of_hugging_face() {
-    let Some(shared) = shared("tokenizers_give_the_ids_of_hugging_face") else { return };
+    let Some(shared) = shared("tokenizers_give_the_ids_of_hugging_face", "golden/gguf") else { return };
     let (dir, zoo) = (shared.join("golden/gguf"), shared.join("golden/zoo"));
     let Value::Object(golden) = read(&dir.join("golden.json")) else { panic!("golden.json") };
     let story = std::fs::read_to_string(zoo.join("text.txt")).unwrap();
@@ -126,7 +109,7 @@ fn tokenizers_give_the_ids_of_hugging_face() {
 
 #[test]
 fn exported_tokenizers_give_the_same_ids() {
-    let Some(shared) = shared("exported_tokenizers_give_the_same_ids") else { return };
+    let Some(shared) = shared("exported_tokenizers_give_the_same_ids", "golden/gguf") else { return };
     let work = tempfile::tempdir().unwrap();
     let story = std::fs::read_to_string(shared.join("golden/stories_100.txt")).unwrap();
     for name in ["stories-260k", "tinystories-656k", "babyllama-1m"] {
@@ -144,7 +127,7 @@ fn exported_tokenizers_give_the_same_ids() {
 
 #[test]
 fn every_command_takes_a_file() {
-    let Some(shared) = shared("every_command_takes_a_file") else { return };
+    let Some(shared) = shared("every_command_takes_a_file", "golden/gguf") else { return };
     let work = tempfile::tempdir().unwrap();
     let at = |name: &str| work.path().join(name).to_str().unwrap().to_owned();
     let file = shared.join("golden/gguf/llama-Q4_1.gguf");
@@ -226,7 +209,7 @@ fn every_command_takes_a_file() {
 #[test]
 fn a_real_model_has_the_ids_and_the_text_of_transformers() {
     let test = "a_real_model_has_the_ids_and_the_text_of_transformers";
-    let (Some(shared), Some(file)) = (shared(test), smollm2(test)) else { return };
+    let (Some(shared), Some(file)) = (shared(test, "golden/smollm2"), smollm2(test)) else { return };
     let golden = shared.join("golden/smollm2");
     let ours = tokenizer(&file, 49_152);
     for row in read(&golden.join("tokens.json"))["rows"].as_array().unwrap() {

@@ -11,8 +11,8 @@ use dsmoe_core::gguf::{Container, GgufType, export_gguf};
 use dsmoe_core::init::{InitOptions, init};
 
 use super::read;
-use crate::common;
-use crate::support::{refused, small_config};
+use crate::support::small_config;
+use dsmoe_kernels::testing::{refused, shared};
 
 fn quiet<T>(_: T) {}
 
@@ -33,7 +33,7 @@ fn difference(config: &Config, a: &Checkpoint, b: &Checkpoint) -> f32 {
 
 #[test]
 fn a_model_reads_back_as_it_was() {
-    let Some(shared) = common::shared("gguf") else { return };
+    let Some(shared) = shared("gguf", "golden/gguf") else { return };
     let work = tempfile::tempdir().unwrap();
     for name in ["stories-260k", "tinystories-656k"] {
         let model = shared.join("models").join(name);
@@ -75,7 +75,7 @@ fn a_model_reads_back_as_it_was() {
 /// The golden file was written by another program.
 #[test]
 fn data_are_those_of_the_reference() {
-    let Some(shared) = common::shared("gguf") else { return };
+    let Some(shared) = shared("gguf", "golden/gguf") else { return };
     let work = tempfile::tempdir().unwrap();
     let model = zoo(&shared, "llama", work.path());
     for (kind, golden) in [

@@ -11,7 +11,7 @@ use proptest::prelude::*;
 
 use super::builder::{Gguf, key, list_key, tensor, text, text_key, u32_key};
 use crate::bodies;
-use crate::support::refused;
+use dsmoe_kernels::testing::refused;
 
 fn container(gguf: &Gguf) -> Result<Container> {
     let bytes = gguf.bytes();

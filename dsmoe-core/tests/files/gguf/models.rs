@@ -10,8 +10,8 @@ use dsmoe_kernels::Precision;
 use serde_json::Value;
 
 use super::{read, sha256};
-use crate::common;
-use crate::support::refused;
+use dsmoe_kernels::testing::refused;
+use dsmoe_kernels::testing::shared;
 
 /// Keys that a GGUF file cannot hold: those of a window that is off, and of another name for the same maths.
 const NOT_IN_THE_FILE: [&str; 4] = ["max_window_layers", "sliding_window", "pad_token_id", "torch_dtype"];
@@ -27,7 +27,7 @@ fn golden(dir: &Path) -> Vec<(String, Value)> {
 
 #[test]
 fn tensors_have_names_rows_and_values_of_hugging_face() {
-    let Some(shared) = common::shared("gguf") else { return };
+    let Some(shared) = shared("gguf", "golden/gguf") else { return };
     let dir = shared.join("golden/gguf");
     let mut checked = 0;
     for (model, expected) in golden(&dir) {
@@ -50,7 +50,7 @@ fn tensors_have_names_rows_and_values_of_hugging_face() {
 
 #[test]
 fn streamed_rows_are_those_of_the_whole_tensor() {
-    let Some(shared) = common::shared("gguf") else { return };
+    let Some(shared) = shared("gguf", "golden/gguf") else { return };
     let checkpoint = Checkpoint::open(&shared.join("golden/gguf/llama-Q4_0.gguf")).unwrap();
     let name = "model.layers.1.self_attn.q_proj.weight";
     let view = checkpoint.tensor(name).unwrap();
@@ -71,7 +71,7 @@ fn streamed_rows_are_those_of_the_whole_tensor() {
 
 #[test]
 fn configurations_are_those_of_hugging_face() {
-    let Some(shared) = common::shared("gguf") else { return };
+    let Some(shared) = shared("gguf", "golden/gguf") else { return };
     let dir = shared.join("golden/gguf");
     for (model, _) in golden(&dir) {
         let path = dir.join(format!("{model}.gguf"));
@@ -101,7 +101,7 @@ fn configurations_are_those_of_hugging_face() {
 
 #[test]
 fn logits_are_those_of_transformers() {
-    let Some(shared) = common::shared("gguf") else { return };
+    let Some(shared) = shared("gguf", "golden/gguf") else { return };
     let dir = shared.join("golden/gguf");
     let expected = Checkpoint::open_file(&dir.join("logits_last.safetensors")).unwrap();
     let mut checked = 0;
@@ -125,7 +125,7 @@ fn logits_are_those_of_transformers() {
 
 #[test]
 fn a_directory_may_hold_one_file() {
-    let Some(shared) = common::shared("gguf") else { return };
+    let Some(shared) = shared("gguf", "golden/gguf") else { return };
     let file = shared.join("golden/gguf/llama-F16.gguf");
     let work = tempfile::tempdir().unwrap();
     let copy = |name: &str| -> PathBuf {

@@ -4,12 +4,12 @@ use dsmoe_core::checkpoint::{Checkpoint, Dtype};
 use dsmoe_core::gguf::{Container, TensorType};
 
 use super::read;
-use crate::common;
-use crate::support::refused;
+use dsmoe_kernels::testing::refused;
+use dsmoe_kernels::testing::shared;
 
 #[test]
 fn every_type_gives_the_bits_of_the_reference() {
-    let Some(shared) = common::shared("gguf") else { return };
+    let Some(shared) = shared("gguf", "golden/gguf") else { return };
     let dir = shared.join("golden/gguf");
     let golden = Checkpoint::open_file(&dir.join("quants.safetensors")).unwrap();
     let mut types = 0;
@@ -43,7 +43,7 @@ fn every_type_gives_the_bits_of_the_reference() {
 
 #[test]
 fn other_types_are_refused_by_name() {
-    let Some(shared) = common::shared("gguf") else { return };
+    let Some(shared) = shared("gguf", "golden/gguf") else { return };
     let path = shared.join("golden/gguf/quants-other.gguf");
     let names: Vec<String> =
         Container::open(&path).unwrap().tensors.iter().map(|tensor| tensor.kind.to_string()).collect();
