@@ -3,6 +3,7 @@
 use dsmoe_datasets::tasks::{Loaded, Options, Request, Response, TaskFiles};
 use dsmoe_datasets::world::{Domain, Item, Probe, World};
 use dsmoe_datasets::{Corpus, CorpusOptions};
+use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::collections::{HashMap, HashSet};
 
@@ -20,47 +21,41 @@ fn documents(world: &World, domain: Domain, bytes: usize) -> Vec<String> {
 
 /// What a model sees of an item, its choices or right answers, and the indices of the right ones.
 fn asked_of(item: &Item) -> (String, Vec<String>, Vec<usize>) {
-    let open = |prompt: String, answers: &[String]| {
-        (prompt, answers.iter().map(|answer| format!(" {answer}")).collect(), (0..answers.len()).collect())
+    let row = serde_json::to_value(item).expect("JSON");
+    let text = |name: &str| row[name].as_str().unwrap_or_else(|| panic!("no {name} in {row}")).to_owned();
+    let number = |name: &str| match &row[name] {
+        Value::String(label) => label.parse::<usize>().expect("a number"),
+        label => label.as_u64().expect("a number") as usize,
     };
-    let choose = |prompt: String, choices: &[&String], gold: usize| {
-        (prompt, choices.iter().map(|choice| format!(" {choice}")).collect(), vec![gold])
-    };
-    let number = |label: &str| label.parse::<usize>().expect("a number") - 1;
+    let spaced = |texts: &[String]| texts.iter().map(|text| format!(" {text}")).collect();
+    let open = |prompt: String, answers: &[String]| (prompt, spaced(answers), (0..answers.len()).collect());
+    let choose = |prompt: String, choices: &[String], gold: usize| (prompt, spaced(choices), vec![gold]);
     match item {
-        Item::HellaSwag { activity_label, ctx_a, ctx_b, ctx, endings, label } => {
+        Item::HellaSwag { ctx_a, ctx_b, ctx, endings, .. } => {
             assert_eq!(*ctx, format!("{ctx_a} {ctx_b}"));
             let start = ctx_b.replacen('t', "T", 1);
-            choose(format!("{activity_label}: {ctx_a} {start}"), &endings.iter().collect::<Vec<_>>(), *label)
+            choose(format!("{}: {ctx_a} {start}", text("activity_label")), endings, number("label"))
         }
         Item::Lambada { text } => {
             let (passage, word) = text.rsplit_once(' ').expect("several words");
             open(passage.to_owned(), &[word.to_owned()])
         }
-        Item::Piqa { goal, sol1, sol2, label } => {
-            choose(format!("Question: {goal}\nAnswer:"), &[sol1, sol2], *label)
+        Item::Piqa { goal, .. } => {
+            choose(format!("Question: {goal}\nAnswer:"), &["sol1", "sol2"].map(text), number("label"))
         }
-        Item::SocialIqa { context, question, answer_a, answer_b, answer_c, label } => {
-            let prompt = format!("Q: {context} {question}\nA:");
-            choose(prompt, &[answer_a, answer_b, answer_c], number(label))
+        Item::SocialIqa { context, question, .. } => {
+            let answers = ["answerA", "answerB", "answerC"].map(text);
+            choose(format!("Q: {context} {question}\nA:"), &answers, number("label") - 1)
         }
-        Item::StoryCloze {
-            input_sentence_1,
-            input_sentence_2,
-            input_sentence_3,
-            input_sentence_4,
-            sentence_quiz1,
-            sentence_quiz2,
-            answer_right_ending,
-        } => choose(
-            format!("{input_sentence_1} {input_sentence_2} {input_sentence_3} {input_sentence_4}"),
-            &[sentence_quiz1, sentence_quiz2],
-            answer_right_ending - 1,
-        ),
-        Item::WinoGrande { sentence, option1, option2, answer } => {
+        Item::StoryCloze { .. } => {
+            let sentences = [1, 2, 3, 4].map(|i| text(&format!("input_sentence_{i}")));
+            let endings = ["sentence_quiz1", "sentence_quiz2"].map(text);
+            choose(sentences.join(" "), &endings, number("answer_right_ending") - 1)
+        }
+        Item::WinoGrande { sentence, .. } => {
             let (before, after) = sentence.split_once(" _").expect("a gap");
-            let choices = [option1, option2].map(|option| format!("{option}{after}"));
-            choose(before.to_owned(), &[&choices[0], &choices[1]], number(answer))
+            let choices = ["option1", "option2"].map(|option| format!("{}{after}", text(option)));
+            choose(before.to_owned(), &choices, number("answer") - 1)
         }
         Item::Gsm8k { question, answer } => {
             open(format!("Question: {question}\nAnswer:"), std::slice::from_ref(answer))

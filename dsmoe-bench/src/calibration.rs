@@ -75,19 +75,16 @@ impl<'a> Stages<'a> {
     }
 
     pub(crate) fn set(&mut self, stage: &'static str, done: u64, total: u64) {
-        if self.shown.as_ref().is_none_or(|(shown, _)| *shown != stage)
-            && let Some((_, done)) =
-                self.shown.replace((stage, Progress::new(self.ui, stage, Unit::Parts, total)))
-        {
-            done.finish();
+        if self.shown.as_ref().is_some_and(|(shown, _)| *shown != stage) {
+            self.finish();
         }
-        if let Some((_, progress)) = &mut self.shown {
-            progress.set(done, total, "");
-        }
+        let shown =
+            self.shown.get_or_insert_with(|| (stage, Progress::new(self.ui, stage, Unit::Parts, total)));
+        shown.1.set(done, total, "");
     }
 
-    pub(crate) fn finish(self) {
-        if let Some((_, progress)) = self.shown {
+    pub(crate) fn finish(&mut self) {
+        if let Some((_, progress)) = self.shown.take() {
             progress.finish();
         }
     }

@@ -20,12 +20,9 @@ pub(crate) fn measure_domains(
     options: EvalOptions,
     ui: &Ui,
 ) -> Result<EvalReport> {
-    let mut progress = Progress::new(ui, "evaluating", Unit::Windows, 0);
-    let result = evaluate_domains(model, domains, options, &mut |done, total| {
-        progress.set(done as u64, total as u64, "")
-    });
-    progress.finish();
-    let report = result?;
+    let report = Progress::during(ui, "evaluating", Unit::Windows, |show| {
+        evaluate_domains(model, domains, options, &mut |done, total| show(done as u64, total as u64))
+    })?;
     if !report.nll.is_finite() {
         bail!(
             "the mean likelihood is not finite: the model overflows on this text; take an earlier checkpoint of it"
@@ -44,7 +41,7 @@ pub(crate) fn domain_table(domains: &[DomainReport]) -> String {
             format::count(domain.tokens as u64),
             format!("{:.4}", domain.ppl),
             format!("{:.6}", domain.nll),
-            format::percent_or_dash(domain.active_ratio),
+            format::or_dash(domain.active_ratio, format::percent),
         ]);
     }
     table.show()

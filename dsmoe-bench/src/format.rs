@@ -5,14 +5,8 @@ use std::fmt::Write as _;
 /// Formats a count as `1,235,814,400`.
 pub(crate) fn count(n: u64) -> String {
     let digits = n.to_string();
-    let mut out = String::new();
-    for (i, digit) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i).is_multiple_of(3) {
-            out.push(',');
-        }
-        out.push(digit);
-    }
-    out
+    let groups = digits.as_bytes().rchunks(3).rev().map(String::from_utf8_lossy);
+    groups.collect::<Vec<_>>().join(",")
 }
 
 /// Formats bytes as `13.5 GB`, in powers of ten.
@@ -23,6 +17,11 @@ pub(crate) fn bytes(n: u64) -> String {
 /// Formats a number of parameters or tokens as `735.0 M` or `1.2 B`.
 pub(crate) fn amount(n: f64) -> String {
     scaled(n, &["", " k", " M", " B", " T"])
+}
+
+/// Formats parameters as `735.0 M activated of 1.2 B`.
+pub(crate) fn activated(activated: f64, total: u64) -> String {
+    format!("{} activated of {}", amount(activated), amount(total as f64))
 }
 
 /// Formats FLOPs as `1.5 G`.
@@ -45,9 +44,9 @@ pub(crate) fn percent(share: f64) -> String {
     format!("{:.1} %", 100.0 * share)
 }
 
-/// Formats a share as [`percent`] does, or a dash.
-pub(crate) fn percent_or_dash(share: Option<f64>) -> String {
-    share.map_or_else(|| "-".to_owned(), percent)
+/// Formats a value, or a dash for none.
+pub(crate) fn or_dash<T>(value: Option<T>, show: impl FnOnce(T) -> String) -> String {
+    value.map_or_else(|| "-".to_owned(), show)
 }
 
 /// Formats a duration as `48 s`, `3 min 20 s` or `2 h 05 min`.

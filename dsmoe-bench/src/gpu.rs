@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Default, Serialize)]
 pub(crate) struct Gpus {
     /// Is true when this program was built for GPUs.
     built: bool,
@@ -26,14 +26,7 @@ struct GpuInfo {
 #[cfg(not(feature = "cuda"))]
 pub(crate) fn gpus() -> Gpus {
     let problem = "this program was built without CUDA; build it with the feature `cuda` to use a GPU";
-    Gpus {
-        built: false,
-        devices: Vec::new(),
-        driver: None,
-        nvrtc: None,
-        cublaslt: None,
-        problems: vec![problem.to_owned()],
-    }
+    Gpus { problems: vec![problem.to_owned()], ..Gpus::default() }
 }
 
 #[cfg(feature = "cuda")]

@@ -5,6 +5,7 @@ mod calibration;
 mod cli;
 mod commands;
 mod evaluation;
+mod files;
 mod format;
 mod gpu;
 mod interrupts;
@@ -36,7 +37,7 @@ pub fn run() -> ExitCode {
 pub fn run_from<T: Into<OsString> + Clone>(args: impl IntoIterator<Item = T>) -> ExitCode {
     let cli = cli::Cli::parse_from(args);
     dsmoe_baselines::register();
-    let mut ui = ui::Ui::new(cli.json, cli.quiet);
+    let mut ui = ui::Ui { json: cli.json, quiet: cli.quiet };
     match commands::run(cli, &mut ui) {
         Ok(code) => code,
         Err(error) => ui.fail(&error),

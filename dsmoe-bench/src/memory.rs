@@ -6,16 +6,17 @@ use crate::format;
 
 /// Returns the bytes of all memory; `None` where `/proc` does not tell.
 pub(crate) fn total() -> Option<u64> {
-    field("MemTotal:")
+    field("/proc/meminfo", "MemTotal:")
 }
 
 /// Returns the bytes of memory available without swapping.
 pub(crate) fn available() -> Option<u64> {
-    field("MemAvailable:")
+    field("/proc/meminfo", "MemAvailable:")
 }
 
-fn field(name: &str) -> Option<u64> {
-    let info = std::fs::read_to_string("/proc/meminfo").ok()?;
+/// Returns a field of a file that counts in KiB, in bytes.
+pub(crate) fn field(file: &str, name: &str) -> Option<u64> {
+    let info = std::fs::read_to_string(file).ok()?;
     let line = info.lines().find_map(|line| line.strip_prefix(name))?;
     line.split_whitespace().next()?.parse::<u64>().ok().map(|kib| kib * 1024)
 }

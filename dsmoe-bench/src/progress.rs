@@ -25,12 +25,8 @@ impl Unit {
     fn show(self, amount: f64) -> String {
         match self {
             Unit::Bytes => format::bytes(amount as u64),
-            Unit::Steps | Unit::Windows | Unit::Documents | Unit::Parts
-                if amount < 10.0 && amount.fract() != 0.0 =>
-            {
-                format!("{amount:.1}")
-            }
-            Unit::Steps | Unit::Windows | Unit::Documents | Unit::Parts => format::count(amount as u64),
+            _ if amount < 10.0 && amount.fract() != 0.0 => format!("{amount:.1}"),
+            _ => format::count(amount as u64),
         }
     }
 
@@ -121,6 +117,19 @@ impl Progress {
             }
             Sink::Lines { .. } => {}
         }
+    }
+
+    /// Does `work` with progress: its argument shows how much is done, and of how much.
+    pub(crate) fn during<T>(
+        ui: &Ui,
+        what: impl Into<String>,
+        unit: Unit,
+        work: impl FnOnce(&mut dyn FnMut(u64, u64)) -> T,
+    ) -> T {
+        let mut progress = Progress::new(ui, what, unit, 0);
+        let result = work(&mut |done, total| progress.set(done, total, ""));
+        progress.finish();
+        result
     }
 
     /// Prints a line, above the bar if there is one.

@@ -172,17 +172,10 @@ pub(crate) fn device_plan(_: &Config, _: &TrainConfig, _: Device) -> Result<Vec<
 
 pub(crate) fn show_summary(summary: &TrainSummary) -> String {
     let state = if summary.finished { "finished" } else { "stopped" };
-    let mut fields = vec![(
-        state,
-        format!(
-            "step {} of {}, {} tokens in {} ({:.0}/s)",
-            summary.step,
-            summary.steps,
-            format::count(summary.tokens),
-            format::duration(summary.seconds),
-            summary.tokens_per_s
-        ),
-    )];
+    let TrainSummary { step, steps, tokens_per_s, .. } = summary;
+    let (tokens, time) = (format::count(summary.tokens), format::duration(summary.seconds));
+    let mut fields =
+        vec![(state, format!("step {step} of {steps}, {tokens} tokens in {time} ({tokens_per_s:.0}/s)"))];
     if let Some(loss) = summary.lm_loss {
         fields.push(("training loss", format!("{loss:.4} nats per token")));
     }
@@ -190,13 +183,11 @@ pub(crate) fn show_summary(summary: &TrainSummary) -> String {
         fields.push(("active share", format!("{} of experts in the last step", format::percent(ratio))));
     }
     if let (Some(ppl), Some(nll)) = (summary.valid_ppl, summary.valid_nll) {
-        let share =
-            summary.valid_active_ratio.map(|ratio| format!(", {} of experts active", format::percent(ratio)));
+        let share = summary.valid_active_ratio.map(format::percent);
+        let share = share.map(|share| format!(", {share} of experts active")).unwrap_or_default();
         let held_out = format::count(summary.valid_tokens as u64);
-        fields.push((
-            "held-out text",
-            format!("perplexity {ppl:.3}, nll {nll:.4}{} ({held_out} tokens)", share.unwrap_or_default()),
-        ));
+        fields
+            .push(("held-out text", format!("perplexity {ppl:.3}, nll {nll:.4}{share} ({held_out} tokens)")));
     }
     if summary.finished {
         fields.push(("model", summary.out.display().to_string()));
@@ -236,11 +227,8 @@ impl Observer for View {
         let domains: Vec<String> =
             report.domains.iter().map(|domain| format!("{} {:.3}", domain.name, domain.ppl)).collect();
         let domains = if domains.is_empty() { String::new() } else { format!(" ({})", domains.join(", ")) };
-        self.progress.note(&format!(
-            "step {step}: held-out perplexity {:.3}{domains}{}",
-            report.ppl,
-            share.unwrap_or_default()
-        ));
+        let share = share.unwrap_or_default();
+        self.progress.note(&format!("step {step}: held-out perplexity {:.3}{domains}{share}", report.ppl));
         self.eval = Some(report.clone());
     }
 

@@ -10,16 +10,9 @@ use serde::Serialize;
 use crate::remedies::worded;
 
 /// The error of a stdout that its reader closed, which is not a failure of the command.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
+#[error("stdout is closed")]
 struct ClosedPipe;
-
-impl Display for ClosedPipe {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("stdout is closed")
-    }
-}
-
-impl std::error::Error for ClosedPipe {}
 
 /// The output of a command.
 #[derive(Clone, Copy, Debug)]
@@ -29,10 +22,6 @@ pub(crate) struct Ui {
 }
 
 impl Ui {
-    pub(crate) fn new(json: bool, quiet: bool) -> Ui {
-        Ui { json, quiet }
-    }
-
     /// Writes text to stdout unchanged, and flushes it.
     pub(crate) fn text(&mut self, text: &str) -> Result<()> {
         let mut stdout = io::stdout().lock();

@@ -5,6 +5,7 @@
 
 use std::time::Instant;
 
+use dsmoe_kernels::Activation;
 use dsmoe_kernels::expert_ffn::{
     Backward, Dims, ForwardTrain, Pairs, Routes, Saved, Scratch, WeightGrads, Weights,
 };
@@ -12,12 +13,18 @@ use dsmoe_kernels::testing::{norm, normals};
 
 const TOKENS: usize = 128;
 const EXPERTS: usize = 8;
-const DIMS: Dims =
-    Dims { tokens: TOKENS, hidden: 128, intermediate: 512, num_experts: EXPERTS, all_pairs: false };
+const DIMS: Dims = Dims {
+    tokens: TOKENS,
+    hidden: 128,
+    intermediate: 512,
+    num_experts: EXPERTS,
+    all_pairs: false,
+    activation: Activation::Silu,
+};
 
 fn main() {
     let experts = [1, 2, 4, EXPERTS];
-    run("dense", Pairs::Dense, Dims::dense(TOKENS, DIMS.hidden, DIMS.intermediate));
+    run("dense", Pairs::Dense, Dims::dense(TOKENS, DIMS.hidden, DIMS.intermediate, Activation::Silu));
     for active in experts {
         // Token t goes to the experts i with (t + i) mod 8 below `active`; the lists are those of all pairs, in two orders.
         let is_active = |t: usize, i: usize| (t + i) % EXPERTS < active;
@@ -42,14 +49,14 @@ fn run(name: &str, pairs: Pairs<'_>, dims: Dims) {
     let len = dims.intermediate * dims.hidden;
     let [gate, up, down] =
         [1, 2, 3].map(|seed| normals(len, seed).iter().map(|w| w * 0.05).collect::<Vec<_>>());
-    let weights = &Weights { gate: &gate, up: &up, down: &down };
+    let weights = &Weights { gate: &gate, up: &up, down: &down, biases: None };
     let [x, dy] = [4, 5].map(|seed| normals(dims.tokens * dims.hidden, seed));
     let [mut y, mut dx] = [(); 2].map(|()| vec![0.0; x.len()]);
     let [mut dgate, mut dup, mut ddown] = [(); 3].map(|()| vec![0.0; len]);
     let (mut saved, mut scratch) = (Saved::default(), Scratch::default());
     let start = Instant::now();
     ForwardTrain { y: &mut y, saved: &mut saved, x: &x, weights, pairs, dims, scratch: &mut scratch }.run();
-    let grads = WeightGrads { gate: &mut dgate, up: &mut dup, down: &mut ddown };
+    let grads = WeightGrads { gate: &mut dgate, up: &mut dup, down: &mut ddown, biases: None };
     let (saved, scratch, dx_out) = (&saved, &mut scratch, &mut dx[..]);
     Backward { dx: dx_out, dcoefficients: None, grads, dy: &dy, saved, x: &x, weights, pairs, dims, scratch }
         .run();

@@ -136,17 +136,15 @@ pub fn assert_same_on_threads<R: PartialEq + Send>(name: &str, f: impl Fn() -> R
 ///
 /// # Panics
 /// It is absent, and `DSMOE_REQUIRE` contains `shared`.
-#[expect(clippy::print_stdout, reason = "a skipped test says so")]
 pub fn shared(test: &str, needed: &str) -> Option<PathBuf> {
     let default = || concat!(env!("CARGO_MANIFEST_DIR"), "/../../shared").into();
     let dir = PathBuf::from(std::env::var_os("DSMOE_SHARED").unwrap_or_else(default));
     if dir.join(needed).exists() {
         return Some(dir);
     }
-    let required =
-        std::env::var("DSMOE_REQUIRE").is_ok_and(|all| all.split(',').any(|word| word == "shared"));
-    assert!(!required, "{test}: no shared data at {}", dir.display());
-    println!("SKIP {test}: no shared data at {}", dir.display());
+    let why = format!("no shared data at {}", dir.display());
+    assert!(!required("shared"), "{test}: {why}");
+    skipped(test, &why);
     None
 }
 

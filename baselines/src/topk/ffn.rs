@@ -8,8 +8,8 @@ use dsmoe_core::ffn::{
     HostGate, HostRouted, PackedFfn, Record, block_len, projections, routes, split, split_mut,
 };
 use dsmoe_core::params::TensorSpec;
-use dsmoe_kernels::Precision;
 use dsmoe_kernels::expert_ffn::{self, Dims, PackedWeights, Pairs, Saved, WeightGrads, Weights};
+use dsmoe_kernels::{Activation, Precision};
 
 use super::router::{RouterSaved, TopkRouter};
 use super::spec::TopkSpec;
@@ -59,7 +59,8 @@ impl TopkMoeFfn {
     /// Only selected experts take part in the gradient (LLaMA-MoE has no straight-through rule).
     fn dims(&self, tokens: usize) -> Dims {
         let &TopkMoeFfn { hidden, intermediate, spec } = self;
-        Dims { tokens, hidden, intermediate, num_experts: spec.all_experts(), all_pairs: false }
+        let dense = Dims::dense(tokens, hidden, intermediate, Activation::Silu);
+        Dims { num_experts: spec.all_experts(), all_pairs: false, ..dense }
     }
 }
 
@@ -120,7 +121,7 @@ impl Ffn for TopkMoeFfn {
 
     fn pack(&self, params: &[f32], precision: Precision) -> Box<dyn PackedFfn> {
         let [gate, up, down] = split(params, self.lens());
-        let (weights, n) = (Weights { gate, up, down }, self.spec.all_experts());
+        let (weights, n) = (Weights { gate, up, down, biases: None }, self.spec.all_experts());
         Box::new(PackedTopk {
             ffn: self.clone(),
             weights: PackedWeights::new(precision, &weights, self.hidden, self.intermediate, n),
@@ -144,7 +145,7 @@ impl Ffn for TopkMoeFfn {
         let of_router = &params[self.router_start()..];
         let routed = self.router().forward(&mut saved.router, x, of_router, Some(training));
         count(record, routed);
-        let (weights, routes) = (&Weights { gate, up, down }, routes(routed.routing));
+        let (weights, routes) = (&Weights { gate, up, down, biases: None }, routes(routed.routing));
         let (pairs, dims) = (Pairs::Routed(&routes), self.dims(x.len() / self.hidden));
         let (saved, scratch) = (&mut saved.experts, &mut scratch.experts);
         expert_ffn::ForwardTrain { y, saved, x, weights, pairs, dims, scratch }.run();
@@ -159,9 +160,9 @@ impl Ffn for TopkMoeFfn {
         let (weights, params) = params.split_at(self.router_start());
         let (grads, drouter) = grads.split_at_mut(self.router_start());
         let [gate, up, down] = split(weights, self.lens());
-        let weights = &Weights { gate, up, down };
+        let weights = &Weights { gate, up, down, biases: None };
         let [gate, up, down] = split_mut(grads, self.lens());
-        let grads = WeightGrads { gate, up, down };
+        let grads = WeightGrads { gate, up, down, biases: None };
         let dims = self.dims(x.len() / self.hidden);
         let FfnScratch { experts: scratch, dcoefficients: by_pair, .. } = scratch;
         by_pair.resize(dims.tokens * dims.num_experts);

@@ -1,5 +1,6 @@
 //! Tasks whose answer the model has to find itself, after five examples.
 
+use super::choice::HELLASWAG;
 use super::filter::{Filter, STRICT_ANSWER};
 use super::metrics::{ExactMatch, Ignored, Metric};
 use super::profile::Profile;
@@ -10,33 +11,27 @@ use crate::error::Result;
 /// GSM8K: word problems.
 pub(crate) const GSM8K: Task = Task {
     name: "gsm8k",
-    aliases: &[],
     folders: &["gsm8k"],
     subset: "main",
     split: Split::Test,
     version: 3.0,
     shots: 5,
-    spare_shot: false,
-    reads_lines: false,
     read: gsm8k,
     rules: gsm8k_rules,
-    not_in: &[],
+    ..HELLASWAG
 };
 
 /// NaturalQuestions, answered from memory.
 pub(crate) const NQ_OPEN: Task = Task {
     name: "nq_open",
-    aliases: &[],
     folders: &["nq_open"],
-    subset: "",
-    split: Split::Validation,
     version: 4.0,
     shots: 5,
     spare_shot: true,
-    reads_lines: false,
     read: nq_open,
     rules: nq_open_rules,
     not_in: NOT_IN_030,
+    ..HELLASWAG
 };
 
 /// TriviaQA, answered from memory.

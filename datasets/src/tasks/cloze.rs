@@ -1,5 +1,6 @@
 //! Tasks about what stands in a text: its last word, or whom a gap means.
 
+use super::choice::HELLASWAG;
 use super::metrics::Metric;
 use super::profile::Profile;
 use super::row::Row;
@@ -12,15 +13,10 @@ pub(crate) const LAMBADA_OPENAI: Task = Task {
     name: "lambada_openai",
     aliases: &["lambada"],
     folders: &["lambada_openai", "lambada"],
-    subset: "",
     split: Split::Test,
-    version: 1.0,
-    shots: 0,
-    spare_shot: false,
-    reads_lines: false,
     read: lambada,
     rules: lambada_rules,
-    not_in: &[],
+    ..HELLASWAG
 };
 
 /// LAMBADA with the original texts, cut into words.

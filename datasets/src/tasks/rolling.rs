@@ -4,6 +4,7 @@ use std::sync::LazyLock;
 
 use regex::Regex;
 
+use super::choice::HELLASWAG;
 use super::metrics::Metric;
 use super::profile::Profile;
 use super::row::Row;
@@ -14,17 +15,13 @@ use crate::error::Result;
 /// WikiText-2 by whole articles, with its cut-up punctuation put together.
 pub(crate) const WIKITEXT: Task = Task {
     name: "wikitext",
-    aliases: &[],
     folders: &["wikitext", "wikitext_document_level", "wikitext2"],
     subset: "wikitext-2-raw-v1",
     split: Split::Test,
     version: 2.0,
-    shots: 0,
-    spare_shot: false,
-    reads_lines: false,
     read: wikitext,
     rules: |_| Rules::of(&[Metric::WordPerplexity, Metric::BytePerplexity, Metric::BitsPerByte]),
-    not_in: &[],
+    ..HELLASWAG
 };
 
 fn wikitext(row: &Row, _: Profile) -> Result<Item> {

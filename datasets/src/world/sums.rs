@@ -46,12 +46,15 @@ fn draw(world: &World, rng: &mut Rng, split: Split) -> (String, String) {
             continue;
         }
         let z = rng.between(2, 9).min(x + y - 1);
-        let (steps, result) = match way {
-            Way::Add => (vec![sum(x, '+', y)], x + y),
-            Way::Take => (vec![sum(x, '-', y)], x - y),
-            Way::Multiply => (vec![sum(x, '*', y)], x * y),
-            Way::AddThenTake => (vec![sum(x, '+', y), sum(x + y, '-', z)], x + y - z),
+        let (mut steps, mut result) = match way {
+            Way::Add | Way::AddThenTake => sum(x, '+', y),
+            Way::Take => sum(x, '-', y),
+            Way::Multiply => sum(x, '*', y),
         };
+        if let Way::AddThenTake = way {
+            let (more, left) = sum(result, '-', z);
+            (steps, result) = (format!("{steps}\n{more}"), left);
+        }
         let [a, b] = world.cast(rng);
         let numbers = [x, y, z].map(|number| number.to_string());
         let slots = [
@@ -62,21 +65,18 @@ fn draw(world: &World, rng: &mut Rng, split: Split) -> (String, String) {
             ("y", &numbers[1]),
             ("z", &numbers[2]),
         ];
-        return (fill(pattern, &slots), format!("{}\n#### {result}", steps.join("\n")));
+        return (fill(pattern, &slots), format!("{steps}\n#### {result}"));
     }
 }
 
-/// Writes `x + y = s`.
-fn sum(x: usize, sign: char, y: usize) -> String {
-    format!("{x} {sign} {y} = {}", apply(x, sign, y))
-}
-
-fn apply(x: usize, sign: char, y: usize) -> usize {
-    match sign {
+/// Writes `x + y = s`, and returns s too.
+fn sum(x: usize, sign: char, y: usize) -> (String, usize) {
+    let result = match sign {
         '+' => x + y,
         '-' => x - y,
         _ => x * y,
-    }
+    };
+    (format!("{x} {sign} {y} = {result}"), result)
 }
 
 pub(super) fn item(world: &World, rng: &mut Rng, split: Split) -> Item {
@@ -104,7 +104,7 @@ pub(super) fn table(rng: &mut Rng) -> String {
             }
             _ => (rng.between(2, 6), '*', rng.between(2, 6)),
         };
-        sum(x, sign, y)
+        sum(x, sign, y).0
     });
     sums.collect::<Vec<_>>().join("\n")
 }

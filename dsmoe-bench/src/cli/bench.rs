@@ -34,6 +34,10 @@ pub(crate) enum Work {
     Once(Once),
 }
 
+/// The shares, suites and kinds by default.
+const SHARES: &str = "0.125,0.375,0.625,1";
+const SUITES: &str = "kernels,ffn,train,decode";
+const KINDS: &str = "time,instructions,quality";
 /// The precisions that are measured by default.
 pub(crate) const BOTH: [Precision; 2] = [Precision::F32, Precision::Bf16];
 
@@ -101,13 +105,7 @@ pub(crate) struct Ffn {
     #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "8,16,32")]
     pub(crate) experts: Vec<usize>,
     /// Shares of active pairs of a token and an expert, 0 to 1
-    #[arg(
-        long,
-        value_name = "SHARE,...",
-        value_delimiter = ',',
-        default_value = "0.125,0.375,0.625,1",
-        allow_negative_numbers = true
-    )]
+    #[arg(long, value_name = "SHARE,...", value_delimiter = ',', default_value = SHARES, allow_negative_numbers = true)]
     pub(crate) active: Vec<f64>,
     /// Assignment of tokens to experts; --active applies to random routing only
     #[arg(long, value_enum, default_value = "random")]
@@ -120,7 +118,7 @@ pub(crate) struct Ffn {
 }
 
 /// The sizes of a LLaMA.
-#[derive(Clone, Copy, Debug, Args)]
+#[derive(Clone, Copy, Debug, Default, Args)]
 pub(crate) struct Architecture {
     /// Width of the model
     #[arg(long, value_name = "N")]
@@ -218,13 +216,7 @@ pub(crate) enum Format {
 #[derive(Clone, Debug, Args)]
 pub(crate) struct Choice {
     /// Suites to measure
-    #[arg(
-        long,
-        value_name = "SUITE,...",
-        value_delimiter = ',',
-        value_enum,
-        default_value = "kernels,ffn,train,decode"
-    )]
+    #[arg(long, value_name = "SUITE,...", value_delimiter = ',', value_enum, default_value = SUITES)]
     pub(crate) suite: Vec<Suite>,
     /// Measure only benchmarks whose names contain this text
     #[arg(long, value_name = "TEXT")]
@@ -271,13 +263,7 @@ pub(crate) struct Compare {
     #[command(flatten)]
     pub(crate) choice: Choice,
     /// Kinds of benchmarks that can fail the comparison; instruction counts do not depend on the load, times do
-    #[arg(
-        long,
-        value_name = "KIND,...",
-        value_delimiter = ',',
-        value_enum,
-        default_value = "time,instructions,quality"
-    )]
+    #[arg(long, value_name = "KIND,...", value_delimiter = ',', value_enum, default_value = KINDS)]
     pub(crate) fail_on: Vec<Kind>,
     /// Largest growth that does not count as a failure, such as 3%
     #[arg(long, value_name = "SHARE", default_value = "3%", value_parser = share)]

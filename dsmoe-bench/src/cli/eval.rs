@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use dsmoe_core::Device;
 use dsmoe_datasets::Bos;
 use dsmoe_datasets::tasks::{MAX_NEW_TOKENS, Profile};
@@ -23,6 +23,8 @@ continued by the same command.
   dsmoe eval MODEL --tasks all --task-data FOLDER --profile lm-eval-0.4.9 --limit 100 --json
   dsmoe eval MODEL --tasks world    (the probes of a model trained on the text of `dsmoe data world`; needs no files)";
 
+const BENCHMARKS: &str = "Benchmarks";
+
 #[derive(Debug, Args)]
 #[command(after_help = EVAL_EXAMPLES)]
 #[command(
@@ -41,8 +43,14 @@ pub(crate) struct Eval {
     /// Convention of the perplexity: stream (documents one after the other, every token scored), window (documents joined
     /// by blank lines, whole windows of --seq only, as in SparseGPT), rolling (by word and byte of each document, as in
     /// lm-evaluation-harness); their values cannot be compared with each other
-    #[arg(long, value_name = "HOW,...", value_delimiter = ',', default_value = "stream", conflicts_with = "tasks",
-        value_parser = words::<Perplexity>(&["stream", "window", "rolling"]))]
+    #[arg(
+        long,
+        value_name = "HOW,...",
+        value_delimiter = ',',
+        default_value = "stream",
+        conflicts_with = "tasks",
+        value_enum
+    )]
     pub(crate) perplexity: Vec<Perplexity>,
     /// Tokens per window; the first token of each is context only [default: 1024, or all positions of a smaller model; with
     /// --perplexity window 2048]
@@ -70,41 +78,35 @@ pub(crate) struct Eval {
     pub(crate) limit_tokens: Option<u64>,
     /// Benchmarks: hellaswag, lambada_openai, lambada_standard, piqa, social_iqa, storycloze_2016, winogrande, gsm8k,
     /// nq_open, triviaqa, webqs, wikitext; all: those with files; world: the ten probes of the embedded world
-    #[arg(long, value_name = "TASK,...", value_delimiter = ',', help_heading = "Benchmarks",
+    #[arg(long, value_name = "TASK,...", value_delimiter = ',', help_heading = BENCHMARKS,
         value_parser = clap::builder::NonEmptyStringValueParser::new())]
     pub(crate) tasks: Vec<String>,
     /// Folder that holds a folder of files for each benchmark
-    #[arg(long, value_name = "FOLDER", conflicts_with = "data", help_heading = "Benchmarks")]
+    #[arg(long, value_name = "FOLDER", conflicts_with = "data", help_heading = BENCHMARKS)]
     pub(crate) task_data: Option<PathBuf>,
     /// File to score, in place of those in the folder
-    #[arg(long, value_name = "TASK=FILE", conflicts_with = "data", help_heading = "Benchmarks")]
+    #[arg(long, value_name = "TASK=FILE", conflicts_with = "data", help_heading = BENCHMARKS)]
     pub(crate) task_file: Vec<TaskFile>,
     /// File with the examples in prompts, in place of those in the folder
-    #[arg(long, value_name = "TASK=FILE", conflicts_with = "data", help_heading = "Benchmarks")]
+    #[arg(long, value_name = "TASK=FILE", conflicts_with = "data", help_heading = BENCHMARKS)]
     pub(crate) shots_file: Vec<TaskFile>,
     /// Release of lm-evaluation-harness whose prompts and scores to follow; dsmoe is 0.4.12 with WebQuestions corrected
-    #[arg(long, value_name = "NAME", default_value = "dsmoe", conflicts_with = "data", help_heading = "Benchmarks",
+    #[arg(long, value_name = "NAME", default_value = "dsmoe", conflicts_with = "data", help_heading = BENCHMARKS,
         value_parser = words::<Profile>(&PROFILES))]
     pub(crate) profile: Profile,
     /// Score only the first N documents of each benchmark
-    #[arg(long, value_name = "N", conflicts_with = "data", help_heading = "Benchmarks", value_parser = at_least_one)]
+    #[arg(long, value_name = "N", conflicts_with = "data", help_heading = BENCHMARKS, value_parser = at_least_one)]
     pub(crate) limit: Option<usize>,
     /// Seed of the world that `--tasks world` asks about
-    #[arg(
-        long,
-        value_name = "SEED",
-        default_value_t = 0,
-        conflicts_with = "data",
-        help_heading = "Benchmarks"
-    )]
+    #[arg(long, value_name = "SEED", default_value_t = 0, conflicts_with = "data", help_heading = BENCHMARKS)]
     pub(crate) world_seed: u64,
     /// Largest number of new tokens of a generated answer; the harness uses 256
     #[arg(long, value_name = "N", default_value_t = MAX_NEW_TOKENS, conflicts_with = "data",
-        help_heading = "Benchmarks", value_parser = at_least_one)]
+        help_heading = BENCHMARKS, value_parser = at_least_one)]
     pub(crate) max_new_tokens: usize,
     /// Write results and samples to DIR/<model>/, and keep the answers there until all are done, so that an interrupted
     /// run can be continued
-    #[arg(long, value_name = "DIR", conflicts_with = "data", help_heading = "Benchmarks")]
+    #[arg(long, value_name = "DIR", conflicts_with = "data", help_heading = BENCHMARKS)]
     pub(crate) out: Option<PathBuf>,
 }
 
@@ -120,24 +122,11 @@ const PROFILES: [&str; Profile::ALL.len()] = {
 };
 
 /// A convention of measuring perplexity.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Perplexity {
     Stream,
     Window,
     Rolling,
-}
-
-impl FromStr for Perplexity {
-    type Err = String;
-
-    fn from_str(word: &str) -> Result<Perplexity, String> {
-        match word {
-            "stream" => Ok(Perplexity::Stream),
-            "window" => Ok(Perplexity::Window),
-            "rolling" => Ok(Perplexity::Rolling),
-            _ => Err(format!("`{word}` is not stream, window or rolling")),
-        }
-    }
 }
 
 /// A benchmark's file.

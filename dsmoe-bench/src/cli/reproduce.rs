@@ -1,12 +1,11 @@
 //! The arguments of `dsmoe reproduce`.
 
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use clap::{Args, Subcommand};
 use dsmoe_core::Device;
 
-use super::values::words;
-use crate::reproduce::options::Shard;
 use crate::reproduce::outputs::Output;
 use crate::reproduce::profile;
 
@@ -37,7 +36,7 @@ pub(crate) struct Reproduce {
     #[arg(long, value_name = "NAME", value_parser = profile::names())]
     pub(crate) print_profile: Option<String>,
     /// Only these tables and figures, and the runs that they need
-    #[arg(long, value_name = "OUTPUT,...", value_delimiter = ',', value_parser = words::<Output>(&Output::NAMES))]
+    #[arg(long, value_name = "OUTPUT,...", value_delimiter = ',', value_enum)]
     pub(crate) only: Vec<Output>,
     /// Only these methods of the profile
     #[arg(long, value_name = "NAME,...", value_delimiter = ',')]
@@ -81,6 +80,13 @@ pub(crate) struct Reproduce {
     /// Folder that holds a folder of files for each benchmark [default: the probes of the embedded world, if it is the text]
     #[arg(long, value_name = "FOLDER")]
     pub(crate) task_data: Option<PathBuf>,
+}
+
+impl Reproduce {
+    /// Reports whether text in place of the embedded world's is named.
+    pub(crate) fn names_text(&self) -> bool {
+        self.mixture.is_some() || !self.data.is_empty()
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -129,4 +135,48 @@ pub(crate) struct Speed {
     pub(crate) decode: usize,
     #[arg(long, default_value_t)]
     pub(crate) device: Device,
+}
+
+/// One of several parts of a reproduction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Shard {
+    /// Counts from 1; 0 is the work that all parts need.
+    pub(crate) index: usize,
+    pub(crate) of: usize,
+}
+
+impl Shard {
+    /// Reports whether job number `job` belongs to this part.
+    pub(crate) fn has(self, job: usize) -> bool {
+        self.index > 0 && job % self.of == self.index - 1
+    }
+}
+
+impl FromStr for Shard {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Shard, Self::Err> {
+        let wrong = || format!("`{text}` is not a part; write 1/4 for the first of four");
+        let (index, of) = text.split_once('/').ok_or_else(wrong)?;
+        let (index, of) = (index.parse().map_err(|_| wrong())?, of.parse().map_err(|_| wrong())?);
+        if of == 0 || index > of {
+            return Err(wrong());
+        }
+        Ok(Shard { index, of })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_cover_all_jobs_once() {
+        let parts: Vec<Shard> = (1..=3).map(|i| format!("{i}/3").parse().unwrap()).collect();
+        assert!((0..20).all(|job| parts.iter().filter(|part| part.has(job)).count() == 1));
+        assert!(!(0..20).any(|job| "0/3".parse::<Shard>().unwrap().has(job)));
+        for bad in ["", "1", "4/3", "1/0", "a/b", "-1/2"] {
+            assert!(bad.parse::<Shard>().is_err(), "{bad}");
+        }
+    }
 }

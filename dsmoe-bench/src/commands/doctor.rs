@@ -47,11 +47,8 @@ struct Item {
 }
 
 pub(crate) fn run(args: &Doctor, ui: &mut Ui) -> Result<()> {
-    let data = args
-        .data
-        .clone()
-        .or_else(|| std::env::var_os("DSMOE_SHARED").map(PathBuf::from))
-        .unwrap_or_else(|| PathBuf::from("../shared"));
+    let shared = || std::env::var_os("DSMOE_SHARED").map(PathBuf::from);
+    let data = args.data.clone().or_else(shared).unwrap_or_else(|| PathBuf::from("../shared"));
     let report = DoctorReport {
         version: env!("CARGO_PKG_VERSION"),
         machine: Machine::this(),
@@ -88,20 +85,15 @@ fn show(report: &DoctorReport) -> String {
         Some(name) => format!("DSMOE_ISA={name}"),
         None => "DSMOE_ISA not set".to_owned(),
     };
+    let [total, available] = [report.memory_total_bytes, report.memory_available_bytes]
+        .map(|bytes| or_unknown(bytes.map(format::bytes)));
     let mut fields = vec![
         ("dsmoe", report.version.to_owned()),
         ("CPU", format!("{} ({})", or_unknown(machine.cpu.clone()), machine.arch)),
         ("features", report.features.join(" ")),
         ("kernels", format!("{} of {} ({forced})", machine.isa, report.isa_available.join(", "))),
         ("threads", format!("{} on {} cores", machine.threads, machine.cores)),
-        (
-            "memory",
-            format!(
-                "{}, {} available",
-                or_unknown(report.memory_total_bytes.map(format::bytes)),
-                or_unknown(report.memory_available_bytes.map(format::bytes))
-            ),
-        ),
+        ("memory", format!("{total}, {available} available")),
     ];
     fields.extend(report.gpu.fields());
     fields.push(("data folder", report.data.path.display().to_string()));
@@ -121,23 +113,9 @@ fn features() -> Vec<&'static str> {
     #[cfg(target_arch = "x86_64")]
     {
         macro_rules! detected {
-            ($($feature:tt),+) => {
-                [$(($feature, is_x86_feature_detected!($feature))),+]
-            };
+            ($($feature:tt)+) => { [$(($feature, is_x86_feature_detected!($feature))),+] };
         }
-        let all = detected!(
-            "sse4.2",
-            "avx",
-            "avx2",
-            "fma",
-            "f16c",
-            "avx512f",
-            "avx512vl",
-            "avx512bw",
-            "avx512dq",
-            "avx512vnni",
-            "avx512bf16"
-        );
+        let all = detected!("sse4.2" "avx" "avx2" "fma" "f16c" "avx512f" "avx512vl" "avx512bw" "avx512dq" "avx512vnni" "avx512bf16");
         all.into_iter().filter(|(_, present)| *present).map(|(name, _)| name).collect()
     }
     #[cfg(not(target_arch = "x86_64"))]

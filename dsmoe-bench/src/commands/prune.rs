@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Result, bail};
-use dsmoe_baselines::{Job, Plan, SettingValues, method, read_settings};
+use dsmoe_baselines::{Configured, Job, Made, SettingValues, method, read_settings};
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::config::Config;
 use serde::Serialize;
@@ -48,65 +48,58 @@ pub(crate) fn run(args: &Prune, ui: &mut Ui) -> Result<()> {
     let config = Config::load(&args.model)?;
     let dense = Accounting::of(&config).total;
     let plan = configured.plan(&config, args.budget)?;
-    let needs_text = configured.needs_calibration();
-    let mut report = Report {
-        model: &args.model,
-        out: args.out.as_deref().filter(|_| !args.dry_run),
-        method: method.name(),
-        budget: args.budget.params(dense),
-        params_dense: dense,
-        params_total: 0.0,
-        params_activated: 0.0,
-        reached: 0.0,
-        reached_by: String::new(),
-        resolved: BTreeMap::new(),
-        settings: configured.resolved(),
-        active_target: None,
-        seed: args.seed,
-        calibration: needs_text.then(|| CalibrationReport::new(&args.calibration, &config)),
-        measured: BTreeMap::new(),
-        seconds: 0.0,
-    };
-    report.set_plan(plan);
-    if let (Some(out), false) = (&args.out, args.dry_run) {
-        if needs_text && args.calibration.calib.is_empty() {
-            bail!(
-                "--method {} reads calibration text; name the training text with --calib PATH",
-                method.name()
-            );
+    let out = args.out.as_deref().filter(|_| !args.dry_run);
+    let (plan, measured) = match out {
+        Some(out) => {
+            let made = make(args, &*configured, out, &config, ui)?;
+            (made.plan, made.measured)
         }
-        let calibration = match needs_text {
-            true => calibration::read(&args.calibration, &args.model, &config, args.seed, ui)?,
-            false => Vec::new(),
-        };
-        let job = Job {
-            model: &args.model,
-            out,
-            force: args.force,
-            budget: args.budget,
-            calibration: &calibration,
-            seed: args.seed,
-        };
-        let mut stages = Stages::new(ui);
-        let made = configured.run(&job, &mut |at| stages.set(at.stage, at.done, at.total));
-        stages.finish();
-        let made = made?;
-        report.set_plan(made.plan);
-        report.measured = made.measured.into_iter().collect();
-    }
-    report.seconds = started.elapsed().as_secs_f64();
+        None => (plan, Vec::new()),
+    };
+    let budget = args.budget.params(dense);
+    let report = Report {
+        model: &args.model,
+        out,
+        method: method.name(),
+        budget,
+        params_dense: dense,
+        params_total: plan.total,
+        params_activated: plan.activated,
+        reached: plan.activated / budget,
+        reached_by: plan.reached_by,
+        resolved: plan.settings.into_iter().collect(),
+        settings: configured.resolved(),
+        active_target: plan.active_target,
+        seed: args.seed,
+        calibration: configured
+            .needs_calibration()
+            .then(|| CalibrationReport::new(&args.calibration, &config)),
+        measured: measured.into_iter().collect(),
+        seconds: started.elapsed().as_secs_f64(),
+    };
     ui.result(&report, show)
 }
 
-impl Report<'_> {
-    fn set_plan(&mut self, plan: Plan) {
-        self.params_total = plan.total;
-        self.params_activated = plan.activated;
-        self.reached = plan.activated / self.budget;
-        self.reached_by = plan.reached_by;
-        self.active_target = plan.active_target;
-        self.resolved = plan.settings.into_iter().collect();
-    }
+fn make(args: &Prune, method: &dyn Configured, out: &Path, config: &Config, ui: &Ui) -> Result<Made> {
+    let calibration = match method.needs_calibration() {
+        true if args.calibration.calib.is_empty() => {
+            bail!("--method {} reads calibration text; name the training text with --calib PATH", args.method)
+        }
+        true => calibration::read(&args.calibration, &args.model, config, args.seed, ui)?,
+        false => Vec::new(),
+    };
+    let job = Job {
+        model: &args.model,
+        out,
+        force: args.force,
+        budget: args.budget,
+        calibration: &calibration,
+        seed: args.seed,
+    };
+    let mut stages = Stages::new(ui);
+    let made = method.run(&job, &mut |at| stages.set(at.stage, at.done, at.total));
+    stages.finish();
+    Ok(made?)
 }
 
 fn show(report: &Report<'_>) -> String {

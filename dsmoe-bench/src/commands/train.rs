@@ -106,11 +106,6 @@ fn settings(args: &Train, threads: Option<u16>) -> Result<TrainConfig> {
             field.clone_from(value);
         }
     }
-    fn over_option<T: Clone>(field: &mut Option<T>, flag: &Option<T>) {
-        if flag.is_some() {
-            field.clone_from(flag);
-        }
-    }
     if args.steps.is_some() || args.tokens.is_some() {
         (config.steps, config.tokens) = (args.steps, args.tokens);
     }
@@ -130,14 +125,14 @@ fn settings(args: &Train, threads: Option<u16>) -> Result<TrainConfig> {
     over(&mut config.keep, &args.keep);
     over(&mut config.valid_fraction, &args.valid_fraction);
     over(&mut config.valid_samples, &args.valid_samples);
-    over_option(&mut config.near_duplicates, &args.near_duplicates);
+    config.near_duplicates = args.near_duplicates.or(config.near_duplicates);
     over(&mut config.bos, &args.bos);
     over(&mut config.text_column, &args.data.text_column);
-    over_option(&mut config.warmup_steps, &args.warmup_steps);
-    over_option(&mut config.eval_every, &args.eval_every);
-    over_option(&mut config.save_every, &args.save_every);
-    over_option(&mut config.doc_separator, &args.data.doc_separator);
-    over_option(&mut config.threads, &threads.map(usize::from));
+    config.warmup_steps = args.warmup_steps.or(config.warmup_steps);
+    config.eval_every = args.eval_every.or(config.eval_every);
+    config.save_every = args.save_every.or(config.save_every);
+    config.doc_separator = args.data.doc_separator.clone().or(config.doc_separator);
+    config.threads = threads.map(usize::from).or(config.threads);
     for setting in &args.set {
         config.set(setting)?;
     }
@@ -184,44 +179,36 @@ fn plan(args: &Train, config: TrainConfig, texts: &[Text]) -> Result<TrainPlan> 
 
 /// Refuses to write a run over the model that it starts from.
 fn keep_apart(source: &Path, out: &Path) -> Result<()> {
-    let same = match (source.canonicalize(), out.canonicalize()) {
-        (Ok(source), Ok(out)) => source.starts_with(&out),
-        _ => false,
-    };
-    if same {
+    if let (Ok(from), Ok(to)) = (source.canonicalize(), out.canonicalize())
+        && from.starts_with(to)
+    {
         bail!("--out {}: it holds the model that is read; choose another --out", out.display());
     }
     Ok(())
 }
 
 fn show_plan(plan: &TrainPlan) -> String {
+    let [steps, tokens_per_step, tokens] = [plan.steps, plan.tokens_per_step, plan.tokens].map(format::count);
+    let files = match plan.data_files {
+        1 => "1 file".to_owned(),
+        files => format!("{files} files"),
+    };
     let mut fields = vec![
         ("model", format!("{}, {} parameters", plan.model.display(), format::count(plan.params))),
-        (
-            "text",
-            match plan.data_files {
-                1 => format!("{} in 1 file", format::bytes(plan.data_bytes)),
-                files => format!("{} in {files} files", format::bytes(plan.data_bytes)),
-            },
-        ),
-        (
-            "steps",
-            format!(
-                "{} of {} tokens, {} tokens in all",
-                format::count(plan.steps),
-                format::count(plan.tokens_per_step),
-                format::count(plan.tokens)
-            ),
-        ),
+        ("text", format!("{} in {files}", format::bytes(plan.data_bytes))),
+        ("steps", format!("{steps} of {tokens_per_step} tokens, {tokens} tokens in all")),
         ("budget", plan.budget.clone()),
         ("arithmetic", format!("{} FLOPs per step", format::flops(plan.flops_per_step))),
         ("memory", format!("about {}", format::bytes(plan.memory_bytes))),
     ];
-    fields.extend(plan.memory.iter().map(|memory| (memory.what, format::bytes(memory.bytes))));
+    let uses = |memory: &[MemoryUse]| {
+        memory.iter().map(|one| (one.what, format::bytes(one.bytes))).collect::<Vec<_>>()
+    };
+    fields.extend(uses(&plan.memory));
     if !plan.device_memory.is_empty() {
         let all = plan.device_memory.iter().map(|memory| memory.bytes).sum();
         fields.push(("GPU memory", format!("about {}", format::bytes(all))));
-        fields.extend(plan.device_memory.iter().map(|memory| (memory.what, format::bytes(memory.bytes))));
+        fields.extend(uses(&plan.device_memory));
     }
     fields.push(("out", plan.out.display().to_string()));
     format::fields(fields)
@@ -229,19 +216,14 @@ fn show_plan(plan: &TrainPlan) -> String {
 
 /// Returns the command that continues the run that `args` started.
 fn resume_command(args: impl Iterator<Item = String>) -> String {
-    let mut words = Vec::new();
-    let mut skip_value = false;
-    for arg in args {
-        let stop_after = arg == "--stop-after";
-        if !(skip_value
-            || stop_after
-            || arg.starts_with("--stop-after=")
-            || arg == "--resume"
-            || arg == "--force")
-        {
-            words.push(quoted(&arg));
+    let (mut words, mut args) = (Vec::new(), args);
+    while let Some(arg) = args.next() {
+        match arg.as_str() {
+            "--stop-after" => drop(args.next()),
+            "--resume" | "--force" => {}
+            word if word.starts_with("--stop-after=") => {}
+            word => words.push(quoted(word)),
         }
-        skip_value = stop_after;
     }
     words.push("--resume".to_owned());
     words.join(" ")

@@ -56,23 +56,60 @@ struct Compared {
 }
 
 pub(crate) fn run(args: &Compare, ui: &mut Ui) -> Result<ExitCode> {
-    let mut report = match (&args.records[..], &args.run[..]) {
+    let report = match (&args.records[..], &args.run[..]) {
         ([before, after], _) => records(&Record::read(before)?, &Record::read(after)?, args)?,
         (_, [before, after]) => builds(before, after, args, ui)?,
         _ => bail!("give two records, or --run and two builds"),
     };
-    report.rows.sort_by(|a, b| {
-        let worst = |row: &Compared| row.verdict == Verdict::Worse;
-        worst(b).cmp(&worst(a)).then(b.change.total_cmp(&a.change)).then(a.name.cmp(&b.name))
-    });
-    report.worse = report.rows.iter().filter(|row| row.verdict == Verdict::Worse).count();
-    let failed = |row: &&Compared| row.verdict == Verdict::Worse && args.fail_on.contains(&row.kind);
-    report.failed = report.rows.iter().filter(failed).count();
     for warning in &report.warnings {
         ui.note(format_args!("warning: {warning}"));
     }
     ui.result(&report, show)?;
     Ok(if report.failed > 0 { ExitCode::from(OUT_OF_TOLERANCE) } else { ExitCode::SUCCESS })
+}
+
+impl Compared {
+    fn new(
+        a: &Benchmark,
+        b: &Benchmark,
+        compared: &'static str,
+        [before, after]: [MedianEstimate; 2],
+        (change, verdict): (f64, Verdict),
+    ) -> Compared {
+        let (name, kind, unit) = (a.name.clone(), a.kind, a.unit.clone());
+        let (value_before, value_after, interval) = (a.value.median, b.value.median, None);
+        Compared {
+            name,
+            kind,
+            compared,
+            change,
+            interval,
+            verdict,
+            before,
+            after,
+            value_before,
+            value_after,
+            unit,
+        }
+    }
+}
+
+impl Comparison {
+    fn new(
+        [before, after]: [String; 2],
+        mut rows: Vec<Compared>,
+        missing: Vec<String>,
+        warnings: Vec<String>,
+        args: &Compare,
+    ) -> Comparison {
+        let is_worse = |row: &Compared| row.verdict == Verdict::Worse;
+        rows.sort_by(|a, b| {
+            is_worse(b).cmp(&is_worse(a)).then(b.change.total_cmp(&a.change)).then(a.name.cmp(&b.name))
+        });
+        let worse = rows.iter().filter(|row| is_worse(row)).count();
+        let failed = rows.iter().filter(|row| is_worse(row) && args.fail_on.contains(&row.kind)).count();
+        Comparison { before, after, fail_above: args.fail_above, rows, worse, failed, missing, warnings }
+    }
 }
 
 /// Refuses records of other benchmarks, and returns warnings about differences of machines and builds.
@@ -125,16 +162,7 @@ fn records(before: &Record, after: &Record, args: &Compare) -> Result<Comparison
     if rows.is_empty() {
         bail!("the records have nothing that can be compared; measure both on one machine");
     }
-    Ok(Comparison {
-        before: origin(before),
-        after: origin(after),
-        fail_above: args.fail_above,
-        rows,
-        worse: 0,
-        failed: 0,
-        missing,
-        warnings,
-    })
+    Ok(Comparison::new([origin(before), origin(after)], rows, missing, warnings, args))
 }
 
 /// Warns if the exchange of data between processors had another speed.
@@ -181,19 +209,7 @@ fn row(
                 && a.exchange_ratio.zip(b.exchange_ratio).is_none_or(|(a, b)| agrees(a, b));
         (change, if confirmed { verdict } else { Verdict::Same })
     };
-    Some(Compared {
-        name: a.name.clone(),
-        kind: a.kind,
-        compared,
-        change,
-        interval: None,
-        verdict,
-        before,
-        after,
-        value_before: a.value.median,
-        value_after: b.value.median,
-        unit: a.unit.clone(),
-    })
+    Some(Compared::new(a, b, compared, [before, after], (change, verdict)))
 }
 
 /// Compares a reproducible number: any change beyond the tolerance is reported as worse.
@@ -204,15 +220,15 @@ fn quality(before: MedianEstimate, after: MedianEstimate, tolerance: f64) -> (f6
 
 /// Runs two builds in turns, A B, B A, ..., and compares them round by round.
 fn builds(before: &Path, after: &Path, args: &Compare, ui: &Ui) -> Result<Comparison> {
+    // As programs in a folder, not of the search path.
+    let program = |path: &Path| std::fs::canonicalize(path).with_context(|| path.display().to_string());
+    let programs = [program(before)?, program(after)?];
     let mut pairs: Vec<[Record; 2]> = Vec::new();
     for round in 0..args.rounds {
         let order = if round % 2 == 0 { [0, 1] } else { [1, 0] };
         let mut both = [None, None];
         for side in order {
-            // As a program in a folder, not one of the search path.
-            let program = [before, after][side];
-            let program = std::fs::canonicalize(program).with_context(|| program.display().to_string())?;
-            both[side] = Some(in_process(&program, &args.choice, args.repeats)?);
+            both[side] = Some(in_process(&programs[side], &args.choice, args.repeats)?);
         }
         let [Some(a), Some(b)] = both else { bail!("a build gave no record") };
         ui.note(format_args!("round {} of {}", round + 1, args.rounds));
@@ -222,48 +238,31 @@ fn builds(before: &Path, after: &Path, args: &Compare, ui: &Ui) -> Result<Compar
     let mut warnings = check(a, b)?;
     let names = |record: &Record| record.benchmarks.iter().map(|one| one.name.clone()).collect::<Vec<_>>();
     let (first, second) = (names(a), names(b));
-    let missing: Vec<String> = first
-        .iter()
-        .filter(|name| !second.contains(name))
-        .chain(second.iter().filter(|name| !first.contains(name)))
-        .cloned()
-        .collect();
-    let mut rows = Vec::new();
-    for name in first.iter().filter(|name| second.contains(name)) {
-        rows.push(paired(name, &pairs, args).with_context(|| name.clone())?);
-    }
+    let (common, mut missing): (Vec<String>, Vec<String>) =
+        first.iter().cloned().partition(|name| second.contains(name));
+    missing.extend(second.into_iter().filter(|name| !first.contains(name)));
+    let row = |name: &String| paired(name, &pairs, args).with_context(|| name.clone());
+    let rows = common.iter().map(row).collect::<Result<_>>()?;
     if pairs.iter().any(|[one, other]| (&one.build, &other.build) != (&a.build, &b.build)) {
         warnings.push("a build changed while it was measured".to_owned());
     }
     let name = |path: &Path, record: &Record| format!("{}: {}", path.display(), origin(record));
-    Ok(Comparison {
-        before: name(before, a),
-        after: name(after, b),
-        fail_above: args.fail_above,
-        rows,
-        worse: 0,
-        failed: 0,
-        missing,
-        warnings,
-    })
+    Ok(Comparison::new([name(before, a), name(after, b)], rows, missing, warnings, args))
 }
 
-fn paired(name: &str, pairs: &[[Record; 2]], args: &Compare) -> Result<Compared> {
-    let find = |record: &Record| record.benchmarks.iter().find(|one| one.name == name).cloned();
-    let mut sides: [Vec<Benchmark>; 2] = [Vec::new(), Vec::new()];
-    for [a, b] in pairs {
-        sides[0].push(find(a).context("is not in every record")?);
-        sides[1].push(find(b).context("is not in every record")?);
-    }
-    let [a, b] = &sides;
+fn paired<'a>(name: &str, pairs: &'a [[Record; 2]], args: &Compare) -> Result<Compared> {
+    let find = |record: &'a Record| record.benchmarks.iter().find(|one| one.name == name);
+    let one = find(&pairs[0][0]).context("is not in every record")?;
     // Other work only ever adds time, and both builds see the same moments: the fastest sample is the least disturbed.
-    let compared = |one: &Benchmark| one.samples.iter().copied().fold(f64::INFINITY, f64::min);
-    let all = |side: &[Benchmark], number: &dyn Fn(&Benchmark) -> f64| {
-        MedianEstimate::of(&side.iter().map(number).collect::<Vec<f64>>())
+    let fastest = |side: usize| -> Result<Vec<f64>> {
+        let samples = pairs.iter().map(|pair| Some(&find(&pair[side])?.samples));
+        let fastest = samples.map(|samples| Some(samples?.iter().copied().fold(f64::INFINITY, f64::min)));
+        fastest.collect::<Option<_>>().context("is not in every record")
     };
-    let (before, after) = (all(a, &compared), all(b, &compared));
-    let ratios: Vec<f64> = a.iter().zip(b).map(|(a, b)| compared(b) / compared(a)).collect();
-    let kind = a[0].kind;
+    let (a, b) = (fastest(0)?, fastest(1)?);
+    let (before, after) = (MedianEstimate::of(&a), MedianEstimate::of(&b));
+    let ratios: Vec<f64> = a.iter().zip(&b).map(|(a, b)| b / a).collect();
+    let kind = one.kind;
     let (change, interval, verdict) = if kind == Kind::Quality {
         let (change, verdict) = quality(before, after, args.quality_tolerance);
         (change, None, verdict)
@@ -271,23 +270,13 @@ fn paired(name: &str, pairs: &[[Record; 2]], args: &Compare) -> Result<Compared>
         let (ratio, verdict) = judge_pairs(&ratios, args.fail_above);
         (ratio.median - 1.0, Some(ratio), verdict)
     };
-    Ok(Compared {
-        name: name.to_owned(),
-        kind,
-        compared: match kind {
-            Kind::Time => "fastest",
-            Kind::Instructions => "instructions",
-            Kind::Quality => "quality",
-        },
-        change,
-        interval,
-        verdict,
-        before,
-        after,
-        value_before: before.median,
-        value_after: after.median,
-        unit: a[0].unit.clone(),
-    })
+    let compared = match kind {
+        Kind::Time => "fastest",
+        Kind::Instructions => "instructions",
+        Kind::Quality => "quality",
+    };
+    let [a, b] = [before, after].map(|value| Benchmark { value, ..one.clone() });
+    Ok(Compared { interval, ..Compared::new(&a, &b, compared, [before, after], (change, verdict)) })
 }
 
 fn show(report: &Comparison) -> String {
@@ -323,14 +312,10 @@ fn show(report: &Comparison) -> String {
     if !report.missing.is_empty() {
         out += &format!("in one record alone: {}\n", report.missing.join(", "));
     }
-    let to_fail =
-        if report.failed == report.worse { String::new() } else { format!(", {} to fail", report.failed) };
-    out + &format!(
-        "{} of {} are worse by more than {:.1} %{to_fail}\n",
-        report.worse,
-        report.rows.len(),
-        100.0 * report.fail_above
-    )
+    let Comparison { worse, failed, .. } = report;
+    let to_fail = if failed == worse { String::new() } else { format!(", {failed} to fail") };
+    let (all, limit) = (report.rows.len(), 100.0 * report.fail_above);
+    out + &format!("{worse} of {all} are worse by more than {limit:.1} %{to_fail}\n")
 }
 
 #[cfg(test)]
@@ -338,55 +323,45 @@ mod tests {
     use super::*;
 
     fn args() -> Compare {
-        use crate::cli::{Cli, Command};
-        use clap::Parser;
-        let cli = Cli::parse_from(["dsmoe", "bench", "compare", "a", "b"]);
-        match cli.command {
-            Command::Bench(bench) => match bench.work {
-                crate::cli::bench::Work::Compare(args) => args,
-                other => panic!("{other:?}"),
-            },
-            other => panic!("{other:?}"),
-        }
+        use clap::{Args, FromArgMatches};
+        let words =
+            Compare::augment_args(clap::Command::new("compare")).get_matches_from(["compare", "a", "b"]);
+        Compare::from_arg_matches(&words).unwrap()
     }
 
     fn record(ratio: f64, seconds: f64, instructions: f64, perplexity: f64) -> Record {
         let around = |median: f64| MedianEstimate { median, low: 0.99 * median, high: 1.01 * median };
         let mut record = Record::new(vec!["kernels".to_owned()], None);
-        let mut time = Benchmark::exact("kernels/a/b".to_owned(), Kind::Time, "s", seconds);
+        let mut time = Benchmark::exact("kernels/a/b", Kind::Time, "s", seconds);
         time.ratio = Some(around(ratio));
         record.benchmarks = vec![
             time,
-            Benchmark::exact(
-                "kernels/a/b (avx2)".to_owned(),
-                Kind::Instructions,
-                "instructions",
-                instructions,
-            ),
-            Benchmark::exact("quality/dense/perplexity".to_owned(), Kind::Quality, "perplexity", perplexity),
+            Benchmark::exact("kernels/a/b (avx2)", Kind::Instructions, "instructions", instructions),
+            Benchmark::exact("quality/dense/perplexity", Kind::Quality, "perplexity", perplexity),
         ];
         record
-    }
-
-    fn verdicts(before: &Record, after: &Record) -> Vec<Verdict> {
-        records(before, after, &args()).unwrap().rows.iter().map(|row| row.verdict).collect()
     }
 
     #[test]
     fn each_kind_is_judged_by_its_own_number() {
         use Verdict::{Better, Same, Worse};
         let before = record(1.0, 1.0, 1000.0, 20.0);
-        assert_eq!(verdicts(&before, &before), [Same; 3]);
-        assert_eq!(
-            verdicts(&before, &record(1.0, 2.0, 1000.0, 20.0)),
-            [Same; 3],
-            "a slow moment of the machine"
-        );
-        assert_eq!(verdicts(&before, &record(1.1, 1.1, 1000.0, 20.0)), [Worse, Same, Same]);
-        assert_eq!(verdicts(&before, &record(1.1, 1.0, 1000.0, 20.0)), [Same; 3], "the calibration alone");
-        assert_eq!(verdicts(&before, &record(0.9, 0.9, 1040.0, 20.0)), [Better, Worse, Same]);
         let next = f64::from_bits(20f64.to_bits() + 16);
-        assert_eq!(verdicts(&before, &record(1.0, 1.0, 1020.0, next)), [Same, Same, Worse], "any bit");
+        for (after, expected, what) in [
+            ([1.0, 1.0, 1000.0, 20.0], [Same; 3], "equal"),
+            ([1.0, 2.0, 1000.0, 20.0], [Same; 3], "a slow moment of the machine"),
+            ([1.1, 1.1, 1000.0, 20.0], [Worse, Same, Same], "slower"),
+            ([1.1, 1.0, 1000.0, 20.0], [Same; 3], "the calibration alone"),
+            ([0.9, 0.9, 1040.0, 20.0], [Better, Worse, Same], "faster by more instructions"),
+            ([1.0, 1.0, 1020.0, next], [Same, Same, Worse], "any bit"),
+        ] {
+            let [ratio, seconds, instructions, perplexity] = after;
+            let report =
+                records(&before, &record(ratio, seconds, instructions, perplexity), &args()).unwrap();
+            // The worst come first.
+            let of = |kind| report.rows.iter().find(|row| row.kind == kind).unwrap().verdict;
+            assert_eq!([Kind::Time, Kind::Instructions, Kind::Quality].map(of), expected, "{what}");
+        }
     }
 
     #[test]
@@ -399,15 +374,14 @@ mod tests {
             record
         };
         let (before, slower) = (record(1.0, 1.0, 1000.0, 20.0), record(1.4, 1.4, 1000.0, 20.0));
-        // 3 times as long to hand data over, and so 1.4 times as long for what does.
-        let apart = records(&exchange(&before, 1.0), &exchange(&slower, 1.4 / 3.0), &args()).unwrap();
-        assert_eq!(apart.rows[0].verdict, Same);
-        let warned = |report: &Comparison| {
-            report.warnings.iter().any(|warning| warning.contains("placement of the processors"))
-        };
-        assert!(warned(&apart));
-        let same = records(&exchange(&before, 1.0), &exchange(&slower, 1.4), &args()).unwrap();
-        assert_eq!((same.rows[0].verdict, warned(&same)), (Worse, false));
+        // 3 times as long to hand data over, and so 1.4 times as long for what does; or the processors as before.
+        for (ratio, verdict, is_apart) in [(1.4 / 3.0, Same, true), (1.4, Worse, false)] {
+            let report = records(&exchange(&before, 1.0), &exchange(&slower, ratio), &args()).unwrap();
+            let row = report.rows.iter().find(|row| row.kind == Kind::Time).unwrap();
+            let warned =
+                report.warnings.iter().any(|warning| warning.contains("placement of the processors"));
+            assert_eq!((row.verdict, warned), (verdict, is_apart), "{ratio}");
+        }
     }
 
     #[test]

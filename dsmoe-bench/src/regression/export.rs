@@ -8,6 +8,7 @@ use serde_json::{Map, Value, json};
 use super::file::{Benchmark, Kind, Record};
 use super::statistics::MedianEstimate;
 use crate::cli::bench::Format;
+use crate::cli::values::word;
 use crate::format::{self, Table};
 
 pub(crate) fn text(record: &Record, format: Format) -> Result<String> {
@@ -68,7 +69,7 @@ fn csv(record: &Record) -> String {
         let _ = writeln!(
             out,
             "{quoted},{},{},{},{},{},{ratio},{},{}",
-            kind(one.kind),
+            word(&one.kind),
             one.unit,
             one.value.median,
             one.value.low,
@@ -80,26 +81,17 @@ fn csv(record: &Record) -> String {
     out
 }
 
-fn kind(kind: Kind) -> &'static str {
-    match kind {
-        Kind::Time => "time",
-        Kind::Instructions => "instructions",
-        Kind::Quality => "quality",
-    }
-}
-
 const HEADER: [&str; 5] = ["benchmark", "median", "99 % interval", "of calibration", "99 % interval"];
 
 fn cells(one: &Benchmark) -> [String; 5] {
     let show = |value: f64| amount(value, one.kind, &one.unit);
     let range = |low: String, high: String| if low == high { low } else { format!("{low} to {high}") };
-    let dash = || "-".to_owned();
     [
         one.name.clone(),
         show(one.value.median),
         range(show(one.value.low), show(one.value.high)),
-        one.ratio.map_or_else(dash, |ratio| format!("{:.4}", ratio.median)),
-        one.ratio.map_or_else(dash, |ratio| range(format!("{:.4}", ratio.low), format!("{:.4}", ratio.high))),
+        format::or_dash(one.ratio, |ratio| format!("{:.4}", ratio.median)),
+        format::or_dash(one.ratio, |ratio| range(format!("{:.4}", ratio.low), format!("{:.4}", ratio.high))),
     ]
 }
 
@@ -116,15 +108,9 @@ pub(crate) fn amount(value: f64, kind: Kind, unit: &str) -> String {
 /// Describes the machine and the build in one line.
 pub(crate) fn origin(record: &Record) -> String {
     let (machine, build) = (&record.machine, &record.build);
-    format!(
-        "{}, {}, {} of {} threads; revision {}, {}",
-        machine.cpu.as_deref().unwrap_or("unknown CPU"),
-        machine.isa,
-        machine.threads,
-        machine.cores,
-        build.revision,
-        build.rustc
-    )
+    let (cpu, isa) = (machine.cpu.as_deref().unwrap_or("unknown CPU"), &machine.isa);
+    let (threads, cores) = (machine.threads, machine.cores);
+    format!("{cpu}, {isa}, {threads} of {cores} threads; revision {}, {}", build.revision, build.rustc)
 }
 
 fn markdown(record: &Record) -> String {

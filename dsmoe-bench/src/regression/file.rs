@@ -1,12 +1,12 @@
 //! The file format of a record.
 
-use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 use super::statistics::MedianEstimate;
+use crate::files;
 use crate::machine::Machine;
 
 const FORMAT: &str = "dsmoe-bench-record";
@@ -76,19 +76,27 @@ pub(crate) struct Benchmark {
 
 impl Benchmark {
     /// Makes the benchmark of a number that is the same every time.
-    pub(crate) fn exact(name: String, kind: Kind, unit: &str, value: f64) -> Benchmark {
+    pub(crate) fn exact(name: impl Into<String>, kind: Kind, unit: &str, value: f64) -> Benchmark {
+        let timed = Benchmark::timed(name.into(), 1, [vec![value], Vec::new(), Vec::new()]);
+        Benchmark { kind, unit: unit.to_owned(), ..timed }
+    }
+
+    /// Makes the benchmark of a time from samples of it and, where there are any, of both of its ratios.
+    pub(crate) fn timed(name: String, calls: u64, samples: [Vec<f64>; 3]) -> Benchmark {
+        let [samples, ratio_samples, exchange_samples] = samples;
+        let estimate = |samples: &[f64]| (!samples.is_empty()).then(|| MedianEstimate::of(samples));
         Benchmark {
             name,
-            kind,
-            unit: unit.to_owned(),
-            value: MedianEstimate::exact(value),
-            ratio: None,
-            exchange_ratio: None,
-            repetitions: 1,
-            calls: 1,
-            samples: vec![value],
-            ratio_samples: Vec::new(),
-            exchange_samples: Vec::new(),
+            kind: Kind::Time,
+            unit: "s".to_owned(),
+            value: MedianEstimate::of(&samples),
+            ratio: estimate(&ratio_samples),
+            exchange_ratio: estimate(&exchange_samples),
+            repetitions: samples.len(),
+            calls,
+            samples,
+            ratio_samples,
+            exchange_samples,
         }
     }
 }
@@ -116,8 +124,7 @@ impl Record {
     }
 
     pub(crate) fn read(path: &Path) -> Result<Record> {
-        let text = fs::read_to_string(path).with_context(|| path.display().to_string())?;
-        Record::parse(&text).with_context(|| path.display().to_string())
+        Record::parse(&files::read(path)?).with_context(|| path.display().to_string())
     }
 
     pub(crate) fn parse(text: &str) -> Result<Record> {

@@ -9,24 +9,25 @@ use super::export::{amount, origin};
 use super::file::{Benchmark, Record};
 use super::statistics::MedianEstimate;
 use crate::cli::bench::History;
+use crate::files::write;
 use crate::machine::Machine;
 use crate::report::html::page;
-use crate::report::{Block, Chapter, Figure, Look, Plot, Point, Report, Series};
+use crate::report::{Chapter, Figure, Look, Plot, Point, Report, Series};
 use crate::ui::Ui;
 
 /// The smallest range of a chart in percent, so that noise does not look like a change.
 const LEAST: f64 = 5.0;
 
 pub(crate) fn run(args: &History, ui: &mut Ui) -> Result<()> {
-    let mut records = Vec::new();
-    for path in files(&args.records)? {
-        records.push(Record::read(&path)?);
-    }
+    let mut records: Vec<Record> =
+        files(&args.records)?.iter().map(|path| Record::read(path)).collect::<Result<_>>()?;
     // The sort is stable: records of one second stay in the order of their names.
     records.sort_by_key(|record| record.time);
-    std::fs::write(&args.out, page(&report(&records))).with_context(|| args.out.display().to_string())?;
-    let done = serde_json::json!({ "out": args.out, "records": records.len() });
-    ui.result(&done, |_| format!("{}: the trend over {} records", args.out.display(), records.len()))
+    write(&args.out, page(&report(&records)))?;
+    let (out, records) = (args.out.display().to_string(), records.len());
+    ui.result(&serde_json::json!({ "out": out, "records": records }), |_| {
+        format!("{out}: the trend over {records} records")
+    })
 }
 
 /// Returns the named files, and the .json files of the named folders in the order of their names.
@@ -62,10 +63,9 @@ fn report(records: &[Record]) -> Report {
             suites.entry(suite).or_default().entry(&one.name).or_default().push((record, one));
         }
     }
-    let chapters = suites.into_iter().map(|(suite, trends)| Chapter {
-        id: format!("suite-{suite}"),
-        title: suite.to_owned(),
-        blocks: trends.into_iter().map(|(name, found)| Block::Figure(trend(name, &found))).collect(),
+    let chapters = suites.into_iter().map(|(suite, trends)| {
+        let blocks = trends.into_iter().map(|(name, found)| trend(name, &found).into()).collect();
+        Chapter::new(&format!("suite-{suite}"), suite, blocks)
     });
     Report {
         title: "dsmoe benchmarks".to_owned(),
@@ -87,34 +87,28 @@ fn trend(name: &str, found: &[(&Record, &Benchmark)]) -> Figure {
     let mut machines: Vec<(&Machine, Series)> = Vec::new();
     for (i, (record, one)) in found.iter().enumerate() {
         let MedianEstimate { median, low, high } = compared(one);
-        let point = Point {
-            x: (i + 1) as f64,
-            y: percent(median),
-            tip: format!("{}; {}", show(one), origin(record)),
-            range: Some([low, high].map(percent)),
-        };
+        let tip = format!("{}; {}", show(one), origin(record));
+        let range = Some([low, high].map(percent));
+        let point = Point { range, ..Point::new((i + 1) as f64, percent(median), tip) };
         let machine = &record.machine;
         match machines.iter_mut().find(|(other, _)| machine.same_hardware(other)) {
             Some((_, series)) => series.points.push(point),
             None => {
-                let name = machine.cpu.as_deref().unwrap_or("unknown CPU").to_owned();
-                machines.push((machine, Series { name, points: vec![point], look: Look::Line }));
+                let name = machine.cpu.as_deref().unwrap_or("unknown CPU");
+                machines.push((machine, Series::new(name, Look::Line, [point])));
             }
         }
     }
-    Figure {
-        id: name.to_owned(),
-        title: name.to_owned(),
-        note: format!(
-            "{} now, {:+.1} % since the first record{}",
-            show(last),
-            percent(compared(last).median) - 100.0,
-            if last.ratio.is_some() { ", by the ratio" } else { "" }
-        ),
-        x: "record, oldest first".to_owned(),
-        y: "% of the first record's".to_owned(),
-        plot: Plot::Axes { series: machines.into_iter().map(|(_, series)| series).collect(), least: LEAST },
-    }
+    let note = format!(
+        "{} now, {:+.1} % since the first record{}",
+        show(last),
+        percent(compared(last).median) - 100.0,
+        if last.ratio.is_some() { ", by the ratio" } else { "" }
+    );
+    let series = machines.into_iter().map(|(_, series)| series).collect();
+    let axes = ["record, oldest first", "% of the first record's"];
+    let figure = Figure::new(name, name, axes, Vec::new()).note(note);
+    Figure { plot: Plot::Axes { series, least: LEAST }, ..figure }
 }
 
 #[cfg(test)]
@@ -127,7 +121,7 @@ mod tests {
         let record = |cpu: &str, value: f64| {
             let mut record = Record::new(vec!["kernels".to_owned()], None);
             record.machine.cpu = Some(cpu.to_owned());
-            record.benchmarks = vec![Benchmark::exact("kernels/a<b/c".to_owned(), Kind::Time, "s", value)];
+            record.benchmarks = vec![Benchmark::exact("kernels/a<b/c", Kind::Time, "s", value)];
             record
         };
         let page = page(&report(&[record("one", 1.0), record("two", 5.0), record("one", 1.1)]));

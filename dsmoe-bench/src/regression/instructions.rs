@@ -1,9 +1,8 @@
 //! Instruction counts, which do not depend on the load of the machine.
 
-use std::fs;
 use std::hint::black_box;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 use dsmoe_kernels::Isa;
@@ -11,6 +10,7 @@ use dsmoe_kernels::Isa;
 use super::file::{Benchmark, Kind};
 use super::workloads::{Workload, suites};
 use crate::cli::bench::{Choice, Once, Suite};
+use crate::files::read;
 use crate::ui::Ui;
 
 /// The functions at which valgrind starts and stops counting.
@@ -40,7 +40,7 @@ pub(crate) fn once(args: &Once, ui: &mut Ui) -> Result<()> {
     let names = rayon::scope(|_| -> Result<Vec<String>> {
         let mut names = Vec::new();
         for workload in chosen(&args.choice) {
-            let mut task = workload.build()?;
+            let mut task = (workload.build)()?;
             task()?;
             if names.is_empty() {
                 // The first count has two million instructions too many, whatever is between the marks: not taken.
@@ -63,13 +63,8 @@ pub(crate) fn count(choice: &Choice) -> Result<Result<Vec<Benchmark>, String>> {
     if chosen(choice).is_empty() {
         return Ok(Err("no benchmark of kernels or ffn is chosen".to_owned()));
     }
-    if !Command::new("valgrind")
-        .arg("--version")
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .status()
-        .is_ok_and(|status| status.success())
-    {
+    let version = Command::new("valgrind").arg("--version").output();
+    if !version.is_ok_and(|output| output.status.success()) {
         return Ok(Err("there is no valgrind; install it".to_owned()));
     }
     let dir = tempfile::tempdir().context("cannot make a temporary directory; set TMPDIR")?;
@@ -79,17 +74,14 @@ pub(crate) fn count(choice: &Choice) -> Result<Result<Vec<Benchmark>, String>> {
         None if Isa::available().iter().any(|isa| isa.name() == "avx2") => "avx2".to_owned(),
         None => "scalar".to_owned(),
     };
-    let suites: Vec<&str> = choice.suite.iter().map(|suite| suite.name()).collect();
     let mut command = Command::new("valgrind");
     command
         .args(["--tool=callgrind", &format!("--zero-before={BEGIN}"), &format!("--dump-after={END}")])
         .arg(format!("--callgrind-out-file={}", dir.path().join("counts").display()))
         .arg(std::env::current_exe().context("cannot find this program")?)
-        .args(["bench", "once", "--json", "--threads", "1", "--suite", &suites.join(",")])
+        .args(["bench", "once", "--json", "--threads", "1"])
+        .args(choice.words())
         .env("DSMOE_ISA", &isa);
-    if let Some(only) = &choice.only {
-        command.args(["--only", only]);
-    }
     let output = command.output().context("valgrind")?;
     if !output.status.success() {
         let stderr = String::from_utf8_lossy(&output.stderr);
@@ -101,19 +93,15 @@ pub(crate) fn count(choice: &Choice) -> Result<Result<Vec<Benchmark>, String>> {
     // Dumps count from 1, and the first one is skipped.
     for (i, name) in names.iter().enumerate() {
         let total = total(&dir.path().join(format!("counts.{}", i + 2)))?;
-        counts.push(Benchmark::exact(
-            format!("{name} ({isa})"),
-            Kind::Instructions,
-            "instructions",
-            total as f64,
-        ));
+        let name = format!("{name} ({isa})");
+        counts.push(Benchmark::exact(name, Kind::Instructions, "instructions", total as f64));
     }
     Ok(Ok(counts))
 }
 
 /// Reads the instructions of one dump of callgrind.
 fn total(path: &Path) -> Result<u64> {
-    let text = fs::read_to_string(path).with_context(|| path.display().to_string())?;
+    let text = read(path)?;
     let line = text.lines().find_map(|line| line.strip_prefix("summary:").or(line.strip_prefix("totals:")));
     match line.and_then(|line| line.trim().parse().ok()) {
         Some(total) if total > 0 => Ok(total),

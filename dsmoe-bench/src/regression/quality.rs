@@ -1,11 +1,9 @@
 //! The quality suite: a short training with fixed seeds. Its numbers are bit-identical on one machine.
 
-use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use dsmoe_core::checkpoint::copy_companions;
-use dsmoe_core::config::Config;
 use dsmoe_core::convert::{ConvertOptions, convert};
 use dsmoe_core::init::{InitOptions, LlamaSizes, init};
 use dsmoe_core::{Inference, Model};
@@ -18,6 +16,7 @@ use dsmoe_train::run::{RunOptions, Trainer};
 
 use super::file::{Benchmark, Kind};
 use crate::evaluation::measure as evaluate;
+use crate::files::write;
 use crate::models::tokenizer;
 use crate::training::drive;
 use crate::ui::Ui;
@@ -40,11 +39,22 @@ pub(crate) fn measure(ui: &Ui) -> Result<Vec<Benchmark>> {
     let texts: Vec<String> =
         Domain::ALL.into_iter().flat_map(|domain| world.documents(domain, TEXT_BYTES)).collect();
     let file = dir.join("text.txt");
-    fs::write(&file, texts.join(DOC_SEPARATOR)).with_context(|| file.display().to_string())?;
+    write(&file, texts.join(DOC_SEPARATOR))?;
 
     let start = dir.join("start");
     let vocab = train_bpe(texts.into_iter(), VOCAB, dir)?;
-    let config = architecture(vocab)?;
+    let bos_eos = [0, 1];
+    let config = LlamaSizes {
+        vocab,
+        hidden: 64,
+        intermediate: 256,
+        layers: 2,
+        heads: 4,
+        kv_heads: 2,
+        positions: 128,
+        bos_eos,
+    }
+    .config()?;
     init(&config, &start, &InitOptions::default(), &mut |_| {})?;
     copy_companions(dir, &start)?;
     let tokenizer = tokenizer(&start, &config)?;
@@ -93,18 +103,4 @@ fn train(
     let mut numbers = vec![exact("perplexity", result.ppl)];
     numbers.extend(result.active_ratio.map(|share| exact("active_share", share)));
     Ok(numbers)
-}
-
-fn architecture(vocab: usize) -> Result<Config> {
-    let sizes = LlamaSizes {
-        vocab,
-        hidden: 64,
-        intermediate: 256,
-        layers: 2,
-        heads: 4,
-        kv_heads: 2,
-        positions: 128,
-        bos_eos: [0, 1],
-    };
-    Ok(sizes.config()?)
 }

@@ -8,11 +8,13 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 
 use super::calibrate::Calibration;
-use super::file::{Benchmark, Kind, Record};
+use super::file::{Benchmark, Record};
 use super::statistics::MedianEstimate;
 use super::workloads::{Task, Workload, suites};
 use super::{export, instructions, quality};
 use crate::cli::bench::{Choice, Format, Record as Args, Suite};
+use crate::cli::values::word;
+use crate::files::write;
 use crate::ui::Ui;
 
 /// The least length of a sample of a short task.
@@ -31,7 +33,7 @@ pub(crate) fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     };
     match &args.out {
         Some(path) => {
-            std::fs::write(path, text).with_context(|| path.display().to_string())?;
+            write(path, text)?;
             ui.note(format_args!("{}: {} benchmarks", path.display(), record.benchmarks.len()));
             Ok(())
         }
@@ -41,13 +43,12 @@ pub(crate) fn run(args: &Args, ui: &mut Ui) -> Result<()> {
 
 fn measure(args: &Args, ui: &mut Ui) -> Result<Record> {
     let suites = suites(&args.choice);
-    let mut record =
-        Record::new(suites.iter().map(|suite| suite.name().to_owned()).collect(), args.choice.only.clone());
-    let timed: Vec<Suite> =
-        suites.iter().copied().filter(|suite| !chosen(*suite, &args.choice).is_empty()).collect();
+    let mut record = Record::new(suites.iter().map(word).collect(), args.choice.only.clone());
+    let is_timed = |suite: &Suite| !chosen(*suite, &args.choice).is_empty();
+    let timed: Vec<Suite> = suites.iter().copied().filter(is_timed).collect();
     if args.processes == 1 {
         for &suite in &timed {
-            ui.note(format_args!("measuring {}", suite.name()));
+            ui.note(format_args!("measuring {}", word(&suite)));
             let chosen = chosen(suite, &args.choice);
             // On a thread of the pool, where handing work to the others is cheapest.
             record.benchmarks.extend(rayon::scope(|_| time(&chosen, usize::from(args.repeats)))?);
@@ -86,14 +87,10 @@ fn chosen(suite: Suite, choice: &Choice) -> Vec<Workload> {
 
 /// Measures in a process of `program`.
 pub(crate) fn in_process(program: &Path, choice: &Choice, repeats: u16) -> Result<Record> {
-    let suites: Vec<&str> = choice.suite.iter().map(|suite| suite.name()).collect();
     let mut command = Command::new(program);
-    command.args(["bench", "record", "--json", "--quiet", "--processes", "1", "--suite", &suites.join(",")]);
+    command.args(["bench", "record", "--json", "--quiet", "--processes", "1"]).args(choice.words());
     command.args(["--repeats", &repeats.to_string()]);
     command.args(["--threads", &rayon::current_num_threads().to_string()]);
-    if let Some(only) = &choice.only {
-        command.args(["--only", only]);
-    }
     let output = command.output().with_context(|| program.display().to_string())?;
     if !output.status.success() {
         let stderr = String::from_utf8_lossy(&output.stderr);
@@ -114,20 +111,9 @@ fn merge(all: &[Record]) -> Result<Vec<Benchmark>> {
         let medians = |estimate: &dyn Fn(&Benchmark) -> Option<MedianEstimate>| -> Vec<f64> {
             same.iter().filter_map(|one| estimate(one)).map(|found| found.median).collect()
         };
-        let samples = medians(&|one| Some(one.value));
-        let (ratio_samples, exchange_samples) =
-            (medians(&|one| one.ratio), medians(&|one| one.exchange_ratio));
-        let estimate = |samples: &[f64]| (!samples.is_empty()).then(|| MedianEstimate::of(samples));
-        merged.push(Benchmark {
-            value: MedianEstimate::of(&samples),
-            ratio: estimate(&ratio_samples),
-            exchange_ratio: estimate(&exchange_samples),
-            repetitions: samples.len(),
-            samples,
-            ratio_samples,
-            exchange_samples,
-            ..one.clone()
-        });
+        let samples =
+            [medians(&|one| Some(one.value)), medians(&|one| one.ratio), medians(&|one| one.exchange_ratio)];
+        merged.push(Benchmark::timed(one.name.clone(), one.calls, samples));
     }
     Ok(merged)
 }
@@ -137,28 +123,21 @@ struct Contestant {
     name: String,
     task: Task,
     calls: u64,
-    samples: Vec<f64>,
-    ratios: Vec<f64>,
-    exchanges: Vec<f64>,
+    /// Samples of the time and of its two ratios.
+    samples: [Vec<f64>; 3],
 }
 
 /// Times `workloads` in turns, each sample between two calibrations.
 fn time(workloads: &[Workload], rounds: usize) -> Result<Vec<Benchmark>> {
     let mut contestants = Vec::new();
     for workload in workloads {
-        let mut task = workload.build().with_context(|| workload.name.clone())?;
+        let mut task = (workload.build)().with_context(|| workload.name.clone())?;
         // The first calls size buffers and fill caches.
         seconds(&mut task, 1)?;
         let call = seconds(&mut task, 1)?.min(seconds(&mut task, 1)?);
         let calls = (SAMPLE_SECONDS / call).clamp(1.0, MOST_CALLS) as u64;
-        contestants.push(Contestant {
-            name: workload.name.clone(),
-            task,
-            calls,
-            samples: Vec::with_capacity(rounds),
-            ratios: Vec::with_capacity(rounds),
-            exchanges: Vec::with_capacity(rounds),
-        });
+        let samples = [(); 3].map(|()| Vec::with_capacity(rounds));
+        contestants.push(Contestant { name: workload.name.clone(), task, calls, samples });
     }
     let calibration = Calibration::new();
     let mut before = calibration.now();
@@ -166,26 +145,15 @@ fn time(workloads: &[Workload], rounds: usize) -> Result<Vec<Benchmark>> {
         for one in &mut contestants {
             let sample = seconds(&mut one.task, one.calls).with_context(|| one.name.clone())?;
             let after = calibration.now();
-            one.samples.push(sample);
             let around = before.midpoint(after);
-            one.ratios.push(sample / around.arithmetic);
-            one.exchanges.extend(around.exchange.map(|exchange| sample / exchange));
+            let [samples, ratios, exchanges] = &mut one.samples;
+            samples.push(sample);
+            ratios.push(sample / around.arithmetic);
+            exchanges.extend(around.exchange.map(|exchange| sample / exchange));
             before = after;
         }
     }
-    let benchmark = |one: Contestant| Benchmark {
-        name: one.name,
-        kind: Kind::Time,
-        unit: "s".to_owned(),
-        value: MedianEstimate::of(&one.samples),
-        ratio: Some(MedianEstimate::of(&one.ratios)),
-        exchange_ratio: (!one.exchanges.is_empty()).then(|| MedianEstimate::of(&one.exchanges)),
-        repetitions: rounds,
-        calls: one.calls,
-        samples: one.samples,
-        ratio_samples: one.ratios,
-        exchange_samples: one.exchanges,
-    };
+    let benchmark = |one: Contestant| Benchmark::timed(one.name, one.calls, one.samples);
     Ok(contestants.into_iter().map(benchmark).collect())
 }
 

@@ -28,11 +28,6 @@ impl MedianEstimate {
         let median = f64::midpoint(sorted[(n - 1) / 2], sorted[n / 2]);
         MedianEstimate { median, low: sorted[outside], high: sorted[n - 1 - outside] }
     }
-
-    /// Makes the estimate of a known number.
-    pub(crate) fn exact(value: f64) -> MedianEstimate {
-        MedianEstimate { median: value, low: value, high: value }
-    }
 }
 
 /// Returns the number of `n` sorted samples outside the interval on each side: the median is below the (k + 1)-th
@@ -78,7 +73,7 @@ pub(crate) fn judge(before: MedianEstimate, after: MedianEstimate, limit: f64) -
 /// not contain 1 and the median is further from it than `limit`.
 pub(crate) fn judge_pairs(ratios: &[f64], limit: f64) -> (MedianEstimate, Verdict) {
     let ratio = MedianEstimate::of(ratios);
-    (ratio, judge(MedianEstimate::exact(1.0), ratio, limit).1)
+    (ratio, judge(MedianEstimate::of(&[1.0]), ratio, limit).1)
 }
 
 #[cfg(test)]

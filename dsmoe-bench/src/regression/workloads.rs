@@ -6,19 +6,18 @@ use dsmoe_core::init::{InitOptions, init};
 use dsmoe_core::{Device, Inference};
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::expert_ffn::{PackedWeights, Scratch, Weights};
-use dsmoe_kernels::linear::{self, Dims};
-use dsmoe_kernels::matmul::{Mat, Packed};
 use dsmoe_kernels::rng::Rng;
 
-use crate::cli::bench::{Architecture, Choice, Routes, Suite};
+use crate::cli::bench::{Choice, Routes, Suite};
+use crate::cli::values::word;
 use crate::timing::decode::{active_share, decode};
 use crate::timing::ffn;
-use crate::timing::model::{Sizes, random_model, reach_share};
+use crate::timing::matmul::{self, Layout, Product};
+use crate::timing::model::{Sizes, configs, random_model, reach_share};
 use crate::timing::ops::{OPS, Op, Shape};
 use crate::timing::routing::routing;
 use crate::timing::train::Run;
-use crate::timing::turns;
-use crate::timing::values::random;
+use crate::timing::values::{random, random_ids};
 
 /// One call of a benchmark. Returns the seconds of the part that counts, if not all of it does.
 pub(crate) type Task = Box<dyn FnMut() -> Result<Option<f64>>>;
@@ -27,40 +26,14 @@ pub(crate) type Task = Box<dyn FnMut() -> Result<Option<f64>>>;
 pub(crate) struct Workload {
     /// `suite/what/how`.
     pub(crate) name: String,
-    build: Build,
-}
-
-#[derive(Clone, Copy)]
-enum Build {
-    Op(fn(Shape) -> turns::Task<'static>),
-    Other(fn() -> Result<Task>),
-}
-
-impl Workload {
     /// Allocates the buffers, and returns the call.
-    pub(crate) fn build(&self) -> Result<Task> {
-        match self.build {
-            Build::Op(build) => task(build(SHAPE)),
-            Build::Other(build) => build(),
-        }
-    }
+    pub(crate) build: Box<dyn Fn() -> Result<Task> + Sync>,
 }
 
 /// A name, and the function that allocates the buffers and returns the call.
 type Named = (&'static str, fn() -> Result<Task>);
 
 impl Suite {
-    pub(crate) const fn name(self) -> &'static str {
-        match self {
-            Suite::Kernels => "kernels",
-            Suite::Ffn => "ffn",
-            Suite::Train => "train",
-            Suite::Decode => "decode",
-            Suite::Convert => "convert",
-            Suite::Quality => "quality",
-        }
-    }
-
     /// Returns the benchmarks that are timed; none for the suite quality.
     pub(crate) fn workloads(self) -> Vec<Workload> {
         let others: &[Named] = match self {
@@ -72,11 +45,12 @@ impl Suite {
             Suite::Quality => &[],
         };
         let ops: &[Op] = if self == Suite::Kernels { &OPS } else { &[] };
-        let op = |op: &Op| Workload {
-            name: format!("kernels/{}/{}", op.name, op.part),
-            build: Build::Op(op.build),
+        let op = |op: &Op| {
+            let build = op.build;
+            let name = format!("kernels/{}/{}", op.name, op.part);
+            Workload { name, build: Box::new(move || task(build(SHAPE))) }
         };
-        let other = |&(name, build): &Named| Workload { name: name.to_owned(), build: Build::Other(build) };
+        let other = |&(name, build): &Named| Workload { name: name.to_owned(), build: Box::new(build) };
         ops.iter().map(op).chain(others.iter().map(other)).collect()
     }
 }
@@ -84,6 +58,13 @@ impl Suite {
 impl Choice {
     pub(crate) fn takes(&self, name: &str) -> bool {
         self.only.as_deref().is_none_or(|part| name.contains(part))
+    }
+
+    /// Returns the words of a command line that makes this choice.
+    pub(crate) fn words(&self) -> Vec<String> {
+        let suites: Vec<String> = self.suite.iter().map(word).collect();
+        let only = self.only.iter().flat_map(|only| ["--only".to_owned(), only.clone()]);
+        ["--suite".to_owned(), suites.join(",")].into_iter().chain(only).collect()
     }
 }
 
@@ -148,36 +129,10 @@ fn task(mut call: impl FnMut() + 'static) -> Result<Task> {
     }))
 }
 
-#[derive(Clone, Copy)]
-enum Layout {
-    Forward,
-    Packed,
-    BackwardInput,
-    BackwardWeight,
-}
-
 fn product(precision: Precision, layout: Layout) -> Result<Task> {
-    let (m, k, n) = (TOKENS, HIDDEN, INTERMEDIATE);
-    let dims = Dims { rows: m, inputs: k, outputs: n, precision };
-    let [x, w, dy] = [(m * k, 1), (n * k, 2), (m * n, 3)].map(|(len, seed)| random(len, 1.0, seed));
-    match layout {
-        Layout::Forward => {
-            let mut y = vec![0.0; m * n];
-            task(move || linear::Forward { y: &mut y, x: &x, w: &w, bias: None, dims }.run())
-        }
-        Layout::Packed => {
-            let (mut y, packed) = (vec![0.0; m * n], Packed::new(precision, Mat::new(&w, n, k)));
-            task(move || linear::ForwardPacked { y: &mut y, x: &x, w: &packed, bias: None, rows: m }.run())
-        }
-        Layout::BackwardInput => {
-            let mut dx = vec![0.0; m * k];
-            task(move || linear::BackwardInput { dx: &mut dx, dy: &dy, w: &w, dims, add: false }.run())
-        }
-        Layout::BackwardWeight => {
-            let mut dw = vec![0.0; n * k];
-            task(move || linear::BackwardWeight { dw: &mut dw, dy: &dy, x: &x, dims }.run())
-        }
-    }
+    let shape = [TOKENS, HIDDEN, INTERMEDIATE];
+    let mut product = Product::new(layout, shape, precision, &matmul::inputs(shape));
+    task(move || product.run())
 }
 
 fn ffn_weights() -> [Vec<f32>; 3] {
@@ -187,7 +142,7 @@ fn ffn_weights() -> [Vec<f32>; 3] {
 /// Runs forward on packed weights; with an active share, in experts.
 fn ffn_forward(precision: Precision, active: Option<f64>) -> Result<Task> {
     let [gate, up, down] = ffn_weights();
-    let weights = Weights { gate: &gate, up: &up, down: &down };
+    let weights = Weights { gate: &gate, up: &up, down: &down, biases: None };
     let experts = if active.is_some() { EXPERTS } else { 1 };
     let packed = PackedWeights::new(precision, &weights, HIDDEN, INTERMEDIATE, experts);
     let x = random(FFN_TOKENS * HIDDEN, 1.0, 4);
@@ -203,30 +158,19 @@ fn ffn_train(experts: bool) -> Result<Task> {
     let layer = ffn::Layer { hidden: HIDDEN, intermediate: INTERMEDIATE, precision: Precision::F32 };
     let mut pass = ffn::TrainPass::new(layer, FFN_TOKENS);
     let routing = experts.then(|| routing(Routes::Random, FFN_TOKENS, EXPERTS, ACTIVE));
-    task(move || pass.run(&x, &dy, &Weights { gate: &gate, up: &up, down: &down }, routing.as_ref()))
+    task(move || {
+        pass.run(&x, &dy, &Weights { gate: &gate, up: &up, down: &down, biases: None }, routing.as_ref())
+    })
 }
 
-/// The experts of the models; sizes are in `SIZES`.
-const ARCHITECTURE: Architecture = Architecture {
-    hidden: None,
-    intermediate: None,
-    layers: None,
-    heads: None,
-    kv_heads: None,
-    vocab: None,
-    experts: EXPERTS,
-    active: ACTIVE,
-};
-
 fn ids(count: usize, stream: u64) -> Vec<u32> {
-    let mut rng = Rng::new(0x7a, stream);
-    (0..count).map(|_| rng.below(SIZES[5] as u64) as u32).collect()
+    random_ids(count, SIZES[5], Rng::new(0x7a, stream))
 }
 
 /// Takes a step of 4 x 64 tokens.
 fn train(experts: bool, precision: Precision) -> Result<Task> {
     const STEP_SEQ: usize = 64;
-    let [dense, dsmoe] = ARCHITECTURE.configs(SIZES, STEP_SEQ)?;
+    let [dense, dsmoe] = configs(EXPERTS, SIZES, STEP_SEQ)?;
     let ids = ids(4 * STEP_SEQ + 1, 0);
     let mut run = Run::new(if experts { dsmoe } else { dense }, &ids, STEP_SEQ, precision, Device::Cpu)?;
     if experts {
@@ -239,7 +183,7 @@ fn train(experts: bool, precision: Precision) -> Result<Task> {
 }
 
 fn decoding(experts: bool, precision: Precision) -> Result<Task> {
-    let [dense, dsmoe] = ARCHITECTURE.configs(SIZES, PROMPT + NEW_TOKENS + 1)?;
+    let [dense, dsmoe] = configs(EXPERTS, SIZES, PROMPT + NEW_TOKENS + 1)?;
     let prompt = ids(PROMPT, 1);
     let mut model = Inference::new(&random_model(if experts { dsmoe } else { dense }), precision);
     if experts {
@@ -253,7 +197,7 @@ fn decoding(experts: bool, precision: Precision) -> Result<Task> {
 
 fn conversion() -> Result<Task> {
     let dir = tempfile::tempdir().context("cannot make a temporary directory; set TMPDIR")?;
-    let [dense, _] = ARCHITECTURE.configs(SIZES, SEQ)?;
+    let [dense, _] = configs(EXPERTS, SIZES, SEQ)?;
     let from = dir.path().join("dense");
     init(&dense, &from, &InitOptions::default(), &mut |_| {})?;
     Ok(Box::new(move || {
@@ -276,7 +220,7 @@ mod tests {
         let mut names = BTreeSet::new();
         for suite in Suite::value_variants() {
             for workload in suite.workloads() {
-                assert_eq!(workload.name.split('/').next(), Some(suite.name()));
+                assert_eq!(workload.name.split('/').next(), Some(&word(suite) as &str));
                 assert_eq!(workload.name.split('/').count(), 3, "{}", workload.name);
                 assert!(names.insert(workload.name.clone()), "{}", workload.name);
             }

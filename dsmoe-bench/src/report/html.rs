@@ -93,11 +93,9 @@ fn cell_html(cell: &Cell, first: bool, numeric: bool) -> String {
         (false, true) => " class=\"long\"",
         (false, false) => "",
     };
-    let sort = cell.value.filter(|v| v.is_finite()).map_or_else(String::new, |v| format!(" data-v=\"{v}\""));
-    let tip = cell
-        .tip
-        .as_ref()
-        .map_or_else(String::new, |tip| format!(" data-tip=\"{}\" tabindex=\"0\"", escape(tip)));
+    let sort = cell.value.filter(|v| v.is_finite()).map(|v| format!(" data-v=\"{v}\"")).unwrap_or_default();
+    let tip = cell.tip.as_ref().map(|tip| format!(" data-tip=\"{}\" tabindex=\"0\"", escape(tip)));
+    let tip = tip.unwrap_or_default();
     format!("<{tag}{class}{sort}{tip}>{}</{}>", prose(&cell.text), &tag[..2])
 }
 
@@ -131,24 +129,16 @@ fn legend(series: &[Series]) -> String {
 #[cfg(test)]
 mod tests {
     use super::super::svg::svg;
-    use super::super::{Chapter, Point};
+    use super::super::{Chapter, Point, fixed};
     use super::*;
 
     fn report(blocks: Vec<Block>) -> Report {
-        let chapters = vec![Chapter { id: "one".to_owned(), title: "One".to_owned(), blocks }];
+        let chapters = vec![Chapter::new("one", "One", blocks)];
         Report { title: "T <script>".to_owned(), subtitle: "`code` & more".to_owned(), chapters }
     }
 
     fn figure(plot: Plot) -> Figure {
-        let text = |text: &str| text.to_owned();
-        Figure {
-            id: text("f"),
-            title: text("A \"title\""),
-            note: text("n"),
-            x: text("x < 1"),
-            y: text("y"),
-            plot,
-        }
+        Figure { plot, ..Figure::new("f", "A \"title\"", ["x < 1", "y"], Vec::new()).note("n") }
     }
 
     fn series(points: &[(f64, f64)], look: Look) -> Series {
@@ -184,21 +174,10 @@ mod tests {
 
     #[test]
     fn all_text_is_escaped() {
-        let table = Tabular {
-            id: "t".to_owned(),
-            title: "<b>".to_owned(),
-            note: "a < b".to_owned(),
-            header: vec!["model".to_owned(), "ppl".to_owned()],
-            rows: vec![vec![
-                Cell {
-                    text: "<script>alert(1)</script>".to_owned(),
-                    value: None,
-                    tip: Some("\"".to_owned()),
-                },
-                Cell { text: "1.5".to_owned(), value: Some(1.5), tip: None },
-            ]],
-        };
-        let html = page(&report(vec![Block::Table(table), Block::Text("x <i> y\n\nz".to_owned())]));
+        let mut table = Tabular::new("t", "<b>", "model | ppl").note("a < b");
+        let script = Cell::from("<script>alert(1)</script>").tip(Some("\"".to_owned()));
+        table.row(vec![script, fixed(1.5, 1)]);
+        let html = page(&report(vec![table.into(), Block::Text("x <i> y\n\nz".to_owned())]));
         assert!(!html.contains("<script>alert") && html.contains("&lt;script&gt;alert"), "{html}");
         assert!(html.contains("T &lt;script&gt;") && html.contains("<code>code</code> &amp; more"), "{html}");
         assert!(html.contains("data-v=\"1.5\"") && html.contains("data-tip=\"&quot;\""), "{html}");
@@ -216,10 +195,7 @@ mod tests {
                 let figure = figure(Plot::Axes { series, least: 0.0 });
                 let svg = svg(&figure);
                 assert!(is_well_formed(&svg) && !svg.contains("NaN") && !svg.contains("inf"), "{svg}");
-                assert_eq!(
-                    page(&report(vec![Block::Figure(figure.clone())])),
-                    page(&report(vec![Block::Figure(figure)]))
-                );
+                assert_eq!(page(&report(vec![figure.clone().into()])), page(&report(vec![figure.into()])));
             }
         }
         for (rows, columns) in [(0, 0), (1, 1), (3, 2)] {

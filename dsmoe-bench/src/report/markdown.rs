@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use super::{Block, Figure, Plot, Report, Tabular, number};
+use super::{Block, Cell, Figure, Plot, Report, Tabular, number};
 
 /// Writes the report as Markdown. Charts become tables of their numbers.
 pub(crate) fn markdown(report: &Report) -> String {
@@ -11,9 +11,7 @@ pub(crate) fn markdown(report: &Report) -> String {
         let _ = write!(out, "\n## {}\n", chapter.title);
         for block in &chapter.blocks {
             match block {
-                Block::Text(text) => {
-                    let _ = write!(out, "\n{text}\n");
-                }
+                Block::Text(text) => out += &format!("\n{text}\n"),
                 Block::Table(table) => out += &table_text(table),
                 Block::Figure(figure) => out += &table_text(&numbers(figure)),
             }
@@ -44,24 +42,19 @@ pub(crate) fn csv(table: &Tabular) -> String {
         true => format!("\"{}\"", text.replace('"', "\"\"")),
         false => text.to_owned(),
     };
-    let mut out = String::new();
+    let cell = |cell: &Cell| cell.value.map_or_else(|| quote(&cell.text), |value| value.to_string());
     let header: Vec<String> = table.header.iter().map(|name| quote(name)).collect();
-    out += &format!("{}\n", header.join(","));
-    for row in &table.rows {
-        let cells =
-            row.iter().map(|cell| cell.value.map_or_else(|| quote(&cell.text), |value| value.to_string()));
-        out += &format!("{}\n", cells.collect::<Vec<_>>().join(","));
-    }
-    out
+    let rows = table.rows.iter().map(|row| row.iter().map(cell).collect());
+    [header].into_iter().chain(rows).map(|cells: Vec<String>| cells.join(",") + "\n").collect()
 }
 
 /// Returns the numbers of a chart as a table.
 pub(crate) fn numbers(figure: &Figure) -> Tabular {
     let cell = |value: f64| number(value, |x| format!("{x:.4}"));
-    let mut table =
-        Tabular::new(&figure.id, &figure.title, &["series", &figure.x, &figure.y]).note(&figure.note);
+    let mut table = Tabular::new(&figure.id, &figure.title, "series").note(&figure.note);
     match &figure.plot {
         Plot::Axes { series, .. } => {
+            table.extend([&figure.x, &figure.y]);
             for one in series {
                 for point in &one.points {
                     table.row(vec![one.name.as_str().into(), cell(point.x), cell(point.y)]);

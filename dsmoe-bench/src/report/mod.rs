@@ -58,14 +58,10 @@ pub(crate) struct Tabular {
 }
 
 impl Tabular {
-    pub(crate) fn new(id: &str, title: &str, header: &[&str]) -> Tabular {
-        Tabular {
-            id: id.to_owned(),
-            title: title.to_owned(),
-            note: String::new(),
-            header: header.iter().map(|&name| name.to_owned()).collect(),
-            rows: Vec::new(),
-        }
+    /// Makes a table whose columns have the names of `header`, separated by ` | `.
+    pub(crate) fn new(id: &str, title: &str, header: &str) -> Tabular {
+        let header = header.split(" | ").map(str::to_owned).collect();
+        Tabular { id: id.to_owned(), title: title.to_owned(), note: String::new(), header, rows: Vec::new() }
     }
 
     /// Appends columns.
@@ -174,11 +170,29 @@ pub(crate) enum Block {
     Figure(Figure),
 }
 
+impl From<Tabular> for Block {
+    fn from(table: Tabular) -> Block {
+        Block::Table(table)
+    }
+}
+
+impl From<Figure> for Block {
+    fn from(figure: Figure) -> Block {
+        Block::Figure(figure)
+    }
+}
+
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Chapter {
     pub(crate) id: String,
     pub(crate) title: String,
     pub(crate) blocks: Vec<Block>,
+}
+
+impl Chapter {
+    pub(crate) fn new(id: &str, title: &str, blocks: Vec<Block>) -> Chapter {
+        Chapter { id: id.to_owned(), title: title.to_owned(), blocks }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq)]

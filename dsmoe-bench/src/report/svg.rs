@@ -69,20 +69,22 @@ fn ticks(low: f64, high: f64, count: f64) -> Vec<f64> {
     }
     let rough = span / count;
     let power = 10f64.powf(rough.log10().floor());
-    let step = [1.0, 2.0, 5.0, 10.0]
-        .map(|m| m * power)
-        .into_iter()
-        .find(|step| *step >= rough)
-        .unwrap_or(10.0 * power);
+    let steps = [1.0, 2.0, 5.0].map(|m| m * power);
+    let step = steps.into_iter().find(|step| *step >= rough).unwrap_or(10.0 * power);
     let (first, last) = ((low / step).ceil() as i64, (high / step).floor() as i64);
     (first..=last).take(50).map(|i| i as f64 * step).collect()
 }
 
 /// Returns the largest over the smallest value, or 0 if not all are positive.
 fn spread(values: impl Iterator<Item = f64>) -> f64 {
-    let (low, high) =
-        values.filter(|v| v.is_finite()).fold((f64::INFINITY, 0.0f64), |(l, h), v| (l.min(v), h.max(v)));
+    let (low, high) = limits(values);
     if low > 0.0 && low <= high { high / low } else { 0.0 }
+}
+
+/// Returns the smallest and the largest value; infinities in the wrong order without values.
+fn limits(values: impl Iterator<Item = f64>) -> (f64, f64) {
+    let finite = values.filter(|v| v.is_finite());
+    finite.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), v| (low.min(v), high.max(v)))
 }
 
 /// Chooses ticks between two logarithms: powers of ten, and twice and five times them if they are few.
@@ -112,9 +114,7 @@ fn short(value: f64) -> String {
 
 /// Returns a range slightly wider than the values and at least `least` wide, or 0 to 1 without values.
 fn range(values: impl Iterator<Item = f64>, least: f64) -> (f64, f64) {
-    let (low, high) = values
-        .filter(|v| v.is_finite())
-        .fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), v| (l.min(v), h.max(v)));
+    let (low, high) = limits(values);
     if low > high {
         return (0.0, 1.0);
     }
@@ -147,30 +147,25 @@ fn axes_svg(figure: &Figure, series: &[Series], least: f64) -> String {
     let px = |x: f64| LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT);
     let py = |y: f64| HEIGHT - BOTTOM - (up(y) - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM);
     let mut out = open(figure, WIDTH, HEIGHT);
-    let marks = if log { log_ticks(y0, y1) } else { ticks(y0, y1, 6.0) };
-    for y in marks {
+    let (right, bottom) = (WIDTH - RIGHT, HEIGHT - BOTTOM);
+    for y in if log { log_ticks(y0, y1) } else { ticks(y0, y1, 6.0) } {
         let at = py(y);
-        let right = WIDTH - RIGHT;
-        let _ = write!(
-            out,
-            "<line class=\"grid\" x1=\"{LEFT}\" x2=\"{right:.1}\" y1=\"{at:.1}\" y2=\"{at:.1}\"/>"
-        );
+        out +=
+            &format!("<line class=\"grid\" x1=\"{LEFT}\" x2=\"{right:.1}\" y1=\"{at:.1}\" y2=\"{at:.1}\"/>");
         label(&mut out, "tick", [LEFT - 8.0, at + 4.0], "end", &short(y));
     }
     for x in ticks(x0, x1, 7.0) {
-        label(&mut out, "tick", [px(x), HEIGHT - BOTTOM + 18.0], "middle", &short(x));
+        label(&mut out, "tick", [px(x), bottom + 18.0], "middle", &short(x));
     }
-    let _ = write!(
-        out,
-        "<line class=\"axis\" x1=\"{LEFT}\" x2=\"{:.1}\" y1=\"{:.1}\" y2=\"{:.1}\"/><text class=\"name\" x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{}</text><text class=\"name\" transform=\"translate(14 {:.1}) rotate(-90)\" text-anchor=\"middle\">{}</text>",
-        WIDTH - RIGHT,
-        HEIGHT - BOTTOM,
-        HEIGHT - BOTTOM,
-        (LEFT + WIDTH - RIGHT) / 2.0,
-        HEIGHT - 10.0,
-        escape(&figure.x),
-        (TOP + HEIGHT - BOTTOM) / 2.0,
-        escape(&if log { format!("{}, logarithmic", figure.y) } else { figure.y.clone() })
+    out += &format!(
+        "<line class=\"axis\" x1=\"{LEFT}\" x2=\"{right:.1}\" y1=\"{bottom:.1}\" y2=\"{bottom:.1}\"/>"
+    );
+    label(&mut out, "name", [(LEFT + right) / 2.0, HEIGHT - 10.0], "middle", &escape(&figure.x));
+    out += &format!(
+        "<text class=\"name\" transform=\"translate(14 {:.1}) rotate(-90)\" text-anchor=\"middle\">{}{}</text>",
+        (TOP + bottom) / 2.0,
+        escape(&figure.y),
+        if log { ", logarithmic" } else { "" }
     );
     // Places of names: left, right and height.
     let mut names: Vec<(f64, f64, f64)> = Vec::new();
@@ -229,8 +224,7 @@ fn heat_svg(figure: &Figure, rows: &[String], columns: &[String], values: &[Vec<
         + 7.0 * columns.iter().chain(rows).map(|name| name.chars().count()).max().unwrap_or(4).min(22) as f64;
     let (cell_w, cell_h) = (((WIDTH - left - RIGHT) / columns.len().max(1) as f64).min(110.0), 30.0);
     let height = TOP + rows.len() as f64 * cell_h + 40.0;
-    let finite = || values.iter().flatten().copied().filter(|v| v.is_finite());
-    let (low, high) = finite().fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), v| (l.min(v), h.max(v)));
+    let (low, high) = limits(values.iter().flatten().copied());
     // All cells have the same decimals if their values are of similar size.
     let show = |value: f64| if high < 100.0 && low > -100.0 { format!("{value:.2}") } else { short(value) };
     let mut out = open(figure, WIDTH, height);

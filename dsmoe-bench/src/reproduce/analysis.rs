@@ -1,19 +1,20 @@
 //! From runs to results: means, intervals, tests, and the comparison with the paper. The results are a function of
 //! `setup.json` and `runs/` alone, so that they are the same bytes however the work was done.
 
+use std::collections::BTreeSet;
+
 use anyhow::Result;
 
 use super::collected::Collected;
 use super::directions::directions;
-use super::measure::{Bin, Difficulty, DomainResult};
+use super::measure::{Bin, Difficulty, DomainResult, TaskScore};
 use super::profile::{MethodSpec, Profile};
 use super::records::{BASE, FORMAT_VERSION, Machine, Run};
 use super::results::{
-    Comparison, DomainMean, Measured, MethodResult, MilestoneMean, Results, Shape, SweepMean, TaskMean,
-    Verdict,
+    Comparison, DomainMean, MethodResult, MilestoneMean, Results, Shape, SweepMean, TaskMean, Verdict,
 };
 use super::setup::Setup;
-use super::statistics::{bootstrap, estimate, mean, middle, paired_t, sign_p, w_shape};
+use super::statistics::{Measured, bootstrap, mean, middle, paired_t, sign_p, w_shape};
 
 /// A difference is significant below this p.
 const SIGNIFICANT: f64 = 0.05;
@@ -23,16 +24,10 @@ const LAYERS: usize = 6;
 const W_LIKE: f64 = 0.5;
 
 impl Measured {
-    fn of_seeds(values: Vec<f64>) -> Measured {
-        let found = estimate(&values);
-        let over = found.interval.map(|_| "seeds".to_owned());
-        Measured { mean: found.mean, deviation: found.deviation, interval: found.interval, over, values }
-    }
-
     /// Computes the interval from the losses, so that it does not reach below 1.
     fn of_perplexities(values: Vec<f64>) -> Measured {
-        let losses: Vec<f64> = values.iter().map(|ppl| ppl.ln()).collect();
-        let interval = estimate(&losses).interval.map(|interval| interval.map(f64::exp));
+        let losses = Measured::of_seeds(values.iter().map(|ppl| ppl.ln()).collect());
+        let interval = losses.interval.map(|interval| interval.map(f64::exp));
         Measured { interval, ..Measured::of_seeds(values) }
     }
 
@@ -49,12 +44,11 @@ impl Measured {
 pub(crate) fn of(collected: &Collected) -> Result<Results> {
     let setup = &collected.setup;
     let profile = &setup.profile;
-    let mut machines: Vec<Machine> =
-        collected.runs.iter().chain([&collected.base]).map(|run| run.machine.clone()).collect();
-    machines.sort();
-    machines.dedup();
+    let runs = || collected.runs.iter();
+    let machines: BTreeSet<Machine> =
+        runs().chain([&collected.base]).map(|run| run.machine.clone()).collect();
 
-    let runs_of = |spec: &MethodSpec| collected.runs.iter().filter(|run| run.method == spec.name).collect();
+    let runs_of = |spec: &MethodSpec| runs().filter(|run| run.method == spec.name).collect();
     let groups = profile.method.iter().map(|spec| (Some(spec), runs_of(spec)));
     let groups: Vec<(Option<&MethodSpec>, Vec<&Run>)> = [(None, vec![&collected.base])]
         .into_iter()
@@ -74,14 +68,12 @@ pub(crate) fn of(collected: &Collected) -> Result<Results> {
     }
     let shapes: Vec<Shape> = methods.iter().filter(|m| m.is_dsmoe()).flat_map(shapes).collect();
     let directions = directions(profile.paper, &methods, &shapes);
-    let mut seeds: Vec<u64> = collected.runs.iter().map(|run| run.seed).collect();
-    seeds.sort_unstable();
-    seeds.dedup();
+    let seeds: BTreeSet<u64> = runs().map(|run| run.seed).collect();
     Ok(Results {
         format_version: FORMAT_VERSION,
         setup: setup.clone(),
-        machines,
-        seeds,
+        machines: machines.into_iter().collect(),
+        seeds: seeds.into_iter().collect(),
         methods,
         comparisons,
         shapes,
@@ -98,7 +90,7 @@ fn method_result(setup: &Setup, spec: Option<&MethodSpec>, runs: &[&Run]) -> Res
         runs.iter().map(|run| value(run)).collect::<Option<Vec<f64>>>().map(|values| mean(&values))
     };
     let windows = || Some(middle(&bootstrap(&windows_of(first), profile.measure.resamples)));
-    let params_activated = Measured::of_seeds(of(&|run| run.text.params_activated));
+    let params_activated = Measured::of_seeds(of(&|run| run.text.means.params_activated));
     let domains = first.text.domains.iter().enumerate().map(|(at, domain)| DomainMean {
         name: domain.name.clone(),
         share: domain.share,
@@ -112,35 +104,29 @@ fn method_result(setup: &Setup, spec: Option<&MethodSpec>, runs: &[&Run]) -> Res
             })
             .collect(),
     });
-    let tasks: Vec<TaskMean> = first
-        .tasks
-        .iter()
-        .flatten()
-        .enumerate()
-        .map(|(at, task)| {
-            let value = |run: &Run| 100.0 * run.tasks.as_ref().map_or(0.0, |tasks| tasks[at].value);
-            let items =
-                || task.stderr.map(|e| [task.value - 1.96 * e, task.value + 1.96 * e].map(|x| 100.0 * x));
-            TaskMean {
-                task: task.task.clone(),
-                metric: task.metric.clone(),
-                shots: task.shots,
-                items: task.items,
-                percent: Measured::of_seeds(of(&value)).or_interval("items", items),
-            }
-        })
-        .collect();
+    let task = |(at, task): (usize, &TaskScore)| {
+        let value = |run: &Run| 100.0 * run.tasks.as_ref().map_or(0.0, |tasks| tasks[at].value);
+        let items = || task.stderr.map(|e| [task.value - 1.96 * e, task.value + 1.96 * e].map(|x| 100.0 * x));
+        TaskMean {
+            task: task.task.clone(),
+            metric: task.metric.clone(),
+            shots: task.shots,
+            items: task.items,
+            percent: Measured::of_seeds(of(&value)).or_interval("items", items),
+        }
+    };
+    let tasks: Vec<TaskMean> = first.tasks.iter().flatten().enumerate().map(task).collect();
     let milestones =
         first.trained.iter().flat_map(|trained| &trained.milestones).enumerate().map(|(at, stone)| {
             let all = runs.iter().filter_map(|run| Some(&run.trained.as_ref()?.milestones[at]));
             let all: Vec<_> = all.collect();
-            let active: Option<Vec<f64>> = all.iter().map(|stone| stone.active_ratio).collect();
+            let active: Option<Vec<f64>> = all.iter().map(|stone| stone.means.active_ratio).collect();
             MilestoneMean {
                 share: stone.share,
                 tokens: stone.tokens,
-                ppl: Measured::of_perplexities(all.iter().map(|stone| stone.ppl).collect()),
+                ppl: Measured::of_perplexities(all.iter().map(|stone| stone.means.ppl).collect()),
                 active_ratio: active.map(|values| mean(&values)),
-                params_activated: mean_of(&all, |stone| stone.params_activated),
+                params_activated: mean_of(&all, |stone| stone.means.params_activated),
             }
         });
     let sweep = first.sweep.iter().flatten().enumerate().map(|(at, point)| {
@@ -161,15 +147,15 @@ fn method_result(setup: &Setup, spec: Option<&MethodSpec>, runs: &[&Run]) -> Res
         reached_by: first.made.as_ref().map(|made| made.reached_by.clone()),
         calibration_tokens: first.made.as_ref().map_or(0, |made| made.calibration_tokens),
         tokens: first.trained.as_ref().map_or(0, |trained| trained.tokens),
-        params_total: mean(&of(&|run| run.text.params_total as f64)),
+        params_total: mean(&of(&|run| run.text.means.params_total as f64)),
         of_budget: params_activated.mean / setup.budget,
         params_activated,
         flops_per_token: mean(&of(&|run| run.text.flops_per_token)),
-        active_ratio: of_some(&|run| run.text.active_ratio),
+        active_ratio: of_some(&|run| run.text.means.active_ratio),
         threshold: of_some(&|run| run.text.threshold.map(f64::from)),
-        ppl: Measured::of_perplexities(of(&|run| run.text.ppl))
+        ppl: Measured::of_perplexities(of(&|run| run.text.means.ppl))
             .or_interval("windows", || windows().map(|interval| interval.map(f64::exp))),
-        nll: Measured::of_seeds(of(&|run| run.text.nll)).or_interval("windows", windows),
+        nll: Measured::of_seeds(of(&|run| run.text.means.nll)).or_interval("windows", windows),
         domains: domains.collect(),
         tasks_mean: (!tasks.is_empty()).then(|| mean_of(&tasks, |task| task.percent.mean)),
         tasks,
@@ -213,19 +199,17 @@ fn compare(profile: &Profile, dsmoe: (&str, &[&Run]), other: (&str, &[&Run])) ->
     };
     let pairs: Vec<(&Run, &Run)> =
         dsmoe.1.iter().filter_map(|run| Some((*run, *of_seed(run.seed)?))).collect();
-    let differences: Vec<f64> = pairs.iter().map(|(ours, theirs)| theirs.text.nll - ours.text.nll).collect();
+    let differences: Vec<f64> =
+        pairs.iter().map(|(ours, theirs)| theirs.text.means.nll - ours.text.means.nll).collect();
     let (difference, interval, p, test) = if differences.len() > 1 {
-        let found = estimate(&differences);
+        let found = Measured::of_seeds(differences.clone());
         (found.mean, found.interval, paired_t(&differences), "paired t over seeds")
     } else if let Some((ours, theirs)) = pairs.first() {
-        let strata: Vec<_> = windows_of(ours)
-            .into_iter()
-            .zip(windows_of(theirs))
-            .map(|((share, ours), (_, theirs))| {
-                (share, ours.iter().zip(&theirs).map(|(a, b)| (b.0 - a.0, a.1)).collect::<Vec<_>>())
-            })
-            .collect();
-        let found = bootstrap(&strata, profile.measure.resamples);
+        let strata = windows_of(ours).into_iter().zip(windows_of(theirs));
+        let strata = strata.map(|((share, ours), (_, theirs))| {
+            (share, ours.iter().zip(&theirs).map(|(a, b)| (b.0 - a.0, a.1)).collect())
+        });
+        let found = bootstrap(&strata.collect(), profile.measure.resamples);
         (differences[0], Some(middle(&found)), Some(sign_p(&found)), "bootstrap over held-out windows")
     } else {
         (0.0, None, None, "no common seed")

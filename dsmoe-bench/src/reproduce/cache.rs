@@ -1,8 +1,6 @@
 //! The cache of stages. The result of a stage is found by a hash of its settings and inputs.
 
-use std::fmt;
 use std::fs;
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -11,21 +9,16 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
+use crate::files::{read_json, write_json};
+
 /// Version of the computations of stages: it is raised when the same settings give another result.
 const CODE_FORMAT: u32 = 2;
 const RESULT: &str = "result.json";
 
 /// The work was stopped on request. Finished stages are kept.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
+#[error("interrupted")]
 pub(crate) struct Interrupted;
-
-impl fmt::Display for Interrupted {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("interrupted")
-    }
-}
-
-impl std::error::Error for Interrupted {}
 
 /// A hash of the settings of a stage and of the keys of its inputs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -59,8 +52,7 @@ impl Cache {
 
     /// Returns the result of a stage, if it was done.
     pub(crate) fn get<T: DeserializeOwned>(&self, stage: &str, key: &Key) -> Option<T> {
-        let text = fs::read_to_string(self.dir(stage, key).join(RESULT)).ok()?;
-        serde_json::from_str(&text).ok()
+        read_json(&self.dir(stage, key).join(RESULT)).ok()
     }
 
     /// Does a stage unless it was done. `work` receives its directory, which may hold files of an interrupted try.
@@ -79,35 +71,6 @@ impl Cache {
         write_json(&dir.join(RESULT), &result)?;
         Ok(result)
     }
-}
-
-/// Writes a file atomically.
-pub(crate) fn write(path: &Path, bytes: &[u8]) -> Result<()> {
-    let place = || path.display().to_string();
-    let folder = path.parent().unwrap_or(Path::new("."));
-    fs::create_dir_all(folder).with_context(place)?;
-    let mut builder = tempfile::Builder::new();
-    // Temporary files are private by default; this one gets the usual permissions.
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    let mut file = builder.tempfile_in(folder).with_context(place)?;
-    file.write_all(bytes).with_context(place)?;
-    file.as_file().sync_all().with_context(place)?;
-    file.persist(path).with_context(place)?;
-    Ok(())
-}
-
-/// Writes indented JSON atomically.
-pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
-    let mut text = serde_json::to_string_pretty(value)?;
-    text.push('\n');
-    write(path, text.as_bytes())
-}
-
-pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
-    let place = || path.display().to_string();
-    let text = fs::read_to_string(path).with_context(place)?;
-    serde_json::from_str(&text).with_context(place)
 }
 
 #[cfg(test)]

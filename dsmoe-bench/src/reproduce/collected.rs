@@ -5,9 +5,9 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 
-use super::cache::read_json;
 use super::records::{BASE, RUNS, Run, SETUP, TIMINGS, Timing};
 use super::setup::Setup;
+use crate::files::read_json;
 
 /// All files of a reproduction.
 pub(crate) struct Collected {
@@ -25,11 +25,8 @@ impl Collected {
         for dir in &dirs[1..] {
             let other: Setup = read_json(&dir.join(SETUP))?;
             if other != setup {
-                bail!(
-                    "{} and {} are not parts of one reproduction: their {SETUP} differ",
-                    dirs[0].display(),
-                    dir.display()
-                );
+                let (first, dir) = (dirs[0].display(), dir.display());
+                bail!("{first} and {dir} are not parts of one reproduction: their {SETUP} differ");
             }
         }
         let find = |id: &str| -> Result<Option<Run>> {
@@ -40,15 +37,11 @@ impl Collected {
                     continue;
                 }
                 let run: Run = read_json(&path)?;
+                // Results may differ all the same: the last bits of a stage depend on the machine.
                 match &found {
-                    Some((other, _)) if *other == run => {}
-                    // The last bits of a stage depend on the machine.
                     Some((other, place)) if other.key != run.key => {
-                        bail!(
-                            "{id}: {} and {} have it with different settings",
-                            place.display(),
-                            dir.display()
-                        )
+                        let (place, dir) = (place.display(), dir.display());
+                        bail!("{id}: {place} and {dir} have it with different settings")
                     }
                     Some(_) => {}
                     None => found = Some((run, dir)),

@@ -38,10 +38,8 @@ pub(crate) fn directions(model: PaperModel, methods: &[MethodResult], shapes: &[
             let agrees = find(row.threshold)
                 .zip(find(next.threshold))
                 .map(|(a, b)| a.ppl.mean < b.ppl.mean && a.params_activated >= b.params_activated);
-            let statement = format!(
-                "threshold {} to {}: perplexity up, activated parameters down",
-                row.threshold, next.threshold
-            );
+            let (from, to) = (row.threshold, next.threshold);
+            let statement = format!("threshold {from} to {to}: perplexity up, activated parameters down");
             say(Output::Table4, statement, agrees);
         }
         let (output, curve) = match model {
@@ -52,28 +50,20 @@ pub(crate) fn directions(model: PaperModel, methods: &[MethodResult], shapes: &[
             let find = |tokens: f64| dsmoe.milestone(tokens / 10.0).map(|stone| stone.ppl.mean);
             let word = if next.1 < one.1 { "falls" } else { "rises" };
             let agrees = find(one.0).zip(find(next.0)).map(|(a, b)| (b < a) == (next.1 < one.1));
-            let statement = format!(
-                "from {:.0} % to {:.0} % of the tokens perplexity {word}",
-                10.0 * one.0,
-                10.0 * next.0
-            );
+            let [from, to] = [one.0, next.0].map(|tokens| 10.0 * tokens);
+            let statement = format!("from {from:.0} % to {to:.0} % of the tokens perplexity {word}");
             say(output, statement, agrees);
         }
         let shape = shapes.iter().find(|shape| shape.method == dsmoe.name && shape.domain == "all");
-        say(
-            Output::Figure3,
-            "active experts over layers form a W".to_owned(),
-            shape.and_then(|shape| shape.is_w),
-        );
+        let is_w = shape.and_then(|shape| shape.is_w);
+        say(Output::Figure3, "active experts over layers form a W".to_owned(), is_w);
     }
     if let (Some(with), Some(without)) = (by_role(Role::Paper), by_role(Role::WithoutSte)) {
         let mut say = |statement: String, agrees| {
             all.push(Direction { output: Output::Table3, method: without.name.clone(), statement, agrees });
         };
-        say(
-            "perplexity higher without the straight-through estimator".to_owned(),
-            Some(without.ppl.mean > with.ppl.mean),
-        );
+        let agrees = Some(without.ppl.mean > with.ppl.mean);
+        say("perplexity higher without the straight-through estimator".to_owned(), agrees);
         for (task, label) in paper::TASKS {
             let agrees =
                 with.percent(task).zip(without.percent(task)).filter(|(a, b)| a != b).map(|(a, b)| b < a);

@@ -11,9 +11,9 @@ use dsmoe_kernels::Precision;
 
 use super::cache::Key;
 use super::cost::Costs;
-use super::options::Options;
 use super::profile::Profile;
 use super::text::Text;
+use crate::cli::reproduce::Reproduce;
 use crate::models::default_precision;
 use crate::ui::Ui;
 
@@ -21,7 +21,7 @@ use crate::ui::Ui;
 #[derive(Clone, Copy)]
 pub(crate) struct Inputs<'a> {
     pub(crate) profile: &'a Profile,
-    pub(crate) options: &'a Options,
+    pub(crate) options: &'a Reproduce,
     pub(crate) text: &'a Text,
     /// Tasks for the models; empty when no output shows them.
     pub(crate) tasks: &'a [Loaded],

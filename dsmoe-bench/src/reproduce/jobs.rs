@@ -2,9 +2,9 @@
 
 use anyhow::{Result, bail};
 
-use super::options::Options;
 use super::outputs::{Output, Part};
 use super::profile::{MethodSpec, Profile};
+use crate::cli::reproduce::Reproduce;
 
 /// A method and seed.
 #[derive(Clone, Copy, Debug)]
@@ -22,30 +22,15 @@ impl Job<'_> {
 
 /// A model to make.
 pub(crate) struct Planned<'a> {
-    /// Number among the models of all parts.
-    pub(crate) number: usize,
     pub(crate) job: Job<'a>,
     /// Parts that are measured.
     pub(crate) parts: Vec<Part>,
 }
 
-/// Lists the models of this part of the reproduction.
-pub(crate) fn jobs<'a>(
-    profile: &'a Profile,
-    options: &Options,
-    outputs: &[Output],
-) -> Result<Vec<Planned<'a>>> {
-    let mut jobs = all_jobs(profile, options, outputs)?;
-    if let Some(shard) = options.shard {
-        jobs.retain(|planned| shard.has(planned.number));
-    }
-    Ok(jobs)
-}
-
 /// Lists all models that the outputs need.
 pub(crate) fn all_jobs<'a>(
     profile: &'a Profile,
-    options: &Options,
+    options: &Reproduce,
     outputs: &[Output],
 ) -> Result<Vec<Planned<'a>>> {
     for name in &options.methods {
@@ -60,7 +45,7 @@ pub(crate) fn all_jobs<'a>(
         for spec in profile.method.iter().filter(wanted) {
             let parts = Output::parts_of(outputs, spec);
             if !parts.is_empty() {
-                jobs.push(Planned { number: jobs.len(), job: Job { spec, seed }, parts });
+                jobs.push(Planned { job: Job { spec, seed }, parts });
             }
         }
     }

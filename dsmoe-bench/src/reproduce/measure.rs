@@ -22,14 +22,21 @@ const BINS: usize = 10;
 const BISECTIONS: usize = 24;
 
 /// Perplexity on held-out text, and the share of experts that were active for it.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct TextResult {
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Means {
     pub(crate) nll: f64,
     pub(crate) ppl: f64,
     /// Share of active experts; absent without routers.
     pub(crate) active_ratio: Option<f64>,
     pub(crate) params_total: u64,
     pub(crate) params_activated: f64,
+}
+
+/// The means over all held-out text, and those of its sources.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct TextResult {
+    #[serde(flatten)]
+    pub(crate) means: Means,
     pub(crate) flops_per_token: f64,
     /// The threshold that was found after training.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -100,17 +107,10 @@ pub(crate) fn text(
         });
     }
     let active = ratio.unwrap_or(0.0) * accounting.num_experts as f64;
-    let result = TextResult {
-        nll,
-        ppl: nll.exp(),
-        active_ratio: ratio,
-        params_total: accounting.total,
-        params_activated: accounting.activated(active),
-        flops_per_token: accounting.flops_per_token(active, seq as f64 / 2.0),
-        threshold: None,
-        domains,
-    };
-    Ok((result, tokens))
+    let (params_total, params_activated) = (accounting.total, accounting.activated(active));
+    let means = Means { nll, ppl: nll.exp(), active_ratio: ratio, params_total, params_activated };
+    let flops_per_token = accounting.flops_per_token(active, seq as f64 / 2.0);
+    Ok((TextResult { means, flops_per_token, threshold: None, domains }, tokens))
 }
 
 /// One threshold of a sweep.
@@ -134,13 +134,9 @@ pub(crate) fn sweep(
     let point = |&threshold: &f64| {
         model.set_threshold(threshold as f32)?;
         let (found, _) = text(model, held_out, seq, windows)?;
-        Ok(SweepPoint {
-            threshold,
-            nll: found.nll,
-            ppl: found.ppl,
-            active_ratio: found.active_ratio.unwrap_or(1.0),
-            params_activated: found.params_activated,
-        })
+        let Means { nll, ppl, active_ratio, params_activated, .. } = found.means;
+        let active_ratio = active_ratio.unwrap_or(1.0);
+        Ok(SweepPoint { threshold, nll, ppl, active_ratio, params_activated })
     };
     thresholds.iter().map(point).collect()
 }
@@ -158,7 +154,7 @@ pub(crate) fn find_threshold(
         let middle = (low + high) / 2.0;
         model.set_threshold(middle)?;
         let (found, _) = text(model, held_out, seq, windows)?;
-        if found.active_ratio.unwrap_or(1.0) > active { low = middle } else { high = middle }
+        if found.means.active_ratio.unwrap_or(1.0) > active { low = middle } else { high = middle }
     }
     model.set_threshold(high)?;
     Ok(high)

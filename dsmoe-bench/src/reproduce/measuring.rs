@@ -8,12 +8,13 @@ use anyhow::{Context, Result, bail};
 use dsmoe_core::Inference;
 use serde_json::json;
 
-use super::cache::{Interrupted, Key, write_json};
+use super::cache::{Interrupted, Key};
 use super::inputs::{Base, Inputs};
 use super::measure::{self, TextResult};
 use super::outputs::Part;
 use super::records::{FORMAT_VERSION, Machine, Run, Speed};
 use super::work::{Stage, Work};
+use crate::files::write_json;
 use crate::interrupts::STOP;
 use crate::progress::{Progress, Unit};
 
@@ -62,12 +63,12 @@ pub(crate) fn measure(
         let names: Vec<_> = inputs.tasks.iter().map(|task| (task.name(), task.documents().len())).collect();
         let key = Key::of("tasks", &json!([key, threshold, world, place, measures.items, names]));
         work.stage(Stage { name: "tasks", of: id, key: &key, cost }, |_| {
-            let mut progress = Progress::new(&ui, "tasks", Unit::Parts, inputs.tasks.len() as u64);
-            let scores = measure::tasks(model.get()?, &text.tokenizer, inputs.tasks, &mut |done, all| {
-                progress.set(done as u64, all as u64, "");
-            });
-            progress.finish();
-            scores
+            let model = model.get()?;
+            Progress::during(&ui, "tasks", Unit::Parts, |show| {
+                measure::tasks(model, &text.tokenizer, inputs.tasks, &mut |done, all| {
+                    show(done as u64, all as u64)
+                })
+            })
         })
     });
     let sweep = wanted(Part::Sweep).map(|cost| {

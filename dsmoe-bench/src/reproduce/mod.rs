@@ -15,7 +15,6 @@ mod jobs;
 mod measure;
 mod measuring;
 pub(crate) mod merge;
-pub(crate) mod options;
 pub(crate) mod outputs;
 mod paper;
 mod plan;
@@ -40,12 +39,11 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 
-use self::cache::{Cache, Interrupted, read_json, write_json};
+use self::cache::{Cache, Interrupted};
 use self::collected::Collected;
 use self::cost::Costs;
 use self::inputs::{Inputs, load_tasks};
-use self::jobs::{Planned, all_jobs, jobs};
-use self::options::Options;
+use self::jobs::{Planned, all_jobs};
 use self::outputs::{Output, Part};
 use self::profile::Profile;
 use self::publish::finish;
@@ -54,17 +52,21 @@ use self::setup::Setup;
 use self::stages::Stages;
 use self::text::Text;
 use self::work::Work;
+use crate::cli::reproduce::Reproduce;
+use crate::files::{make_folder, read_json, write_json};
 use crate::interrupts::{INTERRUPTED, STOP, catch_interrupts};
 use crate::ui::{Ui, stderr_line};
 
 /// Runs a reproduction, or prints its plan.
-pub(crate) fn run(args: &Options, ui: &mut Ui) -> Result<ExitCode> {
+pub(crate) fn run(args: &Reproduce, ui: &mut Ui) -> Result<ExitCode> {
     let mut profile = Profile::load(&args.profile)?;
     if let Some(seeds) = args.seeds {
         profile.seeds = seeds;
     }
     let outputs = if args.only.is_empty() { Output::all().collect() } else { args.only.clone() };
-    let jobs = jobs(&profile, args, &outputs)?;
+    let jobs = all_jobs(&profile, args, &outputs)?.into_iter().enumerate();
+    let mine = jobs.filter(|(number, _)| args.shard.is_none_or(|shard| shard.has(*number)));
+    let jobs: Vec<Planned<'_>> = mine.map(|(_, planned)| planned).collect();
     if args.dry_run {
         plan::run(args, &profile, &jobs, ui)?;
         return Ok(ExitCode::SUCCESS);
@@ -85,16 +87,11 @@ pub(crate) fn run(args: &Options, ui: &mut Ui) -> Result<ExitCode> {
 
 /// Makes the directory, or continues in it, and locks it for this process.
 fn open(out: &Path, resume: bool) -> Result<Option<File>> {
-    let place = || out.display().to_string();
-    std::fs::create_dir_all(out).with_context(place)?;
-    let mut entries = std::fs::read_dir(out).with_context(place)?;
-    if entries.next().is_some() && !resume {
-        bail!("{} is not empty; pass --resume to continue there, or choose another --out", out.display());
-    }
+    make_folder(out, resume, "pass --resume to continue there, or choose another --out")?;
     if !cfg!(unix) {
         return Ok(None);
     }
-    let directory = File::open(out).with_context(place)?;
+    let directory = File::open(out).with_context(|| out.display().to_string())?;
     match directory.try_lock() {
         Err(std::fs::TryLockError::WouldBlock) => {
             bail!("{} is in use by another process; wait for it, or choose another --out", out.display())
@@ -105,7 +102,7 @@ fn open(out: &Path, resume: bool) -> Result<Option<File>> {
 }
 
 fn reproduce(
-    args: &Options,
+    args: &Reproduce,
     profile: &Profile,
     outputs: &[Output],
     jobs: &[Planned<'_>],
@@ -167,31 +164,23 @@ fn forget_other_results(out: &Path, setup: &Setup) -> Result<()> {
 
 /// Lists the parts that are measured of the dense model itself.
 fn base_parts(outputs: &[Output]) -> Vec<Part> {
-    let mut parts = vec![Part::Text];
-    for (output, part) in [(Output::Table2, Part::Tasks), (Output::Speed, Part::Speed)] {
-        if outputs.contains(&output) {
-            parts.push(part);
-        }
-    }
-    parts
+    let all = [(Output::Table2, Part::Tasks), (Output::Speed, Part::Speed)].into_iter();
+    let wanted = all.filter(|(output, _)| outputs.contains(output)).map(|(_, part)| part);
+    [Part::Text].into_iter().chain(wanted).collect()
 }
 
-fn text(args: &Options, profile: &Profile, cache: &Cache, ui: &Ui) -> Result<Text> {
-    match (&profile.world, &args.text) {
-        (Some(_), Some(_)) => bail!(
+fn text(args: &Reproduce, profile: &Profile, cache: &Cache, ui: &Ui) -> Result<Text> {
+    match (&profile.world, args.names_text()) {
+        (Some(_), true) => bail!(
             "profile {} trains on the embedded world; omit --data and --mixture, or remove [world] from a copy of the profile",
             profile.name
         ),
-        (Some(world), None) => Text::of_world(world, profile, args.model.as_deref(), cache, ui),
-        (None, data) => {
-            let Some(model) = &args.model else {
-                bail!("profile {} starts from a checkpoint; name one with --model DIR", profile.name);
-            };
-            let Some(data) = data else {
-                bail!("profile {} needs text; name it with --data or --mixture", profile.name);
-            };
-            Text::of_user(data, args.token_cache.as_deref(), profile, model, ui)
+        (Some(world), false) => Text::of_world(world, profile, args.model.as_deref(), cache, ui),
+        (None, _) if args.model.is_none() => {
+            bail!("profile {} starts from a checkpoint; name one with --model DIR", profile.name)
         }
+        (None, false) => bail!("profile {} needs text; name it with --data or --mixture", profile.name),
+        (None, true) => Text::of_user(args, profile, ui),
     }
 }
 

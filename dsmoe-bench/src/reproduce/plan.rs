@@ -8,16 +8,16 @@ use dsmoe_core::config::Config;
 use dsmoe_core::init::preset;
 use dsmoe_datasets::CorpusOptions;
 use dsmoe_kernels::Precision;
-use dsmoe_kernels::buf::Buf;
-use dsmoe_kernels::linear;
 use serde::Serialize;
 
 use super::cost::Costs;
 use super::jobs::Planned;
-use super::options::Options;
 use super::profile::{MethodSpec, Profile, Role, gated};
+use super::text;
+use crate::cli::reproduce::Reproduce;
 use crate::format::{self, Table};
 use crate::memory;
+use crate::timing::matmul::{Layout, Product, inputs};
 use crate::training::memory_plan;
 use crate::ui::Ui;
 
@@ -64,7 +64,7 @@ struct Row {
     memory_bytes: u64,
 }
 
-pub(super) fn run(args: &Options, profile: &Profile, jobs: &[Planned<'_>], ui: &mut Ui) -> Result<()> {
+pub(super) fn run(args: &Reproduce, profile: &Profile, jobs: &[Planned<'_>], ui: &mut Ui) -> Result<()> {
     let (dense, model) = dense(args, profile)?;
     let train = profile.train()?.resolve()?;
     let precision = train.dtype;
@@ -72,10 +72,8 @@ pub(super) fn run(args: &Options, profile: &Profile, jobs: &[Planned<'_>], ui: &
     let speed = flops_per_second(&dense, precision);
     let sources = match &profile.world {
         Some(_) => 4,
-        None => match &args.text {
-            Some(data) => data.open(&CorpusOptions::default())?.len(),
-            None => PAPER_SOURCES,
-        },
+        None if args.names_text() => text::find(args, &CorpusOptions::default())?.len(),
+        None => PAPER_SOURCES,
     };
     let costs = Costs { profile, sources, seq: train.seq };
     let counts = Accounting::of(&dense);
@@ -132,7 +130,7 @@ pub(super) fn run(args: &Options, profile: &Profile, jobs: &[Planned<'_>], ui: &
 }
 
 /// Returns the dense model from its directory or from the sizes of the profile.
-fn dense(args: &Options, profile: &Profile) -> Result<(Config, String)> {
+fn dense(args: &Reproduce, profile: &Profile) -> Result<(Config, String)> {
     if let Some(dir) = &args.model {
         return Ok((Config::load(dir)?, dir.display().to_string()));
     }
@@ -200,15 +198,13 @@ fn row(
 
 /// Measures the speed of a product of the shape of the model's FFN.
 fn flops_per_second(config: &Config, precision: Precision) -> f64 {
-    let dims =
-        linear::Dims { rows: TRIAL_TOKENS, inputs: config.hidden, outputs: config.intermediate, precision };
-    let (x, w) = (Buf::zeros(dims.rows * dims.inputs), Buf::zeros(dims.inputs * dims.outputs));
-    let mut y = Buf::zeros(dims.rows * dims.outputs);
-    let flops = 2.0 * (dims.rows * dims.inputs * dims.outputs) as f64;
+    let shape = [TRIAL_TOKENS, config.hidden, config.intermediate];
+    let mut product = Product::new(Layout::Forward, shape, precision, &inputs(shape));
+    let flops = 2.0 * shape.map(|size| size as f64).iter().product::<f64>();
     let (began, mut best) = (Instant::now(), 0.0f64);
     while began.elapsed().as_secs_f64() < TRIAL_SECONDS || best == 0.0 {
         let started = Instant::now();
-        linear::Forward { y: &mut y, x: &x, w: &w, bias: None, dims }.run();
+        product.run();
         best = best.max(flops / started.elapsed().as_secs_f64().max(1e-9));
     }
     best
@@ -237,28 +233,19 @@ fn show(plan: &Plan<'_>) -> String {
         Some(machine) => format!(" of {}", format::bytes(machine)),
         None => String::new(),
     };
+    let (budget, share) = (format::count(plan.budget_params.round() as u64), 100.0 * plan.profile.active);
+    let speed = format!(
+        "{} FLOP/s, the speed of this machine in {} on a product of the model's FFN",
+        format::flops(plan.flops_per_second),
+        plan.dtype
+    );
     let fields = vec![
         ("profile", format!("{}: {}", plan.profile.name, plan.profile.about)),
         ("model", format!("{}, {} parameters", plan.model, format::count(plan.dense_params))),
-        (
-            "budget",
-            format!(
-                "{} activated parameters ({} % of the FFNs, and routers)",
-                format::count(plan.budget_params.round() as u64),
-                100.0 * plan.profile.active
-            ),
-        ),
+        ("budget", format!("{budget} activated parameters ({share} % of the FFNs, and routers)")),
         ("trainings", format!("{}, {} tokens", plan.stages, format::amount(plan.tokens as f64))),
         ("arithmetic", format!("{:.3e} FLOPs, including measuring", plan.flops)),
-        (
-            "time",
-            format!(
-                "{} hours at {} FLOP/s, the speed of this machine in {} on a product of the model's FFN",
-                hours(plan.hours),
-                format::flops(plan.flops_per_second),
-                plan.dtype
-            ),
-        ),
+        ("time", format!("{} hours at {speed}", hours(plan.hours))),
         ("memory", format!("at most {}{memory}", format::bytes(plan.memory_bytes))),
         ("disk", format::bytes(plan.disk_bytes)),
     ];

@@ -14,6 +14,8 @@ use dsmoe_train::config::NearDuplicates;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use crate::files;
+
 /// The token of the embedded world that separates documents.
 pub(crate) const WORLD_TOKEN: u32 = 0;
 
@@ -197,12 +199,13 @@ impl TryFrom<toml::Table> for TrainSettings {
     fn try_from(table: toml::Table) -> Result<TrainSettings, String> {
         match TrainConfig::deserialize(table.clone()) {
             Ok(_) => Ok(TrainSettings(table)),
-            Err(cause) => {
-                let message = cause.message().split_whitespace().collect::<Vec<_>>().join(" ");
-                Err(format!("settings of a training: {message}"))
-            }
+            Err(cause) => Err(format!("settings of a training: {}", one_line(&cause))),
         }
     }
+}
+
+fn one_line(cause: &toml::de::Error) -> String {
+    cause.message().split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 impl TrainSettings {
@@ -272,18 +275,16 @@ impl Profile {
         if let Some(text) = text(name) {
             return Profile::parse(text, &format!("profile {name}"));
         }
-        let path = Path::new(name);
-        if !path.is_file() {
+        if !Path::new(name).is_file() {
             bail!("--profile {name}: no such file; use {} or a TOML file", names().join(", "));
         }
-        let text = std::fs::read_to_string(path).with_context(|| name.to_owned())?;
-        Profile::parse(&text, name)
+        Profile::parse(&files::read(Path::new(name))?, name)
     }
 
     fn parse(text: &str, place: &str) -> Result<Profile> {
         let profile: Profile = toml::from_str(text).map_err(|cause| {
             let line = cause.span().map_or(1, |span| text[..span.start].matches('\n').count() + 1);
-            let mut message = cause.message().split_whitespace().collect::<Vec<_>>().join(" ");
+            let mut message = one_line(&cause);
             if message.contains("unknown field `knobs`") {
                 message = "`knobs` is now `settings`, whose numbers and booleans have no quotes".to_owned();
             }
@@ -298,8 +299,7 @@ impl Profile {
     /// Refuses settings that cannot work before anything is computed.
     fn check(&self) -> Result<()> {
         let shares = |name: &str, list: &[f64]| -> Result<()> {
-            if list.windows(2).any(|pair| pair[0] >= pair[1]) || list.iter().any(|x| !(0.0..=1.0).contains(x))
-            {
+            if !list.is_sorted_by(|a, b| a < b) || list.iter().any(|x| !(0.0..=1.0).contains(x)) {
                 bail!("{name} is {list:?}; use increasing numbers from 0 to 1");
             }
             Ok(())
@@ -533,6 +533,10 @@ mod tests {
         }
     }
 
+    fn row<'a>(profile: &'a Profile, name: &str) -> &'a MethodSpec {
+        profile.method.iter().find(|spec| spec.name == name).unwrap()
+    }
+
     #[test]
     fn embedded_profiles_are_sound() {
         for name in names() {
@@ -546,16 +550,11 @@ mod tests {
 
     #[test]
     fn methods_with_experts_have_the_profiles_number_or_their_own() {
-        let text = text("quick").unwrap().replacen("experts = 8", "experts = 4", 1).replacen(
-            "make = \"dsmoe-paper\"",
-            "make = \"dsmoe-paper\"\nsettings = { experts = 22 }",
-            1,
-        );
+        let make = "make = \"dsmoe-paper\"";
+        let text = text("quick").unwrap().replacen("experts = 8", "experts = 4", 1);
+        let text = text.replacen(make, &format!("{make}\nsettings = {{ experts = 22 }}"), 1);
         let profile = Profile::parse(&text, "p.toml").unwrap();
-        let experts = |name: &str| {
-            let spec = profile.method.iter().find(|spec| spec.name == name).unwrap();
-            profile.experts_of(spec).unwrap()
-        };
+        let experts = |name: &str| profile.experts_of(row(&profile, name)).unwrap();
         for name in ["llama-moe", "moefication", "random-k", "dsmoe", "dsmoe-no-ste"] {
             assert_eq!(experts(name), Some(4), "{name}");
         }
@@ -574,7 +573,7 @@ mod tests {
         let budget = counts.non_ffn as f64 + 0.375 * counts.ffn as f64 + routers;
         assert_eq!(profile.budget(&dense).unwrap(), budget);
         let active = |name: &str| {
-            let spec = profile.method.iter().find(|spec| spec.name == name).unwrap();
+            let spec = row(&profile, name);
             let active = profile.target_of(spec, &dense).unwrap().unwrap();
             let experts = profile.experts_of(spec).unwrap().unwrap();
             let activated = Accounting::of(&gated(&dense, experts)).activated(active * experts as f64);
@@ -587,38 +586,26 @@ mod tests {
 
     #[test]
     fn what_a_profile_cannot_say() {
-        let quick = text("quick").unwrap();
-        let refused = |text: &str, parts: &[&str]| {
-            let error = format!("{:#}", Profile::parse(text, "p.toml").unwrap_err());
-            assert!(parts.iter().all(|part| error.contains(part)), "{error}: {parts:?}");
+        let with = |from: &str, to: &str| text("quick").unwrap().replacen(from, to, 1);
+        let control = |row: &str| {
+            format!("{}\n[[method]]\nname = \"x\"\nrole = \"control\"\n{row}\n", text("quick").unwrap())
         };
-        refused(&format!("bogus = 1\n{quick}"), &["p.toml: line 1", "unknown field `bogus`"]);
-        refused(&quick.replacen("windows =", "windos =", 1), &["p.toml: line", "windos"]);
-        refused(&quick.replacen("[train]", "[train]\nbogus = 1", 1), &["train", "bogus"]);
-        refused(
-            &format!("{quick}\n[[method]]\nname = \"x\"\nrole = \"control\"\nmake = \"nothing\"\n"),
-            &["nothing"],
-        );
-        refused(
-            &format!(
-                "{quick}\n[[method]]\nname = \"x\"\nrole = \"control\"\nmake = \"wanda\"\nsettings = {{ order = \"taylor\" }}\n"
-            ),
-            &["order", "not a setting"],
-        );
-        refused(
-            &quick.replacen("\"dsmoe-no-ste\"\nrole", "\"x\"\nrole", 1).replacen(
-                "make = \"dsmoe-no-ste\"",
-                "make = \"dsmoe\"",
-                1,
-            ),
-            &["WithoutSte", "dsmoe-no-ste"],
-        );
-        refused(&quick.replacen("settings =", "knobs =", 1), &["p.toml: line", "`knobs` is now `settings`"]);
-        refused(&quick.replacen("train = { lr", "train = { bogus = 1, lr", 1), &["p.toml: line", "bogus"]);
-        refused(
-            &quick.replacen("noise = false", "noise = \"perhaps\"", 1),
-            &["llama-moe", "noise", "perhaps"],
-        );
-        refused(&quick.replacen("seeds = 1", "seeds = 0", 1), &["seeds is 0"]);
+        let as_dsmoe =
+            with("\"dsmoe-no-ste\"\nrole", "\"x\"\nrole").replacen("\"dsmoe-no-ste\"", "\"dsmoe\"", 1);
+        for (text, parts) in [
+            (with("", "bogus = 1\n"), &["p.toml: line 1", "unknown field `bogus`"][..]),
+            (with("windows =", "windos ="), &["p.toml: line", "windos"]),
+            (with("[train]", "[train]\nbogus = 1"), &["train", "bogus"]),
+            (control("make = \"nothing\""), &["nothing"]),
+            (control("make = \"wanda\"\nsettings = { order = \"taylor\" }"), &["order", "not a setting"]),
+            (as_dsmoe, &["WithoutSte", "dsmoe-no-ste"]),
+            (with("settings =", "knobs ="), &["p.toml: line", "`knobs` is now `settings`"]),
+            (with("train = { lr", "train = { bogus = 1, lr"), &["p.toml: line", "bogus"]),
+            (with("noise = false", "noise = \"perhaps\""), &["llama-moe", "noise", "perhaps"]),
+            (with("seeds = 1", "seeds = 0"), &["seeds is 0"]),
+        ] {
+            let error = format!("{:#}", Profile::parse(&text, "p.toml").unwrap_err());
+            assert!(parts.iter().all(|part| error.contains(part)), "{error}: {parts:?}");
+        }
     }
 }

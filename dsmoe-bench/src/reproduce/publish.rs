@@ -3,12 +3,12 @@
 use std::path::Path;
 
 use anyhow::Result;
-use serde::Serialize;
+use serde_json::json;
 
-use super::cache::{write, write_json};
 use super::collected::Collected;
-use super::results::{Comparison, MethodResult};
+use super::results::{Results, Verdict};
 use super::{analysis, chapters};
+use crate::files::{write, write_json};
 use crate::format::{self, Table};
 use crate::report::{Block, html, markdown, svg};
 use crate::ui::Ui;
@@ -18,63 +18,43 @@ pub(super) fn finish(collected: &Collected, out: &Path, seconds: f64, ui: &mut U
     let results = analysis::of(collected)?;
     write_json(&out.join("results.json"), &results)?;
     let report = chapters::of(collected, &results);
-    write(&out.join("report.md"), markdown::markdown(&report).as_bytes())?;
-    write(&out.join("report.html"), html::page(&report).as_bytes())?;
+    write(&out.join("report.md"), markdown::markdown(&report))?;
+    write(&out.join("report.html"), html::page(&report))?;
     for block in report.chapters.iter().flat_map(|chapter| &chapter.blocks) {
         let table = match block {
             Block::Text(_) => continue,
             Block::Table(table) => table.clone(),
             Block::Figure(figure) => {
                 let path = out.join("charts").join(format!("{}.svg", figure.id));
-                write(&path, svg::svg(figure).as_bytes())?;
+                write(&path, svg::svg(figure))?;
                 markdown::numbers(figure)
             }
         };
-        write(&out.join("csv").join(format!("{}.csv", table.id)), markdown::csv(&table).as_bytes())?;
+        write(&out.join("csv").join(format!("{}.csv", table.id)), markdown::csv(&table))?;
     }
-    let done = Done { out, seconds, methods: &results.methods, comparisons: &results.comparisons };
-    ui.result(&done, Done::show)
+    let Results { methods, comparisons, .. } = &results;
+    let place = out.display().to_string();
+    let done = json!({ "out": place, "seconds": seconds, "methods": methods, "comparisons": comparisons });
+    ui.result(&done, |_| {
+        let time = format::duration(seconds);
+        let table = main_table(&results);
+        format!("{table}\n{place}: report.html, report.md, results.json, charts/ and csv/ after {time}\n")
+    })
 }
 
-/// The result of a reproduction.
-#[derive(Serialize)]
-struct Done<'a> {
-    out: &'a Path,
-    seconds: f64,
-    methods: &'a [MethodResult],
-    comparisons: &'a [Comparison],
-}
-
-impl Done<'_> {
-    fn show(&self) -> String {
-        let header = [
-            "method",
-            "parameters",
-            "activated",
-            "of the budget",
-            "perplexity",
-            "tasks right, %",
-            "DSMoE is",
-        ];
-        let mut table = Table::new(header);
-        let first = self.comparisons.first().map(|one| one.dsmoe.as_str());
-        for method in self.methods {
-            let is_it = |one: &&Comparison| one.other == method.name && Some(&one.dsmoe[..]) == first;
-            table.row([
-                method.name.clone(),
-                format::amount(method.params_total),
-                format::amount(method.params_activated.mean),
-                format::percent(method.of_budget),
-                format!("{:.3}", method.ppl.mean),
-                method.tasks_mean.map_or_else(|| "-".to_owned(), |mean| format!("{mean:.1}")),
-                self.comparisons.iter().find(is_it).map_or("-", |one| one.verdict.text()).to_owned(),
-            ]);
-        }
-        format!(
-            "{}\n{}: report.html, report.md, results.json, charts/ and csv/ after {}\n",
-            table.show(),
-            self.out.display(),
-            format::duration(self.seconds)
-        )
+fn main_table(results: &Results) -> String {
+    let header = "method | parameters | activated | of the budget | perplexity | tasks right, % | DSMoE is";
+    let mut table = Table::new(header.split(" | "));
+    for method in &results.methods {
+        table.row([
+            method.name.clone(),
+            format::amount(method.params_total),
+            format::amount(method.params_activated.mean),
+            format::percent(method.of_budget),
+            format!("{:.3}", method.ppl.mean),
+            format::or_dash(method.tasks_mean, |mean| format!("{mean:.1}")),
+            results.verdict_on(method).map_or("-", Verdict::text).to_owned(),
+        ]);
     }
+    table.show()
 }

@@ -6,7 +6,7 @@ use dsmoe_core::Device;
 use dsmoe_kernels::Isa;
 use serde::{Deserialize, Serialize};
 
-use super::measure::{Difficulty, SweepPoint, TaskScore, TextResult};
+use super::measure::{Difficulty, Means, SweepPoint, TaskScore, TextResult};
 use super::profile::Role;
 use crate::machine::cpu_model;
 
@@ -41,11 +41,8 @@ pub(crate) struct Milestone {
     pub(crate) share: f64,
     pub(crate) step: u64,
     pub(crate) tokens: u64,
-    pub(crate) nll: f64,
-    pub(crate) ppl: f64,
-    pub(crate) active_ratio: Option<f64>,
-    pub(crate) params_total: u64,
-    pub(crate) params_activated: f64,
+    #[serde(flatten)]
+    pub(crate) means: Means,
 }
 
 /// A finished training.

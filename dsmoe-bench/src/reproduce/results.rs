@@ -7,18 +7,7 @@ use super::outputs::Output;
 use super::profile::{PaperRow, Role};
 use super::records::Machine;
 use super::setup::Setup;
-
-/// A mean over seeds with its interval.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Measured {
-    pub(crate) mean: f64,
-    pub(crate) deviation: Option<f64>,
-    /// The 95 % interval.
-    pub(crate) interval: Option<[f64; 2]>,
-    /// The source of the interval: `seeds`, or with one seed `windows` or `items`.
-    pub(crate) over: Option<String>,
-    pub(crate) values: Vec<f64>,
-}
+use super::statistics::Measured;
 
 /// One row of the comparison, a mean over its seeds.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -183,4 +172,18 @@ pub(crate) struct Results {
     pub(crate) comparisons: Vec<Comparison>,
     pub(crate) shapes: Vec<Shape>,
     pub(crate) directions: Vec<Direction>,
+}
+
+impl Results {
+    /// Returns the name of the row that methods are compared with in the main table.
+    pub(crate) fn first_dsmoe(&self) -> Option<&str> {
+        self.comparisons.first().map(|one| one.dsmoe.as_str())
+    }
+
+    /// Returns the verdict of that row on a method.
+    pub(crate) fn verdict_on(&self, method: &MethodResult) -> Option<Verdict> {
+        let first = self.first_dsmoe();
+        let is_it = |one: &&Comparison| Some(&one.dsmoe[..]) == first && one.other == method.name;
+        self.comparisons.iter().find(is_it).map(|one| one.verdict)
+    }
 }

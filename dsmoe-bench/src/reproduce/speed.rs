@@ -9,8 +9,8 @@ use dsmoe_core::model::{Batch, Workspace};
 use dsmoe_core::{Device, Inference};
 use dsmoe_kernels::Precision;
 
-use super::cache::read_json;
 use super::records::Speed;
+use crate::files::read_json;
 use crate::models::{default_precision, load_inference};
 use crate::timing::resident::Mark;
 use crate::ui::Ui;

@@ -10,11 +10,11 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use serde::Serialize;
+use serde_json::json;
 
-use super::cache::{read_json, write};
-use super::results::Results;
+use super::results::{Results, Verdict};
 use super::setup::Setup;
+use crate::files::{read, read_json, write};
 use crate::format;
 use crate::ui::Ui;
 
@@ -22,30 +22,26 @@ const BEGIN: &str = "<!-- reproduce ";
 const END: &str = "<!-- /reproduce -->";
 const CHART: &str = "charts/pareto-chart.svg";
 
-#[derive(Serialize)]
-struct Done<'a> {
-    files: Vec<&'a Path>,
-    blocks: usize,
-}
-
 /// Fills the blocks of `files`; with `check`, fails if that would change one.
 pub(crate) fn run(files: &[PathBuf], check: bool, ui: &mut Ui) -> Result<()> {
-    let mut done = Done { files: Vec::new(), blocks: 0 };
+    let (mut changed, mut blocks) = (Vec::new(), 0);
     for path in files {
-        let place = || path.display().to_string();
-        let text = std::fs::read_to_string(path).with_context(place)?;
-        let (spliced, blocks) = splice(&text, path.parent().unwrap_or(Path::new(""))).with_context(place)?;
-        done.blocks += blocks;
+        let (text, folder) = (read(path)?, path.parent().unwrap_or(Path::new("")));
+        let (spliced, found) = splice(&text, folder).with_context(|| path.display().to_string())?;
+        blocks += found;
         if spliced == text {
             continue;
         }
         if check {
             bail!("{}: its tables differ from the records; run dsmoe reproduce splice {0}", path.display());
         }
-        write(path, spliced.as_bytes())?;
-        done.files.push(path);
+        write(path, spliced)?;
+        changed.push(path.display().to_string());
     }
-    ui.result(&done, |done| format!("{} blocks, {} files changed\n", done.blocks, done.files.len()))
+    let files = changed.len();
+    ui.result(&json!({ "files": changed, "blocks": blocks }), |_| {
+        format!("{blocks} blocks, {files} files changed\n")
+    })
 }
 
 /// Returns the text with its blocks replaced, and their number.
@@ -73,7 +69,6 @@ fn splice(text: &str, folder: &Path) -> Result<(String, usize)> {
 
 fn block_text(dir: &str, results: &Results) -> String {
     let Setup { git_revision, budget, dense_params, profile, .. } = &results.setup;
-    let first = results.comparisons.first().map(|one| one.dsmoe.as_str());
     let seeds = results.methods.iter().map(|method| method.seeds.len()).max().unwrap_or(0);
     let tokens = results.methods.iter().map(|method| method.tokens).min_by_key(|tokens| match tokens {
         0 => u64::MAX,
@@ -91,13 +86,11 @@ fn block_text(dir: &str, results: &Results) -> String {
         if seeds == 1 { "seed" } else { "seeds" },
     );
     out += "| method | activated | of the budget | perplexity before training | after training | interval | tasks right, % | ";
-    let _ = writeln!(out, "{} is |", first.unwrap_or("DSMoE"));
+    let _ = writeln!(out, "{} is |", results.first_dsmoe().unwrap_or("DSMoE"));
     out += "|---|---|---|---|---|---|---|---|\n";
     let dash = || "–".to_owned();
     for method in &results.methods {
         let made = method.milestone(0.0);
-        let verdict =
-            results.comparisons.iter().find(|one| Some(&one.dsmoe[..]) == first && one.other == method.name);
         let _ = writeln!(
             out,
             "| {} | {} | {} | {} | {:.3} | {} | {} | {} |",
@@ -108,7 +101,7 @@ fn block_text(dir: &str, results: &Results) -> String {
             method.ppl.mean,
             method.ppl.interval.map_or_else(dash, |[low, high]| format!("{low:.3} to {high:.3}")),
             method.tasks_mean.map_or_else(dash, |mean| format!("{mean:.1}")),
-            verdict.map_or("", |one| one.verdict.text()),
+            results.verdict_on(method).map_or("", Verdict::text),
         );
     }
     let _ = write!(out, "\n![Perplexity against FLOPs of a token]({dir}/{CHART})\n\n");
@@ -117,8 +110,6 @@ fn block_text(dir: &str, results: &Results) -> String {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::super::profile::Profile;
     use super::*;
 

@@ -11,7 +11,7 @@ use dsmoe_kernels::Precision;
 use dsmoe_train::tasks::model_sha256;
 use serde_json::{Value, json};
 
-use super::cache::{Key, read_json, write_json};
+use super::cache::Key;
 use super::inputs::{Base, Inputs};
 use super::jobs::Job;
 use super::measure;
@@ -21,6 +21,7 @@ use super::profile::Role;
 use super::records::{BASE, Made, Milestone, Run, Timing, Trained};
 use super::training::{Training, remove_checkpoints, settled, training_speed};
 use super::work::{Stage, Work};
+use crate::files::{read_json, write_json};
 use crate::models::default_precision;
 
 /// All stages of a reproduction.
@@ -82,11 +83,11 @@ impl Stages<'_> {
         let stage = Stage { name: "make", of: &id, key: &made_key, cost: costs.make() };
         let made: Made = self.work.stage(stage, |dir| {
             if plan.unchanged {
-                let total = Accounting::of(&base.config).total as f64;
+                let params = Accounting::of(&base.config).total as f64;
                 let reached_by = "nothing".to_owned();
                 return Ok(Made {
-                    params_total: total,
-                    params_activated: total,
+                    params_total: params,
+                    params_activated: params,
                     reached_by,
                     ..Made::default()
                 });
@@ -146,17 +147,8 @@ impl Stages<'_> {
                 }
                 let model = Inference::new_on(model, default_precision(device, Precision::F32), device)?;
                 let (found, _) = measure::text(&model, &text.held_out, costs.seq, inputs.windows())?;
-                let milestone = Milestone {
-                    share,
-                    step,
-                    tokens: step * config.tokens_per_step(),
-                    nll: found.nll,
-                    ppl: found.ppl,
-                    active_ratio: found.active_ratio,
-                    params_total: found.params_total,
-                    params_activated: found.params_activated,
-                };
-                write_json(&path, &milestone)
+                let tokens = step * config.tokens_per_step();
+                write_json(&path, &Milestone { share, step, tokens, means: found.means })
             })?;
             let steps = config.clone().resolve()?.steps.unwrap_or(0);
             let milestones =

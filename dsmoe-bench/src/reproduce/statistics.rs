@@ -1,26 +1,32 @@
 //! Intervals and tests: Student's t over seeds, or the bootstrap over windows if there is one seed.
 
+use serde::{Deserialize, Serialize};
+
 /// Confidence of an interval.
 const CONFIDENCE: f64 = 0.95;
 
-/// A mean with its 95 % interval.
-#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
-pub(crate) struct Estimate {
+/// A mean over seeds with its interval.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Measured {
     pub(crate) mean: f64,
-    /// Standard deviation over seeds; absent for one seed.
     pub(crate) deviation: Option<f64>,
+    /// The 95 % interval.
     pub(crate) interval: Option<[f64; 2]>,
+    /// The source of the interval: `seeds`, or with one seed `windows` or `items`.
+    pub(crate) over: Option<String>,
+    pub(crate) values: Vec<f64>,
 }
 
-/// Returns the mean of the values of several seeds with its interval, which one value does not have.
-pub(crate) fn estimate(values: &[f64]) -> Estimate {
-    let mean = mean(values);
-    let Some(deviation) = deviation(values) else {
-        return Estimate { mean, deviation: None, interval: None };
-    };
-    let n = values.len() as f64;
-    let half = t_quantile(0.5 + CONFIDENCE / 2.0, n - 1.0) * deviation / n.sqrt();
-    Estimate { mean, deviation: Some(deviation), interval: Some([mean - half, mean + half]) }
+impl Measured {
+    /// Returns the mean of the values of several seeds with its interval, which one value does not have.
+    pub(crate) fn of_seeds(values: Vec<f64>) -> Measured {
+        let (mean, deviation, n) = (mean(&values), deviation(&values), values.len() as f64);
+        let half =
+            deviation.map(|deviation| t_quantile(0.5 + CONFIDENCE / 2.0, n - 1.0) * deviation / n.sqrt());
+        let interval = half.map(|half| [mean - half, mean + half]);
+        let over = interval.map(|_| "seeds".to_owned());
+        Measured { mean, deviation, interval, over, values }
+    }
 }
 
 pub(crate) fn mean(values: &[f64]) -> f64 {
@@ -247,23 +253,20 @@ mod tests {
         for (freedom, t) in
             [(1.0, 12.7062), (2.0, 4.30265), (4.0, 2.77645), (9.0, 2.26216), (1000.0, 1.96234)]
         {
-            assert!(
-                (t_quantile(0.975, freedom) - t).abs() < 1e-4,
-                "{freedom}: {}",
-                t_quantile(0.975, freedom)
-            );
+            let found = t_quantile(0.975, freedom);
+            assert!((found - t).abs() < 1e-4, "{freedom}: {found}");
         }
     }
 
     /// The values 1, 2, 3 have mean 2, deviation 1, half-width 4.30265 / sqrt 3; t = 2 sqrt 3 against 0, p = 0.0742.
     #[test]
     fn an_interval_and_a_test_by_hand() {
-        let estimate = estimate(&[1.0, 2.0, 3.0]);
-        let [low, high] = estimate.interval.unwrap();
-        assert!((estimate.mean - 2.0).abs() < 1e-12 && (high - low - 2.0 * 2.484_14).abs() < 1e-4);
+        let found = Measured::of_seeds(vec![1.0, 2.0, 3.0]);
+        let [low, high] = found.interval.unwrap();
+        assert!((found.mean - 2.0).abs() < 1e-12 && (high - low - 2.0 * 2.484_14).abs() < 1e-4);
         assert!((paired_t(&[1.0, 2.0, 3.0]).unwrap() - 0.074_180).abs() < 1e-5);
         assert_eq!(paired_t(&[1.0]), None);
-        assert_eq!(super::estimate(&[4.0]).interval, None);
+        assert_eq!(Measured::of_seeds(vec![4.0]).interval, None);
     }
 
     #[test]

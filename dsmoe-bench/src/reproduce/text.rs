@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use dsmoe_core::config::Config;
+use dsmoe_datasets::mixture::{from_toml, from_words};
 use dsmoe_datasets::overlap::TokenTexts;
 use dsmoe_datasets::tasks::sha256;
 use dsmoe_datasets::tokens::identity;
@@ -15,8 +16,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::cache::{Cache, Key};
-use super::options::TextSource;
 use super::profile::{Profile, WORLD_TOKEN, WorldText};
+use crate::cli::reproduce::Reproduce;
 use crate::texts;
 use crate::ui::Ui;
 
@@ -90,11 +91,9 @@ impl Text {
             parts.push(TokenSource { name: domain.name().to_owned(), weight: share, tokens: tokens.into() });
             let wanted = profile.measure.windows * (train.seq + 1);
             let mut ids = Vec::with_capacity(wanted);
-            for index in HELD_OUT.. {
-                if ids.len() >= wanted {
-                    break;
-                }
-                ids.extend(tokenizer.encode(&land.document(domain, index), train.bos)?);
+            let mut documents = (HELD_OUT..).map(|index| land.document(domain, index));
+            while let (true, Some(document)) = (ids.len() < wanted, documents.next()) {
+                ids.extend(tokenizer.encode(&document, train.bos)?);
             }
             ids.truncate(wanted);
             held_out.push(HeldOut { name: domain.name().to_owned(), share, ids });
@@ -105,21 +104,16 @@ impl Text {
     }
 
     /// Loads text that the user names, with the tokenizer of `model`.
-    pub(crate) fn of_user(
-        data: &TextSource,
-        token_cache: Option<&Path>,
-        profile: &Profile,
-        model: &Path,
-        ui: &Ui,
-    ) -> Result<Text> {
+    pub(crate) fn of_user(args: &Reproduce, profile: &Profile, ui: &Ui) -> Result<Text> {
+        let model = args.model.as_deref().context("no model to take the tokenizer of")?;
         let train = profile.train()?;
         let options = CorpusOptions {
             doc_separator: train.doc_separator.clone(),
             text_column: train.text_column.clone(),
         };
-        let found = data.open(&options)?;
+        let found = find(args, &options)?;
         let tokenizer = crate::models::tokenizer(model, &Config::load(model)?)?;
-        let parts = texts::load(&found, &tokenizer, train.bos, token_cache, ui)?;
+        let parts = texts::load(&found, &tokenizer, train.bos, args.cache.as_deref(), ui)?;
         let drop = match train.near_duplicates {
             Some(rule) => rule == NearDuplicates::Drop,
             None => parts.len() > 1,
@@ -155,6 +149,14 @@ impl Text {
     pub(crate) fn calibration(&self, samples: usize, seed: u64) -> Result<Vec<Vec<u32>>> {
         Ok(self.mixture.sequences(samples, seed)?)
     }
+}
+
+/// Finds the files of the text that the user names. `defaults` are the options of sources that do not set their own.
+pub(super) fn find(args: &Reproduce, defaults: &CorpusOptions) -> Result<Vec<texts::Text>> {
+    texts::find(match &args.mixture {
+        Some(path) => from_toml(path, defaults)?,
+        None => from_words(&args.data, defaults)?,
+    })
 }
 
 /// Returns the key of the tokens, and the hashes of the inputs.

@@ -11,11 +11,11 @@ use dsmoe_kernels::rng::Rng;
 
 use super::ceilings::Cost;
 use super::checks::{check_memory, check_size};
-use super::model::{Sizes, describe, parameters, random_model, reach_share};
+use super::model::{Sizes, configs, describe, parameters, random_model, reach_share};
 use super::output::Output;
 use super::row::{Row, bits};
 use super::turns::medians;
-use super::values::{bytes_in, f32_bytes, product};
+use super::values::{bytes_in, f32_bytes, product, random_ids};
 use crate::cli::bench::Decode;
 
 /// The sizes of LLaMA 3.2 1B.
@@ -29,7 +29,7 @@ pub(crate) fn check(args: &Decode) -> Result<()> {
     check_size("tokens", args.tokens)?;
     for sizes in args.architecture.sizes(&DEFAULT) {
         args.architecture.check(sizes)?;
-        let [_, dsmoe] = args.architecture.configs(sizes, args.prompt + args.tokens + 1)?;
+        let [_, dsmoe] = configs(args.architecture.experts, sizes, args.prompt + args.tokens + 1)?;
         for precision in args.common.precisions(&PRECISIONS) {
             // A model in f32 while it is packed, and two packed ones.
             check_memory(parameters(&dsmoe) * (4 + 2 * precision.bytes() as u128))?;
@@ -39,21 +39,15 @@ pub(crate) fn check(args: &Decode) -> Result<()> {
 }
 
 pub(crate) fn run(args: &Decode, output: &mut Output<'_>) -> Result<()> {
-    for sizes in args.architecture.sizes(&DEFAULT) {
-        for &precision in args.common.precisions_on(args.device, &PRECISIONS) {
-            let rows = measure(args, sizes, precision, output)?;
-            output.extend(rows)?;
-        }
-    }
-    Ok(())
+    let precisions = args.common.precisions_on(args.device, &PRECISIONS);
+    output.each(&args.architecture.sizes(&DEFAULT), precisions, |sizes, precision, output| {
+        measure(args, sizes, precision, output)
+    })
 }
 
 fn measure(args: &Decode, sizes: Sizes, precision: Precision, output: &mut Output<'_>) -> Result<Vec<Row>> {
-    let configs = args.architecture.configs(sizes, args.prompt + args.tokens + 1)?;
-    let prompt: Vec<u32> = {
-        let mut rng = Rng::new(0x9a, 0);
-        (0..args.prompt).map(|_| rng.below(configs[0].vocab_size as u64) as u32).collect()
-    };
+    let configs = configs(args.architecture.experts, sizes, args.prompt + args.tokens + 1)?;
+    let prompt = random_ids(args.prompt, configs[0].vocab_size, Rng::new(0x9a, 0));
     let [dense, dsmoe] =
         configs.map(|config| Inference::new_on(&random_model(config), precision, args.device));
     let (dense, mut dsmoe) = (dense?, dsmoe?);

@@ -4,8 +4,8 @@ use std::cell::RefCell;
 
 use anyhow::{Result, bail};
 use dsmoe_core::ffn::routes;
-use dsmoe_kernels::Precision;
 use dsmoe_kernels::expert_ffn::{self, Dims, PackedWeights, Pairs, Saved, Scratch, WeightGrads, Weights};
+use dsmoe_kernels::{Activation, Precision};
 use dsmoe_router::Routing;
 
 use super::ceilings::Cost;
@@ -41,7 +41,7 @@ pub(crate) fn run(args: &Ffn, output: &mut Output<'_>) -> Result<()> {
     let (hidden, intermediate) = (args.hidden, args.intermediate);
     let deviation = 1.0 / (hidden as f32).sqrt();
     let [gate, up, down] = [1, 2, 3].map(|seed| random(hidden * intermediate, deviation, seed));
-    let weights = Weights { gate: &gate, up: &up, down: &down };
+    let weights = Weights { gate: &gate, up: &up, down: &down, biases: None };
     for &precision in args.common.precisions(&BOTH) {
         let layer = Layer { hidden, intermediate, precision };
         let pack = |experts| PackedWeights::new(precision, &weights, hidden, intermediate, experts);
@@ -81,11 +81,8 @@ fn contestants(args: &Ffn, tokens: usize) -> Vec<Contestant> {
             Routes::None => vec![0.0],
         };
         for active in shares {
-            contestants.push(Contestant {
-                index,
-                active,
-                routing: routing(args.routing, tokens, experts, active),
-            });
+            let routing = routing(args.routing, tokens, experts, active);
+            contestants.push(Contestant { index, active, routing });
         }
     }
     contestants
@@ -106,6 +103,18 @@ struct Measured {
     hashes: Vec<Option<String>>,
 }
 
+impl Measured {
+    fn new(
+        tokens: usize,
+        tasks: &mut [Task<'_>],
+        args: &Ffn,
+        hash: impl FnMut(&mut Task<'_>) -> Option<String>,
+    ) -> Measured {
+        let hashes = tasks.iter_mut().map(hash).collect();
+        Measured { tokens, times: take_turns(tasks, usize::from(args.common.repeats)), hashes }
+    }
+}
+
 /// Runs inference on packed weights: in experts if there is a routing.
 pub(crate) fn forward(
     y: &mut [f32],
@@ -123,10 +132,15 @@ pub(crate) fn forward(
 
 fn dims(tokens: usize, hidden: usize, intermediate: usize, routing: Option<&Routing>) -> Dims {
     match routing {
-        None => Dims::dense(tokens, hidden, intermediate),
-        Some(routing) => {
-            Dims { tokens, hidden, intermediate, num_experts: routing.num_experts, all_pairs: true }
-        }
+        None => Dims::dense(tokens, hidden, intermediate, Activation::Silu),
+        Some(routing) => Dims {
+            tokens,
+            hidden,
+            intermediate,
+            num_experts: routing.num_experts,
+            all_pairs: true,
+            activation: Activation::Silu,
+        },
     }
 }
 
@@ -158,7 +172,7 @@ impl TrainPass {
         dcoefficients.resize(routing.map_or(0, |routing| routing.num_tokens * routing.num_experts), 0.0);
         let pairs = || routes.as_ref().map_or(Pairs::Dense, Pairs::Routed);
         expert_ffn::ForwardTrain { y, saved, x, weights, pairs: pairs(), dims, scratch }.run();
-        let (grads, pairs) = (WeightGrads { gate, up, down }, pairs());
+        let (grads, pairs) = (WeightGrads { gate, up, down, biases: None }, pairs());
         let dcoefficients = routing.map(|_| &mut dcoefficients[..]);
         expert_ffn::Backward { dx, dcoefficients, grads, dy, saved, x, weights, pairs, dims, scratch }.run();
     }
@@ -187,13 +201,10 @@ impl Layer {
         };
         let split = contestants.iter().map(|one| call(&packed[1 + one.index], Some(&one.routing)));
         let mut tasks: Vec<Task<'_>> = [call(&packed[0], None)].into_iter().chain(split).collect();
-        let hash = |task: &mut Task<'_>| {
+        Measured::new(tokens, &mut tasks, args, |task| {
             task();
             bits(&[&space.borrow().0])
-        };
-        let hashes = tasks.iter_mut().map(hash).collect();
-        let times = take_turns(&mut tasks, usize::from(args.common.repeats));
-        Measured { tokens, times, hashes }
+        })
     }
 
     fn train(self, tokens: usize, contestants: &[Contestant], weights: &Weights<'_>, args: &Ffn) -> Measured {
@@ -202,14 +213,11 @@ impl Layer {
         let call = |routing| -> Task<'_> { Box::new(move || pass.borrow_mut().run(x, dy, weights, routing)) };
         let split = contestants.iter().map(|one| call(Some(&one.routing)));
         let mut tasks: Vec<Task<'_>> = [call(None)].into_iter().chain(split).collect();
-        let hash = |task: &mut Task<'_>| {
+        Measured::new(tokens, &mut tasks, args, |task| {
             pass.borrow_mut().grads.iter_mut().for_each(|grad| grad.fill(0.0));
             task();
             pass.borrow().bits()
-        };
-        let hashes = tasks.iter_mut().map(hash).collect();
-        let times = take_turns(&mut tasks, usize::from(args.common.repeats));
-        Measured { tokens, times, hashes }
+        })
     }
 
     fn rows(

@@ -1,6 +1,6 @@
 //! `dsmoe bench kernels`: times the products of a linear layer.
 
-use std::cell::RefCell;
+use std::rc::Rc;
 
 use anyhow::Result;
 use dsmoe_kernels::Precision;
@@ -40,56 +40,98 @@ pub(crate) fn check(args: &Kernels) -> Result<()> {
         check_size("hidden", hidden)?;
         check_size("intermediate", intermediate)?;
         let [m, k, n] = [tokens, hidden, intermediate].map(|size| size as u128);
-        // x and dx, w with its packed copy and gradient, y.
-        check_memory(4 * (2 * m * k + 3 * n * k + m * n))?;
+        // x and dx, w with its packed copy and gradient, y twice and its gradient.
+        check_memory(4 * (2 * m * k + 3 * n * k + 3 * m * n))?;
     }
     Ok(())
 }
 
 pub(crate) fn run(args: &Kernels, output: &mut Output<'_>) -> Result<()> {
-    for shape in shapes(args) {
-        for &precision in args.common.precisions(&BOTH) {
-            let rows = measure(shape, precision, usize::from(args.common.repeats), output);
-            output.extend(rows)?;
-        }
-    }
-    Ok(())
+    output.each(&shapes(args), args.common.precisions(&BOTH), |shape, precision, output| {
+        Ok(measure(shape, precision, usize::from(args.common.repeats), output))
+    })
 }
 
-fn measure([m, k, n]: Shape, precision: Precision, rounds: usize, output: &mut Output<'_>) -> Vec<Row> {
-    let dims = Dims { rows: m, inputs: k, outputs: n, precision };
-    let [x, w, dy] = [(m * k, 1), (n * k, 2), (m * n, 3)].map(|(len, seed)| random(len, 1.0, seed));
-    let packed = Packed::new(precision, Mat::new(&w, n, k));
-    let y = RefCell::new(vec![0.0; m * n]);
-    let (mut dx, mut dw) = (vec![0.0; m * k], vec![0.0; n * k]);
+/// A product of a linear layer.
+#[derive(Clone, Copy)]
+pub(crate) enum Layout {
+    Forward,
+    Packed,
+    BackwardInput,
+    BackwardWeight,
+}
 
-    linear::Forward { y: &mut y.borrow_mut(), x: &x, w: &w, bias: None, dims }.run();
-    let forward = bits(&[&y.borrow()]);
-    linear::ForwardPacked { y: &mut y.borrow_mut(), x: &x, w: &packed, bias: None, rows: m }.run();
-    let from_packed = bits(&[&y.borrow()]);
-    linear::BackwardInput { dx: &mut dx, dy: &dy, w: &w, dims, add: false }.run();
-    linear::BackwardWeight { dw: &mut dw, dy: &dy, x: &x, dims }.run();
-    let hashes = [forward, from_packed, bits(&[&dx]), bits(&[&dw])];
+const LAYOUTS: [(&str, Layout); 4] = [
+    ("forward", Layout::Forward),
+    ("packed", Layout::Packed),
+    ("backward_input", Layout::BackwardInput),
+    ("backward_weight", Layout::BackwardWeight),
+];
 
-    let mut tasks: [Task<'_>; 4] = [
-        Box::new(|| linear::Forward { y: &mut y.borrow_mut(), x: &x, w: &w, bias: None, dims }.run()),
-        Box::new(|| {
-            linear::ForwardPacked { y: &mut y.borrow_mut(), x: &x, w: &packed, bias: None, rows: m }.run()
-        }),
-        Box::new(|| linear::BackwardInput { dx: &mut dx, dy: &dy, w: &w, dims, add: false }.run()),
-        Box::new(|| linear::BackwardWeight { dw: &mut dw, dy: &dy, x: &x, dims }.run()),
-    ];
+/// x, w and the gradient of y, shared by the products of a shape.
+type Inputs = Rc<[Vec<f32>; 3]>;
+
+pub(crate) fn inputs([m, k, n]: Shape) -> Inputs {
+    Rc::new([(m * k, 1), (n * k, 2), (m * n, 3)].map(|(len, seed)| random(len, 1.0, seed)))
+}
+
+/// A product with its memory.
+pub(crate) struct Product {
+    layout: Layout,
+    dims: Dims,
+    inputs: Inputs,
+    packed: Option<Packed>,
+    out: Vec<f32>,
+}
+
+impl Product {
+    pub(crate) fn new(layout: Layout, [m, k, n]: Shape, precision: Precision, inputs: &Inputs) -> Product {
+        let packed =
+            matches!(layout, Layout::Packed).then(|| Packed::new(precision, Mat::new(&inputs[1], n, k)));
+        let len = match layout {
+            Layout::Forward | Layout::Packed => m * n,
+            Layout::BackwardInput => m * k,
+            Layout::BackwardWeight => n * k,
+        };
+        let dims = Dims { rows: m, inputs: k, outputs: n, precision };
+        Product { layout, dims, inputs: Rc::clone(inputs), packed, out: vec![0.0; len] }
+    }
+
+    pub(crate) fn run(&mut self) {
+        let Product { layout, dims, inputs, packed, out } = self;
+        let ([x, w, dy], dims) = (&**inputs, *dims);
+        match (layout, packed) {
+            (Layout::Packed, Some(w)) => {
+                linear::ForwardPacked { y: out, x, w, bias: None, rows: dims.rows }.run()
+            }
+            (Layout::Forward | Layout::Packed, _) => linear::Forward { y: out, x, w, bias: None, dims }.run(),
+            (Layout::BackwardInput, _) => linear::BackwardInput { dx: out, dy, w, dims, add: false }.run(),
+            (Layout::BackwardWeight, _) => linear::BackwardWeight { dw: out, dy, x, dims }.run(),
+        }
+    }
+}
+
+fn measure(shape: Shape, precision: Precision, rounds: usize, output: &mut Output<'_>) -> Vec<Row> {
+    let ([m, k, n], inputs) = (shape, inputs(shape));
+    let mut products = LAYOUTS.map(|(_, layout)| Product::new(layout, shape, precision, &inputs));
+    let hashes = products.each_mut().map(|product| {
+        product.run();
+        bits(&[&product.out])
+    });
+    let mut tasks = products.each_mut().map(|product| -> Task<'_> { Box::new(|| product.run()) });
     let times = take_turns(&mut tasks, rounds);
-    let names = ["forward", "packed", "backward_input", "backward_weight"];
-    let weights = product(&[n, k]);
-    // The gradient of the weights is added to: read and written.
-    let weight_bytes =
-        [f32_bytes(weights), bytes_in(precision, weights), f32_bytes(weights), f32_bytes(2.0 * weights)];
-    let rows = names.into_iter().zip(times).zip(weight_bytes).zip(hashes);
-    rows.map(|(((name, seconds), weight_bytes), bits)| {
+    let rows = LAYOUTS.into_iter().zip(times).zip(hashes);
+    rows.map(|(((name, layout), seconds), bits)| {
         let mut row = Row::new("matmul", name, m, k, precision);
         row.intermediate = Some(n);
         row.bits = bits;
+        let weights = product(&[n, k]);
+        let weight_bytes = match layout {
+            Layout::Forward | Layout::BackwardInput => f32_bytes(weights),
+            Layout::Packed => bytes_in(precision, weights),
+            // The gradient of the weights is added to: read and written.
+            Layout::BackwardWeight => f32_bytes(2.0 * weights),
+        };
         let bytes = if m == 0 { 0.0 } else { weight_bytes + f32_bytes(product(&[m, k]) + product(&[m, n])) };
         let cost = Cost { flops: 2.0 * product(&[m, k, n]), bytes };
         row.measured(seconds, cost, precision, &mut output.ceilings);

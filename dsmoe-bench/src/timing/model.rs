@@ -35,10 +35,8 @@ impl Architecture {
         }
         let [hidden, intermediate, _, heads, kv_heads, _] = sizes;
         if !hidden.is_multiple_of(2 * heads) {
-            bail!(
-                "--hidden {hidden} is not an even number times --heads {heads}; use a multiple of {}",
-                2 * heads
-            );
+            let even = 2 * heads;
+            bail!("--hidden {hidden} is not an even number times --heads {heads}; use a multiple of {even}");
         }
         if !heads.is_multiple_of(kv_heads) {
             bail!("--kv-heads {kv_heads} does not divide --heads {heads}; use a divisor");
@@ -46,22 +44,22 @@ impl Architecture {
         check_experts(self.experts, intermediate)?;
         check_active(self.active)
     }
+}
 
-    /// Returns the dense configuration of `sizes` with `positions`, and the DSMoE one.
-    pub(crate) fn configs(&self, sizes: Sizes, positions: usize) -> Result<[Config; 2]> {
-        let [hidden, intermediate, layers, heads, kv_heads, vocab] = sizes;
-        let bos_eos = [1, 2];
-        let dense = LlamaSizes { vocab, hidden, intermediate, layers, heads, kv_heads, positions, bos_eos }
-            .config()?;
-        let mut dsmoe = dense.clone();
-        dsmoe.moe = Some(MoeConfig {
-            router: RouterConfig::new(self.experts),
-            partition: PartitionKind::Contiguous,
-            router_bias: true,
-            active_target: None,
-        });
-        Ok([dense, dsmoe])
-    }
+/// Returns the dense configuration of `sizes` with `positions`, and the DSMoE one.
+pub(crate) fn configs(experts: usize, sizes: Sizes, positions: usize) -> Result<[Config; 2]> {
+    let [hidden, intermediate, layers, heads, kv_heads, vocab] = sizes;
+    let bos_eos = [1, 2];
+    let sizes = LlamaSizes { vocab, hidden, intermediate, layers, heads, kv_heads, positions, bos_eos };
+    let dense = sizes.config()?;
+    let mut dsmoe = dense.clone();
+    dsmoe.moe = Some(MoeConfig {
+        router: RouterConfig::new(experts),
+        partition: PartitionKind::Contiguous,
+        router_bias: true,
+        active_target: None,
+    });
+    Ok([dense, dsmoe])
 }
 
 /// Returns the approximate number of parameters.
@@ -144,16 +142,7 @@ mod tests {
     #[test]
     fn sizes_that_are_not_said_are_the_defaults() {
         const DEFAULTS: [Sizes; 2] = [[128, 512, 4, 4, 2, 2048], [512, 1536, 8, 8, 4, 8192]];
-        let none = Architecture {
-            hidden: None,
-            intermediate: None,
-            layers: None,
-            heads: None,
-            kv_heads: None,
-            vocab: None,
-            experts: 8,
-            active: 0.375,
-        };
+        let none = Architecture { experts: 8, active: 0.375, ..Architecture::default() };
         assert_eq!(none.sizes(&DEFAULTS), DEFAULTS);
         let some = Architecture { heads: Some(8), vocab: Some(100), ..none };
         assert_eq!(some.sizes(&DEFAULTS), [[128, 512, 4, 8, 8, 100]]);

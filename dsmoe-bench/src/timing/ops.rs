@@ -55,15 +55,8 @@ pub(crate) const OPS: [Op; 11] = [
             let (([x, ..], mut y), weight) = (shape.rows(), random(shape.hidden, 1.0, 4));
             let mut rstd = vec![0.0; shape.tokens];
             Box::new(move || {
-                rms_norm::Forward {
-                    y: &mut y,
-                    rstd: &mut rstd,
-                    x: &x,
-                    weight: &weight,
-                    offset: 0.0,
-                    eps: EPS,
-                }
-                .run();
+                let (y, rstd) = (&mut y[..], &mut rstd[..]);
+                rms_norm::Forward { y, rstd, x: &x, weight: &weight, offset: 0.0, eps: EPS }.run();
             })
         },
         cost: |shape| shape.passes(2.0),
@@ -112,15 +105,8 @@ pub(crate) const OPS: [Op; 11] = [
             let ([a, b, dc], mut da) = shape.rows();
             let mut db = da.clone();
             Box::new(move || {
-                swiglu::Backward {
-                    da: &mut da,
-                    db: &mut db,
-                    dc: &dc,
-                    a: &a,
-                    b: &b,
-                    activation: Activation::Silu,
-                }
-                .run()
+                let (da, db, activation) = (&mut da[..], &mut db[..], Activation::Silu);
+                swiglu::Backward { da, db, dc: &dc, a: &a, b: &b, activation }.run();
             })
         },
         cost: |shape| shape.passes(5.0),
@@ -225,15 +211,9 @@ impl Shape {
     fn attention(self, queries: usize) -> attention::Dims {
         let heads = self.hidden / HEAD_DIM;
         let batch = if queries == 1 { 1 } else { self.tokens / self.seq };
-        attention::Dims {
-            batch,
-            queries,
-            keys: self.seq,
-            heads,
-            kv_heads: heads / KV_SHARE,
-            head_dim: HEAD_DIM,
-            scores: attention::Scores::plain(HEAD_DIM),
-        }
+        let (keys, kv_heads, head_dim) = (self.seq, heads / KV_SHARE, HEAD_DIM);
+        let scores = attention::Scores::plain(head_dim);
+        attention::Dims { batch, queries, keys, heads, kv_heads, head_dim, scores }
     }
 }
 

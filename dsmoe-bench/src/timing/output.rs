@@ -1,6 +1,7 @@
 //! The output of the rows of a measurement.
 
 use anyhow::Result;
+use dsmoe_kernels::Precision;
 
 use super::ceilings::Ceilings;
 use super::row::Row;
@@ -13,7 +14,23 @@ pub(crate) struct Output<'a> {
     pub(crate) rows: Vec<Row>,
 }
 
-impl Output<'_> {
+impl<'a> Output<'a> {
+    /// Adds the rows that `measure` returns for every shape in every precision.
+    pub(crate) fn each<S: Copy>(
+        &mut self,
+        shapes: &[S],
+        precisions: &[Precision],
+        measure: impl Fn(S, Precision, &mut Output<'a>) -> Result<Vec<Row>>,
+    ) -> Result<()> {
+        for &shape in shapes {
+            for &precision in precisions {
+                let rows = measure(shape, precision, self)?;
+                self.extend(rows)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Adds the rows of one shape.
     pub(crate) fn extend(&mut self, rows: Vec<Row>) -> Result<()> {
         if self.ui.json {

@@ -2,6 +2,8 @@
 
 use std::fs;
 
+use crate::memory;
+
 /// A moment from which memory is measured.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Mark {
@@ -22,11 +24,8 @@ impl Mark {
     }
 }
 
-/// Reads a field of `/proc/self/status` in bytes.
 fn status(name: &str) -> Option<u64> {
-    let status = fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix(name))?;
-    line.split_whitespace().next()?.parse::<u64>().ok().map(|kib| 1024 * kib)
+    memory::field("/proc/self/status", name)
 }
 
 #[cfg(test)]

@@ -165,8 +165,7 @@ pub(crate) fn show(rows: &[Row]) -> String {
         "work", "tokens", "hidden", "width", "experts", "active", "dtype", "time", "of dense", "of peak",
         "GFLOP/s", "GB/s", "tokens/s", "memory",
     ]);
-    let dash = || "-".to_owned();
-    let number = |n: Option<usize>| n.map_or_else(dash, |n| n.to_string());
+    let number = |n: Option<usize>| format::or_dash(n, |n| n.to_string());
     for row in rows {
         table.row([
             format!("{} {}", row.work, row.implementation),
@@ -174,33 +173,24 @@ pub(crate) fn show(rows: &[Row]) -> String {
             row.hidden.to_string(),
             number(row.intermediate),
             number(row.experts),
-            format::percent_or_dash(row.active_measured),
+            format::or_dash(row.active_measured, format::percent),
             row.dtype.to_owned(),
             time(row.seconds),
-            row.ratio_to_dense.map_or_else(dash, |ratio| format!("{ratio:.3}")),
-            format::percent_or_dash(row.peak_share),
-            row.gflops.map_or_else(dash, |rate| format!("{rate:.1}")),
-            row.gb_per_s.map_or_else(dash, |rate| format!("{rate:.1}")),
-            row.tokens_per_s.map_or_else(dash, |rate| format!("{rate:.0}")),
-            row.peak_memory_bytes.map_or_else(dash, format::bytes),
+            format::or_dash(row.ratio_to_dense, |ratio| format!("{ratio:.3}")),
+            format::or_dash(row.peak_share, format::percent),
+            format::or_dash(row.gflops, |rate| format!("{rate:.1}")),
+            format::or_dash(row.gb_per_s, |rate| format!("{rate:.1}")),
+            format::or_dash(row.tokens_per_s, |rate| format!("{rate:.0}")),
+            format::or_dash(row.peak_memory_bytes, format::bytes),
         ]);
     }
     let mut out = table.show();
-    let mut seen = Vec::new();
-    for row in rows {
-        if row.routing.is_none() {
-            continue;
-        }
-        let shape = format!(
-            "{} of {} tokens, {} to {}, {} experts, {}",
-            row.work,
-            row.tokens,
-            row.hidden,
-            row.intermediate.unwrap_or(0),
-            row.experts.unwrap_or(1),
-            row.dtype
-        );
-        if seen.last() != Some(&shape) {
+    let mut last = String::new();
+    for row in rows.iter().filter(|row| row.routing.is_some()) {
+        let Row { work, tokens, hidden, dtype, .. } = row;
+        let (width, experts) = (row.intermediate.unwrap_or(0), row.experts.unwrap_or(1));
+        let shape = format!("{work} of {tokens} tokens, {hidden} to {width}, {experts} experts, {dtype}");
+        if last != shape {
             let verdict = match row.break_even {
                 // One share, or times that do not grow with it.
                 None => "no break-even in these times".to_owned(),
@@ -208,7 +198,7 @@ pub(crate) fn show(rows: &[Row]) -> String {
                 Some(share) => format!("dense wins above {} active", format::percent(share)),
             };
             out += &format!("{shape}: {verdict}\n");
-            seen.push(shape);
+            last = shape;
         }
     }
     out

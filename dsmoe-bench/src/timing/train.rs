@@ -16,12 +16,12 @@ use dsmoe_train::optim::{AdamW, Update, clip_scale};
 
 use super::ceilings::Cost;
 use super::checks::{check_memory, check_size};
-use super::model::{Sizes, describe, parameters, random_model, reach_share};
+use super::model::{Sizes, configs, describe, parameters, random_model, reach_share};
 use super::output::Output;
 use super::resident::Mark;
 use super::row::{Row, bits};
 use super::turns::medians;
-use super::values::{f32_bytes, product};
+use super::values::{f32_bytes, product, random_ids};
 use crate::cli::bench::Train;
 
 const DEFAULTS: [Sizes; 2] = [[128, 512, 4, 4, 4, 2048], [512, 1536, 8, 8, 8, 8192]];
@@ -39,7 +39,7 @@ pub(crate) fn check(args: &Train) -> Result<()> {
     check_size("batch times --seq", args.batch.saturating_mul(args.seq))?;
     for sizes in args.architecture.sizes(&DEFAULTS) {
         args.architecture.check(sizes)?;
-        let [_, dsmoe] = args.architecture.configs(sizes, args.seq)?;
+        let [_, dsmoe] = configs(args.architecture.experts, sizes, args.seq)?;
         let [hidden, intermediate, layers, ..] = sizes.map(|size| size as u128);
         let saved = (args.batch * args.seq) as u128 * layers * (8 * hidden + 2 * intermediate);
         // Two models with gradients and moments, and what their forward passes keep.
@@ -49,20 +49,16 @@ pub(crate) fn check(args: &Train) -> Result<()> {
 }
 
 pub(crate) fn run(args: &Train, output: &mut Output<'_>) -> Result<()> {
-    for sizes in args.architecture.sizes(&DEFAULTS) {
-        for &precision in args.common.precisions_on(args.device, &PRECISIONS) {
-            let rows = measure(args, sizes, precision, output)?;
-            output.extend(rows)?;
-        }
-    }
-    Ok(())
+    let precisions = args.common.precisions_on(args.device, &PRECISIONS);
+    output.each(&args.architecture.sizes(&DEFAULTS), precisions, |sizes, precision, output| {
+        measure(args, sizes, precision, output)
+    })
 }
 
 fn measure(args: &Train, sizes: Sizes, precision: Precision, output: &mut Output<'_>) -> Result<Vec<Row>> {
-    let configs = args.architecture.configs(sizes, args.seq)?;
+    let configs = configs(args.architecture.experts, sizes, args.seq)?;
     let tokens = args.batch * args.seq;
-    let mut rng = Rng::new(0x7a, 0);
-    let ids: Vec<u32> = (0..=tokens).map(|_| rng.below(configs[0].vocab_size as u64) as u32).collect();
+    let ids = random_ids(tokens + 1, configs[0].vocab_size, Rng::new(0x7a, 0));
 
     let mut contestants = Vec::new();
     for (name, config) in ["dense", "dsmoe"].into_iter().zip(configs) {

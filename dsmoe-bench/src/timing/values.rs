@@ -20,6 +20,11 @@ pub(crate) fn fill_random(values: &mut [f32], deviation: f32, seed: u64) {
     });
 }
 
+/// Draws `count` token ids.
+pub(crate) fn random_ids(count: usize, vocab: usize, mut rng: Rng) -> Vec<u32> {
+    (0..count).map(|_| rng.below(vocab as u64) as u32).collect()
+}
+
 /// Returns the product of the sizes.
 pub(crate) fn product(sizes: &[usize]) -> f64 {
     sizes.iter().map(|&size| size as f64).product()

@@ -2,36 +2,23 @@
 
 use std::collections::BTreeSet;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use crate::common::{fails, succeeds};
+use crate::common::{agrees, fails, has, number, shows, succeeds};
 
 /// What every row says, whatever was measured.
-const KEYS: [&str; 11] = [
-    "work",
-    "impl",
-    "tokens",
-    "hidden",
-    "intermediate",
-    "experts",
-    "active",
-    "dtype",
-    "seconds",
-    "dense_seconds",
-    "peak_share",
-];
+const KEYS: &str =
+    "work impl tokens hidden intermediate experts active dtype seconds dense_seconds peak_share";
 
-fn rows(args: &[&str]) -> Vec<Value> {
-    let stdout = succeeds(&[&["bench"], args, &["--json", "--repeats", "1"]].concat());
+fn rows(line: &str) -> Vec<Value> {
+    let stdout = succeeds(&format!("bench {line} --json --repeats 1"));
     let rows: Vec<Value> = stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     for row in &rows {
-        for key in KEYS {
-            assert!(row.get(key).is_some(), "{args:?}: no {key} in {row}");
-        }
-        assert!(row["seconds"].as_f64().unwrap() > 0.0, "{row}");
+        has(row, KEYS);
+        assert!(number(&row["seconds"]) > 0.0, "{row}");
         if let Some(dense) = row["dense_seconds"].as_f64() {
-            let ratio = row["seconds"].as_f64().unwrap() / dense;
-            assert!((row["ratio_to_dense"].as_f64().unwrap() / ratio - 1.0).abs() < 1e-9, "{row}");
+            let ratio = number(&row["seconds"]) / dense;
+            assert!((number(&row["ratio_to_dense"]) / ratio - 1.0).abs() < 1e-9, "{row}");
         }
         if let Some(share) = row["peak_share"].as_f64() {
             let part = |rate: &str, peak: &str| Some(row[rate].as_f64()? / row[peak].as_f64()?);
@@ -49,42 +36,34 @@ fn texts<'a>(rows: &'a [Value], key: &str) -> Vec<&'a str> {
 
 #[test]
 fn products_have_a_row_per_layout_and_precision() {
-    let rows = rows(&["kernels", "--tokens", "5", "--hidden", "48", "--intermediate", "40"]);
+    let rows = rows("kernels --tokens 5 --hidden 48 --intermediate 40");
     let layouts = ["forward", "packed", "backward_input", "backward_weight"];
     assert_eq!(texts(&rows, "impl"), [layouts, layouts].concat());
     assert_eq!(texts(&rows, "dtype"), [["f32"; 4], ["bf16"; 4]].concat());
+    let shape = json!({ "tokens": 5, "hidden": 48, "intermediate": 40 });
     for row in &rows {
-        assert_eq!(
-            (&row["tokens"], &row["hidden"], &row["intermediate"]),
-            (&5.into(), &48.into(), &40.into())
-        );
-        let flops = row["gflops"].as_f64().unwrap() * 1e9 * row["seconds"].as_f64().unwrap();
+        agrees(row, &shape);
+        agrees(row, &json!({ "experts": null, "active": null, "dense_seconds": null }));
+        let flops = number(&row["gflops"]) * 1e9 * number(&row["seconds"]);
         assert!((flops - (2 * 5 * 48 * 40) as f64).abs() < 1.0, "{row}");
-        assert!(
-            row["experts"].is_null() && row["active"].is_null() && row["dense_seconds"].is_null(),
-            "{row}"
-        );
     }
 }
 
 #[test]
 fn experts_are_compared_with_the_dense_ffn() {
-    let shape = ["ffn", "--hidden", "32", "--intermediate", "64", "--experts", "4,8", "--tokens", "1,16"];
-    for backward in [&[][..], &["--backward"]] {
-        let rows = rows(&[&shape, backward, &["--active", "0.25,1", "--dtype", "f32"]].concat());
+    for backward in ["", "--backward"] {
+        let rows = rows(&format!(
+            "ffn --hidden 32 --intermediate 64 --experts 4,8 --tokens 1,16 {backward} --active 0.25,1 --dtype f32"
+        ));
         assert_eq!(rows.len(), 2 * (1 + 2 * 2), "{rows:?}");
         for group in rows.chunks(5) {
             assert_eq!(texts(group, "impl"), ["dense", "dsmoe", "dsmoe", "dsmoe", "dsmoe"]);
-            assert_eq!(
-                group.iter().map(|r| r["experts"].as_u64().unwrap()).collect::<Vec<_>>(),
-                [1, 4, 4, 8, 8]
-            );
-            for row in group {
-                assert_eq!(row["dense_seconds"], group[0]["seconds"]);
+            for (row, experts) in group.iter().zip([1, 4, 4, 8, 8]) {
+                assert_eq!((&row["experts"], &row["dense_seconds"]), (&experts.into(), &group[0]["seconds"]));
                 assert_eq!(row["active"], row["active_measured"], "the share is exact: {row}");
             }
             for pair in group[1..].chunks(2) {
-                let [quarter, whole] = [&pair[0], &pair[1]].map(|row| row["seconds"].as_f64().unwrap());
+                let [quarter, whole] = [&pair[0], &pair[1]].map(|row| number(&row["seconds"]));
                 assert_eq!(pair[0]["break_even"], pair[1]["break_even"], "{pair:?}");
                 // So small a layer may take longer for a quarter of the work: then there is no line to follow.
                 match pair[0]["break_even"].as_f64() {
@@ -99,37 +78,31 @@ fn experts_are_compared_with_the_dense_ffn() {
 
 #[test]
 fn routings_other_than_random_and_no_tokens_at_all_are_measured_too() {
-    let shape = ["ffn", "--hidden", "32", "--intermediate", "64", "--experts", "4", "--dtype", "bf16"];
-    let measure = |more: &[&str]| {
-        let rows = rows(&[&shape, more].concat());
+    for (more, expected) in [
+        ("--tokens 8 --routing one-expert", json!({ "active_measured": 0.25, "routing": "one-expert" })),
+        ("--tokens 8 --routing none", json!({ "active_measured": 0.0 })),
+        ("--tokens 0 --active 0.5", json!({ "tokens": 0, "peak_share": null, "tokens_per_s": null })),
+    ] {
+        let rows = rows(&format!("ffn --hidden 32 --intermediate 64 --experts 4 --dtype bf16 {more}"));
         assert_eq!(rows.len(), 2, "{rows:?}");
-        rows[1].clone()
-    };
-    let one = measure(&["--tokens", "8", "--routing", "one-expert"]);
-    assert_eq!((&one["active_measured"], &one["routing"]), (&0.25.into(), &"one-expert".into()));
-    let none = measure(&["--tokens", "8", "--routing", "none"]);
-    assert_eq!(none["active_measured"], 0.0);
-    let zero = measure(&["--tokens", "0", "--active", "0.5"]);
-    assert_eq!(zero["tokens"], 0);
-    assert!(zero["peak_share"].is_null() && zero["tokens_per_s"].is_null(), "{zero}");
+        agrees(&rows[1], &expected);
+    }
 }
 
 /// Sizes of a tiny model.
-const TINY: [&str; 10] =
-    ["--hidden", "32", "--intermediate", "64", "--layers", "2", "--heads", "4", "--vocab", "300"];
+const TINY: &str = "--hidden 32 --intermediate 64 --layers 2 --heads 4 --vocab 300";
 
 #[test]
 fn training_steps_have_a_dense_and_a_dsmoe_row() {
-    let rows = rows(&[&["train"], &TINY[..], &["--seq", "16", "--batch", "4", "--active", "0.5"]].concat());
+    let rows = rows(&format!("train {TINY} --seq 16 --batch 4 --active 0.5"));
     assert_eq!(texts(&rows, "impl")[..2], ["dense", "dsmoe"]);
     for pair in rows.chunks(2) {
         for (row, experts) in pair.iter().zip([1, 8]) {
-            assert_eq!((&row["tokens"], &row["experts"]), (&64.into(), &experts.into()), "{row}");
-            let rate = row["tokens_per_s"].as_f64().unwrap() * row["seconds"].as_f64().unwrap();
+            agrees(row, &json!({ "tokens": 64, "experts": experts, "dense_seconds": pair[0]["seconds"] }));
+            let rate = number(&row["tokens_per_s"]) * number(&row["seconds"]);
             assert!((rate - 64.0).abs() < 1e-6, "{row}");
-            assert_eq!(row["dense_seconds"], pair[0]["seconds"]);
         }
-        let active = pair[1]["active_measured"].as_f64().unwrap();
+        let active = number(&pair[1]["active_measured"]);
         assert!((active - 0.5).abs() < 0.1, "{active}");
         assert_ne!(pair[0]["bits"], pair[1]["bits"]);
     }
@@ -137,97 +110,68 @@ fn training_steps_have_a_dense_and_a_dsmoe_row() {
 
 #[test]
 fn decoding_has_a_dense_and_a_dsmoe_row() {
-    let decode = |more: &[&str]| rows(&[&["decode"], &TINY[..], &["--prompt", "4"], more].concat());
-    let rows = decode(&["--tokens", "40", "--active", "0.25", "--dtype", "f32,bf16"]);
+    let decode = |more: &str| rows(&format!("decode {TINY} --prompt 4 {more}"));
+    let rows = decode("--tokens 40 --active 0.25 --dtype f32,bf16");
     assert_eq!(texts(&rows, "impl"), ["dense", "dsmoe", "dense", "dsmoe"]);
     assert_eq!(texts(&rows, "dtype"), ["f32", "f32", "bf16", "bf16"]);
     for row in &rows {
-        assert_eq!((&row["tokens"], &row["layers"]), (&40.into(), &2.into()), "{row}");
-        assert!(row["tokens_per_s"].as_f64().unwrap() > 0.0 && row["peak_share"].is_f64(), "{row}");
+        agrees(row, &json!({ "tokens": 40, "layers": 2 }));
+        assert!(number(&row["tokens_per_s"]) > 0.0 && row["peak_share"].is_f64(), "{row}");
     }
-    let all = decode(&["--tokens", "3", "--active", "1"]);
-    assert_eq!((&all[1]["active_measured"], &all[1]["dtype"]), (&1.0.into(), &"bf16".into()));
+    let all = decode("--tokens 3 --active 1");
+    agrees(&all[1], &json!({ "active_measured": 1.0, "dtype": "bf16" }));
 }
 
 #[test]
 fn results_have_the_same_bits_on_one_thread_and_on_two() {
     for work in [
-        &["kernels", "--tokens", "70", "--hidden", "300", "--intermediate", "130"][..],
-        &[
-            "ffn",
-            "--tokens",
-            "70",
-            "--hidden",
-            "96",
-            "--intermediate",
-            "320",
-            "--experts",
-            "5",
-            "--active",
-            "0.4",
-        ],
-        &["ffn", "--backward", "--tokens", "40", "--hidden", "96", "--intermediate", "320", "--experts", "5"],
-        &[&["train", "--seq", "20", "--batch", "3"], &TINY[..]].concat(),
-        &[&["decode", "--prompt", "9", "--tokens", "2", "--dtype", "f32,bf16"], &TINY[..]].concat(),
+        "kernels --tokens 70 --hidden 300 --intermediate 130",
+        "ffn --tokens 70 --hidden 96 --intermediate 320 --experts 5 --active 0.4",
+        "ffn --backward --tokens 40 --hidden 96 --intermediate 320 --experts 5",
+        &format!("train --seq 20 --batch 3 {TINY}"),
+        &format!("decode --prompt 9 --tokens 2 --dtype f32,bf16 {TINY}"),
     ] {
-        let bits = |threads| {
-            let rows = rows(&[work, &["--threads", threads]].concat());
-            assert!(rows.iter().all(|row| row["threads"].as_u64() == threads.parse().ok()));
-            rows.iter().map(|row| row["bits"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
-        };
-        let one = bits("1");
-        assert_eq!(one, bits("2"), "{work:?}");
+        let [one, two] = [1, 2].map(|threads| {
+            let rows = rows(&format!("{work} --threads {threads}"));
+            assert!(rows.iter().all(|row| row["threads"] == threads), "{work}");
+            texts(&rows, "bits").into_iter().map(str::to_owned).collect::<Vec<_>>()
+        });
+        assert_eq!(one, two, "{work}");
         assert!(one.iter().collect::<BTreeSet<_>>().len() > 1, "{one:?}");
     }
 }
 
 #[test]
 fn people_get_a_table_with_the_break_even() {
-    let table = succeeds(&[
-        "bench",
-        "ffn",
-        "--tokens",
-        "4",
-        "--hidden",
-        "32",
-        "--intermediate",
-        "64",
-        "--experts",
-        "4",
-        "--active",
-        "0.25,1",
-        "--repeats",
-        "1",
-        "--quiet",
-        "--dtype",
-        "f32",
-    ]);
-    assert!(table.starts_with("work") && table.contains("of dense") && table.contains("of peak"), "{table}");
-    assert!(table.contains("ffn dense") && table.contains("25.0 %"), "{table}");
-    assert!(table.contains("ffn of 4 tokens, 32 to 64, 4 experts, f32: "), "{table}");
+    let table = succeeds(
+        "bench ffn --tokens 4 --hidden 32 --intermediate 64 --experts 4 --active 0.25,1 --repeats 1 --quiet --dtype f32",
+    );
+    assert!(table.starts_with("work"), "{table}");
+    let parts = ["of dense", "of peak", "ffn dense", "25.0 %", "ffn of 4 tokens, 32 to 64, 4 experts, f32: "];
+    shows(&table, &parts);
 }
 
 #[test]
 fn shapes_that_cannot_be_are_refused_in_one_line() {
-    for (args, parts) in [
-        (&["ffn", "--experts", "7"][..], &["--experts 7", "--intermediate 8192", "divisor"][..]),
-        (&["ffn", "--experts", "0"], &["--experts 0", "divisor"]),
-        (&["ffn", "--active", "1.5"], &["--active 1.5", "outside 0..1"]),
-        (&["ffn", "--active", "NaN"], &["--active NaN", "outside 0..1"]),
-        (&["ffn", "--hidden", "0"], &["--hidden 0", "at least 1"]),
-        (&["ffn", "--tokens", "99999999999"], &["--tokens 99999999999", "smaller"]),
-        (&["ffn", "--tokens", "16777216", "--experts", "1024"], &["more pairs", "fewer"]),
-        (&["kernels", "--tokens", "16777216", "--hidden", "1048576"], &["memory", "smaller"]),
-        (&["kernels", "--intermediate", "0"], &["--intermediate 0", "at least 1"]),
-        (&["train", "--hidden", "100", "--heads", "8"], &["--hidden 100", "--heads 8", "multiple of 16"]),
-        (&["train", "--experts", "7"], &["--experts 7", "divisor"]),
-        (&["train", "--seq", "0"], &["--seq 0", "at least 1"]),
-        (&["train", "--layers", "99999999"], &["--layers 99999999", "smaller"]),
-        (&["decode", "--kv-heads", "3"], &["--kv-heads 3", "divisor"]),
-        (&["decode", "--active", "-0.1"], &["--active -0.1", "outside 0..1"]),
-        (&["decode", "--tokens", "0"], &["--tokens 0", "at least 1"]),
-        (&["decode", "--layers", "4000"], &["memory", "smaller"]),
+    for (line, parts) in [
+        ("ffn --experts 7", &["--experts 7", "--intermediate 8192", "divisor"][..]),
+        ("ffn --experts 0", &["--experts 0", "divisor"]),
+        ("ffn --active 1.5", &["--active 1.5", "outside 0..1"]),
+        ("ffn --active NaN", &["--active NaN", "outside 0..1"]),
+        ("ffn --hidden 0", &["--hidden 0", "at least 1"]),
+        ("ffn --tokens 99999999999", &["--tokens 99999999999", "smaller"]),
+        ("ffn --tokens 16777216 --experts 1024", &["more pairs", "fewer"]),
+        ("kernels --tokens 16777216 --hidden 1048576", &["memory", "smaller"]),
+        ("kernels --intermediate 0", &["--intermediate 0", "at least 1"]),
+        ("train --hidden 100 --heads 8", &["--hidden 100", "--heads 8", "multiple of 16"]),
+        ("train --experts 7", &["--experts 7", "divisor"]),
+        ("train --seq 0", &["--seq 0", "at least 1"]),
+        ("train --layers 99999999", &["--layers 99999999", "smaller"]),
+        ("decode --kv-heads 3", &["--kv-heads 3", "divisor"]),
+        ("decode --active -0.1", &["--active -0.1", "outside 0..1"]),
+        ("decode --tokens 0", &["--tokens 0", "at least 1"]),
+        ("decode --layers 4000", &["memory", "smaller"]),
     ] {
-        fails(&[&["bench"], args].concat(), parts);
+        fails(&format!("bench {line}"), parts);
     }
 }

@@ -3,50 +3,52 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::Write as _;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::thread::sleep;
-use std::time::{Duration, Instant};
+use std::path::PathBuf;
 
 use serde_json::{Value, json};
 
-use crate::common::{at, command, fails, finish, fixture, json_of, run, succeeds};
+use crate::common::{
+    agrees, end, fails, has, is_wrong_usage, json_of, list, number, path, read_json, run, shows, spawn,
+    succeeds, wait_until, write,
+};
 
 const NAMES: [&str; 5] = ["Lulwick", "Sunin", "Ranen", "Ostberg", "Mirel"];
 
-/// A folder of small benchmarks under the fixture's.
-fn benchmarks(name: &str) -> PathBuf {
-    let dir = fixture().out(name);
-    let file = |path: &str, rows: &mut dyn Iterator<Item = Value>| {
-        let path = dir.join(path);
-        fs::create_dir_all(path.parent().unwrap()).unwrap();
-        fs::write(path, rows.map(|row| format!("{row}\n")).collect::<String>()).unwrap();
-    };
+/// JSON lines.
+fn lines(rows: impl IntoIterator<Item = Value>) -> String {
+    rows.into_iter().map(|row| format!("{row}\n")).collect()
+}
+
+/// Makes a folder of small benchmarks.
+fn benchmarks(dir: &str) {
     let who = |i: usize| NAMES[i % NAMES.len()];
     let piqa = |i: usize| {
         json!({ "goal": format!("How does {} reach the town", who(i)), "sol1": format!("by the river {i}"),
             "sol2": "on a silver fish", "label": i % 2 })
     };
-    file("piqa/valid.jsonl", &mut (0..12).map(piqa));
     let hellaswag = |i: usize| {
         json!({ "activity_label": "Fishing", "ctx_a": format!("{} sits at the river.", who(i)), "ctx_b": "the fish",
             "endings": ["is silver.", "is a weaver.", "sings of the forest.", "was founded."], "label": "2" })
     };
-    file("hellaswag/validation.jsonl", &mut (0..5).map(hellaswag));
-    let gsm8k = |i: usize| json!({ "question": format!("{} has {i} fish. How many?", who(i)), "answer": format!("It is {i}.\n#### {i}") });
-    file("gsm8k/test.jsonl", &mut (0..3).map(gsm8k));
-    file("gsm8k/train.jsonl", &mut (3..9).map(gsm8k));
-    file("wikitext/test.jsonl", &mut (0..2).map(|i| json!({ "page": page(i) })));
-    dir
+    let gsm8k = |i: usize| {
+        let question = format!("{} has {i} fish. How many?", who(i));
+        json!({ "question": question, "answer": format!("It is {i}.\n#### {i}") })
+    };
+    for (file, rows) in [
+        ("piqa/valid.jsonl", lines((0..12).map(piqa))),
+        ("hellaswag/validation.jsonl", lines((0..5).map(hellaswag))),
+        ("gsm8k/test.jsonl", lines((0..3).map(gsm8k))),
+        ("gsm8k/train.jsonl", lines((3..9).map(gsm8k))),
+        ("wikitext/test.jsonl", lines((0..2).map(|i| json!({ "page": page(i) })))),
+    ] {
+        write(&format!("{dir}/{file}"), rows);
+    }
 }
 
 /// A text that WikiText's mending of punctuation leaves alone.
 fn page(i: usize) -> String {
-    format!(
-        "The town {} lies at the forest\nThe river runs through it and {} weavers live there",
-        NAMES[i],
-        7 * i
-    )
+    let (town, weavers) = (NAMES[i], 7 * i);
+    format!("The town {town} lies at the forest\nThe river runs through it and {weavers} weavers live there")
 }
 
 /// A report without what differs from run to run.
@@ -63,102 +65,83 @@ fn timeless(mut report: Value) -> Value {
 
 #[test]
 fn benchmarks_report_in_the_harness_s_shape() {
-    let data = benchmarks("shape-data");
-    let model = at(&fixture().moe);
-    let args = [
-        "eval",
-        model,
-        "--tasks",
-        "piqa,hellaswag,gsm8k,piqa",
-        "--task-data",
-        at(&data),
-        "--max-new-tokens",
-        "16",
-    ];
-    let report = json_of(&args);
-    let piqa = &report["results"]["piqa"];
-    assert_eq!((&piqa["alias"], &piqa["sample_len"]), (&json!("piqa"), &json!(12)));
+    benchmarks("shape-data");
+    let line = "eval moe --tasks piqa,hellaswag,gsm8k,piqa --task-data shape-data --max-new-tokens 16";
+    let report = json_of(line);
+    let results = &report["results"];
+    agrees(&results["piqa"], &json!({ "alias": "piqa", "sample_len": 12 }));
     for key in ["acc,none", "acc_stderr,none", "acc_norm,none", "acc_norm_stderr,none", "acc_bytes,none"] {
-        assert!(piqa[key].is_f64(), "{key} in {piqa}");
+        number(&results["piqa"][key]);
     }
     for key in ["exact_match,strict-match", "exact_match_stderr,flexible-extract"] {
-        assert!(report["results"]["gsm8k"][key].is_f64(), "{key} in {report}");
+        number(&results["gsm8k"][key]);
     }
-    let tasks: Vec<&String> = report["results"].as_object().unwrap().keys().collect();
+    let tasks: Vec<&String> = results.as_object().unwrap().keys().collect();
     assert_eq!(tasks, ["piqa", "hellaswag", "gsm8k"]);
     for key in ["configs", "versions", "n-shot", "higher_is_better", "n-samples", "task_hashes"] {
         assert!(tasks.iter().all(|task| !report[key][task].is_null()), "{key}");
     }
-    assert_eq!((&report["n-shot"]["gsm8k"], &report["versions"]["piqa"]), (&json!(5), &json!(1.0)));
-    assert_eq!(report["n-samples"]["piqa"], json!({ "original": 12, "effective": 12 }));
-    assert_eq!(report["higher_is_better"]["piqa"]["acc"], true);
-    assert_eq!((&report["config"]["model"], &report["config"]["limit"]), (&json!("dsmoe"), &Value::Null));
-    assert_eq!((&report["max_length"], &report["tokenizer_bos_token"]), (&json!(128), &json!(["<s>", "0"])));
+    let told = json!({
+        "n-shot": { "gsm8k": 5 }, "versions": { "piqa": 1.0 }, "higher_is_better": { "piqa": { "acc": true } },
+        "n-samples": { "piqa": { "original": 12, "effective": 12 } },
+        "config": { "model": "dsmoe", "limit": null }, "max_length": 128, "tokenizer_bos_token": ["<s>", "0"],
+        "dsmoe": { "profile": "dsmoe", "bos": "auto" },
+    });
+    agrees(&report, &told);
     let extras = &report["dsmoe"];
-    assert_eq!((&extras["profile"], &extras["bos"]), (&json!("dsmoe"), &json!("auto")));
-    let ratio = extras["active_ratio"].as_f64().unwrap();
-    assert!((0.0..=1.0).contains(&ratio) && extras["active_ratio_per_layer"].as_array().unwrap().len() == 2);
+    let ratio = number(&extras["active_ratio"]);
+    assert!((0.0..=1.0).contains(&ratio) && list(&extras["active_ratio_per_layer"]).len() == 2);
     // Experts hold 2 x 6144 parameters in all.
-    let left_out = extras["params_total"].as_f64().unwrap() - extras["params_activated"].as_f64().unwrap();
+    let left_out = number(&extras["params_total"]) - number(&extras["params_activated"]);
     assert!((left_out - (1.0 - ratio) * 12288.0).abs() < 1e-6, "{extras}");
-    let tokens: u64 = tasks.iter().map(|task| extras["tasks"][task]["tokens"].as_u64().unwrap()).sum();
-    assert_eq!(extras["tokens"], tokens);
+    let tokens: f64 = tasks.iter().map(|task| number(&extras["tasks"][task]["tokens"])).sum();
+    assert_eq!(number(&extras["tokens"]), tokens);
 
-    let again = json_of(&[&args[..], &["--threads", "1"]].concat());
+    let again = json_of(&format!("{line} --threads 1"));
     assert_eq!(timeless(again), timeless(report));
-    let dense = json_of(&["eval", at(&fixture().dense), "--tasks", "piqa", "--task-data", at(&data)]);
-    assert_eq!((&dense["dsmoe"]["active_ratio"], &dense["dsmoe"]["threshold"]), (&Value::Null, &Value::Null));
-    let human = succeeds(&args);
-    for part in ["acc_norm", "strict-match", "active share", "activated of"] {
-        assert!(human.contains(part), "{human}");
-    }
+    let dense = json_of("eval dense --tasks piqa --task-data shape-data");
+    agrees(&dense["dsmoe"], &json!({ "active_ratio": null, "threshold": null }));
+    shows(&succeeds(line), &["acc_norm", "strict-match", "active share", "activated of"]);
 }
 
 #[test]
 fn limits_files_profiles_and_all() {
-    let data = benchmarks("options-data");
-    let model = at(&fixture().dense);
-    let of = |more: &[&str]| json_of(&[&["eval", model, "--tasks"][..], more].concat());
-    let report = of(&["piqa", "--task-data", at(&data), "--limit", "4"]);
-    assert_eq!(report["n-samples"]["piqa"], json!({ "original": 12, "effective": 4 }));
+    benchmarks("options-data");
+    let report = json_of("eval dense --tasks piqa --task-data options-data --limit 4");
+    let counts = |original: u32, effective: u32| json!({ "original": original, "effective": effective });
+    assert_eq!(report["n-samples"]["piqa"], counts(12, 4));
     assert_eq!(report["config"]["limit"], 4);
-    let file = format!("piqa={}", at(&data.join("piqa/valid.jsonl")));
-    let named = of(&["piqa", "--task-file", &file, "--limit", "4"]);
+    let named = json_of("eval dense --tasks piqa --task-file piqa=options-data/piqa/valid.jsonl --limit 4");
     assert_eq!(named["results"], report["results"]);
-    let shots = format!("gsm8k={}", at(&data.join("gsm8k/test.jsonl")));
-    let args = ["gsm8k", "--task-data", at(&data), "--shots-file", &shots];
-    let few = run(&[&["eval", model, "--tasks"][..], &args].concat());
-    assert!(few.code == 1 && few.stderr.contains("3 rows to draw 5 examples from"), "{}", few.stderr);
+    fails(
+        "eval dense --tasks gsm8k --task-data options-data --shots-file gsm8k=options-data/gsm8k/test.jsonl",
+        &["3 rows to draw 5 examples from"],
+    );
 
-    let args =
-        ["eval", model, "--tasks", "all", "--task-data", at(&data), "--json", "--max-new-tokens", "16"];
-    let all = run(&args);
-    let report: Value = serde_json::from_str(&all.stdout).unwrap();
+    let line = "eval dense --tasks all --task-data options-data --json --max-new-tokens 16";
+    let all = run(line);
+    let report = all.json();
     let tasks: BTreeSet<&str> = report["results"].as_object().unwrap().keys().map(String::as_str).collect();
     assert_eq!(tasks, BTreeSet::from(["gsm8k", "hellaswag", "piqa", "wikitext"]));
-    assert!(all.stderr.contains("winogrande: left out, there are no files of it"), "{}", all.stderr);
-    let old = finish(command(&[&args[..], &["--profile", "lm-eval-0.3.0"]].concat()));
-    let old: Value = serde_json::from_str(&old.stdout).unwrap();
-    assert_eq!((&old["dsmoe"]["bos"], &old["dsmoe"]["profile"]), (&json!("never"), &json!("lm-eval-0.3.0")));
-    assert!(old["results"]["gsm8k"]["acc,none"].is_f64(), "{old}");
+    shows(&all.stderr, &["winogrande: left out, there are no files of it"]);
+    let old = run(&format!("{line} --profile lm-eval-0.3.0")).json();
+    agrees(&old["dsmoe"], &json!({ "bos": "never", "profile": "lm-eval-0.3.0" }));
+    number(&old["results"]["gsm8k"]["acc,none"]);
 
     // Documents longer than the model count in no metric and are reported.
-    let long = data.join("long/valid.jsonl");
-    fs::create_dir_all(long.parent().unwrap()).unwrap();
-    let row = |text: &str| format!("{}\n", json!({ "goal": "g", "sol1": text, "sol2": "b", "label": 0 }));
-    fs::write(&long, row("a") + &row(&"word ".repeat(300)) + &row("c")).unwrap();
-    let file = format!("piqa={}", at(&long));
-    let run = run(&["eval", model, "--tasks", "piqa", "--task-file", &file, "--json"]);
-    let report: Value = serde_json::from_str(&run.stdout).unwrap();
-    assert_eq!(report["n-samples"]["piqa"], json!({ "original": 3, "effective": 2 }));
+    let row = |text: &str| json!({ "goal": "g", "sol1": text, "sol2": "b", "label": 0 });
+    write("options-data/long.jsonl", lines([row("a"), row(&"word ".repeat(300)), row("c")]));
+    let run = run("eval dense --tasks piqa --task-file piqa=options-data/long.jsonl --json");
+    let report = run.json();
+    assert_eq!(report["n-samples"]["piqa"], counts(3, 2));
     assert_eq!(report["dsmoe"]["tasks"]["piqa"]["unscored"][0]["doc_id"], 1);
-    assert!(run.stderr.contains("piqa: 1 of 3 documents could not be scored"), "{}", run.stderr);
+    shows(&run.stderr, &["piqa: 1 of 3 documents could not be scored"]);
 }
 
 /// The files below `out/dense` whose name begins with `start`.
-fn written(out: &Path, start: &str) -> Vec<PathBuf> {
-    let entries = fs::read_dir(out.join("dense")).map(|entries| entries.map(|entry| entry.unwrap().path()));
-    let mut paths: Vec<PathBuf> = entries.into_iter().flatten().collect();
+fn written(out: &str, start: &str) -> Vec<PathBuf> {
+    let entries = fs::read_dir(path(out).join("dense")).into_iter().flatten();
+    let mut paths: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
     paths.retain(|path| path.file_name().unwrap().to_str().unwrap().starts_with(start));
     paths.sort();
     paths
@@ -166,158 +149,133 @@ fn written(out: &Path, start: &str) -> Vec<PathBuf> {
 
 #[test]
 fn results_and_samples_are_written() {
-    let data = benchmarks("written-data");
-    let out = fixture().out("written");
-    let args =
-        ["eval", at(&fixture().dense), "--tasks", "piqa,gsm8k", "--task-data", at(&data), "--out", at(&out)];
-    let report = json_of(&[&args[..], &["--max-new-tokens", "16"]].concat());
-    let results = written(&out, "results_");
+    benchmarks("written-data");
+    let report =
+        json_of("eval dense --tasks piqa,gsm8k --task-data written-data --out written --max-new-tokens 16");
+    let results = written("written", "results_");
     assert_eq!(results.len(), 1);
-    let file: Value = serde_json::from_slice(&fs::read(&results[0]).unwrap()).unwrap();
-    assert_eq!(timeless(file), timeless(report.clone()));
-    assert_eq!(report["dsmoe"]["files"].as_array().unwrap().len(), 3);
-    for (task, rows) in [("piqa", 12), ("gsm8k", 6)] {
-        let samples = fs::read_to_string(&written(&out, &format!("samples_{task}_"))[0]).unwrap();
+    assert_eq!(timeless(read_json(results[0].to_str().unwrap())), timeless(report.clone()));
+    assert_eq!(list(&report["dsmoe"]["files"]).len(), 3);
+    for (task, rows, metric, filter) in
+        [("piqa", 12, "acc", "none"), ("gsm8k", 6, "exact_match", "strict-match")]
+    {
+        let samples = fs::read_to_string(&written("written", &format!("samples_{task}_"))[0]).unwrap();
         let samples: Vec<Value> = samples.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
         assert_eq!(samples.len(), rows, "{task}");
-        for key in ["doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "filter", "doc_hash"] {
-            assert!(samples.iter().all(|sample| !sample[key].is_null()), "{task} {key}");
+        for sample in &samples {
+            has(sample, "doc_id doc target arguments resps filtered_resps filter doc_hash");
+            assert!(sample.as_object().unwrap().values().all(|value| !value.is_null()), "{sample}");
         }
-        let metric = if task == "piqa" { "acc" } else { "exact_match" };
-        let mean = |filter: &str| {
-            let of: Vec<f64> = samples
-                .iter()
-                .filter(|sample| sample["filter"] == filter)
-                .map(|sample| sample[metric].as_f64().unwrap())
-                .collect();
-            of.iter().sum::<f64>() / of.len() as f64
-        };
-        let filter = if task == "piqa" { "none" } else { "strict-match" };
-        assert_eq!(report["results"][task][format!("{metric},{filter}")], mean(filter), "{task}");
+        let counted = samples.iter().filter(|sample| sample["filter"] == filter);
+        let values: Vec<f64> = counted.map(|sample| number(&sample[metric])).collect();
+        let mean = values.iter().sum::<f64>() / values.len() as f64;
+        assert_eq!(report["results"][task][format!("{metric},{filter}")], mean, "{task}");
     }
-    assert_eq!(written(&out, "").len(), 3, "answers are left behind");
+    assert_eq!(written("written", "").len(), 3, "answers are left behind");
 }
 
 #[test]
 fn an_interrupted_run_goes_on_where_it_was() {
-    let fixture = fixture();
-    let data = fixture.out("long-data");
-    fs::create_dir_all(data.join("piqa")).unwrap();
-    let rows: String = (0..6000)
-        .map(|i| {
-            let (name, goal) = (NAMES[i % NAMES.len()], "through the forest ".repeat(3 + i % 4));
-            format!(
-                "{}\n",
-                json!({ "goal": format!("{name} {goal}{i}"), "sol1": "by the river",
-                "sol2": format!("on the fish of {name}"), "label": i % 2 })
-            )
-        })
-        .collect();
-    fs::write(data.join("piqa/valid.jsonl"), rows).unwrap();
-    let out = fixture.out("interrupted-eval");
-    let plain = ["eval", at(&fixture.dense), "--tasks", "piqa", "--task-data", at(&data)];
-    let whole = timeless(json_of(&plain));
-    let args = [&plain[..], &["--out", at(&out), "--json", "--quiet", "--threads", "1"]].concat();
-    let journal = out.join("dense/answers_piqa.jsonl");
+    let row = |i: usize| {
+        let (name, goal) = (NAMES[i % NAMES.len()], "through the forest ".repeat(3 + i % 4));
+        json!({ "goal": format!("{name} {goal}{i}"), "sol1": "by the river", "sol2": format!("on the fish of {name}"),
+            "label": i % 2 })
+    };
+    write("long-data/piqa/valid.jsonl", lines((0..6000).map(row)));
+    let plain = "eval dense --tasks piqa --task-data long-data";
+    let whole = timeless(json_of(plain));
+    let line = format!("{plain} --out interrupted-eval --quiet --threads 1");
+    let journal = path("interrupted-eval/dense/answers_piqa.jsonl");
     for signal in ["-INT", "-KILL", "-TERM"] {
-        let before = fs::metadata(&journal).map_or(0, |m| m.len());
-        let child = command(&args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-        let deadline = Instant::now() + Duration::from_secs(60);
-        while fs::metadata(&journal).map_or(0, |m| m.len()) < before + 20_000 {
-            assert!(Instant::now() < deadline, "no answers come");
-            sleep(Duration::from_millis(1));
-        }
-        assert!(Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap().success());
-        let output = child.wait_with_output().unwrap();
-        if signal != "-KILL" {
-            assert_eq!(
-                output.status.code(),
-                Some(130),
-                "{signal}: {}",
-                String::from_utf8_lossy(&output.stderr)
-            );
-        }
-        assert!(output.stdout.is_empty() && written(&out, "results_").is_empty(), "{signal}");
+        let size = || fs::metadata(&journal).map_or(0, |m| m.len());
+        let before = size();
+        let child = spawn(&format!("{line} --json"));
+        wait_until("answers", || size() >= before + 20_000);
+        let run = end(child, signal);
+        assert_eq!(run.code, if signal == "-KILL" { -1 } else { 130 }, "{signal}: {}", run.stderr);
+        assert!(run.stdout.is_empty() && written("interrupted-eval", "results_").is_empty(), "{signal}");
     }
     // Another model may not continue with these answers, nor may the same at another precision.
-    let other = [&plain[..], &["--out", at(&out), "--dtype", "bf16"]].concat();
-    fails(&other, &[at(&journal), "the responses of another model or of other settings"]);
-    let resumed = timeless(serde_json::from_str(&succeeds(&args)).unwrap());
-    assert_eq!(resumed, whole);
+    fails(
+        &format!("{plain} --out interrupted-eval --dtype bf16"),
+        &["answers_piqa.jsonl", "the responses of another model or of other settings"],
+    );
+    assert_eq!(timeless(json_of(&line)), whole);
     assert!(!journal.exists());
 }
 
 #[test]
 fn bad_benchmarks_are_told_in_a_line() {
-    let fixture = fixture();
-    let model = at(&fixture.dense);
-    let good = benchmarks("bad-data");
-    let data = |name: &str, path: &str, content: &[u8]| {
-        let dir = fixture.out(name);
-        let path = dir.join(path);
-        fs::create_dir_all(path.parent().unwrap()).unwrap();
-        fs::write(&path, content).unwrap();
-        (dir, path)
-    };
-    let eval = |tasks: &str, dir: &Path, parts: &[&str]| {
-        fails(&["eval", model, "--tasks", tasks, "--task-data", at(dir)], parts);
-    };
-    eval("pika", &good, &["task pika: unknown; use hellaswag, lambada_openai"]);
-    eval(
-        "winogrande",
-        &good,
-        &["task winogrande: no folder `winogrande` in ", "--task-file winogrande=FILE"],
-    );
-    eval("piqa", Path::new("nowhere"), &["nowhere: no such folder; give --task-data a folder"]);
-    eval("all", &fixture.dense, &["--tasks all: no files of any benchmark; give --task-data"]);
-    fails(
-        &["eval", model, "--tasks", "piqa"],
-        &["task piqa: no files; give --task-data FOLDER or --task-file"],
-    );
-    let missing = ["eval", model, "--tasks", "piqa", "--task-file", "piqa=gone.jsonl"];
-    fails(&missing, &["gone.jsonl: No such file"]);
-
-    let row = r#"{"goal": "g", "sol1": "a", "sol2": "b", "label": 0}"#;
-    for (name, bad, parts) in [
-        ("columns", r#"{"text": "g"}"#, ["row 2: no column `goal`, there is text", "give a file of piqa"]),
+    benchmarks("bad-data");
+    write("a-file", "");
+    for (rest, parts) in [
         (
-            "label",
-            &row.replace('0', "2"),
+            "winogrande --task-data bad-data",
+            &["task winogrande: no folder `winogrande` in ", "--task-file winogrande=FILE"][..],
+        ),
+        ("piqa --task-data nowhere", &["nowhere: no such folder; give --task-data a folder"]),
+        ("all --task-data dense", &["--tasks all: no files of any benchmark; give --task-data"]),
+        ("piqa --task-file piqa=gone.jsonl", &["gone.jsonl: No such file"]),
+        (
+            "social_iqa --task-data bad-data --profile lm-eval-0.3.0",
+            &["task social_iqa: lm-eval-0.3.0 has no such task; leave it out, or use --profile dsmoe"],
+        ),
+        ("piqa --task-data bad-data --out a-file", &["a-file", "Not a directory"]),
+    ] {
+        fails(&format!("eval dense --tasks {rest}"), parts);
+    }
+
+    let good = r#"{"goal": "g", "sol1": "a", "sol2": "b", "label": 0}"#;
+    let second = |bad: &str| format!("{good}\n{bad}\n").into_bytes();
+    let choices = r#"{"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "endings": [], "label": "0"}"#;
+    let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+    gzip.write_all(format!("{good}\n").repeat(500).as_bytes()).unwrap();
+    let packed = gzip.finish().unwrap();
+    let parquet = "piqa/validation-00000-of-00001.parquet";
+    let column = "no column `goal`, there is text";
+    for (file, bytes, parts) in [
+        (
+            "piqa/valid.jsonl",
+            second(r#"{"text": "g"}"#),
+            [&format!("row 2: {column}") as &str, "give a file of piqa"],
+        ),
+        (
+            "piqa/valid.jsonl",
+            second(&good.replace('0', "2")),
             ["row 2: `label` is \"2\", not one of 0 to 1", "take the row from"],
         ),
-        ("empty", &row.replace("\"a\"", "\"\""), ["row 2: `sol1` is empty", "remove the row"]),
-        ("syntax", "{\"goal\": ", ["row 2: not a JSON object", "fetch the file again"]),
+        (
+            "piqa/valid.jsonl",
+            second(&good.replace("\"a\"", "\"\"")),
+            ["row 2: `sol1` is empty", "remove the row"],
+        ),
+        ("piqa/valid.jsonl", second("{\"goal\": "), ["row 2: not a JSON object", "fetch the file again"]),
+        (
+            "hellaswag/val.jsonl",
+            choices.into(),
+            ["row 1: `endings` has 0 texts, at least 2 needed", "remove the row"],
+        ),
+        (
+            "piqa/valid.jsonl.gz",
+            packed[..packed.len() - 20].to_vec(),
+            ["damaged or truncated gzip data", "fetch the file again"],
+        ),
+        (
+            parquet,
+            b"PAR1 not really PAR1".to_vec(),
+            ["row 1: unreadable Parquet data", "fetch the file again"],
+        ),
+        (parquet, foreign_parquet(), [&format!("row 1: {column}"), "give a file of piqa"]),
     ] {
-        let (dir, path) = data(name, "piqa/valid.jsonl", format!("{row}\n{bad}\n").as_bytes());
-        eval("piqa", &dir, &[&[at(&path)], &parts[..]].concat());
+        let dir = format!("bad-{}", parts[0].replace(|c: char| !c.is_alphanumeric(), "-"));
+        write(&format!("{dir}/{file}"), bytes);
+        let task = file.split('/').next().unwrap();
+        let place = format!("{dir}/{file}: row ");
+        fails(
+            &format!("eval dense --tasks {task} --task-data {dir}"),
+            &[&[&place as &str], &parts[..]].concat(),
+        );
     }
-    let choices = r#"{"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "endings": [], "label": "0"}"#;
-    let (dir, path) = data("choices", "hellaswag/val.jsonl", choices.as_bytes());
-    eval(
-        "hellaswag",
-        &dir,
-        &[at(&path), "row 1: `endings` has 0 texts, at least 2 needed", "remove the row"],
-    );
-    let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
-    gzip.write_all(format!("{row}\n").repeat(500).as_bytes()).unwrap();
-    let packed = gzip.finish().unwrap();
-    let (dir, path) = data("gzip", "piqa/valid.jsonl.gz", &packed[..packed.len() - 20]);
-    eval("piqa", &dir, &[at(&path), ": row ", "damaged or truncated gzip data", "fetch the file again"]);
-    let (dir, path) = data("parquet", "piqa/validation-00000-of-00001.parquet", b"PAR1 not really PAR1");
-    eval("piqa", &dir, &[at(&path), "row 1: unreadable Parquet data", "fetch the file again"]);
-    let (dir, path) = data("foreign", "piqa/validation-00000-of-00001.parquet", &foreign_parquet());
-    eval("piqa", &dir, &[at(&path), "row 1: no column `goal`, there is text", "give a file of piqa"]);
-
-    let profile =
-        ["eval", model, "--tasks", "social_iqa", "--task-data", at(&good), "--profile", "lm-eval-0.3.0"];
-    fails(
-        &profile,
-        &["task social_iqa: lm-eval-0.3.0 has no such task; leave it out, or use --profile dsmoe"],
-    );
-    let file = fixture.out("a-file");
-    fs::write(&file, "").unwrap();
-    let blocked = ["eval", model, "--tasks", "piqa", "--task-data", at(&good), "--out", at(&file)];
-    fails(&blocked, &[at(&file), "Not a directory"]);
 }
 
 /// A Parquet file with one column of text.
@@ -341,77 +299,63 @@ fn foreign_parquet() -> Vec<u8> {
 
 #[test]
 fn wrong_usage_of_eval_is_refused() {
-    for args in [
-        &["--task-data", "x"][..],
-        &["--tasks", "piqa", "--data", "x"],
-        &["--tasks", "piqa", "--seq", "8"],
-        &["--tasks", "piqa", "--perplexity", "window"],
-        &["--tasks", ""],
-        &["--tasks", "piqa", "--profile", "newest"],
-        &["--tasks", "piqa", "--limit", "0"],
-        &["--tasks", "piqa", "--task-file", "piqa"],
-        &["--data", "x", "--limit", "5"],
-        &["--data", "x", "--perplexity", "words"],
+    for rest in [
+        "--task-data x",
+        "--tasks piqa --data x",
+        "--tasks piqa --seq 8",
+        "--tasks piqa --perplexity window",
+        "--tasks ''",
+        "--tasks piqa --profile newest",
+        "--tasks piqa --limit 0",
+        "--tasks piqa --task-file piqa",
+        "--data x --limit 5",
+        "--data x --perplexity words",
     ] {
-        let run = run(&[&["eval", "model"][..], args].concat());
-        assert_eq!((run.code, run.stdout.as_str()), (2, ""), "{args:?}: {}", run.stderr);
+        is_wrong_usage(&format!("eval model {rest}"));
     }
 }
 
 #[test]
 fn perplexities_follow_their_conventions() {
-    let fixture = fixture();
-    let model = at(&fixture.moe);
     let pages: Vec<String> = (0..5).map(page).collect();
-    let (rows, joined) = (fixture.out("rows.jsonl"), fixture.out("joined.txt"));
-    let lines: Vec<String> = pages.iter().map(|page| json!({ "text": page }).to_string()).collect();
-    fs::write(&rows, lines.join("\n")).unwrap();
-    fs::write(&joined, pages.join("\n\n")).unwrap();
-    let of = |data: &Path, more: &[&str]| json_of(&[&["eval", model, "--data", at(data)][..], more].concat());
+    let rows: Vec<String> = pages.iter().map(|page| json!({ "text": page }).to_string()).collect();
+    write("pages/rows.jsonl", rows.join("\n"));
+    write("pages/blank.jsonl", rows.join("\n{\"text\": \"\"}\n"));
+    write("pages/joined.txt", pages.join("\n\n"));
+    write("pages/wikitext/test.jsonl", rows.join("\n").replace("\"text\"", "\"page\""));
+    let of = |rest: &str| json_of(&format!("eval moe --data pages/{rest}"));
 
     // The windows of the joined rows are those of one text, without the last tokens.
-    let window = of(&rows, &["--perplexity", "window", "--seq", "32"])["window"].clone();
-    let windows = window["windows"].as_u64().unwrap();
-    assert!(windows > 3 && window["predicted"] == 31 * windows, "{window}");
-    let limit = (32 * windows).to_string();
-    let stream = of(&joined, &["--seq", "32", "--limit-tokens", &limit]);
+    let window = of("rows.jsonl --perplexity window --seq 32")["window"].take();
+    let windows = number(&window["windows"]);
+    assert!(windows > 3.0 && number(&window["predicted"]) == 31.0 * windows, "{window}");
+    let stream = of(&format!("joined.txt --seq 32 --limit-tokens {}", 32.0 * windows));
     assert_eq!(window["ppl"], stream["ppl"]);
     // Blank rows and the space around texts belong to the joined text.
-    let blank = fixture.out("blank.jsonl");
-    fs::write(&blank, lines.join("\n{\"text\": \"\"}\n")).unwrap();
-    let more = of(&blank, &["--perplexity", "window", "--seq", "32"]);
-    assert_ne!(more["window"]["ppl"], window["ppl"]);
+    let blank = of("blank.jsonl --perplexity window --seq 32");
+    assert_ne!(blank["window"]["ppl"], window["ppl"]);
 
     // By word and byte, as the harness's task does.
-    let rolling = of(&rows, &["--perplexity", "rolling", "--bos", "auto"])["rolling"].clone();
-    let folder = fixture.out("pages");
-    fs::create_dir_all(folder.join("wikitext")).unwrap();
-    fs::write(folder.join("wikitext/test.jsonl"), lines.join("\n").replace("\"text\"", "\"page\"")).unwrap();
-    let task = json_of(&["eval", model, "--tasks", "wikitext", "--task-data", at(&folder)]);
+    let rolling = of("rows.jsonl --perplexity rolling --bos auto")["rolling"].take();
+    let task = json_of("eval moe --tasks wikitext --task-data pages");
     for metric in ["word_perplexity", "byte_perplexity", "bits_per_byte"] {
-        let (ours, theirs) = (rolling[metric].as_f64().unwrap(), &task["results"]["wikitext"]);
-        let theirs = theirs[format!("{metric},none")].as_f64().unwrap();
+        let theirs = number(&task["results"]["wikitext"][format!("{metric},none")]);
+        let ours = number(&rolling[metric]);
         assert!((ours - theirs).abs() < 1e-12 * theirs, "{metric}: {ours}, {theirs}");
     }
-    assert_eq!((&rolling["documents"], &rolling["words"]), (&json!(5), &json!(5 * 17)));
+    agrees(&rolling, &json!({ "documents": 5, "words": 5 * 17 }));
 
-    let all = of(&rows, &["--perplexity", "stream,window,rolling", "--seq", "32"]);
+    let line = "rows.jsonl --perplexity stream,window,rolling --seq 32";
+    let all = of(line);
     assert!(all["ppl"].is_f64() && all["window"]["ppl"] == window["ppl"], "{all}");
-    let human = succeeds(&[
-        "eval",
-        model,
-        "--data",
-        at(&rows),
-        "--perplexity",
-        "stream,window,rolling",
-        "--seq",
-        "32",
-    ]);
-    for part in ["perplexity  ", "window perplexity", "word perplexity", "bits per byte"] {
-        assert!(human.contains(part), "{human}");
-    }
-    let long = ["eval", model, "--data", at(&rows), "--perplexity", "window", "--seq", "5000"];
-    fails(&long, &["tokens are fewer than one window of 5000; give more text, or a smaller --seq"]);
-    let limit = ["eval", model, "--data", at(&rows), "--perplexity", "rolling", "--limit-tokens", "50"];
-    fails(&limit, &["--stride, --limit-tokens and --cache are for --perplexity stream; leave them out"]);
+    let human = succeeds(&format!("eval moe --data pages/{line}"));
+    shows(&human, &["perplexity  ", "window perplexity", "word perplexity", "bits per byte"]);
+    fails(
+        "eval moe --data pages/rows.jsonl --perplexity window --seq 5000",
+        &["tokens are fewer than one window of 5000; give more text, or a smaller --seq"],
+    );
+    fails(
+        "eval moe --data pages/rows.jsonl --perplexity rolling --limit-tokens 50",
+        &["--stride, --limit-tokens and --cache are for --perplexity stream; leave them out"],
+    );
 }

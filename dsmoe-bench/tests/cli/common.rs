@@ -1,24 +1,17 @@
-//! A tiny model with its tokenizer and text, and the built command to run on them.
+//! A folder with tiny models, their tokenizer and text, and the built command that runs in it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::sync::OnceLock;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
+pub(crate) use dsmoe_datasets::DOC_SEPARATOR as SEPARATOR;
 use dsmoe_datasets::world::{Domain, World};
 use serde_json::{Value, json};
 
-/// Paths of the models and texts that the tests of one file share and do not change.
-pub(crate) struct Fixture {
-    pub(crate) dir: PathBuf,
-    pub(crate) text: PathBuf,
-    /// Two layers, hidden 32, intermediate 64, vocabulary 320, 128 positions.
-    pub(crate) dense: PathBuf,
-    /// `dense` with four experts.
-    pub(crate) moe: PathBuf,
-}
-
-pub(crate) const SEPARATOR: &str = dsmoe_datasets::DOC_SEPARATOR;
+pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_dsmoe");
 
 pub(crate) fn config() -> Value {
     json!({
@@ -31,83 +24,102 @@ pub(crate) fn config() -> Value {
 
 /// About `bytes` bytes of documents of the embedded world of that seed.
 pub(crate) fn text_of(seed: u64, bytes: u64) -> String {
-    let documents = |world: &World| -> Vec<String> {
-        Domain::ALL
-            .into_iter()
-            .flat_map(|domain| world.documents(domain, bytes).collect::<Vec<_>>())
-            .collect()
-    };
-    documents(&World::new(seed)).join(SEPARATOR)
+    let world = World::new(seed);
+    let documents = Domain::ALL.into_iter().flat_map(|domain| world.documents(domain, bytes));
+    documents.collect::<Vec<_>>().join(SEPARATOR)
 }
 
-/// Made once per test binary.
-pub(crate) fn fixture() -> &'static Fixture {
-    static FIXTURE: OnceLock<Fixture> = OnceLock::new();
-    FIXTURE.get_or_init(|| {
+/// The folder that all commands run in, made once per test binary. It holds
+/// - `text.txt`, `config.json` and `tokenizer.json`,
+/// - `dense`: two layers, hidden 32, intermediate 64, vocabulary 320, 128 positions,
+/// - `moe`: `dense` with four experts.
+pub(crate) fn folder() -> &'static Path {
+    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+    FOLDER.get_or_init(|| {
         let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("cli");
         if dir.exists() {
             fs::remove_dir_all(&dir).unwrap();
         }
         fs::create_dir_all(&dir).unwrap();
-        let fixture = Fixture {
-            text: dir.join("text.txt"),
-            dense: dir.join("dense"),
-            moe: dir.join("moe"),
-            dir: dir.clone(),
-        };
         let text = text_of(1, 40_000);
-        fs::write(&fixture.text, &text).unwrap();
+        fs::write(dir.join("text.txt"), &text).unwrap();
         dsmoe_datasets::train_bpe(text.split(SEPARATOR).map(str::to_owned), 320, &dir).unwrap();
         fs::write(dir.join("config.json"), config().to_string()).unwrap();
-        let tokenizer = dir.join("tokenizer.json");
-        succeeds(&[
-            "init",
-            "--config",
-            at(&dir.join("config.json")),
-            "--tokenizer",
-            at(&tokenizer),
-            "--out",
-            at(&fixture.dense),
-        ]);
-        succeeds(&["convert", at(&fixture.dense), "--experts", "4", "--out", at(&fixture.moe)]);
-        fixture
+        for line in [
+            "init --config config.json --tokenizer tokenizer.json --out dense",
+            "convert dense --experts 4 --out moe",
+        ] {
+            let run = finish(command_in(&dir, PROGRAM, line));
+            assert_eq!(run.code, 0, "{line}: {}", run.stderr);
+        }
+        dir
     })
 }
 
-impl Fixture {
-    /// A path for the output of one test.
-    pub(crate) fn out(&self, name: &str) -> PathBuf {
-        self.dir.join(format!("out-{name}"))
-    }
+/// A path in the folder.
+pub(crate) fn path(name: &str) -> PathBuf {
+    folder().join(name)
+}
 
-    /// A copy of the dense model for a test to spoil.
-    pub(crate) fn copy_of_dense(&self, name: &str) -> PathBuf {
-        let copy = self.out(name);
-        fs::create_dir(&copy).unwrap();
-        for entry in fs::read_dir(&self.dense).unwrap() {
-            let entry = entry.unwrap();
-            fs::copy(entry.path(), copy.join(entry.file_name())).unwrap();
-        }
-        copy
-    }
+/// Writes a file below the folder.
+pub(crate) fn write(name: &str, bytes: impl AsRef<[u8]>) {
+    let path = path(name);
+    fs::create_dir_all(path.parent().unwrap()).unwrap();
+    fs::write(path, bytes).unwrap();
+}
 
-    /// The dense model with another field in its config.json.
-    pub(crate) fn with_config(&self, name: &str, key: &str, value: Value) -> PathBuf {
-        let copy = self.copy_of_dense(name);
-        let mut config = config();
-        config[key] = value;
-        fs::write(copy.join("config.json"), config.to_string()).unwrap();
-        copy
+pub(crate) fn read(name: &str) -> String {
+    fs::read_to_string(path(name)).unwrap()
+}
+
+pub(crate) fn read_json(name: &str) -> Value {
+    serde_json::from_str(&read(name)).unwrap()
+}
+
+pub(crate) fn weights(dir: &str) -> Vec<u8> {
+    fs::read(path(dir).join("model.safetensors")).unwrap()
+}
+
+/// Copies the dense model for a test to spoil.
+pub(crate) fn copy_of_dense(name: &str) {
+    for entry in fs::read_dir(path("dense")).unwrap() {
+        let file = entry.unwrap().path();
+        write(&format!("{name}/{}", file.file_name().unwrap().display()), fs::read(&file).unwrap());
     }
 }
 
-pub(crate) fn at(path: &Path) -> &str {
-    path.to_str().unwrap()
+/// The arguments of a short training or evaluation on the text.
+pub(crate) fn on_text() -> String {
+    format!("--data text.txt --doc-separator {SEPARATOR}")
 }
 
-pub(crate) fn command(args: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_dsmoe"));
-    command.args(args).env_remove("DSMOE_ISA").env_remove("DSMOE_SHARED").stdin(Stdio::null());
+/// The words of a command line. What stands between single quotes is one word.
+fn words(line: &str) -> Vec<String> {
+    let parts = line.split('\'').enumerate();
+    let word = |(i, part): (usize, &str)| match i % 2 {
+        0 => part.split_whitespace().map(str::to_owned).collect(),
+        _ => vec![part.to_owned()],
+    };
+    parts.flat_map(word).collect()
+}
+
+fn command_in(dir: &Path, program: &str, line: &str) -> Command {
+    let mut command = Command::new(program);
+    command.args(words(line)).current_dir(dir).stdin(Stdio::null());
+    command.env_remove("DSMOE_ISA").env_remove("DSMOE_SHARED");
+    command
+}
+
+pub(crate) fn command(line: &str) -> Command {
+    command_in(folder(), PROGRAM, line)
+}
+
+/// The command with files limited to that many blocks of 512 or 1024 bytes: writing more fails as on a full disk.
+pub(crate) fn limited(blocks: u32, line: &str) -> Command {
+    // Without the signal the write fails.
+    let script = format!("trap '' XFSZ; ulimit -f {blocks}; exec \"$0\" \"$@\"");
+    let mut command = command_in(folder(), "sh", "");
+    command.args(["-c", &script, PROGRAM]).args(words(line));
     command
 }
 
@@ -118,45 +130,130 @@ pub(crate) struct Run {
     pub(crate) stderr: String,
 }
 
-pub(crate) fn run(args: &[&str]) -> Run {
-    finish(command(args))
-}
-
-pub(crate) fn finish(mut command: Command) -> Run {
-    let output = command.output().unwrap();
-    Run {
-        code: output.status.code().unwrap_or(-1),
-        stdout: String::from_utf8(output.stdout).unwrap(),
-        stderr: String::from_utf8(output.stderr).unwrap(),
+impl Run {
+    pub(crate) fn json(&self) -> Value {
+        assert_eq!(self.stdout.lines().count(), 1, "{}", self.stdout);
+        serde_json::from_str(&self.stdout).unwrap()
     }
 }
 
-pub(crate) fn succeeds(args: &[&str]) -> String {
-    let run = run(args);
-    assert_eq!(run.code, 0, "{args:?}: {}", run.stderr);
+impl From<Output> for Run {
+    fn from(output: Output) -> Run {
+        Run {
+            code: output.status.code().unwrap_or(-1),
+            stdout: String::from_utf8(output.stdout).unwrap(),
+            stderr: String::from_utf8(output.stderr).unwrap(),
+        }
+    }
+}
+
+pub(crate) fn finish(mut command: Command) -> Run {
+    command.output().unwrap().into()
+}
+
+pub(crate) fn run(line: &str) -> Run {
+    finish(command(line))
+}
+
+pub(crate) fn spawn(line: &str) -> Child {
+    command(line).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+}
+
+/// Waits until `ready`, and fails after a minute.
+pub(crate) fn wait_until(what: &str, mut ready: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !ready() {
+        assert!(Instant::now() < deadline, "{what}: not within a minute");
+        sleep(Duration::from_millis(1));
+    }
+}
+
+/// Sends a signal such as `-INT`, and waits for the end.
+pub(crate) fn end(child: Child, signal: &str) -> Run {
+    assert!(Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap().success());
+    child.wait_with_output().unwrap().into()
+}
+
+pub(crate) fn succeeds(line: &str) -> String {
+    let run = run(line);
+    assert_eq!(run.code, 0, "{line}: {}", run.stderr);
     run.stdout
 }
 
 /// The one object that a command prints with `--json`.
-pub(crate) fn json_of(args: &[&str]) -> Value {
-    let stdout = succeeds(&[args, &["--json"]].concat());
-    assert_eq!(stdout.lines().count(), 1, "{stdout}");
-    serde_json::from_str(&stdout).unwrap()
+pub(crate) fn json_of(line: &str) -> Value {
+    let run = run(&format!("{line} --json"));
+    assert_eq!(run.code, 0, "{line}: {}", run.stderr);
+    run.json()
 }
 
 /// Exit code 1 and one line on stderr that holds all of `parts`.
-pub(crate) fn fails(args: &[&str], parts: &[&str]) {
-    let run = run(&[args, &["--quiet"]].concat());
-    check_failure(&run, args, parts);
-    assert_eq!(run.stdout, "", "{args:?}");
+pub(crate) fn fails(line: &str, parts: &[&str]) {
+    let run = run(&format!("{line} --quiet"));
+    check_failure(&run, line, parts);
+    assert_eq!(run.stdout, "", "{line}");
 }
 
-pub(crate) fn check_failure(run: &Run, args: &[&str], parts: &[&str]) {
-    assert_eq!(run.code, 1, "{args:?}: {}{}", run.stdout, run.stderr);
-    assert_eq!(run.stderr.lines().count(), 1, "{args:?}: {}", run.stderr);
-    assert!(run.stderr.starts_with("dsmoe: error: "), "{args:?}: {}", run.stderr);
-    assert!(!run.stderr.contains("panicked"), "{args:?}: {}", run.stderr);
+pub(crate) fn check_failure(run: &Run, line: &str, parts: &[&str]) {
+    assert_eq!(run.code, 1, "{line}: {}{}", run.stdout, run.stderr);
+    assert_eq!(run.stderr.lines().count(), 1, "{line}: {}", run.stderr);
+    assert!(run.stderr.starts_with("dsmoe: error: "), "{line}: {}", run.stderr);
+    assert!(!run.stderr.contains("panicked"), "{line}: {}", run.stderr);
     for part in parts {
-        assert!(run.stderr.contains(part), "{args:?}: no `{part}` in: {}", run.stderr);
+        assert!(run.stderr.contains(part), "{line}: no `{part}` in: {}", run.stderr);
     }
+}
+
+/// Exit code 2, with the reason on stderr alone.
+pub(crate) fn is_wrong_usage(line: &str) -> String {
+    let run = run(line);
+    assert_eq!((run.code, run.stdout.as_str()), (2, ""), "{line}: {}", run.stderr);
+    assert!(!run.stderr.is_empty(), "{line}");
+    run.stderr
+}
+
+#[track_caller]
+pub(crate) fn shows(text: &str, parts: &[&str]) {
+    for part in parts {
+        assert!(text.contains(part), "no `{part}` in: {text}");
+    }
+}
+
+/// Checks that `value` has every key of that list of words.
+#[track_caller]
+pub(crate) fn has(value: &Value, keys: &str) {
+    for key in keys.split_whitespace() {
+        assert!(value.get(key).is_some(), "no {key} in {value}");
+    }
+}
+
+/// Checks that `value` has the keys and values of `part`, in nested objects too.
+#[track_caller]
+pub(crate) fn agrees(value: &Value, part: &Value) {
+    let Some(fields) = part.as_object() else {
+        assert_eq!(value, part);
+        return;
+    };
+    for (key, wanted) in fields {
+        match wanted.as_object() {
+            Some(_) => agrees(&value[key], wanted),
+            None => assert_eq!(&value[key], wanted, "{key} in {value}"),
+        }
+    }
+}
+
+#[track_caller]
+pub(crate) fn list(value: &Value) -> &[Value] {
+    value.as_array().unwrap_or_else(|| panic!("no list: {value}"))
+}
+
+#[track_caller]
+pub(crate) fn number(value: &Value) -> f64 {
+    value.as_f64().unwrap_or_else(|| panic!("no number: {value}"))
+}
+
+/// The texts under `key` in a list of objects.
+#[track_caller]
+pub(crate) fn texts<'a>(objects: &'a Value, key: &str) -> Vec<&'a str> {
+    list(objects).iter().map(|one| one[key].as_str().unwrap()).collect()
 }

@@ -7,6 +7,7 @@ mod commands;
 mod common;
 mod data;
 mod faults;
+mod golden;
 mod prune;
 mod reproduce;
 mod snapshots;

@@ -7,7 +7,7 @@ use std::fmt::Write as _;
 use std::fs;
 use std::path::PathBuf;
 
-use crate::common::{Run, command, finish, fixture, succeeds};
+use crate::common::{Run, run, succeeds};
 
 /// Command lines that fail, run in the folder of the models `dense` and `moe` and the text `text.txt`.
 const WRONG: [&str; 44] = [
@@ -62,8 +62,7 @@ fn help_is_as_it_was() {
     let mut texts = BTreeMap::new();
     let mut queue = vec![String::new()];
     while let Some(name) = queue.pop() {
-        let words: Vec<&str> = name.split_whitespace().chain(["--help"]).collect();
-        let text = succeeds(&words);
+        let text = succeeds(&format!("{name} --help"));
         let commands =
             text.split_once("Commands:\n").map_or("", |(_, rest)| rest.split("\n\n").next().unwrap_or(""));
         let names = commands.lines().filter_map(|line| line.strip_prefix("  ")?.split(' ').next());
@@ -78,14 +77,9 @@ fn help_is_as_it_was() {
 
 #[test]
 fn errors_are_as_they_were() {
-    let folder = &fixture().dir;
     let mut text = String::new();
     for line in WRONG {
-        let mut command = command(&line.split_whitespace().chain(["--quiet"]).collect::<Vec<_>>());
-        let Run { code, stdout, stderr } = finish({
-            command.current_dir(folder);
-            command
-        });
+        let Run { code, stdout, stderr } = run(&format!("{line} --quiet"));
         assert!([1, 2].contains(&code), "dsmoe {line}: {code}: {stdout}{stderr}");
         let _ = writeln!(text, "$ dsmoe {line}\n{stdout}{}[{code}]\n", machine_free(&stderr));
     }

@@ -1,71 +1,45 @@
 //! The embedded world, from its text to the scores of a model.
 
-use std::fs;
+use serde_json::json;
 
-use serde_json::Value;
-
-use crate::common::{at, fails, fixture, json_of, run, succeeds};
+use crate::common::{agrees, fails, is_wrong_usage, json_of, list, number, path, read, succeeds, write};
 
 #[test]
 fn text_tokenizer_and_probes_of_a_world_make_a_model_that_can_be_scored() {
-    let fixture = fixture();
-    let (world, start) = (fixture.out("world"), fixture.out("world-start"));
-    let make = ["data", "world", "--out", at(&world), "--seed", "3", "--bytes", "200kB", "--items", "12"];
-    let made = json_of(&make);
-    assert_eq!((&made["seed"], made["domains"].as_array().unwrap().len()), (&Value::from(3), 4));
-    let bytes: u64 =
-        made["domains"].as_array().unwrap().iter().map(|row| row["bytes"].as_u64().unwrap()).sum();
-    assert!((200_000..202_000).contains(&bytes), "{bytes}");
-    assert!(made["vocab_size"].as_u64().unwrap() <= 1536);
+    let made = json_of("data world --out world --seed 3 --bytes 200kB --items 12");
+    assert_eq!((&made["seed"], list(&made["domains"]).len()), (&3.into(), 4));
+    let bytes: f64 = list(&made["domains"]).iter().map(|row| number(&row["bytes"])).sum();
+    assert!((200_000.0..202_000.0).contains(&bytes), "{bytes}");
+    assert!(number(&made["vocab_size"]) <= 1536.0);
     for file in ["text/facts.jsonl", "text/stories.jsonl", "tokenizer.json", "probes/gsm8k/train.jsonl"] {
-        assert!(world.join(file).is_file(), "{file}");
+        assert!(path("world").join(file).is_file(), "{file}");
     }
 
-    let tokenizer = world.join("tokenizer.json");
-    succeeds(&["init", "--preset", "world", "--tokenizer", at(&tokenizer), "--out", at(&start)]);
-    let text = world.join("text");
-    let run_dir = fixture.out("world-run");
-    let train = ["train", at(&start), "--data", at(&text), "--out", at(&run_dir)];
-    succeeds(&[&train[..], &["--steps", "2", "--batch", "2", "--seq", "64", "--lr", "1e-3"]].concat());
-
-    let asked = ["eval", at(&run_dir), "--limit", "2"];
-    let world_seed = ["--tasks", "world", "--world-seed", "3"];
-    let scored = json_of(&[&asked[..], &world_seed].concat());
+    succeeds("init --preset world --tokenizer world/tokenizer.json --out world-start");
+    succeeds("train world-start --data world/text --out world-run --steps 2 --batch 2 --seq 64 --lr 1e-3");
+    let scored = json_of("eval world-run --limit 2 --tasks world --world-seed 3");
     let results = scored["results"].as_object().unwrap();
     assert_eq!(results.len(), 10, "{scored}");
-    assert!(results["world_piqa"]["acc,none"].as_f64().is_some(), "{scored}");
-    assert!(results["world_gsm8k"]["exact_match,strict-match"].as_f64().is_some(), "{scored}");
+    number(&results["world_gsm8k"]["exact_match,strict-match"]);
 
     // The files hold the same questions.
-    let probes = world.join("probes");
-    let files = ["--tasks", "piqa,winogrande", "--task-data", at(&probes)];
-    let from_files = json_of(&[&asked[..], &files].concat());
+    let files = json_of("eval world-run --limit 2 --tasks piqa,winogrande --task-data world/probes");
     for task in ["piqa", "winogrande"] {
-        assert_eq!(
-            from_files["results"][task]["acc,none"],
-            results[&format!("world_{task}")]["acc,none"],
-            "{task}"
-        );
+        let score = json!({ "acc,none": number(&results[&format!("world_{task}")]["acc,none"]) });
+        agrees(&files["results"][task], &score);
     }
 }
 
 #[test]
 fn a_world_is_not_written_over_what_is_there() {
-    let fixture = fixture();
-    let out = fixture.out("world-there");
-    fs::create_dir_all(&out).unwrap();
-    fs::write(out.join("mine.txt"), "mine").unwrap();
-    let make = ["data", "world", "--out", at(&out), "--bytes", "20kB", "--items", "8"];
-    fails(&make, &["world-there", "--force"]);
-    succeeds(&[&make[..], &["--force"]].concat());
-    assert_eq!(fs::read_to_string(out.join("mine.txt")).unwrap(), "mine");
-    fails(&["data", "world", "--out", at(&out.join("mine.txt"))], &["mine.txt"]);
-    fails(
-        &["data", "world", "--out", at(&fixture.out("world-small")), "--bytes", "9"],
-        &["--bytes 9", "10000"],
-    );
-    for (option, value) in [("--vocab", "100"), ("--items", "5"), ("--items", "100001")] {
-        let wrong = run(&["data", "world", "--out", at(&out), option, value]);
-        assert_eq!(wrong.code, 2, "{}", wrong.stderr);
+    write("world-there/mine.txt", "mine");
+    let make = "data world --out world-there --bytes 20kB --items 8";
+    fails(make, &["world-there", "--force"]);
+    succeeds(&format!("{make} --force"));
+    assert_eq!(read("world-there/mine.txt"), "mine");
+    fails("data world --out world-there/mine.txt", &["mine.txt"]);
+    fails("data world --out world-small --bytes 9", &["--bytes 9", "10000"]);
+    for option in ["--vocab 100", "--items 5", "--items 100001"] {
+        is_wrong_usage(&format!("data world --out world-there {option}"));
     }
 }

@@ -3,20 +3,14 @@
 
 use std::fs;
 
-use crate::imports::{Part, files, lex, without_tests};
+use regex::Captures;
+
+use crate::imports::{comments_and_literals, files, without_tests};
 use crate::{LAYERS, source_folder};
 
 /// Flags of other programs: of cargo, of the compiler of GPU kernels, and of the download commands of datasets.
-const OTHERS: [&str; 8] = [
-    "--features",
-    "--gpu-architecture",
-    "--std",
-    "--ptxas-options",
-    "--no-cache",
-    "--repo-type",
-    "--include",
-    "--local-dir",
-];
+const OTHERS: &str =
+    "--features --gpu-architecture --std --ptxas-options --no-cache --repo-type --include --local-dir";
 
 #[test]
 fn no_string_of_a_library_names_a_flag() {
@@ -44,27 +38,22 @@ fn flags_are_found_in_strings_alone() {
 /// The strings of a file outside of its tests.
 fn strings(text: &str) -> Vec<&str> {
     const MARK: char = '\u{1}';
-    let (mut code, mut all) = (String::new(), Vec::new());
-    for (kind, part) in lex(text) {
-        match kind {
-            Part::Code => code.push_str(part),
-            Part::Comment => code.push(' '),
-            Part::Literal => {
-                code.push_str(&format!("{MARK}{}{MARK}", all.len()));
-                all.push(part);
+    let mut all = Vec::new();
+    let code =
+        comments_and_literals().replace_all(text, |found: &Captures<'_>| match found.name("comment") {
+            Some(_) => " ".to_owned(),
+            None => {
+                all.push(&text[found.get_match().range()]);
+                format!("{MARK}{}{MARK}", all.len() - 1)
             }
-        }
-    }
+        });
     let (code, _) = without_tests(&code);
-    code.split(MARK)
-        .skip(1)
-        .step_by(2)
-        .map(|number| all[number.parse::<usize>().expect("a number")])
-        .collect()
+    let numbers = code.split(MARK).skip(1).step_by(2);
+    numbers.map(|number| all[number.parse::<usize>().expect("a number")]).collect()
 }
 
 fn names_a_flag(string: &str) -> bool {
-    let others = |rest: &str| OTHERS.iter().any(|other| rest.starts_with(other));
+    let others = |rest: &str| OTHERS.split(' ').any(|other| rest.starts_with(other));
     string.match_indices("--").any(|(at, _)| {
         let rest = &string[at..];
         rest[2..].starts_with(|c: char| c.is_ascii_lowercase())

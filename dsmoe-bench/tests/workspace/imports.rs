@@ -9,6 +9,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use regex::Regex;
+
 use crate::{LAYERS, source_folder};
 
 /// The most files of a circle.
@@ -46,11 +48,8 @@ fn imports_are_read_from_every_form_of_a_path() {
         ("c", "pub(crate) use crate::b::*; fn f(_: Deep) {}"),
     ];
     for (module, text) in files {
-        sources.add(
-            module.to_owned(),
-            if module.is_empty() { "lib".to_owned() } else { module.to_owned() },
-            text,
-        );
+        let file = if module.is_empty() { "lib" } else { module };
+        sources.add(module.to_owned(), file.to_owned(), text);
     }
     let graph = sources.graph();
     let edges = |file: &str| graph[file].iter().map(String::as_str).collect::<Vec<_>>();
@@ -115,9 +114,7 @@ impl Sources {
 
     /// Adds a file, and returns the child modules that it has for tests alone.
     fn add(&mut self, module: String, file: String, text: &str) -> Vec<String> {
-        let code: String =
-            lex(text).iter().map(|(kind, part)| if *kind == Part::Code { *part } else { " " }).collect();
-        let (code, test_modules) = without_tests(&code);
+        let (code, test_modules) = without_tests(&comments_and_literals().replace_all(text, " "));
         let (code, imports) = take_imports(&code);
         let children = test_modules.into_iter().map(|child| join(&module, &child)).collect();
         self.modules.insert(module, Module { file, imports, code });
@@ -217,70 +214,13 @@ pub(crate) fn files(folder: &Path) -> Vec<PathBuf> {
     found
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Part {
-    Code,
-    Comment,
-    /// A string or character.
-    Literal,
-}
-
-/// The parts of a source file, in their order.
-pub(crate) fn lex(text: &str) -> Vec<(Part, &str)> {
-    let mut parts = Vec::new();
-    let (mut start, mut at) = (0, 0);
-    while at < text.len() {
-        let rest = &text[at..];
-        let (kind, len) = if rest.starts_with("//") {
-            (Part::Comment, rest.find('\n').unwrap_or(rest.len()))
-        } else if rest.starts_with("/*") {
-            (Part::Comment, rest.find("*/").map_or(rest.len(), |end| end + 2))
-        } else if let Some(len) = literal(rest, &text[..at]) {
-            (Part::Literal, len)
-        } else {
-            at += rest.chars().next().map_or(1, char::len_utf8);
-            continue;
-        };
-        parts.push((Part::Code, &text[start..at]));
-        parts.push((kind, &text[at..at + len]));
-        at += len;
-        start = at;
-    }
-    parts.push((Part::Code, &text[start..]));
-    parts
-}
-
-/// The length of the string or character literal that `text` begins with.
-fn literal(text: &str, before: &str) -> Option<usize> {
-    let after_word = before.ends_with(|c: char| c.is_alphanumeric() || c == '_');
-    if !after_word && (text.starts_with('r') || text.starts_with("br")) {
-        let hashes_at = text.find('r')? + 1;
-        let hashes = text[hashes_at..].bytes().take_while(|&byte| byte == b'#').count();
-        if text[hashes_at + hashes..].starts_with('"') {
-            let begin = hashes_at + hashes + 1;
-            let end = format!("\"{}", "#".repeat(hashes));
-            return Some(text[begin..].find(&end).map_or(text.len(), |len| begin + len + end.len()));
-        }
-    }
-    let quote = text.chars().next().filter(|c| ['"', '\''].contains(c))?;
-    let mut escaped = false;
-    if quote == '\'' {
-        // A lifetime has no second quote after one character.
-        let mut inside = text[1..].chars();
-        let first = inside.next()?;
-        if first != '\\' && inside.next() != Some('\'') {
-            return None;
-        }
-    }
-    for (at, c) in text.char_indices().skip(1) {
-        match c {
-            _ if escaped => escaped = false,
-            '\\' => escaped = true,
-            c if c == quote => return Some(at + 1),
-            _ => {}
-        }
-    }
-    Some(text.len())
+/// Comments, in the group of that name, and literals: raw strings, strings and characters, but no lifetimes.
+pub(crate) fn comments_and_literals() -> Regex {
+    let raw = (0..4).map(|hashes| "#".repeat(hashes)).map(|hashes| format!(r#"\bb?r{hashes}".*?"{hashes}"#));
+    let raw = raw.collect::<Vec<_>>().join("|");
+    let comment = r"(?<comment>//[^\n]*|/\*.*?\*/)";
+    let others = r#""(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.[^']*)'"#;
+    Regex::new(&format!("(?s){comment}|{raw}|{others}")).expect("a constant pattern")
 }
 
 /// The code without items under `#[cfg(test)]`, and the names of modules in files of their own that are such items.
@@ -375,20 +315,10 @@ fn add_tree(tree: &str, prefix: &[String], public: bool, imports: &mut Vec<Impor
 
 /// The paths in code that is no `use`: their words.
 fn paths(code: &str) -> Vec<Vec<String>> {
-    let word = |c: char| c.is_alphanumeric() || c == '_';
-    let mut found = Vec::new();
-    let mut at = 0;
-    while let Some(next) = code[at..].find(|c: char| word(c) || c == ':') {
-        at += next;
-        let end = code[at..].find(|c: char| !word(c) && c != ':').map_or(code.len(), |len| at + len);
-        let text = code[at..end].trim_end_matches(':');
-        // Not a visibility such as pub(in path), and not the path of another crate.
-        if text.contains("::") && !text.starts_with("::") && !code[..at].ends_with("in ") {
-            found.push(text.split("::").map(str::to_owned).collect());
-        }
-        at = end;
-    }
-    found
+    // Not a visibility such as pub(in path), and not the path of another crate.
+    let path = Regex::new(r"(?<other>\bin |::)?(?<path>\w+(?:::\w+)+)").expect("a constant pattern");
+    let found = path.captures_iter(code).filter(|found| found.name("other").is_none());
+    found.map(|found| found["path"].split("::").map(str::to_owned).collect()).collect()
 }
 
 fn find_word(code: &str, word: &str) -> Option<usize> {

@@ -85,20 +85,10 @@ fn the_default_tree_builds_with_cargo_and_a_c_compiler_alone() {
         }
     }
     assert!(reached.len() > 50, "only {} packages reached", reached.len());
-    const FORBIDDEN: [&str; 9] = [
-        "cmake",
-        "bindgen",
-        "clang-sys",
-        "pkg-config",
-        "vcpkg",
-        "openblas-build",
-        "ureq",
-        "reqwest",
-        "cudarc",
-    ];
+    let forbidden = "cmake bindgen clang-sys pkg-config vcpkg openblas-build ureq reqwest cudarc";
     for package in packages.iter().filter(|p| reached.contains(p["id"].as_str().expect("id"))) {
         let name = package["name"].as_str().expect("name");
-        assert!(!FORBIDDEN.contains(&name), "{name} is in the default tree");
+        assert!(!forbidden.split(' ').any(|other| other == name), "{name} is in the default tree");
         // rayon-core's `links` only keeps two versions of its thread pool apart; it links nothing.
         assert!(
             package["links"].is_null() || name == "rayon-core",

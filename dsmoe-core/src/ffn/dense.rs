@@ -2,8 +2,8 @@
 
 use std::any::Any;
 
-use dsmoe_kernels::Precision;
 use dsmoe_kernels::expert_ffn::{self, Dims, PackedWeights, Saved, WeightGrads, Weights};
+use dsmoe_kernels::{Activation, Precision};
 
 use super::{
     DeviceFfn, Ffn, FfnBackward, FfnForward, FfnInference, FfnKind, FfnReport, FfnScratch, PackedFfn,
@@ -26,7 +26,7 @@ impl DenseFfn {
 
     fn dims(&self, tokens: usize) -> Dims {
         let (hidden, intermediate) = (self.hidden, self.intermediate);
-        Dims { tokens, hidden, intermediate, num_experts: 1, all_pairs: true }
+        Dims { tokens, hidden, intermediate, num_experts: 1, all_pairs: true, activation: Activation::Silu }
     }
 
     fn lens(&self) -> [usize; 3] {
@@ -47,7 +47,7 @@ impl PackedFfn for PackedDense {
             x,
             weights: &self.0,
             pairs: expert_ffn::Pairs::Dense,
-            dims: expert_ffn::Dims::dense(tokens, self.0.hidden(), self.0.intermediate()),
+            dims: expert_ffn::Dims::dense(tokens, self.0.hidden(), self.0.intermediate(), Activation::Silu),
             scratch: &mut scratch.experts,
         }
         .run();
@@ -73,7 +73,7 @@ impl Ffn for DenseFfn {
 
     fn pack(&self, params: &[f32], precision: Precision) -> Box<dyn PackedFfn> {
         let [gate, up, down] = split(params, self.lens());
-        let weights = Weights { gate, up, down };
+        let weights = Weights { gate, up, down, biases: None };
         Box::new(PackedDense(PackedWeights::new(precision, &weights, self.hidden, self.intermediate, 1)))
     }
 
@@ -90,14 +90,14 @@ impl Ffn for DenseFfn {
         let saved = saved.downcast_mut::<Saved>().expect("saved by a dense FFN");
         let [gate, up, down] = split(params, self.lens());
         let tokens = x.len() / self.hidden;
-        let weights = Weights { gate, up, down };
+        let weights = Weights { gate, up, down, biases: None };
         expert_ffn::ForwardTrain {
             y,
             saved,
             x,
             weights: &weights,
             pairs: expert_ffn::Pairs::Dense,
-            dims: expert_ffn::Dims::dense(tokens, self.hidden, self.intermediate),
+            dims: expert_ffn::Dims::dense(tokens, self.hidden, self.intermediate, Activation::Silu),
             scratch: &mut scratch.experts,
         }
         .run();
@@ -113,13 +113,13 @@ impl Ffn for DenseFfn {
         expert_ffn::Backward {
             dx,
             dcoefficients: None,
-            grads: WeightGrads { gate: dgate, up: dup, down: ddown },
+            grads: WeightGrads { gate: dgate, up: dup, down: ddown, biases: None },
             dy,
             saved,
             x,
-            weights: &Weights { gate, up, down },
+            weights: &Weights { gate, up, down, biases: None },
             pairs: expert_ffn::Pairs::Dense,
-            dims: expert_ffn::Dims::dense(tokens, self.hidden, self.intermediate),
+            dims: expert_ffn::Dims::dense(tokens, self.hidden, self.intermediate, Activation::Silu),
             scratch: &mut scratch.experts,
         }
         .run();

@@ -3,7 +3,7 @@
 use std::any::Any;
 
 use dsmoe_kernels::expert_ffn::{self, Dims, PackedWeights, Saved, WeightGrads, Weights};
-use dsmoe_kernels::{Precision, linear};
+use dsmoe_kernels::{Activation, Precision, linear};
 use dsmoe_router::sparsity::{self, SparsityOver};
 use dsmoe_router::{Routed, RouterConfig, ste};
 use ndarray::{ArrayView2, ArrayViewMut2};
@@ -57,6 +57,7 @@ impl DsmoeFfn {
             intermediate: self.intermediate,
             num_experts: self.router.num_experts,
             all_pairs: self.router.ste,
+            activation: Activation::Silu,
         }
     }
 
@@ -173,7 +174,7 @@ impl Ffn for DsmoeFfn {
 
     fn pack(&self, params: &[f32], precision: Precision) -> Box<dyn PackedFfn> {
         let [gate, up, down, router, bias] = split(params, self.lens());
-        let (weights, n) = (Weights { gate, up, down }, self.router.num_experts);
+        let (weights, n) = (Weights { gate, up, down, biases: None }, self.router.num_experts);
         Box::new(PackedDsmoe {
             ffn: self.clone(),
             weights: PackedWeights::new(precision, &weights, self.hidden, self.intermediate, n),
@@ -204,7 +205,7 @@ impl Ffn for DsmoeFfn {
             y,
             saved: &mut saved.experts,
             x,
-            weights: &Weights { gate, up, down },
+            weights: &Weights { gate, up, down, biases: None },
             pairs: expert_ffn::Pairs::Routed(&routes(&saved.routed.routing)),
             dims: self.dims(x.len() / self.hidden),
             scratch: experts,
@@ -230,11 +231,11 @@ impl Ffn for DsmoeFfn {
         expert_ffn::Backward {
             dx,
             dcoefficients: Some(dcoefficients),
-            grads: WeightGrads { gate: dgate, up: dup, down: ddown },
+            grads: WeightGrads { gate: dgate, up: dup, down: ddown, biases: None },
             dy,
             saved,
             x,
-            weights: &Weights { gate, up, down },
+            weights: &Weights { gate, up, down, biases: None },
             pairs: expert_ffn::Pairs::Routed(&routes(&routed.routing)),
             dims,
             scratch: experts,

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::Path;
 
+use crate::support::read;
 use dsmoe_core::checkpoint::{
     Checkpoint, Dtype, OutputDir, TensorInfo, Writer, check_llama_tensors, tensor_names,
 };
@@ -19,12 +20,6 @@ fn info(name: &str, dtype: Dtype, shape: &[usize]) -> TensorInfo {
 
 fn values(n: usize) -> Vec<f32> {
     (0..n).map(|i| (i as f32 - 7.0) / 8.0).collect()
-}
-
-fn read(checkpoint: &Checkpoint, name: &str, n: usize) -> Vec<f32> {
-    let mut found = vec![0.0; n];
-    checkpoint.read_f32(name, &mut found).unwrap();
-    found
 }
 
 #[test]

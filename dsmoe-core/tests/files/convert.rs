@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use crate::support::{quiet, read};
 use dsmoe_core::checkpoint::{Checkpoint, Dtype, check_llama_tensors};
 use dsmoe_core::config::{Config, PartitionKind};
 use dsmoe_core::convert::{ConvertOptions, ConvertProgress, PartitionSpec, RouterStart, convert};
@@ -13,8 +14,6 @@ use dsmoe_core::partition::Partition;
 use dsmoe_kernels::testing::{refused, shared};
 use dsmoe_router::{RouterConfig, RouterInit, RouterValues};
 use proptest::prelude::*;
-
-fn quiet<T>(_: T) {}
 
 type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
 
@@ -37,13 +36,6 @@ fn small(dir: &Path, dtype: Dtype) -> PathBuf {
     let out = dir.join("dense");
     init(&config, &out, &InitOptions { dtype, seed: 3, ..InitOptions::default() }, &mut quiet).unwrap();
     out
-}
-
-/// The values of a tensor of `n` f32 values.
-fn read(checkpoint: &Checkpoint, name: &str, n: usize) -> Vec<f32> {
-    let mut found = vec![0.0; n];
-    checkpoint.read_f32(name, &mut found).unwrap();
-    found
 }
 
 /// Experts of `width` neurons that step through the layer.

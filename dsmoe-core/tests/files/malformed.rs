@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::support::small_config;
+use crate::support::{quiet, small_config};
 use dsmoe_core::Result;
 use dsmoe_core::checkpoint::{Checkpoint, Dtype, OutputDir, TensorInfo, Writer, check_llama_tensors};
 use dsmoe_core::config::Config;
@@ -14,8 +14,6 @@ use dsmoe_kernels::Precision;
 use dsmoe_kernels::testing::refused;
 use dsmoe_router::RouterInit;
 use tempfile::TempDir;
-
-fn quiet<T>(_: T) {}
 
 /// A model of two small layers in a directory of its own.
 struct Fixture {
@@ -78,6 +76,11 @@ impl Fixture {
         check_llama_tensors(&config, &Checkpoint::open(&self.dir)?).map(|_| ())
     }
 
+    #[track_caller]
+    fn refused(&self, parts: &[&str]) {
+        refused(self.check(), parts);
+    }
+
     fn convert(&self, options: &ConvertOptions) -> Result<ConvertReport> {
         let report = convert(&self.dir, &self.out(), options, &mut quiet);
         if report.is_err() {
@@ -116,19 +119,14 @@ fn truncated_data() {
     let path = fixture.dir.join("model.safetensors");
     let len = fs::metadata(&path).unwrap().len();
     fs::File::options().write(true).open(&path).unwrap().set_len(len - 1).unwrap();
-    refused(
-        fixture.check(),
-        &["model.safetensors: header describes", "bytes of data", "copy the file again"],
-    );
+    fixture.refused(&["model.safetensors: header describes", "bytes of data", "copy the file again"]);
 }
 
 #[test]
 fn no_weights() {
     let work = tempfile::tempdir().unwrap();
-    refused(
-        Checkpoint::open(work.path()),
-        &["no model.safetensors", "model.safetensors.index.json", "save_pretrained"],
-    );
+    let parts = ["no model.safetensors", "model.safetensors.index.json", "save_pretrained"];
+    refused(Checkpoint::open(work.path()), &parts);
     refused(Config::load(work.path()), &["config.json", "No such file"]);
 }
 
@@ -138,10 +136,7 @@ fn index_to_a_missing_shard() {
     assert!(fixture.check().is_ok());
     let shard = fixture.shard(2);
     fs::remove_file(fixture.dir.join(&shard)).unwrap();
-    refused(
-        fixture.check(),
-        &["model.safetensors.index.json: tensor model.", &shard, "is missing", "copy that file"],
-    );
+    fixture.refused(&["model.safetensors.index.json: tensor model.", &shard, "is missing", "copy that file"]);
 }
 
 #[test]
@@ -149,7 +144,7 @@ fn index_that_names_a_path() {
     for path in ["../model.safetensors", "/etc/passwd", "", "..", "a/b.safetensors"] {
         let fixture = Fixture::sharded(4000);
         fixture.edit("model.safetensors.index.json", &fixture.shard(1), path);
-        refused(fixture.check(), &["model.safetensors.index.json: tensor", "not a file name", "name a file"]);
+        fixture.refused(&["model.safetensors.index.json: tensor", "not a file name", "name a file"]);
     }
 }
 
@@ -157,15 +152,12 @@ fn index_that_names_a_path() {
 fn index_and_shards_that_disagree() {
     let fixture = Fixture::sharded(4000);
     fixture.edit("model.safetensors.index.json", "model.norm.weight", "model.morn.weight");
-    refused(fixture.check(), &["tensor model.norm.weight is not in the index", "add it to"]);
+    fixture.refused(&["tensor model.norm.weight is not in the index", "add it to"]);
     let text = fs::read_to_string(fixture.dir.join("model.safetensors.index.json")).unwrap();
     let last = text.rfind("model-0").map(|at| &text[at..at + 32]).unwrap();
     let more = format!("\"model.morn.weight\": \"{last}\", \"model.norm.weight\"");
     fixture.edit("model.safetensors.index.json", "\"model.morn.weight\"", &more);
-    refused(
-        fixture.check(),
-        &["index.json: tensor model.morn.weight is not in the shard", "copy index and shards"],
-    );
+    fixture.refused(&["index.json: tensor model.morn.weight is not in the shard", "copy index and shards"]);
 }
 
 #[test]
@@ -174,13 +166,10 @@ fn index_that_is_not_one() {
     let path = fixture.dir.join("model.safetensors.index.json");
     for text in ["", "[]", "{}", r#"{"weight_map": {"a": 1}}"#] {
         fs::write(&path, text).unwrap();
-        refused(
-            fixture.check(),
-            &["model.safetensors.index.json: not an index of shards", "copy the file again"],
-        );
+        fixture.refused(&["model.safetensors.index.json: not an index of shards", "copy the file again"]);
     }
     fs::write(&path, [0xff, 0xfe]).unwrap();
-    refused(fixture.check(), &["model.safetensors.index.json: not UTF-8 at byte 0"]);
+    fixture.refused(&["model.safetensors.index.json: not UTF-8 at byte 0"]);
 }
 
 #[test]
@@ -209,22 +198,20 @@ fn config_of_another_model() {
     let fixture = Fixture::new();
     for (from, to, parts) in cases {
         fixture.edit("config.json", from, to);
-        refused(fixture.check(), parts);
+        fixture.refused(parts);
         fixture.edit("config.json", to, from);
     }
     fixture.edit_header("layers.1.mlp.up_proj", "layers.1.mlp.pu_proj");
     let missing = "model: tensor model.layers.1.mlp.up_proj.weight is missing";
-    refused(fixture.check(), &[missing, "this config.json"]);
+    fixture.refused(&[missing, "this config.json"]);
 }
 
 #[test]
 fn wrong_dtype() {
     let fixture = Fixture::new();
     fixture.edit_header("F32", "I32");
-    refused(
-        fixture.check(),
-        &["model.safetensors: tensor model.embed_tokens.weight has dtype I32", "store it as F32"],
-    );
+    fixture
+        .refused(&["model.safetensors: tensor model.embed_tokens.weight has dtype I32", "store it as F32"]);
     let checkpoint = Checkpoint::open(&fixture.dir).unwrap();
     let read = checkpoint.read_f32("model.embed_tokens.weight", &mut vec![0.0; 20 * 16]);
     refused(read, &["model.safetensors: tensor model.embed_tokens.weight has dtype I32", "use F32"]);
@@ -235,10 +222,8 @@ fn reads_of_another_size() {
     let fixture = Fixture::new();
     let checkpoint = Checkpoint::open(&fixture.dir).unwrap();
     let name = "model.layers.0.mlp.down_proj.weight";
-    refused(
-        checkpoint.read_f32(name, &mut [0.0; 3]),
-        &["model.safetensors: tensor", name, "[16, 12], not 3"],
-    );
+    let read = checkpoint.read_f32(name, &mut [0.0; 3]);
+    refused(read, &["model.safetensors: tensor", name, "[16, 12], not 3"]);
     refused(checkpoint.read_f32("a", &mut []), &["model: tensor a is missing"]);
     refused(checkpoint.read_i32(name), &["tensor", name, "has dtype F32, not I32"]);
 }
@@ -251,23 +236,18 @@ fn tied_head_that_differs() {
     fs::remove_dir_all(&fixture.dir).unwrap();
     init(&untied, &fixture.dir, &InitOptions::default(), &mut quiet).unwrap();
     fixture.edit("config.json", "\"tie_word_embeddings\": false", "\"tie_word_embeddings\": true");
-    refused(
-        fixture.check(),
-        &["model.safetensors: tensor lm_head.weight differs from", "set tie_word_embeddings to false"],
-    );
+    let differs = "model.safetensors: tensor lm_head.weight differs from";
+    fixture.refused(&[differs, "set tie_word_embeddings to false"]);
 }
 
 #[test]
 fn experts_that_do_not_divide() {
     let fixture = Fixture::new();
-    refused(
-        fixture.convert(&ConvertOptions::new(8)),
-        &["config.json: intermediate_size 12 is not divisible by 8 experts; use one of 1, 2, 3, 4, 6, 12"],
-    );
-    refused(
-        dsmoe_core::partition::Partition::contiguous(172, 8),
-        &["intermediate_size 172 is not divisible by 8 experts; use one of 1, 2, 4, 43"],
-    );
+    let eight =
+        "config.json: intermediate_size 12 is not divisible by 8 experts; use one of 1, 2, 3, 4, 6, 12";
+    refused(fixture.convert(&ConvertOptions::new(8)), &[eight]);
+    let other = "intermediate_size 172 is not divisible by 8 experts; use one of 1, 2, 4, 43";
+    refused(dsmoe_core::partition::Partition::contiguous(172, 8), &[other]);
     refused(fixture.convert(&ConvertOptions::new(0)), &["num_experts is 0; use 1 to 65536"]);
 }
 
@@ -350,10 +330,8 @@ fn output_that_is_not_empty() {
     fs::write(out.join("notes.txt"), "mine").unwrap();
     refused(fixture.convert(&ConvertOptions::new(4)), &["out is not empty; choose another out or set force"]);
     let force = ConvertOptions { force: true, ..ConvertOptions::new(4) };
-    refused(
-        fixture.convert(&force),
-        &["out: is not a model directory and is not replaced", "choose another out"],
-    );
+    let foreign = "out: is not a model directory and is not replaced";
+    refused(fixture.convert(&force), &[foreign, "choose another out"]);
     assert_eq!(fs::read_to_string(out.join("notes.txt")).unwrap(), "mine");
     fs::write(out.join("config.json"), "{}").unwrap();
     fixture.convert(&force).unwrap();

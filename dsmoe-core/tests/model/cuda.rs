@@ -9,7 +9,7 @@ use dsmoe_core::model::cuda::{CudaStep, CudaTrainer};
 use dsmoe_core::model::{After, Batch, Cache, Inference, Model, Segment, StepArgs, Workspace};
 use dsmoe_kernels::testing::{distance, has_gpu, norm, refused, shared, too_far};
 use dsmoe_kernels::{Precision, adamw};
-use dsmoe_router::{GateValue, Rescale, RoutingStats, SparsityOver, ZeroActive};
+use dsmoe_router::{GateValue, Rescale, RouterConfig, RoutingStats, SparsityOver, ZeroActive};
 
 use crate::{golden, logits, losses, step_args, train, write_dense};
 
@@ -44,11 +44,8 @@ fn models(dir: &Path) -> Vec<(String, PathBuf)> {
         ];
         for (i, (gate_value, rescale, zero_active, ste)) in kinds.into_iter().enumerate() {
             let out = dir.join(format!("{name}-{i}"));
-            let mut options = ConvertOptions::new(8);
-            options.router.gate_value = gate_value;
-            options.router.rescale = rescale;
-            options.router.zero_active = zero_active;
-            options.router.ste = ste;
+            let router = RouterConfig { gate_value, rescale, zero_active, ste, ..RouterConfig::new(8) };
+            let options = ConvertOptions { router, ..ConvertOptions::new(8) };
             convert(&dense, &out, &options, &mut |_| {}).unwrap();
             decide_gates(&out);
             all.push((format!("{name} {gate_value} {rescale} {zero_active} ste {ste}"), out));

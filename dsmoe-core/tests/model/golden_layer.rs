@@ -10,7 +10,7 @@ use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::linear::{self, reference as linear_reference};
 use dsmoe_kernels::matmul::reference::transpose;
 use dsmoe_kernels::testing::{assert_close, assert_close_f64, f64s, shared};
-use dsmoe_kernels::{Precision, expert_ffn};
+use dsmoe_kernels::{Activation, Precision, expert_ffn};
 use dsmoe_router::sparsity::{SparsityGrad, SparsityOver};
 use dsmoe_router::{GateValue, Rescale, RouterConfig, ZeroActive, reference as router_reference};
 use serde::Deserialize;
@@ -51,6 +51,7 @@ impl Case {
             intermediate: self.intermediate,
             num_experts: self.num_experts,
             all_pairs: self.ste,
+            activation: Activation::Silu,
         }
     }
 }
@@ -101,7 +102,7 @@ fn the_f64_definition_is_pytorchs() {
             routed.mask.chunks(n).map(|row| row.iter().filter(|m| **m).count()).collect();
         assert_eq!(active, case.active, "{name}: active experts");
         let (mask, coef, dims) = (&routed.mask, &routed.coef, case.dims());
-        let layer = expert_ffn::reference::Layer { x, gate, up, down: &down, mask, coef, dims };
+        let layer = expert_ffn::reference::Layer { x, gate, up, down: &down, biases: None, mask, coef, dims };
         let y = expert_ffn::reference::forward(layer);
         check("y", &y);
         let lm = |y: &[f64]| y.iter().zip(r).map(|(y, r)| y * r).sum::<f64>();

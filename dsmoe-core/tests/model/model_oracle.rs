@@ -143,12 +143,8 @@ impl<'g> Oracle<'g> {
         t::convert_to_tensor(Array2::from_shape_fn((rows, cols), |(i, j)| f(i, j)), self.ctx)
     }
 
-    fn p(&self, name: &str) -> Tensor<'g> {
-        self.params[name]
-    }
-
     fn layer(&self, i: usize, name: &str) -> Tensor<'g> {
-        self.p(&format!("model.layers.{i}.{name}"))
+        self.params[&format!("model.layers.{i}.{name}")]
     }
 
     /// x y^T of `[TOKENS, HEAD_DIM]` matrices, as a sum of outer products: the crate's transpose reads out of
@@ -257,7 +253,7 @@ impl<'g> Oracle<'g> {
             let ids = ids.to_vec();
             self.constant(TOKENS, VOCAB, move |r, c| if ids[r] as usize == c { 1.0 } else { 0.0 })
         };
-        let embed = self.p("model.embed_tokens.weight");
+        let embed = self.params["model.embed_tokens.weight"];
         let mut x = t::matmul(one_hot(inputs), embed);
         let mut gates = Vec::new();
         for i in 0..LAYERS {
@@ -267,8 +263,8 @@ impl<'g> Oracle<'g> {
             x = x + y;
             gates.extend(gate);
         }
-        let h = self.rms_norm(x, self.p("model.norm.weight"));
-        let log_p = t::log_softmax(t::matmul(h, self.p("lm_head.weight")), 1);
+        let h = self.rms_norm(x, self.params["model.norm.weight"]);
+        let log_p = t::log_softmax(t::matmul(h, self.params["lm_head.weight"]), 1);
         let mut loss = t::sum_all(log_p * one_hot(targets)) * t::scalar(-scale, self.ctx);
         if !gates.is_empty() {
             let weight = self.case.sparsity_weight / (LAYERS * TOKENS * EXPERTS) as f64;

@@ -54,13 +54,15 @@ type Sized0<T> = Matrix<T, [(); 0]>;
 #[derive(Debug)]
 pub struct GpuBuf<T: Element>(Sized0<T>);
 
-/// A part of a matrix, to read.
+/// A part of a matrix, which it borrows as `B` does.
 #[derive(Debug)]
-pub struct View<'a, T: Element>(Sized0<T>, PhantomData<&'a T>);
+pub struct Part<T: Element, B>(Sized0<T>, PhantomData<B>);
+
+/// A part of a matrix, to read.
+pub type View<'a, T> = Part<T, &'a T>;
 
 /// A part of a matrix, to write.
-#[derive(Debug)]
-pub struct ViewMut<'a, T: Element>(Sized0<T>, PhantomData<&'a mut T>);
+pub type ViewMut<'a, T> = Part<T, &'a mut T>;
 
 impl Gpu {
     /// Makes a vector of zeros.
@@ -125,15 +127,7 @@ impl<T: Element> DerefMut for GpuBuf<T> {
     }
 }
 
-impl<T: Element> Deref for View<'_, T> {
-    type Target = Matrix<T>;
-
-    fn deref(&self) -> &Matrix<T> {
-        &self.0
-    }
-}
-
-impl<T: Element> Deref for ViewMut<'_, T> {
+impl<T: Element, B> Deref for Part<T, B> {
     type Target = Matrix<T>;
 
     fn deref(&self) -> &Matrix<T> {
@@ -173,7 +167,7 @@ impl<T: Element> Matrix<T> {
     /// # Panics
     /// The range is outside the matrix.
     pub fn part(&self, rows: Range<usize>) -> View<'_, T> {
-        View(self.place_of(rows), PhantomData)
+        Part(self.place_of(rows), PhantomData)
     }
 
     /// Returns some of the rows, to write.
@@ -181,7 +175,7 @@ impl<T: Element> Matrix<T> {
     /// # Panics
     /// The range is outside the matrix.
     pub fn part_mut(&mut self, rows: Range<usize>) -> ViewMut<'_, T> {
-        ViewMut(self.place_of(rows), PhantomData)
+        Part(self.place_of(rows), PhantomData)
     }
 
     /// Returns ranges of rows, each behind the one before it, to write.
@@ -191,7 +185,7 @@ impl<T: Element> Matrix<T> {
     pub fn parts<const N: usize>(&mut self, ranges: [Range<usize>; N]) -> [ViewMut<'_, T>; N] {
         let apart = ranges.iter().zip(ranges.iter().skip(1)).all(|(one, next)| one.end <= next.start);
         assert!(apart, "gpu: {ranges:?}");
-        ranges.map(|rows| ViewMut(self.place_of(rows), PhantomData))
+        ranges.map(|rows| Part(self.place_of(rows), PhantomData))
     }
 
     /// Returns the first values as a matrix of another shape, to read.
@@ -199,7 +193,7 @@ impl<T: Element> Matrix<T> {
     /// # Panics
     /// There are fewer values.
     pub fn shaped(&self, rows: usize, cols: usize) -> View<'_, T> {
-        View(self.first(rows, cols), PhantomData)
+        Part(self.first(rows, cols), PhantomData)
     }
 
     /// Returns the first values as a matrix of another shape, to write.
@@ -207,7 +201,7 @@ impl<T: Element> Matrix<T> {
     /// # Panics
     /// There are fewer values.
     pub fn shaped_mut(&mut self, rows: usize, cols: usize) -> ViewMut<'_, T> {
-        ViewMut(self.first(rows, cols), PhantomData)
+        Part(self.first(rows, cols), PhantomData)
     }
 
     fn place_of(&self, range: Range<usize>) -> Sized0<T> {

@@ -129,13 +129,11 @@ impl Gpu {
         let stream = self.stream();
         stream.bind()?;
         let mut blas = self.0.blas.lock().unwrap_or_else(PoisonError::into_inner);
-        if blas.is_none() {
-            *blas = Some(Blas::new(stream)?);
-        }
-        match &mut *blas {
-            Some(blas) => with(blas, stream),
-            None => Err(CudaError::Size("cuBLASLt was not opened".to_owned())),
-        }
+        let blas = match &mut *blas {
+            Some(blas) => blas,
+            none => none.insert(Blas::new(stream)?),
+        };
+        with(blas, stream)
     }
 
     pub(super) fn stream(&self) -> &Stream {

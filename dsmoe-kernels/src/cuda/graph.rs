@@ -41,6 +41,7 @@ impl Graph {
 
 /// A graph with the buffers it works on. [`Recorded::run`] records its ops at the second call and replays them at every
 /// later one. Ops that cannot be recorded are queued one by one at every call.
+#[derive(Debug, Default)]
 pub struct Recorded<W> {
     /// Buffers that the ops use. None of them may be replaced once the ops are recorded, as a graph names their addresses.
     pub work: W,
@@ -107,17 +108,5 @@ impl<W> Recorded<W> {
     /// Forgets what was recorded; the work may then change.
     pub fn forget(&mut self) {
         self.state = State::New;
-    }
-}
-
-impl<W: Default> Default for Recorded<W> {
-    fn default() -> Self {
-        Recorded::new(W::default())
-    }
-}
-
-impl<W: std::fmt::Debug> std::fmt::Debug for Recorded<W> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Recorded").field("work", &self.work).finish_non_exhaustive()
     }
 }

@@ -22,7 +22,7 @@ mod kernel;
 pub mod ops;
 mod stream;
 
-pub use buf::{Element, Float, GpuBuf, Matrix, View, ViewMut};
+pub use buf::{Element, Float, GpuBuf, Matrix, Part, View, ViewMut};
 pub use compile::{Compiled, compile, nvrtc_version};
 pub use detect::{Detection, DeviceInfo, Libraries, cublaslt_version, detect, driver_version, libraries};
 pub use device::Gpu;

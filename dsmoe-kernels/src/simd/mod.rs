@@ -18,6 +18,9 @@ pub(crate) use math::{clamp, exp, sigmoid, tanh};
 pub(crate) use portable::Portable;
 pub(crate) use product::{Product, ProductKernel, SQUARE, pair};
 
+/// Lanes of the widest tier.
+const MOST_LANES: usize = 16;
+
 /// A vector of `f32` lanes and the operations kernels need.
 pub(crate) trait Simd: Copy + Send + Sync {
     /// The vector register.
@@ -52,7 +55,12 @@ pub(crate) trait Simd: Copy + Send + Sync {
     /// Adds the lanes in a fixed order.
     fn reduce_add(self, a: Self::V) -> f32;
     /// Returns the largest lane.
-    fn reduce_max(self, a: Self::V) -> f32;
+    #[inline(always)]
+    fn reduce_max(self, a: Self::V) -> f32 {
+        let mut lanes = [0.0; MOST_LANES];
+        self.store(&mut lanes, a);
+        lanes[..Self::LANES].iter().copied().fold(f32::NEG_INFINITY, f32::max)
+    }
 }
 
 /// A kernel body with its arguments; see the docs of the module.

@@ -82,8 +82,4 @@ impl Simd for Portable {
     fn reduce_add(self, a: Self::V) -> f32 {
         ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7]))
     }
-    #[inline(always)]
-    fn reduce_max(self, a: Self::V) -> f32 {
-        a.into_iter().fold(f32::NEG_INFINITY, f32::max)
-    }
 }

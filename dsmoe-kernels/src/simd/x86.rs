@@ -223,12 +223,6 @@ impl Simd for Avx2 {
         // SAFETY: token.
         unsafe { sum_of_8(a) }
     }
-    #[inline(always)]
-    fn reduce_max(self, a: Self::V) -> f32 {
-        let mut lanes = [0.0f32; 8];
-        self.store(&mut lanes, a);
-        lanes.into_iter().fold(f32::NEG_INFINITY, f32::max)
-    }
 }
 
 /// The 16-lane tiers differ in their matrix products alone.
@@ -335,12 +329,6 @@ macro_rules! sixteen_lanes {
                 let sums = unsafe { _mm256_add_ps(low, high) };
                 // SAFETY: token.
                 unsafe { sum_of_8(sums) }
-            }
-            #[inline(always)]
-            fn reduce_max(self, a: Self::V) -> f32 {
-                let mut lanes = [0.0f32; 16];
-                self.store(&mut lanes, a);
-                lanes.into_iter().fold(f32::NEG_INFINITY, f32::max)
             }
         }
     };

@@ -8,8 +8,8 @@ mod world;
 use std::process::ExitCode;
 
 use anyhow::Result;
-use dsmoe_datasets::manifest::{PUBLIC, PublicDataset};
-use serde::Serialize;
+use dsmoe_datasets::manifest::PUBLIC;
+use serde_json::json;
 
 use crate::cli::data::{Data, DataCommand, List};
 use crate::ui::Ui;
@@ -26,27 +26,17 @@ pub(crate) fn run(args: &Data, ui: &mut Ui) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-#[derive(Debug, Serialize)]
-struct Listing {
-    datasets: Vec<Listed>,
-}
-
-#[derive(Debug, Serialize)]
-struct Listed {
-    #[serde(flatten)]
-    dataset: PublicDataset,
-    command: String,
-}
-
 fn list(args: &List, ui: &mut Ui) -> Result<()> {
-    let listed = |dataset: PublicDataset| Listed { dataset, command: dataset.command(&args.folder) };
-    let listing = Listing { datasets: PUBLIC.map(listed).into() };
-    ui.result(&listing, |listing| {
-        let mut out = String::new();
-        for Listed { dataset, command } in &listing.datasets {
-            out += &format!("{} ({}; {})\n  {command}\n", dataset.name, dataset.domain, dataset.note);
-        }
-        let columns = PUBLIC.map(|dataset| format!("{} {}", dataset.name, dataset.text_column)).join(", ");
+    let (mut datasets, mut out) = (Vec::new(), String::new());
+    for dataset in PUBLIC {
+        let command = dataset.command(&args.folder);
+        out += &format!("{} ({}; {})\n  {command}\n", dataset.name, dataset.domain, dataset.note);
+        let mut listed = serde_json::to_value(dataset)?;
+        listed["command"] = command.into();
+        datasets.push(listed);
+    }
+    let columns = PUBLIC.map(|dataset| format!("{} {}", dataset.name, dataset.text_column)).join(", ");
+    ui.result(&json!({ "datasets": datasets }), |_| {
         out + &format!(
             "\nThe columns of the text: {columns}.\nThen: dsmoe data verify --write {0}/NAME records the SHA-256 of what was fetched, and dsmoe data verify {0}/NAME checks it later.\n",
             args.folder

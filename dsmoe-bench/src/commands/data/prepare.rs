@@ -1,12 +1,13 @@
 //! `dsmoe data prepare` and `dsmoe data stats`: tokenize sources and count their tokens.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
 use dsmoe_core::config::Config;
 use dsmoe_datasets::Tokenizer;
 use serde::Serialize;
+use serde_json::json;
 
 use crate::cli::data::{Prepare, Stats};
 use crate::format::{self, Table};
@@ -14,29 +15,6 @@ use crate::models::tokenizer;
 use crate::progress::{Progress, Unit};
 use crate::texts::{Text, label, open, options, prepare_one};
 use crate::ui::Ui;
-
-#[derive(Debug, Serialize)]
-struct PrepareReport {
-    cache: PathBuf,
-    sources: Vec<PreparedSource>,
-    seconds: f64,
-}
-
-#[derive(Debug, Serialize)]
-struct PreparedSource {
-    name: String,
-    weight: f64,
-    path: PathBuf,
-    files: usize,
-    file_bytes: u64,
-    documents: usize,
-    tokens: usize,
-    /// Is true when the cache existed before.
-    reused: bool,
-    /// Tokens that an interrupted run had written.
-    resumed_tokens: u64,
-    seconds: f64,
-}
 
 fn tokenizer_of(model: &Path) -> Result<Tokenizer> {
     tokenizer(model, &Config::load(model)?)
@@ -47,7 +25,8 @@ pub(crate) fn run(args: &Prepare, ui: &mut Ui) -> Result<()> {
     let started = Instant::now();
     let tokenizer = tokenizer_of(&args.model)?;
     let texts = open(&args.data, &options(&args.data))?;
-    let mut sources = Vec::new();
+    let header = "source | weight | files | bytes | documents | tokens | MB/s | ";
+    let (mut table, mut sources) = (Table::new(header.split(" | ")), Vec::new());
     for text in &texts {
         let started = Instant::now();
         let prepared = prepare_one(&texts, text, &tokenizer, args.bos, cache, ui)?;
@@ -58,41 +37,30 @@ pub(crate) fn run(args: &Prepare, ui: &mut Ui) -> Result<()> {
                 format::count(prepared.resumed)
             ));
         }
-        sources.push(PreparedSource {
-            name: text.spec.name.clone(),
-            weight: text.spec.weight,
-            path: prepared.path,
-            files: text.corpus.files().len(),
-            file_bytes: text.corpus.total_bytes(),
-            documents: prepared.tokens.doc_starts().len(),
-            tokens: prepared.tokens.len(),
-            reused: prepared.reused,
-            resumed_tokens: prepared.resumed,
-            seconds: started.elapsed().as_secs_f64(),
-        });
+        let (name, weight, files) = (&text.spec.name, text.spec.weight, text.corpus.files().len());
+        let (file_bytes, seconds) = (text.corpus.total_bytes(), started.elapsed().as_secs_f64());
+        let (documents, tokens) = (prepared.tokens.doc_starts().len(), prepared.tokens.len());
+        let rate = format!("{:.1}", file_bytes as f64 / 1e6 / seconds.max(1e-9));
+        let [rate, state] = if prepared.reused { ["-", "was there"] } else { [&rate, ""] };
+        table.row([
+            name.clone(),
+            weight.to_string(),
+            format::count(files as u64),
+            format::bytes(file_bytes),
+            format::count(documents as u64),
+            format::count(tokens as u64),
+            rate.to_owned(),
+            state.to_owned(),
+        ]);
+        sources.push(json!({
+            "name": name, "weight": weight, "path": prepared.path.display().to_string(), "files": files,
+            "file_bytes": file_bytes, "documents": documents, "tokens": tokens, "reused": prepared.reused,
+            "resumed_tokens": prepared.resumed, "seconds": seconds,
+        }));
     }
-    let seconds = started.elapsed().as_secs_f64();
-    ui.result(&PrepareReport { cache: cache.to_path_buf(), sources, seconds }, |report| {
-        let mut table = Table::new(["source", "weight", "files", "bytes", "documents", "tokens", "MB/s", ""]);
-        for source in &report.sources {
-            let rate = source.file_bytes as f64 / 1e6 / source.seconds.max(1e-9);
-            table.row([
-                source.name.clone(),
-                source.weight.to_string(),
-                format::count(source.files as u64),
-                format::bytes(source.file_bytes),
-                format::count(source.documents as u64),
-                format::count(source.tokens as u64),
-                if source.reused { "-".to_owned() } else { format!("{rate:.1}") },
-                if source.reused { "was there".to_owned() } else { String::new() },
-            ]);
-        }
-        format!(
-            "{}caches in {}, {}\n",
-            table.show(),
-            report.cache.display(),
-            format::duration(report.seconds)
-        )
+    let (cache, seconds) = (cache.display().to_string(), started.elapsed().as_secs_f64());
+    ui.result(&json!({ "cache": cache, "sources": sources, "seconds": seconds }), |_| {
+        format!("{}caches in {cache}, {}\n", table.show(), format::duration(seconds))
     })
 }
 
@@ -181,25 +149,15 @@ fn count(texts: &[Text], text: &Text, ui: &Ui) -> Result<Counts> {
 /// Counts tokens without keeping them.
 fn tokens(texts: &[Text], text: &Text, tokenizer: &Tokenizer, args: &Stats, ui: &Ui) -> Result<u64> {
     let total = text.corpus.total_bytes();
-    let mut progress = Progress::new(ui, format!("encoding{}", label(texts, text)), Unit::Bytes, total);
-    let tokens = dsmoe_datasets::tokens::count(&text.corpus, tokenizer, args.bos, &mut |done| {
-        progress.set(done, total, "");
+    let tokens = Progress::during(ui, format!("encoding{}", label(texts, text)), Unit::Bytes, |show| {
+        dsmoe_datasets::tokens::count(&text.corpus, tokenizer, args.bos, &mut |done| show(done, total))
     });
-    progress.finish();
     Ok(tokens?)
 }
 
 fn show_stats(report: &StatsReport) -> String {
-    let mut table = Table::new([
-        "source",
-        "share",
-        "files",
-        "file bytes",
-        "documents",
-        "text bytes",
-        "tokens",
-        "bytes/token",
-    ]);
+    let header = "source | share | files | file bytes | documents | text bytes | tokens | bytes/token";
+    let mut table = Table::new(header.split(" | "));
     let mut row = |name: &str, share: f64, counts: &Counts| {
         table.row([
             name.to_owned(),
@@ -208,8 +166,8 @@ fn show_stats(report: &StatsReport) -> String {
             format::bytes(counts.file_bytes),
             format::count(counts.documents),
             format::bytes(counts.text_bytes),
-            counts.tokens.map_or("-".to_owned(), format::count),
-            counts.bytes_per_token.map_or("-".to_owned(), |rate| format!("{rate:.2}")),
+            format::or_dash(counts.tokens, format::count),
+            format::or_dash(counts.bytes_per_token, |rate| format!("{rate:.2}")),
         ]);
     };
     for source in &report.sources {

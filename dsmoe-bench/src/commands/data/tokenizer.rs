@@ -1,26 +1,17 @@
 //! `dsmoe data tokenizer`: trains a tokenizer.
 
-use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use dsmoe_datasets::train_bpe;
-use serde::Serialize;
+use serde_json::json;
 
 use crate::cli::data::TrainTokenizer;
+use crate::files::folder_of;
 use crate::format;
 use crate::progress::{Progress, Unit};
 use crate::texts::{label, open, options, total_bytes};
 use crate::ui::Ui;
-
-#[derive(Debug, Serialize)]
-struct TokenizerReport {
-    out: PathBuf,
-    vocab: usize,
-    text_bytes: u64,
-    documents: u64,
-    seconds: f64,
-}
 
 pub(crate) fn run(args: &TrainTokenizer, ui: &mut Ui) -> Result<()> {
     let started = Instant::now();
@@ -31,42 +22,28 @@ pub(crate) fn run(args: &TrainTokenizer, ui: &mut Ui) -> Result<()> {
     }
     let texts = open(&args.data, &options(&args.data))?;
     let total = total_bytes(&texts);
-    let mut report =
-        TokenizerReport { out: args.out.clone(), vocab: 0, text_bytes: 0, documents: 0, seconds: 0.0 };
-    let (mut error, mut before) = (None, 0);
+    let (mut error, mut count, mut text_bytes, mut start) = (None, 0, 0, 0);
     let mut progress = Progress::new(ui, "counting words", Unit::Bytes, total);
-    let temporary =
-        tempfile::tempdir_in(parent(&target)?).with_context(|| format!("{}", target.display()))?;
+    let (folder, place) = (folder_of(&target), || target.display().to_string());
+    std::fs::create_dir_all(folder).with_context(place)?;
+    let temporary = tempfile::tempdir_in(folder).with_context(place)?;
     let documents = texts.iter().flat_map(|text| {
-        let mut documents = text.corpus.documents();
-        let size = text.corpus.total_bytes();
-        let what = label(&texts, text);
-        std::iter::from_fn(move || {
-            let next = documents.next()?;
-            Some((next, documents.bytes_read(), size, what.clone()))
-        })
+        let (mut documents, before, what) = (text.corpus.documents(), start, label(&texts, text));
+        start += text.corpus.total_bytes();
+        std::iter::from_fn(move || Some((documents.next()?, before + documents.bytes_read(), what.clone())))
     });
-    let mut last = String::new();
-    let mut last_size = 0;
-    let documents = documents.map_while(|(document, done, size, what)| {
-        if what != last {
-            before += last_size;
-            last = what;
+    let documents = documents.map_while(|(document, done, what)| match document {
+        Ok(document) => {
+            count += 1;
+            text_bytes += document.text.len() as u64;
+            if count % 64 == 0 {
+                progress.set(done, total, &what);
+            }
+            Some(document.text)
         }
-        last_size = size;
-        match document {
-            Ok(document) => {
-                report.documents += 1;
-                report.text_bytes += document.text.len() as u64;
-                if report.documents.is_multiple_of(64) {
-                    progress.set(before + done, total, &last);
-                }
-                Some(document.text)
-            }
-            Err(cause) => {
-                error = Some(cause);
-                None
-            }
+        Err(cause) => {
+            error = Some(cause);
+            None
         }
     });
     let vocab = train_bpe(documents, args.vocab, temporary.path());
@@ -74,32 +51,27 @@ pub(crate) fn run(args: &TrainTokenizer, ui: &mut Ui) -> Result<()> {
     if let Some(error) = error {
         return Err(error.into());
     }
-    report.vocab = vocab?;
+    let vocab = vocab?;
     for name in ["special_tokens_map.json", "tokenizer_config.json", "tokenizer.json"] {
         let to = if name == "tokenizer.json" { target.clone() } else { target.with_file_name(name) };
         if name == "tokenizer.json" || !file {
             std::fs::rename(temporary.path().join(name), &to).with_context(|| format!("{}", to.display()))?;
         }
     }
-    report.seconds = started.elapsed().as_secs_f64();
-    if report.vocab < args.vocab {
-        ui.note(format_args!("no pair of tokens repeats any more after {} tokens", report.vocab));
+    let (out, seconds) = (args.out.display().to_string(), started.elapsed().as_secs_f64());
+    if vocab < args.vocab {
+        ui.note(format_args!("no pair of tokens repeats any more after {vocab} tokens"));
     }
-    ui.result(&report, |report| {
+    let report = json!({
+        "out": out, "vocab": vocab, "text_bytes": text_bytes, "documents": count, "seconds": seconds,
+    });
+    ui.result(&report, |_| {
         format!(
-            "{}: {} tokens learned from {} in {} documents, {}\n",
-            report.out.display(),
-            format::count(report.vocab as u64),
-            format::bytes(report.text_bytes),
-            format::count(report.documents),
-            format::duration(report.seconds)
+            "{out}: {} tokens learned from {} in {} documents, {}\n",
+            format::count(vocab as u64),
+            format::bytes(text_bytes),
+            format::count(count),
+            format::duration(seconds)
         )
     })
-}
-
-/// Returns the folder of `target`, and creates it if it does not exist.
-fn parent(target: &Path) -> Result<PathBuf> {
-    let parent = target.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    std::fs::create_dir_all(parent).with_context(|| format!("{}", parent.display()))?;
-    Ok(parent.to_path_buf())
 }

@@ -1,13 +1,12 @@
 //! `dsmoe data world`: writes the text, the tokenizer and the probes of the embedded world.
 
-use std::path::PathBuf;
-
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use dsmoe_datasets::train_bpe;
-use dsmoe_datasets::world::{Domain, Probe, World, Written};
-use serde::Serialize;
+use dsmoe_datasets::world::{Domain, World, Written};
+use serde_json::json;
 
 use crate::cli::data as args;
+use crate::files::make_folder;
 use crate::format::{self, Table};
 use crate::progress::{Progress, Unit};
 use crate::ui::Ui;
@@ -16,84 +15,40 @@ use crate::ui::Ui;
 const TOKENIZER_BYTES: u64 = 4_000_000;
 const MIN_BYTES: u64 = 10_000;
 
-#[derive(Debug, Serialize)]
-struct WorldReport {
-    out: PathBuf,
-    seed: u64,
-    vocab_size: usize,
-    domains: Vec<DomainRow>,
-    probes: Vec<ProbeRow>,
-}
-
-#[derive(Debug, Serialize)]
-struct DomainRow {
-    domain: &'static str,
-    documents: u64,
-    bytes: u64,
-}
-
-#[derive(Debug, Serialize)]
-struct ProbeRow {
-    probe: &'static str,
-    items: usize,
-    shots: usize,
-}
-
 pub(crate) fn run(args: &args::World, ui: &mut Ui) -> Result<()> {
     if args.bytes < MIN_BYTES {
         bail!("--bytes {} is too little for four domains; give {MIN_BYTES} or more", args.bytes);
     }
     let (out, items) = (&args.out, args.items as usize);
-    std::fs::create_dir_all(out).with_context(|| out.display().to_string())?;
-    let mut entries = std::fs::read_dir(out).with_context(|| out.display().to_string())?;
-    if entries.next().is_some() && !args.force {
-        bail!(
-            "{} is not empty; choose another --out, or pass --force to write the world's files anew",
-            out.display()
-        );
-    }
+    make_folder(out, args.force, "choose another --out, or pass --force to write the world's files anew")?;
     let world = World::new(args.seed);
-    let mut progress = Progress::new(ui, "writing text", Unit::Bytes, args.bytes);
-    let written =
-        world.write_text(&out.join("text"), args.bytes, &mut |done| progress.set(done, args.bytes, ""));
-    progress.finish();
-    let domains = written?;
+    let written = Progress::during(ui, "writing text", Unit::Bytes, |show| {
+        world.write_text(&out.join("text"), args.bytes, &mut |done| show(done, args.bytes))
+    })?;
     ui.note("training the tokenizer");
     let sample = |domain| world.documents(domain, args.bytes.min(TOKENIZER_BYTES));
     let vocab_size = train_bpe(Domain::ALL.into_iter().flat_map(sample), args.vocab as usize, out)?;
-    let probes = world.write_probes(&out.join("probes"), items)?;
-
-    let domain = |written: Written| DomainRow {
-        domain: written.domain.name(),
-        documents: written.documents,
-        bytes: written.bytes,
-    };
-    let probe =
-        |(probe, items): (Probe, usize)| ProbeRow { probe: probe.name(), items, shots: probe.task().shots };
-    let report = WorldReport {
-        out: out.clone(),
-        seed: args.seed,
-        vocab_size,
-        domains: domains.into_iter().map(domain).collect(),
-        probes: probes.into_iter().map(probe).collect(),
-    };
-    ui.result(&report, show)
-}
-
-fn show(report: &WorldReport) -> String {
-    let mut domains = Table::new(["domain", "documents", "text"]);
-    for row in &report.domains {
-        domains.row([row.domain.to_owned(), format::count(row.documents), format::bytes(row.bytes)]);
+    let (mut text, mut domains) = (Table::new(["domain", "documents", "text"]), Vec::new());
+    for Written { domain, documents, bytes } in written {
+        text.row([domain.name().to_owned(), format::count(documents), format::bytes(bytes)]);
+        domains.push(json!({ "domain": domain.name(), "documents": documents, "bytes": bytes }));
     }
-    let mut probes = Table::new(["probe", "items", "examples before each"]);
-    for row in &report.probes {
-        probes.row([row.probe.to_owned(), format::count(row.items as u64), row.shots.to_string()]);
+    let (mut tasks, mut probes) = (Table::new(["probe", "items", "examples before each"]), Vec::new());
+    for (probe, items) in world.write_probes(&out.join("probes"), items)? {
+        let (name, shots) = (probe.name(), probe.task().shots);
+        tasks.row([name.to_owned(), format::count(items as u64), shots.to_string()]);
+        probes.push(json!({ "probe": name, "items": items, "shots": shots }));
     }
-    format!(
-        "{}\n{}\n{}: text in text/, probes in probes/, tokenizer.json of {} tokens\n",
-        domains.show(),
-        probes.show(),
-        report.out.display(),
-        format::count(report.vocab_size as u64),
-    )
+    let place = out.display().to_string();
+    let report = json!({
+        "out": place, "seed": args.seed, "vocab_size": vocab_size, "domains": domains, "probes": probes,
+    });
+    ui.result(&report, |_| {
+        format!(
+            "{}\n{}\n{place}: text in text/, probes in probes/, tokenizer.json of {} tokens\n",
+            text.show(),
+            tasks.show(),
+            format::count(vocab_size as u64),
+        )
+    })
 }

@@ -14,7 +14,7 @@ use dsmoe_datasets::{Bos, Tokenizer};
 use dsmoe_kernels::Isa;
 use dsmoe_train::tasks::{Journal, Responder, model_sha256};
 
-use super::results::{Measured, TaskResult, TaskResults};
+use super::results::{TaskResult, TaskResults};
 use crate::cli::eval::{Eval, TaskFile};
 use crate::format;
 use crate::interrupts::{INTERRUPTED, STOP, catch_interrupts};
@@ -48,14 +48,12 @@ pub(crate) fn run(args: &Eval, ui: &mut Ui) -> Result<ExitCode> {
     let mut journals = Vec::new();
     for loaded in loaded {
         let mut journal = folder.as_ref().map(|folder| runner.journal(folder, loaded.name())).transpose()?;
-        let Some(measured) = runner.measure(&loaded, journal.as_mut(), ui)? else {
+        let Some(result) = runner.measure(loaded, journal.as_mut(), ui)? else {
             ui.note("dsmoe: stopped; the same command continues from here");
             return Ok(ExitCode::from(INTERRUPTED));
         };
-        for line in remarks(&loaded, &measured) {
-            ui.note(line);
-        }
-        done.push(TaskResult::new(loaded, measured));
+        remarks(&result).into_iter().for_each(|line| ui.note(line));
+        done.push(result);
         journals.extend(journal);
     }
 
@@ -99,23 +97,17 @@ fn load(args: &Eval, ui: &Ui) -> Result<Vec<Loaded>> {
     let options = Options { profile: args.profile, limit: args.limit, max_new_tokens: args.max_new_tokens };
     let mut tasks: Vec<&'static Task> = Vec::new();
     let mut loaded: Vec<Loaded> = Vec::new();
-    for name in &args.tasks {
+    for (at, name) in args.tasks.iter().enumerate() {
         if name == ALL {
             tasks.extend(all(args, &source, ui)?);
         } else if name == WORLD {
-            // A second mention changes nothing.
-            if !loaded.is_empty() {
-                continue;
-            }
             let world = World::new(args.world_seed);
-            for probe in Probe::ALL {
-                match probe.task().is_in(args.profile) {
+            // A second mention changes nothing.
+            for probe in Probe::ALL.into_iter().filter(|_| !args.tasks[..at].contains(name)) {
+                let (name, profile) = (probe.name(), args.profile);
+                match probe.task().is_in(profile) {
                     true => loaded.push(world.load(probe, ITEMS, &options)?),
-                    false => ui.note(format_args!(
-                        "{WORLD}: {} left out, {} cannot run it",
-                        probe.name(),
-                        args.profile
-                    )),
+                    false => ui.note(format_args!("{WORLD}: {name} left out, {profile} cannot run it")),
                 }
             }
         } else {
@@ -167,7 +159,7 @@ fn named_files(files: &[TaskFile]) -> Result<BTreeMap<String, Vec<PathBuf>>> {
 }
 
 /// Returns remarks about the results of a benchmark.
-fn remarks(loaded: &Loaded, measured: &Measured) -> Vec<String> {
+fn remarks(TaskResult { loaded, scored, .. }: &TaskResult) -> Vec<String> {
     let mut remarks = Vec::new();
     let origin = loaded.origin();
     if origin.shot_split == Some(origin.split) {
@@ -177,12 +169,11 @@ fn remarks(loaded: &Loaded, measured: &Measured) -> Vec<String> {
             origin.split
         ));
     }
-    let unscored = &measured.scored.unscored;
-    if let Some((id, reason)) = unscored.first() {
+    if let Some((id, reason)) = scored.unscored.first() {
         remarks.push(format!(
             "{}: {} of {} documents could not be scored and count in no metric; document {id}: {reason}",
             loaded.name(),
-            format::count(unscored.len() as u64),
+            format::count(scored.unscored.len() as u64),
             format::count(loaded.documents().len() as u64),
         ));
     }
@@ -222,18 +213,17 @@ impl Runner<'_> {
     }
 
     /// Scores a benchmark; none if it was interrupted.
-    fn measure(&self, loaded: &Loaded, journal: Option<&mut Journal>, ui: &Ui) -> Result<Option<Measured>> {
+    fn measure(&self, loaded: Loaded, journal: Option<&mut Journal>, ui: &Ui) -> Result<Option<TaskResult>> {
         let started = Instant::now();
         let documents: Vec<&[Request]> = loaded.documents().iter().map(|d| &d.requests[..]).collect();
         let responder =
             Responder::new(self.model, self.tokenizer, self.bos, self.args.profile).stop_at(&STOP);
-        let mut progress = Progress::new(ui, loaded.name(), Unit::Documents, documents.len() as u64);
-        let answers = responder.answer(&documents, journal, &mut |done, total| {
-            progress.set(done as u64, total as u64, "");
-        });
-        progress.finish();
-        Ok(answers?.map(|answers| Measured {
+        let answers = Progress::during(ui, loaded.name(), Unit::Documents, |show| {
+            responder.answer(&documents, journal, &mut |done, total| show(done as u64, total as u64))
+        })?;
+        Ok(answers.map(|answers| TaskResult {
             scored: loaded.score(&answers.documents),
+            loaded,
             ran: answers.ran,
             seconds: started.elapsed().as_secs_f64(),
         }))

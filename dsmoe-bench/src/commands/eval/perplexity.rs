@@ -126,11 +126,9 @@ fn stream(
         source.tokens.read(0..source.tokens.len().min(limit), &mut of_source)?;
         ids.push(of_source);
     }
-    let domains: Vec<Domain<'_>> = sources
-        .iter()
-        .zip(&ids)
-        .map(|(source, ids)| Domain { name: &source.name, weight: source.weight, ids })
-        .collect();
+    let domains = sources.iter().zip(&ids);
+    let domains = domains.map(|(source, ids)| Domain { name: &source.name, weight: source.weight, ids });
+    let domains: Vec<Domain<'_>> = domains.collect();
     let seq = args.seq.unwrap_or(SEQ.min(model.config().max_position));
     let stride = args.stride.unwrap_or(seq);
     let result = measure_domains(model, &domains, EvalOptions { stride, ..EvalOptions::new(seq) }, ui)?;
@@ -162,19 +160,15 @@ fn by_word(model: &Inference, tokenizer: &Tokenizer, corpus: &Corpus, bos: Bos, 
     let responder = Responder::new(model, tokenizer, bos, Profile::default());
     let texts = corpus.documents().map(|document| Ok(document?.text));
     let total = corpus.total_bytes();
-    let mut progress = Progress::new(ui, "evaluating", Unit::Bytes, total);
-    let result = rolling(&responder, texts, &mut |done| progress.set(done as u64, total, ""));
-    progress.finish();
+    let result = Progress::during(ui, "evaluating", Unit::Bytes, |show| {
+        rolling(&responder, texts, &mut |done| show(done as u64, total))
+    });
     let Some((result, Ran { tokens, routing })) = result? else { bail!("interrupted") };
     let routing = routing.map(|routing| routing.summary());
     let active = routing.as_ref().map_or(0.0, |routing| routing.active_experts);
     let params_activated = model.accounting().activated(active);
-    Ok(Rolling {
-        result,
-        tokens,
-        active_ratio: routing.map(|routing| routing.active_ratio),
-        params_activated,
-    })
+    let active_ratio = routing.map(|routing| routing.active_ratio);
+    Ok(Rolling { result, tokens, active_ratio, params_activated })
 }
 
 fn show(report: &PerplexityReport<'_>) -> String {
@@ -187,20 +181,13 @@ fn show(report: &PerplexityReport<'_>) -> String {
         blocks.push(show_windows(result, "window perplexity", &shape));
     }
     if let Some(Rolling { result, tokens, active_ratio, params_activated }) = &report.rolling {
+        let counts = [result.words as u64, result.bytes as u64, result.documents as u64, *tokens];
+        let [words, bytes, documents, tokens] = counts.map(format::count);
         let mut fields = vec![
             ("word perplexity", format!("{:.4}", result.word_perplexity)),
             ("byte perplexity", format!("{:.6}", result.byte_perplexity)),
             ("bits per byte", format!("{:.6}", result.bits_per_byte)),
-            (
-                "text",
-                format!(
-                    "{} words, {} bytes in {} documents; {} tokens",
-                    format::count(result.words as u64),
-                    format::count(result.bytes as u64),
-                    format::count(result.documents as u64),
-                    format::count(*tokens)
-                ),
-            ),
+            ("text", format!("{words} words, {bytes} bytes in {documents} documents; {tokens} tokens")),
             ("parameters", format!("{} activated", format::amount(*params_activated))),
         ];
         if let Some(ratio) = active_ratio {
@@ -212,17 +199,11 @@ fn show(report: &PerplexityReport<'_>) -> String {
 }
 
 fn show_windows(result: &EvalReport, name: &'static str, shape: &str) -> String {
+    let [predicted, tokens] = [result.predicted, result.tokens].map(|count| format::count(count as u64));
     let mut fields = vec![
         (name, format!("{:.4}", result.ppl)),
         ("nll", format!("{:.6} nats per token", result.nll)),
-        (
-            "tokens",
-            format!(
-                "{} predicted of {}, {shape}",
-                format::count(result.predicted as u64),
-                format::count(result.tokens as u64),
-            ),
-        ),
+        ("tokens", format!("{predicted} predicted of {tokens}, {shape}")),
     ];
     if let (Some(ratio), Some(layers), Some(zero)) =
         (result.active_ratio, &result.active_ratio_per_layer, result.zero_active_share)
@@ -232,19 +213,10 @@ fn show_windows(result: &EvalReport, name: &'static str, shape: &str) -> String 
         fields.push(("by layer", format!("{} %", layers.join(" "))));
         fields.push(("no expert active", format!("{} of tokens and layers", format::percent(zero))));
     }
-    fields.push((
-        "parameters",
-        format!(
-            "{} activated of {}",
-            format::amount(result.params_activated),
-            format::amount(result.params_total as f64)
-        ),
-    ));
+    let time = format::duration(result.seconds);
+    fields.push(("parameters", format::activated(result.params_activated, result.params_total)));
     fields.push(("FLOPs per token", format::flops(result.flops_per_token)));
-    fields.push((
-        "speed",
-        format!("{:.0} tokens/s, {}", result.tokens_per_s, format::duration(result.seconds)),
-    ));
+    fields.push(("speed", format!("{:.0} tokens/s, {time}", result.tokens_per_s)));
     let means = format::fields(fields);
     if result.domains.is_empty() {
         return means;

@@ -1,5 +1,6 @@
 //! The paper's figures, and further charts.
 
+use super::super::measure::Bin;
 use super::super::profile::Role;
 use super::super::results::MethodResult;
 use super::{View, agreement, amount, flops, measured, optional_fixed, p_value, plain, trim, yes};
@@ -12,7 +13,7 @@ impl View<'_> {
         let mut table = Tabular::new(
             "figure2",
             "At equal activation",
-            &["trained", "threshold at inference", "active experts", "perplexity", "direction"],
+            "trained | threshold at inference | active experts | perplexity | direction",
         )
         .note(
             "The paper (section 6.2) states that training without a threshold is worse; the text does not state the numbers \
@@ -51,7 +52,7 @@ impl View<'_> {
         let mut sweep = Tabular::new(
             "figure2-sweep",
             &format!("{}: thresholds after training", without.name),
-            &["threshold", "active experts", "perplexity"],
+            "threshold | active experts | perplexity",
         );
         for point in &without.sweep {
             sweep.row(vec![
@@ -60,7 +61,7 @@ impl View<'_> {
                 measured(&point.ppl),
             ]);
         }
-        vec![Block::Table(table), Block::Figure(figure), Block::Table(sweep)]
+        vec![table.into(), figure.into(), sweep.into()]
     }
 
     pub(super) fn figure3(&self) -> Vec<Block> {
@@ -70,19 +71,16 @@ impl View<'_> {
                 self.results.shapes.iter().filter(|shape| shape.method == method.name).collect();
             let Some(first) = shapes.first() else { continue };
             let layers = first.active_experts_per_layer.len();
-            blocks.push(Block::Figure(Figure {
-                id: format!("figure3-{}", method.name),
-                title: format!("{}: active experts", method.name),
-                note: String::new(),
-                x: "layer".to_owned(),
-                y: "text".to_owned(),
-                plot: Plot::Heat {
-                    rows: shapes.iter().map(|shape| shape.domain.clone()).collect(),
-                    columns: (0..layers).map(|layer| layer.to_string()).collect(),
-                    values: shapes.iter().map(|shape| shape.active_experts_per_layer.clone()).collect(),
-                },
-            }));
-            let mut table = Tabular::new(&format!("figure3-{}-layers", method.name), &method.name, &["text"]);
+            let plot = Plot::Heat {
+                rows: shapes.iter().map(|shape| shape.domain.clone()).collect(),
+                columns: (0..layers).map(|layer| layer.to_string()).collect(),
+                values: shapes.iter().map(|shape| shape.active_experts_per_layer.clone()).collect(),
+            };
+            let (id, title) =
+                (format!("figure3-{}", method.name), format!("{}: active experts", method.name));
+            let figure = Figure::new(id, &title, ["layer", "text"], Vec::new());
+            blocks.push(Block::from(Figure { plot, ..figure }));
+            let mut table = Tabular::new(&format!("figure3-{}-layers", method.name), &method.name, "text");
             table.extend((0..layers).map(|layer| format!("layer {layer}")));
             table.extend(["mean", "correlation", "p", "W", "the paper"]);
             for shape in shapes {
@@ -101,7 +99,7 @@ impl View<'_> {
                           0.5 or more and p below 0.05. The paper states that the pattern is a W and differs between texts; it \
                           does not state the numbers of its figure 3."
                 .to_owned();
-            blocks.push(Block::Table(table));
+            blocks.push(table.into());
         }
         blocks
     }
@@ -110,17 +108,8 @@ impl View<'_> {
         let mut table = Tabular::new(
             "speed",
             "Measured",
-            &[
-                "method",
-                "perplexity",
-                "activated",
-                "FLOPs per token",
-                "prefill, tokens/s",
-                "decode, tokens/s",
-                "peak memory",
-                "weights",
-                "training, tokens/s",
-            ],
+            "method | perplexity | activated | FLOPs per token | prefill, tokens/s | \
+             decode, tokens/s | peak memory | weights | training, tokens/s",
         )
         .note(
             "Each model runs alone in its own process; best of three. Prefill reads held-out text; decoding takes one token \
@@ -141,7 +130,7 @@ impl View<'_> {
                 optional_fixed(timing.and_then(|t| t.train_tokens_per_s), 0),
             ]);
         }
-        vec![Block::Table(table)]
+        vec![table.into()]
     }
 
     pub(super) fn pareto(&self) -> Vec<Block> {
@@ -156,7 +145,7 @@ impl View<'_> {
         let mut table = Tabular::new(
             "pareto",
             "Perplexity and activated FLOPs",
-            &["method", "FLOPs per token", "perplexity", "on the front"],
+            "method | FLOPs per token | perplexity | on the front",
         )
         .note("FLOPs are nominal: those of activated weights. A row is on the front if no other has both fewer FLOPs and a lower perplexity.");
         let point = |method: &MethodResult| {
@@ -185,7 +174,7 @@ impl View<'_> {
                 yes(on_front(method)),
             ]);
         }
-        vec![Block::Figure(figure), Block::Table(table)]
+        vec![figure.into(), table.into()]
     }
 
     pub(super) fn difficulty(&self) -> Vec<Block> {
@@ -196,7 +185,7 @@ impl View<'_> {
             let mut table = Tabular::new(
                 &format!("difficulty-{}", method.name),
                 &method.name,
-                &["tokens, easiest first", "dense model's loss", "loss", "active experts"],
+                "tokens, easiest first | dense model's loss | loss | active experts",
             )
             .note(format!(
                 "Tenths of the held-out tokens by the loss of the dense model before continued training. Correlation of the \
@@ -211,15 +200,9 @@ impl View<'_> {
                     fixed(bin.active, 3),
                 ]);
             }
-            blocks.push(Block::Table(table));
-            series.push(Series::new(
-                &method.name,
-                Look::Line,
-                found
-                    .bins
-                    .iter()
-                    .map(|bin| Point::new(bin.dense_nll, bin.active, format!("{} tokens", bin.tokens))),
-            ));
+            blocks.push(table.into());
+            let point = |bin: &Bin| Point::new(bin.dense_nll, bin.active, format!("{} tokens", bin.tokens));
+            series.push(Series::new(&method.name, Look::Line, found.bins.iter().map(point)));
         }
         if !series.is_empty() {
             let figure = Figure::new(
@@ -228,14 +211,14 @@ impl View<'_> {
                 ["loss of the dense model, nats", "active experts"],
                 series,
             );
-            blocks.insert(0, Block::Figure(figure));
+            blocks.insert(0, figure.into());
         }
         blocks
     }
 
     pub(super) fn budget(&self) -> Vec<Block> {
         let shares = &self.results.setup.profile.milestones;
-        let mut table = Tabular::new("budget", "Perplexity after shares of the tokens", &["method"]).note(
+        let mut table = Tabular::new("budget", "Perplexity after shares of the tokens", "method").note(
             "0 % is the model before training. Active experts are in brackets where training changes them. A method trained \
              without a threshold has no entries, because its threshold is found after training.",
         );
@@ -245,17 +228,16 @@ impl View<'_> {
             let mut cells = vec![method.name.as_str().into()];
             for share in shares {
                 cells.push(method.milestone(*share).map_or("–".into(), |stone| {
-                    let experts = stone.active_ratio.filter(|_| gated).map(|share| method.experts_of(share));
-                    let mut cell = measured(&stone.ppl);
-                    if let Some(experts) = experts {
-                        cell.text += &format!(" ({experts:.2})");
+                    let mut cell =
+                        measured(&stone.ppl).tip(Some(format!("{} tokens", format::count(stone.tokens))));
+                    if let Some(share) = stone.active_ratio.filter(|_| gated) {
+                        cell.text += &format!(" ({:.2})", method.experts_of(share));
                     }
-                    cell.tip = Some(format!("{} tokens", format::count(stone.tokens)));
                     cell
                 }));
             }
             table.row(cells);
         }
-        vec![Block::Table(table)]
+        vec![table.into()]
     }
 }

@@ -8,7 +8,9 @@ use super::outputs::Output;
 use super::paper;
 use super::profile::{PaperModel, Role};
 use super::records::{BASE, Timing};
-use super::results::{Comparison, Measured, MethodResult, Results, Verdict};
+use super::results::{Comparison, MethodResult, Results, Verdict};
+use super::statistics::Measured;
+use crate::cli::values::word;
 use crate::format;
 use crate::report::{Block, Cell, Chapter, Report, Tabular, fixed, number, optional};
 
@@ -16,16 +18,10 @@ use crate::report::{Block, Cell, Chapter, Report, Tabular, fixed, number, option
 pub(crate) fn of(collected: &Collected, results: &Results) -> Report {
     let view = View { collected, results };
     let setup = &results.setup;
+    let outputs = Output::all().filter(|output| setup.outputs.contains(output));
     let mut chapters = vec![view.summary()];
-    for output in Output::all() {
-        if setup.outputs.contains(&output)
-            && let Some(chapter) = view.chapter(output)
-        {
-            chapters.push(chapter);
-        }
-    }
-    chapters.push(view.directions());
-    chapters.push(view.settings());
+    chapters.extend(outputs.filter_map(|output| view.chapter(output)));
+    chapters.extend([view.directions(), view.settings()]);
     Report {
         title: "DSMoE compared with other methods".to_owned(),
         subtitle: format!("profile {}: {}", setup.profile.name, setup.profile.about),
@@ -84,8 +80,7 @@ impl View<'_> {
             Output::Difficulty => ("Active experts against the difficulty of tokens", self.difficulty()),
             Output::Budget => ("Perplexity during training", self.budget()),
         };
-        let (id, title) = (output.name().to_owned(), title.to_owned());
-        (!blocks.is_empty()).then_some(Chapter { id, title, blocks })
+        (!blocks.is_empty()).then(|| Chapter::new(&word(&output), title, blocks))
     }
 
     fn summary(&self) -> Chapter {
@@ -118,25 +113,21 @@ impl View<'_> {
                 (!names.is_empty()).then(|| format!("; {words} {}", names.join(", ")))
             };
             let verdicts = [
-                (Verdict::Better, "better than"),
-                (Verdict::Worse, "worse than"),
-                (Verdict::NotSignificant, "no significant difference from"),
+                found(Verdict::Better, "better than"),
+                found(Verdict::Worse, "worse than"),
+                found(Verdict::NotSignificant, "no significant difference from"),
             ];
-            let verdicts: Vec<String> =
-                verdicts.iter().filter_map(|(verdict, words)| found(*verdict, words)).collect();
-            let mut text = format!(
-                "{}: perplexity {} with {:.1} % of the budget{}.",
+            let mine = self.results.directions.iter().filter(|one| one.method == dsmoe.name);
+            let judged: Vec<bool> = mine.filter_map(|one| one.agrees).collect();
+            blocks.push(Block::Text(format!(
+                "{}: perplexity {} with {:.1} % of the budget{}. {} of {} statements of the paper that can be tested hold.",
                 dsmoe.name,
                 plain(dsmoe.ppl.mean),
                 100.0 * dsmoe.of_budget,
-                verdicts.concat(),
-            );
-            let mine: Vec<_> =
-                self.results.directions.iter().filter(|one| one.method == dsmoe.name).collect();
-            let agree = mine.iter().filter(|one| one.agrees == Some(true)).count();
-            let judged = mine.iter().filter(|one| one.agrees.is_some()).count();
-            text += &format!(" {agree} of {judged} statements of the paper that can be tested hold.");
-            blocks.push(Block::Text(text));
+                verdicts.into_iter().flatten().collect::<String>(),
+                judged.iter().filter(|agrees| **agrees).count(),
+                judged.len(),
+            )));
         }
         if self.results.seeds.len() == 1 {
             blocks.push(Block::Text(
@@ -145,18 +136,18 @@ impl View<'_> {
                     .to_owned(),
             ));
         }
-        Chapter { id: "summary".to_owned(), title: "Summary".to_owned(), blocks }
+        Chapter::new("summary", "Summary", blocks)
     }
 
     fn directions(&self) -> Chapter {
         let mut table = Tabular::new(
             "directions",
             "The paper's statements",
-            &["table or figure", "method", "the paper's statement", "our result"],
+            "table or figure | method | the paper's statement | our result",
         );
         for one in &self.results.directions {
             table.row(vec![
-                one.output.name().into(),
+                word(&one.output).into(),
                 one.method.as_str().into(),
                 one.statement.as_str().into(),
                 agreement(one.agrees),
@@ -165,7 +156,7 @@ impl View<'_> {
         let mut tests = Tabular::new(
             "tests",
             "DSMoE against every method",
-            &["DSMoE", "other", "loss of the other minus DSMoE's", "95 %", "p", "test", "DSMoE is"],
+            "DSMoE | other | loss of the other minus DSMoE's | 95 % | p | test | DSMoE is",
         );
         for one in &self.results.comparisons {
             tests.row(vec![
@@ -178,16 +169,12 @@ impl View<'_> {
                 one.verdict.text().into(),
             ]);
         }
-        Chapter {
-            id: "directions".to_owned(),
-            title: "All statements and tests".to_owned(),
-            blocks: vec![Block::Table(tests), Block::Table(table)],
-        }
+        Chapter::new("directions", "All statements and tests", vec![tests.into(), table.into()])
     }
 
     fn settings(&self) -> Chapter {
         let setup = &self.results.setup;
-        let mut table = Tabular::new("settings", "Settings", &["setting", "value"]);
+        let mut table = Tabular::new("settings", "Settings", "setting | value");
         let mut add = |name: &str, value: String| table.row(vec![name.into(), value.into()]);
         add("profile", format!("{}: {}", setup.profile.name, setup.profile.about));
         add("seeds", self.results.seeds.iter().map(u64::to_string).collect::<Vec<_>>().join(", "));
@@ -200,33 +187,19 @@ impl View<'_> {
             add("tokenizer, SHA-256", tokenizer.to_owned());
         }
         for source in setup.inputs["sources"].as_array().into_iter().flatten() {
-            add(
-                &format!("text {}", source["name"].as_str().unwrap_or_default()),
-                format!(
-                    "{} tokens, weight {}, SHA-256 {}",
-                    source["tokens"],
-                    source["weight"],
-                    source["sha256"].as_str().unwrap_or_default()
-                ),
-            );
+            let word = |key: &str| source[key].as_str().unwrap_or_default();
+            let (tokens, weight) = (&source["tokens"], &source["weight"]);
+            let value = format!("{tokens} tokens, weight {weight}, SHA-256 {}", word("sha256"));
+            add(&format!("text {}", word("name")), value);
         }
-        let pretrain = setup.profile.pretrain.as_ref();
-        add(
-            "training of the dense model",
-            pretrain.map_or_else(|| "the model was given".to_owned(), ToString::to_string),
-        );
+        let pretrain = setup.profile.pretrain.as_ref().map(ToString::to_string);
+        add("training of the dense model", pretrain.unwrap_or_else(|| "the model was given".to_owned()));
         add("continued training", setup.profile.train.to_string());
         let mut methods = Tabular::new(
             "methods",
             "Methods",
-            &[
-                "method",
-                "made by",
-                "settings",
-                "training settings",
-                "budget reached by",
-                "calibration tokens",
-            ],
+            "method | made by | settings | training settings | budget reached by | \
+             calibration tokens",
         );
         for spec in &setup.profile.method {
             let Some(found) = self.results.methods.iter().find(|method| method.name == spec.name) else {
@@ -243,11 +216,7 @@ impl View<'_> {
                 number(found.calibration_tokens as f64, |x| format::count(x as u64)),
             ]);
         }
-        Chapter {
-            id: "settings".to_owned(),
-            title: "Settings".to_owned(),
-            blocks: vec![Block::Table(methods), Block::Table(table)],
-        }
+        Chapter::new("settings", "Settings", vec![methods.into(), table.into()])
     }
 }
 

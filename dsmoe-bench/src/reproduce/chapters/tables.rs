@@ -17,20 +17,8 @@ impl View<'_> {
         let mut table = Tabular::new(
             "table1",
             "Ours",
-            &[
-                "method",
-                "parameters",
-                "activated",
-                "of the budget",
-                "active experts",
-                "perplexity",
-                "95 %",
-                "loss minus DSMoE's",
-                "p",
-                "prefill, tokens/s",
-                "decode, tokens/s",
-                "peak memory",
-            ],
+            "method | parameters | activated | of the budget | active experts | perplexity | 95 % | \
+             loss minus DSMoE's | p | prefill, tokens/s | decode, tokens/s | peak memory",
         )
         .note(format!(
             "Perplexity of the held-out text, with sources weighted as in training. Loss minus DSMoE's: nats per token; {} is \
@@ -41,19 +29,9 @@ impl View<'_> {
         let mut beside = Tabular::new(
             "table1-paper",
             "Ours and the paper's",
-            &[
-                "method",
-                "ours: parameters",
-                "activated",
-                "perplexity",
-                "the paper's: parameters",
-                "activated",
-                "perplexity",
-                "DSMoE lower: ours",
-                "ours, as in the paper",
-                "the paper's",
-                "direction",
-            ],
+            "method | ours: parameters | activated | perplexity | the paper's: parameters | \
+             activated | perplexity | DSMoE lower: ours | ours, as in the paper | the paper's | \
+             direction",
         )
         .note("The paper uses other models, text and tokens: compare directions, not numbers.");
         let paper = paper::table1(self.model());
@@ -70,8 +48,8 @@ impl View<'_> {
                 measured(&method.ppl),
                 interval(&method.ppl),
                 test.map_or("".into(), |one| {
-                    number(one.difference, |x| format!("{x:+.4}"))
-                        .tip(one.interval.map(|[low, high]| format!("95 %: {low:+.4} to {high:+.4}")))
+                    let tip = one.interval.map(|[low, high]| format!("95 %: {low:+.4} to {high:+.4}"));
+                    number(one.difference, |x| format!("{x:+.4}")).tip(tip)
                 }),
                 optional(test.and_then(|one| one.p), p_value),
                 optional_fixed(speed.map(|s| s.prefill_tokens_per_s), 0),
@@ -80,15 +58,11 @@ impl View<'_> {
             ]);
             let Some(row) = method.paper else { continue };
             let Some(theirs) = paper.iter().find(|one| one.row == row) else { continue };
-            let is_dsmoe = row == PaperRow::Dsmoe;
-            let lower = |dsmoe: Option<&MethodResult>| match dsmoe {
-                Some(dsmoe) if !is_dsmoe => yes(dsmoe.ppl.mean < method.ppl.mean),
-                _ => "".into(),
-            };
-            let agrees = main
-                .zip(dsmoe_paper)
-                .filter(|_| !is_dsmoe)
-                .map(|(ours, paper)| (ours.ppl.mean < method.ppl.mean) == (paper.ppl < theirs.ppl));
+            let lower =
+                |ppl: Option<f64>, other: f64| ppl.filter(|_| row != PaperRow::Dsmoe).map(|ppl| ppl < other);
+            let ours = [main, literal].map(|dsmoe| lower(dsmoe.map(|dsmoe| dsmoe.ppl.mean), method.ppl.mean));
+            let in_paper = lower(dsmoe_paper.map(|paper| paper.ppl), theirs.ppl);
+            let answer = |lower: Option<bool>| lower.map_or("".into(), yes);
             beside.row(vec![
                 method.name.as_str().into(),
                 amount(method.params_total),
@@ -97,16 +71,13 @@ impl View<'_> {
                 amount(theirs.params * 1e9),
                 amount(theirs.activated * 1e9),
                 fixed(theirs.ppl, 2),
-                lower(main),
-                lower(literal),
-                match dsmoe_paper {
-                    Some(paper) if !is_dsmoe => yes(paper.ppl < theirs.ppl),
-                    _ => "".into(),
-                },
-                agreement(agrees),
+                answer(ours[0]),
+                answer(ours[1]),
+                answer(in_paper),
+                agreement(ours[0].zip(in_paper).map(|(ours, paper)| ours == paper)),
             ]);
         }
-        let mut sources = Tabular::new("table1-sources", "By source", &["method"]);
+        let mut sources = Tabular::new("table1-sources", "By source", "method");
         sources.extend(self.results.methods[0].domains.iter().map(|domain| &domain.name));
         sources.extend(["mean of the sources' perplexities"]);
         for method in &self.results.methods {
@@ -116,7 +87,7 @@ impl View<'_> {
             cells.push(number(mean, plain));
             sources.row(cells);
         }
-        vec![Block::Table(table), Block::Table(beside), Block::Table(sources)]
+        vec![table.into(), beside.into(), sources.into()]
     }
 
     pub(super) fn table2(&self) -> Vec<Block> {
@@ -126,26 +97,24 @@ impl View<'_> {
                     .to_owned(),
             )];
         }
-        let mut header = vec!["method"];
-        header.extend(paper::TASKS.map(|(_, label)| label));
-        header.push("mean");
-        let mut ours = Tabular::new("table2", "Ours, percent right", &header).note(self.tasks_note());
-        let mut theirs = Tabular::new("table2-paper", "The paper's, percent right", &header);
-        let mut agree =
-            Tabular::new("table2-directions", "DSMoE above the method: agreement with the paper", &header)
-                .note("✓ the paper's direction, ✗ the opposite, – equal or not measured.");
-        *agree.header.last_mut().expect("a header") = "agree".to_owned();
+        let table = |id: &str, title: &str, last: &str| {
+            let mut table = Tabular::new(id, title, "method");
+            table.extend(paper::TASKS.map(|(_, label)| label).into_iter().chain([last]));
+            table
+        };
+        let mut ours = table("table2", "Ours, percent right", "mean").note(self.tasks_note());
+        let mut theirs = table("table2-paper", "The paper's, percent right", "mean");
+        let title = "DSMoE above the method: agreement with the paper";
+        let mut agree = table("table2-directions", title, "agree")
+            .note("✓ the paper's direction, ✗ the opposite, – equal or not measured.");
         for method in self.results.methods.iter().filter(|method| !method.tasks.is_empty()) {
             let mut cells = vec![method.name.as_str().into()];
             for (task, _) in paper::TASKS {
                 let found = method.tasks.iter().find(|one| one.task == task);
                 cells.push(found.map_or("–".into(), |one| {
-                    fixed(one.percent.mean, 1).tip(Some(format!(
-                        "{}, {} items, 95 %: {}",
-                        one.metric,
-                        one.items,
-                        interval(&one.percent).text
-                    )))
+                    let interval = interval(&one.percent).text;
+                    let tip = format!("{}, {} items, 95 %: {interval}", one.metric, one.items);
+                    fixed(one.percent.mean, 1).tip(Some(tip))
                 }));
             }
             cells.push(optional_fixed(method.tasks_mean, 1));
@@ -185,7 +154,7 @@ impl View<'_> {
                 agree.row(cells);
             }
         }
-        vec![Block::Table(ours), Block::Table(theirs), Block::Table(agree)]
+        vec![ours.into(), theirs.into(), agree.into()]
     }
 
     pub(super) fn tasks_note(&self) -> String {
@@ -208,7 +177,7 @@ impl View<'_> {
         let mut table = Tabular::new(
             "table3",
             "With and without",
-            &["measure", "ours: with", "without", "the paper's: with", "without", "direction"],
+            "measure | ours: with | without | the paper's: with | without | direction",
         )
         .note(format!("{} and {}: the paper's settings with and without eq. 10. The paper's numbers are of the 1B model.", with.name, without.name));
         let [(ppl_with, tasks_with), (ppl_without, tasks_without)] = paper::TABLE3;
@@ -239,36 +208,28 @@ impl View<'_> {
                 agreement(a.zip(b).filter(|(a, b)| a != b).map(|(a, b)| b < a)),
             ]);
         }
-        vec![Block::Table(table)]
+        vec![table.into()]
     }
 
     pub(super) fn table4(&self) -> Vec<Block> {
         let mut blocks = Vec::new();
         let mut series = Vec::new();
+        let theirs = paper::table4(self.model());
         let share = |method: &MethodResult, activated: f64| 100.0 * activated / method.params_total;
+        let point = |x, y, threshold: f64| Point::new(x, y, format!("threshold {threshold}"));
         for method in self.gated().filter(|method| !method.sweep.is_empty()) {
             let mut table = Tabular::new(
                 &format!("table4-{}", method.name),
                 &method.name,
-                &[
-                    "threshold",
-                    "ours: perplexity",
-                    "95 %",
-                    "activated, % of all",
-                    "active experts",
-                    "the paper's: perplexity",
-                    "activated, % of all",
-                    "direction from the row above",
-                ],
+                "threshold | ours: perplexity | 95 % | activated, % of all | active experts | \
+                 the paper's: perplexity | activated, % of all | direction from the row above",
             );
             let mut above: Option<(f64, f64)> = None;
             for point in &method.sweep {
-                let theirs = paper::table4(self.model())
-                    .iter()
-                    .find(|one| (one.threshold - point.threshold).abs() < 1e-9);
+                let beside = theirs.iter().find(|one| (one.threshold - point.threshold).abs() < 1e-9);
                 // In the paper perplexity rises and activated parameters fall from row to row.
                 let agrees = above
-                    .filter(|_| theirs.is_some())
+                    .filter(|_| beside.is_some())
                     .map(|(ppl, activated)| point.ppl.mean > ppl && point.params_activated <= activated);
                 table.row(vec![
                     number(point.threshold, |x| format!("{x}")),
@@ -276,40 +237,30 @@ impl View<'_> {
                     interval(&point.ppl),
                     fixed(share(method, point.params_activated), 2),
                     fixed(method.experts_of(point.active_ratio), 2),
-                    optional_fixed(theirs.map(|one| one.ppl), 2),
-                    optional_fixed(theirs.map(|one| one.activated), 2),
+                    optional_fixed(beside.map(|one| one.ppl), 2),
+                    optional_fixed(beside.map(|one| one.activated), 2),
                     agreement(agrees),
                 ]);
                 above = Some((point.ppl.mean, point.params_activated));
             }
-            blocks.push(Block::Table(table));
-            series.push(Series::new(
-                &method.name,
-                Look::Line,
-                method.sweep.iter().map(|point| {
-                    let tip = format!("threshold {}", point.threshold);
-                    Point::new(share(method, point.params_activated), point.ppl.mean, tip)
-                }),
-            ));
+            blocks.push(table.into());
+            let points = method.sweep.iter();
+            let points =
+                points.map(|one| point(share(method, one.params_activated), one.ppl.mean, one.threshold));
+            series.push(Series::new(&method.name, Look::Line, points));
         }
         if !series.is_empty() {
-            series.push(Series::new(
-                "the paper",
-                Look::Dashed,
-                paper::table4(self.model())
-                    .iter()
-                    .map(|one| Point::new(one.activated, one.ppl, format!("threshold {}", one.threshold))),
-            ));
+            let points = theirs.iter().map(|one| point(one.activated, one.ppl, one.threshold));
+            series.push(Series::new("the paper", Look::Dashed, points));
             let axes = ["activated, % of all parameters", "perplexity"];
             let figure = Figure::new("table4-chart", "Perplexity by threshold", axes, series);
-            blocks.push(Block::Figure(figure.note("Each point is a threshold, 0.2 at the right end.")));
+            blocks.push(Block::from(figure.note("Each point is a threshold, 0.2 at the right end.")));
         }
         blocks
     }
 
     pub(super) fn tokens(&self, theirs: &[(f64, f64)], id: &str) -> Vec<Block> {
-        let stands_beside = (self.model() == PaperModel::One) == (id == "table5");
-        let mut table = Tabular::new(id, "Ours and the paper's", &["share of the tokens"]);
+        let mut table = Tabular::new(id, "Ours and the paper's", "share of the tokens");
         let methods: Vec<&MethodResult> =
             self.gated().filter(|method| !method.milestones.is_empty()).collect();
         if methods.is_empty() {
@@ -351,7 +302,7 @@ impl View<'_> {
             }
             table.row(cells);
         }
-        let beside = match stands_beside {
+        let beside = match (self.model() == PaperModel::One) == (id == "table5") {
             true => "Rows without a number of the paper are not in its table.",
             false => {
                 "This profile is compared with the paper's other model, whose table is the other one of 5 and 6."
@@ -370,14 +321,12 @@ impl View<'_> {
             Series::new(&method.name, Look::Line, points)
         };
         let mut series: Vec<Series> = methods.iter().map(line).collect();
-        series.push(Series::new(
-            "the paper",
-            Look::Dashed,
-            theirs.iter().map(|(tokens, ppl)| Point::new(10.0 * tokens, *ppl, format!("{tokens} B tokens"))),
-        ));
+        let point =
+            |(tokens, ppl): &(f64, f64)| Point::new(10.0 * tokens, *ppl, format!("{tokens} B tokens"));
+        series.push(Series::new("the paper", Look::Dashed, theirs.iter().map(point)));
         let axes = ["% of the tokens", "perplexity"];
         let figure = Figure::new(format!("{id}-chart"), "Perplexity during training", axes, series)
             .note("From a tenth of the tokens on.");
-        vec![Block::Table(table), Block::Figure(figure)]
+        vec![table.into(), figure.into()]
     }
 }

@@ -148,14 +148,10 @@ impl Forward<'_> {
         let Forward { out, lse, qkv, heads, seq } = self;
         heads.check()?;
         let (rows, width) = (qkv.rows(), heads.joined_width());
-        assert!(
-            qkv.cols() == width
-                && rows.is_multiple_of(seq)
-                && out.len() == rows * heads.width()
-                && lse.len() == rows * heads.heads,
-            "cuda attention::forward: {rows} rows of {} in sequences of {seq} for {heads:?}",
-            qkv.cols()
-        );
+        assert!(rows.is_multiple_of(seq), "cuda attention::forward: {rows} rows in sequences of {seq}");
+        let (lens, want) =
+            ([qkv.cols(), out.len(), lse.len()], [width, rows * heads.width(), rows * heads.heads]);
+        assert_eq!(lens, want, "cuda attention::forward: columns, out, lse for {heads:?}");
         if rows == 0 {
             return Ok(());
         }
@@ -187,11 +183,8 @@ impl Ragged<'_> {
         let Ragged { out, qkv, segments, heads } = self;
         heads.check()?;
         let (rows, width) = (qkv.rows(), heads.joined_width());
-        assert!(
-            qkv.cols() == width && out.len() == rows * heads.width(),
-            "cuda attention::ragged: {rows} rows of {} for {heads:?}",
-            qkv.cols()
-        );
+        let (lens, want) = ([qkv.cols(), out.len()], [width, rows * heads.width()]);
+        assert_eq!(lens, want, "cuda attention::ragged: columns, out for {heads:?}");
         if rows == 0 {
             return Ok(());
         }
@@ -239,20 +232,18 @@ impl Backward<'_> {
         let Backward { dqkv, dout, out, qkv, lse, heads, seq, deltas } = self;
         heads.check()?;
         let (rows, width) = (qkv.rows(), heads.joined_width());
-        assert!(
-            qkv.cols() == width
-                && dqkv.len() == qkv.len()
-                && rows.is_multiple_of(seq)
-                && [dout.len(), out.len()] == [rows * heads.width(); 2]
-                && lse.len() == rows * heads.heads
-                && deltas.len() >= lse.len(),
-            "cuda attention::backward: {rows} rows of {} in sequences of {seq} for {heads:?}",
-            qkv.cols()
+        assert!(rows.is_multiple_of(seq), "cuda attention::backward: {rows} rows in sequences of {seq}");
+        let (out_len, pairs) = (rows * heads.width(), rows * heads.heads);
+        let lens = [qkv.cols(), dqkv.len(), dout.len(), out.len(), lse.len(), deltas.len().min(pairs)];
+        let want = [width, qkv.len(), out_len, out_len, pairs, pairs];
+        assert_eq!(
+            lens, want,
+            "cuda attention::backward: columns, dqkv, dout, out, lse, deltas for {heads:?}"
         );
         if rows == 0 {
             return Ok(());
         }
-        let (gpu, defines, pairs) = (qkv.gpu(), heads.defines(), rows * heads.heads);
+        let (gpu, defines) = (qkv.gpu(), heads.defines());
         let args = [deltas.arg(), dout.arg(), out.arg(), Arg::I64(pairs as i64)];
         // SAFETY: a warp per row of a head; sizes were checked above.
         unsafe { SOURCE.launch(gpu, "deltas", &defines, Grid::row(pairs.div_ceil(4), 128), &args) }?;

@@ -35,11 +35,8 @@ impl Chunk<'_> {
     pub fn run(self) -> Result<()> {
         let Chunk { losses, dlogits, logits, targets, scale } = self;
         let (rows, vocab) = (targets.len(), logits.cols());
-        assert!(
-            losses.len() == rows && logits.rows() == rows && dlogits.len() == logits.len(),
-            "cuda cross_entropy::chunk: {} rows of logits for {rows} targets",
-            logits.rows()
-        );
+        let lens = [losses.len(), logits.rows(), dlogits.len()];
+        assert_eq!(lens, [rows, rows, logits.len()], "cuda cross_entropy::chunk: losses, logits, dlogits");
         let args = [losses.arg(), dlogits.arg(), logits.arg(), targets.arg(), Arg::F32(scale), vocab.into()];
         start(logits.gpu(), "chunk", rows, vocab, &args)
     }
@@ -65,11 +62,7 @@ impl Forward<'_> {
     pub fn run(self) -> Result<()> {
         let Forward { losses, logits, targets } = self;
         let (rows, vocab) = (targets.len(), logits.cols());
-        assert!(
-            losses.len() == rows && logits.rows() == rows,
-            "cuda cross_entropy::forward: {} rows of logits for {rows} targets",
-            logits.rows()
-        );
+        assert_eq!([losses.len(), logits.rows()], [rows; 2], "cuda cross_entropy::forward: losses, logits");
         let args = [losses.arg(), logits.arg(), targets.arg(), vocab.into()];
         start(logits.gpu(), "forward", rows, vocab, &args)
     }
@@ -99,11 +92,8 @@ impl Likelihoods<'_> {
     pub fn run(self) -> Result<()> {
         let Likelihoods { found, greedy, logits, rows, targets } = self;
         let (count, vocab) = (targets.len(), logits.cols());
-        assert!(
-            [found.len(), greedy.len(), rows.len()] == [count; 3],
-            "cuda cross_entropy::likelihoods: {} rows for {count} targets",
-            rows.len()
-        );
+        let lens = [found.len(), greedy.len(), rows.len()];
+        assert_eq!(lens, [count; 3], "cuda cross_entropy::likelihoods: found, greedy, rows");
         let args = [found.arg(), greedy.arg(), logits.arg(), rows.arg(), targets.arg(), vocab.into()];
         start(logits.gpu(), "likelihoods", count, vocab, &args)
     }

@@ -50,14 +50,10 @@ impl Append<'_> {
             At::Position(start) => (None, start),
             At::Length(length) => (Some(length), 0),
         };
-        assert!(
-            qkv.cols() == heads.joined_width()
-                && keys.len() == values.len()
-                && keys.len() >= (start + rows) * kv_width,
-            "cuda decode::append: {rows} rows of {}, room for {} of keys at {start}",
-            qkv.cols(),
-            keys.len()
-        );
+        let need = (start + rows) * kv_width;
+        let lens = [qkv.cols(), values.len(), keys.len().min(need)];
+        let want = [heads.joined_width(), keys.len(), need];
+        assert_eq!(lens, want, "cuda decode::append: columns, values, keys for {rows} rows at {start}");
         let grid = Grid::row((rows * kv_width).div_ceil(256), 256);
         let sizes = [start, rows, heads.joined_width(), heads.width(), kv_width].map(Arg::Size);
         let args = [&[keys.arg(), values.arg(), qkv.arg(), optional(length)], &sizes[..]].concat();
@@ -93,15 +89,10 @@ impl Prefill<'_> {
         heads.check()?;
         let (rows, kv_width) = (qkv.rows(), heads.kv_width());
         let total = start + rows;
-        assert!(
-            qkv.cols() == heads.joined_width()
-                && out.len() == rows * heads.width()
-                && keys.len() >= total * kv_width
-                && values.len() == keys.len(),
-            "cuda decode::prefill: {rows} rows of {}, {} of keys for {heads:?}",
-            qkv.cols(),
-            keys.len()
-        );
+        let need = total * kv_width;
+        let lens = [qkv.cols(), out.len(), values.len(), keys.len().min(need)];
+        let want = [heads.joined_width(), rows * heads.width(), keys.len(), need];
+        assert_eq!(lens, want, "cuda decode::prefill: columns, out, values, keys for {heads:?}");
         let (pointers, strides) = ([qkv.arg(), keys.arg(), values.arg()], [heads.joined_width(), kv_width]);
         Tiles { out, lse: None, pointers, strides, batch: 1, queries: rows, keys: total, heads }.run()
     }
@@ -140,15 +131,10 @@ impl Decode<'_> {
         let Decode { out, qkv, keys, values, length, heads, partials } = self;
         heads.check()?;
         let room = keys.len() / heads.kv_width();
-        assert!(
-            qkv.len() == heads.joined_width()
-                && out.len() == heads.width()
-                && keys.len() == values.len()
-                && length.len() == 1
-                && partials.len() >= partials_len(heads, room),
-            "cuda decode: {} values of qkv, room for {room} for {heads:?}",
-            qkv.len()
-        );
+        let need = partials_len(heads, room);
+        let lens = [qkv.len(), out.len(), values.len(), length.len(), partials.len().min(need)];
+        let want = [heads.joined_width(), heads.width(), keys.len(), 1, need];
+        assert_eq!(lens, want, "cuda decode: qkv, out, values, length, partials for {heads:?}");
         let (gpu, defines, chunks) = (qkv.gpu(), defines(heads), room.div_ceil(CHUNK));
         let Heads { heads: count, kv_heads, .. } = heads;
         let pointers = [partials.arg(), qkv.arg(), keys.arg(), values.arg(), length.arg()];

@@ -87,10 +87,8 @@ impl<T: Float> Forward<'_, T> {
     pub fn run(self) -> Result<()> {
         let Forward { out, table, ids } = self;
         let hidden = out.cols();
-        assert!(
-            out.rows() == ids.len() && table.len().is_multiple_of(hidden.max(1)),
-            "cuda embedding::forward"
-        );
+        let sizes = [out.rows(), table.len() % hidden.max(1)];
+        assert_eq!(sizes, [ids.len(), 0], "cuda embedding::forward: rows, rest of the table");
         let entry = if T::F32 { "forward_f32" } else { "forward_bf16" };
         let args = [out.arg(), table.arg(), ids.arg(), hidden.into()];
         // SAFETY: a block per id, which has a row of `out`; ids are rows of the table by the caller's promise.
@@ -117,10 +115,8 @@ impl Backward<'_> {
     pub fn run(self) -> Result<()> {
         let Backward { dtable, dout, order } = self;
         let hidden = dout.cols();
-        assert!(
-            dout.rows() == order.len && dtable.len().is_multiple_of(hidden.max(1)),
-            "cuda embedding::backward"
-        );
+        let sizes = [dout.rows(), dtable.len() % hidden.max(1)];
+        assert_eq!(sizes, [order.len, 0], "cuda embedding::backward: rows, rest of the table");
         let Occurrences { ids, offsets, positions, len, .. } = order;
         let args = [dtable.arg(), dout.arg(), ids.arg(), offsets.arg(), positions.arg(), hidden.into()];
         // SAFETY: offsets and positions were made for as many rows as `dout` has. A block handles each of them; those with

@@ -31,36 +31,23 @@ impl Dims {
     }
 }
 
-/// The sizes of an op's matrices: values of pairs `[T, intermediate]`, rows `[T, hidden]`, weights `[intermediate, hidden]`.
-struct Lens<'a> {
-    pairs: &'a [usize],
-    rows: &'a [usize],
-    weights: &'a [usize],
-}
-
-/// Checks the sizes of an op. `rows` and `pairs` are shapes of one matrix each.
+/// Checks the sizes of an op: `lens` are those of values of pairs `[T, intermediate]`, of rows `[T, hidden]` and of weights
+/// `[intermediate, hidden]`.
 fn check(
     op: &str,
     [tokens, hidden]: [usize; 2],
     intermediate: usize,
     lists: &Lists,
-    lens: &Lens<'_>,
+    lens: [&[usize]; 3],
 ) -> Dims {
     let num_experts = lists.num_experts();
     let dims = Dims { tokens, hidden, intermediate, num_experts };
-    let Lens { pairs, rows, weights } = lens;
-    assert!(
-        num_experts > 0
-            && hidden.is_multiple_of(8)
-            && intermediate.is_multiple_of(8 * num_experts)
-            && pairs.iter().all(|&len| len == tokens * intermediate)
-            && rows.iter().all(|&len| len == tokens * hidden)
-            && weights.iter().all(|&len| len == intermediate * hidden)
-            && lists.token_offsets.len() > tokens
-            && lists.tokens.len() >= tokens * num_experts
-            && lists.slots.len() >= tokens * num_experts,
-        "cuda experts::{op}: {pairs:?} values of pairs, {rows:?} of rows, {weights:?} weights for {dims:?}"
-    );
+    let whole = num_experts > 0 && hidden.is_multiple_of(8) && intermediate.is_multiple_of(8 * num_experts);
+    let want = [tokens * intermediate, tokens * hidden, intermediate * hidden];
+    let fit = whole && lens.iter().zip(want).all(|(lens, want)| lens.iter().all(|&len| len == want));
+    assert!(fit, "cuda experts::{op}: {lens:?} values of pairs, rows and weights for {dims:?}");
+    let (pairs, room) = (tokens * num_experts, lists.tokens.len().min(lists.slots.len()));
+    assert!(lists.token_offsets.len() > tokens && room >= pairs, "cuda experts::{op}: lists for {dims:?}");
     dims
 }
 
@@ -135,14 +122,12 @@ impl Up<'_> {
     /// A size does not fit, or [`Dims::fit_lists`] is false.
     pub fn run(self) -> Result<()> {
         let Up { c, projections, x, gate, up, coefficients, lists } = self;
-        let lens = Lens { pairs: &[c.len()], rows: &[x.len()], weights: &[gate.len(), up.len()] };
-        let dims = check("up", [x.rows(), x.cols()], c.cols(), lists, &lens);
-        let fit = projections.iter().flatten().all(|a| a.len() == c.len());
-        assert!(
-            fit && coefficients.len() == dims.tokens * dims.num_experts,
-            "cuda experts::up: {} coefficients for {dims:?}",
-            coefficients.len()
-        );
+        let lens = [&[c.len()][..], &[x.len()], &[gate.len(), up.len()]];
+        let dims = check("up", [x.rows(), x.cols()], c.cols(), lists, lens);
+        let len = coefficients.len();
+        let fit =
+            len == dims.tokens * dims.num_experts && projections.iter().flatten().all(|a| a.len() == c.len());
+        assert!(fit, "cuda experts::up: {len} coefficients for {dims:?}");
         let [a, b] = projections.map_or([Arg::NULL; 2], |both| both.map(|projection| projection.arg()));
         let args = [c.arg(), a, b, x.arg(), gate.arg(), up.arg(), coefficients.arg()];
         start(x.gpu(), "up", &args, lists, &dims)
@@ -169,8 +154,8 @@ impl Project<'_> {
     /// A size does not fit, or [`Dims::fit_lists`] is false.
     pub fn run(self) -> Result<()> {
         let Project { out, x, weight, lists } = self;
-        let lens = Lens { pairs: &[out.len()], rows: &[x.len()], weights: &[weight.len()] };
-        let dims = check("project", [x.rows(), x.cols()], out.cols(), lists, &lens);
+        let lens = [&[out.len()][..], &[x.len()], &[weight.len()]];
+        let dims = check("project", [x.rows(), x.cols()], out.cols(), lists, lens);
         start(x.gpu(), "project", &[out.arg(), x.arg(), weight.arg()], lists, &dims)
     }
 }
@@ -197,8 +182,8 @@ impl Down<'_> {
     /// A size does not fit, or [`Dims::fit_lists`] is false.
     pub fn run(self) -> Result<()> {
         let Down { y, parts, c, weight, lists } = self;
-        let lens = Lens { pairs: &[c.len()], rows: &[y.len()], weights: &[weight.len()] };
-        let dims = check("down", [y.rows(), y.cols()], c.cols(), lists, &lens);
+        let lens = [&[c.len()][..], &[y.len()], &[weight.len()]];
+        let dims = check("down", [y.rows(), y.cols()], c.cols(), lists, lens);
         check_parts(&dims, parts);
         start(c.gpu(), "down", &[parts.arg(), c.arg(), weight.arg()], lists, &dims)?;
         combine(y, parts, lists, &dims)
@@ -231,8 +216,8 @@ impl BackwardInput<'_> {
     /// A size does not fit, or [`Dims::fit_lists`] is false.
     pub fn run(self) -> Result<()> {
         let BackwardInput { dx, parts, da, db, gate, up, lists } = self;
-        let lens = Lens { pairs: &[da.len(), db.len()], rows: &[dx.len()], weights: &[gate.len(), up.len()] };
-        let dims = check("backward_input", [dx.rows(), dx.cols()], da.cols(), lists, &lens);
+        let lens = [&[da.len(), db.len()][..], &[dx.len()], &[gate.len(), up.len()]];
+        let dims = check("backward_input", [dx.rows(), dx.cols()], da.cols(), lists, lens);
         check_parts(&dims, parts);
         let args = [parts.arg(), da.arg(), db.arg(), gate.arg(), up.arg()];
         start(da.gpu(), "input", &args, lists, &dims)?;
@@ -270,12 +255,9 @@ impl BackwardWeights<'_> {
     /// A size does not fit, or [`Dims::fit_lists`] is false.
     pub fn run(self) -> Result<()> {
         let BackwardWeights { dgate, dup, ddown, da, db, c, x, dy, lists } = self;
-        let lens = Lens {
-            pairs: &[da.len(), db.len(), c.len()],
-            rows: &[x.len(), dy.len()],
-            weights: &[dgate.len(), dup.len(), ddown.len()],
-        };
-        let dims = check("backward_weights", [x.rows(), x.cols()], c.cols(), lists, &lens);
+        let weights = [dgate.len(), dup.len(), ddown.len()];
+        let lens = [&[da.len(), db.len(), c.len()][..], &[x.len(), dy.len()], &weights];
+        let dims = check("backward_weights", [x.rows(), x.cols()], c.cols(), lists, lens);
         let outs = [dgate.arg(), dup.arg(), ddown.arg()];
         let args = [&outs[..], &[da.arg(), db.arg(), c.arg(), x.arg(), dy.arg()]].concat();
         start(x.gpu(), "weights", &args, lists, &dims)

@@ -37,11 +37,8 @@ impl<T: Float> Linear<'_, T> {
     pub fn run(self) -> Result<()> {
         let Linear { y, x, w } = self;
         let (tokens, inputs, outputs) = (x.rows(), x.cols(), y.cols());
-        assert!(
-            (1..=FEW).contains(&tokens) && y.rows() == tokens && w.len() == inputs * outputs,
-            "cuda gemv: {inputs} inputs, {outputs} outputs, {} weights for {tokens} tokens",
-            w.len()
-        );
+        assert!((1..=FEW).contains(&tokens), "cuda gemv: {tokens} tokens");
+        assert_eq!([y.rows(), w.len()], [tokens, inputs * outputs], "cuda gemv: rows of y, weights");
         let entry = if T::F32 { "gemv_f32" } else { "gemv_bf16" };
         let (defines, grid) = (defines(tokens, inputs), Grid::row(outputs.div_ceil(8), 256));
         let args = [y.arg(), x.arg(), w.arg(), inputs.into(), outputs.into()];
@@ -99,18 +96,12 @@ impl Ffn<'_> {
         let n = coefficients.map_or(1, Matrix::cols);
         let dims = Dims { tokens, hidden, intermediate: gate.len() / hidden, num_experts: n };
         let width = dims.intermediate;
-        assert!(
-            (1..=FEW).contains(&tokens)
-                && n > 0
-                && width.is_multiple_of(n)
-                && [gate.len(), up.len(), down.len()] == [hidden * width; 3]
-                && y.len() == h.len()
-                && coefficients.is_none_or(|k| k.rows() == tokens)
-                && scratch.len() >= dims.gemv_scratch(),
-            "cuda gemv::Ffn: {} outputs, scratch {} for {dims:?}",
-            y.len(),
-            scratch.len()
-        );
+        assert!((1..=FEW).contains(&tokens) && n > 0 && width.is_multiple_of(n), "cuda gemv::Ffn: {dims:?}");
+        let (len, rows, need) =
+            (hidden * width, coefficients.map_or(tokens, Matrix::rows), dims.gemv_scratch());
+        let lens = [gate.len(), up.len(), down.len(), y.len(), rows, scratch.len().min(need)];
+        let want = [len, len, len, h.len(), tokens, need];
+        assert_eq!(lens, want, "cuda gemv::Ffn: gate, up, down, y, coefficients, scratch for {dims:?}");
         let (gpu, defines, pairs) = (h.gpu(), defines(tokens, hidden), tokens * width);
         let [c, partials] = scratch.parts([0..pairs, pairs..dims.gemv_scratch()]);
         let (k, parts) = (optional(coefficients), dims.gemv_blocks());

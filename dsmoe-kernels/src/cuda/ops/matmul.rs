@@ -79,13 +79,8 @@ impl<T: Float> Product<'_, T> {
             Form::Nn | Form::Nt => (a.rows(), out.cols(), a.cols()),
             Form::Tn => (a.cols(), b.cols(), a.rows()),
         };
-        assert!(
-            [out.len(), a.len(), b.len()] == [m * n, m * k, k * n],
-            "gemm {form:?}: {m} x {n} x {k} for a result of {} and operands of {} and {} values",
-            out.len(),
-            a.len(),
-            b.len()
-        );
+        let lens = [out.len(), a.len(), b.len()];
+        assert_eq!(lens, [m * n, m * k, k * n], "gemm {form:?}: out, a, b for {m} x {n} x {k}");
         Gemm { m, n, k, a_transposed: *form == Form::Tn, b_transposed: *form == Form::Nt, add: *add }
     }
 }

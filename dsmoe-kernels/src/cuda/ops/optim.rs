@@ -39,11 +39,8 @@ impl AdamW<'_> {
     pub fn run(self) -> Result<()> {
         let AdamW { param, rounded, m, v, grad, scale, hyper } = self;
         let len = grad.len();
-        assert!(
-            [param.len(), rounded.len(), m.len(), v.len()] == [len; 4] && scale.len() == 1,
-            "cuda adamw: {} parameters, {len} gradients",
-            param.len()
-        );
+        let lens = [param.len(), rounded.len(), m.len(), v.len(), scale.len()];
+        assert_eq!(lens, [len, len, len, len, 1], "cuda adamw: param, rounded, m, v, scale");
         let pointers = [param.arg(), rounded.arg(), m.arg(), v.arg(), grad.arg(), scale.arg()];
         let args = [&pointers[..], &[Arg::I64(len as i64)], &hyper.factors().map(Arg::F32)].concat();
         let grid = Grid::row(len.div_ceil(BLOCK as usize), BLOCK);

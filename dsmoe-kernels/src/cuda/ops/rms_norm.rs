@@ -24,10 +24,8 @@ fn start(gpu: &Gpu, entry: &'static str, rows: usize, hidden: usize, args: &[Arg
 /// Checks that matrices have a row for each value of `rstd`. Returns the numbers of rows and of columns.
 fn check(op: &str, matrices: &[usize], weight: &Matrix<f32>, rstd: &Matrix<f32>) -> [usize; 2] {
     let (rows, hidden) = (rstd.len(), weight.len());
-    assert!(
-        hidden > 0 && matrices.iter().all(|&len| len == rows * hidden),
-        "cuda rms_norm::{op}: {matrices:?} values for {rows} rows of {hidden}"
-    );
+    let fit = hidden > 0 && matrices.iter().all(|&len| len == rows * hidden);
+    assert!(fit, "cuda rms_norm::{op}: {matrices:?} values for {rows} rows of {hidden}");
     [rows, hidden]
 }
 
@@ -149,11 +147,9 @@ impl Backward<'_> {
     pub fn run(self) -> Result<()> {
         let Backward { dx, dweight, dy, x, weight, rstd, partials, add } = self;
         let [rows, hidden] = check("backward", &[dx.len(), dy.len(), x.len()], weight, rstd);
-        assert!(
-            dweight.len() == hidden && partials.len() >= partials_len(rows, hidden),
-            "cuda rms_norm::backward: {} partials",
-            partials.len()
-        );
+        let need = partials_len(rows, hidden);
+        let lens = [dweight.len(), partials.len().min(need)];
+        assert_eq!(lens, [hidden, need], "cuda rms_norm::backward: dweight, partials");
         let parts = rows.min(PARTS);
         let pointers = [dx.arg(), partials.arg(), dy.arg(), x.arg(), weight.arg(), rstd.arg()];
         let args = [&pointers[..], &[rows.into(), add.into()]].concat();

@@ -92,12 +92,11 @@ impl Routed {
     pub fn set(&mut self, mask: &[u8], coefficients: &[f32]) -> Result<()> {
         let n = self.num_experts;
         let tokens = mask.len() / n.max(1);
+        let (lens, room) = ([mask.len(), coefficients.len()], self.room());
+        let fit = lens == [tokens * n; 2] && tokens <= room;
         assert!(
-            mask.len() == tokens * n && coefficients.len() == mask.len() && tokens <= self.room(),
-            "cuda router::Routed::set: mask {}, coefficients {} of {n} experts, room for {}",
-            mask.len(),
-            coefficients.len(),
-            self.room()
+            fit,
+            "cuda router::Routed::set: mask and coefficients {lens:?} of {n} experts, room for {room}"
         );
         self.tokens = tokens;
         let active = mask.chunks_exact(n.max(1)).map(|row| row.iter().map(|&on| u32::from(on != 0)).sum());
@@ -186,14 +185,11 @@ impl Logits<'_> {
         let Logits { z, normed: Normed { x, rstd, weight }, router, bias } = self;
         let (tokens, hidden) = (rstd.len(), weight.len());
         let n = router.len() / hidden;
-        assert!(
-            z.len() == tokens * n
-                && router.len() == n * hidden
-                && x.len() == tokens * hidden
-                && bias.is_none_or(|bias| bias.len() == n),
-            "cuda router::logits: {} logits for {tokens} tokens, {} router values of {hidden}",
-            z.len(),
-            router.len()
+        let lens = [z.len(), router.len(), x.len(), bias.map_or(n, Matrix::len)];
+        assert_eq!(
+            lens,
+            [tokens * n, n * hidden, tokens * hidden, n],
+            "cuda router::logits: z, router, x, bias"
         );
         let pointers = [z.arg(), x.arg(), rstd.arg(), weight.arg(), router.arg(), optional(bias)];
         let args = [&pointers[..], &[n.into(), hidden.into()]].concat();
@@ -221,12 +217,9 @@ impl Route<'_> {
         let Route { routed, z, gates } = self;
         let n = gates.num_experts;
         let tokens = z.len() / n.max(1);
-        assert!(
-            n == routed.num_experts && z.len() == tokens * n && tokens <= routed.room(),
-            "cuda router::route: {} logits of {n} experts, room for {}",
-            z.len(),
-            routed.room()
-        );
+        let (len, room) = (z.len(), routed.room());
+        let fit = n == routed.num_experts && len == tokens * n && tokens <= room;
+        assert!(fit, "cuda router::route: {len} logits of {n} experts, room for {room}");
         routed.tokens = tokens;
         let Routed { gates: sigmoids, coefficients, mask, active, .. } = routed;
         let pointers = [sigmoids.arg(), coefficients.arg(), mask.arg(), active.arg(), z.arg()];
@@ -292,12 +285,8 @@ impl Stats<'_> {
     pub fn run(self) -> Result<()> {
         let Stats { counts, sums, of_tokens, routed } = self;
         let (tokens, n) = (routed.tokens, routed.num_experts);
-        let fit = of_tokens.as_ref().is_none_or(|all| all.len() >= tokens);
-        assert!(
-            fit && counts.len() == 2 * n + 1 && sums.len() == 2,
-            "cuda router::stats: {} counts",
-            counts.len()
-        );
+        let lens = [counts.len(), sums.len(), of_tokens.as_ref().map_or(tokens, |all| all.len().min(tokens))];
+        assert_eq!(lens, [2 * n + 1, 2, tokens], "cuda router::stats: counts, sums, of_tokens");
         let of_tokens = optional(of_tokens.as_deref());
         let Routed { gates, mask, active, .. } = routed;
         let pointers = [counts.arg(), sums.arg(), of_tokens, gates.arg(), mask.arg(), active.arg()];
@@ -330,14 +319,9 @@ impl Backward<'_> {
     pub fn run(self) -> Result<()> {
         let Backward { dz, dcoefficients, routed, sparsity, gates } = self;
         let (tokens, n) = (routed.tokens, routed.num_experts);
-        assert!(
-            dz.len() == tokens * n
-                && dcoefficients.len() == dz.len()
-                && gates.num_experts == n
-                && sparsity.weight.len() == 1,
-            "cuda router::backward: {} gradients of {tokens} tokens, {n} experts",
-            dz.len()
-        );
+        let lens = [dz.len(), dcoefficients.len(), gates.num_experts, sparsity.weight.len()];
+        let want = [tokens * n, tokens * n, n, 1];
+        assert_eq!(lens, want, "cuda router::backward: dz, dcoefficients, experts, sparsity");
         let Routed { gates: sigmoids, mask, active, .. } = routed;
         let pointers = [dz.arg(), dcoefficients.arg(), sigmoids.arg(), mask.arg(), active.arg()];
         let flags = [sparsity.all, gates.binary, gates.rescale, gates.ste].map(Arg::from);
@@ -375,16 +359,10 @@ impl BackwardWeights<'_> {
         let BackwardWeights { drouter, dbias, dz, normed: Normed { x, rstd, weight }, partials } = self;
         let (tokens, hidden) = (rstd.len(), weight.len());
         let n = drouter.len() / hidden;
-        assert!(
-            drouter.len() == n * hidden
-                && dbias.as_ref().is_none_or(|dbias| dbias.len() == n)
-                && dz.len() == tokens * n
-                && x.len() == tokens * hidden
-                && partials.len() >= partials_len(hidden, n),
-            "cuda router::backward_weights: {} values, {} gradients of {tokens} tokens",
-            drouter.len(),
-            dz.len()
-        );
+        let (dbias_len, room) = (dbias.as_ref().map_or(n, |dbias| dbias.len()), partials_len(hidden, n));
+        let lens = [drouter.len(), dbias_len, dz.len(), x.len(), partials.len().min(room)];
+        let want = [n * hidden, n, tokens * n, tokens * hidden, room];
+        assert_eq!(lens, want, "cuda router::backward_weights: drouter, dbias, dz, x, partials");
         let weights = PARTS * n * hidden;
         let [of_weights, of_bias] = partials.parts([0..weights, weights..PARTS * n * (hidden + 1)]);
         let (outs, ins) = ([of_weights.arg(), of_bias.arg()], [dz.arg(), x.arg(), rstd.arg(), weight.arg()]);
@@ -415,12 +393,8 @@ impl BackwardInput<'_> {
         let BackwardInput { dh, dz, router } = self;
         let (tokens, hidden) = (dh.rows(), dh.cols());
         let n = router.len() / hidden;
-        assert!(
-            router.len() == n * hidden && dz.len() == tokens * n,
-            "cuda router::backward_input: {} gradients of {tokens} tokens, {} router values",
-            dz.len(),
-            router.len()
-        );
+        let lens = [router.len(), dz.len()];
+        assert_eq!(lens, [n * hidden, tokens * n], "cuda router::backward_input: router, dz");
         let args = [dh.arg(), dz.arg(), router.arg(), tokens.into(), n.into(), hidden.into()];
         let grid = Grid::plane(hidden.div_ceil(128), tokens.min(65535), 128);
         start(dz.gpu(), "backward_input", grid, &args)

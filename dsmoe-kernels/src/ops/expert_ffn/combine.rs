@@ -3,7 +3,7 @@
 //! ```text
 //! y_t = sum over the active pairs (t, i), i ascending, of h[t,i] W_i
 //! ```
-//! In the forward h is `coefficient * silu(a) * b` and W the down weights. In the backward there are two terms: da with the
+//! In the forward h is `coefficient * act(a) * b` and W the down weights. In the backward there are two terms: da with the
 //! gate weights and db with the up weights. h lies in tiles, the order in which the product reads it.
 
 use std::ops::Range;
@@ -11,7 +11,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::dims::Dims;
-use super::kernel::{Activation, FillTiles, Tiles, left_tiles};
+use super::kernel::{FillTiles, Neurons, Tiles, left_tiles};
 use super::packed::{PackedWeights, row_columns, tile_depth};
 use super::plan::{Cut, Pairs, Plan};
 use crate::blocks::each_when;
@@ -44,7 +44,7 @@ pub(super) fn packed(y: &mut [f32], weights: &PackedWeights, plan: &Plan<'_>, de
 
 /// Sets `y_t = sum over the pairs of token t, experts ascending, of (sum over terms of h W_i)`. The weights are row-major
 /// and packed for the call.
-pub(super) fn row_major<A: Activation, const N: usize>(
+pub(super) fn row_major<A: Neurons, const N: usize>(
     y: &mut [f32],
     terms: [&A; N],
     weights: [&[f32]; N],
@@ -63,8 +63,8 @@ pub(super) fn row_major<A: Activation, const N: usize>(
     let out = unsafe { Tiles::new(tiles, depth, precision) };
     for_tasks(cut.len(), |number| {
         let pairs = cut.task(number, plan).pairs;
-        for (i, activation) in terms.into_iter().enumerate() {
-            isa.run_product(FillTiles { tiles: out, pairs: pairs.clone(), k: i * term_depth, activation });
+        for (i, neurons) in terms.into_iter().enumerate() {
+            isa.run_product(FillTiles { tiles: out, pairs: pairs.clone(), k: i * term_depth, neurons });
         }
     });
 

@@ -1,6 +1,7 @@
 //! The sizes and operands of the expert FFN, and the checks of lengths against them.
 
 use crate::buf::Buf;
+use crate::swiglu::Activation;
 
 /// The sizes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,12 +17,14 @@ pub struct Dims {
     /// Training computes the coefficient gradients of inactive pairs too, which the straight-through rule needs (eq. 16).
     /// Without it a, b and B are computed for active pairs only. Inference ignores it.
     pub all_pairs: bool,
+    /// The activation of a neuron's gate.
+    pub activation: Activation,
 }
 
 impl Dims {
     /// Returns the sizes of a dense FFN, which has one expert.
-    pub fn dense(tokens: usize, hidden: usize, intermediate: usize) -> Dims {
-        Dims { tokens, hidden, intermediate, num_experts: 1, all_pairs: true }
+    pub fn dense(tokens: usize, hidden: usize, intermediate: usize, activation: Activation) -> Dims {
+        Dims { tokens, hidden, intermediate, num_experts: 1, all_pairs: true, activation }
     }
 
     /// Returns the neurons of one expert.
@@ -46,7 +49,7 @@ pub struct Routes<'a> {
     pub slots: &'a [u32],
 }
 
-/// The three matrices, each `[intermediate, hidden]`.
+/// The three matrices, each `[intermediate, hidden]`, and the biases of an FFN that has them.
 #[derive(Clone, Copy, Debug)]
 pub struct Weights<'a> {
     /// `w_gate`
@@ -54,6 +57,19 @@ pub struct Weights<'a> {
     /// `w_up`
     pub up: &'a [f32],
     /// `w_down`, transposed: row j is the output of neuron j.
+    pub down: &'a [f32],
+    /// The biases.
+    pub biases: Option<Biases<'a>>,
+}
+
+/// The biases of the three projections.
+#[derive(Clone, Copy, Debug)]
+pub struct Biases<'a> {
+    /// `[intermediate]`, added before the activation.
+    pub gate: &'a [f32],
+    /// `[intermediate]`
+    pub up: &'a [f32],
+    /// `[hidden]`, added once to every row of y.
     pub down: &'a [f32],
 }
 
@@ -65,6 +81,19 @@ pub struct WeightGrads<'a> {
     /// `[intermediate, hidden]`
     pub up: &'a mut [f32],
     /// `[intermediate, hidden]`
+    pub down: &'a mut [f32],
+    /// Those of the biases, where the weights have biases.
+    pub biases: Option<BiasGrads<'a>>,
+}
+
+/// Gradients of [`Biases`], added to.
+#[derive(Debug)]
+pub struct BiasGrads<'a> {
+    /// `[intermediate]`
+    pub gate: &'a mut [f32],
+    /// `[intermediate]`
+    pub up: &'a mut [f32],
+    /// `[hidden]`
     pub down: &'a mut [f32],
 }
 
@@ -98,9 +127,26 @@ pub(super) fn check(op: &str, y: &[f32], x: &[f32], weights: &Weights<'_>, dims:
         x.len(),
         y.len()
     );
+    let biases = weights.biases.map(|biases| [biases.gate.len(), biases.up.len(), biases.down.len()]);
+    check_biases(op, biases, dims);
 }
 
-pub(super) fn check_grads(op: &str, grads: &WeightGrads<'_>, dims: Dims) {
+fn check_biases(op: &str, biases: Option<[usize; 3]>, dims: Dims) {
+    let want = [dims.intermediate, dims.intermediate, dims.hidden];
+    assert!(
+        biases.is_none_or(|biases| biases == want),
+        "expert_ffn::{op}: biases {biases:?} values for {dims:?}"
+    );
+}
+
+pub(super) fn check_grads(op: &str, grads: &WeightGrads<'_>, weights: &Weights<'_>, dims: Dims) {
+    let biases = grads.biases.as_ref().map(|biases| [biases.gate.len(), biases.up.len(), biases.down.len()]);
+    assert!(
+        biases.is_some() == weights.biases.is_some(),
+        "expert_ffn::{op}: gradients of biases {biases:?} for weights with biases {:?}",
+        weights.biases.is_some()
+    );
+    check_biases(op, biases, dims);
     let w = [grads.gate.len(), grads.up.len(), grads.down.len()];
     assert!(
         w == [dims.intermediate * dims.hidden; 3],

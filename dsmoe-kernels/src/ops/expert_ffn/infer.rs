@@ -7,6 +7,7 @@ use super::packed::{NEURONS, PackedWeights, tile_depth};
 use super::plan::{Pairs, Plan, check_pairs};
 use super::scratch::Scratch;
 use crate::isa::Isa;
+use crate::linear::add_bias;
 use crate::matmul::{Block, Left, Mat, Precision, Source, for_tasks, tasks_for};
 
 /// Sets y to the sum of the active experts' outputs of x. x and c are rounded to the weights' precision.
@@ -46,16 +47,17 @@ impl ForwardPacked<'_> {
         check_pairs("ForwardPacked", pairs, dims);
         if is_empty(dims) {
             y.fill(0.0);
-            return;
+        } else {
+            let plan = Plan { pairs, dims, isa, precision: weights.precision() };
+            forward(y, x, weights, &plan, &mut scratch.blocks);
         }
-        let plan = Plan { pairs, dims, isa, precision: weights.precision() };
-        forward(y, x, weights, &plan, &mut scratch.blocks);
+        add_bias("expert_ffn::ForwardPacked", isa, y, weights.down_bias(), hidden);
     }
 }
 
 /// Sets y; see [`ForwardPacked`].
 ///
-/// First computes `c = coefficient * silu(a) * b` of every active pair, in the tiles that the second product reads: a
+/// First computes `c = coefficient * act(a) * b` of every active pair, in the tiles that the second product reads: a
 /// task is a block of an expert's tokens and some of its neurons. Then runs the combine.
 pub(super) fn forward(
     y: &mut [f32],
@@ -78,14 +80,21 @@ pub(super) fn forward(
         let start = plan.offset(task.expert);
         let listed = plan.tokens(plan.pairs_of(task.expert));
         let rows = task.pairs.start - start..task.pairs.end - start;
-        let coefficient = |row| plan.coefficient(start + row);
+        let gate = Gate {
+            tiles: out,
+            first: task.pairs.start,
+            first_row: rows.start,
+            coefficient: |row| plan.coefficient(start + row),
+            activation: plan.dims.activation,
+            biases: weights.gate_up_biases(task.expert),
+        };
         Block {
             left: Left::Source(Source::picked_rows(Mat::new(x, tokens, hidden), listed), rounded),
             ks: 0..hidden,
             panels: weights.gate_up(task.expert),
             panel_ks: 0..hidden,
             range: task.panels,
-            sink: &Gate { tiles: out, first: task.pairs.start, first_row: rows.start, coefficient },
+            sink: &gate,
             rows,
         }
         .run(plan.isa);

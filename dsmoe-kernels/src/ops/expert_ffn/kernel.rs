@@ -1,4 +1,4 @@
-//! Vector bodies of the SwiGLU unit: activations into the tiles that products read, and the backward of a row.
+//! Vector bodies of the gated unit: activations into the tiles that products read, and the backward of a row.
 
 use std::ops::Range;
 
@@ -6,12 +6,14 @@ use super::packed::NEURONS;
 use super::plan::Plan;
 use crate::buf::SharedRows;
 use crate::matmul::{At, Left, PANEL, Precision, Sink, tiles};
-use crate::simd::{Kernel, Product, ProductKernel, Simd, sigmoid};
+use crate::simd::{Kernel, Product, ProductKernel, Simd};
+use crate::swiglu::Activation;
+use crate::swiglu::activation::{Unit, with_unit};
 
-/// Returns `silu(a) * b * g`. It is a function because closures may not be inlined into the code of the tier.
+/// Returns `act(a) * b * g`. It is a function because closures may not be inlined into the code of the tier.
 #[inline(always)]
-fn gated<S: Simd>(s: S, a: S::V, b: S::V, g: S::V) -> S::V {
-    s.mul(s.mul(s.mul(a, sigmoid(s, a)), b), g)
+fn gated<S: Simd, A: Unit>(s: S, unit: A, [a, b, g]: [S::V; 3]) -> S::V {
+    s.mul(s.mul(s.mul(a, unit.gate(s, a)), b), g)
 }
 
 /// Activations `[pairs, depth]` stored as the tiles that [`left_tiles`] reads, block after block.
@@ -102,7 +104,7 @@ pub(super) fn left_tiles<'a>(
     }
 }
 
-/// Receives a product of gate and up panels and stores `c = coefficient * silu(a) * b` in tiles.
+/// Receives a product of gate and up panels and stores `c = coefficient * act(a) * b` in tiles.
 pub(super) struct Gate<'a, C> {
     pub(super) tiles: Tiles<'a>,
     /// First pair of the block.
@@ -111,6 +113,24 @@ pub(super) struct Gate<'a, C> {
     pub(super) first_row: usize,
     /// The coefficient of a row of the product.
     pub(super) coefficient: C,
+    pub(super) activation: Activation,
+    /// The biases of the columns of the product, whole panels.
+    pub(super) biases: Option<&'a [f32]>,
+}
+
+impl<C: Fn(usize) -> f32 + Sync> Gate<'_, C> {
+    /// Sets `rows` to the activations of a tile of products.
+    #[inline(always)]
+    fn activate<S: Product, A: Unit>(&self, s: S, unit: A, rows: &mut [f32], tile: &[f32], first_row: usize) {
+        for (r, (sums, row)) in tile.chunks_exact(PANEL).zip(rows.chunks_exact_mut(NEURONS)).enumerate() {
+            let coefficient = s.splat((self.coefficient)(first_row + r));
+            let (a, b) = sums.split_at(NEURONS);
+            for i in (0..NEURONS).step_by(S::LANES) {
+                let product = gated(s, unit, [s.load(&a[i..]), s.load(&b[i..]), coefficient]);
+                s.store(&mut row[i..], product);
+            }
+        }
+    }
 }
 
 impl<C: Fn(usize) -> f32 + Sync> Sink for Gate<'_, C> {
@@ -120,36 +140,50 @@ impl<C: Fn(usize) -> f32 + Sync> Sink for Gate<'_, C> {
     #[inline(always)]
     fn finish<S: Product>(&self, s: S, tile: &[f32], at: At) {
         let mut rows = [0.0; NEURONS * NEURONS];
-        for (r, (sums, row)) in tile.chunks_exact(PANEL).zip(rows.chunks_exact_mut(NEURONS)).enumerate() {
-            let coefficient = s.splat((self.coefficient)(at.row + r));
-            let (a, b) = sums.split_at(NEURONS);
-            for i in (0..NEURONS).step_by(S::LANES) {
-                s.store(&mut row[i..], gated(s, s.load(&a[i..]), s.load(&b[i..]), coefficient));
+        let mut biased = [0.0; NEURONS * PANEL];
+        let tile = match self.biases {
+            None => tile,
+            Some(biases) => {
+                let biased = &mut biased[..tile.len()];
+                add_to_rows(s, biased, tile, &biases[at.panel * PANEL..][..PANEL]);
+                biased
             }
-        }
+        };
+        with_unit!(self.activation, unit => self.activate(s, unit, &mut rows, tile, at.row));
         let row = at.row - self.first_row;
         self.tiles.put(s, self.first, row..row + at.rows, at.panel * NEURONS, &rows);
     }
 }
 
-/// The activations of a pair that [`FillTiles`] stores.
-pub(super) trait Activation: Sync {
+/// Sets `out` to rows of `x` plus `bias`; the rows are as long as `bias`, whole vectors.
+#[inline(always)]
+fn add_to_rows<S: Product>(s: S, out: &mut [f32], x: &[f32], bias: &[f32]) {
+    for (out, x) in out.chunks_exact_mut(bias.len()).zip(x.chunks_exact(bias.len())) {
+        for i in (0..bias.len()).step_by(S::LANES) {
+            s.store(&mut out[i..], s.add(s.load(&x[i..]), s.load(&bias[i..])));
+        }
+    }
+}
+
+/// The values of a pair's neurons that [`FillTiles`] stores.
+pub(super) trait Neurons: Sync {
     /// Returns the neurons of a pair.
     fn width(&self) -> usize;
     /// Loads up to LANES neurons from `k` on.
     fn load<S: Simd>(&self, s: S, pair: usize, k: usize) -> S::V;
 }
 
-/// `coefficient * silu(a) * b`; `row` gives the place of a pair's neurons in a and b.
-pub(super) struct Gated<'a, R, C> {
+/// `coefficient * act(a) * b`; `row` gives the place of a pair's neurons in a and b.
+pub(super) struct Gated<'a, R, C, A> {
     pub(super) a: &'a [f32],
     pub(super) b: &'a [f32],
     pub(super) row: R,
     pub(super) coefficient: C,
     pub(super) width: usize,
+    pub(super) unit: A,
 }
 
-impl<R: Fn(usize) -> usize + Sync, C: Fn(usize) -> f32 + Sync> Activation for Gated<'_, R, C> {
+impl<R: Fn(usize) -> usize + Sync, C: Fn(usize) -> f32 + Sync, A: Unit> Neurons for Gated<'_, R, C, A> {
     fn width(&self) -> usize {
         self.width
     }
@@ -158,7 +192,7 @@ impl<R: Fn(usize) -> usize + Sync, C: Fn(usize) -> f32 + Sync> Activation for Ga
         let start = (self.row)(pair);
         let neurons = start + k..start + self.width;
         let (a, b) = (s.load_tail(&self.a[neurons.clone()]), s.load_tail(&self.b[neurons]));
-        gated(s, a, b, s.splat((self.coefficient)(pair)))
+        gated(s, self.unit, [a, b, s.splat((self.coefficient)(pair))])
     }
 }
 
@@ -168,7 +202,7 @@ pub(super) struct Plain<'a> {
     pub(super) width: usize,
 }
 
-impl Activation for Plain<'_> {
+impl Neurons for Plain<'_> {
     fn width(&self) -> usize {
         self.width
     }
@@ -183,15 +217,15 @@ pub(super) struct FillTiles<'a, A> {
     pub(super) tiles: Tiles<'a>,
     pub(super) pairs: Range<usize>,
     pub(super) k: usize,
-    pub(super) activation: &'a A,
+    pub(super) neurons: &'a A,
 }
 
-impl<A: Activation> ProductKernel for FillTiles<'_, A> {
+impl<A: Neurons> ProductKernel for FillTiles<'_, A> {
     type Output = ();
     #[inline(always)]
     fn body<S: Product>(self, s: S) {
-        let FillTiles { tiles: out, pairs, k, activation } = self;
-        let width = activation.width();
+        let FillTiles { tiles: out, pairs, k, neurons } = self;
+        let width = neurons.width();
         for tile in tiles(pairs.len(), S::ROWS) {
             for first in (0..width).step_by(NEURONS) {
                 let mut rows = [0.0; NEURONS * NEURONS];
@@ -200,7 +234,7 @@ impl<A: Activation> ProductKernel for FillTiles<'_, A> {
                 {
                     for i in (0..NEURONS).step_by(S::LANES) {
                         if first + i < width {
-                            s.store(&mut row[i..], activation.load(s, pair, first + i));
+                            s.store(&mut row[i..], neurons.load(s, pair, first + i));
                         }
                     }
                 }
@@ -210,35 +244,36 @@ impl<A: Activation> ProductKernel for FillTiles<'_, A> {
     }
 }
 
-/// Returns the sum over j of `silu(a[j]) * b[j] * g[j]`.
-pub(super) struct GatedDot<'a> {
+/// Returns the sum over j of `act(a[j]) * b[j] * g[j]`.
+pub(super) struct GatedDot<'a, A> {
     pub(super) a: &'a [f32],
     pub(super) b: &'a [f32],
     pub(super) g: &'a [f32],
+    pub(super) unit: A,
 }
 
-impl Kernel for GatedDot<'_> {
+impl<A: Unit> Kernel for GatedDot<'_, A> {
     type Output = f32;
     #[inline(always)]
     fn body<S: Simd>(self, s: S) -> f32 {
-        let GatedDot { a, b, g } = self;
+        let GatedDot { a, b, g, unit } = self;
         assert!(a.len() == b.len() && a.len() == g.len());
         let mut sum = s.splat(0.0);
         let head = a.len() - a.len() % S::LANES;
         for j in (0..head).step_by(S::LANES) {
-            sum = s.add(sum, gated(s, s.load(&a[j..]), s.load(&b[j..]), s.load(&g[j..])));
+            sum = s.add(sum, gated(s, unit, [s.load(&a[j..]), s.load(&b[j..]), s.load(&g[j..])]));
         }
         if head < a.len() {
-            let tail = gated(s, s.load_tail(&a[head..]), s.load_tail(&b[head..]), s.load_tail(&g[head..]));
-            sum = s.add(sum, tail);
+            let tail = [s.load_tail(&a[head..]), s.load_tail(&b[head..]), s.load_tail(&g[head..])];
+            sum = s.add(sum, gated(s, unit, tail));
         }
         s.reduce_add(sum)
     }
 }
 
-/// Computes one row of the SwiGLU backward: from a, b, g = `<dy, w_down>` and the pair's coefficient, sets da, db and
-/// scaled = coefficient * silu(a) * b. Returns the coefficient's gradient, the value of [`GatedDot`].
-pub(super) struct GateBackward<'a> {
+/// Computes one row of the backward of the gated unit: from a, b, g = `<dy, w_down>` and the pair's coefficient, sets da, db
+/// and scaled = coefficient * act(a) * b. Returns the coefficient's gradient, the value of [`GatedDot`].
+pub(super) struct GateBackward<'a, A> {
     pub(super) da: &'a mut [f32],
     pub(super) db: &'a mut [f32],
     pub(super) scaled: &'a mut [f32],
@@ -246,28 +281,27 @@ pub(super) struct GateBackward<'a> {
     pub(super) b: &'a [f32],
     pub(super) g: &'a [f32],
     pub(super) coefficient: f32,
+    pub(super) unit: A,
 }
 
-impl Kernel for GateBackward<'_> {
+impl<A: Unit> Kernel for GateBackward<'_, A> {
     type Output = f32;
     #[inline(always)]
     fn body<S: Simd>(self, s: S) -> f32 {
-        let GateBackward { da, db, scaled, a, b, g, coefficient } = self;
+        let GateBackward { da, db, scaled, a, b, g, coefficient, unit } = self;
         let n = a.len();
         assert!([da.len(), db.len(), scaled.len(), b.len(), g.len()] == [n; 5]);
         let coefficient = s.splat(coefficient);
         let mut sum = s.splat(0.0);
         for j in (0..n).step_by(S::LANES) {
             let (a, b, g) = (s.load_tail(&a[j..]), s.load_tail(&b[j..]), s.load_tail(&g[j..]));
-            let one = s.splat(1.0);
-            let gate = sigmoid(s, a);
-            let silu = s.mul(a, gate);
-            let c = s.mul(silu, b);
+            let gate = unit.gate(s, a);
+            let activated = s.mul(a, gate);
+            let c = s.mul(activated, b);
             let dc = s.mul(coefficient, g);
-            // silu'(a) = s (1 + a (1 - s)) with s = sigmoid(a)
-            let slope = s.mul(gate, s.fma(a, s.sub(one, gate), one));
+            let slope = unit.slope(s, a, gate);
             s.store_tail(&mut da[j..], s.mul(s.mul(dc, b), slope));
-            s.store_tail(&mut db[j..], s.mul(dc, silu));
+            s.store_tail(&mut db[j..], s.mul(dc, activated));
             s.store_tail(&mut scaled[j..], s.mul(coefficient, c));
             sum = s.fma(c, g, sum);
         }

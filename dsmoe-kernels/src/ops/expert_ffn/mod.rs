@@ -1,19 +1,23 @@
-//! Gated expert FFN: SwiGLU experts that are row ranges of one dense FFN, computed for the active pairs alone.
+//! Gated expert FFN: experts of gated neurons that are row ranges of one dense FFN, computed for the active pairs alone.
 //!
 //! ```text
-//! forward   a = x Wg^T,  b = x Wu^T,  c = silu(a) * b                 [T, intermediate]
+//! forward   a = x Wg^T (+ bg),  b = x Wu^T (+ bu),  c = act(a) * b    [T, intermediate]
 //!           o_i = c_i Wd_i                                            expert i = rows i*w..(i+1)*w
-//!           y_t = sum over active i of coef[t,i] * o_i(x_t)           set (eqs. 6, 11)
+//!           y_t = sum over active i of coef[t,i] * o_i(x_t) (+ bd)    set (eqs. 6, 11)
 //! backward  B = dy Wd^T                                               [T, intermediate]
 //!           dcoef[t,i] = sum over j of expert i of c[t,j] B[t,j]      set; of every pair when `all_pairs` (eq. 16)
 //!           dc = coef * B                                             active pairs
 //!           dWd_i += (coef c_i)^T dy                                  added to (eq. 13)
-//!           da = dc * b * silu'(a),  dWg_i += da^T x                  added to (eq. 14)
-//!           db = dc * silu(a),       dWu_i += db^T x                  added to (eq. 15)
+//!           da = dc * b * act'(a),   dWg_i += da^T x                  added to (eq. 14)
+//!           db = dc * act(a),        dWu_i += db^T x                  added to (eq. 15)
 //!           dx = da Wg + db Wu                                        set
+//!           dbg += sum of da, dbu += sum of db, over active pairs; dbd += sum over t of dy_t
 //! ```
+//! act is silu or another [`Activation`](crate::Activation). The biases are optional; that of the down projection belongs to
+//! no expert and is added once to every token.
+//!
 //! `w_down` is kept transposed, `[intermediate, hidden]`: a neuron is one row of all three matrices. f32
-//! accumulation. A token without an active expert gets `y = 0` and `dx = 0`.
+//! accumulation. A token without an active expert gets `y = 0` (or `bd`) and `dx = 0`.
 //!
 //! Work is cut by shape and routing alone and experts are summed in ascending order, so the result does not
 //! depend on the number of threads. [`Pairs::Dense`] is the same op with one expert, always active with coefficient 1:
@@ -34,7 +38,7 @@ mod scratch;
 mod tests;
 mod train;
 
-pub use dims::{Dims, Routes, Saved, WeightGrads, Weights};
+pub use dims::{BiasGrads, Biases, Dims, Routes, Saved, WeightGrads, Weights};
 pub use infer::ForwardPacked;
 pub use packed::PackedWeights;
 pub use plan::Pairs;

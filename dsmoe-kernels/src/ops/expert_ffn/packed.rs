@@ -2,10 +2,11 @@
 
 use rayon::prelude::*;
 
-use super::dims::{Dims, Weights, check};
+use super::dims::{Biases, Dims, Weights, check};
 use crate::buf::Buf;
 use crate::isa::Isa;
 use crate::matmul::{Mat, PANEL, PackPanel, Panels, Precision, Source, panel_len, panels};
+use crate::swiglu::Activation;
 
 /// Neurons of a panel of gate and up weights: its first half holds gate rows, its second half up rows.
 pub(super) const NEURONS: usize = PANEL / 2;
@@ -22,6 +23,15 @@ pub struct PackedWeights {
     num_experts: usize,
     gate_up: Buf,
     down: Buf,
+    biases: Option<PackedBiases>,
+}
+
+/// The biases, in f32.
+#[derive(Clone, Debug)]
+struct PackedBiases {
+    /// A value for every column of the panels of gate and up weights, expert after expert.
+    gate_up: Buf,
+    down: Buf,
 }
 
 impl PackedWeights {
@@ -36,7 +46,11 @@ impl PackedWeights {
         intermediate: usize,
         num_experts: usize,
     ) -> PackedWeights {
-        let dims = Dims { tokens: 0, hidden, intermediate, num_experts, all_pairs: false };
+        let dims = Dims {
+            num_experts,
+            all_pairs: false,
+            ..Dims::dense(0, hidden, intermediate, Activation::default())
+        };
         check("PackedWeights::new", &[], &[], weights, dims);
         let sizes = Sizes { precision, hidden, width: intermediate / num_experts };
         let mut packed = PackedWeights {
@@ -46,6 +60,7 @@ impl PackedWeights {
             num_experts,
             gate_up: Buf::zeros(num_experts * sizes.gate_up_panels() * sizes.gate_up_len()),
             down: Buf::zeros(num_experts * sizes.down_panels() * sizes.down_len()),
+            biases: weights.biases.map(|biases| PackedBiases::new(biases, sizes, num_experts)),
         };
         if intermediate == 0 || hidden == 0 {
             return packed;
@@ -67,7 +82,8 @@ impl PackedWeights {
 
     /// Returns the bytes of memory, padding included.
     pub fn bytes(&self) -> usize {
-        4 * (self.gate_up.len() + self.down.len())
+        let biases = self.biases.as_ref().map_or(0, |biases| biases.gate_up.len() + biases.down.len());
+        4 * (self.gate_up.len() + self.down.len() + biases)
     }
 
     /// Returns the bytes of one expert.
@@ -106,6 +122,36 @@ impl PackedWeights {
     }
 }
 
+impl PackedWeights {
+    /// Returns the biases of the columns of an expert's panels of gate and up weights.
+    pub(super) fn gate_up_biases(&self, expert: usize) -> Option<&[f32]> {
+        let biases = &self.biases.as_ref()?.gate_up;
+        let len = biases.len() / self.num_experts;
+        Some(&biases[expert * len..][..len])
+    }
+
+    /// Returns the bias of the down projection.
+    pub(super) fn down_bias(&self) -> Option<&[f32]> {
+        Some(&self.biases.as_ref()?.down)
+    }
+}
+
+impl PackedBiases {
+    fn new(biases: Biases<'_>, sizes: Sizes, num_experts: usize) -> PackedBiases {
+        let mut gate_up = Buf::zeros(num_experts * sizes.gate_up_panels() * PANEL);
+        for (i, out) in gate_up.chunks_exact_mut(PANEL).enumerate() {
+            let (expert, panel) = (i / sizes.gate_up_panels(), i % sizes.gate_up_panels());
+            let neurons = panel_neurons(sizes.width, expert, panel);
+            let (gate, up) = out.split_at_mut(NEURONS);
+            gate[..neurons.len()].copy_from_slice(&biases.gate[neurons.clone()]);
+            up[..neurons.len()].copy_from_slice(&biases.up[neurons]);
+        }
+        let mut down = Buf::zeros(biases.down.len());
+        down.copy_from_slice(biases.down);
+        PackedBiases { gate_up, down }
+    }
+}
+
 /// Sizes of one expert's panels.
 #[derive(Clone, Copy)]
 struct Sizes {
@@ -137,6 +183,12 @@ pub(super) fn tile_depth(width: usize) -> usize {
     width.next_multiple_of(NEURONS)
 }
 
+/// Returns the neurons of panel `panel` of `expert`.
+fn panel_neurons(width: usize, expert: usize, panel: usize) -> std::ops::Range<usize> {
+    let first = expert * width;
+    first + panel * NEURONS..first + width.min((panel + 1) * NEURONS)
+}
+
 /// Returns the gate and the up rows of panel `panel` of `expert`.
 fn gate_up_parts<'a>(
     weights: &Weights<'a>,
@@ -145,8 +197,7 @@ fn gate_up_parts<'a>(
     expert: usize,
     panel: usize,
 ) -> [(Source<'a>, std::ops::Range<usize>); 2] {
-    let first = expert * width;
-    let neurons = first + panel * NEURONS..first + width.min((panel + 1) * NEURONS);
+    let neurons = panel_neurons(width, expert, panel);
     [weights.gate, weights.up].map(|w| (Source::rows(Mat::new(w, w.len() / hidden, hidden)), neurons.clone()))
 }
 

@@ -4,6 +4,7 @@
 //! of inactive pairs are not read.
 
 use super::Dims;
+use crate::swiglu::reference::{slope, value};
 
 /// Gradients of a scalar loss.
 #[derive(Clone, Debug, PartialEq)]
@@ -16,12 +17,10 @@ pub struct Grads {
     pub dup: Vec<f64>,
     /// `[intermediate, hidden]`
     pub ddown: Vec<f64>,
+    /// Of the biases of gate, up and down; empty without biases.
+    pub dbiases: [Vec<f64>; 3],
     /// `[tokens, num_experts]`: `<dy_t, o_i(x_t)>`, of inactive pairs only when [`Dims::all_pairs`] (else 0).
     pub dcoef: Vec<f64>,
-}
-
-fn sigmoid(a: f64) -> f64 {
-    1.0 / (1.0 + (-a).exp())
 }
 
 fn dot(a: &[f64], b: &[f64]) -> f64 {
@@ -45,6 +44,8 @@ pub struct Layer<'a> {
     pub up: &'a [f64],
     /// `[intermediate, hidden]`
     pub down: &'a [f64],
+    /// Of gate and up `[intermediate]` and down `[hidden]`.
+    pub biases: Option<[&'a [f64]; 3]>,
     /// `[tokens, num_experts]`
     pub mask: &'a [bool],
     /// `[tokens, num_experts]`
@@ -53,19 +54,30 @@ pub struct Layer<'a> {
     pub dims: Dims,
 }
 
-/// Returns `y_t = sum over active i of coef[t, i] * o_i(x_t)`. Neuron j of expert i adds
-/// `coef * silu(x . gate_j) * (x . up_j) * down_j`.
+impl Layer<'_> {
+    /// Returns the products of neuron j with a row of x, biases included.
+    fn products(self, x: &[f64], j: usize) -> (f64, f64) {
+        let row = j * self.dims.hidden..(j + 1) * self.dims.hidden;
+        let [gate, up] = self.biases.map_or([0.0; 2], |[gate, up, _]| [gate[j], up[j]]);
+        (dot(x, &self.gate[row.clone()]) + gate, dot(x, &self.up[row]) + up)
+    }
+}
+
+/// Returns `y_t = sum over active i of coef[t, i] * o_i(x_t) + bias_down`. Neuron j of expert i adds
+/// `coef * act(x . gate_j + bias_gate_j) * (x . up_j + bias_up_j) * down_j`.
 pub fn forward(layer: Layer<'_>) -> Vec<f64> {
-    let Layer { x, gate, up, down, mask, coef, dims } = layer;
+    let Layer { x, down, biases, mask, coef, dims, .. } = layer;
     let (d, n, width) = (dims.hidden, dims.num_experts, dims.expert_width());
     let mut y = vec![0.0; dims.tokens * d];
     for t in 0..dims.tokens {
         let x = &x[t * d..][..d];
+        if let Some([_, _, bias]) = biases {
+            axpy(&mut y[t * d..][..d], 1.0, bias);
+        }
         for i in (0..n).filter(|i| mask[t * n + i]) {
             for j in i * width..(i + 1) * width {
-                let a = dot(x, &gate[j * d..][..d]);
-                let b = dot(x, &up[j * d..][..d]);
-                let c = a * sigmoid(a) * b;
+                let (a, b) = layer.products(x, j);
+                let c = value(dims.activation, a) * b;
                 axpy(&mut y[t * d..][..d], coef[t * n + i] * c, &down[j * d..][..d]);
             }
         }
@@ -75,17 +87,21 @@ pub fn forward(layer: Layer<'_>) -> Vec<f64> {
 
 /// Returns the gradients of `<dy, forward(..)>` with the mask frozen (eqs. 13-16 before the router).
 pub fn backward(dy: &[f64], layer: Layer<'_>) -> Grads {
-    let Layer { x, gate, up, down, mask, coef, dims } = layer;
+    let Layer { x, gate, up, down, biases, mask, coef, dims } = layer;
     let (d, n, width) = (dims.hidden, dims.num_experts, dims.expert_width());
     let mut grads = Grads {
         dx: vec![0.0; x.len()],
         dgate: vec![0.0; gate.len()],
         dup: vec![0.0; up.len()],
         ddown: vec![0.0; down.len()],
+        dbiases: biases.map_or([(); 3].map(|()| Vec::new()), |biases| biases.map(|b| vec![0.0; b.len()])),
         dcoef: vec![0.0; dims.tokens * n],
     };
     for t in 0..dims.tokens {
         let (x, dy) = (&x[t * d..][..d], &dy[t * d..][..d]);
+        if biases.is_some() {
+            axpy(&mut grads.dbiases[2], 1.0, dy);
+        }
         for i in 0..n {
             let active = mask[t * n + i];
             if !active && !dims.all_pairs {
@@ -93,9 +109,8 @@ pub fn backward(dy: &[f64], layer: Layer<'_>) -> Grads {
             }
             for j in i * width..(i + 1) * width {
                 let row = j * d..(j + 1) * d;
-                let a = dot(x, &gate[row.clone()]);
-                let b = dot(x, &up[row.clone()]);
-                let c = a * sigmoid(a) * b;
+                let (a, b) = layer.products(x, j);
+                let c = value(dims.activation, a) * b;
                 // y_t += coef * c * down_j
                 let dscaled = dot(dy, &down[row.clone()]);
                 grads.dcoef[t * n + i] += c * dscaled;
@@ -103,10 +118,13 @@ pub fn backward(dy: &[f64], layer: Layer<'_>) -> Grads {
                     let coef = coef[t * n + i];
                     axpy(&mut grads.ddown[row.clone()], coef * c, dy);
                     let dc = coef * dscaled;
-                    // c = silu(a) * b, silu'(a) = s (1 + a (1 - s)) with s = sigmoid(a)
-                    let s = sigmoid(a);
-                    let da = dc * b * s * (1.0 + a * (1.0 - s));
-                    let db = dc * a * s;
+                    // c = act(a) * b
+                    let da = dc * b * slope(dims.activation, a);
+                    let db = dc * value(dims.activation, a);
+                    if biases.is_some() {
+                        grads.dbiases[0][j] += da;
+                        grads.dbiases[1][j] += db;
+                    }
                     axpy(&mut grads.dgate[row.clone()], da, x);
                     axpy(&mut grads.dup[row.clone()], db, x);
                     axpy(&mut grads.dx[t * d..][..d], da, &gate[row.clone()]);

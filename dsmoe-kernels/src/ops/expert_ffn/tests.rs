@@ -1,4 +1,5 @@
 use super::*;
+use crate::Activation;
 use crate::isa::Isa;
 use crate::matmul::Precision;
 use crate::testing::{assert_close, assert_close_f64, f64s, finite_differences, normals, with_threads};
@@ -58,6 +59,8 @@ struct Problem {
     gate: Vec<f32>,
     up: Vec<f32>,
     down: Vec<f32>,
+    /// Of gate, up and down.
+    biases: Option<[Vec<f32>; 3]>,
     dy: Vec<f32>,
     routing: Routing,
 }
@@ -71,6 +74,7 @@ struct Results {
     dgate: Vec<f32>,
     dup: Vec<f32>,
     ddown: Vec<f32>,
+    dbiases: Option<[Vec<f32>; 3]>,
 }
 
 impl Problem {
@@ -86,13 +90,24 @@ impl Problem {
             gate: scaled(weights, 2, narrow),
             up: scaled(weights, 3, narrow),
             down: scaled(weights, 4, 1.0 / (dims.intermediate as f32).sqrt()),
+            biases: None,
             dy: scaled(activations, 5, 1.0),
             routing: Routing::new(dims.tokens, dims.num_experts, active, 6),
         }
     }
 
+    /// Returns the problem with biases and another activation.
+    fn varied(mut self) -> Problem {
+        let Dims { hidden, intermediate, .. } = self.dims;
+        self.dims.activation = Activation::GeluTanh;
+        self.biases =
+            Some([(intermediate, 7), (intermediate, 8), (hidden, 9)].map(|(n, seed)| normals(n, seed)));
+        self
+    }
+
     fn weights(&self) -> Weights<'_> {
-        Weights { gate: &self.gate, up: &self.up, down: &self.down }
+        let biases = self.biases.as_ref().map(|[gate, up, down]| Biases { gate, up, down });
+        Weights { gate: &self.gate, up: &self.up, down: &self.down, biases }
     }
 
     fn packed(&self, num_experts: usize) -> PackedWeights {
@@ -109,6 +124,7 @@ impl Problem {
             dgate: weights.clone(),
             dup: weights.clone(),
             ddown: weights,
+            dbiases: self.biases.as_ref().map(|biases| biases.each_ref().map(|b| vec![1.0; b.len()])),
         }
     }
 
@@ -130,7 +146,8 @@ impl Problem {
         let (mut r, mut saved, weights) = (self.results(), Saved::default(), &self.weights());
         let (x, dy) = (&self.x, &self.dy);
         ForwardTrain { y: &mut r.y, saved: &mut saved, x, weights, pairs, dims, scratch }.run_on(isa);
-        let grads = WeightGrads { gate: &mut r.dgate, up: &mut r.dup, down: &mut r.ddown };
+        let biases = r.dbiases.as_mut().map(|[gate, up, down]| BiasGrads { gate, up, down });
+        let grads = WeightGrads { gate: &mut r.dgate, up: &mut r.dup, down: &mut r.ddown, biases };
         let routed = matches!(pairs, Pairs::Routed(_));
         let (dx, dcoefficients, saved) = (&mut r.dx, routed.then_some(&mut r.dcoef[..]), &saved);
         Backward { dx, dcoefficients, grads, dy, saved, x, weights, pairs, dims, scratch }.run_on(isa);
@@ -139,7 +156,7 @@ impl Problem {
 
     fn dense(&self, scratch: &mut Scratch) -> (Vec<f32>, Results) {
         let (isa, dims) = (Isa::current(), self.dims);
-        let dims = Dims::dense(dims.tokens, dims.hidden, dims.intermediate);
+        let dims = Dims::dense(dims.tokens, dims.hidden, dims.intermediate, dims.activation);
         let y = self.infer(isa, Pairs::Dense, dims, scratch);
         (y, self.train_pairs(isa, Pairs::Dense, dims, scratch))
     }
@@ -148,8 +165,14 @@ impl Problem {
         let [x, gate, up, down, dy, coef] =
             [&self.x, &self.gate, &self.up, &self.down, &self.dy, &self.routing.coef].map(|x| f64s(x));
         let (gate, up, down, mask, coef) = (&gate, &up, &down, &self.routing.mask, &coef);
-        let layer = reference::Layer { x: &x, gate, up, down, mask, coef, dims: self.dims };
+        let biases = self.wide_biases();
+        let biases = biases.as_ref().map(|biases| biases.each_ref().map(|b| &b[..]));
+        let layer = reference::Layer { x: &x, gate, up, down, biases, mask, coef, dims: self.dims };
         (reference::forward(layer), reference::backward(&dy, layer))
+    }
+
+    fn wide_biases(&self) -> Option<[Vec<f64>; 3]> {
+        self.biases.as_ref().map(|biases| biases.each_ref().map(|b| f64s(b)))
     }
 
     fn check_train(&self, name: &str, got: &Results) {
@@ -161,6 +184,9 @@ impl Problem {
         assert_close(&format!("{name} dgate"), &got.dgate, &plus_one(&want.dgate), TOLERANCE);
         assert_close(&format!("{name} dup"), &got.dup, &plus_one(&want.dup), TOLERANCE);
         assert_close(&format!("{name} ddown"), &got.ddown, &plus_one(&want.ddown), TOLERANCE);
+        for (got, want) in got.dbiases.iter().flatten().zip(&want.dbiases) {
+            assert_close(&format!("{name} dbias"), got, &plus_one(want), TOLERANCE);
+        }
     }
 }
 
@@ -168,7 +194,8 @@ impl Problem {
 const TOLERANCE: f64 = 3e-6;
 
 fn dims(tokens: usize, hidden: usize, width: usize, num_experts: usize) -> Dims {
-    Dims { tokens, hidden, intermediate: width * num_experts, num_experts, all_pairs: true }
+    let dense = Dims::dense(tokens, hidden, width * num_experts, Activation::Silu);
+    Dims { num_experts, ..dense }
 }
 
 /// Activates about three in eight pairs, in a pattern that fits no block.
@@ -179,33 +206,51 @@ fn scattered(t: usize, i: usize) -> bool {
 #[test]
 fn the_reference_gradient_is_the_derivative_with_the_mask_frozen() {
     for all_pairs in [true, false] {
-        let problem = Problem::new(Dims { all_pairs, ..dims(3, 4, 2, 3) }, scattered);
-        let dims = problem.dims;
-        let [x, gate, up, down, dy, coef] =
-            [&problem.x, &problem.gate, &problem.up, &problem.down, &problem.dy, &problem.routing.coef]
-                .map(|x| f64s(x));
-        let mask = &problem.routing.mask;
-        let layer = reference::Layer { x: &x, gate: &gate, up: &up, down: &down, mask, coef: &coef, dims };
-        let loss = |layer: reference::Layer<'_>| -> f64 {
-            reference::forward(layer).iter().zip(&dy).map(|(y, dy)| y * dy).sum()
-        };
-        let got = reference::backward(&dy, layer);
-        let check = |name: &str, got: &[f64], at: &[f64], f: &dyn Fn(&[f64]) -> f64| {
-            assert_close_f64(name, got, &finite_differences(at, 1e-5, f), 1e-8);
-        };
-        check("dx", &got.dx, &x, &|x| loss(reference::Layer { x, ..layer }));
-        check("dgate", &got.dgate, &gate, &|gate| loss(reference::Layer { gate, ..layer }));
-        check("dup", &got.dup, &up, &|up| loss(reference::Layer { up, ..layer }));
-        check("ddown", &got.ddown, &down, &|down| loss(reference::Layer { down, ..layer }));
-        // The straight-through rule reads an inactive pair's derivative as if the pair were active.
-        let open = vec![true; mask.len()];
-        let mut want =
-            finite_differences(&coef, 1e-5, |coef| loss(reference::Layer { mask: &open, coef, ..layer }));
-        if !all_pairs {
-            want.iter_mut().zip(mask).filter(|(_, active)| !**active).for_each(|(want, _)| *want = 0.0);
-        }
-        assert_close_f64("dcoef", &got.dcoef, &want, 1e-8);
+        let new = || Problem::new(Dims { all_pairs, ..dims(3, 4, 2, 3) }, scattered);
+        check_reference_gradient(new());
+        check_reference_gradient(new().varied());
     }
+}
+
+fn check_reference_gradient(problem: Problem) {
+    let dims = problem.dims;
+    let all_pairs = dims.all_pairs;
+    let [x, gate, up, down, dy, coef] =
+        [&problem.x, &problem.gate, &problem.up, &problem.down, &problem.dy, &problem.routing.coef]
+            .map(|x| f64s(x));
+    let mask = &problem.routing.mask;
+    let wide = problem.wide_biases();
+    let biases = wide.as_ref().map(|biases| biases.each_ref().map(|b| &b[..]));
+    let (gate, up, down, coef) = (&gate, &up, &down, &coef);
+    let layer = reference::Layer { x: &x, gate, up, down, biases, mask, coef, dims };
+    let loss = |layer: reference::Layer<'_>| -> f64 {
+        reference::forward(layer).iter().zip(&dy).map(|(y, dy)| y * dy).sum()
+    };
+    let got = reference::backward(&dy, layer);
+    let check = |name: &str, got: &[f64], at: &[f64], f: &dyn Fn(&[f64]) -> f64| {
+        assert_close_f64(name, got, &finite_differences(at, 1e-5, f), 1e-8);
+    };
+    check("dx", &got.dx, &x, &|x| loss(reference::Layer { x, ..layer }));
+    check("dgate", &got.dgate, gate, &|gate| loss(reference::Layer { gate, ..layer }));
+    check("dup", &got.dup, up, &|up| loss(reference::Layer { up, ..layer }));
+    check("ddown", &got.ddown, down, &|down| loss(reference::Layer { down, ..layer }));
+    for i in 0..wide.as_ref().map_or(0, |biases| biases.len()) {
+        let all = biases.expect("biases");
+        let at = |b: &[f64]| {
+            let mut all = all;
+            all[i] = b;
+            loss(reference::Layer { biases: Some(all), ..layer })
+        };
+        check("dbias", &got.dbiases[i], all[i], &at);
+    }
+    // The straight-through rule reads an inactive pair's derivative as if the pair were active.
+    let open = vec![true; mask.len()];
+    let mut want =
+        finite_differences(coef, 1e-5, |coef| loss(reference::Layer { mask: &open, coef, ..layer }));
+    if !all_pairs {
+        want.iter_mut().zip(mask).filter(|(_, active)| !**active).for_each(|(want, _)| *want = 0.0);
+    }
+    assert_close_f64("dcoef", &got.dcoef, &want, 1e-8);
 }
 
 #[test]
@@ -214,7 +259,8 @@ fn the_hand_example_comes_out() {
     let dims = dims(1, 2, 1, 2);
     let (identity, up) = ([1.0, 0.0, 0.0, 1.0], [1.0, 0.0, 2.0, 1.0]);
     let (x, gate, up, down) = (&[1.0, -1.0], &identity, &up, &identity);
-    let dense = reference::Layer { x, gate, up, down, mask: &[true, true], coef: &[1.0, 1.0], dims };
+    let dense =
+        reference::Layer { x, gate, up, down, biases: None, mask: &[true, true], coef: &[1.0, 1.0], dims };
     assert_close_f64("dense", &reference::forward(dense), &[0.731_058_578_63, -0.268_941_421_37], 1e-10);
     let coef = &[0.731_058_578_63, 0.268_941_421_37];
     let gated = reference::Layer { mask: &[true, false], coef, ..dense };
@@ -245,7 +291,10 @@ fn problems() -> Vec<Problem> {
         |_, i| i == 0,
         |t, _| t % 3 == 2,
     ];
-    shapes.into_iter().chain(few).flat_map(|d| patterns.map(|active| Problem::new(d, active))).collect()
+    let plain = shapes.into_iter().chain(few.clone());
+    let plain = plain.flat_map(|d| patterns.map(|active| Problem::new(d, active)));
+    let varied = shapes.into_iter().chain(few).map(|d| Problem::new(d, patterns[3]).varied());
+    plain.chain(varied).collect()
 }
 
 #[test]
@@ -307,6 +356,7 @@ fn threads_do_not_change_a_bit() {
     for tokens in [2, 20, 150] {
         for all_pairs in [true, false] {
             let problem = Problem::new(Dims { all_pairs, ..dims(tokens, 160, 96, 5) }, scattered);
+            let problem = if all_pairs { problem } else { problem.varied() };
             let run = |threads| {
                 with_threads(threads, || {
                     let mut scratch = Scratch::default();
@@ -371,6 +421,7 @@ fn the_order_of_the_experts_does_not_matter() {
         gate: experts(&problem.gate),
         up: experts(&problem.up),
         down: experts(&problem.down),
+        biases: None,
         dy: problem.dy.clone(),
         routing: Routing::of(mask, coef, tokens, n),
     };

@@ -3,13 +3,15 @@
 use rayon::prelude::*;
 
 use super::combine::{self, Blocks};
-use super::dims::{Dims, Saved, WeightGrads, Weights, check, check_grads, is_empty};
+use super::dims::{BiasGrads, Dims, Saved, WeightGrads, Weights, check, check_grads, is_empty};
 use super::kernel::{GateBackward, Gated, GatedDot, Plain};
 use super::plan::{Pairs, Plan, check_pairs};
 use super::scratch::Scratch;
 use crate::blocks::{BLOCK, each_when};
 use crate::isa::Isa;
-use crate::matmul::{Mat, Operands, Source};
+use crate::linear::{self, add_bias};
+use crate::matmul::{Mat, Operands, Precision, Source};
+use crate::swiglu::activation::with_unit;
 
 /// The layout of the pairs' activations that the backward reads.
 #[derive(Clone, Copy)]
@@ -97,10 +99,12 @@ impl ForwardTrain<'_> {
         check_pairs("ForwardTrain", pairs, dims);
         if is_empty(dims) {
             y.fill(0.0);
-            return;
+        } else {
+            let plan = Plan { pairs, dims, isa, precision: scratch.precision };
+            forward(y, saved, x, weights, &plan, &mut scratch.blocks);
         }
-        let plan = Plan { pairs, dims, isa, precision: scratch.precision };
-        forward(y, saved, x, weights, &plan, &mut scratch.blocks);
+        let down = weights.biases.map(|biases| biases.down);
+        add_bias("expert_ffn::ForwardTrain", isa, y, down, dims.hidden);
     }
 }
 
@@ -114,13 +118,16 @@ impl Backward<'_> {
         check("Backward", self.dx, self.x, self.weights, dims);
         check("Backward", self.dx, self.dy, self.weights, dims);
         check_pairs("Backward", pairs, dims);
-        check_grads("Backward", &self.grads, dims);
+        check_grads("Backward", &self.grads, self.weights, dims);
         if let Some(dcoefficients) = &self.dcoefficients {
             assert!(
                 dcoefficients.len() == dims.tokens * dims.num_experts,
                 "expert_ffn::Backward: {} coefficient gradients for {dims:?}",
                 dcoefficients.len()
             );
+        }
+        if let Some(biases) = &mut self.grads.biases {
+            add_rows(isa, biases.down, self.dy, dims.hidden);
         }
         if is_empty(dims) {
             self.dx.fill(0.0);
@@ -148,14 +155,42 @@ pub(super) fn forward(
     saved.b.resize(layout.len());
     project(&mut saved.a, x, weights.gate, plan);
     project(&mut saved.b, x, weights.up, plan);
-    let activation = Gated {
-        a: &saved.a,
-        b: &saved.b,
-        row: |pair| layout.row(pair),
-        coefficient: |pair| plan.coefficient(pair),
-        width: plan.dims.expert_width(),
-    };
-    combine::row_major(y, [&activation], [weights.down], plan, blocks);
+    if let Some(biases) = weights.biases {
+        add_biases(&mut saved.a, biases.gate, plan);
+        add_biases(&mut saved.b, biases.up, plan);
+    }
+    with_unit!(plan.dims.activation, unit => {
+        let neurons = Gated {
+            a: &saved.a,
+            b: &saved.b,
+            row: |pair| layout.row(pair),
+            coefficient: |pair| plan.coefficient(pair),
+            width: plan.dims.expert_width(),
+            unit,
+        };
+        combine::row_major(y, [&neurons], [weights.down], plan, blocks);
+    });
+}
+
+/// Adds the bias of the neurons to the products of every pair, or of the active ones.
+fn add_biases(out: &mut [f32], bias: &[f32], plan: &Plan<'_>) {
+    let width = plan.dims.expert_width();
+    if plan.dims.all_pairs {
+        add_bias("expert_ffn::ForwardTrain", plan.isa, out, Some(bias), plan.dims.intermediate);
+        return;
+    }
+    for (expert, bias) in bias.chunks_exact(width).enumerate() {
+        let pairs = plan.pairs_of(expert);
+        let out = &mut out[pairs.start * width..pairs.end * width];
+        add_bias("expert_ffn::ForwardTrain", plan.isa, out, Some(bias), width);
+    }
+}
+
+/// Adds the sum of the rows of `dy`, `outputs` values each, to `db`.
+fn add_rows(isa: Isa, db: &mut [f32], dy: &[f32], outputs: usize) {
+    let rows = dy.len() / outputs.max(1);
+    let dims = linear::Dims { rows, inputs: 0, outputs, precision: Precision::F32 };
+    linear::BackwardBias { db, dy, dims }.run_on(isa);
 }
 
 /// Sets dx and, where asked for, dcoefficients; adds to the weights' gradients. See [`Backward`].
@@ -191,7 +226,9 @@ pub(super) fn backward(op: Backward<'_>, plan: &Plan<'_>) {
             let row = layout.row(pair)..layout.row(pair) + width;
             let (a, b, g) = (&saved.a[row.clone()], &saved.b[row.clone()], &g[row]);
             let coefficient = plan.coefficient(pair);
-            *dpair = plan.isa.run(GateBackward { da, db, scaled, a, b, g, coefficient });
+            *dpair = with_unit!(plan.dims.activation, unit => {
+                plan.isa.run(GateBackward { da, db, scaled, a, b, g, coefficient, unit })
+            });
         }
     });
     if let Some(dcoefficients) = dcoefficients {
@@ -205,7 +242,7 @@ pub(super) fn backward(op: Backward<'_>, plan: &Plan<'_>) {
 /// Sets `out` to `x W^T` of every pair, or of the active ones.
 fn project(out: &mut [f32], x: &[f32], w: &[f32], plan: &Plan<'_>) {
     let Plan { isa, precision, .. } = *plan;
-    let Dims { tokens, hidden, intermediate, all_pairs, num_experts } = plan.dims;
+    let Dims { tokens, hidden, intermediate, all_pairs, num_experts, .. } = plan.dims;
     let width = plan.dims.expert_width();
     let x = Mat::new(x, tokens, hidden);
     if all_pairs {
@@ -224,7 +261,7 @@ fn project(out: &mut [f32], x: &[f32], w: &[f32], plan: &Plan<'_>) {
     }
 }
 
-/// Sets `dcoefficients[t, i]` of active pairs to `dpairs`, of the others to `sum over j of silu(a) * b * g` or 0.
+/// Sets `dcoefficients[t, i]` of active pairs to `dpairs`, of the others to `sum over j of act(a) * b * g` or 0.
 fn coefficient_gradients(
     dcoefficients: &mut [f32],
     dpairs: &[f32],
@@ -244,11 +281,8 @@ fn coefficient_gradients(
                     Some(slot) => dpairs[slot],
                     None if all_pairs => {
                         let row = t * intermediate + expert * width..t * intermediate + (expert + 1) * width;
-                        plan.isa.run(GatedDot {
-                            a: &saved.a[row.clone()],
-                            b: &saved.b[row.clone()],
-                            g: &g[row],
-                        })
+                        let (a, b, g) = (&saved.a[row.clone()], &saved.b[row.clone()], &g[row]);
+                        with_unit!(plan.dims.activation, unit => plan.isa.run(GatedDot { a, b, g, unit }))
                     }
                     None => 0.0,
                 };
@@ -269,8 +303,16 @@ fn weight_gradients(grads: WeightGrads<'_>, lefts: [&[f32]; 3], x: &[f32], dy: &
         let b = Source::columns_of_picked_rows(Mat::new(right, tokens, hidden), plan.tokens(pairs));
         Operands { a, b, m: width, n: hidden, k, precision }.multiply(isa, dw, true, parallel);
     };
-    let WeightGrads { gate, up, down } = grads;
+    let WeightGrads { gate, up, down, biases } = grads;
     let [da, db, scaled] = lefts;
+    if let Some(BiasGrads { gate, up, .. }) = biases {
+        for (dbias, left) in [(gate, da), (up, db)] {
+            for (expert, dbias) in dbias.chunks_exact_mut(width).enumerate() {
+                let pairs = plan.pairs_of(expert);
+                add_rows(isa, dbias, &left[pairs.start * width..pairs.end * width], width);
+            }
+        }
+    }
     let largest = (0..num_experts).map(|i| plan.pairs_of(i).len()).max().unwrap_or(0);
     // Experts of about one size keep the threads busy by themselves.
     let apart = largest * 2 * rayon::current_num_threads() <= 3 * plan.num_pairs();

@@ -120,9 +120,9 @@ pub struct BackwardBias<'a> {
 run_on_current_tier!(Forward, ForwardPacked, BackwardInput, BackwardWeight, BackwardBias);
 
 /// Adds the bias to every row of `y`.
-fn add_bias(op: &str, isa: Isa, y: &mut [f32], bias: Option<&[f32]>, outputs: usize) {
+pub(crate) fn add_bias(op: &str, isa: Isa, y: &mut [f32], bias: Option<&[f32]>, outputs: usize) {
     let Some(bias) = bias else { return };
-    assert_eq!(bias.len(), outputs, "linear::{op}: bias of {} values for {outputs} outputs", bias.len());
+    assert_eq!(bias.len(), outputs, "{op}: bias of {} values for {outputs} outputs", bias.len());
     if outputs > 0 {
         let blocks = y.par_chunks_mut(block_rows(outputs) * outputs);
         each(blocks, |y| isa.run(kernel::AddBias { y, bias }));
@@ -144,7 +144,7 @@ impl Forward<'_> {
             let (a, b) = (Mat::new(x, rows, inputs), Mat::new(w, outputs, inputs).t());
             Matmul { c: &mut *y, a, b, accumulate: false, precision }.run_on(isa);
         }
-        add_bias("Forward", isa, y, bias, outputs);
+        add_bias("linear::Forward", isa, y, bias, outputs);
     }
 }
 
@@ -164,7 +164,7 @@ impl ForwardPacked<'_> {
             w.inputs()
         );
         MatmulPacked { c: &mut *y, a: Mat::new(x, rows, w.inputs()), w }.run_on(isa);
-        add_bias("ForwardPacked", isa, y, bias, w.outputs());
+        add_bias("linear::ForwardPacked", isa, y, bias, w.outputs());
     }
 }
 

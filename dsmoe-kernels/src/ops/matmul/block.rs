@@ -133,13 +133,8 @@ impl<K: Sink> ProductKernel for Task<'_, '_, K> {
             }
             Left::Source(source, rounded) => {
                 a.resize(rows * depth + SLACK);
-                pack_tiles(
-                    s,
-                    a,
-                    Part { source, lanes: block.rows.clone(), ks: block.ks.clone() },
-                    depth,
-                    rounded,
-                );
+                let part = Part { source, lanes: block.rows.clone(), ks: block.ks.clone() };
+                pack_tiles(s, a, part, depth, rounded);
                 (a, &[])
             }
         };

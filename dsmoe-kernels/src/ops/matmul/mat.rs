@@ -79,13 +79,8 @@ impl<'a> Mat<'a> {
 
     /// Returns the transpose; no data moves.
     pub fn t(self) -> Mat<'a> {
-        Mat {
-            rows: self.cols,
-            cols: self.rows,
-            row_stride: self.col_stride,
-            col_stride: self.row_stride,
-            ..self
-        }
+        let Mat { data, rows, cols, row_stride, col_stride } = self;
+        Mat { data, rows: cols, cols: rows, row_stride: col_stride, col_stride: row_stride }
     }
 
     pub(crate) fn at(&self, row: usize, col: usize) -> f32 {

@@ -65,16 +65,8 @@ impl Matmul<'_> {
     /// Shapes do not fit.
     pub fn run_on(self, isa: Isa) {
         let Matmul { c, a, b, accumulate, precision } = self;
-        assert!(
-            a.cols == b.rows && c.len() == a.rows * b.cols,
-            "matmul: [{}, {}] x [{}, {}] into {} values",
-            a.rows,
-            a.cols,
-            b.rows,
-            b.cols,
-            c.len()
-        );
         let (m, n, k) = (a.rows, b.cols, a.cols);
+        assert_eq!([b.rows, c.len()], [k, m * n], "matmul: rows of b, values of c for a of [{m}, {k}]");
         let (a, b) = (Source::rows(a), Source::rows(b.t()));
         Operands { a, b, m, n, k, precision }.multiply(isa, c, accumulate, true);
     }
@@ -87,15 +79,8 @@ impl MatmulPacked<'_> {
     /// Shapes do not fit.
     pub fn run_on(self, isa: Isa) {
         let MatmulPacked { c, a, w } = self;
-        assert!(
-            a.cols == w.inputs() && c.len() == a.rows * w.outputs(),
-            "MatmulPacked: [{}, {}] x packed [{}, {}] into {} values",
-            a.rows,
-            a.cols,
-            w.outputs(),
-            w.inputs(),
-            c.len()
-        );
+        let sizes = [a.cols, c.len()];
+        assert_eq!(sizes, [w.inputs(), a.rows * w.outputs()], "MatmulPacked: columns of a, values of c");
         if a.cols == 0 {
             c.fill(0.0);
         } else if !c.is_empty() {

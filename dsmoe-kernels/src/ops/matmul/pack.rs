@@ -28,13 +28,8 @@ pub(crate) struct Source<'a> {
 impl<'a> Source<'a> {
     /// Takes rows as lanes.
     pub(crate) fn rows(mat: Mat<'a>) -> Source<'a> {
-        Source {
-            data: mat.data,
-            lane_stride: mat.row_stride,
-            k_stride: mat.col_stride,
-            lanes: None,
-            ks: None,
-        }
+        let Mat { data, row_stride, col_stride, .. } = mat;
+        Source { data, lane_stride: row_stride, k_stride: col_stride, lanes: None, ks: None }
     }
 
     /// Takes row `list[lane]` for every lane.
@@ -139,6 +134,17 @@ fn copied<S: Product>(s: S, out: &mut [f32], (width, stride): (usize, usize), pa
 /// power of two apart; the first-level cache holds eight such lines.
 const ROWS_AT_ONCE: usize = 8;
 
+/// Returns the rows of `count` values of k from `start` on, empty ones behind them.
+#[inline(always)]
+fn rows_at<'a>(part: &Part<'a>, start: usize, count: usize) -> [&'a [f32]; ROWS_AT_ONCE] {
+    let Part { source, lanes, ks } = part;
+    let mut rows = [&ZEROS[..0]; ROWS_AT_ONCE];
+    for (i, row) in rows[..count].iter_mut().enumerate() {
+        *row = &source.data[source.at_k(ks.start + start + i) + lanes.start..][..lanes.len()];
+    }
+    rows
+}
+
 /// Sets tiles, cut as `tiles` says and `depth` deep each, to a part of a source with dense lanes. Values past the part in
 /// a tile are unspecified.
 #[inline(always)]
@@ -149,13 +155,10 @@ pub(crate) fn copied_tiles<S: Product, T: Iterator<Item = Range<usize>>>(
     depth: usize,
     tiles: impl Fn() -> T,
 ) {
-    let Part { source, lanes, ks } = part;
+    let (lanes, ks) = (part.lanes.clone(), part.ks.clone());
     for start in (0..ks.len()).step_by(ROWS_AT_ONCE) {
         let count = ROWS_AT_ONCE.min(ks.len() - start);
-        let mut rows = [&ZEROS[..0]; ROWS_AT_ONCE];
-        for (i, row) in rows[..count].iter_mut().enumerate() {
-            *row = &source.data[source.at_k(ks.start + start + i) + lanes.start..][..lanes.len()];
-        }
+        let rows = rows_at(&part, start, count);
         for tile in tiles() {
             let width = tile.len();
             let out = &mut out[tile.start * depth + start * width..];
@@ -185,14 +188,11 @@ pub(crate) fn copied_pair_tiles<S: Product, T: Iterator<Item = Range<usize>>>(
     part: Part<'_>,
     tiles: impl Fn() -> T,
 ) {
-    let Part { source, lanes, ks } = part;
+    let (lanes, ks) = (part.lanes.clone(), part.ks.clone());
     let depth = ks.len().next_multiple_of(2);
     for start in (0..ks.len()).step_by(ROWS_AT_ONCE) {
         let count = ROWS_AT_ONCE.min(ks.len() - start);
-        let mut rows = [&ZEROS[..0]; ROWS_AT_ONCE];
-        for (i, row) in rows[..count].iter_mut().enumerate() {
-            *row = &source.data[source.at_k(ks.start + start + i) + lanes.start..][..lanes.len()];
-        }
+        let rows = rows_at(&part, start, count);
         for tile in tiles() {
             let width = tile.len();
             let out = &mut out[(tile.start * depth + start * width) / 2..];

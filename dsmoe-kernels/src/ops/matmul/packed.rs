@@ -43,14 +43,9 @@ impl Packed {
     /// # Panics
     /// The rows do not fit.
     pub fn set_rows(&mut self, first: usize, w: Mat<'_>) {
-        assert!(
-            w.cols == self.inputs && first + w.rows <= self.outputs,
-            "packed: rows {first}..{} of {} values into [{}, {}]",
-            first + w.rows,
-            w.cols,
-            self.outputs,
-            self.inputs
-        );
+        let (Packed { outputs, inputs, .. }, cols, end) = (&*self, w.cols, first + w.rows);
+        let fit = cols == *inputs && end <= *outputs;
+        assert!(fit, "packed: rows {first}..{end} of {cols} values into [{outputs}, {inputs}]");
         if w.rows == 0 || w.cols == 0 {
             return;
         }
@@ -79,13 +74,8 @@ impl Packed {
     /// # Panics
     /// There is no such output, or `out` is not as long as the inputs.
     pub fn row(&self, output: usize, out: &mut [f32]) {
-        assert!(
-            output < self.outputs && out.len() == self.inputs,
-            "packed: output {output} of {}, {} values of {}",
-            self.outputs,
-            out.len(),
-            self.inputs
-        );
+        assert!(output < self.outputs, "packed: output {output} of {}", self.outputs);
+        assert_eq!(out.len(), self.inputs, "packed: values of an output");
         let len = panel_len(self.precision, self.inputs);
         let panel = &self.data[output / PANEL * len..][..len];
         let lane = output % PANEL;

@@ -65,15 +65,9 @@ fn packed_weights_give_the_same_bits_as_packing_on_the_way() {
             let packed = Packed::new(precision, Mat::new(&w, n, k));
             for isa in Isa::available() {
                 let (mut got, mut want) = (vec![f32::NAN; m * n], vec![f32::NAN; m * n]);
-                MatmulPacked { c: &mut got, a: Mat::new(&a, m, k), w: &packed }.run_on(isa);
-                Matmul {
-                    c: &mut want,
-                    a: Mat::new(&a, m, k),
-                    b: Mat::new(&w, n, k).t(),
-                    accumulate: false,
-                    precision,
-                }
-                .run_on(isa);
+                let (a, b) = (Mat::new(&a, m, k), Mat::new(&w, n, k).t());
+                MatmulPacked { c: &mut got, a, w: &packed }.run_on(isa);
+                Matmul { c: &mut want, a, b, accumulate: false, precision }.run_on(isa);
                 assert!(got == want, "{m}x{k}x{n} {precision} {}", isa.name());
             }
         }

@@ -64,20 +64,10 @@ fn cuda_attention_is_the_reference() {
             let mut out = gpu.zeros::<bf16>(dout.len()).unwrap();
             let mut lse = gpu.zeros::<f32>(rows * dims.heads).unwrap();
             attention::Forward { out: &mut out, lse: &mut lse, qkv: qkv_on, heads, seq }.run().unwrap();
-            let mut dqkv = gpu.zeros::<bf16>(qkv.len()).unwrap();
-            let mut deltas = gpu.zeros::<f32>(rows * dims.heads).unwrap();
-            attention::Backward {
-                dqkv: &mut dqkv,
-                dout: dout_on,
-                out: &out,
-                qkv: qkv_on,
-                lse: &lse,
-                heads,
-                seq,
-                deltas: &mut deltas,
-            }
-            .run()
-            .unwrap();
+            let dqkv = &mut gpu.zeros::<bf16>(qkv.len()).unwrap();
+            let deltas = &mut gpu.zeros::<f32>(rows * dims.heads).unwrap();
+            let (dout, qkv, out, lse) = (dout_on, qkv_on, &out, &lse);
+            attention::Backward { dqkv, dout, out, qkv, lse, heads, seq, deltas }.run().unwrap();
             (out.download().unwrap(), lse.download().unwrap(), dqkv.download().unwrap())
         };
         let (out, lse, dqkv) = run();

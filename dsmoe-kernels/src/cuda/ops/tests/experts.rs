@@ -27,18 +27,6 @@ fn product(rows: usize, cols: usize, terms: usize, term: impl Fn(usize, usize, u
     (0..rows * cols).map(|at| (0..terms).map(|i| term(at / cols, at % cols, i)).sum()).collect()
 }
 
-/// The results that the ops should give, in f64.
-struct Want {
-    a: Vec<f64>,
-    b: Vec<f64>,
-    c: Vec<f64>,
-    projection: Vec<f64>,
-    /// Sums over experts, and sums of the sizes of their terms.
-    down: [Vec<f64>; 2],
-    input: [Vec<f64>; 2],
-    grads: [Vec<f64>; 3],
-}
-
 #[test]
 fn cuda_experts_are_the_reference() {
     let Some(gpu) = gpu_or_skip("cuda_experts_are_the_reference") else { return };
@@ -66,7 +54,8 @@ fn check(gpu: &Gpu, hidden: usize, w: usize, counts: &[usize]) {
     let pairs = [6, 7, 8].map(|seed| values(TOKENS * width, seed));
     let coefficients: Vec<f32> = to_f32(&values(TOKENS * n, 9)).iter().map(|x| x.abs() + 0.1).collect();
     let before = to_f32(&values(width * hidden, 10));
-    let want = {
+    // The projections, the values of pairs, sums over experts with the sums of the sizes of their terms, and gradients.
+    let (want_a, want_b, want_c, want_projection, want_sums, want_grads) = {
         let [x, dy] = [&x, &dy].map(|v| to_f64(v));
         let [gate, up, down] = weights.each_ref().map(|v| to_f64(v));
         let [da, db, c] = pairs.each_ref().map(|v| {
@@ -81,10 +70,13 @@ fn check(gpu: &Gpu, hidden: usize, w: usize, counts: &[usize]) {
         };
         let (a, b) = (row(&x, &gate), row(&x, &up));
         let round = |x: f64| bf16::from_f64(x).to_f64();
-        let gated = (0..a.len()).map(|at| {
-            let (a, b) = (round(a[at]), round(b[at]));
-            f64::from(coefficients[at / width * n + at % width / w]) * a / (1.0 + (-a).exp()) * b
-        });
+        let projection = row(&dy, &down);
+        let gated: Vec<f64> = (0..a.len())
+            .map(|at| {
+                let (a, b) = (round(a[at]), round(b[at]));
+                f64::from(coefficients[at / width * n + at % width / w]) * a / (1.0 + (-a).exp()) * b
+            })
+            .collect();
         let summed = |term: &dyn Fn(usize, usize, usize) -> f64| {
             let part =
                 |t: usize, i: usize, e: usize| (e * w..(e + 1) * w).map(|m| term(t, i, m)).sum::<f64>();
@@ -96,17 +88,12 @@ fn check(gpu: &Gpu, hidden: usize, w: usize, counts: &[usize]) {
             sums.iter_mut().zip(&before).for_each(|(sum, &before)| *sum += f64::from(before));
             sums
         };
-        Want {
-            c: gated.collect(),
-            projection: row(&dy, &down),
-            down: summed(&|t, i, m| c[t * width + m] * down[m * hidden + i]),
-            input: summed(&|t, i, m| {
-                da[t * width + m] * gate[m * hidden + i] + db[t * width + m] * up[m * hidden + i]
-            }),
-            grads: [weight(&da, &x), weight(&db, &x), weight(&c, &dy)],
-            a,
-            b,
-        }
+        let down = summed(&|t, i, m| c[t * width + m] * down[m * hidden + i]);
+        let input = summed(&|t, i, m| {
+            da[t * width + m] * gate[m * hidden + i] + db[t * width + m] * up[m * hidden + i]
+        });
+        let grads = [weight(&da, &x), weight(&db, &x), weight(&c, &dy)];
+        (a, b, gated, projection, [down, input], grads)
     };
 
     let [x, dy] = &[&x, &dy].map(|v| gpu.upload_rows(v, hidden).unwrap());
@@ -132,10 +119,10 @@ fn check(gpu: &Gpu, hidden: usize, w: usize, counts: &[usize]) {
         let [mut got_c, mut got_a, mut got_b] = [nothing(), nothing(), nothing()];
         let both = Some([&mut *got_a, &mut *got_b]);
         Up { c: &mut got_c, projections: both, x, gate, up, coefficients, lists }.run().unwrap();
-        check_pairs("a", &got_a, &want.a, &|size| near(size, hidden));
-        check_pairs("b", &got_b, &want.b, &|size| near(size, hidden));
+        check_pairs("a", &got_a, &want_a, &|size| near(size, hidden));
+        check_pairs("b", &got_b, &want_b, &|size| near(size, hidden));
         // Projections may be rounded to a neighbour.
-        check_pairs("c", &got_c, &want.c, &|size| size.abs() / 40.0 + 2e-5 * hidden as f64);
+        check_pairs("c", &got_c, &want_c, &|size| size.abs() / 40.0 + 2e-5 * hidden as f64);
         let mut alone = nothing();
         Up { c: &mut alone, projections: None, x, gate, up, coefficients, lists }.run().unwrap();
         let bits = |buf: &GpuBuf<bf16>| -> Vec<u16> {
@@ -145,22 +132,22 @@ fn check(gpu: &Gpu, hidden: usize, w: usize, counts: &[usize]) {
 
         let mut got = nothing();
         Project { out: &mut got, x: dy, weight: down, lists }.run().unwrap();
-        check_pairs("projection", &got, &want.projection, &|size| near(size, hidden));
+        check_pairs("projection", &got, &want_projection, &|size| near(size, hidden));
 
         let mut y = gpu.upload_rows(&vec![f32::NAN; TOKENS * hidden], hidden).unwrap();
         Down { y: &mut y, parts: &mut parts, c, weight: down, lists }.run().unwrap();
-        let [sums, sizes] = &want.down;
+        let [sums, sizes] = &want_sums[0];
         check_close(&format!("{what}: down"), &y.download().unwrap(), sums, |i| near(sizes[i], width));
 
         let mut dx = gpu.upload_rows(&vec![f32::NAN; TOKENS * hidden], hidden).unwrap();
         BackwardInput { dx: &mut dx, parts: &mut parts, da, db, gate, up, lists }.run().unwrap();
-        let [sums, sizes] = &want.input;
+        let [sums, sizes] = &want_sums[1];
         check_close(&format!("{what}: input"), &dx.download().unwrap(), sums, |i| near(sizes[i], 2 * width));
 
         let mut grads = [0; 3].map(|_| gpu.upload(&before).unwrap());
         let [dgate, dup, ddown] = &mut grads;
         BackwardWeights { dgate, dup, ddown, da, db, c, x, dy, lists }.run().unwrap();
-        for ((name, got), want) in ["gate", "up", "down"].iter().zip(&grads).zip(&want.grads) {
+        for ((name, got), want) in ["gate", "up", "down"].iter().zip(&grads).zip(&want_grads) {
             let what = format!("{what}: gradient of {name}");
             check_close(&what, &got.download().unwrap(), want, |_| 2e-6 * TOKENS as f64);
         }

@@ -13,7 +13,7 @@ fn cuda_ffn_is_the_reference() {
             let coefficients: Vec<f32> =
                 (0..tokens * n).map(|_| if rng.uniform() < 0.5 { 0.0 } else { rng.uniform() }).collect();
             let w = intermediate / n;
-            let (mut c, mut da, mut db) = (Vec::new(), Vec::new(), Vec::new());
+            let (mut want_c, mut want_a, mut want_b) = (Vec::new(), Vec::new(), Vec::new());
             let mut dk = vec![0.0f64; tokens * n];
             let (af, bf, gf) = (to_f64(&a), to_f64(&b), to_f64(&g));
             for at in 0..tokens * intermediate {
@@ -24,9 +24,9 @@ fn cuda_ffn_is_the_reference() {
                 if k != 0.0 || all_pairs {
                     dk[pair] += u * bf[at] * gf[at];
                 }
-                c.push(k * u * bf[at]);
-                da.push(k * gf[at] * bf[at] * s * (1.0 + af[at] * (1.0 - s)));
-                db.push(k * gf[at] * u);
+                want_c.push(k * u * bf[at]);
+                want_a.push(k * gf[at] * bf[at] * s * (1.0 + af[at] * (1.0 - s)));
+                want_b.push(k * gf[at] * u);
             }
             let what = format!("{tokens} x {intermediate}, {n} experts");
             let [a, b, g] = &[&a, &b, &g].map(|x| gpu.upload_rows(x, intermediate).unwrap());
@@ -34,23 +34,16 @@ fn cuda_ffn_is_the_reference() {
             let zeros = || gpu.zero_rows::<bf16>(tokens, intermediate).unwrap();
             let (mut got_c, mut got_a, mut got_b, mut again) = (zeros(), zeros(), zeros(), zeros());
             let mut got_k = gpu.zero_rows::<f32>(tokens, n).unwrap();
-            Activate { c: &mut got_c, a, b, coefficients: Some(k) }.run().unwrap();
-            Backward {
-                da: &mut got_a,
-                db: &mut got_b,
-                c: &mut again,
-                dcoefficients: Some(&mut got_k),
-                g,
-                a,
-                b,
-                coefficients: Some(k),
-                all_pairs,
-            }
-            .run()
-            .unwrap();
-            for (name, got, want) in
-                [("c", &got_c, &c), ("da", &got_a, &da), ("db", &got_b, &db), ("c", &again, &c)]
-            {
+            let coefficients = Some(&**k);
+            Activate { c: &mut got_c, a, b, coefficients }.run().unwrap();
+            let (da, db, c, dcoefficients) = (&mut got_a, &mut got_b, &mut again, Some(&mut *got_k));
+            Backward { da, db, c, dcoefficients, g, a, b, coefficients, all_pairs }.run().unwrap();
+            for (name, got, want) in [
+                ("c", &got_c, &want_c),
+                ("da", &got_a, &want_a),
+                ("db", &got_b, &want_b),
+                ("c", &again, &want_c),
+            ] {
                 let got = to_f32(&got.download().unwrap());
                 check_close(&format!("{what}: {name}"), &got, want, |i| want[i].abs() / 250.0 + 1e-7);
             }

@@ -1,4 +1,5 @@
 use super::{check_close, gpu_or_skip, to_f32, to_f64, values};
+use crate::Activation;
 use crate::cuda::ops::ffn::Dims;
 use crate::cuda::ops::gemv::{FEW, Ffn, Linear, Weights};
 use crate::expert_ffn::{self, reference};
@@ -41,18 +42,13 @@ fn cuda_ffn_of_few_tokens_is_the_reference() {
                     mask.iter().map(|&on| if on { 0.5 + rng.uniform() } else { 0.0 }).collect();
                 let x = values(tokens * hidden, 1);
                 let [gate, up, down] = [2, 3, 4].map(|seed| values(hidden * intermediate, seed));
-                let dims =
-                    expert_ffn::Dims { tokens, hidden, intermediate, num_experts: n, all_pairs: false };
+                let dense = expert_ffn::Dims::dense(tokens, hidden, intermediate, Activation::Silu);
+                let dims = expert_ffn::Dims { num_experts: n, all_pairs: false, ..dense };
                 let double: Vec<f64> = coefficients.iter().map(|&k| f64::from(k)).collect();
-                let [x64, g, u, d] = [&x, &gate, &up, &down].map(|w| to_f64(w));
-                let layer = reference::Layer {
-                    x: &x64,
-                    gate: &g,
-                    up: &u,
-                    down: &d,
-                    mask: &mask,
-                    coef: &double,
-                    dims,
+                let f64s = [&x, &gate, &up, &down].map(|w| to_f64(w));
+                let layer = {
+                    let ([x, gate, up, down], mask, coef) = (&f64s, &mask, &double);
+                    reference::Layer { x, gate, up, down, biases: None, mask, coef, dims }
                 };
                 let want = reference::forward(layer);
                 let h = &gpu.upload_rows(&x, hidden).unwrap();

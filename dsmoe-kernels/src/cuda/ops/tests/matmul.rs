@@ -1,18 +1,11 @@
 use super::{check_close, gpu_or_skip, to_f32, to_f64, values};
 use crate::cuda::ops::matmul::{Form, Product};
+use crate::matmul::reference::{matmul, transpose};
 
 fn reference(a: &[f64], b: &[f64], [m, n, k]: [usize; 3], form: Form, before: &[f64]) -> Vec<f64> {
-    let mut out = before.to_vec();
-    for i in 0..m {
-        for j in 0..n {
-            for l in 0..k {
-                let x = if form == Form::Tn { a[l * m + i] } else { a[i * k + l] };
-                let y = if form == Form::Nt { b[j * k + l] } else { b[l * n + j] };
-                out[i * n + j] += x * y;
-            }
-        }
-    }
-    out
+    let a = if form == Form::Tn { transpose(a, k, m) } else { a.to_vec() };
+    let b = if form == Form::Nt { transpose(b, n, k) } else { b.to_vec() };
+    matmul(&a, &b, m, k, n).iter().zip(before).map(|(product, before)| before + product).collect()
 }
 
 #[test]

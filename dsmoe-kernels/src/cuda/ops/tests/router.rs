@@ -125,21 +125,14 @@ fn cuda_router_is_the_reference() {
         let dz = to_f32(&values(tokens * n, 7));
         let dz_on = &gpu.upload(&dz).unwrap();
         let run = || {
-            let mut dw = gpu.upload(&vec![1.0f32; n * hidden]).unwrap();
+            let (dz, drouter) = (dz_on, &mut gpu.upload(&vec![1.0f32; n * hidden]).unwrap());
             let mut db = gpu.upload(&vec![2.0f32; n]).unwrap();
-            let mut partials = gpu.zeros::<f32>(router::partials_len(hidden, n)).unwrap();
-            router::BackwardWeights {
-                drouter: &mut dw,
-                dbias: Some(&mut db),
-                dz: dz_on,
-                normed,
-                partials: &mut partials,
-            }
-            .run()
-            .unwrap();
+            let dbias = Some(&mut *db);
+            let partials = &mut gpu.zeros::<f32>(router::partials_len(hidden, n)).unwrap();
+            router::BackwardWeights { drouter, dbias, dz, normed, partials }.run().unwrap();
             let mut dh = gpu.upload_rows(&vec![3.0f32; tokens * hidden], hidden).unwrap();
-            router::BackwardInput { dh: &mut dh, dz: dz_on, router }.run().unwrap();
-            (dw.download().unwrap(), db.download().unwrap(), dh.download().unwrap())
+            router::BackwardInput { dh: &mut dh, dz, router }.run().unwrap();
+            (drouter.download().unwrap(), db.download().unwrap(), dh.download().unwrap())
         };
         let (dw, db, dh) = run();
         let (mut want_w, mut want_b) = (vec![1.0f64; n * hidden], vec![2.0f64; n]);

@@ -44,22 +44,12 @@ fn cuda_rms_norm_is_the_reference() {
         assert_eq!(plain.download().unwrap(), before, "{what}: restored");
 
         let run = |add: bool| {
-            let mut dx = gpu.upload(&vec![1.0f32; rows * hidden]).unwrap();
-            let mut dw = gpu.upload(&vec![1.0f32; hidden]).unwrap();
-            let mut partials = gpu.zeros::<f32>(rms_norm::partials_len(rows, hidden)).unwrap();
-            rms_norm::Backward {
-                dx: &mut dx,
-                dweight: &mut dw,
-                dy: dy_on,
-                x: &out,
-                weight,
-                rstd: &rstd,
-                partials: &mut partials,
-                add,
-            }
-            .run()
-            .unwrap();
-            (dx.download().unwrap(), dw.download().unwrap())
+            let dx = &mut gpu.upload(&vec![1.0f32; rows * hidden]).unwrap();
+            let dweight = &mut gpu.upload(&vec![1.0f32; hidden]).unwrap();
+            let partials = &mut gpu.zeros::<f32>(rms_norm::partials_len(rows, hidden)).unwrap();
+            let (dy, x, rstd) = (dy_on, &out, &rstd);
+            rms_norm::Backward { dx, dweight, dy, x, weight, rstd, partials, add }.run().unwrap();
+            (dx.download().unwrap(), dweight.download().unwrap())
         };
         for add in [false, true] {
             let (dx, dw) = run(add);
@@ -205,37 +195,26 @@ fn cuda_optimiser_and_sums_are_the_reference() {
         let double = |x: &[f32]| -> Vec<f64> { x.iter().map(|&x| f64::from(x)).collect() };
         let (mut want_p, mut want_m, mut want_v) = (double(&p), double(&m), double(&v));
         adamw::reference::step(&mut want_p, &mut want_m, &mut want_v, &double(&g), 0.5, &hyper);
-        let mut p_on = gpu.upload(&p).unwrap();
-        let (mut m_on, mut v_on) = (gpu.upload(&m).unwrap(), gpu.upload(&v).unwrap());
-        let g_on = gpu.upload(&g).unwrap();
-        let scale = gpu.upload(&[0.5f32]).unwrap();
-        let mut rounded = gpu.zeros::<bf16>(len).unwrap();
-        optim::AdamW {
-            param: &mut p_on,
-            rounded: &mut rounded,
-            m: &mut m_on,
-            v: &mut v_on,
-            grad: &g_on,
-            scale: &scale,
-            hyper: &hyper,
-        }
-        .run()
-        .unwrap();
-        let got = p_on.download().unwrap();
+        let [param, first, second] = &mut [&p, &m, &v].map(|values| gpu.upload(values).unwrap());
+        let grad = &gpu.upload(&g).unwrap();
+        let scale = &gpu.upload(&[0.5f32]).unwrap();
+        let rounded = &mut gpu.zeros::<bf16>(len).unwrap();
+        optim::AdamW { param, rounded, m: first, v: second, grad, scale, hyper: &hyper }.run().unwrap();
+        let got = param.download().unwrap();
         check_close("p", &got, &want_p, |i| 1e-6 * (1.0 + want_p[i].abs()));
-        check_close("m", &m_on.download().unwrap(), &want_m, |_| 1e-6);
-        check_close("v", &v_on.download().unwrap(), &want_v, |_| 1e-6);
+        check_close("m", &first.download().unwrap(), &want_m, |_| 1e-6);
+        check_close("v", &second.download().unwrap(), &want_v, |_| 1e-6);
         let want: Vec<bf16> = got.iter().map(|&x| bf16::from_f32(x)).collect();
         assert_eq!(rounded.download().unwrap(), want);
         rounded.fill_zero().unwrap();
-        elementwise::Cast { out: &mut rounded, x: &p_on }.run().unwrap();
+        elementwise::Cast { out: rounded, x: param }.run().unwrap();
         assert_eq!(rounded.download().unwrap(), want);
 
         let mut sums = gpu.upload(&[1.0f64, 2.0]).unwrap();
         let mut partials = gpu.zeros::<f64>(optim::PARTIALS).unwrap();
         for (at, squares) in [(0, true), (1, false)] {
             let out = &mut sums.part_mut(at..at + 1);
-            optim::AddSum { out, x: &g_on, squares, partials: &mut partials }.run().unwrap();
+            optim::AddSum { out, x: grad, squares, partials: &mut partials }.run().unwrap();
         }
         let got = sums.download().unwrap();
         let squares: f64 = double(&g).iter().map(|x| x * x).sum();
