@@ -5,7 +5,6 @@
 //! `tests/golden/make_sparse.py --time`.
 #![expect(clippy::print_stdout, reason = "the result of a program")]
 
-use std::process::ExitCode;
 use std::time::Instant;
 
 use dsmoe_baselines::sparse::{Hessian, Pattern, SweepOptions, sweep};
@@ -19,43 +18,23 @@ const GROUPS: [(&str, usize, &[usize]); 4] = [
     ("down", 8192, &[2048]),
 ];
 
-struct Options {
-    threads: usize,
-    sequences: usize,
-    tokens: usize,
-}
-
-fn main() -> ExitCode {
-    match options() {
-        Ok(options) => {
-            with_threads(options.threads, || measure(options));
-            ExitCode::SUCCESS
-        }
-        Err(problem) => {
-            println!("sparsegpt: {problem}; use --threads N --sequences N --tokens N");
-            ExitCode::FAILURE
-        }
-    }
-}
-
-fn options() -> Result<Options, String> {
-    let mut options = Options { threads: 1, sequences: 2, tokens: 2048 };
+fn main() -> Result<(), String> {
+    let mut options = [("--threads", 1), ("--sequences", 2), ("--tokens", 2048)];
     // Cargo says that this is a bench.
     let mut args = std::env::args().skip(1).filter(|arg| arg != "--bench");
     while let Some(flag) = args.next() {
-        let value = args.next().ok_or_else(|| format!("{flag} without a value"))?;
-        let number = value.parse().ok().filter(|&n: &usize| n > 0);
-        match (flag.as_str(), number) {
-            ("--threads", Some(n)) => options.threads = n,
-            ("--sequences", Some(n)) => options.sequences = n,
-            ("--tokens", Some(n)) => options.tokens = n,
-            _ => return Err(format!("{flag} {value} is not understood")),
-        }
+        let number = args.next().and_then(|value| value.parse().ok()).filter(|&n: &usize| n > 0);
+        let option = options.iter_mut().find(|(name, _)| *name == flag).zip(number);
+        let ((_, value), number) =
+            option.ok_or_else(|| format!("{flag}: use --threads N --sequences N --tokens N"))?;
+        *value = number;
     }
-    Ok(options)
+    let [threads, sequences, tokens] = options.map(|(_, value)| value);
+    with_threads(threads, || measure(threads, sequences, tokens));
+    Ok(())
 }
 
-fn measure(Options { threads, sequences, tokens }: Options) {
+fn measure(threads: usize, sequences: usize, tokens: usize) {
     let print = |what: &str, [hessian, factor, sweep]: [f64; 3]| {
         let total = hessian + factor + sweep;
         println!(
@@ -67,9 +46,8 @@ fn measure(Options { threads, sequences, tokens }: Options) {
     let options = SweepOptions { pattern: Pattern::Unstructured, share: 0.5147, block: 128 };
     let mut totals = [0.0; 3];
     for (seed, (what, width, rows)) in (0..).zip(GROUPS) {
-        let inputs: Vec<Vec<f32>> =
-            (0..sequences).map(|s| normals(tokens * width, 10 * s as u64 + seed)).collect();
-        let mut weights: Vec<Vec<f32>> =
+        let inputs: Vec<_> = (0..sequences).map(|s| normals(tokens * width, 10 * s as u64 + seed)).collect();
+        let mut weights: Vec<_> =
             rows.iter().map(|rows| normals(rows * width, 1000 + *rows as u64)).collect();
         let started = Instant::now();
         let mut hessian = Hessian::new(width);

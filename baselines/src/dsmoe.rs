@@ -28,8 +28,7 @@ pub(crate) const TUNED: Entry<Settings> = Entry {
         gate_value: GateValue::Binary,
         ..Settings::default()
     },
-    fixed: &[],
-    configure: |settings| Dsmoe { settings, ste: true, trains_threshold: true }.checked(),
+    ..Entry::new(|settings| Dsmoe { settings, ste: true, trains_threshold: true }.checked())
 };
 
 /// The method `dsmoe-paper`: experts in contiguous blocks, random routers and sigmoid gates (eqs. 6-11).
@@ -198,13 +197,9 @@ impl Configured for Dsmoe {
             true => format!("training to an active share of {share:.4} ({of} experts)"),
             false => format!("training without a target, then the threshold that leaves {of} experts"),
         };
-        Ok(Plan {
-            total: counts.total as f64,
-            activated: counts.activated(experts),
-            reached_by,
-            active_target: Some(share).filter(|_| self.trains_threshold),
-            ..Plan::default()
-        })
+        let (total, activated) = (counts.total as f64, counts.activated(experts));
+        let active_target = Some(share).filter(|_| self.trains_threshold);
+        Ok(Plan { total, activated, reached_by, active_target, ..Plan::default() })
     }
 
     fn run(&self, job: &Job<'_>, progress: &mut dyn FnMut(Progress)) -> Result<Made> {

@@ -43,9 +43,8 @@ pub trait Settings: Default + Serialize + DeserializeOwned + 'static {
 /// A text has no `=`.
 pub fn read_settings<'a>(texts: impl IntoIterator<Item = &'a str>) -> Result<SettingValues> {
     let read = |text: &'a str| {
-        let help = "write a setting, =, and its value";
-        let (name, value) =
-            text.split_once('=').ok_or_else(|| Error::setting(text, "is not NAME=VALUE", help))?;
+        let wrong = || Error::setting(text, "is not NAME=VALUE", "write a setting, =, and its value");
+        let (name, value) = text.split_once('=').ok_or_else(wrong)?;
         let scalar = serde_json::from_str::<Value>(value.trim()).ok();
         let scalar = scalar.filter(|value| !value.is_array() && !value.is_object());
         Ok((name.trim().to_owned(), scalar.unwrap_or_else(|| value.trim().into())))
@@ -58,15 +57,11 @@ macro_rules! settings {
     ($(#[$attribute:meta])* $vis:vis struct $name:ident {
         $($(#[doc = $doc:literal])+ pub $field:ident: $type:ty = $default:expr,)*
     }) => {
-        $(#[$attribute])*
-        #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
-        #[serde(deny_unknown_fields, default)]
-        $vis struct $name { $($(#[doc = $doc])+ pub $field: $type,)* }
-
-        impl Default for $name {
-            fn default() -> $name {
-                $name { $($field: $default,)* }
-            }
+        dsmoe_core::with_defaults! {
+            $(#[$attribute])*
+            #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+            #[serde(deny_unknown_fields, default)]
+            $vis struct $name { $($(#[doc = $doc])+ pub $field: $type = $default,)* }
         }
 
         impl $crate::settings::Settings for $name {
@@ -108,6 +103,13 @@ pub(crate) struct Entry<S> {
     pub(crate) configure: fn(S) -> Result<Box<dyn Configured>>,
 }
 
+impl<S: Settings> Entry<S> {
+    /// An entry of a method that fixes no setting, to be given its name and summary.
+    pub(crate) const fn new(configure: fn(S) -> Result<Box<dyn Configured>>) -> Entry<S> {
+        Entry { name: "", summary: "", defaults: S::default, fixed: &[], configure }
+    }
+}
+
 impl<S: Settings> Method for Entry<S> {
     fn name(&self) -> &'static str {
         self.name
@@ -133,9 +135,9 @@ impl<S: Settings> Method for Entry<S> {
             let known = self.settings();
             let Some(info) = known.iter().find(|info| info.name == name) else {
                 let names: Vec<&str> = known.iter().map(|info| info.name).collect();
-                let problem = match self.fixed.contains(&&**name) {
-                    true => format!("is always {} for {}", shown(&values[name]), self.name),
-                    false => format!("is not a setting of {}", self.name),
+                let problem = match values.get(name) {
+                    Some(fixed) => format!("is always {} for {}", shown(fixed), self.name),
+                    None => format!("is not a setting of {}", self.name),
                 };
                 let help = match names[..] {
                     [] => "it has none".to_owned(),

@@ -53,11 +53,9 @@ fn cases() -> [Case; 4] {
         TopkSpec { router: topk(6, 2), gate: gate(GateNetwork::Mlp, false, true), balance_weight: 0.5 };
     let residual =
         TopkSpec { router: TopKConfig { num_residual: 1, ..topk(5, 2) }, balance_weight: 0.1, ..llama_moe };
-    let moefication = TopkSpec {
-        router: TopKConfig { scores: Scores::One, score_scale: 1.0, ..topk(8, 3) },
-        gate: gate(GateNetwork::Mlp, true, false),
-        balance_weight: 0.0,
-    };
+    let ones = TopKConfig { scores: Scores::One, score_scale: 1.0, ..topk(8, 3) };
+    let moefication =
+        TopkSpec { router: ones, gate: gate(GateNetwork::Mlp, true, false), balance_weight: 0.0 };
     let random_k =
         TopkSpec { router: topk(4, 2), gate: gate(GateNetwork::Linear, false, false), balance_weight: 0.01 };
     let square = |name, spec| Case { name, spec, heads: 4, kv_heads: 4, hidden: 64, intermediate: 96 };
@@ -322,8 +320,7 @@ fn a_training_step_is_that_of_the_processor() {
         let name_of = format!("{name}: balance loss");
         wrong.extend(too_far(&name_of, got_loss, want_loss, half_loss, norm(want_loss)));
         for entry in model.layout().entries() {
-            let [got, want, half] =
-                [&got_grads, &grads, &half_grads].map(|grads| &grads[entry.range.clone()]);
+            let [got, want, half] = [&got_grads, &grads, &half_grads].map(|of| &of[entry.range.clone()]);
             // Gradients of queries and keys are differences of products as large as the gradients of values.
             let values = entry.spec.name.replace("q_proj", "v_proj").replace("k_proj", "v_proj");
             let values = model.layout().get(&values).unwrap().range.clone();

@@ -1,18 +1,18 @@
 //! Costs of a model: parameters stored and used per token, and floating-point operations.
 //!
 //! ```text
-//! attention  = sum over layers of 2 d H hd + 2 d KV hd          ffn = sum over layers of 3 d D
-//! embedding  = vocab d (twice when untied)                      norms = (2 L + 1) d
-//! total      = attention + ffn + router + embedding + norms
-//! activated  = attention + embedding + norms + ffn k / n + router, of masked matrices the kept weights
+//! attention  = sum over layers of 2 d H hd + 2 d KV hd          ffn = sum over layers of 3 d D, biases of gate and up
+//! embedding  = vocab d (twice when untied)                      norms = those of the layers, of heads, and the last
+//! total      = attention + ffn + router + embedding + norms + biases (of q, k, v, o and down)
+//! activated  = attention + embedding + norms + biases + ffn k / n + router, of masked matrices the kept weights
 //! flops      = 2 (activated matrix weights, head included, embedding excluded) + sum over layers of 4 H hd context
 //! ```
 //!
-//! H, KV and D are a layer's own. Tensors that only training reads ([`TensorSpec::training_only`]) are not counted.
+//! H, KV and D are a layer's own. The context of a layer with a window is at most the window. Tensors that only training reads ([`TensorSpec::training_only`]) are not counted.
 //!
 //! [`TensorSpec::training_only`]: crate::params::TensorSpec::training_only
 
-use crate::config::Config;
+use crate::config::{Config, Norms};
 use crate::ffn;
 use crate::masks::Masks;
 
@@ -35,6 +35,8 @@ pub struct Accounting {
     pub embedding: u64,
     /// All norms.
     pub norms: u64,
+    /// Biases that every token uses: all but those of gate and up, which belong to experts.
+    pub biases: u64,
     /// Everything but FFNs and routers.
     pub non_ffn: u64,
     /// Everything.
@@ -43,8 +45,12 @@ pub struct Accounting {
     router_matrices: u64,
     /// Weights of the output head.
     head: u64,
-    /// Width of the query heads of all layers.
+    /// Biases of gate and up, which are in `ffn` and cost no operation that is counted.
+    expert_biases: u64,
+    /// Width of the query heads of all layers that see all positions.
     query_width: u64,
+    /// Width of the query heads of all layers with a window, and the window.
+    windowed: (u64, u64),
     /// Masked weights of attention and of FFNs.
     pruned_attention: u64,
     pruned_ffn: u64,
@@ -54,31 +60,43 @@ impl Accounting {
     /// Returns the counts of a model of `config`.
     pub fn of(config: &Config) -> Accounting {
         let wide = |n: usize| n as u64;
-        let (hidden, num_layers) = (wide(config.hidden), wide(config.num_layers));
-        let (mut query_width, mut attention) = (0, 0);
+        let hidden = wide(config.hidden);
+        let architecture = &config.architecture;
+        let (mut query_width, mut windowed, mut attention) = (0, (0, 0), 0);
+        let (mut norms, mut biases, mut expert_biases) = (hidden, 0, 0);
         let (mut ffn, mut router, mut router_matrices) = (0, 0, 0);
-        for (i, shape) in config.layers().enumerate() {
-            let (queries, keys) =
-                [shape.num_heads, shape.num_kv_heads].map(|heads| wide(heads * config.head_dim)).into();
-            query_width += queries;
+        let layer_norms = if architecture.norms == Norms::Both { 4 } else { 2 };
+        for i in 0..config.num_layers {
+            let [queries, keys] = config.attention_widths(i).map(wide);
+            match architecture.layers[i].window {
+                None => query_width += queries,
+                Some(window) => windowed = (windowed.0 + queries, wide(window)),
+            }
             attention += 2 * hidden * (queries + keys);
+            norms += layer_norms * hidden + config.qk_norm_widths(i).map_or(0, |[q, k]| wide(q + k));
+            biases += if architecture.qkv_bias { queries + 2 * keys } else { 0 };
+            biases += if architecture.o_bias { hidden } else { 0 };
             for spec in ffn::of_layer(config, i).tensors() {
+                let values = wide(spec.numel());
                 match spec.router {
                     _ if spec.training_only => {}
-                    false => ffn += wide(spec.numel()),
+                    false if spec.name == ffn::DOWN_BIAS => biases += values,
+                    false => {
+                        ffn += values;
+                        expert_biases += if spec.shape.len() == 1 { values } else { 0 };
+                    }
                     true => {
-                        router += wide(spec.numel());
-                        router_matrices += if spec.shape.len() > 1 { wide(spec.numel()) } else { 0 };
+                        router += values;
+                        router_matrices += if spec.shape.len() > 1 { values } else { 0 };
                     }
                 }
             }
         }
         let head = wide(config.vocab_size) * hidden;
         let embedding = if config.tie_word_embeddings { head } else { 2 * head };
-        let norms = (2 * num_layers + 1) * hidden;
-        let non_ffn = attention + embedding + norms;
+        let non_ffn = attention + embedding + norms + biases;
         Accounting {
-            num_layers,
+            num_layers: wide(config.num_layers),
             num_experts: wide(config.num_experts().unwrap_or(1)),
             fixed_active: config.fixed_active(),
             attention,
@@ -86,11 +104,14 @@ impl Accounting {
             router,
             embedding,
             norms,
+            biases,
             non_ffn,
             total: non_ffn + ffn + router,
             router_matrices,
             head,
+            expert_biases,
             query_width,
+            windowed,
             pruned_attention: 0,
             pruned_ffn: 0,
         }
@@ -108,24 +129,45 @@ impl Accounting {
     /// over tokens and layers. Where the number of active experts is fixed, or there are none, the argument does not
     /// matter.
     pub fn activated(&self, mean_active_experts: f64) -> f64 {
-        (self.non_ffn + self.router - self.pruned_attention) as f64 + self.active_ffn(mean_active_experts)
+        let ffn = self.active(mean_active_experts, self.ffn - self.pruned_ffn);
+        (self.non_ffn + self.router - self.pruned_attention) as f64 + ffn
     }
 
-    /// Returns the floating-point operations of the forward pass of one token that attends to `context` positions
-    /// (half the sequence length for the mean of a causal sequence). The first argument is that of
-    /// [`Accounting::activated`].
+    /// Returns the floating-point operations of the forward pass of one token that attends to `context` positions. The
+    /// first argument is that of [`Accounting::activated`].
     pub fn flops_per_token(&self, mean_active_experts: f64, context: f64) -> f64 {
-        let matrices = self.attention - self.pruned_attention + self.router_matrices + self.head;
-        let attention = 4.0 * self.query_width as f64 * context;
-        2.0 * (matrices as f64 + self.active_ffn(mean_active_experts)) + attention
+        let (width, window) = self.windowed;
+        let seen = context.min(window as f64);
+        self.matrix_flops(mean_active_experts) + self.attention_flops(context, width as f64 * seen)
     }
 
-    fn active_ffn(&self, mean_active_experts: f64) -> f64 {
+    /// Returns the floating-point operations of the forward pass of a token, mean over a sequence of `seq` tokens.
+    pub fn mean_flops_per_token(&self, mean_active_experts: f64, seq: usize) -> f64 {
+        let (width, window) = self.windowed;
+        let (len, window) = (seq as f64, window as f64);
+        let seen = if len <= window { len / 2.0 } else { window - window * (window - 1.0) / (2.0 * len) };
+        self.matrix_flops(mean_active_experts) + self.attention_flops(len / 2.0, width as f64 * seen)
+    }
+
+    fn matrix_flops(&self, mean_active_experts: f64) -> f64 {
+        let matrices = self.attention - self.pruned_attention + self.router_matrices + self.head;
+        let ffn = self.active(mean_active_experts, self.ffn - self.pruned_ffn - self.expert_biases);
+        2.0 * (matrices as f64 + ffn)
+    }
+
+    /// Returns the operations of attention over `context` positions; `windowed` is the sum of width times positions
+    /// over the layers with a window.
+    fn attention_flops(&self, context: f64, windowed: f64) -> f64 {
+        4.0 * (self.query_width as f64 * context + windowed)
+    }
+
+    /// Returns the share of `values` of the FFNs that is active.
+    fn active(&self, mean_active_experts: f64, values: u64) -> f64 {
         let active = match self.fixed_active {
             Some(active) => active,
             None if self.router == 0 => self.num_experts as f64,
             None => mean_active_experts,
         };
-        (self.ffn - self.pruned_ffn) as f64 * active / self.num_experts as f64
+        values as f64 * active / self.num_experts as f64
     }
 }

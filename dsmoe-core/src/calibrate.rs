@@ -12,12 +12,16 @@
 use std::path::Path;
 
 use dsmoe_kernels::buf::Buf;
-use dsmoe_kernels::{Precision, add, attention, linear, rms_norm, rope, swiglu};
+use dsmoe_kernels::{Precision, add, attention, linear, swiglu};
 
-use crate::checkpoint::{Checkpoint, LlamaTensors, WeightReader, check_llama_tensors};
+use crate::checkpoint::{
+    Checkpoint, LayerNorm, LlamaTensors, WeightReader, attention_name, check_llama_tensors, open_model,
+};
 use crate::config::{CONFIG_FILE, Config};
 use crate::error::{Error, Result};
-use crate::model::tensors::{check_input, in_pool, rope_table};
+use crate::model::block::Block;
+use crate::model::ropes::{Ropes, Turn};
+use crate::model::tensors::{attention_dims, check_input, in_pool};
 use crate::params::TensorSpec;
 
 /// A dense model's layers in order, and the hidden states of calibration sequences before the next one.
@@ -26,7 +30,7 @@ pub struct LayerStream {
     config: Config,
     checkpoint: Checkpoint,
     names: LlamaTensors,
-    rope: rope::Table,
+    ropes: Ropes,
     seq: usize,
     /// `[sequences, seq, hidden]`.
     states: Buf,
@@ -36,11 +40,11 @@ pub struct LayerStream {
 /// Input of some linears of a layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Input {
-    /// The normed states, read by q, k and v.
+    /// The states, normed where the family does that, read by q, k and v.
     Attention,
     /// The heads' outputs, read by o.
     Heads,
-    /// The normed states after attention, read by gate and up.
+    /// The states after attention, normed where the family does that, read by gate and up.
     Ffn,
     /// The neurons' values, read by down.
     Neurons,
@@ -62,7 +66,7 @@ pub struct Tap<'a> {
     pub x: &'a [f32],
 }
 
-/// A linear layer without bias: `y = x W^T`.
+/// A linear layer: `y = x W^T + b`.
 #[derive(Clone, Debug)]
 pub struct Linear {
     /// Name of the weight in the checkpoint.
@@ -75,6 +79,8 @@ pub struct Linear {
     pub input: Input,
     /// W `[outputs, inputs]`, as stored.
     pub weight: Buf,
+    /// b `[outputs]`, where the family has one.
+    pub bias: Option<Buf>,
 }
 
 /// The weights of one layer, in f32.
@@ -82,10 +88,11 @@ pub struct Linear {
 pub struct LayerWeights {
     /// Number of the layer.
     pub layer: usize,
-    /// Norm before attention `[hidden]`.
-    pub input_norm: Buf,
-    /// Norm before the FFN `[hidden]`.
-    pub post_norm: Buf,
+    /// Weights `[hidden]` of the norms before attention, after it, before the FFN and after it; none where the family
+    /// has no such norm.
+    pub norms: [Option<Buf>; 4],
+    /// Weights of the norms of queries and of keys.
+    pub qk_norms: Option<[Buf; 2]>,
     /// q, k, v, o, gate, up, down.
     pub linears: [Linear; 7],
 }
@@ -171,7 +178,7 @@ impl LayerStream {
                 help,
             ));
         }
-        let checkpoint = Checkpoint::open(dir)?;
+        let checkpoint = open_model(dir, &config)?;
         let names = check_llama_tensors(&config, &checkpoint)?;
         let seq = sequences.first().map_or(0, Vec::len);
         for (i, ids) in sequences.iter().enumerate() {
@@ -183,10 +190,10 @@ impl LayerStream {
             }
             check_input(&config, ids, 0, seq)?;
         }
-        let rope = rope_table(&config);
+        let ropes = Ropes::new(&config);
         let mut states = Buf::zeros(sequences.len() * seq * config.hidden);
         embed(&mut states, &config, &mut WeightReader::resume(names, &checkpoint), sequences)?;
-        Ok(LayerStream { config, checkpoint, names, rope, seq, states, scratch: Scratch::default() })
+        Ok(LayerStream { config, checkpoint, names, ropes, seq, states, scratch: Scratch::default() })
     }
 
     /// Returns the model's configuration.
@@ -224,24 +231,37 @@ impl LayerStream {
     pub fn layer(&self, i: usize) -> Result<LayerWeights> {
         assert!(i < self.config.num_layers, "calibrate: layer {i} of {}", self.config.num_layers);
         let mut reader = WeightReader::resume(self.names, &self.checkpoint);
-        let mut norm = |which: &str| -> Result<Buf> {
-            let name = format!("model.layers.{i}.{which}_layernorm.weight");
-            let mut values = Buf::zeros(self.config.hidden);
-            reader.read(&TensorSpec::norm(name, self.config.hidden), &mut values)?;
-            Ok(values)
+        let architecture = &self.config.architecture;
+        let mut norms = [const { None }; 4];
+        for (values, norm) in norms.iter_mut().zip(LayerNorm::ALL) {
+            let name = norm.name(architecture.norms, i);
+            *values = name.map(|name| vector(&mut reader, name, self.config.hidden)).transpose()?;
+        }
+        let qk_norms = match self.config.qk_norm_widths(i) {
+            Some([q, k]) => Some([
+                vector(&mut reader, attention_name(i, "q_norm.weight"), q)?,
+                vector(&mut reader, attention_name(i, "k_norm.weight"), k)?,
+            ]),
+            None => None,
         };
-        let [input_norm, post_norm] = [norm("input")?, norm("post_attention")?];
         let mut linears = Vec::with_capacity(PROJECTIONS.len());
         for (projection, input) in PROJECTIONS {
             let name = format!("model.layers.{i}.{projection}.weight");
             let shape = &self.checkpoint.need(&name)?.shape;
             let (outputs, inputs) = (shape[0], shape[1]);
+            let has_bias = match input {
+                Input::Attention => architecture.qkv_bias,
+                Input::Heads => architecture.o_bias,
+                Input::Ffn | Input::Neurons => architecture.mlp_bias,
+            };
+            let bias = format!("model.layers.{i}.{projection}.bias");
+            let bias = has_bias.then(|| vector(&mut reader, bias, outputs)).transpose()?;
             let mut weight = Buf::zeros(outputs * inputs);
             reader.read(&TensorSpec::matrix(name.clone(), outputs, inputs), &mut weight)?;
-            linears.push(Linear { name, outputs, inputs, input, weight });
+            linears.push(Linear { name, outputs, inputs, input, weight, bias });
         }
         let linears = linears.try_into().expect("seven projections");
-        Ok(LayerWeights { layer: i, input_norm, post_norm, linears })
+        Ok(LayerWeights { layer: i, norms, qk_norms, linears })
     }
 
     /// Runs all sequences through a layer of these weights and shows `tap` what its linears read, sequence by sequence
@@ -262,20 +282,27 @@ impl LayerStream {
     }
 
     fn run(&mut self, weights: &LayerWeights, tap: &mut (dyn FnMut(Tap<'_>) + Send), replace: bool) {
-        let LayerStream { config, rope, seq, states, scratch, .. } = self;
+        let LayerStream { config, ropes, seq, states, scratch, .. } = self;
         let len = *seq * config.hidden;
         if len == 0 {
             return;
         }
         in_pool(|| {
             for (sequence, states) in states.chunks_exact_mut(len).enumerate() {
-                scratch.layer(states, weights, config, rope, &mut |input, x| tap(Tap { sequence, input, x }));
+                scratch
+                    .layer(states, weights, config, ropes, &mut |input, x| tap(Tap { sequence, input, x }));
                 if replace {
                     states.copy_from_slice(&scratch.x);
                 }
             }
         });
     }
+}
+
+fn vector(reader: &mut WeightReader<'_>, name: String, len: usize) -> Result<Buf> {
+    let mut values = Buf::zeros(len);
+    reader.read(&TensorSpec::norm(name, len), &mut values)?;
+    Ok(values)
 }
 
 impl LayerWeights {
@@ -292,7 +319,7 @@ impl Linear {
         y.resize(rows * self.outputs);
         let dims =
             linear::Dims { rows, inputs: self.inputs, outputs: self.outputs, precision: Precision::F32 };
-        linear::Forward { y, x, w: &self.weight, bias: None, dims }.run();
+        linear::Forward { y, x, w: &self.weight, bias: self.bias.as_deref(), dims }.run();
     }
 }
 
@@ -303,46 +330,52 @@ impl Scratch {
         states: &[f32],
         weights: &LayerWeights,
         config: &Config,
-        table: &rope::Table,
+        ropes: &Ropes,
         tap: &mut dyn FnMut(Input, &[f32]),
     ) {
-        let (hidden, head_dim, eps) = (config.hidden, config.head_dim, config.rms_norm_eps as f32);
-        let seq = states.len() / hidden;
+        let block = Block::of(config);
+        let seq = states.len() / config.hidden;
+        let [before_attention, after_attention, before_ffn, after_ffn] =
+            weights.norms.each_ref().map(Option::as_deref);
         let [wq, wk, wv, wo, wgate, wup, wdown] = &weights.linears;
-        let (heads, kv_heads) = (wq.outputs / head_dim, wk.outputs / head_dim);
         let Scratch { x, h, rstd, q, k, v, a, lse, y, gate, up, neurons } = self;
         x.resize(states.len());
         h.resize(states.len());
         rstd.resize(seq);
         x.copy_from_slice(states);
 
-        rms_norm::Forward { y: h, rstd, x, weight: &weights.input_norm, offset: 0.0, eps }.run();
-        tap(Input::Attention, h);
-        wq.forward(q, h);
-        wk.forward(k, h);
-        wv.forward(v, h);
-        for (x, heads) in [(&mut *q, heads), (&mut *k, kv_heads)] {
-            let args = rope::Args { table, seq, start: 0, heads, head_dim };
-            rope::Forward { x, stride: args.width(), args }.run();
+        let input = block.input(before_attention, h, rstd, x);
+        tap(Input::Attention, input);
+        wq.forward(q, input);
+        wk.forward(k, input);
+        wv.forward(v, input);
+        let dims = attention_dims(config, weights.layer, 1, [seq, seq]);
+        lse.resize(seq * dims.heads);
+        for (i, (x, linear, heads)) in
+            [(&mut *q, wq, dims.heads), (&mut *k, wk, dims.kv_heads)].into_iter().enumerate()
+        {
+            if let Some(norms) = &weights.qk_norms {
+                block.norm_heads(x, linear.outputs, &norms[i], lse);
+            }
+            let turn = Turn { stride: linear.outputs, heads, seq, start: 0, positions: seq };
+            ropes.forward(weights.layer, x, turn);
         }
         a.resize(q.len());
-        lse.resize(seq * heads);
-        let scores = attention::Scores::plain(head_dim);
-        let dims = attention::Dims { batch: 1, queries: seq, keys: seq, heads, kv_heads, head_dim, scores };
         attention::Forward { out: a, lse, q, k, v, dims }.run();
         tap(Input::Heads, a);
         wo.forward(y, a);
-        add::Add { y: x, x: y, scale: 1.0 }.run();
+        block.join(x, y, after_attention, h, rstd);
 
-        rms_norm::Forward { y: h, rstd, x, weight: &weights.post_norm, offset: 0.0, eps }.run();
-        tap(Input::Ffn, h);
-        wgate.forward(gate, h);
-        wup.forward(up, h);
+        let input = block.input(before_ffn, h, rstd, x);
+        tap(Input::Ffn, input);
+        wgate.forward(gate, input);
+        wup.forward(up, input);
         neurons.resize(gate.len());
-        swiglu::Forward { c: neurons, a: gate, b: up, activation: swiglu::Activation::Silu }.run();
+        let activation = config.architecture.activation;
+        swiglu::Forward { c: neurons, a: gate, b: up, activation }.run();
         tap(Input::Neurons, neurons);
         wdown.forward(y, neurons);
-        add::Add { y: x, x: y, scale: 1.0 }.run();
+        block.join(x, y, after_ffn, h, rstd);
     }
 }
 
@@ -366,7 +399,8 @@ fn embed(
         let end = first + rows.len() / hidden;
         while let Some((id, place)) = places.next_if(|&(id, _)| (id as usize) < end) {
             let row = &rows[(id as usize - first) * hidden..][..hidden];
-            states[place * hidden..][..hidden].copy_from_slice(row);
+            let state = &mut states[place * hidden..][..hidden];
+            add::Scale { y: state, x: row, scale: config.architecture.embed_scale }.run();
         }
         first = end;
     })

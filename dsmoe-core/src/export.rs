@@ -4,8 +4,9 @@ use std::path::Path;
 use std::str::FromStr;
 
 use crate::checkpoint::{
-    Checkpoint, Dtype, Meter, OutputDir, Progress, TensorInfo, TensorSource, Writer, check_llama_tensors,
-    copy_companions, decode, encode, is_router, is_too_large, read_partitions,
+    DEFAULT_SHARD_BYTES, Dtype, Meter, OutputDir, Progress, TensorInfo, TensorSource, check_llama_tensors,
+    copy_companions, decode, encode, in_stored_order, is_router, is_too_large, model_writer, open_model,
+    read_partitions,
 };
 use crate::config::{CONFIG_FILE, Config};
 use crate::convert::{ffn_change, masks_of_other_order, source_infos};
@@ -62,7 +63,7 @@ pub fn export(
         return Err(Error::argument(format!("dtype {dtype} is not for weights"), "use bf16, f16 or f32"));
     }
     let mut config = Config::load(model)?;
-    let checkpoint = Checkpoint::open(model)?;
+    let checkpoint = open_model(model, &config)?;
     check_llama_tensors(&config, &checkpoint)?;
     let mut inverses = Vec::new();
     if format == ExportAs::Dense {
@@ -91,11 +92,12 @@ pub fn export(
         .into_iter()
         .filter(|info| format == ExportAs::Native || !is_router(&info.name))
         .collect();
+    let sources = in_stored_order(&config, sources);
     let infos: Vec<TensorInfo> =
         sources.iter().map(|info| TensorInfo { dtype: cast(info, dtype), ..info.clone() }).collect();
     let report = ExportReport { tensors: infos.len(), bytes: infos.iter().map(TensorInfo::len_bytes).sum() };
     let mut meter = Meter::new(report.bytes, progress);
-    let mut writer = Writer::create(output.path(), infos)?;
+    let mut writer = model_writer(&config, output.path(), infos, DEFAULT_SHARD_BYTES)?;
     let mut source = TensorSource::new(&checkpoint);
     let (mut values, mut casted) = (Vec::new(), Vec::new());
     for info in &sources {

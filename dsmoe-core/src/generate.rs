@@ -126,9 +126,10 @@ fn run(
             finish = Finish::Positions;
             break;
         }
-        if !options.kv_cache {
+        if !options.kv_cache || cache.is_outgrown(model.config(), text.len()) {
             cache.clear();
         }
+        cache.expect(text.len());
         let mut rest = &text[cache.len()..];
         while options.prefill_chunk > 0 && rest.len() > options.prefill_chunk {
             let (chunk, tail) = rest.split_at(options.prefill_chunk);

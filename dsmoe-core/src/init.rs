@@ -7,7 +7,8 @@ use rayon::prelude::*;
 use serde_json::{Value, json};
 
 use crate::checkpoint::{
-    DEFAULT_SHARD_BYTES, Dtype, Meter, OutputDir, Progress, TensorInfo, Writer, copy_companions, tensor_names,
+    DEFAULT_SHARD_BYTES, Dtype, Meter, OutputDir, Progress, TensorInfo, copy_companions, model_writer,
+    tensor_names,
 };
 use crate::config::Config;
 use crate::error::{Error, Result, shown};
@@ -184,7 +185,7 @@ pub fn preset(name: &str) -> Result<Config> {
     Config::from_json(Path::new(name), &preset.json().to_string())
 }
 
-/// Writes a dense model of `config` with weights N(0, `initializer_range`^2) and norms 1 to the new directory `out`,
+/// Writes a dense model of `config` with weights N(0, `initializer_range`^2), norms 1 and biases 0 to the new directory `out`,
 /// which appears when it is complete. The weights are a function of the configuration and the seed alone.
 ///
 /// # Errors
@@ -238,16 +239,17 @@ fn write(
     let infos: Vec<TensorInfo> =
         tensor_names(config).map(|(name, shape)| TensorInfo { name, dtype, shape }).collect();
     let mut meter = Meter::new(infos.iter().map(TensorInfo::len_bytes).sum(), progress);
-    let mut writer = Writer::create_sharded(output.path(), infos.clone(), options.max_shard_bytes)?;
+    let mut writer = model_writer(config, output.path(), infos.clone(), options.max_shard_bytes)?;
     let mut values = Vec::new();
     for info in &infos {
         writer.begin(&info.name)?;
         let numel: usize = info.shape.iter().product();
         let seed = options.seed ^ hash(&info.name);
         for first in (0..numel).step_by(CHUNK) {
-            values.resize(CHUNK.min(numel - first), 1.0);
+            values.resize(CHUNK.min(numel - first), 0.0);
             if info.shape.len() == 1 {
-                values.fill(1.0);
+                let is_bias = info.name.ends_with(".bias");
+                values.fill(if is_bias { 0.0 } else { 1.0 - config.architecture.norm_offset });
             } else {
                 values.par_chunks_mut(STREAM).enumerate().for_each(|(i, values)| {
                     let stream = (first / STREAM + i) as u64;

@@ -6,6 +6,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result, shown};
+use crate::files::{LFS_POINTER, lfs_pointer};
 
 pub(crate) const COPY: &str = "copy the file again";
 /// The largest JSON file that is read, in bytes.
@@ -19,6 +20,9 @@ pub(crate) fn read_json(path: &Path) -> Result<String> {
         return Err(Error::path(path, problem, COPY));
     }
     let bytes = std::fs::read(path).map_err(Error::io(path))?;
+    if bytes.starts_with(LFS_POINTER) {
+        return Err(lfs_pointer(path));
+    }
     String::from_utf8(bytes).map_err(|cause| {
         Error::path(path, format!("not UTF-8 at byte {}", cause.utf8_error().valid_up_to()), COPY)
     })

@@ -42,6 +42,11 @@ impl TensorSpec {
         TensorSpec { router: false, ..TensorSpec::router(name, vec![len]) }
     }
 
+    /// Describes a bias: no decay.
+    pub fn bias(name: impl Into<String>, len: usize) -> TensorSpec {
+        TensorSpec::norm(name, len)
+    }
+
     /// Describes a router's tensor: no decay.
     pub fn router(name: impl Into<String>, shape: Vec<usize>) -> TensorSpec {
         let (name, stored) = (name.into(), Stored::AsIs);

@@ -70,13 +70,8 @@ impl BudgetController {
             return Err(Error::range("ramp_steps", 0, "a third of the steps of the run, 1 at least"));
         }
         let ramp_steps = ramp_steps as f64;
-        Ok(BudgetController {
-            target: f64::from(target),
-            ramp_steps,
-            gain: (GAIN_PER_RAMP_STEP * ramp_steps).clamp(GAIN_RANGE.0, GAIN_RANGE.1),
-            weight: 0.0,
-            state: None,
-        })
+        let gain = (GAIN_PER_RAMP_STEP * ramp_steps).clamp(GAIN_RANGE.0, GAIN_RANGE.1);
+        Ok(BudgetController { target: f64::from(target), ramp_steps, gain, weight: 0.0, state: None })
     }
 
     /// Returns the weight for the next step.
@@ -96,11 +91,8 @@ impl BudgetController {
         if !measured.is_finite() {
             return self.weight();
         }
-        let state = self.state.get_or_insert_with(|| State {
-            filtered: measured,
-            fastest: (measured - self.target).abs().max(SHORTEST_DISTANCE) / self.ramp_steps,
-            side: 0.0,
-        });
+        let fastest = (measured - self.target).abs().max(SHORTEST_DISTANCE) / self.ramp_steps;
+        let state = self.state.get_or_insert(State { filtered: measured, fastest, side: 0.0 });
         let change = FILTER * (measured - state.filtered);
         state.filtered += change;
         let error = state.filtered - self.target;

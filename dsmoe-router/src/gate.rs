@@ -51,11 +51,8 @@ impl Routed {
         let bar = if config.threshold == 0.0 { None } else { Some(config.threshold_logit() as f32) };
         assign(mask, logits.iter().map(|&z| bar.is_none_or(|bar| z > bar)), logits.dim());
         if config.zero_active == ZeroActive::ForceArgmax {
-            for (row, mut mask) in
-                z.outer_iter().zip(mask.outer_iter_mut()).filter(|(_, mask)| !mask.iter().any(|m| *m))
-            {
-                mask[first_max(row)] = true;
-            }
+            let shut = z.outer_iter().zip(mask.outer_iter_mut()).filter(|(_, mask)| !mask.iter().any(|m| *m));
+            shut.for_each(|(row, mut mask)| mask[first_max(row)] = true);
         }
         routing.rebuild(mask.view(), |t, i| {
             let scale = scale(config, mask.row(t));
@@ -75,14 +72,9 @@ pub(crate) fn scale(config: &RouterConfig, mask: ArrayView1<'_, bool>) -> f32 {
     }
 }
 
+/// Returns the index of the largest value, the first among equals.
 fn first_max(row: ArrayView1<'_, f32>) -> usize {
-    let mut best = 0;
-    for (i, &z) in row.iter().enumerate() {
-        if z > row[best] {
-            best = i;
-        }
-    }
-    best
+    (0..row.len()).reduce(|best, i| if row[i] > row[best] { i } else { best }).unwrap_or(0)
 }
 
 /// Sets `out` to `values` in row-major order, in its own memory where it is large enough.

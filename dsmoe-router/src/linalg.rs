@@ -52,14 +52,11 @@ mod tests {
         let rows = n + 3;
         let x = normals(rows * n, seed);
         let x = |t: usize, i: usize| f64::from(x[t * n + i]) * (1.0 + i as f64 / n as f64);
-        let mut h = vec![0.0; n * n];
-        for i in 0..n {
-            for j in 0..n {
-                let dot: f64 = (0..rows).map(|t| x(t, i) * x(t, j)).sum();
-                h[i * n + j] = (dot / rows as f64) as f32 + if i == j { 0.1 } else { 0.0 };
-            }
-        }
-        h
+        let entry = |i: usize, j: usize| -> f32 {
+            let dot: f64 = (0..rows).map(|t| x(t, i) * x(t, j)).sum();
+            (dot / rows as f64) as f32 + if i == j { 0.1 } else { 0.0 }
+        };
+        (0..n * n).map(|at| entry(at / n, at % n)).collect()
     }
 
     #[test]

@@ -34,12 +34,7 @@ pub fn route(config: &RouterConfig, logits: &[f64]) -> RoutedF64 {
     if config.zero_active == ZeroActive::ForceArgmax {
         for (mask, z) in mask.chunks_mut(n).zip(logits.chunks(n)) {
             if !mask.contains(&true) {
-                let mut best = 0;
-                for i in 1..n {
-                    if z[i] > z[best] {
-                        best = i;
-                    }
-                }
+                let best = (0..n).reduce(|best, i| if z[i] > z[best] { i } else { best }).expect("an expert");
                 mask[best] = true;
             }
         }
@@ -49,10 +44,7 @@ pub fn route(config: &RouterConfig, logits: &[f64]) -> RoutedF64 {
     let mut coef = vec![0.0; logits.len()];
     for (t, mask) in mask.chunks(n).enumerate() {
         for i in 0..n {
-            let value = match config.gate_value {
-                GateValue::Sigmoid => gates[t * n + i],
-                GateValue::Binary => 1.0,
-            };
+            let value = if config.gate_value == GateValue::Binary { 1.0 } else { gates[t * n + i] };
             coef[t * n + i] = if mask[i] { scale(config, mask) * value } else { 0.0 };
         }
     }

@@ -227,10 +227,8 @@ mod tests {
         stats.add(0, &routing(array![[true, false], [true, true], [false, false], [true, false]]));
         stats.add(1, &routing(array![[true, true], [true, true], [true, true], [true, true]]));
         let summary = stats.summary();
-        assert_eq!(summary.tokens, 4);
-        assert_eq!(summary.active_ratio, 12.0 / 16.0);
-        assert_eq!(summary.active_experts, 1.5);
-        assert_eq!(summary.zero_active_share, 1.0 / 8.0);
+        assert_eq!((summary.tokens, summary.zero_active_share), (4, 1.0 / 8.0));
+        assert_eq!((summary.active_ratio, summary.active_experts), (12.0 / 16.0, 1.5));
         assert_eq!(summary.active_ratio_per_layer, [0.5, 1.0]);
         assert_eq!(summary.zero_active_share_per_layer, [0.25, 0.0]);
         assert_eq!(summary.active_histogram_per_layer, [[0.25, 0.5, 0.25], [0.0, 0.0, 1.0]]);
@@ -270,13 +268,13 @@ mod tests {
     #[test]
     fn merging_parts_is_adding_all() {
         let (a, b) = (routing(array![[true, false, true]]), routing(array![[false, false, false]]));
-        let mut whole = RoutingStats::new(1, 3);
-        whole.add(0, &a);
-        whole.add(0, &b);
-        let (mut first, mut second) = (RoutingStats::new(1, 3), RoutingStats::new(1, 3));
-        first.add(0, &a);
-        second.add(0, &b);
-        first.merge(&second);
+        let of = |routings: &[&Routing]| {
+            let mut stats = RoutingStats::new(1, 3);
+            routings.iter().for_each(|routing| stats.add(0, routing));
+            stats
+        };
+        let (whole, mut first) = (of(&[&a, &b]), of(&[&a]));
+        first.merge(&of(&[&b]));
         assert_eq!(first, whole);
         first.clear();
         assert_eq!(first, RoutingStats::new(1, 3));
@@ -285,8 +283,7 @@ mod tests {
     #[test]
     fn nothing_seen_is_zero_not_nan() {
         let summary = RoutingStats::new(1, 4).summary();
-        assert_eq!(summary.active_ratio, 0.0);
-        assert_eq!(summary.zero_active_share, 0.0);
+        assert_eq!((summary.active_ratio, summary.zero_active_share), (0.0, 0.0));
         assert_eq!(summary.load_entropy_per_layer, [0.0]);
     }
 }

@@ -31,12 +31,8 @@ pub fn backward(
     mut dlogits: ArrayViewMut2<'_, f32>,
 ) {
     let shape = routed.gates.dim();
-    assert!(
-        dcoefficients.dim() == shape && dlogits.dim() == shape,
-        "ste::backward: gates {shape:?}, dcoefficients {:?}, dlogits {:?}",
-        dcoefficients.dim(),
-        dlogits.dim()
-    );
+    let dims = [dcoefficients.dim(), dlogits.dim()];
+    assert_eq!(dims, [shape; 2], "ste::backward: dcoefficients and dlogits of gates {shape:?}");
     for (t, mut dz) in dlogits.outer_iter_mut().enumerate() {
         let mask = routed.mask.row(t);
         let scale = scale(config, mask);

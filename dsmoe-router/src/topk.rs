@@ -146,17 +146,14 @@ pub fn route(config: &TopKConfig, logits: ArrayView2<'_, f32>, noise: Option<Noi
         let selected = &order[..k];
         let sum: f64 = selected.iter().map(|&i| (h[i] - h[order[0]]).exp()).sum();
         for &i in selected {
-            scores[[t, i]] = match config.scores {
-                Scores::Softmax => (h[i] - h[order[0]]).exp() / sum,
-                Scores::One => 1.0,
-            };
+            let softmax = config.scores == Scores::Softmax;
+            scores[[t, i]] = if softmax { (h[i] - h[order[0]]).exp() / sum } else { 1.0 };
             mask[[t, i]] = true;
         }
     }
-    let routing = Routing::from_mask(mask.view(), |t, i| match i < n {
-        true => (f64::from(config.score_scale) * scores[[t, i]]) as f32,
-        false => 1.0,
-    });
+    let scale = f64::from(config.score_scale);
+    let coefficient = |t, i| if i < n { (scale * scores[[t, i]]) as f32 } else { 1.0 };
+    let routing = Routing::from_mask(mask.view(), coefficient);
 
     let load = match &noise {
         Some(noise) if k < n => {
@@ -199,14 +196,9 @@ pub fn backward(
     mut dstd: Option<ArrayViewMut2<'_, f32>>,
 ) {
     let shape = routed.scores.dim();
-    assert!(
-        dcoefficients.dim() == (shape.0, shape.1 + config.num_residual)
-            && dlogits.dim() == shape
-            && dstd.as_ref().is_none_or(|dstd| dstd.dim() == shape),
-        "topk::backward: scores {shape:?}, dcoefficients {:?}, dlogits {:?}",
-        dcoefficients.dim(),
-        dlogits.dim()
-    );
+    let dims = (dcoefficients.dim(), dlogits.dim(), dstd.as_ref().map_or(shape, |dstd| dstd.dim()));
+    let wanted = ((shape.0, shape.1 + config.num_residual), shape, shape);
+    assert_eq!(dims, wanted, "topk::backward: dcoefficients, dlogits and dstd");
     let (k, n) = (config.top_k, config.num_experts);
     let dimportance = cv2_gradient(&routed.importance, balance_weight);
     let dload = cv2_gradient(&routed.load, balance_weight);

@@ -12,6 +12,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use dsmoe_core::checkpoint::{Checkpoint, Dtype, TensorInfo, Writer};
+use dsmoe_core::files::write_synced;
 use dsmoe_core::params::Layout;
 use dsmoe_core::{Masks, Model};
 use dsmoe_datasets::TokenSource;
@@ -189,7 +190,8 @@ fn write(dir: &Path, state: &State, model: &Model, optimizer: &AdamW) -> Result<
     }
     writer.finish()?;
     let state = serde_json::to_string_pretty(state).expect("numbers and strings are JSON");
-    files::write_synced(&dir.join(STATE_FILE), state.as_bytes())?;
+    let file = dir.join(STATE_FILE);
+    write_synced(&file, state.as_bytes()).map_err(Error::io(&file))?;
     files::sync_dir(dir)
 }
 
@@ -255,18 +257,17 @@ mod tests {
         }
     }
 
-    fn written(text: &str) -> (tempfile::TempDir, Result<State>) {
+    fn written(text: &str) -> Result<State> {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join(STATE_FILE), text).unwrap();
-        let read = read_state(dir.path());
-        (dir, read)
+        read_state(dir.path())
     }
 
     #[test]
     fn a_state_comes_back_to_the_bit() {
         let state = state();
         let text = serde_json::to_string_pretty(&state).unwrap();
-        let read = written(&text).1.unwrap();
+        let read = written(&text).unwrap();
         assert_eq!(read.controller, state.controller);
         assert_eq!(read.sparsity_weight.to_bits(), state.sparsity_weight.to_bits());
         assert_eq!(read.config, state.config);
@@ -276,7 +277,7 @@ mod tests {
             ("\"seq\": 1024", "\"seq\": 0", "seq is 0"),
             ("\"tokens\"", "\"token\"", "unknown field `token`"),
         ] {
-            let message = written(&text.replacen(from, to, 1)).1.unwrap_err().to_string();
+            let message = written(&text.replacen(from, to, 1)).unwrap_err().to_string();
             assert!(message.contains(wanted) && message.lines().count() == 1, "{message}");
         }
     }
@@ -300,7 +301,7 @@ mod tests {
             bytes[at] = byte;
             bytes.truncate(cut);
             // Whatever is accepted can be counted on.
-            if let Ok(state) = written(&String::from_utf8_lossy(&bytes)).1 {
+            if let Ok(state) = written(&String::from_utf8_lossy(&bytes)) {
                 prop_assert_eq!(state.tokens, state.step * state.config.tokens_per_step());
             }
         }

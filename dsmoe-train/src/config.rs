@@ -1,5 +1,6 @@
 //! The configuration of a run: one flat TOML table whose keys are the fields of [`TrainConfig`].
 
+use std::fmt::Display;
 use std::ops::RangeInclusive;
 use std::path::Path;
 
@@ -20,111 +21,76 @@ const WARMUP_STEPS: u64 = 100;
 /// The paper's coefficient of the sparsity loss.
 const PAPER_SPARSITY: f64 = 1.0;
 
-/// The settings of a run, apart from the model and the text. Unknown keys are errors.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct TrainConfig {
-    /// Optimiser steps of the whole run. Excludes `tokens`.
-    pub steps: Option<u64>,
-    /// Tokens of the whole run, rounded up to whole steps. Excludes `steps`.
-    pub tokens: Option<u64>,
-    /// Sequences in a micro-batch; default 32.
-    pub batch: usize,
-    /// Tokens in a sequence; default 1024.
-    pub seq: usize,
-    /// The precision to which operands of matrix products are rounded: `f32` (default) or `bf16`. Weights, gradients,
-    /// moments, sums, norms, softmax and routers are f32 either way.
-    #[serde(with = "precision")]
-    pub dtype: Precision,
-    /// Micro-batches per optimiser step; default 1.
-    pub accumulate: usize,
-    /// Peak learning rate; default 2e-5.
-    pub lr: f64,
-    /// The cosine ends at this share of `lr`; default 0.1.
-    pub min_lr_ratio: f64,
-    /// Steps of linear warm-up; default min(100, steps / 10).
-    pub warmup_steps: Option<u64>,
-    /// `cosine` (default) or `constant`.
-    pub schedule: Decay,
-    /// Decay of the first moment; default 0.9.
-    pub beta1: f64,
-    /// Decay of the second moment; default 0.95.
-    pub beta2: f64,
-    /// Added to the root of the second moment; default 1e-8.
-    pub eps: f64,
-    /// Decoupled weight decay, not on norms and routers; default 0.1.
-    pub weight_decay: f64,
-    /// Largest global gradient norm; 0 turns clipping off; default 1.
-    pub clip: f64,
-    /// Constant weight of the sparsity loss over active gates. Excludes `active_target`. Without either, a run holds
-    /// the share that the model was made for; a model that names none gets weight 1, the paper's.
-    pub sparsity: Option<f64>,
-    /// Share of experts to be active, mean over tokens and layers, held by the budget controller. Excludes
-    /// `sparsity`.
-    pub active_target: Option<f64>,
-    /// Learning rate of the routers over that of the rest; default 1.
-    pub router_lr_scale: f64,
-    /// Seed of the order of the windows; default 0.
-    pub seed: u64,
-    /// Steps between checkpoints, apart from the one at the end; default none.
-    pub save_every: Option<u64>,
-    /// Checkpoints kept; default 2.
-    pub keep: usize,
-    /// Steps between lines on a console; the metrics file has every step; default 10.
-    pub log_every: u64,
-    /// Steps between evaluations of the held-out text, apart from the one at the end; default none.
-    pub eval_every: Option<u64>,
-    /// Share of the text of every source held out for evaluation; default 0.02.
-    pub valid_fraction: f64,
-    /// Windows of every source held out at most; default 5000.
-    pub valid_samples: u64,
-    /// The treatment of text that training and held-out sides have in common: `keep`, or `drop` (see
-    /// [`dsmoe_datasets::overlap`]); default `drop` for several sources, `keep` for one.
-    pub near_duplicates: Option<NearDuplicates>,
-    /// Worker threads; default all. Results do not depend on it.
-    pub threads: Option<usize>,
-    /// Splits text files into documents.
-    pub doc_separator: Option<String>,
-    /// Column of JSONL files; default `text`.
-    pub text_column: String,
-    /// When documents get a BOS token: `auto` (default), `always`, `never`.
-    pub bos: Bos,
-}
-
-impl Default for TrainConfig {
-    fn default() -> TrainConfig {
-        TrainConfig {
-            steps: None,
-            tokens: None,
-            batch: 32,
-            seq: 1024,
-            dtype: Precision::F32,
-            accumulate: 1,
-            lr: 2e-5,
-            min_lr_ratio: 0.1,
-            warmup_steps: None,
-            schedule: Decay::Cosine,
-            beta1: 0.9,
-            beta2: 0.95,
-            eps: 1e-8,
-            weight_decay: 0.1,
-            clip: 1.0,
-            sparsity: None,
-            active_target: None,
-            router_lr_scale: 1.0,
-            seed: 0,
-            save_every: None,
-            keep: 2,
-            log_every: 10,
-            eval_every: None,
-            valid_fraction: 0.02,
-            valid_samples: 5000,
-            near_duplicates: None,
-            threads: None,
-            doc_separator: None,
-            text_column: "text".to_owned(),
-            bos: Bos::Auto,
-        }
+dsmoe_core::with_defaults! {
+    /// The settings of a run, apart from the model and the text. Unknown keys are errors.
+    #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+    #[serde(deny_unknown_fields, default)]
+    pub struct TrainConfig {
+        /// Optimiser steps of the whole run. Excludes `tokens`.
+        pub steps: Option<u64> = None,
+        /// Tokens of the whole run, rounded up to whole steps. Excludes `steps`.
+        pub tokens: Option<u64> = None,
+        /// Sequences in a micro-batch; default 32.
+        pub batch: usize = 32,
+        /// Tokens in a sequence; default 1024.
+        pub seq: usize = 1024,
+        /// The precision to which operands of matrix products are rounded: `f32` (default) or `bf16`. Weights,
+        /// gradients, moments, sums, norms, softmax and routers are f32 either way.
+        #[serde(with = "precision")]
+        pub dtype: Precision = Precision::F32,
+        /// Micro-batches per optimiser step; default 1.
+        pub accumulate: usize = 1,
+        /// Peak learning rate; default 2e-5.
+        pub lr: f64 = 2e-5,
+        /// The cosine ends at this share of `lr`; default 0.1.
+        pub min_lr_ratio: f64 = 0.1,
+        /// Steps of linear warm-up; default min(100, steps / 10).
+        pub warmup_steps: Option<u64> = None,
+        /// `cosine` (default) or `constant`.
+        pub schedule: Decay = Decay::Cosine,
+        /// Decay of the first moment; default 0.9.
+        pub beta1: f64 = 0.9,
+        /// Decay of the second moment; default 0.95.
+        pub beta2: f64 = 0.95,
+        /// Added to the root of the second moment; default 1e-8.
+        pub eps: f64 = 1e-8,
+        /// Decoupled weight decay, not on norms and routers; default 0.1.
+        pub weight_decay: f64 = 0.1,
+        /// Largest global gradient norm; 0 turns clipping off; default 1.
+        pub clip: f64 = 1.0,
+        /// Constant weight of the sparsity loss over active gates. Excludes `active_target`. Without either, a run
+        /// holds the share that the model was made for; a model that names none gets weight 1, the paper's.
+        pub sparsity: Option<f64> = None,
+        /// Share of experts to be active, mean over tokens and layers, held by the budget controller. Excludes
+        /// `sparsity`.
+        pub active_target: Option<f64> = None,
+        /// Learning rate of the routers over that of the rest; default 1.
+        pub router_lr_scale: f64 = 1.0,
+        /// Seed of the order of the windows; default 0.
+        pub seed: u64 = 0,
+        /// Steps between checkpoints, apart from the one at the end; default none.
+        pub save_every: Option<u64> = None,
+        /// Checkpoints kept; default 2.
+        pub keep: usize = 2,
+        /// Steps between lines on a console; the metrics file has every step; default 10.
+        pub log_every: u64 = 10,
+        /// Steps between evaluations of the held-out text, apart from the one at the end; default none.
+        pub eval_every: Option<u64> = None,
+        /// Share of the text of every source held out for evaluation; default 0.02.
+        pub valid_fraction: f64 = 0.02,
+        /// Windows of every source held out at most; default 5000.
+        pub valid_samples: u64 = 5000,
+        /// The treatment of text that training and held-out sides have in common: `keep`, or `drop` (see
+        /// [`dsmoe_datasets::overlap`]); default `drop` for several sources, `keep` for one.
+        pub near_duplicates: Option<NearDuplicates> = None,
+        /// Worker threads; default all. Results do not depend on it.
+        pub threads: Option<usize> = None,
+        /// Splits text files into documents.
+        pub doc_separator: Option<String> = None,
+        /// Column of JSONL files; default `text`.
+        pub text_column: String = "text".to_owned(),
+        /// When documents get a BOS token: `auto` (default), `always`, `never`.
+        pub bos: Bos = Bos::Auto,
     }
 }
 
@@ -154,17 +120,14 @@ impl std::str::FromStr for NearDuplicates {
 mod precision {
     use super::{Deserialize, Precision};
 
-    pub(super) fn serialize<S: serde::Serializer>(
-        value: &Precision,
-        serializer: S,
-    ) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(value.name())
+    use serde::{Deserializer, Serializer, de};
+
+    pub(super) fn serialize<S: Serializer>(value: &Precision, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_str(value.name())
     }
 
-    pub(super) fn deserialize<'de, D: serde::Deserializer<'de>>(
-        deserializer: D,
-    ) -> Result<Precision, D::Error> {
-        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Precision, D::Error> {
+        String::deserialize(from)?.parse().map_err(de::Error::custom)
     }
 }
 
@@ -262,8 +225,7 @@ impl TrainConfig {
         let micro = self.batch.saturating_mul(self.seq);
         if micro > MAX_MICRO_TOKENS {
             let found = format!("{} x seq {}", self.batch, self.seq);
-            let allowed =
-                format!("at most {MAX_MICRO_TOKENS} tokens in a micro-batch; raise accumulate instead");
+            let allowed = format!("at most {MAX_MICRO_TOKENS} tokens in a micro-batch; raise accumulate");
             return Err(Error::field("batch", found, allowed));
         }
         for (field, value, range, allowed) in [
@@ -343,15 +305,11 @@ fn exclusive(field: &'static str, other: &str) -> Error {
     Error::field(field, format!("set together with {other}"), "one of the two")
 }
 
-fn in_range<T: PartialOrd + std::fmt::Display>(
-    field: &'static str,
-    value: T,
-    range: RangeInclusive<T>,
-) -> Result<()> {
-    if range.contains(&value) {
+fn in_range<T: PartialOrd + Display>(field: &'static str, x: T, range: RangeInclusive<T>) -> Result<()> {
+    if range.contains(&x) {
         return Ok(());
     }
-    Err(Error::field(field, value, format!("{} to {}", range.start(), range.end())))
+    Err(Error::field(field, x, format!("{} to {}", range.start(), range.end())))
 }
 
 fn one_line(message: &str) -> String {

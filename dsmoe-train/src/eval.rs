@@ -136,10 +136,8 @@ pub fn evaluate_domains(
     let [_, _, ..] = domains[..] else {
         return evaluate(model, domains.first().map_or(&[], |domain| domain.ids), options, progress);
     };
-    let mut windows = Vec::new();
-    for domain in &domains {
-        windows.push(eval_windows(domain.ids.len(), options.seq, options.stride)?.len());
-    }
+    let cut = |domain: &&Domain<'_>| Ok(eval_windows(domain.ids.len(), options.seq, options.stride)?.len());
+    let windows = domains.iter().map(cut).collect::<Result<Vec<usize>>>()?;
     let (all, mut before) = (windows.iter().sum(), 0);
     let total: f64 = domains.iter().map(|domain| domain.weight).sum();
     let mut reports = Vec::new();
@@ -272,7 +270,7 @@ fn measure(
         zero_active_share: routing.as_ref().map(|routing| routing.zero_active_share),
         params_total: accounting.total,
         params_activated: accounting.activated(active),
-        flops_per_token: accounting.flops_per_token(active, options.seq as f64 / 2.0),
+        flops_per_token: accounting.mean_flops_per_token(active, options.seq),
         tokens_per_s: run as f64 / seconds.max(1e-9),
         seconds,
         domains: Vec::new(),

@@ -1,18 +1,12 @@
 //! Directories and files of a run: after a crash each has its old or its new content.
 
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io;
 use std::path::Path;
 
 use dsmoe_datasets::files;
 
 use crate::error::{Error, Result};
-
-/// Writes a file and waits until it is on the disk.
-pub(crate) fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
-    let mut file = File::create(path).map_err(Error::io(path))?;
-    file.write_all(bytes).and_then(|()| file.sync_all()).map_err(Error::io(path))
-}
 
 /// Replaces a file by one with these bytes.
 pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<()> {

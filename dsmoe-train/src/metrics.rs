@@ -120,8 +120,7 @@ impl Metrics {
 pub(crate) fn step_line(record: &StepRecord) -> Value {
     // serde_json writes a number that is not finite as null.
     let mut value = serde_json::to_value(record).expect("a record of numbers is JSON");
-    let null =
-        |value: &Value| value.is_null() || value.as_array().is_some_and(|all| all.contains(&Value::Null));
+    let null = |v: &Value| v.is_null() || v.as_array().is_some_and(|all| all.contains(&Value::Null));
     if let Value::Object(map) = &mut value
         && map.values().any(null)
     {

@@ -104,25 +104,13 @@ impl AdamW {
     /// # Panics
     /// A slice is not as long as the layout.
     pub fn step(&mut self, params: &mut [f32], grads: &[f32], layout: &Layout, update: &Update<'_>) {
-        assert!(
-            [params.len(), grads.len(), self.m.len(), self.v.len()] == [layout.len(); 4],
-            "adamw: params {}, grads {}, moments {}, layout {}",
-            params.len(),
-            grads.len(),
-            self.m.len(),
-            layout.len()
-        );
+        let lens = [params.len(), grads.len(), self.m.len(), self.v.len()];
+        assert_eq!(lens, [layout.len(); 4], "adamw: parameters, gradients and moments for the layout");
         for (spec, range) in runs(layout) {
             let hyper = update.hyper(spec.decay, spec.router);
-            adamw::Step {
-                param: &mut params[range.clone()],
-                m: &mut self.m[range.clone()],
-                v: &mut self.v[range.clone()],
-                grad: &grads[range],
-                grad_scale: update.scale,
-                hyper: &hyper,
-            }
-            .run();
+            let (m, v) = (&mut self.m[range.clone()], &mut self.v[range.clone()]);
+            let (param, grad, grad_scale) = (&mut params[range.clone()], &grads[range], update.scale);
+            adamw::Step { param, m, v, grad, grad_scale, hyper: &hyper }.run();
         }
     }
 }

@@ -250,8 +250,7 @@ impl Trainer {
             self.write_final()?;
             return Ok(Outcome::Finished);
         }
-        let last =
-            self.options.stop_after.map_or(total, |most| total.min(self.state.step.saturating_add(most)));
+        let last = self.options.stop_after.map_or(total, |n| total.min(self.state.step.saturating_add(n)));
         let started = Instant::now();
         while self.state.step < last {
             let Some(record) = self.take_step(started, stop)? else { break };
@@ -603,24 +602,17 @@ fn load_newest(
 /// Returns the first line of the metrics file.
 fn header(model: &Model, mixture: &Mixture, state: &State) -> Value {
     let mut header = json!({
-        "format_version": FORMAT_VERSION,
-        "program": concat!("dsmoe-train ", env!("CARGO_PKG_VERSION")),
-        "model_sha256": state.model_sha256,
-        "data_sha256": state.data_sha256,
+        "format_version": FORMAT_VERSION, "program": concat!("dsmoe-train ", env!("CARGO_PKG_VERSION")),
+        "model_sha256": state.model_sha256, "data_sha256": state.data_sha256,
         "params": model.layout().entries().iter().map(|entry| entry.range.len()).sum::<usize>(),
-        "num_experts": model.num_experts(),
-        "train_tokens": mixture.train_len(),
-        "valid_tokens": mixture.valid_len(),
-        "config": state.config,
+        "num_experts": model.num_experts(), "train_tokens": mixture.train_len(),
+        "valid_tokens": mixture.valid_len(), "config": state.config,
     });
     if mixture.parts().len() > 1 || mixture.filtered() {
         let part = |part: &dsmoe_datasets::mixture::Part| {
             json!({
-                "name": part.name,
-                "share": part.share,
-                "train_tokens": part.split.train_len(),
-                "valid_tokens": part.split.valid_tokens().len(),
-                "removed": part.removed,
+                "name": part.name, "share": part.share, "removed": part.removed,
+                "train_tokens": part.split.train_len(), "valid_tokens": part.split.valid_tokens().len(),
             })
         };
         header["sources"] = mixture.parts().iter().map(part).collect();

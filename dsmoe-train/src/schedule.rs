@@ -42,15 +42,13 @@ impl Schedule {
         if step < self.warmup_steps {
             return self.lr * ((step + 1) as f64 / self.warmup_steps as f64);
         }
-        match self.decay {
-            Decay::Constant => self.lr,
-            Decay::Cosine => {
-                let floor = self.lr * self.min_lr_ratio;
-                let span = self.steps.saturating_sub(self.warmup_steps).max(1) as f64;
-                let progress = ((step + 1 - self.warmup_steps) as f64 / span).min(1.0);
-                floor + (self.lr - floor) * 0.5 * (1.0 + (std::f64::consts::PI * progress).cos())
-            }
+        if self.decay == Decay::Constant {
+            return self.lr;
         }
+        let floor = self.lr * self.min_lr_ratio;
+        let span = self.steps.saturating_sub(self.warmup_steps).max(1) as f64;
+        let progress = ((step + 1 - self.warmup_steps) as f64 / span).min(1.0);
+        floor + (self.lr - floor) * 0.5 * (1.0 + (std::f64::consts::PI * progress).cos())
     }
 }
 

@@ -2,14 +2,14 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use dsmoe_core::model::StepArgs;
+use dsmoe_core::model::{Batch, StepArgs};
 use dsmoe_core::{Device, Model};
 use dsmoe_datasets::{Interleaving, Mixture};
 use dsmoe_kernels::rng::Rng;
 use dsmoe_router::SparsityOver;
 
 use crate::config::TrainConfig;
-use crate::engine::{self, Engine, EngineOptions, MicroBatch, StepResult};
+use crate::engine::{self, Engine, EngineOptions, StepResult};
 use crate::error::Result;
 use crate::optim::{AdamW, Update, clip_scale};
 
@@ -76,7 +76,7 @@ impl Stepper {
                 seed: Rng::new(config.seed, step * micro_batches + micro).next_u64(),
             };
             self.gather(&mut of, micro)?;
-            let batch = MicroBatch { inputs: &self.inputs, targets: &self.targets, seq: config.seq };
+            let batch = Batch { inputs: &self.inputs, targets: &self.targets, seq: config.seq };
             if !self.engine.micro_batch(model, batch, &args)? {
                 break;
             }

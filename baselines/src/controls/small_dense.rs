@@ -18,9 +18,7 @@ use crate::settings::Entry;
 pub(crate) static SMALL_DENSE: Entry<NoSettings> = Entry {
     name: "small-dense",
     summary: "control: a smaller dense model with random weights, for training from scratch; one neuron per layer is a step",
-    defaults: NoSettings::default,
-    fixed: &[],
-    configure: |_| Ok(Box::new(SmallDense)),
+    ..Entry::new(|_| Ok(Box::new(SmallDense)))
 };
 
 struct SmallDense;
@@ -30,7 +28,7 @@ impl SmallDense {
     fn shape(config: &Config, budget: Budget) -> Result<LayerShape> {
         let counts = Accounting::of(config);
         let (layers, hidden) = (counts.num_layers as f64, config.hidden as f64);
-        let (rest, wanted) = ((counts.embedding + counts.norms) as f64, budget.params(counts.total));
+        let (rest, wanted) = ((counts.non_ffn - counts.attention) as f64, budget.params(counts.total));
         let group = config.num_heads / config.num_kv_heads;
         let attention = counts.attention as f64 / config.num_kv_heads as f64;
         let neuron = 3.0 * hidden * layers;
@@ -60,11 +58,11 @@ impl Configured for SmallDense {
     fn plan(&self, config: &Config, budget: Budget) -> Result<Plan> {
         check_dense(config, Path::new(CONFIG_FILE))?;
         let small = SmallDense::small(config, budget)?;
-        let (total, shape) = (Accounting::of(&small).total as f64, small.layer(0));
-        let reached_by = format!(
-            "{} heads, {} of keys and values, and {} neurons in each of {} layers",
-            shape.num_heads, shape.num_kv_heads, shape.intermediate, small.num_layers
-        );
+        let total = Accounting::of(&small).total as f64;
+        let LayerShape { num_heads, num_kv_heads, intermediate } = small.layer(0);
+        let heads = format!("{num_heads} heads, {num_kv_heads} of keys and values");
+        let reached_by =
+            format!("{heads}, and {intermediate} neurons in each of {} layers", small.num_layers);
         Ok(Plan::dense(total, reached_by))
     }
 

@@ -37,12 +37,9 @@ pub(crate) fn random(intermediate: usize, num_experts: usize, seed: u64, layer: 
 
 /// Forms experts by Sharing-Inner.
 pub(crate) fn sharing_inner(importance: &LayerImportance, width: usize) -> Vec<u32> {
-    let experts = importance.iter().map(|values| {
-        let mut expert = top(values, width, |_| true);
-        expert.sort_unstable();
-        expert
-    });
-    experts.flatten().collect()
+    let mut experts: Vec<Vec<u32>> = importance.iter().map(|values| top(values, width, |_| true)).collect();
+    experts.iter_mut().for_each(|expert| expert.sort_unstable());
+    experts.concat()
 }
 
 /// Forms experts by Sharing-Inter, the `num_residual` residual ones last.
@@ -56,8 +53,7 @@ pub(crate) fn sharing_inter(importance: &LayerImportance, width: usize, num_resi
             top(values, width, |j| !residual[j]).iter().for_each(|&j| count[j as usize] += 1);
         }
         let most = count.iter().copied().max().unwrap_or(0);
-        let total: Vec<f64> =
-            (0..intermediate).map(|j| importance.iter().map(|values| values[j]).sum()).collect();
+        let total: Vec<f64> = (0..intermediate).map(|j| importance.iter().map(|of| of[j]).sum()).collect();
         let moved = top(&total, left, |j| count[j] == most && !residual[j]);
         moved.iter().for_each(|&j| residual[j as usize] = true);
         left -= moved.len();

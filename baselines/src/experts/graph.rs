@@ -67,8 +67,7 @@ fn grow(weights: &[u32], vertices: usize, parts: usize, mut rng: Option<&mut Rng
     for part in 0..parts {
         to_part.fill(0);
         for size in 0..vertices / parts {
-            let most =
-                |of: &[i64]| (0..left.len()).rev().max_by_key(|&at| of[left[at]]).expect("a vertex left");
+            let most = |of: &[i64]| (0..left.len()).rev().max_by_key(|&at| of[left[at]]).expect("a vertex");
             let at = match (size, &mut rng) {
                 (0, Some(rng)) => rng.below(left.len() as u64) as usize,
                 (0, None) => most(&to_left),
@@ -134,9 +133,7 @@ impl<'a> State<'a> {
     fn sweep(&mut self) -> bool {
         let mut changed = false;
         for vertex in 0..self.part.len() {
-            if let Some((gain, other)) = self.best_exchange(vertex, None)
-                && gain > 0
-            {
+            if let Some((1.., other)) = self.best_exchange(vertex, None) {
                 self.exchange(vertex, other);
                 changed = true;
             }

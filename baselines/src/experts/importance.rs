@@ -1,7 +1,7 @@
 //! The importance of each neuron for each group of texts: the first-order change of the loss without it.
 //!
 //! ```text
-//! v_j = mean over tokens of |h_j dL/dh_j|,   h = silu(x Wg^T) * (x Wu^T),   dL/dh = dL/dy Wd^T
+//! v_j = mean over tokens of |h_j dL/dh_j|,   h = act(x Wg^T) * (x Wu^T),   dL/dh = dL/dy Wd^T
 //! ```
 //! L is the mean next-token loss of a sequence, as LLaMA-MoE has it (`llama_split_gradient_get_grads`, kernel l1).
 //! One sequence at a time through [`Model::train_step`], whose FFNs are the dense ones with a sum on the way back.
@@ -12,11 +12,11 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use dsmoe_core::Model;
-use dsmoe_core::ffn::{DenseFfn, Ffn, FfnBackward, FfnForward, FfnReport, PackedFfn, split};
+use dsmoe_core::ffn::{DenseFfn, Ffn, FfnBackward, FfnForward, FfnReport, Gated, PackedFfn};
 use dsmoe_core::params::TensorSpec;
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::expert_ffn::Saved;
-use dsmoe_kernels::{Precision, linear};
+use dsmoe_kernels::{Activation, Precision, linear};
 use rayon::prelude::*;
 
 use crate::error::Result;
@@ -44,11 +44,10 @@ pub(crate) fn importances(
 ) -> Result<Vec<LayerImportance>> {
     let model = Model::load(dir)?;
     let config = model.config().clone();
-    let sums: Vec<Sums> =
-        config.layers().map(|shape| Sums::new(Mutex::new(vec![0.0; shape.intermediate]))).collect();
-    let probes = config.layers().zip(&sums).map(|(shape, sums)| -> Box<dyn Ffn> {
-        let dense = DenseFfn::new(config.hidden, shape.intermediate);
-        Box::new(Probe { dense, hidden: config.hidden, intermediate: shape.intermediate, sums: sums.clone() })
+    let sums: Vec<_> = config.layers().map(|of| Sums::new(Mutex::new(vec![0.0; of.intermediate]))).collect();
+    let probes = sums.iter().enumerate().map(|(layer, sums)| -> Box<dyn Ffn> {
+        let gated = Gated::of_layer(&config, layer);
+        Box::new(Probe { dense: DenseFfn::of(gated), gated, sums: sums.clone() })
     });
     let mut probed = Model::with_ffns(config.clone(), probes.collect());
     probed.params_mut().copy_from_slice(model.params());
@@ -104,8 +103,7 @@ type Sums = Arc<Mutex<Vec<f64>>>;
 #[derive(Debug)]
 struct Probe {
     dense: DenseFfn,
-    hidden: usize,
-    intermediate: usize,
+    gated: Gated,
     sums: Sums,
 }
 
@@ -129,8 +127,8 @@ impl Ffn for Probe {
     fn backward(&self, args: FfnBackward<'_>) {
         let FfnBackward { dy, x, params, .. } = args;
         let saved = args.saved.downcast_ref::<Saved>().expect("saved by a dense FFN");
-        let (tokens, hidden, intermediate) = (x.len() / self.hidden, self.hidden, self.intermediate);
-        let [.., down] = split(params, [hidden * intermediate; 3]);
+        let Gated { hidden, intermediate, activation, .. } = self.gated;
+        let (tokens, down) = (x.len() / hidden, self.gated.weights(params).down);
         let mut dh = Buf::zeros(tokens * intermediate);
         let precision = Precision::F32;
         let dims = linear::Dims { rows: tokens, inputs: hidden, outputs: intermediate, precision };
@@ -142,7 +140,7 @@ impl Ffn for Probe {
                 let part = first..first + sums.len();
                 let values = saved.a[part.clone()].iter().zip(&saved.b[part.clone()]).zip(&dh[part]);
                 for (sum, ((&a, &b), &dh)) in sums.iter_mut().zip(values) {
-                    let h = a / (1.0 + (-a).exp()) * b;
+                    let h = act(activation, a) * b;
                     *sum += f64::from((h * dh).abs());
                 }
             }
@@ -150,6 +148,17 @@ impl Ffn for Probe {
 
         drop(sums);
         self.dense.backward(args);
+    }
+}
+
+/// Returns the activation of a gate's value.
+fn act(activation: Activation, a: f32) -> f32 {
+    match activation {
+        Activation::Silu => a / (1.0 + (-a).exp()),
+        Activation::GeluTanh => {
+            let u = (2.0 / std::f32::consts::PI).sqrt() * (a + 0.044_715 * a * a * a);
+            0.5 * a * (1.0 + u.tanh())
+        }
     }
 }
 

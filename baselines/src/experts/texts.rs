@@ -23,14 +23,12 @@ pub(crate) fn groups(sequences: &[Vec<u32>], num_groups: usize, seed: u64) -> Ve
 
 /// `[sequences, tokens that count]` and their number.
 fn tf_idf(sequences: &[Vec<u32>]) -> (Vec<f32>, usize) {
-    let counts: Vec<BTreeMap<u32, usize>> = sequences
-        .iter()
-        .map(|ids| {
-            let mut counts = BTreeMap::new();
-            ids.iter().for_each(|&id| *counts.entry(id).or_default() += 1);
-            counts
-        })
-        .collect();
+    let count = |ids: &Vec<u32>| {
+        let mut counts: BTreeMap<u32, usize> = BTreeMap::new();
+        ids.iter().for_each(|&id| *counts.entry(id).or_default() += 1);
+        counts
+    };
+    let counts: Vec<BTreeMap<u32, usize>> = sequences.iter().map(count).collect();
     let mut holding: BTreeMap<u32, usize> = BTreeMap::new();
     counts.iter().flat_map(BTreeMap::keys).for_each(|&id| *holding.entry(id).or_default() += 1);
     let weight = |ids: &[u32], id: u32, count: usize| {

@@ -12,10 +12,11 @@ use std::path::Path;
 use dsmoe_core::Config;
 use dsmoe_core::Remedy;
 use dsmoe_core::checkpoint::{
-    Checkpoint, Dtype, OutputDir, Progress, TensorInfo, Writer, check_llama_tensors, copy_companions,
+    Dtype, OutputDir, Progress, TensorInfo, Writer, check_llama_tensors, copy_companions, open_model,
 };
 use dsmoe_core::config::{CONFIG_FILE, RopeScaling};
 use dsmoe_core::convert::source_infos;
+use dsmoe_core::ffn::FfnSpec;
 use dsmoe_core::files::write_synced;
 use dsmoe_router::topk::Scores;
 use serde_json::{Value, json};
@@ -92,7 +93,7 @@ pub fn export(
     }
     let mut config = Config::load(model)?;
     let spec = exportable(model, &config)?;
-    let checkpoint = Checkpoint::open(model)?;
+    let checkpoint = open_model(model, &config)?;
     check_llama_tensors(&config, &checkpoint)?;
     if let Some(dtype) = dtype {
         config.set_dtype(dtype);
@@ -145,29 +146,28 @@ fn exportable(model: &Path, config: &Config) -> Result<TopkSpec> {
     let wrong = |field: &str, problem: String, help: Remedy| {
         Err(Error::Core(dsmoe_core::Error::field(&model.join(CONFIG_FILE), field, problem, help)))
     };
-    let native = Remedy::from("export the model as it is");
     let Some(spec) = config.ffn.as_deref().and_then(spec_of) else {
         let help = "use a model that the method llama-moe made".into();
         return wrong("ffn.type", "is not topk".to_owned(), help);
     };
-    if spec.router.num_residual > 0 {
-        return wrong("ffn.num_residual", format!("is {}", spec.router.num_residual), native);
-    }
-    if spec.gate.normalize {
-        return wrong("ffn.normalize", "is true, as LLaMA-MoE's gate cannot have it".to_owned(), native);
-    }
-    if config.rope_theta != ROPE_THETA || config.rope_scaling != RopeScaling::None {
-        let problem = format!("is {} or scaled, and LLaMA-MoE's is {ROPE_THETA}", config.rope_theta);
-        return wrong("rope_theta", problem, native);
-    }
-    if config.hidden != config.num_heads * config.head_dim {
-        let problem = format!("is {} and LLaMA-MoE's is hidden_size / num_attention_heads", config.head_dim);
-        return wrong("head_dim", problem, native);
-    }
-    if !config.is_even() {
-        return wrong("layer_shapes", "differ".to_owned(), native);
-    }
-    Ok(spec)
+    let (family, rope) = (config.family().model_type, &config.architecture.ropes[0]);
+    let theta = rope.theta;
+    let (field, problem) = if spec.router.num_residual > 0 {
+        ("ffn.num_residual", format!("is {}", spec.router.num_residual))
+    } else if spec.gate.normalize {
+        ("ffn.normalize", "is true, as LLaMA-MoE's gate cannot have it".to_owned())
+    } else if family != "llama" || !config.architecture.differences().is_empty() {
+        ("base_model_type", format!("is {family}, and LLaMA-MoE's models are LLaMA's without biases"))
+    } else if theta != ROPE_THETA || rope.scaling != RopeScaling::None {
+        ("rope_theta", format!("is {theta} or scaled, and LLaMA-MoE's is {ROPE_THETA}"))
+    } else if config.hidden != config.num_heads * config.head_dim {
+        ("head_dim", format!("is {} and LLaMA-MoE's is hidden_size / num_attention_heads", config.head_dim))
+    } else if !config.is_even() {
+        ("layer_shapes", "differ".to_owned())
+    } else {
+        return Ok(spec);
+    };
+    wrong(field, problem, "export the model as it is".into())
 }
 
 /// config.json with LLaMA-MoE's keys in place of `ffn`.
@@ -178,16 +178,13 @@ fn config_json(config: &Config, spec: &TopkSpec) -> String {
     };
     map.shift_remove("ffn");
     let sizes = vec![vec![config.intermediate / n; n]; config.num_layers];
-    // The shortest decimal of the f32, not the many digits of its f64.
-    let scale: f64 =
-        spec.router.score_scale.to_string().parse().unwrap_or(f64::from(spec.router.score_scale));
     let Value::Object(keys) = json!({
         "model_type": "llama_moe", "architectures": ["LlamaMoEForCausalLM"],
         "num_experts": n, "num_selects": spec.router.top_k, "size_experts": sizes,
         "gate_type": "TopKBalancedNoisyGate", "gate_network": spec.gate.network, "gate_use_softmax": true,
         "gate_use_balance": spec.balance_weight > 0.0, "gate_balance_loss_weight": spec.balance_weight,
         "gate_add_noise": spec.gate.noise, "gate_noise_epsilon": 0.01,
-        "calculator_type": "UniversalCalculator", "add_weight_norm": false, "score_scale_factor": scale,
+        "calculator_type": "UniversalCalculator", "add_weight_norm": false, "score_scale_factor": spec.settings()["score_scale"],
         "multiply_gate_scores": spec.router.scores == Scores::Softmax,
     }) else {
         unreachable!("an object")

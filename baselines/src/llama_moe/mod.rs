@@ -26,9 +26,7 @@ use crate::topk::{
 pub(crate) static LLAMA_MOE: Entry<Settings> = Entry {
     name: "llama-moe",
     summary: "LLaMA-MoE: k of n experts by a softmax gate with noise and balance losses; budgets k/n",
-    defaults: Settings::default,
-    fixed: &[],
-    configure,
+    ..Entry::new(configure)
 };
 
 settings! {
@@ -147,9 +145,8 @@ impl LlamaMoe {
         let mut orders = Vec::with_capacity(config.num_layers);
         match self.0.construction {
             Construction::Random => {
-                for (layer, width) in widths {
-                    orders.push(construction::random(width, n, job.seed, layer)?);
-                }
+                let random = |(layer, width)| construction::random(width, n, job.seed, layer);
+                orders = widths.map(random).collect::<Result<_>>()?;
             }
             Construction::Clustering => {
                 for (layer, width) in widths {
@@ -164,9 +161,8 @@ impl LlamaMoe {
                 let groups = n - residual;
                 check_text(job.calibration, groups, &format!("{groups} groups of texts, one per expert"))?;
                 let labels = texts::groups(job.calibration, groups, job.seed);
-                let importances =
-                    importance::importances(job.model, job.calibration, &labels, groups, progress)?;
-                for ((layer, width), importance) in widths.zip(&importances) {
+                let layers = importance::importances(job.model, job.calibration, &labels, groups, progress)?;
+                for ((layer, width), importance) in widths.zip(&layers) {
                     let order = match self.0.construction {
                         Construction::SharingInner => construction::sharing_inner(importance, width / n),
                         _ => construction::sharing_inter(importance, width / n, residual),
@@ -196,15 +192,10 @@ fn read_finite(checkpoint: &Checkpoint, name: &str, len: usize) -> Result<Vec<f3
 /// Returns the first values of a gate as in LLaMA-MoE: an mlp from N(0, std^2), a linear one and the noise at zero.
 fn first_gate(gate: &Gate, std: f64, seed: u64, layer: usize) -> Vec<Vec<f32>> {
     let mut rng = Rng::new(seed, u64::from_be_bytes(*b"topkgate") ^ layer as u64);
-    let [a, b, noise] = gate.lens();
-    let mut network = |len: usize| {
-        let mut values = vec![0.0; len];
-        if gate.spec.network == GateNetwork::Mlp {
-            rng.fill_normal(&mut values, std as f32);
-        }
-        values
-    };
-    let mut tensors = vec![network(a), network(b), vec![0.0; noise]];
+    let mut tensors = gate.lens().map(|len| vec![0.0; len]).to_vec();
+    if gate.spec.network == GateNetwork::Mlp {
+        tensors[..2].iter_mut().for_each(|values| rng.fill_normal(values, std as f32));
+    }
     tensors.retain(|values| !values.is_empty());
     tensors
 }

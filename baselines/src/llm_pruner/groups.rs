@@ -7,12 +7,15 @@
 //! ```
 //!
 //! (Ma, Fang, Wang 2023, eqs. 1-2, solved for LLaMA.) Rows and columns are those of the checkpoint, `[out, in]`; a norm
-//! is one row.
+//! is one row, and so is a bias. Biases, and norms of whole queries and keys, follow the rows that they belong to and are
+//! not scored.
 
 use std::collections::HashMap;
 use std::ops::Range;
 
 use dsmoe_core::Config;
+use dsmoe_core::checkpoint::norm_names;
+use dsmoe_core::config::QkNorm;
 
 /// A dimension of a stored tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,20 +57,21 @@ pub(crate) struct Groups {
     pub(crate) lanes: usize,
     /// In the order of the forward pass.
     pub(crate) members: Vec<Member>,
+    /// Vectors that lose their entries with a group and are not scored.
+    pub(crate) followers: Vec<Member>,
 }
 
 impl Groups {
     /// The FFN neurons of a layer.
     pub(crate) fn neurons(config: &Config, layer: usize) -> Groups {
         let members = [("gate", Axis::Rows), ("up", Axis::Rows), ("down", Axis::Columns)];
-        let member =
-            |(name, axis)| Member::new(format!("model.layers.{layer}.mlp.{name}_proj.weight"), axis, 1);
-        Groups {
-            place: format!("layer {layer} neurons"),
-            count: config.layer(layer).intermediate,
-            lanes: 1,
-            members: members.map(member).to_vec(),
-        }
+        let of = |(name, axis)| Member::new(format!("model.layers.{layer}.mlp.{name}_proj.weight"), axis, 1);
+        let (place, members) = (format!("layer {layer} neurons"), members.map(of).to_vec());
+        let bias =
+            |name: &str| Member::new(format!("model.layers.{layer}.mlp.{name}.bias"), Axis::Columns, 1);
+        let biases = config.architecture.mlp_bias.then(|| ["gate_proj", "up_proj"].map(bias));
+        let followers = biases.into_iter().flatten().collect();
+        Groups { place, count: config.layer(layer).intermediate, lanes: 1, members, followers }
     }
 
     /// The key and value heads of a layer, each with its query heads.
@@ -83,39 +87,56 @@ impl Groups {
         let member = |(name, axis, width)| {
             Member::new(format!("model.layers.{layer}.self_attn.{name}_proj.weight"), axis, width)
         };
-        Groups {
-            place: format!("layer {layer} heads"),
-            count: shape.num_kv_heads,
-            lanes,
-            members: members.map(member).to_vec(),
-        }
+        let vector = |(name, width): (&str, usize)| {
+            Member::new(format!("model.layers.{layer}.self_attn.{name}"), Axis::Columns, width)
+        };
+        let biases = [("q_proj.bias", queries), ("k_proj.bias", lanes), ("v_proj.bias", lanes)];
+        let norms = [("q_norm.weight", queries), ("k_norm.weight", lanes)];
+        let biases = config.architecture.qkv_bias.then_some(biases).into_iter().flatten();
+        let norms = (config.architecture.qk_norm == QkNorm::Whole).then_some(norms).into_iter().flatten();
+        let followers = biases.chain(norms).map(vector).collect();
+        let (place, members) = (format!("layer {layer} heads"), members.map(member).to_vec());
+        Groups { place, count: shape.num_kv_heads, lanes, members, followers }
     }
 
     /// The channels of the residual stream. The last member is the output head, which a tied model has in its
     /// embedding.
     pub(crate) fn channels(config: &Config) -> Groups {
-        const LAYER: [(&str, Axis); 9] = [
-            ("input_layernorm", Axis::Columns),
+        const ATTENTION: [(&str, Axis); 4] = [
             ("self_attn.q_proj", Axis::Columns),
             ("self_attn.k_proj", Axis::Columns),
             ("self_attn.v_proj", Axis::Columns),
             ("self_attn.o_proj", Axis::Rows),
-            ("post_attention_layernorm", Axis::Columns),
-            ("mlp.gate_proj", Axis::Columns),
-            ("mlp.up_proj", Axis::Columns),
-            ("mlp.down_proj", Axis::Rows),
         ];
-        let columns = |name: &str| Member::new(name.to_owned(), Axis::Columns, 1);
-        let embedding = columns("model.embed_tokens.weight");
+        const FFN: [(&str, Axis); 3] =
+            [("mlp.gate_proj", Axis::Columns), ("mlp.up_proj", Axis::Columns), ("mlp.down_proj", Axis::Rows)];
+        let columns = |name: String| Member::new(name, Axis::Columns, 1);
+        let embedding = columns("model.embed_tokens.weight".to_owned());
         let (first, last) = match config.tie_word_embeddings {
             true => (None, embedding),
-            false => (Some(embedding), columns("lm_head.weight")),
+            false => (Some(embedding), columns("lm_head.weight".to_owned())),
         };
         let layers = (0..config.num_layers).flat_map(|i| {
-            LAYER.map(|(name, axis)| Member::new(format!("model.layers.{i}.{name}.weight"), axis, 1))
+            let matrix = move |(name, axis)| Member::new(format!("model.layers.{i}.{name}.weight"), axis, 1);
+            let [before, after, before_ffn, after_ffn] = norm_names(config, i).map(|name| name.map(columns));
+            let attention = before.into_iter().chain(ATTENTION.map(matrix)).chain(after);
+            attention.chain(before_ffn).chain(FFN.map(matrix)).chain(after_ffn).collect::<Vec<_>>()
         });
-        let members = first.into_iter().chain(layers).chain([columns("model.norm.weight"), last]).collect();
-        Groups { place: "channels".to_owned(), count: config.hidden, lanes: 1, members }
+        let norm = columns("model.norm.weight".to_owned());
+        let members = first.into_iter().chain(layers).chain([norm, last]).collect();
+        let o_bias = config.architecture.o_bias.then_some("self_attn.o_proj");
+        let down_bias = config.architecture.mlp_bias.then_some("mlp.down_proj");
+        let biases = (0..config.num_layers).flat_map(|i| {
+            let biased = o_bias.into_iter().chain(down_bias);
+            biased.map(move |name| columns(format!("model.layers.{i}.{name}.bias")))
+        });
+        Groups {
+            place: "channels".to_owned(),
+            count: config.hidden,
+            lanes: 1,
+            members,
+            followers: biases.collect(),
+        }
     }
 }
 
@@ -133,7 +154,7 @@ pub(crate) struct Cuts(HashMap<String, Cut>);
 impl Cuts {
     /// Keeps only the groups in `kept` (ascending) of `groups`.
     pub(crate) fn keep(&mut self, groups: &Groups, kept: &[usize]) {
-        for member in &groups.members {
+        for member in groups.members.iter().chain(&groups.followers) {
             let indices = kept.iter().flat_map(|&group| member.indices(group)).collect();
             let cut = self.0.entry(member.tensor.clone()).or_default();
             match member.axis {

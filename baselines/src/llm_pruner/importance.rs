@@ -122,14 +122,12 @@ pub(crate) fn group_scores(
         .collect();
     let params = model.params();
     let loss = if scoring.importance.needs_gradients() {
-        let mut gradients = Gradients::new(model, calibration)?;
+        let (members, mut gradients) = (&mut members, Gradients::new(model, calibration)?);
         Some(match scoring.importance {
             Importance::TaylorMix => {
-                mix(&mut members, &targets, params, &mut gradients, scoring.window, progress)?
+                mix(members, &targets, params, &mut gradients, scoring.window, progress)?
             }
-            importance => {
-                from_gradients(&mut members, &targets, params, importance, &mut gradients, progress)?
-            }
+            kind => from_gradients(members, &targets, params, kind, &mut gradients, progress)?,
         })
     } else {
         let salience = |w: f64| if scoring.importance == Importance::MagnitudeL1 { w.abs() } else { w * w };
@@ -162,28 +160,21 @@ fn from_gradients(
             add(sums, target, 0, &params[range], |w, i| salience(w, f64::from(grads[i])));
         }
     };
-    match importance {
-        Importance::TaylorSecond => {
-            for i in 0..sequences {
-                gradients.sum.fill(0.0);
-                loss += gradients.add(i)? / count;
-                with_gradients(members, &gradients.sum, |w, g| (w * g) * (w * g));
-                progress(i as u64 + 1, sequences as u64);
-            }
-            members.iter_mut().flatten().flatten().for_each(|sum| *sum /= count);
+    let second = importance == Importance::TaylorSecond;
+    for i in 0..sequences {
+        loss += gradients.add(i)? / count;
+        if second {
+            with_gradients(members, &gradients.sum, |w, g| (w * g) * (w * g));
+            gradients.sum.fill(0.0);
         }
-        _ => {
-            for i in 0..sequences {
-                loss += gradients.add(i)? / count;
-                progress(i as u64 + 1, sequences as u64);
-            }
-            match importance {
-                Importance::Vector => with_gradients(members, &gradients.sum, |w, g| w * g),
-                _ => with_gradients(members, &gradients.sum, |w, g| (w * g).abs()),
-            }
-            members.iter_mut().flatten().flatten().for_each(|sum| *sum = sum.abs() / count);
-        }
+        progress(i as u64 + 1, sequences as u64);
     }
+    match importance {
+        Importance::TaylorSecond => {}
+        Importance::Vector => with_gradients(members, &gradients.sum, |w, g| w * g),
+        _ => with_gradients(members, &gradients.sum, |w, g| (w * g).abs()),
+    }
+    members.iter_mut().flatten().flatten().for_each(|sum| *sum = sum.abs() / count);
     Ok(loss)
 }
 
@@ -318,13 +309,11 @@ pub(crate) fn reduced(set: &Groups, members: &[Vec<f64>], reduce: Reduce) -> Res
         }
     };
     let scores: Vec<f64> = (0..set.count).map(score).collect();
-    match scores.iter().all(|&score| score < f64::INFINITY) {
-        true => Ok(scores),
-        false => {
-            let help = "use another importance or other calibration text";
-            Err(Error::numeric(&set.place, "an importance is not finite", help))
-        }
+    if scores.iter().all(|&score| score < f64::INFINITY) {
+        return Ok(scores);
     }
+    let help = "use another importance or other calibration text";
+    Err(Error::numeric(&set.place, "an importance is not finite", help))
 }
 
 fn log_sum_exp(logs: &[f64]) -> f64 {

@@ -18,7 +18,7 @@ use std::ops::RangeInclusive;
 use std::str::FromStr;
 
 use dsmoe_core::calibrate::check_text;
-use dsmoe_core::checkpoint::{Checkpoint, OutputDir, check_llama_tensors};
+use dsmoe_core::checkpoint::{OutputDir, check_llama_tensors, open_model};
 use dsmoe_core::masks::{MASKS_FILE, Masks};
 use dsmoe_core::{Config, Model};
 
@@ -37,21 +37,17 @@ const MIX_WINDOW: usize = 32 << 20;
 pub(crate) static BLOCK: Entry<BlockSettings> = Entry {
     name: "llm-pruner-block",
     summary: "removes FFN neurons and attention heads of a range of layers by gradient; any budget to a neuron per layer",
-    defaults: BlockSettings::default,
-    fixed: &[],
-    configure: |settings| Ok(Box::new(Pruner::Block(settings))),
+    ..Entry::new(|settings| Ok(Box::new(Pruner::Block(settings))))
 };
 
 /// The method `llm-pruner-channel`.
 pub(crate) static CHANNEL: Entry<ChannelSettings> = Entry {
     name: "llm-pruner-channel",
     summary: "removes channels of the residual stream through the whole network by gradient; any budget to a channel",
-    defaults: ChannelSettings::default,
-    fixed: &[],
-    configure: |settings| match settings.multiple {
+    ..Entry::new(|settings| match settings.multiple {
         0 => Err(wrong::<ChannelSettings>("multiple", 0)),
         _ => Ok(Box::new(Pruner::Channel(settings))),
-    },
+    })
 };
 
 settings! {
@@ -169,6 +165,7 @@ impl BlockSettings {
 impl ChannelSettings {
     fn resolve(&self, config: &Config, budget: Budget) -> Result<Resolved> {
         check_dense(config)?;
+        check_channels(config)?;
         if self.multiple > config.hidden {
             let help = format!("use 1 to {}", config.hidden);
             return Err(Error::setting("multiple", format!("is {}", self.multiple), help));
@@ -186,8 +183,19 @@ impl ChannelSettings {
 }
 
 fn check_dense(config: &Config) -> Result<()> {
-    let help = "use a dense LLaMA, or export this model as a dense model first";
+    let help = "use a dense model, or export this one as a dense model first";
     if config.is_dense() { Ok(()) } else { Err(Error::model("has experts", help)) }
+}
+
+/// Checks that the residual stream of a model can be narrowed: nothing in its family is a function of the width.
+fn check_channels(config: &Config) -> Result<()> {
+    let family = config.family().model_type;
+    let problem = if config.architecture.scales_by_width(config.hidden) {
+        format!("is of type {family}, whose embedding is multiplied by the root of hidden_size")
+    } else {
+        return Ok(());
+    };
+    Err(Error::model(problem, "use llm-pruner-block"))
 }
 
 impl Pruner {
@@ -235,7 +243,7 @@ impl Configured for Pruner {
             let help = "use the dense model it was made from";
             return Err(Error::model(format!("has {MASKS_FILE}"), help));
         }
-        let checkpoint = Checkpoint::open(job.model)?;
+        let checkpoint = open_model(job.model, &config)?;
         let names = check_llama_tensors(&config, &checkpoint)?;
         let output = OutputDir::create_from(job.model, job.out, job.force)?;
 

@@ -4,7 +4,8 @@ use std::path::Path;
 
 use dsmoe_core::Config;
 use dsmoe_core::checkpoint::{
-    Checkpoint, LlamaTensors, OutputDir, TensorInfo, TensorView, Writer, copy_companions, tensor_names,
+    Checkpoint, DEFAULT_SHARD_BYTES, LlamaTensors, OutputDir, TensorInfo, TensorView, copy_companions,
+    model_writer, tensor_names,
 };
 use rayon::prelude::*;
 
@@ -39,14 +40,14 @@ pub(crate) fn rewrite(
         TensorInfo { name, dtype, shape }
     };
     let infos: Vec<TensorInfo> = tensor_names(pruned).map(info).collect();
-    let stored: Vec<(String, Cut)> =
-        tensor_names(pruned).map(|(name, _)| (names.stored_name(&name).to_owned(), cuts.of(&name))).collect();
-    let mut writer = Writer::create(output.path(), infos)?;
-    for (i, (name, cut)) in stored.iter().enumerate() {
-        let view = checkpoint.tensor(name).expect("a checked checkpoint");
-        writer.begin(name)?;
-        copy(checkpoint, view, cut, &mut |bytes| writer.write_chunk(bytes))?;
-        progress(i as u64 + 1, stored.len() as u64);
+    let total = infos.len() as u64;
+    let mut writer = model_writer(pruned, output.path(), infos, DEFAULT_SHARD_BYTES)?;
+    for (done, (name, _)) in (1..).zip(tensor_names(pruned)) {
+        let stored = names.stored_name(&name);
+        let view = checkpoint.tensor(stored).expect("a checked checkpoint");
+        writer.begin(stored)?;
+        copy(checkpoint, view, &cuts.of(&name), &mut |bytes| writer.write_chunk(bytes))?;
+        progress(done, total);
     }
     writer.finish()?;
     copy_companions(dir, output.path())?;

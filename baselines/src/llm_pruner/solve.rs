@@ -70,11 +70,8 @@ fn pruned_shapes(config: &Config, layers: &RangeInclusive<usize>, ratios: Ratios
             return shape;
         }
         let num_kv_heads = heads_left(shape.num_kv_heads, config.head_dim, ratios.heads);
-        LayerShape {
-            num_heads: shape.num_heads / shape.num_kv_heads * num_kv_heads,
-            num_kv_heads,
-            intermediate: left(shape.intermediate, ratios.neurons),
-        }
+        let num_heads = shape.num_heads / shape.num_kv_heads * num_kv_heads;
+        LayerShape { num_heads, num_kv_heads, intermediate: left(shape.intermediate, ratios.neurons) }
     };
     (0..config.num_layers).map(shape).collect()
 }

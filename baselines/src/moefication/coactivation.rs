@@ -143,8 +143,7 @@ mod tests {
         assert_eq!(active.neurons.len(), 40 * 8);
         for i in 0..width {
             for j in 0..width {
-                let both =
-                    active.tokens().filter(|token| [i, j].iter().all(|&j| token.contains(&(j as u32))));
+                let both = active.tokens().filter(|of| [i, j].iter().all(|&j| of.contains(&(j as u32))));
                 assert_eq!(counts[i * width + j] as usize, if i == j { 0 } else { both.count() });
             }
         }

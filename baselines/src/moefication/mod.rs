@@ -31,12 +31,10 @@ const MOST_EPOCHS: usize = 1000;
 pub(crate) static MOEFICATION: Entry<Settings> = Entry {
     name: "moefication",
     summary: "MoEfication: clusters of neurons, k of n by a router trained on calibration text; weights stay; budgets k/n",
-    defaults: Settings::default,
-    fixed: &[],
-    configure: |settings| match settings.epochs > MOST_EPOCHS {
+    ..Entry::new(|settings| match settings.epochs > MOST_EPOCHS {
         true => Err(wrong::<Settings>("epochs", settings.epochs)),
         false => Ok(Box::new(MoEfication(settings))),
-    },
+    })
 };
 
 settings! {
@@ -112,8 +110,7 @@ impl Settings {
             Some(experts) => Ok(experts),
             None if even => Ok(config.intermediate / EXPERT_WIDTH),
             None => {
-                let problem =
-                    format!("the layers do not all have the same multiple of {EXPERT_WIDTH} neurons");
+                let problem = format!("layers do not all have the same multiple of {EXPERT_WIDTH} neurons");
                 Err(Error::setting("experts", problem, "give a number that divides intermediate_size"))
             }
         }
@@ -129,11 +126,9 @@ impl Settings {
 /// The FFN that runs k of n experts.
 fn spec(n: usize, k: usize) -> TopkSpec {
     let router = TopKConfig::new(n, k).expect("k of n");
-    TopkSpec {
-        router: TopKConfig { scores: Scores::One, score_scale: 1.0, ..router },
-        gate: GateSpec { network: GateNetwork::Mlp, normalize: true, noise: false },
-        balance_weight: 0.0,
-    }
+    let router = TopKConfig { scores: Scores::One, score_scale: 1.0, ..router };
+    let gate = GateSpec { network: GateNetwork::Mlp, normalize: true, noise: false };
+    TopkSpec { router, gate, balance_weight: 0.0 }
 }
 
 impl Configured for MoEfication {
@@ -163,10 +158,7 @@ impl Configured for MoEfication {
             progress(Progress { stage: "routers", done: i as u64, total: config.num_layers as u64 });
             let weights = stream.layer(i)?;
             let [.., gate, up, _] = &weights.linears;
-            let rows = match settings.rows {
-                Rows::Gate => gate,
-                Rows::Up => up,
-            };
+            let rows = if settings.rows == Rows::Gate { gate } else { up };
             let (order, centers) = match settings.split {
                 Split::Clustering => clusters::neurons(rows.weight.to_vec(), config.hidden, n, job.seed),
                 Split::CoActivation => {

@@ -59,8 +59,8 @@ pub(super) fn train(
 
     let mut rng = Rng::new(training.seed, u64::from_be_bytes(*b"moerout\0"));
     let mut order: Vec<usize> = (0..learned.targets.len() / n).collect();
-    let (mut z, mut acts, mut unused) = (Buf::default(), GateActs::default(), Vec::new());
-    let (mut x, mut dz) = (Vec::new(), Vec::new());
+    let (mut z, mut acts) = (Buf::default(), GateActs::default());
+    let (mut x, mut dz, mut unused) = (Vec::new(), Vec::new(), Vec::new());
     let mut step = 0;
     for _ in 0..training.epochs {
         for i in (1..order.len()).rev() {

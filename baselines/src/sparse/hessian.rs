@@ -51,11 +51,8 @@ pub struct Factored {
 impl Hessian {
     /// Creates the Hessian of a layer of `inputs` columns, before any sequence.
     pub fn new(inputs: usize) -> Hessian {
-        let panels = (0..inputs)
-            .step_by(PANEL)
-            .map(|first| vec![0.0; PANEL.min(inputs - first) * (inputs - first)])
-            .collect();
-        Hessian { inputs, sequences: 0, panels }
+        let panel = |first| vec![0.0; PANEL.min(inputs - first) * (inputs - first)];
+        Hessian { inputs, sequences: 0, panels: (0..inputs).step_by(PANEL).map(panel).collect() }
     }
 
     /// Adds a sequence `x` `[seq, inputs]`.
@@ -158,10 +155,9 @@ mod tests {
             x.chunks_exact(seq * inputs).for_each(|x| hessian.add(x));
             let mut want = vec![0.0; inputs * inputs];
             for row in x.chunks_exact(inputs) {
-                for i in 0..inputs {
-                    for j in 0..inputs {
-                        want[i * inputs + j] += f64::from(row[i]) * f64::from(row[j]) * 2.0 / count as f64;
-                    }
+                for (at, want) in want.iter_mut().enumerate() {
+                    let product = f64::from(row[at / inputs]) * f64::from(row[at % inputs]);
+                    *want += product * 2.0 / count as f64;
                 }
             }
             if inputs > 1 {
@@ -199,7 +195,7 @@ mod tests {
         let (a, b, c) = (10.193_75, 3.5, 3.693_75);
         let determinant = a * c - b * b;
         let inverse = [c / determinant, -b / determinant, -b / determinant, a / determinant];
-        let l: Vec<f32> = factor;
+        let l = factor;
         let product = [l[0] * l[0], l[0] * l[2], l[2] * l[0], l[2] * l[2] + l[3] * l[3]];
         assert_close("H^-1", &product, &inverse, 1e-6);
     }

@@ -9,7 +9,9 @@ mod sparsegpt;
 mod sweep;
 
 use dsmoe_core::calibrate::{Input, LayerStream, LayerWeights, Linear};
-use dsmoe_core::checkpoint::{Dtype, OutputDir, TensorInfo, Writer, copy_companions, tensor_names};
+use dsmoe_core::checkpoint::{
+    DEFAULT_SHARD_BYTES, Dtype, OutputDir, TensorInfo, copy_companions, model_writer, tensor_names,
+};
 use dsmoe_core::masks::{MASKS_FILE, Mask, Masks};
 
 pub use self::hessian::{Factored, Hessian};
@@ -85,7 +87,7 @@ fn run(
         dtype: dtype(&stream, name),
         shape,
     });
-    let mut writer = Writer::create(output.path(), infos.collect())?;
+    let mut writer = model_writer(&config, output.path(), infos.collect(), DEFAULT_SHARD_BYTES)?;
     let (mut masks, mut measured) = (Masks::new(), Vec::new());
     let mut names = names.iter().peekable();
     for i in 0..config.num_layers {

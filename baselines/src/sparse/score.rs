@@ -24,17 +24,14 @@ pub(crate) static WANDA: Entry<ScoreSettings> = Entry {
     name: "wanda",
     summary: "zeros where weight times norm of its input is smallest, no update; any budget, or half the linears",
     defaults: || ScoreSettings { among: Among::Row, ..ScoreSettings::default() },
-    fixed: &[],
-    configure: |settings| Ok(Box::new(ScorePruning { settings, by_inputs: true })),
+    ..Entry::new(|settings| Ok(Box::new(ScorePruning { settings, by_inputs: true })))
 };
 
 /// The method `magnitude`.
 pub(crate) static MAGNITUDE: Entry<ScoreSettings> = Entry {
     name: "magnitude",
     summary: "zeros where weights are smallest, no calibration; any budget, or half the linears",
-    defaults: ScoreSettings::default,
-    fixed: &[],
-    configure: |settings| Ok(Box::new(ScorePruning { settings, by_inputs: false })),
+    ..Entry::new(|settings| Ok(Box::new(ScorePruning { settings, by_inputs: false })))
 };
 
 settings! {
@@ -121,9 +118,7 @@ pub(crate) fn prune(weight: &mut [f32], scale: &[f32], sparsity: &Sparsity) -> M
     assert!(cols > 0 && weight.len().is_multiple_of(cols), "prune: {} weights, {cols} columns", weight.len());
     let rows = weight.len() / cols;
     let scores = |out: &mut [f32], w: &[f32]| {
-        for ((out, w), scale) in out.iter_mut().zip(w).zip(scale) {
-            *out = w.abs() * scale;
-        }
+        out.iter_mut().zip(w).zip(scale).for_each(|((out, w), scale)| *out = w.abs() * scale);
     };
     let of_matrix = match (sparsity.pattern, sparsity.among) {
         (Pattern::Unstructured, Among::Matrix) => {
@@ -147,10 +142,10 @@ pub(crate) fn prune(weight: &mut [f32], scale: &[f32], sparsity: &Sparsity) -> M
                     mark_smallest(removed, scores, count);
                 }
             }
-            (Pattern::Unstructured, Some(smallest)) => mark(removed, row_scores, smallest, row * cols),
+            (Pattern::Unstructured, Some(smallest)) => smallest.mark(removed, row_scores, row * cols),
             (Pattern::Unstructured, None) => {
                 let count = removed_of(cols, sparsity.share);
-                mark(removed, row_scores, Smallest::of_few(row_scores, count, keys), 0);
+                Smallest::of_few(row_scores, count, keys).mark(removed, row_scores, 0);
             }
         }
         for (col, (w, &removed)) in w.iter_mut().zip(&*removed).enumerate() {
@@ -164,12 +159,6 @@ pub(crate) fn prune(weight: &mut [f32], scale: &[f32], sparsity: &Sparsity) -> M
     Mask::from_bits(rows, cols, kept)
 }
 
-fn mark(removed: &mut [bool], scores: &[f32], smallest: Smallest, first: usize) {
-    for (i, (removed, &score)) in removed.iter_mut().zip(scores).enumerate() {
-        *removed = smallest.has(score, first + i);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use dsmoe_kernels::testing::{assert_same_on_threads, normals};
@@ -179,20 +168,16 @@ mod tests {
     #[test]
     fn the_smallest_scores_go_and_the_first_of_equals() {
         let third = |among| Sparsity { pattern: Pattern::Unstructured, among, share: 1.0 / 3.0 };
-        let group = Pattern::Group { removed: 2, of: 4 };
+        let pattern = Pattern::Group { removed: 2, of: 4 };
+        let half = Sparsity { pattern, among: Among::Row, share: 0.5 };
         let six = [1.0, -2.0, 3.0, 4.0, 0.5, -1.0];
+        let eight = [1.0, -2.0, 3.0, -4.0, 0.0, 0.0, 0.0, 0.0];
         for (weights, scale, sparsity, want, kept) in [
             // Scores [[3, 2, 1.5], [12, 0.5, 0.5]].
             (&six[..], &[3.0, 1.0, 0.5][..], third(Among::Row), &[2, 4][..], &[0b011, 0b101][..]),
             (&six, &[1.0; 3], third(Among::Matrix), &[0, 4], &[0b110, 0b101]),
             // A kept zero stays one of the kept.
-            (
-                &[1.0, -2.0, 3.0, -4.0, 0.0, 0.0, 0.0, 0.0],
-                &[1.0; 8],
-                Sparsity { pattern: group, among: Among::Row, share: 0.5 },
-                &[0, 1],
-                &[0b1100_1100],
-            ),
+            (&eight, &[1.0; 8], half, &[0, 1], &[0b1100_1100]),
         ] {
             let (mut got, mut left) = (weights.to_vec(), weights.to_vec());
             want.iter().for_each(|&removed: &usize| left[removed] = 0.0);

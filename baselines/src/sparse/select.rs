@@ -31,29 +31,20 @@ impl Smallest {
             return Smallest { end: u64::MAX };
         }
         let bin = |score: f32| (score.to_bits() >> LOW_BITS) as usize;
-        let bins = scores
-            .par_chunks(TASK)
-            .fold(
-                || vec![0usize; 1 << HIGH_BITS],
-                |mut bins, scores| {
-                    scores.iter().for_each(|&score| bins[bin(score)] += 1);
-                    bins
-                },
-            )
-            .reduce_with(|mut sum, bins| {
-                sum.iter_mut().zip(bins).for_each(|(sum, bin)| *sum += bin);
-                sum
-            })
-            .unwrap_or_default();
+        let none = || vec![0usize; 1 << HIGH_BITS];
+        let counted = scores.par_chunks(TASK).fold(none, |mut bins, scores| {
+            scores.iter().for_each(|&score| bins[bin(score)] += 1);
+            bins
+        });
+        let bins = counted.reduce(none, |mut sum, bins| {
+            sum.iter_mut().zip(bins).for_each(|(sum, bin)| *sum += bin);
+            sum
+        });
         // The bin in which the first entry that is kept lies.
-        let mut before = 0;
-        let mut last = 0;
-        for (number, &len) in bins.iter().enumerate() {
-            last = number;
-            if before + len > count {
-                break;
-            }
-            before += len;
+        let (mut before, mut last) = (0, 0);
+        while before + bins[last] <= count {
+            before += bins[last];
+            last += 1;
         }
         let tasks = scores.par_chunks(TASK).enumerate();
         let mut keys: Vec<u64> = tasks
@@ -84,6 +75,13 @@ impl Smallest {
     /// Returns true if the entry of that score and index is one of them.
     pub(crate) fn has(self, score: f32, index: usize) -> bool {
         key(score, index) < self.end
+    }
+
+    /// Sets in `removed` which of `scores` belong to them; `first` is the index of the first.
+    pub(crate) fn mark(self, removed: &mut [bool], scores: &[f32], first: usize) {
+        for (i, (removed, &score)) in removed.iter_mut().zip(scores).enumerate() {
+            *removed = self.has(score, first + i);
+        }
     }
 }
 

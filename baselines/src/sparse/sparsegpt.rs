@@ -20,9 +20,7 @@ use crate::settings::{Entry, SettingValues, Settings as _, settings, wrong};
 pub(crate) static SPARSEGPT: Entry<SparseGptSettings> = Entry {
     name: "sparsegpt",
     summary: "zeros among the weights, the others updated by second-order information; any budget, or half the linears",
-    defaults: SparseGptSettings::default,
-    fixed: &[],
-    configure,
+    ..Entry::new(configure)
 };
 
 settings! {
@@ -85,8 +83,7 @@ fn prune(layer: &mut Layer<'_>, settings: &SparseGptSettings, sparsity: &Sparsit
     let passes = if settings.true_sequential { Input::ALL.chunks(1) } else { Input::ALL.chunks(4) };
     let mut loss = 0.0;
     for inputs in passes {
-        let mut hessians: Vec<Hessian> =
-            inputs.iter().map(|&input| Hessian::new(layer.width(input))).collect();
+        let mut hessians: Vec<_> = inputs.iter().map(|&input| Hessian::new(layer.width(input))).collect();
         layer.stream.forward(&layer.weights, &mut |tap| {
             if let Some(at) = inputs.iter().position(|&input| input == tap.input) {
                 hessians[at].add(tap.x);

@@ -52,18 +52,10 @@ pub fn sweep(weight: &mut [f32], hessian: &Factored, options: &SweepOptions) -> 
     let Factored { factor, dead, .. } = hessian;
     let cols = dead.len();
     let of = if let Pattern::Group { of, .. } = options.pattern { of } else { 1 };
-    assert!(
-        cols > 0
-            && weight.len().is_multiple_of(cols)
-            && factor.len() == cols * cols
-            && options.block > 0
-            && options.block.is_multiple_of(of)
-            && of <= LONGEST_GROUP
-            && cols.is_multiple_of(of),
-        "sweep: {} weights, {} of the factor, {cols} columns, {options:?}",
-        weight.len(),
-        factor.len(),
-    );
+    let fits = cols > 0 && weight.len().is_multiple_of(cols) && factor.len() == cols * cols;
+    let blocks = options.block > 0 && options.block.is_multiple_of(of) && of <= LONGEST_GROUP;
+    let lens = (weight.len(), factor.len());
+    assert!(fits && blocks && cols.is_multiple_of(of), "sweep: {lens:?} values, {cols} columns, {options:?}");
     let rows = weight.len() / cols;
     let stride = cols.div_ceil(8);
     let mut kept = vec![0u8; rows * stride];
@@ -99,14 +91,11 @@ pub fn sweep(weight: &mut [f32], hessian: &Factored, options: &SweepOptions) -> 
         let tasks = tasks.zip(losses.par_chunks_mut(ROWS)).zip(kept.par_chunks_mut(ROWS * stride));
         tasks.enumerate().for_each(|(task, (((w, errors), losses), bits))| {
             let mut removed = vec![false; width];
-            for (r, ((w, errors), loss)) in
-                w.chunks_exact_mut(width).zip(errors.chunks_exact_mut(width)).zip(losses).enumerate()
-            {
+            let rows = w.chunks_exact_mut(width).zip(errors.chunks_exact_mut(width)).zip(losses);
+            for (r, ((w, errors), loss)) in rows.enumerate() {
                 if let Some(smallest) = smallest {
                     let at = (task * ROWS + r) * width;
-                    for (i, removed) in removed.iter_mut().enumerate() {
-                        *removed = smallest.has(scores[at + i], at + i);
-                    }
+                    smallest.mark(&mut removed, &scores[at..at + width], at);
                 }
                 *loss += block.row(w, errors, &mut removed);
                 let bits = &mut bits[r * stride..][..stride];
@@ -201,15 +190,12 @@ mod tests {
 
     /// `||(a - b) X^T||^2`.
     fn output_error(a: &[f32], b: &[f32], x: &[f32], cols: usize) -> f64 {
-        let mut sum = 0.0;
-        for (a, b) in a.chunks(cols).zip(b.chunks(cols)) {
-            for x in x.chunks(cols) {
-                let dot: f64 =
-                    a.iter().zip(b).zip(x).map(|((a, b), x)| f64::from(a - b) * f64::from(*x)).sum();
-                sum += dot * dot;
-            }
-        }
-        sum
+        let rows = a.chunks(cols).zip(b.chunks(cols));
+        let outputs = rows.flat_map(|(a, b)| {
+            let lost: Vec<f64> = a.iter().zip(b).map(|(a, b)| f64::from(a - b)).collect();
+            x.chunks(cols).map(move |x| lost.iter().zip(x).map(|(w, x)| w * f64::from(*x)).sum::<f64>())
+        });
+        outputs.map(|y| y * y).sum()
     }
 
     #[test]
@@ -245,11 +231,8 @@ mod tests {
             let error = output_error(&w, &dense, &x, cols);
             assert!((swept.loss / error - 1.0).abs() < 1e-4, "{} {error}", swept.loss);
             let mut zeroed = dense.clone();
-            zeroed.iter_mut().enumerate().for_each(|(at, w)| {
-                if !swept.mask.keeps(at / cols, at % cols) {
-                    *w = 0.0;
-                }
-            });
+            let kept = |at: usize| f32::from(u8::from(swept.mask.keeps(at / cols, at % cols)));
+            zeroed.iter_mut().enumerate().for_each(|(at, w)| *w *= kept(at));
             assert!(error < output_error(&zeroed, &dense, &x, cols));
             for (at, &w) in w.iter().enumerate() {
                 assert_eq!(w == 0.0, !swept.mask.keeps(at / cols, at % cols));

@@ -8,6 +8,7 @@ use dsmoe_core::Config;
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::checkpoint::{
     Checkpoint, Dtype, OutputDir, TensorInfo, TensorSource, Writer, check_llama_tensors, copy_companions,
+    open_model,
 };
 use dsmoe_core::config::CONFIG_FILE;
 use dsmoe_core::convert::{ffn_change, source_infos};
@@ -38,7 +39,7 @@ pub(crate) fn open_dense(dir: &Path) -> Result<(Config, Checkpoint)> {
     if !config.is_dense() {
         return Err(wrong("model_type", "says that the FFNs are experts already"));
     }
-    let checkpoint = Checkpoint::open(dir)?;
+    let checkpoint = open_model(dir, &config)?;
     check_llama_tensors(&config, &checkpoint)?;
     if Masks::load(dir)?.is_some() {
         return Err(wrong("the model", "has pruned weights, whose masks would not fit the experts"));

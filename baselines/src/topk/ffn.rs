@@ -5,11 +5,11 @@ use std::sync::Arc;
 
 use dsmoe_core::ffn::{
     DeviceFfn, Ffn, FfnBackward, FfnForward, FfnInference, FfnKind, FfnReport, FfnScratch, GateBackward,
-    HostGate, HostRouted, PackedFfn, Record, block_len, projections, routes, split, split_mut,
+    Gated, HostGate, HostRouted, PackedFfn, Record, routes,
 };
 use dsmoe_core::params::TensorSpec;
-use dsmoe_kernels::expert_ffn::{self, Dims, PackedWeights, Pairs, Saved, WeightGrads, Weights};
-use dsmoe_kernels::{Activation, Precision};
+use dsmoe_kernels::Precision;
+use dsmoe_kernels::expert_ffn::{self, Dims, PackedWeights, Pairs, Saved};
 
 use super::router::{RouterSaved, TopkRouter};
 use super::spec::TopkSpec;
@@ -18,8 +18,7 @@ use super::spec::TopkSpec;
 /// [`dsmoe_router::topk`]. Expert i is the i-th block of neurons, the residual ones come last.
 #[derive(Clone, Debug)]
 pub struct TopkMoeFfn {
-    hidden: usize,
-    intermediate: usize,
+    gated: Gated,
     spec: TopkSpec,
 }
 
@@ -31,36 +30,38 @@ struct TopkSaved {
 }
 
 impl TopkMoeFfn {
-    /// Creates an FFN for inputs of width `hidden` and `intermediate` neurons.
+    /// Creates LLaMA's FFN for inputs of width `hidden` and `intermediate` neurons.
     ///
     /// # Panics
     /// The experts do not divide `intermediate`.
     pub fn new(hidden: usize, intermediate: usize, spec: TopkSpec) -> TopkMoeFfn {
-        let num_experts = spec.all_experts();
+        TopkMoeFfn::of(Gated::silu(hidden, intermediate), spec)
+    }
+
+    /// Creates the FFN of any family.
+    ///
+    /// # Panics
+    /// Those of [`TopkMoeFfn::new`].
+    pub fn of(gated: Gated, spec: TopkSpec) -> TopkMoeFfn {
+        let (intermediate, num_experts) = (gated.intermediate, spec.all_experts());
         let even = num_experts > 0 && intermediate.is_multiple_of(num_experts);
         assert!(even, "top-k ffn: {intermediate} neurons in {num_experts} experts");
-        TopkMoeFfn { hidden, intermediate, spec }
+        TopkMoeFfn { gated, spec }
     }
 
     fn router(&self) -> TopkRouter {
-        TopkRouter { hidden: self.hidden, spec: self.spec }
-    }
-
-    /// The number of values of each projection.
-    fn lens(&self) -> [usize; 3] {
-        [self.hidden * self.intermediate; 3]
+        TopkRouter { hidden: self.gated.hidden, spec: self.spec }
     }
 
     /// The index of the router's first parameter.
     fn router_start(&self) -> usize {
-        block_len(&projections(self.hidden, self.intermediate))
+        self.gated.len()
     }
 
     /// Only selected experts take part in the gradient (LLaMA-MoE has no straight-through rule).
     fn dims(&self, tokens: usize) -> Dims {
-        let &TopkMoeFfn { hidden, intermediate, spec } = self;
-        let dense = Dims::dense(tokens, hidden, intermediate, Activation::Silu);
-        Dims { num_experts: spec.all_experts(), all_pairs: false, ..dense }
+        let num_experts = self.spec.all_experts();
+        Dims { num_experts, all_pairs: false, ..self.gated.dims(tokens) }
     }
 }
 
@@ -85,7 +86,7 @@ impl PackedFfn for PackedTopk {
         let mut saved = RouterSaved::default();
         let routed = self.ffn.router().forward(&mut saved, x, &self.router, None);
         count(record, routed);
-        let (dims, routes) = (self.ffn.dims(x.len() / self.ffn.hidden), routes(routed.routing));
+        let (dims, routes) = (self.ffn.dims(x.len() / self.ffn.gated.hidden), routes(routed.routing));
         let (pairs, weights, scratch) = (Pairs::Routed(&routes), &self.weights, &mut scratch.experts);
         expert_ffn::ForwardPacked { y, x, weights, pairs, dims, scratch }.run();
     }
@@ -101,7 +102,7 @@ impl PackedFfn for PackedTopk {
 
 impl Ffn for TopkMoeFfn {
     fn tensors(&self) -> Vec<TensorSpec> {
-        let mut tensors = projections(self.hidden, self.intermediate);
+        let mut tensors = self.gated.tensors();
         tensors.extend(self.router().gate().tensors());
         tensors
     }
@@ -116,15 +117,16 @@ impl Ffn for TopkMoeFfn {
 
     fn on_device(&self) -> Option<DeviceFfn> {
         let Dims { hidden, intermediate, num_experts, .. } = self.dims(0);
-        Some(DeviceFfn::Hosted { hidden, intermediate, num_experts, gate: Arc::new(self.router()) })
+        let gate = Arc::new(self.router());
+        self.gated.is_plain().then_some(DeviceFfn::Hosted { hidden, intermediate, num_experts, gate })
     }
 
     fn pack(&self, params: &[f32], precision: Precision) -> Box<dyn PackedFfn> {
-        let [gate, up, down] = split(params, self.lens());
-        let (weights, n) = (Weights { gate, up, down, biases: None }, self.spec.all_experts());
+        let Gated { hidden, intermediate, .. } = self.gated;
+        let (weights, n) = (self.gated.weights(params), self.spec.all_experts());
         Box::new(PackedTopk {
             ffn: self.clone(),
-            weights: PackedWeights::new(precision, &weights, self.hidden, self.intermediate, n),
+            weights: PackedWeights::new(precision, &weights, hidden, intermediate, n),
             router: params[self.router_start()..][..self.router().inference_len()].to_vec(),
         })
     }
@@ -141,12 +143,11 @@ impl Ffn for TopkMoeFfn {
     fn forward_train(&self, args: FfnForward<'_>) -> FfnReport {
         let FfnForward { y, saved, x, params, training, record, scratch } = args;
         let saved = saved.downcast_mut::<TopkSaved>().expect("saved by a top-k FFN");
-        let [gate, up, down] = split(params, self.lens());
         let of_router = &params[self.router_start()..];
         let routed = self.router().forward(&mut saved.router, x, of_router, Some(training));
         count(record, routed);
-        let (weights, routes) = (&Weights { gate, up, down, biases: None }, routes(routed.routing));
-        let (pairs, dims) = (Pairs::Routed(&routes), self.dims(x.len() / self.hidden));
+        let (weights, routes) = (&self.gated.weights(params), routes(routed.routing));
+        let (pairs, dims) = (Pairs::Routed(&routes), self.dims(x.len() / self.gated.hidden));
         let (saved, scratch) = (&mut saved.experts, &mut scratch.experts);
         expert_ffn::ForwardTrain { y, saved, x, weights, pairs, dims, scratch }.run();
         FfnReport { balance_loss: routed.balance_loss, ..FfnReport::default() }
@@ -159,11 +160,8 @@ impl Ffn for TopkMoeFfn {
         let routed = router.routed.as_ref().expect("a forward before the backward");
         let (weights, params) = params.split_at(self.router_start());
         let (grads, drouter) = grads.split_at_mut(self.router_start());
-        let [gate, up, down] = split(weights, self.lens());
-        let weights = &Weights { gate, up, down, biases: None };
-        let [gate, up, down] = split_mut(grads, self.lens());
-        let grads = WeightGrads { gate, up, down, biases: None };
-        let dims = self.dims(x.len() / self.hidden);
+        let (weights, grads) = (&self.gated.weights(weights), self.gated.grads(grads));
+        let dims = self.dims(x.len() / self.gated.hidden);
         let FfnScratch { experts: scratch, dcoefficients: by_pair, .. } = scratch;
         by_pair.resize(dims.tokens * dims.num_experts);
         let (dcoefficients, routes) = (Some(&mut by_pair[..]), routes(&routed.routing));
@@ -184,7 +182,7 @@ pub(crate) fn infer(packed: &dyn PackedFfn, x: &[f32]) -> Vec<f32> {
 
 #[cfg(test)]
 mod tests {
-    use dsmoe_core::ffn::{DenseFfn, GateTraining};
+    use dsmoe_core::ffn::{DenseFfn, GateTraining, block_len, split_mut};
     use dsmoe_kernels::buf::Buf;
     use dsmoe_kernels::testing::{assert_close, f64s, normals};
     use dsmoe_router::topk::{Scores, TopKConfig};
@@ -321,19 +319,18 @@ mod tests {
             };
             let gate_start = ffn.router_start();
             let points = (0..gate_start).step_by(41).chain((gate_start..params.len()).step_by(3));
+            let moved = |values: &[f32], i: usize, h: f32| {
+                let mut moved = values.to_vec();
+                moved[i] += h;
+                moved
+            };
             for i in points.clone() {
-                check(format!("{gate:?} parameter {i}"), grads[i], &|h| {
-                    let mut moved = params.clone();
-                    moved[i] += h;
-                    loss(&ffn, &x, &moved, &dy)
-                });
+                let what = format!("{gate:?} parameter {i}");
+                check(what, grads[i], &|h| loss(&ffn, &x, &moved(&params, i, h), &dy));
             }
             for i in (0..x.len()).step_by(5) {
-                check(format!("{gate:?} input {i}"), dx[i], &|h| {
-                    let mut moved = x.clone();
-                    moved[i] += h;
-                    loss(&ffn, &moved, &params, &dy)
-                });
+                let what = format!("{gate:?} input {i}");
+                check(what, dx[i], &|h| loss(&ffn, &moved(&x, i, h), &params, &dy));
             }
             assert!(checked > points.clone().count(), "{checked} of {} parameters", points.count());
         }

@@ -226,16 +226,8 @@ mod tests {
             let [mut dx, mut da, mut db, mut dn] = [&x, &a, &b, &noises].map(|of| vec![0.0; of.len()]);
             let grads = GateGrads { a: &mut da, b: &mut db, noise: &mut dn };
             let draws = noise.then_some(&draw[..]);
-            let dx_of = &mut dx;
-            gate.backward(NetworkBackward {
-                dx: dx_of,
-                grads,
-                dz: &dz,
-                draw: draws,
-                acts: &acts,
-                x: &x,
-                weights,
-            });
+            let (acts, dx_of) = (&acts, &mut dx);
+            gate.backward(NetworkBackward { dx: dx_of, grads, dz: &dz, draw: draws, acts, x: &x, weights });
 
             let (x, a, b, noises) = (f64s(&x), f64s(&a), f64s(&b), f64s(&noises));
             let value: f64 = z.iter().zip(&dz).map(|(&z, &dz)| f64::from(z) * f64::from(dz)).sum();

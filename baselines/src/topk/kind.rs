@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use dsmoe_core::config::Config;
-use dsmoe_core::ffn::{self, Ffn, FfnSpec};
+use dsmoe_core::ffn::{self, Ffn, FfnSpec, Gated};
 use dsmoe_router::topk::{Scores, TopKConfig};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -86,7 +86,7 @@ impl FfnSpec for TopkSpec {
     }
 
     fn build(&self, config: &Config, layer: usize) -> Box<dyn Ffn> {
-        Box::new(TopkMoeFfn::new(config.hidden, config.layer(layer).intermediate, *self))
+        Box::new(TopkMoeFfn::of(Gated::of_layer(config, layer), *self))
     }
 
     fn num_experts(&self) -> usize {

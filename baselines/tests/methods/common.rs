@@ -33,13 +33,8 @@ pub(crate) struct Run<'a> {
 
 impl<'a> Run<'a> {
     /// A run to `share` of the parameters.
-    pub(crate) fn new(
-        method: &'a str,
-        set: &'a [&'a str],
-        share: f64,
-        calibration: &'a [Vec<u32>],
-    ) -> Run<'a> {
-        Run { method, set, budget: Budget::Share(share), calibration, seed: 5, force: false }
+    pub(crate) fn new(method: &'a str, set: &'a [&'a str], share: f64, text: &'a [Vec<u32>]) -> Run<'a> {
+        Run { method, set, budget: Budget::Share(share), calibration: text, seed: 5, force: false }
     }
 
     pub(crate) fn run(&self, model: &Path, out: &Path) -> Result<Made> {

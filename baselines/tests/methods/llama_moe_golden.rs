@@ -34,30 +34,19 @@ fn output_balance_loss_and_gradients_are_those_of_pytorch() {
     let (x, dy) = (read("x"), read("dy"));
     let (mut saved, mut scratch) = (ffn.new_saved(TOKENS), FfnScratch::default());
     let (mut y, mut dx, mut grads) = (vec![0.0; x.len()], vec![0.0; x.len()], Buf::zeros(params.len()));
-    let report = ffn.forward_train(FfnForward {
-        y: &mut y,
-        saved: saved.as_mut(),
-        x: &x,
-        params: &params,
-        training: GateTraining::default(),
-        record: None,
-        scratch: &mut scratch,
-    });
+    let (training, scratch) = (GateTraining::default(), &mut scratch);
+    let (x, params) = (&x[..], &params[..]);
+    let args = FfnForward { y: &mut y, saved: &mut *saved, x, params, training, record: None, scratch };
+    let report = ffn.forward_train(args);
     assert_close("y", &y, &wide("y"), 1e-5);
     let balance = golden["balance"].as_f64().unwrap();
     assert!((report.balance_loss - balance).abs() < 1e-6, "{} {balance}", report.balance_loss);
-    let none = SparsityGrad { weight: 0.0, over: SparsityOver::Active };
-    ffn.backward(FfnBackward {
-        dx: &mut dx,
-        grads: &mut grads,
-        dy: &dy,
-        saved: saved.as_mut(),
-        x: &x,
-        params: &params,
-        sparsity: none,
-        training: GateTraining::default(),
-        scratch: &mut scratch,
-    });
+    let sparsity = SparsityGrad { weight: 0.0, over: SparsityOver::Active };
+    let (saved, scratch) = (&mut *saved, &mut FfnScratch::default());
+    {
+        let (dx, grads, dy) = (&mut dx[..], &mut grads[..], &dy[..]);
+        ffn.backward(FfnBackward { dx, grads, dy, saved, x, params, sparsity, training, scratch });
+    }
     assert_close("dx", &dx, &wide("dx"), 1e-5);
     for (part, name) in split(&grads, lens).into_iter().zip(names) {
         assert_close(name, part, &wide(&format!("d{name}")), 1e-5);

@@ -23,7 +23,7 @@ use self::prune::Prune;
 use self::reproduce::Reproduce;
 use self::train::Train;
 
-/// Convert a Hugging Face LLaMA into a DSMoE model, train it, measure its cost and quality, and generate text.
+/// Convert a dense Hugging Face model into a DSMoE model, train it, measure its cost and quality, and generate text.
 #[derive(Debug, Parser)]
 #[command(name = "dsmoe", version, propagate_version = true, after_help = AFTER_HELP)]
 pub(crate) struct Cli {

@@ -1,4 +1,4 @@
-//! `dsmoe convert`: cuts the FFNs of a dense LLaMA into experts.
+//! `dsmoe convert`: cuts the FFNs of a dense model into experts.
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -92,6 +92,14 @@ pub(crate) fn run(args: &Convert, ui: &mut Ui) -> Result<()> {
     let done = convert(&args.model, &args.out, &options, &mut |at| stages.set(at.stage, at.done, at.total));
     stages.finish();
     let done = done?;
+    let config = Config::load(&args.out)?;
+    config.notices().iter().for_each(|notice| ui.note(notice));
+    if config.architecture.norms_after() {
+        ui.note(format_args!(
+            "a norm follows the FFN in {}: it undoes common factors of the active experts, such as those of --rescale",
+            config.family().model_type
+        ));
+    }
     let report = Report {
         model: args.model.clone(),
         out: args.out.clone(),
@@ -100,7 +108,7 @@ pub(crate) fn run(args: &Convert, ui: &mut Ui) -> Result<()> {
         partition: options.partition.to_string(),
         router_init: routers.to_string(),
         active_target: args.active_target,
-        params_total: Accounting::of(&Config::load(&args.out)?).total,
+        params_total: Accounting::of(&config).total,
         params_router: done.router_params,
         bytes: done.bytes,
         seconds: started.elapsed().as_secs_f64(),

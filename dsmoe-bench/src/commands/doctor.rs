@@ -81,10 +81,8 @@ fn has(path: &Path) -> bool {
 fn show(report: &DoctorReport) -> String {
     let machine = &report.machine;
     let or_unknown = |text: Option<String>| text.unwrap_or_else(|| "unknown".to_owned());
-    let forced = match &report.isa_forced {
-        Some(name) => format!("DSMOE_ISA={name}"),
-        None => "DSMOE_ISA not set".to_owned(),
-    };
+    let forced = report.isa_forced.as_ref().map(|name| format!("DSMOE_ISA={name}"));
+    let forced = forced.unwrap_or_else(|| "DSMOE_ISA not set".to_owned());
     let [total, available] = [report.memory_total_bytes, report.memory_available_bytes]
         .map(|bytes| or_unknown(bytes.map(format::bytes)));
     let mut fields = vec![

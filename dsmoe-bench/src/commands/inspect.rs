@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail};
 use dsmoe_core::Masks;
 use dsmoe_core::accounting::Accounting;
-use dsmoe_core::checkpoint::{Checkpoint, TensorView, check_llama_tensors, is_router};
-use dsmoe_core::config::{Config, LayerShape, RopeScaling};
+use dsmoe_core::checkpoint::{Checkpoint, TensorView, check_llama_tensors, is_router, open_model};
+use dsmoe_core::config::{Config, LayerShape};
 use serde::Serialize;
 use serde_json::{Map, Value};
 
@@ -21,6 +21,10 @@ const CONTEXT: usize = 1024;
 struct InspectReport {
     model: PathBuf,
     model_type: &'static str,
+    /// Model type of the dense model of that architecture.
+    family: &'static str,
+    /// What the family does in another way than LLaMA, in words.
+    switches: Vec<String>,
     vocab_size: usize,
     hidden: usize,
     intermediate: usize,
@@ -31,6 +35,8 @@ struct InspectReport {
     rms_norm_eps: f64,
     rope_theta: f64,
     rope_scaling: &'static str,
+    /// Base and scaling of the rotation of layers with a window, where it is another.
+    window_rope: Option<(f64, &'static str)>,
     max_position: usize,
     tie_word_embeddings: bool,
     bos_token_id: Option<u32>,
@@ -52,6 +58,8 @@ struct InspectReport {
     params_activated: f64,
     context: usize,
     flops_per_token: f64,
+    /// What in config.json has no effect or may not be what its author meant.
+    notices: Vec<String>,
     layers: Vec<Layer>,
 }
 
@@ -105,7 +113,7 @@ struct Layer {
 
 pub(crate) fn run(args: &Inspect, ui: &mut Ui) -> Result<()> {
     let config = Config::load(&args.model)?;
-    let checkpoint = Checkpoint::open(&args.model)?;
+    let checkpoint = open_model(&args.model, &config)?;
     check_llama_tensors(&config, &checkpoint)?;
     let masks = Masks::load(&args.model)?;
     let accounting = Accounting::of(&config);
@@ -117,9 +125,12 @@ pub(crate) fn run(args: &Inspect, ui: &mut Ui) -> Result<()> {
         bytes += std::fs::metadata(file).with_context(|| format!("{}", file.display()))?.len();
     }
     let layers = layers(&config, &checkpoint, masks.as_ref());
+    let (rope, window_rope) = (&config.architecture.ropes[0], config.architecture.ropes.get(1));
     let report = InspectReport {
         model: args.model.clone(),
         model_type: config.model_type(),
+        family: config.family().model_type,
+        switches: config.architecture.differences(),
         vocab_size: config.vocab_size,
         hidden: config.hidden,
         intermediate: config.intermediate,
@@ -128,11 +139,9 @@ pub(crate) fn run(args: &Inspect, ui: &mut Ui) -> Result<()> {
         num_kv_heads: config.num_kv_heads,
         head_dim: config.head_dim,
         rms_norm_eps: config.rms_norm_eps,
-        rope_theta: config.rope_theta,
-        rope_scaling: match config.rope_scaling {
-            RopeScaling::None => "none",
-            RopeScaling::Llama3 { .. } => "llama3",
-        },
+        rope_theta: rope.theta,
+        rope_scaling: rope.scaling.name(),
+        window_rope: window_rope.map(|rope| (rope.theta, rope.scaling.name())),
         max_position: config.max_position,
         tie_word_embeddings: config.tie_word_embeddings,
         bos_token_id: config.bos_token_id,
@@ -168,6 +177,7 @@ pub(crate) fn run(args: &Inspect, ui: &mut Ui) -> Result<()> {
         params_activated: accounting.activated(active.unwrap_or(0.0)),
         context,
         flops_per_token: accounting.flops_per_token(active.unwrap_or(0.0), context as f64),
+        notices: config.notices().to_vec(),
         layers,
     };
     ui.result(&report, show)
@@ -236,13 +246,14 @@ fn layers(config: &Config, checkpoint: &Checkpoint, masks: Option<&Masks>) -> Ve
         let values = tensor.numel() as u64;
         let of = &mut layers[layer];
         match rest {
+            _ if rest.starts_with("self_attn.") && rest.ends_with("_proj.bias") => of.attention += values,
             _ if rest.starts_with("self_attn.") && tensor.dtype.is_float() && tensor.shape.len() == 2 => {
                 of.attention += values;
             }
             "mlp.partition" => {}
             _ if is_router(name) => of.router += values,
             _ if rest.starts_with("mlp.") => of.ffn += values,
-            _ if rest.ends_with("layernorm.weight") => of.norms += values,
+            _ if rest.ends_with("norm.weight") => of.norms += values,
             _ => {}
         }
         of.bytes += tensor.len;
@@ -265,10 +276,19 @@ fn dtypes(names: impl Iterator<Item = String>) -> String {
     names.join("+")
 }
 
+/// Returns the model type, and that of the dense model where it is another and not LLaMA's.
+fn kind(report: &InspectReport) -> String {
+    match report.family {
+        "llama" => report.model_type.to_owned(),
+        family if family == report.model_type => family.to_owned(),
+        family => format!("{} of {family}", report.model_type),
+    }
+}
+
 fn show(report: &InspectReport) -> String {
     let tied = if report.tie_word_embeddings { "tied embedding" } else { "separate output head" };
     let mut fields = vec![
-        ("model", format!("{} ({})", report.model.display(), report.model_type)),
+        ("model", format!("{} ({})", report.model.display(), kind(report))),
         (
             "shape",
             format!(
@@ -282,16 +302,23 @@ fn show(report: &InspectReport) -> String {
         (
             "attention",
             format!(
-                "{} heads of {}, {} for keys and values; RoPE theta {}, scaling {}; {} positions",
+                "{} heads of {}, {} for keys and values; RoPE theta {}, scaling {}{}; {} positions",
                 span(&report.layers, |layer| layer.num_heads),
                 report.head_dim,
                 span(&report.layers, |layer| layer.num_kv_heads),
                 report.rope_theta,
                 report.rope_scaling,
+                report.window_rope.map_or(String::new(), |(theta, scaling)| {
+                    format!(" (with a window: {theta}, {scaling})")
+                }),
                 format::count(report.max_position as u64)
             ),
         ),
     ];
+    if !report.switches.is_empty() {
+        fields.push(("family", report.switches.join(", ")));
+    }
+    fields.extend(report.notices.iter().map(|notice| ("note", notice.clone())));
     if let Some(experts) = &report.experts {
         let bias = if experts.router_bias { "with" } else { "without" };
         fields.push((

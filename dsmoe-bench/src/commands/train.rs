@@ -146,7 +146,7 @@ fn plan(args: &Train, config: TrainConfig, texts: &[Text]) -> Result<TrainPlan> 
     let (tokens_per_step, steps) = (config.tokens_per_step(), config.steps.unwrap_or(0));
     let all_experts = model.num_experts().map_or(0.0, |experts| experts as f64);
     // Backward is twice the forward.
-    let flops_per_token = 3.0 * accounting.flops_per_token(all_experts, config.seq as f64 / 2.0);
+    let flops_per_token = 3.0 * accounting.mean_flops_per_token(all_experts, config.seq);
     let text = if args.data.cache.is_some() { 0 } else { total_bytes(texts) };
     let memory = match args.device {
         Device::Cpu => memory_plan(&model, &config, accounting.total, text),

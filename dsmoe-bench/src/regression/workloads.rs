@@ -174,10 +174,7 @@ fn train(experts: bool, precision: Precision) -> Result<Task> {
     let ids = ids(4 * STEP_SEQ + 1, 0);
     let mut run = Run::new(if experts { dsmoe } else { dense }, &ids, STEP_SEQ, precision, Device::Cpu)?;
     if experts {
-        reach_share(ACTIVE, |threshold| {
-            run.set_threshold(threshold)?;
-            run.active_ratio()
-        })?;
+        run.reach_share(ACTIVE)?;
     }
     Ok(Box::new(move || run.step().map(|()| None)))
 }

@@ -90,10 +90,8 @@ mod tests {
         // A torn result counts as none.
         fs::write(cache.dir("s", &Key::of("s", &json!({"a": 1}))).join(RESULT), "{").unwrap();
         assert_eq!(run(json!({"a": 1}), 8), 8);
-        let failed: Result<u64> = cache.stage("s", &Key::of("s", &json!(3)), |_| Err(Interrupted.into()));
-        assert!(
-            failed.unwrap_err().is::<Interrupted>()
-                && cache.get::<u64>("s", &Key::of("s", &json!(3))).is_none()
-        );
+        let key = Key::of("s", &json!(3));
+        let failed: Result<u64> = cache.stage("s", &key, |_| Err(Interrupted.into()));
+        assert!(failed.unwrap_err().is::<Interrupted>() && cache.get::<u64>("s", &key).is_none());
     }
 }

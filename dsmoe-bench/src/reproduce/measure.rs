@@ -109,7 +109,7 @@ pub(crate) fn text(
     let active = ratio.unwrap_or(0.0) * accounting.num_experts as f64;
     let (params_total, params_activated) = (accounting.total, accounting.activated(active));
     let means = Means { nll, ppl: nll.exp(), active_ratio: ratio, params_total, params_activated };
-    let flops_per_token = accounting.flops_per_token(active, seq as f64 / 2.0);
+    let flops_per_token = accounting.mean_flops_per_token(active, seq);
     Ok((TextResult { means, flops_per_token, threshold: None, domains }, tokens))
 }
 

@@ -154,12 +154,10 @@ pub(crate) fn measure_speed(
         write_json(&file, &ids)?;
         let mut command = Command::new(program);
         command.args(["reproduce", "speed", "--json", "--quiet"]).arg(dir).arg("--ids").arg(&file);
-        for (flag, value) in [("--decode", decode), ("--threads", threads)] {
-            command.arg(flag).arg(value.to_string());
-        }
-        command.arg("--device").arg(device.to_string());
+        command.args(["--decode", &decode.to_string(), "--threads", &threads.to_string()]);
+        command.args(["--device", &device.to_string()]);
         if let Some(threshold) = threshold {
-            command.arg("--threshold").arg(threshold.to_string());
+            command.args(["--threshold", &threshold.to_string()]);
         }
         let output = command.output().context("cannot start this program")?;
         if STOP.load(Ordering::Relaxed) {

@@ -158,12 +158,11 @@ fn shape(spec: &MethodSpec, dense: &Config, profile: &Profile) -> Result<(Config
 /// all experts and six of the active ones.
 fn training_flops(counts: &Accounting, gated: bool, share: f64, seq: usize) -> f64 {
     let experts = counts.num_experts as f64;
-    let context = seq as f64 / 2.0;
-    let all = counts.flops_per_token(experts, context);
+    let all = counts.mean_flops_per_token(experts, seq);
     if !gated {
         return 3.0 * all;
     }
-    let none = counts.flops_per_token(0.0, context);
+    let none = counts.mean_flops_per_token(0.0, seq);
     3.0 * none + (all - none) * (1.0 + 2.0 * share)
 }
 
@@ -180,9 +179,8 @@ fn row(
     let steps = train.steps.unwrap_or(0);
     let tokens = steps * train.tokens_per_step();
     let active = share * counts.num_experts as f64;
-    let context = train.seq as f64 / 2.0;
     let flops = tokens as f64 * training_flops(&counts, gated, share, train.seq)
-        + measured_tokens * counts.flops_per_token(active, context);
+        + measured_tokens * counts.mean_flops_per_token(active, train.seq);
     let memory = memory_plan(config, train, counts.total, 0);
     Ok(Row {
         run: run.to_owned(),

@@ -248,14 +248,9 @@ pub(crate) enum PaperRow {
 impl PaperRow {
     /// Returns the paper's name.
     pub(crate) fn label(self) -> &'static str {
-        match self {
-            PaperRow::Dense => "dense",
-            PaperRow::LlmPrunerChannel => "LLM-Pruner, channels",
-            PaperRow::LlmPrunerBlock => "LLM-Pruner, blocks",
-            PaperRow::Sparsegpt => "SparseGPT",
-            PaperRow::LlamaMoe => "LLaMA-MoE",
-            PaperRow::Dsmoe => "DSMoE",
-        }
+        const LABELS: [&str; 6] =
+            ["dense", "LLM-Pruner, channels", "LLM-Pruner, blocks", "SparseGPT", "LLaMA-MoE", "DSMoE"];
+        LABELS[self as usize]
     }
 }
 

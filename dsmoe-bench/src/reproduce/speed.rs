@@ -58,11 +58,7 @@ pub(crate) fn run(
 }
 
 fn best(mut measure: impl FnMut() -> Result<f64>) -> Result<f64> {
-    let mut most = 0.0f64;
-    for _ in 0..ROUNDS {
-        most = most.max(measure()?);
-    }
-    Ok(most)
+    (0..ROUNDS).try_fold(0.0f64, |most, _| Ok(most.max(measure()?)))
 }
 
 /// Measures the tokens per second of scoring.

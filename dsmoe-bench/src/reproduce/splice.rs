@@ -70,10 +70,7 @@ fn splice(text: &str, folder: &Path) -> Result<(String, usize)> {
 fn block_text(dir: &str, results: &Results) -> String {
     let Setup { git_revision, budget, dense_params, profile, .. } = &results.setup;
     let seeds = results.methods.iter().map(|method| method.seeds.len()).max().unwrap_or(0);
-    let tokens = results.methods.iter().map(|method| method.tokens).min_by_key(|tokens| match tokens {
-        0 => u64::MAX,
-        tokens => *tokens,
-    });
+    let tokens = results.methods.iter().map(|method| method.tokens).filter(|tokens| *tokens > 0).min();
     let mut out = format!(
         "\nProfile {}: a dense model of {} parameters, {} activated parameters for every method ({} % of the FFNs, and\n\
          routers), {} tokens of continued training, {} {}, 95 % intervals; `{dir}`, revision {git_revision}.\n\n",

@@ -75,11 +75,7 @@ impl<'a> Work<'a> {
             true => format!(", about {} left", duration(elapsed / self.computed * self.left)),
             false => String::new(),
         };
-        self.ui.note(format_args!(
-            "[{}/{}] {what} ({}{left})",
-            self.finished + 1,
-            self.stages,
-            duration(elapsed)
-        ));
+        let (number, stages, elapsed) = (self.finished + 1, self.stages, duration(elapsed));
+        self.ui.note(format_args!("[{number}/{stages}] {what} ({elapsed}{left})"));
     }
 }

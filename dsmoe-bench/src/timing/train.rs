@@ -5,13 +5,13 @@ use std::time::Instant;
 use anyhow::Result;
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::config::Config;
-use dsmoe_core::model::StepArgs;
+use dsmoe_core::model::{Batch, StepArgs};
 use dsmoe_core::{Device, Model};
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::rng::Rng;
 use dsmoe_router::{RoutingStats, SparsityOver};
 use dsmoe_train::TrainConfig;
-use dsmoe_train::engine::{self, Engine, EngineOptions, MicroBatch, StepResult};
+use dsmoe_train::engine::{self, Engine, EngineOptions, StepResult};
 use dsmoe_train::optim::{AdamW, Update, clip_scale};
 
 use super::ceilings::Cost;
@@ -64,15 +64,13 @@ fn measure(args: &Train, sizes: Sizes, precision: Precision, output: &mut Output
     for (name, config) in ["dense", "dsmoe"].into_iter().zip(configs) {
         let mark = Mark::now();
         let mut run = Run::new(config, &ids, args.seq, precision, args.device)?;
-        let share = if run.model.config().moe.is_some() {
-            reach_share(args.architecture.active, |threshold| {
-                run.set_threshold(threshold)?;
-                run.active_ratio()
-            })?;
-            Some(run.active_ratio()?)
-        } else {
-            None
-        };
+        let share = run
+            .model
+            .config()
+            .moe
+            .is_some()
+            .then(|| run.reach_share(args.architecture.active))
+            .transpose()?;
         run.gradients()?;
         let bits = bits(&[&run.engine.grads()?]);
         run.step()?;
@@ -140,10 +138,6 @@ impl Run {
         })
     }
 
-    pub(crate) fn set_threshold(&mut self, threshold: f32) -> Result<()> {
-        Ok(self.engine.set_threshold(&mut self.model, threshold)?)
-    }
-
     /// Runs forward and backward.
     fn gradients(&mut self) -> Result<StepResult> {
         let args = StepArgs {
@@ -153,16 +147,25 @@ impl Run {
             balance_scale: 1.0,
             seed: self.steps,
         };
-        let batch = MicroBatch { inputs: &self.inputs, targets: &self.targets, seq: self.seq };
+        let batch = Batch { inputs: &self.inputs, targets: &self.targets, seq: self.seq };
         self.engine.begin(1)?;
         self.engine.micro_batch(&self.model, batch, &args)?;
         Ok(self.engine.finish(&self.model)?)
     }
 
     /// Returns the share of active experts of a step.
-    pub(crate) fn active_ratio(&mut self) -> Result<f64> {
+    fn active_ratio(&mut self) -> Result<f64> {
         self.gradients()?;
         Ok(self.engine.stats().map_or(0.0, RoutingStats::active_ratio))
+    }
+
+    /// Moves the threshold until about that share of experts is active, and returns the share.
+    pub(crate) fn reach_share(&mut self, wanted: f64) -> Result<f64> {
+        reach_share(wanted, |threshold| {
+            self.engine.set_threshold(&mut self.model, threshold)?;
+            self.active_ratio()
+        })?;
+        self.active_ratio()
     }
 
     /// Takes a whole step, as `dsmoe train` does.

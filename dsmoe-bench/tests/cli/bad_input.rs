@@ -63,8 +63,14 @@ fn configurations() {
         (
             "rope",
             "rope_scaling",
-            json!({ "rope_type": "yarn", "factor": 4.0 }),
-            &["config.json", "rope_scaling", "yarn", "llama3"],
+            json!({ "rope_type": "mrope", "factor": 4.0 }),
+            &["config.json", "rope_scaling", "mrope", "llama3"],
+        ),
+        (
+            "mixtral",
+            "model_type",
+            json!("mixtral"),
+            &["config.json", "model_type", "mixtral", "experts already", "qwen3"],
         ),
         ("huge", "hidden_size", json!(1u64 << 60), &["config.json", "hidden_size", "; "]),
         ("zero", "num_hidden_layers", json!(0), &["config.json", "num_hidden_layers", "; "]),
@@ -79,7 +85,8 @@ fn configurations() {
     copy_of_dense("no-json");
     write("no-json/config.json", "{\n\"vocab_size\": ,");
     inspect_fails("no-json", &["config.json", "line 2", "; "]);
-    inspect_fails("nowhere", &["nowhere", "config.json"]);
+    inspect_fails("nowhere", &["nowhere", "no such directory"]);
+    inspect_fails("no-org/no-model", &["no-org/no-model", "Hugging Face Hub", "hf download"]);
 
     write("bad-partition.json", "{\"layers\": [[[0, 1], [1, 2]]]}");
     for (rest, parts) in [

@@ -6,6 +6,7 @@ mod benchmarks;
 mod commands;
 mod common;
 mod data;
+mod families;
 mod faults;
 mod golden;
 mod prune;

@@ -14,6 +14,7 @@ use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 
 use super::Dtype;
 use crate::error::{Error, Result, shown};
+use crate::files::{is_lfs_pointer, lfs_pointer};
 
 const LARGEST_HEADER: u64 = 100_000_000;
 const TRUNCATED: &str = "copy the file again";
@@ -95,6 +96,9 @@ impl Header {
             return Err(wrong(path, problem, TRUNCATED));
         }
         file.read_exact(&mut prefix).map_err(Error::io(path))?;
+        if prefix == *b"version " && is_lfs_pointer(path)? {
+            return Err(lfs_pointer(path));
+        }
         let header_len = u64::from_le_bytes(prefix);
         check_len(path, header_len, len)?;
         let mut json = vec![0; header_len as usize];

@@ -14,10 +14,12 @@ pub use dtype::{Dtype, transpose};
 pub(crate) use dtype::{decode, encode, is_too_large};
 pub use header::{Header, HeaderEntry};
 pub(crate) use llama::read_partitions;
-pub use llama::{LlamaTensors, check_llama_tensors, tensor_names};
+pub use llama::{
+    LlamaTensors, check_llama_tensors, in_stored_order, model_writer, norm_names, open_model, tensor_names,
+};
 pub use names::is_router;
 pub(crate) use names::{
-    EMBEDDING, ffn_name, is_ignored, norm_name, partition_name, router_bias_name, router_name,
+    EMBEDDING, LayerNorm, attention_name, ffn_name, is_ignored, partition_name, router_bias_name, router_name,
 };
 pub use output::OutputDir;
 pub use reader::{Checkpoint, TensorView};

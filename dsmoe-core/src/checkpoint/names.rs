@@ -1,5 +1,7 @@
 //! Names of the tensors of a checkpoint.
 
+use crate::config::arch::Norms;
+
 pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
 pub(crate) const HEAD: &str = "lm_head.weight";
 
@@ -8,9 +10,39 @@ pub(crate) fn ffn_name(layer: usize, name: &str) -> String {
     format!("model.layers.{layer}.mlp.{name}")
 }
 
-/// Returns the name of the norm before a layer's FFN.
-pub(crate) fn norm_name(layer: usize) -> String {
-    format!("model.layers.{layer}.post_attention_layernorm.weight")
+/// A norm of a layer over the residual stream, or over what joins it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum LayerNorm {
+    BeforeAttention,
+    AfterAttention,
+    BeforeFfn,
+    AfterFfn,
+}
+
+impl LayerNorm {
+    /// All four, in the order of the forward pass.
+    pub(crate) const ALL: [LayerNorm; 4] =
+        [LayerNorm::BeforeAttention, LayerNorm::AfterAttention, LayerNorm::BeforeFfn, LayerNorm::AfterFfn];
+
+    /// Returns its name in a layer whose norms are at those places; none where there is no such norm. One name means
+    /// different norms in different families.
+    pub(crate) fn name(self, norms: Norms, layer: usize) -> Option<String> {
+        let name = match (norms, self) {
+            (Norms::Pre | Norms::Both, LayerNorm::BeforeAttention) => "input",
+            (Norms::Pre, LayerNorm::BeforeFfn) => "post_attention",
+            (Norms::Post | Norms::Both, LayerNorm::AfterAttention) => "post_attention",
+            (Norms::Both, LayerNorm::BeforeFfn) => "pre_feedforward",
+            (Norms::Post | Norms::Both, LayerNorm::AfterFfn) => "post_feedforward",
+            (Norms::Pre, LayerNorm::AfterAttention | LayerNorm::AfterFfn)
+            | (Norms::Post, LayerNorm::BeforeAttention | LayerNorm::BeforeFfn) => return None,
+        };
+        Some(format!("model.layers.{layer}.{name}_layernorm.weight"))
+    }
+}
+
+/// Returns the name of a tensor of a layer's attention.
+pub(crate) fn attention_name(layer: usize, name: &str) -> String {
+    format!("model.layers.{layer}.self_attn.{name}")
 }
 
 /// Returns the name of a layer's router, `[num_experts, hidden]`.
@@ -18,9 +50,9 @@ pub(crate) fn router_name(layer: usize) -> String {
     format!("model.layers.{layer}.mlp.router.weight")
 }
 
-/// Returns whether a tensor belongs to a layer's FFN and is no projection: a router's tensor or a partition.
+/// Returns whether a tensor belongs to a layer's FFN and to no projection: a router's tensor or a partition.
 pub fn is_router(name: &str) -> bool {
-    name.contains(".mlp.") && !name.ends_with("_proj.weight")
+    name.contains(".mlp.") && !name.ends_with("_proj.weight") && !name.ends_with("_proj.bias")
 }
 
 /// Returns the name of a layer's router bias, `[num_experts]`.

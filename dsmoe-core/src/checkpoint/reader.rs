@@ -15,6 +15,7 @@ use super::dtype::decode;
 use super::names::is_router;
 use super::{Dtype, Header, HeaderEntry, INDEX_FILE, SINGLE_FILE};
 use crate::error::{Error, Result, shown};
+use crate::files::check_exists;
 use crate::gguf::{self, Container, Encoded, GgufTensor};
 use crate::json::{COPY, parse, read_json};
 use crate::remedy::Remedy;
@@ -85,6 +86,17 @@ pub struct Checkpoint {
     path: PathBuf,
     files: Vec<Shard>,
     tensors: BTreeMap<String, TensorView>,
+    /// Tensors on which index and shards disagree, and how. Nobody reads those of published checkpoints.
+    disputed: BTreeMap<String, Disputed>,
+}
+
+/// A disagreement of index and shards about a tensor.
+#[derive(Debug)]
+enum Disputed {
+    /// The index lists it in a shard that does not hold it.
+    NotIn(String),
+    /// A shard holds it that the index does not list it in.
+    NotListed,
 }
 
 #[derive(Debug)]
@@ -106,6 +118,7 @@ impl Checkpoint {
     /// # Errors
     /// A file is missing or its header is wrong, or index and shards disagree about a tensor.
     pub fn open(dir: &Path) -> Result<Checkpoint> {
+        check_exists(dir)?;
         if let Some(file) = gguf::file_of(dir)? {
             return Checkpoint::open_gguf(&file);
         }
@@ -131,7 +144,7 @@ impl Checkpoint {
     pub fn open_file(path: &Path) -> Result<Checkpoint> {
         let (shard, header) = open_shard(path)?;
         let tensors = views(header, 0).collect();
-        Ok(Checkpoint { path: path.to_path_buf(), files: vec![shard], tensors })
+        Ok(Checkpoint { path: path.to_path_buf(), files: vec![shard], tensors, disputed: BTreeMap::new() })
     }
 
     fn open_gguf(path: &Path) -> Result<Checkpoint> {
@@ -151,7 +164,7 @@ impl Checkpoint {
             Ok(Shard { path, file, map: OnceLock::new() })
         };
         let files = container.files.into_iter().map(shard).collect::<Result<_>>()?;
-        Ok(Checkpoint { path: path.to_path_buf(), files, tensors })
+        Ok(Checkpoint { path: path.to_path_buf(), files, tensors, disputed: BTreeMap::new() })
     }
 
     fn open_index(dir: &Path, path: &Path) -> Result<Checkpoint> {
@@ -174,25 +187,48 @@ impl Checkpoint {
         for (name, &number) in &numbers {
             let (shard, header) = open_shard(&dir.join(name))?;
             for (tensor, view) in views(header, number) {
-                if !index.weight_map.contains_key(&tensor) {
-                    let help = format!("add it to {INDEX_FILE} or remove it");
-                    return Err(Error::tensor(&shard.path, &tensor, "is not in the index", help));
-                }
+                // A shard may hold more than the index lists: transformers reads what is listed.
                 found.insert((number, tensor), view);
             }
             files.push((number, shard));
         }
         files.sort_by_key(|(number, _)| *number);
-        let mut tensors = BTreeMap::new();
+        let (mut tensors, mut disputed) = (BTreeMap::new(), BTreeMap::new());
         for (tensor, name) in &index.weight_map {
-            let view = found.remove(&(numbers[name.as_str()], tensor.clone())).ok_or_else(|| {
-                let problem = format!("is not in the shard {} the index names", shown(name));
-                Error::tensor(path, tensor, problem, "copy index and shards again from one source")
-            })?;
-            tensors.insert(tensor.clone(), view);
+            match found.remove(&(numbers[name.as_str()], tensor.clone())) {
+                Some(view) => {
+                    tensors.insert(tensor.clone(), view);
+                }
+                None => {
+                    disputed.insert(tensor.clone(), Disputed::NotIn(name.clone()));
+                }
+            }
+        }
+        for (_, tensor) in found.into_keys() {
+            disputed.entry(tensor).or_insert(Disputed::NotListed);
         }
         let files = files.into_iter().map(|(_, shard)| shard).collect();
-        Ok(Checkpoint { path: dir.to_path_buf(), files, tensors })
+        Ok(Checkpoint { path: dir.to_path_buf(), files, tensors, disputed })
+    }
+
+    /// Replaces a matrix, where there is one of that name, by the matrices of its rows, one after the other.
+    pub(crate) fn split_rows(&mut self, name: &str, parts: &[(String, usize)]) -> Result<()> {
+        let Some(view) = self.tensors.get(name).cloned() else { return Ok(()) };
+        let rows: usize = parts.iter().map(|(_, rows)| rows).sum();
+        if view.shape.len() != 2 || view.shape[0] != rows {
+            let problem = format!("has shape {:?} and config.json says {rows} rows", view.shape);
+            return Err(self.wrong(name, &view, problem, "use the weights that belong to this config.json"));
+        }
+        if let Some((part, _)) = parts.iter().find(|(part, _)| self.tensors.contains_key(part)) {
+            return Err(self.wrong(name, &view, format!("is there beside {part}"), "remove one of them"));
+        }
+        self.tensors.remove(name);
+        let mut first = 0;
+        for (part, rows) in parts {
+            self.tensors.insert(part.clone(), view.rows(first, *rows));
+            first += rows;
+        }
+        Ok(())
     }
 
     /// Returns the directory or file that was opened.
@@ -302,7 +338,20 @@ impl Checkpoint {
 
     pub(crate) fn need(&self, name: &str) -> Result<&TensorView> {
         self.tensor(name).ok_or_else(|| {
-            Error::tensor(&self.path, name, "is missing", "use the weights that belong to this config.json")
+            let wrong =
+                |path: &Path, problem: String, help: &'static str| Error::tensor(path, name, problem, help);
+            match self.disputed.get(name) {
+                None => {
+                    wrong(&self.path, "is missing".into(), "use the weights that belong to this config.json")
+                }
+                Some(Disputed::NotListed) => {
+                    wrong(&self.path.join(INDEX_FILE), "is in a shard and not listed".into(), "add it")
+                }
+                Some(Disputed::NotIn(shard)) => {
+                    let problem = format!("is not in the shard {} the index names", shown(shard));
+                    wrong(&self.path.join(INDEX_FILE), problem, "copy index and shards again from one source")
+                }
+            }
         })
     }
 

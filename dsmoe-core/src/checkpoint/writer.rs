@@ -43,6 +43,8 @@ impl TensorInfo {
 #[derive(Debug)]
 pub struct Writer {
     infos: Vec<TensorInfo>,
+    /// In the order of the tensors.
+    joins: Vec<Join>,
     shards: Vec<Shard>,
     index: Option<PathBuf>,
     /// The tensor that comes next, or is being written.
@@ -59,6 +61,15 @@ pub struct Writer {
 struct Shard {
     path: PathBuf,
     tensors: Range<usize>,
+}
+
+/// Declared tensors that are stored as one, their rows one after the other.
+#[derive(Clone, Debug)]
+pub(crate) struct Join {
+    /// Name of the stored tensor.
+    pub(crate) name: String,
+    /// Places of the declared tensors, which are adjacent.
+    pub(crate) tensors: Range<usize>,
 }
 
 impl Writer {
@@ -82,30 +93,48 @@ impl Writer {
     /// # Panics
     /// Two tensors have one name.
     pub fn create_sharded(dir: &Path, infos: Vec<TensorInfo>, max_shard_bytes: u64) -> Result<Writer> {
+        Writer::create_joined(dir, infos, Vec::new(), max_shard_bytes)
+    }
+
+    /// Does as [`Writer::create_sharded`]; the tensors of every join are stored as one.
+    ///
+    /// # Panics
+    /// Those of [`Writer::create_sharded`]; a join is of tensors of different types or widths.
+    pub(crate) fn create_joined(
+        dir: &Path,
+        infos: Vec<TensorInfo>,
+        joins: Vec<Join>,
+        max_shard_bytes: u64,
+    ) -> Result<Writer> {
         let mut ranges: Vec<Range<usize>> = Vec::new();
         let mut filled = 0u64;
-        for (i, info) in infos.iter().enumerate() {
-            let len = info.len_bytes();
+        let mut next = 0;
+        while next < infos.len() {
+            let join = joins.iter().find(|join| join.tensors.start == next);
+            let end = join.map_or(next + 1, |join| join.tensors.end);
+            let len = infos[next..end].iter().map(TensorInfo::len_bytes).sum();
             match ranges.last_mut() {
                 Some(range) if filled.saturating_add(len) <= max_shard_bytes => {
-                    range.end = i + 1;
+                    range.end = end;
                     filled += len;
                 }
                 _ => {
-                    ranges.push(i..i + 1);
+                    ranges.push(next..end);
                     filled = len;
                 }
             }
+            next = end;
         }
         if ranges.len() <= 1 {
-            return Writer::create_file(&dir.join(SINGLE_FILE), infos);
+            let shard = Shard { path: dir.join(SINGLE_FILE), tensors: 0..infos.len() };
+            return Writer::start(vec![shard], None, infos, joins);
         }
         let total = ranges.len();
         let named = ranges.into_iter().enumerate().map(|(i, tensors)| {
             let path = dir.join(format!("model-{:05}-of-{total:05}.safetensors", i + 1));
             Shard { path, tensors }
         });
-        Writer::start(named.collect(), Some(dir.join(INDEX_FILE)), infos)
+        Writer::start(named.collect(), Some(dir.join(INDEX_FILE)), infos, joins)
     }
 
     /// Writes one file of any name.
@@ -117,16 +146,21 @@ impl Writer {
     /// Two tensors have one name.
     pub fn create_file(path: &Path, infos: Vec<TensorInfo>) -> Result<Writer> {
         let shard = Shard { path: path.to_path_buf(), tensors: 0..infos.len() };
-        Writer::start(vec![shard], None, infos)
+        Writer::start(vec![shard], None, infos, Vec::new())
     }
 
-    fn start(shards: Vec<Shard>, index: Option<PathBuf>, infos: Vec<TensorInfo>) -> Result<Writer> {
+    fn start(
+        shards: Vec<Shard>,
+        index: Option<PathBuf>,
+        infos: Vec<TensorInfo>,
+        joins: Vec<Join>,
+    ) -> Result<Writer> {
         let mut names = HashSet::new();
         for info in &infos {
             assert!(names.insert(info.name.as_str()), "writer: two tensors named {}", info.name);
         }
         let (file, scratch) = (None, Vec::new());
-        let mut writer = Writer { infos, shards, index, next: 0, left: None, shard: 0, file, scratch };
+        let mut writer = Writer { infos, joins, shards, index, next: 0, left: None, shard: 0, file, scratch };
         writer.open()?;
         Ok(writer)
     }
@@ -246,8 +280,8 @@ impl Writer {
         let mut weight_map = Map::new();
         for shard in &self.shards {
             let file = shard.path.file_name().map(|name| name.to_string_lossy());
-            for info in &self.infos[shard.tensors.clone()] {
-                weight_map.insert(info.name.clone(), json!(file));
+            for info in self.stored(shard.tensors.clone()) {
+                weight_map.insert(info.name, json!(file));
             }
         }
         let index = json!({"metadata": {"total_size": total}, "weight_map": weight_map});
@@ -259,12 +293,12 @@ impl Writer {
         let mut header = Map::new();
         header.insert("__metadata__".to_owned(), json!({"format": "pt"}));
         let mut end = 0;
-        for info in &self.infos[shard.tensors.clone()] {
+        for info in self.stored(shard.tensors.clone()) {
             let start = end;
             end += info.len_bytes();
             let entry =
                 json!({"dtype": info.dtype.to_string(), "shape": info.shape, "data_offsets": [start, end]});
-            header.insert(info.name.clone(), entry);
+            header.insert(info.name, entry);
         }
         let mut header = Value::Object(header).to_string().into_bytes();
         header.resize(header.len().next_multiple_of(8), b' ');
@@ -272,6 +306,28 @@ impl Writer {
         self.file = Some(BufWriter::with_capacity(BUFFER, file));
         self.put(&(header.len() as u64).to_le_bytes())?;
         self.put(&header)
+    }
+
+    /// Returns the tensors as they are stored: joined ones as one.
+    fn stored(&self, tensors: Range<usize>) -> Vec<TensorInfo> {
+        let mut stored = Vec::new();
+        let mut next = tensors.start;
+        while next < tensors.end {
+            let first = &self.infos[next];
+            let Some(join) = self.joins.iter().find(|join| join.tensors.start == next) else {
+                stored.push(first.clone());
+                next += 1;
+                continue;
+            };
+            let parts = &self.infos[join.tensors.clone()];
+            let alike = |part: &TensorInfo| part.dtype == first.dtype && part.shape[1..] == first.shape[1..];
+            assert!(parts.iter().all(alike), "writer: {} joins tensors that are not alike", join.name);
+            let mut shape = first.shape.clone();
+            shape[0] = parts.iter().map(|part| part.shape[0]).sum();
+            stored.push(TensorInfo { name: join.name.clone(), dtype: first.dtype, shape });
+            next = join.tensors.end;
+        }
+        stored
     }
 
     fn put(&mut self, bytes: &[u8]) -> Result<()> {

@@ -1,6 +1,10 @@
-//! `config.json` of a LLaMA or DSMoE directory: reading, checking, writing.
+//! `config.json` of a model directory, dense or DSMoE: reading, checking, writing.
 
-mod fields;
+pub(crate) mod arch;
+pub(crate) mod fields;
+mod own;
+pub(crate) mod rope;
+pub(crate) mod rope_keys;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -11,22 +15,29 @@ use serde_json::{Map, Value, json};
 
 pub use crate::checkpoint::CONFIG_FILE;
 use crate::checkpoint::Dtype;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shown};
+use crate::family::spec::{HeadDim, Sizes};
+use crate::family::{self, Family};
 use crate::ffn::{self, FfnSpec};
-use crate::files::write_synced;
+use crate::files::{check_exists, write_synced};
 use crate::gguf;
 use crate::json::{parse_object, read_json};
 use crate::partition;
+pub use arch::{Architecture, LayerAttention, Norms, QkNorm};
+pub use dsmoe_kernels::Activation;
 use fields::Fields;
+pub use rope::{Rope, RopeScaling};
 
+/// The configuration of Mistral's own format, whose tensors have other names and layouts.
+const MISTRAL_CONFIG_FILE: &str = "params.json";
 const GENERATION_CONFIG_FILE: &str = "generation_config.json";
 const FORMAT_VERSION: u64 = 1;
-/// The largest width, vocabulary or number of positions believed.
-const LARGEST_DIMENSION: u64 = 1 << 24;
 const LARGEST_LAYERS: u64 = 1 << 12;
 const LARGEST_MODEL: u128 = 1 << 42;
+/// The key that names the family of a directory whose `model_type` is `dsmoe`; absent for LLaMA.
+const BASE_KEY: &str = "base_model_type";
 
-/// Configuration of a LLaMA, dense or with experts.
+/// Configuration of a decoder, dense or with experts.
 ///
 /// The fields are what was read; [`Config::to_json`] writes the keys of the source and, of these fields, `moe` and
 /// `ffn`. Where layers differ ([`Config::layer`]), the plain sizes are the largest of any layer.
@@ -48,11 +59,9 @@ pub struct Config {
     pub head_dim: usize,
     /// Added to the mean square in RMSNorm.
     pub rms_norm_eps: f64,
-    /// Base of the rotary frequencies.
-    pub rope_theta: f64,
-    /// Change of the rotary frequencies.
-    pub rope_scaling: RopeScaling,
-    /// Positions the model was made for.
+    /// The switches of the model's family.
+    pub architecture: Architecture,
+    /// Positions the model takes.
     pub max_position: usize,
     /// True if the output head is the embedding.
     pub tie_word_embeddings: bool,
@@ -66,6 +75,10 @@ pub struct Config {
     pub moe: Option<MoeConfig>,
     /// An FFN of another kind; none for a dense model and for DSMoE.
     pub ffn: Option<Arc<dyn FfnSpec>>,
+    /// The family of the dense model.
+    family: &'static Family,
+    /// What in config.json may not be what its author meant.
+    notices: Vec<String>,
     /// Every layer's sizes, when they are not the same.
     layers: Option<Vec<LayerShape>>,
     raw: Map<String, Value>,
@@ -84,24 +97,6 @@ pub struct LayerShape {
     /// Width of the FFN (D).
     #[serde(rename = "intermediate_size")]
     pub intermediate: usize,
-}
-
-/// Scaling of the rotary frequencies.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum RopeScaling {
-    /// None.
-    None,
-    /// Llama 3.1's: long wavelengths divided by `factor`, short ones kept, a ramp between.
-    Llama3 {
-        /// Divisor of the frequencies of long wavelengths.
-        factor: f64,
-        /// Wavelengths over `original_max_position` / this are long.
-        low_freq_factor: f64,
-        /// Wavelengths under `original_max_position` / this are short.
-        high_freq_factor: f64,
-        /// Positions before scaling.
-        original_max_position: usize,
-    },
 }
 
 /// Order of the neurons in the stored FFN tensors.
@@ -151,11 +146,17 @@ impl Config {
     /// # Errors
     /// Either file cannot be read or has a field that is missing, out of range or not supported.
     pub fn load(dir: &Path) -> Result<Config> {
+        check_exists(dir)?;
         if let Some(file) = gguf::file_of(dir)? {
             let metadata = gguf::config_json(&file, &gguf::Container::open(&file)?)?;
             return Config::from_json(&file, &Value::Object(metadata).to_string());
         }
         let path = dir.join(CONFIG_FILE);
+        if !path.is_file() && dir.join(MISTRAL_CONFIG_FILE).is_file() {
+            let problem =
+                format!("there is no {CONFIG_FILE}; {MISTRAL_CONFIG_FILE} is of Mistral's own format");
+            return Err(Error::path(dir, problem, "take the model in Hugging Face's format"));
+        }
         let mut config = Config::from_json(&path, &read_json(&path)?)?;
         let path = dir.join(GENERATION_CONFIG_FILE);
         if path.is_file() {
@@ -175,47 +176,42 @@ impl Config {
     pub fn from_json(path: &Path, text: &str) -> Result<Config> {
         let raw = parse_object(path, text)?;
         let fields = Fields { path, prefix: "", map: &raw };
-        fields.refuse_unsupported()?;
+        let family = family_of(&fields)?;
         fields.check_kind()?;
         let moe = fields.moe()?;
+        let defaults = family.defaults;
 
         let hidden = fields.dimension("hidden_size")?;
-        let num_heads = fields.dimension("num_attention_heads")?;
-        let num_kv_heads = fields.dimension_or("num_key_value_heads", num_heads)?;
-        if !num_heads.is_multiple_of(num_kv_heads) {
-            return Err(fields.wrong(
-                "num_key_value_heads",
-                format!("is {num_kv_heads} and does not divide num_attention_heads {num_heads}"),
-                "correct one of them",
-            ));
-        }
-        if fields.get("head_dim").is_none() && !hidden.is_multiple_of(num_heads) {
-            let problem = format!("is {hidden} and not divisible by num_attention_heads {num_heads}");
-            return Err(fields.wrong("hidden_size", problem, "add head_dim"));
-        }
-        let head_dim = fields.dimension_or("head_dim", hidden / num_heads)?;
-        if !head_dim.is_multiple_of(2) {
-            return Err(fields.wrong("head_dim", format!("is {head_dim}"), "use an even number"));
-        }
-        let (rope_theta, rope_scaling) = fields.rope()?;
+        let [num_heads, num_kv_heads] = heads(&fields, family)?;
+        let head_dim = head_dim(&fields, family, hidden, num_heads)?;
+        let num_layers = fields.integer("num_hidden_layers", LARGEST_LAYERS)?;
+        let max_position = fields.dimension_or("max_position_embeddings", defaults.max_position)?;
+        let architecture =
+            family.architecture(&fields, Sizes { hidden, num_layers, head_dim, max_position })?;
+        let notices = rope_keys::notices(&fields, &architecture.ropes);
+        let token = |key: &str, default: Option<u32>| -> Result<Vec<u32>> {
+            let given = fields.token_ids(key)?;
+            Ok(if fields.has(key) { given.unwrap_or_default() } else { default.into_iter().collect() })
+        };
         let config = Config {
             vocab_size: fields.dimension("vocab_size")?,
             hidden,
             intermediate: fields.dimension("intermediate_size")?,
-            num_layers: fields.integer("num_hidden_layers", LARGEST_LAYERS)?,
+            num_layers,
             num_heads,
             num_kv_heads,
             head_dim,
-            rms_norm_eps: fields.positive("rms_norm_eps")?.unwrap_or(1e-6),
-            rope_theta,
-            rope_scaling,
-            max_position: fields.dimension_or("max_position_embeddings", 2048)?,
-            tie_word_embeddings: fields.flag("tie_word_embeddings")?.unwrap_or(false),
-            bos_token_id: fields.token_ids("bos_token_id")?.and_then(|ids| ids.first().copied()),
-            eos_token_ids: fields.token_ids("eos_token_id")?.unwrap_or_default(),
+            rms_norm_eps: fields.positive("rms_norm_eps")?.unwrap_or(defaults.rms_norm_eps),
+            max_position: positions(&architecture, max_position),
+            architecture,
+            tie_word_embeddings: fields.flag("tie_word_embeddings")?.unwrap_or(defaults.tied),
+            bos_token_id: token("bos_token_id", defaults.bos)?.first().copied(),
+            eos_token_ids: token("eos_token_id", defaults.eos)?,
             initializer_range: fields.positive("initializer_range")?.unwrap_or(0.02),
             moe,
             ffn: None,
+            family,
+            notices,
             layers: None,
             raw: Map::new(),
         };
@@ -244,6 +240,27 @@ impl Config {
                 num_kv_heads: self.num_kv_heads,
                 intermediate: self.intermediate,
             },
+        }
+    }
+
+    /// Returns the widths of the queries, and of the keys or values, of layer `i`.
+    ///
+    /// # Panics
+    /// There is no such layer.
+    pub fn attention_widths(&self, i: usize) -> [usize; 2] {
+        let LayerShape { num_heads, num_kv_heads, .. } = self.layer(i);
+        [num_heads * self.head_dim, num_kv_heads * self.head_dim]
+    }
+
+    /// Returns the lengths of the weights that norm queries and keys of layer `i`; none without such norms.
+    ///
+    /// # Panics
+    /// There is no such layer.
+    pub fn qk_norm_widths(&self, i: usize) -> Option<[usize; 2]> {
+        match self.architecture.qk_norm {
+            QkNorm::None => None,
+            QkNorm::Head => Some([self.head_dim; 2]),
+            QkNorm::Whole => Some(self.attention_widths(i)),
         }
     }
 
@@ -312,9 +329,19 @@ impl Config {
         self.moe.is_none() && self.ffn.is_none()
     }
 
-    /// Returns `model_type` of config.json: `llama` for a model that transformers loads directly.
+    /// Returns `model_type` of config.json: the family's for a model that transformers loads directly.
     pub fn model_type(&self) -> &'static str {
-        if self.is_dense() && self.is_even() { "llama" } else { "dsmoe" }
+        if self.is_dense() && self.is_even() { self.family.model_type } else { "dsmoe" }
+    }
+
+    /// Returns the family of the model, or of the dense model that it was made from.
+    pub fn family(&self) -> &'static Family {
+        self.family
+    }
+
+    /// Returns what in config.json has no effect or may not be what its author meant, one sentence each.
+    pub fn notices(&self) -> &[String] {
+        &self.notices
     }
 
     fn check_size(&self, fields: &Fields<'_>) -> Result<()> {
@@ -324,7 +351,8 @@ impl Config {
             wide(self.hidden) * (2 * wide(self.head_dim) * heads + 3 * wide(layer.intermediate))
         };
         let total = self.layers().map(layer).sum::<u128>() + 2 * wide(self.vocab_size) * wide(self.hidden);
-        if wide(self.num_heads) * wide(self.head_dim) > u128::from(LARGEST_DIMENSION) || total > LARGEST_MODEL
+        if wide(self.num_heads) * wide(self.head_dim) > u128::from(fields::LARGEST_DIMENSION)
+            || total > LARGEST_MODEL
         {
             let problem = format!("and the other sizes make a model of {total} parameters");
             return Err(fields.wrong("hidden_size", problem, "correct the sizes"));
@@ -333,18 +361,22 @@ impl Config {
     }
 
     /// Returns the JSON of the source with `model_type`, `architectures`, `dsmoe`, `ffn` and `layer_shapes` set by
-    /// the fields.
+    /// the fields, and with the rotation in the spellings of transformers 4 and 5.
     pub fn to_json(&self) -> String {
         let mut raw = self.raw.clone();
         let model_type = self.model_type();
-        let architecture = if model_type == "llama" { "LlamaForCausalLM" } else { "DsmoeForCausalLM" };
+        let is_native = model_type == "dsmoe";
+        let class = if is_native { "DsmoeForCausalLM" } else { self.family.class };
         raw.insert("model_type".to_owned(), json!(model_type));
-        raw.insert("architectures".to_owned(), json!([architecture]));
+        raw.insert("architectures".to_owned(), json!([class]));
+        rope_keys::write_both(&mut raw, &self.family.rope, &self.architecture.ropes);
+        let base = (is_native && self.family.model_type != "llama").then(|| json!(self.family.model_type));
         let ffn = self.ffn.as_ref().map(|spec| {
             let kind = std::iter::once(("type".to_owned(), json!(spec.kind())));
             Value::Object(kind.chain(spec.settings()).collect())
         });
         for (key, value) in [
+            (BASE_KEY, base),
             ("dsmoe", self.moe.as_ref().map(MoeConfig::to_value)),
             ("ffn", ffn),
             ("layer_shapes", self.layers.as_ref().map(|layers| json!(layers))),
@@ -398,6 +430,71 @@ impl MoeConfig {
             ste: router.ste,
         })
     }
+}
+
+/// Returns the family that `model_type` names, or `base_model_type` of a native directory.
+fn family_of(fields: &Fields<'_>) -> Result<&'static Family> {
+    if fields.get("quantization_config").is_some() {
+        let help = "use the checkpoint it was quantised from";
+        return Err(fields.wrong("quantization_config", "is present and not supported", help));
+    }
+    let known = || family::all().map(|family| family.model_type).collect::<Vec<_>>().join(", ");
+    let (key, name) = match fields.text("model_type")? {
+        Some("dsmoe") => (BASE_KEY, fields.text(BASE_KEY)?.unwrap_or("llama")),
+        Some(name) => ("model_type", name),
+        None => {
+            let help = format!("use a model of one of the types {}", known());
+            return Err(fields.wrong("model_type", "is missing", help));
+        }
+    };
+    family::find(name).ok_or_else(|| {
+        let reason = family::reason_against(name).map_or(String::new(), |reason| format!(": {reason}"));
+        let problem = format!("is {:?} and not supported{reason}", shown(name));
+        fields.wrong(key, problem, format!("use a model of type dsmoe, {}", known()))
+    })
+}
+
+/// Returns the heads of queries, and those of keys and values.
+fn heads(fields: &Fields<'_>, family: &Family) -> Result<[usize; 2]> {
+    const KEY: &str = "num_key_value_heads";
+    let heads = fields.dimension("num_attention_heads")?;
+    if !fields.has(KEY) && !family.defaults.kv_heads_are_heads {
+        return Err(fields.wrong(KEY, "is missing", "add it: they need not be as many as the heads"));
+    }
+    let kv_heads = fields.dimension_or(KEY, heads)?;
+    if !heads.is_multiple_of(kv_heads) {
+        let problem = format!("is {kv_heads} and does not divide num_attention_heads {heads}");
+        return Err(fields.wrong(KEY, problem, "correct one of them"));
+    }
+    Ok([heads, kv_heads])
+}
+
+fn head_dim(fields: &Fields<'_>, family: &Family, hidden: usize, num_heads: usize) -> Result<usize> {
+    let default = match family.defaults.head_dim {
+        HeadDim::Fixed(width) => width,
+        HeadDim::OfHidden => {
+            if fields.get("head_dim").is_none() && !hidden.is_multiple_of(num_heads) {
+                let problem = format!("is {hidden} and not divisible by num_attention_heads {num_heads}");
+                return Err(fields.wrong("hidden_size", problem, "add head_dim"));
+            }
+            hidden / num_heads
+        }
+    };
+    let head_dim = fields.dimension_or("head_dim", default)?;
+    if !head_dim.is_multiple_of(2) {
+        return Err(fields.wrong("head_dim", format!("is {head_dim}"), "use an even number"));
+    }
+    Ok(head_dim)
+}
+
+/// Returns the positions that a model takes: dynamic scaling goes past those that it was made for, by its factor.
+fn positions(architecture: &Architecture, max_position: usize) -> usize {
+    let factor = architecture.ropes.iter().filter_map(|rope| match rope.scaling {
+        RopeScaling::Dynamic { factor, .. } => Some(factor),
+        _ => None,
+    });
+    let longest = (max_position as f64 * factor.fold(1.0, f64::max)) as usize;
+    longest.min(fields::LARGEST_DIMENSION as usize)
 }
 
 /// Returns the largest of each size.

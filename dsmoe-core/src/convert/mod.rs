@@ -13,8 +13,8 @@ use ndarray::Array2;
 
 use crate::accounting::Accounting;
 use crate::checkpoint::{
-    Change, Checkpoint, Dtype, Meter, OutputDir, Progress, TensorInfo, TensorSource, Writer,
-    check_llama_tensors, copy_companions, is_ignored, norm_name, partition_name, router_bias_name,
+    Change, Checkpoint, Dtype, LayerNorm, Meter, OutputDir, Progress, TensorInfo, TensorSource, Writer,
+    check_llama_tensors, copy_companions, is_ignored, open_model, partition_name, router_bias_name,
     router_name,
 };
 use crate::config::{CONFIG_FILE, Config, MoeConfig, PartitionKind};
@@ -154,7 +154,7 @@ pub fn convert(
     for shape in config.layers() {
         check_divisible(shape.intermediate, num_experts, Some(&config_path))?;
     }
-    let checkpoint = Checkpoint::open(model)?;
+    let checkpoint = open_model(model, &config)?;
     check_llama_tensors(&config, &checkpoint)?;
     let partitions = partitions(model, &config, options, progress)?;
     let permuted = partitions.iter().any(|partition| partition.order().is_some());
@@ -235,7 +235,7 @@ pub fn convert(
                 let (mut weight, bias) =
                     router_weights(&init, num_experts, config.hidden, options.seed, layer, view)?;
                 if means.is_some() {
-                    scale_to_norm(&mut weight, layer, &checkpoint)?;
+                    scale_to_norm(&mut weight, layer, &config, &checkpoint)?;
                 }
                 (weight.iter().copied().collect(), bias.map(|bias| bias.to_vec()))
             }
@@ -351,16 +351,17 @@ fn new_infos(config: &Config) -> Vec<TensorInfo> {
 pub fn ffn_change<'a>(name: &str, order: impl Fn(usize) -> Option<&'a [u32]>) -> Change<'a> {
     let Some((layer, projection)) = ffn_tensor(name) else { return Change::None };
     match (order(layer), projection) {
-        (Some(order), "gate_proj" | "up_proj") => Change::Rows(order),
-        (Some(order), "down_proj") => Change::Cols(order),
+        (Some(order), "gate_proj.weight" | "up_proj.weight") => Change::Rows(order),
+        // A bias is one row, with an entry for every neuron.
+        (Some(order), "down_proj.weight" | "gate_proj.bias" | "up_proj.bias") => Change::Cols(order),
         _ => Change::None,
     }
 }
 
-/// Returns the layer and the projection of an FFN weight.
+/// Returns the layer and the name within it of an FFN tensor.
 fn ffn_tensor(name: &str) -> Option<(usize, &str)> {
     let (layer, rest) = name.strip_prefix("model.layers.")?.split_once(".mlp.")?;
-    Some((layer.parse().ok()?, rest.strip_suffix(".weight")?))
+    Some((layer.parse().ok()?, rest))
 }
 
 /// Means of the `gate_proj` rows of every expert, gathered while they are copied.
@@ -391,7 +392,7 @@ impl Centroids {
     }
 
     fn tap(&mut self, name: &str, checkpoint: &Checkpoint) -> Option<Tap<'_>> {
-        let (layer, "gate_proj") = ffn_tensor(name)? else { return None };
+        let (layer, "gate_proj.weight") = ffn_tensor(name)? else { return None };
         let dtype = checkpoint.tensor(name)?.dtype;
         let sums = self.sums.get_mut(layer)?;
         let (width, hidden) = (self.widths[layer], self.hidden);
@@ -407,10 +408,19 @@ impl Centroids {
 }
 
 /// Scales router rows to logits of standard deviation about 1: the router's input is of root mean square 1 only before
-/// the norm's weight.
-fn scale_to_norm(weight: &mut Array2<f32>, layer: usize, checkpoint: &Checkpoint) -> Result<()> {
-    let mut norm = vec![0.0; weight.ncols()];
-    checkpoint.read_f32(&norm_name(layer), &mut norm)?;
+/// the norm's weight. Where the FFN has no norm before it, the input's scale is not known from the weights, and 1 is
+/// taken for it.
+fn scale_to_norm(
+    weight: &mut Array2<f32>,
+    layer: usize,
+    config: &Config,
+    checkpoint: &Checkpoint,
+) -> Result<()> {
+    let mut norm = vec![1.0; weight.ncols()];
+    if let Some(name) = LayerNorm::BeforeFfn.name(config.architecture.norms, layer) {
+        checkpoint.read_f32(&name, &mut norm)?;
+        norm.iter_mut().for_each(|weight| *weight += config.architecture.norm_offset);
+    }
     for (expert, mut row) in weight.outer_iter_mut().enumerate() {
         let variance: f64 = row.iter().zip(&norm).map(|(w, n)| f64::from(w * n).powi(2)).sum();
         let std = variance.sqrt();

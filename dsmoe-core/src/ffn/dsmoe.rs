@@ -2,23 +2,22 @@
 
 use std::any::Any;
 
-use dsmoe_kernels::expert_ffn::{self, Dims, PackedWeights, Saved, WeightGrads, Weights};
-use dsmoe_kernels::{Activation, Precision, linear};
+use dsmoe_kernels::expert_ffn::{self, Dims, PackedWeights, Saved};
+use dsmoe_kernels::{Precision, linear};
 use dsmoe_router::sparsity::{self, SparsityOver};
 use dsmoe_router::{Routed, RouterConfig, ste};
 use ndarray::{ArrayView2, ArrayViewMut2};
 
 use super::{
-    DeviceFfn, Ffn, FfnBackward, FfnForward, FfnInference, FfnKind, FfnReport, FfnScratch, PackedFfn, Record,
-    projections, routes, split, split_mut,
+    DeviceFfn, Ffn, FfnBackward, FfnForward, FfnInference, FfnKind, FfnReport, FfnScratch, Gated, PackedFfn,
+    Record, routes, split, split_mut,
 };
 use crate::params::TensorSpec;
 
 /// `y = sum over active experts i of S_i o_i` (eq. 11), experts being row ranges of the projections (eq. 6).
 #[derive(Clone, Debug)]
 pub struct DsmoeFfn {
-    hidden: usize,
-    intermediate: usize,
+    gated: Gated,
     router: RouterConfig,
     router_bias: bool,
 }
@@ -31,40 +30,47 @@ struct DsmoeSaved {
 }
 
 impl DsmoeFfn {
-    /// Makes the FFN for inputs of width `hidden` with `intermediate` neurons in `router.num_experts` experts.
+    /// Makes the FFN of LLaMA for inputs of width `hidden` with `intermediate` neurons in `router.num_experts` experts.
     ///
     /// # Panics
     /// The experts do not divide `intermediate`: the caller's configuration was not checked.
     pub fn new(hidden: usize, intermediate: usize, router: RouterConfig, router_bias: bool) -> DsmoeFfn {
-        assert!(
-            router.num_experts > 0 && intermediate.is_multiple_of(router.num_experts),
-            "dsmoe ffn: {intermediate} neurons in {} experts",
-            router.num_experts
-        );
-        DsmoeFfn { hidden, intermediate, router, router_bias }
+        DsmoeFfn::of(Gated::silu(hidden, intermediate), router, router_bias)
     }
 
-    fn lens(&self) -> [usize; 5] {
-        let (n, projection) = (self.router.num_experts, self.hidden * self.intermediate);
-        let bias = if self.router_bias { n } else { 0 };
-        [projection, projection, projection, n * self.hidden, bias]
+    /// Makes the FFN of any family.
+    ///
+    /// # Panics
+    /// Those of [`DsmoeFfn::new`].
+    pub fn of(gated: Gated, router: RouterConfig, router_bias: bool) -> DsmoeFfn {
+        assert!(
+            router.num_experts > 0 && gated.intermediate.is_multiple_of(router.num_experts),
+            "dsmoe ffn: {} neurons in {} experts",
+            gated.intermediate,
+            router.num_experts
+        );
+        DsmoeFfn { gated, router, router_bias }
+    }
+
+    /// Returns the router's weight and bias in this FFN's part of the arena.
+    fn router<'a>(&self, params: &'a [f32]) -> [&'a [f32]; 2] {
+        split(&params[self.gated.len()..], self.router_lens())
+    }
+
+    fn router_lens(&self) -> [usize; 2] {
+        let n = self.router.num_experts;
+        [n * self.gated.hidden, if self.router_bias { n } else { 0 }]
     }
 
     fn dims(&self, tokens: usize) -> Dims {
-        Dims {
-            tokens,
-            hidden: self.hidden,
-            intermediate: self.intermediate,
-            num_experts: self.router.num_experts,
-            all_pairs: self.router.ste,
-            activation: Activation::Silu,
-        }
+        let num_experts = self.router.num_experts;
+        Dims { num_experts, all_pairs: self.router.ste, ..self.gated.dims(tokens) }
     }
 
     fn router_dims(&self, tokens: usize) -> linear::Dims {
         linear::Dims {
             rows: tokens,
-            inputs: self.hidden,
+            inputs: self.gated.hidden,
             outputs: self.router.num_experts,
             precision: Precision::F32,
         }
@@ -79,7 +85,7 @@ impl DsmoeFfn {
         [router, bias]: [&[f32]; 2],
         record: Option<Record<'_>>,
     ) {
-        let (tokens, n) = (x.len() / self.hidden, self.router.num_experts);
+        let (tokens, n) = (x.len() / self.gated.hidden, self.router.num_experts);
         logits.resize(tokens * n);
         linear::Forward { y: logits, x, w: router, bias: None, dims: self.router_dims(tokens) }.run();
         if self.router_bias {
@@ -116,7 +122,7 @@ impl PackedFfn for PackedDsmoe {
             x,
             weights: &self.weights,
             pairs: expert_ffn::Pairs::Routed(&routes),
-            dims: self.ffn.dims(x.len() / self.ffn.hidden),
+            dims: self.ffn.dims(x.len() / self.ffn.gated.hidden),
             scratch: experts,
         }
         .run();
@@ -142,8 +148,8 @@ fn matrix(values: &[f32], rows: usize, cols: usize) -> ArrayView2<'_, f32> {
 impl Ffn for DsmoeFfn {
     fn tensors(&self) -> Vec<TensorSpec> {
         let n = self.router.num_experts;
-        let mut tensors = projections(self.hidden, self.intermediate);
-        tensors.push(TensorSpec::router("router.weight", vec![n, self.hidden]));
+        let mut tensors = self.gated.tensors();
+        tensors.push(TensorSpec::router("router.weight", vec![n, self.gated.hidden]));
         if self.router_bias {
             tensors.push(TensorSpec::router("router.bias", vec![n]));
         }
@@ -164,20 +170,22 @@ impl Ffn for DsmoeFfn {
     }
 
     fn on_device(&self) -> Option<DeviceFfn> {
-        Some(DeviceFfn::Gated {
-            hidden: self.hidden,
-            intermediate: self.intermediate,
+        let Gated { hidden, intermediate, .. } = self.gated;
+        self.gated.is_plain().then(|| DeviceFfn::Gated {
+            hidden,
+            intermediate,
             router: self.router.clone(),
             router_bias: self.router_bias,
         })
     }
 
     fn pack(&self, params: &[f32], precision: Precision) -> Box<dyn PackedFfn> {
-        let [gate, up, down, router, bias] = split(params, self.lens());
-        let (weights, n) = (Weights { gate, up, down, biases: None }, self.router.num_experts);
+        let Gated { hidden, intermediate, .. } = self.gated;
+        let (weights, n) = (self.gated.weights(params), self.router.num_experts);
+        let [router, bias] = self.router(params);
         Box::new(PackedDsmoe {
             ffn: self.clone(),
-            weights: PackedWeights::new(precision, &weights, self.hidden, self.intermediate, n),
+            weights: PackedWeights::new(precision, &weights, hidden, intermediate, n),
             router: router.to_vec(),
             bias: bias.to_vec(),
         })
@@ -198,16 +206,15 @@ impl Ffn for DsmoeFfn {
     fn forward_train(&self, args: FfnForward<'_>) -> FfnReport {
         let FfnForward { y, saved, x, params, record, scratch, .. } = args;
         let saved = saved.downcast_mut::<DsmoeSaved>().expect("saved by a DSMoE FFN");
-        let [gate, up, down, router, bias] = split(params, self.lens());
         let FfnScratch { experts, logits, .. } = scratch;
-        self.route(&mut saved.routed, logits, x, [router, bias], record);
+        self.route(&mut saved.routed, logits, x, self.router(params), record);
         expert_ffn::ForwardTrain {
             y,
             saved: &mut saved.experts,
             x,
-            weights: &Weights { gate, up, down, biases: None },
+            weights: &self.gated.weights(params),
             pairs: expert_ffn::Pairs::Routed(&routes(&saved.routed.routing)),
-            dims: self.dims(x.len() / self.hidden),
+            dims: self.dims(x.len() / self.gated.hidden),
             scratch: experts,
         }
         .run();
@@ -222,20 +229,21 @@ impl Ffn for DsmoeFfn {
         let FfnBackward { dx, grads, dy, saved, x, params, sparsity, scratch, .. } = args;
         let DsmoeSaved { experts: saved, routed } =
             saved.downcast_mut::<DsmoeSaved>().expect("saved by a DSMoE FFN");
-        let [gate, up, down, router, _] = split(params, self.lens());
-        let [dgate, dup, ddown, drouter, dbias] = split_mut(grads, self.lens());
-        let (dims, n) = (self.dims(x.len() / self.hidden), self.router.num_experts);
+        let [router, _] = self.router(params);
+        let (grads, of_router) = grads.split_at_mut(self.gated.len());
+        let [drouter, dbias] = split_mut(of_router, self.router_lens());
+        let (dims, n) = (self.dims(x.len() / self.gated.hidden), self.router.num_experts);
         let FfnScratch { experts, dcoefficients, dlogits, .. } = scratch;
         dcoefficients.resize(dims.tokens * n);
         dlogits.resize(dims.tokens * n);
         expert_ffn::Backward {
             dx,
             dcoefficients: Some(dcoefficients),
-            grads: WeightGrads { gate: dgate, up: dup, down: ddown, biases: None },
+            grads: self.gated.grads(grads),
             dy,
             saved,
             x,
-            weights: &Weights { gate, up, down, biases: None },
+            weights: &self.gated.weights(params),
             pairs: expert_ffn::Pairs::Routed(&routes(&routed.routing)),
             dims,
             scratch: experts,

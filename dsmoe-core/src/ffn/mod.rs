@@ -9,6 +9,7 @@ mod build;
 mod dense;
 mod device;
 mod dsmoe;
+mod gated;
 
 use std::any::Any;
 use std::collections::BTreeMap;
@@ -24,6 +25,7 @@ pub(crate) use build::of_layer;
 pub use dense::DenseFfn;
 pub use device::{DeviceFfn, GateBackward, HostGate, HostRouted};
 pub use dsmoe::DsmoeFfn;
+pub use gated::Gated;
 
 use crate::config::Config;
 use crate::error::{Error, Result, shown};
@@ -121,6 +123,9 @@ pub fn split_mut<const N: usize>(block: &mut [f32], lens: [usize; N]) -> [&mut [
         &mut tensor[..len]
     })
 }
+
+/// Name of the bias of the down projection. It belongs to no expert: every token gets it once.
+pub(crate) const DOWN_BIAS: &str = "down_proj.bias";
 
 /// Returns the three projections every FFN here has, `[intermediate, hidden]` each, the down projection transposed.
 pub fn projections(hidden: usize, intermediate: usize) -> Vec<TensorSpec> {

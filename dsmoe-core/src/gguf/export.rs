@@ -4,13 +4,11 @@ use std::fmt;
 use std::path::Path;
 use std::str::FromStr;
 
-use serde_json::{Map, Value as Json};
-
 use super::arch::Arch;
 use super::blocks::encode_q8_0;
 use super::config::ARCHITECTURE_KEY;
+use super::keys;
 use super::names::{interleaved, rotated};
-use super::rope::{DIVISORS, llama3_divisor};
 use super::types::TensorType;
 use super::value::Value;
 use super::vocab::Files;
@@ -19,10 +17,9 @@ use crate::checkpoint::{
     Change, Checkpoint, Dtype, Meter, Progress, TensorSource, check_llama_tensors, decode, encode,
     is_too_large, tensor_names,
 };
-use crate::config::{CONFIG_FILE, Config, RopeScaling};
+use crate::config::{CONFIG_FILE, Config};
 use crate::error::{Error, Result, shown};
 use crate::export::ExportReport;
-use crate::json::parse_object;
 
 /// Version of the quantisation formats.
 const QUANTIZATION_VERSION: u64 = 2;
@@ -96,7 +93,7 @@ pub fn export_gguf(
 ) -> Result<ExportReport> {
     let config = Config::load(model)?;
     let arch = check(model, &config)?;
-    let checkpoint = Checkpoint::open(model)?;
+    let checkpoint = open_model(model, &config)?;
     let names = check_llama_tensors(&config, &checkpoint)?;
     let kind = match kind {
         Some(kind) => kind,
@@ -109,24 +106,15 @@ pub fn export_gguf(
         ("general.file_type".to_owned(), Value::Unsigned(kind.file_type())),
         ("general.quantization_version".to_owned(), Value::Unsigned(QUANTIZATION_VERSION)),
     ];
-    let own = model_keys(model, &config, arch)?;
+    let (own, ropes) = keys::of_config(&model.join(CONFIG_FILE), &config, arch)?;
     metadata.extend(own.into_iter().map(|(key, value)| (format!("{}.{key}", arch.name), value)));
     metadata.extend(Files::read(model)?.metadata(&config)?);
-    let mut tensors = Vec::new();
-    for (name, shape) in tensor_names(&config) {
-        let gguf = arch.gguf_name(&name).ok_or_else(|| {
-            Error::tensor(model, &name, "has no name in GGUF", "export the model as native")
-        })?;
-        let of_matrix = |cols: &usize| kind.of_matrix(*cols);
-        let kind = shape.last().filter(|_| shape.len() > 1).map_or(TensorType::F32, of_matrix);
-        tensors.push((name, Declared { name: gguf, kind, shape }));
-    }
-    let divisors = divisors(&config);
-    let mut declared: Vec<Declared> = tensors.iter().map(|(_, tensor)| tensor.clone()).collect();
-    declared.extend(divisors.as_ref().map(|divisors| Declared {
-        name: DIVISORS.to_owned(),
+    let made = tensors(model, &config, arch, kind)?;
+    let mut declared: Vec<Declared> = made.iter().map(|made| made.tensor.clone()).collect();
+    declared.extend(ropes.iter().map(|(name, values)| Declared {
+        name: (*name).to_owned(),
         kind: TensorType::F32,
-        shape: vec![divisors.len()],
+        shape: vec![values.len()],
     }));
     let report = ExportReport { tensors: declared.len(), bytes: declared.iter().map(Declared::len).sum() };
     if checkpoint.files().any(|file| is_same(file, out)) {
@@ -136,15 +124,17 @@ pub fn export_gguf(
     let mut copy =
         Copy { arch, config: &config, checkpoint: &checkpoint, source: TensorSource::new(&checkpoint) };
     let mut meter = Meter::new(report.bytes, progress);
-    for (name, tensor) in &tensors {
-        copy.tensor(names.stored_name(name), tensor, &mut |bytes| {
-            meter.add(bytes.len());
-            writer.write(bytes)
-        })?;
+    for Made { tensor, sources } in &made {
+        for name in sources {
+            copy.tensor(names.stored_name(name), tensor, &mut |bytes| {
+                meter.add(bytes.len());
+                writer.write(bytes)
+            })?;
+        }
         writer.end(tensor)?;
     }
-    if let (Some(divisors), Some(tensor)) = (divisors, declared.last()) {
-        writer.write(&divisors.iter().flat_map(|divisor| divisor.to_le_bytes()).collect::<Vec<u8>>())?;
+    for ((_, values), tensor) in ropes.iter().zip(&declared[made.len()..]) {
+        writer.write(&values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>())?;
         writer.end(tensor)?;
     }
     writer.commit()?;
@@ -197,48 +187,29 @@ fn stored_kind(config: &Config, checkpoint: &Checkpoint) -> Result<GgufType> {
     Ok(GgufType::Float(if dtype == Dtype::F64 { Dtype::F32 } else { dtype }))
 }
 
-/// Returns the keys of the architecture, without its prefix.
-fn model_keys(model: &Path, config: &Config, arch: &Arch) -> Result<Vec<(&'static str, Value)>> {
-    let count = |n: usize| Value::Unsigned(n as u64);
-    let mut keys = vec![
-        ("vocab_size", count(config.vocab_size)),
-        ("context_length", count(config.max_position)),
-        ("embedding_length", count(config.hidden)),
-        ("block_count", count(config.num_layers)),
-        ("feed_forward_length", count(config.intermediate)),
-        ("attention.head_count", count(config.num_heads)),
-        ("attention.head_count_kv", count(config.num_kv_heads)),
-        ("attention.key_length", count(config.head_dim)),
-        ("attention.value_length", count(config.head_dim)),
-        ("attention.layer_norm_rms_epsilon", Value::F32(config.rms_norm_eps as f32)),
-        ("rope.freq_base", Value::F32(config.rope_theta as f32)),
-        ("rope.dimension_count", count(config.head_dim)),
-    ];
-    let path = model.join(CONFIG_FILE);
-    let raw = parse_object(&path, &config.to_json())?;
-    keys.extend(family_keys(&path, &raw, arch)?);
-    Ok(keys)
+/// A tensor of the file, and the tensors of the model that it is made of, one above the other.
+struct Made {
+    tensor: Declared,
+    sources: Vec<String>,
 }
 
-/// Returns the keys that only some families have.
-fn family_keys(path: &Path, raw: &Map<String, Json>, arch: &Arch) -> Result<Vec<(&'static str, Value)>> {
-    let _ = (path, raw, arch);
-    Ok(Vec::new())
-}
-
-/// Returns the divisors of the frequencies, where the model has Llama 3's scaling.
-fn divisors(config: &Config) -> Option<Vec<f32>> {
-    let RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position } =
-        config.rope_scaling
-    else {
-        return None;
-    };
-    let divisor = |i: usize| {
-        let frequency = config.rope_theta.powf(-2.0 * i as f64 / config.head_dim as f64);
-        let original = original_max_position as f64;
-        llama3_divisor(frequency, factor, low_freq_factor, high_freq_factor, original) as f32
-    };
-    Some((0..config.head_dim / 2).map(divisor).collect())
+/// Returns the tensors of the file.
+fn tensors(model: &Path, config: &Config, arch: &Arch, kind: GgufType) -> Result<Vec<Made>> {
+    let mut made: Vec<Made> = Vec::new();
+    for (name, shape) in tensor_names(config) {
+        let gguf = arch.gguf_name(&arch.joined(&name)).ok_or_else(|| {
+            Error::tensor(model, &name, "has no name in GGUF", "export the model as native")
+        })?;
+        if let Some(last) = made.last_mut().filter(|last| last.tensor.name == gguf) {
+            last.tensor.shape[0] += shape[0];
+            last.sources.push(name);
+            continue;
+        }
+        let of_matrix = |cols: &usize| kind.of_matrix(*cols);
+        let kind = shape.last().filter(|_| shape.len() > 1).map_or(TensorType::F32, of_matrix);
+        made.push(Made { tensor: Declared { name: gguf, kind, shape }, sources: vec![name] });
+    }
+    Ok(made)
 }
 
 /// Copies tensors in the order and the types of the file.
@@ -259,7 +230,7 @@ impl Copy<'_> {
     ) -> Result<()> {
         let view = self.checkpoint.need_float(name)?;
         let dtype = view.dtype;
-        let order = self.order(name, tensor.shape[0]);
+        let order = self.order(name, view.shape[0]);
         let change = match &order {
             None => Change::None,
             Some(order) if tensor.shape.len() == 1 => Change::Cols(order),

@@ -9,6 +9,7 @@ mod blocks;
 mod config;
 mod container;
 mod export;
+mod keys;
 mod names;
 mod pre;
 mod rope;

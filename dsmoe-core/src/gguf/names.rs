@@ -52,6 +52,20 @@ impl Arch {
         known().unwrap_or_else(|| name.to_owned())
     }
 
+    /// Returns the name of the joined projection that a projection is a part of in files of this architecture.
+    pub(crate) fn joined(&self, name: &str) -> String {
+        let join = |parts: &[&str], whole: &str| {
+            let part = parts.iter().find(|part| name.ends_with(*part))?;
+            Some(format!("{}{whole}", name.strip_suffix(part)?))
+        };
+        let attention = ["q_proj.weight", "k_proj.weight", "v_proj.weight"];
+        let joined = || {
+            join(&attention, "qkv_proj.weight")
+                .or_else(|| join(&["gate_proj.weight", "up_proj.weight"], "gate_up_proj.weight"))
+        };
+        self.fused.then(joined).flatten().unwrap_or_else(|| name.to_owned())
+    }
+
     /// Returns GGUF's name of a tensor.
     pub(crate) fn gguf_name(&self, name: &str) -> Option<String> {
         let (stem, kind) = name.rsplit_once('.')?;

@@ -14,8 +14,8 @@ use crate::error::{Error, Result, shown};
 /// Divisors of the frequencies, of Llama 3's scaling.
 pub(crate) const DIVISORS: &str = "rope_freqs.weight";
 /// Divisors below and above the original number of positions, of longrope.
-const SHORT: &str = "rope_factors_short.weight";
-const LONG: &str = "rope_factors_long.weight";
+pub(crate) const SHORT: &str = "rope_factors_short.weight";
+pub(crate) const LONG: &str = "rope_factors_long.weight";
 
 /// The tensors that config.json holds in another form.
 pub(crate) const TENSORS: [&str; 3] = [DIVISORS, SHORT, LONG];
@@ -120,7 +120,7 @@ fn longrope(keys: &Keys<'_>) -> Result<Option<Json>> {
 }
 
 /// Returns Llama 3's divisor of the frequency `frequency`.
-pub(crate) fn llama3_divisor(frequency: f64, factor: f64, low: f64, high: f64, original: f64) -> f64 {
+fn llama3_divisor(frequency: f64, factor: f64, low: f64, high: f64, original: f64) -> f64 {
     let wavelength = 2.0 * PI / frequency;
     if wavelength < original / high {
         1.0

@@ -4,19 +4,21 @@ use std::ops::Range;
 use std::path::Path;
 
 use dsmoe_kernels::buf::Buf;
-use dsmoe_kernels::rope;
 use dsmoe_router::RoutingStats;
 
-use super::tensors::{Ranges, ffns_of, lay_out, rope_table, set_threshold};
+use super::ropes::Ropes;
+use super::tensors::{Ranges, ffns_of, lay_out, set_threshold};
 use crate::accounting::Accounting;
-use crate::checkpoint::{Checkpoint, Dtype, TensorInfo, WeightReader, Writer, partition_name};
+use crate::checkpoint::{
+    DEFAULT_SHARD_BYTES, Dtype, TensorInfo, WeightReader, model_writer, open_model, partition_name,
+};
 use crate::config::{Config, PartitionKind};
 use crate::error::{Error, Result};
 use crate::ffn::{Ffn, FfnKind};
 use crate::masks::Masks;
 use crate::params::{Layout, Stored};
 
-/// A LLaMA decoder with its parameters in f32, for training.
+/// A decoder with its parameters in f32, for training.
 #[derive(Debug)]
 pub struct Model {
     pub(crate) config: Config,
@@ -24,7 +26,7 @@ pub struct Model {
     pub(crate) layout: Layout,
     pub(crate) ranges: Ranges,
     pub(crate) params: Buf,
-    pub(crate) rope: rope::Table,
+    pub(crate) ropes: Ropes,
     /// Per layer, the original neuron of each row of a permuted partition; carried from load to save.
     pub(crate) partitions: Option<Vec<Vec<i32>>>,
     pub(crate) masks: Option<Masks>,
@@ -48,8 +50,8 @@ impl Model {
             config.ffn = Some(spec);
         }
         let (layout, ranges) = lay_out(&config, &ffns);
-        let (params, rope) = (Buf::zeros(layout.len()), rope_table(&config));
-        Model { config, ffns, layout, ranges, params, rope, partitions: None, masks: None }
+        let (params, ropes) = (Buf::zeros(layout.len()), Ropes::new(&config));
+        Model { config, ffns, layout, ranges, params, ropes, partitions: None, masks: None }
     }
 
     /// Makes a model of `config` with all parameters zero: dense, DSMoE, or with FFNs of another kind, as the
@@ -66,7 +68,7 @@ impl Model {
     /// The directory is malformed; the message names the file, the field or tensor, and the remedy.
     pub fn load(dir: &Path) -> Result<Model> {
         let config = Config::load(dir)?;
-        let checkpoint = Checkpoint::open(dir)?;
+        let checkpoint = open_model(dir, &config)?;
         let masks = Masks::read(dir, &config)?;
         let mut reader = WeightReader::new(&config, &checkpoint, masks.as_ref())?;
         let mut model = Model::new(config);
@@ -97,7 +99,7 @@ impl Model {
         for (i, order) in self.partitions.iter().flatten().enumerate() {
             infos.push(TensorInfo { name: partition_name(i), dtype: Dtype::I32, shape: vec![order.len()] });
         }
-        let mut writer = Writer::create(dir, infos)?;
+        let mut writer = model_writer(&self.config, dir, infos, DEFAULT_SHARD_BYTES)?;
         for entry in self.layout.entries() {
             let values = &self.params[entry.range.clone()];
             match entry.spec.stored {

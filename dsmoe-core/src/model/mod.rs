@@ -1,4 +1,4 @@
-//! The LLaMA decoder over any [`Ffn`](crate::ffn::Ffn): [`Model`], an arena of f32 parameters, to train, load and save;
+//! The decoder over any [`Ffn`](crate::ffn::Ffn): [`Model`], an arena of f32 parameters, to train, load and save;
 //! [`Inference`], packed weights in a precision, to score and to decode.
 //!
 //! ```text
@@ -6,11 +6,14 @@
 //! per layer:  x += attention(rms_norm(x)) W_o^T;   x += ffn(rms_norm(x))
 //! logits = rms_norm(x) W_head^T
 //! ```
+//! This is LLaMA; [`Architecture`](crate::config::Architecture) states in which switches other families differ.
 
 pub(crate) mod arena;
+pub(crate) mod block;
 #[cfg(feature = "cuda")]
 pub(crate) mod gpu;
 pub(crate) mod inference;
+pub(crate) mod ropes;
 pub(crate) mod tensors;
 pub(crate) mod train;
 

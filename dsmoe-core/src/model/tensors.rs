@@ -1,26 +1,33 @@
 //! The tensors of a decoder, where they lie in the arena, and the checks and tables that all passes share.
 
-use std::f64::consts::PI;
 use std::ops::Range;
 
-use dsmoe_kernels::{attention, rope};
+use dsmoe_kernels::attention::{self, Scores};
+use dsmoe_kernels::cross_entropy;
 
-use crate::checkpoint::ffn_name;
-use crate::config::{Config, LayerShape, RopeScaling};
+use crate::checkpoint::{EMBEDDING, LayerNorm, attention_name, ffn_name};
+use crate::config::{Architecture, Config, LayerShape};
 use crate::error::{Error, Result};
 use crate::ffn::{self, Ffn};
 use crate::params::{Layout, TensorSpec};
 
-/// Arena ranges of one decoder layer.
+/// Arena ranges of one decoder layer. A norm or a bias that the family does not have is none.
 #[derive(Clone, Debug)]
 pub(crate) struct LayerRanges {
-    pub(crate) input_norm: Range<usize>,
+    pub(crate) before_attention: Option<Range<usize>>,
     pub(crate) q: Range<usize>,
     pub(crate) k: Range<usize>,
     pub(crate) v: Range<usize>,
     pub(crate) o: Range<usize>,
-    pub(crate) post_norm: Range<usize>,
+    /// Biases of q, k and v, one vector.
+    pub(crate) qkv_bias: Option<Range<usize>>,
+    pub(crate) o_bias: Option<Range<usize>>,
+    /// Norms of queries and of keys.
+    pub(crate) qk_norm: Option<[Range<usize>; 2]>,
+    pub(crate) after_attention: Option<Range<usize>>,
+    pub(crate) before_ffn: Option<Range<usize>>,
     pub(crate) ffn: Range<usize>,
+    pub(crate) after_ffn: Option<Range<usize>>,
 }
 
 impl LayerRanges {
@@ -49,30 +56,9 @@ pub(crate) fn ffns_of(config: &Config) -> Vec<Box<dyn Ffn>> {
 pub(crate) fn lay_out(config: &Config, ffns: &[Box<dyn Ffn>]) -> (Layout, Ranges) {
     let mut layout = Layout::default();
     let hidden = config.hidden;
-    let embed = layout.push(TensorSpec::matrix("model.embed_tokens.weight", config.vocab_size, hidden), None);
-    let layers = ffns
-        .iter()
-        .enumerate()
-        .map(|(i, ffn)| {
-            let LayerShape { num_heads, num_kv_heads, .. } = config.layer(i);
-            let [q_width, kv_width] = [num_heads, num_kv_heads].map(|heads| heads * config.head_dim);
-            let name = |suffix: &str| format!("model.layers.{i}.{suffix}.weight");
-            let matrix = |suffix: &str, rows, cols| TensorSpec::matrix(name(suffix), rows, cols);
-            let projections = [("q", q_width), ("k", kv_width), ("v", kv_width)]
-                .map(|(which, rows)| matrix(&format!("self_attn.{which}_proj"), rows, hidden));
-            let [q, k, v] = layout.push_joined(projections, Some(i));
-            let o = layout.push(matrix("self_attn.o_proj", hidden, q_width), Some(i));
-            let mut norm = |suffix: &str| layout.push(TensorSpec::norm(name(suffix), hidden), Some(i));
-            let input_norm = norm("input_layernorm");
-            let post_norm = norm("post_attention_layernorm");
-            let start = layout.len();
-            for mut spec in ffn.tensors() {
-                spec.name = ffn_name(i, &spec.name);
-                layout.push(spec, Some(i));
-            }
-            LayerRanges { input_norm, q, k, v, o, post_norm, ffn: start..layout.len() }
-        })
-        .collect();
+    let embed = layout.push(TensorSpec::matrix(EMBEDDING, config.vocab_size, hidden), None);
+    let layers =
+        ffns.iter().enumerate().map(|(i, ffn)| lay_out_layer(&mut layout, config, i, &**ffn)).collect();
     let norm = layout.push(TensorSpec::norm("model.norm.weight", hidden), None);
     let head = if config.tie_word_embeddings {
         embed.clone()
@@ -82,29 +68,52 @@ pub(crate) fn lay_out(config: &Config, ffns: &[Box<dyn Ffn>]) -> (Layout, Ranges
     (layout, Ranges { embed, layers, norm, head })
 }
 
-pub(crate) fn rope_table(config: &Config) -> rope::Table {
-    let head_dim = config.head_dim;
-    let plain = (0..head_dim / 2).map(|i| config.rope_theta.powf(-2.0 * i as f64 / head_dim as f64));
-    let frequencies = plain.map(|f| scaled(f, config.rope_scaling)).collect();
-    rope::Table::new(frequencies, 1.0, config.max_position)
-}
-
-/// Returns a scaled frequency. Llama 3.1's rule, with wavelength l = 2 pi / f and
-/// s = (original_max_position / l - low) / (high - low): f is kept for l < original_max_position / high, f / factor for
-/// l > original_max_position / low, and (1 - s) f / factor + s f between.
-fn scaled(f: f64, scaling: RopeScaling) -> f64 {
-    let RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position } = scaling
-    else {
-        return f;
-    };
-    let (wavelength, original) = (2.0 * PI / f, original_max_position as f64);
-    if wavelength < original / high_freq_factor {
-        f
-    } else if wavelength > original / low_freq_factor {
-        f / factor
-    } else {
-        let kept = (original / wavelength - low_freq_factor) / (high_freq_factor - low_freq_factor);
-        (1.0 - kept) * f / factor + kept * f
+fn lay_out_layer(layout: &mut Layout, config: &Config, i: usize, ffn: &dyn Ffn) -> LayerRanges {
+    let (hidden, architecture) = (config.hidden, &config.architecture);
+    let [q_width, kv_width] = config.attention_widths(i);
+    let name = |suffix: String| attention_name(i, &suffix);
+    let widths = [("q", q_width), ("k", kv_width), ("v", kv_width)];
+    let [q, k, v] = layout.push_joined(
+        widths.map(|(which, rows)| TensorSpec::matrix(name(format!("{which}_proj.weight")), rows, hidden)),
+        Some(i),
+    );
+    let o = layout.push(TensorSpec::matrix(name("o_proj.weight".to_owned()), hidden, q_width), Some(i));
+    let [before_attention, after_attention, before_ffn, after_ffn] = LayerNorm::ALL.map(|norm| {
+        let name = norm.name(architecture.norms, i)?;
+        Some(layout.push(TensorSpec::norm(name, hidden), Some(i)))
+    });
+    let qkv_bias = architecture.qkv_bias.then(|| {
+        let specs = widths.map(|(which, rows)| TensorSpec::bias(name(format!("{which}_proj.bias")), rows));
+        let [q, _, v] = layout.push_joined(specs, Some(i));
+        q.start..v.end
+    });
+    let o_bias = architecture
+        .o_bias
+        .then(|| layout.push(TensorSpec::bias(name("o_proj.bias".to_owned()), hidden), Some(i)));
+    let qk_norm = config.qk_norm_widths(i).map(|widths| {
+        [("q", widths[0]), ("k", widths[1])].map(|(which, width)| {
+            layout.push(TensorSpec::norm(name(format!("{which}_norm.weight")), width), Some(i))
+        })
+    });
+    let start = layout.len();
+    for mut spec in ffn.tensors() {
+        spec.name = ffn_name(i, &spec.name);
+        layout.push(spec, Some(i));
+    }
+    let ffn = start..layout.len();
+    LayerRanges {
+        before_attention,
+        q,
+        k,
+        v,
+        o,
+        qkv_bias,
+        o_bias,
+        qk_norm,
+        after_attention,
+        before_ffn,
+        ffn,
+        after_ffn,
     }
 }
 
@@ -137,8 +146,15 @@ pub(crate) fn attention_dims(
     [queries, keys]: [usize; 2],
 ) -> attention::Dims {
     let LayerShape { num_heads: heads, num_kv_heads: kv_heads, .. } = config.layer(i);
-    let scores = attention::Scores::plain(config.head_dim);
+    let Architecture { attn_scale: scale, attn_cap: cap, layers, .. } = &config.architecture;
+    let scores = Scores { scale: *scale, window: layers[i].window, cap: *cap };
     attention::Dims { batch, queries, keys, heads, kv_heads, head_dim: config.head_dim, scores }
+}
+
+/// Returns how products of hidden states and head become logits.
+pub(crate) fn logits_of(config: &Config) -> cross_entropy::Logits {
+    let Architecture { logit_scale: scale, final_cap: cap, .. } = config.architecture;
+    cross_entropy::Logits { scale, cap }
 }
 
 /// Sequences of one length, one after the other, with the tokens to predict.

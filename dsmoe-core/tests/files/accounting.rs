@@ -95,3 +95,66 @@ fn operations_per_token() {
     let seven = Accounting::of(&preset("llama-2-7b").unwrap());
     assert_eq!(seven.flops_per_token(0.0, 0.0), 2.0 * (6_738_415_616.0 - 131_072_000.0 - 65.0 * 4096.0));
 }
+
+/// Returns the counts of a model of a family: vocabulary, hidden, intermediate, layers, heads, key-value heads and width of
+/// a head.
+fn of_family(family: &str, sizes: [usize; 7], more: serde_json::Value) -> Accounting {
+    let [vocab, hidden, intermediate, layers, heads, kv_heads, head_dim] = sizes;
+    let mut json = serde_json::json!({
+        "model_type": family, "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": intermediate,
+        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+    });
+    json.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    Accounting::of(&Config::from_json(Path::new("config.json"), &json.to_string()).unwrap())
+}
+
+#[test]
+fn published_totals_of_other_families() {
+    let tied = serde_json::json!({"tie_word_embeddings": true});
+    let own = serde_json::json!({});
+    for (family, sizes, more, total) in [
+        ("qwen2", [151_936, 896, 4864, 24, 14, 2, 64], &tied, 494_032_768),
+        ("qwen3", [151_936, 1024, 3072, 28, 16, 8, 128], &tied, 596_049_920),
+        ("mistral", [32_000, 4096, 14_336, 32, 32, 8, 128], &own, 7_241_732_096),
+        ("phi3", [32_064, 3072, 8192, 32, 32, 32, 96], &own, 3_821_079_552),
+        ("gemma", [256_000, 2048, 16_384, 18, 8, 1, 256], &own, 2_506_172_416),
+        ("gemma2", [256_000, 2304, 9216, 26, 8, 4, 256], &own, 2_614_341_888),
+        ("gemma3_text", [262_144, 1152, 6912, 26, 4, 1, 256], &own, 999_885_952),
+        ("olmo2", [100_352, 4096, 11_008, 32, 32, 32, 128], &own, 7_298_617_344),
+        ("smollm3", [128_256, 2048, 11_008, 36, 16, 4, 128], &own, 3_075_098_624),
+    ] {
+        assert_eq!(of_family(family, sizes, more.clone()).total, total, "{family}");
+    }
+}
+
+#[test]
+fn biases_are_parameters_and_no_operations() {
+    let sizes = [100, 8, 12, 3, 4, 2, 6];
+    let plain = of_family("llama", sizes, serde_json::json!({}));
+    let biased = of_family("llama", sizes, serde_json::json!({"attention_bias": true, "mlp_bias": true}));
+    // q 24, k and v 12 each, o 8, down 8; gate and up 12 each.
+    assert_eq!((biased.biases, biased.ffn - plain.ffn), (3 * (24 + 12 + 12 + 8 + 8), 3 * 24));
+    assert_eq!(biased.total, plain.total + biased.biases + 3 * 24);
+    assert_eq!(biased.flops_per_token(0.0, 7.0), plain.flops_per_token(0.0, 7.0));
+    assert_eq!(biased.activated(0.0) - plain.activated(0.0), (biased.total - plain.total) as f64);
+}
+
+#[test]
+fn layers_with_a_window_attend_to_no_more() {
+    let sizes = [100, 8, 12, 2, 4, 2, 6];
+    let window = |more| of_family("gemma2", sizes, more);
+    let (wide, narrow) = (
+        window(serde_json::json!({"sliding_window": null})),
+        window(serde_json::json!({"sliding_window": 4})),
+    );
+    // One of the two layers has the window; four operations for each of 24 values of a query and position.
+    let differ = |context: f64| wide.flops_per_token(0.0, context) - narrow.flops_per_token(0.0, context);
+    assert_eq!((differ(3.0), differ(4.0), differ(10.0)), (0.0, 0.0, 4.0 * 24.0 * 6.0));
+    // The positions seen by ten tokens: 1, 2, 3, then 4 for each of seven; the mean of a whole one is taken as half.
+    let mean = |counts: &Accounting, seq| counts.mean_flops_per_token(0.0, seq);
+    assert_eq!(mean(&wide, 10), wide.flops_per_token(0.0, 5.0));
+    assert_eq!(mean(&wide, 4) - mean(&narrow, 4), 0.0);
+    let seen = 4.0 - 4.0 * 3.0 / (2.0 * 10.0);
+    assert!((mean(&wide, 10) - mean(&narrow, 10) - 4.0 * 24.0 * (5.0 - seen)).abs() < 1e-9);
+}

@@ -7,7 +7,7 @@ use crate::support::read;
 use dsmoe_core::checkpoint::{
     Checkpoint, Dtype, OutputDir, TensorInfo, Writer, check_llama_tensors, tensor_names,
 };
-use dsmoe_core::config::{Config, RopeScaling};
+use dsmoe_core::config::{Config, Rope, RopeScaling};
 use dsmoe_core::init::{preset, preset_names};
 use dsmoe_kernels::testing::shared;
 use half::{bf16, f16};
@@ -200,8 +200,14 @@ fn parse(text: &str) -> Config {
     Config::from_json(Path::new("config.json"), text).unwrap()
 }
 
+/// Base and scaling of the only rotation.
+fn rope(config: &Config) -> (f64, RopeScaling) {
+    let [Rope { theta, scaling, .. }] = &config.architecture.ropes[..] else { panic!("one rotation") };
+    (*theta, scaling.clone())
+}
+
 #[test]
-fn both_spellings_of_rope() {
+fn both_spellings_of_rope_are_read_and_written() {
     let llama3 = RopeScaling::Llama3 {
         factor: 32.0,
         low_freq_factor: 1.0,
@@ -209,17 +215,33 @@ fn both_spellings_of_rope() {
         original_max_position: 8192,
     };
     let one = preset("llama-3.2-1b").unwrap();
-    assert_eq!((one.rope_theta, one.rope_scaling), (500_000.0, llama3));
-    let text = one.to_json();
-    let legacy = parse(&text.replace("rope_type", "type"));
-    assert_eq!((legacy.rope_theta, legacy.rope_scaling), (500_000.0, llama3));
-    let new = text.replace("\"rope_scaling\": {", "\"rope_parameters\": {\"rope_theta\": 5e5,");
-    let new = parse(&new.replace("\"rope_theta\": 500000.0,\n", ""));
-    assert_eq!((new.rope_theta, new.rope_scaling), (500_000.0, llama3));
+    assert_eq!(rope(&one), (500_000.0, llama3.clone()));
+    let mut json: serde_json::Value = serde_json::from_str(&one.to_json()).unwrap();
+    assert_eq!(json["rope_theta"], 500_000.0);
+    assert_eq!(json["rope_scaling"]["rope_type"], "llama3");
+    assert_eq!(json["rope_parameters"]["rope_type"], "llama3");
+    assert_eq!(json["rope_parameters"]["rope_theta"], 500_000.0);
+    let read = |json: &serde_json::Value| rope(&parse(&json.to_string()));
+    let map = json.as_object_mut().unwrap();
+    let new = map.remove("rope_parameters").unwrap();
+    assert_eq!(read(&json), (500_000.0, llama3.clone()));
+    let legacy = json.to_string().replace("rope_type", "type");
+    assert_eq!(rope(&parse(&legacy)), (500_000.0, llama3.clone()));
+    let map = json.as_object_mut().unwrap();
+    map.remove("rope_scaling");
+    map.remove("rope_theta");
+    map.insert("rope_parameters".into(), new);
+    assert_eq!(read(&json), (500_000.0, llama3));
+
     let two = preset("llama-2-7b").unwrap().to_json();
-    let default = two.replace("\"rope_scaling\": null", r#""rope_scaling": {"rope_type": "default"}"#);
-    assert_eq!(parse(&default).rope_scaling, RopeScaling::None);
-    assert_eq!(parse(&default.replace("\"rope_theta\": 10000.0,", "")).rope_theta, 10_000.0);
+    let mut json: serde_json::Value = serde_json::from_str(&two).unwrap();
+    assert!(json["rope_scaling"].is_null() && json["rope_parameters"]["rope_type"] == "default");
+    let map = json.as_object_mut().unwrap();
+    map.remove("rope_parameters");
+    map.insert("rope_scaling".into(), serde_json::json!({"rope_type": "default"}));
+    assert_eq!(read(&json), (10_000.0, RopeScaling::None));
+    json.as_object_mut().unwrap().remove("rope_theta");
+    assert_eq!(read(&json), (10_000.0, RopeScaling::None));
 }
 
 #[test]
@@ -230,8 +252,9 @@ fn defaults_of_absent_keys() {
             "eos_token_id": [7, 8]}"#,
     );
     assert_eq!((config.num_kv_heads, config.head_dim, config.max_position), (4, 4, 2048));
-    assert_eq!((config.rms_norm_eps, config.tie_word_embeddings, config.rope_theta), (1e-6, false, 10_000.0));
-    assert_eq!((config.bos_token_id, &config.eos_token_ids[..]), (None, &[7, 8][..]));
+    assert_eq!((config.rms_norm_eps, config.tie_word_embeddings), (1e-6, false));
+    assert_eq!(rope(&config), (10_000.0, RopeScaling::None));
+    assert_eq!((config.bos_token_id, &config.eos_token_ids[..]), (Some(1), &[7, 8][..]));
 }
 
 #[test]

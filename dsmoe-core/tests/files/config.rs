@@ -4,9 +4,9 @@ use std::path::Path;
 
 use crate::support::small_config;
 use dsmoe_core::Result;
-use dsmoe_core::config::Config;
+use dsmoe_core::config::{Config, RopeScaling};
 use dsmoe_kernels::testing::refused;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 fn read(text: &str) -> Result<Config> {
     Config::from_json(Path::new("dir/config.json"), text)
@@ -38,47 +38,105 @@ fn config_that_is_not_json() {
     }
 }
 
-fn llama3() -> Value {
-    json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192})
+/// The small configuration with its rope keys replaced.
+fn with_rope(keys: &str) -> String {
+    let mut json: Map<String, Value> = serde_json::from_str(&small_config().to_json()).unwrap();
+    for key in ["rope_theta", "rope_scaling", "rope_parameters"] {
+        json.remove(key);
+    }
+    let keys: Map<String, Value> = serde_json::from_str(keys).unwrap();
+    json.extend(keys);
+    Value::Object(json).to_string()
+}
+
+fn rope_of(keys: &str) -> Result<Config> {
+    Config::from_json(Path::new("dir/config.json"), &with_rope(keys))
 }
 
 #[test]
-fn config_with_unknown_rope_type() {
-    let (yarn, types) = ("is \"yarn\" and not supported", "default or llama3");
-    let mut no_high = llama3();
-    no_high.as_object_mut().unwrap().remove("high_freq_factor");
-    each_refused(&[
+fn config_with_a_rope_that_is_not_supported() {
+    for (keys, parts) in [
         (
-            "rope_scaling",
-            json!({"rope_type": "yarn", "factor": 4.0}),
-            &["rope_scaling.rope_type", yarn, types],
+            r#"{"rope_scaling": {"rope_type": "mrope"}}"#,
+            ["rope_scaling.rope_type is \"mrope\"", "yarn or longrope"],
         ),
-        ("rope_scaling", json!({"type": "yarn", "factor": 4.0}), &["rope_scaling.type", yarn, types]),
-        ("rope_parameters", json!({"rope_type": "yarn"}), &["rope_parameters.rope_type", yarn, types]),
-        ("rope_scaling", no_high, &["rope_scaling.high_freq_factor is missing", "add it"]),
-        ("rope_scaling", json!("yarn"), &["rope_scaling is \"yarn\"", "use an object"]),
+        (r#"{"rope_scaling": {"type": "axial"}}"#, ["rope_scaling.type is \"axial\"", "longrope"]),
+        (r#"{"rope_parameters": {"rope_type": "x"}}"#, ["rope_parameters.rope_type is", "longrope"]),
+        (r#"{"rope_scaling": {"rope_type": "yarn"}}"#, ["rope_scaling.factor is missing", "add it"]),
+        (r#"{"rope_scaling": {"rope_type": "linear"}}"#, ["rope_scaling.factor is missing", "add it"]),
+        (r#"{"rope_scaling": {"rope_type": "linear", "factor": 0}}"#, ["factor is 0", "positive"]),
+        (r#"{"rope_scaling": {"rope_type": "dynamic", "factor": 0.5}}"#, ["factor is 0.5", "at least 1"]),
         (
-            "rope_parameters",
-            json!({"full_attention": {"rope_type": "default"}}),
-            &["rope_parameters.full_attention", "not supported"],
+            r#"{"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}}"#,
+            ["rope_scaling.high_freq_factor is missing", "add it"],
         ),
-    ]);
+        (
+            r#"{"rope_theta": 1, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}}"#,
+            ["rope_theta is 1", "logarithm"],
+        ),
+        (
+            r#"{"rope_scaling": {"rope_type": "longrope", "factor": 2, "short_factor": [1, 2], "long_factor": [1]}}"#,
+            ["rope_scaling.long_factor has 1 numbers for 2 pairs", "give one for each"],
+        ),
+        (
+            r#"{"rope_scaling": {"rope_type": "longrope", "factor": 2, "short_factor": [1, -2]}}"#,
+            ["rope_scaling.short_factor is [1,-2]", "positive numbers"],
+        ),
+        (r#"{"rope_scaling": "yarn"}"#, ["rope_scaling is \"yarn\"", "use an object"]),
+        (
+            r#"{"rope_parameters": {"full_attention": {"rope_type": "default"}}}"#,
+            ["rope_parameters.full_attention", "one rotation"],
+        ),
+        (r#"{"partial_rotary_factor": 0.5}"#, ["partial_rotary_factor is 0.5", "remove it"]),
+        (
+            r#"{"partial_rotary_factor": 1.5, "rope_scaling": {"type": "linear", "factor": 2}}"#,
+            ["partial_rotary_factor is 1.5", "at most 1"],
+        ),
+    ] {
+        refused(rope_of(keys), &[&["dir/config.json: "], &parts[..]].concat());
+    }
 }
 
 #[test]
-fn config_with_two_ropes() {
-    let mut both = llama3();
-    each_refused(&[
+fn the_rope_object_inside_wins_and_says_so() {
+    let linear = RopeScaling::Linear { factor: 2.0 };
+    for (keys, theta, scaling, notice) in [
+        (r#"{"rope_theta": 300.0, "rope_scaling": null}"#, 300.0, RopeScaling::None, ""),
         (
-            "rope_parameters",
-            json!({"rope_theta": 500000.0, "rope_type": "default"}),
-            &["rope_parameters.rope_theta differs from rope_theta", "remove"],
+            r#"{"rope_theta": 300.0, "rope_scaling": {"rope_type": "default", "rope_theta": 500.0}}"#,
+            500.0,
+            RopeScaling::None,
+            "rope_theta 300.0 has no effect: rope_scaling says 500",
         ),
-        ("rope_parameters", both.clone(), &["rope_parameters.rope_type differs from rope_scaling", "remove"]),
-    ]);
-    both["rope_theta"] = 10000.into();
-    assert!(read(&with(&[("rope_scaling", llama3()), ("rope_parameters", both)])).is_ok());
+        (
+            r#"{"rope_scaling": {}, "rope_parameters": {"rope_type": "linear", "factor": 2, "rope_theta": 7.0}}"#,
+            7.0,
+            linear.clone(),
+            "",
+        ),
+        (
+            r#"{"rope_scaling": {"type": "linear", "factor": 2, "rope_theta": 5.0},
+                "rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}"#,
+            5.0,
+            linear.clone(),
+            "rope_parameters differs from rope_scaling, which holds",
+        ),
+        (
+            r#"{"rope_scaling": {"rope_type": "linear", "type": "su", "factor": 2, "rope_base": 3}}"#,
+            10_000.0,
+            linear,
+            "rope_scaling: rope_base is not known and has no effect",
+        ),
+    ] {
+        let config = rope_of(keys).unwrap();
+        let rope = &config.architecture.ropes[0];
+        assert_eq!((rope.theta, &rope.scaling), (theta, &scaling), "{keys}");
+        let notices = if notice.is_empty() { vec![] } else { vec![notice.to_owned()] };
+        assert_eq!(config.notices(), notices, "{keys}");
+        // What is written has nothing to be noticed.
+        let again = Config::from_json(Path::new("c"), &config.to_json()).unwrap();
+        assert_eq!(again.architecture, config.architecture);
+    }
 }
 
 #[test]
@@ -104,16 +162,158 @@ fn config_with_wrong_sizes() {
 
 #[test]
 fn config_of_another_kind_of_model() {
+    for (kind, reason) in [
+        ("llama4", "mixtures of experts already"),
+        ("llama4_text", "mixtures of experts already"),
+        ("mixtral", "a mixture of experts already"),
+        ("qwen2_moe", "a mixture of experts already"),
+        ("qwen3_moe", "a mixture of experts already"),
+        ("phimoe", "a mixture of experts already"),
+        ("granitemoehybrid", "a mixture of experts already"),
+        ("gemma3n_text", "inputs of their own"),
+        ("gemma4", "inputs of their own"),
+        ("gemma3", "reads images"),
+        ("qwen3_next", "linear attention"),
+        ("qwen3_5_text", "linear attention"),
+        ("phi", "no gate"),
+        ("gpt_neox", "no gate"),
+        ("gpt2", "no gate"),
+        ("falcon", "no gate"),
+        ("stablelm", "LayerNorm"),
+        ("starcoder2", "no gate"),
+        ("olmo", "LayerNorm"),
+        ("bert", ""),
+    ] {
+        let problem = format!("model_type is \"{kind}\" and not supported");
+        let parts = [&problem, reason, "use a model of type dsmoe, llama, mistral"];
+        each_refused(&[("model_type", json!(kind), &parts)]);
+    }
     each_refused(&[
-        ("model_type", json!("mistral"), &["model_type is \"mistral\" and not supported", "llama or dsmoe"]),
+        ("model_type", Value::Null, &["model_type is missing"]),
         ("hidden_act", json!("gelu"), &["hidden_act is \"gelu\" and not supported", "silu"]),
-        ("mlp_bias", json!(true), &["mlp_bias is true", "without biases"]),
-        ("attention_bias", json!(true), &["attention_bias is true"]),
+        ("hidden_act", json!("relu"), &["hidden_act is \"relu\" and not supported", "silu"]),
         ("quantization_config", json!({}), &["quantization_config is present"]),
         ("eos_token_id", json!([2, -1]), &["eos_token_id is [2,-1]", "token id"]),
         ("model_type", json!("dsmoe"), &["dsmoe is missing", "convert the model again"]),
         ("dsmoe", json!({}), &["dsmoe is present but model_type", "remove"]),
     ]);
+}
+
+/// A small configuration of a family, with other keys added.
+fn of_family(kind: &str, keys: &str) -> Result<Config> {
+    let mut json: Map<String, Value> = serde_json::from_str(&small_config().to_json()).unwrap();
+    for key in ["rope_theta", "rope_scaling", "rope_parameters", "hidden_act"] {
+        json.remove(key);
+    }
+    json.insert("model_type".into(), kind.into());
+    let keys: Map<String, Value> = serde_json::from_str(keys).unwrap();
+    json.extend(keys);
+    Config::from_json(Path::new("dir/config.json"), &Value::Object(json).to_string())
+}
+
+#[test]
+fn keys_of_a_family_that_are_wrong_are_named() {
+    for (kind, keys, parts) in [
+        ("qwen2", r#"{"use_sliding_window": true, "sliding_window": 0}"#, ["sliding_window is 0", "integer"]),
+        (
+            "qwen2",
+            r#"{"layer_types": ["full_attention"]}"#,
+            ["layer_types has 1 entries", "one for each layer"],
+        ),
+        (
+            "qwen3",
+            r#"{"layer_types": ["full_attention", "chunked_attention"]}"#,
+            ["layer_types[1] is \"chunked_attention\"", "sliding_attention"],
+        ),
+        ("qwen3", r#"{"max_window_layers": -1}"#, ["max_window_layers is -1", "from 0"]),
+        ("smollm3", r#"{"no_rope_layers": [1]}"#, ["no_rope_layers is no list", "each layer"]),
+        ("smollm3", r#"{"no_rope_layers": [1, 2]}"#, ["no_rope_layers is no list", "each layer"]),
+        (
+            "gemma3_text",
+            r#"{"attn_logit_softcapping": 50.0}"#,
+            ["attn_logit_softcapping is set", "remove it"],
+        ),
+        (
+            "gemma3_text",
+            r#"{"use_bidirectional_attention": true}"#,
+            ["use_bidirectional_attention is true", "generates text"],
+        ),
+        (
+            "gemma3_text",
+            r#"{"rope_parameters": {"rope_type": "default"}}"#,
+            ["rope_parameters has one rotation", "full_attention"],
+        ),
+        ("gemma2", r#"{"final_logit_softcapping": 0}"#, ["final_logit_softcapping is 0", "positive"]),
+        (
+            "gemma2",
+            r#"{"hidden_activation": "gelu"}"#,
+            ["hidden_activation is \"gelu\"", "gelu_pytorch_tanh"],
+        ),
+        ("granite", r#"{"logits_scaling": 0}"#, ["logits_scaling is 0", "positive"]),
+        ("granite", r#"{"residual_multiplier": "x"}"#, ["residual_multiplier is \"x\"", "positive"]),
+        ("olmo2", r#"{"attention_bias": 1}"#, ["attention_bias is 1", "true or false"]),
+        ("mistral", r#"{"sliding_window": "wide"}"#, ["sliding_window is \"wide\"", "integer"]),
+    ] {
+        refused(of_family(kind, keys), &[&["dir/config.json: "], &parts[..]].concat());
+    }
+    let mut json: Map<String, Value> =
+        serde_json::from_str(&of_family("mistral", "{}").unwrap().to_json()).unwrap();
+    json.remove("num_key_value_heads");
+    let text = Value::Object(json).to_string();
+    refused(Config::from_json(Path::new("c"), &text), &["num_key_value_heads is missing", "add it"]);
+}
+
+#[test]
+fn what_families_leave_unsaid() {
+    let of = |kind: &str, keys: &str| of_family(kind, keys).unwrap();
+    let windows = |config: &Config| -> Vec<Option<usize>> {
+        config.architecture.layers.iter().map(|layer| layer.window).collect()
+    };
+    // The key that is absent means a window in Mistral; null is none.
+    assert_eq!(windows(&of("mistral", "{}")), [Some(4096); 2]);
+    assert_eq!(windows(&of("mistral", r#"{"sliding_window": null}"#)), [None; 2]);
+    assert_eq!(windows(&of("qwen2", r#"{"sliding_window": 16}"#)), [None; 2]);
+    let late = r#"{"use_sliding_window": true, "sliding_window": 16, "max_window_layers": 1}"#;
+    assert_eq!(windows(&of("qwen2", late)), [None, Some(16)]);
+    assert_eq!(windows(&of("gemma2", "{}")), [Some(4096), None]);
+    assert_eq!(windows(&of("olmo3", r#"{"sliding_window": 8}"#)), [Some(8); 2]);
+    assert_eq!(windows(&of("phi3", "{}")), [None; 2]);
+    let bare = of("smollm3", r#"{"no_rope_layer_interval": 2}"#).architecture;
+    assert_eq!(bare.layers.iter().map(|layer| layer.rope).collect::<Vec<_>>(), [Some(0), None]);
+    let granite = of("granite", r#"{"logits_scaling": 8.0, "attention_multiplier": null}"#).architecture;
+    assert_eq!((granite.logit_scale, granite.attn_scale), (0.125, 1.0));
+    let gemma =
+        of("gemma2", r#"{"query_pre_attn_scalar": 144, "attn_logit_softcapping": null}"#).architecture;
+    assert_eq!((gemma.attn_cap, gemma.final_cap), (None, Some(30.0)));
+    assert_eq!((gemma.attn_scale, gemma.embed_scale, gemma.norm_offset), (1.0 / 12.0, 4.0, 1.0));
+    let local = of("gemma3_text", r#"{"rope_theta": 5e5, "sliding_window_pattern": 2}"#).architecture;
+    assert_eq!(local.ropes.iter().map(|rope| rope.theta).collect::<Vec<_>>(), [5e5, 1e4]);
+    assert_eq!(local.layers.iter().map(|layer| layer.rope).collect::<Vec<_>>(), [Some(1), Some(0)]);
+    let olmo = of("olmo3", r#"{"rope_theta": 1e4}"#).architecture;
+    assert_eq!(olmo.ropes.iter().map(|rope| rope.theta).collect::<Vec<_>>(), [1e4, 5e5]);
+    let phi = of("phi3", r#"{"partial_rotary_factor": 0.5}"#).architecture;
+    assert_eq!(phi.ropes[0].width, 2);
+}
+
+#[test]
+fn native_directories_name_their_family() {
+    let good = r#"{"format_version": 1, "num_experts": 4, "threshold": 0.5, "partition": "contiguous",
+        "router_bias": false, "gate_value": "sigmoid", "rescale": "none", "zero_active": "skip", "ste": true}"#;
+    let native = of_family("dsmoe", &format!(r#"{{"base_model_type": "qwen2", "dsmoe": {good}}}"#)).unwrap();
+    assert_eq!((native.family().model_type, native.model_type()), ("qwen2", "dsmoe"));
+    assert!(native.architecture.qkv_bias);
+    let json: Value = serde_json::from_str(&native.to_json()).unwrap();
+    assert_eq!(json["base_model_type"], "qwen2");
+    let mut dense = native;
+    dense.moe = None;
+    let json: Value = serde_json::from_str(&dense.to_json()).unwrap();
+    assert_eq!(json["model_type"], "qwen2");
+    assert_eq!(json["architectures"], json!(["Qwen2ForCausalLM"]));
+    assert!(json.get("base_model_type").is_none());
+    let llama = of_family("dsmoe", &format!(r#"{{"dsmoe": {good}}}"#)).unwrap();
+    assert_eq!(llama.family().model_type, "llama");
+    let other = of_family("dsmoe", &format!(r#"{{"base_model_type": "mixtral", "dsmoe": {good}}}"#));
+    refused(other, &["base_model_type is \"mixtral\"", "experts already"]);
 }
 
 #[test]

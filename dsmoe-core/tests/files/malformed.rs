@@ -152,12 +152,59 @@ fn index_that_names_a_path() {
 fn index_and_shards_that_disagree() {
     let fixture = Fixture::sharded(4000);
     fixture.edit("model.safetensors.index.json", "model.norm.weight", "model.morn.weight");
-    fixture.refused(&["tensor model.norm.weight is not in the index", "add it to"]);
+    fixture.refused(&["index.json: tensor model.norm.weight is in a shard and not listed", "add it"]);
     let text = fs::read_to_string(fixture.dir.join("model.safetensors.index.json")).unwrap();
     let last = text.rfind("model-0").map(|at| &text[at..at + 32]).unwrap();
     let more = format!("\"model.morn.weight\": \"{last}\", \"model.norm.weight\"");
     fixture.edit("model.safetensors.index.json", "\"model.morn.weight\"", &more);
-    fixture.refused(&["index.json: tensor model.morn.weight is not in the shard", "copy index and shards"]);
+    // Nobody needs what is only in the index.
+    fixture.check().unwrap();
+    let other = text.find("model-0").map(|at| &text[at..at + 32]).unwrap();
+    assert_ne!(other, last);
+    let moved = format!("\"model.norm.weight\": \"{last}\"");
+    fixture.edit("model.safetensors.index.json", &moved, &moved.replace(last, other));
+    fixture.refused(&["index.json: tensor model.norm.weight is not in the shard", "copy index and shards"]);
+}
+
+#[test]
+fn tensors_that_old_conversions_list_or_keep_are_ignored() {
+    let fixture = Fixture::sharded(4000);
+    let index = fixture.dir.join("model.safetensors.index.json");
+    let mut json: serde_json::Value = serde_json::from_slice(&fs::read(&index).unwrap()).unwrap();
+    let shard = json["weight_map"]["model.norm.weight"].clone();
+    json["weight_map"]["model.layers.0.self_attn.rotary_emb.inv_freq"] = shard.clone();
+    json["weight_map"]["lm_head.weight"] = shard;
+    fs::write(&index, json.to_string()).unwrap();
+    fixture.check().unwrap();
+}
+
+#[test]
+fn git_lfs_pointers_are_named() {
+    let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4665a5ea423c2713d436b5ee50593a9640e0018c1550b5a0002f74190d6caea8\nsize 12345\n";
+    let fixture = Fixture::new();
+    for file in ["model.safetensors", "config.json"] {
+        fs::write(fixture.dir.join(file), pointer).unwrap();
+        fixture.refused(&[file, "is a Git LFS pointer", "git lfs pull"]);
+    }
+}
+
+#[test]
+fn mistrals_own_format_is_named() {
+    let work = tempfile::tempdir().unwrap();
+    fs::write(work.path().join("params.json"), "{}").unwrap();
+    refused(Config::load(work.path()), &["there is no config.json", "Mistral's own format"]);
+}
+
+#[test]
+fn names_of_the_hub_are_told_from_missing_directories() {
+    let hub = Path::new("no-such-org/no-such-model");
+    for error in [Config::load(hub).map(|_| ()), Checkpoint::open(hub).map(|_| ())] {
+        refused(error, &["no-such-org/no-such-model", "Hugging Face Hub", "hf download no-such-org"]);
+    }
+    let work = tempfile::tempdir().unwrap();
+    let missing = work.path().join("model");
+    let error = Config::load(&missing).unwrap_err().to_string();
+    assert!(error.contains("there is no such directory") && !error.contains("Hub"), "{error}");
 }
 
 #[test]

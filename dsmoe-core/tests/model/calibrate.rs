@@ -98,7 +98,10 @@ fn taps_are_what_the_linears_read_and_forward_keeps_the_states() {
         assert_eq!(order, wanted);
         assert_eq!(f64s(stream.states()), before);
 
-        let LayerWeights { input_norm, post_norm, linears, .. } = &weights;
+        let LayerWeights { norms: [Some(input_norm), None, Some(post_norm), None], linears, .. } = &weights
+        else {
+            panic!("LLaMA's norms");
+        };
         let [_, _, _, o, gate, up, down] = linears;
         let [attention, heads, ffn, neurons] = &seen;
         assert_close_f64("attention", attention, &rms_norm(&before, input_norm, eps), 2e-6);

@@ -43,16 +43,13 @@ impl FromStr for RouterInit {
     type Err = Error;
 
     fn from_str(s: &str) -> Result<RouterInit> {
+        let allowed = "random, open, centroid or warm(K), K experts open";
         let warm = || s.strip_prefix("warm(")?.strip_suffix(')')?.parse().ok().map(RouterInit::Warm);
         match s {
             "random" => Ok(RouterInit::Random),
             "open" => Ok(RouterInit::Open),
             "centroid" => Ok(RouterInit::Centroid),
-            _ => warm().ok_or_else(|| Error::UnknownName {
-                field: "router init",
-                found: s.into(),
-                allowed: "random, open, centroid or warm(K), K experts open",
-            }),
+            _ => warm().ok_or_else(|| Error::UnknownName { field: "router init", found: s.into(), allowed }),
         }
     }
 }
@@ -181,11 +178,10 @@ mod tests {
 
     #[test]
     fn centroid_rows_have_length_one() {
-        let centroids = Array2::from_shape_fn((2, 3), |(i, j)| (i * 3 + j) as f32 - 1.0);
-        let (weight, bias) =
-            router_weights(&RouterInit::Centroid, 2, 3, 1, 0, Some(centroids.view())).unwrap();
+        let rows = Array2::from_shape_fn((2, 3), |(i, j)| (i * 3 + j) as f32 - 1.0);
+        let (weight, bias) = router_weights(&RouterInit::Centroid, 2, 3, 1, 0, Some(rows.view())).unwrap();
         assert_eq!(bias, None);
-        for (row, source) in weight.outer_iter().zip(centroids.outer_iter()) {
+        for (row, source) in weight.outer_iter().zip(rows.outer_iter()) {
             assert!((row.dot(&row) - 1.0).abs() < 1e-6);
             assert!((row.dot(&source) - source.dot(&source).sqrt()).abs() < 1e-5);
         }

@@ -8,7 +8,7 @@ use dsmoe_core::params::Layout;
 use dsmoe_kernels::buf::Buf;
 use dsmoe_router::RoutingStats;
 
-use super::{Engine, EngineOptions, MicroBatch, StepResult};
+use super::{Engine, EngineOptions, StepResult};
 use crate::error::Result;
 use crate::optim::{AdamW, Update, grad_norms};
 
@@ -53,11 +53,9 @@ impl Engine for CpuEngine {
         Ok(())
     }
 
-    fn micro_batch(&mut self, model: &Model, batch: MicroBatch<'_>, args: &StepArgs) -> Result<bool> {
-        let MicroBatch { inputs, targets, seq } = batch;
-        let batch = Batch { inputs, targets, seq };
+    fn micro_batch(&mut self, model: &Model, batch: Batch<'_>, args: &StepArgs) -> Result<bool> {
         let output = model.train_step(&mut self.grads, batch, args, &mut self.workspace)?;
-        self.predicted += targets.len();
+        self.predicted += batch.targets.len();
         let (result, parts) = (&mut self.result, self.micro_batches as f64);
         result.lm_loss += output.loss_sum;
         result.sparsity_loss += output.sparsity_loss / parts;

@@ -3,12 +3,12 @@
 use std::borrow::Cow;
 
 use dsmoe_core::Model;
-use dsmoe_core::model::StepArgs;
 use dsmoe_core::model::cuda::CudaTrainer;
+use dsmoe_core::model::{Batch, StepArgs};
 use dsmoe_kernels::Precision;
 use dsmoe_router::RoutingStats;
 
-use super::{Engine, EngineOptions, MicroBatch, StepResult};
+use super::{Engine, EngineOptions, StepResult};
 use crate::error::{Error, Result};
 use crate::optim::{AdamW, GradNorms, Update};
 
@@ -46,7 +46,7 @@ impl Engine for CudaEngine {
         Ok(self.trainer.begin()?)
     }
 
-    fn micro_batch(&mut self, _model: &Model, batch: MicroBatch<'_>, args: &StepArgs) -> Result<bool> {
+    fn micro_batch(&mut self, _model: &Model, batch: Batch<'_>, args: &StepArgs) -> Result<bool> {
         self.trainer.micro_batch(batch.inputs, batch.targets, batch.seq, args)?;
         self.predicted += batch.targets.len();
         Ok(true)
@@ -61,10 +61,7 @@ impl Engine for CudaEngine {
             mean_gate: sums.all_gates / gates as f64,
             balance_loss: sums.balance_loss,
             norms: GradNorms { all: sums.squares.sqrt(), router: sums.router_squares.sqrt() },
-            non_finite: match sums.loss.is_finite() {
-                true => None,
-                false => Some(self.trainer.first_non_finite()?),
-            },
+            non_finite: if sums.loss.is_finite() { None } else { Some(self.trainer.first_non_finite()?) },
         })
     }
 

@@ -15,7 +15,7 @@ mod cuda;
 use std::borrow::Cow;
 use std::fmt::Debug;
 
-use dsmoe_core::model::StepArgs;
+use dsmoe_core::model::{Batch, StepArgs};
 use dsmoe_core::{Device, Model};
 use dsmoe_kernels::Precision;
 use dsmoe_router::RoutingStats;
@@ -37,17 +37,6 @@ pub struct EngineOptions {
     pub precision: Precision,
     /// The device that computes.
     pub device: Device,
-}
-
-/// The tokens of a micro-batch: sequences of `seq` tokens, one after the other.
-#[derive(Clone, Copy, Debug)]
-pub struct MicroBatch<'a> {
-    /// The tokens to read.
-    pub inputs: &'a [u32],
-    /// The token that follows each of them.
-    pub targets: &'a [u32],
-    /// Tokens in a sequence.
-    pub seq: usize,
 }
 
 /// The losses and gradient norms of a step.
@@ -83,7 +72,7 @@ pub trait Engine: Debug + Send {
     ///
     /// # Panics
     /// The batch has not [`EngineOptions::tokens`] tokens, or these are no multiple of its `seq`.
-    fn micro_batch(&mut self, model: &Model, batch: MicroBatch<'_>, args: &StepArgs) -> Result<bool>;
+    fn micro_batch(&mut self, model: &Model, batch: Batch<'_>, args: &StepArgs) -> Result<bool>;
 
     /// Ends the backward passes of the step and returns its losses and norms as the device has them.
     ///

@@ -126,6 +126,16 @@ pub(crate) fn generate(
         if stopped() {
             return Ok(false);
         }
+        for Answer { prompt, cache, new, .. } in &mut answers {
+            let positions = prompt.tokens.len() + new.len();
+            if cache.is_outgrown(model.config(), positions) {
+                let fed = [&prompt.tokens[..], &new[..new.len() - 1]].concat();
+                cache.clear();
+                cache.expect(positions);
+                model.decode(&fed, cache, ran.routing.as_mut(), &mut workspace)?;
+                ran.tokens += fed.len() as u64;
+            }
+        }
         let ids: Vec<u32> = answers.iter().filter_map(|answer| answer.new.last().copied()).collect();
         let mut used: Vec<&mut Cache> = answers.iter_mut().map(|answer| &mut answer.cache).collect();
         let logits = model.decode_each(&ids, &mut used, ran.routing.as_mut(), &mut workspace)?;

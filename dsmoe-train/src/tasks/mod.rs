@@ -320,10 +320,9 @@ fn encode(encoder: &Encoder<'_>, requests: &[Request]) -> Result<Vec<Encoded<Wor
             }
             Request::Rolling { text } => encoder.rolling(text)?.map(Work::Rolling),
             Request::Generate { context, until, max_tokens } => {
-                let (until, max_tokens) = (*until, *max_tokens);
-                encoder
-                    .prompt(context, max_tokens)?
-                    .map(|tokens| Work::Generate(Prompt { id: (0, 0), tokens, until, max_tokens }))
+                let (id, until, max_tokens) = ((0, 0), *until, *max_tokens);
+                let prompt = |tokens| Work::Generate(Prompt { id, tokens, until, max_tokens });
+                encoder.prompt(context, max_tokens)?.map(prompt)
             }
         });
     }

@@ -4,7 +4,8 @@ use std::fs;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use dsmoe_core::config::Config;
+use dsmoe_core::config::{MoeConfig, PartitionKind};
+use dsmoe_core::init::LlamaSizes;
 use dsmoe_core::model::{Cache, Workspace};
 use dsmoe_core::{Inference, Model};
 use dsmoe_datasets::tasks::{Profile, Request, Response};
@@ -13,6 +14,7 @@ use dsmoe_datasets::{Bos, Tokenizer, train_bpe};
 use dsmoe_kernels::rng::Rng;
 use dsmoe_kernels::testing::with_threads;
 use dsmoe_kernels::{Isa, Precision};
+use dsmoe_router::RouterConfig;
 use dsmoe_train::tasks::{Answer, Answers, Journal, Responder, model_sha256};
 
 const POSITIONS: usize = 96;
@@ -30,22 +32,19 @@ impl Setup {
         let dir = tempfile::tempdir().unwrap();
         let texts: Vec<String> = World::new(5).documents(Domain::Stories, 30_000).collect();
         let vocab = train_bpe(texts.iter().cloned(), 320, dir.path()).unwrap();
-        let config = format!(
-            r#"{{"model_type": "dsmoe", "architectures": ["DsmoeForCausalLM"], "hidden_size": 32,
-            "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-            "vocab_size": {vocab}, "max_position_embeddings": {POSITIONS}, "rms_norm_eps": 1e-5,
-            "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": false, "bos_token_id": 0,
-            "eos_token_id": 1, "torch_dtype": "float32", "dsmoe": {{"format_version": 1, "num_experts": 4,
-            "threshold": 0.5, "partition": "contiguous", "router_bias": true, "gate_value": "sigmoid",
-            "rescale": "none", "zero_active": "skip", "ste": true}}}}"#
-        );
-        let mut model = Model::new(Config::from_json(&dir.path().join("config.json"), &config).unwrap());
+        let [hidden, intermediate, layers, heads, kv_heads, positions] = [32, 64, 2, 4, 2, POSITIONS];
+        let bos_eos = [0, 1];
+        let sizes = LlamaSizes { vocab, hidden, intermediate, layers, heads, kv_heads, positions, bos_eos };
+        let mut config = sizes.config().unwrap();
+        let (router, partition) = (RouterConfig::new(4), PartitionKind::Contiguous);
+        config.moe = Some(MoeConfig { router, partition, router_bias: true, active_target: None });
+        config.save(dir.path()).unwrap();
+        let mut model = Model::new(config);
         let mut rng = Rng::new(9, 0);
         for entry in model.layout().entries().to_vec() {
             let values = &mut model.params_mut()[entry.range.clone()];
             if entry.spec.name.contains("norm") { values.fill(1.0) } else { rng.fill_normal(values, 0.2) }
         }
-        fs::write(dir.path().join("config.json"), config).unwrap();
         let tokenizer = Tokenizer::load(dir.path(), Some(0), vocab).unwrap();
         Setup { model: Inference::new(&model, Precision::F32), dir, tokenizer, texts }
     }

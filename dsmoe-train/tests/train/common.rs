@@ -4,11 +4,13 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use dsmoe_core::checkpoint::Dtype;
-use dsmoe_core::config::Config;
+use dsmoe_core::config::{Config, MoeConfig, PartitionKind};
+use dsmoe_core::init::LlamaSizes;
 use dsmoe_core::{Inference, Model};
 use dsmoe_datasets::TokenStream;
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::rng::Rng;
+use dsmoe_router::RouterConfig;
 use dsmoe_train::{
     EvalReport, Observer, Outcome, Result, RunOptions, StepRecord, TrainConfig, TrainData, Trainer,
 };
@@ -17,28 +19,22 @@ use serde_json::Value;
 pub(crate) const VOCAB: usize = 48;
 
 /// Configuration of a model of 2 layers, hidden 32: DSMoE with 4 experts, or dense.
-pub(crate) fn config_json(experts: bool) -> String {
-    let moe = r#", "dsmoe": {"format_version": 1, "num_experts": 4, "threshold": 0.5, "partition": "contiguous",
-        "router_bias": true, "gate_value": "sigmoid", "rescale": "none", "zero_active": "skip", "ste": true}"#;
-    let (kind, architecture, moe) = match experts {
-        true => ("dsmoe", "DsmoeForCausalLM", moe),
-        false => ("llama", "LlamaForCausalLM", ""),
-    };
-    format!(
-        r#"{{"model_type": "{kind}", "architectures": ["{architecture}"], "hidden_size": 32,
-        "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "vocab_size": {VOCAB}, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
-        "hidden_act": "silu", "tie_word_embeddings": false, "bos_token_id": 1, "eos_token_id": 2,
-        "torch_dtype": "float32"{moe}}}"#
-    )
+pub(crate) fn config(experts: bool) -> Config {
+    let [hidden, intermediate, layers, heads, kv_heads, positions] = [32, 64, 2, 4, 2, 64];
+    let (vocab, bos_eos) = (VOCAB, [1, 2]);
+    let sizes = LlamaSizes { vocab, hidden, intermediate, layers, heads, kv_heads, positions, bos_eos };
+    let (router, partition) = (RouterConfig::new(4), PartitionKind::Contiguous);
+    let moe = MoeConfig { router, partition, router_bias: true, active_target: None };
+    let mut config = sizes.config().unwrap();
+    config.moe = Some(moe).filter(|_| experts);
+    config
 }
 
 /// A model directory with random weights, gates open.
 pub(crate) fn model_dir(parent: &Path, name: &str, experts: bool, seed: u64) -> PathBuf {
     let dir = parent.join(name);
     std::fs::create_dir_all(&dir).unwrap();
-    let config = Config::from_json(&dir.join("config.json"), &config_json(experts)).unwrap();
-    let mut model = Model::new(config);
+    let mut model = Model::new(config(experts));
     let mut rng = Rng::new(seed, 0);
     for entry in model.layout().entries().to_vec() {
         let values = &mut model.params_mut()[entry.range];
@@ -70,9 +66,9 @@ pub(crate) fn text(seed: u64) -> TokenStream {
 
 /// 20 steps of 2 micro-batches under a target.
 pub(crate) fn settings(more: &[&str]) -> TrainConfig {
-    let mut config =
-        TrainConfig { steps: Some(20), batch: 2, seq: 16, accumulate: 2, ..TrainConfig::default() };
-    (config.lr, config.valid_fraction, config.active_target) = (3e-3, 0.1, Some(0.5));
+    let mut config = TrainConfig { steps: Some(20), batch: 2, seq: 16, ..TrainConfig::default() };
+    (config.accumulate, config.lr, config.valid_fraction) = (2, 3e-3, 0.1);
+    config.active_target = Some(0.5);
     more.iter().for_each(|setting| config.set(setting).unwrap());
     config
 }
@@ -141,25 +137,27 @@ impl Bed {
         train(&text(1), settings(more), options).unwrap()
     }
 
-    /// One whole run.
-    pub(crate) fn whole(&self, name: &str, more: &[&str]) -> Heard {
-        let (outcome, heard) = self.train(more, self.options(name));
-        assert_eq!(outcome, Outcome::Finished, "{name}");
+    /// One invocation on the first text that must end so.
+    fn ends(&self, end: Outcome, more: &[&str], options: RunOptions) -> Heard {
+        let (outcome, heard) = self.train(more, options);
+        assert_eq!(outcome, end);
         heard
     }
 
-    /// The first `steps` steps of a run.
-    pub(crate) fn part(&self, name: &str, steps: u64, more: &[&str]) -> Heard {
-        let (outcome, heard) = self.train(more, RunOptions { stop_after: Some(steps), ..self.options(name) });
-        assert_eq!(outcome, Outcome::Interrupted { step: steps }, "{name}");
-        heard
+    /// One whole run.
+    pub(crate) fn whole(&self, name: &str, more: &[&str]) -> Heard {
+        self.ends(Outcome::Finished, more, self.options(name))
+    }
+
+    /// The first `step` steps of a run.
+    pub(crate) fn part(&self, name: &str, step: u64, more: &[&str]) -> Heard {
+        let options = RunOptions { stop_after: Some(step), ..self.options(name) };
+        self.ends(Outcome::Interrupted { step }, more, options)
     }
 
     /// The rest of a run.
     pub(crate) fn rest(&self, name: &str, more: &[&str]) -> Heard {
-        let (outcome, heard) = self.train(more, self.resumed(name));
-        assert_eq!(outcome, Outcome::Finished, "{name}");
-        heard
+        self.ends(Outcome::Finished, more, self.resumed(name))
     }
 
     /// The model, for inference.

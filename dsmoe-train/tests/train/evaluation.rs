@@ -25,8 +25,7 @@ fn by_hand(model: &Inference, ids: &[u32], windows: &[(usize, usize, usize)]) ->
 fn windows_are_those_of_the_protocol() {
     let model = Bed::new(true).inference();
     let ids = &text(1).ids[..100];
-    let windows: Vec<_> =
-        (0..100).step_by(16).map(|start| (start, (start + 16).min(100), start + 1)).collect();
+    let windows: Vec<_> = (0..100).step_by(16).map(|at| (at, (at + 16).min(100), at + 1)).collect();
     let (nll, predicted) = by_hand(&model, ids, &windows);
     for batch_tokens in [1, 40, 1024] {
         let mut heard = Vec::new();

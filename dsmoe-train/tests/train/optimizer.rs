@@ -1,26 +1,25 @@
 //! AdamW over a model's arena against its formula in f64, and the gradient's norm.
 
-use crate::common::config_json;
+use crate::common::config;
 use dsmoe_core::Model;
-use dsmoe_core::config::Config;
 use dsmoe_train::TrainConfig;
 use dsmoe_train::optim::{AdamW, Update, clip_scale, grad_norms, last_non_finite};
 
 fn model() -> Model {
-    Model::new(Config::from_json("config.json".as_ref(), &config_json(true)).unwrap())
+    Model::new(config(true))
 }
 
 #[test]
 fn every_tensor_gets_its_own_decay_and_rate() {
     let mut model = model();
     let layout = model.layout().clone();
-    let config = TrainConfig { router_lr_scale: 3.0, weight_decay: 0.1, ..TrainConfig::default() };
+    let settings = TrainConfig { router_lr_scale: 3.0, weight_decay: 0.1, ..TrainConfig::default() };
     let mut optimizer = AdamW::new(&layout);
     model.params_mut().fill(0.5);
     let steps = [(1e-2, 0.25, [2.0f32, -0.5]), (5e-3, 1.0, [-1.0, -0.5])];
     for (step, (lr, scale, values)) in (1..).zip(steps) {
         let grads: Vec<f32> = (0..layout.len()).map(|i| values[i % 2]).collect();
-        let update = Update { config: &config, lr, scale, step };
+        let update = Update { config: &settings, lr, scale, step };
         optimizer.step(model.params_mut(), &grads, &layout, &update);
     }
     for entry in layout.entries() {

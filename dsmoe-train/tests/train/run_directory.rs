@@ -24,8 +24,7 @@ fn a_finished_run_is_a_model_with_its_history() {
     assert_eq!(names(&out.join("checkpoints")), ["step-00000018", "step-00000020"]);
     let checkpoint = names(&out.join("checkpoints/step-00000020"));
     assert_eq!(checkpoint, ["config.json", "model.safetensors", "optimizer.safetensors", "state.json"]);
-    let (events, files): (Vec<_>, Vec<_>) =
-        names(&out).into_iter().partition(|name| name.starts_with("events."));
+    let (events, files): (Vec<_>, Vec<_>) = names(&out).into_iter().partition(|n| n.starts_with("events."));
     let model = ["checkpoints", "config.json", "metrics.jsonl", "model.safetensors"];
     assert_eq!(files, [&model[..], &["run.toml", "tokenizer.json"]].concat());
     assert_eq!(events.len(), 1, "{events:?}");
@@ -192,20 +191,13 @@ fn what_is_not_finite_stops_the_run_and_saves_nothing() {
         model.save(to, Dtype::F32).unwrap();
     };
     for (tensor, parts) in [
-        (
-            "model.layers.1.mlp.up_proj",
-            &["step 1: layer 1 ffn", "no checkpoint was saved yet", "smaller lr"][..],
-        ),
-        ("model.layers.0.self_attn.q_proj", &["layer 0 attention"]),
+        ("layers.1.mlp.up_proj", &["step 1: layer 1 ffn", "no checkpoint was saved yet", "smaller lr"][..]),
+        ("layers.0.self_attn.q_proj", &["layer 0 attention"]),
     ] {
         let (source, out) = (bed.path(tensor), bed.path("out").join(tensor));
-        poisoned(&bed.source, &source, &format!("{tensor}.weight"));
-        refused(
-            &text(1),
-            settings(&[]),
-            RunOptions::new(&source, &out),
-            &[&["is not finite"], parts].concat(),
-        );
+        poisoned(&bed.source, &source, &format!("model.{tensor}.weight"));
+        let parts = [parts, &["is not finite"]].concat();
+        refused(&text(1), settings(&[]), RunOptions::new(&source, &out), &parts);
         assert!(!out.join("checkpoints").exists() && !out.join("model.safetensors").exists());
         let last = &metrics(&out)[1];
         assert_eq!((&last["step"], &last["lm_loss"], &last["nan"]), (&1.into(), &Value::Null, &true.into()));

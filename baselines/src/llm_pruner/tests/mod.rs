@@ -73,10 +73,8 @@ fn head(layer: usize, kv: usize) -> Vec<Vec<(String, Vec<Line>)>> {
 /// Lines of a channel, as one lane.
 fn channel(names: &Tensors, c: usize) -> Vec<Vec<(String, Vec<Line>)>> {
     let writes = |name: &str| name.contains("o_proj") || name.contains("down_proj");
-    let mut lines: Vec<_> = names
-        .keys()
-        .map(|name| (name.clone(), vec![if writes(name) { Line::Row(c) } else { Line::Column(c) }]))
-        .collect();
+    let line = |name: &String| vec![if writes(name) { Line::Row(c) } else { Line::Column(c) }];
+    let mut lines: Vec<_> = names.keys().map(|name| (name.clone(), line(name))).collect();
     let head =
         if names.contains_key("lm_head.weight") { "lm_head.weight" } else { "model.embed_tokens.weight" };
     lines.sort_by_key(|(name, _)| name == head);
@@ -84,10 +82,7 @@ fn channel(names: &Tensors, c: usize) -> Vec<Vec<(String, Vec<Line>)>> {
 }
 
 fn check(what: &str, got: &[f64], want: Vec<f64>, reduce: Reduce) {
-    let got: Vec<f64> = match reduce {
-        Reduce::Prod => got.iter().map(|x| x.exp()).collect(),
-        _ => got.to_vec(),
-    };
+    let got: Vec<f64> = got.iter().map(|&x| if reduce == Reduce::Prod { x.exp() } else { x }).collect();
     let largest = want.iter().copied().fold(0.0, f64::max);
     assert!(largest > 0.0, "{what}: all zero");
     let relative = |x: &[f64]| x.iter().map(|x| x / largest).collect::<Vec<_>>();
@@ -170,9 +165,8 @@ fn products_of_many_small_numbers_keep_their_order() {
     let members: Vec<Vec<f64>> = (0..300).map(|i| vec![1e-9, if i == 7 { 2e-9 } else { 1e-9 }]).collect();
     let products = reduced(&set, &members, Reduce::Prod).unwrap();
     assert!(products[1] > products[0], "{products:?}");
-    assert!(
-        reduced(&set, &[vec![f64::NAN, 1.0]], Reduce::Last).unwrap_err().to_string().contains("not finite")
-    );
+    let error = reduced(&set, &[vec![f64::NAN, 1.0]], Reduce::Last).unwrap_err().to_string();
+    assert!(error.contains("not finite"), "{error}");
 }
 
 #[test]

@@ -70,7 +70,7 @@ pub(super) fn loss(config: &Config, p: &Tensors, ids: &[u32]) -> f64 {
             let one = |(t, x): (usize, &Vec<f64>)| {
                 let mut out = linear(&norm(x, w("input_layernorm"), eps), w(name));
                 if turn {
-                    out.chunks_mut(hd).for_each(|head| rotate(head, t, config.rope_theta));
+                    out.chunks_mut(hd).for_each(|head| rotate(head, t, config.architecture.ropes[0].theta));
                 }
                 out
             };

@@ -163,8 +163,7 @@ fn a_pruned_model_can_be_pruned_again() {
 fn own_text(model: &Inference, sequences: u64, len: usize) -> Vec<Vec<u32>> {
     let write = |seed| {
         let mut ids = vec![1];
-        let options =
-            GenerateOptions { max_tokens: len - 1, temperature: 1.0, seed, ..GenerateOptions::default() };
+        let options = GenerateOptions { max_tokens: len - 1, temperature: 1.0, seed, ..Default::default() };
         generate(model, &[1], &options, |id| {
             ids.push(id);
             true

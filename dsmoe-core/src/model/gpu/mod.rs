@@ -5,20 +5,30 @@ pub(crate) mod hosted;
 
 use std::ops::Range;
 
+use dsmoe_kernels::attention::Scores;
 use dsmoe_kernels::cuda::Gpu;
 use dsmoe_kernels::cuda::ops::attention::Heads;
 use dsmoe_kernels::cuda::ops::{ffn, router};
 use dsmoe_router::{GateValue, Rescale, RouterConfig, ZeroActive};
 
-use super::tensors::rope_table;
+use super::ropes::Ropes;
 use crate::config::{Config, LayerShape};
 use crate::error::{Error, Result};
 use crate::ffn::{DeviceFfn, Ffn};
 use crate::model::train::MemoryUse;
 use crate::params::padded;
 
-/// Returns the forms of the FFNs on a device.
-pub(crate) fn device_ffns(ffns: &[Box<dyn Ffn>]) -> Result<Vec<DeviceFfn>> {
+/// Returns the forms of the FFNs of a model of `config` on a device.
+///
+/// # Errors
+/// The model has a switch that no GPU kernel has, or an FFN that only the host runs.
+pub(crate) fn device_ffns(config: &Config, ffns: &[Box<dyn Ffn>]) -> Result<Vec<DeviceFfn>> {
+    let missing = missing(config);
+    if !missing.is_empty() {
+        let problem =
+            format!("a GPU does not run {} with {}", config.family().model_type, missing.join(", "));
+        return Err(Error::argument(problem, "set {device} to cpu"));
+    }
     let form = |(layer, form): (usize, Option<DeviceFfn>)| {
         form.ok_or_else(|| {
             let problem = format!("layer {layer}: this kind of FFN does not run on a GPU");
@@ -26,6 +36,32 @@ pub(crate) fn device_ffns(ffns: &[Box<dyn Ffn>]) -> Result<Vec<DeviceFfn>> {
         })
     };
     ffns.iter().map(|ffn| ffn.on_device()).enumerate().map(form).collect()
+}
+
+/// Returns the switches of `config` that no GPU kernel has, in words.
+fn missing(config: &Config) -> Vec<String> {
+    let architecture = &config.architecture;
+    let mut missing = architecture.differences();
+    if architecture.attn_scale != Scores::plain(config.head_dim).scale {
+        missing.push(format!("attention scores times {}", architecture.attn_scale));
+    }
+    if architecture.ropes.len() > 1 {
+        missing.push("two rotations".to_owned());
+    }
+    for rope in &architecture.ropes {
+        if rope.width != config.head_dim {
+            missing.push(format!("{} of {} values of a head rotated", rope.width, config.head_dim));
+        }
+        if rope.scaling.varies() {
+            missing.push(format!("{} scaling of the rotation", rope.scaling.name()));
+        }
+    }
+    missing
+}
+
+/// Returns the range of a norm that a model of LLaMA's switches has.
+pub(crate) fn norm(range: &Option<Range<usize>>) -> &Range<usize> {
+    range.as_ref().expect("a model that was checked to have LLaMA's switches")
 }
 
 /// Refuses a plan that the device's free memory does not hold.
@@ -58,17 +94,19 @@ pub(crate) fn gates(config: &RouterConfig) -> router::Gates {
 /// Returns the heads of layer `i`.
 pub(crate) fn heads(config: &Config, i: usize) -> Heads {
     let LayerShape { num_heads: heads, num_kv_heads: kv_heads, .. } = config.layer(i);
-    Heads { heads, kv_heads, head_dim: config.head_dim }
+    Heads { heads, kv_heads, head_dim: config.head_dim, scores: Scores::plain(config.head_dim) }
 }
 
 /// Returns the heads of the widest layer, which is unpruned.
 pub(crate) fn widest_heads(config: &Config) -> Heads {
-    Heads { heads: config.num_heads, kv_heads: config.num_kv_heads, head_dim: config.head_dim }
+    let Config { num_heads: heads, num_kv_heads: kv_heads, head_dim, .. } = *config;
+    Heads { heads, kv_heads, head_dim, scores: Scores::plain(head_dim) }
 }
 
 /// Returns cosines and sines of the first `positions` positions, `[positions, head_dim]`.
 pub(crate) fn rope_rows(config: &Config, positions: usize) -> Vec<f32> {
-    let table = rope_table(config);
+    let ropes = Ropes::new(config);
+    let Some(table) = ropes.table(0, positions) else { return Vec::new() };
     (0..positions)
         .flat_map(|p| {
             let (cos, sin) = table.angles(p);

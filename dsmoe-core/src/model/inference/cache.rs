@@ -1,5 +1,7 @@
 //! The key-value cache of a decoding sequence.
 
+use crate::config::{Config, RopeScaling};
+
 /// Keys and values of all positions so far, per layer.
 #[derive(Debug)]
 pub struct Cache {
@@ -12,6 +14,8 @@ pub struct Cache {
     #[cfg(feature = "cuda")]
     pub(crate) room: usize,
     pub(crate) len: usize,
+    /// Positions of the text that is being fed, where it is known to be longer than what was fed so far.
+    pub(crate) expected: usize,
 }
 
 impl Cache {
@@ -23,13 +27,35 @@ impl Cache {
         (keys, values)
     }
 
+    /// States that the next calls feed a text up to `positions` positions: a rotation that depends on their number is then
+    /// that of the whole text, in whatever pieces it is fed.
+    pub fn expect(&mut self, positions: usize) {
+        self.expected = positions;
+    }
+
+    /// Returns whether a text of `positions` positions has to be fed from its start again, as it outgrows the rotation of
+    /// what is in the cache.
+    pub fn is_outgrown(&self, config: &Config, positions: usize) -> bool {
+        config.architecture.ropes.iter().any(|rope| match rope.scaling {
+            RopeScaling::LongRope { original_max_position: original, restart, .. } => {
+                restart && self.len > 0 && self.len <= original && positions > original
+            }
+            _ => false,
+        })
+    }
+
+    /// Returns the positions of a pass that feeds `tokens` more.
+    pub(crate) fn positions(&self, tokens: usize) -> usize {
+        self.expected.max(self.len + tokens)
+    }
+
     /// Forgets all positions and keeps the room.
     pub fn clear(&mut self) {
         for (keys, values) in &mut self.layers {
             keys.clear();
             values.clear();
         }
-        self.len = 0;
+        (self.len, self.expected) = (0, 0);
     }
 
     /// Returns the number of positions held.

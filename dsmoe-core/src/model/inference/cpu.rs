@@ -2,20 +2,22 @@
 
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::matmul::Packed;
-use dsmoe_kernels::{Precision, add, attention, cross_entropy, linear, rms_norm, rope};
+use dsmoe_kernels::{Precision, attention, cross_entropy, linear};
 use dsmoe_router::RoutingStats;
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
 
 use super::cache::Cache;
-use super::pack::{Embedding, Layer, Parts, fill, pack, vector};
+use super::pack::{Embedding, Layer, Parts, Source, fill, optional, pack, vector};
 use crate::accounting::Accounting;
 use crate::config::{Config, LayerShape};
 use crate::error::Result;
-use crate::ffn::{FfnInference, FfnScratch, Record};
-use crate::model::tensors::{Batch, attention_dims, in_pool, rope_table, set_threshold};
+use crate::ffn::{Ffn, FfnInference, FfnScratch, Record};
+use crate::model::block::Block;
+use crate::model::ropes::{Ropes, Turn};
+use crate::model::tensors::{Batch, LayerRanges, attention_dims, in_pool, logits_of, set_threshold};
 
-/// A LLaMA decoder for inference: weight matrices packed in a [`Precision`], norms and routers in f32. With bf16
+/// A decoder for inference: weight matrices packed in a [`Precision`], norms and routers in f32. With bf16
 /// the operands of matrix products are rounded to it; sums, softmax and the residual stream are f32.
 #[derive(Debug)]
 pub(crate) struct CpuInference {
@@ -26,7 +28,7 @@ pub(crate) struct CpuInference {
     pub(crate) layers: Vec<Layer>,
     pub(crate) norm: Buf,
     pub(crate) head: Packed,
-    pub(crate) rope: rope::Table,
+    pub(crate) ropes: Ropes,
 }
 
 /// Activations of one forward pass; reused from call to call.
@@ -89,20 +91,11 @@ impl CpuInference {
         };
         let mut layers = Vec::with_capacity(config.num_layers);
         for (i, (ranges, ffn)) in ranges.layers.iter().zip(ffns).enumerate() {
-            let q_width = config.layer(i).num_heads * config.head_dim;
-            layers.push(Layer {
-                input_norm: vector(source.part(&ranges.input_norm)?),
-                q: pack(source, &ranges.q, hidden, precision)?,
-                k: pack(source, &ranges.k, hidden, precision)?,
-                v: pack(source, &ranges.v, hidden, precision)?,
-                o: pack(source, &ranges.o, q_width, precision)?,
-                post_norm: vector(source.part(&ranges.post_norm)?),
-                ffn: ffn.pack(source.part(&ranges.ffn)?, precision),
-            });
+            layers.push(Layer::build(source, &config, i, (ranges, &**ffn), precision)?);
         }
         let norm = vector(source.part(&ranges.norm)?);
-        let rope = rope_table(&config);
-        Ok(CpuInference { config, accounting, precision, embedding, layers, norm, head, rope })
+        let ropes = Ropes::new(&config);
+        Ok(CpuInference { config, accounting, precision, embedding, layers, norm, head, ropes })
     }
 
     pub(crate) fn bytes(&self) -> usize {
@@ -136,7 +129,7 @@ impl CpuInference {
                 hidden_states: h,
                 head: &self.head,
                 targets,
-                logits: cross_entropy::Logits::default(),
+                logits: logits_of(&self.config),
                 space: logits,
             }
             .run();
@@ -155,15 +148,20 @@ impl CpuInference {
         in_pool(|| {
             self.hidden_states(ids, ids.len(), Some(cache), stats, workspace);
             let Workspace { h, logits, .. } = &mut *workspace;
-            logits.resize(last * self.config.vocab_size);
-            let h = &h[(ids.len() - last) * self.config.hidden..];
-            linear::ForwardPacked { y: logits, x: h, w: &self.head, bias: None, rows: last }.run();
+            self.head(logits, &h[(ids.len() - last) * self.config.hidden..], last);
         });
+    }
+
+    /// Sets `logits` from `rows` normed hidden states.
+    pub(crate) fn head(&self, logits: &mut Buf, h: &[f32], rows: usize) {
+        logits.resize(rows * self.config.vocab_size);
+        linear::ForwardPacked { y: logits, x: h, w: &self.head, bias: None, rows }.run();
+        logits_of(&self.config).apply(logits);
     }
 
     /// Computes now what the first `positions` positions need, for calls that must not allocate.
     pub(crate) fn prepare(&self, positions: usize) {
-        self.rope.prepare(positions);
+        self.ropes.prepare(positions);
     }
 
     /// Sets `workspace.h` to the normed hidden states `[ids.len(), hidden]` of sequences of `seq` tokens. With a
@@ -177,11 +175,12 @@ impl CpuInference {
         workspace: &mut Workspace,
     ) {
         let start = cache.as_ref().map_or(0, |cache| cache.len);
-        let at = |heads| rope::Args { table: &self.rope, seq, start, heads, head_dim: self.config.head_dim };
+        let positions = cache.as_ref().map_or(seq, |cache| cache.positions(seq));
         self.forward(ids, stats, workspace, |i, Heads { a, lse, q, k, v }| {
             let shape = attention_dims(&self.config, i, ids.len() / seq, [seq, start + seq]);
-            for (x, args) in [(&mut *q, at(shape.heads)), (&mut *k, at(shape.kv_heads))] {
-                rope::Forward { x, stride: args.width(), args }.run();
+            for (x, heads) in [(&mut *q, shape.heads), (&mut *k, shape.kv_heads)] {
+                let stride = heads * shape.head_dim;
+                self.ropes.forward(i, x, Turn { stride, heads, seq, start, positions });
             }
             let Some(cache) = cache.as_deref_mut() else {
                 attention::Forward { out: a, lse, q, k, v, dims: shape }.run();
@@ -208,27 +207,91 @@ impl CpuInference {
         workspace: &mut Workspace,
         mut attend: impl FnMut(usize, Heads<'_>),
     ) {
-        let (tokens, eps) = (ids.len(), self.config.rms_norm_eps as f32);
+        let (tokens, block) = (ids.len(), Block::of(&self.config));
         workspace.prepare(&self.config, tokens);
         self.embedding.rows(&mut workspace.x, ids, &self.head);
+        scale(&mut workspace.x, self.config.architecture.embed_scale);
         for (i, layer) in self.layers.iter().enumerate() {
             let LayerShape { num_heads, num_kv_heads, .. } = self.config.layer(i);
             workspace.prepare_heads(num_heads, num_kv_heads, self.config.head_dim, tokens);
             let Workspace { x, h, q, k, v, a, y, lse, rstd, ffn: scratch, .. } = &mut *workspace;
-            rms_norm::Forward { y: h, rstd, x, weight: &layer.input_norm, offset: 0.0, eps }.run();
-            linear::ForwardPacked { y: q, x: h, w: &layer.q, bias: None, rows: tokens }.run();
-            linear::ForwardPacked { y: k, x: h, w: &layer.k, bias: None, rows: tokens }.run();
-            linear::ForwardPacked { y: v, x: h, w: &layer.v, bias: None, rows: tokens }.run();
+            let input = block.input(layer.before_attention.as_deref(), h, rstd, x);
+            layer.project([&mut *q, &mut *k, &mut *v], input, tokens);
+            layer.norm_heads(block, [&mut *q, &mut *k], lse);
             attend(i, Heads { a, lse, q, k, v });
-            linear::ForwardPacked { y, x: a, w: &layer.o, bias: None, rows: tokens }.run();
-            add::Add { y: x, x: y, scale: 1.0 }.run();
-            rms_norm::Forward { y: h, rstd, x, weight: &layer.post_norm, offset: 0.0, eps }.run();
+            let bias = layer.o_bias.as_deref();
+            linear::ForwardPacked { y, x: a, w: &layer.o, bias, rows: tokens }.run();
+            block.join(x, y, layer.after_attention.as_deref(), h, rstd);
+            let input = block.input(layer.before_ffn.as_deref(), h, rstd, x);
             let record = stats.as_deref_mut().map(|stats| Record { stats, layer: i });
-            layer.ffn.forward(FfnInference { y, x: h, record, scratch });
-            add::Add { y: x, x: y, scale: 1.0 }.run();
+            layer.ffn.forward(FfnInference { y, x: input, record, scratch });
+            block.join(x, y, layer.after_ffn.as_deref(), h, rstd);
         }
         let Workspace { x, h, rstd, .. } = workspace;
-        rms_norm::Forward { y: h, rstd, x, weight: &self.norm, offset: 0.0, eps }.run();
+        block.norm(&self.norm, h, rstd, x);
+    }
+}
+
+impl Layer {
+    fn build(
+        source: &mut dyn Source,
+        config: &Config,
+        i: usize,
+        (ranges, ffn): (&LayerRanges, &dyn Ffn),
+        precision: Precision,
+    ) -> Result<Layer> {
+        let hidden = config.hidden;
+        let [q_width, kv_width] = config.attention_widths(i);
+        let qkv_bias = match &ranges.qkv_bias {
+            Some(range) => {
+                let (q, kv) = source.part(range)?.split_at(q_width);
+                let (k, v) = kv.split_at(kv_width);
+                Some([q, k, v].map(vector))
+            }
+            None => None,
+        };
+        let qk_norm = match &ranges.qk_norm {
+            Some([q, k]) => Some([vector(source.part(q)?), vector(source.part(k)?)]),
+            None => None,
+        };
+        Ok(Layer {
+            before_attention: optional(source, ranges.before_attention.as_ref())?,
+            q: pack(source, &ranges.q, hidden, precision)?,
+            k: pack(source, &ranges.k, hidden, precision)?,
+            v: pack(source, &ranges.v, hidden, precision)?,
+            o: pack(source, &ranges.o, q_width, precision)?,
+            qkv_bias,
+            o_bias: optional(source, ranges.o_bias.as_ref())?,
+            qk_norm,
+            after_attention: optional(source, ranges.after_attention.as_ref())?,
+            before_ffn: optional(source, ranges.before_ffn.as_ref())?,
+            ffn: ffn.pack(source.part(&ranges.ffn)?, precision),
+            after_ffn: optional(source, ranges.after_ffn.as_ref())?,
+        })
+    }
+
+    /// Sets queries, keys and values from attention's input.
+    fn project(&self, outputs: [&mut Buf; 3], x: &[f32], rows: usize) {
+        let weights = [&self.q, &self.k, &self.v];
+        for (i, (y, w)) in outputs.into_iter().zip(weights).enumerate() {
+            let bias = self.qkv_bias.as_ref().map(|biases| &biases[i][..]);
+            linear::ForwardPacked { y, x, w, bias, rows }.run();
+        }
+    }
+
+    /// Norms queries and keys, where the family does.
+    fn norm_heads(&self, block: Block, rows: [&mut Buf; 2], scratch: &mut Buf) {
+        let widths = [self.q.outputs(), self.k.outputs()];
+        for ((x, weight), width) in rows.into_iter().zip(self.qk_norm.iter().flatten()).zip(widths) {
+            block.norm_heads(x, width, weight, scratch);
+        }
+    }
+}
+
+/// Multiplies `x` by the embedding's factor.
+fn scale(x: &mut [f32], factor: f32) {
+    if factor != 1.0 {
+        x.iter_mut().for_each(|x| *x *= factor);
     }
 }
 

@@ -17,8 +17,8 @@ pub use cache::Cache;
 use cpu::CpuInference;
 pub use cpu::Workspace;
 use pack::Parts;
-use segments::places;
 pub use segments::{After, Likelihood, Segment};
+use segments::{Alone, places};
 
 use super::arena::Model;
 use super::tensors::{Batch, check_input};
@@ -27,7 +27,7 @@ use crate::config::Config;
 use crate::device::Device;
 use crate::error::{Error, Result};
 
-/// A LLaMA decoder for inference: weight matrices packed in a [`Precision`], norms and routers in f32. With bf16
+/// A decoder for inference: weight matrices packed in a [`Precision`], norms and routers in f32. With bf16
 /// the operands of matrix products are rounded to it; sums, softmax and the residual stream are f32.
 #[derive(Debug)]
 pub struct Inference {
@@ -232,13 +232,18 @@ impl Inference {
         stats: Option<&mut RoutingStats>,
         workspace: &mut Workspace,
     ) -> Result<Vec<Likelihood>> {
-        let places = places(self.config(), ids, segments)?;
+        let located = places(self.config(), ids, segments)?;
+        let varies = self.config().architecture.ropes.iter().any(|rope| rope.scaling.varies());
+        if varies && located.iter().any(|place| place.before.1 > 0) {
+            let Alone { ids, segments, targets } = Alone::of(ids, &located, targets);
+            return self.likelihoods(&ids, &segments, &targets, stats, workspace);
+        }
         let tokens: Vec<u32> = targets.iter().map(|&(_, token)| token).collect();
         check_input(self.config(), &tokens, 0, 0)?;
         match &self.backend {
-            Backend::Cpu(model) => Ok(model.likelihoods(ids, &places, targets, stats, workspace)),
+            Backend::Cpu(model) => Ok(model.likelihoods(ids, &located, targets, stats, workspace)),
             #[cfg(feature = "cuda")]
-            Backend::Cuda(model) => model.likelihoods(ids, &places, targets, stats, workspace),
+            Backend::Cuda(model) => model.likelihoods(ids, &located, targets, stats, workspace),
         }
     }
 
@@ -298,6 +303,7 @@ impl Cache {
             #[cfg(feature = "cuda")]
             room: positions,
             len: 0,
+            expected: 0,
         }
     }
 }

@@ -10,7 +10,7 @@ use half::bf16;
 use half::slice::HalfFloatSliceExt;
 
 use crate::accounting::Accounting;
-use crate::checkpoint::{Checkpoint, WeightReader};
+use crate::checkpoint::{WeightReader, open_model};
 use crate::config::Config;
 use crate::error::Result;
 use crate::ffn::{Ffn, PackedFfn};
@@ -22,20 +22,30 @@ use crate::params::Layout;
 /// One decoder layer. Matrices are `[outputs, inputs]`.
 #[derive(Debug)]
 pub(crate) struct Layer {
-    pub(crate) input_norm: Buf,
+    pub(crate) before_attention: Option<Buf>,
     pub(crate) q: Packed,
     pub(crate) k: Packed,
     pub(crate) v: Packed,
     pub(crate) o: Packed,
-    pub(crate) post_norm: Buf,
+    /// Biases of q, k and v.
+    pub(crate) qkv_bias: Option<[Buf; 3]>,
+    pub(crate) o_bias: Option<Buf>,
+    /// Norms of queries and of keys.
+    pub(crate) qk_norm: Option<[Buf; 2]>,
+    pub(crate) after_attention: Option<Buf>,
+    pub(crate) before_ffn: Option<Buf>,
     pub(crate) ffn: Box<dyn PackedFfn>,
+    pub(crate) after_ffn: Option<Buf>,
 }
 
 impl Layer {
     pub(crate) fn bytes(&self) -> usize {
         let matrices = [&self.q, &self.k, &self.v, &self.o].map(Packed::bytes);
-        let norms = 4 * (self.input_norm.len() + self.post_norm.len());
-        matrices.iter().sum::<usize>() + norms + self.ffn.bytes()
+        let norms = [&self.before_attention, &self.after_attention, &self.before_ffn, &self.after_ffn];
+        let vectors = norms.into_iter().chain([&self.o_bias]).flatten();
+        let heads = self.qkv_bias.iter().flatten().chain(self.qk_norm.iter().flatten());
+        let values: usize = vectors.chain(heads).map(|vector| vector.len()).sum();
+        matrices.iter().sum::<usize>() + 4 * values + self.ffn.bytes()
     }
 }
 
@@ -138,7 +148,7 @@ pub(crate) fn of_model<R>(model: &Model, pack: impl FnOnce(Parts<'_>) -> Result<
 /// Gives the model in `dir` to `pack`; of its weights one part at a time is in memory.
 pub(crate) fn of_directory<R>(dir: &Path, pack: impl FnOnce(Parts<'_>) -> Result<R>) -> Result<R> {
     let config = Config::load(dir)?;
-    let checkpoint = Checkpoint::open(dir)?;
+    let checkpoint = open_model(dir, &config)?;
     let masks = Masks::read(dir, &config)?;
     let counts = Accounting::of(&config);
     let accounting = masks.as_ref().map_or(counts, |masks| counts.with_masks(masks));
@@ -179,6 +189,11 @@ pub(crate) fn fill<T>(
         set(&mut table[first..first + values.len()], values);
         first += values.len();
     })
+}
+
+/// Copies a vector of the source, where there is one.
+pub(crate) fn optional(source: &mut dyn Source, range: Option<&Range<usize>>) -> Result<Option<Buf>> {
+    range.map(|range| Ok(vector(source.part(range)?))).transpose()
 }
 
 pub(crate) fn vector(values: &[f32]) -> Buf {

@@ -4,7 +4,7 @@
 //! A token's results do not depend on what else is in the batch: products, norms and FFNs take rows one by one, and
 //! every sequence has an attention of its own.
 
-use dsmoe_kernels::{attention, cross_entropy, linear, rope};
+use dsmoe_kernels::{attention, cross_entropy};
 use dsmoe_router::RoutingStats;
 use rayon::prelude::*;
 
@@ -12,6 +12,7 @@ use super::cache::Cache;
 use super::cpu::{CpuInference, Heads, Workspace};
 use super::segments::{Likelihood, Place};
 use crate::config::LayerShape;
+use crate::model::ropes::Turn;
 use crate::model::tensors::{attention_dims, in_pool};
 
 /// Rows of logits at a time.
@@ -45,8 +46,7 @@ impl CpuInference {
         in_pool(|| {
             self.forward(ids, stats, workspace, |layer, heads| self.attend_caches(layer, heads, caches));
             let Workspace { h, logits, .. } = &mut *workspace;
-            logits.resize(ids.len() * self.config.vocab_size);
-            linear::ForwardPacked { y: logits, x: h, w: &self.head, bias: None, rows: ids.len() }.run();
+            self.head(logits, h, ids.len());
         });
     }
 
@@ -56,14 +56,9 @@ impl CpuInference {
         let LayerShape { num_heads, num_kv_heads: kv_heads, .. } = self.config.layer(layer);
         let (width, kv_width) = (num_heads * self.config.head_dim, kv_heads * self.config.head_dim);
         let turn = |x: &mut [f32], place: &Place, heads| {
-            let args = rope::Args {
-                table: &self.rope,
-                seq: place.tokens,
-                start: place.before.1,
-                heads,
-                head_dim: self.config.head_dim,
-            };
-            rope::Forward { x, stride: args.width(), args }.run();
+            let (seq, start) = (place.tokens, place.before.1);
+            let stride = heads * self.config.head_dim;
+            self.ropes.forward(layer, x, Turn { stride, heads, seq, start, positions: place.positions });
         };
         let turned = cut(q, places, width).into_par_iter().zip(cut(k, places, kv_width)).zip(places);
         turned.filter(|(_, place)| place.tokens > 0).for_each(|((q, k), place)| {
@@ -102,15 +97,9 @@ impl CpuInference {
         let (width, kv_width) = (num_heads * self.config.head_dim, kv_heads * self.config.head_dim);
         let rows = a.par_chunks_mut(width).zip(q.par_chunks_mut(width)).zip(k.par_chunks_mut(kv_width));
         rows.zip(v.par_chunks(kv_width)).zip(caches).for_each(|((((a, q), k), v), cache)| {
-            let at = |heads| rope::Args {
-                table: &self.rope,
-                seq: 1,
-                start: cache.len,
-                heads,
-                head_dim: self.config.head_dim,
-            };
-            for (x, args) in [(&mut *q, at(num_heads)), (&mut *k, at(kv_heads))] {
-                rope::Forward { x, stride: args.width(), args }.run();
+            let (start, positions) = (cache.len, cache.positions(1));
+            for (x, heads, stride) in [(&mut *q, num_heads, width), (&mut *k, kv_heads, kv_width)] {
+                self.ropes.forward(layer, x, Turn { stride, heads, seq: 1, start, positions });
             }
             let shape = attention_dims(&self.config, layer, 1, [1, cache.len + 1]);
             let (keys, values) = cache.push(layer, k, v);
@@ -132,15 +121,7 @@ impl CpuInference {
             for (state, row) in states.chunks_exact_mut(hidden).zip(rows) {
                 state.copy_from_slice(&h[targets[row[0]].0 * hidden..][..hidden]);
             }
-            logits.resize(rows.len() * vocab);
-            linear::ForwardPacked {
-                y: logits,
-                x: &states[..rows.len() * hidden],
-                w: &self.head,
-                bias: None,
-                rows: rows.len(),
-            }
-            .run();
+            self.head(logits, &states[..rows.len() * hidden], rows.len());
             let found_here: Vec<Vec<Likelihood>> = logits
                 .par_chunks_mut(vocab)
                 .zip(rows)

@@ -38,6 +38,8 @@ pub(crate) struct Place {
     pub(crate) tokens: usize,
     /// The first token and the number of those before it.
     pub(crate) before: (usize, usize),
+    /// Positions of the whole sequence.
+    pub(crate) positions: usize,
 }
 
 /// Locates the segments in `ids` and checks both.
@@ -54,9 +56,59 @@ pub(crate) fn places(config: &Config, ids: &[u32], segments: &[Segment]) -> Resu
         };
         assert!(first + tokens <= ids.len(), "likelihoods: segment {i} ends behind {} tokens", ids.len());
         check_input(config, &ids[first..first + tokens], before.1, tokens)?;
-        places.push(Place { first, tokens, before });
+        places.push(Place { first, tokens, before, positions: before.1 + tokens });
         first += tokens;
     }
     assert_eq!(first, ids.len(), "likelihoods: tokens of all segments");
     Ok(places)
+}
+
+/// A batch whose segments have no context in other segments: each has its own copy.
+pub(crate) struct Alone {
+    pub(crate) ids: Vec<u32>,
+    pub(crate) segments: Vec<Segment>,
+    pub(crate) targets: Vec<(usize, u32)>,
+}
+
+impl Alone {
+    /// Copies contexts into the segments that continue them: a context shared by texts of different lengths would be
+    /// rotated as one of them.
+    pub(crate) fn of(ids: &[u32], places: &[Place], targets: &[(usize, u32)]) -> Alone {
+        let mut alone = Alone { ids: Vec::new(), segments: Vec::new(), targets: Vec::new() };
+        // Where the own tokens of each segment are now.
+        let mut starts = Vec::with_capacity(places.len());
+        for &Place { first, tokens, before: (start, before), .. } in places {
+            alone.ids.extend_from_slice(&ids[start..start + before]);
+            starts.push((first, alone.ids.len()));
+            alone.ids.extend_from_slice(&ids[first..first + tokens]);
+            alone.segments.push(Segment { tokens: before + tokens, after: After::Nothing });
+        }
+        alone.targets.extend(targets.iter().map(|&(place, token)| {
+            let segment = starts.partition_point(|&(first, _)| first <= place) - 1;
+            let (first, now) = starts[segment];
+            (now + place - first, token)
+        }));
+        alone
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn contexts_are_copied_and_targets_follow() {
+        let ids = [5, 6, 7, 8, 9];
+        let place = |first, tokens, before: (usize, usize)| Place {
+            first,
+            tokens,
+            before,
+            positions: before.1 + tokens,
+        };
+        let places = [place(0, 2, (0, 0)), place(2, 1, (0, 2)), place(3, 0, (0, 2)), place(3, 2, (0, 2))];
+        let alone = Alone::of(&ids, &places, &[(1, 40), (2, 41), (4, 42)]);
+        assert_eq!(alone.ids, [5, 6, 5, 6, 7, 5, 6, 5, 6, 8, 9]);
+        assert_eq!(alone.segments.iter().map(|segment| segment.tokens).collect::<Vec<_>>(), [2, 3, 2, 4]);
+        assert_eq!(alone.targets, [(1, 40), (4, 41), (10, 42)]);
+    }
 }

@@ -2,15 +2,17 @@
 
 use std::ops::Range;
 
-use dsmoe_kernels::{Precision, attention, cross_entropy, embedding, linear, rms_norm, rope};
+use dsmoe_kernels::{Precision, add, attention, cross_entropy, embedding, linear, rms_norm};
 use dsmoe_router::SparsityGrad;
 
-use super::workspace::{LayerActs, TrainWorkspace};
+use super::workspace::{LayerActs, NormActs, TrainWorkspace};
 use super::{StepArgs, StepOutput};
 use crate::error::Result;
 use crate::ffn::{FfnBackward, FfnForward, Record};
 use crate::model::arena::Model;
-use crate::model::tensors::{Batch, LayerRanges, attention_dims, in_pool};
+use crate::model::block::Block;
+use crate::model::ropes::Turn;
+use crate::model::tensors::{Batch, LayerRanges, attention_dims, in_pool, logits_of};
 
 impl Model {
     /// Runs forward and backward over `batch`. Adds to `grads` (laid out as
@@ -69,7 +71,7 @@ impl Model {
             head: self.param(&self.ranges.head),
             targets,
             scale: args.loss_scale,
-            logits: cross_entropy::Logits::default(),
+            logits: logits_of(&self.config),
             dims,
             scratch: head,
         }
@@ -91,15 +93,15 @@ impl Model {
         args: &StepArgs,
         workspace: &mut TrainWorkspace,
     ) -> StepOutput {
-        let config = &self.config;
-        let (hidden, eps) = (config.hidden, config.rms_norm_eps as f32);
+        let (config, block) = (&self.config, Block::of(&self.config));
+        let (hidden, scale) = (config.hidden, config.architecture.embed_scale);
         let (tokens, precision) = (inputs.len(), workspace.precision);
         let mut output = StepOutput::default();
         let TrainWorkspace { layers, x: x_last, rstd: rstd_last, h, y, scratch, stats, .. } = workspace;
         if let Some(stats) = stats {
             stats.clear();
         }
-        // What the next norm reads; each block's output joins the residual stream in the norm after it.
+        // What the next block reads: each block's output joins the residual stream in the norm of the next.
         let first =
             layers.first_mut().map_or((&mut *x_last, &mut *rstd_last), |acts| (&mut acts.x, &mut acts.rstd));
         embedding::Forward {
@@ -107,32 +109,33 @@ impl Model {
             table: self.param(&self.ranges.embed),
             ids: inputs,
             hidden,
-            scale: 1.0,
+            scale,
         }
         .run();
-        let norm = self.ranges.layers.first().map_or(&self.ranges.norm, |ranges| &ranges.input_norm);
-        rms_norm::Forward { y: h, rstd: first.1, x: first.0, weight: self.param(norm), offset: 0.0, eps }
-            .run();
+        let norm = self.norm_before(0);
+        self.read(block, norm, h, first.1, first.0);
         for (i, ranges) in self.ranges.layers.iter().enumerate() {
             let (done, after) = layers.split_at_mut(i + 1);
-            let LayerActs { x, qkv, a, lse, x_mid, rstd_mid, ffn: saved, .. } = &mut done[i];
-            let attention = attention_dims(&self.config, i, tokens / seq, [seq, seq]);
+            let LayerActs { x, qkv, a, lse, x_mid, rstd_mid, heads, after: norms, ffn: saved, .. } =
+                &mut done[i];
+            let attention = attention_dims(config, i, tokens / seq, [seq, seq]);
             let dims = LinearDims::of(attention, hidden, precision);
-            linear::Forward { y: qkv, x: h, w: self.param(&ranges.qkv()), bias: None, dims: dims.qkv }.run();
-            rope::Forward { x: qkv, stride: attention.joined_width(), args: self.rope_args(attention) }.run();
+            let bias = ranges.qkv_bias.as_ref().map(|range| self.param(range));
+            linear::Forward { y: qkv, x: h, w: self.param(&ranges.qkv()), bias, dims: dims.qkv }.run();
+            self.norm_heads(block, i, qkv, heads.as_mut());
+            self.ropes.forward(i, qkv, turn(attention));
             attention::ForwardJoined { out: a, lse, qkv, dims: attention }.run();
-            linear::Forward { y, x: a, w: self.param(&ranges.o), bias: None, dims: dims.o }.run();
-            rms_norm::ForwardSum {
-                y: h,
-                rstd: rstd_mid,
-                x: x_mid,
-                a: x,
-                b: y,
-                weight: self.param(&ranges.post_norm),
-                offset: 0.0,
-                eps,
-            }
-            .run();
+            let bias = ranges.o_bias.as_ref().map(|range| self.param(range));
+            linear::Forward { y, x: a, w: self.param(&ranges.o), bias, dims: dims.o }.run();
+            let [after_attention, after_ffn] =
+                norms.as_mut().map_or([None, None], |acts| acts.each_mut().map(Some));
+            let join = Join { x: &mut *x_mid, rstd: rstd_mid, residual: x, branch: y, h };
+            self.join(
+                block,
+                ranges.after_attention.as_ref().zip(after_attention),
+                ranges.before_ffn.as_ref(),
+                join,
+            );
             let report = self.ffns[i].forward_train(FfnForward {
                 y,
                 saved: saved.as_mut(),
@@ -142,21 +145,12 @@ impl Model {
                 record: stats.as_mut().map(|stats| Record { stats, layer: i }),
                 scratch,
             });
-            let (x, rstd, norm) = match (after.first_mut(), self.ranges.layers.get(i + 1)) {
-                (Some(acts), Some(ranges)) => (&mut acts.x, &mut acts.rstd, &ranges.input_norm),
-                _ => (&mut *x_last, &mut *rstd_last, &self.ranges.norm),
+            let (x, rstd) = match after.first_mut() {
+                Some(acts) => (&mut acts.x, &mut acts.rstd),
+                None => (&mut *x_last, &mut *rstd_last),
             };
-            rms_norm::ForwardSum {
-                y: h,
-                rstd,
-                x,
-                a: x_mid,
-                b: y,
-                weight: self.param(norm),
-                offset: 0.0,
-                eps,
-            }
-            .run();
+            let join = Join { x, rstd, residual: x_mid, branch: y, h };
+            self.join(block, ranges.after_ffn.as_ref().zip(after_ffn), self.norm_before(i + 1), join);
             output.sparsity_loss += report.sparsity_loss / config.num_layers as f64;
             output.mean_gate += report.mean_gate / config.num_layers as f64;
             output.balance_loss += report.balance_loss;
@@ -172,38 +166,32 @@ impl Model {
         args: &StepArgs,
         workspace: &mut TrainWorkspace,
     ) {
-        let config = &self.config;
+        let (config, block) = (&self.config, Block::of(&self.config));
         let (tokens, hidden) = (inputs.len(), config.hidden);
         let precision = workspace.precision;
         let gates = config.num_layers * tokens * self.num_experts().unwrap_or(1);
         let sparsity = SparsityGrad { weight: args.sparsity_weight / gates as f32, over: args.sparsity_over };
-        let TrainWorkspace { layers, x, rstd, h, y: dh, dx, dqkv, da, scratch, .. } = workspace;
+        let TrainWorkspace { layers, x, rstd, h, y: dh, dx, dbranch, dqkv, da, scratch, .. } = workspace;
 
-        let norm = &self.ranges.norm;
-        rms_norm::Backward {
-            dx,
-            dweight: part(grads, norm),
-            dy: dh,
-            x,
-            weight: self.param(norm),
-            offset: 0.0,
-            rstd,
-            add: false,
-        }
-        .run();
+        let (norm, offset) = (&self.ranges.norm, config.architecture.norm_offset);
+        let (dweight, weight) = (part(grads, norm), self.param(norm));
+        rms_norm::Backward { dx, dweight, dy: dh, x, weight, offset, rstd, add: false }.run();
         for (i, (ranges, acts)) in self.ranges.layers.iter().zip(layers).enumerate().rev() {
-            let LayerRanges { input_norm, o, post_norm, ffn, .. } = ranges;
-            let LayerActs { x, rstd, qkv, a, lse, x_mid, rstd_mid, ffn: saved } = acts;
-            let attention = attention_dims(&self.config, i, tokens / seq, [seq, seq]);
+            let LayerRanges { o, ffn, .. } = ranges;
+            let LayerActs { x, rstd, qkv, a, lse, x_mid, rstd_mid, heads, after, ffn: saved } = acts;
+            let attention = attention_dims(config, i, tokens / seq, [seq, seq]);
             let dims = LinearDims::of(attention, hidden, precision);
             let (dqkv, da) = (&mut dqkv[..qkv.len()], &mut da[..a.len()]);
-            // x_mid + ffn(h)
-            rms_norm::Restore { y: h, x: x_mid, weight: self.param(post_norm), offset: 0.0, rstd: rstd_mid }
-                .run();
+            let [after_attention, after_ffn] =
+                after.as_ref().map_or([None, None], |acts| acts.each_ref().map(Some));
+            // x_mid + scale norm(ffn(h))
+            let norm = ranges.after_ffn.as_ref().zip(after_ffn);
+            let dy = self.branch_gradient(grads, norm, dbranch, h, dx);
+            self.restore(ranges.before_ffn.as_ref(), h, x_mid, rstd_mid);
             self.ffns[i].backward(FfnBackward {
                 dx: dh,
                 grads: part(grads, ffn),
-                dy: dx,
+                dy,
                 saved: saved.as_mut(),
                 x: h,
                 params: self.param(ffn),
@@ -211,25 +199,23 @@ impl Model {
                 training: args.gate_training(i),
                 scratch,
             });
-            rms_norm::Backward {
-                dx,
-                dweight: part(grads, post_norm),
-                dy: dh,
-                x: x_mid,
-                weight: self.param(post_norm),
-                offset: 0.0,
-                rstd: rstd_mid,
-                add: true,
+            self.input_gradient(grads, ranges.before_ffn.as_ref(), [&mut *dx, &mut *dh], x_mid, rstd_mid);
+            // x_mid = x + scale norm(a W_o^T + b)
+            let norm = ranges.after_attention.as_ref().zip(after_attention);
+            let dy = self.branch_gradient(grads, norm, dbranch, h, dx);
+            linear::BackwardWeight { dw: part(grads, o), dy, x: a, dims: dims.o }.run();
+            if let Some(bias) = &ranges.o_bias {
+                linear::BackwardBias { db: part(grads, bias), dy, dims: dims.o }.run();
             }
-            .run();
-            // x_mid = x + a W_o^T
-            linear::BackwardWeight { dw: part(grads, o), dy: dx, x: a, dims: dims.o }.run();
-            linear::BackwardInput { dx: da, dy: dx, w: self.param(o), dims: dims.o, add: false }.run();
+            linear::BackwardInput { dx: da, dy, w: self.param(o), dims: dims.o, add: false }.run();
             attention::Backward { dqkv, dout: da, out: a, qkv, lse, dims: attention }.run();
-            rope::Backward { dx: dqkv, stride: attention.joined_width(), args: self.rope_args(attention) }
-                .run();
-            rms_norm::Restore { y: h, x, weight: self.param(input_norm), offset: 0.0, rstd }.run();
+            self.ropes.backward(i, dqkv, turn(attention));
+            self.norm_heads_backward(grads, block, i, dqkv, heads.as_ref());
+            self.restore(ranges.before_attention.as_ref(), h, x, rstd);
             linear::BackwardWeight { dw: part(grads, &ranges.qkv()), dy: dqkv, x: h, dims: dims.qkv }.run();
+            if let Some(bias) = &ranges.qkv_bias {
+                linear::BackwardBias { db: part(grads, bias), dy: dqkv, dims: dims.qkv }.run();
+            }
             linear::BackwardInput {
                 dx: dh,
                 dy: dqkv,
@@ -238,34 +224,167 @@ impl Model {
                 add: false,
             }
             .run();
-            rms_norm::Backward {
-                dx,
-                dweight: part(grads, input_norm),
-                dy: dh,
-                x,
-                weight: self.param(input_norm),
-                offset: 0.0,
-                rstd,
-                add: true,
-            }
-            .run();
+            self.input_gradient(grads, ranges.before_attention.as_ref(), [&mut *dx, &mut *dh], x, rstd);
         }
-        embedding::Backward {
-            dtable: part(grads, &self.ranges.embed),
-            dout: dx,
-            ids: inputs,
-            hidden,
-            scale: 1.0,
-        }
-        .run();
+        let (dtable, scale) = (part(grads, &self.ranges.embed), config.architecture.embed_scale);
+        embedding::Backward { dtable, dout: dx, ids: inputs, hidden, scale }.run();
     }
 
-    /// Returns the arguments that rotate queries and keys, the first columns of qkv.
-    fn rope_args(&self, attention: attention::Dims) -> rope::Args<'_> {
-        let heads = attention.heads + attention.kv_heads;
-        let head_dim = attention.head_dim;
-        rope::Args { table: &self.rope, seq: attention.queries, start: 0, heads, head_dim }
+    /// Returns the norm that is taken of the residual stream before layer `i`, or before the head; none where the layer
+    /// reads the stream itself.
+    fn norm_before(&self, i: usize) -> Option<&Range<usize>> {
+        match self.ranges.layers.get(i) {
+            Some(ranges) => ranges.before_attention.as_ref(),
+            None => Some(&self.ranges.norm),
+        }
     }
+
+    /// Sets `h` to what a block reads of the residual stream `x`.
+    fn read(&self, block: Block, norm: Option<&Range<usize>>, h: &mut [f32], rstd: &mut [f32], x: &[f32]) {
+        match norm {
+            Some(range) => block.norm(self.param(range), h, rstd, x),
+            None => h.copy_from_slice(x),
+        }
+    }
+
+    /// Sets `h` to what a block read of the residual stream `x` in the forward pass.
+    fn restore(&self, norm: Option<&Range<usize>>, h: &mut [f32], x: &[f32], rstd: &[f32]) {
+        match norm {
+            Some(range) => {
+                let (weight, offset) = (self.param(range), self.config.architecture.norm_offset);
+                rms_norm::Restore { y: h, x, weight, offset, rstd }.run();
+            }
+            None => h.copy_from_slice(x),
+        }
+    }
+
+    /// Adds what a block gives to the residual stream, after the norm behind the block, and sets `h` to what the next
+    /// block reads.
+    fn join(
+        &self,
+        block: Block,
+        after: Option<(&Range<usize>, &mut NormActs)>,
+        next: Option<&Range<usize>>,
+        join: Join<'_>,
+    ) {
+        let Join { x, rstd, residual, branch, h } = join;
+        let scale = self.config.architecture.residual_scale;
+        if let Some(next) = next.filter(|_| after.is_none() && scale == 1.0) {
+            block.norm_sum(self.param(next), [h, rstd, x], [residual, branch]);
+            return;
+        }
+        let branch = match after {
+            Some((range, acts)) => {
+                acts.x.copy_from_slice(branch);
+                block.norm(self.param(range), h, &mut acts.rstd, &acts.x);
+                &*h
+            }
+            None => branch,
+        };
+        x.copy_from_slice(residual);
+        add::Add { y: x, x: branch, scale }.run();
+        self.read(block, next, h, rstd, x);
+    }
+
+    /// Returns the gradient of what a block gives, from the gradient `dx` of the residual stream that it joined; `h` and
+    /// `dbranch` are used for it. Adds the gradient of the norm behind the block.
+    fn branch_gradient<'a>(
+        &self,
+        grads: &mut [f32],
+        after: Option<(&Range<usize>, &NormActs)>,
+        dbranch: &'a mut [f32],
+        h: &mut [f32],
+        dx: &'a [f32],
+    ) -> &'a [f32] {
+        let scale = self.config.architecture.residual_scale;
+        let Some((range, NormActs { x, rstd })) = after else {
+            if scale == 1.0 {
+                return dx;
+            }
+            add::Scale { y: dbranch, x: dx, scale }.run();
+            return dbranch;
+        };
+        let dy = if scale == 1.0 {
+            dx
+        } else {
+            add::Scale { y: h, x: dx, scale }.run();
+            &*h
+        };
+        let (dweight, weight) = (part(grads, range), self.param(range));
+        let offset = self.config.architecture.norm_offset;
+        rms_norm::Backward { dx: dbranch, dweight, dy, x, weight, offset, rstd, add: false }.run();
+        dbranch
+    }
+
+    /// Adds to the gradient `dx` of the residual stream `x` that of what a block read of it, `dh`.
+    fn input_gradient(
+        &self,
+        grads: &mut [f32],
+        norm: Option<&Range<usize>>,
+        [dx, dh]: [&mut [f32]; 2],
+        x: &[f32],
+        rstd: &[f32],
+    ) {
+        let Some(range) = norm else {
+            add::Add { y: dx, x: dh, scale: 1.0 }.run();
+            return;
+        };
+        let (dweight, weight) = (part(grads, range), self.param(range));
+        let offset = self.config.architecture.norm_offset;
+        rms_norm::Backward { dx, dweight, dy: dh, x, weight, offset, rstd, add: true }.run();
+    }
+
+    /// Norms the queries and keys in `qkv`, where the family does.
+    fn norm_heads(&self, block: Block, i: usize, qkv: &mut [f32], acts: Option<&mut [NormActs; 2]>) {
+        let (Some(ranges), Some(acts)) = (&self.ranges.layers[i].qk_norm, acts) else { return };
+        let ([q, kv], mut first) = (self.config.attention_widths(i), 0);
+        for ((range, acts), width) in ranges.iter().zip(acts).zip([q, kv]) {
+            let weight = self.param(range);
+            let (saved, rstd) = (Some(&mut acts.x[..]), &mut acts.rstd[..]);
+            let heads = block.heads(weight, width, q + 2 * kv);
+            rms_norm::ForwardHeads { x: &mut qkv[first..], saved, rstd, weight, heads }.run();
+            first += width;
+        }
+    }
+
+    /// Turns the gradients of normed queries and keys in `dqkv` into those before their norms.
+    fn norm_heads_backward(
+        &self,
+        grads: &mut [f32],
+        block: Block,
+        i: usize,
+        dqkv: &mut [f32],
+        acts: Option<&[NormActs; 2]>,
+    ) {
+        let (Some(ranges), Some(acts)) = (&self.ranges.layers[i].qk_norm, acts) else { return };
+        let ([q, kv], mut first) = (self.config.attention_widths(i), 0);
+        for ((range, NormActs { x, rstd }), width) in ranges.iter().zip(acts).zip([q, kv]) {
+            let (weight, dweight) = (self.param(range), part(grads, range));
+            let heads = block.heads(weight, width, q + 2 * kv);
+            rms_norm::BackwardHeads { dx: &mut dqkv[first..], dweight, x, rstd, weight, heads }.run();
+            first += width;
+        }
+    }
+}
+
+/// A block's output on its way into the residual stream.
+struct Join<'a> {
+    /// The stream after it; set.
+    x: &'a mut [f32],
+    /// Of the norm that the next block reads; set where there is one.
+    rstd: &'a mut [f32],
+    /// The stream before it.
+    residual: &'a [f32],
+    /// The block's output.
+    branch: &'a [f32],
+    /// What the next block reads; set.
+    h: &'a mut [f32],
+}
+
+/// Returns the rows of queries and keys, the first columns of qkv.
+fn turn(attention: attention::Dims) -> Turn {
+    let (seq, heads) = (attention.queries, attention.heads + attention.kv_heads);
+    Turn { stride: attention.joined_width(), heads, seq, start: 0, positions: seq }
 }
 
 /// Sizes of attention's linear layers.

@@ -24,7 +24,18 @@ pub(crate) struct LayerActs {
     /// Residual stream between attention and FFN.
     pub(crate) x_mid: Buf,
     pub(crate) rstd_mid: Buf,
+    /// Queries, and keys, before their norm.
+    pub(crate) heads: Option<[NormActs; 2]>,
+    /// What attention, and the FFN, give before the norm after them.
+    pub(crate) after: Option<[NormActs; 2]>,
     pub(crate) ffn: Box<dyn Any + Send>,
+}
+
+/// Values that the backward of a norm needs: its input and 1 / the root mean square of each row of it.
+#[derive(Debug)]
+pub(crate) struct NormActs {
+    pub(crate) x: Buf,
+    pub(crate) rstd: Buf,
 }
 
 /// Activations and scratch of training in one precision, sized for a number of tokens and reused every step.
@@ -42,6 +53,8 @@ pub struct TrainWorkspace {
     pub(crate) y: Buf,
     /// Gradient of the residual stream.
     pub(crate) dx: Buf,
+    /// Gradient of what a block adds to it, where it is another.
+    pub(crate) dbranch: Buf,
     pub(crate) dqkv: Buf,
     pub(crate) da: Buf,
     pub(crate) head: cross_entropy::Scratch,
@@ -65,15 +78,32 @@ impl Widths {
         Widths { hidden: config.hidden, qkv: attention + 2 * kv, attention, heads }
     }
 
-    /// Returns the widths of [`LayerActs`] in order, without the FFN.
+    /// Returns the widths of [`LayerActs`] in order, without norms of heads, norms after a block, and the FFN.
     fn layer(self) -> [usize; 7] {
         [self.hidden, 1, self.qkv, self.attention, self.heads, self.hidden, 1]
     }
 
     /// Returns the widths of the buffers of [`TrainWorkspace`] in order.
-    fn shared(self) -> [usize; 8] {
-        [self.hidden, 1, self.hidden, 1, self.hidden, self.hidden, self.qkv, self.attention]
+    fn shared(self, config: &Config) -> [usize; 9] {
+        let dbranch = if scales_branches(config) { self.hidden } else { 0 };
+        [self.hidden, 1, self.hidden, 1, self.hidden, self.hidden, dbranch, self.qkv, self.attention]
     }
+}
+
+/// Returns whether what a block gives has another gradient than the residual stream.
+fn scales_branches(config: &Config) -> bool {
+    config.architecture.norms_after() || config.architecture.residual_scale != 1.0
+}
+
+/// Returns the widths of inputs and of root mean squares of the norms of queries and of keys.
+fn head_norm_widths(config: &Config, i: usize) -> Option<[[usize; 2]; 2]> {
+    let (widths, norms) = (config.attention_widths(i), config.qk_norm_widths(i)?);
+    Some([0, 1].map(|k| [widths[k], widths[k] / norms[k]]))
+}
+
+/// Returns the widths of inputs and of root mean squares of the norms after attention and after the FFN.
+fn after_norm_widths(config: &Config) -> Option<[[usize; 2]; 2]> {
+    config.architecture.norms_after().then_some([[config.hidden, 1]; 2])
 }
 
 impl TrainWorkspace {
@@ -82,15 +112,19 @@ impl TrainWorkspace {
     pub fn new(model: &Model, tokens: usize, precision: Precision) -> TrainWorkspace {
         let config = &model.config;
         let room = |width: usize| Buf::zeros(tokens * width);
-        let layer = |(shape, ffn): (LayerShape, &dyn Ffn)| {
+        let norms = |[x, rstd]: [usize; 2]| NormActs { x: room(x), rstd: room(rstd) };
+        let layer = |(i, ffn): (usize, &Box<dyn Ffn>)| {
+            let shape = config.layer(i);
             let widths = Widths::of(config, shape.num_heads, shape.num_kv_heads);
             let [x, rstd, qkv, a, lse, x_mid, rstd_mid] = widths.layer().map(room);
-            LayerActs { x, rstd, qkv, a, lse, x_mid, rstd_mid, ffn: ffn.new_saved(tokens) }
+            let heads = head_norm_widths(config, i).map(|widths| widths.map(norms));
+            let after = after_norm_widths(config).map(|widths| widths.map(norms));
+            LayerActs { x, rstd, qkv, a, lse, x_mid, rstd_mid, heads, after, ffn: ffn.new_saved(tokens) }
         };
-        let layers = config.layers().zip(model.ffns.iter().map(|ffn| &**ffn)).map(layer).collect();
+        let layers = model.ffns.iter().enumerate().map(layer).collect();
         // Room for the widest layer.
         let widest = Widths::of(config, config.num_heads, config.num_kv_heads);
-        let [x, rstd, h, losses, y, dx, dqkv, da] = widest.shared().map(room);
+        let [x, rstd, h, losses, y, dx, dbranch, dqkv, da] = widest.shared(config).map(room);
         let mut head = cross_entropy::Scratch::new(precision);
         head.reserve(cross_entropy::Dims { tokens, hidden: config.hidden, vocab: config.vocab_size });
         let experts = expert_ffn::Scratch::new(precision);
@@ -109,6 +143,7 @@ impl TrainWorkspace {
             losses,
             y,
             dx,
+            dbranch,
             dqkv,
             da,
             head,
@@ -120,18 +155,20 @@ impl TrainWorkspace {
     /// Returns the memory of a workspace for `tokens` tokens of a model of `config`, when `active` is the share of its
     /// experts that a token runs.
     pub fn memory(config: &Config, tokens: usize, active: f64) -> Vec<MemoryUse> {
-        let layer = |shape: LayerShape| {
+        let layer = |(i, shape): (usize, LayerShape)| {
             let widths = Widths::of(config, shape.num_heads, shape.num_kv_heads);
+            let norms = head_norm_widths(config, i).into_iter().chain(after_norm_widths(config));
+            let norms: usize = norms.flatten().flatten().sum();
             // An FFN keeps what gate and up give.
-            widths.layer().iter().sum::<usize>() + 2 * shape.intermediate
+            widths.layer().iter().sum::<usize>() + norms + 2 * shape.intermediate
         };
-        let shared = Widths::of(config, config.num_heads, config.num_kv_heads).shared();
+        let shared = Widths::of(config, config.num_heads, config.num_kv_heads).shared(config);
         let head = cross_entropy::Dims { tokens, hidden: config.hidden, vocab: config.vocab_size };
         // An FFN at work holds one activation of every pair, and five of the active ones.
         let ffn = config.intermediate as f64 * (1.0 + 5.0 * active);
         let f32s = |what, values: usize| MemoryUse { what, bytes: 4 * values };
         vec![
-            f32s("  kept activations", tokens * config.layers().map(layer).sum::<usize>()),
+            f32s("  kept activations", tokens * config.layers().enumerate().map(layer).sum::<usize>()),
             f32s("  residual stream", tokens * shared.iter().sum::<usize>()),
             f32s("  FFN at work", (tokens as f64 * ffn) as usize),
             f32s("  logits", head.chunk().min(tokens) * config.vocab_size),

@@ -6,6 +6,24 @@
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f
 
+// With WINDOW, a query sees itself and the keys before it, `window` in all; with CAPPED, scores are cap tanh(score / cap).
+#if WINDOW || CAPPED
+#define VARIANT , int window, float cap
+#define VARIANT_ARGS , window, cap
+#else
+#define VARIANT
+#define VARIANT_ARGS
+#endif
+#if WINDOW
+#define SEEN(key, query) ((key) <= (query) && (query) - (key) < window)
+#define FIRST_KEY(query, step) (max(0, (query) - window + 1) / (step) * (step))
+#define LAST_QUERY(key) min(seq, (key) + window)
+#else
+#define SEEN(key, query) ((key) <= (query))
+#define FIRST_KEY(query, step) 0
+#define LAST_QUERY(key) seq
+#endif
+
 // Rows of 64 keys or queries: `row(i)` says where row i lies, or -1.
 template <int ROWS, typename Row>
 DEV void load_rows(bf16* to, const bf16* from, i64 stride, Row row) {
@@ -83,7 +101,7 @@ extern __shared__ __align__(16) bf16 shared[];
 struct Sequence { i64 q_row; int queries; i64 k_row; int keys; i64 before; int split; };
 
 DEV void attend(bf16* out, float* lse, const bf16* q, i64 q_stride, const bf16* k, const bf16* v, i64 k_stride,
-                Sequence s, int tile, int head, int heads, float scale) {
+                Sequence s, int tile, int head, int heads, float scale VARIANT) {
     bf16 *qs = shared, *ks = qs + 64 * LD, *vs = ks + 64 * LD;
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, c2 = 2 * (lane & 3);
   const int first = tile * 64;
@@ -92,7 +110,7 @@ DEV void attend(bf16* out, float* lse, const bf16* q, i64 q_stride, const bf16* 
   const int last = min(first + 64, s.queries) - 1 + s.keys - s.queries;  // the last key that any row sees
   const int row = first + warp * 16 + g + s.keys - s.queries;            // the last key that row g sees
   const float scale2 = scale * LOG2E;
-  for (int k0 = 0; k0 <= last; k0 += 64) {
+  for (int k0 = FIRST_KEY(first + s.keys - s.queries, 64); k0 <= last; k0 += 64) {
     __syncthreads();
     auto key = [&](int r) {
       const int j = k0 + r;
@@ -118,7 +136,12 @@ DEV void attend(bf16* out, float* lse, const bf16* q, i64 q_stride, const bf16* 
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         const int j = k0 + n * 8 + c2 + (i & 1);
-        p[n][i] = j <= row + (i >> 1) * 8 ? p[n][i] * scale2 : -1e30f;
+#if CAPPED
+        p[n][i] = cap * tanhf(p[n][i] * scale / cap) * LOG2E;
+        p[n][i] = SEEN(j, row + (i >> 1) * 8) ? p[n][i] : -1e30f;
+#else
+        p[n][i] = SEEN(j, row + (i >> 1) * 8) ? p[n][i] * scale2 : -1e30f;
+#endif
         now[i >> 1] = fmaxf(now[i >> 1], p[n][i]);
       }
 #pragma unroll
@@ -166,24 +189,24 @@ DEV void attend(bf16* out, float* lse, const bf16* q, i64 q_stride, const bf16* 
 // Sequences of equal length; q, k and v may be columns of one matrix.
 extern "C" __global__ void __launch_bounds__(128)
 forward(bf16* out, float* lse, const bf16* q, const bf16* k, const bf16* v, i64 q_stride, i64 k_stride, int queries,
-        int keys, int heads, int group, float scale) {
+        int keys, int heads, int group, float scale VARIANT) {
   const int head = blockIdx.y, b = blockIdx.z, kv = head / group;
   const Sequence s = {(i64)b * queries, queries, (i64)b * keys, keys, 0, 0};
   // The longest rows first.
   attend(out, lse, q + head * HD, q_stride, k + kv * HD, v + kv * HD, k_stride, s, gridDim.x - 1 - blockIdx.x, head,
-         heads, scale);
+         heads, scale VARIANT_ARGS);
 }
 
 // Segments: `table` has of each its first row, its rows, and first row and rows of what it continues; `tiles` of each block
 // its segment and tile.
 extern "C" __global__ void __launch_bounds__(128)
 ragged(bf16* out, const bf16* q, const bf16* k, const bf16* v, i64 stride, const u32* table, const u32* tiles, int heads,
-       int group, float scale) {
+       int group, float scale VARIANT) {
   const u32* of = table + 4 * tiles[2 * blockIdx.x];
   const int head = blockIdx.y, kv = head / group;
   const Sequence s = {of[0], (int)of[1], of[0], (int)(of[1] + of[3]), of[2], (int)of[3]};
   attend(out, nullptr, q + head * HD, stride, k + kv * HD, v + kv * HD, stride, s, tiles[2 * blockIdx.x + 1], head, heads,
-         scale);
+         scale VARIANT_ARGS);
 }
 
 // delta [T, heads]: dot products of dout and out, a warp each.
@@ -199,7 +222,7 @@ extern "C" __global__ void __launch_bounds__(128) deltas(float* delta, const bf1
 // dq: a block has 64 queries and goes over the keys that they see.
 extern "C" __global__ void __launch_bounds__(128, 1)
 backward_queries(bf16* dqkv, const bf16* dout, const bf16* qkv, const float* lse, const float* delta, i64 stride, int seq,
-                 int heads, int kv_heads, float scale) {
+                 int heads, int kv_heads, float scale VARIANT) {
     bf16 *qs = shared, *os = qs + 64 * LD, *ks = os + 64 * LD, *vs = ks + 32 * LD;
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, c2 = 2 * (lane & 3);
   const int head = blockIdx.y, kv = head / (heads / kv_heads), first = (gridDim.x - 1 - blockIdx.x) * 64;
@@ -216,7 +239,7 @@ backward_queries(bf16* dqkv, const bf16* dout, const bf16* qkv, const float* lse
     dl[h] = delta[at];
   }
   float acc[TILES][4] = {};
-  for (int k0 = 0; k0 <= last; k0 += 32) {
+  for (int k0 = FIRST_KEY(first, 32); k0 <= last; k0 += 32) {
     __syncthreads();
     auto key = [&](int r) { return k0 + r <= last ? base + k0 + r : (i64)-1; };
     load_rows<32>(ks, qkv + (heads + kv) * HD, stride, key);
@@ -231,8 +254,13 @@ backward_queries(bf16* dqkv, const bf16* dout, const bf16* qkv, const float* lse
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         const int h = i >> 1, j = k0 + n * 8 + c2 + (i & 1);
-        const float p = j <= row + 8 * h ? exp2f(s[i] * scale * LOG2E - l2[h]) : 0.0f;
+#if CAPPED
+        const float t = tanhf(s[i] * scale / cap), p = SEEN(j, row + 8 * h) ? exp2f(cap * t * LOG2E - l2[h]) : 0.0f;
+        ds[n][i] = p * (dp[i] - dl[h]) * (1.0f - t * t) * scale;
+#else
+        const float p = SEEN(j, row + 8 * h) ? exp2f(s[i] * scale * LOG2E - l2[h]) : 0.0f;
         ds[n][i] = p * (dp[i] - dl[h]) * scale;
+#endif
       }
     }
 #pragma unroll
@@ -254,7 +282,7 @@ backward_queries(bf16* dqkv, const bf16* dout, const bf16* qkv, const float* lse
 // dk and dv: a block has 64 keys of one head of keys and goes over the queries that see them, head by head of its group.
 extern "C" __global__ void __launch_bounds__(128, 1)
 backward_keys(bf16* dqkv, const bf16* dout, const bf16* qkv, const float* lse, const float* delta, i64 stride, int seq,
-              int heads, int kv_heads, float scale) {
+              int heads, int kv_heads, float scale VARIANT) {
     bf16 *ks = shared, *vs = ks + 64 * LD, *qs = vs + 64 * LD, *os = qs + 32 * LD;
   __shared__ float ls[32], dl[32];
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, c2 = 2 * (lane & 3);
@@ -266,7 +294,7 @@ backward_keys(bf16* dqkv, const bf16* dout, const bf16* qkv, const float* lse, c
   const int row = first + warp * 16 + g;
   float dk[TILES][4] = {}, dv[TILES][4] = {};
   for (int head = kv * group; head < (kv + 1) * group; head++) {
-    for (int q0 = first; q0 < seq; q0 += 32) {
+    for (int q0 = first; q0 < LAST_QUERY(first + 63); q0 += 32) {
       __syncthreads();
       auto query = [&](int r) { return q0 + r < seq ? base + q0 + r : (i64)-1; };
       load_rows<32>(qs, qkv + head * HD, stride, query);
@@ -286,8 +314,14 @@ backward_keys(bf16* dqkv, const bf16* dout, const bf16* qkv, const float* lse, c
 #pragma unroll
         for (int i = 0; i < 4; i++) {
           const int r = n * 8 + c2 + (i & 1), q = q0 + r;
-          p[n][i] = row + (i >> 1) * 8 <= q && q < seq ? exp2f(s[i] * scale * LOG2E - ls[r]) : 0.0f;
+#if CAPPED
+          const float t = tanhf(s[i] * scale / cap);
+          p[n][i] = SEEN(row + (i >> 1) * 8, q) && q < seq ? exp2f(cap * t * LOG2E - ls[r]) : 0.0f;
+          ds[n][i] = p[n][i] * (dp[i] - dl[r]) * (1.0f - t * t) * scale;
+#else
+          p[n][i] = SEEN(row + (i >> 1) * 8, q) && q < seq ? exp2f(s[i] * scale * LOG2E - ls[r]) : 0.0f;
           ds[n][i] = p[n][i] * (dp[i] - dl[r]) * scale;
+#endif
         }
       }
 #pragma unroll

@@ -4,6 +4,7 @@
 use half::bf16;
 
 use super::{Arg, Define, Gpu, Grid, Matrix, Result, Source, optional};
+use crate::attention::Scores;
 use crate::cuda::{CudaError, GpuBuf};
 
 pub(super) static SOURCE: Source = Source { name: "attention", text: include_str!("attention.cu") };
@@ -13,8 +14,11 @@ const MAX_HEAD_DIM: usize = 128;
 /// Rows of a block.
 const TILE: usize = 64;
 
+/// The largest window that kernels count with; no text is longer.
+const MAX_WINDOW: usize = 1 << 30;
+
 /// The heads of a layer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Heads {
     /// Query heads, a multiple of `kv_heads`.
     pub heads: usize,
@@ -22,6 +26,8 @@ pub struct Heads {
     pub kv_heads: usize,
     /// Width of a head.
     pub head_dim: usize,
+    /// How scores are made.
+    pub scores: Scores,
 }
 
 impl Heads {
@@ -42,27 +48,50 @@ impl Heads {
 
     /// Refuses heads that the kernels do not take.
     pub(super) fn check(self) -> Result<()> {
-        let Heads { heads, kv_heads, head_dim } = self;
+        let Heads { heads, kv_heads, head_dim, scores: Scores { window, cap, .. } } = self;
         if head_dim > MAX_HEAD_DIM || !head_dim.is_multiple_of(2) {
             return Err(CudaError::Size(format!(
                 "attention on a GPU takes heads of an even width up to {MAX_HEAD_DIM}, not {head_dim}; use the CPU"
             )));
         }
-        assert!(kv_heads > 0 && heads.is_multiple_of(kv_heads), "cuda attention: {self:?}");
+        assert!(
+            kv_heads > 0
+                && heads.is_multiple_of(kv_heads)
+                && window != Some(0)
+                && cap.is_none_or(|cap| cap > 0.0),
+            "cuda attention: {self:?}"
+        );
         Ok(())
     }
 
-    pub(super) fn defines(self) -> [Define; 2] {
-        [("HD", self.head_dim as i64), ("HP", self.head_dim.next_multiple_of(16) as i64)]
+    pub(super) fn defines(self) -> [Define; 4] {
+        let [window, capped] = self.variant();
+        [("HD", self.head_dim as i64), ("HP", self.head_dim.next_multiple_of(16) as i64), window, capped]
+    }
+
+    /// Returns the definitions of the kernels for these scores.
+    pub(super) fn variant(self) -> [Define; 2] {
+        let Scores { window, cap, .. } = self.scores;
+        [("WINDOW", i64::from(window.is_some())), ("CAPPED", i64::from(cap.is_some()))]
+    }
+
+    /// Returns what kernels for scores that are not plain take at their end.
+    pub(super) fn variant_args(self) -> Vec<Arg> {
+        let Scores { window, cap, .. } = self.scores;
+        if window.is_none() && cap.is_none() {
+            return Vec::new();
+        }
+        vec![window.unwrap_or(MAX_WINDOW).min(MAX_WINDOW).into(), Arg::F32(cap.unwrap_or(1.0))]
+    }
+
+    /// Returns the factor of scores and [`Heads::variant_args`].
+    pub(super) fn score_args(self) -> Vec<Arg> {
+        [vec![Arg::F32(self.scores.scale)], self.variant_args()].concat()
     }
 
     /// Returns the bytes of `rows` rows in shared memory.
     fn shared(self, rows: usize) -> u32 {
         (rows * (self.head_dim.next_multiple_of(16) + 8) * size_of::<bf16>()) as u32
-    }
-
-    pub(super) fn scale(self) -> f32 {
-        1.0 / (self.head_dim as f32).sqrt()
     }
 
     /// Returns the addresses of the first keys and values in joined rows.
@@ -117,7 +146,7 @@ impl Tiles<'_> {
         let [q_stride, k_stride] = strides.map(|stride| Arg::I64(stride as i64));
         let pointers = [out.arg(), optional(lse.as_deref()), q, k, v, q_stride, k_stride];
         let sizes = [queries, keys, count, count / kv_heads].map(Arg::Size);
-        let args = [&pointers[..], &sizes, &[Arg::F32(heads.scale())]].concat();
+        let args = [&pointers[..], &sizes, &heads.score_args()].concat();
         let grid = Grid { blocks, threads: 128, shared: heads.shared(3 * TILE) };
         // SAFETY: a block per tile of queries of a head; the callers checked that rows and strides are inside the buffers.
         unsafe { SOURCE.launch(out.gpu(), "forward", &heads.defines(), grid, &args) }
@@ -193,7 +222,7 @@ impl Ragged<'_> {
         let (table, tiles, stride) = (segments.table.arg(), segments.tiles.arg(), Arg::I64(width as i64));
         let pointers = [out.arg(), qkv.arg(), k, v, stride, table, tiles];
         let sizes = [count, count / kv_heads].map(Arg::Size);
-        let args = [&pointers[..], &sizes, &[Arg::F32(heads.scale())]].concat();
+        let args = [&pointers[..], &sizes, &heads.score_args()].concat();
         let shared = heads.shared(3 * TILE);
         let grid = Grid { shared, ..Grid::plane(segments.blocks, count, 128) };
         // SAFETY: a block per tile of a segment's queries. Segments lie in the batch by the caller's promise, whose rows were
@@ -249,7 +278,7 @@ impl Backward<'_> {
         unsafe { SOURCE.launch(gpu, "deltas", &defines, Grid::row(pairs.div_ceil(4), 128), &args) }?;
         let sizes = [seq, heads.heads, heads.kv_heads].map(Arg::Size);
         let pointers = [dqkv.arg(), dout.arg(), qkv.arg(), lse.arg(), deltas.arg(), Arg::I64(width as i64)];
-        let args = [&pointers[..], &sizes, &[Arg::F32(heads.scale())]].concat();
+        let args = [&pointers[..], &sizes, &heads.score_args()].concat();
         let (tiles, shared) = (seq.div_ceil(TILE), heads.shared(2 * TILE + 2 * TILE / 2));
         for (entry, count) in [("backward_queries", heads.heads), ("backward_keys", heads.kv_heads)] {
             let grid = Grid { blocks: [tiles, count, rows / seq], threads: 128, shared };

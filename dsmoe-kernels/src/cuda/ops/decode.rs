@@ -10,8 +10,9 @@ pub(super) static SOURCE: Source = Source { name: "decode", text: include_str!("
 /// Keys that one block takes.
 const CHUNK: usize = 64;
 
-pub(super) fn defines(heads: Heads) -> [Define; 2] {
-    [("HD", heads.head_dim as i64), ("CHUNK", CHUNK as i64)]
+pub(super) fn defines(heads: Heads) -> [Define; 4] {
+    let [window, capped] = heads.variant();
+    [("HD", heads.head_dim as i64), ("CHUNK", CHUNK as i64), window, capped]
 }
 
 /// The place of the next keys and values of a sequence.
@@ -138,11 +139,12 @@ impl Decode<'_> {
         let (gpu, defines, chunks) = (qkv.gpu(), defines(heads), room.div_ceil(CHUNK));
         let Heads { heads: count, kv_heads, .. } = heads;
         let pointers = [partials.arg(), qkv.arg(), keys.arg(), values.arg(), length.arg()];
-        let args = [&pointers[..], &[count.into(), kv_heads.into(), Arg::F32(heads.scale())]].concat();
+        let args = [&pointers[..], &[count.into(), kv_heads.into()], &heads.score_args()].concat();
         let grid = Grid::plane(chunks, count, CHUNK as u32);
         // SAFETY: a block per chunk of the room and head; those behind the length do nothing.
         unsafe { SOURCE.launch(gpu, "chunks", &defines, grid, &args) }?;
-        let args = [out.arg(), partials.arg(), length.arg(), chunks.into()];
+        let pointers = [out.arg(), partials.arg(), length.arg(), chunks.into()];
+        let args = [&pointers[..], &heads.variant_args()].concat();
         // SAFETY: a block per head reads the chunks that were set above.
         unsafe { SOURCE.launch(gpu, "combine", &defines, Grid::row(count, 128), &args) }
     }

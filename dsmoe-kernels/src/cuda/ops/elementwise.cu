@@ -30,3 +30,20 @@ extern "C" __global__ void rows(bf16* out, const bf16* x, const u32* picked, int
   bf16* to = out + (i64)blockIdx.x * width;
   for (int i = threadIdx.x; i < width; i += blockDim.x) to[i] = from[i];
 }
+
+// y += bias, row by row.
+template <typename T> DEV void add_bias(T* y, const float* bias, i64 n, int width) {
+  const i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < n) y[i] = from_f32<T>(to_f32(y[i]) + bias[i % width]);
+}
+extern "C" __global__ void add_bias_f32(float* y, const float* bias, i64 n, int width) { add_bias(y, bias, n, width); }
+extern "C" __global__ void add_bias_bf16(bf16* y, const float* bias, i64 n, int width) { add_bias(y, bias, n, width); }
+
+// Row p of `partials`, which has a row per block row, gets the sum of the rows p, p + block rows, ... of dy.
+extern "C" __global__ void sum_rows(float* partials, const bf16* dy, int rows, int width) {
+  const int c = blockIdx.x * blockDim.x + threadIdx.x;
+  if (c >= width) return;
+  float sum = 0.0f;
+  for (int r = blockIdx.y; r < rows; r += gridDim.y) sum += to_f32(dy[(i64)r * width + c]);
+  partials[(i64)blockIdx.y * width + c] = sum;
+}

@@ -95,3 +95,64 @@ extern "C" __global__ void sum_partials(float* dweight, const float* partials, i
   for (int p = 0; p < rows; p++) sum += partials[(i64)p * width + i];
   dweight[i] += sum;
 }
+
+// A block per head of a row: HIDDEN is the width of a head. The heads of rows `stride` apart are normed in place; their old
+// values go to `saved`, if it is there.
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+norm_heads(bf16* x, bf16* saved, float* rstd, const float* weight, int heads, int stride, float eps, float offset) {
+  __shared__ float shared[32];
+  bf16* at = x + (i64)(blockIdx.x / heads) * stride + (i64)(blockIdx.x % heads) * HIDDEN;
+  float v[PER], squares = 0.0f;
+#pragma unroll
+  for (int j = 0; j < PER; j++) {
+    const int i = j * THREADS + threadIdx.x;
+    v[j] = i < HIDDEN ? to_f32(at[i]) : 0.0f;
+    squares += v[j] * v[j];
+    if (saved && i < HIDDEN) saved[(i64)blockIdx.x * HIDDEN + i] = at[i];
+  }
+  const float r = rsqrtf(block_sum(squares, shared) / HIDDEN + eps);
+  if (threadIdx.x == 0) rstd[blockIdx.x] = r;
+#pragma unroll
+  for (int j = 0; j < PER; j++) {
+    const int i = j * THREADS + threadIdx.x;
+    if (i < HIDDEN) at[i] = to_bf16(v[j] * r * (weight[i] + offset));
+  }
+}
+
+// The gradient of the above, in place; x holds the old values. A block takes the heads b, b + blocks, ...
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+backward_heads(bf16* dx, float* partials, const bf16* x, const float* weight, const float* rstd, int count, int heads,
+               int stride, float offset) {
+  __shared__ float shared[32];
+  float dw[PER];
+#pragma unroll
+  for (int j = 0; j < PER; j++) dw[j] = 0.0f;
+  for (int t = blockIdx.x; t < count; t += gridDim.x) {
+    bf16* at = dx + (i64)(t / heads) * stride + (i64)(t % heads) * HIDDEN;
+    const float r = rstd[t];
+    float g[PER], xs[PER], dot = 0.0f;
+#pragma unroll
+    for (int j = 0; j < PER; j++) {
+      const int i = j * THREADS + threadIdx.x;
+      g[j] = xs[j] = 0.0f;
+      if (i < HIDDEN) {
+        const float d = to_f32(at[i]);
+        xs[j] = to_f32(x[(i64)t * HIDDEN + i]);
+        g[j] = d * (weight[i] + offset);
+        dw[j] += d * xs[j] * r;
+      }
+      dot += g[j] * xs[j];
+    }
+    const float scale = block_sum(dot, shared) * r * r / HIDDEN;
+#pragma unroll
+    for (int j = 0; j < PER; j++) {
+      const int i = j * THREADS + threadIdx.x;
+      if (i < HIDDEN) at[i] = to_bf16(r * (g[j] - xs[j] * scale));
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < PER; j++) {
+    const int i = j * THREADS + threadIdx.x;
+    if (i < HIDDEN) partials[(i64)blockIdx.x * HIDDEN + i] = dw[j];
+  }
+}

@@ -2,7 +2,7 @@
 
 use half::bf16;
 
-use super::{Arg, Define, Gpu, Grid, Matrix, Result, Source};
+use super::{Arg, Define, Gpu, Grid, Matrix, Result, Source, optional};
 
 pub(super) static SOURCE: Source = Source { name: "rms_norm", text: include_str!("rms_norm.cu") };
 
@@ -166,4 +166,116 @@ pub(super) fn sum_partials(out: &mut Matrix<f32>, partials: &Matrix<f32>, parts:
         (Grid::row(width.div_ceil(128), 128), [out.arg(), partials.arg(), parts.into(), width.into()]);
     // SAFETY: the lengths were checked above; a thread per value of `out`.
     unsafe { SOURCE.launch(out.gpu(), "sum_partials", &defines(8), grid, &args) }
+}
+
+/// The heads of a matrix, side by side from column `first` on. A single head is the norm over a part of a row.
+#[derive(Clone, Copy, Debug)]
+pub struct Heads {
+    /// The first column.
+    pub first: usize,
+    /// Heads of a row.
+    pub heads: usize,
+    /// Added to the weight.
+    pub offset: f32,
+}
+
+impl Heads {
+    /// Checks sizes. Returns the address of the first head, and the number of heads of all rows.
+    fn check(
+        self,
+        op: &str,
+        x: &Matrix<bf16>,
+        saved: Option<usize>,
+        weight: &Matrix<f32>,
+        rstd: &Matrix<f32>,
+    ) -> (Arg, usize) {
+        let (width, count) = (self.heads * weight.len(), x.rows() * self.heads);
+        assert!(
+            width > 0
+                && self.first + width <= x.cols()
+                && rstd.len() == count
+                && saved.is_none_or(|saved| saved == x.rows() * width),
+            "cuda rms_norm::{op}: {} rows of {}, {saved:?} saved, weight {}, rstd {} for {self:?}",
+            x.rows(),
+            x.cols(),
+            weight.len(),
+            rstd.len()
+        );
+        (Arg::Ptr(x.ptr() + (self.first * size_of::<bf16>()) as u64), count)
+    }
+}
+
+/// Takes the norm of every head in place.
+#[derive(Debug)]
+pub struct ForwardHeads<'a> {
+    /// `[T, width]`
+    pub x: &'a mut Matrix<bf16>,
+    /// The old values, `[T, heads * head_dim]`: [`BackwardHeads`] needs them.
+    pub saved: Option<&'a mut Matrix<bf16>>,
+    /// `[T, heads]`
+    pub rstd: &'a mut Matrix<f32>,
+    /// `[head_dim]`
+    pub weight: &'a Matrix<f32>,
+    /// The heads.
+    pub heads: Heads,
+    /// The term that keeps the division finite.
+    pub eps: f32,
+}
+
+impl ForwardHeads<'_> {
+    /// Queues the op, or returns the device's error.
+    ///
+    /// # Panics
+    /// A size does not fit.
+    pub fn run(self) -> Result<()> {
+        let ForwardHeads { x, saved, rstd, weight, heads, eps } = self;
+        let saved_len = saved.as_ref().map(|saved| saved.len());
+        let (first, count) = heads.check("forward_heads", x, saved_len, weight, rstd);
+        let pointers = [first, optional(saved.as_deref()), rstd.arg(), weight.arg()];
+        let sizes = [heads.heads, x.cols()].map(Arg::Size);
+        let args = [&pointers[..], &sizes, &[Arg::F32(eps), Arg::F32(heads.offset)]].concat();
+        start(x.gpu(), "norm_heads", count, weight.len(), &args)
+    }
+}
+
+/// Turns the gradient of the normed heads into that of the old values, in place, and adds to `dweight`.
+#[derive(Debug)]
+pub struct BackwardHeads<'a> {
+    /// `[T, width]`
+    pub dx: &'a mut Matrix<bf16>,
+    /// `[head_dim]`
+    pub dweight: &'a mut Matrix<f32>,
+    /// `[T, heads * head_dim]`, saved by [`ForwardHeads`].
+    pub x: &'a Matrix<bf16>,
+    /// `[T, heads]`
+    pub rstd: &'a Matrix<f32>,
+    /// `[head_dim]`
+    pub weight: &'a Matrix<f32>,
+    /// The heads.
+    pub heads: Heads,
+    /// Scratch memory of [`partials_len`] values for as many tokens as there are heads.
+    pub partials: &'a mut Matrix<f32>,
+}
+
+impl BackwardHeads<'_> {
+    /// Queues the op, or returns the device's error.
+    ///
+    /// # Panics
+    /// A size does not fit.
+    pub fn run(self) -> Result<()> {
+        let BackwardHeads { dx, dweight, x, rstd, weight, heads, partials } = self;
+        let head_dim = weight.len();
+        let (first, count) = heads.check("backward_heads", dx, Some(x.len()), weight, rstd);
+        assert!(
+            dweight.len() == head_dim && partials.len() >= partials_len(count, head_dim),
+            "cuda rms_norm::backward_heads: {} partials",
+            partials.len()
+        );
+        let parts = count.min(PARTS);
+        let pointers = [first, partials.arg(), x.arg(), weight.arg(), rstd.arg()];
+        let sizes = [count, heads.heads, dx.cols()].map(Arg::Size);
+        let args = [&pointers[..], &sizes, &[Arg::F32(heads.offset)]].concat();
+        start(dx.gpu(), "backward_heads", parts, head_dim, &args)?;
+        sum_partials(dweight, partials, parts)
+    }
 }

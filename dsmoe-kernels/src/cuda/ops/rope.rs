@@ -25,10 +25,12 @@ pub enum Positions<'a> {
 pub struct Rotate<'a> {
     /// `[T, width]`
     pub x: &'a mut Matrix<bf16>,
-    /// Cosines and sines, `[positions, head_dim]`.
+    /// Cosines and sines, `[positions, rotated]`: heads are rotated in their first `rotated` values.
     pub angles: &'a Matrix<f32>,
     /// Heads that are rotated.
     pub heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
     /// The positions of the rows.
     pub positions: Positions<'a>,
     /// Rotates gradients back.
@@ -41,8 +43,8 @@ impl Rotate<'_> {
     /// # Panics
     /// A size does not fit, or a position has no angles.
     pub fn run(self) -> Result<()> {
-        let Rotate { x, angles, heads, positions, back } = self;
-        let (tokens, width, head_dim) = (x.rows(), x.cols(), angles.cols());
+        let Rotate { x, angles, heads, head_dim, positions, back } = self;
+        let (tokens, width, rotated) = (x.rows(), x.cols(), angles.cols());
         let (at, seq, start) = match positions {
             Positions::Sequences { len, start } => (None, len, start),
             Positions::At(positions) => (Some(positions), tokens, 0),
@@ -50,19 +52,19 @@ impl Rotate<'_> {
         let last = if at.is_some() || tokens == 0 { 0 } else { start + seq.min(tokens) };
         assert!(
             at.is_none_or(|at| at.len() == tokens)
-                && head_dim.is_multiple_of(2)
+                && rotated.is_multiple_of(2)
+                && rotated <= head_dim
                 && heads * head_dim <= width
                 && angles.rows() >= last
                 && (seq > 0 || tokens == 0),
-            "cuda rope: {tokens} rows of {width}, {heads} heads, {} positions for {positions:?}",
+            "cuda rope: {tokens} rows of {width}, {heads} heads of {head_dim}, {} positions for {positions:?}",
             angles.rows()
         );
-        let grid = Grid::row((tokens * heads * head_dim / 2).div_ceil(256), 256);
-        let [t, seq, start, heads, head_dim, width] =
-            [tokens, seq, start, heads, head_dim, width].map(Arg::Size);
+        let grid = Grid::row((tokens * heads * rotated / 2).div_ceil(256), 256);
+        let sizes = [tokens, seq, start, heads, head_dim, rotated, width].map(Arg::Size);
         let sign = if back { -1.0f32 } else { 1.0 };
-        let at = optional(at);
-        let args = [x.arg(), angles.arg(), at, t, seq, start, heads, head_dim, width, Arg::F32(sign)];
+        let pointers = [x.arg(), angles.arg(), optional(at)];
+        let args = [&pointers[..], &sizes, &[Arg::F32(sign)]].concat();
         // SAFETY: a thread per pair of the first heads of `tokens` rows; sizes were checked above, positions are the caller's
         // promise.
         unsafe { SOURCE.launch(x.gpu(), "turn", &[], grid, &args) }

@@ -11,7 +11,7 @@ use super::super::pack::{Parts, Source};
 use super::weights::{CudaInference, Layer};
 use crate::error::{Error, Result};
 use crate::ffn::DeviceFfn;
-use crate::model::gpu::{check_memory, device_ffns, rope_rows, router_ranges};
+use crate::model::gpu::{check_memory, device_ffns, norm, rope_rows, router_ranges};
 use crate::model::tensors::LayerRanges;
 use crate::model::train::MemoryUse;
 use crate::params::padded;
@@ -23,7 +23,7 @@ impl CudaInference {
             return Err(Error::argument("a GPU computes in bf16", "set {dtype} to bf16"));
         }
         let Parts { config, accounting, ffns, ranges, source } = parts;
-        let kinds = device_ffns(ffns)?;
+        let kinds = device_ffns(&config, ffns)?;
         let gpu = Gpu::open(ordinal)?;
         let plan = [MemoryUse { what: "weights", bytes: 2 * accounting.total as usize }];
         check_memory(&gpu, &plan, "use a smaller model")?;
@@ -44,8 +44,8 @@ impl CudaInference {
 impl Layer {
     fn build(gpu: &Gpu, source: &mut dyn Source, ranges: &LayerRanges, kind: DeviceFfn) -> Result<Layer> {
         let (hidden, width) = (kind.hidden(), kind.intermediate());
-        let input_norm = gpu.upload(source.part(&ranges.input_norm)?)?;
-        let post_norm = gpu.upload(source.part(&ranges.post_norm)?)?;
+        let input_norm = gpu.upload(source.part(norm(&ranges.before_attention))?)?;
+        let post_norm = gpu.upload(source.part(norm(&ranges.before_ffn))?)?;
         let (qkv, o) = (matrix(gpu, source, &ranges.qkv())?, matrix(gpu, source, &ranges.o)?);
         let block = source.part(&ranges.ffn)?;
         let len = hidden * width;

@@ -50,7 +50,8 @@ impl CudaInference {
                 Attend::Continue(_, start) => Positions::Sequences { len: tokens, start: *start },
             };
             let turned = heads.heads + heads.kv_heads;
-            Rotate { x: &mut qkv, angles, heads: turned, positions, back: false }.run()?;
+            Rotate { x: &mut qkv, angles, heads: turned, head_dim: heads.head_dim, positions, back: false }
+                .run()?;
             match &mut attend {
                 Attend::Sequences(seq) => {
                     let mut lse = lse.shaped_mut(tokens, heads.heads);

@@ -88,7 +88,7 @@ impl CudaTrainer {
     /// The model's FFNs do not run on a GPU.
     pub fn memory(config: &Config, tokens: usize) -> Result<Vec<MemoryUse>> {
         let all = ffns_of(config);
-        let ffns = device_ffns(&all)?;
+        let ffns = device_ffns(config, &all)?;
         let params = lay_out(config, &all).0.len();
         let [activations, shared] = acts::bytes(config, &ffns, tokens);
         Ok(vec![
@@ -118,7 +118,7 @@ impl CudaTrainer {
         let plan = CudaTrainer::memory(&model.config, tokens)?;
         check_memory(gpu, &plan, "use a smaller {batch} and a larger {accumulate}")?;
         let (config, layout) = (model.config.clone(), model.layout.clone());
-        let ffns = device_ffns(&model.ffns)?;
+        let ffns = device_ffns(&config, &model.ffns)?;
         let params = gpu.upload(&model.params)?;
         let mut weights = gpu.zeros(layout.len())?;
         Cast { out: &mut weights, x: &params }.run()?;

@@ -14,7 +14,7 @@ use super::CudaTrainer;
 use super::acts::{Activations, Stream, logit_rows};
 use super::ffn::{Backward, Input, Weights};
 use crate::error::Result;
-use crate::model::gpu::heads;
+use crate::model::gpu::{heads, norm as norm_of};
 use crate::model::tensors::LayerRanges;
 use crate::model::train::StepArgs;
 
@@ -26,7 +26,7 @@ impl CudaTrainer {
         let Activations { ids, rope: angles, streams, layers, h, y, ffn: scratch, .. } = &mut self.acts;
         let Stream { x, rstd } = &mut streams[0];
         embedding::Forward { out: x, table: &param(&ranges.embed), ids }.run()?;
-        let norm = ranges.layers.first().map_or(&ranges.norm, |layer| &layer.input_norm);
+        let norm = ranges.layers.first().map_or(&ranges.norm, |layer| norm_of(&layer.before_attention));
         rms_norm::Forward { h, rstd, x, weight: &param(norm), eps }.run()?;
         for (i, (layer, acts)) in ranges.layers.iter().zip(layers).enumerate() {
             let (before, after) = streams.split_at_mut(i + 1);
@@ -35,18 +35,26 @@ impl CudaTrainer {
             linear::Forward { y: &mut acts.qkv, x: h, w: &weight(&layer.qkv()) }.run()?;
             let (turned, positions) =
                 (heads.heads + heads.kv_heads, Positions::Sequences { len: seq, start: 0 });
-            Rotate { x: &mut acts.qkv, angles, heads: turned, positions, back: false }.run()?;
+            Rotate {
+                x: &mut acts.qkv,
+                angles,
+                heads: turned,
+                head_dim: heads.head_dim,
+                positions,
+                back: false,
+            }
+            .run()?;
             let (out, lse) = (&mut acts.a, &mut acts.lse);
             attention::Forward { out, lse, qkv: &acts.qkv, heads, seq }.run()?;
             linear::Forward { y, x: &acts.a, w: &weight(&layer.o) }.run()?;
-            let (norm, rstd, out) = (&param(&layer.post_norm), &mut acts.rstd_mid, &mut acts.x_mid);
+            let (norm, rstd, out) = (&param(norm_of(&layer.before_ffn)), &mut acts.rstd_mid, &mut acts.x_mid);
             rms_norm::ForwardSum { h, rstd, out, x, y, weight: norm, eps }.run()?;
             let ffn = Weights { kind: &self.ffns[i], master: param(&layer.ffn), rounded: weight(&layer.ffn) };
             let normed = Normed { x: &acts.x_mid, rstd: &acts.rstd_mid, weight: norm };
             ffn.forward(y, &mut acts.ffn, Input { h, normed, training: args.gate_training(i) }, scratch)?;
             self.report.add(i, &acts.ffn)?;
             self.balance_loss += acts.ffn.balance_loss();
-            let norm = ranges.layers.get(i + 1).map_or(&ranges.norm, |next| &next.input_norm);
+            let norm = ranges.layers.get(i + 1).map_or(&ranges.norm, |next| norm_of(&next.before_attention));
             let (Stream { x: out, rstd }, x) = (next, &acts.x_mid);
             rms_norm::ForwardSum { h, rstd, out, x, y, weight: &param(norm), eps }.run()?;
         }
@@ -108,7 +116,8 @@ impl CudaTrainer {
         }
         .run()?;
         for (i, (layer, acts)) in ranges.layers.iter().zip(layers).enumerate().rev() {
-            let LayerRanges { input_norm, o, post_norm, .. } = layer;
+            let LayerRanges { before_attention, o, before_ffn, .. } = layer;
+            let (input_norm, post_norm) = (norm_of(before_attention), norm_of(before_ffn));
             let heads = heads(config, i);
             let (tokens, Stream { x, rstd }) = (h.rows(), &streams[i]);
             let mut dqkv = dqkv.shaped_mut(tokens, heads.joined_width());
@@ -141,7 +150,8 @@ impl CudaTrainer {
             attention::Backward { dqkv: &mut dqkv, dout, out, qkv, lse, heads, seq, deltas }.run()?;
             let (turned, positions) =
                 (heads.heads + heads.kv_heads, Positions::Sequences { len: seq, start: 0 });
-            Rotate { x: &mut dqkv, angles, heads: turned, positions, back: true }.run()?;
+            Rotate { x: &mut dqkv, angles, heads: turned, head_dim: heads.head_dim, positions, back: true }
+                .run()?;
             let (norm, of_qkv) = (&param(input_norm), layer.qkv());
             rms_norm::Restore { h, x, weight: norm, rstd }.run()?;
             linear::BackwardWeight { dw: &mut grads.part_mut(of_qkv.clone()), dy: &dqkv, x: h }.run()?;

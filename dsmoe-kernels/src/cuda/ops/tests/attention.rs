@@ -6,7 +6,11 @@ use crate::cuda::ops::attention::{self, Heads, Segments};
 use crate::cuda::ops::decode::{self, At};
 
 /// Returns sizes, odd ones too.
-fn shapes() -> [Dims; 6] {
+fn shapes() -> [Dims; 10] {
+    let with = |window, cap, dims: Dims| {
+        let scores = Scores { scale: 0.7 * dims.scores.scale, window, cap };
+        Dims { scores, ..dims }
+    };
     [
         dims([1, 1, 1, 1, 1, 16]),
         dims([2, 65, 65, 4, 2, 64]),
@@ -14,6 +18,10 @@ fn shapes() -> [Dims; 6] {
         dims([3, 17, 17, 3, 3, 12]),
         dims([2, 130, 130, 6, 2, 32]),
         dims([1, 64, 64, 2, 2, 80]),
+        with(None, None, dims([2, 65, 65, 4, 2, 64])),
+        with(Some(1), None, dims([1, 70, 70, 2, 1, 16])),
+        with(Some(45), None, dims([2, 200, 200, 4, 2, 64])),
+        with(Some(70), Some(2.0), dims([1, 210, 210, 2, 1, 12])),
     ]
 }
 
@@ -31,7 +39,8 @@ fn columns(qkv: &[f64], dims: Dims) -> [Vec<f64>; 3] {
 }
 
 fn heads_of(dims: Dims) -> Heads {
-    Heads { heads: dims.heads, kv_heads: dims.kv_heads, head_dim: dims.head_dim }
+    let Dims { heads, kv_heads, head_dim, scores, .. } = dims;
+    Heads { heads, kv_heads, head_dim, scores }
 }
 
 fn norm(x: &[f64]) -> f64 {

@@ -1,5 +1,6 @@
 //! Registers and spills of kernels, from the log of the assembler.
 
+use crate::attention::Scores;
 use crate::cuda::ops::attention::{self, Heads};
 use crate::cuda::ops::{
     Define, Source, cross_entropy, decode, elementwise, embedding, experts, ffn, gemv, matmul, optim,
@@ -13,10 +14,18 @@ type Spec = (&'static Source, &'static str, u32, Vec<Vec<Define>>);
 
 /// Returns all kernels.
 fn kernels() -> [Spec; 13] {
-    let heads = |head_dim| Heads { heads: 1, kv_heads: 1, head_dim };
+    let heads = |head_dim| Heads { heads: 1, kv_heads: 1, head_dim, scores: Scores::plain(head_dim) };
+    let varied = |head_dim, window, cap| {
+        let heads = heads(head_dim);
+        Heads { scores: Scores { window, cap, ..heads.scores }, ..heads }
+    };
+    let variants = [(128, Some(9), None), (64, None, Some(5.0)), (128, Some(9), Some(5.0))];
+    let variants = variants.map(|(width, window, cap)| varied(width, window, cap));
     let plain = || vec![vec![]];
-    let of_heads = [128, 64, 32, 12].map(|width| heads(width).defines().to_vec()).to_vec();
-    let of_caches = [128, 6].map(|width| decode::defines(heads(width)).to_vec()).to_vec();
+    let of_heads = [128, 64, 32, 12].map(heads).into_iter().chain(variants);
+    let of_heads = of_heads.map(|heads| heads.defines().to_vec()).collect();
+    let of_caches = [128, 6].map(heads).into_iter().chain(variants);
+    let of_caches = of_caches.map(|heads| decode::defines(heads).to_vec()).collect();
     let of_experts = [(4, false), (2, true)].map(|(stages, old)| experts::defines(stages, old).to_vec());
     let of_few = [(1, 8), (8, 8), (3, 7)].map(|(tokens, width)| gemv::defines(tokens, width).to_vec());
     let of_rows = [4096, 8192, 128, 67].map(|width| rms_norm::defines(width).to_vec()).to_vec();
@@ -26,14 +35,19 @@ fn kernels() -> [Spec; 13] {
         (&attention::SOURCE, "forward ragged deltas backward_queries backward_keys", 255, of_heads),
         (&cross_entropy::SOURCE, "chunk forward likelihoods", 64, plain()),
         (&decode::SOURCE, "append chunks combine", 128, of_caches),
-        (&elementwise::SOURCE, "cast add keep rows", 40, plain()),
+        (&elementwise::SOURCE, "cast add keep rows add_bias_f32 add_bias_bf16 sum_rows", 40, plain()),
         (&embedding::SOURCE, "forward_f32 forward_bf16 backward", 40, plain()),
         (&experts::SOURCE, "up project down input weights combine", 255, of_experts.to_vec()),
         (&ffn::SOURCE, "activate backward", 64, plain()),
         (&gemv::SOURCE, "gemv_f32 gemv_bf16 gemv_up gemv_down gemv_sum", 128, of_few.to_vec()),
         (&matmul::SOURCE, "gemm_f32 gemm_bf16", 64, plain()),
         (&optim::SOURCE, "adamw sum_squares sum add_partials", 40, plain()),
-        (&rms_norm::SOURCE, "forward forward_sum restore backward sum_partials", 64, of_rows),
+        (
+            &rms_norm::SOURCE,
+            "forward forward_sum restore backward sum_partials norm_heads backward_heads",
+            64,
+            of_rows,
+        ),
         (&rope::SOURCE, "turn", 40, plain()),
         (&router::SOURCE, of_routers, 64, vec![router::DEFINES.to_vec()]),
     ]

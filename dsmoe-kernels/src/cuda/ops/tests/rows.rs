@@ -3,8 +3,8 @@
 use half::bf16;
 
 use super::{check_close, gpu_or_skip, to_f32, to_f64, values};
-use crate::cuda::GpuBuf;
-use crate::cuda::ops::{cross_entropy, elementwise, embedding, optim, rms_norm, rope};
+use crate::cuda::ops::{cross_entropy, elementwise, embedding, linear, optim, rms_norm, rope};
+use crate::cuda::{Gpu, GpuBuf};
 use crate::rope::reference::Rotation;
 use crate::{adamw, cross_entropy as losses, embedding as tables, rms_norm as norms, rope as angles};
 
@@ -93,27 +93,33 @@ fn cuda_embedding_is_the_reference() {
 #[test]
 fn cuda_rope_is_the_reference() {
     let Some(gpu) = gpu_or_skip("cuda_rope_is_the_reference") else { return };
+    for (rotated, factor) in [(12, 1.0), (8, 1.25)] {
+        check_rope(&gpu, rotated, factor);
+    }
+}
+
+/// Compares the rotation of the first `rotated` values of heads with the reference.
+fn check_rope(gpu: &Gpu, rotated: usize, factor: f64) {
     let (head_dim, heads, width, seq) = (12, 3, 50, 9);
-    let frequencies = angles::reference::frequencies(head_dim, 10000.0);
-    let table = angles::Table::new(frequencies.clone(), 1.0, 64);
+    let frequencies = angles::reference::frequencies(rotated, 10000.0);
+    let table = angles::Table::new(frequencies.clone(), factor, 64);
     let rows: Vec<f32> = (0..64)
         .flat_map(|p| {
             let (cos, sin) = table.angles(p);
             [cos, sin].concat()
         })
         .collect();
-    let angles_on = &gpu.upload_rows(&rows, head_dim).unwrap();
+    let angles_on = &gpu.upload_rows(&rows, rotated).unwrap();
     let tokens = 2 * seq;
     let x = values(tokens * width, 1);
     let turned = heads * head_dim;
     let positions: Vec<usize> = (0..tokens).map(|t| 5 + t % seq).collect();
     let cut: Vec<f64> = to_f64(&x).chunks(width).flat_map(|row| row[..turned].to_vec()).collect();
     let turn = |x: &mut GpuBuf<bf16>, positions, back| {
-        rope::Rotate { x, angles: angles_on, heads, positions, back }.run().unwrap();
+        rope::Rotate { x, angles: angles_on, heads, head_dim, positions, back }.run().unwrap();
     };
     let sequences = rope::Positions::Sequences { len: seq, start: 5 };
-    let rotation =
-        Rotation { frequencies: &frequencies, factor: 1.0, positions: &positions, heads, head_dim };
+    let rotation = Rotation { frequencies: &frequencies, factor, positions: &positions, heads, head_dim };
     for back in [false, true] {
         let want = match back {
             false => rotation.forward(&cut),
@@ -232,5 +238,97 @@ fn cuda_optimiser_and_sums_are_the_reference() {
         elementwise::Add { y: &mut sum, x: &b_on }.run().unwrap();
         let want: Vec<f32> = a.iter().zip(&b).map(|(a, b)| a + b).collect();
         assert_eq!(sum.download().unwrap(), want);
+    }
+}
+
+#[test]
+fn cuda_norms_of_heads_are_the_reference() {
+    let Some(gpu) = gpu_or_skip("cuda_norms_of_heads_are_the_reference") else { return };
+    for (rows, heads, head_dim, first, width) in
+        [(1, 1, 1, 0, 1), (7, 3, 16, 5, 60), (130, 4, 128, 512, 1030), (33, 1, 700, 10, 720)]
+    {
+        for offset in [0.0, 1.0] {
+            let columns = first..first + heads * head_dim;
+            let (x, dy, w) = (values(rows * width, 1), values(rows * width, 2), values(head_dim, 3));
+            let cut = |x: &[f64]| -> Vec<f64> {
+                x.chunks(width).flat_map(|row| row[columns.clone()].to_vec()).collect()
+            };
+            let (old, dy_cut, eps) = (cut(&to_f64(&x)), cut(&to_f64(&dy)), 1e-5f32);
+            let whole: Vec<f64> = to_f64(&w).iter().map(|w| w + f64::from(offset)).collect();
+            let (want, want_rstd) = norms::reference::forward(&old, &whole, f64::from(eps));
+            let (want_dx, want_dw) = norms::reference::backward(&dy_cut, &old, &whole, &want_rstd);
+
+            let norm = rms_norm::Heads { first, heads, offset };
+            let weight = &gpu.upload(&to_f32(&w)).unwrap();
+            let mut on = gpu.upload_rows(&x, width).unwrap();
+            let mut saved = gpu.zeros::<bf16>(old.len()).unwrap();
+            let mut rstd = gpu.zeros::<f32>(rows * heads).unwrap();
+            let into = Some(&mut *saved);
+            rms_norm::ForwardHeads { x: &mut on, saved: into, rstd: &mut rstd, weight, heads: norm, eps }
+                .run()
+                .unwrap();
+            let what = format!("{rows} x {heads} x {head_dim} + {offset}");
+            let got = to_f64(&on.download().unwrap());
+            let close = |i: usize| want[i].abs() / 256.0 + 1e-6;
+            check_close(&format!("{what} y"), &single(&cut(&got)), &want, close);
+            check_close(&format!("{what} rstd"), &rstd.download().unwrap(), &want_rstd, |i| {
+                2e-6 * want_rstd[i]
+            });
+            assert_eq!(to_f64(&saved.download().unwrap()), old, "{what}: saved");
+
+            let mut dx = gpu.upload_rows(&dy, width).unwrap();
+            let mut dw = gpu.upload(&vec![1.0f32; head_dim]).unwrap();
+            let mut partials = gpu.zeros::<f32>(rms_norm::partials_len(rows * heads, head_dim)).unwrap();
+            rms_norm::BackwardHeads {
+                dx: &mut dx,
+                dweight: &mut dw,
+                x: &saved,
+                rstd: &rstd,
+                weight,
+                heads: norm,
+                partials: &mut partials,
+            }
+            .run()
+            .unwrap();
+            let got_dx = to_f64(&dx.download().unwrap());
+            check_close(&format!("{what} dx"), &single(&cut(&got_dx)), &want_dx, |i| {
+                want_dx[i].abs() / 128.0 + 1e-4
+            });
+            let want_dw: Vec<f64> = want_dw.iter().map(|x| x + 1.0).collect();
+            check_close(&format!("{what} dw"), &dw.download().unwrap(), &want_dw, |i| {
+                1e-4 * (1.0 + want_dw[i].abs())
+            });
+            for (after, before) in [(&got, &x), (&got_dx, &dy)] {
+                for (after, before) in after.chunks(width).zip(to_f64(before).chunks(width)) {
+                    let others = |row: &[f64]| [&row[..first], &row[columns.end..]].concat();
+                    assert_eq!(others(after), others(before), "{what}: other columns");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn cuda_biases_are_added_and_summed() {
+    let Some(gpu) = gpu_or_skip("cuda_biases_are_added_and_summed") else { return };
+    for (rows, width) in [(1, 1), (3, 67), (300, 40), (1000, 129)] {
+        let (y, b) = (values(rows * width, 1), values(width, 2));
+        let bias = &gpu.upload(&to_f32(&b)).unwrap();
+        let want: Vec<f64> = to_f64(&y).iter().zip(to_f64(&b).iter().cycle()).map(|(y, b)| y + b).collect();
+        let mut narrow = gpu.upload_rows(&y, width).unwrap();
+        linear::AddBias { y: &mut narrow, bias }.run().unwrap();
+        let close = |i: usize| want[i].abs() / 256.0;
+        check_close("bf16", &to_f32(&narrow.download().unwrap()), &want, close);
+        let mut wide = gpu.upload_rows(&to_f32(&y), width).unwrap();
+        linear::AddBias { y: &mut wide, bias }.run().unwrap();
+        check_close("f32", &wide.download().unwrap(), &want, |_| 1e-6);
+
+        let mut db = gpu.upload(&vec![1.0f32; width]).unwrap();
+        let mut partials = gpu.zeros::<f32>(linear::partials_len(rows, width)).unwrap();
+        let dy = &gpu.upload_rows(&y, width).unwrap();
+        linear::BackwardBias { db: &mut db, dy, partials: &mut partials }.run().unwrap();
+        let want: Vec<f64> =
+            (0..width).map(|c| 1.0 + to_f64(&y).iter().skip(c).step_by(width).sum::<f64>()).collect();
+        check_close("db", &db.download().unwrap(), &want, |_| 1e-5 * rows as f64);
     }
 }

@@ -1,0 +1,95 @@
+//! The gated FFN that all forms have in common: three projections, with their biases where the family has them.
+
+use dsmoe_kernels::Activation;
+use dsmoe_kernels::expert_ffn::{BiasGrads, Biases, Dims, WeightGrads, Weights};
+
+use super::{DOWN_BIAS, projections, split, split_mut};
+use crate::config::Config;
+use crate::params::{TensorSpec, padded};
+
+/// `y = (act(x W_gate^T + b_gate) * (x W_up^T + b_up)) W_down + b_down`, cut into experts or not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Gated {
+    /// Width of its input.
+    pub hidden: usize,
+    /// Neurons.
+    pub intermediate: usize,
+    /// act.
+    pub activation: Activation,
+    /// True if it has biases. That of the down projection belongs to no expert: every token gets it once.
+    pub bias: bool,
+}
+
+impl Gated {
+    /// Describes LLaMA's: silu, without biases.
+    pub fn silu(hidden: usize, intermediate: usize) -> Gated {
+        Gated { hidden, intermediate, activation: Activation::Silu, bias: false }
+    }
+
+    /// Describes that of a layer of `config`.
+    pub fn of_layer(config: &Config, layer: usize) -> Gated {
+        Gated {
+            hidden: config.hidden,
+            intermediate: config.layer(layer).intermediate,
+            activation: config.architecture.activation,
+            bias: config.architecture.mlp_bias,
+        }
+    }
+
+    /// Returns whether it is LLaMA's.
+    pub fn is_plain(&self) -> bool {
+        *self == Gated::silu(self.hidden, self.intermediate)
+    }
+
+    /// Returns its tensors: the [`projections`], then the biases of gate, up and down.
+    pub fn tensors(&self) -> Vec<TensorSpec> {
+        let mut tensors = projections(self.hidden, self.intermediate);
+        if self.bias {
+            tensors.push(TensorSpec::bias("gate_proj.bias", self.intermediate));
+            tensors.push(TensorSpec::bias("up_proj.bias", self.intermediate));
+            tensors.push(TensorSpec::bias(DOWN_BIAS, self.hidden));
+        }
+        tensors
+    }
+
+    /// Returns the length of its tensors in an arena. What else an FFN has comes after them.
+    pub fn len(&self) -> usize {
+        self.lens().map(padded).iter().sum()
+    }
+
+    /// Returns whether it has no neurons.
+    pub fn is_empty(&self) -> bool {
+        self.intermediate == 0
+    }
+
+    fn lens(&self) -> [usize; 6] {
+        let matrix = self.hidden * self.intermediate;
+        let [neurons, hidden] = [self.intermediate, self.hidden].map(|len| if self.bias { len } else { 0 });
+        [matrix, matrix, matrix, neurons, neurons, hidden]
+    }
+
+    /// Returns the views of its tensors at the start of an FFN's part of the arena.
+    ///
+    /// # Panics
+    /// The part is shorter.
+    pub fn weights<'a>(&self, params: &'a [f32]) -> Weights<'a> {
+        let [gate, up, down, of_gate, of_up, of_down] = split(params, self.lens());
+        let biases = self.bias.then_some(Biases { gate: of_gate, up: of_up, down: of_down });
+        Weights { gate, up, down, biases }
+    }
+
+    /// Does as [`Gated::weights`] for gradients.
+    ///
+    /// # Panics
+    /// Those of [`Gated::weights`].
+    pub fn grads<'a>(&self, grads: &'a mut [f32]) -> WeightGrads<'a> {
+        let [gate, up, down, of_gate, of_up, of_down] = split_mut(grads, self.lens());
+        let biases = self.bias.then_some(BiasGrads { gate: of_gate, up: of_up, down: of_down });
+        WeightGrads { gate, up, down, biases }
+    }
+
+    /// Returns the sizes of a pass over `tokens` tokens, undivided.
+    pub fn dims(&self, tokens: usize) -> Dims {
+        Dims::dense(tokens, self.hidden, self.intermediate, self.activation)
+    }
+}

@@ -1,0 +1,162 @@
+//! Gradients of small models of every family against differences of the f64 reference.
+
+use dsmoe_core::Model;
+use dsmoe_core::config::Config;
+use dsmoe_core::model::{Batch, StepArgs, TrainWorkspace};
+use dsmoe_kernels::Precision;
+use dsmoe_kernels::buf::Buf;
+use dsmoe_kernels::rng::Rng;
+use dsmoe_router::SparsityOver;
+use serde_json::{Value, json};
+
+use crate::reference::Reference;
+
+const VOCAB: usize = 11;
+const SEQ: usize = 6;
+const TOKENS: usize = 2 * SEQ;
+
+/// Families with the keys that set every switch somewhere.
+fn families() -> Vec<(&'static str, Value)> {
+    let biases = json!({"attention_bias": true, "mlp_bias": true, "tie_word_embeddings": false});
+    let both = json!({"attention_multiplier": 0.4, "embedding_multiplier": 3.0, "residual_multiplier": 0.6,
+        "logits_scaling": 0.5, "mlp_bias": true});
+    let gemma = json!({"query_pre_attn_scalar": 9, "sliding_window": 3, "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0});
+    let gemma3 = json!({"query_pre_attn_scalar": 9, "sliding_window": 3, "sliding_window_pattern": 2,
+        "rope_local_base_freq": 50.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0}});
+    let yarn = json!({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8,
+        "attention_factor": 1.3});
+    let longrope = json!({"type": "longrope", "short_factor": [1.0], "long_factor": [3.0]});
+    vec![
+        ("llama", biases),
+        ("llama", json!({"rope_scaling": {"type": "dynamic", "factor": 4.0}, "max_position_embeddings": 4})),
+        ("mistral", json!({"sliding_window": 2})),
+        ("qwen2", json!({"use_sliding_window": true, "sliding_window": 3, "max_window_layers": 1})),
+        ("qwen3", json!({"attention_bias": true})),
+        ("smollm3", json!({"no_rope_layers": [0, 1], "use_sliding_window": true, "sliding_window": 2})),
+        (
+            "phi3",
+            json!({"partial_rotary_factor": 0.5, "rope_scaling": longrope, "sliding_window": 4,
+                "original_max_position_embeddings": 5}),
+        ),
+        ("olmo2", json!({"attention_bias": true})),
+        (
+            "olmo3",
+            json!({"sliding_window": 2, "layer_types": ["sliding_attention", "full_attention"],
+                "rope_scaling": yarn}),
+        ),
+        ("gemma", json!({"hidden_act": "gelu", "attention_bias": true})),
+        ("gemma2", gemma),
+        ("gemma3_text", gemma3),
+        ("granite", both),
+    ]
+}
+
+fn config(family: &str, keys: &Value, experts: bool) -> Config {
+    let mut json = json!({
+        "model_type": family, "vocab_size": VOCAB, "hidden_size": 8, "intermediate_size": 12,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4,
+        "max_position_embeddings": 16, "rms_norm_eps": 1e-5, "rope_theta": 100.0, "tie_word_embeddings": true,
+    });
+    let map = json.as_object_mut().unwrap();
+    map.extend(keys.as_object().unwrap().clone());
+    if experts {
+        map.insert("model_type".into(), "dsmoe".into());
+        map.insert("base_model_type".into(), family.into());
+        // The loss is differentiable without the straight-through rule, but where an expert comes or goes.
+        let moe = json!({"format_version": 1, "num_experts": 3, "threshold": 0.4, "partition": "contiguous",
+            "router_bias": true, "gate_value": "sigmoid", "rescale": "none", "zero_active": "skip", "ste": false});
+        map.insert("dsmoe".into(), moe);
+    }
+    Config::from_json("config.json".as_ref(), &json.to_string()).unwrap()
+}
+
+/// What the refusal of a GPU says of each of [`families`].
+#[cfg(feature = "cuda")]
+#[test]
+fn switches_without_a_gpu_kernel_are_named() {
+    use dsmoe_core::model::cuda::CudaTrainer;
+    use dsmoe_core::{Device, Inference};
+    use dsmoe_kernels::testing::refused;
+
+    let missing = [
+        "llama with bias on q, k, v, bias on o, biases in the FFN",
+        "dynamic scaling of the rotation",
+        "a window of 2 in 2 layers",
+        "a window of 3 in 1 layers",
+        "norm of q and k by head",
+        "no rotation in 1 layers",
+        "2 of 4 values of a head rotated",
+        "norms after attention and FFN",
+        "two rotations",
+        "gelu_tanh",
+        "attention scores capped at 2, logits capped at 3",
+        "norms before and after attention and FFN, norm weights + 1",
+        "embedding times 3, residual branches times 0.6, logits times 2",
+    ];
+    for ((family, keys), missing) in families().into_iter().zip(missing) {
+        let model = random(config(family, &keys, false));
+        let parts = ["a GPU does not run", family, missing, "device to cpu"];
+        refused(CudaTrainer::memory(model.config(), 8), &parts);
+        refused(Inference::new_on(&model, Precision::Bf16, Device::Cuda(0)), &parts);
+    }
+}
+
+fn random(config: Config) -> Model {
+    let offset = config.architecture.norm_offset;
+    let mut model = Model::new(config);
+    let layout = model.layout().clone();
+    for (i, entry) in layout.entries().iter().enumerate() {
+        let mut rng = Rng::new(29, i as u64);
+        for p in &mut model.params_mut()[entry.range.clone()] {
+            let is_norm = entry.spec.name.ends_with("norm.weight");
+            *p = if is_norm { 1.0 - offset + 0.3 * rng.normal() } else { 0.4 * rng.normal() };
+        }
+    }
+    model
+}
+
+#[test]
+fn gradients_are_differences_of_the_reference() {
+    let inputs: Vec<u32> = (0..TOKENS).map(|i| (i * i + 3 * i + 1) as u32 % VOCAB as u32).collect();
+    let targets: Vec<u32> = (0..TOKENS).map(|i| (5 * i + 2) as u32 % VOCAB as u32).collect();
+    for (family, keys) in families() {
+        for experts in [false, true] {
+            let model = random(config(family, &keys, experts));
+            let mut grads = Buf::zeros(model.params().len());
+            let args = StepArgs {
+                loss_scale: 1.0,
+                sparsity_weight: 0.0,
+                sparsity_over: SparsityOver::All,
+                balance_scale: 1.0,
+                seed: 1,
+            };
+            let batch = Batch { inputs: &inputs, targets: &targets, seq: SEQ };
+            let mut workspace = TrainWorkspace::new(&model, TOKENS, Precision::F32);
+            let step = model.train_step(&mut grads, batch, &args, &mut workspace).unwrap();
+            let what = format!("{family} {keys}, experts {experts}");
+            let mut reference = Reference::new(&model);
+            let loss = reference.loss(&inputs, &targets, SEQ);
+            assert!((step.loss_sum - loss).abs() < 1e-5 * loss, "{what}: loss {} and {loss}", step.loss_sum);
+            let mut largest = 0.0f64;
+            for entry in model.layout().entries() {
+                let name = &entry.spec.name;
+                let got = &grads[entry.range.clone()];
+                let scale = got.iter().fold(1e-2f64, |most, &g| most.max(f64::from(g).abs()));
+                largest = largest.max(scale);
+                for i in (0..got.len()).step_by(got.len().div_ceil(24)) {
+                    let mut at = |h: f64| {
+                        *reference.value(name, i) += h;
+                        let loss = reference.loss(&inputs, &targets, SEQ);
+                        *reference.value(name, i) -= h;
+                        loss
+                    };
+                    let want = (at(1e-5) - at(-1e-5)) / 2e-5;
+                    let differs = (f64::from(got[i]) - want).abs();
+                    assert!(differs < 3e-5 * scale, "{what}, {name}[{i}]: {} and {want}", got[i]);
+                }
+            }
+            assert!(largest > 0.1, "{what}: all gradients are small");
+        }
+    }
+}
