@@ -15,7 +15,7 @@ use super::vocab::Files;
 use super::write::{Declared, GgufWriter};
 use crate::checkpoint::{
     Change, Checkpoint, Dtype, Meter, Progress, TensorSource, check_llama_tensors, decode, encode,
-    is_too_large, tensor_names,
+    is_too_large, open_model, tensor_names,
 };
 use crate::config::{CONFIG_FILE, Config};
 use crate::error::{Error, Result, shown};

@@ -156,11 +156,12 @@ impl From<'_> {
             RopeScaling::Linear { factor } => {
                 (vec![text("linear"), ("rope.scaling.factor", number(*factor))], Vec::new())
             }
-            RopeScaling::Llama3 { .. } => {
+            RopeScaling::Llama3 { original_max_position, .. } => {
                 let plain = Rope { scaling: RopeScaling::None, ..rope.clone() };
                 let pairs = plain.frequencies(0).into_iter().zip(rope.frequencies(0));
                 let divisors = pairs.map(|(plain, scaled)| (plain / scaled) as f32).collect();
-                (Vec::new(), vec![(super::rope::DIVISORS, divisors)])
+                // llama.cpp reads the divisors alone; the number tells what they were made from.
+                (vec![original(*original_max_position)], vec![(super::rope::DIVISORS, divisors)])
             }
             RopeScaling::Yarn {
                 factor,
