@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! forward   y += scale x      or      out = a + b
-//! backward  dx = scale dy: [`Scale`];  da = db = dout: nothing to compute
+//! backward  dx = scale dy (Scale);  da = db = dout: nothing to compute
 //! ```
 
 pub mod reference;
