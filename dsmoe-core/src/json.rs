@@ -43,3 +43,11 @@ pub(crate) fn parse<T: DeserializeOwned>(
 pub(crate) fn parse_object(path: &Path, text: &str) -> Result<Map<String, Value>> {
     parse(path, text, "a JSON object", COPY)
 }
+
+/// Parses an object that this program wrote.
+///
+/// # Panics
+/// `text` is not a JSON object.
+pub(crate) fn object(text: &str) -> Map<String, Value> {
+    serde_json::from_str(text).expect("an object that was written as one")
+}

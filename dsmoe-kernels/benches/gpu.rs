@@ -6,6 +6,7 @@
 
 use std::time::Instant;
 
+use dsmoe_kernels::Activation;
 use dsmoe_kernels::cuda::ops::ffn::{Activate, Dims};
 use dsmoe_kernels::cuda::ops::matmul::{Form, Product};
 use dsmoe_kernels::cuda::ops::router::{Lists, Routed, Sort};
@@ -103,11 +104,21 @@ fn run(gpu: &Gpu, tokens: usize, share: f32) -> Result<()> {
     let dense = seconds(gpu, || {
         forward(a, x, gate)?;
         forward(b, x, up)?;
-        Activate { c: &mut *c, a, b, coefficients: None }.run()
+        Activate { c: &mut *c, a, b, coefficients: None, activation: Activation::Silu }.run()
     })?;
     let coefficients = &routed.coefficients();
     let sparse = seconds(gpu, || {
-        experts::Up { c: &mut *c, projections: None, x, gate, up, coefficients, lists }.run()
+        experts::Up {
+            c: &mut *c,
+            projections: None,
+            x,
+            gate,
+            up,
+            coefficients,
+            lists,
+            activation: Activation::Silu,
+        }
+        .run()
     })?;
     show("gate, up and activation", 2.0, dense, sparse + sort);
 

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::Routing;
 
 /// Counts of active experts per layer; batches are added, partial counts merged.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RoutingStats {
     num_experts: usize,
     layers: Vec<LayerStats>,
@@ -13,13 +13,15 @@ pub struct RoutingStats {
     trace: Option<Trace>,
 }
 
-/// Active experts of single tokens.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+/// Active experts of single tokens, and the factors of experts.
+#[derive(Clone, Debug, Default, PartialEq)]
 struct Trace {
     /// Count of each token, summed over layers.
     active: Vec<u32>,
     /// First token of the present batch.
     batch: usize,
+    /// `[layers][n]`: sums of the coefficients of each expert.
+    coefficients: Vec<Vec<f64>>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -60,12 +62,29 @@ impl RoutingStats {
         RoutingStats { num_experts, layers: vec![layer; num_layers], trace: None }
     }
 
-    /// Makes it keep the active experts of every token too. Batches must then come layer by layer from the first,
-    /// as a forward pass adds them.
+    /// Makes it keep the active experts of every token and the coefficients of every expert too. Batches must then
+    /// come layer by layer from the first, as a forward pass adds them.
     #[must_use]
     pub fn traced(mut self) -> RoutingStats {
-        self.trace = Some(Trace::default());
+        self.trace = Some(self.new_trace());
         self
+    }
+
+    fn new_trace(&self) -> Trace {
+        let coefficients = vec![vec![0.0; self.num_experts]; self.layers.len()];
+        Trace { coefficients, ..Trace::default() }
+    }
+
+    /// Returns the mean coefficient of each expert over all tokens, 0 for those that did not run it,
+    /// `[layers][n]`; none unless [`RoutingStats::traced`], or without tokens. Routings that were counted elsewhere
+    /// ([`RoutingStats::add_counts`]) or merged have no coefficients.
+    pub fn mean_coefficients(&self) -> Option<Vec<Vec<f64>>> {
+        let trace = self.trace.as_ref()?;
+        let mean = |(sums, layer): (&Vec<f64>, &LayerStats)| {
+            let tokens = layer.tokens();
+            (tokens > 0).then(|| sums.iter().map(|sum| sum / tokens as f64).collect())
+        };
+        trace.coefficients.iter().zip(&self.layers).map(mean).collect()
     }
 
     /// Returns the active experts of each token, summed over layers, in the order in which they were added; empty
@@ -87,6 +106,10 @@ impl RoutingStats {
             }
             let batch = &mut trace.active[trace.batch..];
             batch.iter_mut().zip(routing.active_counts()).for_each(|(sum, count)| *sum += count as u32);
+            for (sum, slots) in trace.coefficients[layer].iter_mut().zip(routing.offsets.windows(2)) {
+                let of_expert = &routing.coefficients[slots[0]..slots[1]];
+                *sum += of_expert.iter().map(|&coefficient| f64::from(coefficient)).sum::<f64>();
+            }
         }
         let layer = &mut self.layers[layer];
         for (load, count) in layer.load.iter_mut().zip(routing.counts()) {
@@ -151,8 +174,8 @@ impl RoutingStats {
 
     /// Forgets all tokens.
     pub fn clear(&mut self) {
-        if let Some(trace) = &mut self.trace {
-            *trace = Trace::default();
+        if self.trace.is_some() {
+            self.trace = Some(self.new_trace());
         }
         for layer in &mut self.layers {
             layer.load.fill(0);
@@ -263,6 +286,21 @@ mod tests {
         stats.clear();
         assert!(stats.active_of_tokens().is_empty());
         assert!(RoutingStats::new(1, 2).active_of_tokens().is_empty());
+    }
+
+    #[test]
+    fn coefficients_are_means_over_all_tokens() {
+        let mask = array![[true, false], [true, true], [false, false], [true, false]];
+        let weighted = Routing::from_mask(mask.view(), |token, expert| (token + 10 * expert) as f32);
+        let mut stats = RoutingStats::new(1, 2).traced();
+        assert_eq!(stats.mean_coefficients(), None);
+        stats.add(0, &weighted);
+        stats.add(0, &weighted);
+        assert_eq!(stats.mean_coefficients(), Some(vec![vec![1.0, 2.75]]));
+        stats.clear();
+        stats.add(0, &routing(array![[true, false]]));
+        assert_eq!(stats.mean_coefficients(), Some(vec![vec![1.0, 0.0]]));
+        assert_eq!(RoutingStats::new(1, 2).mean_coefficients(), None);
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::time::Instant;
 use dsmoe_core::Inference;
 use dsmoe_core::model::{Batch, Workspace};
 use dsmoe_datasets::{EvalWindow, eval_windows};
+use dsmoe_router::RoutingStats;
 use serde::Serialize;
 
 use crate::error::Result;
@@ -90,6 +91,8 @@ pub struct EvalDetail {
     pub losses: Vec<f32>,
     /// The active experts of every token that another was predicted from, summed over layers; empty without routers.
     pub active: Vec<u32>,
+    /// The mean factor of every expert's output over all tokens, `[layers][experts]`; none without routers, and on a GPU.
+    pub mean_coefficients: Option<Vec<Vec<f64>>>,
 }
 
 /// The loss of one window.
@@ -255,6 +258,11 @@ fn measure(
         progress(done, windows.len());
     }
 
+    if let Some(detail) = detail
+        && !model.device().is_gpu()
+    {
+        detail.mean_coefficients = stats.as_ref().and_then(RoutingStats::mean_coefficients);
+    }
     let routing = stats.map(|stats| stats.summary());
     let accounting = model.accounting();
     let active = routing.as_ref().map_or(0.0, |routing| routing.active_experts);

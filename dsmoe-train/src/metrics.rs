@@ -3,7 +3,7 @@
 //! A number that is not finite is written as `null`, and its line carries `"nan": true`.
 
 use std::fs::{File, OpenOptions};
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -58,6 +58,39 @@ pub struct StepRecord {
     pub rss_bytes: Option<u64>,
     /// Seconds since this invocation began to train.
     pub wall_s: f64,
+}
+
+/// Name of the file in a run directory.
+pub(crate) const METRICS_FILE: &str = "metrics.jsonl";
+/// The last bytes of the file that are searched for an evaluation.
+const TAIL: u64 = 4 << 20;
+
+/// The last evaluation of a run.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LastEvaluation {
+    /// Steps done.
+    pub step: u64,
+    /// Perplexity on the held-out text.
+    pub ppl: f64,
+    /// Active share of all (token, layer, expert) triples.
+    pub active_ratio: Option<f64>,
+}
+
+/// Returns the last evaluation that a run recorded; none if `dir` is not of a run, or the run did not evaluate.
+pub fn last_evaluation(dir: &Path) -> Option<LastEvaluation> {
+    let mut file = File::open(dir.join(METRICS_FILE)).ok()?;
+    let len = file.metadata().ok()?.len();
+    file.seek(SeekFrom::Start(len.saturating_sub(TAIL))).ok()?;
+    let mut bytes = Vec::new();
+    file.take(TAIL).read_to_end(&mut bytes).ok()?;
+    bytes.rsplit(|&byte| byte == b'\n').find_map(|line| {
+        let value: Value = serde_json::from_slice(line).ok()?;
+        Some(LastEvaluation {
+            step: value.get("step")?.as_u64()?,
+            ppl: value.get("eval_ppl")?.as_f64()?,
+            active_ratio: value.get("eval_active_ratio").and_then(Value::as_f64),
+        })
+    })
 }
 
 /// The open metrics file.
@@ -169,7 +202,7 @@ mod tests {
     #[test]
     fn resuming_cuts_later_steps_and_torn_lines() {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("metrics.jsonl");
+        let path = dir.path().join(METRICS_FILE);
         let header = json!({"format_version": 1});
         let resumed = |text: &str, step| {
             std::fs::write(&path, text).unwrap();

@@ -28,13 +28,12 @@ use crate::engine::StepResult;
 use crate::error::{Error, Result};
 use crate::eval::{Domain, EvalOptions, EvalReport, evaluate_domains};
 use crate::files;
-use crate::metrics::{Metrics, StepRecord, eval_line, resident_bytes, step_line};
+use crate::metrics::{METRICS_FILE, Metrics, StepRecord, eval_line, resident_bytes, step_line};
 use crate::optim::AdamW;
 use crate::step::{StepText, Stepper};
 use crate::tensorboard::EventWriter;
 
 const CONFIG_FILE: &str = "run.toml";
-const METRICS_FILE: &str = "metrics.jsonl";
 const CHECKPOINTS: &str = "checkpoints";
 const FINAL_TEMPORARY: &str = ".final.tmp";
 /// The share of active experts approaches its target over one part in so many of the run.

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::config::CONFIG_FILE;
-use dsmoe_core::export::{ExportAs, export};
+use dsmoe_core::export::{ExportAs, ExportOptions, export};
 use dsmoe_core::{Config, checkpoint};
 
 pub(crate) use small_dense::SMALL_DENSE;
@@ -62,7 +62,8 @@ impl Configured for Dense {
 
     fn run(&self, job: &Job<'_>, progress: &mut dyn FnMut(Progress)) -> Result<Made> {
         let plan = self.plan(&dense_config(job.model)?, job.budget)?;
-        export(job.model, job.out, ExportAs::Native, None, job.force, &mut writing(progress))?;
+        let options = ExportOptions { force: job.force, ..ExportOptions::new(ExportAs::Native) };
+        export(job.model, job.out, &options, &mut writing(progress))?;
         Ok(Made { plan, measured: Vec::new() })
     }
 }

@@ -80,14 +80,22 @@ pub(crate) struct Convert {
     pub(crate) force: bool,
 }
 
+const ABOUT_EXPORT: &str = "\
+hf is the form for Python: transformers loads it with trust_remote_code=True, experts and gates included. dense leaves the \
+gates out, which is exact for a model that was not trained since its conversion (the result is the dense model that it was \
+made from) and for gates that are 1 for every expert and token; for other models it is refused. --fold mean approximates \
+them: the mean factor of every expert on the text of --data goes into its weights, and the perplexity on that text before \
+and after is printed.";
+
 #[derive(Debug, Args)]
+#[command(after_help = ABOUT_EXPORT)]
 pub(crate) struct Export {
-    /// DSMoE directory (or a dense one, as native)
+    /// DSMoE directory (or another one, as native or hf)
     pub(crate) model: PathBuf,
-    /// dense: a plain LlamaForCausalLM without routers, with the neurons in their original order; native: the model
-    /// unchanged; llama-moe: a model of the method llama-moe as LlamaMoEForCausalLM; gguf: a dense model as one file for
-    /// llama.cpp
-    #[arg(long = "as", value_name = "FORM", value_parser = words::<Form>(&["dense", "native", "llama-moe", "gguf"]))]
+    /// hf: the model for transformers, with its code; dense: a plain dense model without routers, with the neurons in
+    /// their original order; native: the model unchanged; llama-moe: a model of the method llama-moe as
+    /// LlamaMoEForCausalLM; gguf: a dense model as one file for llama.cpp
+    #[arg(long = "as", value_name = "FORM", value_parser = words::<Form>(&["dense", "native", "hf", "llama-moe", "gguf"]))]
     pub(crate) form: Form,
     /// Directory to write; with gguf, the file
     #[arg(long, value_name = "DIR")]
@@ -95,6 +103,8 @@ pub(crate) struct Export {
     /// Precision of the weights; q8_0 is for gguf alone [default: unchanged]
     #[arg(long, value_parser = words::<GgufType>(&["f32", "bf16", "f16", "q8_0"]))]
     pub(crate) dtype: Option<GgufType>,
+    #[command(flatten)]
+    pub(crate) folding: FoldArgs,
     /// Replace the output if it exists
     #[arg(long)]
     pub(crate) force: bool,
@@ -113,6 +123,38 @@ pub(crate) struct Import {
     /// Replace the output directory if it exists
     #[arg(long)]
     pub(crate) force: bool,
+}
+
+/// Folding of gates into the weights of a dense export, and the text for it.
+#[derive(Debug, Args)]
+pub(crate) struct FoldArgs {
+    /// With --as dense: fold the mean factors of the experts on the text of --data into their weights
+    #[arg(long, value_name = "mean", requires = "data", value_parser = words::<Fold>(&["mean"]))]
+    pub(crate) fold: Option<Fold>,
+    /// Text files or folders for --fold
+    #[arg(long, value_name = "PATH", num_args = 1.., requires = "fold")]
+    pub(crate) data: Vec<String>,
+    /// Separator of the documents in a text file [default: a text file is one document]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true, requires = "fold")]
+    pub(crate) doc_separator: Option<String>,
+    /// Field of a JSON object or column of a Parquet file with the text; several, separated by commas, are joined by
+    /// line ends [default: text]
+    #[arg(long, value_name = "NAME", requires = "fold")]
+    pub(crate) text_column: Option<String>,
+}
+
+/// The value of every gate that is folded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fold {
+    Mean,
+}
+
+impl FromStr for Fold {
+    type Err = String;
+
+    fn from_str(word: &str) -> Result<Fold, String> {
+        if word == "mean" { Ok(Fold::Mean) } else { Err(format!("`{word}` is not mean")) }
+    }
 }
 
 #[derive(Debug, Args)]

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use anyhow::{Result, bail};
 use dsmoe_core::checkpoint::Checkpoint;
-use dsmoe_core::export::{ExportAs, export};
+use dsmoe_core::export::{ExportAs, ExportOptions, export};
 use dsmoe_core::gguf;
 use serde::Serialize;
 
@@ -41,7 +41,9 @@ pub(crate) fn run(args: &Import, ui: &mut Ui) -> Result<()> {
     from.dedup();
     let mut progress = Progress::new(ui, "importing", Unit::Bytes, 0);
     let mut show = |at: dsmoe_core::checkpoint::Progress| progress.set(at.done_bytes, at.total_bytes, "");
-    let done = export(&file, &args.out, ExportAs::Native, Some(args.dtype), args.force, &mut show);
+    let options =
+        ExportOptions { dtype: Some(args.dtype), force: args.force, ..ExportOptions::new(ExportAs::Native) };
+    let done = export(&file, &args.out, &options, &mut show);
     progress.finish();
     let report = ImportReport {
         model: args.model.clone(),

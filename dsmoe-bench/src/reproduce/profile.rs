@@ -493,6 +493,7 @@ pub(crate) fn gated(dense: &Config, experts: usize) -> Config {
         partition: PartitionKind::Contiguous,
         router_bias: false,
         active_target: None,
+        untrained: false,
     });
     config
 }

@@ -58,6 +58,7 @@ pub(crate) fn configs(experts: usize, sizes: Sizes, positions: usize) -> Result<
         partition: PartitionKind::Contiguous,
         router_bias: true,
         active_target: None,
+        untrained: false,
     });
     Ok([dense, dsmoe])
 }

@@ -6,6 +6,7 @@ mod benchmarks;
 mod commands;
 mod common;
 mod data;
+mod export;
 mod families;
 mod faults;
 mod golden;

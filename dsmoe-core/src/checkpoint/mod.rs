@@ -2,6 +2,7 @@
 
 mod dtype;
 mod header;
+mod licences;
 mod llama;
 mod names;
 mod output;
@@ -13,6 +14,8 @@ mod writer;
 pub use dtype::{Dtype, transpose};
 pub(crate) use dtype::{decode, encode, is_too_large};
 pub use header::{Header, HeaderEntry};
+pub use licences::{CARD_FILE, SOURCE_CARD_FILE};
+pub(crate) use licences::{GENERATED, is_generated, read_card};
 pub(crate) use llama::read_partitions;
 pub use llama::{
     LlamaTensors, check_llama_tensors, in_stored_order, model_writer, norm_names, open_model, tensor_names,
@@ -45,8 +48,8 @@ const COMPANIONS: [&str; 6] = [
     "chat_template.jinja",
 ];
 
-/// Copies tokenizer and generation files from one model directory to another, synced. A GGUF file has them in its
-/// metadata.
+/// Copies tokenizer and generation files, licences and the model card from one model directory to another, synced. The
+/// card becomes the card of the source. A GGUF file has its tokenizer in the metadata.
 ///
 /// # Errors
 /// The file system refuses; the message names the file.
@@ -59,13 +62,7 @@ pub fn copy_companions(from: &std::path::Path, to: &std::path::Path) -> crate::R
         return Ok(());
     }
     for name in COMPANIONS {
-        let (source, target) = (from.join(name), to.join(name));
-        if source.is_file() {
-            std::fs::copy(&source, &target).map_err(crate::Error::io(&target))?;
-            std::fs::File::open(&target)
-                .and_then(|file| file.sync_all())
-                .map_err(crate::Error::io(&target))?;
-        }
+        licences::copy_file(&from.join(name), &to.join(name))?;
     }
-    Ok(())
+    licences::copy(from, to)
 }

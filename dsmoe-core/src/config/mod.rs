@@ -5,6 +5,7 @@ pub(crate) mod fields;
 mod own;
 pub(crate) mod rope;
 pub(crate) mod rope_keys;
+mod transformers;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -120,6 +121,8 @@ pub struct MoeConfig {
     pub router_bias: bool,
     /// The share of experts to be active that the model was made for; training reaches it unless told otherwise.
     pub active_target: Option<f64>,
+    /// True if no weight of the dense model was changed since the conversion.
+    pub untrained: bool,
 }
 
 /// [`MoeConfig`] as it is stored.
@@ -133,6 +136,8 @@ struct StoredMoe {
     router_bias: bool,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     active_target: Option<f64>,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    untrained: bool,
     gate_value: GateValue,
     rescale: Rescale,
     zero_active: ZeroActive,
@@ -361,7 +366,7 @@ impl Config {
     }
 
     /// Returns the JSON of the source with `model_type`, `architectures`, `dsmoe`, `ffn` and `layer_shapes` set by
-    /// the fields, and with the rotation in the spellings of transformers 4 and 5.
+    /// the fields, and with the rotation in the spellings of transformers 4 and 5, without `auto_map`.
     pub fn to_json(&self) -> String {
         let mut raw = self.raw.clone();
         let model_type = self.model_type();
@@ -369,6 +374,8 @@ impl Config {
         let class = if is_native { "DsmoeForCausalLM" } else { self.family.class };
         raw.insert("model_type".to_owned(), json!(model_type));
         raw.insert("architectures".to_owned(), json!([class]));
+        // Code of the source is not copied, and it would run another model.
+        raw.shift_remove("auto_map");
         rope_keys::write_both(&mut raw, &self.family.rope, &self.architecture.ropes);
         let base = (is_native && self.family.model_type != "llama").then(|| json!(self.family.model_type));
         let ffn = self.ffn.as_ref().map(|spec| {
@@ -424,6 +431,7 @@ impl MoeConfig {
             partition: self.partition,
             router_bias: self.router_bias,
             active_target: self.active_target,
+            untrained: self.untrained,
             gate_value: router.gate_value,
             rescale: router.rescale,
             zero_active: router.zero_active,

@@ -117,6 +117,7 @@ impl<'a> Fields<'a> {
             partition: stored.partition,
             router_bias: stored.router_bias,
             active_target: stored.active_target,
+            untrained: stored.untrained,
         }))
     }
 }

@@ -196,6 +196,7 @@ pub fn convert(
         partition: if permuted { PartitionKind::Permuted } else { PartitionKind::Contiguous },
         router_bias: routers.is_some() || init.has_bias(),
         active_target: options.active_target,
+        untrained: true,
     });
 
     let output = OutputDir::create_from(model, out, options.force)?;

@@ -19,7 +19,6 @@ use crate::checkpoint::{
 };
 use crate::config::{CONFIG_FILE, Config};
 use crate::error::{Error, Result, shown};
-use crate::export::ExportReport;
 
 /// Version of the quantisation formats.
 const QUANTIZATION_VERSION: u64 = 2;
@@ -57,6 +56,15 @@ impl GgufType {
     }
 }
 
+/// Summary of an exported file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GgufReport {
+    /// Tensors written.
+    pub tensors: usize,
+    /// Bytes of all tensors.
+    pub bytes: u64,
+}
+
 impl fmt::Display for GgufType {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -90,7 +98,7 @@ pub fn export_gguf(
     kind: Option<GgufType>,
     force: bool,
     progress: &mut dyn FnMut(Progress),
-) -> Result<ExportReport> {
+) -> Result<GgufReport> {
     let config = Config::load(model)?;
     let arch = check(model, &config)?;
     let checkpoint = open_model(model, &config)?;
@@ -116,7 +124,7 @@ pub fn export_gguf(
         kind: TensorType::F32,
         shape: vec![values.len()],
     }));
-    let report = ExportReport { tensors: declared.len(), bytes: declared.iter().map(Declared::len).sum() };
+    let report = GgufReport { tensors: declared.len(), bytes: declared.iter().map(Declared::len).sum() };
     if checkpoint.files().any(|file| is_same(file, out)) {
         return Err(Error::path(out, "is the model that is read", "choose another {out}"));
     }

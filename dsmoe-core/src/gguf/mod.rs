@@ -24,7 +24,7 @@ use std::path::{Path, PathBuf};
 
 pub(crate) use config::config_json;
 pub use container::{Container, TensorPlace};
-pub use export::{GgufType, export_gguf};
+pub use export::{GgufReport, GgufType, export_gguf};
 pub(crate) use tensors::{Encoded, GgufTensor, tensors};
 pub use tokenizer::tokenizer_files;
 pub use types::{Layout, TensorType};

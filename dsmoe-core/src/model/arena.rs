@@ -84,7 +84,7 @@ impl Model {
     }
 
     /// Writes config.json, masks and the weights, in Hugging Face layout, to the existing directory `dir`; every file
-    /// is synced. Routers and partitions stay f32 and i32 whatever `dtype` is.
+    /// is synced. Routers and partitions stay f32 and i32 whatever `dtype` is. The model then counts as trained.
     ///
     /// # Errors
     /// The configuration does not describe the model's FFNs; nothing is written then. The file system refuses; the
@@ -119,6 +119,9 @@ impl Model {
         self.masks.iter().try_for_each(|masks| masks.save(dir))?;
         let mut config = self.config.clone();
         config.set_dtype(dtype);
+        if let Some(moe) = &mut config.moe {
+            moe.untrained = false;
+        }
         config.save(dir)
     }
 

@@ -8,17 +8,17 @@ use crate::support::{quiet, read};
 use dsmoe_core::checkpoint::{Checkpoint, Dtype, check_llama_tensors};
 use dsmoe_core::config::{Config, PartitionKind};
 use dsmoe_core::convert::{ConvertOptions, ConvertProgress, PartitionSpec, RouterStart, convert};
-use dsmoe_core::export::{ExportAs, export};
+use dsmoe_core::export::{ExportAs, ExportOptions, export};
 use dsmoe_core::init::{InitOptions, init, preset};
 use dsmoe_core::partition::Partition;
 use dsmoe_kernels::testing::{refused, shared};
 use dsmoe_router::{RouterConfig, RouterInit, RouterValues};
 use proptest::prelude::*;
 
-type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
+pub(crate) type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
 
 /// All tensors of a directory, by name.
-fn tensors(dir: &Path) -> Tensors {
+pub(crate) fn tensors(dir: &Path) -> Tensors {
     let checkpoint = Checkpoint::open(dir).unwrap();
     let read = |name: &str| {
         let view = checkpoint.tensor(name).unwrap();
@@ -28,7 +28,7 @@ fn tensors(dir: &Path) -> Tensors {
 }
 
 /// A small model in `dir`.
-fn small(dir: &Path, dtype: Dtype) -> PathBuf {
+pub(crate) fn small(dir: &Path, dtype: Dtype) -> PathBuf {
     let text =
         preset("tiny").unwrap().to_json().replace("\"intermediate_size\": 512", "\"intermediate_size\": 96");
     let text = text.replace("\"vocab_size\": 2048", "\"vocab_size\": 50");
@@ -60,7 +60,7 @@ fn round_trip(model: &Path, num_experts: usize, work: &Path) {
         let moe = Config::load(&converted).unwrap().moe.unwrap();
         assert_eq!(moe.partition == PartitionKind::Permuted, partition != PartitionSpec::Contiguous);
         check_permuted(&original, &tensors(&converted), moe.partition, config.hidden);
-        export(&converted, &dense, ExportAs::Dense, None, false, &mut quiet).unwrap();
+        export(&converted, &dense, &ExportOptions::new(ExportAs::Dense), &mut quiet).unwrap();
         assert!(tensors(&dense) == original, "{partition:?}");
         let json = |dir: &Path| -> serde_json::Value {
             serde_json::from_slice(&fs::read(dir.join("config.json")).unwrap()).unwrap()
@@ -215,7 +215,8 @@ fn export_casts_weights_and_keeps_routers() {
     let (converted, out) = (work.path().join("dsmoe"), work.path().join("bf16"));
     let options = ConvertOptions { partition: PartitionSpec::Random, ..ConvertOptions::new(8) };
     convert(&model, &converted, &options, &mut quiet).unwrap();
-    export(&converted, &out, ExportAs::Native, Some(Dtype::BF16), false, &mut quiet).unwrap();
+    let to_bf16 = ExportOptions { dtype: Some(Dtype::BF16), ..ExportOptions::new(ExportAs::Native) };
+    export(&converted, &out, &to_bf16, &mut quiet).unwrap();
     let (before, after) = (tensors(&converted), tensors(&out));
     assert_eq!(before.len(), after.len());
     for (name, (dtype, shape, bytes)) in &before {

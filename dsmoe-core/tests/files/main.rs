@@ -6,6 +6,7 @@ mod bytes;
 mod checkpoint;
 mod config;
 mod convert;
+mod export;
 mod gguf;
 mod malformed;
 mod support;

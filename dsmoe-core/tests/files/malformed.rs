@@ -8,7 +8,7 @@ use dsmoe_core::Result;
 use dsmoe_core::checkpoint::{Checkpoint, Dtype, OutputDir, TensorInfo, Writer, check_llama_tensors};
 use dsmoe_core::config::Config;
 use dsmoe_core::convert::{ConvertOptions, ConvertReport, PartitionSpec, RouterStart, convert};
-use dsmoe_core::export::{ExportAs, export};
+use dsmoe_core::export::{ExportAs, ExportOptions, export};
 use dsmoe_core::init::{InitOptions, init, preset};
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::testing::refused;
@@ -308,9 +308,10 @@ fn options_that_cannot_work() {
     let again = convert(&fixture.out(), &fixture.work.path().join("x"), &ConvertOptions::new(4), &mut quiet);
     refused(again, &["out/config.json: model_type is already dsmoe", "export this one as a dense model"]);
     let out = fixture.work.path().join("y");
-    let dense = export(&fixture.dir, &out, ExportAs::Dense, None, false, &mut quiet);
+    let dense = export(&fixture.dir, &out, &ExportOptions::new(ExportAs::Dense), &mut quiet);
     refused(dense, &["model/config.json: model_type is llama already", "export it as native"]);
-    let cast = export(&fixture.dir, &out, ExportAs::Native, Some(Dtype::I8), false, &mut quiet);
+    let to_i8 = ExportOptions { dtype: Some(Dtype::I8), ..ExportOptions::new(ExportAs::Native) };
+    let cast = export(&fixture.dir, &out, &to_i8, &mut quiet);
     refused(cast, &["dtype I8 is not for weights", "bf16, f16 or f32"]);
     refused(preset("llama-9"), &["unknown preset `llama-9`", "tiny, small"]);
 }
@@ -364,7 +365,7 @@ fn stored_partition_that_is_none() {
     for wrong in [-1, 12, i32::MIN] {
         fixture.overwrite(&fixture.out(), view.offset, &i32::to_le_bytes(wrong));
         let out = fixture.work.path().join("dense");
-        let result = export(&fixture.out(), &out, ExportAs::Dense, None, false, &mut quiet);
+        let result = export(&fixture.out(), &out, &ExportOptions::new(ExportAs::Dense), &mut quiet);
         refused(result, &["tensor model.layers.1.mlp.partition is no partition", "convert the model again"]);
     }
 }

@@ -37,7 +37,8 @@ impl Setup {
         let sizes = LlamaSizes { vocab, hidden, intermediate, layers, heads, kv_heads, positions, bos_eos };
         let mut config = sizes.config().unwrap();
         let (router, partition) = (RouterConfig::new(4), PartitionKind::Contiguous);
-        config.moe = Some(MoeConfig { router, partition, router_bias: true, active_target: None });
+        config.moe =
+            Some(MoeConfig { router, partition, router_bias: true, active_target: None, untrained: false });
         config.save(dir.path()).unwrap();
         let mut model = Model::new(config);
         let mut rng = Rng::new(9, 0);

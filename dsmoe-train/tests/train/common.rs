@@ -24,7 +24,7 @@ pub(crate) fn config(experts: bool) -> Config {
     let (vocab, bos_eos) = (VOCAB, [1, 2]);
     let sizes = LlamaSizes { vocab, hidden, intermediate, layers, heads, kv_heads, positions, bos_eos };
     let (router, partition) = (RouterConfig::new(4), PartitionKind::Contiguous);
-    let moe = MoeConfig { router, partition, router_bias: true, active_target: None };
+    let moe = MoeConfig { router, partition, router_bias: true, active_target: None, untrained: false };
     let mut config = sizes.config().unwrap();
     config.moe = Some(moe).filter(|_| experts);
     config

@@ -130,10 +130,13 @@ pub(crate) fn route(
 
 /// Sets `h` to `normed` in f32, as the norm's kernel computes it before rounding.
 fn fetch_normed(h: &mut Vec<f32>, normed: router::Normed<'_>) -> Result<()> {
-    let router::Normed { x, rstd, weight } = normed;
+    let router::Normed { x, rstd, weight, offset } = normed;
     h.resize(x.len(), 0.0);
     x.download_to(h)?;
-    let (rstd, weight) = (rstd.download()?, weight.download()?);
+    let (rstd, mut weight) = (rstd.download()?, weight.download()?);
+    if offset != 0.0 {
+        weight.iter_mut().for_each(|weight| *weight += offset);
+    }
     h.par_chunks_exact_mut(weight.len().max(1)).zip(rstd).for_each(|(row, rstd)| {
         row.iter_mut().zip(&weight).for_each(|(x, w)| *x = *x * rstd * w);
     });

@@ -8,7 +8,7 @@ use dsmoe_router::RoutingStats;
 
 use super::MemoryUse;
 use crate::config::{Config, LayerShape};
-use crate::ffn::{Ffn, FfnScratch};
+use crate::ffn::FfnScratch;
 use crate::model::arena::Model;
 
 /// Values that one layer's backward needs from its forward. Normed inputs are recomputed from the residual stream.
@@ -113,15 +113,15 @@ impl TrainWorkspace {
         let config = &model.config;
         let room = |width: usize| Buf::zeros(tokens * width);
         let norms = |[x, rstd]: [usize; 2]| NormActs { x: room(x), rstd: room(rstd) };
-        let layer = |(i, ffn): (usize, &Box<dyn Ffn>)| {
+        let layers = model.ffns.iter().enumerate().map(|(i, ffn)| {
             let shape = config.layer(i);
             let widths = Widths::of(config, shape.num_heads, shape.num_kv_heads);
             let [x, rstd, qkv, a, lse, x_mid, rstd_mid] = widths.layer().map(room);
             let heads = head_norm_widths(config, i).map(|widths| widths.map(norms));
             let after = after_norm_widths(config).map(|widths| widths.map(norms));
             LayerActs { x, rstd, qkv, a, lse, x_mid, rstd_mid, heads, after, ffn: ffn.new_saved(tokens) }
-        };
-        let layers = model.ffns.iter().enumerate().map(layer).collect();
+        });
+        let layers = layers.collect();
         // Room for the widest layer.
         let widest = Widths::of(config, config.num_heads, config.num_kv_heads);
         let [x, rstd, h, losses, y, dx, dbranch, dqkv, da] = widest.shared(config).map(room);

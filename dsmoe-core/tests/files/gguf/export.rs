@@ -8,7 +8,7 @@ use dsmoe_core::checkpoint::{
 };
 use dsmoe_core::config::Config;
 use dsmoe_core::convert::{ConvertOptions, convert};
-use dsmoe_core::export::{ExportAs, export};
+use dsmoe_core::export::{ExportAs, ExportOptions, export};
 use dsmoe_core::gguf::{Container, GgufType, export_gguf};
 use dsmoe_core::init::{InitOptions, init};
 
@@ -251,7 +251,8 @@ fn a_value_beyond_f16_is_refused_by_every_writer() {
     let says = [name, "holds -65520, which F16 cannot store", "dtype to bf16 or f32"];
     let out = work.path().join("out");
     refused(write(&model, &out, Some(GgufType::Float(Dtype::F16))), &says);
-    refused(export(&model, &out, ExportAs::Native, Some(Dtype::F16), false, &mut quiet), &says);
+    let half = ExportOptions { dtype: Some(Dtype::F16), ..ExportOptions::new(ExportAs::Native) };
+    refused(export(&model, &out, &half, &mut quiet), &says);
     assert!(!out.exists());
     let infos = vec![TensorInfo { name: "t".into(), dtype: Dtype::F16, shape: vec![2] }];
     let mut writer = Writer::create_file(&work.path().join("t.safetensors"), infos).unwrap();

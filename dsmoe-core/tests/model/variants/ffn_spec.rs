@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::checkpoint::{Dtype, tensor_names};
-use dsmoe_core::export::{ExportAs, export};
+use dsmoe_core::export::{ExportAs, ExportOptions, export};
 use dsmoe_core::ffn::{
     DenseFfn, Ffn, FfnBackward, FfnForward, FfnKind, FfnReport, FfnSpec, PackedFfn, block_len, register,
 };
@@ -169,10 +169,11 @@ fn a_directory_keeps_all_tensors() {
     let gate = &model.layout().get("model.layers.1.mlp.gate.weight").unwrap().range;
     assert_eq!(back.params()[gate.clone()], model.params()[gate.clone()]);
     assert_ne!(back.params(), model.params());
-    export(&at("model"), &at("copy"), ExportAs::Native, Some(Dtype::F32), false, &mut |_| {}).unwrap();
+    let options = ExportOptions { dtype: Some(Dtype::F32), ..ExportOptions::new(ExportAs::Native) };
+    export(&at("model"), &at("copy"), &options, &mut |_| {}).unwrap();
     assert_eq!(Model::load(&at("copy")).unwrap().params(), back.params());
-    let dense = export(&at("model"), &at("dense"), ExportAs::Dense, None, false, &mut |_| {});
-    refused(dense, &["ffn.type is \"halves\", which has no dense form", "export it as native"]);
+    let dense = export(&at("model"), &at("dense"), &ExportOptions::new(ExportAs::Dense), &mut |_| {});
+    refused(dense, &["ffn.type is \"halves\", which has no dense form", "export it as native or hf"]);
 
     let ids = tokens(8, 2);
     let score =

@@ -3,7 +3,7 @@
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::checkpoint::{Dtype, TensorInfo, Writer, tensor_names};
 use dsmoe_core::convert::{ConvertOptions, PartitionSpec, convert};
-use dsmoe_core::export::{ExportAs, export};
+use dsmoe_core::export::{ExportAs, ExportOptions, export};
 use dsmoe_core::init::preset;
 use dsmoe_core::masks::MASKS_FILE;
 use dsmoe_core::{Inference, Masks, Model};
@@ -86,7 +86,8 @@ fn directories_keep_masks() {
     let back = Model::load(&at("model")).unwrap();
     assert_eq!((back.params(), back.masks()), (model.params(), model.masks()));
     assert_eq!(Masks::load(&at("model")).unwrap().as_ref(), model.masks());
-    export(&at("model"), &at("copy"), ExportAs::Native, Some(Dtype::BF16), false, &mut |_| {}).unwrap();
+    let to_bf16 = ExportOptions { dtype: Some(Dtype::BF16), ..ExportOptions::new(ExportAs::Native) };
+    export(&at("model"), &at("copy"), &to_bf16, &mut |_| {}).unwrap();
     assert_eq!(Model::load(&at("copy")).unwrap().masks(), model.masks());
     let mut options = ConvertOptions::new(4);
     convert(&at("model"), &at("moe"), &options, &mut |_| {}).unwrap();

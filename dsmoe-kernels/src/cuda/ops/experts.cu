@@ -2,7 +2,7 @@
 // offsets[e + 1]. All weights are [n w, hidden], expert e the rows from e w; activations of pairs lie where those of all
 // pairs would, [T, n w].
 //
-//   up       c = coefficient silu(x gate^T) (x up^T)     rows gathered
+//   up       c = coefficient act(x gate^T) (x up^T)     rows gathered
 //   project  g = x W^T                                   rows gathered
 //   down     part = c W                                  rows gathered, written by place in the lists
 //   input    part = da gate + db up                      as down
@@ -249,7 +249,12 @@ template <int FORM> DEV void multiply_step(float (&d)[128], u32 stage, bool add)
 #endif
 }
 
-DEV float silu(float a) { return a * (1.0f / (1.0f + expf(-a))); }
+// silu, or with GELU the tanh form of GELU.
+#if GELU
+DEV float act(float a) { return a * (1.0f / (1.0f + expf(-a * (1.5957692f + 0.07135482f * a * a)))); }
+#else
+DEV float act(float a) { return a * (1.0f / (1.0f + expf(-a))); }
+#endif
 
 // A warp's rows on their way out: 16 of 256 bytes, apart so that they lie in different banks.
 #define PITCH 272
@@ -336,7 +341,7 @@ template <int FORM> DEV void store(const float (&d)[128], u32 staging, const Til
     const auto b = [&](int j, int half) { return pack(d[64 + 4 * j + 2 * half], d[64 + 4 * j + 2 * half + 1]); };
     const auto c = [&](int j, int half) {
       const u32 x = a(j, half), y = b(j, half);
-      return pack(k[half] * silu(lo_f32(x)) * lo_f32(y), k[half] * silu(hi_f32(x)) * hi_f32(y));
+      return pack(k[half] * act(lo_f32(x)) * lo_f32(y), k[half] * act(hi_f32(x)) * hi_f32(y));
     };
     const auto row = [&](void* out, int r) {
       const bool in = first + r < t.count;

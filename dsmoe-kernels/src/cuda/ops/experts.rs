@@ -6,9 +6,10 @@
 
 use half::bf16;
 
-use super::ffn::Dims;
+use super::ffn::{self, Dims};
 use super::router::Lists;
 use super::{Arg, Define, Gpu, Grid, Matrix, Result, Source};
+use crate::swiglu::Activation;
 
 pub(super) static SOURCE: Source = Source { name: "experts", text: include_str!("experts.cu") };
 
@@ -64,6 +65,17 @@ thread_local! {
 
 /// Queues a kernel with `args`, which the arguments common to all kernels but `combine` follow.
 fn start(gpu: &Gpu, entry: &'static str, args: &[Arg], lists: &Lists, dims: &Dims) -> Result<()> {
+    start_with(gpu, entry, args, (lists, dims), Activation::Silu)
+}
+
+/// Does the same for a kernel with an activation.
+fn start_with(
+    gpu: &Gpu,
+    entry: &'static str,
+    args: &[Arg],
+    (lists, dims): (&Lists, &Dims),
+    activation: Activation,
+) -> Result<()> {
     let Dims { hidden, intermediate, num_experts: n, .. } = *dims;
     let ends = [n, intermediate / n, hidden].map(Arg::Size);
     let args = [args, &[lists.offsets.arg(), lists.tokens.arg()], &ends].concat();
@@ -76,11 +88,11 @@ fn start(gpu: &Gpu, entry: &'static str, args: &[Arg], lists: &Lists, dims: &Dim
     let grid = Grid { shared, ..Grid::row(gpu.multiprocessors() as usize, 256) };
     // SAFETY: the arguments are those of the kernel in experts.cu. The callers checked the sizes, and that rows are groups of
     // 8 values, so that all of them start at 16 bytes, as buffers do; lists name tokens and pairs of these sizes.
-    unsafe { SOURCE.launch(gpu, entry, &defines(stages, plain), grid, &args) }
+    unsafe { SOURCE.launch(gpu, entry, &defines(stages, plain, activation), grid, &args) }
 }
 
-pub(super) fn defines(stages: u32, plain: bool) -> [Define; 2] {
-    [("STAGES", i64::from(stages)), ("PLAIN", i64::from(plain))]
+pub(super) fn defines(stages: u32, plain: bool, activation: Activation) -> [Define; 3] {
+    [("STAGES", i64::from(stages)), ("PLAIN", i64::from(plain)), ffn::define(activation)]
 }
 
 /// Sets `y` to the sums of the parts of every token.
@@ -89,14 +101,22 @@ fn combine(y: &mut Matrix<f32>, parts: &Matrix<bf16>, lists: &Lists, dims: &Dims
     let threads = (dims.hidden / 8).next_multiple_of(32).clamp(32, 256) as u32;
     // SAFETY: a block per token. The callers checked the sizes; slots are places of active pairs, of which there are no more
     // than `parts` has room for.
-    unsafe { SOURCE.launch(y.gpu(), "combine", &defines(2, true), Grid::row(dims.tokens, threads), &args) }
+    unsafe {
+        SOURCE.launch(
+            y.gpu(),
+            "combine",
+            &defines(2, true, Activation::Silu),
+            Grid::row(dims.tokens, threads),
+            &args,
+        )
+    }
 }
 
 fn check_parts(dims: &Dims, parts: &Matrix<bf16>) {
     assert!(parts.len() >= dims.parts(), "cuda experts: {} values to work in for {dims:?}", parts.len());
 }
 
-/// Sets `c` to `coefficient silu(x gate^T) (x up^T)`, and `projections` to the two products.
+/// Sets `c` to `coefficient act(x gate^T) (x up^T)`, and `projections` to the two products.
 #[derive(Debug)]
 pub struct Up<'a> {
     /// `[T, intermediate]`
@@ -113,6 +133,8 @@ pub struct Up<'a> {
     pub coefficients: &'a Matrix<f32>,
     /// The active pairs.
     pub lists: &'a Lists,
+    /// The activation of the gate projection.
+    pub activation: Activation,
 }
 
 impl Up<'_> {
@@ -121,7 +143,7 @@ impl Up<'_> {
     /// # Panics
     /// A size does not fit, or [`Dims::fit_lists`] is false.
     pub fn run(self) -> Result<()> {
-        let Up { c, projections, x, gate, up, coefficients, lists } = self;
+        let Up { c, projections, x, gate, up, coefficients, lists, activation } = self;
         let lens = [&[c.len()][..], &[x.len()], &[gate.len(), up.len()]];
         let dims = check("up", [x.rows(), x.cols()], c.cols(), lists, lens);
         let len = coefficients.len();
@@ -130,7 +152,7 @@ impl Up<'_> {
         assert!(fit, "cuda experts::up: {len} coefficients for {dims:?}");
         let [a, b] = projections.map_or([Arg::NULL; 2], |both| both.map(|projection| projection.arg()));
         let args = [c.arg(), a, b, x.arg(), gate.arg(), up.arg(), coefficients.arg()];
-        start(x.gpu(), "up", &args, lists, &dims)
+        start_with(x.gpu(), "up", &args, (lists, &dims), activation)
     }
 }
 

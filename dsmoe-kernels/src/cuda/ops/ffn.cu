@@ -1,5 +1,17 @@
 DEV float sigmoid(float z) { return 1.0f / (1.0f + expf(-z)); }
-DEV float silu(float a) { return a * sigmoid(a); }
+// The activation is a gate(a): silu, or with GELU the tanh form of GELU, whose gate is the sigmoid of 2 sqrt(2 / pi) (a +
+// 0.044715 a^3). The slope is gate + a gate'.
+#if GELU
+DEV float gate(float a) { return sigmoid(a * (1.5957692f + 0.07135482f * a * a)); }
+DEV float slope(float a, float s) {
+  // Far outside the gate is 0 or 1; the square must not overflow there.
+  const float c = fminf(fmaxf(a, -20.0f), 20.0f);
+  return s * (1.0f + c * (1.5957692f + 3.0f * 0.07135482f * c * c) * (1.0f - s));
+}
+#else
+DEV float gate(float a) { return sigmoid(a); }
+#endif
+DEV float act(float a) { return a * gate(a); }
 
 // Eight neighbours, where they start at 16 bytes.
 struct Eight { float v[8]; };
@@ -11,7 +23,7 @@ DEV void store(bf16* to, const Eight& x) {
   *(U4*)to = U4{pack(x.v[0], x.v[1]), pack(x.v[2], x.v[3]), pack(x.v[4], x.v[5]), pack(x.v[6], x.v[7])};
 }
 
-// c = coefficient silu(a) b, 0 where the coefficient is; eight neighbours per thread.
+// c = coefficient act(a) b, 0 where the coefficient is; eight neighbours per thread.
 extern "C" __global__ void activate(bf16* c, const bf16* a, const bf16* b, const float* coefficients, i64 tokens,
                                     int width, int n) {
   const i64 i = 8 * ((i64)blockIdx.x * blockDim.x + threadIdx.x), total = tokens * width;
@@ -24,29 +36,33 @@ extern "C" __global__ void activate(bf16* c, const bf16* a, const bf16* b, const
     if (k != 0.0f) {
       const Eight x = load(a + i), y = load(b + i);
 #pragma unroll
-      for (int j = 0; j < 8; j++) out.v[j] = k * silu(x.v[j]) * y.v[j];
+      for (int j = 0; j < 8; j++) out.v[j] = k * act(x.v[j]) * y.v[j];
     }
     store(c + i, out);
     return;
   }
   for (i64 at = i; at < i + 8 && at < total; at++) {
     const float k = coefficients ? coefficients[at / w] : 1.0f;
-    c[at] = to_bf16(k != 0.0f ? k * silu(to_f32(a[at])) * to_f32(b[at]) : 0.0f);
+    c[at] = to_bf16(k != 0.0f ? k * act(to_f32(a[at])) * to_f32(b[at]) : 0.0f);
   }
 }
 
 // Sets of_a, of_b and of_c; returns the part of dcoefficient.
 DEV float gradients(float& of_a, float& of_b, float& of_c, float k, float a, float b, float g) {
-  const float s = sigmoid(a), u = a * s;
+  const float s = gate(a), u = a * s;
   of_c = k * u * b;
   of_b = k * g * u;
+  #if GELU
+  of_a = k * g * b * slope(a, s);
+#else
   of_a = k * g * b * s * (1.0f + a * (1.0f - s));
+#endif
   return u * b * g;
 }
 
 // A block per token, a warp per expert:
-//   dcoefficient = sum of silu(a) b g,  dc = coefficient g
-//   da = dc b silu'(a),  db = dc silu(a),  c as above
+//   dcoefficient = sum of act(a) b g,  dc = coefficient g
+//   da = dc b act'(a),  db = dc act(a),  c as above
 extern "C" __global__ void __launch_bounds__(256)
 backward(bf16* da, bf16* db, bf16* c, float* dcoefficients, const bf16* g, const bf16* a, const bf16* b,
          const float* coefficients, int width, int n, int all_pairs) {

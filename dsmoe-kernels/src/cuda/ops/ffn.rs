@@ -2,9 +2,15 @@
 
 use half::bf16;
 
-use super::{Arg, Grid, Matrix, Result, Source, optional};
+use super::{Arg, Define, Grid, Matrix, Result, Source, optional};
+use crate::swiglu::Activation;
 
 pub(super) static SOURCE: Source = Source { name: "ffn", text: include_str!("ffn.cu") };
+
+/// Returns the definition of kernels with this activation.
+pub(super) fn define(activation: Activation) -> Define {
+    ("GELU", i64::from(activation == Activation::GeluTanh))
+}
 
 /// Experts that the backward pass of a dense FFN is cut into: a warp takes each.
 const SLICES: usize = 8;
@@ -38,7 +44,7 @@ fn check(op: &str, a: &Matrix<bf16>, lens: &[usize], coefficients: Option<&Matri
     n
 }
 
-/// Sets `c` to `coefficient silu(a) b`. Without coefficients they are 1.
+/// Sets `c` to `coefficient act(a) b`. Without coefficients they are 1.
 #[derive(Debug)]
 pub struct Activate<'a> {
     /// `[T, intermediate]`
@@ -49,6 +55,8 @@ pub struct Activate<'a> {
     pub b: &'a Matrix<bf16>,
     /// `[T, n]`
     pub coefficients: Option<&'a Matrix<f32>>,
+    /// The activation of a.
+    pub activation: Activation,
 }
 
 impl Activate<'_> {
@@ -57,18 +65,18 @@ impl Activate<'_> {
     /// # Panics
     /// A size does not fit.
     pub fn run(self) -> Result<()> {
-        let Activate { c, a, b, coefficients } = self;
+        let Activate { c, a, b, coefficients, activation } = self;
         let n = check("activate", a, &[c.len(), b.len()], coefficients);
         let (k, tokens) = (optional(coefficients), Arg::I64(a.rows() as i64));
         let args = [c.arg(), a.arg(), b.arg(), k, tokens, a.cols().into(), n.into()];
         let grid = Grid::row(c.len().div_ceil(8 * 256), 256);
         // SAFETY: eight values per thread of buffers whose lengths were checked above; buffers start at 16 bytes.
-        unsafe { SOURCE.launch(a.gpu(), "activate", &[], grid, &args) }
+        unsafe { SOURCE.launch(a.gpu(), "activate", &[define(activation)], grid, &args) }
     }
 }
 
 /// Sets the gradients `da` and `db`, and `c` as [`Activate`] does. With coefficients it sets their gradients:
-/// `sum over an expert of silu(a) b g`.
+/// `sum over an expert of act(a) b g`.
 #[derive(Debug)]
 pub struct Backward<'a> {
     /// `[T, intermediate]`
@@ -89,6 +97,8 @@ pub struct Backward<'a> {
     pub coefficients: Option<&'a Matrix<f32>>,
     /// Sets the coefficients' gradients of inactive pairs too.
     pub all_pairs: bool,
+    /// The activation of a.
+    pub activation: Activation,
 }
 
 impl Backward<'_> {
@@ -97,7 +107,7 @@ impl Backward<'_> {
     /// # Panics
     /// A size does not fit, or `dcoefficients` and `coefficients` are not both given.
     pub fn run(self) -> Result<()> {
-        let Backward { da, db, c, dcoefficients, g, a, b, coefficients, all_pairs } = self;
+        let Backward { da, db, c, dcoefficients, g, a, b, coefficients, all_pairs, activation } = self;
         let n = check("backward", a, &[da.len(), db.len(), c.len(), g.len(), b.len()], coefficients);
         let given = [dcoefficients.as_ref().map(|k| k.len()), coefficients.map(|k| k.len())];
         assert!(given[0] == given[1], "cuda ffn::backward: {given:?} coefficients");
@@ -107,6 +117,6 @@ impl Backward<'_> {
         let pointers = [da.arg(), db.arg(), c.arg(), dk, g.arg(), a.arg(), b.arg(), k];
         let args = [&pointers[..], &[a.cols().into(), slices.into(), (all_pairs || dense).into()]].concat();
         // SAFETY: a block per token of buffers whose lengths were checked above.
-        unsafe { SOURCE.launch(a.gpu(), "backward", &[], Grid::row(a.rows(), 256), &args) }
+        unsafe { SOURCE.launch(a.gpu(), "backward", &[define(activation)], Grid::row(a.rows(), 256), &args) }
     }
 }

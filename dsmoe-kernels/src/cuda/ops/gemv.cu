@@ -36,7 +36,14 @@ gemv_f32(float* y, const bf16* x, const bf16* w, int inputs, int outputs) { gemv
 extern "C" __global__ void __launch_bounds__(256)
 gemv_bf16(bf16* y, const bf16* x, const bf16* w, int inputs, int outputs) { gemv(y, x, w, inputs, outputs); }
 
-// c [T, width] = coefficient silu(x Wg^T) (x Wu^T): a warp per neuron, none for one whose expert no token has active.
+// What a gate p is divided by: silu's 1 + e^-p, or with GELU that of the tanh form of GELU.
+#if GELU
+#define DIVISOR(p) (1.0f + expf(-(p) * (1.5957692f + 0.07135482f * (p) * (p))))
+#else
+#define DIVISOR(p) (1.0f + expf(-p))
+#endif
+
+// c [T, width] = coefficient act(x Wg^T) (x Wu^T): a warp per neuron, none for one whose expert no token has active.
 extern "C" __global__ void __launch_bounds__(256)
 gemv_up(float* c, const bf16* x, const bf16* gate, const bf16* up, const float* coefficients, int inputs, int width,
        int n) {
@@ -81,7 +88,7 @@ gemv_up(float* c, const bf16* x, const bf16* gate, const bf16* up, const float* 
 #pragma unroll
   for (int t = 0; t < TOKENS; t++) {
     const float p = warp_sum(a[t]), q = warp_sum(b[t]);
-    if (lane == 0) c[(i64)t * width + o] = k[t] * p / (1.0f + expf(-p)) * q;
+    if (lane == 0) c[(i64)t * width + o] = k[t] * p / DIVISOR(p) * q;
   }
 }
 

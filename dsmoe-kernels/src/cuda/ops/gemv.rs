@@ -2,9 +2,10 @@
 
 use half::bf16;
 
-use super::ffn::Dims;
+use super::ffn::{self, Dims};
 use super::{Arg, Define, Grid, Matrix, Result, Source, optional};
 use crate::cuda::Float;
+use crate::swiglu::Activation;
 
 pub(super) static SOURCE: Source = Source { name: "gemv", text: include_str!("gemv.cu") };
 
@@ -13,9 +14,11 @@ pub const FEW: usize = 8;
 /// Neurons that one block of the down projection takes.
 const NEURONS: usize = 32;
 
-pub(super) fn defines(tokens: usize, width: usize) -> [Define; 3] {
+pub(super) fn defines(tokens: usize, width: usize, activation: Activation) -> [Define; 4] {
     let aligned = width.is_multiple_of(8);
-    [("TOKENS", tokens as i64), ("ALIGNED", i64::from(aligned)), ("NEURONS", NEURONS as i64)]
+    let sizes = [("TOKENS", tokens as i64), ("ALIGNED", i64::from(aligned)), ("NEURONS", NEURONS as i64)];
+    let [tokens, aligned, neurons] = sizes;
+    [tokens, aligned, neurons, ffn::define(activation)]
 }
 
 /// Sets `y` to `x W^T`, rounded to its type, for at most [`FEW`] tokens.
@@ -40,7 +43,8 @@ impl<T: Float> Linear<'_, T> {
         assert!((1..=FEW).contains(&tokens), "cuda gemv: {tokens} tokens");
         assert_eq!([y.rows(), w.len()], [tokens, inputs * outputs], "cuda gemv: rows of y, weights");
         let entry = if T::F32 { "gemv_f32" } else { "gemv_bf16" };
-        let (defines, grid) = (defines(tokens, inputs), Grid::row(outputs.div_ceil(8), 256));
+        let (defines, grid) =
+            (defines(tokens, inputs, Activation::Silu), Grid::row(outputs.div_ceil(8), 256));
         let args = [y.arg(), x.arg(), w.arg(), inputs.into(), outputs.into()];
         // SAFETY: a warp per output; sizes were checked above, and rows of a width of 8 values start at 16 bytes where their
         // matrix does, as all buffers do.
@@ -81,6 +85,8 @@ pub struct Ffn<'a> {
     pub weights: Weights<'a>,
     /// `[T, n]`
     pub coefficients: Option<&'a Matrix<f32>>,
+    /// The activation of the gate projection.
+    pub activation: Activation,
     /// Scratch memory of [`Dims::gemv_scratch`] values.
     pub scratch: &'a mut Matrix<f32>,
 }
@@ -91,7 +97,7 @@ impl Ffn<'_> {
     /// # Panics
     /// A size does not fit, or there are more than [`FEW`] tokens.
     pub fn run(self) -> Result<()> {
-        let Ffn { y, h, weights: Weights { gate, up, down }, coefficients, scratch } = self;
+        let Ffn { y, h, weights: Weights { gate, up, down }, coefficients, activation, scratch } = self;
         let (tokens, hidden) = (h.rows(), h.cols());
         let n = coefficients.map_or(1, Matrix::cols);
         let dims = Dims { tokens, hidden, intermediate: gate.len() / hidden, num_experts: n };
@@ -102,7 +108,7 @@ impl Ffn<'_> {
         let lens = [gate.len(), up.len(), down.len(), y.len(), rows, scratch.len().min(need)];
         let want = [len, len, len, h.len(), tokens, need];
         assert_eq!(lens, want, "cuda gemv::Ffn: gate, up, down, y, coefficients, scratch for {dims:?}");
-        let (gpu, defines, pairs) = (h.gpu(), defines(tokens, hidden), tokens * width);
+        let (gpu, defines, pairs) = (h.gpu(), defines(tokens, hidden, activation), tokens * width);
         let [c, partials] = scratch.parts([0..pairs, pairs..dims.gemv_scratch()]);
         let (k, parts) = (optional(coefficients), dims.gemv_blocks());
         let [hidden_arg, width_arg, n_arg, parts_arg] = [hidden, width, n, parts].map(Arg::Size);

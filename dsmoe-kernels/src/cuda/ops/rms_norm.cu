@@ -1,8 +1,18 @@
 // One block per row. HIDDEN is the row's length; a thread keeps what it read of the row.
 #define PER ((HIDDEN + THREADS - 1) / THREADS)
+// With OFFSET, weights are stored as their distance from `offset`.
+#if OFFSET
+#define VARIANT , float offset
+#define VARIANT_ARGS , offset
+#define WEIGHT(i) (weight[i] + offset)
+#else
+#define VARIANT
+#define VARIANT_ARGS
+#define WEIGHT(i) weight[i]
+#endif
 
 template <bool SUM>
-DEV void normalize(bf16* h, float* rstd, float* out, const float* x, const float* y, const float* weight, float eps) {
+DEV void normalize(bf16* h, float* rstd, float* out, const float* x, const float* y, const float* weight, float eps VARIANT) {
   __shared__ float shared[32];
   const i64 row = (i64)blockIdx.x * HIDDEN;
   float v[PER], squares = 0.0f;
@@ -24,32 +34,32 @@ DEV void normalize(bf16* h, float* rstd, float* out, const float* x, const float
 #pragma unroll
   for (int j = 0; j < PER; j++) {
     const int i = j * THREADS + threadIdx.x;
-    if (i < HIDDEN) h[row + i] = to_bf16(v[j] * r * weight[i]);
+    if (i < HIDDEN) h[row + i] = to_bf16(v[j] * r * WEIGHT(i));
   }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-forward(bf16* h, float* rstd, const float* x, const float* weight, float eps) {
-  normalize<false>(h, rstd, nullptr, x, nullptr, weight, eps);
+forward(bf16* h, float* rstd, const float* x, const float* weight, float eps VARIANT) {
+  normalize<false>(h, rstd, nullptr, x, nullptr, weight, eps VARIANT_ARGS);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-forward_sum(bf16* h, float* rstd, float* out, const float* x, const float* y, const float* weight, float eps) {
-  normalize<true>(h, rstd, out, x, y, weight, eps);
+forward_sum(bf16* h, float* rstd, float* out, const float* x, const float* y, const float* weight, float eps VARIANT) {
+  normalize<true>(h, rstd, out, x, y, weight, eps VARIANT_ARGS);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-restore(bf16* h, const float* x, const float* weight, const float* rstd) {
+restore(bf16* h, const float* x, const float* weight, const float* rstd VARIANT) {
   const i64 row = (i64)blockIdx.x * HIDDEN;
   const float r = rstd[blockIdx.x];
-  for (int i = threadIdx.x; i < HIDDEN; i += THREADS) h[row + i] = to_bf16(x[row + i] * r * weight[i]);
+  for (int i = threadIdx.x; i < HIDDEN; i += THREADS) h[row + i] = to_bf16(x[row + i] * r * WEIGHT(i));
 }
 
 // A block takes the rows b, b + blocks, ...: dx of each, and its part of the weight's gradient.
 //   dx = r (g - x r^2 mean(g x)),  g = dy weight;  dweight = sum over rows of dy x r
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 backward(float* dx, float* partials, const float* dy, const float* x, const float* weight, const float* rstd, int rows,
-         int add) {
+         int add VARIANT) {
   __shared__ float shared[32];
   float dw[PER];
 #pragma unroll
@@ -65,7 +75,7 @@ backward(float* dx, float* partials, const float* dy, const float* x, const floa
       if (i < HIDDEN) {
         const float d = dy[row + i];
         xs[j] = x[row + i];
-        g[j] = d * weight[i];
+        g[j] = d * WEIGHT(i);
         dw[j] += d * xs[j] * r;
       }
       dot += g[j] * xs[j];

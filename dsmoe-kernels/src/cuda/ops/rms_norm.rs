@@ -9,16 +9,33 @@ pub(super) static SOURCE: Source = Source { name: "rms_norm", text: include_str!
 /// Blocks of the backward pass: each keeps a part of the weight's gradient.
 const PARTS: usize = 512;
 
-pub(super) fn defines(hidden: usize) -> [Define; 2] {
+pub(super) fn defines(hidden: usize, offset: bool) -> [Define; 3] {
     // About eight values a thread.
     let threads = hidden.div_ceil(8).next_multiple_of(32).clamp(32, 1024);
-    [("HIDDEN", hidden as i64), ("THREADS", threads as i64)]
+    [("HIDDEN", hidden as i64), ("THREADS", threads as i64), ("OFFSET", i64::from(offset))]
 }
 
 fn start(gpu: &Gpu, entry: &'static str, rows: usize, hidden: usize, args: &[Arg]) -> Result<()> {
-    let defines = defines(hidden);
+    start_with(gpu, entry, [rows, hidden], args, 0.0)
+}
+
+/// Queues a kernel that takes the offset of its weight.
+fn start_with(
+    gpu: &Gpu,
+    entry: &'static str,
+    [rows, hidden]: [usize; 2],
+    args: &[Arg],
+    offset: f32,
+) -> Result<()> {
+    let (defines, last) = (defines(hidden, offset != 0.0), offset_args(offset));
+    let grid = Grid::row(rows, defines[1].1 as u32);
     // SAFETY: the callers checked that the buffers have `rows` rows, or parts, of `hidden` values.
-    unsafe { SOURCE.launch(gpu, entry, &defines, Grid::row(rows, defines[1].1 as u32), args) }
+    unsafe { SOURCE.launch(gpu, entry, &defines, grid, &[args, &last].concat()) }
+}
+
+/// Returns what kernels for a weight with an offset take at their end.
+pub(super) fn offset_args(offset: f32) -> Vec<Arg> {
+    if offset == 0.0 { Vec::new() } else { vec![Arg::F32(offset)] }
 }
 
 /// Checks that matrices have a row for each value of `rstd`. Returns the numbers of rows and of columns.
@@ -40,6 +57,8 @@ pub struct Forward<'a> {
     pub x: &'a Matrix<f32>,
     /// `[hidden]`
     pub weight: &'a Matrix<f32>,
+    /// Added to the weight: 0, or 1 where the weights are stored as their distance from 1.
+    pub offset: f32,
     /// The term that keeps the division finite.
     pub eps: f32,
 }
@@ -50,9 +69,15 @@ impl Forward<'_> {
     /// # Panics
     /// A size does not fit.
     pub fn run(self) -> Result<()> {
-        let Forward { h, rstd, x, weight, eps } = self;
+        let Forward { h, rstd, x, weight, offset, eps } = self;
         let [rows, hidden] = check("forward", &[h.len(), x.len()], weight, rstd);
-        start(x.gpu(), "forward", rows, hidden, &[h.arg(), rstd.arg(), x.arg(), weight.arg(), Arg::F32(eps)])
+        start_with(
+            x.gpu(),
+            "forward",
+            [rows, hidden],
+            &[h.arg(), rstd.arg(), x.arg(), weight.arg(), Arg::F32(eps)],
+            offset,
+        )
     }
 }
 
@@ -71,6 +96,8 @@ pub struct ForwardSum<'a> {
     pub y: &'a Matrix<f32>,
     /// `[hidden]`
     pub weight: &'a Matrix<f32>,
+    /// Added to the weight: 0, or 1 where the weights are stored as their distance from 1.
+    pub offset: f32,
     /// The term that keeps the division finite.
     pub eps: f32,
 }
@@ -81,10 +108,10 @@ impl ForwardSum<'_> {
     /// # Panics
     /// A size does not fit.
     pub fn run(self) -> Result<()> {
-        let ForwardSum { h, rstd, out, x, y, weight, eps } = self;
+        let ForwardSum { h, rstd, out, x, y, weight, offset, eps } = self;
         let [rows, hidden] = check("forward_sum", &[h.len(), out.len(), x.len(), y.len()], weight, rstd);
         let args = [h.arg(), rstd.arg(), out.arg(), x.arg(), y.arg(), weight.arg(), Arg::F32(eps)];
-        start(x.gpu(), "forward_sum", rows, hidden, &args)
+        start_with(x.gpu(), "forward_sum", [rows, hidden], &args, offset)
     }
 }
 
@@ -97,6 +124,8 @@ pub struct Restore<'a> {
     pub x: &'a Matrix<f32>,
     /// `[hidden]`
     pub weight: &'a Matrix<f32>,
+    /// Added to the weight: 0, or 1 where the weights are stored as their distance from 1.
+    pub offset: f32,
     /// `[T]`
     pub rstd: &'a Matrix<f32>,
 }
@@ -107,9 +136,9 @@ impl Restore<'_> {
     /// # Panics
     /// A size does not fit.
     pub fn run(self) -> Result<()> {
-        let Restore { h, x, weight, rstd } = self;
+        let Restore { h, x, weight, offset, rstd } = self;
         let [rows, hidden] = check("restore", &[h.len(), x.len()], weight, rstd);
-        start(x.gpu(), "restore", rows, hidden, &[h.arg(), x.arg(), weight.arg(), rstd.arg()])
+        start_with(x.gpu(), "restore", [rows, hidden], &[h.arg(), x.arg(), weight.arg(), rstd.arg()], offset)
     }
 }
 
@@ -131,6 +160,8 @@ pub struct Backward<'a> {
     pub x: &'a Matrix<f32>,
     /// `[hidden]`
     pub weight: &'a Matrix<f32>,
+    /// Added to the weight: 0, or 1 where the weights are stored as their distance from 1.
+    pub offset: f32,
     /// `[T]`
     pub rstd: &'a Matrix<f32>,
     /// Scratch memory of [`partials_len`] values.
@@ -145,7 +176,7 @@ impl Backward<'_> {
     /// # Panics
     /// A size does not fit.
     pub fn run(self) -> Result<()> {
-        let Backward { dx, dweight, dy, x, weight, rstd, partials, add } = self;
+        let Backward { dx, dweight, dy, x, weight, offset, rstd, partials, add } = self;
         let [rows, hidden] = check("backward", &[dx.len(), dy.len(), x.len()], weight, rstd);
         let need = partials_len(rows, hidden);
         let lens = [dweight.len(), partials.len().min(need)];
@@ -153,7 +184,7 @@ impl Backward<'_> {
         let parts = rows.min(PARTS);
         let pointers = [dx.arg(), partials.arg(), dy.arg(), x.arg(), weight.arg(), rstd.arg()];
         let args = [&pointers[..], &[rows.into(), add.into()]].concat();
-        start(x.gpu(), "backward", parts, hidden, &args)?;
+        start_with(x.gpu(), "backward", [parts, hidden], &args, offset)?;
         sum_partials(dweight, partials, parts)
     }
 }
@@ -165,7 +196,7 @@ pub(super) fn sum_partials(out: &mut Matrix<f32>, partials: &Matrix<f32>, parts:
     let (grid, args) =
         (Grid::row(width.div_ceil(128), 128), [out.arg(), partials.arg(), parts.into(), width.into()]);
     // SAFETY: the lengths were checked above; a thread per value of `out`.
-    unsafe { SOURCE.launch(out.gpu(), "sum_partials", &defines(8), grid, &args) }
+    unsafe { SOURCE.launch(out.gpu(), "sum_partials", &defines(8, false), grid, &args) }
 }
 
 /// The heads of a matrix, side by side from column `first` on. A single head is the norm over a part of a row.

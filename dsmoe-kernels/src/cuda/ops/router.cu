@@ -1,7 +1,16 @@
+// With OFFSET, weights of norms are stored as their distance from `offset`.
+#if OFFSET
+#define VARIANT , float offset
+#define NORM(w) ((w) + offset)
+#else
+#define VARIANT
+#define NORM(w) w
+#endif
+
 // z [T, n] = h W^T + bias in f32, h = x rstd w: a block per token, a warp per expert at a time.
 extern "C" __global__ void __launch_bounds__(256)
 logits(float* z, const float* x, const float* rstd, const float* norm, const float* w, const float* bias, int n,
-       int hidden) {
+       int hidden VARIANT) {
   const int t = blockIdx.x, lane = threadIdx.x & 31;
   const float r = rstd[t];
   const float* row = x + (i64)t * hidden;
@@ -13,9 +22,10 @@ logits(float* z, const float* x, const float* rstd, const float* norm, const flo
 #pragma unroll 4
     for (int i = lane; i < vectors; i += 32) {
       const F4 a = ((const F4*)row)[i], b = ((const F4*)norm)[i], c = ((const F4*)we)[i];
-      sum += a.x * r * b.x * c.x + a.y * r * b.y * c.y + a.z * r * b.z * c.z + a.w * r * b.w * c.w;
+      sum += a.x * r * NORM(b.x) * c.x + a.y * r * NORM(b.y) * c.y + a.z * r * NORM(b.z) * c.z +
+             a.w * r * NORM(b.w) * c.w;
     }
-    for (int i = 4 * vectors + lane; i < hidden; i += 32) sum += row[i] * r * norm[i] * we[i];
+    for (int i = 4 * vectors + lane; i < hidden; i += 32) sum += row[i] * r * NORM(norm[i]) * we[i];
     sum = warp_sum(sum);
     if (lane == 0) z[(i64)t * n + e] = sum + (bias ? bias[e] : 0.0f);
   }
@@ -201,9 +211,9 @@ extern "C" __global__ void backward(float* dz, const float* dcoefficients, const
 // a thread per column. EXPERTS at a time.
 extern "C" __global__ void __launch_bounds__(128)
 backward_weights(float* partials, float* bias_partials, const float* dz, const float* x, const float* rstd,
-                 const float* norm, int tokens, int n, int hidden) {
+                 const float* norm, int tokens, int n, int hidden VARIANT) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x, part = blockIdx.y, parts = gridDim.y;
-  const float w = i < hidden ? norm[i] : 0.0f;
+  const float w = i < hidden ? NORM(norm[i]) : 0.0f;
   for (int e0 = 0; e0 < n; e0 += 8) {
     float sums[8] = {}, biases[8] = {};
     for (int t = part; t < tokens; t += parts) {

@@ -1,7 +1,7 @@
 //! Routers: logits, gates, routing lists and statistics, and the backward pass with the straight-through rule. All are f32,
 //! as on the CPU: rounding a router would move tokens between experts.
 
-use super::rms_norm::sum_partials;
+use super::rms_norm::{offset_args, sum_partials};
 use super::{Arg, Define, Gpu, Grid, Matrix, Result, Source, optional};
 use crate::cuda::{GpuBuf, View};
 
@@ -9,7 +9,11 @@ pub(super) static SOURCE: Source = Source { name: "router", text: include_str!("
 
 /// Tokens that one warp counts for one expert; whole warps.
 const CHUNK: usize = 64;
-pub(super) const DEFINES: [Define; 1] = [("CHUNK", CHUNK as i64)];
+
+pub(super) fn defines(offset: bool) -> [Define; 2] {
+    [("CHUNK", CHUNK as i64), ("OFFSET", i64::from(offset))]
+}
+
 /// Parts that a weight's gradient is summed in.
 const PARTS: usize = 64;
 
@@ -22,6 +26,8 @@ pub struct Normed<'a> {
     pub rstd: &'a Matrix<f32>,
     /// `[hidden]`
     pub weight: &'a Matrix<f32>,
+    /// Added to the weight.
+    pub offset: f32,
 }
 
 /// Settings of gates.
@@ -160,7 +166,14 @@ impl Lists {
 
 fn start(gpu: &Gpu, entry: &'static str, grid: Grid, args: &[Arg]) -> Result<()> {
     // SAFETY: the callers checked that the buffers have the values that the kernel's sizes say.
-    unsafe { SOURCE.launch(gpu, entry, &DEFINES, grid, args) }
+    unsafe { SOURCE.launch(gpu, entry, &defines(false), grid, args) }
+}
+
+/// Queues a kernel that takes the offset of the norm's weight.
+fn start_normed(gpu: &Gpu, entry: &'static str, grid: Grid, args: &[Arg], offset: f32) -> Result<()> {
+    let args = [args, &offset_args(offset)].concat();
+    // SAFETY: as above.
+    unsafe { SOURCE.launch(gpu, entry, &defines(offset != 0.0), grid, &args) }
 }
 
 /// Sets `z` to the logits of a router.
@@ -182,7 +195,7 @@ impl Logits<'_> {
     /// # Panics
     /// A size does not fit.
     pub fn run(self) -> Result<()> {
-        let Logits { z, normed: Normed { x, rstd, weight }, router, bias } = self;
+        let Logits { z, normed: Normed { x, rstd, weight, offset }, router, bias } = self;
         let (tokens, hidden) = (rstd.len(), weight.len());
         let n = router.len() / hidden;
         let lens = [z.len(), router.len(), x.len(), bias.map_or(n, Matrix::len)];
@@ -193,7 +206,7 @@ impl Logits<'_> {
         );
         let pointers = [z.arg(), x.arg(), rstd.arg(), weight.arg(), router.arg(), optional(bias)];
         let args = [&pointers[..], &[n.into(), hidden.into()]].concat();
-        start(x.gpu(), "logits", Grid::row(tokens, 256), &args)
+        start_normed(x.gpu(), "logits", Grid::row(tokens, 256), &args, offset)
     }
 }
 
@@ -356,7 +369,8 @@ impl BackwardWeights<'_> {
     /// # Panics
     /// A size does not fit.
     pub fn run(self) -> Result<()> {
-        let BackwardWeights { drouter, dbias, dz, normed: Normed { x, rstd, weight }, partials } = self;
+        let BackwardWeights { drouter, dbias, dz, normed: Normed { x, rstd, weight, offset }, partials } =
+            self;
         let (tokens, hidden) = (rstd.len(), weight.len());
         let n = drouter.len() / hidden;
         let (dbias_len, room) = (dbias.as_ref().map_or(n, |dbias| dbias.len()), partials_len(hidden, n));
@@ -367,7 +381,8 @@ impl BackwardWeights<'_> {
         let [of_weights, of_bias] = partials.parts([0..weights, weights..PARTS * n * (hidden + 1)]);
         let (outs, ins) = ([of_weights.arg(), of_bias.arg()], [dz.arg(), x.arg(), rstd.arg(), weight.arg()]);
         let args = [&outs[..], &ins, &[tokens, n, hidden].map(Arg::Size)].concat();
-        start(x.gpu(), "backward_weights", Grid::plane(hidden.div_ceil(128), PARTS, 128), &args)?;
+        let grid = Grid::plane(hidden.div_ceil(128), PARTS, 128);
+        start_normed(x.gpu(), "backward_weights", grid, &args, offset)?;
         sum_partials(drouter, &of_weights, PARTS)?;
         dbias.map_or(Ok(()), |dbias| sum_partials(dbias, &of_bias, PARTS))
     }

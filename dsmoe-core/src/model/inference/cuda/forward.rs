@@ -1,5 +1,6 @@
 //! The forward pass on a device, op by op.
 
+use dsmoe_kernels::Activation;
 use dsmoe_kernels::cuda::Matrix;
 use dsmoe_kernels::cuda::ops::attention::{self, Segments};
 use dsmoe_kernels::cuda::ops::decode::{self, At};
@@ -38,7 +39,7 @@ impl CudaInference {
         let table = self.embedding.as_ref().unwrap_or(&self.head);
         embedding::Forward { out: &mut x, table, ids: &ids.part(0..tokens) }.run()?;
         let weight = self.layers.first().map_or(&self.norm, |layer| &layer.input_norm);
-        rms_norm::Forward { h: &mut h, rstd: &mut rstd, x: &x, weight, eps }.run()?;
+        rms_norm::Forward { h: &mut h, rstd: &mut rstd, x: &x, weight, offset: 0.0, eps }.run()?;
         for (i, layer) in self.layers.iter().enumerate() {
             let heads = heads(config, i);
             let mut qkv = qkv.shaped_mut(tokens, heads.joined_width());
@@ -77,12 +78,14 @@ impl CudaInference {
             }
             linear::Forward { y: &mut y, x: &a, w: &layer.o }.run()?;
             let (out, weight) = (&mut x_mid, &layer.post_norm);
-            rms_norm::ForwardSum { h: &mut h, rstd: &mut rstd, out, x: &x, y: &y, weight, eps }.run()?;
-            self.route(i, layer, ffn, Normed { x: &x_mid, rstd: &rstd, weight })?;
+            rms_norm::ForwardSum { h: &mut h, rstd: &mut rstd, out, x: &x, y: &y, weight, offset: 0.0, eps }
+                .run()?;
+            self.route(i, layer, ffn, Normed { x: &x_mid, rstd: &rstd, weight, offset: 0.0 })?;
             self.ffn(layer, ffn, &h, &mut y)?;
             let (out, x) = (&mut x, &x_mid);
             let weight = self.layers.get(i + 1).map_or(&self.norm, |next| &next.input_norm);
-            rms_norm::ForwardSum { h: &mut h, rstd: &mut rstd, out, x, y: &y, weight, eps }.run()?;
+            rms_norm::ForwardSum { h: &mut h, rstd: &mut rstd, out, x, y: &y, weight, offset: 0.0, eps }
+                .run()?;
         }
         Ok(())
     }
@@ -96,20 +99,31 @@ impl CudaInference {
         let coefficients = coefficients.as_deref();
         let Some(Wide { a, b, c, lists, parts }) = wide.as_mut().filter(|_| tokens > FEW) else {
             let weights = gemv::Weights { gate, up, down };
-            return Ok(gemv::Ffn { y, h, weights, coefficients, scratch: few }.run()?);
+            return Ok(gemv::Ffn { y, h, weights, coefficients, activation: Activation::Silu, scratch: few }
+                .run()?);
         };
         let mut c = c.shaped_mut(tokens, width);
         if let (Some(lists), Some(routed), Some(coefficients), Some(_)) =
             (lists, routed.as_ref(), coefficients, by_lists(&self.gpu, &layer.kind, tokens))
         {
             router::Sort { lists, routed }.run()?;
-            experts::Up { c: &mut c, projections: None, x: h, gate, up, coefficients, lists }.run()?;
+            experts::Up {
+                c: &mut c,
+                projections: None,
+                x: h,
+                gate,
+                up,
+                coefficients,
+                lists,
+                activation: Activation::Silu,
+            }
+            .run()?;
             return Ok(experts::Down { y, parts, c: &c, weight: down, lists }.run()?);
         }
         let (mut a, mut b) = (a.shaped_mut(tokens, width), b.shaped_mut(tokens, width));
         linear::Forward { y: &mut a, x: h, w: gate }.run()?;
         linear::Forward { y: &mut b, x: h, w: up }.run()?;
-        ffn::Activate { c: &mut c, a: &a, b: &b, coefficients }.run()?;
+        ffn::Activate { c: &mut c, a: &a, b: &b, coefficients, activation: Activation::Silu }.run()?;
         Ok(linear::BackwardInput { dx: y, dy: &c, w: down, add: false }.run()?)
     }
 

@@ -5,6 +5,7 @@
 //! are those of all pairs. Sizes that the kernels of lists do not take run all products of all pairs, with coefficients
 //! that are 0 where an expert is inactive.
 
+use dsmoe_kernels::Activation;
 use dsmoe_kernels::cuda::ops::router::{self, Lists, Normed, Routed, Sparsity};
 use dsmoe_kernels::cuda::ops::{experts, ffn, linear};
 use dsmoe_kernels::cuda::{Gpu, GpuBuf, Matrix, View};
@@ -165,12 +166,22 @@ impl Weights<'_> {
         match (&*lists, coefficients) {
             (Some(lists), Some(coefficients)) if !self.all_pairs() => {
                 let (c, projections) = (&mut c, Some([&mut **a, &mut **b]));
-                experts::Up { c, projections, x: h, gate, up, coefficients, lists }.run()?;
+                experts::Up {
+                    c,
+                    projections,
+                    x: h,
+                    gate,
+                    up,
+                    coefficients,
+                    lists,
+                    activation: Activation::Silu,
+                }
+                .run()?;
             }
             _ => {
                 linear::Forward { y: &mut *a, x: h, w: gate }.run()?;
                 linear::Forward { y: &mut *b, x: h, w: up }.run()?;
-                ffn::Activate { c: &mut c, a, b, coefficients }.run()?;
+                ffn::Activate { c: &mut c, a, b, coefficients, activation: Activation::Silu }.run()?;
             }
         }
         // The down projection is stored transposed: y = c W.
@@ -224,6 +235,7 @@ impl Weights<'_> {
             b: &acts.b,
             coefficients: coefficients.as_deref(),
             all_pairs,
+            activation: Activation::Silu,
         }
         .run()?;
         let (da, db, c) = (&da, &db, &c);

@@ -27,7 +27,7 @@ impl CudaTrainer {
         let Stream { x, rstd } = &mut streams[0];
         embedding::Forward { out: x, table: &param(&ranges.embed), ids }.run()?;
         let norm = ranges.layers.first().map_or(&ranges.norm, |layer| norm_of(&layer.before_attention));
-        rms_norm::Forward { h, rstd, x, weight: &param(norm), eps }.run()?;
+        rms_norm::Forward { h, rstd, x, weight: &param(norm), offset: 0.0, eps }.run()?;
         for (i, (layer, acts)) in ranges.layers.iter().zip(layers).enumerate() {
             let (before, after) = streams.split_at_mut(i + 1);
             let (x, next) = (&before[i].x, &mut after[0]);
@@ -48,15 +48,15 @@ impl CudaTrainer {
             attention::Forward { out, lse, qkv: &acts.qkv, heads, seq }.run()?;
             linear::Forward { y, x: &acts.a, w: &weight(&layer.o) }.run()?;
             let (norm, rstd, out) = (&param(norm_of(&layer.before_ffn)), &mut acts.rstd_mid, &mut acts.x_mid);
-            rms_norm::ForwardSum { h, rstd, out, x, y, weight: norm, eps }.run()?;
+            rms_norm::ForwardSum { h, rstd, out, x, y, weight: norm, offset: 0.0, eps }.run()?;
             let ffn = Weights { kind: &self.ffns[i], master: param(&layer.ffn), rounded: weight(&layer.ffn) };
-            let normed = Normed { x: &acts.x_mid, rstd: &acts.rstd_mid, weight: norm };
+            let normed = Normed { x: &acts.x_mid, rstd: &acts.rstd_mid, weight: norm, offset: 0.0 };
             ffn.forward(y, &mut acts.ffn, Input { h, normed, training: args.gate_training(i) }, scratch)?;
             self.report.add(i, &acts.ffn)?;
             self.balance_loss += acts.ffn.balance_loss();
             let norm = ranges.layers.get(i + 1).map_or(&ranges.norm, |next| norm_of(&next.before_attention));
             let (Stream { x: out, rstd }, x) = (next, &acts.x_mid);
-            rms_norm::ForwardSum { h, rstd, out, x, y, weight: &param(norm), eps }.run()?;
+            rms_norm::ForwardSum { h, rstd, out, x, y, weight: &param(norm), offset: 0.0, eps }.run()?;
         }
         Ok(())
     }
@@ -110,6 +110,7 @@ impl CudaTrainer {
             dy: dh,
             x,
             weight: &param(&ranges.norm),
+            offset: 0.0,
             rstd,
             partials,
             add: false,
@@ -124,10 +125,10 @@ impl CudaTrainer {
             let mut da = da.shaped_mut(tokens, heads.width());
             // x_mid + ffn(h)
             let (norm, x_mid, rstd_mid) = (&param(post_norm), &acts.x_mid, &acts.rstd_mid);
-            rms_norm::Restore { h, x: x_mid, weight: norm, rstd: rstd_mid }.run()?;
+            rms_norm::Restore { h, x: x_mid, weight: norm, offset: 0.0, rstd: rstd_mid }.run()?;
             Cast { out: dy, x: dx }.run()?;
             let ffn = Weights { kind: &self.ffns[i], master: param(&layer.ffn), rounded: weight(&layer.ffn) };
-            let normed = Normed { x: x_mid, rstd: rstd_mid, weight: norm };
+            let normed = Normed { x: x_mid, rstd: rstd_mid, weight: norm, offset: 0.0 };
             let (input, acts_ffn) = (Input { h, normed, training: args.gate_training(i) }, &acts.ffn);
             let of_ffn = &mut grads.part_mut(layer.ffn.clone());
             ffn.backward(Backward { dh, grads: of_ffn, dy, acts: acts_ffn, input, sparsity }, scratch)?;
@@ -137,6 +138,7 @@ impl CudaTrainer {
                 dy: dh,
                 x: x_mid,
                 weight: norm,
+                offset: 0.0,
                 rstd: rstd_mid,
                 partials,
                 add: true,
@@ -153,11 +155,22 @@ impl CudaTrainer {
             Rotate { x: &mut dqkv, angles, heads: turned, head_dim: heads.head_dim, positions, back: true }
                 .run()?;
             let (norm, of_qkv) = (&param(input_norm), layer.qkv());
-            rms_norm::Restore { h, x, weight: norm, rstd }.run()?;
+            rms_norm::Restore { h, x, weight: norm, offset: 0.0, rstd }.run()?;
             linear::BackwardWeight { dw: &mut grads.part_mut(of_qkv.clone()), dy: &dqkv, x: h }.run()?;
             linear::BackwardInput { dx: dh, dy: &dqkv, w: &weight(&of_qkv), add: false }.run()?;
             let dweight = &mut grads.part_mut(input_norm.clone());
-            rms_norm::Backward { dx, dweight, dy: dh, x, weight: norm, rstd, partials, add: true }.run()?;
+            rms_norm::Backward {
+                dx,
+                dweight,
+                dy: dh,
+                x,
+                weight: norm,
+                offset: 0.0,
+                rstd,
+                partials,
+                add: true,
+            }
+            .run()?;
         }
         let dtable = &mut grads.part_mut(ranges.embed.clone());
         Ok(embedding::Backward { dtable, dout: dx, order: occurrences }.run()?)

@@ -1,5 +1,6 @@
 //! Registers and spills of kernels, from the log of the assembler.
 
+use crate::Activation::{GeluTanh, Silu};
 use crate::attention::Scores;
 use crate::cuda::ops::attention::{self, Heads};
 use crate::cuda::ops::{
@@ -26,9 +27,12 @@ fn kernels() -> [Spec; 13] {
     let of_heads = of_heads.map(|heads| heads.defines().to_vec()).collect();
     let of_caches = [128, 6].map(heads).into_iter().chain(variants);
     let of_caches = of_caches.map(|heads| decode::defines(heads).to_vec()).collect();
-    let of_experts = [(4, false), (2, true)].map(|(stages, old)| experts::defines(stages, old).to_vec());
-    let of_few = [(1, 8), (8, 8), (3, 7)].map(|(tokens, width)| gemv::defines(tokens, width).to_vec());
-    let of_rows = [4096, 8192, 128, 67].map(|width| rms_norm::defines(width).to_vec()).to_vec();
+    let of_experts = [(4, false, Silu), (2, true, Silu), (4, false, GeluTanh)];
+    let of_experts = of_experts.map(|(stages, old, act)| experts::defines(stages, old, act).to_vec());
+    let of_few = [(1, 8, Silu), (8, 8, Silu), (3, 7, Silu), (1, 8, GeluTanh)];
+    let of_few = of_few.map(|(tokens, width, act)| gemv::defines(tokens, width, act).to_vec());
+    let of_rows = [(4096, false), (8192, false), (128, false), (67, false), (4096, true)];
+    let of_rows = of_rows.map(|(width, offset)| rms_norm::defines(width, offset).to_vec()).to_vec();
     let of_routers =
         "logits route count scan scan_tokens fill stats backward backward_weights backward_input";
     [
@@ -38,7 +42,7 @@ fn kernels() -> [Spec; 13] {
         (&elementwise::SOURCE, "cast add keep rows add_bias_f32 add_bias_bf16 sum_rows", 40, plain()),
         (&embedding::SOURCE, "forward_f32 forward_bf16 backward", 40, plain()),
         (&experts::SOURCE, "up project down input weights combine", 255, of_experts.to_vec()),
-        (&ffn::SOURCE, "activate backward", 64, plain()),
+        (&ffn::SOURCE, "activate backward", 64, [Silu, GeluTanh].map(|act| vec![ffn::define(act)]).to_vec()),
         (&gemv::SOURCE, "gemv_f32 gemv_bf16 gemv_up gemv_down gemv_sum", 128, of_few.to_vec()),
         (&matmul::SOURCE, "gemm_f32 gemm_bf16", 64, plain()),
         (&optim::SOURCE, "adamw sum_squares sum add_partials", 40, plain()),
@@ -49,7 +53,12 @@ fn kernels() -> [Spec; 13] {
             of_rows,
         ),
         (&rope::SOURCE, "turn", 40, plain()),
-        (&router::SOURCE, of_routers, 64, vec![router::DEFINES.to_vec()]),
+        (
+            &router::SOURCE,
+            of_routers,
+            64,
+            [false, true].map(|offset| router::defines(offset).to_vec()).to_vec(),
+        ),
     ]
 }
 

@@ -1,10 +1,12 @@
 use half::bf16;
 
 use super::{check_close, gpu_or_skip, to_f32, to_f64, values};
+use crate::Activation;
 use crate::cuda::ops::experts::{BackwardInput, BackwardWeights, Down, PLAIN, Project, Up};
 use crate::cuda::ops::ffn::Dims;
 use crate::cuda::ops::router::{self, Lists, Routed};
 use crate::cuda::{Gpu, GpuBuf};
+use crate::swiglu::reference::value;
 
 /// Sizes, and the rows of the experts, of each case.
 const CASES: [(usize, usize, &[usize]); 5] = [
@@ -55,7 +57,7 @@ fn check(gpu: &Gpu, hidden: usize, w: usize, counts: &[usize]) {
     let coefficients: Vec<f32> = to_f32(&values(TOKENS * n, 9)).iter().map(|x| x.abs() + 0.1).collect();
     let before = to_f32(&values(width * hidden, 10));
     // The projections, the values of pairs, sums over experts with the sums of the sizes of their terms, and gradients.
-    let (want_a, want_b, want_c, want_projection, want_sums, want_grads) = {
+    let (want_a, want_b, [want_c, want_gelu], want_projection, want_sums, want_grads) = {
         let [x, dy] = [&x, &dy].map(|v| to_f64(v));
         let [gate, up, down] = weights.each_ref().map(|v| to_f64(v));
         let [da, db, c] = pairs.each_ref().map(|v| {
@@ -71,12 +73,13 @@ fn check(gpu: &Gpu, hidden: usize, w: usize, counts: &[usize]) {
         let (a, b) = (row(&x, &gate), row(&x, &up));
         let round = |x: f64| bf16::from_f64(x).to_f64();
         let projection = row(&dy, &down);
-        let gated: Vec<f64> = (0..a.len())
-            .map(|at| {
-                let (a, b) = (round(a[at]), round(b[at]));
-                f64::from(coefficients[at / width * n + at % width / w]) * a / (1.0 + (-a).exp()) * b
-            })
-            .collect();
+        let gated = [Activation::Silu, Activation::GeluTanh].map(|activation| -> Vec<f64> {
+            let of = |at: usize| {
+                let coefficient = f64::from(coefficients[at / width * n + at % width / w]);
+                coefficient * value(activation, round(a[at])) * round(b[at])
+            };
+            (0..a.len()).map(of).collect()
+        });
         let summed = |term: &dyn Fn(usize, usize, usize) -> f64| {
             let part =
                 |t: usize, i: usize, e: usize| (e * w..(e + 1) * w).map(|m| term(t, i, m)).sum::<f64>();
@@ -118,17 +121,21 @@ fn check(gpu: &Gpu, hidden: usize, w: usize, counts: &[usize]) {
         };
         let [mut got_c, mut got_a, mut got_b] = [nothing(), nothing(), nothing()];
         let both = Some([&mut *got_a, &mut *got_b]);
-        Up { c: &mut got_c, projections: both, x, gate, up, coefficients, lists }.run().unwrap();
+        let activation = Activation::Silu;
+        Up { c: &mut got_c, projections: both, x, gate, up, coefficients, lists, activation }.run().unwrap();
         check_pairs("a", &got_a, &want_a, &|size| near(size, hidden));
         check_pairs("b", &got_b, &want_b, &|size| near(size, hidden));
         // Projections may be rounded to a neighbour.
         check_pairs("c", &got_c, &want_c, &|size| size.abs() / 40.0 + 2e-5 * hidden as f64);
         let mut alone = nothing();
-        Up { c: &mut alone, projections: None, x, gate, up, coefficients, lists }.run().unwrap();
+        Up { c: &mut alone, projections: None, x, gate, up, coefficients, lists, activation }.run().unwrap();
         let bits = |buf: &GpuBuf<bf16>| -> Vec<u16> {
             buf.download().unwrap().iter().map(|x| x.to_bits()).collect()
         };
         assert_eq!(bits(&alone), bits(&got_c), "{what}: c without its projections");
+        let activation = Activation::GeluTanh;
+        Up { c: &mut alone, projections: None, x, gate, up, coefficients, lists, activation }.run().unwrap();
+        check_pairs("c of gelu", &alone, &want_gelu, &|size| size.abs() / 40.0 + 2e-5 * hidden as f64);
 
         let mut got = nothing();
         Project { out: &mut got, x: dy, weight: down, lists }.run().unwrap();

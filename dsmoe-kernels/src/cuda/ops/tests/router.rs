@@ -44,7 +44,10 @@ fn cuda_router_is_the_reference() {
         let rstd: Vec<f32> = to_f32(&values(tokens, 2)).iter().map(|x| x.abs() + 0.5).collect();
         let (norm, w, bias) =
             (to_f32(&values(hidden, 3)), to_f32(&values(n * hidden, 4)), to_f32(&values(n, 5)));
-        let h = |t: usize, i: usize| f64::from(x[t * hidden + i]) * f64::from(rstd[t]) * f64::from(norm[i]);
+        let offset = if n == 5 { 1.0 } else { 0.0 };
+        let h = |t: usize, i: usize| {
+            f64::from(x[t * hidden + i]) * f64::from(rstd[t]) * (f64::from(norm[i]) + f64::from(offset))
+        };
         let want_z: Vec<f64> = (0..tokens * n)
             .map(|at| {
                 let (t, e) = (at / n, at % n);
@@ -53,7 +56,7 @@ fn cuda_router_is_the_reference() {
             .collect();
         let [x_on, rstd_on, norm_on] = &[&x, &rstd, &norm].map(|v| gpu.upload(v).unwrap());
         let (router, bias_on) = (&gpu.upload(&w).unwrap(), gpu.upload(&bias).unwrap());
-        let normed = Normed { x: x_on, rstd: rstd_on, weight: norm_on };
+        let normed = Normed { x: x_on, rstd: rstd_on, weight: norm_on, offset };
         let mut z = gpu.zeros::<f32>(tokens * n).unwrap();
         router::Logits { z: &mut z, normed, router, bias: Some(&bias_on) }.run().unwrap();
         let got_z = z.download().unwrap();

@@ -15,21 +15,32 @@ fn single(values: &[f64]) -> Vec<f32> {
 #[test]
 fn cuda_rms_norm_is_the_reference() {
     let Some(gpu) = gpu_or_skip("cuda_rms_norm_is_the_reference") else { return };
-    for (rows, hidden) in [(0, 64), (1, 1), (3, 67), (129, 128), (700, 2048), (5, 8192)] {
+    let shapes = [(0, 64), (1, 1), (3, 67), (129, 128), (700, 2048), (5, 8192), (30, 100)];
+    for ((rows, hidden), offset) in shapes.into_iter().zip([0.0, 0.0, 1.0].into_iter().cycle()) {
         let (x, y, w) = (values(rows * hidden, 1), values(rows * hidden, 2), values(hidden, 3));
         let eps = 1e-5f32;
         let sum: Vec<f64> = to_f64(&x).iter().zip(to_f64(&y)).map(|(a, b)| a + b).collect();
-        let (want, want_rstd) = norms::reference::forward(&sum, &to_f64(&w), f64::from(eps));
+        let whole: Vec<f64> = to_f64(&w).iter().map(|w| w + f64::from(offset)).collect();
+        let (want, want_rstd) = norms::reference::forward(&sum, &whole, f64::from(eps));
         let dy = values(rows * hidden, 4);
-        let (want_dx, want_dw) = norms::reference::backward(&to_f64(&dy), &sum, &to_f64(&w), &want_rstd);
+        let (want_dx, want_dw) = norms::reference::backward(&to_f64(&dy), &sum, &whole, &want_rstd);
 
         let [x_on, y_on, dy_on] = &[&x, &y, &dy].map(|v| gpu.upload(&to_f32(v)).unwrap());
         let weight = &gpu.upload(&to_f32(&w)).unwrap();
         let mut h = gpu.zeros::<bf16>(rows * hidden).unwrap();
         let (mut out, mut rstd) = (gpu.zeros::<f32>(rows * hidden).unwrap(), gpu.zeros::<f32>(rows).unwrap());
-        rms_norm::ForwardSum { h: &mut h, rstd: &mut rstd, out: &mut out, x: x_on, y: y_on, weight, eps }
-            .run()
-            .unwrap();
+        rms_norm::ForwardSum {
+            h: &mut h,
+            rstd: &mut rstd,
+            out: &mut out,
+            x: x_on,
+            y: y_on,
+            weight,
+            offset,
+            eps,
+        }
+        .run()
+        .unwrap();
         let what = format!("{rows} x {hidden}");
         check_close(&format!("{what} sum"), &out.download().unwrap(), &sum, |_| 1e-7);
         check_close(&format!("{what} rstd"), &rstd.download().unwrap(), &want_rstd, |i| 2e-6 * want_rstd[i]);
@@ -37,10 +48,10 @@ fn cuda_rms_norm_is_the_reference() {
         check_close(&format!("{what} h"), &to_f32(&h.download().unwrap()), &want, close);
         let before = h.download().unwrap();
         let mut plain = gpu.zeros::<bf16>(rows * hidden).unwrap();
-        rms_norm::Forward { h: &mut plain, rstd: &mut rstd, x: &out, weight, eps }.run().unwrap();
+        rms_norm::Forward { h: &mut plain, rstd: &mut rstd, x: &out, weight, offset, eps }.run().unwrap();
         assert_eq!(plain.download().unwrap(), before, "{what}: forward of the sum");
         plain.fill_zero().unwrap();
-        rms_norm::Restore { h: &mut plain, x: &out, weight, rstd: &rstd }.run().unwrap();
+        rms_norm::Restore { h: &mut plain, x: &out, weight, offset, rstd: &rstd }.run().unwrap();
         assert_eq!(plain.download().unwrap(), before, "{what}: restored");
 
         let run = |add: bool| {
@@ -48,7 +59,7 @@ fn cuda_rms_norm_is_the_reference() {
             let dweight = &mut gpu.upload(&vec![1.0f32; hidden]).unwrap();
             let partials = &mut gpu.zeros::<f32>(rms_norm::partials_len(rows, hidden)).unwrap();
             let (dy, x, rstd) = (dy_on, &out, &rstd);
-            rms_norm::Backward { dx, dweight, dy, x, weight, rstd, partials, add }.run().unwrap();
+            rms_norm::Backward { dx, dweight, dy, x, weight, offset, rstd, partials, add }.run().unwrap();
             (dx.download().unwrap(), dweight.download().unwrap())
         };
         for add in [false, true] {

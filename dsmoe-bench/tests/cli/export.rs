@@ -1,0 +1,33 @@
+//! What leaves the project: models for Python, and dense models of trained ones.
+
+use crate::common::{fails, json_of, number, path, read, shows, succeeds};
+
+#[test]
+fn trained_models_leave_for_python_or_with_folded_gates() {
+    let text = "--data text.txt --doc-separator <|endoftext|>";
+    succeeds(&format!("train moe {text} --out leaving --steps 2 --seq 16 --batch 2 --eval-every 1"));
+
+    let dense = "export leaving --as dense --out left-dense";
+    fails(dense, &["export it --as hf", "--fold mean with --data"]);
+    let folded = json_of(&format!("{dense} --fold mean {text}"));
+    assert_eq!(folded["dense"], "folded");
+    let [before, after] = ["ppl_before", "ppl_after"].map(|key| number(&folded["fold"][key]));
+    // Both are measured on all of the text, in windows of the model's length.
+    let eval = |model| json_of(&format!("eval {model} {text}"));
+    assert_eq!(number(&eval("leaving")["ppl"]), before);
+    assert_eq!(number(&eval("left-dense")["ppl"]), after);
+    let measured = format!("| perplexity | {before:.4} (of the sparse model");
+    shows(&read("left-dense/README.md"), &[&measured, "on its held-out text at step 2"]);
+
+    assert_eq!(json_of("export leaving --as hf --out left-hf")["form"], "transformers");
+    for name in ["modeling_dsmoe.py", "configuration_dsmoe.py", "README.md", "tokenizer_config.json"] {
+        assert!(path("left-hf").join(name).is_file(), "{name}");
+    }
+    // The directory still is one that this program reads.
+    assert_eq!(eval("left-hf")["nll"], eval("leaving")["nll"]);
+
+    let fold = "--fold mean --data text.txt --out left-dense --force";
+    fails(&format!("export dense --as dense {fold}"), &["has no gates to fold; leave --fold out"]);
+    fails(&format!("export leaving --as native {fold}"), &["only --as dense does"]);
+    assert_eq!(json_of("export moe --as dense --out left-dense --force")["dense"], "source");
+}

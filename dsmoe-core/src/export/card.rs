@@ -1,0 +1,233 @@
+//! The model card of an export: what the model is, what it was made from, and how to load it.
+
+use std::path::Path;
+
+use super::{DenseForm, ExportAs, Measured};
+use crate::accounting::Accounting;
+use crate::checkpoint::{CARD_FILE, GENERATED, SOURCE_CARD_FILE, is_generated, read_card};
+use crate::config::{Config, MoeConfig};
+use crate::error::{Error, Result};
+use crate::files::write_synced;
+use crate::masks::Masks;
+
+/// Keys of the source's front matter that state its licence.
+const LICENCE_KEYS: [&str; 3] = ["license", "license_name", "license_link"];
+/// The longest value of such a key.
+const LONGEST_VALUE: usize = 200;
+
+/// The facts of a card.
+pub(super) struct Card<'a> {
+    pub(super) name: &'a str,
+    /// The model as it was read.
+    pub(super) config: &'a Config,
+    pub(super) masks: Option<&'a Masks>,
+    pub(super) form: ExportAs,
+    pub(super) dense: Option<DenseForm>,
+    pub(super) measured: &'a [Measured],
+}
+
+/// Writes the card to the directory `dir`, which replaces `target`. A card of `target` that somebody wrote is kept; it
+/// returns whether the new one was written.
+pub(super) fn write(card: &Card<'_>, dir: &Path, target: &Path) -> Result<bool> {
+    let (path, old) = (dir.join(CARD_FILE), target.join(CARD_FILE));
+    if old.is_file() && !is_generated(&old)? {
+        std::fs::copy(&old, &path).map_err(Error::io(&path))?;
+        return Ok(false);
+    }
+    let source = dir.join(SOURCE_CARD_FILE);
+    let source = if source.is_file() { Some(read_card(&source)?) } else { None };
+    let text = card.text(source.as_deref());
+    write_synced(&path, text.as_bytes()).map_err(Error::io(&path))?;
+    Ok(true)
+}
+
+impl Card<'_> {
+    fn text(&self, source: Option<&str>) -> String {
+        let remote = self.form != ExportAs::Dense && self.config.needs_remote_code();
+        let mut front = vec![
+            "---".to_owned(),
+            "library_name: transformers".to_owned(),
+            "pipeline_tag: text-generation".to_owned(),
+            "tags:".to_owned(),
+            "- dsmoe".to_owned(),
+        ];
+        if remote {
+            front.extend(["- mixture-of-experts".to_owned(), "- custom_code".to_owned()]);
+        }
+        front.extend(self.config.source_name().map(|name| format!("base_model: {name}")));
+        front.extend(source.map(licence).unwrap_or_default());
+        front.push("---".to_owned());
+        let mut rows: Vec<(&str, String)> =
+            self.config.source_name().map(|name| ("base model", name)).into_iter().collect();
+        rows.push(("method", self.method()));
+        rows.extend(self.sizes());
+        rows.extend(self.measured.iter().map(|Measured { text, perplexity }| {
+            ("perplexity", format!("{perplexity:.4} ({})", plain(text)))
+        }));
+        let table: Vec<String> = rows.iter().map(|(key, value)| format!("| {key} | {value} |")).collect();
+        let notes = if source.is_some() {
+            format!(
+                "\nThe card of the base model is {SOURCE_CARD_FILE}. The licence files beside the weights are those of the base model.\n"
+            )
+        } else {
+            String::new()
+        };
+        format!(
+            "{}\n{GENERATED}\n\n# {}\n\n{}\n\n| | |\n| --- | --- |\n{}\n\n## Use\n\n{}{notes}",
+            front.join("\n"),
+            plain(self.name),
+            self.summary(),
+            table.join("\n"),
+            self.usage(remote),
+        )
+    }
+
+    fn summary(&self) -> String {
+        let kind = match (self.dense, &self.config.moe, &self.config.ffn) {
+            (Some(DenseForm::Source), ..) => {
+                "The dense model that a sparse model was made from, exported from it"
+            }
+            (Some(DenseForm::AllOpen), ..) => {
+                "A dense model that computes what its sparse model with open gates computes"
+            }
+            (Some(DenseForm::Folded), ..) => {
+                "A dense approximation of a sparse model: the mean factors of its experts are part of the weights"
+            }
+            (None, Some(_), _) => {
+                "A sparse model: every FFN is cut into experts, and gates decide for each token which of them run"
+            }
+            (None, None, Some(_)) => {
+                "A sparse model: every FFN is cut into experts, a fixed number of which run for each token"
+            }
+            _ if self.masks.is_some() => "A pruned model: single weights are 0",
+            _ if !self.config.is_even() => "A pruned model: its layers have different sizes",
+            _ if self.config.needs_remote_code() => {
+                "A pruned model: its hidden size is not that of its heads"
+            }
+            _ => "A dense model",
+        };
+        format!("{kind}. Made by [dsmoe](https://github.com/dsmoe/dsmoe).")
+    }
+
+    fn method(&self) -> String {
+        match (&self.config.moe, &self.config.ffn) {
+            (Some(moe), _) => method(moe),
+            (None, Some(spec)) => {
+                let settings: Vec<String> = spec
+                    .settings()
+                    .iter()
+                    .map(|(key, value)| format!("{key} {}", plain(&value.to_string())))
+                    .collect();
+                format!("{}: {}", spec.kind(), settings.join(", "))
+            }
+            _ if self.masks.is_some() => "weights set to 0".to_owned(),
+            _ if !self.config.is_even() => "heads and neurons removed".to_owned(),
+            _ if self.config.needs_remote_code() => "channels of the residual stream removed".to_owned(),
+            _ => "dense".to_owned(),
+        }
+    }
+
+    fn sizes(&self) -> Vec<(&'static str, String)> {
+        let mut dense = self.config.clone();
+        if self.form == ExportAs::Dense {
+            dense.moe = None;
+        }
+        let counts = Accounting::of(&dense);
+        let counts = match self.masks {
+            Some(masks) => counts.with_masks(masks),
+            None => counts,
+        };
+        let mut rows = vec![("parameters", counts.total.to_string())];
+        let target = dense.moe.as_ref().map(|moe| moe.active_target);
+        match (target, dense.fixed_active()) {
+            (Some(Some(share)), _) => {
+                let active = counts.activated(share * counts.num_experts as f64);
+                rows.push(("active experts", format!("{:.1} % on average, as trained for", 100.0 * share)));
+                rows.push(("parameters per token", format!("{active:.0} on average")));
+            }
+            (_, Some(active)) => {
+                rows.push(("active experts", format!("{active} of {}", counts.num_experts)));
+                rows.push(("parameters per token", format!("{:.0}", counts.activated(active))));
+            }
+            _ if self.masks.is_some() => {
+                rows.push(("weights that are not 0", format!("{:.0}", counts.activated(0.0))));
+            }
+            _ => {}
+        }
+        rows
+    }
+
+    fn usage(&self, remote: bool) -> String {
+        if self.form == ExportAs::Native && remote {
+            let read = "dsmoe reads the directory: `dsmoe generate DIRECTORY --prompt TEXT`. ";
+            return format!(
+                "{read}For transformers, export it with `dsmoe export DIRECTORY --as hf --out OTHER`.\n"
+            );
+        }
+        let trust = if remote { ", trust_remote_code=True" } else { "" };
+        let hint = match remote {
+            true => {
+                "The model class is the file `modeling_dsmoe.py` beside the weights; read it before you trust it.\n\n"
+            }
+            false => "",
+        };
+        format!(
+            "{hint}```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n\
+             tokenizer = AutoTokenizer.from_pretrained(\"DIRECTORY\"{trust})\n\
+             model = AutoModelForCausalLM.from_pretrained(\"DIRECTORY\"{trust}, dtype=\"auto\")\n\
+             inputs = tokenizer(\"Once upon a time\", return_tensors=\"pt\")\n\
+             print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))\n```\n"
+        )
+    }
+}
+
+fn method(moe: &MoeConfig) -> String {
+    let router = &moe.router;
+    let mut parts = vec![
+        format!("DSMoE, {} experts per layer", router.num_experts),
+        format!("gates above {}", router.threshold),
+        format!("gate value {}", router.gate_value),
+        format!("rescale {}", router.rescale),
+        format!("tokens without an active expert: {}", router.zero_active),
+    ];
+    if moe.untrained {
+        parts.push("not trained since the conversion".to_owned());
+    }
+    parts.join(", ")
+}
+
+/// Returns the lines of a card's front matter that state its licence.
+fn licence(card: &str) -> Vec<String> {
+    let mut lines = card.lines();
+    if lines.next() != Some("---") {
+        return Vec::new();
+    }
+    let is_licence = |line: &&str| {
+        let known = line.split_once(':').is_some_and(|(key, value)| {
+            LICENCE_KEYS.contains(&key) && !value.trim().is_empty() && value.len() <= LONGEST_VALUE
+        });
+        known && !line.chars().any(char::is_control)
+    };
+    lines.take_while(|line| *line != "---").filter(is_licence).map(str::to_owned).collect()
+}
+
+/// Returns text without what would break a table or a line.
+fn plain(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() || c == '|' { ' ' } else { c }).take(LONGEST_VALUE).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_licence_of_the_source_is_taken_from_its_front_matter_alone() {
+        let card =
+            "---\nlicense: llama2\nlicense_link: https://x.org/y\ntags:\n- license: z\n---\nlicense: mit\n";
+        assert_eq!(licence(card), ["license: llama2", "license_link: https://x.org/y"]);
+        assert_eq!(licence("# Card\n---\nlicense: mit\n---\n"), Vec::<String>::new());
+        assert_eq!(licence("---\nlicense:\n- mit\n---\n"), Vec::<String>::new());
+        let long = format!("---\nlicense: {}\n---\n", "x".repeat(300));
+        assert_eq!(licence(&long), Vec::<String>::new());
+    }
+}

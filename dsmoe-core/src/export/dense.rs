@@ -1,0 +1,122 @@
+//! Exports without routers: whether the dense model is the sparse one, and the folding of gates into weights.
+
+use std::path::Path;
+
+use dsmoe_router::GateValue;
+
+use crate::checkpoint::{Checkpoint, read_partitions, router_bias_name, router_name};
+use crate::config::{CONFIG_FILE, Config, MoeConfig};
+use crate::error::{Error, Result};
+
+/// The relation of a dense export to the sparse model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DenseForm {
+    /// The sparse model was not trained: the dense model is the one that it was made from.
+    Source,
+    /// Every expert always runs with the factor 1: both models compute the same.
+    AllOpen,
+    /// Mean factors of the experts are folded into the weights: an approximation.
+    Folded,
+}
+
+/// A dense export in preparation: the order of neurons and the factors of the columns of `down_proj`, by layer.
+pub(super) struct Dense {
+    pub(super) form: DenseForm,
+    /// The stored row of each original neuron, where neurons are permuted.
+    pub(super) orders: Vec<Option<Vec<u32>>>,
+    /// Factors in the original order; empty unless folded.
+    factors: Vec<Vec<f32>>,
+}
+
+impl Dense {
+    /// Prepares the dense export of the model in `dir`; `fold` are mean factors by layer and expert.
+    ///
+    /// # Errors
+    /// The model has no experts that are cut from a dense FFN; it is trained and its gates are neither open nor folded;
+    /// `fold` does not fit the model.
+    pub(super) fn new(
+        dir: &Path,
+        config: &Config,
+        checkpoint: &Checkpoint,
+        fold: Option<&[Vec<f64>]>,
+    ) -> Result<Dense> {
+        let Some(moe) = &config.moe else {
+            let (field, problem) = match &config.ffn {
+                None => ("model_type", format!("is {} already, without experts", config.model_type())),
+                Some(spec) => ("ffn.type", format!("is {:?}, which has no dense form", spec.kind())),
+            };
+            let help = "export it {as} native or hf";
+            return Err(Error::field(&dir.join(CONFIG_FILE), field, problem, help));
+        };
+        let orders: Vec<Option<Vec<u32>>> =
+            read_partitions(config, checkpoint)?.iter().map(|partition| partition.inverse()).collect();
+        let Some(fold) = fold else {
+            let form = exact_form(dir, config, moe, checkpoint)?;
+            return Ok(Dense { form, orders, factors: Vec::new() });
+        };
+        let fits = |means: &Vec<f64>| {
+            means.len() == moe.router.num_experts && means.iter().all(|mean| mean.is_finite())
+        };
+        if fold.len() != config.num_layers || !fold.iter().all(fits) {
+            let problem = format!(
+                "factors are not of {} layers and {} experts",
+                config.num_layers, moe.router.num_experts
+            );
+            return Err(Error::argument(problem, "measure them with this model"));
+        }
+        let factors = config.layers().zip(fold).zip(&orders).map(|((shape, means), order)| {
+            let width = shape.intermediate / means.len();
+            let row = |neuron: usize| order.as_ref().map_or(neuron, |order| order[neuron] as usize);
+            (0..shape.intermediate).map(|neuron| means[row(neuron) / width] as f32).collect()
+        });
+        Ok(Dense { form: DenseForm::Folded, factors: factors.collect(), orders })
+    }
+
+    /// Returns the factors of the columns of the tensor, if it is folded.
+    pub(super) fn factors(&self, name: &str) -> Option<&[f32]> {
+        let (layer, rest) = name.strip_prefix("model.layers.")?.split_once('.')?;
+        let factors = self.factors.get(layer.parse::<usize>().ok()?)?;
+        (rest == "mlp.down_proj.weight").then_some(factors)
+    }
+}
+
+/// Multiplies the columns of whole rows by factors.
+pub(super) fn scale_columns(values: &mut [f32], factors: &[f32]) {
+    for row in values.chunks_exact_mut(factors.len()) {
+        row.iter_mut().zip(factors).for_each(|(value, factor)| *value *= factor);
+    }
+}
+
+/// Returns in which way the model without its routers is exact.
+fn exact_form(dir: &Path, config: &Config, moe: &MoeConfig, checkpoint: &Checkpoint) -> Result<DenseForm> {
+    if moe.untrained {
+        return Ok(DenseForm::Source);
+    }
+    if moe.router.gate_value == GateValue::Binary && all_open(config, moe, checkpoint)? {
+        return Ok(DenseForm::AllOpen);
+    }
+    let problem = "was trained with gates, and without them it computes something else";
+    let help = "export it {as} hf, which keeps the gates, or approximate them by {fold} mean with {data}";
+    Err(Error::path(dir, problem, help))
+}
+
+/// Returns whether every gate is above the threshold for any input.
+fn all_open(config: &Config, moe: &MoeConfig, checkpoint: &Checkpoint) -> Result<bool> {
+    if moe.router.threshold == 0.0 {
+        return Ok(true);
+    }
+    if !moe.router_bias {
+        return Ok(false);
+    }
+    let bar = moe.router.threshold_logit() as f32;
+    let mut bias = vec![0.0; moe.router.num_experts];
+    let mut weight = vec![0.0; moe.router.num_experts * config.hidden];
+    for layer in 0..config.num_layers {
+        checkpoint.read_f32(&router_name(layer), &mut weight)?;
+        checkpoint.read_f32(&router_bias_name(layer), &mut bias)?;
+        if weight.iter().any(|&weight| weight != 0.0) || bias.iter().any(|&bias| !(bias > bar)) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}

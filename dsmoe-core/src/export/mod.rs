@@ -1,0 +1,209 @@
+//! Exports a model directory as a plain dense model, for transformers, or as a copy, streaming.
+
+mod card;
+mod dense;
+mod remote;
+
+use std::path::Path;
+use std::str::FromStr;
+
+pub use dense::DenseForm;
+
+use crate::checkpoint::{
+    Checkpoint, DEFAULT_SHARD_BYTES, Dtype, Meter, OutputDir, Progress, TensorInfo, TensorSource,
+    check_llama_tensors, copy_companions, decode, encode, in_stored_order, is_router, is_too_large,
+    model_writer, open_model,
+};
+use crate::config::Config;
+use crate::convert::{ffn_change, masks_of_other_order, source_infos};
+use crate::error::{Error, Result, shown};
+use crate::masks::Masks;
+use card::Card;
+use dense::{Dense, scale_columns};
+
+/// Form of an export.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExportAs {
+    /// A plain model of its family: neurons in their original order, no routers.
+    Dense,
+    /// A copy of the model.
+    Native,
+    /// A copy that transformers loads, with the code of the model where transformers has none.
+    Transformers,
+}
+
+impl FromStr for ExportAs {
+    type Err = Error;
+
+    /// Parses `dense`, `native` or `hf`.
+    fn from_str(s: &str) -> Result<ExportAs> {
+        match s {
+            "dense" => Ok(ExportAs::Dense),
+            "native" => Ok(ExportAs::Native),
+            "hf" => Ok(ExportAs::Transformers),
+            _ => Err(Error::argument(
+                format!("unknown export format `{}`", shown(s)),
+                "use dense, native or hf",
+            )),
+        }
+    }
+}
+
+/// Options of an export.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ExportOptions {
+    /// The form.
+    pub form: ExportAs,
+    /// Type of the weights; routers stay as they are. None keeps the types.
+    pub dtype: Option<Dtype>,
+    /// Mean factors of the experts `[layers][experts]`, to be folded into `down_proj` by a dense export.
+    pub fold: Option<Vec<Vec<f64>>>,
+    /// Results for the model card.
+    pub measured: Vec<Measured>,
+    /// Replace an output directory that is not empty.
+    pub force: bool,
+}
+
+impl ExportOptions {
+    /// Keeps the types, folds nothing and replaces nothing.
+    pub fn new(form: ExportAs) -> ExportOptions {
+        ExportOptions { form, dtype: None, fold: None, measured: Vec::new(), force: false }
+    }
+}
+
+/// A measured perplexity.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Measured {
+    /// The text and the model that it was measured with.
+    pub text: String,
+    /// The perplexity.
+    pub perplexity: f64,
+}
+
+/// Summary of the result.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExportReport {
+    /// Tensors written.
+    pub tensors: usize,
+    /// Bytes of all tensors.
+    pub bytes: u64,
+    /// The relation of a dense export to the model.
+    pub dense: Option<DenseForm>,
+    /// False if the replaced directory had a model card that somebody wrote, which is kept.
+    pub card_written: bool,
+}
+
+/// Exports the model in `model` to the new directory `out`, which appears when it is complete. A dense export of a
+/// model that was not trained has the bytes of the original.
+///
+/// # Errors
+/// `model` cannot be read or is not what its configuration says; a dense export of a model without experts, or of one
+/// whose gates cannot be left out; factors to be folded in another form or of another model; the dtype is not a float;
+/// `out` is not empty; the file system refuses.
+pub fn export(
+    model: &Path,
+    out: &Path,
+    options: &ExportOptions,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<ExportReport> {
+    let &ExportOptions { form, dtype, ref fold, ref measured, force } = options;
+    if let Some(dtype) = dtype.filter(|dtype| !dtype.is_float()) {
+        return Err(Error::argument(format!("dtype {dtype} is not for weights"), "use bf16, f16 or f32"));
+    }
+    if fold.is_some() && form != ExportAs::Dense {
+        return Err(Error::argument("only a dense export folds gates", "export it {as} dense"));
+    }
+    let config = Config::load(model)?;
+    let checkpoint = open_model(model, &config)?;
+    check_llama_tensors(&config, &checkpoint)?;
+    let dense = match form {
+        ExportAs::Dense => Some(Dense::new(model, &config, &checkpoint, fold.as_deref())?),
+        ExportAs::Native | ExportAs::Transformers => None,
+    };
+    let masks = Masks::read(model, &config)?;
+    if masks.is_some() && dense.as_ref().is_some_and(|dense| dense.orders.iter().any(Option::is_some)) {
+        return Err(masks_of_other_order(model, "export it {as} native"));
+    }
+
+    let output = OutputDir::create_from(model, out, force)?;
+    let mut written = config.clone();
+    if form == ExportAs::Dense {
+        written.moe = None;
+    }
+    if let Some(dtype) = dtype {
+        written.set_dtype(dtype);
+    }
+    let tensors = Tensors { checkpoint: &checkpoint, written: &written, dense: dense.as_ref(), dtype };
+    let (tensors, bytes) = tensors.write(output.path(), progress)?;
+    masks.iter().try_for_each(|masks| masks.save(output.path()))?;
+    copy_companions(model, output.path())?;
+    match form {
+        ExportAs::Dense | ExportAs::Native => written.save(output.path())?,
+        ExportAs::Transformers => remote::write(&written, output.path())?,
+    }
+    let name = out.file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
+    let dense = dense.map(|dense| dense.form);
+    let card = Card { name: &name, config: &config, masks: masks.as_ref(), form, dense, measured };
+    let card_written = card::write(&card, output.path(), out)?;
+    output.commit()?;
+    Ok(ExportReport { tensors, bytes, dense, card_written })
+}
+
+/// The tensors of an export.
+struct Tensors<'a> {
+    checkpoint: &'a Checkpoint,
+    /// The configuration of the export.
+    written: &'a Config,
+    dense: Option<&'a Dense>,
+    dtype: Option<Dtype>,
+}
+
+impl Tensors<'_> {
+    /// Writes the tensors, and returns their number and bytes.
+    fn write(&self, dir: &Path, progress: &mut dyn FnMut(Progress)) -> Result<(usize, u64)> {
+        let sources: Vec<TensorInfo> = source_infos(self.checkpoint)
+            .into_iter()
+            .filter(|info| self.dense.is_none() || !is_router(&info.name))
+            .collect();
+        let sources = in_stored_order(self.written, sources);
+        let infos: Vec<TensorInfo> =
+            sources.iter().map(|info| TensorInfo { dtype: self.cast(info), ..info.clone() }).collect();
+        let (count, bytes) = (infos.len(), infos.iter().map(TensorInfo::len_bytes).sum());
+        let mut meter = Meter::new(bytes, progress);
+        let mut writer = model_writer(self.written, dir, infos, DEFAULT_SHARD_BYTES)?;
+        let mut source = TensorSource::new(self.checkpoint);
+        let (mut values, mut casted) = (Vec::new(), Vec::new());
+        for info in &sources {
+            writer.begin(&info.name)?;
+            let (from, to) = (info.dtype, self.cast(info));
+            let change = ffn_change(&info.name, |layer| self.dense?.orders.get(layer)?.as_deref());
+            let factors = self.dense.and_then(|dense| dense.factors(&info.name));
+            source.stream(&info.name, change, |bytes| {
+                if from == to && factors.is_none() {
+                    meter.add(bytes.len());
+                    return writer.write_chunk(bytes);
+                }
+                values.resize(bytes.len() / from.size(), 0.0);
+                decode(&mut values, bytes, from);
+                if let Some(factors) = factors {
+                    scale_columns(&mut values, factors);
+                }
+                if let Some(value) = is_too_large(&values, to) {
+                    let problem = format!("holds {value}, which {to} cannot store");
+                    let path = self.checkpoint.path();
+                    return Err(Error::tensor(path, &info.name, problem, "set {dtype} to bf16 or f32"));
+                }
+                casted.resize(values.len() * to.size(), 0);
+                encode(&mut casted, &values, to);
+                meter.add(casted.len());
+                writer.write_chunk(&casted)
+            })?;
+        }
+        writer.finish()?;
+        Ok((count, bytes))
+    }
+
+    fn cast(&self, info: &TensorInfo) -> Dtype {
+        if is_router(&info.name) { info.dtype } else { self.dtype.unwrap_or(info.dtype) }
+    }
+}

@@ -1,0 +1,92 @@
+//! The code by which transformers runs a sparse model, and the files that lead it there.
+
+use std::path::Path;
+
+use serde_json::{Map, Value, json};
+
+use crate::config::{CONFIG_FILE, Config};
+use crate::error::{Error, Result};
+use crate::files::write_synced;
+use crate::json::{parse_object, read_json};
+
+const CONFIGURATION_FILE: &str = "configuration_dsmoe.py";
+const MODELING_FILE: &str = "modeling_dsmoe.py";
+const CONFIGURATION: &str = include_str!("configuration_dsmoe.py");
+const MODELING: &str = include_str!("modeling_dsmoe.py");
+/// The classes of the base family that the files import.
+const BASE_CONFIG: &str = "LlamaConfig";
+const BASE_MODEL: &str = "LlamaForCausalLM";
+
+const TOKENIZER_FILE: &str = "tokenizer.json";
+const TOKENIZER_CONFIG_FILE: &str = "tokenizer_config.json";
+
+/// Writes config.json for transformers, and where the model needs it the remote code, on the classes of its family.
+pub(super) fn write(config: &Config, dir: &Path) -> Result<()> {
+    let put = |name: &str, text: &str| {
+        let path = dir.join(name);
+        write_synced(&path, text.as_bytes()).map_err(Error::io(&path))
+    };
+    if config.needs_remote_code() {
+        let model = config.base_class();
+        let of_family = config_class(model);
+        put(CONFIGURATION_FILE, &CONFIGURATION.replace(BASE_CONFIG, &of_family))?;
+        put(MODELING_FILE, &MODELING.replace(BASE_MODEL, model))?;
+    }
+    if let Some(text) = tokenizer_config(dir)? {
+        put(TOKENIZER_CONFIG_FILE, &text)?;
+    }
+    put(CONFIG_FILE, &config.to_transformers_json())
+}
+
+/// Returns the class of the configuration that belongs to a class of models.
+fn config_class(model: &str) -> String {
+    match model {
+        "Gemma3ForCausalLM" => "Gemma3TextConfig".to_owned(),
+        model => model.replace("ForCausalLM", "Config"),
+    }
+}
+
+/// Returns `tokenizer_config.json` with a class for the tokenizer, if it names none: transformers would look for one
+/// by the type of the model, which it does not know.
+fn tokenizer_config(dir: &Path) -> Result<Option<String>> {
+    if !dir.join(TOKENIZER_FILE).is_file() {
+        return Ok(None);
+    }
+    let path = dir.join(TOKENIZER_CONFIG_FILE);
+    let mut map = if path.is_file() { parse_object(&path, &read_json(&path)?)? } else { Map::new() };
+    if map.contains_key("tokenizer_class") {
+        return Ok(None);
+    }
+    map.insert("tokenizer_class".to_owned(), json!("PreTrainedTokenizerFast"));
+    Ok(Some(format!("{:#}\n", Value::Object(map))))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_base_classes_stand_where_they_are_replaced() {
+        for (text, class, times) in [(CONFIGURATION, BASE_CONFIG, 1), (MODELING, BASE_MODEL, 1)] {
+            assert_eq!(text.matches(class).count(), times, "{class}");
+            assert!(text.contains(&format!("import {class} as Base")), "{class}");
+        }
+        assert_eq!(config_class("Qwen2ForCausalLM"), "Qwen2Config");
+        assert_eq!(config_class("Gemma3ForCausalLM"), "Gemma3TextConfig");
+    }
+
+    #[test]
+    fn a_tokenizer_gets_a_class_and_keeps_the_one_it_has() {
+        let work = tempfile::tempdir().unwrap();
+        let put = |name: &str, text: &str| std::fs::write(work.path().join(name), text).unwrap();
+        assert_eq!(tokenizer_config(work.path()).unwrap(), None);
+        put(TOKENIZER_FILE, "{}");
+        let made = tokenizer_config(work.path()).unwrap().unwrap();
+        assert!(made.contains("PreTrainedTokenizerFast"));
+        put(TOKENIZER_CONFIG_FILE, r#"{"add_bos_token": true}"#);
+        let made = tokenizer_config(work.path()).unwrap().unwrap();
+        assert!(made.contains("add_bos_token") && made.contains("PreTrainedTokenizerFast"));
+        put(TOKENIZER_CONFIG_FILE, r#"{"tokenizer_class": "LlamaTokenizer"}"#);
+        assert_eq!(tokenizer_config(work.path()).unwrap(), None);
+    }
+}
