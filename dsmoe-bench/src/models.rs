@@ -5,16 +5,22 @@ use std::path::Path;
 use anyhow::Result;
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::config::Config;
-use dsmoe_core::{Device, Inference, Model};
+use dsmoe_core::{Device, Inference, Model, gguf};
 use dsmoe_datasets::{Tokenizer, TokenizerFiles};
 use dsmoe_kernels::Precision;
 
 use crate::memory;
 use crate::ui::Ui;
 
-/// Reads the tokenizer's files of the model in `dir`.
+/// Reads the tokenizer's files of the model in `dir`, or of a GGUF file.
 pub(crate) fn tokenizer_files(dir: &Path) -> Result<TokenizerFiles> {
-    Ok(TokenizerFiles::read(dir)?)
+    match gguf::file_of(dir)? {
+        Some(file) => {
+            let files = gguf::tokenizer_files(&file)?.map(|(name, bytes)| (name.to_owned(), bytes));
+            Ok(TokenizerFiles::named(file, files))
+        }
+        None => Ok(TokenizerFiles::read(dir)?),
+    }
 }
 
 /// Loads the tokenizer of the model in `dir`, and shows its notices.
