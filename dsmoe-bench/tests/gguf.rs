@@ -6,7 +6,7 @@ use std::process::Command;
 
 use dsmoe_core::Config;
 use dsmoe_core::gguf::tokenizer_files;
-use dsmoe_datasets::{Bos, Tokenizer};
+use dsmoe_datasets::{Bos, Tokenizer, TokenizerFiles};
 use dsmoe_kernels::testing::{required, shared, skipped};
 use serde_json::Value;
 
@@ -45,8 +45,8 @@ fn ids(value: &Value) -> Vec<u32> {
 
 /// The tokenizer of a GGUF file of that many tokens.
 fn tokenizer(file: &Path, vocab_size: usize) -> Tokenizer {
-    let [(_, json), (_, settings)] = tokenizer_files(file).unwrap();
-    Tokenizer::from_json(file, &json, &settings, None, vocab_size).unwrap()
+    let files = tokenizer_files(file).unwrap().map(|(name, bytes)| (name.to_owned(), bytes));
+    Tokenizer::new(&TokenizerFiles::named(file.to_path_buf(), files), None, vocab_size).unwrap()
 }
 
 fn run(args: &[&str]) -> Result<Value, String> {
@@ -87,7 +87,8 @@ fn tokenizers_give_the_ids_of_hugging_face() {
             link.map(|link| std::fs::read(case.join(link.trim())).unwrap()).unwrap_or(bytes)
         };
         let (json, settings) = (file("tokenizer.json"), file("tokenizer_config.json"));
-        let theirs = Tokenizer::from_json(&case, &json, &settings, None, 512).unwrap();
+        let files = [("tokenizer.json".to_owned(), json), ("tokenizer_config.json".to_owned(), settings)];
+        let theirs = Tokenizer::new(&TokenizerFiles::named(case, files), None, 512).unwrap();
         let ours = tokenizer(&dir.join(format!("{model}.gguf")), 512);
         for text in story.split("<|endoftext|>").chain(TEXTS) {
             for bos in [Bos::Never, Bos::Auto] {

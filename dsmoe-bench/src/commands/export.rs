@@ -9,8 +9,8 @@ use dsmoe_baselines::llama_moe;
 use dsmoe_core::export::{DenseForm, ExportAs, ExportOptions, Measured, export};
 use dsmoe_core::gguf::{GgufType, export_gguf};
 use dsmoe_core::{Config, Device, Inference};
-use dsmoe_datasets::CorpusOptions;
 use dsmoe_datasets::mixture::from_words;
+use dsmoe_datasets::{Bos, CorpusOptions};
 use dsmoe_kernels::Precision;
 use dsmoe_train::eval::{EvalOptions, evaluate_detailed};
 use dsmoe_train::metrics::last_evaluation;
@@ -19,7 +19,7 @@ use serde::Serialize;
 use crate::cli::model::{Export, Form};
 use crate::evaluation::measure;
 use crate::format;
-use crate::models::{bos_or_default, load_inference, tokenizer};
+use crate::models::{load_inference, tokenizer};
 use crate::progress::{Progress, Unit};
 use crate::texts::{find, load};
 use crate::ui::Ui;
@@ -156,8 +156,7 @@ impl Folding {
             text_column: args.folding.text_column.clone().unwrap_or(defaults.text_column),
         };
         let texts = find(from_words(&args.folding.data, &options)?)?;
-        let bos = bos_or_default(None, &config);
-        let sources = load(&texts, &tokenizer(&args.model, &config)?, bos, None, ui)?;
+        let sources = load(&texts, &tokenizer(&args.model, &config, ui)?, Bos::Auto, None, ui)?;
         let mut ids = Vec::new();
         for source in &sources {
             let mut of_source = Vec::new();

@@ -1,6 +1,7 @@
 //! One module per command: each parses its arguments, calls a library or another module of this crate, and prints the result.
 
 mod bench;
+mod chat;
 mod convert;
 mod data;
 mod doctor;

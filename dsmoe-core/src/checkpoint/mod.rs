@@ -39,9 +39,10 @@ pub const SINGLE_FILE: &str = "model.safetensors";
 pub const INDEX_FILE: &str = "model.safetensors.index.json";
 
 /// The files beside the weights that make a directory usable; copied when present.
-const COMPANIONS: [&str; 6] = [
+const COMPANIONS: [&str; 7] = [
     "tokenizer.json",
     "tokenizer_config.json",
+    "added_tokens.json",
     "special_tokens_map.json",
     "generation_config.json",
     "tokenizer.model",

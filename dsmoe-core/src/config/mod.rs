@@ -145,8 +145,8 @@ struct StoredMoe {
 }
 
 impl Config {
-    /// Reads `config.json`, and the end-of-text tokens of `generation_config.json` when that exists; or the metadata
-    /// of the GGUF file that `dir` names or holds.
+    /// Reads `config.json`, and adds the end-of-text tokens of `generation_config.json` when that exists; or reads the
+    /// metadata of the GGUF file that `dir` names or holds.
     ///
     /// # Errors
     /// Either file cannot be read or has a field that is missing, out of range or not supported.
@@ -167,8 +167,10 @@ impl Config {
         if path.is_file() {
             let map = parse_object(&path, &read_json(&path)?)?;
             let fields = Fields { path: &path, prefix: "", map: &map };
-            if let Some(ids) = fields.token_ids("eos_token_id")? {
-                config.eos_token_ids = ids;
+            for id in fields.token_ids("eos_token_id")?.unwrap_or_default() {
+                if !config.eos_token_ids.contains(&id) {
+                    config.eos_token_ids.push(id);
+                }
             }
         }
         Ok(config)
