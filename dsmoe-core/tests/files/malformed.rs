@@ -192,7 +192,7 @@ fn shards_may_hold_more_than_the_index_lists() {
     let larger = fixture.work.path().join("larger");
     let mut writer = Writer::create_file(&larger, infos).unwrap();
     for name in shard.names() {
-        writer.write(name, shard.bytes(name).unwrap()).unwrap();
+        writer.write(name, &shard.bytes(name).unwrap()).unwrap();
     }
     writer.write("extra", &[0; 8]).unwrap();
     writer.finish().unwrap();
