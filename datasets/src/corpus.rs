@@ -1,25 +1,30 @@
-//! Documents out of files: text, JSON lines, JSON arrays, each plain, gzip or Zstandard; Parquet.
+//! Documents out of files: text, JSON lines, JSON arrays, each plain, gzip, Zstandard, bzip2 or xz; Parquet.
 
 use crate::error::{Error, Result};
 use crate::files::sha256_of;
+use crate::json_row::{Columns, Scanner, Wrong};
+use crate::notes::{FileNotes, Skipped, Undivided, notices, skipped};
 use crate::parquet_rows::ParquetRows;
 use crate::reader::{Packing, Records};
-use serde::de::{DeserializeSeed, Error as _, SeqAccess, Visitor};
+use crate::remedy::Remedy;
+use crate::row_text::RowText;
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
-use std::fmt;
+use std::collections::{BTreeMap, HashSet};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 /// The largest document of a text file or line of a JSONL file, in bytes: encoding takes some sixty times as much.
 const MAX_DOCUMENT: u64 = 64 << 20;
 
-/// The largest JSON array, in bytes; it is parsed whole.
+/// The largest JSON array, in bytes; its text is held whole.
 const MAX_JSON: u64 = 1 << 30;
+
+/// Rows at the start of a file that may all lack the text column before it counts as misnamed.
+const PATIENCE: u64 = 1000;
 
 /// The customary text between two documents of a text file.
 pub const DOC_SEPARATOR: &str = "<|endoftext|>";
@@ -45,6 +50,8 @@ pub struct Corpus {
     files: Vec<CorpusFile>,
     options: CorpusOptions,
     total_bytes: u64,
+    /// What reading showed, by file; the last reading counts.
+    notes: Mutex<BTreeMap<usize, FileNotes>>,
 }
 
 /// A piece of text that is independent of all others.
@@ -85,8 +92,9 @@ pub(crate) type Stamp = (u64, Option<SystemTime>);
 
 impl Corpus {
     /// Opens a corpus: each of `paths` is a file or a directory. A directory is searched recursively, in
-    /// the order of names, for `.txt`, `.text`, `.md`, `.tex`, `.jsonl` and `.json` files, also with `.gz` or `.zst`
-    /// appended, and `.parquet` files. A file named by itself may end otherwise and is read as text.
+    /// the order of names, for `.txt`, `.text`, `.md`, `.tex`, `.jsonl` and `.json` files, also with `.gz`, `.zst`, `.bz2`
+    /// or `.xz` appended, and `.parquet` files. Linked directories are searched too, each directory once. A file named by
+    /// itself may end otherwise and is read as text.
     ///
     /// # Errors
     /// A path that does not exist or is no regular file, a directory without such files, an empty separator.
@@ -103,7 +111,7 @@ impl Corpus {
             let metadata = fs::metadata(path).map_err(Error::io(path))?;
             if metadata.is_dir() {
                 let before = files.len();
-                search(path, &mut files)?;
+                search(path, &mut HashSet::new(), &mut files)?;
                 if files.len() == before {
                     return Err(Error::NoTextFiles { path: path.clone() });
                 }
@@ -122,7 +130,7 @@ impl Corpus {
         for file in &files {
             total_bytes += fs::metadata(&file.path).map_err(Error::io(&file.path))?.len();
         }
-        Ok(Corpus { files, options, total_bytes })
+        Ok(Corpus { files, options, total_bytes, notes: Mutex::default() })
     }
 
     /// Returns the files, in the order in which they are read.
@@ -146,9 +154,12 @@ impl Corpus {
         Documents {
             corpus: self,
             as_they_stand: false,
+            columns: Columns::new(&self.options.text_column),
             next_file: 0,
             in_file: 0,
             current: None,
+            notes: FileNotes::default(),
+            missing: None,
             bytes_read: Arc::default(),
             found: false,
             ended: false,
@@ -191,6 +202,24 @@ impl Corpus {
         self.files.iter().map(hash).collect()
     }
 
+    /// Returns what a user should know about the files that were read to their ends: rows left out, separators that never
+    /// occur, large text files without one. The texts name settings.
+    pub fn notices(&self) -> Vec<Remedy> {
+        let notes = self.lock_notes();
+        let files: Vec<(&Path, FileNotes)> =
+            notes.iter().map(|(&file, notes)| (self.files[file].path.as_path(), notes.clone())).collect();
+        notices(&files, self.options.doc_separator.as_deref())
+    }
+
+    /// Returns what was left out of the files that were read to their ends.
+    pub fn skipped(&self) -> Skipped {
+        skipped(self.lock_notes().values())
+    }
+
+    fn lock_notes(&self) -> MutexGuard<'_, BTreeMap<usize, FileNotes>> {
+        self.notes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Returns size and time of every file.
     pub(crate) fn stamps(&self) -> Result<Vec<Stamp>> {
         let stamp = |file: &CorpusFile| {
@@ -218,19 +247,29 @@ impl Corpus {
     }
 }
 
-/// Adds the text files under `dir`. Linked directories are skipped: a link can lead back up.
-fn search(dir: &Path, files: &mut Vec<CorpusFile>) -> Result<()> {
+/// Adds the text files under `dir`. A directory that was searched already, or that a link leads up to, is left out.
+fn search(dir: &Path, searched: &mut HashSet<PathBuf>, files: &mut Vec<CorpusFile>) -> Result<()> {
+    let real = fs::canonicalize(dir).map_err(Error::io(dir))?;
+    let leads_up = searched.iter().any(|other| other.starts_with(&real));
+    if leads_up || !searched.insert(real) {
+        return Ok(());
+    }
     let entries = fs::read_dir(dir).and_then(|entries| entries.collect::<io::Result<Vec<_>>>());
     let mut paths: Vec<PathBuf> = entries.map_err(Error::io(dir))?.iter().map(fs::DirEntry::path).collect();
     paths.sort_unstable();
     // Editors and file managers leave hidden copies that nobody means to train on.
     paths.retain(|path| !path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.')));
     for path in paths {
-        let kind = fs::symlink_metadata(&path).map_err(Error::io(&path))?;
+        let kind = match fs::metadata(&path) {
+            Ok(kind) => kind,
+            // A link that leads nowhere matters where it stands for text.
+            Err(_) if format_of(&path).0.is_none() => continue,
+            Err(cause) => return Err(Error::Io { path, cause }),
+        };
         if kind.is_dir() {
-            search(&path, files)?;
+            search(&path, searched, files)?;
         } else if let (Some(format), packing) = format_of(&path)
-            && fs::metadata(&path).map_err(Error::io(&path))?.is_file()
+            && kind.is_file()
         {
             files.push(CorpusFile { path, format, packing });
         }
@@ -254,10 +293,15 @@ fn format_of(path: &Path) -> (Option<Format>, Packing) {
 pub struct Documents<'a> {
     corpus: &'a Corpus,
     as_they_stand: bool,
+    columns: Columns,
     next_file: usize,
     /// Documents given of the file being read.
     in_file: u64,
     current: Option<OpenFile>,
+    /// What the file being read has shown.
+    notes: FileNotes,
+    /// The first row without the text column: its line and the reason.
+    missing: Option<(u64, String)>,
     bytes_read: Arc<AtomicU64>,
     found: bool,
     ended: bool,
@@ -266,8 +310,16 @@ pub struct Documents<'a> {
 /// The rest of the file being read.
 enum OpenFile {
     Text(Records),
-    Lines { records: Records, line: u64 },
-    Rows(std::vec::IntoIter<String>),
+    Lines {
+        records: Records,
+        line: u64,
+    },
+    /// An array, whose text is read from byte `at` on, in line `line`.
+    Array {
+        text: String,
+        at: usize,
+        line: u64,
+    },
     Parquet(ParquetRows),
 }
 
@@ -301,8 +353,7 @@ impl Documents<'_> {
                 let mut records = records("\n", LINE)?;
                 if records.peek()? == Some(b'[') {
                     records.set_delimiter("", ("JSON array", MAX_JSON));
-                    let text = records.next()?.unwrap_or_default();
-                    OpenFile::Rows(rows(&file.path, &text, &options.text_column)?.into_iter())
+                    OpenFile::Array { text: records.next()?.unwrap_or_default(), at: 0, line: 1 }
                 } else {
                     OpenFile::Lines { records, line: 0 }
                 }
@@ -314,21 +365,86 @@ impl Documents<'_> {
         })
     }
 
-    /// Reads the next text of the open file, unchanged.
-    fn next_text(&mut self, path: &Path) -> Result<Option<String>> {
+    /// Reads the next row of the open file; for a text file that is a document.
+    fn next_row(&mut self, path: &Path) -> Result<Option<(u64, RowText)>> {
         match &mut self.current {
             None => Ok(None),
-            Some(OpenFile::Text(records)) => records.next(),
-            Some(OpenFile::Rows(rows)) => Ok(rows.next()),
-            Some(OpenFile::Parquet(rows)) => rows.next_text(),
+            Some(OpenFile::Text(records)) => Ok(records.next()?.map(|text| (0, RowText::Text(text)))),
+            Some(OpenFile::Parquet(rows)) => Ok(rows.next_text()?.map(|row| (0, row))),
+            Some(OpenFile::Array { text, at, line }) => {
+                let mut scanner = Scanner::new(text, *at);
+                let row = scanner.row_of_array(&self.columns);
+                let end = scanner.position();
+                self.notes.surrogates += scanner.surrogates;
+                *line += text.as_bytes()[*at..end].iter().filter(|&&byte| byte == b'\n').count() as u64;
+                *at = end;
+                let column = end
+                    - text.as_bytes()[..end].iter().rposition(|&byte| byte == b'\n').map_or(0, |at| at + 1);
+                let row = row.map_err(|cause| wrong(path, *line, column, cause))?;
+                Ok(row.map(|row| (*line, row)))
+            }
             Some(OpenFile::Lines { records, line }) => loop {
                 let Some(text) = records.next()? else { return Ok(None) };
                 *line += 1;
-                if !text.trim().is_empty() {
-                    return row(path, *line, &text, &self.corpus.options.text_column).map(Some);
+                if text.trim().is_empty() {
+                    continue;
                 }
+                let mut scanner = Scanner::new(&text, 0);
+                let row = scanner.only_row(&self.columns);
+                self.notes.surrogates += scanner.surrogates;
+                let row = row.map_err(|cause| wrong(path, *line, scanner.position(), cause))?;
+                return Ok(Some((*line, row)));
             },
         }
+    }
+
+    /// Reads the next text of the open file, unchanged. Rows without one are counted.
+    fn next_text(&mut self, path: &Path) -> Result<Option<String>> {
+        while let Some((line, row)) = self.next_row(path)? {
+            match row {
+                RowText::Text(text) => {
+                    self.notes.texts += 1;
+                    return Ok(Some(text));
+                }
+                RowText::Null => self.notes.null += 1,
+                RowText::Missing(reason) => {
+                    self.notes.missing += 1;
+                    self.missing.get_or_insert((line, reason));
+                    if self.notes.missing >= PATIENCE {
+                        self.check_column(path)?;
+                    }
+                }
+            }
+        }
+        self.check_column(path)?;
+        Ok(None)
+    }
+
+    /// Refuses a file of which every row so far lacks the text column.
+    fn check_column(&self, path: &Path) -> Result<()> {
+        match &self.missing {
+            Some((line, reason)) if self.notes.texts + self.notes.null == 0 => {
+                Err(Error::Column { path: path.to_path_buf(), line: *line, reason: reason.clone() })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Leaves the open file, which was read to its end.
+    fn close(&mut self, file: usize) {
+        let mut notes = std::mem::take(&mut self.notes);
+        self.missing = None;
+        if let Some(OpenFile::Text(records)) = &self.current
+            && self.corpus.options.doc_separator.is_some()
+        {
+            notes.separators = Some(records.delimiters());
+        }
+        self.corpus.lock_notes().insert(file, notes);
+        self.current = None;
+    }
+
+    fn is_undivided(&self) -> bool {
+        matches!(self.current, Some(OpenFile::Text(_))) && self.corpus.options.doc_separator.is_none()
     }
 
     fn advance(&mut self) -> Result<Option<Document>> {
@@ -343,9 +459,12 @@ impl Documents<'_> {
             }
             let source = self.next_file - 1;
             let Some(text) = self.next_text(&self.corpus.files[source].path)? else {
-                self.current = None;
+                self.close(source);
                 continue;
             };
+            if self.is_undivided() {
+                self.notes.undivided = Undivided::of(&text);
+            }
             let trimmed = text.trim();
             self.found |= !trimmed.is_empty();
             if self.as_they_stand {
@@ -373,96 +492,13 @@ impl Iterator for Documents<'_> {
     }
 }
 
-/// Returns the text of one line of JSON.
-fn row(path: &Path, line: u64, json: &str, column: &str) -> Result<String> {
-    let path = || path.to_path_buf();
-    match serde_json::from_str(json) {
-        Ok(object) => text_of(object, column).map_err(|reason| Error::Column { path: path(), line, reason }),
-        Err(cause) => Err(Error::Json { path: path(), line, reason: parse_reason(&cause) }),
-    }
-}
-
-/// Returns the parser's message and its column; the error names the line itself.
-fn parse_reason(cause: &serde_json::Error) -> String {
-    let text = cause.to_string();
-    format!("{} at column {}", text.split(" at line ").next().unwrap_or_default(), cause.column())
-}
-
-/// Returns the text column of `object`, or the columns between commas joined; or the reason why there is none.
-fn text_of(mut object: Map<String, Value>, column: &str) -> std::result::Result<String, String> {
-    let mut text = String::new();
-    let single = object.contains_key(column);
-    for name in column.split(if single { '\0' } else { ',' }) {
-        let kind = match object.get_mut(name).map(Value::take) {
-            Some(Value::String(part)) => {
-                if text.is_empty() {
-                    text = part;
-                } else if !part.is_empty() {
-                    text.push('\n');
-                    text.push_str(&part);
-                }
-                continue;
-            }
-            Some(Value::Null) => "null",
-            Some(Value::Bool(_)) => "a boolean",
-            Some(Value::Number(_)) => "a number",
-            Some(Value::Array(_)) => "an array",
-            Some(Value::Object(_)) => "an object",
-            None => {
-                let columns: Vec<String> = object.keys().take(20).map(|name| format!("{name:?}")).collect();
-                return Err(format!("no column {name:?} (columns: {})", columns.join(", ")));
-            }
-        };
-        return Err(format!("column {name:?} holds {kind}, not text"));
-    }
-    Ok(text)
-}
-
-/// Reads the texts of a JSON array of objects. Each object is dropped once its text is read.
-fn rows(path: &Path, json: &str, column: &str) -> Result<Vec<String>> {
-    struct Rows<'a> {
-        column: &'a str,
-        column_error: Option<String>,
-    }
-
-    impl<'de> DeserializeSeed<'de> for &mut Rows<'_> {
-        type Value = Vec<String>;
-
-        fn deserialize<D: serde::Deserializer<'de>>(
-            self,
-            deserializer: D,
-        ) -> std::result::Result<Vec<String>, D::Error> {
-            deserializer.deserialize_seq(self)
+/// Makes the error of a row that cannot be read; `column` counts from 0.
+fn wrong(path: &Path, line: u64, column: usize, cause: Wrong) -> Error {
+    let path = path.to_path_buf();
+    match cause {
+        Wrong::Syntax(reason) => {
+            Error::Json { path, line, reason: format!("{reason} at column {}", column + 1) }
         }
+        Wrong::Column(reason) => Error::Column { path, line, reason },
     }
-
-    impl<'de> Visitor<'de> for &mut Rows<'_> {
-        type Value = Vec<String>;
-
-        fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-            formatter.write_str("an array of objects")
-        }
-
-        fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> std::result::Result<Vec<String>, A::Error> {
-            let mut texts = Vec::new();
-            while let Some(object) = seq.next_element()? {
-                texts.push(text_of(object, self.column).map_err(|reason| {
-                    self.column_error = Some(reason);
-                    A::Error::custom("column")
-                })?);
-            }
-            Ok(texts)
-        }
-    }
-
-    let mut rows = Rows { column, column_error: None };
-    let mut deserializer = serde_json::Deserializer::from_str(json);
-    let texts = rows.deserialize(&mut deserializer).and_then(|texts| deserializer.end().map(|()| texts));
-    texts.map_err(|cause| {
-        let (path, line) = (path.to_path_buf(), cause.line() as u64);
-        match rows.column_error.take() {
-            Some(reason) => Error::Column { path, line, reason },
-            None => Error::Json { path, line, reason: parse_reason(&cause) },
-        }
-    })
 }

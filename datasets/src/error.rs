@@ -33,21 +33,33 @@ pub enum Error {
         path: PathBuf,
     },
     /// A directory holds no text file.
-    #[error("{}: no .txt, .text, .md, .tex, .jsonl or .json file (plain, .gz or .zst) and no .parquet file in this directory", path.display())]
+    #[error("{}: no .txt, .text, .md, .tex, .jsonl or .json file (plain, .gz, .zst, .bz2 or .xz) and no .parquet file in this directory", path.display())]
     NoTextFiles {
         /// The directory.
         path: PathBuf,
     },
-    /// A gzip or Zstandard file is damaged or ends early.
+    /// A compressed file is damaged or ends early.
     #[error("{}: damaged or truncated {format} data ({cause}); fetch the file again", path.display())]
     Compressed {
         /// The file.
         path: PathBuf,
-        /// `gzip` or `zstd`.
+        /// `gzip`, `zstd`, `bzip2` or `xz`.
         format: &'static str,
         /// The error of the decoder.
         #[source]
         cause: io::Error,
+    },
+    /// A compressed file needs too much memory.
+    #[error("{}: {format} data that takes more than {limit} bytes of memory to decompress; compress it again with the usual settings ({advice})", path.display())]
+    Window {
+        /// The file.
+        path: PathBuf,
+        /// `zstd` or `xz`.
+        format: &'static str,
+        /// The largest size decompressed, in bytes.
+        limit: u64,
+        /// The commands that compress it again.
+        advice: &'static str,
     },
     /// Text that is not UTF-8.
     #[error("{}: not UTF-8 at byte {offset} of the text; convert it (iconv -t UTF-8)", path.display())]
@@ -124,6 +136,40 @@ pub enum Error {
         largest_id: u32,
         /// Rows of the embedding.
         vocab_size: usize,
+    },
+    /// A file beside `tokenizer.json` adds a token under an id that `tokenizer.json` cannot give it.
+    #[error("{}: added_tokens.json or tokenizer_config.json adds the token {token:?} as id {id}, and the next free id is {next}; save the tokenizer again with a current transformers, which writes all tokens into tokenizer.json", path.display())]
+    AddedToken {
+        /// The tokenizer file.
+        path: PathBuf,
+        /// The token.
+        token: String,
+        /// The id that it should have.
+        id: u32,
+        /// The next free id.
+        next: u32,
+    },
+    /// A tokenizer without a chat template.
+    #[error("{}: no chat template here and no chat_template.jinja beside it; take them from a model tuned for chat, or give the text as it is", path.display())]
+    NoChatTemplate {
+        /// `tokenizer_config.json`.
+        path: PathBuf,
+    },
+    /// A chat template that refuses a conversation, or has an error.
+    #[error("{}: the chat template refuses the conversation or is broken ({reason}); change the messages, or the template", path.display())]
+    ChatTemplate {
+        /// The file of the template.
+        path: PathBuf,
+        /// The message of the template or of its engine.
+        reason: String,
+    },
+    /// A file of messages that is not a list of messages.
+    #[error("{}: {reason}; expected a JSON list of objects such as {{\"role\": \"user\", \"content\": \"Hello\"}}", path.display())]
+    Messages {
+        /// The file.
+        path: PathBuf,
+        /// The defect.
+        reason: String,
     },
     /// A BOS token is required and the model has none.
     #[error("{}: the model names no BOS token; {}", path.display(), BOS)]

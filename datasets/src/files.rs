@@ -49,6 +49,11 @@ pub fn lock_dir(dir: &Path) -> io::Result<Option<File>> {
     }
 }
 
+/// Returns `bytes` without the byte-order mark of UTF-8 that some editors write.
+pub(crate) fn without_bom(bytes: &[u8]) -> &[u8] {
+    bytes.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(bytes)
+}
+
 /// Returns lowercase hexadecimal of `bytes`.
 pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()

@@ -2,16 +2,21 @@
 #![forbid(unsafe_code)]
 
 mod bpe;
+pub mod chat;
 pub mod corpus;
 mod encoder;
 mod error;
 pub mod files;
+mod json_row;
 pub mod manifest;
 pub mod mixture;
+mod notes;
 pub mod overlap;
+mod parquet_pages;
 mod parquet_rows;
 mod reader;
 mod remedy;
+mod row_text;
 mod stream;
 pub mod tasks;
 pub mod token_cache;
@@ -21,11 +26,13 @@ pub mod tokens;
 pub mod windows;
 pub mod world;
 
+pub use chat::{Chat, ChatTemplate};
 pub use corpus::{Corpus, CorpusOptions, DOC_SEPARATOR, Document};
 pub use error::{Error, Result};
 pub use mixture::{Interleaving, Mixture, Sample, SourceSpec, TokenSource};
+pub use notes::Skipped;
 pub use remedy::Remedy;
 pub use stream::TokenStream;
-pub use tokenizer::{Bos, DecodeStream, Tokenizer, train_bpe};
+pub use tokenizer::{Bos, DecodeStream, Tokenizer, TokenizerFiles, train_bpe};
 pub use tokens::{Tokens, tokenize};
 pub use windows::{Batches, EvalWindow, Split, SplitOptions, eval_windows};

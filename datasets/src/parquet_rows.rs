@@ -14,7 +14,9 @@ use parquet::schema::types::{SchemaDescPtr, SchemaDescriptor, Type};
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
+use crate::parquet_pages::Group;
 use crate::remedy::Remedy;
+use crate::row_text::{Joined, RowText};
 
 /// Rows decoded at a time.
 const ROWS: usize = 64;
@@ -22,6 +24,7 @@ const ROWS: usize = 64;
 /// Reads the rows of a Parquet file.
 pub(crate) struct ParquetRows {
     path: PathBuf,
+    file: Arc<File>,
     reader: SerializedFileReader<File>,
     /// The columns that are decoded.
     schema: SchemaDescPtr,
@@ -42,11 +45,13 @@ impl ParquetRows {
     pub(crate) fn open(path: &Path, bytes_read: Arc<AtomicU64>) -> Result<ParquetRows> {
         let file = File::open(path).map_err(Error::io(path))?;
         let uncounted = file.metadata().map_err(Error::io(path))?.len();
-        let reader = guarded(|| SerializedFileReader::new(file)).map_err(|reason| broken(path, 1, reason))?;
+        let again = file.try_clone().map_err(Error::io(path))?;
+        let reader =
+            guarded(|| SerializedFileReader::new(again)).map_err(|reason| broken(path, 1, reason))?;
         let schema = reader.metadata().file_metadata().schema_descr_ptr();
         let (path, texts) = (path.to_path_buf(), Vec::new());
-        let (group, next_group, row) = (None, 0, 0);
-        Ok(ParquetRows { path, reader, schema, texts, group, next_group, row, bytes_read, uncounted })
+        let (file, group, next_group, row) = (Arc::new(file), None, 0, 0);
+        Ok(ParquetRows { path, file, reader, schema, texts, group, next_group, row, bytes_read, uncounted })
     }
 
     /// Reads the columns `names` alone, which must hold text; [`ParquetRows::next_text`] then joins them.
@@ -88,32 +93,24 @@ impl ParquetRows {
     }
 
     /// Reads the text columns of the next row, joined by line ends.
-    pub(crate) fn next_text(&mut self) -> Result<Option<String>> {
+    pub(crate) fn next_text(&mut self) -> Result<Option<RowText>> {
         let Some(row) = self.next_row()? else { return Ok(None) };
-        let mut text = String::new();
+        let mut joined = Joined::default();
         for (name, place) in &self.texts {
-            let wrong = |reason: &str, help: Remedy| Error::Row {
+            let not_text = || Error::Row {
                 path: self.path.clone(),
                 row: self.row,
-                reason: format!("column {name:?} {reason}"),
-                help,
+                reason: format!("column {name:?} is not UTF-8"),
+                help: Remedy::fixed("write the file again with a text column"),
             };
-            let not_text = || wrong("is not UTF-8", Remedy::fixed("write the file again with a text column"));
-            let part = match field(&row, place) {
-                Some(Field::Str(part)) => part,
-                Some(Field::Bytes(bytes)) => bytes.as_utf8().map_err(|_| not_text())?,
-                None | Some(Field::Null) => {
-                    let help = Remedy::fixed("name another column with {text_column}");
-                    return Err(wrong("holds null, not text", help));
-                }
+            match field(&row, place) {
+                Some(Field::Str(part)) => joined.push(part),
+                Some(Field::Bytes(bytes)) => joined.push(bytes.as_utf8().map_err(|_| not_text())?),
+                None | Some(Field::Null) => {}
                 Some(_) => return Err(not_text()),
-            };
-            if !text.is_empty() && !part.is_empty() {
-                text.push('\n');
             }
-            text.push_str(part);
         }
-        Ok(Some(text))
+        Ok(Some(joined.finish()))
     }
 
     fn next_row(&mut self) -> Result<Option<Row>> {
@@ -135,8 +132,9 @@ impl ParquetRows {
             self.uncounted -= size;
             self.bytes_read.fetch_add(size, Ordering::Relaxed);
             let opened = guarded(|| {
-                let group = self.reader.get_row_group(self.next_group)?;
-                TreeBuilder::new().with_batch_size(ROWS).as_iter(Arc::clone(&self.schema), &*group)
+                let metadata = self.reader.metadata().row_group(self.next_group).clone();
+                let group = Group::new(Arc::clone(&self.file), metadata);
+                TreeBuilder::new().with_batch_size(ROWS).as_iter(Arc::clone(&self.schema), &group)
             });
             self.group = Some(opened.map_err(|reason| broken(&self.path, number, reason))?);
             self.next_group += 1;
@@ -185,7 +183,9 @@ fn broken(path: &Path, row: u64, reason: String) -> Error {
         path: path.to_path_buf(),
         row,
         reason: format!("unreadable Parquet data ({reason})"),
-        help: Remedy::fixed("fetch the file again; supported are plain and Snappy-compressed columns"),
+        help: Remedy::fixed(
+            "fetch the file again; supported are columns that are plain or compressed by Snappy, gzip, Brotli, LZ4 or Zstandard",
+        ),
     }
 }
 

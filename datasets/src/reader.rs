@@ -1,7 +1,9 @@
 //! Reads records of one file: decompresses it, cuts it at a delimiter, and holds one record in memory.
 
 use crate::error::{Error, Result};
-use flate2::read::MultiGzDecoder;
+use bzip2::bufread::MultiBzDecoder;
+use flate2::bufread::GzDecoder;
+use lzma_rust2::XzReader;
 use ruzstd::decoding::FrameDecoder;
 use ruzstd::decoding::errors::{FrameDecoderError, ReadFrameHeaderError};
 use std::fs::File;
@@ -13,8 +15,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// Bytes asked for at a time.
 const CHUNK: u64 = 1 << 16;
 
-/// The largest window of a Zstandard frame that is decoded, as in the reference decoder: 128 MiB.
-const MAX_ZSTD_WINDOW: u64 = 1 << 27;
+/// The largest window of a Zstandard frame, or dictionary of an xz block, that is decoded: 128 MiB, as in Zstandard's
+/// reference decoder.
+const MAX_WINDOW: u64 = 1 << 27;
+
+/// What an xz decoder needs beside the dictionary, in KiB.
+const XZ_EXTRA: u32 = 1 << 10;
 
 /// The compression of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,6 +28,8 @@ pub(crate) enum Packing {
     Plain,
     Gzip,
     Zstd,
+    Bzip2,
+    Xz,
 }
 
 impl Packing {
@@ -30,10 +38,24 @@ impl Packing {
         let extension = |path: &Path| {
             path.extension().map(|e| e.to_string_lossy().to_ascii_lowercase()).unwrap_or_default()
         };
-        match &extension(path)[..] {
-            "gz" => (extension(&path.with_extension("")), Packing::Gzip),
-            "zst" => (extension(&path.with_extension("")), Packing::Zstd),
-            other => (other.to_owned(), Packing::Plain),
+        let outer = extension(path);
+        let packing = match &outer[..] {
+            "gz" => Packing::Gzip,
+            "zst" => Packing::Zstd,
+            "bz2" => Packing::Bzip2,
+            "xz" => Packing::Xz,
+            _ => return (outer, Packing::Plain),
+        };
+        (extension(&path.with_extension("")), packing)
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Packing::Plain => "plain",
+            Packing::Gzip => "gzip",
+            Packing::Zstd => "zstd",
+            Packing::Bzip2 => "bzip2",
+            Packing::Xz => "xz",
         }
     }
 }
@@ -53,6 +75,8 @@ pub(crate) struct Records {
     /// Its start in the content of the file.
     offset: u64,
     at_end: bool,
+    /// Delimiters found.
+    delimiters: u64,
 }
 
 impl Records {
@@ -68,8 +92,13 @@ impl Records {
         let file = BufReader::new(Counted { file: File::open(path).map_err(Error::io(path))?, bytes_read });
         let reader: Box<dyn Read + Send> = match packing {
             Packing::Plain => Box::new(file),
-            Packing::Gzip => Box::new(MultiGzDecoder::new(file)),
+            Packing::Gzip => Box::new(GzipReader { member: Some(GzDecoder::new(file)) }),
             Packing::Zstd => Box::new(ZstdReader::new(file)),
+            Packing::Bzip2 => Box::new(MultiBzDecoder::new(file)),
+            Packing::Xz => {
+                let limit = u32::try_from(MAX_WINDOW >> 10).unwrap_or(u32::MAX);
+                Box::new(XzReader::new_mem_limit(file, true, limit.saturating_add(XZ_EXTRA)))
+            }
         };
         let (path, delimiter) = (path.to_path_buf(), delimiter.as_bytes().to_vec());
         Ok(Records {
@@ -83,12 +112,18 @@ impl Records {
             begin: 0,
             offset: 0,
             at_end: false,
+            delimiters: 0,
         })
     }
 
     /// Sets the delimiter and limit of the records still to come.
     pub(crate) fn set_delimiter(&mut self, delimiter: &str, (what, limit): (&'static str, u64)) {
         (self.delimiter, self.what, self.limit) = (delimiter.as_bytes().to_vec(), what, limit);
+    }
+
+    /// Returns how many delimiters were found.
+    pub(crate) fn delimiters(&self) -> u64 {
+        self.delimiters
     }
 
     /// Returns the first byte of the content that is neither whitespace nor part of a byte-order mark, among those
@@ -98,12 +133,14 @@ impl Records {
         Ok(self.buffer.iter().copied().find(|byte| byte.is_ascii() && !byte.is_ascii_whitespace()))
     }
 
-    /// Reads the next record as text, without its delimiter and without a byte-order mark.
+    /// Reads the next record as text, without its delimiter and without a byte-order mark, which joined files have in their
+    /// middle too.
     pub(crate) fn next(&mut self) -> Result<Option<String>> {
         let mut searched = 0;
         let length = loop {
             let ahead = &self.buffer[self.begin..];
             if let Some(at) = find(&ahead[searched..], &self.delimiter) {
+                self.delimiters += 1;
                 break searched + at;
             }
             if self.at_end {
@@ -128,11 +165,10 @@ impl Records {
                 offset: self.offset + cause.valid_up_to() as u64,
             })?
             .to_string();
-        let start = self.offset;
         let taken = (length + self.delimiter.len()).min(ahead.len());
         self.begin += taken;
         self.offset += taken as u64;
-        if start == 0 && text.starts_with('\u{FEFF}') {
+        if text.starts_with('\u{FEFF}') {
             text.remove(0);
         }
         Ok(Some(text))
@@ -143,10 +179,22 @@ impl Records {
         self.begin = 0;
         let read = (&mut self.reader).take(CHUNK).read_to_end(&mut self.buffer).map_err(|cause| {
             let path = self.path.clone();
-            match self.packing {
-                Packing::Plain => Error::Io { path, cause },
-                Packing::Gzip => Error::Compressed { path, format: "gzip", cause },
-                Packing::Zstd => Error::Compressed { path, format: "zstd", cause },
+            let too_large = cause.get_ref().and_then(|inner| inner.downcast_ref::<WindowTooLarge>());
+            match (self.packing, too_large) {
+                (Packing::Plain, _) => Error::Io { path, cause },
+                (Packing::Zstd, Some(_)) => Error::Window {
+                    path,
+                    format: "zstd",
+                    limit: MAX_WINDOW,
+                    advice: "zstd -d -M2048MB -c OLD.zst | zstd -c > NEW.zst",
+                },
+                (Packing::Xz, _) if cause.kind() == io::ErrorKind::OutOfMemory => Error::Window {
+                    path,
+                    format: "xz",
+                    limit: MAX_WINDOW,
+                    advice: "xz -dc OLD.xz | xz -c > NEW.xz",
+                },
+                (packing, _) => Error::Compressed { path, format: packing.name(), cause },
             }
         })?;
         self.at_end |= read == 0;
@@ -184,17 +232,61 @@ impl Read for Counted {
     }
 }
 
+/// Decodes the members of a gzip file one after the other. Zeros may follow the last one, as from a tape.
+struct GzipReader<R> {
+    member: Option<GzDecoder<R>>,
+}
+
+impl<R: BufRead> Read for GzipReader<R> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        if buf.is_empty() {
+            return Ok(0);
+        }
+        while let Some(member) = &mut self.member {
+            let read = member.read(buf)?;
+            if read > 0 {
+                return Ok(read);
+            }
+            let Some(mut source) = self.member.take().map(GzDecoder::into_inner) else { break };
+            if skip_zeros(&mut source)? {
+                self.member = Some(GzDecoder::new(source));
+            }
+        }
+        Ok(0)
+    }
+}
+
+/// Skips zeros; false if the file ends behind them.
+fn skip_zeros(source: &mut impl BufRead) -> io::Result<bool> {
+    loop {
+        let bytes = source.fill_buf()?;
+        if bytes.is_empty() {
+            return Ok(false);
+        }
+        let (zeros, all) = (bytes.iter().take_while(|&&byte| byte == 0).count(), bytes.len());
+        source.consume(zeros);
+        if zeros < all {
+            return Ok(true);
+        }
+    }
+}
+
+/// A Zstandard frame needs more memory than [`MAX_WINDOW`].
+#[derive(Debug, thiserror::Error)]
+#[error("the window is too large")]
+struct WindowTooLarge;
+
 /// Decodes a sequence of Zstandard frames, checks their checksums, and skips skippable ones.
-struct ZstdReader<R> {
+pub(crate) struct ZstdReader<R> {
     source: R,
     decoder: FrameDecoder,
     started: bool,
 }
 
 impl<R: BufRead> ZstdReader<R> {
-    fn new(source: R) -> ZstdReader<R> {
+    pub(crate) fn new(source: R) -> ZstdReader<R> {
         let mut decoder = FrameDecoder::new();
-        decoder.set_max_window_size(MAX_ZSTD_WINDOW);
+        decoder.set_max_window_size(MAX_WINDOW);
         ZstdReader { source, decoder, started: false }
     }
 
@@ -218,6 +310,9 @@ impl<R: BufRead> ZstdReader<R> {
                         return Err(io::ErrorKind::UnexpectedEof.into());
                     }
                     self.started = true;
+                }
+                Err(FrameDecoderError::WindowSizeTooBig { .. }) => {
+                    return Err(io::Error::other(WindowTooLarge));
                 }
                 Err(cause) => return Err(io::Error::other(cause)),
             }
@@ -274,7 +369,7 @@ mod tests {
         assert_eq!(all(b"a\nb", "\n"), ["a", "b"]);
         assert_eq!(all(b"a\nb", ""), ["a\nb"]);
         assert!(all(b"", "\n").is_empty());
-        assert_eq!(all("\u{FEFF}a\n\u{FEFF}b".as_bytes(), "\n"), ["a", "\u{FEFF}b"]);
+        assert_eq!(all("\u{FEFF}a\n\u{FEFF}b".as_bytes(), "\n"), ["a", "b"]);
     }
 
     #[test]

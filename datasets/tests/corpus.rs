@@ -4,8 +4,8 @@
 #[path = "common/made.rs"]
 mod made;
 
-use dsmoe_datasets::{Corpus, CorpusOptions, Error, Result};
-use made::{Column, gzip};
+use dsmoe_datasets::{Corpus, CorpusOptions, Error, Result, Skipped};
+use made::{Column, bzip2, gzip};
 use ruzstd::encoding::{CompressionLevel, compress_to_vec};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,6 +13,21 @@ use tempfile::TempDir;
 
 fn zstd(content: &[u8]) -> Vec<u8> {
     compress_to_vec(content, CompressionLevel::Fastest)
+}
+
+/// Two lines of JSON, `one` and `two é`, by liblzma.
+const XZ: &str = "fd377a585a000004e6d6b4460200210116000000742fe5a3e0002200215d003d888a86948813e0f38724b7683609cc4c77525eaa8176be\
+                  bf4a6ac062fecce00000000000a62479cd34e3100700013d23e78c09e81fb6f37d010000000004595a";
+
+/// The same with a dictionary of 512 MiB.
+const XZ_LARGE: &str = "fd377a585a000004e6d6b44602002101220000008240acdce0002200215d003d888a86948813e0f38724b7683609cc4c77525eaa8176\
+                        bebf4a6ac062fecce00000000000a62479cd34e3100700013d23e78c09e81fb6f37d010000000004595a";
+
+fn unhex(text: &str) -> Vec<u8> {
+    text.as_bytes()
+        .chunks(2)
+        .map(|two| u8::from_str_radix(str::from_utf8(two).unwrap(), 16).unwrap())
+        .collect()
 }
 
 fn file(dir: &Path, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
@@ -87,7 +102,115 @@ fn compressed_files_read_as_plain_ones() {
     let frames = [skippable, zstd(b"{\"text\": \"a\"}\n{\"te"), zstd(b"xt\": \"b\"}")].concat();
     assert_eq!(read("a.jsonl.zst", frames).unwrap(), ["a", "b"]);
     let members = [gzip(b"one "), gzip(b"two")].concat();
-    assert_eq!(read("a.txt.gz", members).unwrap(), ["one two"]);
+    assert_eq!(read("a.txt.gz", &members).unwrap(), ["one two"]);
+    for zeros in [1, 511, 1 << 18] {
+        assert_eq!(
+            read("a.txt.gz", [&members[..], &vec![0; zeros]].concat()).unwrap(),
+            ["one two"],
+            "{zeros}"
+        );
+    }
+    let between = [gzip(b"one "), vec![0; 9], gzip(b"two")].concat();
+    assert_eq!(read("a.txt.gz", between).unwrap(), ["one two"]);
+    assert!(message("a.txt.gz", [&members[..], b"\0\0x"].concat()).starts_with("damaged or truncated gzip"));
+
+    assert_eq!(read("a.jsonl.bz2", bzip2(long.as_bytes())).unwrap(), plain);
+    assert_eq!(read("a.txt.bz2", [bzip2(b"one "), bzip2(b"two")].concat()).unwrap(), ["one two"]);
+    assert_eq!(read("a.jsonl.xz", unhex(XZ)).unwrap(), ["one", "two é"]);
+    assert_eq!(read("a.jsonl.xz", unhex(XZ).repeat(2)).unwrap(), ["one", "two é"].repeat(2));
+}
+
+#[test]
+fn data_that_needs_too_much_memory_is_refused_with_the_fix() {
+    // A frame whose window has 256 MiB.
+    let window = [0x28, 0xb5, 0x2f, 0xfd, 0, 18 << 3, 1, 0, 0];
+    let text = message("a.jsonl.zst", window);
+    assert!(
+        text.starts_with("zstd data that takes more than 134217728 bytes")
+            && text.contains("zstd -d -M2048MB"),
+        "{text}"
+    );
+    let text = message("a.jsonl.xz", unhex(XZ_LARGE));
+    assert!(
+        text.starts_with("xz data that takes more than 134217728 bytes") && text.contains("xz -dc"),
+        "{text}"
+    );
+}
+
+/// All documents of a file, and what reading it showed.
+fn noted(
+    name: &str,
+    content: impl AsRef<[u8]>,
+    options: CorpusOptions,
+) -> (Vec<String>, Skipped, Vec<String>) {
+    let dir = TempDir::new().unwrap();
+    let corpus = Corpus::open(&[file(dir.path(), name, content)], options).unwrap();
+    let mut read = Vec::new();
+    // What is counted is that of one reading.
+    for _ in 0..2 {
+        read = corpus.documents().map(|document| document.unwrap().text).collect();
+    }
+    (read, corpus.skipped(), corpus.notices().iter().map(ToString::to_string).collect())
+}
+
+#[test]
+fn rows_without_text_are_left_out_and_counted() {
+    let lines = "{\"x\": NaN, \"text\": \"a\\ud800\"}\n{\"text\": null}\n{\"y\": 1e999}\n{\"text\": \"b\", \"z\": [Infinity]}\n";
+    let array = format!("[{}]", lines.trim().replace('\n', ",\n"));
+    for (name, content) in [("a.jsonl", lines), ("a.json", lines), ("a.json", &array)] {
+        let (read, skipped, notices) = noted(name, content, CorpusOptions::default());
+        assert_eq!(read, ["a\u{FFFD}", "b"], "{content}");
+        assert_eq!(skipped, Skipped { null: 1, missing: 1, surrogates: 1 });
+        assert!(
+            notices[0].ends_with("2 rows were left out: the text is null in 1 and absent in 1"),
+            "{notices:?}"
+        );
+        assert!(notices[1].contains("1 lone surrogates in JSON texts became U+FFFD"), "{notices:?}");
+    }
+    // A wrong type is an error all the same, and so is a column that no row has: after a thousand rows at the latest.
+    assert!(
+        message("a.jsonl", "{\"text\": \"a\"}\n{\"text\": 1}")
+            .starts_with("line 2: column \"text\" holds a number")
+    );
+    let without = "{\"body\": \"b\"}\n";
+    assert!(
+        message("a.jsonl", without.repeat(3)).starts_with("line 1: no column \"text\" (columns: \"body\")")
+    );
+    let late = format!("{}{{\"text\": \"a\"}}\n", without.repeat(1000));
+    assert!(message("a.jsonl", &late).starts_with("line 1: no column"));
+    let early = format!("{{\"text\": \"a\"}}\n{}", without.repeat(2000));
+    assert_eq!(noted("a.jsonl", early, CorpusOptions::default()).1.missing, 2000);
+}
+
+#[test]
+fn large_undivided_texts_and_absent_separators_are_noticed() {
+    let story = "Once upon a time.\n".repeat(40);
+    let text = format!("{story}\n===\n").repeat(2000);
+    let (read, _, notices) = noted("a.txt", &text, CorpusOptions::default());
+    assert_eq!((read.len(), notices.len()), (1, 1));
+    assert!(
+        notices[0]
+            .contains("are one document; if it holds more, name what separates them with doc_separator")
+    );
+    assert!(notices[0].ends_with("it contains \"===\" (2000 times), \"\\n\\n\" (2000 times)"), "{notices:?}");
+    let with =
+        |separator: &str| CorpusOptions { doc_separator: Some(separator.into()), ..CorpusOptions::default() };
+    let (read, _, notices) = noted("a.txt", &text, with("==="));
+    assert_eq!((read.len(), notices.len()), (2000, 0));
+    let (read, _, notices) = noted("a.txt", &text, with("<x>"));
+    assert_eq!(read.len(), 1);
+    assert!(notices.len() == 1 && notices[0].contains("the separator \"<x>\" never occurs"), "{notices:?}");
+    assert!(noted("a.txt", "small", CorpusOptions::default()).2.is_empty());
+    assert!(noted("a.jsonl", "{\"text\": \"a\"}", with("<x>")).2.is_empty(), "no text file");
+}
+
+#[test]
+fn byte_order_marks_are_dropped_wherever_files_were_joined() {
+    let lines = "\u{FEFF}{\"text\": \"a\"}\n\u{FEFF}{\"text\": \"b\"}\n";
+    assert_eq!(read("a.jsonl", lines).unwrap(), ["a", "b"]);
+    let options = CorpusOptions { doc_separator: Some("<x>".into()), ..CorpusOptions::default() };
+    assert_eq!(noted("a.txt", "\u{FEFF}a<x>\u{FEFF}b", options).0, ["a", "b"]);
+    assert_eq!(read("a.txt", "\u{FEFF}a\u{FEFF}").unwrap(), ["a\u{FEFF}"], "inside a text it is a character");
 }
 
 #[test]
@@ -102,7 +225,15 @@ fn a_directory_is_read_in_the_order_of_names() {
         file(dir.path(), name, content);
     }
     std::os::unix::fs::symlink(dir.path(), dir.path().join("a/loop")).unwrap();
-    assert_eq!(documents(dir.path()).unwrap(), ["a/y.text.gz", "a/z.md", "b.txt", "c.tex", "d.jsonl.zst"]);
+    std::os::unix::fs::symlink(dir.path().join("a"), dir.path().join("again")).unwrap();
+    let other = TempDir::new().unwrap();
+    file(other.path(), "linked.txt", "linked");
+    std::os::unix::fs::symlink(other.path(), dir.path().join("bb")).unwrap();
+    std::os::unix::fs::symlink(other.path(), dir.path().join("cc")).unwrap();
+    std::os::unix::fs::symlink(dir.path().parent().unwrap(), dir.path().join("up")).unwrap();
+    std::os::unix::fs::symlink("nowhere", dir.path().join("dangling")).unwrap();
+    let wanted = ["a/y.text.gz", "a/z.md", "b.txt", "linked", "c.tex", "d.jsonl.zst"];
+    assert_eq!(documents(dir.path()).unwrap(), wanted);
 
     let corpus =
         Corpus::open(&[dir.path().join("no"), dir.path().join("a")], CorpusOptions::default()).unwrap();
@@ -125,8 +256,8 @@ fn broken_files_are_named_with_the_fix() {
         ("a.txt", b" \n\t ", "empty corpus"),
         ("a.jsonl", b"\n\n", "empty corpus"),
         ("a.json", b"[]", "empty corpus"),
-        ("a.jsonl", b"{\"text\": \"a\"}\n{\"id\": 1, \"body\": \"b\"}", ABSENT),
-        ("a.jsonl", b"{\"text\": null}", "line 1: column \"text\" holds null"),
+        ("a.jsonl", b"\n{\"id\": 1, \"body\": \"b\"}\n{\"id\": 2}", ABSENT),
+        ("a.jsonl", b"{\"text\": null}", "empty corpus"),
         ("a.json", b"[{\"text\": \"a\"},\n{\"text\": 1}]", "line 2: column \"text\" holds a num"),
     ];
     for (name, content, start) in cases {
@@ -150,7 +281,9 @@ fn broken_files_are_named_with_the_fix() {
 #[test]
 fn damaged_compression_is_an_error_wherever_it_is_cut() {
     let content: Vec<u8> = (0..4000u32).flat_map(|i| format!("{} ", i * i % 977).into_bytes()).collect();
-    for (name, packed) in [("a.txt.gz", gzip(&content)), ("a.txt.zst", zstd(&content))] {
+    for (name, packed) in
+        [("a.txt.gz", gzip(&content)), ("a.txt.zst", zstd(&content)), ("a.txt.bz2", bzip2(&content))]
+    {
         assert!(read(name, &packed).is_ok());
         for cut in (1..packed.len()).step_by(packed.len() / 60).chain(packed.len() - 8..packed.len()) {
             let text = message(name, &packed[..cut]);
@@ -166,7 +299,19 @@ fn damaged_compression_is_an_error_wherever_it_is_cut() {
         }
         assert!(message(name, b"no such format").starts_with("damaged or truncated "));
     }
-    assert!(message("a.txt.zst", b"").starts_with("damaged or truncated "));
+    for empty in ["a.txt.zst", "a.txt.gz", "a.txt.xz"] {
+        assert!(message(empty, b"").starts_with("damaged or truncated "), "{empty}");
+    }
+    let packed = unhex(XZ);
+    for at in 0..packed.len() {
+        assert!(message("a.jsonl.xz", &packed[..at]).starts_with("damaged or truncated xz"), "cut at {at}");
+        let mut bad = packed.clone();
+        bad[at] ^= 0xff;
+        assert!(
+            read("a.jsonl.xz", &bad).is_err_and(|error| error.to_string().contains("xz data")),
+            "changed at {at}"
+        );
+    }
 }
 
 #[test]
@@ -225,9 +370,33 @@ fn parquet_gives_its_text_columns() {
         assert!(message.contains("train-00000.parquet: ") && message.contains(wanted), "{message}");
     }
     parquet(&path, &[(Some("a"), None), (None, None), (Some("c"), None)]);
-    let message = documents(&path).unwrap_err().to_string();
-    let wanted = "row 2: column \"text\" holds null, not text; name another column with text_column";
-    assert!(message.ends_with(wanted), "{message}");
+    let corpus = Corpus::open(std::slice::from_ref(&path), CorpusOptions::default()).unwrap();
+    let read: Vec<String> = corpus.documents().map(|document| document.unwrap().text).collect();
+    assert_eq!((&read[..], corpus.skipped().null), (&["a", "c"].map(String::from)[..], 1));
+}
+
+#[test]
+fn parquet_is_read_in_every_common_compression() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data");
+    let texts: Vec<String> = (0..300).filter(|i| i % 50 != 7).map(|i| format!("text {} é", i * i)).collect();
+    for name in ["zstd-v1", "zstd-v2", "gzip-v1", "brotli-v2", "lz4-v1"] {
+        let path = folder.join(format!("{name}.parquet"));
+        let corpus = Corpus::open(std::slice::from_ref(&path), CorpusOptions::default()).unwrap();
+        let read: Result<Vec<String>> = corpus.documents().map(|document| Ok(document?.text)).collect();
+        assert_eq!(read.unwrap(), texts, "{name}");
+        assert_eq!(corpus.skipped(), Skipped { null: 6, ..Skipped::default() }, "{name}");
+        let options = CorpusOptions { text_column: "meta.answer".into(), ..CorpusOptions::default() };
+        let answers = documents_with(std::slice::from_ref(&path), options).unwrap();
+        assert_eq!((answers.len(), &answers[298][..]), (300, "a3"), "{name}");
+
+        // Any damage is an error or reads as some text.
+        let (good, dir) = (fs::read(&path).unwrap(), TempDir::new().unwrap());
+        for at in (0..good.len()).step_by(7) {
+            let mut bad = good.clone();
+            bad[at] ^= 0x5a;
+            let _ = documents(&file(dir.path(), "a.parquet", &bad));
+        }
+    }
 }
 
 #[test]
@@ -264,5 +433,5 @@ fn several_columns_are_joined() {
     assert_eq!(columns(row, "answer,question").unwrap(), ["a\nq"]);
     assert_eq!(columns(row, "x,y").unwrap(), ["z"], "a column of that very name comes first");
     assert!(columns(row, "question,none").unwrap_err().to_string().contains("line 1: no column \"none\""));
-    assert!(columns(row, "question,question").unwrap_err().to_string().contains("holds null"));
+    assert_eq!(columns(row, "question,question").unwrap(), ["q"], "a column counts once");
 }

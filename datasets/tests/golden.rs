@@ -3,7 +3,7 @@
 #[path = "common/shared.rs"]
 mod shared;
 
-use dsmoe_datasets::{Bos, Corpus, CorpusOptions, Error, Tokenizer, eval_windows, tokenize};
+use dsmoe_datasets::{Bos, Corpus, CorpusOptions, Error, Tokenizer, TokenizerFiles, eval_windows, tokenize};
 use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -47,6 +47,47 @@ fn ids_and_windows_are_those_of_transformers() {
             assert_eq!(predicted, number("predicted"), "{model}");
         }
     }
+}
+
+/// Qwen, SmolLM and OLMo get nothing in front, whatever their config.json names; Llama, Gemma and others their `<s>`.
+#[test]
+fn families_get_the_bos_of_their_own_tokenizer() {
+    let Some(shared) = shared("families_get_the_bos_of_their_own_tokenizer") else { return };
+    let mut without = 0;
+    for family in
+        ["gemma", "gemma3", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3"]
+    {
+        let dir = shared.join("golden/zoo").join(family);
+        // Links, of which some copies of the folder hold the text.
+        let content = |name: &str| {
+            let bytes = fs::read(dir.join(name)).unwrap();
+            let link = str::from_utf8(&bytes).ok().filter(|text| text.starts_with("../"));
+            (
+                name.to_owned(),
+                link.map_or_else(|| bytes.clone(), |link| fs::read(dir.join(link.trim())).unwrap()),
+            )
+        };
+        let files = ["tokenizer.json", "tokenizer_config.json"].map(content);
+        let files = TokenizerFiles::named(dir.join("tokenizer.json"), files);
+        let (config, golden) = (json(&dir.join("config.json")), json(&dir.join("golden.json")));
+        let bos = config["bos_token_id"].as_u64().map(|id| id as u32);
+        let tokenizer = Tokenizer::new(&files, bos, 512).unwrap();
+        for row in golden["tokens"].as_array().unwrap() {
+            let text = row["text"].as_str().unwrap();
+            let (plain, special) = (ids(&row["ids"]), ids(&row["ids_with_special"]));
+            assert_eq!(tokenizer.encode(text, Bos::Never).unwrap(), plain, "{family} {text:?}");
+            // A text that begins with BOS gets no second one.
+            let once = if plain.first() == special.first() { &plain } else { &special };
+            assert_eq!(tokenizer.encode(text, Bos::Auto).unwrap(), *once, "{family} {text:?}");
+            assert_eq!(
+                tokenizer.decode(&plain, false).unwrap(),
+                row["decoded"].as_str().unwrap(),
+                "{family}"
+            );
+            without += u32::from(plain == special);
+        }
+    }
+    assert!(without >= 15, "{without} texts have no BOS");
 }
 
 #[test]

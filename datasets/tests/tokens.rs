@@ -105,9 +105,148 @@ fn auto_bos_follows_template_then_config() {
     fs::write(dir.path().join("tokenizer_config.json"), "{\"add_bos_token\": false}").unwrap();
     assert!(!starts(Some(0)));
     fs::remove_file(dir.path().join("tokenizer_config.json")).unwrap();
-    assert!(!starts(Some(0)));
+    assert!(!starts(Some(0)), "the model's config alone");
+    fs::remove_file(dir.path().join("special_tokens_map.json")).unwrap();
     let none = Tokenizer::load(dir.path(), None, VOCAB).unwrap();
     assert!(matches!(none.encode("a", Bos::Always), Err(Error::NoBos { .. })));
+}
+
+#[test]
+fn the_tokenizers_own_bos_wins_over_that_of_the_config() {
+    let dir = trained();
+    let tokenizer = Tokenizer::load(dir.path(), Some(1), VOCAB).unwrap();
+    for bos in [Bos::Auto, Bos::Always] {
+        assert_eq!(tokenizer.encode("a", bos).unwrap()[0], 0, "{bos:?}");
+    }
+    let [notice] = tokenizer.notices() else { panic!("{:?}", tokenizer.notices()) };
+    assert!(notice.contains("config.json names id 1 (\"</s>\"), the tokenizer id 0 (\"<s>\")"), "{notice}");
+    assert_eq!((tokenizer.bos_id(), tokenizer.eos_id(), tokenizer.prefix_id()), (Some(0), Some(1), Some(0)));
+    assert!(load(dir.path()).notices().is_empty());
+    // A tokenizer that names none, as Qwen's: the id of the config is there for those who ask.
+    edit(dir.path(), |json| json["post_processor"] = serde_json::Value::Null);
+    fs::write(dir.path().join("tokenizer_config.json"), "{\"add_bos_token\": false, \"bos_token\": null}")
+        .unwrap();
+    fs::remove_file(dir.path().join("special_tokens_map.json")).unwrap();
+    let tokenizer = Tokenizer::load(dir.path(), Some(7), VOCAB).unwrap();
+    assert_ne!(tokenizer.encode("a", Bos::Auto).unwrap()[0], 7);
+    assert_eq!(tokenizer.encode("a", Bos::Always).unwrap()[0], 7);
+    assert!(tokenizer.notices().is_empty());
+    assert_eq!((tokenizer.prefix_id(), tokenizer.eos_id()), (None, None));
+}
+
+#[test]
+fn tokens_of_the_other_files_are_added() {
+    let dir = trained();
+    let (plain, hash) = (load(dir.path()), load(dir.path()).sha256().to_owned());
+    let config = |text: &str| fs::write(dir.path().join("tokenizer_config.json"), text).unwrap();
+    let size = VOCAB as u32;
+    let rows = |more: usize| Tokenizer::load(dir.path(), Some(0), VOCAB + more);
+    config(&format!(
+        "{{\"added_tokens_decoder\": {{\"{}\": {{\"content\": \"<|im_end|>\", \"special\": true}},
+            \"{size}\": {{\"content\": \"<|im_start|>\", \"special\": true}}, \"0\": {{\"content\": \"<s>\", \"special\": true}}}}}}",
+        size + 1
+    ));
+    fs::write(dir.path().join("added_tokens.json"), format!("{{\"<think>\": {}, \"<s>\": 0}}", size + 2))
+        .unwrap();
+    let tokenizer = rows(3).unwrap();
+    let text = "<|im_start|>A day<think>.<|im_end|>";
+    let ids = tokenizer.encode(text, Bos::Never).unwrap();
+    let words = |text: &str| plain.encode(text, Bos::Never).unwrap();
+    assert_eq!(ids, [&[size][..], &words("A day"), &[size + 2], &words("."), &[size + 1]].concat());
+    assert_eq!((tokenizer.vocab_size(), tokenizer.notices().len()), (VOCAB + 3, 0));
+    assert_eq!(tokenizer.decode(&ids, true).unwrap(), "A day<think>.");
+    assert_eq!(tokenizer.decode(&ids, false).unwrap(), text);
+    assert_eq!((tokenizer.added_id("<|im_end|>"), tokenizer.added_id("im_end")), (Some(size + 1), None));
+    assert_eq!(tokenizer.added_prefix("<|im_end|>\n<s>"), Some(size + 1));
+    assert_eq!(tokenizer.special_within("x<|im_end|> <s> <think>"), ["<s>", "<|im_end|>"]);
+    assert_ne!(tokenizer.sha256(), hash, "caches of the other ids do not fit");
+
+    // Without rows in the embedding, they are left out, and the user is told.
+    let short = rows(1).unwrap();
+    assert_eq!((short.vocab_size(), short.added_id("<|im_start|>")), (VOCAB + 1, Some(size)));
+    assert!(
+        short.notices()[0].contains("\"<|im_end|>\" has id 401, for which the model's embedding has no row")
+    );
+
+    for (entry, next) in [(size + 4, size), (5, size)] {
+        fs::remove_file(dir.path().join("added_tokens.json")).ok();
+        config(&format!("{{\"added_tokens_decoder\": {{\"{entry}\": {{\"content\": \"<new>\"}}}}}}"));
+        let message = rows(9).err().expect("must be refused").to_string();
+        assert!(
+            message.contains(&format!("the token \"<new>\" as id {entry}, and the next free id is {next}")),
+            "{message}"
+        );
+    }
+    config("{\"added_tokens_decoder\": {\"3\": {\"content\": \"</s>\"}}}");
+    let other = rows(0).unwrap();
+    assert!(other.notices()[0].contains("\"</s>\" has id 1 here and 3 in the files beside it; 1 is used"));
+}
+
+#[test]
+fn byte_order_marks_of_tokenizer_files_are_dropped() {
+    let dir = trained();
+    let (want, hash) =
+        (load(dir.path()).encode("A day", Bos::Auto).unwrap(), load(dir.path()).sha256().to_owned());
+    for name in ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"] {
+        let path = dir.path().join(name);
+        fs::write(&path, [b"\xEF\xBB\xBF", &fs::read(&path).unwrap()[..]].concat()).unwrap();
+    }
+    let tokenizer = load(dir.path());
+    assert_eq!((tokenizer.encode("A day", Bos::Auto).unwrap(), tokenizer.sha256()), (want, &hash[..]));
+}
+
+/// A tokenizer of SentencePiece's kind: `<unk>`, the 256 byte tokens from id 3 on, and a few letters.
+fn sentence_piece(dir: &Path) -> Tokenizer {
+    let bytes = (0..256).map(|byte| format!("<0x{byte:02X}>"));
+    let letters = ["\u{2581}", "a", "b", "\u{2581}a"].map(str::to_owned);
+    let tokens = ["<unk>", "<s>", "</s>"].map(str::to_owned).into_iter().chain(bytes).chain(letters);
+    let vocab: serde_json::Map<String, serde_json::Value> =
+        tokens.enumerate().map(|(id, token)| (token, id.into())).collect();
+    let space = "\u{2581}";
+    let json = serde_json::json!({
+        "version": "1.0", "added_tokens": [], "pre_tokenizer": null, "post_processor": null,
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": space},
+            {"type": "Replace", "pattern": {"String": " "}, "content": space}]},
+        "decoder": {"type": "Sequence", "decoders": [{"type": "Replace", "pattern": {"String": space}, "content": " "},
+            {"type": "ByteFallback"}, {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
+        "model": {"type": "BPE", "vocab": vocab, "merges": [[space, "a"]], "unk_token": "<unk>", "fuse_unk": true,
+            "byte_fallback": true}});
+    fs::write(dir.join("tokenizer.json"), json.to_string()).unwrap();
+    Tokenizer::load(dir, None, 300).unwrap()
+}
+
+static BYTES: LazyLock<(TempDir, Tokenizer)> = LazyLock::new(|| {
+    let dir = TempDir::new().unwrap();
+    let tokenizer = sentence_piece(dir.path());
+    (dir, tokenizer)
+});
+
+#[test]
+fn byte_tokens_decode_as_in_transformers() {
+    let tokenizer = &BYTES.1;
+    let ids = |bytes: &[u8]| -> Vec<u32> { bytes.iter().map(|&byte| 3 + u32::from(byte)).collect() };
+    let (a, b) = (260, 261);
+    assert_eq!(
+        tokenizer.decode(&[&[262][..], &ids("é🦊\n".as_bytes()), &[b]].concat(), true).unwrap(),
+        "aé🦊\nb"
+    );
+    // One invalid byte makes every byte of its run a U+FFFD.
+    for (bytes, count) in [(&b"\xff"[..], 1), (b"\xc3", 1), (b"\xc3\xa9\xff", 3), (b"A\xe2\x82", 3)] {
+        let wanted = format!("a{}b", "\u{FFFD}".repeat(count));
+        assert_eq!(
+            tokenizer.decode(&[&[a][..], &ids(bytes), &[b]].concat(), true).unwrap(),
+            wanted,
+            "{bytes:?}"
+        );
+    }
+    // A stream gives whole characters, each as soon as it is one.
+    let mut stream = tokenizer.stream();
+    let pieces: Vec<String> = [&[a][..], &ids("é🦊".as_bytes()), &[b]]
+        .concat()
+        .into_iter()
+        .map(|id| stream.push(id).unwrap().unwrap_or_default())
+        .collect();
+    assert_eq!(pieces, ["a", "", "é", "", "", "", "🦊", "b"]);
 }
 
 #[test]
@@ -187,6 +326,17 @@ proptest! {
     }
 
     #[test]
+    fn texts_of_byte_tokens_stream_as_they_decode(text in "(\\PC|\n| |[ab]){0,30}") {
+        let tokenizer = &BYTES.1;
+        let ids = tokenizer.encode(&text, Bos::Auto).unwrap();
+        let (streamed, pieces) = streamed(tokenizer, &ids);
+        prop_assert_eq!(&streamed, &text);
+        let halves = |piece: &String| piece.contains(char::REPLACEMENT_CHARACTER);
+        prop_assert!(text.contains(char::REPLACEMENT_CHARACTER) || !pieces.iter().any(halves));
+        prop_assert_eq!(tokenizer.decode(&ids, true).unwrap(), text);
+    }
+
+    #[test]
     fn any_ids_stream_and_decode(ids in proptest::collection::vec(0u32..VOCAB as u32 + 50, 0..60)) {
         let text = TOKENIZER.1.decode(&ids, true).unwrap();
         let (streamed, _) = streamed(&TOKENIZER.1, &ids);
@@ -198,7 +348,7 @@ proptest! {
 fn write_cache(path: &Path, stream: &TokenStream) {
     let mut payload: Vec<u8> = stream.ids.iter().flat_map(|&id| (id as u16).to_le_bytes()).collect();
     payload.extend(stream.doc_starts.iter().flat_map(|&start| (start as u64).to_le_bytes()));
-    let mut bytes = [&b"DSMOETOK"[..], &2u32.to_le_bytes(), &2u32.to_le_bytes()].concat();
+    let mut bytes = [&b"DSMOETOK"[..], &3u32.to_le_bytes(), &2u32.to_le_bytes()].concat();
     bytes.extend((stream.ids.len() as u64).to_le_bytes());
     bytes.extend((stream.doc_starts.len() as u64).to_le_bytes());
     bytes.extend(Sha256::digest(&payload));

@@ -56,7 +56,7 @@ pub(crate) fn read(
         text_column: args.text_column.clone().unwrap_or(defaults.text_column),
     };
     let texts = find(from_words(&args.calib, &options)?)?;
-    let sources = load(&texts, &tokenizer(model, config)?, args.bos, None, ui)?;
+    let sources = load(&texts, &tokenizer(model, config, ui)?, args.bos, None, ui)?;
     let split = SplitOptions { seq, ..TrainConfig::default().split_options() };
     let mixture = Mixture::new(&sources, split, None)?;
     let sequences = mixture.sequences(args.samples as usize, seed);

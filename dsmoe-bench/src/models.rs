@@ -5,20 +5,36 @@ use std::path::Path;
 use anyhow::Result;
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::config::Config;
-use dsmoe_core::{Device, Inference, Model};
-use dsmoe_datasets::{Bos, Tokenizer};
+use dsmoe_core::{Device, Inference, Model, gguf};
+use dsmoe_datasets::{Tokenizer, TokenizerFiles};
 use dsmoe_kernels::Precision;
 
 use crate::memory;
+use crate::ui::Ui;
 
-/// Loads the tokenizer of the model in `dir`.
-pub(crate) fn tokenizer(dir: &Path, config: &Config) -> Result<Tokenizer> {
-    Ok(Tokenizer::load(dir, config.bos_token_id, config.vocab_size)?)
+/// Reads the tokenizer's files of the model in `dir`, or of a GGUF file.
+pub(crate) fn tokenizer_files(dir: &Path) -> Result<TokenizerFiles> {
+    match gguf::file_of(dir)? {
+        Some(file) => {
+            let files = gguf::tokenizer_files(&file)?.map(|(name, bytes)| (name.to_owned(), bytes));
+            Ok(TokenizerFiles::named(file, files))
+        }
+        None => Ok(TokenizerFiles::read(dir)?),
+    }
 }
 
-/// Returns the BOS rule asked for, or else [`Bos::Always`] for a model that has the token.
-pub(crate) fn bos_or_default(asked: Option<Bos>, config: &Config) -> Bos {
-    asked.unwrap_or(if config.bos_token_id.is_some() { Bos::Always } else { Bos::Never })
+/// Loads the tokenizer of the model in `dir`, and shows its notices.
+pub(crate) fn tokenizer(dir: &Path, config: &Config, ui: &Ui) -> Result<Tokenizer> {
+    tokenizer_of(&tokenizer_files(dir)?, config, ui)
+}
+
+/// Makes the tokenizer of these files, and shows its notices.
+pub(crate) fn tokenizer_of(files: &TokenizerFiles, config: &Config, ui: &Ui) -> Result<Tokenizer> {
+    let tokenizer = Tokenizer::new(files, config.bos_token_id, config.vocab_size)?;
+    for notice in tokenizer.notices() {
+        ui.note(format_args!("note: {notice}"));
+    }
+    Ok(tokenizer)
 }
 
 /// Returns the precision that `device` computes in by default: that of the stored weights, and bf16 on a GPU, which has no

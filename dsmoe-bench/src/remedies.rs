@@ -41,7 +41,7 @@ fn core_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a dsmoe_core::Er
 const FLAGS: [(&str, &str); 1] = [("vocab_size", "--vocab")];
 
 /// Returns the flag of a setting.
-fn flag(setting: &str) -> String {
+pub(crate) fn flag(setting: &str) -> String {
     let other = FLAGS.iter().find(|(name, _)| *name == setting);
     other.map_or_else(|| format!("--{}", setting.replace('_', "-")), |(_, flag)| (*flag).to_owned())
 }

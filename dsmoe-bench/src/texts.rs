@@ -9,6 +9,7 @@ use dsmoe_datasets::{Bos, Corpus, CorpusOptions, SourceSpec, TokenSource, Tokeni
 
 use crate::cli::data::DataArgs;
 use crate::progress::{Progress, Unit};
+use crate::remedies::flag;
 use crate::ui::Ui;
 
 /// A source and its files.
@@ -73,7 +74,9 @@ pub(crate) fn load(
                     progress.set(done, total, "");
                 });
                 progress.finish();
-                stream?.into()
+                let stream = stream?;
+                show_notices(&text.corpus, ui);
+                stream.into()
             }
         };
         Ok(TokenSource { name: text.spec.name.clone(), weight: text.spec.weight, tokens })
@@ -108,5 +111,14 @@ pub(crate) fn prepare_one(
     if let Some(shown) = shown {
         shown.finish();
     }
-    Ok(prepared?)
+    let prepared = prepared?;
+    show_notices(&text.corpus, ui);
+    Ok(prepared)
+}
+
+/// Shows what reading a corpus found that a user should know.
+pub(crate) fn show_notices(corpus: &Corpus, ui: &Ui) {
+    for notice in corpus.notices() {
+        ui.note(format_args!("note: {}", notice.worded(flag)));
+    }
 }

@@ -19,7 +19,11 @@ pub(crate) fn read_json(path: &Path) -> Result<String> {
         let problem = format!("{len} bytes are too many for a JSON file");
         return Err(Error::path(path, problem, COPY));
     }
-    let bytes = std::fs::read(path).map_err(Error::io(path))?;
+    let mut bytes = std::fs::read(path).map_err(Error::io(path))?;
+    // Some editors write a byte-order mark.
+    if bytes.starts_with(b"\xEF\xBB\xBF") {
+        bytes.drain(..3);
+    }
     if bytes.starts_with(LFS_POINTER) {
         return Err(lfs_pointer(path));
     }

@@ -14,6 +14,7 @@ pub mod family;
 pub mod ffn;
 pub mod files;
 pub mod generate;
+pub mod gguf;
 pub mod init;
 mod json;
 pub mod masks;

@@ -1,7 +1,5 @@
 //! A model directory without the removed rows and columns, streamed.
 
-use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
 
 use dsmoe_core::Config;
@@ -47,9 +45,8 @@ pub(crate) fn rewrite(
     for (done, (name, _)) in (1..).zip(tensor_names(pruned)) {
         let stored = names.stored_name(&name);
         let view = checkpoint.tensor(stored).expect("a checked checkpoint");
-        let path = checkpoint.files().nth(view.file).expect("a file of the checkpoint");
         writer.begin(stored)?;
-        copy(path, view, &cuts.of(&name), &mut |bytes| writer.write_chunk(bytes))?;
+        copy(checkpoint, view, &cuts.of(&name), &mut |bytes| writer.write_chunk(bytes))?;
         progress(done, total);
     }
     writer.finish()?;
@@ -60,7 +57,7 @@ pub(crate) fn rewrite(
 
 /// Passes the rest of a tensor after `cut` to `sink`, in order.
 fn copy(
-    path: &Path,
+    checkpoint: &Checkpoint,
     view: &TensorView,
     cut: &Cut,
     sink: &mut dyn FnMut(&[u8]) -> dsmoe_core::Result<()>,
@@ -69,13 +66,11 @@ fn copy(
     let cols = view.shape.last().copied().unwrap_or(1);
     let (row, rows) = (cols * size, view.numel() / cols.max(1));
     let per_chunk = (CHUNK / row.max(1)).max(1);
-    let mut file = File::open(path).map_err(dsmoe_core::Error::io(path))?;
-    file.seek(SeekFrom::Start(view.offset)).map_err(dsmoe_core::Error::io(path))?;
     let (mut input, mut output) = (Vec::new(), Vec::new());
     for first in (0..rows).step_by(per_chunk) {
         let count = per_chunk.min(rows - first);
         input.resize(count * row, 0);
-        file.read_exact(&mut input).map_err(dsmoe_core::Error::io(path))?;
+        checkpoint.read_at(view, (first * row) as u64, &mut input)?;
         let kept: Vec<usize> = match &cut.rows {
             None => (0..count).collect(),
             Some(rows) => {

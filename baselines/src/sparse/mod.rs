@@ -94,7 +94,7 @@ fn run(
         progress(Progress { stage: "pruning layers", done: i as u64, total: config.num_layers as u64 });
         let prefix = format!("model.layers.{i}.");
         while let Some(name) = names.next_if(|name| !name.starts_with(&prefix)) {
-            writer.write(name, stream.checkpoint().bytes(name)?)?;
+            writer.write(name, &stream.checkpoint().bytes(name)?)?;
         }
         let weights = stream.layer(i)?;
         let mut layer = Layer { stream: &mut stream, weights, masks: &mut masks, measured: &mut measured };
@@ -103,7 +103,7 @@ fn run(
         while let Some(name) = names.next_if(|name| name.starts_with(&prefix)) {
             match weights.linears.iter().find(|linear| linear.name == *name) {
                 Some(linear) => writer.write_f32(name, &linear.weight)?,
-                None => writer.write(name, stream.checkpoint().bytes(name)?)?,
+                None => writer.write(name, &stream.checkpoint().bytes(name)?)?,
             }
         }
         if i + 1 < config.num_layers {
@@ -111,7 +111,7 @@ fn run(
         }
     }
     for name in names {
-        writer.write(name, stream.checkpoint().bytes(name)?)?;
+        writer.write(name, &stream.checkpoint().bytes(name)?)?;
     }
     writer.finish()?;
     masks.save(output.path())?;

@@ -1,5 +1,5 @@
-//! Reads rows of the files that benchmarks come in: JSON lines, JSON arrays, CSV, lines of text, also as .gz and .zst;
-//! Parquet.
+//! Reads rows of the files that benchmarks come in: JSON lines, JSON arrays, CSV, lines of text, also as .gz, .zst, .bz2 and
+//! .xz; Parquet.
 
 use std::fmt;
 use std::path::Path;
@@ -50,7 +50,10 @@ pub(crate) fn format_of(path: &Path) -> Option<(Format, Packing)> {
 /// Returns the name of `path` without the endings that say its format.
 pub(crate) fn stem(path: &Path) -> String {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let packed = name.strip_suffix(".gz").or_else(|| name.strip_suffix(".zst")).unwrap_or(&name);
+    let packed = match Packing::of(path).1 {
+        Packing::Plain => &name,
+        _ => name.rsplit_once('.').map_or(&*name, |(packed, _)| packed),
+    };
     packed.rsplit_once('.').map_or(packed, |(stem, _)| stem).to_owned()
 }
 
@@ -58,7 +61,7 @@ pub(crate) fn stem(path: &Path) -> String {
 /// how many there were.
 pub(crate) fn read_rows(path: &Path, task: &'static str, sink: &mut Sink<'_>) -> Result<u64> {
     let Some((format, packing)) = format_of(path) else {
-        let help = "give a .jsonl, .json, .csv, .txt (also .gz, .zst) or .parquet file";
+        let help = "give a .jsonl, .json, .csv, .txt (also .gz, .zst, .bz2, .xz) or .parquet file";
         return Err(Error::file(path, "not a file of rows by its name", help));
     };
     let mut labels = Labels::beside(path)?;

@@ -3,6 +3,7 @@
 use std::io::Write;
 use std::sync::Arc;
 
+use bzip2::write::BzEncoder;
 use flate2::{Compression, write::GzEncoder};
 use parquet::data_type::{ByteArray, ByteArrayType, Int64Type};
 use parquet::file::properties::WriterProperties;
@@ -11,6 +12,12 @@ use parquet::schema::parser::parse_message_type;
 
 pub(crate) fn gzip(content: &[u8]) -> Vec<u8> {
     let mut encoder = GzEncoder::new(Vec::new(), Compression::default());
+    encoder.write_all(content).unwrap();
+    encoder.finish().unwrap()
+}
+
+pub(crate) fn bzip2(content: &[u8]) -> Vec<u8> {
+    let mut encoder = BzEncoder::new(Vec::new(), bzip2::Compression::default());
     encoder.write_all(content).unwrap();
     encoder.finish().unwrap()
 }

@@ -40,6 +40,13 @@ pub(crate) fn tokenizer(bytes: &[u8]) {
         if let Some(ids) = one_line(tokenizer.encode("It's 12 o'clock,  said Żaneta.\n", Bos::Auto)) {
             one_line(tokenizer.decode(&ids, true));
         }
+        let mut stream = tokenizer.stream();
+        for id in 0..20 {
+            if one_line(stream.push(id)).is_none() {
+                break;
+            }
+        }
+        let _ = (tokenizer.added_prefix("<s>a"), tokenizer.special_within("<s>a"));
         let _ = tokenizer.token_texts();
     });
 }

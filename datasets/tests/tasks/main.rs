@@ -3,6 +3,7 @@
 mod bad;
 mod files;
 mod golden;
+#[expect(dead_code, reason = "other tests use the rest")]
 #[path = "../common/made.rs"]
 mod made;
 mod rows;

@@ -59,8 +59,8 @@ pub(crate) struct Eval {
     /// Tokens between the starts of windows; below --seq they overlap and each token is scored once [default: --seq]
     #[arg(long, value_name = "TOKENS", conflicts_with = "tasks")]
     pub(crate) stride: Option<usize>,
-    /// Prepend a BOS token to each text; auto follows the tokenizer [default: always, if the model has one; with --tasks
-    /// as in the profile]
+    /// Prepend a BOS token to each text; auto follows the tokenizer [default: auto; with --tasks as in
+    /// the profile]
     #[arg(long, value_parser = words::<Bos>(&["auto", "always", "never"]))]
     pub(crate) bos: Option<Bos>,
     /// Threshold of the gates, 0 to 1, in place of the model's

@@ -7,7 +7,7 @@ use dsmoe_core::Device;
 use dsmoe_datasets::Bos;
 use dsmoe_kernels::Precision;
 
-use super::values::words;
+use super::values::{template_arg, words};
 
 #[derive(Debug, Args)]
 pub(crate) struct Generate {
@@ -19,7 +19,7 @@ pub(crate) struct Generate {
         value_name = "TEXT",
         allow_hyphen_values = true,
         conflicts_with = "prompt_file",
-        required_unless_present = "prompt_file"
+        required_unless_present_any = ["prompt_file", "messages"]
     )]
     pub(crate) prompt: Option<String>,
     /// File with the text to continue; a final line end is removed
@@ -61,7 +61,26 @@ pub(crate) struct Generate {
     /// Device that computes: cpu, or a GPU such as cuda:0 (matrix products in bf16)
     #[arg(long, value_name = "cpu|cuda:N", default_value_t)]
     pub(crate) device: Device,
-    /// Prepend a BOS token to the prompt; auto follows the tokenizer [default: always, if the model has one]
-    #[arg(long, value_parser = words::<Bos>(&["auto", "always", "never"]))]
-    pub(crate) bos: Option<Bos>,
+    /// Prepend a BOS token to the prompt; auto follows the tokenizer. A chat template writes its own
+    #[arg(long, default_value = "auto", conflicts_with = "chat", value_parser = words::<Bos>(&["auto", "always", "never"]))]
+    pub(crate) bos: Bos,
+    #[command(flatten)]
+    pub(crate) chat: ChatArgs,
+}
+
+/// The arguments of a conversation.
+#[derive(Debug, Args)]
+pub(crate) struct ChatArgs {
+    /// Answer the prompt as a user's message, in the form of the model's chat template
+    #[arg(long, help_heading = "Chat")]
+    pub(crate) chat: bool,
+    /// Message of the system before the conversation
+    #[arg(long, value_name = "TEXT", requires = "chat", allow_hyphen_values = true, help_heading = "Chat")]
+    pub(crate) system: Option<String>,
+    /// JSON file with the conversation so far in place of a prompt: a list of objects with role and content
+    #[arg(long, value_name = "FILE", requires = "chat", conflicts_with_all = ["prompt", "prompt_file"], help_heading = "Chat")]
+    pub(crate) messages: Option<PathBuf>,
+    /// Variable of the chat template with its value in JSON, such as enable_thinking=false; may be given several times
+    #[arg(long, value_name = "NAME=JSON", requires = "chat", value_parser = template_arg, help_heading = "Chat")]
+    pub(crate) template_arg: Vec<(String, serde_json::Value)>,
 }

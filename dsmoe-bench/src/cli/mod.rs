@@ -18,7 +18,7 @@ use self::data::Data;
 use self::doctor::Doctor;
 use self::eval::Eval;
 use self::generate::Generate;
-use self::model::{Convert, Export, Init, Inspect};
+use self::model::{Convert, Export, Import, Init, Inspect};
 use self::prune::Prune;
 use self::reproduce::Reproduce;
 use self::train::Train;
@@ -62,8 +62,10 @@ pub(crate) enum Command {
     Prune(Prune),
     /// List these methods with their settings
     Methods,
-    /// Write a DSMoE model as a plain LLaMA, or a model in another precision
+    /// Write a DSMoE model as a plain LLaMA, a model in another precision, or a dense model as GGUF
     Export(Export),
+    /// Write the model of a GGUF file as a Hugging Face directory
+    Import(Import),
     /// Train a DSMoE or dense model on text
     Train(Box<Train>),
     /// Measure perplexity and the active share of experts on text, or score benchmarks

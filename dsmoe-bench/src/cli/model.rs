@@ -8,6 +8,7 @@ use dsmoe_baselines::dsmoe::Routers;
 use dsmoe_core::checkpoint::Dtype;
 use dsmoe_core::convert::PartitionSpec;
 use dsmoe_core::export::ExportAs;
+use dsmoe_core::gguf::GgufType;
 use dsmoe_router::{GateValue, Rescale, ZeroActive};
 
 use super::prune::CalibrationArgs;
@@ -92,17 +93,33 @@ pub(crate) struct Export {
     /// DSMoE directory (or another one, as native or hf)
     pub(crate) model: PathBuf,
     /// hf: the model for transformers, with its code; dense: a plain dense model without routers, with the neurons in
-    /// their original order; native: the model unchanged; llama-moe: a model of the method llama-moe as LlamaMoEForCausalLM
-    #[arg(long = "as", value_name = "FORM", value_parser = words::<Form>(&["dense", "native", "hf", "llama-moe"]))]
+    /// their original order; native: the model unchanged; llama-moe: a model of the method llama-moe as
+    /// LlamaMoEForCausalLM; gguf: a dense model as one file for llama.cpp
+    #[arg(long = "as", value_name = "FORM", value_parser = words::<Form>(&["dense", "native", "hf", "llama-moe", "gguf"]))]
     pub(crate) form: Form,
+    /// Directory to write; with gguf, the file
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
+    /// Precision of the weights; q8_0 is for gguf alone [default: unchanged]
+    #[arg(long, value_parser = words::<GgufType>(&["f32", "bf16", "f16", "q8_0"]))]
+    pub(crate) dtype: Option<GgufType>,
+    #[command(flatten)]
+    pub(crate) folding: FoldArgs,
+    /// Replace the output if it exists
+    #[arg(long)]
+    pub(crate) force: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Import {
+    /// GGUF file, or the first part of a split one
+    pub(crate) model: PathBuf,
     /// Directory to write
     #[arg(long, value_name = "DIR")]
     pub(crate) out: PathBuf,
-    /// Precision of the weights [default: unchanged]
-    #[arg(long, value_parser = words::<Dtype>(&["f32", "bf16", "f16"]))]
-    pub(crate) dtype: Option<Dtype>,
-    #[command(flatten)]
-    pub(crate) folding: FoldArgs,
+    /// Precision of the weights; f32 keeps the values of quantised ones exactly
+    #[arg(long, default_value = "bf16", value_parser = words::<Dtype>(&["f32", "bf16", "f16"]))]
+    pub(crate) dtype: Dtype,
     /// Replace the output directory if it exists
     #[arg(long)]
     pub(crate) force: bool,
@@ -176,6 +193,7 @@ pub(crate) struct Init {
 pub(crate) enum Form {
     Core(ExportAs),
     LlamaMoe,
+    Gguf,
 }
 
 impl FromStr for Form {
@@ -184,6 +202,7 @@ impl FromStr for Form {
     fn from_str(name: &str) -> Result<Form, dsmoe_core::Error> {
         match name {
             "llama-moe" => Ok(Form::LlamaMoe),
+            "gguf" => Ok(Form::Gguf),
             name => name.parse().map(Form::Core),
         }
     }

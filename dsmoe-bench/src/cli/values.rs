@@ -45,6 +45,17 @@ pub(crate) fn quantity(text: &str) -> Result<u64, String> {
     }
 }
 
+/// A name and its value in JSON: `enable_thinking=false`.
+pub(crate) fn template_arg(text: &str) -> Result<(String, serde_json::Value), String> {
+    let Some((name, value)) = text.split_once('=') else {
+        return Err(format!("`{text}` has no value; write NAME=JSON, such as enable_thinking=false"));
+    };
+    let value = serde_json::from_str(value).map_err(|cause| {
+        format!("`{value}` is not JSON ({cause}); write a text in quotes: {name}='\"{value}\"'")
+    })?;
+    Ok((name.trim().to_owned(), value))
+}
+
 /// A number of which 0 makes no sense.
 pub(crate) fn at_least_one(text: &str) -> Result<usize, String> {
     match quantity(text)? {
@@ -56,6 +67,13 @@ pub(crate) fn at_least_one(text: &str) -> Result<usize, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn arguments_of_templates_are_json() {
+        assert_eq!(template_arg("a=[1, \"x=y\"]").unwrap(), ("a".into(), serde_json::json!([1, "x=y"])));
+        assert!(template_arg("a").unwrap_err().contains("NAME=JSON"));
+        assert!(template_arg("a=text").unwrap_err().contains("a='\"text\"'"));
+    }
 
     #[test]
     fn amounts_take_suffixes() {

@@ -1,4 +1,5 @@
-//! `dsmoe export`: writes a model for transformers, as a plain dense model, in LLaMA-MoE's layout, or in another precision.
+//! `dsmoe export`: writes a model for transformers, as a plain dense model, in LLaMA-MoE's layout, in another precision,
+//! or as GGUF.
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -6,9 +7,10 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use dsmoe_baselines::llama_moe;
 use dsmoe_core::export::{DenseForm, ExportAs, ExportOptions, Measured, export};
+use dsmoe_core::gguf::{GgufType, export_gguf};
 use dsmoe_core::{Config, Device, Inference};
-use dsmoe_datasets::CorpusOptions;
 use dsmoe_datasets::mixture::from_words;
+use dsmoe_datasets::{Bos, CorpusOptions};
 use dsmoe_kernels::Precision;
 use dsmoe_train::eval::{EvalOptions, evaluate_detailed};
 use dsmoe_train::metrics::last_evaluation;
@@ -17,7 +19,7 @@ use serde::Serialize;
 use crate::cli::model::{Export, Form};
 use crate::evaluation::measure;
 use crate::format;
-use crate::models::{bos_or_default, load_inference, tokenizer};
+use crate::models::{load_inference, tokenizer};
 use crate::progress::{Progress, Unit};
 use crate::texts::{find, load};
 use crate::ui::Ui;
@@ -73,6 +75,7 @@ pub(crate) fn run(args: &Export, ui: &mut Ui) -> Result<()> {
             Form::Core(ExportAs::Native) => "native",
             Form::Core(ExportAs::Transformers) => "transformers",
             Form::LlamaMoe => "LLaMA-MoE",
+            Form::Gguf => "GGUF",
         },
         dtype: args.dtype.map(|dtype| dtype.to_string()),
         dense: None,
@@ -89,12 +92,17 @@ pub(crate) fn run(args: &Export, ui: &mut Ui) -> Result<()> {
 
 /// Writes the export and fills in the report.
 fn write(args: &Export, folding: Option<&Folding>, report: &mut ExportReport, ui: &Ui) -> Result<()> {
+    let dtype = match (args.form, args.dtype) {
+        (Form::Gguf, _) | (_, None) => None,
+        (_, Some(GgufType::Float(dtype))) => Some(dtype),
+        (_, Some(GgufType::Q8_0)) => bail!("--dtype q8_0 is for --as gguf; use bf16, f16 or f32"),
+    };
     let mut progress = Progress::new(ui, "exporting", Unit::Bytes, 0);
     let mut shown = |at: dsmoe_core::checkpoint::Progress| progress.set(at.done_bytes, at.total_bytes, "");
     let done = match args.form {
         Form::Core(form) => {
             let options = ExportOptions {
-                dtype: args.dtype,
+                dtype,
                 force: args.force,
                 fold: folding.map(|folding| folding.means.clone()),
                 measured: measured(args, folding),
@@ -104,7 +112,10 @@ fn write(args: &Export, folding: Option<&Folding>, report: &mut ExportReport, ui
                 .map(|done| (done.bytes, done.dense, !done.card_written))
                 .map_err(anyhow::Error::from)
         }
-        Form::LlamaMoe => llama_moe::export(&args.model, &args.out, args.dtype, args.force, &mut shown)
+        Form::LlamaMoe => llama_moe::export(&args.model, &args.out, dtype, args.force, &mut shown)
+            .map(|done| (done.bytes, None, false))
+            .map_err(anyhow::Error::from),
+        Form::Gguf => export_gguf(&args.model, &args.out, args.dtype, args.force, &mut shown)
             .map(|done| (done.bytes, None, false))
             .map_err(anyhow::Error::from),
     };
@@ -145,8 +156,7 @@ impl Folding {
             text_column: args.folding.text_column.clone().unwrap_or(defaults.text_column),
         };
         let texts = find(from_words(&args.folding.data, &options)?)?;
-        let bos = bos_or_default(None, &config);
-        let sources = load(&texts, &tokenizer(&args.model, &config)?, bos, None, ui)?;
+        let sources = load(&texts, &tokenizer(&args.model, &config, ui)?, Bos::Auto, None, ui)?;
         let mut ids = Vec::new();
         for source in &sources {
             let mut of_source = Vec::new();

@@ -6,9 +6,10 @@ use dsmoe_core::config::Config;
 use dsmoe_core::generate::{Finish, GenerateOptions, generate};
 use serde::Serialize;
 
+use super::chat::conversation;
 use crate::cli::generate::Generate;
 use crate::format;
-use crate::models::{bos_or_default, default_precision, load_inference, tokenizer};
+use crate::models::{default_precision, load_inference, tokenizer_files, tokenizer_of};
 use crate::ui::Ui;
 
 #[derive(Debug, Serialize)]
@@ -33,14 +34,21 @@ struct GenerateReport {
 }
 
 pub(crate) fn run(args: &Generate, ui: &mut Ui) -> Result<()> {
-    let prompt = read_prompt(args)?;
     // A wrong prompt is reported before the weights are read.
     let config = Config::load(&args.model)?;
-    let tokenizer = tokenizer(&args.model, &config)?;
-    let prompt_ids = tokenizer.encode(&prompt, bos_or_default(args.bos, &config))?;
+    let files = tokenizer_files(&args.model)?;
+    let tokenizer = tokenizer_of(&files, &config, ui)?;
+    let Prompt { text: prompt, ids: prompt_ids, end } = match args.chat.chat {
+        true => conversation(&args.chat, read_prompt(args)?, &files, &tokenizer, ui)?,
+        false => {
+            let text = read_prompt(args)?.context("no prompt; use --prompt TEXT")?;
+            Prompt { ids: tokenizer.encode(&text, args.bos)?, text, end: None }
+        }
+    };
     if prompt_ids.is_empty() {
-        bail!("the prompt is empty and the model has no BOS token to start from; give --prompt a text");
+        bail!("the prompt is empty and its tokenizer adds no BOS token to start from; give --prompt a text");
     }
+    let stop_ids: Vec<u32> = args.stop.iter().filter_map(|text| tokenizer.added_id(text)).collect();
     let dtype = match args.dtype {
         Some(dtype) => dtype,
         None => default_precision(args.device, Checkpoint::open(&args.model)?.precision()),
@@ -52,7 +60,10 @@ pub(crate) fn run(args: &Generate, ui: &mut Ui) -> Result<()> {
         top_k: args.top_k,
         top_p: args.top_p,
         seed: args.seed,
-        stop: if args.ignore_eos { Vec::new() } else { config.eos_token_ids.clone() },
+        stop: match args.ignore_eos {
+            true => Vec::new(),
+            false => config.eos_token_ids.iter().copied().chain(end).collect(),
+        },
         kv_cache: !args.no_kv_cache,
         prefill_chunk: args.prefill_chunk,
     };
@@ -65,6 +76,10 @@ pub(crate) fn run(args: &Generate, ui: &mut Ui) -> Result<()> {
     let mut text = StoppedText::new(&args.stop);
     let mut failure = None;
     let generation = generate(&model, &prompt_ids, &options, |id| {
+        // A special token has no text that could be found later.
+        if stop_ids.contains(&id) {
+            return false;
+        }
         let shown = decoder.push(id).map_err(anyhow::Error::from).and_then(|piece| {
             let ready = text.push(piece.as_deref().unwrap_or(""));
             if !ui.json && !ready.is_empty() { ui.text(ready) } else { Ok(()) }
@@ -85,6 +100,15 @@ pub(crate) fn run(args: &Generate, ui: &mut Ui) -> Result<()> {
     if !ui.json {
         ui.text(text.finish())?;
         ui.text("\n")?;
+    }
+
+    let mut shown = text.text;
+    if !text.stopped && shown.contains('\u{FFFD}') {
+        // What was shown in pieces can differ from the whole where bytes are no UTF-8.
+        let all = tokenizer.decode(&[&prompt_ids[..], &generation.tokens].concat(), true)?;
+        if let Some(whole) = all.strip_prefix(&tokenizer.decode(&prompt_ids, true)?) {
+            shown = whole.to_owned();
+        }
     }
 
     let summary = generation.stats.as_ref().map(|stats| stats.summary());
@@ -111,7 +135,7 @@ pub(crate) fn run(args: &Generate, ui: &mut Ui) -> Result<()> {
         active_ratio_per_layer: summary.map(|summary| summary.active_ratio_per_layer),
         token_ids: [&prompt_ids[..], &generation.tokens].concat(),
         new_token_ids: generation.tokens,
-        text: text.text,
+        text: shown,
         prompt,
     };
     if ui.json {
@@ -121,16 +145,25 @@ pub(crate) fn run(args: &Generate, ui: &mut Ui) -> Result<()> {
     Ok(())
 }
 
-fn read_prompt(args: &Generate) -> Result<String> {
+/// The text that is continued.
+pub(super) struct Prompt {
+    pub(super) text: String,
+    pub(super) ids: Vec<u32>,
+    /// The token that ends an answer, beside those that the model names.
+    pub(super) end: Option<u32>,
+}
+
+fn read_prompt(args: &Generate) -> Result<Option<String>> {
     if let Some(prompt) = &args.prompt {
-        return Ok(prompt.clone());
+        return Ok(Some(prompt.clone()));
     }
-    let path = args.prompt_file.as_ref().context("no prompt; use --prompt TEXT")?;
+    let Some(path) = &args.prompt_file else { return Ok(None) };
     let bytes = std::fs::read(path).with_context(|| format!("{}", path.display()))?;
     let text = String::from_utf8(bytes)
         .with_context(|| format!("{}: not UTF-8; convert it (iconv -t UTF-8)", path.display()))?;
-    let text = text.strip_suffix('\n').unwrap_or(&text);
-    Ok(text.strip_suffix('\r').unwrap_or(text).to_owned())
+    let text = text.strip_prefix('\u{FEFF}').unwrap_or(&text);
+    let text = text.strip_suffix('\n').unwrap_or(text);
+    Ok(Some(text.strip_suffix('\r').unwrap_or(text).to_owned()))
 }
 
 fn show(report: &GenerateReport) -> String {

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail};
 use dsmoe_core::Masks;
 use dsmoe_core::accounting::Accounting;
-use dsmoe_core::checkpoint::{Checkpoint, check_llama_tensors, is_router, open_model};
+use dsmoe_core::checkpoint::{Checkpoint, TensorView, check_llama_tensors, is_router, open_model};
 use dsmoe_core::config::{Config, LayerShape};
 use serde::Serialize;
 use serde_json::{Map, Value};
@@ -164,7 +164,7 @@ pub(crate) fn run(args: &Inspect, ui: &mut Ui) -> Result<()> {
                 .filter(|name| !is_router(name))
                 .filter_map(|name| checkpoint.tensor(name))
                 .filter(|t| t.dtype.is_float())
-                .map(|t| t.dtype.to_string()),
+                .map(TensorView::stored_as),
         ),
         shards: checkpoint.files().count(),
         tensors: checkpoint.names().count(),

@@ -1,12 +1,14 @@
 //! One module per command: each parses its arguments, calls a library or another module of this crate, and prints the result.
 
 mod bench;
+mod chat;
 mod convert;
 mod data;
 mod doctor;
 mod eval;
 mod export;
 mod generate;
+mod import;
 mod init;
 mod inspect;
 mod methods;
@@ -39,6 +41,7 @@ pub(crate) fn run(cli: Cli, ui: &mut Ui) -> Result<ExitCode> {
         Command::Prune(args) => prune::run(args, ui)?,
         Command::Methods => methods::run(ui)?,
         Command::Export(args) => export::run(args, ui)?,
+        Command::Import(args) => import::run(args, ui)?,
         Command::Train(args) => return train::run(args, cli.threads, ui),
         Command::Eval(args) => return eval::run(args, ui),
         Command::Generate(args) => generate::run(args, ui)?,

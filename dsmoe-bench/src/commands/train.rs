@@ -66,7 +66,7 @@ pub(crate) fn run(args: &Train, threads: Option<u16>, ui: &mut Ui) -> Result<Exi
     let help = "use a smaller --batch and a larger --accumulate";
     memory::check("training", plan.memory_bytes, memory::total(), help)?;
     let model = load_model(&args.model)?;
-    let tokenizer = tokenizer(&args.model, model.config())?;
+    let tokenizer = tokenizer(&args.model, model.config(), ui)?;
     let sources = load(&texts, &tokenizer, config.bos, args.data.cache.as_deref(), ui)?;
     let filter = texts.len() > 1 || config.near_duplicates == Some(NearDuplicates::Drop);
     let data = TrainData { sources, texts: filter.then(|| tokenizer.token_texts()) };

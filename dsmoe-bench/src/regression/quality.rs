@@ -57,7 +57,7 @@ pub(crate) fn measure(ui: &Ui) -> Result<Vec<Benchmark>> {
     .config()?;
     init(&config, &start, &InitOptions::default(), &mut |_| {})?;
     copy_companions(dir, &start)?;
-    let tokenizer = tokenizer(&start, &config)?;
+    let tokenizer = tokenizer(&start, &config, &ui)?;
     let options = CorpusOptions { doc_separator: Some(DOC_SEPARATOR.to_owned()), ..CorpusOptions::default() };
     let corpus = Corpus::open(&[file], options)?;
     let stream = tokenize(&corpus, &tokenizer, Bos::Always, None, &mut |_| {})?;

@@ -77,7 +77,7 @@ impl Text {
             Ok(Written { vocab_size })
         })?;
         let (tokenizer_dir, tokenizer) = match model {
-            Some(model) => (model.to_path_buf(), crate::models::tokenizer(model, &Config::load(model)?)?),
+            Some(model) => (model.to_path_buf(), crate::models::tokenizer(model, &Config::load(model)?, ui)?),
             None => (dir.clone(), Tokenizer::load(&dir, Some(WORLD_TOKEN), written.vocab_size)?),
         };
         let train = profile.train()?;
@@ -112,7 +112,7 @@ impl Text {
             text_column: train.text_column.clone(),
         };
         let found = find(args, &options)?;
-        let tokenizer = crate::models::tokenizer(model, &Config::load(model)?)?;
+        let tokenizer = crate::models::tokenizer(model, &Config::load(model)?, ui)?;
         let parts = texts::load(&found, &tokenizer, train.bos, args.cache.as_deref(), ui)?;
         let drop = match train.near_duplicates {
             Some(rule) => rule == NearDuplicates::Drop,

@@ -88,7 +88,7 @@ fn eval_reports_the_whole_protocol() {
     let eval = |rest: &str| json_of(&format!("eval {rest} {} --seq 32 --limit-tokens 1000", on_text()));
     let dense = eval("dense");
     has(&dense, "model data seq stride bos threshold seconds tokens_per_s flops_per_token");
-    agrees(&dense, &json!({ "tokens": 1000, "predicted": 968, "active_ratio": null, "bos": "always" }));
+    agrees(&dense, &json!({ "tokens": 1000, "predicted": 968, "active_ratio": null, "bos": "auto" }));
     let (nll, ppl) = (number(&dense["nll"]), number(&dense["ppl"]));
     assert!((nll.exp() - ppl).abs() < 1e-6 * ppl && (nll - 320f64.ln()).abs() < 0.5, "{nll} {ppl}");
 

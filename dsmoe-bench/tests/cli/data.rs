@@ -186,7 +186,7 @@ fn what_is_wrong_with_sources_is_said() {
         ),
         (
             "column.jsonl",
-            b"{\"text\": \"a\"}\n{\"body\": \"b\"}\n",
+            b"\n{\"body\": \"b\"}\n",
             &["column.jsonl: line 2: no column \"text\"", "--text-column"],
         ),
     ] {

@@ -132,7 +132,7 @@ fn run_all(test: &str, chosen: &[&str]) {
             ("llm-pruner-block", 0.85),
             ("llm-pruner-channel", 0.85),
             ("llama-moe", 0.85),
-            ("moefication", 0.85),
+            ("moefication", 0.95),
             ("random-k", 0.85),
         ] {
             let pruned = format!("{dir}-{method}");

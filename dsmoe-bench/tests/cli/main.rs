@@ -3,6 +3,7 @@
 mod bad_input;
 mod bench;
 mod benchmarks;
+mod chat;
 mod commands;
 mod common;
 mod data;

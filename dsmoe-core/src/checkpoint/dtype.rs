@@ -150,6 +150,17 @@ pub(crate) fn encode(out: &mut [u8], values: &[f32], dtype: Dtype) {
     }
 }
 
+/// Returns a finite value that is beyond the largest of `dtype`, if there is one: [`encode`] would make it infinite.
+pub(crate) fn is_too_large(values: &[f32], dtype: Dtype) -> Option<f32> {
+    let largest = match dtype {
+        Dtype::F16 => f16::MAX.to_f32(),
+        Dtype::BF16 => bf16::MAX.to_f32(),
+        _ => return None,
+    };
+    let large = |values: &[f32]| values.iter().copied().find(|x| x.is_finite() && x.abs() > largest);
+    values.par_chunks(TASK).find_map_first(large)
+}
+
 /// Converts elements `[rows, cols]` of `dtype` to f32 `[cols, rows]`.
 ///
 /// # Panics

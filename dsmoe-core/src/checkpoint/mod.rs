@@ -12,7 +12,7 @@ mod weights;
 mod writer;
 
 pub use dtype::{Dtype, transpose};
-pub(crate) use dtype::{decode, encode};
+pub(crate) use dtype::{decode, encode, is_too_large};
 pub use header::{Header, HeaderEntry};
 pub use licences::{CARD_FILE, SOURCE_CARD_FILE};
 pub(crate) use licences::{GENERATED, is_generated, read_card};
@@ -39,9 +39,10 @@ pub const SINGLE_FILE: &str = "model.safetensors";
 pub const INDEX_FILE: &str = "model.safetensors.index.json";
 
 /// The files beside the weights that make a directory usable; copied when present.
-const COMPANIONS: [&str; 6] = [
+const COMPANIONS: [&str; 7] = [
     "tokenizer.json",
     "tokenizer_config.json",
+    "added_tokens.json",
     "special_tokens_map.json",
     "generation_config.json",
     "tokenizer.model",
@@ -49,11 +50,18 @@ const COMPANIONS: [&str; 6] = [
 ];
 
 /// Copies tokenizer and generation files, licences and the model card from one model directory to another, synced. The
-/// card becomes the card of the source.
+/// card becomes the card of the source. A GGUF file has its tokenizer in the metadata.
 ///
 /// # Errors
 /// The file system refuses; the message names the file.
 pub fn copy_companions(from: &std::path::Path, to: &std::path::Path) -> crate::Result<()> {
+    if let Some(file) = crate::gguf::file_of(from)? {
+        for (name, bytes) in crate::gguf::tokenizer_files(&file)? {
+            let target = to.join(name);
+            crate::files::write_synced(&target, &bytes).map_err(crate::Error::io(&target))?;
+        }
+        return Ok(());
+    }
     for name in COMPANIONS {
         licences::copy_file(&from.join(name), &to.join(name))?;
     }

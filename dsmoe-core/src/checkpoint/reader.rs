@@ -1,7 +1,9 @@
 //! Reading the tensors of a directory or a file.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -11,9 +13,10 @@ use serde::Deserialize;
 
 use super::dtype::decode;
 use super::names::is_router;
-use super::{Dtype, Header, INDEX_FILE, SINGLE_FILE};
+use super::{Dtype, Header, HeaderEntry, INDEX_FILE, SINGLE_FILE};
 use crate::error::{Error, Result, shown};
 use crate::files::check_exists;
+use crate::gguf::{self, Container, Encoded, GgufTensor};
 use crate::json::{COPY, parse, read_json};
 use crate::remedy::Remedy;
 
@@ -30,12 +33,48 @@ pub struct TensorView {
     pub offset: u64,
     /// Bytes.
     pub len: u64,
+    /// The stored form in a GGUF file, from which the bytes are decoded.
+    pub(super) encoded: Option<Encoded>,
 }
 
 impl TensorView {
     /// Returns the number of elements.
     pub fn numel(&self) -> usize {
         self.shape.iter().product()
+    }
+
+    /// Returns the name of the type on disk, which in a GGUF file may be a quantised one.
+    pub fn stored_as(&self) -> String {
+        self.encoded.as_ref().map_or_else(|| self.dtype.to_string(), |encoded| encoded.kind().to_string())
+    }
+
+    /// Returns the view of `count` rows from row `first` on.
+    ///
+    /// # Panics
+    /// There are no such rows.
+    #[must_use]
+    pub fn rows(&self, first: usize, count: usize) -> TensorView {
+        let all = self.shape.first().copied().unwrap_or(1);
+        assert!(first + count <= all, "view: rows {first} to {} of {all}", first + count);
+        let row = self.numel() / all.max(1);
+        let mut shape = self.shape.clone();
+        if let Some(rows) = shape.first_mut() {
+            *rows = count;
+        }
+        let size = self.dtype.size();
+        let encoded = self.encoded.as_ref().map(|encoded| encoded.part(first * row, count * row));
+        let offset = match &encoded {
+            Some(encoded) => encoded.offset(),
+            None => self.offset + (first * row * size) as u64,
+        };
+        TensorView {
+            dtype: self.dtype,
+            shape,
+            file: self.file,
+            offset,
+            len: (count * row * size) as u64,
+            encoded,
+        }
     }
 }
 
@@ -73,12 +112,16 @@ struct Index {
 }
 
 impl Checkpoint {
-    /// Opens `model.safetensors` in `dir`, or all shards of `model.safetensors.index.json`.
+    /// Opens `model.safetensors` in `dir`, or all shards of `model.safetensors.index.json`, or a GGUF file that `dir`
+    /// names or holds instead.
     ///
     /// # Errors
     /// A file is missing or its header is wrong, or index and shards disagree about a tensor.
     pub fn open(dir: &Path) -> Result<Checkpoint> {
         check_exists(dir)?;
+        if let Some(file) = gguf::file_of(dir)? {
+            return Checkpoint::open_gguf(&file);
+        }
         let single = dir.join(SINGLE_FILE);
         let index = dir.join(INDEX_FILE);
         if single.exists() {
@@ -102,6 +145,26 @@ impl Checkpoint {
         let (shard, header) = open_shard(path)?;
         let tensors = views(header, 0).collect();
         Ok(Checkpoint { path: path.to_path_buf(), files: vec![shard], tensors, disputed: BTreeMap::new() })
+    }
+
+    fn open_gguf(path: &Path) -> Result<Checkpoint> {
+        let container = Container::open(path)?;
+        let mut tensors = BTreeMap::new();
+        for GgufTensor { name, shape, file, encoded } in gguf::tensors(path, &container)? {
+            let (dtype, offset) = (encoded.dtype(), encoded.offset());
+            let len = shape.iter().product::<usize>() as u64 * dtype.size() as u64;
+            let view = TensorView { dtype, shape, file, offset, len, encoded: Some(encoded) };
+            if tensors.insert(name.clone(), view).is_some() {
+                let help = "convert the model to GGUF again";
+                return Err(Error::tensor(path, &name, "is there under two names", help));
+            }
+        }
+        let shard = |path: PathBuf| {
+            let file = File::open(&path).map_err(Error::io(&path))?;
+            Ok(Shard { path, file, map: OnceLock::new() })
+        };
+        let files = container.files.into_iter().map(shard).collect::<Result<_>>()?;
+        Ok(Checkpoint { path: path.to_path_buf(), files, tensors, disputed: BTreeMap::new() })
     }
 
     fn open_index(dir: &Path, path: &Path) -> Result<Checkpoint> {
@@ -160,13 +223,10 @@ impl Checkpoint {
             return Err(self.wrong(name, &view, format!("is there beside {part}"), "remove one of them"));
         }
         self.tensors.remove(name);
-        let row = view.shape[1] as u64 * view.dtype.size() as u64;
-        let mut offset = view.offset;
+        let mut first = 0;
         for (part, rows) in parts {
-            let len = *rows as u64 * row;
-            let shape = vec![*rows, view.shape[1]];
-            self.tensors.insert(part.clone(), TensorView { shape, offset, len, ..view.clone() });
-            offset += len;
+            self.tensors.insert(part.clone(), view.rows(first, *rows));
+            first += rows;
         }
         Ok(())
     }
@@ -190,7 +250,8 @@ impl Checkpoint {
     /// value. (Of f16, bf16 keeps the range and eight bits.)
     pub fn precision(&self) -> Precision {
         let narrow = |(name, view): (&String, &TensorView)| {
-            view.shape.len() < 2 || view.dtype.size() <= 2 || is_router(name)
+            let size = view.encoded.as_ref().map_or(view.dtype.size(), Encoded::stored_size);
+            view.shape.len() < 2 || size <= 2 || is_router(name)
         };
         if self.tensors.iter().all(narrow) { Precision::Bf16 } else { Precision::F32 }
     }
@@ -200,16 +261,37 @@ impl Checkpoint {
         self.files.iter().map(|shard| shard.path.as_path())
     }
 
-    pub(crate) fn file(&self, number: usize) -> (&Path, &File) {
-        (&self.files[number].path, &self.files[number].file)
+    /// Sets `out` to the bytes of a tensor of this checkpoint from byte `first` on.
+    ///
+    /// # Errors
+    /// The file system refuses.
+    ///
+    /// # Panics
+    /// The tensor has fewer bytes, or, in a GGUF file, they are not whole elements.
+    pub fn read_at(&self, view: &TensorView, first: u64, out: &mut [u8]) -> Result<()> {
+        assert!(first + out.len() as u64 <= view.len, "checkpoint: bytes of a tensor of {}", view.len);
+        let Shard { path, file, .. } = &self.files[view.file];
+        let mut read = |at: u64, out: &mut [u8]| {
+            let mut file: &File = file;
+            file.seek(SeekFrom::Start(at)).and_then(|_| file.read_exact(out)).map_err(Error::io(path))
+        };
+        match &view.encoded {
+            Some(encoded) => encoded.read(first, out, &mut read),
+            None => read(view.offset + first, out),
+        }
     }
 
-    /// Returns the bytes of a tensor, memory mapped.
+    /// Returns the bytes of a tensor, memory mapped; those of a GGUF file are decoded.
     ///
     /// # Errors
     /// There is no such tensor, or the system refuses the map.
-    pub fn bytes(&self, name: &str) -> Result<&[u8]> {
+    pub fn bytes(&self, name: &str) -> Result<Cow<'_, [u8]>> {
         let view = self.need(name)?;
+        if view.encoded.is_some() {
+            let mut bytes = vec![0; view.len as usize];
+            self.read_at(view, 0, &mut bytes)?;
+            return Ok(Cow::Owned(bytes));
+        }
         let shard = &self.files[view.file];
         let map = match shard.map.get() {
             Some(map) => map,
@@ -219,9 +301,10 @@ impl Checkpoint {
             }
         };
         // The file may have shrunk since its header was checked.
-        map.get(view.offset as usize..(view.offset + view.len) as usize).ok_or_else(|| {
+        let bytes = map.get(view.offset as usize..(view.offset + view.len) as usize).ok_or_else(|| {
             self.wrong(name, view, "is beyond the end of the file", "copy the file again".to_owned())
-        })
+        })?;
+        Ok(Cow::Borrowed(bytes))
     }
 
     /// Sets `out` to a tensor of any float type.
@@ -234,7 +317,7 @@ impl Checkpoint {
             let problem = format!("has shape {:?}, not {} elements", view.shape, out.len());
             return Err(self.wrong(name, view, problem, "use the weights of this model"));
         }
-        decode(out, self.bytes(name)?, view.dtype);
+        decode(out, &self.bytes(name)?, view.dtype);
         Ok(())
     }
 
@@ -248,7 +331,8 @@ impl Checkpoint {
             let problem = format!("has dtype {}, not I32", view.dtype);
             return Err(self.wrong(name, view, problem, "convert the model again"));
         }
-        let (elements, _) = self.bytes(name)?.as_chunks();
+        let bytes = self.bytes(name)?;
+        let (elements, _) = bytes.as_chunks();
         Ok(elements.iter().map(|&element| i32::from_le_bytes(element)).collect())
     }
 
@@ -302,7 +386,8 @@ fn open_shard(path: &Path) -> Result<(Shard, Header)> {
 fn views(header: Header, file: usize) -> impl Iterator<Item = (String, TensorView)> {
     header.entries.into_iter().map(move |entry| {
         let offset = header.data_start + entry.offset;
-        (entry.name, TensorView { dtype: entry.dtype, shape: entry.shape, file, offset, len: entry.len })
+        let HeaderEntry { name, dtype, shape, len, .. } = entry;
+        (name, TensorView { dtype, shape, file, offset, len, encoded: None })
     })
 }
 

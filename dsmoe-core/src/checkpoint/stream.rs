@@ -1,11 +1,9 @@
 //! Copying tensors through memory of bounded size: positioned reads, since mapped pages count as resident.
 
-use std::io::{Read, Seek, SeekFrom};
-
 use rayon::prelude::*;
 
 use super::{Checkpoint, TensorView};
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// Bytes read or written at once.
 const CHUNK: usize = 8 << 20;
@@ -85,7 +83,7 @@ impl<'a> TensorSource<'a> {
         if let Change::Rows(order) = change {
             assert_eq!(order.len(), rows, "stream: order and rows of {name}");
             self.input.resize(view.len as usize, 0);
-            read_at(self.checkpoint, view, 0, &mut self.input)?;
+            self.checkpoint.read_at(view, 0, &mut self.input)?;
             for order in order.chunks(per_chunk) {
                 self.output.resize(order.len() * row, 0);
                 gather_rows(&mut self.output, &self.input, order, row);
@@ -96,7 +94,7 @@ impl<'a> TensorSource<'a> {
         for first in (0..rows).step_by(per_chunk) {
             let len = per_chunk.min(rows - first) * row;
             self.input.resize(len, 0);
-            read_at(self.checkpoint, view, (first * row) as u64, &mut self.input)?;
+            self.checkpoint.read_at(view, (first * row) as u64, &mut self.input)?;
             if let Change::Cols(order) = change {
                 assert_eq!(order.len(), cols, "stream: order and columns of {name}");
                 self.output.resize(len, 0);
@@ -120,20 +118,13 @@ pub(crate) fn same_bytes(checkpoint: &Checkpoint, a: &TensorView, b: &TensorView
         let len = (a.len - first).min(CHUNK as u64) as usize;
         left.resize(len, 0);
         right.resize(len, 0);
-        read_at(checkpoint, a, first, &mut left)?;
-        read_at(checkpoint, b, first, &mut right)?;
+        checkpoint.read_at(a, first, &mut left)?;
+        checkpoint.read_at(b, first, &mut right)?;
         if left != right {
             return Ok(false);
         }
     }
     Ok(true)
-}
-
-fn read_at(checkpoint: &Checkpoint, view: &TensorView, first: u64, out: &mut [u8]) -> Result<()> {
-    let (path, mut file) = checkpoint.file(view.file);
-    file.seek(SeekFrom::Start(view.offset + first))
-        .and_then(|_| file.read_exact(out))
-        .map_err(Error::io(path))
 }
 
 fn gather_rows(out: &mut [u8], input: &[u8], order: &[u32], row: usize) {

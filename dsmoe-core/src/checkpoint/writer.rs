@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
-use super::dtype::encode;
+use super::dtype::{encode, is_too_large};
 use super::{Dtype, INDEX_FILE, SINGLE_FILE};
 use crate::error::{Error, Result};
 use crate::files::write_synced;
@@ -224,7 +224,7 @@ impl Writer {
     /// Writes the next tensor, which must be `name`, converted to its declared float type.
     ///
     /// # Errors
-    /// The file system refuses.
+    /// The file system refuses, or a finite value is beyond the largest of the type.
     ///
     /// # Panics
     /// Another tensor was declared to come next, it has another number of elements or is not of a float type.
@@ -238,7 +238,7 @@ impl Writer {
     /// Appends elements to the tensor that was begun, converted to its declared float type.
     ///
     /// # Errors
-    /// The file system refuses.
+    /// The file system refuses, or a finite value is beyond the largest of the type.
     ///
     /// # Panics
     /// No tensor was begun, it has fewer elements or is not of a float type.
@@ -247,6 +247,11 @@ impl Writer {
             return Ok(());
         }
         let dtype = self.infos[self.next].dtype;
+        if let Some(value) = is_too_large(values, dtype) {
+            let (path, name) = (&self.shards[self.shard].path, &self.infos[self.next].name);
+            let problem = format!("holds {value}, which {dtype} cannot store");
+            return Err(Error::tensor(path, name, problem, "set {dtype} to bf16 or f32"));
+        }
         let mut scratch = std::mem::take(&mut self.scratch);
         for values in values.chunks(BUFFER) {
             scratch.resize(values.len() * dtype.size(), 0);

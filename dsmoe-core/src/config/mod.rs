@@ -21,6 +21,7 @@ use crate::family::spec::{HeadDim, Sizes};
 use crate::family::{self, Family};
 use crate::ffn::{self, FfnSpec};
 use crate::files::{check_exists, write_synced};
+use crate::gguf;
 use crate::json::{parse_object, read_json};
 use crate::partition;
 pub use arch::{Architecture, LayerAttention, Norms, QkNorm};
@@ -144,12 +145,17 @@ struct StoredMoe {
 }
 
 impl Config {
-    /// Reads `config.json`, and the end-of-text tokens of `generation_config.json` when that exists.
+    /// Reads `config.json`, and adds the end-of-text tokens of `generation_config.json` when that exists; or reads the
+    /// metadata of the GGUF file that `dir` names or holds.
     ///
     /// # Errors
     /// Either file cannot be read or has a field that is missing, out of range or not supported.
     pub fn load(dir: &Path) -> Result<Config> {
         check_exists(dir)?;
+        if let Some(file) = gguf::file_of(dir)? {
+            let metadata = gguf::config_json(&file, &gguf::Container::open(&file)?)?;
+            return Config::from_json(&file, &Value::Object(metadata).to_string());
+        }
         let path = dir.join(CONFIG_FILE);
         if !path.is_file() && dir.join(MISTRAL_CONFIG_FILE).is_file() {
             let problem =
@@ -161,8 +167,10 @@ impl Config {
         if path.is_file() {
             let map = parse_object(&path, &read_json(&path)?)?;
             let fields = Fields { path: &path, prefix: "", map: &map };
-            if let Some(ids) = fields.token_ids("eos_token_id")? {
-                config.eos_token_ids = ids;
+            for id in fields.token_ids("eos_token_id")?.unwrap_or_default() {
+                if !config.eos_token_ids.contains(&id) {
+                    config.eos_token_ids.push(id);
+                }
             }
         }
         Ok(config)

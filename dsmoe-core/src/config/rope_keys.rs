@@ -353,12 +353,16 @@ pub(crate) fn write_both(raw: &mut Map<String, Value>, rules: &RopeRules, ropes:
     state(&mut inner, first);
     raw.insert("rope_theta".to_owned(), json!(first.theta));
     const ORIGINAL: &str = "original_max_position_embeddings";
-    if rules.original_at_top.is_some()
-        && let RopeScaling::LongRope { original_max_position, .. } = &first.scaling
-    {
+    if let RopeScaling::LongRope { original_max_position, .. } = &first.scaling {
         inner.shift_remove(ORIGINAL);
         inner.insert(ORIGINAL.to_owned(), json!(original_max_position));
-        raw.insert(ORIGINAL.to_owned(), json!(original_max_position));
+        // Transformers 4 takes the growth of the positions from this key for the factor, whatever that is.
+        let growth = raw.get("max_position_embeddings").and_then(Value::as_f64);
+        let growth = growth.map(|most| most / *original_max_position as f64);
+        let factor = inner.get("factor").and_then(Value::as_f64);
+        if rules.original_at_top.is_some() || factor.is_none() || factor == growth {
+            raw.insert(ORIGINAL.to_owned(), json!(original_max_position));
+        }
     }
     const PARTIAL: &str = "partial_rotary_factor";
     if let Some(share) = inner.shift_remove(PARTIAL).or_else(|| raw.get(PARTIAL).cloned()) {

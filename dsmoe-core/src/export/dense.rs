@@ -114,7 +114,8 @@ fn all_open(config: &Config, moe: &MoeConfig, checkpoint: &Checkpoint) -> Result
     for layer in 0..config.num_layers {
         checkpoint.read_f32(&router_name(layer), &mut weight)?;
         checkpoint.read_f32(&router_bias_name(layer), &mut bias)?;
-        if weight.iter().any(|&weight| weight != 0.0) || bias.iter().any(|&bias| !(bias > bar)) {
+        if weight.iter().any(|&weight| weight != 0.0) || bias.iter().any(|&bias| bias.is_nan() || bias <= bar)
+        {
             return Ok(false);
         }
     }

@@ -11,8 +11,8 @@ pub use dense::DenseForm;
 
 use crate::checkpoint::{
     Checkpoint, DEFAULT_SHARD_BYTES, Dtype, Meter, OutputDir, Progress, TensorInfo, TensorSource,
-    check_llama_tensors, copy_companions, decode, encode, in_stored_order, is_router, model_writer,
-    open_model,
+    check_llama_tensors, copy_companions, decode, encode, in_stored_order, is_router, is_too_large,
+    model_writer, open_model,
 };
 use crate::config::Config;
 use crate::convert::{ffn_change, masks_of_other_order, source_infos};
@@ -187,6 +187,11 @@ impl Tensors<'_> {
                 decode(&mut values, bytes, from);
                 if let Some(factors) = factors {
                     scale_columns(&mut values, factors);
+                }
+                if let Some(value) = is_too_large(&values, to) {
+                    let problem = format!("holds {value}, which {to} cannot store");
+                    let path = self.checkpoint.path();
+                    return Err(Error::tensor(path, &info.name, problem, "set {dtype} to bf16 or f32"));
                 }
                 casted.resize(values.len() * to.size(), 0);
                 encode(&mut casted, &values, to);

@@ -7,6 +7,7 @@ use std::path::Path;
 use dsmoe_core::Error;
 use dsmoe_core::checkpoint::{Checkpoint, Header};
 use dsmoe_core::config::Config;
+use dsmoe_core::gguf::tokenizer_files;
 use dsmoe_core::masks::Masks;
 
 fn one_line<T>(result: Result<T, Error>) -> Option<T> {
@@ -40,6 +41,21 @@ pub(crate) fn index(shard: &[u8], index: &[u8]) {
     fs::write(work.path().join("x"), shard).unwrap();
     fs::write(work.path().join("model.safetensors.index.json"), index).unwrap();
     one_line(Checkpoint::open(work.path()));
+}
+
+/// Opens a GGUF file: its configuration, every tensor and its tokenizer.
+pub(crate) fn gguf(bytes: &[u8]) {
+    let work = tempfile::tempdir().unwrap();
+    let path = work.path().join("x.gguf");
+    fs::write(&path, bytes).unwrap();
+    one_line(Config::load(&path));
+    one_line(tokenizer_files(&path));
+    if let Some(checkpoint) = one_line(Checkpoint::open(&path)) {
+        for name in checkpoint.names() {
+            let view = checkpoint.tensor(name).unwrap();
+            assert_eq!(checkpoint.bytes(name).unwrap().len() as u64, view.len, "{name}");
+        }
+    }
 }
 
 /// Loads a `masks.safetensors` beside a configuration.

@@ -81,8 +81,8 @@ fn what_the_safetensors_crate_writes_is_read() {
     safetensors::serialize_to_file(tensors, None, &path).unwrap();
     let checkpoint = Checkpoint::open(work.path()).unwrap();
     assert_eq!(checkpoint.names().collect::<Vec<_>>(), ["a", "scalar", "z"]);
-    assert_eq!(checkpoint.bytes("z").unwrap(), f32s);
-    assert_eq!(checkpoint.bytes("scalar").unwrap(), [9]);
+    assert_eq!(*checkpoint.bytes("z").unwrap(), f32s[..]);
+    assert_eq!(*checkpoint.bytes("scalar").unwrap(), [9]);
     assert_eq!(read(&checkpoint, "a", 6), values(6));
 }
 
@@ -170,7 +170,7 @@ fn real_models_are_what_their_configurations_say() {
         for (name, shape) in tensor_names(&config) {
             let name = tensors.stored_name(&name);
             assert_eq!(oracle.tensor(name).unwrap().shape(), shape);
-            assert_eq!(oracle.tensor(name).unwrap().data(), checkpoint.bytes(name).unwrap());
+            assert_eq!(oracle.tensor(name).unwrap().data(), &*checkpoint.bytes(name).unwrap());
         }
         assert_eq!((config.bos_token_id, &config.eos_token_ids[..]), (Some(1), &[2][..]));
         assert_eq!(config.num_kv_heads, 4);

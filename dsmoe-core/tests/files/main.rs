@@ -7,5 +7,6 @@ mod checkpoint;
 mod config;
 mod convert;
 mod export;
+mod gguf;
 mod malformed;
 mod support;

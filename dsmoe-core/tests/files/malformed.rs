@@ -179,6 +179,28 @@ fn tensors_that_old_conversions_list_or_keep_are_ignored() {
 }
 
 #[test]
+fn shards_may_hold_more_than_the_index_lists() {
+    let fixture = Fixture::sharded(4000);
+    let path = fixture.dir.join(fixture.shard(2));
+    let shard = Checkpoint::open_file(&path).unwrap();
+    let info = |name: &str| {
+        let view = shard.tensor(name).unwrap();
+        TensorInfo { name: name.to_owned(), dtype: view.dtype, shape: view.shape.clone() }
+    };
+    let mut infos: Vec<TensorInfo> = shard.names().map(info).collect();
+    infos.push(TensorInfo { name: "extra".to_owned(), dtype: Dtype::F32, shape: vec![2] });
+    let larger = fixture.work.path().join("larger");
+    let mut writer = Writer::create_file(&larger, infos).unwrap();
+    for name in shard.names() {
+        writer.write(name, &shard.bytes(name).unwrap()).unwrap();
+    }
+    writer.write("extra", &[0; 8]).unwrap();
+    writer.finish().unwrap();
+    fs::rename(larger, path).unwrap();
+    fixture.check().unwrap();
+}
+
+#[test]
 fn git_lfs_pointers_are_named() {
     let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4665a5ea423c2713d436b5ee50593a9640e0018c1550b5a0002f74190d6caea8\nsize 12345\n";
     let fixture = Fixture::new();

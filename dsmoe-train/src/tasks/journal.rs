@@ -9,6 +9,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 
+use dsmoe_core::gguf::{self, Container};
 use dsmoe_datasets::files::sha256_of;
 use dsmoe_datasets::tasks::{Request, Response, sha256};
 use dsmoe_router::RoutingStats;
@@ -194,7 +195,8 @@ fn key(request: &Request) -> String {
     sha256(&text)[..32].to_owned()
 }
 
-/// Computes the SHA-256 of the files that decide a model's responses: configuration, weights and tokenizer in `dir`.
+/// Computes the SHA-256 of the files that decide a model's responses: configuration, weights and tokenizer in `dir`,
+/// or the GGUF file that it names or holds.
 ///
 /// # Errors
 /// A file cannot be read.
@@ -203,11 +205,14 @@ pub fn model_sha256(dir: &Path) -> Result<String> {
         ["config.json", "tokenizer.json", "tokenizer_config.json"].contains(&&name[..])
             || name.ends_with(".safetensors")
     };
-    let names: Vec<String> = files::names(dir)?.into_iter().filter(counts).collect();
-    let hash = |name: &String| -> Result<String> {
-        let path = dir.join(name);
-        Ok(format!("{name} {}\n", sha256_of(&path, &mut |_| {}).map_err(Error::io(&path))?))
+    let paths: Vec<PathBuf> = match gguf::file_of(dir)? {
+        Some(file) => Container::open(&file)?.files,
+        None => files::names(dir)?.iter().filter(|name| counts(name)).map(|name| dir.join(name)).collect(),
     };
-    let hashes: Vec<String> = names.par_iter().map(hash).collect::<Result<_>>()?;
+    let hash = |path: &PathBuf| -> Result<String> {
+        let name = path.file_name().unwrap_or_default().display();
+        Ok(format!("{name} {}\n", sha256_of(path, &mut |_| {}).map_err(Error::io(path))?))
+    };
+    let hashes: Vec<String> = paths.par_iter().map(hash).collect::<Result<_>>()?;
     Ok(sha256(&hashes.concat()))
 }

@@ -189,7 +189,8 @@ impl<'a> Responder<'a> {
     fn encoder(&self) -> Encoder<'a> {
         let config = self.model.config();
         let end = config.eos_token_ids.first().copied();
-        let start = if self.profile.starts_from_end_token() { end } else { config.bos_token_id.or(end) };
+        let own = || self.tokenizer.prefix_id().or(config.bos_token_id).or(end);
+        let start = if self.profile.starts_from_end_token() { end } else { own() };
         let &Responder { tokenizer, bos, profile, .. } = self;
         Encoder { tokenizer, bos, profile, start, positions: config.max_position }
     }

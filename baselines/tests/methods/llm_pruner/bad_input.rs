@@ -85,7 +85,7 @@ fn models() {
         let experts = tempfile::tempdir().unwrap();
         let converted = experts.path().join("dense");
         convert(&source, &converted, &ConvertOptions::new(4), &mut |_| {}).unwrap();
-        fails(run, &converted, &["model: has experts", "dense LLaMA"]);
+        fails(run, &converted, &["model: has experts", "use a dense model"]);
 
         let masked = tempfile::tempdir().unwrap();
         let target = saved(&model(true), masked.path(), Dtype::F32);

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use dsmoe_core::config::Config;
-use dsmoe_datasets::Tokenizer;
+use dsmoe_datasets::{Skipped, Tokenizer};
 use serde::Serialize;
 use serde_json::json;
 
@@ -13,17 +13,17 @@ use crate::cli::data::{Prepare, Stats};
 use crate::format::{self, Table};
 use crate::models::tokenizer;
 use crate::progress::{Progress, Unit};
-use crate::texts::{Text, label, open, options, prepare_one};
+use crate::texts::{Text, label, open, options, prepare_one, show_notices};
 use crate::ui::Ui;
 
-fn tokenizer_of(model: &Path) -> Result<Tokenizer> {
-    tokenizer(model, &Config::load(model)?)
+fn tokenizer_of(model: &Path, ui: &Ui) -> Result<Tokenizer> {
+    tokenizer(model, &Config::load(model)?, ui)
 }
 
 pub(crate) fn run(args: &Prepare, ui: &mut Ui) -> Result<()> {
     let cache = args.data.cache.as_deref().context("no folder for the caches; use --cache DIR")?;
     let started = Instant::now();
-    let tokenizer = tokenizer_of(&args.model)?;
+    let tokenizer = tokenizer_of(&args.model, ui)?;
     let texts = open(&args.data, &options(&args.data))?;
     let header = "source | weight | files | bytes | documents | tokens | MB/s | ";
     let (mut table, mut sources) = (Table::new(header.split(" | ")), Vec::new());
@@ -55,7 +55,7 @@ pub(crate) fn run(args: &Prepare, ui: &mut Ui) -> Result<()> {
         sources.push(json!({
             "name": name, "weight": weight, "path": prepared.path.display().to_string(), "files": files,
             "file_bytes": file_bytes, "documents": documents, "tokens": tokens, "reused": prepared.reused,
-            "resumed_tokens": prepared.resumed, "seconds": seconds,
+            "skipped": (!prepared.reused).then(|| text.corpus.skipped()), "resumed_tokens": prepared.resumed, "seconds": seconds,
         }));
     }
     let (cache, seconds) = (cache.display().to_string(), started.elapsed().as_secs_f64());
@@ -87,6 +87,8 @@ struct Counts {
     /// Bytes of the files as stored.
     file_bytes: u64,
     documents: u64,
+    /// What was left out of the documents.
+    skipped: Skipped,
     /// Bytes of the text in UTF-8.
     text_bytes: u64,
     tokens: Option<u64>,
@@ -103,7 +105,7 @@ impl Counts {
 
 pub(crate) fn stats(args: &Stats, ui: &mut Ui) -> Result<()> {
     let started = Instant::now();
-    let tokenizer = args.model.as_deref().map(tokenizer_of).transpose()?;
+    let tokenizer = args.model.as_deref().map(|model| tokenizer_of(model, ui)).transpose()?;
     let texts = open(&args.data, &options(&args.data))?;
     let all_weights: f64 = texts.iter().map(|text| text.spec.weight).sum();
     let mut total = Counts { tokens: tokenizer.as_ref().map(|_| 0), ..Counts::default() };
@@ -120,6 +122,7 @@ pub(crate) fn stats(args: &Stats, ui: &mut Ui) -> Result<()> {
         total.files += counts.files;
         total.file_bytes += counts.file_bytes;
         total.documents += counts.documents;
+        total.skipped += counts.skipped;
         total.text_bytes += counts.text_bytes;
         total.tokens = total.tokens.zip(counts.tokens).map(|(sum, tokens)| sum + tokens);
         let (name, weight) = (text.spec.name.clone(), text.spec.weight);
@@ -143,6 +146,8 @@ fn count(texts: &[Text], text: &Text, ui: &Ui) -> Result<Counts> {
         }
     }
     progress.finish();
+    counts.skipped = text.corpus.skipped();
+    show_notices(&text.corpus, ui);
     Ok(counts)
 }
 

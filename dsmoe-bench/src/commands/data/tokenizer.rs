@@ -10,7 +10,7 @@ use crate::cli::data::TrainTokenizer;
 use crate::files::folder_of;
 use crate::format;
 use crate::progress::{Progress, Unit};
-use crate::texts::{label, open, options, total_bytes};
+use crate::texts::{label, open, options, show_notices, total_bytes};
 use crate::ui::Ui;
 
 pub(crate) fn run(args: &TrainTokenizer, ui: &mut Ui) -> Result<()> {
@@ -48,6 +48,7 @@ pub(crate) fn run(args: &TrainTokenizer, ui: &mut Ui) -> Result<()> {
     });
     let vocab = train_bpe(documents, args.vocab, temporary.path());
     progress.finish();
+    texts.iter().for_each(|text| show_notices(&text.corpus, ui));
     if let Some(error) = error {
         return Err(error.into());
     }

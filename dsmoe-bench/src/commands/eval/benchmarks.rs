@@ -31,7 +31,7 @@ pub(crate) fn run(args: &Eval, ui: &mut Ui) -> Result<ExitCode> {
     let started = Instant::now();
     // Wrong files are reported before the weights are read.
     let config = Config::load(&args.model)?;
-    let tokenizer = tokenizer(&args.model, &config)?;
+    let tokenizer = tokenizer(&args.model, &config, ui)?;
     let bos = args.bos.unwrap_or(args.profile.bos());
     // So is a BOS rule that the tokenizer cannot follow.
     tokenizer.encode("", bos)?;

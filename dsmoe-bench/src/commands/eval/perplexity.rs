@@ -13,9 +13,9 @@ use serde::Serialize;
 use crate::cli::eval::{Eval, Perplexity};
 use crate::evaluation::{domain_table, measure, measure_domains};
 use crate::format;
-use crate::models::{bos_or_default, load_inference, tokenizer};
+use crate::models::{load_inference, tokenizer};
 use crate::progress::{Progress, Unit};
-use crate::texts::{Text, load, open, options};
+use crate::texts::{Text, load, open, options, show_notices};
 use crate::ui::Ui;
 
 /// The default window length.
@@ -86,8 +86,8 @@ pub(crate) fn run(args: &Eval, ui: &mut Ui) -> Result<()> {
     let corpus = &texts[0].corpus;
     let model = load_inference(&args.model, args.precision(), args.device, args.threshold)?;
     let config = model.config();
-    let bos = bos_or_default(args.bos, config);
-    let tokenizer = tokenizer(&args.model, config)?;
+    let bos = args.bos.unwrap_or_default();
+    let tokenizer = tokenizer(&args.model, config, ui)?;
     let mut report = PerplexityReport {
         model: &args.model,
         data: &args.data.data,
@@ -106,6 +106,9 @@ pub(crate) fn run(args: &Eval, ui: &mut Ui) -> Result<()> {
             Perplexity::Window => report.window = Some(window(args, &model, &tokenizer, corpus, bos, ui)?),
             Perplexity::Rolling => report.rolling = Some(by_word(&model, &tokenizer, corpus, bos, ui)?),
         }
+    }
+    if !args.perplexity.contains(&Perplexity::Stream) {
+        show_notices(corpus, ui);
     }
     ui.result(&report, show)
 }

@@ -175,7 +175,8 @@ impl CpuInference {
         workspace: &mut Workspace,
     ) {
         let start = cache.as_ref().map_or(0, |cache| cache.len);
-        let positions = cache.as_ref().map_or(seq, |cache| cache.positions(seq));
+        // The last target is part of the text, although it is not read.
+        let positions = cache.as_ref().map_or(seq + 1, |cache| cache.positions(seq));
         self.forward(ids, stats, workspace, |i, Heads { a, lse, q, k, v }| {
             let shape = attention_dims(&self.config, i, ids.len() / seq, [seq, start + seq]);
             for (x, heads) in [(&mut *q, shape.heads), (&mut *k, shape.kv_heads)] {

@@ -146,7 +146,7 @@ impl Inference {
 
     /// Sets `losses[t]` to the negative log-likelihood (nats) of target t after the inputs up to t of its sequence; 0
     /// for [`IGNORE`](dsmoe_kernels::cross_entropy::IGNORE). Adds the routing of all inputs to `stats` (from
-    /// [`Inference::new_stats`]).
+    /// [`Inference::new_stats`]). A rotation that depends on the number of positions counts the last target as one.
     ///
     /// # Errors
     /// A token id is outside the vocabulary, there are more positions than the model has, or a GPU fails.

@@ -1,27 +1,32 @@
 //! `tokenizer.json` of a model: encoding with a stated BOS rule, decoding at once or token by token, and training of
 //! a small byte-level BPE.
 
+mod files;
+mod sound;
+mod stream;
+
+pub use files::TokenizerFiles;
+pub use stream::DecodeStream;
+
 use crate::bpe;
 use crate::encoder::{ByteLevelWords, Encoder, byte_char};
 use crate::error::{Error, Result};
-use crate::files::hex;
+use crate::files::{hex, without_bom};
 use crate::token_texts::TokenTexts;
+use files::Settings;
 use rayon::prelude::*;
-use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use sha2::{Digest, Sha256};
+use sound::guarded;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
-use std::panic::catch_unwind;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::processors::template::TemplateProcessing;
 use tokenizers::{AddedToken, DecoderWrapper, ModelWrapper, Tokenizer as Inner};
-
-/// Tokens that a [`DecodeStream`] holds back at most: more than one character can need.
-const MAX_HELD: usize = 16;
 
 /// The rule by which a text gets the beginning-of-sequence token in front.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -58,49 +63,38 @@ pub struct Tokenizer {
     sha256: String,
     bos_id: Option<u32>,
     auto_bos: Option<u32>,
+    eos_id: Option<u32>,
+    prefix_id: Option<u32>,
     special_ids: BTreeSet<u32>,
     vocab_size: usize,
-}
-
-/// The fields that are read of `tokenizer_config.json`.
-#[derive(Default, Deserialize)]
-struct TokenizerConfig {
-    #[serde(default)]
-    add_bos_token: Option<bool>,
-    #[serde(default)]
-    bos_token: Option<TokenText>,
-}
-
-/// A token by its text, as old and new files write it.
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum TokenText {
-    Plain(String),
-    Added { content: String },
+    notices: Vec<String>,
 }
 
 impl Tokenizer {
-    /// Reads `tokenizer.json` and, where present, `tokenizer_config.json` of `model_dir`. `bos_id` is the
-    /// `bos_token_id` of the model's config; `vocab_size` the number of rows of its embedding.
+    /// Reads the tokenizer of `model_dir`; see [`Tokenizer::new`].
     ///
-    /// Truncation, padding and merge dropout that the file may ask for are switched off: they would drop, add or
+    /// # Errors
+    /// Those of [`TokenizerFiles::read`] and [`Tokenizer::new`].
+    pub fn load(model_dir: &Path, bos_id: Option<u32>, vocab_size: usize) -> Result<Tokenizer> {
+        Tokenizer::new(&TokenizerFiles::read(model_dir)?, bos_id, vocab_size)
+    }
+
+    /// Makes a tokenizer of its files. `bos_id` is the `bos_token_id` of the model's config, which counts only where the
+    /// files name no BOS token; `vocab_size` is the number of rows of the model's embedding.
+    ///
+    /// Truncation, padding and merge dropout that the files may ask for are switched off: they would drop, add or
     /// randomise tokens of a corpus.
     ///
     /// # Errors
-    /// No `tokenizer.json`, one that does not parse, or one that can produce an id outside the embedding.
-    pub fn load(model_dir: &Path, bos_id: Option<u32>, vocab_size: usize) -> Result<Tokenizer> {
-        let path = model_dir.join("tokenizer.json");
-        if !path.exists() {
-            let dir = model_dir.to_path_buf();
-            return Err(match model_dir.join("tokenizer.model").exists() {
-                true => Error::SentencePieceOnly { dir },
-                false => Error::NoTokenizer { dir },
-            });
-        }
-        let bytes = fs::read(&path).map_err(Error::io(&path))?;
+    /// Files that do not parse or contradict themselves, an added token whose id is not the next free one, or a tokenizer
+    /// that can produce an id outside the embedding.
+    pub fn new(files: &TokenizerFiles, bos_id: Option<u32>, vocab_size: usize) -> Result<Tokenizer> {
+        let path = files.path.clone();
         let bad =
             |cause: tokenizers::Error| Error::BadTokenizer { path: path.clone(), reason: one_line(cause) };
-        let mut inner = parse(&bytes).map_err(bad)?;
+        let bytes = without_bom(&files.tokenizer);
+        let mut json: Value = serde_json::from_slice(bytes).map_err(|cause| bad(cause.into()))?;
+        let mut inner = sound::parse(bytes, &json).map_err(bad)?;
         inner.with_truncation(None).map_err(bad)?.with_padding(None);
         if let ModelWrapper::BPE(model) = inner.get_model()
             && model.dropout.is_some()
@@ -122,21 +116,21 @@ impl Tokenizer {
         {
             return Err(Error::setting_range("bos_token_id in config.json", id, "an id below vocab_size"));
         }
-        let config = read_config(&model_dir.join("tokenizer_config.json"))?;
-        let template_bos = template_bos(&inner).map_err(bad)?;
-        let auto_bos = match config.add_bos_token {
-            Some(true) => {
-                let named = config.bos_token.and_then(|token| match token {
-                    TokenText::Plain(content) | TokenText::Added { content } => inner.token_to_id(&content),
-                });
-                template_bos.or(bos_id).or(named)
-            }
-            _ => template_bos,
-        };
-        let added = inner.get_added_tokens_decoder();
-        let special_ids = added.into_iter().filter(|(_, token)| token.special).map(|(id, _)| id).collect();
-        let sha256 = hex(&Sha256::digest(&bytes));
-        let encoder = serde_json::from_slice(&bytes).ok().as_ref().and_then(Encoder::new);
+        let settings = files.settings()?;
+        let mut notices = Vec::new();
+        let outside = Outside { path: &path, next: largest_id.saturating_add(1), vocab_size };
+        let added = outside.add(&settings, &mut inner, &mut notices)?;
+        let largest_id = largest_id.max(added.keys().next_back().copied().unwrap_or(0));
+        let bos = BosIds::new(&inner, &settings, bos_id, vocab_size).map_err(bad)?;
+        notices.extend(bos.notice(bos_id, &inner));
+        let special_ids = inner.get_added_tokens_decoder().into_iter().filter(|(_, token)| token.special);
+        let special_ids = special_ids.map(|(id, _)| id).collect();
+        let sha256 = identity(bytes, &added);
+        let encoder = encoder(&mut json, &added);
+        let eos_id = settings.special("eos_token").and_then(|text| inner.token_to_id(text));
+        let BosIds { auto: auto_bos, named: bos_id, own } = bos;
+        let prefix_id = own.or(eos_id);
+        let vocab_size = largest_id as usize + 1;
         Ok(Tokenizer {
             inner,
             encoder,
@@ -144,8 +138,11 @@ impl Tokenizer {
             sha256,
             bos_id,
             auto_bos,
+            eos_id,
+            prefix_id,
             special_ids,
-            vocab_size: largest_id as usize + 1,
+            vocab_size,
+            notices,
         })
     }
 
@@ -161,15 +158,17 @@ impl Tokenizer {
     pub fn encode(&self, text: &str, bos: Bos) -> Result<Vec<u32>> {
         let prefix = self.bos_prefix(bos)?;
         let mut ids: Vec<u32> = prefix.into_iter().collect();
-        let quick = match (&self.encoder, self.inner.get_model()) {
-            (Some(encoder), ModelWrapper::BPE(model)) => encoder.encode(model, text, &mut ids),
-            _ => Ok(false),
-        };
-        if !quick.map_err(|cause| self.failed("encoding", cause))? {
-            let encoding =
-                self.inner.encode_fast(text, false).map_err(|cause| self.failed("encoding", cause))?;
-            ids.extend_from_slice(encoding.get_ids());
-        }
+        let encoded = guarded(|| {
+            let quick = match (&self.encoder, self.inner.get_model()) {
+                (Some(encoder), ModelWrapper::BPE(model)) => encoder.encode(model, text, &mut ids)?,
+                _ => false,
+            };
+            if !quick {
+                ids.extend_from_slice(self.inner.encode_fast(text, false)?.get_ids());
+            }
+            Ok(())
+        });
+        encoded.map_err(|cause| self.failed("encoding", cause))?;
         if prefix.is_some() && ids.get(1) == prefix.as_ref() {
             ids.remove(0);
         }
@@ -186,12 +185,12 @@ impl Tokenizer {
         // The library compares normalised texts here and so misses special tokens marked `normalized`.
         let kept: Vec<u32> =
             ids.iter().copied().filter(|id| !(skip_special && self.special_ids.contains(id))).collect();
-        self.inner.decode(&kept, false).map_err(|cause| self.failed("decoding", cause))
+        guarded(|| self.inner.decode(&kept, false)).map_err(|cause| self.failed("decoding", cause))
     }
 
     /// Returns a decoder that receives one token at a time. Special tokens give no text.
     pub fn stream(&self) -> DecodeStream<'_> {
-        DecodeStream { tokenizer: self, ids: Vec::new(), shown: 0 }
+        DecodeStream::new(self)
     }
 
     /// Returns the bytes of each token; special tokens have none.
@@ -214,7 +213,7 @@ impl Tokenizer {
         TokenTexts::new(texts.iter().map(Option::as_deref))
     }
 
-    /// Returns the SHA-256 of the bytes of `tokenizer.json`, in hexadecimal.
+    /// Returns the SHA-256 of the bytes of `tokenizer.json` and of the tokens that other files add, in hexadecimal.
     pub fn sha256(&self) -> &str {
         &self.sha256
     }
@@ -224,9 +223,43 @@ impl Tokenizer {
         self.vocab_size
     }
 
-    /// Returns the model's BOS id, as given to [`Tokenizer::load`].
+    /// Returns the BOS id: the one that the tokenizer's files name, or else that of the model's config.
     pub fn bos_id(&self) -> Option<u32> {
         self.bos_id
+    }
+
+    /// Returns the id of the token that `tokenizer_config.json` names as `eos_token`.
+    pub fn eos_id(&self) -> Option<u32> {
+        self.eos_id
+    }
+
+    /// Returns the id from which a text without context is scored, as lm-evaluation-harness takes it: the BOS that the
+    /// tokenizer's files name, or else the EOS.
+    pub fn prefix_id(&self) -> Option<u32> {
+        self.prefix_id
+    }
+
+    /// Returns the id of the special or added token that is written exactly like `text`.
+    pub fn added_id(&self, text: &str) -> Option<u32> {
+        self.inner.get_added_vocabulary().get_vocab().get(text).copied()
+    }
+
+    /// Returns the id of the longest special or added token that `text` begins with.
+    pub fn added_prefix(&self, text: &str) -> Option<u32> {
+        let added = self.inner.get_added_vocabulary().get_vocab().iter();
+        let found = added.filter(|(token, _)| !token.is_empty() && text.starts_with(token.as_str()));
+        found.max_by_key(|(token, _)| token.len()).map(|(_, &id)| id)
+    }
+
+    /// Returns the special tokens that are written out in `text`, each once, in the order of their ids.
+    pub fn special_within(&self, text: &str) -> Vec<String> {
+        let special = self.special_ids.iter().filter_map(|&id| self.inner.id_to_token(id));
+        special.filter(|token| text.contains(token.as_str())).collect()
+    }
+
+    /// Returns what a user should know about the files: contradictions that were resolved.
+    pub fn notices(&self) -> &[String] {
+        &self.notices
     }
 
     /// Returns the id that `bos` puts in front of a text.
@@ -248,47 +281,6 @@ impl Tokenizer {
 
     fn failed(&self, what: &'static str, cause: tokenizers::Error) -> Error {
         Error::Tokenizer { path: self.path.clone(), what, reason: one_line(cause) }
-    }
-}
-
-/// Text of a token sequence that grows; made by [`Tokenizer::stream`].
-///
-/// The pieces it gives, put together, are the text that [`Tokenizer::decode`] gives for the whole sequence. A token
-/// that ends inside a character is held back until the character is complete.
-pub struct DecodeStream<'a> {
-    tokenizer: &'a Tokenizer,
-    /// The tokens of the last piece, for context, then those held back.
-    ids: Vec<u32>,
-    /// The number of `ids` that have been shown.
-    shown: usize,
-}
-
-impl DecodeStream<'_> {
-    /// Adds a token and returns the text that it completes, if any.
-    pub fn push(&mut self, id: u32) -> Result<Option<String>> {
-        self.ids.push(id);
-        self.advance(self.ids.len() - self.shown >= MAX_HELD)
-    }
-
-    /// Returns the text that is still held back, with an incomplete character as U+FFFD.
-    pub fn finish(mut self) -> Result<Option<String>> {
-        self.advance(true)
-    }
-
-    fn advance(&mut self, incomplete_too: bool) -> Result<Option<String>> {
-        let before = self.tokenizer.decode(&self.ids[..self.shown], true)?;
-        let now = self.tokenizer.decode(&self.ids, true)?;
-        if now.len() <= before.len() || (now.ends_with('\u{FFFD}') && !incomplete_too) {
-            return Ok(None);
-        }
-        // Invalid bytes can change how the bytes before them decode: then only the number of characters is common.
-        let delta = match now.strip_prefix(&before) {
-            Some(rest) => rest.to_string(),
-            None => now.chars().skip(before.chars().count()).collect(),
-        };
-        self.ids.drain(..self.shown);
-        self.shown = self.ids.len();
-        Ok(Some(delta))
     }
 }
 
@@ -358,27 +350,129 @@ pub fn train_bpe(texts: impl Iterator<Item = String>, vocab_size: usize, out_dir
     Ok(size)
 }
 
-/// Parses `tokenizer.json`. The library panics on some broken files; the check of the syntax catches most of them.
-fn parse(bytes: &[u8]) -> tokenizers::Result<Inner> {
-    serde_json::from_slice::<IgnoredAny>(bytes)?;
-    catch_unwind(|| Inner::from_bytes(bytes))
-        .unwrap_or_else(|_| Err("a field has a value of the wrong kind".into()))
+/// Adds the tokens that stand in other files only.
+struct Outside<'a> {
+    path: &'a Path,
+    /// The next free id.
+    next: u32,
+    vocab_size: usize,
+}
+
+impl Outside<'_> {
+    /// Adds the tokens of `settings` that `inner` lacks and returns them.
+    fn add(
+        mut self,
+        settings: &Settings,
+        inner: &mut Inner,
+        notices: &mut Vec<String>,
+    ) -> Result<BTreeMap<u32, AddedToken>> {
+        let mut added = BTreeMap::new();
+        let known = inner.get_added_tokens_decoder();
+        for (&id, token) in &settings.added_tokens {
+            let content = &token.content;
+            match inner.token_to_id(content) {
+                Some(own) if own != id => notices.push(format!(
+                    "{}: token {content:?} has id {own} here and {id} in the files beside it; {own} is used",
+                    self.path.display()
+                )),
+                Some(_) if known.contains_key(&id) => {}
+                Some(_) => drop(added.insert(id, token.clone())),
+                None if id as usize >= self.vocab_size => notices.push(format!(
+                    "{}: the added token {content:?} has id {id}, for which the model's embedding has no row; it is left out",
+                    self.path.display()
+                )),
+                None if id == self.next => {
+                    added.insert(id, token.clone());
+                    self.next += 1;
+                }
+                None => return Err(self.misplaced(content, id)),
+            }
+        }
+        let tokens: Vec<AddedToken> = added.values().cloned().collect();
+        guarded(|| inner.add_tokens(tokens)).map_err(|cause| Error::BadTokenizer {
+            path: self.path.to_path_buf(),
+            reason: one_line(cause),
+        })?;
+        match added.iter().find(|(id, token)| inner.token_to_id(&token.content) != Some(**id)) {
+            Some((&id, token)) => Err(self.misplaced(&token.content, id)),
+            None => Ok(added),
+        }
+    }
+
+    fn misplaced(&self, token: &str, id: u32) -> Error {
+        Error::AddedToken { path: self.path.to_path_buf(), token: token.to_owned(), id, next: self.next }
+    }
+}
+
+/// The ids of BOS by each rule.
+struct BosIds {
+    /// For [`Bos::Auto`].
+    auto: Option<u32>,
+    /// For [`Bos::Always`].
+    named: Option<u32>,
+    /// The one that the tokenizer's files name.
+    own: Option<u32>,
+}
+
+impl BosIds {
+    fn new(
+        inner: &Inner,
+        settings: &Settings,
+        config: Option<u32>,
+        vocab_size: usize,
+    ) -> tokenizers::Result<BosIds> {
+        let template = template_bos(inner)?;
+        if let Some(id) = template.filter(|&id| id as usize >= vocab_size) {
+            return Err(
+                format!("the post-processor adds id {id}, the model's vocab_size is {vocab_size}").into()
+            );
+        }
+        let own = template.or(settings.special("bos_token").and_then(|text| inner.token_to_id(text)));
+        let named = own.or(config);
+        // The id of config.json alone adds nothing: many models name one there that they were never trained with.
+        let auto = template.or(named.filter(|_| settings.add_bos_token == Some(true)));
+        Ok(BosIds { auto, named, own })
+    }
+
+    /// Returns what to tell the user if the model's config names another token.
+    fn notice(&self, config: Option<u32>, inner: &Inner) -> Option<String> {
+        let (named, config) = (self.named?, config?);
+        let text = |id| inner.id_to_token(id).unwrap_or_default();
+        (named != config).then(|| {
+            format!(
+                "BOS: config.json names id {config} ({:?}), the tokenizer id {named} ({:?}), which is used",
+                text(config),
+                text(named)
+            )
+        })
+    }
 }
 
 /// Returns the token that the tokenizer's own post-processor puts in front of a text.
 fn template_bos(inner: &Inner) -> tokenizers::Result<Option<u32>> {
-    let encoding = inner.encode("a", true)?;
+    let encoding = guarded(|| inner.encode("a", true))?;
     let first = encoding.get_ids().first().copied();
     Ok(first.filter(|_| encoding.get_special_tokens_mask().first() == Some(&1)))
 }
 
-fn read_config(path: &Path) -> Result<TokenizerConfig> {
-    if !path.exists() {
-        return Ok(TokenizerConfig::default());
+/// Returns the SHA-256 of `tokenizer.json` and the tokens added to it, in hexadecimal.
+fn identity(bytes: &[u8], added: &BTreeMap<u32, AddedToken>) -> String {
+    let mut hasher = Sha256::new_with_prefix(bytes);
+    for (id, token) in added {
+        hasher.update(format!("\n{id} {token:?}"));
     }
-    let bytes = fs::read(path).map_err(Error::io(path))?;
-    serde_json::from_slice(&bytes)
-        .map_err(|cause| Error::BadTokenizer { path: path.to_path_buf(), reason: cause.to_string() })
+    hex(&hasher.finalize())
+}
+
+/// Returns the fast encoder, which leaves texts with added tokens to the library.
+fn encoder(json: &mut Value, added: &BTreeMap<u32, AddedToken>) -> Option<Encoder> {
+    if !added.is_empty() {
+        let contents = added.values().map(|token| serde_json::json!({ "content": token.content }));
+        let mut all = json["added_tokens"].as_array().cloned().unwrap_or_default();
+        all.extend(contents);
+        json.as_object_mut()?.insert("added_tokens".into(), all.into());
+    }
+    Encoder::new(json)
 }
 
 fn one_line(cause: impl ToString) -> String {

@@ -1,0 +1,298 @@
+//! Chat templates: the text that a model sees for a conversation, as transformers renders it.
+
+mod python;
+mod source;
+
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Kwargs, ValueKind};
+use minijinja::{Environment, ErrorKind};
+use minijinja_contrib::pycompat::unknown_method_callback;
+use serde_json::{Map, Value};
+
+use crate::error::{Error, Result};
+use crate::files::without_bom;
+use crate::tokenizer::TokenizerFiles;
+
+/// Work that a template may do, in the units of the template engine: some hundred times what a long conversation needs.
+const FUEL: u64 = 5_000_000;
+
+/// The largest file of messages, in bytes.
+const MAX_MESSAGES: u64 = 64 << 20;
+
+/// What stands for the model's answer where its end is looked for.
+const ANSWER: &str = "An answer.";
+
+/// The chat template of a model.
+#[derive(Clone, Debug)]
+pub struct ChatTemplate {
+    path: PathBuf,
+    source: String,
+    /// The variables that the tokenizer gives: `bos_token`, `eos_token` and the like.
+    special_tokens: Map<String, Value>,
+}
+
+/// A conversation to be rendered.
+#[derive(Clone, Debug, Default)]
+pub struct Chat {
+    /// The messages: objects with `role` and `content`, and whatever else the template reads.
+    pub messages: Vec<Value>,
+    /// Further variables of the template, such as `enable_thinking` or `tools`.
+    pub arguments: Map<String, Value>,
+    /// Ends the text where the model's answer begins.
+    pub generation_prompt: bool,
+}
+
+impl Chat {
+    /// Makes a conversation of a user's message, after a message of the system if there is one.
+    pub fn of(system: Option<&str>, user: &str) -> Chat {
+        let message = |role: &str, content: &str| serde_json::json!({ "role": role, "content": content });
+        let system = system.map(|text| message("system", text));
+        let messages = system.into_iter().chain([message("user", user)]).collect();
+        Chat { messages, generation_prompt: true, ..Chat::default() }
+    }
+
+    /// Reads the messages of a JSON file: a list of objects, or an object with such a list as `messages`.
+    ///
+    /// # Errors
+    /// A file that cannot be read, is no such list, or has a message without `role`.
+    pub fn read_messages(path: &Path) -> Result<Vec<Value>> {
+        let wrong = |reason: String| Error::Messages { path: path.to_path_buf(), reason };
+        let size = std::fs::metadata(path).map_err(Error::io(path))?.len();
+        if size > MAX_MESSAGES {
+            return Err(wrong(format!("more than {MAX_MESSAGES} bytes")));
+        }
+        let bytes = std::fs::read(path).map_err(Error::io(path))?;
+        let mut value: Value =
+            serde_json::from_slice(without_bom(&bytes)).map_err(|cause| wrong(cause.to_string()))?;
+        if let Some(messages) = value.get_mut("messages") {
+            value = messages.take();
+        }
+        let Value::Array(messages) = value else { return Err(wrong("not a list".into())) };
+        if messages.is_empty() {
+            return Err(wrong("an empty list".into()));
+        }
+        match messages.iter().position(|message| !message["role"].is_string()) {
+            Some(at) => Err(wrong(format!("message {} has no role", at + 1))),
+            None => Ok(messages),
+        }
+    }
+
+    /// Returns the texts that the user and others wrote: all content but that of the assistant.
+    pub fn foreign_texts(&self) -> impl Iterator<Item = &str> {
+        let foreign = self.messages.iter().filter(|message| message["role"] != "assistant");
+        foreign.flat_map(|message| match &message["content"] {
+            Value::String(text) => vec![text.as_str()],
+            Value::Array(parts) => parts.iter().filter_map(|part| part["text"].as_str()).collect(),
+            _ => Vec::new(),
+        })
+    }
+}
+
+impl ChatTemplate {
+    /// Takes the template from a tokenizer's files: `chat_template.jinja`, or else `chat_template` of
+    /// `tokenizer_config.json`. Of a list the template `tool_use` is taken for a conversation with `tools`, otherwise
+    /// `default`.
+    ///
+    /// # Errors
+    /// Files that do not parse, or no template.
+    pub fn new(files: &TokenizerFiles, tools: bool) -> Result<ChatTemplate> {
+        let settings = files.settings()?;
+        let special_tokens = settings.special_tokens;
+        if let Some((path, source)) = files.template_file()? {
+            return Ok(ChatTemplate { path, source, special_tokens });
+        }
+        let path = files.config_path();
+        let source = match settings.chat_template {
+            Value::String(source) => Some(source),
+            Value::Array(templates) => {
+                let named = |name: &str| {
+                    let found = templates.iter().find(|template| template["name"] == name)?;
+                    found["template"].as_str().map(str::to_owned)
+                };
+                let for_tools = if tools { named("tool_use") } else { None };
+                for_tools.or_else(|| named("default"))
+            }
+            _ => None,
+        };
+        match source {
+            Some(source) => Ok(ChatTemplate { path, source, special_tokens }),
+            None => Err(Error::NoChatTemplate { path }),
+        }
+    }
+
+    /// Renders a conversation. The text is to be encoded without BOS, which the template writes itself.
+    ///
+    /// # Errors
+    /// A template with an error, or one that refuses the conversation.
+    pub fn render(&self, chat: &Chat) -> Result<String> {
+        let mut variables = self.special_tokens.clone();
+        variables.insert("messages".into(), chat.messages.clone().into());
+        variables.insert("tools".into(), Value::Null);
+        variables.insert("documents".into(), Value::Null);
+        variables.insert("add_generation_prompt".into(), chat.generation_prompt.into());
+        variables.extend(chat.arguments.clone());
+        let variables = minijinja::Value::from(minijinja::value::Serde(&variables));
+        let source = source::adapted(&self.source);
+        environment()
+            .render_named_str("chat template", &source, variables)
+            .map_err(|cause| Error::ChatTemplate { path: self.path.clone(), reason: reason(&cause) })
+    }
+
+    /// Returns the text that the template writes after an answer of the model, or nothing if it refuses to show one.
+    pub fn after_answer(&self) -> Option<String> {
+        let mut chat = Chat::of(None, "A question.");
+        chat.messages.push(serde_json::json!({ "role": "assistant", "content": ANSWER }));
+        chat.generation_prompt = false;
+        let text = self.render(&chat).ok()?;
+        let (_, after) = text.rsplit_once(ANSWER)?;
+        Some(after.trim_start().to_owned())
+    }
+}
+
+/// Returns what is wrong, in one line.
+fn reason(cause: &minijinja::Error) -> String {
+    let text = cause.detail().map_or_else(|| cause.kind().to_string(), str::to_owned);
+    let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    match cause.line() {
+        Some(line) => format!("line {line}: {text}"),
+        None => text,
+    }
+}
+
+/// Makes the environment that transformers gives to templates.
+fn environment() -> Environment<'static> {
+    let mut environment = Environment::new();
+    let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+    environment.set_syntax(syntax.unwrap_or_default());
+    environment.set_unknown_method_callback(|state, value, method, arguments| {
+        let own = value.as_str().and_then(|text| python::method(text, method, arguments));
+        own.map_or_else(|| unknown_method_callback(state, value, method, arguments), Ok)
+    });
+    environment.set_fuel(Some(FUEL));
+    environment.add_filter("tojson", to_json);
+    // In Python a text and a dict are sequences too.
+    environment.add_test("sequence", |value: &minijinja::Value| {
+        matches!(value.kind(), ValueKind::String | ValueKind::Seq | ValueKind::Map)
+    });
+    environment.add_function("raise_exception", |message: String| -> std::result::Result<String, _> {
+        Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
+    });
+    environment.add_function("strftime_now", |format: String| {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        python::strftime(&format, now.as_secs())
+    });
+    environment
+}
+
+/// The filter `tojson` as transformers defines it: nothing is escaped for HTML.
+fn to_json(
+    value: &minijinja::Value,
+    ensure_ascii: Option<bool>,
+    options: Kwargs,
+) -> std::result::Result<String, minijinja::Error> {
+    let wrong = |text: String| minijinja::Error::new(ErrorKind::InvalidOperation, text);
+    if value.is_undefined() {
+        return Err(wrong("tojson of an undefined value".into()));
+    }
+    let separators: Option<Vec<String>> = options.get("separators")?;
+    let separators = match separators.as_deref() {
+        None => None,
+        Some([item, key]) => Some([item.clone(), key.clone()]),
+        Some(_) => return Err(wrong("tojson needs two separators".into())),
+    };
+    let style = python::Style {
+        ensure_ascii: options.get::<Option<bool>>("ensure_ascii")?.or(ensure_ascii).unwrap_or(false),
+        indent: options.get("indent")?,
+        separators,
+        sort_keys: options.get::<Option<bool>>("sort_keys")?.unwrap_or(false),
+    };
+    options.assert_all_used()?;
+    let json = serde_json::to_value(value).map_err(|cause| wrong(cause.to_string()))?;
+    Ok(style.write(&json))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn template(source: &str) -> ChatTemplate {
+        ChatTemplate { path: "m/x".into(), source: source.into(), special_tokens: Map::new() }
+    }
+
+    fn render(source: &str) -> String {
+        template(source).render(&Chat::of(None, "hi")).unwrap_or_else(|error| error.to_string())
+    }
+
+    #[test]
+    fn the_environment_is_that_of_transformers() {
+        assert_eq!(render("{{ messages[0].content.upper() }}\n"), "HI", "a last line end is dropped");
+        assert_eq!(render("a\n  {% if true %}\nb\n  {% endif %}\nc"), "a\nb\nc");
+        assert_eq!(render("{{ tools is none }} {{ nothing }}|{{ nothing is defined }}"), "True |False");
+        assert_eq!(render("{{ [1, 'é<'] | tojson }} {{ 1.0 | tojson(indent=2) }}"), "[1, \"é<\"] 1.0");
+        assert_eq!(
+            render(
+                "{{ {'b': 1, 'a': 'é'} | tojson(sort_keys=true, separators=(',', ':'), ensure_ascii=true) }}"
+            ),
+            "{\"a\":\"\\u00e9\",\"b\":1}"
+        );
+        assert_eq!(
+            render("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}"),
+            "01"
+        );
+        let now = render("{{ strftime_now('%d %b %Y') }}");
+        assert!(now.len() == 11 && now[7..].parse::<u32>().is_ok_and(|year| year > 2020), "{now}");
+    }
+
+    #[test]
+    fn errors_say_where_and_why() {
+        let refused = render("\n{{ raise_exception('no\nsystem') }}");
+        assert!(
+            refused.starts_with(
+                "m/x: the chat template refuses the conversation or is broken (line 2: no system)"
+            ),
+            "{refused}"
+        );
+        assert!(render("{% if %}").contains("line 1: "), "{}", render("{% if %}"));
+        let endless =
+            render("{% for a in range(9999) %}{% for b in range(9999) %}{{ a }}{% endfor %}{% endfor %}");
+        assert!(endless.contains("fuel"), "{endless}");
+        assert!(render("{{ nothing | tojson }}").contains("undefined"));
+    }
+
+    #[test]
+    fn generation_tags_trim_as_tags_do() {
+        assert_eq!(render("a\n  {% generation %}\nb\n{%- endgeneration -%}\n c"), "a\nbc");
+    }
+
+    #[test]
+    fn the_end_of_an_answer_is_found() {
+        let chatml =
+            "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}";
+        assert_eq!(template(chatml).after_answer().unwrap(), "<|im_end|>\n");
+        assert_eq!(template("{{ raise_exception('x') }}").after_answer(), None);
+        assert_eq!(template("x").after_answer(), None);
+    }
+
+    #[test]
+    fn the_template_comes_from_the_file_or_the_config() {
+        let files = |config: &str, template: Option<&str>| TokenizerFiles {
+            path: "m/tokenizer.json".into(),
+            config: Some(config.as_bytes().to_vec()),
+            chat_template: template.map(|text| text.as_bytes().to_vec()),
+            ..TokenizerFiles::default()
+        };
+        let source = |config: &str, template, tools| {
+            ChatTemplate::new(&files(config, template), tools).map(|found| found.source)
+        };
+        let list = r#"{"chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]}"#;
+        assert_eq!(source(r#"{"chat_template": "c"}"#, None, false).unwrap(), "c");
+        assert_eq!(source(r#"{"chat_template": "c"}"#, Some("\u{FEFF}j"), false).unwrap(), "j");
+        assert_eq!(source(list, None, false).unwrap(), "d");
+        assert_eq!(source(list, None, true).unwrap(), "t");
+        let message = source("{}", None, false).unwrap_err().to_string();
+        assert!(message.starts_with("m/tokenizer_config.json: no chat template"), "{message}");
+    }
+}

@@ -1,0 +1,298 @@
+//! What templates use of Python: `json.dumps`, `strftime`, and methods of texts that the template engine lacks.
+
+use std::fmt::Write as _;
+
+use minijinja::Value as Item;
+use serde_json::{Number, Value};
+
+/// The options of `json.dumps`.
+pub(super) struct Style {
+    pub(super) ensure_ascii: bool,
+    pub(super) indent: Option<usize>,
+    /// Between items, and between a key and its value.
+    pub(super) separators: Option<[String; 2]>,
+    pub(super) sort_keys: bool,
+}
+
+/// The widest indentation that is written.
+const MAX_INDENT: usize = 64;
+
+impl Style {
+    /// Writes `value` as `json.dumps` does.
+    pub(super) fn write(&self, value: &Value) -> String {
+        let mut out = String::new();
+        self.value(value, 0, &mut out);
+        out
+    }
+
+    fn value(&self, value: &Value, depth: usize, out: &mut String) {
+        match value {
+            Value::Null => out.push_str("null"),
+            Value::Bool(true) => out.push_str("true"),
+            Value::Bool(false) => out.push_str("false"),
+            Value::Number(number) => out.push_str(&number_text(number)),
+            Value::String(text) => self.text(text, out),
+            Value::Array(items) => {
+                let items = items.iter().map(|item| (None, item));
+                self.items(['[', ']'], items, depth, out);
+            }
+            Value::Object(fields) => {
+                let mut fields: Vec<_> =
+                    fields.iter().map(|(key, value)| (Some(key.as_str()), value)).collect();
+                if self.sort_keys {
+                    fields.sort_by_key(|(key, _)| *key);
+                }
+                self.items(['{', '}'], fields.into_iter(), depth, out);
+            }
+        }
+    }
+
+    fn items<'a>(
+        &self,
+        [open, close]: [char; 2],
+        items: impl ExactSizeIterator<Item = (Option<&'a str>, &'a Value)>,
+        depth: usize,
+        out: &mut String,
+    ) {
+        let (between, after_key) = match (&self.separators, self.indent) {
+            (Some([item, key]), _) => (item.as_str(), key.as_str()),
+            (None, Some(_)) => (",", ": "),
+            (None, None) => (", ", ": "),
+        };
+        let empty = items.len() == 0;
+        out.push(open);
+        for (at, (key, value)) in items.enumerate() {
+            if at > 0 {
+                out.push_str(between);
+            }
+            self.line(depth + 1, out);
+            if let Some(key) = key {
+                self.text(key, out);
+                out.push_str(after_key);
+            }
+            self.value(value, depth + 1, out);
+        }
+        if !empty {
+            self.line(depth, out);
+        }
+        out.push(close);
+    }
+
+    fn line(&self, depth: usize, out: &mut String) {
+        if let Some(indent) = self.indent {
+            out.push('\n');
+            out.extend(std::iter::repeat_n(' ', indent.min(MAX_INDENT) * depth));
+        }
+    }
+
+    fn text(&self, text: &str, out: &mut String) {
+        let quoted = Value::from(text).to_string();
+        if !self.ensure_ascii {
+            out.push_str(&quoted);
+            return;
+        }
+        for c in quoted.chars() {
+            if c.is_ascii() {
+                out.push(c);
+                continue;
+            }
+            for unit in c.encode_utf16(&mut [0; 2]) {
+                let _ = write!(out, "\\u{unit:04x}");
+            }
+        }
+    }
+}
+
+/// Returns a number as Python's `repr` writes it.
+fn number_text(number: &Number) -> String {
+    match number.as_f64() {
+        Some(x) if number.is_f64() => float_text(x),
+        _ => number.to_string(),
+    }
+}
+
+fn float_text(x: f64) -> String {
+    let scientific = format!("{x:e}");
+    let (digits, exponent) = scientific.split_once('e').unwrap_or((&scientific, "0"));
+    match exponent.parse::<i32>() {
+        Ok(exponent) if x != 0.0 && !(-4..16).contains(&exponent) => {
+            let sign = if exponent < 0 { '-' } else { '+' };
+            format!("{digits}e{sign}{:02}", exponent.unsigned_abs())
+        }
+        _ => format!("{x:?}"),
+    }
+}
+
+/// Calls a method of a text; none if it is not one of those here.
+pub(super) fn method(text: &str, name: &str, arguments: &[Item]) -> Option<Item> {
+    let part = arguments.first()?.as_str().filter(|part| !part.is_empty() || name.starts_with("remove"))?;
+    let list = |parts: &[&str]| parts.iter().map(|&part| Item::from(part)).collect::<Item>();
+    let three = |(before, after)| list(&[before, part, after]);
+    Some(match (name, arguments) {
+        ("removeprefix", [_]) => text.strip_prefix(part).unwrap_or(text).into(),
+        ("removesuffix", [_]) => text.strip_suffix(part).unwrap_or(text).into(),
+        ("partition", [_]) => text.split_once(part).map_or_else(|| list(&[text, "", ""]), three),
+        ("rpartition", [_]) => text.rsplit_once(part).map_or_else(|| list(&["", "", text]), three),
+        ("rsplit", [_]) => list(&text.split(part).collect::<Vec<_>>()),
+        ("rsplit", [_, most]) => {
+            let most = usize::try_from(most.as_i64()?).unwrap_or(usize::MAX);
+            let mut parts: Vec<&str> = text.rsplitn(most.saturating_add(1), part).collect();
+            parts.reverse();
+            list(&parts)
+        }
+        _ => return None,
+    })
+}
+
+const MONTHS: [&str; 12] = [
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+];
+const DAYS: [&str; 7] = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"];
+
+/// Formats a time, in seconds since 1970 UTC, as `strftime` does. A directive that is not known is kept.
+pub(super) fn strftime(format: &str, seconds: u64) -> String {
+    let days = seconds / 86_400;
+    let (year, month, day) = date(days);
+    let [hour, minute, second] = [seconds / 3600 % 24, seconds / 60 % 60, seconds % 60];
+    let (month_name, day_name) = (MONTHS[month - 1], DAYS[(days as usize + 3) % 7]);
+    let mut text = String::new();
+    let mut chars = format.chars();
+    while let Some(c) = chars.next() {
+        if c != '%' {
+            text.push(c);
+            continue;
+        }
+        let mut directive = chars.next();
+        let padded = directive != Some('-');
+        if !padded {
+            directive = chars.next();
+        }
+        let mut two = |number: u64| {
+            let _ = if padded { write!(text, "{number:02}") } else { write!(text, "{number}") };
+        };
+        match directive {
+            Some('d') => two(day),
+            Some('m') => two(month as u64),
+            Some('y') => two(year % 100),
+            Some('H') => two(hour),
+            Some('I') => two((hour + 11) % 12 + 1),
+            Some('M') => two(minute),
+            Some('S') => two(second),
+            Some('Y') => text.push_str(&year.to_string()),
+            Some('B') => text.push_str(month_name),
+            Some('b' | 'h') => text.push_str(&month_name[..3]),
+            Some('A') => text.push_str(day_name),
+            Some('a') => text.push_str(&day_name[..3]),
+            Some('p') => text.push_str(if hour < 12 { "AM" } else { "PM" }),
+            Some('F') => text.push_str(&format!("{year}-{month:02}-{day:02}")),
+            Some('T') => text.push_str(&format!("{hour:02}:{minute:02}:{second:02}")),
+            Some('Z') => text.push_str("UTC"),
+            Some('%') => text.push('%'),
+            Some(other) => text.extend(['%', other]),
+            None => text.push('%'),
+        }
+    }
+    text
+}
+
+/// Returns year, month (from 1) and day of a day counted from 1970-01-01.
+fn date(days: u64) -> (u64, usize, u64) {
+    // Years begin in March here, so that a leap day ends one. A cycle of 400 years has 146,097 days.
+    let days = days + 719_468;
+    let (cycle, of_cycle) = (days / 146_097, days % 146_097);
+    let of_cycle_year = (of_cycle - of_cycle / 1460 + of_cycle / 36_524 - of_cycle / 146_096) / 365;
+    let of_year = of_cycle - (365 * of_cycle_year + of_cycle_year / 4 - of_cycle_year / 100);
+    let from_march = (5 * of_year + 2) / 153;
+    let day = of_year - (153 * from_march + 2) / 5 + 1;
+    let month = (from_march + 2) % 12 + 1;
+    (400 * cycle + of_cycle_year + u64::from(month <= 2), month as usize, day)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn numbers_are_written_as_python_does() {
+        for (x, text) in [
+            (0.0, "0.0"),
+            (1.0, "1.0"),
+            (-2.5, "-2.5"),
+            (0.1, "0.1"),
+            (1e15, "1000000000000000.0"),
+            (1e16, "1e+16"),
+            (1.5e-5, "1.5e-05"),
+            (0.0001, "0.0001"),
+            (1.25e100, "1.25e+100"),
+            (-1e22, "-1e+22"),
+        ] {
+            assert_eq!(float_text(x), text);
+        }
+        assert_eq!(number_text(&Number::from(u64::MAX)), "18446744073709551615");
+    }
+
+    #[test]
+    fn json_has_pythons_separators() {
+        let style = |indent| Style { ensure_ascii: false, indent, separators: None, sort_keys: false };
+        let value = json!({"b": [1, {"é": null}], "a": {}, "t": "\u{7f}\n\u{1}\"</b>"});
+        assert_eq!(
+            style(None).write(&value),
+            "{\"b\": [1, {\"é\": null}], \"a\": {}, \"t\": \"\u{7f}\\n\\u0001\\\"</b>\"}"
+        );
+        assert_eq!(
+            style(Some(2)).write(&json!({"a": [1, 2], "b": []})),
+            "{\n  \"a\": [\n    1,\n    2\n  ],\n  \"b\": []\n}"
+        );
+        assert_eq!(style(Some(0)).write(&json!([1, 2])), "[\n1,\n2\n]");
+        let ascii = Style { ensure_ascii: true, ..style(None) };
+        assert_eq!(ascii.write(&json!("é🙂")), "\"\\u00e9\\ud83d\\ude42\"");
+    }
+
+    #[test]
+    fn texts_have_pythons_methods() {
+        let call = |text: &str, name: &str, arguments: &[Item]| {
+            method(text, name, arguments).map(|item| item.to_string())
+        };
+        let text = |part: &str| Item::from(part);
+        for (name, arguments, wanted) in [
+            ("removeprefix", vec![text("a-")], "b-c"),
+            ("removeprefix", vec![text("x")], "a-b-c"),
+            ("removesuffix", vec![text("-c")], "a-b"),
+            ("partition", vec![text("-")], "['a', '-', 'b-c']"),
+            ("partition", vec![text("x")], "['a-b-c', '', '']"),
+            ("rpartition", vec![text("-")], "['a-b', '-', 'c']"),
+            ("rsplit", vec![text("-")], "['a', 'b', 'c']"),
+            ("rsplit", vec![text("-"), Item::from(1)], "['a-b', 'c']"),
+            ("rsplit", vec![text("-"), Item::from(-1)], "['a', 'b', 'c']"),
+        ] {
+            assert_eq!(call("a-b-c", name, &arguments).as_deref(), Some(wanted), "{name}");
+        }
+        assert_eq!(call("a", "split", &[text("-")]), None);
+        assert_eq!(call("a", "partition", &[]), None);
+    }
+
+    #[test]
+    fn dates_are_those_of_the_calendar() {
+        let of = |seconds| strftime("%A %d %B %Y %H:%M:%S", seconds);
+        assert_eq!(of(0), "Thursday 01 January 1970 00:00:00");
+        assert_eq!(of(951_782_400), "Tuesday 29 February 2000 00:00:00");
+        assert_eq!(of(1_709_251_199), "Thursday 29 February 2024 23:59:59");
+        assert_eq!(of(1_735_689_599), "Tuesday 31 December 2024 23:59:59");
+        assert_eq!(
+            strftime("%-d %b %y %I%p %F %T %% %q %", 1_735_732_800 + 3600),
+            "1 Jan 25 01PM 2025-01-01 13:00:00 % %q %"
+        );
+    }
+}

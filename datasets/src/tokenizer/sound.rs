@@ -1,0 +1,154 @@
+//! Checks of `tokenizer.json` before the tokenizers crate reads it: the crate panics on files that contradict themselves.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use serde_json::{Map, Value};
+use tokenizers::Tokenizer;
+
+/// Parses `tokenizer.json`, given also as `json`. Whatever else the crate panics on is an error too.
+pub(super) fn parse(bytes: &[u8], json: &Value) -> tokenizers::Result<Tokenizer> {
+    check(json)?;
+    guarded(|| Tokenizer::from_bytes(bytes))
+}
+
+/// Runs `use_tokenizer` and turns a panic of the crate into an error.
+pub(super) fn guarded<T>(use_tokenizer: impl FnOnce() -> tokenizers::Result<T>) -> tokenizers::Result<T> {
+    catch_unwind(AssertUnwindSafe(use_tokenizer))
+        .unwrap_or_else(|_| Err("a field has a value of the wrong kind".into()))
+}
+
+/// Checks what the crate takes for granted.
+fn check(json: &Value) -> Result<(), String> {
+    check_merges(&json["model"])?;
+    each(&json["post_processor"], "processors", &mut check_template)?;
+    each(&json["pre_tokenizer"], "pretokenizers", &mut |part| {
+        let empty = part["type"] == "FixedLength" && part["length"] == 0;
+        if empty { Err("the pre-tokenizer FixedLength has the length 0".into()) } else { Ok(()) }
+    })
+}
+
+/// Calls `check` for a part, or for each part of a sequence of them.
+fn each(
+    part: &Value,
+    sequence: &str,
+    check: &mut dyn FnMut(&Value) -> Result<(), String>,
+) -> Result<(), String> {
+    match part[sequence].as_array() {
+        // The depth is that of the file, which its parser limits.
+        Some(parts) => parts.iter().try_for_each(|part| each(part, sequence, check)),
+        None => check(part),
+    }
+}
+
+/// Every special token of a template has to be listed, and the template of one text holds that text alone.
+fn check_template(processor: &Value) -> Result<(), String> {
+    let none = Map::new();
+    let listed = processor["special_tokens"].as_object().unwrap_or(&none);
+    for kind in ["single", "pair"] {
+        for piece in processor[kind].as_array().unwrap_or(&Vec::new()) {
+            if let Some(id) = piece["SpecialToken"]["id"].as_str()
+                && !listed.contains_key(id)
+            {
+                return Err(format!(
+                    "the post-processor uses {id:?}, which is missing from its special_tokens"
+                ));
+            }
+            if kind == "single" && piece["Sequence"]["id"] == "B" {
+                return Err("the post-processor's template of one text uses a second one".into());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The right part of every merge has to begin with the prefix of continuing parts, and the joined token has to exist.
+fn check_merges(model: &Value) -> Result<(), String> {
+    let (Some(vocab), Some(merges)) = (model["vocab"].as_object(), model["merges"].as_array()) else {
+        return Ok(());
+    };
+    let prefix = model["continuing_subword_prefix"].as_str().unwrap_or_default();
+    let mut joined = String::new();
+    for merge in merges {
+        let Some((left, right)) = pair(merge) else { continue };
+        // The crate names parts that are no tokens itself.
+        if !vocab.contains_key(left) || !vocab.contains_key(right) {
+            continue;
+        }
+        let Some(rest) = right.strip_prefix(prefix) else {
+            return Err(format!(
+                "continuing_subword_prefix is {prefix:?} and the merge of {left:?} and {right:?} lacks it"
+            ));
+        };
+        joined.clear();
+        joined.push_str(left);
+        joined.push_str(rest);
+        if !vocab.contains_key(&joined) {
+            return Err(format!("the merge of {left:?} and {right:?} makes {joined:?}, which is no token"));
+        }
+    }
+    Ok(())
+}
+
+/// Returns the two parts of a merge in either spelling.
+fn pair(merge: &Value) -> Option<(&str, &str)> {
+    match merge {
+        Value::String(text) => text.split_once(' '),
+        Value::Array(parts) => match &parts[..] {
+            [left, right] => Some((left.as_str()?, right.as_str()?)),
+            _ => None,
+        },
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn message(changes: Value) -> String {
+        let mut json = json!({
+            "version": "1.0", "added_tokens": [], "normalizer": null, "pre_tokenizer": null, "post_processor": null,
+            "decoder": null,
+            "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2, "<s>": 3}, "merges": [["a", "b"]]}
+        });
+        for (at, value) in changes.as_object().unwrap() {
+            *json.pointer_mut(at).unwrap() = value.clone();
+        }
+        match parse(json.to_string().as_bytes(), &json) {
+            Ok(_) => String::new(),
+            Err(cause) => cause.to_string(),
+        }
+    }
+
+    #[test]
+    fn contradictions_are_named_before_the_crate_meets_them() {
+        let template = |kind: &str, piece: Value| {
+            json!({"type": "TemplateProcessing", "single": [], "pair": [], kind: [piece],
+                "special_tokens": {"<s>": {"id": "<s>", "ids": [3], "tokens": ["<s>"]}}})
+        };
+        let named = |id: &str| json!({"SpecialToken": {"id": id, "type_id": 0}});
+        let second = json!({"Sequence": {"id": "B", "type_id": 0}});
+        assert_eq!(message(json!({})), "");
+        assert_eq!(message(json!({"/post_processor": template("single", named("<s>"))})), "");
+        assert_eq!(message(json!({"/post_processor": template("pair", second.clone())})), "");
+        let sequence = |part: Value| json!({"type": "Sequence", "processors": [part]});
+        for (changes, wanted) in [
+            (json!({"/post_processor": template("single", named("<t>"))}), "uses \"<t>\", which is missing"),
+            (json!({"/post_processor": sequence(template("pair", named("<t>")))}), "uses \"<t>\", which"),
+            (json!({"/post_processor": template("single", second)}), "uses a second one"),
+            (json!({"/pre_tokenizer": {"type": "FixedLength", "length": 0}}), "length 0"),
+            (json!({"/model/merges": [["ab", "ab"]]}), "makes \"abab\", which is no token"),
+            (json!({"/model/merges": ["a a"]}), "makes \"aa\", which is no token"),
+        ] {
+            let message = message(changes.clone());
+            assert!(message.contains(wanted), "{changes}: {message}");
+        }
+        let mut prefixed = json!({"/model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]],
+            "continuing_subword_prefix": "##"}});
+        assert!(message(prefixed.clone()).contains("continuing_subword_prefix is \"##\""));
+        prefixed["/model"]["vocab"] = json!({"a": 0, "##b": 1, "ab": 2});
+        prefixed["/model"]["merges"] = json!([["a", "##b"]]);
+        assert_eq!(message(prefixed), "");
+    }
+}

@@ -1,0 +1,290 @@
+//! Export of a dense model as a GGUF file.
+
+use std::fmt;
+use std::path::Path;
+use std::str::FromStr;
+
+use super::arch::Arch;
+use super::blocks::encode_q8_0;
+use super::config::ARCHITECTURE_KEY;
+use super::keys;
+use super::names::{interleaved, rotated};
+use super::types::TensorType;
+use super::value::Value;
+use super::vocab::Files;
+use super::write::{Declared, GgufWriter};
+use crate::checkpoint::{
+    Change, Checkpoint, Dtype, Meter, Progress, TensorSource, check_llama_tensors, decode, encode,
+    is_too_large, open_model, tensor_names,
+};
+use crate::config::{CONFIG_FILE, Config};
+use crate::error::{Error, Result, shown};
+
+/// Version of the quantisation formats.
+const QUANTIZATION_VERSION: u64 = 2;
+/// Elements of a block of Q8_0.
+const BLOCK: usize = 32;
+
+/// Encoding of the matrices of an exported file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GgufType {
+    /// F32, F16 or BF16.
+    Float(Dtype),
+    /// Eight bits with a scale for every 32 elements.
+    Q8_0,
+}
+
+impl GgufType {
+    /// Returns the type of a matrix with rows of `cols` elements.
+    fn of_matrix(self, cols: usize) -> TensorType {
+        match self {
+            GgufType::Float(Dtype::F32) => TensorType::F32,
+            GgufType::Float(Dtype::BF16) => TensorType::BF16,
+            GgufType::Q8_0 if cols.is_multiple_of(BLOCK) => TensorType::Q8_0,
+            _ => TensorType::F16,
+        }
+    }
+
+    /// Returns the number of the type of a file.
+    fn file_type(self) -> u64 {
+        match self {
+            GgufType::Float(Dtype::F32) => 0,
+            GgufType::Float(Dtype::BF16) => 32,
+            GgufType::Float(_) => 1,
+            GgufType::Q8_0 => 7,
+        }
+    }
+}
+
+/// Summary of an exported file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GgufReport {
+    /// Tensors written.
+    pub tensors: usize,
+    /// Bytes of all tensors.
+    pub bytes: u64,
+}
+
+impl fmt::Display for GgufType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            GgufType::Float(dtype) => write!(f, "{dtype}"),
+            GgufType::Q8_0 => f.write_str("Q8_0"),
+        }
+    }
+}
+
+impl FromStr for GgufType {
+    type Err = Error;
+
+    /// Parses `q8_0` and the types that weights are written as, in any case.
+    fn from_str(s: &str) -> Result<GgufType> {
+        match s.to_ascii_lowercase().as_str() {
+            "q8_0" => Ok(GgufType::Q8_0),
+            float => float.parse().map(GgufType::Float),
+        }
+    }
+}
+
+/// Exports the dense model in `model` to the GGUF file `out`, which appears when it is complete. Matrices are written
+/// as `kind`, or as they are; norms and biases as F32.
+///
+/// # Errors
+/// `model` cannot be read, has experts or layers of different shapes, is of a family or has a tokenizer that GGUF
+/// cannot state; a weight is too large for `kind`; `out` is there and `force` is not set; the file system refuses.
+pub fn export_gguf(
+    model: &Path,
+    out: &Path,
+    kind: Option<GgufType>,
+    force: bool,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<GgufReport> {
+    let config = Config::load(model)?;
+    let arch = check(model, &config)?;
+    let checkpoint = open_model(model, &config)?;
+    let names = check_llama_tensors(&config, &checkpoint)?;
+    let kind = match kind {
+        Some(kind) => kind,
+        None => stored_kind(&config, &checkpoint)?,
+    };
+    let mut metadata = vec![
+        (ARCHITECTURE_KEY.to_owned(), Value::Text(arch.name.to_owned())),
+        ("general.type".to_owned(), Value::Text("model".to_owned())),
+        ("general.name".to_owned(), Value::Text(model_name(model))),
+        ("general.file_type".to_owned(), Value::Unsigned(kind.file_type())),
+        ("general.quantization_version".to_owned(), Value::Unsigned(QUANTIZATION_VERSION)),
+    ];
+    let (own, ropes) = keys::of_config(&model.join(CONFIG_FILE), &config, arch)?;
+    metadata.extend(own.into_iter().map(|(key, value)| (format!("{}.{key}", arch.name), value)));
+    metadata.extend(Files::read(model)?.metadata(&config)?);
+    let made = tensors(model, &config, arch, kind)?;
+    let mut declared: Vec<Declared> = made.iter().map(|made| made.tensor.clone()).collect();
+    declared.extend(ropes.iter().map(|(name, values)| Declared {
+        name: (*name).to_owned(),
+        kind: TensorType::F32,
+        shape: vec![values.len()],
+    }));
+    let report = GgufReport { tensors: declared.len(), bytes: declared.iter().map(Declared::len).sum() };
+    if checkpoint.files().any(|file| is_same(file, out)) {
+        return Err(Error::path(out, "is the model that is read", "choose another {out}"));
+    }
+    let mut writer = GgufWriter::create(out, &metadata, &declared, force)?;
+    let mut copy =
+        Copy { arch, config: &config, checkpoint: &checkpoint, source: TensorSource::new(&checkpoint) };
+    let mut meter = Meter::new(report.bytes, progress);
+    for Made { tensor, sources } in &made {
+        for name in sources {
+            copy.tensor(names.stored_name(name), tensor, &mut |bytes| {
+                meter.add(bytes.len());
+                writer.write(bytes)
+            })?;
+        }
+        writer.end(tensor)?;
+    }
+    for ((_, values), tensor) in ropes.iter().zip(&declared[made.len()..]) {
+        writer.write(&values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>())?;
+        writer.end(tensor)?;
+    }
+    writer.commit()?;
+    Ok(report)
+}
+
+fn is_same(a: &Path, b: &Path) -> bool {
+    matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b)
+}
+
+fn model_name(model: &Path) -> String {
+    let name = model.canonicalize().ok();
+    let name = name.as_deref().unwrap_or(model).file_stem();
+    name.map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned())
+}
+
+/// Refuses a model that llama.cpp has no graph for.
+fn check(model: &Path, config: &Config) -> Result<&'static Arch> {
+    let path = model.join(CONFIG_FILE);
+    let fail =
+        |field: &str, problem: String, help: &'static str| Err(Error::field(&path, field, problem, help));
+    if config.moe.is_some() {
+        let problem = "is present: llama.cpp has no graph for gated experts".to_owned();
+        return fail("dsmoe", problem, "export the model as dense first, and that as GGUF");
+    }
+    if let Some(spec) = &config.ffn {
+        let problem = format!("is {:?}, for which llama.cpp has no graph", spec.kind());
+        return fail("ffn.type", problem, "export it as native");
+    }
+    if !config.is_even() {
+        let problem = "differs from layer to layer, for which GGUF has no keys".to_owned();
+        return fail("layer_shapes", problem, "export it as native");
+    }
+    match Arch::of_model_type(config.model_type()) {
+        Some(arch) => Ok(arch),
+        None => {
+            let problem = format!("is {:?}, which is not written as GGUF", shown(config.model_type()));
+            fail("model_type", problem, "export it as native")
+        }
+    }
+}
+
+/// Returns the type of the stored matrices.
+fn stored_kind(config: &Config, checkpoint: &Checkpoint) -> Result<GgufType> {
+    let matrix = tensor_names(config).find(|(_, shape)| shape.len() > 1 && shape[0] != config.vocab_size);
+    let dtype = match matrix {
+        Some((name, _)) => checkpoint.need_float(&name)?.dtype,
+        None => Dtype::F32,
+    };
+    Ok(GgufType::Float(if dtype == Dtype::F64 { Dtype::F32 } else { dtype }))
+}
+
+/// A tensor of the file, and the tensors of the model that it is made of, one above the other.
+struct Made {
+    tensor: Declared,
+    sources: Vec<String>,
+}
+
+/// Returns the tensors of the file.
+fn tensors(model: &Path, config: &Config, arch: &Arch, kind: GgufType) -> Result<Vec<Made>> {
+    let mut made: Vec<Made> = Vec::new();
+    for (name, shape) in tensor_names(config) {
+        let gguf = arch.gguf_name(&arch.joined(&name)).ok_or_else(|| {
+            Error::tensor(model, &name, "has no name in GGUF", "export the model as native")
+        })?;
+        if let Some(last) = made.last_mut().filter(|last| last.tensor.name == gguf) {
+            last.tensor.shape[0] += shape[0];
+            last.sources.push(name);
+            continue;
+        }
+        let of_matrix = |cols: &usize| kind.of_matrix(*cols);
+        let kind = shape.last().filter(|_| shape.len() > 1).map_or(TensorType::F32, of_matrix);
+        made.push(Made { tensor: Declared { name: gguf, kind, shape }, sources: vec![name] });
+    }
+    Ok(made)
+}
+
+/// Copies tensors in the order and the types of the file.
+struct Copy<'a> {
+    arch: &'static Arch,
+    config: &'a Config,
+    checkpoint: &'a Checkpoint,
+    source: TensorSource<'a>,
+}
+
+impl Copy<'_> {
+    /// Gives the data of the tensor stored as `name` to `sink`.
+    fn tensor(
+        &mut self,
+        name: &str,
+        tensor: &Declared,
+        sink: &mut dyn FnMut(&[u8]) -> Result<()>,
+    ) -> Result<()> {
+        let view = self.checkpoint.need_float(name)?;
+        let dtype = view.dtype;
+        let order = self.order(name, view.shape[0]);
+        let change = match &order {
+            None => Change::None,
+            Some(order) if tensor.shape.len() == 1 => Change::Cols(order),
+            Some(order) => Change::Rows(order),
+        };
+        let plus_one = self.arch.norm_plus_one && name.ends_with("norm.weight");
+        let path = self.checkpoint.files().nth(view.file).unwrap_or(self.checkpoint.path());
+        let (mut values, mut out) = (Vec::new(), Vec::new());
+        self.source.stream(name, change, |bytes| {
+            values.resize(bytes.len() / dtype.size(), 0.0);
+            decode(&mut values, bytes, dtype);
+            if plus_one {
+                values.iter_mut().for_each(|value| *value += 1.0);
+            }
+            pack(&mut out, &values, tensor.kind).map_err(|value| {
+                let problem = format!("holds {value}, which {} cannot store", tensor.kind);
+                Error::tensor(path, name, problem, "set {dtype} to bf16 or f32")
+            })?;
+            sink(&out)
+        })
+    }
+
+    /// Returns for every stored row its row in Hugging Face's order, where they differ.
+    fn order(&self, name: &str, rows: usize) -> Option<Vec<u32>> {
+        rotated(name).filter(|_| self.arch.interleaved)?;
+        let mut order = vec![0; rows];
+        for (row, stored) in interleaved(self.config.head_dim, rows).enumerate() {
+            order[stored] = row as u32;
+        }
+        Some(order)
+    }
+}
+
+/// Sets `out` to `values` as `kind`; on failure, returns the value that is too large.
+fn pack(out: &mut Vec<u8>, values: &[f32], kind: TensorType) -> std::result::Result<(), f32> {
+    out.clear();
+    let dtype = match kind {
+        TensorType::Q8_0 => return encode_q8_0(out, values),
+        TensorType::F16 => Dtype::F16,
+        TensorType::BF16 => Dtype::BF16,
+        _ => Dtype::F32,
+    };
+    if let Some(value) = is_too_large(values, dtype) {
+        return Err(value);
+    }
+    out.resize(values.len() * dtype.size(), 0);
+    encode(out, values, dtype);
+    Ok(())
+}

@@ -1,0 +1,283 @@
+//! Exported files: read back to the same model, and what has no form in GGUF.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use dsmoe_core::checkpoint::{
+    Checkpoint, Dtype, TensorInfo, Writer, check_llama_tensors, open_model, tensor_names,
+};
+use dsmoe_core::config::Config;
+use dsmoe_core::convert::{ConvertOptions, convert};
+use dsmoe_core::export::{ExportAs, ExportOptions, export};
+use dsmoe_core::gguf::{Container, GgufType, export_gguf};
+use dsmoe_core::init::{InitOptions, init};
+
+use super::{close, read};
+use crate::support::small_config;
+use dsmoe_kernels::testing::{refused, shared};
+
+/// Models of the zoo that llama.cpp has no graph for: windows in other layers than its own, another attention scale, and
+/// RoPE that GGUF cannot state.
+const REFUSED: [&str; 16] = [
+    "gemma2",
+    "gemma3-v5",
+    "gemma3",
+    "mistral-v5",
+    "mistral-window",
+    "olmo3-yarn",
+    "olmo3",
+    "phi3-longrope-short",
+    "phi3-window",
+    "qwen2-v5",
+    "qwen2-window",
+    "rope-dynamic-v4",
+    "rope-dynamic-v5",
+    "rope-longrope",
+    "rope-yarn-mscale-v5",
+    "smollm3-v5",
+];
+
+fn quiet<T>(_: T) {}
+
+fn write(model: &Path, out: &Path, kind: Option<GgufType>) -> dsmoe_core::Result<()> {
+    export_gguf(model, out, kind, false, &mut quiet).map(|_| ())
+}
+
+/// The largest difference of two models' tensors, relative to the largest value of each.
+fn difference(config: &Config, a: &Checkpoint, b: &Checkpoint) -> f32 {
+    let (of_a, of_b) = (check_llama_tensors(config, a).unwrap(), check_llama_tensors(config, b).unwrap());
+    let worst = |(name, _): (String, Vec<usize>)| {
+        let (a, b) = (read(a, of_a.stored_name(&name)), read(b, of_b.stored_name(&name)));
+        let largest = a.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+        a.iter().zip(&b).fold(0.0f32, |m, (a, b)| m.max((a - b).abs() / largest))
+    };
+    tensor_names(config).map(worst).fold(0.0, f32::max)
+}
+
+#[test]
+fn a_model_reads_back_as_it_was() {
+    let Some(shared) = shared("gguf", "golden/gguf") else { return };
+    let work = tempfile::tempdir().unwrap();
+    for name in ["stories-260k", "tinystories-656k"] {
+        let model = shared.join("models").join(name);
+        let (config, checkpoint) = (Config::load(&model).unwrap(), Checkpoint::open(&model).unwrap());
+        for (kind, tolerance) in [
+            (None, 0.0),
+            (Some(GgufType::Float(Dtype::F16)), 5e-4),
+            (Some(GgufType::Float(Dtype::BF16)), 4e-3),
+            (Some(GgufType::Q8_0), 4.5e-3),
+        ] {
+            let out = work.path().join(format!("{name}-{kind:?}.gguf"));
+            write(&model, &out, kind).unwrap();
+            let worst = difference(&config, &checkpoint, &Checkpoint::open(&out).unwrap());
+            assert!(worst <= tolerance, "{name} as {kind:?}: {worst}");
+            let again = Config::load(&out).unwrap();
+            assert_eq!(
+                (again.hidden, again.intermediate, again.num_layers, again.num_heads, again.num_kv_heads),
+                (
+                    config.hidden,
+                    config.intermediate,
+                    config.num_layers,
+                    config.num_heads,
+                    config.num_kv_heads
+                )
+            );
+            assert_eq!(
+                (
+                    again.rms_norm_eps,
+                    again.architecture.ropes[0].theta,
+                    again.max_position,
+                    again.tie_word_embeddings
+                ),
+                (
+                    config.rms_norm_eps,
+                    config.architecture.ropes[0].theta,
+                    config.max_position,
+                    config.tie_word_embeddings
+                )
+            );
+            assert_eq!(
+                (again.bos_token_id, &again.eos_token_ids),
+                (config.bos_token_id, &config.eos_token_ids)
+            );
+        }
+        refused(write(&model, &work.path().join(format!("{name}-None.gguf")), None), &["exists already"]);
+    }
+}
+
+/// The golden file was written by another program.
+#[test]
+fn data_are_those_of_the_reference() {
+    let Some(shared) = shared("gguf", "golden/gguf") else { return };
+    let work = tempfile::tempdir().unwrap();
+    let model = zoo(&shared, "llama", work.path());
+    for (kind, golden) in [
+        (GgufType::Float(Dtype::F32), "llama-F32"),
+        (GgufType::Float(Dtype::F16), "llama-F16"),
+        (GgufType::Float(Dtype::BF16), "llama-BF16"),
+        (GgufType::Q8_0, "llama-Q8_0"),
+    ] {
+        let (found, expected) = (work.path().join(golden), shared.join(format!("golden/gguf/{golden}.gguf")));
+        write(&model, &found, Some(kind)).unwrap();
+        assert_eq!(stored(&found), stored(&expected), "{golden}");
+        let metadata = |path: &Path| Container::open(path).unwrap().metadata;
+        let (found, expected) = (metadata(&found), metadata(&expected));
+        for (key, value) in &expected {
+            // Scores are ranks; those of tokens that no merge makes are free.
+            if !key.ends_with("scores") && !key.ends_with(".name") {
+                assert_eq!(found.get(key), Some(value), "{golden}: {key}");
+            }
+        }
+    }
+}
+
+/// Every family, in every form of RoPE that llama.cpp has.
+#[test]
+fn families_read_back_as_they_were() {
+    let Some(shared) = shared("gguf", "golden/zoo") else { return };
+    let work = tempfile::tempdir().unwrap();
+    let (mut written, mut refused) = (Vec::new(), Vec::new());
+    for entry in fs::read_dir(shared.join("golden/zoo")).unwrap().flatten() {
+        let case = entry.file_name().into_string().unwrap();
+        if !entry.path().join("golden.json").exists() {
+            continue;
+        }
+        let model = zoo(&shared, &case, work.path());
+        let out = work.path().join(format!("{case}.gguf"));
+        match write(&model, &out, Some(GgufType::Float(Dtype::F32))) {
+            Ok(()) => {
+                let (config, again) = (Config::load(&model).unwrap(), Config::load(&out).unwrap());
+                close(&case, &config, &again);
+                let (a, b) = (open_model(&model, &config).unwrap(), open_model(&out, &again).unwrap());
+                let worst = difference(&config, &a, &b);
+                // 1 is added to Gemma's norms and taken off again.
+                assert!(worst < 1e-7, "{case}: {worst}");
+                written.push(case);
+            }
+            Err(error) => refused.push(format!("{case}: {error}")),
+        }
+    }
+    refused.sort();
+    let names: Vec<&str> = refused.iter().filter_map(|line| Some(line.split_once(':')?.0)).collect();
+    assert_eq!(names, REFUSED, "{refused:#?}");
+    assert_eq!(written.len() + refused.len(), 43, "{written:?}");
+}
+
+/// A file that another program wrote is written again: the same tensors, and a configuration of the same model.
+#[test]
+fn a_file_is_written_again_as_it_was() {
+    let Some(shared) = shared("gguf", "golden/gguf") else { return };
+    let work = tempfile::tempdir().unwrap();
+    for name in ["llama-bias-F16", "mistral-F16", "qwen2-Q8_0", "qwen3-F16", "gemma2-F16", "gemma3-F16"] {
+        let source = shared.join(format!("golden/gguf/{name}.gguf"));
+        let out = work.path().join(name);
+        let kind = name.rsplit_once('-').unwrap().1.parse().unwrap();
+        write(&source, &out, Some(kind)).unwrap();
+        close(name, &Config::load(&source).unwrap(), &Config::load(&out).unwrap());
+        let names = |path: &Path| stored(path).into_iter().map(|(name, kind, shape, _)| (name, kind, shape));
+        assert!(names(&out).eq(names(&source)), "{name}");
+        // Norms of Gemma are stored with 1 added, and Q8_0 is rounded again.
+        if !name.starts_with("gemma") && !name.ends_with("Q8_0") {
+            assert_eq!(stored(&out), stored(&source), "{name}");
+        }
+    }
+}
+
+/// Copies a model of the zoo; a link is stored as a file that holds its target.
+fn zoo(shared: &Path, case: &str, work: &Path) -> PathBuf {
+    let (from, to) = (shared.join("golden/zoo").join(case), work.join(case));
+    fs::create_dir(&to).unwrap();
+    for name in ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"] {
+        let bytes = fs::read(from.join(name)).unwrap();
+        let link = std::str::from_utf8(&bytes).ok().filter(|text| text.starts_with("../"));
+        let source = link.map_or_else(|| from.join(name), |link| from.join(link.trim()));
+        fs::copy(source, to.join(name)).unwrap();
+    }
+    to
+}
+
+/// Names, types, shapes and bytes of a file's tensors.
+fn stored(path: &Path) -> Vec<(String, String, Vec<usize>, Vec<u8>)> {
+    let bytes = fs::read(path).unwrap();
+    let mut tensors: Vec<_> = Container::open(path)
+        .unwrap()
+        .tensors
+        .into_iter()
+        .map(|tensor| {
+            let layout = tensor.kind.layout().unwrap();
+            let len = tensor.numel() as usize / layout.elements * layout.bytes;
+            let data = bytes[tensor.offset as usize..][..len].to_vec();
+            (tensor.name, tensor.kind.to_string(), tensor.shape, data)
+        })
+        .collect();
+    tensors.sort();
+    tensors
+}
+
+/// A small dense model with the tokenizer of a real one.
+fn fixture(work: &Path, tokenizer: &Path) -> PathBuf {
+    let model = work.join("model");
+    init(&small_config(), &model, &InitOptions::default(), &mut quiet).unwrap();
+    if tokenizer.is_file() {
+        fs::copy(tokenizer, model.join("tokenizer.json")).unwrap();
+    }
+    model
+}
+
+#[test]
+fn what_has_no_form_is_refused_by_name() {
+    let work = tempfile::tempdir().unwrap();
+    let model = fixture(work.path(), Path::new("none"));
+    let out = work.path().join("out.gguf");
+    refused(write(&model, &out, None), &["tokenizer.json: is missing", "a GGUF file needs one"]);
+    fs::write(model.join("tokenizer.json"), r#"{"model": {"type": "Unigram"}}"#).unwrap();
+    refused(write(&model, &out, None), &["tokenizer.json: model.type is \"Unigram\" and not supported"]);
+    let bytes = r#"{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "pre_tokenizer": {"type": "Whitespace"}}"#;
+    fs::write(model.join("tokenizer.json"), bytes).unwrap();
+    refused(
+        write(&model, &out, None),
+        &["pre_tokenizer is {\"type\":\"Whitespace\"}, which has no name in GGUF"],
+    );
+    let large = r#"{"model": {"type": "BPE", "vocab": {"a": 20}, "merges": []}}"#;
+    fs::write(model.join("tokenizer.json"), large).unwrap();
+    refused(write(&model, &out, None), &["model.vocab has \"a\" as token 20 and the model has 20"]);
+
+    let sparse = work.path().join("sparse");
+    convert(&model, &sparse, &ConvertOptions::new(2), &mut quiet).unwrap();
+    refused(
+        write(&sparse, &out, None),
+        &["config.json: dsmoe is present", "export the model as dense first"],
+    );
+    assert!(!out.exists());
+    let left: Vec<_> = fs::read_dir(work.path()).unwrap().flatten().map(|entry| entry.file_name()).collect();
+    assert_eq!(left.len(), 2, "{left:?}");
+}
+
+#[test]
+fn a_value_beyond_f16_is_refused_by_every_writer() {
+    let work = tempfile::tempdir().unwrap();
+    let model = fixture(work.path(), Path::new("none"));
+    let bytes = r#"{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "pre_tokenizer":
+        {"type": "ByteLevel", "add_prefix_space": false}}"#;
+    fs::write(model.join("tokenizer.json"), bytes).unwrap();
+    let checkpoint = Checkpoint::open(&model).unwrap();
+    let name = "model.layers.1.mlp.down_proj.weight";
+    let (offset, len) =
+        checkpoint.tensor(name).map(|view| (view.offset as usize, view.len as usize)).unwrap();
+    let path = model.join("model.safetensors");
+    let mut file = fs::read(&path).unwrap();
+    file[offset + len - 4..offset + len].copy_from_slice(&(-65520f32).to_le_bytes());
+    fs::write(&path, file).unwrap();
+    let says = [name, "holds -65520, which F16 cannot store", "dtype to bf16 or f32"];
+    let out = work.path().join("out");
+    refused(write(&model, &out, Some(GgufType::Float(Dtype::F16))), &says);
+    let half = ExportOptions { dtype: Some(Dtype::F16), ..ExportOptions::new(ExportAs::Native) };
+    refused(export(&model, &out, &half, &mut quiet), &says);
+    assert!(!out.exists());
+    let infos = vec![TensorInfo { name: "t".into(), dtype: Dtype::F16, shape: vec![2] }];
+    let mut writer = Writer::create_file(&work.path().join("t.safetensors"), infos).unwrap();
+    refused(writer.write_f32("t", &[1.0, 1e6]), &["tensor t holds 1000000, which F16 cannot store"]);
+    refused(write(&model, work.path(), Some(GgufType::Float(Dtype::BF16))), &["is a directory"]);
+    // Values up to the largest are written, and infinities as they are.
+    write(&model, &out, Some(GgufType::Float(Dtype::BF16))).unwrap();
+}
