@@ -61,7 +61,12 @@ fn streamed_rows_are_those_of_the_whole_tensor() {
     let order: Vec<u32> = (0..64).rev().collect();
     let mut reversed = Vec::new();
     let mut source = TensorSource::new(&checkpoint);
-    source.stream(name, Change::Rows(&order), |bytes| Ok(reversed.extend_from_slice(bytes))).unwrap();
+    source
+        .stream(name, Change::Rows(&order), |bytes| {
+            reversed.extend_from_slice(bytes);
+            Ok(())
+        })
+        .unwrap();
     let expected: Vec<u8> = whole.chunks(row).rev().flatten().copied().collect();
     assert_eq!(reversed, expected);
 }
