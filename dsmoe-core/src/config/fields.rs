@@ -10,6 +10,11 @@ use crate::remedy::Remedy;
 /// The largest width, vocabulary or number of positions believed.
 pub(super) const LARGEST_DIMENSION: u64 = 1 << 24;
 
+/// Returns whether `x` is positive, and neither infinite nor 0 in f32, in which the passes compute.
+fn is_positive(x: f64) -> bool {
+    (f64::from(f32::MIN_POSITIVE)..=f64::from(f32::MAX)).contains(&x)
+}
+
 /// Access to one JSON object, with errors that name file and key.
 #[derive(Clone, Copy)]
 pub(crate) struct Fields<'a> {
@@ -55,8 +60,8 @@ impl<'a> Fields<'a> {
     pub(crate) fn positive(&self, key: &str) -> Result<Option<f64>> {
         let Some(value) = self.get(key) else { return Ok(None) };
         match value.as_f64() {
-            Some(x) if x > 0.0 && x.is_finite() => Ok(Some(x)),
-            _ => Err(self.is_not(key, value, "use a positive number")),
+            Some(x) if is_positive(x) => Ok(Some(x)),
+            _ => Err(self.is_not(key, value, "use a positive number that f32 can hold")),
         }
     }
 
@@ -103,7 +108,7 @@ impl<'a> Fields<'a> {
     pub(crate) fn not_negative(&self, key: &str) -> Result<Option<f64>> {
         let Some(value) = self.get(key) else { return Ok(None) };
         match value.as_f64() {
-            Some(x) if x >= 0.0 && x.is_finite() => Ok(Some(x)),
+            Some(x) if x == 0.0 || is_positive(x) => Ok(Some(x)),
             _ => Err(self.is_not(key, value, "use a number of at least 0")),
         }
     }
@@ -111,7 +116,7 @@ impl<'a> Fields<'a> {
     /// Reads a list of positive numbers.
     pub(crate) fn positives(&self, key: &str) -> Result<Option<Vec<f64>>> {
         let Some(value) = self.get(key) else { return Ok(None) };
-        let positive = |value: &Value| value.as_f64().filter(|x| *x > 0.0 && x.is_finite());
+        let positive = |value: &Value| value.as_f64().filter(|&x| is_positive(x));
         let list = value.as_array().and_then(|list| list.iter().map(positive).collect());
         list.map(Some).ok_or_else(|| self.is_not(key, value, "use a list of positive numbers"))
     }

@@ -358,9 +358,13 @@ impl Config {
             wide(self.hidden) * (2 * wide(self.head_dim) * heads + 3 * wide(layer.intermediate))
         };
         let total = self.layers().map(layer).sum::<u128>() + 2 * wide(self.vocab_size) * wide(self.hidden);
-        if wide(self.num_heads) * wide(self.head_dim) > u128::from(fields::LARGEST_DIMENSION)
-            || total > LARGEST_MODEL
-        {
+        let width = wide(self.num_heads) * wide(self.head_dim);
+        if width > u128::from(fields::LARGEST_DIMENSION) {
+            let problem =
+                format!("is {} and gives {} heads a width of {width}", self.head_dim, self.num_heads);
+            return Err(fields.wrong("head_dim", problem, "correct head_dim or num_attention_heads"));
+        }
+        if total > LARGEST_MODEL {
             let problem = format!("and the other sizes make a model of {total} parameters");
             return Err(fields.wrong("hidden_size", problem, "correct the sizes"));
         }

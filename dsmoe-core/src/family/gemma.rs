@@ -96,7 +96,7 @@ fn gemma3(architecture: &mut Architecture, fields: &Fields<'_>, sizes: Sizes) ->
         return Err(fields.wrong("attn_logit_softcapping", problem, "remove it"));
     }
     architecture.final_cap = cap(fields, "final_logit_softcapping", None)?;
-    let every = fields.count_or("sliding_window_pattern", 6)?.max(1);
+    let every = fields.dimension_or("sliding_window_pattern", 6)?;
     let sliding = sliding_layers(fields, sizes.num_layers, |i| !(i + 1).is_multiple_of(every))?;
     set_windows(architecture, window(fields, Some(4096))?, &sliding);
     set_ropes(architecture, &sliding);

@@ -38,7 +38,7 @@ fn switches(architecture: &mut Architecture, fields: &Fields<'_>, sizes: Sizes) 
 /// Returns which layers are rotated: `no_rope_layers` has 1 for those that are.
 fn rotated_layers(fields: &Fields<'_>, num_layers: usize) -> Result<Vec<bool>> {
     const KEY: &str = "no_rope_layers";
-    let every = fields.count_or("no_rope_layer_interval", 4)?.max(1);
+    let every = fields.dimension_or("no_rope_layer_interval", 4)?;
     let Some(value) = fields.get(KEY) else {
         return Ok((1..=num_layers).map(|i| !i.is_multiple_of(every)).collect());
     };

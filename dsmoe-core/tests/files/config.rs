@@ -151,7 +151,10 @@ fn config_with_wrong_sizes() {
         ("vocab_size", json!(16_777_217), &["vocab_size is 16777217", "use an integer"]),
         ("num_key_value_heads", json!(3), &["num_key_value_heads is 3", "divide"]),
         ("head_dim", json!(5), &["head_dim is 5", "use an even number"]),
+        ("head_dim", json!(16_777_216), &["head_dim is 16777216", "a width of", "num_attention_heads"]),
         ("rms_norm_eps", json!(0), &["rms_norm_eps is 0", "positive"]),
+        ("rms_norm_eps", json!(1e39), &["rms_norm_eps is 1e+39", "positive", "f32"]),
+        ("rms_norm_eps", json!(1e-46), &["rms_norm_eps is 1e-46", "positive", "f32"]),
     ]);
     let huge = || json!(16_000_000);
     let absurd = with(&[("hidden_size", huge()), ("intermediate_size", huge())]);
@@ -249,6 +252,10 @@ fn keys_of_a_family_that_are_wrong_are_named() {
             r#"{"hidden_activation": "gelu"}"#,
             ["hidden_activation is \"gelu\"", "gelu_pytorch_tanh"],
         ),
+        ("gemma2", r#"{"attn_logit_softcapping": 1e39}"#, ["attn_logit_softcapping is 1e+39", "f32"]),
+        ("gemma3_text", r#"{"sliding_window_pattern": 0}"#, ["sliding_window_pattern is 0", "from 1"]),
+        ("smollm3", r#"{"no_rope_layer_interval": 0}"#, ["no_rope_layer_interval is 0", "from 1"]),
+        ("granite", r#"{"embedding_multiplier": 1e300}"#, ["embedding_multiplier is 1e+300", "f32"]),
         ("granite", r#"{"logits_scaling": 0}"#, ["logits_scaling is 0", "positive"]),
         ("granite", r#"{"residual_multiplier": "x"}"#, ["residual_multiplier is \"x\"", "positive"]),
         ("olmo2", r#"{"attention_bias": 1}"#, ["attention_bias is 1", "true or false"]),
