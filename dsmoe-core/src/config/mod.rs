@@ -68,7 +68,7 @@ pub struct Config {
     pub tie_word_embeddings: bool,
     /// First token of a text.
     pub bos_token_id: Option<u32>,
-    /// Tokens that end a text; generation_config.json wins.
+    /// Tokens that end a text: those of config.json and of generation_config.json.
     pub eos_token_ids: Vec<u32>,
     /// Standard deviation of initial weights.
     pub initializer_range: f64,

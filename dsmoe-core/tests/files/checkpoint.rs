@@ -258,13 +258,13 @@ fn defaults_of_absent_keys() {
 }
 
 #[test]
-fn generation_config_wins() {
+fn tokens_that_end_a_text_are_those_of_both_files() {
     let work = tempfile::tempdir().unwrap();
     preset("tiny").unwrap().save(work.path()).unwrap();
     let path = work.path().join("generation_config.json");
     fs::write(&path, r#"{"eos_token_id": [3, 4], "bos_token_id": 9}"#).unwrap();
     let config = Config::load(work.path()).unwrap();
-    assert_eq!((config.bos_token_id, &config.eos_token_ids[..]), (Some(1), &[3, 4][..]));
+    assert_eq!((config.bos_token_id, &config.eos_token_ids[..]), (Some(1), &[2, 3, 4][..]));
     fs::write(&path, "{}").unwrap();
     assert_eq!(Config::load(work.path()).unwrap().eos_token_ids, [2]);
 }
