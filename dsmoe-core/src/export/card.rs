@@ -159,10 +159,7 @@ impl Card<'_> {
 
     fn usage(&self, remote: bool) -> String {
         if self.form == ExportAs::Native && remote {
-            let read = "dsmoe reads the directory: `dsmoe generate DIRECTORY --prompt TEXT`. ";
-            return format!(
-                "{read}For transformers, export it with `dsmoe export DIRECTORY --as hf --out OTHER`.\n"
-            );
+            return "dsmoe reads the directory. For transformers, export it in the form hf.\n".to_owned();
         }
         let trust = if remote { ", trust_remote_code=True" } else { "" };
         let hint = match remote {
