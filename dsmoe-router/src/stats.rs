@@ -11,17 +11,18 @@ pub struct RoutingStats {
     layers: Vec<LayerStats>,
     #[serde(skip)]
     trace: Option<Trace>,
+    /// `[layers][n]`: sums of the coefficients of each expert.
+    #[serde(skip)]
+    coefficients: Option<Vec<Vec<f64>>>,
 }
 
-/// Active experts of single tokens, and the factors of experts.
+/// Active experts of single tokens.
 #[derive(Clone, Debug, Default, PartialEq)]
 struct Trace {
     /// Count of each token, summed over layers.
     active: Vec<u32>,
     /// First token of the present batch.
     batch: usize,
-    /// `[layers][n]`: sums of the coefficients of each expert.
-    coefficients: Vec<Vec<f64>>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -59,32 +60,37 @@ impl RoutingStats {
     /// Makes statistics without tokens.
     pub fn new(num_layers: usize, num_experts: usize) -> RoutingStats {
         let layer = LayerStats { load: vec![0; num_experts], histogram: vec![0; num_experts + 1] };
-        RoutingStats { num_experts, layers: vec![layer; num_layers], trace: None }
+        RoutingStats { num_experts, layers: vec![layer; num_layers], trace: None, coefficients: None }
     }
 
-    /// Makes it keep the active experts of every token and the coefficients of every expert too. Batches must then
-    /// come layer by layer from the first, as a forward pass adds them.
+    /// Makes it keep the active experts of every token too. Batches must then come layer by layer from the first, as a
+    /// forward pass adds them.
     #[must_use]
     pub fn traced(mut self) -> RoutingStats {
-        self.trace = Some(self.new_trace());
+        self.trace = Some(Trace::default());
         self
     }
 
-    fn new_trace(&self) -> Trace {
-        let coefficients = vec![vec![0.0; self.num_experts]; self.layers.len()];
-        Trace { coefficients, ..Trace::default() }
+    /// Makes it sum the coefficients of every expert too.
+    #[must_use]
+    pub fn weighted(mut self) -> RoutingStats {
+        self.coefficients = Some(self.no_coefficients());
+        self
+    }
+
+    fn no_coefficients(&self) -> Vec<Vec<f64>> {
+        vec![vec![0.0; self.num_experts]; self.layers.len()]
     }
 
     /// Returns the mean coefficient of each expert over all tokens, 0 for those that did not run it,
-    /// `[layers][n]`; none unless [`RoutingStats::traced`], or without tokens. Routings that were counted elsewhere
-    /// ([`RoutingStats::add_counts`]) or merged have no coefficients.
+    /// `[layers][n]`; none unless [`RoutingStats::weighted`], without tokens, and once counts without coefficients were
+    /// added ([`RoutingStats::add_counts`], [`RoutingStats::merge`]).
     pub fn mean_coefficients(&self) -> Option<Vec<Vec<f64>>> {
-        let trace = self.trace.as_ref()?;
         let mean = |(sums, layer): (&Vec<f64>, &LayerStats)| {
             let tokens = layer.tokens();
             (tokens > 0).then(|| sums.iter().map(|sum| sum / tokens as f64).collect())
         };
-        trace.coefficients.iter().zip(&self.layers).map(mean).collect()
+        self.coefficients.as_ref()?.iter().zip(&self.layers).map(mean).collect()
     }
 
     /// Returns the active experts of each token, summed over layers, in the order in which they were added; empty
@@ -106,7 +112,9 @@ impl RoutingStats {
             }
             let batch = &mut trace.active[trace.batch..];
             batch.iter_mut().zip(routing.active_counts()).for_each(|(sum, count)| *sum += count as u32);
-            for (sum, slots) in trace.coefficients[layer].iter_mut().zip(routing.offsets.windows(2)) {
+        }
+        if let Some(sums) = &mut self.coefficients {
+            for (sum, slots) in sums[layer].iter_mut().zip(routing.offsets.windows(2)) {
                 let of_expert = &routing.coefficients[slots[0]..slots[1]];
                 *sum += of_expert.iter().map(|&coefficient| f64::from(coefficient)).sum::<f64>();
             }
@@ -131,6 +139,7 @@ impl RoutingStats {
     /// # Panics
     /// The counts are of another number of experts, or `layer` is not a layer.
     pub fn add_counts(&mut self, layer: usize, load: &[u64], histogram: &[u64]) {
+        self.coefficients = None;
         let layer = &mut self.layers[layer];
         let (wanted, found) = (layer.load.len(), (load.len(), histogram.len()));
         assert_eq!(found, (wanted, wanted + 1), "routing stats: loads and counts for {wanted} experts");
@@ -175,7 +184,10 @@ impl RoutingStats {
     /// Forgets all tokens.
     pub fn clear(&mut self) {
         if self.trace.is_some() {
-            self.trace = Some(self.new_trace());
+            self.trace = Some(Trace::default());
+        }
+        if self.coefficients.is_some() {
+            self.coefficients = Some(self.no_coefficients());
         }
         for layer in &mut self.layers {
             layer.load.fill(0);
@@ -292,7 +304,7 @@ mod tests {
     fn coefficients_are_means_over_all_tokens() {
         let mask = array![[true, false], [true, true], [false, false], [true, false]];
         let weighted = Routing::from_mask(mask.view(), |token, expert| (token + 10 * expert) as f32);
-        let mut stats = RoutingStats::new(1, 2).traced();
+        let mut stats = RoutingStats::new(1, 2).weighted();
         assert_eq!(stats.mean_coefficients(), None);
         stats.add(0, &weighted);
         stats.add(0, &weighted);
@@ -301,6 +313,8 @@ mod tests {
         stats.add(0, &routing(array![[true, false]]));
         assert_eq!(stats.mean_coefficients(), Some(vec![vec![1.0, 0.0]]));
         assert_eq!(RoutingStats::new(1, 2).mean_coefficients(), None);
+        stats.add_counts(0, &[1, 0], &[0, 1, 0]);
+        assert_eq!(stats.mean_coefficients(), None);
     }
 
     #[test]

@@ -225,7 +225,8 @@ fn measure(
 ) -> Result<EvalReport> {
     let started = Instant::now();
     let windows = eval_windows(ids.len(), options.seq, options.stride)?;
-    let mut stats = model.new_stats().map(|stats| if detail.is_some() { stats.traced() } else { stats });
+    let mut stats =
+        model.new_stats().map(|stats| if detail.is_some() { stats.traced().weighted() } else { stats });
     let mut workspace = Workspace::default();
     let (mut inputs, mut targets, mut losses) = (Vec::new(), Vec::new(), Vec::new());
     let (mut nll_sum, mut predicted, mut run, mut done) = (0.0f64, 0, 0, 0);
