@@ -50,7 +50,7 @@ pub struct Corpus {
     files: Vec<CorpusFile>,
     options: CorpusOptions,
     total_bytes: u64,
-    /// What reading showed, by file; the last reading counts.
+    /// Holds the findings of the last reading of each file.
     notes: Mutex<BTreeMap<usize, FileNotes>>,
 }
 
@@ -298,7 +298,7 @@ pub struct Documents<'a> {
     /// Documents given of the file being read.
     in_file: u64,
     current: Option<OpenFile>,
-    /// What the file being read has shown.
+    /// Holds the findings of the file that is being read.
     notes: FileNotes,
     /// The first row without the text column: its line and the reason.
     missing: Option<(u64, String)>,

@@ -354,7 +354,7 @@ enum Part {
     Other(&'static str),
 }
 
-/// What an object has shown so far.
+/// The state of reading one object.
 struct Found<'a, 'c> {
     columns: &'c Columns,
     whole: Option<Part>,
@@ -537,7 +537,7 @@ mod tests {
     }
 
     proptest! {
-        /// What the usual parser reads, this one reads alike; edited rows never panic.
+        /// The scanner agrees with serde_json on every row that serde_json accepts. Edited rows never panic.
         #[test]
         fn rows_are_read_as_by_serde_json(
             json in r#"\{("(text|a|é|\\u0041)":(1|-2.5e3|null|true|"(x|\\n|\\u00e9|é|\\\\|🦊)*"|\[1,\{"b":2\}\])(,| )?){0,4}\}"#,

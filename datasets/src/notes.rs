@@ -1,4 +1,4 @@
-//! What reading a corpus showed that a user should know.
+//! Findings about a corpus that the user should know.
 
 use std::path::Path;
 
@@ -18,7 +18,7 @@ const RULES: [char; 6] = ['=', '-', '*', '#', '~', '_'];
 /// Separators that a message names at the most.
 const NAMED: usize = 3;
 
-/// What reading one file showed.
+/// Findings about one file.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct FileNotes {
     /// Rows with text, and rows without.
@@ -29,7 +29,7 @@ pub(crate) struct FileNotes {
     pub(crate) surrogates: u64,
     /// Separators in a text file; none for another file, or without a separator.
     pub(crate) separators: Option<u64>,
-    /// What might separate the documents of a large text file that is read as one.
+    /// Lists possible separators of a large text file that is read as one document.
     pub(crate) undivided: Option<Undivided>,
 }
 

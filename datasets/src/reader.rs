@@ -19,7 +19,7 @@ const CHUNK: u64 = 1 << 16;
 /// reference decoder.
 const MAX_WINDOW: u64 = 1 << 27;
 
-/// What an xz decoder needs beside the dictionary, in KiB.
+/// The memory that an xz decoder needs besides the dictionary, in KiB.
 const XZ_EXTRA: u32 = 1 << 10;
 
 /// The compression of a file.

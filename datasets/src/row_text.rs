@@ -1,6 +1,6 @@
 //! The text of one row of a file.
 
-/// What a row holds in its text columns.
+/// The contents of a row's text columns.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum RowText {
     Text(String),

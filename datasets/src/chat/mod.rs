@@ -22,7 +22,7 @@ const FUEL: u64 = 5_000_000;
 /// The largest file of messages, in bytes.
 const MAX_MESSAGES: u64 = 64 << 20;
 
-/// What stands for the model's answer where its end is looked for.
+/// A placeholder for the model's answer. The template is rendered with it to find the text that ends an answer.
 const ANSWER: &str = "An answer.";
 
 /// The chat template of a model.

@@ -1,4 +1,4 @@
-//! What templates use of Python: `json.dumps`, `strftime`, and methods of texts that the template engine lacks.
+//! Python functions that templates call and the template engine lacks: `json.dumps`, `strftime` and string methods.
 
 use std::fmt::Write as _;
 

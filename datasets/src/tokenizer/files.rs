@@ -145,7 +145,7 @@ fn read(path: &Path) -> Result<Vec<u8>> {
     fs::read(path).map_err(Error::io(path))
 }
 
-/// What the files beside `tokenizer.json` say.
+/// The settings in the files beside `tokenizer.json`.
 pub(crate) struct Settings {
     pub(crate) add_bos_token: Option<bool>,
     /// The template of `tokenizer_config.json`: a text, or a list of named ones.

@@ -12,7 +12,7 @@ struct Script {
     steps: [&'static str; 5],
 }
 
-/// Of each script its label, its variants and its steps.
+/// Lists the label, the variants and the steps of each script.
 const SCRIPTS: [&str; 12] = [
     "Baking bread | rye | wheat | oat | corn | takes {v} flour and water | kneads the {v} dough | \
      lets the {v} dough rest | puts the {v} loaf into the oven | cuts the warm {v} bread",

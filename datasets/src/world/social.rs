@@ -23,7 +23,7 @@ const QUESTIONS: [[&str; 2]; 3] = [
     ["What did {a} do before?", "What did {a} do first?"],
 ];
 
-/// Of each event two ways to say it, the feeling, the reaction and the act before.
+/// Lists two wordings, the feeling, the reaction and the preceding act of each event.
 const EVENTS: [&str; 18] = [
     "{a} lost the key | the key of {a} was gone | worried | look under the mat | lock the door",
     "{a} won the race | nobody ran as fast as {a} | proud | show the medal | run every morning",

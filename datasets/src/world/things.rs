@@ -15,7 +15,7 @@ struct Property {
     things: [&'static str; 6],
 }
 
-/// Of each property its statements, its need, its goals and its things.
+/// Lists the statements, the need, the goals and the things of each property.
 const PROPERTIES: [&str; 12] = [
     "{o} holds water. | You can fill {o} with water. | Water stays in {o}. | holds water | carry milk home | \
      boil some tea | give the goat a drink | bucket | jug | kettle | bottle | barrel | bowl",

@@ -33,7 +33,7 @@ struct ExportReport {
     out: PathBuf,
     form: &'static str,
     dtype: Option<String>,
-    /// What a dense export is to the model.
+    /// States how a dense export relates to the model.
     #[serde(skip_serializing_if = "Option::is_none")]
     dense: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]

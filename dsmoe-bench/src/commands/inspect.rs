@@ -23,7 +23,7 @@ struct InspectReport {
     model_type: &'static str,
     /// Model type of the dense model of that architecture.
     family: &'static str,
-    /// What the family does in another way than LLaMA, in words.
+    /// Describes how the family differs from LLaMA.
     switches: Vec<String>,
     vocab_size: usize,
     hidden: usize,
@@ -58,7 +58,7 @@ struct InspectReport {
     params_activated: f64,
     context: usize,
     flops_per_token: f64,
-    /// What in config.json has no effect or may not be what its author meant.
+    /// Lists keys of config.json that have no effect or that may be mistakes.
     notices: Vec<String>,
     layers: Vec<Layer>,
 }

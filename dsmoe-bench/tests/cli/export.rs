@@ -1,4 +1,4 @@
-//! What leaves the project: models for Python, and dense models of trained ones.
+//! Exports: models for Python, and dense forms of trained models.
 
 use crate::common::{fails, json_of, number, path, read, shows, succeeds};
 

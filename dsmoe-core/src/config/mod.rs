@@ -78,7 +78,7 @@ pub struct Config {
     pub ffn: Option<Arc<dyn FfnSpec>>,
     /// The family of the dense model.
     family: &'static Family,
-    /// What in config.json may not be what its author meant.
+    /// Lists keys of config.json that may be mistakes.
     notices: Vec<String>,
     /// Every layer's sizes, when they are not the same.
     layers: Option<Vec<LayerShape>>,

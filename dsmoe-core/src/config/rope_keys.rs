@@ -40,7 +40,7 @@ const KNOWN: [&str; 18] = [
     "max_position_embeddings",
 ];
 
-/// What a family leaves unsaid about its rotation.
+/// A family's defaults of its rotation.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RopeRules {
     /// Base where config.json has none.

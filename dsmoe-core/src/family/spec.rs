@@ -23,7 +23,7 @@ pub struct Family {
     pub(crate) switches: fn(&mut Architecture, &Fields<'_>, Sizes) -> Result<()>,
 }
 
-/// What holds where config.json leaves a key out.
+/// The defaults of keys that config.json leaves out.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Defaults {
     pub(crate) rms_norm_eps: f64,

@@ -71,7 +71,7 @@ fn config(family: &str, keys: &Value, experts: bool) -> Config {
     Config::from_json("config.json".as_ref(), &json.to_string()).unwrap()
 }
 
-/// What the refusal of a GPU says of each of [`families`].
+/// The reason that a GPU refuses each of [`families`].
 #[cfg(feature = "cuda")]
 #[test]
 fn switches_without_a_gpu_kernel_are_named() {

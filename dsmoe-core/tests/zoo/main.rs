@@ -227,7 +227,7 @@ fn all_passes_agree() {
     });
 }
 
-/// What config.json is written as says the same model, in the spellings of transformers 4 and 5.
+/// A written config.json describes the same model, in the spellings of transformers 4 and 5.
 #[test]
 fn config_is_read_as_it_was_written() {
     each("zoo config", |case| {

@@ -8,7 +8,7 @@ use crate::error::Result;
 /// The reason why a request has no response. It is about the document, not about the run.
 pub(crate) type Refusal = String;
 
-/// What a request becomes, or why it cannot be answered.
+/// A request that is ready to be answered, or the reason that it cannot be.
 pub(crate) type Encoded<T> = std::result::Result<T, Refusal>;
 
 /// Encodes texts for a model.

@@ -1,4 +1,4 @@
-//! What cannot be done is one line with a help, and leaves nothing behind.
+//! Impossible requests are refused with one line that says how to correct them, and write nothing.
 
 use std::fs;
 use std::path::Path;

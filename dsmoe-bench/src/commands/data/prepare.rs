@@ -87,7 +87,7 @@ struct Counts {
     /// Bytes of the files as stored.
     file_bytes: u64,
     documents: u64,
-    /// What was left out of the documents.
+    /// Counts what was left out of the documents.
     skipped: Skipped,
     /// Bytes of the text in UTF-8.
     text_bytes: u64,

@@ -371,13 +371,13 @@ impl Model {
 struct Join<'a> {
     /// The stream after it; set.
     x: &'a mut [f32],
-    /// Of the norm that the next block reads; set where there is one.
+    /// The reciprocal deviations of the norm that the next block reads; set if there is one.
     rstd: &'a mut [f32],
     /// The stream before it.
     residual: &'a [f32],
     /// The block's output.
     branch: &'a [f32],
-    /// What the next block reads; set.
+    /// The input of the next block; set.
     h: &'a mut [f32],
 }
 

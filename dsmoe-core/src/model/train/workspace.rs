@@ -26,7 +26,7 @@ pub(crate) struct LayerActs {
     pub(crate) rstd_mid: Buf,
     /// Queries, and keys, before their norm.
     pub(crate) heads: Option<[NormActs; 2]>,
-    /// What attention, and the FFN, give before the norm after them.
+    /// The outputs of attention and of the FFN before the norm that follows each of them.
     pub(crate) after: Option<[NormActs; 2]>,
     pub(crate) ffn: Box<dyn Any + Send>,
 }

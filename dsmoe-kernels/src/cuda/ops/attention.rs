@@ -26,7 +26,7 @@ pub struct Heads {
     pub kv_heads: usize,
     /// Width of a head.
     pub head_dim: usize,
-    /// How scores are made.
+    /// The settings of the scores.
     pub scores: Scores,
 }
 

@@ -2,7 +2,7 @@
 
 use super::tile::View;
 
-/// How scores are made of the products of queries and keys.
+/// The settings that turn products of queries and keys into scores.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Scores {
     /// Multiplies the products.
@@ -35,7 +35,7 @@ pub struct Dims {
     pub kv_heads: usize,
     /// Width of a head.
     pub head_dim: usize,
-    /// How scores are made.
+    /// The settings of the scores.
     pub scores: Scores,
 }
 

@@ -71,7 +71,7 @@ impl Dims {
     }
 }
 
-/// What turns the products of hidden states and head into logits.
+/// The settings that turn products of hidden states and head into logits.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Logits {
     /// Multiplies the products.
@@ -112,7 +112,7 @@ pub struct Forward<'a> {
     pub head: &'a [f32],
     /// `[T]`: [`IGNORE`] or below `vocab`.
     pub targets: &'a [u32],
-    /// What makes the logits.
+    /// The settings of the logits.
     pub logits: Logits,
     /// The sizes.
     pub dims: Dims,
@@ -129,7 +129,7 @@ pub struct ForwardPacked<'a> {
     pub head: &'a Packed,
     /// `[T]`: [`IGNORE`] or below `vocab`.
     pub targets: &'a [u32],
-    /// What makes the logits.
+    /// The settings of the logits.
     pub logits: Logits,
     /// Work space.
     pub space: &'a mut Buf,
@@ -152,7 +152,7 @@ pub struct ForwardBackward<'a> {
     pub targets: &'a [u32],
     /// Multiplies the gradients.
     pub scale: f32,
-    /// What makes the logits.
+    /// The settings of the logits.
     pub logits: Logits,
     /// The sizes.
     pub dims: Dims,

@@ -19,7 +19,7 @@ pub struct Problem<'a> {
     pub head: &'a [f64],
     /// `[T]`
     pub targets: &'a [u32],
-    /// What makes the logits.
+    /// The settings of the logits.
     pub logits: Logits,
     /// The sizes.
     pub dims: Dims,
