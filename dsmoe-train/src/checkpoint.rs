@@ -27,6 +27,7 @@ use crate::config::TrainConfig;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::optim::AdamW;
+use crate::teacher::TeacherId;
 
 /// Version of `state.json` and of the header of `metrics.jsonl`.
 pub(crate) const FORMAT_VERSION: u32 = 1;
@@ -68,6 +69,9 @@ pub(crate) struct State {
     pub(crate) model_sha256: String,
     /// Hash of all token ids.
     pub(crate) data_sha256: String,
+    /// The teacher, if the run has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) teacher: Option<TeacherId>,
     /// The resolved configuration.
     pub(crate) config: TrainConfig,
 }
@@ -87,6 +91,11 @@ impl State {
         same("the starting model", short(&self.model_sha256), short(&now.model_sha256), help)?;
         let help = "give the data this run started with, or another {out}";
         same("the text", short(&self.data_sha256), short(&now.data_sha256), help)?;
+        let teacher = |state: &State| {
+            state.teacher.as_ref().map_or_else(|| "none".to_owned(), |teacher| short(&teacher.sha256))
+        };
+        let help = "give the teacher this run started with, or another {out}";
+        same("the teacher", teacher(self), teacher(now), help)?;
         let fields = |state: &State| match serde_json::to_value(&state.config) {
             Ok(Value::Object(fields)) => fields,
             _ => Map::new(),
@@ -253,6 +262,7 @@ mod tests {
             controller: Some(controller),
             model_sha256: "ab".repeat(32),
             data_sha256: "cd".repeat(32),
+            teacher: Some(TeacherId { path: "dense".into(), sha256: "ef".repeat(32) }),
             config: config.resolve().unwrap(),
         }
     }
@@ -270,7 +280,7 @@ mod tests {
         let read = written(&text).unwrap();
         assert_eq!(read.controller, state.controller);
         assert_eq!(read.sparsity_weight.to_bits(), state.sparsity_weight.to_bits());
-        assert_eq!(read.config, state.config);
+        assert_eq!((&read.config, &read.teacher), (&state.config, &state.teacher));
         for (from, to, wanted) in [
             ("\"format_version\": 1", "\"format_version\": 2", "format_version"),
             ("\"step\": 2", "\"step\": 3", "disagree"),

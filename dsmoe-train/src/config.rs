@@ -20,6 +20,8 @@ const MAX_RUN_TOKENS: u64 = 1 << 53;
 const WARMUP_STEPS: u64 = 100;
 /// The paper's coefficient of the sparsity loss.
 const PAPER_SPARSITY: f64 = 1.0;
+/// Weight of a teacher's divergence: the text's own loss keeps a tenth, since a distribution tells more than one token.
+pub(crate) const TEACHER_WEIGHT: f64 = 0.9;
 
 dsmoe_core::with_defaults! {
     /// The settings of a run, apart from the model and the text. Unknown keys are errors.
@@ -64,6 +66,9 @@ dsmoe_core::with_defaults! {
         /// Share of experts to be active, mean over tokens and layers, held by the budget controller. Excludes
         /// `sparsity`.
         pub active_target: Option<f64> = None,
+        /// Weight of the divergence from the teacher, 0 to 1; the text's loss has the rest. Only with a teacher; default
+        /// 0.9.
+        pub teacher_weight: Option<f64> = None,
         /// Learning rate of the routers over that of the rest; default 1.
         pub router_lr_scale: f64 = 1.0,
         /// Seed of the order of the windows; default 0.
@@ -238,6 +243,7 @@ impl TrainConfig {
             ("clip", self.clip, 0.0..=f64::MAX, "a positive number, or 0 for no clipping"),
             ("sparsity", self.sparsity.unwrap_or(0.0), 0.0..=1e6, "0 to 1000000"),
             ("active_target", self.active_target.unwrap_or(1.0), 1e-6..=1.0, "a share above 0 and up to 1"),
+            ("teacher_weight", self.teacher_weight.unwrap_or(0.0), 0.0..=1.0, "0 to 1"),
             ("router_lr_scale", self.router_lr_scale, 0.0..=1e6, "0 to 1000000"),
             ("valid_fraction", self.valid_fraction, 0.0..=0.999, "0 or more and below 1"),
         ] {
@@ -290,6 +296,14 @@ impl TrainConfig {
     pub fn split_options(&self) -> SplitOptions {
         let (seq, valid_fraction) = (self.seq, self.valid_fraction);
         SplitOptions { seq, valid_fraction, valid_samples: self.valid_samples }
+    }
+
+    /// Returns the loss of the text and the divergence from the teacher, weighted.
+    pub(crate) fn mixed(&self, lm_loss: f64, divergence: f64) -> f64 {
+        match self.teacher_weight {
+            None => lm_loss,
+            Some(weight) => (1.0 - weight) * lm_loss + weight * divergence,
+        }
     }
 
     /// Returns the pressure on gates to close.
@@ -363,6 +377,7 @@ mod tests {
             (vec!["batch=100000", "seq=100000"], ["batch is 100000 x seq 100000", "raise accumulate"]),
             (vec!["beta2=1"], ["beta2 is 1", "below 1"]),
             (vec!["active_target=0"], ["active_target is 0", "above 0"]),
+            (vec!["teacher_weight=1.5"], ["teacher_weight is 1.5", "0 to 1"]),
             (vec!["keep=0"], ["keep is 0", "use 1 to"]),
             (vec!["steps=0"], ["steps is 0", "use 1 to"]),
             (vec!["valid_fraction=0", "eval_every=5"], ["eval_every", "valid_fraction above 0"]),

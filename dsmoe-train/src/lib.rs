@@ -14,6 +14,7 @@ pub mod run;
 pub mod schedule;
 mod step;
 pub mod tasks;
+mod teacher;
 pub mod tensorboard;
 
 pub use config::TrainConfig;

@@ -19,10 +19,13 @@ pub struct StepRecord {
     pub step: u64,
     /// Tokens predicted so far, this step's included.
     pub tokens: u64,
-    /// `lm_loss` + `balance_loss` + `sparsity_weight` times the sparsity loss or, under a target, the mean gate.
+    /// `lm_loss` (with a teacher of weight w, (1 - w) `lm_loss` + w `kl`) + `balance_loss` + `sparsity_weight` times the sparsity loss or, under a target, the mean gate.
     pub loss: f64,
     /// Mean negative log-likelihood of the step's tokens, nats.
     pub lm_loss: f64,
+    /// Mean divergence KL(teacher || model) of the step's tokens, nats.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kl: Option<f64>,
     /// Mean gate of active experts over layers, tokens and experts (eqs. 17-19).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sparsity_loss: Option<f64>,

@@ -15,6 +15,7 @@ use std::time::Instant;
 
 use dsmoe_core::checkpoint::{Dtype, copy_companions};
 use dsmoe_core::masks::MASKS_FILE;
+use dsmoe_core::model::Teacher;
 use dsmoe_core::{Device, Inference, Model};
 use dsmoe_datasets::mixture::UNNAMED;
 use dsmoe_datasets::overlap::TokenTexts;
@@ -23,7 +24,7 @@ use dsmoe_router::{BudgetController, RoutingSummary, SparsityOver};
 use serde_json::{Value, json};
 
 use crate::checkpoint::{self, FORMAT_VERSION, State};
-use crate::config::{Budget, NearDuplicates, TrainConfig};
+use crate::config::{Budget, NearDuplicates, TEACHER_WEIGHT, TrainConfig};
 use crate::engine::StepResult;
 use crate::error::{Error, Result};
 use crate::eval::{Domain, EvalOptions, EvalReport, evaluate_domains};
@@ -31,6 +32,7 @@ use crate::files;
 use crate::metrics::{METRICS_FILE, Metrics, StepRecord, eval_line, resident_bytes, step_line};
 use crate::optim::AdamW;
 use crate::step::{StepText, Stepper};
+use crate::teacher::{self, TeacherId};
 use crate::tensorboard::EventWriter;
 
 const CONFIG_FILE: &str = "run.toml";
@@ -51,6 +53,8 @@ pub struct RunOptions {
     pub force: bool,
     /// Stop with a checkpoint after so many steps of this invocation, as if interrupted.
     pub stop_after: Option<u64>,
+    /// A model directory whose distributions of the next token the run learns too.
+    pub teacher: Option<PathBuf>,
     /// The device to train and evaluate on. A run may resume on another; its numbers then differ in the last bits.
     pub device: Device,
 }
@@ -59,7 +63,7 @@ impl RunOptions {
     /// Starts a new run of the model in `source` into the empty directory `out`, on the processor, to its end.
     pub fn new(source: &Path, out: &Path) -> RunOptions {
         let (out, source, device) = (out.to_path_buf(), source.to_path_buf(), Device::Cpu);
-        RunOptions { out, source, resume: false, force: false, stop_after: None, device }
+        RunOptions { out, source, resume: false, force: false, stop_after: None, teacher: None, device }
     }
 }
 
@@ -143,6 +147,7 @@ impl Trainer {
         let filter = near_duplicates(&data, &mut config)?;
         let mixture = Mixture::new(&data.sources, config.split_options(), filter)?;
         let order = mixture.interleaving(config.batch, config.seed)?;
+        let (teacher, teacher_id) = teacher_of(&model, &mut config, &options)?.unzip();
         let pool = config.threads.map(thread_pool).transpose()?;
         let (controller, sparsity_weight) = budget(&model, &config)?;
         let mut state = State {
@@ -154,6 +159,7 @@ impl Trainer {
             controller,
             model_sha256: checkpoint::model_identity(&model),
             data_sha256: checkpoint::data_identity(&data.sources)?,
+            teacher: teacher_id,
             config,
         };
         let lock = prepare_directory(&options)?;
@@ -179,7 +185,7 @@ impl Trainer {
             None => Metrics::create(&path, &header)?,
         };
         let events = EventWriter::create(&options.out, options.resume.then_some(state.step))?;
-        let stepper = Stepper::new(&model, optimizer, &state.config, options.device)?;
+        let stepper = Stepper::new(&model, optimizer, &state.config, options.device, teacher)?;
         Ok(Trainer {
             options,
             model,
@@ -295,10 +301,11 @@ impl Trainer {
         let mut record = StepRecord {
             step: step + 1,
             tokens: self.state.tokens + step_tokens,
-            loss: result.lm_loss
+            loss: self.state.config.mixed(result.lm_loss, result.divergence)
                 + result.balance_loss
                 + f64::from(self.state.sparsity_weight) * penalty(&result),
             lm_loss: result.lm_loss,
+            kl: self.state.teacher.as_ref().map(|_| result.divergence),
             sparsity_loss: routed.then_some(result.sparsity_loss),
             balance_loss: self.model.config().ffn.as_ref().map(|_| result.balance_loss),
             lr: self.state.config.schedule().lr_at(step),
@@ -343,6 +350,7 @@ impl Trainer {
             ("train/tokens_per_s", record.tokens_per_s),
         ];
         let routing = [
+            ("train/kl", record.kl),
             ("train/sparsity_loss", record.sparsity_loss),
             ("train/sparsity_weight", record.sparsity_weight),
             ("train/balance_loss", record.balance_loss),
@@ -443,6 +451,25 @@ fn check_fit(model: &Model, data: &TrainData, config: &TrainConfig) -> Result<()
         return Err(Error::field("a token id of the text", largest, allowed));
     }
     Ok(())
+}
+
+/// Loads the teacher, if there is one, and sets its default weight in `config`.
+fn teacher_of(
+    model: &Model,
+    config: &mut TrainConfig,
+    options: &RunOptions,
+) -> Result<Option<(Teacher, TeacherId)>> {
+    let Some(dir) = &options.teacher else {
+        return match config.teacher_weight {
+            None => Ok(None),
+            Some(weight) => Err(Error::field("teacher_weight", weight, "it with a {teacher} only")),
+        };
+    };
+    if options.device != Device::Cpu {
+        return Err(Error::field("teacher", "set for a GPU", "a teacher with {device} cpu only"));
+    }
+    let weight = *config.teacher_weight.get_or_insert(TEACHER_WEIGHT);
+    teacher::load(dir, weight, model.config(), config.seq).map(Some)
 }
 
 /// Returns the filter, if one is wanted, and sets the default in `config`.
@@ -607,6 +634,9 @@ fn header(model: &Model, mixture: &Mixture, state: &State) -> Value {
         "num_experts": model.num_experts(), "train_tokens": mixture.train_len(),
         "valid_tokens": mixture.valid_len(), "config": state.config,
     });
+    if let Some(teacher) = &state.teacher {
+        header["teacher"] = json!(teacher);
+    }
     if mixture.parts().len() > 1 || mixture.filtered() {
         let part = |part: &dsmoe_datasets::mixture::Part| {
             json!({

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use dsmoe_core::model::{Batch, StepArgs};
+use dsmoe_core::model::{Batch, StepArgs, Teacher};
 use dsmoe_core::{Device, Model};
 use dsmoe_datasets::{Interleaving, Mixture};
 use dsmoe_kernels::rng::Rng;
@@ -40,11 +40,16 @@ impl Stepper {
         optimizer: AdamW,
         config: &TrainConfig,
         device: Device,
+        teacher: Option<Teacher>,
     ) -> Result<Stepper> {
         let (seq, precision) = (config.seq, config.dtype);
         let tokens = config.batch * seq;
+        let mut engine = engine::new(model, optimizer, EngineOptions { tokens, seq, precision, device })?;
+        if let Some(teacher) = teacher {
+            engine.set_teacher(teacher)?;
+        }
         Ok(Stepper {
-            engine: engine::new(model, optimizer, EngineOptions { tokens, seq, precision, device })?,
+            engine,
             inputs: Vec::with_capacity(tokens),
             targets: Vec::with_capacity(tokens),
             window: Vec::with_capacity(seq + 1),

@@ -60,6 +60,13 @@ pub(crate) struct Train {
     /// Share of active experts, mean over tokens and layers, that a controller holds; 0.375 is 3 of 8
     #[arg(long, value_name = "SHARE")]
     pub(crate) active_target: Option<f64>,
+    /// Model directory or GGUF file with the same vocabulary, usually the dense model: the run learns its distribution of
+    /// the next token too (KL divergence at temperature 1). Computed in bf16 beside the model
+    #[arg(long, value_name = "DIR")]
+    pub(crate) teacher: Option<PathBuf>,
+    /// Weight of the divergence from the teacher, 0 to 1; the text's loss has the rest [default: 0.9]
+    #[arg(long, value_name = "X", requires = "teacher")]
+    pub(crate) teacher_weight: Option<f64>,
     /// TOML file with settings; flags override it
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,

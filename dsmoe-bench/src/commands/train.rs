@@ -22,7 +22,7 @@ use crate::models::{load_model, tokenizer};
 use crate::texts::{Text, load, open, total_bytes};
 #[cfg(feature = "cuda")]
 use crate::training::host_plan;
-use crate::training::{MemoryUse, device_plan, drive, memory_plan, show_summary};
+use crate::training::{MemoryUse, device_plan, drive, memory_plan, show_summary, teacher_memory};
 use crate::ui::{Ui, stderr_line};
 
 /// The plan of a run.
@@ -76,6 +76,7 @@ pub(crate) fn run(args: &Train, threads: Option<u16>, ui: &mut Ui) -> Result<Exi
         resume: args.resume,
         force: args.force,
         stop_after: args.stop_after,
+        teacher: args.teacher.clone(),
         device: args.device,
     };
     let mut trainer = Trainer::new(model, data, config, options)?;
@@ -117,6 +118,7 @@ fn settings(args: &Train, threads: Option<u16>) -> Result<TrainConfig> {
     over(&mut config.accumulate, &args.accumulate);
     over(&mut config.lr, &args.lr);
     over(&mut config.router_lr_scale, &args.router_lr_scale);
+    config.teacher_weight = args.teacher_weight.or(config.teacher_weight);
     if args.device.is_gpu() {
         config.dtype = Precision::Bf16;
     }
@@ -148,11 +150,14 @@ fn plan(args: &Train, config: TrainConfig, texts: &[Text]) -> Result<TrainPlan> 
     // Backward is twice the forward.
     let flops_per_token = 3.0 * accounting.mean_flops_per_token(all_experts, config.seq);
     let text = if args.data.cache.is_some() { 0 } else { total_bytes(texts) };
-    let memory = match args.device {
+    let mut memory = match args.device {
         Device::Cpu => memory_plan(&model, &config, accounting.total, text),
         #[cfg(feature = "cuda")]
         Device::Cuda(_) => host_plan(accounting.total, text),
     };
+    if let Some(teacher) = &args.teacher {
+        memory.push(teacher_memory(&Config::load(teacher)?, &config));
+    }
     let device_memory = device_plan(&model, &config, args.device)?;
     Ok(TrainPlan {
         model: args.model.clone(),

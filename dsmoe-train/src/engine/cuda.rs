@@ -57,6 +57,7 @@ impl Engine for CudaEngine {
         let gates = self.predicted * model.config().num_layers * model.num_experts().unwrap_or(1);
         Ok(StepResult {
             lm_loss: sums.loss / self.predicted as f64,
+            divergence: 0.0,
             sparsity_loss: sums.active_gates / gates as f64,
             mean_gate: sums.all_gates / gates as f64,
             balance_loss: sums.balance_loss,

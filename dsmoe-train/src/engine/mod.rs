@@ -15,7 +15,7 @@ mod cuda;
 use std::borrow::Cow;
 use std::fmt::Debug;
 
-use dsmoe_core::model::{Batch, StepArgs};
+use dsmoe_core::model::{Batch, StepArgs, Teacher};
 use dsmoe_core::{Device, Model};
 use dsmoe_kernels::Precision;
 use dsmoe_router::RoutingStats;
@@ -23,7 +23,7 @@ use dsmoe_router::RoutingStats;
 use self::cpu::CpuEngine;
 #[cfg(feature = "cuda")]
 use self::cuda::CudaEngine;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::optim::{AdamW, GradNorms, Update, last_non_finite};
 
 /// The shape of the micro-batches of an engine, and where and how it computes.
@@ -44,6 +44,8 @@ pub struct EngineOptions {
 pub struct StepResult {
     /// Mean negative log-likelihood of the step's tokens, nats.
     pub lm_loss: f64,
+    /// Mean divergence of the step's tokens from the teacher, nats; 0 without a teacher.
+    pub divergence: f64,
     /// Mean gate of active experts over layers, tokens and experts (eqs. 17-19).
     pub sparsity_loss: f64,
     /// Mean of all gates over layers, tokens and experts.
@@ -130,6 +132,14 @@ pub trait Engine: Debug + Send {
     /// The threshold is outside 0..=1, or the model has no gates.
     fn set_threshold(&mut self, model: &mut Model, threshold: f32) -> Result<()> {
         Ok(model.set_threshold(threshold)?)
+    }
+
+    /// Makes all further steps learn from `teacher` too.
+    ///
+    /// # Errors
+    /// The device runs no teacher.
+    fn set_teacher(&mut self, _teacher: Teacher) -> Result<()> {
+        Err(Error::field("teacher", "set for a GPU", "a teacher with {device} cpu only"))
     }
 
     /// Frees the host memory of the gradients until the next step, for what measures the model meanwhile.

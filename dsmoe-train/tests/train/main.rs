@@ -7,3 +7,4 @@ mod masked;
 mod mixture;
 mod optimizer;
 mod run_directory;
+mod teacher;

@@ -49,6 +49,8 @@ pub struct TrainWorkspace {
     /// Normed input of the block at work.
     pub(crate) h: Buf,
     pub(crate) losses: Buf,
+    /// Divergences from a teacher; empty without one.
+    pub(crate) divergences: Buf,
     /// Output of a block before it joins the residual stream; on the way back the gradient of a block's input.
     pub(crate) y: Buf,
     /// Gradient of the residual stream.
@@ -141,6 +143,7 @@ impl TrainWorkspace {
             rstd,
             h,
             losses,
+            divergences: Buf::default(),
             y,
             dx,
             dbranch,
