@@ -69,9 +69,15 @@ class DenseMLP(nn.Module):
         self.up_proj = nn.Linear(hidden, width, bias=bias)
         self.down_proj = nn.Linear(width, hidden, bias=bias)
         self.act_fn = activation(config)
+        # The mean of what neurons added that were removed.
+        self.output_bias = nn.Parameter(torch.zeros(hidden)) if getattr(config, "output_bias", False) else None
 
     def forward(self, hidden_states):
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        y = self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        return self.with_output_bias(y)
+
+    def with_output_bias(self, y):
+        return y if self.output_bias is None else y + self.output_bias
 
 
 class ExpertMLP(DenseMLP):
@@ -105,10 +111,10 @@ class ExpertMLP(DenseMLP):
             self.active_pairs = pairs if self.active_pairs is None else self.active_pairs + pairs
             self.all_pairs += active.numel()
         run = {"dense": self.run_dense, "gather": self.run_gathered, "loop": self.run_looped}[self.path(x)]
-        return self.compensate(run(x, active, factors), x).view_as(hidden_states)
+        return self.with_output_bias(self.corrected(run(x, active, factors), x)).view_as(hidden_states)
 
-    def compensate(self, y, x):
-        """Returns the output with what is added beside the experts."""
+    def corrected(self, y, x):
+        """Returns the output with what a subclass adds to it."""
         return y
 
     def path(self, x):
@@ -261,7 +267,7 @@ class DsmoeMLP(ExpertMLP):
             # The original index of every neuron, for tools that restore the dense order.
             self.register_buffer("partition", torch.zeros(of_layer.intermediate_size, dtype=torch.int32))
 
-    def compensate(self, y, x):
+    def corrected(self, y, x):
         return y + self.correction(self.router.a(x)).to(y.dtype) if hasattr(self, "correction") else y
 
     def route(self, x):

@@ -12,7 +12,7 @@ use ndarray::{ArrayView2, ArrayViewMut2};
 use super::gating::{Gating, GatingBackward, GatingWeights};
 use super::{
     DeviceFfn, Ffn, FfnBackward, FfnForward, FfnInference, FfnKind, FfnReport, FfnScratch, Gated, PackedFfn,
-    Record, routes,
+    Record, add_output_bias, routes,
 };
 use crate::config::MoeConfig;
 use crate::params::TensorSpec;
@@ -168,6 +168,8 @@ struct PackedDsmoe {
     weights: PackedWeights,
     /// The tensors of the [`Gating`].
     gating: Vec<f32>,
+    /// The bias of the output; empty where there is none.
+    output_bias: Vec<f32>,
 }
 
 impl PackedFfn for PackedDsmoe {
@@ -188,10 +190,11 @@ impl PackedFfn for PackedDsmoe {
         }
         .run();
         gating.correct(y, low, weights);
+        add_output_bias(y, &self.output_bias);
     }
 
     fn bytes(&self) -> usize {
-        self.weights.bytes() + 4 * self.ffn.gating().len()
+        self.weights.bytes() + 4 * (self.ffn.gating().len() + self.output_bias.len())
     }
 
     fn num_experts(&self) -> Option<usize> {
@@ -263,6 +266,7 @@ impl Ffn for DsmoeFfn {
             ffn: self.clone(),
             weights: PackedWeights::new(precision, &weights, hidden, intermediate, n),
             gating: params[self.gated.len()..].to_vec(),
+            output_bias: self.gated.output_bias(params).to_vec(),
         })
     }
 
@@ -300,6 +304,7 @@ impl Ffn for DsmoeFfn {
         }
         .run();
         gating.correct(y, &saved.low, weights);
+        add_output_bias(y, self.gated.output_bias(params));
         FfnReport {
             sparsity_loss: sparsity::loss(&saved.routed, SparsityOver::Active),
             mean_gate: sparsity::loss(&saved.routed, SparsityOver::All),
@@ -311,6 +316,7 @@ impl Ffn for DsmoeFfn {
         let FfnBackward { dx, grads, dy, saved, x, params, sparsity, scratch, .. } = args;
         let DsmoeSaved { experts: saved, routed, low } =
             saved.downcast_mut::<DsmoeSaved>().expect("saved by a DSMoE FFN");
+        self.gated.add_output_bias_grad(grads, dy);
         let (grads, of_gating) = grads.split_at_mut(self.gated.len());
         let (dims, routed_experts) = (self.dims(x.len() / self.gated.hidden), self.form.routed());
         let FfnScratch { experts, dcoefficients, dlogits, dlow, .. } = scratch;
