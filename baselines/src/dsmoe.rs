@@ -164,13 +164,7 @@ impl Dsmoe {
             Routers::Untrained(init) => init.has_bias(),
             Routers::Calibrated => true,
         };
-        converted.moe = Some(MoeConfig {
-            router: self.router(),
-            partition,
-            router_bias,
-            active_target: None,
-            untrained: false,
-        });
+        converted.moe = Some(MoeConfig { partition, router_bias, ..MoeConfig::new(self.router()) });
         let counts = Accounting::of(&converted);
         let for_ffn = budget.params(dense) - (counts.non_ffn + counts.router) as f64;
         let experts = for_ffn / counts.ffn as f64 * num_experts as f64;

@@ -105,6 +105,9 @@ pub(crate) struct Export {
     pub(crate) dtype: Option<GgufType>,
     #[command(flatten)]
     pub(crate) folding: FoldArgs,
+    /// Share of the experts that the copy runs, for a model that stores thresholds by budget [default: the model's]
+    #[arg(long, value_name = "SHARE")]
+    pub(crate) active: Option<f64>,
     /// Replace the output if it exists
     #[arg(long)]
     pub(crate) force: bool,
