@@ -36,7 +36,14 @@ impl<'a> Gradients<'a> {
         let ids = &self.calibration[sequence];
         let (inputs, targets, seq) = (&ids[..ids.len() - 1], &ids[1..], ids.len() - 1);
         let (loss_scale, sparsity_over) = (1.0 / seq as f32, SparsityOver::Active);
-        let args = StepArgs { loss_scale, sparsity_weight: 0.0, sparsity_over, balance_scale: 0.0, seed: 0 };
+        let args = StepArgs {
+            loss_scale,
+            sparsity_weight: 0.0,
+            sparsity_over,
+            separability_weight: 0.0,
+            balance_scale: 0.0,
+            seed: 0,
+        };
         let batch = Batch { inputs, targets, seq };
         let output = self.model.train_step(&mut self.sum, batch, &args, &mut self.workspace)?;
         match output.non_finite {

@@ -141,7 +141,7 @@ pub(crate) fn memory_plan(
         _ if model.moe.is_none() => {
             model.fixed_active().zip(model.num_experts()).map_or(1.0, |(active, of)| active / of as f64)
         }
-        Budget::Target(share) => share,
+        Budget::Target(share) | Budget::Range(_, share) => share,
         Budget::Weight(_) => 1.0,
     };
     let memory = |what, bytes| MemoryUse { what, bytes };

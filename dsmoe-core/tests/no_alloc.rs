@@ -103,6 +103,7 @@ fn training() {
         loss_scale: 1.0 / tokens as f32,
         sparsity_weight: 0.5,
         sparsity_over: SparsityOver::Active,
+        separability_weight: 0.0,
         balance_scale: 1.0,
         seed: 0,
     };

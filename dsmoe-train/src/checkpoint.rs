@@ -18,12 +18,12 @@ use dsmoe_core::{Masks, Model};
 use dsmoe_datasets::TokenSource;
 use dsmoe_datasets::files::hex;
 use dsmoe_datasets::tokens::identity;
-use dsmoe_router::BudgetController;
+use dsmoe_router::{BudgetController, ThresholdController};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
-use crate::config::TrainConfig;
+use crate::config::{Hold, TrainConfig};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::optim::AdamW;
@@ -65,6 +65,9 @@ pub(crate) struct State {
     /// Weight of the sparsity loss in the next step.
     pub(crate) sparsity_weight: f32,
     pub(crate) controller: Option<BudgetController>,
+    /// Controller of the thresholds, where they hold the share.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) thresholds: Option<ThresholdController>,
     /// Hash of the model the run started from.
     pub(crate) model_sha256: String,
     /// Hash of all token ids.
@@ -214,7 +217,11 @@ pub(crate) fn read_state(path: &Path) -> Result<State> {
     if version != Some(FORMAT_VERSION.into()) {
         return Err(bad(format!("format_version is {version:?}, this program reads {FORMAT_VERSION}")));
     }
-    let state: State = serde_json::from_value(json).map_err(|cause| bad(cause.to_string()))?;
+    let mut state: State = serde_json::from_value(json).map_err(|cause| bad(cause.to_string()))?;
+    if state.controller.is_some() {
+        // Runs of before there was a choice.
+        state.config.hold.get_or_insert(Hold::Loss);
+    }
     let config = state.config.clone().resolve()?;
     let samples = (config.batch * config.accumulate) as u64;
     let counts = (state.step.checked_mul(config.tokens_per_step()), state.step.checked_mul(samples));
@@ -245,12 +252,14 @@ pub(crate) fn load(path: &Path, layout: &Layout, masks: Option<&Masks>) -> Resul
 
 #[cfg(test)]
 mod tests {
+    use dsmoe_router::Knot;
     use proptest::prelude::*;
 
     use super::*;
 
     fn state() -> State {
         let config = TrainConfig { steps: Some(9), active_target: Some(0.5), ..TrainConfig::default() };
+        let config = TrainConfig { hold: Some(Hold::Loss), ..config };
         let mut controller = BudgetController::new(0.5, 3).unwrap();
         controller.update(0.9);
         State {
@@ -260,6 +269,9 @@ mod tests {
             data_cursor: 64,
             sparsity_weight: controller.update(0.87),
             controller: Some(controller),
+            thresholds: Some(
+                ThresholdController::new(vec![Knot { active: 0.5, bars: vec![0.1, -1.7] }], 9).unwrap(),
+            ),
             model_sha256: "ab".repeat(32),
             data_sha256: "cd".repeat(32),
             teacher: Some(TeacherId { path: "dense".into(), sha256: "ef".repeat(32) }),
@@ -278,7 +290,7 @@ mod tests {
         let state = state();
         let text = serde_json::to_string_pretty(&state).unwrap();
         let read = written(&text).unwrap();
-        assert_eq!(read.controller, state.controller);
+        assert_eq!((&read.controller, &read.thresholds), (&state.controller, &state.thresholds));
         assert_eq!(read.sparsity_weight.to_bits(), state.sparsity_weight.to_bits());
         assert_eq!((&read.config, &read.teacher), (&state.config, &state.teacher));
         for (from, to, wanted) in [

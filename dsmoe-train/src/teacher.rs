@@ -44,6 +44,11 @@ pub(crate) fn load(dir: &Path, weight: f64, student: &Config, seq: usize) -> Res
     Ok((teacher, id))
 }
 
+/// Computes the hash of [`TeacherId`] for the model in `dir`.
+pub(crate) fn identity_of(dir: &Path) -> Result<String> {
+    identity(dir, &Config::load(dir)?)
+}
+
 /// Computes a hash that identifies the model in `dir`: names, types, shapes and the first values of every tensor.
 fn identity(dir: &Path, config: &Config) -> Result<String> {
     let checkpoint = open_model(dir, config)?;

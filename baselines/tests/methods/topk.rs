@@ -141,7 +141,14 @@ fn training_moves_every_part_of_the_gate_and_the_loss_goes_down() {
     let mut workspace = TrainWorkspace::new(&model, inputs.len(), Precision::F32);
     let step = |model: &Model, seed: u64, workspace: &mut TrainWorkspace| {
         let (loss_scale, sparsity_over) = (1.0 / inputs.len() as f32, SparsityOver::Active);
-        let args = StepArgs { loss_scale, sparsity_weight: 0.0, sparsity_over, balance_scale: 1.0, seed };
+        let args = StepArgs {
+            loss_scale,
+            sparsity_weight: 0.0,
+            sparsity_over,
+            separability_weight: 0.0,
+            balance_scale: 1.0,
+            seed,
+        };
         let mut grads = Buf::zeros(model.layout().len());
         let batch = Batch { inputs, targets, seq: inputs.len() };
         let output = model.train_step(&mut grads, batch, &args, workspace).unwrap();

@@ -15,6 +15,7 @@ use dsmoe_train::run::{RunOptions, TrainData, Trainer};
 use serde::Serialize;
 
 use crate::cli::train::Train;
+use crate::cli::values::Active;
 use crate::format;
 use crate::interrupts::{INTERRUPTED, STOP, catch_interrupts};
 use crate::memory;
@@ -111,13 +112,20 @@ fn settings(args: &Train, threads: Option<u16>) -> Result<TrainConfig> {
         (config.steps, config.tokens) = (args.steps, args.tokens);
     }
     if args.sparsity.is_some() || args.active_target.is_some() {
-        (config.sparsity, config.active_target) = (args.sparsity, args.active_target);
+        config.sparsity = args.sparsity;
+        (config.active_target, config.active_range) = match args.active_target {
+            None => (None, None),
+            Some(Active::Share(share)) => (Some(share), None),
+            Some(Active::Range(range)) => (None, Some(range)),
+        };
     }
     over(&mut config.batch, &args.batch);
     over(&mut config.seq, &args.seq);
     over(&mut config.accumulate, &args.accumulate);
     over(&mut config.lr, &args.lr);
     over(&mut config.router_lr_scale, &args.router_lr_scale);
+    over(&mut config.separability, &args.separability);
+    config.hold = args.hold.or(config.hold);
     config.teacher_weight = args.teacher_weight.or(config.teacher_weight);
     if args.device.is_gpu() {
         config.dtype = Precision::Bf16;
@@ -173,6 +181,10 @@ fn plan(args: &Train, config: TrainConfig, texts: &[Text]) -> Result<TrainPlan> 
             (Some(experts), Some(active), _) => format!("{active} of {experts} experts active, by design"),
             (Some(_), None, Budget::Weight(weight)) => format!("sparsity loss of weight {weight}"),
             (Some(_), None, Budget::Target(share)) => format!("{} of experts active", format::percent(share)),
+            (Some(_), None, Budget::Range(low, high)) => {
+                let [low, high] = [low, high].map(format::percent);
+                format!("{low} to {high} of experts active, drawn for every micro-batch")
+            }
         },
         flops_per_step: flops_per_token * tokens_per_step as f64,
         memory_bytes: memory.iter().map(|memory| memory.bytes).sum(),

@@ -6,7 +6,7 @@ use dsmoe_kernels::Precision;
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::expert_ffn::{self, Dims, PackedWeights, Saved};
 use dsmoe_router::sparsity::{self, SparsityOver};
-use dsmoe_router::{Routed, RouterConfig, SparsityGrad, ste};
+use dsmoe_router::{Routed, RouterConfig, SparsityGrad, separability, ste};
 use ndarray::{ArrayView2, ArrayViewMut2};
 
 use super::gating::{Gating, GatingBackward, GatingWeights};
@@ -147,6 +147,7 @@ impl DsmoeFfn {
         routed.rebuild_above(&self.gates, self.bar, self.centre, logits);
         if let Some(Record { stats, layer }) = record {
             stats.add_behind_core(layer, self.form.core, &routed.routing);
+            stats.add_logits(layer, self.form.core, routed.logits.view());
         }
     }
 
@@ -260,11 +261,9 @@ impl Ffn for DsmoeFfn {
     }
 
     fn pack(&self, params: &[f32], precision: Precision) -> Box<dyn PackedFfn> {
-        let Gated { hidden, intermediate, .. } = self.gated;
-        let (weights, n) = (self.gated.weights(params), self.form.router.num_experts);
         Box::new(PackedDsmoe {
             ffn: self.clone(),
-            weights: PackedWeights::new(precision, &weights, hidden, intermediate, n),
+            weights: PackedWeights::new(precision, &self.gated.weights(params), self.dims(0)),
             gating: params[self.gated.len()..].to_vec(),
             output_bias: self.gated.output_bias(params).to_vec(),
         })
@@ -287,7 +286,7 @@ impl Ffn for DsmoeFfn {
     }
 
     fn forward_train(&self, args: FfnForward<'_>) -> FfnReport {
-        let FfnForward { y, saved, x, params, record, scratch, .. } = args;
+        let FfnForward { y, saved, x, params, record, training, scratch } = args;
         let saved = saved.downcast_mut::<DsmoeSaved>().expect("saved by a DSMoE FFN");
         let FfnScratch { experts, logits, .. } = scratch;
         let gating = self.gating();
@@ -309,11 +308,15 @@ impl Ffn for DsmoeFfn {
             sparsity_loss: sparsity::loss(&saved.routed, SparsityOver::Active),
             mean_gate: sparsity::loss(&saved.routed, SparsityOver::All),
             balance_loss: 0.0,
+            separability: match training.separability {
+                0.0 => 0.0,
+                _ => separability::loss(saved.routed.logits.view(), self.bar),
+            },
         }
     }
 
     fn backward(&self, args: FfnBackward<'_>) {
-        let FfnBackward { dx, grads, dy, saved, x, params, sparsity, scratch, .. } = args;
+        let FfnBackward { dx, grads, dy, saved, x, params, sparsity, training, scratch } = args;
         let DsmoeSaved { experts: saved, routed, low } =
             saved.downcast_mut::<DsmoeSaved>().expect("saved by a DSMoE FFN");
         self.gated.add_output_bias_grad(grads, dy);
@@ -335,12 +338,20 @@ impl Ffn for DsmoeFfn {
             scratch: experts,
         }
         .run();
+        let shape = (dims.tokens, routed_experts);
+        let of_logits = "tokens * experts values";
         ste::backward(
             &self.gates,
             routed,
             matrix(dcoefficients, dims.tokens, routed_experts),
             self.sparsity(sparsity),
-            ArrayViewMut2::from_shape((dims.tokens, routed_experts), dlogits).expect("tokens * experts values"),
+            ArrayViewMut2::from_shape(shape, dlogits).expect(of_logits),
+        );
+        separability::backward(
+            routed.logits.view(),
+            self.bar,
+            training.separability,
+            ArrayViewMut2::from_shape(shape, dlogits).expect(of_logits),
         );
         let gating = self.gating();
         let weights = gating.weights(&params[self.gated.len()..]);

@@ -52,6 +52,7 @@ fn step_args(tokens: usize) -> StepArgs {
         loss_scale: 1.0 / tokens as f32,
         sparsity_weight: 0.0,
         sparsity_over: SparsityOver::Active,
+        separability_weight: 0.0,
         balance_scale: 1.0,
         seed: 0,
     }

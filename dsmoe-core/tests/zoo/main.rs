@@ -210,6 +210,7 @@ fn all_passes_agree() {
             loss_scale: 1.0,
             sparsity_weight: 0.0,
             sparsity_over: SparsityOver::All,
+            separability_weight: 0.0,
             balance_scale: 1.0,
             seed: 1,
         };

@@ -6,7 +6,7 @@ use dsmoe_core::Model;
 use dsmoe_core::model::{Batch, StepArgs, Teacher, TrainWorkspace};
 use dsmoe_core::params::Layout;
 use dsmoe_kernels::buf::Buf;
-use dsmoe_router::RoutingStats;
+use dsmoe_router::{LogitCounts, RoutingStats};
 
 use super::{Engine, EngineOptions, StepResult};
 use crate::error::Result;
@@ -68,6 +68,7 @@ impl Engine for CpuEngine {
         result.sparsity_loss += output.sparsity_loss / parts;
         result.mean_gate += output.mean_gate / parts;
         result.balance_loss += output.balance_loss;
+        result.separability += output.separability / parts;
         result.non_finite = output.non_finite;
         if let (Some(sum), Some(part)) = (&mut self.stats, self.workspace.stats()) {
             sum.merge(part);
@@ -102,6 +103,15 @@ impl Engine for CpuEngine {
 
     fn stats(&self) -> Option<&RoutingStats> {
         self.stats.as_ref()
+    }
+
+    fn count_logits(&mut self) -> Result<()> {
+        self.workspace.count_logits();
+        Ok(())
+    }
+
+    fn logits(&self) -> Option<&LogitCounts> {
+        self.workspace.stats().and_then(RoutingStats::logits)
     }
 
     fn set_teacher(&mut self, teacher: Teacher) -> Result<()> {

@@ -18,7 +18,7 @@ use std::fmt::Debug;
 use dsmoe_core::model::{Batch, StepArgs, Teacher};
 use dsmoe_core::{Device, Model};
 use dsmoe_kernels::Precision;
-use dsmoe_router::RoutingStats;
+use dsmoe_router::{LogitCounts, RoutingStats};
 
 use self::cpu::CpuEngine;
 #[cfg(feature = "cuda")]
@@ -52,6 +52,10 @@ pub struct StepResult {
     pub mean_gate: f64,
     /// The balance losses of all layers, summed; mean over micro-batches.
     pub balance_loss: f64,
+    /// Mean of the separability loss over layers, tokens and gates; 0 unless it has a weight.
+    pub separability: f64,
+    /// Mean of the budgets of the micro-batches, where thresholds hold them.
+    pub budget: f64,
     /// Norms of the gradient.
     pub norms: GradNorms,
     /// The first place with a NaN or infinity. Such a step must not be applied.
@@ -133,6 +137,23 @@ pub trait Engine: Debug + Send {
     fn set_threshold(&mut self, model: &mut Model, threshold: f32) -> Result<()> {
         Ok(model.set_threshold(threshold)?)
     }
+
+    /// Sets what the logits of each layer's gates have to exceed, one threshold per layer, for the next micro-batches.
+    ///
+    /// # Errors
+    /// The model has no gates, or the device has no thresholds by layer.
+    fn set_thresholds(&mut self, model: &mut Model, logits: &[f32]) -> Result<()> {
+        Ok(model.set_thresholds(logits)?)
+    }
+
+    /// Counts the router logits of all further micro-batches, for [`Engine::logits`].
+    ///
+    /// # Errors
+    /// The device does not count them.
+    fn count_logits(&mut self) -> Result<()>;
+
+    /// Returns the router logits of the last micro-batch; none unless they are counted.
+    fn logits(&self) -> Option<&LogitCounts>;
 
     /// Makes all further steps learn from `teacher` too.
     ///

@@ -196,7 +196,7 @@ impl Model {
                 saved: saved.as_mut(),
                 x: h,
                 params: self.param(&ranges.ffn),
-                training: args.gate_training(i),
+                training: args.gate_training(i, config.num_layers),
                 record: stats.as_mut().map(|stats| Record { stats, layer: i }),
                 scratch,
             });
@@ -209,6 +209,7 @@ impl Model {
             output.sparsity_loss += report.sparsity_loss / config.num_layers as f64;
             output.mean_gate += report.mean_gate / config.num_layers as f64;
             output.balance_loss += report.balance_loss;
+            output.separability += report.separability / config.num_layers as f64;
         }
         output
     }
@@ -251,7 +252,7 @@ impl Model {
                 x: h,
                 params: self.param(ffn),
                 sparsity,
-                training: args.gate_training(i),
+                training: args.gate_training(i, config.num_layers),
                 scratch,
             });
             self.input_gradient(grads, ranges.before_ffn.as_ref(), [&mut *dx, &mut *dh], x_mid, rstd_mid);

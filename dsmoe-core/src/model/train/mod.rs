@@ -24,6 +24,9 @@ pub struct StepArgs {
     pub sparsity_weight: f32,
     /// Gates that the sparsity loss acts on.
     pub sparsity_over: SparsityOver,
+    /// Weight of the separability loss (a mean over layers, tokens and gates) in this micro-batch, as that of the
+    /// sparsity loss.
+    pub separability_weight: f32,
     /// Factor of balance losses: one over the micro-batches of the optimiser step.
     pub balance_scale: f32,
     /// Seed of the noise of this micro-batch.
@@ -54,14 +57,20 @@ pub struct StepOutput {
     pub mean_gate: f64,
     /// Sum over layers of the balance losses, scaled and weighted.
     pub balance_loss: f64,
+    /// Mean of the separability loss over layers, tokens and gates; 0 unless it has a weight.
+    pub separability: f64,
     /// The first place with a NaN or infinity in the forward pass, e.g. `layer 3 ffn`, when the loss has one.
     pub non_finite: Option<String>,
 }
 
 impl StepArgs {
-    /// Settings of the gate of layer `i`, which has a seed of its own.
-    pub(crate) fn gate_training(&self, i: usize) -> GateTraining {
-        GateTraining { seed: Rng::new(self.seed, i as u64).next_u64(), balance_scale: self.balance_scale }
+    /// Settings of the gate of layer `i` of `layers`, which has a seed of its own.
+    pub(crate) fn gate_training(&self, i: usize, layers: usize) -> GateTraining {
+        GateTraining {
+            seed: Rng::new(self.seed, i as u64).next_u64(),
+            balance_scale: self.balance_scale,
+            separability: self.separability_weight / layers as f32,
+        }
     }
 }
 

@@ -178,6 +178,12 @@ impl TrainWorkspace {
         ]
     }
 
+    /// Counts the logits of the routers in all further steps, for [`RoutingStats::logits`] of
+    /// [`TrainWorkspace::stats`].
+    pub fn count_logits(&mut self) {
+        self.stats = self.stats.take().map(RoutingStats::with_logits);
+    }
+
     /// Returns the routing of the last step; none without routers.
     pub fn stats(&self) -> Option<&RoutingStats> {
         self.stats.as_ref()

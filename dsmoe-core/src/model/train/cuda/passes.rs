@@ -51,7 +51,12 @@ impl CudaTrainer {
             rms_norm::ForwardSum { h, rstd, out, x, y, weight: norm, offset: 0.0, eps }.run()?;
             let ffn = Weights { kind: &self.ffns[i], master: param(&layer.ffn), rounded: weight(&layer.ffn) };
             let normed = Normed { x: &acts.x_mid, rstd: &acts.rstd_mid, weight: norm, offset: 0.0 };
-            ffn.forward(y, &mut acts.ffn, Input { h, normed, training: args.gate_training(i) }, scratch)?;
+            ffn.forward(
+                y,
+                &mut acts.ffn,
+                Input { h, normed, training: args.gate_training(i, config.num_layers) },
+                scratch,
+            )?;
             self.report.add(i, &acts.ffn)?;
             self.balance_loss += acts.ffn.balance_loss();
             let norm = ranges.layers.get(i + 1).map_or(&ranges.norm, |next| norm_of(&next.before_attention));
@@ -129,7 +134,8 @@ impl CudaTrainer {
             Cast { out: dy, x: dx }.run()?;
             let ffn = Weights { kind: &self.ffns[i], master: param(&layer.ffn), rounded: weight(&layer.ffn) };
             let normed = Normed { x: x_mid, rstd: rstd_mid, weight: norm, offset: 0.0 };
-            let (input, acts_ffn) = (Input { h, normed, training: args.gate_training(i) }, &acts.ffn);
+            let (input, acts_ffn) =
+                (Input { h, normed, training: args.gate_training(i, config.num_layers) }, &acts.ffn);
             let of_ffn = &mut grads.part_mut(layer.ffn.clone());
             ffn.backward(Backward { dh, grads: of_ffn, dy, acts: acts_ffn, input, sparsity }, scratch)?;
             rms_norm::Backward {
