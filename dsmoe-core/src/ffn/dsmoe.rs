@@ -260,11 +260,9 @@ impl Ffn for DsmoeFfn {
     }
 
     fn pack(&self, params: &[f32], precision: Precision) -> Box<dyn PackedFfn> {
-        let Gated { hidden, intermediate, .. } = self.gated;
-        let (weights, n) = (self.gated.weights(params), self.form.router.num_experts);
         Box::new(PackedDsmoe {
             ffn: self.clone(),
-            weights: PackedWeights::new(precision, &weights, hidden, intermediate, n),
+            weights: PackedWeights::new(precision, &self.gated.weights(params), self.dims(0)),
             gating: params[self.gated.len()..].to_vec(),
             output_bias: self.gated.output_bias(params).to_vec(),
         })
