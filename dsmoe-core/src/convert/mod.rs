@@ -1,6 +1,7 @@
 //! Converts a dense LLaMA directory to a DSMoE directory, streaming.
 
 mod calibrated;
+pub mod start;
 
 use std::fmt;
 use std::path::{Path, PathBuf};

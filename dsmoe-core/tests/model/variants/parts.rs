@@ -195,7 +195,8 @@ fn a_core_is_experts_whose_gates_are_always_open() {
     let behind = DsmoeFfn::of(gated, DsmoeForm { core, ..DsmoeForm::new(router, true) });
     let projections = gated.len();
     let mut params = Buf::zeros(block_len(&behind.tensors()));
-    params.copy_from_slice(&normals(params.len(), 2));
+    let values = normals(params.len(), 2);
+    params.copy_from_slice(&values);
     let [weight, bias] = [(n - core) * hidden, n - core];
     let mut opened = Buf::zeros(block_len(&plain.tensors()));
     opened[..projections].copy_from_slice(&params[..projections]);

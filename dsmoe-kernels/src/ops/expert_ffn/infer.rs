@@ -3,7 +3,7 @@
 use super::combine::{self, Blocks};
 use super::dims::{Dims, is_empty};
 use super::kernel::{Gate, Tiles};
-use super::packed::{NEURONS, PackedWeights, tile_depth};
+use super::packed::{NEURONS, PackedExperts, PackedWeights, tile_depth};
 use super::plan::{Pairs, Plan, check_pairs};
 use super::scratch::Scratch;
 use crate::isa::Isa;
@@ -36,11 +36,15 @@ impl ForwardPacked<'_> {
     /// Lengths do not fit `dims`, or the weights are of another shape.
     pub fn run_on(self, isa: Isa) {
         let ForwardPacked { y, x, weights, pairs, dims, scratch } = self;
-        let Dims { tokens, hidden, intermediate, num_experts, .. } = dims;
-        let packed = (weights.hidden(), weights.intermediate(), weights.num_experts());
+        let packed = Dims {
+            tokens: dims.tokens,
+            all_pairs: dims.all_pairs,
+            activation: dims.activation,
+            ..weights.dims()
+        };
         assert!(
-            x.len() == tokens * hidden && y.len() == x.len() && packed == (hidden, intermediate, num_experts),
-            "expert_ffn::ForwardPacked: input {}, output {} values, weights {packed:?} for {dims:?}",
+            x.len() == dims.tokens * dims.hidden && y.len() == x.len() && packed == dims,
+            "expert_ffn::ForwardPacked: input {}, output {} values, weights of {packed:?} for {dims:?}",
             x.len(),
             y.len()
         );
@@ -48,21 +52,23 @@ impl ForwardPacked<'_> {
         if is_empty(dims) {
             y.fill(0.0);
         } else {
-            let plan = Plan { pairs, dims, isa, precision: weights.precision() };
-            forward(y, x, weights, &plan, &mut scratch.blocks);
+            let plan = Plan { pairs, dims, isa, precision: weights.precision(), accumulate: false };
+            for ((plan, _), experts) in plan.parts().zip(weights.parts()) {
+                forward(y, x, experts, &plan, &mut scratch.blocks);
+            }
         }
-        add_bias("expert_ffn::ForwardPacked", isa, y, weights.down_bias(), hidden);
+        add_bias("expert_ffn::ForwardPacked", isa, y, weights.down_bias(), dims.hidden);
     }
 }
 
-/// Sets y; see [`ForwardPacked`].
+/// Sets y, or adds to it; see [`ForwardPacked`].
 ///
 /// First computes `c = coefficient * act(a) * b` of every active pair, in the tiles that the second product reads: a
 /// task is a block of an expert's tokens and some of its neurons. Then runs the combine.
 pub(super) fn forward(
     y: &mut [f32],
     x: &[f32],
-    weights: &PackedWeights,
+    weights: &PackedExperts,
     plan: &Plan<'_>,
     blocks: &mut Blocks,
 ) {
