@@ -8,7 +8,7 @@
 //!   wanted      = the knot's share; of one knot that starts far away, a ramp from the first measured share
 //!   shift       = what has to be added to the knot's thresholds for the batch to open `wanted`
 //!   thresholds <- thresholds + w shift / 2
-//! weight      = 5 (mean threshold - mean threshold at the start), of the mean-gate loss
+//! weight      = 5 (mean threshold - the same at the start), of the mean-gate loss; mean over the knots that moved
 //! ```
 //! Half of a shift filters the text's own variation and still follows logits that move by a tenth per step.
 //!
@@ -55,8 +55,8 @@ pub struct ThresholdController {
     updates: u64,
     /// The first measured share.
     from: Option<f64>,
-    /// Mean threshold at the start.
-    start: f64,
+    /// Mean threshold of each knot at the start.
+    start: Vec<f64>,
 }
 
 impl ThresholdController {
@@ -79,9 +79,9 @@ impl ThresholdController {
             let allowed = "ascending shares from 0 to 1, each with a threshold for every layer";
             return Err(Error::range("budgets", found, allowed));
         }
-        let mut controller = ThresholdController { knots, ramp, updates: 0, from: None, start: 0.0 };
+        let mut controller = ThresholdController { knots, ramp, updates: 0, from: None, start: Vec::new() };
         controller.clamp();
-        controller.start = controller.mean();
+        controller.begin();
         Ok(controller)
     }
 
@@ -92,17 +92,15 @@ impl ThresholdController {
 
     /// Returns the weight of the mean-gate loss ([`crate::SparsityOver::All`]) for the next step.
     pub fn weight(&self) -> f32 {
-        (PRICE * (self.mean() - self.start)).clamp(-LARGEST_WEIGHT, LARGEST_WEIGHT) as f32
+        let drifts = self.knots.iter().zip(&self.start).map(|(knot, start)| mean(&knot.bars) - start);
+        // Knots that no micro-batch is near stay where they are.
+        let drifts: Vec<f64> = drifts.filter(|drift| *drift != 0.0).collect();
+        (PRICE * mean(&drifts)).clamp(-LARGEST_WEIGHT, LARGEST_WEIGHT) as f32
     }
 
     /// Makes the present thresholds those of the start, as after they were fitted before a run.
     pub fn begin(&mut self) {
-        self.start = self.mean();
-    }
-
-    fn mean(&self) -> f64 {
-        let bars = || self.knots.iter().flat_map(|knot| &knot.bars);
-        bars().sum::<f64>() / bars().count() as f64
+        self.start = self.knots.iter().map(|knot| mean(&knot.bars)).collect();
     }
 
     /// Returns the thresholds of layers at the budgets `active`, one per layer. Outside of the knots it is the nearest
@@ -178,4 +176,8 @@ impl ThresholdController {
         let bars = self.knots.iter_mut().flat_map(|knot| &mut knot.bars);
         bars.for_each(|bar| *bar = bar.clamp(-LARGEST, LARGEST));
     }
+}
+
+fn mean(values: &[f64]) -> f64 {
+    values.iter().sum::<f64>() / values.len().max(1) as f64
 }

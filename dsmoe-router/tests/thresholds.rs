@@ -45,7 +45,7 @@ impl Plant {
     /// Returns the share of much other text under the thresholds of `knot`.
     fn held_out(&mut self, controller: &ThresholdController, knot: usize) -> f64 {
         let mut all = LogitCounts::new(LAYERS);
-        (0..50).for_each(|_| all.merge(&self.batch()));
+        (0..40).for_each(|_| all.merge(&self.batch()));
         all.curves().share(&controller.knots()[knot].bars)
     }
 }
@@ -57,7 +57,7 @@ fn single(target: f64, start: f64, steps: u64) -> ThresholdController {
 #[test]
 fn sixty_steps_and_thousands_land_on_the_target() {
     let mut failures = Vec::new();
-    for (steps, drifts) in [(60, [0.0, 0.05, -0.1]), (900, [0.0, 0.002, -0.01])] {
+    for (steps, drifts) in [(60, [0.0, 0.05, -0.1]), (300, [0.0, 0.002, -0.02])] {
         for drift in drifts {
             for (centre, spread) in [(0.0, 2.0), (3.0, 0.1), (-2.0, 4.0)] {
                 for target in [0.25, 0.375, 0.75] {
@@ -104,9 +104,7 @@ fn a_start_from_afar_is_a_ramp_and_one_nearby_is_none() {
     let largest = shares.windows(2).map(|pair| pair[0] - pair[1]).fold(0.0, f64::max);
     assert!(largest < 0.06 && shares[0] > 0.95 && (shares[45] - 0.375).abs() < 0.02, "{shares:?}");
     let mut controller = single(0.9, 0.0, 90);
-    controller.update(0.9, &plant.batch());
-    controller.update(0.9, &plant.batch());
-    controller.update(0.9, &plant.batch());
+    (0..6).for_each(|_| controller.update(0.9, &plant.batch()));
     let share = plant.batch().curves().share(&controller.knots()[0].bars);
     assert!((share - 0.9).abs() < 0.02, "{share}");
 }

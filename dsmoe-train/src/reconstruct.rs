@@ -82,7 +82,7 @@ impl Default for ReconstructOptions {
             tokens: 1024,
             lr: 5e-4,
             router_lr_scale: 3.0,
-            drift: 0.5,
+            drift: 0.0,
             seed: 0,
             precision: Precision::F32,
         }

@@ -307,7 +307,11 @@ impl Trainer {
         let step = self.state.step;
         let config = &self.state.config;
         let text = StepText { mixture: &self.mixture, order: &mut self.order, config, step };
-        let threshold_logit = self.state.thresholds.as_ref().map(|held| budgets::mean(&held.knots()[0].bars));
+        let threshold_logit = self
+            .state
+            .thresholds
+            .as_ref()
+            .map(|held| budgets::threshold_of(held, self.state.config.active_target));
         let thresholds = self.state.thresholds.as_mut();
         let gates = Gates { sparsity: self.state.sparsity_weight, over, thresholds };
         let result = self.stepper.take(&mut self.model, text, gates, stop)?;
@@ -395,7 +399,7 @@ impl Trainer {
     /// says.
     fn store_thresholds(&mut self) -> Result<()> {
         match &self.state.thresholds {
-            Some(controller) => budgets::store(&mut self.model, controller),
+            Some(controller) => budgets::store(&mut self.model, controller, self.state.config.active_target),
             None => Ok(()),
         }
     }
@@ -434,6 +438,8 @@ impl Trainer {
     }
 
     fn evaluate_held_out(&mut self, observer: &mut dyn Observer) -> Result<()> {
+        self.stepper.engine.fetch(&mut self.model)?;
+        self.store_thresholds()?;
         let parts = self.mixture.parts().iter();
         let domains: Vec<Domain<'_>> = parts
             .map(|part| Domain { name: &part.name, weight: part.share, ids: part.split.valid_tokens() })
@@ -443,8 +449,6 @@ impl Trainer {
         }
         // A window of `seq` predicted tokens, as in training.
         let seq = (self.state.config.seq + 1).max(2);
-        self.stepper.engine.fetch(&mut self.model)?;
-        self.store_thresholds()?;
         self.stepper.engine.release();
         let model = Inference::new_on(&self.model, self.state.config.dtype, self.options.device)?;
         let report = evaluate_domains(&model, &domains, EvalOptions::new(seq), &mut |_, _| {})?;

@@ -39,8 +39,8 @@ pub(crate) struct Reconstruct {
     /// Ratio of the routers' learning rate to that of the other parameters
     #[arg(long, value_name = "X", default_value_t = 3.0)]
     pub(crate) router_lr_scale: f64,
-    /// Part of the distance between the dense and the model's hidden states that each layer is to close, 0 to 1
-    #[arg(long, value_name = "X", default_value_t = 0.5)]
+    /// Part of the distance between the dense and the own hidden states that each layer is to close as well, 0 to 1
+    #[arg(long, value_name = "X", default_value_t = 0.0)]
     pub(crate) drift: f64,
     /// Precision of the operands of matrix products
     #[arg(long, default_value = "f32", value_parser = words::<Precision>(&["f32", "bf16"]))]
