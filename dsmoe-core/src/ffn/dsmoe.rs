@@ -170,13 +170,8 @@ impl Ffn for DsmoeFfn {
     }
 
     fn on_device(&self) -> Option<DeviceFfn> {
-        let Gated { hidden, intermediate, .. } = self.gated;
-        self.gated.is_plain().then(|| DeviceFfn::Gated {
-            hidden,
-            intermediate,
-            router: self.router.clone(),
-            router_bias: self.router_bias,
-        })
+        let DsmoeFfn { gated, ref router, router_bias } = *self;
+        Some(DeviceFfn::Routed { gated, router: router.clone(), router_bias })
     }
 
     fn pack(&self, params: &[f32], precision: Precision) -> Box<dyn PackedFfn> {

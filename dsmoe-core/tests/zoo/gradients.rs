@@ -11,12 +11,12 @@ use serde_json::{Value, json};
 
 use crate::reference::Reference;
 
-const VOCAB: usize = 11;
+pub(crate) const VOCAB: usize = 11;
 const SEQ: usize = 6;
 const TOKENS: usize = 2 * SEQ;
 
 /// Families with the keys that set every switch somewhere.
-fn families() -> Vec<(&'static str, Value)> {
+pub(crate) fn families() -> Vec<(&'static str, Value)> {
     let biases = json!({"attention_bias": true, "mlp_bias": true, "tie_word_embeddings": false});
     let both = json!({"attention_multiplier": 0.4, "embedding_multiplier": 3.0, "residual_multiplier": 0.6,
         "logits_scaling": 0.5, "mlp_bias": true});
@@ -52,7 +52,7 @@ fn families() -> Vec<(&'static str, Value)> {
     ]
 }
 
-fn config(family: &str, keys: &Value, experts: bool) -> Config {
+pub(crate) fn config(family: &str, keys: &Value, experts: bool) -> Config {
     let mut json = json!({
         "model_type": family, "vocab_size": VOCAB, "hidden_size": 8, "intermediate_size": 12,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4,
@@ -71,38 +71,7 @@ fn config(family: &str, keys: &Value, experts: bool) -> Config {
     Config::from_json("config.json".as_ref(), &json.to_string()).unwrap()
 }
 
-/// The reason that a GPU refuses each of [`families`].
-#[cfg(feature = "cuda")]
-#[test]
-fn switches_without_a_gpu_kernel_are_named() {
-    use dsmoe_core::model::cuda::CudaTrainer;
-    use dsmoe_core::{Device, Inference};
-    use dsmoe_kernels::testing::refused;
-
-    let missing = [
-        "llama with bias on q, k, v, bias on o, biases in the FFN",
-        "dynamic scaling of the rotation",
-        "a window of 2 in 2 layers",
-        "a window of 3 in 1 layers",
-        "norm of q and k by head",
-        "no rotation in 1 layers",
-        "2 of 4 values of a head rotated",
-        "norms after attention and FFN",
-        "two rotations",
-        "gelu_tanh",
-        "attention scores capped at 2, logits capped at 3",
-        "norms before and after attention and FFN, norm weights + 1",
-        "embedding times 3, residual branches times 0.6, logits times 2",
-    ];
-    for ((family, keys), missing) in families().into_iter().zip(missing) {
-        let model = random(config(family, &keys, false));
-        let parts = ["a GPU does not run", family, missing, "device to cpu"];
-        refused(CudaTrainer::memory(model.config(), 8), &parts);
-        refused(Inference::new_on(&model, Precision::Bf16, Device::Cuda(0)), &parts);
-    }
-}
-
-fn random(config: Config) -> Model {
+pub(crate) fn random(config: Config) -> Model {
     let offset = config.architecture.norm_offset;
     let mut model = Model::new(config);
     let layout = model.layout().clone();
