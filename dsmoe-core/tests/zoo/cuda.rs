@@ -227,12 +227,13 @@ fn a_training_step_with_every_switch_is_that_of_the_processor() {
         for entry in model.layout().entries() {
             let of = |grads: &[f32]| grads[entry.range.clone()].to_vec();
             let (got, want, half) = (of(&got_grads), of(&grads), of(&half_grads));
-            // Gradients of queries and keys are differences of products as large as the gradients of values.
-            let values = ["q_proj", "k_proj"]
+            // Gradients of queries and keys are differences of products as large as the gradients of values; those of
+            // biases are sums of the terms of the weights' gradients.
+            let name_of_alike = ["q_proj", "k_proj"]
                 .iter()
                 .fold(entry.spec.name.clone(), |name, of| name.replace(of, "v_proj"));
-            let values = model.layout().get(&values).map_or(0.0, |values| norm(&grads[values.range.clone()]));
-            let size = norm(&want).max(values);
+            let alike = model.layout().get(&name_of_alike.replace("bias", "weight"));
+            let size = norm(&want).max(alike.map_or(0.0, |alike| norm(&grads[alike.range.clone()])));
             wrong.extend(too_far(
                 &format!("{name}: gradient of {}", entry.spec.name),
                 &got,
