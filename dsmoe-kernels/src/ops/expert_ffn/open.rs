@@ -78,7 +78,6 @@ pub(super) fn forward(y: &mut [f32], x: &[f32], weights: &PackedWeights, plan: &
 #[derive(Clone, Copy)]
 struct Rows<'a> {
     words: &'a [f32],
-    len: usize,
     stride: usize,
 }
 
@@ -96,7 +95,7 @@ impl<'a> Rows<'a> {
             let tokens = task * tokens / tasks..(task + 1) * tokens / tasks;
             isa.run_product(SetRows { rows, len, x, hidden, tokens, precision });
         });
-        Rows { words, len, stride }
+        Rows { words, stride }
     }
 
     #[inline(always)]

@@ -182,7 +182,8 @@ impl<M: Step, const R: usize> ProductKernel for Products<'_, M, R> {
                 if !next.is_empty() && first == 0 {
                     let at = start * PANEL + AHEAD;
                     let ahead = b.as_flattened().get(at..).filter(|ahead| !ahead.is_empty());
-                    let ahead = ahead.unwrap_or_else(|| &next[next.len().min(at.saturating_sub(b.len() * PANEL))..]);
+                    let ahead =
+                        ahead.unwrap_or_else(|| &next[next.len().min(at.saturating_sub(b.len() * PANEL))..]);
                     for line in (0..(end - start) * PANEL).step_by(SQUARE) {
                         s.prefetch(ahead, line);
                     }
@@ -227,7 +228,9 @@ impl<M: Step, T: Fn(usize) -> usize, const R: usize> ProductKernel for AddToStri
     type Output = ();
     #[inline(always)]
     fn body<S: Product>(self, s: S) {
-        let AddToStrips { strips, strip_len, a, group_words, group_rows, rows, to, b, b_part, b_stride, .. } = self;
+        let AddToStrips {
+            strips, strip_len, a, group_words, group_rows, rows, to, b, b_part, b_stride, ..
+        } = self;
         let group_len = group_words / M::WORDS;
         for (panel, strip) in strips.chunks_exact_mut(strip_len).enumerate() {
             let b = &b[panel * b_stride..][b_part.clone()];
