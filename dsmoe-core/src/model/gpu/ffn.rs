@@ -18,6 +18,8 @@ pub(crate) struct Projections<'a> {
     pub(crate) down: &'a Matrix<bf16>,
     /// Of gate, up and down.
     pub(crate) biases: Option<[&'a Matrix<f32>; 3]>,
+    /// Added to the output.
+    pub(crate) output_bias: Option<&'a Matrix<f32>>,
     pub(crate) activation: Activation,
 }
 
@@ -44,7 +46,7 @@ pub(crate) struct Forward<'a> {
 impl Forward<'_> {
     pub(crate) fn run(self) -> Result<()> {
         let Forward { y, c, products, parts, x, projections, routed, lists, all_pairs } = self;
-        let Projections { gate, up, down, biases, activation } = projections;
+        let Projections { gate, up, down, biases, output_bias, activation } = projections;
         let coefficients = routed.map(Routed::coefficients);
         let coefficients = coefficients.as_deref();
         let lists = match (lists, routed) {
@@ -75,8 +77,8 @@ impl Forward<'_> {
             Some(lists) => experts::Down { y, parts, c, weight: down, lists }.run()?,
             None => linear::BackwardInput { dx: &mut *y, dy: c, w: down, add: false }.run()?,
         }
-        if let Some([_, _, bias]) = biases {
-            linear::AddBias { y, bias }.run()?;
+        for bias in biases.map(|[_, _, of_down]| of_down).into_iter().chain(output_bias) {
+            linear::AddBias { y: &mut *y, bias }.run()?;
         }
         Ok(())
     }

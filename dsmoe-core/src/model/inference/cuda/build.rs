@@ -66,12 +66,13 @@ impl LayerFfn {
     /// Moves an FFN with these parameters.
     fn build(gpu: &Gpu, params: &[f32], kind: DeviceFfn) -> Result<LayerFfn> {
         let gated = kind.gated();
-        let [gate, up, down, of_gate, of_up, of_down] = gated.ranges().map(|range| &params[range]);
+        let [gate, up, down, of_gate, of_up, of_down, of_output] = gated.ranges().map(|range| &params[range]);
         let upload = |values: &[f32]| gpu.upload(values);
         let biases = match gated.bias {
             true => Some([upload(of_gate)?, upload(of_up)?, upload(of_down)?]),
             false => None,
         };
+        let output_bias = gated.output_bias.then(|| upload(of_output)).transpose()?;
         let (mut router, mut router_bias, mut gate_params) = (None, None, Vec::new());
         match &kind {
             DeviceFfn::Dense(_) => {}
@@ -86,7 +87,7 @@ impl LayerFfn {
         }
         let [gate, up, down] = [gate, up, down].map(|values| rounded(gpu, values));
         let (gate, up, down) = (gate?, up?, down?);
-        Ok(LayerFfn { kind, gate, up, down, biases, router, router_bias, gate_params })
+        Ok(LayerFfn { kind, gate, up, down, biases, output_bias, router, router_bias, gate_params })
     }
 }
 

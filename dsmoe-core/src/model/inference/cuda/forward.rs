@@ -126,12 +126,14 @@ impl CudaInference {
     fn ffn(&self, layer: &LayerFfn, acts: &mut FfnActs, h: &Matrix<bf16>, y: &mut Matrix<f32>) -> Result<()> {
         let (tokens, gated, projections) = (h.rows(), layer.kind.gated(), layer.projections());
         let FfnActs { routed, wide, few, .. } = acts;
-        let Projections { gate, up, down, activation, .. } = projections;
+        let Projections { gate, up, down, output_bias, activation, .. } = projections;
         let Some(Wide { a, b, c, lists, parts }) = wide.as_mut().filter(|_| tokens > FEW || gated.bias)
         else {
             let coefficients = routed.as_ref().map(Routed::coefficients);
             let (coefficients, weights) = (coefficients.as_deref(), gemv::Weights { gate, up, down });
-            return Ok(gemv::Ffn { y, h, weights, coefficients, activation, scratch: few }.run()?);
+            gemv::Ffn { y: &mut *y, h, weights, coefficients, activation, scratch: few }.run()?;
+            let Some(bias) = output_bias else { return Ok(()) };
+            return Ok(linear::AddBias { y, bias }.run()?);
         };
         let lists = lists.as_mut().filter(|_| by_lists(&self.gpu, &layer.kind, tokens).is_some());
         let rows = if lists.is_some() { 0 } else { tokens };

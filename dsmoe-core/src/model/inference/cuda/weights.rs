@@ -52,6 +52,7 @@ pub(super) struct LayerFfn {
     pub(super) down: GpuBuf<bf16>,
     /// Of gate, up and down.
     pub(super) biases: Option<[GpuBuf<f32>; 3]>,
+    pub(super) output_bias: Option<GpuBuf<f32>>,
     pub(super) router: Option<GpuBuf<f32>>,
     pub(super) router_bias: Option<GpuBuf<f32>>,
     /// Parameters of a gate that the host computes.
@@ -62,10 +63,10 @@ impl Layer {
     fn bytes(&self) -> usize {
         let Layer { before_attention, qkv, o, qkv_bias, o_bias, qk_norm, .. } = self;
         let Layer { after_attention, before_ffn, ffn, after_ffn, .. } = self;
-        let LayerFfn { gate, up, down, biases, router, router_bias, gate_params, .. } = ffn;
+        let LayerFfn { gate, up, down, biases, output_bias, router, router_bias, gate_params, .. } = ffn;
         let halves: usize = [qkv, o, gate, up, down].map(|buf| buf.len()).iter().sum();
         let norms = [before_attention, after_attention, before_ffn, after_ffn].into_iter().flatten();
-        let others = [qkv_bias, o_bias, router, router_bias].into_iter().flatten();
+        let others = [qkv_bias, o_bias, output_bias, router, router_bias].into_iter().flatten();
         let several = qk_norm.iter().flatten().chain(biases.iter().flatten());
         let singles: usize = norms.chain(others).chain(several).map(|buf| buf.len()).sum();
         2 * halves + 4 * (singles + gate_params.len())
@@ -74,9 +75,16 @@ impl Layer {
 
 impl LayerFfn {
     pub(super) fn projections(&self) -> Projections<'_> {
-        let LayerFfn { kind, gate, up, down, biases, .. } = self;
+        let LayerFfn { kind, gate, up, down, biases, output_bias, .. } = self;
         let biases = biases.as_ref().map(|biases| biases.each_ref().map(|bias| &**bias));
-        Projections { gate, up, down, biases, activation: kind.gated().activation }
+        Projections {
+            gate,
+            up,
+            down,
+            biases,
+            output_bias: output_bias.as_deref(),
+            activation: kind.gated().activation,
+        }
     }
 }
 

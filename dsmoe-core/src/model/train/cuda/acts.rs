@@ -193,6 +193,7 @@ fn partials_len(config: &Config, tokens: usize) -> usize {
         architecture.qkv_bias.then(|| widest_heads(config).joined_width()),
         architecture.o_bias.then_some(*hidden),
         architecture.mlp_bias.then_some(*hidden.max(intermediate)),
+        architecture.output_bias.then_some(*hidden),
     ];
     let of_biases = biases.into_iter().flatten().map(|width| linear::partials_len(tokens, width));
     let of_heads = (0..config.num_layers).filter_map(|i| head_norm_widths(config, i)).flatten();

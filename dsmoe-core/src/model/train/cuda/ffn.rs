@@ -135,8 +135,14 @@ impl Weights<'_> {
     /// Returns the biases of gate, up and down.
     fn biases(&self) -> Option<[View<'_, f32>; 3]> {
         let gated = self.kind.gated();
-        let [_, _, _, gate, up, down] = gated.ranges();
+        let [_, _, _, gate, up, down, _] = gated.ranges();
         gated.bias.then(|| [gate, up, down].map(|range| self.master.part(range)))
+    }
+
+    fn output_bias(&self) -> Option<View<'_, f32>> {
+        let gated = self.kind.gated();
+        let [.., bias] = gated.ranges();
+        gated.output_bias.then(|| self.master.part(bias))
     }
 
     fn router(&self) -> Option<Router<'_>> {
@@ -163,7 +169,7 @@ impl Weights<'_> {
         let (x, gated) = (input.h, self.kind.gated());
         let Acts { a, b, routed, lists, .. } = acts;
         let Scratch { c, parts, .. } = scratch;
-        let ([gate, up, down], biases) = (&self.matrices(), &self.biases());
+        let ([gate, up, down], biases, output_bias) = (&self.matrices(), &self.biases(), &self.output_bias());
         let biases = biases.as_ref().map(|biases| biases.each_ref().map(|bias| &**bias));
         Forward {
             y,
@@ -171,7 +177,14 @@ impl Weights<'_> {
             products: Some([&mut **a, &mut **b]),
             parts,
             x,
-            projections: Projections { gate, up, down, biases, activation: gated.activation },
+            projections: Projections {
+                gate,
+                up,
+                down,
+                biases,
+                output_bias: output_bias.as_deref(),
+                activation: gated.activation,
+            },
             routed: routed.as_ref(),
             lists: lists.as_mut(),
             all_pairs: self.all_pairs(),
@@ -227,11 +240,10 @@ impl Weights<'_> {
         .run()?;
         let (da, db, c) = (&da, &db, &c);
         // dW_down^T = c^T dy, [width, hidden]
-        let [dgate, dup, ddown, dbias_gate, dbias_up, dbias_down] = &mut grads.parts(gated.ranges());
-        if gated.bias {
-            for (db, dy) in [(dbias_gate, &**da), (dbias_up, &**db), (dbias_down, dy)] {
-                linear::BackwardBias { db, dy, partials: &mut *sums }.run()?;
-            }
+        let [dgate, dup, ddown, of_gate, of_up, of_down, of_output] = &mut grads.parts(gated.ranges());
+        let of_biases = [(of_gate, &**da), (of_up, &**db), (of_down, dy), (of_output, dy)];
+        for (db, dy) in of_biases.into_iter().filter(|(db, _)| !db.is_empty()) {
+            linear::BackwardBias { db, dy, partials: &mut *sums }.run()?;
         }
         match lists {
             Some(lists) => {
