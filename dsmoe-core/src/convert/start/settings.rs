@@ -41,7 +41,7 @@ impl Default for StartSettings {
         StartSettings {
             core: 0.5,
             massive: 16,
-            target: RouterTarget::LogNorm,
+            target: RouterTarget::Norm,
             least_squares: Some(0.01),
             intercept: true,
             relative: true,
