@@ -44,7 +44,7 @@ impl Default for StartSettings {
             target: RouterTarget::Norm,
             least_squares: Some(0.01),
             intercept: true,
-            relative: true,
+            relative: false,
             budgets: vec![0.25, 0.375, 0.5, 0.75, 1.0],
         }
     }
