@@ -33,6 +33,7 @@ mod combine;
 mod dims;
 mod infer;
 mod kernel;
+mod open;
 mod packed;
 mod plan;
 pub mod reference;
