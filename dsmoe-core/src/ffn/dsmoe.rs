@@ -338,7 +338,8 @@ impl Ffn for DsmoeFfn {
             routed,
             matrix(dcoefficients, dims.tokens, routed_experts),
             self.sparsity(sparsity),
-            ArrayViewMut2::from_shape((dims.tokens, routed_experts), dlogits).expect("tokens * experts values"),
+            ArrayViewMut2::from_shape((dims.tokens, routed_experts), dlogits)
+                .expect("tokens * experts values"),
         );
         let gating = self.gating();
         let weights = gating.weights(&params[self.gated.len()..]);

@@ -77,7 +77,10 @@ impl FromStr for RouterTarget {
             "log-norm" => Ok(RouterTarget::LogNorm),
             "norm" => Ok(RouterTarget::Norm),
             "square" => Ok(RouterTarget::Square),
-            _ => Err(Error::argument(format!("unknown target of routers `{word}`"), "use log-norm, norm or square")),
+            _ => Err(Error::argument(
+                format!("unknown target of routers `{word}`"),
+                "use log-norm, norm or square",
+            )),
         }
     }
 }
