@@ -143,13 +143,13 @@ fn the_zoo_is_that_of_transformers() {
 fn switches() -> Vec<(String, Model)> {
     let mut all = Vec::new();
     for (i, (family, mut keys)) in families().into_iter().enumerate() {
-        for experts in [false, true] {
+        for form in ["dense", "experts"] {
             let map = keys.as_object_mut().unwrap();
             map.insert("hidden_size".into(), json!(16));
             // Lists of active pairs take groups of 8 neurons, all pairs any number.
             map.insert("intermediate_size".into(), json!(if i % 2 == 0 { 48 } else { 36 }));
             map.insert("max_position_embeddings".into(), json!(if i == 1 { 8 } else { 64 }));
-            let mut model = random(config(family, &keys, experts));
+            let mut model = random(config(family, &keys, form));
             for entry in model.layout().entries().to_vec() {
                 let values = &mut model.params_mut()[entry.range];
                 if entry.spec.name.ends_with("router.weight") {
@@ -158,7 +158,7 @@ fn switches() -> Vec<(String, Model)> {
                     values.copy_from_slice(&[1.0, -2.0, 0.7]);
                 }
             }
-            all.push((format!("{family} {keys}, experts {experts}"), model));
+            all.push((format!("{family} {keys}, {form}"), model));
         }
     }
     all
@@ -248,8 +248,8 @@ fn a_training_step_with_every_switch_is_that_of_the_processor() {
 
 #[test]
 fn what_no_gpu_kernel_takes_is_named() {
-    let wide = config("gemma", &json!({"head_dim": 256}), false);
-    let mut scaled = config("olmo2", &json!({}), false);
+    let wide = config("gemma", &json!({"head_dim": 256}), "dense");
+    let mut scaled = config("olmo2", &json!({}), "dense");
     scaled.architecture.residual_scale = 0.5;
     for (config, family, missing) in [
         (wide, "gemma", "heads of 256 values, more than 128"),
