@@ -10,7 +10,7 @@ use dsmoe_core::config::{CONFIG_FILE, MoeConfig, PartitionKind};
 use dsmoe_core::convert::start::{Start, default_width, planned, start};
 use dsmoe_core::convert::{Calibration, ConvertOptions, PartitionSpec, RouterStart, convert};
 use dsmoe_core::partition::check_divisible;
-use dsmoe_router::{GateValue, Rescale, RouterConfig, RouterInit, ZeroActive};
+use dsmoe_router::{GateValue, RouterConfig, RouterInit};
 
 use crate::controls::{check_dense, dense_config};
 use crate::error::{Error, Result};

@@ -289,6 +289,17 @@ class DsmoeMLP(ExpertMLP):
         return F.pad(active, always, value=True), F.pad(factors, always, value=1.0)
 
 
+class NeuronGate(nn.Module):
+    """The magnitude of one neuron for each expert (CMoE)."""
+
+    def __init__(self, hidden, num_experts):
+        super().__init__()
+        self.gate, self.up = Router(hidden, num_experts), Router(hidden, num_experts)
+
+    def forward(self, x):
+        return (F.silu(self.gate(x)) * self.up(x)).abs()
+
+
 class TopkGate(nn.Module):
     """Logits of a top-k FFN, under the tensor names of LLaMA-MoE."""
 
@@ -296,8 +307,11 @@ class TopkGate(nn.Module):
         super().__init__()
         self.normalize, self.noise = settings["normalize"], settings["noise"]
         self.gate_network = Router(hidden, num_experts)
-        if one_of(settings, "gate", ("linear", "mlp")) == "mlp":
+        network = one_of(settings, "gate", ("linear", "mlp", "neuron"))
+        if network == "mlp":
             self.gate_network = nn.Sequential(self.gate_network, nn.Tanh(), Router(num_experts, num_experts))
+        if network == "neuron":
+            self.gate_network = NeuronGate(hidden, num_experts)
         if self.noise:
             self.weight_noise = Router(hidden, num_experts)
 

@@ -31,9 +31,13 @@ impl Experts {
         let mut seen = Seen::new(gate.outputs);
         let seq = stream.seq();
         stream.see_ffn(weights, &mut |tap| seen.add(tap.neurons, seq));
-        let mut importance: Vec<f64> =
-            seen.squares.iter().zip(&lengths).map(|(square, length)| square.sqrt() * length).collect();
-        let massive: Vec<f64> = seen.first.iter().zip(&lengths).map(|(value, length)| value * length).collect();
+        let mut importance: Vec<f64> = seen
+            .sizes(options.settings.intercept)
+            .zip(&lengths)
+            .map(|(size, length)| size * length)
+            .collect();
+        let massive: Vec<f64> =
+            seen.first.iter().zip(&lengths).map(|(value, length)| value * length).collect();
         for &neuron in descending(&massive).iter().take(options.settings.massive.min(core)) {
             importance[neuron] = f64::INFINITY;
         }
@@ -56,29 +60,45 @@ impl Experts {
 
 /// Sizes of the values of each neuron.
 struct Seen {
-    /// Sum of squares at all positions but the first.
+    /// Sums, and sums of squares, at all positions but the first.
+    sums: Vec<f64>,
     squares: Vec<f64>,
+    tokens: usize,
     /// Largest value at first positions.
     first: Vec<f64>,
 }
 
 impl Seen {
     fn new(neurons: usize) -> Seen {
-        Seen { squares: vec![0.0; neurons], first: vec![0.0; neurons] }
+        let zeros = || vec![0.0; neurons];
+        Seen { sums: zeros(), squares: zeros(), tokens: 0, first: zeros() }
     }
 
     /// Adds the neurons of a sequence of `seq` tokens.
     fn add(&mut self, neurons: &[f32], seq: usize) {
         let width = self.squares.len();
+        self.tokens += seq.saturating_sub(1);
         for (t, row) in neurons.chunks_exact(width).enumerate().take(seq) {
             for (j, &value) in row.iter().enumerate() {
                 let value = f64::from(value);
                 match t {
                     0 => self.first[j] = self.first[j].max(value.abs()),
-                    _ => self.squares[j] += value * value,
+                    _ => {
+                        self.sums[j] += value;
+                        self.squares[j] += value * value;
+                    }
                 }
             }
         }
+    }
+
+    /// Returns the root mean square of each neuron, around its mean where a constant makes up for that.
+    fn sizes(&self, around_mean: bool) -> impl Iterator<Item = f64> {
+        let tokens = self.tokens.max(1) as f64;
+        self.sums.iter().zip(&self.squares).map(move |(sum, square)| {
+            let mean = if around_mean { sum / tokens } else { 0.0 };
+            (square / tokens - mean * mean).max(0.0).sqrt()
+        })
     }
 }
 

@@ -17,8 +17,9 @@ use crate::calibrate::{FfnTap, LayerStream, LayerWeights};
 use crate::compensate::{LeastSquares, Rows};
 use crate::error::Result;
 
-/// Ridge of the regression, as a share of the mean variance of the inputs.
-const RIDGE: f64 = 0.01;
+/// Ridge of the regression, as a share of the mean variance of the inputs at
+/// [`RIDGE_TOKENS`](super::RIDGE_TOKENS) tokens.
+const RIDGE: f64 = 0.1;
 /// Standard deviation of the logits.
 const SPREAD: f64 = 2.0;
 /// Tokens that place the thresholds, at most.
@@ -58,7 +59,7 @@ impl Router {
                 sums.add(Rows { inputs: tap.x, residuals: &residuals, factors: &factors });
             }
         });
-        let solved = sums.solve(RIDGE, true).ok_or_else(|| not_finite(weights.layer))?;
+        let solved = sums.solve(plan.ridge(RIDGE, seq), true).ok_or_else(|| not_finite(weights.layer))?;
         let mut weight = vec![0.0; routed * hidden];
         for (at, value) in weight.iter_mut().enumerate() {
             *value = solved.weight[at % hidden * routed + at / hidden];
@@ -121,7 +122,8 @@ impl Router {
         let mut logits = Buf::default();
         self.logits(&mut logits, x);
         let mut open = neurons.to_vec();
-        let rows = open.par_chunks_exact_mut(experts.order.len()).zip(logits.par_chunks_exact(self.bias.len()));
+        let rows =
+            open.par_chunks_exact_mut(experts.order.len()).zip(logits.par_chunks_exact(self.bias.len()));
         let running = rows.map(|(row, logits)| {
             for (neurons, _) in experts.routed().zip(logits).filter(|(_, z)| **z <= self.bar || z.is_nan()) {
                 neurons.iter().for_each(|&j| row[j as usize] = 0.0);
@@ -178,7 +180,9 @@ impl<'a> Scores<'a> {
         let rows = scores.par_chunks_exact_mut(routed).zip(neurons.par_chunks_exact(width));
         rows.for_each(|(scores, row)| {
             let mut values = vec![0.0; self.experts.width];
-            for ((score, neurons), product) in scores.iter_mut().zip(self.experts.routed()).zip(&self.products) {
+            for ((score, neurons), product) in
+                scores.iter_mut().zip(self.experts.routed()).zip(&self.products)
+            {
                 values.iter_mut().zip(neurons).for_each(|(value, &j)| *value = row[j as usize]);
                 let through = product.chunks_exact(values.len()).zip(&values);
                 let square: f32 = through

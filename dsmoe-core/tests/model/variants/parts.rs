@@ -3,7 +3,7 @@
 use dsmoe_core::checkpoint::Dtype;
 use dsmoe_core::export::{ExportAs, ExportOptions, export};
 use dsmoe_core::ffn::{
-    DsmoeFfn, DsmoeForm, Ffn, FfnBackward, FfnForward, FfnInference, FfnScratch, Gated, GateTraining, Record,
+    DsmoeFfn, DsmoeForm, Ffn, FfnBackward, FfnForward, FfnInference, FfnScratch, GateTraining, Gated, Record,
     block_len,
 };
 use dsmoe_core::model::Batch;
@@ -51,7 +51,9 @@ fn a_model_with_parts_is_saved_and_loaded() {
         .layout()
         .entries()
         .iter()
-        .filter_map(|entry| Some((entry.spec.name.strip_prefix("model.layers.1.mlp.")?, entry.spec.stored_shape())))
+        .filter_map(|entry| {
+            Some((entry.spec.name.strip_prefix("model.layers.1.mlp.")?, entry.spec.stored_shape()))
+        })
         .skip(3)
         .collect();
     let want = [
@@ -65,7 +67,8 @@ fn a_model_with_parts_is_saved_and_loaded() {
     let again = Model::load(work.path()).unwrap();
     assert!(again.params() == model.params());
     assert_eq!(again.config().moe, model.config().moe);
-    let (of_model, of_dir) = (Inference::new(&model, Precision::F32), Inference::load(work.path(), Precision::F32));
+    let (of_model, of_dir) =
+        (Inference::new(&model, Precision::F32), Inference::load(work.path(), Precision::F32));
     assert_eq!(run(&of_model), run(&of_dir.unwrap()));
 }
 

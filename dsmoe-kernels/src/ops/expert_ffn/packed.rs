@@ -51,11 +51,6 @@ impl PackedWeights {
         self.parts.iter().map(PackedExperts::bytes).sum::<usize>() + bias
     }
 
-    /// Returns the bytes of one expert.
-    pub fn expert_bytes(&self) -> usize {
-        self.bytes() / self.dims.num_experts
-    }
-
     /// Returns the precision of the stored weights.
     pub fn precision(&self) -> Precision {
         self.precision
@@ -83,7 +78,9 @@ pub(super) struct PackedExperts {
     precision: Precision,
     num_experts: usize,
     gate_up: Buf,
+    gate_up_len: usize,
     down: Buf,
+    down_len: usize,
     /// The biases in f32, a value for every column of the panels of gate and up weights, expert after expert.
     gate_up_biases: Option<Buf>,
 }
@@ -97,6 +94,8 @@ impl PackedExperts {
             num_experts,
             gate_up: Buf::zeros(num_experts * sizes.gate_up_panels() * sizes.gate_up_len()),
             down: Buf::zeros(num_experts * sizes.down_panels() * sizes.down_len()),
+            gate_up_len: sizes.gate_up_len(),
+            down_len: sizes.down_len(),
             gate_up_biases: weights.biases.map(|biases| gate_up_biases(biases, sizes, num_experts)),
         };
         if hidden == 0 {
@@ -130,6 +129,18 @@ impl PackedExperts {
     pub(super) fn down(&self, expert: usize) -> Panels<'_> {
         let len = self.down.len() / self.num_experts;
         panels(self.precision, &self.down[expert * len..][..len])
+    }
+
+    /// Returns the panels of gate and up weights of an expert as words, and the words of a panel.
+    pub(super) fn gate_up_words(&self, expert: usize) -> (&[f32], usize) {
+        let len = self.gate_up.len() / self.num_experts;
+        (&self.gate_up[expert * len..][..len], self.gate_up_len)
+    }
+
+    /// Does the same for the panels of down weights.
+    pub(super) fn down_words(&self, expert: usize) -> (&[f32], usize) {
+        let len = self.down.len() / self.num_experts;
+        (&self.down[expert * len..][..len], self.down_len)
     }
 
     /// Returns the biases of the columns of an expert's panels of gate and up weights.
