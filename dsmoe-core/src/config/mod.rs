@@ -6,6 +6,7 @@ mod own;
 pub(crate) mod rope;
 pub(crate) mod rope_keys;
 mod transformers;
+mod wrapped;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -78,6 +79,8 @@ pub struct Config {
     pub ffn: Option<Arc<dyn FfnSpec>>,
     /// The family of the dense model.
     family: &'static Family,
+    /// True if the weights are a part of a model that reads images, too.
+    is_part: bool,
     /// Lists keys of config.json that may be mistakes.
     notices: Vec<String>,
     /// Every layer's sizes, when they are not the same.
@@ -182,7 +185,22 @@ impl Config {
     /// Not JSON, or a field that is missing, out of range or not supported.
     pub fn from_json(path: &Path, text: &str) -> Result<Config> {
         let raw = parse_object(path, text)?;
-        let fields = Fields { path, prefix: "", map: &raw };
+        let outer = Fields { path, prefix: "", map: &raw };
+        check_not_quantised(&outer)?;
+        match wrapped::text_model(&outer)? {
+            None => Config::from_object(path, "", &raw),
+            Some(inner) => {
+                let mut config = Config::from_object(path, wrapped::PREFIX, &inner)?;
+                config.is_part = true;
+                config.notices.insert(0, wrapped::notice(&outer)?);
+                Ok(config)
+            }
+        }
+    }
+
+    /// Reads the configuration of one decoder; `prefix` is that of its keys in messages.
+    fn from_object(path: &Path, prefix: &str, raw: &Map<String, Value>) -> Result<Config> {
+        let fields = Fields { path, prefix, map: raw };
         let family = family_of(&fields)?;
         fields.check_kind()?;
         let moe = fields.moe()?;
@@ -218,6 +236,7 @@ impl Config {
             moe,
             ffn: None,
             family,
+            is_part: false,
             notices,
             layers: None,
             raw: Map::new(),
@@ -231,7 +250,7 @@ impl Config {
             }
         }
         let ffn = fields.ffn()?.map(|(kind, settings)| ffn::read_spec(path, kind, &config, &settings));
-        Ok(Config { ffn: ffn.transpose()?, raw, ..config })
+        Ok(Config { ffn: ffn.transpose()?, raw: raw.clone(), ..config })
     }
 
     /// Returns the sizes of layer `i`.
@@ -346,6 +365,11 @@ impl Config {
         self.family
     }
 
+    /// Returns whether this is the text model of a directory that holds a vision tower, too.
+    pub(crate) fn is_part(&self) -> bool {
+        self.is_part
+    }
+
     /// Returns what in config.json has no effect or may not be what its author meant, one sentence each.
     pub fn notices(&self) -> &[String] {
         &self.notices
@@ -446,12 +470,20 @@ impl MoeConfig {
     }
 }
 
+fn check_not_quantised(fields: &Fields<'_>) -> Result<()> {
+    const KEY: &str = "quantization_config";
+    match fields.get(KEY) {
+        None => Ok(()),
+        Some(_) => {
+            let help = "use the checkpoint it was quantised from";
+            Err(fields.wrong(KEY, "is present and not supported", help))
+        }
+    }
+}
+
 /// Returns the family that `model_type` names, or `base_model_type` of a native directory.
 fn family_of(fields: &Fields<'_>) -> Result<&'static Family> {
-    if fields.get("quantization_config").is_some() {
-        let help = "use the checkpoint it was quantised from";
-        return Err(fields.wrong("quantization_config", "is present and not supported", help));
-    }
+    check_not_quantised(fields)?;
     let known = || family::all().map(|family| family.model_type).collect::<Vec<_>>().join(", ");
     let (key, name) = match fields.text("model_type")? {
         Some("dsmoe") => (BASE_KEY, fields.text(BASE_KEY)?.unwrap_or("llama")),
