@@ -24,7 +24,7 @@ pub(crate) fn tokenizer_files(dir: &Path) -> Result<TokenizerFiles> {
 }
 
 /// Shows what a user should know about a model's configuration.
-pub(crate) fn show_notices(config: &Config, ui: &Ui) {
+pub(crate) fn show_config_notices(config: &Config, ui: &Ui) {
     config.notices().iter().for_each(|notice| ui.note(format_args!("note: {notice}")));
 }
 

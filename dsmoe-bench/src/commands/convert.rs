@@ -14,7 +14,7 @@ use serde::Serialize;
 use crate::calibration::{self, Stages};
 use crate::cli::model::Convert;
 use crate::format;
-use crate::models::show_notices;
+use crate::models::show_config_notices;
 use crate::ui::Ui;
 
 /// Experts per layer by default.
@@ -93,7 +93,7 @@ pub(crate) fn run(args: &Convert, ui: &mut Ui) -> Result<()> {
     let done = convert(&args.model, &args.out, &options, &mut |at| stages.set(at.stage, at.done, at.total));
     stages.finish();
     let done = done?;
-    show_notices(&Config::load(&args.model)?, ui);
+    show_config_notices(&Config::load(&args.model)?, ui);
     let config = Config::load(&args.out)?;
     if config.architecture.norms_after() {
         ui.note(format_args!(

@@ -19,7 +19,7 @@ use serde::Serialize;
 use crate::cli::model::{Export, Form};
 use crate::evaluation::measure;
 use crate::format;
-use crate::models::{load_inference, show_notices, tokenizer};
+use crate::models::{load_inference, show_config_notices, tokenizer};
 use crate::progress::{Progress, Unit};
 use crate::texts::{find, load};
 use crate::ui::Ui;
@@ -66,7 +66,7 @@ pub(crate) fn run(args: &Export, ui: &mut Ui) -> Result<()> {
     if args.folding.fold.is_some() && !matches!(args.form, Form::Core(ExportAs::Dense)) {
         bail!("--fold leaves the gates out, which only --as dense does; leave it out");
     }
-    show_notices(&Config::load(&args.model)?, ui);
+    show_config_notices(&Config::load(&args.model)?, ui);
     let folding = args.folding.fold.map(|_| Folding::measure(args, ui)).transpose()?;
     let mut report = ExportReport {
         model: args.model.clone(),

@@ -9,7 +9,7 @@ use serde::Serialize;
 use super::chat::conversation;
 use crate::cli::generate::Generate;
 use crate::format;
-use crate::models::{default_precision, load_inference, show_notices, tokenizer_files, tokenizer_of};
+use crate::models::{default_precision, load_inference, show_config_notices, tokenizer_files, tokenizer_of};
 use crate::ui::Ui;
 
 #[derive(Debug, Serialize)]
@@ -36,7 +36,7 @@ struct GenerateReport {
 pub(crate) fn run(args: &Generate, ui: &mut Ui) -> Result<()> {
     // A wrong prompt is reported before the weights are read.
     let config = Config::load(&args.model)?;
-    show_notices(&config, ui);
+    show_config_notices(&config, ui);
     let files = tokenizer_files(&args.model)?;
     let tokenizer = tokenizer_of(&files, &config, ui)?;
     let Prompt { text: prompt, ids: prompt_ids, end } = match args.chat.chat {

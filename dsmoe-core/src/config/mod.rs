@@ -213,7 +213,7 @@ impl Config {
         let max_position = fields.dimension_or("max_position_embeddings", defaults.max_position)?;
         let architecture =
             family.architecture(&fields, Sizes { hidden, num_layers, head_dim, max_position })?;
-        let notices = rope_keys::notices(&fields, &architecture.ropes);
+        let notices = rope_keys::notices(&fields, &family.rope, &architecture.ropes);
         let token = |key: &str, default: Option<u32>| -> Result<Vec<u32>> {
             let given = fields.token_ids(key)?;
             Ok(if fields.has(key) { given.unwrap_or_default() } else { default.into_iter().collect() })
