@@ -173,7 +173,12 @@ pub(super) fn strftime(format: &str, time: NaiveDateTime) -> String {
             Some(_) => own.extend(["%", part]),
         }
     }
-    time.format_with_items(StrftimeItems::new_lenient(&own)).to_string()
+    let mut text = String::new();
+    // A directive that needs a zone.
+    if write!(text, "{}", time.format_with_items(StrftimeItems::new_lenient(&own))).is_err() {
+        return format.to_owned();
+    }
+    text
 }
 
 #[cfg(test)]
@@ -250,6 +255,7 @@ mod tests {
         assert_eq!(of("2024-02-29T23:59:59"), "Thursday 29 February 2024 23:59:59");
         let at = time("2025-01-01T13:00:05.0625");
         assert_eq!(strftime("%-d %b %y %I%p %F %T %% %f", at), "1 Jan 25 01PM 2025-01-01 13:00:05 % 062500");
+        assert_eq!(strftime("%+ %:z", at), "%+ %:z");
         assert_eq!(strftime("%j %a %e|%Z%z|%Q %%Z %", at), "001 Wed  1||%Q %Z %");
     }
 }
