@@ -195,9 +195,10 @@ impl Tokenizer {
         DecodeStream::new(self, before)
     }
 
-    /// Returns whether the token is a byte of a run that decodes together.
-    fn is_byte(&self, id: u32) -> bool {
-        self.byte_fallback && self.inner.id_to_token(id).is_some_and(|token| byte_of(&token).is_some())
+    /// Returns whether the token is a byte of a run that decodes together; none if it has no text.
+    fn is_byte(&self, id: u32) -> Option<bool> {
+        let token = self.inner.id_to_token(id).filter(|_| !self.special_ids.contains(&id))?;
+        Some(self.byte_fallback && byte_of(&token).is_some())
     }
 
     /// Returns the bytes of each token; special tokens have none.

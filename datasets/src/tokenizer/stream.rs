@@ -31,11 +31,9 @@ impl<'a> DecodeStream<'a> {
 
     /// Adds a token and returns the text that it completes, if any.
     pub fn push(&mut self, id: u32) -> Result<Option<String>> {
-        if self.tokenizer.special_ids.contains(&id) {
-            return Ok(None);
-        }
+        let Some(is_byte) = self.tokenizer.is_byte(id) else { return Ok(None) };
         self.ids.push(id);
-        if self.tokenizer.is_byte(id) {
+        if is_byte {
             return Ok(None);
         }
         let text = self.tokenizer.decode(&self.ids, true)?;
