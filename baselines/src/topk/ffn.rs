@@ -122,11 +122,9 @@ impl Ffn for TopkMoeFfn {
     }
 
     fn pack(&self, params: &[f32], precision: Precision) -> Box<dyn PackedFfn> {
-        let Gated { hidden, intermediate, .. } = self.gated;
-        let (weights, n) = (self.gated.weights(params), self.spec.all_experts());
         Box::new(PackedTopk {
             ffn: self.clone(),
-            weights: PackedWeights::new(precision, &weights, hidden, intermediate, n),
+            weights: PackedWeights::new(precision, &self.gated.weights(params), self.dims(0)),
             router: params[self.router_start()..][..self.router().inference_len()].to_vec(),
         })
     }

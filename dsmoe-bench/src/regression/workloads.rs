@@ -4,9 +4,9 @@ use anyhow::{Context, Result};
 use dsmoe_core::convert::{ConvertOptions, convert};
 use dsmoe_core::init::{InitOptions, init};
 use dsmoe_core::{Device, Inference};
-use dsmoe_kernels::Precision;
-use dsmoe_kernels::expert_ffn::{PackedWeights, Scratch, Weights};
+use dsmoe_kernels::expert_ffn::{Dims, PackedWeights, Scratch, Weights};
 use dsmoe_kernels::rng::Rng;
+use dsmoe_kernels::{Activation, Precision};
 
 use crate::cli::bench::{Choice, Routes, Suite};
 use crate::cli::values::word;
@@ -144,7 +144,8 @@ fn ffn_forward(precision: Precision, active: Option<f64>) -> Result<Task> {
     let [gate, up, down] = ffn_weights();
     let weights = Weights { gate: &gate, up: &up, down: &down, biases: None };
     let experts = if active.is_some() { EXPERTS } else { 1 };
-    let packed = PackedWeights::new(precision, &weights, HIDDEN, INTERMEDIATE, experts);
+    let dims = Dims { num_experts: experts, ..Dims::dense(0, HIDDEN, INTERMEDIATE, Activation::Silu) };
+    let packed = PackedWeights::new(precision, &weights, dims);
     let x = random(FFN_TOKENS * HIDDEN, 1.0, 4);
     let (mut y, mut scratch) = (vec![0.0; x.len()], Scratch::default());
     let routing = active.map(|active| routing(Routes::Random, FFN_TOKENS, EXPERTS, active));
@@ -159,7 +160,12 @@ fn ffn_train(experts: bool) -> Result<Task> {
     let mut pass = ffn::TrainPass::new(layer, FFN_TOKENS);
     let routing = experts.then(|| routing(Routes::Random, FFN_TOKENS, EXPERTS, ACTIVE));
     task(move || {
-        pass.run(&x, &dy, &Weights { gate: &gate, up: &up, down: &down, biases: None }, routing.as_ref())
+        pass.run(
+            &x,
+            &dy,
+            &Weights { gate: &gate, up: &up, down: &down, biases: None },
+            routing.as_ref().map(|routing| (routing, 0)),
+        )
     })
 }
 

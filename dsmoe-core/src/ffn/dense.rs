@@ -67,8 +67,7 @@ impl Ffn for DenseFfn {
     }
 
     fn pack(&self, params: &[f32], precision: Precision) -> Box<dyn PackedFfn> {
-        let Gated { hidden, intermediate, .. } = self.0;
-        let weights = PackedWeights::new(precision, &self.0.weights(params), hidden, intermediate, 1);
+        let weights = PackedWeights::new(precision, &self.0.weights(params), self.0.dims(0));
         Box::new(PackedDense { gated: self.0, weights })
     }
 

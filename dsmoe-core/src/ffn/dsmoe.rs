@@ -180,12 +180,10 @@ impl Ffn for DsmoeFfn {
     }
 
     fn pack(&self, params: &[f32], precision: Precision) -> Box<dyn PackedFfn> {
-        let Gated { hidden, intermediate, .. } = self.gated;
-        let (weights, n) = (self.gated.weights(params), self.router.num_experts);
         let [router, bias] = self.router(params);
         Box::new(PackedDsmoe {
             ffn: self.clone(),
-            weights: PackedWeights::new(precision, &weights, hidden, intermediate, n),
+            weights: PackedWeights::new(precision, &self.gated.weights(params), self.dims(0)),
             router: router.to_vec(),
             bias: bias.to_vec(),
         })

@@ -12,7 +12,7 @@ use rayon::prelude::*;
 
 use super::dims::Dims;
 use super::kernel::{FillTiles, Neurons, Tiles, left_tiles};
-use super::packed::{PackedWeights, row_columns, tile_depth};
+use super::packed::{PackedExperts, row_columns, tile_depth};
 use super::plan::{Cut, Pairs, Plan};
 use crate::blocks::each_when;
 use crate::buf::Buf;
@@ -28,10 +28,12 @@ pub(super) struct Blocks {
     pub(super) cut: Cut,
 }
 
-/// Sets y from tiles of `depth` values and packed down weights. A task computes some columns of y.
-pub(super) fn packed(y: &mut [f32], weights: &PackedWeights, plan: &Plan<'_>, depth: usize, blocks: &Blocks) {
+/// Sets y from tiles of `depth` values and packed down weights, or adds to it. A task computes some columns of y.
+pub(super) fn packed(y: &mut [f32], weights: &PackedExperts, plan: &Plan<'_>, depth: usize, blocks: &Blocks) {
     let Dims { hidden, .. } = plan.dims;
-    y.fill(0.0);
+    if !plan.accumulate {
+        y.fill(0.0);
+    }
     // SAFETY: the tasks below differ in panels, and an expert has no token twice.
     let y = unsafe { Rows::new(y, hidden, true) };
     let panels = hidden.div_ceil(PANEL);
@@ -42,8 +44,8 @@ pub(super) fn packed(y: &mut [f32], weights: &PackedWeights, plan: &Plan<'_>, de
     });
 }
 
-/// Sets `y_t = sum over the pairs of token t, experts ascending, of (sum over terms of h W_i)`. The weights are row-major
-/// and packed for the call.
+/// Sets `y_t = sum over the pairs of token t, experts ascending, of (sum over terms of h W_i)`, or adds that to it. The
+/// weights are row-major and packed for the call.
 pub(super) fn row_major<A: Neurons, const N: usize>(
     y: &mut [f32],
     terms: [&A; N],
@@ -68,7 +70,9 @@ pub(super) fn row_major<A: Neurons, const N: usize>(
         }
     });
 
-    y.fill(0.0);
+    if !plan.accumulate {
+        y.fill(0.0);
+    }
     // SAFETY: the tasks below differ in panels, and an expert has no token twice.
     let all = unsafe { Rows::new(y, hidden, true) };
     let blocks = &*blocks;

@@ -3,7 +3,8 @@
 use super::combine::{self, Blocks};
 use super::dims::{Dims, is_empty};
 use super::kernel::{Gate, Tiles};
-use super::packed::{NEURONS, PackedWeights, tile_depth};
+use super::open;
+use super::packed::{NEURONS, PackedExperts, PackedWeights, tile_depth};
 use super::plan::{Pairs, Plan, check_pairs};
 use super::scratch::Scratch;
 use crate::isa::Isa;
@@ -36,11 +37,15 @@ impl ForwardPacked<'_> {
     /// Lengths do not fit `dims`, or the weights are of another shape.
     pub fn run_on(self, isa: Isa) {
         let ForwardPacked { y, x, weights, pairs, dims, scratch } = self;
-        let Dims { tokens, hidden, intermediate, num_experts, .. } = dims;
-        let packed = (weights.hidden(), weights.intermediate(), weights.num_experts());
+        let packed = Dims {
+            tokens: dims.tokens,
+            all_pairs: dims.all_pairs,
+            activation: dims.activation,
+            ..weights.dims()
+        };
         assert!(
-            x.len() == tokens * hidden && y.len() == x.len() && packed == (hidden, intermediate, num_experts),
-            "expert_ffn::ForwardPacked: input {}, output {} values, weights {packed:?} for {dims:?}",
+            x.len() == dims.tokens * dims.hidden && y.len() == x.len() && packed == dims,
+            "expert_ffn::ForwardPacked: input {}, output {} values, weights of {packed:?} for {dims:?}",
             x.len(),
             y.len()
         );
@@ -48,24 +53,21 @@ impl ForwardPacked<'_> {
         if is_empty(dims) {
             y.fill(0.0);
         } else {
-            let plan = Plan { pairs, dims, isa, precision: weights.precision() };
-            forward(y, x, weights, &plan, &mut scratch.blocks);
+            let plan = Plan { pairs, dims, isa, precision: weights.precision(), accumulate: false };
+            match pairs {
+                Pairs::Dense => dense(y, x, &weights.parts()[0], &plan, &mut scratch.blocks),
+                Pairs::Routed(_) => open::forward(y, x, weights, &plan, &mut scratch.words),
+            }
         }
-        add_bias("expert_ffn::ForwardPacked", isa, y, weights.down_bias(), hidden);
+        add_bias("expert_ffn::ForwardPacked", isa, y, weights.down_bias(), dims.hidden);
     }
 }
 
 /// Sets y; see [`ForwardPacked`].
 ///
-/// First computes `c = coefficient * act(a) * b` of every active pair, in the tiles that the second product reads: a
-/// task is a block of an expert's tokens and some of its neurons. Then runs the combine.
-pub(super) fn forward(
-    y: &mut [f32],
-    x: &[f32],
-    weights: &PackedWeights,
-    plan: &Plan<'_>,
-    blocks: &mut Blocks,
-) {
+/// First computes `c = act(a) * b`, in the tiles that the second product reads: a task is a block of tokens and some of the
+/// neurons. Then runs the combine.
+fn dense(y: &mut [f32], x: &[f32], experts: &PackedExperts, plan: &Plan<'_>, blocks: &mut Blocks) {
     let (tokens, hidden) = (plan.dims.tokens, plan.dims.hidden);
     let depth = tile_depth(plan.dims.expert_width());
     let work = plan.num_pairs() * plan.dims.expert_width() * hidden;
@@ -86,12 +88,12 @@ pub(super) fn forward(
             first_row: rows.start,
             coefficient: |row| plan.coefficient(start + row),
             activation: plan.dims.activation,
-            biases: weights.gate_up_biases(task.expert),
+            biases: experts.gate_up_biases(task.expert),
         };
         Block {
             left: Left::Source(Source::picked_rows(Mat::new(x, tokens, hidden), listed), rounded),
             ks: 0..hidden,
-            panels: weights.gate_up(task.expert),
+            panels: experts.gate_up(task.expert),
             panel_ks: 0..hidden,
             range: task.panels,
             sink: &gate,
@@ -99,5 +101,5 @@ pub(super) fn forward(
         }
         .run(plan.isa);
     });
-    combine::packed(y, weights, plan, depth, blocks);
+    combine::packed(y, experts, plan, depth, blocks);
 }

@@ -12,7 +12,7 @@ use crate::swiglu::activation::{Unit, with_unit};
 
 /// Returns `act(a) * b * g`. It is a function because closures may not be inlined into the code of the tier.
 #[inline(always)]
-fn gated<S: Simd, A: Unit>(s: S, unit: A, [a, b, g]: [S::V; 3]) -> S::V {
+pub(super) fn gated<S: Simd, A: Unit>(s: S, unit: A, [a, b, g]: [S::V; 3]) -> S::V {
     s.mul(s.mul(s.mul(a, unit.gate(s, a)), b), g)
 }
 

@@ -19,6 +19,9 @@
 //! `w_down` is kept transposed, `[intermediate, hidden]`: a neuron is one row of all three matrices. f32
 //! accumulation. A token without an active expert gets `y = 0` (or `bd`) and `dx = 0`.
 //!
+//! The leading `core` experts run for every token with coefficient 1. They are one dense FFN, with no routing, no
+//! coefficients and no dcoef; the experts outside the core add to its y and dx.
+//!
 //! Work is cut by shape and routing alone and experts are summed in ascending order, so the result does not
 //! depend on the number of threads. [`Pairs::Dense`] is the same op with one expert, always active with coefficient 1:
 //! the dense FFN.
@@ -30,6 +33,7 @@ mod combine;
 mod dims;
 mod infer;
 mod kernel;
+mod open;
 mod packed;
 mod plan;
 pub mod reference;

@@ -15,16 +15,39 @@ pub enum Pairs<'a> {
     Dense,
 }
 
-/// One run of the op: its pairs, sizes, tier and precision.
+/// One run over experts of one kind, the core or those outside: its pairs, sizes, tier and precision.
 #[derive(Clone, Copy)]
 pub(super) struct Plan<'a> {
     pub(super) pairs: Pairs<'a>,
+    /// Without a core.
     pub(super) dims: Dims,
     pub(super) isa: Isa,
     pub(super) precision: Precision,
+    /// Adds to y or dx.
+    pub(super) accumulate: bool,
 }
 
 impl<'a> Plan<'a> {
+    /// Cuts a run into one over the core, which is dense, and one over the experts outside that adds to its result. Returns
+    /// each with its neurons; a run without neurons is left out.
+    pub(super) fn parts(self) -> impl Iterator<Item = (Plan<'a>, Range<usize>)> {
+        let dims = self.dims;
+        let (end_of_core, end) = (dims.core_neurons(), dims.intermediate);
+        let core = Plan { pairs: Pairs::Dense, dims: dims.of_core(), ..self };
+        let routed = Plan { dims: dims.of_routed(), accumulate: self.accumulate || dims.core > 0, ..self };
+        let parts = [(core, 0..end_of_core), (routed, end_of_core..end)];
+        parts.into_iter().filter(|(_, neurons)| !neurons.is_empty())
+    }
+
+    /// Counts the values of an array with one for each neuron of a pair: of all pairs, or of the active ones.
+    pub(super) fn saved_len(&self) -> usize {
+        if self.dims.all_pairs {
+            self.dims.tokens * self.dims.intermediate
+        } else {
+            self.num_pairs() * self.dims.expert_width()
+        }
+    }
+
     /// Returns the expert-major index of the first pair of `expert`.
     pub(super) fn offset(&self, expert: usize) -> usize {
         match self.pairs {
@@ -139,12 +162,12 @@ impl Cut {
 
 pub(super) fn check_pairs(op: &str, pairs: Pairs<'_>, dims: Dims) {
     let Pairs::Routed(routes) = pairs else {
-        assert_eq!(dims.num_experts, 1, "expert_ffn::{op}: a dense FFN has one expert");
+        assert_eq!([dims.num_experts, dims.core], [1, 0], "expert_ffn::{op}: a dense FFN has one expert");
         return;
     };
     let r = routes.tokens.len();
     assert!(
-        routes.offsets.len() == dims.num_experts + 1
+        routes.offsets.len() == dims.num_routed() + 1
             && routes.offsets.first() == Some(&0)
             && routes.offsets.last() == Some(&r)
             && routes.offsets.is_sorted()

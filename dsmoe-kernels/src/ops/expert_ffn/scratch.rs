@@ -2,6 +2,7 @@
 
 use super::combine::Blocks;
 use super::dims::Dims;
+use super::open::Words;
 use super::packed::tile_depth;
 use crate::buf::Buf;
 use crate::matmul::Precision;
@@ -11,6 +12,7 @@ use crate::matmul::Precision;
 pub struct Scratch {
     pub(super) precision: Precision,
     pub(super) blocks: Blocks,
+    pub(super) words: Words,
     pub(super) g: Buf,
     pub(super) da: Buf,
     pub(super) db: Buf,

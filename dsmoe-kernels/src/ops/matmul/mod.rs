@@ -12,6 +12,7 @@ mod block;
 mod mat;
 mod pack;
 mod packed;
+pub(crate) mod picked;
 mod product;
 pub mod reference;
 #[cfg(test)]
