@@ -3,7 +3,6 @@
 mod python;
 mod source;
 
-use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use chrono::{Local, NaiveDateTime};

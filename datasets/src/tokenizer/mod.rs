@@ -26,7 +26,7 @@ use std::str::FromStr;
 use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::processors::template::TemplateProcessing;
-use tokenizers::{AddedToken, DecoderWrapper, ModelWrapper, Tokenizer as Inner};
+use tokenizers::{AddedToken, Decoder, DecoderWrapper, ModelWrapper, Tokenizer as Inner};
 
 /// The rule by which a text gets the beginning-of-sequence token in front.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -26,7 +26,7 @@ struct Rows<'a> {
 impl Rows<'_> {
     /// Runs the norm forward and backward on one tier.
     fn run(self, isa: Isa) -> Run {
-        let Rows { x, w, dy, offset } = self;
+        let Rows { x, w, offset, .. } = self;
         let tokens = x.len() / w.len();
         let [mut y, mut dx] = [(); 2].map(|()| vec![f32::NAN; x.len()]);
         let (mut rstd, mut dw) = (vec![f32::NAN; tokens], vec![1.0; w.len()]);
