@@ -110,8 +110,7 @@ fn operand(code: &str) -> Option<(&str, &str)> {
     let mut end = match code.chars().next()? {
         '(' | '[' | '{' => group(code)?.0,
         '"' | '\'' => text_length(code),
-        // A number may have a point.
-        '0'..='9' => code.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(code.len()),
+        '0'..='9' => number_length(code),
         _ => Some(name(code)).filter(|&length| length > 0)?,
     };
     let tuple =
@@ -137,6 +136,17 @@ fn operand(code: &str) -> Option<(&str, &str)> {
             Some((operand[1..end - 1].trim_end().trim_end_matches(','), rest))
         }
         _ => Some((operand, rest)),
+    }
+}
+
+/// Returns the length of the number that `code` begins with, which may have a point and an exponent.
+fn number_length(code: &str) -> usize {
+    let digits =
+        |code: &str| code.find(|c: char| !c.is_ascii_alphanumeric() && c != '.').unwrap_or(code.len());
+    let length = digits(code);
+    match code[length..].strip_prefix(['+', '-']) {
+        Some(exponent) if code[..length].ends_with(['e', 'E']) => length + 1 + digits(exponent),
+        _ => length,
     }
 }
 
