@@ -1,5 +1,7 @@
 //! Tiny models of every family against transformers: logits, greedy text, and the passes against each other.
 
+#[cfg(feature = "cuda")]
+mod cuda;
 mod gradients;
 mod reference;
 mod small;
