@@ -3,6 +3,7 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod controls;
+mod depth;
 pub mod dsmoe;
 mod error;
 mod experts;
@@ -12,6 +13,7 @@ pub mod llama_moe;
 pub mod llm_pruner;
 mod method;
 pub mod moefication;
+mod neurons;
 mod random_k;
 mod registry;
 mod settings;

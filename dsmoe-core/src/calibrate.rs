@@ -15,10 +15,12 @@ use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::{Precision, add, attention, linear, swiglu};
 
 use crate::checkpoint::{
-    Checkpoint, LayerNorm, LlamaTensors, WeightReader, attention_name, check_llama_tensors, open_model,
+    Checkpoint, LayerNorm, LlamaTensors, WeightReader, attention_name, check_llama_tensors, ffn_name,
+    open_model,
 };
 use crate::config::{CONFIG_FILE, Config};
 use crate::error::{Error, Result};
+use crate::ffn::OUTPUT_BIAS;
 use crate::model::block::Block;
 use crate::model::ropes::{Ropes, Turn};
 use crate::model::tensors::{attention_dims, check_input, in_pool};
@@ -64,6 +66,8 @@ pub struct Tap<'a> {
     pub input: Input,
     /// `[seq, inputs]`.
     pub x: &'a [f32],
+    /// The residual stream `[seq, hidden]` that the outputs of these linears join.
+    pub residual: &'a [f32],
 }
 
 /// A linear layer: `y = x W^T + b`.
@@ -79,7 +83,7 @@ pub struct Linear {
     pub input: Input,
     /// W `[outputs, inputs]`, as stored.
     pub weight: Buf,
-    /// b `[outputs]`, where the family has one.
+    /// b `[outputs]`, where the model has one; that of down may be the bias of the FFN's output.
     pub bias: Option<Buf>,
 }
 
@@ -254,7 +258,10 @@ impl LayerStream {
                 Input::Heads => architecture.o_bias,
                 Input::Ffn | Input::Neurons => architecture.mlp_bias,
             };
-            let bias = format!("model.layers.{i}.{projection}.bias");
+            let (has_bias, bias) = match projection {
+                "mlp.down_proj" if architecture.output_bias => (true, ffn_name(i, OUTPUT_BIAS)),
+                _ => (has_bias, format!("model.layers.{i}.{projection}.bias")),
+            };
             let bias = has_bias.then(|| vector(&mut reader, bias, outputs)).transpose()?;
             let mut weight = Buf::zeros(outputs * inputs);
             reader.read(&TensorSpec::matrix(name.clone(), outputs, inputs), &mut weight)?;
@@ -273,6 +280,14 @@ impl LayerStream {
         self.run(weights, tap, false);
     }
 
+    /// Replaces the states by the outputs of a layer of these weights, and shows `tap` what [`LayerStream::forward`] would.
+    ///
+    /// # Panics
+    /// The weights are not of this model.
+    pub fn advance_seen(&mut self, weights: &LayerWeights, tap: &mut (dyn FnMut(Tap<'_>) + Send)) {
+        self.run(weights, tap, true);
+    }
+
     /// Replaces the states by the outputs of a layer of these weights.
     ///
     /// # Panics
@@ -289,8 +304,8 @@ impl LayerStream {
         }
         in_pool(|| {
             for (sequence, states) in states.chunks_exact_mut(len).enumerate() {
-                scratch
-                    .layer(states, weights, config, ropes, &mut |input, x| tap(Tap { sequence, input, x }));
+                let mut see = |input, x: &[f32], residual: &[f32]| tap(Tap { sequence, input, x, residual });
+                scratch.layer(states, weights, config, ropes, &mut see);
                 if replace {
                     states.copy_from_slice(&scratch.x);
                 }
@@ -331,7 +346,7 @@ impl Scratch {
         weights: &LayerWeights,
         config: &Config,
         ropes: &Ropes,
-        tap: &mut dyn FnMut(Input, &[f32]),
+        tap: &mut dyn FnMut(Input, &[f32], &[f32]),
     ) {
         let block = Block::of(config);
         let seq = states.len() / config.hidden;
@@ -345,7 +360,7 @@ impl Scratch {
         x.copy_from_slice(states);
 
         let input = block.input(before_attention, h, rstd, x);
-        tap(Input::Attention, input);
+        tap(Input::Attention, input, states);
         wq.forward(q, input);
         wk.forward(k, input);
         wv.forward(v, input);
@@ -362,18 +377,18 @@ impl Scratch {
         }
         a.resize(q.len());
         attention::Forward { out: a, lse, q, k, v, dims }.run();
-        tap(Input::Heads, a);
+        tap(Input::Heads, a, states);
         wo.forward(y, a);
         block.join(x, y, after_attention, h, rstd);
 
         let input = block.input(before_ffn, h, rstd, x);
-        tap(Input::Ffn, input);
+        tap(Input::Ffn, input, x);
         wgate.forward(gate, input);
         wup.forward(up, input);
         neurons.resize(gate.len());
         let activation = config.architecture.activation;
         swiglu::Forward { c: neurons, a: gate, b: up, activation }.run();
-        tap(Input::Neurons, neurons);
+        tap(Input::Neurons, neurons, x);
         wdown.forward(y, neurons);
         block.join(x, y, after_ffn, h, rstd);
     }

@@ -3,6 +3,7 @@
 mod common;
 mod llama_moe_golden;
 mod llm_pruner;
+mod neurons;
 mod sparse;
 mod topk;
 mod trained_router;

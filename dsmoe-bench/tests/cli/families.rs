@@ -134,11 +134,17 @@ fn run_all(test: &str, chosen: &[&str]) {
             ("llama-moe", 0.85),
             ("moefication", 0.95),
             ("random-k", 0.85),
+            ("flap", 0.9),
+            ("static-core", 0.9),
+            ("depth --set layers=1 --set tokens=64", 0.85),
         ] {
-            let pruned = format!("{dir}-{method}");
+            let pruned = format!("{dir}-{}", method.split(' ').next().unwrap_or(method));
             let run = run(&format!("prune {dir} --method {method} --budget {budget} {calib} --out {pruned}"));
             if method == "llm-pruner-channel" && tied_to_width {
                 assert!(run.stderr.contains("multiplied by the root of hidden_size"), "{}", run.stderr);
+                continue;
+            }
+            if method.starts_with("depth") && run.stderr.contains("rotations by their number") {
                 continue;
             }
             assert_eq!(run.code, 0, "{name} {method}: {}", run.stderr);

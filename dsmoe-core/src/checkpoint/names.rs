@@ -50,9 +50,10 @@ pub(crate) fn router_name(layer: usize) -> String {
     format!("model.layers.{layer}.mlp.router.weight")
 }
 
-/// Returns whether a tensor belongs to a layer's FFN and to no projection: a router's tensor or a partition.
+/// Returns whether a tensor belongs to a layer's FFN and is of no projection and no bias: a router's tensor or a partition.
 pub fn is_router(name: &str) -> bool {
-    name.contains(".mlp.") && !name.ends_with("_proj.weight") && !name.ends_with("_proj.bias")
+    let of_all = ["_proj.weight", "_proj.bias", ".output_bias"];
+    name.contains(".mlp.") && !of_all.iter().any(|end| name.ends_with(end))
 }
 
 /// Returns the name of a layer's router bias, `[num_experts]`.

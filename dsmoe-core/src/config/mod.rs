@@ -37,6 +37,8 @@ const LARGEST_LAYERS: u64 = 1 << 12;
 const LARGEST_MODEL: u128 = 1 << 42;
 /// The key that names the family of a directory whose `model_type` is `dsmoe`; absent for LLaMA.
 const BASE_KEY: &str = "base_model_type";
+/// The key of [`Architecture::output_bias`].
+const OUTPUT_BIAS_KEY: &str = "output_bias";
 
 /// Configuration of a decoder, dense or with experts.
 ///
@@ -193,8 +195,9 @@ impl Config {
         let head_dim = head_dim(&fields, family, hidden, num_heads)?;
         let num_layers = fields.integer("num_hidden_layers", LARGEST_LAYERS)?;
         let max_position = fields.dimension_or("max_position_embeddings", defaults.max_position)?;
-        let architecture =
+        let mut architecture =
             family.architecture(&fields, Sizes { hidden, num_layers, head_dim, max_position })?;
+        architecture.output_bias = fields.output_bias(&architecture)?;
         let notices = rope_keys::notices(&fields, &architecture.ropes);
         let token = |key: &str, default: Option<u32>| -> Result<Vec<u32>> {
             let given = fields.token_ids(key)?;
@@ -302,6 +305,39 @@ impl Config {
         self.state_head_dim();
     }
 
+    /// Returns the configuration of the model without all layers but `kept`, ascending; lists by layer lose their other
+    /// entries. Returns none where the remaining layers would be others: the family gives windows or rotations by the
+    /// number of a layer.
+    ///
+    /// # Panics
+    /// `kept` is empty or names a layer that there is not.
+    pub fn with_layers(&self, kept: &[usize]) -> Option<Config> {
+        assert!(!kept.is_empty() && kept.iter().all(|&i| i < self.num_layers), "config: layers {kept:?}");
+        let path = Path::new(CONFIG_FILE);
+        let mut raw = parse_object(path, &self.to_json()).ok()?;
+        raw.insert("num_hidden_layers".to_owned(), json!(kept.len()));
+        for key in ["layer_types", "no_rope_layers", "layer_shapes"] {
+            if let Some(Value::Array(list)) = raw.get(key) {
+                let left: Vec<&Value> = kept.iter().filter_map(|&i| list.get(i)).collect();
+                let left = json!(left);
+                raw.insert(key.to_owned(), left);
+            }
+        }
+        if self.layers.is_some() {
+            let shapes: Vec<LayerShape> = kept.iter().map(|&i| self.layer(i)).collect();
+            let most = largest(&shapes);
+            raw.insert("num_attention_heads".to_owned(), json!(most.num_heads));
+            raw.insert("num_key_value_heads".to_owned(), json!(most.num_kv_heads));
+            raw.insert("intermediate_size".to_owned(), json!(most.intermediate));
+        }
+        let config = Config::from_json(path, &Value::Object(raw).to_string()).ok()?;
+        let same = |(new, &old): (usize, &usize)| {
+            config.architecture.layers[new] == self.architecture.layers[old]
+                && config.layer(new) == self.layer(old)
+        };
+        kept.iter().enumerate().all(same).then_some(config)
+    }
+
     /// Sets the width of the residual stream; heads keep theirs.
     ///
     /// # Panics
@@ -338,7 +374,8 @@ impl Config {
 
     /// Returns `model_type` of config.json: the family's for a model that transformers loads directly.
     pub fn model_type(&self) -> &'static str {
-        if self.is_dense() && self.is_even() { self.family.model_type } else { "dsmoe" }
+        let plain = self.is_dense() && self.is_even() && !self.architecture.output_bias;
+        if plain { self.family.model_type } else { "dsmoe" }
     }
 
     /// Returns the family of the model, or of the dense model that it was made from.
@@ -371,7 +408,7 @@ impl Config {
         Ok(())
     }
 
-    /// Returns the JSON of the source with `model_type`, `architectures`, `dsmoe`, `ffn` and `layer_shapes` set by
+    /// Returns the JSON of the source with `model_type`, `architectures`, `dsmoe`, `ffn`, `layer_shapes` and `output_bias` set by
     /// the fields, and with the rotation in the spellings of transformers 4 and 5, without `auto_map`.
     pub fn to_json(&self) -> String {
         let mut raw = self.raw.clone();
@@ -393,6 +430,7 @@ impl Config {
             ("dsmoe", self.moe.as_ref().map(MoeConfig::to_value)),
             ("ffn", ffn),
             ("layer_shapes", self.layers.as_ref().map(|layers| json!(layers))),
+            (OUTPUT_BIAS_KEY, self.architecture.output_bias.then(|| json!(true))),
         ] {
             match value {
                 None => raw.shift_remove(key),

@@ -5,14 +5,17 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::fields::{Fields, LARGEST_DIMENSION};
-use super::{Config, FORMAT_VERSION, LayerShape, MoeConfig, StoredMoe, largest};
+use super::{
+    Architecture, Config, FORMAT_VERSION, LayerShape, MoeConfig, OUTPUT_BIAS_KEY, StoredMoe, largest,
+};
 use crate::error::{Error, Result, shown};
 use crate::remedy::Remedy;
 
 impl<'a> Fields<'a> {
     /// Checks that `model_type` and the keys that only this program reads go together.
     pub(super) fn check_kind(&self) -> Result<()> {
-        let own = ["dsmoe", "ffn", "layer_shapes"].into_iter().find(|key| self.get(key).is_some());
+        let keys = ["dsmoe", "ffn", "layer_shapes", OUTPUT_BIAS_KEY];
+        let own = keys.into_iter().find(|key| self.get(key).is_some());
         match (self.text("model_type")?, own) {
             (Some("dsmoe"), None) => {
                 let help = "convert the model again, or set model_type to llama";
@@ -27,6 +30,16 @@ impl<'a> Fields<'a> {
                 Err(self.wrong(key, "is present but model_type is not dsmoe", help))
             }
         }
+    }
+
+    /// Returns whether the FFNs of a model of these switches have a bias of their output.
+    pub(super) fn output_bias(&self, architecture: &Architecture) -> Result<bool> {
+        let has = self.flag(OUTPUT_BIAS_KEY)?.unwrap_or(false);
+        if has && architecture.mlp_bias {
+            let help = "add it to the bias of down_proj and remove the key";
+            return Err(self.wrong(OUTPUT_BIAS_KEY, "is true beside mlp_bias", help));
+        }
+        Ok(has)
     }
 
     /// Returns the kind of an FFN of another crate, and its settings.

@@ -101,6 +101,7 @@ impl Card<'_> {
             }
             _ if self.masks.is_some() => "A pruned model: single weights are 0",
             _ if !self.config.is_even() => "A pruned model: its layers have different sizes",
+            _ if self.config.architecture.output_bias => "A pruned model: a bias stands for removed neurons",
             _ if self.config.needs_remote_code() => {
                 "A pruned model: its hidden size is not that of its heads"
             }
@@ -122,6 +123,9 @@ impl Card<'_> {
             }
             _ if self.masks.is_some() => "weights set to 0".to_owned(),
             _ if !self.config.is_even() => "heads and neurons removed".to_owned(),
+            _ if self.config.architecture.output_bias => {
+                "neurons removed; a bias stands for the mean of what they added".to_owned()
+            }
             _ if self.config.needs_remote_code() => "channels of the residual stream removed".to_owned(),
             _ => "dense".to_owned(),
         }

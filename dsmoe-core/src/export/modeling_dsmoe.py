@@ -64,9 +64,15 @@ class DenseMLP(nn.Module):
         self.up_proj = nn.Linear(hidden, width, bias=bias)
         self.down_proj = nn.Linear(width, hidden, bias=bias)
         self.act_fn = activation(config)
+        # The mean of what neurons added that were removed.
+        self.output_bias = nn.Parameter(torch.zeros(hidden)) if getattr(config, "output_bias", False) else None
 
     def forward(self, hidden_states):
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        y = self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        return self.with_output_bias(y)
+
+    def with_output_bias(self, y):
+        return y if self.output_bias is None else y + self.output_bias
 
 
 class ExpertMLP(DenseMLP):
@@ -98,7 +104,7 @@ class ExpertMLP(DenseMLP):
             self.active_pairs = pairs if self.active_pairs is None else self.active_pairs + pairs
             self.all_pairs += active.numel()
         run = {"dense": self.run_dense, "gather": self.run_gathered, "loop": self.run_looped}[self.path(x)]
-        return run(x, active, factors).view_as(hidden_states)
+        return self.with_output_bias(run(x, active, factors)).view_as(hidden_states)
 
     def path(self, x):
         path = getattr(self.config, "dsmoe_path", "auto")
@@ -201,6 +207,17 @@ class DsmoeMLP(ExpertMLP):
         return active, factors
 
 
+class NeuronGate(nn.Module):
+    """The magnitude of one neuron for each expert (CMoE)."""
+
+    def __init__(self, hidden, num_experts):
+        super().__init__()
+        self.gate, self.up = Router(hidden, num_experts), Router(hidden, num_experts)
+
+    def forward(self, x):
+        return (F.silu(self.gate(x)) * self.up(x)).abs()
+
+
 class TopkGate(nn.Module):
     """Logits of a top-k FFN, under the tensor names of LLaMA-MoE."""
 
@@ -208,8 +225,11 @@ class TopkGate(nn.Module):
         super().__init__()
         self.normalize, self.noise = settings["normalize"], settings["noise"]
         self.gate_network = Router(hidden, num_experts)
-        if one_of(settings, "gate", ("linear", "mlp")) == "mlp":
+        network = one_of(settings, "gate", ("linear", "mlp", "neuron"))
+        if network == "mlp":
             self.gate_network = nn.Sequential(self.gate_network, nn.Tanh(), Router(num_experts, num_experts))
+        if network == "neuron":
+            self.gate_network = NeuronGate(hidden, num_experts)
         if self.noise:
             self.weight_noise = Router(hidden, num_experts)
 

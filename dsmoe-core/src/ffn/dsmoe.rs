@@ -10,7 +10,7 @@ use ndarray::{ArrayView2, ArrayViewMut2};
 
 use super::{
     DeviceFfn, Ffn, FfnBackward, FfnForward, FfnInference, FfnKind, FfnReport, FfnScratch, Gated, PackedFfn,
-    Record, routes, split, split_mut,
+    Record, add_output_bias, routes, split, split_mut,
 };
 use crate::params::TensorSpec;
 
@@ -109,6 +109,8 @@ struct PackedDsmoe {
     weights: PackedWeights,
     router: Vec<f32>,
     bias: Vec<f32>,
+    /// The bias of the output; empty where there is none.
+    output_bias: Vec<f32>,
 }
 
 impl PackedFfn for PackedDsmoe {
@@ -126,10 +128,11 @@ impl PackedFfn for PackedDsmoe {
             scratch: experts,
         }
         .run();
+        add_output_bias(y, &self.output_bias);
     }
 
     fn bytes(&self) -> usize {
-        self.weights.bytes() + 4 * (self.router.len() + self.bias.len())
+        self.weights.bytes() + 4 * (self.router.len() + self.bias.len() + self.output_bias.len())
     }
 
     fn num_experts(&self) -> Option<usize> {
@@ -186,6 +189,7 @@ impl Ffn for DsmoeFfn {
             weights: PackedWeights::new(precision, &self.gated.weights(params), self.dims(0)),
             router: router.to_vec(),
             bias: bias.to_vec(),
+            output_bias: self.gated.output_bias(params).to_vec(),
         })
     }
 
@@ -216,6 +220,7 @@ impl Ffn for DsmoeFfn {
             scratch: experts,
         }
         .run();
+        add_output_bias(y, self.gated.output_bias(params));
         FfnReport {
             sparsity_loss: sparsity::loss(&saved.routed, SparsityOver::Active),
             mean_gate: sparsity::loss(&saved.routed, SparsityOver::All),
@@ -228,6 +233,7 @@ impl Ffn for DsmoeFfn {
         let DsmoeSaved { experts: saved, routed } =
             saved.downcast_mut::<DsmoeSaved>().expect("saved by a DSMoE FFN");
         let [router, _] = self.router(params);
+        self.gated.add_output_bias_grad(grads, dy);
         let (grads, of_router) = grads.split_at_mut(self.gated.len());
         let [drouter, dbias] = split_mut(of_router, self.router_lens());
         let (dims, n) = (self.dims(x.len() / self.gated.hidden), self.router.num_experts);

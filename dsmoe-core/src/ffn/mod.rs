@@ -25,7 +25,7 @@ pub(crate) use build::of_layer;
 pub use dense::DenseFfn;
 pub use device::{DeviceFfn, GateBackward, HostGate, HostRouted};
 pub use dsmoe::DsmoeFfn;
-pub use gated::Gated;
+pub use gated::{Gated, add_output_bias};
 
 use crate::config::Config;
 use crate::error::{Error, Result, shown};
@@ -126,6 +126,8 @@ pub fn split_mut<const N: usize>(block: &mut [f32], lens: [usize; N]) -> [&mut [
 
 /// Name of the bias of the down projection. It belongs to no expert: every token gets it once.
 pub(crate) const DOWN_BIAS: &str = "down_proj.bias";
+/// Name of the bias of the FFN's output, in a model without biases of projections.
+pub(crate) const OUTPUT_BIAS: &str = "output_bias";
 
 /// Returns the three projections every FFN here has, `[intermediate, hidden]` each, the down projection transposed.
 pub fn projections(hidden: usize, intermediate: usize) -> Vec<TensorSpec> {

@@ -344,3 +344,59 @@ fn config_with_a_wrong_dsmoe_object() {
         refused(read(&of(wrong)), parts);
     }
 }
+
+#[test]
+fn a_bias_of_the_output_is_of_native_models_without_other_biases() {
+    each_refused(&[("output_bias", json!(true), &["output_bias", "model_type is not dsmoe"])]);
+    let native = |changes: &[(&str, Value)]| {
+        let own = [("model_type", json!("dsmoe")), ("output_bias", json!(true))];
+        read(&with(&[&own, changes].concat()))
+    };
+    refused(native(&[("output_bias", json!(1))]), &["output_bias", "is 1", "true or false"]);
+    refused(native(&[("mlp_bias", json!(true))]), &["output_bias", "is true beside mlp_bias", "down_proj"]);
+    let config = native(&[]).unwrap();
+    assert!(config.architecture.output_bias && config.is_dense());
+    assert_eq!(config.model_type(), "dsmoe");
+    let again = read(&config.to_json()).unwrap();
+    assert_eq!((again.is_even(), again.architecture), (true, config.architecture.clone()));
+    let off = native(&[("output_bias", json!(false))]).unwrap();
+    assert!(!off.architecture.output_bias && !off.to_json().contains("output_bias"));
+    assert_eq!(off.model_type(), "llama");
+}
+
+#[test]
+fn layers_are_removed_with_their_entries_of_lists() {
+    let plain = read(&with(&[("num_hidden_layers", json!(4))])).unwrap();
+    let short = plain.with_layers(&[0, 3]).unwrap();
+    assert_eq!((short.num_layers, short.model_type()), (2, "llama"));
+    assert_eq!(read(&short.to_json()).unwrap(), short);
+
+    let mut shapes: Vec<_> = plain.layers().collect();
+    shapes[2].intermediate /= 2;
+    let mut uneven = plain.clone();
+    uneven.set_layers(shapes.clone());
+    let short = uneven.with_layers(&[1, 2, 3]).unwrap();
+    assert_eq!(short.layers().collect::<Vec<_>>(), shapes[1..]);
+    let narrow = uneven.with_layers(&[2]).unwrap();
+    assert_eq!((narrow.intermediate, narrow.is_even()), (shapes[2].intermediate, true));
+
+    let family = |name: &str, changes: &[(&str, Value)]| {
+        let common = [("model_type", json!(name)), ("num_hidden_layers", json!(4))];
+        read(&with(&[&common, changes].concat())).unwrap()
+    };
+    let rotated = family("smollm3", &[("no_rope_layers", json!([1, 0, 1, 0]))]);
+    let short = rotated.with_layers(&[1, 2]).unwrap();
+    let ropes: Vec<bool> = short.architecture.layers.iter().map(|layer| layer.rope.is_some()).collect();
+    assert_eq!(ropes, [false, true]);
+    let kinds = json!(["sliding_attention", "full_attention", "sliding_attention", "full_attention"]);
+    let listed = family("gemma2", &[("sliding_window", json!(3)), ("layer_types", kinds)]);
+    let windows = |config: &Config| -> Vec<bool> {
+        config.architecture.layers.iter().map(|layer| layer.window.is_some()).collect()
+    };
+    assert_eq!(windows(&listed.with_layers(&[1, 3]).unwrap()), [false, false]);
+    // By its number every other layer has a window: what stays would change.
+    let counted = family("gemma2", &[("sliding_window", json!(3))]);
+    assert_eq!(windows(&counted), windows(&listed));
+    assert!(counted.with_layers(&[1, 3]).is_none());
+    assert!(counted.with_layers(&[0, 1]).is_some());
+}

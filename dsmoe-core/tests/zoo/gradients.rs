@@ -30,6 +30,7 @@ fn families() -> Vec<(&'static str, Value)> {
     vec![
         ("llama", biases),
         ("llama", json!({"rope_scaling": {"type": "dynamic", "factor": 4.0}, "max_position_embeddings": 4})),
+        ("llama", json!({"output_bias": true})),
         ("mistral", json!({"sliding_window": 2})),
         ("qwen2", json!({"use_sliding_window": true, "sliding_window": 3, "max_window_layers": 1})),
         ("qwen3", json!({"attention_bias": true})),
@@ -60,9 +61,11 @@ fn config(family: &str, keys: &Value, experts: bool) -> Config {
     });
     let map = json.as_object_mut().unwrap();
     map.extend(keys.as_object().unwrap().clone());
-    if experts {
+    if experts || map.contains_key("output_bias") {
         map.insert("model_type".into(), "dsmoe".into());
         map.insert("base_model_type".into(), family.into());
+    }
+    if experts {
         // The loss is differentiable without the straight-through rule, but where an expert comes or goes.
         let moe = json!({"format_version": 1, "num_experts": 3, "threshold": 0.4, "partition": "contiguous",
             "router_bias": true, "gate_value": "sigmoid", "rescale": "none", "zero_active": "skip", "ste": false});
@@ -82,6 +85,7 @@ fn switches_without_a_gpu_kernel_are_named() {
     let missing = [
         "llama with bias on q, k, v, bias on o, biases in the FFN",
         "dynamic scaling of the rotation",
+        "a bias of the FFN's output",
         "a window of 2 in 2 layers",
         "a window of 3 in 1 layers",
         "norm of q and k by head",

@@ -147,7 +147,8 @@ impl<'a> Reference<'a> {
                 let neuron = coefficient * self.act(gate[t][j]) * up[t][j];
                 y.iter_mut().zip(down).for_each(|(y, w)| *y += neuron * w);
             }
-            if let Some(bias) = self.params.get(&name("down_proj.bias")) {
+            for bias in ["down_proj.bias", "output_bias"] {
+                let bias = self.params.get(&name(bias)).into_iter().flatten();
                 y.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
             }
             y

@@ -1,0 +1,230 @@
+//! Scores of layers, and the layers to remove.
+
+use std::path::Path;
+
+use dsmoe_core::calibrate::LayerStream;
+use dsmoe_core::checkpoint::Checkpoint;
+use dsmoe_core::model::{Cache, Inference, Model, Workspace};
+use dsmoe_kernels::Precision;
+use rayon::prelude::*;
+
+use super::Choice;
+use crate::error::{Error, Result};
+use crate::method::Progress;
+
+/// Bytes of the dense model's distributions that are kept.
+const MOST_BYTES: usize = 1 << 29;
+
+/// A choice of layers to remove.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Choose {
+    pub(super) choice: Choice,
+    /// Layers that stay.
+    pub(super) count: usize,
+    /// All layers.
+    pub(super) layers: usize,
+}
+
+/// Layers to remove, ascending, and measurements.
+pub(super) type Chosen = (Vec<usize>, Vec<(String, f64)>);
+
+impl Choose {
+    fn removed(self) -> usize {
+        self.layers - self.count
+    }
+
+    /// Chooses by the divergence of the final distribution on `text`.
+    pub(super) fn by_kl(
+        self,
+        dir: &Path,
+        text: &[Vec<u32>],
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<Chosen> {
+        if self.removed() == 0 {
+            return Ok((Vec::new(), Vec::new()));
+        }
+        let precision = Checkpoint::open(dir)?.precision();
+        let mut divergence = Divergence::new(Model::load(dir)?, precision, text)?;
+        self.choose(&mut |layers| divergence.without(layers), progress)
+    }
+
+    /// Chooses by the angle between the residual stream before and after layers on `text`.
+    pub(super) fn by_angle(
+        self,
+        dir: &Path,
+        text: &[Vec<u32>],
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<Chosen> {
+        if self.removed() == 0 {
+            return Ok((Vec::new(), Vec::new()));
+        }
+        let mut stream = LayerStream::open(dir, text)?;
+        let hidden = stream.config().hidden;
+        let mut states = vec![stream.states().to_vec()];
+        for i in 0..self.layers {
+            progress(Progress { stage: "states", done: i as u64, total: self.layers as u64 });
+            let weights = stream.layer(i)?;
+            stream.advance(&weights);
+            states.push(stream.states().to_vec());
+        }
+        let mut score = |layers: &[usize]| {
+            let (first, last) = (layers[0], layers[layers.len() - 1]);
+            finite(angle(&states[first], &states[last + 1], hidden), "the residual stream")
+        };
+        self.choose(&mut score, progress)
+    }
+
+    /// Chooses by a score of sets of layers.
+    pub(super) fn choose(
+        self,
+        score: &mut dyn FnMut(&[usize]) -> Result<f64>,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<Chosen> {
+        let (n, layers) = (self.removed(), self.layers);
+        let mut measured = Vec::new();
+        let mut report = |done: usize, total: usize| {
+            progress(Progress { stage: "scores", done: done as u64, total: total as u64 });
+        };
+        let removed = match self.choice {
+            Choice::Independent => {
+                let mut scores = Vec::with_capacity(layers);
+                for i in 0..layers {
+                    report(i, layers);
+                    scores.push(score(&[i])?);
+                    measured.push((format!("layer {i} score"), scores[i]));
+                }
+                let mut order: Vec<usize> = (0..layers).collect();
+                order.sort_by(|&a, &b| scores[a].total_cmp(&scores[b]).then(a.cmp(&b)));
+                order.truncate(n);
+                order.sort_unstable();
+                order
+            }
+            Choice::Consecutive => {
+                let mut best = (f64::INFINITY, Vec::new());
+                for first in 0..=layers - n {
+                    report(first, layers - n + 1);
+                    let block: Vec<usize> = (first..first + n).collect();
+                    let of_block = score(&block)?;
+                    measured.push((format!("layers {first} to {} score", first + n - 1), of_block));
+                    if of_block < best.0 {
+                        best = (of_block, block);
+                    }
+                }
+                best.1
+            }
+            Choice::Greedy => {
+                let mut removed: Vec<usize> = Vec::new();
+                for step in 0..n {
+                    report(step, n);
+                    let mut best = (f64::INFINITY, 0);
+                    for i in (0..layers).filter(|i| !removed.contains(i)) {
+                        let mut with = removed.clone();
+                        with.push(i);
+                        with.sort_unstable();
+                        let of_set = score(&with)?;
+                        if of_set < best.0 {
+                            best = (of_set, i);
+                        }
+                    }
+                    measured.push((format!("step {step}: score without layer {}", best.1), best.0));
+                    removed.push(best.1);
+                }
+                removed.sort_unstable();
+                removed
+            }
+        };
+        Ok((removed, measured))
+    }
+}
+
+/// Returns the mean over rows of the angle between `a` and `b`, as a share of pi.
+pub(super) fn angle(a: &[f32], b: &[f32], hidden: usize) -> f64 {
+    let rows = a.chunks_exact(hidden).zip(b.chunks_exact(hidden));
+    let dot =
+        |a: &[f32], b: &[f32]| -> f64 { a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum() };
+    let of = |(a, b): (&[f32], &[f32])| {
+        let norms = (dot(a, a) * dot(b, b)).sqrt();
+        let cosine = if norms > 0.0 { dot(a, b) / norms } else { 1.0 };
+        cosine.clamp(-1.0, 1.0).acos() / std::f64::consts::PI
+    };
+    let sum: f64 = rows.map(of).sum();
+    sum / (a.len() / hidden).max(1) as f64
+}
+
+fn finite(score: f64, place: &str) -> Result<f64> {
+    match score.is_finite() {
+        true => Ok(score),
+        false => Err(Error::numeric(place, "is not finite", "check the model with eval")),
+    }
+}
+
+/// The divergence of a model without some layers from the whole one. A layer is removed by zeros for what it adds to the
+/// residual stream.
+pub(super) struct Divergence<'a> {
+    model: Model,
+    precision: Precision,
+    text: &'a [Vec<u32>],
+    /// Logarithms of the whole model's probabilities `[tokens, vocab]`, by sequence.
+    whole: Vec<Vec<f32>>,
+}
+
+impl<'a> Divergence<'a> {
+    pub(super) fn new(model: Model, precision: Precision, text: &'a [Vec<u32>]) -> Result<Divergence<'a>> {
+        let of_one = 4 * text[0].len() * model.config().vocab_size;
+        let text = &text[..text.len().min((MOST_BYTES / of_one.max(1)).max(1))];
+        let mut divergence = Divergence { model, precision, text, whole: Vec::new() };
+        let whole = Inference::new(&divergence.model, precision);
+        divergence.whole = text.iter().map(|ids| log_probabilities(&whole, ids)).collect::<Result<_>>()?;
+        Ok(divergence)
+    }
+
+    /// Returns the mean divergence without `layers`.
+    pub(super) fn without(&mut self, layers: &[usize]) -> Result<f64> {
+        const ADDING: [&str; 5] = [
+            "self_attn.o_proj.weight",
+            "self_attn.o_proj.bias",
+            "mlp.down_proj.weight",
+            "mlp.down_proj.bias",
+            "mlp.output_bias",
+        ];
+        let names = layers.iter().flat_map(|i| ADDING.map(|name| format!("model.layers.{i}.{name}")));
+        let layout = self.model.layout();
+        let ranges: Vec<_> = names.filter_map(|name| Some(layout.get(&name)?.range.clone())).collect();
+        let params = self.model.params_mut();
+        let saved: Vec<Vec<f32>> = ranges.iter().map(|range| params[range.clone()].to_vec()).collect();
+        ranges.iter().for_each(|range| params[range.clone()].fill(0.0));
+        let pruned = Inference::new(&self.model, self.precision);
+        for (range, values) in ranges.into_iter().zip(saved) {
+            self.model.params_mut()[range].copy_from_slice(&values);
+        }
+        let (mut sum, mut tokens) = (0.0, 0);
+        for (ids, whole) in self.text.iter().zip(&self.whole) {
+            let other = log_probabilities(&pruned, ids)?;
+            let vocab = other.len() / ids.len();
+            let rows = whole.par_chunks_exact(vocab).zip(other.par_chunks_exact(vocab));
+            let of_rows: Vec<f64> = rows.map(|(p, q)| divergence(p, q)).collect();
+            sum += of_rows.iter().sum::<f64>();
+            tokens += ids.len();
+        }
+        finite(sum / tokens as f64, "the model's output without a layer")
+    }
+}
+
+/// Returns KL(p | q) of distributions given by logarithms.
+fn divergence(p: &[f32], q: &[f32]) -> f64 {
+    p.iter().zip(q).map(|(&p, &q)| f64::from(p.exp()) * f64::from(p - q)).sum()
+}
+
+/// Returns the logarithms of the probabilities of every next token, `[tokens, vocab]`.
+fn log_probabilities(model: &Inference, ids: &[u32]) -> Result<Vec<f32>> {
+    let mut cache = Cache::new(model, ids.len());
+    let mut workspace = Workspace::default();
+    let mut logits = model.logits(ids, ids.len(), &mut cache, None, &mut workspace)?.to_vec();
+    logits.par_chunks_exact_mut(model.config().vocab_size).for_each(|row| {
+        let largest = row.iter().fold(f32::NEG_INFINITY, |most, &z| most.max(z));
+        let sum: f64 = row.iter().map(|&z| f64::from(z - largest).exp()).sum();
+        let shift = largest + sum.ln() as f32;
+        row.iter_mut().for_each(|z| *z -= shift);
+    });
+    Ok(logits)
+}
