@@ -6,4 +6,5 @@ mod llm_pruner;
 mod neurons;
 mod sparse;
 mod topk;
+mod start;
 mod trained_router;

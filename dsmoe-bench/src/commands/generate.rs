@@ -53,7 +53,7 @@ pub(crate) fn run(args: &Generate, ui: &mut Ui) -> Result<()> {
         Some(dtype) => dtype,
         None => default_precision(args.device, Checkpoint::open(&args.model)?.precision()),
     };
-    let model = load_inference(&args.model, dtype, args.device, args.threshold)?;
+    let model = load_inference(&args.model, dtype, args.device, args.gates)?;
     let options = GenerateOptions {
         max_tokens: args.max_tokens,
         temperature: args.temperature,

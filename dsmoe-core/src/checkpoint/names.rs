@@ -47,10 +47,11 @@ pub(crate) fn attention_name(layer: usize, name: &str) -> String {
 
 /// Returns the name of a layer's router, `[num_experts, hidden]`.
 pub(crate) fn router_name(layer: usize) -> String {
-    format!("model.layers.{layer}.mlp.router.weight")
+    ffn_name(layer, "router.weight")
 }
 
-/// Returns whether a tensor belongs to a layer's FFN and is of no projection and no bias: a router's tensor or a partition.
+/// Returns whether a tensor belongs to a layer's FFN and is of no projection and no bias: one of a router, of a
+/// correction, or a partition.
 pub fn is_router(name: &str) -> bool {
     let of_all = ["_proj.weight", "_proj.bias", ".output_bias"];
     name.contains(".mlp.") && !of_all.iter().any(|end| name.ends_with(end))

@@ -2,6 +2,7 @@
 
 pub(crate) mod arch;
 pub(crate) mod fields;
+mod moe;
 mod own;
 pub(crate) mod rope;
 pub(crate) mod rope_keys;
@@ -10,7 +11,6 @@ mod transformers;
 use std::path::Path;
 use std::sync::Arc;
 
-use dsmoe_router::{GateValue, Rescale, RouterConfig, ZeroActive};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -27,12 +27,13 @@ use crate::partition;
 pub use arch::{Architecture, LayerAttention, Norms, QkNorm};
 pub use dsmoe_kernels::Activation;
 use fields::Fields;
+use moe::MoeSizes;
+pub use moe::{Budget, MoeConfig, MoeParts, PartitionKind};
 pub use rope::{Rope, RopeScaling};
 
 /// The configuration of Mistral's own format, whose tensors have other names and layouts.
 const MISTRAL_CONFIG_FILE: &str = "params.json";
 const GENERATION_CONFIG_FILE: &str = "generation_config.json";
-const FORMAT_VERSION: u64 = 1;
 const LARGEST_LAYERS: u64 = 1 << 12;
 const LARGEST_MODEL: u128 = 1 << 42;
 /// The key that names the family of a directory whose `model_type` is `dsmoe`; absent for LLaMA.
@@ -102,50 +103,6 @@ pub struct LayerShape {
     pub intermediate: usize,
 }
 
-/// Order of the neurons in the stored FFN tensors.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum PartitionKind {
-    /// The original order; expert i is the i-th block.
-    Contiguous,
-    /// Permuted; `mlp.partition` of each layer holds the original indices.
-    Permuted,
-}
-
-/// The `dsmoe` object of config.json.
-#[derive(Clone, Debug, PartialEq)]
-pub struct MoeConfig {
-    /// Settings of the routers.
-    pub router: RouterConfig,
-    /// Order of the neurons.
-    pub partition: PartitionKind,
-    /// True if routers have a bias.
-    pub router_bias: bool,
-    /// The share of experts to be active that the model was made for; training reaches it unless told otherwise.
-    pub active_target: Option<f64>,
-    /// True if no weight of the dense model was changed since the conversion.
-    pub untrained: bool,
-}
-
-/// [`MoeConfig`] as it is stored.
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct StoredMoe {
-    format_version: u64,
-    num_experts: usize,
-    threshold: f64,
-    partition: PartitionKind,
-    router_bias: bool,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    active_target: Option<f64>,
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    untrained: bool,
-    gate_value: GateValue,
-    rescale: Rescale,
-    zero_active: ZeroActive,
-    ste: bool,
-}
-
 impl Config {
     /// Reads `config.json`, and adds the end-of-text tokens of `generation_config.json` when that exists; or reads the
     /// metadata of the GGUF file that `dir` names or holds.
@@ -187,13 +144,13 @@ impl Config {
         let fields = Fields { path, prefix: "", map: &raw };
         let family = family_of(&fields)?;
         fields.check_kind()?;
-        let moe = fields.moe()?;
         let defaults = family.defaults;
 
         let hidden = fields.dimension("hidden_size")?;
         let [num_heads, num_kv_heads] = heads(&fields, family)?;
         let head_dim = head_dim(&fields, family, hidden, num_heads)?;
         let num_layers = fields.integer("num_hidden_layers", LARGEST_LAYERS)?;
+        let moe = moe::read(&fields, MoeSizes { num_layers, hidden })?;
         let max_position = fields.dimension_or("max_position_embeddings", defaults.max_position)?;
         let mut architecture =
             family.architecture(&fields, Sizes { hidden, num_layers, head_dim, max_position })?;
@@ -460,27 +417,6 @@ impl Config {
         };
         let key = if self.raw.contains_key("dtype") { "dtype" } else { "torch_dtype" };
         self.raw.insert(key.to_owned(), json!(name));
-    }
-}
-
-impl MoeConfig {
-    fn to_value(&self) -> Value {
-        let router = &self.router;
-        // The shortest decimal of the f32, not the many digits of its f64.
-        let threshold = router.threshold.to_string().parse().unwrap_or(f64::from(router.threshold));
-        json!(StoredMoe {
-            format_version: FORMAT_VERSION,
-            num_experts: router.num_experts,
-            threshold,
-            partition: self.partition,
-            router_bias: self.router_bias,
-            active_target: self.active_target,
-            untrained: self.untrained,
-            gate_value: router.gate_value,
-            rescale: router.rescale,
-            zero_active: router.zero_active,
-            ste: router.ste,
-        })
     }
 }
 

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use dsmoe_router::GateValue;
 
-use crate::checkpoint::{Checkpoint, read_partitions, router_bias_name, router_name};
+use crate::checkpoint::{Checkpoint, ffn_name, read_partitions, router_bias_name, router_name};
 use crate::config::{CONFIG_FILE, Config, MoeConfig};
 use crate::error::{Error, Result};
 
@@ -54,6 +54,7 @@ impl Dense {
             let form = exact_form(dir, config, moe, checkpoint)?;
             return Ok(Dense { form, orders, factors: Vec::new() });
         };
+        check_no_correction(dir, moe)?;
         let fits = |means: &Vec<f64>| {
             means.len() == moe.router.num_experts && means.iter().all(|mean| mean.is_finite())
         };
@@ -87,12 +88,22 @@ pub(super) fn scale_columns(values: &mut [f32], factors: &[f32]) {
     }
 }
 
+/// Refuses a model whose FFNs add a term that a dense FFN does not have.
+fn check_no_correction(dir: &Path, moe: &MoeConfig) -> Result<()> {
+    if !moe.parts.correction {
+        return Ok(());
+    }
+    let problem = "is true: what it adds to the FFN's output has no place in a dense model";
+    Err(Error::field(&dir.join(CONFIG_FILE), "dsmoe.correction", problem, "export it {as} hf"))
+}
+
 /// Returns in which way the model without its routers is exact.
 fn exact_form(dir: &Path, config: &Config, moe: &MoeConfig, checkpoint: &Checkpoint) -> Result<DenseForm> {
     if moe.untrained {
         return Ok(DenseForm::Source);
     }
     if moe.router.gate_value == GateValue::Binary && all_open(config, moe, checkpoint)? {
+        check_no_correction(dir, moe)?;
         return Ok(DenseForm::AllOpen);
     }
     let problem = "was trained with gates, and without them it computes something else";
@@ -102,17 +113,18 @@ fn exact_form(dir: &Path, config: &Config, moe: &MoeConfig, checkpoint: &Checkpo
 
 /// Returns whether every gate is above the threshold for any input.
 fn all_open(config: &Config, moe: &MoeConfig, checkpoint: &Checkpoint) -> Result<bool> {
-    if moe.router.threshold == 0.0 {
-        return Ok(true);
-    }
-    if !moe.router_bias {
-        return Ok(false);
-    }
-    let bar = moe.router.threshold_logit() as f32;
-    let mut bias = vec![0.0; moe.router.num_experts];
-    let mut weight = vec![0.0; moe.router.num_experts * config.hidden];
     for layer in 0..config.num_layers {
-        checkpoint.read_f32(&router_name(layer), &mut weight)?;
+        let Some(bar) = moe.threshold_logit(layer).or_else(|| moe.router.bar()) else { continue };
+        if !moe.router_bias {
+            return Ok(false);
+        }
+        let routed = moe.router.num_experts - moe.core(layer);
+        let (name, len) = match moe.parts.router_rank {
+            None => (router_name(layer), routed * config.hidden),
+            Some(rank) => (ffn_name(layer, "router.b.weight"), routed * rank),
+        };
+        let (mut weight, mut bias) = (vec![0.0; len], vec![0.0; routed]);
+        checkpoint.read_f32(&name, &mut weight)?;
         checkpoint.read_f32(&router_bias_name(layer), &mut bias)?;
         if weight.iter().any(|&weight| weight != 0.0) || bias.iter().any(|&bias| bias.is_nan() || bias <= bar)
         {

@@ -2,7 +2,7 @@
 
 use dsmoe_core::Model;
 use dsmoe_core::config::Config;
-use dsmoe_core::model::{Batch, StepArgs, TrainWorkspace};
+use dsmoe_core::model::{Batch, Inference, StepArgs, TrainWorkspace, Workspace};
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::rng::Rng;
@@ -53,7 +53,10 @@ fn families() -> Vec<(&'static str, Value)> {
     ]
 }
 
-fn config(family: &str, keys: &Value, experts: bool) -> Config {
+/// The forms of an FFN: dense, experts alone, experts behind a core, and experts with all that may stand beside them.
+const FORMS: [&str; 4] = ["dense", "experts", "core", "parts"];
+
+fn config(family: &str, keys: &Value, form: &str) -> Config {
     let mut json = json!({
         "model_type": family, "vocab_size": VOCAB, "hidden_size": 8, "intermediate_size": 12,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4,
@@ -61,17 +64,43 @@ fn config(family: &str, keys: &Value, experts: bool) -> Config {
     });
     let map = json.as_object_mut().unwrap();
     map.extend(keys.as_object().unwrap().clone());
-    if experts || map.contains_key("output_bias") {
+    if form != "dense" || map.contains_key("output_bias") {
         map.insert("model_type".into(), "dsmoe".into());
         map.insert("base_model_type".into(), family.into());
     }
-    if experts {
+    if form != "dense" {
         // The loss is differentiable without the straight-through rule, but where an expert comes or goes.
-        let moe = json!({"format_version": 1, "num_experts": 3, "threshold": 0.4, "partition": "contiguous",
+        let mut moe = json!({"format_version": 1, "num_experts": 3, "threshold": 0.4, "partition": "contiguous",
             "router_bias": true, "gate_value": "sigmoid", "rescale": "none", "zero_active": "skip", "ste": false});
+        if form == "core" {
+            (moe["format_version"], moe["core"]) = (json!(2), json!(1));
+        }
+        if form == "parts" {
+            let parts = json!({"format_version": 2, "core": [1, 0], "router_rank": 2, "correction": true,
+                "active_target": 0.5, "budgets": [{"active": 0.4, "thresholds": [0.2, -0.1]},
+                {"active": 0.8, "thresholds": [-0.2, -0.3]}]});
+            moe.as_object_mut().unwrap().extend(parts.as_object().unwrap().clone());
+        }
         map.insert("dsmoe".into(), moe);
     }
     Config::from_json("config.json".as_ref(), &json.to_string()).unwrap()
+}
+
+/// A GPU runs none of what may stand beside experts, and says which.
+#[cfg(feature = "cuda")]
+#[test]
+fn parts_beside_experts_are_refused_by_name_on_a_gpu() {
+    use dsmoe_core::model::cuda::CudaTrainer;
+    use dsmoe_core::{Device, Inference};
+    use dsmoe_kernels::testing::refused;
+
+    let all = ["a core of experts", "routers of low rank", "a correction of the output", "thresholds by budget"];
+    for (form, names) in [("core", &all[..1]), ("parts", &all[..])] {
+        let model = random(config("llama", &json!({}), form));
+        let parts = [&["a GPU does not run", "device to cpu"], names].concat();
+        refused(CudaTrainer::memory(model.config(), 8), &parts);
+        refused(Inference::new_on(&model, Precision::Bf16, Device::Cuda(0)), &parts);
+    }
 }
 
 /// The reason that a GPU refuses each of [`families`].
@@ -99,7 +128,7 @@ fn switches_without_a_gpu_kernel_are_named() {
         "embedding times 3, residual branches times 0.6, logits times 2",
     ];
     for ((family, keys), missing) in families().into_iter().zip(missing) {
-        let model = random(config(family, &keys, false));
+        let model = random(config(family, &keys, "dense"));
         let parts = ["a GPU does not run", family, missing, "device to cpu"];
         refused(CudaTrainer::memory(model.config(), 8), &parts);
         refused(Inference::new_on(&model, Precision::Bf16, Device::Cuda(0)), &parts);
@@ -125,8 +154,8 @@ fn gradients_are_differences_of_the_reference() {
     let inputs: Vec<u32> = (0..TOKENS).map(|i| (i * i + 3 * i + 1) as u32 % VOCAB as u32).collect();
     let targets: Vec<u32> = (0..TOKENS).map(|i| (5 * i + 2) as u32 % VOCAB as u32).collect();
     for (family, keys) in families() {
-        for experts in [false, true] {
-            let model = random(config(family, &keys, experts));
+        for form in FORMS {
+            let model = random(config(family, &keys, form));
             let mut grads = Buf::zeros(model.params().len());
             let args = StepArgs {
                 loss_scale: 1.0,
@@ -138,10 +167,16 @@ fn gradients_are_differences_of_the_reference() {
             let batch = Batch { inputs: &inputs, targets: &targets, seq: SEQ };
             let mut workspace = TrainWorkspace::new(&model, TOKENS, Precision::F32);
             let step = model.train_step(&mut grads, batch, &args, &mut workspace).unwrap();
-            let what = format!("{family} {keys}, experts {experts}");
+            let what = format!("{family} {keys}, {form}");
             let mut reference = Reference::new(&model);
             let loss = reference.loss(&inputs, &targets, SEQ);
             assert!((step.loss_sum - loss).abs() < 1e-5 * loss, "{what}: loss {} and {loss}", step.loss_sum);
+            let mut losses = vec![0.0; TOKENS];
+            Inference::new(&model, Precision::F32)
+                .score(&mut losses, batch, None, &mut Workspace::default())
+                .unwrap();
+            let scored: f64 = losses.iter().map(|&loss| f64::from(loss)).sum();
+            assert!((scored - loss).abs() < 1e-5 * loss, "{what}: inference {scored} and {loss}");
             let mut largest = 0.0f64;
             for entry in model.layout().entries() {
                 let name = &entry.spec.name;

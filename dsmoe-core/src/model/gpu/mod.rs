@@ -29,13 +29,18 @@ pub(crate) fn device_ffns(config: &Config, ffns: &[Box<dyn Ffn>]) -> Result<Vec<
             format!("a GPU does not run {} with {}", config.family().model_type, missing.join(", "));
         return Err(Error::argument(problem, "set {device} to cpu"));
     }
-    let form = |(layer, form): (usize, Option<DeviceFfn>)| {
-        form.ok_or_else(|| {
-            let problem = format!("layer {layer}: this kind of FFN does not run on a GPU");
+    let form = |(layer, ffn): (usize, &Box<dyn Ffn>)| {
+        ffn.on_device().ok_or_else(|| {
+            let problem = match ffn.host_only() {
+                parts if parts.is_empty() => {
+                    format!("layer {layer}: this kind of FFN does not run on a GPU")
+                }
+                parts => format!("layer {layer}: a GPU does not run {}", parts.join(", ")),
+            };
             Error::argument(problem, "set {device} to cpu")
         })
     };
-    ffns.iter().map(|ffn| ffn.on_device()).enumerate().map(form).collect()
+    ffns.iter().enumerate().map(form).collect()
 }
 
 /// Returns the switches of `config` that no GPU kernel has, in words.
