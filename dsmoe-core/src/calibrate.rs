@@ -351,11 +351,7 @@ impl LayerStream {
     ///
     /// # Panics
     /// The weights are not of this model.
-    pub fn join_ffn(
-        &mut self,
-        weights: &LayerWeights,
-        ffn: &mut (dyn FnMut(&mut [f32], FfnTap<'_>) + Send),
-    ) {
+    pub fn join_ffn(&mut self, weights: &LayerWeights, ffn: &mut (dyn FnMut(&mut [f32], FfnTap<'_>) + Send)) {
         let LayerStream { config, seq, states, scratch, .. } = self;
         let len = (*seq * config.hidden).max(1);
         let block = Block::of(config);

@@ -25,7 +25,10 @@ fn a_fitted_start_keeps_a_real_model_better() {
     let (_, before) = run(&["routers=calibrated", "experts=8"]);
     let (_, no_squares) = run(&["ridge=0"]);
     let (made, fitted) = run(&[]);
-    assert!(dense < fitted && fitted < no_squares && no_squares < before, "{dense} {fitted} {no_squares} {before}");
+    assert!(
+        dense < fitted && fitted < no_squares && no_squares < before,
+        "{dense} {fitted} {no_squares} {before}"
+    );
     assert!(fitted - dense < 0.4 * (before - dense), "{dense} {fitted} {before}");
 
     // The plan counts what the model has, and the model runs about the share that the plan says.

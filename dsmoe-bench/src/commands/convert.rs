@@ -49,10 +49,14 @@ pub(crate) fn run(args: &Convert, ui: &mut Ui) -> Result<()> {
     });
     let of_start = args.core.is_some() || args.ridge.is_some() || args.budgets.is_some();
     if of_start && routers != Routers::Fitted {
-        bail!("--core, --ridge and --budgets are of --router-init fitted; leave them or --router-init {routers} out");
+        bail!(
+            "--core, --ridge and --budgets are of --router-init fitted; leave them or --router-init {routers} out"
+        );
     }
     if routers == Routers::Fitted && args.partition.is_some() {
-        bail!("--router-init fitted chooses the experts; leave --partition out, or use --router-init calibrated");
+        bail!(
+            "--router-init fitted chooses the experts; leave --partition out, or use --router-init calibrated"
+        );
     }
     let partition = args.partition.clone().unwrap_or(match calibrated {
         true => PartitionSpec::Clusters,
@@ -113,7 +117,8 @@ pub(crate) fn run(args: &Convert, ui: &mut Ui) -> Result<()> {
     let done = match &options.routers {
         RouterStart::Calibrated(text) if routers == Routers::Fitted => {
             let fit = fitted(args, &options, text);
-            start::start(&args.model, &args.out, &fit, &mut shown).map(|done| (done.report, Some(done.active)))
+            start::start(&args.model, &args.out, &fit, &mut shown)
+                .map(|done| (done.report, Some(done.active)))
         }
         _ => convert(&args.model, &args.out, &options, &mut shown).map(|done| (done, None)),
     };

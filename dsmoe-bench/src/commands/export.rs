@@ -16,10 +16,10 @@ use dsmoe_train::eval::{EvalOptions, evaluate_detailed};
 use dsmoe_train::metrics::last_evaluation;
 use serde::Serialize;
 
+use crate::cli::gates::GateArgs;
 use crate::cli::model::{Export, Form};
 use crate::evaluation::measure;
 use crate::format;
-use crate::cli::gates::GateArgs;
 use crate::models::{load_inference, tokenizer};
 use crate::progress::{Progress, Unit};
 use crate::texts::{find, load};
@@ -68,7 +68,9 @@ pub(crate) fn run(args: &Export, ui: &mut Ui) -> Result<()> {
         bail!("--fold leaves the gates out, which only --as dense does; leave it out");
     }
     if args.active.is_some() && !matches!(args.form, Form::Core(_)) {
-        bail!("--active chooses among the budgets of a DSMoE model, which --as hf and native keep; leave it out");
+        bail!(
+            "--active chooses among the budgets of a DSMoE model, which --as hf and native keep; leave it out"
+        );
     }
     let folding = args.folding.fold.map(|_| Folding::measure(args, ui)).transpose()?;
     let mut report = ExportReport {

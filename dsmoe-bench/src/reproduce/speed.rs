@@ -10,8 +10,8 @@ use dsmoe_core::{Device, Inference};
 use dsmoe_kernels::Precision;
 
 use super::records::Speed;
-use crate::files::read_json;
 use crate::cli::gates::GateArgs;
+use crate::files::read_json;
 use crate::models::{default_precision, load_inference};
 use crate::timing::resident::Mark;
 use crate::ui::Ui;

@@ -117,8 +117,10 @@ fn convert_with_text_makes_what_prune_makes() {
 fn budgets_are_chosen_by_share() {
     let text = format!("{} --seed 2", calibration(16));
     succeeds(&format!("convert dense {text} --active-target 0.5 --budgets 0.75,1 --experts 8 --out budgets"));
-    let eval = |rest: &str| json_of(&format!("eval budgets --data text.txt --doc-separator {SEPARATOR} {rest}"));
-    let shares = ["", "--active 0.6", "--active 0.75", "--active 1"].map(|rest| number(&eval(rest)["active_ratio"]));
+    let eval =
+        |rest: &str| json_of(&format!("eval budgets --data text.txt --doc-separator {SEPARATOR} {rest}"));
+    let shares =
+        ["", "--active 0.6", "--active 0.75", "--active 1"].map(|rest| number(&eval(rest)["active_ratio"]));
     assert!(shares.is_sorted_by(|a, b| a < b) && shares[0] > 0.2, "{shares:?}");
     agrees(&eval("--active 0.75"), &json!({ "budget": 0.75, "threshold": null }));
     fails("eval budgets --data text.txt --active 0.4", &["outside of the model's budgets", "0.5 to 1"]);

@@ -182,10 +182,8 @@ impl MoeConfig {
         };
         let budgets =
             (!parts.budgets.is_empty()).then(|| parts.budgets.iter().map(budget).collect::<Vec<_>>());
-        let has_parts = core.is_some()
-            || parts.router_rank.is_some()
-            || parts.correction
-            || budgets.is_some();
+        let has_parts =
+            core.is_some() || parts.router_rank.is_some() || parts.correction || budgets.is_some();
         json!(StoredMoe {
             format_version: if has_parts { FORMAT_WITH_PARTS } else { PLAIN_FORMAT },
             num_experts: router.num_experts,
@@ -222,11 +220,8 @@ pub(super) struct MoeSizes {
 pub(super) fn read(fields: &Fields<'_>, sizes: MoeSizes) -> Result<Option<MoeConfig>> {
     let Some(stored) = fields.get("dsmoe") else { return Ok(None) };
     let version = stored.get("format_version").and_then(Value::as_u64);
-    if let Some(version) =
-        version.filter(|version| !(PLAIN_FORMAT..=FORMAT_WITH_PARTS).contains(version))
-    {
-        let problem =
-            format!("is {version} and this program reads {PLAIN_FORMAT} and {FORMAT_WITH_PARTS}");
+    if let Some(version) = version.filter(|version| !(PLAIN_FORMAT..=FORMAT_WITH_PARTS).contains(version)) {
+        let problem = format!("is {version} and this program reads {PLAIN_FORMAT} and {FORMAT_WITH_PARTS}");
         return Err(fields.wrong("dsmoe.format_version", problem, "update it, or convert the model again"));
     }
     let stored = StoredMoe::deserialize(stored)
@@ -283,12 +278,7 @@ fn parts(fields: &Fields<'_>, stored: &StoredMoe, sizes: MoeSizes) -> Result<Moe
         return Err(fields.wrong("dsmoe.correction", problem, "add router_rank, or set it to false"));
     }
     let budgets = budgets(fields, stored, sizes.num_layers)?;
-    Ok(MoeParts {
-        core,
-        router_rank: stored.router_rank,
-        correction: stored.correction,
-        budgets,
-    })
+    Ok(MoeParts { core, router_rank: stored.router_rank, correction: stored.correction, budgets })
 }
 
 fn core(fields: &Fields<'_>, stored: &StoredMoe, num_layers: usize) -> Result<Vec<usize>> {

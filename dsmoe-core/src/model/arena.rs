@@ -240,7 +240,10 @@ impl Model {
     /// A budget has not as many thresholds as the model layers.
     pub fn set_budgets(&mut self, budgets: Vec<Budget>, active: f64) -> Result<()> {
         let layers = self.config.num_layers;
-        assert!(budgets.iter().all(|budget| budget.thresholds.len() == layers), "model: thresholds of budgets");
+        assert!(
+            budgets.iter().all(|budget| budget.thresholds.len() == layers),
+            "model: thresholds of budgets"
+        );
         let Some(moe) = &mut self.config.moe else { return Err(no_gates()) };
         let before = std::mem::replace(&mut moe.parts.budgets, budgets);
         let set = self.set_active(active);

@@ -401,7 +401,11 @@ fn config_with_parts_beside_experts() {
         ("budgets", json!([budget(json!(0), json!([1, 2]))]), &["budgets[0].active is 0", "ascending"]),
         ("budgets", json!([fine, fine]), &["budgets[1].active is 0.25", "ascending"]),
         ("budgets", json!([budget(json!(1.5), json!([1, 2]))]), &["budgets[0].active is 1.5"]),
-        ("budgets", json!([budget(json!(0.5), json!([1]))]), &["thresholds has 1 entries", "one for each layer"]),
+        (
+            "budgets",
+            json!([budget(json!(0.5), json!([1]))]),
+            &["thresholds has 1 entries", "one for each layer"],
+        ),
         ("budgets", json!([budget(json!(0.5), json!([1, 1e300]))]), &["thresholds is inf for layer 1"]),
         ("budgets", json!([budget(json!(0.5), json!([1, null]))]), &["dsmoe invalid type"]),
     ];

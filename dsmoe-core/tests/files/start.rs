@@ -153,7 +153,8 @@ fn the_core_has_the_neurons_that_give_most() {
     let config = Config::load(&out).unwrap();
     // Half of 0.75 of six experts, in whole experts.
     assert_eq!(config.moe.as_ref().unwrap().parts.core, [2, 2]);
-    let (seen, down) = (seen(&model, &options.sequences), tensor(&model, "down_proj.weight", HIDDEN * NEURONS));
+    let (seen, down) =
+        (seen(&model, &options.sequences), tensor(&model, "down_proj.weight", HIDDEN * NEURONS));
     let length = |j: usize| (0..HIDDEN).map(|o| down[o * NEURONS + j].powi(2)).sum::<f64>().sqrt();
     let size = |j: usize| {
         let rows = seen.neurons.iter().enumerate().filter(|(t, _)| !t.is_multiple_of(SEQ));
@@ -200,9 +201,7 @@ fn routers_are_the_regression_of_what_experts_give() {
         };
         let rows: Vec<(Vec<f64>, Vec<f64>, f64)> = (0..seen.x.len())
             .filter(|&t| is_fitted(t))
-            .map(|t| {
-                (seen.x[t].clone(), routed.iter().map(|of| score(&seen.neurons[t], of)).collect(), 1.0)
-            })
+            .map(|t| (seen.x[t].clone(), routed.iter().map(|of| score(&seen.neurons[t], of)).collect(), 1.0))
             .collect();
         let (weight, bias) = regression(&rows, 0.01);
         let logit = |x: &[f64], e: usize| (0..HIDDEN).map(|i| x[i] * weight[i][e]).sum::<f64>() + bias[e];
@@ -251,8 +250,7 @@ fn projections_are_the_least_squares_on_what_is_left() {
         let (out, started) = made(&model, &options);
         let (seen, order) = (seen(&model, &options.sequences), order(&out));
         let down = tensor(&model, "down_proj.weight", HIDDEN * NEURONS);
-        let (router, biases) =
-            (tensor(&out, "router.weight", 4 * HIDDEN), tensor(&out, "router.bias", 4));
+        let (router, biases) = (tensor(&out, "router.weight", 4 * HIDDEN), tensor(&out, "router.bias", 4));
         let open = |t: usize| {
             let mut row = seen.neurons[t].clone();
             for (e, neurons) in order[2 * WIDTH..].chunks(WIDTH).enumerate() {

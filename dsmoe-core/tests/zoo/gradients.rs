@@ -94,7 +94,8 @@ fn parts_beside_experts_are_refused_by_name_on_a_gpu() {
     use dsmoe_core::{Device, Inference};
     use dsmoe_kernels::testing::refused;
 
-    let all = ["a core of experts", "routers of low rank", "a correction of the output", "thresholds by budget"];
+    let all =
+        ["a core of experts", "routers of low rank", "a correction of the output", "thresholds by budget"];
     for (form, names) in [("core", &all[..1]), ("parts", &all[..])] {
         let model = random(config("llama", &json!({}), form));
         let parts = [&["a GPU does not run", "device to cpu"], names].concat();

@@ -135,7 +135,8 @@ impl<'a> Reference<'a> {
         let name = |suffix: &str| format!("model.layers.{layer}.mlp.{suffix}");
         let (gate, up) = (self.linear(x, &name("gate_proj")), self.linear(x, &name("up_proj")));
         let down = &self.params[&name("down_proj.weight")];
-        let low = self.params.contains_key(&name("router.a.weight")).then(|| self.linear(x, &name("router.a")));
+        let low =
+            self.params.contains_key(&name("router.a.weight")).then(|| self.linear(x, &name("router.a")));
         let logits = |moe: &MoeConfig| match &low {
             None => self.linear(x, &name("router")),
             Some(low) => {

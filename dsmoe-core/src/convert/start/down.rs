@@ -57,19 +57,26 @@ impl Fitted {
             stream.see_ffn(weights, &mut |tap| {
                 if plan.is_fitted(tap.sequence) {
                     let (open, _) = router.open(experts, tap.x, tap.neurons);
-                    let closed: Vec<f32> = tap.neurons.iter().zip(&open).map(|(all, open)| all - open).collect();
+                    let closed: Vec<f32> =
+                        tap.neurons.iter().zip(&open).map(|(all, open)| all - open).collect();
                     multiply(&mut lost, &closed, &down.weight, down.inputs, None);
                     let factors = factors(tap.residual, down.outputs, relative);
                     sums.add(Rows { inputs: &open, residuals: &lost, factors: &factors });
                 }
             });
-            let solved = sums.solve(ridge, options.settings.intercept).ok_or_else(|| not_finite(weights.layer))?;
+            let solved =
+                sums.solve(ridge, options.settings.intercept).ok_or_else(|| not_finite(weights.layer))?;
             solved.add_to(&mut fitted.weight, down.inputs);
             let dtype = stream.checkpoint().need(&down.name)?.dtype;
             dtype.round(&mut fitted.weight);
             if !fitted.weight.iter().all(|w| w.is_finite()) {
                 let problem = "has a weight that its type cannot hold after the least squares";
-                return Err(Error::tensor(stream.checkpoint().path(), &down.name, problem, "store the model as bf16"));
+                return Err(Error::tensor(
+                    stream.checkpoint().path(),
+                    &down.name,
+                    problem,
+                    "store the model as bf16",
+                ));
             }
             if let Some(mut bias) = solved.bias {
                 dtype.round(&mut bias);

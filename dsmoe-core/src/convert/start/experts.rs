@@ -31,9 +31,13 @@ impl Experts {
         let mut seen = Seen::new(gate.outputs);
         let seq = stream.seq();
         stream.see_ffn(weights, &mut |tap| seen.add(tap.neurons, seq));
-        let mut importance: Vec<f64> =
-            seen.sizes(options.settings.intercept).zip(&lengths).map(|(size, length)| size * length).collect();
-        let massive: Vec<f64> = seen.first.iter().zip(&lengths).map(|(value, length)| value * length).collect();
+        let mut importance: Vec<f64> = seen
+            .sizes(options.settings.intercept)
+            .zip(&lengths)
+            .map(|(size, length)| size * length)
+            .collect();
+        let massive: Vec<f64> =
+            seen.first.iter().zip(&lengths).map(|(value, length)| value * length).collect();
         for &neuron in descending(&massive).iter().take(options.settings.massive.min(core)) {
             importance[neuron] = f64::INFINITY;
         }

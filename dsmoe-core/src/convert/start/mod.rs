@@ -81,7 +81,10 @@ impl Plan {
     fn of(start: &Start) -> Result<Plan> {
         let (num_experts, active) = (start.router.num_experts, start.active);
         if !(active > 0.0 && active <= 1.0) {
-            return Err(Error::argument(format!("an active share of {active}"), "use a share above 0 and up to 1"));
+            return Err(Error::argument(
+                format!("an active share of {active}"),
+                "use a share above 0 and up to 1",
+            ));
         }
         let core = (start.settings.core * active * num_experts as f64 + 1e-9) as usize;
         let core = core.min(num_experts - 1);
@@ -89,7 +92,8 @@ impl Plan {
         let mut budgets = start.settings.budgets.clone();
         budgets.push(active);
         if let Some(wrong) = budgets.iter().find(|&&budget| !(budget > of_core && budget <= 1.0)) {
-            let problem = format!("a budget of {wrong} is not above the share of the core, {of_core:.4}, and up to 1");
+            let problem =
+                format!("a budget of {wrong} is not above the share of the core, {of_core:.4}, and up to 1");
             return Err(Error::argument(problem, "leave it out, or make the core smaller"));
         }
         budgets.sort_by(f64::total_cmp);
@@ -187,10 +191,8 @@ pub fn planned(config: &Config, options: &Start) -> Result<Config> {
     options.router.validate()?;
     options.settings.validate()?;
     let RouterConfig { gate_value, rescale, zero_active, .. } = options.router;
-    let (wanted, found) = (
-        (GateValue::Binary, Rescale::None, ZeroActive::Skip),
-        (gate_value, rescale, zero_active),
-    );
+    let (wanted, found) =
+        ((GateValue::Binary, Rescale::None, ZeroActive::Skip), (gate_value, rescale, zero_active));
     if found != wanted {
         let problem = format!(
             "gates are {gate_value}, with rescale {rescale} and {zero_active} at zero active: the start fits experts that run as they are"

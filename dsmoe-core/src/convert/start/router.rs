@@ -121,7 +121,8 @@ impl Router {
         let mut logits = Buf::default();
         self.logits(&mut logits, x);
         let mut open = neurons.to_vec();
-        let rows = open.par_chunks_exact_mut(experts.order.len()).zip(logits.par_chunks_exact(self.bias.len()));
+        let rows =
+            open.par_chunks_exact_mut(experts.order.len()).zip(logits.par_chunks_exact(self.bias.len()));
         let running = rows.map(|(row, logits)| {
             for (neurons, _) in experts.routed().zip(logits).filter(|(_, z)| **z <= self.bar || z.is_nan()) {
                 neurons.iter().for_each(|&j| row[j as usize] = 0.0);
@@ -178,7 +179,9 @@ impl<'a> Scores<'a> {
         let rows = scores.par_chunks_exact_mut(routed).zip(neurons.par_chunks_exact(width));
         rows.for_each(|(scores, row)| {
             let mut values = vec![0.0; self.experts.width];
-            for ((score, neurons), product) in scores.iter_mut().zip(self.experts.routed()).zip(&self.products) {
+            for ((score, neurons), product) in
+                scores.iter_mut().zip(self.experts.routed()).zip(&self.products)
+            {
                 values.iter_mut().zip(neurons).for_each(|(value, &j)| *value = row[j as usize]);
                 let through = product.chunks_exact(values.len()).zip(&values);
                 let square: f32 = through

@@ -60,7 +60,10 @@ impl StartSettings {
             return Err(Error::argument(format!("a core of {}", self.core), "use a share from 0 to 1"));
         }
         if let Some(ridge) = self.least_squares.filter(|ridge| !(*ridge > 0.0 && ridge.is_finite())) {
-            return Err(Error::argument(format!("a ridge of {ridge}"), "use a positive number, such as 0.01"));
+            return Err(Error::argument(
+                format!("a ridge of {ridge}"),
+                "use a positive number, such as 0.01",
+            ));
         }
         Ok(())
     }
@@ -74,7 +77,10 @@ impl FromStr for RouterTarget {
             "log-norm" => Ok(RouterTarget::LogNorm),
             "norm" => Ok(RouterTarget::Norm),
             "square" => Ok(RouterTarget::Square),
-            _ => Err(Error::argument(format!("unknown target of routers `{word}`"), "use log-norm, norm or square")),
+            _ => Err(Error::argument(
+                format!("unknown target of routers `{word}`"),
+                "use log-norm, norm or square",
+            )),
         }
     }
 }

@@ -56,9 +56,15 @@ impl Writing {
     }
 
     /// Writes a layer.
-    pub(super) fn layer(&mut self, stream: &LayerStream, weights: &LayerWeights, layer: &Layer) -> Result<()> {
+    pub(super) fn layer(
+        &mut self,
+        stream: &LayerStream,
+        weights: &LayerWeights,
+        layer: &Layer,
+    ) -> Result<()> {
         let prefix = format!("model.layers.{}.", weights.layer);
-        while let Some(name) = self.names.as_slice().first().filter(|name| name.starts_with(&prefix)).cloned() {
+        while let Some(name) = self.names.as_slice().first().filter(|name| name.starts_with(&prefix)).cloned()
+        {
             self.names.next();
             match name.strip_prefix(&prefix).and_then(|rest| rest.strip_prefix("mlp.")) {
                 Some(rest) => self.of_ffn(&name, rest, (weights, layer))?,
@@ -99,7 +105,12 @@ impl Writing {
     }
 
     /// Writes what comes after the layers, the configuration and the other files.
-    pub(super) fn finish(mut self, model: &Path, stream: &LayerStream, config: &Config) -> Result<ConvertReport> {
+    pub(super) fn finish(
+        mut self,
+        model: &Path,
+        stream: &LayerStream,
+        config: &Config,
+    ) -> Result<ConvertReport> {
         self.copy(stream, |_| true)?;
         self.writer.finish()?;
         copy_companions(model, self.output.path())?;
