@@ -34,7 +34,8 @@ settings! {
         pub massive: usize = StartSettings::default().massive,
         /// Quantity that routers predict of an expert's output: log-norm, norm or square.
         pub target: Target = Target(StartSettings::default().target),
-        /// Ridge of the least squares of down_proj, a share of the mean of the diagonal; 0 leaves down_proj as it is.
+        /// Ridge of the least squares of down_proj, a share of the mean of the diagonal at 16,384 tokens of text; 0 leaves
+        /// down_proj as it is.
         pub ridge: f64 = StartSettings::default().least_squares.unwrap_or(0.0),
         /// The least squares have an intercept, the bias of the FFN's output.
         pub intercept: bool = StartSettings::default().intercept,

@@ -61,8 +61,8 @@ pub(crate) struct Convert {
     /// Share of the active experts that always run, the core [default: 0.5]
     #[arg(long, value_name = "SHARE", requires = "calib")]
     pub(crate) core: Option<f64>,
-    /// Ridge of the least squares of down_proj, a share of the mean of the diagonal; 0 leaves down_proj as it is [default:
-    /// 0.01]
+    /// Ridge of the least squares of down_proj, a share of the mean of the diagonal at 16,384 tokens of text; 0 leaves
+    /// down_proj as it is [default: 0.1]
     #[arg(long, value_name = "SHARE", requires = "calib")]
     pub(crate) ridge: Option<f64>,
     /// Shares of experts that thresholds are stored for, beside --active-target; --active of other commands chooses among

@@ -72,14 +72,14 @@ pub(crate) fn run(args: &Ffn, output: &mut Output<'_>) -> Result<()> {
 
 /// The cut of an FFN into experts.
 #[derive(Clone, Copy, Debug, PartialEq)]
-struct Shape {
-    experts: usize,
+pub(crate) struct Shape {
+    pub(crate) experts: usize,
     /// The leading experts that run for every token.
-    core: usize,
+    pub(crate) core: usize,
 }
 
 impl Shape {
-    const DENSE: Shape = Shape { experts: 1, core: 0 };
+    pub(crate) const DENSE: Shape = Shape { experts: 1, core: 0 };
 
     /// Returns the shape of `experts` experts, a share `active` of which runs; random routings leave a part to the core.
     fn new(args: &Ffn, experts: usize, active: f64) -> Shape {
@@ -88,7 +88,7 @@ impl Shape {
     }
 
     /// Counts the experts outside the core.
-    fn routed(self) -> usize {
+    pub(crate) fn routed(self) -> usize {
         self.experts - self.core
     }
 
@@ -235,7 +235,7 @@ impl TrainPass {
 }
 
 impl Layer {
-    fn dims(self, tokens: usize, Shape { experts, core }: Shape) -> Dims {
+    pub(crate) fn dims(self, tokens: usize, Shape { experts, core }: Shape) -> Dims {
         let dense = Dims::dense(tokens, self.hidden, self.intermediate, Activation::Silu);
         Dims { num_experts: experts, core, ..dense }
     }

@@ -299,14 +299,8 @@ impl Ffn for DsmoeFfn {
     }
 
     fn on_device(&self) -> Option<DeviceFfn> {
-        let Gated { hidden, intermediate, .. } = self.gated;
-        let runs = self.gated.is_plain() && self.host_only().is_empty();
-        runs.then(|| DeviceFfn::Gated {
-            hidden,
-            intermediate,
-            router: self.form.router.clone(),
-            router_bias: self.form.router_bias,
-        })
+        let DsmoeForm { router, router_bias, .. } = self.form.clone();
+        self.host_only().is_empty().then_some(DeviceFfn::Routed { gated: self.gated, router, router_bias })
     }
 
     fn pack(&self, params: &[f32], precision: Precision) -> Box<dyn PackedFfn> {

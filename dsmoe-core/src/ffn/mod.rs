@@ -189,6 +189,12 @@ pub trait FfnSpec: std::fmt::Debug + Send + Sync {
 
     /// Returns the number of experts that every token runs, mean over layers, where it is fixed.
     fn active_experts(&self) -> Option<f64>;
+
+    /// Returns the number of equal blocks of neurons, in the order of the rows, that are the experts of an FFN whose
+    /// output is the sum of theirs, each times its coefficient; none for another FFN.
+    fn blocks(&self) -> Option<usize> {
+        None
+    }
 }
 
 /// The entry of config.json that describes an FFN.

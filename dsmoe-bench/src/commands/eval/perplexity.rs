@@ -14,7 +14,7 @@ use serde::Serialize;
 use crate::cli::eval::{Eval, Perplexity};
 use crate::evaluation::{domain_table, measure, measure_domains};
 use crate::format;
-use crate::models::{load_inference, tokenizer};
+use crate::models::{load_inference, show_config_notices, tokenizer};
 use crate::progress::{Progress, Unit};
 use crate::texts::{Text, load, open, options, show_notices};
 use crate::ui::Ui;
@@ -96,6 +96,7 @@ pub(crate) fn run(args: &Eval, ui: &mut Ui) -> Result<()> {
         model.set_router_bound(bound)?;
     }
     let config = model.config();
+    show_config_notices(config, ui);
     let bos = args.bos.unwrap_or_default();
     let tokenizer = tokenizer(&args.model, config, ui)?;
     let mut report = PerplexityReport {

@@ -50,9 +50,10 @@ impl Fitted {
             error: 0.0,
             active: 0.0,
         };
+        let seq = stream.seq();
         if let Some(ridge) = options.settings.least_squares {
             let mut sums = LeastSquares::new(down.inputs, down.outputs);
-            let mut lost = vec![0.0; stream.seq() * down.outputs];
+            let mut lost = vec![0.0; seq * down.outputs];
             let relative = options.settings.relative;
             stream.see_ffn(weights, &mut |tap| {
                 if plan.is_fitted(tap.sequence) {
@@ -64,8 +65,9 @@ impl Fitted {
                     sums.add(Rows { inputs: &open, residuals: &lost, factors: &factors });
                 }
             });
-            let solved =
-                sums.solve(ridge, options.settings.intercept).ok_or_else(|| not_finite(weights.layer))?;
+            let solved = sums
+                .solve(plan.ridge(ridge, seq), options.settings.intercept)
+                .ok_or_else(|| not_finite(weights.layer))?;
             solved.add_to(&mut fitted.weight, down.inputs);
             let dtype = stream.checkpoint().need(&down.name)?.dtype;
             dtype.round(&mut fitted.weight);

@@ -21,7 +21,7 @@ mod write;
 
 use std::path::Path;
 
-pub use settings::{RouterTarget, StartSettings, default_width};
+pub use settings::{RIDGE_TOKENS, RouterTarget, StartSettings, default_width};
 
 use self::down::Fitted;
 use self::experts::Experts;
@@ -112,6 +112,11 @@ impl Plan {
     /// Returns whether a sequence places thresholds.
     fn is_held(&self, sequence: usize) -> bool {
         sequence >= self.fitted || self.fitted == self.sequences
+    }
+
+    /// Returns a ridge that is `share` of the diagonal at [`RIDGE_TOKENS`] tokens, for the fitted sequences of `seq` tokens.
+    fn ridge(&self, share: f64, seq: usize) -> f64 {
+        share * RIDGE_TOKENS as f64 / (self.fitted * (seq - 1)).max(1) as f64
     }
 
     fn routed(&self) -> usize {

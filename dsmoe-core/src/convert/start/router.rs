@@ -17,8 +17,9 @@ use crate::calibrate::{FfnTap, LayerStream, LayerWeights};
 use crate::compensate::{LeastSquares, Rows};
 use crate::error::Result;
 
-/// Ridge of the regression, as a share of the mean variance of the inputs.
-const RIDGE: f64 = 0.01;
+/// Ridge of the regression, as a share of the mean variance of the inputs at
+/// [`RIDGE_TOKENS`](super::RIDGE_TOKENS) tokens.
+const RIDGE: f64 = 0.1;
 /// Standard deviation of the logits.
 const SPREAD: f64 = 2.0;
 /// Tokens that place the thresholds, at most.
@@ -58,7 +59,7 @@ impl Router {
                 sums.add(Rows { inputs: tap.x, residuals: &residuals, factors: &factors });
             }
         });
-        let solved = sums.solve(RIDGE, true).ok_or_else(|| not_finite(weights.layer))?;
+        let solved = sums.solve(plan.ridge(RIDGE, seq), true).ok_or_else(|| not_finite(weights.layer))?;
         let mut weight = vec![0.0; routed * hidden];
         for (at, value) in weight.iter_mut().enumerate() {
             *value = solved.weight[at % hidden * routed + at / hidden];

@@ -5,6 +5,9 @@ use std::str::FromStr;
 
 use crate::error::{Error, Result};
 
+/// The tokens at which a ridge is the share that it says: it weighs as much as this text, whatever the text is.
+pub const RIDGE_TOKENS: usize = 16_384;
+
 /// What is fitted, and how. Every part can be switched off.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StartSettings {
@@ -14,8 +17,8 @@ pub struct StartSettings {
     pub massive: usize,
     /// What routers predict.
     pub target: RouterTarget,
-    /// Ridge of the least squares of the down projection, as a share of the mean of the diagonal; none keeps the
-    /// projection.
+    /// Ridge of the least squares of the down projection, as a share of the mean of the diagonal over
+    /// [`RIDGE_TOKENS`] tokens: of twice the text it is half of that. None keeps the projection.
     pub least_squares: Option<f64>,
     /// Whether the least squares have an intercept, the bias of the FFN's output.
     pub intercept: bool,
@@ -42,7 +45,7 @@ impl Default for StartSettings {
             core: 0.5,
             massive: 16,
             target: RouterTarget::Norm,
-            least_squares: Some(0.01),
+            least_squares: Some(0.1),
             intercept: true,
             relative: false,
             budgets: vec![0.25, 0.375, 0.5, 0.75, 1.0],
@@ -60,10 +63,7 @@ impl StartSettings {
             return Err(Error::argument(format!("a core of {}", self.core), "use a share from 0 to 1"));
         }
         if let Some(ridge) = self.least_squares.filter(|ridge| !(*ridge > 0.0 && ridge.is_finite())) {
-            return Err(Error::argument(
-                format!("a ridge of {ridge}"),
-                "use a positive number, such as 0.01",
-            ));
+            return Err(Error::argument(format!("a ridge of {ridge}"), "use a positive number, such as 0.1"));
         }
         Ok(())
     }

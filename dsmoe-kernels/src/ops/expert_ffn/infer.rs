@@ -1,15 +1,16 @@
 //! Forward over packed weights, for any number of tokens.
 
-use super::combine::{self, Blocks};
+use super::combine;
 use super::dims::{Dims, is_empty};
 use super::kernel::{Gate, Tiles};
 use super::open;
 use super::packed::{NEURONS, PackedExperts, PackedWeights, tile_depth};
 use super::plan::{Pairs, Plan, check_pairs};
 use super::scratch::Scratch;
+use crate::buf::Buf;
 use crate::isa::Isa;
 use crate::linear::add_bias;
-use crate::matmul::{Block, Left, Mat, Precision, Source, for_tasks, tasks_for};
+use crate::matmul::{Block, Grid, Left, Mat, Precision, Source, for_tasks, tasks_for};
 
 /// Sets y to the sum of the active experts' outputs of x. x and c are rounded to the weights' precision.
 #[derive(Debug)]
@@ -55,7 +56,7 @@ impl ForwardPacked<'_> {
         } else {
             let plan = Plan { pairs, dims, isa, precision: weights.precision(), accumulate: false };
             match pairs {
-                Pairs::Dense => dense(y, x, &weights.parts()[0], &plan, &mut scratch.blocks),
+                Pairs::Dense => dense(y, x, &weights.parts()[0], &plan, &mut scratch.stored),
                 Pairs::Routed(_) => open::forward(y, x, weights, &plan, &mut scratch.words),
             }
         }
@@ -67,39 +68,26 @@ impl ForwardPacked<'_> {
 ///
 /// First computes `c = act(a) * b`, in the tiles that the second product reads: a task is a block of tokens and some of the
 /// neurons. Then runs the combine.
-fn dense(y: &mut [f32], x: &[f32], experts: &PackedExperts, plan: &Plan<'_>, blocks: &mut Blocks) {
-    let (tokens, hidden) = (plan.dims.tokens, plan.dims.hidden);
-    let depth = tile_depth(plan.dims.expert_width());
-    let work = plan.num_pairs() * plan.dims.expert_width() * hidden;
-    let rounded = plan.precision == Precision::Bf16;
-    let Blocks { tiles, cut } = &mut *blocks;
-    tiles.resize(plan.num_pairs() * depth);
-    cut.set(plan, depth / NEURONS, hidden, tasks_for(2 * work));
-    // SAFETY: the cut's tasks differ in blocks or in panels, which are neurons.
-    let out = unsafe { Tiles::new(tiles, depth, plan.precision) };
-    for_tasks(cut.len(), |number| {
-        let task = cut.task(number, plan);
-        let start = plan.offset(task.expert);
-        let listed = plan.tokens(plan.pairs_of(task.expert));
-        let rows = task.pairs.start - start..task.pairs.end - start;
-        let gate = Gate {
-            tiles: out,
-            first: task.pairs.start,
-            first_row: rows.start,
-            coefficient: |row| plan.coefficient(start + row),
-            activation: plan.dims.activation,
-            biases: experts.gate_up_biases(task.expert),
-        };
+fn dense(y: &mut [f32], x: &[f32], experts: &PackedExperts, plan: &Plan<'_>, tiles: &mut Buf) {
+    let Plan { dims: Dims { tokens, hidden, intermediate, activation, .. }, isa, precision, .. } = *plan;
+    let depth = tile_depth(intermediate);
+    tiles.resize(tokens * depth);
+    let grid = Grid::new(tokens, depth / NEURONS, hidden, tasks_for(2 * tokens * intermediate * hidden));
+    // SAFETY: the grid's tasks differ in blocks or in panels, which are neurons.
+    let out = unsafe { Tiles::new(tiles, depth, precision) };
+    for_tasks(grid.len(), |number| {
+        let (rows, range) = grid.get(number);
+        let gate = Gate { tiles: out, first: rows.start, activation, biases: experts.gate_up_biases(0) };
         Block {
-            left: Left::Source(Source::picked_rows(Mat::new(x, tokens, hidden), listed), rounded),
+            left: Left::Source(Source::rows(Mat::new(x, tokens, hidden)), precision == Precision::Bf16),
             ks: 0..hidden,
-            panels: experts.gate_up(task.expert),
+            panels: experts.gate_up(0),
             panel_ks: 0..hidden,
-            range: task.panels,
+            range,
             sink: &gate,
             rows,
         }
-        .run(plan.isa);
+        .run(isa);
     });
-    combine::packed(y, experts, plan, depth, blocks);
+    combine::packed(y, experts, plan, grid, tiles);
 }

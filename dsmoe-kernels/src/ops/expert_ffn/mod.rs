@@ -26,8 +26,9 @@
 //! depend on the number of threads. [`Pairs::Dense`] is the same op with one expert, always active with coefficient 1:
 //! the dense FFN.
 //!
-//! `train.rs` has the passes of training, which keep a and b ([`Saved`]), and `infer.rs` the forward over packed weights.
-//! Both end in the combine of `combine.rs`, which adds the experts' outputs to the rows of their tokens.
+//! `train.rs` has the passes of training, which keep a and b ([`Saved`]), and `infer.rs` the forward over packed weights:
+//! that of the dense FFN, and in `open.rs` that of experts. Dense passes end in the combine of `combine.rs`, those over
+//! experts in the sum of `strips.rs`, which adds the experts' outputs to the rows of their tokens.
 
 mod combine;
 mod dims;
@@ -38,6 +39,7 @@ mod packed;
 mod plan;
 pub mod reference;
 mod scratch;
+mod strips;
 #[cfg(test)]
 mod tests;
 mod train;

@@ -51,11 +51,6 @@ impl PackedWeights {
         self.parts.iter().map(PackedExperts::bytes).sum::<usize>() + bias
     }
 
-    /// Returns the bytes of one expert.
-    pub fn expert_bytes(&self) -> usize {
-        self.bytes() / self.dims.num_experts
-    }
-
     /// Returns the precision of the stored weights.
     pub fn precision(&self) -> Precision {
         self.precision

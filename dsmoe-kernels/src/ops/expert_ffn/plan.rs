@@ -1,10 +1,10 @@
-//! The active pairs, and how they are cut into blocks of rows.
+//! The active pairs, and the parts of a run over them.
 
 use std::ops::Range;
 
 use super::dims::{Dims, Routes};
 use crate::isa::Isa;
-use crate::matmul::{Grid, Precision};
+use crate::matmul::Precision;
 
 /// The active pairs of tokens and experts, grouped by expert.
 #[derive(Clone, Copy, Debug)]
@@ -102,61 +102,6 @@ impl<'a> Plan<'a> {
             Pairs::Dense => (&[][..], Some(token)),
         };
         slots.iter().map(|&slot| slot as usize).chain(dense)
-    }
-}
-
-/// The cut of every expert's pairs into blocks of rows, and of a product over them into tasks.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Cut {
-    /// The number, the grid and the first task of each expert with pairs.
-    experts: Vec<(usize, Grid, usize)>,
-    tasks: usize,
-}
-
-/// A block of one expert's rows, and panels of its weights.
-pub(super) struct Task {
-    pub(super) expert: usize,
-    /// Expert-major indices of the pairs.
-    pub(super) pairs: Range<usize>,
-    pub(super) panels: Range<usize>,
-}
-
-impl Cut {
-    /// Cuts a product of inner dimension k with `panels` panels per expert into about `tasks` tasks.
-    pub(super) fn set(&mut self, plan: &Plan<'_>, panels: usize, k: usize, tasks: usize) {
-        self.experts.clear();
-        self.experts.reserve(plan.dims.num_experts);
-        self.tasks = 0;
-        for expert in 0..plan.dims.num_experts {
-            let rows = plan.pairs_of(expert).len();
-            if rows > 0 {
-                let share = (tasks * rows).div_ceil(plan.num_pairs());
-                let grid = Grid::new(rows, panels, k, share);
-                self.experts.push((expert, grid, self.tasks));
-                self.tasks += grid.len();
-            }
-        }
-    }
-
-    /// Returns the number of tasks.
-    pub(super) fn len(&self) -> usize {
-        self.tasks
-    }
-
-    pub(super) fn task(&self, number: usize, plan: &Plan<'_>) -> Task {
-        let i = self.experts.partition_point(|&(_, _, first)| first <= number) - 1;
-        let (expert, grid, first) = self.experts[i];
-        let (rows, panels) = grid.get(number - first);
-        let start = plan.offset(expert);
-        Task { expert, pairs: start + rows.start..start + rows.end, panels }
-    }
-
-    /// Lists the blocks of rows, experts ascending: the layout of the tiles.
-    pub(super) fn blocks(&self, plan: &Plan<'_>) -> impl Iterator<Item = (usize, Range<usize>)> {
-        self.experts.iter().flat_map(move |&(expert, grid, _)| {
-            let start = plan.offset(expert);
-            grid.row_blocks().map(move |rows| (expert, start + rows.start..start + rows.end))
-        })
     }
 }
 

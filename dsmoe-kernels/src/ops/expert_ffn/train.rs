@@ -2,12 +2,13 @@
 
 use rayon::prelude::*;
 
-use super::combine::{self, Blocks};
+use super::combine;
 use super::dims::{BiasGrads, Dims, Saved, WeightGrads, Weights, check, check_grads, is_empty};
 use super::kernel::{GateBackward, Gated, GatedDot, Plain};
 use super::plan::{Pairs, Plan, check_pairs};
 use super::scratch::Scratch;
 use crate::blocks::{BLOCK, each_when};
+use crate::buf::Buf;
 use crate::isa::Isa;
 use crate::linear::{self, add_bias};
 use crate::matmul::{Mat, Operands, Precision, Source};
@@ -100,7 +101,7 @@ impl ForwardTrain<'_> {
                 let values = start..start + plan.saved_len();
                 start = values.end;
                 let saved = [&mut saved.a[values.clone()], &mut saved.b[values]];
-                forward(y, saved, x, &weights.of(neurons, dims.hidden), &plan, &mut scratch.blocks);
+                forward(y, saved, x, &weights.of(neurons, dims.hidden), &plan, &mut scratch.stored);
             }
         }
         let down = weights.biases.map(|biases| biases.down);
@@ -175,7 +176,7 @@ fn forward(
     x: &[f32],
     weights: &Weights<'_>,
     plan: &Plan<'_>,
-    blocks: &mut Blocks,
+    stored: &mut Buf,
 ) {
     let layout = Layout(plan);
     let [a, b] = saved;
@@ -194,7 +195,7 @@ fn forward(
             width: plan.dims.expert_width(),
             unit,
         };
-        combine::row_major(y, [&neurons], [weights.down], plan, blocks);
+        combine::row_major(y, [&neurons], [weights.down], plan, stored);
     });
 }
 
@@ -235,7 +236,7 @@ fn backward(dx: &mut [f32], part: BackwardPart<'_>, scratch: &mut Scratch, plan:
     let BackwardPart { dcoefficients, grads, dy, saved: [a, b], x, weights } = part;
     let layout = Layout(plan);
     let width = plan.dims.expert_width();
-    let Scratch { g, da, db, scaled, dpairs, blocks, .. } = scratch;
+    let Scratch { g, da, db, scaled, dpairs, stored, .. } = scratch;
     g.resize(plan.saved_len());
     project(g, dy, weights.down, plan);
     for buf in [&mut *da, db, scaled] {
@@ -265,7 +266,7 @@ fn backward(dx: &mut [f32], part: BackwardPart<'_>, scratch: &mut Scratch, plan:
     }
     weight_gradients(grads, [da, db, scaled], x, dy, plan);
     let terms = [&Plain { values: da, width }, &Plain { values: db, width }];
-    combine::row_major(dx, terms, [weights.gate, weights.up], plan, blocks);
+    combine::row_major(dx, terms, [weights.gate, weights.up], plan, stored);
 }
 
 /// Sets `out` to `x W^T` of every pair, or of the active ones.
