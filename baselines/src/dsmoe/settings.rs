@@ -13,7 +13,7 @@ use crate::settings::{settings, stored_as_text};
 settings! {
     /// Settings of DSMoE.
     pub struct Settings {
-        /// Experts per layer, a divisor of intermediate_size; auto: of 16 neurons with routers=fitted, else 8.
+        /// Experts per layer, a divisor of intermediate_size; width(W): of W neurons; auto: of 16 with routers=fitted, else 8.
         pub experts: Experts = Experts::Count(8),
         /// An expert is active if its gate exceeds this number from 0 to 1.
         pub threshold: f64 = 0.5,
@@ -53,6 +53,8 @@ settings! {
 pub enum Experts {
     /// That many.
     Count(usize),
+    /// As many as have that many neurons.
+    Width(usize),
     /// The default of the start.
     Auto,
 }
@@ -61,6 +63,7 @@ impl Serialize for Experts {
     fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
         match self {
             Experts::Count(experts) => experts.serialize(serializer),
+            Experts::Width(width) => serializer.collect_str(&format_args!("width({width})")),
             Experts::Auto => serializer.serialize_str(AUTO),
         }
     }
@@ -73,12 +76,19 @@ impl<'de> Deserialize<'de> for Experts {
         match (count, value.as_str()) {
             (Some(count), _) => Ok(Experts::Count(count)),
             (None, Some(AUTO)) => Ok(Experts::Auto),
-            _ => Err(serde::de::Error::custom(format!("{value} is neither a number nor auto"))),
+            (None, Some(text)) if width(text).is_some() => Ok(Experts::Width(width(text).unwrap_or(1))),
+            _ => Err(serde::de::Error::custom(format!("{value} is no number, width(W) or auto"))),
         }
     }
 }
 
 const AUTO: &str = "auto";
+
+/// Reads `width(W)`, W above 0.
+fn width(text: &str) -> Option<usize> {
+    let number = text.strip_prefix("width(")?.strip_suffix(')')?;
+    number.parse().ok().filter(|&width| width > 0)
+}
 
 /// [`RouterTarget`] as a setting.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
