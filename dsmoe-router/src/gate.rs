@@ -43,12 +43,26 @@ impl Routed {
     /// # Panics
     /// Those of [`route`].
     pub fn rebuild(&mut self, config: &RouterConfig, logits: ArrayView2<'_, f32>) {
+        self.rebuild_above(config, config.bar(), 0.0, logits);
+    }
+
+    /// Does as [`Routed::rebuild`] with `bar` in place of the logit of the threshold; without it every gate is open. Binary
+    /// gates, whose q serves the gradient alone, are q = 1 / (1 + e^(centre - z)).
+    ///
+    /// # Panics
+    /// Those of [`route`].
+    pub fn rebuild_above(
+        &mut self,
+        config: &RouterConfig,
+        bar: Option<f32>,
+        centre: f32,
+        logits: ArrayView2<'_, f32>,
+    ) {
+        let centre = if config.gate_value == GateValue::Binary { centre } else { 0.0 };
         let Routed { logits: z, gates, mask, routing } = self;
         assert_eq!(logits.ncols(), config.num_experts, "route: logits {:?} for {config:?}", logits.dim());
         assign(z, logits.iter().copied(), logits.dim());
-        assign(gates, logits.iter().map(|&z| 1.0 / (1.0 + (-z).exp())), logits.dim());
-        // Threshold 0 means all, also where a sigmoid is 0.
-        let bar = if config.threshold == 0.0 { None } else { Some(config.threshold_logit() as f32) };
+        assign(gates, logits.iter().map(|&z| 1.0 / (1.0 + (centre - z).exp())), logits.dim());
         assign(mask, logits.iter().map(|&z| bar.is_none_or(|bar| z > bar)), logits.dim());
         if config.zero_active == ZeroActive::ForceArgmax {
             let shut = z.outer_iter().zip(mask.outer_iter_mut()).filter(|(_, mask)| !mask.iter().any(|m| *m));

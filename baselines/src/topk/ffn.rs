@@ -119,9 +119,8 @@ impl Ffn for TopkMoeFfn {
     }
 
     fn on_device(&self) -> Option<DeviceFfn> {
-        let Dims { hidden, intermediate, num_experts, .. } = self.dims(0);
-        let gate = Arc::new(self.router());
-        self.gated.is_plain().then_some(DeviceFfn::Hosted { hidden, intermediate, num_experts, gate })
+        let (num_experts, gate) = (self.spec.all_experts(), Arc::new(self.router()));
+        Some(DeviceFfn::Hosted { gated: self.gated, num_experts, gate })
     }
 
     fn pack(&self, params: &[f32], precision: Precision) -> Box<dyn PackedFfn> {

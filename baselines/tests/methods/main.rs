@@ -5,5 +5,6 @@ mod llama_moe_golden;
 mod llm_pruner;
 mod neurons;
 mod sparse;
+mod start;
 mod topk;
 mod trained_router;

@@ -16,7 +16,6 @@ use dsmoe_core::model::{Batch, StepArgs, TrainWorkspace};
 use dsmoe_core::{Inference, Model};
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::buf::Buf;
-use dsmoe_router::SparsityOver;
 use serde_json::json;
 
 use super::common::{self, Run, VOCAB, configured, loaded, made, tiny, tokens, values};
@@ -115,6 +114,35 @@ fn all_experts_are_the_dense_model() {
 }
 
 /// The experts of one method are a partition for another.
+/// A dense export with folded gates has the experts' neurons in their order, each expert's columns times its factor.
+#[test]
+fn folded_factors_scale_the_blocks_of_their_experts() {
+    use dsmoe_core::export::{ExportAs, ExportOptions, export};
+
+    let work = tempfile::tempdir().unwrap();
+    let [model, out] = ["model", "out"].map(|name| work.path().join(name));
+    let set = ["construction=sharing-inter", "residual=2"];
+    run("llama-moe", &dense(&work.path().join("dense")), &model, 0.9, &set).unwrap();
+    let experts = Config::load(&model).unwrap().num_experts().unwrap();
+    let factor = |layer: usize, expert: usize| (1 + layer * experts + expert) as f32 / 4.0;
+    let fold = (0..2).map(|layer| (0..experts).map(|i| f64::from(factor(layer, i))).collect()).collect();
+    let options = ExportOptions { fold: Some(fold), ..ExportOptions::new(ExportAs::Dense) };
+    export(&model, &out, &options, &mut |_| {}).unwrap();
+    let config = Config::load(&out).unwrap();
+    assert!(config.is_dense() && config.model_type() == "llama");
+    for layer in 0..2 {
+        let of =
+            |dir: &Path, which: &str| values(dir, &format!("model.layers.{layer}.mlp.{which}_proj.weight"));
+        assert_eq!(of(&model, "gate"), of(&out, "gate"));
+        assert_eq!(of(&model, "up"), of(&out, "up"));
+        let width = config.intermediate / experts;
+        let scaled = |(i, x): (usize, &f32)| x * factor(layer, i % config.intermediate / width);
+        let want: Vec<f32> = of(&model, "down").iter().enumerate().map(scaled).collect();
+        assert_eq!(of(&out, "down"), want, "layer {layer}");
+    }
+    assert!(logits(&out).iter().all(|z| z.is_finite()));
+}
+
 #[test]
 fn the_experts_file_is_a_partition_to_convert_by() {
     let dir = tempfile::tempdir().unwrap();
@@ -140,8 +168,7 @@ fn training_moves_every_part_of_the_gate_and_the_loss_goes_down() {
     let (inputs, targets) = (&ids[..ids.len() - 1], &ids[1..]);
     let mut workspace = TrainWorkspace::new(&model, inputs.len(), Precision::F32);
     let step = |model: &Model, seed: u64, workspace: &mut TrainWorkspace| {
-        let (loss_scale, sparsity_over) = (1.0 / inputs.len() as f32, SparsityOver::Active);
-        let args = StepArgs { loss_scale, sparsity_weight: 0.0, sparsity_over, balance_scale: 1.0, seed };
+        let args = StepArgs { loss_scale: 1.0 / inputs.len() as f32, seed, ..StepArgs::default() };
         let mut grads = Buf::zeros(model.layout().len());
         let batch = Batch { inputs, targets, seq: inputs.len() };
         let output = model.train_step(&mut grads, batch, &args, workspace).unwrap();

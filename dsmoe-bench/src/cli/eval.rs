@@ -10,6 +10,7 @@ use dsmoe_datasets::tasks::{MAX_NEW_TOKENS, Profile};
 use dsmoe_kernels::Precision;
 
 use super::data::DataArgs;
+use super::gates::GateArgs;
 use super::values::{at_least_one, quantity, words};
 
 const EVAL_EXAMPLES: &str = "\
@@ -63,9 +64,8 @@ pub(crate) struct Eval {
     /// the profile]
     #[arg(long, value_parser = words::<Bos>(&["auto", "always", "never"]))]
     pub(crate) bos: Option<Bos>,
-    /// Threshold of the gates, 0 to 1, in place of the model's
-    #[arg(long, value_name = "SHARE")]
-    pub(crate) threshold: Option<f32>,
+    #[command(flatten)]
+    pub(crate) gates: GateArgs,
     /// Precision of the weights: bf16 takes half the memory and less time, and rounds the operands of products [default:
     /// f32, bf16 on a GPU]
     #[arg(long, value_parser = words::<Precision>(&["f32", "bf16"]))]

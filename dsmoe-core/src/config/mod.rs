@@ -2,15 +2,16 @@
 
 pub(crate) mod arch;
 pub(crate) mod fields;
+mod moe;
 mod own;
 pub(crate) mod rope;
 pub(crate) mod rope_keys;
 mod transformers;
+mod wrapped;
 
 use std::path::Path;
 use std::sync::Arc;
 
-use dsmoe_router::{GateValue, Rescale, RouterConfig, ZeroActive};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -27,12 +28,13 @@ use crate::partition;
 pub use arch::{Architecture, LayerAttention, Norms, QkNorm};
 pub use dsmoe_kernels::Activation;
 use fields::Fields;
+use moe::MoeSizes;
+pub use moe::{Budget, MoeConfig, MoeParts, PartitionKind};
 pub use rope::{Rope, RopeScaling};
 
 /// The configuration of Mistral's own format, whose tensors have other names and layouts.
 const MISTRAL_CONFIG_FILE: &str = "params.json";
 const GENERATION_CONFIG_FILE: &str = "generation_config.json";
-const FORMAT_VERSION: u64 = 1;
 const LARGEST_LAYERS: u64 = 1 << 12;
 const LARGEST_MODEL: u128 = 1 << 42;
 /// The key that names the family of a directory whose `model_type` is `dsmoe`; absent for LLaMA.
@@ -80,6 +82,8 @@ pub struct Config {
     pub ffn: Option<Arc<dyn FfnSpec>>,
     /// The family of the dense model.
     family: &'static Family,
+    /// True if the weights are a part of a model that reads images, too.
+    is_part: bool,
     /// Lists keys of config.json that may be mistakes.
     notices: Vec<String>,
     /// Every layer's sizes, when they are not the same.
@@ -100,50 +104,6 @@ pub struct LayerShape {
     /// Width of the FFN (D).
     #[serde(rename = "intermediate_size")]
     pub intermediate: usize,
-}
-
-/// Order of the neurons in the stored FFN tensors.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum PartitionKind {
-    /// The original order; expert i is the i-th block.
-    Contiguous,
-    /// Permuted; `mlp.partition` of each layer holds the original indices.
-    Permuted,
-}
-
-/// The `dsmoe` object of config.json.
-#[derive(Clone, Debug, PartialEq)]
-pub struct MoeConfig {
-    /// Settings of the routers.
-    pub router: RouterConfig,
-    /// Order of the neurons.
-    pub partition: PartitionKind,
-    /// True if routers have a bias.
-    pub router_bias: bool,
-    /// The share of experts to be active that the model was made for; training reaches it unless told otherwise.
-    pub active_target: Option<f64>,
-    /// True if no weight of the dense model was changed since the conversion.
-    pub untrained: bool,
-}
-
-/// [`MoeConfig`] as it is stored.
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct StoredMoe {
-    format_version: u64,
-    num_experts: usize,
-    threshold: f64,
-    partition: PartitionKind,
-    router_bias: bool,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    active_target: Option<f64>,
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    untrained: bool,
-    gate_value: GateValue,
-    rescale: Rescale,
-    zero_active: ZeroActive,
-    ste: bool,
 }
 
 impl Config {
@@ -184,21 +144,36 @@ impl Config {
     /// Not JSON, or a field that is missing, out of range or not supported.
     pub fn from_json(path: &Path, text: &str) -> Result<Config> {
         let raw = parse_object(path, text)?;
-        let fields = Fields { path, prefix: "", map: &raw };
+        let outer = Fields { path, prefix: "", map: &raw };
+        check_not_quantised(&outer)?;
+        match wrapped::text_model(&outer)? {
+            None => Config::from_object(path, "", &raw),
+            Some(inner) => {
+                let mut config = Config::from_object(path, wrapped::PREFIX, &inner)?;
+                config.is_part = true;
+                config.notices.insert(0, wrapped::notice(&outer)?);
+                Ok(config)
+            }
+        }
+    }
+
+    /// Reads the configuration of one decoder; `prefix` is that of its keys in messages.
+    fn from_object(path: &Path, prefix: &str, raw: &Map<String, Value>) -> Result<Config> {
+        let fields = Fields { path, prefix, map: raw };
         let family = family_of(&fields)?;
         fields.check_kind()?;
-        let moe = fields.moe()?;
         let defaults = family.defaults;
 
         let hidden = fields.dimension("hidden_size")?;
         let [num_heads, num_kv_heads] = heads(&fields, family)?;
         let head_dim = head_dim(&fields, family, hidden, num_heads)?;
         let num_layers = fields.integer("num_hidden_layers", LARGEST_LAYERS)?;
+        let moe = moe::read(&fields, MoeSizes { num_layers, hidden })?;
         let max_position = fields.dimension_or("max_position_embeddings", defaults.max_position)?;
         let mut architecture =
             family.architecture(&fields, Sizes { hidden, num_layers, head_dim, max_position })?;
         architecture.output_bias = fields.output_bias(&architecture)?;
-        let notices = rope_keys::notices(&fields, &architecture.ropes);
+        let notices = rope_keys::notices(&fields, &family.rope, &architecture.ropes);
         let token = |key: &str, default: Option<u32>| -> Result<Vec<u32>> {
             let given = fields.token_ids(key)?;
             Ok(if fields.has(key) { given.unwrap_or_default() } else { default.into_iter().collect() })
@@ -221,6 +196,7 @@ impl Config {
             moe,
             ffn: None,
             family,
+            is_part: false,
             notices,
             layers: None,
             raw: Map::new(),
@@ -234,7 +210,7 @@ impl Config {
             }
         }
         let ffn = fields.ffn()?.map(|(kind, settings)| ffn::read_spec(path, kind, &config, &settings));
-        Ok(Config { ffn: ffn.transpose()?, raw, ..config })
+        Ok(Config { ffn: ffn.transpose()?, raw: raw.clone(), ..config })
     }
 
     /// Returns the sizes of layer `i`.
@@ -383,6 +359,11 @@ impl Config {
         self.family
     }
 
+    /// Returns whether this is the text model of a directory that holds a vision tower, too.
+    pub(crate) fn is_part(&self) -> bool {
+        self.is_part
+    }
+
     /// Returns what in config.json has no effect or may not be what its author meant, one sentence each.
     pub fn notices(&self) -> &[String] {
         &self.notices
@@ -463,33 +444,20 @@ impl Config {
     }
 }
 
-impl MoeConfig {
-    fn to_value(&self) -> Value {
-        let router = &self.router;
-        // The shortest decimal of the f32, not the many digits of its f64.
-        let threshold = router.threshold.to_string().parse().unwrap_or(f64::from(router.threshold));
-        json!(StoredMoe {
-            format_version: FORMAT_VERSION,
-            num_experts: router.num_experts,
-            threshold,
-            partition: self.partition,
-            router_bias: self.router_bias,
-            active_target: self.active_target,
-            untrained: self.untrained,
-            gate_value: router.gate_value,
-            rescale: router.rescale,
-            zero_active: router.zero_active,
-            ste: router.ste,
-        })
+fn check_not_quantised(fields: &Fields<'_>) -> Result<()> {
+    const KEY: &str = "quantization_config";
+    match fields.get(KEY) {
+        None => Ok(()),
+        Some(_) => {
+            let help = "use the checkpoint it was quantised from";
+            Err(fields.wrong(KEY, "is present and not supported", help))
+        }
     }
 }
 
 /// Returns the family that `model_type` names, or `base_model_type` of a native directory.
 fn family_of(fields: &Fields<'_>) -> Result<&'static Family> {
-    if fields.get("quantization_config").is_some() {
-        let help = "use the checkpoint it was quantised from";
-        return Err(fields.wrong("quantization_config", "is present and not supported", help));
-    }
+    check_not_quantised(fields)?;
     let known = || family::all().map(|family| family.model_type).collect::<Vec<_>>().join(", ");
     let (key, name) = match fields.text("model_type")? {
         Some("dsmoe") => (BASE_KEY, fields.text(BASE_KEY)?.unwrap_or("llama")),

@@ -7,6 +7,7 @@ use crate::accounting::Accounting;
 use crate::checkpoint::{CARD_FILE, GENERATED, SOURCE_CARD_FILE, is_generated, read_card};
 use crate::config::{Config, MoeConfig};
 use crate::error::{Error, Result};
+use crate::ffn::DsmoeForm;
 use crate::files::write_synced;
 use crate::masks::Masks;
 
@@ -186,11 +187,20 @@ fn method(moe: &MoeConfig) -> String {
     let router = &moe.router;
     let mut parts = vec![
         format!("DSMoE, {} experts per layer", router.num_experts),
-        format!("gates above {}", router.threshold),
+        match moe.threshold() {
+            Some(threshold) => format!("gates above {threshold}"),
+            None => "gates above the threshold of their layer".to_owned(),
+        },
         format!("gate value {}", router.gate_value),
         format!("rescale {}", router.rescale),
         format!("tokens without an active expert: {}", router.zero_active),
     ];
+    let with_core = moe.parts.core.iter().position(|&core| core > 0);
+    let beside = DsmoeForm::of_layer(moe, with_core.unwrap_or(0)).parts();
+    parts.extend(beside.into_iter().map(str::to_owned));
+    if let (Some(first), Some(last)) = (moe.parts.budgets.first(), moe.parts.budgets.last()) {
+        parts.push(format!("thresholds for {} to {} of the experts", first.active, last.active));
+    }
     if moe.untrained {
         parts.push("not trained since the conversion".to_owned());
     }

@@ -66,8 +66,7 @@ impl Ffn for DenseFfn {
     }
 
     fn on_device(&self) -> Option<DeviceFfn> {
-        let Gated { hidden, intermediate, .. } = self.0;
-        self.0.is_plain().then_some(DeviceFfn::Dense { hidden, intermediate })
+        Some(DeviceFfn::Dense(self.0))
     }
 
     fn pack(&self, params: &[f32], precision: Precision) -> Box<dyn PackedFfn> {

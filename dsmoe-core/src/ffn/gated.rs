@@ -1,5 +1,7 @@
 //! The gated FFN that all forms have in common: three projections, with their biases where the family has them.
 
+use std::ops::Range;
+
 use dsmoe_kernels::Activation;
 use dsmoe_kernels::expert_ffn::{BiasGrads, Biases, Dims, WeightGrads, Weights};
 
@@ -39,11 +41,6 @@ impl Gated {
         }
     }
 
-    /// Returns whether it is LLaMA's.
-    pub fn is_plain(&self) -> bool {
-        *self == Gated::silu(self.hidden, self.intermediate)
-    }
-
     /// Returns its tensors: the [`projections`], then the biases of gate, up and down, then that of the output.
     pub fn tensors(&self) -> Vec<TensorSpec> {
         let mut tensors = projections(self.hidden, self.intermediate);
@@ -73,6 +70,17 @@ impl Gated {
         let [neurons, hidden] = [self.intermediate, self.hidden].map(|len| if self.bias { len } else { 0 });
         let output = if self.output_bias { self.hidden } else { 0 };
         [matrix, matrix, matrix, neurons, neurons, hidden, output]
+    }
+
+    /// Returns the ranges of its tensors in an FFN's part of the arena: gate, up, down, their biases, and that of the output;
+    /// biases are empty where there are none.
+    pub fn ranges(&self) -> [Range<usize>; 7] {
+        let mut start = 0;
+        self.lens().map(|len| {
+            let range = start..start + len;
+            start += padded(len);
+            range
+        })
     }
 
     /// Returns the views of its tensors at the start of an FFN's part of the arena.

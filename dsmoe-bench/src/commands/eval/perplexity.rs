@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use dsmoe_core::Inference;
+use dsmoe_core::config::MoeConfig;
 use dsmoe_datasets::tasks::Profile;
 use dsmoe_datasets::{Bos, Corpus, Tokenizer};
 use dsmoe_train::eval::{Domain, EvalOptions, EvalReport};
@@ -13,7 +14,7 @@ use serde::Serialize;
 use crate::cli::eval::{Eval, Perplexity};
 use crate::evaluation::{domain_table, measure, measure_domains};
 use crate::format;
-use crate::models::{load_inference, tokenizer};
+use crate::models::{load_inference, show_config_notices, tokenizer};
 use crate::progress::{Progress, Unit};
 use crate::texts::{Text, load, open, options, show_notices};
 use crate::ui::Ui;
@@ -36,6 +37,9 @@ struct PerplexityReport<'a> {
     bos: Bos,
     dtype: &'static str,
     threshold: Option<f32>,
+    /// The share of experts whose stored thresholds hold.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    budget: Option<f64>,
     #[serde(flatten)]
     stream: Option<Stream>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -84,8 +88,9 @@ pub(crate) fn run(args: &Eval, ui: &mut Ui) -> Result<()> {
         }
     }
     let corpus = &texts[0].corpus;
-    let model = load_inference(&args.model, args.precision(), args.device, args.threshold)?;
+    let model = load_inference(&args.model, args.precision(), args.device, args.gates)?;
     let config = model.config();
+    show_config_notices(config, ui);
     let bos = args.bos.unwrap_or_default();
     let tokenizer = tokenizer(&args.model, config, ui)?;
     let mut report = PerplexityReport {
@@ -95,7 +100,8 @@ pub(crate) fn run(args: &Eval, ui: &mut Ui) -> Result<()> {
         doc_separator: args.data.doc_separator.as_deref(),
         bos,
         dtype: args.precision().name(),
-        threshold: config.moe.as_ref().map(|moe| moe.router.threshold),
+        threshold: config.moe.as_ref().and_then(MoeConfig::threshold),
+        budget: config.moe.as_ref().and_then(MoeConfig::budget),
         stream: None,
         window: None,
         rolling: None,

@@ -15,7 +15,9 @@ use crate::error::Result;
 use crate::ffn::{Ffn, FfnInference, FfnScratch, Record};
 use crate::model::block::Block;
 use crate::model::ropes::{Ropes, Turn};
-use crate::model::tensors::{Batch, LayerRanges, attention_dims, in_pool, logits_of, set_threshold};
+use crate::model::tensors::{
+    Batch, LayerRanges, attention_dims, in_pool, logits_of, set_active, set_threshold, set_thresholds,
+};
 
 /// A decoder for inference: weight matrices packed in a [`Precision`], norms and routers in f32. With bf16
 /// the operands of matrix products are rounded to it; sums, softmax and the residual stream are f32.
@@ -111,6 +113,16 @@ impl CpuInference {
         set_threshold(&mut self.config, threshold, || {
             self.layers.iter_mut().all(|layer| layer.ffn.set_threshold(threshold))
         })
+    }
+
+    pub(crate) fn set_active(&mut self, active: f64) -> Result<()> {
+        let layers = &mut self.layers;
+        set_active(&mut self.config, active, |layer, logit| layers[layer].ffn.set_threshold_logit(logit))
+    }
+
+    pub(crate) fn set_thresholds(&mut self, logits: &[f32]) -> Result<()> {
+        assert_eq!(logits.len(), self.layers.len(), "inference: thresholds and layers");
+        set_thresholds(logits, |layer, logit| self.layers[layer].ffn.set_threshold_logit(logit))
     }
 
     pub(crate) fn score(

@@ -144,6 +144,34 @@ impl Inference {
         each!(&mut self.backend, model => model.set_threshold(threshold))
     }
 
+    /// Chooses the thresholds of every layer that leave the share `active` of the experts active. Between two stored
+    /// budgets they are mixed linearly.
+    ///
+    /// # Errors
+    /// The model has no budgets, or `active` is outside of them; the device does not run models with budgets.
+    pub fn set_active(&mut self, active: f64) -> Result<()> {
+        match &mut self.backend {
+            Backend::Cpu(model) => model.set_active(active),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(_) => Err(not_on_gpu()),
+        }
+    }
+
+    /// Sets what the logits of each layer's gates have to exceed, until the next choice of thresholds.
+    ///
+    /// # Errors
+    /// The model has no gates; the device has no thresholds by layer.
+    ///
+    /// # Panics
+    /// There are not as many thresholds as layers.
+    pub fn set_thresholds(&mut self, logits: &[f32]) -> Result<()> {
+        match &mut self.backend {
+            Backend::Cpu(model) => model.set_thresholds(logits),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(_) => Err(not_on_gpu()),
+        }
+    }
+
     /// Sets `losses[t]` to the negative log-likelihood (nats) of target t after the inputs up to t of its sequence; 0
     /// for [`IGNORE`](dsmoe_kernels::cross_entropy::IGNORE). Adds the routing of all inputs to `stats` (from
     /// [`Inference::new_stats`]). A rotation that depends on the number of positions counts the last target as one.
@@ -284,6 +312,11 @@ impl Inference {
             Backend::Cuda(_) => {}
         }
     }
+}
+
+#[cfg(feature = "cuda")]
+fn not_on_gpu() -> Error {
+    Error::argument("a GPU does not run thresholds by layer", "set {device} to cpu")
 }
 
 impl Cache {
