@@ -24,6 +24,11 @@ pub(crate) fn tokenizer_files(dir: &Path) -> Result<TokenizerFiles> {
     }
 }
 
+/// Shows what a user should know about a model's configuration.
+pub(crate) fn show_config_notices(config: &Config, ui: &Ui) {
+    config.notices().iter().for_each(|notice| ui.note(format_args!("note: {notice}")));
+}
+
 /// Loads the tokenizer of the model in `dir`, and shows its notices.
 pub(crate) fn tokenizer(dir: &Path, config: &Config, ui: &Ui) -> Result<Tokenizer> {
     tokenizer_of(&tokenizer_files(dir)?, config, ui)

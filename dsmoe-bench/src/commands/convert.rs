@@ -17,6 +17,7 @@ use serde::Serialize;
 use crate::calibration::{self, Stages};
 use crate::cli::model::Convert;
 use crate::format;
+use crate::models::show_config_notices;
 use crate::ui::Ui;
 
 /// Experts per layer by default.
@@ -124,8 +125,8 @@ pub(crate) fn run(args: &Convert, ui: &mut Ui) -> Result<()> {
     };
     stages.finish();
     let (done, calibrated_active) = done?;
+    show_config_notices(&Config::load(&args.model)?, ui);
     let config = Config::load(&args.out)?;
-    config.notices().iter().for_each(|notice| ui.note(notice));
     if config.architecture.norms_after() {
         ui.note(format_args!(
             "a norm follows the FFN in {}: it undoes common factors of the active experts, such as those of --rescale",
@@ -172,7 +173,7 @@ fn fitted(args: &Convert, options: &ConvertOptions, text: &Calibration) -> Start
         Some(ridge) => Some(ridge).filter(|ridge| *ridge != 0.0),
         None => settings.least_squares,
     };
-    settings.budgets = args.budgets.clone().unwrap_or(settings.budgets);
+    settings.budgets = args.budgets.clone();
     Start {
         sequences: text.sequences.clone(),
         active: text.active,

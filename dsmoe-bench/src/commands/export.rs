@@ -20,7 +20,7 @@ use crate::cli::gates::GateArgs;
 use crate::cli::model::{Export, Form};
 use crate::evaluation::measure;
 use crate::format;
-use crate::models::{load_inference, tokenizer};
+use crate::models::{load_inference, show_config_notices, tokenizer};
 use crate::progress::{Progress, Unit};
 use crate::texts::{find, load};
 use crate::ui::Ui;
@@ -72,6 +72,7 @@ pub(crate) fn run(args: &Export, ui: &mut Ui) -> Result<()> {
             "--active chooses among the budgets of a DSMoE model, which --as hf and native keep; leave it out"
         );
     }
+    show_config_notices(&Config::load(&args.model)?, ui);
     let folding = args.folding.fold.map(|_| Folding::measure(args, ui)).transpose()?;
     let mut report = ExportReport {
         model: args.model.clone(),

@@ -7,6 +7,7 @@ mod own;
 pub(crate) mod rope;
 pub(crate) mod rope_keys;
 mod transformers;
+mod wrapped;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -81,6 +82,8 @@ pub struct Config {
     pub ffn: Option<Arc<dyn FfnSpec>>,
     /// The family of the dense model.
     family: &'static Family,
+    /// True if the weights are a part of a model that reads images, too.
+    is_part: bool,
     /// Lists keys of config.json that may be mistakes.
     notices: Vec<String>,
     /// Every layer's sizes, when they are not the same.
@@ -141,7 +144,22 @@ impl Config {
     /// Not JSON, or a field that is missing, out of range or not supported.
     pub fn from_json(path: &Path, text: &str) -> Result<Config> {
         let raw = parse_object(path, text)?;
-        let fields = Fields { path, prefix: "", map: &raw };
+        let outer = Fields { path, prefix: "", map: &raw };
+        check_not_quantised(&outer)?;
+        match wrapped::text_model(&outer)? {
+            None => Config::from_object(path, "", &raw),
+            Some(inner) => {
+                let mut config = Config::from_object(path, wrapped::PREFIX, &inner)?;
+                config.is_part = true;
+                config.notices.insert(0, wrapped::notice(&outer)?);
+                Ok(config)
+            }
+        }
+    }
+
+    /// Reads the configuration of one decoder; `prefix` is that of its keys in messages.
+    fn from_object(path: &Path, prefix: &str, raw: &Map<String, Value>) -> Result<Config> {
+        let fields = Fields { path, prefix, map: raw };
         let family = family_of(&fields)?;
         fields.check_kind()?;
         let defaults = family.defaults;
@@ -155,7 +173,7 @@ impl Config {
         let mut architecture =
             family.architecture(&fields, Sizes { hidden, num_layers, head_dim, max_position })?;
         architecture.output_bias = fields.output_bias(&architecture)?;
-        let notices = rope_keys::notices(&fields, &architecture.ropes);
+        let notices = rope_keys::notices(&fields, &family.rope, &architecture.ropes);
         let token = |key: &str, default: Option<u32>| -> Result<Vec<u32>> {
             let given = fields.token_ids(key)?;
             Ok(if fields.has(key) { given.unwrap_or_default() } else { default.into_iter().collect() })
@@ -178,6 +196,7 @@ impl Config {
             moe,
             ffn: None,
             family,
+            is_part: false,
             notices,
             layers: None,
             raw: Map::new(),
@@ -191,7 +210,7 @@ impl Config {
             }
         }
         let ffn = fields.ffn()?.map(|(kind, settings)| ffn::read_spec(path, kind, &config, &settings));
-        Ok(Config { ffn: ffn.transpose()?, raw, ..config })
+        Ok(Config { ffn: ffn.transpose()?, raw: raw.clone(), ..config })
     }
 
     /// Returns the sizes of layer `i`.
@@ -340,6 +359,11 @@ impl Config {
         self.family
     }
 
+    /// Returns whether this is the text model of a directory that holds a vision tower, too.
+    pub(crate) fn is_part(&self) -> bool {
+        self.is_part
+    }
+
     /// Returns what in config.json has no effect or may not be what its author meant, one sentence each.
     pub fn notices(&self) -> &[String] {
         &self.notices
@@ -420,12 +444,20 @@ impl Config {
     }
 }
 
+fn check_not_quantised(fields: &Fields<'_>) -> Result<()> {
+    const KEY: &str = "quantization_config";
+    match fields.get(KEY) {
+        None => Ok(()),
+        Some(_) => {
+            let help = "use the checkpoint it was quantised from";
+            Err(fields.wrong(KEY, "is present and not supported", help))
+        }
+    }
+}
+
 /// Returns the family that `model_type` names, or `base_model_type` of a native directory.
 fn family_of(fields: &Fields<'_>) -> Result<&'static Family> {
-    if fields.get("quantization_config").is_some() {
-        let help = "use the checkpoint it was quantised from";
-        return Err(fields.wrong("quantization_config", "is present and not supported", help));
-    }
+    check_not_quantised(fields)?;
     let known = || family::all().map(|family| family.model_type).collect::<Vec<_>>().join(", ");
     let (key, name) = match fields.text("model_type")? {
         Some("dsmoe") => (BASE_KEY, fields.text(BASE_KEY)?.unwrap_or("llama")),

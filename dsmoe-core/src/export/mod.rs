@@ -133,7 +133,7 @@ pub fn export(
     let output = OutputDir::create_from(model, out, force)?;
     let mut written = config.clone();
     if form == ExportAs::Dense {
-        written.moe = None;
+        (written.moe, written.ffn) = (None, None);
     }
     if let Some(dtype) = dtype {
         written.set_dtype(dtype);

@@ -5,6 +5,7 @@
 //! nothing else of an FFN.
 
 mod args;
+mod bound;
 mod build;
 mod dense;
 mod device;
@@ -22,6 +23,7 @@ use dsmoe_router::Routing;
 use serde_json::{Map, Value};
 
 pub use args::{FfnBackward, FfnForward, FfnInference, FfnReport, FfnScratch, GateTraining, Record};
+pub use bound::RouterBound;
 pub(crate) use build::of_layer;
 pub use dense::DenseFfn;
 pub use device::{DeviceFfn, GateBackward, HostGate, HostRouted};
@@ -88,6 +90,11 @@ pub trait Ffn: std::fmt::Debug + Send + Sync {
 
 /// One layer's FFN for inference, with its weights; made by [`Ffn::pack`].
 pub trait PackedFfn: std::fmt::Debug + Send + Sync {
+    /// Lets `bound` choose experts in place of the router, where there are gates; returns whether there are.
+    fn set_router_bound(&mut self, _bound: RouterBound) -> bool {
+        false
+    }
+
     /// Sets `y = ffn(x)`.
     fn forward(&self, args: FfnInference<'_>);
 
@@ -182,6 +189,12 @@ pub trait FfnSpec: std::fmt::Debug + Send + Sync {
 
     /// Returns the number of experts that every token runs, mean over layers, where it is fixed.
     fn active_experts(&self) -> Option<f64>;
+
+    /// Returns the number of equal blocks of neurons, in the order of the rows, that are the experts of an FFN whose
+    /// output is the sum of theirs, each times its coefficient; none for another FFN.
+    fn blocks(&self) -> Option<usize> {
+        None
+    }
 }
 
 /// The entry of config.json that describes an FFN.

@@ -139,6 +139,20 @@ fn the_rope_object_inside_wins_and_says_so() {
     }
 }
 
+/// Transformers 5 puts the type `default` beside the keys of transformers 4 in families with two rotations.
+#[test]
+fn a_type_that_transformers_does_not_read_is_noticed() {
+    let of = |family: &str, key: &str| {
+        let keys = format!(r#"{{"rope_scaling": {{"{key}": "linear", "factor": 8.0}}}}"#);
+        of_family(family, &keys).unwrap().notices().to_vec()
+    };
+    for family in ["gemma3_text", "olmo3"] {
+        let notice = "rope_scaling: transformers 5 does not read type in this family, but rope_type";
+        assert_eq!((of(family, "type"), of(family, "rope_type")), (vec![notice.to_owned()], vec![]));
+    }
+    assert!(of("llama", "type").is_empty());
+}
+
 #[test]
 fn config_with_wrong_sizes() {
     for wrong in
@@ -175,7 +189,8 @@ fn config_of_another_kind_of_model() {
         ("granitemoehybrid", "a mixture of experts already"),
         ("gemma3n_text", "inputs of their own"),
         ("gemma4", "inputs of their own"),
-        ("gemma3", "reads images"),
+        ("qwen2_vl", "reads images"),
+        ("ministral3", "grows with the position"),
         ("qwen3_next", "linear attention"),
         ("qwen3_5_text", "linear attention"),
         ("phi", "no gate"),
@@ -256,6 +271,20 @@ fn keys_of_a_family_that_are_wrong_are_named() {
         ("gemma3_text", r#"{"sliding_window_pattern": 0}"#, ["sliding_window_pattern is 0", "from 1"]),
         ("smollm3", r#"{"no_rope_layer_interval": 0}"#, ["no_rope_layer_interval is 0", "from 1"]),
         ("granite", r#"{"embedding_multiplier": 1e300}"#, ["embedding_multiplier is 1e+300", "f32"]),
+        ("granite", r#"{"embedding_multiplier": 1e38}"#, ["embedding_multiplier is 100", "from 1e-6 to 1e6"]),
+        ("granite", r#"{"residual_multiplier": 1e7}"#, ["residual_multiplier is 10000000", "overflow"]),
+        ("granite", r#"{"logits_scaling": 1e-30}"#, ["logits_scaling is 0.000", "from 1e-6 to 1e6"]),
+        ("gemma2", r#"{"query_pre_attn_scalar": 1e-20}"#, ["query_pre_attn_scalar is 0.000", "overflow"]),
+        (
+            "llama",
+            r#"{"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1e30}}"#,
+            ["rope_scaling.attention_factor is 1000", "overflow"],
+        ),
+        (
+            "llama",
+            r#"{"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mscale": 1e20, "mscale_all_dim": 1.0}}"#,
+            ["rope_scaling.mscale makes a factor", "correct mscale"],
+        ),
         ("granite", r#"{"logits_scaling": 0}"#, ["logits_scaling is 0", "positive"]),
         ("granite", r#"{"residual_multiplier": "x"}"#, ["residual_multiplier is \"x\"", "positive"]),
         ("olmo2", r#"{"attention_bias": 1}"#, ["attention_bias is 1", "true or false"]),

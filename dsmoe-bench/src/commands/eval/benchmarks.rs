@@ -18,7 +18,7 @@ use super::results::{TaskResult, TaskResults};
 use crate::cli::eval::{Eval, TaskFile};
 use crate::format;
 use crate::interrupts::{INTERRUPTED, STOP, catch_interrupts};
-use crate::models::{load_inference, tokenizer};
+use crate::models::{load_inference, show_config_notices, tokenizer};
 use crate::progress::{Progress, Unit};
 use crate::ui::Ui;
 
@@ -31,6 +31,7 @@ pub(crate) fn run(args: &Eval, ui: &mut Ui) -> Result<ExitCode> {
     let started = Instant::now();
     // Wrong files are reported before the weights are read.
     let config = Config::load(&args.model)?;
+    show_config_notices(&config, ui);
     let tokenizer = tokenizer(&args.model, &config, ui)?;
     let bos = args.bos.unwrap_or(args.profile.bos());
     // So is a BOS rule that the tokenizer cannot follow.
@@ -41,7 +42,10 @@ pub(crate) fn run(args: &Eval, ui: &mut Ui) -> Result<ExitCode> {
         std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
         catch_interrupts()?;
     }
-    let model = load_inference(&args.model, args.precision(), args.device, args.gates)?;
+    let mut model = load_inference(&args.model, args.precision(), args.device, args.gates)?;
+    if let Some(bound) = args.router {
+        model.set_router_bound(bound)?;
+    }
     let runner = Runner { args, model: &model, tokenizer: &tokenizer, bos, hash: model_sha256(&args.model)? };
 
     let mut done = Vec::new();

@@ -14,7 +14,7 @@ use serde::Serialize;
 use crate::cli::eval::{Eval, Perplexity};
 use crate::evaluation::{domain_table, measure, measure_domains};
 use crate::format;
-use crate::models::{load_inference, tokenizer};
+use crate::models::{load_inference, show_config_notices, tokenizer};
 use crate::progress::{Progress, Unit};
 use crate::texts::{Text, load, open, options, show_notices};
 use crate::ui::Ui;
@@ -40,6 +40,9 @@ struct PerplexityReport<'a> {
     /// The share of experts whose stored thresholds hold.
     #[serde(skip_serializing_if = "Option::is_none")]
     budget: Option<f64>,
+    /// The router that stands in for the model's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    router: Option<String>,
     #[serde(flatten)]
     stream: Option<Stream>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -88,8 +91,12 @@ pub(crate) fn run(args: &Eval, ui: &mut Ui) -> Result<()> {
         }
     }
     let corpus = &texts[0].corpus;
-    let model = load_inference(&args.model, args.precision(), args.device, args.gates)?;
+    let mut model = load_inference(&args.model, args.precision(), args.device, args.gates)?;
+    if let Some(bound) = args.router {
+        model.set_router_bound(bound)?;
+    }
     let config = model.config();
+    show_config_notices(config, ui);
     let bos = args.bos.unwrap_or_default();
     let tokenizer = tokenizer(&args.model, config, ui)?;
     let mut report = PerplexityReport {
@@ -101,6 +108,7 @@ pub(crate) fn run(args: &Eval, ui: &mut Ui) -> Result<()> {
         dtype: args.precision().name(),
         threshold: config.moe.as_ref().and_then(MoeConfig::threshold),
         budget: config.moe.as_ref().and_then(MoeConfig::budget),
+        router: args.router.map(|bound| bound.to_string()),
         stream: None,
         window: None,
         rolling: None,

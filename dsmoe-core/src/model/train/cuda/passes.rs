@@ -18,7 +18,7 @@ use crate::error::Result;
 use crate::model::gpu::block::{After, Block, Join};
 use crate::model::gpu::heads;
 use crate::model::gpu::turns::rotate;
-use crate::model::tensors::{LayerRanges, Ranges, logits_of};
+use crate::model::tensors::{Ranges, logits_of};
 use crate::model::train::StepArgs;
 
 impl CudaTrainer {
@@ -122,9 +122,9 @@ impl CudaTrainer {
         } = &mut self.acts;
         let sparsity =
             Sparsity { weight: &self.sparsity_weight, all: args.sparsity_over == SparsityOver::All };
-        let mut norms = NormGrads { block, params: &self.params, grads, partials };
+        let mut gradients = Gradients { block, params: &self.params, grads, partials };
         let Stream { x, rstd } = &streams[ranges.layers.len()];
-        norms.backward(&ranges.norm, dx, dh, [x, rstd], false)?;
+        gradients.backward(&ranges.norm, dx, dh, [x, rstd], false)?;
         for (i, (layer, acts)) in ranges.layers.iter().zip(layers).enumerate().rev() {
             let heads = heads(config, i);
             let LayerActs { qkv, a, lse, x_mid, rstd_mid, heads: of_heads, after, ffn: saved } = acts;
@@ -136,20 +136,20 @@ impl CudaTrainer {
             // x_mid + scale norm(ffn(h))
             let norm = layer.before_ffn.as_ref().map(param);
             block.restore(norm.as_deref(), h, x_mid, rstd_mid)?;
-            norms.branch(layer.after_ffn.as_ref().zip(after_ffn), dy, dx, dh)?;
+            gradients.branch(layer.after_ffn.as_ref().zip(after_ffn), dy, dx, dh)?;
             let ffn = Weights { kind: &self.ffns[i], master: param(&layer.ffn), rounded: weight(&layer.ffn) };
             let normed = normed(block, norm.as_deref(), ones, [x_mid, rstd_mid]);
             let input = Input { h, normed, training: args.gate_training(i, config.num_layers) };
-            let NormGrads { grads, partials, .. } = &mut norms;
+            let Gradients { grads, partials, .. } = &mut gradients;
             let of_ffn = &mut grads.part_mut(layer.ffn.clone());
             ffn.backward(
                 Backward { dh, grads: of_ffn, dy, acts: saved, input, sparsity, partials },
                 scratch,
             )?;
-            norms.input(layer.before_ffn.as_ref(), dx, dh, [x_mid, rstd_mid])?;
+            gradients.input(layer.before_ffn.as_ref(), dx, dh, [x_mid, rstd_mid])?;
             // x_mid = x + scale norm(a W_o^T + b)
-            norms.branch(layer.after_attention.as_ref().zip(after_attention), dy, dx, dh)?;
-            norms.linear(&layer.o, layer.o_bias.as_ref(), dy, a)?;
+            gradients.branch(layer.after_attention.as_ref().zip(after_attention), dy, dx, dh)?;
+            gradients.linear(&layer.o, layer.o_bias.as_ref(), dy, a)?;
             linear::BackwardInput { dx: &mut *da, dy, w: &weight(&layer.o), add: false }.run()?;
             attention::Backward { dqkv: &mut *dqkv, dout: &da, out: a, qkv, lse, heads, seq, deltas }
                 .run()?;
@@ -160,17 +160,17 @@ impl CudaTrainer {
             if let (Some(ranges), Some(acts)) = (&layer.qk_norm, of_heads) {
                 let all = block.head_norms(heads, ranges.each_ref().map(|norm| norm.len()));
                 for ((range, acts), heads) in ranges.iter().zip(acts).zip(all) {
-                    norms.heads(range, &mut dqkv, acts, heads)?;
+                    gradients.heads(range, &mut dqkv, acts, heads)?;
                 }
             }
             let norm = layer.before_attention.as_ref().map(param);
             block.restore(norm.as_deref(), h, x, rstd)?;
             let of_qkv = layer.qkv();
-            norms.linear(&of_qkv, layer.qkv_bias.as_ref(), &dqkv, h)?;
+            gradients.linear(&of_qkv, layer.qkv_bias.as_ref(), &dqkv, h)?;
             linear::BackwardInput { dx: &mut **dh, dy: &dqkv, w: &weight(&of_qkv), add: false }.run()?;
-            norms.input(layer.before_attention.as_ref(), dx, dh, [x, rstd])?;
+            gradients.input(layer.before_attention.as_ref(), dx, dh, [x, rstd])?;
         }
-        let dtable = &mut norms.grads.part_mut(ranges.embed.clone());
+        let dtable = &mut gradients.grads.part_mut(ranges.embed.clone());
         let scale = config.architecture.embed_scale;
         Ok(embedding::Backward { dtable, dout: dx, order: occurrences, scale }.run()?)
     }
@@ -202,15 +202,15 @@ fn normed<'a>(
     Normed { x, rstd, weight, offset }
 }
 
-/// The gradients of parameters around products, with scratch memory for their sums.
-struct NormGrads<'a> {
+/// The gradients of norms, weights and biases, with scratch memory for their sums.
+struct Gradients<'a> {
     block: Block,
     params: &'a Matrix<f32>,
     grads: &'a mut Matrix<f32>,
     partials: &'a mut Matrix<f32>,
 }
 
-impl NormGrads<'_> {
+impl Gradients<'_> {
     /// Sets `dx` to the gradient of the input `x` of a norm, or adds it.
     fn backward(
         &mut self,
@@ -220,7 +220,7 @@ impl NormGrads<'_> {
         [x, rstd]: [&Matrix<f32>; 2],
         add: bool,
     ) -> Result<()> {
-        let NormGrads { block, params, grads, partials } = self;
+        let Gradients { block, params, grads, partials } = self;
         let (dweight, weight) = (&mut grads.part_mut(norm.clone()), &params.part(norm.clone()));
         let offset = block.offset;
         Ok(rms_norm::Backward { dx, dweight, dy, x, weight, offset, rstd, partials, add }.run()?)
@@ -272,7 +272,7 @@ impl NormGrads<'_> {
         dy: &Matrix<bf16>,
         x: &Matrix<bf16>,
     ) -> Result<()> {
-        let NormGrads { grads, partials, .. } = self;
+        let Gradients { grads, partials, .. } = self;
         linear::BackwardWeight { dw: &mut grads.part_mut(weight.clone()), dy, x }.run()?;
         if let Some(bias) = bias {
             linear::BackwardBias { db: &mut grads.part_mut(bias.clone()), dy, partials }.run()?;
@@ -288,7 +288,7 @@ impl NormGrads<'_> {
         NormActs { x, rstd }: &NormActs<bf16>,
         heads: rms_norm::Heads,
     ) -> Result<()> {
-        let NormGrads { params, grads, partials, .. } = self;
+        let Gradients { params, grads, partials, .. } = self;
         let (dweight, weight) = (&mut grads.part_mut(norm.clone()), &params.part(norm.clone()));
         Ok(rms_norm::BackwardHeads { dx, dweight, x, rstd, weight, heads, partials }.run()?)
     }
