@@ -98,7 +98,7 @@ fn the_table_of_the_docs_names_all_families_and_commands() {
                 "prune" => cell == "yes" || cell == "all but `llm-pruner-channel`",
                 "GGUF" => cell == "yes" || cell == "without windows",
                 // What a GPU refuses is tested in dsmoe-core/tests/zoo.
-                "GPU" => ["yes", "wired"].contains(&cell.split([' ', ';']).next().unwrap_or_default()),
+                "GPU" => ["yes", "no", "without ", "wired"].iter().any(|start| cell.starts_with(start)),
                 _ => false,
             };
             assert!(known, "{family}, {column}: {cell}");
@@ -199,6 +199,7 @@ fn run_all(test: &str, chosen: &[&str]) {
             ("random-k", 0.85),
             ("flap", 0.9),
             ("static-core", 0.9),
+            ("cmoe --set experts=4", 0.9),
             ("depth --set layers=1 --set tokens=64", 0.85),
         ] {
             let pruned = format!("{dir}-{}", method.split(' ').next().unwrap_or(method));

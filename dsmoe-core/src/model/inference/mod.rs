@@ -26,6 +26,7 @@ use crate::accounting::Accounting;
 use crate::config::Config;
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::ffn::RouterBound;
 
 /// A decoder for inference: weight matrices packed in a [`Precision`], norms and routers in f32. With bf16
 /// the operands of matrix products are rounded to it; sums, softmax and the residual stream are f32.
@@ -169,6 +170,20 @@ impl Inference {
             Backend::Cpu(model) => model.set_thresholds(logits),
             #[cfg(feature = "cuda")]
             Backend::Cuda(_) => Err(not_on_gpu()),
+        }
+    }
+
+    /// Lets `bound` choose experts in place of the routers, as many for each token as these would open.
+    ///
+    /// # Errors
+    /// The model has no gates, or runs on a GPU.
+    pub fn set_router_bound(&mut self, bound: RouterBound) -> Result<()> {
+        match &mut self.backend {
+            Backend::Cpu(model) => model.set_router_bound(bound),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(_) => {
+                Err(Error::argument("a GPU runs a model's own routers", "set {device} to cpu"))
+            }
         }
     }
 
