@@ -35,7 +35,7 @@ fn trained_models_leave_for_python_or_with_folded_gates() {
 /// The mean factors of experts of which every token runs k.
 #[test]
 fn top_k_models_are_folded() {
-    let (text, calib) = ("--data text.txt --doc-separator <|endoftext|>", "--samples 8 --seq 16");
+    let (text, calib) = ("--data text.txt --doc-separator <|endoftext|>", "--samples 32 --seq 16");
     let calib = format!("--calib text.txt --doc-separator <|endoftext|> {calib}");
     for (method, settings) in [
         ("llama-moe", "--set construction=sharing-inter"),
