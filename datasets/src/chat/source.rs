@@ -32,6 +32,21 @@ pub(super) fn adapted(source: &str) -> String {
     text + rest
 }
 
+/// Returns the length of the longest tag without its texts, in bytes.
+pub(super) fn longest_tag(source: &str) -> usize {
+    let (mut longest, mut rest) = (0, source);
+    while let Some((_, kind, tag)) = next_tag(rest) {
+        let (length, texts) = match kind {
+            '#' => (tag.find("#}").map_or(tag.len(), |end| end + 2), usize::MAX),
+            '{' => measured(tag, "}}"),
+            _ => measured(tag, "%}"),
+        };
+        longest = longest.max(length.saturating_sub(texts));
+        rest = &tag[length..];
+    }
+    longest
+}
+
 /// Finds the next tag: the text before it, the second character of its opening, and the tag with all that follows.
 fn next_tag(rest: &str) -> Option<(&str, char, &str)> {
     let mut from = 0;
@@ -46,19 +61,26 @@ fn next_tag(rest: &str) -> Option<(&str, char, &str)> {
 
 /// Returns the length of a tag with its ending, which does not count inside a text.
 fn tag_length(tag: &str, ending: &str) -> usize {
-    let mut quote = None;
+    measured(tag, ending).0
+}
+
+/// Returns the length of a tag, and how much of it is texts.
+fn measured(tag: &str, ending: &str) -> (usize, usize) {
+    let (mut quote, mut texts) = (None, 0);
     let mut chars = tag.char_indices().skip(2);
     while let Some((at, c)) = chars.next() {
         match quote {
-            Some(_) if c == '\\' => drop(chars.next()),
+            Some(_) if c == '\\' => {
+                texts += 1 + chars.next().map_or(0, |(_, escaped)| escaped.len_utf8());
+            }
             Some(open) if c == open => quote = None,
-            Some(_) => {}
+            Some(_) => texts += c.len_utf8(),
             None if matches!(c, '"' | '\'') => quote = Some(c),
-            None if tag[at..].starts_with(ending) => return at + ending.len(),
+            None if tag[at..].starts_with(ending) => return (at + ending.len(), texts),
             None => {}
         }
     }
-    tag.len()
+    (tag.len(), texts)
 }
 
 /// Appends a tag without the line ends that stand behind backslashes.

@@ -13,6 +13,7 @@ use serde::Serialize;
 
 use crate::calibration::{self, Stages};
 use crate::cli::model::Convert;
+use crate::files::lossy;
 use crate::format;
 use crate::ui::Ui;
 
@@ -21,7 +22,9 @@ const DEFAULT_EXPERTS: usize = 8;
 
 #[derive(Debug, Serialize)]
 struct Report {
+    #[serde(serialize_with = "lossy")]
     model: PathBuf,
+    #[serde(serialize_with = "lossy")]
     out: PathBuf,
     experts: usize,
     expert_width: usize,

@@ -15,6 +15,7 @@ use dsmoe_train::run::{RunOptions, TrainData, Trainer};
 use serde::Serialize;
 
 use crate::cli::train::Train;
+use crate::files::lossy;
 use crate::format;
 use crate::interrupts::{INTERRUPTED, STOP, catch_interrupts};
 use crate::memory;
@@ -28,7 +29,9 @@ use crate::ui::{Ui, stderr_line};
 /// The plan of a run.
 #[derive(Debug, Serialize)]
 struct TrainPlan {
+    #[serde(serialize_with = "lossy")]
     model: PathBuf,
+    #[serde(serialize_with = "lossy")]
     out: PathBuf,
     steps: u64,
     tokens: u64,

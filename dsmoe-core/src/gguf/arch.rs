@@ -60,7 +60,8 @@ impl Arch {
 
     /// Returns the architecture as which a model of this `model_type` is written.
     pub(crate) fn of_model_type(model_type: &str) -> Option<&'static Arch> {
-        // mistral is written as llama, as llama.cpp's converter does.
+        // mistral is written as llama, as llama.cpp's converter does, and so is ministral without windows.
+        let model_type = if model_type == "ministral" { "mistral" } else { model_type };
         ARCHS.iter().rfind(|arch| arch.model_type == model_type)
     }
 
