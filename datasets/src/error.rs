@@ -364,6 +364,9 @@ mod tests {
         assert_eq!(shown("a\nb\u{1b}[31m"), "a b [31m");
         let text = format!("{}{}", "é".repeat(70_000), " at line 1 column 2");
         let short = shown(&text);
-        assert!(short.len() < 700 && short.starts_with("éé") && short.ends_with("é at line 1 column 2"), "{short}");
+        assert!(
+            short.len() < 700 && short.starts_with("éé") && short.ends_with("é at line 1 column 2"),
+            "{short}"
+        );
     }
 }

@@ -195,7 +195,8 @@ fn read(path: &Path) -> Result<Manifest> {
         Err(cause) if cause.kind() == io::ErrorKind::NotFound => return Err(wrong("no manifest".into())),
         text => text.map_err(Error::io(path))?,
     };
-    let manifest: Manifest = serde_json::from_slice(&text).map_err(|cause| wrong(shown(&cause.to_string())))?;
+    let manifest: Manifest =
+        serde_json::from_slice(&text).map_err(|cause| wrong(shown(&cause.to_string())))?;
     if manifest.format_version != FORMAT_VERSION {
         let version = manifest.format_version;
         return Err(wrong(format!("format_version {version}, this program reads {FORMAT_VERSION}")));

@@ -437,9 +437,9 @@ fn pattern(quotas: &[usize], seed: u64, block: u64) -> Vec<(usize, usize)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::fs;
     use crate::TokenStream;
     use proptest::prelude::*;
+    use std::fs;
 
     fn samples(parts: &[(usize, f64)], seed: u64, count: usize) -> Vec<Sample> {
         let mut order = Interleaving::new(parts, 4, seed).unwrap();
@@ -522,7 +522,11 @@ mod tests {
             use std::os::unix::ffi::OsStrExt;
             let path = PathBuf::from(std::ffi::OsStr::from_bytes(b"web=\xff:2"));
             let odd = from_words(std::slice::from_ref(&path), &options).unwrap();
-            assert_eq!((&odd[0].name[..], &odd[0].paths[..]), (UNNAMED, &[path][..]), "no UTF-8: a path alone");
+            assert_eq!(
+                (&odd[0].name[..], &odd[0].paths[..]),
+                (UNNAMED, &[path][..]),
+                "no UTF-8: a path alone"
+            );
         }
         for (words, wanted) in [
             (&["web=a", "b"][..], "some sources have names"),

@@ -116,12 +116,16 @@ fn compressed_files_read_as_plain_ones() {
 
     assert_eq!(read("a.jsonl.bz2", bzip2(long.as_bytes())).unwrap(), plain);
     assert_eq!(read("a.txt.bz2", [bzip2(b"one "), bzip2(b"two")].concat()).unwrap(), ["one two"]);
-    for (name, member) in [("a.txt.bz2", bzip2(b"x ")), ("a.txt.zst", zstd(b"x ")), ("a.txt.gz", gzip(b"x "))] {
+    for (name, member) in [("a.txt.bz2", bzip2(b"x ")), ("a.txt.zst", zstd(b"x ")), ("a.txt.gz", gzip(b"x "))]
+    {
         let zeros = vec![0; 700];
         let joined = [&member[..], &zeros, &member, &zeros].concat();
         assert_eq!(read(name, joined).unwrap(), ["x x"], "{name}");
         let text = message(name, [&member[..], b"other"].concat());
-        assert!(text.contains(" data (other data follow its end: ") && text.ends_with("; fetch the file again"), "{text}");
+        assert!(
+            text.contains(" data (other data follow its end: ") && text.ends_with("; fetch the file again"),
+            "{text}"
+        );
     }
     assert_eq!(read("a.jsonl.xz", unhex(XZ)).unwrap(), ["one", "two é"]);
     assert_eq!(read("a.jsonl.xz", unhex(XZ).repeat(2)).unwrap(), ["one", "two é"].repeat(2));
@@ -345,7 +349,10 @@ fn damaged_compression_is_an_error_wherever_it_is_cut() {
 #[test]
 fn a_document_is_bounded_in_every_format() {
     let text = "x".repeat((64 << 20) + 1);
-    assert!(message("a.json", format!("[{{\"text\": \"{text}\"}}]")).starts_with("a document of more than 67108864"));
+    assert!(
+        message("a.json", format!("[{{\"text\": \"{text}\"}}]"))
+            .starts_with("a document of more than 67108864")
+    );
     let dir = TempDir::new().unwrap();
     let path = dir.path().join("a.parquet");
     parquet(&path, &[(Some(&text), None)]);

@@ -63,7 +63,10 @@ impl<T: Paths> Paths for Vec<T> {
 }
 
 /// Serialises paths, which serde refuses where they are not UTF-8.
-pub(crate) fn lossy<T: Paths, S: Serializer>(paths: &T, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+pub(crate) fn lossy<T: Paths, S: Serializer>(
+    paths: &T,
+    serializer: S,
+) -> std::result::Result<S::Ok, S::Error> {
     paths.text().serialize(serializer)
 }
 

@@ -150,10 +150,8 @@ impl TrainConfig {
     /// The file cannot be read, is not TOML, or has an unknown key or a value of the wrong type.
     pub fn from_toml(path: &Path) -> Result<TrainConfig> {
         let bytes = read_at_most(path, LARGEST).map_err(Error::io(path))?;
-        let text = String::from_utf8(bytes).map_err(|_| Error::ConfigFile {
-            path: path.to_path_buf(),
-            message: "not UTF-8".to_owned(),
-        })?;
+        let text = String::from_utf8(bytes)
+            .map_err(|_| Error::ConfigFile { path: path.to_path_buf(), message: "not UTF-8".to_owned() })?;
         toml::from_str(&text).map_err(|cause| {
             let line = cause.span().map_or(1, |span| text[..span.start].matches('\n').count() + 1);
             let message = format!("line {line}: {}", one_line(cause.message()));

@@ -5,8 +5,8 @@ use std::fs;
 use serde_json::{Value, json};
 
 use crate::common::{
-    SEPARATOR, check_failure, command, config, copy_of_dense, fails, finish, on_text, path, read, run, succeeds,
-    write,
+    SEPARATOR, check_failure, command, config, copy_of_dense, fails, finish, on_text, path, read, run,
+    succeeds, write,
 };
 
 /// Replaces the header of a safetensors file; the data stays.

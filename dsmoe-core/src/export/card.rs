@@ -260,8 +260,14 @@ mod tests {
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "no card");
         let card = dir.path().join(CARD_FILE);
         for (text, wanted) in [
-            (format!("{GENERATED}\n| parameters | 9 |\n| perplexity | 1 |\n\nUse\n"), "| perplexity | 1 |\n| perplexity | 2.5000 (folded   x) |\n\nUse\n"),
-            (format!("{GENERATED}\n| parameters | 9 |\n"), "| parameters | 9 |\n| perplexity | 2.5000 (folded   x) |\n"),
+            (
+                format!("{GENERATED}\n| parameters | 9 |\n| perplexity | 1 |\n\nUse\n"),
+                "| perplexity | 1 |\n| perplexity | 2.5000 (folded   x) |\n\nUse\n",
+            ),
+            (
+                format!("{GENERATED}\n| parameters | 9 |\n"),
+                "| parameters | 9 |\n| perplexity | 2.5000 (folded   x) |\n",
+            ),
             ("| parameters | 9 |\n".to_owned(), "| parameters | 9 |\n"),
         ] {
             std::fs::write(&card, &text).unwrap();

@@ -11,9 +11,9 @@ pub use card::add_perplexity;
 pub use dense::DenseForm;
 
 use crate::checkpoint::{
-    CONFIG_FILE, Checkpoint, DEFAULT_SHARD_BYTES, Dtype, Meter, OutputDir, Progress, TensorInfo, TensorSource,
-    check_llama_tensors, copy_companions, decode, encode, in_stored_order, is_router, is_too_large,
-    model_writer, open_model,
+    CONFIG_FILE, Checkpoint, DEFAULT_SHARD_BYTES, Dtype, Meter, OutputDir, Progress, TensorInfo,
+    TensorSource, check_llama_tensors, copy_companions, decode, encode, in_stored_order, is_router,
+    is_too_large, model_writer, open_model,
 };
 use crate::config::{Config, RopeScaling};
 use crate::convert::{ffn_change, masks_of_other_order, source_infos};

@@ -18,8 +18,11 @@ pub(crate) const SHORT: &str = "rope_factors_short.weight";
 pub(crate) const LONG: &str = "rope_factors_long.weight";
 
 /// Settings that the divisors were made from, in files of this program: factor, low and high frequency factor.
-pub(crate) const LLAMA3_KEYS: [&str; 3] =
-    ["rope.scaling.llama3_factor", "rope.scaling.llama3_low_freq_factor", "rope.scaling.llama3_high_freq_factor"];
+pub(crate) const LLAMA3_KEYS: [&str; 3] = [
+    "rope.scaling.llama3_factor",
+    "rope.scaling.llama3_low_freq_factor",
+    "rope.scaling.llama3_high_freq_factor",
+];
 
 /// The tensors that config.json holds in another form.
 pub(crate) const TENSORS: [&str; 3] = [DIVISORS, SHORT, LONG];
@@ -154,12 +157,7 @@ struct Turns {
 
 /// Finds the settings of Llama 3's scaling that give `divisors`: those `stated` (factor, low, high, original positions), or
 /// those of a published model, with the `original` positions if they are known.
-fn llama3(
-    divisors: &[f32],
-    turns: Turns,
-    stated: Option<[f64; 4]>,
-    original: Option<f64>,
-) -> Option<Json> {
+fn llama3(divisors: &[f32], turns: Turns, stated: Option<[f64; 4]>, original: Option<f64>) -> Option<Json> {
     let largest = shortest(divisors.iter().fold(1.0f32, |most, &divisor| most.max(divisor)));
     let gives = |&[factor, low, high, original]: &[f64; 4]| {
         divisors.iter().enumerate().all(|(i, &divisor)| {
@@ -172,8 +170,7 @@ fn llama3(
         return None;
     }
     let originals = original.into_iter().chain(POSITIONS);
-    let published =
-        originals.flat_map(|original| FACTORS.map(|(low, high)| [largest, low, high, original]));
+    let published = originals.flat_map(|original| FACTORS.map(|(low, high)| [largest, low, high, original]));
     let [factor, low, high, original] = stated.into_iter().chain(published).find(gives)?;
     Some(json!({
         "rope_type": "llama3",

@@ -312,7 +312,9 @@ fn a_rotation_of_parts_of_heads_is_written_as_it_was_read() {
             format!(r#"{{"rope_theta": 500.0, "rope_scaling": {linear}}}"#),
             format!(r#"{{"partial_rotary_factor": 0.5, "rope_scaling": {{"type": "linear", "factor": 2}}}}"#),
             format!(r#"{{"rope_parameters": {{"full_attention": {linear}, "sliding_attention": {plain}}}}}"#),
-            format!(r#"{{"rope_parameters": {{"full_attention": {linear}, "sliding_attention": {linear}}}}}"#),
+            format!(
+                r#"{{"rope_parameters": {{"full_attention": {linear}, "sliding_attention": {linear}}}}}"#
+            ),
             format!(r#"{{"rope_parameters": {{"full_attention": {plain}, "sliding_attention": {linear}}}}}"#),
         ] {
             // Of these families some have one rotation, and some refuse half of it for whole heads.
@@ -334,7 +336,8 @@ fn transformers_4_reads_what_is_written() {
     };
     // OLMo 2 takes an object of these two keys alone.
     for kind in ["linear", "dynamic"] {
-        let keys = format!(r#"{{"rope_parameters": {{"rope_type": "{kind}", "factor": 2, "rope_theta": 500.0}}}}"#);
+        let keys =
+            format!(r#"{{"rope_parameters": {{"rope_type": "{kind}", "factor": 2, "rope_theta": 500.0}}}}"#);
         let json = written("olmo2", &keys);
         assert_eq!(json["rope_scaling"], json!({"type": kind, "factor": 2.0}));
         assert_eq!(json["rope_theta"], json!(500.0));

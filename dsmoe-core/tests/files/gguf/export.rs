@@ -174,24 +174,42 @@ fn odd_windows_and_ropes_read_back_or_are_refused() {
         json!({"rope_scaling": {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": low, "high_freq_factor": 4.5,
             "original_max_position_embeddings": original}})
     };
-    let ropes = |full: Value, sliding: Value| {
-        json!({"full_attention": full, "sliding_attention": sliding})
-    };
+    let ropes = |full: Value, sliding: Value| json!({"full_attention": full, "sliding_attention": sliding});
     let (full, sliding) = ("full_attention", "sliding_attention");
     for (family, layers, keys, refusal) in [
-        ("olmo3", 3, json!({"rope_parameters": ropes(plain(1e4), linear.clone())}), "sliding_attention is not stated"),
+        (
+            "olmo3",
+            3,
+            json!({"rope_parameters": ropes(plain(1e4), linear.clone())}),
+            "sliding_attention is not stated",
+        ),
         ("olmo3", 3, json!({"rope_parameters": ropes(plain(300.0), plain(300.0))}), ""),
         ("olmo3", 4, json!({"rope_parameters": ropes(plain(300.0), plain(300.0))}), ""),
         ("olmo3", 4, json!({"rope_parameters": ropes(linear, plain(500.0))}), ""),
-        ("olmo3", 4, json!({"rope_parameters": ropes(plain(1e4), plain(300.0))}), "sliding_attention is not stated"),
+        (
+            "olmo3",
+            4,
+            json!({"rope_parameters": ropes(plain(1e4), plain(300.0))}),
+            "sliding_attention is not stated",
+        ),
         ("gemma3_text", 3, json!({"rope_local_base_freq": 300.0}), ""),
         ("gemma3_text", 7, json!({"rope_local_base_freq": 300.0}), ""),
-        ("gemma3_text", 2, json!({"layer_types": [full, sliding], "sliding_window": 64}), "sliding_window is of layers"),
+        (
+            "gemma3_text",
+            2,
+            json!({"layer_types": [full, sliding], "sliding_window": 64}),
+            "sliding_window is of layers",
+        ),
         ("gemma3_text", 2, json!({"layer_types": [full, full]}), ""),
         ("gemma2", 2, json!({"layer_types": [full, sliding], "sliding_window": 64}), ""),
         ("mistral", 2, json!({"sliding_window": 64}), ""),
         ("ministral", 2, json!({"layer_types": [full, full]}), ""),
-        ("ministral", 2, json!({"layer_types": [full, sliding], "sliding_window": 5}), "sliding_window is of layers"),
+        (
+            "ministral",
+            2,
+            json!({"layer_types": [full, sliding], "sliding_window": 5}),
+            "sliding_window is of layers",
+        ),
         ("granite", 2, llama3(100, 1.5), ""),
         // Waves too short for the whole factor.
         ("llama", 2, llama3(40_000, 1.0), ""),
@@ -232,7 +250,9 @@ fn odd_windows_and_ropes_read_back_or_are_refused() {
                     };
                     config.architecture.layers.iter().map(layer).collect::<Vec<_>>()
                 };
-                for ((window, rope), (again_window, again_rope)) in layers(&config).into_iter().zip(layers(&again)) {
+                for ((window, rope), (again_window, again_rope)) in
+                    layers(&config).into_iter().zip(layers(&again))
+                {
                     assert_eq!(window, again_window, "{what}");
                     let (rope, again_rope) = (rope.unwrap_or_default(), again_rope.unwrap_or_default());
                     let near = rope.iter().zip(&again_rope).all(|(a, b)| (a - b).abs() <= 1e-6 * a);
