@@ -213,7 +213,7 @@ fn odd_windows_and_ropes_read_back_or_are_refused() {
         ("granite", 2, llama3(100, 1.5), ""),
         // Waves too short for the whole factor.
         ("llama", 2, llama3(40_000, 1.0), ""),
-        ("llama", 2, llama3(u64::from(u32::MAX), 1.0), ""),
+        ("llama", 2, llama3(1 << 24, 1.0), ""),
         (
             "llama",
             2,
