@@ -5,7 +5,6 @@ use dsmoe_core::calibrate::check_text;
 use dsmoe_core::model::{Batch, StepArgs, TrainWorkspace};
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::buf::Buf;
-use dsmoe_router::SparsityOver;
 
 use crate::error::{Error, Result};
 
@@ -35,8 +34,7 @@ impl<'a> Gradients<'a> {
     pub(crate) fn add(&mut self, sequence: usize) -> Result<f64> {
         let ids = &self.calibration[sequence];
         let (inputs, targets, seq) = (&ids[..ids.len() - 1], &ids[1..], ids.len() - 1);
-        let (loss_scale, sparsity_over) = (1.0 / seq as f32, SparsityOver::Active);
-        let args = StepArgs { loss_scale, sparsity_weight: 0.0, sparsity_over, balance_scale: 0.0, seed: 0 };
+        let args = StepArgs { loss_scale: 1.0 / seq as f32, balance_scale: 0.0, ..StepArgs::default() };
         let batch = Batch { inputs, targets, seq };
         let output = self.model.train_step(&mut self.sum, batch, &args, &mut self.workspace)?;
         match output.non_finite {

@@ -2,7 +2,10 @@
 #![forbid(unsafe_code)]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+mod cmoe;
 mod controls;
+mod depth;
+mod divergence;
 pub mod dsmoe;
 mod error;
 mod experts;
@@ -12,6 +15,7 @@ pub mod llama_moe;
 pub mod llm_pruner;
 mod method;
 pub mod moefication;
+mod neurons;
 mod random_k;
 mod registry;
 mod settings;

@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::method::Method;
-use crate::{controls, dsmoe, llama_moe, llm_pruner, moefication, random_k, sparse};
+use crate::{cmoe, controls, depth, dsmoe, llama_moe, llm_pruner, moefication, neurons, random_k, sparse};
 
 /// Lists all methods.
 pub fn methods() -> &'static [&'static dyn Method] {
@@ -11,14 +11,19 @@ pub fn methods() -> &'static [&'static dyn Method] {
         &dsmoe::PAPER,
         &llm_pruner::BLOCK,
         &llm_pruner::CHANNEL,
+        &neurons::FLAP,
+        &depth::DEPTH,
         &sparse::SPARSEGPT,
         &sparse::WANDA,
         &sparse::MAGNITUDE,
         &llama_moe::LLAMA_MOE,
         &moefication::MOEFICATION,
+        &cmoe::CMOE,
+        &dsmoe::LTE,
         &random_k::RANDOM_K,
         &controls::DENSE,
         &controls::SMALL_DENSE,
+        &neurons::STATIC_CORE,
         &dsmoe::NO_STE,
         &dsmoe::NO_THRESHOLD,
     ];

@@ -9,6 +9,7 @@ use dsmoe_core::{Device, Inference, Model, gguf};
 use dsmoe_datasets::{Tokenizer, TokenizerFiles};
 use dsmoe_kernels::Precision;
 
+use crate::cli::gates::GateArgs;
 use crate::memory;
 use crate::ui::Ui;
 
@@ -21,6 +22,11 @@ pub(crate) fn tokenizer_files(dir: &Path) -> Result<TokenizerFiles> {
         }
         None => Ok(TokenizerFiles::read(dir)?),
     }
+}
+
+/// Shows what a user should know about a model's configuration.
+pub(crate) fn show_config_notices(config: &Config, ui: &Ui) {
+    config.notices().iter().for_each(|notice| ui.note(format_args!("note: {notice}")));
 }
 
 /// Loads the tokenizer of the model in `dir`, and shows its notices.
@@ -49,19 +55,22 @@ pub(crate) fn load_model(dir: &Path) -> Result<Model> {
     Ok(Model::load(dir)?)
 }
 
-/// Loads a model for inference, with another threshold if one is given.
+/// Loads a model for inference, with other gates open if that is asked for.
 pub(crate) fn load_inference(
     dir: &Path,
     precision: Precision,
     device: Device,
-    threshold: Option<f32>,
+    gates: GateArgs,
 ) -> Result<Inference> {
     if !device.is_gpu() {
         check_memory(dir, precision)?;
     }
     let mut model = Inference::load_on(dir, precision, device)?;
-    if let Some(threshold) = threshold {
+    if let Some(threshold) = gates.threshold {
         model.set_threshold(threshold)?;
+    }
+    if let Some(active) = gates.active {
+        model.set_active(active)?;
     }
     Ok(model)
 }

@@ -80,7 +80,7 @@ impl Accounting {
                 let values = wide(spec.numel());
                 match spec.router {
                     _ if spec.training_only => {}
-                    false if spec.name == ffn::DOWN_BIAS => biases += values,
+                    false if [ffn::DOWN_BIAS, ffn::OUTPUT_BIAS].contains(&&*spec.name) => biases += values,
                     false => {
                         ffn += values;
                         expert_biases += if spec.shape.len() == 1 { values } else { 0 };

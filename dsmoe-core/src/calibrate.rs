@@ -7,6 +7,10 @@
 //!             stream.forward(&weights, tap)              tap sees what each linear reads
 //!             change weights
 //!             stream.advance(&weights)                   states = layer(states)
+//! or, for another FFN:
+//!             stream.attend(&weights)                    states += attention(states)
+//!             stream.see_ffn(&weights, see)              see sees what the FFN reads and its neurons, as often as needed
+//!             stream.join_ffn(&weights, ffn)             states += ffn(states)
 //! ```
 
 use std::path::Path;
@@ -15,10 +19,12 @@ use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::{Precision, add, attention, linear, swiglu};
 
 use crate::checkpoint::{
-    Checkpoint, LayerNorm, LlamaTensors, WeightReader, attention_name, check_llama_tensors, open_model,
+    Checkpoint, LayerNorm, LlamaTensors, WeightReader, attention_name, check_llama_tensors, ffn_name,
+    open_model,
 };
 use crate::config::{CONFIG_FILE, Config};
 use crate::error::{Error, Result};
+use crate::ffn::OUTPUT_BIAS;
 use crate::model::block::Block;
 use crate::model::ropes::{Ropes, Turn};
 use crate::model::tensors::{attention_dims, check_input, in_pool};
@@ -64,6 +70,21 @@ pub struct Tap<'a> {
     pub input: Input,
     /// `[seq, inputs]`.
     pub x: &'a [f32],
+    /// The residual stream `[seq, hidden]` that the outputs of these linears join.
+    pub residual: &'a [f32],
+}
+
+/// The FFN of a layer in one sequence.
+#[derive(Clone, Copy, Debug)]
+pub struct FfnTap<'a> {
+    /// Number of the sequence.
+    pub sequence: usize,
+    /// The residual stream `[seq, hidden]` that its output joins.
+    pub residual: &'a [f32],
+    /// Its input `[seq, hidden]`.
+    pub x: &'a [f32],
+    /// Its neurons' values `[seq, intermediate]`.
+    pub neurons: &'a [f32],
 }
 
 /// A linear layer: `y = x W^T + b`.
@@ -79,7 +100,7 @@ pub struct Linear {
     pub input: Input,
     /// W `[outputs, inputs]`, as stored.
     pub weight: Buf,
-    /// b `[outputs]`, where the family has one.
+    /// b `[outputs]`, where the model has one; that of down may be the bias of the FFN's output.
     pub bias: Option<Buf>,
 }
 
@@ -254,7 +275,10 @@ impl LayerStream {
                 Input::Heads => architecture.o_bias,
                 Input::Ffn | Input::Neurons => architecture.mlp_bias,
             };
-            let bias = format!("model.layers.{i}.{projection}.bias");
+            let (has_bias, bias) = match projection {
+                "mlp.down_proj" if architecture.output_bias => (true, ffn_name(i, OUTPUT_BIAS)),
+                _ => (has_bias, format!("model.layers.{i}.{projection}.bias")),
+            };
             let bias = has_bias.then(|| vector(&mut reader, bias, outputs)).transpose()?;
             let mut weight = Buf::zeros(outputs * inputs);
             reader.read(&TensorSpec::matrix(name.clone(), outputs, inputs), &mut weight)?;
@@ -273,12 +297,74 @@ impl LayerStream {
         self.run(weights, tap, false);
     }
 
+    /// Replaces the states by the outputs of a layer of these weights, and shows `tap` what [`LayerStream::forward`] would.
+    ///
+    /// # Panics
+    /// The weights are not of this model.
+    pub fn advance_seen(&mut self, weights: &LayerWeights, tap: &mut (dyn FnMut(Tap<'_>) + Send)) {
+        self.run(weights, tap, true);
+    }
+
     /// Replaces the states by the outputs of a layer of these weights.
     ///
     /// # Panics
     /// The weights are not of this model.
     pub fn advance(&mut self, weights: &LayerWeights) {
         self.run(weights, &mut |_| {}, true);
+    }
+
+    /// Adds the attention of a layer to the states. The FFN of the layer is then due: [`LayerStream::see_ffn`] and
+    /// [`LayerStream::join_ffn`].
+    ///
+    /// # Panics
+    /// The weights are not of this model.
+    pub fn attend(&mut self, weights: &LayerWeights) {
+        let LayerStream { config, ropes, seq, states, scratch, .. } = self;
+        let len = (*seq * config.hidden).max(1);
+        in_pool(|| {
+            for states in states.chunks_exact_mut(len) {
+                scratch.attention(states, weights, config, ropes, &mut |_, _, _| {});
+                states.copy_from_slice(&scratch.x);
+            }
+        });
+    }
+
+    /// Shows `see` the FFN of a layer, sequence by sequence, between [`LayerStream::attend`] and
+    /// [`LayerStream::join_ffn`]. The states stay.
+    ///
+    /// # Panics
+    /// The weights are not of this model.
+    pub fn see_ffn(&mut self, weights: &LayerWeights, see: &mut (dyn FnMut(FfnTap<'_>) + Send)) {
+        let LayerStream { config, seq, states, scratch, .. } = self;
+        let len = (*seq * config.hidden).max(1);
+        in_pool(|| {
+            for (sequence, states) in states.chunks_exact(len).enumerate() {
+                scratch.set_states(states, *seq);
+                let (x, neurons) = scratch.neurons(weights, config);
+                see(FfnTap { sequence, residual: states, x, neurons });
+            }
+        });
+    }
+
+    /// Completes a layer after [`LayerStream::attend`]: adds to the states what `ffn` sets its first argument
+    /// `[seq, hidden]` to, after the norm behind the FFN where there is one.
+    ///
+    /// # Panics
+    /// The weights are not of this model.
+    pub fn join_ffn(&mut self, weights: &LayerWeights, ffn: &mut (dyn FnMut(&mut [f32], FfnTap<'_>) + Send)) {
+        let LayerStream { config, seq, states, scratch, .. } = self;
+        let len = (*seq * config.hidden).max(1);
+        let block = Block::of(config);
+        let mut y = Buf::zeros(len);
+        in_pool(|| {
+            for (sequence, states) in states.chunks_exact_mut(len).enumerate() {
+                scratch.set_states(states, *seq);
+                let (x, neurons) = scratch.neurons(weights, config);
+                ffn(&mut y, FfnTap { sequence, residual: states, x, neurons });
+                let Scratch { h, rstd, .. } = scratch;
+                block.join(states, &y, weights.norms[3].as_deref(), h, rstd);
+            }
+        });
     }
 
     fn run(&mut self, weights: &LayerWeights, tap: &mut (dyn FnMut(Tap<'_>) + Send), replace: bool) {
@@ -289,8 +375,8 @@ impl LayerStream {
         }
         in_pool(|| {
             for (sequence, states) in states.chunks_exact_mut(len).enumerate() {
-                scratch
-                    .layer(states, weights, config, ropes, &mut |input, x| tap(Tap { sequence, input, x }));
+                let mut see = |input, x: &[f32], residual: &[f32]| tap(Tap { sequence, input, x, residual });
+                scratch.layer(states, weights, config, ropes, &mut see);
                 if replace {
                     states.copy_from_slice(&scratch.x);
                 }
@@ -331,21 +417,70 @@ impl Scratch {
         weights: &LayerWeights,
         config: &Config,
         ropes: &Ropes,
-        tap: &mut dyn FnMut(Input, &[f32]),
+        tap: &mut dyn FnMut(Input, &[f32], &[f32]),
+    ) {
+        self.attention(states, weights, config, ropes, tap);
+        let block = Block::of(config);
+        // The residual stream is both read and shown while the scratch works on the neurons.
+        let residual = std::mem::take(&mut self.x);
+        self.read_by_ffn(&residual, weights, config);
+        let Scratch { h, y, neurons, .. } = self;
+        let input = if weights.norms[2].is_some() { &h[..] } else { &residual[..] };
+        tap(Input::Ffn, input, &residual);
+        tap(Input::Neurons, neurons, &residual);
+        weights.linears[6].forward(y, neurons);
+        self.x = residual;
+        let Scratch { x, h, rstd, y, .. } = self;
+        block.join(x, y, weights.norms[3].as_deref(), h, rstd);
+    }
+
+    /// Sets `self.x` to `states` `[seq, hidden]`.
+    fn set_states(&mut self, states: &[f32], seq: usize) {
+        self.x.resize(states.len());
+        self.h.resize(states.len());
+        self.rstd.resize(seq);
+        self.x.copy_from_slice(states);
+    }
+
+    /// Returns what the FFN reads of `self.x`, and its neurons.
+    fn neurons(&mut self, weights: &LayerWeights, config: &Config) -> (&[f32], &[f32]) {
+        let residual = std::mem::take(&mut self.x);
+        self.read_by_ffn(&residual, weights, config);
+        self.x = residual;
+        let input = if weights.norms[2].is_some() { &self.h } else { &self.x };
+        (input, &self.neurons)
+    }
+
+    /// Sets the neurons, and `self.h` to what they read where that is not `residual` itself.
+    fn read_by_ffn(&mut self, residual: &[f32], weights: &LayerWeights, config: &Config) {
+        let [.., wgate, wup, _] = &weights.linears;
+        let Scratch { h, rstd, gate, up, neurons, .. } = self;
+        let input = Block::of(config).input(weights.norms[2].as_deref(), h, rstd, residual);
+        wgate.forward(gate, input);
+        wup.forward(up, input);
+        neurons.resize(gate.len());
+        let activation = config.architecture.activation;
+        swiglu::Forward { c: neurons, a: gate, b: up, activation }.run();
+    }
+
+    /// Sets `self.x` to one sequence of `states` `[seq, hidden]` and the layer's attention to it.
+    fn attention(
+        &mut self,
+        states: &[f32],
+        weights: &LayerWeights,
+        config: &Config,
+        ropes: &Ropes,
+        tap: &mut dyn FnMut(Input, &[f32], &[f32]),
     ) {
         let block = Block::of(config);
         let seq = states.len() / config.hidden;
-        let [before_attention, after_attention, before_ffn, after_ffn] =
-            weights.norms.each_ref().map(Option::as_deref);
-        let [wq, wk, wv, wo, wgate, wup, wdown] = &weights.linears;
-        let Scratch { x, h, rstd, q, k, v, a, lse, y, gate, up, neurons } = self;
-        x.resize(states.len());
-        h.resize(states.len());
-        rstd.resize(seq);
-        x.copy_from_slice(states);
+        self.set_states(states, seq);
+        let [before_attention, after_attention, ..] = weights.norms.each_ref().map(Option::as_deref);
+        let [wq, wk, wv, wo, ..] = &weights.linears;
+        let Scratch { x, h, rstd, q, k, v, a, lse, y, .. } = self;
 
         let input = block.input(before_attention, h, rstd, x);
-        tap(Input::Attention, input);
+        tap(Input::Attention, input, states);
         wq.forward(q, input);
         wk.forward(k, input);
         wv.forward(v, input);
@@ -362,20 +497,9 @@ impl Scratch {
         }
         a.resize(q.len());
         attention::Forward { out: a, lse, q, k, v, dims }.run();
-        tap(Input::Heads, a);
+        tap(Input::Heads, a, states);
         wo.forward(y, a);
         block.join(x, y, after_attention, h, rstd);
-
-        let input = block.input(before_ffn, h, rstd, x);
-        tap(Input::Ffn, input);
-        wgate.forward(gate, input);
-        wup.forward(up, input);
-        neurons.resize(gate.len());
-        let activation = config.architecture.activation;
-        swiglu::Forward { c: neurons, a: gate, b: up, activation }.run();
-        tap(Input::Neurons, neurons);
-        wdown.forward(y, neurons);
-        block.join(x, y, after_ffn, h, rstd);
     }
 }
 

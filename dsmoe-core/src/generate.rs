@@ -92,8 +92,8 @@ const ROOM: usize = 4096;
 /// thread of the pool, where all of the generation runs.
 ///
 /// # Errors
-/// Options out of range, an empty prompt, a token outside the vocabulary, or a prompt longer than the model's
-/// positions.
+/// Options out of range, an empty prompt, a token outside the vocabulary, a prompt longer than the model's positions, or
+/// logits that are not finite.
 pub fn generate(
     model: &Inference,
     prompt: &[u32],
@@ -137,6 +137,11 @@ fn run(
             rest = tail;
         }
         let logits = model.decode(rest, &mut cache, stats.as_mut(), &mut workspace)?;
+        if !logits.iter().all(|z| z.is_finite()) {
+            let problem =
+                format!("the model overflows: its logits after token {} are not finite", text.len());
+            return Err(Error::argument(problem, "take an earlier checkpoint of it, or set {dtype} to f32"));
+        }
         let next = sampler.choose(logits);
         if text.len() == prompt.len() {
             prefill_seconds = started.elapsed().as_secs_f64();

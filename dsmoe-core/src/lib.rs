@@ -4,6 +4,7 @@
 pub mod accounting;
 pub mod calibrate;
 pub mod checkpoint;
+pub mod compensate;
 pub mod config;
 pub mod convert;
 mod defaults;
@@ -15,6 +16,7 @@ pub mod ffn;
 pub mod files;
 pub mod generate;
 pub mod gguf;
+pub mod gram;
 pub mod init;
 mod json;
 pub mod masks;

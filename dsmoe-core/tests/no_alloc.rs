@@ -9,7 +9,6 @@ use dsmoe_core::model::{Batch, Inference, Model, StepArgs, TrainWorkspace};
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::rng::Rng;
 use dsmoe_kernels::testing::{CountingAllocator, with_threads};
-use dsmoe_router::SparsityOver;
 
 #[global_allocator]
 static ALLOCATOR: CountingAllocator = CountingAllocator::new();
@@ -99,13 +98,7 @@ fn training() {
     const STEPS: usize = 8;
     let (seq, tokens) = (32, 128);
     let inputs: Vec<u32> = (0..tokens as u32).map(|i| 7 * i % 1000).collect();
-    let args = StepArgs {
-        loss_scale: 1.0 / tokens as f32,
-        sparsity_weight: 0.5,
-        sparsity_over: SparsityOver::Active,
-        balance_scale: 1.0,
-        seed: 0,
-    };
+    let args = StepArgs { loss_scale: 1.0 / tokens as f32, sparsity_weight: 0.5, ..StepArgs::default() };
     for threshold in [None, Some(0.5)] {
         for precision in [Precision::F32, Precision::Bf16] {
             let model = model(threshold);

@@ -18,6 +18,7 @@ const DIMS: Dims = Dims {
     hidden: 128,
     intermediate: 512,
     num_experts: EXPERTS,
+    core: 0,
     all_pairs: false,
     activation: Activation::Silu,
 };

@@ -79,6 +79,12 @@ impl RouterConfig {
         Ok(())
     }
 
+    /// Returns what a logit has to exceed; none where every gate is open, whatever its logit.
+    pub fn bar(&self) -> Option<f32> {
+        // Threshold 0 means all, also where a sigmoid is 0.
+        (self.threshold != 0.0).then(|| self.threshold_logit() as f32)
+    }
+
     /// Returns ln(threshold / (1 - threshold)); a gate is active when its logit is strictly above. It is -inf for
     /// threshold 0, +inf for 1.
     pub fn threshold_logit(&self) -> f64 {
@@ -163,5 +169,7 @@ mod tests {
         assert_eq!(at(0.0), f64::NEG_INFINITY);
         assert_eq!(at(1.0), f64::INFINITY);
         assert!((at(0.75) - 3.0f64.ln()).abs() < 1e-12);
+        let bar = |threshold| RouterConfig { threshold, ..RouterConfig::new(8) }.bar();
+        assert_eq!((bar(0.0), bar(0.5), bar(1.0)), (None, Some(0.0), Some(f32::INFINITY)));
     }
 }

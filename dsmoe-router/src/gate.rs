@@ -43,25 +43,66 @@ impl Routed {
     /// # Panics
     /// Those of [`route`].
     pub fn rebuild(&mut self, config: &RouterConfig, logits: ArrayView2<'_, f32>) {
+        self.rebuild_above(config, config.bar(), 0.0, logits);
+    }
+
+    /// Does as [`Routed::rebuild`] with `bar` in place of the logit of the threshold; without it every gate is open. Binary
+    /// gates, whose q serves the gradient alone, are q = 1 / (1 + e^(centre - z)).
+    ///
+    /// # Panics
+    /// Those of [`route`].
+    pub fn rebuild_above(
+        &mut self,
+        config: &RouterConfig,
+        bar: Option<f32>,
+        centre: f32,
+        logits: ArrayView2<'_, f32>,
+    ) {
+        let centre = if config.gate_value == GateValue::Binary { centre } else { 0.0 };
         let Routed { logits: z, gates, mask, routing } = self;
         assert_eq!(logits.ncols(), config.num_experts, "route: logits {:?} for {config:?}", logits.dim());
         assign(z, logits.iter().copied(), logits.dim());
-        assign(gates, logits.iter().map(|&z| 1.0 / (1.0 + (-z).exp())), logits.dim());
-        // Threshold 0 means all, also where a sigmoid is 0.
-        let bar = if config.threshold == 0.0 { None } else { Some(config.threshold_logit() as f32) };
+        assign(gates, logits.iter().map(|&z| 1.0 / (1.0 + (centre - z).exp())), logits.dim());
         assign(mask, logits.iter().map(|&z| bar.is_none_or(|bar| z > bar)), logits.dim());
         if config.zero_active == ZeroActive::ForceArgmax {
             let shut = z.outer_iter().zip(mask.outer_iter_mut()).filter(|(_, mask)| !mask.iter().any(|m| *m));
             shut.for_each(|(row, mut mask)| mask[first_max(row)] = true);
         }
-        routing.rebuild(mask.view(), |t, i| {
-            let scale = scale(config, mask.row(t));
-            match config.gate_value {
-                GateValue::Sigmoid => gates[[t, i]] * scale,
-                GateValue::Binary => scale,
-            }
-        });
+        rebuild(routing, config, gates, mask);
     }
+}
+
+impl Routed {
+    /// Replaces the open experts of every token by as many of the largest `scores` `[T, n]`, the first among equals. Gates
+    /// and logits stay, and with them the factors of sigmoid gates.
+    ///
+    /// # Panics
+    /// The scores are of other tokens or experts.
+    pub fn reroute(&mut self, config: &RouterConfig, scores: ArrayView2<'_, f64>) {
+        let Routed { gates, mask, routing, .. } = self;
+        assert_eq!(scores.dim(), mask.dim(), "reroute: scores of the routed pairs");
+        let mut order: Vec<usize> = Vec::with_capacity(mask.ncols());
+        for (mut mask, scores) in mask.outer_iter_mut().zip(scores.outer_iter()) {
+            let open = mask.iter().filter(|open| **open).count();
+            order.clear();
+            order.extend(0..scores.len());
+            order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]).then(a.cmp(&b)));
+            mask.fill(false);
+            order[..open].iter().for_each(|&i| mask[i] = true);
+        }
+        rebuild(routing, config, gates, mask);
+    }
+}
+
+/// Sets the coefficients of the open pairs.
+fn rebuild(routing: &mut Routing, config: &RouterConfig, gates: &Array2<f32>, mask: &Array2<bool>) {
+    routing.rebuild(mask.view(), |t, i| {
+        let scale = scale(config, mask.row(t));
+        match config.gate_value {
+            GateValue::Sigmoid => gates[[t, i]] * scale,
+            GateValue::Binary => scale,
+        }
+    });
 }
 
 /// Returns the factor c of a token with this mask (eq. 8), 1 without rescale.

@@ -21,15 +21,24 @@ pub struct RoutedF64 {
 /// # Panics
 /// `logits` is not a number of rows of `config.num_experts`.
 pub fn route(config: &RouterConfig, logits: &[f64]) -> RoutedF64 {
+    // eq. 7, on logits: q > tau is z > logit(tau).
+    let bar = if config.threshold == 0.0 { None } else { Some(config.threshold_logit()) };
+    route_above(config, bar, 0.0, logits)
+}
+
+/// Does as [`route`] with another bar for the logits, without it every gate is open, and another centre of binary gates.
+///
+/// # Panics
+/// Those of [`route`].
+pub fn route_above(config: &RouterConfig, bar: Option<f64>, centre: f64, logits: &[f64]) -> RoutedF64 {
     let n = config.num_experts;
     assert_eq!(logits.len() % n, 0, "route: {} logits for {n} experts", logits.len());
 
-    // q = sigmoid(z)
-    let gates: Vec<f64> = logits.iter().map(|z| 1.0 / (1.0 + (-z).exp())).collect();
+    // q = sigmoid(z), for binary gates around the centre.
+    let centre = if config.gate_value == GateValue::Binary { centre } else { 0.0 };
+    let gates: Vec<f64> = logits.iter().map(|z| 1.0 / (1.0 + (centre - z).exp())).collect();
 
-    // eq. 7, on logits: q > tau is z > logit(tau).
-    let tau = config.threshold_logit();
-    let mut mask: Vec<bool> = logits.iter().map(|&z| config.threshold == 0.0 || z > tau).collect();
+    let mut mask: Vec<bool> = logits.iter().map(|&z| bar.is_none_or(|bar| z > bar)).collect();
 
     if config.zero_active == ZeroActive::ForceArgmax {
         for (mask, z) in mask.chunks_mut(n).zip(logits.chunks(n)) {

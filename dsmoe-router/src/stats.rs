@@ -104,27 +104,41 @@ impl RoutingStats {
     /// # Panics
     /// No such layer; `routing` has another number of experts.
     pub fn add(&mut self, layer: usize, routing: &Routing) {
-        assert_eq!(routing.num_experts, self.num_experts, "routing stats: experts");
+        self.add_behind_core(layer, 0, routing);
+    }
+
+    /// Adds the tokens of one batch in `layer`, whose first `core` experts every token runs with coefficient 1;
+    /// `routing` is that of the others.
+    ///
+    /// # Panics
+    /// No such layer; `routing` is not of all experts but the first `core`.
+    pub fn add_behind_core(&mut self, layer: usize, core: usize, routing: &Routing) {
+        assert_eq!(core + routing.num_experts, self.num_experts, "routing stats: experts");
+        let tokens = routing.num_tokens;
         if let Some(trace) = &mut self.trace {
             if layer == 0 {
                 trace.batch = trace.active.len();
                 trace.active.resize(trace.batch + routing.active_counts().len(), 0);
             }
             let batch = &mut trace.active[trace.batch..];
-            batch.iter_mut().zip(routing.active_counts()).for_each(|(sum, count)| *sum += count as u32);
+            let counts = routing.active_counts().map(|count| (core + count) as u32);
+            batch.iter_mut().zip(counts).for_each(|(sum, count)| *sum += count);
         }
         if let Some(sums) = &mut self.coefficients {
-            for (sum, slots) in sums[layer].iter_mut().zip(routing.offsets.windows(2)) {
+            let (always, routed) = sums[layer].split_at_mut(core);
+            always.iter_mut().for_each(|sum| *sum += tokens as f64);
+            for (sum, slots) in routed.iter_mut().zip(routing.offsets.windows(2)) {
                 let of_expert = &routing.coefficients[slots[0]..slots[1]];
                 *sum += of_expert.iter().map(|&coefficient| f64::from(coefficient)).sum::<f64>();
             }
         }
         let layer = &mut self.layers[layer];
-        for (load, count) in layer.load.iter_mut().zip(routing.counts()) {
+        let counts = std::iter::repeat_n(tokens, core).chain(routing.counts());
+        for (load, count) in layer.load.iter_mut().zip(counts) {
             *load += count as u64;
         }
         for active in routing.active_counts() {
-            layer.histogram[active] += 1;
+            layer.histogram[core + active] += 1;
         }
     }
 
@@ -315,6 +329,24 @@ mod tests {
         assert_eq!(RoutingStats::new(1, 2).mean_coefficients(), None);
         stats.add_counts(0, &[1, 0], &[0, 1, 0]);
         assert_eq!(stats.mean_coefficients(), None);
+    }
+
+    #[test]
+    fn a_core_is_counted_as_experts_that_every_token_runs() {
+        let mask = array![[true, false], [true, true], [false, false]];
+        let routed = Routing::from_mask(mask.view(), |token, expert| (token + expert) as f32);
+        let padded = array![[true, true, false], [true, true, true], [true, false, false]];
+        let with_core = Routing::from_mask(padded.view(), |token, expert| match expert {
+            0 => 1.0,
+            expert => (token + expert - 1) as f32,
+        });
+        let of = |core: usize, routing: &Routing| {
+            let mut stats = RoutingStats::new(1, 3).traced().weighted();
+            stats.add_behind_core(0, core, routing);
+            stats
+        };
+        assert_eq!(of(1, &routed), of(0, &with_core));
+        assert_eq!(of(1, &routed).summary().active_ratio, 6.0 / 9.0);
     }
 
     #[test]

@@ -161,6 +161,29 @@ fn f32_agrees_with_the_reference() {
 }
 
 #[test]
+fn other_bars_and_centres_are_those_of_the_reference() {
+    let (tokens, n) = (37, 5);
+    let logits = normals(tokens * n, 3);
+    let shaped = Array2::from_shape_vec((tokens, n), logits.clone()).unwrap();
+    let dcoef = Array2::from_shape_vec((tokens, n), normals(tokens * n, 4)).unwrap();
+    for config in configs(n) {
+        for (bar, centre) in [(None, 0.0), (Some(-0.4), -0.4), (Some(0.7), 0.7), (Some(0.3), 0.0)] {
+            let want = reference::route_above(&config, bar.map(f64::from), f64::from(centre), &f64s(&logits));
+            let mut got = route(&config, shaped.view());
+            got.rebuild_above(&config, bar, centre, shaped.view());
+            let name = |what: &str| format!("{what} of {config:?} above {bar:?}");
+            assert_close(&name("gates"), got.gates.as_slice().unwrap(), &want.gates, 2e-7);
+            assert_eq!(got.mask.iter().copied().collect::<Vec<_>>(), want.mask, "{}", name("mask"));
+            let mut dlogits = Array2::zeros((tokens, n));
+            ste::backward(&config, &got, dcoef.view(), NO_SPARSITY, dlogits.view_mut());
+            let dcoef = f64s(dcoef.as_slice().unwrap());
+            let dwant = reference::backward(&config, &want, &dcoef, 0.0, SparsityOver::Active);
+            assert_close(&name("dlogits"), dlogits.as_slice().unwrap(), &dwant, 1e-6);
+        }
+    }
+}
+
+#[test]
 fn threshold_is_strict_and_its_ends_open_and_shut_all() {
     let logits = array![[0.0f32, f32::MIN_POSITIVE, -200.0, 200.0]];
     let mask = |threshold| route(&RouterConfig { threshold, ..RouterConfig::new(4) }, logits.view()).mask;

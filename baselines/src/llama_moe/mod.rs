@@ -73,6 +73,9 @@ pub(crate) fn configure(settings: Settings) -> Result<Box<dyn Configured>> {
     if !fits {
         return Err(wrong::<Settings>("residual", residual));
     }
+    if settings.gate == GateNetwork::Neuron {
+        return Err(wrong::<Settings>("gate", "neuron"));
+    }
     if !(settings.balance.is_finite() && settings.balance >= 0.0) {
         return Err(wrong::<Settings>("balance", settings.balance));
     }

@@ -124,11 +124,12 @@ impl Groups {
         });
         let norm = columns("model.norm.weight".to_owned());
         let members = first.into_iter().chain(layers).chain([norm, last]).collect();
-        let o_bias = config.architecture.o_bias.then_some("self_attn.o_proj");
-        let down_bias = config.architecture.mlp_bias.then_some("mlp.down_proj");
+        let o_bias = config.architecture.o_bias.then_some("self_attn.o_proj.bias");
+        let down_bias = config.architecture.mlp_bias.then_some("mlp.down_proj.bias");
+        let output_bias = config.architecture.output_bias.then_some("mlp.output_bias");
         let biases = (0..config.num_layers).flat_map(|i| {
-            let biased = o_bias.into_iter().chain(down_bias);
-            biased.map(move |name| columns(format!("model.layers.{i}.{name}.bias")))
+            let biased = o_bias.into_iter().chain(down_bias).chain(output_bias);
+            biased.map(move |name| columns(format!("model.layers.{i}.{name}")))
         });
         Groups {
             place: "channels".to_owned(),

@@ -5,27 +5,19 @@
 //! H^-1 = R^T R                                        of the damped H; R upper triangular
 //! ```
 
-use dsmoe_core::checkpoint::transpose;
-use dsmoe_kernels::Precision;
-use dsmoe_kernels::matmul::{Mat, Matmul};
-use rayon::prelude::*;
+use dsmoe_core::gram::Gram;
 
 use crate::error::{Error, Result};
 use crate::linalg::inverse_factor;
 
 /// Dampings tried when one has no factorisation.
 const DAMPINGS: [f64; 3] = [0.01, 0.1, 1.0];
-/// Rows of H in a panel.
-const PANEL: usize = 512;
-/// Rows filled by one task: a cache line of a panel's row.
-const LINE: usize = 16;
 
-/// H, of which panels of rows are kept from the diagonal block on: the rest is symmetric.
+/// H before its factor: the sums of products, and the number of sequences.
 #[derive(Clone, Debug)]
 pub struct Hessian {
-    inputs: usize,
+    sums: Gram,
     sequences: usize,
-    panels: Vec<Vec<f32>>,
 }
 
 /// H with its diagonal raised.
@@ -51,8 +43,7 @@ pub struct Factored {
 impl Hessian {
     /// Creates the Hessian of a layer of `inputs` columns, before any sequence.
     pub fn new(inputs: usize) -> Hessian {
-        let panel = |first| vec![0.0; PANEL.min(inputs - first) * (inputs - first)];
-        Hessian { inputs, sequences: 0, panels: (0..inputs).step_by(PANEL).map(panel).collect() }
+        Hessian { sums: Gram::new(inputs), sequences: 0 }
     }
 
     /// Adds a sequence `x` `[seq, inputs]`.
@@ -60,23 +51,8 @@ impl Hessian {
     /// # Panics
     /// `x` holds no whole number of rows.
     pub fn add(&mut self, x: &[f32]) {
-        assert!(x.len().is_multiple_of(self.inputs), "Hessian: {} values, {} inputs", x.len(), self.inputs);
-        let (inputs, seq) = (self.inputs, x.len() / self.inputs);
         self.sequences += 1;
-        // The products need the tokens of an input contiguous.
-        let mut columns = vec![0.0; x.len()];
-        transpose(&mut columns, x, seq, inputs);
-        for (number, panel) in self.panels.iter_mut().enumerate() {
-            let first = number * PANEL;
-            let of = |count| Mat::new(&columns[first * seq..(first + count) * seq], count, seq);
-            let (a, b) = (of(PANEL.min(inputs - first)), of(inputs - first).t());
-            Matmul { c: panel, a, b, accumulate: true, precision: Precision::F32 }.run();
-        }
-    }
-
-    fn diagonal(&self, i: usize) -> f32 {
-        let row = i % PANEL;
-        self.panels[i / PANEL][row * (self.inputs - i / PANEL * PANEL) + row]
+        self.sums.add(x);
     }
 
     /// Factorises with `damping`, a share of the diagonal's mean. If there is no factorisation it tries the larger
@@ -86,7 +62,7 @@ impl Hessian {
     /// No damping suffices, or an input was not finite.
     pub fn factorise(&self, damping: f64, place: &str) -> Result<Factored> {
         let wrong = |problem: &str, help: &str| Error::numeric(place, problem, help);
-        if !(0..self.inputs).all(|i| self.diagonal(i).is_finite()) {
+        if !(0..self.sums.columns()).all(|i| self.sums.diagonal(i).is_finite()) {
             return Err(wrong("reads values that are not finite", "check the model with eval"));
         }
         let larger = DAMPINGS.into_iter().filter(|&next| next > damping);
@@ -106,45 +82,26 @@ impl Hessian {
     /// H, 1 on the diagonal of inputs that were always zero, plus `damping` times the mean of the diagonal on the
     /// diagonal.
     fn damped(&self, damping: f64) -> Damped {
-        let n = self.inputs;
+        let n = self.sums.columns();
         let scale = 2.0 / self.sequences.max(1) as f64;
-        let dead: Vec<bool> = (0..n).map(|i| self.diagonal(i) == 0.0).collect();
-        let diagonal = |i: usize| if dead[i] { 1.0 } else { scale * f64::from(self.diagonal(i)) };
+        let dead: Vec<bool> = (0..n).map(|i| self.sums.diagonal(i) == 0.0).collect();
+        let diagonal = |i: usize| if dead[i] { 1.0 } else { scale * f64::from(self.sums.diagonal(i)) };
         let damp = damping * (0..n).map(diagonal).sum::<f64>() / n.max(1) as f64;
-        let mut values = vec![0.0; n * n];
-        values.par_chunks_mut(LINE * n).enumerate().for_each(|(task, out)| {
-            let top = task * LINE;
-            let rows = out.len() / n;
-            let first = top / PANEL * PANEL;
-            let width = n - first;
-            for (r, out) in out.chunks_exact_mut(n).enumerate() {
-                let row = &self.panels[first / PANEL][(top + r - first) * width..][..width];
-                out[first..].copy_from_slice(row);
-            }
-            for j in 0..first {
-                let panel_first = j / PANEL * PANEL;
-                let at = (j - panel_first) * (n - panel_first) + (top - panel_first);
-                let line = &self.panels[j / PANEL][at..][..rows];
-                line.iter().enumerate().for_each(|(r, &x)| out[r * n + j] = x);
-            }
-            out.iter_mut().for_each(|x| *x *= scale as f32);
-            for r in 0..rows {
-                out[r * n + top + r] = (diagonal(top + r) + damp) as f32;
-            }
-        });
+        let mut values = self.sums.square(scale as f32);
+        values.iter_mut().step_by(n + 1).enumerate().for_each(|(i, x)| *x = (diagonal(i) + damp) as f32);
         Damped { values, dead }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use dsmoe_kernels::testing::{assert_close, assert_same_on_threads, normals};
+    use dsmoe_kernels::testing::{assert_close, normals};
 
     use super::*;
 
     #[test]
     fn it_is_the_mean_over_sequences_and_damped_by_its_own_diagonal() {
-        for inputs in [1, 5, 40, PANEL + 21, 2 * PANEL + 3] {
+        for inputs in [1, 5, 40] {
             let (seq, count) = (11, 3);
             let mut x = normals(count * seq * inputs, inputs as u64);
             let dead = inputs / 2;
@@ -198,15 +155,5 @@ mod tests {
         let l = factor;
         let product = [l[0] * l[0], l[0] * l[2], l[2] * l[0], l[2] * l[2] + l[3] * l[3]];
         assert_close("H^-1", &product, &inverse, 1e-6);
-    }
-
-    #[test]
-    fn threads_do_not_show() {
-        let x = normals(64 * 600, 8);
-        assert_same_on_threads("hessian", || {
-            let mut hessian = Hessian::new(600);
-            hessian.add(&x);
-            hessian.damped(0.01).values
-        });
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use dsmoe_core::ffn::{
     DeviceFfn, Ffn, FfnBackward, FfnForward, FfnInference, FfnKind, FfnReport, FfnScratch, GateBackward,
-    Gated, HostGate, HostRouted, PackedFfn, Record, routes,
+    Gated, HostGate, HostRouted, PackedFfn, Record, add_output_bias, routes,
 };
 use dsmoe_core::params::TensorSpec;
 use dsmoe_kernels::Precision;
@@ -78,6 +78,8 @@ struct PackedTopk {
     ffn: TopkMoeFfn,
     weights: PackedWeights,
     router: Vec<f32>,
+    /// The bias of the output; empty where there is none.
+    output_bias: Vec<f32>,
 }
 
 impl PackedFfn for PackedTopk {
@@ -89,10 +91,11 @@ impl PackedFfn for PackedTopk {
         let (dims, routes) = (self.ffn.dims(x.len() / self.ffn.gated.hidden), routes(routed.routing));
         let (pairs, weights, scratch) = (Pairs::Routed(&routes), &self.weights, &mut scratch.experts);
         expert_ffn::ForwardPacked { y, x, weights, pairs, dims, scratch }.run();
+        add_output_bias(y, &self.output_bias);
     }
 
     fn bytes(&self) -> usize {
-        self.weights.bytes() + 4 * self.router.len()
+        self.weights.bytes() + 4 * (self.router.len() + self.output_bias.len())
     }
 
     fn num_experts(&self) -> Option<usize> {
@@ -116,18 +119,16 @@ impl Ffn for TopkMoeFfn {
     }
 
     fn on_device(&self) -> Option<DeviceFfn> {
-        let Dims { hidden, intermediate, num_experts, .. } = self.dims(0);
-        let gate = Arc::new(self.router());
-        self.gated.is_plain().then_some(DeviceFfn::Hosted { hidden, intermediate, num_experts, gate })
+        let (num_experts, gate) = (self.spec.all_experts(), Arc::new(self.router()));
+        Some(DeviceFfn::Hosted { gated: self.gated, num_experts, gate })
     }
 
     fn pack(&self, params: &[f32], precision: Precision) -> Box<dyn PackedFfn> {
-        let Gated { hidden, intermediate, .. } = self.gated;
-        let (weights, n) = (self.gated.weights(params), self.spec.all_experts());
         Box::new(PackedTopk {
             ffn: self.clone(),
-            weights: PackedWeights::new(precision, &weights, hidden, intermediate, n),
+            weights: PackedWeights::new(precision, &self.gated.weights(params), self.dims(0)),
             router: params[self.router_start()..][..self.router().inference_len()].to_vec(),
+            output_bias: self.gated.output_bias(params).to_vec(),
         })
     }
 
@@ -150,6 +151,7 @@ impl Ffn for TopkMoeFfn {
         let (pairs, dims) = (Pairs::Routed(&routes), self.dims(x.len() / self.gated.hidden));
         let (saved, scratch) = (&mut saved.experts, &mut scratch.experts);
         expert_ffn::ForwardTrain { y, saved, x, weights, pairs, dims, scratch }.run();
+        add_output_bias(y, self.gated.output_bias(params));
         FfnReport { balance_loss: routed.balance_loss, ..FfnReport::default() }
     }
 
@@ -158,6 +160,7 @@ impl Ffn for TopkMoeFfn {
         let saved = saved.downcast_mut::<TopkSaved>().expect("saved by a top-k FFN");
         let TopkSaved { experts: saved, router } = saved;
         let routed = router.routed.as_ref().expect("a forward before the backward");
+        self.gated.add_output_bias_grad(grads, dy);
         let (weights, params) = params.split_at(self.router_start());
         let (grads, drouter) = grads.split_at_mut(self.router_start());
         let (weights, grads) = (&self.gated.weights(weights), self.gated.grads(grads));

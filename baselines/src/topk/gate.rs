@@ -1,13 +1,15 @@
-//! LLaMA-MoE's gate network and the network of its noise (`TopKBalancedNoisyGate`), forward and backward.
+//! Gate networks and the network of noise, forward and backward: those of LLaMA-MoE (`TopKBalancedNoisyGate`), and CMoE's
+//! of one neuron for each expert.
 //!
 //! ```text
 //! u   = r x A^T               r = 1, or 1 / |x| for a normalised input (MoEfication); 0 for x = 0
-//! z   = tanh(u) B^T           mlp;  z = u  linear
+//! z   = tanh(u) B^T           mlp;  z = u  linear;  z = |silu(u) v|, v = r x B^T  neuron
 //! raw = x N^T                 noise, in training
 //! dB += dz^T tanh(u),  du = (dz B) (1 - tanh(u)^2),  dA += (r du)^T x,  dN += draw^T x
-//! dx += r du A + draw N - r^2 <du, u> x      the last term for a normalised input
+//! neuron: with g = sign(silu(u) v) dz   du = g v silu'(u),  dv = g silu(u),  dB += (r dv)^T x,  dx += r dv B
+//! dx += r du A + draw N - r^2 (<du, u> + <dv, v>) x      the last term for a normalised input
 //! ```
-//! x `[T, hidden]`, z and raw `[T, n]`, A and N `[n, hidden]`, B `[n, n]`. f32 throughout.
+//! x `[T, hidden]`, z and raw `[T, n]`, A and N `[n, hidden]`, B `[n, n]`, of a neuron `[n, hidden]`. f32 throughout.
 
 use dsmoe_core::params::TensorSpec;
 use dsmoe_kernels::buf::Buf;
@@ -61,8 +63,8 @@ pub(crate) struct GateActs {
     scales: Vec<f32>,
     /// u.
     pre: Buf,
-    /// tanh(u); empty for a linear gate.
-    tanh: Buf,
+    /// tanh(u); v for a gate of neurons; empty for a linear gate.
+    second: Buf,
     /// raw.
     pub(crate) raw: Buf,
 }
@@ -78,11 +80,15 @@ impl Gate {
     /// The numbers of values of A, B and N.
     pub(crate) fn lens(&self) -> [usize; 3] {
         let (n, wide) = (self.num_experts, self.num_experts * self.hidden);
-        let b = if self.spec.network == GateNetwork::Mlp { n * n } else { 0 };
+        let b = match self.spec.network {
+            GateNetwork::Mlp => n * n,
+            GateNetwork::Neuron => wide,
+            GateNetwork::Linear => 0,
+        };
         [wide, b, if self.spec.noise { wide } else { 0 }]
     }
 
-    /// A, B and N under LLaMA-MoE's names.
+    /// A, B and N under LLaMA-MoE's names; a neuron's are named by their projections.
     pub(crate) fn tensors(&self) -> Vec<TensorSpec> {
         let tensor = |name: &str, cols| {
             TensorSpec::router(format!("gate.{name}.weight"), vec![self.num_experts, cols])
@@ -91,6 +97,9 @@ impl Gate {
             GateNetwork::Linear => vec![tensor("gate_network", self.hidden)],
             GateNetwork::Mlp => {
                 vec![tensor("gate_network.0", self.hidden), tensor("gate_network.2", self.num_experts)]
+            }
+            GateNetwork::Neuron => {
+                vec![tensor("gate_network.gate", self.hidden), tensor("gate_network.up", self.hidden)]
             }
         };
         tensors.extend(self.spec.noise.then(|| tensor("weight_noise", self.hidden).training_only()));
@@ -113,24 +122,34 @@ impl Gate {
         let (rows, n) = (x.len() / self.hidden, self.num_experts);
         let wide = self.dims(rows, self.hidden);
         z.resize(rows * n);
-        let GateActs { scales, pre, tanh, raw } = acts;
+        let GateActs { scales, pre, second, raw } = acts;
         pre.resize(rows * n);
         linear::Forward { y: pre, x, w: weights.a, bias: None, dims: wide }.run();
+        second.resize(if self.spec.network == GateNetwork::Linear { 0 } else { rows * n });
+        if self.spec.network == GateNetwork::Neuron {
+            linear::Forward { y: second, x, w: weights.b, bias: None, dims: wide }.run();
+        }
         scales.clear();
         if self.spec.normalize {
-            for (u, x) in pre.chunks_exact_mut(n).zip(x.chunks_exact(self.hidden)) {
+            for (i, x) in x.chunks_exact(self.hidden).enumerate() {
                 let norm = x.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
                 let scale = if norm > 0.0 { (1.0 / norm) as f32 } else { 0.0 };
-                u.iter_mut().for_each(|u| *u *= scale);
+                pre[i * n..][..n].iter_mut().for_each(|u| *u *= scale);
+                if self.spec.network == GateNetwork::Neuron {
+                    second[i * n..][..n].iter_mut().for_each(|v| *v *= scale);
+                }
                 scales.push(scale);
             }
         }
         match self.spec.network {
             GateNetwork::Linear => z.copy_from_slice(pre),
             GateNetwork::Mlp => {
-                tanh.resize(rows * n);
-                tanh.iter_mut().zip(pre.iter()).for_each(|(t, u)| *t = u.tanh());
-                linear::Forward { y: z, x: tanh, w: weights.b, bias: None, dims: self.dims(rows, n) }.run();
+                second.iter_mut().zip(pre.iter()).for_each(|(t, u)| *t = u.tanh());
+                linear::Forward { y: z, x: second, w: weights.b, bias: None, dims: self.dims(rows, n) }.run();
+            }
+            GateNetwork::Neuron => {
+                let values = pre.iter().zip(second.iter());
+                z.iter_mut().zip(values).for_each(|(z, (&u, &v))| *z = (u * sigmoid(u) * v).abs());
             }
         }
         if noisy {
@@ -145,32 +164,50 @@ impl Gate {
         let (rows, n) = (x.len() / self.hidden, self.num_experts);
         let wide = self.dims(rows, self.hidden);
         let mut du = Buf::zeros(rows * n);
+        let mut dv = Buf::default();
         match self.spec.network {
             GateNetwork::Linear => du.copy_from_slice(dz),
             GateNetwork::Mlp => {
                 let dims = self.dims(rows, n);
-                linear::BackwardWeight { dw: grads.b, dy: dz, x: &acts.tanh, dims }.run();
+                linear::BackwardWeight { dw: grads.b, dy: dz, x: &acts.second, dims }.run();
                 linear::BackwardInput { dx: &mut du, dy: dz, w: weights.b, dims, add: false }.run();
-                du.iter_mut().zip(acts.tanh.iter()).for_each(|(du, t)| *du *= 1.0 - t * t);
+                du.iter_mut().zip(acts.second.iter()).for_each(|(du, t)| *du *= 1.0 - t * t);
+            }
+            GateNetwork::Neuron => {
+                dv.resize(rows * n);
+                for (i, (&u, &v)) in acts.pre.iter().zip(acts.second.iter()).enumerate() {
+                    let (s, g) = (sigmoid(u), if u * v < 0.0 { -dz[i] } else { dz[i] });
+                    (du[i], dv[i]) = (g * v * s * (1.0 + u * (1.0 - s)), g * u * s);
+                }
             }
         }
         if self.spec.normalize {
-            let rows = du.chunks_exact_mut(n).zip(acts.pre.chunks_exact(n)).zip(&acts.scales);
-            let inputs = dx.chunks_exact_mut(self.hidden).zip(x.chunks_exact(self.hidden));
-            for (((du, u), scale), (dx, x)) in rows.zip(inputs) {
-                let along: f32 = du.iter().zip(u).map(|(du, u)| du * u).sum();
-                let along = scale * scale * along;
-                dx.iter_mut().zip(x).for_each(|(dx, x)| *dx -= along * x);
-                du.iter_mut().for_each(|du| *du *= scale);
+            for (of, values) in [(&mut du, &acts.pre), (&mut dv, &acts.second)] {
+                let rows = of.chunks_exact_mut(n).zip(values.chunks_exact(n)).zip(&acts.scales);
+                let inputs = dx.chunks_exact_mut(self.hidden).zip(x.chunks_exact(self.hidden));
+                for (((du, u), scale), (dx, x)) in rows.zip(inputs) {
+                    let along: f32 = du.iter().zip(u).map(|(du, u)| du * u).sum();
+                    let along = scale * scale * along;
+                    dx.iter_mut().zip(x).for_each(|(dx, x)| *dx -= along * x);
+                    du.iter_mut().for_each(|du| *du *= scale);
+                }
             }
         }
+        if self.spec.network == GateNetwork::Neuron {
+            linear::BackwardWeight { dw: grads.b, dy: &dv, x, dims: wide }.run();
+            linear::BackwardInput { dx: &mut *dx, dy: &dv, w: weights.b, dims: wide, add: true }.run();
+        }
         linear::BackwardWeight { dw: grads.a, dy: &du, x, dims: wide }.run();
-        linear::BackwardInput { dx, dy: &du, w: weights.a, dims: wide, add: true }.run();
+        linear::BackwardInput { dx: &mut *dx, dy: &du, w: weights.a, dims: wide, add: true }.run();
         if let Some(draw) = draw {
             linear::BackwardWeight { dw: grads.noise, dy: draw, x, dims: wide }.run();
             linear::BackwardInput { dx, dy: draw, w: weights.noise, dims: wide, add: true }.run();
         }
     }
+}
+
+fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + (-x).exp())
 }
 
 #[cfg(test)]
@@ -196,6 +233,10 @@ mod tests {
                     let h: Vec<f64> = u.iter().map(|u| u.tanh()).collect();
                     b.chunks_exact(EXPERTS).map(|row| dot(&h, row)).collect()
                 }
+                GateNetwork::Neuron => {
+                    let v = b.chunks_exact(HIDDEN).map(|row| dot(x, row) / norm);
+                    u.iter().zip(v).map(|(u, v)| (u / (1.0 + (-u).exp()) * v).abs()).collect()
+                }
             };
             loss += z.iter().zip(&dz[t * EXPERTS..]).map(|(z, &dz)| z * f64::from(dz)).sum::<f64>();
             for (row, &draw) in noise.chunks_exact(HIDDEN).zip(&draw[t * EXPERTS..]) {
@@ -213,6 +254,8 @@ mod tests {
             (GateNetwork::Mlp, true, false),
             (GateNetwork::Linear, false, true),
             (GateNetwork::Linear, true, true),
+            (GateNetwork::Neuron, false, false),
+            (GateNetwork::Neuron, true, true),
         ] {
             let spec = GateSpec { network, normalize, noise };
             let gate = Gate { spec, hidden: HIDDEN, num_experts: EXPERTS };

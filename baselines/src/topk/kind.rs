@@ -96,6 +96,10 @@ impl FfnSpec for TopkSpec {
     fn active_experts(&self) -> Option<f64> {
         Some(TopkSpec::active_experts(self) as f64)
     }
+
+    fn blocks(&self) -> Option<usize> {
+        Some(self.all_experts())
+    }
 }
 
 /// Makes directories with top-k FFNs readable in this process.

@@ -34,6 +34,8 @@ pub enum GateNetwork {
     Mlp,
     /// One matrix.
     Linear,
+    /// The magnitude of one neuron for each expert: a row of gate and one of up (CMoE).
+    Neuron,
 }
 
 /// The logits that a gate computes.

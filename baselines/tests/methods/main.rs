@@ -3,6 +3,8 @@
 mod common;
 mod llama_moe_golden;
 mod llm_pruner;
+mod neurons;
 mod sparse;
+mod start;
 mod topk;
 mod trained_router;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use dsmoe_baselines::llama_moe::export;
 use dsmoe_baselines::topk::EXPERTS_FILE;
-use dsmoe_baselines::{Made, Result};
+use dsmoe_baselines::{Budget, Made, Result};
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::checkpoint::{Checkpoint, Dtype};
 use dsmoe_core::config::Config;
@@ -16,10 +16,9 @@ use dsmoe_core::model::{Batch, StepArgs, TrainWorkspace};
 use dsmoe_core::{Inference, Model};
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::buf::Buf;
-use dsmoe_router::SparsityOver;
 use serde_json::json;
 
-use super::common::{self, Run, VOCAB, configured, loaded, made, tiny, tokens, values};
+use super::common::{self, Run, VOCAB, configured, count, loaded, made, mean_loss, tiny, tokens, values};
 
 const SEQ: usize = 24;
 
@@ -115,6 +114,35 @@ fn all_experts_are_the_dense_model() {
 }
 
 /// The experts of one method are a partition for another.
+/// A dense export with folded gates has the experts' neurons in their order, each expert's columns times its factor.
+#[test]
+fn folded_factors_scale_the_blocks_of_their_experts() {
+    use dsmoe_core::export::{ExportAs, ExportOptions, export};
+
+    let work = tempfile::tempdir().unwrap();
+    let [model, out] = ["model", "out"].map(|name| work.path().join(name));
+    let set = ["construction=sharing-inter", "residual=2"];
+    run("llama-moe", &dense(&work.path().join("dense")), &model, 0.9, &set).unwrap();
+    let experts = Config::load(&model).unwrap().num_experts().unwrap();
+    let factor = |layer: usize, expert: usize| (1 + layer * experts + expert) as f32 / 4.0;
+    let fold = (0..2).map(|layer| (0..experts).map(|i| f64::from(factor(layer, i))).collect()).collect();
+    let options = ExportOptions { fold: Some(fold), ..ExportOptions::new(ExportAs::Dense) };
+    export(&model, &out, &options, &mut |_| {}).unwrap();
+    let config = Config::load(&out).unwrap();
+    assert!(config.is_dense() && config.model_type() == "llama");
+    for layer in 0..2 {
+        let of =
+            |dir: &Path, which: &str| values(dir, &format!("model.layers.{layer}.mlp.{which}_proj.weight"));
+        assert_eq!(of(&model, "gate"), of(&out, "gate"));
+        assert_eq!(of(&model, "up"), of(&out, "up"));
+        let width = config.intermediate / experts;
+        let scaled = |(i, x): (usize, &f32)| x * factor(layer, i % config.intermediate / width);
+        let want: Vec<f32> = of(&model, "down").iter().enumerate().map(scaled).collect();
+        assert_eq!(of(&out, "down"), want, "layer {layer}");
+    }
+    assert!(logits(&out).iter().all(|z| z.is_finite()));
+}
+
 #[test]
 fn the_experts_file_is_a_partition_to_convert_by() {
     let dir = tempfile::tempdir().unwrap();
@@ -140,8 +168,7 @@ fn training_moves_every_part_of_the_gate_and_the_loss_goes_down() {
     let (inputs, targets) = (&ids[..ids.len() - 1], &ids[1..]);
     let mut workspace = TrainWorkspace::new(&model, inputs.len(), Precision::F32);
     let step = |model: &Model, seed: u64, workspace: &mut TrainWorkspace| {
-        let (loss_scale, sparsity_over) = (1.0 / inputs.len() as f32, SparsityOver::Active);
-        let args = StepArgs { loss_scale, sparsity_weight: 0.0, sparsity_over, balance_scale: 1.0, seed };
+        let args = StepArgs { loss_scale: 1.0 / inputs.len() as f32, seed, ..StepArgs::default() };
         let mut grads = Buf::zeros(model.layout().len());
         let batch = Batch { inputs, targets, seq: inputs.len() };
         let output = model.train_step(&mut grads, batch, &args, workspace).unwrap();
@@ -311,4 +338,58 @@ fn llama_moe_layout_holds_every_value_once() {
     }
     let error = export(&model, &dir.path().join("none"), None, false, &mut |_| {}).unwrap_err().to_string();
     assert!(error.contains("is not topk"), "{error}");
+}
+
+/// CMoE's router is a neuron of each expert, and the model is what its files say.
+#[test]
+fn cmoe_routes_by_neurons_of_its_experts() {
+    dsmoe_baselines::register();
+    let work = tempfile::tempdir().unwrap();
+    let source =
+        made(&tiny(&json!({"vocab_size": VOCAB, "initializer_range": 0.3})), work.path(), Dtype::F32);
+    let text = tokens(8, 40);
+    let out = work.path().join("cmoe");
+    let dense = count(&source);
+    let config = Config::load(&source).unwrap();
+    let ffn = (3 * config.hidden * config.intermediate * config.num_layers) as f64;
+    let budget = Budget::Params(dense - 0.625 * ffn);
+    let made = Run { budget, ..Run::new("cmoe", &["experts=8"], 1.0, &text) }.run(&source, &out).unwrap();
+    assert_eq!(made.plan.reached_by, "3 of 8 experts, 1 of them always");
+    let config = Config::load(&out).unwrap();
+    assert_eq!(Accounting::of(&config).activated(0.0), made.plan.activated);
+    assert_eq!(count(&out), made.plan.total);
+    let hidden = config.hidden;
+    for layer in 0..config.num_layers {
+        let name = |tensor: &str| format!("model.layers.{layer}.mlp.{tensor}.weight");
+        let [rows, router] =
+            ["gate_proj", "gate.gate_network.gate"].map(|tensor| values(&out, &name(tensor)));
+        let [ups, router_up] = ["up_proj", "gate.gate_network.up"].map(|tensor| values(&out, &name(tensor)));
+        let width = config.intermediate / 8;
+        for expert in 0..7 {
+            let unit = |row: &[f32]| {
+                let norm = row.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
+                row.iter().map(|&x| (f64::from(x) / norm) as f32).collect::<Vec<f32>>()
+            };
+            let of = |router: &[f32], rows: &[f32]| {
+                let neurons = rows.chunks(hidden).skip(expert * width).take(width);
+                neurons.map(unit).position(|row| row == router[expert * hidden..][..hidden])
+            };
+            let place = of(&router, &rows);
+            assert!(place.is_some() && place == of(&router_up, &ups), "layer {layer}, expert {expert}");
+        }
+    }
+    assert!(mean_loss(&out, &text).is_finite());
+    for (set, parts) in [
+        (&["experts=1"][..], &["experts: is 1", "2 or more"][..]),
+        (&["shared=16"], &["shared: cannot be 16"]),
+        (&["active=0"], &["active: cannot be 0"]),
+        (&["experts=7"], &["7"]),
+    ] {
+        Run::new("cmoe", set, 0.7, &text).fails(&source, &work.path().join("none"), parts);
+    }
+    Run::new("llama-moe", &["gate=neuron"], 0.7, &text).fails(
+        &source,
+        &work.path().join("none"),
+        &["gate: cannot be \"neuron\"", "mlp or linear"],
+    );
 }

@@ -11,7 +11,7 @@ use dsmoe_kernels::testing::shared;
 use super::common::{Run, mean_loss};
 
 /// Sequences of the model's text; its tokens are characters.
-fn sequences(shared: &Path, model: &Path) -> Vec<Vec<u32>> {
+pub(crate) fn sequences(shared: &Path, model: &Path) -> Vec<Vec<u32>> {
     let text = fs::read_to_string(model.join("tokenizer.json")).unwrap();
     let tokenizer: serde_json::Value = serde_json::from_str(&text).unwrap();
     let ids: HashMap<String, u32> = serde_json::from_value(tokenizer["model"]["vocab"].clone()).unwrap();

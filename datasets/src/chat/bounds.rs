@@ -9,7 +9,7 @@ use super::source::longest_tag;
 
 /// The largest template, in bytes; those in use have some 20 thousand.
 const LARGEST: usize = 1 << 20;
-/// The longest tag, in bytes outside of its texts. The engine goes one call deeper for every operator.
+/// The longest tag, in characters outside of its texts. The engine goes one call deeper for every operator.
 const LONGEST_TAG: usize = 1 << 13;
 /// The deepest recursion of the engine is on values that a template nests within its fuel. Pages that are not used are not
 /// taken.
@@ -24,7 +24,7 @@ pub(super) fn check(source: &str) -> Result<(), String> {
     }
     match longest_tag(source) {
         length if length > LONGEST_TAG => {
-            Err(format!("it has a tag of {length} bytes, more than {LONGEST_TAG}"))
+            Err(format!("it has a tag of {length} characters, more than {LONGEST_TAG}"))
         }
         _ => Ok(()),
     }

@@ -5,11 +5,11 @@ mod python;
 mod source;
 
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
 
+use chrono::{Local, NaiveDateTime};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, ValueKind};
-use minijinja::{Environment, ErrorKind};
+use minijinja::{Environment, ErrorKind, escape_formatter};
 use minijinja_contrib::pycompat::unknown_method_callback;
 use serde_json::{Map, Value};
 
@@ -125,16 +125,22 @@ impl ChatTemplate {
     /// # Errors
     /// A template with an error, or one that refuses the conversation.
     pub fn render(&self, chat: &Chat) -> Result<String> {
+        self.render_at(chat, Local::now().naive_local())
+    }
+
+    /// Renders a conversation at that time of the clock on the wall.
+    fn render_at(&self, chat: &Chat, now: NaiveDateTime) -> Result<String> {
         let mut variables = self.special_tokens.clone();
         variables.insert("messages".into(), chat.messages.clone().into());
         variables.insert("tools".into(), Value::Null);
         variables.insert("documents".into(), Value::Null);
         variables.insert("add_generation_prompt".into(), chat.generation_prompt.into());
         variables.extend(chat.arguments.clone());
-        let source = source::adapted(&self.source);
+        let source = self.source.clone();
         let work = move || {
+            let source = source::adapted(&source);
             let variables = minijinja::Value::from(minijinja::value::Serde(&variables));
-            environment()
+            environment(now)
                 .render_named_str("chat template", &source, variables)
                 .map_err(|cause| reason(&cause))
         };
@@ -164,8 +170,8 @@ fn reason(cause: &minijinja::Error) -> String {
     }
 }
 
-/// Makes the environment that transformers gives to templates.
-fn environment() -> Environment<'static> {
+/// Makes the environment that transformers gives to templates at the time `now`.
+fn environment(now: NaiveDateTime) -> Environment<'static> {
     let mut environment = Environment::new();
     let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
     environment.set_syntax(syntax.unwrap_or_default());
@@ -182,9 +188,14 @@ fn environment() -> Environment<'static> {
     environment.add_function("raise_exception", |message: String| -> std::result::Result<String, _> {
         Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
     });
-    environment.add_function("strftime_now", |format: String| {
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        python::strftime(&format, now.as_secs())
+    environment.add_function("strftime_now", move |format: String| python::strftime(&format, now));
+    environment.add_filter("string", |value: minijinja::Value| match value.as_str() {
+        Some(_) => value,
+        None => python::float(&value).unwrap_or_else(|| value.to_string()).into(),
+    });
+    environment.set_formatter(|out, state, value| match python::float(value) {
+        Some(text) => Ok(out.write_str(&text)?),
+        None => escape_formatter(out, state, value),
     });
     environment
 }
@@ -244,8 +255,17 @@ mod tests {
             render("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}"),
             "01"
         );
-        let now = render("{{ strftime_now('%d %b %Y') }}");
-        assert!(now.len() == 11 && now[7..].parse::<u32>().is_ok_and(|year| year > 2020), "{now}");
+        assert_eq!(
+            render("{{ 1e20 }} {{ 0.00001 }} {{ 1.0 }} {{ 1e20 | string }} {{ 7 }}"),
+            "1e+20 1e-05 1.0 1e+20 7"
+        );
+        assert_eq!(
+            render("{{ '%s has %.1f%%' % (messages[0].role, 2.5) }} {{ '<%(role)s>' % messages[0] }}"),
+            "user has 2.5% <user>"
+        );
+        let now = "2024-07-26T23:59:59".parse().unwrap();
+        let dated = template("{{ strftime_now('%d %b %Y, %H:%M') }}").render_at(&Chat::of(None, "hi"), now);
+        assert_eq!(dated.unwrap(), "26 Jul 2024, 23:59");
     }
 
     #[test]

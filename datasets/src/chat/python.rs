@@ -2,7 +2,10 @@
 
 use std::fmt::Write as _;
 
+use chrono::NaiveDateTime;
+use chrono::format::StrftimeItems;
 use minijinja::Value as Item;
+use minijinja::value::ValueKind;
 use serde_json::{Number, Value};
 
 /// The options of `json.dumps`.
@@ -111,7 +114,16 @@ fn number_text(number: &Number) -> String {
     }
 }
 
+/// Returns a float as Python writes it; none if the value is no float.
+pub(super) fn float(value: &Item) -> Option<String> {
+    let is_float = value.kind() == ValueKind::Number && !value.is_integer();
+    is_float.then(|| f64::try_from(value.clone()).ok()).flatten().map(float_text)
+}
+
 fn float_text(x: f64) -> String {
+    if x.is_nan() {
+        return "nan".to_owned();
+    }
     let scientific = format!("{x:e}");
     let (digits, exponent) = scientific.split_once('e').unwrap_or((&scientific, "0"));
     match exponent.parse::<i32>() {
@@ -144,79 +156,29 @@ pub(super) fn method(text: &str, name: &str, arguments: &[Item]) -> Option<Item>
     })
 }
 
-const MONTHS: [&str; 12] = [
-    "January",
-    "February",
-    "March",
-    "April",
-    "May",
-    "June",
-    "July",
-    "August",
-    "September",
-    "October",
-    "November",
-    "December",
-];
-const DAYS: [&str; 7] = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"];
-
-/// Formats a time, in seconds since 1970 UTC, as `strftime` does. A directive that is not known is kept.
-pub(super) fn strftime(format: &str, seconds: u64) -> String {
-    let days = seconds / 86_400;
-    let (year, month, day) = date(days);
-    let [hour, minute, second] = [seconds / 3600 % 24, seconds / 60 % 60, seconds % 60];
-    let (month_name, day_name) = (MONTHS[month - 1], DAYS[(days as usize + 3) % 7]);
-    let mut text = String::new();
-    let mut chars = format.chars();
-    while let Some(c) = chars.next() {
-        if c != '%' {
-            text.push(c);
-            continue;
-        }
-        let mut directive = chars.next();
-        let padded = directive != Some('-');
-        if !padded {
-            directive = chars.next();
-        }
-        let mut two = |number: u64| {
-            let _ = if padded { write!(text, "{number:02}") } else { write!(text, "{number}") };
-        };
-        match directive {
-            Some('d') => two(day),
-            Some('m') => two(month as u64),
-            Some('y') => two(year % 100),
-            Some('H') => two(hour),
-            Some('I') => two((hour + 11) % 12 + 1),
-            Some('M') => two(minute),
-            Some('S') => two(second),
-            Some('Y') => text.push_str(&year.to_string()),
-            Some('B') => text.push_str(month_name),
-            Some('b' | 'h') => text.push_str(&month_name[..3]),
-            Some('A') => text.push_str(day_name),
-            Some('a') => text.push_str(&day_name[..3]),
-            Some('p') => text.push_str(if hour < 12 { "AM" } else { "PM" }),
-            Some('F') => text.push_str(&format!("{year}-{month:02}-{day:02}")),
-            Some('T') => text.push_str(&format!("{hour:02}:{minute:02}:{second:02}")),
-            Some('Z') => text.push_str("UTC"),
-            Some('%') => text.push('%'),
-            Some(other) => text.extend(['%', other]),
-            None => text.push('%'),
+/// Formats a time without a zone as `strftime` does. A directive that is not known is kept.
+pub(super) fn strftime(format: &str, time: NaiveDateTime) -> String {
+    // Python's fractions have six digits, and a time without a zone has no name and no offset of one.
+    let mut own = String::new();
+    let mut parts = format.split('%');
+    own.push_str(parts.next().unwrap_or_default());
+    while let Some(part) = parts.next() {
+        match part.chars().next() {
+            None => {
+                own.push_str("%%");
+                own.push_str(parts.next().unwrap_or_default());
+            }
+            Some('f') => own.extend(["%6f", &part[1..]]),
+            Some('z' | 'Z') => own.push_str(&part[1..]),
+            Some(_) => own.extend(["%", part]),
         }
     }
+    let mut text = String::new();
+    // A directive that needs a zone.
+    if write!(text, "{}", time.format_with_items(StrftimeItems::new_lenient(&own))).is_err() {
+        return format.to_owned();
+    }
     text
-}
-
-/// Returns year, month (from 1) and day of a day counted from 1970-01-01.
-fn date(days: u64) -> (u64, usize, u64) {
-    // Years begin in March here, so that a leap day ends one. A cycle of 400 years has 146,097 days.
-    let days = days + 719_468;
-    let (cycle, of_cycle) = (days / 146_097, days % 146_097);
-    let of_cycle_year = (of_cycle - of_cycle / 1460 + of_cycle / 36_524 - of_cycle / 146_096) / 365;
-    let of_year = of_cycle - (365 * of_cycle_year + of_cycle_year / 4 - of_cycle_year / 100);
-    let from_march = (5 * of_year + 2) / 153;
-    let day = of_year - (153 * from_march + 2) / 5 + 1;
-    let month = (from_march + 2) % 12 + 1;
-    (400 * cycle + of_cycle_year + u64::from(month <= 2), month as usize, day)
 }
 
 #[cfg(test)]
@@ -237,6 +199,8 @@ mod tests {
             (0.0001, "0.0001"),
             (1.25e100, "1.25e+100"),
             (-1e22, "-1e+22"),
+            (f64::NEG_INFINITY, "-inf"),
+            (f64::NAN, "nan"),
         ] {
             assert_eq!(float_text(x), text);
         }
@@ -284,15 +248,14 @@ mod tests {
     }
 
     #[test]
-    fn dates_are_those_of_the_calendar() {
-        let of = |seconds| strftime("%A %d %B %Y %H:%M:%S", seconds);
-        assert_eq!(of(0), "Thursday 01 January 1970 00:00:00");
-        assert_eq!(of(951_782_400), "Tuesday 29 February 2000 00:00:00");
-        assert_eq!(of(1_709_251_199), "Thursday 29 February 2024 23:59:59");
-        assert_eq!(of(1_735_689_599), "Tuesday 31 December 2024 23:59:59");
-        assert_eq!(
-            strftime("%-d %b %y %I%p %F %T %% %q %", 1_735_732_800 + 3600),
-            "1 Jan 25 01PM 2025-01-01 13:00:00 % %q %"
-        );
+    fn times_are_written_as_python_does() {
+        let time = |text: &str| text.parse::<NaiveDateTime>().unwrap();
+        let of = |text: &str| strftime("%A %d %B %Y %H:%M:%S", time(text));
+        assert_eq!(of("1970-01-01T00:00:00"), "Thursday 01 January 1970 00:00:00");
+        assert_eq!(of("2024-02-29T23:59:59"), "Thursday 29 February 2024 23:59:59");
+        let at = time("2025-01-01T13:00:05.0625");
+        assert_eq!(strftime("%-d %b %y %I%p %F %T %% %f", at), "1 Jan 25 01PM 2025-01-01 13:00:05 % 062500");
+        assert_eq!(strftime("%+ %:z", at), "%+ %:z");
+        assert_eq!(strftime("%j %a %e|%Z%z|%Q %%Z %", at), "001 Wed  1||%Q %Z %");
     }
 }

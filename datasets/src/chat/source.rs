@@ -1,8 +1,8 @@
 //! Differences in syntax between Jinja and the template engine.
 
 /// Rewrites a template for the engine: the tags `generation` and `endgeneration`, which only mark text, become tags that do
-/// nothing either, around which white space is trimmed as around any tag; and a text of a tag loses its line ends behind
-/// backslashes, as in Python.
+/// nothing either, around which white space is trimmed as around any tag; a text of a tag loses its line ends behind
+/// backslashes, as in Python; and `'...' % x` becomes a call of the filter `format`.
 pub(super) fn adapted(source: &str) -> String {
     let mut text = String::with_capacity(source.len());
     let mut rest = source;
@@ -26,23 +26,26 @@ pub(super) fn adapted(source: &str) -> String {
                 text.push_str(&after[..end]);
                 rest = &after[end..];
             }
-            _ => push_joined(tag, &mut text),
+            _ => push_joined(&formatted(tag), &mut text),
         }
     }
     text + rest
 }
 
-/// Returns the length of the longest tag without its texts, in bytes.
+/// Returns the largest number of characters of a tag outside of its texts.
 pub(super) fn longest_tag(source: &str) -> usize {
     let (mut longest, mut rest) = (0, source);
     while let Some((_, kind, tag)) = next_tag(rest) {
-        let (length, texts) = match kind {
-            '#' => (tag.find("#}").map_or(tag.len(), |end| end + 2), usize::MAX),
-            '{' => measured(tag, "}}"),
-            _ => measured(tag, "%}"),
+        let length = match kind {
+            '#' => tag.find("#}").map_or(tag.len(), |end| end + 2),
+            '{' => tag_length(tag, "}}"),
+            _ => tag_length(tag, "%}"),
         };
-        longest = longest.max(length.saturating_sub(texts));
-        rest = &tag[length..];
+        let (tag, after) = tag.split_at(length);
+        if kind != '#' {
+            longest = longest.max(unquoted(tag).count());
+        }
+        rest = after;
     }
     longest
 }
@@ -59,28 +62,127 @@ fn next_tag(rest: &str) -> Option<(&str, char, &str)> {
     }
 }
 
-/// Returns the length of a tag with its ending, which does not count inside a text.
-fn tag_length(tag: &str, ending: &str) -> usize {
-    measured(tag, ending).0
+/// Returns the places of the characters outside of quoted texts.
+fn unquoted(code: &str) -> impl Iterator<Item = (usize, char)> {
+    let (mut quote, mut escaped) = (None, false);
+    code.char_indices().filter(move |&(_, c)| match quote {
+        Some(_) if std::mem::take(&mut escaped) => false,
+        Some(open) => {
+            escaped = c == '\\';
+            quote = quote.filter(|_| c != open);
+            false
+        }
+        None if matches!(c, '"' | '\'') => {
+            quote = Some(c);
+            false
+        }
+        None => true,
+    })
 }
 
-/// Returns the length of a tag, and how much of it is texts.
-fn measured(tag: &str, ending: &str) -> (usize, usize) {
-    let (mut quote, mut texts) = (None, 0);
-    let mut chars = tag.char_indices().skip(2);
-    while let Some((at, c)) = chars.next() {
-        match quote {
-            Some(_) if c == '\\' => {
-                texts += 1 + chars.next().map_or(0, |(_, escaped)| escaped.len_utf8());
+/// Returns the length of a tag with its ending, which does not count inside a text.
+fn tag_length(tag: &str, ending: &str) -> usize {
+    let mut ends = unquoted(&tag[2..]).filter(|(at, _)| tag[2 + at..].starts_with(ending));
+    ends.next().map_or(tag.len(), |(at, _)| 2 + at + ending.len())
+}
+
+/// Rewrites the formatting of texts by `%`, which the engine lacks, as calls of the filter `format`.
+fn formatted(tag: &str) -> String {
+    let (mut out, mut rest) = (String::new(), tag);
+    while let Some(at) = rest.find(['"', '\'']) {
+        let (before, text) = rest.split_at(at);
+        let (text, after) = text.split_at(text_length(text));
+        out.push_str(before);
+        match operand(after) {
+            Some((arguments, after)) => {
+                out.extend(["(", text, "|format(", arguments, "))"]);
+                rest = after;
             }
-            Some(open) if c == open => quote = None,
-            Some(_) => texts += c.len_utf8(),
-            None if matches!(c, '"' | '\'') => quote = Some(c),
-            None if tag[at..].starts_with(ending) => return (at + ending.len(), texts),
-            None => {}
+            None => {
+                out.push_str(text);
+                rest = after;
+            }
         }
     }
-    (tag.len(), texts)
+    out + rest
+}
+
+/// Returns the length of the quoted text that `code` begins with.
+fn text_length(code: &str) -> usize {
+    let open = code.chars().next();
+    let mut chars = code.char_indices().skip(1);
+    while let Some((at, c)) = chars.next() {
+        match c {
+            '\\' => drop(chars.next()),
+            _ if Some(c) == open => return at + 1,
+            _ => {}
+        }
+    }
+    code.len()
+}
+
+/// Returns what stands behind the operator `%` that `code` begins with, as arguments of a call, and the rest.
+fn operand(code: &str) -> Option<(&str, &str)> {
+    let code = code.trim_start().strip_prefix('%').filter(|code| !code.starts_with('}'))?.trim_start();
+    let name = |code: &str| code.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(code.len());
+    let mut end = match code.chars().next()? {
+        '(' | '[' | '{' => group(code)?.0,
+        '"' | '\'' => text_length(code),
+        '0'..='9' => number_length(code),
+        _ => Some(name(code)).filter(|&length| length > 0)?,
+    };
+    let tuple =
+        group(code).filter(|&(length, has_comma)| code.starts_with('(') && has_comma && length == end);
+    loop {
+        let rest = code[end..].trim_start();
+        let length = match rest.chars().next() {
+            Some('(' | '[') => group(rest)?.0,
+            Some(mark @ ('.' | '|')) => {
+                let after = rest[1..].trim_start();
+                // `||` and the like are none of the engine's.
+                Some(name(after))
+                    .filter(|&length| length > 0 && (mark == '|' || after.len() + 1 == rest.len()))?
+                    + (rest.len() - after.len())
+            }
+            _ => break,
+        };
+        end = code.len() - rest.len() + length;
+    }
+    let (operand, rest) = code.split_at(end);
+    match tuple {
+        Some((length, _)) if length == end => {
+            Some((operand[1..end - 1].trim_end().trim_end_matches(','), rest))
+        }
+        _ => Some((operand, rest)),
+    }
+}
+
+/// Returns the length of the number that `code` begins with, which may have a point and an exponent.
+fn number_length(code: &str) -> usize {
+    let digits =
+        |code: &str| code.find(|c: char| !c.is_ascii_alphanumeric() && c != '.').unwrap_or(code.len());
+    let length = digits(code);
+    match code[length..].strip_prefix(['+', '-']) {
+        Some(exponent) if code[..length].ends_with(['e', 'E']) => length + 1 + digits(exponent),
+        _ => length,
+    }
+}
+
+/// Returns the length of the bracketed group that `code` begins with, and whether a comma is directly inside.
+fn group(code: &str) -> Option<(usize, bool)> {
+    let (mut depth, mut has_comma) = (0, false);
+    for (at, c) in unquoted(code) {
+        match c {
+            '(' | '[' | '{' => depth += 1,
+            ')' | ']' | '}' => depth -= 1,
+            ',' if depth == 1 => has_comma = true,
+            _ => {}
+        }
+        if depth <= 0 {
+            return Some((at + c.len_utf8(), has_comma));
+        }
+    }
+    None
 }
 
 /// Appends a tag without the line ends that stand behind backslashes.
@@ -118,6 +220,17 @@ mod tests {
             ),
             ("{ { {x} {{ 'it\\'s' }}{% generation %}", "{ { {x} {{ 'it\\'s' }}{% if true %}"),
             ("{{ 'never closed", "{{ 'never closed"),
+            ("{{ '%s' % x }}{% if 'a' %}", "{{ ('%s'|format(x)) }}{% if 'a' %}"),
+            (
+                "{{ \"%s: %d\" % (m['a, b)'].c, 2,) ~ 'x' }}",
+                "{{ (\"%s: %d\"|format(m['a, b)'].c, 2)) ~ 'x' }}",
+            ),
+            ("{{ '%s'%f(a)[0].b | upper -}}", "{{ ('%s'|format(f(a)[0].b | upper)) -}}"),
+            (
+                "{{ '%.2f' % 1.5 if x else '%%' % {} }}",
+                "{{ ('%.2f'|format(1.5)) if x else ('%%'|format({})) }}",
+            ),
+            ("{{ 7 % 2 }}{{ '%s' % }}{{ '%s' % (a }}", "{{ 7 % 2 }}{{ '%s' % }}{{ '%s' % (a }}"),
         ] {
             assert_eq!(adapted(source), wanted);
         }

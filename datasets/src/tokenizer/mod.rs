@@ -26,7 +26,7 @@ use std::str::FromStr;
 use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::processors::template::TemplateProcessing;
-use tokenizers::{AddedToken, DecoderWrapper, ModelWrapper, Tokenizer as Inner};
+use tokenizers::{AddedToken, Decoder, DecoderWrapper, ModelWrapper, Tokenizer as Inner};
 
 /// The rule by which a text gets the beginning-of-sequence token in front.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -66,6 +66,7 @@ pub struct Tokenizer {
     eos_id: Option<u32>,
     prefix_id: Option<u32>,
     special_ids: BTreeSet<u32>,
+    byte_fallback: bool,
     vocab_size: usize,
     notices: Vec<String>,
 }
@@ -132,6 +133,7 @@ impl Tokenizer {
         let prefix_id = own.or(eos_id);
         let vocab_size = largest_id as usize + 1;
         Ok(Tokenizer {
+            byte_fallback: has_byte_fallback(&inner),
             inner,
             encoder,
             path,
@@ -188,9 +190,15 @@ impl Tokenizer {
         guarded(|| self.inner.decode(&kept, false)).map_err(|cause| self.failed("decoding", cause))
     }
 
-    /// Returns a decoder that receives one token at a time. Special tokens give no text.
-    pub fn stream(&self) -> DecodeStream<'_> {
-        DecodeStream::new(self)
+    /// Returns a decoder of what follows the ids `before`, which receives one token at a time. Special tokens give no text.
+    pub fn stream(&self, before: &[u32]) -> Result<DecodeStream<'_>> {
+        DecodeStream::new(self, before)
+    }
+
+    /// Returns whether the token is a byte of a run that decodes together; none if it has no text.
+    fn is_byte(&self, id: u32) -> Option<bool> {
+        let token = self.inner.id_to_token(id).filter(|_| !self.special_ids.contains(&id))?;
+        Some(self.byte_fallback && byte_of(&token).is_some())
     }
 
     /// Returns the bytes of each token; special tokens have none.
@@ -204,10 +212,10 @@ impl Tokenizer {
             {
                 return Some(bytes);
             }
-            let byte = token
-                .strip_prefix("<0x")
-                .and_then(|rest| u8::from_str_radix(rest.strip_suffix('>')?, 16).ok());
-            Some(byte.map_or_else(|| token.replace('\u{2581}', " ").into_bytes(), |byte| vec![byte]))
+            Some(
+                byte_of(&token)
+                    .map_or_else(|| token.replace('\u{2581}', " ").into_bytes(), |byte| vec![byte]),
+            )
         };
         let texts: Vec<_> = (0..self.vocab_size as u32).map(bytes_of).collect();
         TokenTexts::new(texts.iter().map(Option::as_deref))
@@ -446,6 +454,18 @@ impl BosIds {
             )
         })
     }
+}
+
+/// Returns the byte that a token such as `<0x0A>` stands for.
+fn byte_of(token: &str) -> Option<u8> {
+    let digits = token.strip_prefix("<0x")?.strip_suffix('>')?;
+    u8::from_str_radix(digits, 16).ok().filter(|_| digits.len() == 2)
+}
+
+/// Returns whether runs of byte tokens decode together.
+fn has_byte_fallback(inner: &Inner) -> bool {
+    let newline = || inner.get_decoder().map(|decoder| decoder.decode(vec!["<0x0A>".into()])).transpose();
+    guarded(newline).is_ok_and(|text| text.as_deref() == Some("\n"))
 }
 
 /// Returns the token that the tokenizer's own post-processor puts in front of a text.

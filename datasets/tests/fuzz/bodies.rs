@@ -40,7 +40,7 @@ pub(crate) fn tokenizer(bytes: &[u8]) {
         if let Some(ids) = one_line(tokenizer.encode("It's 12 o'clock,  said Żaneta.\n", Bos::Auto)) {
             one_line(tokenizer.decode(&ids, true));
         }
-        let mut stream = tokenizer.stream();
+        let Some(mut stream) = one_line(tokenizer.stream(&[])) else { return };
         for id in 0..20 {
             if one_line(stream.push(id)).is_none() {
                 break;

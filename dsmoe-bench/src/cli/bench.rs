@@ -107,7 +107,10 @@ pub(crate) struct Ffn {
     /// Shares of active pairs of a token and an expert, 0 to 1
     #[arg(long, value_name = "SHARE,...", value_delimiter = ',', default_value = SHARES, allow_negative_numbers = true)]
     pub(crate) active: Vec<f64>,
-    /// Assignment of tokens to experts; --active applies to random routing only
+    /// The part of every active share that is a core, experts that run for every token: 0 to 1
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0, allow_negative_numbers = true)]
+    pub(crate) core: f64,
+    /// Assignment of tokens to experts; --active and --core apply to random routing only
     #[arg(long, value_enum, default_value = "random")]
     pub(crate) routing: Routes,
     /// Time the forward and backward pass of training, with unpacked weights

@@ -5,11 +5,13 @@ use std::str::FromStr;
 
 use clap::{Args, ValueEnum};
 use dsmoe_core::Device;
+use dsmoe_core::ffn::RouterBound;
 use dsmoe_datasets::Bos;
 use dsmoe_datasets::tasks::{MAX_NEW_TOKENS, Profile};
 use dsmoe_kernels::Precision;
 
 use super::data::DataArgs;
+use super::gates::GateArgs;
 use super::values::{at_least_one, quantity, words};
 
 const EVAL_EXAMPLES: &str = "\
@@ -63,9 +65,12 @@ pub(crate) struct Eval {
     /// the profile]
     #[arg(long, value_parser = words::<Bos>(&["auto", "always", "never"]))]
     pub(crate) bos: Option<Bos>,
-    /// Threshold of the gates, 0 to 1, in place of the model's
-    #[arg(long, value_name = "SHARE")]
-    pub(crate) threshold: Option<f32>,
+    #[command(flatten)]
+    pub(crate) gates: GateArgs,
+    /// Router that stands in for the model's, with as many experts for every token: oracle (the largest outputs, computed
+    /// from all experts) or random; bounds of what a router can be worth
+    #[arg(long, value_parser = words::<RouterBound>(&["oracle", "random"]))]
+    pub(crate) router: Option<RouterBound>,
     /// Precision of the weights: bf16 takes half the memory and less time, and rounds the operands of products [default:
     /// f32, bf16 on a GPU]
     #[arg(long, value_parser = words::<Precision>(&["f32", "bf16"]))]

@@ -7,6 +7,7 @@ use dsmoe_core::Device;
 use dsmoe_datasets::Bos;
 use dsmoe_kernels::Precision;
 
+use super::gates::GateArgs;
 use super::values::{template_arg, words};
 
 #[derive(Debug, Args)]
@@ -52,9 +53,8 @@ pub(crate) struct Generate {
     /// Process the prompt in chunks of this many tokens; 0 for one chunk
     #[arg(long, value_name = "TOKENS", default_value_t = 0)]
     pub(crate) prefill_chunk: usize,
-    /// Threshold of the gates, 0 to 1, in place of the model's
-    #[arg(long, value_name = "SHARE")]
-    pub(crate) threshold: Option<f32>,
+    #[command(flatten)]
+    pub(crate) gates: GateArgs,
     /// Precision of the weights [default: bf16 for a model stored as bf16 or f16 and on a GPU, f32 for one stored as f32]
     #[arg(long, value_parser = words::<Precision>(&["f32", "bf16"]))]
     pub(crate) dtype: Option<Precision>,

@@ -4,6 +4,7 @@ pub(crate) mod bench;
 pub(crate) mod data;
 pub(crate) mod doctor;
 pub(crate) mod eval;
+pub(crate) mod gates;
 pub(crate) mod generate;
 pub(crate) mod model;
 pub(crate) mod prune;

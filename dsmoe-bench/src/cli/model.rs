@@ -46,17 +46,29 @@ pub(crate) struct Convert {
     /// it; 0.375 is 3 of 8
     #[arg(long, value_name = "SHARE")]
     pub(crate) active_target: Option<f64>,
-    /// Experts in each FFN; must divide intermediate_size [default: 8]
+    /// Experts in each FFN; must divide intermediate_size [default: of 16 neurons with --calib, else 8]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub(crate) experts: Option<u32>,
     /// Assignment of neurons to experts: contiguous, random, clusters (of similar neurons), or a JSON file
     /// {"layers": [[[neuron, ...], ...], ...]} [default: clusters with --calib, else contiguous]
     #[arg(long, value_name = "contiguous|random|clusters|FILE")]
     pub(crate) partition: Option<PartitionSpec>,
-    /// Initial router weights: random (the paper), open (all experts active), centroid, warm(K) (K experts open), or
-    /// calibrated (fitted to --calib) [default: calibrated with --calib, else random]
-    #[arg(long, value_name = "random|open|centroid|warm(K)|calibrated")]
+    /// Initial router weights: random (the paper), open (all experts active), centroid, warm(K) (K experts open),
+    /// calibrated (fitted to --calib, all else as it was) or fitted (with --core, --ridge and --budgets) [default: fitted
+    /// with --calib, else random]
+    #[arg(long, value_name = "random|open|centroid|warm(K)|calibrated|fitted")]
     pub(crate) router_init: Option<Routers>,
+    /// Share of the active experts that always run, the core [default: 0.5]
+    #[arg(long, value_name = "SHARE", requires = "calib")]
+    pub(crate) core: Option<f64>,
+    /// Ridge of the least squares of down_proj, a share of the mean of the diagonal at 16,384 tokens of text; 0 leaves
+    /// down_proj as it is [default: 0.1]
+    #[arg(long, value_name = "SHARE", requires = "calib")]
+    pub(crate) ridge: Option<f64>,
+    /// Shares of experts that thresholds are stored for, beside --active-target; --active of other commands chooses among
+    /// them [default: those of 0.25,0.375,0.5,0.75,1 above the core's]
+    #[arg(long, value_name = "SHARE,...", value_delimiter = ',', requires = "calib")]
+    pub(crate) budgets: Option<Vec<f64>>,
     /// Threshold above which a gate activates its expert, 0 to 1
     #[arg(long, value_name = "SHARE", default_value_t = 0.5)]
     pub(crate) threshold: f32,
@@ -105,6 +117,9 @@ pub(crate) struct Export {
     pub(crate) dtype: Option<GgufType>,
     #[command(flatten)]
     pub(crate) folding: FoldArgs,
+    /// Share of the experts that the copy runs, for a model that stores thresholds by budget [default: the model's]
+    #[arg(long, value_name = "SHARE")]
+    pub(crate) active: Option<f64>,
     /// Replace the output if it exists
     #[arg(long)]
     pub(crate) force: bool,

@@ -7,7 +7,10 @@ use anyhow::{Result, bail};
 use dsmoe_baselines::dsmoe::Routers;
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::config::Config;
-use dsmoe_core::convert::{Calibration, ConvertOptions, PartitionSpec, RouterStart, convert};
+use dsmoe_core::convert::start::{self, Start, StartSettings, default_width};
+use dsmoe_core::convert::{
+    Calibration, ConvertOptions, ConvertProgress, PartitionSpec, RouterStart, convert,
+};
 use dsmoe_router::{GateValue, RouterConfig, RouterInit};
 use serde::Serialize;
 
@@ -15,6 +18,7 @@ use crate::calibration::{self, Stages};
 use crate::cli::model::Convert;
 use crate::files::lossy;
 use crate::format;
+use crate::models::show_config_notices;
 use crate::ui::Ui;
 
 /// Experts per layer by default.
@@ -32,6 +36,9 @@ struct Report {
     router_init: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     active_target: Option<f64>,
+    /// The share of experts that ran on calibration text that they were not fitted to.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    calibrated_active: Option<f64>,
     params_total: u64,
     params_router: u64,
     bytes: u64,
@@ -41,9 +48,20 @@ struct Report {
 pub(crate) fn run(args: &Convert, ui: &mut Ui) -> Result<()> {
     let calibrated = !args.calibration.calib.is_empty();
     let routers = args.router_init.unwrap_or(match calibrated {
-        true => Routers::Calibrated,
+        true => Routers::Fitted,
         false => Routers::Untrained(RouterInit::Random),
     });
+    let of_start = args.core.is_some() || args.ridge.is_some() || args.budgets.is_some();
+    if of_start && routers != Routers::Fitted {
+        bail!(
+            "--core, --ridge and --budgets are of --router-init fitted; leave them or --router-init {routers} out"
+        );
+    }
+    if routers == Routers::Fitted && args.partition.is_some() {
+        bail!(
+            "--router-init fitted chooses the experts; leave --partition out, or use --router-init calibrated"
+        );
+    }
     let partition = args.partition.clone().unwrap_or(match calibrated {
         true => PartitionSpec::Clusters,
         false => PartitionSpec::Contiguous,
@@ -54,23 +72,30 @@ pub(crate) fn run(args: &Convert, ui: &mut Ui) -> Result<()> {
     let start = match (routers, calibrated, args.active_target) {
         (Routers::Untrained(init), false, _) => RouterStart::Init(init),
         (Routers::Untrained(init), true, _) => bail!(
-            "--router-init {init} does not read --calib; leave one of them out, or use --router-init calibrated"
+            "--router-init {init} does not read --calib; leave one of them out, or use --router-init fitted"
         ),
-        (Routers::Calibrated, false, _) => {
-            bail!("--router-init calibrated needs text; name it with --calib PATH")
+        (Routers::Calibrated | Routers::Fitted, false, _) => {
+            bail!("--router-init {routers} needs text; name it with --calib PATH")
         }
-        (Routers::Calibrated, true, None) => {
+        (Routers::Calibrated | Routers::Fitted, true, None) => {
             bail!(
                 "--calib needs the share of experts that the routers open; give --active-target, such as 0.375"
             )
         }
-        (Routers::Calibrated, true, Some(active)) => {
+        (Routers::Calibrated | Routers::Fitted, true, Some(active)) => {
             let config = Config::load(&args.model)?;
             let sequences = calibration::read(&args.calibration, &args.model, &config, args.seed, ui)?;
             RouterStart::Calibrated(Calibration { sequences, active })
         }
     };
-    let num_experts = args.experts.map_or(DEFAULT_EXPERTS, |experts| experts as usize);
+    let num_experts = match (args.experts, routers) {
+        (Some(experts), _) => experts as usize,
+        (None, Routers::Fitted) => {
+            let config = Config::load(&args.model)?;
+            config.intermediate / default_width(config.layers().map(|shape| shape.intermediate))
+        }
+        (None, _) => DEFAULT_EXPERTS,
+    };
     let router = RouterConfig {
         num_experts,
         threshold: args.threshold,
@@ -92,11 +117,19 @@ pub(crate) fn run(args: &Convert, ui: &mut Ui) -> Result<()> {
     };
     let started = Instant::now();
     let mut stages = Stages::new(ui);
-    let done = convert(&args.model, &args.out, &options, &mut |at| stages.set(at.stage, at.done, at.total));
+    let mut shown = |at: ConvertProgress| stages.set(at.stage, at.done, at.total);
+    let done = match &options.routers {
+        RouterStart::Calibrated(text) if routers == Routers::Fitted => {
+            let fit = fitted(args, &options, text);
+            start::start(&args.model, &args.out, &fit, &mut shown)
+                .map(|done| (done.report, Some(done.active)))
+        }
+        _ => convert(&args.model, &args.out, &options, &mut shown).map(|done| (done, None)),
+    };
     stages.finish();
-    let done = done?;
+    let (done, calibrated_active) = done?;
+    show_config_notices(&Config::load(&args.model)?, ui);
     let config = Config::load(&args.out)?;
-    config.notices().iter().for_each(|notice| ui.note(notice));
     if config.architecture.norms_after() {
         ui.note(format_args!(
             "a norm follows the FFN in {}: it undoes common factors of the active experts, such as those of --rescale",
@@ -111,6 +144,7 @@ pub(crate) fn run(args: &Convert, ui: &mut Ui) -> Result<()> {
         partition: options.partition.to_string(),
         router_init: routers.to_string(),
         active_target: args.active_target,
+        calibrated_active,
         params_total: Accounting::of(&config).total,
         params_router: done.router_params,
         bytes: done.bytes,
@@ -132,4 +166,23 @@ pub(crate) fn run(args: &Convert, ui: &mut Ui) -> Result<()> {
             format::bytes((report.bytes as f64 / report.seconds.max(1e-9)) as u64)
         )
     })
+}
+
+/// Returns the fitted start that the arguments describe.
+fn fitted(args: &Convert, options: &ConvertOptions, text: &Calibration) -> Start {
+    let mut settings = StartSettings::default();
+    settings.core = args.core.unwrap_or(settings.core);
+    settings.least_squares = match args.ridge {
+        Some(ridge) => Some(ridge).filter(|ridge| *ridge != 0.0),
+        None => settings.least_squares,
+    };
+    settings.budgets = args.budgets.clone();
+    Start {
+        sequences: text.sequences.clone(),
+        active: text.active,
+        router: options.router.clone(),
+        settings,
+        seed: args.seed,
+        force: args.force,
+    }
 }

@@ -16,11 +16,12 @@ use dsmoe_train::eval::{EvalOptions, evaluate_detailed};
 use dsmoe_train::metrics::last_evaluation;
 use serde::Serialize;
 
+use crate::cli::gates::GateArgs;
 use crate::cli::model::{Export, Form};
 use crate::evaluation::measure;
 use crate::files::lossy;
 use crate::format;
-use crate::models::{load_inference, tokenizer};
+use crate::models::{load_inference, show_config_notices, tokenizer};
 use crate::progress::{Progress, Unit};
 use crate::texts::{find, load};
 use crate::ui::Ui;
@@ -70,6 +71,12 @@ pub(crate) fn run(args: &Export, ui: &mut Ui) -> Result<()> {
     if args.folding.fold.is_some() && !matches!(args.form, Form::Core(ExportAs::Dense)) {
         bail!("--fold leaves the gates out, which only --as dense does; leave it out");
     }
+    if args.active.is_some() && !matches!(args.form, Form::Core(_)) {
+        bail!(
+            "--active chooses among the budgets of a DSMoE model, which --as hf and native keep; leave it out"
+        );
+    }
+    show_config_notices(&Config::load(&args.model)?, ui);
     let folding = args.folding.fold.map(|_| Folding::measure(args, ui)).transpose()?;
     let mut report = ExportReport {
         model: args.model.clone(),
@@ -108,6 +115,7 @@ fn write(args: &Export, folding: Option<&Folding>, report: &mut ExportReport, ui
             let options = ExportOptions {
                 dtype,
                 force: args.force,
+                active: args.active,
                 fold: folding.map(|folding| folding.means.clone()),
                 measured: measured(args, folding),
                 ..ExportOptions::new(form)
@@ -168,7 +176,7 @@ impl Folding {
             ids.append(&mut of_source);
         }
         let options = EvalOptions::new(SEQ.min(config.max_position));
-        let model = load_inference(&args.model, Precision::F32, Device::Cpu, None)?;
+        let model = load_inference(&args.model, Precision::F32, Device::Cpu, GateArgs::default())?;
         let mut progress = Progress::new(ui, "measuring gates", Unit::Windows, 0);
         let found = evaluate_detailed(&model, &ids, options, &mut |done, total| {
             progress.set(done as u64, total as u64, "");

@@ -10,7 +10,7 @@ use super::chat::conversation;
 use crate::cli::generate::Generate;
 use crate::files;
 use crate::format;
-use crate::models::{default_precision, load_inference, tokenizer_files, tokenizer_of};
+use crate::models::{default_precision, load_inference, show_config_notices, tokenizer_files, tokenizer_of};
 use crate::ui::Ui;
 
 #[derive(Debug, Serialize)]
@@ -37,6 +37,7 @@ struct GenerateReport {
 pub(crate) fn run(args: &Generate, ui: &mut Ui) -> Result<()> {
     // A wrong prompt is reported before the weights are read.
     let config = Config::load(&args.model)?;
+    show_config_notices(&config, ui);
     let files = tokenizer_files(&args.model)?;
     let tokenizer = tokenizer_of(&files, &config, ui)?;
     let Prompt { text: prompt, ids: prompt_ids, end } = match args.chat.chat {
@@ -54,7 +55,7 @@ pub(crate) fn run(args: &Generate, ui: &mut Ui) -> Result<()> {
         Some(dtype) => dtype,
         None => default_precision(args.device, Checkpoint::open(&args.model)?.precision()),
     };
-    let model = load_inference(&args.model, dtype, args.device, args.threshold)?;
+    let model = load_inference(&args.model, dtype, args.device, args.gates)?;
     let options = GenerateOptions {
         max_tokens: args.max_tokens,
         temperature: args.temperature,
@@ -70,10 +71,7 @@ pub(crate) fn run(args: &Generate, ui: &mut Ui) -> Result<()> {
     };
 
     // The first new token decodes with the prompt before it: some tokenizers drop a space at the very beginning.
-    let mut decoder = tokenizer.stream();
-    for &id in &prompt_ids {
-        decoder.push(id)?;
-    }
+    let mut decoder = tokenizer.stream(&prompt_ids)?;
     let mut text = StoppedText::new(&args.stop);
     let mut failure = None;
     let generation = generate(&model, &prompt_ids, &options, |id| {
@@ -81,11 +79,16 @@ pub(crate) fn run(args: &Generate, ui: &mut Ui) -> Result<()> {
         if stop_ids.contains(&id) {
             return false;
         }
-        let shown = decoder.push(id).map_err(anyhow::Error::from).and_then(|piece| {
-            let ready = text.push(piece.as_deref().unwrap_or(""));
+        let mut show = || -> Result<()> {
+            let mut piece = decoder.push(id)?.unwrap_or_default();
+            // A stop text may be among what the decoder holds back.
+            if piece.is_empty() && !args.stop.is_empty() {
+                piece = Some(decoder.held()?).filter(|held| text.would_stop(held)).unwrap_or_default();
+            }
+            let ready = text.push(&piece);
             if !ui.json && !ready.is_empty() { ui.text(ready) } else { Ok(()) }
-        });
-        failure = shown.err();
+        };
+        failure = show().err();
         failure.is_none() && !text.stopped
     })?;
     if let Some(failure) = failure {
@@ -101,15 +104,6 @@ pub(crate) fn run(args: &Generate, ui: &mut Ui) -> Result<()> {
     if !ui.json {
         ui.text(text.finish())?;
         ui.text("\n")?;
-    }
-
-    let mut shown = text.text;
-    if !text.stopped && shown.contains('\u{FFFD}') {
-        // What was shown in pieces can differ from the whole where bytes are no UTF-8.
-        let all = tokenizer.decode(&[&prompt_ids[..], &generation.tokens].concat(), true)?;
-        if let Some(whole) = all.strip_prefix(&tokenizer.decode(&prompt_ids, true)?) {
-            shown = whole.to_owned();
-        }
     }
 
     let summary = generation.stats.as_ref().map(|stats| stats.summary());
@@ -136,7 +130,7 @@ pub(crate) fn run(args: &Generate, ui: &mut Ui) -> Result<()> {
         active_ratio_per_layer: summary.map(|summary| summary.active_ratio_per_layer),
         token_ids: [&prompt_ids[..], &generation.tokens].concat(),
         new_token_ids: generation.tokens,
-        text: shown,
+        text: text.text,
         prompt,
     };
     if ui.json {
@@ -191,6 +185,12 @@ struct StoppedText<'a> {
 impl StoppedText<'_> {
     fn new(stops: &[String]) -> StoppedText<'_> {
         StoppedText { stops, text: String::new(), shown: 0, stopped: false }
+    }
+
+    /// Returns whether the text would end if this piece came next.
+    fn would_stop(&self, piece: &str) -> bool {
+        let text = format!("{}{piece}", self.text);
+        self.stops.iter().any(|stop| text.contains(stop))
     }
 
     /// Adds a piece, and returns the text that can no longer belong to a stop text.

@@ -69,7 +69,21 @@ struct InspectReport {
 struct Experts {
     num_experts: usize,
     expert_width: usize,
-    threshold: f32,
+    /// None where thresholds are stored by layer and budget.
+    threshold: Option<f32>,
+    /// Leading experts of each layer that always run; empty without a core.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    core: Vec<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    router_rank: Option<usize>,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    correction: bool,
+    /// Shares of the experts that thresholds are stored for.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    budgets: Vec<f64>,
+    /// The budget whose thresholds hold.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    budget: Option<f64>,
     gate_value: String,
     rescale: String,
     zero_active: String,
@@ -205,7 +219,12 @@ fn experts(config: &Config) -> Option<Experts> {
     Some(Experts {
         num_experts: moe.router.num_experts,
         expert_width: config.intermediate / moe.router.num_experts,
-        threshold: moe.router.threshold,
+        threshold: moe.threshold(),
+        core: moe.parts.core.clone(),
+        router_rank: moe.parts.router_rank,
+        correction: moe.parts.correction,
+        budgets: moe.parts.budgets.iter().map(|budget| budget.active).collect(),
+        budget: moe.budget(),
         gate_value: moe.router.gate_value.to_string(),
         rescale: moe.router.rescale.to_string(),
         zero_active: moe.router.zero_active.to_string(),
@@ -217,6 +236,29 @@ fn experts(config: &Config) -> Option<Experts> {
         .to_owned(),
         router_bias: moe.router_bias,
     })
+}
+
+impl Experts {
+    /// Describes when a gate is open.
+    fn thresholds(&self) -> String {
+        let list = || self.budgets.iter().map(f64::to_string).collect::<Vec<_>>().join(", ");
+        match (self.threshold, self.budget) {
+            (None, Some(budget)) => format!("thresholds for budgets {} (in use: {budget})", list()),
+            (threshold, _) => format!("threshold {}", threshold.unwrap_or_default()),
+        }
+    }
+
+    /// Describes what the layers have beside routed experts; none without such parts.
+    fn beside(&self) -> Option<String> {
+        let mut parts = Vec::new();
+        if let (Some(least), Some(most)) = (self.core.iter().min(), self.core.iter().max()) {
+            let core = if least == most { least.to_string() } else { format!("{least}-{most}") };
+            parts.push(format!("a core of {core} experts that always run"));
+        }
+        parts.extend(self.router_rank.map(|rank| format!("routers of rank {rank}")));
+        parts.extend(self.correction.then(|| "a correction of the output".to_owned()));
+        (!parts.is_empty()).then(|| parts.join(", "))
+    }
 }
 
 fn layers(config: &Config, checkpoint: &Checkpoint, masks: Option<&Masks>) -> Vec<Layer> {
@@ -326,18 +368,21 @@ fn show(report: &InspectReport) -> String {
         fields.push((
             "experts",
             format!(
-                "{} of width {} per layer, {} partition, threshold {}, {} gates, rescale {}, {} at zero active, \
+                "{} of width {} per layer, {} partition, {}, {} gates, rescale {}, {} at zero active, \
                  router {bias} bias{}",
                 experts.num_experts,
                 experts.expert_width,
                 experts.partition,
-                experts.threshold,
+                experts.thresholds(),
                 experts.gate_value,
                 experts.rescale,
                 experts.zero_active,
                 if experts.ste { "" } else { ", no STE" }
             ),
         ));
+        if let Some(beside) = experts.beside() {
+            fields.push(("beside", beside));
+        }
     }
     if let Some(ffn) = &report.ffn {
         let active = match ffn.active_experts {

@@ -31,7 +31,10 @@ pub(crate) fn run(cli: Cli, ui: &mut Ui) -> Result<ExitCode> {
     static POOL: Once = Once::new();
     let mut started = Ok(());
     POOL.call_once(|| {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(cli.threads.map_or(0, usize::from));
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(cli.threads.map_or(0, usize::from))
+            // Commands run on these threads; see `on_worker`.
+            .stack_size(8 << 20);
         started = pool.build_global();
     });
     started.context("cannot start the worker threads; use a smaller --threads")?;
@@ -43,13 +46,19 @@ pub(crate) fn run(cli: Cli, ui: &mut Ui) -> Result<ExitCode> {
         Command::Export(args) => export::run(args, ui)?,
         Command::Import(args) => import::run(args, ui)?,
         Command::Train(args) => return train::run(args, cli.threads, ui),
-        Command::Eval(args) => return eval::run(args, ui),
-        Command::Generate(args) => generate::run(args, ui)?,
+        Command::Eval(args) => return on_worker(|| eval::run(args, ui)),
+        Command::Generate(args) => on_worker(|| generate::run(args, ui))?,
         Command::Init(args) => init::run(args, ui)?,
         Command::Doctor(args) => doctor::run(args, ui)?,
-        Command::Bench(args) => return bench::run(args, ui),
+        Command::Bench(args) => return on_worker(|| bench::run(args, ui)),
         Command::Data(args) => return data::run(args, ui),
         Command::Reproduce(args) => return reproduce::run(args, ui),
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Runs `work` on a thread of the pool: every parallel op of a thread outside would wake the pool and sleep until it is
+/// done, which costs more than a small op.
+fn on_worker<R: Send>(work: impl FnOnce() -> R + Send) -> R {
+    rayon::scope(|_| work())
 }

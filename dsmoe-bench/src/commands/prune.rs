@@ -14,6 +14,7 @@ use crate::calibration::{self, CalibrationReport, Stages};
 use crate::cli::prune::Prune;
 use crate::files::lossy;
 use crate::format;
+use crate::models::show_config_notices;
 use crate::ui::Ui;
 
 #[derive(Debug, Serialize)]
@@ -48,6 +49,7 @@ pub(crate) fn run(args: &Prune, ui: &mut Ui) -> Result<()> {
     let method = method(&args.method)?;
     let configured = method.configure(&read_settings(args.set.iter().map(String::as_str))?)?;
     let config = Config::load(&args.model)?;
+    show_config_notices(&config, ui);
     let dense = Accounting::of(&config).total;
     let plan = configured.plan(&config, args.budget)?;
     let out = args.out.as_deref().filter(|_| !args.dry_run);

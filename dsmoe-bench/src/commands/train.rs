@@ -19,7 +19,7 @@ use crate::files::lossy;
 use crate::format;
 use crate::interrupts::{INTERRUPTED, STOP, catch_interrupts};
 use crate::memory;
-use crate::models::{load_model, tokenizer};
+use crate::models::{load_model, show_config_notices, tokenizer};
 use crate::texts::{Text, load, open, total_bytes};
 #[cfg(feature = "cuda")]
 use crate::training::host_plan;
@@ -69,6 +69,7 @@ pub(crate) fn run(args: &Train, threads: Option<u16>, ui: &mut Ui) -> Result<Exi
     let help = "use a smaller --batch and a larger --accumulate";
     memory::check("training", plan.memory_bytes, memory::total(), help)?;
     let model = load_model(&args.model)?;
+    show_config_notices(model.config(), ui);
     let tokenizer = tokenizer(&args.model, model.config(), ui)?;
     let sources = load(&texts, &tokenizer, config.bos, args.data.cache.as_deref(), ui)?;
     let filter = texts.len() > 1 || config.near_duplicates == Some(NearDuplicates::Drop);

@@ -7,14 +7,15 @@ use dsmoe_core::{Device, Inference};
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::expert_ffn::{PackedWeights, Scratch, Weights};
 use dsmoe_kernels::rng::Rng;
+use dsmoe_router::Routing;
 
 use crate::cli::bench::{Choice, Routes, Suite};
 use crate::cli::values::word;
 use crate::timing::decode::{active_share, decode};
-use crate::timing::ffn;
+use crate::timing::ffn::{self, Shape};
 use crate::timing::matmul::{self, Layout, Product};
 use crate::timing::model::{Sizes, configs, random_model, reach_share};
-use crate::timing::ops::{OPS, Op, Shape};
+use crate::timing::ops::{self, OPS, Op};
 use crate::timing::routing::routing;
 use crate::timing::train::Run;
 use crate::timing::values::{random, random_ids};
@@ -84,13 +85,17 @@ const PRODUCTS: [Named; 7] = [
     ("kernels/matmul_bf16/backward_weight", || product(Precision::Bf16, Layout::BackwardWeight)),
 ];
 
-const FFN: [Named; 6] = [
+const FFN: [Named; 10] = [
     ("ffn/dense_f32/forward", || ffn_forward(Precision::F32, None)),
-    ("ffn/dsmoe_f32/forward", || ffn_forward(Precision::F32, Some(ACTIVE))),
+    ("ffn/dsmoe_f32/forward", || ffn_forward(Precision::F32, Some(COARSE))),
+    ("ffn/width16_f32/forward", || ffn_forward(Precision::F32, Some(WIDTH_16))),
     ("ffn/dense_bf16/forward", || ffn_forward(Precision::Bf16, None)),
-    ("ffn/dsmoe_bf16/forward", || ffn_forward(Precision::Bf16, Some(ACTIVE))),
-    ("ffn/dense_f32/train", || ffn_train(false)),
-    ("ffn/dsmoe_f32/train", || ffn_train(true)),
+    ("ffn/dsmoe_bf16/forward", || ffn_forward(Precision::Bf16, Some(COARSE))),
+    ("ffn/width16_bf16/forward", || ffn_forward(Precision::Bf16, Some(WIDTH_16))),
+    ("ffn/width32_bf16/forward", || ffn_forward(Precision::Bf16, Some(WIDTH_32))),
+    ("ffn/dense_f32/train", || ffn_train(None)),
+    ("ffn/dsmoe_f32/train", || ffn_train(Some(COARSE))),
+    ("ffn/width16_f32/train", || ffn_train(Some(WIDTH_16))),
 ];
 
 const TRAIN: [Named; 3] = [
@@ -111,12 +116,16 @@ const TOKENS: usize = 256;
 const HIDDEN: usize = 512;
 const SEQ: usize = 128;
 /// The sizes of ops.
-const SHAPE: Shape = Shape { tokens: TOKENS, hidden: HIDDEN, vocab: 1024, seq: SEQ };
+const SHAPE: ops::Shape = ops::Shape { tokens: TOKENS, hidden: HIDDEN, vocab: 1024, seq: SEQ };
 const INTERMEDIATE: usize = 1024;
 const EXPERTS: usize = 8;
 /// The active share, 3 of 8.
 const ACTIVE: f64 = 0.375;
 const FFN_TOKENS: usize = 64;
+/// Cuts of the FFN: wide experts without a core, and narrow ones, half of whose active share is a core.
+const COARSE: Shape = Shape { experts: EXPERTS, core: 0 };
+const WIDTH_16: Shape = Shape { experts: INTERMEDIATE / 16, core: 12 };
+const WIDTH_32: Shape = Shape { experts: INTERMEDIATE / 32, core: 6 };
 /// Sizes of the models: hidden, intermediate, layers, heads, kv_heads, vocabulary.
 const SIZES: Sizes = [128, 512, 2, 4, 2, 512];
 const PROMPT: usize = 8;
@@ -139,27 +148,34 @@ fn ffn_weights() -> [Vec<f32>; 3] {
     [1, 2, 3].map(|seed| random(HIDDEN * INTERMEDIATE, 1.0 / (HIDDEN as f32).sqrt(), seed))
 }
 
-/// Runs forward on packed weights; with an active share, in experts.
-fn ffn_forward(precision: Precision, active: Option<f64>) -> Result<Task> {
+/// Makes a routing of the experts outside the core at the active share.
+fn ffn_routing(shape: Shape) -> Routing {
+    let open = (ACTIVE * shape.experts as f64 - shape.core as f64) / shape.routed() as f64;
+    routing(Routes::Random, FFN_TOKENS, shape.routed(), open)
+}
+
+/// Runs forward on packed weights, dense or in experts.
+fn ffn_forward(precision: Precision, shape: Option<Shape>) -> Result<Task> {
     let [gate, up, down] = ffn_weights();
     let weights = Weights { gate: &gate, up: &up, down: &down, biases: None };
-    let experts = if active.is_some() { EXPERTS } else { 1 };
-    let packed = PackedWeights::new(precision, &weights, HIDDEN, INTERMEDIATE, experts);
+    let layer = ffn::Layer { hidden: HIDDEN, intermediate: INTERMEDIATE, precision };
+    let packed = PackedWeights::new(precision, &weights, layer.dims(0, shape.unwrap_or(Shape::DENSE)));
     let x = random(FFN_TOKENS * HIDDEN, 1.0, 4);
     let (mut y, mut scratch) = (vec![0.0; x.len()], Scratch::default());
-    let routing = active.map(|active| routing(Routes::Random, FFN_TOKENS, EXPERTS, active));
+    let routing = shape.map(ffn_routing);
     task(move || ffn::forward(&mut y, &x, &packed, routing.as_ref(), &mut scratch))
 }
 
 /// Runs forward and backward in f32.
-fn ffn_train(experts: bool) -> Result<Task> {
+fn ffn_train(shape: Option<Shape>) -> Result<Task> {
     let [gate, up, down] = ffn_weights();
     let [x, dy] = [4, 5].map(|seed| random(FFN_TOKENS * HIDDEN, 1.0, seed));
     let layer = ffn::Layer { hidden: HIDDEN, intermediate: INTERMEDIATE, precision: Precision::F32 };
     let mut pass = ffn::TrainPass::new(layer, FFN_TOKENS);
-    let routing = experts.then(|| routing(Routes::Random, FFN_TOKENS, EXPERTS, ACTIVE));
+    let routing = shape.map(|shape| (ffn_routing(shape), shape.core));
     task(move || {
-        pass.run(&x, &dy, &Weights { gate: &gate, up: &up, down: &down, biases: None }, routing.as_ref())
+        let weights = Weights { gate: &gate, up: &up, down: &down, biases: None };
+        pass.run(&x, &dy, &weights, routing.as_ref().map(|(routing, core)| (routing, *core)))
     })
 }
 

@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use dsmoe_baselines::{Budget, Configured, Plan, SettingValues, method};
 use dsmoe_core::accounting::Accounting;
-use dsmoe_core::config::{Config, MoeConfig, PartitionKind};
+use dsmoe_core::config::{Config, MoeConfig};
 use dsmoe_core::init::LlamaSizes;
 use dsmoe_router::RouterConfig;
 use dsmoe_train::TrainConfig;
@@ -488,13 +488,7 @@ impl Profile {
 /// Returns `dense` with a router of that many experts before every FFN.
 pub(crate) fn gated(dense: &Config, experts: usize) -> Config {
     let mut config = dense.clone();
-    config.moe = Some(MoeConfig {
-        router: RouterConfig::new(experts),
-        partition: PartitionKind::Contiguous,
-        router_bias: false,
-        active_target: None,
-        untrained: false,
-    });
+    config.moe = Some(MoeConfig::new(RouterConfig::new(experts)));
     config
 }
 

@@ -10,6 +10,7 @@ use dsmoe_core::{Device, Inference};
 use dsmoe_kernels::Precision;
 
 use super::records::Speed;
+use crate::cli::gates::GateArgs;
 use crate::files::read_json;
 use crate::models::{default_precision, load_inference};
 use crate::timing::resident::Mark;
@@ -32,7 +33,8 @@ pub(crate) fn run(
     ui: &mut Ui,
 ) -> Result<()> {
     let mark = Mark::now();
-    let model = load_inference(dir, default_precision(device, Precision::F32), device, threshold)?;
+    let gates = GateArgs { threshold, active: None };
+    let model = load_inference(dir, default_precision(device, Precision::F32), device, gates)?;
     let config = model.config();
     let ids: Vec<u32> = read_json(ids)?;
     let seq = SEQUENCE.min(config.max_position).min(ids.len());

@@ -23,6 +23,9 @@ pub(crate) fn check(args: &Ffn) -> Result<()> {
     args.tokens.iter().try_for_each(|&tokens| check_size("tokens", tokens.max(1)))?;
     args.experts.iter().try_for_each(|&experts| check_experts(experts, args.intermediate))?;
     args.active.iter().try_for_each(|&active| check_active(active))?;
+    if !(0.0..=1.0).contains(&args.core) {
+        bail!("--core {} is not a share; use 0 to 1", args.core);
+    }
     if let Some(&experts) = args.experts.iter().max()
         && let Some(&tokens) = args.tokens.iter().max()
         && u32::try_from(experts as u128 * tokens as u128).is_err()
@@ -33,7 +36,8 @@ pub(crate) fn check(args: &Ffn) -> Result<()> {
     let tokens = args.tokens.iter().max().map_or(0, |&tokens| tokens as u128);
     // The weights and a copy for each number of experts and the dense one, or with their gradients; four rows of
     // each width per token, and as much again for the parts of a product.
-    let copies = if args.backward { 2 } else { 2 + args.experts.len() as u128 };
+    let shapes = args.experts.len() * if args.core > 0.0 { args.active.len() } else { 1 };
+    let copies = if args.backward { 2 } else { 2 + shapes as u128 };
     check_memory(4 * (3 * hidden * intermediate * copies + 8 * tokens * (hidden + intermediate)))
 }
 
@@ -44,14 +48,17 @@ pub(crate) fn run(args: &Ffn, output: &mut Output<'_>) -> Result<()> {
     let weights = Weights { gate: &gate, up: &up, down: &down, biases: None };
     for &precision in args.common.precisions(&BOTH) {
         let layer = Layer { hidden, intermediate, precision };
-        let pack = |experts| PackedWeights::new(precision, &weights, hidden, intermediate, experts);
+        let shapes = shapes(args);
         // The dense FFN is the first.
         let packed: Vec<PackedWeights> = match args.backward {
             true => Vec::new(),
-            false => [1].iter().chain(&args.experts).map(|&experts| pack(experts)).collect(),
+            false => std::iter::once(Shape::DENSE)
+                .chain(shapes.iter().copied())
+                .map(|shape| PackedWeights::new(precision, &weights, layer.dims(0, shape)))
+                .collect(),
         };
         for &tokens in &args.tokens {
-            let contestants = contestants(args, tokens);
+            let contestants = contestants(args, &shapes, tokens);
             let measured = match args.backward {
                 true => layer.train(tokens, &contestants, &weights, args),
                 false => layer.infer(tokens, &contestants, &packed, args),
@@ -63,26 +70,77 @@ pub(crate) fn run(args: &Ffn, output: &mut Output<'_>) -> Result<()> {
     Ok(())
 }
 
+/// The cut of an FFN into experts.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Shape {
+    pub(crate) experts: usize,
+    /// The leading experts that run for every token.
+    pub(crate) core: usize,
+}
+
+impl Shape {
+    pub(crate) const DENSE: Shape = Shape { experts: 1, core: 0 };
+
+    /// Returns the shape of `experts` experts, a share `active` of which runs; random routings leave a part to the core.
+    fn new(args: &Ffn, experts: usize, active: f64) -> Shape {
+        let part = if args.routing == Routes::Random { args.core } else { 0.0 };
+        Shape { experts, core: (experts as f64 * active * part).round() as usize }
+    }
+
+    /// Counts the experts outside the core.
+    pub(crate) fn routed(self) -> usize {
+        self.experts - self.core
+    }
+
+    /// Returns the share of a token's experts that run, of which `active` are outside the core.
+    fn share(self, active: f64) -> f64 {
+        (self.core as f64 + active) / self.experts as f64
+    }
+}
+
 /// A routing to time.
 struct Contestant {
-    /// Index of the number of experts.
+    shape: Shape,
+    /// Index of the shape.
     index: usize,
     /// The share of active pairs asked for.
     active: f64,
+    /// Of the experts outside the core.
     routing: Routing,
 }
 
-fn contestants(args: &Ffn, tokens: usize) -> Vec<Contestant> {
+/// Returns the shares of `experts` experts that are active in a routing.
+fn shares(args: &Ffn, experts: usize) -> Vec<f64> {
+    match args.routing {
+        Routes::Random => args.active.clone(),
+        Routes::OneExpert => vec![1.0 / experts as f64],
+        Routes::None => vec![0.0],
+    }
+}
+
+/// Lists the shapes that are timed.
+fn shapes(args: &Ffn) -> Vec<Shape> {
+    let mut shapes = Vec::new();
+    for &experts in &args.experts {
+        for active in shares(args, experts) {
+            let shape = Shape::new(args, experts, active);
+            if !shapes.contains(&shape) {
+                shapes.push(shape);
+            }
+        }
+    }
+    shapes
+}
+
+fn contestants(args: &Ffn, shapes: &[Shape], tokens: usize) -> Vec<Contestant> {
     let mut contestants = Vec::new();
-    for (index, &experts) in args.experts.iter().enumerate() {
-        let shares = match args.routing {
-            Routes::Random => args.active.clone(),
-            Routes::OneExpert => vec![1.0 / experts as f64],
-            Routes::None => vec![0.0],
-        };
-        for active in shares {
-            let routing = routing(args.routing, tokens, experts, active);
-            contestants.push(Contestant { index, active, routing });
+    for &experts in &args.experts {
+        for active in shares(args, experts) {
+            let shape = Shape::new(args, experts, active);
+            let index = shapes.iter().position(|&other| other == shape).expect("every shape is listed");
+            let open = (experts as f64 * active - shape.core as f64).max(0.0);
+            let routing = routing(args.routing, tokens, shape.routed(), open / shape.routed().max(1) as f64);
+            contestants.push(Contestant { shape, index, active, routing });
         }
     }
     contestants
@@ -115,7 +173,7 @@ impl Measured {
     }
 }
 
-/// Runs inference on packed weights: in experts if there is a routing.
+/// Runs inference on packed weights: dense, or with a routing of the experts outside the core.
 pub(crate) fn forward(
     y: &mut [f32],
     x: &[f32],
@@ -123,25 +181,10 @@ pub(crate) fn forward(
     routing: Option<&Routing>,
     scratch: &mut Scratch,
 ) {
-    let (hidden, intermediate) = (weights.hidden(), weights.intermediate());
-    let dims = dims(x.len() / hidden, hidden, intermediate, routing);
+    let dims = Dims { tokens: x.len() / weights.dims().hidden, ..weights.dims() };
     let routes = routing.map(routes);
     let pairs = routes.as_ref().map_or(Pairs::Dense, Pairs::Routed);
     expert_ffn::ForwardPacked { y, x, weights, pairs, dims, scratch }.run();
-}
-
-fn dims(tokens: usize, hidden: usize, intermediate: usize, routing: Option<&Routing>) -> Dims {
-    match routing {
-        None => Dims::dense(tokens, hidden, intermediate, Activation::Silu),
-        Some(routing) => Dims {
-            tokens,
-            hidden,
-            intermediate,
-            num_experts: routing.num_experts,
-            all_pairs: true,
-            activation: Activation::Silu,
-        },
-    }
 }
 
 /// The memory of a training pass.
@@ -163,10 +206,18 @@ impl TrainPass {
         TrainPass { layer, y, dx, dcoefficients: Vec::new(), grads, saved, scratch }
     }
 
-    /// Runs forward and backward: in experts if there is a routing.
-    pub(crate) fn run(&mut self, x: &[f32], dy: &[f32], weights: &Weights<'_>, routing: Option<&Routing>) {
-        let Layer { hidden, intermediate, .. } = self.layer;
-        let dims = dims(x.len() / hidden, hidden, intermediate, routing);
+    /// Runs forward and backward: dense, or with a routing of the experts outside a core of `core`.
+    pub(crate) fn run(
+        &mut self,
+        x: &[f32],
+        dy: &[f32],
+        weights: &Weights<'_>,
+        routing: Option<(&Routing, usize)>,
+    ) {
+        let shape = routing
+            .map_or(Shape::DENSE, |(routing, core)| Shape { experts: routing.num_experts + core, core });
+        let routing = routing.map(|(routing, _)| routing);
+        let dims = self.layer.dims(x.len() / self.layer.hidden, shape);
         let routes = routing.map(routes);
         let TrainPass { y, dx, dcoefficients, grads: [gate, up, down], saved, scratch, .. } = self;
         dcoefficients.resize(routing.map_or(0, |routing| routing.num_tokens * routing.num_experts), 0.0);
@@ -184,6 +235,11 @@ impl TrainPass {
 }
 
 impl Layer {
+    pub(crate) fn dims(self, tokens: usize, Shape { experts, core }: Shape) -> Dims {
+        let dense = Dims::dense(tokens, self.hidden, self.intermediate, Activation::Silu);
+        Dims { num_experts: experts, core, ..dense }
+    }
+
     fn infer(
         self,
         tokens: usize,
@@ -211,7 +267,7 @@ impl Layer {
         let [x, dy] = &[4, 5].map(|seed| random(tokens * self.hidden, 1.0, seed));
         let pass = &RefCell::new(TrainPass::new(self, tokens));
         let call = |routing| -> Task<'_> { Box::new(move || pass.borrow_mut().run(x, dy, weights, routing)) };
-        let split = contestants.iter().map(|one| call(Some(&one.routing)));
+        let split = contestants.iter().map(|one| call(Some((&one.routing, one.shape.core))));
         let mut tasks: Vec<Task<'_>> = [call(None)].into_iter().chain(split).collect();
         Measured::new(tokens, &mut tasks, args, |task| {
             pass.borrow_mut().grads.iter_mut().for_each(|grad| grad.fill(0.0));
@@ -230,8 +286,9 @@ impl Layer {
         let work = if args.backward { "ffn_train" } else { "ffn" };
         let dense = (None, 1, tokens, 1.0);
         let split = contestants.iter().map(|one| {
-            let touched = experts_in_use(&one.routing) as f64 / one.routing.num_experts as f64;
-            (Some(one), one.routing.num_experts, one.routing.num_routed(), touched)
+            let Shape { experts, core } = one.shape;
+            let touched = one.shape.share(experts_in_use(&one.routing) as f64);
+            (Some(one), experts, one.routing.num_routed() + core * tokens, touched)
         });
         let rows = [dense].into_iter().chain(split).zip(&times).zip(hashes);
         let mut rows: Vec<Row> = rows
@@ -241,7 +298,9 @@ impl Layer {
                 row.intermediate = Some(self.intermediate);
                 row.experts = Some(experts);
                 row.active = Some(contestant.map_or(1.0, |one| one.active));
-                row.active_measured = Some(contestant.map_or(1.0, |one| one.routing.active_ratio()));
+                row.active_measured = Some(contestant.map_or(1.0, |one| {
+                    one.shape.share(one.routing.num_routed() as f64 / tokens.max(1) as f64)
+                }));
                 row.routing = contestant.map(|_| match args.routing {
                     Routes::Random => "random",
                     Routes::OneExpert => "one-expert",

@@ -3,7 +3,7 @@
 use anyhow::{Result, bail};
 use dsmoe_core::Model;
 use dsmoe_core::accounting::Accounting;
-use dsmoe_core::config::{Config, MoeConfig, PartitionKind};
+use dsmoe_core::config::{Config, MoeConfig};
 use dsmoe_core::init::LlamaSizes;
 use dsmoe_router::RouterConfig;
 use rayon::prelude::*;
@@ -53,13 +53,7 @@ pub(crate) fn configs(experts: usize, sizes: Sizes, positions: usize) -> Result<
     let sizes = LlamaSizes { vocab, hidden, intermediate, layers, heads, kv_heads, positions, bos_eos };
     let dense = sizes.config()?;
     let mut dsmoe = dense.clone();
-    dsmoe.moe = Some(MoeConfig {
-        router: RouterConfig::new(experts),
-        partition: PartitionKind::Contiguous,
-        router_bias: true,
-        active_target: None,
-        untrained: false,
-    });
+    dsmoe.moe = Some(MoeConfig { router_bias: true, ..MoeConfig::new(RouterConfig::new(experts)) });
     Ok([dense, dsmoe])
 }
 

@@ -31,3 +31,26 @@ fn trained_models_leave_for_python_or_with_folded_gates() {
     fails(&format!("export leaving --as native {fold}"), &["only --as dense does"]);
     assert_eq!(json_of("export moe --as dense --out left-dense --force")["dense"], "source");
 }
+
+/// The mean factors of experts of which every token runs k.
+#[test]
+fn top_k_models_are_folded() {
+    let (text, calib) = ("--data text.txt --doc-separator <|endoftext|>", "--samples 8 --seq 16");
+    let calib = format!("--calib text.txt --doc-separator <|endoftext|> {calib}");
+    for (method, settings) in [
+        ("llama-moe", "--set construction=sharing-inter"),
+        ("moefication", "--set experts=4 --set epochs=1"),
+        ("random-k", ""),
+    ] {
+        let (model, out) = (format!("topk-{method}"), format!("topk-{method}-dense"));
+        succeeds(&format!("prune dense --method {method} --budget 90% {settings} {calib} --out {model}"));
+        let dense = format!("export {model} --as dense --out {out}");
+        fails(&dense, &["ffn.type is \"topk\", and without its gates", "--as hf", "--fold mean with --data"]);
+        let folded = json_of(&format!("{dense} --fold mean {text}"));
+        assert_eq!(folded["dense"], "folded", "{method}");
+        let eval = |model: &str| json_of(&format!("eval {model} {text}"));
+        assert_eq!(eval(&model)["ppl"], folded["fold"]["ppl_before"], "{method}");
+        assert_eq!(eval(&out)["ppl"], folded["fold"]["ppl_after"], "{method}");
+        assert_eq!(json_of(&format!("inspect {out}"))["model_type"], "llama", "{method}");
+    }
+}

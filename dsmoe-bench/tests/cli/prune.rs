@@ -87,22 +87,48 @@ fn convert_with_text_makes_what_prune_makes() {
     let share = &json_of(&prune("dsmoe", &format!("{text} --out prune-start")))["active_target"];
     let convert = |rest: &str| json_of(&format!("convert dense {text} {rest}"));
     let report = convert(&format!("--active-target {share} --out convert-start"));
-    agrees(&report, &json!({ "partition": "clusters", "router_init": "calibrated" }));
+    agrees(&report, &json!({ "partition": "clusters", "router_init": "fitted", "expert_width": 16 }));
     assert!(weights("prune-start") == weights("convert-start"));
     let config = read("convert-start/config.json");
     assert_eq!(read("prune-start/config.json"), config);
     shows(&config, &[&format!("\"active_target\": {share}")]);
 
     // Options that are given win; those that contradict each other are refused.
-    let own = "--partition contiguous --gate-value sigmoid --active-target 0.5 --out convert-own";
+    let own = "--router-init calibrated --partition contiguous --gate-value sigmoid --active-target 0.5 \
+               --out convert-own";
     agrees(&convert(own), &json!({ "partition": "contiguous", "router_init": "calibrated" }));
     for (rest, parts) in [
         (&text as &str, &["--calib", "--active-target"][..]),
         (&format!("{text} --active-target 0.5 --router-init open"), &["--router-init open", "--calib"]),
         ("--active-target 0.5 --router-init calibrated", &["calibrated needs text", "--calib"]),
+        (&format!("{text} --active-target 0.5 --partition random"), &["--partition", "calibrated"]),
+        (&format!("{text} --active-target 0.5 --router-init calibrated --core 0.5"), &["--core", "fitted"]),
+        (&format!("{text} --active-target 0.5 --budgets 0.1"), &["a budget of 0.1", "core"]),
+        (&format!("{text} --active-target 0.5 --gate-value sigmoid"), &["gates are sigmoid", "binary"]),
         ("--active-target 1.5", &["--active-target 1.5"]),
     ] {
         fails(&format!("convert dense --out convert-none {rest}"), parts);
     }
     is_wrong_usage("convert dense --out convert-none --samples 4");
+    is_wrong_usage("convert dense --out convert-none --core 0.5");
+}
+
+#[test]
+fn budgets_are_chosen_by_share() {
+    let text = format!("{} --seed 2", calibration(16));
+    succeeds(&format!("convert dense {text} --active-target 0.5 --budgets 0.75,1 --experts 8 --out budgets"));
+    let eval =
+        |rest: &str| json_of(&format!("eval budgets --data text.txt --doc-separator {SEPARATOR} {rest}"));
+    let shares =
+        ["", "--active 0.6", "--active 0.75", "--active 1"].map(|rest| number(&eval(rest)["active_ratio"]));
+    assert!(shares.is_sorted_by(|a, b| a < b) && shares[0] > 0.2, "{shares:?}");
+    agrees(&eval("--active 0.75"), &json!({ "budget": 0.75, "threshold": null }));
+    fails("eval budgets --data text.txt --active 0.4", &["outside of the model's budgets", "0.5 to 1"]);
+    fails("eval moe --data text.txt --active 0.5", &["no budgets"]);
+    is_wrong_usage("eval budgets --data text.txt --active 0.75 --threshold 0.5");
+    succeeds("generate budgets --prompt one --max-tokens 4 --active 0.75");
+    succeeds("export budgets --as hf --active 0.75 --out budgets-hf");
+    agrees(&json_of("inspect budgets-hf"), &json!({ "experts": { "budget": 0.75, "core": [2, 2] } }));
+    fails("export budgets --as dense --out budgets-none", &["was trained with gates"]);
+    fails("export budgets --as gguf --active 0.75 --out budgets-none", &["--active"]);
 }

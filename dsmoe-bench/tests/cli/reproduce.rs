@@ -46,7 +46,7 @@ name = "dsmoe"
 role = "dsmoe"
 make = "dsmoe"
 paper = "dsmoe"
-settings = { order = "taylor" }
+settings = { order = "taylor", routers = "calibrated" }
 
 [[method]]
 name = "dsmoe-paper"

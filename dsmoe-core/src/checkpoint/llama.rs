@@ -75,12 +75,15 @@ pub fn norm_names(config: &Config, i: usize) -> [Option<String>; 4] {
 }
 
 /// Opens the weights of the model of `config` in `dir`. Projections that the family stores as one matrix are seen one by
-/// one.
+/// one, and of a model that reads images, too, only the text model is seen.
 ///
 /// # Errors
 /// Those of [`Checkpoint::open`]; a joined matrix has other rows than its projections.
 pub fn open_model(dir: &Path, config: &Config) -> Result<Checkpoint> {
     let mut checkpoint = Checkpoint::open(dir)?;
+    if config.is_part() {
+        checkpoint.keep_text_model()?;
+    }
     if config.family().fused {
         for i in 0..config.num_layers {
             for fused in fused_tensors(config, i) {

@@ -5,6 +5,27 @@ use crate::config::arch::Norms;
 pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
 pub(crate) const HEAD: &str = "lm_head.weight";
 
+/// Beginnings of the names of a model's parts for images.
+const FOR_IMAGES: [&str; 4] =
+    ["vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."];
+/// Beginnings of the names of its text model, with those that the text model has alone: of files of transformers before
+/// 4.52 and of most published ones, of a model without its head, and of transformers since.
+const OF_TEXT: [(&str, &str); 4] = [
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("language_model.", "model."),
+    ("model.language_model.", "model."),
+];
+
+/// Returns the name that a tensor of a model that reads images, too, has in its text model; none for the other parts.
+pub(super) fn name_in_text_model(name: &str) -> Option<String> {
+    if FOR_IMAGES.iter().any(|part| name.starts_with(part)) {
+        return None;
+    }
+    let renamed = OF_TEXT.iter().find_map(|(old, new)| Some(format!("{new}{}", name.strip_prefix(old)?)));
+    Some(renamed.unwrap_or_else(|| name.to_owned()))
+}
+
 /// Returns the full name of a layer's FFN tensor.
 pub(crate) fn ffn_name(layer: usize, name: &str) -> String {
     format!("model.layers.{layer}.mlp.{name}")
@@ -47,12 +68,14 @@ pub(crate) fn attention_name(layer: usize, name: &str) -> String {
 
 /// Returns the name of a layer's router, `[num_experts, hidden]`.
 pub(crate) fn router_name(layer: usize) -> String {
-    format!("model.layers.{layer}.mlp.router.weight")
+    ffn_name(layer, "router.weight")
 }
 
-/// Returns whether a tensor belongs to a layer's FFN and to no projection: a router's tensor or a partition.
+/// Returns whether a tensor belongs to a layer's FFN and is of no projection and no bias: one of a router, of a
+/// correction, or a partition.
 pub fn is_router(name: &str) -> bool {
-    name.contains(".mlp.") && !name.ends_with("_proj.weight") && !name.ends_with("_proj.bias")
+    let of_all = ["_proj.weight", "_proj.bias", ".output_bias"];
+    name.contains(".mlp.") && !of_all.iter().any(|end| name.ends_with(end))
 }
 
 /// Returns the name of a layer's router bias, `[num_experts]`.

@@ -12,7 +12,7 @@ use dsmoe_kernels::mmap::Mmap;
 use serde::Deserialize;
 
 use super::dtype::decode;
-use super::names::is_router;
+use super::names::{is_router, name_in_text_model};
 use super::{Dtype, Header, HeaderEntry, INDEX_FILE, SINGLE_FILE};
 use crate::error::{Error, Result, shown};
 use crate::files::{check_exists, open_regular};
@@ -214,6 +214,20 @@ impl Checkpoint {
         }
         let files = files.into_iter().map(|(_, shard)| shard).collect();
         Ok(Checkpoint { path: dir.to_path_buf(), files, tensors, disputed })
+    }
+
+    /// Keeps the text model of a model that reads images, too, under the names that it has alone.
+    pub(super) fn keep_text_model(&mut self) -> Result<()> {
+        for (name, view) in std::mem::take(&mut self.tensors) {
+            let Some(text) = name_in_text_model(&name) else { continue };
+            if self.tensors.contains_key(&text) {
+                return Err(self.wrong(&name, &view, "is there under two names", "remove one of them"));
+            }
+            self.tensors.insert(text, view);
+        }
+        let disputed = std::mem::take(&mut self.disputed).into_iter();
+        self.disputed = disputed.filter_map(|(name, how)| Some((name_in_text_model(&name)?, how))).collect();
+        Ok(())
     }
 
     /// Replaces a matrix, where there is one of that name, by the matrices of its rows, one after the other.

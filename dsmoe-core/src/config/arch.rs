@@ -47,7 +47,7 @@ pub struct LayerAttention {
 ///   s = attn_scale <q, k>;  s = attn_cap tanh(s / attn_cap);  within the layer's window
 ///   a = softmax(s) v W_o^T + b_o;  Post, Both: a = rms(a);  x += residual_scale a
 ///   h = Pre, Both: rms(x);  Post: x
-///   f = ffn(h);  Post, Both: f = rms(f);  x += residual_scale f
+///   f = ffn(h) + b_output;  Post, Both: f = rms(f);  x += residual_scale f
 /// z = logit_scale rms(x) W_head^T;  z = final_cap tanh(z / final_cap)
 /// rms(x) = x / sqrt(mean(x^2) + eps) (weight + norm_offset)
 /// ```
@@ -59,6 +59,9 @@ pub struct Architecture {
     pub o_bias: bool,
     /// True if the projections of the FFN have biases.
     pub mlp_bias: bool,
+    /// True if the FFN adds `mlp.output_bias` to every token: in pruned models, the mean of what was removed. No family
+    /// has it, and none with [`Architecture::mlp_bias`] gets it.
+    pub output_bias: bool,
     /// Norm of queries and keys.
     pub qk_norm: QkNorm,
     /// Places of a layer's norms.
@@ -92,6 +95,7 @@ impl Architecture {
             qkv_bias: false,
             o_bias: false,
             mlp_bias: false,
+            output_bias: false,
             qk_norm: QkNorm::None,
             norms: Norms::Pre,
             norm_offset: 0.0,
@@ -133,6 +137,7 @@ impl Architecture {
         add(self.qkv_bias, "bias on q, k, v".to_owned());
         add(self.o_bias, "bias on o".to_owned());
         add(self.mlp_bias, "biases in the FFN".to_owned());
+        add(self.output_bias, "a bias of the FFN's output".to_owned());
         match self.qk_norm {
             QkNorm::None => {}
             QkNorm::Head => add(true, "norm of q and k by head".to_owned()),

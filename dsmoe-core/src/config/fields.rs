@@ -15,6 +15,11 @@ fn is_positive(x: f64) -> bool {
     (f64::from(f32::MIN_POSITIVE)..=f64::from(f32::MAX)).contains(&x)
 }
 
+/// Returns whether a pass can multiply by `x`, and normalise what it gives, without an overflow.
+pub(super) fn is_factor(x: f64) -> bool {
+    (1e-6..=1e6).contains(&x)
+}
+
 /// Access to one JSON object, with errors that name file and key.
 #[derive(Clone, Copy)]
 pub(crate) struct Fields<'a> {
@@ -62,6 +67,17 @@ impl<'a> Fields<'a> {
         match value.as_f64() {
             Some(x) if is_positive(x) => Ok(Some(x)),
             _ => Err(self.is_not(key, value, "use a positive number that f32 can hold")),
+        }
+    }
+
+    /// Reads a factor of what a pass computes, which published models have between 0.01 and 100.
+    pub(crate) fn factor(&self, key: &str) -> Result<Option<f64>> {
+        match self.positive(key)? {
+            Some(x) if !is_factor(x) => {
+                let problem = format!("is {x}, with which a pass would overflow");
+                Err(self.wrong(key, problem, "use a number from 1e-6 to 1e6"))
+            }
+            factor => Ok(factor),
         }
     }
 

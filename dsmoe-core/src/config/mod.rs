@@ -2,15 +2,16 @@
 
 pub(crate) mod arch;
 pub(crate) mod fields;
+mod moe;
 mod own;
 pub(crate) mod rope;
 pub(crate) mod rope_keys;
 mod transformers;
+mod wrapped;
 
 use std::path::Path;
 use std::sync::Arc;
 
-use dsmoe_router::{GateValue, Rescale, RouterConfig, ZeroActive};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -27,16 +28,19 @@ use crate::partition;
 pub use arch::{Architecture, LayerAttention, Norms, QkNorm};
 pub use dsmoe_kernels::Activation;
 use fields::Fields;
+use moe::MoeSizes;
+pub use moe::{Budget, MoeConfig, MoeParts, PartitionKind};
 pub use rope::{Rope, RopeScaling};
 
 /// The configuration of Mistral's own format, whose tensors have other names and layouts.
 const MISTRAL_CONFIG_FILE: &str = "params.json";
 const GENERATION_CONFIG_FILE: &str = "generation_config.json";
-const FORMAT_VERSION: u64 = 1;
 const LARGEST_LAYERS: u64 = 1 << 12;
 const LARGEST_MODEL: u128 = 1 << 42;
 /// The key that names the family of a directory whose `model_type` is `dsmoe`; absent for LLaMA.
 const BASE_KEY: &str = "base_model_type";
+/// The key of [`Architecture::output_bias`].
+const OUTPUT_BIAS_KEY: &str = "output_bias";
 
 /// Configuration of a decoder, dense or with experts.
 ///
@@ -78,6 +82,8 @@ pub struct Config {
     pub ffn: Option<Arc<dyn FfnSpec>>,
     /// The family of the dense model.
     family: &'static Family,
+    /// True if the weights are a part of a model that reads images, too.
+    is_part: bool,
     /// Lists keys of config.json that may be mistakes.
     notices: Vec<String>,
     /// Every layer's sizes, when they are not the same.
@@ -98,50 +104,6 @@ pub struct LayerShape {
     /// Width of the FFN (D).
     #[serde(rename = "intermediate_size")]
     pub intermediate: usize,
-}
-
-/// Order of the neurons in the stored FFN tensors.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum PartitionKind {
-    /// The original order; expert i is the i-th block.
-    Contiguous,
-    /// Permuted; `mlp.partition` of each layer holds the original indices.
-    Permuted,
-}
-
-/// The `dsmoe` object of config.json.
-#[derive(Clone, Debug, PartialEq)]
-pub struct MoeConfig {
-    /// Settings of the routers.
-    pub router: RouterConfig,
-    /// Order of the neurons.
-    pub partition: PartitionKind,
-    /// True if routers have a bias.
-    pub router_bias: bool,
-    /// The share of experts to be active that the model was made for; training reaches it unless told otherwise.
-    pub active_target: Option<f64>,
-    /// True if no weight of the dense model was changed since the conversion.
-    pub untrained: bool,
-}
-
-/// [`MoeConfig`] as it is stored.
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct StoredMoe {
-    format_version: u64,
-    num_experts: usize,
-    threshold: f64,
-    partition: PartitionKind,
-    router_bias: bool,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    active_target: Option<f64>,
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    untrained: bool,
-    gate_value: GateValue,
-    rescale: Rescale,
-    zero_active: ZeroActive,
-    ste: bool,
 }
 
 impl Config {
@@ -182,20 +144,36 @@ impl Config {
     /// Not JSON, or a field that is missing, out of range or not supported.
     pub fn from_json(path: &Path, text: &str) -> Result<Config> {
         let raw = parse_object(path, text)?;
-        let fields = Fields { path, prefix: "", map: &raw };
+        let outer = Fields { path, prefix: "", map: &raw };
+        check_not_quantised(&outer)?;
+        match wrapped::text_model(&outer)? {
+            None => Config::from_object(path, "", &raw),
+            Some(inner) => {
+                let mut config = Config::from_object(path, wrapped::PREFIX, &inner)?;
+                config.is_part = true;
+                config.notices.insert(0, wrapped::notice(&outer)?);
+                Ok(config)
+            }
+        }
+    }
+
+    /// Reads the configuration of one decoder; `prefix` is that of its keys in messages.
+    fn from_object(path: &Path, prefix: &str, raw: &Map<String, Value>) -> Result<Config> {
+        let fields = Fields { path, prefix, map: raw };
         let family = family_of(&fields)?;
         fields.check_kind()?;
-        let moe = fields.moe()?;
         let defaults = family.defaults;
 
         let hidden = fields.dimension("hidden_size")?;
         let [num_heads, num_kv_heads] = heads(&fields, family)?;
         let head_dim = head_dim(&fields, family, hidden, num_heads)?;
         let num_layers = fields.integer("num_hidden_layers", LARGEST_LAYERS)?;
+        let moe = moe::read(&fields, MoeSizes { num_layers, hidden })?;
         let max_position = fields.dimension_or("max_position_embeddings", defaults.max_position)?;
-        let architecture =
+        let mut architecture =
             family.architecture(&fields, Sizes { hidden, num_layers, head_dim, max_position })?;
-        let notices = rope_keys::notices(&fields, &architecture.ropes);
+        architecture.output_bias = fields.output_bias(&architecture)?;
+        let notices = rope_keys::notices(&fields, &family.rope, &architecture.ropes);
         let token = |key: &str, default: Option<u32>| -> Result<Vec<u32>> {
             let given = fields.token_ids(key)?;
             Ok(if fields.has(key) { given.unwrap_or_default() } else { default.into_iter().collect() })
@@ -218,6 +196,7 @@ impl Config {
             moe,
             ffn: None,
             family,
+            is_part: false,
             notices,
             layers: None,
             raw: Map::new(),
@@ -231,7 +210,7 @@ impl Config {
             }
         }
         let ffn = fields.ffn()?.map(|(kind, settings)| ffn::read_spec(path, kind, &config, &settings));
-        Ok(Config { ffn: ffn.transpose()?, raw, ..config })
+        Ok(Config { ffn: ffn.transpose()?, raw: raw.clone(), ..config })
     }
 
     /// Returns the sizes of layer `i`.
@@ -302,6 +281,39 @@ impl Config {
         self.state_head_dim();
     }
 
+    /// Returns the configuration of the model without all layers but `kept`, ascending; lists by layer lose their other
+    /// entries. Returns none where the remaining layers would be others: the family gives windows or rotations by the
+    /// number of a layer.
+    ///
+    /// # Panics
+    /// `kept` is empty or names a layer that there is not.
+    pub fn with_layers(&self, kept: &[usize]) -> Option<Config> {
+        assert!(!kept.is_empty() && kept.iter().all(|&i| i < self.num_layers), "config: layers {kept:?}");
+        let path = Path::new(CONFIG_FILE);
+        let mut raw = parse_object(path, &self.to_json()).ok()?;
+        raw.insert("num_hidden_layers".to_owned(), json!(kept.len()));
+        for key in ["layer_types", "no_rope_layers", "layer_shapes"] {
+            if let Some(Value::Array(list)) = raw.get(key) {
+                let left: Vec<&Value> = kept.iter().filter_map(|&i| list.get(i)).collect();
+                let left = json!(left);
+                raw.insert(key.to_owned(), left);
+            }
+        }
+        if self.layers.is_some() {
+            let shapes: Vec<LayerShape> = kept.iter().map(|&i| self.layer(i)).collect();
+            let most = largest(&shapes);
+            raw.insert("num_attention_heads".to_owned(), json!(most.num_heads));
+            raw.insert("num_key_value_heads".to_owned(), json!(most.num_kv_heads));
+            raw.insert("intermediate_size".to_owned(), json!(most.intermediate));
+        }
+        let config = Config::from_json(path, &Value::Object(raw).to_string()).ok()?;
+        let same = |(new, &old): (usize, &usize)| {
+            config.architecture.layers[new] == self.architecture.layers[old]
+                && config.layer(new) == self.layer(old)
+        };
+        kept.iter().enumerate().all(same).then_some(config)
+    }
+
     /// Sets the width of the residual stream; heads keep theirs.
     ///
     /// # Panics
@@ -338,12 +350,18 @@ impl Config {
 
     /// Returns `model_type` of config.json: the family's for a model that transformers loads directly.
     pub fn model_type(&self) -> &'static str {
-        if self.is_dense() && self.is_even() { self.family.model_type } else { "dsmoe" }
+        let plain = self.is_dense() && self.is_even() && !self.architecture.output_bias;
+        if plain { self.family.model_type } else { "dsmoe" }
     }
 
     /// Returns the family of the model, or of the dense model that it was made from.
     pub fn family(&self) -> &'static Family {
         self.family
+    }
+
+    /// Returns whether this is the text model of a directory that holds a vision tower, too.
+    pub(crate) fn is_part(&self) -> bool {
+        self.is_part
     }
 
     /// Returns what in config.json has no effect or may not be what its author meant, one sentence each.
@@ -371,7 +389,7 @@ impl Config {
         Ok(())
     }
 
-    /// Returns the JSON of the source with `model_type`, `architectures`, `dsmoe`, `ffn` and `layer_shapes` set by
+    /// Returns the JSON of the source with `model_type`, `architectures`, `dsmoe`, `ffn`, `layer_shapes` and `output_bias` set by
     /// the fields, and with the rotation in the spellings of transformers 4 and 5, without `auto_map`.
     pub fn to_json(&self) -> String {
         let mut raw = self.raw.clone();
@@ -397,6 +415,7 @@ impl Config {
             ("dsmoe", self.moe.as_ref().map(MoeConfig::to_value)),
             ("ffn", ffn),
             ("layer_shapes", self.layers.as_ref().map(|layers| json!(layers))),
+            (OUTPUT_BIAS_KEY, self.architecture.output_bias.then(|| json!(true))),
         ] {
             match value {
                 None => raw.shift_remove(key),
@@ -429,33 +448,20 @@ impl Config {
     }
 }
 
-impl MoeConfig {
-    fn to_value(&self) -> Value {
-        let router = &self.router;
-        // The shortest decimal of the f32, not the many digits of its f64.
-        let threshold = router.threshold.to_string().parse().unwrap_or(f64::from(router.threshold));
-        json!(StoredMoe {
-            format_version: FORMAT_VERSION,
-            num_experts: router.num_experts,
-            threshold,
-            partition: self.partition,
-            router_bias: self.router_bias,
-            active_target: self.active_target,
-            untrained: self.untrained,
-            gate_value: router.gate_value,
-            rescale: router.rescale,
-            zero_active: router.zero_active,
-            ste: router.ste,
-        })
+fn check_not_quantised(fields: &Fields<'_>) -> Result<()> {
+    const KEY: &str = "quantization_config";
+    match fields.get(KEY) {
+        None => Ok(()),
+        Some(_) => {
+            let help = "use the checkpoint it was quantised from";
+            Err(fields.wrong(KEY, "is present and not supported", help))
+        }
     }
 }
 
 /// Returns the family that `model_type` names, or `base_model_type` of a native directory.
 fn family_of(fields: &Fields<'_>) -> Result<&'static Family> {
-    if fields.get("quantization_config").is_some() {
-        let help = "use the checkpoint it was quantised from";
-        return Err(fields.wrong("quantization_config", "is present and not supported", help));
-    }
+    check_not_quantised(fields)?;
     let known = || family::all().map(|family| family.model_type).collect::<Vec<_>>().join(", ");
     let (key, name) = match fields.text("model_type")? {
         Some("dsmoe") => (BASE_KEY, fields.text(BASE_KEY)?.unwrap_or("llama")),

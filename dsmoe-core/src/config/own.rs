@@ -1,18 +1,18 @@
 //! The objects of config.json that only this program reads.
 
-use dsmoe_router::RouterConfig;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::fields::{Fields, LARGEST_DIMENSION};
-use super::{Config, FORMAT_VERSION, LayerShape, MoeConfig, StoredMoe, largest};
-use crate::error::{Error, Result, shown};
+use super::{Architecture, Config, LayerShape, OUTPUT_BIAS_KEY, largest};
+use crate::error::{Result, shown};
 use crate::remedy::Remedy;
 
 impl<'a> Fields<'a> {
     /// Checks that `model_type` and the keys that only this program reads go together.
     pub(super) fn check_kind(&self) -> Result<()> {
-        let own = ["dsmoe", "ffn", "layer_shapes"].into_iter().find(|key| self.get(key).is_some());
+        let keys = ["dsmoe", "ffn", "layer_shapes", OUTPUT_BIAS_KEY];
+        let own = keys.into_iter().find(|key| self.get(key).is_some());
         match (self.text("model_type")?, own) {
             (Some("dsmoe"), None) => {
                 let help = "convert the model again, or set model_type to llama";
@@ -27,6 +27,16 @@ impl<'a> Fields<'a> {
                 Err(self.wrong(key, "is present but model_type is not dsmoe", help))
             }
         }
+    }
+
+    /// Returns whether the FFNs of a model of these switches have a bias of their output.
+    pub(super) fn output_bias(&self, architecture: &Architecture) -> Result<bool> {
+        let has = self.flag(OUTPUT_BIAS_KEY)?.unwrap_or(false);
+        if has && architecture.mlp_bias {
+            let help = "add it to the bias of down_proj and remove the key";
+            return Err(self.wrong(OUTPUT_BIAS_KEY, "is true beside mlp_bias", help));
+        }
+        Ok(has)
     }
 
     /// Returns the kind of an FFN of another crate, and its settings.
@@ -83,41 +93,5 @@ impl<'a> Fields<'a> {
             }
         }
         Ok(layers.iter().any(|layer| *layer != layers[0]).then_some(layers))
-    }
-
-    pub(super) fn moe(&self) -> Result<Option<MoeConfig>> {
-        let Some(stored) = self.get("dsmoe") else { return Ok(None) };
-        let version = stored.get("format_version").and_then(Value::as_u64);
-        if let Some(version) = version.filter(|&version| version != FORMAT_VERSION) {
-            let problem = format!("is {version} and this program reads {FORMAT_VERSION}");
-            return Err(self.wrong("dsmoe.format_version", problem, "update it, or convert the model again"));
-        }
-        let stored = StoredMoe::deserialize(stored)
-            .map_err(|cause| self.wrong("dsmoe", shown(&cause.to_string()), "convert the model again"))?;
-        let router = RouterConfig {
-            num_experts: stored.num_experts,
-            threshold: stored.threshold as f32,
-            gate_value: stored.gate_value,
-            rescale: stored.rescale,
-            zero_active: stored.zero_active,
-            ste: stored.ste,
-        };
-        router.validate().map_err(|cause| Error::Field {
-            path: self.path.to_path_buf(),
-            field: "dsmoe:".to_owned(),
-            problem: cause.to_string(),
-            help: "convert the model again".into(),
-        })?;
-        if let Some(share) = stored.active_target.filter(|share| !(*share > 0.0 && *share <= 1.0)) {
-            let problem = format!("is {share}");
-            return Err(self.wrong("dsmoe.active_target", problem, "use a share above 0 and up to 1"));
-        }
-        Ok(Some(MoeConfig {
-            router,
-            partition: stored.partition,
-            router_bias: stored.router_bias,
-            active_target: stored.active_target,
-            untrained: stored.untrained,
-        }))
     }
 }

@@ -6,7 +6,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::fields::Fields;
+use super::fields::{Fields, is_factor};
 use super::rope::{Rope, RopeScaling, longrope_factor, yarn_factor};
 use crate::error::{Result, shown};
 
@@ -257,6 +257,11 @@ impl Reader<'_> {
             Some((mscale, all)) => yarn_factor(factor, mscale) / yarn_factor(factor, all),
             None => yarn_factor(factor, 1.0),
         };
+        let attention_factor = inner.factor("attention_factor")?.unwrap_or_else(by_weights);
+        if !is_factor(attention_factor) {
+            let problem = format!("makes a factor of cosines and sines of {attention_factor}");
+            return Err(inner.wrong("mscale", problem, "correct mscale, mscale_all_dim and factor"));
+        }
         let own_truncate = inner.flag("truncate")?.unwrap_or(true);
         Ok(RopeScaling::Yarn {
             factor,
@@ -264,7 +269,7 @@ impl Reader<'_> {
             beta_fast: inner.positive("beta_fast")?.unwrap_or(32.0),
             beta_slow: inner.positive("beta_slow")?.unwrap_or(1.0),
             truncate: truncate.unwrap_or(own_truncate),
-            attention_factor: inner.positive("attention_factor")?.unwrap_or_else(by_weights),
+            attention_factor,
         })
     }
 
@@ -280,7 +285,7 @@ impl Reader<'_> {
         let original = self.original(inner)?;
         let factor = self.factor(inner, original)?;
         let original_max_position = original.unwrap_or(self.sizes.max_position);
-        let given = inner.positive("attention_factor")?;
+        let given = inner.factor("attention_factor")?;
         if given.is_none() && factor > 1.0 && original_max_position < 2 {
             let problem = format!("is {original_max_position}, whose logarithm is 0");
             return Err(inner.wrong("original_max_position_embeddings", problem, "correct it"));
@@ -308,7 +313,7 @@ fn at_least_1(fields: &Fields<'_>) -> Result<f64> {
 }
 
 /// Returns what in the rope keys may not be what their author meant.
-pub(crate) fn notices(top: &Fields<'_>, ropes: &[Rope]) -> Vec<String> {
+pub(crate) fn notices(top: &Fields<'_>, rules: &RopeRules, ropes: &[Rope]) -> Vec<String> {
     let mut found = Vec::new();
     let Ok(Some((key, map))) = chosen(top) else { return found };
     let by_kind = |map: &Map<String, Value>| map.values().any(Value::is_object);
@@ -317,6 +322,10 @@ pub(crate) fn notices(top: &Fields<'_>, ropes: &[Rope]) -> Vec<String> {
         if !value.is_object() && !KNOWN.contains(&name.as_str()) {
             found.push(format!("{key}: {} is not known and has no effect", shown(name)));
         }
+    }
+    // It puts a type of its own beside that of the file, under the other name.
+    if rules.sliding.is_some() && key == V4 && map.contains_key("type") && !map.contains_key("rope_type") {
+        found.push(format!("{V4}: transformers 5 does not read type in this family, but rope_type"));
     }
     if !by_kind(map)
         && let Some(other) = map.get("rope_theta").and_then(|_| top.get("rope_theta"))

@@ -1,6 +1,7 @@
 //! Converts a dense LLaMA directory to a DSMoE directory, streaming.
 
 mod calibrated;
+pub mod start;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -17,7 +18,7 @@ use crate::checkpoint::{
     check_llama_tensors, copy_companions, is_ignored, open_model, partition_name, router_bias_name,
     router_name,
 };
-use crate::config::{CONFIG_FILE, Config, MoeConfig, PartitionKind};
+use crate::config::{CONFIG_FILE, Config, MoeConfig, MoeParts, PartitionKind};
 use crate::error::{Error, Result};
 use crate::masks::{MASKS_FILE, Masks};
 use crate::partition::{Partition, check_divisible};
@@ -197,6 +198,7 @@ pub fn convert(
         router_bias: routers.is_some() || init.has_bias(),
         active_target: options.active_target,
         untrained: true,
+        parts: MoeParts::default(),
     });
 
     let output = OutputDir::create_from(model, out, options.force)?;

@@ -7,6 +7,7 @@ use crate::accounting::Accounting;
 use crate::checkpoint::{CARD_FILE, GENERATED, SOURCE_CARD_FILE, is_generated, read_card};
 use crate::config::{Config, MoeConfig};
 use crate::error::{Error, Result};
+use crate::ffn::DsmoeForm;
 use crate::files::write_synced;
 use crate::masks::Masks;
 
@@ -99,6 +100,7 @@ impl Card<'_> {
             }
             _ if self.masks.is_some() => "A pruned model: single weights are 0",
             _ if !self.config.is_even() => "A pruned model: its layers have different sizes",
+            _ if self.config.architecture.output_bias => "A pruned model: a bias stands for removed neurons",
             _ if self.config.needs_remote_code() => {
                 "A pruned model: its hidden size is not that of its heads"
             }
@@ -120,6 +122,9 @@ impl Card<'_> {
             }
             _ if self.masks.is_some() => "weights set to 0".to_owned(),
             _ if !self.config.is_even() => "heads and neurons removed".to_owned(),
+            _ if self.config.architecture.output_bias => {
+                "neurons removed; a bias stands for the mean of what they added".to_owned()
+            }
             _ if self.config.needs_remote_code() => "channels of the residual stream removed".to_owned(),
             _ => "dense".to_owned(),
         }
@@ -180,11 +185,20 @@ fn method(moe: &MoeConfig) -> String {
     let router = &moe.router;
     let mut parts = vec![
         format!("DSMoE, {} experts per layer", router.num_experts),
-        format!("gates above {}", router.threshold),
+        match moe.threshold() {
+            Some(threshold) => format!("gates above {threshold}"),
+            None => "gates above the threshold of their layer".to_owned(),
+        },
         format!("gate value {}", router.gate_value),
         format!("rescale {}", router.rescale),
         format!("tokens without an active expert: {}", router.zero_active),
     ];
+    let with_core = moe.parts.core.iter().position(|&core| core > 0);
+    let beside = DsmoeForm::of_layer(moe, with_core.unwrap_or(0)).parts();
+    parts.extend(beside.into_iter().map(str::to_owned));
+    if let (Some(first), Some(last)) = (moe.parts.budgets.first(), moe.parts.budgets.last()) {
+        parts.push(format!("thresholds for {} to {} of the experts", first.active, last.active));
+    }
     if moe.untrained {
         parts.push("not trained since the conversion".to_owned());
     }

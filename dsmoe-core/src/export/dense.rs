@@ -4,9 +4,12 @@ use std::path::Path;
 
 use dsmoe_router::GateValue;
 
-use crate::checkpoint::{Checkpoint, read_partitions, router_bias_name, router_name};
+use crate::checkpoint::{Checkpoint, ffn_name, read_partitions, router_bias_name, router_name};
 use crate::config::{CONFIG_FILE, Config, MoeConfig};
 use crate::error::{Error, Result};
+
+const KEEP_OR_FOLD: &str =
+    "export it {as} hf, which keeps the gates, or approximate them by {fold} mean with {data}";
 
 /// The relation of a dense export to the sparse model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,28 +43,42 @@ impl Dense {
         checkpoint: &Checkpoint,
         fold: Option<&[Vec<f64>]>,
     ) -> Result<Dense> {
-        let Some(moe) = &config.moe else {
-            let (field, problem) = match &config.ffn {
-                None => ("model_type", format!("is {} already, without experts", config.model_type())),
-                Some(spec) => ("ffn.type", format!("is {:?}, which has no dense form", spec.kind())),
-            };
-            let help = "export it {as} native or hf";
-            return Err(Error::field(&dir.join(CONFIG_FILE), field, problem, help));
+        let help = "export it {as} native or hf";
+        let fail = |field: &str, problem: String, help| {
+            Err(Error::field(&dir.join(CONFIG_FILE), field, problem, help))
         };
-        let orders: Vec<Option<Vec<u32>>> =
+        let blocks = match (&config.moe, &config.ffn) {
+            (Some(moe), _) => moe.router.num_experts,
+            (None, Some(spec)) => match (spec.blocks(), fold) {
+                (None, _) => {
+                    return fail("ffn.type", format!("is {:?}, which has no dense form", spec.kind()), help);
+                }
+                (Some(_), None) => {
+                    let problem =
+                        format!("is {:?}, and without its gates it computes something else", spec.kind());
+                    return fail("ffn.type", problem, KEEP_OR_FOLD);
+                }
+                (Some(blocks), Some(_)) => blocks,
+            },
+            (None, None) => {
+                let problem = format!("is {} already, without experts", config.model_type());
+                return fail("model_type", problem, help);
+            }
+        };
+        let mut orders: Vec<Option<Vec<u32>>> =
             read_partitions(config, checkpoint)?.iter().map(|partition| partition.inverse()).collect();
+        // A kind of FFN without a partition keeps its neurons as they are stored.
+        orders.resize(config.num_layers, None);
         let Some(fold) = fold else {
-            let form = exact_form(dir, config, moe, checkpoint)?;
+            let form = exact_form(dir, config, checkpoint)?;
             return Ok(Dense { form, orders, factors: Vec::new() });
         };
-        let fits = |means: &Vec<f64>| {
-            means.len() == moe.router.num_experts && means.iter().all(|mean| mean.is_finite())
-        };
+        if let Some(moe) = &config.moe {
+            check_no_correction(dir, moe)?;
+        }
+        let fits = |means: &Vec<f64>| means.len() == blocks && means.iter().all(|mean| mean.is_finite());
         if fold.len() != config.num_layers || !fold.iter().all(fits) {
-            let problem = format!(
-                "factors are not of {} layers and {} experts",
-                config.num_layers, moe.router.num_experts
-            );
+            let problem = format!("factors are not of {} layers and {blocks} experts", config.num_layers);
             return Err(Error::argument(problem, "measure them with this model"));
         }
         let factors = config.layers().zip(fold).zip(&orders).map(|((shape, means), order)| {
@@ -87,32 +104,43 @@ pub(super) fn scale_columns(values: &mut [f32], factors: &[f32]) {
     }
 }
 
-/// Returns in which way the model without its routers is exact.
-fn exact_form(dir: &Path, config: &Config, moe: &MoeConfig, checkpoint: &Checkpoint) -> Result<DenseForm> {
-    if moe.untrained {
-        return Ok(DenseForm::Source);
+/// Refuses a model whose FFNs add a term that a dense FFN does not have.
+fn check_no_correction(dir: &Path, moe: &MoeConfig) -> Result<()> {
+    if !moe.parts.correction {
+        return Ok(());
     }
-    if moe.router.gate_value == GateValue::Binary && all_open(config, moe, checkpoint)? {
-        return Ok(DenseForm::AllOpen);
+    let problem = "is true: what it adds to the FFN's output has no place in a dense model";
+    Err(Error::field(&dir.join(CONFIG_FILE), "dsmoe.correction", problem, "export it {as} hf"))
+}
+
+/// Returns in which way the model without its routers is exact.
+fn exact_form(dir: &Path, config: &Config, checkpoint: &Checkpoint) -> Result<DenseForm> {
+    match &config.moe {
+        Some(moe) if moe.untrained => return Ok(DenseForm::Source),
+        Some(moe) if moe.router.gate_value == GateValue::Binary && all_open(config, moe, checkpoint)? => {
+            check_no_correction(dir, moe)?;
+            return Ok(DenseForm::AllOpen);
+        }
+        _ => {}
     }
     let problem = "was trained with gates, and without them it computes something else";
-    let help = "export it {as} hf, which keeps the gates, or approximate them by {fold} mean with {data}";
-    Err(Error::path(dir, problem, help))
+    Err(Error::path(dir, problem, KEEP_OR_FOLD))
 }
 
 /// Returns whether every gate is above the threshold for any input.
 fn all_open(config: &Config, moe: &MoeConfig, checkpoint: &Checkpoint) -> Result<bool> {
-    if moe.router.threshold == 0.0 {
-        return Ok(true);
-    }
-    if !moe.router_bias {
-        return Ok(false);
-    }
-    let bar = moe.router.threshold_logit() as f32;
-    let mut bias = vec![0.0; moe.router.num_experts];
-    let mut weight = vec![0.0; moe.router.num_experts * config.hidden];
     for layer in 0..config.num_layers {
-        checkpoint.read_f32(&router_name(layer), &mut weight)?;
+        let Some(bar) = moe.threshold_logit(layer).or_else(|| moe.router.bar()) else { continue };
+        if !moe.router_bias {
+            return Ok(false);
+        }
+        let routed = moe.router.num_experts - moe.core(layer);
+        let (name, len) = match moe.parts.router_rank {
+            None => (router_name(layer), routed * config.hidden),
+            Some(rank) => (ffn_name(layer, "router.b.weight"), routed * rank),
+        };
+        let (mut weight, mut bias) = (vec![0.0; len], vec![0.0; routed]);
+        checkpoint.read_f32(&name, &mut weight)?;
         checkpoint.read_f32(&router_bias_name(layer), &mut bias)?;
         if weight.iter().any(|&weight| weight != 0.0) || bias.iter().any(|&bias| bias.is_nan() || bias <= bar)
         {

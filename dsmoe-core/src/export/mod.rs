@@ -59,6 +59,8 @@ pub struct ExportOptions {
     pub dtype: Option<Dtype>,
     /// Mean factors of the experts `[layers][experts]`, to be folded into `down_proj` by a dense export.
     pub fold: Option<Vec<Vec<f64>>>,
+    /// The budget that the copy opens its gates for; none keeps the one of the model.
+    pub active: Option<f64>,
     /// Results for the model card.
     pub measured: Vec<Measured>,
     /// Replace an output directory that is not empty.
@@ -68,7 +70,7 @@ pub struct ExportOptions {
 impl ExportOptions {
     /// Keeps the types, folds nothing and replaces nothing.
     pub fn new(form: ExportAs) -> ExportOptions {
-        ExportOptions { form, dtype: None, fold: None, measured: Vec::new(), force: false }
+        ExportOptions { form, dtype: None, fold: None, active: None, measured: Vec::new(), force: false }
     }
 }
 
@@ -126,14 +128,17 @@ pub fn export(
     options: &ExportOptions,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<ExportReport> {
-    let &ExportOptions { form, dtype, ref fold, ref measured, force } = options;
+    let &ExportOptions { form, dtype, ref fold, active, ref measured, force } = options;
     if let Some(dtype) = dtype.filter(|dtype| !dtype.is_float()) {
         return Err(Error::argument(format!("dtype {dtype} is not for weights"), "use bf16, f16 or f32"));
     }
     if fold.is_some() && form != ExportAs::Dense {
         return Err(Error::argument("only a dense export folds gates", "export it {as} dense"));
     }
-    let config = Config::load(model)?;
+    let mut config = Config::load(model)?;
+    if let Some(active) = active {
+        choose_budget(&mut config, active, form)?;
+    }
     if form == ExportAs::Transformers {
         check_longrope(model, &config)?;
     }
@@ -151,7 +156,7 @@ pub fn export(
     let output = OutputDir::create_from(model, out, force)?;
     let mut written = config.clone();
     if form == ExportAs::Dense {
-        written.moe = None;
+        (written.moe, written.ffn) = (None, None);
     }
     if let Some(dtype) = dtype {
         written.set_dtype(dtype);
@@ -170,6 +175,20 @@ pub fn export(
     let card_written = card::write(&card, output.path(), out)?;
     output.commit()?;
     Ok(ExportReport { tensors, bytes, dense, card_written })
+}
+
+/// Makes the budget of the share `active` the one that the model opens its gates for.
+fn choose_budget(config: &mut Config, active: f64, form: ExportAs) -> Result<()> {
+    let help = "export it {as} native or hf";
+    match &mut config.moe {
+        Some(moe) if form != ExportAs::Dense => {
+            moe.thresholds_for(active)?;
+            moe.active_target = Some(active);
+            Ok(())
+        }
+        Some(_) => Err(Error::argument("a dense export has no gates and no budget", help)),
+        None => Err(Error::argument("this model has no gates and no budget", "leave the share out")),
+    }
 }
 
 /// The tensors of an export.

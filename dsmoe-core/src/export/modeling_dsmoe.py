@@ -4,7 +4,8 @@
     a = q > threshold                            active experts
     y = sum over active i of c s_i o_i(x)        s_i = q_i or 1, c = 1 or experts / active experts
 
-Expert i is the i-th block of neurons of `gate_proj`, `up_proj` and `down_proj`. FFNs of type `topk` run a fixed number
+The leading experts of a layer may be a core, which always runs and has no gate; routers may have a low rank, and a
+linear term may be added to y. Expert i is the i-th block of neurons of `gate_proj`, `up_proj` and `down_proj`. FFNs of type `topk` run a fixed number
 of experts per token in place of the gates. Attention, caches and generation are those of transformers. The file needs
 torch and transformers alone.
 """
@@ -41,11 +42,15 @@ def activation(config):
     return ACT2FN["gelu_pytorch_tanh" if name == "gelu" else name]
 
 
+def wide_dtype():
+    return torch.promote_types(torch.get_default_dtype(), torch.float32)
+
+
 class Router(nn.Linear):
     """A linear map in f32 or wider in any model: rounded logits would select other experts."""
 
     def __init__(self, inputs, outputs, bias=False):
-        super().__init__(inputs, outputs, bias=bias, dtype=torch.promote_types(torch.get_default_dtype(), torch.float32))
+        super().__init__(inputs, outputs, bias=bias, dtype=wide_dtype())
 
     def forward(self, x):
         wide = torch.promote_types(self.weight.dtype, torch.float32)
@@ -64,9 +69,15 @@ class DenseMLP(nn.Module):
         self.up_proj = nn.Linear(hidden, width, bias=bias)
         self.down_proj = nn.Linear(width, hidden, bias=bias)
         self.act_fn = activation(config)
+        # The mean of what neurons added that were removed.
+        self.output_bias = nn.Parameter(torch.zeros(hidden)) if getattr(config, "output_bias", False) else None
 
     def forward(self, hidden_states):
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        y = self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        return self.with_output_bias(y)
+
+    def with_output_bias(self, y):
+        return y if self.output_bias is None else y + self.output_bias
 
 
 class ExpertMLP(DenseMLP):
@@ -74,6 +85,8 @@ class ExpertMLP(DenseMLP):
 
     # Parts of the names of f32 tensors.
     router_names = ()
+    # The leading experts that every token runs with the factor 1.
+    core = 0
 
     def __init__(self, config, of_layer, num_experts):
         super().__init__(of_layer)
@@ -98,7 +111,11 @@ class ExpertMLP(DenseMLP):
             self.active_pairs = pairs if self.active_pairs is None else self.active_pairs + pairs
             self.all_pairs += active.numel()
         run = {"dense": self.run_dense, "gather": self.run_gathered, "loop": self.run_looped}[self.path(x)]
-        return run(x, active, factors).view_as(hidden_states)
+        return self.with_output_bias(self.corrected(run(x, active, factors), x)).view_as(hidden_states)
+
+    def corrected(self, y, x):
+        """Returns the output with what a subclass adds to it."""
+        return y
 
     def path(self, x):
         path = getattr(self.config, "dsmoe_path", "auto")
@@ -129,13 +146,25 @@ class ExpertMLP(DenseMLP):
         biases = (projection.bias for projection in (self.gate_proj, self.up_proj))
         return gate, up, down, [None if bias is None else bias.unflatten(0, (n, -1)) for bias in biases]
 
+    def run_core(self, x):
+        """Returns the output of the core, without the bias of the down projection; none without a core."""
+        if not self.core:
+            return None
+        neurons = self.core * (self.gate_proj.weight.shape[0] // self.num_experts)
+        biases = (projection.bias for projection in (self.gate_proj, self.up_proj))
+        gate_bias, up_bias = (None if bias is None else bias[:neurons] for bias in biases)
+        gate = F.linear(x, self.gate_proj.weight[:neurons], gate_bias)
+        up = F.linear(x, self.up_proj.weight[:neurons], up_bias)
+        return F.linear(self.act_fn(gate) * up, self.down_proj.weight[:, :neurons])
+
     def with_down_bias(self, y):
         return y if self.down_proj.bias is None else y + self.down_proj.bias
 
     def run_gathered(self, x, active, factors):
         """Copies the weights of all active pairs and multiplies them at once: few kernels, for few tokens."""
         gate, up, down, (gate_bias, up_bias) = self.expert_weights()
-        tokens, experts = active.nonzero(as_tuple=True)
+        tokens, experts = active[:, self.core :].nonzero(as_tuple=True)
+        experts = experts + self.core
         rows = x[tokens].unsqueeze(-1)
         g, u = (gate[experts] @ rows).squeeze(-1), (up[experts] @ rows).squeeze(-1)
         if gate_bias is not None:
@@ -144,14 +173,17 @@ class ExpertMLP(DenseMLP):
         o = (down[experts] @ h.unsqueeze(-1)).squeeze(-1)
         # A product with zeros and ones adds the outputs of a token in one order on every device.
         of_token = tokens == torch.arange(x.shape[0], device=x.device)[:, None]
-        return self.with_down_bias(of_token.to(o.dtype) @ o)
+        y, core = of_token.to(o.dtype) @ o, self.run_core(x)
+        return self.with_down_bias(y if core is None else y + core)
 
     def run_looped(self, x, active, factors):
         """Multiplies the tokens of each expert by views of its weights."""
         gate, up, down, (gate_bias, up_bias) = self.expert_weights()
-        y = torch.zeros_like(x)
-        tokens_by_expert = active.T.nonzero(as_tuple=True)[1].split(active.sum(0).tolist())
-        for i, tokens in enumerate(tokens_by_expert):
+        core = self.run_core(x)
+        y = torch.zeros_like(x) if core is None else core
+        routed = active[:, self.core :]
+        tokens_by_expert = routed.T.nonzero(as_tuple=True)[1].split(routed.sum(0).tolist())
+        for i, tokens in enumerate(tokens_by_expert, self.core):
             if tokens.numel():
                 rows = x[tokens]
                 g = F.linear(rows, gate[i], None if gate_bias is None else gate_bias[i])
@@ -161,15 +193,55 @@ class ExpertMLP(DenseMLP):
         return self.with_down_bias(y)
 
 
+class LowRankRouter(nn.Module):
+    """A router whose logits are a linear map of a few values, which are a linear map of the input."""
+
+    def __init__(self, inputs, rank, outputs, bias):
+        super().__init__()
+        self.a, self.b = Router(inputs, rank), Router(rank, outputs)
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(outputs, dtype=self.b.weight.dtype))
+
+    def forward(self, x):
+        """Returns the logits, and the values between both maps."""
+        low = self.a(x)
+        logits = self.b(low)
+        return logits + self.bias if hasattr(self, "bias") else logits, low
+
+
+def threshold_logits(settings, layers):
+    """Returns what the logits of every layer have to exceed: those of the budget `active_target`, mixed linearly
+    between two stored ones; none without budgets."""
+    budgets = settings.get("budgets")
+    if not budgets:
+        return None
+    active = settings["active_target"]
+    if not budgets[0]["active"] <= active <= budgets[-1]["active"]:
+        raise ValueError(
+            f"config.json: active_target is {active}; use {budgets[0]['active']} to {budgets[-1]['active']}"
+        )
+    above = next(i for i, budget in enumerate(budgets) if budget["active"] >= active)
+    low, high = budgets[max(above - 1, 0)], budgets[above]
+    logits = torch.tensor(high["thresholds"], dtype=torch.float32)
+    if high["active"] != active:
+        part = torch.tensor((active - low["active"]) / (high["active"] - low["active"]), dtype=torch.float32)
+        start = torch.tensor(low["thresholds"], dtype=torch.float32)
+        logits = start + part * (logits - start)
+    if len(logits) != layers:
+        raise ValueError(f"config.json: a budget has {len(logits)} thresholds for {layers} layers")
+    return logits.tolist()
+
+
 class DsmoeMLP(ExpertMLP):
-    """DSMoE's FFN: every token runs the experts whose gate is above the threshold."""
+    """DSMoE's FFN: every token runs the core and the experts whose gate is above the threshold."""
 
-    router_names = ("router",)
-
-    def __init__(self, config, of_layer):
+    def __init__(self, config, of_layer, index):
         settings = config.dsmoe
         super().__init__(config, of_layer, settings["num_experts"])
-        one_of(settings, "format_version", (1,))
+        one_of(settings, "format_version", (1, 2))
+        core = settings.get("core") or 0
+        self.core = core[index] if isinstance(core, list) else core
+        self.num_routed = self.num_experts - self.core
         self.binary = one_of(settings, "gate_value", ("sigmoid", "binary")) == "binary"
         self.rescale = one_of(settings, "rescale", ("none", "eq8")) == "eq8"
         self.force_argmax = one_of(settings, "zero_active", ("skip", "force_argmax")) == "force_argmax"
@@ -178,27 +250,54 @@ class DsmoeMLP(ExpertMLP):
         (threshold,) = struct.unpack("f", struct.pack("f", settings["threshold"]))
         self.all_open = threshold == 0.0
         self.threshold_logit = math.log(threshold / (1.0 - threshold)) if 0.0 < threshold < 1.0 else math.inf
-        self.router = Router(of_layer.hidden_size, self.num_experts, bias=settings["router_bias"])
+        logits = threshold_logits(settings, config.num_hidden_layers)
+        if logits is not None:
+            self.all_open, self.threshold_logit = False, logits[index]
+        hidden, rank, bias = of_layer.hidden_size, settings.get("router_rank"), settings["router_bias"]
+        self.low_rank = rank is not None
+        if self.low_rank:
+            self.router = LowRankRouter(hidden, rank, self.num_routed, bias)
+        else:
+            self.router = Router(hidden, self.num_routed, bias=bias)
+        self.router_names = ["router"]
+        if settings.get("correction"):
+            self.correction = Router(rank, hidden)
+            self.router_names.append("correction")
         if one_of(settings, "partition", ("contiguous", "permuted")) == "permuted":
             # The original index of every neuron, for tools that restore the dense order.
             self.register_buffer("partition", torch.zeros(of_layer.intermediate_size, dtype=torch.int32))
 
+    def corrected(self, y, x):
+        return y + self.correction(self.router.a(x)).to(y.dtype) if hasattr(self, "correction") else y
+
     def route(self, x):
-        logits = self.router(x)
+        logits = self.router(x)[0] if self.low_rank else self.router(x)
         gates = logits.sigmoid()
         active = torch.ones_like(logits, dtype=torch.bool) if self.all_open else logits > self.threshold_logit
         if self.force_argmax:
-            largest = F.one_hot(logits.argmax(-1), self.num_experts).bool()
+            largest = F.one_hot(logits.argmax(-1), self.num_routed).bool()
             active = active | (largest & ~active.any(-1, keepdim=True))
         factors = active.to(gates.dtype) if self.binary else gates * active
         if self.straight_through:
             # The value stays, and the derivative by every gate becomes 1, also by inactive ones.
             factors = factors.detach() + (gates - gates.detach())
         if self.rescale:
-            factors = factors * (self.num_experts / active.sum(-1, keepdim=True).clamp(min=1).to(factors.dtype))
+            factors = factors * (self.num_routed / active.sum(-1, keepdim=True).clamp(min=1).to(factors.dtype))
         weight = getattr(self.config, "dsmoe_sparsity_weight", 0.0) if self.training else 0.0
         self.auxiliary_loss = weight * (gates * active).mean() / self.config.num_hidden_layers if weight else None
-        return active, factors
+        always = (self.core, 0)
+        return F.pad(active, always, value=True), F.pad(factors, always, value=1.0)
+
+
+class NeuronGate(nn.Module):
+    """The magnitude of one neuron for each expert (CMoE)."""
+
+    def __init__(self, hidden, num_experts):
+        super().__init__()
+        self.gate, self.up = Router(hidden, num_experts), Router(hidden, num_experts)
+
+    def forward(self, x):
+        return (F.silu(self.gate(x)) * self.up(x)).abs()
 
 
 class TopkGate(nn.Module):
@@ -208,8 +307,11 @@ class TopkGate(nn.Module):
         super().__init__()
         self.normalize, self.noise = settings["normalize"], settings["noise"]
         self.gate_network = Router(hidden, num_experts)
-        if one_of(settings, "gate", ("linear", "mlp")) == "mlp":
+        network = one_of(settings, "gate", ("linear", "mlp", "neuron"))
+        if network == "mlp":
             self.gate_network = nn.Sequential(self.gate_network, nn.Tanh(), Router(num_experts, num_experts))
+        if network == "neuron":
+            self.gate_network = NeuronGate(hidden, num_experts)
         if self.noise:
             self.weight_noise = Router(hidden, num_experts)
 
@@ -274,9 +376,9 @@ def config_of_layer(config, index):
     return of_layer
 
 
-def make_mlp(config, of_layer):
+def make_mlp(config, of_layer, index):
     if getattr(config, "dsmoe", None):
-        return DsmoeMLP(config, of_layer)
+        return DsmoeMLP(config, of_layer, index)
     if getattr(config, "ffn", None):
         return TopkMLP(config, of_layer)
     return DenseMLP(of_layer)
@@ -312,7 +414,7 @@ class DsmoeForCausalLM(BaseForCausalLM):
             of_layer = config_of_layer(config, index)
             if of_layer is not config:
                 layers[index] = type(layers[index])(of_layer, layer_idx=index)
-            layers[index].mlp = make_mlp(config, of_layer)
+            layers[index].mlp = make_mlp(config, of_layer, index)
             split_joined_projection(layers[index].self_attn)
         # On the instance, since releases before 5 check the names before the FFNs are in place.
         names = {name for mlp in self.expert_mlps() for name in mlp.router_names}

@@ -31,18 +31,16 @@ pub(super) static GEMMA: Family = Family {
         gelu_is_tanh: true,
         ..DEFAULTS
     },
-    rope: RopeRules::LLAMA,
-    fused: false,
     switches: common,
+    ..Family::PLAIN
 };
 
 pub(super) static GEMMA2: Family = Family {
     model_type: "gemma2",
     class: "Gemma2ForCausalLM",
     defaults: DEFAULTS,
-    rope: RopeRules::LLAMA,
-    fused: false,
     switches: gemma2,
+    ..Family::PLAIN
 };
 
 pub(super) static GEMMA3_TEXT: Family = Family {
@@ -54,8 +52,8 @@ pub(super) static GEMMA3_TEXT: Family = Family {
         sliding: Some(SlidingRope { theta_key: Some("rope_local_base_freq"), theta: 1e4 }),
         ..RopeRules::LLAMA
     },
-    fused: false,
     switches: gemma3,
+    ..Family::PLAIN
 };
 
 /// Sets what all three have.
@@ -74,7 +72,7 @@ fn common(architecture: &mut Architecture, fields: &Fields<'_>, sizes: Sizes) ->
 fn both_norms(architecture: &mut Architecture, fields: &Fields<'_>, sizes: Sizes) -> Result<()> {
     common(architecture, fields, sizes)?;
     architecture.norms = Norms::Both;
-    let width = fields.positive("query_pre_attn_scalar")?.unwrap_or(256.0);
+    let width = fields.factor("query_pre_attn_scalar")?.unwrap_or(256.0);
     architecture.attn_scale = (1.0 / width.sqrt()) as f32;
     Ok(())
 }

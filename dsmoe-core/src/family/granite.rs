@@ -1,14 +1,10 @@
 //! Granite 3: LLaMA with four factors.
 
-use super::spec::{Defaults, Family, biases, multiplier};
-use crate::config::rope_keys::RopeRules;
+use super::spec::{Family, biases, multiplier};
 
 pub(super) static GRANITE: Family = Family {
     model_type: "granite",
     class: "GraniteForCausalLM",
-    defaults: Defaults::LLAMA,
-    rope: RopeRules::LLAMA,
-    fused: false,
     switches: |architecture, fields, _| {
         biases(architecture, fields)?;
         architecture.embed_scale = multiplier(fields, "embedding_multiplier")? as f32;
@@ -18,4 +14,5 @@ pub(super) static GRANITE: Family = Family {
         architecture.logit_scale = (1.0 / multiplier(fields, "logits_scaling")?) as f32;
         Ok(())
     },
+    ..Family::PLAIN
 };

@@ -3,7 +3,6 @@
 use super::spec::{Defaults, Family, Sizes, set_windows, sliding_layers, window};
 use crate::config::arch::Architecture;
 use crate::config::fields::Fields;
-use crate::config::rope_keys::RopeRules;
 use crate::error::Result;
 
 const DEFAULTS: Defaults = Defaults { max_position: 131_072, kv_heads_are_heads: false, ..Defaults::LLAMA };
@@ -15,21 +14,19 @@ pub(super) static MISTRAL: Family = Family {
     model_type: "mistral",
     class: "MistralForCausalLM",
     defaults: DEFAULTS,
-    rope: RopeRules::LLAMA,
-    fused: false,
     switches: |architecture, fields, sizes| {
         set_windows(architecture, window(fields, Some(WINDOW))?, &vec![true; sizes.num_layers]);
         Ok(())
     },
+    ..Family::PLAIN
 };
 
 pub(super) static MINISTRAL: Family = Family {
     model_type: "ministral",
     class: "MinistralForCausalLM",
     defaults: DEFAULTS,
-    rope: RopeRules::LLAMA,
-    fused: false,
     switches: ministral,
+    ..Family::PLAIN
 };
 
 fn ministral(architecture: &mut Architecture, fields: &Fields<'_>, sizes: Sizes) -> Result<()> {

@@ -35,7 +35,7 @@ static FAMILIES: [&Family; 13] = [
 ];
 
 /// Model types that are known and not supported, where `*` stands for any end, and the reason.
-const REFUSED: [(&str, &str); 25] = [
+const REFUSED: [(&str, &str); 32] = [
     ("llama4*", "all models of Llama 4 are mixtures of experts already"),
     ("mixtral", EXPERTS),
     ("qwen2_moe", EXPERTS),
@@ -47,8 +47,15 @@ const REFUSED: [(&str, &str); 25] = [
     ("gpt_oss", EXPERTS),
     ("gemma3n*", "its layers have inputs of their own"),
     ("gemma4*", "its layers have inputs of their own"),
-    ("gemma3", "it reads images, too: give its text model alone, of type gemma3_text"),
-    ("mistral3", "it reads images, too: give its text model alone, of type mistral"),
+    ("ministral3", "a factor of its queries grows with the position"),
+    ("llava*", IMAGES),
+    ("paligemma*", IMAGES),
+    ("qwen2_vl*", IMAGES),
+    ("qwen2_5_vl*", IMAGES),
+    ("qwen3_vl*", IMAGES),
+    ("smolvlm*", IMAGES),
+    ("idefics*", IMAGES),
+    ("internvl*", IMAGES),
     ("qwen3_next", "it has linear attention"),
     ("qwen3_5*", "it has linear attention"),
     ("phi", UNGATED),
@@ -64,6 +71,7 @@ const REFUSED: [(&str, &str); 25] = [
 ];
 
 const EXPERTS: &str = "it is a mixture of experts already";
+const IMAGES: &str = "it reads images, too";
 const UNGATED: &str = "its FFN has no gate";
 
 /// Returns the family of that `model_type`.

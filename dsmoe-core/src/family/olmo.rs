@@ -16,8 +16,8 @@ pub(super) static OLMO2: Family = Family {
     class: "Olmo2ForCausalLM",
     defaults: DEFAULTS,
     rope: RopeRules { type_and_factor: true, ..RopeRules::LLAMA },
-    fused: false,
     switches: |architecture, fields, _| norms(architecture, fields),
+    ..Family::PLAIN
 };
 
 pub(super) static OLMO3: Family = Family {
@@ -29,7 +29,6 @@ pub(super) static OLMO3: Family = Family {
         sliding: Some(SlidingRope { theta_key: None, theta: THETA }),
         ..RopeRules::LLAMA
     },
-    fused: false,
     switches: |architecture, fields, sizes| {
         norms(architecture, fields)?;
         let sliding = sliding_layers(fields, sizes.num_layers, |i| !(i + 1).is_multiple_of(4))?;
@@ -37,6 +36,7 @@ pub(super) static OLMO3: Family = Family {
         set_ropes(architecture, &sliding);
         Ok(())
     },
+    ..Family::PLAIN
 };
 
 fn norms(architecture: &mut Architecture, fields: &Fields<'_>) -> Result<()> {

@@ -3,7 +3,6 @@
 use super::spec::{Defaults, Family, HeadDim, Sizes, attention_bias, set_windows, sliding_layers, window};
 use crate::config::arch::{Architecture, QkNorm};
 use crate::config::fields::Fields;
-use crate::config::rope_keys::RopeRules;
 use crate::error::Result;
 
 const DEFAULTS: Defaults =
@@ -13,25 +12,23 @@ pub(super) static QWEN2: Family = Family {
     model_type: "qwen2",
     class: "Qwen2ForCausalLM",
     defaults: DEFAULTS,
-    rope: RopeRules::LLAMA,
-    fused: false,
     switches: |architecture, fields, sizes| {
         architecture.qkv_bias = true;
         windows(architecture, fields, sizes)
     },
+    ..Family::PLAIN
 };
 
 pub(super) static QWEN3: Family = Family {
     model_type: "qwen3",
     class: "Qwen3ForCausalLM",
     defaults: Defaults { head_dim: HeadDim::Fixed(128), ..DEFAULTS },
-    rope: RopeRules::LLAMA,
-    fused: false,
     switches: |architecture, fields, sizes| {
         architecture.qk_norm = QkNorm::Head;
         attention_bias(architecture, fields)?;
         windows(architecture, fields, sizes)
     },
+    ..Family::PLAIN
 };
 
 /// Sets the windows: off unless `use_sliding_window`, then in the layers from `max_window_layers` on.

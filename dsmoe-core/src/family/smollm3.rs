@@ -18,8 +18,8 @@ pub(super) static SMOLLM3: Family = Family {
         ..Defaults::LLAMA
     },
     rope: RopeRules { theta: 2e6, ..RopeRules::LLAMA },
-    fused: false,
     switches,
+    ..Family::PLAIN
 };
 
 fn switches(architecture: &mut Architecture, fields: &Fields<'_>, sizes: Sizes) -> Result<()> {

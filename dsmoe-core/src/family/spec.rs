@@ -83,6 +83,16 @@ impl PartialEq for Family {
 }
 
 impl Family {
+    /// LLaMA without a name and without keys of its own.
+    pub(crate) const PLAIN: Family = Family {
+        model_type: "",
+        class: "",
+        defaults: Defaults::LLAMA,
+        rope: RopeRules::LLAMA,
+        fused: false,
+        switches: |_, _, _| Ok(()),
+    };
+
     /// Reads the switches of a model of this family.
     pub(crate) fn architecture(&self, fields: &Fields<'_>, sizes: Sizes) -> Result<Architecture> {
         let rope_sizes = RopeSizes { head_dim: sizes.head_dim, max_position: sizes.max_position };
@@ -170,9 +180,9 @@ pub(super) fn set_ropes(architecture: &mut Architecture, sliding: &[bool]) {
     }
 }
 
-/// Reads a factor that multiplies something: positive, 1 where it is absent.
+/// Reads a factor that multiplies something: 1 where it is absent.
 pub(super) fn multiplier(fields: &Fields<'_>, key: &str) -> Result<f64> {
-    Ok(fields.positive(key)?.unwrap_or(1.0))
+    Ok(fields.factor(key)?.unwrap_or(1.0))
 }
 
 /// Reads a soft cap: `default` where the key is absent, none where it is null.

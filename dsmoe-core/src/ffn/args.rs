@@ -13,6 +13,10 @@ pub struct FfnScratch {
     pub experts: expert_ffn::Scratch,
     /// Router logits and their like, `[tokens, experts]`.
     pub logits: Buf,
+    /// Values between the two products of a router of low rank, `[tokens, rank]`.
+    pub low: Buf,
+    /// Gradient of `low`.
+    pub dlow: Buf,
     /// Gradient by the coefficient of every pair, `[tokens, experts]`.
     pub dcoefficients: Buf,
     /// Gradient of the router logits, `[tokens, experts]`.

@@ -1,7 +1,7 @@
 //! Builds the FFNs that a configuration describes.
 
 use super::dense::DenseFfn;
-use super::dsmoe::DsmoeFfn;
+use super::dsmoe::{DsmoeFfn, DsmoeForm};
 use super::{Ffn, Gated};
 use crate::config::Config;
 
@@ -9,7 +9,13 @@ use crate::config::Config;
 pub(crate) fn of_layer(config: &Config, layer: usize) -> Box<dyn Ffn> {
     let gated = Gated::of_layer(config, layer);
     match (&config.moe, &config.ffn) {
-        (Some(moe), _) => Box::new(DsmoeFfn::of(gated, moe.router.clone(), moe.router_bias)),
+        (Some(moe), _) => {
+            let mut ffn = DsmoeFfn::of(gated, DsmoeForm::of_layer(moe, layer));
+            if let Some(logit) = moe.threshold_logit(layer) {
+                ffn.set_threshold_logit(logit);
+            }
+            Box::new(ffn)
+        }
         (None, Some(spec)) => spec.build(config, layer),
         (None, None) => Box::new(DenseFfn::of(gated)),
     }

@@ -7,6 +7,7 @@ use dsmoe_kernels::expert_ffn::{self, PackedWeights, Saved};
 
 use super::{
     DeviceFfn, Ffn, FfnBackward, FfnForward, FfnInference, FfnKind, FfnReport, FfnScratch, Gated, PackedFfn,
+    add_output_bias,
 };
 use crate::params::TensorSpec;
 
@@ -31,6 +32,8 @@ impl DenseFfn {
 struct PackedDense {
     gated: Gated,
     weights: PackedWeights,
+    /// The bias of the output; empty where there is none.
+    output_bias: Vec<f32>,
 }
 
 impl PackedFfn for PackedDense {
@@ -45,10 +48,11 @@ impl PackedFfn for PackedDense {
             scratch: &mut scratch.experts,
         }
         .run();
+        add_output_bias(y, &self.output_bias);
     }
 
     fn bytes(&self) -> usize {
-        self.weights.bytes()
+        self.weights.bytes() + 4 * self.output_bias.len()
     }
 }
 
@@ -62,14 +66,12 @@ impl Ffn for DenseFfn {
     }
 
     fn on_device(&self) -> Option<DeviceFfn> {
-        let Gated { hidden, intermediate, .. } = self.0;
-        self.0.is_plain().then_some(DeviceFfn::Dense { hidden, intermediate })
+        Some(DeviceFfn::Dense(self.0))
     }
 
     fn pack(&self, params: &[f32], precision: Precision) -> Box<dyn PackedFfn> {
-        let Gated { hidden, intermediate, .. } = self.0;
-        let weights = PackedWeights::new(precision, &self.0.weights(params), hidden, intermediate, 1);
-        Box::new(PackedDense { gated: self.0, weights })
+        let weights = PackedWeights::new(precision, &self.0.weights(params), self.0.dims(0));
+        Box::new(PackedDense { gated: self.0, weights, output_bias: self.0.output_bias(params).to_vec() })
     }
 
     fn new_saved(&self, tokens: usize) -> Box<dyn Any + Send> {
@@ -93,12 +95,14 @@ impl Ffn for DenseFfn {
             scratch: &mut scratch.experts,
         }
         .run();
+        add_output_bias(y, self.0.output_bias(params));
         FfnReport::default()
     }
 
     fn backward(&self, args: FfnBackward<'_>) {
         let FfnBackward { dx, grads, dy, saved, x, params, scratch, .. } = args;
         let saved = saved.downcast_mut::<Saved>().expect("saved by a dense FFN");
+        self.0.add_output_bias_grad(grads, dy);
         expert_ffn::Backward {
             dx,
             dcoefficients: None,

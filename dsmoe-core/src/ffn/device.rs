@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use dsmoe_router::{RouterConfig, Routing};
 
+use super::Gated;
 use super::args::GateTraining;
-use crate::params::padded;
 
 /// Arguments of [`HostGate::backward`].
 #[derive(Debug)]
@@ -37,8 +37,8 @@ pub struct HostRouted<'a> {
 }
 
 /// A gate that the host computes wherever the experts run. Its data is small, `[tokens, experts]`, and its forms are
-/// many. Its parameters follow the [`projections`](super::projections) in an FFN's part of the arena, each tensor padded as in [`split`](super::split);
-/// its gradients are laid out alike.
+/// many. Its parameters follow [`Gated::tensors`] in an FFN's part of the arena, each tensor padded as in
+/// [`split`](super::split); its gradients are laid out alike.
 pub trait HostGate: std::fmt::Debug + Send + Sync {
     /// Makes room for the values that [`HostGate::backward`] needs; reused every step.
     fn new_saved(&self) -> Box<dyn Any + Send>;
@@ -60,31 +60,22 @@ pub trait HostGate: std::fmt::Debug + Send + Sync {
 /// The forms of FFN that devices other than the host run.
 #[derive(Clone, Debug)]
 pub enum DeviceFfn {
-    /// SwiGLU.
-    Dense {
-        /// Width of its input.
-        hidden: usize,
-        /// Neurons.
-        intermediate: usize,
-    },
-    /// SwiGLU cut into experts behind sigmoid gates; parameters are [`projections`](super::projections), the router, and its bias.
-    Gated {
-        /// Width of its input.
-        hidden: usize,
-        /// Neurons of all experts together.
-        intermediate: usize,
+    /// The gated FFN as it is.
+    Dense(Gated),
+    /// Cut into experts behind sigmoid gates; parameters are [`Gated::tensors`], the router, and its bias.
+    Routed {
+        /// All experts together.
+        gated: Gated,
         /// Its gates.
         router: RouterConfig,
         /// True if the router has a bias.
         router_bias: bool,
     },
-    /// SwiGLU cut into experts behind a gate that the host computes; parameters are [`projections`](super::projections) and the
-    /// gate's. Only experts that ran take part in the gradient.
+    /// Cut into experts behind a gate that the host computes; parameters are [`Gated::tensors`] and the gate's. Only experts
+    /// that ran take part in the gradient.
     Hosted {
-        /// Width of its input.
-        hidden: usize,
-        /// Neurons of all experts together.
-        intermediate: usize,
+        /// All experts together.
+        gated: Gated,
         /// Experts, those that every token has included.
         num_experts: usize,
         /// The gate.
@@ -93,29 +84,20 @@ pub enum DeviceFfn {
 }
 
 impl DeviceFfn {
-    /// Returns the width of its input.
-    pub fn hidden(&self) -> usize {
-        match *self {
-            DeviceFfn::Dense { hidden, .. }
-            | DeviceFfn::Gated { hidden, .. }
-            | DeviceFfn::Hosted { hidden, .. } => hidden,
-        }
-    }
-
-    /// Returns the number of neurons.
-    pub fn intermediate(&self) -> usize {
-        match *self {
-            DeviceFfn::Dense { intermediate, .. }
-            | DeviceFfn::Gated { intermediate, .. }
-            | DeviceFfn::Hosted { intermediate, .. } => intermediate,
+    /// Returns its projections.
+    pub fn gated(&self) -> &Gated {
+        match self {
+            DeviceFfn::Dense(gated) | DeviceFfn::Routed { gated, .. } | DeviceFfn::Hosted { gated, .. } => {
+                gated
+            }
         }
     }
 
     /// Sets the gates' threshold, where there is one; returns whether there is.
     pub fn set_threshold(&mut self, threshold: f32) -> bool {
         match self {
-            DeviceFfn::Dense { .. } | DeviceFfn::Hosted { .. } => false,
-            DeviceFfn::Gated { router, .. } => {
+            DeviceFfn::Dense(_) | DeviceFfn::Hosted { .. } => false,
+            DeviceFfn::Routed { router, .. } => {
                 router.threshold = threshold;
                 true
             }
@@ -125,8 +107,8 @@ impl DeviceFfn {
     /// Returns the number of experts; none without a router.
     pub fn num_experts(&self) -> Option<usize> {
         match self {
-            DeviceFfn::Dense { .. } => None,
-            DeviceFfn::Gated { router, .. } => Some(router.num_experts),
+            DeviceFfn::Dense(_) => None,
+            DeviceFfn::Routed { router, .. } => Some(router.num_experts),
             DeviceFfn::Hosted { num_experts, .. } => Some(*num_experts),
         }
     }
@@ -138,6 +120,6 @@ impl DeviceFfn {
 
     /// Returns the range of the gate's parameters in the `len` parameters of the FFN.
     pub fn gate_params(&self, len: usize) -> std::ops::Range<usize> {
-        3 * padded(self.hidden() * self.intermediate())..len
+        self.gated().len()..len
     }
 }

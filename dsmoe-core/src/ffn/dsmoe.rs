@@ -2,24 +2,82 @@
 
 use std::any::Any;
 
+use dsmoe_kernels::Precision;
+use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::expert_ffn::{self, Dims, PackedWeights, Saved};
-use dsmoe_kernels::{Precision, linear};
 use dsmoe_router::sparsity::{self, SparsityOver};
-use dsmoe_router::{Routed, RouterConfig, ste};
-use ndarray::{ArrayView2, ArrayViewMut2};
+use dsmoe_router::{Routed, RouterConfig, Routing, SparsityGrad, ste};
+use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 
+use super::bound::{RouterBound, draws};
+use super::gating::{Gating, GatingBackward, GatingWeights};
 use super::{
     DeviceFfn, Ffn, FfnBackward, FfnForward, FfnInference, FfnKind, FfnReport, FfnScratch, Gated, PackedFfn,
-    Record, routes, split, split_mut,
+    Record, add_output_bias, routes,
 };
+use crate::config::MoeConfig;
 use crate::params::TensorSpec;
 
-/// `y = sum over active experts i of S_i o_i` (eq. 11), experts being row ranges of the projections (eq. 6).
+/// The form of a layer's FFN: its gates, and what stands beside the experts that they switch.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DsmoeForm {
+    /// The gates, with the number of all experts of the layer.
+    pub router: RouterConfig,
+    /// True if the router has a bias.
+    pub router_bias: bool,
+    /// The leading experts that every token runs with the factor 1; the router has the others.
+    pub core: usize,
+    /// Rank of the router; none for a full one.
+    pub router_rank: Option<usize>,
+    /// True if a linear map of what a router of low rank computes first is added to the output.
+    pub correction: bool,
+}
+
+impl DsmoeForm {
+    /// Describes routed experts with a full router and nothing beside them.
+    pub fn new(router: RouterConfig, router_bias: bool) -> DsmoeForm {
+        DsmoeForm { router, router_bias, core: 0, router_rank: None, correction: false }
+    }
+
+    /// Returns the form of a layer.
+    pub(crate) fn of_layer(moe: &MoeConfig, layer: usize) -> DsmoeForm {
+        DsmoeForm {
+            router: moe.router.clone(),
+            router_bias: moe.router_bias,
+            core: moe.core(layer),
+            router_rank: moe.parts.router_rank,
+            correction: moe.parts.correction,
+        }
+    }
+
+    /// Returns the number of experts that have a gate.
+    pub fn routed(&self) -> usize {
+        self.router.num_experts - self.core
+    }
+
+    /// Names what it has beside routed experts and a full router.
+    pub fn parts(&self) -> Vec<&'static str> {
+        let parts = [
+            (self.core > 0, "a core of experts that always run"),
+            (self.router_rank.is_some(), "routers of low rank"),
+            (self.correction, "a correction of the output"),
+        ];
+        parts.into_iter().filter(|(is_there, _)| *is_there).map(|(_, name)| name).collect()
+    }
+}
+
+/// `y = sum over active experts i of S_i o_i` (eq. 11), experts being row ranges of the projections (eq. 6), plus the
+/// experts of the core and the correction.
 #[derive(Clone, Debug)]
 pub struct DsmoeFfn {
     gated: Gated,
-    router: RouterConfig,
-    router_bias: bool,
+    form: DsmoeForm,
+    /// The gates of the routed experts.
+    gates: RouterConfig,
+    /// What a logit has to exceed; none where every gate is open.
+    bar: Option<f32>,
+    /// The logit at which a gate that switches its expert is a half in the straight-through rule.
+    centre: f32,
 }
 
 /// Values kept for the backward.
@@ -27,6 +85,8 @@ pub struct DsmoeFfn {
 struct DsmoeSaved {
     experts: Saved,
     routed: Routed,
+    /// The first product of a router of low rank.
+    low: Buf,
 }
 
 impl DsmoeFfn {
@@ -35,101 +95,151 @@ impl DsmoeFfn {
     /// # Panics
     /// The experts do not divide `intermediate`: the caller's configuration was not checked.
     pub fn new(hidden: usize, intermediate: usize, router: RouterConfig, router_bias: bool) -> DsmoeFfn {
-        DsmoeFfn::of(Gated::silu(hidden, intermediate), router, router_bias)
+        DsmoeFfn::of(Gated::silu(hidden, intermediate), DsmoeForm::new(router, router_bias))
     }
 
-    /// Makes the FFN of any family.
+    /// Makes the FFN of any family and form, with the threshold of its router.
     ///
     /// # Panics
-    /// Those of [`DsmoeFfn::new`].
-    pub fn of(gated: Gated, router: RouterConfig, router_bias: bool) -> DsmoeFfn {
+    /// Those of [`DsmoeFfn::new`]; the core leaves no expert to the router; a correction without a rank.
+    pub fn of(gated: Gated, form: DsmoeForm) -> DsmoeFfn {
+        let n = form.router.num_experts;
         assert!(
-            router.num_experts > 0 && gated.intermediate.is_multiple_of(router.num_experts),
-            "dsmoe ffn: {} neurons in {} experts",
-            gated.intermediate,
-            router.num_experts
+            n > 0 && gated.intermediate.is_multiple_of(n),
+            "dsmoe ffn: {} neurons in {n} experts",
+            gated.intermediate
         );
-        DsmoeFfn { gated, router, router_bias }
+        assert!(form.core < n, "dsmoe ffn: a core of {} of {n} experts", form.core);
+        assert!(!form.correction || form.router_rank.is_some(), "dsmoe ffn: a correction without a rank");
+        let gates = RouterConfig { num_experts: form.routed(), ..form.router.clone() };
+        DsmoeFfn { bar: gates.bar(), centre: 0.0, gated, form, gates }
     }
 
-    /// Returns the router's weight and bias in this FFN's part of the arena.
-    fn router<'a>(&self, params: &'a [f32]) -> [&'a [f32]; 2] {
-        split(&params[self.gated.len()..], self.router_lens())
-    }
-
-    fn router_lens(&self) -> [usize; 2] {
-        let n = self.router.num_experts;
-        [n * self.gated.hidden, if self.router_bias { n } else { 0 }]
+    fn gating(&self) -> Gating {
+        Gating {
+            hidden: self.gated.hidden,
+            routed: self.form.routed(),
+            rank: self.form.router_rank,
+            bias: self.form.router_bias,
+            correction: self.form.correction,
+        }
     }
 
     fn dims(&self, tokens: usize) -> Dims {
-        let num_experts = self.router.num_experts;
-        Dims { num_experts, all_pairs: self.router.ste, ..self.gated.dims(tokens) }
-    }
-
-    fn router_dims(&self, tokens: usize) -> linear::Dims {
-        linear::Dims {
-            rows: tokens,
-            inputs: self.gated.hidden,
-            outputs: self.router.num_experts,
-            precision: Precision::F32,
+        Dims {
+            num_experts: self.form.router.num_experts,
+            core: self.form.core,
+            all_pairs: self.form.router.ste,
+            ..self.gated.dims(tokens)
         }
     }
 
-    /// Routes `x`; sets `routed` and adds to `record`.
+    /// Routes `x`; sets `routed` and `low`.
     fn route(
         &self,
         routed: &mut Routed,
-        logits: &mut dsmoe_kernels::buf::Buf,
+        [logits, low]: [&mut Buf; 2],
         x: &[f32],
-        [router, bias]: [&[f32]; 2],
-        record: Option<Record<'_>>,
+        weights: GatingWeights<'_>,
     ) {
-        let (tokens, n) = (x.len() / self.gated.hidden, self.router.num_experts);
-        logits.resize(tokens * n);
-        linear::Forward { y: logits, x, w: router, bias: None, dims: self.router_dims(tokens) }.run();
-        if self.router_bias {
-            for row in logits.chunks_exact_mut(n) {
-                for (z, b) in row.iter_mut().zip(bias) {
-                    *z += b;
-                }
-            }
-        }
-        routed.rebuild(&self.router, matrix(logits, tokens, n));
+        self.gating().forward(logits, low, x, weights);
+        let logits = matrix(logits, x.len() / self.gated.hidden, self.form.routed());
+        routed.rebuild_above(&self.gates, self.bar, self.centre, logits);
+    }
+
+    /// Adds a routing to `record`.
+    fn count(&self, record: Option<Record<'_>>, routing: &Routing) {
         if let Some(Record { stats, layer }) = record {
-            stats.add(layer, &routed.routing);
+            stats.add_behind_core(layer, self.form.core, routing);
         }
+    }
+
+    /// Returns the derivative of the loss by one gate of this layer, from that of a layer without a core: the layer's
+    /// loss is a mean over the gates that it has.
+    fn sparsity(&self, of_all: SparsityGrad) -> SparsityGrad {
+        if self.form.core == 0 {
+            return of_all;
+        }
+        let factor = self.form.router.num_experts as f32 / self.form.routed() as f32;
+        SparsityGrad { weight: of_all.weight * factor, ..of_all }
     }
 }
 
-/// A DSMoE FFN for inference; the router stays f32.
+/// A DSMoE FFN for inference; all but the projections stays f32.
 #[derive(Debug)]
 struct PackedDsmoe {
     ffn: DsmoeFfn,
     weights: PackedWeights,
-    router: Vec<f32>,
-    bias: Vec<f32>,
+    /// The tensors of the [`Gating`].
+    gating: Vec<f32>,
+    /// The bias of the output; empty where there is none.
+    output_bias: Vec<f32>,
+    /// Chooses experts in place of the router.
+    bound: Option<RouterBound>,
 }
 
-impl PackedFfn for PackedDsmoe {
-    fn forward(&self, args: FfnInference<'_>) {
-        let FfnInference { y, x, record, scratch } = args;
-        let FfnScratch { experts, logits, routed, .. } = scratch;
-        self.ffn.route(routed, logits, x, [&self.router, &self.bias], record);
-        let routes = routes(&routed.routing);
+impl PackedDsmoe {
+    /// Sets `y` to the outputs of the open experts and of the core.
+    fn run(&self, y: &mut [f32], x: &[f32], routing: &Routing, scratch: &mut expert_ffn::Scratch) {
+        let routes = routes(routing);
         expert_ffn::ForwardPacked {
             y,
             x,
             weights: &self.weights,
             pairs: expert_ffn::Pairs::Routed(&routes),
             dims: self.ffn.dims(x.len() / self.ffn.gated.hidden),
-            scratch: experts,
+            scratch,
         }
         .run();
     }
 
+    /// Returns the squared norms of the outputs of all routed experts, `[tokens, routed]`.
+    fn contributions(&self, x: &[f32], scratch: &mut expert_ffn::Scratch) -> Array2<f64> {
+        let (hidden, routed) = (self.ffn.gated.hidden, self.ffn.form.routed());
+        let shape = (x.len() / hidden, routed);
+        let mut output = |open: &dyn Fn(usize) -> bool| -> Vec<f32> {
+            let mask = Array2::from_shape_fn(shape, |(_, i)| open(i));
+            let mut y = vec![0.0; x.len()];
+            self.run(&mut y, x, &Routing::from_mask(mask.view(), |_, _| 1.0), scratch);
+            y
+        };
+        let without = output(&|_| false);
+        let mut squares = Array2::zeros(shape);
+        for expert in 0..routed {
+            let with = output(&|i| i == expert);
+            for (t, (with, without)) in
+                with.chunks_exact(hidden).zip(without.chunks_exact(hidden)).enumerate()
+            {
+                let pairs = with.iter().zip(without);
+                squares[[t, expert]] = pairs.map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>();
+            }
+        }
+        squares
+    }
+}
+
+impl PackedFfn for PackedDsmoe {
+    fn forward(&self, args: FfnInference<'_>) {
+        let FfnInference { y, x, record, scratch } = args;
+        let FfnScratch { experts, logits, low, routed, .. } = scratch;
+        let gating = self.ffn.gating();
+        let weights = gating.weights(&self.gating);
+        self.ffn.route(routed, [logits, low], x, weights);
+        if let Some(bound) = self.bound {
+            let scores = match bound {
+                RouterBound::Oracle => self.contributions(x, experts),
+                RouterBound::Random => draws(x, self.ffn.gated.hidden, self.ffn.form.routed()),
+            };
+            routed.reroute(&self.ffn.gates, scores.view());
+        }
+        self.ffn.count(record, &routed.routing);
+        self.run(y, x, &routed.routing, experts);
+        gating.correct(y, low, weights);
+        add_output_bias(y, &self.output_bias);
+    }
+
     fn bytes(&self) -> usize {
-        self.weights.bytes() + 4 * (self.router.len() + self.bias.len())
+        self.weights.bytes() + 4 * (self.ffn.gating().len() + self.output_bias.len())
     }
 
     fn num_experts(&self) -> Option<usize> {
@@ -139,6 +249,15 @@ impl PackedFfn for PackedDsmoe {
     fn set_threshold(&mut self, threshold: f32) -> bool {
         self.ffn.set_threshold(threshold)
     }
+
+    fn set_threshold_logit(&mut self, logit: f32) -> bool {
+        self.ffn.set_threshold_logit(logit)
+    }
+
+    fn set_router_bound(&mut self, bound: RouterBound) -> bool {
+        self.bound = Some(bound);
+        true
+    }
 }
 
 fn matrix(values: &[f32], rows: usize, cols: usize) -> ArrayView2<'_, f32> {
@@ -147,59 +266,66 @@ fn matrix(values: &[f32], rows: usize, cols: usize) -> ArrayView2<'_, f32> {
 
 impl Ffn for DsmoeFfn {
     fn tensors(&self) -> Vec<TensorSpec> {
-        let n = self.router.num_experts;
         let mut tensors = self.gated.tensors();
-        tensors.push(TensorSpec::router("router.weight", vec![n, self.gated.hidden]));
-        if self.router_bias {
-            tensors.push(TensorSpec::router("router.bias", vec![n]));
-        }
+        tensors.extend(self.gating().tensors());
         tensors
     }
 
     fn num_experts(&self) -> Option<usize> {
-        Some(self.router.num_experts)
+        Some(self.form.router.num_experts)
     }
 
     fn set_threshold(&mut self, threshold: f32) -> bool {
-        self.router.threshold = threshold;
+        (self.form.router.threshold, self.gates.threshold) = (threshold, threshold);
+        (self.bar, self.centre) = (self.gates.bar(), 0.0);
+        true
+    }
+
+    fn set_threshold_logit(&mut self, logit: f32) -> bool {
+        (self.bar, self.centre) = (Some(logit), logit);
         true
     }
 
     fn kind(&self) -> Option<FfnKind> {
-        Some(FfnKind::Dsmoe { router: self.router.clone(), router_bias: self.router_bias })
+        Some(FfnKind::Dsmoe(self.form.clone()))
+    }
+
+    fn host_only(&self) -> Vec<&'static str> {
+        let mut parts = self.form.parts();
+        if self.bar != self.form.router.bar() {
+            parts.push("thresholds by budget");
+        }
+        parts
     }
 
     fn on_device(&self) -> Option<DeviceFfn> {
-        let Gated { hidden, intermediate, .. } = self.gated;
-        self.gated.is_plain().then(|| DeviceFfn::Gated {
-            hidden,
-            intermediate,
-            router: self.router.clone(),
-            router_bias: self.router_bias,
-        })
+        let DsmoeForm { router, router_bias, .. } = self.form.clone();
+        self.host_only().is_empty().then_some(DeviceFfn::Routed { gated: self.gated, router, router_bias })
     }
 
     fn pack(&self, params: &[f32], precision: Precision) -> Box<dyn PackedFfn> {
-        let Gated { hidden, intermediate, .. } = self.gated;
-        let (weights, n) = (self.gated.weights(params), self.router.num_experts);
-        let [router, bias] = self.router(params);
         Box::new(PackedDsmoe {
             ffn: self.clone(),
-            weights: PackedWeights::new(precision, &weights, hidden, intermediate, n),
-            router: router.to_vec(),
-            bias: bias.to_vec(),
+            weights: PackedWeights::new(precision, &self.gated.weights(params), self.dims(0)),
+            gating: params[self.gated.len()..].to_vec(),
+            output_bias: self.gated.output_bias(params).to_vec(),
+            bound: None,
         })
     }
 
     fn new_saved(&self, tokens: usize) -> Box<dyn Any + Send> {
         let experts = Saved::with_room(self.dims(tokens));
-        Box::new(DsmoeSaved { experts, routed: Routed::default() })
+        let low = Buf::zeros(self.gating().low_len(tokens));
+        Box::new(DsmoeSaved { experts, routed: Routed::default(), low })
     }
 
     fn reserve(&self, scratch: &mut FfnScratch, tokens: usize) {
         scratch.experts.reserve(self.dims(tokens));
         for buf in [&mut scratch.logits, &mut scratch.dcoefficients, &mut scratch.dlogits] {
-            buf.resize(tokens * self.router.num_experts);
+            buf.resize(tokens * self.form.routed());
+        }
+        for buf in [&mut scratch.low, &mut scratch.dlow] {
+            buf.resize(self.gating().low_len(tokens));
         }
     }
 
@@ -207,7 +333,10 @@ impl Ffn for DsmoeFfn {
         let FfnForward { y, saved, x, params, record, scratch, .. } = args;
         let saved = saved.downcast_mut::<DsmoeSaved>().expect("saved by a DSMoE FFN");
         let FfnScratch { experts, logits, .. } = scratch;
-        self.route(&mut saved.routed, logits, x, self.router(params), record);
+        let gating = self.gating();
+        let weights = gating.weights(&params[self.gated.len()..]);
+        self.route(&mut saved.routed, [logits, &mut saved.low], x, weights);
+        self.count(record, &saved.routed.routing);
         expert_ffn::ForwardTrain {
             y,
             saved: &mut saved.experts,
@@ -218,6 +347,8 @@ impl Ffn for DsmoeFfn {
             scratch: experts,
         }
         .run();
+        gating.correct(y, &saved.low, weights);
+        add_output_bias(y, self.gated.output_bias(params));
         FfnReport {
             sparsity_loss: sparsity::loss(&saved.routed, SparsityOver::Active),
             mean_gate: sparsity::loss(&saved.routed, SparsityOver::All),
@@ -227,15 +358,14 @@ impl Ffn for DsmoeFfn {
 
     fn backward(&self, args: FfnBackward<'_>) {
         let FfnBackward { dx, grads, dy, saved, x, params, sparsity, scratch, .. } = args;
-        let DsmoeSaved { experts: saved, routed } =
+        let DsmoeSaved { experts: saved, routed, low } =
             saved.downcast_mut::<DsmoeSaved>().expect("saved by a DSMoE FFN");
-        let [router, _] = self.router(params);
-        let (grads, of_router) = grads.split_at_mut(self.gated.len());
-        let [drouter, dbias] = split_mut(of_router, self.router_lens());
-        let (dims, n) = (self.dims(x.len() / self.gated.hidden), self.router.num_experts);
-        let FfnScratch { experts, dcoefficients, dlogits, .. } = scratch;
-        dcoefficients.resize(dims.tokens * n);
-        dlogits.resize(dims.tokens * n);
+        self.gated.add_output_bias_grad(grads, dy);
+        let (grads, of_gating) = grads.split_at_mut(self.gated.len());
+        let (dims, routed_experts) = (self.dims(x.len() / self.gated.hidden), self.form.routed());
+        let FfnScratch { experts, dcoefficients, dlogits, dlow, .. } = scratch;
+        dcoefficients.resize(dims.tokens * routed_experts);
+        dlogits.resize(dims.tokens * routed_experts);
         expert_ffn::Backward {
             dx,
             dcoefficients: Some(dcoefficients),
@@ -250,19 +380,15 @@ impl Ffn for DsmoeFfn {
         }
         .run();
         ste::backward(
-            &self.router,
+            &self.gates,
             routed,
-            matrix(dcoefficients, dims.tokens, n),
-            sparsity,
-            ArrayViewMut2::from_shape((dims.tokens, n), dlogits).expect("tokens * experts values"),
+            matrix(dcoefficients, dims.tokens, routed_experts),
+            self.sparsity(sparsity),
+            ArrayViewMut2::from_shape((dims.tokens, routed_experts), dlogits)
+                .expect("tokens * experts values"),
         );
-        let router_dims = self.router_dims(dims.tokens);
-        linear::BackwardWeight { dw: drouter, dy: dlogits, x, dims: router_dims }.run();
-        linear::BackwardInput { dx, dy: dlogits, w: router, dims: router_dims, add: true }.run();
-        for row in dlogits.chunks_exact(n) {
-            for (db, dz) in dbias.iter_mut().zip(row) {
-                *db += dz;
-            }
-        }
+        let gating = self.gating();
+        let weights = gating.weights(&params[self.gated.len()..]);
+        gating.backward(weights, GatingBackward { dx, grads: of_gating, dlogits, dy, x, low, dlow });
     }
 }

@@ -5,11 +5,13 @@
 //! nothing else of an FFN.
 
 mod args;
+mod bound;
 mod build;
 mod dense;
 mod device;
 mod dsmoe;
 mod gated;
+mod gating;
 
 use std::any::Any;
 use std::collections::BTreeMap;
@@ -17,15 +19,16 @@ use std::path::Path;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use dsmoe_kernels::{Precision, expert_ffn};
-use dsmoe_router::{RouterConfig, Routing};
+use dsmoe_router::Routing;
 use serde_json::{Map, Value};
 
 pub use args::{FfnBackward, FfnForward, FfnInference, FfnReport, FfnScratch, GateTraining, Record};
+pub use bound::RouterBound;
 pub(crate) use build::of_layer;
 pub use dense::DenseFfn;
 pub use device::{DeviceFfn, GateBackward, HostGate, HostRouted};
-pub use dsmoe::DsmoeFfn;
-pub use gated::Gated;
+pub use dsmoe::{DsmoeFfn, DsmoeForm};
+pub use gated::{Gated, add_output_bias};
 
 use crate::config::Config;
 use crate::error::{Error, Result, shown};
@@ -53,6 +56,16 @@ pub trait Ffn: std::fmt::Debug + Send + Sync {
         false
     }
 
+    /// Sets what the logit of a gate has to exceed, where there are gates; returns whether there are.
+    fn set_threshold_logit(&mut self, _logit: f32) -> bool {
+        false
+    }
+
+    /// Names the parts that keep it from other devices, in words.
+    fn host_only(&self) -> Vec<&'static str> {
+        Vec::new()
+    }
+
     /// Returns the form that other devices run, with parameters laid out by [`Ffn::tensors`]; none for a form
     /// that only the host runs.
     fn on_device(&self) -> Option<DeviceFfn> {
@@ -77,6 +90,11 @@ pub trait Ffn: std::fmt::Debug + Send + Sync {
 
 /// One layer's FFN for inference, with its weights; made by [`Ffn::pack`].
 pub trait PackedFfn: std::fmt::Debug + Send + Sync {
+    /// Lets `bound` choose experts in place of the router, where there are gates; returns whether there are.
+    fn set_router_bound(&mut self, _bound: RouterBound) -> bool {
+        false
+    }
+
     /// Sets `y = ffn(x)`.
     fn forward(&self, args: FfnInference<'_>);
 
@@ -90,6 +108,11 @@ pub trait PackedFfn: std::fmt::Debug + Send + Sync {
 
     /// Sets the gates' threshold, where there is one; returns whether there is.
     fn set_threshold(&mut self, _threshold: f32) -> bool {
+        false
+    }
+
+    /// Sets what the logit of a gate has to exceed, where there are gates; returns whether there are.
+    fn set_threshold_logit(&mut self, _logit: f32) -> bool {
         false
     }
 }
@@ -126,6 +149,8 @@ pub fn split_mut<const N: usize>(block: &mut [f32], lens: [usize; N]) -> [&mut [
 
 /// Name of the bias of the down projection. It belongs to no expert: every token gets it once.
 pub(crate) const DOWN_BIAS: &str = "down_proj.bias";
+/// Name of the bias of the FFN's output, in a model without biases of projections.
+pub(crate) const OUTPUT_BIAS: &str = "output_bias";
 
 /// Returns the three projections every FFN here has, `[intermediate, hidden]` each, the down projection transposed.
 pub fn projections(hidden: usize, intermediate: usize) -> Vec<TensorSpec> {
@@ -164,6 +189,12 @@ pub trait FfnSpec: std::fmt::Debug + Send + Sync {
 
     /// Returns the number of experts that every token runs, mean over layers, where it is fixed.
     fn active_experts(&self) -> Option<f64>;
+
+    /// Returns the number of equal blocks of neurons, in the order of the rows, that are the experts of an FFN whose
+    /// output is the sum of theirs, each times its coefficient; none for another FFN.
+    fn blocks(&self) -> Option<usize> {
+        None
+    }
 }
 
 /// The entry of config.json that describes an FFN.
@@ -171,13 +202,8 @@ pub trait FfnSpec: std::fmt::Debug + Send + Sync {
 pub enum FfnKind {
     /// No entry: the FFN of a plain LLaMA.
     Dense,
-    /// The `dsmoe` object with these gates.
-    Dsmoe {
-        /// The gates.
-        router: RouterConfig,
-        /// True if the router has a bias.
-        router_bias: bool,
-    },
+    /// The `dsmoe` object that describes this form.
+    Dsmoe(DsmoeForm),
     /// The `ffn` object of this spec.
     Spec(Arc<dyn FfnSpec>),
 }

@@ -35,8 +35,8 @@ const GEMMA: Arch =
 const GEMMA2: Arch =
     Arch { name: "gemma2", model_type: "gemma2", class: "Gemma2ForCausalLM", post_norms: true, ..GEMMA };
 
-/// All of them. The first of a name is that of its files; mistral and olmo3 share a name with another.
-const ARCHS: [Arch; 13] = [
+/// All of them. The first of a name is that of its files; mistral, ministral and olmo3 share a name with another.
+const ARCHS: [Arch; 14] = [
     LLAMA,
     QWEN2,
     Arch { name: "qwen3", model_type: "qwen3", class: "Qwen3ForCausalLM", ..QWEN2 },
@@ -49,6 +49,7 @@ const ARCHS: [Arch; 13] = [
     Arch { name: "smollm3", model_type: "smollm3", class: "SmolLM3ForCausalLM", ..LLAMA },
     Arch { name: "mistral3", model_type: "mistral", class: "MistralForCausalLM", ..LLAMA },
     Arch { name: "llama", model_type: "mistral", class: "MistralForCausalLM", ..LLAMA },
+    Arch { name: "llama", model_type: "ministral", class: "MinistralForCausalLM", ..LLAMA },
     Arch { name: "olmo2", model_type: "olmo3", class: "Olmo3ForCausalLM", post_norms: true, ..QWEN2 },
 ];
 
@@ -60,8 +61,7 @@ impl Arch {
 
     /// Returns the architecture as which a model of this `model_type` is written.
     pub(crate) fn of_model_type(model_type: &str) -> Option<&'static Arch> {
-        // mistral is written as llama, as llama.cpp's converter does, and so is ministral without windows.
-        let model_type = if model_type == "ministral" { "mistral" } else { model_type };
+        // mistral and ministral are written as llama, as llama.cpp's converter does.
         ARCHS.iter().rfind(|arch| arch.model_type == model_type)
     }
 

@@ -176,6 +176,10 @@ fn check(model: &Path, config: &Config) -> Result<&'static Arch> {
         let problem = "differs from layer to layer, for which GGUF has no keys".to_owned();
         return fail("layer_shapes", problem, "export it as native");
     }
+    if config.architecture.output_bias {
+        let problem = "is true, and llama.cpp has no bias of an FFN's output without those of gate and up";
+        return fail("output_bias", problem.to_owned(), "export it as native");
+    }
     match Arch::of_model_type(config.model_type()) {
         Some(arch) => Ok(arch),
         None => {

@@ -130,3 +130,37 @@ impl Pre {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer, PreTokenizerWrapper};
+
+    use super::*;
+
+    /// The words that another regular expression engine finds by the patterns of published tokenizers.
+    const GOLDEN: &str = include_str!("../../tests/data/pre_tokenizers.json");
+
+    #[test]
+    fn every_kind_cuts_awkward_texts_as_the_published_tokenizers_do() {
+        let golden: BTreeMap<String, Vec<Vec<String>>> = serde_json::from_str(GOLDEN).unwrap();
+        assert_eq!(golden.len(), ALL.len());
+        for pre in ALL {
+            let split: PreTokenizerWrapper = serde_json::from_value(pre.pre_tokenizer()).unwrap();
+            for wanted in &golden[pre.name] {
+                let text = wanted.concat();
+                let mut pieces = PreTokenizedString::from(text.as_str());
+                split.pre_tokenize(&mut pieces).unwrap();
+                let pieces = pieces.get_splits(OffsetReferential::Original, OffsetType::Byte);
+                let words: Vec<&str> =
+                    pieces.iter().map(|(_, (start, end), _)| &text[*start..*end]).collect();
+                assert_eq!(words, *wanted, "{}", pre.name);
+            }
+            let (steps, ignores_merges) = (pre.pre_tokenizer(), pre.ignores_merges);
+            let steps =
+                steps["pretokenizers"].as_array().map_or(vec![&steps], |steps| steps.iter().collect());
+            assert_eq!(Pre::of_json(&steps, ignores_merges).map(|found| found.split), Some(pre.split));
+        }
+    }
+}

@@ -7,14 +7,14 @@ use dsmoe_kernels::buf::Buf;
 use dsmoe_router::RoutingStats;
 
 use super::ropes::Ropes;
-use super::tensors::{Ranges, ffns_of, lay_out, set_threshold};
+use super::tensors::{Ranges, ffns_of, lay_out, no_gates, set_active, set_threshold, set_thresholds};
 use crate::accounting::Accounting;
 use crate::checkpoint::{
     DEFAULT_SHARD_BYTES, Dtype, TensorInfo, WeightReader, model_writer, open_model, partition_name,
 };
-use crate::config::{Config, PartitionKind};
+use crate::config::{Budget, Config, PartitionKind};
 use crate::error::{Error, Result};
-use crate::ffn::{Ffn, FfnKind};
+use crate::ffn::{DsmoeForm, Ffn, FfnKind};
 use crate::masks::Masks;
 use crate::params::{Layout, Stored};
 
@@ -131,9 +131,7 @@ impl Model {
         for (layer, ffn) in self.ffns.iter().enumerate() {
             let described = match (ffn.kind(), moe, spec) {
                 (Some(FfnKind::Dense), None, None) | (None, _, Some(_)) => true,
-                (Some(FfnKind::Dsmoe { router, router_bias }), Some(moe), _) => {
-                    (&router, router_bias) == (&moe.router, moe.router_bias)
-                }
+                (Some(FfnKind::Dsmoe(form)), Some(moe), _) => form == DsmoeForm::of_layer(moe, layer),
                 (Some(FfnKind::Spec(own)), None, Some(spec)) => *own == **spec,
                 _ => false,
             };
@@ -209,6 +207,50 @@ impl Model {
         set_threshold(&mut self.config, threshold, || {
             self.ffns.iter_mut().all(|ffn| ffn.set_threshold(threshold))
         })
+    }
+
+    /// Chooses the thresholds of every layer that leave the share `active` of the experts active, here and in the files
+    /// of [`Model::save`].
+    ///
+    /// # Errors
+    /// The model has no budgets, or `active` is outside of them.
+    pub fn set_active(&mut self, active: f64) -> Result<()> {
+        set_active(&mut self.config, active, |layer, logit| self.ffns[layer].set_threshold_logit(logit))
+    }
+
+    /// Sets what the logits of each layer's gates have to exceed, until the next choice of thresholds; files keep the
+    /// budgets.
+    ///
+    /// # Errors
+    /// The model has no gates.
+    ///
+    /// # Panics
+    /// There are not as many thresholds as layers.
+    pub fn set_thresholds(&mut self, logits: &[f32]) -> Result<()> {
+        assert_eq!(logits.len(), self.ffns.len(), "model: thresholds and layers");
+        set_thresholds(logits, |layer, logit| self.ffns[layer].set_threshold_logit(logit))
+    }
+
+    /// Replaces the budgets, and opens the gates as the one of the share `active` says.
+    ///
+    /// # Errors
+    /// The model has no gates; `active` is outside of the budgets.
+    ///
+    /// # Panics
+    /// A budget has not as many thresholds as the model layers.
+    pub fn set_budgets(&mut self, budgets: Vec<Budget>, active: f64) -> Result<()> {
+        let layers = self.config.num_layers;
+        assert!(
+            budgets.iter().all(|budget| budget.thresholds.len() == layers),
+            "model: thresholds of budgets"
+        );
+        let Some(moe) = &mut self.config.moe else { return Err(no_gates()) };
+        let before = std::mem::replace(&mut moe.parts.budgets, budgets);
+        let set = self.set_active(active);
+        if let (Err(_), Some(moe)) = (&set, &mut self.config.moe) {
+            moe.parts.budgets = before;
+        }
+        set
     }
 
     /// Returns empty routing statistics for this model; none without routers.

@@ -72,6 +72,12 @@ impl Ropes {
         self.of_layers[layer].map(|rope| self.tables[rope].of(positions))
     }
 
+    /// Returns the table of rotation `i` in a pass over that many positions.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn nth(&self, i: usize, positions: usize) -> TableRef<'_> {
+        self.tables[i].of(positions)
+    }
+
     /// Rotates queries or keys of a layer in place.
     pub(crate) fn forward(&self, layer: usize, x: &mut [f32], turn: Turn) {
         if let Some(table) = self.table(layer, turn.positions) {

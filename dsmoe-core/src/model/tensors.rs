@@ -117,7 +117,31 @@ fn lay_out_layer(layout: &mut Layout, config: &Config, i: usize, ffn: &dyn Ffn) 
     }
 }
 
-/// Moves the threshold in `config`, and in the FFNs by `move_gates`, which says whether all have gates.
+/// Makes the error for a model without gates.
+pub(crate) fn no_gates() -> Error {
+    Error::argument("this model has no gates to set a threshold for", "convert it first")
+}
+
+/// Chooses the budget of the share `active` in `config`, and sets the threshold of every layer by `set`, which says
+/// whether the layer has gates.
+pub(crate) fn set_active(
+    config: &mut Config,
+    active: f64,
+    set: impl FnMut(usize, f32) -> bool,
+) -> Result<()> {
+    let moe = config.moe.as_mut().ok_or_else(no_gates)?;
+    set_thresholds(&moe.thresholds_for(active)?, set)?;
+    moe.active_target = Some(active);
+    Ok(())
+}
+
+/// Sets the threshold of every layer by `set`, which says whether the layer has gates.
+pub(crate) fn set_thresholds(logits: &[f32], mut set: impl FnMut(usize, f32) -> bool) -> Result<()> {
+    let all = logits.iter().enumerate().all(|(layer, &logit)| set(layer, logit));
+    if all { Ok(()) } else { Err(no_gates()) }
+}
+
+/// Moves the threshold in `config`, in place of its budgets, and in the FFNs by `move_gates`, which says whether all have gates.
 pub(crate) fn set_threshold(
     config: &mut Config,
     threshold: f32,
@@ -127,13 +151,11 @@ pub(crate) fn set_threshold(
         return Err(Error::argument(format!("threshold {threshold} is outside 0..=1"), "use 0.5"));
     }
     match &mut config.moe {
-        Some(moe) if move_gates() => moe.router.threshold = threshold,
-        _ => {
-            return Err(Error::argument(
-                "this model has no gates to set a threshold for",
-                "convert it first",
-            ));
+        Some(moe) if move_gates() => {
+            moe.router.threshold = threshold;
+            moe.parts.budgets.clear();
         }
+        _ => return Err(no_gates()),
     }
     Ok(())
 }

@@ -9,7 +9,7 @@
 ///
 /// # Panics
 /// The capacities do not add up to the items, or a cost is not finite.
-pub(super) fn assign(costs: &[f64], capacities: &[usize]) -> Vec<usize> {
+pub fn assign(costs: &[f64], capacities: &[usize]) -> Vec<usize> {
     let n = capacities.len();
     assert!(
         costs.len() == n * capacities.iter().sum::<usize>() && costs.iter().all(|cost| cost.is_finite()),

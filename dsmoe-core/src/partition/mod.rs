@@ -6,6 +6,8 @@
 mod assignment;
 pub mod clusters;
 
+pub use assignment::assign;
+
 use std::path::Path;
 
 use dsmoe_kernels::rng::Rng;

@@ -158,3 +158,33 @@ fn layers_with_a_window_attend_to_no_more() {
     let seen = 4.0 - 4.0 * 3.0 / (2.0 * 10.0);
     assert!((mean(&wide, 10) - mean(&narrow, 10) - 4.0 * 24.0 * (5.0 - seen)).abs() < 1e-9);
 }
+
+/// A core is part of the active share; routers and corrections are counted for every token.
+#[test]
+fn parts_beside_experts_are_counted() {
+    let of = |parts: serde_json::Value| {
+        let mut map: serde_json::Map<String, serde_json::Value> =
+            serde_json::from_str(&preset("llama-3.2-1b").unwrap().to_json()).unwrap();
+        let mut moe = serde_json::json!({"format_version": 2, "num_experts": 256, "threshold": 0.5,
+            "partition": "contiguous", "router_bias": true, "gate_value": "binary", "rescale": "none",
+            "zero_active": "skip", "ste": true});
+        moe.as_object_mut().unwrap().extend(parts.as_object().unwrap().clone());
+        map.insert("model_type".into(), "dsmoe".into());
+        map.insert("dsmoe".into(), moe);
+        let text = serde_json::Value::Object(map).to_string();
+        Accounting::of(&Config::from_json(Path::new("config.json"), &text).unwrap())
+    };
+    let dense = Accounting::of(&preset("llama-3.2-1b").unwrap());
+    let full = of(serde_json::json!({"core": 48}));
+    assert_eq!(full.router, 16 * (208 * 2048 + 208));
+    let low = of(serde_json::json!({"core": 48, "router_rank": 32, "correction": true}));
+    assert_eq!(low.router, 16 * (32 * 2048 + 208 * 32 + 208 + 2048 * 32));
+    for counts in [full, low] {
+        assert_eq!((counts.ffn, counts.num_experts, counts.fixed_active), (dense.ffn, 256, None));
+        let want = (dense.non_ffn + counts.router) as f64 + dense.ffn as f64 * 96.0 / 256.0;
+        assert_eq!(counts.activated(96.0), want);
+        let matrices = (counts.router - 16 * 208) as f64;
+        let flops = counts.flops_per_token(96.0, 0.0) - dense.flops_per_token(0.0, 0.0);
+        assert_eq!(flops, 2.0 * (matrices - dense.ffn as f64 * 160.0 / 256.0));
+    }
+}

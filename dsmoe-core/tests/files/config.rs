@@ -139,6 +139,20 @@ fn the_rope_object_inside_wins_and_says_so() {
     }
 }
 
+/// Transformers 5 puts the type `default` beside the keys of transformers 4 in families with two rotations.
+#[test]
+fn a_type_that_transformers_does_not_read_is_noticed() {
+    let of = |family: &str, key: &str| {
+        let keys = format!(r#"{{"rope_scaling": {{"{key}": "linear", "factor": 8.0}}}}"#);
+        of_family(family, &keys).unwrap().notices().to_vec()
+    };
+    for family in ["gemma3_text", "olmo3"] {
+        let notice = "rope_scaling: transformers 5 does not read type in this family, but rope_type";
+        assert_eq!((of(family, "type"), of(family, "rope_type")), (vec![notice.to_owned()], vec![]));
+    }
+    assert!(of("llama", "type").is_empty());
+}
+
 #[test]
 fn config_with_wrong_sizes() {
     for wrong in
@@ -175,7 +189,8 @@ fn config_of_another_kind_of_model() {
         ("granitemoehybrid", "a mixture of experts already"),
         ("gemma3n_text", "inputs of their own"),
         ("gemma4", "inputs of their own"),
-        ("gemma3", "reads images"),
+        ("qwen2_vl", "reads images"),
+        ("ministral3", "grows with the position"),
         ("qwen3_next", "linear attention"),
         ("qwen3_5_text", "linear attention"),
         ("phi", "no gate"),
@@ -256,6 +271,20 @@ fn keys_of_a_family_that_are_wrong_are_named() {
         ("gemma3_text", r#"{"sliding_window_pattern": 0}"#, ["sliding_window_pattern is 0", "from 1"]),
         ("smollm3", r#"{"no_rope_layer_interval": 0}"#, ["no_rope_layer_interval is 0", "from 1"]),
         ("granite", r#"{"embedding_multiplier": 1e300}"#, ["embedding_multiplier is 1e+300", "f32"]),
+        ("granite", r#"{"embedding_multiplier": 1e38}"#, ["embedding_multiplier is 100", "from 1e-6 to 1e6"]),
+        ("granite", r#"{"residual_multiplier": 1e7}"#, ["residual_multiplier is 10000000", "overflow"]),
+        ("granite", r#"{"logits_scaling": 1e-30}"#, ["logits_scaling is 0.000", "from 1e-6 to 1e6"]),
+        ("gemma2", r#"{"query_pre_attn_scalar": 1e-20}"#, ["query_pre_attn_scalar is 0.000", "overflow"]),
+        (
+            "llama",
+            r#"{"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1e30}}"#,
+            ["rope_scaling.attention_factor is 1000", "overflow"],
+        ),
+        (
+            "llama",
+            r#"{"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mscale": 1e20, "mscale_all_dim": 1.0}}"#,
+            ["rope_scaling.mscale makes a factor", "correct mscale"],
+        ),
         ("granite", r#"{"logits_scaling": 0}"#, ["logits_scaling is 0", "positive"]),
         ("granite", r#"{"residual_multiplier": "x"}"#, ["residual_multiplier is \"x\"", "positive"]),
         ("olmo2", r#"{"attention_bias": 1}"#, ["attention_bias is 1", "true or false"]),
@@ -385,9 +414,10 @@ fn config_with_a_wrong_dsmoe_object() {
     let of = |dsmoe: Value| with(&[("model_type", json!("dsmoe")), ("dsmoe", dsmoe)]);
     assert!(read(&of(good.clone())).is_ok());
     let divide = "intermediate_size 12 is not divisible by 5 experts; use one of 1, 2, 3, 4, 6, 12";
-    let cases: [(&str, Value, &[&str]); 6] = [
+    let cases: [(&str, Value, &[&str]); 7] = [
         ("stee", json!(true), &["dsmoe unknown field `stee`", "convert the model again"]),
-        ("format_version", json!(2), &["dsmoe.format_version is 2", "update it"]),
+        ("format_version", json!(3), &["dsmoe.format_version is 3", "update it"]),
+        ("core", json!(1), &["dsmoe.core needs format_version 2", "convert the model again"]),
         ("active_target", json!(1.5), &["dsmoe.active_target is 1.5", "above 0 and up to 1"]),
         ("threshold", json!(1.5), &["dsmoe: threshold is 1.5", "0 to 1"]),
         ("num_experts", json!(5), &[divide]),
@@ -398,4 +428,130 @@ fn config_with_a_wrong_dsmoe_object() {
         wrong[key] = value;
         refused(read(&of(wrong)), parts);
     }
+}
+
+/// What may stand beside experts: each key on its own, wrong and right, in a model of two layers.
+#[test]
+fn config_with_parts_beside_experts() {
+    let good = json!({"format_version": 2, "num_experts": 4, "threshold": 0.5, "partition": "contiguous",
+        "router_bias": true, "core": [1, 2], "router_rank": 2, "correction": true, "active_target": 0.5,
+        "budgets": [{"active": 0.25, "thresholds": [1.5, 0.1]}, {"active": 0.75, "thresholds": [-1.5, -0.3]}],
+        "gate_value": "binary", "rescale": "none", "zero_active": "skip", "ste": true});
+    let of = |dsmoe: Value| {
+        with(&[("model_type", json!("dsmoe")), ("num_hidden_layers", json!(2)), ("dsmoe", dsmoe)])
+    };
+    let config = read(&of(good.clone())).unwrap();
+    let moe = config.moe.as_ref().unwrap();
+    assert_eq!([moe.core(0), moe.core(1)], [1, 2]);
+    assert_eq!((moe.budget(), moe.threshold()), (Some(0.5), None));
+    // Half of the way between both budgets, and the budgets themselves.
+    assert_eq!(moe.thresholds_for(0.5).unwrap(), [0.0, 0.1 + 0.5 * (-0.3 - 0.1)]);
+    assert_eq!(moe.thresholds_for(0.25).unwrap(), [1.5, 0.1]);
+    assert_eq!(moe.thresholds_for(0.75).unwrap(), [-1.5, -0.3]);
+    for outside in [0.2, 0.76, f64::NAN] {
+        refused(moe.thresholds_for(outside), &["outside of the model's budgets", "use 0.25 to 0.75"]);
+    }
+    let json: Value = serde_json::from_str(&config.to_json()).unwrap();
+    assert_eq!(json["dsmoe"], good);
+
+    let mut one = good.clone();
+    one["core"] = json!(3);
+    let json: Value = serde_json::from_str(&read(&of(one.clone())).unwrap().to_json()).unwrap();
+    assert_eq!(json["dsmoe"], one);
+    let mut none = good.clone();
+    for key in ["core", "router_rank", "correction", "budgets"] {
+        none.as_object_mut().unwrap().remove(key);
+    }
+    let plain = read(&of(none)).unwrap();
+    assert_eq!(plain.moe.as_ref().unwrap().threshold(), Some(0.5));
+    refused(plain.moe.as_ref().unwrap().thresholds_for(0.5), &["no budgets", "calibration text"]);
+    let json: Value = serde_json::from_str(&plain.to_json()).unwrap();
+    assert_eq!(json["dsmoe"]["format_version"], 1);
+
+    let budget = |active: Value, thresholds: Value| json!({"active": active, "thresholds": thresholds});
+    let fine = budget(json!(0.25), json!([1, 2]));
+    let cases: [(&str, Value, &[&str]); 17] = [
+        ("core", json!([1]), &["dsmoe.core has 1 entries", "one for each layer"]),
+        ("core", json!([1, 4]), &["dsmoe.core is 4 in layer 1 of 4 experts", "at least one expert"]),
+        ("core", json!(4), &["dsmoe.core is 4 in layer 0"]),
+        ("core", json!(-1), &["dsmoe data did not match"]),
+        ("core", json!("1"), &["dsmoe data did not match"]),
+        ("router_rank", json!(0), &["dsmoe.router_rank is 0", "1 to hidden_size"]),
+        ("router_rank", json!(1_000_000), &["dsmoe.router_rank is 1000000"]),
+        ("router_rank", Value::Null, &["dsmoe.correction is true", "add router_rank"]),
+        ("active_target", json!(0.2), &["dsmoe.active_target is 0.2 and the budgets are 0.25 to 0.75"]),
+        ("active_target", Value::Null, &["dsmoe.active_target is missing beside budgets"]),
+        ("budgets", json!([]), &["dsmoe.budgets has 0 entries"]),
+        ("budgets", json!([budget(json!(0), json!([1, 2]))]), &["budgets[0].active is 0", "ascending"]),
+        ("budgets", json!([fine, fine]), &["budgets[1].active is 0.25", "ascending"]),
+        ("budgets", json!([budget(json!(1.5), json!([1, 2]))]), &["budgets[0].active is 1.5"]),
+        (
+            "budgets",
+            json!([budget(json!(0.5), json!([1]))]),
+            &["thresholds has 1 entries", "one for each layer"],
+        ),
+        ("budgets", json!([budget(json!(0.5), json!([1, 1e300]))]), &["thresholds is inf for layer 1"]),
+        ("budgets", json!([budget(json!(0.5), json!([1, null]))]), &["dsmoe invalid type"]),
+    ];
+    for (key, value, parts) in cases {
+        let mut wrong = good.clone();
+        wrong[key] = value;
+        refused(read(&of(wrong)), parts);
+    }
+}
+
+#[test]
+fn a_bias_of_the_output_is_of_native_models_without_other_biases() {
+    each_refused(&[("output_bias", json!(true), &["output_bias", "model_type is not dsmoe"])]);
+    let native = |changes: &[(&str, Value)]| {
+        let own = [("model_type", json!("dsmoe")), ("output_bias", json!(true))];
+        read(&with(&[&own, changes].concat()))
+    };
+    refused(native(&[("output_bias", json!(1))]), &["output_bias", "is 1", "true or false"]);
+    refused(native(&[("mlp_bias", json!(true))]), &["output_bias", "is true beside mlp_bias", "down_proj"]);
+    let config = native(&[]).unwrap();
+    assert!(config.architecture.output_bias && config.is_dense());
+    assert_eq!(config.model_type(), "dsmoe");
+    let again = read(&config.to_json()).unwrap();
+    assert_eq!((again.is_even(), again.architecture), (true, config.architecture.clone()));
+    let off = native(&[("output_bias", json!(false))]).unwrap();
+    assert!(!off.architecture.output_bias && !off.to_json().contains("output_bias"));
+    assert_eq!(off.model_type(), "llama");
+}
+
+#[test]
+fn layers_are_removed_with_their_entries_of_lists() {
+    let plain = read(&with(&[("num_hidden_layers", json!(4))])).unwrap();
+    let short = plain.with_layers(&[0, 3]).unwrap();
+    assert_eq!((short.num_layers, short.model_type()), (2, "llama"));
+    assert_eq!(read(&short.to_json()).unwrap(), short);
+
+    let mut shapes: Vec<_> = plain.layers().collect();
+    shapes[2].intermediate /= 2;
+    let mut uneven = plain.clone();
+    uneven.set_layers(shapes.clone());
+    let short = uneven.with_layers(&[1, 2, 3]).unwrap();
+    assert_eq!(short.layers().collect::<Vec<_>>(), shapes[1..]);
+    let narrow = uneven.with_layers(&[2]).unwrap();
+    assert_eq!((narrow.intermediate, narrow.is_even()), (shapes[2].intermediate, true));
+
+    let family = |name: &str, changes: &[(&str, Value)]| {
+        let common = [("model_type", json!(name)), ("num_hidden_layers", json!(4))];
+        read(&with(&[&common, changes].concat())).unwrap()
+    };
+    let rotated = family("smollm3", &[("no_rope_layers", json!([1, 0, 1, 0]))]);
+    let short = rotated.with_layers(&[1, 2]).unwrap();
+    let ropes: Vec<bool> = short.architecture.layers.iter().map(|layer| layer.rope.is_some()).collect();
+    assert_eq!(ropes, [false, true]);
+    let kinds = json!(["sliding_attention", "full_attention", "sliding_attention", "full_attention"]);
+    let listed = family("gemma2", &[("sliding_window", json!(3)), ("layer_types", kinds)]);
+    let windows = |config: &Config| -> Vec<bool> {
+        config.architecture.layers.iter().map(|layer| layer.window.is_some()).collect()
+    };
+    assert_eq!(windows(&listed.with_layers(&[1, 3]).unwrap()), [false, false]);
+    // By its number every other layer has a window: what stays would change.
+    let counted = family("gemma2", &[("sliding_window", json!(3))]);
+    assert_eq!(windows(&counted), windows(&listed));
+    assert!(counted.with_layers(&[1, 3]).is_none());
+    assert!(counted.with_layers(&[0, 1]).is_some());
 }

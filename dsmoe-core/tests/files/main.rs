@@ -9,4 +9,5 @@ mod convert;
 mod export;
 mod gguf;
 mod malformed;
+mod start;
 mod support;

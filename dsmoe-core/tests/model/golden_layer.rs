@@ -50,6 +50,7 @@ impl Case {
             hidden: self.hidden,
             intermediate: self.intermediate,
             num_experts: self.num_experts,
+            core: 0,
             all_pairs: self.ste,
             activation: Activation::Silu,
         }

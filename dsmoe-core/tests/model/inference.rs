@@ -137,3 +137,16 @@ fn round_matrices(model: &mut Model, grid: f32) {
         }
     }
 }
+
+#[test]
+fn a_generation_ends_where_the_model_overflows() {
+    let work = tempfile::tempdir().unwrap();
+    let mut model = Model::load(&dense(work.path(), Dtype::F32, false)).unwrap();
+    let norm = model.layout().entries().iter().find(|entry| entry.spec.name == "model.norm.weight");
+    let range = norm.unwrap().range.clone();
+    model.params_mut()[range].fill(f32::MAX);
+    let model = Inference::new(&model, Precision::F32);
+    let options = dsmoe_core::generate::GenerateOptions::default();
+    let done = dsmoe_core::generate::generate(&model, &ids(&model)[..3], &options, |_| true);
+    refused(done, &["the model overflows: its logits after token 3 are not finite", "an earlier checkpoint"]);
+}

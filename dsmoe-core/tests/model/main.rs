@@ -18,7 +18,7 @@ use dsmoe_core::config::Config;
 use dsmoe_core::init::{InitOptions, init, preset};
 use dsmoe_core::model::{Batch, Cache, Inference, Model, StepArgs, StepOutput, TrainWorkspace, Workspace};
 use dsmoe_kernels::Precision;
-use dsmoe_router::{RoutingStats, SparsityOver};
+use dsmoe_router::RoutingStats;
 
 /// Writes a random dense model with the given sizes to `out`. At an initializer range of 0.1 activations are of the order of
 /// 1, and logits tell tokens apart.
@@ -47,13 +47,7 @@ fn ids(count: usize, seed: u32, vocab: u32) -> Vec<u32> {
 
 /// Returns the arguments of a step of one micro-batch without a sparsity loss.
 fn step_args(tokens: usize) -> StepArgs {
-    StepArgs {
-        loss_scale: 1.0 / tokens as f32,
-        sparsity_weight: 0.0,
-        sparsity_over: SparsityOver::Active,
-        balance_scale: 1.0,
-        seed: 0,
-    }
+    StepArgs { loss_scale: 1.0 / tokens as f32, ..StepArgs::default() }
 }
 
 /// Takes a training step. Returns its results, its gradients and its workspace.

@@ -2,21 +2,20 @@
 
 use dsmoe_core::Model;
 use dsmoe_core::config::Config;
-use dsmoe_core::model::{Batch, StepArgs, TrainWorkspace};
+use dsmoe_core::model::{Batch, Inference, StepArgs, TrainWorkspace, Workspace};
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::rng::Rng;
-use dsmoe_router::SparsityOver;
 use serde_json::{Value, json};
 
 use crate::reference::Reference;
 
-const VOCAB: usize = 11;
+pub(crate) const VOCAB: usize = 11;
 const SEQ: usize = 6;
 const TOKENS: usize = 2 * SEQ;
 
 /// Families with the keys that set every switch somewhere.
-fn families() -> Vec<(&'static str, Value)> {
+pub(crate) fn families() -> Vec<(&'static str, Value)> {
     let biases = json!({"attention_bias": true, "mlp_bias": true, "tie_word_embeddings": false});
     let both = json!({"attention_multiplier": 0.4, "embedding_multiplier": 3.0, "residual_multiplier": 0.6,
         "logits_scaling": 0.5, "mlp_bias": true});
@@ -30,6 +29,7 @@ fn families() -> Vec<(&'static str, Value)> {
     vec![
         ("llama", biases),
         ("llama", json!({"rope_scaling": {"type": "dynamic", "factor": 4.0}, "max_position_embeddings": 4})),
+        ("llama", json!({"output_bias": true})),
         ("mistral", json!({"sliding_window": 2})),
         ("qwen2", json!({"use_sliding_window": true, "sliding_window": 3, "max_window_layers": 1})),
         ("qwen3", json!({"attention_bias": true})),
@@ -52,7 +52,10 @@ fn families() -> Vec<(&'static str, Value)> {
     ]
 }
 
-fn config(family: &str, keys: &Value, experts: bool) -> Config {
+/// The forms of an FFN: dense, experts alone, experts behind a core, and experts with all that may stand beside them.
+const FORMS: [&str; 4] = ["dense", "experts", "core", "parts"];
+
+pub(crate) fn config(family: &str, keys: &Value, form: &str) -> Config {
     let mut json = json!({
         "model_type": family, "vocab_size": VOCAB, "hidden_size": 8, "intermediate_size": 12,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4,
@@ -60,49 +63,47 @@ fn config(family: &str, keys: &Value, experts: bool) -> Config {
     });
     let map = json.as_object_mut().unwrap();
     map.extend(keys.as_object().unwrap().clone());
-    if experts {
+    if form != "dense" || map.contains_key("output_bias") {
         map.insert("model_type".into(), "dsmoe".into());
         map.insert("base_model_type".into(), family.into());
+    }
+    if form != "dense" {
         // The loss is differentiable without the straight-through rule, but where an expert comes or goes.
-        let moe = json!({"format_version": 1, "num_experts": 3, "threshold": 0.4, "partition": "contiguous",
+        let mut moe = json!({"format_version": 1, "num_experts": 3, "threshold": 0.4, "partition": "contiguous",
             "router_bias": true, "gate_value": "sigmoid", "rescale": "none", "zero_active": "skip", "ste": false});
+        if form == "core" {
+            (moe["format_version"], moe["core"]) = (json!(2), json!(1));
+        }
+        if form == "parts" {
+            let parts = json!({"format_version": 2, "core": [1, 0], "router_rank": 2, "correction": true,
+                "active_target": 0.5, "budgets": [{"active": 0.4, "thresholds": [0.2, -0.1]},
+                {"active": 0.8, "thresholds": [-0.2, -0.3]}]});
+            moe.as_object_mut().unwrap().extend(parts.as_object().unwrap().clone());
+        }
         map.insert("dsmoe".into(), moe);
     }
     Config::from_json("config.json".as_ref(), &json.to_string()).unwrap()
 }
 
-/// The reason that a GPU refuses each of [`families`].
+/// A GPU runs none of what may stand beside experts, and says which.
 #[cfg(feature = "cuda")]
 #[test]
-fn switches_without_a_gpu_kernel_are_named() {
+fn parts_beside_experts_are_refused_by_name_on_a_gpu() {
     use dsmoe_core::model::cuda::CudaTrainer;
     use dsmoe_core::{Device, Inference};
     use dsmoe_kernels::testing::refused;
 
-    let missing = [
-        "llama with bias on q, k, v, bias on o, biases in the FFN",
-        "dynamic scaling of the rotation",
-        "a window of 2 in 2 layers",
-        "a window of 3 in 1 layers",
-        "norm of q and k by head",
-        "no rotation in 1 layers",
-        "2 of 4 values of a head rotated",
-        "norms after attention and FFN",
-        "two rotations",
-        "gelu_tanh",
-        "attention scores capped at 2, logits capped at 3",
-        "norms before and after attention and FFN, norm weights + 1",
-        "embedding times 3, residual branches times 0.6, logits times 2",
-    ];
-    for ((family, keys), missing) in families().into_iter().zip(missing) {
-        let model = random(config(family, &keys, false));
-        let parts = ["a GPU does not run", family, missing, "device to cpu"];
+    let all =
+        ["a core of experts", "routers of low rank", "a correction of the output", "thresholds by budget"];
+    for (form, names) in [("core", &all[..1]), ("parts", &all[..])] {
+        let model = random(config("llama", &json!({}), form));
+        let parts = [&["a GPU does not run", "device to cpu"], names].concat();
         refused(CudaTrainer::memory(model.config(), 8), &parts);
         refused(Inference::new_on(&model, Precision::Bf16, Device::Cuda(0)), &parts);
     }
 }
 
-fn random(config: Config) -> Model {
+pub(crate) fn random(config: Config) -> Model {
     let offset = config.architecture.norm_offset;
     let mut model = Model::new(config);
     let layout = model.layout().clone();
@@ -121,23 +122,24 @@ fn gradients_are_differences_of_the_reference() {
     let inputs: Vec<u32> = (0..TOKENS).map(|i| (i * i + 3 * i + 1) as u32 % VOCAB as u32).collect();
     let targets: Vec<u32> = (0..TOKENS).map(|i| (5 * i + 2) as u32 % VOCAB as u32).collect();
     for (family, keys) in families() {
-        for experts in [false, true] {
-            let model = random(config(family, &keys, experts));
+        for form in FORMS {
+            let model = random(config(family, &keys, form));
             let mut grads = Buf::zeros(model.params().len());
-            let args = StepArgs {
-                loss_scale: 1.0,
-                sparsity_weight: 0.0,
-                sparsity_over: SparsityOver::All,
-                balance_scale: 1.0,
-                seed: 1,
-            };
             let batch = Batch { inputs: &inputs, targets: &targets, seq: SEQ };
             let mut workspace = TrainWorkspace::new(&model, TOKENS, Precision::F32);
-            let step = model.train_step(&mut grads, batch, &args, &mut workspace).unwrap();
-            let what = format!("{family} {keys}, experts {experts}");
+            let step = model.train_step(&mut grads, batch, &StepArgs::default(), &mut workspace).unwrap();
+            let what = format!("{family} {keys}, {form}");
             let mut reference = Reference::new(&model);
             let loss = reference.loss(&inputs, &targets, SEQ);
             assert!((step.loss_sum - loss).abs() < 1e-5 * loss, "{what}: loss {} and {loss}", step.loss_sum);
+            // A rotation that depends on the number of positions counts the last target as one in inference.
+            if keys.get("rope_scaling").is_none() {
+                let (mut losses, mut workspace) = (vec![0.0; TOKENS], Workspace::default());
+                let inference = Inference::new(&model, Precision::F32);
+                inference.score(&mut losses, batch, None, &mut workspace).unwrap();
+                let scored: f64 = losses.iter().map(|&loss| f64::from(loss)).sum();
+                assert!((scored - loss).abs() < 1e-5 * loss, "{what}: inference {scored} and {loss}");
+            }
             let mut largest = 0.0f64;
             for entry in model.layout().entries() {
                 let name = &entry.spec.name;

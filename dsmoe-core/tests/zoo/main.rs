@@ -1,7 +1,10 @@
 //! Tiny models of every family against transformers: logits, greedy text, and the passes against each other.
 
+#[cfg(feature = "cuda")]
+mod cuda;
 mod gradients;
 mod reference;
+mod small;
 
 use std::path::{Path, PathBuf};
 
@@ -14,7 +17,6 @@ use dsmoe_kernels::Precision;
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::cross_entropy::IGNORE;
 use dsmoe_kernels::testing::shared;
-use dsmoe_router::SparsityOver;
 use serde_json::Value;
 
 /// The largest difference of a logit; logits have a standard deviation of 2.
@@ -206,18 +208,11 @@ fn all_passes_agree() {
 
         let trained = Model::load(&case.dir)?;
         let mut grads = Buf::zeros(trained.params().len());
-        let args = StepArgs {
-            loss_scale: 1.0,
-            sparsity_weight: 0.0,
-            sparsity_over: SparsityOver::All,
-            balance_scale: 1.0,
-            seed: 1,
-        };
         let next = |(i, _): (usize, &u32)| if i % 64 == 63 { IGNORE } else { all[i + 1] };
         let targets: Vec<u32> = all.iter().enumerate().map(next).collect();
         let batch = Batch { inputs: &all, targets: &targets, seq: 64 };
         let mut workspace = TrainWorkspace::new(&trained, all.len(), Precision::F32);
-        let step = trained.train_step(&mut grads, batch, &args, &mut workspace)?;
+        let step = trained.train_step(&mut grads, batch, &StepArgs::default(), &mut workspace)?;
         let want: f64 = losses.iter().map(|&loss| f64::from(loss)).sum();
         let differs = (step.loss_sum - want).abs() / 126.0;
         if differs.is_nan() || differs >= 2e-6 || grads.iter().any(|g| !g.is_finite()) {

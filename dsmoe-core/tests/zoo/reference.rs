@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::f64::consts::PI;
 
 use dsmoe_core::Model;
-use dsmoe_core::config::{Activation, Architecture, Config, Norms, QkNorm};
+use dsmoe_core::config::{Activation, Architecture, Config, MoeConfig, Norms, QkNorm};
 use dsmoe_kernels::testing::f64s;
 
 /// A model's parameters in f64, by name; matrices `[outputs, inputs]`, but down `[neurons, hidden]` as in the arena.
@@ -135,20 +135,44 @@ impl<'a> Reference<'a> {
         let name = |suffix: &str| format!("model.layers.{layer}.mlp.{suffix}");
         let (gate, up) = (self.linear(x, &name("gate_proj")), self.linear(x, &name("up_proj")));
         let down = &self.params[&name("down_proj.weight")];
-        let gates = self.config.moe.as_ref().map(|moe| (moe, self.linear(x, &name("router"))));
+        let low =
+            self.params.contains_key(&name("router.a.weight")).then(|| self.linear(x, &name("router.a")));
+        let logits = |moe: &MoeConfig| match &low {
+            None => self.linear(x, &name("router")),
+            Some(low) => {
+                let bias = &self.params[&name("router.bias")];
+                let mut z = self.linear(low, &name("router.b"));
+                z.iter_mut().for_each(|z| z.iter_mut().zip(bias).for_each(|(z, b)| *z += b));
+                assert_eq!(z[0].len(), moe.router.num_experts - moe.core(layer));
+                z
+            }
+        };
+        let gates = self.config.moe.as_ref().map(|moe| (moe, logits(moe)));
         let row = |t: usize| -> Vec<f64> {
             let mut y = vec![0.0; self.config.hidden];
             for (j, down) in down.chunks_exact(y.len()).enumerate() {
                 let coefficient = gates.as_ref().map_or(1.0, |(moe, logits)| {
                     let width = gate[t].len() / moe.router.num_experts;
-                    let gate = 1.0 / (1.0 + (-logits[t][j / width]).exp());
-                    if gate > f64::from(moe.router.threshold) { gate } else { 0.0 }
+                    let Some(routed) = (j / width).checked_sub(moe.core(layer)) else { return 1.0 };
+                    let logit = logits[t][routed];
+                    let gate = 1.0 / (1.0 + (-logit).exp());
+                    let is_open = match moe.threshold_logit(layer) {
+                        Some(bar) => logit > f64::from(bar),
+                        None => gate > f64::from(moe.router.threshold),
+                    };
+                    if is_open { gate } else { 0.0 }
                 });
                 let neuron = coefficient * self.act(gate[t][j]) * up[t][j];
                 y.iter_mut().zip(down).for_each(|(y, w)| *y += neuron * w);
             }
-            if let Some(bias) = self.params.get(&name("down_proj.bias")) {
+            for bias in ["down_proj.bias", "output_bias"] {
+                let bias = self.params.get(&name(bias)).into_iter().flatten();
                 y.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
+            }
+            if let (Some(correction), Some(low)) = (self.params.get(&name("correction.weight")), &low) {
+                for (low, row) in low[t].iter().zip(correction.chunks_exact(y.len())) {
+                    y.iter_mut().zip(row).for_each(|(y, c)| *y += low * c);
+                }
             }
             y
         };

@@ -41,6 +41,16 @@ pub(crate) trait Product: Simd {
     fn round_bf16(self, a: Self::V) -> Self::V;
     /// Stores the pairs (even, odd), rounded to bf16. Subnormals may become 0, as they do in [`Product::dot`].
     fn store_pairs(self, out: &mut [u32], even: Self::V, odd: Self::V);
+    /// Stores up to [`Simd::LANES`] values, rounded to bf16 as by [`Product::store_pairs`], neighbours in pairs: as many as
+    /// `out` has pairs for.
+    #[inline(always)]
+    fn store_bf16(self, out: &mut [u32], values: Self::V) {
+        let mut lanes = [0.0; SQUARE];
+        self.store(&mut lanes, values);
+        for (out, lanes) in out.iter_mut().zip(lanes[..Self::LANES].chunks_exact(2)) {
+            *out = pair(lanes[0], lanes[1]);
+        }
+    }
     /// Returns the even and the odd values of the first [`Simd::LANES`] pairs.
     fn widen(self, pairs: &[u32]) -> (Self::V, Self::V);
     /// Returns `acc + even(a) even(b) + odd(a) odd(b)` in every lane.

@@ -211,7 +211,22 @@ sixteen_lanes!(Avx512Bf16, run_product_avx512bf16, true, pair_dot, converted_pai
             self.store(bytemuck::cast_slice_mut(&mut out[c * stride..]), column);
         }
     }
+    #[inline(always)]
+    fn store_bf16(self, out: &mut [u32], values: Self::V) {
+        // SAFETY: token: AVX512_BF16 is present.
+        let pairs = unsafe { rounded(values) };
+        let mask = if out.len() < 8 { (1 << out.len()) - 1 } else { u8::MAX };
+        // SAFETY: token: AVX-512 VL is present; the mask leaves out the places that `out` does not have.
+        unsafe { _mm256_mask_storeu_epi32(out.as_mut_ptr().cast(), mask, pairs) }
+    }
 });
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn rounded(values: __m512) -> __m256i {
+    // SAFETY: both are 256 bits, and every bit pattern is a vector of integers.
+    unsafe { std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(values)) }
+}
 
 #[inline(always)]
 fn pair_dot(_token: Avx512Bf16, acc: __m512, a: u32, b: &[u32]) -> __m512 {

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use dsmoe_core::config::{MoeConfig, PartitionKind};
+use dsmoe_core::config::MoeConfig;
 use dsmoe_core::init::LlamaSizes;
 use dsmoe_core::model::{Cache, Workspace};
 use dsmoe_core::{Inference, Model};
@@ -36,9 +36,7 @@ impl Setup {
         let bos_eos = [0, 1];
         let sizes = LlamaSizes { vocab, hidden, intermediate, layers, heads, kv_heads, positions, bos_eos };
         let mut config = sizes.config().unwrap();
-        let (router, partition) = (RouterConfig::new(4), PartitionKind::Contiguous);
-        config.moe =
-            Some(MoeConfig { router, partition, router_bias: true, active_target: None, untrained: false });
+        config.moe = Some(MoeConfig { router_bias: true, ..MoeConfig::new(RouterConfig::new(4)) });
         config.save(dir.path()).unwrap();
         let mut model = Model::new(config);
         let mut rng = Rng::new(9, 0);

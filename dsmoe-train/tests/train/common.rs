@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use dsmoe_core::checkpoint::Dtype;
-use dsmoe_core::config::{Config, MoeConfig, PartitionKind};
+use dsmoe_core::config::{Config, MoeConfig};
 use dsmoe_core::init::LlamaSizes;
 use dsmoe_core::{Inference, Model};
 use dsmoe_datasets::TokenStream;
@@ -23,8 +23,7 @@ pub(crate) fn config(experts: bool) -> Config {
     let [hidden, intermediate, layers, heads, kv_heads, positions] = [32, 64, 2, 4, 2, 64];
     let (vocab, bos_eos) = (VOCAB, [1, 2]);
     let sizes = LlamaSizes { vocab, hidden, intermediate, layers, heads, kv_heads, positions, bos_eos };
-    let (router, partition) = (RouterConfig::new(4), PartitionKind::Contiguous);
-    let moe = MoeConfig { router, partition, router_bias: true, active_target: None, untrained: false };
+    let moe = MoeConfig { router_bias: true, ..MoeConfig::new(RouterConfig::new(4)) };
     let mut config = sizes.config().unwrap();
     config.moe = Some(moe).filter(|_| experts);
     config

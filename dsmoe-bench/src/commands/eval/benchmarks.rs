@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use dsmoe_core::Inference;
-use dsmoe_core::config::Config;
+use dsmoe_core::config::{Config, MoeConfig};
 use dsmoe_datasets::tasks::{Loaded, Options, Request, TASKS, Task, TaskFiles};
 use dsmoe_datasets::world::{ITEMS, Probe, World};
 use dsmoe_datasets::{Bos, Tokenizer};
@@ -18,7 +18,7 @@ use super::results::{TaskResult, TaskResults};
 use crate::cli::eval::{Eval, TaskFile};
 use crate::format;
 use crate::interrupts::{INTERRUPTED, STOP, catch_interrupts};
-use crate::models::{load_inference, tokenizer};
+use crate::models::{load_inference, show_config_notices, tokenizer};
 use crate::progress::{Progress, Unit};
 use crate::ui::Ui;
 
@@ -31,6 +31,7 @@ pub(crate) fn run(args: &Eval, ui: &mut Ui) -> Result<ExitCode> {
     let started = Instant::now();
     // Wrong files are reported before the weights are read.
     let config = Config::load(&args.model)?;
+    show_config_notices(&config, ui);
     let tokenizer = tokenizer(&args.model, &config, ui)?;
     let bos = args.bos.unwrap_or(args.profile.bos());
     // So is a BOS rule that the tokenizer cannot follow.
@@ -41,7 +42,10 @@ pub(crate) fn run(args: &Eval, ui: &mut Ui) -> Result<ExitCode> {
         std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
         catch_interrupts()?;
     }
-    let model = load_inference(&args.model, args.precision(), args.device, args.threshold)?;
+    let mut model = load_inference(&args.model, args.precision(), args.device, args.gates)?;
+    if let Some(bound) = args.router {
+        model.set_router_bound(bound)?;
+    }
     let runner = Runner { args, model: &model, tokenizer: &tokenizer, bos, hash: model_sha256(&args.model)? };
 
     let mut done = Vec::new();
@@ -198,16 +202,19 @@ struct Runner<'a> {
 impl Runner<'_> {
     /// Opens the journal of a benchmark's answers.
     fn journal(&self, folder: &Path, task: &str) -> Result<Journal> {
-        let threshold = self.model.config().moe.as_ref().map(|moe| moe.router.threshold);
-        let made_by = serde_json::json!({
+        let moe = self.model.config().moe.as_ref();
+        let mut made_by = serde_json::json!({
             "model": self.hash,
             "dtype": self.args.precision().name(),
-            "threshold": threshold,
+            "threshold": moe.and_then(MoeConfig::threshold),
             "bos": self.bos,
             "profile": self.args.profile,
             // Another tier may answer with other last bits.
             "isa": Isa::current().name(),
         });
+        if let Some(budget) = moe.and_then(MoeConfig::budget) {
+            made_by["budget"] = budget.into();
+        }
         let path = folder.join(format!("answers_{task}.jsonl"));
         Ok(Journal::open(&path, &made_by.to_string(), self.model.new_stats().as_ref())?)
     }

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use dsmoe_core::Inference;
+use dsmoe_core::config::MoeConfig;
 use dsmoe_datasets::tasks::Profile;
 use dsmoe_datasets::{Bos, Corpus, Tokenizer};
 use dsmoe_train::eval::{Domain, EvalOptions, EvalReport};
@@ -14,7 +15,7 @@ use crate::cli::eval::{Eval, Perplexity};
 use crate::evaluation::{domain_table, measure, measure_domains};
 use crate::files::lossy;
 use crate::format;
-use crate::models::{load_inference, tokenizer};
+use crate::models::{load_inference, show_config_notices, tokenizer};
 use crate::progress::{Progress, Unit};
 use crate::texts::{Text, load, open, options, show_notices};
 use crate::ui::Ui;
@@ -38,6 +39,12 @@ struct PerplexityReport<'a> {
     bos: Bos,
     dtype: &'static str,
     threshold: Option<f32>,
+    /// The share of experts whose stored thresholds hold.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    budget: Option<f64>,
+    /// The router that stands in for the model's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    router: Option<String>,
     #[serde(flatten)]
     stream: Option<Stream>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -86,8 +93,12 @@ pub(crate) fn run(args: &Eval, ui: &mut Ui) -> Result<()> {
         }
     }
     let corpus = &texts[0].corpus;
-    let model = load_inference(&args.model, args.precision(), args.device, args.threshold)?;
+    let mut model = load_inference(&args.model, args.precision(), args.device, args.gates)?;
+    if let Some(bound) = args.router {
+        model.set_router_bound(bound)?;
+    }
     let config = model.config();
+    show_config_notices(config, ui);
     let bos = args.bos.unwrap_or_default();
     let tokenizer = tokenizer(&args.model, config, ui)?;
     let mut report = PerplexityReport {
@@ -97,7 +108,9 @@ pub(crate) fn run(args: &Eval, ui: &mut Ui) -> Result<()> {
         doc_separator: args.data.doc_separator.as_deref(),
         bos,
         dtype: args.precision().name(),
-        threshold: config.moe.as_ref().map(|moe| moe.router.threshold),
+        threshold: config.moe.as_ref().and_then(MoeConfig::threshold),
+        budget: config.moe.as_ref().and_then(MoeConfig::budget),
+        router: args.router.map(|bound| bound.to_string()),
         stream: None,
         window: None,
         rolling: None,

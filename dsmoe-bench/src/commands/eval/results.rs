@@ -7,6 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use anyhow::Result;
 use chrono::{DateTime, Utc};
 use dsmoe_core::Inference;
+use dsmoe_core::config::MoeConfig;
 use dsmoe_datasets::tasks::{Loaded, Scored};
 use dsmoe_datasets::{Bos, Tokenizer};
 use dsmoe_kernels::Isa;
@@ -129,7 +130,8 @@ impl TaskResults<'_> {
             "profile": self.args.profile,
             "bos": self.bos,
             "dtype": self.args.precision().name(),
-            "threshold": config.moe.as_ref().map(|moe| moe.router.threshold),
+            "threshold": config.moe.as_ref().and_then(MoeConfig::threshold),
+            "budget": config.moe.as_ref().and_then(MoeConfig::budget),
             "isa": Isa::current().name(),
             "model_sha256": self.model_sha256,
             "params_total": self.model.accounting().total,

@@ -1,20 +1,23 @@
 //! Parts that training and inference on a GPU share. Both compute what the CPU does, with the operands of products rounded
 //! to bf16.
 
+pub(crate) mod block;
+pub(crate) mod ffn;
 pub(crate) mod hosted;
+pub(crate) mod turns;
 
 use std::ops::Range;
 
-use dsmoe_kernels::attention::Scores;
+use dsmoe_kernels::attention::{self, Scores};
 use dsmoe_kernels::cuda::Gpu;
-use dsmoe_kernels::cuda::ops::attention::Heads;
-use dsmoe_kernels::cuda::ops::{ffn, router};
+use dsmoe_kernels::cuda::ops::attention::{Heads, MAX_HEAD_DIM};
+use dsmoe_kernels::cuda::ops::{self, router};
 use dsmoe_router::{GateValue, Rescale, RouterConfig, ZeroActive};
 
-use super::ropes::Ropes;
-use crate::config::{Config, LayerShape};
+use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::ffn::{DeviceFfn, Ffn};
+use crate::ffn::{DeviceFfn, Ffn, Gated};
+use crate::model::tensors::attention_dims;
 use crate::model::train::MemoryUse;
 use crate::params::padded;
 
@@ -29,39 +32,31 @@ pub(crate) fn device_ffns(config: &Config, ffns: &[Box<dyn Ffn>]) -> Result<Vec<
             format!("a GPU does not run {} with {}", config.family().model_type, missing.join(", "));
         return Err(Error::argument(problem, "set {device} to cpu"));
     }
-    let form = |(layer, form): (usize, Option<DeviceFfn>)| {
-        form.ok_or_else(|| {
-            let problem = format!("layer {layer}: this kind of FFN does not run on a GPU");
+    let form = |(layer, ffn): (usize, &Box<dyn Ffn>)| {
+        ffn.on_device().ok_or_else(|| {
+            let problem = match ffn.host_only() {
+                parts if parts.is_empty() => {
+                    format!("layer {layer}: this kind of FFN does not run on a GPU")
+                }
+                parts => format!("layer {layer}: a GPU does not run {}", parts.join(", ")),
+            };
             Error::argument(problem, "set {device} to cpu")
         })
     };
-    ffns.iter().map(|ffn| ffn.on_device()).enumerate().map(form).collect()
+    ffns.iter().enumerate().map(form).collect()
 }
 
 /// Returns the switches of `config` that no GPU kernel has, in words.
 fn missing(config: &Config) -> Vec<String> {
-    let architecture = &config.architecture;
-    let mut missing = architecture.differences();
-    if architecture.attn_scale != Scores::plain(config.head_dim).scale {
-        missing.push(format!("attention scores times {}", architecture.attn_scale));
+    let mut missing = Vec::new();
+    if config.head_dim > MAX_HEAD_DIM {
+        missing.push(format!("heads of {} values, more than {MAX_HEAD_DIM}", config.head_dim));
     }
-    if architecture.ropes.len() > 1 {
-        missing.push("two rotations".to_owned());
-    }
-    for rope in &architecture.ropes {
-        if rope.width != config.head_dim {
-            missing.push(format!("{} of {} values of a head rotated", rope.width, config.head_dim));
-        }
-        if rope.scaling.varies() {
-            missing.push(format!("{} scaling of the rotation", rope.scaling.name()));
-        }
+    let scale = config.architecture.residual_scale;
+    if scale != 1.0 && config.architecture.norms_after() {
+        missing.push(format!("residual branches times {scale} behind norms"));
     }
     missing
-}
-
-/// Returns the range of a norm that a model of LLaMA's switches has.
-pub(crate) fn norm(range: &Option<Range<usize>>) -> &Range<usize> {
-    range.as_ref().expect("a model that was checked to have LLaMA's switches")
 }
 
 /// Refuses a plan that the device's free memory does not hold.
@@ -93,8 +88,8 @@ pub(crate) fn gates(config: &RouterConfig) -> router::Gates {
 
 /// Returns the heads of layer `i`.
 pub(crate) fn heads(config: &Config, i: usize) -> Heads {
-    let LayerShape { num_heads: heads, num_kv_heads: kv_heads, .. } = config.layer(i);
-    Heads { heads, kv_heads, head_dim: config.head_dim, scores: Scores::plain(config.head_dim) }
+    let attention::Dims { heads, kv_heads, head_dim, scores, .. } = attention_dims(config, i, 0, [0, 0]);
+    Heads { heads, kv_heads, head_dim, scores }
 }
 
 /// Returns the heads of the widest layer, which is unpruned.
@@ -103,32 +98,21 @@ pub(crate) fn widest_heads(config: &Config) -> Heads {
     Heads { heads, kv_heads, head_dim, scores: Scores::plain(head_dim) }
 }
 
-/// Returns cosines and sines of the first `positions` positions, `[positions, head_dim]`.
-pub(crate) fn rope_rows(config: &Config, positions: usize) -> Vec<f32> {
-    let ropes = Ropes::new(config);
-    let Some(table) = ropes.table(0, positions) else { return Vec::new() };
-    (0..positions)
-        .flat_map(|p| {
-            let (cos, sin) = table.angles(p);
-            [cos, sin].concat()
-        })
-        .collect()
-}
-
 /// Returns the sizes of an FFN for a pass over `tokens` tokens.
-pub(crate) fn ffn_dims(ffn: &DeviceFfn, tokens: usize) -> ffn::Dims {
-    let num_experts = ffn.num_experts().unwrap_or(1);
-    ffn::Dims { tokens, hidden: ffn.hidden(), intermediate: ffn.intermediate(), num_experts }
+pub(crate) fn ffn_dims(ffn: &DeviceFfn, tokens: usize) -> ops::ffn::Dims {
+    let Gated { hidden, intermediate, .. } = *ffn.gated();
+    ops::ffn::Dims { tokens, hidden, intermediate, num_experts: ffn.num_experts().unwrap_or(1) }
 }
 
-/// Returns the sizes of an FFN with experts whose products run over lists of active pairs.
-pub(crate) fn by_lists(gpu: &Gpu, ffn: &DeviceFfn, tokens: usize) -> Option<ffn::Dims> {
-    ffn.num_experts().map(|_| ffn_dims(ffn, tokens)).filter(|dims| dims.fit_lists(gpu))
+/// Returns the sizes of an FFN with experts whose products run over lists of active pairs. Those kernels add no biases.
+pub(crate) fn by_lists(gpu: &Gpu, ffn: &DeviceFfn, tokens: usize) -> Option<ops::ffn::Dims> {
+    let dims = ffn.num_experts().map(|_| ffn_dims(ffn, tokens));
+    dims.filter(|dims| !ffn.gated().bias && dims.fit_lists(gpu))
 }
 
-/// Returns the places of the router's weight and bias in an FFN's parameters.
-pub(crate) fn router_ranges(hidden: usize, intermediate: usize, n: usize) -> [Range<usize>; 2] {
-    let start = 3 * padded(hidden * intermediate);
-    let bias = start + padded(n * hidden);
-    [start..start + n * hidden, bias..bias + n]
+/// Returns the places of the router's weight and bias in the parameters of an FFN with `n` experts.
+pub(crate) fn router_ranges(gated: &Gated, n: usize) -> [Range<usize>; 2] {
+    let (start, len) = (gated.len(), n * gated.hidden);
+    let bias = start + padded(len);
+    [start..start + len, bias..bias + n]
 }

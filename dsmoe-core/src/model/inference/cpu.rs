@@ -11,11 +11,13 @@ use super::cache::Cache;
 use super::pack::{Embedding, Layer, Parts, Source, fill, optional, pack, vector};
 use crate::accounting::Accounting;
 use crate::config::{Config, LayerShape};
-use crate::error::Result;
-use crate::ffn::{Ffn, FfnInference, FfnScratch, Record};
+use crate::error::{Error, Result};
+use crate::ffn::{Ffn, FfnInference, FfnScratch, Record, RouterBound};
 use crate::model::block::Block;
 use crate::model::ropes::{Ropes, Turn};
-use crate::model::tensors::{Batch, LayerRanges, attention_dims, in_pool, logits_of, set_threshold};
+use crate::model::tensors::{
+    Batch, LayerRanges, attention_dims, in_pool, logits_of, set_active, set_threshold, set_thresholds,
+};
 
 /// A decoder for inference: weight matrices packed in a [`Precision`], norms and routers in f32. With bf16
 /// the operands of matrix products are rounded to it; sums, softmax and the residual stream are f32.
@@ -111,6 +113,26 @@ impl CpuInference {
         set_threshold(&mut self.config, threshold, || {
             self.layers.iter_mut().all(|layer| layer.ffn.set_threshold(threshold))
         })
+    }
+
+    pub(crate) fn set_active(&mut self, active: f64) -> Result<()> {
+        let layers = &mut self.layers;
+        set_active(&mut self.config, active, |layer, logit| layers[layer].ffn.set_threshold_logit(logit))
+    }
+
+    pub(crate) fn set_router_bound(&mut self, bound: RouterBound) -> Result<()> {
+        match self.layers.iter_mut().all(|layer| layer.ffn.set_router_bound(bound)) {
+            true => Ok(()),
+            false => {
+                let problem = "this model has no gates that another router could stand in for";
+                Err(Error::argument(problem, "give a DSMoE model"))
+            }
+        }
+    }
+
+    pub(crate) fn set_thresholds(&mut self, logits: &[f32]) -> Result<()> {
+        assert_eq!(logits.len(), self.layers.len(), "inference: thresholds and layers");
+        set_thresholds(logits, |layer, logit| self.layers[layer].ffn.set_threshold_logit(logit))
     }
 
     pub(crate) fn score(

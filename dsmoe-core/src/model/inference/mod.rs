@@ -26,6 +26,7 @@ use crate::accounting::Accounting;
 use crate::config::Config;
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::ffn::RouterBound;
 
 /// A decoder for inference: weight matrices packed in a [`Precision`], norms and routers in f32. With bf16
 /// the operands of matrix products are rounded to it; sums, softmax and the residual stream are f32.
@@ -142,6 +143,48 @@ impl Inference {
     /// The threshold is outside 0..=1, or the model has no gates.
     pub fn set_threshold(&mut self, threshold: f32) -> Result<()> {
         each!(&mut self.backend, model => model.set_threshold(threshold))
+    }
+
+    /// Chooses the thresholds of every layer that leave the share `active` of the experts active. Between two stored
+    /// budgets they are mixed linearly.
+    ///
+    /// # Errors
+    /// The model has no budgets, or `active` is outside of them; the device does not run models with budgets.
+    pub fn set_active(&mut self, active: f64) -> Result<()> {
+        match &mut self.backend {
+            Backend::Cpu(model) => model.set_active(active),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(_) => Err(not_on_gpu()),
+        }
+    }
+
+    /// Sets what the logits of each layer's gates have to exceed, until the next choice of thresholds.
+    ///
+    /// # Errors
+    /// The model has no gates; the device has no thresholds by layer.
+    ///
+    /// # Panics
+    /// There are not as many thresholds as layers.
+    pub fn set_thresholds(&mut self, logits: &[f32]) -> Result<()> {
+        match &mut self.backend {
+            Backend::Cpu(model) => model.set_thresholds(logits),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(_) => Err(not_on_gpu()),
+        }
+    }
+
+    /// Lets `bound` choose experts in place of the routers, as many for each token as these would open.
+    ///
+    /// # Errors
+    /// The model has no gates, or runs on a GPU.
+    pub fn set_router_bound(&mut self, bound: RouterBound) -> Result<()> {
+        match &mut self.backend {
+            Backend::Cpu(model) => model.set_router_bound(bound),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(_) => {
+                Err(Error::argument("a GPU runs a model's own routers", "set {device} to cpu"))
+            }
+        }
     }
 
     /// Sets `losses[t]` to the negative log-likelihood (nats) of target t after the inputs up to t of its sequence; 0
@@ -284,6 +327,11 @@ impl Inference {
             Backend::Cuda(_) => {}
         }
     }
+}
+
+#[cfg(feature = "cuda")]
+fn not_on_gpu() -> Error {
+    Error::argument("a GPU does not run thresholds by layer", "set {device} to cpu")
 }
 
 impl Cache {

@@ -53,6 +53,19 @@ pub struct StepOutput {
     pub non_finite: Option<String>,
 }
 
+/// The sum of the tokens' losses, without a sparsity loss.
+impl Default for StepArgs {
+    fn default() -> StepArgs {
+        StepArgs {
+            loss_scale: 1.0,
+            sparsity_weight: 0.0,
+            sparsity_over: SparsityOver::Active,
+            balance_scale: 1.0,
+            seed: 0,
+        }
+    }
+}
+
 impl StepArgs {
     /// Settings of the gate of layer `i`, which has a seed of its own.
     pub(crate) fn gate_training(&self, i: usize) -> GateTraining {

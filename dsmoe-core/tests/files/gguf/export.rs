@@ -12,11 +12,10 @@ use dsmoe_core::export::{ExportAs, ExportOptions, export};
 use dsmoe_core::gguf::{Container, GgufType, export_gguf};
 use dsmoe_core::init::{InitOptions, init};
 
-use serde_json::{Value, json};
-
 use super::{close, read};
 use crate::support::small_config;
 use dsmoe_kernels::testing::{refused, shared};
+use serde_json::{Map, Value, json};
 
 /// Models of the zoo that llama.cpp has no graph for: windows in other layers than its own, another attention scale, and
 /// RoPE that GGUF cannot state.
@@ -38,6 +37,10 @@ const REFUSED: [&str; 16] = [
     "rope-yarn-mscale-v5",
     "smollm3-v5",
 ];
+
+/// A tokenizer of one token that GGUF can state.
+const TOKENIZER: &str = r#"{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "pre_tokenizer":
+    {"type": "ByteLevel", "add_prefix_space": false}}"#;
 
 fn quiet<T>(_: T) {}
 
@@ -267,6 +270,50 @@ fn odd_windows_and_ropes_read_back_or_are_refused() {
     }
 }
 
+/// The layers with windows, the rotations and the scales that published models have are those of llama.cpp's graphs.
+#[test]
+fn the_patterns_of_published_models_are_written() {
+    let work = tempfile::tempdir().unwrap();
+    let kinds = |full: usize, layers: usize| -> Vec<&str> {
+        let kind = |i: usize| if i.is_multiple_of(full) { "full_attention" } else { "sliding_attention" };
+        (1..=layers).map(kind).collect()
+    };
+    let linear = json!({"rope_type": "linear", "factor": 8.0});
+    let yarn = json!({"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8192,
+        "attention_factor": 1.2, "beta_fast": 32.0, "beta_slow": 1.0});
+    let gemma3 = |layers: usize| {
+        json!({"model_type": "gemma3_text", "num_hidden_layers": layers, "query_pre_attn_scalar": 4,
+            "sliding_window": 16, "rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": linear,
+            "layer_types": kinds(6, layers)})
+    };
+    let mut by_default = gemma3(7);
+    by_default.as_object_mut().unwrap().remove("layer_types");
+    let gemma2 = json!({"model_type": "gemma2", "num_hidden_layers": 3, "query_pre_attn_scalar": 4,
+        "sliding_window": 16});
+    let olmo3 = |layers: usize, scaling: &Value| {
+        json!({"model_type": "olmo3", "num_hidden_layers": layers, "sliding_window": 16, "rope_theta": 5e5,
+            "rope_scaling": scaling, "layer_types": kinds(4, layers)})
+    };
+    let cases = [gemma3(6), gemma3(13), by_default, gemma2, olmo3(4, &Value::Null), olmo3(8, &yarn)];
+    for (i, keys) in cases.into_iter().enumerate() {
+        let mut json: Map<String, Value> = serde_json::from_str(&small_config().to_json()).unwrap();
+        for key in ["rope_theta", "rope_scaling", "rope_parameters", "hidden_act"] {
+            json.remove(key);
+        }
+        json.extend(keys.as_object().unwrap().clone());
+        let config = Config::from_json(Path::new("c"), &Value::Object(json).to_string()).unwrap();
+        let (model, out) = (work.path().join(format!("{i}")), work.path().join(format!("{i}.gguf")));
+        init(&config, &model, &InitOptions::default(), &mut quiet).unwrap();
+        fs::write(model.join("tokenizer.json"), TOKENIZER).unwrap();
+        write(&model, &out, None).unwrap();
+        let again = Config::load(&out).unwrap();
+        assert_eq!(again.family(), config.family(), "{keys}");
+        close(&keys.to_string(), &config, &again);
+        let (a, b) = (open_model(&model, &config).unwrap(), open_model(&out, &again).unwrap());
+        assert!(difference(&config, &a, &b) < 1e-7, "{keys}");
+    }
+}
+
 /// A file that another program wrote is written again: the same tensors, and a configuration of the same model.
 #[test]
 fn a_file_is_written_again_as_it_was() {
@@ -361,9 +408,7 @@ fn what_has_no_form_is_refused_by_name() {
 fn a_value_beyond_f16_is_refused_by_every_writer() {
     let work = tempfile::tempdir().unwrap();
     let model = fixture(work.path(), Path::new("none"));
-    let bytes = r#"{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "pre_tokenizer":
-        {"type": "ByteLevel", "add_prefix_space": false}}"#;
-    fs::write(model.join("tokenizer.json"), bytes).unwrap();
+    fs::write(model.join("tokenizer.json"), TOKENIZER).unwrap();
     let checkpoint = Checkpoint::open(&model).unwrap();
     let name = "model.layers.1.mlp.down_proj.weight";
     let (offset, len) =

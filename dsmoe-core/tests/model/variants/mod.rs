@@ -2,6 +2,7 @@
 
 mod ffn_spec;
 mod masks;
+mod parts;
 mod shapes;
 
 use std::path::Path;

@@ -10,7 +10,7 @@ use crate::cuda::{CudaError, GpuBuf};
 pub(super) static SOURCE: Source = Source { name: "attention", text: include_str!("attention.cu") };
 
 /// The widest head: its gradients must fit into registers.
-const MAX_HEAD_DIM: usize = 128;
+pub const MAX_HEAD_DIM: usize = 128;
 /// Rows of a block.
 const TILE: usize = 64;
 

@@ -1,5 +1,25 @@
 #define IGNORE 0xffffffffu
 
+// With CAPPED, logits are cap tanh(product / cap).
+#if CAPPED
+#define VARIANT , float cap
+#define SLOPE(z) (1.0f - (z) / cap * ((z) / cap))
+#else
+#define VARIANT
+#define SLOPE(z) 1.0f
+#endif
+
+// Logits from products of hidden states and head, in place.
+extern "C" __global__ void logits(float* z, i64 n, float by VARIANT) {
+  const i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= n) return;
+#if CAPPED
+  z[i] = cap * tanhf(z[i] * by / cap);
+#else
+  z[i] *= by;
+#endif
+}
+
 // Largest value, the first place of it, and log of the sum of exponentials of a row of `vocab` logits.
 struct Row { float max, log_sum; u32 first; };
 DEV Row of_row(const float* z, int vocab) {
@@ -28,9 +48,9 @@ DEV Row of_row(const float* z, int vocab) {
   return row;
 }
 
-// The loss of a row and its gradient by the logits, times `scale`.
+// The loss of a row and its gradient by the products, times `scale`.
 extern "C" __global__ void __launch_bounds__(1024)
-chunk(float* losses, bf16* dlogits, const float* logits, const u32* targets, float scale, int vocab) {
+chunk(float* losses, bf16* dlogits, const float* logits, const u32* targets, float scale, int vocab VARIANT) {
   const float* z = logits + (i64)blockIdx.x * vocab;
   bf16* dz = dlogits + (i64)blockIdx.x * vocab;
   const u32 target = targets[blockIdx.x];
@@ -43,7 +63,7 @@ chunk(float* losses, bf16* dlogits, const float* logits, const u32* targets, flo
   if (threadIdx.x == 0) losses[blockIdx.x] = row.log_sum - z[target];
   for (int i = threadIdx.x; i < vocab; i += blockDim.x) {
     const float p = expf(z[i] - row.log_sum);
-    dz[i] = to_bf16(scale * (p - (i == (int)target ? 1.0f : 0.0f)));
+    dz[i] = to_bf16(scale * (p - (i == (int)target ? 1.0f : 0.0f)) * SLOPE(z[i]));
   }
 }
 

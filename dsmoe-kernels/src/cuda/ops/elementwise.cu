@@ -19,6 +19,23 @@ extern "C" __global__ void add(float* y, const float* x, i64 n) {
   if (i < n) y[i] += x[i];
 }
 
+// out = scale x
+template <typename T> DEV void scale(T* out, const float* x, i64 n, float factor) {
+  const i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < n) out[i] = from_f32<T>(factor * x[i]);
+}
+extern "C" __global__ void scale_f32(float* out, const float* x, i64 n, float factor) { scale(out, x, n, factor); }
+extern "C" __global__ void scale_bf16(bf16* out, const float* x, i64 n, float factor) { scale(out, x, n, factor); }
+
+// out = x + scale y, and h is that rounded
+extern "C" __global__ void join(bf16* h, float* out, const float* x, const float* y, i64 n, float factor) {
+  const i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= n) return;
+  const float sum = x[i] + factor * y[i];
+  out[i] = sum;
+  h[i] = to_bf16(sum);
+}
+
 extern "C" __global__ void keep(float* x, const u8* mask, i64 n) {
   const i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
   if (i < n && mask[i] == 0) x[i] = 0.0f;

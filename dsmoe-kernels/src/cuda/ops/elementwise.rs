@@ -3,6 +3,7 @@
 use half::bf16;
 
 use super::{Arg, Gpu, Grid, Matrix, Result, Source};
+use crate::cuda::Float;
 
 pub(super) static SOURCE: Source = Source { name: "elementwise", text: include_str!("elementwise.cu") };
 
@@ -13,6 +14,11 @@ fn each(gpu: &Gpu, entry: &'static str, len: usize, per_thread: usize, [a, b]: [
     let grid = Grid::row(len.div_ceil(per_thread * BLOCK as usize), BLOCK);
     // SAFETY: the kernels of elementwise.cu take two pointers and the number of values, which the callers checked.
     unsafe { SOURCE.launch(gpu, entry, &[], grid, &[a, b, Arg::I64(len as i64)]) }
+}
+
+/// Returns the blocks for a thread per value.
+fn one_each(len: usize) -> Grid {
+    Grid::row(len.div_ceil(BLOCK as usize), BLOCK)
 }
 
 /// Sets `out` to `x` rounded.
@@ -33,6 +39,62 @@ impl Cast<'_> {
         let Cast { out, x } = self;
         assert_eq!(out.len(), x.len(), "cuda cast");
         each(x.gpu(), "cast", x.len(), 4, [out.arg(), x.arg()])
+    }
+}
+
+/// Sets `out` to `scale x`, rounded to its type.
+#[derive(Debug)]
+pub struct Scale<'a, T: Float> {
+    /// The products.
+    pub out: &'a mut Matrix<T>,
+    /// The same number of values.
+    pub x: &'a Matrix<f32>,
+    /// The factor.
+    pub scale: f32,
+}
+
+impl<T: Float> Scale<'_, T> {
+    /// Queues the op, or returns the device's error.
+    ///
+    /// # Panics
+    /// The lengths differ.
+    pub fn run(self) -> Result<()> {
+        let Scale { out, x, scale } = self;
+        assert_eq!(out.len(), x.len(), "cuda scale");
+        let entry = if T::F32 { "scale_f32" } else { "scale_bf16" };
+        let args = [out.arg(), x.arg(), Arg::I64(x.len() as i64), Arg::F32(scale)];
+        // SAFETY: a thread per value; the lengths were checked above.
+        unsafe { SOURCE.launch(x.gpu(), entry, &[], one_each(x.len()), &args) }
+    }
+}
+
+/// Sets `out` to `x + scale y`, and `h` to that, rounded.
+#[derive(Debug)]
+pub struct Join<'a> {
+    /// The rounded sums.
+    pub h: &'a mut Matrix<bf16>,
+    /// The sums: as many values as `h` has.
+    pub out: &'a mut Matrix<f32>,
+    /// The same number of values.
+    pub x: &'a Matrix<f32>,
+    /// The same number of values.
+    pub y: &'a Matrix<f32>,
+    /// The factor of `y`.
+    pub scale: f32,
+}
+
+impl Join<'_> {
+    /// Queues the op, or returns the device's error.
+    ///
+    /// # Panics
+    /// The lengths differ.
+    pub fn run(self) -> Result<()> {
+        let Join { h, out, x, y, scale } = self;
+        let len = x.len();
+        assert_eq!([h.len(), out.len(), y.len()], [len; 3], "cuda join");
+        let args = [h.arg(), out.arg(), x.arg(), y.arg(), Arg::I64(len as i64), Arg::F32(scale)];
+        // SAFETY: a thread per value; the lengths were checked above.
+        unsafe { SOURCE.launch(x.gpu(), "join", &[], one_each(len), &args) }
     }
 }
 

@@ -1,12 +1,27 @@
 //! Rows of an embedding table; see [`crate::ops::embedding`].
 
-use super::{Gpu, Grid, Matrix, Result, Source};
+use super::{Arg, Define, Gpu, Grid, Matrix, Result, Source};
 use crate::cuda::{Float, GpuBuf};
 
 pub(super) static SOURCE: Source = Source { name: "embedding", text: include_str!("embedding.cu") };
 
 /// Threads of a block.
 const BLOCK: u32 = 256;
+
+pub(super) fn defines(scaled: bool) -> [Define; 1] {
+    [("SCALED", i64::from(scaled))]
+}
+
+/// Queues a kernel that takes the factor of rows at its end, where it is not 1.
+fn start(gpu: &Gpu, entry: &'static str, rows: usize, mut args: Vec<Arg>, scale: f32) -> Result<()> {
+    let scaled = scale != 1.0;
+    if scaled {
+        args.push(Arg::F32(scale));
+    }
+    // SAFETY: a block per id. The callers checked that there is a row for each; ids are rows of the table by the promise of
+    // theirs.
+    unsafe { SOURCE.launch(gpu, entry, &defines(scaled), Grid::row(rows, BLOCK), &args) }
+}
 
 /// The places where each id of a batch occurs. They are sorted on the host, so that the gradients of a row are added in a
 /// fixed order.
@@ -68,7 +83,7 @@ impl Occurrences {
     }
 }
 
-/// Sets row i of `out` to row `ids[i]` of `table`. The caller promises that these rows exist.
+/// Sets row i of `out` to `scale` times row `ids[i]` of `table`. The caller promises that these rows exist.
 #[derive(Debug)]
 pub struct Forward<'a, T: Float> {
     /// `[T, hidden]`
@@ -77,6 +92,8 @@ pub struct Forward<'a, T: Float> {
     pub table: &'a Matrix<T>,
     /// `[T]`
     pub ids: &'a Matrix<u32>,
+    /// The factor of rows.
+    pub scale: f32,
 }
 
 impl<T: Float> Forward<'_, T> {
@@ -85,18 +102,17 @@ impl<T: Float> Forward<'_, T> {
     /// # Panics
     /// A size does not fit.
     pub fn run(self) -> Result<()> {
-        let Forward { out, table, ids } = self;
+        let Forward { out, table, ids, scale } = self;
         let hidden = out.cols();
         let sizes = [out.rows(), table.len() % hidden.max(1)];
         assert_eq!(sizes, [ids.len(), 0], "cuda embedding::forward: rows, rest of the table");
         let entry = if T::F32 { "forward_f32" } else { "forward_bf16" };
-        let args = [out.arg(), table.arg(), ids.arg(), hidden.into()];
-        // SAFETY: a block per id, which has a row of `out`; ids are rows of the table by the caller's promise.
-        unsafe { SOURCE.launch(ids.gpu(), entry, &[], Grid::row(ids.len(), BLOCK), &args) }
+        let args = vec![out.arg(), table.arg(), ids.arg(), hidden.into()];
+        start(ids.gpu(), entry, ids.len(), args, scale)
     }
 }
 
-/// Adds the rows of `dout` to the rows of `dtable` that they came from.
+/// Adds `scale` times the rows of `dout` to the rows of `dtable` that they came from.
 #[derive(Debug)]
 pub struct Backward<'a> {
     /// The values of whole rows.
@@ -105,6 +121,8 @@ pub struct Backward<'a> {
     pub dout: &'a Matrix<f32>,
     /// Where the ids occur.
     pub order: &'a Occurrences,
+    /// The factor of rows.
+    pub scale: f32,
 }
 
 impl Backward<'_> {
@@ -113,14 +131,14 @@ impl Backward<'_> {
     /// # Panics
     /// A size does not fit.
     pub fn run(self) -> Result<()> {
-        let Backward { dtable, dout, order } = self;
+        let Backward { dtable, dout, order, scale } = self;
         let hidden = dout.cols();
         let sizes = [dout.rows(), dtable.len() % hidden.max(1)];
         assert_eq!(sizes, [order.len, 0], "cuda embedding::backward: rows, rest of the table");
         let Occurrences { ids, offsets, positions, len, .. } = order;
-        let args = [dtable.arg(), dout.arg(), ids.arg(), offsets.arg(), positions.arg(), hidden.into()];
-        // SAFETY: offsets and positions were made for as many rows as `dout` has. A block handles each of them; those with
-        // positions have ids that are rows of the table, as those of the forward pass were.
-        unsafe { SOURCE.launch(dout.gpu(), "backward", &[], Grid::row(*len, BLOCK), &args) }
+        // Offsets and positions were made for as many rows as `dout` has; those with positions have ids that are rows of the
+        // table, as those of the forward pass were.
+        let args = vec![dtable.arg(), dout.arg(), ids.arg(), offsets.arg(), positions.arg(), hidden.into()];
+        start(dout.gpu(), "backward", *len, args, scale)
     }
 }

@@ -3,34 +3,55 @@
 use half::bf16;
 
 use super::{Arg, Define, Gpu, Grid, Matrix, Result, Source, optional};
+use crate::cuda::Float;
 
 pub(super) static SOURCE: Source = Source { name: "rms_norm", text: include_str!("rms_norm.cu") };
 
 /// Blocks of the backward pass: each keeps a part of the weight's gradient.
 const PARTS: usize = 512;
 
-pub(super) fn defines(hidden: usize, offset: bool) -> [Define; 3] {
-    // About eight values a thread.
-    let threads = hidden.div_ceil(8).next_multiple_of(32).clamp(32, 1024);
-    [("HIDDEN", hidden as i64), ("THREADS", threads as i64), ("OFFSET", i64::from(offset))]
+/// Variants of the kernels: whether weights have an offset, and whether the second part of a sum has a factor.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Variant {
+    pub(super) offset: bool,
+    pub(super) scaled: bool,
 }
 
-fn start(gpu: &Gpu, entry: &'static str, rows: usize, hidden: usize, args: &[Arg]) -> Result<()> {
-    start_with(gpu, entry, [rows, hidden], args, 0.0)
+pub(super) fn defines(hidden: usize, Variant { offset, scaled }: Variant) -> [Define; 4] {
+    // About eight values a thread.
+    let threads = hidden.div_ceil(8).next_multiple_of(32).clamp(32, 1024);
+    let [offset, scaled] = [offset, scaled].map(i64::from);
+    [("HIDDEN", hidden as i64), ("THREADS", threads as i64), ("OFFSET", offset), ("SCALED", scaled)]
 }
 
 /// Queues a kernel that takes the offset of its weight.
-fn start_with(
+fn start(
     gpu: &Gpu,
     entry: &'static str,
     [rows, hidden]: [usize; 2],
     args: &[Arg],
     offset: f32,
 ) -> Result<()> {
-    let (defines, last) = (defines(hidden, offset != 0.0), offset_args(offset));
+    start_scaled(gpu, entry, [rows, hidden], args, [offset, 1.0])
+}
+
+/// Queues a kernel that takes the offset of its weight and the factor of a part of a sum.
+fn start_scaled(
+    gpu: &Gpu,
+    entry: &'static str,
+    [rows, hidden]: [usize; 2],
+    args: &[Arg],
+    [offset, scale]: [f32; 2],
+) -> Result<()> {
+    let variant = Variant { offset: offset != 0.0, scaled: scale != 1.0 };
+    let defines = defines(hidden, variant);
     let grid = Grid::row(rows, defines[1].1 as u32);
+    let mut args = [args, &offset_args(offset)].concat();
+    if variant.scaled {
+        args.push(Arg::F32(scale));
+    }
     // SAFETY: the callers checked that the buffers have `rows` rows, or parts, of `hidden` values.
-    unsafe { SOURCE.launch(gpu, entry, &defines, grid, &[args, &last].concat()) }
+    unsafe { SOURCE.launch(gpu, entry, &defines, grid, &args) }
 }
 
 /// Returns what kernels for a weight with an offset take at their end.
@@ -46,11 +67,11 @@ fn check(op: &str, matrices: &[usize], weight: &Matrix<f32>, rstd: &Matrix<f32>)
     [rows, hidden]
 }
 
-/// Sets `h` to the normed rows of `x`, and `rstd` to their reciprocal standard deviations.
+/// Sets `h` to the normed rows of `x`, rounded to its type, and `rstd` to their reciprocal standard deviations.
 #[derive(Debug)]
-pub struct Forward<'a> {
+pub struct Forward<'a, T: Float> {
     /// `[T, hidden]`
-    pub h: &'a mut Matrix<bf16>,
+    pub h: &'a mut Matrix<T>,
     /// `[T]`
     pub rstd: &'a mut Matrix<f32>,
     /// `[T, hidden]`
@@ -63,7 +84,7 @@ pub struct Forward<'a> {
     pub eps: f32,
 }
 
-impl Forward<'_> {
+impl<T: Float> Forward<'_, T> {
     /// Queues the op, or returns the device's error.
     ///
     /// # Panics
@@ -71,17 +92,13 @@ impl Forward<'_> {
     pub fn run(self) -> Result<()> {
         let Forward { h, rstd, x, weight, offset, eps } = self;
         let [rows, hidden] = check("forward", &[h.len(), x.len()], weight, rstd);
-        start_with(
-            x.gpu(),
-            "forward",
-            [rows, hidden],
-            &[h.arg(), rstd.arg(), x.arg(), weight.arg(), Arg::F32(eps)],
-            offset,
-        )
+        let entry = if T::F32 { "forward_f32" } else { "forward_bf16" };
+        let args = [h.arg(), rstd.arg(), x.arg(), weight.arg(), Arg::F32(eps)];
+        start(x.gpu(), entry, [rows, hidden], &args, offset)
     }
 }
 
-/// Sets `out` to `x + y`, `h` to its normed rows, and `rstd` to their reciprocal standard deviations.
+/// Sets `out` to `x + scale y`, `h` to its normed rows, and `rstd` to their reciprocal standard deviations.
 #[derive(Debug)]
 pub struct ForwardSum<'a> {
     /// `[T, hidden]`
@@ -98,6 +115,8 @@ pub struct ForwardSum<'a> {
     pub weight: &'a Matrix<f32>,
     /// Added to the weight: 0, or 1 where the weights are stored as their distance from 1.
     pub offset: f32,
+    /// The factor of `y`.
+    pub scale: f32,
     /// The term that keeps the division finite.
     pub eps: f32,
 }
@@ -108,10 +127,10 @@ impl ForwardSum<'_> {
     /// # Panics
     /// A size does not fit.
     pub fn run(self) -> Result<()> {
-        let ForwardSum { h, rstd, out, x, y, weight, offset, eps } = self;
+        let ForwardSum { h, rstd, out, x, y, weight, offset, scale, eps } = self;
         let [rows, hidden] = check("forward_sum", &[h.len(), out.len(), x.len(), y.len()], weight, rstd);
         let args = [h.arg(), rstd.arg(), out.arg(), x.arg(), y.arg(), weight.arg(), Arg::F32(eps)];
-        start_with(x.gpu(), "forward_sum", [rows, hidden], &args, offset)
+        start_scaled(x.gpu(), "forward_sum", [rows, hidden], &args, [offset, scale])
     }
 }
 
@@ -138,7 +157,7 @@ impl Restore<'_> {
     pub fn run(self) -> Result<()> {
         let Restore { h, x, weight, offset, rstd } = self;
         let [rows, hidden] = check("restore", &[h.len(), x.len()], weight, rstd);
-        start_with(x.gpu(), "restore", [rows, hidden], &[h.arg(), x.arg(), weight.arg(), rstd.arg()], offset)
+        start(x.gpu(), "restore", [rows, hidden], &[h.arg(), x.arg(), weight.arg(), rstd.arg()], offset)
     }
 }
 
@@ -184,7 +203,7 @@ impl Backward<'_> {
         let parts = rows.min(PARTS);
         let pointers = [dx.arg(), partials.arg(), dy.arg(), x.arg(), weight.arg(), rstd.arg()];
         let args = [&pointers[..], &[rows.into(), add.into()]].concat();
-        start_with(x.gpu(), "backward", [parts, hidden], &args, offset)?;
+        start(x.gpu(), "backward", [parts, hidden], &args, offset)?;
         sum_partials(dweight, partials, parts)
     }
 }
@@ -196,7 +215,7 @@ pub(super) fn sum_partials(out: &mut Matrix<f32>, partials: &Matrix<f32>, parts:
     let (grid, args) =
         (Grid::row(width.div_ceil(128), 128), [out.arg(), partials.arg(), parts.into(), width.into()]);
     // SAFETY: the lengths were checked above; a thread per value of `out`.
-    unsafe { SOURCE.launch(out.gpu(), "sum_partials", &defines(8, false), grid, &args) }
+    unsafe { SOURCE.launch(out.gpu(), "sum_partials", &defines(8, Variant::default()), grid, &args) }
 }
 
 /// The heads of a matrix, side by side from column `first` on. A single head is the norm over a part of a row.
@@ -264,8 +283,8 @@ impl ForwardHeads<'_> {
         let (first, count) = heads.check("forward_heads", x, saved_len, weight, rstd);
         let pointers = [first, optional(saved.as_deref()), rstd.arg(), weight.arg()];
         let sizes = [heads.heads, x.cols()].map(Arg::Size);
-        let args = [&pointers[..], &sizes, &[Arg::F32(eps), Arg::F32(heads.offset)]].concat();
-        start(x.gpu(), "norm_heads", count, weight.len(), &args)
+        let args = [&pointers[..], &sizes, &[Arg::F32(eps)]].concat();
+        start(x.gpu(), "norm_heads", [count, weight.len()], &args, heads.offset)
     }
 }
 
@@ -305,8 +324,8 @@ impl BackwardHeads<'_> {
         let parts = count.min(PARTS);
         let pointers = [first, partials.arg(), x.arg(), weight.arg(), rstd.arg()];
         let sizes = [count, heads.heads, dx.cols()].map(Arg::Size);
-        let args = [&pointers[..], &sizes, &[Arg::F32(heads.offset)]].concat();
-        start(dx.gpu(), "backward_heads", parts, head_dim, &args)?;
+        let args = [&pointers[..], &sizes[..]].concat();
+        start(dx.gpu(), "backward_heads", [parts, head_dim], &args, heads.offset)?;
         sum_partials(dweight, partials, parts)
     }
 }

@@ -1,5 +1,7 @@
 //! The sizes and operands of the expert FFN, and the checks of lengths against them.
 
+use std::ops::Range;
+
 use crate::buf::Buf;
 use crate::swiglu::Activation;
 
@@ -14,6 +16,8 @@ pub struct Dims {
     pub intermediate: usize,
     /// Experts; divides `intermediate`.
     pub num_experts: usize,
+    /// The leading experts that run for every token, with coefficient 1. They are no part of the routing.
+    pub core: usize,
     /// Training computes the coefficient gradients of inactive pairs too, which the straight-through rule needs (eq. 16).
     /// Without it a, b and B are computed for active pairs only. Inference ignores it.
     pub all_pairs: bool,
@@ -24,20 +28,41 @@ pub struct Dims {
 impl Dims {
     /// Returns the sizes of a dense FFN, which has one expert.
     pub fn dense(tokens: usize, hidden: usize, intermediate: usize, activation: Activation) -> Dims {
-        Dims { tokens, hidden, intermediate, num_experts: 1, all_pairs: true, activation }
+        Dims { tokens, hidden, intermediate, num_experts: 1, core: 0, all_pairs: true, activation }
     }
 
     /// Returns the neurons of one expert.
     pub fn expert_width(self) -> usize {
         self.intermediate / self.num_experts
     }
+
+    /// Returns the experts that the routing is about: those outside the core.
+    pub fn num_routed(self) -> usize {
+        self.num_experts - self.core
+    }
+
+    /// Returns the neurons of the core.
+    pub(super) fn core_neurons(self) -> usize {
+        self.core * self.expert_width()
+    }
+
+    /// Returns the sizes of the core, which is a dense FFN.
+    pub(super) fn of_core(self) -> Dims {
+        Dims::dense(self.tokens, self.hidden, self.core_neurons(), self.activation)
+    }
+
+    /// Returns the sizes of the experts outside the core.
+    pub(super) fn of_routed(self) -> Dims {
+        let intermediate = self.intermediate - self.core_neurons();
+        Dims { intermediate, num_experts: self.num_routed(), core: 0, ..self }
+    }
 }
 
-/// The tokens of each expert in CSR form, with the token-major inverse. R is the number of active pairs: pair r of the
+/// The tokens of each expert outside the core in CSR form, with the token-major inverse. R is the number of active pairs: pair r of the
 /// expert-major arrays is token `tokens[r]` at the expert i with `offsets[i] <= r < offsets[i+1]`.
 #[derive(Clone, Copy, Debug)]
 pub struct Routes<'a> {
-    /// `[num_experts + 1]`: where each expert's pairs start.
+    /// `[num_routed + 1]`: where each expert's pairs start.
     pub offsets: &'a [usize],
     /// `[R]`, ascending inside an expert.
     pub tokens: &'a [u32],
@@ -62,6 +87,19 @@ pub struct Weights<'a> {
     pub biases: Option<Biases<'a>>,
 }
 
+impl<'a> Weights<'a> {
+    /// Returns the weights of some neurons. The bias of the down projection belongs to no neuron and stays.
+    pub(super) fn of(&self, neurons: Range<usize>, hidden: usize) -> Weights<'a> {
+        let rows = |w: &'a [f32]| &w[neurons.start * hidden..neurons.end * hidden];
+        let biases = self.biases.map(|Biases { gate, up, down }| Biases {
+            gate: &gate[neurons.clone()],
+            up: &up[neurons.clone()],
+            down,
+        });
+        Weights { gate: rows(self.gate), up: rows(self.up), down: rows(self.down), biases }
+    }
+}
+
 /// The biases of the three projections.
 #[derive(Clone, Copy, Debug)]
 pub struct Biases<'a> {
@@ -84,6 +122,24 @@ pub struct WeightGrads<'a> {
     pub down: &'a mut [f32],
     /// Those of the biases, where the weights have biases.
     pub biases: Option<BiasGrads<'a>>,
+}
+
+impl WeightGrads<'_> {
+    /// Returns the gradients of the weights that [`Weights::of`] returns.
+    pub(super) fn of(&mut self, neurons: Range<usize>, hidden: usize) -> WeightGrads<'_> {
+        let rows = neurons.start * hidden..neurons.end * hidden;
+        let biases = self.biases.as_mut().map(|BiasGrads { gate, up, down }| BiasGrads {
+            gate: &mut gate[neurons.clone()],
+            up: &mut up[neurons.clone()],
+            down,
+        });
+        WeightGrads {
+            gate: &mut self.gate[rows.clone()],
+            up: &mut self.up[rows.clone()],
+            down: &mut self.down[rows],
+            biases,
+        }
+    }
 }
 
 /// Gradients of [`Biases`], added to.
@@ -115,10 +171,10 @@ impl Saved {
 }
 
 pub(super) fn check(op: &str, y: &[f32], x: &[f32], weights: &Weights<'_>, dims: Dims) {
-    let Dims { tokens, hidden, intermediate, num_experts, .. } = dims;
+    let Dims { tokens, hidden, intermediate, num_experts, core, .. } = dims;
     assert!(
-        num_experts > 0 && intermediate.is_multiple_of(num_experts),
-        "expert_ffn::{op}: num_experts does not divide intermediate in {dims:?}"
+        num_experts > 0 && intermediate.is_multiple_of(num_experts) && core <= num_experts,
+        "expert_ffn::{op}: num_experts does not divide intermediate, or the core has more, in {dims:?}"
     );
     let w = [weights.gate.len(), weights.up.len(), weights.down.len()];
     assert!(

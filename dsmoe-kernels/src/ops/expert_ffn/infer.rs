@@ -1,14 +1,16 @@
 //! Forward over packed weights, for any number of tokens.
 
-use super::combine::{self, Blocks};
+use super::combine;
 use super::dims::{Dims, is_empty};
 use super::kernel::{Gate, Tiles};
-use super::packed::{NEURONS, PackedWeights, tile_depth};
+use super::open;
+use super::packed::{NEURONS, PackedExperts, PackedWeights, tile_depth};
 use super::plan::{Pairs, Plan, check_pairs};
 use super::scratch::Scratch;
+use crate::buf::Buf;
 use crate::isa::Isa;
 use crate::linear::add_bias;
-use crate::matmul::{Block, Left, Mat, Precision, Source, for_tasks, tasks_for};
+use crate::matmul::{Block, Grid, Left, Mat, Precision, Source, for_tasks, tasks_for};
 
 /// Sets y to the sum of the active experts' outputs of x. x and c are rounded to the weights' precision.
 #[derive(Debug)]
@@ -36,11 +38,15 @@ impl ForwardPacked<'_> {
     /// Lengths do not fit `dims`, or the weights are of another shape.
     pub fn run_on(self, isa: Isa) {
         let ForwardPacked { y, x, weights, pairs, dims, scratch } = self;
-        let Dims { tokens, hidden, intermediate, num_experts, .. } = dims;
-        let packed = (weights.hidden(), weights.intermediate(), weights.num_experts());
+        let packed = Dims {
+            tokens: dims.tokens,
+            all_pairs: dims.all_pairs,
+            activation: dims.activation,
+            ..weights.dims()
+        };
         assert!(
-            x.len() == tokens * hidden && y.len() == x.len() && packed == (hidden, intermediate, num_experts),
-            "expert_ffn::ForwardPacked: input {}, output {} values, weights {packed:?} for {dims:?}",
+            x.len() == dims.tokens * dims.hidden && y.len() == x.len() && packed == dims,
+            "expert_ffn::ForwardPacked: input {}, output {} values, weights of {packed:?} for {dims:?}",
             x.len(),
             y.len()
         );
@@ -48,56 +54,40 @@ impl ForwardPacked<'_> {
         if is_empty(dims) {
             y.fill(0.0);
         } else {
-            let plan = Plan { pairs, dims, isa, precision: weights.precision() };
-            forward(y, x, weights, &plan, &mut scratch.blocks);
+            let plan = Plan { pairs, dims, isa, precision: weights.precision(), accumulate: false };
+            match pairs {
+                Pairs::Dense => dense(y, x, &weights.parts()[0], &plan, &mut scratch.stored),
+                Pairs::Routed(_) => open::forward(y, x, weights, &plan, &mut scratch.words),
+            }
         }
-        add_bias("expert_ffn::ForwardPacked", isa, y, weights.down_bias(), hidden);
+        add_bias("expert_ffn::ForwardPacked", isa, y, weights.down_bias(), dims.hidden);
     }
 }
 
 /// Sets y; see [`ForwardPacked`].
 ///
-/// First computes `c = coefficient * act(a) * b` of every active pair, in the tiles that the second product reads: a
-/// task is a block of an expert's tokens and some of its neurons. Then runs the combine.
-pub(super) fn forward(
-    y: &mut [f32],
-    x: &[f32],
-    weights: &PackedWeights,
-    plan: &Plan<'_>,
-    blocks: &mut Blocks,
-) {
-    let (tokens, hidden) = (plan.dims.tokens, plan.dims.hidden);
-    let depth = tile_depth(plan.dims.expert_width());
-    let work = plan.num_pairs() * plan.dims.expert_width() * hidden;
-    let rounded = plan.precision == Precision::Bf16;
-    let Blocks { tiles, cut } = &mut *blocks;
-    tiles.resize(plan.num_pairs() * depth);
-    cut.set(plan, depth / NEURONS, hidden, tasks_for(2 * work));
-    // SAFETY: the cut's tasks differ in blocks or in panels, which are neurons.
-    let out = unsafe { Tiles::new(tiles, depth, plan.precision) };
-    for_tasks(cut.len(), |number| {
-        let task = cut.task(number, plan);
-        let start = plan.offset(task.expert);
-        let listed = plan.tokens(plan.pairs_of(task.expert));
-        let rows = task.pairs.start - start..task.pairs.end - start;
-        let gate = Gate {
-            tiles: out,
-            first: task.pairs.start,
-            first_row: rows.start,
-            coefficient: |row| plan.coefficient(start + row),
-            activation: plan.dims.activation,
-            biases: weights.gate_up_biases(task.expert),
-        };
+/// First computes `c = act(a) * b`, in the tiles that the second product reads: a task is a block of tokens and some of the
+/// neurons. Then runs the combine.
+fn dense(y: &mut [f32], x: &[f32], experts: &PackedExperts, plan: &Plan<'_>, tiles: &mut Buf) {
+    let Plan { dims: Dims { tokens, hidden, intermediate, activation, .. }, isa, precision, .. } = *plan;
+    let depth = tile_depth(intermediate);
+    tiles.resize(tokens * depth);
+    let grid = Grid::new(tokens, depth / NEURONS, hidden, tasks_for(2 * tokens * intermediate * hidden));
+    // SAFETY: the grid's tasks differ in blocks or in panels, which are neurons.
+    let out = unsafe { Tiles::new(tiles, depth, precision) };
+    for_tasks(grid.len(), |number| {
+        let (rows, range) = grid.get(number);
+        let gate = Gate { tiles: out, first: rows.start, activation, biases: experts.gate_up_biases(0) };
         Block {
-            left: Left::Source(Source::picked_rows(Mat::new(x, tokens, hidden), listed), rounded),
+            left: Left::Source(Source::rows(Mat::new(x, tokens, hidden)), precision == Precision::Bf16),
             ks: 0..hidden,
-            panels: weights.gate_up(task.expert),
+            panels: experts.gate_up(0),
             panel_ks: 0..hidden,
-            range: task.panels,
+            range,
             sink: &gate,
             rows,
         }
-        .run(plan.isa);
+        .run(isa);
     });
-    combine::packed(y, weights, plan, depth, blocks);
+    combine::packed(y, experts, plan, grid, tiles);
 }

@@ -4,7 +4,9 @@ use std::ops::Range;
 
 use super::packed::NEURONS;
 use super::plan::Plan;
+use super::strips::Run;
 use crate::buf::SharedRows;
+use crate::matmul::picked::{Step, with_step};
 use crate::matmul::{At, Left, PANEL, Precision, Sink, tiles};
 use crate::simd::{Kernel, Product, ProductKernel, Simd};
 use crate::swiglu::Activation;
@@ -12,7 +14,7 @@ use crate::swiglu::activation::{Unit, with_unit};
 
 /// Returns `act(a) * b * g`. It is a function because closures may not be inlined into the code of the tier.
 #[inline(always)]
-fn gated<S: Simd, A: Unit>(s: S, unit: A, [a, b, g]: [S::V; 3]) -> S::V {
+pub(super) fn gated<S: Simd, A: Unit>(s: S, unit: A, [a, b, g]: [S::V; 3]) -> S::V {
     s.mul(s.mul(s.mul(a, unit.gate(s, a)), b), g)
 }
 
@@ -104,36 +106,28 @@ pub(super) fn left_tiles<'a>(
     }
 }
 
-/// Receives a product of gate and up panels and stores `c = coefficient * act(a) * b` in tiles.
-pub(super) struct Gate<'a, C> {
+/// Receives a product of gate and up panels of a dense FFN and stores `c = act(a) * b` in tiles.
+pub(super) struct Gate<'a> {
     pub(super) tiles: Tiles<'a>,
-    /// First pair of the block.
+    /// First token of the block.
     pub(super) first: usize,
-    /// First row of the block, in the numbering of the product.
-    pub(super) first_row: usize,
-    /// The coefficient of a row of the product.
-    pub(super) coefficient: C,
     pub(super) activation: Activation,
     /// The biases of the columns of the product, whole panels.
     pub(super) biases: Option<&'a [f32]>,
 }
 
-impl<C: Fn(usize) -> f32 + Sync> Gate<'_, C> {
-    /// Sets `rows` to the activations of a tile of products.
-    #[inline(always)]
-    fn activate<S: Product, A: Unit>(&self, s: S, unit: A, rows: &mut [f32], tile: &[f32], first_row: usize) {
-        for (r, (sums, row)) in tile.chunks_exact(PANEL).zip(rows.chunks_exact_mut(NEURONS)).enumerate() {
-            let coefficient = s.splat((self.coefficient)(first_row + r));
-            let (a, b) = sums.split_at(NEURONS);
-            for i in (0..NEURONS).step_by(S::LANES) {
-                let product = gated(s, unit, [s.load(&a[i..]), s.load(&b[i..]), coefficient]);
-                s.store(&mut row[i..], product);
-            }
+/// Sets `rows` to the activations of a tile of products.
+#[inline(always)]
+fn activate<S: Product, A: Unit>(s: S, unit: A, rows: &mut [f32], tile: &[f32]) {
+    for (sums, row) in tile.chunks_exact(PANEL).zip(rows.chunks_exact_mut(NEURONS)) {
+        let (a, b) = sums.split_at(NEURONS);
+        for i in (0..NEURONS).step_by(S::LANES) {
+            s.store(&mut row[i..], gated(s, unit, [s.load(&a[i..]), s.load(&b[i..]), s.splat(1.0)]));
         }
     }
 }
 
-impl<C: Fn(usize) -> f32 + Sync> Sink for Gate<'_, C> {
+impl Sink for Gate<'_> {
     #[inline(always)]
     fn start<S: Product>(&self, _s: S, _at: At) {}
 
@@ -149,8 +143,8 @@ impl<C: Fn(usize) -> f32 + Sync> Sink for Gate<'_, C> {
                 biased
             }
         };
-        with_unit!(self.activation, unit => self.activate(s, unit, &mut rows, tile, at.row));
-        let row = at.row - self.first_row;
+        with_unit!(self.activation, unit => activate(s, unit, &mut rows, tile));
+        let row = at.row - self.first;
         self.tiles.put(s, self.first, row..row + at.rows, at.panel * NEURONS, &rows);
     }
 }
@@ -244,35 +238,85 @@ impl<A: Neurons> ProductKernel for FillTiles<'_, A> {
     }
 }
 
-/// Returns the sum over j of `act(a[j]) * b[j] * g[j]`.
-pub(super) struct GatedDot<'a, A> {
+/// Stores the neurons of runs in words, one row for each term, group of neurons and token.
+pub(super) struct FillWords<'a, A, const N: usize> {
+    pub(super) out: SharedRows<'a>,
+    pub(super) runs: &'a [Run<'a>],
+    pub(super) terms: [&'a A; N],
+    pub(super) precision: Precision,
+}
+
+impl<A: Neurons, const N: usize> ProductKernel for FillWords<'_, A, N> {
+    type Output = ();
+    #[inline(always)]
+    fn body<S: Product>(self, s: S) {
+        // Where pairs are not multiplied, operands are rounded f32.
+        let stored = if S::DOTS { self.precision } else { Precision::F32 };
+        with_step!(stored, S, M => self.fill::<S, M>(s));
+    }
+}
+
+impl<A: Neurons, const N: usize> FillWords<'_, A, N> {
+    #[inline(always)]
+    fn fill<S: Product, M: Step>(&self, s: S) {
+        let words = M::GROUP_WORDS;
+        let words_of_lanes = S::LANES / M::DEPTH * M::WORDS;
+        for run in self.runs {
+            let groups = run.groups / N;
+            for group in 0..run.groups {
+                let (neurons, first) = (self.terms[group / groups], group % groups * NEURONS);
+                for row in 0..run.len() {
+                    // SAFETY: tasks have different runs.
+                    let out = unsafe { self.out.row(run.first + group * run.len() + row, 0, words) };
+                    for (out, i) in out.chunks_exact_mut(words_of_lanes).zip((0..NEURONS).step_by(S::LANES)) {
+                        let mut values = s.splat(0.0);
+                        if first + i < neurons.width() {
+                            values = neurons.load(s, run.pair + row, first + i);
+                        }
+                        if self.precision == Precision::Bf16 {
+                            values = s.round_bf16(values);
+                        }
+                        M::store(s, out, values);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Sets every value of `dots` to the sum of `act(a[j]) * b[j] * g[j]` over its `width` values.
+pub(super) struct GatedDots<'a, A> {
+    pub(super) dots: &'a mut [f32],
     pub(super) a: &'a [f32],
     pub(super) b: &'a [f32],
     pub(super) g: &'a [f32],
+    pub(super) width: usize,
     pub(super) unit: A,
 }
 
-impl<A: Unit> Kernel for GatedDot<'_, A> {
-    type Output = f32;
+impl<A: Unit> Kernel for GatedDots<'_, A> {
+    type Output = ();
     #[inline(always)]
-    fn body<S: Simd>(self, s: S) -> f32 {
-        let GatedDot { a, b, g, unit } = self;
-        assert!(a.len() == b.len() && a.len() == g.len());
-        let mut sum = s.splat(0.0);
-        let head = a.len() - a.len() % S::LANES;
-        for j in (0..head).step_by(S::LANES) {
-            sum = s.add(sum, gated(s, unit, [s.load(&a[j..]), s.load(&b[j..]), s.load(&g[j..])]));
+    fn body<S: Simd>(self, s: S) {
+        let GatedDots { dots, a, b, g, width, unit } = self;
+        let rows = a.chunks_exact(width).zip(b.chunks_exact(width)).zip(g.chunks_exact(width));
+        for (dot, ((a, b), g)) in dots.iter_mut().zip(rows) {
+            let mut sum = s.splat(0.0);
+            let head = width - width % S::LANES;
+            for j in (0..head).step_by(S::LANES) {
+                sum = s.add(sum, gated(s, unit, [s.load(&a[j..]), s.load(&b[j..]), s.load(&g[j..])]));
+            }
+            if head < width {
+                let tail = [s.load_tail(&a[head..]), s.load_tail(&b[head..]), s.load_tail(&g[head..])];
+                sum = s.add(sum, gated(s, unit, tail));
+            }
+            *dot = s.reduce_add(sum);
         }
-        if head < a.len() {
-            let tail = [s.load_tail(&a[head..]), s.load_tail(&b[head..]), s.load_tail(&g[head..])];
-            sum = s.add(sum, gated(s, unit, tail));
-        }
-        s.reduce_add(sum)
     }
 }
 
 /// Computes one row of the backward of the gated unit: from a, b, g = `<dy, w_down>` and the pair's coefficient, sets da, db
-/// and scaled = coefficient * act(a) * b. Returns the coefficient's gradient, the value of [`GatedDot`].
+/// and scaled = coefficient * act(a) * b. Returns the coefficient's gradient, the value of [`GatedDots`].
 pub(super) struct GateBackward<'a, A> {
     pub(super) da: &'a mut [f32],
     pub(super) db: &'a mut [f32],

@@ -19,21 +19,27 @@
 //! `w_down` is kept transposed, `[intermediate, hidden]`: a neuron is one row of all three matrices. f32
 //! accumulation. A token without an active expert gets `y = 0` (or `bd`) and `dx = 0`.
 //!
+//! The leading `core` experts run for every token with coefficient 1. They are one dense FFN, with no routing, no
+//! coefficients and no dcoef; the experts outside the core add to its y and dx.
+//!
 //! Work is cut by shape and routing alone and experts are summed in ascending order, so the result does not
 //! depend on the number of threads. [`Pairs::Dense`] is the same op with one expert, always active with coefficient 1:
 //! the dense FFN.
 //!
-//! `train.rs` has the passes of training, which keep a and b ([`Saved`]), and `infer.rs` the forward over packed weights.
-//! Both end in the combine of `combine.rs`, which adds the experts' outputs to the rows of their tokens.
+//! `train.rs` has the passes of training, which keep a and b ([`Saved`]), and `infer.rs` the forward over packed weights:
+//! that of the dense FFN, and in `open.rs` that of experts. Dense passes end in the combine of `combine.rs`, those over
+//! experts in the sum of `strips.rs`, which adds the experts' outputs to the rows of their tokens.
 
 mod combine;
 mod dims;
 mod infer;
 mod kernel;
+mod open;
 mod packed;
 mod plan;
 pub mod reference;
 mod scratch;
+mod strips;
 #[cfg(test)]
 mod tests;
 mod train;

@@ -6,7 +6,6 @@ use super::dims::{Biases, Dims, Weights, check};
 use crate::buf::Buf;
 use crate::isa::Isa;
 use crate::matmul::{Mat, PANEL, PackPanel, Panels, Precision, Source, panel_len, panels};
-use crate::swiglu::Activation;
 
 /// Neurons of a panel of gate and up weights: its first half holds gate rows, its second half up rows.
 pub(super) const NEURONS: usize = PANEL / 2;
@@ -14,55 +13,92 @@ pub(super) const NEURONS: usize = PANEL / 2;
 /// The three matrices of an expert FFN for inference, f32 or bf16.
 ///
 /// An expert's gate and up rows are interleaved by 16 neurons, so one product gives both inputs of their SwiGLU. The
-/// experts are stored apart: inactive experts are not read.
+/// experts are stored apart: inactive experts are not read. The core is stored as one expert.
 #[derive(Clone, Debug)]
 pub struct PackedWeights {
     precision: Precision,
-    hidden: usize,
-    intermediate: usize,
-    num_experts: usize,
-    gate_up: Buf,
-    down: Buf,
-    biases: Option<PackedBiases>,
-}
-
-/// The biases, in f32.
-#[derive(Clone, Debug)]
-struct PackedBiases {
-    /// A value for every column of the panels of gate and up weights, expert after expert.
-    gate_up: Buf,
-    down: Buf,
+    /// Of no tokens.
+    dims: Dims,
+    /// The core and the experts outside, those that there are.
+    parts: Vec<PackedExperts>,
+    down_bias: Option<Buf>,
 }
 
 impl PackedWeights {
-    /// Packs `weights`, rounded to `precision`. A dense FFN has one expert.
+    /// Packs `weights` of an FFN of the sizes `dims`, whose tokens are not read, rounded to `precision`.
     ///
     /// # Panics
     /// Lengths do not fit, or `num_experts` does not divide `intermediate`.
-    pub fn new(
-        precision: Precision,
-        weights: &Weights<'_>,
-        hidden: usize,
-        intermediate: usize,
-        num_experts: usize,
-    ) -> PackedWeights {
-        let dims = Dims {
-            num_experts,
-            all_pairs: false,
-            ..Dims::dense(0, hidden, intermediate, Activation::default())
-        };
+    pub fn new(precision: Precision, weights: &Weights<'_>, dims: Dims) -> PackedWeights {
+        let dims = Dims { tokens: 0, ..dims };
         check("PackedWeights::new", &[], &[], weights, dims);
-        let sizes = Sizes { precision, hidden, width: intermediate / num_experts };
-        let mut packed = PackedWeights {
+        let core = dims.core_neurons();
+        let parts = [(dims.of_core(), 0..core), (dims.of_routed(), core..dims.intermediate)];
+        let parts = parts.into_iter().filter(|(_, neurons)| !neurons.is_empty());
+        let parts = parts
+            .map(|(dims, neurons)| PackedExperts::new(precision, &weights.of(neurons, dims.hidden), dims));
+        let down_bias = weights.biases.map(|biases| {
+            let mut down = Buf::zeros(biases.down.len());
+            down.copy_from_slice(biases.down);
+            down
+        });
+        PackedWeights { precision, dims, parts: parts.collect(), down_bias }
+    }
+
+    /// Returns the bytes of memory, padding included.
+    pub fn bytes(&self) -> usize {
+        let bias = 4 * self.down_bias.as_ref().map_or(0, |bias| bias.len());
+        self.parts.iter().map(PackedExperts::bytes).sum::<usize>() + bias
+    }
+
+    /// Returns the precision of the stored weights.
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// Returns the sizes, for no tokens.
+    pub fn dims(&self) -> Dims {
+        self.dims
+    }
+
+    /// Returns the core and the experts outside, those that there are.
+    pub(super) fn parts(&self) -> &[PackedExperts] {
+        &self.parts
+    }
+
+    /// Returns the bias of the down projection.
+    pub(super) fn down_bias(&self) -> Option<&[f32]> {
+        self.down_bias.as_deref()
+    }
+}
+
+/// The experts of one kind: the core as one expert, or those outside.
+#[derive(Clone, Debug)]
+pub(super) struct PackedExperts {
+    precision: Precision,
+    num_experts: usize,
+    gate_up: Buf,
+    gate_up_len: usize,
+    down: Buf,
+    down_len: usize,
+    /// The biases in f32, a value for every column of the panels of gate and up weights, expert after expert.
+    gate_up_biases: Option<Buf>,
+}
+
+impl PackedExperts {
+    fn new(precision: Precision, weights: &Weights<'_>, dims: Dims) -> PackedExperts {
+        let Dims { hidden, num_experts, .. } = dims;
+        let sizes = Sizes { precision, hidden, width: dims.expert_width() };
+        let mut packed = PackedExperts {
             precision,
-            hidden,
-            intermediate,
             num_experts,
             gate_up: Buf::zeros(num_experts * sizes.gate_up_panels() * sizes.gate_up_len()),
             down: Buf::zeros(num_experts * sizes.down_panels() * sizes.down_len()),
-            biases: weights.biases.map(|biases| PackedBiases::new(biases, sizes, num_experts)),
+            gate_up_len: sizes.gate_up_len(),
+            down_len: sizes.down_len(),
+            gate_up_biases: weights.biases.map(|biases| gate_up_biases(biases, sizes, num_experts)),
         };
-        if intermediate == 0 || hidden == 0 {
+        if hidden == 0 {
             return packed;
         }
         let isa = Isa::current();
@@ -80,35 +116,9 @@ impl PackedWeights {
         packed
     }
 
-    /// Returns the bytes of memory, padding included.
-    pub fn bytes(&self) -> usize {
-        let biases = self.biases.as_ref().map_or(0, |biases| biases.gate_up.len() + biases.down.len());
+    fn bytes(&self) -> usize {
+        let biases = self.gate_up_biases.as_ref().map_or(0, |biases| biases.len());
         4 * (self.gate_up.len() + self.down.len() + biases)
-    }
-
-    /// Returns the bytes of one expert.
-    pub fn expert_bytes(&self) -> usize {
-        self.bytes() / self.num_experts
-    }
-
-    /// Returns the precision of the stored weights.
-    pub fn precision(&self) -> Precision {
-        self.precision
-    }
-
-    /// Returns the columns of x and y.
-    pub fn hidden(&self) -> usize {
-        self.hidden
-    }
-
-    /// Returns the neurons of all experts together.
-    pub fn intermediate(&self) -> usize {
-        self.intermediate
-    }
-
-    /// Returns the number of experts, 1 for a dense FFN.
-    pub fn num_experts(&self) -> usize {
-        self.num_experts
     }
 
     pub(super) fn gate_up(&self, expert: usize) -> Panels<'_> {
@@ -120,36 +130,37 @@ impl PackedWeights {
         let len = self.down.len() / self.num_experts;
         panels(self.precision, &self.down[expert * len..][..len])
     }
-}
 
-impl PackedWeights {
+    /// Returns the panels of gate and up weights of an expert as words, and the words of a panel.
+    pub(super) fn gate_up_words(&self, expert: usize) -> (&[f32], usize) {
+        let len = self.gate_up.len() / self.num_experts;
+        (&self.gate_up[expert * len..][..len], self.gate_up_len)
+    }
+
+    /// Does the same for the panels of down weights.
+    pub(super) fn down_words(&self, expert: usize) -> (&[f32], usize) {
+        let len = self.down.len() / self.num_experts;
+        (&self.down[expert * len..][..len], self.down_len)
+    }
+
     /// Returns the biases of the columns of an expert's panels of gate and up weights.
     pub(super) fn gate_up_biases(&self, expert: usize) -> Option<&[f32]> {
-        let biases = &self.biases.as_ref()?.gate_up;
+        let biases = self.gate_up_biases.as_ref()?;
         let len = biases.len() / self.num_experts;
         Some(&biases[expert * len..][..len])
     }
-
-    /// Returns the bias of the down projection.
-    pub(super) fn down_bias(&self) -> Option<&[f32]> {
-        Some(&self.biases.as_ref()?.down)
-    }
 }
 
-impl PackedBiases {
-    fn new(biases: Biases<'_>, sizes: Sizes, num_experts: usize) -> PackedBiases {
-        let mut gate_up = Buf::zeros(num_experts * sizes.gate_up_panels() * PANEL);
-        for (i, out) in gate_up.chunks_exact_mut(PANEL).enumerate() {
-            let (expert, panel) = (i / sizes.gate_up_panels(), i % sizes.gate_up_panels());
-            let neurons = panel_neurons(sizes.width, expert, panel);
-            let (gate, up) = out.split_at_mut(NEURONS);
-            gate[..neurons.len()].copy_from_slice(&biases.gate[neurons.clone()]);
-            up[..neurons.len()].copy_from_slice(&biases.up[neurons]);
-        }
-        let mut down = Buf::zeros(biases.down.len());
-        down.copy_from_slice(biases.down);
-        PackedBiases { gate_up, down }
+fn gate_up_biases(biases: Biases<'_>, sizes: Sizes, num_experts: usize) -> Buf {
+    let mut gate_up = Buf::zeros(num_experts * sizes.gate_up_panels() * PANEL);
+    for (i, out) in gate_up.chunks_exact_mut(PANEL).enumerate() {
+        let (expert, panel) = (i / sizes.gate_up_panels(), i % sizes.gate_up_panels());
+        let neurons = panel_neurons(sizes.width, expert, panel);
+        let (gate, up) = out.split_at_mut(NEURONS);
+        gate[..neurons.len()].copy_from_slice(&biases.gate[neurons.clone()]);
+        up[..neurons.len()].copy_from_slice(&biases.up[neurons]);
     }
+    gate_up
 }
 
 /// Sizes of one expert's panels.

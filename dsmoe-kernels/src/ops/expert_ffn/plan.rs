@@ -1,10 +1,10 @@
-//! The active pairs, and how they are cut into blocks of rows.
+//! The active pairs, and the parts of a run over them.
 
 use std::ops::Range;
 
 use super::dims::{Dims, Routes};
 use crate::isa::Isa;
-use crate::matmul::{Grid, Precision};
+use crate::matmul::Precision;
 
 /// The active pairs of tokens and experts, grouped by expert.
 #[derive(Clone, Copy, Debug)]
@@ -15,16 +15,39 @@ pub enum Pairs<'a> {
     Dense,
 }
 
-/// One run of the op: its pairs, sizes, tier and precision.
+/// One run over experts of one kind, the core or those outside: its pairs, sizes, tier and precision.
 #[derive(Clone, Copy)]
 pub(super) struct Plan<'a> {
     pub(super) pairs: Pairs<'a>,
+    /// Without a core.
     pub(super) dims: Dims,
     pub(super) isa: Isa,
     pub(super) precision: Precision,
+    /// Adds to y or dx.
+    pub(super) accumulate: bool,
 }
 
 impl<'a> Plan<'a> {
+    /// Cuts a run into one over the core, which is dense, and one over the experts outside that adds to its result. Returns
+    /// each with its neurons; a run without neurons is left out.
+    pub(super) fn parts(self) -> impl Iterator<Item = (Plan<'a>, Range<usize>)> {
+        let dims = self.dims;
+        let (end_of_core, end) = (dims.core_neurons(), dims.intermediate);
+        let core = Plan { pairs: Pairs::Dense, dims: dims.of_core(), ..self };
+        let routed = Plan { dims: dims.of_routed(), accumulate: self.accumulate || dims.core > 0, ..self };
+        let parts = [(core, 0..end_of_core), (routed, end_of_core..end)];
+        parts.into_iter().filter(|(_, neurons)| !neurons.is_empty())
+    }
+
+    /// Counts the values of an array with one for each neuron of a pair: of all pairs, or of the active ones.
+    pub(super) fn saved_len(&self) -> usize {
+        if self.dims.all_pairs {
+            self.dims.tokens * self.dims.intermediate
+        } else {
+            self.num_pairs() * self.dims.expert_width()
+        }
+    }
+
     /// Returns the expert-major index of the first pair of `expert`.
     pub(super) fn offset(&self, expert: usize) -> usize {
         match self.pairs {
@@ -82,69 +105,14 @@ impl<'a> Plan<'a> {
     }
 }
 
-/// The cut of every expert's pairs into blocks of rows, and of a product over them into tasks.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Cut {
-    /// The number, the grid and the first task of each expert with pairs.
-    experts: Vec<(usize, Grid, usize)>,
-    tasks: usize,
-}
-
-/// A block of one expert's rows, and panels of its weights.
-pub(super) struct Task {
-    pub(super) expert: usize,
-    /// Expert-major indices of the pairs.
-    pub(super) pairs: Range<usize>,
-    pub(super) panels: Range<usize>,
-}
-
-impl Cut {
-    /// Cuts a product of inner dimension k with `panels` panels per expert into about `tasks` tasks.
-    pub(super) fn set(&mut self, plan: &Plan<'_>, panels: usize, k: usize, tasks: usize) {
-        self.experts.clear();
-        self.experts.reserve(plan.dims.num_experts);
-        self.tasks = 0;
-        for expert in 0..plan.dims.num_experts {
-            let rows = plan.pairs_of(expert).len();
-            if rows > 0 {
-                let share = (tasks * rows).div_ceil(plan.num_pairs());
-                let grid = Grid::new(rows, panels, k, share);
-                self.experts.push((expert, grid, self.tasks));
-                self.tasks += grid.len();
-            }
-        }
-    }
-
-    /// Returns the number of tasks.
-    pub(super) fn len(&self) -> usize {
-        self.tasks
-    }
-
-    pub(super) fn task(&self, number: usize, plan: &Plan<'_>) -> Task {
-        let i = self.experts.partition_point(|&(_, _, first)| first <= number) - 1;
-        let (expert, grid, first) = self.experts[i];
-        let (rows, panels) = grid.get(number - first);
-        let start = plan.offset(expert);
-        Task { expert, pairs: start + rows.start..start + rows.end, panels }
-    }
-
-    /// Lists the blocks of rows, experts ascending: the layout of the tiles.
-    pub(super) fn blocks(&self, plan: &Plan<'_>) -> impl Iterator<Item = (usize, Range<usize>)> {
-        self.experts.iter().flat_map(move |&(expert, grid, _)| {
-            let start = plan.offset(expert);
-            grid.row_blocks().map(move |rows| (expert, start + rows.start..start + rows.end))
-        })
-    }
-}
-
 pub(super) fn check_pairs(op: &str, pairs: Pairs<'_>, dims: Dims) {
     let Pairs::Routed(routes) = pairs else {
-        assert_eq!(dims.num_experts, 1, "expert_ffn::{op}: a dense FFN has one expert");
+        assert_eq!([dims.num_experts, dims.core], [1, 0], "expert_ffn::{op}: a dense FFN has one expert");
         return;
     };
     let r = routes.tokens.len();
     assert!(
-        routes.offsets.len() == dims.num_experts + 1
+        routes.offsets.len() == dims.num_routed() + 1
             && routes.offsets.first() == Some(&0)
             && routes.offsets.last() == Some(&r)
             && routes.offsets.is_sorted()

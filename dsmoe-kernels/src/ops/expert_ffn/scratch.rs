@@ -1,7 +1,7 @@
 //! The work space of the expert FFN.
 
-use super::combine::Blocks;
 use super::dims::Dims;
+use super::open::Words;
 use super::packed::tile_depth;
 use crate::buf::Buf;
 use crate::matmul::Precision;
@@ -10,7 +10,8 @@ use crate::matmul::Precision;
 #[derive(Debug, Default)]
 pub struct Scratch {
     pub(super) precision: Precision,
-    pub(super) blocks: Blocks,
+    pub(super) stored: Buf,
+    pub(super) words: Words,
     pub(super) g: Buf,
     pub(super) da: Buf,
     pub(super) db: Buf,
@@ -32,7 +33,7 @@ impl Scratch {
             buf.resize(values);
         }
         let pairs = dims.tokens * dims.num_experts;
-        self.blocks.tiles.resize(2 * pairs * tile_depth(dims.expert_width()));
+        self.stored.resize(2 * pairs * tile_depth(dims.expert_width()));
         self.dpairs.resize(pairs);
     }
 

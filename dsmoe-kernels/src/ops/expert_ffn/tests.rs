@@ -92,7 +92,7 @@ impl Problem {
             down: scaled(weights, 4, 1.0 / (dims.intermediate as f32).sqrt()),
             biases: None,
             dy: scaled(activations, 5, 1.0),
-            routing: Routing::new(dims.tokens, dims.num_experts, active, 6),
+            routing: Routing::new(dims.tokens, dims.num_routed(), active, 6),
         }
     }
 
@@ -110,9 +110,8 @@ impl Problem {
         Weights { gate: &self.gate, up: &self.up, down: &self.down, biases }
     }
 
-    fn packed(&self, num_experts: usize) -> PackedWeights {
-        let Dims { hidden, intermediate, .. } = self.dims;
-        PackedWeights::new(Precision::F32, &self.weights(), hidden, intermediate, num_experts)
+    fn packed(&self, dims: Dims) -> PackedWeights {
+        PackedWeights::new(Precision::F32, &self.weights(), dims)
     }
 
     fn results(&self) -> Results {
@@ -120,7 +119,7 @@ impl Problem {
         Results {
             y: vec![f32::NAN; self.x.len()],
             dx: vec![f32::NAN; self.x.len()],
-            dcoef: vec![f32::NAN; self.dims.tokens * self.dims.num_experts],
+            dcoef: vec![f32::NAN; self.dims.tokens * self.dims.num_routed()],
             dgate: weights.clone(),
             dup: weights.clone(),
             ddown: weights,
@@ -133,7 +132,7 @@ impl Problem {
     }
 
     fn infer(&self, isa: Isa, pairs: Pairs<'_>, dims: Dims, scratch: &mut Scratch) -> Vec<f32> {
-        let (mut y, weights) = (vec![f32::NAN; self.x.len()], &self.packed(dims.num_experts));
+        let (mut y, weights) = (vec![f32::NAN; self.x.len()], &self.packed(dims));
         ForwardPacked { y: &mut y, x: &self.x, weights, pairs, dims, scratch }.run_on(isa);
         y
     }
@@ -206,9 +205,11 @@ fn scattered(t: usize, i: usize) -> bool {
 #[test]
 fn the_reference_gradient_is_the_derivative_with_the_mask_frozen() {
     for all_pairs in [true, false] {
-        let new = || Problem::new(Dims { all_pairs, ..dims(3, 4, 2, 3) }, scattered);
-        check_reference_gradient(new());
-        check_reference_gradient(new().varied());
+        for core in 0..=3 {
+            let new = || Problem::new(Dims { all_pairs, core, ..dims(3, 4, 2, 3) }, scattered);
+            check_reference_gradient(new());
+            check_reference_gradient(new().varied());
+        }
     }
 }
 
@@ -294,7 +295,26 @@ fn problems() -> Vec<Problem> {
     let plain = shapes.into_iter().chain(few.clone());
     let plain = plain.flat_map(|d| patterns.map(|active| Problem::new(d, active)));
     let varied = shapes.into_iter().chain(few).map(|d| Problem::new(d, patterns[3]).varied());
-    plain.chain(varied).collect()
+    plain.chain(varied).chain(problems_with_a_core()).collect()
+}
+
+/// The core has one expert, some, or all of them.
+fn problems_with_a_core() -> impl Iterator<Item = Problem> {
+    let cores = [
+        (dims(1, 45, 16, 9), 4),
+        (dims(4, 37, 75, 4), 1),
+        (dims(19, 50, 11, 7), 3),
+        (dims(40, 70, 33, 5), 5),
+        (dims(0, 5, 3, 2), 1),
+        (dims(90, 90, 16, 12), 5),
+    ];
+    let cores = cores.into_iter().map(|(dims, core)| Dims { core, ..dims });
+    let patterns: [Active; 3] = [scattered, |_, _| true, |t, i| i != 1 && t % 5 != 1 && scattered(t, i)];
+    cores.flat_map(move |d| {
+        patterns
+            .into_iter()
+            .flat_map(move |active| [Problem::new(d, active), Problem::new(d, active).varied()])
+    })
 }
 
 #[test]
@@ -325,11 +345,49 @@ fn the_dense_entry_is_one_expert_always_on() {
         let mut problem = Problem::new(dims(tokens, hidden, width, 1), |_, _| true);
         problem.routing = Routing::of(vec![true; tokens], vec![1.0; tokens], tokens, 1);
         let mut scratch = Scratch::default();
-        let (y, mut dense) = problem.dense(&mut scratch);
-        assert_eq!(y, problem.forward(Isa::current(), &mut scratch), "forward of {:?}", problem.dims);
+        let (y, dense) = problem.dense(&mut scratch);
+        let routed = problem.forward(Isa::current(), &mut scratch);
+        assert_close(&format!("forward of {:?}", problem.dims), &y, &f64s(&routed), TOLERANCE);
         let routed = problem.train(Isa::current(), &mut scratch);
-        dense.dcoef.clone_from(&routed.dcoef);
-        assert_eq!(dense, routed, "training of {:?}", problem.dims);
+        for (name, dense, routed) in [
+            ("y", &dense.y, &routed.y),
+            ("dx", &dense.dx, &routed.dx),
+            ("dgate", &dense.dgate, &routed.dgate),
+            ("dup", &dense.dup, &routed.dup),
+            ("ddown", &dense.ddown, &routed.ddown),
+        ] {
+            assert_close(&format!("{name} of {:?}", problem.dims), dense, &f64s(routed), TOLERANCE);
+        }
+    }
+}
+
+#[test]
+fn a_core_is_experts_that_every_token_runs() {
+    for all_pairs in [true, false] {
+        let (tokens, n, core) = (23, 6, 2);
+        let dims = Dims { all_pairs, ..dims(tokens, 40, 24, n) };
+        let with_core = Problem::new(Dims { core, ..dims }, scattered).varied();
+        let pair = |p: usize| (p % n >= core).then(|| p / n * (n - core) + p % n - core);
+        let mask = (0..tokens * n).map(|p| pair(p).is_none_or(|p| with_core.routing.mask[p])).collect();
+        let coef = (0..tokens * n).map(|p| pair(p).map_or(1.0, |p| with_core.routing.coef[p])).collect();
+        let mut without = Problem::new(dims, scattered).varied();
+        without.routing = Routing::of(mask, coef, tokens, n);
+        let scratch = &mut Scratch::default();
+        let (got, want) = (with_core.train(Isa::current(), scratch), without.train(Isa::current(), scratch));
+        let (packed, of_experts) =
+            (with_core.forward(Isa::current(), scratch), without.forward(Isa::current(), scratch));
+        assert_close("packed y", &packed, &f64s(&of_experts), 1e-6);
+        let dcoef: Vec<f32> = (0..tokens * n).filter(|&p| pair(p).is_some()).map(|p| want.dcoef[p]).collect();
+        for (name, got, want) in [
+            ("y", &got.y, &want.y),
+            ("dx", &got.dx, &want.dx),
+            ("dcoef", &got.dcoef, &dcoef),
+            ("dgate", &got.dgate, &want.dgate),
+            ("dup", &got.dup, &want.dup),
+            ("ddown", &got.ddown, &want.ddown),
+        ] {
+            assert_close(name, got, &f64s(want), 1e-6);
+        }
     }
 }
 
@@ -355,7 +413,8 @@ fn all_experts_with_coefficient_one_are_the_dense_ffn() {
 fn threads_do_not_change_a_bit() {
     for tokens in [2, 20, 150] {
         for all_pairs in [true, false] {
-            let problem = Problem::new(Dims { all_pairs, ..dims(tokens, 160, 96, 5) }, scattered);
+            let core = if all_pairs { 0 } else { 2 };
+            let problem = Problem::new(Dims { all_pairs, core, ..dims(tokens, 160, 96, 5) }, scattered);
             let problem = if all_pairs { problem } else { problem.varied() };
             let run = |threads| {
                 with_threads(threads, || {
@@ -382,11 +441,10 @@ fn bf16_is_f32_up_to_rounding_on_every_tier() {
     for isa in Isa::available() {
         let mut scratch = Scratch::new(Precision::Bf16);
         for problem in problems() {
-            let Dims { hidden, intermediate, num_experts, .. } = problem.dims;
             let name = format!("{} {:?}", isa.name(), problem.dims);
             let (want, grads) = problem.expected();
             let (weights, routes) = (problem.weights(), problem.routing.routes());
-            let packed = PackedWeights::new(Precision::Bf16, &weights, hidden, intermediate, num_experts);
+            let packed = PackedWeights::new(Precision::Bf16, &weights, problem.dims);
             let (mut y, x) = (vec![f32::NAN; problem.x.len()], &problem.x);
             let (weights, pairs, dims, scratch) =
                 (&packed, Pairs::Routed(&routes), problem.dims, &mut scratch);
@@ -439,7 +497,7 @@ fn the_order_of_the_experts_does_not_matter() {
 fn routes_of_another_shape_are_refused() {
     let problem = Problem::new(dims(3, 4, 2, 2), scattered);
     let other = Routing::new(3, 3, scattered, 1);
-    let (dims, packed, scratch) = (problem.dims, problem.packed(2), &mut Scratch::default());
+    let (dims, packed, scratch) = (problem.dims, problem.packed(problem.dims), &mut Scratch::default());
     let (x, pairs) = (&problem.x, Pairs::Routed(&other.routes()));
     ForwardPacked { y: &mut [0.0; 12], x, weights: &packed, pairs, dims, scratch }.run();
 }

@@ -2,32 +2,24 @@
 
 use rayon::prelude::*;
 
-use super::combine::{self, Blocks};
+use super::combine;
 use super::dims::{BiasGrads, Dims, Saved, WeightGrads, Weights, check, check_grads, is_empty};
-use super::kernel::{GateBackward, Gated, GatedDot, Plain};
+use super::kernel::{GateBackward, Gated, GatedDots, Plain};
 use super::plan::{Pairs, Plan, check_pairs};
 use super::scratch::Scratch;
 use crate::blocks::{BLOCK, each_when};
+use crate::buf::Buf;
 use crate::isa::Isa;
 use crate::linear::{self, add_bias};
 use crate::matmul::{Mat, Operands, Precision, Source};
 use crate::swiglu::activation::with_unit;
 
-/// The layout of the pairs' activations that the backward reads.
+/// The layout of the pairs' activations that the backward reads: every pair in rows of `intermediate` values, or the active
+/// ones in rows of `expert_width`. See [`Plan::saved_len`].
 #[derive(Clone, Copy)]
 struct Layout<'a>(&'a Plan<'a>);
 
 impl Layout<'_> {
-    /// Counts the values: every pair in rows of `intermediate` values, or the active ones in rows of `expert_width`.
-    fn len(self) -> usize {
-        let Plan { dims, .. } = *self.0;
-        if dims.all_pairs {
-            dims.tokens * dims.intermediate
-        } else {
-            self.0.num_pairs() * dims.expert_width()
-        }
-    }
-
     /// Returns the start of the neurons of an active pair.
     #[inline(always)]
     fn row(self, pair: usize) -> usize {
@@ -65,7 +57,7 @@ pub struct ForwardTrain<'a> {
 pub struct Backward<'a> {
     /// `[tokens, hidden]`, set.
     pub dx: &'a mut [f32],
-    /// `[tokens, num_experts]`, set to `<dy_t, o_i(x_t)>`, of inactive pairs only when [`Dims::all_pairs`] (else 0).
+    /// `[tokens, num_routed]`, set to `<dy_t, o_i(x_t)>`, of inactive pairs only when [`Dims::all_pairs`] (else 0).
     /// None of a dense FFN, which has no coefficients.
     pub dcoefficients: Option<&'a mut [f32]>,
     /// Added to.
@@ -100,8 +92,17 @@ impl ForwardTrain<'_> {
         if is_empty(dims) {
             y.fill(0.0);
         } else {
-            let plan = Plan { pairs, dims, isa, precision: scratch.precision };
-            forward(y, saved, x, weights, &plan, &mut scratch.blocks);
+            let plan = Plan { pairs, dims, isa, precision: scratch.precision, accumulate: false };
+            let len = saved_len(&plan);
+            saved.a.resize(len);
+            saved.b.resize(len);
+            let mut start = 0;
+            for (plan, neurons) in plan.parts() {
+                let values = start..start + plan.saved_len();
+                start = values.end;
+                let saved = [&mut saved.a[values.clone()], &mut saved.b[values]];
+                forward(y, saved, x, &weights.of(neurons, dims.hidden), &plan, &mut scratch.stored);
+            }
         }
         let down = weights.biases.map(|biases| biases.down);
         add_bias("expert_ffn::ForwardTrain", isa, y, down, dims.hidden);
@@ -121,7 +122,7 @@ impl Backward<'_> {
         check_grads("Backward", &self.grads, self.weights, dims);
         if let Some(dcoefficients) = &self.dcoefficients {
             assert!(
-                dcoefficients.len() == dims.tokens * dims.num_experts,
+                dcoefficients.len() == dims.tokens * dims.num_routed(),
                 "expert_ffn::Backward: {} coefficient gradients for {dims:?}",
                 dcoefficients.len()
             );
@@ -136,39 +137,65 @@ impl Backward<'_> {
             }
             return;
         }
-        let plan = Plan { pairs, dims, isa, precision: self.scratch.precision };
-        backward(self, &plan);
+        let plan = Plan { pairs, dims, isa, precision: self.scratch.precision, accumulate: false };
+        let Backward { dx, mut dcoefficients, mut grads, dy, saved, x, weights, scratch, .. } = self;
+        let len = saved_len(&plan);
+        assert!(
+            saved.a.len() == len && saved.b.len() == len,
+            "expert_ffn::Backward: saved a {}, b {} values for {dims:?}, which has {len}",
+            saved.a.len(),
+            saved.b.len(),
+        );
+        let mut start = 0;
+        for (plan, neurons) in plan.parts() {
+            let values = start..start + plan.saved_len();
+            start = values.end;
+            let routed = matches!(plan.pairs, Pairs::Routed(_));
+            let part = BackwardPart {
+                dcoefficients: dcoefficients.as_deref_mut().filter(|_| routed),
+                grads: grads.of(neurons.clone(), dims.hidden),
+                dy,
+                saved: [&saved.a[values.clone()], &saved.b[values]],
+                x,
+                weights: weights.of(neurons, dims.hidden),
+            };
+            backward(dx, part, scratch, &plan);
+        }
     }
 }
 
-/// Sets y and `saved`; see [`ForwardTrain`].
-pub(super) fn forward(
+/// Counts the values of a and of b that the forward keeps.
+fn saved_len(plan: &Plan<'_>) -> usize {
+    plan.parts().map(|(plan, _)| plan.saved_len()).sum()
+}
+
+/// Sets y, or adds to it, and sets `saved`, a and b; see [`ForwardTrain`].
+fn forward(
     y: &mut [f32],
-    saved: &mut Saved,
+    saved: [&mut [f32]; 2],
     x: &[f32],
     weights: &Weights<'_>,
     plan: &Plan<'_>,
-    blocks: &mut Blocks,
+    stored: &mut Buf,
 ) {
     let layout = Layout(plan);
-    saved.a.resize(layout.len());
-    saved.b.resize(layout.len());
-    project(&mut saved.a, x, weights.gate, plan);
-    project(&mut saved.b, x, weights.up, plan);
+    let [a, b] = saved;
+    project(a, x, weights.gate, plan);
+    project(b, x, weights.up, plan);
     if let Some(biases) = weights.biases {
-        add_biases(&mut saved.a, biases.gate, plan);
-        add_biases(&mut saved.b, biases.up, plan);
+        add_biases(a, biases.gate, plan);
+        add_biases(b, biases.up, plan);
     }
     with_unit!(plan.dims.activation, unit => {
         let neurons = Gated {
-            a: &saved.a,
-            b: &saved.b,
+            a,
+            b,
             row: |pair| layout.row(pair),
             coefficient: |pair| plan.coefficient(pair),
             width: plan.dims.expert_width(),
             unit,
         };
-        combine::row_major(y, [&neurons], [weights.down], plan, blocks);
+        combine::row_major(y, [&neurons], [weights.down], plan, stored);
     });
 }
 
@@ -193,21 +220,24 @@ fn add_rows(isa: Isa, db: &mut [f32], dy: &[f32], outputs: usize) {
     linear::BackwardBias { db, dy, dims }.run_on(isa);
 }
 
-/// Sets dx and, where asked for, dcoefficients; adds to the weights' gradients. See [`Backward`].
-pub(super) fn backward(op: Backward<'_>, plan: &Plan<'_>) {
-    let Backward { dx, dcoefficients, grads, dy, saved, x, weights, scratch, .. } = op;
+/// The operands of [`Backward`] over the experts of a plan.
+struct BackwardPart<'a> {
+    dcoefficients: Option<&'a mut [f32]>,
+    grads: WeightGrads<'a>,
+    dy: &'a [f32],
+    /// a and b.
+    saved: [&'a [f32]; 2],
+    x: &'a [f32],
+    weights: Weights<'a>,
+}
+
+/// Sets dx, or adds to it, and sets dcoefficients, where asked for; adds to the weights' gradients. See [`Backward`].
+fn backward(dx: &mut [f32], part: BackwardPart<'_>, scratch: &mut Scratch, plan: &Plan<'_>) {
+    let BackwardPart { dcoefficients, grads, dy, saved: [a, b], x, weights } = part;
     let layout = Layout(plan);
     let width = plan.dims.expert_width();
-    assert!(
-        saved.a.len() == layout.len() && saved.b.len() == saved.a.len(),
-        "expert_ffn::Backward: saved a {}, b {} values for {:?} and {} active pairs",
-        saved.a.len(),
-        saved.b.len(),
-        plan.dims,
-        plan.num_pairs()
-    );
-    let Scratch { g, da, db, scaled, dpairs, blocks, .. } = scratch;
-    g.resize(layout.len());
+    let Scratch { g, da, db, scaled, dpairs, stored, .. } = scratch;
+    g.resize(plan.saved_len());
     project(g, dy, weights.down, plan);
     for buf in [&mut *da, db, scaled] {
         buf.resize(plan.num_pairs() * width);
@@ -224,7 +254,7 @@ pub(super) fn backward(op: Backward<'_>, plan: &Plan<'_>) {
             da.chunks_exact_mut(width).zip(db.chunks_exact_mut(width)).zip(scaled.chunks_exact_mut(width));
         for ((((da, db), scaled), dpair), pair) in rows_of.zip(dpairs).zip(i * rows..) {
             let row = layout.row(pair)..layout.row(pair) + width;
-            let (a, b, g) = (&saved.a[row.clone()], &saved.b[row.clone()], &g[row]);
+            let (a, b, g) = (&a[row.clone()], &b[row.clone()], &g[row]);
             let coefficient = plan.coefficient(pair);
             *dpair = with_unit!(plan.dims.activation, unit => {
                 plan.isa.run(GateBackward { da, db, scaled, a, b, g, coefficient, unit })
@@ -232,11 +262,11 @@ pub(super) fn backward(op: Backward<'_>, plan: &Plan<'_>) {
         }
     });
     if let Some(dcoefficients) = dcoefficients {
-        coefficient_gradients(dcoefficients, dpairs, saved, g, plan);
+        coefficient_gradients(dcoefficients, dpairs, [a, b, g], plan);
     }
     weight_gradients(grads, [da, db, scaled], x, dy, plan);
     let terms = [&Plain { values: da, width }, &Plain { values: db, width }];
-    combine::row_major(dx, terms, [weights.gate, weights.up], plan, blocks);
+    combine::row_major(dx, terms, [weights.gate, weights.up], plan, stored);
 }
 
 /// Sets `out` to `x W^T` of every pair, or of the active ones.
@@ -261,31 +291,25 @@ fn project(out: &mut [f32], x: &[f32], w: &[f32], plan: &Plan<'_>) {
     }
 }
 
-/// Sets `dcoefficients[t, i]` of active pairs to `dpairs`, of the others to `sum over j of act(a) * b * g` or 0.
-fn coefficient_gradients(
-    dcoefficients: &mut [f32],
-    dpairs: &[f32],
-    saved: &Saved,
-    g: &[f32],
-    plan: &Plan<'_>,
-) {
-    let Dims { intermediate, num_experts, all_pairs, .. } = plan.dims;
+/// Sets `dcoefficients[t, i]` to `sum over j of act(a) * b * g`: of all pairs, or to `dpairs` of active pairs and 0 of the
+/// others.
+fn coefficient_gradients(dcoefficients: &mut [f32], dpairs: &[f32], [a, b, g]: [&[f32]; 3], plan: &Plan<'_>) {
+    let Dims { intermediate, num_experts, all_pairs, activation, .. } = plan.dims;
     let width = plan.dims.expert_width();
     let rows = (BLOCK / intermediate).max(1);
     let chunks = dcoefficients.par_chunks_mut(rows * num_experts).enumerate();
     each_when(chunks.len() > 1, chunks, |(i, chunk)| {
+        if all_pairs {
+            let start = i * rows * intermediate;
+            let values = start..start + chunk.len() * width;
+            let (a, b, g) = (&a[values.clone()], &b[values.clone()], &g[values]);
+            with_unit!(activation, unit => plan.isa.run(GatedDots { dots: chunk, a, b, g, width, unit }));
+            return;
+        }
+        chunk.fill(0.0);
         for (t, row) in (i * rows..).zip(chunk.chunks_exact_mut(num_experts)) {
-            let mut slots = plan.slots(t).peekable();
-            for (expert, value) in row.iter_mut().enumerate() {
-                *value = match slots.next_if(|&slot| plan.pairs_of(expert).contains(&slot)) {
-                    Some(slot) => dpairs[slot],
-                    None if all_pairs => {
-                        let row = t * intermediate + expert * width..t * intermediate + (expert + 1) * width;
-                        let (a, b, g) = (&saved.a[row.clone()], &saved.b[row.clone()], &g[row]);
-                        with_unit!(plan.dims.activation, unit => plan.isa.run(GatedDot { a, b, g, unit }))
-                    }
-                    None => 0.0,
-                };
+            for slot in plan.slots(t) {
+                row[plan.expert(slot)] = dpairs[slot];
             }
         }
     });

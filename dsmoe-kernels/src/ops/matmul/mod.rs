@@ -12,6 +12,7 @@ mod block;
 mod mat;
 mod pack;
 mod packed;
+pub(crate) mod picked;
 mod product;
 pub mod reference;
 #[cfg(test)]
@@ -24,8 +25,8 @@ pub(crate) use pack::{PANEL, Source};
 pub use packed::Packed;
 pub(crate) use packed::{PackPanel, panel_len, panels};
 pub(crate) use product::{
-    Grid, Operands, PackRight, RIGHT_LEN, ROUND, Rows, for_tasks, right_len, right_panels, tasks_for,
-    with_right,
+    Grid, Operands, PackRight, RIGHT_LEN, ROUND, Rows, for_tasks, right_len, right_panels, storage,
+    tasks_for, with_right,
 };
 
 use crate::isa::Isa;

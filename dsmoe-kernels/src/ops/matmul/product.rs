@@ -42,8 +42,6 @@ pub(crate) struct Rows<'a> {
     c: SharedRows<'a>,
     /// Columns of C, of which the panels cover those from 0.
     columns: usize,
-    /// Row of C for every row of the product.
-    picked: Option<&'a [u32]>,
     accumulate: bool,
 }
 
@@ -53,12 +51,7 @@ impl<'a> Rows<'a> {
     /// # Safety
     /// No two tasks run at once whose rows and panels overlap.
     pub(crate) unsafe fn new(c: &'a mut [f32], columns: usize, accumulate: bool) -> Rows<'a> {
-        Rows { c: SharedRows::new(c, columns), columns, picked: None, accumulate }
-    }
-
-    /// Returns the same rows for a product whose row r goes to row `rows[r]` of C. No row occurs twice.
-    pub(crate) fn picked(self, rows: Option<&'a [u32]>) -> Rows<'a> {
-        Rows { picked: rows, ..self }
+        Rows { c: SharedRows::new(c, columns), columns, accumulate }
     }
 
     /// Returns the same rows, with panel 0 being panel `first` of C.
@@ -70,7 +63,6 @@ impl<'a> Rows<'a> {
     /// Returns the columns of `panel` in row `row` of the product.
     #[inline(always)]
     fn row(&self, row: usize, panel: usize) -> &'a mut [f32] {
-        let row = self.picked.map_or(row, |rows| rows[row] as usize);
         let first = panel * PANEL;
         // SAFETY: by the contract of `new` no other task uses this row's columns of this panel, and a task uses one
         // slice at a time.
@@ -187,7 +179,7 @@ thread_local! {
 }
 
 /// Returns the storage of B packed for one product: pairs where they are multiplied, else f32, rounded for bf16.
-fn storage(isa: Isa, precision: Precision) -> Precision {
+pub(crate) fn storage(isa: Isa, precision: Precision) -> Precision {
     if precision == Precision::Bf16 && isa.dots() { Precision::Bf16 } else { Precision::F32 }
 }
 

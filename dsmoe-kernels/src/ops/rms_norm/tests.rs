@@ -6,6 +6,42 @@ use crate::testing::{
 
 const EPS: f32 = 1e-5;
 
+/// What a norm and its gradient give; `dw` is added to ones.
+struct Run {
+    y: Vec<f32>,
+    rstd: Vec<f32>,
+    dx: Vec<f32>,
+    dw: Vec<f32>,
+}
+
+/// The rows of a norm, with their gradient.
+#[derive(Clone, Copy)]
+struct Rows<'a> {
+    x: &'a [f32],
+    w: &'a [f32],
+    dy: &'a [f32],
+    offset: f32,
+}
+
+impl Rows<'_> {
+    /// Runs the norm forward and backward on one tier.
+    fn run(self, isa: Isa) -> Run {
+        let Rows { x, w, offset, .. } = self;
+        let tokens = x.len() / w.len();
+        let [mut y, mut dx] = [(); 2].map(|()| vec![f32::NAN; x.len()]);
+        let (mut rstd, mut dw) = (vec![f32::NAN; tokens], vec![1.0; w.len()]);
+        Forward { y: &mut y, rstd: &mut rstd, x, weight: w, offset, eps: EPS }.run_on(isa);
+        self.backward(isa, &rstd, [&mut dx, &mut dw], false);
+        Run { y, rstd, dx, dw }
+    }
+
+    /// Runs the gradient alone: `dx` is set, or with `add` added to, and `dw` is added to.
+    fn backward(self, isa: Isa, rstd: &[f32], [dx, dweight]: [&mut [f32]; 2], add: bool) {
+        let Rows { x, w, dy, offset } = self;
+        Backward { dx, dweight, dy, x, weight: w, offset, rstd, add }.run_on(isa);
+    }
+}
+
 #[test]
 fn the_reference_gradient_is_the_derivative() {
     let (x, w, dy) = (f64s(&normals(10, 1)), f64s(&normals(5, 2)), f64s(&normals(10, 3)));
@@ -39,21 +75,7 @@ fn check_against_the_reference(offset: f32) {
         let want_dw: Vec<f64> = want_dw.iter().map(|x| x + 1.0).collect();
         for isa in Isa::available() {
             let name = format!("{} [{tokens}, {hidden}]", isa.name());
-            let [mut y, mut dx] = [(); 2].map(|()| vec![f32::NAN; tokens * hidden]);
-            let mut rstd = vec![f32::NAN; tokens];
-            let mut dw = vec![1.0; hidden];
-            Forward { y: &mut y, rstd: &mut rstd, x: &x, weight: &w, offset, eps: EPS }.run_on(isa);
-            Backward {
-                dx: &mut dx,
-                dweight: &mut dw,
-                dy: &dy,
-                x: &x,
-                weight: &w,
-                offset,
-                rstd: &rstd,
-                add: false,
-            }
-            .run_on(isa);
+            let Run { y, rstd, dx, dw } = Rows { x: &x, w: &w, dy: &dy, offset }.run(isa);
             assert_close(&format!("y {name}"), &y, &want_y, 5e-7);
             assert_close(&format!("rstd {name}"), &rstd, &want_rstd, 5e-7);
             assert_close(&format!("dx {name}"), &dx, &want_dx, 1e-6);
@@ -75,39 +97,18 @@ fn check_joined_forms(offset: f32) {
     let w = normals(hidden, 4);
     let x: Vec<f32> = a.iter().zip(&b).map(|(a, b)| a + b).collect();
     for isa in Isa::available() {
-        let [mut y, mut want_y, mut sum, mut dx] = [(); 4].map(|()| vec![f32::NAN; tokens * hidden]);
-        let [mut rstd, mut want_rstd] = [(); 2].map(|()| vec![f32::NAN; tokens]);
-        Forward { y: &mut want_y, rstd: &mut want_rstd, x: &x, weight: &w, offset, eps: EPS }.run_on(isa);
+        let rows = Rows { x: &x, w: &w, dy: &dy, offset };
+        let Run { y: want_y, rstd: want_rstd, dx, dw } = rows.run(isa);
+        let [mut y, mut sum] = [(); 2].map(|()| vec![f32::NAN; tokens * hidden]);
+        let mut rstd = vec![f32::NAN; tokens];
         ForwardSum { y: &mut y, rstd: &mut rstd, x: &mut sum, a: &a, b: &b, weight: &w, offset, eps: EPS }
             .run_on(isa);
         assert_eq!((&y, &rstd, &sum), (&want_y, &want_rstd, &x), "{}", isa.name());
         Restore { y: &mut y, x: &x, weight: &w, offset, rstd: &rstd }.run_on(isa);
         assert_eq!(y, want_y, "{} restored", isa.name());
 
-        let [mut dw, mut dw_again] = [(); 2].map(|()| vec![1.0; hidden]);
-        Backward {
-            dx: &mut dx,
-            dweight: &mut dw,
-            dy: &dy,
-            x: &x,
-            weight: &w,
-            offset,
-            rstd: &rstd,
-            add: false,
-        }
-        .run_on(isa);
-        let mut added = a.clone();
-        Backward {
-            dx: &mut added,
-            dweight: &mut dw_again,
-            dy: &dy,
-            x: &x,
-            weight: &w,
-            offset,
-            rstd: &rstd,
-            add: true,
-        }
-        .run_on(isa);
+        let (mut added, mut dw_again) = (a.clone(), vec![1.0; hidden]);
+        rows.backward(isa, &rstd, [&mut added, &mut dw_again], true);
         let want: Vec<f32> = a.iter().zip(&dx).map(|(a, dx)| a + dx).collect();
         assert_eq!((added, dw), (want, dw_again), "{}", isa.name());
     }
@@ -129,20 +130,7 @@ fn heads_are_rows_of_one_head() {
         let (x, dy) = (cut(&matrix), cut(&dmatrix));
         for isa in Isa::available() {
             let name = format!("{} {tokens} {heads} {head_dim}", isa.name());
-            let [mut y, mut dx] = [(); 2].map(|()| vec![f32::NAN; x.len()]);
-            let (mut rstd, mut dw) = (vec![f32::NAN; tokens * heads], vec![1.0; head_dim]);
-            Forward { y: &mut y, rstd: &mut rstd, x: &x, weight: &w, offset, eps: EPS }.run_on(isa);
-            Backward {
-                dx: &mut dx,
-                dweight: &mut dw,
-                dy: &dy,
-                x: &x,
-                weight: &w,
-                offset,
-                rstd: &rstd,
-                add: false,
-            }
-            .run_on(isa);
+            let Run { y, rstd, dx, dw } = Rows { x: &x, w: &w, dy: &dy, offset }.run(isa);
             let want_dw = f64s(&dw);
 
             let norm = Heads { heads, stride, offset, eps: EPS };
@@ -225,31 +213,9 @@ fn threads_do_not_change_a_bit() {
     let (tokens, hidden) = (700, 130);
     let (x, w, dy) = (normals(tokens * hidden, 1), normals(hidden, 2), normals(tokens * hidden, 3));
     assert_same_on_threads("rms_norm", || {
-        let [mut y, mut dx] = [(); 2].map(|()| vec![0.0; tokens * hidden]);
-        let (mut rstd, mut dw) = (vec![0.0; tokens], vec![0.0; hidden]);
-        Forward { y: &mut y, rstd: &mut rstd, x: &x, weight: &w, offset: 0.0, eps: EPS }.run();
-        Backward {
-            dx: &mut dx,
-            dweight: &mut dw,
-            dy: &dy,
-            x: &x,
-            weight: &w,
-            offset: 0.0,
-            rstd: &rstd,
-            add: false,
-        }
-        .run();
-        Backward {
-            dx: &mut dx,
-            dweight: &mut dw,
-            dy: &dy,
-            x: &x,
-            weight: &w,
-            offset: 0.0,
-            rstd: &rstd,
-            add: true,
-        }
-        .run();
+        let rows = Rows { x: &x, w: &w, dy: &dy, offset: 0.0 };
+        let Run { mut y, rstd, mut dx, mut dw } = rows.run(Isa::current());
+        rows.backward(Isa::current(), &rstd, [&mut dx, &mut dw], true);
         Restore { y: &mut y, x: &x, weight: &w, offset: 0.0, rstd: &rstd }.run();
         [y, dx, rstd, dw]
     });

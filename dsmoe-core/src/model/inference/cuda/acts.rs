@@ -7,6 +7,7 @@ use dsmoe_router::RoutingStats;
 use half::bf16;
 
 use super::weights::{CudaInference, Layer};
+use crate::config::{Architecture, QkNorm};
 use crate::error::Result;
 use crate::model::gpu::{by_lists, ffn_dims, widest_heads};
 
@@ -32,9 +33,23 @@ pub(super) struct Acts {
     pub(super) a: GpuBuf<bf16>,
     pub(super) lse: GpuBuf<f32>,
     pub(super) y: GpuBuf<f32>,
+    /// Reciprocal deviations of the norms of queries, and of keys.
+    pub(super) rstd_heads: GpuBuf<f32>,
+    /// The output of a block before the norm that follows it, and that norm's reciprocal deviations.
+    pub(super) raw: GpuBuf<f32>,
+    pub(super) rstd_raw: GpuBuf<f32>,
+    /// Ones: the reciprocal deviations, and the weight, of no norm.
+    pub(super) ones: Ones,
     /// `[at most LOGIT_ROWS, vocab]`
     pub(super) logits: GpuBuf<f32>,
     pub(super) ffn: FfnActs,
+}
+
+/// A norm that changes nothing, where a router reads the residual stream itself.
+#[derive(Debug)]
+pub(super) struct Ones {
+    pub(super) rstd: GpuBuf<f32>,
+    pub(super) weight: GpuBuf<f32>,
 }
 
 /// Activations of FFNs, and statistics of their routing.
@@ -43,7 +58,7 @@ pub(super) struct FfnActs {
     /// `[room, n]`
     pub(super) gate_logits: GpuBuf<f32>,
     pub(super) routed: Option<router::Routed>,
-    /// Used by passes of more than a few tokens.
+    /// Used by passes of more than a few tokens, and by FFNs with biases.
     pub(super) wide: Option<Wide>,
     /// Used by passes of a few tokens.
     pub(super) few: GpuBuf<f32>,
@@ -86,6 +101,11 @@ impl Acts {
     pub(super) fn new(model: &CudaInference, room: usize) -> Result<Acts> {
         let (gpu, config) = (&model.gpu, &model.config);
         let (heads, hidden) = (widest_heads(config), config.hidden);
+        let architecture = &config.architecture;
+        let only = |used: bool| if used { room } else { 0 };
+        let after = only(architecture.norms_after());
+        let ones = if architecture.norms_before() { [0; 2] } else { [room, hidden] };
+        let [ones_rstd, ones_weight] = ones.map(|len| gpu.upload(&vec![1.0; len]));
         Ok(Acts {
             room,
             ids: gpu.zeros(room)?,
@@ -97,6 +117,10 @@ impl Acts {
             a: gpu.zero_rows(room, heads.width())?,
             lse: gpu.zero_rows(room, heads.heads)?,
             y: gpu.zero_rows(room, hidden)?,
+            rstd_heads: gpu.zeros(only(architecture.qk_norm != QkNorm::None) * heads.heads)?,
+            raw: gpu.zero_rows(after, hidden)?,
+            rstd_raw: gpu.zeros(after)?,
+            ones: Ones { rstd: ones_rstd?, weight: ones_weight? },
             logits: gpu.zero_rows(room.min(LOGIT_ROWS), config.vocab_size)?,
             ffn: FfnActs::new(model, room)?,
         })
@@ -113,10 +137,22 @@ impl Acts {
             && ffn.counts.len() == if n == 0 { 0 } else { (2 * n + 1) * config.num_layers }
             && self.a.len() == self.room * heads.width()
             && self.qkv.len() == self.room * heads.joined_width()
+            && self.is_of(&config.architecture)
             && ffn.wide.as_ref().is_none_or(|wide| {
                 wide.c.len() == self.room * model.widest()
                     && [wide.a.len(), wide.parts.len()] == wide_lens(model, self.room)
             })
+    }
+
+    /// Tells whether they have what the norms of `architecture` need.
+    fn is_of(&self, architecture: &Architecture) -> bool {
+        [
+            (!self.rstd_heads.is_empty(), architecture.qk_norm != QkNorm::None),
+            (!self.raw.is_empty(), architecture.norms_after()),
+            (!self.ones.rstd.is_empty(), !architecture.norms_before()),
+        ]
+        .iter()
+        .all(|(has, needs)| has == needs || self.room == 0)
     }
 
     /// Begins a pass over `ids`.
@@ -129,12 +165,14 @@ impl Acts {
 impl FfnActs {
     fn new(model: &CudaInference, room: usize) -> Result<FfnActs> {
         let (gpu, n) = (&model.gpu, model.num_experts());
-        let of_few = model.layers.iter().map(|layer| ffn_dims(&layer.kind, room.min(FEW)).gemv_scratch());
+        let kinds = || model.layers.iter().map(|layer| &layer.ffn.kind);
+        let of_few = kinds().map(|kind| ffn_dims(kind, room.min(FEW)).gemv_scratch());
+        let wide = room > FEW || kinds().any(|kind| kind.gated().bias);
         let layers = if n.is_some() { model.config.num_layers } else { 0 };
         Ok(FfnActs {
             gate_logits: gpu.zero_rows(room, n.unwrap_or(0))?,
             routed: n.map(|n| router::Routed::with_room(gpu, room, n)).transpose()?,
-            wide: if room > FEW { Some(Wide::new(model, room)?) } else { None },
+            wide: wide.then(|| Wide::new(model, room)).transpose()?,
             few: gpu.zeros(of_few.max().unwrap_or(0))?,
             counts: gpu.zero_rows(layers, 2 * n.unwrap_or(0) + 1)?,
             gate_sums: gpu.zeros(2)?,
@@ -177,8 +215,11 @@ impl Wide {
 
 /// Returns the number of values of the projections of FFNs that run all pairs, and of the parts of those that run over lists.
 fn wide_lens(model: &CudaInference, room: usize) -> [usize; 2] {
-    let lists = |layer: &Layer| by_lists(&model.gpu, &layer.kind, room);
+    let lists = |layer: &Layer| by_lists(&model.gpu, &layer.ffn.kind, room);
     let all_pairs = model.layers.iter().filter(|layer| lists(layer).is_none());
     let parts = model.layers.iter().filter_map(lists).map(|dims| dims.parts());
-    [room * all_pairs.map(|layer| layer.kind.intermediate()).max().unwrap_or(0), parts.max().unwrap_or(0)]
+    [
+        room * all_pairs.map(|layer| layer.ffn.kind.gated().intermediate).max().unwrap_or(0),
+        parts.max().unwrap_or(0),
+    ]
 }

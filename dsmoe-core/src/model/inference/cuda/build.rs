@@ -8,13 +8,13 @@ use half::bf16;
 use half::slice::HalfFloatSliceExt;
 
 use super::super::pack::{Parts, Source};
-use super::weights::{CudaInference, Layer};
+use super::weights::{CudaInference, Layer, LayerFfn};
 use crate::error::{Error, Result};
 use crate::ffn::DeviceFfn;
-use crate::model::gpu::{check_memory, device_ffns, norm, rope_rows, router_ranges};
+use crate::model::gpu::turns::Turns;
+use crate::model::gpu::{check_memory, device_ffns, router_ranges};
 use crate::model::tensors::LayerRanges;
 use crate::model::train::MemoryUse;
-use crate::params::padded;
 
 impl CudaInference {
     /// Moves a model to device `ordinal`.
@@ -36,35 +36,64 @@ impl CudaInference {
         let layers =
             each.map(|(ranges, kind)| Layer::build(&gpu, source, ranges, kind)).collect::<Result<_>>()?;
         let norm = gpu.upload(source.part(&ranges.norm)?)?;
-        let rope = gpu.upload_rows(&rope_rows(&config, config.max_position), config.head_dim)?;
-        Ok(CudaInference { config, accounting, gpu, embedding, layers, norm, head, rope })
+        let turns = Turns::new(&gpu, &config)?;
+        Ok(CudaInference { config, accounting, gpu, embedding, layers, norm, head, turns })
     }
 }
 
 impl Layer {
     fn build(gpu: &Gpu, source: &mut dyn Source, ranges: &LayerRanges, kind: DeviceFfn) -> Result<Layer> {
-        let (hidden, width) = (kind.hidden(), kind.intermediate());
-        let input_norm = gpu.upload(source.part(norm(&ranges.before_attention))?)?;
-        let post_norm = gpu.upload(source.part(norm(&ranges.before_ffn))?)?;
-        let (qkv, o) = (matrix(gpu, source, &ranges.qkv())?, matrix(gpu, source, &ranges.o)?);
-        let block = source.part(&ranges.ffn)?;
-        let len = hidden * width;
-        let projection = |which: usize| rounded(gpu, &block[which * padded(len)..][..len]);
-        let (gate, up, down) = (projection(0)?, projection(1)?, projection(2)?);
-        let (mut router, mut bias, mut gate_params) = (None, None, Vec::new());
+        let qk_norm = match &ranges.qk_norm {
+            Some([q, k]) => Some([gpu.upload(source.part(q)?)?, gpu.upload(source.part(k)?)?]),
+            None => None,
+        };
+        Ok(Layer {
+            before_attention: optional(gpu, source, &ranges.before_attention)?,
+            qkv: matrix(gpu, source, &ranges.qkv())?,
+            o: matrix(gpu, source, &ranges.o)?,
+            qkv_bias: optional(gpu, source, &ranges.qkv_bias)?,
+            o_bias: optional(gpu, source, &ranges.o_bias)?,
+            qk_norm,
+            after_attention: optional(gpu, source, &ranges.after_attention)?,
+            before_ffn: optional(gpu, source, &ranges.before_ffn)?,
+            ffn: LayerFfn::build(gpu, source.part(&ranges.ffn)?, kind)?,
+            after_ffn: optional(gpu, source, &ranges.after_ffn)?,
+        })
+    }
+}
+
+impl LayerFfn {
+    /// Moves an FFN with these parameters.
+    fn build(gpu: &Gpu, params: &[f32], kind: DeviceFfn) -> Result<LayerFfn> {
+        let gated = kind.gated();
+        let [gate, up, down, of_gate, of_up, of_down, of_output] = gated.ranges().map(|range| &params[range]);
+        let upload = |values: &[f32]| gpu.upload(values);
+        let biases = match gated.bias {
+            true => Some([upload(of_gate)?, upload(of_up)?, upload(of_down)?]),
+            false => None,
+        };
+        let output_bias = gated.output_bias.then(|| upload(of_output)).transpose()?;
+        let (mut router, mut router_bias, mut gate_params) = (None, None, Vec::new());
         match &kind {
-            DeviceFfn::Dense { .. } => {}
+            DeviceFfn::Dense(_) => {}
             DeviceFfn::Hosted { .. } => {
-                gate_params.extend_from_slice(&block[kind.gate_params(block.len())]);
+                gate_params.extend_from_slice(&params[kind.gate_params(params.len())]);
             }
-            DeviceFfn::Gated { router: config, router_bias, .. } => {
-                let [weight, of_bias] = router_ranges(hidden, width, config.num_experts);
-                bias = router_bias.then(|| gpu.upload(&block[of_bias])).transpose()?;
-                router = Some(gpu.upload(&block[weight])?);
+            DeviceFfn::Routed { router: config, router_bias: has_bias, .. } => {
+                let [weight, bias] = router_ranges(gated, config.num_experts);
+                router_bias = has_bias.then(|| upload(&params[bias])).transpose()?;
+                router = Some(upload(&params[weight])?);
             }
         }
-        Ok(Layer { input_norm, qkv, o, post_norm, kind, gate, up, down, router, bias, gate_params })
+        let [gate, up, down] = [gate, up, down].map(|values| rounded(gpu, values));
+        let (gate, up, down) = (gate?, up?, down?);
+        Ok(LayerFfn { kind, gate, up, down, biases, output_bias, router, router_bias, gate_params })
     }
+}
+
+/// Uploads a vector of the source, where there is one.
+fn optional(gpu: &Gpu, source: &mut dyn Source, range: &Option<Range<usize>>) -> Result<Option<GpuBuf<f32>>> {
+    range.as_ref().map(|range| Ok(gpu.upload(source.part(range)?)?)).transpose()
 }
 
 /// Uploads a matrix of the source, rounded piece by piece.

@@ -9,6 +9,7 @@ use super::weights::CudaInference;
 use crate::config::Config;
 use crate::error::Result;
 use crate::model::gpu::heads;
+use crate::model::gpu::turns::{PassAngles, Stretch};
 
 /// Keys and values of one layer, `[room, kv_heads * head_dim]` each.
 pub(super) type LayerCache = (GpuBuf<bf16>, GpuBuf<bf16>);
@@ -29,6 +30,7 @@ pub(super) struct Step {
     /// The number of positions held: `[1]`.
     pub(super) length: GpuBuf<u32>,
     pub(super) partials: GpuBuf<f32>,
+    pub(super) angles: PassAngles,
     pub(super) acts: Acts,
 }
 
@@ -43,6 +45,7 @@ impl CudaCache {
             layers: layers.collect::<Result<_>>()?,
             length: gpu.zeros(1)?,
             partials: gpu.zeros(partials_len(config, room))?,
+            angles: model.turns.of_pass(gpu, &[Stretch { rows: 0..1, positions: 1 }])?,
             acts: Acts::new(model, 1)?,
         };
         Ok(CudaCache { room, threshold: model.threshold(), step: Recorded::new(step) })

@@ -1,21 +1,24 @@
 //! The forward pass on a device, op by op.
 
-use dsmoe_kernels::Activation;
 use dsmoe_kernels::cuda::Matrix;
-use dsmoe_kernels::cuda::ops::attention::{self, Segments};
+use dsmoe_kernels::cuda::ops::attention::{self, Heads, Segments};
 use dsmoe_kernels::cuda::ops::decode::{self, At};
 use dsmoe_kernels::cuda::ops::gemv::{self, FEW};
-use dsmoe_kernels::cuda::ops::rope::{Positions, Rotate};
+use dsmoe_kernels::cuda::ops::rope::Positions;
 use dsmoe_kernels::cuda::ops::router::{self, Normed, Routed};
-use dsmoe_kernels::cuda::ops::{embedding, experts, ffn, linear, rms_norm};
+use dsmoe_kernels::cuda::ops::{cross_entropy, embedding, linear, rms_norm};
 use half::bf16;
 
 use super::acts::{Acts, FfnActs, Wide};
 use super::cache::LayerCache;
-use super::weights::{CudaInference, Layer};
+use super::weights::{CudaInference, Layer, LayerFfn};
 use crate::error::Result;
 use crate::ffn::DeviceFfn;
+use crate::model::gpu::block::{After, Block, Join};
+use crate::model::gpu::ffn::{Forward, Projections};
+use crate::model::gpu::turns::{PassAngles, Place};
 use crate::model::gpu::{by_lists, gates, heads, hosted};
+use crate::model::tensors::logits_of;
 
 /// The tokens that attend to each other in a pass.
 pub(super) enum Attend<'a> {
@@ -30,29 +33,39 @@ pub(super) enum Attend<'a> {
 }
 
 impl CudaInference {
-    /// Queues a pass over `tokens` tokens whose ids are on the device.
-    pub(super) fn forward(&self, acts: &mut Acts, tokens: usize, mut attend: Attend<'_>) -> Result<()> {
-        let (config, eps, angles) = (&self.config, self.config.rms_norm_eps as f32, &self.rope);
-        let Acts { ids, x, x_mid, rstd, h, qkv, a, lse, y, ffn, .. } = acts;
+    /// Queues a pass over `tokens` tokens whose ids are on the device. `angles` are those of the pass.
+    pub(super) fn forward(
+        &self,
+        acts: &mut Acts,
+        tokens: usize,
+        mut attend: Attend<'_>,
+        angles: &PassAngles,
+    ) -> Result<()> {
+        let (config, block) = (&self.config, Block::of(&self.config));
+        let Acts { ids, x, x_mid, rstd, h, qkv, a, lse, y, ffn, rstd_heads, raw, rstd_raw, ones, .. } = acts;
         let [mut x, mut x_mid, mut y] = [x, x_mid, y].map(|buf| buf.part_mut(0..tokens));
         let (mut rstd, mut h) = (rstd.part_mut(0..tokens), h.part_mut(0..tokens));
+        let [after, unnormed] =
+            [!raw.is_empty(), !ones.rstd.is_empty()].map(|has| if has { tokens } else { 0 });
+        let (mut raw, mut rstd_raw) = (raw.part_mut(0..after), rstd_raw.part_mut(0..after));
+        let ones_rstd = ones.rstd.part(0..unnormed);
         let table = self.embedding.as_ref().unwrap_or(&self.head);
-        embedding::Forward { out: &mut x, table, ids: &ids.part(0..tokens) }.run()?;
-        let weight = self.layers.first().map_or(&self.norm, |layer| &layer.input_norm);
-        rms_norm::Forward { h: &mut h, rstd: &mut rstd, x: &x, weight, offset: 0.0, eps }.run()?;
+        let scale = config.architecture.embed_scale;
+        embedding::Forward { out: &mut x, table, ids: &ids.part(0..tokens), scale }.run()?;
+        block.read(self.norm_before(0), &mut h, &mut rstd, &x)?;
         for (i, layer) in self.layers.iter().enumerate() {
             let heads = heads(config, i);
             let mut qkv = qkv.shaped_mut(tokens, heads.joined_width());
             let mut a = a.shaped_mut(tokens, heads.width());
             linear::Forward { y: &mut qkv, x: &h, w: &layer.qkv }.run()?;
-            let positions = match &attend {
-                Attend::Sequences(seq) => Positions::Sequences { len: *seq, start: 0 },
-                Attend::Ragged(_, at) | Attend::Next(_, at, _) => Positions::At(at),
-                Attend::Continue(_, start) => Positions::Sequences { len: tokens, start: *start },
-            };
-            let turned = heads.heads + heads.kv_heads;
-            Rotate { x: &mut qkv, angles, heads: turned, head_dim: heads.head_dim, positions, back: false }
-                .run()?;
+            if let Some(bias) = &layer.qkv_bias {
+                linear::AddBias { y: &mut qkv, bias }.run()?;
+            }
+            for (weight, norm) in layer.head_norms(block, heads) {
+                let mut rstd = rstd_heads.shaped_mut(tokens, norm.heads);
+                block.norm_heads(&mut qkv, None, &mut rstd, weight, norm)?;
+            }
+            self.turns.rotate(config, i, &mut qkv, angles, attend.place(tokens))?;
             match &mut attend {
                 Attend::Sequences(seq) => {
                     let mut lse = lse.shaped_mut(tokens, heads.heads);
@@ -76,67 +89,80 @@ impl CudaInference {
                     decode::Decode { out: &mut a, qkv: &qkv, keys, values, length, heads, partials }.run()?;
                 }
             }
-            linear::Forward { y: &mut y, x: &a, w: &layer.o }.run()?;
-            let (out, weight) = (&mut x_mid, &layer.post_norm);
-            rms_norm::ForwardSum { h: &mut h, rstd: &mut rstd, out, x: &x, y: &y, weight, offset: 0.0, eps }
-                .run()?;
-            self.route(i, layer, ffn, Normed { x: &x_mid, rstd: &rstd, weight, offset: 0.0 })?;
-            self.ffn(layer, ffn, &h, &mut y)?;
-            let (out, x) = (&mut x, &x_mid);
-            let weight = self.layers.get(i + 1).map_or(&self.norm, |next| &next.input_norm);
-            rms_norm::ForwardSum { h: &mut h, rstd: &mut rstd, out, x, y: &y, weight, offset: 0.0, eps }
-                .run()?;
+            let norm = layer.after_attention.as_deref();
+            let after = norm.map(|weight| After { weight, x: &mut raw, rstd: &mut rstd_raw });
+            block.give(&mut y, after, |y| {
+                linear::Forward { y: &mut *y, x: &a, w: &layer.o }.run()?;
+                let Some(bias) = &layer.o_bias else { return Ok(()) };
+                Ok(linear::AddBias { y, bias }.run()?)
+            })?;
+            let (out, next) = (&mut x_mid, layer.before_ffn.as_deref());
+            let (h, rstd) = (&mut h, &mut rstd);
+            block.join(Join { out, h, rstd, residual: &x, branch: &y, next })?;
+            let normed = match next {
+                Some(weight) => Normed { x: &x_mid, rstd, weight, offset: block.offset },
+                None => Normed { x: &x_mid, rstd: &ones_rstd, weight: &ones.weight, offset: 0.0 },
+            };
+            self.route(i, &layer.ffn, ffn, normed)?;
+            let norm = layer.after_ffn.as_deref();
+            let after = norm.map(|weight| After { weight, x: &mut raw, rstd: &mut rstd_raw });
+            block.give(&mut y, after, |y| self.ffn(&layer.ffn, ffn, h, y))?;
+            let (out, next) = (&mut x, self.norm_before(i + 1));
+            block.join(Join { out, h, rstd, residual: &x_mid, branch: &y, next })?;
         }
         Ok(())
     }
 
-    /// Sets `y` to the output of a routed FFN.
-    fn ffn(&self, layer: &Layer, acts: &mut FfnActs, h: &Matrix<bf16>, y: &mut Matrix<f32>) -> Result<()> {
-        let (tokens, width) = (h.rows(), layer.kind.intermediate());
-        let Layer { gate, up, down, .. } = layer;
-        let FfnActs { routed, wide, few, .. } = acts;
-        let coefficients = routed.as_ref().map(Routed::coefficients);
-        let coefficients = coefficients.as_deref();
-        let Some(Wide { a, b, c, lists, parts }) = wide.as_mut().filter(|_| tokens > FEW) else {
-            let weights = gemv::Weights { gate, up, down };
-            return Ok(gemv::Ffn { y, h, weights, coefficients, activation: Activation::Silu, scratch: few }
-                .run()?);
-        };
-        let mut c = c.shaped_mut(tokens, width);
-        if let (Some(lists), Some(routed), Some(coefficients), Some(_)) =
-            (lists, routed.as_ref(), coefficients, by_lists(&self.gpu, &layer.kind, tokens))
-        {
-            router::Sort { lists, routed }.run()?;
-            experts::Up {
-                c: &mut c,
-                projections: None,
-                x: h,
-                gate,
-                up,
-                coefficients,
-                lists,
-                activation: Activation::Silu,
-            }
-            .run()?;
-            return Ok(experts::Down { y, parts, c: &c, weight: down, lists }.run()?);
+    /// Returns the weight of the norm that is taken of the residual stream before layer `i`, or before the head; none where
+    /// the layer reads the stream itself.
+    fn norm_before(&self, i: usize) -> Option<&Matrix<f32>> {
+        match self.layers.get(i) {
+            Some(layer) => layer.before_attention.as_deref(),
+            None => Some(&self.norm),
         }
-        let (mut a, mut b) = (a.shaped_mut(tokens, width), b.shaped_mut(tokens, width));
-        linear::Forward { y: &mut a, x: h, w: gate }.run()?;
-        linear::Forward { y: &mut b, x: h, w: up }.run()?;
-        ffn::Activate { c: &mut c, a: &a, b: &b, coefficients, activation: Activation::Silu }.run()?;
-        Ok(linear::BackwardInput { dx: y, dy: &c, w: down, add: false }.run()?)
+    }
+
+    /// Sets `y` to the output of a routed FFN.
+    fn ffn(&self, layer: &LayerFfn, acts: &mut FfnActs, h: &Matrix<bf16>, y: &mut Matrix<f32>) -> Result<()> {
+        let (tokens, gated, projections) = (h.rows(), layer.kind.gated(), layer.projections());
+        let FfnActs { routed, wide, few, .. } = acts;
+        let Projections { gate, up, down, output_bias, activation, .. } = projections;
+        let Some(Wide { a, b, c, lists, parts }) = wide.as_mut().filter(|_| tokens > FEW || gated.bias)
+        else {
+            let coefficients = routed.as_ref().map(Routed::coefficients);
+            let (coefficients, weights) = (coefficients.as_deref(), gemv::Weights { gate, up, down });
+            gemv::Ffn { y: &mut *y, h, weights, coefficients, activation, scratch: few }.run()?;
+            let Some(bias) = output_bias else { return Ok(()) };
+            return Ok(linear::AddBias { y, bias }.run()?);
+        };
+        let lists = lists.as_mut().filter(|_| by_lists(&self.gpu, &layer.kind, tokens).is_some());
+        let rows = if lists.is_some() { 0 } else { tokens };
+        let [mut a, mut b] = [a, b].map(|buf| buf.shaped_mut(rows, gated.intermediate));
+        Forward {
+            y,
+            c: &mut c.shaped_mut(tokens, gated.intermediate),
+            products: lists.is_none().then_some([&mut a, &mut b]),
+            parts,
+            x: h,
+            projections,
+            routed: routed.as_ref(),
+            lists,
+            all_pairs: false,
+        }
+        .run()
     }
 
     /// Sets the routing of layer `i` and counts it, where there is a gate.
-    fn route(&self, i: usize, layer: &Layer, acts: &mut FfnActs, normed: Normed<'_>) -> Result<()> {
+    fn route(&self, i: usize, layer: &LayerFfn, acts: &mut FfnActs, normed: Normed<'_>) -> Result<()> {
         let FfnActs { gate_logits, routed, counts, gate_sums, active, .. } = acts;
         let (Some(n), Some(routed)) = (layer.kind.num_experts(), routed) else { return Ok(()) };
         match (&layer.kind, &layer.router) {
             (DeviceFfn::Hosted { gate, .. }, _) => {
                 hosted::route(gate.as_ref(), routed, normed, &layer.gate_params)?;
             }
-            (DeviceFfn::Gated { router: config, .. }, Some(router)) => {
-                let (mut z, bias) = (gate_logits.shaped_mut(normed.x.rows(), n), layer.bias.as_deref());
+            (DeviceFfn::Routed { router: config, .. }, Some(router)) => {
+                let (mut z, bias) =
+                    (gate_logits.shaped_mut(normed.x.rows(), n), layer.router_bias.as_deref());
                 router::Logits { z: &mut z, normed, router, bias }.run()?;
                 router::Route { routed, z: &z, gates: &gates(config) }.run()?;
             }
@@ -148,6 +174,33 @@ impl CudaInference {
 
     /// Sets `logits` to those of the rows of `states`.
     pub(super) fn head(&self, logits: &mut Matrix<f32>, states: &Matrix<bf16>) -> Result<()> {
-        Ok(linear::Forward { y: logits, x: states, w: &self.head }.run()?)
+        linear::Forward { y: &mut *logits, x: states, w: &self.head }.run()?;
+        Ok(cross_entropy::Finish { logits, settings: logits_of(&self.config) }.run()?)
+    }
+}
+
+impl Attend<'_> {
+    /// Returns where the `tokens` rows of the pass are.
+    fn place(&self, tokens: usize) -> Place<'_> {
+        let (positions, rows) = match self {
+            Attend::Sequences(seq) => (Positions::Sequences { len: *seq, start: 0 }, *seq),
+            Attend::Ragged(_, at) | Attend::Next(_, at, _) => (Positions::At(at), tokens),
+            Attend::Continue(_, start) => (Positions::Sequences { len: tokens, start: *start }, tokens),
+        };
+        Place { positions, rows }
+    }
+}
+
+impl Layer {
+    /// Returns the norms of queries and of keys, with their weights, where the family has them.
+    fn head_norms(
+        &self,
+        block: Block,
+        heads: Heads,
+    ) -> impl Iterator<Item = (&Matrix<f32>, rms_norm::Heads)> {
+        let weights = self.qk_norm.as_ref().map(|weights| weights.each_ref().map(|weight| &**weight));
+        weights.into_iter().flat_map(move |weights| {
+            weights.into_iter().zip(block.head_norms(heads, weights.map(|weight| weight.len())))
+        })
     }
 }

@@ -18,7 +18,15 @@ use super::cache::Cache;
 use super::cpu::Workspace;
 use super::segments::{Likelihood, Place};
 use crate::error::Result;
+use crate::model::gpu::turns::Stretch;
 use crate::model::tensors::Batch;
+
+impl Stretch {
+    fn of(place: &Place) -> Stretch {
+        let before = place.before.1;
+        Stretch { rows: before..before + place.tokens, positions: place.positions }
+    }
+}
 
 impl CudaInference {
     /// Sets `losses` to those of the targets. [`CudaInference::report`] then gives the routing.
@@ -32,7 +40,9 @@ impl CudaInference {
         let (gpu, tokens) = (&self.gpu, inputs.len());
         let acts = self.acts(workspace, tokens)?;
         acts.start(inputs)?;
-        self.forward(acts, tokens, Attend::Sequences(seq))?;
+        // The last target is part of the text, although it is not read.
+        let angles = self.turns.of_pass(gpu, &[Stretch { rows: 0..seq, positions: seq + 1 }])?;
+        self.forward(acts, tokens, Attend::Sequences(seq), &angles)?;
         let targets = gpu.upload(targets)?;
         let mut found = gpu.zeros::<f32>(tokens)?;
         for first in (0..tokens).step_by(LOGIT_ROWS) {
@@ -60,9 +70,10 @@ impl CudaInference {
         workspace: &mut Workspace,
     ) -> Result<()> {
         let (start, vocab) = (cache.len, self.config.vocab_size);
+        let stretch = Stretch { rows: start..start + ids.len(), positions: cache.positions(ids.len()) };
         let held = self.cache(cache, start + ids.len())?;
         if let [id] = ids {
-            self.step(*id, held, start)?;
+            self.step(*id, held, &stretch)?;
             workspace.logits.resize(vocab);
             let acts = &held.step.work.acts;
             acts.logits.part(0..1).download_to(&mut workspace.logits)?;
@@ -71,7 +82,8 @@ impl CudaInference {
             let acts = self.acts(workspace, ids.len())?;
             acts.start(ids)?;
             let layers = &mut held.step.work.layers;
-            self.forward(acts, ids.len(), Attend::Continue(layers, start))?;
+            let angles = self.turns.of_pass(&self.gpu, &[stretch])?;
+            self.forward(acts, ids.len(), Attend::Continue(layers, start), &angles)?;
             let mut logits = vec![0.0; last * vocab];
             let firsts = (ids.len() - last..).step_by(LOGIT_ROWS);
             for (piece, first) in logits.chunks_mut(LOGIT_ROWS * vocab).zip(firsts) {
@@ -99,9 +111,9 @@ impl CudaInference {
         let vocab = self.config.vocab_size;
         // All are queued before the first download waits.
         for (&id, cache) in ids.iter().zip(&mut *caches) {
-            let start = cache.len;
-            let held = self.cache(cache, start + 1)?;
-            self.step(id, held, start)?;
+            let stretch = Stretch { rows: cache.len..cache.len + 1, positions: cache.positions(1) };
+            let held = self.cache(cache, stretch.rows.end)?;
+            self.step(id, held, &stretch)?;
         }
         workspace.logits.resize(ids.len() * vocab);
         for (logits, cache) in workspace.logits.chunks_exact_mut(vocab).zip(caches) {
@@ -126,14 +138,14 @@ impl CudaInference {
         let table: Vec<[usize; 4]> =
             places.iter().map(|place| [place.first, place.tokens, place.before.0, place.before.1]).collect();
         let segments = attention::Segments::new(gpu, &table)?;
-        let positions: Vec<u32> = places
-            .iter()
-            .flat_map(|place| (place.before.1..place.before.1 + place.tokens).map(|p| p as u32))
-            .collect();
+        let stretches: Vec<Stretch> = places.iter().map(Stretch::of).collect();
+        let angles = self.turns.of_pass(gpu, &stretches)?;
+        let positions: Vec<u32> =
+            stretches.into_iter().flat_map(|stretch| stretch.rows).map(|p| p as u32).collect();
         let positions = gpu.upload(&positions)?;
         let acts = self.acts(workspace, ids.len())?;
         acts.start(ids)?;
-        self.forward(acts, ids.len(), Attend::Ragged(&segments, &positions))?;
+        self.forward(acts, ids.len(), Attend::Ragged(&segments, &positions), &angles)?;
 
         // Targets of one place share its row of logits.
         let mut order: Vec<usize> = (0..targets.len()).collect();
@@ -168,18 +180,19 @@ impl CudaInference {
         Ok(found)
     }
 
-    /// Feeds `id` at position `start` of `held`. The step's activations then hold the logits.
-    fn step(&self, id: u32, held: &mut CudaCache, start: usize) -> Result<()> {
+    /// Feeds `id` at the next position of `held`. The step's activations then hold the logits.
+    fn step(&self, id: u32, held: &mut CudaCache, stretch: &Stretch) -> Result<()> {
         held.step.work.acts.ids.part_mut(0..1).upload_from(&[id])?;
-        held.step.work.length.upload_from(&[start as u32])?;
+        held.step.work.length.upload_from(&[stretch.rows.start as u32])?;
+        self.turns.update(&mut held.step.work.angles, stretch)?;
         if held.threshold != self.threshold() {
             held.step.forget();
             held.threshold = self.threshold();
         }
         let pass = |step: &mut Step| {
-            let Step { layers, length, partials, acts } = step;
+            let Step { layers, length, partials, angles, acts } = step;
             acts.ffn.clear_counts()?;
-            self.forward(acts, 1, Attend::Next(layers, length, partials))?;
+            self.forward(acts, 1, Attend::Next(layers, length, partials), angles)?;
             self.head(&mut acts.logits.part_mut(0..1), &acts.h.part(0..1))
         };
         // Ops between which the host computes cannot be recorded.

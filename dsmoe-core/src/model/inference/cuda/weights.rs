@@ -8,6 +8,8 @@ use crate::config::Config;
 use crate::device::Device;
 use crate::error::Result;
 use crate::ffn::DeviceFfn;
+use crate::model::gpu::ffn::Projections;
+use crate::model::gpu::turns::Turns;
 use crate::model::tensors::set_threshold;
 
 /// A model's weights on a device: matrices in bf16, norms and routers in f32.
@@ -21,25 +23,69 @@ pub(crate) struct CudaInference {
     pub(super) layers: Vec<Layer>,
     pub(super) norm: GpuBuf<f32>,
     pub(super) head: GpuBuf<bf16>,
-    /// Angles of all positions, `[positions, head_dim]`.
-    pub(super) rope: GpuBuf<f32>,
+    pub(super) turns: Turns,
 }
 
+/// One decoder layer. A norm or a bias that the family does not have is none.
 #[derive(Debug)]
 pub(super) struct Layer {
-    pub(super) input_norm: GpuBuf<f32>,
+    pub(super) before_attention: Option<GpuBuf<f32>>,
     pub(super) qkv: GpuBuf<bf16>,
     pub(super) o: GpuBuf<bf16>,
-    pub(super) post_norm: GpuBuf<f32>,
+    pub(super) qkv_bias: Option<GpuBuf<f32>>,
+    pub(super) o_bias: Option<GpuBuf<f32>>,
+    /// Norms of queries and of keys.
+    pub(super) qk_norm: Option<[GpuBuf<f32>; 2]>,
+    pub(super) after_attention: Option<GpuBuf<f32>>,
+    pub(super) before_ffn: Option<GpuBuf<f32>>,
+    pub(super) ffn: LayerFfn,
+    pub(super) after_ffn: Option<GpuBuf<f32>>,
+}
+
+/// The FFN of a layer.
+#[derive(Debug)]
+pub(super) struct LayerFfn {
     pub(super) kind: DeviceFfn,
     pub(super) gate: GpuBuf<bf16>,
     pub(super) up: GpuBuf<bf16>,
     /// Transposed.
     pub(super) down: GpuBuf<bf16>,
+    /// Of gate, up and down.
+    pub(super) biases: Option<[GpuBuf<f32>; 3]>,
+    pub(super) output_bias: Option<GpuBuf<f32>>,
     pub(super) router: Option<GpuBuf<f32>>,
-    pub(super) bias: Option<GpuBuf<f32>>,
+    pub(super) router_bias: Option<GpuBuf<f32>>,
     /// Parameters of a gate that the host computes.
     pub(super) gate_params: Vec<f32>,
+}
+
+impl Layer {
+    fn bytes(&self) -> usize {
+        let Layer { before_attention, qkv, o, qkv_bias, o_bias, qk_norm, .. } = self;
+        let Layer { after_attention, before_ffn, ffn, after_ffn, .. } = self;
+        let LayerFfn { gate, up, down, biases, output_bias, router, router_bias, gate_params, .. } = ffn;
+        let halves: usize = [qkv, o, gate, up, down].map(|buf| buf.len()).iter().sum();
+        let norms = [before_attention, after_attention, before_ffn, after_ffn].into_iter().flatten();
+        let others = [qkv_bias, o_bias, output_bias, router, router_bias].into_iter().flatten();
+        let several = qk_norm.iter().flatten().chain(biases.iter().flatten());
+        let singles: usize = norms.chain(others).chain(several).map(|buf| buf.len()).sum();
+        2 * halves + 4 * (singles + gate_params.len())
+    }
+}
+
+impl LayerFfn {
+    pub(super) fn projections(&self) -> Projections<'_> {
+        let LayerFfn { kind, gate, up, down, biases, output_bias, .. } = self;
+        let biases = biases.as_ref().map(|biases| biases.each_ref().map(|bias| &**bias));
+        Projections {
+            gate,
+            up,
+            down,
+            biases,
+            output_bias: output_bias.as_deref(),
+            activation: kind.gated().activation,
+        }
+    }
 }
 
 impl CudaInference {
@@ -48,43 +94,36 @@ impl CudaInference {
     }
 
     pub(crate) fn num_experts(&self) -> Option<usize> {
-        self.layers.first().and_then(|layer| layer.kind.num_experts())
+        self.layers.first().and_then(|layer| layer.ffn.kind.num_experts())
     }
 
     /// Returns the width of the widest FFN.
     pub(super) fn widest(&self) -> usize {
-        self.layers.iter().map(|layer| layer.kind.intermediate()).max().unwrap_or(0)
+        self.layers.iter().map(|layer| layer.ffn.kind.gated().intermediate).max().unwrap_or(0)
     }
 
     /// Returns the threshold of the routers on the device.
     pub(super) fn threshold(&self) -> Option<f32> {
-        match &self.layers.first()?.kind {
-            DeviceFfn::Gated { router, .. } => Some(router.threshold),
-            DeviceFfn::Dense { .. } | DeviceFfn::Hosted { .. } => None,
+        match &self.layers.first()?.ffn.kind {
+            DeviceFfn::Routed { router, .. } => Some(router.threshold),
+            DeviceFfn::Dense(_) | DeviceFfn::Hosted { .. } => None,
         }
     }
 
     /// Tells whether the host computes gates between the ops of a pass.
     pub(super) fn is_hosted(&self) -> bool {
-        self.layers.iter().any(|layer| layer.kind.is_hosted())
+        self.layers.iter().any(|layer| layer.ffn.kind.is_hosted())
     }
 
     pub(crate) fn bytes(&self) -> usize {
-        let layer = |layer: &Layer| {
-            let halves: usize =
-                [&layer.qkv, &layer.o, &layer.gate, &layer.up, &layer.down].map(|buf| buf.len()).iter().sum();
-            let router: usize = [&layer.router, &layer.bias].into_iter().flatten().map(|buf| buf.len()).sum();
-            let gate = router + layer.gate_params.len();
-            2 * halves + 4 * (layer.input_norm.len() + layer.post_norm.len() + gate)
-        };
         let tables = self.head.len() + self.embedding.as_ref().map_or(0, |table| table.len());
-        self.layers.iter().map(layer).sum::<usize>() + 2 * tables + 4 * self.norm.len()
+        self.layers.iter().map(Layer::bytes).sum::<usize>() + 2 * tables + 4 * self.norm.len()
     }
 
     pub(crate) fn set_threshold(&mut self, threshold: f32) -> Result<()> {
         let layers = &mut self.layers;
         set_threshold(&mut self.config, threshold, || {
-            layers.iter_mut().all(|layer| layer.kind.set_threshold(threshold))
+            layers.iter_mut().all(|layer| layer.ffn.kind.set_threshold(threshold))
         })
     }
 }

@@ -1,14 +1,14 @@
 //! Activations of a micro-batch, and the sums of a step.
 
-use dsmoe_kernels::cuda::ops::{embedding, optim, rms_norm, router};
-use dsmoe_kernels::cuda::{Gpu, GpuBuf};
+use dsmoe_kernels::cuda::ops::{embedding, linear, optim, rms_norm, router};
+use dsmoe_kernels::cuda::{Element, Gpu, GpuBuf};
 use half::bf16;
 
 use super::ffn::{Acts, Scratch};
 use crate::config::Config;
 use crate::error::Result;
 use crate::ffn::DeviceFfn;
-use crate::model::gpu::{heads, rope_rows, widest_heads};
+use crate::model::gpu::{heads, turns, widest_heads};
 
 /// Bytes of logits at a time in the loss.
 const LOGIT_BYTES: usize = 512 << 20;
@@ -19,7 +19,10 @@ pub(super) struct Activations {
     pub(super) ids: GpuBuf<u32>,
     pub(super) targets: GpuBuf<u32>,
     pub(super) occurrences: embedding::Occurrences,
-    pub(super) rope: GpuBuf<f32>,
+    /// Angles of a sequence, of each rotation.
+    pub(super) angles: Vec<GpuBuf<f32>>,
+    /// The weight of a norm that changes nothing, where routers read the residual stream itself.
+    pub(super) ones: GpuBuf<f32>,
     /// The input of every layer, and last the output of the last one.
     pub(super) streams: Vec<Stream>,
     pub(super) layers: Vec<LayerActs>,
@@ -42,7 +45,7 @@ pub(super) struct Activations {
     pub(super) dlogits: GpuBuf<bf16>,
 }
 
-/// The residual stream between two layers, with its norm.
+/// The residual stream between two layers, with its norm. Where the next block reads the stream itself, `rstd` is 1.
 #[derive(Debug)]
 pub(super) struct Stream {
     pub(super) x: GpuBuf<f32>,
@@ -54,9 +57,31 @@ pub(super) struct LayerActs {
     pub(super) qkv: GpuBuf<bf16>,
     pub(super) a: GpuBuf<bf16>,
     pub(super) lse: GpuBuf<f32>,
+    /// As a [`Stream`], between attention and FFN.
     pub(super) x_mid: GpuBuf<f32>,
     pub(super) rstd_mid: GpuBuf<f32>,
+    /// Queries, and keys, before their norm.
+    pub(super) heads: Option<[NormActs<bf16>; 2]>,
+    /// The outputs of attention and of the FFN before the norm that follows each of them.
+    pub(super) after: Option<[NormActs<f32>; 2]>,
     pub(super) ffn: Acts,
+}
+
+/// The input of a norm, and 1 / the root mean square of each row of it.
+#[derive(Debug)]
+pub(super) struct NormActs<T: Element> {
+    pub(super) x: GpuBuf<T>,
+    pub(super) rstd: GpuBuf<f32>,
+}
+
+impl<T: Element> NormActs<T> {
+    fn new(gpu: &Gpu, tokens: usize, [width, heads]: [usize; 2]) -> Result<NormActs<T>> {
+        Ok(NormActs { x: gpu.zero_rows(tokens, width)?, rstd: gpu.zero_rows(tokens, heads)? })
+    }
+
+    fn pair(gpu: &Gpu, tokens: usize, [one, other]: [[usize; 2]; 2]) -> Result<[NormActs<T>; 2]> {
+        Ok([NormActs::new(gpu, tokens, one)?, NormActs::new(gpu, tokens, other)?])
+    }
 }
 
 /// Sums over the micro-batches of a step.
@@ -81,25 +106,31 @@ impl Activations {
         seq: usize,
     ) -> Result<Activations> {
         let (hidden, widest, rows) = (config.hidden, widest_heads(config), logit_rows(config, tokens));
+        let (before, after) = (config.architecture.norms_before(), config.architecture.norms_after());
+        let rstd = || gpu.upload(&vec![if before { 0.0 } else { 1.0 }; tokens]);
         let layers = ffns.iter().enumerate().map(|(i, ffn)| {
             let heads = heads(config, i);
+            let of_heads = head_norm_widths(config, i);
             Ok(LayerActs {
                 qkv: gpu.zero_rows(tokens, heads.joined_width())?,
                 a: gpu.zero_rows(tokens, heads.width())?,
                 lse: gpu.zero_rows(tokens, heads.heads)?,
                 x_mid: gpu.zero_rows(tokens, hidden)?,
-                rstd_mid: gpu.zeros(tokens)?,
+                rstd_mid: rstd()?,
+                heads: of_heads.map(|widths| NormActs::pair(gpu, tokens, widths)).transpose()?,
+                after: after.then(|| NormActs::pair(gpu, tokens, [[hidden, 1]; 2])).transpose()?,
                 ffn: Acts::new(gpu, ffn, tokens)?,
             })
         });
-        let streams = (0..=ffns.len())
-            .map(|_| Ok(Stream { x: gpu.zero_rows(tokens, hidden)?, rstd: gpu.zeros(tokens)? }));
+        let streams =
+            (0..=ffns.len()).map(|_| Ok(Stream { x: gpu.zero_rows(tokens, hidden)?, rstd: rstd()? }));
         let deltas = (0..config.num_layers).map(|i| tokens * heads(config, i).heads).max();
         Ok(Activations {
             ids: gpu.zeros(tokens)?,
             targets: gpu.zeros(tokens)?,
             occurrences: embedding::Occurrences::with_room(gpu, tokens)?,
-            rope: gpu.upload_rows(&rope_rows(config, seq), config.head_dim)?,
+            angles: turns::of_sequences(gpu, config, seq)?,
+            ones: gpu.upload(&vec![1.0; if before { 0 } else { hidden }])?,
             streams: streams.collect::<Result<_>>()?,
             layers: layers.collect::<Result<_>>()?,
             h: gpu.zero_rows(tokens, hidden)?,
@@ -110,7 +141,7 @@ impl Activations {
             da: gpu.zero_rows(tokens, widest.width())?,
             deltas: gpu.zeros(deltas.unwrap_or(0))?,
             ffn: Scratch::new(gpu, ffns, tokens)?,
-            partials: gpu.zeros(rms_norm::partials_len(tokens, hidden))?,
+            partials: gpu.zeros(partials_len(config, tokens))?,
             sums: gpu.zeros(optim::PARTIALS)?,
             losses: gpu.zeros(tokens)?,
             logits: gpu.zero_rows(rows, config.vocab_size)?,
@@ -149,12 +180,36 @@ impl Report {
     }
 }
 
+/// Returns the widths of inputs, and of reciprocal deviations, of the norms of queries and of keys.
+fn head_norm_widths(config: &Config, i: usize) -> Option<[[usize; 2]; 2]> {
+    let (widths, norms) = (config.attention_widths(i), config.qk_norm_widths(i)?);
+    Some([0, 1].map(|k| [widths[k], widths[k] / norms[k]]))
+}
+
+/// Returns the number of values of the sums that the gradients of norms and biases are added up in.
+fn partials_len(config: &Config, tokens: usize) -> usize {
+    let Config { architecture, hidden, intermediate, .. } = config;
+    let biases = [
+        architecture.qkv_bias.then(|| widest_heads(config).joined_width()),
+        architecture.o_bias.then_some(*hidden),
+        architecture.mlp_bias.then_some(*hidden.max(intermediate)),
+        architecture.output_bias.then_some(*hidden),
+    ];
+    let of_biases = biases.into_iter().flatten().map(|width| linear::partials_len(tokens, width));
+    let of_heads = (0..config.num_layers).filter_map(|i| head_norm_widths(config, i)).flatten();
+    let of_heads = of_heads.map(|[width, heads]| rms_norm::partials_len(tokens * heads, width / heads));
+    of_biases.chain(of_heads).fold(rms_norm::partials_len(tokens, *hidden), usize::max)
+}
+
 /// Returns the bytes of the activations of all layers, and those of the memory that layers share.
 pub(super) fn bytes(config: &Config, ffns: &[DeviceFfn], tokens: usize) -> [usize; 2] {
     let per_layer = ffns.iter().enumerate().map(|(i, ffn)| {
         let heads = heads(config, i);
-        tokens * (8 * config.hidden + 2 * heads.joined_width() + 2 * heads.width() + 4 * heads.heads + 8)
-            + Acts::bytes(ffn, tokens)
+        let of_heads = head_norm_widths(config, i).into_iter().flatten();
+        let of_heads: usize = of_heads.map(|[width, heads]| 2 * width + 4 * heads).sum();
+        let after = if config.architecture.norms_after() { 8 * (config.hidden + 1) } else { 0 };
+        let attention = 2 * heads.joined_width() + 2 * heads.width() + 4 * heads.heads;
+        tokens * (8 * config.hidden + attention + 8 + of_heads + after) + Acts::bytes(ffn, tokens)
     });
     let joined = widest_heads(config).joined_width();
     let widest = ffns.iter().map(|ffn| Scratch::bytes(ffn, tokens)).max().unwrap_or(0);

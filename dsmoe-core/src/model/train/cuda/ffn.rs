@@ -5,7 +5,6 @@
 //! are those of all pairs. Sizes that the kernels of lists do not take run all products of all pairs, with coefficients
 //! that are 0 where an expert is inactive.
 
-use dsmoe_kernels::Activation;
 use dsmoe_kernels::cuda::ops::router::{self, Lists, Normed, Routed, Sparsity};
 use dsmoe_kernels::cuda::ops::{experts, ffn, linear};
 use dsmoe_kernels::cuda::{Gpu, GpuBuf, Matrix, View};
@@ -13,10 +12,10 @@ use dsmoe_router::RouterConfig;
 use half::bf16;
 
 use crate::error::Result;
-use crate::ffn::{DeviceFfn, GateTraining};
+use crate::ffn::{DeviceFfn, GateTraining, Gated};
+use crate::model::gpu::ffn::{Forward, Projections};
 use crate::model::gpu::hosted::{Hosted, Staging};
 use crate::model::gpu::{by_lists, gates, router_ranges};
-use crate::params::padded;
 
 /// One layer's parameters, in f32 and rounded.
 pub(super) struct Weights<'a> {
@@ -65,7 +64,7 @@ pub(super) struct Scratch {
 
 impl Acts {
     pub(super) fn new(gpu: &Gpu, ffn: &DeviceFfn, tokens: usize) -> Result<Acts> {
-        let width = ffn.intermediate();
+        let width = ffn.gated().intermediate;
         Ok(Acts {
             a: gpu.zero_rows(tokens, width)?,
             b: gpu.zero_rows(tokens, width)?,
@@ -78,7 +77,7 @@ impl Acts {
     }
 
     pub(super) fn bytes(ffn: &DeviceFfn, tokens: usize) -> usize {
-        tokens * (4 * ffn.intermediate() + ffn.num_experts().map_or(0, |n| 17 * n + 8))
+        tokens * (4 * ffn.gated().intermediate + ffn.num_experts().map_or(0, |n| 17 * n + 8))
     }
 
     pub(super) fn routed(&self) -> Option<&Routed> {
@@ -93,9 +92,9 @@ impl Acts {
 
 impl Scratch {
     pub(super) fn new(gpu: &Gpu, ffns: &[DeviceFfn], tokens: usize) -> Result<Scratch> {
-        let widest = tokens * ffns.iter().map(DeviceFfn::intermediate).max().unwrap_or(0);
+        let widest = tokens * ffns.iter().map(|ffn| ffn.gated().intermediate).max().unwrap_or(0);
         let experts = ffns.iter().filter_map(DeviceFfn::num_experts).max().unwrap_or(0);
-        let hidden = ffns.first().map_or(0, DeviceFfn::hidden);
+        let hidden = ffns.first().map_or(0, |ffn| ffn.gated().hidden);
         let pairs = tokens * experts;
         let parts = ffns.iter().filter_map(|ffn| by_lists(gpu, ffn, tokens)).map(|dims| dims.parts());
         let hosted = ffns.iter().any(DeviceFfn::is_hosted);
@@ -114,8 +113,9 @@ impl Scratch {
     }
 
     pub(super) fn bytes(ffn: &DeviceFfn, tokens: usize) -> usize {
-        let staged = if ffn.is_hosted() { 4 * ffn.hidden() } else { 0 };
-        tokens * (8 * ffn.intermediate() + (12 + 2 * ffn.hidden()) * ffn.num_experts().unwrap_or(0) + staged)
+        let Gated { hidden, intermediate, .. } = *ffn.gated();
+        let staged = if ffn.is_hosted() { 4 * hidden } else { 0 };
+        tokens * (8 * intermediate + (12 + 2 * hidden) * ffn.num_experts().unwrap_or(0) + staged)
     }
 }
 
@@ -127,14 +127,27 @@ struct Router<'a> {
 }
 
 impl Weights<'_> {
-    fn projections(&self) -> [View<'_, bf16>; 3] {
-        let len = self.kind.hidden() * self.kind.intermediate();
-        [0, 1, 2].map(|which| self.rounded.part(which * padded(len)..which * padded(len) + len))
+    fn matrices(&self) -> [View<'_, bf16>; 3] {
+        let [gate, up, down, ..] = self.kind.gated().ranges();
+        [gate, up, down].map(|range| self.rounded.part(range))
+    }
+
+    /// Returns the biases of gate, up and down.
+    fn biases(&self) -> Option<[View<'_, f32>; 3]> {
+        let gated = self.kind.gated();
+        let [_, _, _, gate, up, down, _] = gated.ranges();
+        gated.bias.then(|| [gate, up, down].map(|range| self.master.part(range)))
+    }
+
+    fn output_bias(&self) -> Option<View<'_, f32>> {
+        let gated = self.kind.gated();
+        let [.., bias] = gated.ranges();
+        gated.output_bias.then(|| self.master.part(bias))
     }
 
     fn router(&self) -> Option<Router<'_>> {
-        let DeviceFfn::Gated { hidden, intermediate, router, router_bias } = self.kind else { return None };
-        let [weight, bias] = router_ranges(*hidden, *intermediate, router.num_experts);
+        let DeviceFfn::Routed { gated, router, router_bias } = self.kind else { return None };
+        let [weight, bias] = router_ranges(gated, router.num_experts);
         let bias = router_bias.then(|| self.master.part(bias));
         Some(Router { config: router, weight: self.master.part(weight), bias })
     }
@@ -153,43 +166,30 @@ impl Weights<'_> {
         scratch: &mut Scratch,
     ) -> Result<()> {
         self.route(acts, input, scratch)?;
-        let h = input.h;
+        let (x, gated) = (input.h, self.kind.gated());
         let Acts { a, b, routed, lists, .. } = acts;
         let Scratch { c, parts, .. } = scratch;
-        let mut c = c.shaped_mut(h.rows(), self.kind.intermediate());
-        let [gate, up, down] = &self.projections();
-        let coefficients = routed.as_ref().map(Routed::coefficients);
-        let coefficients = coefficients.as_deref();
-        if let (Some(lists), Some(routed)) = (&mut *lists, routed.as_ref()) {
-            router::Sort { lists, routed }.run()?;
+        let ([gate, up, down], biases, output_bias) = (&self.matrices(), &self.biases(), &self.output_bias());
+        let biases = biases.as_ref().map(|biases| biases.each_ref().map(|bias| &**bias));
+        Forward {
+            y,
+            c: &mut c.shaped_mut(x.rows(), gated.intermediate),
+            products: Some([&mut **a, &mut **b]),
+            parts,
+            x,
+            projections: Projections {
+                gate,
+                up,
+                down,
+                biases,
+                output_bias: output_bias.as_deref(),
+                activation: gated.activation,
+            },
+            routed: routed.as_ref(),
+            lists: lists.as_mut(),
+            all_pairs: self.all_pairs(),
         }
-        match (&*lists, coefficients) {
-            (Some(lists), Some(coefficients)) if !self.all_pairs() => {
-                let (c, projections) = (&mut c, Some([&mut **a, &mut **b]));
-                experts::Up {
-                    c,
-                    projections,
-                    x: h,
-                    gate,
-                    up,
-                    coefficients,
-                    lists,
-                    activation: Activation::Silu,
-                }
-                .run()?;
-            }
-            _ => {
-                linear::Forward { y: &mut *a, x: h, w: gate }.run()?;
-                linear::Forward { y: &mut *b, x: h, w: up }.run()?;
-                ffn::Activate { c: &mut c, a, b, coefficients, activation: Activation::Silu }.run()?;
-            }
-        }
-        // The down projection is stored transposed: y = c W.
-        match lists {
-            Some(lists) => experts::Down { y, parts, c: &c, weight: down, lists }.run()?,
-            None => linear::BackwardInput { dx: y, dy: &c, w: down, add: false }.run()?,
-        }
-        Ok(())
+        .run()
     }
 
     /// Sets the routing, where there is a gate.
@@ -208,14 +208,14 @@ impl Weights<'_> {
 
     /// Sets `dh` from `dy`, and adds to `grads`, which is laid out as the parameters.
     pub(super) fn backward(&self, args: Backward<'_>, scratch: &mut Scratch) -> Result<()> {
-        let Backward { dh, grads, dy, acts, input, sparsity } = args;
+        let Backward { dh, grads, dy, acts, input, sparsity, partials: sums } = args;
         let h = input.h;
-        let (tokens, hidden, width) = (h.rows(), self.kind.hidden(), self.kind.intermediate());
-        let len = hidden * width;
+        let (tokens, gated) = (h.rows(), self.kind.gated());
+        let Gated { intermediate: width, activation, .. } = *gated;
         let Scratch { c, da, db, g, dcoefficients, parts, .. } = &mut *scratch;
         let [mut c, mut da, mut db, mut g] = [c, da, db, g].map(|buf| buf.shaped_mut(tokens, width));
         let (all_pairs, lists) = (self.all_pairs(), &acts.lists);
-        let [gate, up, down] = &self.projections();
+        let [gate, up, down] = &self.matrices();
         // g = dy W_down^T: the stored matrix is W_down^T already, [width, hidden].
         match lists {
             Some(lists) if !all_pairs => {
@@ -235,13 +235,16 @@ impl Weights<'_> {
             b: &acts.b,
             coefficients: coefficients.as_deref(),
             all_pairs,
-            activation: Activation::Silu,
+            activation,
         }
         .run()?;
         let (da, db, c) = (&da, &db, &c);
         // dW_down^T = c^T dy, [width, hidden]
-        let ranges = [0, 1, 2].map(|which| which * padded(len)..which * padded(len) + len);
-        let [dgate, dup, ddown] = &mut grads.parts(ranges);
+        let [dgate, dup, ddown, of_gate, of_up, of_down, of_output] = &mut grads.parts(gated.ranges());
+        let of_biases = [(of_gate, &**da), (of_up, &**db), (of_down, dy), (of_output, dy)];
+        for (db, dy) in of_biases.into_iter().filter(|(db, _)| !db.is_empty()) {
+            linear::BackwardBias { db, dy, partials: &mut *sums }.run()?;
+        }
         match lists {
             Some(lists) => {
                 experts::BackwardWeights { dgate, dup, ddown, da, db, c, x: h, dy, lists }.run()?;
@@ -255,7 +258,7 @@ impl Weights<'_> {
                 linear::BackwardInput { dx: &mut *dh, dy: db, w: up, add: true }.run()?;
             }
         }
-        self.route_backward(Backward { dh, grads, dy, acts, input, sparsity }, scratch)
+        self.route_backward(Backward { dh, grads, dy, acts, input, sparsity, partials: sums }, scratch)
     }
 
     /// Adds the gradients that pass through the gate, from those of the coefficients.
@@ -272,7 +275,7 @@ impl Weights<'_> {
         let Some(Router { config, weight, bias }) = self.router() else { return Ok(()) };
         let (mut dz, gates) = (dlogits.shaped_mut(h.rows(), n), &gates(config));
         router::Backward { dz: &mut dz, dcoefficients, routed, sparsity, gates }.run()?;
-        let [drouter, mut dbias] = router_ranges(self.kind.hidden(), self.kind.intermediate(), n);
+        let [drouter, mut dbias] = router_ranges(self.kind.gated(), n);
         if bias.is_none() {
             dbias = drouter.end..drouter.end;
         }
@@ -291,4 +294,6 @@ pub(super) struct Backward<'a> {
     pub(super) acts: &'a Acts,
     pub(super) input: Input<'a>,
     pub(super) sparsity: Sparsity<'a>,
+    /// Scratch memory for the gradients of biases.
+    pub(super) partials: &'a mut Matrix<f32>,
 }

@@ -2,61 +2,77 @@
 
 use std::ops::Range;
 
-use dsmoe_kernels::cuda::ops::attention;
-use dsmoe_kernels::cuda::ops::elementwise::Cast;
+use dsmoe_kernels::cuda::Matrix;
+use dsmoe_kernels::cuda::ops::elementwise::{self, Cast};
 use dsmoe_kernels::cuda::ops::optim::AddSum;
-use dsmoe_kernels::cuda::ops::rope::{Positions, Rotate};
+use dsmoe_kernels::cuda::ops::rope::Positions;
 use dsmoe_kernels::cuda::ops::router::{Normed, Sparsity};
-use dsmoe_kernels::cuda::ops::{cross_entropy, embedding, linear, rms_norm};
+use dsmoe_kernels::cuda::ops::{attention, cross_entropy, embedding, linear, rms_norm};
 use dsmoe_router::SparsityOver;
+use half::bf16;
 
 use super::CudaTrainer;
-use super::acts::{Activations, Stream, logit_rows};
+use super::acts::{Activations, LayerActs, NormActs, Stream, logit_rows};
 use super::ffn::{Backward, Input, Weights};
 use crate::error::Result;
-use crate::model::gpu::{heads, norm as norm_of};
-use crate::model::tensors::LayerRanges;
+use crate::model::gpu::block::{After, Block, Join};
+use crate::model::gpu::heads;
+use crate::model::gpu::turns::rotate;
+use crate::model::tensors::{Ranges, logits_of};
 use crate::model::train::StepArgs;
 
 impl CudaTrainer {
     pub(super) fn forward(&mut self, seq: usize, args: &StepArgs) -> Result<()> {
-        let (config, ranges, eps) = (&self.config, &self.ranges, self.config.rms_norm_eps as f32);
+        let (config, ranges, block) = (&self.config, &self.ranges, Block::of(&self.config));
         let param = |range: &Range<usize>| self.params.part(range.clone());
         let weight = |range: &Range<usize>| self.weights.part(range.clone());
-        let Activations { ids, rope: angles, streams, layers, h, y, ffn: scratch, .. } = &mut self.acts;
+        let Activations { ids, angles, ones, streams, layers, h, y, ffn: scratch, .. } = &mut self.acts;
         let Stream { x, rstd } = &mut streams[0];
-        embedding::Forward { out: x, table: &param(&ranges.embed), ids }.run()?;
-        let norm = ranges.layers.first().map_or(&ranges.norm, |layer| norm_of(&layer.before_attention));
-        rms_norm::Forward { h, rstd, x, weight: &param(norm), offset: 0.0, eps }.run()?;
+        let (table, scale) = (&param(&ranges.embed), config.architecture.embed_scale);
+        embedding::Forward { out: x, table, ids, scale }.run()?;
+        block.read(norm_before(ranges, 0).map(param).as_deref(), h, rstd, x)?;
         for (i, (layer, acts)) in ranges.layers.iter().zip(layers).enumerate() {
             let (before, after) = streams.split_at_mut(i + 1);
             let (x, next) = (&before[i].x, &mut after[0]);
             let heads = heads(config, i);
-            linear::Forward { y: &mut acts.qkv, x: h, w: &weight(&layer.qkv()) }.run()?;
-            let (turned, positions) =
-                (heads.heads + heads.kv_heads, Positions::Sequences { len: seq, start: 0 });
-            Rotate {
-                x: &mut acts.qkv,
-                angles,
-                heads: turned,
-                head_dim: heads.head_dim,
-                positions,
-                back: false,
+            let LayerActs { qkv, a, lse, x_mid, rstd_mid, heads: of_heads, after, ffn: saved } = acts;
+            let [after_attention, after_ffn] =
+                after.as_mut().map_or([None, None], |acts| acts.each_mut().map(Some));
+            linear::Forward { y: &mut **qkv, x: h, w: &weight(&layer.qkv()) }.run()?;
+            if let Some(bias) = &layer.qkv_bias {
+                linear::AddBias { y: &mut **qkv, bias: &param(bias) }.run()?;
             }
-            .run()?;
-            let (out, lse) = (&mut acts.a, &mut acts.lse);
-            attention::Forward { out, lse, qkv: &acts.qkv, heads, seq }.run()?;
-            linear::Forward { y, x: &acts.a, w: &weight(&layer.o) }.run()?;
-            let (norm, rstd, out) = (&param(norm_of(&layer.before_ffn)), &mut acts.rstd_mid, &mut acts.x_mid);
-            rms_norm::ForwardSum { h, rstd, out, x, y, weight: norm, offset: 0.0, eps }.run()?;
+            if let (Some(norms), Some(acts)) = (&layer.qk_norm, of_heads) {
+                let all = block.head_norms(heads, norms.each_ref().map(|norm| norm.len()));
+                for ((norm, NormActs { x, rstd }), heads) in norms.iter().zip(acts).zip(all) {
+                    block.norm_heads(qkv, Some(x), rstd, &param(norm), heads)?;
+                }
+            }
+            if let Some(rope) = config.architecture.layers[i].rope {
+                rotate(config, i, qkv, &angles[rope], Positions::Sequences { len: seq, start: 0 }, false)?;
+            }
+            attention::Forward { out: &mut *a, lse, qkv, heads, seq }.run()?;
+            let norm = layer.after_attention.as_ref().map(param);
+            block.give(y, after_of(norm.as_deref(), after_attention), |y| {
+                linear::Forward { y: &mut *y, x: a, w: &weight(&layer.o) }.run()?;
+                let Some(bias) = &layer.o_bias else { return Ok(()) };
+                Ok(linear::AddBias { y, bias: &param(bias) }.run()?)
+            })?;
+            let norm = layer.before_ffn.as_ref().map(param);
+            let next_norm = norm.as_deref();
+            let rstd = &mut **rstd_mid;
+            block.join(Join { out: x_mid, h, rstd, residual: x, branch: y, next: next_norm })?;
             let ffn = Weights { kind: &self.ffns[i], master: param(&layer.ffn), rounded: weight(&layer.ffn) };
-            let normed = Normed { x: &acts.x_mid, rstd: &acts.rstd_mid, weight: norm, offset: 0.0 };
-            ffn.forward(y, &mut acts.ffn, Input { h, normed, training: args.gate_training(i) }, scratch)?;
-            self.report.add(i, &acts.ffn)?;
-            self.balance_loss += acts.ffn.balance_loss();
-            let norm = ranges.layers.get(i + 1).map_or(&ranges.norm, |next| norm_of(&next.before_attention));
-            let (Stream { x: out, rstd }, x) = (next, &acts.x_mid);
-            rms_norm::ForwardSum { h, rstd, out, x, y, weight: &param(norm), offset: 0.0, eps }.run()?;
+            let normed = normed(block, next_norm, ones, [x_mid, rstd]);
+            let input = Input { h, normed, training: args.gate_training(i) };
+            let norm = layer.after_ffn.as_ref().map(param);
+            let after = after_of(norm.as_deref(), after_ffn);
+            block.give(y, after, |y| ffn.forward(y, saved, input, scratch))?;
+            self.report.add(i, saved)?;
+            self.balance_loss += saved.balance_loss();
+            let norm = norm_before(ranges, i + 1).map(param);
+            let Stream { x: out, rstd } = next;
+            block.join(Join { out, h, rstd, residual: x_mid, branch: y, next: norm.as_deref() })?;
         }
         Ok(())
     }
@@ -65,14 +81,15 @@ impl CudaTrainer {
     pub(super) fn loss(&mut self, scale: f32) -> Result<()> {
         let Activations { targets, h, y: dh, losses, logits, dlogits, sums, .. } = &mut self.acts;
         let (tokens, w) = (targets.len(), &self.weights.part(self.ranges.head.clone()));
-        let rows = logit_rows(&self.config, tokens);
+        let (rows, settings) = (logit_rows(&self.config, tokens), logits_of(&self.config));
         for first in (0..tokens).step_by(rows.max(1)) {
             let chunk = first..(first + rows).min(tokens);
             let (z, dz) = (&mut logits.part_mut(0..chunk.len()), &mut dlogits.part_mut(0..chunk.len()));
             let states = &h.part(chunk.clone());
             linear::Forward { y: &mut *z, x: states, w }.run()?;
             let (losses, targets) = (&mut losses.part_mut(chunk.clone()), &targets.part(chunk.clone()));
-            cross_entropy::Chunk { losses, dlogits: dz, logits: z, targets, scale }.run()?;
+            cross_entropy::Finish { logits: &mut *z, settings }.run()?;
+            cross_entropy::Chunk { losses, dproducts: dz, logits: z, targets, scale, settings }.run()?;
             linear::BackwardInput { dx: &mut dh.part_mut(chunk), dy: dz, w, add: false }.run()?;
             let dw = &mut self.grads.part_mut(self.ranges.head.clone());
             linear::BackwardWeight { dw, dy: dz, x: states }.run()?;
@@ -82,14 +99,16 @@ impl CudaTrainer {
     }
 
     pub(super) fn backward(&mut self, seq: usize, args: &StepArgs) -> Result<()> {
-        let (config, ranges, grads) = (&self.config, &self.ranges, &mut self.grads);
+        let (config, ranges, block) = (&self.config, &self.ranges, Block::of(&self.config));
+        let grads = &mut self.grads;
         let param = |range: &Range<usize>| self.params.part(range.clone());
         let weight = |range: &Range<usize>| self.weights.part(range.clone());
         let Activations {
             occurrences,
             streams,
             layers,
-            rope: angles,
+            angles,
+            ones,
             h,
             y: dh,
             dx,
@@ -103,76 +122,174 @@ impl CudaTrainer {
         } = &mut self.acts;
         let sparsity =
             Sparsity { weight: &self.sparsity_weight, all: args.sparsity_over == SparsityOver::All };
+        let mut gradients = Gradients { block, params: &self.params, grads, partials };
         let Stream { x, rstd } = &streams[ranges.layers.len()];
-        rms_norm::Backward {
-            dx,
-            dweight: &mut grads.part_mut(ranges.norm.clone()),
-            dy: dh,
-            x,
-            weight: &param(&ranges.norm),
-            offset: 0.0,
-            rstd,
-            partials,
-            add: false,
-        }
-        .run()?;
+        gradients.backward(&ranges.norm, dx, dh, [x, rstd], false)?;
         for (i, (layer, acts)) in ranges.layers.iter().zip(layers).enumerate().rev() {
-            let LayerRanges { before_attention, o, before_ffn, .. } = layer;
-            let (input_norm, post_norm) = (norm_of(before_attention), norm_of(before_ffn));
             let heads = heads(config, i);
+            let LayerActs { qkv, a, lse, x_mid, rstd_mid, heads: of_heads, after, ffn: saved } = acts;
+            let [after_attention, after_ffn] =
+                after.as_ref().map_or([None, None], |acts| acts.each_ref().map(Some));
             let (tokens, Stream { x, rstd }) = (h.rows(), &streams[i]);
             let mut dqkv = dqkv.shaped_mut(tokens, heads.joined_width());
             let mut da = da.shaped_mut(tokens, heads.width());
-            // x_mid + ffn(h)
-            let (norm, x_mid, rstd_mid) = (&param(post_norm), &acts.x_mid, &acts.rstd_mid);
-            rms_norm::Restore { h, x: x_mid, weight: norm, offset: 0.0, rstd: rstd_mid }.run()?;
-            Cast { out: dy, x: dx }.run()?;
+            // x_mid + scale norm(ffn(h))
+            let norm = layer.before_ffn.as_ref().map(param);
+            block.restore(norm.as_deref(), h, x_mid, rstd_mid)?;
+            gradients.branch(layer.after_ffn.as_ref().zip(after_ffn), dy, dx, dh)?;
             let ffn = Weights { kind: &self.ffns[i], master: param(&layer.ffn), rounded: weight(&layer.ffn) };
-            let normed = Normed { x: x_mid, rstd: rstd_mid, weight: norm, offset: 0.0 };
-            let (input, acts_ffn) = (Input { h, normed, training: args.gate_training(i) }, &acts.ffn);
+            let normed = normed(block, norm.as_deref(), ones, [x_mid, rstd_mid]);
+            let input = Input { h, normed, training: args.gate_training(i) };
+            let Gradients { grads, partials, .. } = &mut gradients;
             let of_ffn = &mut grads.part_mut(layer.ffn.clone());
-            ffn.backward(Backward { dh, grads: of_ffn, dy, acts: acts_ffn, input, sparsity }, scratch)?;
-            rms_norm::Backward {
-                dx,
-                dweight: &mut grads.part_mut(post_norm.clone()),
-                dy: dh,
-                x: x_mid,
-                weight: norm,
-                offset: 0.0,
-                rstd: rstd_mid,
-                partials,
-                add: true,
-            }
-            .run()?;
-            // x_mid = x + a W_o^T
-            Cast { out: dy, x: dx }.run()?;
-            linear::BackwardWeight { dw: &mut grads.part_mut(o.clone()), dy, x: &acts.a }.run()?;
-            linear::BackwardInput { dx: &mut da, dy, w: &weight(o), add: false }.run()?;
-            let (dout, out, qkv, lse) = (&da, &acts.a, &acts.qkv, &acts.lse);
-            attention::Backward { dqkv: &mut dqkv, dout, out, qkv, lse, heads, seq, deltas }.run()?;
-            let (turned, positions) =
-                (heads.heads + heads.kv_heads, Positions::Sequences { len: seq, start: 0 });
-            Rotate { x: &mut dqkv, angles, heads: turned, head_dim: heads.head_dim, positions, back: true }
+            ffn.backward(
+                Backward { dh, grads: of_ffn, dy, acts: saved, input, sparsity, partials },
+                scratch,
+            )?;
+            gradients.input(layer.before_ffn.as_ref(), dx, dh, [x_mid, rstd_mid])?;
+            // x_mid = x + scale norm(a W_o^T + b)
+            gradients.branch(layer.after_attention.as_ref().zip(after_attention), dy, dx, dh)?;
+            gradients.linear(&layer.o, layer.o_bias.as_ref(), dy, a)?;
+            linear::BackwardInput { dx: &mut *da, dy, w: &weight(&layer.o), add: false }.run()?;
+            attention::Backward { dqkv: &mut *dqkv, dout: &da, out: a, qkv, lse, heads, seq, deltas }
                 .run()?;
-            let (norm, of_qkv) = (&param(input_norm), layer.qkv());
-            rms_norm::Restore { h, x, weight: norm, offset: 0.0, rstd }.run()?;
-            linear::BackwardWeight { dw: &mut grads.part_mut(of_qkv.clone()), dy: &dqkv, x: h }.run()?;
-            linear::BackwardInput { dx: dh, dy: &dqkv, w: &weight(&of_qkv), add: false }.run()?;
-            let dweight = &mut grads.part_mut(input_norm.clone());
-            rms_norm::Backward {
-                dx,
-                dweight,
-                dy: dh,
-                x,
-                weight: norm,
-                offset: 0.0,
-                rstd,
-                partials,
-                add: true,
+            if let Some(rope) = config.architecture.layers[i].rope {
+                let positions = Positions::Sequences { len: seq, start: 0 };
+                rotate(config, i, &mut dqkv, &angles[rope], positions, true)?;
             }
-            .run()?;
+            if let (Some(ranges), Some(acts)) = (&layer.qk_norm, of_heads) {
+                let all = block.head_norms(heads, ranges.each_ref().map(|norm| norm.len()));
+                for ((range, acts), heads) in ranges.iter().zip(acts).zip(all) {
+                    gradients.heads(range, &mut dqkv, acts, heads)?;
+                }
+            }
+            let norm = layer.before_attention.as_ref().map(param);
+            block.restore(norm.as_deref(), h, x, rstd)?;
+            let of_qkv = layer.qkv();
+            gradients.linear(&of_qkv, layer.qkv_bias.as_ref(), &dqkv, h)?;
+            linear::BackwardInput { dx: &mut **dh, dy: &dqkv, w: &weight(&of_qkv), add: false }.run()?;
+            gradients.input(layer.before_attention.as_ref(), dx, dh, [x, rstd])?;
         }
-        let dtable = &mut grads.part_mut(ranges.embed.clone());
-        Ok(embedding::Backward { dtable, dout: dx, order: occurrences }.run()?)
+        let dtable = &mut gradients.grads.part_mut(ranges.embed.clone());
+        let scale = config.architecture.embed_scale;
+        Ok(embedding::Backward { dtable, dout: dx, order: occurrences, scale }.run()?)
+    }
+}
+
+/// Returns the range of the norm that is taken of the residual stream before layer `i`, or before the head; none where the
+/// layer reads the stream itself.
+fn norm_before(ranges: &Ranges, i: usize) -> Option<&Range<usize>> {
+    match ranges.layers.get(i) {
+        Some(layer) => layer.before_attention.as_ref(),
+        None => Some(&ranges.norm),
+    }
+}
+
+/// Returns the norm that follows a block, if there is one.
+fn after_of<'a>(weight: Option<&'a Matrix<f32>>, acts: Option<&'a mut NormActs<f32>>) -> Option<After<'a>> {
+    let (weight, NormActs { x, rstd }) = weight.zip(acts)?;
+    Some(After { weight, x, rstd })
+}
+
+/// Returns what a router reads of the residual stream `x`. `ones` is the weight where there is no norm; `rstd` is 1 then.
+fn normed<'a>(
+    block: Block,
+    weight: Option<&'a Matrix<f32>>,
+    ones: &'a Matrix<f32>,
+    [x, rstd]: [&'a Matrix<f32>; 2],
+) -> Normed<'a> {
+    let (weight, offset) = weight.map_or((ones, 0.0), |weight| (weight, block.offset));
+    Normed { x, rstd, weight, offset }
+}
+
+/// The gradients of norms, weights and biases, with scratch memory for their sums.
+struct Gradients<'a> {
+    block: Block,
+    params: &'a Matrix<f32>,
+    grads: &'a mut Matrix<f32>,
+    partials: &'a mut Matrix<f32>,
+}
+
+impl Gradients<'_> {
+    /// Sets `dx` to the gradient of the input `x` of a norm, or adds it.
+    fn backward(
+        &mut self,
+        norm: &Range<usize>,
+        dx: &mut Matrix<f32>,
+        dy: &Matrix<f32>,
+        [x, rstd]: [&Matrix<f32>; 2],
+        add: bool,
+    ) -> Result<()> {
+        let Gradients { block, params, grads, partials } = self;
+        let (dweight, weight) = (&mut grads.part_mut(norm.clone()), &params.part(norm.clone()));
+        let offset = block.offset;
+        Ok(rms_norm::Backward { dx, dweight, dy, x, weight, offset, rstd, partials, add }.run()?)
+    }
+
+    /// Sets `dy`, rounded, to the gradient of what a block gives, from the gradient `dx` of the residual stream that it
+    /// joined. `work` is used where a norm follows the block.
+    fn branch(
+        &mut self,
+        after: Option<(&Range<usize>, &NormActs<f32>)>,
+        dy: &mut Matrix<bf16>,
+        dx: &Matrix<f32>,
+        work: &mut Matrix<f32>,
+    ) -> Result<()> {
+        let scale = self.block.residual_scale;
+        let of_branch = match after {
+            Some((norm, NormActs { x, rstd })) => {
+                self.backward(norm, work, dx, [x, rstd], false)?;
+                &*work
+            }
+            None => dx,
+        };
+        match scale == 1.0 {
+            true => Cast { out: dy, x: of_branch }.run()?,
+            false => elementwise::Scale { out: dy, x: of_branch, scale }.run()?,
+        }
+        Ok(())
+    }
+
+    /// Adds to the gradient `dx` of the residual stream `x` that of what a block read of it, `dh`.
+    fn input(
+        &mut self,
+        norm: Option<&Range<usize>>,
+        dx: &mut Matrix<f32>,
+        dh: &Matrix<f32>,
+        stream: [&Matrix<f32>; 2],
+    ) -> Result<()> {
+        match norm {
+            Some(norm) => self.backward(norm, dx, dh, stream, true),
+            None => Ok(elementwise::Add { y: dx, x: dh }.run()?),
+        }
+    }
+
+    /// Adds to the gradients of a linear layer's weight and bias.
+    fn linear(
+        &mut self,
+        weight: &Range<usize>,
+        bias: Option<&Range<usize>>,
+        dy: &Matrix<bf16>,
+        x: &Matrix<bf16>,
+    ) -> Result<()> {
+        let Gradients { grads, partials, .. } = self;
+        linear::BackwardWeight { dw: &mut grads.part_mut(weight.clone()), dy, x }.run()?;
+        if let Some(bias) = bias {
+            linear::BackwardBias { db: &mut grads.part_mut(bias.clone()), dy, partials }.run()?;
+        }
+        Ok(())
+    }
+
+    /// Turns the gradients of normed queries or keys into those before their norm.
+    fn heads(
+        &mut self,
+        norm: &Range<usize>,
+        dx: &mut Matrix<bf16>,
+        NormActs { x, rstd }: &NormActs<bf16>,
+        heads: rms_norm::Heads,
+    ) -> Result<()> {
+        let Gradients { params, grads, partials, .. } = self;
+        let (dweight, weight) = (&mut grads.part_mut(norm.clone()), &params.part(norm.clone()));
+        Ok(rms_norm::BackwardHeads { dx, dweight, x, rstd, weight, heads, partials }.run()?)
     }
 }

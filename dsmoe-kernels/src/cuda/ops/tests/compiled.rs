@@ -31,16 +31,36 @@ fn kernels() -> [Spec; 13] {
     let of_experts = of_experts.map(|(stages, old, act)| experts::defines(stages, old, act).to_vec());
     let of_few = [(1, 8, Silu), (8, 8, Silu), (3, 7, Silu), (1, 8, GeluTanh)];
     let of_few = of_few.map(|(tokens, width, act)| gemv::defines(tokens, width, act).to_vec());
-    let of_rows = [(4096, false), (8192, false), (128, false), (67, false), (4096, true)];
-    let of_rows = of_rows.map(|(width, offset)| rms_norm::defines(width, offset).to_vec()).to_vec();
+    let of_rows =
+        [(4096, 0, 0), (8192, 0, 0), (128, 0, 0), (67, 0, 0), (4096, 1, 0), (4096, 0, 1), (8192, 1, 1)];
+    let of_rows = of_rows.map(|(width, offset, scaled)| {
+        let variant = rms_norm::Variant { offset: offset != 0, scaled: scaled != 0 };
+        rms_norm::defines(width, variant).to_vec()
+    });
+    let either = [false, true];
     let of_routers =
         "logits route count scan scan_tokens fill stats backward backward_weights backward_input";
     [
         (&attention::SOURCE, "forward ragged deltas backward_queries backward_keys", 255, of_heads),
-        (&cross_entropy::SOURCE, "chunk forward likelihoods", 64, plain()),
+        (
+            &cross_entropy::SOURCE,
+            "logits chunk forward likelihoods",
+            64,
+            either.map(|capped| cross_entropy::defines(capped).to_vec()).to_vec(),
+        ),
         (&decode::SOURCE, "append chunks combine", 128, of_caches),
-        (&elementwise::SOURCE, "cast add keep rows add_bias_f32 add_bias_bf16 sum_rows", 40, plain()),
-        (&embedding::SOURCE, "forward_f32 forward_bf16 backward", 40, plain()),
+        (
+            &elementwise::SOURCE,
+            "cast add scale_f32 scale_bf16 join keep rows add_bias_f32 add_bias_bf16 sum_rows",
+            40,
+            plain(),
+        ),
+        (
+            &embedding::SOURCE,
+            "forward_f32 forward_bf16 backward",
+            40,
+            either.map(|scaled| embedding::defines(scaled).to_vec()).to_vec(),
+        ),
         (&experts::SOURCE, "up project down input weights combine", 255, of_experts.to_vec()),
         (&ffn::SOURCE, "activate backward", 64, [Silu, GeluTanh].map(|act| vec![ffn::define(act)]).to_vec()),
         (&gemv::SOURCE, "gemv_f32 gemv_bf16 gemv_up gemv_down gemv_sum", 128, of_few.to_vec()),
@@ -48,17 +68,12 @@ fn kernels() -> [Spec; 13] {
         (&optim::SOURCE, "adamw sum_squares sum add_partials", 40, plain()),
         (
             &rms_norm::SOURCE,
-            "forward forward_sum restore backward sum_partials norm_heads backward_heads",
+            "forward_bf16 forward_f32 forward_sum restore backward sum_partials norm_heads backward_heads",
             64,
-            of_rows,
+            of_rows.to_vec(),
         ),
         (&rope::SOURCE, "turn", 40, plain()),
-        (
-            &router::SOURCE,
-            of_routers,
-            64,
-            [false, true].map(|offset| router::defines(offset).to_vec()).to_vec(),
-        ),
+        (&router::SOURCE, of_routers, 64, either.map(|offset| router::defines(offset).to_vec()).to_vec()),
     ]
 }
 

@@ -16,10 +16,12 @@ fn single(values: &[f64]) -> Vec<f32> {
 fn cuda_rms_norm_is_the_reference() {
     let Some(gpu) = gpu_or_skip("cuda_rms_norm_is_the_reference") else { return };
     let shapes = [(0, 64), (1, 1), (3, 67), (129, 128), (700, 2048), (5, 8192), (30, 100)];
-    for ((rows, hidden), offset) in shapes.into_iter().zip([0.0, 0.0, 1.0].into_iter().cycle()) {
+    let variants = [(0.0, 1.0), (0.0, 0.25), (1.0, 1.0), (1.0, 0.25)];
+    for ((rows, hidden), (offset, scale)) in shapes.into_iter().zip(variants.into_iter().cycle()) {
         let (x, y, w) = (values(rows * hidden, 1), values(rows * hidden, 2), values(hidden, 3));
         let eps = 1e-5f32;
-        let sum: Vec<f64> = to_f64(&x).iter().zip(to_f64(&y)).map(|(a, b)| a + b).collect();
+        let part = f64::from(scale);
+        let sum: Vec<f64> = to_f64(&x).iter().zip(to_f64(&y)).map(|(a, b)| a + part * b).collect();
         let whole: Vec<f64> = to_f64(&w).iter().map(|w| w + f64::from(offset)).collect();
         let (want, want_rstd) = norms::reference::forward(&sum, &whole, f64::from(eps));
         let dy = values(rows * hidden, 4);
@@ -37,11 +39,12 @@ fn cuda_rms_norm_is_the_reference() {
             y: y_on,
             weight,
             offset,
+            scale,
             eps,
         }
         .run()
         .unwrap();
-        let what = format!("{rows} x {hidden}");
+        let what = format!("{rows} x {hidden} + {offset}, {scale}");
         check_close(&format!("{what} sum"), &out.download().unwrap(), &sum, |_| 1e-7);
         check_close(&format!("{what} rstd"), &rstd.download().unwrap(), &want_rstd, |i| 2e-6 * want_rstd[i]);
         let close = |i: usize| want[i].abs() * (1.0 / 256.0) + 1e-6;
@@ -50,6 +53,11 @@ fn cuda_rms_norm_is_the_reference() {
         let mut plain = gpu.zeros::<bf16>(rows * hidden).unwrap();
         rms_norm::Forward { h: &mut plain, rstd: &mut rstd, x: &out, weight, offset, eps }.run().unwrap();
         assert_eq!(plain.download().unwrap(), before, "{what}: forward of the sum");
+        let mut single = gpu.zeros::<f32>(rows * hidden).unwrap();
+        rms_norm::Forward { h: &mut single, rstd: &mut rstd, x: &out, weight, offset, eps }.run().unwrap();
+        check_close(&format!("{what} in f32"), &single.download().unwrap(), &want, |i| {
+            2e-6 * (1.0 + want[i].abs())
+        });
         plain.fill_zero().unwrap();
         rms_norm::Restore { h: &mut plain, x: &out, weight, offset, rstd: &rstd }.run().unwrap();
         assert_eq!(plain.download().unwrap(), before, "{what}: restored");
@@ -78,25 +86,27 @@ fn cuda_rms_norm_is_the_reference() {
 fn cuda_embedding_is_the_reference() {
     let Some(gpu) = gpu_or_skip("cuda_embedding_is_the_reference") else { return };
     let (vocab, hidden) = (11, 37);
-    for ids in [vec![], vec![3], vec![1, 4, 1, 1, 10, 0, 4]] {
+    let of_ids = [vec![], vec![3], vec![1, 4, 1, 1, 10, 0, 4]];
+    for (ids, scale) in of_ids.into_iter().flat_map(|ids| [(ids.clone(), 1.0), (ids, 3.5)]) {
         let table = values(vocab * hidden, 1);
         let dout = values(ids.len() * hidden, 2);
-        let want = tables::reference::forward(&to_f64(&table), &ids, hidden, 1.0);
-        let want_back = tables::reference::backward(&to_f64(&dout), &ids, [vocab, hidden], 1.0);
+        let want = tables::reference::forward(&to_f64(&table), &ids, hidden, f64::from(scale));
+        let sizes = [vocab, hidden];
+        let want_back = tables::reference::backward(&to_f64(&dout), &ids, sizes, f64::from(scale));
         let ids_on = &gpu.upload(&ids).unwrap();
         let mut out = gpu.zero_rows::<f32>(ids.len(), hidden).unwrap();
         let full = gpu.upload(&to_f32(&table)).unwrap();
-        embedding::Forward { out: &mut out, table: &full, ids: ids_on }.run().unwrap();
+        embedding::Forward { out: &mut out, table: &full, ids: ids_on, scale }.run().unwrap();
         assert_eq!(out.download().unwrap(), single(&want));
         let half = gpu.upload(&table).unwrap();
         out.fill_zero().unwrap();
-        embedding::Forward { out: &mut out, table: &half, ids: ids_on }.run().unwrap();
+        embedding::Forward { out: &mut out, table: &half, ids: ids_on, scale }.run().unwrap();
         assert_eq!(out.download().unwrap(), single(&want));
         let mut order = embedding::Occurrences::with_room(&gpu, 10).unwrap();
         order.update(&ids).unwrap();
         let mut dtable = gpu.zeros::<f32>(vocab * hidden).unwrap();
         let dout = &gpu.upload_rows(&to_f32(&dout), hidden).unwrap();
-        embedding::Backward { dtable: &mut dtable, dout, order: &order }.run().unwrap();
+        embedding::Backward { dtable: &mut dtable, dout, order: &order, scale }.run().unwrap();
         check_close("dtable", &dtable.download().unwrap(), &want_back, |_| 1e-6);
     }
 }
@@ -156,35 +166,55 @@ fn check_rope(gpu: &Gpu, rotated: usize, factor: f64) {
 #[test]
 fn cuda_cross_entropy_is_the_reference() {
     let Some(gpu) = gpu_or_skip("cuda_cross_entropy_is_the_reference") else { return };
-    for (rows, vocab) in [(1, 2), (7, 33), (5, 5000), (3, 128_256)] {
-        let z: Vec<f32> = to_f32(&values(rows * vocab, 1)).iter().map(|x| 8.0 * x).collect();
+    let settings = [(1.0, None), (0.125, None), (1.0, Some(3.0)), (1.5, Some(20.0))];
+    let settings = settings.map(|(scale, cap)| losses::Logits { scale, cap });
+    let shapes = [(1, 2), (7, 33), (5, 5000), (3, 128_256)];
+    for ((rows, vocab), settings) in shapes.into_iter().flat_map(|shape| settings.map(|s| (shape, s))) {
+        let products: Vec<f32> = to_f32(&values(rows * vocab, 1)).iter().map(|x| 8.0 * x).collect();
         let mut targets: Vec<u32> = (0..rows as u32).map(|i| (i * 7919) % vocab as u32).collect();
         if rows > 2 {
             targets[1] = losses::IGNORE;
         }
         let scale = 0.125f32;
-        let (mut want, mut want_dz) = (Vec::new(), Vec::new());
-        for (row, &target) in z.chunks(vocab).zip(&targets) {
-            let row: Vec<f64> = row.iter().map(|&x| f64::from(x)).collect();
-            let logs = losses::reference::log_softmax(&row);
+        let (by, cap) = (f64::from(settings.scale), settings.cap.map(f64::from));
+        let logit = |x: &f32| -> (f64, f64) {
+            let z = by * f64::from(*x);
+            let Some(cap) = cap else { return (z, by) };
+            let t = (z / cap).tanh();
+            (cap * t, by * (1.0 - t * t))
+        };
+        let (mut want_z, mut want, mut want_dx) = (Vec::new(), Vec::new(), Vec::new());
+        for (row, &target) in products.chunks(vocab).zip(&targets) {
+            let (z, slopes): (Vec<f64>, Vec<f64>) = row.iter().map(logit).unzip();
+            let logs = losses::reference::log_softmax(&z);
             let seen = target != losses::IGNORE;
             want.push(if seen { -logs[target as usize] } else { 0.0 });
-            want_dz.extend(logs.iter().enumerate().map(|(i, l)| {
+            want_dx.extend(logs.iter().zip(slopes).enumerate().map(|(i, (l, slope))| {
                 let hit = if i == target as usize { 1.0 } else { 0.0 };
-                if seen { f64::from(scale) * (l.exp() - hit) } else { 0.0 }
+                if seen { f64::from(scale) * (l.exp() - hit) * slope } else { 0.0 }
             }));
+            want_z.extend(z);
         }
-        let (logits, targets) = (&gpu.upload_rows(&z, vocab).unwrap(), &gpu.upload(&targets).unwrap());
+        let what = format!("{rows} x {vocab} {settings:?}");
+        let (mut logits, targets) =
+            (gpu.upload_rows(&products, vocab).unwrap(), &gpu.upload(&targets).unwrap());
+        cross_entropy::Finish { logits: &mut logits, settings }.run().unwrap();
+        check_close(&format!("{what} logits"), &logits.download().unwrap(), &want_z, |i| {
+            2e-6 * (1.0 + want_z[i].abs())
+        });
+        let logits = &logits;
         let mut got = gpu.zeros::<f32>(rows).unwrap();
-        let mut dz = gpu.zeros::<bf16>(rows * vocab).unwrap();
-        cross_entropy::Chunk { losses: &mut got, dlogits: &mut dz, logits, targets, scale }.run().unwrap();
-        check_close("loss", &got.download().unwrap(), &want, |_| 2e-5);
-        check_close("dlogits", &to_f32(&dz.download().unwrap()), &want_dz, |i| {
-            want_dz[i].abs() / 200.0 + 1e-9
+        let dproducts = &mut gpu.zeros::<bf16>(rows * vocab).unwrap();
+        cross_entropy::Chunk { losses: &mut got, dproducts, logits, targets, scale, settings }.run().unwrap();
+        check_close(&format!("{what} loss"), &got.download().unwrap(), &want, |_| 2e-5);
+        // Where a cap is all but reached, the slope is a small difference of numbers near 1.
+        let near = if cap.is_some() { 2e-7 } else { 1e-9 };
+        check_close(&format!("{what} dproducts"), &to_f32(&dproducts.download().unwrap()), &want_dx, |i| {
+            want_dx[i].abs() / 200.0 + near
         });
         got.fill_zero().unwrap();
         cross_entropy::Forward { losses: &mut got, logits, targets }.run().unwrap();
-        check_close("loss alone", &got.download().unwrap(), &want, |_| 2e-5);
+        check_close(&format!("{what} loss alone"), &got.download().unwrap(), &want, |_| 2e-5);
     }
 
     // The first of equally likely tokens is greedy.
@@ -249,6 +279,20 @@ fn cuda_optimiser_and_sums_are_the_reference() {
         elementwise::Add { y: &mut sum, x: &b_on }.run().unwrap();
         let want: Vec<f32> = a.iter().zip(&b).map(|(a, b)| a + b).collect();
         assert_eq!(sum.download().unwrap(), want);
+
+        // Powers of two multiply without rounding.
+        let (mut scaled, mut rounded) = (gpu.zeros::<f32>(len).unwrap(), gpu.zeros::<bf16>(len).unwrap());
+        elementwise::Scale { out: &mut scaled, x: &b_on, scale: 0.25 }.run().unwrap();
+        elementwise::Scale { out: &mut rounded, x: &b_on, scale: 0.25 }.run().unwrap();
+        let want: Vec<f32> = b.iter().map(|b| 0.25 * b).collect();
+        assert_eq!(scaled.download().unwrap(), want);
+        assert_eq!(to_f32(&rounded.download().unwrap()), want);
+        let (x, out) = (&gpu.upload(&a).unwrap(), &mut scaled);
+        elementwise::Join { h: &mut rounded, out, x, y: &b_on, scale: 0.25 }.run().unwrap();
+        let want: Vec<f32> = a.iter().zip(&b).map(|(a, b)| a + 0.25 * b).collect();
+        assert_eq!(scaled.download().unwrap(), want);
+        let want: Vec<bf16> = want.iter().map(|&x| bf16::from_f32(x)).collect();
+        assert_eq!(rounded.download().unwrap(), want);
     }
 }
 
@@ -328,7 +372,7 @@ fn cuda_biases_are_added_and_summed() {
         let want: Vec<f64> = to_f64(&y).iter().zip(to_f64(&b).iter().cycle()).map(|(y, b)| y + b).collect();
         let mut narrow = gpu.upload_rows(&y, width).unwrap();
         linear::AddBias { y: &mut narrow, bias }.run().unwrap();
-        let close = |i: usize| want[i].abs() / 256.0;
+        let close = |i: usize| want[i].abs() / 256.0 + 1e-9;
         check_close("bf16", &to_f32(&narrow.download().unwrap()), &want, close);
         let mut wide = gpu.upload_rows(&to_f32(&y), width).unwrap();
         linear::AddBias { y: &mut wide, bias }.run().unwrap();

@@ -1,0 +1,119 @@
+//! The neurons of the core and of the experts.
+
+use super::{Plan, Start};
+use crate::calibrate::{LayerStream, LayerWeights};
+use crate::error::Result;
+use crate::partition::clusters;
+
+/// The experts of a layer.
+#[derive(Clone, Debug)]
+pub(super) struct Experts {
+    /// The original neuron of every stored row: the core, then one expert after the other.
+    pub(super) order: Vec<u32>,
+    /// Neurons of the core.
+    pub(super) core: usize,
+    /// Neurons of an expert.
+    pub(super) width: usize,
+}
+
+impl Experts {
+    /// Chooses the core by importance, and clusters the other neurons.
+    pub(super) fn choose(
+        stream: &mut LayerStream,
+        weights: &LayerWeights,
+        plan: &Plan,
+        options: &Start,
+    ) -> Result<Experts> {
+        let [.., gate, _, down] = &weights.linears;
+        let width = gate.outputs / plan.num_experts;
+        let core = plan.core * width;
+        let lengths = column_lengths(&down.weight, down.inputs);
+        let mut seen = Seen::new(gate.outputs);
+        let seq = stream.seq();
+        stream.see_ffn(weights, &mut |tap| seen.add(tap.neurons, seq));
+        let mut importance: Vec<f64> = seen
+            .sizes(options.settings.intercept)
+            .zip(&lengths)
+            .map(|(size, length)| size * length)
+            .collect();
+        let massive: Vec<f64> =
+            seen.first.iter().zip(&lengths).map(|(value, length)| value * length).collect();
+        for &neuron in descending(&massive).iter().take(options.settings.massive.min(core)) {
+            importance[neuron] = f64::INFINITY;
+        }
+        let mut order = descending(&importance);
+        let mut rest = order.split_off(core);
+        rest.sort_unstable();
+        let rows: Vec<f32> =
+            rest.iter().flat_map(|&j| &gate.weight[j * gate.inputs..][..gate.inputs]).copied().collect();
+        let seed = options.seed ^ weights.layer as u64;
+        let (clustered, _) = clusters::neurons(rows, gate.inputs, plan.routed(), seed);
+        order.extend(clustered.iter().map(|&at| rest[at as usize]));
+        Ok(Experts { order: order.into_iter().map(|neuron| neuron as u32).collect(), core, width })
+    }
+
+    /// Returns the neurons of the routed experts, one expert after the other.
+    pub(super) fn routed(&self) -> impl ExactSizeIterator<Item = &[u32]> {
+        self.order[self.core..].chunks_exact(self.width)
+    }
+}
+
+/// Sizes of the values of each neuron.
+struct Seen {
+    /// Sums, and sums of squares, at all positions but the first.
+    sums: Vec<f64>,
+    squares: Vec<f64>,
+    tokens: usize,
+    /// Largest value at first positions.
+    first: Vec<f64>,
+}
+
+impl Seen {
+    fn new(neurons: usize) -> Seen {
+        let zeros = || vec![0.0; neurons];
+        Seen { sums: zeros(), squares: zeros(), tokens: 0, first: zeros() }
+    }
+
+    /// Adds the neurons of a sequence of `seq` tokens.
+    fn add(&mut self, neurons: &[f32], seq: usize) {
+        let width = self.squares.len();
+        self.tokens += seq.saturating_sub(1);
+        for (t, row) in neurons.chunks_exact(width).enumerate().take(seq) {
+            for (j, &value) in row.iter().enumerate() {
+                let value = f64::from(value);
+                match t {
+                    0 => self.first[j] = self.first[j].max(value.abs()),
+                    _ => {
+                        self.sums[j] += value;
+                        self.squares[j] += value * value;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Returns the root mean square of each neuron, around its mean where a constant makes up for that.
+    fn sizes(&self, around_mean: bool) -> impl Iterator<Item = f64> {
+        let tokens = self.tokens.max(1) as f64;
+        self.sums.iter().zip(&self.squares).map(move |(sum, square)| {
+            let mean = if around_mean { sum / tokens } else { 0.0 };
+            (square / tokens - mean * mean).max(0.0).sqrt()
+        })
+    }
+}
+
+/// Returns the lengths of the columns of a matrix with that many.
+fn column_lengths(matrix: &[f32], columns: usize) -> Vec<f64> {
+    let mut squares = vec![0.0; columns];
+    for row in matrix.chunks_exact(columns) {
+        squares.iter_mut().zip(row).for_each(|(sum, &x)| *sum += f64::from(x) * f64::from(x));
+    }
+    squares.into_iter().map(f64::sqrt).collect()
+}
+
+/// Returns the places of values from the largest to the smallest, the first among equals first.
+fn descending(values: &[f64]) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..values.len()).collect();
+    order.sort_by(|&a, &b| values[b].total_cmp(&values[a]).then(a.cmp(&b)));
+    order
+}

@@ -1,0 +1,191 @@
+//! What stands beside the experts of a DSMoE FFN: the router, of full or of low rank, and the linear term that makes up for
+//! closed experts.
+//!
+//! ```text
+//! full rank   z = x Y^T (+ b)                       Y [n, hidden]
+//! rank r      l = x A^T,   z = l B^T (+ b)          A [r, hidden], B [n, r]
+//! output      y += l C^T                            C [hidden, r], where there is one
+//! ```
+//! n is the number of routed experts. All values are f32 in every precision: rounded logits would open other experts.
+
+use dsmoe_kernels::buf::Buf;
+use dsmoe_kernels::matmul::{Mat, Matmul};
+use dsmoe_kernels::{Precision, linear};
+
+use super::{split, split_mut};
+use crate::params::TensorSpec;
+
+/// Sizes of the router and of what is added to the output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Gating {
+    pub(super) hidden: usize,
+    /// Routed experts (n).
+    pub(super) routed: usize,
+    /// Rank of the router (r); none for a full one.
+    pub(super) rank: Option<usize>,
+    pub(super) bias: bool,
+    /// True with the term `l C^T`, which needs a rank.
+    pub(super) correction: bool,
+}
+
+/// Tensors of a [`Gating`].
+#[derive(Clone, Copy, Debug)]
+pub(super) struct GatingWeights<'a> {
+    /// Y or A.
+    first: &'a [f32],
+    /// B; empty at full rank.
+    second: &'a [f32],
+    bias: &'a [f32],
+    /// C, transposed: `[r, hidden]`.
+    correction: &'a [f32],
+}
+
+/// Operands of [`Gating::backward`].
+pub(super) struct GatingBackward<'a> {
+    /// Gradient of the input, added to.
+    pub(super) dx: &'a mut [f32],
+    /// Gradient of the tensors, added to.
+    pub(super) grads: &'a mut [f32],
+    /// Gradient of the logits.
+    pub(super) dlogits: &'a [f32],
+    /// Gradient of the output.
+    pub(super) dy: &'a [f32],
+    pub(super) x: &'a [f32],
+    /// l of the forward.
+    pub(super) low: &'a [f32],
+    /// Memory for the gradient of l.
+    pub(super) dlow: &'a mut Buf,
+}
+
+impl Gating {
+    pub(super) fn tensors(&self) -> Vec<TensorSpec> {
+        let Gating { hidden, routed, rank, .. } = *self;
+        let mut tensors = match rank {
+            None => vec![TensorSpec::router("router.weight", vec![routed, hidden])],
+            Some(rank) => vec![
+                TensorSpec::router("router.a.weight", vec![rank, hidden]),
+                TensorSpec::router("router.b.weight", vec![routed, rank]),
+            ],
+        };
+        if self.bias {
+            tensors.push(TensorSpec::router("router.bias", vec![routed]));
+        }
+        if let Some(rank) = rank.filter(|_| self.correction) {
+            tensors.push(TensorSpec::router("correction.weight", vec![rank, hidden]).transposed());
+        }
+        tensors
+    }
+
+    fn lens(&self) -> [usize; 4] {
+        let Gating { hidden, routed, rank, .. } = *self;
+        let optional = |is_there: bool, len: usize| if is_there { len } else { 0 };
+        [
+            rank.unwrap_or(routed) * hidden,
+            rank.map_or(0, |rank| routed * rank),
+            optional(self.bias, routed),
+            optional(self.correction, rank.unwrap_or(0) * hidden),
+        ]
+    }
+
+    /// Returns the number of values of all tensors.
+    pub(super) fn len(&self) -> usize {
+        self.lens().iter().sum()
+    }
+
+    /// Returns the views of the tensors, which start the block.
+    pub(super) fn weights<'a>(&self, block: &'a [f32]) -> GatingWeights<'a> {
+        let [first, second, bias, correction] = split(block, self.lens());
+        GatingWeights { first, second, bias, correction }
+    }
+
+    /// Returns the length of l for that many tokens.
+    pub(super) fn low_len(&self, tokens: usize) -> usize {
+        tokens * self.rank.unwrap_or(0)
+    }
+
+    fn linear(rows: usize, inputs: usize, outputs: usize) -> linear::Dims {
+        linear::Dims { rows, inputs, outputs, precision: Precision::F32 }
+    }
+
+    /// Sets the logits `[tokens, n]`, and l `[tokens, r]` at a low rank.
+    pub(super) fn forward(&self, logits: &mut Buf, low: &mut Buf, x: &[f32], weights: GatingWeights<'_>) {
+        let Gating { hidden, routed, rank, .. } = *self;
+        let tokens = x.len() / hidden;
+        logits.resize(tokens * routed);
+        low.resize(self.low_len(tokens));
+        let (x, w, inputs) = match rank {
+            None => (x, weights.first, hidden),
+            Some(rank) => {
+                let dims = Gating::linear(tokens, hidden, rank);
+                linear::Forward { y: low, x, w: weights.first, bias: None, dims }.run();
+                (&low[..], weights.second, rank)
+            }
+        };
+        let dims = Gating::linear(tokens, inputs, routed);
+        linear::Forward { y: logits, x, w, bias: None, dims }.run();
+        if self.bias {
+            for row in logits.chunks_exact_mut(routed) {
+                row.iter_mut().zip(weights.bias).for_each(|(z, b)| *z += b);
+            }
+        }
+    }
+
+    /// Adds the linear term to `y`, where there is one.
+    pub(super) fn correct(&self, y: &mut [f32], low: &[f32], weights: GatingWeights<'_>) {
+        if let Some(rank) = self.rank.filter(|_| self.correction) {
+            let dims = Gating::linear(y.len() / self.hidden, self.hidden, rank);
+            linear::BackwardInput { dx: y, dy: low, w: weights.correction, dims, add: true }.run();
+        }
+    }
+
+    /// Adds the gradients of the input and of all tensors.
+    pub(super) fn backward(&self, weights: GatingWeights<'_>, args: GatingBackward<'_>) {
+        let Gating { hidden, routed, rank, .. } = *self;
+        let GatingBackward { dx, grads, dlogits, dy, x, low, dlow } = args;
+        let tokens = x.len() / hidden;
+        let [dfirst, dsecond, dbias, dcorrection] = split_mut(grads, self.lens());
+        match rank {
+            None => {
+                let dims = Gating::linear(tokens, hidden, routed);
+                linear::BackwardWeight { dw: dfirst, dy: dlogits, x, dims }.run();
+                linear::BackwardInput { dx, dy: dlogits, w: weights.first, dims, add: true }.run();
+            }
+            Some(rank) => {
+                dlow.resize(tokens * rank);
+                let dims = Gating::linear(tokens, rank, routed);
+                // forward: z = l B^T
+                linear::BackwardWeight { dw: dsecond, dy: dlogits, x: low, dims }.run();
+                linear::BackwardInput { dx: dlow, dy: dlogits, w: weights.second, dims, add: false }.run();
+                if self.correction {
+                    self.backward_correction(dcorrection, dlow, low, dy, weights.correction);
+                }
+                // forward: l = x A^T
+                let dims = Gating::linear(tokens, hidden, rank);
+                linear::BackwardWeight { dw: dfirst, dy: dlow, x, dims }.run();
+                linear::BackwardInput { dx, dy: dlow, w: weights.first, dims, add: true }.run();
+            }
+        }
+        if self.bias {
+            for row in dlogits.chunks_exact(routed) {
+                dbias.iter_mut().zip(row).for_each(|(db, dz)| *db += dz);
+            }
+        }
+    }
+
+    /// Adds the gradients of C and of l through `y += l C^T`.
+    fn backward_correction(
+        &self,
+        dcorrection: &mut [f32],
+        dlow: &mut [f32],
+        low: &[f32],
+        dy: &[f32],
+        correction: &[f32],
+    ) {
+        let (hidden, rank) = (self.hidden, self.rank.unwrap_or(0));
+        let tokens = dy.len() / hidden;
+        let dims = Gating::linear(tokens, hidden, rank);
+        linear::BackwardWeight { dw: dcorrection, dy: low, x: dy, dims }.run();
+        let (dy, correction) = (Mat::new(dy, tokens, hidden), Mat::new(correction, rank, hidden));
+        Matmul { c: dlow, a: dy, b: correction.t(), accumulate: true, precision: Precision::F32 }.run();
+    }
+}
