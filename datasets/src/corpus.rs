@@ -111,7 +111,7 @@ impl Corpus {
             let metadata = fs::metadata(path).map_err(Error::io(path))?;
             if metadata.is_dir() {
                 let before = files.len();
-                search(path, &mut HashSet::new(), &mut files)?;
+                search(path, &mut Searched::default(), &mut files)?;
                 if files.len() == before {
                     return Err(Error::NoTextFiles { path: path.clone() });
                 }
@@ -247,11 +247,28 @@ impl Corpus {
     }
 }
 
+/// Directories that were searched, and all directories above them.
+#[derive(Default)]
+struct Searched(HashSet<PathBuf>);
+
+impl Searched {
+    /// Adds a directory; false if it was searched already or lies above one that was.
+    fn add(&mut self, real: PathBuf) -> bool {
+        if self.0.contains(&real) {
+            return false;
+        }
+        for above in real.ancestors().skip(1) {
+            if !self.0.insert(above.to_path_buf()) {
+                break;
+            }
+        }
+        self.0.insert(real)
+    }
+}
+
 /// Adds the text files under `dir`. A directory that was searched already, or that a link leads up to, is left out.
-fn search(dir: &Path, searched: &mut HashSet<PathBuf>, files: &mut Vec<CorpusFile>) -> Result<()> {
-    let real = fs::canonicalize(dir).map_err(Error::io(dir))?;
-    let leads_up = searched.iter().any(|other| other.starts_with(&real));
-    if leads_up || !searched.insert(real) {
+fn search(dir: &Path, searched: &mut Searched, files: &mut Vec<CorpusFile>) -> Result<()> {
+    if !searched.add(fs::canonicalize(dir).map_err(Error::io(dir))?) {
         return Ok(());
     }
     let entries = fs::read_dir(dir).and_then(|entries| entries.collect::<io::Result<Vec<_>>>());
@@ -402,6 +419,11 @@ impl Documents<'_> {
     fn next_text(&mut self, path: &Path) -> Result<Option<String>> {
         while let Some((line, row)) = self.next_row(path)? {
             match row {
+                // A Parquet cell or a row of an array may be longer than a line may.
+                RowText::Text(text) if text.len() as u64 > MAX_DOCUMENT => {
+                    let path = path.to_path_buf();
+                    return Err(Error::TooLarge { path, what: "document", limit: MAX_DOCUMENT });
+                }
                 RowText::Text(text) => {
                     self.notes.texts += 1;
                     return Ok(Some(text));

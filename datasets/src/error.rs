@@ -342,3 +342,31 @@ impl Error {
         }
     }
 }
+
+/// Returns text from a file for a message: one line of bounded length without control characters. Of a long text its start
+/// and end are kept, since parsers say where they are at the end.
+pub(crate) fn shown(text: &str) -> String {
+    const START: usize = 200;
+    const END: usize = 60;
+    let mut line: Vec<char> = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    if line.len() > START + END {
+        line.splice(START..line.len() - END, " ... ".chars());
+    }
+    line.into_iter().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::shown;
+
+    #[test]
+    fn long_texts_are_cut_in_the_middle_and_stay_in_a_line() {
+        assert_eq!(shown("a\nb\u{1b}[31m"), "a b [31m");
+        let text = format!("{}{}", "é".repeat(70_000), " at line 1 column 2");
+        let short = shown(&text);
+        assert!(
+            short.len() < 700 && short.starts_with("éé") && short.ends_with("é at line 1 column 2"),
+            "{short}"
+        );
+    }
+}

@@ -49,6 +49,20 @@ pub fn lock_dir(dir: &Path) -> io::Result<Option<File>> {
     }
 }
 
+/// Reads a file of at most `limit` bytes. A pipe is read to its end; a device without an end gives an error.
+///
+/// # Errors
+/// [`io::ErrorKind::FileTooLarge`] for more bytes, or the error of the file system.
+pub fn read_at_most(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    File::open(path)?.take(limit.saturating_add(1)).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > limit {
+        let reason = format!("more than {limit} bytes, too many for such a file");
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, reason));
+    }
+    Ok(bytes)
+}
+
 /// Returns `bytes` without the byte-order mark of UTF-8 that some editors write.
 pub(crate) fn without_bom(bytes: &[u8]) -> &[u8] {
     bytes.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(bytes)
@@ -73,6 +87,23 @@ pub fn sha256_of(path: &Path, progress: &mut dyn FnMut(u64)) -> io::Result<Strin
                 hasher.update(&buffer[..read]);
                 progress(read as u64);
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_has_no_end_is_read_up_to_the_limit() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), b"abc").unwrap();
+        assert_eq!(read_at_most(file.path(), 3).unwrap(), b"abc");
+        assert_eq!(read_at_most(file.path(), 2).unwrap_err().kind(), io::ErrorKind::FileTooLarge);
+        if cfg!(unix) {
+            let error = read_at_most(Path::new("/dev/zero"), 1 << 20).unwrap_err();
+            assert!(error.to_string().contains("1048576"), "{error}");
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Manifests: the files of a folder with their sizes and SHA-256, and the public datasets that folders are made from.
 
-use crate::error::{Error, Result};
-use crate::files::{replace, sha256_of};
+use crate::error::{Error, Result, shown};
+use crate::files::{read_at_most, replace, sha256_of};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::fs;
@@ -191,15 +191,12 @@ pub fn verify(folder: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<Verif
 
 fn read(path: &Path) -> Result<Manifest> {
     let wrong = |reason: String| Error::file(path, reason, "write it again with dsmoe data verify {write}");
-    let metadata = match fs::metadata(path) {
+    let text = match read_at_most(path, MAX_MANIFEST) {
         Err(cause) if cause.kind() == io::ErrorKind::NotFound => return Err(wrong("no manifest".into())),
-        metadata => metadata.map_err(Error::io(path))?,
+        text => text.map_err(Error::io(path))?,
     };
-    if metadata.len() > MAX_MANIFEST {
-        return Err(wrong(format!("{} bytes are no manifest", metadata.len())));
-    }
-    let text = fs::read(path).map_err(Error::io(path))?;
-    let manifest: Manifest = serde_json::from_slice(&text).map_err(|cause| wrong(cause.to_string()))?;
+    let manifest: Manifest =
+        serde_json::from_slice(&text).map_err(|cause| wrong(shown(&cause.to_string())))?;
     if manifest.format_version != FORMAT_VERSION {
         let version = manifest.format_version;
         return Err(wrong(format!("format_version {version}, this program reads {FORMAT_VERSION}")));

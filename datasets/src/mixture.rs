@@ -12,13 +12,13 @@
 
 use crate::corpus::CorpusOptions;
 use crate::error::{Error, Result};
+use crate::files::read_at_most;
 use crate::overlap::{self, Removed, Sides, TokenTexts};
 use crate::tokens::Tokens;
 use crate::windows::Pieces;
 use crate::windows::{Batches, Split, SplitOptions};
 use rand_pcg::rand_core::Rng;
 use serde::Deserialize;
-use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The name of a source that was not given one.
@@ -29,6 +29,9 @@ pub const BLOCK: usize = 10_000;
 
 /// The largest number of sources.
 const MAX_SOURCES: usize = 1000;
+
+/// The largest mixture file, in bytes.
+const MAX_FILE: u64 = 16 << 20;
 
 /// One source of a mixture, as a user states it.
 #[derive(Clone, Debug, PartialEq)]
@@ -71,7 +74,11 @@ enum Paths {
 /// # Errors
 /// A file that cannot be read or is no such table, names that are wrong or occur twice, weights that are not positive.
 pub fn from_toml(path: &Path, defaults: &CorpusOptions) -> Result<Vec<SourceSpec>> {
-    let text = fs::read_to_string(path).map_err(Error::io(path))?;
+    let bytes = read_at_most(path, MAX_FILE).map_err(Error::io(path))?;
+    let text = String::from_utf8(bytes).map_err(|cause| Error::NotUtf8 {
+        path: path.to_path_buf(),
+        offset: cause.utf8_error().valid_up_to() as u64,
+    })?;
     let wrong = |reason: String| {
         Error::mixture(
             path.display().to_string(),
@@ -112,24 +119,14 @@ pub fn from_toml(path: &Path, defaults: &CorpusOptions) -> Result<Vec<SourceSpec
 ///
 /// # Errors
 /// Words of both kinds, names that are wrong, weights that are not positive or contradict each other.
-pub fn from_words(words: &[String], options: &CorpusOptions) -> Result<Vec<SourceSpec>> {
-    let wrong = |word: &str, reason: &str, help: &'static str| {
-        Err(Error::mixture(format!("data {word}"), reason, help))
+pub fn from_words(words: &[PathBuf], options: &CorpusOptions) -> Result<Vec<SourceSpec>> {
+    let wrong = |word: &Path, reason: &str, help: &'static str| {
+        Err(Error::mixture(format!("data {}", word.display()), reason, help))
     };
     let mut sources: Vec<SourceSpec> = Vec::new();
     let mut weighted: Vec<bool> = Vec::new();
     for word in words {
-        let named = word.split_once('=').filter(|(name, _)| is_name(name) && !Path::new(word).exists());
-        let (name, path) = named.unwrap_or((UNNAMED, word));
-        let number = |text: &str| text.parse::<f64>().ok();
-        let (path, weight) = match path.rsplit_once(':') {
-            Some((before, weight))
-                if named.is_some() && !Path::new(path).exists() && number(weight).is_some() =>
-            {
-                (before, number(weight))
-            }
-            _ => (path, None),
-        };
+        let (name, path, weight) = parts(word);
         let mixed = sources.iter().any(|source| (source.name == UNNAMED) != (name == UNNAMED));
         if mixed {
             return wrong(word, "some sources have names and some do not", "give all as NAME=PATH:WEIGHT");
@@ -151,6 +148,17 @@ pub fn from_words(words: &[String], options: &CorpusOptions) -> Result<Vec<Sourc
     }
     check(&sources, "data")?;
     Ok(sources)
+}
+
+/// Splits a word into name, path and weight. A path that is not UTF-8 has neither of the others.
+fn parts(word: &Path) -> (&str, &Path, Option<f64>) {
+    let named = word.to_str().and_then(|text| text.split_once('=')).filter(|(name, _)| is_name(name));
+    let Some((name, path)) = named.filter(|_| !word.exists()) else { return (UNNAMED, word, None) };
+    let weighted = path.rsplit_once(':').filter(|_| !Path::new(path).exists());
+    match weighted.and_then(|(before, weight)| Some((before, weight.parse().ok()?))) {
+        Some((before, weight)) => (name, Path::new(before), Some(weight)),
+        None => (name, Path::new(path), None),
+    }
 }
 
 fn is_name(text: &str) -> bool {
@@ -431,6 +439,7 @@ mod tests {
     use super::*;
     use crate::TokenStream;
     use proptest::prelude::*;
+    use std::fs;
 
     fn samples(parts: &[(usize, f64)], seed: u64, count: usize) -> Vec<Sample> {
         let mut order = Interleaving::new(parts, 4, seed).unwrap();
@@ -501,13 +510,24 @@ mod tests {
     fn specifications_of_words() {
         let options = CorpusOptions::default();
         let parse =
-            |words: &[&str]| from_words(&words.iter().map(ToString::to_string).collect::<Vec<_>>(), &options);
+            |words: &[&str]| from_words(&words.iter().map(PathBuf::from).collect::<Vec<_>>(), &options);
         let one = parse(&["a.txt", "x:y=b"]).unwrap();
         assert_eq!((one.len(), &one[0].name[..], one[0].paths.len()), (1, UNNAMED, 2));
         let two = parse(&["web=a:0.5", "math=c:\\d.txt", "web=b"]).unwrap();
         assert_eq!(two[0].paths, [PathBuf::from("a"), "b".into()]);
         assert_eq!((two[0].weight, two[1].weight), (0.5, 1.0));
         assert_eq!(two[1].paths, [PathBuf::from("c:\\d.txt")]);
+        #[cfg(unix)]
+        {
+            use std::os::unix::ffi::OsStrExt;
+            let path = PathBuf::from(std::ffi::OsStr::from_bytes(b"web=\xff:2"));
+            let odd = from_words(std::slice::from_ref(&path), &options).unwrap();
+            assert_eq!(
+                (&odd[0].name[..], &odd[0].paths[..]),
+                (UNNAMED, &[path][..]),
+                "no UTF-8: a path alone"
+            );
+        }
         for (words, wanted) in [
             (&["web=a", "b"][..], "some sources have names"),
             (&["web=a:0"], "weight 0"),

@@ -13,7 +13,7 @@ use parquet::record::{Field, Row};
 use parquet::schema::types::{SchemaDescPtr, SchemaDescriptor, Type};
 use serde_json::{Map, Value};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shown};
 use crate::parquet_pages::Group;
 use crate::remedy::Remedy;
 use crate::row_text::{Joined, RowText};
@@ -82,7 +82,7 @@ impl ParquetRows {
         let root = self.schema.root_schema();
         let fields = roots.iter().map(|&at| Arc::clone(&root.get_fields()[at])).collect();
         let selected = Type::group_type_builder(root.name()).with_fields(fields).build();
-        let selected = selected.map_err(|cause| broken(&self.path, 1, cause.to_string()))?;
+        let selected = selected.map_err(|cause| broken(&self.path, 1, shown(&cause.to_string())))?;
         self.schema = Arc::new(SchemaDescriptor::new(Arc::new(selected)));
         Ok(self)
     }
@@ -194,8 +194,8 @@ fn guarded<T>(read: impl FnOnce() -> parquet::errors::Result<T>) -> std::result:
     match catch_unwind(AssertUnwindSafe(read)) {
         // Some messages repeat the bytes of the text.
         Ok(read) => read.map_err(|cause| {
-            let message = cause.to_string().replace('\n', " ");
-            message.split(" Bytes: ").next().unwrap_or_default().to_owned()
+            let message = cause.to_string();
+            shown(message.split(" Bytes: ").next().unwrap_or_default())
         }),
         Err(_) => Err("its pages contradict its footer".into()),
     }

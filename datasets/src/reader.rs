@@ -1,13 +1,14 @@
 //! Reads records of one file: decompresses it, cuts it at a delimiter, and holds one record in memory.
 
 use crate::error::{Error, Result};
-use bzip2::bufread::MultiBzDecoder;
+use bzip2::bufread::BzDecoder;
 use flate2::bufread::GzDecoder;
 use lzma_rust2::XzReader;
 use ruzstd::decoding::FrameDecoder;
 use ruzstd::decoding::errors::{FrameDecoderError, ReadFrameHeaderError};
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
+use std::marker::PhantomData;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -89,12 +90,20 @@ impl Records {
         (what, limit): (&'static str, u64),
         bytes_read: Arc<AtomicU64>,
     ) -> Result<Records> {
-        let file = BufReader::new(Counted { file: File::open(path).map_err(Error::io(path))?, bytes_read });
+        // A pipe would block, and a device need not end.
+        if !path.metadata().map_err(Error::io(path))?.is_file() {
+            return Err(Error::NotAFile { path: path.to_path_buf() });
+        }
+        let file = File::open(path).map_err(Error::io(path))?;
+        let mut file = BufReader::new(Counted { file, bytes_read });
         let reader: Box<dyn Read + Send> = match packing {
-            Packing::Plain => Box::new(file),
-            Packing::Gzip => Box::new(GzipReader { member: Some(GzDecoder::new(file)) }),
+            Packing::Plain => {
+                check_plain(path, file.fill_buf().map_err(Error::io(path))?)?;
+                Box::new(file)
+            }
+            Packing::Gzip => Box::new(Members::<_, GzDecoder<_>>::new(file)),
             Packing::Zstd => Box::new(ZstdReader::new(file)),
-            Packing::Bzip2 => Box::new(MultiBzDecoder::new(file)),
+            Packing::Bzip2 => Box::new(Members::<_, BzDecoder<_>>::new(file)),
             Packing::Xz => {
                 let limit = u32::try_from(MAX_WINDOW >> 10).unwrap_or(u32::MAX);
                 Box::new(XzReader::new_mem_limit(file, true, limit.saturating_add(XZ_EXTRA)))
@@ -194,7 +203,11 @@ impl Records {
                     limit: MAX_WINDOW,
                     advice: "xz -dc OLD.xz | xz -c > NEW.xz",
                 },
-                (packing, _) => Error::Compressed { path, format: packing.name(), cause },
+                (packing, _) => {
+                    // The outer errors repeat the innermost one.
+                    let cause = io::Error::new(cause.kind(), innermost(&cause));
+                    Error::Compressed { path, format: packing.name(), cause }
+                }
             }
         })?;
         self.at_end |= read == 0;
@@ -232,28 +245,104 @@ impl Read for Counted {
     }
 }
 
-/// Decodes the members of a gzip file one after the other. Zeros may follow the last one, as from a tape.
-struct GzipReader<R> {
-    member: Option<GzDecoder<R>>,
+/// Refuses a file that is compressed, or in another encoding, and whose name does not say so. `start` is its start.
+fn check_plain(path: &Path, start: &[u8]) -> Result<()> {
+    /// The place of the bytes that a kind of file has, the bytes, what it is and what helps.
+    const KNOWN: [(usize, &[u8], &str, &str); 8] = [
+        (0, b"\x1f\x8b\x08", "gzip data", "end its name in .gz"),
+        (0, b"\x28\xb5\x2f\xfd", "Zstandard data", "end its name in .zst"),
+        // After "BZh" and the level.
+        (4, b"1AY&SY", "bzip2 data", "end its name in .bz2"),
+        (0, b"\xfd7zXZ\0", "xz data", "end its name in .xz"),
+        (0, b"PAR1\x15", "Parquet data", "end its name in .parquet"),
+        (0, b"PK\x03\x04", "a ZIP archive", "unpack it"),
+        (0, b"\xff\xfe", "text in UTF-16", "convert it (iconv -f UTF-16 -t UTF-8)"),
+        (0, b"\xfe\xff", "text in UTF-16", "convert it (iconv -f UTF-16 -t UTF-8)"),
+    ];
+    let is = |at: usize, magic: &[u8]| start.get(at..).is_some_and(|bytes| bytes.starts_with(magic));
+    match KNOWN.iter().find(|(at, magic, ..)| is(*at, magic)) {
+        Some(&(.., what, help)) => Err(Error::file(path, format!("it holds {what}"), help)),
+        None => Ok(()),
+    }
 }
 
-impl<R: BufRead> Read for GzipReader<R> {
+/// Returns the text of the error that caused all others.
+fn innermost(error: &io::Error) -> String {
+    let mut inner: &dyn std::error::Error = error;
+    while let Some(cause) = inner.source() {
+        inner = cause;
+    }
+    inner.to_string()
+}
+
+/// A decoder of one member of a compressed file.
+trait Member<R>: Read {
+    /// Starts at the member's first byte.
+    fn start(source: R) -> Self;
+    /// Returns the source, behind the member.
+    fn into_source(self) -> R;
+}
+
+impl<R: BufRead> Member<R> for GzDecoder<R> {
+    fn start(source: R) -> Self {
+        GzDecoder::new(source)
+    }
+
+    fn into_source(self) -> R {
+        self.into_inner()
+    }
+}
+
+impl<R: BufRead> Member<R> for BzDecoder<R> {
+    fn start(source: R) -> Self {
+        BzDecoder::new(source)
+    }
+
+    fn into_source(self) -> R {
+        self.into_inner()
+    }
+}
+
+/// Decodes the members of a file one after the other. Zeros may follow the last one, as from a tape.
+struct Members<R, D> {
+    member: Option<D>,
+    /// True if a whole member was read, and nothing of the one after it.
+    between: bool,
+    source: PhantomData<R>,
+}
+
+impl<R: BufRead, D: Member<R>> Members<R, D> {
+    fn new(source: R) -> Members<R, D> {
+        Members { member: Some(D::start(source)), between: false, source: PhantomData }
+    }
+}
+
+impl<R: BufRead, D: Member<R>> Read for Members<R, D> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         if buf.is_empty() {
             return Ok(0);
         }
         while let Some(member) = &mut self.member {
-            let read = member.read(buf)?;
+            let read = match member.read(buf) {
+                Err(cause) if self.between => return Err(behind_the_end(cause)),
+                read => read?,
+            };
+            self.between &= read == 0;
             if read > 0 {
                 return Ok(read);
             }
-            let Some(mut source) = self.member.take().map(GzDecoder::into_inner) else { break };
+            let Some(mut source) = self.member.take().map(D::into_source) else { break };
             if skip_zeros(&mut source)? {
-                self.member = Some(GzDecoder::new(source));
+                (self.member, self.between) = (Some(D::start(source)), true);
             }
         }
         Ok(0)
     }
+}
+
+/// Makes the error for data behind the last member of a file.
+fn behind_the_end(cause: io::Error) -> io::Error {
+    io::Error::new(cause.kind(), format!("other data follow its end: {}", innermost(&cause)))
 }
 
 /// Skips zeros; false if the file ends behind them.
@@ -293,7 +382,12 @@ impl<R: BufRead> ZstdReader<R> {
     /// Starts the next frame; false if the file ends here.
     fn next_frame(&mut self) -> io::Result<bool> {
         loop {
-            if self.source.fill_buf()?.is_empty() {
+            let more = if self.started {
+                skip_zeros(&mut self.source)?
+            } else {
+                !self.source.fill_buf()?.is_empty()
+            };
+            if !more {
                 return if self.started { Ok(false) } else { Err(io::ErrorKind::UnexpectedEof.into()) };
             }
             match self.decoder.init(&mut self.source) {
@@ -314,6 +408,7 @@ impl<R: BufRead> ZstdReader<R> {
                 Err(FrameDecoderError::WindowSizeTooBig { .. }) => {
                     return Err(io::Error::other(WindowTooLarge));
                 }
+                Err(cause) if self.started => return Err(behind_the_end(io::Error::other(cause))),
                 Err(cause) => return Err(io::Error::other(cause)),
             }
         }

@@ -116,8 +116,40 @@ fn compressed_files_read_as_plain_ones() {
 
     assert_eq!(read("a.jsonl.bz2", bzip2(long.as_bytes())).unwrap(), plain);
     assert_eq!(read("a.txt.bz2", [bzip2(b"one "), bzip2(b"two")].concat()).unwrap(), ["one two"]);
+    for (name, member) in [("a.txt.bz2", bzip2(b"x ")), ("a.txt.zst", zstd(b"x ")), ("a.txt.gz", gzip(b"x "))]
+    {
+        let zeros = vec![0; 700];
+        let joined = [&member[..], &zeros, &member, &zeros].concat();
+        assert_eq!(read(name, joined).unwrap(), ["x x"], "{name}");
+        let text = message(name, [&member[..], b"other"].concat());
+        assert!(
+            text.contains(" data (other data follow its end: ") && text.ends_with("; fetch the file again"),
+            "{text}"
+        );
+    }
     assert_eq!(read("a.jsonl.xz", unhex(XZ)).unwrap(), ["one", "two é"]);
     assert_eq!(read("a.jsonl.xz", unhex(XZ).repeat(2)).unwrap(), ["one", "two é"].repeat(2));
+}
+
+#[test]
+fn files_that_are_no_text_are_named() {
+    let packed: [(&[u8], &str, &str); 5] = [
+        (&gzip(b"x"), "gzip data", ".gz"),
+        (&zstd(b"x"), "Zstandard data", ".zst"),
+        (&bzip2(b"x"), "bzip2 data", ".bz2"),
+        (&unhex(XZ), "xz data", ".xz"),
+        (b"PK\x03\x04rest", "a ZIP archive", "unpack it"),
+    ];
+    for (content, what, help) in packed {
+        for name in ["a.txt", "a.jsonl", "a.json", "a.bin"] {
+            let text = message(name, content);
+            assert!(text.starts_with(&format!("it holds {what}; ")) && text.ends_with(help), "{text}");
+        }
+    }
+    for content in [&b"\xff\xfea\0"[..], b"\xfe\xff\0a"] {
+        assert!(message("a.txt", content).ends_with("convert it (iconv -f UTF-16 -t UTF-8)"));
+    }
+    assert_eq!(read("a.txt", "PAR1 and BZh9 are words").unwrap(), ["PAR1 and BZh9 are words"]);
 }
 
 #[test]
@@ -312,6 +344,19 @@ fn damaged_compression_is_an_error_wherever_it_is_cut() {
             "changed at {at}"
         );
     }
+}
+
+#[test]
+fn a_document_is_bounded_in_every_format() {
+    let text = "x".repeat((64 << 20) + 1);
+    assert!(
+        message("a.json", format!("[{{\"text\": \"{text}\"}}]"))
+            .starts_with("a document of more than 67108864")
+    );
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("a.parquet");
+    parquet(&path, &[(Some(&text), None)]);
+    assert!(matches!(documents(&path), Err(Error::TooLarge { what: "document", .. })));
 }
 
 #[test]

@@ -7,9 +7,10 @@ use dsmoe_datasets::{Bos, CorpusOptions, Mixture, SplitOptions};
 use dsmoe_train::TrainConfig;
 use serde::Serialize;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::cli::prune::CalibrationArgs;
+use crate::files::lossy;
 use crate::models::tokenizer;
 use crate::progress::{Progress, Unit};
 use crate::texts::{find, load};
@@ -21,7 +22,8 @@ const SEQ: usize = 1024;
 /// The calibration text of a report.
 #[derive(Debug, Serialize)]
 pub(crate) struct CalibrationReport<'a> {
-    data: &'a [String],
+    #[serde(serialize_with = "lossy")]
+    data: &'a [PathBuf],
     bos: Bos,
     samples: usize,
     seq: usize,

@@ -2,14 +2,72 @@
 
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
-use serde::Serialize;
+use anyhow::{Context, Result, anyhow, bail};
+use dsmoe_datasets::files::read_at_most;
 use serde::de::DeserializeOwned;
+use serde::{Serialize, Serializer};
+use serde_json::Value;
 
+/// The largest file that is read whole, in bytes.
+const LARGEST: u64 = 256 << 20;
+
+/// Reads a file of text.
 pub(crate) fn read(path: &Path) -> Result<String> {
-    fs::read_to_string(path).with_context(|| path.display().to_string())
+    let place = || path.display().to_string();
+    let bytes = read_at_most(path, LARGEST).with_context(place)?;
+    String::from_utf8(bytes).map_err(|_| anyhow!("{}: not UTF-8; convert it (iconv -t UTF-8)", place()))
+}
+
+/// Paths as a report shows them.
+pub(crate) trait Paths {
+    /// Returns the paths as text. Bytes that are not UTF-8 become U+FFFD.
+    fn text(&self) -> Value;
+}
+
+impl Paths for Path {
+    fn text(&self) -> Value {
+        self.to_string_lossy().into()
+    }
+}
+
+impl Paths for PathBuf {
+    fn text(&self) -> Value {
+        self.as_path().text()
+    }
+}
+
+impl<T: Paths + ?Sized> Paths for &T {
+    fn text(&self) -> Value {
+        T::text(self)
+    }
+}
+
+impl<T: Paths> Paths for Option<T> {
+    fn text(&self) -> Value {
+        self.as_ref().map_or(Value::Null, T::text)
+    }
+}
+
+impl<T: Paths> Paths for [T] {
+    fn text(&self) -> Value {
+        self.iter().map(T::text).collect()
+    }
+}
+
+impl<T: Paths> Paths for Vec<T> {
+    fn text(&self) -> Value {
+        self.as_slice().text()
+    }
+}
+
+/// Serialises paths, which serde refuses where they are not UTF-8.
+pub(crate) fn lossy<T: Paths, S: Serializer>(
+    paths: &T,
+    serializer: S,
+) -> std::result::Result<S::Ok, S::Error> {
+    paths.text().serialize(serializer)
 }
 
 pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {

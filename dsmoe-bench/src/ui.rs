@@ -79,7 +79,19 @@ fn one_line(error: &anyhow::Error) -> String {
             let _ = write!(message, ": {cause}");
         }
     }
-    message.split_whitespace().collect::<Vec<_>>().join(" ")
+    shortened(message.split_whitespace().collect::<Vec<_>>().join(" "))
+}
+
+/// Cuts the middle out of a message that repeats a long text of a file.
+fn shortened(message: String) -> String {
+    const HALF: usize = 1000;
+    let length = message.chars().count();
+    if length <= 2 * HALF {
+        return message;
+    }
+    let start: String = message.chars().take(HALF).collect();
+    let end: String = message.chars().skip(length - HALF).collect();
+    format!("{start} ... {end}")
 }
 
 #[cfg(test)]
@@ -92,5 +104,9 @@ mod tests {
     fn a_chain_is_one_line_that_says_everything_once() {
         let error = anyhow!("no such\nfile").context("a.json: no such\nfile").context("loading");
         assert_eq!(one_line(&error), "loading: a.json: no such file");
+        let long = one_line(&anyhow!("{}", format!("a.json: {}; copy it", "é".repeat(70_000))));
+        assert!(
+            long.chars().count() < 2100 && long.starts_with("a.json: éé") && long.ends_with("éé; copy it")
+        );
     }
 }

@@ -38,10 +38,19 @@ pub(crate) fn parent(path: &Path) -> &Path {
     path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
+/// Opens a file for reading. A pipe would block and a device need not end, so that neither is opened.
+pub(crate) fn open_regular(path: &Path) -> crate::Result<File> {
+    let metadata = fs::metadata(path).map_err(Error::io(path))?;
+    if !metadata.is_file() {
+        return Err(Error::path(path, "is not a regular file", "put the file itself there"));
+    }
+    File::open(path).map_err(Error::io(path))
+}
+
 /// Returns whether a file is only the pointer that Git LFS leaves of it.
 pub(crate) fn is_lfs_pointer(path: &Path) -> crate::Result<bool> {
     let mut start = Vec::new();
-    let file = File::open(path).map_err(Error::io(path))?;
+    let file = open_regular(path)?;
     file.take(LFS_POINTER.len() as u64).read_to_end(&mut start).map_err(Error::io(path))?;
     Ok(start == LFS_POINTER)
 }

@@ -1,12 +1,13 @@
 //! Reads JSON files of bounded size.
 
+use std::io::Read;
 use std::path::Path;
 
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result, shown};
-use crate::files::{LFS_POINTER, lfs_pointer};
+use crate::files::{LFS_POINTER, lfs_pointer, open_regular};
 
 pub(crate) const COPY: &str = "copy the file again";
 /// The largest JSON file that is read, in bytes.
@@ -14,12 +15,13 @@ const LARGEST: u64 = 64 << 20;
 
 /// Reads the text of a JSON file.
 pub(crate) fn read_json(path: &Path) -> Result<String> {
-    let len = std::fs::metadata(path).map_err(Error::io(path))?.len();
-    if len > LARGEST {
-        let problem = format!("{len} bytes are too many for a JSON file");
+    let file = open_regular(path)?;
+    let mut bytes = Vec::new();
+    file.take(LARGEST + 1).read_to_end(&mut bytes).map_err(Error::io(path))?;
+    if bytes.len() as u64 > LARGEST {
+        let problem = format!("more than {LARGEST} bytes, too many for a JSON file");
         return Err(Error::path(path, problem, COPY));
     }
-    let mut bytes = std::fs::read(path).map_err(Error::io(path))?;
     // Some editors write a byte-order mark.
     if bytes.starts_with(b"\xEF\xBB\xBF") {
         bytes.drain(..3);

@@ -5,6 +5,7 @@ use std::ops::RangeInclusive;
 use std::path::Path;
 
 use dsmoe_core::config::Config;
+use dsmoe_datasets::files::read_at_most;
 use dsmoe_datasets::{Bos, SplitOptions};
 use dsmoe_kernels::Precision;
 use serde::{Deserialize, Serialize};
@@ -16,6 +17,8 @@ use crate::schedule::{Decay, Schedule};
 const MAX_MICRO_TOKENS: usize = 1 << 24;
 /// Most tokens in a run: counts stay exact in f64.
 const MAX_RUN_TOKENS: u64 = 1 << 53;
+/// The largest file of settings, in bytes.
+const LARGEST: u64 = 1 << 20;
 /// Warm-up when none is given: this many steps, or a tenth of a shorter run.
 const WARMUP_STEPS: u64 = 100;
 /// The paper's coefficient of the sparsity loss.
@@ -183,7 +186,9 @@ impl TrainConfig {
     /// # Errors
     /// The file cannot be read, is not TOML, or has an unknown key or a value of the wrong type.
     pub fn from_toml(path: &Path) -> Result<TrainConfig> {
-        let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
+        let bytes = read_at_most(path, LARGEST).map_err(Error::io(path))?;
+        let text = String::from_utf8(bytes)
+            .map_err(|_| Error::ConfigFile { path: path.to_path_buf(), message: "not UTF-8".to_owned() })?;
         toml::from_str(&text).map_err(|cause| {
             let line = cause.span().map_or(1, |span| text[..span.start].matches('\n').count() + 1);
             let message = format!("line {line}: {}", one_line(cause.message()));

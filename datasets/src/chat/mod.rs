@@ -1,5 +1,6 @@
 //! Chat templates: the text that a model sees for a conversation, as transformers renders it.
 
+mod bounds;
 mod python;
 mod source;
 
@@ -12,12 +13,12 @@ use minijinja::{Environment, ErrorKind, escape_formatter};
 use minijinja_contrib::pycompat::unknown_method_callback;
 use serde_json::{Map, Value};
 
-use crate::error::{Error, Result};
-use crate::files::without_bom;
+use crate::error::{Error, Result, shown};
+use crate::files::{read_at_most, without_bom};
 use crate::tokenizer::TokenizerFiles;
 
-/// Work that a template may do, in the units of the template engine: some hundred times what a long conversation needs.
-const FUEL: u64 = 5_000_000;
+/// Work that a template may do, in the units of the template engine: some ten times what a long conversation needs.
+const FUEL: u64 = 1_000_000;
 
 /// The largest file of messages, in bytes.
 const MAX_MESSAGES: u64 = 64 << 20;
@@ -60,13 +61,9 @@ impl Chat {
     /// A file that cannot be read, is no such list, or has a message without `role`.
     pub fn read_messages(path: &Path) -> Result<Vec<Value>> {
         let wrong = |reason: String| Error::Messages { path: path.to_path_buf(), reason };
-        let size = std::fs::metadata(path).map_err(Error::io(path))?.len();
-        if size > MAX_MESSAGES {
-            return Err(wrong(format!("more than {MAX_MESSAGES} bytes")));
-        }
-        let bytes = std::fs::read(path).map_err(Error::io(path))?;
+        let bytes = read_at_most(path, MAX_MESSAGES).map_err(Error::io(path))?;
         let mut value: Value =
-            serde_json::from_slice(without_bom(&bytes)).map_err(|cause| wrong(cause.to_string()))?;
+            serde_json::from_slice(without_bom(&bytes)).map_err(|cause| wrong(shown(&cause.to_string())))?;
         if let Some(messages) = value.get_mut("messages") {
             value = messages.take();
         }
@@ -139,11 +136,17 @@ impl ChatTemplate {
         variables.insert("documents".into(), Value::Null);
         variables.insert("add_generation_prompt".into(), chat.generation_prompt.into());
         variables.extend(chat.arguments.clone());
-        let variables = minijinja::Value::from(minijinja::value::Serde(&variables));
-        let source = source::adapted(&self.source);
-        environment(now)
-            .render_named_str("chat template", &source, variables)
-            .map_err(|cause| Error::ChatTemplate { path: self.path.clone(), reason: reason(&cause) })
+        let source = self.source.clone();
+        let work = move || {
+            let source = source::adapted(&source);
+            let variables = minijinja::Value::from(minijinja::value::Serde(&variables));
+            environment(now)
+                .render_named_str("chat template", &source, variables)
+                .map_err(|cause| reason(&cause))
+        };
+        bounds::check(&self.source)
+            .and_then(|()| bounds::run(work))
+            .map_err(|reason| Error::ChatTemplate { path: self.path.clone(), reason })
     }
 
     /// Returns the text that the template writes after an answer of the model, or nothing if it refuses to show one.
@@ -157,10 +160,10 @@ impl ChatTemplate {
     }
 }
 
-/// Returns what is wrong, in one line.
+/// Returns what is wrong, in one short line.
 fn reason(cause: &minijinja::Error) -> String {
     let text = cause.detail().map_or_else(|| cause.kind().to_string(), str::to_owned);
-    let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    let text = shown(&text.split_whitespace().collect::<Vec<_>>().join(" "));
     match cause.line() {
         Some(line) => format!("line {line}: {text}"),
         None => text,
@@ -279,6 +282,59 @@ mod tests {
             render("{% for a in range(9999) %}{% for b in range(9999) %}{{ a }}{% endfor %}{% endfor %}");
         assert!(endless.contains("fuel"), "{endless}");
         assert!(render("{{ nothing | tojson }}").contains("undefined"));
+    }
+
+    #[test]
+    fn chains_and_nested_values_do_not_overflow_the_stack() {
+        let chain = |start: &str, link: &str, end: &str| {
+            let links = (8_000 - start.len() - end.len()) / link.len();
+            format!("{start}{}{end}", link.repeat(links))
+        };
+        for (start, link, end) in [
+            ("{{ ", "not ", "1 }}"),
+            ("{{ ", "-", "1 }}"),
+            ("{{ 1", "+1", " }}"),
+            ("{{ 1", "**1", " }}"),
+            ("{{ 1", " if 1", " }}"),
+            ("{{ 1", "<1", " }}"),
+            ("{{ 1", " and 1", " }}"),
+            ("{{ a", ".b", " }}"),
+            ("{{ a", "|e", " }}"),
+            ("{{ a", "()", " }}"),
+            ("{{ a", "[0]", " }}"),
+        ] {
+            render(&chain(start, link, end));
+            let longer = chain(start, link, end).replace(link, &link.repeat(2));
+            assert!(render(&longer).contains("a tag of "), "{link}");
+        }
+        assert_eq!(render(&format!("{{% if 0 %}}{}x{{% endif %}}", "{% elif 0 %}".repeat(50_000))), "");
+        // Many levels for little fuel.
+        let nested = format!("{}ns.x{}", "[".repeat(40), "]".repeat(40));
+        let uses = ["{{ ns.x }}", "{{ ns.x | tojson }}", "{{ ns.x == [ns.x] }}", "{{ ns.x ~ 1 }}"];
+        for (grown, times, uses) in [
+            (nested.as_str(), 19_000, &uses[..]),
+            ("{'a': ns.x}", 60_000, &uses[..2]),
+            ("(ns.x,)", 60_000, &uses[..1]),
+            ("namespace(x=ns.x)", 30_000, &uses[..1]),
+        ] {
+            for used in uses {
+                render(&format!(
+                    "{{% set ns = namespace(x=1) %}}{{% for i in range({times}) %}}{{% set ns.x = {grown} %}}{{% endfor %}}{used}"
+                ));
+            }
+        }
+    }
+
+    #[test]
+    fn templates_are_bounded_in_size_and_time_and_in_what_they_say() {
+        let endless = "{% set ns = namespace(x=[1]) %}{% for i in range(64) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x | length }}";
+        assert!(render(endless).contains("it runs for more than"));
+        assert!(render(&"a".repeat((1 << 20) + 1)).contains("1048577 bytes"));
+        let prompt = "a }} ' ".repeat(10_000);
+        assert_eq!(render(&format!("{{{{ \"{prompt}\" }}}}")), prompt, "texts in a tag may be long");
+        assert!(render("{{ raise_exception('a' * 9999) }}").len() < 600);
+        // An overflow of the engine, which is a panic where overflows are checked.
+        render("{{ [1, 2, 3][::-9223372036854775808] }}");
     }
 
     #[test]

@@ -32,6 +32,24 @@ pub(super) fn adapted(source: &str) -> String {
     text + rest
 }
 
+/// Returns the largest number of characters of a tag outside of its texts.
+pub(super) fn longest_tag(source: &str) -> usize {
+    let (mut longest, mut rest) = (0, source);
+    while let Some((_, kind, tag)) = next_tag(rest) {
+        let length = match kind {
+            '#' => tag.find("#}").map_or(tag.len(), |end| end + 2),
+            '{' => tag_length(tag, "}}"),
+            _ => tag_length(tag, "%}"),
+        };
+        let (tag, after) = tag.split_at(length);
+        if kind != '#' {
+            longest = longest.max(unquoted(tag).count());
+        }
+        rest = after;
+    }
+    longest
+}
+
 /// Finds the next tag: the text before it, the second character of its opening, and the tag with all that follows.
 fn next_tag(rest: &str) -> Option<(&str, char, &str)> {
     let mut from = 0;

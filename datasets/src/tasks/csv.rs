@@ -7,7 +7,7 @@ use csv::{ReaderBuilder, StringRecord};
 use regex::Regex;
 use serde_json::{Map, Value};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shown};
 
 /// A record whose quotes are closed at the ends of fields. The reader accepts any other as well.
 static QUOTED_WELL: LazyLock<Regex> = LazyLock::new(|| {
@@ -27,7 +27,7 @@ pub(crate) fn rows(
     for row in 0.. {
         let wrong = |reason: String| Error::row(path, row, reason, "fetch the file again");
         let start = reader.position().byte() as usize;
-        if !reader.read_record(&mut record).map_err(|cause| wrong(cause.to_string()))? {
+        if !reader.read_record(&mut record).map_err(|cause| wrong(shown(&cause.to_string())))? {
             break;
         }
         let raw = text[start..reader.position().byte() as usize].trim_matches(['\r', '\n']);

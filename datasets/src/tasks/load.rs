@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 use serde_json::{Map, Value};
 
 use super::files::{find, task_folder};
@@ -107,16 +107,23 @@ pub struct Document {
     pub(crate) item: Item,
 }
 
+/// Serialises paths as text, in which bytes that are not UTF-8 become U+FFFD.
+fn lossy<S: Serializer>(paths: &[PathBuf], serializer: S) -> std::result::Result<S::Ok, S::Error> {
+    serializer.collect_seq(paths.iter().map(|path| path.to_string_lossy()))
+}
+
 /// The files of the documents and the examples of a task.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Origin {
     /// The split that is scored.
     pub split: &'static str,
     /// Its files.
+    #[serde(serialize_with = "lossy")]
     pub files: Vec<PathBuf>,
     /// The split of the examples, where there are any.
     pub shot_split: Option<&'static str>,
     /// Their files.
+    #[serde(serialize_with = "lossy")]
     pub shot_files: Vec<PathBuf>,
 }
 

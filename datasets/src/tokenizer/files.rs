@@ -1,7 +1,6 @@
 //! The files of a tokenizer by content: what `tokenizer_config.json` and its neighbours say beside `tokenizer.json`.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -9,8 +8,8 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use tokenizers::AddedToken;
 
-use crate::error::{Error, Result};
-use crate::files::without_bom;
+use crate::error::{Error, Result, shown};
+use crate::files::{read_at_most, without_bom};
 
 const TOKENIZER: &str = "tokenizer.json";
 const CONFIG: &str = "tokenizer_config.json";
@@ -131,18 +130,17 @@ impl TokenizerFiles {
         let Some(bytes) = bytes else { return Ok(T::default()) };
         serde_json::from_slice(without_bom(bytes)).map_err(|cause| Error::BadTokenizer {
             path: self.path.with_file_name(name),
-            reason: cause.to_string().replace('\n', " "),
+            reason: shown(&cause.to_string()),
         })
     }
 }
 
 fn read(path: &Path) -> Result<Vec<u8>> {
-    let size = fs::metadata(path).map_err(Error::io(path))?.len();
-    if size > MAX_BYTES {
-        let reason = format!("it has {size} bytes, which is no tokenizer's size");
-        return Err(Error::BadTokenizer { path: path.to_path_buf(), reason });
+    // A pipe would block, and a device need not end.
+    if !path.is_file() {
+        return Err(Error::NotAFile { path: path.to_path_buf() });
     }
-    fs::read(path).map_err(Error::io(path))
+    read_at_most(path, MAX_BYTES).map_err(Error::io(path))
 }
 
 /// The settings in the files beside `tokenizer.json`.

@@ -10,7 +10,7 @@ pub use stream::DecodeStream;
 
 use crate::bpe;
 use crate::encoder::{ByteLevelWords, Encoder, byte_char};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shown};
 use crate::files::{hex, without_bom};
 use crate::token_texts::TokenTexts;
 use files::Settings;
@@ -496,5 +496,5 @@ fn encoder(json: &mut Value, added: &BTreeMap<u32, AddedToken>) -> Option<Encode
 }
 
 fn one_line(cause: impl ToString) -> String {
-    cause.to_string().replace('\n', " ")
+    shown(&cause.to_string())
 }

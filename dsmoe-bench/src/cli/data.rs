@@ -14,7 +14,7 @@ pub(crate) struct DataArgs {
     /// Text files or folders: .txt .md .tex .jsonl .json, also as .gz, .zst, .bz2 and .xz, and .parquet; NAME=PATH:WEIGHT
     /// words name the sources of a mixture
     #[arg(long, value_name = "PATH", num_args = 1.., required_unless_present = "mixture")]
-    pub(crate) data: Vec<String>,
+    pub(crate) data: Vec<PathBuf>,
     /// TOML file of [[source]] tables with name, data, weight, and optionally text_column and doc_separator
     #[arg(long, value_name = "FILE", conflicts_with = "data")]
     pub(crate) mixture: Option<PathBuf>,

@@ -38,7 +38,7 @@ const BENCHMARKS: &str = "Benchmarks";
 #[command(mut_arg("doc_separator", |separator| separator.conflicts_with("tasks")))]
 #[command(mut_arg("text_column", |column| column.conflicts_with("tasks")))]
 pub(crate) struct Eval {
-    /// Model directory, DSMoE or dense, with its tokenizer.json
+    /// Model: a Hugging Face or DSMoE directory, or a GGUF file
     pub(crate) model: PathBuf,
     #[command(flatten)]
     pub(crate) data: DataArgs,

@@ -12,7 +12,7 @@ use super::values::{template_arg, words};
 
 #[derive(Debug, Args)]
 pub(crate) struct Generate {
-    /// Model directory, DSMoE or dense, with its tokenizer.json
+    /// Model: a Hugging Face or DSMoE directory, or a GGUF file
     pub(crate) model: PathBuf,
     /// Text to continue
     #[arg(

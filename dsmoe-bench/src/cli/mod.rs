@@ -59,7 +59,7 @@ pub(crate) enum Command {
     Reproduce(Box<Reproduce>),
     /// Show the configuration, layout, parameters and FLOPs of a model; reads headers only
     Inspect(Inspect),
-    /// Convert a dense LLaMA directory into a DSMoE directory
+    /// Convert a dense model (Hugging Face directory or GGUF file) into a DSMoE directory
     Convert(Convert),
     /// Make a model with fewer activated parameters by DSMoE or one of the methods that it is compared with
     Prune(Prune),
@@ -67,7 +67,7 @@ pub(crate) enum Command {
     Reconstruct(Reconstruct),
     /// List these methods with their settings
     Methods,
-    /// Write a DSMoE model as a plain LLaMA, a model in another precision, or a dense model as GGUF
+    /// Write a model for transformers (Python), as a dense model, as GGUF, or in another precision
     Export(Export),
     /// Write the model of a GGUF file as a Hugging Face directory
     Import(Import),

@@ -16,7 +16,7 @@ use super::values::{quantity, words};
 
 #[derive(Debug, Args)]
 pub(crate) struct Inspect {
-    /// Dense LLaMA or DSMoE directory
+    /// Model: a Hugging Face or DSMoE directory, or a GGUF file
     pub(crate) model: PathBuf,
     /// Mean number of active experts per token and layer, for the activated parameters [default: all experts]
     #[arg(long, value_name = "K")]
@@ -35,7 +35,7 @@ that is given replaces its part of either start.";
 #[derive(Debug, Args)]
 #[command(after_help = ABOUT_CONVERT)]
 pub(crate) struct Convert {
-    /// Dense LLaMA directory
+    /// Dense model: a Hugging Face directory or a GGUF file
     pub(crate) model: PathBuf,
     /// Directory to write
     #[arg(long, value_name = "DIR")]
@@ -102,7 +102,7 @@ and after is printed.";
 #[derive(Debug, Args)]
 #[command(after_help = ABOUT_EXPORT)]
 pub(crate) struct Export {
-    /// DSMoE directory (or another one, as native or hf)
+    /// Model: a Hugging Face or DSMoE directory, or a GGUF file
     pub(crate) model: PathBuf,
     /// hf: the model for transformers, with its code; dense: a plain dense model without routers, with the neurons in
     /// their original order; native: the model unchanged; llama-moe: a model of the method llama-moe as
@@ -148,7 +148,7 @@ pub(crate) struct FoldArgs {
     pub(crate) fold: Option<Fold>,
     /// Text files or folders for --fold
     #[arg(long, value_name = "PATH", num_args = 1.., requires = "fold")]
-    pub(crate) data: Vec<String>,
+    pub(crate) data: Vec<PathBuf>,
     /// Separator of the documents in a text file [default: a text file is one document]
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true, requires = "fold")]
     pub(crate) doc_separator: Option<String>,

@@ -14,7 +14,7 @@ pub(crate) struct CalibrationArgs {
     /// Calibration text: files and folders as for `dsmoe train`, usually the text of the later training; the part that a
     /// training with default settings holds out is not read
     #[arg(long, value_name = "PATH", num_args = 1..)]
-    pub(crate) calib: Vec<String>,
+    pub(crate) calib: Vec<PathBuf>,
     /// Separator of the documents in a text file [default: a text file is one document]
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true, requires = "calib")]
     pub(crate) doc_separator: Option<String>,
@@ -35,7 +35,7 @@ pub(crate) struct CalibrationArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct Prune {
-    /// Dense LLaMA directory
+    /// Dense model: a Hugging Face directory or a GGUF file
     pub(crate) model: PathBuf,
     /// Method; `dsmoe methods` lists them
     #[arg(long, value_name = "NAME")]

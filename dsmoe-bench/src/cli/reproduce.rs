@@ -62,12 +62,12 @@ pub(crate) struct Reproduce {
     /// Stop as if interrupted after this many training steps
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) stop_after: Option<u64>,
-    /// Dense LLaMA directory to start from, in place of one trained from random weights
+    /// Dense model to start from, in place of one trained from random weights
     #[arg(long, value_name = "DIR")]
     pub(crate) model: Option<PathBuf>,
     /// Text of a profile without [world]: as for `dsmoe train`
     #[arg(long, value_name = "PATH", num_args = 1.., conflicts_with = "mixture")]
-    pub(crate) data: Vec<String>,
+    pub(crate) data: Vec<PathBuf>,
     /// The same as a file of sources
     #[arg(long, value_name = "FILE")]
     pub(crate) mixture: Option<PathBuf>,

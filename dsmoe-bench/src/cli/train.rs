@@ -23,7 +23,7 @@ fn train_keys() -> String {
 #[derive(Debug, Args)]
 #[command(after_help = train_keys())]
 pub(crate) struct Train {
-    /// Model directory to start from, DSMoE or dense, with its tokenizer.json
+    /// Model to start from: a Hugging Face or DSMoE directory, or a GGUF file
     pub(crate) model: PathBuf,
     #[command(flatten)]
     pub(crate) data: DataArgs,

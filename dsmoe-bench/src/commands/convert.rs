@@ -16,6 +16,7 @@ use serde::Serialize;
 
 use crate::calibration::{self, Stages};
 use crate::cli::model::Convert;
+use crate::files::lossy;
 use crate::format;
 use crate::models::show_config_notices;
 use crate::ui::Ui;
@@ -25,7 +26,9 @@ const DEFAULT_EXPERTS: usize = 8;
 
 #[derive(Debug, Serialize)]
 struct Report {
+    #[serde(serialize_with = "lossy")]
     model: PathBuf,
+    #[serde(serialize_with = "lossy")]
     out: PathBuf,
     experts: usize,
     expert_width: usize,

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use dsmoe_baselines::llama_moe;
-use dsmoe_core::export::{DenseForm, ExportAs, ExportOptions, Measured, export};
+use dsmoe_core::export::{DenseForm, ExportAs, ExportOptions, Measured, add_perplexity, export};
 use dsmoe_core::gguf::{GgufType, export_gguf};
 use dsmoe_core::{Config, Device, Inference};
 use dsmoe_datasets::mixture::from_words;
@@ -19,6 +19,7 @@ use serde::Serialize;
 use crate::cli::gates::GateArgs;
 use crate::cli::model::{Export, Form};
 use crate::evaluation::measure;
+use crate::files::lossy;
 use crate::format;
 use crate::models::{load_inference, show_config_notices, tokenizer};
 use crate::progress::{Progress, Unit};
@@ -30,7 +31,9 @@ const SEQ: usize = 1024;
 
 #[derive(Debug, Serialize)]
 struct ExportReport {
+    #[serde(serialize_with = "lossy")]
     model: PathBuf,
+    #[serde(serialize_with = "lossy")]
     out: PathBuf,
     form: &'static str,
     dtype: Option<String>,
@@ -48,7 +51,8 @@ struct ExportReport {
 /// Perplexities on the text of `--data`.
 #[derive(Debug, Serialize)]
 struct FoldReport {
-    data: Vec<String>,
+    #[serde(serialize_with = "lossy")]
+    data: Vec<PathBuf>,
     tokens: usize,
     ppl_before: f64,
     ppl_after: f64,
@@ -187,6 +191,8 @@ impl Folding {
     fn compare(self, args: &Export, ui: &Ui) -> Result<FoldReport> {
         let model = Inference::load(&args.out, Precision::F32)?;
         let after = measure(&model, &self.ids, self.options, ui)?;
+        let text = format!("of this model, {} tokens", self.ids.len());
+        add_perplexity(&args.out, &Measured { text, perplexity: after.ppl })?;
         Ok(FoldReport {
             data: args.folding.data.clone(),
             tokens: self.ids.len(),

@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use super::chat::conversation;
 use crate::cli::generate::Generate;
+use crate::files;
 use crate::format;
 use crate::models::{default_precision, load_inference, show_config_notices, tokenizer_files, tokenizer_of};
 use crate::ui::Ui;
@@ -152,9 +153,7 @@ fn read_prompt(args: &Generate) -> Result<Option<String>> {
         return Ok(Some(prompt.clone()));
     }
     let Some(path) = &args.prompt_file else { return Ok(None) };
-    let bytes = std::fs::read(path).with_context(|| format!("{}", path.display()))?;
-    let text = String::from_utf8(bytes)
-        .with_context(|| format!("{}: not UTF-8; convert it (iconv -t UTF-8)", path.display()))?;
+    let text = files::read(path)?;
     let text = text.strip_prefix('\u{FEFF}').unwrap_or(&text);
     let text = text.strip_suffix('\n').unwrap_or(text);
     Ok(Some(text.strip_suffix('\r').unwrap_or(text).to_owned()))

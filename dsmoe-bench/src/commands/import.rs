@@ -10,13 +10,16 @@ use dsmoe_core::gguf;
 use serde::Serialize;
 
 use crate::cli::model::Import;
+use crate::files::lossy;
 use crate::format;
 use crate::progress::{Progress, Unit};
 use crate::ui::Ui;
 
 #[derive(Debug, Serialize)]
 struct ImportReport {
+    #[serde(serialize_with = "lossy")]
     model: PathBuf,
+    #[serde(serialize_with = "lossy")]
     out: PathBuf,
     /// Types in the file.
     from: Vec<String>,

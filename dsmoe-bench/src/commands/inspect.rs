@@ -11,6 +11,7 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 
 use crate::cli::model::Inspect;
+use crate::files::lossy;
 use crate::format::{self, Table};
 use crate::ui::Ui;
 
@@ -19,6 +20,7 @@ const CONTEXT: usize = 1024;
 
 #[derive(Debug, Serialize)]
 struct InspectReport {
+    #[serde(serialize_with = "lossy")]
     model: PathBuf,
     model_type: &'static str,
     /// Model type of the dense model of that architecture.
@@ -298,10 +300,10 @@ fn layers(config: &Config, checkpoint: &Checkpoint, masks: Option<&Masks>) -> Ve
             _ if rest.ends_with("norm.weight") => of.norms += values,
             _ => {}
         }
-        of.bytes += tensor.len;
+        of.bytes += tensor.stored_len();
         of.pruned += masks.and_then(|masks| masks.get(name)).map_or(0, |mask| mask.pruned());
         if tensor.dtype.is_float() && !is_router(name) {
-            names[layer].push(tensor.dtype.to_string());
+            names[layer].push(tensor.stored_as());
         }
     }
     for (layer, names) in layers.iter_mut().zip(names) {

@@ -12,14 +12,16 @@ use serde::Serialize;
 
 use crate::calibration::{self, CalibrationReport, Stages};
 use crate::cli::prune::Prune;
+use crate::files::lossy;
 use crate::format;
 use crate::models::show_config_notices;
 use crate::ui::Ui;
 
 #[derive(Debug, Serialize)]
 struct Report<'a> {
+    #[serde(serialize_with = "lossy")]
     model: &'a Path,
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(serialize_with = "lossy", skip_serializing_if = "Option::is_none")]
     out: Option<&'a Path>,
     method: &'static str,
     /// Activated parameters asked for.

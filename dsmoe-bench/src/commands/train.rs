@@ -16,6 +16,7 @@ use serde::Serialize;
 
 use crate::cli::train::Train;
 use crate::cli::values::Active;
+use crate::files::lossy;
 use crate::format;
 use crate::interrupts::{INTERRUPTED, STOP, catch_interrupts};
 use crate::memory;
@@ -29,7 +30,9 @@ use crate::ui::{Ui, stderr_line};
 /// The plan of a run.
 #[derive(Debug, Serialize)]
 struct TrainPlan {
+    #[serde(serialize_with = "lossy")]
     model: PathBuf,
+    #[serde(serialize_with = "lossy")]
     out: PathBuf,
     steps: u64,
     tokens: u64,

@@ -5,7 +5,8 @@ use std::fs;
 use serde_json::{Value, json};
 
 use crate::common::{
-    SEPARATOR, check_failure, config, copy_of_dense, fails, on_text, path, read, run, succeeds, write,
+    SEPARATOR, check_failure, command, config, copy_of_dense, fails, finish, on_text, path, read, run,
+    succeeds, write,
 };
 
 /// Replaces the header of a safetensors file; the data stays.
@@ -152,6 +153,72 @@ fn tokenizers_and_texts() {
         ("eval dense --data text.txt --threshold 0.5", &["no gates", "convert"]),
     ] {
         fails(line, parts);
+    }
+}
+
+/// Devices without an end and pipes that nobody writes to, in place of every file that is read whole.
+#[cfg(unix)]
+#[test]
+fn files_without_an_end_and_pipes_without_a_writer() {
+    copy_of_dense("endless");
+    std::os::unix::fs::symlink("/dev/zero", path("endless.toml")).unwrap();
+    for line in [
+        "eval dense --mixture endless.toml",
+        "train dense --data text.txt --out no-run --steps 1 --config endless.toml",
+        "generate dense --prompt-file endless.toml",
+        "generate dense --chat --messages endless.toml",
+        "convert dense --experts 4 --partition endless.toml --out no-run",
+    ] {
+        fails(line, &["endless.toml"]);
+    }
+    for name in ["config.json", "model.safetensors", "tokenizer.json"] {
+        let file = path("endless").join(name);
+        let kept = fs::read(&file).unwrap();
+        fs::remove_file(&file).unwrap();
+        let made = std::process::Command::new("mkfifo").arg(&file).status().unwrap();
+        assert!(made.success());
+        fails("generate endless --prompt x", &[name, "not a regular file"]);
+        fs::remove_file(&file).unwrap();
+        std::os::unix::fs::symlink("/dev/zero", &file).unwrap();
+        fails("generate endless --prompt x", &[name, "not a regular file"]);
+        fs::remove_file(&file).unwrap();
+        fs::write(&file, kept).unwrap();
+    }
+}
+
+/// Reports name such paths as well as they can.
+#[cfg(unix)]
+#[test]
+fn paths_that_are_not_utf8() {
+    use std::ffi::OsString;
+    use std::os::unix::ffi::OsStringExt;
+    let odd = |name: &str, end: &str| {
+        let bytes = [name.as_bytes(), b"\xff", end.as_bytes()].concat();
+        path("").join(OsString::from_vec(bytes))
+    };
+    let (model, text) = (odd("model", ""), odd("text", ".txt"));
+    fs::create_dir(&model).unwrap();
+    for entry in fs::read_dir(path("dense")).unwrap() {
+        let file = entry.unwrap().path();
+        fs::copy(&file, model.join(file.file_name().unwrap())).unwrap();
+    }
+    fs::copy(path("text.txt"), &text).unwrap();
+    for (words, last) in [
+        ("inspect", None),
+        ("eval --seq 16 --limit-tokens 64 --data", Some(&text)),
+        ("convert --experts 4 --out", Some(&odd("sparse", ""))),
+        ("train --data text.txt --steps 1 --batch 1 --seq 16 --out", Some(&odd("run", ""))),
+        ("export --as native --out", Some(&odd("copy", ""))),
+        ("prune --method magnitude --budget 0.8 --out", Some(&odd("pruned", ""))),
+    ] {
+        let (verb, rest) = words.split_once(' ').unwrap_or((words, ""));
+        let mut command = command(verb);
+        command.arg(&model).args(rest.split_whitespace()).args(last).arg("--json");
+        let run = finish(command);
+        assert_eq!(run.code, 0, "{words}: {}", run.stderr);
+        let report: Value = serde_json::from_str(&run.stdout).unwrap();
+        let named = report["model"].as_str().unwrap();
+        assert!(named.ends_with("model\u{FFFD}"), "{words}: {named}");
     }
 }
 

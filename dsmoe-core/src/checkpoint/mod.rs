@@ -50,7 +50,7 @@ const COMPANIONS: [&str; 7] = [
 ];
 
 /// Copies tokenizer and generation files, licences and the model card from one model directory to another, synced. The
-/// card becomes the card of the source. A GGUF file has its tokenizer in the metadata.
+/// card becomes the card of the source. A GGUF file has its tokenizer, its origin and its licence in the metadata.
 ///
 /// # Errors
 /// The file system refuses; the message names the file.
@@ -59,6 +59,10 @@ pub fn copy_companions(from: &std::path::Path, to: &std::path::Path) -> crate::R
         for (name, bytes) in crate::gguf::tokenizer_files(&file)? {
             let target = to.join(name);
             crate::files::write_synced(&target, &bytes).map_err(crate::Error::io(&target))?;
+        }
+        if let Some(card) = crate::gguf::source_card(&file)? {
+            let target = to.join(SOURCE_CARD_FILE);
+            crate::files::write_synced(&target, card.as_bytes()).map_err(crate::Error::io(&target))?;
         }
         return Ok(());
     }

@@ -15,7 +15,7 @@ use super::dtype::decode;
 use super::names::{is_router, name_in_text_model};
 use super::{Dtype, Header, HeaderEntry, INDEX_FILE, SINGLE_FILE};
 use crate::error::{Error, Result, shown};
-use crate::files::check_exists;
+use crate::files::{check_exists, open_regular};
 use crate::gguf::{self, Container, Encoded, GgufTensor};
 use crate::json::{COPY, parse, read_json};
 use crate::remedy::Remedy;
@@ -31,7 +31,7 @@ pub struct TensorView {
     pub file: usize,
     /// First byte, from the start of the file.
     pub offset: u64,
-    /// Bytes.
+    /// Bytes of the values, as they are read.
     pub len: u64,
     /// The stored form in a GGUF file, from which the bytes are decoded.
     pub(super) encoded: Option<Encoded>,
@@ -46,6 +46,11 @@ impl TensorView {
     /// Returns the name of the type on disk, which in a GGUF file may be a quantised one.
     pub fn stored_as(&self) -> String {
         self.encoded.as_ref().map_or_else(|| self.dtype.to_string(), |encoded| encoded.kind().to_string())
+    }
+
+    /// Returns the bytes on disk, which quantisation makes fewer than those of the values.
+    pub fn stored_len(&self) -> u64 {
+        self.encoded.as_ref().map_or(self.len, Encoded::stored_len)
     }
 
     /// Returns the view of `count` rows from row `first` on.
@@ -160,7 +165,7 @@ impl Checkpoint {
             }
         }
         let shard = |path: PathBuf| {
-            let file = File::open(&path).map_err(Error::io(&path))?;
+            let file = open_regular(&path)?;
             Ok(Shard { path, file, map: OnceLock::new() })
         };
         let files = container.files.into_iter().map(shard).collect::<Result<_>>()?;
@@ -392,7 +397,7 @@ impl Checkpoint {
 }
 
 fn open_shard(path: &Path) -> Result<(Shard, Header)> {
-    let mut file = File::open(path).map_err(Error::io(path))?;
+    let mut file = open_regular(path)?;
     let header = Header::read(path, &mut file)?;
     Ok((Shard { path: path.to_path_buf(), file, map: OnceLock::new() }, header))
 }

@@ -400,6 +400,10 @@ impl Config {
         raw.insert("architectures".to_owned(), json!([class]));
         // Code of the source is not copied, and it would run another model.
         raw.shift_remove("auto_map");
+        // Some releases of transformers compute with a null.
+        if raw.get("head_dim").is_some_and(Value::is_null) {
+            raw.insert("head_dim".to_owned(), json!(self.head_dim));
+        }
         rope_keys::write_both(&mut raw, &self.family.rope, &self.architecture.ropes);
         let base = (is_native && self.family.model_type != "llama").then(|| json!(self.family.model_type));
         let ffn = self.ffn.as_ref().map(|spec| {

@@ -53,6 +53,8 @@ pub(crate) struct RopeRules {
     pub(crate) original_at_top: Option<usize>,
     /// True if a text that grows past the original positions of longrope is run again.
     pub(crate) longrope_restarts: bool,
+    /// True if transformers 4 takes only the types linear and dynamic, as an object of `type` and a `factor` with a point.
+    pub(crate) type_and_factor: bool,
     /// The family has a second rotation, for layers with a window: base in config.json, and default.
     pub(crate) sliding: Option<SlidingRope>,
 }
@@ -74,6 +76,7 @@ impl RopeRules {
         longrope_names: &[],
         original_at_top: None,
         longrope_restarts: false,
+        type_and_factor: false,
         sliding: None,
     };
 }
@@ -362,19 +365,26 @@ pub(crate) fn write_both(raw: &mut Map<String, Value>, rules: &RopeRules, ropes:
     state(&mut inner, first);
     raw.insert("rope_theta".to_owned(), json!(first.theta));
     const ORIGINAL: &str = "original_max_position_embeddings";
-    if let RopeScaling::LongRope { original_max_position, .. } = &first.scaling {
+    if let RopeScaling::LongRope { original_max_position, attention_factor, .. } = &first.scaling {
         inner.shift_remove(ORIGINAL);
         inner.insert(ORIGINAL.to_owned(), json!(original_max_position));
-        // Transformers 4 takes the growth of the positions from this key for the factor, whatever that is.
-        let growth = raw.get("max_position_embeddings").and_then(Value::as_f64);
-        let growth = growth.map(|most| most / *original_max_position as f64);
-        let factor = inner.get("factor").and_then(Value::as_f64);
-        if rules.original_at_top.is_some() || factor.is_none() || factor == growth {
-            raw.insert(ORIGINAL.to_owned(), json!(original_max_position));
+        raw.insert(ORIGINAL.to_owned(), json!(original_max_position));
+        // Beside that key transformers 4 takes the growth of the positions for the factor, whatever that is; the factor
+        // matters to this one alone.
+        if rules.original_at_top.is_none() && inner.get("factor").is_some_and(|factor| !factor.is_null()) {
+            inner.insert("attention_factor".to_owned(), json!(attention_factor));
         }
     }
+    if rules.type_and_factor
+        && let RopeScaling::Linear { factor } | RopeScaling::Dynamic { factor, .. } = &first.scaling
+    {
+        inner.insert("factor".to_owned(), json!(factor));
+    }
     const PARTIAL: &str = "partial_rotary_factor";
-    if let Some(share) = inner.shift_remove(PARTIAL).or_else(|| raw.get(PARTIAL).cloned()) {
+    // Beside the objects it would hold for layers with a window too.
+    if rules.sliding.is_none()
+        && let Some(share) = inner.shift_remove(PARTIAL).or_else(|| raw.get(PARTIAL).cloned())
+    {
         inner.insert(PARTIAL.to_owned(), share.clone());
         raw.insert(PARTIAL.to_owned(), share);
     }
@@ -408,6 +418,14 @@ fn v4_object(inner: &Map<String, Value>, rules: &RopeRules) -> Map<String, Value
         object.shift_remove("original_max_position_embeddings");
         object.shift_remove("partial_rotary_factor");
         object.insert("type".to_owned(), kind);
+    }
+    if rules.type_and_factor
+        && let (Some(kind @ ("linear" | "dynamic")), Some(factor)) =
+            (inner.get("rope_type").and_then(Value::as_str), inner.get("factor"))
+    {
+        object = Map::new();
+        object.insert("type".to_owned(), json!(kind));
+        object.insert("factor".to_owned(), factor.clone());
     }
     object
 }

@@ -62,9 +62,7 @@ impl Card<'_> {
             self.config.source_name().map(|name| ("base model", name)).into_iter().collect();
         rows.push(("method", self.method()));
         rows.extend(self.sizes());
-        rows.extend(self.measured.iter().map(|Measured { text, perplexity }| {
-            ("perplexity", format!("{perplexity:.4} ({})", plain(text)))
-        }));
+        rows.extend(self.measured.iter().map(row));
         let table: Vec<String> = rows.iter().map(|(key, value)| format!("| {key} | {value} |")).collect();
         let notes = if source.is_some() {
             format!(
@@ -207,6 +205,32 @@ fn method(moe: &MoeConfig) -> String {
     parts.join(", ")
 }
 
+/// Adds a perplexity to the card in `dir` if this program wrote it, behind those that are there.
+///
+/// # Errors
+/// The file system refuses.
+pub fn add_perplexity(dir: &Path, measured: &Measured) -> Result<()> {
+    let path = dir.join(CARD_FILE);
+    if !path.is_file() || !is_generated(&path)? {
+        return Ok(());
+    }
+    let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
+    let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
+    let is_row = |line: &String| line.starts_with("| perplexity |") || line.starts_with("| parameters |");
+    if let Some(last) = lines.iter().rposition(is_row) {
+        let (key, value) = row(measured);
+        lines.insert(last + 1, format!("| {key} | {value} |"));
+        let temporary = dir.join(format!(".{CARD_FILE}.new"));
+        write_synced(&temporary, (lines.join("\n") + "\n").as_bytes()).map_err(Error::io(&temporary))?;
+        std::fs::rename(&temporary, &path).map_err(Error::io(&path))?;
+    }
+    Ok(())
+}
+
+fn row(Measured { text, perplexity }: &Measured) -> (&'static str, String) {
+    ("perplexity", format!("{perplexity:.4} ({})", plain(text)))
+}
+
 /// Returns the lines of a card's front matter that state its licence.
 fn licence(card: &str) -> Vec<String> {
     let mut lines = card.lines();
@@ -240,5 +264,31 @@ mod tests {
         assert_eq!(licence("---\nlicense:\n- mit\n---\n"), Vec::<String>::new());
         let long = format!("---\nlicense: {}\n---\n", "x".repeat(300));
         assert_eq!(licence(&long), Vec::<String>::new());
+    }
+
+    #[test]
+    fn a_perplexity_is_added_behind_the_others_of_an_own_card() {
+        let dir = tempfile::tempdir().unwrap();
+        let measured = Measured { text: "folded | x".into(), perplexity: 2.5 };
+        add_perplexity(dir.path(), &measured).unwrap();
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "no card");
+        let card = dir.path().join(CARD_FILE);
+        for (text, wanted) in [
+            (
+                format!("{GENERATED}\n| parameters | 9 |\n| perplexity | 1 |\n\nUse\n"),
+                "| perplexity | 1 |\n| perplexity | 2.5000 (folded   x) |\n\nUse\n",
+            ),
+            (
+                format!("{GENERATED}\n| parameters | 9 |\n"),
+                "| parameters | 9 |\n| perplexity | 2.5000 (folded   x) |\n",
+            ),
+            ("| parameters | 9 |\n".to_owned(), "| parameters | 9 |\n"),
+        ] {
+            std::fs::write(&card, &text).unwrap();
+            add_perplexity(dir.path(), &measured).unwrap();
+            let found = std::fs::read_to_string(&card).unwrap();
+            assert!(found.ends_with(wanted), "{found}");
+        }
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
     }
 }

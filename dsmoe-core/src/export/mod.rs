@@ -7,14 +7,15 @@ mod remote;
 use std::path::Path;
 use std::str::FromStr;
 
+pub use card::add_perplexity;
 pub use dense::DenseForm;
 
 use crate::checkpoint::{
-    Checkpoint, DEFAULT_SHARD_BYTES, Dtype, Meter, OutputDir, Progress, TensorInfo, TensorSource,
-    check_llama_tensors, copy_companions, decode, encode, in_stored_order, is_router, is_too_large,
-    model_writer, open_model,
+    CONFIG_FILE, Checkpoint, DEFAULT_SHARD_BYTES, Dtype, Meter, OutputDir, Progress, TensorInfo,
+    TensorSource, check_llama_tensors, copy_companions, decode, encode, in_stored_order, is_router,
+    is_too_large, model_writer, open_model,
 };
-use crate::config::Config;
+use crate::config::{Config, RopeScaling};
 use crate::convert::{ffn_change, masks_of_other_order, source_infos};
 use crate::error::{Error, Result, shown};
 use crate::masks::Masks;
@@ -95,6 +96,25 @@ pub struct ExportReport {
     pub card_written: bool,
 }
 
+/// Refuses a Phi-3 model whose heads are not a part of its hidden size beside longrope, as pruned channels leave it: the
+/// configuration of transformers derives the number of factors from the hidden size alone.
+fn check_longrope(model: &Path, config: &Config) -> Result<()> {
+    let Some(rope) = config.architecture.ropes.first() else { return Ok(()) };
+    let derived = config.hidden / config.num_heads * rope.width / config.head_dim;
+    let is_longrope = matches!(rope.scaling, RopeScaling::LongRope { .. });
+    if config.family().fused && config.is_dense() && is_longrope && derived / 2 != rope.width / 2 {
+        let problem = format!(
+            "is {}, from which transformers derives {} longrope factors and not {}",
+            config.hidden,
+            derived / 2,
+            rope.width / 2
+        );
+        let help = "export it {as} native, or prune blocks in place of channels";
+        return Err(Error::field(&model.join(CONFIG_FILE), "hidden_size", problem, help));
+    }
+    Ok(())
+}
+
 /// Exports the model in `model` to the new directory `out`, which appears when it is complete. A dense export of a
 /// model that was not trained has the bytes of the original.
 ///
@@ -118,6 +138,9 @@ pub fn export(
     let mut config = Config::load(model)?;
     if let Some(active) = active {
         choose_budget(&mut config, active, form)?;
+    }
+    if form == ExportAs::Transformers {
+        check_longrope(model, &config)?;
     }
     let checkpoint = open_model(model, &config)?;
     check_llama_tensors(&config, &checkpoint)?;

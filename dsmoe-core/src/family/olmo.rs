@@ -15,6 +15,7 @@ pub(super) static OLMO2: Family = Family {
     model_type: "olmo2",
     class: "Olmo2ForCausalLM",
     defaults: DEFAULTS,
+    rope: RopeRules { type_and_factor: true, ..RopeRules::LLAMA },
     switches: |architecture, fields, _| norms(architecture, fields),
     ..Family::PLAIN
 };

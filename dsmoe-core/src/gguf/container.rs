@@ -5,13 +5,13 @@
 //! ```
 
 use std::collections::{BTreeMap, HashSet};
-use std::fs::File;
 use std::io::{BufReader, Read};
 use std::path::{Path, PathBuf};
 
 use super::types::TensorType;
 use super::value::Value;
 use crate::error::{Error, Result, shown};
+use crate::files::open_regular;
 
 pub(crate) const MAGIC: [u8; 4] = *b"GGUF";
 /// Number of files of a model that was split.
@@ -146,7 +146,7 @@ impl TensorPlace {
 }
 
 fn open_file(path: &Path) -> Result<Container> {
-    let file = File::open(path).map_err(Error::io(path))?;
+    let file = open_regular(path)?;
     let metadata = file.metadata().map_err(Error::io(path))?;
     Container::read(path, BufReader::with_capacity(1 << 16, file), metadata.len())
 }

@@ -70,9 +70,12 @@ impl From<'_> {
         if layers.iter().enumerate().all(|(i, layer)| layer.window == wanted(i)) {
             return Ok(vec![("attention.sliding_window", count(window))]);
         }
-        // A window of all positions is none.
-        if window >= self.config.max_position {
-            return Ok(Vec::new());
+        // A window of all positions is none, unless its layers have a RoPE of their own.
+        let same_rope = self.sliding_rope().is_none_or(|rope| Some(rope) == self.full_rope());
+        if window >= self.config.max_position && same_rope {
+            // Without the key a reader takes Gemma 2's usual window.
+            let needed = self.arch.model_type == "gemma2";
+            return Ok(if needed { vec![("attention.sliding_window", count(window))] } else { Vec::new() });
         }
         Err(self.wrong("sliding_window", "is of layers that have none in llama.cpp"))
     }
@@ -121,19 +124,18 @@ impl From<'_> {
         if architecture.layers.iter().enumerate().any(|(i, layer)| layer.rope.is_some() != rotated(i)) {
             return Err(self.wrong("no_rope_layers", "is another than every fourth layer"));
         }
-        let full = architecture.layers.iter().rev().find(|layer| layer.window.is_none());
-        let of = |layer: Option<usize>| layer.and_then(|rope| architecture.ropes.get(rope));
-        let last = architecture.layers.iter().rev().find(|layer| layer.rope.is_some());
-        let full = of(full.and_then(|layer| layer.rope)).or_else(|| of(last?.rope));
-        let Some(full) = full else { return Err(self.wrong("rope", "is of no layer")) };
+        let Some(full) = self.full_rope() else { return Err(self.wrong("rope", "is of no layer")) };
+        if full.width != self.config.head_dim && self.arch.model_type != "phi3" {
+            return Err(self.wrong("partial_rotary_factor", "turns a part of each head alone"));
+        }
         let mut keys =
             vec![("rope.freq_base", number(full.theta)), ("rope.dimension_count", count(full.width))];
-        for sliding in architecture.layers.iter().filter(|layer| layer.window.is_some()) {
-            let Some(rope) = of(sliding.rope).filter(|rope| *rope != full) else { continue };
+        if let Some(rope) = self.sliding_rope() {
+            let plain = rope.scaling == RopeScaling::None && rope.width == self.config.head_dim;
             let stated = match self.arch.model_type {
-                "gemma3_text" => rope.scaling == RopeScaling::None,
-                "olmo3" => rope.scaling == RopeScaling::None && rope.theta == full.theta,
-                _ => false,
+                "gemma3_text" => plain,
+                "olmo3" => plain && rope.theta == full.theta,
+                _ => rope == full,
             };
             if !stated {
                 return Err(self.wrong("rope_parameters.sliding_attention", "is not stated in GGUF"));
@@ -141,11 +143,25 @@ impl From<'_> {
             if self.arch.model_type == "gemma3_text" {
                 keys.push(("rope.freq_base_swa", number(rope.theta)));
             }
-            break;
         }
         let (scaling, tensors) = self.scaling(full)?;
         keys.extend(scaling);
         Ok((keys, tensors))
+    }
+
+    /// Returns the RoPE of the layers without a window, or of all layers where each has one.
+    fn full_rope(&self) -> Option<&Rope> {
+        let architecture = &self.config.architecture;
+        let layers = || architecture.layers.iter().rev();
+        let full = layers().filter(|layer| layer.window.is_none()).find_map(|layer| layer.rope);
+        full.or_else(|| layers().find_map(|layer| layer.rope)).and_then(|rope| architecture.ropes.get(rope))
+    }
+
+    /// Returns the RoPE of the layers with a window, if there are any that have one.
+    fn sliding_rope(&self) -> Option<&Rope> {
+        let architecture = &self.config.architecture;
+        let layers = architecture.layers.iter().filter(|layer| layer.window.is_some());
+        layers.filter_map(|layer| layer.rope).next().and_then(|rope| architecture.ropes.get(rope))
     }
 
     fn scaling(&self, rope: &Rope) -> Result<(Keys, Vec<RopeTensor>)> {
@@ -156,12 +172,19 @@ impl From<'_> {
             RopeScaling::Linear { factor } => {
                 (vec![text("linear"), ("rope.scaling.factor", number(*factor))], Vec::new())
             }
-            RopeScaling::Llama3 { original_max_position, .. } => {
+            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position } => {
                 let plain = Rope { scaling: RopeScaling::None, ..rope.clone() };
                 let pairs = plain.frequencies(0).into_iter().zip(rope.frequencies(0));
                 let divisors = pairs.map(|(plain, scaled)| (plain / scaled) as f32).collect();
-                // llama.cpp reads the divisors alone; the number tells what they were made from.
-                (vec![original(*original_max_position)], vec![(super::rope::DIVISORS, divisors)])
+                // llama.cpp reads the divisors alone; the numbers tell what they were made from.
+                let [factor_key, low_key, high_key] = super::rope::LLAMA3_KEYS;
+                let keys = vec![
+                    original(*original_max_position),
+                    (factor_key, number(*factor)),
+                    (low_key, number(*low_freq_factor)),
+                    (high_key, number(*high_freq_factor)),
+                ];
+                (keys, vec![(super::rope::DIVISORS, divisors)])
             }
             RopeScaling::Yarn {
                 factor,

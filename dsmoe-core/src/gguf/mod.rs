@@ -6,6 +6,7 @@
 
 mod arch;
 mod blocks;
+mod card;
 mod config;
 mod container;
 mod export;
@@ -22,6 +23,7 @@ mod write;
 
 use std::path::{Path, PathBuf};
 
+pub(crate) use card::source_card;
 pub(crate) use config::config_json;
 pub use container::{Container, TensorPlace};
 pub use export::{GgufReport, GgufType, export_gguf};

@@ -1,7 +1,6 @@
 //! RoPE in GGUF's metadata and tensors.
 
 use std::f64::consts::PI;
-use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 
 use serde_json::{Map, Value as Json, json};
@@ -10,12 +9,20 @@ use super::config::Keys;
 use super::types::TensorType;
 use super::value::shortest;
 use crate::error::{Error, Result, shown};
+use crate::files::open_regular;
 
 /// Divisors of the frequencies, of Llama 3's scaling.
 pub(crate) const DIVISORS: &str = "rope_freqs.weight";
 /// Divisors below and above the original number of positions, of longrope.
 pub(crate) const SHORT: &str = "rope_factors_short.weight";
 pub(crate) const LONG: &str = "rope_factors_long.weight";
+
+/// Settings that the divisors were made from, in files of this program: factor, low and high frequency factor.
+pub(crate) const LLAMA3_KEYS: [&str; 3] = [
+    "rope.scaling.llama3_factor",
+    "rope.scaling.llama3_low_freq_factor",
+    "rope.scaling.llama3_high_freq_factor",
+];
 
 /// The tensors that config.json holds in another form.
 pub(crate) const TENSORS: [&str; 3] = [DIVISORS, SHORT, LONG];
@@ -52,6 +59,11 @@ pub(crate) fn from_keys(keys: &Keys<'_>) -> Result<Map<String, Json>> {
         None => scaling(keys, original, theta, head_dim)?,
     };
     map.insert("rope_scaling".into(), scaling);
+    if keys.arch.model_type == "olmo3" {
+        // llama.cpp turns layers with a window by the same base, without scaling.
+        let plain = json!({ "rope_type": "default", "rope_theta": theta });
+        map.insert("rope_parameters".into(), json!({ "sliding_attention": plain }));
+    }
     Ok(map)
 }
 
@@ -77,7 +89,11 @@ fn scaling(keys: &Keys<'_>, original: Option<u64>, theta: f64, head_dim: u64) ->
     if !scaling.is_null() {
         return Err(Error::tensor(keys.path, DIVISORS, "is present beside rope.scaling.type", OTHER));
     }
-    llama3(&divisors, theta, head_dim, original.map(|n| n as f64)).ok_or_else(|| {
+    let [factor, low, high] = LLAMA3_KEYS.map(|key| keys.number(key));
+    let stated = original.zip(factor?).zip(low?.zip(high?));
+    let stated = stated.map(|((original, factor), (low, high))| [factor, low, high, original as f64]);
+    let turns = Turns { theta, head_dim };
+    llama3(&divisors, turns, stated, original.map(|n| n as f64)).ok_or_else(|| {
         let problem = "is not a scaling that config.json can state";
         Error::tensor(keys.path, DIVISORS, problem, OTHER)
     })
@@ -132,32 +148,37 @@ fn llama3_divisor(frequency: f64, factor: f64, low: f64, high: f64, original: f6
     }
 }
 
-/// Finds the settings of Llama 3's scaling that give `divisors`.
-fn llama3(divisors: &[f32], theta: f64, head_dim: u64, stated: Option<f64>) -> Option<Json> {
-    let factor = divisors.iter().fold(1.0f32, |most, &divisor| most.max(divisor));
-    let factor = shortest(factor);
-    let gives = |low: f64, high: f64, original: f64| {
+/// Unscaled frequencies: base and width of a head.
+#[derive(Clone, Copy)]
+struct Turns {
+    theta: f64,
+    head_dim: u64,
+}
+
+/// Finds the settings of Llama 3's scaling that give `divisors`: those `stated` (factor, low, high, original positions), or
+/// those of a published model, with the `original` positions if they are known.
+fn llama3(divisors: &[f32], turns: Turns, stated: Option<[f64; 4]>, original: Option<f64>) -> Option<Json> {
+    let largest = shortest(divisors.iter().fold(1.0f32, |most, &divisor| most.max(divisor)));
+    let gives = |&[factor, low, high, original]: &[f64; 4]| {
         divisors.iter().enumerate().all(|(i, &divisor)| {
-            let frequency = theta.powf(-2.0 * i as f64 / head_dim as f64);
+            let frequency = turns.theta.powf(-2.0 * i as f64 / turns.head_dim as f64);
             let expected = llama3_divisor(frequency, factor, low, high, original);
             (f64::from(divisor) / expected - 1.0).abs() < TOLERANCE
         })
     };
-    if divisors.len() as u64 != head_dim / 2 {
+    if divisors.len() as u64 != turns.head_dim / 2 {
         return None;
     }
-    for original in stated.into_iter().chain(POSITIONS) {
-        if let Some((low, high)) = FACTORS.into_iter().find(|&(low, high)| gives(low, high, original)) {
-            return Some(json!({
-                "rope_type": "llama3",
-                "factor": factor,
-                "low_freq_factor": low,
-                "high_freq_factor": high,
-                "original_max_position_embeddings": original as u64,
-            }));
-        }
-    }
-    None
+    let originals = original.into_iter().chain(POSITIONS);
+    let published = originals.flat_map(|original| FACTORS.map(|(low, high)| [largest, low, high, original]));
+    let [factor, low, high, original] = stated.into_iter().chain(published).find(gives)?;
+    Some(json!({
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": original as u64,
+    }))
 }
 
 /// Reads a small f32 tensor.
@@ -170,7 +191,7 @@ fn floats(keys: &Keys<'_>, name: &str) -> Result<Option<Vec<f32>>> {
     }
     let mut bytes = vec![0; place.numel() as usize * 4];
     let path = &keys.container.files[place.file];
-    let mut file = File::open(path).map_err(Error::io(path))?;
+    let mut file = open_regular(path)?;
     file.seek(SeekFrom::Start(place.offset))
         .and_then(|_| file.read_exact(&mut bytes))
         .map_err(Error::io(path))?;
@@ -194,12 +215,14 @@ mod tests {
                 llama3_divisor(5e5f64.powf(-2.0 * i as f64 / 64.0), factor, low, high, original) as f32
             };
             let divisors: Vec<f32> = (0..32).map(divisor).collect();
-            let found = llama3(&divisors, 5e5, 64, None).unwrap();
+            let turns = Turns { theta: 5e5, head_dim: 64 };
+            let found = llama3(&divisors, turns, None, None).unwrap();
             assert_eq!(found["factor"], json!(factor));
             assert_eq!(found["original_max_position_embeddings"], json!(original as u64));
             let mut other = divisors;
             other[20] *= 1.01;
-            assert_eq!(llama3(&other, 5e5, 64, None), None);
+            assert_eq!(llama3(&other, turns, None, None), None);
+            assert_eq!(llama3(&other, turns, Some([factor, low, high, original]), None), None, "checked");
         }
     }
 }

@@ -117,6 +117,11 @@ impl Encoded {
         Encoded { offset, numel: numel as u64, ..self.clone() }
     }
 
+    /// Returns the bytes in the file.
+    pub(crate) fn stored_len(&self) -> u64 {
+        self.numel / self.layout.elements as u64 * self.layout.bytes as u64
+    }
+
     /// Returns the bytes of an element in the file, at most.
     pub(crate) fn stored_size(&self) -> usize {
         self.layout.bytes.div_ceil(self.layout.elements)

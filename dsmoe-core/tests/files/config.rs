@@ -331,6 +331,61 @@ fn what_families_leave_unsaid() {
     assert_eq!(phi.ropes[0].width, 2);
 }
 
+/// What a writer states is what it read: rotation, windows and everything else.
+#[test]
+fn a_rotation_of_parts_of_heads_is_written_as_it_was_read() {
+    let linear = r#"{"rope_type": "linear", "factor": 2, "partial_rotary_factor": 0.5}"#;
+    let plain = r#"{"rope_type": "default", "rope_theta": 3000.0}"#;
+    for kind in ["llama", "qwen3", "granite", "olmo3", "gemma3_text"] {
+        for keys in [
+            format!(r#"{{"rope_theta": 500.0, "rope_scaling": {linear}}}"#),
+            format!(r#"{{"partial_rotary_factor": 0.5, "rope_scaling": {{"type": "linear", "factor": 2}}}}"#),
+            format!(r#"{{"rope_parameters": {{"full_attention": {linear}, "sliding_attention": {plain}}}}}"#),
+            format!(
+                r#"{{"rope_parameters": {{"full_attention": {linear}, "sliding_attention": {linear}}}}}"#
+            ),
+            format!(r#"{{"rope_parameters": {{"full_attention": {plain}, "sliding_attention": {linear}}}}}"#),
+        ] {
+            // Of these families some have one rotation, and some refuse half of it for whole heads.
+            let Ok(config) = of_family(kind, &keys) else { continue };
+            let again = Config::from_json(Path::new("c"), &config.to_json()).unwrap();
+            assert_eq!(again.architecture, config.architecture, "{kind}: {keys}");
+            let thrice = Config::from_json(Path::new("c"), &again.to_json()).unwrap();
+            assert_eq!(thrice.architecture, config.architecture, "{kind}: {keys}");
+        }
+        let half = of_family(kind, &format!(r#"{{"rope_scaling": {linear}}}"#)).unwrap();
+        assert_eq!(half.architecture.ropes[0].width * 2, half.head_dim, "{kind}");
+    }
+}
+
+#[test]
+fn transformers_4_reads_what_is_written() {
+    let written = |kind: &str, keys: &str| -> Value {
+        serde_json::from_str(&of_family(kind, keys).unwrap().to_json()).unwrap()
+    };
+    // OLMo 2 takes an object of these two keys alone.
+    for kind in ["linear", "dynamic"] {
+        let keys =
+            format!(r#"{{"rope_parameters": {{"rope_type": "{kind}", "factor": 2, "rope_theta": 500.0}}}}"#);
+        let json = written("olmo2", &keys);
+        assert_eq!(json["rope_scaling"], json!({"type": kind, "factor": 2.0}));
+        assert_eq!(json["rope_theta"], json!(500.0));
+        let again = Config::from_json(Path::new("c"), &json.to_string()).unwrap();
+        assert_eq!(again.architecture, of_family("olmo2", &keys).unwrap().architecture);
+        assert_eq!(again.notices(), Vec::<String>::new());
+    }
+    // A factor that is not the growth of the positions.
+    let half = small_config().head_dim / 2;
+    let list = json!(vec![1.5; half]);
+    let keys = json!({"rope_scaling": {"rope_type": "longrope", "short_factor": list, "long_factor": list, "factor": 4.0,
+        "original_max_position_embeddings": 4}});
+    let json = written("gemma", &keys.to_string());
+    let factor = of_family("gemma", &keys.to_string()).unwrap().architecture.ropes[0].factor();
+    assert_eq!(json["original_max_position_embeddings"], json!(4));
+    assert_eq!(json["rope_scaling"]["attention_factor"], json!(factor));
+    assert_eq!(written("mistral", r#"{"head_dim": null}"#)["head_dim"], json!(small_config().head_dim));
+}
+
 #[test]
 fn native_directories_name_their_family() {
     let good = r#"{"format_version": 1, "num_experts": 4, "threshold": 0.5, "partition": "contiguous",

@@ -13,6 +13,7 @@ use serde::Serialize;
 
 use crate::cli::eval::{Eval, Perplexity};
 use crate::evaluation::{domain_table, measure, measure_domains};
+use crate::files::lossy;
 use crate::format;
 use crate::models::{load_inference, show_config_notices, tokenizer};
 use crate::progress::{Progress, Unit};
@@ -28,10 +29,11 @@ const JOINT: &str = "\n\n";
 
 #[derive(Debug, Serialize)]
 struct PerplexityReport<'a> {
+    #[serde(serialize_with = "lossy")]
     model: &'a PathBuf,
-    #[serde(skip_serializing_if = "<[_]>::is_empty")]
-    data: &'a [String],
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(serialize_with = "lossy", skip_serializing_if = "<[_]>::is_empty")]
+    data: &'a [PathBuf],
+    #[serde(serialize_with = "lossy", skip_serializing_if = "Option::is_none")]
     mixture: Option<&'a PathBuf>,
     doc_separator: Option<&'a str>,
     bos: Bos,

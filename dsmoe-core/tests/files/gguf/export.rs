@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use dsmoe_core::checkpoint::{
     Checkpoint, Dtype, TensorInfo, Writer, check_llama_tensors, open_model, tensor_names,
 };
-use dsmoe_core::config::Config;
+use dsmoe_core::config::{Config, LayerAttention};
 use dsmoe_core::convert::{ConvertOptions, convert};
 use dsmoe_core::export::{ExportAs, ExportOptions, export};
 use dsmoe_core::gguf::{Container, GgufType, export_gguf};
@@ -166,6 +166,108 @@ fn families_read_back_as_they_were() {
     let names: Vec<&str> = refused.iter().filter_map(|line| Some(line.split_once(':')?.0)).collect();
     assert_eq!(names, REFUSED, "{refused:#?}");
     assert_eq!(written.len() + refused.len(), 43, "{written:?}");
+}
+
+/// Windows and RoPE that the file of a published model would not state: each reads back as it was, or is refused.
+#[test]
+fn odd_windows_and_ropes_read_back_or_are_refused() {
+    let plain = |theta: f64| json!({"rope_type": "default", "rope_theta": theta});
+    let linear = json!({"rope_type": "linear", "factor": 2.5, "rope_theta": 500.0});
+    let llama3 = |original: u64, low: f64| {
+        json!({"rope_scaling": {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": low, "high_freq_factor": 4.5,
+            "original_max_position_embeddings": original}})
+    };
+    let ropes = |full: Value, sliding: Value| json!({"full_attention": full, "sliding_attention": sliding});
+    let (full, sliding) = ("full_attention", "sliding_attention");
+    for (family, layers, keys, refusal) in [
+        (
+            "olmo3",
+            3,
+            json!({"rope_parameters": ropes(plain(1e4), linear.clone())}),
+            "sliding_attention is not stated",
+        ),
+        ("olmo3", 3, json!({"rope_parameters": ropes(plain(300.0), plain(300.0))}), ""),
+        ("olmo3", 4, json!({"rope_parameters": ropes(plain(300.0), plain(300.0))}), ""),
+        ("olmo3", 4, json!({"rope_parameters": ropes(linear, plain(500.0))}), ""),
+        (
+            "olmo3",
+            4,
+            json!({"rope_parameters": ropes(plain(1e4), plain(300.0))}),
+            "sliding_attention is not stated",
+        ),
+        ("gemma3_text", 3, json!({"rope_local_base_freq": 300.0}), ""),
+        ("gemma3_text", 7, json!({"rope_local_base_freq": 300.0}), ""),
+        (
+            "gemma3_text",
+            2,
+            json!({"layer_types": [full, sliding], "sliding_window": 64}),
+            "sliding_window is of layers",
+        ),
+        ("gemma3_text", 2, json!({"layer_types": [full, full]}), ""),
+        ("gemma2", 2, json!({"layer_types": [full, sliding], "sliding_window": 64}), ""),
+        ("mistral", 2, json!({"sliding_window": 64}), ""),
+        ("ministral", 2, json!({"layer_types": [full, full]}), ""),
+        (
+            "ministral",
+            2,
+            json!({"layer_types": [full, sliding], "sliding_window": 5}),
+            "sliding_window is of layers",
+        ),
+        ("granite", 2, llama3(100, 1.5), ""),
+        // Waves too short for the whole factor.
+        ("llama", 2, llama3(40_000, 1.0), ""),
+        ("llama", 2, llama3(1 << 24, 1.0), ""),
+        (
+            "llama",
+            2,
+            json!({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}}),
+            "turns a part of each head",
+        ),
+    ] {
+        let work = tempfile::tempdir().unwrap();
+        let mut json = json!({
+            "model_type": family, "vocab_size": 20, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": layers,
+            "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64,
+            "sliding_window": 9, "query_pre_attn_scalar": 16, "attention_multiplier": 0.25,
+        });
+        let all = json.as_object_mut().unwrap();
+        all.extend(keys.as_object().unwrap().clone());
+        let what = json.to_string();
+        fs::write(work.path().join("config.json"), &what).unwrap();
+        let (model, out) = (work.path().join("model"), work.path().join("out.gguf"));
+        let config = Config::load(work.path()).unwrap();
+        init(&config, &model, &InitOptions::default(), &mut quiet).unwrap();
+        let tokenizer = r#"{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "pre_tokenizer":
+            {"type": "ByteLevel", "add_prefix_space": false}}"#;
+        fs::write(model.join("tokenizer.json"), tokenizer).unwrap();
+        match write(&model, &out, None) {
+            Ok(()) => {
+                assert_eq!(refusal, "", "{what} is written");
+                let again = Config::load(&out).unwrap();
+                let layers = |config: &Config| {
+                    let ropes = &config.architecture.ropes;
+                    let layer = |layer: &LayerAttention| {
+                        let window = layer.window.filter(|&window| window < config.max_position);
+                        let rope = layer.rope.map(|rope| ropes[rope].frequencies(9));
+                        (window, rope)
+                    };
+                    config.architecture.layers.iter().map(layer).collect::<Vec<_>>()
+                };
+                for ((window, rope), (again_window, again_rope)) in
+                    layers(&config).into_iter().zip(layers(&again))
+                {
+                    assert_eq!(window, again_window, "{what}");
+                    let (rope, again_rope) = (rope.unwrap_or_default(), again_rope.unwrap_or_default());
+                    let near = rope.iter().zip(&again_rope).all(|(a, b)| (a - b).abs() <= 1e-6 * a);
+                    assert!(near && rope.len() == again_rope.len(), "{what}: {rope:?} {again_rope:?}");
+                }
+            }
+            Err(error) => {
+                let text = error.to_string();
+                assert!(!refusal.is_empty() && text.contains(refusal), "{what}: {text}");
+            }
+        }
+    }
 }
 
 /// The layers with windows, the rotations and the scales that published models have are those of llama.cpp's graphs.
