@@ -1,7 +1,8 @@
 //! Builds the FFNs that a configuration describes.
 
 use super::dense::DenseFfn;
-use super::dsmoe::{DsmoeFfn, DsmoeForm};
+use super::dsmoe::DsmoeFfn;
+use super::form::DsmoeForm;
 use super::{Ffn, Gated};
 use crate::config::Config;
 

@@ -12,59 +12,10 @@ use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 use super::bound::{RouterBound, draws};
 use super::gating::{Gating, GatingBackward, GatingWeights};
 use super::{
-    DeviceFfn, Ffn, FfnBackward, FfnForward, FfnInference, FfnKind, FfnReport, FfnScratch, Gated, PackedFfn,
-    Record, add_output_bias, routes,
+    DeviceFfn, DsmoeForm, Ffn, FfnBackward, FfnForward, FfnInference, FfnKind, FfnReport, FfnScratch, Gated,
+    PackedFfn, Record, add_output_bias, routes,
 };
-use crate::config::MoeConfig;
 use crate::params::TensorSpec;
-
-/// The form of a layer's FFN: its gates, and what stands beside the experts that they switch.
-#[derive(Clone, Debug, PartialEq)]
-pub struct DsmoeForm {
-    /// The gates, with the number of all experts of the layer.
-    pub router: RouterConfig,
-    /// True if the router has a bias.
-    pub router_bias: bool,
-    /// The leading experts that every token runs with the factor 1; the router has the others.
-    pub core: usize,
-    /// Rank of the router; none for a full one.
-    pub router_rank: Option<usize>,
-    /// True if a linear map of what a router of low rank computes first is added to the output.
-    pub correction: bool,
-}
-
-impl DsmoeForm {
-    /// Describes routed experts with a full router and nothing beside them.
-    pub fn new(router: RouterConfig, router_bias: bool) -> DsmoeForm {
-        DsmoeForm { router, router_bias, core: 0, router_rank: None, correction: false }
-    }
-
-    /// Returns the form of a layer.
-    pub(crate) fn of_layer(moe: &MoeConfig, layer: usize) -> DsmoeForm {
-        DsmoeForm {
-            router: moe.router.clone(),
-            router_bias: moe.router_bias,
-            core: moe.core(layer),
-            router_rank: moe.parts.router_rank,
-            correction: moe.parts.correction,
-        }
-    }
-
-    /// Returns the number of experts that have a gate.
-    pub fn routed(&self) -> usize {
-        self.router.num_experts - self.core
-    }
-
-    /// Names what it has beside routed experts and a full router.
-    pub fn parts(&self) -> Vec<&'static str> {
-        let parts = [
-            (self.core > 0, "a core of experts that always run"),
-            (self.router_rank.is_some(), "routers of low rank"),
-            (self.correction, "a correction of the output"),
-        ];
-        parts.into_iter().filter(|(is_there, _)| *is_there).map(|(_, name)| name).collect()
-    }
-}
 
 /// `y = sum over active experts i of S_i o_i` (eq. 11), experts being row ranges of the projections (eq. 6), plus the
 /// experts of the core and the correction.

@@ -10,6 +10,7 @@ mod build;
 mod dense;
 mod device;
 mod dsmoe;
+mod form;
 mod gated;
 mod gating;
 
@@ -27,7 +28,8 @@ pub use bound::RouterBound;
 pub(crate) use build::of_layer;
 pub use dense::DenseFfn;
 pub use device::{DeviceFfn, GateBackward, HostGate, HostRouted};
-pub use dsmoe::{DsmoeFfn, DsmoeForm};
+pub use dsmoe::DsmoeFfn;
+pub use form::DsmoeForm;
 pub use gated::{Gated, add_output_bias};
 
 use crate::config::Config;

@@ -4,8 +4,8 @@ use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::{Precision, linear};
 
 use super::experts::Experts;
+use super::plan::{Plan, Start, not_finite};
 use super::router::Router;
-use super::{Plan, Start, not_finite};
 use crate::calibrate::{LayerStream, LayerWeights};
 use crate::compensate::{LeastSquares, Rows};
 use crate::error::{Error, Result};
@@ -19,13 +19,13 @@ pub(super) struct Fitted {
     inputs: usize,
     /// `[hidden]`, where the FFN has a bias of its output.
     pub(super) bias: Option<Vec<f32>>,
-    /// Squared error of the output over its squared size, on the fitted text.
+    /// Squared error of the output over its squared size, on the text that places thresholds.
     pub(super) error: f64,
     /// The share of experts that ran.
     pub(super) active: f64,
 }
 
-/// Sums over the fitted text.
+/// Sums over the text that places thresholds.
 #[derive(Default)]
 struct Measured {
     error: f64,

@@ -1,6 +1,6 @@
 //! The neurons of the core and of the experts.
 
-use super::{Plan, Start};
+use super::plan::{Plan, Start};
 use crate::calibrate::{LayerStream, LayerWeights};
 use crate::error::Result;
 use crate::partition::clusters;

@@ -12,7 +12,8 @@ use dsmoe_kernels::{Precision, linear};
 use rayon::prelude::*;
 
 use super::experts::Experts;
-use super::{Plan, RouterTarget, Start, not_finite};
+use super::plan::{Plan, Start, not_finite};
+use super::settings::RouterTarget;
 use crate::calibrate::{FfnTap, LayerStream, LayerWeights};
 use crate::compensate::{LeastSquares, Rows};
 use crate::error::Result;

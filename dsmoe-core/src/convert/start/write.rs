@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::Layer;
+use super::layer::Layer;
 use crate::accounting::Accounting;
 use crate::calibrate::{LayerStream, LayerWeights};
 use crate::checkpoint::{
