@@ -281,14 +281,31 @@ fn project(out: &mut [f32], x: &[f32], w: &[f32], plan: &Plan<'_>) {
         Operands { a, b, m: tokens, n: intermediate, k: hidden, precision }.multiply(isa, out, false, true);
         return;
     }
-    for expert in 0..num_experts {
+    let multiply = |(expert, out): (usize, &mut [f32]), parallel: bool| {
         let pairs = plan.pairs_of(expert);
         let w = &w[expert * width * hidden..(expert + 1) * width * hidden];
-        let (m, out) = (pairs.len(), &mut out[pairs.start * width..pairs.end * width]);
+        let m = pairs.len();
         let a = Source::picked_rows(x, plan.tokens(pairs));
         let b = Source::rows(Mat::new(w, width, hidden));
-        Operands { a, b, m, n: width, k: hidden, precision }.multiply(isa, out, false, true);
+        Operands { a, b, m, n: width, k: hidden, precision }.multiply(isa, out, false, parallel);
+    };
+    let (mut parts, mut rest) = (Vec::with_capacity(num_experts), out);
+    for expert in 0..num_experts {
+        let (part, after) = rest.split_at_mut(plan.pairs_of(expert).len() * width);
+        parts.push((expert, part));
+        rest = after;
     }
+    if alike(plan) {
+        parts.into_par_iter().with_max_len(1).for_each(|part| multiply(part, false));
+    } else {
+        parts.into_iter().for_each(|part| multiply(part, true));
+    }
+}
+
+/// Tells whether the experts are of about one size, so that they keep the threads busy by themselves.
+fn alike(plan: &Plan<'_>) -> bool {
+    let largest = (0..plan.dims.num_experts).map(|i| plan.pairs_of(i).len()).max().unwrap_or(0);
+    largest * 2 * rayon::current_num_threads() <= 3 * plan.num_pairs()
 }
 
 /// Sets `dcoefficients[t, i]` to `sum over j of act(a) * b * g`: of all pairs, or to `dpairs` of active pairs and 0 of the
@@ -317,7 +334,7 @@ fn coefficient_gradients(dcoefficients: &mut [f32], dpairs: &[f32], [a, b, g]: [
 
 /// Adds `da^T x`, `db^T x` and `scaled^T dy` of every expert's pairs to its rows of the gradients.
 fn weight_gradients(grads: WeightGrads<'_>, lefts: [&[f32]; 3], x: &[f32], dy: &[f32], plan: &Plan<'_>) {
-    let Plan { dims: Dims { tokens, hidden, num_experts, .. }, isa, precision, .. } = *plan;
+    let Plan { dims: Dims { tokens, hidden, .. }, isa, precision, .. } = *plan;
     let width = plan.dims.expert_width();
     let multiply = |expert: usize, dw: &mut [f32], left: &[f32], right: &[f32], parallel: bool| {
         let pairs = plan.pairs_of(expert);
@@ -337,15 +354,12 @@ fn weight_gradients(grads: WeightGrads<'_>, lefts: [&[f32]; 3], x: &[f32], dy: &
             }
         }
     }
-    let largest = (0..num_experts).map(|i| plan.pairs_of(i).len()).max().unwrap_or(0);
-    // Experts of about one size keep the threads busy by themselves.
-    let apart = largest * 2 * rayon::current_num_threads() <= 3 * plan.num_pairs();
     let experts = |dw: &mut [f32], left: &[f32], right: &[f32]| {
         dw.par_chunks_exact_mut(width * hidden).with_max_len(1).enumerate().for_each(|(expert, dw)| {
             multiply(expert, dw, left, right, false);
         });
     };
-    if apart {
+    if alike(plan) {
         rayon::join(
             || experts(gate, da, x),
             || rayon::join(|| experts(up, db, x), || experts(down, scaled, dy)),
