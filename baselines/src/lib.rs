@@ -2,8 +2,10 @@
 #![forbid(unsafe_code)]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+mod cmoe;
 mod controls;
 mod depth;
+mod divergence;
 pub mod dsmoe;
 mod error;
 mod experts;

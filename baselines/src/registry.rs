@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::method::Method;
-use crate::{controls, depth, dsmoe, llama_moe, llm_pruner, moefication, neurons, random_k, sparse};
+use crate::{cmoe, controls, depth, dsmoe, llama_moe, llm_pruner, moefication, neurons, random_k, sparse};
 
 /// Lists all methods.
 pub fn methods() -> &'static [&'static dyn Method] {
@@ -18,6 +18,8 @@ pub fn methods() -> &'static [&'static dyn Method] {
         &sparse::MAGNITUDE,
         &llama_moe::LLAMA_MOE,
         &moefication::MOEFICATION,
+        &cmoe::CMOE,
+        &dsmoe::LTE,
         &random_k::RANDOM_K,
         &controls::DENSE,
         &controls::SMALL_DENSE,

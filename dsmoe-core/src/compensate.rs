@@ -77,11 +77,9 @@ impl LeastSquares {
         let [h, r] = [(rows.inputs, inputs), (rows.residuals, outputs)]
             .map(|(values, width)| scaled(values, rows.factors, width));
         for (sums, values) in self.sums.iter_mut().zip([&h, &r]) {
-            for (row, &s) in values.chunks_exact(sums.len().max(1)).zip(rows.factors) {
-                sums.iter_mut().zip(row).for_each(|(sum, &x)| *sum += f64::from(s) * f64::from(x));
-            }
+            add_rows(sums, values, rows.factors);
         }
-        self.weight += rows.factors.iter().map(|&s| f64::from(s) * f64::from(s)).sum::<f64>();
+        self.weight += squares(rows.factors);
         self.gram.add(&h);
         let (a, b) = (Mat::new(&h, tokens, inputs).t(), Mat::new(&r, tokens, outputs));
         Matmul { c: &mut self.products, a, b, accumulate: true, precision: Precision::F32 }.run();
@@ -90,39 +88,123 @@ impl LeastSquares {
     /// Solves with a ridge that is a share of the mean of the diagonal, or with the first larger one of 0.01, 0.1 and
     /// 1 that gives a positive definite matrix. Returns none if values are not finite.
     pub fn solve(&self, ridge: f64, intercept: bool) -> Option<Correction> {
-        let (inputs, outputs) = (self.gram.columns(), self.outputs);
-        let mut matrix = self.gram.square(1.0);
-        let mut products = self.products.clone();
-        let [h, r] = self.sums.each_ref().map(|sums| {
-            let mean = |sum: &f64| if intercept && self.weight > 0.0 { sum / self.weight } else { 0.0 };
-            sums.iter().map(mean).collect::<Vec<f64>>()
-        });
-        subtract(&mut matrix, self.weight, &h, &h);
-        subtract(&mut products, self.weight, &h, &r);
-        let trace: f64 = matrix.iter().step_by(inputs + 1).map(|&v| f64::from(v)).sum();
-        let mean = (trace / inputs.max(1) as f64).max(f64::from(f32::MIN_POSITIVE));
-        let tried = std::iter::once(ridge).chain(RIDGES.into_iter().filter(|&next| next > ridge));
-        let (factor, ridge) = tried
-            .filter_map(|ridge| {
-                let mut raised = matrix.clone();
-                raised.iter_mut().step_by(inputs + 1).for_each(|v| *v += (ridge * mean) as f32);
-                inverse_factor(raised, inputs).ok().map(|factor| (factor, ridge))
-            })
-            .next()?;
-        let factor = Mat::new(&factor, inputs, inputs);
-        let (mut half, mut weight) = (vec![0.0; products.len()], vec![0.0; products.len()]);
-        multiply(&mut half, factor.t(), Mat::new(&products, inputs, outputs));
-        multiply(&mut weight, factor, Mat::new(&half, inputs, outputs));
-        let bias = intercept.then(|| {
-            let mut bias = r;
-            for (row, &m) in weight.chunks_exact(outputs.max(1)).zip(&h) {
-                bias.iter_mut().zip(row).for_each(|(b, &c)| *b -= f64::from(c) * m);
-            }
-            bias.into_iter().map(|b| b as f32).collect::<Vec<f32>>()
-        });
-        let finite = weight.iter().chain(bias.iter().flatten()).all(|v| v.is_finite());
-        finite.then_some(Correction { weight, bias, ridge })
+        let (matrix, products) = (self.gram.square(1.0), self.products.clone());
+        let sums = self.sums.each_ref().map(|sums| &sums[..]);
+        solve(Equations { matrix, products, sums, weight: self.weight }, ridge, intercept)
     }
+}
+
+/// The second moments of all inputs of a projection, from which its fit on any choice of them follows.
+#[derive(Clone, Debug)]
+pub struct Moments {
+    gram: Gram,
+    /// Sum of s^2 h.
+    sums: Vec<f64>,
+    /// Sum of s^2.
+    weight: f64,
+}
+
+impl Moments {
+    /// Makes the sums over no token.
+    pub fn new(inputs: usize) -> Moments {
+        Moments { gram: Gram::new(inputs), sums: vec![0.0; inputs], weight: 0.0 }
+    }
+
+    /// Adds tokens `h` `[tokens, inputs]` with their factors s.
+    ///
+    /// # Panics
+    /// The lengths do not fit each other.
+    pub fn add(&mut self, h: &[f32], factors: &[f32]) {
+        let inputs = self.gram.columns();
+        assert_eq!(h.len(), factors.len() * inputs, "Moments: values of {} tokens", factors.len());
+        let h = scaled(h, factors, inputs);
+        add_rows(&mut self.sums, &h, factors);
+        self.weight += squares(factors);
+        self.gram.add(&h);
+    }
+
+    /// Fits the projection `weight` `[outputs, inputs]` to what it gives on all inputs, when it reads `kept` alone: C is
+    /// to be added to these columns. The ridge is that of [`LeastSquares::solve`], and so is the result.
+    ///
+    /// # Panics
+    /// `kept` names an input that there is not, or one twice; `weight` has no whole number of rows.
+    pub fn fit(&self, weight: &[f32], kept: &[usize], ridge: f64, intercept: bool) -> Option<Correction> {
+        let inputs = self.gram.columns();
+        assert!(weight.len().is_multiple_of(inputs.max(1)), "Moments: values of the projection");
+        let outputs = weight.len() / inputs.max(1);
+        let mut is_kept = vec![false; inputs];
+        for &i in kept {
+            assert!(!std::mem::replace(&mut is_kept[i], true), "Moments: input {i} twice");
+        }
+        let removed: Vec<usize> = (0..inputs).filter(|&i| !is_kept[i]).collect();
+        let square = self.gram.square(1.0);
+        let part = |columns: &[usize]| -> Vec<f32> {
+            let row = |&i: &usize| columns.iter().map(move |&j| (i, j));
+            kept.iter().flat_map(row).map(|(i, j)| square[i * inputs + j]).collect()
+        };
+        // What goes lost: W over the removed inputs, [removed, outputs].
+        let at = |&i: &usize| (0..outputs).map(move |o| weight[o * inputs + i]);
+        let lost: Vec<f32> = removed.iter().flat_map(at).collect();
+        let (matrix, across) = (part(kept), part(&removed));
+        let mut products = vec![0.0; kept.len() * outputs];
+        if !removed.is_empty() {
+            let a = Mat::new(&across, kept.len(), removed.len());
+            multiply(&mut products, a, Mat::new(&lost, removed.len(), outputs));
+        }
+        let of_kept: Vec<f64> = kept.iter().map(|&i| self.sums[i]).collect();
+        let mut of_lost = vec![0.0; outputs];
+        for (row, &i) in lost.chunks_exact(outputs.max(1)).zip(&removed) {
+            of_lost.iter_mut().zip(row).for_each(|(sum, &w)| *sum += self.sums[i] * f64::from(w));
+        }
+        let equations = Equations { matrix, products, sums: [&of_kept, &of_lost], weight: self.weight };
+        solve(equations, ridge, intercept)
+    }
+}
+
+/// The normal equations of a least-squares problem.
+struct Equations<'a> {
+    /// Sum of s^2 h h^T.
+    matrix: Vec<f32>,
+    /// Sum of s^2 h r^T.
+    products: Vec<f32>,
+    /// Sums of s^2 h and of s^2 r.
+    sums: [&'a [f64]; 2],
+    /// Sum of s^2.
+    weight: f64,
+}
+
+fn solve(equations: Equations<'_>, ridge: f64, intercept: bool) -> Option<Correction> {
+    let Equations { mut matrix, mut products, sums, weight: total } = equations;
+    let [inputs, outputs] = sums.map(<[f64]>::len);
+    let [h, r] = sums.map(|sums| {
+        let mean = |sum: &f64| if intercept && total > 0.0 { sum / total } else { 0.0 };
+        sums.iter().map(mean).collect::<Vec<f64>>()
+    });
+    subtract(&mut matrix, total, &h, &h);
+    subtract(&mut products, total, &h, &r);
+    let trace: f64 = matrix.iter().step_by(inputs + 1).map(|&v| f64::from(v)).sum();
+    let mean = (trace / inputs.max(1) as f64).max(f64::from(f32::MIN_POSITIVE));
+    let tried = std::iter::once(ridge).chain(RIDGES.into_iter().filter(|&next| next > ridge));
+    let (factor, ridge) = tried
+        .filter_map(|ridge| {
+            let mut raised = matrix.clone();
+            raised.iter_mut().step_by(inputs + 1).for_each(|v| *v += (ridge * mean) as f32);
+            inverse_factor(raised, inputs).ok().map(|factor| (factor, ridge))
+        })
+        .next()?;
+    let factor = Mat::new(&factor, inputs, inputs);
+    let (mut half, mut weight) = (vec![0.0; products.len()], vec![0.0; products.len()]);
+    multiply(&mut half, factor.t(), Mat::new(&products, inputs, outputs));
+    multiply(&mut weight, factor, Mat::new(&half, inputs, outputs));
+    let bias = intercept.then(|| {
+        let mut bias = r;
+        for (row, &m) in weight.chunks_exact(outputs.max(1)).zip(&h) {
+            bias.iter_mut().zip(row).for_each(|(b, &c)| *b -= f64::from(c) * m);
+        }
+        bias.into_iter().map(|b| b as f32).collect::<Vec<f32>>()
+    });
+    let finite = weight.iter().chain(bias.iter().flatten()).all(|v| v.is_finite());
+    finite.then_some(Correction { weight, bias, ridge })
 }
 
 impl Correction {
@@ -145,6 +227,17 @@ fn scaled(values: &[f32], factors: &[f32], width: usize) -> Vec<f32> {
     rows.flat_map(|(row, &s)| row.iter().map(move |&x| s * x)).collect()
 }
 
+/// Adds to `sums` the rows of `values`, times their factors.
+fn add_rows(sums: &mut [f64], values: &[f32], factors: &[f32]) {
+    for (row, &s) in values.chunks_exact(sums.len().max(1)).zip(factors) {
+        sums.iter_mut().zip(row).for_each(|(sum, &x)| *sum += f64::from(s) * f64::from(x));
+    }
+}
+
+fn squares(factors: &[f32]) -> f64 {
+    factors.iter().map(|&s| f64::from(s) * f64::from(s)).sum()
+}
+
 /// Subtracts `weight a b^T`.
 fn subtract(matrix: &mut [f32], weight: f64, a: &[f64], b: &[f64]) {
     for (row, &a) in matrix.chunks_exact_mut(b.len().max(1)).zip(a) {
@@ -159,7 +252,7 @@ fn multiply(c: &mut [f32], a: Mat<'_>, b: Mat<'_>) {
 
 #[cfg(test)]
 mod tests {
-    use dsmoe_kernels::testing::{assert_close, normals};
+    use dsmoe_kernels::testing::{assert_close, f64s, normals};
 
     use super::*;
 
@@ -253,6 +346,36 @@ mod tests {
                 .collect();
             got.add_to(&mut w, INPUTS);
             assert_close("W + C", &w, &want, 1e-5);
+        }
+    }
+
+    /// The fit on a choice of inputs is the solution with what the others give as the residual.
+    #[test]
+    fn any_choice_of_inputs_is_fitted_from_the_moments_of_all() {
+        let of = problem();
+        let w = normals(OUTPUTS * INPUTS, 6);
+        let mut moments = Moments::new(INPUTS);
+        moments.add(&of.inputs[..30 * INPUTS], &of.factors[..30]);
+        moments.add(&of.inputs[30 * INPUTS..], &of.factors[30..]);
+        for (kept, intercept) in
+            [(&[5, 1, 0][..], true), (&[2, 3, 4, 6], false), (&[0, 1, 2, 3, 4, 5, 6], true)]
+        {
+            let columns = |t: usize| kept.iter().map(move |&i| (t, i));
+            let inputs: Vec<f32> =
+                (0..TOKENS).flat_map(columns).map(|(t, i)| of.inputs[t * INPUTS + i]).collect();
+            let lost = |t: usize, o: usize| -> f32 {
+                let left = (0..INPUTS).filter(|i| !kept.contains(i));
+                left.map(|i| w[o * INPUTS + i] * of.inputs[t * INPUTS + i]).sum()
+            };
+            let residuals: Vec<f32> =
+                (0..TOKENS * OUTPUTS).map(|at| lost(at / OUTPUTS, at % OUTPUTS)).collect();
+            let mut sums = LeastSquares::new(kept.len(), OUTPUTS);
+            sums.add(Rows { inputs: &inputs, residuals: &residuals, factors: &of.factors });
+            let (got, want) =
+                (moments.fit(&w, kept, 0.05, intercept).unwrap(), sums.solve(0.05, intercept).unwrap());
+            assert_close("C", &got.weight, &f64s(&want.weight), 1e-5);
+            let [got, want] = [got, want].map(|solved| solved.bias.unwrap_or_default());
+            assert_close("b", &got, &f64s(&want), 1e-5);
         }
     }
 

@@ -68,14 +68,41 @@ impl Routed {
             let shut = z.outer_iter().zip(mask.outer_iter_mut()).filter(|(_, mask)| !mask.iter().any(|m| *m));
             shut.for_each(|(row, mut mask)| mask[first_max(row)] = true);
         }
-        routing.rebuild(mask.view(), |t, i| {
-            let scale = scale(config, mask.row(t));
-            match config.gate_value {
-                GateValue::Sigmoid => gates[[t, i]] * scale,
-                GateValue::Binary => scale,
-            }
-        });
+        rebuild(routing, config, gates, mask);
     }
+}
+
+impl Routed {
+    /// Replaces the open experts of every token by as many of the largest `scores` `[T, n]`, the first among equals. Gates
+    /// and logits stay, and with them the factors of sigmoid gates.
+    ///
+    /// # Panics
+    /// The scores are of other tokens or experts.
+    pub fn reroute(&mut self, config: &RouterConfig, scores: ArrayView2<'_, f64>) {
+        let Routed { gates, mask, routing, .. } = self;
+        assert_eq!(scores.dim(), mask.dim(), "reroute: scores of the routed pairs");
+        let mut order: Vec<usize> = Vec::with_capacity(mask.ncols());
+        for (mut mask, scores) in mask.outer_iter_mut().zip(scores.outer_iter()) {
+            let open = mask.iter().filter(|open| **open).count();
+            order.clear();
+            order.extend(0..scores.len());
+            order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]).then(a.cmp(&b)));
+            mask.fill(false);
+            order[..open].iter().for_each(|&i| mask[i] = true);
+        }
+        rebuild(routing, config, gates, mask);
+    }
+}
+
+/// Sets the coefficients of the open pairs.
+fn rebuild(routing: &mut Routing, config: &RouterConfig, gates: &Array2<f32>, mask: &Array2<bool>) {
+    routing.rebuild(mask.view(), |t, i| {
+        let scale = scale(config, mask.row(t));
+        match config.gate_value {
+            GateValue::Sigmoid => gates[[t, i]] * scale,
+            GateValue::Binary => scale,
+        }
+    });
 }
 
 /// Returns the factor c of a token with this mask (eq. 8), 1 without rescale.

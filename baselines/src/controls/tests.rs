@@ -50,6 +50,9 @@ fn the_paper_s_budgets() {
     for (name, part) in
         [("dsmoe-no-ste", "(2.81 of 8 experts)"), ("dsmoe-no-threshold", "threshold that leaves 2.81 of 8")]
     {
+        // Experts of 32 of 11,008 neurons.
+        let lte = plan("lte", "llama-2-7b", "3.93B", &[]).unwrap().reached_by;
+        assert!(lte.contains("of 344 experts"), "{lte}");
         let reached_by = plan(name, "llama-2-7b", "3.93B", &[]).unwrap().reached_by;
         assert!(reached_by.contains(part), "{reached_by}");
     }
@@ -88,6 +91,8 @@ fn what_cannot_be_reached_is_refused() {
         ("dsmoe", "735M", &["experts=7"], &["8192 is not divisible by 7"]),
         ("dsmoe", "735M", &["experts=many"], &["experts", "many", "a divisor of intermediate_size"]),
         ("dsmoe", "735M", &["threshold=2"], &["threshold"]),
+        ("lte", "735M", &["experts=width(0)"], &["experts", "width(0)", "width(W)"]),
+        ("lte", "735M", &["experts=width(48)"], &["experts", "width(48)", "does not divide 8192 neurons"]),
     ] {
         refused(plan(name, "llama-3.2-1b", budget, set), parts);
     }

@@ -4,16 +4,12 @@ use std::path::Path;
 
 use dsmoe_core::calibrate::LayerStream;
 use dsmoe_core::checkpoint::Checkpoint;
-use dsmoe_core::model::{Cache, Inference, Model, Workspace};
-use dsmoe_kernels::Precision;
-use rayon::prelude::*;
+use dsmoe_core::model::Model;
 
 use super::Choice;
+use crate::divergence::Divergence;
 use crate::error::{Error, Result};
 use crate::method::Progress;
-
-/// Bytes of the dense model's distributions that are kept.
-const MOST_BYTES: usize = 1 << 29;
 
 /// A choice of layers to remove.
 #[derive(Clone, Copy, Debug)]
@@ -45,7 +41,7 @@ impl Choose {
         }
         let precision = Checkpoint::open(dir)?.precision();
         let mut divergence = Divergence::new(Model::load(dir)?, precision, text)?;
-        self.choose(&mut |layers| divergence.without(layers), progress)
+        self.choose(&mut |layers| without(&mut divergence, layers), progress)
     }
 
     /// Chooses by the angle between the residual stream before and after layers on `text`.
@@ -158,73 +154,20 @@ fn finite(score: f64, place: &str) -> Result<f64> {
     }
 }
 
-/// The divergence of a model without some layers from the whole one. A layer is removed by zeros for what it adds to the
-/// residual stream.
-pub(super) struct Divergence<'a> {
-    model: Model,
-    precision: Precision,
-    text: &'a [Vec<u32>],
-    /// Logarithms of the whole model's probabilities `[tokens, vocab]`, by sequence.
-    whole: Vec<Vec<f32>>,
-}
-
-impl<'a> Divergence<'a> {
-    pub(super) fn new(model: Model, precision: Precision, text: &'a [Vec<u32>]) -> Result<Divergence<'a>> {
-        let of_one = 4 * text[0].len() * model.config().vocab_size;
-        let text = &text[..text.len().min((MOST_BYTES / of_one.max(1)).max(1))];
-        let mut divergence = Divergence { model, precision, text, whole: Vec::new() };
-        let whole = Inference::new(&divergence.model, precision);
-        divergence.whole = text.iter().map(|ids| log_probabilities(&whole, ids)).collect::<Result<_>>()?;
-        Ok(divergence)
-    }
-
-    /// Returns the mean divergence without `layers`.
-    pub(super) fn without(&mut self, layers: &[usize]) -> Result<f64> {
-        const ADDING: [&str; 5] = [
-            "self_attn.o_proj.weight",
-            "self_attn.o_proj.bias",
-            "mlp.down_proj.weight",
-            "mlp.down_proj.bias",
-            "mlp.output_bias",
-        ];
-        let names = layers.iter().flat_map(|i| ADDING.map(|name| format!("model.layers.{i}.{name}")));
-        let layout = self.model.layout();
-        let ranges: Vec<_> = names.filter_map(|name| Some(layout.get(&name)?.range.clone())).collect();
-        let params = self.model.params_mut();
-        let saved: Vec<Vec<f32>> = ranges.iter().map(|range| params[range.clone()].to_vec()).collect();
-        ranges.iter().for_each(|range| params[range.clone()].fill(0.0));
-        let pruned = Inference::new(&self.model, self.precision);
-        for (range, values) in ranges.into_iter().zip(saved) {
-            self.model.params_mut()[range].copy_from_slice(&values);
-        }
-        let (mut sum, mut tokens) = (0.0, 0);
-        for (ids, whole) in self.text.iter().zip(&self.whole) {
-            let other = log_probabilities(&pruned, ids)?;
-            let vocab = other.len() / ids.len();
-            let rows = whole.par_chunks_exact(vocab).zip(other.par_chunks_exact(vocab));
-            let of_rows: Vec<f64> = rows.map(|(p, q)| divergence(p, q)).collect();
-            sum += of_rows.iter().sum::<f64>();
-            tokens += ids.len();
-        }
-        finite(sum / tokens as f64, "the model's output without a layer")
-    }
-}
-
-/// Returns KL(p | q) of distributions given by logarithms.
-fn divergence(p: &[f32], q: &[f32]) -> f64 {
-    p.iter().zip(q).map(|(&p, &q)| f64::from(p.exp()) * f64::from(p - q)).sum()
-}
-
-/// Returns the logarithms of the probabilities of every next token, `[tokens, vocab]`.
-fn log_probabilities(model: &Inference, ids: &[u32]) -> Result<Vec<f32>> {
-    let mut cache = Cache::new(model, ids.len());
-    let mut workspace = Workspace::default();
-    let mut logits = model.logits(ids, ids.len(), &mut cache, None, &mut workspace)?.to_vec();
-    logits.par_chunks_exact_mut(model.config().vocab_size).for_each(|row| {
-        let largest = row.iter().fold(f32::NEG_INFINITY, |most, &z| most.max(z));
-        let sum: f64 = row.iter().map(|&z| f64::from(z - largest).exp()).sum();
-        let shift = largest + sum.ln() as f32;
-        row.iter_mut().for_each(|z| *z -= shift);
-    });
-    Ok(logits)
+/// Returns the divergence of the model without `layers`, which are removed by zeros for what they add to the residual
+/// stream.
+pub(super) fn without(divergence: &mut Divergence<'_>, layers: &[usize]) -> Result<f64> {
+    const ADDING: [&str; 5] = [
+        "self_attn.o_proj.weight",
+        "self_attn.o_proj.bias",
+        "mlp.down_proj.weight",
+        "mlp.down_proj.bias",
+        "mlp.output_bias",
+    ];
+    let names = layers.iter().flat_map(|i| ADDING.map(|name| format!("model.layers.{i}.{name}")));
+    let layout = divergence.model().layout();
+    let zeros =
+        |name: String| layout.get(&name).map(|entry| entry.range.len()).map(|len| (name, vec![0.0; len]));
+    let changes = names.filter_map(zeros).collect();
+    divergence.with(changes)
 }

@@ -47,6 +47,25 @@ pub(crate) const PAPER: Entry<Settings> = Entry {
     ..TUNED
 };
 
+/// The method `lte`: Learn-To-be-Efficient (Zheng et al., NeurIPS 2024, arXiv 2402.06126) in DSMoE's form: experts of 32
+/// neurons with similar rows of `gate_proj` behind sigmoid routers with a fixed threshold.
+///
+/// LTE trains routers and experts with soft gates, all experts running, and then freezes the routers and goes on with hard
+/// ones; here gates are hard from the start and the straight-through rule trains the routers. LTE's efficiency loss is the
+/// mean square of gates at a fixed weight; here a controller holds the share of active experts. Its separability loss is
+/// an option of training.
+pub(crate) const LTE: Entry<Settings> = Entry {
+    name: "lte",
+    summary: "LTE in one stage: experts of 32 similar neurons, random routers, hard gates; training reaches any budget",
+    defaults: || Settings {
+        experts: Experts::Width(32),
+        order: Order::Clustering,
+        gate_value: GateValue::Binary,
+        ..Settings::default()
+    },
+    ..TUNED
+};
+
 /// The method `dsmoe-no-ste`: without the straight-through estimator, so that a closed gate has no gradient (table 3).
 pub(crate) const NO_STE: Entry<Settings> = Entry {
     name: "dsmoe-no-ste",
@@ -76,7 +95,7 @@ impl Dsmoe {
     fn checked(self) -> Result<Box<dyn Configured>> {
         let router = self.router(match self.settings.experts {
             Experts::Count(experts) => experts,
-            Experts::Auto => EXPERTS,
+            Experts::Width(_) | Experts::Auto => EXPERTS,
         });
         router.validate()?;
         self.check_start()?;
@@ -98,7 +117,7 @@ impl Dsmoe {
             Err(Error::setting(name, problem, help))
         };
         if !fitted && settings.start() != Settings::default().start() {
-            let problem = "is calibrated or untrained, and core, massive, target, ridge, intercept, relative and \
+            let problem = "is calibrated or untrained, and core, massive, target, ridge, intercept, relative, elastic and \
                            budgets are of a fitted start";
             return wrong("routers", problem, "leave them out, or set it to fitted");
         }
@@ -124,6 +143,7 @@ impl Dsmoe {
     fn num_experts(&self, config: &Config) -> usize {
         match self.settings.experts {
             Experts::Count(experts) => experts,
+            Experts::Width(width) => (config.intermediate / width).max(1),
             Experts::Auto if self.settings.routers == Routers::Fitted => {
                 config.intermediate / default_width(config.layers().map(|shape| shape.intermediate))
             }
@@ -158,6 +178,12 @@ impl Dsmoe {
     fn experts(&self, config: &Config, budget: Budget) -> Result<(Accounting, f64)> {
         check_dense(config, Path::new(CONFIG_FILE))?;
         let num_experts = self.num_experts(config);
+        if let Experts::Width(width) = self.settings.experts
+            && !config.intermediate.is_multiple_of(width)
+        {
+            let problem = format!("is width({width}), which does not divide {} neurons", config.intermediate);
+            return Err(Error::setting("experts", problem, "give a width that does, or a number of experts"));
+        }
         check_divisible(config.intermediate, num_experts, None)?;
         let wanted = budget.params(Accounting::of(config).total);
         // The core grows with the share and takes gates from the router: a few rounds settle both.

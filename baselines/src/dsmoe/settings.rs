@@ -13,7 +13,7 @@ use crate::settings::{settings, stored_as_text};
 settings! {
     /// Settings of DSMoE.
     pub struct Settings {
-        /// Experts per layer, a divisor of intermediate_size; auto: of 16 neurons with routers=fitted, else 8.
+        /// Experts per layer, a divisor of intermediate_size; width(W): of W neurons; auto: of 16 with routers=fitted, else 8.
         pub experts: Experts = Experts::Count(8),
         /// An expert is active if its gate exceeds this number from 0 to 1.
         pub threshold: f64 = 0.5,
@@ -41,8 +41,10 @@ settings! {
         pub intercept: bool = StartSettings::default().intercept,
         /// The least squares weigh a token's error by its residual stream.
         pub relative: bool = StartSettings::default().relative,
-        /// Shares of experts that thresholds are stored for, beside the budget's, separated by commas.
+        /// Shares of experts that thresholds are stored for, beside the budget's, separated by commas; auto: a ladder.
         pub budgets: Shares = Shares(StartSettings::default().budgets),
+        /// Every other sequence of the text is fitted at another of the budgets, so that down_proj serves all.
+        pub elastic: bool = StartSettings::default().elastic,
     }
 }
 
@@ -51,6 +53,8 @@ settings! {
 pub enum Experts {
     /// That many.
     Count(usize),
+    /// As many as have that many neurons.
+    Width(usize),
     /// The default of the start.
     Auto,
 }
@@ -59,6 +63,7 @@ impl Serialize for Experts {
     fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
         match self {
             Experts::Count(experts) => experts.serialize(serializer),
+            Experts::Width(width) => serializer.collect_str(&format_args!("width({width})")),
             Experts::Auto => serializer.serialize_str(AUTO),
         }
     }
@@ -71,12 +76,19 @@ impl<'de> Deserialize<'de> for Experts {
         match (count, value.as_str()) {
             (Some(count), _) => Ok(Experts::Count(count)),
             (None, Some(AUTO)) => Ok(Experts::Auto),
-            _ => Err(serde::de::Error::custom(format!("{value} is neither a number nor auto"))),
+            (None, Some(text)) if width(text).is_some() => Ok(Experts::Width(width(text).unwrap_or(1))),
+            _ => Err(serde::de::Error::custom(format!("{value} is no number, width(W) or auto"))),
         }
     }
 }
 
 const AUTO: &str = "auto";
+
+/// Reads `width(W)`, W above 0.
+fn width(text: &str) -> Option<usize> {
+    let number = text.strip_prefix("width(")?.strip_suffix(')')?;
+    number.parse().ok().filter(|&width| width > 0)
+}
 
 /// [`RouterTarget`] as a setting.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,9 +110,9 @@ impl fmt::Display for Target {
     }
 }
 
-/// Shares, separated by commas.
+/// Shares, separated by commas, or those of the start by default.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Shares(pub Vec<f64>);
+pub struct Shares(pub Option<Vec<f64>>);
 
 impl Serialize for Shares {
     fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
@@ -121,19 +133,24 @@ impl FromStr for Shares {
     type Err = String;
 
     fn from_str(text: &str) -> std::result::Result<Shares, String> {
+        if text == AUTO {
+            return Ok(Shares(None));
+        }
         let words = text.split(',').map(str::trim).filter(|word| !word.is_empty());
         let share = |word: &str| match word.parse::<f64>() {
             Ok(share) if share > 0.0 && share <= 1.0 => Ok(share),
             _ => Err(format!("`{word}` is no share above 0 and up to 1; write 0.25,0.5,1")),
         };
-        words.map(share).collect::<std::result::Result<_, _>>().map(Shares)
+        words.map(share).collect::<std::result::Result<_, _>>().map(|shares| Shares(Some(shares)))
     }
 }
 
 impl fmt::Display for Shares {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let words: Vec<String> = self.0.iter().map(f64::to_string).collect();
-        f.write_str(&words.join(","))
+        match &self.0 {
+            None => f.write_str(AUTO),
+            Some(shares) => f.write_str(&shares.iter().map(f64::to_string).collect::<Vec<_>>().join(",")),
+        }
     }
 }
 
@@ -197,6 +214,7 @@ impl Settings {
             intercept: self.intercept,
             relative: self.relative,
             budgets: self.budgets.0.clone(),
+            elastic: self.elastic,
         }
     }
 }

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     COLUMNS, Output, add_bias, at, check_masks, column_norms, even_widths, keep, largest, neurons_left, plan,
-    with_widths,
+    spread, with_widths,
 };
 use crate::error::{Error, Result};
 use crate::method::{Budget, Configured, Job, Made, Plan, Progress};
@@ -182,8 +182,7 @@ impl Configured for Flap {
         let (total, mut widths) = self.sizes(config, budget)?;
         if self.0.structure == Structure::Adaptive {
             // Parameters depend on the sum of widths alone.
-            let sum: usize = widths.iter().sum();
-            spread(&mut widths, config, total as isize - sum as isize);
+            spread(&mut widths, config, total);
         }
         Ok(self.planned(&with_widths(config, &widths, self.0.bias)))
     }
@@ -246,14 +245,4 @@ pub(super) fn bias_of(down: &Linear, means: &[f64], kept: &[usize]) -> Vec<f32> 
         terms.map(|((&w, mean), _)| f64::from(w) * mean).sum::<f64>() as f32
     };
     down.weight.par_chunks(down.inputs).map(sum).collect()
-}
-
-/// Adds `more` neurons, or takes them away, where layers have room.
-fn spread(widths: &mut [usize], config: &Config, mut more: isize) {
-    for (i, width) in widths.iter_mut().enumerate() {
-        let room = config.layer(i).intermediate as isize;
-        let new = (*width as isize + more).clamp(1, room);
-        more -= new - *width as isize;
-        *width = new as usize;
-    }
 }

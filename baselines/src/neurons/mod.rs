@@ -5,6 +5,7 @@ mod flap;
 mod static_core;
 #[cfg(test)]
 mod tests;
+mod widths;
 
 use dsmoe_core::Config;
 use dsmoe_core::accounting::Accounting;
@@ -68,6 +69,17 @@ fn even_widths(config: &Config, total: usize) -> Vec<usize> {
     let all: usize = sizes.iter().sum();
     let share = |&size: &usize| ((size as f64 * total as f64 / all as f64).round() as usize).clamp(1, size);
     sizes.iter().map(share).collect()
+}
+
+/// Makes the widths `total` neurons together, where layers have room; parameters depend on their sum alone.
+fn spread(widths: &mut [usize], config: &Config, total: usize) {
+    let mut more = total as isize - widths.iter().sum::<usize>() as isize;
+    for (i, width) in widths.iter_mut().enumerate() {
+        let room = config.layer(i).intermediate as isize;
+        let new = (*width as isize + more).clamp(1, room);
+        more -= new - *width as isize;
+        *width = new as usize;
+    }
 }
 
 /// Plans the model of `pruned`.

@@ -3,22 +3,28 @@
 //!
 //! ```text
 //! layer by layer, on the stream of the pruned layers before it; tokens after the first of their sequence
-//!   importance_j = spread of h_j times |W_j|,  spread: mean |h|, root mean square or deviation; W_j column j of down_proj
+//!   importance_j = spread of h_j times |W_j|,  spread: deviation, root mean square or mean |h|; W_j column j of down_proj
 //!   stay           the `first` neurons of the largest |h_j| |W_j| at first positions, then the most important
 //!   down, b        least squares towards the dense FFN's output, see [`dsmoe_core::compensate`]
+//! widths: alike, or those that change the final distribution least, from each layer pruned alone (see `widths`)
 //! ```
 
-use dsmoe_core::Config;
-use dsmoe_core::calibrate::{Input, LayerStream, LayerWeights, Tap, check_text};
-use dsmoe_core::compensate::{LeastSquares, Rows};
+use std::path::Path;
+
+use dsmoe_core::calibrate::{LayerStream, LayerWeights, Linear, check_text};
+use dsmoe_core::checkpoint::Checkpoint;
+use dsmoe_core::compensate::{Correction, Moments};
+use dsmoe_core::{Config, Model};
 use dsmoe_kernels::{Precision, linear};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
+use super::widths::{self, Curve};
 use super::{
-    COLUMNS, Output, add_bias, at, check_masks, column_norms, columns, even_widths, keep, largest,
-    neurons_left, plan, with_widths,
+    COLUMNS, Output, add_bias, at, check_masks, column_norms, even_widths, keep, largest, neurons_left, plan,
+    spread, with_widths,
 };
+use crate::divergence::Divergence;
 use crate::error::{Error, Result};
 use crate::method::{Budget, Configured, Job, Made, Plan, Progress};
 use crate::settings::{Entry, SettingValues, Settings as _, settings, wrong};
@@ -33,8 +39,8 @@ pub(crate) static STATIC_CORE: Entry<Settings> = Entry {
 settings! {
     /// Settings of the static core.
     pub(crate) struct Settings {
-        /// Importance of a neuron, times the norm of its column: magnitude (mean |h|), rms or deviation.
-        pub importance: Importance = Importance::Magnitude,
+        /// Importance of a neuron, times the norm of its column: deviation, rms or magnitude (mean |h|).
+        pub importance: Importance = Importance::Deviation,
         /// Neurons per layer that stay for what they do at the first position of a text, whose states later tokens read.
         pub first: usize = 16,
         /// True fits down_proj to the dense output on the remaining neurons.
@@ -42,10 +48,24 @@ settings! {
         /// True fits a bias of the output as well.
         pub intercept: bool = true,
         /// Ridge that holds down_proj to its old weights, as a share of the mean of the neurons' squares; above 0.
-        pub ridge: f64 = 0.01,
+        pub ridge: f64 = 0.1,
         /// True divides the error of a token by the norm of its residual stream.
-        pub relative: bool = true,
+        pub relative: bool = false,
+        /// Neurons of a layer: divergence (those that change the final distribution least) or uniform (the same share).
+        pub widths: Widths = Widths::Divergence,
+        /// Calibration tokens that divergences are taken on, at the most; at least 2.
+        pub tokens: usize = 1024,
     }
+}
+
+/// The numbers of neurons of layers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Widths {
+    /// The same share of every layer.
+    Uniform,
+    /// Those that change the final distribution least.
+    Divergence,
 }
 
 /// The importance of a neuron.
@@ -64,8 +84,16 @@ fn configure(settings: Settings) -> Result<Box<dyn Configured>> {
     if !(settings.ridge.is_finite() && settings.ridge > 0.0) {
         return Err(wrong::<Settings>("ridge", settings.ridge));
     }
+    if settings.tokens < 2 {
+        return Err(wrong::<Settings>("tokens", settings.tokens));
+    }
     Ok(Box::new(StaticCore(settings)))
 }
+
+/// Widths at which a layer is pruned alone, as shares of the mean width that is wanted.
+const SHARES: [f64; 3] = [0.5, 1.0, 1.7];
+/// Tokens that the layers' moments are taken on when they are pruned alone.
+const MOST_TOKENS: usize = 16_384;
 
 /// The static core with its settings.
 struct StaticCore(Settings);
@@ -109,25 +137,44 @@ impl Sums {
     }
 }
 
+/// A layer's neurons on the calibration text: what orders them, and what their fits follow from.
+struct Seen {
+    /// Neurons, those that stay longest first.
+    order: Vec<usize>,
+    moments: Moments,
+}
+
 impl StaticCore {
     fn has_bias(&self) -> bool {
         self.0.compensate && self.0.intercept
     }
 
-    fn pruned(&self, config: &Config, budget: Budget) -> Result<Config> {
+    /// Returns the neurons of all layers that the budget leaves, and as many for each layer as its share.
+    fn sizes(&self, config: &Config, budget: Budget) -> Result<(usize, Vec<usize>)> {
         let total = neurons_left(config, budget, self.has_bias())?;
-        Ok(with_widths(config, &even_widths(config, total), self.has_bias()))
+        Ok((total, even_widths(config, total)))
     }
 
-    /// Chooses `count` neurons of a layer.
-    fn choose(&self, stream: &mut LayerStream, weights: &LayerWeights, count: usize) -> Result<Vec<usize>> {
-        let [.., down] = &weights.linears;
+    fn planned(&self, config: &Config, pruned: &Config) -> Plan {
+        let neurons = |config: &Config| config.layers().map(|shape| shape.intermediate).sum::<usize>();
+        let of_layer = match self.0.widths {
+            Widths::Uniform => "the same share of every layer",
+            Widths::Divergence => "by the change of the output",
+        };
+        plan(pruned, format!("{} of {} neurons, {of_layer}", neurons(pruned), neurons(config)))
+    }
+
+    /// Sees the FFN of a layer after its attention.
+    fn see(&self, stream: &mut LayerStream, weights: &LayerWeights) -> Result<Seen> {
+        let down = &weights.linears[6];
         let mut sums = vec![Sums::default(); down.inputs];
-        let mut tokens = 0;
-        stream.forward(weights, &mut |tap| {
-            if tap.input == Input::Neurons {
-                tokens += tap.x.len() / sums.len() - 1;
-                Sums::add(&mut sums, tap.x);
+        let (mut moments, mut tokens) = (Moments::new(down.inputs), 0);
+        stream.see_ffn(weights, &mut |tap| {
+            let seq = tap.neurons.len() / sums.len();
+            tokens += seq - 1;
+            Sums::add(&mut sums, tap.neurons);
+            if self.0.compensate {
+                moments.add(tap.neurons, &self.factors(tap.residual, seq));
             }
         });
         let (norms, tokens) = (column_norms(down), tokens as f64);
@@ -139,64 +186,146 @@ impl StaticCore {
             let help = "check the model with eval";
             return Err(Error::numeric(&down.name, "reads values that are not finite", help));
         }
-        largest(&first, self.0.first.min(count)).into_iter().for_each(|j| scores[j] = f64::INFINITY);
-        Ok(largest(&scores, count))
-    }
-
-    /// Prunes a layer to the neurons `kept`.
-    fn prune(
-        &self,
-        stream: &mut LayerStream,
-        weights: &LayerWeights,
-        kept: &[usize],
-    ) -> Result<LayerWeights> {
-        let mut pruned = weights.clone();
-        keep(&mut pruned, kept);
-        if !self.0.compensate {
-            return Ok(pruned);
-        }
-        let down = &weights.linears[6];
-        let mut is_kept = vec![false; down.inputs];
-        kept.iter().for_each(|&j| is_kept[j] = true);
-        let removed: Vec<usize> = (0..down.inputs).filter(|&j| !is_kept[j]).collect();
-        let lost = columns(&down.weight, down.inputs, &removed);
-        let mut sums = LeastSquares::new(kept.len(), down.outputs);
-        stream.forward(weights, &mut |tap| {
-            if tap.input == Input::Neurons {
-                let (seq, outputs) = (tap.x.len() / down.inputs, down.outputs);
-                let [inputs, left] = [kept, &removed].map(|of| columns(tap.x, down.inputs, of));
-                let mut residuals = vec![0.0; seq * outputs];
-                let dims =
-                    linear::Dims { rows: seq, inputs: removed.len(), outputs, precision: Precision::F32 };
-                if !removed.is_empty() {
-                    linear::Forward { y: &mut residuals, x: &left, w: &lost, bias: None, dims }.run();
-                }
-                let factors = self.factors(&tap, seq);
-                sums.add(Rows { inputs: &inputs, residuals: &residuals, factors: &factors });
-            }
+        largest(&first, self.0.first).into_iter().for_each(|j| scores[j] = f64::INFINITY);
+        let mut order: Vec<usize> = (0..scores.len()).collect();
+        order.sort_by(|&a, &b| {
+            scores[b].total_cmp(&scores[a]).then(first[b].total_cmp(&first[a])).then(a.cmp(&b))
         });
-        let solved = sums.solve(self.0.ridge, self.0.intercept).ok_or_else(|| {
-            let help = "raise the setting ridge or check the model with eval";
-            Error::numeric(&down.name, "has no least-squares fit", help)
-        })?;
-        solved.add_to(&mut pruned.linears[6].weight, kept.len());
-        if let Some(bias) = &solved.bias {
-            add_bias(&mut pruned, bias);
-        }
-        Ok(pruned)
+        Ok(Seen { order, moments })
     }
 
     /// The factors of the rows of a sequence: 0 for the first position.
-    fn factors(&self, tap: &Tap<'_>, seq: usize) -> Vec<f32> {
-        let hidden = tap.residual.len() / seq;
+    fn factors(&self, residual: &[f32], seq: usize) -> Vec<f32> {
         let norm = |row: &[f32]| row.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>().sqrt();
         let factor = |(t, row): (usize, &[f32])| match t {
             0 => 0.0,
             _ if self.0.relative => norm(row).max(f64::from(f32::MIN_POSITIVE)).recip() as f32,
             _ => 1.0,
         };
-        tap.residual.chunks_exact(hidden).enumerate().map(factor).collect()
+        residual.chunks_exact(residual.len() / seq).enumerate().map(factor).collect()
     }
+
+    /// Chooses `count` neurons of a layer, ascending, and fits its down projection to them.
+    fn fit(&self, seen: &Seen, down: &Linear, count: usize) -> Result<(Vec<usize>, Option<Correction>)> {
+        let mut kept = seen.order[..count].to_vec();
+        kept.sort_unstable();
+        if !self.0.compensate {
+            return Ok((kept, None));
+        }
+        let solved = seen.moments.fit(&down.weight, &kept, self.0.ridge, self.0.intercept);
+        let solved = solved.ok_or_else(|| {
+            let help = "raise the setting ridge or check the model with eval";
+            Error::numeric(&down.name, "has no least-squares fit", help)
+        })?;
+        Ok((kept, Some(solved)))
+    }
+
+    /// Prunes a layer to `count` neurons.
+    fn prune(&self, seen: &Seen, weights: &LayerWeights, count: usize) -> Result<LayerWeights> {
+        let (kept, solved) = self.fit(seen, &weights.linears[6], count)?;
+        let mut pruned = weights.clone();
+        keep(&mut pruned, &kept);
+        if let Some(Correction { bias, .. }) = &solved {
+            bias.iter().for_each(|bias| add_bias(&mut pruned, bias));
+        }
+        if let Some(solved) = &solved {
+            solved.add_to(&mut pruned.linears[6].weight, kept.len());
+        }
+        Ok(pruned)
+    }
+
+    /// Measures what each layer's widths cost when it is pruned alone, and chooses widths.
+    fn by_divergence(
+        &self,
+        job: &Job<'_>,
+        config: &Config,
+        total: usize,
+        measured: &mut Vec<(String, f64)>,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<Vec<usize>> {
+        let layers = config.num_layers;
+        let sizes: Vec<usize> = config.layers().map(|shape| shape.intermediate).collect();
+        let share = total as f64 / sizes.iter().sum::<usize>() as f64;
+        let seq = job.calibration[0].len();
+        let some = |tokens: usize| &job.calibration[..(tokens / seq).clamp(1, job.calibration.len())];
+        let precision = Checkpoint::open(job.model)?.precision();
+        let mut divergence =
+            Divergence::new(self.with_bias(job.model, config)?, precision, some(self.0.tokens))?;
+        let mut stream = LayerStream::open(job.model, some(MOST_TOKENS))?;
+        let mut curves: Vec<Curve> = Vec::with_capacity(layers);
+        for (i, &size) in sizes.iter().enumerate() {
+            at(progress, "widths of layers", i, layers);
+            let weights = stream.layer(i)?;
+            stream.attend(&weights);
+            let seen = self.see(&mut stream, &weights)?;
+            let mut curve = Curve::new();
+            for part in SHARES {
+                let count = ((part * share * size as f64).round() as usize).clamp(1, size);
+                if count < size && curve.last().is_none_or(|&(width, _)| width < count) {
+                    let changes = self.changes(&divergence, &seen, &weights, count)?;
+                    let cost = divergence.with(changes)?;
+                    measured.push((format!("layer {i}: divergence with {count} neurons alone"), cost));
+                    curve.push((count, cost));
+                }
+            }
+            curves.push(curve);
+            let down = &weights.linears[6];
+            stream.join_ffn(&weights, &mut |y, tap| forward(down, y, tap.neurons));
+        }
+        Ok(widths::choose(&curves, &sizes, total))
+    }
+
+    /// Returns the model with a bias of the output where the pruned one will have one.
+    fn with_bias(&self, dir: &Path, config: &Config) -> Result<Model> {
+        let whole = Model::load(dir)?;
+        let wide: Vec<usize> = config.layers().map(|shape| shape.intermediate).collect();
+        let mut model = Model::new(with_widths(config, &wide, self.has_bias()));
+        for entry in model.layout().clone().entries() {
+            if let Some(own) = whole.layout().get(&entry.spec.name) {
+                model.params_mut()[entry.range.clone()].copy_from_slice(&whole.params()[own.range.clone()]);
+            }
+        }
+        Ok(model)
+    }
+
+    /// Returns the tensors of a layer of `count` neurons, the others being silent.
+    fn changes(
+        &self,
+        divergence: &Divergence<'_>,
+        seen: &Seen,
+        weights: &LayerWeights,
+        count: usize,
+    ) -> Result<Vec<(String, Vec<f32>)>> {
+        let down = &weights.linears[6];
+        let (kept, solved) = self.fit(seen, down, count)?;
+        let outputs = down.outputs;
+        // In memory row j is the output of neuron j.
+        let mut rows = vec![0.0; down.inputs * outputs];
+        for (at, &j) in kept.iter().enumerate() {
+            for (o, value) in rows[j * outputs..][..outputs].iter_mut().enumerate() {
+                let added = solved.as_ref().map_or(0.0, |solved| solved.weight[at * outputs + o]);
+                *value = down.weight[o * down.inputs + j] + added;
+            }
+        }
+        let mut changes = vec![(down.name.clone(), rows)];
+        if let Some(bias) = solved.and_then(|solved| solved.bias) {
+            let names =
+                ["down_proj.bias", "output_bias"].map(|name| down.name.replace("down_proj.weight", name));
+            let layout = divergence.model().layout();
+            let name = names.into_iter().find(|name| layout.get(name).is_some()).expect("a bias");
+            let own = down.bias.as_deref().unwrap_or(&[]);
+            let sum = bias.iter().enumerate().map(|(o, b)| b + own.get(o).copied().unwrap_or(0.0)).collect();
+            changes.push((name, sum));
+        }
+        Ok(changes)
+    }
+}
+
+/// Sets `y` to a linear map of `x`.
+fn forward(linear: &Linear, y: &mut [f32], x: &[f32]) {
+    let (inputs, outputs) = (linear.inputs, linear.outputs);
+    let dims = linear::Dims { rows: x.len() / inputs, inputs, outputs, precision: Precision::F32 };
+    linear::Forward { y, x, w: &linear.weight, bias: linear.bias.as_deref(), dims }.run();
 }
 
 impl Configured for StaticCore {
@@ -209,32 +338,40 @@ impl Configured for StaticCore {
     }
 
     fn plan(&self, config: &Config, budget: Budget) -> Result<Plan> {
-        let pruned = self.pruned(config, budget)?;
-        let reached_by = format!("{} of {} neurons per layer", pruned.intermediate, config.intermediate);
-        Ok(plan(&pruned, reached_by))
+        let (total, mut widths) = self.sizes(config, budget)?;
+        if self.0.widths == Widths::Divergence {
+            spread(&mut widths, config, total);
+        }
+        Ok(self.planned(config, &with_widths(config, &widths, self.has_bias())))
     }
 
     fn run(&self, job: &Job<'_>, progress: &mut dyn FnMut(Progress)) -> Result<Made> {
         let config = Config::load(job.model)?;
-        let pruned = self.pruned(&config, job.budget)?;
-        let plan = self.plan(&config, job.budget)?;
+        let (total, even) = self.sizes(&config, job.budget)?;
         check_text(job.calibration, 1, "importances")?;
         check_masks(job)?;
+        let mut measured = Vec::new();
+        let widths = match self.0.widths {
+            Widths::Uniform => even,
+            Widths::Divergence => self.by_divergence(job, &config, total, &mut measured, progress)?,
+        };
+        let pruned = with_widths(&config, &widths, self.has_bias());
         let mut stream = LayerStream::open(job.model, job.calibration)?;
         let mut output = Output::create(job, &stream, &pruned)?;
-        for i in 0..config.num_layers {
+        for (i, &width) in widths.iter().enumerate() {
             at(progress, "pruning layers", i, config.num_layers);
             let weights = stream.layer(i)?;
-            let kept = self.choose(&mut stream, &weights, pruned.layer(i).intermediate)?;
-            let mut weights = self.prune(&mut stream, &weights, &kept)?;
+            stream.attend(&weights);
+            let seen = self.see(&mut stream, &weights)?;
+            let mut weights = self.prune(&seen, &weights, width)?;
             output.round(&mut weights)?;
             output.layer(&stream, &weights)?;
-            if i + 1 < config.num_layers {
-                stream.advance(&weights);
-            }
+            let down = weights.linears[6].clone();
+            stream.join_ffn(&weights, &mut |y, tap| forward(&down, y, tap.neurons));
+            measured.push((format!("layer {i} neurons"), width as f64));
         }
         output.finish(&stream)?;
         at(progress, "pruning layers", config.num_layers, config.num_layers);
-        Ok(Made { plan, measured: Vec::new() })
+        Ok(Made { plan: self.planned(&config, &pruned), measured })
     }
 }

@@ -96,9 +96,9 @@ fn removal_is_zeroing_and_a_bias() {
         ("flap", &["structure=uniform", "metric=ifv"], true),
         ("flap", &["metric=wifn", "bias=false"], false),
         ("static-core", &[], false),
-        ("static-core", &["importance=deviation", "relative=false"], true),
+        ("static-core", &["importance=magnitude", "relative=true"], true),
         ("static-core", &["compensate=false", "importance=rms", "first=0"], false),
-        ("static-core", &["intercept=false"], false),
+        ("static-core", &["intercept=false", "widths=uniform"], false),
     ] {
         let work = tempfile::tempdir().unwrap();
         let (source, out) = (dense(work.path(), mlp_bias), work.path().join("pruned"));
@@ -167,7 +167,7 @@ fn the_static_core_is_the_least_squares_fit_on_its_own_stream() {
     let (text, ridge) = (tokens(12, 23), 0.02);
     let work = tempfile::tempdir().unwrap();
     let (source, out) = (dense(work.path(), false), work.path().join("pruned"));
-    let set = ["ridge=0.02", "first=5"];
+    let set = ["ridge=0.02", "first=5", "importance=magnitude", "relative=true", "widths=uniform"];
     Run::new("static-core", &set, 0.8, &text).run(&source, &out).unwrap();
     let (hidden, width, seq) = (SIZES[0].1, SIZES[1].1, 23);
     // Layer 1 reads the pruned layer 0: a dense directory whose layer 0 computes what the pruned one does.
@@ -245,8 +245,10 @@ fn compensation_helps_and_bf16_is_kept() {
     let text = tokens(40, 33);
     let losses = ["compensate=true", "compensate=false"].map(|set| {
         let out = work.path().join(set);
-        let made = Run::new("static-core", &[set], 0.7, &text).run(&source, &out).unwrap();
-        assert!(made.measured.is_empty());
+        let set = [set, "widths=uniform"];
+        let made = Run::new("static-core", &set, 0.7, &text).run(&source, &out).unwrap();
+        assert_eq!(made.measured, [0, 1].map(|i| (format!("layer {i} neurons"), made.measured[0].1)));
+        let set = set[0];
         let checkpoint = Checkpoint::open(&out).unwrap();
         let dtype = |tensor: &str| checkpoint.tensor(&name(1, tensor)).map(|view| view.dtype);
         assert_eq!(dtype("down_proj.weight"), Some(Dtype::BF16));
@@ -295,4 +297,30 @@ fn bad_input_is_named() {
     Run::new("static-core", &[], 0.9, &text).run(&out, &twice).unwrap();
     assert!(Config::load(&twice).unwrap().architecture.output_bias);
     assert!(mean_loss(&twice, &text).is_finite());
+}
+
+/// A layer whose neurons do nothing gives its own to the others, and the model is nearer to the dense one.
+#[test]
+fn widths_follow_the_change_of_the_output() {
+    let work = tempfile::tempdir().unwrap();
+    let source = dense(work.path(), false);
+    let mut model = Model::load(&source).unwrap();
+    let range = model.layout().get(&name(1, "down_proj.weight")).unwrap().range.clone();
+    model.params_mut()[range].iter_mut().for_each(|w| *w *= 1e-3);
+    let quiet = work.path().join("quiet");
+    std::fs::create_dir_all(&quiet).unwrap();
+    model.save(&quiet, Dtype::F32).unwrap();
+    let text = tokens(24, 30);
+    let differences = ["widths=divergence", "widths=uniform"].map(|set| {
+        let out = work.path().join(set);
+        Run::new("static-core", &[set, "first=4"], 0.7, &text).run(&quiet, &out).unwrap();
+        let widths: Vec<usize> =
+            Config::load(&out).unwrap().layers().map(|shape| shape.intermediate).collect();
+        match set {
+            "widths=uniform" => assert!(widths.iter().all(|&width| width == widths[0]), "{widths:?}"),
+            _ => assert!(2 * widths[1] < widths[0].min(widths[2]) + 1, "{widths:?}"),
+        }
+        difference(&quiet, &out, &text)
+    });
+    assert!(differences[0] < differences[1], "{differences:?}");
 }

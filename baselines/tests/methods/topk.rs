@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use dsmoe_baselines::llama_moe::export;
 use dsmoe_baselines::topk::EXPERTS_FILE;
-use dsmoe_baselines::{Made, Result};
+use dsmoe_baselines::{Budget, Made, Result};
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::checkpoint::{Checkpoint, Dtype};
 use dsmoe_core::config::Config;
@@ -18,7 +18,7 @@ use dsmoe_kernels::Precision;
 use dsmoe_kernels::buf::Buf;
 use serde_json::json;
 
-use super::common::{self, Run, VOCAB, configured, loaded, made, tiny, tokens, values};
+use super::common::{self, Run, VOCAB, configured, count, loaded, made, mean_loss, tiny, tokens, values};
 
 const SEQ: usize = 24;
 
@@ -338,4 +338,58 @@ fn llama_moe_layout_holds_every_value_once() {
     }
     let error = export(&model, &dir.path().join("none"), None, false, &mut |_| {}).unwrap_err().to_string();
     assert!(error.contains("is not topk"), "{error}");
+}
+
+/// CMoE's router is a neuron of each expert, and the model is what its files say.
+#[test]
+fn cmoe_routes_by_neurons_of_its_experts() {
+    dsmoe_baselines::register();
+    let work = tempfile::tempdir().unwrap();
+    let source =
+        made(&tiny(&json!({"vocab_size": VOCAB, "initializer_range": 0.3})), work.path(), Dtype::F32);
+    let text = tokens(8, 40);
+    let out = work.path().join("cmoe");
+    let dense = count(&source);
+    let config = Config::load(&source).unwrap();
+    let ffn = (3 * config.hidden * config.intermediate * config.num_layers) as f64;
+    let budget = Budget::Params(dense - 0.625 * ffn);
+    let made = Run { budget, ..Run::new("cmoe", &["experts=8"], 1.0, &text) }.run(&source, &out).unwrap();
+    assert_eq!(made.plan.reached_by, "3 of 8 experts, 1 of them always");
+    let config = Config::load(&out).unwrap();
+    assert_eq!(Accounting::of(&config).activated(0.0), made.plan.activated);
+    assert_eq!(count(&out), made.plan.total);
+    let hidden = config.hidden;
+    for layer in 0..config.num_layers {
+        let name = |tensor: &str| format!("model.layers.{layer}.mlp.{tensor}.weight");
+        let [rows, router] =
+            ["gate_proj", "gate.gate_network.gate"].map(|tensor| values(&out, &name(tensor)));
+        let [ups, router_up] = ["up_proj", "gate.gate_network.up"].map(|tensor| values(&out, &name(tensor)));
+        let width = config.intermediate / 8;
+        for expert in 0..7 {
+            let unit = |row: &[f32]| {
+                let norm = row.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
+                row.iter().map(|&x| (f64::from(x) / norm) as f32).collect::<Vec<f32>>()
+            };
+            let of = |router: &[f32], rows: &[f32]| {
+                let neurons = rows.chunks(hidden).skip(expert * width).take(width);
+                neurons.map(unit).position(|row| row == router[expert * hidden..][..hidden])
+            };
+            let place = of(&router, &rows);
+            assert!(place.is_some() && place == of(&router_up, &ups), "layer {layer}, expert {expert}");
+        }
+    }
+    assert!(mean_loss(&out, &text).is_finite());
+    for (set, parts) in [
+        (&["experts=1"][..], &["experts: is 1", "2 or more"][..]),
+        (&["shared=16"], &["shared: cannot be 16"]),
+        (&["active=0"], &["active: cannot be 0"]),
+        (&["experts=7"], &["7"]),
+    ] {
+        Run::new("cmoe", set, 0.7, &text).fails(&source, &work.path().join("none"), parts);
+    }
+    Run::new("llama-moe", &["gate=neuron"], 0.7, &text).fails(
+        &source,
+        &work.path().join("none"),
+        &["gate: cannot be \"neuron\"", "mlp or linear"],
+    );
 }

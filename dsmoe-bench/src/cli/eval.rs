@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use clap::{Args, ValueEnum};
 use dsmoe_core::Device;
+use dsmoe_core::ffn::RouterBound;
 use dsmoe_datasets::Bos;
 use dsmoe_datasets::tasks::{MAX_NEW_TOKENS, Profile};
 use dsmoe_kernels::Precision;
@@ -66,6 +67,10 @@ pub(crate) struct Eval {
     pub(crate) bos: Option<Bos>,
     #[command(flatten)]
     pub(crate) gates: GateArgs,
+    /// Router that stands in for the model's, with as many experts for every token: oracle (the largest outputs, computed
+    /// from all experts) or random; bounds of what a router can be worth
+    #[arg(long, value_parser = words::<RouterBound>(&["oracle", "random"]))]
+    pub(crate) router: Option<RouterBound>,
     /// Precision of the weights: bf16 takes half the memory and less time, and rounds the operands of products [default:
     /// f32, bf16 on a GPU]
     #[arg(long, value_parser = words::<Precision>(&["f32", "bf16"]))]

@@ -199,6 +199,7 @@ fn run_all(test: &str, chosen: &[&str]) {
             ("random-k", 0.85),
             ("flap", 0.9),
             ("static-core", 0.9),
+            ("cmoe --set experts=4", 0.9),
             ("depth --set layers=1 --set tokens=64", 0.85),
         ] {
             let pruned = format!("{dir}-{}", method.split(' ').next().unwrap_or(method));

@@ -6,9 +6,10 @@ use dsmoe_kernels::Precision;
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::expert_ffn::{self, Dims, PackedWeights, Saved};
 use dsmoe_router::sparsity::{self, SparsityOver};
-use dsmoe_router::{Routed, RouterConfig, SparsityGrad, ste};
-use ndarray::{ArrayView2, ArrayViewMut2};
+use dsmoe_router::{Routed, RouterConfig, Routing, SparsityGrad, separability, ste};
+use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 
+use super::bound::{RouterBound, draws};
 use super::gating::{Gating, GatingBackward, GatingWeights};
 use super::{
     DeviceFfn, Ffn, FfnBackward, FfnForward, FfnInference, FfnKind, FfnReport, FfnScratch, Gated, PackedFfn,
@@ -133,20 +134,24 @@ impl DsmoeFfn {
         }
     }
 
-    /// Routes `x`; sets `routed` and `low`, and adds to `record`.
+    /// Routes `x`; sets `routed` and `low`.
     fn route(
         &self,
         routed: &mut Routed,
         [logits, low]: [&mut Buf; 2],
         x: &[f32],
         weights: GatingWeights<'_>,
-        record: Option<Record<'_>>,
     ) {
         self.gating().forward(logits, low, x, weights);
         let logits = matrix(logits, x.len() / self.gated.hidden, self.form.routed());
         routed.rebuild_above(&self.gates, self.bar, self.centre, logits);
+    }
+
+    /// Adds a routing, and the logits of the router, to `record`.
+    fn count(&self, record: Option<Record<'_>>, routing: &Routing, logits: ArrayView2<'_, f32>) {
         if let Some(Record { stats, layer }) = record {
-            stats.add_behind_core(layer, self.form.core, &routed.routing);
+            stats.add_behind_core(layer, self.form.core, routing);
+            stats.add_logits(layer, self.form.core, logits);
         }
     }
 
@@ -170,6 +175,48 @@ struct PackedDsmoe {
     gating: Vec<f32>,
     /// The bias of the output; empty where there is none.
     output_bias: Vec<f32>,
+    /// Chooses experts in place of the router.
+    bound: Option<RouterBound>,
+}
+
+impl PackedDsmoe {
+    /// Sets `y` to the outputs of the open experts and of the core.
+    fn run(&self, y: &mut [f32], x: &[f32], routing: &Routing, scratch: &mut expert_ffn::Scratch) {
+        let routes = routes(routing);
+        expert_ffn::ForwardPacked {
+            y,
+            x,
+            weights: &self.weights,
+            pairs: expert_ffn::Pairs::Routed(&routes),
+            dims: self.ffn.dims(x.len() / self.ffn.gated.hidden),
+            scratch,
+        }
+        .run();
+    }
+
+    /// Returns the squared norms of the outputs of all routed experts, `[tokens, routed]`.
+    fn contributions(&self, x: &[f32], scratch: &mut expert_ffn::Scratch) -> Array2<f64> {
+        let (hidden, routed) = (self.ffn.gated.hidden, self.ffn.form.routed());
+        let shape = (x.len() / hidden, routed);
+        let mut output = |open: &dyn Fn(usize) -> bool| -> Vec<f32> {
+            let mask = Array2::from_shape_fn(shape, |(_, i)| open(i));
+            let mut y = vec![0.0; x.len()];
+            self.run(&mut y, x, &Routing::from_mask(mask.view(), |_, _| 1.0), scratch);
+            y
+        };
+        let without = output(&|_| false);
+        let mut squares = Array2::zeros(shape);
+        for expert in 0..routed {
+            let with = output(&|i| i == expert);
+            for (t, (with, without)) in
+                with.chunks_exact(hidden).zip(without.chunks_exact(hidden)).enumerate()
+            {
+                let pairs = with.iter().zip(without);
+                squares[[t, expert]] = pairs.map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>();
+            }
+        }
+        squares
+    }
 }
 
 impl PackedFfn for PackedDsmoe {
@@ -178,17 +225,16 @@ impl PackedFfn for PackedDsmoe {
         let FfnScratch { experts, logits, low, routed, .. } = scratch;
         let gating = self.ffn.gating();
         let weights = gating.weights(&self.gating);
-        self.ffn.route(routed, [logits, low], x, weights, record);
-        let routes = routes(&routed.routing);
-        expert_ffn::ForwardPacked {
-            y,
-            x,
-            weights: &self.weights,
-            pairs: expert_ffn::Pairs::Routed(&routes),
-            dims: self.ffn.dims(x.len() / self.ffn.gated.hidden),
-            scratch: experts,
+        self.ffn.route(routed, [logits, low], x, weights);
+        if let Some(bound) = self.bound {
+            let scores = match bound {
+                RouterBound::Oracle => self.contributions(x, experts),
+                RouterBound::Random => draws(x, self.ffn.gated.hidden, self.ffn.form.routed()),
+            };
+            routed.reroute(&self.ffn.gates, scores.view());
         }
-        .run();
+        self.ffn.count(record, &routed.routing, routed.logits.view());
+        self.run(y, x, &routed.routing, experts);
         gating.correct(y, low, weights);
         add_output_bias(y, &self.output_bias);
     }
@@ -207,6 +253,11 @@ impl PackedFfn for PackedDsmoe {
 
     fn set_threshold_logit(&mut self, logit: f32) -> bool {
         self.ffn.set_threshold_logit(logit)
+    }
+
+    fn set_router_bound(&mut self, bound: RouterBound) -> bool {
+        self.bound = Some(bound);
+        true
     }
 }
 
@@ -259,6 +310,7 @@ impl Ffn for DsmoeFfn {
             weights: PackedWeights::new(precision, &self.gated.weights(params), self.dims(0)),
             gating: params[self.gated.len()..].to_vec(),
             output_bias: self.gated.output_bias(params).to_vec(),
+            bound: None,
         })
     }
 
@@ -279,12 +331,13 @@ impl Ffn for DsmoeFfn {
     }
 
     fn forward_train(&self, args: FfnForward<'_>) -> FfnReport {
-        let FfnForward { y, saved, x, params, record, scratch, .. } = args;
+        let FfnForward { y, saved, x, params, record, training, scratch } = args;
         let saved = saved.downcast_mut::<DsmoeSaved>().expect("saved by a DSMoE FFN");
         let FfnScratch { experts, logits, .. } = scratch;
         let gating = self.gating();
         let weights = gating.weights(&params[self.gated.len()..]);
-        self.route(&mut saved.routed, [logits, &mut saved.low], x, weights, record);
+        self.route(&mut saved.routed, [logits, &mut saved.low], x, weights);
+        self.count(record, &saved.routed.routing, saved.routed.logits.view());
         expert_ffn::ForwardTrain {
             y,
             saved: &mut saved.experts,
@@ -301,11 +354,15 @@ impl Ffn for DsmoeFfn {
             sparsity_loss: sparsity::loss(&saved.routed, SparsityOver::Active),
             mean_gate: sparsity::loss(&saved.routed, SparsityOver::All),
             balance_loss: 0.0,
+            separability: match training.separability {
+                0.0 => 0.0,
+                _ => separability::loss(saved.routed.logits.view(), self.bar),
+            },
         }
     }
 
     fn backward(&self, args: FfnBackward<'_>) {
-        let FfnBackward { dx, grads, dy, saved, x, params, sparsity, scratch, .. } = args;
+        let FfnBackward { dx, grads, dy, saved, x, params, sparsity, training, scratch } = args;
         let DsmoeSaved { experts: saved, routed, low } =
             saved.downcast_mut::<DsmoeSaved>().expect("saved by a DSMoE FFN");
         self.gated.add_output_bias_grad(grads, dy);
@@ -327,13 +384,20 @@ impl Ffn for DsmoeFfn {
             scratch: experts,
         }
         .run();
+        let shape = (dims.tokens, routed_experts);
+        let of_logits = "tokens * experts values";
         ste::backward(
             &self.gates,
             routed,
             matrix(dcoefficients, dims.tokens, routed_experts),
             self.sparsity(sparsity),
-            ArrayViewMut2::from_shape((dims.tokens, routed_experts), dlogits)
-                .expect("tokens * experts values"),
+            ArrayViewMut2::from_shape(shape, dlogits).expect(of_logits),
+        );
+        separability::backward(
+            routed.logits.view(),
+            self.bar,
+            training.separability,
+            ArrayViewMut2::from_shape(shape, dlogits).expect(of_logits),
         );
         let gating = self.gating();
         let weights = gating.weights(&params[self.gated.len()..]);

@@ -5,6 +5,7 @@
 //! nothing else of an FFN.
 
 mod args;
+mod bound;
 mod build;
 mod dense;
 mod device;
@@ -22,6 +23,7 @@ use dsmoe_router::Routing;
 use serde_json::{Map, Value};
 
 pub use args::{FfnBackward, FfnForward, FfnInference, FfnReport, FfnScratch, GateTraining, Record};
+pub use bound::RouterBound;
 pub(crate) use build::of_layer;
 pub use dense::DenseFfn;
 pub use device::{DeviceFfn, GateBackward, HostGate, HostRouted};
@@ -88,6 +90,11 @@ pub trait Ffn: std::fmt::Debug + Send + Sync {
 
 /// One layer's FFN for inference, with its weights; made by [`Ffn::pack`].
 pub trait PackedFfn: std::fmt::Debug + Send + Sync {
+    /// Lets `bound` choose experts in place of the router, where there are gates; returns whether there are.
+    fn set_router_bound(&mut self, _bound: RouterBound) -> bool {
+        false
+    }
+
     /// Sets `y = ffn(x)`.
     fn forward(&self, args: FfnInference<'_>);
 

@@ -42,7 +42,10 @@ pub(crate) fn run(args: &Eval, ui: &mut Ui) -> Result<ExitCode> {
         std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
         catch_interrupts()?;
     }
-    let model = load_inference(&args.model, args.precision(), args.device, args.gates)?;
+    let mut model = load_inference(&args.model, args.precision(), args.device, args.gates)?;
+    if let Some(bound) = args.router {
+        model.set_router_bound(bound)?;
+    }
     let runner = Runner { args, model: &model, tokenizer: &tokenizer, bos, hash: model_sha256(&args.model)? };
 
     let mut done = Vec::new();

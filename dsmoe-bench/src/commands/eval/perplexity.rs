@@ -40,6 +40,9 @@ struct PerplexityReport<'a> {
     /// The share of experts whose stored thresholds hold.
     #[serde(skip_serializing_if = "Option::is_none")]
     budget: Option<f64>,
+    /// The router that stands in for the model's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    router: Option<String>,
     #[serde(flatten)]
     stream: Option<Stream>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -88,7 +91,10 @@ pub(crate) fn run(args: &Eval, ui: &mut Ui) -> Result<()> {
         }
     }
     let corpus = &texts[0].corpus;
-    let model = load_inference(&args.model, args.precision(), args.device, args.gates)?;
+    let mut model = load_inference(&args.model, args.precision(), args.device, args.gates)?;
+    if let Some(bound) = args.router {
+        model.set_router_bound(bound)?;
+    }
     let config = model.config();
     show_config_notices(config, ui);
     let bos = args.bos.unwrap_or_default();
@@ -102,6 +108,7 @@ pub(crate) fn run(args: &Eval, ui: &mut Ui) -> Result<()> {
         dtype: args.precision().name(),
         threshold: config.moe.as_ref().and_then(MoeConfig::threshold),
         budget: config.moe.as_ref().and_then(MoeConfig::budget),
+        router: args.router.map(|bound| bound.to_string()),
         stream: None,
         window: None,
         rolling: None,

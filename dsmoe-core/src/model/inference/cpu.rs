@@ -11,8 +11,8 @@ use super::cache::Cache;
 use super::pack::{Embedding, Layer, Parts, Source, fill, optional, pack, vector};
 use crate::accounting::Accounting;
 use crate::config::{Config, LayerShape};
-use crate::error::Result;
-use crate::ffn::{Ffn, FfnInference, FfnScratch, Record};
+use crate::error::{Error, Result};
+use crate::ffn::{Ffn, FfnInference, FfnScratch, Record, RouterBound};
 use crate::model::block::Block;
 use crate::model::ropes::{Ropes, Turn};
 use crate::model::tensors::{
@@ -120,6 +120,16 @@ impl CpuInference {
         set_active(&mut self.config, active, |layer, logit| layers[layer].ffn.set_threshold_logit(logit))
     }
 
+    pub(crate) fn set_router_bound(&mut self, bound: RouterBound) -> Result<()> {
+        match self.layers.iter_mut().all(|layer| layer.ffn.set_router_bound(bound)) {
+            true => Ok(()),
+            false => {
+                let problem = "this model has no gates that another router could stand in for";
+                Err(Error::argument(problem, "give a DSMoE model"))
+            }
+        }
+    }
+
     pub(crate) fn set_thresholds(&mut self, logits: &[f32]) -> Result<()> {
         assert_eq!(logits.len(), self.layers.len(), "inference: thresholds and layers");
         set_thresholds(logits, |layer, logit| self.layers[layer].ffn.set_threshold_logit(logit))
@@ -146,6 +156,11 @@ impl CpuInference {
             }
             .run();
         });
+    }
+
+    /// Sets `workspace.h` to the normed hidden states `[ids.len(), hidden]` of sequences of `seq` tokens.
+    pub(crate) fn last_hidden(&self, ids: &[u32], seq: usize, workspace: &mut Workspace) {
+        in_pool(|| self.hidden_states(ids, seq, None, None, workspace));
     }
 
     /// Sets the workspace's logits.

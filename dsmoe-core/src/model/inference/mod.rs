@@ -26,6 +26,7 @@ use crate::accounting::Accounting;
 use crate::config::Config;
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::ffn::RouterBound;
 
 /// A decoder for inference: weight matrices packed in a [`Precision`], norms and routers in f32. With bf16
 /// the operands of matrix products are rounded to it; sums, softmax and the residual stream are f32.
@@ -172,6 +173,20 @@ impl Inference {
         }
     }
 
+    /// Lets `bound` choose experts in place of the routers, as many for each token as these would open.
+    ///
+    /// # Errors
+    /// The model has no gates, or runs on a GPU.
+    pub fn set_router_bound(&mut self, bound: RouterBound) -> Result<()> {
+        match &mut self.backend {
+            Backend::Cpu(model) => model.set_router_bound(bound),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(_) => {
+                Err(Error::argument("a GPU runs a model's own routers", "set {device} to cpu"))
+            }
+        }
+    }
+
     /// Sets `losses[t]` to the negative log-likelihood (nats) of target t after the inputs up to t of its sequence; 0
     /// for [`IGNORE`](dsmoe_kernels::cross_entropy::IGNORE). Adds the routing of all inputs to `stats` (from
     /// [`Inference::new_stats`]). A rotation that depends on the number of positions counts the last target as one.
@@ -199,6 +214,20 @@ impl Inference {
             }
         }
         Ok(())
+    }
+
+    /// Returns the model on the host.
+    ///
+    /// # Errors
+    /// The model is on a GPU.
+    pub(crate) fn on_host(&self) -> Result<&CpuInference> {
+        match &self.backend {
+            Backend::Cpu(model) => Ok(model),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(_) => {
+                Err(Error::argument("a teacher on a GPU".to_owned(), "load the teacher for the processor"))
+            }
+        }
     }
 
     /// Feeds `ids` at the cache's next positions; returns the logits `[vocab]` after the last one.

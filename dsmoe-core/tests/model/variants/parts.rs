@@ -4,7 +4,7 @@ use dsmoe_core::checkpoint::Dtype;
 use dsmoe_core::export::{ExportAs, ExportOptions, export};
 use dsmoe_core::ffn::{
     DsmoeFfn, DsmoeForm, Ffn, FfnBackward, FfnForward, FfnInference, FfnScratch, GateTraining, Gated, Record,
-    block_len,
+    RouterBound, block_len,
 };
 use dsmoe_core::model::Batch;
 use dsmoe_core::{Inference, Model};
@@ -223,4 +223,73 @@ fn a_core_is_experts_whose_gates_are_always_open() {
     assert!(got.share > core as f64 / n as f64 && got.share < 1.0);
     let of_all = (core as f64 + got.mean_gate * (n - core) as f64) / n as f64;
     assert!((want.mean_gate - of_all).abs() < 1e-6, "{} and {of_all}", want.mean_gate);
+}
+
+/// As many experts as the router opens, those whose outputs are largest, from outputs in loops over the experts.
+#[test]
+fn an_oracle_opens_the_largest_experts_and_chance_opens_as_many() {
+    let (hidden, width, core, experts, tokens) = (8, 4, 2, 7, 12);
+    let router =
+        RouterConfig { gate_value: GateValue::Binary, threshold: 0.45, ..RouterConfig::new(experts) };
+    let form = DsmoeForm { core, ..DsmoeForm::new(router, true) };
+    let ffn = DsmoeFfn::of(Gated::silu(hidden, experts * width), form);
+    let mut params = Buf::zeros(block_len(&ffn.tensors()));
+    let values = normals(params.len(), 4);
+    params.iter_mut().zip(values).for_each(|(p, v)| *p = 0.6 * v);
+    let x = normals(tokens * hidden, 5);
+    let infer = |bound: Option<RouterBound>| -> (Vec<f32>, Vec<usize>) {
+        let mut packed = ffn.pack(&params, Precision::F32);
+        assert!(bound.is_none_or(|bound| packed.set_router_bound(bound)));
+        let (mut y, mut stats) = (vec![0.0; x.len()], RoutingStats::new(1, experts).traced());
+        let record = Some(Record { stats: &mut stats, layer: 0 });
+        let mut scratch = FfnScratch::default();
+        packed.forward(FfnInference { y: &mut y, x: &x, record, scratch: &mut scratch });
+        (y, stats.active_of_tokens().iter().map(|&open| open as usize).collect())
+    };
+    let (own, open) = infer(None);
+    assert!(open.iter().any(|&k| k > core) && open.iter().any(|&k| k < experts), "{open:?}");
+
+    // The output of each expert for each token.
+    let matrix = hidden * experts * width;
+    let (gate, up, down) = (&params[..matrix], &params[matrix..2 * matrix], &params[2 * matrix..3 * matrix]);
+    let dot = |w: &[f32], x: &[f32]| w.iter().zip(x).map(|(w, x)| f64::from(*w) * f64::from(*x)).sum::<f64>();
+    let output = |t: usize, expert: usize| -> Vec<f64> {
+        let (x, mut y) = (&x[t * hidden..][..hidden], vec![0.0; hidden]);
+        for j in expert * width..(expert + 1) * width {
+            let of = |w: &[f32]| dot(&w[j * hidden..][..hidden], x);
+            let h = of(gate) / (1.0 + (-of(gate)).exp()) * of(up);
+            y.iter_mut().zip(&down[j * hidden..]).for_each(|(y, &w)| *y += h * f64::from(w));
+        }
+        y
+    };
+    let mut want = Vec::new();
+    for (t, &open) in open.iter().enumerate() {
+        let outputs: Vec<Vec<f64>> = (0..experts).map(|expert| output(t, expert)).collect();
+        let norm = |i: usize| outputs[i].iter().map(|y| y * y).sum::<f64>();
+        let mut routed: Vec<usize> = (core..experts).collect();
+        routed.sort_by(|&a, &b| norm(b).total_cmp(&norm(a)));
+        let runs = (0..core).chain(routed.into_iter().take(open - core));
+        let mut sum = vec![0.0; hidden];
+        runs.for_each(|i| sum.iter_mut().zip(&outputs[i]).for_each(|(sum, y)| *sum += y));
+        want.extend(sum);
+    }
+    let (oracle, of_oracle) = infer(Some(RouterBound::Oracle));
+    assert_eq!(of_oracle, open);
+    assert_close("oracle", &oracle, &want, 1e-5);
+    let (random, of_random) = infer(Some(RouterBound::Random));
+    assert_eq!(of_random, open);
+    assert!(random != own && random != oracle);
+    assert_eq!(infer(Some(RouterBound::Random)).0, random);
+
+    let mut model = Inference::new(&model(&json!({})), Precision::F32);
+    let share = run(&model).1;
+    for bound in [RouterBound::Oracle, RouterBound::Random] {
+        model.set_router_bound(bound).unwrap();
+        assert_eq!(run(&model).1, share);
+    }
+    let dense = Model::new(read(&config_json(true)).unwrap());
+    refused(
+        Inference::new(&dense, Precision::F32).set_router_bound(RouterBound::Oracle),
+        &["no gates that another router"],
+    );
 }
