@@ -8,13 +8,8 @@
 //!   wanted      = the knot's share; of one knot that starts far away, a ramp from the first measured share
 //!   shift       = what has to be added to the knot's thresholds for the batch to open `wanted`
 //!   thresholds <- thresholds + w shift / 2
-//! weight      = 5 (mean threshold - the same at the start), of the mean-gate loss; mean over the knots that moved
 //! ```
 //! Half of a shift filters the text's own variation and still follows logits that move by a tenth per step.
-//!
-//! The loss of the text opens gates: it moves all logits of a router together, which moves the thresholds and nothing
-//! else, at the cost of the optimiser's steps. The weight is a price for open gates that stops this drift. It is
-//! proportional to the drift, so it settles where both are in balance.
 
 use serde::{Deserialize, Serialize};
 
@@ -29,10 +24,6 @@ const CLOSE: f64 = 0.1;
 const LARGEST: f64 = 30.0;
 /// A share of 1 has no quantile; all but the least certain gates are opened instead.
 const MOST: f64 = 0.999;
-
-/// Weight of the mean-gate loss per logit that the thresholds have moved, and its limit.
-const PRICE: f64 = 5.0;
-const LARGEST_WEIGHT: f64 = 50.0;
 
 /// The thresholds of one budget.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -55,8 +46,6 @@ pub struct ThresholdController {
     updates: u64,
     /// The first measured share.
     from: Option<f64>,
-    /// Mean threshold of each knot at the start.
-    start: Vec<f64>,
 }
 
 impl ThresholdController {
@@ -79,28 +68,14 @@ impl ThresholdController {
             let allowed = "ascending shares from 0 to 1, each with a threshold for every layer";
             return Err(Error::range("budgets", found, allowed));
         }
-        let mut controller = ThresholdController { knots, ramp, updates: 0, from: None, start: Vec::new() };
+        let mut controller = ThresholdController { knots, ramp, updates: 0, from: None };
         controller.clamp();
-        controller.begin();
         Ok(controller)
     }
 
     /// Returns the budgets.
     pub fn knots(&self) -> &[Knot] {
         &self.knots
-    }
-
-    /// Returns the weight of the mean-gate loss ([`crate::SparsityOver::All`]) for the next step.
-    pub fn weight(&self) -> f32 {
-        let drifts = self.knots.iter().zip(&self.start).map(|(knot, start)| mean(&knot.bars) - start);
-        // Knots that no micro-batch is near stay where they are.
-        let drifts: Vec<f64> = drifts.filter(|drift| *drift != 0.0).collect();
-        (PRICE * mean(&drifts)).clamp(-LARGEST_WEIGHT, LARGEST_WEIGHT) as f32
-    }
-
-    /// Makes the present thresholds those of the start, as after they were fitted before a run.
-    pub fn begin(&mut self) {
-        self.start = self.knots.iter().map(|knot| mean(&knot.bars)).collect();
     }
 
     /// Returns the thresholds of layers at the budgets `active`, one per layer. Outside of the knots it is the nearest
@@ -176,8 +151,4 @@ impl ThresholdController {
         let bars = self.knots.iter_mut().flat_map(|knot| &mut knot.bars);
         bars.for_each(|bar| *bar = bar.clamp(-LARGEST, LARGEST));
     }
-}
-
-fn mean(values: &[f64]) -> f64 {
-    values.iter().sum::<f64>() / values.len().max(1) as f64
 }

@@ -131,26 +131,6 @@ fn several_budgets_are_held_at_once_and_mixed_between() {
 }
 
 #[test]
-fn open_gates_have_a_price_while_the_logits_drift() {
-    let mut plant = Plant::new(0.0, 2.0, 0.05);
-    let mut controller = single(0.375, 0.5, 60);
-    assert_eq!(controller.weight(), 0.0);
-    let mut weights = Vec::new();
-    for _ in 0..40 {
-        controller.update(0.375, &plant.batch());
-        weights.push(controller.weight());
-        plant.train();
-    }
-    assert!(weights[39] > weights[20] && weights[39] > 2.0, "{weights:?}");
-    controller.begin();
-    assert_eq!(controller.weight(), 0.0);
-    plant.drift = -20.0;
-    plant.train();
-    (0..9).for_each(|_| controller.update(0.375, &plant.batch()));
-    assert_eq!(controller.weight(), -50.0);
-}
-
-#[test]
 fn it_resumes_to_the_bit_and_refuses_what_does_not_fit() {
     let (mut plant, mut controller) = (Plant::new(2.0, 1.0, 0.01), single(0.375, 0.0, 60));
     (0..10).for_each(|_| controller.update(0.375, &plant.batch()));

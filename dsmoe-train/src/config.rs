@@ -73,7 +73,7 @@ dsmoe_core::with_defaults! {
         /// from it, so that the model serves all of them. Excludes `sparsity` and `active_target`.
         pub active_range: Option<[f64; 2]> = None,
         /// The way a share is held: `threshold` moves the gates' thresholds with the logits, `loss` adjusts the weight of the
-        /// sparsity loss; default `threshold` for binary gates on the processor, else `loss`. Only with a share to hold.
+        /// sparsity loss; default `loss`, for a range `threshold`, which needs the processor. Only with a share to hold.
         pub hold: Option<Hold> = None,
         /// Weight of the separability loss, which pushes gates away from their threshold; default 0.
         pub separability: f64 = 0.0,

@@ -20,7 +20,7 @@ use dsmoe_core::{Device, Inference, Model};
 use dsmoe_datasets::mixture::UNNAMED;
 use dsmoe_datasets::overlap::TokenTexts;
 use dsmoe_datasets::{Interleaving, Mixture, TokenSource, TokenStream};
-use dsmoe_router::{BudgetController, GateValue, RoutingSummary, SparsityOver, ThresholdController};
+use dsmoe_router::{BudgetController, RoutingSummary, SparsityOver, ThresholdController};
 use serde_json::{Value, json};
 
 use crate::budgets;
@@ -264,9 +264,6 @@ impl Trainer {
         if self.state.step == 0 && matches!(self.state.config.budget(), Budget::Range(..)) {
             observer.note("the thresholds of the budgets are fitted to the first training text");
             self.fit_thresholds()?;
-            if let Some(thresholds) = &mut self.state.thresholds {
-                thresholds.begin();
-            }
         }
         let last = self.options.stop_after.map_or(total, |n| total.min(self.state.step.saturating_add(n)));
         let started = Instant::now();
@@ -360,9 +357,6 @@ impl Trainer {
 
         if let (Some(controller), Some(share)) = (&mut self.state.controller, record.activation_ratio) {
             self.state.sparsity_weight = controller.update(share as f32);
-        }
-        if let Some(thresholds) = &self.state.thresholds {
-            self.state.sparsity_weight = thresholds.weight();
         }
         self.state.step = record.step;
         self.state.tokens = record.tokens;
@@ -609,12 +603,9 @@ fn held(model: &Model, config: &mut TrainConfig, device: Device) -> Result<Held>
         return wrong("no target for a model whose tokens all run the same number of experts");
     }
     let ramp = (config.steps.unwrap_or(1) / RAMP_SHARE).max(1);
-    let moe = model.config().moe.as_ref();
-    let switched = moe.is_some_and(|moe| moe.router.gate_value == GateValue::Binary);
     let on_host = device == Device::Cpu;
     let by_default = match config.budget() {
         Budget::Range(..) => Hold::Threshold,
-        _ if switched && on_host => Hold::Threshold,
         _ => Hold::Loss,
     };
     match *config.hold.get_or_insert(by_default) {

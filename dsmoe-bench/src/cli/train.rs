@@ -63,7 +63,7 @@ pub(crate) struct Train {
     #[arg(long, value_name = "SHARE|LOW..HIGH", value_parser = active)]
     pub(crate) active_target: Option<Active>,
     /// How a share is held: threshold moves the gates' thresholds, loss adjusts the weight of the sparsity loss [default:
-    /// threshold for binary gates on the CPU, else loss]
+    /// loss, for a range threshold]
     #[arg(long, value_parser = words::<Hold>(&["threshold", "loss"]))]
     pub(crate) hold: Option<Hold>,
     /// Weight of a loss that pushes gates away from their threshold [default: 0]
