@@ -21,3 +21,16 @@ pub(crate) fn of_layer(config: &Config, layer: usize) -> Box<dyn Ffn> {
         (None, None) => Box::new(DenseFfn::of(gated)),
     }
 }
+
+impl Gated {
+    /// Describes that of a layer of `config`.
+    pub fn of_layer(config: &Config, layer: usize) -> Gated {
+        Gated {
+            hidden: config.hidden,
+            intermediate: config.layer(layer).intermediate,
+            activation: config.architecture.activation,
+            bias: config.architecture.mlp_bias,
+            output_bias: config.architecture.output_bias,
+        }
+    }
+}

@@ -6,7 +6,6 @@ use dsmoe_kernels::Activation;
 use dsmoe_kernels::expert_ffn::{BiasGrads, Biases, Dims, WeightGrads, Weights};
 
 use super::{DOWN_BIAS, OUTPUT_BIAS, projections, split, split_mut};
-use crate::config::Config;
 use crate::params::{TensorSpec, padded};
 
 /// `y = (act(x W_gate^T + b_gate) * (x W_up^T + b_up)) W_down + b_down`, cut into experts or not.
@@ -28,17 +27,6 @@ impl Gated {
     /// Describes LLaMA's: silu, without biases.
     pub fn silu(hidden: usize, intermediate: usize) -> Gated {
         Gated { hidden, intermediate, activation: Activation::Silu, bias: false, output_bias: false }
-    }
-
-    /// Describes that of a layer of `config`.
-    pub fn of_layer(config: &Config, layer: usize) -> Gated {
-        Gated {
-            hidden: config.hidden,
-            intermediate: config.layer(layer).intermediate,
-            activation: config.architecture.activation,
-            bias: config.architecture.mlp_bias,
-            output_bias: config.architecture.output_bias,
-        }
     }
 
     /// Returns its tensors: the [`projections`], then the biases of gate, up and down, then that of the output.

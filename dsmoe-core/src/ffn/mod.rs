@@ -5,6 +5,7 @@
 //! nothing else of an FFN.
 
 mod args;
+mod blocks;
 mod bound;
 mod build;
 mod dense;
@@ -24,6 +25,8 @@ use dsmoe_router::Routing;
 use serde_json::{Map, Value};
 
 pub use args::{FfnBackward, FfnForward, FfnInference, FfnReport, FfnScratch, GateTraining, Record};
+pub(crate) use blocks::{DOWN_BIAS, OUTPUT_BIAS};
+pub use blocks::{block_len, projections, split, split_mut};
 pub use bound::RouterBound;
 pub(crate) use build::of_layer;
 pub use dense::DenseFfn;
@@ -34,7 +37,7 @@ pub use gated::{Gated, add_output_bias};
 
 use crate::config::Config;
 use crate::error::{Error, Result, shown};
-use crate::params::{TensorSpec, padded};
+use crate::params::TensorSpec;
 
 /// One layer's FFN. It holds settings, not weights: `params` is this FFN's part of the arena, laid out as
 /// [`Ffn::tensors`] says, each tensor padded to whole cache lines (see [`split`]).
@@ -117,50 +120,6 @@ pub trait PackedFfn: std::fmt::Debug + Send + Sync {
     fn set_threshold_logit(&mut self, _logit: f32) -> bool {
         false
     }
-}
-
-/// Returns the length of `tensors` in the arena.
-pub fn block_len(tensors: &[TensorSpec]) -> usize {
-    tensors.iter().map(|t| padded(t.numel())).sum()
-}
-
-/// Returns the views of tensors with `lens` values in an FFN's part of an arena.
-///
-/// # Panics
-/// The block is shorter than the tensors.
-pub fn split<const N: usize>(mut block: &[f32], lens: [usize; N]) -> [&[f32]; N] {
-    lens.map(|len| {
-        let (tensor, rest) = block.split_at(padded(len));
-        block = rest;
-        &tensor[..len]
-    })
-}
-
-/// Does as [`split`] for gradients.
-///
-/// # Panics
-/// Those of [`split`].
-pub fn split_mut<const N: usize>(block: &mut [f32], lens: [usize; N]) -> [&mut [f32]; N] {
-    let mut rest = block;
-    lens.map(|len| {
-        let (tensor, tail) = std::mem::take(&mut rest).split_at_mut(padded(len));
-        rest = tail;
-        &mut tensor[..len]
-    })
-}
-
-/// Name of the bias of the down projection. It belongs to no expert: every token gets it once.
-pub(crate) const DOWN_BIAS: &str = "down_proj.bias";
-/// Name of the bias of the FFN's output, in a model without biases of projections.
-pub(crate) const OUTPUT_BIAS: &str = "output_bias";
-
-/// Returns the three projections every FFN here has, `[intermediate, hidden]` each, the down projection transposed.
-pub fn projections(hidden: usize, intermediate: usize) -> Vec<TensorSpec> {
-    vec![
-        TensorSpec::matrix("gate_proj.weight", intermediate, hidden),
-        TensorSpec::matrix("up_proj.weight", intermediate, hidden),
-        TensorSpec::matrix("down_proj.weight", intermediate, hidden).transposed(),
-    ]
 }
 
 /// Converts a routing for the expert kernels.
