@@ -231,7 +231,14 @@ fn ids(count: usize, seed: u32) -> Vec<u32> {
 
 fn args() -> StepArgs {
     let (loss_scale, sparsity_over) = (1.0 / TOKENS as f32, SparsityOver::All);
-    StepArgs { loss_scale, sparsity_weight: 0.5, sparsity_over, balance_scale: 0.5, seed: 7 }
+    StepArgs {
+        loss_scale,
+        sparsity_weight: 0.5,
+        sparsity_over,
+        separability_weight: 0.0,
+        balance_scale: 0.5,
+        seed: 7,
+    }
 }
 
 /// Takes a step on the CPU. Returns its results, its routing and the gradients.

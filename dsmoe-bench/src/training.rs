@@ -4,11 +4,13 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use dsmoe_core::Device;
+use dsmoe_core::accounting::Accounting;
 use dsmoe_core::config::Config;
 use dsmoe_core::model::TrainWorkspace;
 #[cfg(feature = "cuda")]
 use dsmoe_core::model::cuda::CudaTrainer;
 use dsmoe_datasets::overlap::Removed;
+use dsmoe_kernels::cross_entropy;
 use dsmoe_train::config::{Budget, TrainConfig};
 use dsmoe_train::eval::{DomainReport, EvalReport};
 use dsmoe_train::metrics::StepRecord;
@@ -37,6 +39,8 @@ pub(crate) struct TrainSummary {
     tokens: u64,
     loss: Option<f64>,
     lm_loss: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kl: Option<f64>,
     sparsity_loss: Option<f64>,
     activation_ratio: Option<f64>,
     valid_tokens: usize,
@@ -110,6 +114,7 @@ pub(crate) fn drive(trainer: &mut Trainer, what: &str, out: &Path, ui: &Ui) -> R
         tokens: step * config.tokens_per_step(),
         loss: last.as_ref().map(|record| record.loss),
         lm_loss: last.as_ref().map(|record| record.lm_loss),
+        kl: last.as_ref().and_then(|record| record.kl),
         sparsity_loss: last.as_ref().and_then(|record| record.sparsity_loss),
         activation_ratio: last.as_ref().and_then(|record| record.activation_ratio),
         valid_tokens: trainer.mixture().valid_len(),
@@ -136,7 +141,7 @@ pub(crate) fn memory_plan(
         _ if model.moe.is_none() => {
             model.fixed_active().zip(model.num_experts()).map_or(1.0, |(active, of)| active / of as f64)
         }
-        Budget::Target(share) => share,
+        Budget::Target(share) | Budget::Range(_, share) => share,
         Budget::Weight(_) => 1.0,
     };
     let memory = |what, bytes| MemoryUse { what, bytes };
@@ -146,6 +151,15 @@ pub(crate) fn memory_plan(
     let step = step.iter().map(|part| memory(part.what, part.bytes as u64));
     // A token of text is about four bytes, and four bytes as a number.
     arenas.into_iter().chain(step).chain([memory("  text", data_bytes)]).collect()
+}
+
+/// Returns the memory of a teacher of `config`: weights in bf16, one chunk of logits, and the activations of a layer.
+pub(crate) fn teacher_memory(config: &Config, settings: &TrainConfig) -> MemoryUse {
+    let tokens = settings.batch * settings.seq;
+    let logits = cross_entropy::Dims { tokens, hidden: config.hidden, vocab: config.vocab_size };
+    let activations = tokens * (7 * config.hidden + 3 * config.intermediate);
+    let values = logits.chunk().min(tokens) * config.vocab_size + activations;
+    MemoryUse { what: "  teacher", bytes: 2 * Accounting::of(config).total + 4 * values as u64 }
 }
 
 /// Returns the memory of the host for a training on a GPU: the state that it loads and saves.
@@ -177,7 +191,8 @@ pub(crate) fn show_summary(summary: &TrainSummary) -> String {
     let mut fields =
         vec![(state, format!("step {step} of {steps}, {tokens} tokens in {time} ({tokens_per_s:.0}/s)"))];
     if let Some(loss) = summary.lm_loss {
-        fields.push(("training loss", format!("{loss:.4} nats per token")));
+        let kl = summary.kl.map(|kl| format!(", {kl:.4} from the teacher")).unwrap_or_default();
+        fields.push(("training loss", format!("{loss:.4} nats per token{kl}")));
     }
     if let Some(ratio) = summary.activation_ratio {
         fields.push(("active share", format!("{} of experts in the last step", format::percent(ratio))));

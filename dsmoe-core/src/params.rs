@@ -134,6 +134,18 @@ impl Layout {
         range
     }
 
+    /// Makes the layout of the tensors of an FFN alone, as its part of the arena is laid out.
+    ///
+    /// # Panics
+    /// Two tensors have one name.
+    pub fn of(tensors: Vec<TensorSpec>) -> Layout {
+        let mut layout = Layout::default();
+        for spec in tensors {
+            layout.push(spec, None);
+        }
+        layout
+    }
+
     /// Returns all tensors, in arena order.
     pub fn entries(&self) -> &[Entry] {
         &self.entries

@@ -4,22 +4,27 @@
 
 pub mod config;
 pub mod controller;
+pub mod counts;
 mod error;
 pub mod gate;
 pub mod init;
 pub mod linalg;
 pub mod reference;
 pub mod routing;
+pub mod separability;
 pub mod sparsity;
 pub mod stats;
 pub mod ste;
+pub mod thresholds;
 pub mod topk;
 
 pub use config::{GateValue, Rescale, RouterConfig, ZeroActive};
 pub use controller::BudgetController;
+pub use counts::LogitCounts;
 pub use error::{Error, Result};
 pub use gate::{Routed, route};
 pub use init::{RouterInit, RouterValues, router_weights};
 pub use routing::Routing;
 pub use sparsity::{SparsityGrad, SparsityOver};
 pub use stats::{RoutingStats, RoutingSummary};
+pub use thresholds::{Knot, ThresholdController};

@@ -1,8 +1,10 @@
 //! Routing statistics over many batches.
 
+use ndarray::ArrayView2;
 use serde::{Deserialize, Serialize};
 
 use crate::Routing;
+use crate::counts::LogitCounts;
 
 /// Counts of active experts per layer; batches are added, partial counts merged.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -14,6 +16,8 @@ pub struct RoutingStats {
     /// `[layers][n]`: sums of the coefficients of each expert.
     #[serde(skip)]
     coefficients: Option<Vec<Vec<f64>>>,
+    #[serde(skip)]
+    logits: Option<LogitCounts>,
 }
 
 /// Active experts of single tokens.
@@ -60,7 +64,13 @@ impl RoutingStats {
     /// Makes statistics without tokens.
     pub fn new(num_layers: usize, num_experts: usize) -> RoutingStats {
         let layer = LayerStats { load: vec![0; num_experts], histogram: vec![0; num_experts + 1] };
-        RoutingStats { num_experts, layers: vec![layer; num_layers], trace: None, coefficients: None }
+        RoutingStats {
+            num_experts,
+            layers: vec![layer; num_layers],
+            trace: None,
+            coefficients: None,
+            logits: None,
+        }
     }
 
     /// Makes it keep the active experts of every token too. Batches must then come layer by layer from the first, as a
@@ -76,6 +86,29 @@ impl RoutingStats {
     pub fn weighted(mut self) -> RoutingStats {
         self.coefficients = Some(self.no_coefficients());
         self
+    }
+
+    /// Makes it count the logits of the routers too.
+    #[must_use]
+    pub fn with_logits(mut self) -> RoutingStats {
+        self.logits = Some(LogitCounts::new(self.layers.len()));
+        self
+    }
+
+    /// Returns the counted logits; none unless [`RoutingStats::with_logits`].
+    pub fn logits(&self) -> Option<&LogitCounts> {
+        self.logits.as_ref()
+    }
+
+    /// Counts the logits `[T, routed experts]` of one batch in `layer`, whose first `core` experts have none; nothing
+    /// unless [`RoutingStats::with_logits`].
+    ///
+    /// # Panics
+    /// No such layer.
+    pub fn add_logits(&mut self, layer: usize, core: usize, logits: ArrayView2<'_, f32>) {
+        if let Some(counts) = &mut self.logits {
+            counts.add(layer, core, logits);
+        }
     }
 
     fn no_coefficients(&self) -> Vec<Vec<f64>> {
@@ -179,6 +212,9 @@ impl RoutingStats {
         for (i, layer) in other.layers.iter().enumerate() {
             self.add_counts(i, &layer.load, &layer.histogram);
         }
+        if let (Some(to), Some(from)) = (&mut self.logits, &other.logits) {
+            to.merge(from);
+        }
     }
 
     /// Returns whether it keeps the active experts of every token.
@@ -202,6 +238,9 @@ impl RoutingStats {
         }
         if self.coefficients.is_some() {
             self.coefficients = Some(self.no_coefficients());
+        }
+        if let Some(counts) = &mut self.logits {
+            counts.clear();
         }
         for layer in &mut self.layers {
             layer.load.fill(0);

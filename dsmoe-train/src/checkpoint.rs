@@ -18,15 +18,16 @@ use dsmoe_core::{Masks, Model};
 use dsmoe_datasets::TokenSource;
 use dsmoe_datasets::files::hex;
 use dsmoe_datasets::tokens::identity;
-use dsmoe_router::BudgetController;
+use dsmoe_router::{BudgetController, ThresholdController};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
-use crate::config::TrainConfig;
+use crate::config::{Hold, TrainConfig};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::optim::AdamW;
+use crate::teacher::TeacherId;
 
 /// Version of `state.json` and of the header of `metrics.jsonl`.
 pub(crate) const FORMAT_VERSION: u32 = 1;
@@ -64,10 +65,16 @@ pub(crate) struct State {
     /// Weight of the sparsity loss in the next step.
     pub(crate) sparsity_weight: f32,
     pub(crate) controller: Option<BudgetController>,
+    /// Controller of the thresholds, where they hold the share.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) thresholds: Option<ThresholdController>,
     /// Hash of the model the run started from.
     pub(crate) model_sha256: String,
     /// Hash of all token ids.
     pub(crate) data_sha256: String,
+    /// The teacher, if the run has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) teacher: Option<TeacherId>,
     /// The resolved configuration.
     pub(crate) config: TrainConfig,
 }
@@ -87,6 +94,11 @@ impl State {
         same("the starting model", short(&self.model_sha256), short(&now.model_sha256), help)?;
         let help = "give the data this run started with, or another {out}";
         same("the text", short(&self.data_sha256), short(&now.data_sha256), help)?;
+        let teacher = |state: &State| {
+            state.teacher.as_ref().map_or_else(|| "none".to_owned(), |teacher| short(&teacher.sha256))
+        };
+        let help = "give the teacher this run started with, or another {out}";
+        same("the teacher", teacher(self), teacher(now), help)?;
         let fields = |state: &State| match serde_json::to_value(&state.config) {
             Ok(Value::Object(fields)) => fields,
             _ => Map::new(),
@@ -205,7 +217,11 @@ pub(crate) fn read_state(path: &Path) -> Result<State> {
     if version != Some(FORMAT_VERSION.into()) {
         return Err(bad(format!("format_version is {version:?}, this program reads {FORMAT_VERSION}")));
     }
-    let state: State = serde_json::from_value(json).map_err(|cause| bad(cause.to_string()))?;
+    let mut state: State = serde_json::from_value(json).map_err(|cause| bad(cause.to_string()))?;
+    if state.controller.is_some() {
+        // Runs of before there was a choice.
+        state.config.hold.get_or_insert(Hold::Loss);
+    }
     let config = state.config.clone().resolve()?;
     let samples = (config.batch * config.accumulate) as u64;
     let counts = (state.step.checked_mul(config.tokens_per_step()), state.step.checked_mul(samples));
@@ -236,12 +252,14 @@ pub(crate) fn load(path: &Path, layout: &Layout, masks: Option<&Masks>) -> Resul
 
 #[cfg(test)]
 mod tests {
+    use dsmoe_router::Knot;
     use proptest::prelude::*;
 
     use super::*;
 
     fn state() -> State {
         let config = TrainConfig { steps: Some(9), active_target: Some(0.5), ..TrainConfig::default() };
+        let config = TrainConfig { hold: Some(Hold::Loss), ..config };
         let mut controller = BudgetController::new(0.5, 3).unwrap();
         controller.update(0.9);
         State {
@@ -251,8 +269,12 @@ mod tests {
             data_cursor: 64,
             sparsity_weight: controller.update(0.87),
             controller: Some(controller),
+            thresholds: Some(
+                ThresholdController::new(vec![Knot { active: 0.5, bars: vec![0.1, -1.7] }], 9).unwrap(),
+            ),
             model_sha256: "ab".repeat(32),
             data_sha256: "cd".repeat(32),
+            teacher: Some(TeacherId { path: "dense".into(), sha256: "ef".repeat(32) }),
             config: config.resolve().unwrap(),
         }
     }
@@ -268,9 +290,9 @@ mod tests {
         let state = state();
         let text = serde_json::to_string_pretty(&state).unwrap();
         let read = written(&text).unwrap();
-        assert_eq!(read.controller, state.controller);
+        assert_eq!((&read.controller, &read.thresholds), (&state.controller, &state.thresholds));
         assert_eq!(read.sparsity_weight.to_bits(), state.sparsity_weight.to_bits());
-        assert_eq!(read.config, state.config);
+        assert_eq!((&read.config, &read.teacher), (&state.config, &state.teacher));
         for (from, to, wanted) in [
             ("\"format_version\": 1", "\"format_version\": 2", "format_version"),
             ("\"step\": 2", "\"step\": 3", "disagree"),

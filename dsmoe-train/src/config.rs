@@ -20,6 +20,8 @@ const MAX_RUN_TOKENS: u64 = 1 << 53;
 const WARMUP_STEPS: u64 = 100;
 /// The paper's coefficient of the sparsity loss.
 const PAPER_SPARSITY: f64 = 1.0;
+/// Weight of a teacher's divergence: the text's own loss keeps a tenth, since a distribution tells more than one token.
+pub(crate) const TEACHER_WEIGHT: f64 = 0.9;
 
 dsmoe_core::with_defaults! {
     /// The settings of a run, apart from the model and the text. Unknown keys are errors.
@@ -61,9 +63,20 @@ dsmoe_core::with_defaults! {
         /// Constant weight of the sparsity loss over active gates. Excludes `active_target`. Without either, a run
         /// holds the share that the model was made for; a model that names none gets weight 1, the paper's.
         pub sparsity: Option<f64> = None,
-        /// Share of experts to be active, mean over tokens and layers, held by the budget controller. Excludes
-        /// `sparsity`.
+        /// Share of experts to be active, mean over tokens and layers, held by a controller. Excludes `sparsity` and
+        /// `active_range`.
         pub active_target: Option<f64> = None,
+        /// The least and the largest share of experts to be active: every micro-batch draws one, and every layer deviates
+        /// from it, so that the model serves all of them. Excludes `sparsity` and `active_target`.
+        pub active_range: Option<[f64; 2]> = None,
+        /// The way a share is held: `threshold` moves the gates' thresholds with the logits, `loss` adjusts the weight of the
+        /// sparsity loss; default `threshold` for binary gates on the processor, else `loss`. Only with a share to hold.
+        pub hold: Option<Hold> = None,
+        /// Weight of the separability loss, which pushes gates away from their threshold; default 0.
+        pub separability: f64 = 0.0,
+        /// Weight of the divergence from the teacher, 0 to 1; the text's loss has the rest. Only with a teacher; default
+        /// 0.9.
+        pub teacher_weight: Option<f64> = None,
         /// Learning rate of the routers over that of the rest; default 1.
         pub router_lr_scale: f64 = 1.0,
         /// Seed of the order of the windows; default 0.
@@ -94,6 +107,16 @@ dsmoe_core::with_defaults! {
     }
 }
 
+/// The way a share of active experts is held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Hold {
+    /// The thresholds of the gates follow the quantile of the logits.
+    Threshold,
+    /// The weight of the sparsity loss is adjusted.
+    Loss,
+}
+
 /// The treatment of text that is on both sides.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -102,6 +125,18 @@ pub enum NearDuplicates {
     Keep,
     /// It is removed from one side.
     Drop,
+}
+
+impl std::str::FromStr for Hold {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Hold> {
+        match text {
+            "threshold" => Ok(Hold::Threshold),
+            "loss" => Ok(Hold::Loss),
+            _ => Err(Error::field("hold", format!("{text:?}"), "threshold or loss")),
+        }
+    }
 }
 
 impl std::str::FromStr for NearDuplicates {
@@ -136,8 +171,10 @@ mod precision {
 pub enum Budget {
     /// A constant weight of the sparsity loss over active gates.
     Weight(f64),
-    /// A share of active experts for the controller to hold.
+    /// A share of active experts for a controller to hold.
     Target(f64),
+    /// The least and the largest share of active experts, between which every micro-batch draws one.
+    Range(f64, f64),
 }
 
 impl TrainConfig {
@@ -183,21 +220,17 @@ impl TrainConfig {
 
     fn insert(&mut self, key: &str, value: toml::Value, shown: &str) -> Result<()> {
         let mut table = toml::Table::try_from(&*self).expect("a flat table of numbers and strings is TOML");
-        let excluded = match key {
-            "steps" => "tokens",
-            "tokens" => "steps",
-            "sparsity" => "active_target",
-            "active_target" => "sparsity",
-            _ => "",
-        };
-        table.remove(excluded);
+        let groups = [&["steps", "tokens"][..], &["sparsity", "active_target", "active_range"]];
+        for excluded in groups.into_iter().filter(|group| group.contains(&key)).flatten() {
+            table.remove(*excluded);
+        }
         table.insert(key.to_owned(), value);
         let wrong = |message: String| Error::Setting { setting: shown.to_owned(), message };
         *self = table.try_into().map_err(|cause: toml::de::Error| wrong(one_line(cause.message())))?;
         Ok(())
     }
 
-    /// Resolves the settings of a run of a model. Without an explicit `active_target` or `sparsity` the run holds the
+    /// Resolves the settings of a run of a model. Without an explicit share or `sparsity` the run holds the
     /// share of experts that the model was made for, if its directory names one. See [`TrainConfig::resolve`].
     ///
     /// # Errors
@@ -209,7 +242,7 @@ impl TrainConfig {
 
     /// Returns the share of active experts that `model` was made for, if these settings leave it to the model.
     pub fn made_for(&self, model: &Config) -> Option<f64> {
-        let explicit = self.sparsity.is_some() || self.active_target.is_some();
+        let explicit = self.sparsity.is_some() || self.active_target.is_some() || self.active_range.is_some();
         model.moe.as_ref().and_then(|moe| moe.active_target).filter(|_| !explicit)
     }
 
@@ -238,6 +271,8 @@ impl TrainConfig {
             ("clip", self.clip, 0.0..=f64::MAX, "a positive number, or 0 for no clipping"),
             ("sparsity", self.sparsity.unwrap_or(0.0), 0.0..=1e6, "0 to 1000000"),
             ("active_target", self.active_target.unwrap_or(1.0), 1e-6..=1.0, "a share above 0 and up to 1"),
+            ("separability", self.separability, 0.0..=1e6, "0 to 1000000"),
+            ("teacher_weight", self.teacher_weight.unwrap_or(0.0), 0.0..=1.0, "0 to 1"),
             ("router_lr_scale", self.router_lr_scale, 0.0..=1e6, "0 to 1000000"),
             ("valid_fraction", self.valid_fraction, 0.0..=0.999, "0 or more and below 1"),
         ] {
@@ -266,12 +301,28 @@ impl TrainConfig {
         in_range("steps", steps, 1..=MAX_RUN_TOKENS / self.tokens_per_step())?;
         self.steps = Some(steps);
         self.warmup_steps.get_or_insert(WARMUP_STEPS.min(steps / 10));
-        match (self.sparsity, self.active_target) {
-            (Some(_), Some(_)) => return Err(exclusive("sparsity", "active_target")),
-            (None, None) => self.sparsity = Some(PAPER_SPARSITY),
+        if let Some([low, high]) = self.active_range
+            && !(low > 0.0 && low < high && high <= 1.0)
+        {
+            let allowed = "two ascending shares above 0 and up to 1, or one {active_target}";
+            return Err(Error::field("active_range", format!("{low} to {high}"), allowed));
+        }
+        match (self.sparsity, self.active_target, self.active_range) {
+            (Some(_), Some(_), _) => return Err(exclusive("sparsity", "active_target")),
+            (Some(_), _, Some(_)) => return Err(exclusive("sparsity", "active_range")),
+            (_, Some(_), Some(_)) => return Err(exclusive("active_target", "active_range")),
+            (None, None, None) => self.sparsity = Some(PAPER_SPARSITY),
             _ => {}
         }
-        Ok(self)
+        match (self.hold, self.budget()) {
+            (Some(_), Budget::Weight(_)) => {
+                return Err(Error::field("hold", "set without a share", "it with an {active_target}"));
+            }
+            (Some(Hold::Loss), Budget::Range(..)) => {
+                return Err(Error::field("hold", "loss for a range of shares", "threshold"));
+            }
+            _ => Ok(self),
+        }
     }
 
     /// Returns the number of tokens predicted in one optimiser step.
@@ -292,11 +343,20 @@ impl TrainConfig {
         SplitOptions { seq, valid_fraction, valid_samples: self.valid_samples }
     }
 
+    /// Returns the loss of the text and the divergence from the teacher, weighted.
+    pub(crate) fn mixed(&self, lm_loss: f64, divergence: f64) -> f64 {
+        match self.teacher_weight {
+            None => lm_loss,
+            Some(weight) => (1.0 - weight) * lm_loss + weight * divergence,
+        }
+    }
+
     /// Returns the pressure on gates to close.
     pub fn budget(&self) -> Budget {
-        match self.active_target {
-            Some(target) => Budget::Target(target),
-            None => Budget::Weight(self.sparsity.unwrap_or(PAPER_SPARSITY)),
+        match (self.active_target, self.active_range) {
+            (Some(target), _) => Budget::Target(target),
+            (None, Some([low, high])) => Budget::Range(low, high),
+            (None, None) => Budget::Weight(self.sparsity.unwrap_or(PAPER_SPARSITY)),
         }
     }
 }
@@ -348,6 +408,9 @@ mod tests {
         assert_eq!(config.doc_separator.as_deref(), Some("<|endoftext|>"));
         assert_eq!(with(&["sparsity=2", "active_target=0.5"]).unwrap().budget(), Budget::Target(0.5));
         assert_eq!(with(&["active_target=0.5", "sparsity=2"]).unwrap().budget(), Budget::Weight(2.0));
+        let range = with(&["active_target=0.5", "active_range=[0.25, 1.0]", "hold=threshold"]).unwrap();
+        assert_eq!((range.budget(), range.hold), (Budget::Range(0.25, 1.0), Some(Hold::Threshold)));
+        assert_eq!(toml::from_str::<TrainConfig>(&range.to_toml()).unwrap(), range);
     }
 
     #[test]
@@ -363,6 +426,12 @@ mod tests {
             (vec!["batch=100000", "seq=100000"], ["batch is 100000 x seq 100000", "raise accumulate"]),
             (vec!["beta2=1"], ["beta2 is 1", "below 1"]),
             (vec!["active_target=0"], ["active_target is 0", "above 0"]),
+            (vec!["teacher_weight=1.5"], ["teacher_weight is 1.5", "0 to 1"]),
+            (vec!["separability=-1"], ["separability is -1", "0 to"]),
+            (vec!["active_range=[0.5, 0.25]"], ["active_range is 0.5 to 0.25", "ascending"]),
+            (vec!["active_range=[0.5]"], ["setting `active_range=[0.5]`", "length"]),
+            (vec!["active_range=[0.5, 1.0]", "hold=loss"], ["hold is loss", "threshold"]),
+            (vec!["hold=loss"], ["hold is set", "active_target"]),
             (vec!["keep=0"], ["keep is 0", "use 1 to"]),
             (vec!["steps=0"], ["steps is 0", "use 1 to"]),
             (vec!["valid_fraction=0", "eval_every=5"], ["eval_every", "valid_fraction above 0"]),

@@ -43,6 +43,18 @@ pub(crate) fn remove_dir(dir: &Path) -> Result<()> {
     }
 }
 
+/// Moves all files of `from` into `to`, `config.json` last, and removes `from`.
+pub(crate) fn move_into(from: &Path, to: &Path) -> Result<()> {
+    let mut names = names(from)?;
+    names.sort_by_key(|name| name == "config.json");
+    for name in names {
+        let target = to.join(&name);
+        fs::rename(from.join(&name), &target).map_err(Error::io(&target))?;
+    }
+    sync_dir(to)?;
+    remove_dir(from)
+}
+
 /// Lists the names in `dir`, sorted; none when it does not exist.
 pub(crate) fn names(dir: &Path) -> Result<Vec<String>> {
     let entries = match fs::read_dir(dir) {

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+mod budgets;
 mod checkpoint;
 pub mod config;
 pub mod engine;
@@ -10,10 +11,12 @@ pub mod eval;
 mod files;
 pub mod metrics;
 pub mod optim;
+pub mod reconstruct;
 pub mod run;
 pub mod schedule;
 mod step;
 pub mod tasks;
+mod teacher;
 pub mod tensorboard;
 
 pub use config::TrainConfig;

@@ -19,16 +19,22 @@ pub struct StepRecord {
     pub step: u64,
     /// Tokens predicted so far, this step's included.
     pub tokens: u64,
-    /// `lm_loss` + `balance_loss` + `sparsity_weight` times the sparsity loss or, under a target, the mean gate.
+    /// `lm_loss` (with a teacher of weight w, (1 - w) `lm_loss` + w `kl`) + `balance_loss` + `sparsity_weight` times the sparsity loss or, under a target, the mean gate + the weighted separability loss.
     pub loss: f64,
     /// Mean negative log-likelihood of the step's tokens, nats.
     pub lm_loss: f64,
+    /// Mean divergence KL(teacher || model) of the step's tokens, nats.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kl: Option<f64>,
     /// Mean gate of active experts over layers, tokens and experts (eqs. 17-19).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sparsity_loss: Option<f64>,
     /// The balance losses of all layers, where the FFN has such a loss.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub balance_loss: Option<f64>,
+    /// Mean of the separability loss over layers, tokens and gates, where it has a weight.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub separability_loss: Option<f64>,
     /// Learning rate.
     pub lr: f64,
     /// Global gradient norm before clipping.
@@ -44,6 +50,13 @@ pub struct StepRecord {
     /// The same by layer.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub layer_activation: Vec<f64>,
+    /// Mean of the budgets of the step's micro-batches, where they are drawn from a range.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub budget: Option<f64>,
+    /// Mean over layers of the thresholds in this step (logits; of a range, those of its least share), where they hold the
+    /// share.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub threshold_logit: Option<f64>,
     /// Share of (token, layer) pairs without an active expert.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub zero_active_share: Option<f64>,

@@ -15,22 +15,25 @@ use std::time::Instant;
 
 use dsmoe_core::checkpoint::{Dtype, copy_companions};
 use dsmoe_core::masks::MASKS_FILE;
+use dsmoe_core::model::Teacher;
 use dsmoe_core::{Device, Inference, Model};
 use dsmoe_datasets::mixture::UNNAMED;
 use dsmoe_datasets::overlap::TokenTexts;
 use dsmoe_datasets::{Interleaving, Mixture, TokenSource, TokenStream};
-use dsmoe_router::{BudgetController, RoutingSummary, SparsityOver};
+use dsmoe_router::{BudgetController, GateValue, RoutingSummary, SparsityOver, ThresholdController};
 use serde_json::{Value, json};
 
+use crate::budgets;
 use crate::checkpoint::{self, FORMAT_VERSION, State};
-use crate::config::{Budget, NearDuplicates, TrainConfig};
+use crate::config::{Budget, Hold, NearDuplicates, TEACHER_WEIGHT, TrainConfig};
 use crate::engine::StepResult;
 use crate::error::{Error, Result};
 use crate::eval::{Domain, EvalOptions, EvalReport, evaluate_domains};
 use crate::files;
 use crate::metrics::{METRICS_FILE, Metrics, StepRecord, eval_line, resident_bytes, step_line};
 use crate::optim::AdamW;
-use crate::step::{StepText, Stepper};
+use crate::step::{Gates, StepText, Stepper};
+use crate::teacher::{self, TeacherId};
 use crate::tensorboard::EventWriter;
 
 const CONFIG_FILE: &str = "run.toml";
@@ -51,6 +54,8 @@ pub struct RunOptions {
     pub force: bool,
     /// Stop with a checkpoint after so many steps of this invocation, as if interrupted.
     pub stop_after: Option<u64>,
+    /// A model directory whose distributions of the next token the run learns too.
+    pub teacher: Option<PathBuf>,
     /// The device to train and evaluate on. A run may resume on another; its numbers then differ in the last bits.
     pub device: Device,
 }
@@ -59,7 +64,7 @@ impl RunOptions {
     /// Starts a new run of the model in `source` into the empty directory `out`, on the processor, to its end.
     pub fn new(source: &Path, out: &Path) -> RunOptions {
         let (out, source, device) = (out.to_path_buf(), source.to_path_buf(), Device::Cpu);
-        RunOptions { out, source, resume: false, force: false, stop_after: None, device }
+        RunOptions { out, source, resume: false, force: false, stop_after: None, teacher: None, device }
     }
 }
 
@@ -143,8 +148,10 @@ impl Trainer {
         let filter = near_duplicates(&data, &mut config)?;
         let mixture = Mixture::new(&data.sources, config.split_options(), filter)?;
         let order = mixture.interleaving(config.batch, config.seed)?;
+        let (teacher, teacher_id) = teacher_of(&model, &mut config, &options)?.unzip();
         let pool = config.threads.map(thread_pool).transpose()?;
-        let (controller, sparsity_weight) = budget(&model, &config)?;
+        let Held { controller, thresholds, weight: sparsity_weight } =
+            held(&model, &mut config, options.device)?;
         let mut state = State {
             format_version: FORMAT_VERSION,
             step: 0,
@@ -152,8 +159,10 @@ impl Trainer {
             data_cursor: 0,
             sparsity_weight,
             controller,
+            thresholds,
             model_sha256: checkpoint::model_identity(&model),
             data_sha256: checkpoint::data_identity(&data.sources)?,
+            teacher: teacher_id,
             config,
         };
         let lock = prepare_directory(&options)?;
@@ -179,7 +188,10 @@ impl Trainer {
             None => Metrics::create(&path, &header)?,
         };
         let events = EventWriter::create(&options.out, options.resume.then_some(state.step))?;
-        let stepper = Stepper::new(&model, optimizer, &state.config, options.device)?;
+        let mut stepper = Stepper::new(&model, optimizer, &state.config, options.device, teacher)?;
+        if state.thresholds.is_some() {
+            stepper.engine.count_logits()?;
+        }
         Ok(Trainer {
             options,
             model,
@@ -249,6 +261,13 @@ impl Trainer {
             self.write_final()?;
             return Ok(Outcome::Finished);
         }
+        if self.state.step == 0 && matches!(self.state.config.budget(), Budget::Range(..)) {
+            observer.note("the thresholds of the budgets are fitted to the first training text");
+            self.fit_thresholds()?;
+            if let Some(thresholds) = &mut self.state.thresholds {
+                thresholds.begin();
+            }
+        }
         let last = self.options.stop_after.map_or(total, |n| total.min(self.state.step.saturating_add(n)));
         let started = Instant::now();
         while self.state.step < last {
@@ -256,6 +275,10 @@ impl Trainer {
             observer.step(&record);
             let step = self.state.step;
             let due = |every: Option<u64>| every.is_some_and(|every| step.is_multiple_of(every));
+            if step == total && self.state.thresholds.is_some() {
+                observer.note("the thresholds are fitted to the last training text");
+                self.fit_thresholds()?;
+            }
             if due(self.state.config.eval_every) || step == total {
                 self.evaluate_held_out(observer)?;
             }
@@ -279,13 +302,19 @@ impl Trainer {
         }
         let (over, penalty): (_, fn(&StepResult) -> f64) = match self.state.config.budget() {
             Budget::Weight(_) => (SparsityOver::Active, |result| result.sparsity_loss),
-            Budget::Target(_) => (SparsityOver::All, |result| result.mean_gate),
+            Budget::Target(_) | Budget::Range(..) => (SparsityOver::All, |result| result.mean_gate),
         };
-        let sparsity = (self.state.sparsity_weight, over);
         let step = self.state.step;
         let config = &self.state.config;
         let text = StepText { mixture: &self.mixture, order: &mut self.order, config, step };
-        let result = self.stepper.take(&mut self.model, text, sparsity, stop)?;
+        let threshold_logit = self
+            .state
+            .thresholds
+            .as_ref()
+            .map(|held| budgets::threshold_of(held, self.state.config.active_target));
+        let thresholds = self.state.thresholds.as_mut();
+        let gates = Gates { sparsity: self.state.sparsity_weight, over, thresholds };
+        let result = self.stepper.take(&mut self.model, text, gates, stop)?;
         let Some(result) = result else { return Ok(None) };
 
         let routing = self.stepper.engine.stats().map(|stats| stats.summary());
@@ -295,12 +324,17 @@ impl Trainer {
         let mut record = StepRecord {
             step: step + 1,
             tokens: self.state.tokens + step_tokens,
-            loss: result.lm_loss
+            loss: self.state.config.mixed(result.lm_loss, result.divergence)
                 + result.balance_loss
-                + f64::from(self.state.sparsity_weight) * penalty(&result),
+                + f64::from(self.state.sparsity_weight) * penalty(&result)
+                + self.state.config.separability * result.separability,
             lm_loss: result.lm_loss,
+            kl: self.state.teacher.as_ref().map(|_| result.divergence),
             sparsity_loss: routed.then_some(result.sparsity_loss),
             balance_loss: self.model.config().ffn.as_ref().map(|_| result.balance_loss),
+            separability_loss: Some(result.separability).filter(|_| self.state.config.separability > 0.0),
+            budget: Some(result.budget).filter(|_| self.state.config.active_range.is_some()),
+            threshold_logit,
             lr: self.state.config.schedule().lr_at(step),
             grad_norm: result.norms.all,
             router_grad_norm: routed.then_some(result.norms.router),
@@ -327,6 +361,9 @@ impl Trainer {
         if let (Some(controller), Some(share)) = (&mut self.state.controller, record.activation_ratio) {
             self.state.sparsity_weight = controller.update(share as f32);
         }
+        if let Some(thresholds) = &self.state.thresholds {
+            self.state.sparsity_weight = thresholds.weight();
+        }
         self.state.step = record.step;
         self.state.tokens = record.tokens;
         self.state.data_cursor =
@@ -343,6 +380,10 @@ impl Trainer {
             ("train/tokens_per_s", record.tokens_per_s),
         ];
         let routing = [
+            ("train/kl", record.kl),
+            ("train/separability_loss", record.separability_loss),
+            ("train/budget", record.budget),
+            ("train/threshold_logit", record.threshold_logit),
             ("train/sparsity_loss", record.sparsity_loss),
             ("train/sparsity_weight", record.sparsity_weight),
             ("train/balance_loss", record.balance_loss),
@@ -354,7 +395,51 @@ impl Trainer {
         self.events.scalars(record.step, &values)
     }
 
+    /// Writes the thresholds of the controller into the model's configuration, and opens its gates as the default budget
+    /// says.
+    fn store_thresholds(&mut self) -> Result<()> {
+        match &self.state.thresholds {
+            Some(controller) => budgets::store(&mut self.model, controller, self.state.config.active_target),
+            None => Ok(()),
+        }
+    }
+
+    /// Fits the thresholds of all budgets to the text of the last steps, before any step to that of the first ones.
+    fn fit_thresholds(&mut self) -> Result<()> {
+        let Some(mut controller) = self.state.thresholds.take() else { return Ok(()) };
+        let ids = self.text_nearby(budgets::fit_tokens(&controller))?;
+        self.stepper.engine.fetch(&mut self.model)?;
+        self.stepper.engine.release();
+        let mut model = Inference::new_on(&self.model, self.state.config.dtype, self.options.device)?;
+        budgets::fit(&mut controller, &mut model, &ids, self.state.config.seq)?;
+        self.state.thresholds = Some(controller);
+        self.store_thresholds()
+    }
+
+    /// Returns whole sequences of the training text, up to `tokens` of them but at least one: those that the last steps
+    /// read, before any step those that the first ones will.
+    fn text_nearby(&mut self, tokens: usize) -> Result<Vec<u32>> {
+        let (seq, accumulate) = (self.state.config.seq, self.state.config.accumulate as u64);
+        let done = self.state.step * accumulate;
+        let count = (tokens / (self.state.config.batch * seq)).max(1) as u64;
+        let batches = if done == 0 { 0..count } else { done.saturating_sub(count)..done };
+        let (mut ids, mut window) = (Vec::new(), Vec::new());
+        for batch in batches {
+            for sample in self.order.batch_at(batch) {
+                if ids.len() + seq > tokens.max(seq) {
+                    return Ok(ids);
+                }
+                window.clear();
+                self.mixture.window(sample, &mut window)?;
+                ids.extend_from_slice(&window[..seq]);
+            }
+        }
+        Ok(ids)
+    }
+
     fn evaluate_held_out(&mut self, observer: &mut dyn Observer) -> Result<()> {
+        self.stepper.engine.fetch(&mut self.model)?;
+        self.store_thresholds()?;
         let parts = self.mixture.parts().iter();
         let domains: Vec<Domain<'_>> = parts
             .map(|part| Domain { name: &part.name, weight: part.share, ids: part.split.valid_tokens() })
@@ -364,7 +449,6 @@ impl Trainer {
         }
         // A window of `seq` predicted tokens, as in training.
         let seq = (self.state.config.seq + 1).max(2);
-        self.stepper.engine.fetch(&mut self.model)?;
         self.stepper.engine.release();
         let model = Inference::new_on(&self.model, self.state.config.dtype, self.options.device)?;
         let report = evaluate_domains(&model, &domains, EvalOptions::new(seq), &mut |_, _| {})?;
@@ -386,6 +470,7 @@ impl Trainer {
             return Ok(());
         }
         self.stepper.engine.fetch(&mut self.model)?;
+        self.store_thresholds()?;
         let layout = self.model.layout();
         if let Some(entry) = crate::optim::last_non_finite(layout, self.model.params()) {
             let place = entry.spec.name.clone();
@@ -411,14 +496,7 @@ impl Trainer {
             self.model.save(dir, Dtype::F32)?;
             Ok(copy_companions(&self.options.source, dir)?)
         })?;
-        let mut names = files::names(&temporary)?;
-        names.sort_by_key(|name| name == "config.json");
-        for name in names {
-            let target = out.join(&name);
-            fs::rename(temporary.join(&name), &target).map_err(Error::io(&target))?;
-        }
-        files::sync_dir(out)?;
-        files::remove_dir(&temporary)
+        files::move_into(&temporary, out)
     }
 
     fn non_finite(&self, place: String) -> Error {
@@ -443,6 +521,25 @@ fn check_fit(model: &Model, data: &TrainData, config: &TrainConfig) -> Result<()
         return Err(Error::field("a token id of the text", largest, allowed));
     }
     Ok(())
+}
+
+/// Loads the teacher, if there is one, and sets its default weight in `config`.
+fn teacher_of(
+    model: &Model,
+    config: &mut TrainConfig,
+    options: &RunOptions,
+) -> Result<Option<(Teacher, TeacherId)>> {
+    let Some(dir) = &options.teacher else {
+        return match config.teacher_weight {
+            None => Ok(None),
+            Some(weight) => Err(Error::field("teacher_weight", weight, "it with a {teacher} only")),
+        };
+    };
+    if options.device != Device::Cpu {
+        return Err(Error::field("teacher", "set for a GPU", "a teacher with {device} cpu only"));
+    }
+    let weight = *config.teacher_weight.get_or_insert(TEACHER_WEIGHT);
+    teacher::load(dir, weight, model.config(), config.seq).map(Some)
 }
 
 /// Returns the filter, if one is wanted, and sets the default in `config`.
@@ -484,22 +581,54 @@ fn mixture_notes(mixture: &Mixture) -> Vec<String> {
     notes
 }
 
-/// Returns the controller, under a target, and the weight of the sparsity loss in the first step.
-fn budget(model: &Model, config: &TrainConfig) -> Result<(Option<BudgetController>, f32)> {
-    match config.budget() {
-        Budget::Weight(weight) => Ok((None, weight as f32)),
-        Budget::Target(target) => {
-            let wrong = |allowed: &'static str| Err(Error::field("active_target", target, allowed));
-            if model.num_experts().is_none() {
-                return wrong("a model with experts (dsmoe convert), or no target for a dense model");
-            }
-            if model.config().fixed_active().is_some() {
-                return wrong("no target for a model whose tokens all run the same number of experts");
-            }
-            let ramp_steps = (config.steps.unwrap_or(1) / RAMP_SHARE).max(1);
-            let controller = BudgetController::new(target as f32, ramp_steps)?;
+/// What holds the share of active experts.
+struct Held {
+    controller: Option<BudgetController>,
+    thresholds: Option<ThresholdController>,
+    /// Weight of the sparsity loss in the first step.
+    weight: f32,
+}
+
+/// Returns what holds the share that `config` wants, and sets the default way in `config`.
+fn held(model: &Model, config: &mut TrainConfig, device: Device) -> Result<Held> {
+    let none = Held { controller: None, thresholds: None, weight: 0.0 };
+    if config.separability > 0.0 && (device != Device::Cpu || model.config().moe.is_none()) {
+        let allowed = "0 on a GPU and for a model without gates";
+        return Err(Error::field("separability", config.separability, allowed));
+    }
+    let (field, shown) = match config.budget() {
+        Budget::Weight(weight) => return Ok(Held { weight: weight as f32, ..none }),
+        Budget::Target(target) => ("active_target", target.to_string()),
+        Budget::Range(low, high) => ("active_range", format!("{low} to {high}")),
+    };
+    let wrong = |allowed: &'static str| Err(Error::field(field, &shown, allowed));
+    if model.num_experts().is_none() {
+        return wrong("a model with experts (dsmoe convert), or no target for a dense model");
+    }
+    if model.config().fixed_active().is_some() {
+        return wrong("no target for a model whose tokens all run the same number of experts");
+    }
+    let ramp = (config.steps.unwrap_or(1) / RAMP_SHARE).max(1);
+    let moe = model.config().moe.as_ref();
+    let switched = moe.is_some_and(|moe| moe.router.gate_value == GateValue::Binary);
+    let on_host = device == Device::Cpu;
+    let by_default = match config.budget() {
+        Budget::Range(..) => Hold::Threshold,
+        _ if switched && on_host => Hold::Threshold,
+        _ => Hold::Loss,
+    };
+    match *config.hold.get_or_insert(by_default) {
+        Hold::Threshold if !on_host => {
+            Err(Error::field("hold", "threshold on a GPU", "loss, and one {active_target}"))
+        }
+        Hold::Threshold => {
+            let thresholds = budgets::controller(model, config, ramp * config.accumulate as u64)?;
+            Ok(Held { thresholds: Some(thresholds), ..none })
+        }
+        Hold::Loss => {
+            let controller = BudgetController::new(config.active_target.unwrap_or(1.0) as f32, ramp)?;
             let weight = controller.weight();
-            Ok((Some(controller), weight))
+            Ok(Held { controller: Some(controller), weight, ..none })
         }
     }
 }
@@ -607,6 +736,9 @@ fn header(model: &Model, mixture: &Mixture, state: &State) -> Value {
         "num_experts": model.num_experts(), "train_tokens": mixture.train_len(),
         "valid_tokens": mixture.valid_len(), "config": state.config,
     });
+    if let Some(teacher) = &state.teacher {
+        header["teacher"] = json!(teacher);
+    }
     if mixture.parts().len() > 1 || mixture.filtered() {
         let part = |part: &dsmoe_datasets::mixture::Part| {
             json!({

@@ -2,13 +2,14 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use dsmoe_core::model::{Batch, StepArgs};
+use dsmoe_core::model::{Batch, StepArgs, Teacher};
 use dsmoe_core::{Device, Model};
 use dsmoe_datasets::{Interleaving, Mixture};
 use dsmoe_kernels::rng::Rng;
-use dsmoe_router::SparsityOver;
+use dsmoe_router::{SparsityOver, ThresholdController};
 
-use crate::config::TrainConfig;
+use crate::budgets;
+use crate::config::{Budget, TrainConfig};
 use crate::engine::{self, Engine, EngineOptions, StepResult};
 use crate::error::Result;
 use crate::optim::{AdamW, Update, clip_scale};
@@ -20,6 +21,16 @@ pub(crate) struct Stepper {
     inputs: Vec<u32>,
     targets: Vec<u32>,
     window: Vec<u32>,
+}
+
+/// The gates' part in a step.
+pub(crate) struct Gates<'a> {
+    /// Weight of the sparsity loss.
+    pub(crate) sparsity: f32,
+    /// The gates that it acts on.
+    pub(crate) over: SparsityOver,
+    /// Moves with every micro-batch, where thresholds hold the share.
+    pub(crate) thresholds: Option<&'a mut ThresholdController>,
 }
 
 /// The text of a step and the settings it is trained with.
@@ -40,27 +51,34 @@ impl Stepper {
         optimizer: AdamW,
         config: &TrainConfig,
         device: Device,
+        teacher: Option<Teacher>,
     ) -> Result<Stepper> {
         let (seq, precision) = (config.seq, config.dtype);
         let tokens = config.batch * seq;
+        let mut engine = engine::new(model, optimizer, EngineOptions { tokens, seq, precision, device })?;
+        if let Some(teacher) = teacher {
+            engine.set_teacher(teacher)?;
+        }
         Ok(Stepper {
-            engine: engine::new(model, optimizer, EngineOptions { tokens, seq, precision, device })?,
+            engine,
             inputs: Vec::with_capacity(tokens),
             targets: Vec::with_capacity(tokens),
             window: Vec::with_capacity(seq + 1),
         })
     }
 
-    /// Takes a step with this weight of the sparsity loss. Returns `None`, with nothing changed, when `stop` was raised
+    /// Takes a step. Returns `None`, with nothing changed but the gates' thresholds in `model`, when `stop` was raised
     /// meanwhile. A step with a NaN or infinity leaves the parameters alone.
     pub(crate) fn take(
         &mut self,
         model: &mut Model,
         mut of: StepText<'_>,
-        sparsity: (f32, SparsityOver),
+        gates: Gates<'_>,
         stop: &AtomicBool,
     ) -> Result<Option<StepResult>> {
         let (config, step) = (of.config, of.step);
+        let mut held = gates.thresholds.as_deref().cloned();
+        let mut budgets = 0.0;
         let micro_batches = config.accumulate as u64;
         self.engine.begin(micro_batches)?;
         for micro in 0..micro_batches {
@@ -69,24 +87,42 @@ impl Stepper {
             }
             let args = StepArgs {
                 loss_scale: (1.0 / config.tokens_per_step() as f64) as f32,
-                sparsity_weight: sparsity.0 / micro_batches as f32,
-                sparsity_over: sparsity.1,
+                sparsity_weight: gates.sparsity / micro_batches as f32,
+                sparsity_over: gates.over,
+                separability_weight: config.separability as f32 / micro_batches as f32,
                 balance_scale: 1.0 / micro_batches as f32,
                 // Depends on the seed and the position only, so that a resumed run draws the same noise.
                 seed: Rng::new(config.seed, step * micro_batches + micro).next_u64(),
+            };
+            let active = match &held {
+                None => Vec::new(),
+                Some(held) => {
+                    let active = budgets_at(config, model.config().num_layers, step * micro_batches + micro);
+                    self.engine.set_thresholds(model, &held.bars(&active))?;
+                    active
+                }
             };
             self.gather(&mut of, micro)?;
             let batch = Batch { inputs: &self.inputs, targets: &self.targets, seq: config.seq };
             if !self.engine.micro_batch(model, batch, &args)? {
                 break;
             }
+            if let (Some(held), Some(counts)) = (&mut held, self.engine.logits()) {
+                let active = budgets::mean(&active);
+                budgets += active / micro_batches as f64;
+                held.update(active, counts);
+            }
         }
-        let result = self.engine.finish(model)?;
+        let mut result = self.engine.finish(model)?;
         if result.non_finite.is_none() {
             let scale = clip_scale(result.norms.all, config.clip);
             let lr = config.schedule().lr_at(step);
             self.engine.update(model, &Update { config, lr, scale, step: step + 1 })?;
         }
+        if let (Some(to), Some(from)) = (gates.thresholds, held) {
+            *to = from;
+        }
+        result.budget = budgets;
         Ok(Some(result))
     }
 
@@ -101,5 +137,14 @@ impl Stepper {
             self.targets.extend_from_slice(&self.window[1..]);
         }
         Ok(())
+    }
+}
+
+/// Returns the budgets of the layers in micro-batch `index` of the run, where thresholds hold them.
+fn budgets_at(config: &TrainConfig, layers: usize, index: u64) -> Vec<f64> {
+    match config.budget() {
+        Budget::Range(low, high) => budgets::draw([low, high], layers, config.seed, index),
+        Budget::Target(share) => vec![share; layers],
+        Budget::Weight(_) => Vec::new(),
     }
 }

@@ -117,7 +117,7 @@ impl Dsmoe {
             Err(Error::setting(name, problem, help))
         };
         if !fitted && settings.start() != Settings::default().start() {
-            let problem = "is calibrated or untrained, and core, massive, target, ridge, intercept, relative and \
+            let problem = "is calibrated or untrained, and core, massive, target, ridge, intercept, relative, elastic and \
                            budgets are of a fitted start";
             return wrong("routers", problem, "leave them out, or set it to fitted");
         }

@@ -41,8 +41,10 @@ settings! {
         pub intercept: bool = StartSettings::default().intercept,
         /// The least squares weigh a token's error by its residual stream.
         pub relative: bool = StartSettings::default().relative,
-        /// Shares of experts that thresholds are stored for, beside the budget's, separated by commas.
+        /// Shares of experts that thresholds are stored for, beside the budget's, separated by commas; auto: a ladder.
         pub budgets: Shares = Shares(StartSettings::default().budgets),
+        /// Every other sequence of the text is fitted at another of the budgets, so that down_proj serves all.
+        pub elastic: bool = StartSettings::default().elastic,
     }
 }
 
@@ -108,9 +110,9 @@ impl fmt::Display for Target {
     }
 }
 
-/// Shares, separated by commas.
+/// Shares, separated by commas, or those of the start by default.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Shares(pub Vec<f64>);
+pub struct Shares(pub Option<Vec<f64>>);
 
 impl Serialize for Shares {
     fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
@@ -131,19 +133,24 @@ impl FromStr for Shares {
     type Err = String;
 
     fn from_str(text: &str) -> std::result::Result<Shares, String> {
+        if text == AUTO {
+            return Ok(Shares(None));
+        }
         let words = text.split(',').map(str::trim).filter(|word| !word.is_empty());
         let share = |word: &str| match word.parse::<f64>() {
             Ok(share) if share > 0.0 && share <= 1.0 => Ok(share),
             _ => Err(format!("`{word}` is no share above 0 and up to 1; write 0.25,0.5,1")),
         };
-        words.map(share).collect::<std::result::Result<_, _>>().map(Shares)
+        words.map(share).collect::<std::result::Result<_, _>>().map(|shares| Shares(Some(shares)))
     }
 }
 
 impl fmt::Display for Shares {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let words: Vec<String> = self.0.iter().map(f64::to_string).collect();
-        f.write_str(&words.join(","))
+        match &self.0 {
+            None => f.write_str(AUTO),
+            Some(shares) => f.write_str(&shares.iter().map(f64::to_string).collect::<Vec<_>>().join(",")),
+        }
     }
 }
 
@@ -207,6 +214,7 @@ impl Settings {
             intercept: self.intercept,
             relative: self.relative,
             budgets: self.budgets.0.clone(),
+            elastic: self.elastic,
         }
     }
 }

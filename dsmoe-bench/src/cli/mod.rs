@@ -8,6 +8,7 @@ pub(crate) mod gates;
 pub(crate) mod generate;
 pub(crate) mod model;
 pub(crate) mod prune;
+pub(crate) mod reconstruct;
 pub(crate) mod reproduce;
 pub(crate) mod train;
 pub(crate) mod values;
@@ -21,6 +22,7 @@ use self::eval::Eval;
 use self::generate::Generate;
 use self::model::{Convert, Export, Import, Init, Inspect};
 use self::prune::Prune;
+use self::reconstruct::Reconstruct;
 use self::reproduce::Reproduce;
 use self::train::Train;
 
@@ -61,6 +63,8 @@ pub(crate) enum Command {
     Convert(Convert),
     /// Make a model with fewer activated parameters by DSMoE or one of the methods that it is compared with
     Prune(Prune),
+    /// Train the FFNs of a converted model, layer by layer, to give what the dense ones give
+    Reconstruct(Reconstruct),
     /// List these methods with their settings
     Methods,
     /// Write a DSMoE model as a plain LLaMA, a model in another precision, or a dense model as GGUF

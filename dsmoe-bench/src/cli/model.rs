@@ -66,7 +66,7 @@ pub(crate) struct Convert {
     #[arg(long, value_name = "SHARE", requires = "calib")]
     pub(crate) ridge: Option<f64>,
     /// Shares of experts that thresholds are stored for, beside --active-target; --active of other commands chooses among
-    /// them [default: 0.25,0.375,0.5,0.75,1]
+    /// them [default: those of 0.25,0.375,0.5,0.75,1 above the core's]
     #[arg(long, value_name = "SHARE,...", value_delimiter = ',', requires = "calib")]
     pub(crate) budgets: Option<Vec<f64>>,
     /// Threshold above which a gate activates its expert, 0 to 1

@@ -7,10 +7,10 @@ use dsmoe_core::Device;
 use dsmoe_datasets::Bos;
 use dsmoe_kernels::Precision;
 use dsmoe_train::TrainConfig;
-use dsmoe_train::config::NearDuplicates;
+use dsmoe_train::config::{Hold, NearDuplicates};
 
 use super::data::DataArgs;
-use super::values::{quantity, words};
+use super::values::{Active, active, quantity, words};
 
 /// The keys of a run's TOML file.
 fn train_keys() -> String {
@@ -57,9 +57,25 @@ pub(crate) struct Train {
     /// Constant weight of the sparsity loss [default: 1]
     #[arg(long, value_name = "WEIGHT", conflicts_with = "active_target")]
     pub(crate) sparsity: Option<f64>,
-    /// Share of active experts, mean over tokens and layers, that a controller holds; 0.375 is 3 of 8
-    #[arg(long, value_name = "SHARE")]
-    pub(crate) active_target: Option<f64>,
+    /// Share of active experts, mean over tokens and layers, that a controller holds; 0.375 is 3 of 8. A range such as
+    /// 0.25..1.0 draws a share for every micro-batch and lets every layer deviate from it: the model then stores
+    /// thresholds for all of them
+    #[arg(long, value_name = "SHARE|LOW..HIGH", value_parser = active)]
+    pub(crate) active_target: Option<Active>,
+    /// How a share is held: threshold moves the gates' thresholds, loss adjusts the weight of the sparsity loss [default:
+    /// threshold for binary gates on the CPU, else loss]
+    #[arg(long, value_parser = words::<Hold>(&["threshold", "loss"]))]
+    pub(crate) hold: Option<Hold>,
+    /// Weight of a loss that pushes gates away from their threshold [default: 0]
+    #[arg(long, value_name = "WEIGHT")]
+    pub(crate) separability: Option<f64>,
+    /// Model directory or GGUF file with the same vocabulary, usually the dense model: the run learns its distribution of
+    /// the next token too (KL divergence at temperature 1). Computed in bf16 beside the model
+    #[arg(long, value_name = "DIR")]
+    pub(crate) teacher: Option<PathBuf>,
+    /// Weight of the divergence from the teacher, 0 to 1; the text's loss has the rest [default: 0.9]
+    #[arg(long, value_name = "X", requires = "teacher")]
+    pub(crate) teacher_weight: Option<f64>,
     /// TOML file with settings; flags override it
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,

@@ -45,6 +45,25 @@ pub(crate) fn quantity(text: &str) -> Result<u64, String> {
     }
 }
 
+/// A share of active experts, or the least and the largest of a range.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Active {
+    Share(f64),
+    Range([f64; 2]),
+}
+
+/// A share, or two shares as `LOW..HIGH`. The library checks their values.
+pub(crate) fn active(text: &str) -> Result<Active, String> {
+    let share = |part: &str| {
+        let wrong = || format!("`{text}` is not a share; write 0.375, or a range such as 0.25..1.0");
+        part.trim().parse::<f64>().map_err(|_| wrong())
+    };
+    match text.split_once("..") {
+        None => Ok(Active::Share(share(text)?)),
+        Some((low, high)) => Ok(Active::Range([share(low)?, share(high)?])),
+    }
+}
+
 /// A name and its value in JSON: `enable_thinking=false`.
 pub(crate) fn template_arg(text: &str) -> Result<(String, serde_json::Value), String> {
     let Some((name, value)) = text.split_once('=') else {
@@ -73,6 +92,16 @@ mod tests {
         assert_eq!(template_arg("a=[1, \"x=y\"]").unwrap(), ("a".into(), serde_json::json!([1, "x=y"])));
         assert!(template_arg("a").unwrap_err().contains("NAME=JSON"));
         assert!(template_arg("a=text").unwrap_err().contains("a='\"text\"'"));
+    }
+
+    #[test]
+    fn shares_are_one_or_a_range() {
+        assert_eq!(active("0.375"), Ok(Active::Share(0.375)));
+        assert_eq!(active("0.25..1.0"), Ok(Active::Range([0.25, 1.0])));
+        assert_eq!(active(".5..1"), Ok(Active::Range([0.5, 1.0])));
+        for bad in ["", "x", "0.5..", "..1", "0.25-1.0"] {
+            assert!(active(bad).unwrap_err().contains("0.25..1.0"), "{bad}");
+        }
     }
 
     #[test]

@@ -173,7 +173,7 @@ fn fitted(args: &Convert, options: &ConvertOptions, text: &Calibration) -> Start
         Some(ridge) => Some(ridge).filter(|ridge| *ridge != 0.0),
         None => settings.least_squares,
     };
-    settings.budgets = args.budgets.clone().unwrap_or(settings.budgets);
+    settings.budgets = args.budgets.clone();
     Start {
         sequences: text.sequences.clone(),
         active: text.active,

@@ -13,6 +13,7 @@ mod init;
 mod inspect;
 mod methods;
 mod prune;
+mod reconstruct;
 mod reproduce;
 mod train;
 
@@ -42,6 +43,7 @@ pub(crate) fn run(cli: Cli, ui: &mut Ui) -> Result<ExitCode> {
         Command::Inspect(args) => inspect::run(args, ui)?,
         Command::Convert(args) => convert::run(args, ui)?,
         Command::Prune(args) => prune::run(args, ui)?,
+        Command::Reconstruct(args) => return reconstruct::run(args, ui),
         Command::Methods => methods::run(ui)?,
         Command::Export(args) => export::run(args, ui)?,
         Command::Import(args) => import::run(args, ui)?,

@@ -15,6 +15,7 @@ use dsmoe_train::run::{RunOptions, TrainData, Trainer};
 use serde::Serialize;
 
 use crate::cli::train::Train;
+use crate::cli::values::Active;
 use crate::format;
 use crate::interrupts::{INTERRUPTED, STOP, catch_interrupts};
 use crate::memory;
@@ -22,7 +23,7 @@ use crate::models::{load_model, show_config_notices, tokenizer};
 use crate::texts::{Text, load, open, total_bytes};
 #[cfg(feature = "cuda")]
 use crate::training::host_plan;
-use crate::training::{MemoryUse, device_plan, drive, memory_plan, show_summary};
+use crate::training::{MemoryUse, device_plan, drive, memory_plan, show_summary, teacher_memory};
 use crate::ui::{Ui, stderr_line};
 
 /// The plan of a run.
@@ -77,6 +78,7 @@ pub(crate) fn run(args: &Train, threads: Option<u16>, ui: &mut Ui) -> Result<Exi
         resume: args.resume,
         force: args.force,
         stop_after: args.stop_after,
+        teacher: args.teacher.clone(),
         device: args.device,
     };
     let mut trainer = Trainer::new(model, data, config, options)?;
@@ -111,13 +113,21 @@ fn settings(args: &Train, threads: Option<u16>) -> Result<TrainConfig> {
         (config.steps, config.tokens) = (args.steps, args.tokens);
     }
     if args.sparsity.is_some() || args.active_target.is_some() {
-        (config.sparsity, config.active_target) = (args.sparsity, args.active_target);
+        config.sparsity = args.sparsity;
+        (config.active_target, config.active_range) = match args.active_target {
+            None => (None, None),
+            Some(Active::Share(share)) => (Some(share), None),
+            Some(Active::Range(range)) => (None, Some(range)),
+        };
     }
     over(&mut config.batch, &args.batch);
     over(&mut config.seq, &args.seq);
     over(&mut config.accumulate, &args.accumulate);
     over(&mut config.lr, &args.lr);
     over(&mut config.router_lr_scale, &args.router_lr_scale);
+    over(&mut config.separability, &args.separability);
+    config.hold = args.hold.or(config.hold);
+    config.teacher_weight = args.teacher_weight.or(config.teacher_weight);
     if args.device.is_gpu() {
         config.dtype = Precision::Bf16;
     }
@@ -149,11 +159,14 @@ fn plan(args: &Train, config: TrainConfig, texts: &[Text]) -> Result<TrainPlan> 
     // Backward is twice the forward.
     let flops_per_token = 3.0 * accounting.mean_flops_per_token(all_experts, config.seq);
     let text = if args.data.cache.is_some() { 0 } else { total_bytes(texts) };
-    let memory = match args.device {
+    let mut memory = match args.device {
         Device::Cpu => memory_plan(&model, &config, accounting.total, text),
         #[cfg(feature = "cuda")]
         Device::Cuda(_) => host_plan(accounting.total, text),
     };
+    if let Some(teacher) = &args.teacher {
+        memory.push(teacher_memory(&Config::load(teacher)?, &config));
+    }
     let device_memory = device_plan(&model, &config, args.device)?;
     Ok(TrainPlan {
         model: args.model.clone(),
@@ -169,6 +182,10 @@ fn plan(args: &Train, config: TrainConfig, texts: &[Text]) -> Result<TrainPlan> 
             (Some(experts), Some(active), _) => format!("{active} of {experts} experts active, by design"),
             (Some(_), None, Budget::Weight(weight)) => format!("sparsity loss of weight {weight}"),
             (Some(_), None, Budget::Target(share)) => format!("{} of experts active", format::percent(share)),
+            (Some(_), None, Budget::Range(low, high)) => {
+                let [low, high] = [low, high].map(format::percent);
+                format!("{low} to {high} of experts active, drawn for every micro-batch")
+            }
         },
         flops_per_step: flops_per_token * tokens_per_step as f64,
         memory_bytes: memory.iter().map(|memory| memory.bytes).sum(),

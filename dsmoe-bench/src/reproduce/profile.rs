@@ -212,9 +212,9 @@ impl TrainSettings {
     /// Returns the settings with those of `other` in their place.
     fn replaced_by(&self, other: &TrainSettings) -> TrainSettings {
         let mut table = self.0.clone();
-        for pair in [["steps", "tokens"], ["sparsity", "active_target"]] {
-            if pair.iter().any(|key| other.0.contains_key(*key)) {
-                table.retain(|key, _| !pair.contains(&key));
+        for group in [&["steps", "tokens"][..], &["sparsity", "active_target", "active_range"]] {
+            if group.iter().any(|key| other.0.contains_key(*key)) {
+                table.retain(|key, _| !group.contains(&key));
             }
         }
         table.extend(other.0.clone());
@@ -462,7 +462,7 @@ impl Profile {
     /// Returns the continued training of a row. `target` is the share of active experts that it has to reach.
     pub(crate) fn train_of(&self, spec: &MethodSpec, seed: u64, target: Option<f64>) -> Result<TrainConfig> {
         let mut config = self.config(&self.train.replaced_by(&spec.train))?;
-        if config.sparsity.is_none() && config.active_target.is_none() {
+        if config.sparsity.is_none() && config.active_target.is_none() && config.active_range.is_none() {
             match spec.role {
                 // All experts are active in training; a threshold reaches the budget after it.
                 Role::WithoutThreshold => config.sparsity = Some(1.0),

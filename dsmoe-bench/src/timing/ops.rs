@@ -180,6 +180,7 @@ pub(crate) const OPS: [Op; 11] = [
                     hidden_states: &h,
                     head: &head,
                     targets: &targets,
+                    teacher: None,
                     scale: 1.0,
                     logits: cross_entropy::Logits::default(),
                     dims,

@@ -144,6 +144,7 @@ impl Run {
             loss_scale: 1.0 / self.inputs.len() as f32,
             sparsity_weight: SPARSITY_WEIGHT,
             sparsity_over: SparsityOver::Active,
+            separability_weight: 0.0,
             balance_scale: 1.0,
             seed: self.steps,
         };

@@ -44,6 +44,8 @@ pub struct FfnReport {
     /// The loss term of this layer that balances the use of experts, multiplied by its weight and by
     /// [`GateTraining::balance_scale`]; 0 without such a loss.
     pub balance_loss: f64,
+    /// Mean over tokens and gates of the separability loss; 0 unless it has a weight.
+    pub separability: f64,
 }
 
 /// Settings of one layer's gate in one micro-batch of training; the same in the forward and the backward.
@@ -53,12 +55,14 @@ pub struct GateTraining {
     pub seed: u64,
     /// Factor of the balance loss and its gradient: one over the micro-batches of the optimiser step.
     pub balance_scale: f32,
+    /// Weight of this layer's separability loss.
+    pub separability: f32,
 }
 
 impl Default for GateTraining {
-    /// Uses seed 0 and a single micro-batch.
+    /// Uses seed 0, a single micro-batch and no separability loss.
     fn default() -> GateTraining {
-        GateTraining { seed: 0, balance_scale: 1.0 }
+        GateTraining { seed: 0, balance_scale: 1.0, separability: 0.0 }
     }
 }
 

@@ -6,7 +6,7 @@ use dsmoe_kernels::Precision;
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::expert_ffn::{self, Dims, PackedWeights, Saved};
 use dsmoe_router::sparsity::{self, SparsityOver};
-use dsmoe_router::{Routed, RouterConfig, Routing, SparsityGrad, ste};
+use dsmoe_router::{Routed, RouterConfig, Routing, SparsityGrad, separability, ste};
 use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 
 use super::bound::{RouterBound, draws};
@@ -147,10 +147,11 @@ impl DsmoeFfn {
         routed.rebuild_above(&self.gates, self.bar, self.centre, logits);
     }
 
-    /// Adds a routing to `record`.
-    fn count(&self, record: Option<Record<'_>>, routing: &Routing) {
+    /// Adds a routing, and the logits of the router, to `record`.
+    fn count(&self, record: Option<Record<'_>>, routing: &Routing, logits: ArrayView2<'_, f32>) {
         if let Some(Record { stats, layer }) = record {
             stats.add_behind_core(layer, self.form.core, routing);
+            stats.add_logits(layer, self.form.core, logits);
         }
     }
 
@@ -232,7 +233,7 @@ impl PackedFfn for PackedDsmoe {
             };
             routed.reroute(&self.ffn.gates, scores.view());
         }
-        self.ffn.count(record, &routed.routing);
+        self.ffn.count(record, &routed.routing, routed.logits.view());
         self.run(y, x, &routed.routing, experts);
         gating.correct(y, low, weights);
         add_output_bias(y, &self.output_bias);
@@ -330,13 +331,13 @@ impl Ffn for DsmoeFfn {
     }
 
     fn forward_train(&self, args: FfnForward<'_>) -> FfnReport {
-        let FfnForward { y, saved, x, params, record, scratch, .. } = args;
+        let FfnForward { y, saved, x, params, record, training, scratch } = args;
         let saved = saved.downcast_mut::<DsmoeSaved>().expect("saved by a DSMoE FFN");
         let FfnScratch { experts, logits, .. } = scratch;
         let gating = self.gating();
         let weights = gating.weights(&params[self.gated.len()..]);
         self.route(&mut saved.routed, [logits, &mut saved.low], x, weights);
-        self.count(record, &saved.routed.routing);
+        self.count(record, &saved.routed.routing, saved.routed.logits.view());
         expert_ffn::ForwardTrain {
             y,
             saved: &mut saved.experts,
@@ -353,11 +354,15 @@ impl Ffn for DsmoeFfn {
             sparsity_loss: sparsity::loss(&saved.routed, SparsityOver::Active),
             mean_gate: sparsity::loss(&saved.routed, SparsityOver::All),
             balance_loss: 0.0,
+            separability: match training.separability {
+                0.0 => 0.0,
+                _ => separability::loss(saved.routed.logits.view(), self.bar),
+            },
         }
     }
 
     fn backward(&self, args: FfnBackward<'_>) {
-        let FfnBackward { dx, grads, dy, saved, x, params, sparsity, scratch, .. } = args;
+        let FfnBackward { dx, grads, dy, saved, x, params, sparsity, training, scratch } = args;
         let DsmoeSaved { experts: saved, routed, low } =
             saved.downcast_mut::<DsmoeSaved>().expect("saved by a DSMoE FFN");
         self.gated.add_output_bias_grad(grads, dy);
@@ -379,13 +384,20 @@ impl Ffn for DsmoeFfn {
             scratch: experts,
         }
         .run();
+        let shape = (dims.tokens, routed_experts);
+        let of_logits = "tokens * experts values";
         ste::backward(
             &self.gates,
             routed,
             matrix(dcoefficients, dims.tokens, routed_experts),
             self.sparsity(sparsity),
-            ArrayViewMut2::from_shape((dims.tokens, routed_experts), dlogits)
-                .expect("tokens * experts values"),
+            ArrayViewMut2::from_shape(shape, dlogits).expect(of_logits),
+        );
+        separability::backward(
+            routed.logits.view(),
+            self.bar,
+            training.separability,
+            ArrayViewMut2::from_shape(shape, dlogits).expect(of_logits),
         );
         let gating = self.gating();
         let weights = gating.weights(&params[self.gated.len()..]);

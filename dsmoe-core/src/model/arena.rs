@@ -253,6 +253,14 @@ impl Model {
         set
     }
 
+    /// Returns the FFN of a layer, and its part of the arena, laid out by [`Ffn::tensors`].
+    ///
+    /// # Panics
+    /// There is no such layer.
+    pub fn ffn_mut(&mut self, layer: usize) -> (&mut dyn Ffn, &mut [f32]) {
+        (&mut *self.ffns[layer], &mut self.params[self.ranges.layers[layer].ffn.clone()])
+    }
+
     /// Returns empty routing statistics for this model; none without routers.
     pub fn new_stats(&self) -> Option<RoutingStats> {
         self.num_experts().map(|n| RoutingStats::new(self.config.num_layers, n))

@@ -26,4 +26,4 @@ pub mod cuda {
 pub use arena::Model;
 pub use inference::{After, Cache, Inference, Likelihood, Segment, Workspace};
 pub use tensors::Batch;
-pub use train::{MemoryUse, StepArgs, StepOutput, TrainWorkspace};
+pub use train::{MemoryUse, StepArgs, StepOutput, Teacher, TrainWorkspace};

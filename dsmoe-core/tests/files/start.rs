@@ -55,7 +55,8 @@ fn text(seed: u64) -> Vec<Vec<u32>> {
 
 fn options(active: f64) -> Start {
     let router = RouterConfig { gate_value: GateValue::Binary, ..RouterConfig::new(EXPERTS) };
-    let settings = StartSettings { budgets: vec![0.5, 0.75, 1.0], massive: 2, ..StartSettings::default() };
+    let settings =
+        StartSettings { budgets: Some(vec![0.5, 0.75, 1.0]), massive: 2, ..StartSettings::default() };
     Start { sequences: text(1), active, router, settings, seed: 3, force: true }
 }
 
@@ -360,12 +361,12 @@ fn parts_are_switched_off_one_by_one() {
     let text = std::fs::read_to_string(out.join("config.json")).unwrap();
     assert!(!text.contains("\"core\""));
     let mut none = options(0.75);
-    none.settings.budgets.clear();
+    none.settings.budgets = Some(Vec::new());
     let (out, _) = made(&model, &none);
     assert_eq!(Config::load(&out).unwrap().moe.unwrap().parts.budgets.len(), 1);
     // A core that takes the whole budget leaves no routed expert to run.
     let mut all = options(0.5);
-    all.settings = StartSettings { core: 1.0, budgets: vec![0.75], ..all.settings };
+    all.settings = StartSettings { core: 1.0, budgets: Some(vec![0.75]), ..all.settings };
     refused(start(&model, &work.path().join("none"), &all, &mut quiet), &["not above the share of the core"]);
 }
 
@@ -388,7 +389,10 @@ fn what_cannot_be_started_is_refused() {
         (with(&|o| o.router.rescale = Rescale::Eq8), &["rescale eq8"]),
         (with(&|o| o.settings.core = -1.0), &["a core of -1"]),
         (with(&|o| o.settings.least_squares = Some(0.0)), &["a ridge of 0"]),
-        (with(&|o| o.settings.budgets = vec![0.2]), &["a budget of 0.2 is not above the share of the core"]),
+        (
+            with(&|o| o.settings.budgets = Some(vec![0.2])),
+            &["a budget of 0.2 is not above the share of the core"],
+        ),
     ];
     let out = work.path().join("none");
     for (options, says) in cases {

@@ -3,10 +3,10 @@
 use std::borrow::Cow;
 
 use dsmoe_core::Model;
-use dsmoe_core::model::{Batch, StepArgs, TrainWorkspace};
+use dsmoe_core::model::{Batch, StepArgs, Teacher, TrainWorkspace};
 use dsmoe_core::params::Layout;
 use dsmoe_kernels::buf::Buf;
-use dsmoe_router::RoutingStats;
+use dsmoe_router::{LogitCounts, RoutingStats};
 
 use super::{Engine, EngineOptions, StepResult};
 use crate::error::Result;
@@ -20,6 +20,7 @@ pub(super) struct CpuEngine {
     layout: Layout,
     grads: Buf,
     workspace: Box<TrainWorkspace>,
+    teacher: Option<Box<Teacher>>,
     /// The losses of the step so far.
     result: StepResult,
     micro_batches: u64,
@@ -34,6 +35,7 @@ impl CpuEngine {
             layout: model.layout().clone(),
             grads: Buf::zeros(model.layout().len()),
             workspace: Box::new(TrainWorkspace::new(model, options.tokens, options.precision)),
+            teacher: None,
             result: StepResult::default(),
             micro_batches: 1,
             predicted: 0,
@@ -54,13 +56,19 @@ impl Engine for CpuEngine {
     }
 
     fn micro_batch(&mut self, model: &Model, batch: Batch<'_>, args: &StepArgs) -> Result<bool> {
-        let output = model.train_step(&mut self.grads, batch, args, &mut self.workspace)?;
+        let (grads, workspace) = (&mut self.grads, &mut self.workspace);
+        let output = match &mut self.teacher {
+            None => model.train_step(grads, batch, args, workspace)?,
+            Some(teacher) => model.distill_step(grads, batch, args, teacher, workspace)?,
+        };
         self.predicted += batch.targets.len();
         let (result, parts) = (&mut self.result, self.micro_batches as f64);
         result.lm_loss += output.loss_sum;
+        result.divergence += output.divergence_sum;
         result.sparsity_loss += output.sparsity_loss / parts;
         result.mean_gate += output.mean_gate / parts;
         result.balance_loss += output.balance_loss;
+        result.separability += output.separability / parts;
         result.non_finite = output.non_finite;
         if let (Some(sum), Some(part)) = (&mut self.stats, self.workspace.stats()) {
             sum.merge(part);
@@ -75,6 +83,7 @@ impl Engine for CpuEngine {
         let mut result = self.result.clone();
         result.norms = grad_norms(&self.layout, &self.grads);
         result.lm_loss /= self.predicted as f64;
+        result.divergence /= self.predicted as f64;
         Ok(result)
     }
 
@@ -94,6 +103,20 @@ impl Engine for CpuEngine {
 
     fn stats(&self) -> Option<&RoutingStats> {
         self.stats.as_ref()
+    }
+
+    fn count_logits(&mut self) -> Result<()> {
+        self.workspace.count_logits();
+        Ok(())
+    }
+
+    fn logits(&self) -> Option<&LogitCounts> {
+        self.workspace.stats().and_then(RoutingStats::logits)
+    }
+
+    fn set_teacher(&mut self, teacher: Teacher) -> Result<()> {
+        self.teacher = Some(Box::new(teacher));
+        Ok(())
     }
 
     fn release(&mut self) {

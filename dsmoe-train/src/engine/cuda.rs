@@ -6,7 +6,7 @@ use dsmoe_core::Model;
 use dsmoe_core::model::cuda::CudaTrainer;
 use dsmoe_core::model::{Batch, StepArgs};
 use dsmoe_kernels::Precision;
-use dsmoe_router::RoutingStats;
+use dsmoe_router::{LogitCounts, RoutingStats};
 
 use super::{Engine, EngineOptions, StepResult};
 use crate::error::{Error, Result};
@@ -57,9 +57,12 @@ impl Engine for CudaEngine {
         let gates = self.predicted * model.config().num_layers * model.num_experts().unwrap_or(1);
         Ok(StepResult {
             lm_loss: sums.loss / self.predicted as f64,
+            divergence: 0.0,
             sparsity_loss: sums.active_gates / gates as f64,
             mean_gate: sums.all_gates / gates as f64,
             balance_loss: sums.balance_loss,
+            separability: 0.0,
+            budget: 0.0,
             norms: GradNorms { all: sums.squares.sqrt(), router: sums.router_squares.sqrt() },
             non_finite: if sums.loss.is_finite() { None } else { Some(self.trainer.first_non_finite()?) },
         })
@@ -84,6 +87,18 @@ impl Engine for CudaEngine {
 
     fn stats(&self) -> Option<&RoutingStats> {
         self.stats.as_ref()
+    }
+
+    fn count_logits(&mut self) -> Result<()> {
+        Err(Error::field("hold", "threshold on a GPU", "loss"))
+    }
+
+    fn logits(&self) -> Option<&LogitCounts> {
+        None
+    }
+
+    fn set_thresholds(&mut self, _model: &mut Model, _logits: &[f32]) -> Result<()> {
+        Err(Error::field("hold", "threshold on a GPU", "loss"))
     }
 
     fn set_threshold(&mut self, model: &mut Model, threshold: f32) -> Result<()> {

@@ -15,15 +15,15 @@ mod cuda;
 use std::borrow::Cow;
 use std::fmt::Debug;
 
-use dsmoe_core::model::{Batch, StepArgs};
+use dsmoe_core::model::{Batch, StepArgs, Teacher};
 use dsmoe_core::{Device, Model};
 use dsmoe_kernels::Precision;
-use dsmoe_router::RoutingStats;
+use dsmoe_router::{LogitCounts, RoutingStats};
 
 use self::cpu::CpuEngine;
 #[cfg(feature = "cuda")]
 use self::cuda::CudaEngine;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::optim::{AdamW, GradNorms, Update, last_non_finite};
 
 /// The shape of the micro-batches of an engine, and where and how it computes.
@@ -44,12 +44,18 @@ pub struct EngineOptions {
 pub struct StepResult {
     /// Mean negative log-likelihood of the step's tokens, nats.
     pub lm_loss: f64,
+    /// Mean divergence of the step's tokens from the teacher, nats; 0 without a teacher.
+    pub divergence: f64,
     /// Mean gate of active experts over layers, tokens and experts (eqs. 17-19).
     pub sparsity_loss: f64,
     /// Mean of all gates over layers, tokens and experts.
     pub mean_gate: f64,
     /// The balance losses of all layers, summed; mean over micro-batches.
     pub balance_loss: f64,
+    /// Mean of the separability loss over layers, tokens and gates; 0 unless it has a weight.
+    pub separability: f64,
+    /// Mean of the budgets of the micro-batches, where thresholds hold them.
+    pub budget: f64,
     /// Norms of the gradient.
     pub norms: GradNorms,
     /// The first place with a NaN or infinity. Such a step must not be applied.
@@ -130,6 +136,31 @@ pub trait Engine: Debug + Send {
     /// The threshold is outside 0..=1, or the model has no gates.
     fn set_threshold(&mut self, model: &mut Model, threshold: f32) -> Result<()> {
         Ok(model.set_threshold(threshold)?)
+    }
+
+    /// Sets what the logits of each layer's gates have to exceed, one threshold per layer, for the next micro-batches.
+    ///
+    /// # Errors
+    /// The model has no gates, or the device has no thresholds by layer.
+    fn set_thresholds(&mut self, model: &mut Model, logits: &[f32]) -> Result<()> {
+        Ok(model.set_thresholds(logits)?)
+    }
+
+    /// Counts the router logits of all further micro-batches, for [`Engine::logits`].
+    ///
+    /// # Errors
+    /// The device does not count them.
+    fn count_logits(&mut self) -> Result<()>;
+
+    /// Returns the router logits of the last micro-batch; none unless they are counted.
+    fn logits(&self) -> Option<&LogitCounts>;
+
+    /// Makes all further steps learn from `teacher` too.
+    ///
+    /// # Errors
+    /// The device runs no teacher.
+    fn set_teacher(&mut self, _teacher: Teacher) -> Result<()> {
+        Err(Error::field("teacher", "set for a GPU", "a teacher with {device} cpu only"))
     }
 
     /// Frees the host memory of the gradients until the next step, for what measures the model meanwhile.

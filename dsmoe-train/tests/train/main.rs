@@ -3,7 +3,10 @@
 mod common;
 mod determinism;
 mod evaluation;
+mod held;
 mod masked;
 mod mixture;
 mod optimizer;
+mod reconstruct;
 mod run_directory;
+mod teacher;

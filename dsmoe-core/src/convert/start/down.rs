@@ -57,7 +57,9 @@ impl Fitted {
             let relative = options.settings.relative;
             stream.see_ffn(weights, &mut |tap| {
                 if plan.is_fitted(tap.sequence) {
-                    let (open, _) = router.open(experts, tap.x, tap.neurons);
+                    let budget = plan.budget_of(tap.sequence, options.settings.elastic);
+                    let bar = router.thresholds[budget];
+                    let (open, _) = router.open(experts, (tap.x, tap.neurons), bar);
                     let closed: Vec<f32> =
                         tap.neurons.iter().zip(&open).map(|(all, open)| all - open).collect();
                     multiply(&mut lost, &closed, &down.weight, down.inputs, None);
@@ -113,7 +115,7 @@ impl Fitted {
         let (mut dense, mut sparse, mut sums) = (vec![0.0; len], vec![0.0; len], Measured::default());
         stream.see_ffn(weights, &mut |tap| {
             if plan.is_held(tap.sequence) {
-                let (open, running) = router.open(experts, tap.x, tap.neurons);
+                let (open, running) = router.open(experts, (tap.x, tap.neurons), router.bar);
                 self.forward(&mut sparse, &open);
                 multiply(&mut dense, tap.neurons, &down.weight, down.inputs, down.bias.as_deref());
                 sums.running += running;

@@ -21,7 +21,7 @@ mod write;
 
 use std::path::Path;
 
-pub use settings::{RIDGE_TOKENS, RouterTarget, StartSettings, default_width};
+pub use settings::{BUDGETS, RIDGE_TOKENS, RouterTarget, StartSettings, default_width};
 
 use self::down::Fitted;
 use self::experts::Experts;
@@ -89,7 +89,8 @@ impl Plan {
         let core = (start.settings.core * active * num_experts as f64 + 1e-9) as usize;
         let core = core.min(num_experts - 1);
         let of_core = core as f64 / num_experts as f64;
-        let mut budgets = start.settings.budgets.clone();
+        let above_core = || BUDGETS.into_iter().filter(|&budget| budget > of_core).collect();
+        let mut budgets: Vec<f64> = start.settings.budgets.clone().unwrap_or_else(above_core);
         budgets.push(active);
         if let Some(wrong) = budgets.iter().find(|&&budget| !(budget > of_core && budget <= 1.0)) {
             let problem =
@@ -102,6 +103,16 @@ impl Plan {
         let sequences = start.sequences.len();
         let fitted = if sequences > 1 { sequences - sequences.div_ceil(8) } else { sequences };
         Ok(Plan { num_experts, core, budgets, chosen, fitted, sequences })
+    }
+
+    /// Returns the place of the budget at which the projections are fitted to a sequence.
+    fn budget_of(&self, sequence: usize, elastic: bool) -> usize {
+        let others = self.budgets.len() - 1;
+        if !elastic || others == 0 || sequence.is_multiple_of(2) {
+            return self.chosen;
+        }
+        let other = sequence / 2 % others;
+        if other < self.chosen { other } else { other + 1 }
     }
 
     /// Returns whether a sequence is fitted to.
@@ -236,7 +247,7 @@ impl Layer {
     /// Completes the layer in the states.
     fn advance(&self, stream: &mut LayerStream, weights: &LayerWeights) {
         stream.join_ffn(weights, &mut |y, tap| {
-            let (open, _) = self.router.open(&self.experts, tap.x, tap.neurons);
+            let (open, _) = self.router.open(&self.experts, (tap.x, tap.neurons), self.router.bar);
             self.fitted.forward(y, &open);
         });
     }
@@ -247,5 +258,30 @@ fn not_finite(layer: usize) -> Error {
     Error::Calibration {
         problem: format!("layer {layer} cannot be fitted: the FFN's values are not finite"),
         help: "use an undamaged model".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sequences_take_turns_over_the_budgets() {
+        let router = RouterConfig { gate_value: GateValue::Binary, ..RouterConfig::new(8) };
+        let settings =
+            StartSettings { core: 0.25, budgets: Some(vec![0.25, 0.5, 1.0]), ..StartSettings::default() };
+        let sequences = vec![vec![0; 4]; 16];
+        let start = Start { sequences, active: 0.5, router, settings, seed: 0, force: false };
+        let plan = Plan::of(&start).unwrap();
+        assert_eq!((plan.core, plan.chosen, plan.budgets.clone()), (1, 1, vec![0.25, 0.5, 1.0]));
+        assert_eq!((plan.fitted, plan.is_held(13), plan.is_held(14)), (14, false, true));
+        let turns = |elastic| (0..8).map(|sequence| plan.budget_of(sequence, elastic)).collect::<Vec<_>>();
+        assert_eq!(turns(true), [1, 0, 1, 2, 1, 0, 1, 2]);
+        assert_eq!(turns(false), [1; 8]);
+        assert_eq!([0.125, 0.25, 1.0].map(|budget| plan.routed_share(budget)), [0.0, 1.0 / 7.0, 1.0]);
+        // By default there are no budgets that the core alone exceeds.
+        let settings = StartSettings { core: 0.5, budgets: None, ..StartSettings::default() };
+        let plan = Plan::of(&Start { settings, ..start }).unwrap();
+        assert_eq!(plan.budgets, [0.375, 0.5, 0.75, 1.0]);
     }
 }

@@ -35,7 +35,7 @@ pub(super) struct Router {
     /// What a logit has to exceed, by budget.
     pub(super) thresholds: Vec<f32>,
     /// The one of the start.
-    bar: f32,
+    pub(super) bar: f32,
 }
 
 impl Router {
@@ -116,19 +116,24 @@ impl Router {
         linear::Forward { y: logits, x, w: &self.weight, bias: Some(&self.bias), dims }.run();
     }
 
-    /// Returns the neurons of the experts that run, others being 0, and the number of routed experts that run over all
-    /// tokens.
-    pub(super) fn open(&self, experts: &Experts, x: &[f32], neurons: &[f32]) -> (Vec<f32>, usize) {
+    /// Returns the neurons of the experts whose logits are above `bar`, others being 0, and the number of routed experts
+    /// that run over all tokens.
+    pub(super) fn open(
+        &self,
+        experts: &Experts,
+        (x, neurons): (&[f32], &[f32]),
+        bar: f32,
+    ) -> (Vec<f32>, usize) {
         let mut logits = Buf::default();
         self.logits(&mut logits, x);
         let mut open = neurons.to_vec();
         let rows =
             open.par_chunks_exact_mut(experts.order.len()).zip(logits.par_chunks_exact(self.bias.len()));
         let running = rows.map(|(row, logits)| {
-            for (neurons, _) in experts.routed().zip(logits).filter(|(_, z)| **z <= self.bar || z.is_nan()) {
+            for (neurons, _) in experts.routed().zip(logits).filter(|(_, z)| **z <= bar || z.is_nan()) {
                 neurons.iter().for_each(|&j| row[j as usize] = 0.0);
             }
-            logits.iter().filter(|z| **z > self.bar).count()
+            logits.iter().filter(|z| **z > bar).count()
         });
         let running = running.sum();
         (open, running)

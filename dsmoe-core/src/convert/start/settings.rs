@@ -5,6 +5,9 @@ use std::str::FromStr;
 
 use crate::error::{Error, Result};
 
+/// The shares of experts that thresholds are stored for by default.
+pub const BUDGETS: [f64; 5] = [0.25, 0.375, 0.5, 0.75, 1.0];
+
 /// The tokens at which a ridge is the share that it says: it weighs as much as this text, whatever the text is.
 pub const RIDGE_TOKENS: usize = 16_384;
 
@@ -24,8 +27,11 @@ pub struct StartSettings {
     pub intercept: bool,
     /// Whether the error of a token counts relative to its residual stream, as the next norm sees it.
     pub relative: bool,
-    /// Shares of experts that thresholds are stored for, beside that of the start.
-    pub budgets: Vec<f64>,
+    /// Shares of experts that thresholds are stored for, beside that of the start; none for those of [`BUDGETS`] that are
+    /// above the share of the core.
+    pub budgets: Option<Vec<f64>>,
+    /// Whether every other sequence is fitted at another of the budgets, in turn, so that the projections serve all.
+    pub elastic: bool,
 }
 
 /// What the router of an expert predicts.
@@ -48,7 +54,8 @@ impl Default for StartSettings {
             least_squares: Some(0.1),
             intercept: true,
             relative: false,
-            budgets: vec![0.25, 0.375, 0.5, 0.75, 1.0],
+            budgets: None,
+            elastic: false,
         }
     }
 }

@@ -158,6 +158,11 @@ impl CpuInference {
         });
     }
 
+    /// Sets `workspace.h` to the normed hidden states `[ids.len(), hidden]` of sequences of `seq` tokens.
+    pub(crate) fn last_hidden(&self, ids: &[u32], seq: usize, workspace: &mut Workspace) {
+        in_pool(|| self.hidden_states(ids, seq, None, None, workspace));
+    }
+
     /// Sets the workspace's logits.
     pub(crate) fn logits(
         &self,

@@ -216,6 +216,20 @@ impl Inference {
         Ok(())
     }
 
+    /// Returns the model on the host.
+    ///
+    /// # Errors
+    /// The model is on a GPU.
+    pub(crate) fn on_host(&self) -> Result<&CpuInference> {
+        match &self.backend {
+            Backend::Cpu(model) => Ok(model),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(_) => {
+                Err(Error::argument("a teacher on a GPU".to_owned(), "load the teacher for the processor"))
+            }
+        }
+    }
+
     /// Feeds `ids` at the cache's next positions; returns the logits `[vocab]` after the last one.
     ///
     /// # Errors

@@ -2,11 +2,12 @@
 
 use std::ops::Range;
 
+use dsmoe_kernels::matmul::Packed;
 use dsmoe_kernels::{Precision, add, attention, cross_entropy, embedding, linear, rms_norm};
 use dsmoe_router::SparsityGrad;
 
 use super::workspace::{LayerActs, NormActs, TrainWorkspace};
-use super::{StepArgs, StepOutput};
+use super::{StepArgs, StepOutput, Teacher};
 use crate::error::Result;
 use crate::ffn::{FfnBackward, FfnForward, Record};
 use crate::model::arena::Model;
@@ -37,6 +38,39 @@ impl Model {
         args: &StepArgs,
         workspace: &mut TrainWorkspace,
     ) -> Result<StepOutput> {
+        self.step_of(grads, batch, args, (None, workspace))
+    }
+
+    /// Does as [`Model::train_step`] with, in place of the token losses,
+    ///
+    /// ```text
+    /// (1 - weight) token loss + weight KL(teacher || model)
+    /// ```
+    ///
+    /// # Errors
+    /// Those of [`Model::train_step`], and sequences longer than the teacher's positions.
+    ///
+    /// # Panics
+    /// Those of [`Model::train_step`]; the teacher is of another vocabulary.
+    pub fn distill_step(
+        &self,
+        grads: &mut [f32],
+        batch: Batch<'_>,
+        args: &StepArgs,
+        teacher: &mut Teacher,
+        workspace: &mut TrainWorkspace,
+    ) -> Result<StepOutput> {
+        batch.check(teacher.model.config())?;
+        self.step_of(grads, batch, args, (Some(teacher), workspace))
+    }
+
+    fn step_of(
+        &self,
+        grads: &mut [f32],
+        batch: Batch<'_>,
+        args: &StepArgs,
+        (teacher, workspace): (Option<&mut Teacher>, &mut TrainWorkspace),
+    ) -> Result<StepOutput> {
         assert!(
             grads.len() == self.params.len() && batch.inputs.len() == workspace.tokens(),
             "train_step: {} gradients, {} inputs, workspace for {}",
@@ -45,7 +79,18 @@ impl Model {
             workspace.tokens()
         );
         batch.check(&self.config)?;
-        Ok(in_pool(|| self.pooled_step(grads, batch, args, workspace)))
+        let Some(Teacher { model, weight, workspace: of_teacher }) = teacher else {
+            return Ok(in_pool(|| self.pooled_step(grads, batch, args, (None, workspace))));
+        };
+        let model = model.on_host()?;
+        model.last_hidden(batch.inputs, batch.seq, of_teacher);
+        let lesson = Lesson {
+            hidden_states: &of_teacher.h,
+            head: &model.head,
+            logits: logits_of(&model.config),
+            weight: *weight,
+        };
+        Ok(in_pool(|| self.pooled_step(grads, batch, args, (Some(lesson), workspace))))
     }
 
     fn pooled_step(
@@ -53,7 +98,7 @@ impl Model {
         grads: &mut [f32],
         batch: Batch<'_>,
         args: &StepArgs,
-        workspace: &mut TrainWorkspace,
+        (lesson, workspace): (Option<Lesson<'_>>, &mut TrainWorkspace),
     ) -> StepOutput {
         let Batch { inputs, targets, seq } = batch;
         let mut output = self.forward_train(inputs, seq, args, workspace);
@@ -62,7 +107,15 @@ impl Model {
             hidden: self.config.hidden,
             vocab: self.config.vocab_size,
         };
-        let TrainWorkspace { h, y: dh, losses, head, .. } = workspace;
+        let TrainWorkspace { h, y: dh, losses, divergences, head, .. } = workspace;
+        divergences.resize(if lesson.is_some() { inputs.len() } else { 0 });
+        let teacher = lesson.map(|Lesson { hidden_states, head, logits, weight }| cross_entropy::Teacher {
+            divergences,
+            hidden_states,
+            head,
+            logits,
+            weight,
+        });
         cross_entropy::ForwardBackward {
             losses,
             dhidden: dh,
@@ -70,15 +123,17 @@ impl Model {
             hidden_states: h,
             head: self.param(&self.ranges.head),
             targets,
+            teacher,
             scale: args.loss_scale,
             logits: logits_of(&self.config),
             dims,
             scratch: head,
         }
         .run();
-        output.loss_sum = losses.iter().map(|&loss| f64::from(loss)).sum();
+        [output.loss_sum, output.divergence_sum] =
+            [&*losses, &workspace.divergences].map(|values| values.iter().map(|&nats| f64::from(nats)).sum());
         output.predicted = targets.iter().filter(|&&t| t != cross_entropy::IGNORE).count();
-        if output.loss_sum.is_finite() {
+        if output.loss_sum.is_finite() && output.divergence_sum.is_finite() {
             self.backward(grads, inputs, seq, args, workspace);
         } else {
             output.non_finite = Some(workspace.first_non_finite());
@@ -141,7 +196,7 @@ impl Model {
                 saved: saved.as_mut(),
                 x: h,
                 params: self.param(&ranges.ffn),
-                training: args.gate_training(i),
+                training: args.gate_training(i, config.num_layers),
                 record: stats.as_mut().map(|stats| Record { stats, layer: i }),
                 scratch,
             });
@@ -154,6 +209,7 @@ impl Model {
             output.sparsity_loss += report.sparsity_loss / config.num_layers as f64;
             output.mean_gate += report.mean_gate / config.num_layers as f64;
             output.balance_loss += report.balance_loss;
+            output.separability += report.separability / config.num_layers as f64;
         }
         output
     }
@@ -196,7 +252,7 @@ impl Model {
                 x: h,
                 params: self.param(ffn),
                 sparsity,
-                training: args.gate_training(i),
+                training: args.gate_training(i, config.num_layers),
                 scratch,
             });
             self.input_gradient(grads, ranges.before_ffn.as_ref(), [&mut *dx, &mut *dh], x_mid, rstd_mid);
@@ -365,6 +421,15 @@ impl Model {
             first += width;
         }
     }
+}
+
+/// A teacher's distributions of a batch.
+struct Lesson<'a> {
+    /// `[tokens, teacher's hidden]`, normed.
+    hidden_states: &'a [f32],
+    head: &'a Packed,
+    logits: cross_entropy::Logits,
+    weight: f32,
 }
 
 /// A block's output on its way into the residual stream.

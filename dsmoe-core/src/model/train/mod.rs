@@ -9,7 +9,10 @@ use dsmoe_kernels::rng::Rng;
 use dsmoe_router::SparsityOver;
 pub use workspace::TrainWorkspace;
 
+use crate::config::Config;
+use crate::error::{Error, Result};
 use crate::ffn::GateTraining;
+use crate::model::inference::{Inference, Workspace};
 
 /// Weights of the losses of one micro-batch.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -21,6 +24,9 @@ pub struct StepArgs {
     pub sparsity_weight: f32,
     /// Gates that the sparsity loss acts on.
     pub sparsity_over: SparsityOver,
+    /// Weight of the separability loss (a mean over layers, tokens and gates) in this micro-batch, as that of the
+    /// sparsity loss.
+    pub separability_weight: f32,
     /// Factor of balance losses: one over the micro-batches of the optimiser step.
     pub balance_scale: f32,
     /// Seed of the noise of this micro-batch.
@@ -41,6 +47,8 @@ pub struct MemoryUse {
 pub struct StepOutput {
     /// Sum of the token losses, nats.
     pub loss_sum: f64,
+    /// Sum over tokens of the divergence from the teacher's distribution, nats; 0 without a teacher.
+    pub divergence_sum: f64,
     /// Tokens predicted.
     pub predicted: usize,
     /// Mean of active gates over layers, tokens and experts (eq. 17-19).
@@ -49,6 +57,8 @@ pub struct StepOutput {
     pub mean_gate: f64,
     /// Sum over layers of the balance losses, scaled and weighted.
     pub balance_loss: f64,
+    /// Mean of the separability loss over layers, tokens and gates; 0 unless it has a weight.
+    pub separability: f64,
     /// The first place with a NaN or infinity in the forward pass, e.g. `layer 3 ffn`, when the loss has one.
     pub non_finite: Option<String>,
 }
@@ -60,6 +70,7 @@ impl Default for StepArgs {
             loss_scale: 1.0,
             sparsity_weight: 0.0,
             sparsity_over: SparsityOver::Active,
+            separability_weight: 0.0,
             balance_scale: 1.0,
             seed: 0,
         }
@@ -67,8 +78,52 @@ impl Default for StepArgs {
 }
 
 impl StepArgs {
-    /// Settings of the gate of layer `i`, which has a seed of its own.
-    pub(crate) fn gate_training(&self, i: usize) -> GateTraining {
-        GateTraining { seed: Rng::new(self.seed, i as u64).next_u64(), balance_scale: self.balance_scale }
+    /// Settings of the gate of layer `i` of `layers`, which has a seed of its own.
+    pub(crate) fn gate_training(&self, i: usize, layers: usize) -> GateTraining {
+        GateTraining {
+            seed: Rng::new(self.seed, i as u64).next_u64(),
+            balance_scale: self.balance_scale,
+            separability: self.separability_weight / layers as f32,
+        }
+    }
+}
+
+/// A model on the host whose distributions of the next token another model learns.
+#[derive(Debug)]
+pub struct Teacher {
+    model: Inference,
+    weight: f32,
+    workspace: Workspace,
+}
+
+impl Teacher {
+    /// Makes `model` the teacher of models of `student`. `weight` is that of the divergence; the text's loss has the
+    /// rest.
+    ///
+    /// # Errors
+    /// The vocabularies differ, `weight` is outside 0 to 1, or the teacher is on a GPU.
+    pub fn new(model: Inference, weight: f32, student: &Config) -> Result<Teacher> {
+        model.on_host()?;
+        let [of_teacher, of_student] = [model.config(), student].map(|config| config.vocab_size);
+        if of_teacher != of_student {
+            return Err(Error::argument(
+                format!("a teacher of {of_teacher} tokens for a model of {of_student}"),
+                "use a teacher with the model's own vocabulary",
+            ));
+        }
+        if !(0.0..=1.0).contains(&weight) {
+            return Err(Error::argument(format!("a teacher's weight of {weight}"), "use 0 to 1"));
+        }
+        Ok(Teacher { model, weight, workspace: Workspace::default() })
+    }
+
+    /// Returns the teacher.
+    pub fn model(&self) -> &Inference {
+        &self.model
+    }
+
+    /// Returns the weight of the divergence.
+    pub fn weight(&self) -> f32 {
+        self.weight
     }
 }

@@ -49,6 +49,8 @@ pub struct TrainWorkspace {
     /// Normed input of the block at work.
     pub(crate) h: Buf,
     pub(crate) losses: Buf,
+    /// Divergences from a teacher; empty without one.
+    pub(crate) divergences: Buf,
     /// Output of a block before it joins the residual stream; on the way back the gradient of a block's input.
     pub(crate) y: Buf,
     /// Gradient of the residual stream.
@@ -141,6 +143,7 @@ impl TrainWorkspace {
             rstd,
             h,
             losses,
+            divergences: Buf::default(),
             y,
             dx,
             dbranch,
@@ -173,6 +176,12 @@ impl TrainWorkspace {
             f32s("  FFN at work", (tokens as f64 * ffn) as usize),
             f32s("  logits", head.chunk().min(tokens) * config.vocab_size),
         ]
+    }
+
+    /// Counts the logits of the routers in all further steps, for [`RoutingStats::logits`] of
+    /// [`TrainWorkspace::stats`].
+    pub fn count_logits(&mut self) {
+        self.stats = self.stats.take().map(RoutingStats::with_logits);
     }
 
     /// Returns the routing of the last step; none without routers.

@@ -234,7 +234,8 @@ fn an_oracle_opens_the_largest_experts_and_chance_opens_as_many() {
     let form = DsmoeForm { core, ..DsmoeForm::new(router, true) };
     let ffn = DsmoeFfn::of(Gated::silu(hidden, experts * width), form);
     let mut params = Buf::zeros(block_len(&ffn.tensors()));
-    params.iter_mut().zip(normals(params.len(), 4)).for_each(|(p, v)| *p = 0.6 * v);
+    let values = normals(params.len(), 4);
+    params.iter_mut().zip(values).for_each(|(p, v)| *p = 0.6 * v);
     let x = normals(tokens * hidden, 5);
     let infer = |bound: Option<RouterBound>| -> (Vec<f32>, Vec<usize>) {
         let mut packed = ffn.pack(&params, Precision::F32);

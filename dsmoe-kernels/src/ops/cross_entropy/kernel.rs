@@ -128,16 +128,107 @@ impl Kernel for TransformedRow<'_> {
         Transform { z, logits }.body(s);
         capped.copy_from_slice(z);
         let loss = Row { z, target, scale: Some(scale) }.body(s);
-        multiply(s, z, logits.scale);
+        TransformBackward { dz: z, capped, logits }.body(s);
+        loss
+    }
+}
+
+/// Turns the gradient of logits into that of the products.
+pub(super) struct TransformBackward<'a> {
+    pub(super) dz: &'a mut [f32],
+    /// The logits.
+    pub(super) capped: &'a [f32],
+    pub(super) logits: Logits,
+}
+
+impl Kernel for TransformBackward<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn body<S: Simd>(self, s: S) {
+        let TransformBackward { dz, capped, logits } = self;
+        multiply(s, dz, logits.scale);
         if let Some(cap) = logits.cap {
             let (shrink, one) = (s.splat(1.0 / cap), s.splat(1.0));
-            for (dz, z) in z.chunks_mut(S::LANES).zip(capped.chunks(S::LANES)) {
+            for (dz, z) in dz.chunks_mut(S::LANES).zip(capped.chunks(S::LANES)) {
                 let t = s.mul(s.load_tail(z), shrink);
                 let v = s.mul(s.load_tail(dz), s.sub(one, s.mul(t, t)));
                 s.store_tail(dz, v);
             }
         }
-        loss
+    }
+}
+
+/// Returns the loss and the divergence of one row of logits `z` from the teacher's logits `u`. z becomes the gradient of
+/// `scale * ((1 - weight) loss + weight divergence)`. Without a target all of them are 0. `u` is used up.
+pub(super) struct DistilledRow<'a> {
+    pub(super) z: &'a mut [f32],
+    pub(super) u: &'a mut [f32],
+    pub(super) target: Option<usize>,
+    pub(super) scale: f32,
+    pub(super) weight: f32,
+}
+
+/// Sums over a row: of e^z, of e^u, and of e^u (u - z), all less their maxima.
+#[derive(Clone, Copy, Default)]
+struct DistilledSums {
+    student: f32,
+    teacher: f32,
+    products: f32,
+}
+
+/// Sets `z` to e^(z - max z) and `u` to e^(u - max u), and returns their sums.
+#[inline(always)]
+fn distilled_terms<S: Simd>(s: S, z: &mut [f32], u: &mut [f32], [max_z, max_u]: [f32; 2]) -> DistilledSums {
+    let (m, n) = (s.splat(max_z), s.splat(max_u));
+    let mut sums = [s.splat(0.0); 3];
+    let whole = z.len() - z.len() % S::LANES;
+    for j in (0..whole).step_by(S::LANES) {
+        let (dz, du) = (s.sub(s.load(&z[j..]), m), s.sub(s.load(&u[j..]), n));
+        let (of_z, of_u) = (exp(s, dz), exp(s, du));
+        sums[0] = s.add(sums[0], of_z);
+        sums[1] = s.add(sums[1], of_u);
+        sums[2] = s.add(sums[2], s.mul(of_u, s.sub(du, dz)));
+        s.store(&mut z[j..], of_z);
+        s.store(&mut u[j..], of_u);
+    }
+    let [student, teacher, products] = sums.map(|sum| s.reduce_add(sum));
+    let mut all = DistilledSums { student, teacher, products };
+    for (z, u) in z[whole..].chunks_mut(S::LANES).zip(u[whole..].chunks_mut(S::LANES)) {
+        let (dz, du) = (s.sub(s.load_tail(z), m), s.sub(s.load_tail(u), n));
+        let mut lanes = [0.0; 64];
+        s.store(&mut lanes, s.sub(du, dz));
+        s.store_tail(z, exp(s, dz));
+        s.store_tail(u, exp(s, du));
+        for ((z, u), difference) in z.iter().zip(&*u).zip(lanes) {
+            all.student += z;
+            all.teacher += u;
+            all.products += u * difference;
+        }
+    }
+    all
+}
+
+impl Kernel for DistilledRow<'_> {
+    type Output = [f32; 2];
+    #[inline(always)]
+    fn body<S: Simd>(self, s: S) -> [f32; 2] {
+        let DistilledRow { z, u, target, scale, weight } = self;
+        let Some(target) = target else {
+            z.fill(0.0);
+            return [0.0; 2];
+        };
+        let at_target = z[target];
+        let maxima = [max_of(s, z), max_of(s, u)];
+        let sums = distilled_terms(s, z, u, maxima);
+        let (of_z, of_u) = (s.splat(scale / sums.student), s.splat(scale * weight / sums.teacher));
+        for (z, u) in z.chunks_mut(S::LANES).zip(u.chunks(S::LANES)) {
+            let v = s.sub(s.mul(s.load_tail(z), of_z), s.mul(s.load_tail(u), of_u));
+            s.store_tail(z, v);
+        }
+        z[target] -= scale * (1.0 - weight);
+        let log_student = sums.student.ln();
+        let divergence = sums.products / sums.teacher - (sums.teacher.ln() - log_student);
+        [log_student - (at_target - maxima[0]), divergence]
     }
 }
 

@@ -8,6 +8,10 @@
 //!           with a cap: dz <- dz (1 - (z / c)^2)
 //!           dh = s dz W                        set
 //!           dW += s dz^T h                     added to
+//! with a teacher of logits u[t] and a weight w of 0 to 1, p = softmax(u), q = softmax(z):
+//! forward   divergences[t] = sum_k p_k (ln p_k - ln q_k)     nats; 0 where the target is IGNORE
+//!           the loss of a token is (1 - w) losses[t] + w divergences[t]
+//! backward  dz[t] = scale (q - (1 - w) onehot(targets[t]) - w p)
 //! ```
 //! The op works on a few rows of logits at a time, at most [`CHUNK_BYTES`] of them (but at least one row), so that
 //! `[T, vocab]` is never stored.
@@ -135,7 +139,23 @@ pub struct ForwardPacked<'a> {
     pub space: &'a mut Buf,
 }
 
-/// Sets `losses` and `dhidden` and adds to `dhead` the gradients of `scale * sum of losses`.
+/// A model whose distribution of the next token is to be learned. Its logits exist a chunk at a time.
+#[derive(Debug)]
+pub struct Teacher<'a> {
+    /// `[T]`, set.
+    pub divergences: &'a mut [f32],
+    /// `[T, teacher's hidden]`
+    pub hidden_states: &'a [f32],
+    /// `[vocab, teacher's hidden]`; the hidden states are rounded to its precision.
+    pub head: &'a Packed,
+    /// The settings of the teacher's logits.
+    pub logits: Logits,
+    /// The weight w of the divergences, 0 to 1; the losses have 1 - w.
+    pub weight: f32,
+}
+
+/// Sets `losses` and `dhidden` and adds to `dhead` the gradients of `scale * sum of losses`; with a teacher, of
+/// `scale * sum of (1 - w) losses + w divergences`.
 #[derive(Debug)]
 pub struct ForwardBackward<'a> {
     /// `[T]`, set.
@@ -150,6 +170,8 @@ pub struct ForwardBackward<'a> {
     pub head: &'a [f32],
     /// `[T]`: [`IGNORE`] or below `vocab`.
     pub targets: &'a [u32],
+    /// Gives a second target, where there is one.
+    pub teacher: Option<Teacher<'a>>,
     /// Multiplies the gradients.
     pub scale: f32,
     /// The settings of the logits.
@@ -209,27 +231,66 @@ impl ForwardPacked<'_> {
     }
 }
 
+impl Teacher<'_> {
+    fn check(&self, dims: Dims) {
+        let Teacher { divergences, hidden_states, head, weight, .. } = self;
+        assert!(
+            divergences.len() == dims.tokens
+                && head.outputs() == dims.vocab
+                && hidden_states.len() == dims.tokens * head.inputs()
+                && (0.0..=1.0).contains(weight),
+            "cross_entropy::Teacher: divergences {}, hidden states {}, head {} x {}, weight {weight} for {dims:?}",
+            divergences.len(),
+            hidden_states.len(),
+            head.outputs(),
+            head.inputs()
+        );
+    }
+
+    /// Sets `u` to the logits of the tokens from `first` on.
+    fn project(&self, isa: Isa, u: &mut [f32], first: usize) {
+        let (rows, width) = (u.len() / self.head.outputs(), self.head.inputs());
+        let h = &self.hidden_states[first * width..][..rows * width];
+        MatmulPacked { c: u, a: Mat::new(h, rows, width), w: self.head }.run_on(isa);
+        self.logits.apply_on(isa, u);
+    }
+}
+
 impl ForwardBackward<'_> {
     /// Runs the op on a given tier.
     ///
     /// # Panics
-    /// Panics under the conditions of [`Forward::run_on`].
+    /// Panics under the conditions of [`Forward::run_on`], and if the teacher's lengths do not fit or its weight is
+    /// outside 0 to 1.
     pub fn run_on(self, isa: Isa) {
-        let ForwardBackward { losses, dhidden, dhead, hidden_states, head, targets, .. } = self;
+        let ForwardBackward { losses, dhidden, dhead, hidden_states, head, targets, mut teacher, .. } = self;
         let (scratch, scale, logits, dims) = (self.scratch, self.scale, self.logits, self.dims);
         dims.check("ForwardBackward", losses.len(), hidden_states.len(), head.len(), targets);
         dims.check("ForwardBackward", losses.len(), dhidden.len(), dhead.len(), targets);
         let Dims { hidden, vocab, .. } = dims;
         scratch.reserve(dims);
+        if let Some(teacher) = &teacher {
+            teacher.check(dims);
+            scratch.reserve_teacher(dims);
+        }
         let precision = scratch.precision;
         let chunk = dims.chunk();
         let inputs = hidden_states.chunks(chunk * hidden).zip(targets.chunks(chunk));
         let outputs = losses.chunks_mut(chunk).zip(dhidden.chunks_mut(chunk * hidden));
-        for ((losses, dh), (h, targets)) in outputs.zip(inputs) {
+        for (i, ((losses, dh), (h, targets))) in outputs.zip(inputs).enumerate() {
             let n = targets.len();
             let dz = &mut scratch.logits[..n * vocab];
             project(isa, dz, h, head, dims, precision);
-            rows(isa, losses, dz, targets, Rows { scale: Some(scale), logits, vocab });
+            match &mut teacher {
+                None => rows(isa, losses, dz, targets, Rows { scale: Some(scale), logits, vocab }),
+                Some(teacher) => {
+                    let (first, u) = (i * chunk, &mut scratch.teacher[..n * vocab]);
+                    teacher.project(isa, u, first);
+                    let (weight, divergences) = (teacher.weight, &mut teacher.divergences[first..][..n]);
+                    let settings = Distilled { scale, weight, logits, vocab };
+                    distilled_rows(isa, [losses, divergences], [dz, u], targets, settings);
+                }
+            }
             let (dz, head, h) =
                 (Mat::new(dz, n, vocab), Mat::new(head, vocab, hidden), Mat::new(h, n, hidden));
             Matmul { c: dh, a: dz, b: head, accumulate: false, precision }.run_on(isa);
@@ -286,21 +347,71 @@ fn rows(isa: Isa, losses: &mut [f32], z: &mut [f32], targets: &[u32], settings: 
     });
 }
 
+/// How the rows of a chunk are computed with a teacher.
+#[derive(Clone, Copy)]
+struct Distilled {
+    scale: f32,
+    weight: f32,
+    logits: Logits,
+    vocab: usize,
+}
+
+/// Computes the losses and divergences of a chunk from its products `z` and the teacher's logits `u`. Sets `z` to the
+/// gradient of the products; `u` is used up.
+fn distilled_rows(
+    isa: Isa,
+    [losses, divergences]: [&mut [f32]; 2],
+    [z, u]: [&mut [f32]; 2],
+    targets: &[u32],
+    settings: Distilled,
+) {
+    let Distilled { scale, weight, logits, vocab } = settings;
+    let rows = block_rows(vocab);
+    let outputs = losses.par_chunks_mut(rows).zip(divergences.par_chunks_mut(rows));
+    let inputs = z.par_chunks_mut(rows * vocab).zip(u.par_chunks_mut(rows * vocab));
+    let blocks = outputs.zip(inputs).zip(targets.par_chunks(rows));
+    each(blocks, |(((losses, divergences), (z, u)), targets)| {
+        let inputs = z.chunks_exact_mut(vocab).zip(u.chunks_exact_mut(vocab)).zip(targets);
+        for ((loss, divergence), ((z, u), &target)) in losses.iter_mut().zip(divergences).zip(inputs) {
+            let target = (target != IGNORE).then_some(target as usize);
+            let [of_target, of_teacher] = if logits == Logits::default() {
+                isa.run(kernel::DistilledRow { z, u, target, scale, weight })
+            } else {
+                with_spare(vocab, |capped| {
+                    isa.run(kernel::Transform { z, logits });
+                    capped.copy_from_slice(z);
+                    let row = isa.run(kernel::DistilledRow { z, u, target, scale, weight });
+                    isa.run(kernel::TransformBackward { dz: z, capped, logits });
+                    row
+                })
+            };
+            (*loss, *divergence) = (of_target, of_teacher);
+        }
+    });
+}
+
 /// Work space and precision of training. The space grows on demand and is kept.
 #[derive(Debug, Default)]
 pub struct Scratch {
     precision: Precision,
     logits: Buf,
+    /// The teacher's logits.
+    teacher: Buf,
 }
 
 impl Scratch {
     /// Returns an empty scratch; products round their operands to `precision`.
     pub fn new(precision: Precision) -> Scratch {
-        Scratch { precision, logits: Buf::default() }
+        Scratch { precision, ..Scratch::default() }
     }
 
     /// Makes room for `dims`, so that the op allocates nothing.
     pub fn reserve(&mut self, dims: Dims) {
         self.logits.resize(dims.chunk().min(dims.tokens) * dims.vocab);
+    }
+
+    /// Makes room for a teacher of `dims`.
+    pub fn reserve_teacher(&mut self, dims: Dims) {
+        self.teacher.resize(dims.chunk().min(dims.tokens) * dims.vocab);
     }
 }

@@ -40,6 +40,11 @@ impl Problem<'_> {
             .unzip()
     }
 
+    /// Returns the logits `[T, vocab]`.
+    pub fn logits_alone(self) -> Vec<f64> {
+        self.logits().0
+    }
+
     /// Returns `losses[t] = -log_softmax(z[t])[targets[t]]`, 0 where the target is [`IGNORE`].
     pub fn forward(self) -> Vec<f64> {
         let (logits, _) = self.logits();
@@ -58,6 +63,55 @@ impl Problem<'_> {
             for (k, ((z, log_p), slope)) in z.iter_mut().zip(log_p).zip(slopes).enumerate() {
                 let onehot = if k == target as usize { 1.0 } else { 0.0 };
                 *z = if target == IGNORE { 0.0 } else { scale * slope * (log_p.exp() - onehot) };
+            }
+        }
+        linear::reference::backward(&dz, self.h, self.head, linear_dims(self.dims))
+    }
+}
+
+/// A teacher of the definition: its logits `[T, vocab]` and the weight of its divergence.
+#[derive(Clone, Copy, Debug)]
+pub struct Teacher<'a> {
+    /// u `[T, vocab]`
+    pub logits: &'a [f64],
+    /// w
+    pub weight: f64,
+}
+
+impl Problem<'_> {
+    /// Returns `divergences[t] = sum over k of p_k (ln p_k - ln q_k)`, 0 where the target is [`IGNORE`].
+    pub fn divergences(self, teacher: Teacher<'_>) -> Vec<f64> {
+        let (logits, _) = self.logits();
+        let vocab = self.dims.vocab;
+        let rows = logits.chunks(vocab).zip(teacher.logits.chunks(vocab)).zip(self.targets);
+        rows.map(|((z, u), &target)| {
+            if target == IGNORE {
+                return 0.0;
+            }
+            let pairs = log_softmax(u).into_iter().zip(log_softmax(z));
+            pairs.map(|(log_p, log_q)| log_p.exp() * (log_p - log_q)).sum()
+        })
+        .collect()
+    }
+
+    /// Returns the sum over tokens of `(1 - w) losses + w divergences`.
+    pub fn distilled(self, teacher: Teacher<'_>) -> f64 {
+        let pairs = self.forward().into_iter().zip(self.divergences(teacher));
+        pairs.map(|(loss, divergence)| (1.0 - teacher.weight) * loss + teacher.weight * divergence).sum()
+    }
+
+    /// Returns `(dh, dW)` of `scale * distilled`. Of a token's divergence `dz_k = q_k sum p - p_k = q_k - p_k`, so that
+    /// `dz = q - (1 - w) onehot - w p`.
+    pub fn distilled_backward(self, scale: f64, teacher: Teacher<'_>) -> (Vec<f64>, Vec<f64>) {
+        let (mut dz, slopes) = self.logits();
+        let (vocab, w) = (self.dims.vocab, teacher.weight);
+        let rows = dz.chunks_mut(vocab).zip(slopes.chunks(vocab)).zip(teacher.logits.chunks(vocab));
+        for (((z, slopes), u), &target) in rows.zip(self.targets) {
+            let (log_q, log_p) = (log_softmax(z), log_softmax(u));
+            for (k, (z, slope)) in z.iter_mut().zip(slopes).enumerate() {
+                let onehot = if k == target as usize { 1.0 } else { 0.0 };
+                let gradient = log_q[k].exp() - (1.0 - w) * onehot - w * log_p[k].exp();
+                *z = if target == IGNORE { 0.0 } else { scale * slope * gradient };
             }
         }
         linear::reference::backward(&dz, self.h, self.head, linear_dims(self.dims))

@@ -1,5 +1,5 @@
 use super::reference::{self, Problem};
-use super::{Dims, Forward, ForwardBackward, ForwardPacked, IGNORE, LogSoftmaxRow, Logits, Scratch};
+use super::{Dims, Forward, ForwardBackward, ForwardPacked, IGNORE, LogSoftmaxRow, Logits, Scratch, Teacher};
 use crate::buf::Buf;
 use crate::isa::Isa;
 use crate::matmul::{Mat, Packed, Precision};
@@ -69,6 +69,7 @@ fn train(
         hidden_states,
         head,
         targets,
+        teacher: None,
         scale,
         logits,
         dims,
@@ -235,4 +236,153 @@ fn a_target_outside_the_vocabulary_is_refused() {
         dims,
     }
     .run();
+}
+
+/// The operands of a distillation: the student's, and a teacher of another width.
+struct Distillation {
+    h: Vec<f32>,
+    head: Vec<f32>,
+    targets: Vec<u32>,
+    teacher_h: Vec<f32>,
+    teacher_head: Vec<f32>,
+    logits: Logits,
+    weight: f32,
+    dims: Dims,
+}
+
+impl Distillation {
+    fn new(dims: Dims, teacher_hidden: usize, logits: Logits, weight: f32) -> Distillation {
+        let Dims { tokens, hidden, vocab } = dims;
+        Distillation {
+            h: normals(tokens * hidden, 1),
+            head: normals(vocab * hidden, 2),
+            targets: targets(dims),
+            teacher_h: normals(tokens * teacher_hidden, 3),
+            teacher_head: normals(vocab * teacher_hidden, 4),
+            logits,
+            weight,
+            dims,
+        }
+    }
+
+    fn width(&self) -> usize {
+        self.teacher_head.len() / self.dims.vocab
+    }
+
+    /// Returns losses, divergences, dh, and the gradient that is added to a dhead of ones.
+    fn run(&self, isa: Isa) -> [Vec<f32>; 4] {
+        let Distillation { h, head, targets, dims, .. } = self;
+        let head_of_teacher = Mat::new(&self.teacher_head, dims.vocab, self.width());
+        let packed = Packed::new(Precision::F32, head_of_teacher);
+        let [mut losses, mut divergences] = [(); 2].map(|()| vec![f32::NAN; dims.tokens]);
+        let (mut dh, mut dhead) = (vec![f32::NAN; h.len()], vec![1.0; head.len()]);
+        ForwardBackward {
+            losses: &mut losses,
+            dhidden: &mut dh,
+            dhead: &mut dhead,
+            hidden_states: h,
+            head,
+            targets,
+            teacher: Some(Teacher {
+                divergences: &mut divergences,
+                hidden_states: &self.teacher_h,
+                head: &packed,
+                logits: self.logits,
+                weight: self.weight,
+            }),
+            scale: 0.25,
+            logits: self.logits,
+            dims: *dims,
+            scratch: &mut Scratch::default(),
+        }
+        .run_on(isa);
+        [losses, divergences, dh, dhead]
+    }
+}
+
+#[test]
+fn the_reference_gradient_of_a_distillation_is_the_derivative() {
+    let dims = Dims { tokens: 3, hidden: 2, vocab: 5 };
+    let (h, head, targets) = (f64s(&normals(6, 1)), f64s(&normals(10, 2)), [4, IGNORE, 0]);
+    let teacher_logits = f64s(&normals(15, 3));
+    for (logits, weight) in VARIANTS.into_iter().zip([0.0, 0.3, 0.9, 1.0]) {
+        let problem = Problem { h: &h, head: &head, targets: &targets, logits, dims };
+        let teacher = reference::Teacher { logits: &teacher_logits, weight };
+        let loss = |problem: Problem<'_>| 0.5 * problem.distilled(teacher);
+        let (dh, dhead) = problem.distilled_backward(0.5, teacher);
+        let want_dh = finite_differences(&h, 1e-5, |h| loss(Problem { h, ..problem }));
+        let want_dhead = finite_differences(&head, 1e-5, |head| loss(Problem { head, ..problem }));
+        assert_close_f64("dh", &dh, &want_dh, 1e-9);
+        assert_close_f64("dhead", &dhead, &want_dhead, 1e-9);
+    }
+    // Probabilities 1/8, 2/8, 5/8 against 4/8, 2/8, 2/8.
+    let head = [0.0, 2f64.ln(), 5f64.ln()];
+    let dims = Dims { tokens: 1, hidden: 1, vocab: 3 };
+    let problem = Problem { h: &[1.0], head: &head, targets: &[0], logits: PLAIN, dims };
+    let teacher = reference::Teacher { logits: &[2f64.ln(), 0.0, 0.0], weight: 0.5 };
+    let want = 0.5 * 4f64.ln() + 0.25 * 0.4f64.ln();
+    assert_close_f64("divergence", &problem.divergences(teacher), &[want], 1e-15);
+    assert_close_f64("mixed", &[problem.distilled(teacher)], &[0.5 * (8f64.ln() + want)], 1e-15);
+}
+
+#[test]
+fn a_distillation_agrees_with_the_reference_on_every_tier() {
+    for (tokens, hidden, vocab) in [(1, 1, 1), (9, 20, 33), (1030, 4, 37), (3, 70, 20_000)] {
+        let dims = Dims { tokens, hidden, vocab };
+        for (logits, weight) in VARIANTS.into_iter().zip([0.9, 1.0, 0.5, 0.0]) {
+            let of = Distillation::new(dims, hidden + 3, logits, weight);
+            let (h, head) = (f64s(&of.h), f64s(&of.head));
+            let (teacher_h, teacher_head) = (f64s(&of.teacher_h), f64s(&of.teacher_head));
+            let problem = Problem { h: &h, head: &head, targets: &of.targets, logits, dims };
+            let of_teacher = Dims { hidden: of.width(), ..dims };
+            let teacher =
+                Problem { h: &teacher_h, head: &teacher_head, dims: of_teacher, ..problem }.logits_alone();
+            let teacher = reference::Teacher { logits: &teacher, weight: f64::from(weight) };
+            let (want_dh, want_dhead) = problem.distilled_backward(0.25, teacher);
+            let want_dhead: Vec<f64> = want_dhead.iter().map(|x| x + 1.0).collect();
+            for isa in Isa::available() {
+                let [losses, divergences, dh, dhead] = of.run(isa);
+                let name = format!("{} {dims:?} {logits:?}", isa.name());
+                assert_close(&format!("losses {name}"), &losses, &problem.forward(), 5e-7);
+                assert_close(
+                    &format!("divergences {name}"),
+                    &divergences,
+                    &problem.divergences(teacher),
+                    2e-6,
+                );
+                // Logits of up to 40 are rounded to 2e-6 before their exponential.
+                assert_close(&format!("dh {name}"), &dh, &want_dh, 1e-5);
+                assert_close(&format!("dhead {name}"), &dhead, &want_dhead, 1e-6);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_teacher_without_weight_changes_no_gradient_and_one_like_the_student_no_loss() {
+    let dims = Dims { tokens: 40, hidden: 12, vocab: 50 };
+    let silent = Distillation::new(dims, 12, PLAIN, 0.0);
+    for isa in Isa::available() {
+        let [losses, _, dh, dhead] = silent.run(isa);
+        let plain =
+            train(isa, Precision::F32, [&silent.h, &silent.head], &silent.targets, (0.25, PLAIN), dims);
+        for (got, want) in [losses, dh, dhead].iter().zip(&plain) {
+            assert_close(isa.name(), got, &f64s(want), 1e-6);
+        }
+        let mut like = Distillation::new(dims, 12, VARIANTS[3], 1.0);
+        (like.teacher_h, like.teacher_head) = (like.h.clone(), like.head.clone());
+        let [_, divergences, dh, _] = like.run(isa);
+        assert!(divergences.iter().all(|x| x.abs() < 1e-5), "{divergences:?}");
+        assert!(dh.iter().all(|x| x.abs() < 1e-6), "{dh:?}");
+    }
+    let of = Distillation::new(dims, 9, PLAIN, 0.7);
+    assert_same_on_threads("distillation", || of.run(Isa::current()));
+}
+
+#[test]
+#[should_panic(expected = "cross_entropy::Teacher: divergences 2")]
+fn a_teacher_of_another_vocabulary_is_refused() {
+    let mut of = Distillation::new(Dims { tokens: 2, hidden: 1, vocab: 5 }, 1, PLAIN, 0.5);
+    of.teacher_h.truncate(1);
+    of.run(Isa::current());
 }

@@ -259,7 +259,7 @@ impl<A: Neurons, const N: usize> ProductKernel for FillWords<'_, A, N> {
 impl<A: Neurons, const N: usize> FillWords<'_, A, N> {
     #[inline(always)]
     fn fill<S: Product, M: Step>(&self, s: S) {
-        let words = NEURONS / M::DEPTH * M::WORDS;
+        let words = M::GROUP_WORDS;
         let words_of_lanes = S::LANES / M::DEPTH * M::WORDS;
         for run in self.runs {
             let groups = run.groups / N;
@@ -284,35 +284,39 @@ impl<A: Neurons, const N: usize> FillWords<'_, A, N> {
     }
 }
 
-/// Returns the sum over j of `act(a[j]) * b[j] * g[j]`.
-pub(super) struct GatedDot<'a, A> {
+/// Sets every value of `dots` to the sum of `act(a[j]) * b[j] * g[j]` over its `width` values.
+pub(super) struct GatedDots<'a, A> {
+    pub(super) dots: &'a mut [f32],
     pub(super) a: &'a [f32],
     pub(super) b: &'a [f32],
     pub(super) g: &'a [f32],
+    pub(super) width: usize,
     pub(super) unit: A,
 }
 
-impl<A: Unit> Kernel for GatedDot<'_, A> {
-    type Output = f32;
+impl<A: Unit> Kernel for GatedDots<'_, A> {
+    type Output = ();
     #[inline(always)]
-    fn body<S: Simd>(self, s: S) -> f32 {
-        let GatedDot { a, b, g, unit } = self;
-        assert!(a.len() == b.len() && a.len() == g.len());
-        let mut sum = s.splat(0.0);
-        let head = a.len() - a.len() % S::LANES;
-        for j in (0..head).step_by(S::LANES) {
-            sum = s.add(sum, gated(s, unit, [s.load(&a[j..]), s.load(&b[j..]), s.load(&g[j..])]));
+    fn body<S: Simd>(self, s: S) {
+        let GatedDots { dots, a, b, g, width, unit } = self;
+        let rows = a.chunks_exact(width).zip(b.chunks_exact(width)).zip(g.chunks_exact(width));
+        for (dot, ((a, b), g)) in dots.iter_mut().zip(rows) {
+            let mut sum = s.splat(0.0);
+            let head = width - width % S::LANES;
+            for j in (0..head).step_by(S::LANES) {
+                sum = s.add(sum, gated(s, unit, [s.load(&a[j..]), s.load(&b[j..]), s.load(&g[j..])]));
+            }
+            if head < width {
+                let tail = [s.load_tail(&a[head..]), s.load_tail(&b[head..]), s.load_tail(&g[head..])];
+                sum = s.add(sum, gated(s, unit, tail));
+            }
+            *dot = s.reduce_add(sum);
         }
-        if head < a.len() {
-            let tail = [s.load_tail(&a[head..]), s.load_tail(&b[head..]), s.load_tail(&g[head..])];
-            sum = s.add(sum, gated(s, unit, tail));
-        }
-        s.reduce_add(sum)
     }
 }
 
 /// Computes one row of the backward of the gated unit: from a, b, g = `<dy, w_down>` and the pair's coefficient, sets da, db
-/// and scaled = coefficient * act(a) * b. Returns the coefficient's gradient, the value of [`GatedDot`].
+/// and scaled = coefficient * act(a) * b. Returns the coefficient's gradient, the value of [`GatedDots`].
 pub(super) struct GateBackward<'a, A> {
     pub(super) da: &'a mut [f32],
     pub(super) db: &'a mut [f32],

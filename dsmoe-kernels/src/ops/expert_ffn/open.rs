@@ -202,8 +202,9 @@ impl GateUp<'_> {
     fn multiply<S: Product, M: Step>(&self, s: S, panel: Panel<'_>, sums: &mut [[f32; PANEL]], next: &[f32]) {
         let words = panel.words();
         let steps = words.len() / PANEL;
-        // Parts of about one depth, which stay in the first-level cache for all rows; a lone tile needs no parts.
-        let most = if sums.len() <= most_rows::<S>() { steps } else { S::DEPTH };
+        // Parts of about one depth, which stay in the first-level cache for all rows; a lone tile needs no parts. They may be
+        // deeper than those of packed rows: every part adds to the sums.
+        let most = if sums.len() <= most_rows::<S>() { steps } else { S::DEPTH + S::DEPTH / 8 };
         let part = steps.div_ceil(steps.div_ceil(most));
         for start in (0..steps).step_by(part) {
             let end = steps.min(start + part);
@@ -226,7 +227,7 @@ impl GateUp<'_> {
     /// Sets the panel's activations.
     #[inline(always)]
     fn activate<S: Product, M: Step, A: Unit>(&self, s: S, unit: A, panel: Panel<'_>, sums: &[[f32; PANEL]]) {
-        let words = NEURONS / M::DEPTH * M::WORDS;
+        let words = M::GROUP_WORDS;
         let words_of_lanes = S::LANES / M::DEPTH * M::WORDS;
         let biases = panel.biases();
         for (row, sums) in sums.iter().enumerate() {

@@ -7,12 +7,14 @@ use std::ops::Range;
 use super::packed::NEURONS;
 use super::plan::{Pairs, Plan};
 use crate::buf::{SharedRows, with_spare};
-use crate::matmul::picked::{AddToStrips, Step, most_rows, row_words, with_rows, with_step};
+use crate::matmul::picked::{AHEAD, AddToStrips, Places, Step, most_rows, row_words, with_rows, with_step};
 use crate::matmul::{PANEL, Precision, for_tasks, tasks_for};
 use crate::simd::{Product, ProductKernel};
 
-/// Most tokens of a strip, which stays in the first-level cache.
-const STRIP: usize = 256;
+/// Most tokens of a strip: it stays in a near cache, and an expert has enough of the tokens.
+const STRIP: usize = 512;
+/// Most rows of a tile. Larger ones leave more rows over, since an expert has few.
+const ROWS: usize = 8;
 /// Groups of neurons that are added to a strip at a time: their weights stay in the first-level cache.
 const GROUPS: usize = 16;
 
@@ -47,6 +49,14 @@ impl Run<'_> {
     #[inline(always)]
     pub(super) fn coefficient(&self, row: usize) -> f32 {
         self.routed.map_or(1.0, |(_, coefficients)| coefficients[row])
+    }
+
+    /// Returns the places of the rows in a strip of some tokens of the block.
+    fn places(&self, tokens: &Range<usize>) -> Places<'_> {
+        match self.routed {
+            None => Places { list: None, first: tokens.start - self.block.start },
+            Some((list, _)) => Places { list: Some(list), first: tokens.start },
+        }
     }
 
     /// Returns the rows of some tokens of the block.
@@ -167,29 +177,33 @@ impl<'s, W: Fn(&Run<'_>) -> (&'s [f32], usize) + Sync> Sum<'s, W> {
         (tokens, rows): (&Range<usize>, &[Range<usize>]),
         panels: &Range<usize>,
     ) {
-        let group_words = NEURONS / M::DEPTH * M::WORDS;
-        let group_len = NEURONS / M::DEPTH * PANEL;
-        for (run, rows) in self.runs.iter().zip(rows) {
+        let group_len = M::GROUP_STEPS * PANEL;
+        for (i, (run, rows)) in self.runs.iter().zip(rows).enumerate() {
+            let next = self.runs.get(i + 1).map_or(&[][..], |next| {
+                let (b, b_stride) = (self.weights)(next);
+                let len = (panels.len() - 1) * b_stride + next.groups * group_len;
+                &b[panels.start * b_stride..][..len.min(AHEAD)]
+            });
             let (b, b_stride) = (self.weights)(run);
             let b = &b[panels.start * b_stride..];
             for group in (0..run.groups).step_by(GROUPS) {
                 let b_part = group * group_len..run.groups.min(group + GROUPS) * group_len;
-                let a = &self.neurons[(run.first + group * run.len()) * group_words..];
+                let a = &self.neurons[(run.first + group * run.len()) * M::GROUP_WORDS..];
                 let mut start = rows.start;
                 while start < rows.end {
-                    let count = most_rows::<S>().min(rows.end - start);
+                    let count = most_rows::<S>().min(ROWS).min(rows.end - start);
                     let end = rows.end - (rows.end - start) % count;
-                    with_rows!(count, S, R => s.isolated(AddToStrips::<M, _, R> {
+                    with_rows!(count, S, R => s.isolated(AddToStrips::<M, R> {
                         strips: &mut *strips,
                         strip_len: tokens.len(),
                         a,
-                        group_words,
                         group_rows: run.len(),
                         rows: start..end,
-                        to: |row: usize| run.token(row) - tokens.start,
+                        to: run.places(tokens),
                         b,
                         b_part: b_part.clone(),
                         b_stride,
+                        next: if start == rows.start && group == 0 { next } else { &[] },
                         step: PhantomData,
                     }));
                     start = end;

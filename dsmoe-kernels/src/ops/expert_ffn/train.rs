@@ -4,7 +4,7 @@ use rayon::prelude::*;
 
 use super::combine;
 use super::dims::{BiasGrads, Dims, Saved, WeightGrads, Weights, check, check_grads, is_empty};
-use super::kernel::{GateBackward, Gated, GatedDot, Plain};
+use super::kernel::{GateBackward, Gated, GatedDots, Plain};
 use super::plan::{Pairs, Plan, check_pairs};
 use super::scratch::Scratch;
 use crate::blocks::{BLOCK, each_when};
@@ -291,25 +291,25 @@ fn project(out: &mut [f32], x: &[f32], w: &[f32], plan: &Plan<'_>) {
     }
 }
 
-/// Sets `dcoefficients[t, i]` of active pairs to `dpairs`, of the others to `sum over j of act(a) * b * g` or 0.
+/// Sets `dcoefficients[t, i]` to `sum over j of act(a) * b * g`: of all pairs, or to `dpairs` of active pairs and 0 of the
+/// others.
 fn coefficient_gradients(dcoefficients: &mut [f32], dpairs: &[f32], [a, b, g]: [&[f32]; 3], plan: &Plan<'_>) {
-    let Dims { intermediate, num_experts, all_pairs, .. } = plan.dims;
+    let Dims { intermediate, num_experts, all_pairs, activation, .. } = plan.dims;
     let width = plan.dims.expert_width();
     let rows = (BLOCK / intermediate).max(1);
     let chunks = dcoefficients.par_chunks_mut(rows * num_experts).enumerate();
     each_when(chunks.len() > 1, chunks, |(i, chunk)| {
+        if all_pairs {
+            let start = i * rows * intermediate;
+            let values = start..start + chunk.len() * width;
+            let (a, b, g) = (&a[values.clone()], &b[values.clone()], &g[values]);
+            with_unit!(activation, unit => plan.isa.run(GatedDots { dots: chunk, a, b, g, width, unit }));
+            return;
+        }
+        chunk.fill(0.0);
         for (t, row) in (i * rows..).zip(chunk.chunks_exact_mut(num_experts)) {
-            let mut slots = plan.slots(t).peekable();
-            for (expert, value) in row.iter_mut().enumerate() {
-                *value = match slots.next_if(|&slot| plan.pairs_of(expert).contains(&slot)) {
-                    Some(slot) => dpairs[slot],
-                    None if all_pairs => {
-                        let row = t * intermediate + expert * width..t * intermediate + (expert + 1) * width;
-                        let (a, b, g) = (&a[row.clone()], &b[row.clone()], &g[row]);
-                        with_unit!(plan.dims.activation, unit => plan.isa.run(GatedDot { a, b, g, unit }))
-                    }
-                    None => 0.0,
-                };
+            for slot in plan.slots(t) {
+                row[plan.expert(slot)] = dpairs[slot];
             }
         }
     });

@@ -11,12 +11,18 @@ use crate::isa::Isa;
 use crate::matmul::Precision;
 use crate::simd::{Product, ProductKernel, SQUARE};
 
+/// Values of a group; see [`AddToStrips`].
+pub(crate) const GROUP: usize = 16;
+
 /// The product of one step of the inner dimension.
 pub(crate) trait Step: Copy + Send + Sync {
     /// Values of k in a step.
     const DEPTH: usize;
     /// Words of a row in a step.
     const WORDS: usize;
+    /// Steps of a group of values, and the words of a row of one.
+    const GROUP_STEPS: usize = GROUP / Self::DEPTH;
+    const GROUP_WORDS: usize = Self::GROUP_STEPS * Self::WORDS;
     /// Returns `acc` plus the products of `a`, WORDS words, with `b`, a register of words.
     fn add<S: Product>(s: S, acc: S::V, a: &[f32], b: &[f32]) -> S::V;
     /// Stores a register of values as words, rounded.
@@ -108,13 +114,13 @@ pub(crate) use with_step;
 
 /// Returns the most rows of a tile: their addresses and those of B stay in registers.
 pub(crate) const fn most_rows<S: Product>() -> usize {
-    if S::ROWS < 8 { S::ROWS } else { 8 }
+    if S::ROWS < 10 { S::ROWS } else { 10 }
 }
 
 /// Evaluates `$body` with the constant `$R` bound to a number of rows, at most [`most_rows`].
 macro_rules! with_rows {
     ($rows:expr, $tier:ty, $R:ident => $body:expr) => {
-        with_rows!(@arms $rows, $tier, $R => $body; 1 2 3 4 5 6 7 8)
+        with_rows!(@arms $rows, $tier, $R => $body; 1 2 3 4 5 6 7 8 9 10)
     };
     (@arms $rows:expr, $tier:ty, $R:ident => $body:expr; $($count:literal)+) => {
         match $rows {
@@ -154,7 +160,7 @@ fn accumulate<S: Product, M: Step, const R: usize>(
 
 /// Steps between two looks ahead, and the words of B that a look is ahead.
 const LOOK: usize = 8;
-const AHEAD: usize = 1024;
+pub(crate) const AHEAD: usize = 1024;
 
 /// A tile: `sums[r] += a[r] B` for R rows and a part of a panel. Sums from zero, so that rounding errors grow with the
 /// depth of a part.
@@ -205,46 +211,63 @@ fn add_to<S: Product>(s: S, sums: &mut [f32], acc: [S::V; 2]) {
     }
 }
 
-/// Adds the products of short rows with panels to rows of strips: the rows of every tile go to rows `to(row)`.
-pub(crate) struct AddToStrips<'a, M, T, const R: usize> {
+/// The places of rows in a strip.
+#[derive(Clone, Copy)]
+pub(crate) struct Places<'a> {
+    /// The place of every row, or none if it is the row.
+    pub(crate) list: Option<&'a [u32]>,
+    /// Is subtracted from every place.
+    pub(crate) first: usize,
+}
+
+impl Places<'_> {
+    #[inline(always)]
+    fn of(self, row: usize) -> usize {
+        self.list.map_or(row, |list| list[row] as usize) - self.first
+    }
+}
+
+/// Adds the products of short rows with panels to rows of strips.
+pub(crate) struct AddToStrips<'a, M, const R: usize> {
     /// A strip of `strip_len` rows for each panel.
     pub(crate) strips: &'a mut [[f32; PANEL]],
     pub(crate) strip_len: usize,
-    /// Groups of words: group g of row r is group `g * group_rows + r`.
+    /// Rows of [`GROUP`] values: group g of row r is row `g * group_rows + r`.
     pub(crate) a: &'a [f32],
-    pub(crate) group_words: usize,
     pub(crate) group_rows: usize,
     /// A multiple of R.
     pub(crate) rows: Range<usize>,
-    pub(crate) to: T,
+    pub(crate) to: Places<'a>,
     /// The steps of the groups for the first panel, and the words from a panel to the next.
     pub(crate) b: &'a [f32],
     pub(crate) b_part: Range<usize>,
     pub(crate) b_stride: usize,
+    /// What the next call reads of its `b` first: it is prefetched.
+    pub(crate) next: &'a [f32],
     pub(crate) step: PhantomData<M>,
 }
 
-impl<M: Step, T: Fn(usize) -> usize, const R: usize> ProductKernel for AddToStrips<'_, M, T, R> {
+impl<M: Step, const R: usize> ProductKernel for AddToStrips<'_, M, R> {
     type Output = ();
     #[inline(always)]
     fn body<S: Product>(self, s: S) {
-        let AddToStrips {
-            strips, strip_len, a, group_words, group_rows, rows, to, b, b_part, b_stride, ..
-        } = self;
-        let group_len = group_words / M::WORDS;
+        let AddToStrips { strips, strip_len, a, group_rows, rows, to, b, b_part, b_stride, next, .. } = self;
+        for line in (0..next.len()).step_by(SQUARE) {
+            s.prefetch(next, line);
+        }
         for (panel, strip) in strips.chunks_exact_mut(strip_len).enumerate() {
             let b = &b[panel * b_stride..][b_part.clone()];
             let b = b.as_chunks::<PANEL>().0;
             for row in rows.clone().step_by(R) {
                 for first in (0..PANEL).step_by(2 * S::LANES) {
                     let mut acc: Sums<S::V, R> = [[s.splat(0.0); 2]; R];
-                    for (group, b) in b.chunks_exact(group_len).enumerate() {
-                        let a = &a[(group * group_rows + row) * group_words..][..R * group_words];
-                        let a = std::array::from_fn(|r| &a[r * group_words..(r + 1) * group_words]);
+                    for (group, b) in b.chunks_exact(M::GROUP_STEPS).enumerate() {
+                        let a = &a[(group * group_rows + row) * M::GROUP_WORDS..][..R * M::GROUP_WORDS];
+                        let a = std::array::from_fn(|r| &a[r * M::GROUP_WORDS..(r + 1) * M::GROUP_WORDS]);
                         accumulate::<S, M, R>(s, &mut acc, a, b, first);
                     }
                     for (r, acc) in acc.into_iter().enumerate() {
-                        add_to(s, &mut strip[to(row + r)][first..], acc);
+                        add_to(s, &mut strip[to.of(row + r)][first..], acc);
                     }
                 }
             }

@@ -64,7 +64,7 @@ impl CudaTrainer {
             block.join(Join { out: x_mid, h, rstd, residual: x, branch: y, next: next_norm })?;
             let ffn = Weights { kind: &self.ffns[i], master: param(&layer.ffn), rounded: weight(&layer.ffn) };
             let normed = normed(block, next_norm, ones, [x_mid, rstd]);
-            let input = Input { h, normed, training: args.gate_training(i) };
+            let input = Input { h, normed, training: args.gate_training(i, config.num_layers) };
             let norm = layer.after_ffn.as_ref().map(param);
             let after = after_of(norm.as_deref(), after_ffn);
             block.give(y, after, |y| ffn.forward(y, saved, input, scratch))?;
@@ -139,7 +139,7 @@ impl CudaTrainer {
             gradients.branch(layer.after_ffn.as_ref().zip(after_ffn), dy, dx, dh)?;
             let ffn = Weights { kind: &self.ffns[i], master: param(&layer.ffn), rounded: weight(&layer.ffn) };
             let normed = normed(block, norm.as_deref(), ones, [x_mid, rstd_mid]);
-            let input = Input { h, normed, training: args.gate_training(i) };
+            let input = Input { h, normed, training: args.gate_training(i, config.num_layers) };
             let Gradients { grads, partials, .. } = &mut gradients;
             let of_ffn = &mut grads.part_mut(layer.ffn.clone());
             ffn.backward(

@@ -1,0 +1,183 @@
+//! Holds the active share by the thresholds of the gates.
+//!
+//! The share is a known function of the thresholds once the logits of a batch are counted, so nothing has to be
+//! learned about the plant: the thresholds follow the quantile of the logits.
+//!
+//! ```text
+//! after a micro-batch at budget b, for the knots next to b (one knot: the target), of weight w
+//!   wanted      = the knot's share; of one knot that starts far away, a ramp from the first measured share
+//!   shift       = what has to be added to the knot's thresholds for the batch to open `wanted`
+//!   thresholds <- thresholds + w shift / 2
+//! weight      = 5 (mean threshold - the same at the start), of the mean-gate loss; mean over the knots that moved
+//! ```
+//! Half of a shift filters the text's own variation and still follows logits that move by a tenth per step.
+//!
+//! The loss of the text opens gates: it moves all logits of a router together, which moves the thresholds and nothing
+//! else, at the cost of the optimiser's steps. The weight is a price for open gates that stops this drift. It is
+//! proportional to the drift, so it settles where both are in balance.
+
+use serde::{Deserialize, Serialize};
+
+use crate::counts::LogitCounts;
+use crate::{Error, Result};
+
+/// Part of a shift that is made at once.
+const RATE: f64 = 0.5;
+/// A start this close to the target is not ramped.
+const CLOSE: f64 = 0.1;
+/// Thresholds stay within this; logits far beyond it are those of a broken router.
+const LARGEST: f64 = 30.0;
+/// A share of 1 has no quantile; all but the least certain gates are opened instead.
+const MOST: f64 = 0.999;
+
+/// Weight of the mean-gate loss per logit that the thresholds have moved, and its limit.
+const PRICE: f64 = 5.0;
+const LARGEST_WEIGHT: f64 = 50.0;
+
+/// The thresholds of one budget.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Knot {
+    /// The active share.
+    pub active: f64,
+    /// One threshold per layer, a logit.
+    pub bars: Vec<f64>,
+}
+
+/// Controller of the thresholds. Its serialised form resumes bit for bit.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ThresholdController {
+    /// In ascending order of their shares.
+    knots: Vec<Knot>,
+    /// Updates over which a single knot's share is approached from afar.
+    ramp: u64,
+    updates: u64,
+    /// The first measured share.
+    from: Option<f64>,
+    /// Mean threshold of each knot at the start.
+    start: Vec<f64>,
+}
+
+impl ThresholdController {
+    /// Holds the budgets of `knots`, between which thresholds are interpolated. A single knot's share is approached over
+    /// `ramp` updates where the model starts far from it.
+    ///
+    /// # Errors
+    /// There are no knots or no layers, a share is not in 0..=1, shares do not ascend, a threshold is not a number, or the
+    /// knots have different numbers of layers.
+    pub fn new(knots: Vec<Knot>, ramp: u64) -> Result<ThresholdController> {
+        let layers = knots.first().map_or(0, |knot| knot.bars.len());
+        let fits = |knot: &Knot| {
+            (0.0..=1.0).contains(&knot.active)
+                && knot.bars.len() == layers
+                && !knot.bars.iter().any(|bar| bar.is_nan())
+        };
+        let ascends = knots.windows(2).all(|pair| pair[0].active < pair[1].active);
+        if layers == 0 || !knots.iter().all(fits) || !ascends {
+            let found = format!("{:?}", knots.iter().map(|knot| knot.active).collect::<Vec<_>>());
+            let allowed = "ascending shares from 0 to 1, each with a threshold for every layer";
+            return Err(Error::range("budgets", found, allowed));
+        }
+        let mut controller = ThresholdController { knots, ramp, updates: 0, from: None, start: Vec::new() };
+        controller.clamp();
+        controller.begin();
+        Ok(controller)
+    }
+
+    /// Returns the budgets.
+    pub fn knots(&self) -> &[Knot] {
+        &self.knots
+    }
+
+    /// Returns the weight of the mean-gate loss ([`crate::SparsityOver::All`]) for the next step.
+    pub fn weight(&self) -> f32 {
+        let drifts = self.knots.iter().zip(&self.start).map(|(knot, start)| mean(&knot.bars) - start);
+        // Knots that no micro-batch is near stay where they are.
+        let drifts: Vec<f64> = drifts.filter(|drift| *drift != 0.0).collect();
+        (PRICE * mean(&drifts)).clamp(-LARGEST_WEIGHT, LARGEST_WEIGHT) as f32
+    }
+
+    /// Makes the present thresholds those of the start, as after they were fitted before a run.
+    pub fn begin(&mut self) {
+        self.start = self.knots.iter().map(|knot| mean(&knot.bars)).collect();
+    }
+
+    /// Returns the thresholds of layers at the budgets `active`, one per layer. Outside of the knots it is the nearest
+    /// one; of several knots, a budget of 1 opens all gates.
+    ///
+    /// # Panics
+    /// There are not as many budgets as layers.
+    pub fn bars(&self, active: &[f64]) -> Vec<f32> {
+        assert_eq!(active.len(), self.knots[0].bars.len(), "thresholds: budgets and layers");
+        let bar = |(layer, &active): (usize, &f64)| {
+            if active >= 1.0 && self.knots.len() > 1 {
+                return f32::NEG_INFINITY;
+            }
+            self.beside(active).iter().map(|&(at, weight)| weight * self.knots[at].bars[layer]).sum::<f64>()
+                as f32
+        };
+        active.iter().enumerate().map(bar).collect()
+    }
+
+    /// Returns the knots beside a budget, with their weights.
+    fn beside(&self, active: f64) -> [(usize, f64); 2] {
+        let last = self.knots.len() - 1;
+        let high = self.knots.iter().position(|knot| knot.active >= active).unwrap_or(last);
+        let low = high.saturating_sub(1);
+        let span = self.knots[high].active - self.knots[low].active;
+        if span <= 0.0 {
+            return [(low, 1.0), (high, 0.0)];
+        }
+        let rest = ((active - self.knots[low].active) / span).clamp(0.0, 1.0);
+        [(low, 1.0 - rest), (high, rest)]
+    }
+
+    /// Moves the thresholds after a micro-batch of these logits that ran at the mean budget `active`.
+    pub fn update(&mut self, active: f64, counts: &LogitCounts) {
+        if counts.is_empty() {
+            return;
+        }
+        let curves = counts.curves();
+        for (at, weight) in self.beside(active).into_iter().filter(|&(_, weight)| weight > 0.0) {
+            let wanted = self.wanted(self.knots[at].active, curves.share(&self.knots[at].bars));
+            let bars = &mut self.knots[at].bars;
+            let shift = curves.shift(bars, wanted.min(MOST));
+            bars.iter_mut().for_each(|bar| *bar += RATE * weight * shift);
+        }
+        self.updates += 1;
+        self.clamp();
+    }
+
+    /// Returns the share to open next.
+    fn wanted(&mut self, target: f64, share: f64) -> f64 {
+        let from = *self.from.get_or_insert(share);
+        if self.knots.len() > 1 || (from - target).abs() < CLOSE {
+            return target;
+        }
+        let done = ((self.updates + 1) as f64 / self.ramp.max(1) as f64).min(1.0);
+        from + done * (target - from)
+    }
+
+    /// Moves the thresholds of knot `at` so that the text of these logits opens its share exactly.
+    ///
+    /// # Panics
+    /// There is no such knot.
+    pub fn fit(&mut self, at: usize, counts: &LogitCounts) {
+        let knot = &mut self.knots[at];
+        if !counts.is_empty() {
+            let shift = counts.curves().shift(&knot.bars, knot.active.min(MOST));
+            knot.bars.iter_mut().for_each(|bar| *bar += shift);
+        }
+        self.clamp();
+    }
+
+    fn clamp(&mut self) {
+        let bars = self.knots.iter_mut().flat_map(|knot| &mut knot.bars);
+        bars.for_each(|bar| *bar = bar.clamp(-LARGEST, LARGEST));
+    }
+}
+
+fn mean(values: &[f64]) -> f64 {
+    values.iter().sum::<f64>() / values.len().max(1) as f64
+}
