@@ -8,6 +8,8 @@
 //! b = sum over removed j of m_j W_j
 //! ```
 //! The official code adds up variances sample by sample and leaves the first out; here they are those of the formula.
+//! In a model with massive values at first positions, these own the variances of a few neurons, whose layers then keep all
+//! of theirs; `first=false` leaves those positions out.
 //! Attention stays: FLAP's scores of heads compete with those of neurons there.
 
 use dsmoe_core::Config;
@@ -39,6 +41,8 @@ settings! {
         pub structure: Structure = Structure::Adaptive,
         /// True adds the mean of what removed neurons gave as a bias.
         pub bias: bool = true,
+        /// False leaves the first position of every text out of means and variances; the official code counts it.
+        pub first: bool = true,
     }
 }
 
@@ -202,7 +206,7 @@ impl Configured for Flap {
             let mut moments = Moments::new(down.inputs);
             let mut see = |tap: dsmoe_core::calibrate::Tap<'_>| {
                 if tap.input == Input::Neurons {
-                    moments.add(tap.x);
+                    moments.add(if self.0.first { tap.x } else { &tap.x[down.inputs..] });
                 }
             };
             stream.advance_seen(&weights, &mut see);
