@@ -224,8 +224,9 @@ sixteen_lanes!(Avx512Bf16, run_product_avx512bf16, true, pair_dot, converted_pai
 #[inline]
 #[target_feature(enable = "avx512f,avx512bf16")]
 fn rounded(values: __m512) -> __m256i {
+    let pairs = _mm512_cvtneps_pbh(values);
     // SAFETY: both are 256 bits, and every bit pattern is a vector of integers.
-    unsafe { std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(values)) }
+    unsafe { std::mem::transmute::<__m256bh, __m256i>(pairs) }
 }
 
 #[inline(always)]
