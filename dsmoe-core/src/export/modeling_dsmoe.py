@@ -36,6 +36,10 @@ def one_of(settings, key, allowed):
     return value
 
 
+def as_f32(value):
+    return struct.unpack("f", struct.pack("f", value))[0]
+
+
 def activation(config):
     # Early files of Gemma say gelu and mean its tanh form; no family here uses the other.
     name = getattr(config, "hidden_activation", None) or config.hidden_act
@@ -222,14 +226,14 @@ def threshold_logits(settings, layers):
         )
     above = next(i for i, budget in enumerate(budgets) if budget["active"] >= active)
     low, high = budgets[max(above - 1, 0)], budgets[above]
-    logits = torch.tensor(high["thresholds"], dtype=torch.float32)
+    logits = [as_f32(logit) for logit in high["thresholds"]]
     if high["active"] != active:
-        part = torch.tensor((active - low["active"]) / (high["active"] - low["active"]), dtype=torch.float32)
-        start = torch.tensor(low["thresholds"], dtype=torch.float32)
-        logits = start + part * (logits - start)
+        part = as_f32((active - low["active"]) / (high["active"] - low["active"]))
+        starts = [as_f32(logit) for logit in low["thresholds"]]
+        logits = [as_f32(start + as_f32(part * as_f32(logit - start))) for start, logit in zip(starts, logits)]
     if len(logits) != layers:
         raise ValueError(f"config.json: a budget has {len(logits)} thresholds for {layers} layers")
-    return logits.tolist()
+    return logits
 
 
 class DsmoeMLP(ExpertMLP):
@@ -247,7 +251,7 @@ class DsmoeMLP(ExpertMLP):
         self.force_argmax = one_of(settings, "zero_active", ("skip", "force_argmax")) == "force_argmax"
         self.straight_through = settings["ste"]
         # Logits are compared, not gates, with the logit of the threshold as f32.
-        (threshold,) = struct.unpack("f", struct.pack("f", settings["threshold"]))
+        threshold = as_f32(settings["threshold"])
         self.all_open = threshold == 0.0
         self.threshold_logit = math.log(threshold / (1.0 - threshold)) if 0.0 < threshold < 1.0 else math.inf
         logits = threshold_logits(settings, config.num_hidden_layers)

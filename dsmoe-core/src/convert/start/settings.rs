@@ -14,7 +14,7 @@ pub const RIDGE_TOKENS: usize = 16_384;
 /// What is fitted, and how. Every part can be switched off.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StartSettings {
-    /// The core's share of the experts that run; 0 for none, 1 for nothing but a core.
+    /// The core's share of the experts that run; 0 for none.
     pub core: f64,
     /// Neurons with the largest output at first positions that join the core, whatever they give elsewhere.
     pub massive: usize,
