@@ -170,15 +170,18 @@ fn number_length(code: &str) -> usize {
 
 /// Returns the length of the bracketed group that `code` begins with, and whether a comma is directly inside.
 fn group(code: &str) -> Option<(usize, bool)> {
-    let (mut depth, mut has_comma) = (0, false);
+    // What closes the brackets that are open.
+    let (mut open, mut has_comma) = (Vec::new(), false);
     for (at, c) in unquoted(code) {
         match c {
-            '(' | '[' | '{' => depth += 1,
-            ')' | ']' | '}' => depth -= 1,
-            ',' if depth == 1 => has_comma = true,
+            '(' => open.push(')'),
+            '[' => open.push(']'),
+            '{' => open.push('}'),
+            ')' | ']' | '}' if open.pop() != Some(c) => return None,
+            ',' if open.len() == 1 => has_comma = true,
             _ => {}
         }
-        if depth <= 0 {
+        if open.is_empty() {
             return Some((at + c.len_utf8(), has_comma));
         }
     }
