@@ -218,10 +218,8 @@ impl<'a> Scanner<'a> {
         let word = &rest[..rest.bytes().take_while(|byte| is_part(byte)).count()];
         let known = ["null", "true", "false", "NaN", "Infinity", "-Infinity", "-NaN", "+Infinity"];
         let number = word.trim_start_matches(['-', '+']);
-        let number = number.starts_with(|c: char| c.is_ascii_digit() || c == '.')
-            && number
-                .bytes()
-                .all(|byte| byte.is_ascii_digit() || matches!(byte, b'+' | b'-' | b'.' | b'e' | b'E'));
+        let number =
+            number.starts_with(|c: char| c.is_ascii_digit() || c == '.') && number.parse::<f64>().is_ok();
         if !number && !known.contains(&word) {
             return self.unexpected("a value");
         }
@@ -530,6 +528,9 @@ mod tests {
             "{\"a\": 1 2}",
             "{\"a\" 1}",
             "{\"a\": - }",
+            "{\"a\": 2e5e3}",
+            "{\"a\": 2-5}",
+            "{\"a\": 2.5.1}",
             "{\"a\": nul}",
         ] {
             assert!(matches!(row(json, "text").0, Err(Wrong::Syntax(_))), "{json}: {:?}", row(json, "text"));
