@@ -409,6 +409,9 @@ impl Linear {
     }
 }
 
+/// Receives an input of a layer's linears, and the residual stream that the output joins.
+type See<'a> = dyn FnMut(Input, &[f32], &[f32]) + 'a;
+
 impl Scratch {
     /// Sets `self.x` to the layer's output for one sequence of `states` `[seq, hidden]`.
     fn layer(
@@ -417,7 +420,7 @@ impl Scratch {
         weights: &LayerWeights,
         config: &Config,
         ropes: &Ropes,
-        tap: &mut dyn FnMut(Input, &[f32], &[f32]),
+        tap: &mut See<'_>,
     ) {
         self.attention(states, weights, config, ropes, tap);
         let block = Block::of(config);
@@ -470,7 +473,7 @@ impl Scratch {
         weights: &LayerWeights,
         config: &Config,
         ropes: &Ropes,
-        tap: &mut dyn FnMut(Input, &[f32], &[f32]),
+        tap: &mut See<'_>,
     ) {
         let block = Block::of(config);
         let seq = states.len() / config.hidden;

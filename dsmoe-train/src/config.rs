@@ -321,10 +321,10 @@ impl TrainConfig {
         }
         match (self.hold, self.budget()) {
             (Some(_), Budget::Weight(_)) => {
-                return Err(Error::field("hold", "set without a share", "it with an {active_target}"));
+                Err(Error::field("hold", "set without a share", "it with an {active_target}"))
             }
             (Some(Hold::Loss), Budget::Range(..)) => {
-                return Err(Error::field("hold", "loss for a range of shares", "threshold"));
+                Err(Error::field("hold", "loss for a range of shares", "threshold"))
             }
             _ => Ok(self),
         }

@@ -116,7 +116,7 @@ fn removal_is_zeroing_and_a_bias() {
             &loaded(&out),
             &ids[..4],
             &GenerateOptions { max_tokens: 3, ..GenerateOptions::default() },
-            &mut |_| true,
+            |_| true,
         );
         assert!(text.is_ok(), "{method}");
     }

@@ -339,7 +339,7 @@ fn a_rotation_of_parts_of_heads_is_written_as_it_was_read() {
     for kind in ["llama", "qwen3", "granite", "olmo3", "gemma3_text"] {
         for keys in [
             format!(r#"{{"rope_theta": 500.0, "rope_scaling": {linear}}}"#),
-            format!(r#"{{"partial_rotary_factor": 0.5, "rope_scaling": {{"type": "linear", "factor": 2}}}}"#),
+            r#"{"partial_rotary_factor": 0.5, "rope_scaling": {"type": "linear", "factor": 2}}"#.to_owned(),
             format!(r#"{{"rope_parameters": {{"full_attention": {linear}, "sliding_attention": {plain}}}}}"#),
             format!(
                 r#"{{"rope_parameters": {{"full_attention": {linear}, "sliding_attention": {linear}}}}}"#

@@ -128,13 +128,14 @@ fn solve(mut a: Vec<Vec<f64>>, mut b: Vec<Vec<f64>>, ridge: f64, free: usize) ->
     (0..n).map(|k| b[k].iter().map(|x| x / a[k][k]).collect()).collect()
 }
 
+/// Inputs, outputs and the factor of a row.
+type Row = (Vec<f64>, Vec<f64>, f64);
+
 /// Least squares with an intercept: centred sums, weighted by the squares of `factors`.
-fn regression(rows: &[(Vec<f64>, Vec<f64>, f64)], ridge: f64) -> (Vec<Vec<f64>>, Vec<f64>) {
+fn regression(rows: &[Row], ridge: f64) -> (Vec<Vec<f64>>, Vec<f64>) {
     let (inputs, outputs) = (rows[0].0.len(), rows[0].1.len());
     let total: f64 = rows.iter().map(|(.., s)| s * s).sum();
-    let mean = |of: &dyn Fn(&(Vec<f64>, Vec<f64>, f64)) -> f64| {
-        rows.iter().map(|row| row.2 * row.2 * of(row)).sum::<f64>() / total
-    };
+    let mean = |of: &dyn Fn(&Row) -> f64| rows.iter().map(|row| row.2 * row.2 * of(row)).sum::<f64>() / total;
     let m: Vec<f64> = (0..inputs).map(|i| mean(&|row| row.0[i])).collect();
     let n: Vec<f64> = (0..outputs).map(|o| mean(&|row| row.1[o])).collect();
     let (mut a, mut b) = (vec![vec![0.0; inputs]; inputs], vec![vec![0.0; outputs]; inputs]);

@@ -1,14 +1,14 @@
 //! Runs that learn from a teacher.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::common::*;
 use dsmoe_core::config::Config;
 use dsmoe_train::{Outcome, RunOptions};
 
 /// A run of the model of `bed` with a dense teacher of other weights.
-fn taught(bed: &Bed, name: &str, teacher: &PathBuf) -> RunOptions {
-    RunOptions { teacher: Some(teacher.clone()), ..bed.options(name) }
+fn taught(bed: &Bed, name: &str, teacher: &Path) -> RunOptions {
+    RunOptions { teacher: Some(teacher.to_owned()), ..bed.options(name) }
 }
 
 #[test]

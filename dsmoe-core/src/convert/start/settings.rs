@@ -105,7 +105,7 @@ impl fmt::Display for RouterTarget {
 /// Returns the default width of experts for FFNs of these sizes: the largest common divisor of at most 16, or where that is
 /// under 4 the smallest one above; the whole FFN where there is none.
 pub fn default_width(intermediates: impl Iterator<Item = usize>) -> usize {
-    let common = intermediates.fold(0, |a, b| gcd(a, b));
+    let common = intermediates.fold(0, gcd);
     let divides = |width: &usize| common > 0 && common.is_multiple_of(*width);
     let small = (1..=16).rev().find(divides).unwrap_or(1);
     if small >= 4 { small } else { (17..=common).find(divides).unwrap_or(small) }

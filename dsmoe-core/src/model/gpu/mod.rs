@@ -32,7 +32,7 @@ pub(crate) fn device_ffns(config: &Config, ffns: &[Box<dyn Ffn>]) -> Result<Vec<
             format!("a GPU does not run {} with {}", config.family().model_type, missing.join(", "));
         return Err(Error::argument(problem, "set {device} to cpu"));
     }
-    let form = |(layer, ffn): (usize, &Box<dyn Ffn>)| {
+    let form = |(layer, ffn): (usize, &dyn Ffn)| {
         ffn.on_device().ok_or_else(|| {
             let problem = match ffn.host_only() {
                 parts if parts.is_empty() => {
@@ -43,7 +43,7 @@ pub(crate) fn device_ffns(config: &Config, ffns: &[Box<dyn Ffn>]) -> Result<Vec<
             Error::argument(problem, "set {device} to cpu")
         })
     };
-    ffns.iter().enumerate().map(form).collect()
+    ffns.iter().map(|ffn| &**ffn).enumerate().map(form).collect()
 }
 
 /// Returns the switches of `config` that no GPU kernel has, in words.

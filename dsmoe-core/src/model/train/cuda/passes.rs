@@ -151,8 +151,7 @@ impl CudaTrainer {
             gradients.branch(layer.after_attention.as_ref().zip(after_attention), dy, dx, dh)?;
             gradients.linear(&layer.o, layer.o_bias.as_ref(), dy, a)?;
             linear::BackwardInput { dx: &mut *da, dy, w: &weight(&layer.o), add: false }.run()?;
-            attention::Backward { dqkv: &mut *dqkv, dout: &da, out: a, qkv, lse, heads, seq, deltas }
-                .run()?;
+            attention::Backward { dqkv: &mut dqkv, dout: &da, out: a, qkv, lse, heads, seq, deltas }.run()?;
             if let Some(rope) = config.architecture.layers[i].rope {
                 let positions = Positions::Sequences { len: seq, start: 0 };
                 rotate(config, i, &mut dqkv, &angles[rope], positions, true)?;
