@@ -18,6 +18,7 @@ use dsmoe_train::run::{Observer, Outcome, Trainer};
 use serde::Serialize;
 
 use crate::evaluation::domain_table;
+use crate::files::lossy;
 use crate::format;
 use crate::interrupts::STOP;
 use crate::progress::{Progress, Unit};
@@ -53,7 +54,9 @@ pub(crate) struct TrainSummary {
     sources: Vec<SourceSummary>,
     seconds: f64,
     tokens_per_s: f64,
+    #[serde(serialize_with = "lossy")]
     out: PathBuf,
+    #[serde(serialize_with = "lossy")]
     checkpoint: Option<PathBuf>,
 }
 

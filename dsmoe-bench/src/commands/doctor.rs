@@ -7,6 +7,7 @@ use dsmoe_kernels::Isa;
 use serde::Serialize;
 
 use crate::cli::doctor::Doctor;
+use crate::files::lossy;
 use crate::format;
 use crate::gpu::{Gpus, gpus};
 use crate::machine::Machine;
@@ -35,6 +36,7 @@ struct DoctorReport {
 
 #[derive(Debug, Serialize)]
 struct Data {
+    #[serde(serialize_with = "lossy")]
     path: PathBuf,
     found: bool,
     items: Vec<Item>,

@@ -13,6 +13,7 @@ use serde::Serialize;
 
 use crate::calibration;
 use crate::cli::reconstruct::Reconstruct;
+use crate::files::lossy;
 use crate::format;
 use crate::interrupts::{INTERRUPTED, STOP, catch_interrupts};
 use crate::memory;
@@ -21,8 +22,11 @@ use crate::ui::{Ui, stderr_line};
 
 #[derive(Debug, Serialize)]
 struct Report {
+    #[serde(serialize_with = "lossy")]
     model: PathBuf,
+    #[serde(serialize_with = "lossy")]
     teacher: PathBuf,
+    #[serde(serialize_with = "lossy")]
     out: PathBuf,
     finished: bool,
     tokens: usize,

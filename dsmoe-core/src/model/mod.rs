@@ -13,6 +13,7 @@ pub(crate) mod block;
 #[cfg(feature = "cuda")]
 pub(crate) mod gpu;
 pub(crate) mod inference;
+pub(crate) mod memory;
 pub(crate) mod ropes;
 pub(crate) mod tensors;
 pub(crate) mod train;
@@ -25,5 +26,6 @@ pub mod cuda {
 
 pub use arena::Model;
 pub use inference::{After, Cache, Inference, Likelihood, Segment, Workspace};
+pub use memory::MemoryUse;
 pub use tensors::Batch;
-pub use train::{MemoryUse, StepArgs, StepOutput, Teacher, TrainWorkspace};
+pub use train::{StepArgs, StepOutput, Teacher, TrainWorkspace};

@@ -17,8 +17,8 @@ use dsmoe_router::{GateValue, Rescale, RouterConfig, ZeroActive};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::ffn::{DeviceFfn, Ffn, Gated};
+use crate::model::memory::MemoryUse;
 use crate::model::tensors::attention_dims;
-use crate::model::train::MemoryUse;
 use crate::params::padded;
 
 /// Returns the forms of the FFNs of a model of `config` on a device.

@@ -33,15 +33,6 @@ pub struct StepArgs {
     pub seed: u64,
 }
 
-/// One use of memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MemoryUse {
-    /// The use.
-    pub what: &'static str,
-    /// Its size.
-    pub bytes: usize,
-}
-
 /// Losses and checks of a micro-batch.
 #[derive(Clone, Debug, Default)]
 pub struct StepOutput {

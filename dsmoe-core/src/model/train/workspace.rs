@@ -6,10 +6,10 @@ use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::{Precision, cross_entropy, expert_ffn};
 use dsmoe_router::RoutingStats;
 
-use super::MemoryUse;
 use crate::config::{Config, LayerShape};
 use crate::ffn::FfnScratch;
 use crate::model::arena::Model;
+use crate::model::memory::MemoryUse;
 
 /// Values that one layer's backward needs from its forward. Normed inputs are recomputed from the residual stream.
 #[derive(Debug)]

@@ -352,7 +352,7 @@ fn a_distillation_agrees_with_the_reference_on_every_tier() {
                 );
                 // Logits of up to 40 are rounded to 2e-6 before their exponential.
                 assert_close(&format!("dh {name}"), &dh, &want_dh, 1e-5);
-                assert_close(&format!("dhead {name}"), &dhead, &want_dhead, 1e-6);
+                assert_close(&format!("dhead {name}"), &dhead, &want_dhead, 4e-6);
             }
         }
     }

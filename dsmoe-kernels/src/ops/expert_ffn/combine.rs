@@ -15,6 +15,7 @@ use super::dims::Dims;
 use super::kernel::{FillTiles, FillWords, Neurons, Tiles, left_tiles};
 use super::packed::{NEURONS, PackedExperts, row_columns, tile_depth};
 use super::plan::{Pairs, Plan};
+use super::scratch::{Stored, recycled};
 use super::strips::{Run, Sum, list};
 use crate::blocks::each_when;
 use crate::buf::{Buf, SharedRows};
@@ -47,10 +48,10 @@ pub(super) fn row_major<A: Neurons, const N: usize>(
     terms: [&A; N],
     weights: [&[f32]; N],
     plan: &Plan<'_>,
-    stored: &mut Buf,
+    stored: &mut Stored,
 ) {
     match plan.pairs {
-        Pairs::Dense => dense(y, terms, weights, plan, stored),
+        Pairs::Dense => dense(y, terms, weights, plan, &mut stored.neurons),
         Pairs::Routed(_) => routed(y, terms, weights, plan, stored),
     }
 }
@@ -97,10 +98,12 @@ fn routed<A: Neurons, const N: usize>(
     terms: [&A; N],
     weights: [&[f32]; N],
     plan: &Plan<'_>,
-    words: &mut Buf,
+    memory: &mut Stored,
 ) {
     let Plan { dims: Dims { tokens, hidden, .. }, isa, precision, .. } = *plan;
-    let (runs, rows) = list(plan, N, 0..tokens);
+    let Stored { neurons: words, runs: list_of_runs, rows: rows_of_strips } = memory;
+    let mut runs = recycled(std::mem::take(list_of_runs));
+    let rows = list(&mut runs, plan, N, &(0..tokens));
     let group = row_words(isa, storage(isa, precision), NEURONS);
     words.resize(rows * group);
     let out = SharedRows::new(words, group);
@@ -115,8 +118,9 @@ fn routed<A: Neurons, const N: usize>(
         let weights = |run: &Run<'_>| (&right[run.expert * count * len..(run.expert + 1) * count * len], len);
         let (y, left) = (all.starting_at(first * PANEL), hidden - first * PANEL);
         let (columns, stored) = (left.min(count * PANEL), storage(isa, precision));
-        Sum { y, columns, block: 0..tokens, runs: &runs, neurons, weights, stored }.run(plan);
+        Sum { y, columns, block: 0..tokens, runs: &runs, neurons, weights, stored }.run(plan, rows_of_strips);
     });
+    *list_of_runs = recycled(runs);
 }
 
 /// Packs the weights of all terms for a number of panels at a time and calls `sum` with the first panel, their number, the
@@ -124,7 +128,7 @@ fn routed<A: Neurons, const N: usize>(
 fn with_packed<const N: usize>(
     weights: [&[f32]; N],
     plan: &Plan<'_>,
-    sum: impl Fn(usize, usize, &[f32], usize),
+    mut sum: impl FnMut(usize, usize, &[f32], usize),
 ) {
     let Plan { dims: Dims { hidden, num_experts, .. }, isa, precision, .. } = *plan;
     let width = plan.dims.expert_width();

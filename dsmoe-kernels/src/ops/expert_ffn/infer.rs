@@ -56,8 +56,10 @@ impl ForwardPacked<'_> {
         } else {
             let plan = Plan { pairs, dims, isa, precision: weights.precision(), accumulate: false };
             match pairs {
-                Pairs::Dense => dense(y, x, &weights.parts()[0], &plan, &mut scratch.stored),
-                Pairs::Routed(_) => open::forward(y, x, weights, &plan, &mut scratch.words),
+                Pairs::Dense => dense(y, x, &weights.parts()[0], &plan, &mut scratch.stored.neurons),
+                Pairs::Routed(_) => {
+                    open::forward(y, x, weights, &plan, &mut scratch.words, &mut scratch.stored);
+                }
             }
         }
         add_bias("expert_ffn::ForwardPacked", isa, y, weights.down_bias(), dims.hidden);

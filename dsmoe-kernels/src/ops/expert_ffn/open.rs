@@ -11,6 +11,7 @@ use super::dims::Dims;
 use super::kernel::gated;
 use super::packed::{NEURONS, PackedExperts, PackedWeights};
 use super::plan::Plan;
+use super::scratch::{Stored, recycled};
 use super::strips::{Run, Sum, list};
 use crate::buf::{Buf, SharedRows, with_spare};
 use crate::matmul::picked::{Products, Step, most_rows, row_words, with_rows, with_step};
@@ -27,21 +28,33 @@ const BLOCK: usize = 512;
 pub(super) struct Words {
     x: Buf,
     c: Buf,
+    panels: Vec<Panel<'static>>,
+    cut: Vec<Range<usize>>,
 }
 
 /// Sets y to the sum of the core and of the open experts; see [`ForwardPacked`](super::ForwardPacked).
-pub(super) fn forward(y: &mut [f32], x: &[f32], weights: &PackedWeights, plan: &Plan<'_>, words: &mut Words) {
+pub(super) fn forward(
+    y: &mut [f32],
+    x: &[f32],
+    weights: &PackedWeights,
+    plan: &Plan<'_>,
+    words: &mut Words,
+    stored: &mut Stored,
+) {
     let Plan { dims: Dims { tokens, hidden, .. }, isa, precision, .. } = *plan;
-    let Words { x: words_of_x, c } = words;
+    let Words { x: words_of_x, c, panels: list_of_panels, cut } = words;
+    let mut runs = recycled(std::mem::take(&mut stored.runs));
     let x = Rows::new(words_of_x, x, plan);
     let group = row_words(isa, precision, NEURONS);
     for start in (0..tokens).step_by(BLOCK) {
         let block = start..tokens.min(start + BLOCK);
-        let (runs, rows) = list(plan, 1, block.clone());
-        let panels: Vec<Panel<'_>> = runs.iter().flat_map(|run| Panel::all(run, weights)).collect();
+        let rows = list(&mut runs, plan, 1, &block);
+        let mut panels: Vec<Panel<'_>> = recycled(std::mem::take(list_of_panels));
+        panels.reserve(plan.dims.num_experts * plan.dims.expert_width().div_ceil(NEURONS));
+        panels.extend(runs.iter().flat_map(|run| Panel::all(run, weights)));
         c.resize(rows * group);
         let shared = SharedRows::new(c, group);
-        let cut = cut(&panels, tasks_for(2 * rows * NEURONS * hidden));
+        set_cut(cut, &panels, tasks_for(2 * rows * NEURONS * hidden));
         for_tasks(cut.len(), |task| {
             let panels = &panels[cut[task].clone()];
             let rows = panels.iter().map(|panel| panel.run.len()).max().unwrap_or(0);
@@ -53,8 +66,10 @@ pub(super) fn forward(y: &mut [f32], x: &[f32], weights: &PackedWeights, plan: &
         let y = SharedRows::new(y, hidden);
         let down = |run: &Run<'_>| weights.parts()[run.part].down_words(run.expert);
         Sum { y, columns: hidden, block, runs: &runs, neurons: c, weights: down, stored: precision }
-            .run(plan);
+            .run(plan, &mut stored.rows);
+        *list_of_panels = recycled(panels);
     }
+    stored.runs = recycled(runs);
 }
 
 /// Rows of x in words.
@@ -121,7 +136,7 @@ impl SetRows<'_> {
 }
 
 /// A panel of an open expert.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 struct Panel<'a> {
     run: &'a Run<'a>,
     experts: &'a PackedExperts,
@@ -152,10 +167,12 @@ impl<'a> Panel<'a> {
     }
 }
 
-/// Cuts the panels into about `tasks` runs with about as many pairs each.
-fn cut(panels: &[Panel<'_>], tasks: usize) -> Vec<Range<usize>> {
+/// Sets `cut` to about `tasks` ranges of the panels with about as many pairs each.
+fn set_cut(cut: &mut Vec<Range<usize>>, panels: &[Panel<'_>], tasks: usize) {
     let total: usize = panels.iter().map(|panel| panel.run.len()).sum();
-    let (mut cut, mut start, mut pairs) = (Vec::with_capacity(tasks), 0, 0);
+    cut.clear();
+    cut.reserve(tasks);
+    let (mut start, mut pairs) = (0, 0);
     for (i, panel) in panels.iter().enumerate() {
         pairs += panel.run.len();
         if pairs * tasks >= total * (cut.len() + 1) {
@@ -163,7 +180,6 @@ fn cut(panels: &[Panel<'_>], tasks: usize) -> Vec<Range<usize>> {
             start = i + 1;
         }
     }
-    cut
 }
 
 /// Sets the activations of some panels.

@@ -1,16 +1,36 @@
 //! The work space of the expert FFN.
 
+use std::ops::Range;
+
 use super::dims::Dims;
 use super::open::Words;
 use super::packed::tile_depth;
+use super::strips::Run;
 use crate::buf::Buf;
 use crate::matmul::Precision;
+
+/// The memory of a sum over experts. Its lists are made anew in every call.
+#[derive(Debug, Default)]
+pub(super) struct Stored {
+    /// The neurons that the sum reads.
+    pub(super) neurons: Buf,
+    pub(super) runs: Vec<Run<'static>>,
+    /// Rows of every run in every strip.
+    pub(super) rows: Vec<Range<usize>>,
+}
+
+/// Returns an empty vector of another type in the memory of `used`, if their items have one layout: collecting from a
+/// vector keeps its memory then.
+pub(super) fn recycled<A, B>(mut used: Vec<A>) -> Vec<B> {
+    used.clear();
+    used.into_iter().map(|_| unreachable!("the vector is empty")).collect()
+}
 
 /// Work space and precision of training. The space grows on demand and is kept; any scratch serves any shape.
 #[derive(Debug, Default)]
 pub struct Scratch {
     pub(super) precision: Precision,
-    pub(super) stored: Buf,
+    pub(super) stored: Stored,
     pub(super) words: Words,
     pub(super) g: Buf,
     pub(super) da: Buf,
@@ -33,7 +53,7 @@ impl Scratch {
             buf.resize(values);
         }
         let pairs = dims.tokens * dims.num_experts;
-        self.stored.resize(2 * pairs * tile_depth(dims.expert_width()));
+        self.stored.neurons.resize(2 * pairs * tile_depth(dims.expert_width()));
         self.dpairs.resize(pairs);
     }
 

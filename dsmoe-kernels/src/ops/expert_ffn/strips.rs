@@ -19,6 +19,7 @@ const ROWS: usize = 8;
 const GROUPS: usize = 16;
 
 /// An expert with the tokens of a block that run it.
+#[derive(Debug)]
 pub(super) struct Run<'a> {
     /// Its part of the plan; see [`Plan::parts`].
     pub(super) part: usize,
@@ -73,9 +74,17 @@ fn rows_of(list: &[u32], tokens: &Range<usize>) -> Range<usize> {
     before(tokens.start)..before(tokens.end)
 }
 
-/// Lists the experts with tokens in a block, and counts their rows of neurons, `terms` for each group and token.
-pub(super) fn list<'a>(plan: &Plan<'a>, terms: usize, block: Range<usize>) -> (Vec<Run<'a>>, usize) {
-    let (mut runs, mut first) = (Vec::with_capacity(plan.dims.num_experts), 0);
+/// Sets `runs` to the experts with tokens in a block, and returns their rows of neurons, `terms` for each group and token.
+pub(super) fn list<'a>(
+    runs: &mut Vec<Run<'a>>,
+    plan: &Plan<'a>,
+    terms: usize,
+    block: &Range<usize>,
+) -> usize {
+    runs.clear();
+    // Room for all experts: a token that opens more of them than any before it allocates nothing.
+    runs.reserve(plan.dims.num_experts);
+    let mut first = 0;
     for (number, (part, _)) in plan.parts().enumerate() {
         let groups = terms * part.dims.expert_width().div_ceil(NEURONS);
         for expert in 0..part.dims.num_experts {
@@ -83,7 +92,7 @@ pub(super) fn list<'a>(plan: &Plan<'a>, terms: usize, block: Range<usize>) -> (V
             let routed = match part.pairs {
                 Pairs::Dense => None,
                 Pairs::Routed(routes) => {
-                    let rows = rows_of(&routes.tokens[pairs.clone()], &block);
+                    let rows = rows_of(&routes.tokens[pairs.clone()], block);
                     pairs = pairs.start + rows.start..pairs.start + rows.end;
                     Some((&routes.tokens[pairs.clone()], &routes.coefficients[pairs.clone()]))
                 }
@@ -96,7 +105,7 @@ pub(super) fn list<'a>(plan: &Plan<'a>, terms: usize, block: Range<usize>) -> (V
             }
         }
     }
-    (runs, first)
+    first
 }
 
 /// The operands of a sum over the tokens of a block.
@@ -115,16 +124,19 @@ pub(super) struct Sum<'a, W> {
 }
 
 impl<'a, W: Fn(&Run<'_>) -> (&'a [f32], usize) + Sync> Sum<'a, W> {
-    /// Sets the rows of the block, or adds to them.
-    pub(super) fn run(&self, plan: &Plan<'_>) {
+    /// Sets the rows of the block, or adds to them. `rows` is memory.
+    pub(super) fn run(&self, plan: &Plan<'_>, rows: &mut Vec<Range<usize>>) {
         let Plan { isa, accumulate, .. } = *plan;
         let (strips, panels) = (self.block.len().div_ceil(STRIP), self.columns.div_ceil(PANEL));
         let work = self.neurons.len() / row_words(isa, self.stored, NEURONS) * NEURONS * self.columns;
         let ranges = tasks_for(work).div_ceil(strips).min(panels);
         let start = |strip: usize| self.block.start + strip * self.block.len() / strips;
         let tokens_of = |strip: usize| start(strip)..start(strip + 1);
-        let rows = |strip: usize| self.runs.iter().map(move |run| run.rows_of(&tokens_of(strip)));
-        let rows: Vec<Range<usize>> = (0..strips).flat_map(rows).collect();
+        let of_strip = |strip: usize| self.runs.iter().map(move |run| run.rows_of(&tokens_of(strip)));
+        rows.clear();
+        rows.reserve(strips * plan.dims.num_experts);
+        rows.extend((0..strips).flat_map(of_strip));
+        let rows = &rows[..];
         for_tasks(strips * ranges, |task| {
             let (strip, range) = (task % strips, task / strips);
             let (tokens, rows) = (tokens_of(strip), &rows[strip * self.runs.len()..][..self.runs.len()]);

@@ -6,9 +6,8 @@ use super::combine;
 use super::dims::{BiasGrads, Dims, Saved, WeightGrads, Weights, check, check_grads, is_empty};
 use super::kernel::{GateBackward, Gated, GatedDots, Plain};
 use super::plan::{Pairs, Plan, check_pairs};
-use super::scratch::Scratch;
+use super::scratch::{Scratch, Stored};
 use crate::blocks::{BLOCK, each_when};
-use crate::buf::Buf;
 use crate::isa::Isa;
 use crate::linear::{self, add_bias};
 use crate::matmul::{Mat, Operands, Precision, Source};
@@ -176,7 +175,7 @@ fn forward(
     x: &[f32],
     weights: &Weights<'_>,
     plan: &Plan<'_>,
-    stored: &mut Buf,
+    stored: &mut Stored,
 ) {
     let layout = Layout(plan);
     let [a, b] = saved;

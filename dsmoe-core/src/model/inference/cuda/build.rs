@@ -13,8 +13,8 @@ use crate::error::{Error, Result};
 use crate::ffn::DeviceFfn;
 use crate::model::gpu::turns::Turns;
 use crate::model::gpu::{check_memory, device_ffns, router_ranges};
+use crate::model::memory::MemoryUse;
 use crate::model::tensors::LayerRanges;
-use crate::model::train::MemoryUse;
 
 impl CudaInference {
     /// Moves a model to device `ordinal`.

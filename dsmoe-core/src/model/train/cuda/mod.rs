@@ -25,8 +25,8 @@ use crate::ffn::DeviceFfn;
 use crate::masks::Masks;
 use crate::model::arena::Model;
 use crate::model::gpu::{check_memory, device_ffns};
+use crate::model::memory::MemoryUse;
 use crate::model::tensors::{Ranges, check_input, ffns_of, lay_out, set_threshold};
-use crate::model::train::MemoryUse;
 use crate::params::Layout;
 
 /// A model in training on a GPU: parameters, gradients, moments and activations.
