@@ -50,10 +50,10 @@ pub(crate) const PAPER: Entry<Settings> = Entry {
 /// The method `lte`: Learn-To-be-Efficient (Zheng et al., NeurIPS 2024, arXiv 2402.06126) in DSMoE's form: experts of 32
 /// neurons with similar rows of `gate_proj` behind sigmoid routers with a fixed threshold.
 ///
-/// LTE trains routers and experts with soft gates, all experts running, and then freezes the routers and goes on with hard
-/// ones; here gates are hard from the start and the straight-through rule trains the routers. LTE's efficiency loss is the
-/// mean square of gates at a fixed weight; here a controller holds the share of active experts. Its separability loss is
-/// an option of training.
+/// LTE trains in two stages: soft gates with all experts active, then hard gates with frozen routers. This method has one
+/// stage, in which gates are hard and the straight-through estimator trains the routers. LTE's efficiency loss is the mean
+/// square of the gates at a fixed weight. Here a controller holds the share of active experts. LTE's separability loss is an
+/// option of training.
 pub(crate) const LTE: Entry<Settings> = Entry {
     name: "lte",
     summary: "LTE in one stage: experts of 32 similar neurons, random routers, hard gates; training reaches any budget",

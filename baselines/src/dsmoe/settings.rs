@@ -53,7 +53,7 @@ settings! {
 pub enum Experts {
     /// That many.
     Count(usize),
-    /// As many as have that many neurons.
+    /// The number of experts follows from this number of neurons in each.
     Width(usize),
     /// The default of the start.
     Auto,

@@ -230,7 +230,7 @@ fn the_static_core_is_the_least_squares_fit_on_its_own_stream() {
     }
 }
 
-/// As [`neurons`], of a model in memory whose FFNs have biases of their outputs: it is written and read back.
+/// Returns what [`neurons`] returns for a model in memory whose FFNs have output biases. The model is written and read back.
 fn of_model(model: &Model, layer: usize, text: &[Vec<u32>], work: &std::path::Path) -> (Vec<f64>, Vec<f64>) {
     let dir = work.join("silent");
     if !dir.exists() {

@@ -105,7 +105,7 @@ struct Contestant {
     index: usize,
     /// The share of active pairs asked for.
     active: f64,
-    /// Of the experts outside the core.
+    /// The routing covers the experts outside the core.
     routing: Routing,
 }
 

@@ -275,7 +275,7 @@ fn check_exports(model: &Exported<'_>, nll: &dyn Fn(&str) -> f64) {
     assert!((written - read).abs() < 1e-6, "{plain}: {written} and {read} from GGUF");
 }
 
-/// Of a model that reads images, too, the text model runs, and what is made of it stands alone.
+/// The text model of a model that also reads images runs. Models made from it need no vision tower.
 #[test]
 fn text_models_of_models_that_read_images_run() {
     let test = "families-images";

@@ -36,11 +36,11 @@ pub struct MoeConfig {
     pub active_target: Option<f64>,
     /// True if no weight of the dense model was changed since the conversion.
     pub untrained: bool,
-    /// What stands beside routed experts.
+    /// The parts beside routed experts.
     pub parts: MoeParts,
 }
 
-/// What may stand beside routed experts and their routers; the default is nothing.
+/// The optional parts beside routed experts and their routers. The default has none.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct MoeParts {
     /// The leading experts of each layer that every token runs with the factor 1 and that no router knows; empty for
@@ -60,7 +60,7 @@ pub struct MoeParts {
 pub struct Budget {
     /// The share of active experts, mean over layers, the core included.
     pub active: f64,
-    /// What a gate's logit has to exceed, by layer.
+    /// The threshold of the gates' logits in each layer. A gate is open where its logit is larger.
     pub thresholds: Vec<f32>,
 }
 

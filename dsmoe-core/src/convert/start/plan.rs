@@ -14,7 +14,7 @@ pub struct Start {
     pub active: f64,
     /// The settings of the gates, with the number of experts.
     pub router: RouterConfig,
-    /// What is fitted, and how.
+    /// The parts that are fitted, and their settings.
     pub settings: StartSettings,
     /// Seed of the experts' clusters.
     pub seed: u64,

@@ -33,7 +33,7 @@ pub(super) struct Router {
     pub(super) weight: Vec<f32>,
     /// `[routed]`.
     pub(super) bias: Vec<f32>,
-    /// What a logit has to exceed, by budget.
+    /// The threshold of logits for each budget.
     pub(super) thresholds: Vec<f32>,
     /// The one of the start.
     pub(super) bar: f32,
@@ -154,7 +154,7 @@ fn quantile(sorted: &[f32], above: f64, scale: f64) -> f64 {
     }
 }
 
-/// What experts give, from their neurons.
+/// Computes the norms of the experts' outputs from the values of their neurons.
 struct Scores<'a> {
     experts: &'a Experts,
     /// `D_e^T D_e` of every routed expert, `[width, width]`.
