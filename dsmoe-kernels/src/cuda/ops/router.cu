@@ -33,19 +33,22 @@ logits(float* z, const float* x, const float* rstd, const float* norm, const flo
 
 DEV float sigmoid(float z) { return z >= 0.0f ? 1.0f / (1.0f + expf(-z)) : expf(z) / (1.0f + expf(z)); }
 
-// A warp per token, four at a block. `threshold` is a logit; the mask is decided in f64, as on the CPU.
+// A warp per token, four at a block. `thresholds` are what a logit has to exceed, all open at -inf, and the logit at which
+// a gate is a half.
 extern "C" __global__ void __launch_bounds__(128)
-route(float* gates, float* coefficients, u8* mask, u32* active, const float* z, int tokens, int n, double threshold,
+route(float* gates, float* coefficients, u8* mask, u32* active, const float* z, int tokens, int n, const float* thresholds,
       int binary, int rescale, int force) {
   const int t = blockIdx.x * 4 + (threadIdx.x >> 5), lane = threadIdx.x & 31;
   if (t >= tokens) return;
+  const float bar = thresholds[0], centre = thresholds[1];
+  const bool all = bar == -__int_as_float(0x7f800000);
   const i64 at = (i64)t * n;
   int k = 0, best = 0x7fffffff;
   float top = -__int_as_float(0x7f800000);
   for (int e0 = 0; e0 < n; e0 += 32) {
     const int e = e0 + lane;
     const float ze = e < n ? z[at + e] : 0.0f;
-    k += __popc(__ballot_sync(0xffffffffu, e < n && (double)ze > threshold));
+    k += __popc(__ballot_sync(0xffffffffu, e < n && (all || ze > bar)));
     if (e < n && (ze > top || best == 0x7fffffff)) top = ze, best = e;
   }
   // The first of the largest.
@@ -59,8 +62,8 @@ route(float* gates, float* coefficients, u8* mask, u32* active, const float* z, 
   if (forced) k = 1;
   const float scale = rescale ? (float)n / (float)(k > 0 ? k : 1) : 1.0f;
   for (int e = lane; e < n; e += 32) {
-    const float ze = z[at + e], q = sigmoid(ze);
-    const bool on = (double)ze > threshold || (forced && e == best);
+    const float ze = z[at + e], q = sigmoid(ze - centre);
+    const bool on = all || ze > bar || (forced && e == best);
     mask[at + e] = on;
     gates[at + e] = q;
     coefficients[at + e] = on ? scale * (binary ? 1.0f : q) : 0.0f;
@@ -189,10 +192,21 @@ stats(u64* counts, double* sums, u32* of_tokens, const float* gates, const u8* m
     if (mask[i]) atomicAdd(counts + i % n, 1ull);
 }
 
+// Counts logits in `bins` of equal width, the first of which starts at -largest; those outside are in the first and last one.
+extern "C" __global__ void __launch_bounds__(256)
+count_logits(u64* bins, const float* z, i64 total, int count, double largest, double per_unit) {
+  const i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= total) return;
+  const double at = ((double)z[i] + largest) * per_unit;
+  // Not a number is in the first one.
+  const int bin = at >= count ? count - 1 : at > 0.0 ? (int)at : 0;
+  atomicAdd(bins + bin, 1ull);
+}
+
 // A thread per token; see the straight-through rule of the router crate.
 extern "C" __global__ void backward(float* dz, const float* dcoefficients, const float* gates, const u8* mask,
-                                    const u32* active, int tokens, int n, const float* weight, int all, int binary, int rescale,
-                                    int ste) {
+                                    const u32* active, int tokens, int n, const float* weight, float factor, int all,
+                                    int binary, int rescale, int ste) {
   const int t = blockIdx.x * blockDim.x + threadIdx.x;
   if (t >= tokens) return;
   const u32 k = active[t];
@@ -201,7 +215,7 @@ extern "C" __global__ void backward(float* dz, const float* dcoefficients, const
     const i64 i = (i64)t * n + e;
     const bool on = mask[i];
     float dq = ste || (on && !binary) ? scale * dcoefficients[i] : 0.0f;
-    if (on || all) dq += *weight;
+    if (on || all) dq += *weight * factor;
     const float q = gates[i];
     dz[i] = dq * q * (1.0f - q);
   }

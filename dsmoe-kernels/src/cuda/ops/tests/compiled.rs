@@ -39,7 +39,7 @@ fn kernels() -> [Spec; 13] {
     });
     let either = [false, true];
     let of_routers =
-        "logits route count scan scan_tokens fill stats backward backward_weights backward_input";
+        "logits route count scan scan_tokens fill stats count_logits backward backward_weights backward_input";
     [
         (&attention::SOURCE, "forward ragged deltas backward_queries backward_keys", 255, of_heads),
         (
