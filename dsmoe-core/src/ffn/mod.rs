@@ -29,13 +29,13 @@ pub(crate) use blocks::{DOWN_BIAS, OUTPUT_BIAS};
 pub use blocks::{block_len, projections, split, split_mut};
 pub use bound::RouterBound;
 pub(crate) use build::of_layer;
-#[cfg(feature = "cuda")]
-pub(crate) use gating::Gating;
 pub use dense::DenseFfn;
 pub use device::{DeviceFfn, GateBackward, HostGate, HostRouted};
 pub use dsmoe::DsmoeFfn;
 pub use form::DsmoeForm;
 pub use gated::{Gated, add_output_bias};
+#[cfg(feature = "cuda")]
+pub(crate) use gating::Gating;
 
 use crate::config::Config;
 use crate::error::{Error, Result, shown};

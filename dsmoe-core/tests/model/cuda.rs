@@ -11,9 +11,7 @@ use dsmoe_core::model::{After, Batch, Cache, Inference, Model, Segment, StepArgs
 use dsmoe_kernels::rng::Rng;
 use dsmoe_kernels::testing::{distance, has_gpu, norm, refused, shared, too_far};
 use dsmoe_kernels::{Precision, adamw};
-use dsmoe_router::{
-    GateValue, LogitCounts, Rescale, RouterConfig, RoutingStats, SparsityOver, ZeroActive,
-};
+use dsmoe_router::{GateValue, LogitCounts, Rescale, RouterConfig, RoutingStats, SparsityOver, ZeroActive};
 use serde_json::{Value, json};
 
 use crate::{golden, logits, losses, step_args, train, write_dense};
@@ -55,7 +53,9 @@ fn models(dir: &Path) -> Vec<(String, PathBuf)> {
             decide_gates(&out);
             all.push((format!("{name} {gate_value} {rescale} {zero_active} ste {ste}"), out));
         }
-        let budgets = json!([{"active": 0.4, "thresholds": [0.2, 0.1]}, {"active": 0.8, "thresholds": [-0.4, -0.2]}]);
+        // Thresholds of a few shares are close to 0, and those beyond are below all logits.
+        let budgets = json!([{"active": 0.4, "thresholds": [0.2, 0.1]}, {"active": 0.5, "thresholds": [-0.2, -0.3]},
+            {"active": 0.8, "thresholds": [-9.0, -9.0]}]);
         let forms = [
             json!({"core": [3, 1], "router_rank": 3, "correction": true, "budgets": budgets, "active_target": 0.5,
                 "gate_value": "binary", "router_bias": true}),
@@ -115,7 +115,11 @@ fn decide_gates(dir: &Path) {
                 values.iter_mut().take(3).enumerate().for_each(|(bit, x)| *x = [-0.5, 0.5][row >> bit & 1]);
             } else if decides {
                 values.iter_mut().for_each(|w| *w *= 0.05);
-                values[row % 3] = if name.ends_with("router.a.weight") { 1.0 } else { 0.4 + 0.05 * row as f32 };
+                values[row % 3] =
+                    if name.ends_with("router.a.weight") { 1.0 } else { 0.4 + 0.05 * row as f32 };
+            } else if name.ends_with("correction.weight") {
+                // It reads the large values.
+                values.iter_mut().for_each(|w| *w *= 0.1);
             }
         }
     }

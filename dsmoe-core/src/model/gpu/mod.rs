@@ -8,9 +8,9 @@ pub(crate) mod hosted;
 pub(crate) mod turns;
 
 use dsmoe_kernels::attention::{self, Scores};
-use dsmoe_kernels::cuda::{Gpu, GpuBuf};
 use dsmoe_kernels::cuda::ops::attention::{Heads, MAX_HEAD_DIM};
 use dsmoe_kernels::cuda::ops::{self, router};
+use dsmoe_kernels::cuda::{Gpu, GpuBuf};
 use dsmoe_router::{GateValue, Rescale, RouterConfig, ZeroActive};
 
 use crate::config::Config;
@@ -104,7 +104,8 @@ pub(crate) fn ffn_dims(ffn: &DeviceFfn, tokens: usize) -> ops::ffn::Dims {
 /// biases.
 pub(crate) fn by_lists(gpu: &Gpu, ffn: &DeviceFfn, tokens: usize) -> Option<ops::ffn::Dims> {
     let ([_, intermediate], hidden) = (ffn.cut(), ffn.gated().hidden);
-    let dims = ffn.routed().map(|num_experts| ops::ffn::Dims { tokens, hidden, intermediate, num_experts })?;
+    let dims =
+        ffn.routed().map(|num_experts| ops::ffn::Dims { tokens, hidden, intermediate, num_experts })?;
     (is_wide(ffn) && !ffn.gated().bias && dims.fit_lists(gpu)).then_some(dims)
 }
 
@@ -137,10 +138,7 @@ fn threshold_values<'a>(ffns: impl Iterator<Item = &'a DeviceFfn>) -> Vec<f32> {
 }
 
 /// Moves the thresholds of all layers to the device, `[layers, 2]`.
-pub(crate) fn thresholds<'a>(
-    gpu: &Gpu,
-    ffns: impl Iterator<Item = &'a DeviceFfn>,
-) -> Result<GpuBuf<f32>> {
+pub(crate) fn thresholds<'a>(gpu: &Gpu, ffns: impl Iterator<Item = &'a DeviceFfn>) -> Result<GpuBuf<f32>> {
     Ok(gpu.upload_rows(&threshold_values(ffns), 2)?)
 }
 

@@ -10,8 +10,14 @@ pub(super) static SOURCE: Source = Source { name: "router", text: include_str!("
 /// Tokens that one warp counts for one expert; whole warps.
 const CHUNK: usize = 64;
 
-pub(super) fn defines(offset: bool) -> [Define; 2] {
-    [("CHUNK", CHUNK as i64), ("OFFSET", i64::from(offset))]
+/// Tokens of a block that reads a router's weights once for all of them.
+const TILE: usize = 8;
+
+/// Tokens from which on blocks take several at a time: fewer of them would leave most of the device idle.
+const MANY: usize = 512;
+
+pub(super) fn defines(offset: bool) -> [Define; 3] {
+    [("CHUNK", CHUNK as i64), ("TILE_TOKENS", TILE as i64), ("OFFSET", i64::from(offset))]
 }
 
 /// Parts that a weight's gradient is summed in.
@@ -213,8 +219,9 @@ impl Logits<'_> {
             "cuda router::logits: z, router, x, bias"
         );
         let pointers = [z.arg(), x.arg(), rstd.arg(), weight.arg(), router.arg(), optional(bias)];
-        let args = [&pointers[..], &[n.into(), hidden.into()]].concat();
-        start_normed(x.gpu(), "logits", Grid::row(tokens, 256), &args, offset)
+        let args = [&pointers[..], &[tokens, n, hidden].map(Arg::Size)].concat();
+        let (entry, tile) = if tokens < MANY { ("logits", 1) } else { ("logits_of_many", TILE) };
+        start_normed(x.gpu(), entry, Grid::row(tokens.div_ceil(tile), 256), &args, offset)
     }
 }
 
@@ -243,7 +250,10 @@ impl Route<'_> {
         let tokens = z.len() / n.max(1);
         let (len, room, pairs) = (z.len(), routed.room(), routed.mask.len());
         let fit = len == tokens * n && tokens <= room && len <= pairs && thresholds.len() == 2;
-        assert!(fit, "cuda router::route: {len} logits of {n} experts, room for {room} tokens, {pairs} pairs");
+        assert!(
+            fit,
+            "cuda router::route: {len} logits of {n} experts, room for {room} tokens, {pairs} pairs"
+        );
         (routed.tokens, routed.num_experts) = (tokens, n);
         let Routed { gates: sigmoids, coefficients, mask, active, .. } = routed;
         let pointers = [sigmoids.arg(), coefficients.arg(), mask.arg(), active.arg(), z.arg()];
@@ -344,8 +354,7 @@ impl CountLogits<'_> {
         let count = bins.len();
         assert!(count > 0, "cuda router::count_logits: no bins");
         let largest = Arg::F64(count as f64 / (2.0 * per_unit));
-        let args =
-            [bins.arg(), z.arg(), Arg::I64(z.len() as i64), count.into(), largest, Arg::F64(per_unit)];
+        let args = [bins.arg(), z.arg(), Arg::I64(z.len() as i64), count.into(), largest, Arg::F64(per_unit)];
         start(z.gpu(), "count_logits", Grid::row(z.len().div_ceil(256), 256), &args)
     }
 }
@@ -453,7 +462,7 @@ impl BackwardInput<'_> {
         let lens = [router.len(), dz.len()];
         assert_eq!(lens, [n * hidden, tokens * n], "cuda router::backward_input: router, dz");
         let args = [dh.arg(), dz.arg(), router.arg(), tokens.into(), n.into(), hidden.into()];
-        let grid = Grid::plane(hidden.div_ceil(128), tokens.min(65535), 128);
+        let grid = Grid::plane(hidden.div_ceil(128), tokens.div_ceil(TILE).min(65535), 128);
         start(dz.gpu(), "backward_input", grid, &args)
     }
 }

@@ -373,8 +373,7 @@ impl Weights<'_> {
         let (mut dz, gates) = (dlogits.shaped_mut(h.rows(), n), &gates(&router.form.gates()));
         let sparsity = Sparsity { factor: router.form.sparsity_factor(), ..sparsity };
         router::Backward { dz: &mut dz, dcoefficients, routed, sparsity, gates }.run()?;
-        let [dfirst, dsecond, dbias, dcorrection] =
-            &mut grads.parts(gating.ranges(self.kind.gated().len()));
+        let [dfirst, dsecond, dbias, dcorrection] = &mut grads.parts(gating.ranges(self.kind.gated().len()));
         let dbias = bias.map(|_| &mut **dbias);
         let Some(second) = second else {
             let drouter = &mut **dfirst;

@@ -129,8 +129,11 @@ impl CudaTrainer {
             partials,
             ..
         } = &mut self.acts;
-        let sparsity =
-            Sparsity { weight: &self.sparsity_weight, factor: 1.0, all: args.sparsity_over == SparsityOver::All };
+        let sparsity = Sparsity {
+            weight: &self.sparsity_weight,
+            factor: 1.0,
+            all: args.sparsity_over == SparsityOver::All,
+        };
         let mut gradients = Gradients { block, params: &self.params, grads, partials };
         let Stream { x, rstd } = &streams[ranges.layers.len()];
         gradients.backward(&ranges.norm, dx, dh, [x, rstd], false)?;

@@ -45,7 +45,13 @@ fn cuda_ffn_of_few_tokens_is_the_reference() {
                     (0..pairs).map(|at| at % n < core || f64::from(rng.uniform()) < open).collect();
                 let mut factor = |at: usize| match (at % n < core, mask[at]) {
                     (true, _) => 1.0,
-                    (_, on) => if on { 0.5 + rng.uniform() } else { 0.0 },
+                    (_, on) => {
+                        if on {
+                            0.5 + rng.uniform()
+                        } else {
+                            0.0
+                        }
+                    }
                 };
                 let coefficients: Vec<f32> = (0..pairs).map(&mut factor).collect();
                 let x = values(tokens * hidden, 1);
