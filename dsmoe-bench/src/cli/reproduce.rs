@@ -60,6 +60,9 @@ pub(crate) struct Reproduce {
     /// Directory of the stages; shards on one file system can share it [default: OUT/cache]
     #[arg(long, value_name = "DIR")]
     pub(crate) stages: Option<PathBuf>,
+    /// Remove the weights of models that are measured and that no other row needs; the results stay
+    #[arg(long)]
+    pub(crate) discard: bool,
     /// Continue in an --out that is not empty
     #[arg(long)]
     pub(crate) resume: bool,

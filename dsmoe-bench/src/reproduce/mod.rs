@@ -140,8 +140,11 @@ fn reproduce(
         write_json(&out.join(TIMINGS).join(format!("{id}.json")), &timing)
     };
     save(BASE, stages.run_base(&mut base, &base_parts)?)?;
-    for Planned { job, parts, .. } in jobs {
+    for (at, Planned { job, parts, .. }) in jobs.iter().enumerate() {
         save(&job.id(), stages.run(*job, &mut base, parts)?)?;
+        if args.discard {
+            stages.discard(*job, jobs[at + 1..].iter().map(|later| later.job), &base)?;
+        }
     }
     if args.shard.is_some() {
         ui.note(format_args!("{}: this part is done; combine all with dsmoe reproduce merge", out.display()));

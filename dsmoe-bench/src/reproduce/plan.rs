@@ -1,5 +1,6 @@
 //! `dsmoe reproduce --dry-run`: the trainings of a reproduction, and their cost on this machine.
 
+use std::collections::HashSet;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
@@ -79,7 +80,7 @@ pub(super) fn run(args: &Reproduce, profile: &Profile, jobs: &[Planned<'_>], ui:
     let costs = Costs { profile, sources, seq: train.seq };
     let counts = Accounting::of(&dense);
     let budget = profile.budget(&dense)?;
-    let mut rows = Vec::new();
+    let (mut rows, mut elastic) = (Vec::new(), HashSet::new());
     let mut disk_bytes = 4 * counts.total;
     if let (Some(config), None) = (profile.pretrain(), &args.model) {
         let config = config?.resolve()?;
@@ -89,7 +90,9 @@ pub(super) fn run(args: &Reproduce, profile: &Profile, jobs: &[Planned<'_>], ui:
         let planned = profile.plan_of(job.spec, &dense)?;
         let mut config =
             profile.train_of(job.spec, job.seed, profile.target_of(job.spec, &dense)?)?.resolve()?;
-        if job.spec.untrained {
+        // An elastic model is trained for its first row.
+        let again = job.spec.role == Role::Elastic && !elastic.insert((&job.spec.of, job.seed));
+        if job.spec.untrained || again {
             config.steps = Some(0);
         }
         // The routers of a method's default are known to its plan alone.
@@ -115,13 +118,19 @@ pub(super) fn run(args: &Reproduce, profile: &Profile, jobs: &[Planned<'_>], ui:
             row.hours += flops / speed / 3600.0;
         }
         // The model before and after training.
-        disk_bytes += 2 * 4 * counts.total;
+        if !args.discard {
+            disk_bytes += 2 * 4 * counts.total;
+        }
         rows.push(row);
     }
     if rows.is_empty() {
         bail!("nothing to do: these outputs and this part have no method of the profile");
     }
     disk_bytes += CHECKPOINT_BYTES * counts.total;
+    if args.discard {
+        // One row, and what rows of several budgets share.
+        disk_bytes += 4 * 4 * counts.total;
+    }
     let plan = Plan {
         profile,
         model,

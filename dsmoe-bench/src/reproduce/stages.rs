@@ -9,6 +9,7 @@ use dsmoe_core::accounting::Accounting;
 use dsmoe_core::checkpoint::copy_companions;
 use dsmoe_core::config::Config;
 use dsmoe_core::init::{InitOptions, init};
+use dsmoe_train::TrainConfig;
 use dsmoe_train::tasks::model_sha256;
 use serde_json::{Value, json};
 
@@ -20,7 +21,7 @@ use super::measuring::{Subject, measure, measure_grid, measure_speed};
 use super::outputs::Part;
 use super::profile::Role;
 use super::records::{BASE, Made, Milestone, Run, Timing, Trained};
-use super::training::{Training, remove_checkpoints, settled, training_speed};
+use super::training::{Training, remove_checkpoints, remove_weights, settled, training_speed};
 use super::work::{Stage, Work};
 use crate::files::{read_json, write_json};
 
@@ -169,17 +170,10 @@ impl Stages<'_> {
     fn train(&mut self, job: Job<'_>, base: &Base, start: &Start) -> Result<(Trained, Key)> {
         let Inputs { profile, options, text, costs, ui, .. } = self.inputs;
         let (inputs, spec, id, device) = (self.inputs, job.spec, job.id(), options.device);
-        let config = profile.train_of(spec, job.seed, profile.target_of(spec, &base.config)?)?;
+        let config = self.config_of(job, base)?;
         let milestones = profile.milestones_of(spec);
-        // An elastic model is trained once and measured at every budget.
-        let serves: Vec<Option<f64>> = match spec.role {
-            Role::Elastic => profile.budgets.iter().copied().map(Some).collect(),
-            _ => vec![None],
-        };
-        let precision = inputs.precision();
-        let how = json!([precision.name(), inputs.windows(), serves]);
-        let settings = json!([start.key, settled(&config)?, text.key, milestones, how, device.is_gpu()]);
-        let key = Key::of("train", &settings);
+        let (precision, serves) = (inputs.precision(), self.served(job));
+        let key = self.train_key(job, base)?;
         let cost = costs.train(&config)? + (milestones.len() * serves.len()) as f64 * costs.text();
         let stage = Stage { name: "train", of: &id, key: &key, cost };
         let steps_left = &mut self.steps_left;
@@ -243,6 +237,54 @@ impl Stages<'_> {
         };
         let train_tokens_per_s = training_speed(subject.dir);
         Ok(Timing { method: run.method.clone(), seed: run.seed, speed, grid, train_tokens_per_s })
+    }
+
+    /// Removes the weights that only `job` needed, not one of `later`.
+    pub(crate) fn discard<'j>(
+        &self,
+        job: Job<'_>,
+        later: impl Iterator<Item = Job<'j>>,
+        base: &Base,
+    ) -> Result<()> {
+        let mut dirs = self.weights_of(job, base)?;
+        for other in later {
+            let needed = self.weights_of(other, base)?;
+            dirs.retain(|dir| !needed.contains(dir));
+        }
+        dirs.iter().try_for_each(|dir| remove_weights(dir))
+    }
+
+    /// Lists the directories that may hold weights of a method and seed.
+    fn weights_of(&self, job: Job<'_>, base: &Base) -> Result<Vec<PathBuf>> {
+        let mut dirs = vec![self.work.cache.dir("make", &self.made_key(job, base)?).join("model")];
+        if !job.spec.untrained {
+            dirs.push(self.work.cache.dir("train", &self.train_key(job, base)?).join("run"));
+        }
+        Ok(dirs)
+    }
+
+    /// Returns the settings of the training of a method and seed.
+    fn config_of(&self, job: Job<'_>, base: &Base) -> Result<TrainConfig> {
+        let profile = self.inputs.profile;
+        profile.train_of(job.spec, job.seed, profile.target_of(job.spec, &base.config)?)
+    }
+
+    /// Lists the shares that a model is measured at in training: an elastic one is trained once for every budget.
+    fn served(&self, job: Job<'_>) -> Vec<Option<f64>> {
+        match job.spec.role {
+            Role::Elastic => self.inputs.profile.budgets.iter().copied().map(Some).collect(),
+            _ => vec![None],
+        }
+    }
+
+    fn train_key(&self, job: Job<'_>, base: &Base) -> Result<Key> {
+        let Inputs { profile, options, text, .. } = self.inputs;
+        let config = settled(&self.config_of(job, base)?)?;
+        let how = json!([self.inputs.precision().name(), self.inputs.windows(), self.served(job)]);
+        let milestones = profile.milestones_of(job.spec);
+        let made = self.made_key(job, base)?;
+        let settings = json!([made, config, text.key, milestones, how, options.device.is_gpu()]);
+        Ok(Key::of("train", &settings))
     }
 
     fn made_key(&self, job: Job<'_>, base: &Base) -> Result<Key> {

@@ -131,6 +131,20 @@ pub(crate) fn remove_checkpoints(run: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Removes the weights of a model, and leaves everything else of its directory.
+pub(crate) fn remove_weights(model: &Path) -> Result<()> {
+    if !model.is_dir() {
+        return Ok(());
+    }
+    for entry in fs::read_dir(model).with_context(|| model.display().to_string())? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "safetensors") {
+            fs::remove_file(&path).with_context(|| path.display().to_string())?;
+        }
+    }
+    Ok(())
+}
+
 /// Returns the tokens per second of the median training step.
 pub(crate) fn training_speed(run: &Path) -> Option<f64> {
     let text = fs::read_to_string(run.join("metrics.jsonl")).ok()?;
