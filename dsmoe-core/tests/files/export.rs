@@ -188,7 +188,7 @@ fn longrope_of_a_pruned_phi3_is_refused() {
         "model_type": "phi3", "vocab_size": 16, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 2,
         "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64,
         "original_max_position_embeddings": 32, "rms_norm_eps": 1e-5, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-        "rope_scaling": {"type": "longrope", "short_factor": [1.0; 4], "long_factor": [2.0; 4]},
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.0, 1.0, 1.0], "long_factor": [2.0, 2.0, 2.0, 2.0]},
     });
     let hf = ExportOptions::new(ExportAs::Transformers);
     let dir = |name: &str, config: &Config| {

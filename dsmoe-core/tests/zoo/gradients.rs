@@ -54,7 +54,7 @@ pub(crate) fn families() -> Vec<(&'static str, Value)> {
 }
 
 /// The forms of an FFN: dense, experts alone, experts behind a core, and experts with all that may stand beside them.
-const FORMS: [&str; 4] = ["dense", "experts", "core", "parts"];
+pub(crate) const FORMS: [&str; 4] = ["dense", "experts", "core", "parts"];
 
 pub(crate) fn config(family: &str, keys: &Value, form: &str) -> Config {
     let mut json = json!({
@@ -84,24 +84,6 @@ pub(crate) fn config(family: &str, keys: &Value, form: &str) -> Config {
         map.insert("dsmoe".into(), moe);
     }
     Config::from_json("config.json".as_ref(), &json.to_string()).unwrap()
-}
-
-/// A GPU runs none of what may stand beside experts, and says which.
-#[cfg(feature = "cuda")]
-#[test]
-fn parts_beside_experts_are_refused_by_name_on_a_gpu() {
-    use dsmoe_core::model::cuda::CudaTrainer;
-    use dsmoe_core::{Device, Inference};
-    use dsmoe_kernels::testing::refused;
-
-    let all =
-        ["a core of experts", "routers of low rank", "a correction of the output", "thresholds by budget"];
-    for (form, names) in [("core", &all[..1]), ("parts", &all[..])] {
-        let model = random(config("llama", &json!({}), form));
-        let parts = [&["a GPU does not run", "device to cpu"], names].concat();
-        refused(CudaTrainer::memory(model.config(), 8), &parts);
-        refused(Inference::new_on(&model, Precision::Bf16, Device::Cuda(0)), &parts);
-    }
 }
 
 pub(crate) fn random(config: Config) -> Model {
