@@ -31,7 +31,7 @@ use super::blocks::each_when;
 use crate::buf::SharedRows;
 use crate::crew;
 use crate::isa::Isa;
-use crate::matmul::{for_tasks, tasks_for};
+use crate::matmul::{for_tasks_when, tasks_for};
 use tile::View;
 
 /// Most queries of [`Decode`].
@@ -185,7 +185,7 @@ impl Decode<'_> {
             let visible = dims.visible(i) - first_seen;
             isa.run(decode::Group { out, q, k, v, visible, dims });
         };
-        if tasks > 1 { for_tasks(all, attend) } else { (0..all).for_each(attend) }
+        for_tasks_when(tasks > 1, all, attend);
     }
 }
 

@@ -15,7 +15,7 @@ use super::scratch::{Stored, recycled};
 use super::strips::{ROWS, list};
 use crate::buf::{SharedRows, with_spare};
 use crate::matmul::picked::{AddToStrips, Step, most_rows, row_words, with_rows, with_step};
-use crate::matmul::{PANEL, for_tasks, tasks_for};
+use crate::matmul::{PANEL, for_tasks, for_tasks_when, tasks_for};
 use crate::simd::{Kernel, Product, ProductKernel, Simd};
 
 /// Most tokens.
@@ -59,7 +59,7 @@ pub(super) fn forward(
             isa.run_product(Task { gate_up, tokens: 0..tokens, sum, spare, next });
         });
     };
-    in_tasks(cut.len(), tasks_for(3 * rows * NEURONS * hidden), run);
+    for_tasks_when(tasks_for(3 * rows * NEURONS * hidden) > 1, cut.len(), run);
     let parts = &parts[..cut.len() * part];
     let ranges = tasks_for(parts.len()).min(hidden.div_ceil(PANEL));
     let y = SharedRows::new(y, hidden);
@@ -70,11 +70,6 @@ pub(super) fn forward(
     });
     *list_of_panels = recycled(panels);
     stored.runs = recycled(runs);
-}
-
-/// Runs `count` tasks, on this thread alone if threads would be given `wanted` tasks and that is one.
-fn in_tasks(count: usize, wanted: usize, task: impl Fn(usize) + Send + Sync) {
-    if wanted > 1 { for_tasks(count, task) } else { (0..count).for_each(task) }
 }
 
 /// Sets `sum`, a strip for every panel of columns, to what some panels of neurons add to y.

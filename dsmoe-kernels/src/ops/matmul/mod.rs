@@ -25,8 +25,8 @@ pub(crate) use pack::{PANEL, Source};
 pub use packed::Packed;
 pub(crate) use packed::{PackPanel, panel_len, panels};
 pub(crate) use product::{
-    Grid, Operands, PackRight, RIGHT_LEN, ROUND, Rows, for_tasks, right_len, right_panels, storage,
-    tasks_for, with_right,
+    Grid, Operands, PackRight, RIGHT_LEN, ROUND, Rows, for_tasks, for_tasks_when, right_len, right_panels,
+    storage, tasks_for, with_right,
 };
 
 use crate::isa::Isa;

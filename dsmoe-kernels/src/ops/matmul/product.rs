@@ -164,6 +164,11 @@ pub(crate) fn for_tasks(tasks: usize, task: impl Fn(usize) + Send + Sync) {
     }
 }
 
+/// Does as [`for_tasks`] if `parallel`, else runs the tasks on this thread.
+pub(crate) fn for_tasks_when(parallel: bool, tasks: usize, task: impl Fn(usize) + Send + Sync) {
+    if parallel { for_tasks(tasks, task) } else { (0..tasks).for_each(task) }
+}
+
 thread_local! {
     /// Packed B of the product that this thread has started. It is taken while in use: a thread that waits may start
     /// another product.
@@ -361,7 +366,7 @@ pub(super) fn products_packed<const N: usize>(
             Grid::new(m, w.outputs().div_ceil(PANEL), ks.len(), tasks)
         });
         let sinks = sinks.map(|rows| Rows { accumulate: start > 0, ..rows });
-        for_tasks(grids.iter().map(Grid::len).sum(), |mut task| {
+        for_tasks_when(tasks > 1, grids.iter().map(Grid::len).sum(), |mut task| {
             let mut product = 0;
             while task >= grids[product].len() {
                 task -= grids[product].len();
