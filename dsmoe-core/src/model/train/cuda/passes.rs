@@ -121,7 +121,7 @@ impl CudaTrainer {
             ..
         } = &mut self.acts;
         let sparsity =
-            Sparsity { weight: &self.sparsity_weight, all: args.sparsity_over == SparsityOver::All };
+            Sparsity { weight: &self.sparsity_weight, all: args.sparsity_over != SparsityOver::Active };
         let mut gradients = Gradients { block, params: &self.params, grads, partials };
         let Stream { x, rstd } = &streams[ranges.layers.len()];
         gradients.backward(&ranges.norm, dx, dh, [x, rstd], false)?;
