@@ -152,7 +152,7 @@ mod tests {
         let layer = |known: &[(usize, f64)], size, least| Costs { known: known.to_vec(), size, least };
         let layers = [
             layer(&[(1, 8.0), (2, 3.0), (4, 0.5)], 6, 1),
-            layer(&[(1, 2.0), (3, 1.0)], 5, 1),
+            layer(&[(1, 1.28), (3, 0.32)], 5, 1),
             layer(&[(2, 6.0), (4, 2.9)], 6, 2),
         ];
         for costs in &layers {
