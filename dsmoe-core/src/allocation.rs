@@ -156,8 +156,7 @@ mod tests {
             layer(&[(2, 6.0), (4, 2.9)], 6, 2),
         ];
         for costs in &layers {
-            let gains: Vec<f64> =
-                (costs.least..costs.size).map(|n| costs.at(n) - costs.at(n + 1)).collect();
+            let gains: Vec<f64> = (costs.least..costs.size).map(|n| costs.at(n) - costs.at(n + 1)).collect();
             assert!(gains.is_sorted_by(|a, b| a >= b), "{gains:?}");
         }
         let cost = |sizes: &[usize]| -> f64 { layers.iter().zip(sizes).map(|(of, &n)| of.at(n)).sum() };

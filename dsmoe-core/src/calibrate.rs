@@ -21,8 +21,8 @@ use dsmoe_kernels::matmul::{Mat, Packed};
 use dsmoe_kernels::{Precision, add, attention, linear, swiglu};
 
 use crate::checkpoint::{
-    Checkpoint, EMBEDDING, LayerNorm, LlamaTensors, WeightReader, attention_name, check_llama_tensors, ffn_name,
-    open_model,
+    Checkpoint, EMBEDDING, LayerNorm, LlamaTensors, WeightReader, attention_name, check_llama_tensors,
+    ffn_name, open_model,
 };
 use crate::config::{CONFIG_FILE, Config};
 use crate::error::{Error, Result};

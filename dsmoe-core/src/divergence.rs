@@ -9,10 +9,10 @@
 
 use std::path::Path;
 
+use dsmoe_kernels::Precision;
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::cross_entropy::{LogSoftmaxRow, Logits};
 use dsmoe_kernels::matmul::{Mat, MatmulPacked, Packed};
-use dsmoe_kernels::Precision;
 use rayon::prelude::*;
 
 use crate::calibrate::{Down, FfnTap, LayerStream, LayerWeights};

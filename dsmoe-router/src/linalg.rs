@@ -123,7 +123,8 @@ mod tests {
             let mut x = right.clone();
             solve_positive(h.clone(), n, &mut x).unwrap();
             let entry = |at: usize| -> f32 {
-                let terms = (0..n).map(|k| f64::from(h[at / columns * n + k]) * f64::from(x[k * columns + at % columns]));
+                let terms = (0..n)
+                    .map(|k| f64::from(h[at / columns * n + k]) * f64::from(x[k * columns + at % columns]));
                 terms.sum::<f64>() as f32
             };
             let back: Vec<f32> = (0..n * columns).map(entry).collect();

@@ -25,6 +25,10 @@ const WARMUP_STEPS: u64 = 100;
 const PAPER_SPARSITY: f64 = 1.0;
 /// Weight of a teacher's divergence: the text's own loss keeps a tenth, since a distribution tells more than one token.
 pub(crate) const TEACHER_WEIGHT: f64 = 0.9;
+/// Tokens of a row of a cached teacher, when nothing else is said.
+pub const TEACHER_TOP: usize = 64;
+/// Most tokens of a row.
+const MOST_TOP: usize = 4096;
 
 dsmoe_core::with_defaults! {
     /// The settings of a run, apart from the model and the text. Unknown keys are errors.
@@ -80,6 +84,9 @@ dsmoe_core::with_defaults! {
         /// Weight of the divergence from the teacher, 0 to 1; the text's loss has the rest. Only with a teacher; default
         /// 0.9.
         pub teacher_weight: Option<f64> = None,
+        /// Tokens of the teacher's distribution that are told apart, the most likely ones; all others are one outcome of the
+        /// divergence. Default all of them, with a cache of the teacher 64.
+        pub teacher_top: Option<usize> = None,
         /// Learning rate of the routers over that of the rest; default 1.
         pub router_lr_scale: f64 = 1.0,
         /// Seed of the order of the windows; default 0.
@@ -287,6 +294,7 @@ impl TrainConfig {
         }
         in_range("seed", self.seed, 0..=i64::MAX as u64)?;
         in_range("keep", self.keep, 1..=usize::MAX)?;
+        in_range("teacher_top", self.teacher_top.unwrap_or(1), 1..=MOST_TOP)?;
         in_range("log_every", self.log_every, 1..=u64::MAX)?;
         in_range("save_every", self.save_every.unwrap_or(1), 1..=u64::MAX)?;
         in_range("eval_every", self.eval_every.unwrap_or(1), 1..=u64::MAX)?;
@@ -432,6 +440,7 @@ mod tests {
             (vec!["beta2=1"], ["beta2 is 1", "below 1"]),
             (vec!["active_target=0"], ["active_target is 0", "above 0"]),
             (vec!["teacher_weight=1.5"], ["teacher_weight is 1.5", "0 to 1"]),
+            (vec!["teacher_top=0"], ["teacher_top is 0", "use 1 to"]),
             (vec!["separability=-1"], ["separability is -1", "0 to"]),
             (vec!["active_range=[0.5, 0.25]"], ["active_range is 0.5 to 0.25", "ascending"]),
             (vec!["active_range=[0.5]"], ["setting `active_range=[0.5]`", "length"]),

@@ -17,6 +17,7 @@ pub mod schedule;
 mod step;
 pub mod tasks;
 mod teacher;
+mod teacher_cache;
 pub mod tensorboard;
 
 pub use config::TrainConfig;
@@ -24,3 +25,4 @@ pub use error::{Error, Result};
 pub use eval::{EvalOptions, EvalReport, evaluate};
 pub use metrics::StepRecord;
 pub use run::{Observer, Outcome, RunOptions, TrainData, Trainer};
+pub use teacher_cache::{LARGEST_CACHE, RowShape};

@@ -15,7 +15,6 @@ use std::time::Instant;
 
 use dsmoe_core::checkpoint::{Dtype, copy_companions};
 use dsmoe_core::masks::MASKS_FILE;
-use dsmoe_core::model::Teacher;
 use dsmoe_core::{Device, Inference, Model};
 use dsmoe_datasets::mixture::UNNAMED;
 use dsmoe_datasets::overlap::TokenTexts;
@@ -25,7 +24,7 @@ use serde_json::{Value, json};
 
 use crate::budgets;
 use crate::checkpoint::{self, FORMAT_VERSION, State};
-use crate::config::{Budget, Hold, NearDuplicates, TEACHER_WEIGHT, TrainConfig};
+use crate::config::{Budget, Hold, NearDuplicates, TEACHER_TOP, TEACHER_WEIGHT, TrainConfig};
 use crate::engine::StepResult;
 use crate::error::{Error, Result};
 use crate::eval::{Domain, EvalOptions, EvalReport, evaluate_domains};
@@ -33,7 +32,8 @@ use crate::files;
 use crate::metrics::{METRICS_FILE, Metrics, StepRecord, eval_line, resident_bytes, step_line};
 use crate::optim::AdamW;
 use crate::step::{Gates, StepText, Stepper};
-use crate::teacher::{self, TeacherId};
+use crate::teacher::{self, Lessons, TeacherId};
+use crate::teacher_cache::{RowShape, TeacherCache};
 use crate::tensorboard::EventWriter;
 
 const CONFIG_FILE: &str = "run.toml";
@@ -56,6 +56,8 @@ pub struct RunOptions {
     pub stop_after: Option<u64>,
     /// A model directory whose distributions of the next token the run learns too.
     pub teacher: Option<PathBuf>,
+    /// A directory that keeps the teacher's most likely tokens, for later epochs and other runs.
+    pub teacher_cache: Option<PathBuf>,
     /// The device to train and evaluate on. A run may resume on another; its numbers then differ in the last bits.
     pub device: Device,
 }
@@ -64,7 +66,16 @@ impl RunOptions {
     /// Starts a new run of the model in `source` into the empty directory `out`, on the processor, to its end.
     pub fn new(source: &Path, out: &Path) -> RunOptions {
         let (out, source, device) = (out.to_path_buf(), source.to_path_buf(), Device::Cpu);
-        RunOptions { out, source, resume: false, force: false, stop_after: None, teacher: None, device }
+        RunOptions {
+            out,
+            source,
+            resume: false,
+            force: false,
+            stop_after: None,
+            teacher: None,
+            teacher_cache: None,
+            device,
+        }
     }
 }
 
@@ -148,7 +159,7 @@ impl Trainer {
         let filter = near_duplicates(&data, &mut config)?;
         let mixture = Mixture::new(&data.sources, config.split_options(), filter)?;
         let order = mixture.interleaving(config.batch, config.seed)?;
-        let (teacher, teacher_id) = teacher_of(&model, &mut config, &options)?.unzip();
+        let (lessons, teacher_id) = lessons_of(&model, &mut config, &options)?.unzip();
         let pool = config.threads.map(thread_pool).transpose()?;
         let Held { controller, thresholds, weight: sparsity_weight } =
             held(&model, &mut config, options.device)?;
@@ -188,7 +199,7 @@ impl Trainer {
             None => Metrics::create(&path, &header)?,
         };
         let events = EventWriter::create(&options.out, options.resume.then_some(state.step))?;
-        let mut stepper = Stepper::new(&model, optimizer, &state.config, options.device, teacher)?;
+        let mut stepper = Stepper::new(&model, optimizer, &state.config, options.device, lessons)?;
         if state.thresholds.is_some() {
             stepper.engine.count_logits()?;
         }
@@ -270,6 +281,7 @@ impl Trainer {
         while self.state.step < last {
             let Some(record) = self.take_step(started, stop)? else { break };
             observer.step(&record);
+            self.stepper.engine.notes().iter().for_each(|note| observer.note(note));
             let step = self.state.step;
             let due = |every: Option<u64>| every.is_some_and(|every| step.is_multiple_of(every));
             if step == total && self.state.thresholds.is_some() {
@@ -517,23 +529,42 @@ fn check_fit(model: &Model, data: &TrainData, config: &TrainConfig) -> Result<()
     Ok(())
 }
 
-/// Loads the teacher, if there is one, and sets its default weight in `config`.
-fn teacher_of(
+/// Loads the teacher, if there is one, opens its cache, and sets the defaults of its settings in `config`.
+fn lessons_of(
     model: &Model,
     config: &mut TrainConfig,
     options: &RunOptions,
-) -> Result<Option<(Teacher, TeacherId)>> {
+) -> Result<Option<(Lessons, TeacherId)>> {
     let Some(dir) = &options.teacher else {
-        return match config.teacher_weight {
+        let cache = options.teacher_cache.as_ref().map(|dir| dir.display().to_string());
+        let settings = [
+            ("teacher_weight", config.teacher_weight.map(|weight| weight.to_string())),
+            ("teacher_top", config.teacher_top.map(|top| top.to_string())),
+            ("teacher_cache", cache),
+        ];
+        return match settings.into_iter().find_map(|(field, found)| Some((field, found?))) {
             None => Ok(None),
-            Some(weight) => Err(Error::field("teacher_weight", weight, "it with a {teacher} only")),
+            Some((field, found)) => Err(Error::field(field, found, "it with a {teacher} only")),
         };
     };
     if options.device != Device::Cpu {
         return Err(Error::field("teacher", "set for a GPU", "a teacher with {device} cpu only"));
     }
     let weight = *config.teacher_weight.get_or_insert(TEACHER_WEIGHT);
-    teacher::load(dir, weight, model.config(), config.seq).map(Some)
+    let vocab = model.config().vocab_size;
+    if let Some(top) = config.teacher_top.filter(|&top| top > vocab) {
+        return Err(Error::field("teacher_top", top, format!("at most the vocabulary's {vocab}")));
+    }
+    let (teacher, id) = teacher::load(dir, weight, model.config(), config.seq)?;
+    let cache = match &options.teacher_cache {
+        None => None,
+        Some(cache) => {
+            let top = *config.teacher_top.get_or_insert(TEACHER_TOP.min(vocab));
+            let shape = RowShape { seq: config.seq, top, vocab };
+            Some(TeacherCache::open(cache, &teacher::contents_of(dir)?, shape)?)
+        }
+    };
+    Ok(Some((Lessons::new(teacher, config.teacher_top, cache), id)))
 }
 
 /// Returns the filter, if one is wanted, and sets the default in `config`.
@@ -603,15 +634,11 @@ fn held(model: &Model, config: &mut TrainConfig, device: Device) -> Result<Held>
         return wrong("no target for a model whose tokens all run the same number of experts");
     }
     let ramp = (config.steps.unwrap_or(1) / RAMP_SHARE).max(1);
-    let on_host = device == Device::Cpu;
     let by_default = match config.budget() {
         Budget::Range(..) => Hold::Threshold,
         _ => Hold::Loss,
     };
     match *config.hold.get_or_insert(by_default) {
-        Hold::Threshold if !on_host => {
-            Err(Error::field("hold", "threshold on a GPU", "loss, and one {active_target}"))
-        }
         Hold::Threshold => {
             let thresholds = budgets::controller(model, config, ramp * config.accumulate as u64)?;
             Ok(Held { thresholds: Some(thresholds), ..none })

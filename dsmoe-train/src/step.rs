@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use dsmoe_core::model::{Batch, StepArgs, Teacher};
+use dsmoe_core::model::{Batch, StepArgs};
 use dsmoe_core::{Device, Model};
 use dsmoe_datasets::{Interleaving, Mixture};
 use dsmoe_kernels::rng::Rng;
@@ -13,6 +13,7 @@ use crate::config::{Budget, TrainConfig};
 use crate::engine::{self, Engine, EngineOptions, StepResult};
 use crate::error::Result;
 use crate::optim::{AdamW, Update, clip_scale};
+use crate::teacher::Lessons;
 
 /// Takes optimiser steps on the text of a run.
 #[derive(Debug)]
@@ -51,13 +52,13 @@ impl Stepper {
         optimizer: AdamW,
         config: &TrainConfig,
         device: Device,
-        teacher: Option<Teacher>,
+        lessons: Option<Lessons>,
     ) -> Result<Stepper> {
         let (seq, precision) = (config.seq, config.dtype);
         let tokens = config.batch * seq;
         let mut engine = engine::new(model, optimizer, EngineOptions { tokens, seq, precision, device })?;
-        if let Some(teacher) = teacher {
-            engine.set_teacher(teacher)?;
+        if let Some(lessons) = lessons {
+            engine.set_teacher(lessons)?;
         }
         Ok(Stepper {
             engine,

@@ -5,16 +5,19 @@ use std::path::{Path, PathBuf};
 use dsmoe_core::Inference;
 use dsmoe_core::checkpoint::open_model;
 use dsmoe_core::config::Config;
-use dsmoe_core::model::Teacher;
+use dsmoe_core::model::{Teacher, TopRows};
 use dsmoe_datasets::files::hex;
 use dsmoe_kernels::Precision;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
+use crate::teacher_cache::{TeacherCache, round};
 
 /// Bytes of each tensor that the identity of a teacher covers.
 const IDENTITY_BYTES: u64 = 4096;
+/// Bytes of a tensor that are read at a time; a multiple of all element sizes.
+const HASHED_AT_ONCE: usize = 1 << 20;
 
 /// The teacher of a run, as its state and its metrics name it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -24,6 +27,64 @@ pub(crate) struct TeacherId {
     pub(crate) path: PathBuf,
     /// Hash of names, shapes, and first bytes of its tensors.
     pub(crate) sha256: String,
+}
+
+/// What a run learns of its teacher.
+#[derive(Debug)]
+pub struct Lessons {
+    pub(crate) teacher: Teacher,
+    pub(crate) of: LessonsOf,
+}
+
+/// The distributions that are learned.
+#[derive(Debug)]
+pub(crate) enum LessonsOf {
+    /// Those of all tokens.
+    All,
+    /// Those of the most likely tokens.
+    Top {
+        /// Their number.
+        top: usize,
+        /// Holds the rows of sequences of earlier steps and runs.
+        cache: Option<TeacherCache>,
+        /// The rows of the micro-batch at work.
+        rows: TopRows,
+    },
+}
+
+impl Lessons {
+    /// Makes the lessons of `teacher`: of all tokens, or of its `top` most likely ones.
+    pub(crate) fn new(teacher: Teacher, top: Option<usize>, cache: Option<TeacherCache>) -> Lessons {
+        let of = match top {
+            None => LessonsOf::All,
+            Some(top) => LessonsOf::Top { top, cache, rows: TopRows::default() },
+        };
+        Lessons { teacher, of }
+    }
+
+    /// Returns what the cache has to say to the user since the last call.
+    pub(crate) fn notes(&mut self) -> Vec<String> {
+        match &mut self.of {
+            LessonsOf::Top { cache: Some(cache), .. } => cache.notes(),
+            _ => Vec::new(),
+        }
+    }
+}
+
+/// Sets `rows` to those of sequences of `seq` tokens, from `cache` or from `teacher`: the same values either way.
+pub(crate) fn learn(
+    teacher: &mut Teacher,
+    cache: Option<&mut TeacherCache>,
+    (inputs, seq): (&[u32], usize),
+    top: usize,
+    rows: &mut TopRows,
+) -> Result<()> {
+    let Some(cache) = cache else {
+        teacher.most_likely(inputs, seq, top, rows)?;
+        round(rows);
+        return Ok(());
+    };
+    cache.rows(inputs, rows, &mut |missing, rows| Ok(teacher.most_likely(missing, seq, top, rows)?))
 }
 
 /// Loads the teacher in `dir` of models of `student`, whose sequences have `seq` tokens. Its weights are packed in bf16.
@@ -60,6 +121,27 @@ fn identity(dir: &Path, config: &Config) -> Result<String> {
         bytes.resize(whole as usize, 0);
         checkpoint.read_at(view, 0, &mut bytes)?;
         hasher.update(&bytes);
+    }
+    Ok(hex(&hasher.finalize()))
+}
+
+/// Computes the hash under which a cache keeps what the model in `dir` says: of its settings and of all of its weights.
+pub(crate) fn contents_of(dir: &Path) -> Result<String> {
+    let config = Config::load(dir)?;
+    let checkpoint = open_model(dir, &config)?;
+    let mut hasher = Sha256::new();
+    hasher.update(format!("{config:?}\n"));
+    let mut bytes = vec![0; HASHED_AT_ONCE];
+    for name in checkpoint.names() {
+        let Some(view) = checkpoint.tensor(name) else { continue };
+        hasher.update(format!("{name} {} {:?}\n", view.stored_as(), view.shape));
+        let mut at = 0;
+        while at < view.len {
+            let len = (view.len - at).min(HASHED_AT_ONCE as u64);
+            checkpoint.read_at(view, at, &mut bytes[..len as usize])?;
+            hasher.update(&bytes[..len as usize]);
+            at += len;
+        }
     }
     Ok(hex(&hasher.finalize()))
 }

@@ -76,6 +76,10 @@ pub(crate) struct Train {
     /// Weight of the divergence from the teacher, 0 to 1; the text's loss has the rest [default: 0.9]
     #[arg(long, value_name = "X", requires = "teacher")]
     pub(crate) teacher_weight: Option<f64>,
+    /// Directory that keeps the most likely tokens of the teacher (64, or --set teacher_top=N) for every sequence, so that
+    /// later epochs and other runs do not compute them; all other tokens count as one in the divergence
+    #[arg(long, value_name = "DIR", requires = "teacher")]
+    pub(crate) teacher_cache: Option<PathBuf>,
     /// TOML file with settings; flags override it
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,

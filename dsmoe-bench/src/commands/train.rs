@@ -10,8 +10,9 @@ use dsmoe_core::accounting::Accounting;
 use dsmoe_core::config::Config;
 use dsmoe_datasets::CorpusOptions;
 use dsmoe_kernels::Precision;
-use dsmoe_train::config::{Budget, NearDuplicates, TrainConfig};
+use dsmoe_train::config::{Budget, NearDuplicates, TEACHER_TOP, TrainConfig};
 use dsmoe_train::run::{RunOptions, TrainData, Trainer};
+use dsmoe_train::{LARGEST_CACHE, RowShape};
 use serde::Serialize;
 
 use crate::cli::train::Train;
@@ -50,6 +51,9 @@ struct TrainPlan {
     /// Memory of the GPU by use.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     device_memory: Vec<MemoryUse>,
+    /// Largest size of the teacher's cache on the disk after this run.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    teacher_cache_bytes: Option<u64>,
     config: TrainConfig,
 }
 
@@ -59,6 +63,7 @@ pub(crate) fn run(args: &Train, threads: Option<u16>, ui: &mut Ui) -> Result<Exi
     let options = CorpusOptions {
         doc_separator: config.doc_separator.clone(),
         text_column: config.text_column.clone(),
+        ..CorpusOptions::default()
     };
     let texts = open(&args.data, &options)?;
     // Wrong settings are reported before the model and the text are read.
@@ -82,6 +87,7 @@ pub(crate) fn run(args: &Train, threads: Option<u16>, ui: &mut Ui) -> Result<Exi
         force: args.force,
         stop_after: args.stop_after,
         teacher: args.teacher.clone(),
+        teacher_cache: args.teacher_cache.clone(),
         device: args.device,
     };
     let mut trainer = Trainer::new(model, data, config, options)?;
@@ -171,6 +177,11 @@ fn plan(args: &Train, config: TrainConfig, texts: &[Text]) -> Result<TrainPlan> 
         memory.push(teacher_memory(&Config::load(teacher)?, &config));
     }
     let device_memory = device_plan(&model, &config, args.device)?;
+    let teacher_cache_bytes = args.teacher_cache.as_ref().map(|_| {
+        let top = config.teacher_top.unwrap_or(TEACHER_TOP.min(model.vocab_size));
+        let shape = RowShape { seq: config.seq, top, vocab: model.vocab_size };
+        shape.bytes(steps * tokens_per_step / config.seq as u64).min(LARGEST_CACHE)
+    });
     Ok(TrainPlan {
         model: args.model.clone(),
         out: args.out.clone(),
@@ -194,6 +205,7 @@ fn plan(args: &Train, config: TrainConfig, texts: &[Text]) -> Result<TrainPlan> 
         memory_bytes: memory.iter().map(|memory| memory.bytes).sum(),
         memory,
         device_memory,
+        teacher_cache_bytes,
         config,
     })
 }
@@ -230,6 +242,9 @@ fn show_plan(plan: &TrainPlan) -> String {
         let all = plan.device_memory.iter().map(|memory| memory.bytes).sum();
         fields.push(("GPU memory", format!("about {}", format::bytes(all))));
         fields.extend(uses(&plan.device_memory));
+    }
+    if let Some(bytes) = plan.teacher_cache_bytes {
+        fields.push(("teacher cache", format!("at most {} on the disk", format::bytes(bytes))));
     }
     fields.push(("out", plan.out.display().to_string()));
     format::fields(fields)

@@ -369,7 +369,8 @@ fn layers_share_the_budgets_by_what_their_experts_add() {
     quieter.save(&model, Dtype::F32).unwrap();
     let mut options = options(0.5);
     options.router.num_experts = 12;
-    let settings = StartSettings { widths: Widths::Kl, budgets: Some(vec![0.4, 0.75, 1.0]), ..options.settings };
+    let settings =
+        StartSettings { widths: Widths::Kl, budgets: Some(vec![0.4, 0.75, 1.0]), ..options.settings };
     for (core, elastic) in [(0.5, false), (0.5, true), (0.0, false)] {
         options.settings = StartSettings { core, core_first: 1.0 / 3.0, elastic, ..settings.clone() };
         let (out, started) = made(&model, &options);

@@ -1,7 +1,7 @@
 //! Training steps with a teacher.
 
 use dsmoe_core::checkpoint::Dtype;
-use dsmoe_core::model::{Batch, Inference, Model, Teacher, TrainWorkspace};
+use dsmoe_core::model::{Batch, Inference, Model, Teacher, TopRows, TrainWorkspace};
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::cross_entropy::IGNORE;
 
@@ -92,4 +92,38 @@ fn teachers_that_do_not_fit_are_refused() {
     let error = |teacher, weight| Teacher::new(teacher, weight, model.config()).unwrap_err().to_string();
     assert!(error(load(&other), 0.5).contains("60 tokens for a model of 61"));
     assert!(error(load(&of_teacher), 1.5).contains("use 0 to 1"));
+}
+
+#[test]
+fn the_most_likely_tokens_teach_what_the_whole_teacher_does() {
+    let dir = tempfile::tempdir().unwrap();
+    let (model, of_teacher) = models(dir.path());
+    let (inputs, targets) = (ids(TOKENS, 1, 61), ids(TOKENS, 2, 61));
+    let batch = Batch { inputs: &inputs, targets: &targets, seq: 8 };
+    let args = step_args(TOKENS);
+    let mut teacher = teacher(&of_teacher, 0.8, &model);
+    let mut workspace = TrainWorkspace::new(&model, TOKENS, Precision::F32);
+    let mut want = vec![0.0; model.layout().len()];
+    let whole = model.distill_step(&mut want, batch, &args, &mut teacher, &mut workspace).unwrap();
+    let mut rows = TopRows::default();
+    let mut last = 0.0;
+    for top in [1, 8, 61] {
+        teacher.most_likely(&inputs, 8, top, &mut rows).unwrap();
+        let mut grads = vec![0.0; want.len()];
+        let output = model.distill_step_from(&mut grads, batch, &args, (&rows, 0.8), &mut workspace).unwrap();
+        assert_eq!(output.loss_sum, whole.loss_sum);
+        assert!(output.divergence_sum > last && output.divergence_sum < whole.divergence_sum + 1e-3, "{top}");
+        last = output.divergence_sum;
+        if top == 61 {
+            let largest = want.iter().fold(0f32, |most, g| most.max(g.abs()));
+            let off = grads.iter().zip(&want).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
+            assert!((last - whole.divergence_sum).abs() < 1e-3 && off < 1e-5 * largest, "{off} of {largest}");
+        }
+    }
+    // The rows of a sequence do not depend on the others of its batch.
+    let mut alone = TopRows::default();
+    teacher.most_likely(&inputs, 8, 5, &mut rows).unwrap();
+    teacher.most_likely(&inputs[8..16], 8, 5, &mut alone).unwrap();
+    assert_eq!((&alone.ids[..], &alone.log_p[..]), (&rows.ids[40..80], &rows.log_p[48..96]));
+    assert!(teacher.most_likely(&inputs, 8, 62, &mut rows).unwrap_err().to_string().contains("62 most likely"));
 }

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 
 use dsmoe_core::Model;
-use dsmoe_core::model::{Batch, StepArgs, Teacher, TrainWorkspace};
+use dsmoe_core::model::{Batch, StepArgs, TrainWorkspace};
 use dsmoe_core::params::Layout;
 use dsmoe_kernels::buf::Buf;
 use dsmoe_router::{LogitCounts, RoutingStats};
@@ -11,6 +11,7 @@ use dsmoe_router::{LogitCounts, RoutingStats};
 use super::{Engine, EngineOptions, StepResult};
 use crate::error::Result;
 use crate::optim::{AdamW, Update, grad_norms};
+use crate::teacher::{Lessons, LessonsOf, learn};
 
 /// The memory of training on the processor.
 #[derive(Debug)]
@@ -20,7 +21,7 @@ pub(super) struct CpuEngine {
     layout: Layout,
     grads: Buf,
     workspace: Box<TrainWorkspace>,
-    teacher: Option<Box<Teacher>>,
+    lessons: Option<Box<Lessons>>,
     /// The losses of the step so far.
     result: StepResult,
     micro_batches: u64,
@@ -35,7 +36,7 @@ impl CpuEngine {
             layout: model.layout().clone(),
             grads: Buf::zeros(model.layout().len()),
             workspace: Box::new(TrainWorkspace::new(model, options.tokens, options.precision)),
-            teacher: None,
+            lessons: None,
             result: StepResult::default(),
             micro_batches: 1,
             predicted: 0,
@@ -57,9 +58,15 @@ impl Engine for CpuEngine {
 
     fn micro_batch(&mut self, model: &Model, batch: Batch<'_>, args: &StepArgs) -> Result<bool> {
         let (grads, workspace) = (&mut self.grads, &mut self.workspace);
-        let output = match &mut self.teacher {
+        let output = match self.lessons.as_deref_mut() {
             None => model.train_step(grads, batch, args, workspace)?,
-            Some(teacher) => model.distill_step(grads, batch, args, teacher, workspace)?,
+            Some(Lessons { teacher, of: LessonsOf::All }) => {
+                model.distill_step(grads, batch, args, teacher, workspace)?
+            }
+            Some(Lessons { teacher, of: LessonsOf::Top { top, cache, rows } }) => {
+                learn(teacher, cache.as_mut(), (batch.inputs, batch.seq), *top, rows)?;
+                model.distill_step_from(grads, batch, args, (rows, teacher.weight()), workspace)?
+            }
         };
         self.predicted += batch.targets.len();
         let (result, parts) = (&mut self.result, self.micro_batches as f64);
@@ -114,9 +121,13 @@ impl Engine for CpuEngine {
         self.workspace.stats().and_then(RoutingStats::logits)
     }
 
-    fn set_teacher(&mut self, teacher: Teacher) -> Result<()> {
-        self.teacher = Some(Box::new(teacher));
+    fn set_teacher(&mut self, lessons: Lessons) -> Result<()> {
+        self.lessons = Some(Box::new(lessons));
         Ok(())
+    }
+
+    fn notes(&mut self) -> Vec<String> {
+        self.lessons.as_mut().map_or_else(Vec::new, |lessons| lessons.notes())
     }
 
     fn release(&mut self) {

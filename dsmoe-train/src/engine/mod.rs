@@ -15,7 +15,7 @@ mod cuda;
 use std::borrow::Cow;
 use std::fmt::Debug;
 
-use dsmoe_core::model::{Batch, StepArgs, Teacher};
+use dsmoe_core::model::{Batch, StepArgs};
 use dsmoe_core::{Device, Model};
 use dsmoe_kernels::Precision;
 use dsmoe_router::{LogitCounts, RoutingStats};
@@ -25,6 +25,7 @@ use self::cpu::CpuEngine;
 use self::cuda::CudaEngine;
 use crate::error::{Error, Result};
 use crate::optim::{AdamW, GradNorms, Update, last_non_finite};
+use crate::teacher::Lessons;
 
 /// The shape of the micro-batches of an engine, and where and how it computes.
 #[derive(Clone, Copy, Debug)]
@@ -62,7 +63,8 @@ pub struct StepResult {
     pub non_finite: Option<String>,
 }
 
-/// The memory of training on one device, with the optimiser's state. Steps allocate nothing.
+/// The memory of training on one device, with the optimiser's state. Steps allocate nothing, except to read and write a
+/// teacher's cache.
 pub trait Engine: Debug + Send {
     /// Starts a step of so many micro-batches: sets gradients and sums to zero.
     ///
@@ -141,7 +143,7 @@ pub trait Engine: Debug + Send {
     /// Sets what the logits of each layer's gates have to exceed, one threshold per layer, for the next micro-batches.
     ///
     /// # Errors
-    /// The model has no gates, or the device has no thresholds by layer.
+    /// The model has no gates, or the device fails.
     fn set_thresholds(&mut self, model: &mut Model, logits: &[f32]) -> Result<()> {
         Ok(model.set_thresholds(logits)?)
     }
@@ -149,18 +151,23 @@ pub trait Engine: Debug + Send {
     /// Counts the router logits of all further micro-batches, for [`Engine::logits`].
     ///
     /// # Errors
-    /// The device does not count them.
+    /// The device's memory does not suffice.
     fn count_logits(&mut self) -> Result<()>;
 
     /// Returns the router logits of the last micro-batch; none unless they are counted.
     fn logits(&self) -> Option<&LogitCounts>;
 
-    /// Makes all further steps learn from `teacher` too.
+    /// Makes all further steps learn from a teacher too.
     ///
     /// # Errors
     /// The device runs no teacher.
-    fn set_teacher(&mut self, _teacher: Teacher) -> Result<()> {
+    fn set_teacher(&mut self, _lessons: Lessons) -> Result<()> {
         Err(Error::field("teacher", "set for a GPU", "a teacher with {device} cpu only"))
+    }
+
+    /// Returns what the teacher's cache has to say to the user since the last call.
+    fn notes(&mut self) -> Vec<String> {
+        Vec::new()
     }
 
     /// Frees the host memory of the gradients until the next step, for what measures the model meanwhile.

@@ -75,3 +75,64 @@ fn teachers_that_do_not_fit_are_refused() {
     let parts = ["teacher is ", "with vocab_size 50", "the one to train, vocab_size 48"];
     refused(&text(1), settings(&[]), taught(&bed, "x", &teacher), &parts);
 }
+
+#[test]
+fn a_cache_gives_the_bits_that_the_teacher_gives() {
+    let bed = Bed::new(true);
+    let teacher = model_dir(&bed.path("."), "teacher", false, 7);
+    let more = ["teacher_top=12", "lr=1e-2"];
+    let (_, computed) = bed.train(&more, taught(&bed, "computed", &teacher));
+    let cached = |name: &str| {
+        let teacher_cache = Some(bed.path("cache"));
+        RunOptions { teacher_cache, ..taught(&bed, name, &teacher) }
+    };
+    let (_, filled) = bed.train(&more, cached("filled"));
+    let folder = std::fs::read_dir(bed.path("cache")).unwrap().next().unwrap().unwrap().path();
+    let files = || std::fs::read_dir(&folder).unwrap().count();
+    let count = files();
+    assert!(count > 4 && folder.to_str().unwrap().ends_with("-top12-seq16"), "{count} in {folder:?}");
+    let (_, read) = bed.train(&more, cached("read"));
+    assert_eq!(files(), count);
+    let kl = |heard: &Heard| heard.records.iter().map(|record| record.kl.unwrap()).collect::<Vec<_>>();
+    assert_eq!((kl(&filled), kl(&read)), (kl(&computed), kl(&computed)));
+    for name in ["filled", "read"] {
+        assert_eq!(weights(&bed.path(name)), weights(&bed.path("computed")), "{name}");
+    }
+    // Less than the whole divergence, and near it: the 12 most likely of 48 tokens.
+    let (_, whole) = bed.train(&["lr=1e-2"], taught(&bed, "whole", &teacher));
+    let (part, all) = (kl(&computed)[0], kl(&whole)[0]);
+    assert!(part < all && part > 0.2 * all, "{part} of {all}");
+
+    // Resumed in part, with a damaged file.
+    let part = RunOptions { stop_after: Some(9), ..cached("parts") };
+    bed.train(&more, part);
+    let rows = std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path());
+    for path in rows {
+        let mut bytes = std::fs::read(&path).unwrap();
+        *bytes.last_mut().unwrap() ^= 1;
+        std::fs::write(&path, bytes).unwrap();
+    }
+    let (_, rest) = bed.train(&more, RunOptions { resume: true, ..cached("parts") });
+    rest.noted(&["is damaged"]);
+    assert_eq!(weights(&bed.path("parts")), weights(&bed.path("computed")));
+    // Another teacher has rows of its own.
+    let other = model_dir(&bed.path("."), "other", false, 8);
+    bed.train(&more, RunOptions { teacher: Some(other), ..cached("of another") });
+    assert_eq!(std::fs::read_dir(bed.path("cache")).unwrap().count(), 2);
+
+    let default = RunOptions { stop_after: Some(1), ..cached("default") };
+    bed.train(&[], default);
+    assert_eq!(metrics(&bed.path("default"))[0]["config"]["teacher_top"], VOCAB);
+    let without = RunOptions { teacher_cache: Some(bed.path("cache")), ..bed.options("x") };
+    refused(&text(1), settings(&[]), without, &["teacher_cache is", "with a teacher only"]);
+    refused(&text(1), settings(&["teacher_top=5"]), bed.options("x"), &["teacher_top is 5", "teacher only"]);
+    let large = settings(&["teacher_top=49"]);
+    refused(
+        &text(1),
+        large,
+        taught(&bed, "x", &teacher),
+        &["teacher_top is 49", "at most the vocabulary's 48"],
+    );
+    let changed = settings(&["teacher_top=11", "lr=1e-2"]);
+    refused(&text(1), changed, RunOptions { resume: true, ..cached("parts") }, &["teacher_top was 12"]);
+}

@@ -169,7 +169,8 @@ const LEAST: f64 = 0.5;
 /// Returns the experts of each layer that run, `budget` of them on average.
 fn allotted(costs: &[Vec<(usize, f64)>], least: &[usize], size: usize, budget: f64) -> Vec<f64> {
     let total = budget * (size * costs.len()) as f64;
-    let of_layer = |(known, &least): (&Vec<(usize, f64)>, &usize)| Costs { known: known.clone(), size, least };
+    let of_layer =
+        |(known, &least): (&Vec<(usize, f64)>, &usize)| Costs { known: known.clone(), size, least };
     let layers: Vec<Costs> = costs.iter().zip(least).map(of_layer).collect();
     let whole = choose(&layers, (total + 1e-9) as usize);
     let mut open: Vec<f64> = whole.iter().map(|&open| open as f64).collect();
@@ -225,7 +226,8 @@ mod tests {
 
     #[test]
     fn every_budget_has_text_that_places_its_thresholds() {
-        let settings = StartSettings { core: 0.25, budgets: Some(vec![0.25, 0.5, 1.0]), ..StartSettings::default() };
+        let settings =
+            StartSettings { core: 0.25, budgets: Some(vec![0.25, 0.5, 1.0]), ..StartSettings::default() };
         let mut plan = planned(0.5, settings, 1);
         let mut sequences: Vec<Vec<u32>> = (0..16).map(|i| vec![i; 4]).collect();
         plan.copy_held(&mut sequences);
@@ -242,8 +244,11 @@ mod tests {
 
     #[test]
     fn layers_that_cost_more_run_more() {
-        let settings =
-            StartSettings { budgets: Some(vec![0.4, 0.75, 1.0]), core_first: 0.25, ..StartSettings::default() };
+        let settings = StartSettings {
+            budgets: Some(vec![0.4, 0.75, 1.0]),
+            core_first: 0.25,
+            ..StartSettings::default()
+        };
         let mut plan = planned(0.5, settings.clone(), 4);
         assert_eq!(plan.cores, [1, 2, 2, 2]);
         assert!(plan.shares().all(|share| share == 0.5));

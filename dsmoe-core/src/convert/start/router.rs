@@ -73,12 +73,16 @@ impl Router {
         let sequences = (0..plan.sequences).filter(|&sequence| plan.is_held(sequence)).count();
         let every = (sequences * seq).div_ceil(MOST_TOKENS);
         let (mut logits, mut all) = (Buf::default(), vec![Vec::new(); plan.budgets.len()]);
-        stream.see_ffn_of(weights, &|sequence| plan.is_held(sequence), &mut |FfnTap { sequence, x, .. }| {
-            self.logits(&mut logits, x);
-            let rows = logits.chunks_exact(routed).enumerate().skip(1);
-            let chosen = rows.filter(|(t, _)| (sequence * seq + t).is_multiple_of(every));
-            chosen.for_each(|(_, row)| all[plan.budget_of(sequence)].extend_from_slice(row));
-        });
+        stream.see_ffn_of(
+            weights,
+            &|sequence| plan.is_held(sequence),
+            &mut |FfnTap { sequence, x, .. }| {
+                self.logits(&mut logits, x);
+                let rows = logits.chunks_exact(routed).enumerate().skip(1);
+                let chosen = rows.filter(|(t, _)| (sequence * seq + t).is_multiple_of(every));
+                chosen.for_each(|(_, row)| all[plan.budget_of(sequence)].extend_from_slice(row));
+            },
+        );
         all
     }
 
@@ -92,7 +96,8 @@ impl Router {
         let variance = logits.iter().map(|&z| (f64::from(z) - mean).powi(2)).sum::<f64>() / count;
         // Constant predictions have no spread to scale.
         let scale = if variance > 0.0 { SPREAD / variance.sqrt() } else { 1.0 };
-        let of_budget = |own: &Vec<f32>, share| quantile(if own.is_empty() { logits } else { own }, share, scale);
+        let of_budget =
+            |own: &Vec<f32>, share| quantile(if own.is_empty() { logits } else { own }, share, scale);
         let bars: Vec<f64> =
             all.iter().zip(plan.routed_shares(layer)).map(|(own, share)| of_budget(own, share)).collect();
         let Some(&centre) = bars.get(plan.chosen) else { return false };

@@ -2,12 +2,11 @@
 
 use std::ops::Range;
 
-use dsmoe_kernels::matmul::Packed;
 use dsmoe_kernels::{Precision, add, attention, cross_entropy, embedding, linear, rms_norm};
 use dsmoe_router::SparsityGrad;
 
 use super::workspace::{LayerActs, NormActs, TrainWorkspace};
-use super::{StepArgs, StepOutput, Teacher};
+use super::{StepArgs, StepOutput, Teacher, TopRows};
 use crate::error::Result;
 use crate::ffn::{FfnBackward, FfnForward, Record};
 use crate::model::arena::Model;
@@ -38,7 +37,8 @@ impl Model {
         args: &StepArgs,
         workspace: &mut TrainWorkspace,
     ) -> Result<StepOutput> {
-        self.step_of(grads, batch, args, (None, workspace))
+        batch.check(&self.config)?;
+        Ok(self.step_of(grads, batch, args, (None, workspace)))
     }
 
     /// Does as [`Model::train_step`] with, in place of the token losses,
@@ -61,7 +61,39 @@ impl Model {
         workspace: &mut TrainWorkspace,
     ) -> Result<StepOutput> {
         batch.check(teacher.model.config())?;
-        self.step_of(grads, batch, args, (Some(teacher), workspace))
+        batch.check(&self.config)?;
+        let Teacher { model, weight, workspace: of_teacher } = teacher;
+        let model = model.on_host()?;
+        model.last_hidden(batch.inputs, batch.seq, of_teacher);
+        let distributions = cross_entropy::Distributions::Model {
+            hidden_states: &of_teacher.h,
+            head: &model.head,
+            logits: logits_of(&model.config),
+        };
+        let lesson = Lesson { distributions, weight: *weight };
+        Ok(self.step_of(grads, batch, args, (Some(lesson), workspace)))
+    }
+
+    /// Does as [`Model::distill_step`] with the most likely tokens of a teacher, in place of the teacher: all other tokens
+    /// are one outcome of the divergence.
+    ///
+    /// # Errors
+    /// Those of [`Model::train_step`].
+    ///
+    /// # Panics
+    /// Those of [`Model::train_step`]; the rows are of another number of tokens or another vocabulary, or the weight is
+    /// outside 0 to 1.
+    pub fn distill_step_from(
+        &self,
+        grads: &mut [f32],
+        batch: Batch<'_>,
+        args: &StepArgs,
+        (rows, weight): (&TopRows, f32),
+        workspace: &mut TrainWorkspace,
+    ) -> Result<StepOutput> {
+        batch.check(&self.config)?;
+        let distributions = cross_entropy::Distributions::Top { ids: &rows.ids, log_p: &rows.log_p };
+        Ok(self.step_of(grads, batch, args, (Some(Lesson { distributions, weight }), workspace)))
     }
 
     fn step_of(
@@ -69,8 +101,8 @@ impl Model {
         grads: &mut [f32],
         batch: Batch<'_>,
         args: &StepArgs,
-        (teacher, workspace): (Option<&mut Teacher>, &mut TrainWorkspace),
-    ) -> Result<StepOutput> {
+        (lesson, workspace): (Option<Lesson<'_>>, &mut TrainWorkspace),
+    ) -> StepOutput {
         assert!(
             grads.len() == self.params.len() && batch.inputs.len() == workspace.tokens(),
             "train_step: {} gradients, {} inputs, workspace for {}",
@@ -78,19 +110,7 @@ impl Model {
             batch.inputs.len(),
             workspace.tokens()
         );
-        batch.check(&self.config)?;
-        let Some(Teacher { model, weight, workspace: of_teacher }) = teacher else {
-            return Ok(in_pool(|| self.pooled_step(grads, batch, args, (None, workspace))));
-        };
-        let model = model.on_host()?;
-        model.last_hidden(batch.inputs, batch.seq, of_teacher);
-        let lesson = Lesson {
-            hidden_states: &of_teacher.h,
-            head: &model.head,
-            logits: logits_of(&model.config),
-            weight: *weight,
-        };
-        Ok(in_pool(|| self.pooled_step(grads, batch, args, (Some(lesson), workspace))))
+        in_pool(|| self.pooled_step(grads, batch, args, (lesson, workspace)))
     }
 
     fn pooled_step(
@@ -109,11 +129,9 @@ impl Model {
         };
         let TrainWorkspace { h, y: dh, losses, divergences, head, .. } = workspace;
         divergences.resize(if lesson.is_some() { inputs.len() } else { 0 });
-        let teacher = lesson.map(|Lesson { hidden_states, head, logits, weight }| cross_entropy::Teacher {
+        let teacher = lesson.map(|Lesson { distributions, weight }| cross_entropy::Teacher {
             divergences,
-            hidden_states,
-            head,
-            logits,
+            distributions,
             weight,
         });
         cross_entropy::ForwardBackward {
@@ -425,10 +443,7 @@ impl Model {
 
 /// A teacher's distributions of a batch.
 struct Lesson<'a> {
-    /// `[tokens, teacher's hidden]`, normed.
-    hidden_states: &'a [f32],
-    head: &'a Packed,
-    logits: cross_entropy::Logits,
+    distributions: cross_entropy::Distributions<'a>,
     weight: f32,
 }
 

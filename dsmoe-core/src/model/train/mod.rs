@@ -5,6 +5,7 @@ mod cpu;
 pub(crate) mod cuda;
 mod workspace;
 
+use dsmoe_kernels::cross_entropy;
 use dsmoe_kernels::rng::Rng;
 use dsmoe_router::SparsityOver;
 pub use workspace::TrainWorkspace;
@@ -13,6 +14,7 @@ use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::ffn::GateTraining;
 use crate::model::inference::{Inference, Workspace};
+use crate::model::tensors::{Batch, in_pool, logits_of};
 
 /// Weights of the losses of one micro-batch.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -117,4 +119,41 @@ impl Teacher {
     pub fn weight(&self) -> f32 {
         self.weight
     }
+
+    /// Sets `rows` to the `top` most likely tokens after every one of `inputs`, sequences of `seq` tokens.
+    ///
+    /// # Errors
+    /// A token id outside the vocabulary, sequences longer than the teacher's positions, or a `top` that is 0 or larger than
+    /// the vocabulary.
+    pub fn most_likely(&mut self, inputs: &[u32], seq: usize, top: usize, rows: &mut TopRows) -> Result<()> {
+        let batch = Batch { inputs, targets: inputs, seq };
+        batch.check(self.model.config())?;
+        let vocab = self.model.config().vocab_size;
+        if !(1..=vocab).contains(&top) {
+            return Err(Error::argument(
+                format!("the {top} most likely tokens of {vocab}"),
+                "use 1 to all of them",
+            ));
+        }
+        let Teacher { model, workspace, .. } = self;
+        let model = model.on_host()?;
+        model.last_hidden(inputs, seq, workspace);
+        let TopRows { ids, log_p } = rows;
+        ids.resize(inputs.len() * top, 0);
+        log_p.resize(inputs.len() * (top + 1), 0.0);
+        let Workspace { h, logits: space, .. } = workspace;
+        let (hidden_states, head, logits) = (&h[..], &model.head, logits_of(&model.config));
+        let op = cross_entropy::MostLikely { ids, log_p, top, hidden_states, head, logits, space };
+        in_pool(|| op.run());
+        Ok(())
+    }
+}
+
+/// The most likely next tokens of a teacher, for every token of a batch.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct TopRows {
+    /// `[tokens, top]`, the most likely first.
+    pub ids: Vec<u32>,
+    /// `[tokens, top + 1]`: the logarithms of their probabilities, then that of all other tokens together.
+    pub log_p: Vec<f32>,
 }

@@ -12,6 +12,9 @@
 //! forward   divergences[t] = sum_k p_k (ln p_k - ln q_k)     nats; 0 where the target is IGNORE
 //!           the loss of a token is (1 - w) losses[t] + w divergences[t]
 //! backward  dz[t] = scale (q - (1 - w) onehot(targets[t]) - w p)
+//! of a teacher's most likely tokens K alone, with r for all others as one outcome, p_r = 1 - sum of p_k, q_r likewise:
+//! forward   divergences[t] = sum over K of p_k (ln p_k - ln q_k) + p_r (ln p_r - ln q_r)     at most that of all tokens
+//! backward  dz[t]_k = scale (q_k - (1 - w) onehot_k - w p_k) in K, scale (q_j - (1 - w) onehot_j - w p_r q_j / q_r) else
 //! ```
 //! The op works on a few rows of logits at a time, at most [`CHUNK_BYTES`] of them (but at least one row), so that
 //! `[T, vocab]` is never stored.
@@ -139,19 +142,56 @@ pub struct ForwardPacked<'a> {
     pub space: &'a mut Buf,
 }
 
-/// A model whose distribution of the next token is to be learned. Its logits exist a chunk at a time.
+/// Distributions of the next token that are to be learned.
 #[derive(Debug)]
 pub struct Teacher<'a> {
     /// `[T]`, set.
     pub divergences: &'a mut [f32],
-    /// `[T, teacher's hidden]`
-    pub hidden_states: &'a [f32],
-    /// `[vocab, teacher's hidden]`; the hidden states are rounded to its precision.
-    pub head: &'a Packed,
-    /// The settings of the teacher's logits.
-    pub logits: Logits,
+    /// The distributions.
+    pub distributions: Distributions<'a>,
     /// The weight w of the divergences, 0 to 1; the losses have 1 - w.
     pub weight: f32,
+}
+
+/// The distributions of a teacher.
+#[derive(Clone, Copy, Debug)]
+pub enum Distributions<'a> {
+    /// Those of a model. Its logits exist a chunk at a time.
+    Model {
+        /// `[T, teacher's hidden]`
+        hidden_states: &'a [f32],
+        /// `[vocab, teacher's hidden]`; the hidden states are rounded to its precision.
+        head: &'a Packed,
+        /// The settings of the teacher's logits.
+        logits: Logits,
+    },
+    /// The most likely tokens of each row; the others are one outcome.
+    Top {
+        /// `[T, K]`, different tokens in each row.
+        ids: &'a [u32],
+        /// `[T, K + 1]`: a logarithm of a probability for each token and for all others together. A row is normed by the op.
+        log_p: &'a [f32],
+    },
+}
+
+/// Sets the most likely tokens of a model's distributions, in the form of [`Distributions::Top`]: the most likely first, of
+/// equals the one with the lower id.
+#[derive(Debug)]
+pub struct MostLikely<'a> {
+    /// `[T, K]`, set.
+    pub ids: &'a mut [u32],
+    /// `[T, K + 1]`, set.
+    pub log_p: &'a mut [f32],
+    /// K, 1 to the vocabulary's size.
+    pub top: usize,
+    /// `[T, hidden]`; rounded to the precision of `head`.
+    pub hidden_states: &'a [f32],
+    /// `[vocab, hidden]`
+    pub head: &'a Packed,
+    /// The settings of the logits.
+    pub logits: Logits,
+    /// Work space.
+    pub space: &'a mut Buf,
 }
 
 /// Sets `losses` and `dhidden` and adds to `dhead` the gradients of `scale * sum of losses`; with a teacher, of
@@ -189,7 +229,7 @@ pub struct LogSoftmaxRow<'a> {
     pub logits: &'a mut [f32],
 }
 
-run_on_current_tier!(Forward, ForwardPacked, ForwardBackward, LogSoftmaxRow);
+run_on_current_tier!(Forward, ForwardPacked, ForwardBackward, LogSoftmaxRow, MostLikely);
 
 impl Forward<'_> {
     /// Runs the op on a given tier.
@@ -233,26 +273,81 @@ impl ForwardPacked<'_> {
 
 impl Teacher<'_> {
     fn check(&self, dims: Dims) {
-        let Teacher { divergences, hidden_states, head, weight, .. } = self;
+        let Teacher { divergences, distributions, weight } = self;
+        let Dims { tokens, vocab, .. } = dims;
+        let fits = match *distributions {
+            Distributions::Model { hidden_states, head, .. } => {
+                head.outputs() == vocab && hidden_states.len() == tokens * head.inputs()
+            }
+            Distributions::Top { ids, log_p } => {
+                let top = ids.len() / tokens.max(1);
+                ids.len() == tokens * top
+                    && log_p.len() == ids.len() + tokens
+                    && (top > 0 || tokens == 0)
+                    && ids.iter().all(|&id| (id as usize) < vocab)
+            }
+        };
         assert!(
-            divergences.len() == dims.tokens
-                && head.outputs() == dims.vocab
-                && hidden_states.len() == dims.tokens * head.inputs()
-                && (0.0..=1.0).contains(weight),
-            "cross_entropy::Teacher: divergences {}, hidden states {}, head {} x {}, weight {weight} for {dims:?}",
+            fits && divergences.len() == tokens && (0.0..=1.0).contains(weight),
+            "cross_entropy::Teacher: divergences {}, {}, weight {weight} for {dims:?}",
             divergences.len(),
-            hidden_states.len(),
-            head.outputs(),
-            head.inputs()
+            distributions.shapes()
         );
     }
+}
 
-    /// Sets `u` to the logits of the tokens from `first` on.
-    fn project(&self, isa: Isa, u: &mut [f32], first: usize) {
-        let (rows, width) = (u.len() / self.head.outputs(), self.head.inputs());
-        let h = &self.hidden_states[first * width..][..rows * width];
-        MatmulPacked { c: u, a: Mat::new(h, rows, width), w: self.head }.run_on(isa);
-        self.logits.apply_on(isa, u);
+impl Distributions<'_> {
+    /// Names the shapes.
+    fn shapes(&self) -> String {
+        match self {
+            Distributions::Model { hidden_states, head, .. } => {
+                format!("hidden states {}, head {} x {}", hidden_states.len(), head.outputs(), head.inputs())
+            }
+            Distributions::Top { ids, log_p } => {
+                let largest = ids.iter().max().copied().unwrap_or(0);
+                format!("{} ids of up to {largest}, {} probabilities", ids.len(), log_p.len())
+            }
+        }
+    }
+}
+
+/// Sets `u` to logits of the tokens from `first` on.
+fn project_packed(isa: Isa, u: &mut [f32], (h, first): (&[f32], usize), head: &Packed, logits: Logits) {
+    let (rows, width) = (u.len() / head.outputs(), head.inputs());
+    let h = &h[first * width..][..rows * width];
+    MatmulPacked { c: u, a: Mat::new(h, rows, width), w: head }.run_on(isa);
+    logits.apply_on(isa, u);
+}
+
+impl MostLikely<'_> {
+    /// Runs the op on a given tier.
+    ///
+    /// # Panics
+    /// The lengths do not fit, or `top` is 0 or larger than the vocabulary.
+    pub fn run_on(self, isa: Isa) {
+        let MostLikely { ids, log_p, top, hidden_states, head, logits, space } = self;
+        let (hidden, vocab) = (head.inputs(), head.outputs());
+        let dims = Dims { tokens: hidden_states.len() / hidden.max(1), hidden, vocab };
+        assert!(
+            (1..=vocab).contains(&top)
+                && hidden_states.len() == dims.tokens * hidden
+                && ids.len() == dims.tokens * top
+                && log_p.len() == dims.tokens * (top + 1),
+            "cross_entropy::MostLikely: {} ids, {} probabilities, top {top} for {dims:?}",
+            ids.len(),
+            log_p.len()
+        );
+        let chunk = dims.chunk();
+        space.resize(chunk.min(dims.tokens) * vocab);
+        let outputs = ids.chunks_mut(chunk * top).zip(log_p.chunks_mut(chunk * (top + 1)));
+        for (i, (ids, log_p)) in outputs.enumerate() {
+            let u = &mut space[..ids.len() / top * vocab];
+            project_packed(isa, u, (hidden_states, i * chunk), head, logits);
+            let outputs = ids.par_chunks_mut(top).zip(log_p.par_chunks_mut(top + 1));
+            each(outputs.zip(u.par_chunks_mut(vocab)), |((ids, log_p), u)| {
+                isa.run(kernel::MostLikelyRow { ids, log_p, u });
+            });
+        }
     }
 }
 
@@ -271,7 +366,9 @@ impl ForwardBackward<'_> {
         scratch.reserve(dims);
         if let Some(teacher) = &teacher {
             teacher.check(dims);
-            scratch.reserve_teacher(dims);
+            if matches!(teacher.distributions, Distributions::Model { .. }) {
+                scratch.reserve_teacher(dims);
+            }
         }
         let precision = scratch.precision;
         let chunk = dims.chunk();
@@ -284,11 +381,25 @@ impl ForwardBackward<'_> {
             match &mut teacher {
                 None => rows(isa, losses, dz, targets, Rows { scale: Some(scale), logits, vocab }),
                 Some(teacher) => {
-                    let (first, u) = (i * chunk, &mut scratch.teacher[..n * vocab]);
-                    teacher.project(isa, u, first);
+                    let first = i * chunk;
                     let (weight, divergences) = (teacher.weight, &mut teacher.divergences[first..][..n]);
                     let settings = Distilled { scale, weight, logits, vocab };
-                    distilled_rows(isa, [losses, divergences], [dz, u], targets, settings);
+                    let outputs = [losses, divergences];
+                    match teacher.distributions {
+                        Distributions::Model { hidden_states, head, logits } => {
+                            let u = &mut scratch.teacher[..n * vocab];
+                            project_packed(isa, u, (hidden_states, first), head, logits);
+                            distilled_rows(isa, outputs, [dz, u], targets, settings);
+                        }
+                        Distributions::Top { ids, log_p } => {
+                            let top = ids.len() / dims.tokens;
+                            let (ids, log_p) = (
+                                &ids[first * top..][..n * top],
+                                &log_p[first * (top + 1)..][..n * (top + 1)],
+                            );
+                            top_rows(isa, outputs, (dz, ids, log_p), targets, settings);
+                        }
+                    }
                 }
             }
             let (dz, head, h) =
@@ -365,7 +476,7 @@ fn distilled_rows(
     targets: &[u32],
     settings: Distilled,
 ) {
-    let Distilled { scale, weight, logits, vocab } = settings;
+    let Distilled { scale, weight, vocab, .. } = settings;
     let rows = block_rows(vocab);
     let outputs = losses.par_chunks_mut(rows).zip(divergences.par_chunks_mut(rows));
     let inputs = z.par_chunks_mut(rows * vocab).zip(u.par_chunks_mut(rows * vocab));
@@ -374,19 +485,49 @@ fn distilled_rows(
         let inputs = z.chunks_exact_mut(vocab).zip(u.chunks_exact_mut(vocab)).zip(targets);
         for ((loss, divergence), ((z, u), &target)) in losses.iter_mut().zip(divergences).zip(inputs) {
             let target = (target != IGNORE).then_some(target as usize);
-            let [of_target, of_teacher] = if logits == Logits::default() {
-                isa.run(kernel::DistilledRow { z, u, target, scale, weight })
-            } else {
-                with_spare(vocab, |capped| {
-                    isa.run(kernel::Transform { z, logits });
-                    capped.copy_from_slice(z);
-                    let row = isa.run(kernel::DistilledRow { z, u, target, scale, weight });
-                    isa.run(kernel::TransformBackward { dz: z, capped, logits });
-                    row
-                })
-            };
-            (*loss, *divergence) = (of_target, of_teacher);
+            let row = settings
+                .with_logits(isa, z, |z| isa.run(kernel::DistilledRow { z, u, target, scale, weight }));
+            [*loss, *divergence] = row;
         }
+    });
+}
+
+impl Distilled {
+    /// Turns a row of products `z` into logits for `row`, and the gradient that it leaves there into that of the products.
+    fn with_logits(self, isa: Isa, z: &mut [f32], row: impl FnOnce(&mut [f32]) -> [f32; 2]) -> [f32; 2] {
+        let Distilled { logits, vocab, .. } = self;
+        if logits == Logits::default() {
+            return row(z);
+        }
+        with_spare(vocab, |capped| {
+            isa.run(kernel::Transform { z, logits });
+            capped.copy_from_slice(z);
+            let values = row(z);
+            isa.run(kernel::TransformBackward { dz: z, capped, logits });
+            values
+        })
+    }
+}
+
+/// Computes the losses and divergences of a chunk from its products `z` and the teacher's most likely tokens. Sets `z` to
+/// the gradient of the products.
+fn top_rows(
+    isa: Isa,
+    [losses, divergences]: [&mut [f32]; 2],
+    (z, ids, log_p): (&mut [f32], &[u32], &[f32]),
+    targets: &[u32],
+    settings: Distilled,
+) {
+    let Distilled { scale, weight, vocab, .. } = settings;
+    let top = ids.len() / targets.len();
+    let outputs = losses.par_iter_mut().zip(divergences).zip(z.par_chunks_mut(vocab));
+    let inputs = ids.par_chunks(top).zip(log_p.par_chunks(top + 1)).zip(targets);
+    each(outputs.zip(inputs), |(((loss, divergence), z), ((ids, log_p), &target))| {
+        let target = (target != IGNORE).then_some(target as usize);
+        let row = settings.with_logits(isa, z, |z| {
+            with_spare(top, |near| isa.run(kernel::TopRow { z, near, ids, log_p, target, scale, weight }))
+        });
+        [*loss, *divergence] = row;
     });
 }
 

@@ -118,6 +118,72 @@ impl Problem<'_> {
     }
 }
 
+/// The most likely tokens of a teacher of the definition.
+#[derive(Clone, Copy, Debug)]
+pub struct TopTeacher<'a> {
+    /// `[T, K]`
+    pub ids: &'a [u32],
+    /// `[T, K + 1]`, normed by the definition; the last is of all other tokens together.
+    pub log_p: &'a [f64],
+    /// w
+    pub weight: f64,
+}
+
+impl TopTeacher<'_> {
+    /// Returns ids and probabilities of row `t` of `rows`.
+    fn row(&self, t: usize, rows: usize) -> (&[u32], Vec<f64>) {
+        let top = self.ids.len() / rows;
+        let log_p = log_softmax(&self.log_p[t * (top + 1)..][..top + 1]);
+        (&self.ids[t * top..][..top], log_p.into_iter().map(f64::exp).collect())
+    }
+}
+
+impl Problem<'_> {
+    /// Returns the divergences of the outcomes "one of the tokens" and "another".
+    pub fn top_divergences(self, teacher: TopTeacher<'_>) -> Vec<f64> {
+        let (logits, _) = self.logits();
+        let rows = logits.chunks(self.dims.vocab).zip(self.targets).enumerate();
+        rows.map(|(t, (z, &target))| {
+            if target == IGNORE {
+                return 0.0;
+            }
+            let (ids, p) = teacher.row(t, self.dims.tokens);
+            let q: Vec<f64> = log_softmax(z).into_iter().map(f64::exp).collect();
+            let others = (0..q.len()).filter(|k| !ids.contains(&(*k as u32))).map(|k| q[k]).sum::<f64>();
+            let q = ids.iter().map(|&id| q[id as usize]).chain([others]);
+            p.iter().zip(q).map(|(&p, q)| if p > 0.0 { p * (p / q).ln() } else { 0.0 }).sum()
+        })
+        .collect()
+    }
+
+    /// Returns the sum over tokens of `(1 - w) losses + w divergences`.
+    pub fn top_distilled(self, teacher: TopTeacher<'_>) -> f64 {
+        let pairs = self.forward().into_iter().zip(self.top_divergences(teacher));
+        pairs.map(|(loss, divergence)| (1.0 - teacher.weight) * loss + teacher.weight * divergence).sum()
+    }
+
+    /// Returns `(dh, dW)` of `scale * top_distilled`.
+    pub fn top_distilled_backward(self, scale: f64, teacher: TopTeacher<'_>) -> (Vec<f64>, Vec<f64>) {
+        let (mut dz, slopes) = self.logits();
+        let (vocab, w) = (self.dims.vocab, teacher.weight);
+        let rows = dz.chunks_mut(vocab).zip(slopes.chunks(vocab)).zip(self.targets).enumerate();
+        for (t, ((z, slopes), &target)) in rows {
+            let (ids, p) = teacher.row(t, self.dims.tokens);
+            let q: Vec<f64> = log_softmax(z).into_iter().map(f64::exp).collect();
+            let place = |k: usize| ids.iter().position(|&id| id as usize == k);
+            let others: f64 = (0..vocab).filter(|&k| place(k).is_none()).map(|k| q[k]).sum();
+            for k in 0..vocab {
+                let onehot = if k == target as usize { 1.0 } else { 0.0 };
+                // The probability that the teacher gives to k: of those of all others the student's part.
+                let p_k = place(k).map_or_else(|| p[ids.len()] * q[k] / others, |at| p[at]);
+                let gradient = q[k] - (1.0 - w) * onehot - w * p_k;
+                z[k] = if target == IGNORE { 0.0 } else { scale * slopes[k] * gradient };
+            }
+        }
+        linear::reference::backward(&dz, self.h, self.head, linear_dims(self.dims))
+    }
+}
+
 fn linear_dims(dims: Dims) -> linear::Dims {
     linear::Dims {
         rows: dims.tokens,

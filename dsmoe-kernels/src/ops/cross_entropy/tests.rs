@@ -1,5 +1,8 @@
 use super::reference::{self, Problem};
-use super::{Dims, Forward, ForwardBackward, ForwardPacked, IGNORE, LogSoftmaxRow, Logits, Scratch, Teacher};
+use super::{
+    Dims, Distributions, Forward, ForwardBackward, ForwardPacked, IGNORE, LogSoftmaxRow, Logits, MostLikely,
+    Scratch, Teacher,
+};
 use crate::buf::Buf;
 use crate::isa::Isa;
 use crate::matmul::{Mat, Packed, Precision};
@@ -250,15 +253,20 @@ struct Distillation {
     dims: Dims,
 }
 
+/// Multiples of 1/16: products of rows have no rounding error, whose exponential would hide those of the op's own parts.
+fn sixteenths(n: usize, seed: u64) -> Vec<f32> {
+    normals(n, seed).iter().map(|x| (16.0 * x).round() / 16.0).collect()
+}
+
 impl Distillation {
     fn new(dims: Dims, teacher_hidden: usize, logits: Logits, weight: f32) -> Distillation {
         let Dims { tokens, hidden, vocab } = dims;
         Distillation {
-            h: normals(tokens * hidden, 1),
-            head: normals(vocab * hidden, 2),
+            h: sixteenths(tokens * hidden, 1),
+            head: sixteenths(vocab * hidden, 2),
             targets: targets(dims),
-            teacher_h: normals(tokens * teacher_hidden, 3),
-            teacher_head: normals(vocab * teacher_hidden, 4),
+            teacher_h: sixteenths(tokens * teacher_hidden, 3),
+            teacher_head: sixteenths(vocab * teacher_hidden, 4),
             logits,
             weight,
             dims,
@@ -269,11 +277,35 @@ impl Distillation {
         self.teacher_head.len() / self.dims.vocab
     }
 
+    fn packed(&self) -> Packed {
+        Packed::new(Precision::F32, Mat::new(&self.teacher_head, self.dims.vocab, self.width()))
+    }
+
     /// Returns losses, divergences, dh, and the gradient that is added to a dhead of ones.
     fn run(&self, isa: Isa) -> [Vec<f32>; 4] {
+        let (hidden_states, head, logits) = (&self.teacher_h[..], &self.packed(), self.logits);
+        self.run_with(isa, Distributions::Model { hidden_states, head, logits })
+    }
+
+    /// Returns the teacher's `top` most likely tokens.
+    fn most_likely(&self, isa: Isa, top: usize) -> (Vec<u32>, Vec<f32>) {
+        let tokens = self.dims.tokens;
+        let (mut ids, mut log_p) = (vec![u32::MAX; tokens * top], vec![f32::NAN; tokens * (top + 1)]);
+        MostLikely {
+            ids: &mut ids,
+            log_p: &mut log_p,
+            top,
+            hidden_states: &self.teacher_h,
+            head: &self.packed(),
+            logits: self.logits,
+            space: &mut Buf::default(),
+        }
+        .run_on(isa);
+        (ids, log_p)
+    }
+
+    fn run_with(&self, isa: Isa, distributions: Distributions<'_>) -> [Vec<f32>; 4] {
         let Distillation { h, head, targets, dims, .. } = self;
-        let head_of_teacher = Mat::new(&self.teacher_head, dims.vocab, self.width());
-        let packed = Packed::new(Precision::F32, head_of_teacher);
         let [mut losses, mut divergences] = [(); 2].map(|()| vec![f32::NAN; dims.tokens]);
         let (mut dh, mut dhead) = (vec![f32::NAN; h.len()], vec![1.0; head.len()]);
         ForwardBackward {
@@ -283,13 +315,7 @@ impl Distillation {
             hidden_states: h,
             head,
             targets,
-            teacher: Some(Teacher {
-                divergences: &mut divergences,
-                hidden_states: &self.teacher_h,
-                head: &packed,
-                logits: self.logits,
-                weight: self.weight,
-            }),
+            teacher: Some(Teacher { divergences: &mut divergences, distributions, weight: self.weight }),
             scale: 0.25,
             logits: self.logits,
             dims: *dims,
@@ -344,17 +370,11 @@ fn a_distillation_agrees_with_the_reference_on_every_tier() {
                 let [losses, divergences, dh, dhead] = of.run(isa);
                 let name = format!("{} {dims:?} {logits:?}", isa.name());
                 assert_close(&format!("losses {name}"), &losses, &problem.forward(), 5e-7);
-                // A divergence is a difference of two logarithms of sums of about 10, each within 5e-7 of its size as the
-                // losses are; a probability, and so dhead, has the relative error of such a logarithm's exponential.
-                assert_close(
-                    &format!("divergences {name}"),
-                    &divergences,
-                    &problem.divergences(teacher),
-                    5e-6,
-                );
-                // Logits of up to 40 are rounded to 2e-6 before their exponential.
-                assert_close(&format!("dh {name}"), &dh, &want_dh, 1e-5);
-                assert_close(&format!("dhead {name}"), &dhead, &want_dhead, 4e-6);
+                let want = problem.divergences(teacher);
+                assert_close(&format!("divergences {name}"), &divergences, &want, 5e-7);
+                // Logits with a scale of 3 and a cap are off by 5e-6 of 30, which every probability has as a relative error.
+                assert_close(&format!("dh {name}"), &dh, &want_dh, 1e-6);
+                assert_close(&format!("dhead {name}"), &dhead, &want_dhead, 1e-6);
             }
         }
     }
@@ -387,4 +407,136 @@ fn a_teacher_of_another_vocabulary_is_refused() {
     let mut of = Distillation::new(Dims { tokens: 2, hidden: 1, vocab: 5 }, 1, PLAIN, 0.5);
     of.teacher_h.truncate(1);
     of.run(Isa::current());
+}
+
+#[test]
+fn the_reference_gradient_of_the_most_likely_tokens_is_the_derivative() {
+    let dims = Dims { tokens: 3, hidden: 2, vocab: 5 };
+    let (h, head, targets) = (f64s(&normals(6, 1)), f64s(&normals(10, 2)), [4, IGNORE, 0]);
+    let log_p = f64s(&normals(9, 3));
+    for (logits, weight) in VARIANTS.into_iter().zip([0.0, 0.3, 0.9, 1.0]) {
+        let problem = Problem { h: &h, head: &head, targets: &targets, logits, dims };
+        let teacher = reference::TopTeacher { ids: &[4, 1, 0, 2, 3, 2], log_p: &log_p, weight };
+        let loss = |problem: Problem<'_>| 0.5 * problem.top_distilled(teacher);
+        let (dh, dhead) = problem.top_distilled_backward(0.5, teacher);
+        let want_dh = finite_differences(&h, 1e-5, |h| loss(Problem { h, ..problem }));
+        let want_dhead = finite_differences(&head, 1e-5, |head| loss(Problem { head, ..problem }));
+        assert_close_f64("dh", &dh, &want_dh, 1e-9);
+        assert_close_f64("dhead", &dhead, &want_dhead, 1e-9);
+    }
+    // Probabilities 1/8, 2/8, 5/8 against 4/8 for the first and 4/8 for the others.
+    let head = [0.0, 2f64.ln(), 5f64.ln()];
+    let dims = Dims { tokens: 1, hidden: 1, vocab: 3 };
+    let problem = Problem { h: &[1.0], head: &head, targets: &[0], logits: PLAIN, dims };
+    let teacher = reference::TopTeacher { ids: &[0], log_p: &[0.3, 0.3], weight: 1.0 };
+    let want = 0.5 * 4f64.ln() + 0.5 * (4.0 / 7.0f64).ln();
+    assert_close_f64("divergence", &problem.top_divergences(teacher), &[want], 1e-15);
+}
+
+#[test]
+fn the_most_likely_tokens_are_those_of_sorted_logits() {
+    for (tokens, hidden, vocab, tops) in
+        [(1, 1, 1, [1, 1]), (9, 20, 33, [1, 33]), (1030, 4, 37, [5, 36]), (3, 70, 20_000, [64, 300])]
+    {
+        for (logits, top) in VARIANTS.into_iter().flat_map(|logits| tops.map(|top| (logits, top))) {
+            let of = Distillation::new(Dims { tokens, hidden, vocab }, hidden, logits, 1.0);
+            for isa in Isa::available() {
+                let name = format!("{} {tokens} x {vocab} top {top} {logits:?}", isa.name());
+                let (ids, log_p) = of.most_likely(isa, top);
+                let mut u = vec![0.0; tokens * vocab];
+                let input = Mat::new(&of.teacher_h, tokens, hidden);
+                crate::matmul::MatmulPacked { c: &mut u, a: input, w: &of.packed() }.run_on(isa);
+                logits.apply_on(isa, &mut u);
+                for t in 0..tokens {
+                    let row = &u[t * vocab..][..vocab];
+                    let mut order: Vec<u32> = (0..vocab as u32).collect();
+                    order.sort_by(|&a, &b| row[b as usize].total_cmp(&row[a as usize]).then(a.cmp(&b)));
+                    assert_eq!(ids[t * top..][..top], order[..top], "{name}");
+                    let want = reference::log_softmax(&f64s(row));
+                    let mut wanted: Vec<f64> = order[..top].iter().map(|&id| want[id as usize]).collect();
+                    let others: f64 = order[top..].iter().map(|&id| want[id as usize].exp()).sum();
+                    let got = &log_p[t * (top + 1)..][..top + 1];
+                    if top == vocab {
+                        assert_eq!(got[top], f32::NEG_INFINITY, "{name}");
+                        assert_close(&name, &got[..top], &wanted, 4e-7);
+                        continue;
+                    }
+                    wanted.push(others.ln());
+                    assert_close(&name, got, &wanted, 4e-7);
+                }
+            }
+        }
+    }
+    let mut equal = Distillation::new(Dims { tokens: 2, hidden: 1, vocab: 400 }, 1, PLAIN, 1.0);
+    equal.teacher_head.fill(0.5);
+    let (ids, log_p) = equal.most_likely(Isa::current(), 3);
+    assert_eq!(ids, [0, 1, 2, 0, 1, 2]);
+    assert_close(
+        "equal",
+        &log_p[..4],
+        &[-(400f64.ln()), -(400f64.ln()), -(400f64.ln()), (397.0 / 400.0f64).ln()],
+        1e-6,
+    );
+    equal.teacher_head[300] = f32::NAN;
+    assert!(equal.most_likely(Isa::current(), 3).1.iter().any(|log_p| log_p.is_nan()));
+}
+
+#[test]
+fn a_distillation_of_the_most_likely_tokens_agrees_with_the_reference_on_every_tier() {
+    for (tokens, hidden, vocab, top) in
+        [(1, 1, 1, 1), (9, 20, 33, 33), (9, 20, 33, 4), (1030, 4, 37, 5), (3, 70, 20_000, 64)]
+    {
+        let dims = Dims { tokens, hidden, vocab };
+        for (logits, weight) in VARIANTS.into_iter().zip([0.9, 1.0, 0.5, 0.0]) {
+            let of = Distillation::new(dims, hidden + 3, logits, weight);
+            let (ids, mut log_p) = of.most_likely(Isa::current(), top);
+            // The op norms a row.
+            log_p.iter_mut().for_each(|log_p| *log_p += 0.25);
+            let (h, head, wide) = (f64s(&of.h), f64s(&of.head), f64s(&log_p));
+            let problem = Problem { h: &h, head: &head, targets: &of.targets, logits, dims };
+            let teacher = reference::TopTeacher { ids: &ids, log_p: &wide, weight: f64::from(weight) };
+            let (want_dh, want_dhead) = problem.top_distilled_backward(0.25, teacher);
+            let want_dhead: Vec<f64> = want_dhead.iter().map(|x| x + 1.0).collect();
+            for isa in Isa::available() {
+                let distributions = Distributions::Top { ids: &ids, log_p: &log_p };
+                let [losses, divergences, dh, dhead] = of.run_with(isa, distributions);
+                let name = format!("{} {dims:?} top {top} {logits:?}", isa.name());
+                assert_close(&format!("losses {name}"), &losses, &problem.forward(), 5e-7);
+                let want = problem.top_divergences(teacher);
+                assert_close(&format!("divergences {name}"), &divergences, &want, 5e-6);
+                assert_close(&format!("dh {name}"), &dh, &want_dh, 1e-5);
+                assert_close(&format!("dhead {name}"), &dhead, &want_dhead, 4e-6);
+            }
+        }
+    }
+    let of = Distillation::new(Dims { tokens: 600, hidden: 4, vocab: 50 }, 9, VARIANTS[3], 0.7);
+    assert_same_on_threads("the most likely tokens", || {
+        let (ids, log_p) = of.most_likely(Isa::current(), 7);
+        of.run_with(Isa::current(), Distributions::Top { ids: &ids, log_p: &log_p })
+    });
+}
+
+#[test]
+fn all_tokens_give_the_whole_divergence_and_fewer_give_less() {
+    let of = Distillation::new(Dims { tokens: 40, hidden: 12, vocab: 50 }, 9, PLAIN, 0.8);
+    let [losses, whole, dh, dhead] = of.run(Isa::current());
+    let mut last = vec![0.0; 40];
+    for top in [1, 5, 20, 50] {
+        let (ids, log_p) = of.most_likely(Isa::current(), top);
+        let got = of.run_with(Isa::current(), Distributions::Top { ids: &ids, log_p: &log_p });
+        assert!(got[1].iter().zip(&last).all(|(more, less)| *more >= less - 1e-5), "{top}");
+        last.clone_from(&got[1]);
+        if top == 50 {
+            for (got, want) in got.iter().zip([&losses, &whole, &dh, &dhead]) {
+                assert_close("all", got, &f64s(want), 5e-6);
+            }
+        }
+    }
+}
+
+#[test]
+#[should_panic(expected = "cross_entropy::Teacher: divergences 2, 4 ids of up to 5, 6 probabilities")]
+fn a_likely_token_outside_the_vocabulary_is_refused() {
+    let of = Distillation::new(Dims { tokens: 2, hidden: 1, vocab: 5 }, 1, PLAIN, 0.5);
+    of.run_with(Isa::current(), Distributions::Top { ids: &[0, 1, 5, 2], log_p: &[-1.0; 6] });
 }
