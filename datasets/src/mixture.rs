@@ -340,8 +340,8 @@ impl Mixture {
         self.parts[sample.part].split.window(sample.window, out)
     }
 
-    /// Returns the inputs of the first `count` training windows, in the order in which a run of this seed takes them, as
-    /// calibration text.
+    /// Returns the inputs of the first `count` training windows of a run of this seed, as calibration text. They are in the
+    /// order of their sources, so that the last ones are mostly of documents that no other is of.
     ///
     /// # Errors
     /// Fewer windows than `count`, or tokens that cannot be read.
@@ -358,7 +358,14 @@ impl Mixture {
             ids.pop();
             Ok(ids)
         };
-        order.batch_at(0).map(read).collect()
+        let mut samples: Vec<Sample> = order.batch_at(0).collect();
+        // By the part of its source that lies before a window.
+        let place = |sample: &Sample| {
+            let windows = self.parts[sample.part].split.num_windows().max(1);
+            (((sample.window as u128) << 64) / windows as u128, sample.part)
+        };
+        samples.sort_unstable_by_key(place);
+        samples.into_iter().map(read).collect()
     }
 
     /// Returns the order in which windows are trained on.
@@ -491,13 +498,14 @@ mod tests {
     }
 
     #[test]
-    fn sequences_are_the_first_inputs_of_a_run() {
+    fn sequences_are_the_first_inputs_of_a_run_in_order() {
         let stream = TokenStream { ids: (0..100).collect(), doc_starts: vec![0] };
         let source = TokenSource { name: "a".into(), weight: 1.0, tokens: stream.into() };
         let options = SplitOptions { seq: 8, valid_fraction: 0.0, valid_samples: 0 };
         let mixture = Mixture::new(&[source], options, None).unwrap();
         let sequences = mixture.sequences(3, 7).unwrap();
-        let first: Vec<Sample> = mixture.interleaving(3, 7).unwrap().batch_at(0).collect();
+        let mut first: Vec<Sample> = mixture.interleaving(3, 7).unwrap().batch_at(0).collect();
+        first.sort_by_key(|sample| sample.window);
         for (ids, sample) in sequences.iter().zip(first) {
             let mut window = Vec::new();
             mixture.window(sample, &mut window).unwrap();

@@ -4,9 +4,10 @@ use ndarray::ArrayView2;
 
 /// Logits beyond this, on either side, are counted in the last bin.
 const LARGEST: f64 = 32.0;
-/// Bins per unit.
-const PER_UNIT: f64 = 128.0;
-const BINS: usize = (2.0 * LARGEST * PER_UNIT) as usize;
+/// Bins of logits in an interval of length 1.
+pub const PER_UNIT: f64 = 128.0;
+/// Bins of the logits of a layer, half of them of negative ones.
+pub const BINS: usize = (2.0 * LARGEST * PER_UNIT) as usize;
 /// Halvings that bring the range of a shift below the width of a bin by far.
 const HALVINGS: usize = 48;
 
@@ -41,6 +42,18 @@ impl LogitCounts {
             let bin = ((f64::from(z) + LARGEST) * PER_UNIT) as usize;
             bins[bin.min(BINS - 1)] += 1;
         }
+    }
+
+    /// Adds what was counted elsewhere, as on a GPU: the logits of a layer by bin, those outside of all in the first and last
+    /// one, and the pairs of its core.
+    ///
+    /// # Panics
+    /// No such layer; the bins are not [`BINS`].
+    pub fn add_counts(&mut self, layer: usize, always: u64, bins: &[u64]) {
+        let counts = &mut self.layers[layer];
+        assert_eq!(bins.len(), BINS, "logit counts: bins");
+        counts.always += always;
+        counts.bins.iter_mut().zip(bins).for_each(|(sum, count)| *sum += count);
     }
 
     /// Adds the counts of `other`.
@@ -182,6 +195,13 @@ mod tests {
         assert_eq!(sum, of(&[&a, &b]));
         sum.clear();
         assert_eq!(sum, of(&[]));
+        let mut bins = vec![0; BINS];
+        for z in a.iter() {
+            bins[((f64::from(*z) + LARGEST) * PER_UNIT) as usize] += 1;
+        }
+        sum.add_counts(0, 100, &bins);
+        assert_eq!(sum, of(&[&a]));
+        sum.clear();
         let odd = [f32::NEG_INFINITY, f32::INFINITY, f32::NAN, 1e30];
         sum.add(0, 0, Array2::from_shape_vec((2, 2), odd.to_vec()).unwrap().view());
         assert_eq!(sum.curves().share(&[0.0]), 0.5);

@@ -100,6 +100,11 @@ impl RoutingStats {
         self.logits.as_ref()
     }
 
+    /// Returns the counted logits, to add what was counted elsewhere; none unless [`RoutingStats::with_logits`].
+    pub fn logits_mut(&mut self) -> Option<&mut LogitCounts> {
+        self.logits.as_mut()
+    }
+
     /// Counts the logits `[T, routed experts]` of one batch in `layer`, whose first `core` experts have none; nothing
     /// unless [`RoutingStats::with_logits`].
     ///
@@ -175,6 +180,11 @@ impl RoutingStats {
         }
     }
 
+    /// Returns the number of layers.
+    pub fn num_layers(&self) -> usize {
+        self.layers.len()
+    }
+
     /// Returns the number of experts of a layer.
     pub fn num_experts(&self) -> usize {
         self.num_experts
@@ -192,6 +202,19 @@ impl RoutingStats {
         assert_eq!(found, (wanted, wanted + 1), "routing stats: loads and counts for {wanted} experts");
         layer.load.iter_mut().zip(load).for_each(|(a, b)| *a += b);
         layer.histogram.iter_mut().zip(histogram).for_each(|(a, b)| *a += b);
+    }
+
+    /// Adds what was counted elsewhere of a layer whose first `core` experts every token runs: tokens by routed expert, and by
+    /// their number of active routed experts.
+    ///
+    /// # Panics
+    /// The counts are of another number of experts, or `layer` is not a layer.
+    pub fn add_counts_behind_core(&mut self, layer: usize, core: usize, load: &[u64], histogram: &[u64]) {
+        let tokens = histogram.iter().sum();
+        let behind = |first: u64, counts: &[u64]| -> Vec<u64> {
+            std::iter::repeat_n(first, core).chain(counts.iter().copied()).collect()
+        };
+        self.add_counts(layer, &behind(tokens, load), &behind(0, histogram));
     }
 
     /// Returns whether `other` has the same layers and experts, so that [`RoutingStats::merge`] takes it.
@@ -333,6 +356,11 @@ mod tests {
         counted.add(1, &routing(array![[true, false], [true, true], [false, false]]));
         added.add_counts(1, &[2, 1], &[1, 1, 1]);
         assert_eq!(added, counted);
+        let (mut counted, mut added) = (RoutingStats::new(1, 5), RoutingStats::new(1, 5));
+        counted.add_behind_core(0, 3, &routing(array![[true, false], [true, true], [false, false]]));
+        added.add_counts_behind_core(0, 3, &[2, 1], &[1, 1, 1]);
+        assert_eq!(added, counted);
+        let added = RoutingStats::new(2, 2);
         assert_eq!(added.num_experts(), 2);
     }
 

@@ -634,15 +634,11 @@ fn held(model: &Model, config: &mut TrainConfig, device: Device) -> Result<Held>
         return wrong("no target for a model whose tokens all run the same number of experts");
     }
     let ramp = (config.steps.unwrap_or(1) / RAMP_SHARE).max(1);
-    let on_host = device == Device::Cpu;
     let by_default = match config.budget() {
         Budget::Range(..) => Hold::Threshold,
         _ => Hold::Loss,
     };
     match *config.hold.get_or_insert(by_default) {
-        Hold::Threshold if !on_host => {
-            Err(Error::field("hold", "threshold on a GPU", "loss, and one {active_target}"))
-        }
         Hold::Threshold => {
             let thresholds = budgets::controller(model, config, ramp * config.accumulate as u64)?;
             Ok(Held { thresholds: Some(thresholds), ..none })

@@ -3,10 +3,10 @@
 use std::any::Any;
 use std::sync::Arc;
 
-use dsmoe_router::{RouterConfig, Routing};
+use dsmoe_router::Routing;
 
-use super::Gated;
 use super::args::GateTraining;
+use super::{DsmoeForm, Gated};
 
 /// Arguments of [`HostGate::backward`].
 #[derive(Debug)]
@@ -62,14 +62,16 @@ pub trait HostGate: std::fmt::Debug + Send + Sync {
 pub enum DeviceFfn {
     /// The gated FFN as it is.
     Dense(Gated),
-    /// Cut into experts behind sigmoid gates; parameters are [`Gated::tensors`], the router, and its bias.
+    /// Cut into experts, those behind the core with sigmoid gates; parameters are [`Gated::tensors`] and the router's.
     Routed {
         /// All experts together.
         gated: Gated,
-        /// Its gates.
-        router: RouterConfig,
-        /// True if the router has a bias.
-        router_bias: bool,
+        /// Its gates, the core, and the form of the router.
+        form: DsmoeForm,
+        /// What a logit has to exceed; none where every gate is open.
+        bar: Option<f32>,
+        /// The logit at which a gate that switches its expert is a half in the straight-through rule.
+        centre: f32,
     },
     /// Cut into experts behind a gate that the host computes; parameters are [`Gated::tensors`] and the gate's. Only experts
     /// that ran take part in the gradient.
@@ -97,20 +99,52 @@ impl DeviceFfn {
     pub fn set_threshold(&mut self, threshold: f32) -> bool {
         match self {
             DeviceFfn::Dense(_) | DeviceFfn::Hosted { .. } => false,
-            DeviceFfn::Routed { router, .. } => {
-                router.threshold = threshold;
+            DeviceFfn::Routed { form, bar, centre, .. } => {
+                form.router.threshold = threshold;
+                (*bar, *centre) = (form.router.bar(), 0.0);
                 true
             }
         }
     }
 
-    /// Returns the number of experts; none without a router.
+    /// Sets what the logit of a gate has to exceed, where there are gates; returns whether there are.
+    pub fn set_threshold_logit(&mut self, logit: f32) -> bool {
+        match self {
+            DeviceFfn::Dense(_) | DeviceFfn::Hosted { .. } => false,
+            DeviceFfn::Routed { bar, centre, .. } => {
+                (*bar, *centre) = (Some(logit), logit);
+                true
+            }
+        }
+    }
+
+    /// Returns the number of experts, the core included; none without a router.
     pub fn num_experts(&self) -> Option<usize> {
         match self {
             DeviceFfn::Dense(_) => None,
-            DeviceFfn::Routed { router, .. } => Some(router.num_experts),
+            DeviceFfn::Routed { form, .. } => Some(form.router.num_experts),
             DeviceFfn::Hosted { num_experts, .. } => Some(*num_experts),
         }
+    }
+
+    /// Returns the number of experts that a router chooses among; none without a router.
+    pub fn routed(&self) -> Option<usize> {
+        self.num_experts().map(|n| n - self.core())
+    }
+
+    /// Returns the number of leading experts that every token runs and that no router knows.
+    pub fn core(&self) -> usize {
+        match self {
+            DeviceFfn::Dense(_) | DeviceFfn::Hosted { .. } => 0,
+            DeviceFfn::Routed { form, .. } => form.core,
+        }
+    }
+
+    /// Returns the numbers of neurons of the core, which come first, and of the others.
+    pub fn cut(&self) -> [usize; 2] {
+        let width = self.gated().intermediate;
+        let core = self.num_experts().map_or(0, |n| width / n * self.core());
+        [core, width - core]
     }
 
     /// Returns whether a pass waits for the host; it cannot be captured as a CUDA graph then.

@@ -62,18 +62,12 @@ impl DsmoeFfn {
         );
         assert!(form.core < n, "dsmoe ffn: a core of {} of {n} experts", form.core);
         assert!(!form.correction || form.router_rank.is_some(), "dsmoe ffn: a correction without a rank");
-        let gates = RouterConfig { num_experts: form.routed(), ..form.router.clone() };
+        let gates = form.gates();
         DsmoeFfn { bar: gates.bar(), centre: 0.0, gated, form, gates }
     }
 
     fn gating(&self) -> Gating {
-        Gating {
-            hidden: self.gated.hidden,
-            routed: self.form.routed(),
-            rank: self.form.router_rank,
-            bias: self.form.router_bias,
-            correction: self.form.correction,
-        }
+        self.form.gating(self.gated.hidden)
     }
 
     fn dims(&self, tokens: usize) -> Dims {
@@ -112,8 +106,7 @@ impl DsmoeFfn {
         if self.form.core == 0 {
             return of_all;
         }
-        let factor = self.form.router.num_experts as f32 / self.form.routed() as f32;
-        SparsityGrad { weight: of_all.weight * factor, ..of_all }
+        SparsityGrad { weight: of_all.weight * self.form.sparsity_factor(), ..of_all }
     }
 }
 
@@ -242,17 +235,9 @@ impl Ffn for DsmoeFfn {
         Some(FfnKind::Dsmoe(self.form.clone()))
     }
 
-    fn host_only(&self) -> Vec<&'static str> {
-        let mut parts = self.form.parts();
-        if self.bar != self.form.router.bar() {
-            parts.push("thresholds by budget");
-        }
-        parts
-    }
-
     fn on_device(&self) -> Option<DeviceFfn> {
-        let DsmoeForm { router, router_bias, .. } = self.form.clone();
-        self.host_only().is_empty().then_some(DeviceFfn::Routed { gated: self.gated, router, router_bias })
+        let DsmoeFfn { gated, form, bar, centre, .. } = self.clone();
+        Some(DeviceFfn::Routed { gated, form, bar, centre })
     }
 
     fn pack(&self, params: &[f32], precision: Precision) -> Box<dyn PackedFfn> {

@@ -2,6 +2,7 @@
 
 use dsmoe_router::RouterConfig;
 
+use super::gating::Gating;
 use crate::config::MoeConfig;
 
 /// The form of a layer's FFN: its gates, and what stands beside the experts that they switch.
@@ -49,5 +50,27 @@ impl DsmoeForm {
             (self.correction, "a correction of the output"),
         ];
         parts.into_iter().filter(|(is_there, _)| *is_there).map(|(_, name)| name).collect()
+    }
+
+    /// Returns the settings of the gates alone.
+    pub(crate) fn gates(&self) -> RouterConfig {
+        RouterConfig { num_experts: self.routed(), ..self.router.clone() }
+    }
+
+    /// Returns its router, and what is added to the output, for inputs of width `hidden`.
+    pub(crate) fn gating(&self, hidden: usize) -> Gating {
+        Gating {
+            hidden,
+            routed: self.routed(),
+            rank: self.router_rank,
+            bias: self.router_bias,
+            correction: self.correction,
+        }
+    }
+
+    /// Returns the factor of a layer's part in the sparsity loss, which is a mean over the gates that it has: that of all
+    /// experts over that of the routed ones.
+    pub(crate) fn sparsity_factor(&self) -> f32 {
+        self.router.num_experts as f32 / self.routed() as f32
     }
 }

@@ -8,24 +8,26 @@
 //! ```
 //! n is the number of routed experts. All values are f32 in every precision: rounded logits would open other experts.
 
+use std::ops::Range;
+
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::matmul::{Mat, Matmul};
 use dsmoe_kernels::{Precision, linear};
 
 use super::{split, split_mut};
-use crate::params::TensorSpec;
+use crate::params::{TensorSpec, padded};
 
 /// Sizes of the router and of what is added to the output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Gating {
-    pub(super) hidden: usize,
+pub(crate) struct Gating {
+    pub(crate) hidden: usize,
     /// Routed experts (n).
-    pub(super) routed: usize,
+    pub(crate) routed: usize,
     /// Rank of the router (r); none for a full one.
-    pub(super) rank: Option<usize>,
-    pub(super) bias: bool,
+    pub(crate) rank: Option<usize>,
+    pub(crate) bias: bool,
     /// True with the term `l C^T`, which needs a rank.
-    pub(super) correction: bool,
+    pub(crate) correction: bool,
 }
 
 /// Tensors of a [`Gating`].
@@ -85,6 +87,16 @@ impl Gating {
             optional(self.bias, routed),
             optional(self.correction, rank.unwrap_or(0) * hidden),
         ]
+    }
+
+    /// Returns the ranges of its tensors from `start` on, in an FFN's part of the arena: Y or A, B, the bias, and C, transposed;
+    /// those that are not there are empty.
+    pub(crate) fn ranges(&self, mut start: usize) -> [Range<usize>; 4] {
+        self.lens().map(|len| {
+            let range = start..start + len;
+            start += padded(len);
+            range
+        })
     }
 
     /// Returns the number of values of all tensors.

@@ -34,6 +34,8 @@ pub use device::{DeviceFfn, GateBackward, HostGate, HostRouted};
 pub use dsmoe::DsmoeFfn;
 pub use form::DsmoeForm;
 pub use gated::{Gated, add_output_bias};
+#[cfg(feature = "cuda")]
+pub(crate) use gating::Gating;
 
 use crate::config::Config;
 use crate::error::{Error, Result, shown};
@@ -64,11 +66,6 @@ pub trait Ffn: std::fmt::Debug + Send + Sync {
     /// Sets what the logit of a gate has to exceed, where there are gates; returns whether there are.
     fn set_threshold_logit(&mut self, _logit: f32) -> bool {
         false
-    }
-
-    /// Names the parts that keep it from other devices, in words.
-    fn host_only(&self) -> Vec<&'static str> {
-        Vec::new()
     }
 
     /// Returns the form that other devices run, with parameters laid out by [`Ffn::tensors`]; none for a form

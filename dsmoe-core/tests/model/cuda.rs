@@ -4,12 +4,15 @@ use std::path::{Path, PathBuf};
 
 use dsmoe_core::Device;
 use dsmoe_core::checkpoint::Dtype;
+use dsmoe_core::config::Config;
 use dsmoe_core::convert::{ConvertOptions, convert};
 use dsmoe_core::model::cuda::{CudaStep, CudaTrainer};
 use dsmoe_core::model::{After, Batch, Cache, Inference, Model, Segment, StepArgs, Workspace};
+use dsmoe_kernels::rng::Rng;
 use dsmoe_kernels::testing::{distance, has_gpu, norm, refused, shared, too_far};
 use dsmoe_kernels::{Precision, adamw};
-use dsmoe_router::{GateValue, Rescale, RouterConfig, RoutingStats, SparsityOver, ZeroActive};
+use dsmoe_router::{GateValue, LogitCounts, Rescale, RouterConfig, RoutingStats, SparsityOver, ZeroActive};
+use serde_json::{Value, json};
 
 use crate::{golden, logits, losses, step_args, train, write_dense};
 
@@ -18,7 +21,7 @@ use crate::{golden, logits, losses, step_args, train, write_dense};
 fn models(dir: &Path) -> Vec<(String, PathBuf)> {
     let mut all = Vec::new();
     for (name, heads, kv_heads, hidden, intermediate, tied) in
-        [("square", 4, 4, 64, 192, true), ("grouped", 6, 2, 96, 160, false), ("odd", 3, 1, 36, 56, false)]
+        [("square", 4, 4, 64, 512, true), ("grouped", 6, 2, 96, 160, false), ("odd", 3, 1, 36, 56, false)]
     {
         let sizes = [
             ("hidden_size", hidden),
@@ -50,8 +53,41 @@ fn models(dir: &Path) -> Vec<(String, PathBuf)> {
             decide_gates(&out);
             all.push((format!("{name} {gate_value} {rescale} {zero_active} ste {ste}"), out));
         }
+        // Thresholds of a few shares are close to 0, and those beyond are below all logits.
+        let budgets = json!([{"active": 0.4, "thresholds": [0.2, 0.1]}, {"active": 0.5, "thresholds": [-0.2, -0.3]},
+            {"active": 0.8, "thresholds": [-9.0, -9.0]}]);
+        let forms = [
+            json!({"core": [3, 1], "router_rank": 3, "correction": true, "budgets": budgets, "active_target": 0.5,
+                "gate_value": "binary", "router_bias": true}),
+            json!({"core": 2, "rescale": "eq8", "zero_active": "force_argmax", "ste": false}),
+            json!({"router_rank": 5, "budgets": budgets, "active_target": 0.4}),
+        ];
+        for (i, form) in forms.into_iter().enumerate() {
+            let out = dir.join(format!("{name}-parts-{i}"));
+            with_parts(&dir.join(format!("{name}-0")), &out, &form);
+            decide_gates(&out);
+            all.push((format!("{name} {form}"), out));
+        }
     }
     all
+}
+
+/// Writes the model with experts in `from` to `out`, with other keys of its form and random values of new tensors.
+fn with_parts(from: &Path, out: &Path, keys: &Value) {
+    let source = Model::load(from).unwrap();
+    let mut json: Value = serde_json::from_str(&source.config().to_json()).unwrap();
+    json["dsmoe"].as_object_mut().unwrap().extend(keys.as_object().unwrap().clone());
+    json["dsmoe"]["format_version"] = 2.into();
+    let mut model = Model::new(Config::from_json(Path::new("config.json"), &json.to_string()).unwrap());
+    for (i, entry) in model.layout().entries().to_vec().into_iter().enumerate() {
+        let values = &mut model.params_mut()[entry.range.clone()];
+        match source.layout().get(&entry.spec.name).filter(|old| old.spec.shape == entry.spec.shape) {
+            Some(old) => values.copy_from_slice(&source.params()[old.range.clone()]),
+            None => Rng::new(7, i as u64).fill_normal(values, 0.05),
+        }
+    }
+    std::fs::create_dir(out).unwrap();
+    model.save(out, Dtype::F32).unwrap();
 }
 
 /// Makes the gates of the model in `dir` depend on three bits of a token's id, and keeps their logits away from the
@@ -62,15 +98,28 @@ fn decide_gates(dir: &Path) {
     let hidden = model.config().hidden;
     let entries = model.layout().entries().to_vec();
     for entry in entries {
-        let (embeds, values) =
-            (entry.spec.name.contains("embed_tokens"), &mut model.params_mut()[entry.range.clone()]);
+        let name = &entry.spec.name;
+        let (embeds, decides) = (name.contains("embed_tokens"), name.contains("router."));
+        let values = &mut model.params_mut()[entry.range.clone()];
+        if name.ends_with("router.b.weight") {
+            // What the first product gives of the bits.
+            for (row, values) in values.chunks_exact_mut(entry.spec.shape[1]).enumerate() {
+                values.iter_mut().for_each(|w| *w *= 0.05);
+                values[row % 3] = 0.4 + 0.05 * row as f32;
+            }
+            continue;
+        }
         for (row, values) in values.chunks_exact_mut(hidden).enumerate() {
             if embeds {
                 // These values exceed by far what layers of small weights add.
                 values.iter_mut().take(3).enumerate().for_each(|(bit, x)| *x = [-0.5, 0.5][row >> bit & 1]);
-            } else if entry.spec.router {
+            } else if decides {
                 values.iter_mut().for_each(|w| *w *= 0.05);
-                values[row % 3] = 0.4 + 0.05 * row as f32;
+                values[row % 3] =
+                    if name.ends_with("router.a.weight") { 1.0 } else { 0.4 + 0.05 * row as f32 };
+            } else if name.ends_with("correction.weight") {
+                // It reads the large values.
+                values.iter_mut().for_each(|w| *w *= 0.1);
             }
         }
     }
@@ -154,8 +203,8 @@ fn a_training_step_is_that_of_the_processor() {
         if (got_loss - want_loss).abs() > 4.0 * (half_loss - want_loss).abs() + 5e-4 * want_loss {
             wrong.push(format!("{name}: loss {got_loss}, not {want_loss}; {half_loss} in bf16"));
         }
-        if let (Some(n), Some(stats)) = (model.num_experts(), &stats) {
-            let gates = (tokens * n * model.config().num_layers) as f64;
+        if let Some(stats) = &stats {
+            let gates = (tokens * model.config().num_layers) as f64;
             if (got.all_gates / gates - want.mean_gate).abs() > 1e-3 {
                 wrong.push(format!("{name}: gates {}, not {}", got.all_gates / gates, want.mean_gate));
             }
@@ -214,7 +263,7 @@ fn recorded_steps_have_the_bits_of_queued_ones() {
         let (mut m, mut v) = (zeros.clone(), zeros.clone());
         let mut trainer = CudaTrainer::new(0, &model, &m, &v, tokens, seq).unwrap();
         for step in 1..=5u32 {
-            // Each step has other ids, repeated differently, and another sparsity weight; the threshold moves once.
+            // Each step has other ids, repeated differently, and another sparsity weight; thresholds move twice.
             let inputs: Vec<u32> = ids(tokens, step).iter().map(|id| id % (10 * step)).collect();
             let targets = ids(tokens, step + 20);
             let batch = Batch { inputs: &inputs, targets: &targets, seq };
@@ -224,6 +273,10 @@ fn recorded_steps_have_the_bits_of_queued_ones() {
                 let (shown, stats, grads) = take_step(trainer, model, batch, &args);
                 (shown.loss, shown.all_gates, stats.map(|stats| stats.active_ratio()), grads)
             };
+            if step == 3 && model.num_experts().is_some() {
+                trainer.set_thresholds(&[0.3, f32::NEG_INFINITY]).unwrap();
+                model.set_thresholds(&[0.3, f32::NEG_INFINITY]).unwrap();
+            }
             if step == 4 && model.num_experts().is_some() {
                 trainer.set_threshold(0.9).unwrap();
                 model.set_threshold(0.9).unwrap();
@@ -233,8 +286,7 @@ fn recorded_steps_have_the_bits_of_queued_ones() {
             let mut fresh = CudaTrainer::new(0, &model, &m, &v, tokens, seq).unwrap();
             let want = take(&mut fresh, &model);
             assert!(!fresh.is_recorded(), "{name}");
-            let moved = model.num_experts().is_some() && step == 4;
-            assert_eq!(trainer.is_recorded(), step > 1 && !moved, "{name}: step {step}");
+            assert_eq!(trainer.is_recorded(), step > 1, "{name}: step {step}");
             assert!(got == want, "{name}: step {step} has other bits");
             trainer.update(1.0, |decay, _| hyper(u64::from(step), decay)).unwrap();
             trainer.download(&mut model).unwrap();
@@ -277,8 +329,9 @@ fn inference_is_that_of_the_processor() {
     let dir = tempfile::tempdir().unwrap();
     let mut wrong = Vec::new();
     for (name, path) in models(dir.path()) {
-        let [cpu, half] = [Precision::F32, Precision::Bf16].map(|p| Inference::load(&path, p).unwrap());
-        let gpu = Inference::load_on(&path, Precision::Bf16, Device::Cuda(0)).unwrap();
+        let [mut cpu, mut half] =
+            [Precision::F32, Precision::Bf16].map(|p| Inference::load(&path, p).unwrap());
+        let mut gpu = Inference::load_on(&path, Precision::Bf16, Device::Cuda(0)).unwrap();
         let all = ids(120, 4);
         let targets = ids(120, 5);
         let run = |model: &Inference| {
@@ -309,12 +362,12 @@ fn inference_is_that_of_the_processor() {
             let found: Vec<f32> = found.iter().map(|likelihood| likelihood.log_probability).collect();
             (losses, logits, found, each, stats)
         };
-        let (want, half, got) = (run(&cpu), run(&half), run(&gpu));
+        let (want, rounded, got) = (run(&cpu), run(&half), run(&gpu));
         for (what, got, want, half) in [
-            ("losses", &got.0, &want.0, &half.0),
-            ("logits", &got.1, &want.1, &half.1),
-            ("likelihoods", &got.2, &want.2, &half.2),
-            ("logits of several", &got.3, &want.3, &half.3),
+            ("losses", &got.0, &want.0, &rounded.0),
+            ("logits", &got.1, &want.1, &rounded.1),
+            ("likelihoods", &got.2, &want.2, &rounded.2),
+            ("logits of several", &got.3, &want.3, &rounded.3),
         ] {
             wrong.extend(too_far(&format!("{name}: {what}"), got, want, half, norm(want)));
         }
@@ -324,8 +377,57 @@ fn inference_is_that_of_the_processor() {
         }
         let again = run(&gpu);
         assert_eq!(again.1, run(&gpu).1, "{name}: other bits the second time");
+        // Thresholds of another budget, which a recorded step of decoding takes up.
+        if gpu.config().moe.as_ref().is_some_and(|moe| moe.budget().is_some()) {
+            for model in [&mut cpu, &mut half, &mut gpu] {
+                model.set_active(0.7).unwrap();
+            }
+            let (want, half, got) = (run(&cpu), run(&half), run(&gpu));
+            wrong.extend(too_far(&format!("{name}: at 0.7"), &got.1, &want.1, &half.1, norm(&want.1)));
+            assert!(got.4 == want.4 && got.4 != again.4, "{name}: routing at 0.7");
+        }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn logits_of_routers_are_counted() {
+    if !has_gpu("logits_of_routers_are_counted") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (inputs, targets) = (ids(99, 1), ids(99, 2));
+    let batch = Batch { inputs: &inputs, targets: &targets, seq: 33 };
+    for (name, path) in models(dir.path()) {
+        let model = Model::load(&path).unwrap();
+        let Some(stats) = model.new_stats() else { continue };
+        let count = |model: &Inference| {
+            let mut stats = stats.clone().with_logits();
+            losses(model, batch, Some(&mut stats));
+            stats.logits().unwrap().curves()
+        };
+        let want = count(&Inference::new(&model, Precision::F32));
+        let got = count(&Inference::new_on(&model, Precision::Bf16, Device::Cuda(0)).unwrap());
+        let zeros = vec![0.0; model.layout().len()];
+        let mut trainer = CudaTrainer::new(0, &model, &zeros, &zeros, 99, 33).unwrap();
+        let mut counts = LogitCounts::new(model.config().num_layers);
+        trainer.logits(&mut counts).unwrap();
+        assert!(counts.is_empty(), "{name}: counted unasked");
+        trainer.count_logits().unwrap();
+        // Of the last micro-batch alone.
+        for _ in 0..2 {
+            take_step(&mut trainer, &model, batch, &step_args(99));
+            trainer.logits(&mut counts).unwrap();
+        }
+        let trained = counts.curves();
+        for bar in [-1.5, -0.6, -0.2, 0.0, 0.2, 0.6, 1.5] {
+            let [want, got, trained] = [&want, &got, &trained].map(|curves| curves.share(&[bar, bar]));
+            // Rounding moves logits beside a threshold to its other side.
+            let near = (got - want).abs() < 0.02 && (trained - want).abs() < 0.02;
+            assert!(near, "{name}, {bar}: {got} and {trained} for {want}");
+        }
+        assert_eq!(got.share(&[-40.0, -40.0]), 1.0, "{name}: all pairs");
+    }
 }
 
 #[test]

@@ -10,7 +10,7 @@ use dsmoe_kernels::testing::{has_gpu, norm, refused, too_far};
 use dsmoe_router::{RoutingStats, SparsityOver};
 use serde_json::json;
 
-use crate::gradients::{VOCAB, config, families, random};
+use crate::gradients::{FORMS, VOCAB, config, families, random};
 use crate::{Case, each};
 
 const SEQ: usize = 18;
@@ -138,24 +138,24 @@ fn the_zoo_is_that_of_transformers() {
     });
 }
 
-/// Makes random models with each switch, dense and with experts. Their gates are far from the threshold, so that rounding
-/// moves no token.
+/// Makes random models with each switch, dense and with experts in every form. Their gates are far from the threshold, so that
+/// rounding moves no token.
 fn switches() -> Vec<(String, Model)> {
     let mut all = Vec::new();
     for (i, (family, mut keys)) in families().into_iter().enumerate() {
-        for form in ["dense", "experts"] {
+        for form in FORMS {
             let map = keys.as_object_mut().unwrap();
             map.insert("hidden_size".into(), json!(16));
-            // Lists of active pairs take groups of 8 neurons, all pairs any number.
-            map.insert("intermediate_size".into(), json!(if i % 2 == 0 { 48 } else { 36 }));
+            // Lists of active pairs take wide experts, all pairs any number of neurons.
+            map.insert("intermediate_size".into(), json!([192, 36, 48, 36][i % 4]));
             map.insert("max_position_embeddings".into(), json!(if i == 1 { 8 } else { 64 }));
             let mut model = random(config(family, &keys, form));
             for entry in model.layout().entries().to_vec() {
                 let values = &mut model.params_mut()[entry.range];
-                if entry.spec.name.ends_with("router.weight") {
+                if entry.spec.name.contains("router.") && entry.spec.name.ends_with("weight") {
                     values.iter_mut().for_each(|w| *w *= 0.1);
                 } else if entry.spec.name.ends_with("router.bias") {
-                    values.copy_from_slice(&[1.0, -2.0, 0.7]);
+                    values.iter_mut().zip([1.0, -2.0, 0.7]).for_each(|(b, value)| *b = value);
                 }
             }
             all.push((format!("{family} {keys}, {form}"), model));

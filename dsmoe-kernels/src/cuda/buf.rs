@@ -204,6 +204,29 @@ impl<T: Element> Matrix<T> {
         Part(self.first(rows, cols), PhantomData)
     }
 
+    /// Returns the first values as two matrices of as many rows, the second behind the first, to read.
+    ///
+    /// # Panics
+    /// There are fewer values.
+    pub fn blocks(&self, rows: usize, cols: [usize; 2]) -> [View<'_, T>; 2] {
+        self.blocks_of(rows, cols).map(|block| Part(block, PhantomData))
+    }
+
+    /// Returns the first values as two matrices of as many rows, the second behind the first, to write.
+    ///
+    /// # Panics
+    /// There are fewer values.
+    pub fn blocks_mut(&mut self, rows: usize, cols: [usize; 2]) -> [ViewMut<'_, T>; 2] {
+        self.blocks_of(rows, cols).map(|block| Part(block, PhantomData))
+    }
+
+    fn blocks_of(&self, rows: usize, [one, other]: [usize; 2]) -> [Sized0<T>; 2] {
+        let (first, len) = (self.first(rows, one), rows * (one + other));
+        let all: &Matrix<T> = &self.first(len, 1);
+        let behind: &Matrix<T> = &all.place_of(rows * one..len);
+        [first, behind.first(rows, other)]
+    }
+
     fn place_of(&self, range: Range<usize>) -> Sized0<T> {
         assert!(range.start <= range.end && range.end <= self.rows, "gpu: rows {range:?} of {}", self.rows);
         let ptr = self.ptr + (range.start * self.cols * size_of::<T>()) as u64;

@@ -18,6 +18,8 @@ pub(super) struct CudaEngine {
     optimizer: AdamW,
     stats: Option<RoutingStats>,
     trainer: Box<CudaTrainer>,
+    /// The router logits of the last micro-batch, where they are counted.
+    logits: Option<LogitCounts>,
     predicted: usize,
 }
 
@@ -33,7 +35,7 @@ impl CudaEngine {
         }
         let (m, v) = (&optimizer.m, &optimizer.v);
         let trainer = Box::new(CudaTrainer::new(ordinal, model, m, v, options.tokens, options.seq)?);
-        Ok(CudaEngine { optimizer, stats: model.new_stats(), trainer, predicted: 0 })
+        Ok(CudaEngine { optimizer, stats: model.new_stats(), trainer, logits: None, predicted: 0 })
     }
 }
 
@@ -49,17 +51,20 @@ impl Engine for CudaEngine {
     fn micro_batch(&mut self, _model: &Model, batch: Batch<'_>, args: &StepArgs) -> Result<bool> {
         self.trainer.micro_batch(batch.inputs, batch.targets, batch.seq, args)?;
         self.predicted += batch.targets.len();
+        if let Some(counts) = &mut self.logits {
+            self.trainer.logits(counts)?;
+        }
         Ok(true)
     }
 
     fn end(&mut self, model: &Model) -> Result<StepResult> {
         let sums = self.trainer.finish(self.stats.as_mut())?;
-        let gates = self.predicted * model.config().num_layers * model.num_experts().unwrap_or(1);
+        let tokens = self.predicted * model.config().num_layers;
         Ok(StepResult {
             lm_loss: sums.loss / self.predicted as f64,
             divergence: 0.0,
-            sparsity_loss: sums.active_gates / gates as f64,
-            mean_gate: sums.all_gates / gates as f64,
+            sparsity_loss: sums.active_gates / tokens as f64,
+            mean_gate: sums.all_gates / tokens as f64,
             balance_loss: sums.balance_loss,
             separability: 0.0,
             budget: 0.0,
@@ -90,15 +95,17 @@ impl Engine for CudaEngine {
     }
 
     fn count_logits(&mut self) -> Result<()> {
-        Err(Error::field("hold", "threshold on a GPU", "loss"))
+        self.logits = self.stats.as_ref().map(|stats| LogitCounts::new(stats.num_layers()));
+        Ok(self.trainer.count_logits()?)
     }
 
     fn logits(&self) -> Option<&LogitCounts> {
-        None
+        self.logits.as_ref()
     }
 
-    fn set_thresholds(&mut self, _model: &mut Model, _logits: &[f32]) -> Result<()> {
-        Err(Error::field("hold", "threshold on a GPU", "loss"))
+    fn set_thresholds(&mut self, model: &mut Model, logits: &[f32]) -> Result<()> {
+        model.set_thresholds(logits)?;
+        Ok(self.trainer.set_thresholds(logits)?)
     }
 
     fn set_threshold(&mut self, model: &mut Model, threshold: f32) -> Result<()> {

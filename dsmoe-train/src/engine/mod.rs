@@ -143,7 +143,7 @@ pub trait Engine: Debug + Send {
     /// Sets what the logits of each layer's gates have to exceed, one threshold per layer, for the next micro-batches.
     ///
     /// # Errors
-    /// The model has no gates, or the device has no thresholds by layer.
+    /// The model has no gates, or the device fails.
     fn set_thresholds(&mut self, model: &mut Model, logits: &[f32]) -> Result<()> {
         Ok(model.set_thresholds(logits)?)
     }
@@ -151,7 +151,7 @@ pub trait Engine: Debug + Send {
     /// Counts the router logits of all further micro-batches, for [`Engine::logits`].
     ///
     /// # Errors
-    /// The device does not count them.
+    /// The device's memory does not suffice.
     fn count_logits(&mut self) -> Result<()>;
 
     /// Returns the router logits of the last micro-batch; none unless they are counted.

@@ -1,10 +1,12 @@
-//! The forward pass of an FFN on a device. Products run over lists of the active pairs where the kernels take the sizes, else
-//! over all pairs.
+//! The forward pass of an FFN on a device. The core runs as a dense FFN of its neurons. Products of routed experts run over
+//! lists of the active pairs where the kernels take the sizes, else over all pairs.
+
+use std::ops::Range;
 
 use dsmoe_kernels::Activation;
-use dsmoe_kernels::cuda::Matrix;
 use dsmoe_kernels::cuda::ops::router::{Lists, Routed, Sort};
 use dsmoe_kernels::cuda::ops::{experts, ffn, linear};
+use dsmoe_kernels::cuda::{Matrix, View, ViewMut};
 use half::bf16;
 
 use crate::error::Result;
@@ -23,14 +25,26 @@ pub(crate) struct Projections<'a> {
     pub(crate) activation: Activation,
 }
 
+/// The projections of some neurons.
+pub(crate) struct Rows<'a> {
+    pub(crate) gate: View<'a, bf16>,
+    pub(crate) up: View<'a, bf16>,
+    pub(crate) down: View<'a, bf16>,
+    /// Of gate and up.
+    biases: Option<[View<'a, f32>; 2]>,
+}
+
+/// Values of pairs: of the core `[T, neurons]`, and behind them of the other neurons `[T, neurons]`.
+pub(crate) type Blocks<'a> = [ViewMut<'a, bf16>; 2];
+
 /// The forward pass of a routed FFN.
 pub(crate) struct Forward<'a> {
     /// The output; set.
     pub(crate) y: &'a mut Matrix<f32>,
     /// `coefficient * act(a) * b`; set.
-    pub(crate) c: &'a mut Matrix<bf16>,
-    /// The products a and b; set. A pass over lists does not need them.
-    pub(crate) products: Option<[&'a mut Matrix<bf16>; 2]>,
+    pub(crate) c: Blocks<'a>,
+    /// The products a and b; set. A pass over lists does not need those of routed experts, which then may have no memory.
+    pub(crate) products: [Blocks<'a>; 2],
     /// Scratch memory for the parts of the sums of tokens.
     pub(crate) parts: &'a mut Matrix<bf16>,
     /// The input.
@@ -43,10 +57,47 @@ pub(crate) struct Forward<'a> {
     pub(crate) all_pairs: bool,
 }
 
+impl<'a> Projections<'a> {
+    /// Returns those of some neurons, of inputs of width `hidden`.
+    pub(crate) fn rows(&self, neurons: Range<usize>, hidden: usize) -> Rows<'a> {
+        let part = |matrix: &'a Matrix<bf16>| matrix.part(neurons.start * hidden..neurons.end * hidden);
+        let Projections { gate, up, down, biases, .. } = *self;
+        Rows {
+            gate: part(gate),
+            up: part(up),
+            down: part(down),
+            biases: biases.map(|[gate, up, _]| [gate, up].map(|bias| bias.part(neurons.clone()))),
+        }
+    }
+}
+
+impl Rows<'_> {
+    /// Sets a, b and c of all tokens, and without `coefficients` for all of them with the factor 1.
+    fn activate(
+        &self,
+        c: &mut Matrix<bf16>,
+        [a, b]: [&mut Matrix<bf16>; 2],
+        x: &Matrix<bf16>,
+        (coefficients, activation): (Option<&Matrix<f32>>, Activation),
+    ) -> Result<()> {
+        linear::Forward { y: &mut *a, x, w: &self.gate }.run()?;
+        linear::Forward { y: &mut *b, x, w: &self.up }.run()?;
+        if let Some([of_a, of_b]) = &self.biases {
+            linear::AddBias { y: &mut *a, bias: of_a }.run()?;
+            linear::AddBias { y: &mut *b, bias: of_b }.run()?;
+        }
+        Ok(ffn::Activate { c, a, b, coefficients, activation }.run()?)
+    }
+}
+
 impl Forward<'_> {
     pub(crate) fn run(self) -> Result<()> {
         let Forward { y, c, products, parts, x, projections, routed, lists, all_pairs } = self;
-        let Projections { gate, up, down, biases, output_bias, activation } = projections;
+        let Projections { biases, output_bias, activation, .. } = projections;
+        let [mut c_core, mut c] = c;
+        let [[mut a_core, mut a], [mut b_core, mut b]] = products;
+        let (core, hidden) = (c_core.cols(), x.cols());
+        let rest = &projections.rows(core..core + c.cols(), hidden);
         let coefficients = routed.map(Routed::coefficients);
         let coefficients = coefficients.as_deref();
         let lists = match (lists, routed) {
@@ -58,24 +109,21 @@ impl Forward<'_> {
         };
         match (lists, coefficients) {
             (Some(lists), Some(coefficients)) if !all_pairs => {
-                let projections = products;
+                let (Rows { gate, up, .. }, c) = (rest, &mut *c);
+                let projections = (!a.is_empty()).then_some([&mut *a, &mut *b]);
                 experts::Up { c, projections, x, gate, up, coefficients, lists, activation }.run()?;
             }
-            _ => {
-                let [a, b] = products.expect("memory for the products of all pairs");
-                linear::Forward { y: &mut *a, x, w: gate }.run()?;
-                linear::Forward { y: &mut *b, x, w: up }.run()?;
-                if let Some([of_a, of_b, _]) = biases {
-                    linear::AddBias { y: &mut *a, bias: of_a }.run()?;
-                    linear::AddBias { y: &mut *b, bias: of_b }.run()?;
-                }
-                ffn::Activate { c, a, b, coefficients, activation }.run()?;
-            }
+            _ => rest.activate(&mut c, [&mut *a, &mut *b], x, (coefficients, activation))?,
         }
         // The down projection is stored transposed: y = c W.
         match lists {
-            Some(lists) => experts::Down { y, parts, c, weight: down, lists }.run()?,
-            None => linear::BackwardInput { dx: &mut *y, dy: c, w: down, add: false }.run()?,
+            Some(lists) => experts::Down { y, parts, c: &c, weight: &rest.down, lists }.run()?,
+            None => linear::BackwardInput { dx: &mut *y, dy: &c, w: &rest.down, add: false }.run()?,
+        }
+        if core > 0 {
+            let rows = &projections.rows(0..core, hidden);
+            rows.activate(&mut c_core, [&mut *a_core, &mut *b_core], x, (None, activation))?;
+            linear::BackwardInput { dx: &mut *y, dy: &c_core, w: &rows.down, add: true }.run()?;
         }
         for bias in biases.map(|[_, _, of_down]| of_down).into_iter().chain(output_bias) {
             linear::AddBias { y: &mut *y, bias }.run()?;

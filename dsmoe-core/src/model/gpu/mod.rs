@@ -3,23 +3,25 @@
 
 pub(crate) mod block;
 pub(crate) mod ffn;
+pub(crate) mod gating;
 pub(crate) mod hosted;
 pub(crate) mod turns;
 
-use std::ops::Range;
-
 use dsmoe_kernels::attention::{self, Scores};
-use dsmoe_kernels::cuda::Gpu;
 use dsmoe_kernels::cuda::ops::attention::{Heads, MAX_HEAD_DIM};
 use dsmoe_kernels::cuda::ops::{self, router};
+use dsmoe_kernels::cuda::{Gpu, GpuBuf};
 use dsmoe_router::{GateValue, Rescale, RouterConfig, ZeroActive};
 
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::ffn::{DeviceFfn, Ffn, Gated};
+use crate::ffn::{DeviceFfn, Ffn, Gated, Gating};
 use crate::model::memory::MemoryUse;
 use crate::model::tensors::attention_dims;
-use crate::params::padded;
+
+/// Neurons that an expert has at least where products run over lists of active pairs. Tiles of narrower experts are mostly
+/// empty: products of all pairs take less time, and sums of tokens less memory.
+const LEAST_WIDTH: usize = 64;
 
 /// Returns the forms of the FFNs of a model of `config` on a device.
 ///
@@ -34,12 +36,7 @@ pub(crate) fn device_ffns(config: &Config, ffns: &[Box<dyn Ffn>]) -> Result<Vec<
     }
     let form = |(layer, ffn): (usize, &dyn Ffn)| {
         ffn.on_device().ok_or_else(|| {
-            let problem = match ffn.host_only() {
-                parts if parts.is_empty() => {
-                    format!("layer {layer}: this kind of FFN does not run on a GPU")
-                }
-                parts => format!("layer {layer}: a GPU does not run {}", parts.join(", ")),
-            };
+            let problem = format!("layer {layer}: this kind of FFN does not run on a GPU");
             Error::argument(problem, "set {device} to cpu")
         })
     };
@@ -74,11 +71,10 @@ pub(crate) fn check_memory(gpu: &Gpu, plan: &[MemoryUse], help: &'static str) ->
     Err(Error::argument(problem, help))
 }
 
-/// Converts a router's settings to those of the kernels.
+/// Converts the settings of gates to those of the kernels.
 pub(crate) fn gates(config: &RouterConfig) -> router::Gates {
     router::Gates {
         num_experts: config.num_experts,
-        threshold_logit: config.threshold_logit(),
         binary: config.gate_value == GateValue::Binary,
         rescale: config.rescale == Rescale::Eq8,
         force_argmax: config.zero_active == ZeroActive::ForceArgmax,
@@ -104,15 +100,52 @@ pub(crate) fn ffn_dims(ffn: &DeviceFfn, tokens: usize) -> ops::ffn::Dims {
     ops::ffn::Dims { tokens, hidden, intermediate, num_experts: ffn.num_experts().unwrap_or(1) }
 }
 
-/// Returns the sizes of an FFN with experts whose products run over lists of active pairs. Those kernels add no biases.
+/// Returns the sizes of the routed experts of an FFN whose products run over lists of active pairs. Those kernels add no
+/// biases.
 pub(crate) fn by_lists(gpu: &Gpu, ffn: &DeviceFfn, tokens: usize) -> Option<ops::ffn::Dims> {
-    let dims = ffn.num_experts().map(|_| ffn_dims(ffn, tokens));
-    dims.filter(|dims| !ffn.gated().bias && dims.fit_lists(gpu))
+    let ([_, intermediate], hidden) = (ffn.cut(), ffn.gated().hidden);
+    let dims =
+        ffn.routed().map(|num_experts| ops::ffn::Dims { tokens, hidden, intermediate, num_experts })?;
+    (is_wide(ffn) && !ffn.gated().bias && dims.fit_lists(gpu)).then_some(dims)
 }
 
-/// Returns the places of the router's weight and bias in the parameters of an FFN with `n` experts.
-pub(crate) fn router_ranges(gated: &Gated, n: usize) -> [Range<usize>; 2] {
-    let (start, len) = (gated.len(), n * gated.hidden);
-    let bias = start + padded(len);
-    [start..start + len, bias..bias + n]
+/// Tells whether products run over lists of active pairs as far as the experts are concerned.
+pub(crate) fn is_wide(ffn: &DeviceFfn) -> bool {
+    ffn.num_experts().is_some_and(|n| ffn.gated().intermediate >= LEAST_WIDTH * n)
+}
+
+/// Returns the largest rank of routers of low rank; 0 without them.
+pub(crate) fn rank(ffns: &[DeviceFfn]) -> usize {
+    ffns.iter().filter_map(|ffn| gating_of(ffn)?.rank).max().unwrap_or(0)
+}
+
+/// Returns the sizes of a router that the device computes.
+pub(crate) fn gating_of(ffn: &DeviceFfn) -> Option<Gating> {
+    let DeviceFfn::Routed { gated, form, .. } = ffn else { return None };
+    Some(form.gating(gated.hidden))
+}
+
+/// Returns the thresholds of all layers: what a logit has to exceed, and where a gate is a half.
+fn threshold_values<'a>(ffns: impl Iterator<Item = &'a DeviceFfn>) -> Vec<f32> {
+    let of = |ffn: &DeviceFfn| match ffn {
+        DeviceFfn::Routed { form, bar, centre, .. } => {
+            let binary = form.router.gate_value == GateValue::Binary;
+            [bar.unwrap_or(f32::NEG_INFINITY), if binary { *centre } else { 0.0 }]
+        }
+        DeviceFfn::Dense(_) | DeviceFfn::Hosted { .. } => [0.0; 2],
+    };
+    ffns.flat_map(of).collect()
+}
+
+/// Moves the thresholds of all layers to the device, `[layers, 2]`.
+pub(crate) fn thresholds<'a>(gpu: &Gpu, ffns: impl Iterator<Item = &'a DeviceFfn>) -> Result<GpuBuf<f32>> {
+    Ok(gpu.upload_rows(&threshold_values(ffns), 2)?)
+}
+
+/// Replaces the thresholds on the device.
+pub(crate) fn move_thresholds<'a>(
+    thresholds: &mut GpuBuf<f32>,
+    ffns: impl Iterator<Item = &'a DeviceFfn>,
+) -> Result<()> {
+    Ok(thresholds.upload_from(&threshold_values(ffns))?)
 }

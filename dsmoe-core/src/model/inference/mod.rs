@@ -149,28 +149,20 @@ impl Inference {
     /// budgets they are mixed linearly.
     ///
     /// # Errors
-    /// The model has no budgets, or `active` is outside of them; the device does not run models with budgets.
+    /// The model has no budgets, or `active` is outside of them.
     pub fn set_active(&mut self, active: f64) -> Result<()> {
-        match &mut self.backend {
-            Backend::Cpu(model) => model.set_active(active),
-            #[cfg(feature = "cuda")]
-            Backend::Cuda(_) => Err(not_on_gpu()),
-        }
+        each!(&mut self.backend, model => model.set_active(active))
     }
 
     /// Sets what the logits of each layer's gates have to exceed, until the next choice of thresholds.
     ///
     /// # Errors
-    /// The model has no gates; the device has no thresholds by layer.
+    /// The model has no gates.
     ///
     /// # Panics
     /// There are not as many thresholds as layers.
     pub fn set_thresholds(&mut self, logits: &[f32]) -> Result<()> {
-        match &mut self.backend {
-            Backend::Cpu(model) => model.set_thresholds(logits),
-            #[cfg(feature = "cuda")]
-            Backend::Cuda(_) => Err(not_on_gpu()),
-        }
+        each!(&mut self.backend, model => model.set_thresholds(logits))
     }
 
     /// Lets `bound` choose experts in place of the routers, as many for each token as these would open.
@@ -208,10 +200,7 @@ impl Inference {
         match &self.backend {
             Backend::Cpu(model) => model.score(losses, batch, stats, workspace),
             #[cfg(feature = "cuda")]
-            Backend::Cuda(model) => {
-                model.score(losses, batch, workspace)?;
-                model.report(workspace, stats)?;
-            }
+            Backend::Cuda(model) => model.score(losses, batch, stats, workspace)?,
         }
         Ok(())
     }
@@ -341,11 +330,6 @@ impl Inference {
             Backend::Cuda(_) => {}
         }
     }
-}
-
-#[cfg(feature = "cuda")]
-fn not_on_gpu() -> Error {
-    Error::argument("a GPU does not run thresholds by layer", "set {device} to cpu")
 }
 
 impl Cache {

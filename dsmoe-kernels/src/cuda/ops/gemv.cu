@@ -43,10 +43,15 @@ gemv_bf16(bf16* y, const bf16* x, const bf16* w, int inputs, int outputs) { gemv
 #define DIVISOR(p) (1.0f + expf(-p))
 #endif
 
-// c [T, width] = coefficient act(x Wg^T) (x Wu^T): a warp per neuron, none for one whose expert no token has active.
+// The factor of an expert for token t: 1 for the leading `core` of all n experts, and without coefficients.
+DEV float factor(const float* coefficients, int t, int e, int n, int core) {
+  return coefficients && e >= core ? coefficients[t * (n - core) + e - core] : 1.0f;
+}
+
+// c [T, width] = factor act(x Wg^T) (x Wu^T): a warp per neuron, none for one whose expert no token has active.
 extern "C" __global__ void __launch_bounds__(256)
 gemv_up(float* c, const bf16* x, const bf16* gate, const bf16* up, const float* coefficients, int inputs, int width,
-       int n) {
+       int n, int core) {
   const int o = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5), lane = threadIdx.x & 31;
   if (o >= width) return;
   const int e = o / (width / n);
@@ -54,7 +59,7 @@ gemv_up(float* c, const bf16* x, const bf16* gate, const bf16* up, const float* 
   bool any = false;
 #pragma unroll
   for (int t = 0; t < TOKENS; t++) {
-    k[t] = coefficients ? coefficients[t * n + e] : 1.0f;
+    k[t] = factor(coefficients, t, e, n, core);
     any |= k[t] != 0.0f;
   }
   if (!any) return;
@@ -96,18 +101,18 @@ gemv_up(float* c, const bf16* x, const bf16* gate, const bf16* up, const float* 
 // expert active. Four columns per thread.
 extern "C" __global__ void __launch_bounds__(128)
 gemv_down(float* partials, const float* c, const bf16* down, const float* coefficients, int outputs, int width, int n,
-         int blocks) {
+         int core, int blocks) {
   const int w = width / n, e = blockIdx.y / blocks, first = e * w + (blockIdx.y % blocks) * NEURONS;
   const int last = min(first + NEURONS, (e + 1) * w);
   __shared__ float cs[TOKENS][NEURONS];
-  bool any = coefficients == nullptr;
+  bool any = false;
 #pragma unroll
-  for (int t = 0; t < TOKENS; t++) any |= coefficients && coefficients[t * n + e] != 0.0f;
+  for (int t = 0; t < TOKENS; t++) any |= factor(coefficients, t, e, n, core) != 0.0f;
   if (!any) return;
   for (int i = threadIdx.x; i < TOKENS * NEURONS; i += blockDim.x) {
     const int t = i / NEURONS, j = i % NEURONS;
     // A token that has the expert shut adds nothing: its value was not set where no other has it open.
-    const bool on = first + j < last && (!coefficients || coefficients[t * n + e] != 0.0f);
+    const bool on = first + j < last && factor(coefficients, t, e, n, core) != 0.0f;
     cs[t][j] = on ? c[(i64)t * width + first + j] : 0.0f;
   }
   __syncthreads();
@@ -138,7 +143,7 @@ gemv_down(float* partials, const float* c, const bf16* down, const float* coeffi
 // y [T, outputs]: the partial sums of open experts. A warp takes an eighth of them for 32 columns, then the eighths are
 // added in order.
 extern "C" __global__ void __launch_bounds__(256)
-gemv_sum(float* y, const float* partials, const float* coefficients, int outputs, int n, int blocks) {
+gemv_sum(float* y, const float* partials, const float* coefficients, int outputs, int n, int core, int blocks) {
   __shared__ float eighths[8][32];
   const int lane = threadIdx.x & 31, part = threadIdx.x >> 5, col = blockIdx.x * 32 + lane, t = blockIdx.y;
   const int all = n * blocks, first = all * part / 8, last = all * (part + 1) / 8;
@@ -146,7 +151,7 @@ gemv_sum(float* y, const float* partials, const float* coefficients, int outputs
   if (col < outputs) {
 #pragma unroll 8
     for (int p = first; p < last; p++)
-      if (!coefficients || coefficients[t * n + p / blocks] != 0.0f)
+      if (factor(coefficients, t, p / blocks, n, core) != 0.0f)
         sum += partials[((i64)p * TOKENS + t) * outputs + col];
   }
   eighths[part][lane] = sum;

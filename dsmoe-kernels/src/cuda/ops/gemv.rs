@@ -74,7 +74,16 @@ impl Dims {
     }
 }
 
-/// Sets `y` to the sum of the active experts' outputs times their coefficients, which are 1 where there are none.
+/// The factors of the experts of an FFN.
+#[derive(Clone, Copy, Debug)]
+pub struct Factors<'a> {
+    /// The leading experts, whose factor is 1 for every token.
+    pub core: usize,
+    /// Those of the others, `[T, n - core]`.
+    pub coefficients: &'a Matrix<f32>,
+}
+
+/// Sets `y` to the sum of the active experts' outputs times their factors. Without these it is the output of all neurons.
 #[derive(Debug)]
 pub struct Ffn<'a> {
     /// `[T, hidden]`
@@ -83,8 +92,8 @@ pub struct Ffn<'a> {
     pub h: &'a Matrix<bf16>,
     /// The projections.
     pub weights: Weights<'a>,
-    /// `[T, n]`
-    pub coefficients: Option<&'a Matrix<f32>>,
+    /// The factors of experts.
+    pub factors: Option<Factors<'a>>,
     /// The activation of the gate projection.
     pub activation: Activation,
     /// Scratch memory of [`Dims::gemv_scratch`] values.
@@ -97,9 +106,11 @@ impl Ffn<'_> {
     /// # Panics
     /// A size does not fit, or there are more than [`FEW`] tokens.
     pub fn run(self) -> Result<()> {
-        let Ffn { y, h, weights: Weights { gate, up, down }, coefficients, activation, scratch } = self;
+        let Ffn { y, h, weights: Weights { gate, up, down }, factors, activation, scratch } = self;
         let (tokens, hidden) = (h.rows(), h.cols());
-        let n = coefficients.map_or(1, Matrix::cols);
+        let coefficients = factors.map(|factors| factors.coefficients);
+        let core = factors.map_or(0, |factors| factors.core);
+        let n = coefficients.map_or(1, |coefficients| core + coefficients.cols());
         let dims = Dims { tokens, hidden, intermediate: gate.len() / hidden, num_experts: n };
         let width = dims.intermediate;
         assert!((1..=FEW).contains(&tokens) && n > 0 && width.is_multiple_of(n), "cuda gemv::Ffn: {dims:?}");
@@ -112,17 +123,18 @@ impl Ffn<'_> {
         let [c, partials] = scratch.parts([0..pairs, pairs..dims.gemv_scratch()]);
         let (k, parts) = (optional(coefficients), dims.gemv_blocks());
         let [hidden_arg, width_arg, n_arg, parts_arg] = [hidden, width, n, parts].map(Arg::Size);
+        let core = Arg::Size(core);
 
-        let args = [c.arg(), h.arg(), gate.arg(), up.arg(), k, hidden_arg, width_arg, n_arg];
+        let args = [c.arg(), h.arg(), gate.arg(), up.arg(), k, hidden_arg, width_arg, n_arg, core];
         // SAFETY: a warp per neuron; sizes were checked above.
         unsafe { SOURCE.launch(gpu, "gemv_up", &defines, Grid::row(width.div_ceil(8), 256), &args) }?;
 
-        let args = [partials.arg(), c.arg(), down.arg(), k, hidden_arg, width_arg, n_arg, parts_arg];
+        let args = [partials.arg(), c.arg(), down.arg(), k, hidden_arg, width_arg, n_arg, core, parts_arg];
         let grid = Grid::plane(hidden.div_ceil(512), n * parts, 128);
         // SAFETY: a block per neurons of one expert and 512 columns; partial sums have room for each.
         unsafe { SOURCE.launch(gpu, "gemv_down", &defines, grid, &args) }?;
 
-        let args = [y.arg(), partials.arg(), k, hidden_arg, n_arg, parts_arg];
+        let args = [y.arg(), partials.arg(), k, hidden_arg, n_arg, core, parts_arg];
         let grid = Grid::plane(hidden.div_ceil(32), tokens, 256);
         // SAFETY: a block per 32 values of y reads the partial sums that were set above.
         unsafe { SOURCE.launch(gpu, "gemv_sum", &defines, grid, &args) }

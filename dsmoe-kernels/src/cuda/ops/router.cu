@@ -1,51 +1,78 @@
 // With OFFSET, weights of norms are stored as their distance from `offset`.
 #if OFFSET
 #define VARIANT , float offset
+#define VARIANT_ARG , offset
 #define NORM(w) ((w) + offset)
 #else
 #define VARIANT
+#define VARIANT_ARG
 #define NORM(w) w
 #endif
 
-// z [T, n] = h W^T + bias in f32, h = x rstd w: a block per token, a warp per expert at a time.
-extern "C" __global__ void __launch_bounds__(256)
-logits(float* z, const float* x, const float* rstd, const float* norm, const float* w, const float* bias, int n,
-       int hidden VARIANT) {
-  const int t = blockIdx.x, lane = threadIdx.x & 31;
-  const float r = rstd[t];
-  const float* row = x + (i64)t * hidden;
+// z [T, n] = h W^T + bias in f32, h = x rstd w: a warp per expert at a time, for TILE tokens of a block.
+template <int TILE>
+DEV void logits_of(float* z, const float* x, const float* rstd, const float* norm, const float* w, const float* bias,
+                   int tokens, int n, int hidden VARIANT) {
+  const int t0 = blockIdx.x * TILE, lane = threadIdx.x & 31;
+  const float* rows = x + (i64)t0 * hidden;
+  // Rows of tokens behind the last are those of the last.
+  const int last = min(TILE, tokens - t0) - 1;
   // Vectors where all rows start at 16 bytes.
-  const int vectors = hidden % 4 == 0 && (((u64)row | (u64)norm | (u64)w) & 15) == 0 ? hidden / 4 : 0;
+  const int vectors = hidden % 4 == 0 && (((u64)rows | (u64)norm | (u64)w) & 15) == 0 ? hidden / 4 : 0;
   for (int e = threadIdx.x >> 5; e < n; e += 8) {
     const float* we = w + (i64)e * hidden;
-    float sum = 0.0f;
-#pragma unroll 4
+    float sums[TILE] = {};
+#pragma unroll(TILE == 1 ? 4 : 1)
     for (int i = lane; i < vectors; i += 32) {
-      const F4 a = ((const F4*)row)[i], b = ((const F4*)norm)[i], c = ((const F4*)we)[i];
-      sum += a.x * r * NORM(b.x) * c.x + a.y * r * NORM(b.y) * c.y + a.z * r * NORM(b.z) * c.z +
-             a.w * r * NORM(b.w) * c.w;
+      const F4 b = ((const F4*)norm)[i], c = ((const F4*)we)[i];
+      const F4 k = {NORM(b.x) * c.x, NORM(b.y) * c.y, NORM(b.z) * c.z, NORM(b.w) * c.w};
+#pragma unroll
+      for (int t = 0; t < TILE; t++) {
+        const F4 a = ((const F4*)(rows + (i64)min(t, last) * hidden))[i];
+        sums[t] += a.x * k.x + a.y * k.y + a.z * k.z + a.w * k.w;
+      }
     }
-    for (int i = 4 * vectors + lane; i < hidden; i += 32) sum += row[i] * r * NORM(norm[i]) * we[i];
-    sum = warp_sum(sum);
-    if (lane == 0) z[(i64)t * n + e] = sum + (bias ? bias[e] : 0.0f);
+    for (int i = 4 * vectors + lane; i < hidden; i += 32) {
+      const float k = NORM(norm[i]) * we[i];
+#pragma unroll
+      for (int t = 0; t < TILE; t++) sums[t] += rows[(i64)min(t, last) * hidden + i] * k;
+    }
+#pragma unroll
+    for (int t = 0; t < TILE; t++) {
+      const float sum = warp_sum(sums[t]);
+      if (lane == 0 && t <= last) z[(i64)(t0 + t) * n + e] = sum * rstd[t0 + t] + (bias ? bias[e] : 0.0f);
+    }
   }
+}
+extern "C" __global__ void __launch_bounds__(256)
+logits(float* z, const float* x, const float* rstd, const float* norm, const float* w, const float* bias, int tokens, int n,
+       int hidden VARIANT) {
+  logits_of<1>(z, x, rstd, norm, w, bias, tokens, n, hidden VARIANT_ARG);
+}
+extern "C" __global__ void __launch_bounds__(256)
+logits_of_many(float* z, const float* x, const float* rstd, const float* norm, const float* w, const float* bias,
+               int tokens, int n, int hidden VARIANT) {
+  logits_of<TILE_TOKENS>(z, x, rstd, norm, w, bias, tokens, n, hidden VARIANT_ARG);
 }
 
 DEV float sigmoid(float z) { return z >= 0.0f ? 1.0f / (1.0f + expf(-z)) : expf(z) / (1.0f + expf(z)); }
 
-// A warp per token, four at a block. `threshold` is a logit; the mask is decided in f64, as on the CPU.
+// A warp per token, four at a block. `thresholds` are what a logit has to exceed, all open at -inf, and the logit at which
+// a gate is a half.
 extern "C" __global__ void __launch_bounds__(128)
-route(float* gates, float* coefficients, u8* mask, u32* active, const float* z, int tokens, int n, double threshold,
+route(float* gates, float* coefficients, u8* mask, u32* active, const float* z, int tokens, int n, const float* thresholds,
       int binary, int rescale, int force) {
   const int t = blockIdx.x * 4 + (threadIdx.x >> 5), lane = threadIdx.x & 31;
   if (t >= tokens) return;
+  const float bar = thresholds[0], centre = thresholds[1];
+  const bool all = bar == -__int_as_float(0x7f800000);
   const i64 at = (i64)t * n;
   int k = 0, best = 0x7fffffff;
   float top = -__int_as_float(0x7f800000);
   for (int e0 = 0; e0 < n; e0 += 32) {
     const int e = e0 + lane;
     const float ze = e < n ? z[at + e] : 0.0f;
-    k += __popc(__ballot_sync(0xffffffffu, e < n && (double)ze > threshold));
+    k += __popc(__ballot_sync(0xffffffffu, e < n && (all || ze > bar)));
     if (e < n && (ze > top || best == 0x7fffffff)) top = ze, best = e;
   }
   // The first of the largest.
@@ -59,8 +86,8 @@ route(float* gates, float* coefficients, u8* mask, u32* active, const float* z, 
   if (forced) k = 1;
   const float scale = rescale ? (float)n / (float)(k > 0 ? k : 1) : 1.0f;
   for (int e = lane; e < n; e += 32) {
-    const float ze = z[at + e], q = sigmoid(ze);
-    const bool on = (double)ze > threshold || (forced && e == best);
+    const float ze = z[at + e], q = sigmoid(ze - centre);
+    const bool on = all || ze > bar || (forced && e == best);
     mask[at + e] = on;
     gates[at + e] = q;
     coefficients[at + e] = on ? scale * (binary ? 1.0f : q) : 0.0f;
@@ -189,10 +216,21 @@ stats(u64* counts, double* sums, u32* of_tokens, const float* gates, const u8* m
     if (mask[i]) atomicAdd(counts + i % n, 1ull);
 }
 
+// Counts logits in `bins` of equal width, the first of which starts at -largest; those outside are in the first and last one.
+extern "C" __global__ void __launch_bounds__(256)
+count_logits(u64* bins, const float* z, i64 total, int count, double largest, double per_unit) {
+  const i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= total) return;
+  const double at = ((double)z[i] + largest) * per_unit;
+  // Not a number is in the first one.
+  const int bin = at >= count ? count - 1 : at > 0.0 ? (int)at : 0;
+  atomicAdd(bins + bin, 1ull);
+}
+
 // A thread per token; see the straight-through rule of the router crate.
 extern "C" __global__ void backward(float* dz, const float* dcoefficients, const float* gates, const u8* mask,
-                                    const u32* active, int tokens, int n, const float* weight, int all, int binary, int rescale,
-                                    int ste) {
+                                    const u32* active, int tokens, int n, const float* weight, float factor, int all,
+                                    int binary, int rescale, int ste) {
   const int t = blockIdx.x * blockDim.x + threadIdx.x;
   if (t >= tokens) return;
   const u32 k = active[t];
@@ -201,7 +239,7 @@ extern "C" __global__ void backward(float* dz, const float* dcoefficients, const
     const i64 i = (i64)t * n + e;
     const bool on = mask[i];
     float dq = ste || (on && !binary) ? scale * dcoefficients[i] : 0.0f;
-    if (on || all) dq += *weight;
+    if (on || all) dq += *weight * factor;
     const float q = gates[i];
     dz[i] = dq * q * (1.0f - q);
   }
@@ -234,13 +272,20 @@ backward_weights(float* partials, float* bias_partials, const float* dz, const f
   }
 }
 
-// dh [T, hidden] += dz W
+// dh [T, hidden] += dz W: a thread per column, for TILE_TOKENS tokens at a time.
 extern "C" __global__ void backward_input(float* dh, const float* dz, const float* w, int tokens, int n, int hidden) {
-  const int i = blockIdx.x * blockDim.x + threadIdx.x, t = blockIdx.y;
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= hidden) return;
-  for (int token = t; token < tokens; token += gridDim.y) {
-    float sum = 0.0f;
-    for (int e = 0; e < n; e++) sum += dz[(i64)token * n + e] * w[(i64)e * hidden + i];
-    dh[(i64)token * hidden + i] += sum;
+  for (int t0 = blockIdx.y * TILE_TOKENS; t0 < tokens; t0 += gridDim.y * TILE_TOKENS) {
+    const int last = min(TILE_TOKENS, tokens - t0) - 1;
+    float sums[TILE_TOKENS] = {};
+    for (int e = 0; e < n; e++) {
+      const float we = w[(i64)e * hidden + i];
+#pragma unroll
+      for (int t = 0; t < TILE_TOKENS; t++) sums[t] += dz[(i64)(t0 + min(t, last)) * n + e] * we;
+    }
+#pragma unroll
+    for (int t = 0; t < TILE_TOKENS; t++)
+      if (t <= last) dh[(i64)(t0 + t) * hidden + i] += sums[t];
   }
 }

@@ -10,8 +10,14 @@ pub(super) static SOURCE: Source = Source { name: "router", text: include_str!("
 /// Tokens that one warp counts for one expert; whole warps.
 const CHUNK: usize = 64;
 
-pub(super) fn defines(offset: bool) -> [Define; 2] {
-    [("CHUNK", CHUNK as i64), ("OFFSET", i64::from(offset))]
+/// Tokens of a block that reads a router's weights once for all of them.
+const TILE: usize = 8;
+
+/// Tokens from which on blocks take several at a time: fewer of them would leave most of the device idle.
+const MANY: usize = 512;
+
+pub(super) fn defines(offset: bool) -> [Define; 3] {
+    [("CHUNK", CHUNK as i64), ("TILE_TOKENS", TILE as i64), ("OFFSET", i64::from(offset))]
 }
 
 /// Parts that a weight's gradient is summed in.
@@ -33,10 +39,8 @@ pub struct Normed<'a> {
 /// Settings of gates.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Gates {
-    /// Experts (n).
+    /// Experts that have a gate (n).
     pub num_experts: usize,
-    /// A gate is active when its logit is strictly above.
-    pub threshold_logit: f64,
     /// The value of an active gate is 1, not its sigmoid.
     pub binary: bool,
     /// Values are multiplied by n over the number of active experts.
@@ -52,11 +56,13 @@ pub struct Gates {
 pub struct Sparsity<'a> {
     /// The amount that every gate that counts adds: one value. It is on the device, as it changes from step to step.
     pub weight: &'a Matrix<f32>,
+    /// Multiplies the amount.
+    pub factor: f32,
     /// All gates count; otherwise only active ones do.
     pub all: bool,
 }
 
-/// The routing of a batch of tokens.
+/// The routing of a batch of tokens. Its memory serves any number of experts up to the one it was made for.
 #[derive(Debug)]
 pub struct Routed {
     /// Sigmoids of the logits, `[T, n]`.
@@ -99,16 +105,16 @@ impl Routed {
         let n = self.num_experts;
         let tokens = mask.len() / n.max(1);
         let (lens, room) = ([mask.len(), coefficients.len()], self.room());
-        let fit = lens == [tokens * n; 2] && tokens <= room;
+        let fit = lens == [tokens * n; 2] && tokens <= room && tokens * n <= self.mask.len();
         assert!(
             fit,
             "cuda router::Routed::set: mask and coefficients {lens:?} of {n} experts, room for {room}"
         );
         self.tokens = tokens;
         let active = mask.chunks_exact(n.max(1)).map(|row| row.iter().map(|&on| u32::from(on != 0)).sum());
-        self.gates.part_mut(0..tokens).fill_zero()?;
-        self.mask.part_mut(0..tokens).upload_from(mask)?;
-        self.coefficients.part_mut(0..tokens).upload_from(coefficients)?;
+        self.gates.shaped_mut(tokens, n).fill_zero()?;
+        self.mask.shaped_mut(tokens, n).upload_from(mask)?;
+        self.coefficients.shaped_mut(tokens, n).upload_from(coefficients)?;
         self.active.part_mut(0..tokens).upload_from(&active.collect::<Vec<u32>>())
     }
 
@@ -122,13 +128,19 @@ impl Routed {
         self.tokens
     }
 
-    /// Returns the coefficients of the tokens that are routed.
+    /// Returns the number of experts that have a gate.
+    pub fn num_experts(&self) -> usize {
+        self.num_experts
+    }
+
+    /// Returns the coefficients of the tokens that are routed, `[T, n]`.
     pub fn coefficients(&self) -> View<'_, f32> {
-        self.coefficients.part(0..self.tokens)
+        self.coefficients.shaped(self.tokens, self.num_experts)
     }
 }
 
-/// Active pairs, by expert and by token; see [`crate::expert_ffn::Routes`].
+/// Active pairs, by expert and by token; see [`crate::expert_ffn::Routes`]. Its memory serves any number of experts up to the
+/// one it was made for.
 #[derive(Debug)]
 pub struct Lists {
     /// `[n + 1]`
@@ -140,6 +152,7 @@ pub struct Lists {
     /// Places in `tokens` by token.
     pub slots: GpuBuf<u32>,
     chunks: GpuBuf<u32>,
+    num_experts: usize,
 }
 
 impl Lists {
@@ -155,12 +168,13 @@ impl Lists {
             token_offsets: gpu.zeros(tokens + 1)?,
             slots: gpu.zeros(pairs)?,
             chunks: gpu.zeros(tokens.div_ceil(CHUNK) * num_experts)?,
+            num_experts,
         })
     }
 
-    /// Returns the number of experts.
+    /// Returns the number of experts of the last routing.
     pub fn num_experts(&self) -> usize {
-        self.offsets.len() - 1
+        self.num_experts
     }
 }
 
@@ -205,8 +219,9 @@ impl Logits<'_> {
             "cuda router::logits: z, router, x, bias"
         );
         let pointers = [z.arg(), x.arg(), rstd.arg(), weight.arg(), router.arg(), optional(bias)];
-        let args = [&pointers[..], &[n.into(), hidden.into()]].concat();
-        start_normed(x.gpu(), "logits", Grid::row(tokens, 256), &args, offset)
+        let args = [&pointers[..], &[tokens, n, hidden].map(Arg::Size)].concat();
+        let (entry, tile) = if tokens < MANY { ("logits", 1) } else { ("logits_of_many", TILE) };
+        start_normed(x.gpu(), entry, Grid::row(tokens.div_ceil(tile), 256), &args, offset)
     }
 }
 
@@ -217,6 +232,9 @@ pub struct Route<'a> {
     pub routed: &'a mut Routed,
     /// Logits, `[T, n]`.
     pub z: &'a Matrix<f32>,
+    /// What the logit of an open gate exceeds, all being open at -inf, and the logit at which a gate is a half: two values.
+    /// They are on the device, as they change from step to step.
+    pub thresholds: &'a Matrix<f32>,
     /// The settings.
     pub gates: &'a Gates,
 }
@@ -225,19 +243,22 @@ impl Route<'_> {
     /// Queues the op, or returns the device's error.
     ///
     /// # Panics
-    /// There is no room for as many tokens.
+    /// There is no room for as many tokens or pairs, or there are not two thresholds.
     pub fn run(self) -> Result<()> {
-        let Route { routed, z, gates } = self;
+        let Route { routed, z, thresholds, gates } = self;
         let n = gates.num_experts;
         let tokens = z.len() / n.max(1);
-        let (len, room) = (z.len(), routed.room());
-        let fit = n == routed.num_experts && len == tokens * n && tokens <= room;
-        assert!(fit, "cuda router::route: {len} logits of {n} experts, room for {room}");
-        routed.tokens = tokens;
+        let (len, room, pairs) = (z.len(), routed.room(), routed.mask.len());
+        let fit = len == tokens * n && tokens <= room && len <= pairs && thresholds.len() == 2;
+        assert!(
+            fit,
+            "cuda router::route: {len} logits of {n} experts, room for {room} tokens, {pairs} pairs"
+        );
+        (routed.tokens, routed.num_experts) = (tokens, n);
         let Routed { gates: sigmoids, coefficients, mask, active, .. } = routed;
         let pointers = [sigmoids.arg(), coefficients.arg(), mask.arg(), active.arg(), z.arg()];
         let flags = [gates.binary, gates.rescale, gates.force_argmax].map(Arg::from);
-        let sizes = [tokens.into(), n.into(), Arg::F64(gates.threshold_logit)];
+        let sizes = [tokens.into(), n.into(), thresholds.arg()];
         start(z.gpu(), "route", Grid::row(tokens.div_ceil(4), 128), &[&pointers[..], &sizes, &flags].concat())
     }
 }
@@ -260,14 +281,17 @@ impl Sort<'_> {
         let Sort { lists, routed } = self;
         let (tokens, n) = (routed.tokens, routed.num_experts);
         let parts = tokens.div_ceil(CHUNK);
+        let pairs = lists.tokens.len().min(lists.slots.len());
+        let fit = lists.offsets.len() > n && lists.token_offsets.len() > tokens && pairs >= tokens * n;
         assert!(
-            lists.num_experts() == n && lists.token_offsets.len() > tokens && lists.chunks.len() >= parts * n,
+            fit && lists.chunks.len() >= parts * n,
             "cuda router::lists: no room for {tokens} tokens and {n} experts"
         );
+        lists.num_experts = n;
         let gpu = routed.mask.gpu();
         let [t, e] = [tokens, n].map(Arg::Size);
         let (mask, active) = (routed.mask.arg(), routed.active.arg());
-        let Lists { offsets, tokens: list, token_offsets, slots, chunks } = lists;
+        let Lists { offsets, tokens: list, token_offsets, slots, chunks, .. } = lists;
         let (offsets, chunks, token_offsets) = (offsets.arg(), chunks.arg(), token_offsets.arg());
         let (pieces, one) = (Grid::row((parts * n).div_ceil(8), 256), Grid::row(1, 1024));
         start(gpu, "count", pieces, &[offsets, chunks, mask, t, e])?;
@@ -309,6 +333,32 @@ impl Stats<'_> {
     }
 }
 
+/// Adds to the counts of logits in bins of equal width around 0.
+#[derive(Debug)]
+pub struct CountLogits<'a> {
+    /// The counts of all bins.
+    pub bins: &'a mut Matrix<u64>,
+    /// Logits.
+    pub z: &'a Matrix<f32>,
+    /// Bins per unit. Logits beyond the first and last bin are counted there, and what is not a number in the first.
+    pub per_unit: f64,
+}
+
+impl CountLogits<'_> {
+    /// Queues the op, or returns the device's error.
+    ///
+    /// # Panics
+    /// There is no bin.
+    pub fn run(self) -> Result<()> {
+        let CountLogits { bins, z, per_unit } = self;
+        let count = bins.len();
+        assert!(count > 0, "cuda router::count_logits: no bins");
+        let largest = Arg::F64(count as f64 / (2.0 * per_unit));
+        let args = [bins.arg(), z.arg(), Arg::I64(z.len() as i64), count.into(), largest, Arg::F64(per_unit)];
+        start(z.gpu(), "count_logits", Grid::row(z.len().div_ceil(256), 256), &args)
+    }
+}
+
 /// Sets `dz` to the gradient of the logits.
 #[derive(Debug)]
 pub struct Backward<'a> {
@@ -338,7 +388,8 @@ impl Backward<'_> {
         let Routed { gates: sigmoids, mask, active, .. } = routed;
         let pointers = [dz.arg(), dcoefficients.arg(), sigmoids.arg(), mask.arg(), active.arg()];
         let flags = [sparsity.all, gates.binary, gates.rescale, gates.ste].map(Arg::from);
-        let args = [&pointers[..], &[tokens.into(), n.into(), sparsity.weight.arg()], &flags].concat();
+        let weight = [sparsity.weight.arg(), Arg::F32(sparsity.factor)];
+        let args = [&pointers[..], &[tokens.into(), n.into()], &weight, &flags].concat();
         start(mask.gpu(), "backward", Grid::row(tokens.div_ceil(128), 128), &args)
     }
 }
@@ -411,7 +462,7 @@ impl BackwardInput<'_> {
         let lens = [router.len(), dz.len()];
         assert_eq!(lens, [n * hidden, tokens * n], "cuda router::backward_input: router, dz");
         let args = [dh.arg(), dz.arg(), router.arg(), tokens.into(), n.into(), hidden.into()];
-        let grid = Grid::plane(hidden.div_ceil(128), tokens.min(65535), 128);
+        let grid = Grid::plane(hidden.div_ceil(128), tokens.div_ceil(TILE).min(65535), 128);
         start(dz.gpu(), "backward_input", grid, &args)
     }
 }

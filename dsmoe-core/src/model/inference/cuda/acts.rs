@@ -4,6 +4,7 @@ use dsmoe_kernels::cuda::GpuBuf;
 use dsmoe_kernels::cuda::ops::gemv::FEW;
 use dsmoe_kernels::cuda::ops::router;
 use dsmoe_router::RoutingStats;
+use dsmoe_router::counts::BINS;
 use half::bf16;
 
 use super::weights::{CudaInference, Layer};
@@ -57,22 +58,29 @@ pub(super) struct Ones {
 pub(super) struct FfnActs {
     /// `[room, n]`
     pub(super) gate_logits: GpuBuf<f32>,
+    /// The values between the products of routers of low rank, `[room, r]`, and the same rounded.
+    pub(super) low: GpuBuf<f32>,
+    pub(super) low_rounded: GpuBuf<bf16>,
+    /// Ones, as many as `room` and as r.
+    pub(super) low_ones: GpuBuf<f32>,
     pub(super) routed: Option<router::Routed>,
     /// Used by passes of more than a few tokens, and by FFNs with biases.
     pub(super) wide: Option<Wide>,
     /// Used by passes of a few tokens.
     pub(super) few: GpuBuf<f32>,
-    /// Per layer the load `[n]` and the histogram `[n + 1]`.
+    /// Per layer the load of routed experts and the histogram of their number, up to `2 n + 1` values.
     pub(super) counts: GpuBuf<u64>,
+    /// Per layer the counts of logits, where they are wanted.
+    pub(super) bins: Option<GpuBuf<u64>>,
     pub(super) gate_sums: GpuBuf<f64>,
-    /// The number of active experts of every token, summed over layers.
+    /// The number of active routed experts of every token, summed over layers.
     pub(super) active: GpuBuf<u32>,
 }
 
 /// Activations of the FFNs of a pass of many tokens.
 #[derive(Debug)]
 pub(super) struct Wide {
-    /// Gate and up projections, of FFNs that run all pairs.
+    /// Gate and up projections, of cores and of FFNs that run all pairs.
     pub(super) a: GpuBuf<bf16>,
     pub(super) b: GpuBuf<bf16>,
     pub(super) c: GpuBuf<bf16>,
@@ -134,6 +142,7 @@ impl Acts {
         self.x.len() == self.room * config.hidden
             && self.logits.len() == self.room.min(LOGIT_ROWS) * config.vocab_size
             && ffn.gate_logits.len() == self.room * n
+            && ffn.low.len() == self.room * model.rank()
             && ffn.counts.len() == if n == 0 { 0 } else { (2 * n + 1) * config.num_layers }
             && self.a.len() == self.room * heads.width()
             && self.qkv.len() == self.room * heads.joined_width()
@@ -155,9 +164,17 @@ impl Acts {
         .all(|(has, needs)| has == needs || self.room == 0)
     }
 
-    /// Begins a pass over `ids`.
-    pub(super) fn start(&mut self, ids: &[u32]) -> Result<()> {
+    /// Begins a pass over `ids` whose routing is for `stats`.
+    pub(super) fn start(
+        &mut self,
+        model: &CudaInference,
+        ids: &[u32],
+        stats: Option<&RoutingStats>,
+    ) -> Result<()> {
         self.ids.part_mut(0..ids.len()).upload_from(ids)?;
+        let counted = stats.is_some_and(|stats| stats.logits().is_some());
+        let bins = || model.gpu.zero_rows(model.config.num_layers, BINS);
+        self.ffn.bins = counted.then(bins).transpose()?;
         self.ffn.clear_counts()
     }
 }
@@ -167,14 +184,19 @@ impl FfnActs {
         let (gpu, n) = (&model.gpu, model.num_experts());
         let kinds = || model.layers.iter().map(|layer| &layer.ffn.kind);
         let of_few = kinds().map(|kind| ffn_dims(kind, room.min(FEW)).gemv_scratch());
+        let (rank, low_ones) = (model.rank(), room.max(model.rank()));
         let wide = room > FEW || kinds().any(|kind| kind.gated().bias);
         let layers = if n.is_some() { model.config.num_layers } else { 0 };
         Ok(FfnActs {
             gate_logits: gpu.zero_rows(room, n.unwrap_or(0))?,
+            low: gpu.zero_rows(room, rank)?,
+            low_rounded: gpu.zero_rows(room, rank)?,
+            low_ones: gpu.upload(&vec![1.0; if rank > 0 { low_ones } else { 0 }])?,
             routed: n.map(|n| router::Routed::with_room(gpu, room, n)).transpose()?,
             wide: wide.then(|| Wide::new(model, room)).transpose()?,
             few: gpu.zeros(of_few.max().unwrap_or(0))?,
             counts: gpu.zero_rows(layers, 2 * n.unwrap_or(0) + 1)?,
+            bins: None,
             gate_sums: gpu.zeros(2)?,
             active: gpu.zeros(if n.is_some() { room } else { 0 })?,
         })
@@ -186,14 +208,26 @@ impl FfnActs {
     }
 
     /// Adds the routing of a pass to `stats`.
-    pub(super) fn report(&self, stats: Option<&mut RoutingStats>) -> Result<()> {
+    pub(super) fn report(&self, model: &CudaInference, stats: Option<&mut RoutingStats>) -> Result<()> {
         let (Some(routed), Some(stats)) = (&self.routed, stats) else { return Ok(()) };
-        let n = self.gate_logits.cols();
-        for (layer, counts) in self.counts.download()?.chunks_exact(2 * n + 1).enumerate() {
-            stats.add_counts(layer, &counts[..n], &counts[n..]);
+        let (n, tokens) = (self.gate_logits.cols(), routed.tokens());
+        let cores: Vec<usize> = model.layers.iter().map(|layer| layer.ffn.kind.core()).collect();
+        for ((layer, counts), &core) in
+            self.counts.download()?.chunks_exact(2 * n + 1).enumerate().zip(&cores)
+        {
+            let routed = n - core;
+            stats.add_counts_behind_core(layer, core, &counts[..routed], &counts[routed..=2 * routed]);
         }
         if stats.is_traced() {
-            stats.add_active_of_tokens(&self.active.part(0..routed.tokens()).download()?);
+            let always = cores.iter().sum::<usize>() as u32;
+            let mut active = self.active.part(0..tokens).download()?;
+            active.iter_mut().for_each(|active| *active += always);
+            stats.add_active_of_tokens(&active);
+        }
+        if let (Some(bins), Some(counts)) = (&self.bins, stats.logits_mut()) {
+            for ((layer, bins), core) in bins.download()?.chunks_exact(BINS).enumerate().zip(cores) {
+                counts.add_counts(layer, (core * tokens) as u64, bins);
+            }
         }
         Ok(())
     }
@@ -213,13 +247,14 @@ impl Wide {
     }
 }
 
-/// Returns the number of values of the projections of FFNs that run all pairs, and of the parts of those that run over lists.
+/// Returns the number of values of the projections of cores and of FFNs that run all pairs, and of the parts of those that run
+/// over lists.
 fn wide_lens(model: &CudaInference, room: usize) -> [usize; 2] {
     let lists = |layer: &Layer| by_lists(&model.gpu, &layer.ffn.kind, room);
-    let all_pairs = model.layers.iter().filter(|layer| lists(layer).is_none());
+    let neurons = |layer: &Layer| {
+        let [core, rest] = layer.ffn.kind.cut();
+        if lists(layer).is_some() { core } else { core + rest }
+    };
     let parts = model.layers.iter().filter_map(lists).map(|dims| dims.parts());
-    [
-        room * all_pairs.map(|layer| layer.ffn.kind.gated().intermediate).max().unwrap_or(0),
-        parts.max().unwrap_or(0),
-    ]
+    [room * model.layers.iter().map(neurons).max().unwrap_or(0), parts.max().unwrap_or(0)]
 }

@@ -8,11 +8,11 @@ use half::bf16;
 use half::slice::HalfFloatSliceExt;
 
 use super::super::pack::{Parts, Source};
-use super::weights::{CudaInference, Layer, LayerFfn};
+use super::weights::{CudaInference, Layer, LayerFfn, Router};
 use crate::error::{Error, Result};
 use crate::ffn::DeviceFfn;
 use crate::model::gpu::turns::Turns;
-use crate::model::gpu::{check_memory, device_ffns, router_ranges};
+use crate::model::gpu::{check_memory, device_ffns, gating_of, thresholds};
 use crate::model::memory::MemoryUse;
 use crate::model::tensors::LayerRanges;
 
@@ -37,7 +37,9 @@ impl CudaInference {
             each.map(|(ranges, kind)| Layer::build(&gpu, source, ranges, kind)).collect::<Result<_>>()?;
         let norm = gpu.upload(source.part(&ranges.norm)?)?;
         let turns = Turns::new(&gpu, &config)?;
-        Ok(CudaInference { config, accounting, gpu, embedding, layers, norm, head, turns })
+        let layers: Vec<Layer> = layers;
+        let thresholds = thresholds(&gpu, layers.iter().map(|layer| &layer.ffn.kind))?;
+        Ok(CudaInference { config, accounting, gpu, embedding, layers, norm, head, turns, thresholds })
     }
 }
 
@@ -73,21 +75,26 @@ impl LayerFfn {
             false => None,
         };
         let output_bias = gated.output_bias.then(|| upload(of_output)).transpose()?;
-        let (mut router, mut router_bias, mut gate_params) = (None, None, Vec::new());
-        match &kind {
-            DeviceFfn::Dense(_) => {}
-            DeviceFfn::Hosted { .. } => {
-                gate_params.extend_from_slice(&params[kind.gate_params(params.len())]);
-            }
-            DeviceFfn::Routed { router: config, router_bias: has_bias, .. } => {
-                let [weight, bias] = router_ranges(gated, config.num_experts);
-                router_bias = has_bias.then(|| upload(&params[bias])).transpose()?;
-                router = Some(upload(&params[weight])?);
-            }
-        }
+        let router = gating_of(&kind).map(|gating| Router::build(gpu, gating.ranges(gated.len()), params));
+        let gate_params = if kind.is_hosted() { kind.gate_params(params.len()) } else { 0..0 };
+        let (router, gate_params) = (router.transpose()?, params[gate_params].to_vec());
         let [gate, up, down] = [gate, up, down].map(|values| rounded(gpu, values));
         let (gate, up, down) = (gate?, up?, down?);
-        Ok(LayerFfn { kind, gate, up, down, biases, output_bias, router, router_bias, gate_params })
+        Ok(LayerFfn { kind, gate, up, down, biases, output_bias, router, gate_params })
+    }
+}
+
+impl Router {
+    /// Moves the router of an FFN with these parameters.
+    fn build(gpu: &Gpu, ranges: [Range<usize>; 4], params: &[f32]) -> Result<Router> {
+        let [first, second, bias, correction] = ranges.map(|range| &params[range]);
+        let upload = |values: &[f32]| (!values.is_empty()).then(|| gpu.upload(values)).transpose();
+        Ok(Router {
+            first: gpu.upload(first)?,
+            second: upload(second)?,
+            bias: upload(bias)?,
+            correction: (!correction.is_empty()).then(|| rounded(gpu, correction)).transpose()?,
+        })
     }
 }
 

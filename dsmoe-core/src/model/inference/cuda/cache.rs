@@ -18,8 +18,6 @@ pub(super) type LayerCache = (GpuBuf<bf16>, GpuBuf<bf16>);
 #[derive(Debug)]
 pub(crate) struct CudaCache {
     pub(super) room: usize,
-    /// The routers' threshold that the step was recorded with.
-    pub(super) threshold: Option<f32>,
     pub(super) step: Recorded<Step>,
 }
 
@@ -48,7 +46,7 @@ impl CudaCache {
             angles: model.turns.of_pass(gpu, &[Stretch { rows: 0..1, positions: 1 }])?,
             acts: Acts::new(model, 1)?,
         };
-        Ok(CudaCache { room, threshold: model.threshold(), step: Recorded::new(step) })
+        Ok(CudaCache { room, step: Recorded::new(step) })
     }
 
     /// Makes room for `room` positions and keeps those held.

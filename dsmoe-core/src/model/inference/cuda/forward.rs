@@ -3,10 +3,11 @@
 use dsmoe_kernels::cuda::Matrix;
 use dsmoe_kernels::cuda::ops::attention::{self, Heads, Segments};
 use dsmoe_kernels::cuda::ops::decode::{self, At};
-use dsmoe_kernels::cuda::ops::gemv::{self, FEW};
+use dsmoe_kernels::cuda::ops::gemv::{self, FEW, Factors};
 use dsmoe_kernels::cuda::ops::rope::Positions;
-use dsmoe_kernels::cuda::ops::router::{self, Normed, Routed};
+use dsmoe_kernels::cuda::ops::router::{self, CountLogits, Normed, Routed};
 use dsmoe_kernels::cuda::ops::{cross_entropy, embedding, linear, rms_norm};
+use dsmoe_router::counts::PER_UNIT;
 use half::bf16;
 
 use super::acts::{Acts, FfnActs, Wide};
@@ -16,8 +17,9 @@ use crate::error::Result;
 use crate::ffn::DeviceFfn;
 use crate::model::gpu::block::{After, Block, Join};
 use crate::model::gpu::ffn::{Forward, Projections};
+use crate::model::gpu::gating::{self, Low};
 use crate::model::gpu::turns::{PassAngles, Place};
-use crate::model::gpu::{by_lists, gates, heads, hosted};
+use crate::model::gpu::{by_lists, gates, gating_of, heads, hosted};
 use crate::model::tensors::logits_of;
 
 /// The tokens that attend to each other in a pass.
@@ -125,51 +127,75 @@ impl CudaInference {
     /// Sets `y` to the output of a routed FFN.
     fn ffn(&self, layer: &LayerFfn, acts: &mut FfnActs, h: &Matrix<bf16>, y: &mut Matrix<f32>) -> Result<()> {
         let (tokens, gated, projections) = (h.rows(), layer.kind.gated(), layer.projections());
-        let FfnActs { routed, wide, few, .. } = acts;
-        let Projections { gate, up, down, output_bias, activation, .. } = projections;
-        let Some(Wide { a, b, c, lists, parts }) = wide.as_mut().filter(|_| tokens > FEW || gated.bias)
-        else {
-            let coefficients = routed.as_ref().map(Routed::coefficients);
-            let (coefficients, weights) = (coefficients.as_deref(), gemv::Weights { gate, up, down });
-            gemv::Ffn { y: &mut *y, h, weights, coefficients, activation, scratch: few }.run()?;
-            let Some(bias) = output_bias else { return Ok(()) };
-            return Ok(linear::AddBias { y, bias }.run()?);
-        };
-        let lists = lists.as_mut().filter(|_| by_lists(&self.gpu, &layer.kind, tokens).is_some());
-        let rows = if lists.is_some() { 0 } else { tokens };
-        let [mut a, mut b] = [a, b].map(|buf| buf.shaped_mut(rows, gated.intermediate));
-        Forward {
-            y,
-            c: &mut c.shaped_mut(tokens, gated.intermediate),
-            products: lists.is_none().then_some([&mut a, &mut b]),
-            parts,
-            x: h,
-            projections,
-            routed: routed.as_ref(),
-            lists,
-            all_pairs: false,
+        let FfnActs { routed, wide, few, low_rounded, .. } = acts;
+        match wide.as_mut().filter(|_| tokens > FEW || gated.bias) {
+            None => {
+                let coefficients = routed.as_ref().map(Routed::coefficients);
+                let core = layer.kind.core();
+                let factors = coefficients.as_deref().map(|coefficients| Factors { core, coefficients });
+                let Projections { gate, up, down, output_bias, activation, .. } = projections;
+                let weights = gemv::Weights { gate, up, down };
+                gemv::Ffn { y: &mut *y, h, weights, factors, activation, scratch: few }.run()?;
+                if let Some(bias) = output_bias {
+                    linear::AddBias { y: &mut *y, bias }.run()?;
+                }
+            }
+            Some(Wide { a, b, c, lists, parts }) => {
+                let lists = lists.as_mut().filter(|_| by_lists(&self.gpu, &layer.kind, tokens).is_some());
+                let cut = layer.kind.cut();
+                let products = if lists.is_some() { [cut[0], 0] } else { cut };
+                Forward {
+                    y: &mut *y,
+                    c: c.blocks_mut(tokens, cut),
+                    products: [a, b].map(|buf| buf.blocks_mut(tokens, products)),
+                    parts,
+                    x: h,
+                    projections,
+                    routed: routed.as_ref(),
+                    lists,
+                    all_pairs: false,
+                }
+                .run()?;
+            }
         }
-        .run()
+        let (rank, tensors) = (gating_of(&layer.kind).and_then(|gating| gating.rank), &layer.router);
+        let correction = tensors.as_ref().and_then(|router| router.tensors().correction);
+        gating::correct(y, &low_rounded.shaped(tokens, rank.unwrap_or(0)), correction)
     }
 
     /// Sets the routing of layer `i` and counts it, where there is a gate.
     fn route(&self, i: usize, layer: &LayerFfn, acts: &mut FfnActs, normed: Normed<'_>) -> Result<()> {
-        let FfnActs { gate_logits, routed, counts, gate_sums, active, .. } = acts;
-        let (Some(n), Some(routed)) = (layer.kind.num_experts(), routed) else { return Ok(()) };
+        let FfnActs { gate_logits, low, low_rounded, low_ones: ones, routed, counts, .. } = acts;
+        let (Some(n), Some(routed)) = (layer.kind.routed(), routed) else { return Ok(()) };
         match (&layer.kind, &layer.router) {
             (DeviceFfn::Hosted { gate, .. }, _) => {
                 hosted::route(gate.as_ref(), routed, normed, &layer.gate_params)?;
             }
-            (DeviceFfn::Routed { router: config, .. }, Some(router)) => {
-                let (mut z, bias) =
-                    (gate_logits.shaped_mut(normed.x.rows(), n), layer.router_bias.as_deref());
-                router::Logits { z: &mut z, normed, router, bias }.run()?;
-                router::Route { routed, z: &z, gates: &gates(config) }.run()?;
+            (DeviceFfn::Routed { form, .. }, Some(router)) => {
+                let (tokens, rank) = (normed.x.rows(), form.router_rank.unwrap_or(0));
+                let z = &mut gate_logits.shaped_mut(tokens, n);
+                let (values, rounded) =
+                    (&mut low.shaped_mut(tokens, rank), &mut low_rounded.shaped_mut(tokens, rank));
+                gating::Forward {
+                    routed: &mut *routed,
+                    z: &mut *z,
+                    low: Low { values, rounded, ones },
+                    normed,
+                    tensors: router.tensors(),
+                    thresholds: &self.thresholds.part(i..i + 1),
+                    gates: gates(&form.gates()),
+                }
+                .run()?;
+                if let Some(bins) = &mut acts.bins {
+                    CountLogits { bins: &mut bins.part_mut(i..i + 1), z, per_unit: PER_UNIT }.run()?;
+                }
             }
             _ => return Ok(()),
         }
-        let (counts, of_tokens) = (&mut counts.part_mut(i..i + 1), Some(&mut **active));
-        Ok(router::Stats { counts, sums: gate_sums, of_tokens, routed }.run()?)
+        let mut counts = counts.part_mut(i..i + 1);
+        let counts = &mut counts.shaped_mut(2 * n + 1, 1);
+        let (sums, of_tokens) = (&mut acts.gate_sums, Some(&mut *acts.active));
+        Ok(router::Stats { counts, sums, of_tokens, routed }.run()?)
     }
 
     /// Sets `logits` to those of the rows of `states`.

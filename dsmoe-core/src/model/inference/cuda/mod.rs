@@ -29,17 +29,18 @@ impl Stretch {
 }
 
 impl CudaInference {
-    /// Sets `losses` to those of the targets. [`CudaInference::report`] then gives the routing.
+    /// Sets `losses` to those of the targets, and adds the routing to `stats`.
     pub(crate) fn score(
         &self,
         losses: &mut [f32],
         batch: Batch<'_>,
+        stats: Option<&mut RoutingStats>,
         workspace: &mut Workspace,
     ) -> Result<()> {
         let Batch { inputs, targets, seq } = batch;
         let (gpu, tokens) = (&self.gpu, inputs.len());
         let acts = self.acts(workspace, tokens)?;
-        acts.start(inputs)?;
+        acts.start(self, inputs, stats.as_deref())?;
         // The last target is part of the text, although it is not read.
         let angles = self.turns.of_pass(gpu, &[Stretch { rows: 0..seq, positions: seq + 1 }])?;
         self.forward(acts, tokens, Attend::Sequences(seq), &angles)?;
@@ -52,12 +53,8 @@ impl CudaInference {
             let (losses, targets) = (&mut found.part_mut(rows.clone()), &targets.part(rows));
             cross_entropy::Forward { losses, logits: &logits, targets }.run()?;
         }
-        Ok(found.download_to(losses)?)
-    }
-
-    /// Adds the routing of the last [`CudaInference::score`] to `stats`.
-    pub(crate) fn report(&self, workspace: &mut Workspace, stats: Option<&mut RoutingStats>) -> Result<()> {
-        self.acts(workspace, 0)?.ffn.report(stats)
+        found.download_to(losses)?;
+        acts.ffn.report(self, stats)
     }
 
     /// Feeds `ids` at the cache's next positions. Sets the workspace's logits to those after the last `last` of them.
@@ -77,10 +74,10 @@ impl CudaInference {
             workspace.logits.resize(vocab);
             let acts = &held.step.work.acts;
             acts.logits.part(0..1).download_to(&mut workspace.logits)?;
-            acts.ffn.report(stats)?;
+            acts.ffn.report(self, stats)?;
         } else {
             let acts = self.acts(workspace, ids.len())?;
-            acts.start(ids)?;
+            acts.start(self, ids, stats.as_deref())?;
             let layers = &mut held.step.work.layers;
             let angles = self.turns.of_pass(&self.gpu, &[stretch])?;
             self.forward(acts, ids.len(), Attend::Continue(layers, start), &angles)?;
@@ -92,7 +89,7 @@ impl CudaInference {
                 self.head(&mut found, &acts.h.part(first..first + rows))?;
                 found.download_to(piece)?;
             }
-            acts.ffn.report(stats)?;
+            acts.ffn.report(self, stats)?;
             workspace.logits.resize(logits.len());
             workspace.logits.copy_from_slice(&logits);
         }
@@ -120,7 +117,7 @@ impl CudaInference {
             let start = cache.len;
             let acts = &self.cache(cache, start + 1)?.step.work.acts;
             acts.logits.part(0..1).download_to(logits)?;
-            acts.ffn.report(stats.as_deref_mut())?;
+            acts.ffn.report(self, stats.as_deref_mut())?;
         }
         Ok(())
     }
@@ -144,7 +141,7 @@ impl CudaInference {
             stretches.into_iter().flat_map(|stretch| stretch.rows).map(|p| p as u32).collect();
         let positions = gpu.upload(&positions)?;
         let acts = self.acts(workspace, ids.len())?;
-        acts.start(ids)?;
+        acts.start(self, ids, stats.as_deref())?;
         self.forward(acts, ids.len(), Attend::Ragged(&segments, &positions), &angles)?;
 
         // Targets of one place share its row of logits.
@@ -176,7 +173,7 @@ impl CudaInference {
                 found[i] = Likelihood { log_probability, greedy: greedy != 0 };
             }
         }
-        acts.ffn.report(stats)?;
+        acts.ffn.report(self, stats)?;
         Ok(found)
     }
 
@@ -185,10 +182,6 @@ impl CudaInference {
         held.step.work.acts.ids.part_mut(0..1).upload_from(&[id])?;
         held.step.work.length.upload_from(&[stretch.rows.start as u32])?;
         self.turns.update(&mut held.step.work.angles, stretch)?;
-        if held.threshold != self.threshold() {
-            held.step.forget();
-            held.threshold = self.threshold();
-        }
         let pass = |step: &mut Step| {
             let Step { layers, length, partials, angles, acts } = step;
             acts.ffn.clear_counts()?;

@@ -9,8 +9,10 @@ use crate::device::Device;
 use crate::error::Result;
 use crate::ffn::DeviceFfn;
 use crate::model::gpu::ffn::Projections;
+use crate::model::gpu::gating::Tensors;
 use crate::model::gpu::turns::Turns;
-use crate::model::tensors::set_threshold;
+use crate::model::gpu::{gating_of, move_thresholds};
+use crate::model::tensors::{set_active, set_threshold, set_thresholds};
 
 /// A model's weights on a device: matrices in bf16, norms and routers in f32.
 #[derive(Debug)]
@@ -24,6 +26,8 @@ pub(crate) struct CudaInference {
     pub(super) norm: GpuBuf<f32>,
     pub(super) head: GpuBuf<bf16>,
     pub(super) turns: Turns,
+    /// What the logits of a layer's gates have to exceed, and where a gate is a half: `[layers, 2]`.
+    pub(super) thresholds: GpuBuf<f32>,
 }
 
 /// One decoder layer. A norm or a bias that the family does not have is none.
@@ -53,23 +57,45 @@ pub(super) struct LayerFfn {
     /// Of gate, up and down.
     pub(super) biases: Option<[GpuBuf<f32>; 3]>,
     pub(super) output_bias: Option<GpuBuf<f32>>,
-    pub(super) router: Option<GpuBuf<f32>>,
-    pub(super) router_bias: Option<GpuBuf<f32>>,
+    pub(super) router: Option<Router>,
     /// Parameters of a gate that the host computes.
     pub(super) gate_params: Vec<f32>,
+}
+
+/// The router of a layer; see [`Tensors`].
+#[derive(Debug)]
+pub(super) struct Router {
+    pub(super) first: GpuBuf<f32>,
+    pub(super) second: Option<GpuBuf<f32>>,
+    pub(super) bias: Option<GpuBuf<f32>>,
+    pub(super) correction: Option<GpuBuf<bf16>>,
+}
+
+impl Router {
+    pub(super) fn tensors(&self) -> Tensors<'_> {
+        let Router { first, second, bias, correction } = self;
+        let (second, bias) = (second.as_deref(), bias.as_deref());
+        Tensors { first, second, bias, correction: correction.as_deref() }
+    }
+
+    fn bytes(&self) -> usize {
+        let Router { first, second, bias, correction } = self;
+        let singles = [Some(first), second.as_ref(), bias.as_ref()].into_iter().flatten();
+        4 * singles.map(|buf| buf.len()).sum::<usize>() + 2 * correction.as_ref().map_or(0, |buf| buf.len())
+    }
 }
 
 impl Layer {
     fn bytes(&self) -> usize {
         let Layer { before_attention, qkv, o, qkv_bias, o_bias, qk_norm, .. } = self;
         let Layer { after_attention, before_ffn, ffn, after_ffn, .. } = self;
-        let LayerFfn { gate, up, down, biases, output_bias, router, router_bias, gate_params, .. } = ffn;
+        let LayerFfn { gate, up, down, biases, output_bias, router, gate_params, .. } = ffn;
         let halves: usize = [qkv, o, gate, up, down].map(|buf| buf.len()).iter().sum();
         let norms = [before_attention, after_attention, before_ffn, after_ffn].into_iter().flatten();
-        let others = [qkv_bias, o_bias, output_bias, router, router_bias].into_iter().flatten();
+        let others = [qkv_bias, o_bias, output_bias].into_iter().flatten();
         let several = qk_norm.iter().flatten().chain(biases.iter().flatten());
         let singles: usize = norms.chain(others).chain(several).map(|buf| buf.len()).sum();
-        2 * halves + 4 * (singles + gate_params.len())
+        2 * halves + 4 * (singles + gate_params.len()) + router.as_ref().map_or(0, Router::bytes)
     }
 }
 
@@ -102,12 +128,9 @@ impl CudaInference {
         self.layers.iter().map(|layer| layer.ffn.kind.gated().intermediate).max().unwrap_or(0)
     }
 
-    /// Returns the threshold of the routers on the device.
-    pub(super) fn threshold(&self) -> Option<f32> {
-        match &self.layers.first()?.ffn.kind {
-            DeviceFfn::Routed { router, .. } => Some(router.threshold),
-            DeviceFfn::Dense(_) | DeviceFfn::Hosted { .. } => None,
-        }
+    /// Returns the rank of the routers; 0 for full ones.
+    pub(super) fn rank(&self) -> usize {
+        self.layers.iter().filter_map(|layer| gating_of(&layer.ffn.kind)?.rank).max().unwrap_or(0)
     }
 
     /// Tells whether the host computes gates between the ops of a pass.
@@ -124,6 +147,23 @@ impl CudaInference {
         let layers = &mut self.layers;
         set_threshold(&mut self.config, threshold, || {
             layers.iter_mut().all(|layer| layer.ffn.kind.set_threshold(threshold))
-        })
+        })?;
+        self.move_thresholds()
+    }
+
+    pub(crate) fn set_active(&mut self, active: f64) -> Result<()> {
+        let layers = &mut self.layers;
+        set_active(&mut self.config, active, |i, logit| layers[i].ffn.kind.set_threshold_logit(logit))?;
+        self.move_thresholds()
+    }
+
+    pub(crate) fn set_thresholds(&mut self, logits: &[f32]) -> Result<()> {
+        assert_eq!(logits.len(), self.layers.len(), "inference: thresholds and layers");
+        set_thresholds(logits, |i, logit| self.layers[i].ffn.kind.set_threshold_logit(logit))?;
+        self.move_thresholds()
+    }
+
+    fn move_thresholds(&mut self) -> Result<()> {
+        move_thresholds(&mut self.thresholds, self.layers.iter().map(|layer| &layer.ffn.kind))
     }
 }

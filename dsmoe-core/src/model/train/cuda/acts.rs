@@ -91,7 +91,7 @@ pub(super) struct Report {
     pub(super) sums: GpuBuf<f64>,
     /// Per layer the sum of active gates and the sum of all gates, `[layers, 2]`.
     pub(super) gates: GpuBuf<f64>,
-    /// Per layer the load `[n]` and the histogram `[n + 1]`.
+    /// Per layer the load of routed experts and the histogram of their number, up to `2 n + 1` values.
     pub(super) counts: GpuBuf<u64>,
     /// The factor of the gradients in an update: one value.
     pub(super) scale: GpuBuf<f32>,
@@ -175,7 +175,8 @@ impl Report {
     /// Counts the routing of layer `i`.
     pub(super) fn add(&mut self, i: usize, acts: &Acts) -> Result<()> {
         let Some(routed) = acts.routed() else { return Ok(()) };
-        let (counts, sums) = (&mut self.counts.part_mut(i..i + 1), &mut self.gates.part_mut(i..i + 1));
+        let (mut counts, sums) = (self.counts.part_mut(i..i + 1), &mut self.gates.part_mut(i..i + 1));
+        let counts = &mut counts.shaped_mut(2 * routed.num_experts() + 1, 1);
         Ok(router::Stats { counts, sums, of_tokens: None, routed }.run()?)
     }
 }

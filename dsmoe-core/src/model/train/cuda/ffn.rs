@@ -1,27 +1,31 @@
 //! An FFN on the device: dense, or experts behind sigmoid gates or a gate that the host computes.
 //!
-//! Products run over lists of the active pairs, which the device sorts by expert; nothing waits for the routing. The
+//! The core of experts that every token runs is a dense FFN of its neurons. Products of the other experts run over lists of the active pairs, which the device sorts by expert; nothing waits for the routing. The
 //! straight-through gradient of a router needs `silu(a) b g` of inactive pairs too: with it, the three products a, b and g
 //! are those of all pairs. Sizes that the kernels of lists do not take run all products of all pairs, with coefficients
 //! that are 0 where an expert is inactive.
 
+use std::ops::Range;
+
 use dsmoe_kernels::cuda::ops::router::{self, Lists, Normed, Routed, Sparsity};
-use dsmoe_kernels::cuda::ops::{experts, ffn, linear};
-use dsmoe_kernels::cuda::{Gpu, GpuBuf, Matrix, View};
-use dsmoe_router::RouterConfig;
+use dsmoe_kernels::cuda::ops::{elementwise, experts, ffn, linear};
+use dsmoe_kernels::cuda::{Gpu, GpuBuf, Matrix, View, ViewMut};
 use half::bf16;
 
 use crate::error::Result;
-use crate::ffn::{DeviceFfn, GateTraining, Gated};
-use crate::model::gpu::ffn::{Forward, Projections};
+use crate::ffn::{DeviceFfn, DsmoeForm, GateTraining, Gated};
+use crate::model::gpu::ffn::{Forward, Projections, Rows};
+use crate::model::gpu::gating::{self, Low, Tensors};
 use crate::model::gpu::hosted::{Hosted, Staging};
-use crate::model::gpu::{by_lists, gates, router_ranges};
+use crate::model::gpu::{by_lists, gates, gating_of, is_wide, rank};
 
 /// One layer's parameters, in f32 and rounded.
 pub(super) struct Weights<'a> {
     pub(super) kind: &'a DeviceFfn,
     pub(super) master: View<'a, f32>,
     pub(super) rounded: View<'a, bf16>,
+    /// What the logits of its gates have to exceed, and where a gate is a half.
+    pub(super) thresholds: View<'a, f32>,
 }
 
 /// The input of an FFN.
@@ -38,6 +42,8 @@ pub(super) struct Input<'a> {
 pub(super) struct Acts {
     a: GpuBuf<bf16>,
     b: GpuBuf<bf16>,
+    /// The values between the products of a router of low rank, `[T, r]`.
+    low: GpuBuf<f32>,
     routed: Option<Routed>,
     /// The active pairs, where products run over them.
     lists: Option<Lists>,
@@ -56,6 +62,11 @@ pub(super) struct Scratch {
     logits: GpuBuf<f32>,
     dcoefficients: GpuBuf<f32>,
     dlogits: GpuBuf<f32>,
+    /// As the values of a layer's router, rounded, and their gradient.
+    low_rounded: GpuBuf<bf16>,
+    dlow: GpuBuf<f32>,
+    /// Ones, as many as tokens and as the rank of routers.
+    ones: GpuBuf<f32>,
     partials: GpuBuf<f32>,
     /// The experts' parts of the sums of tokens.
     parts: GpuBuf<bf16>,
@@ -68,7 +79,8 @@ impl Acts {
         Ok(Acts {
             a: gpu.zero_rows(tokens, width)?,
             b: gpu.zero_rows(tokens, width)?,
-            routed: ffn.num_experts().map(|n| Routed::with_room(gpu, tokens, n)).transpose()?,
+            low: gpu.zero_rows(tokens, rank(std::slice::from_ref(ffn)))?,
+            routed: ffn.routed().map(|n| Routed::with_room(gpu, tokens, n)).transpose()?,
             lists: by_lists(gpu, ffn, tokens)
                 .map(|dims| Lists::with_room(gpu, tokens, dims.num_experts))
                 .transpose()?,
@@ -77,7 +89,8 @@ impl Acts {
     }
 
     pub(super) fn bytes(ffn: &DeviceFfn, tokens: usize) -> usize {
-        tokens * (4 * ffn.gated().intermediate + ffn.num_experts().map_or(0, |n| 17 * n + 8))
+        let rank = rank(std::slice::from_ref(ffn));
+        tokens * (4 * (ffn.gated().intermediate + rank) + ffn.routed().map_or(0, |n| 17 * n + 8))
     }
 
     pub(super) fn routed(&self) -> Option<&Routed> {
@@ -93,7 +106,8 @@ impl Acts {
 impl Scratch {
     pub(super) fn new(gpu: &Gpu, ffns: &[DeviceFfn], tokens: usize) -> Result<Scratch> {
         let widest = tokens * ffns.iter().map(|ffn| ffn.gated().intermediate).max().unwrap_or(0);
-        let experts = ffns.iter().filter_map(DeviceFfn::num_experts).max().unwrap_or(0);
+        let experts = ffns.iter().filter_map(DeviceFfn::routed).max().unwrap_or(0);
+        let rank = rank(ffns);
         let hidden = ffns.first().map_or(0, |ffn| ffn.gated().hidden);
         let pairs = tokens * experts;
         let parts = ffns.iter().filter_map(|ffn| by_lists(gpu, ffn, tokens)).map(|dims| dims.parts());
@@ -107,7 +121,10 @@ impl Scratch {
             logits: gpu.zeros(pairs)?,
             dcoefficients: gpu.zeros(pairs)?,
             dlogits: gpu.zeros(pairs)?,
-            partials: gpu.zeros(router::partials_len(hidden, experts))?,
+            low_rounded: gpu.zero_rows(tokens, rank)?,
+            dlow: gpu.zero_rows(tokens, rank)?,
+            ones: gpu.upload(&vec![1.0; if rank > 0 { tokens.max(rank) } else { 0 }])?,
+            partials: gpu.zeros(router::partials_len(hidden, experts.max(rank)))?,
             staging: hosted.then(|| Staging::new(gpu, tokens * hidden)).transpose()?,
         })
     }
@@ -115,15 +132,29 @@ impl Scratch {
     pub(super) fn bytes(ffn: &DeviceFfn, tokens: usize) -> usize {
         let Gated { hidden, intermediate, .. } = *ffn.gated();
         let staged = if ffn.is_hosted() { 4 * hidden } else { 0 };
-        tokens * (8 * intermediate + (12 + 2 * hidden) * ffn.num_experts().unwrap_or(0) + staged)
+        let (experts, rank) = (ffn.routed().unwrap_or(0), rank(std::slice::from_ref(ffn)));
+        // The parts of sums are as many as pairs where products run over lists, which depends on the device.
+        let parts = if is_wide(ffn) { 2 * hidden * experts } else { 0 };
+        tokens * (8 * intermediate + 12 * experts + parts + 6 * rank + staged)
     }
 }
 
-/// The router of a layer, f32.
+/// The router of a layer.
 struct Router<'a> {
-    config: &'a RouterConfig,
-    weight: View<'a, f32>,
+    form: &'a DsmoeForm,
+    first: View<'a, f32>,
+    second: Option<View<'a, f32>>,
     bias: Option<View<'a, f32>>,
+    /// Rounded.
+    correction: Option<View<'a, bf16>>,
+}
+
+impl Router<'_> {
+    fn tensors(&self) -> Tensors<'_> {
+        let Router { first, second, bias, correction, .. } = self;
+        let (second, bias) = (second.as_deref(), bias.as_deref());
+        Tensors { first, second, bias, correction: correction.as_deref() }
+    }
 }
 
 impl Weights<'_> {
@@ -146,15 +177,22 @@ impl Weights<'_> {
     }
 
     fn router(&self) -> Option<Router<'_>> {
-        let DeviceFfn::Routed { gated, router, router_bias } = self.kind else { return None };
-        let [weight, bias] = router_ranges(gated, router.num_experts);
-        let bias = router_bias.then(|| self.master.part(bias));
-        Some(Router { config: router, weight: self.master.part(weight), bias })
+        let DeviceFfn::Routed { gated, form, .. } = self.kind else { return None };
+        let [first, second, bias, correction] = form.gating(gated.hidden).ranges(gated.len());
+        let tensor = |range: Range<usize>| (!range.is_empty()).then(|| self.master.part(range));
+        let first = self.master.part(first);
+        let correction = (!correction.is_empty()).then(|| self.rounded.part(correction));
+        Some(Router { form, first, second: tensor(second), bias: tensor(bias), correction })
+    }
+
+    /// Returns the logits of the forward pass over as many tokens, where the device computes them.
+    pub(super) fn logits<'s>(&self, scratch: &'s Scratch, tokens: usize) -> Option<View<'s, f32>> {
+        Some(scratch.logits.shaped(tokens, gating_of(self.kind)?.routed))
     }
 
     /// Tells whether inactive pairs take part in the router's gradient.
     fn all_pairs(&self) -> bool {
-        self.router().is_some_and(|router| router.config.ste)
+        self.router().is_some_and(|router| router.form.router.ste)
     }
 
     /// Sets `y`.
@@ -166,15 +204,15 @@ impl Weights<'_> {
         scratch: &mut Scratch,
     ) -> Result<()> {
         self.route(acts, input, scratch)?;
-        let (x, gated) = (input.h, self.kind.gated());
-        let Acts { a, b, routed, lists, .. } = acts;
-        let Scratch { c, parts, .. } = scratch;
+        let (x, gated, cut) = (input.h, self.kind.gated(), self.kind.cut());
+        let Acts { a, b, low, routed, lists, .. } = acts;
+        let Scratch { c, parts, low_rounded, .. } = scratch;
         let ([gate, up, down], biases, output_bias) = (&self.matrices(), &self.biases(), &self.output_bias());
         let biases = biases.as_ref().map(|biases| biases.each_ref().map(|bias| &**bias));
         Forward {
-            y,
-            c: &mut c.shaped_mut(x.rows(), gated.intermediate),
-            products: Some([&mut **a, &mut **b]),
+            y: &mut *y,
+            c: c.blocks_mut(x.rows(), cut),
+            products: [a, b].map(|buf| buf.blocks_mut(x.rows(), cut)),
             parts,
             x,
             projections: Projections {
@@ -189,7 +227,10 @@ impl Weights<'_> {
             lists: lists.as_mut(),
             all_pairs: self.all_pairs(),
         }
-        .run()
+        .run()?;
+        let router = self.router();
+        let correction = router.as_ref().and_then(|router| router.tensors().correction);
+        gating::correct(y, &low_rounded.shaped(low.rows(), low.cols()), correction)
     }
 
     /// Sets the routing, where there is a gate.
@@ -200,22 +241,71 @@ impl Weights<'_> {
             let params = self.master.part(self.kind.gate_params(self.master.len()));
             return hosted.forward(routed, normed, &params, training);
         }
-        let Some(Router { config, weight, bias }) = self.router() else { return Ok(()) };
-        let mut z = scratch.logits.shaped_mut(h.rows(), config.num_experts);
-        router::Logits { z: &mut z, normed, router: &weight, bias: bias.as_deref() }.run()?;
-        Ok(router::Route { routed, z: &z, gates: &gates(config) }.run()?)
+        let Some(router) = self.router() else { return Ok(()) };
+        let Scratch { logits, low_rounded, ones, .. } = scratch;
+        let (rows, rank) = (acts.low.rows(), acts.low.cols());
+        let values = &mut *acts.low;
+        gating::Forward {
+            routed,
+            z: &mut logits.shaped_mut(h.rows(), router.form.routed()),
+            low: Low { values, rounded: &mut low_rounded.shaped_mut(rows, rank), ones },
+            normed,
+            tensors: router.tensors(),
+            thresholds: &self.thresholds,
+            gates: gates(&router.form.gates()),
+        }
+        .run()
     }
 
     /// Sets `dh` from `dy`, and adds to `grads`, which is laid out as the parameters.
     pub(super) fn backward(&self, args: Backward<'_>, scratch: &mut Scratch) -> Result<()> {
-        let Backward { dh, grads, dy, acts, input, sparsity, partials: sums } = args;
-        let h = input.h;
-        let (tokens, gated) = (h.rows(), self.kind.gated());
-        let Gated { intermediate: width, activation, .. } = *gated;
+        let Backward { dh, grads, dy, acts, input, sparsity, partials } = args;
+        let (tokens, gated, cut) = (input.h.rows(), self.kind.gated(), self.kind.cut());
+        let [core, width] = [cut[0], gated.intermediate];
         let Scratch { c, da, db, g, dcoefficients, parts, .. } = &mut *scratch;
-        let [mut c, mut da, mut db, mut g] = [c, da, db, g].map(|buf| buf.shaped_mut(tokens, width));
-        let (all_pairs, lists) = (self.all_pairs(), &acts.lists);
+        let [[c_core, c], [da_core, da], [db_core, db], [g_core, g]] =
+            [c, da, db, g].map(|buf| buf.blocks_mut(tokens, cut));
+        let [[a_core, a], [b_core, b]] = [&acts.a, &acts.b].map(|buf| buf.blocks(tokens, cut));
+        let mut grads_of = Gradients { dh: &mut *dh, grads: &mut *grads, partials: &mut *partials };
+        let signal = Signal { dy, h: input.h };
+        let pairs = Pairs { neurons: core..width, a, b, c, da, db, g };
+        let routed = acts.routed.as_ref().map(|routed| {
+            let dcoefficients = dcoefficients.shaped_mut(tokens, routed.num_experts());
+            Of { routed, lists: acts.lists.as_ref(), dcoefficients, parts, all_pairs: self.all_pairs() }
+        });
+        self.backward_pairs(pairs, routed, &mut grads_of, signal)?;
+        if core > 0 {
+            let (a, b, c) = (a_core, b_core, c_core);
+            let pairs = Pairs { neurons: 0..core, a, b, c, da: da_core, db: db_core, g: g_core };
+            self.backward_pairs(pairs, None, &mut grads_of, signal)?;
+        }
+        let [.., of_down, of_output] = gated.ranges();
+        for range in [of_down, of_output].into_iter().filter(|range| !range.is_empty()) {
+            linear::BackwardBias { db: &mut grads.part_mut(range), dy, partials: &mut *partials }.run()?;
+        }
+        self.route_backward(Backward { dh, grads, dy, acts, input, sparsity, partials }, scratch)
+    }
+
+    /// Sets `dh`, or adds to it from the core, and adds to the gradients of the neurons' weights and biases.
+    fn backward_pairs(
+        &self,
+        pairs: Pairs<'_>,
+        of: Option<Of<'_>>,
+        to: &mut Gradients<'_>,
+        Signal { dy, h }: Signal<'_>,
+    ) -> Result<()> {
+        let Pairs { neurons, a, b, mut c, mut da, mut db, mut g } = pairs;
+        let (gated, add) = (self.kind.gated(), neurons.start == 0 && self.kind.core() > 0);
+        let Gated { hidden, activation, .. } = *gated;
         let [gate, up, down] = &self.matrices();
+        let projections = Projections { gate, up, down, biases: None, output_bias: None, activation };
+        let Rows { gate, up, down, .. } = &projections.rows(neurons.clone(), hidden);
+        let (mut dcoefficients, mut parts) = (None, None);
+        let (mut routed, mut lists, mut all_pairs) = (None, None, false);
+        if let Some(of) = of {
+            (dcoefficients, parts) = (Some(of.dcoefficients), Some(of.parts));
+            (routed, lists, all_pairs) = (Some(of.routed), of.lists, of.all_pairs);
+        }
         // g = dy W_down^T: the stored matrix is W_down^T already, [width, hidden].
         match lists {
             Some(lists) if !all_pairs => {
@@ -223,67 +313,134 @@ impl Weights<'_> {
             }
             _ => linear::Forward { y: &mut g, x: dy, w: down }.run()?,
         }
-        let mut dcoefficients = self.kind.num_experts().map(|n| dcoefficients.shaped_mut(tokens, n));
-        let coefficients = acts.routed.as_ref().map(Routed::coefficients);
+        let coefficients = routed.map(Routed::coefficients);
         ffn::Backward {
             da: &mut da,
             db: &mut db,
             c: &mut c,
             dcoefficients: dcoefficients.as_deref_mut(),
             g: &g,
-            a: &acts.a,
-            b: &acts.b,
+            a: &a,
+            b: &b,
             coefficients: coefficients.as_deref(),
             all_pairs,
             activation,
         }
         .run()?;
         let (da, db, c) = (&da, &db, &c);
-        // dW_down^T = c^T dy, [width, hidden]
-        let [dgate, dup, ddown, of_gate, of_up, of_down, of_output] = &mut grads.parts(gated.ranges());
-        let of_biases = [(of_gate, &**da), (of_up, &**db), (of_down, dy), (of_output, dy)];
-        for (db, dy) in of_biases.into_iter().filter(|(db, _)| !db.is_empty()) {
-            linear::BackwardBias { db, dy, partials: &mut *sums }.run()?;
-        }
-        match lists {
-            Some(lists) => {
-                experts::BackwardWeights { dgate, dup, ddown, da, db, c, x: h, dy, lists }.run()?;
-                experts::BackwardInput { dx: dh, parts, da, db, gate, up, lists }.run()?;
+        let Gradients { dh, grads, partials: sums } = to;
+        let [of_matrices @ .., of_gate, of_up, _, _] = gated.ranges();
+        if gated.bias {
+            for (bias, dy) in [(of_gate, &**da), (of_up, &**db)] {
+                let range = bias.start + neurons.start..bias.start + neurons.end;
+                linear::BackwardBias { db: &mut grads.part_mut(range), dy, partials: &mut **sums }.run()?;
             }
-            None => {
+        }
+        // dW_down^T = c^T dy, [width, hidden]
+        let of_neurons = of_matrices.map(|matrix: Range<usize>| {
+            matrix.start + neurons.start * hidden..matrix.start + neurons.end * hidden
+        });
+        let [dgate, dup, ddown] = &mut grads.parts(of_neurons);
+        match (lists, parts) {
+            (Some(lists), Some(parts)) => {
+                experts::BackwardWeights { dgate, dup, ddown, da, db, c, x: h, dy, lists }.run()?;
+                experts::BackwardInput { dx: &mut **dh, parts, da, db, gate, up, lists }.run()?;
+            }
+            _ => {
                 linear::BackwardWeight { dw: ddown, dy: c, x: dy }.run()?;
                 linear::BackwardWeight { dw: dgate, dy: da, x: h }.run()?;
                 linear::BackwardWeight { dw: dup, dy: db, x: h }.run()?;
-                linear::BackwardInput { dx: &mut *dh, dy: da, w: gate, add: false }.run()?;
-                linear::BackwardInput { dx: &mut *dh, dy: db, w: up, add: true }.run()?;
+                linear::BackwardInput { dx: &mut **dh, dy: da, w: gate, add }.run()?;
+                linear::BackwardInput { dx: &mut **dh, dy: db, w: up, add: true }.run()?;
             }
         }
-        self.route_backward(Backward { dh, grads, dy, acts, input, sparsity, partials: sums }, scratch)
+        Ok(())
     }
 
     /// Adds the gradients that pass through the gate, from those of the coefficients.
     fn route_backward(&self, args: Backward<'_>, scratch: &mut Scratch) -> Result<()> {
-        let Backward { dh, grads, acts, input, sparsity, .. } = args;
+        let Backward { dh, grads, dy, acts, input, sparsity, .. } = args;
         let Input { h, normed, training } = input;
-        let (Some(n), Some(routed)) = (self.kind.num_experts(), &acts.routed) else { return Ok(()) };
-        let Scratch { dcoefficients, dlogits, partials, staging, .. } = scratch;
+        let (Some(n), Some(routed)) = (self.kind.routed(), &acts.routed) else { return Ok(()) };
+        let Scratch { dcoefficients, dlogits, partials, staging, low_rounded, dlow, ones, .. } = scratch;
         let dcoefficients = &dcoefficients.shaped(h.rows(), n);
         if let (Some(hosted), Some(staging)) = (&acts.hosted, staging) {
             let range = self.kind.gate_params(grads.len());
             return hosted.backward(dh, &mut grads.part_mut(range), dcoefficients, training, staging);
         }
-        let Some(Router { config, weight, bias }) = self.router() else { return Ok(()) };
-        let (mut dz, gates) = (dlogits.shaped_mut(h.rows(), n), &gates(config));
+        let (Some(router), Some(gating)) = (self.router(), gating_of(self.kind)) else { return Ok(()) };
+        let Tensors { first, second, bias, correction } = router.tensors();
+        let (mut dz, gates) = (dlogits.shaped_mut(h.rows(), n), &gates(&router.form.gates()));
+        let sparsity = Sparsity { factor: router.form.sparsity_factor(), ..sparsity };
         router::Backward { dz: &mut dz, dcoefficients, routed, sparsity, gates }.run()?;
-        let [drouter, mut dbias] = router_ranges(self.kind.gated(), n);
-        if bias.is_none() {
-            dbias = drouter.end..drouter.end;
-        }
-        let [drouter, dbias] = &mut grads.parts([drouter, dbias]);
+        let [dfirst, dsecond, dbias, dcorrection] = &mut grads.parts(gating.ranges(self.kind.gated().len()));
         let dbias = bias.map(|_| &mut **dbias);
-        router::BackwardWeights { drouter, dbias, dz: &dz, normed, partials }.run()?;
-        Ok(router::BackwardInput { dh, dz: &dz, router: &weight }.run()?)
+        let Some(second) = second else {
+            let drouter = &mut **dfirst;
+            router::BackwardWeights { drouter, dbias, dz: &dz, normed, partials }.run()?;
+            return Ok(router::BackwardInput { dh, dz: &dz, router: first }.run()?);
+        };
+        // z = l B^T
+        let low = &acts.low;
+        let mut dlow = dlow.shaped_mut(low.rows(), low.cols());
+        let [rstd, weight] = gating::ones_of(ones, low);
+        let of_low = gating::plain(low, &rstd, &weight);
+        let drouter = &mut **dsecond;
+        router::BackwardWeights { drouter, dbias, dz: &dz, normed: of_low, partials: &mut *partials }
+            .run()?;
+        match correction {
+            None => dlow.fill_zero()?,
+            // y += l C^T
+            Some(w) => {
+                let rounded = &mut low_rounded.shaped_mut(low.rows(), low.cols());
+                elementwise::Cast { out: &mut *rounded, x: low }.run()?;
+                linear::BackwardWeight { dw: dcorrection, dy: rounded, x: dy }.run()?;
+                linear::Forward { y: &mut *dlow, x: dy, w }.run()?;
+            }
+        }
+        router::BackwardInput { dh: &mut dlow, dz: &dz, router: second }.run()?;
+        // l = x A^T
+        let drouter = &mut **dfirst;
+        router::BackwardWeights { drouter, dbias: None, dz: &dlow, normed, partials }.run()?;
+        Ok(router::BackwardInput { dh, dz: &dlow, router: first }.run()?)
     }
+}
+
+/// Values of the core, or of the other neurons, `[T, neurons]` each.
+struct Pairs<'a> {
+    neurons: Range<usize>,
+    a: View<'a, bf16>,
+    b: View<'a, bf16>,
+    c: ViewMut<'a, bf16>,
+    da: ViewMut<'a, bf16>,
+    db: ViewMut<'a, bf16>,
+    g: ViewMut<'a, bf16>,
+}
+
+/// What decides which pairs run.
+struct Of<'a> {
+    routed: &'a Routed,
+    lists: Option<&'a Lists>,
+    /// Set.
+    dcoefficients: ViewMut<'a, f32>,
+    /// Scratch memory for the parts of the sums of tokens.
+    parts: &'a mut Matrix<bf16>,
+    /// Inactive pairs take part in the gradients of coefficients.
+    all_pairs: bool,
+}
+
+/// Where gradients go.
+struct Gradients<'a> {
+    dh: &'a mut Matrix<f32>,
+    grads: &'a mut Matrix<f32>,
+    partials: &'a mut Matrix<f32>,
+}
+
+/// The gradient of the output, and the input, rounded.
+#[derive(Clone, Copy)]
+struct Signal<'a> {
+    dy: &'a Matrix<bf16>,
+    h: &'a Matrix<bf16>,
 }
 
 /// Arguments of the backward pass.

@@ -14,7 +14,8 @@ use dsmoe_kernels::adamw;
 use dsmoe_kernels::cuda::ops::elementwise::{Cast, Keep};
 use dsmoe_kernels::cuda::ops::optim::{AdamW, AddSum};
 use dsmoe_kernels::cuda::{Gpu, GpuBuf, Matrix, Recorded};
-use dsmoe_router::{RoutingStats, SparsityOver};
+use dsmoe_router::counts::BINS;
+use dsmoe_router::{LogitCounts, RoutingStats, SparsityOver};
 use half::bf16;
 
 use self::acts::{Activations, Report};
@@ -24,9 +25,9 @@ use crate::error::Result;
 use crate::ffn::DeviceFfn;
 use crate::masks::Masks;
 use crate::model::arena::Model;
-use crate::model::gpu::{check_memory, device_ffns};
+use crate::model::gpu::{check_memory, device_ffns, move_thresholds, thresholds};
 use crate::model::memory::MemoryUse;
-use crate::model::tensors::{Ranges, check_input, ffns_of, lay_out, set_threshold};
+use crate::model::tensors::{Ranges, check_input, ffns_of, lay_out, set_threshold, set_thresholds};
 use crate::params::Layout;
 
 /// A model in training on a GPU: parameters, gradients, moments and activations.
@@ -49,8 +50,12 @@ pub struct CudaTrainer {
     report: Report,
     /// The terms that gates of the host add to the loss in this step.
     balance_loss: f64,
-    /// The amount that every gate that counts adds to the sparsity loss.
+    /// The amount that every gate that counts adds to the sparsity loss, in a layer where all experts have gates.
     sparsity_weight: GpuBuf<f32>,
+    /// What the logits of a layer's gates have to exceed, and where a gate is a half: `[layers, 2]`.
+    thresholds: GpuBuf<f32>,
+    /// Per layer the counts of the last micro-batch's logits, where they are wanted.
+    bins: Option<GpuBuf<u64>>,
     /// The ops of a micro-batch.
     recorded: Recorded<()>,
     recorded_for: Option<Recording>,
@@ -69,9 +74,9 @@ struct Recording {
 pub struct CudaStep {
     /// Sum of the token losses, nats.
     pub loss: f64,
-    /// Sum over layers, tokens and experts of the gates of active experts.
+    /// Sum over layers and tokens of the mean over a layer's gates, where those of inactive experts are 0.
     pub active_gates: f64,
-    /// Sum over layers, tokens and experts of all gates.
+    /// Sum over layers and tokens of the mean over a layer's gates.
     pub all_gates: f64,
     /// Sum of the squares of all gradients.
     pub squares: f64,
@@ -128,6 +133,8 @@ impl CudaTrainer {
             ranges: model.ranges.clone(),
             acts: Activations::new(gpu, &config, &ffns, tokens, seq)?,
             report: Report::new(gpu, &ffns)?,
+            thresholds: thresholds(gpu, ffns.iter())?,
+            bins: None,
             grads: gpu.zeros(layout.len())?,
             m: gpu.upload(m)?,
             v: gpu.upload(v)?,
@@ -149,10 +156,50 @@ impl CudaTrainer {
     /// # Errors
     /// The threshold is outside 0..=1, or the model has no gates.
     pub fn set_threshold(&mut self, threshold: f32) -> Result<()> {
-        // Thresholds are arguments of the recorded kernels.
-        self.recorded.forget();
         let ffns = &mut self.ffns;
-        set_threshold(&mut self.config, threshold, || ffns.iter_mut().all(|ffn| ffn.set_threshold(threshold)))
+        set_threshold(&mut self.config, threshold, || {
+            ffns.iter_mut().all(|ffn| ffn.set_threshold(threshold))
+        })?;
+        move_thresholds(&mut self.thresholds, self.ffns.iter())
+    }
+
+    /// Sets what the logits of each layer's gates have to exceed, as [`Model::set_thresholds`].
+    ///
+    /// # Errors
+    /// The model has no gates, or the device fails.
+    ///
+    /// # Panics
+    /// There are not as many thresholds as layers.
+    pub fn set_thresholds(&mut self, logits: &[f32]) -> Result<()> {
+        assert_eq!(logits.len(), self.ffns.len(), "trainer: thresholds and layers");
+        set_thresholds(logits, |layer, logit| self.ffns[layer].set_threshold_logit(logit))?;
+        move_thresholds(&mut self.thresholds, self.ffns.iter())
+    }
+
+    /// Counts the router logits of all further micro-batches, for [`CudaTrainer::logits`].
+    ///
+    /// # Errors
+    /// The memory does not suffice.
+    pub fn count_logits(&mut self) -> Result<()> {
+        self.recorded.forget();
+        self.bins = Some(self.gpu.zero_rows(self.ffns.len(), BINS)?);
+        Ok(())
+    }
+
+    /// Waits for the last micro-batch, and sets `counts` to its router logits; to none unless they are counted.
+    ///
+    /// # Errors
+    /// The device fails.
+    ///
+    /// # Panics
+    /// The counts are of another number of layers.
+    pub fn logits(&self, counts: &mut LogitCounts) -> Result<()> {
+        counts.clear();
+        let Some(bins) = &self.bins else { return Ok(()) };
+        for (i, (bins, ffn)) in bins.download()?.chunks_exact(BINS).zip(&self.ffns).enumerate() {
+            counts.add_counts(i, (ffn.core() * self.acts.tokens()) as u64, bins);
+        }
+        Ok(())
     }
 
     /// Starts a step: sets gradients and sums to zero.
@@ -194,6 +241,7 @@ impl CudaTrainer {
         let n = self.ffns.first().and_then(DeviceFfn::num_experts).unwrap_or(1);
         let gates = self.config.num_layers * inputs.len() * n;
         self.sparsity_weight.upload_from(&[args.sparsity_weight / gates as f32])?;
+        self.bins.iter_mut().try_for_each(|bins| bins.fill_zero())?;
         let made_for = Recording { seq, loss_scale: args.loss_scale, sparsity_over: args.sparsity_over };
         if self.recorded_for != Some(made_for) {
             self.recorded.forget();
@@ -232,11 +280,15 @@ impl CudaTrainer {
         if let Some(stats) = stats {
             let counts = self.report.counts.download()?;
             let n = stats.num_experts();
-            for (layer, counts) in counts.chunks_exact(2 * n + 1).enumerate() {
-                stats.add_counts(layer, &counts[..n], &counts[n..]);
+            for (layer, (counts, ffn)) in counts.chunks_exact(2 * n + 1).zip(&self.ffns).enumerate() {
+                let (core, routed) = (ffn.core(), n - ffn.core());
+                stats.add_counts_behind_core(layer, core, &counts[..routed], &counts[routed..=2 * routed]);
             }
         }
-        let total = |which: usize| gates.chunks_exact(2).map(|pair| pair[which]).sum();
+        let routed = self.ffns.iter().map(|ffn| ffn.routed().unwrap_or(1) as f64);
+        let total = |which: usize| {
+            gates.chunks_exact(2).zip(routed.clone()).map(|(pair, routed)| pair[which] / routed).sum()
+        };
         Ok(CudaStep {
             loss: sums[0],
             active_gates: total(0),

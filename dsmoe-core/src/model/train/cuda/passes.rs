@@ -6,9 +6,10 @@ use dsmoe_kernels::cuda::Matrix;
 use dsmoe_kernels::cuda::ops::elementwise::{self, Cast};
 use dsmoe_kernels::cuda::ops::optim::AddSum;
 use dsmoe_kernels::cuda::ops::rope::Positions;
-use dsmoe_kernels::cuda::ops::router::{Normed, Sparsity};
+use dsmoe_kernels::cuda::ops::router::{CountLogits, Normed, Sparsity};
 use dsmoe_kernels::cuda::ops::{attention, cross_entropy, embedding, linear, rms_norm};
 use dsmoe_router::SparsityOver;
+use dsmoe_router::counts::PER_UNIT;
 use half::bf16;
 
 use super::CudaTrainer;
@@ -62,12 +63,20 @@ impl CudaTrainer {
             let next_norm = norm.as_deref();
             let rstd = &mut **rstd_mid;
             block.join(Join { out: x_mid, h, rstd, residual: x, branch: y, next: next_norm })?;
-            let ffn = Weights { kind: &self.ffns[i], master: param(&layer.ffn), rounded: weight(&layer.ffn) };
+            let ffn = Weights {
+                kind: &self.ffns[i],
+                master: param(&layer.ffn),
+                rounded: weight(&layer.ffn),
+                thresholds: self.thresholds.part(i..i + 1),
+            };
             let normed = normed(block, next_norm, ones, [x_mid, rstd]);
             let input = Input { h, normed, training: args.gate_training(i, config.num_layers) };
             let norm = layer.after_ffn.as_ref().map(param);
             let after = after_of(norm.as_deref(), after_ffn);
             block.give(y, after, |y| ffn.forward(y, saved, input, scratch))?;
+            if let (Some(bins), Some(z)) = (&mut self.bins, ffn.logits(scratch, h.rows())) {
+                CountLogits { bins: &mut bins.part_mut(i..i + 1), z: &z, per_unit: PER_UNIT }.run()?;
+            }
             self.report.add(i, saved)?;
             self.balance_loss += saved.balance_loss();
             let norm = norm_before(ranges, i + 1).map(param);
@@ -120,8 +129,11 @@ impl CudaTrainer {
             partials,
             ..
         } = &mut self.acts;
-        let sparsity =
-            Sparsity { weight: &self.sparsity_weight, all: args.sparsity_over == SparsityOver::All };
+        let sparsity = Sparsity {
+            weight: &self.sparsity_weight,
+            factor: 1.0,
+            all: args.sparsity_over == SparsityOver::All,
+        };
         let mut gradients = Gradients { block, params: &self.params, grads, partials };
         let Stream { x, rstd } = &streams[ranges.layers.len()];
         gradients.backward(&ranges.norm, dx, dh, [x, rstd], false)?;
@@ -137,7 +149,12 @@ impl CudaTrainer {
             let norm = layer.before_ffn.as_ref().map(param);
             block.restore(norm.as_deref(), h, x_mid, rstd_mid)?;
             gradients.branch(layer.after_ffn.as_ref().zip(after_ffn), dy, dx, dh)?;
-            let ffn = Weights { kind: &self.ffns[i], master: param(&layer.ffn), rounded: weight(&layer.ffn) };
+            let ffn = Weights {
+                kind: &self.ffns[i],
+                master: param(&layer.ffn),
+                rounded: weight(&layer.ffn),
+                thresholds: self.thresholds.part(i..i + 1),
+            };
             let normed = normed(block, norm.as_deref(), ones, [x_mid, rstd_mid]);
             let input = Input { h, normed, training: args.gate_training(i, config.num_layers) };
             let Gradients { grads, partials, .. } = &mut gradients;

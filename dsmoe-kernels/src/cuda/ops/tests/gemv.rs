@@ -1,7 +1,7 @@
 use super::{check_close, gpu_or_skip, to_f32, to_f64, values};
 use crate::Activation;
 use crate::cuda::ops::ffn::Dims;
-use crate::cuda::ops::gemv::{FEW, Ffn, Linear, Weights};
+use crate::cuda::ops::gemv::{FEW, Factors, Ffn, Linear, Weights};
 use crate::expert_ffn::{self, reference};
 
 #[test]
@@ -33,14 +33,27 @@ fn cuda_products_of_few_tokens_are_the_reference() {
 fn cuda_ffn_of_few_tokens_is_the_reference() {
     let Some(gpu) = gpu_or_skip("cuda_ffn_of_few_tokens_is_the_reference") else { return };
     for tokens in [1, 2, 3, 8] {
-        for (hidden, intermediate, n) in [(64, 96, 3), (33, 50, 5), (520, 256, 8), (16, 40, 1)] {
+        // Sizes, and the leading experts that run for every token.
+        for (hidden, intermediate, n, core) in
+            [(64, 96, 3, 0), (33, 50, 5, 2), (520, 256, 8, 0), (16, 40, 1, 0), (64, 144, 9, 4)]
+        {
             let pairs = tokens * n;
             let activation = if tokens == 3 { Activation::GeluTanh } else { Activation::Silu };
             for open in [0.0, 0.4, 1.0] {
                 let mut rng = crate::rng::Rng::new(9, pairs as u64);
-                let mask: Vec<bool> = (0..pairs).map(|_| f64::from(rng.uniform()) < open).collect();
-                let coefficients: Vec<f32> =
-                    mask.iter().map(|&on| if on { 0.5 + rng.uniform() } else { 0.0 }).collect();
+                let mask: Vec<bool> =
+                    (0..pairs).map(|at| at % n < core || f64::from(rng.uniform()) < open).collect();
+                let mut factor = |at: usize| match (at % n < core, mask[at]) {
+                    (true, _) => 1.0,
+                    (_, on) => {
+                        if on {
+                            0.5 + rng.uniform()
+                        } else {
+                            0.0
+                        }
+                    }
+                };
+                let coefficients: Vec<f32> = (0..pairs).map(&mut factor).collect();
                 let x = values(tokens * hidden, 1);
                 let [gate, up, down] = [2, 3, 4].map(|seed| values(hidden * intermediate, seed));
                 let dense = expert_ffn::Dims::dense(tokens, hidden, intermediate, activation);
@@ -55,13 +68,14 @@ fn cuda_ffn_of_few_tokens_is_the_reference() {
                 let h = &gpu.upload_rows(&x, hidden).unwrap();
                 let [g, u, d] = [&gate, &up, &down].map(|w| gpu.upload(w).unwrap());
                 let weights = Weights { gate: &g, up: &u, down: &d };
-                let k = gpu.upload_rows(&coefficients, n).unwrap();
+                let routed: Vec<f32> = coefficients.chunks(n).flat_map(|row| &row[core..]).copied().collect();
+                let k = gpu.upload_rows(&routed, n - core).unwrap();
                 let dims = Dims { tokens, hidden, intermediate, num_experts: n };
                 // Values left by earlier calls must not matter.
                 let mut scratch = gpu.upload(&vec![f32::NAN; dims.gemv_scratch()]).unwrap();
                 let mut y = gpu.zeros::<f32>(want.len()).unwrap();
-                let coefficients = Some(&*k);
-                Ffn { y: &mut y, h, weights, coefficients, activation, scratch: &mut scratch }.run().unwrap();
+                let factors = Some(Factors { core, coefficients: &k });
+                Ffn { y: &mut y, h, weights, factors, activation, scratch: &mut scratch }.run().unwrap();
                 let size = (hidden * intermediate) as f64;
                 check_close(&format!("{dims:?}"), &y.download().unwrap(), &want, |i| {
                     1e-6 * size + 1e-5 * want[i].abs()
@@ -69,7 +83,7 @@ fn cuda_ffn_of_few_tokens_is_the_reference() {
                 if n == 1 && open == 1.0 {
                     let (mask, coef) = (&vec![true; tokens], &vec![1.0; tokens]);
                     let want = reference::forward(reference::Layer { mask, coef, ..layer });
-                    Ffn { y: &mut y, h, weights, coefficients: None, activation, scratch: &mut scratch }
+                    Ffn { y: &mut y, h, weights, factors: None, activation, scratch: &mut scratch }
                         .run()
                         .unwrap();
                     check_close("dense", &y.download().unwrap(), &want, |i| {

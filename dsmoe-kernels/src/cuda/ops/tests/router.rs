@@ -2,8 +2,11 @@ use super::{check_close, gpu_or_skip, to_f32, values};
 use crate::cuda::ops::router::{self, Gates, Lists, Normed, Routed, Sparsity};
 
 fn gates(num_experts: usize) -> Gates {
-    Gates { num_experts, threshold_logit: 0.1, binary: false, rescale: false, force_argmax: false, ste: true }
+    Gates { num_experts, binary: false, rescale: false, force_argmax: false, ste: true }
 }
+
+/// What a logit has to exceed, and where a gate is a half.
+const THRESHOLDS: [f32; 2] = [0.1, 0.0];
 
 /// Logits, gates, mask and coefficients as the router crate defines them.
 struct Want {
@@ -13,10 +16,10 @@ struct Want {
     active: Vec<u32>,
 }
 
-fn want(z: &[f32], set: Gates) -> Want {
+fn want(z: &[f32], [bar, centre]: [f32; 2], set: Gates) -> Want {
     let n = set.num_experts;
-    let gates: Vec<f64> = z.iter().map(|&z| 1.0 / (1.0 + (-f64::from(z)).exp())).collect();
-    let mut mask: Vec<u8> = z.iter().map(|&z| u8::from(f64::from(z) > set.threshold_logit)).collect();
+    let gates: Vec<f64> = z.iter().map(|&z| 1.0 / (1.0 + f64::from(centre - z).exp())).collect();
+    let mut mask: Vec<u8> = z.iter().map(|&z| u8::from(z > bar || bar == f32::NEG_INFINITY)).collect();
     let mut active = Vec::new();
     let mut coefficients = Vec::new();
     for (t, row) in mask.chunks_mut(n).enumerate() {
@@ -39,7 +42,7 @@ fn want(z: &[f32], set: Gates) -> Want {
 #[test]
 fn cuda_router_is_the_reference() {
     let Some(gpu) = gpu_or_skip("cuda_router_is_the_reference") else { return };
-    for (tokens, hidden, n) in [(0, 16, 2), (1, 7, 1), (63, 64, 8), (129, 100, 5), (1000, 48, 64)] {
+    for (tokens, hidden, n) in [(0, 16, 2), (1, 7, 1), (63, 64, 8), (129, 100, 5), (1003, 48, 64)] {
         let x = to_f32(&values(tokens * hidden, 1));
         let rstd: Vec<f32> = to_f32(&values(tokens, 2)).iter().map(|x| x.abs() + 0.5).collect();
         let (norm, w, bias) =
@@ -70,15 +73,26 @@ fn cuda_router_is_the_reference() {
                 ste: bits & 8 != 0,
                 ..gates(n)
             };
-            let want = want(&got_z, set);
-            let mut routed = Routed::with_room(&gpu, tokens, n).unwrap();
-            router::Route { routed: &mut routed, z: &z, gates: &set }.run().unwrap();
+            // Thresholds of a budget move a binary gate's middle too, and none open everything.
+            let at = [THRESHOLDS, [-0.3, -0.3], [f32::NEG_INFINITY, 0.0]][bits % 3];
+            let want = want(&got_z, at, set);
+            // Room for more pairs.
+            let mut routed = Routed::with_room(&gpu, tokens, n + 1).unwrap();
+            let thresholds = &gpu.upload(&at).unwrap();
+            router::Route { routed: &mut routed, z: &z, thresholds, gates: &set }.run().unwrap();
             let routed = &routed;
-            assert_eq!(routed.mask.download().unwrap(), want.mask);
+            assert_eq!((routed.tokens(), routed.num_experts()), (tokens, n));
+            assert_eq!(routed.mask.shaped(tokens, n).download().unwrap(), want.mask);
             assert_eq!(routed.active.download().unwrap(), want.active);
-            check_close("gates", &routed.gates.download().unwrap(), &want.gates, |_| 1e-6);
+            let q = routed.gates.shaped(tokens, n).download().unwrap();
+            check_close("gates", &q, &want.gates, |_| 1e-6);
             let close = |i: usize| 1e-6 * (1.0 + want.coefficients[i]);
-            check_close("coefficients", &routed.coefficients.download().unwrap(), &want.coefficients, close);
+            check_close(
+                "coefficients",
+                &routed.coefficients().download().unwrap(),
+                &want.coefficients,
+                close,
+            );
 
             let mut counts = gpu.zeros::<u64>(2 * n + 1).unwrap();
             let mut sums = gpu.zeros::<f64>(2).unwrap();
@@ -106,7 +120,7 @@ fn cuda_router_is_the_reference() {
             let dcoefficients = &gpu.upload(&dk).unwrap();
             let weight = &gpu.upload(&[0.25f32]).unwrap();
             for all in [false, true] {
-                let sparsity = Sparsity { weight, all };
+                let sparsity = Sparsity { weight, factor: 1.5, all };
                 let want_dz: Vec<f64> = (0..tokens * n)
                     .map(|at| {
                         let (q, on, k) = (want.gates[at], want.mask[at] != 0, want.active[at / n]);
@@ -114,7 +128,7 @@ fn cuda_router_is_the_reference() {
                         let passes = set.ste || (on && !set.binary);
                         let mut dq = if passes { scale * f64::from(dk[at]) } else { 0.0 };
                         if on || all {
-                            dq += 0.25;
+                            dq += 0.25 * 1.5;
                         }
                         dq * q * (1.0 - q)
                     })
@@ -162,12 +176,13 @@ fn cuda_routing_lists_are_in_the_order_of_the_tokens() {
     let Some(gpu) = gpu_or_skip("cuda_routing_lists_are_in_the_order_of_the_tokens") else { return };
     for (tokens, n) in [(0, 3), (1, 1), (63, 8), (64, 7), (129, 5), (3000, 64)] {
         let z: Vec<f32> = to_f32(&values(tokens * n, 8));
-        let want = want(&z, gates(n));
+        let want = want(&z, THRESHOLDS, gates(n));
         let z = gpu.upload(&z).unwrap();
         let mut routed = Routed::with_room(&gpu, tokens, n).unwrap();
-        let (set, z_on) = (&gates(n), &z);
-        router::Route { routed: &mut routed, z: z_on, gates: set }.run().unwrap();
-        let mut lists = Lists::with_room(&gpu, tokens, n).unwrap();
+        let (gates, z_on, thresholds) = (&gates(n), &z, &gpu.upload(&THRESHOLDS).unwrap());
+        router::Route { routed: &mut routed, z: z_on, thresholds, gates }.run().unwrap();
+        // Room for more pairs.
+        let mut lists = Lists::with_room(&gpu, tokens, n + 2).unwrap();
         router::Sort { lists: &mut lists, routed: &routed }.run().unwrap();
         let (mut offsets, mut list) = (vec![0u32], Vec::new());
         let mut slot = vec![0u32; tokens * n];
@@ -183,7 +198,8 @@ fn cuda_routing_lists_are_in_the_order_of_the_tokens() {
             slots.extend((0..n).filter(|e| want.mask[t * n + e] != 0).map(|e| slot[t * n + e]));
             token_offsets.push(slots.len() as u32);
         }
-        assert_eq!(lists.offsets.download().unwrap(), offsets, "{tokens} tokens, {n} experts");
+        assert_eq!(lists.num_experts(), n);
+        assert_eq!(lists.offsets.download().unwrap()[..=n], offsets, "{tokens} tokens, {n} experts");
         assert_eq!(lists.token_offsets.download().unwrap(), token_offsets);
         assert_eq!(lists.tokens.download().unwrap()[..list.len()], list);
         assert_eq!(lists.slots.download().unwrap()[..slots.len()], slots);
@@ -192,7 +208,7 @@ fn cuda_routing_lists_are_in_the_order_of_the_tokens() {
         let coefficients = routed.coefficients().download().unwrap();
         let mut hosted = Routed::with_room(&gpu, tokens + 1, n).unwrap();
         let more = &gpu.zeros::<f32>((tokens + 1) * n).unwrap();
-        router::Route { routed: &mut hosted, z: more, gates: set }.run().unwrap();
+        router::Route { routed: &mut hosted, z: more, thresholds, gates }.run().unwrap();
         hosted.set(&want.mask, &coefficients).unwrap();
         assert_eq!(hosted.tokens(), tokens);
         assert_eq!(hosted.coefficients().download().unwrap(), coefficients);
@@ -200,4 +216,19 @@ fn cuda_routing_lists_are_in_the_order_of_the_tokens() {
         assert_eq!(hosted.active.part(0..tokens).download().unwrap(), want.active);
         assert_eq!(hosted.gates.part(0..tokens).download().unwrap(), vec![0.0; tokens * n]);
     }
+}
+
+#[test]
+fn cuda_logits_are_counted_in_bins() {
+    let Some(gpu) = gpu_or_skip("cuda_logits_are_counted_in_bins") else { return };
+    let mut z: Vec<f32> = to_f32(&values(1000, 9)).iter().map(|x| 3.0 * x).collect();
+    z.extend([f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 1e30, -2.0, 2.0, -0.0]);
+    // Bins of a quarter from -2 to 2.
+    let mut want = vec![1u64; 16];
+    for &z in &z {
+        want[(((f64::from(z) + 2.0) * 4.0) as usize).min(15)] += 1;
+    }
+    let mut bins = gpu.upload(&vec![1u64; 16]).unwrap();
+    router::CountLogits { bins: &mut bins, z: &gpu.upload(&z).unwrap(), per_unit: 4.0 }.run().unwrap();
+    assert_eq!(bins.download().unwrap(), want);
 }
