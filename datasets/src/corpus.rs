@@ -8,6 +8,7 @@ use crate::parquet_rows::ParquetRows;
 use crate::reader::{Packing, Records};
 use crate::remedy::Remedy;
 use crate::row_text::RowText;
+use crate::selection::Selection;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashSet};
 use std::fs;
@@ -37,11 +38,13 @@ pub struct CorpusOptions {
     /// The field of a JSON object, or the column of a Parquet file, that holds the text; `"text"` by default. Several,
     /// with commas between them, are joined by line ends: `question,answer`.
     pub text_column: String,
+    /// The documents that are read.
+    pub selection: Selection,
 }
 
 impl Default for CorpusOptions {
     fn default() -> CorpusOptions {
-        CorpusOptions { doc_separator: None, text_column: "text".into() }
+        CorpusOptions { doc_separator: None, text_column: "text".into(), selection: Selection::default() }
     }
 }
 
@@ -487,6 +490,12 @@ impl Documents<'_> {
             if self.is_undivided() {
                 self.notes.undivided = Undivided::of(&text);
             }
+            let selection = self.corpus.options.selection;
+            let text = match selection.of(&text, &mut self.notes.deselected) {
+                Some(selected) if selected.len() < text.len() => selected.to_owned(),
+                Some(_) => text,
+                None => continue,
+            };
             let trimmed = text.trim();
             self.found |= !trimmed.is_empty();
             if self.as_they_stand {

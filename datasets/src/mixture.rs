@@ -8,17 +8,22 @@
 //! weight = 0.5                # default 1; only ratios count
 //! text_column = "text"        # the rest as on the command line
 //! doc_separator = "<|end|>"
+//! language = "en"             # only documents of this language, see [`Language`]
+//! document_chars = 20000      # the rest of longer documents is left out
+//! part = "train"              # only documents of this part by a hash of their text: train, search or final
+//! part_seed = 0               # of that hash
 //! ```
 
 use crate::corpus::CorpusOptions;
 use crate::error::{Error, Result};
 use crate::files::read_at_most;
 use crate::overlap::{self, Removed, Sides, TokenTexts};
+use crate::selection::{DocumentPart, Language, Selection};
 use crate::tokens::Tokens;
 use crate::windows::Pieces;
 use crate::windows::{Batches, Split, SplitOptions};
 use rand_pcg::rand_core::Rng;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
 /// The name of a source that was not given one.
@@ -29,6 +34,9 @@ pub const BLOCK: usize = 10_000;
 
 /// The largest number of sources.
 const MAX_SOURCES: usize = 1000;
+
+/// The form of a mixture.
+const TABLES: &str = "write [[source]] tables with name, data and weight";
 
 /// The largest mixture file, in bytes.
 const MAX_FILE: u64 = 16 << 20;
@@ -49,20 +57,33 @@ pub struct SourceSpec {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct File {
-    source: Vec<Entry>,
+    source: Vec<SourceTable>,
 }
 
-#[derive(Deserialize)]
+/// A `[[source]]` table, as it is written; see the module for the keys.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Entry {
-    name: String,
+pub struct SourceTable {
+    /// The name.
+    pub name: String,
     data: Paths,
+    #[serde(skip_serializing_if = "Option::is_none")]
     weight: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     text_column: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     doc_separator: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    language: Option<Language>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    document_chars: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    part: Option<DocumentPart>,
+    #[serde(default)]
+    part_seed: u64,
 }
 
-#[derive(Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(untagged)]
 enum Paths {
     One(PathBuf),
@@ -79,39 +100,62 @@ pub fn from_toml(path: &Path, defaults: &CorpusOptions) -> Result<Vec<SourceSpec
         path: path.to_path_buf(),
         offset: cause.utf8_error().valid_up_to() as u64,
     })?;
-    let wrong = |reason: String| {
-        Error::mixture(
-            path.display().to_string(),
-            reason,
-            "write [[source]] tables with name, data and weight",
-        )
-    };
+    let wrong = |reason: String| Error::mixture(path.display().to_string(), reason, TABLES);
     let file: File = toml::from_str(&text).map_err(|cause| {
         let line = cause.span().map_or(1, |span| text[..span.start].matches('\n').count() + 1);
         wrong(format!("line {line}: {}", cause.message().split_whitespace().collect::<Vec<_>>().join(" ")))
     })?;
     let folder = path.parent().unwrap_or(Path::new(""));
-    let sources = file.source.into_iter().map(|entry| {
-        let paths = match entry.data {
-            Paths::One(path) => vec![path],
+    from_tables(&file.source, folder, defaults, &path.display().to_string())
+}
+
+/// Reads the sources of `tables`, whose paths are seen from `folder`. `place` names where they are written.
+///
+/// # Errors
+/// Those of [`from_toml`], but for the file.
+pub fn from_tables(
+    tables: &[SourceTable],
+    folder: &Path,
+    defaults: &CorpusOptions,
+    place: &str,
+) -> Result<Vec<SourceSpec>> {
+    let sources = tables.iter().map(|table| table.spec(folder, defaults, place));
+    let sources = sources.collect::<Result<Vec<_>>>()?;
+    check(&sources, place)?;
+    Ok(sources)
+}
+
+impl SourceTable {
+    fn spec(&self, folder: &Path, defaults: &CorpusOptions, place: &str) -> Result<SourceSpec> {
+        let paths = match &self.data {
+            Paths::One(path) => std::slice::from_ref(path),
             Paths::Many(paths) => paths,
         };
         if paths.is_empty() {
-            return Err(wrong(format!("source {:?} names no data", entry.name)));
+            let reason = format!("source {:?} names no data", self.name);
+            return Err(Error::mixture(place, reason, TABLES));
         }
+        if self.document_chars == Some(0) {
+            let reason = format!("document_chars of {:?} is 0", self.name);
+            return Err(Error::mixture(place, reason, "use 1 or more, or leave it out"));
+        }
+        let selection = Selection {
+            language: self.language,
+            document_chars: self.document_chars,
+            part: self.part,
+            part_seed: self.part_seed,
+        };
         Ok(SourceSpec {
-            name: entry.name,
+            name: self.name.clone(),
             paths: paths.iter().map(|path| folder.join(path)).collect(),
-            weight: entry.weight.unwrap_or(1.0),
+            weight: self.weight.unwrap_or(1.0),
             options: CorpusOptions {
-                doc_separator: entry.doc_separator.or_else(|| defaults.doc_separator.clone()),
-                text_column: entry.text_column.unwrap_or_else(|| defaults.text_column.clone()),
+                doc_separator: self.doc_separator.clone().or_else(|| defaults.doc_separator.clone()),
+                text_column: self.text_column.clone().unwrap_or_else(|| defaults.text_column.clone()),
+                selection,
             },
         })
-    });
-    let sources = sources.collect::<Result<Vec<_>>>()?;
-    check(&sources, &path.display().to_string())?;
-    Ok(sources)
+    }
 }
 
 /// Parses sources from words: `PATH ...` for one source without a name, or `NAME=PATH[:WEIGHT] ...`, where words of
@@ -296,8 +340,8 @@ impl Mixture {
         self.parts[sample.part].split.window(sample.window, out)
     }
 
-    /// Returns the inputs of the first `count` training windows, in the order in which a run of this seed takes them, as
-    /// calibration text.
+    /// Returns the inputs of the first `count` training windows of a run of this seed, as calibration text. They are in the
+    /// order of their sources, so that the last ones are mostly of documents that no other is of.
     ///
     /// # Errors
     /// Fewer windows than `count`, or tokens that cannot be read.
@@ -314,7 +358,14 @@ impl Mixture {
             ids.pop();
             Ok(ids)
         };
-        order.batch_at(0).map(read).collect()
+        let mut samples: Vec<Sample> = order.batch_at(0).collect();
+        // By the part of its source that lies before a window.
+        let place = |sample: &Sample| {
+            let windows = self.parts[sample.part].split.num_windows().max(1);
+            (((sample.window as u128) << 64) / windows as u128, sample.part)
+        };
+        samples.sort_unstable_by_key(place);
+        samples.into_iter().map(read).collect()
     }
 
     /// Returns the order in which windows are trained on.
@@ -447,13 +498,14 @@ mod tests {
     }
 
     #[test]
-    fn sequences_are_the_first_inputs_of_a_run() {
+    fn sequences_are_the_first_inputs_of_a_run_in_order() {
         let stream = TokenStream { ids: (0..100).collect(), doc_starts: vec![0] };
         let source = TokenSource { name: "a".into(), weight: 1.0, tokens: stream.into() };
         let options = SplitOptions { seq: 8, valid_fraction: 0.0, valid_samples: 0 };
         let mixture = Mixture::new(&[source], options, None).unwrap();
         let sequences = mixture.sequences(3, 7).unwrap();
-        let first: Vec<Sample> = mixture.interleaving(3, 7).unwrap().batch_at(0).collect();
+        let mut first: Vec<Sample> = mixture.interleaving(3, 7).unwrap().batch_at(0).collect();
+        first.sort_by_key(|sample| sample.window);
         for (ids, sample) in sequences.iter().zip(first) {
             let mut window = Vec::new();
             mixture.window(sample, &mut window).unwrap();
@@ -547,7 +599,14 @@ mod tests {
         let path = dir.path().join("mixture.toml");
         let read = |text: &str| {
             fs::write(&path, text).unwrap();
-            from_toml(&path, &CorpusOptions { doc_separator: Some("S".into()), text_column: "t".into() })
+            from_toml(
+                &path,
+                &CorpusOptions {
+                    doc_separator: Some("S".into()),
+                    text_column: "t".into(),
+                    ..CorpusOptions::default()
+                },
+            )
         };
         let sources = read(
             "[[source]]\nname = \"web\"\ndata = \"w\"\nweight = 2\n[[source]]\nname = \"m\"\ndata = [\"/a\", \"b\"]\n\
@@ -558,6 +617,11 @@ mod tests {
         assert_eq!(sources[1].paths, [PathBuf::from("/a"), dir.path().join("b")]);
         assert_eq!((sources[0].weight, sources[1].weight), (2.0, 1.0));
         assert_eq!(sources[0].options.doc_separator.as_deref(), Some("S"));
+        assert_eq!(sources[0].options.selection, Selection::default());
+        let chosen = "[[source]]\nname = \"w\"\ndata = \"w\"\nlanguage = \"en\"\ndocument_chars = 9\npart = \"final\"\npart_seed = 4";
+        let (language, part) = (Some(Language::English), Some(DocumentPart::Final));
+        let selection = Selection { language, document_chars: Some(9), part, part_seed: 4 };
+        assert_eq!(read(chosen).unwrap()[0].options.selection, selection);
         assert_eq!((&sources[0].options.text_column[..], &sources[1].options.text_column[..]), ("t", "q,a"));
         let one = "[[source]]\nname = \"web\"\ndata = \"w\"\n";
         for (text, wanted) in [
@@ -567,6 +631,8 @@ mod tests {
             (format!("{one}weight = 0\n"), "weight 0"),
             (one.replace("web", "a/b"), "name \"a/b\""),
             (one.replace("\"w\"", "[]"), "names no data"),
+            (format!("{one}language = \"xx\"\n"), "line 4"),
+            (format!("{one}document_chars = 0\n"), "document_chars of \"web\" is 0"),
             ("source = []".to_owned(), "0 sources"),
         ] {
             let message = read(&text).unwrap_err().to_string();

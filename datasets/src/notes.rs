@@ -5,6 +5,7 @@ use std::path::Path;
 use serde::Serialize;
 
 use crate::remedy::Remedy;
+use crate::selection::Deselected;
 
 /// A text file without a separator may have this many bytes before a user is asked whether it is one document.
 const LARGE_DOCUMENT: usize = 1 << 20;
@@ -31,6 +32,8 @@ pub(crate) struct FileNotes {
     pub(crate) separators: Option<u64>,
     /// Lists possible separators of a large text file that is read as one document.
     pub(crate) undivided: Option<Undivided>,
+    /// Documents that the selection left out.
+    pub(crate) deselected: Deselected,
 }
 
 /// A large text file that is read as one document.
@@ -114,6 +117,10 @@ pub(crate) fn notices(files: &[(&Path, FileNotes)], separator: Option<&str>) -> 
             all.surrogates
         )));
     }
+    let mut deselected = Deselected::default();
+    files.iter().for_each(|(_, notes)| deselected += notes.deselected);
+    let texts: u64 = files.iter().map(|(_, notes)| notes.texts).sum();
+    notices.extend(selected(deselected, texts).map(|found| Remedy::from(format!("{of}: {found}"))));
     let separators: Vec<u64> = files.iter().filter_map(|(_, notes)| notes.separators).collect();
     if let Some(separator) = separator
         && !separators.is_empty()
@@ -136,6 +143,19 @@ pub(crate) fn notices(files: &[(&Path, FileNotes)], separator: Option<&str>) -> 
         )));
     }
     notices
+}
+
+/// Words what a selection left out of `texts` documents.
+fn selected(found: Deselected, texts: u64) -> Option<String> {
+    let Deselected { foreign, elsewhere, shortened } = found;
+    let parts = [
+        (foreign, "left out as not English"),
+        (elsewhere, "left out as another part's"),
+        (shortened, "read in part"),
+    ];
+    let parts = parts.iter().filter(|(count, _)| *count > 0);
+    let parts: Vec<String> = parts.map(|(count, what)| format!("{count} {what}")).collect();
+    (!parts.is_empty()).then(|| format!("of {texts} documents {}", parts.join(", ")))
 }
 
 fn advice(candidates: &[(String, usize)]) -> String {
@@ -203,6 +223,12 @@ mod tests {
             ]
         );
         assert!(words(&[("a.txt", without), ("b.txt", with)], Some("<x>")).is_empty());
+        let deselected = Deselected { foreign: 5, elsewhere: 0, shortened: 1 };
+        let chosen = FileNotes { texts: 9, deselected, ..none.clone() };
+        assert_eq!(
+            words(&[("a.jsonl", chosen)], None),
+            ["a.jsonl: of 9 documents 5 left out as not English, 1 read in part"]
+        );
         let undivided = |candidates| FileNotes {
             undivided: Some(Undivided { bytes: 2_000_000, candidates }),
             ..none.clone()

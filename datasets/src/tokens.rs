@@ -280,6 +280,7 @@ fn cache_key(
         format!("{:?}", options.doc_separator),
         options.text_column.clone(),
     ];
+    fields.extend(options.selection.key());
     fields.extend(corpus.content_hashes(progress)?);
     let mut hasher = Sha256::new();
     for field in fields {

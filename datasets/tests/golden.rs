@@ -156,6 +156,7 @@ fn ids_of_real_texts_are_those_of_the_tokenizers_crate() {
     let options = |text_column: &str| CorpusOptions {
         doc_separator: Some("<|endoftext|>".into()),
         text_column: text_column.into(),
+        ..CorpusOptions::default()
     };
     for model in [&MODELS[..], &["llama-tokenizer"]].concat() {
         let dir = shared.join("models").join(model);

@@ -56,6 +56,7 @@ pub(crate) fn read(
     let options = CorpusOptions {
         doc_separator: args.doc_separator.clone(),
         text_column: args.text_column.clone().unwrap_or(defaults.text_column),
+        selection: defaults.selection,
     };
     let texts = find(from_words(&args.calib, &options)?)?;
     let sources = load(&texts, &tokenizer(model, config, ui)?, args.bos, None, ui)?;

@@ -42,6 +42,7 @@ pub(crate) fn options(args: &DataArgs) -> CorpusOptions {
     CorpusOptions {
         doc_separator: args.doc_separator.clone(),
         text_column: args.text_column.clone().unwrap_or(defaults.text_column),
+        selection: defaults.selection,
     }
 }
 

@@ -13,14 +13,16 @@
 //!             stream.join_ffn(&weights, ffn)             states += ffn(states)
 //! ```
 
+use std::ops::Range;
 use std::path::Path;
 
 use dsmoe_kernels::buf::Buf;
+use dsmoe_kernels::matmul::{Mat, Packed};
 use dsmoe_kernels::{Precision, add, attention, linear, swiglu};
 
 use crate::checkpoint::{
-    Checkpoint, LayerNorm, LlamaTensors, WeightReader, attention_name, check_llama_tensors, ffn_name,
-    open_model,
+    Checkpoint, EMBEDDING, LayerNorm, LlamaTensors, WeightReader, attention_name, check_llama_tensors,
+    ffn_name, open_model,
 };
 use crate::config::{CONFIG_FILE, Config};
 use crate::error::{Error, Result};
@@ -37,6 +39,8 @@ pub struct LayerStream {
     checkpoint: Checkpoint,
     names: LlamaTensors,
     ropes: Ropes,
+    /// The precision that products round their operands to.
+    precision: Precision,
     seq: usize,
     /// `[sequences, seq, hidden]`.
     states: Buf,
@@ -214,7 +218,19 @@ impl LayerStream {
         let ropes = Ropes::new(&config);
         let mut states = Buf::zeros(sequences.len() * seq * config.hidden);
         embed(&mut states, &config, &mut WeightReader::resume(names, &checkpoint), sequences)?;
-        Ok(LayerStream { config, checkpoint, names, ropes, seq, states, scratch: Scratch::default() })
+        let (precision, scratch) = (Precision::F32, Scratch::default());
+        Ok(LayerStream { config, checkpoint, names, ropes, precision, seq, states, scratch })
+    }
+
+    /// Rounds the operands of all products to `precision` instead of f32.
+    #[must_use]
+    pub fn in_precision(self, precision: Precision) -> LayerStream {
+        LayerStream { precision, ..self }
+    }
+
+    /// Returns the precision that products round their operands to.
+    pub fn precision(&self) -> Precision {
+        self.precision
     }
 
     /// Returns the model's configuration.
@@ -319,11 +335,12 @@ impl LayerStream {
     /// # Panics
     /// The weights are not of this model.
     pub fn attend(&mut self, weights: &LayerWeights) {
-        let LayerStream { config, ropes, seq, states, scratch, .. } = self;
+        let LayerStream { config, ropes, precision, seq, states, scratch, .. } = self;
         let len = (*seq * config.hidden).max(1);
         in_pool(|| {
+            let layer = Ready::new(weights, 0..4, *precision);
             for states in states.chunks_exact_mut(len) {
-                scratch.attention(states, weights, config, ropes, &mut |_, _, _| {});
+                scratch.attention(states, &layer, config, ropes, &mut |_, _, _| {});
                 states.copy_from_slice(&scratch.x);
             }
         });
@@ -335,12 +352,26 @@ impl LayerStream {
     /// # Panics
     /// The weights are not of this model.
     pub fn see_ffn(&mut self, weights: &LayerWeights, see: &mut (dyn FnMut(FfnTap<'_>) + Send)) {
-        let LayerStream { config, seq, states, scratch, .. } = self;
+        self.see_ffn_of(weights, &|_| true, see);
+    }
+
+    /// Does the same as [`LayerStream::see_ffn`] for the sequences that `is_seen` names.
+    ///
+    /// # Panics
+    /// The weights are not of this model.
+    pub fn see_ffn_of(
+        &mut self,
+        weights: &LayerWeights,
+        is_seen: &(dyn Fn(usize) -> bool + Sync),
+        see: &mut (dyn FnMut(FfnTap<'_>) + Send),
+    ) {
+        let LayerStream { config, precision, seq, states, scratch, .. } = self;
         let len = (*seq * config.hidden).max(1);
         in_pool(|| {
-            for (sequence, states) in states.chunks_exact(len).enumerate() {
+            let layer = Ready::new(weights, 4..6, *precision);
+            for (sequence, states) in states.chunks_exact(len).enumerate().filter(|(i, _)| is_seen(*i)) {
                 scratch.set_states(states, *seq);
-                let (x, neurons) = scratch.neurons(weights, config);
+                let (x, neurons) = scratch.neurons(&layer, config);
                 see(FfnTap { sequence, residual: states, x, neurons });
             }
         });
@@ -352,14 +383,15 @@ impl LayerStream {
     /// # Panics
     /// The weights are not of this model.
     pub fn join_ffn(&mut self, weights: &LayerWeights, ffn: &mut (dyn FnMut(&mut [f32], FfnTap<'_>) + Send)) {
-        let LayerStream { config, seq, states, scratch, .. } = self;
+        let LayerStream { config, precision, seq, states, scratch, .. } = self;
         let len = (*seq * config.hidden).max(1);
         let block = Block::of(config);
         let mut y = Buf::zeros(len);
         in_pool(|| {
+            let layer = Ready::new(weights, 4..6, *precision);
             for (sequence, states) in states.chunks_exact_mut(len).enumerate() {
                 scratch.set_states(states, *seq);
-                let (x, neurons) = scratch.neurons(weights, config);
+                let (x, neurons) = scratch.neurons(&layer, config);
                 ffn(&mut y, FfnTap { sequence, residual: states, x, neurons });
                 let Scratch { h, rstd, .. } = scratch;
                 block.join(states, &y, weights.norms[3].as_deref(), h, rstd);
@@ -367,16 +399,53 @@ impl LayerStream {
         });
     }
 
+    /// Appends copies of the first `sequences` sequences' states, `times` of each, all of the first copy first.
+    pub(crate) fn repeat(&mut self, sequences: usize, times: usize) {
+        let len = sequences * self.seq * self.config.hidden;
+        let before = std::mem::take(&mut self.states);
+        self.states = Buf::zeros(before.len() + times * len);
+        let (old, new) = self.states.split_at_mut(before.len());
+        old.copy_from_slice(&before);
+        new.chunks_exact_mut(len.max(1)).for_each(|copy| copy.copy_from_slice(&before[..len]));
+    }
+
+    /// Replaces the states after the last layer by what the output head reads.
+    ///
+    /// # Errors
+    /// The norm cannot be read.
+    pub(crate) fn norm_last(&mut self) -> Result<()> {
+        let mut reader = WeightReader::resume(self.names, &self.checkpoint);
+        let weight = vector(&mut reader, "model.norm.weight".to_owned(), self.config.hidden)?;
+        let LayerStream { config, seq, states, scratch, .. } = self;
+        let len = (*seq * config.hidden).max(1);
+        for states in states.chunks_exact_mut(len) {
+            scratch.set_states(states, *seq);
+            Block::of(config).norm(&weight, states, &mut scratch.rstd, &scratch.x);
+        }
+        Ok(())
+    }
+
+    /// Gives the rows of the output head, `[vocab, hidden]`, in order and in pieces.
+    ///
+    /// # Errors
+    /// The head cannot be read.
+    pub(crate) fn head(&self, sink: &mut dyn FnMut(&[f32])) -> Result<()> {
+        let name = if self.config.tie_word_embeddings { EMBEDDING } else { "lm_head.weight" };
+        let spec = TensorSpec::matrix(name, self.config.vocab_size, self.config.hidden);
+        WeightReader::resume(self.names, &self.checkpoint).rows(&spec, sink)
+    }
+
     fn run(&mut self, weights: &LayerWeights, tap: &mut (dyn FnMut(Tap<'_>) + Send), replace: bool) {
-        let LayerStream { config, ropes, seq, states, scratch, .. } = self;
+        let LayerStream { config, ropes, precision, seq, states, scratch, .. } = self;
         let len = *seq * config.hidden;
         if len == 0 {
             return;
         }
         in_pool(|| {
+            let layer = Ready::new(weights, 0..7, *precision);
             for (sequence, states) in states.chunks_exact_mut(len).enumerate() {
                 let mut see = |input, x: &[f32], residual: &[f32]| tap(Tap { sequence, input, x, residual });
-                scratch.layer(states, weights, config, ropes, &mut see);
+                scratch.layer(states, &layer, config, ropes, &mut see);
                 if replace {
                     states.copy_from_slice(&scratch.x);
                 }
@@ -398,14 +467,60 @@ impl LayerWeights {
     }
 }
 
-impl Linear {
-    /// Sets `y` `[tokens, outputs]` from `x` `[tokens, inputs]`.
-    fn forward(&self, y: &mut Buf, x: &[f32]) {
-        let rows = x.len() / self.inputs;
-        y.resize(rows * self.outputs);
-        let dims =
-            linear::Dims { rows, inputs: self.inputs, outputs: self.outputs, precision: Precision::F32 };
-        linear::Forward { y, x, w: &self.weight, bias: self.bias.as_deref(), dims }.run();
+/// A layer whose weights are ready for products: packed once for all sequences.
+struct Ready<'a> {
+    weights: &'a LayerWeights,
+    packed: [Option<Packed>; 7],
+}
+
+impl<'a> Ready<'a> {
+    /// Packs some of the linears.
+    fn new(weights: &'a LayerWeights, which: Range<usize>, precision: Precision) -> Ready<'a> {
+        let mut packed = [const { None }; 7];
+        for i in which {
+            let Linear { weight, outputs, inputs, .. } = &weights.linears[i];
+            packed[i] = Some(Packed::new(precision, Mat::new(weight, *outputs, *inputs)));
+        }
+        Ready { weights, packed }
+    }
+
+    /// Sets `y` `[tokens, outputs]` from `x` `[tokens, inputs]` by linear `i`, which is packed.
+    fn forward(&self, i: usize, y: &mut Buf, x: &[f32]) {
+        let Linear { outputs, inputs, bias, .. } = &self.weights.linears[i];
+        let Some(w) = &self.packed[i] else { unreachable!("calibrate: linear {i} is not packed") };
+        let rows = x.len() / inputs;
+        y.resize(rows * outputs);
+        linear::ForwardPacked { y, x, w, bias: bias.as_deref(), rows }.run();
+    }
+}
+
+/// A projection of neurons to outputs, packed.
+#[derive(Debug)]
+pub struct Down {
+    packed: Packed,
+    bias: Option<Vec<f32>>,
+}
+
+impl Down {
+    /// Packs `weight` `[outputs, inputs]`.
+    ///
+    /// # Panics
+    /// There are no inputs, or no whole number of outputs.
+    pub fn new(precision: Precision, weight: &[f32], inputs: usize, bias: Option<&[f32]>) -> Down {
+        let packed = Packed::new(precision, Mat::new(weight, weight.len() / inputs, inputs));
+        Down { packed, bias: bias.map(<[f32]>::to_vec) }
+    }
+
+    /// Packs that of a layer.
+    pub fn of(precision: Precision, weights: &LayerWeights) -> Down {
+        let [.., down] = &weights.linears;
+        Down::new(precision, &down.weight, down.inputs, down.bias.as_deref())
+    }
+
+    /// Sets `y` `[tokens, outputs]` to the output of `neurons` `[tokens, inputs]`.
+    pub fn forward(&self, y: &mut [f32], neurons: &[f32]) {
+        let rows = neurons.len() / self.packed.inputs();
+        linear::ForwardPacked { y, x: neurons, w: &self.packed, bias: self.bias.as_deref(), rows }.run();
     }
 }
 
@@ -417,21 +532,22 @@ impl Scratch {
     fn layer(
         &mut self,
         states: &[f32],
-        weights: &LayerWeights,
+        layer: &Ready<'_>,
         config: &Config,
         ropes: &Ropes,
         tap: &mut See<'_>,
     ) {
-        self.attention(states, weights, config, ropes, tap);
+        self.attention(states, layer, config, ropes, tap);
+        let weights = layer.weights;
         let block = Block::of(config);
         // The residual stream is both read and shown while the scratch works on the neurons.
         let residual = std::mem::take(&mut self.x);
-        self.read_by_ffn(&residual, weights, config);
+        self.read_by_ffn(&residual, layer, config);
         let Scratch { h, y, neurons, .. } = self;
         let input = if weights.norms[2].is_some() { &h[..] } else { &residual[..] };
         tap(Input::Ffn, input, &residual);
         tap(Input::Neurons, neurons, &residual);
-        weights.linears[6].forward(y, neurons);
+        layer.forward(6, y, neurons);
         self.x = residual;
         let Scratch { x, h, rstd, y, .. } = self;
         block.join(x, y, weights.norms[3].as_deref(), h, rstd);
@@ -446,21 +562,20 @@ impl Scratch {
     }
 
     /// Returns what the FFN reads of `self.x`, and its neurons.
-    fn neurons(&mut self, weights: &LayerWeights, config: &Config) -> (&[f32], &[f32]) {
+    fn neurons(&mut self, layer: &Ready<'_>, config: &Config) -> (&[f32], &[f32]) {
         let residual = std::mem::take(&mut self.x);
-        self.read_by_ffn(&residual, weights, config);
+        self.read_by_ffn(&residual, layer, config);
         self.x = residual;
-        let input = if weights.norms[2].is_some() { &self.h } else { &self.x };
+        let input = if layer.weights.norms[2].is_some() { &self.h } else { &self.x };
         (input, &self.neurons)
     }
 
     /// Sets the neurons, and `self.h` to what they read where that is not `residual` itself.
-    fn read_by_ffn(&mut self, residual: &[f32], weights: &LayerWeights, config: &Config) {
-        let [.., wgate, wup, _] = &weights.linears;
+    fn read_by_ffn(&mut self, residual: &[f32], layer: &Ready<'_>, config: &Config) {
         let Scratch { h, rstd, gate, up, neurons, .. } = self;
-        let input = Block::of(config).input(weights.norms[2].as_deref(), h, rstd, residual);
-        wgate.forward(gate, input);
-        wup.forward(up, input);
+        let input = Block::of(config).input(layer.weights.norms[2].as_deref(), h, rstd, residual);
+        layer.forward(4, gate, input);
+        layer.forward(5, up, input);
         neurons.resize(gate.len());
         let activation = config.architecture.activation;
         swiglu::Forward { c: neurons, a: gate, b: up, activation }.run();
@@ -470,7 +585,7 @@ impl Scratch {
     fn attention(
         &mut self,
         states: &[f32],
-        weights: &LayerWeights,
+        layer: &Ready<'_>,
         config: &Config,
         ropes: &Ropes,
         tap: &mut See<'_>,
@@ -478,15 +593,16 @@ impl Scratch {
         let block = Block::of(config);
         let seq = states.len() / config.hidden;
         self.set_states(states, seq);
+        let weights = layer.weights;
         let [before_attention, after_attention, ..] = weights.norms.each_ref().map(Option::as_deref);
-        let [wq, wk, wv, wo, ..] = &weights.linears;
+        let [wq, wk, ..] = &weights.linears;
         let Scratch { x, h, rstd, q, k, v, a, lse, y, .. } = self;
 
         let input = block.input(before_attention, h, rstd, x);
         tap(Input::Attention, input, states);
-        wq.forward(q, input);
-        wk.forward(k, input);
-        wv.forward(v, input);
+        layer.forward(0, q, input);
+        layer.forward(1, k, input);
+        layer.forward(2, v, input);
         let dims = attention_dims(config, weights.layer, 1, [seq, seq]);
         lse.resize(seq * dims.heads);
         for (i, (x, linear, heads)) in
@@ -501,7 +617,7 @@ impl Scratch {
         a.resize(q.len());
         attention::Forward { out: a, lse, q, k, v, dims }.run();
         tap(Input::Heads, a, states);
-        wo.forward(y, a);
+        layer.forward(3, y, a);
         block.join(x, y, after_attention, h, rstd);
     }
 }
@@ -520,7 +636,7 @@ fn embed(
     if places.peek().is_none() {
         return Ok(());
     }
-    let spec = TensorSpec::matrix(crate::checkpoint::EMBEDDING, config.vocab_size, hidden);
+    let spec = TensorSpec::matrix(EMBEDDING, config.vocab_size, hidden);
     let mut first = 0;
     reader.rows(&spec, &mut |rows| {
         let end = first + rows.len() / hidden;

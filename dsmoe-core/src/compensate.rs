@@ -11,10 +11,15 @@
 
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::matmul::{Mat, Matmul};
-use dsmoe_router::linalg::inverse_factor;
+use dsmoe_router::linalg::solve_positive;
+use rayon::prelude::*;
 
 use crate::gram::Gram;
 
+/// Tokens whose products are taken together.
+const BATCH: usize = 1024;
+/// Columns summed by one task.
+const COLUMNS: usize = 64;
 /// Shares tried in place of a ridge with which the matrix has no factor.
 const RIDGES: [f64; 3] = [0.01, 0.1, 1.0];
 
@@ -22,6 +27,10 @@ const RIDGES: [f64; 3] = [0.01, 0.1, 1.0];
 #[derive(Clone, Debug)]
 pub struct LeastSquares {
     outputs: usize,
+    precision: Precision,
+    /// Tokens that are not in the sums yet: their s h and s r, and their s.
+    waiting: [Vec<f32>; 2],
+    factors: Vec<f32>,
     gram: Gram,
     /// `[inputs, outputs]`: sum of s^2 h r^T.
     products: Vec<f32>,
@@ -59,11 +68,20 @@ impl LeastSquares {
         let sums = [vec![0.0; inputs], vec![0.0; outputs]];
         LeastSquares {
             outputs,
+            precision: Precision::F32,
+            waiting: [Vec::new(), Vec::new()],
+            factors: Vec::new(),
             gram: Gram::new(inputs),
             products: vec![0.0; inputs * outputs],
             sums,
             weight: 0.0,
         }
+    }
+
+    /// Rounds the factors of all products to `precision` instead of f32.
+    #[must_use]
+    pub fn in_precision(self, precision: Precision) -> LeastSquares {
+        LeastSquares { gram: self.gram.in_precision(precision), precision, ..self }
     }
 
     /// Adds tokens.
@@ -74,23 +92,45 @@ impl LeastSquares {
         let (tokens, inputs, outputs) = (rows.factors.len(), self.gram.columns(), self.outputs);
         let lens = [rows.inputs.len(), rows.residuals.len()];
         assert_eq!(lens, [tokens * inputs, tokens * outputs], "LeastSquares: values of {tokens} tokens");
-        let [h, r] = [(rows.inputs, inputs), (rows.residuals, outputs)]
-            .map(|(values, width)| scaled(values, rows.factors, width));
-        for (sums, values) in self.sums.iter_mut().zip([&h, &r]) {
-            add_rows(sums, values, rows.factors);
+        for (waiting, values) in self.waiting.iter_mut().zip([rows.inputs, rows.residuals]) {
+            let width = (values.len() / tokens.max(1)).max(1);
+            let first = waiting.len();
+            waiting.resize(first + values.len(), 0.0);
+            let pairs = waiting[first..].par_chunks_exact_mut(width).zip(values.par_chunks_exact(width));
+            pairs.zip(rows.factors).for_each(|((to, from), &s)| {
+                to.iter_mut().zip(from).for_each(|(to, &x)| *to = s * x);
+            });
         }
+        self.factors.extend(rows.factors);
         self.weight += squares(rows.factors);
-        self.gram.add(&h);
-        let (a, b) = (Mat::new(&h, tokens, inputs).t(), Mat::new(&r, tokens, outputs));
-        Matmul { c: &mut self.products, a, b, accumulate: true, precision: Precision::F32 }.run();
+        if self.factors.len() >= BATCH {
+            self.take_waiting();
+        }
+    }
+
+    /// Adds the products of the tokens that wait.
+    fn take_waiting(&mut self) {
+        let [h, r] = &self.waiting;
+        let (tokens, inputs, outputs) = (self.factors.len(), self.gram.columns(), self.outputs);
+        if tokens > 0 {
+            for (sums, values) in self.sums.iter_mut().zip([h, r]) {
+                add_rows(sums, values, &self.factors);
+            }
+            self.gram.add(h);
+            let (a, b) = (Mat::new(h, tokens, inputs).t(), Mat::new(r, tokens, outputs));
+            Matmul { c: &mut self.products, a, b, accumulate: true, precision: self.precision }.run();
+        }
+        self.waiting.iter_mut().for_each(Vec::clear);
+        self.factors.clear();
     }
 
     /// Solves with a ridge that is a share of the mean of the diagonal, or with the first larger one of 0.01, 0.1 and
     /// 1 that gives a positive definite matrix. Returns none if values are not finite.
-    pub fn solve(&self, ridge: f64, intercept: bool) -> Option<Correction> {
-        let (matrix, products) = (self.gram.square(1.0), self.products.clone());
-        let sums = self.sums.each_ref().map(|sums| &sums[..]);
-        solve(Equations { matrix, products, sums, weight: self.weight }, ridge, intercept)
+    pub fn solve(mut self, ridge: f64, intercept: bool) -> Option<Correction> {
+        self.take_waiting();
+        let LeastSquares { gram, products, sums, weight, .. } = self;
+        let sums = sums.each_ref().map(|sums| &sums[..]);
+        solve(Equations { matrix: &|| gram.square(1.0), products, sums, weight }, ridge, intercept)
     }
 }
 
@@ -145,7 +185,7 @@ impl Moments {
         // What goes lost: W over the removed inputs, [removed, outputs].
         let at = |&i: &usize| (0..outputs).map(move |o| weight[o * inputs + i]);
         let lost: Vec<f32> = removed.iter().flat_map(at).collect();
-        let (matrix, across) = (part(kept), part(&removed));
+        let across = part(&removed);
         let mut products = vec![0.0; kept.len() * outputs];
         if !removed.is_empty() {
             let a = Mat::new(&across, kept.len(), removed.len());
@@ -156,15 +196,16 @@ impl Moments {
         for (row, &i) in lost.chunks_exact(outputs.max(1)).zip(&removed) {
             of_lost.iter_mut().zip(row).for_each(|(sum, &w)| *sum += self.sums[i] * f64::from(w));
         }
-        let equations = Equations { matrix, products, sums: [&of_kept, &of_lost], weight: self.weight };
+        let sums = [&of_kept[..], &of_lost];
+        let equations = Equations { matrix: &|| part(kept), products, sums, weight: self.weight };
         solve(equations, ridge, intercept)
     }
 }
 
 /// The normal equations of a least-squares problem.
 struct Equations<'a> {
-    /// Sum of s^2 h h^T.
-    matrix: Vec<f32>,
+    /// Makes the sum of s^2 h h^T.
+    matrix: &'a dyn Fn() -> Vec<f32>,
     /// Sum of s^2 h r^T.
     products: Vec<f32>,
     /// Sums of s^2 h and of s^2 r.
@@ -174,28 +215,23 @@ struct Equations<'a> {
 }
 
 fn solve(equations: Equations<'_>, ridge: f64, intercept: bool) -> Option<Correction> {
-    let Equations { mut matrix, mut products, sums, weight: total } = equations;
+    let Equations { matrix, mut products, sums, weight: total } = equations;
     let [inputs, outputs] = sums.map(<[f64]>::len);
     let [h, r] = sums.map(|sums| {
         let mean = |sum: &f64| if intercept && total > 0.0 { sum / total } else { 0.0 };
         sums.iter().map(mean).collect::<Vec<f64>>()
     });
-    subtract(&mut matrix, total, &h, &h);
     subtract(&mut products, total, &h, &r);
-    let trace: f64 = matrix.iter().step_by(inputs + 1).map(|&v| f64::from(v)).sum();
-    let mean = (trace / inputs.max(1) as f64).max(f64::from(f32::MIN_POSITIVE));
-    let tried = std::iter::once(ridge).chain(RIDGES.into_iter().filter(|&next| next > ridge));
-    let (factor, ridge) = tried
-        .filter_map(|ridge| {
-            let mut raised = matrix.clone();
-            raised.iter_mut().step_by(inputs + 1).for_each(|v| *v += (ridge * mean) as f32);
-            inverse_factor(raised, inputs).ok().map(|factor| (factor, ridge))
-        })
-        .next()?;
-    let factor = Mat::new(&factor, inputs, inputs);
-    let (mut half, mut weight) = (vec![0.0; products.len()], vec![0.0; products.len()]);
-    multiply(&mut half, factor.t(), Mat::new(&products, inputs, outputs));
-    multiply(&mut weight, factor, Mat::new(&half, inputs, outputs));
+    let mut tried = std::iter::once(ridge).chain(RIDGES.into_iter().filter(|&next| next > ridge));
+    let ridge = tried.find(|ridge| {
+        let mut raised = matrix();
+        subtract(&mut raised, total, &h, &h);
+        let trace: f64 = raised.iter().step_by(inputs + 1).map(|&v| f64::from(v)).sum();
+        let mean = (trace / inputs.max(1) as f64).max(f64::from(f32::MIN_POSITIVE));
+        raised.iter_mut().step_by(inputs + 1).for_each(|v| *v += (ridge * mean) as f32);
+        solve_positive(raised, inputs, &mut products).is_ok()
+    })?;
+    let weight = products;
     let bias = intercept.then(|| {
         let mut bias = r;
         for (row, &m) in weight.chunks_exact(outputs.max(1)).zip(&h) {
@@ -229,9 +265,13 @@ fn scaled(values: &[f32], factors: &[f32], width: usize) -> Vec<f32> {
 
 /// Adds to `sums` the rows of `values`, times their factors.
 fn add_rows(sums: &mut [f64], values: &[f32], factors: &[f32]) {
-    for (row, &s) in values.chunks_exact(sums.len().max(1)).zip(factors) {
-        sums.iter_mut().zip(row).for_each(|(sum, &x)| *sum += f64::from(s) * f64::from(x));
-    }
+    let width = sums.len().max(1);
+    sums.par_chunks_mut(COLUMNS).enumerate().for_each(|(task, sums)| {
+        for (row, &s) in values.chunks_exact(width).zip(factors) {
+            let row = &row[task * COLUMNS..][..sums.len()];
+            sums.iter_mut().zip(row).for_each(|(sum, &x)| *sum += f64::from(s) * f64::from(x));
+        }
+    });
 }
 
 fn squares(factors: &[f32]) -> f64 {

@@ -16,6 +16,7 @@ const LINE: usize = 16;
 #[derive(Clone, Debug)]
 pub struct Gram {
     columns: usize,
+    precision: Precision,
     panels: Vec<Vec<f32>>,
 }
 
@@ -23,7 +24,14 @@ impl Gram {
     /// Makes the sums over no token.
     pub fn new(columns: usize) -> Gram {
         let panel = |first| vec![0.0; PANEL.min(columns - first) * (columns - first)];
-        Gram { columns, panels: (0..columns).step_by(PANEL).map(panel).collect() }
+        let precision = Precision::F32;
+        Gram { columns, precision, panels: (0..columns).step_by(PANEL).map(panel).collect() }
+    }
+
+    /// Rounds the tokens to `precision` instead of f32.
+    #[must_use]
+    pub fn in_precision(self, precision: Precision) -> Gram {
+        Gram { precision, ..self }
     }
 
     /// Returns the number of columns.
@@ -50,7 +58,7 @@ impl Gram {
             let first = number * PANEL;
             let of = |count| Mat::new(&transposed[first * tokens..(first + count) * tokens], count, tokens);
             let (a, b) = (of(PANEL.min(columns - first)), of(columns - first).t());
-            Matmul { c: panel, a, b, accumulate: true, precision: Precision::F32 }.run();
+            Matmul { c: panel, a, b, accumulate: true, precision: self.precision }.run();
         }
     }
 

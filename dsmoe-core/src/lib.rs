@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 pub mod accounting;
+pub mod allocation;
 pub mod calibrate;
 pub mod checkpoint;
 pub mod compensate;
@@ -9,6 +10,7 @@ pub mod config;
 pub mod convert;
 mod defaults;
 pub mod device;
+pub mod divergence;
 mod error;
 pub mod export;
 pub mod family;

@@ -1,5 +1,4 @@
-//! The factorisation behind ridge regression and second-order pruning: one Cholesky factorisation and one triangular
-//! inverse.
+//! The factorisations behind ridge regression and second-order pruning: Cholesky factors, and their triangular inverses.
 //!
 //! ```text
 //! J H J = C C^T            J reverses the order of rows or columns
@@ -8,6 +7,7 @@
 
 use faer::dyn_stack::{MemBuffer, MemStack};
 use faer::linalg::cholesky::llt::factor::{cholesky_in_place, cholesky_in_place_scratch};
+use faer::linalg::cholesky::llt::solve::{solve_in_place, solve_in_place_scratch};
 use faer::linalg::triangular_inverse::invert_lower_triangular;
 use faer::prelude::{Reborrow, ReborrowMut};
 use faer::{MatMut, Par};
@@ -39,6 +39,33 @@ pub fn inverse_factor(mut h: Vec<f32>, n: usize) -> Result<Vec<f32>, NotPositive
     // Columns are R's; read as rows, they are those of its transpose.
     inverse.reverse();
     Ok(inverse)
+}
+
+/// Sets `x` `[n, columns]`, row-major, to `H^-1 x`, for a symmetric `h` `[n, n]`.
+///
+/// # Errors
+/// `h` is not positive definite; `x` is then as before.
+///
+/// # Panics
+/// `h` does not hold `n * n` values, or `x` no whole number of columns.
+pub fn solve_positive(mut h: Vec<f32>, n: usize, x: &mut [f32]) -> Result<(), NotPositiveDefinite> {
+    assert_eq!(h.len(), n * n, "solve_positive: values of an [{n}, {n}] matrix");
+    assert!(x.len().is_multiple_of(n.max(1)), "solve_positive: {} values for {n} rows", x.len());
+    let (par, columns) = (Par::rayon(0), x.len() / n.max(1));
+    let mut matrix = MatMut::from_column_major_slice_mut(&mut h, n, n);
+    let mut memory = MemBuffer::new(cholesky_in_place_scratch::<f32>(n, par, Default::default()));
+    cholesky_in_place(
+        matrix.rb_mut(),
+        Default::default(),
+        par,
+        MemStack::new(&mut memory),
+        Default::default(),
+    )
+    .map_err(|_| NotPositiveDefinite)?;
+    let mut memory = MemBuffer::new(solve_in_place_scratch::<f32>(n, columns, par));
+    let x = MatMut::from_row_major_slice_mut(x, n, columns);
+    solve_in_place(matrix.rb(), x, par, MemStack::new(&mut memory));
+    Ok(())
 }
 
 #[cfg(test)]
@@ -90,8 +117,32 @@ mod tests {
     }
 
     #[test]
+    fn solutions_give_the_right_side_back() {
+        for (n, columns) in [(1, 1), (2, 5), (64, 3), (150, 40)] {
+            let (h, right) = (positive(n, n as u64), normals(n * columns, 9));
+            let mut x = right.clone();
+            solve_positive(h.clone(), n, &mut x).unwrap();
+            let entry = |at: usize| -> f32 {
+                let terms = (0..n)
+                    .map(|k| f64::from(h[at / columns * n + k]) * f64::from(x[k * columns + at % columns]));
+                terms.sum::<f64>() as f32
+            };
+            let back: Vec<f32> = (0..n * columns).map(entry).collect();
+            assert_close("H x", &back, &f64s(&right), 1e-4);
+        }
+        let mut x = [5.0, 6.0];
+        assert_eq!(solve_positive(vec![1.0, 2.0, 2.0, 1.0], 2, &mut x), Err(NotPositiveDefinite));
+        assert_eq!(x, [5.0, 6.0]);
+    }
+
+    #[test]
     fn threads_do_not_show() {
-        let h = positive(333, 5);
+        let (h, right) = (positive(333, 5), normals(333 * 70, 6));
+        assert_same_on_threads("solve_positive", || {
+            let mut x = right.clone();
+            solve_positive(h.clone(), 333, &mut x).unwrap();
+            x
+        });
         assert_same_on_threads("inverse_factor", || inverse_factor(h.clone(), 333).unwrap());
     }
 }

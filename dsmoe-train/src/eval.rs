@@ -3,12 +3,13 @@
 use std::time::Instant;
 
 use dsmoe_core::Inference;
-use dsmoe_core::model::{Batch, Workspace};
+use dsmoe_core::model::{Batch, Cache, Workspace};
 use dsmoe_datasets::{EvalWindow, eval_windows};
 use dsmoe_router::RoutingStats;
-use serde::Serialize;
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Options for cutting a stream into windows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,6 +80,17 @@ pub struct DomainReport {
     pub ppl: f64,
     /// Active share of all (token, layer, expert) triples.
     pub active_ratio: Option<f64>,
+}
+
+/// The distance of a model's distributions of the next token from those of a reference on the same text.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Agreement {
+    /// Tokens compared.
+    pub tokens: usize,
+    /// Mean Kullback-Leibler divergence of the reference's distribution from the model's, nats.
+    pub kl: f64,
+    /// Share of tokens for which both find the same token likeliest.
+    pub top1: f64,
 }
 
 /// The results of an evaluation by window and by token. Tokens are in the order of the stream.
@@ -216,6 +228,70 @@ pub fn evaluate_detailed(
     Ok((report, detail))
 }
 
+/// Logits of a forward pass of [`agreement`] at the most.
+const MAX_LOGITS: usize = 1 << 24;
+
+/// Compares the distributions of `model` with those of `reference` after every token of `ids`, in windows of `seq` tokens
+/// as in [`evaluate`]. `progress` receives the number of windows done and of all.
+///
+/// # Errors
+/// Those of [`evaluate`]; models of different vocabularies.
+pub fn agreement(
+    model: &Inference,
+    reference: &Inference,
+    ids: &[u32],
+    seq: usize,
+    progress: &mut dyn FnMut(usize, usize),
+) -> Result<Agreement> {
+    let [vocab, other] = [model, reference].map(|model| model.config().vocab_size);
+    if vocab != other {
+        let found = format!("of vocab_size {other}");
+        let allowed = format!("a model with the vocabulary of the one to measure, vocab_size {vocab}");
+        return Err(Error::field("the model to compare with", found, allowed));
+    }
+    let windows = eval_windows(ids.len(), seq, seq)?;
+    let piece = (MAX_LOGITS / vocab).max(1);
+    let mut workspaces = [Workspace::default(), Workspace::default()];
+    let (mut kl, mut same, mut tokens) = (0.0, 0, 0);
+    for (done, window) in windows.iter().enumerate() {
+        let inputs = &ids[window.start..window.end - 1];
+        let mut caches = [model, reference].map(|model| Cache::new(model, inputs.len()));
+        for part in inputs.chunks(piece) {
+            let [ours, theirs] = &mut workspaces;
+            let [our_cache, their_cache] = &mut caches;
+            let ours = model.logits(part, part.len(), our_cache, None, ours)?;
+            let theirs = reference.logits(part, part.len(), their_cache, None, theirs)?;
+            let pairs = ours.par_chunks_exact(vocab).zip(theirs.par_chunks_exact(vocab));
+            let found: Vec<(f64, bool)> = pairs.map(|(ours, theirs)| divergence(theirs, ours)).collect();
+            kl += found.iter().map(|(kl, _)| kl).sum::<f64>();
+            same += found.iter().filter(|(_, same)| *same).count();
+        }
+        tokens += inputs.len();
+        progress(done + 1, windows.len());
+    }
+    Ok(Agreement { tokens, kl: kl / tokens as f64, top1: same as f64 / tokens as f64 })
+}
+
+/// Returns the divergence of the distribution of logits `p` from that of `q`, and whether both have one maximum.
+fn divergence(p: &[f32], q: &[f32]) -> (f64, bool) {
+    let normal = |logits: &[f32]| {
+        let (mut at, mut most) = (0, f32::NEG_INFINITY);
+        for (i, &logit) in logits.iter().enumerate() {
+            if logit > most {
+                (at, most) = (i, logit);
+            }
+        }
+        let sum: f64 = logits.iter().map(|&logit| f64::from(logit - most).exp()).sum();
+        (at, f64::from(most) + sum.ln())
+    };
+    let ((p_at, p_norm), (q_at, q_norm)) = (normal(p), normal(q));
+    let terms = p.iter().zip(q).map(|(&p, &q)| {
+        let log_p = f64::from(p) - p_norm;
+        log_p.exp() * (log_p - (f64::from(q) - q_norm))
+    });
+    (terms.sum(), p_at == q_at)
+}
+
 fn measure(
     model: &Inference,
     ids: &[u32],
@@ -291,5 +367,20 @@ fn gather(window: &EvalWindow, ids: &[u32], inputs: &mut Vec<u32>, targets: &mut
     inputs.extend_from_slice(&ids[window.start..window.end - 1]);
     for (at, &id) in ids.iter().enumerate().take(window.end).skip(window.start + 1) {
         targets.push(if at < window.first_target { dsmoe_kernels::cross_entropy::IGNORE } else { id });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// p = (1/2, 1/4, 1/4) and q = (1/4, 1/2, 1/4): the divergence is ln 2 / 2 - ln 2 / 4.
+    #[test]
+    fn a_divergence_by_hand() {
+        let of = |values: [f32; 3]| values.map(|value| value.ln() + 3.0);
+        let (kl, same) = divergence(&of([0.5, 0.25, 0.25]), &of([0.25, 0.5, 0.25]));
+        assert!((kl - 2f64.ln() / 4.0).abs() < 1e-6 && !same, "{kl}");
+        let (kl, same) = divergence(&of([0.5, 0.25, 0.25]), &[1.0 + 2f32.ln(), 1.0, 1.0]);
+        assert!(kl.abs() < 1e-6 && same, "{kl}");
     }
 }

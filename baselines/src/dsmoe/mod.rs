@@ -18,7 +18,7 @@ use crate::experts::importance::neurons_by_importance;
 use crate::method::{Budget, Configured, Job, Made, Plan, Progress};
 use crate::settings::{Entry, SettingValues, Settings as _};
 
-pub use self::settings::{Experts, Order, Routers, Settings, Shares, Target};
+pub use self::settings::{Experts, LayerWidths, Order, Routers, Settings, Shares, Target};
 
 /// Experts per layer of a start that does not choose their width.
 const EXPERTS: usize = 8;
@@ -117,8 +117,8 @@ impl Dsmoe {
             Err(Error::setting(name, problem, help))
         };
         if !fitted && settings.start() != Settings::default().start() {
-            let problem = "is calibrated or untrained, and core, massive, target, ridge, intercept, relative, elastic and \
-                           budgets are of a fitted start";
+            let problem = "is calibrated or untrained, and core, core_first, widths, massive, target, ridge, intercept, \
+                           relative, elastic and budgets are of a fitted start";
             return wrong("routers", problem, "leave them out, or set it to fitted");
         }
         if fitted && settings.order != Order::Clustering {
@@ -230,6 +230,8 @@ impl Dsmoe {
         let errors = done.errors.iter().enumerate();
         let mut measured: Vec<(String, f64)> =
             errors.map(|(layer, &error)| (format!("layer {layer} error"), error)).collect();
+        let shares = done.shares.iter().enumerate();
+        measured.extend(shares.map(|(layer, &share)| (format!("layer {layer} share"), share)));
         measured.push(("active".to_owned(), done.active));
         Ok(Made { plan, measured })
     }

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use dsmoe_core::convert::start::{RouterTarget, StartSettings};
+use dsmoe_core::convert::start::{RouterTarget, StartSettings, Widths};
 use dsmoe_router::{GateValue, Rescale, RouterInit, ZeroActive};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
@@ -30,6 +30,10 @@ settings! {
         pub zero_active: ZeroActive = ZeroActive::Skip,
         /// Share of the active experts that always run, the core; with routers=fitted, as all below.
         pub core: f64 = StartSettings::default().core,
+        /// The same in the first layer, if that is less.
+        pub core_first: f64 = StartSettings::default().core_first,
+        /// Experts that run in a layer: kl (the shares that change the final distribution least) or uniform.
+        pub widths: LayerWidths = LayerWidths(StartSettings::default().widths),
         /// Neurons with the largest output at first positions that join the core.
         pub massive: usize = StartSettings::default().massive,
         /// Quantity that routers predict of an expert's output: log-norm, norm or square.
@@ -43,7 +47,7 @@ settings! {
         pub relative: bool = StartSettings::default().relative,
         /// Shares of experts that thresholds are stored for, beside the budget's, separated by commas; auto: a ladder.
         pub budgets: Shares = Shares(StartSettings::default().budgets),
-        /// Every other sequence of the text is fitted at another of the budgets, so that down_proj serves all.
+        /// The sequences of the text are fitted at the budgets in turn, so that down_proj serves all.
         pub elastic: bool = StartSettings::default().elastic,
     }
 }
@@ -105,6 +109,26 @@ impl FromStr for Target {
 }
 
 impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// [`Widths`] as a setting.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LayerWidths(pub Widths);
+
+stored_as_text!(LayerWidths);
+
+impl FromStr for LayerWidths {
+    type Err = dsmoe_core::Error;
+
+    fn from_str(word: &str) -> std::result::Result<LayerWidths, dsmoe_core::Error> {
+        word.parse().map(LayerWidths)
+    }
+}
+
+impl fmt::Display for LayerWidths {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(f)
     }
@@ -208,6 +232,8 @@ impl Settings {
     pub(super) fn start(&self) -> StartSettings {
         StartSettings {
             core: self.core,
+            core_first: self.core_first,
+            widths: self.widths.0,
             massive: self.massive,
             target: self.target.0,
             least_squares: Some(self.ridge).filter(|ridge| *ridge != 0.0),

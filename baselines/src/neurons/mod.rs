@@ -5,7 +5,6 @@ mod flap;
 mod static_core;
 #[cfg(test)]
 mod tests;
-mod widths;
 
 use dsmoe_core::Config;
 use dsmoe_core::accounting::Accounting;

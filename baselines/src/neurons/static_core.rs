@@ -6,25 +6,23 @@
 //!   importance_j = spread of h_j times |W_j|,  spread: deviation, root mean square or mean |h|; W_j column j of down_proj
 //!   stay           the `first` neurons of the largest |h_j| |W_j| at first positions, then the most important
 //!   down, b        least squares towards the dense FFN's output, see [`dsmoe_core::compensate`]
-//! widths: alike, or those that change the final distribution least, from each layer pruned alone (see `widths`)
+//! widths: alike, or those that change the final distribution least, from each layer pruned alone
 //! ```
 
-use std::path::Path;
-
-use dsmoe_core::calibrate::{LayerStream, LayerWeights, Linear, check_text};
+use dsmoe_core::Config;
+use dsmoe_core::allocation::{Costs, choose};
+use dsmoe_core::calibrate::{Down, FfnTap, LayerStream, LayerWeights, Linear, check_text};
 use dsmoe_core::checkpoint::Checkpoint;
 use dsmoe_core::compensate::{Correction, Moments};
-use dsmoe_core::{Config, Model};
-use dsmoe_kernels::{Precision, linear};
+use dsmoe_core::divergence::{Alone, Change};
+use dsmoe_kernels::Precision;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use super::widths::{self, Curve};
 use super::{
-    COLUMNS, Output, add_bias, at, check_masks, column_norms, even_widths, keep, largest, neurons_left, plan,
-    spread, with_widths,
+    COLUMNS, Output, add_bias, at, check_masks, column_norms, columns, even_widths, keep, largest,
+    neurons_left, plan, spread, with_widths,
 };
-use crate::divergence::Divergence;
 use crate::error::{Error, Result};
 use crate::method::{Budget, Configured, Job, Made, Plan, Progress};
 use crate::settings::{Entry, SettingValues, Settings as _, settings, wrong};
@@ -249,83 +247,65 @@ impl StaticCore {
         let seq = job.calibration[0].len();
         let some = |tokens: usize| &job.calibration[..(tokens / seq).clamp(1, job.calibration.len())];
         let precision = Checkpoint::open(job.model)?.precision();
-        let mut divergence =
-            Divergence::new(self.with_bias(job.model, config)?, precision, some(self.0.tokens))?;
+        let mut copies = Alone::open(job.model, job.calibration, self.0.tokens, precision)?;
         let mut stream = LayerStream::open(job.model, some(MOST_TOKENS))?;
-        let mut curves: Vec<Curve> = Vec::with_capacity(layers);
+        let mut counts: Vec<Vec<usize>> = Vec::with_capacity(layers);
         for (i, &size) in sizes.iter().enumerate() {
             at(progress, "widths of layers", i, layers);
             let weights = stream.layer(i)?;
             stream.attend(&weights);
             let seen = self.see(&mut stream, &weights)?;
-            let mut curve = Curve::new();
-            for part in SHARES {
-                let count = ((part * share * size as f64).round() as usize).clamp(1, size);
-                if count < size && curve.last().is_none_or(|&(width, _)| width < count) {
-                    let changes = self.changes(&divergence, &seen, &weights, count)?;
-                    let cost = divergence.with(changes)?;
-                    measured.push((format!("layer {i}: divergence with {count} neurons alone"), cost));
-                    curve.push((count, cost));
-                }
-            }
-            curves.push(curve);
-            let down = &weights.linears[6];
-            stream.join_ffn(&weights, &mut |y, tap| forward(down, y, tap.neurons));
+            let mut of_layer: Vec<usize> = SHARES
+                .iter()
+                .map(|part| ((part * share * size as f64).round() as usize).clamp(1, size))
+                .filter(|&count| count < size)
+                .collect();
+            of_layer.dedup();
+            let pruned = |&count: &usize| self.silenced(&seen, &weights, count, precision);
+            let mut pruned = of_layer.iter().map(pruned).collect::<Result<Vec<_>>>()?;
+            copies.layer(&weights, &mut pruned);
+            counts.push(of_layer);
+            let dense = Down::of(Precision::F32, &weights);
+            stream.join_ffn(&weights, &mut |y, tap| dense.forward(y, tap.neurons));
         }
-        Ok(widths::choose(&curves, &sizes, total))
+        let mut costs = copies.divergences()?.into_iter();
+        let mut of_layers = Vec::with_capacity(layers);
+        for (i, (counts, &size)) in counts.iter().zip(&sizes).enumerate() {
+            let known: Vec<(usize, f64)> = counts.iter().copied().zip(&mut costs).collect();
+            for (count, cost) in &known {
+                measured.push((format!("layer {i}: divergence with {count} neurons alone"), *cost));
+            }
+            of_layers.push(Costs { least: counts.first().copied().unwrap_or(size), known, size });
+        }
+        Ok(choose(&of_layers, total))
     }
 
-    /// Returns the model with a bias of the output where the pruned one will have one.
-    fn with_bias(&self, dir: &Path, config: &Config) -> Result<Model> {
-        let whole = Model::load(dir)?;
-        let wide: Vec<usize> = config.layers().map(|shape| shape.intermediate).collect();
-        let mut model = Model::new(with_widths(config, &wide, self.has_bias()));
-        for entry in model.layout().clone().entries() {
-            if let Some(own) = whole.layout().get(&entry.spec.name) {
-                model.params_mut()[entry.range.clone()].copy_from_slice(&whole.params()[own.range.clone()]);
-            }
-        }
-        Ok(model)
-    }
-
-    /// Returns the tensors of a layer of `count` neurons, the others being silent.
-    fn changes(
+    /// Returns the FFN of a layer with `count` neurons, the others being silent.
+    fn silenced(
         &self,
-        divergence: &Divergence<'_>,
         seen: &Seen,
         weights: &LayerWeights,
         count: usize,
-    ) -> Result<Vec<(String, Vec<f32>)>> {
+        precision: Precision,
+    ) -> Result<Box<Change<'static>>> {
         let down = &weights.linears[6];
         let (kept, solved) = self.fit(seen, down, count)?;
-        let outputs = down.outputs;
-        // In memory row j is the output of neuron j.
-        let mut rows = vec![0.0; down.inputs * outputs];
-        for (at, &j) in kept.iter().enumerate() {
-            for (o, value) in rows[j * outputs..][..outputs].iter_mut().enumerate() {
-                let added = solved.as_ref().map_or(0.0, |solved| solved.weight[at * outputs + o]);
-                *value = down.weight[o * down.inputs + j] + added;
+        let mut columns = columns(&down.weight, down.inputs, &kept);
+        let mut bias = down.bias.as_ref().map(|bias| bias.to_vec());
+        if let Some(solved) = &solved {
+            solved.add_to(&mut columns, count);
+            if let Some(added) = &solved.bias {
+                let sum = bias.get_or_insert_with(|| vec![0.0; down.outputs]);
+                sum.iter_mut().zip(added).for_each(|(sum, b)| *sum += b);
             }
         }
-        let mut changes = vec![(down.name.clone(), rows)];
-        if let Some(bias) = solved.and_then(|solved| solved.bias) {
-            let names =
-                ["down_proj.bias", "output_bias"].map(|name| down.name.replace("down_proj.weight", name));
-            let layout = divergence.model().layout();
-            let name = names.into_iter().find(|name| layout.get(name).is_some()).expect("a bias");
-            let own = down.bias.as_deref().unwrap_or(&[]);
-            let sum = bias.iter().enumerate().map(|(o, b)| b + own.get(o).copied().unwrap_or(0.0)).collect();
-            changes.push((name, sum));
-        }
-        Ok(changes)
+        let (packed, width) = (Down::new(precision, &columns, count, bias.as_deref()), down.inputs);
+        Ok(Box::new(move |y: &mut [f32], tap: FfnTap<'_>| {
+            let rows = tap.neurons.chunks_exact(width);
+            let left: Vec<f32> = rows.flat_map(|row| kept.iter().map(|&j| row[j])).collect();
+            packed.forward(y, &left);
+        }))
     }
-}
-
-/// Sets `y` to a linear map of `x`.
-fn forward(linear: &Linear, y: &mut [f32], x: &[f32]) {
-    let (inputs, outputs) = (linear.inputs, linear.outputs);
-    let dims = linear::Dims { rows: x.len() / inputs, inputs, outputs, precision: Precision::F32 };
-    linear::Forward { y, x, w: &linear.weight, bias: linear.bias.as_deref(), dims }.run();
 }
 
 impl Configured for StaticCore {
@@ -366,8 +346,8 @@ impl Configured for StaticCore {
             let mut weights = self.prune(&seen, &weights, width)?;
             output.round(&mut weights)?;
             output.layer(&stream, &weights)?;
-            let down = weights.linears[6].clone();
-            stream.join_ffn(&weights, &mut |y, tap| forward(&down, y, tap.neurons));
+            let down = Down::of(Precision::F32, &weights);
+            stream.join_ffn(&weights, &mut |y, tap| down.forward(y, tap.neurons));
             measured.push((format!("layer {i} neurons"), width as f64));
         }
         output.finish(&stream)?;

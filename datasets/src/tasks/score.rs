@@ -81,6 +81,25 @@ impl Loaded {
     }
 }
 
+impl Loaded {
+    /// Returns the mean negative log-likelihood of the right answers, nats by document; none for a task whose answers are
+    /// not told apart by their likelihoods.
+    pub fn gold_nll(&self, scored: &Scored) -> Option<f64> {
+        let first = scored.samples.first()?.filter;
+        let samples = scored.samples.iter().filter(|sample| sample.filter == first);
+        let of = |sample: &Sample| {
+            let right = match self.documents[sample.document].item.ask {
+                Ask::Choice { gold, .. } | Ask::Gap { gold, .. } => gold,
+                Ask::LastWord { .. } => 0,
+                _ => return None,
+            };
+            Some(-sum(&sample.responses[right]))
+        };
+        let all: Vec<f64> = samples.map(of).collect::<Option<_>>()?;
+        Some(all.iter().sum::<f64>() / all.len() as f64)
+    }
+}
+
 /// Returns the filtered responses to a document, and its part of every metric.
 fn judge(
     item: &Item,

@@ -15,7 +15,8 @@ pub(crate) struct DataArgs {
     /// words name the sources of a mixture
     #[arg(long, value_name = "PATH", num_args = 1.., required_unless_present = "mixture")]
     pub(crate) data: Vec<PathBuf>,
-    /// TOML file of [[source]] tables with name, data, weight, and optionally text_column and doc_separator
+    /// TOML file of [[source]] tables with name, data, weight, and optionally text_column, doc_separator, language,
+    /// document_chars, part and part_seed
     #[arg(long, value_name = "FILE", conflicts_with = "data")]
     pub(crate) mixture: Option<PathBuf>,
     /// Folder of token caches: text is tokenized into it once and read from it, also text larger than the memory

@@ -71,6 +71,10 @@ pub(crate) struct Eval {
     /// from all experts) or random; bounds of what a router can be worth
     #[arg(long, value_parser = words::<RouterBound>(&["oracle", "random"]))]
     pub(crate) router: Option<RouterBound>,
+    /// Dense model whose distributions of the next token are compared with the model's on the same text: divergence, and how
+    /// often both find the same token likeliest
+    #[arg(long, value_name = "MODEL", conflicts_with = "tasks")]
+    pub(crate) against: Option<PathBuf>,
     /// Precision of the weights: bf16 takes half the memory and less time, and rounds the operands of products [default:
     /// f32, bf16 on a GPU]
     #[arg(long, value_parser = words::<Precision>(&["f32", "bf16"]))]

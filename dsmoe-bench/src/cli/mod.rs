@@ -10,6 +10,7 @@ pub(crate) mod model;
 pub(crate) mod prune;
 pub(crate) mod reconstruct;
 pub(crate) mod reproduce;
+pub(crate) mod sweep;
 pub(crate) mod train;
 pub(crate) mod values;
 
@@ -24,6 +25,7 @@ use self::model::{Convert, Export, Import, Init, Inspect};
 use self::prune::Prune;
 use self::reconstruct::Reconstruct;
 use self::reproduce::Reproduce;
+use self::sweep::Sweep;
 use self::train::Train;
 
 /// Convert a dense Hugging Face model into a DSMoE model, train it, measure its cost and quality, and generate text.
@@ -75,6 +77,8 @@ pub(crate) enum Command {
     Train(Box<Train>),
     /// Measure perplexity and the active share of experts on text, or score benchmarks
     Eval(Box<Eval>),
+    /// Measure loss, benchmarks and time of one model at several shares of active experts
+    Sweep(Box<Sweep>),
     /// Continue a prompt
     Generate(Generate),
     /// Make a model with random weights in Hugging Face layout

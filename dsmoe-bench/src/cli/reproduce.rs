@@ -5,7 +5,10 @@ use std::str::FromStr;
 
 use clap::{Args, Subcommand};
 use dsmoe_core::Device;
+use dsmoe_kernels::Precision;
 
+use super::gates::GateArgs;
+use super::values::{quantity, words};
 use crate::reproduce::outputs::Output;
 use crate::reproduce::profile;
 
@@ -17,6 +20,7 @@ with --resume; with changed settings it repeats only the stages that they affect
   dsmoe reproduce                                        # quick, in ./reproduce-quick
   dsmoe reproduce --print-profile quick > mine.toml; dsmoe reproduce --profile mine.toml --seeds 3 --out MINE
   dsmoe reproduce --profile paper-1b --model MODEL --mixture mixture.toml --task-data EVAL --dry-run
+  dsmoe reproduce --profile smollm2-135m --model MODEL --data CORPORA --task-data EVAL --budgets 0.375 --out S135
   dsmoe reproduce --profile small --shard 1/4 --out S1   # and 2/4, 3/4, 4/4 elsewhere; then
   dsmoe reproduce merge S1 S2 S3 S4 --out ALL";
 
@@ -29,7 +33,7 @@ with --resume; with changed settings it repeats only the stages that they affect
 pub(crate) struct Reproduce {
     #[command(subcommand)]
     pub(crate) command: Option<Sub>,
-    /// Profile: quick, small, paper-1b, paper-7b, or a TOML file
+    /// Profile: quick, small, smollm2-135m, paper-1b, paper-7b, or a TOML file
     #[arg(long, value_name = "NAME|FILE", default_value = "quick")]
     pub(crate) profile: String,
     /// Print an embedded profile as TOML and stop
@@ -41,6 +45,12 @@ pub(crate) struct Reproduce {
     /// Only these methods of the profile
     #[arg(long, value_name = "NAME,...", value_delimiter = ',')]
     pub(crate) methods: Vec<String>,
+    /// Only rows at these of the profile's budgets, and dense ones
+    #[arg(long, value_name = "SHARE,...", value_delimiter = ',')]
+    pub(crate) budgets: Vec<f64>,
+    /// Tokens of the continued training, in place of the profile's number
+    #[arg(long, value_name = "N", value_parser = quantity)]
+    pub(crate) tokens: Option<u64>,
     /// Runs of each method, in place of the profile's number
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1000))]
     pub(crate) seeds: Option<u64>,
@@ -50,6 +60,9 @@ pub(crate) struct Reproduce {
     /// Directory of the stages; shards on one file system can share it [default: OUT/cache]
     #[arg(long, value_name = "DIR")]
     pub(crate) stages: Option<PathBuf>,
+    /// Remove the weights of models that are measured and that no other row needs; the results stay
+    #[arg(long)]
+    pub(crate) discard: bool,
     /// Continue in an --out that is not empty
     #[arg(long)]
     pub(crate) resume: bool,
@@ -65,7 +78,7 @@ pub(crate) struct Reproduce {
     /// Dense model to start from, in place of one trained from random weights
     #[arg(long, value_name = "DIR")]
     pub(crate) model: Option<PathBuf>,
-    /// Text of a profile without [world]: as for `dsmoe train`
+    /// Text of a profile without [world]: as for `dsmoe train`; for a profile with [[source]] tables the folder of their files
     #[arg(long, value_name = "PATH", num_args = 1.., conflicts_with = "mixture")]
     pub(crate) data: Vec<PathBuf>,
     /// The same as a file of sources
@@ -133,8 +146,21 @@ pub(crate) struct Speed {
     pub(crate) ids: PathBuf,
     #[arg(long)]
     pub(crate) decode: usize,
+    /// Texts that are decoded side by side, in place of one text without a given continuation
+    #[arg(long, value_delimiter = ',')]
+    pub(crate) batches: Vec<usize>,
+    #[arg(long, value_parser = words::<Precision>(&["f32", "bf16"]))]
+    pub(crate) dtype: Option<Precision>,
+    #[arg(long)]
+    pub(crate) active: Option<f64>,
     #[arg(long, default_value_t)]
     pub(crate) device: Device,
+}
+
+impl Speed {
+    pub(crate) fn gates(&self) -> GateArgs {
+        GateArgs { threshold: self.threshold, active: self.active }
+    }
 }
 
 /// One of several parts of a reproduction.

@@ -166,6 +166,7 @@ impl Folding {
         let options = CorpusOptions {
             doc_separator: args.folding.doc_separator.clone(),
             text_column: args.folding.text_column.clone().unwrap_or(defaults.text_column),
+            selection: defaults.selection,
         };
         let texts = find(from_words(&args.folding.data, &options)?)?;
         let sources = load(&texts, &tokenizer(&args.model, &config, ui)?, Bos::Auto, None, ui)?;

@@ -15,6 +15,7 @@ mod methods;
 mod prune;
 mod reconstruct;
 mod reproduce;
+mod sweep;
 mod train;
 
 use std::process::ExitCode;
@@ -49,6 +50,7 @@ pub(crate) fn run(cli: Cli, ui: &mut Ui) -> Result<ExitCode> {
         Command::Import(args) => import::run(args, ui)?,
         Command::Train(args) => return train::run(args, cli.threads, ui),
         Command::Eval(args) => return on_worker(|| eval::run(args, ui)),
+        Command::Sweep(args) => return on_worker(|| sweep::run(args, ui)),
         Command::Generate(args) => on_worker(|| generate::run(args, ui))?,
         Command::Init(args) => init::run(args, ui)?,
         Command::Doctor(args) => doctor::run(args, ui)?,

@@ -10,9 +10,7 @@ use crate::ui::Ui;
 
 pub(crate) fn run(args: &Reproduce, ui: &mut Ui) -> Result<ExitCode> {
     match &args.command {
-        Some(Sub::Speed(args)) => {
-            speed::run(&args.model, &args.ids, args.decode, args.threshold, args.device, ui)?;
-        }
+        Some(Sub::Speed(args)) => speed::run(args, ui)?,
         Some(Sub::Merge(args)) => merge::run(&args.parts, &args.out, args.force, ui)?,
         Some(Sub::Splice(args)) => splice::run(&args.files, args.check, ui)?,
         None => match &args.print_profile {

@@ -63,6 +63,7 @@ pub(crate) fn run(args: &Train, threads: Option<u16>, ui: &mut Ui) -> Result<Exi
     let options = CorpusOptions {
         doc_separator: config.doc_separator.clone(),
         text_column: config.text_column.clone(),
+        ..CorpusOptions::default()
     };
     let texts = open(&args.data, &options)?;
     // Wrong settings are reported before the model and the text are read.

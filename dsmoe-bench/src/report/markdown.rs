@@ -21,10 +21,15 @@ pub(crate) fn markdown(report: &Report) -> String {
 }
 
 fn table_text(table: &Tabular) -> String {
+    format!("\n### {}\n\n{}", table.title, bare_table(table))
+}
+
+/// Writes a table with its note and without its title.
+pub(crate) fn bare_table(table: &Tabular) -> String {
     let clean = |text: &str| text.replace('|', "\\|").replace('\n', " ");
     let line =
         |cells: &mut dyn Iterator<Item = String>| format!("| {} |\n", cells.collect::<Vec<_>>().join(" | "));
-    let mut out = format!("\n### {}\n\n", table.title);
+    let mut out = String::new();
     out += &line(&mut table.header.iter().map(|name| clean(name)));
     out += &line(&mut table.header.iter().map(|_| "---".to_owned()));
     for row in &table.rows {

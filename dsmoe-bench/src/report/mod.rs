@@ -1,5 +1,6 @@
 //! Reports of text, tables and charts, independent of the format in which they are written.
 
+pub(crate) mod files;
 pub(crate) mod html;
 pub(crate) mod markdown;
 pub(crate) mod svg;

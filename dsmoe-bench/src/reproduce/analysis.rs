@@ -1,14 +1,14 @@
 //! From runs to results: means, intervals, tests, and the comparison with the paper. The results are a function of
 //! `setup.json` and `runs/` alone, so that they are the same bytes however the work was done.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::Result;
 
 use super::collected::Collected;
 use super::directions::directions;
 use super::measure::{Bin, Difficulty, DomainResult, TaskScore};
-use super::profile::{MethodSpec, Profile};
+use super::profile::{MethodSpec, Profile, Role};
 use super::records::{BASE, FORMAT_VERSION, Machine, Run};
 use super::results::{
     Comparison, DomainMean, MethodResult, MilestoneMean, Results, Shape, SweepMean, TaskMean, Verdict,
@@ -18,6 +18,8 @@ use super::statistics::{Measured, bootstrap, mean, middle, paired_t, sign_p, w_s
 
 /// A difference is significant below this p.
 const SIGNIFICANT: f64 = 0.05;
+/// Fewest documents that the bootstrap draws; of fewer it draws the windows.
+const FEW_DOCUMENTS: usize = 8;
 /// Fewest layers with a significant W: a tenth of all orders of five layers are a perfect W.
 const LAYERS: usize = 6;
 /// Least correlation of a W with the wave.
@@ -42,7 +44,7 @@ impl Measured {
 
 /// Computes the results of runs.
 pub(crate) fn of(collected: &Collected) -> Result<Results> {
-    let setup = &collected.setup;
+    let (setup, timings) = (&collected.setup, &collected.timings);
     let profile = &setup.profile;
     let runs = || collected.runs.iter();
     let machines: BTreeSet<Machine> =
@@ -56,12 +58,20 @@ pub(crate) fn of(collected: &Collected) -> Result<Results> {
         .filter(|(_, runs)| !runs.is_empty())
         .collect();
     let methods = groups.iter().map(|(spec, runs)| method_result(setup, *spec, runs));
-    let methods: Vec<MethodResult> = methods.collect::<Result<_>>()?;
+    let mut methods: Vec<MethodResult> = methods.collect::<Result<_>>()?;
+    for method in &mut methods {
+        let timing = method.seeds.first().and_then(|seed| timings.get(&format!("{}-s{seed}", method.name)));
+        method.speeds = timing.map_or(Vec::new(), |timing| timing.grid.clone());
+    }
     let mut comparisons = Vec::new();
     for (spec, of_dsmoe) in &groups {
         let Some(spec) = spec.filter(|spec| spec.role.is_dsmoe()) else { continue };
-        for (other, of_other) in groups.iter().filter(|(other, _)| other.is_none_or(|o| o.name != spec.name))
-        {
+        // Rows of other budgets are no comparison; the dense model has none.
+        let comparable = |other: &&MethodSpec| {
+            let dense = other.role == Role::Dense;
+            other.name != spec.name && (dense || profile.served_by(other) == profile.served_by(spec))
+        };
+        for (other, of_other) in groups.iter().filter(|(other, _)| other.as_ref().is_none_or(comparable)) {
             let name = other.map_or(BASE, |other| other.name.as_str());
             comparisons.push(compare(profile, (&spec.name, of_dsmoe), (name, of_other)));
         }
@@ -100,9 +110,11 @@ fn method_result(setup: &Setup, spec: Option<&MethodSpec>, runs: &[&Run]) -> Res
             .map(|layer| {
                 let share =
                     |run: &Run| run.text.domains[at].active_ratio_per_layer.as_ref().map(|all| all[layer]);
-                experts.unwrap_or(profile.experts) as f64 * of_some(&share).unwrap_or(0.0)
+                experts.unwrap_or_else(|| profile.default_experts()) as f64 * of_some(&share).unwrap_or(0.0)
             })
             .collect(),
+        kl: of_some(&|run| run.text.domains[at].agreement.map(|found| found.kl)),
+        top1: of_some(&|run| run.text.domains[at].agreement.map(|found| found.top1)),
     });
     let task = |(at, task): (usize, &TaskScore)| {
         let value = |run: &Run| 100.0 * run.tasks.as_ref().map_or(0.0, |tasks| tasks[at].value);
@@ -113,6 +125,8 @@ fn method_result(setup: &Setup, spec: Option<&MethodSpec>, runs: &[&Run]) -> Res
             shots: task.shots,
             items: task.items,
             percent: Measured::of_seeds(of(&value)).or_interval("items", items),
+            gold_nll: of_some(&|run| run.tasks.as_ref()?[at].gold_nll),
+            active_ratio: of_some(&|run| run.tasks.as_ref()?[at].active_ratio),
         }
     };
     let tasks: Vec<TaskMean> = first.tasks.iter().flatten().enumerate().map(task).collect();
@@ -148,7 +162,8 @@ fn method_result(setup: &Setup, spec: Option<&MethodSpec>, runs: &[&Run]) -> Res
         calibration_tokens: first.made.as_ref().map_or(0, |made| made.calibration_tokens),
         tokens: first.trained.as_ref().map_or(0, |trained| trained.tokens),
         params_total: mean(&of(&|run| run.text.means.params_total as f64)),
-        of_budget: params_activated.mean / setup.budget,
+        of_budget: params_activated.mean
+            / first.made.as_ref().and_then(|made| made.budget).unwrap_or(setup.budget),
         params_activated,
         flops_per_token: mean(&of(&|run| run.text.flops_per_token)),
         active_ratio: of_some(&|run| run.text.means.active_ratio),
@@ -162,19 +177,46 @@ fn method_result(setup: &Setup, spec: Option<&MethodSpec>, runs: &[&Run]) -> Res
         milestones: milestones.collect(),
         sweep: sweep.collect(),
         difficulty: mean_difficulty(runs),
+        active: spec.filter(|spec| in_budgets(profile, spec)).map(|spec| profile.served_by(spec)),
+        group: spec
+            .filter(|spec| in_budgets(profile, spec))
+            .map(|spec| spec.of.as_ref().unwrap_or(&spec.name).clone()),
+        untrained: spec.is_some_and(|spec| spec.untrained),
+        speeds: Vec::new(),
     })
+}
+
+/// Reports whether a row has one of several budgets.
+fn in_budgets(profile: &Profile, spec: &MethodSpec) -> bool {
+    !profile.budgets.is_empty() && spec.role != Role::Dense
 }
 
 fn mean_of<T>(all: &[T], value: impl Fn(&T) -> f64) -> f64 {
     mean(&all.iter().map(value).collect::<Vec<_>>())
 }
 
-/// Lists the windows of every source as sums of losses and numbers of predicted tokens.
+/// Lists what the bootstrap draws of every source as sums of losses and numbers of predicted tokens: documents where they
+/// are known and enough, else windows.
 fn windows_of(run: &Run) -> Vec<(f64, Vec<(f64, f64)>)> {
-    let stratum = |domain: &DomainResult| {
-        (domain.share, domain.windows.iter().map(|&(sum, count)| (sum, count as f64)).collect())
-    };
-    run.text.domains.iter().map(stratum).collect()
+    run.text.domains.iter().map(|domain| (domain.share, units(domain))).collect()
+}
+
+fn units(domain: &DomainResult) -> Vec<(f64, f64)> {
+    let windows = domain.windows.iter().map(|&(sum, count)| (sum, count as f64));
+    if !has_documents(domain) {
+        return windows.collect();
+    }
+    let mut units: BTreeMap<u32, (f64, f64)> = BTreeMap::new();
+    for (document, (sum, count)) in domain.documents.iter().zip(windows) {
+        let unit = units.entry(*document).or_default();
+        *unit = (unit.0 + sum, unit.1 + count);
+    }
+    units.into_values().collect()
+}
+
+/// Reports whether the documents of a source are known and enough to be drawn.
+fn has_documents(domain: &DomainResult) -> bool {
+    domain.documents.iter().collect::<BTreeSet<_>>().len() >= FEW_DOCUMENTS
 }
 
 fn mean_difficulty(runs: &[&Run]) -> Option<Difficulty> {
@@ -210,7 +252,11 @@ fn compare(profile: &Profile, dsmoe: (&str, &[&Run]), other: (&str, &[&Run])) ->
             (share, ours.iter().zip(&theirs).map(|(a, b)| (b.0 - a.0, a.1)).collect())
         });
         let found = bootstrap(&strata.collect(), profile.measure.resamples);
-        (differences[0], Some(middle(&found)), Some(sign_p(&found)), "bootstrap over held-out windows")
+        let test = match ours.text.domains.iter().any(has_documents) {
+            true => "bootstrap over held-out documents",
+            false => "bootstrap over held-out windows",
+        };
+        (differences[0], Some(middle(&found)), Some(sign_p(&found)), test)
     } else {
         (0.0, None, None, "no common seed")
     };

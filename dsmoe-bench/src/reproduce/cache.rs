@@ -12,7 +12,7 @@ use serde_json::Value;
 use crate::files::{read_json, write_json};
 
 /// Version of the computations of stages: it is raised when the same settings give another result.
-const CODE_FORMAT: u32 = 2;
+const CODE_FORMAT: u32 = 3;
 const RESULT: &str = "result.json";
 
 /// The work was stopped on request. Finished stages are kept.

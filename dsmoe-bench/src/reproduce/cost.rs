@@ -43,7 +43,10 @@ impl Costs<'_> {
         let measure = &self.profile.measure;
         match part {
             Part::Text => self.text(),
-            Part::Tasks => (measure.items * TASKS * ITEM_TOKENS) as f64,
+            Part::Tasks => {
+                let tasks = if measure.tasks.is_empty() { TASKS } else { measure.tasks.len() };
+                (measure.items * tasks * ITEM_TOKENS) as f64
+            }
             Part::Sweep if late => {
                 self.passes(measure.sweep_windows, measure.late_thresholds().len() + SEARCH)
             }

@@ -32,8 +32,13 @@ pub(crate) struct Inputs<'a> {
 impl Inputs<'_> {
     /// Loads a model for inference on the device.
     pub(crate) fn load(&self, model: &Path) -> Result<Inference> {
-        let device = self.options.device;
-        Ok(Inference::load_on(model, default_precision(device, Precision::F32), device)?)
+        Ok(Inference::load_on(model, self.precision(), self.options.device)?)
+    }
+
+    /// Returns the precision that models are measured in.
+    pub(crate) fn precision(&self) -> Precision {
+        let stored = self.profile.measure.dtype.map_or(Precision::F32, Precision::from);
+        default_precision(self.options.device, stored)
     }
 
     /// Returns the number of windows of every source that models are measured on.
@@ -54,10 +59,10 @@ pub(crate) struct Base {
 }
 
 /// Loads the tasks: files of benchmarks, or else the probes of the embedded world.
-pub(crate) fn load_tasks(profile: &Profile, folder: Option<&Path>) -> Result<Vec<Loaded>> {
+pub(crate) fn load_tasks(profile: &Profile, folder: Option<&Path>, ui: &Ui) -> Result<Vec<Loaded>> {
     let items = profile.measure.items;
     match (folder, &profile.world) {
-        (Some(folder), _) => tasks_in(folder, items),
+        (Some(folder), _) => tasks_in(folder, profile, ui),
         (None, Some(world)) => {
             let world = World::new(world.seed);
             let load = |probe| world.load(probe, items, &TaskOptions::default());
@@ -67,22 +72,27 @@ pub(crate) fn load_tasks(profile: &Profile, folder: Option<&Path>) -> Result<Vec
     }
 }
 
-/// Loads the benchmarks in `folder` that the paper uses.
-fn tasks_in(folder: &Path, items: usize) -> Result<Vec<Loaded>> {
+/// Loads the benchmarks in `folder` that the profile names, or else the paper uses.
+fn tasks_in(folder: &Path, profile: &Profile, ui: &Ui) -> Result<Vec<Loaded>> {
     if !folder.is_dir() {
         bail!("--task-data {}: no such folder", folder.display());
     }
     let source = TaskFiles::folder(folder);
-    let options = TaskOptions { limit: Some(items), ..TaskOptions::default() };
+    let options = TaskOptions { limit: Some(profile.measure.items), ..TaskOptions::default() };
     let mut loaded = Vec::new();
     for task in &TASKS {
-        let of_paper = Probe::ALL.iter().any(|probe| probe.name() == task.name);
-        if of_paper && source.files_of(task)?.is_some() {
+        let wanted = match &profile.measure.tasks[..] {
+            [] => Probe::ALL.iter().any(|probe| probe.name() == task.name),
+            names => names.iter().any(|name| name == task.name),
+        };
+        if wanted && source.files_of(task)?.is_some() {
             loaded.push(Loaded::load(task, &source, &options)?);
+        } else if wanted && !profile.measure.tasks.is_empty() {
+            ui.note(format_args!("{}: left out, {} has no files of it", task.name, folder.display()));
         }
     }
     if loaded.is_empty() {
-        bail!("--task-data {}: no files of the ten benchmarks of the paper", folder.display());
+        bail!("--task-data {}: no files of the benchmarks of profile {}", folder.display(), profile.name);
     }
     Ok(loaded)
 }

@@ -3,7 +3,7 @@
 use anyhow::{Result, bail};
 
 use super::outputs::{Output, Part};
-use super::profile::{MethodSpec, Profile};
+use super::profile::{MethodSpec, Profile, Role};
 use crate::cli::reproduce::Reproduce;
 
 /// A method and seed.
@@ -34,12 +34,24 @@ pub(crate) fn all_jobs<'a>(
     outputs: &[Output],
 ) -> Result<Vec<Planned<'a>>> {
     for name in &options.methods {
-        if !profile.method.iter().any(|spec| spec.name == *name) {
-            let names: Vec<&str> = profile.method.iter().map(|spec| spec.name.as_str()).collect();
+        if !profile.method.iter().any(|spec| spec.is_called(name)) {
+            let name_of = |spec: &'a MethodSpec| spec.of.as_deref().unwrap_or(&spec.name);
+            let mut names: Vec<&str> = profile.method.iter().map(name_of).collect();
+            let mut seen = std::collections::HashSet::new();
+            names.retain(|name| seen.insert(*name));
             bail!("--methods {name}: profile {} has no such method; use {}", profile.name, names.join(", "));
         }
     }
-    let wanted = |spec: &&MethodSpec| options.methods.is_empty() || options.methods.contains(&spec.name);
+    for share in &options.budgets {
+        if !profile.method.iter().any(|spec| profile.served_by(spec) == *share) {
+            bail!("--budgets {share}: profile {} has no such budget", profile.name);
+        }
+    }
+    let wanted = |spec: &&MethodSpec| {
+        let named = options.methods.is_empty() || options.methods.iter().any(|name| spec.is_called(name));
+        let at = options.budgets.is_empty() || options.budgets.contains(&profile.served_by(spec));
+        named && (at || spec.role == Role::Dense)
+    };
     let mut jobs = Vec::new();
     for seed in 0..profile.seeds {
         for spec in profile.method.iter().filter(wanted) {

@@ -6,7 +6,7 @@ use anyhow::{Result, bail};
 use dsmoe_core::Inference;
 use dsmoe_datasets::Tokenizer;
 use dsmoe_datasets::tasks::{Loaded, Profile as TaskProfile, Request};
-use dsmoe_train::eval::{EvalOptions, evaluate_detailed};
+use dsmoe_train::eval::{Agreement, EvalOptions, agreement, evaluate_detailed};
 use dsmoe_train::tasks::Responder;
 use serde::{Deserialize, Serialize};
 
@@ -58,6 +58,12 @@ pub(crate) struct DomainResult {
     /// Sum of negative log-likelihoods, and predicted tokens, of every window.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     pub(crate) windows: Vec<(f64, u64)>,
+    /// The document that each window begins in, where that is known.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub(crate) documents: Vec<u32>,
+    /// The distance from the dense model, if it was measured.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) agreement: Option<Agreement>,
 }
 
 /// Measurements of single tokens, in the order of the held-out text.
@@ -103,7 +109,9 @@ pub(crate) fn text(
             active_ratio: report.active_ratio,
             active_ratio_per_layer: report.active_ratio_per_layer,
             zero_active_share: report.zero_active_share,
+            documents: part.documents[..windows.len().min(part.documents.len())].to_vec(),
             windows,
+            agreement: None,
         });
     }
     let active = ratio.unwrap_or(0.0) * accounting.num_experts as f64;
@@ -111,6 +119,21 @@ pub(crate) fn text(
     let means = Means { nll, ppl: nll.exp(), active_ratio: ratio, params_total, params_activated };
     let flops_per_token = accounting.mean_flops_per_token(active, seq);
     Ok((TextResult { means, flops_per_token, threshold: None, domains }, tokens))
+}
+
+/// Compares the distributions of a model with those of the dense one on the first `windows` windows of every source.
+pub(crate) fn agreements(
+    model: &Inference,
+    dense: &Inference,
+    held_out: &[HeldOut],
+    seq: usize,
+    windows: usize,
+) -> Result<Vec<Agreement>> {
+    let of = |part: &HeldOut| {
+        let ids = &part.ids[..part.ids.len().min(windows * (seq + 1))];
+        Ok(agreement(model, dense, ids, seq + 1, &mut |_, _| {})?)
+    };
+    held_out.iter().map(of).collect()
 }
 
 /// One threshold of a sweep.
@@ -220,6 +243,12 @@ pub(crate) struct TaskScore {
     pub(crate) stderr: Option<f64>,
     /// `1` for every right item and `0` for every wrong one.
     pub(crate) right: String,
+    /// Mean negative log-likelihood of the right answers, nats by item, where they are scored by likelihood.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) gold_nll: Option<f64>,
+    /// Share of active experts; absent without routers.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) active_ratio: Option<f64>,
 }
 
 /// Scores a model on all tasks.
@@ -253,6 +282,8 @@ pub(crate) fn tasks(
             items: by_item.len(),
             value: main.value,
             stderr: main.stderr,
+            gold_nll: loaded.gold_nll(&scored),
+            active_ratio: answers.ran.routing.as_ref().map(|routing| routing.summary().active_ratio),
             right: by_item.values().map(|&right| if right { '1' } else { '0' }).collect(),
         });
     }

@@ -10,9 +10,10 @@ mod chapters;
 mod collected;
 mod cost;
 mod directions;
+mod frontier;
 mod inputs;
 mod jobs;
-mod measure;
+pub(crate) mod measure;
 mod measuring;
 pub(crate) mod merge;
 pub(crate) mod outputs;
@@ -63,7 +64,10 @@ pub(crate) fn run(args: &Reproduce, ui: &mut Ui) -> Result<ExitCode> {
     if let Some(seeds) = args.seeds {
         profile.seeds = seeds;
     }
-    let outputs = if args.only.is_empty() { Output::all().collect() } else { args.only.clone() };
+    if let Some(tokens) = args.tokens {
+        profile.train_on(tokens);
+    }
+    let outputs = if args.only.is_empty() { Output::of_profile(&profile)? } else { args.only.clone() };
     let jobs = all_jobs(&profile, args, &outputs)?.into_iter().enumerate();
     let mine = jobs.filter(|(number, _)| args.shard.is_none_or(|shard| shard.has(*number)));
     let jobs: Vec<Planned<'_>> = mine.map(|(_, planned)| planned).collect();
@@ -118,7 +122,7 @@ fn reproduce(
     let needs_tasks =
         jobs.iter().flat_map(|job| &job.parts).chain(&base_parts).any(|part| *part == Part::Tasks);
     let tasks = match needs_tasks {
-        true => load_tasks(profile, args.task_data.as_deref())?,
+        true => load_tasks(profile, args.task_data.as_deref(), ui)?,
         false => Vec::new(),
     };
     let mut stages = Stages {
@@ -136,8 +140,11 @@ fn reproduce(
         write_json(&out.join(TIMINGS).join(format!("{id}.json")), &timing)
     };
     save(BASE, stages.run_base(&mut base, &base_parts)?)?;
-    for Planned { job, parts, .. } in jobs {
+    for (at, Planned { job, parts, .. }) in jobs.iter().enumerate() {
         save(&job.id(), stages.run(*job, &mut base, parts)?)?;
+        if args.discard {
+            stages.discard(*job, jobs[at + 1..].iter().map(|later| later.job), &base)?;
+        }
     }
     if args.shard.is_some() {
         ui.note(format_args!("{}: this part is done; combine all with dsmoe reproduce merge", out.display()));
@@ -164,9 +171,12 @@ fn forget_other_results(out: &Path, setup: &Setup) -> Result<()> {
 
 /// Lists the parts that are measured of the dense model itself.
 fn base_parts(outputs: &[Output]) -> Vec<Part> {
-    let all = [(Output::Table2, Part::Tasks), (Output::Speed, Part::Speed)].into_iter();
-    let wanted = all.filter(|(output, _)| outputs.contains(output)).map(|(_, part)| part);
-    [Part::Text].into_iter().chain(wanted).collect()
+    let all = [Output::Table2, Output::Speed, Output::Frontier].into_iter();
+    let wanted = all.filter(|output| outputs.contains(output)).flat_map(Output::parts).copied();
+    let mut parts: Vec<Part> = [Part::Text].into_iter().chain(wanted).collect();
+    parts.sort();
+    parts.dedup();
+    parts
 }
 
 fn text(args: &Reproduce, profile: &Profile, cache: &Cache, ui: &Ui) -> Result<Text> {
@@ -192,9 +202,12 @@ fn total(costs: Costs<'_>, jobs: &[Planned<'_>], base: &[Part], given: bool) -> 
         cost += costs.train(&config?)?;
     }
     for Planned { job, parts, .. } in jobs {
-        stages += 2 + parts.len();
+        let timed = parts.contains(&Part::Speed) && costs.profile.measure.speed.is_some();
+        stages += 1 + usize::from(!job.spec.untrained) + usize::from(timed) + parts.len();
         cost += costs.make() + costs.measuring(*job, parts);
-        cost += costs.train(&costs.profile.train_of(job.spec, job.seed, None)?)?;
+        if !job.spec.untrained {
+            cost += costs.train(&costs.profile.train_of(job.spec, job.seed, None)?)?;
+        }
     }
     Ok((stages, cost))
 }

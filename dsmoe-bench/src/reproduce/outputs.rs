@@ -1,9 +1,10 @@
 //! The tables and figures of a report, and the measurements that each needs.
 
+use anyhow::Result;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
-use super::profile::{MethodSpec, Role};
+use super::profile::{MethodSpec, Profile, Role};
 
 /// A table or figure of the report, in its order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
@@ -21,6 +22,7 @@ pub(crate) enum Output {
     Pareto,
     Difficulty,
     Budget,
+    Frontier,
 }
 
 /// A part of the measuring of a trained model.
@@ -40,14 +42,27 @@ impl Output {
         Output::value_variants().iter().copied()
     }
 
-    /// Returns the part of the measuring that the output needs.
-    fn part(self) -> Part {
+    /// Lists the outputs of a profile.
+    pub(crate) fn of_profile(profile: &Profile) -> Result<Vec<Output>> {
+        let named = |name: &String| {
+            Output::from_str(name, false)
+                .map_err(|_| anyhow::anyhow!("profile {}: outputs has no {name:?}", profile.name))
+        };
+        match profile.outputs[..] {
+            [] => Ok(Output::all().filter(|output| *output != Output::Frontier).collect()),
+            _ => profile.outputs.iter().map(named).collect(),
+        }
+    }
+
+    /// Lists the parts of the measuring that the output needs.
+    pub(crate) fn parts(self) -> &'static [Part] {
         match self {
-            Output::Table2 | Output::Table3 => Part::Tasks,
-            Output::Table4 | Output::Figure2 => Part::Sweep,
-            Output::Speed => Part::Speed,
-            Output::Difficulty => Part::Difficulty,
-            _ => Part::Text,
+            Output::Table2 | Output::Table3 => &[Part::Text, Part::Tasks],
+            Output::Table4 | Output::Figure2 => &[Part::Text, Part::Sweep],
+            Output::Speed => &[Part::Text, Part::Speed],
+            Output::Difficulty => &[Part::Text, Part::Difficulty],
+            Output::Frontier => &[Part::Text, Part::Tasks, Part::Speed],
+            _ => &[Part::Text],
         }
     }
 
@@ -55,7 +70,7 @@ impl Output {
     fn shows(self, method: &MethodSpec) -> bool {
         let role = method.role;
         match self {
-            Output::Table1 | Output::Speed | Output::Pareto | Output::Budget => true,
+            Output::Table1 | Output::Speed | Output::Pareto | Output::Budget | Output::Frontier => true,
             Output::Table2 => role != Role::WithoutThreshold,
             Output::Table3 => role.is_dsmoe() || role == Role::WithoutSte,
             Output::Figure2 => role.is_dsmoe() || role == Role::WithoutThreshold,
@@ -68,7 +83,9 @@ impl Output {
     /// Lists the parts that `outputs` need of a method; none if they do not show it.
     pub(crate) fn parts_of(outputs: &[Output], method: &MethodSpec) -> Vec<Part> {
         let shown = outputs.iter().filter(|output| output.shows(method));
-        let mut parts: Vec<Part> = shown.flat_map(|output| [Part::Text, output.part()]).collect();
+        let mut parts: Vec<Part> = shown.flat_map(|output| output.parts()).copied().collect();
+        // A router that stands in for the model's takes time of its own.
+        parts.retain(|part| *part != Part::Speed || method.router.is_none());
         parts.sort();
         parts.dedup();
         parts

@@ -1,8 +1,9 @@
 //! `dsmoe reproduce --dry-run`: the trainings of a reproduction, and their cost on this machine.
 
+use std::collections::HashSet;
 use std::time::Instant;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::config::Config;
 use dsmoe_core::init::preset;
@@ -72,13 +73,14 @@ pub(super) fn run(args: &Reproduce, profile: &Profile, jobs: &[Planned<'_>], ui:
     let speed = flops_per_second(&dense, precision);
     let sources = match &profile.world {
         Some(_) => 4,
-        None if args.names_text() => text::find(args, &CorpusOptions::default())?.len(),
+        None if args.names_text() => text::find(args, profile, &CorpusOptions::default())?.measured(),
+        None if !profile.held_out.is_empty() => profile.held_out.len(),
         None => PAPER_SOURCES,
     };
     let costs = Costs { profile, sources, seq: train.seq };
     let counts = Accounting::of(&dense);
     let budget = profile.budget(&dense)?;
-    let mut rows = Vec::new();
+    let (mut rows, mut elastic) = (Vec::new(), HashSet::new());
     let mut disk_bytes = 4 * counts.total;
     if let (Some(config), None) = (profile.pretrain(), &args.model) {
         let config = config?.resolve()?;
@@ -86,8 +88,16 @@ pub(super) fn run(args: &Reproduce, profile: &Profile, jobs: &[Planned<'_>], ui:
     }
     for Planned { job, parts, .. } in jobs {
         let planned = profile.plan_of(job.spec, &dense)?;
-        let config = profile.train_of(job.spec, job.seed, profile.target_of(job.spec, &dense)?)?.resolve()?;
-        let gated = planned.active_target.is_some() || job.spec.role.is_gated();
+        let mut config =
+            profile.train_of(job.spec, job.seed, profile.target_of(job.spec, &dense)?)?.resolve()?;
+        // An elastic model is trained for its first row.
+        let again = job.spec.role == Role::Elastic && !elastic.insert((&job.spec.of, job.seed));
+        if job.spec.untrained || again {
+            config.steps = Some(0);
+        }
+        // The routers of a method's default are known to its plan alone.
+        let gated =
+            profile.experts.is_some() && (planned.active_target.is_some() || job.spec.role.is_gated());
         let (shape, share) = if gated { shape(job.spec, &dense, profile)? } else { (dense.clone(), 1.0) };
         let counts = Accounting::of(&shape);
         let measured = costs.measuring(*job, parts);
@@ -102,14 +112,25 @@ pub(super) fn run(args: &Reproduce, profile: &Profile, jobs: &[Planned<'_>], ui:
             row.flops *= computes;
             row.hours *= computes;
         }
+        if config.teacher_weight.is_some() {
+            let flops = row.tokens as f64 * Accounting::of(&dense).mean_flops_per_token(0.0, config.seq);
+            row.flops += flops;
+            row.hours += flops / speed / 3600.0;
+        }
         // The model before and after training.
-        disk_bytes += 2 * 4 * counts.total;
+        if !args.discard {
+            disk_bytes += 2 * 4 * counts.total;
+        }
         rows.push(row);
     }
     if rows.is_empty() {
         bail!("nothing to do: these outputs and this part have no method of the profile");
     }
     disk_bytes += CHECKPOINT_BYTES * counts.total;
+    if args.discard {
+        // One row, and what rows of several budgets share.
+        disk_bytes += 4 * 4 * counts.total;
+    }
     let plan = Plan {
         profile,
         model,
@@ -137,7 +158,10 @@ fn dense(args: &Reproduce, profile: &Profile) -> Result<(Config, String)> {
     let vocab = match (&profile.world, &profile.model.preset) {
         (Some(world), _) => world.vocab,
         (None, Some(name)) => preset(name)?.vocab_size,
-        (None, None) => bail!("profile {}: name a checkpoint with --model DIR", profile.name),
+        (None, None) => profile
+            .model
+            .vocab
+            .with_context(|| format!("profile {}: name a checkpoint with --model DIR", profile.name))?,
     };
     let name = profile.model.preset.as_deref().unwrap_or("of random weights");
     Ok((profile.architecture(vocab)?, name.to_owned()))
@@ -145,7 +169,7 @@ fn dense(args: &Reproduce, profile: &Profile) -> Result<(Config, String)> {
 
 /// Returns the model of a gated row, and the share of its experts that is active in training.
 fn shape(spec: &MethodSpec, dense: &Config, profile: &Profile) -> Result<(Config, f64)> {
-    let experts = profile.experts_of(spec)?.unwrap_or(profile.experts);
+    let experts = profile.experts_of(spec)?.unwrap_or_else(|| profile.default_experts());
     let share = match spec.role {
         // All experts are active in training.
         Role::WithoutThreshold => 1.0,

@@ -7,7 +7,11 @@ use anyhow::{Context, Result, bail};
 use dsmoe_baselines::{Budget, Configured, Plan, SettingValues, method};
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::config::{Config, MoeConfig};
+use dsmoe_core::ffn::RouterBound;
 use dsmoe_core::init::LlamaSizes;
+use dsmoe_datasets::mixture::SourceTable;
+use dsmoe_datasets::tasks::Task;
+use dsmoe_kernels::Precision;
 use dsmoe_router::RouterConfig;
 use dsmoe_train::TrainConfig;
 use dsmoe_train::config::NearDuplicates;
@@ -20,19 +24,24 @@ use crate::files;
 pub(crate) const WORLD_TOKEN: u32 = 0;
 
 /// The embedded profiles by their names.
-const EMBEDDED: [(&str, &str); 4] = [
+const EMBEDDED: [(&str, &str); 5] = [
     ("quick", include_str!("profiles/quick.toml")),
     ("small", include_str!("profiles/small.toml")),
     ("paper-1b", include_str!("profiles/paper-1b.toml")),
     ("paper-7b", include_str!("profiles/paper-7b.toml")),
+    ("smollm2-135m", include_str!("profiles/smollm2-135m.toml")),
 ];
+
+/// Rounds in which the size of the routers and the budget are made to fit.
+const ROUTER_ROUNDS: usize = 4;
 
 /// Upper end of the sweep of thresholds of [`Role::WithoutThreshold`].
 const LAST_THRESHOLD: f64 = 0.999;
 
 /// The methods that the roles of DSMoE require.
-const DSMOE: [(Role, &str); 4] = [
+const DSMOE: [(Role, &str); 5] = [
     (Role::Dsmoe, "dsmoe"),
+    (Role::Elastic, "dsmoe"),
     (Role::Paper, "dsmoe-paper"),
     (Role::WithoutSte, "dsmoe-no-ste"),
     (Role::WithoutThreshold, "dsmoe-no-threshold"),
@@ -47,15 +56,29 @@ pub(crate) struct Profile {
     pub(crate) about: String,
     /// Runs of every method, with seeds 0, 1, ...
     pub(crate) seeds: u64,
-    /// Experts per layer of methods with a setting `experts` whose rows do not give it.
-    pub(crate) experts: usize,
+    /// Experts per layer of methods with a setting `experts` whose rows do not give it; without it the methods' defaults.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) experts: Option<usize>,
     /// Share of the dense FFN that every method may activate. The budget adds the parameters outside FFNs and the
     /// routers of the row with role `dsmoe`.
     pub(crate) active: f64,
+    /// Further such shares, `active` among them: every row that names no share of its own is made for each, under its name
+    /// and the percentage.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) budgets: Vec<f64>,
+    /// Tables and figures of the report; by default all.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) outputs: Vec<String>,
     /// The model of the paper to compare with.
     pub(crate) paper: PaperModel,
     /// Text and probes of the embedded world; without it the user names text.
     pub(crate) world: Option<WorldText>,
+    /// Text to calibrate and train on, as in a mixture file. Its paths are seen from the folder that the user names.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) source: Vec<SourceTable>,
+    /// Text to measure on. Weights are those of the mean over texts. Without it a share of every source is held out.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) held_out: Vec<SourceTable>,
     pub(crate) model: ModelSpec,
     /// Training of the dense model from random weights; without it the user names a model.
     pub(crate) pretrain: Option<TrainSettings>,
@@ -89,11 +112,13 @@ pub(crate) struct WorldText {
     pub(crate) vocab: usize,
 }
 
-/// An architecture by a preset's name or by sizes; the vocabulary is the tokenizer's.
+/// An architecture by a preset's name or by sizes. The vocabulary is the tokenizer's; `vocab` is for plans without one.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct ModelSpec {
     pub(crate) preset: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) vocab: Option<usize>,
     pub(crate) hidden: Option<usize>,
     pub(crate) intermediate: Option<usize>,
     pub(crate) layers: Option<usize>,
@@ -128,6 +153,51 @@ pub(crate) struct Measure {
     pub(crate) decode: usize,
     /// Bootstrap resamples of intervals and tests when there is one seed.
     pub(crate) resamples: usize,
+    /// Precision of the weights of measured models: f32 (default), or bf16, which a GPU has in any case.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) dtype: Option<Dtype>,
+    /// Windows of every source on which a model's distributions are compared with the dense model's; 0 leaves it out.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub(crate) agreement_windows: usize,
+    /// Benchmarks in place of the paper's ten.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) tasks: Vec<String>,
+    /// Settings of timing, in place of one process on all threads.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) speed: Option<SpeedGrid>,
+}
+
+/// Timing in several processes, each beside one of the dense model.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct SpeedGrid {
+    /// Numbers of threads.
+    pub(crate) threads: Vec<usize>,
+    /// Texts that are decoded side by side.
+    pub(crate) batches: Vec<usize>,
+    /// Processes of each model, of whose results the median counts.
+    pub(crate) processes: usize,
+}
+
+/// A precision of weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Dtype {
+    F32,
+    Bf16,
+}
+
+impl From<Dtype> for Precision {
+    fn from(dtype: Dtype) -> Precision {
+        match dtype {
+            Dtype::F32 => Precision::F32,
+            Dtype::Bf16 => Precision::Bf16,
+        }
+    }
+}
+
+fn is_zero(count: &usize) -> bool {
+    *count == 0
 }
 
 impl Measure {
@@ -147,6 +217,8 @@ pub(crate) enum Role {
     Baseline,
     /// DSMoE with tuned settings.
     Dsmoe,
+    /// One such model for all budgets.
+    Elastic,
     /// DSMoE as in the paper.
     Paper,
     /// The paper's DSMoE without the straight-through estimator (table 3).
@@ -160,7 +232,7 @@ pub(crate) enum Role {
 impl Role {
     /// Reports whether the row is DSMoE as a whole, without an ablation.
     pub(crate) fn is_dsmoe(self) -> bool {
-        matches!(self, Role::Dsmoe | Role::Paper)
+        matches!(self, Role::Dsmoe | Role::Elastic | Role::Paper)
     }
 
     /// Reports whether the row is DSMoE, whole or ablated.
@@ -186,6 +258,33 @@ pub(crate) struct MethodSpec {
     /// Keys of `[train]` that differ in this row.
     #[serde(default)]
     pub(crate) train: TrainSettings,
+    /// Share of the dense FFN that the row may activate, where it is not the profile's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) active: Option<f64>,
+    /// Share of the experts that an elastic row is measured at; set where `budgets` is applied.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) serves: Option<f64>,
+    /// The row that this one is a budget of; set where `budgets` is applied.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) of: Option<String>,
+    /// The model is measured as it was made.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) untrained: bool,
+    /// Router that stands in for the model's when it is measured: oracle or random.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) router: Option<String>,
+}
+
+impl MethodSpec {
+    /// Reports whether the user's `name` means this row.
+    pub(crate) fn is_called(&self, name: &str) -> bool {
+        self.name == name || self.of.as_deref() == Some(name)
+    }
+
+    /// Returns the router that stands in for the model's.
+    pub(crate) fn bound(&self) -> Result<Option<RouterBound>> {
+        Ok(self.router.as_deref().map(str::parse).transpose()?)
+    }
 }
 
 /// Settings of a training that a profile gives. Unknown keys and values of wrong types are errors.
@@ -277,7 +376,7 @@ impl Profile {
     }
 
     fn parse(text: &str, place: &str) -> Result<Profile> {
-        let profile: Profile = toml::from_str(text).map_err(|cause| {
+        let mut profile: Profile = toml::from_str(text).map_err(|cause| {
             let line = cause.span().map_or(1, |span| text[..span.start].matches('\n').count() + 1);
             let mut message = one_line(&cause);
             if message.contains("unknown field `knobs`") {
@@ -287,8 +386,44 @@ impl Profile {
                 "{place}: line {line}: {message}; `dsmoe reproduce --print-profile quick` prints an example"
             )
         })?;
+        profile.apply_budgets().with_context(|| place.to_owned())?;
         profile.check().with_context(|| place.to_owned())?;
         Ok(profile)
+    }
+
+    /// Puts rows for each budget in place of those without a budget of their own, the profile's `active` first.
+    fn apply_budgets(&mut self) -> Result<()> {
+        if self.budgets.is_empty() {
+            return Ok(());
+        }
+        if !self.budgets.contains(&self.active) {
+            bail!("budgets is {:?}; active {} must be one of them", self.budgets, self.active);
+        }
+        if !self.budgets.is_sorted_by(|a, b| a < b) || self.budgets.iter().any(|x| !(*x > 0.0 && *x <= 1.0)) {
+            bail!("budgets is {:?}; use increasing shares above 0 and up to 1", self.budgets);
+        }
+        let others = self.budgets.iter().filter(|share| **share != self.active);
+        let order: Vec<f64> = [self.active].iter().chain(others).copied().collect();
+        let rows = std::mem::take(&mut self.method);
+        let alone = |spec: &&MethodSpec| spec.role == Role::Dense;
+        self.method.extend(rows.iter().filter(alone).cloned());
+        for share in order {
+            for spec in rows.iter().filter(|spec| !alone(spec)) {
+                let mut row = spec.clone();
+                if row.active.is_none() {
+                    row.name = format!("{}-{}", spec.name, 100.0 * share);
+                    row.of = Some(spec.name.clone());
+                    match spec.role {
+                        Role::Elastic => row.serves = Some(share),
+                        _ => row.active = Some(share),
+                    }
+                } else if row.active != Some(share) {
+                    continue;
+                }
+                self.method.push(row);
+            }
+        }
+        Ok(())
     }
 
     /// Refuses settings that cannot work before anything is computed.
@@ -309,9 +444,23 @@ impl Profile {
             bail!("active is {}; use a share above 0 and up to 1", self.active);
         }
         let measure = &self.measure;
+        for task in &measure.tasks {
+            Task::named(task).context("measure.tasks")?;
+        }
+        if let Some(grid) = &measure.speed
+            && (grid.processes == 0
+                || [&grid.threads, &grid.batches].iter().any(|list| list.is_empty() || list.contains(&0)))
+        {
+            bail!("measure.speed needs threads, batches and processes of 1 or more");
+        }
+        if self.world.is_some() && !self.source.is_empty()
+            || self.source.is_empty() != self.held_out.is_empty()
+        {
+            bail!("give both [[source]] and [[held_out]] tables, or [world], or neither");
+        }
         for (name, value) in [
             ("seeds", self.seeds as usize),
-            ("experts", self.experts),
+            ("experts", self.experts.unwrap_or(1)),
             ("calibration.samples", self.calibration.samples),
             ("measure.windows", measure.windows),
             ("measure.sweep_windows", measure.sweep_windows),
@@ -348,6 +497,13 @@ impl Profile {
             if config.resolve().with_context(of)?.seq != seq {
                 bail!("method {:?}: seq differs from that of [train]; use one for all methods", spec.name);
             }
+            if spec.active.is_some_and(|share| !(share > 0.0 && share <= 1.0)) {
+                bail!("method {:?}: active is not above 0 and up to 1", spec.name);
+            }
+            if spec.role == Role::Elastic && spec.serves.is_none() {
+                bail!("method {:?}: role elastic is for a profile with budgets", spec.name);
+            }
+            spec.bound().with_context(of)?;
             if let Some((role, make)) = DSMOE.iter().find(|(role, _)| *role == spec.role)
                 && *make != spec.make
             {
@@ -386,23 +542,60 @@ impl Profile {
     /// Returns the activated parameters that every method gets: those outside FFNs, the active share of the dense FFN,
     /// and the router weights of the row with role `dsmoe`.
     pub(crate) fn budget(&self, dense: &Config) -> Result<f64> {
-        let experts = self.budget_experts()?;
-        Ok(Accounting::of(&gated(dense, experts)).activated(self.active * experts as f64))
+        self.budget_at(dense, self.active)
+    }
+
+    /// Returns the activated parameters that a row gets.
+    pub(crate) fn budget_of(&self, spec: &MethodSpec, dense: &Config) -> Result<f64> {
+        self.budget_at(dense, self.share_of(spec))
+    }
+
+    /// Returns the share of the dense FFN that a row is made for.
+    pub(crate) fn share_of(&self, spec: &MethodSpec) -> f64 {
+        spec.active.unwrap_or(self.active)
+    }
+
+    /// Returns the share of the dense FFN that a row is measured at.
+    pub(crate) fn served_by(&self, spec: &MethodSpec) -> f64 {
+        spec.serves.unwrap_or_else(|| self.share_of(spec))
+    }
+
+    /// Returns the activated parameters of a share of the dense FFN.
+    pub(crate) fn budget_at(&self, dense: &Config, active: f64) -> Result<f64> {
+        if self.experts.is_some() {
+            let experts = self.budget_experts()?;
+            return Ok(Accounting::of(&gated(dense, experts)).activated(active * experts as f64));
+        }
+        let counts = Accounting::of(dense);
+        let without = counts.non_ffn as f64 + active * counts.ffn as f64;
+        let mut routers = 0.0;
+        if let Some(spec) = self.method.iter().find(|spec| spec.role == Role::Dsmoe) {
+            let method = self.configured(spec)?;
+            // The size of the routers follows from the budget, of which they are a small part.
+            for _ in 0..ROUTER_ROUNDS {
+                let plan = method.plan(dense, Budget::Params((without + routers).round()))?;
+                routers = plan.total - counts.total as f64;
+            }
+        }
+        Ok(without + routers)
     }
 
     /// Plans the model of a row.
     pub(crate) fn plan_of(&self, spec: &MethodSpec, dense: &Config) -> Result<Plan> {
-        let budget = Budget::Params(self.budget(dense)?.round());
+        let budget = Budget::Params(self.budget_of(spec, dense)?.round());
         self.configured(spec)?.plan(dense, budget).with_context(|| format!("method {:?}", spec.name))
     }
 
     /// Returns the share of active experts at which a gated row has the budget. It differs from `active` by the cost of
     /// the row's own routers.
     pub(crate) fn active_of(&self, spec: &MethodSpec, dense: &Config) -> Result<f64> {
+        if self.experts.is_none() {
+            return Ok(self.plan_of(spec, dense)?.active_target.unwrap_or(self.share_of(spec)));
+        }
         let counts = |experts| Accounting::of(&gated(dense, experts));
         let budget = counts(self.budget_experts()?);
-        let own = counts(self.experts_of(spec)?.unwrap_or(self.experts));
-        Ok(self.active + (budget.router as f64 - own.router as f64) / own.ffn as f64)
+        let own = counts(self.experts_of(spec)?.unwrap_or_else(|| self.default_experts()));
+        Ok(self.share_of(spec) + (budget.router as f64 - own.router as f64) / own.ffn as f64)
     }
 
     /// Returns the share of active experts that the training of a row has to reach, if it has to.
@@ -415,9 +608,14 @@ impl Profile {
     fn budget_experts(&self) -> Result<usize> {
         let row = |role| self.method.iter().find(|spec| spec.role == role);
         match row(Role::Dsmoe).or_else(|| row(Role::Paper)) {
-            Some(spec) => Ok(self.experts_of(spec)?.unwrap_or(self.experts)),
-            None => Ok(self.experts),
+            Some(spec) => Ok(self.experts_of(spec)?.unwrap_or_else(|| self.default_experts())),
+            None => Ok(self.default_experts()),
         }
+    }
+
+    /// Returns the number of experts of rows whose own is not known; 1 makes shares of numbers of experts.
+    pub(crate) fn default_experts(&self) -> usize {
+        self.experts.unwrap_or(1)
     }
 
     /// Returns the number of experts of a row, if its method has that setting.
@@ -443,8 +641,10 @@ impl Profile {
     pub(crate) fn configured(&self, spec: &MethodSpec) -> Result<Box<dyn Configured>> {
         let method = method(&spec.make)?;
         let mut settings = spec.settings.clone();
-        if method.settings().iter().any(|setting| setting.name == "experts") {
-            settings.entry("experts").or_insert(self.experts.into());
+        if let Some(experts) = self.experts
+            && method.settings().iter().any(|setting| setting.name == "experts")
+        {
+            settings.entry("experts").or_insert(experts.into());
         }
         Ok(method.configure(&settings)?)
     }
@@ -469,14 +669,23 @@ impl Profile {
                 _ => config.active_target = target,
             }
         }
+        // Without weight there is no teacher.
+        config.teacher_weight = config.teacher_weight.filter(|weight| *weight > 0.0);
         config.seed += seed;
         Ok(config)
     }
 
+    /// Sets the tokens of the continued training of all rows that do not set their own.
+    pub(crate) fn train_on(&mut self, tokens: u64) {
+        let tokens = i64::try_from(tokens).unwrap_or(i64::MAX);
+        let length = TrainSettings([("tokens".to_owned(), tokens.into())].into_iter().collect());
+        self.train = self.train.replaced_by(&length);
+    }
+
     fn config(&self, settings: &TrainSettings) -> Result<TrainConfig> {
         let mut config = settings.config()?;
-        if self.world.is_some() {
-            // The world has held-out documents of its own.
+        if self.world.is_some() || !self.held_out.is_empty() {
+            // The world and a profile with text have held-out documents of their own.
             config.valid_fraction = 0.0;
             config.near_duplicates = Some(NearDuplicates::Keep);
         }

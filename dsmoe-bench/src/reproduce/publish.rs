@@ -8,9 +8,9 @@ use serde_json::json;
 use super::collected::Collected;
 use super::results::{Results, Verdict};
 use super::{analysis, chapters};
-use crate::files::{write, write_json};
+use crate::files::write_json;
 use crate::format::{self, Table};
-use crate::report::{Block, html, markdown, svg};
+use crate::report;
 use crate::ui::Ui;
 
 /// Writes results and report, and shows the main table.
@@ -18,20 +18,7 @@ pub(super) fn finish(collected: &Collected, out: &Path, seconds: f64, ui: &mut U
     let results = analysis::of(collected)?;
     write_json(&out.join("results.json"), &results)?;
     let report = chapters::of(collected, &results);
-    write(&out.join("report.md"), markdown::markdown(&report))?;
-    write(&out.join("report.html"), html::page(&report))?;
-    for block in report.chapters.iter().flat_map(|chapter| &chapter.blocks) {
-        let table = match block {
-            Block::Text(_) => continue,
-            Block::Table(table) => table.clone(),
-            Block::Figure(figure) => {
-                let path = out.join("charts").join(format!("{}.svg", figure.id));
-                write(&path, svg::svg(figure))?;
-                markdown::numbers(figure)
-            }
-        };
-        write(&out.join("csv").join(format!("{}.csv", table.id)), markdown::csv(&table))?;
-    }
+    report::files::write(&report, out)?;
     let Results { methods, comparisons, .. } = &results;
     let place = out.display().to_string();
     let done = json!({ "out": place, "seconds": seconds, "methods": methods, "comparisons": comparisons });

@@ -32,6 +32,12 @@ pub(crate) struct Made {
     pub(crate) calibration_tokens: usize,
     pub(crate) settings: BTreeMap<String, String>,
     pub(crate) measured: BTreeMap<String, f64>,
+    /// Activated parameters that the model may have, where they are not those of the profile.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) budget: Option<f64>,
+    /// The model computes as much as the dense one.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) dense_compute: bool,
 }
 
 /// Perplexity after a part of the continued training.
@@ -41,6 +47,9 @@ pub(crate) struct Milestone {
     pub(crate) share: f64,
     pub(crate) step: u64,
     pub(crate) tokens: u64,
+    /// The share of the experts that an elastic model ran.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) serves: Option<f64>,
     #[serde(flatten)]
     pub(crate) means: Means,
 }
@@ -104,12 +113,68 @@ pub(crate) struct Speed {
     pub(crate) threads: usize,
 }
 
+/// The speeds of one process on a number of threads.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct GridSpeeds {
+    pub(crate) prefill_tokens_per_s: f64,
+    /// By the number of texts side by side, in the order asked for.
+    pub(crate) decode_tokens_per_s: Vec<f64>,
+}
+
+/// The median speed of a kind of work, beside the dense model's.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct GridPoint {
+    pub(crate) threads: usize,
+    /// Texts that are decoded side by side; 0 is a prefill.
+    pub(crate) batch: usize,
+    pub(crate) tokens_per_s: f64,
+    pub(crate) dense_tokens_per_s: f64,
+    /// Speeds of the processes, the model's and the dense one's in turns.
+    pub(crate) all: Vec<[f64; 2]>,
+}
+
+impl GridPoint {
+    /// Takes the medians of the processes of a model and of the dense one.
+    pub(crate) fn of(threads: usize, batches: &[usize], found: &[Vec<GridSpeeds>; 2]) -> Vec<GridPoint> {
+        let point = |batch: usize, speed: &dyn Fn(&GridSpeeds) -> f64| {
+            let [ours, dense] = [0, 1].map(|side: usize| found[side].iter().map(speed).collect::<Vec<f64>>());
+            GridPoint {
+                threads,
+                batch,
+                tokens_per_s: median(&ours),
+                dense_tokens_per_s: median(&dense),
+                all: ours.into_iter().zip(dense).map(|(a, b)| [a, b]).collect(),
+            }
+        };
+        let prefill = point(0, &|speeds| speeds.prefill_tokens_per_s);
+        let decode = batches.iter().enumerate();
+        let decode = decode.map(|(at, &batch)| point(batch, &|speeds| speeds.decode_tokens_per_s[at]));
+        [prefill].into_iter().chain(decode).collect()
+    }
+
+    /// Returns the speed as a multiple of the dense model's.
+    pub(crate) fn gain(&self) -> f64 {
+        self.tokens_per_s / self.dense_tokens_per_s
+    }
+}
+
+/// Returns the middle value, of an even number the mean of the middle two.
+fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let n = sorted.len();
+    (sorted[(n - 1) / 2] + sorted[n / 2]) / 2.0
+}
+
 /// Speeds of one model on this machine.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Timing {
     pub(crate) method: String,
     pub(crate) seed: u64,
     pub(crate) speed: Option<Speed>,
+    /// Speeds beside those of the dense model.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) grid: Vec<GridPoint>,
     /// Speed of the last invocation that trained the model.
     pub(crate) train_tokens_per_s: Option<f64>,
 }

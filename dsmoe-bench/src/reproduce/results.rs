@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::measure::Difficulty;
 use super::outputs::Output;
 use super::profile::{PaperRow, Role};
-use super::records::Machine;
+use super::records::{GridPoint, Machine};
 use super::setup::Setup;
 use super::statistics::Measured;
 
@@ -37,6 +37,18 @@ pub(crate) struct MethodResult {
     pub(crate) milestones: Vec<MilestoneMean>,
     pub(crate) sweep: Vec<SweepMean>,
     pub(crate) difficulty: Option<Difficulty>,
+    /// The budget of the row as a share of the dense FFN, in a profile with several.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) active: Option<f64>,
+    /// The name that rows of several budgets share.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) group: Option<String>,
+    /// The row was measured as it was made.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) untrained: bool,
+    /// Speeds beside the dense model's, of the first seed. Only these depend on the machine's load.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) speeds: Vec<GridPoint>,
 }
 
 impl MethodResult {
@@ -60,6 +72,14 @@ impl MethodResult {
         self.tasks.iter().find(|one| one.task == task).map(|one| one.percent.mean)
     }
 
+    /// Returns divergence from the dense model and share of equal first tokens, means over texts.
+    pub(crate) fn agreement(&self) -> Option<(f64, f64)> {
+        let of = |value: &dyn Fn(&DomainMean) -> Option<f64>| -> Option<f64> {
+            self.domains.iter().map(|domain| Some(domain.share * value(domain)?)).sum()
+        };
+        of(&|domain| domain.kl).zip(of(&|domain| domain.top1))
+    }
+
     /// Returns the result after a share of the training.
     pub(crate) fn milestone(&self, share: f64) -> Option<&MilestoneMean> {
         self.milestones.iter().find(|stone| (stone.share - share).abs() < 1e-9)
@@ -74,6 +94,12 @@ pub(crate) struct DomainMean {
     pub(crate) active_ratio: Option<f64>,
     /// Active experts of every layer.
     pub(crate) active_experts_per_layer: Vec<f64>,
+    /// Divergence from the dense model, nats.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) kl: Option<f64>,
+    /// Share of tokens for which the dense model finds the same token likeliest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) top1: Option<f64>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -84,6 +110,11 @@ pub(crate) struct TaskMean {
     pub(crate) items: usize,
     /// Percentage of right items.
     pub(crate) percent: Measured,
+    /// Mean negative log-likelihood of the right answers, nats by item.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) gold_nll: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) active_ratio: Option<f64>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

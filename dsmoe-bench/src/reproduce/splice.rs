@@ -12,10 +12,12 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use serde_json::json;
 
+use super::frontier;
 use super::results::{Results, Verdict};
 use super::setup::Setup;
 use crate::files::{read, read_json, write};
 use crate::format;
+use crate::report::markdown;
 use crate::ui::Ui;
 
 const BEGIN: &str = "<!-- reproduce ";
@@ -82,6 +84,12 @@ fn block_text(dir: &str, results: &Results) -> String {
         seeds,
         if seeds == 1 { "seed" } else { "seeds" },
     );
+    if !profile.budgets.is_empty() {
+        out += &markdown::bare_table(&frontier::table(results, profile.active));
+        let chart = frontier::CHART;
+        let _ = write!(out, "\n![Loss over the dense model's by budget]({dir}/charts/{chart}.svg)\n\n");
+        return out;
+    }
     out += "| method | activated | of the budget | perplexity before training | after training | interval | tasks right, % | ";
     let _ = writeln!(out, "{} is |", results.first_dsmoe().unwrap_or("DSMoE"));
     out += "|---|---|---|---|---|---|---|---|\n";

@@ -1,5 +1,7 @@
 //! The stages of a reproduction: a dense model, and for every method and seed a model made, trained and measured.
 
+use std::path::PathBuf;
+
 use anyhow::{Result, bail};
 use dsmoe_baselines::{Budget, Job as Pruning};
 use dsmoe_core::Inference;
@@ -7,7 +9,7 @@ use dsmoe_core::accounting::Accounting;
 use dsmoe_core::checkpoint::copy_companions;
 use dsmoe_core::config::Config;
 use dsmoe_core::init::{InitOptions, init};
-use dsmoe_kernels::Precision;
+use dsmoe_train::TrainConfig;
 use dsmoe_train::tasks::model_sha256;
 use serde_json::{Value, json};
 
@@ -15,14 +17,20 @@ use super::cache::Key;
 use super::inputs::{Base, Inputs};
 use super::jobs::Job;
 use super::measure;
-use super::measuring::{Subject, measure, measure_speed};
+use super::measuring::{Subject, measure, measure_grid, measure_speed};
 use super::outputs::Part;
 use super::profile::Role;
 use super::records::{BASE, Made, Milestone, Run, Timing, Trained};
-use super::training::{Training, remove_checkpoints, settled, training_speed};
+use super::training::{Training, remove_checkpoints, remove_weights, settled, training_speed};
 use super::work::{Stage, Work};
 use crate::files::{read_json, write_json};
-use crate::models::default_precision;
+
+/// A model as a method made it.
+struct Start {
+    made: Made,
+    model: PathBuf,
+    key: Key,
+}
 
 /// All stages of a reproduction.
 pub(crate) struct Stages<'a> {
@@ -62,6 +70,7 @@ impl Stages<'_> {
                 config: config.clone(),
                 milestones: &[],
                 data: text.train_data(),
+                teacher: None,
                 device: options.device,
                 name: BASE,
             };
@@ -75,13 +84,43 @@ impl Stages<'_> {
 
     /// Makes, trains and measures the model of a method and seed.
     pub(crate) fn run(&mut self, job: Job<'_>, base: &mut Base, parts: &[Part]) -> Result<(Run, Timing)> {
-        let Inputs { profile, options, text, costs, ui, .. } = self.inputs;
-        let (inputs, spec, id, device) = (self.inputs, job.spec, job.id(), options.device);
+        let profile = self.inputs.profile;
+        let (spec, id) = (job.spec, job.id());
+        let start = self.make(job, base)?;
+        let trained = match spec.untrained {
+            true => None,
+            false => Some(self.train(job, base, &start)?),
+        };
+        let (dir, key) = match &trained {
+            Some((_, key)) => (self.work.cache.dir("train", key).join("run"), key),
+            None => (start.model.clone(), &start.key),
+        };
+        if trained.is_some() {
+            remove_checkpoints(&dir)?;
+        }
+        let late = (spec.role == Role::WithoutThreshold)
+            .then(|| profile.active_of(spec, &base.config))
+            .transpose()?;
+        let (experts, serves, bound) = (profile.experts_of(spec)?, spec.serves, spec.bound()?);
+        let subject = Subject { dir: &dir, key, id: &id, late, experts, serves, bound };
+        let mut run = measure(self.inputs, &mut self.work, &subject, base, parts)?;
+        (run.method, run.role, run.seed) = (spec.name.clone(), Some(spec.role), job.seed);
+        run.made = Some(start.made);
+        run.trained = trained.as_ref().map(|(trained, _)| trained.clone());
+        let timing = self.timing(&subject, &run, base, parts)?;
+        Ok((run, timing))
+    }
+
+    /// Makes the model of a method and seed.
+    fn make(&mut self, job: Job<'_>, base: &Base) -> Result<Start> {
+        let Inputs { profile, text, costs, .. } = self.inputs;
+        let (spec, id) = (job.spec, job.id());
         let plan = profile.plan_of(spec, &base.config)?;
-        let config = profile.train_of(spec, job.seed, profile.target_of(spec, &base.config)?)?;
-        let made_key = self.made_key(job, base)?;
-        let stage = Stage { name: "make", of: &id, key: &made_key, cost: costs.make() };
-        let made: Made = self.work.stage(stage, |dir| {
+        let budget = profile.budget_of(spec, &base.config)?;
+        let served = profile.budget_at(&base.config, profile.served_by(spec))?;
+        let key = self.made_key(job, base)?;
+        let stage = Stage { name: "make", of: &id, key: &key, cost: costs.make() };
+        let mut made: Made = self.work.stage(stage, |dir| {
             if plan.unchanged {
                 let params = Accounting::of(&base.config).total as f64;
                 let reached_by = "nothing".to_owned();
@@ -101,7 +140,7 @@ impl Stages<'_> {
                 model: &base.dir,
                 out: &dir.join("model"),
                 force: true,
-                budget: Budget::Params(profile.budget(&base.config)?.round()),
+                budget: Budget::Params(budget.round()),
                 calibration: &calibration,
                 seed: job.seed,
             };
@@ -115,28 +154,38 @@ impl Stages<'_> {
                 calibration_tokens: calibration.len() * costs.seq,
                 settings: settings.chain(made.plan.settings).collect(),
                 measured: made.measured.into_iter().collect(),
+                ..Made::default()
             })
         })?;
-        let made_model = match plan.unchanged {
+        made.dense_compute = plan.keeps_dense_compute && !profile.budgets.is_empty();
+        made.budget = (!profile.budgets.is_empty()).then_some(served);
+        let model = match plan.unchanged {
             true => base.dir.clone(),
-            false => self.work.cache.dir("make", &made_key).join("model"),
+            false => self.work.cache.dir("make", &key).join("model"),
         };
+        Ok(Start { made, model, key })
+    }
 
+    /// Trains the model of a method and seed. Returns the record and the key of the stage.
+    fn train(&mut self, job: Job<'_>, base: &Base, start: &Start) -> Result<(Trained, Key)> {
+        let Inputs { profile, options, text, costs, ui, .. } = self.inputs;
+        let (inputs, spec, id, device) = (self.inputs, job.spec, job.id(), options.device);
+        let config = self.config_of(job, base)?;
         let milestones = profile.milestones_of(spec);
-        let settings =
-            json!([made_key, settled(&config)?, text.key, milestones, inputs.windows(), device.is_gpu()]);
-        let key = Key::of("train", &settings);
-        let cost = costs.train(&config)? + milestones.len() as f64 * costs.text();
+        let (precision, serves) = (inputs.precision(), self.served(job));
+        let key = self.train_key(job, base)?;
+        let cost = costs.train(&config)? + (milestones.len() * serves.len()) as f64 * costs.text();
         let stage = Stage { name: "train", of: &id, key: &key, cost };
         let steps_left = &mut self.steps_left;
-        let trained: Trained = self.work.stage(stage, |dir| {
+        let mut trained: Trained = self.work.stage(stage, |dir| {
             let file = |share: f64| dir.join(format!("at-{share}.json"));
             let training = Training {
-                source: &made_model,
+                source: &start.model,
                 out: &dir.join("run"),
                 config: config.clone(),
                 milestones: &milestones,
                 data: text.train_data(),
+                teacher: config.teacher_weight.map(|_| base.dir.clone()),
                 device,
                 name: &id,
             };
@@ -145,45 +194,97 @@ impl Stages<'_> {
                 if path.is_file() {
                     return Ok(());
                 }
-                let model = Inference::new_on(model, default_precision(device, Precision::F32), device)?;
-                let (found, _) = measure::text(&model, &text.held_out, costs.seq, inputs.windows())?;
-                let tokens = step * config.tokens_per_step();
-                write_json(&path, &Milestone { share, step, tokens, means: found.means })
+                let mut model = Inference::new_on(model, precision, device)?;
+                let mut found = Vec::new();
+                for &serves in &serves {
+                    if let Some(active) = serves {
+                        model.set_active(active)?;
+                    }
+                    let (text, _) = measure::text(&model, &text.held_out, costs.seq, inputs.windows())?;
+                    let tokens = step * config.tokens_per_step();
+                    found.push(Milestone { share, step, tokens, serves, means: text.means });
+                }
+                write_json(&path, &found)
             })?;
             let steps = config.clone().resolve()?.steps.unwrap_or(0);
-            let milestones =
+            let milestones: Vec<Vec<Milestone>> =
                 milestones.iter().map(|&share| read_json(&file(share))).collect::<Result<_>>()?;
+            let milestones = milestones.into_iter().flatten().collect();
             Ok(Trained { steps, tokens: steps * config.tokens_per_step(), milestones })
         })?;
-        let dir = self.work.cache.dir("train", &key).join("run");
-        remove_checkpoints(&dir)?;
-        let late = (spec.role == Role::WithoutThreshold)
-            .then(|| profile.active_of(spec, &base.config))
-            .transpose()?;
-        let subject = Subject { dir: &dir, key: &key, id: &id, late, experts: profile.experts_of(spec)? };
-        let mut run = measure(inputs, &mut self.work, &subject, base, parts)?;
-        (run.method, run.role, run.seed) = (spec.name.clone(), Some(spec.role), job.seed);
-        (run.made, run.trained) = (Some(made), Some(trained));
-        let timing = self.timing(&subject, &run, parts)?;
-        Ok((run, timing))
+        trained.milestones.retain(|stone| stone.serves == spec.serves);
+        Ok((trained, key))
     }
 
     /// Measures the dense model before continued training.
     pub(crate) fn run_base(&mut self, base: &mut Base, parts: &[Part]) -> Result<(Run, Timing)> {
         let (dir, key) = (base.dir.clone(), base.key.clone());
-        let subject = Subject { dir: &dir, key: &key, id: BASE, late: None, experts: None };
+        let (late, experts, serves, bound) = (None, None, None, None);
+        let subject = Subject { dir: &dir, key: &key, id: BASE, late, experts, serves, bound };
         let run = measure(self.inputs, &mut self.work, &subject, base, parts)?;
-        let timing = self.timing(&subject, &run, parts)?;
+        let timing = self.timing(&subject, &run, base, parts)?;
         Ok((run, timing))
     }
 
-    fn timing(&mut self, subject: &Subject<'_>, run: &Run, parts: &[Part]) -> Result<Timing> {
-        let speed = parts
-            .contains(&Part::Speed)
+    fn timing(&mut self, subject: &Subject<'_>, run: &Run, base: &Base, parts: &[Part]) -> Result<Timing> {
+        let timed = parts.contains(&Part::Speed);
+        let speed = timed
             .then(|| measure_speed(self.inputs, &mut self.work, subject, run.text.threshold))
             .transpose()?;
+        let grid = match timed && run.role.is_some() {
+            true => measure_grid(self.inputs, &mut self.work, subject, base)?,
+            false => Vec::new(),
+        };
         let train_tokens_per_s = training_speed(subject.dir);
-        Ok(Timing { method: run.method.clone(), seed: run.seed, speed, train_tokens_per_s })
+        Ok(Timing { method: run.method.clone(), seed: run.seed, speed, grid, train_tokens_per_s })
+    }
+
+    /// Removes the weights that only `job` needed, not one of `later`.
+    pub(crate) fn discard<'j>(
+        &self,
+        job: Job<'_>,
+        later: impl Iterator<Item = Job<'j>>,
+        base: &Base,
+    ) -> Result<()> {
+        let mut dirs = self.weights_of(job, base)?;
+        for other in later {
+            let needed = self.weights_of(other, base)?;
+            dirs.retain(|dir| !needed.contains(dir));
+        }
+        dirs.iter().try_for_each(|dir| remove_weights(dir))
+    }
+
+    /// Lists the directories that may hold weights of a method and seed.
+    fn weights_of(&self, job: Job<'_>, base: &Base) -> Result<Vec<PathBuf>> {
+        let mut dirs = vec![self.work.cache.dir("make", &self.made_key(job, base)?).join("model")];
+        if !job.spec.untrained {
+            dirs.push(self.work.cache.dir("train", &self.train_key(job, base)?).join("run"));
+        }
+        Ok(dirs)
+    }
+
+    /// Returns the settings of the training of a method and seed.
+    fn config_of(&self, job: Job<'_>, base: &Base) -> Result<TrainConfig> {
+        let profile = self.inputs.profile;
+        profile.train_of(job.spec, job.seed, profile.target_of(job.spec, &base.config)?)
+    }
+
+    /// Lists the shares that a model is measured at in training: an elastic one is trained once for every budget.
+    fn served(&self, job: Job<'_>) -> Vec<Option<f64>> {
+        match job.spec.role {
+            Role::Elastic => self.inputs.profile.budgets.iter().copied().map(Some).collect(),
+            _ => vec![None],
+        }
+    }
+
+    fn train_key(&self, job: Job<'_>, base: &Base) -> Result<Key> {
+        let Inputs { profile, options, text, .. } = self.inputs;
+        let config = settled(&self.config_of(job, base)?)?;
+        let how = json!([self.inputs.precision().name(), self.inputs.windows(), self.served(job)]);
+        let milestones = profile.milestones_of(job.spec);
+        let made = self.made_key(job, base)?;
+        let settings = json!([made, config, text.key, milestones, how, options.device.is_gpu()]);
+        Ok(Key::of("train", &settings))
     }
 
     fn made_key(&self, job: Job<'_>, base: &Base) -> Result<Key> {
@@ -192,7 +293,7 @@ impl Stages<'_> {
             base.key,
             job.spec.make,
             profile.configured(job.spec)?.resolved(),
-            profile.budget(&base.config)?,
+            profile.budget_of(job.spec, &base.config)?,
             profile.calibration,
             costs.seq,
             text.key,

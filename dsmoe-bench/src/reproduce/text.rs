@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use dsmoe_core::config::Config;
-use dsmoe_datasets::mixture::{from_toml, from_words};
+use dsmoe_datasets::mixture::{SourceTable, from_tables, from_toml, from_words};
 use dsmoe_datasets::overlap::TokenTexts;
 use dsmoe_datasets::tasks::sha256;
 use dsmoe_datasets::tokens::identity;
@@ -34,6 +34,22 @@ pub(crate) struct HeldOut {
     pub(crate) share: f64,
     /// Whole windows.
     pub(crate) ids: Vec<u32>,
+    /// The document that each window begins in; empty if that is not known.
+    pub(crate) documents: Vec<u32>,
+}
+
+/// The files of a reproduction's text.
+pub(super) struct Files {
+    train: Vec<texts::Text>,
+    /// Text to measure on; none if a share of the training text is.
+    held_out: Option<Vec<texts::Text>>,
+}
+
+impl Files {
+    /// Returns the number of sources that models are measured on.
+    pub(super) fn measured(&self) -> usize {
+        self.held_out.as_ref().unwrap_or(&self.train).len()
+    }
 }
 
 /// All text of a reproduction.
@@ -96,7 +112,8 @@ impl Text {
                 ids.extend(tokenizer.encode(&document, train.bos)?);
             }
             ids.truncate(wanted);
-            held_out.push(HeldOut { name: domain.name().to_owned(), share, ids });
+            let (name, documents) = (domain.name().to_owned(), Vec::new());
+            held_out.push(HeldOut { name, share, ids, documents });
         }
         let mixture = Mixture::new(&parts, train.split_options(), None)?;
         let (key, inputs) = hashed(&parts, &held_out, &tokenizer, &train)?;
@@ -110,31 +127,26 @@ impl Text {
         let options = CorpusOptions {
             doc_separator: train.doc_separator.clone(),
             text_column: train.text_column.clone(),
+            ..CorpusOptions::default()
         };
-        let found = find(args, &options)?;
+        let found = find(args, profile, &options)?;
         let tokenizer = crate::models::tokenizer(model, &Config::load(model)?, ui)?;
-        let parts = texts::load(&found, &tokenizer, train.bos, args.cache.as_deref(), ui)?;
+        let parts = texts::load(&found.train, &tokenizer, train.bos, args.cache.as_deref(), ui)?;
         let drop = match train.near_duplicates {
             Some(rule) => rule == NearDuplicates::Drop,
             None => parts.len() > 1,
         };
+        let held = found.held_out.as_deref();
+        let held = held
+            .map(|held| texts::load(held, &tokenizer, train.bos, args.cache.as_deref(), ui))
+            .transpose()?;
         let texts = drop.then(|| tokenizer.token_texts());
         let mixture = Mixture::new(&parts, train.split_options(), texts.as_ref())?;
-        let window = train.seq + 1;
-        let mut held_out = Vec::new();
-        for part in mixture.parts() {
-            let ids = part.split.valid_tokens();
-            let windows = (ids.len() / window).min(profile.measure.windows);
-            if windows == 0 {
-                bail!(
-                    "source {}: {} held-out tokens are fewer than a window of {window}; give more text or a larger valid_fraction",
-                    part.name,
-                    ids.len()
-                );
-            }
-            let ids = ids[..windows * window].to_vec();
-            held_out.push(HeldOut { name: part.name.clone(), share: part.share, ids });
-        }
+        let (window, windows) = (train.seq + 1, profile.measure.windows);
+        let held_out = match held {
+            Some(held) => of_documents(&held, window, windows)?,
+            None => of_split(&mixture, window, windows)?,
+        };
         let (key, inputs) = hashed(&parts, &held_out, &tokenizer, &train)?;
         let tokenizer_dir = model.to_path_buf();
         Ok(Text { sources: parts, texts, held_out, tokenizer, tokenizer_dir, mixture, key, inputs })
@@ -151,12 +163,66 @@ impl Text {
     }
 }
 
-/// Finds the files of the text that the user names. `defaults` are the options of sources that do not set their own.
-pub(super) fn find(args: &Reproduce, defaults: &CorpusOptions) -> Result<Vec<texts::Text>> {
-    texts::find(match &args.mixture {
+/// Takes the held-out windows of a mixture.
+fn of_split(mixture: &Mixture, window: usize, most: usize) -> Result<Vec<HeldOut>> {
+    let held_out = mixture.parts().iter().map(|part| {
+        let ids = part.split.valid_tokens();
+        let windows = (ids.len() / window).min(most);
+        if windows == 0 {
+            bail!(
+                "source {}: {} held-out tokens are fewer than a window of {window}; give more text or a larger valid_fraction",
+                part.name,
+                ids.len()
+            );
+        }
+        let (ids, documents) = (ids[..windows * window].to_vec(), Vec::new());
+        Ok(HeldOut { name: part.name.clone(), share: part.share, ids, documents })
+    });
+    held_out.collect()
+}
+
+/// Takes the first windows of sources that are measured on alone.
+fn of_documents(sources: &[TokenSource], window: usize, most: usize) -> Result<Vec<HeldOut>> {
+    let total: f64 = sources.iter().map(|source| source.weight).sum();
+    let held_out = sources.iter().map(|source| {
+        let windows = (source.tokens.len() / window).min(most);
+        if windows == 0 {
+            let found = source.tokens.len();
+            bail!("held-out text {}: {found} tokens are fewer than a window of {window}", source.name);
+        }
+        let mut ids = Vec::new();
+        source.tokens.read(0..windows * window, &mut ids)?;
+        let starts = source.tokens.doc_starts();
+        let document =
+            |at: usize| starts.partition_point(|start| *start <= at * window).saturating_sub(1) as u32;
+        let documents = (0..windows).map(document).collect();
+        Ok(HeldOut { name: source.name.clone(), share: source.weight / total, ids, documents })
+    });
+    held_out.collect()
+}
+
+/// Finds the files of the text that the user names, or of the profile's own tables. `defaults` are the options of sources
+/// that do not set their own.
+pub(super) fn find(args: &Reproduce, profile: &Profile, defaults: &CorpusOptions) -> Result<Files> {
+    if !profile.source.is_empty() {
+        let [folder] = &args.data[..] else {
+            bail!(
+                "profile {} has [[source]] tables; name the folder of their files with --data",
+                profile.name
+            )
+        };
+        let read = |tables: &[SourceTable], what: &str| {
+            let place = format!("profile {}: [[{what}]]", profile.name);
+            texts::find(from_tables(tables, folder, defaults, &place)?)
+        };
+        let held_out = Some(read(&profile.held_out, "held_out")?);
+        return Ok(Files { train: read(&profile.source, "source")?, held_out });
+    }
+    let specs = match &args.mixture {
         Some(path) => from_toml(path, defaults)?,
         None => from_words(&args.data, defaults)?,
-    })
+    };
+    Ok(Files { train: texts::find(specs)?, held_out: None })
 }
 
 /// Returns the key of the tokens, and the hashes of the inputs.

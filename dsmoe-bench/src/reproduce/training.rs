@@ -1,7 +1,7 @@
 //! Training with stops at milestones.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
@@ -24,6 +24,8 @@ pub(crate) struct Training<'a> {
     /// Shares of the steps at which the model is measured, ascending.
     pub(crate) milestones: &'a [f64],
     pub(crate) data: TrainData,
+    /// The model whose distribution is learnt.
+    pub(crate) teacher: Option<PathBuf>,
     pub(crate) device: Device,
     /// The name of the model for progress lines.
     pub(crate) name: &'a str,
@@ -38,8 +40,12 @@ impl Training<'_> {
         ui: Ui,
         at: &mut dyn FnMut(f64, u64, &Model) -> Result<()>,
     ) -> Result<()> {
-        let options =
-            RunOptions { resume: true, device: self.device, ..RunOptions::new(self.source, self.out) };
+        let options = RunOptions {
+            resume: true,
+            device: self.device,
+            teacher: self.teacher,
+            ..RunOptions::new(self.source, self.out)
+        };
         let mut trainer = Trainer::new(Model::load(self.source)?, self.data, self.config, options)?;
         let steps = trainer.config().steps.unwrap_or(0);
         let step_of = |share: f64| ((share * steps as f64).ceil() as u64).min(steps);
@@ -121,6 +127,20 @@ pub(crate) fn remove_checkpoints(run: &Path) -> Result<()> {
     let dir = run.join("checkpoints");
     if dir.is_dir() {
         fs::remove_dir_all(&dir).with_context(|| dir.display().to_string())?;
+    }
+    Ok(())
+}
+
+/// Removes the weights of a model, and leaves everything else of its directory.
+pub(crate) fn remove_weights(model: &Path) -> Result<()> {
+    if !model.is_dir() {
+        return Ok(());
+    }
+    for entry in fs::read_dir(model).with_context(|| model.display().to_string())? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "safetensors") {
+            fs::remove_file(&path).with_context(|| path.display().to_string())?;
+        }
     }
     Ok(())
 }

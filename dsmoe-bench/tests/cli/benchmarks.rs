@@ -356,6 +356,6 @@ fn perplexities_follow_their_conventions() {
     );
     fails(
         "eval moe --data pages/rows.jsonl --perplexity rolling --limit-tokens 50",
-        &["--stride, --limit-tokens and --cache are for --perplexity stream; leave them out"],
+        &["--stride, --limit-tokens, --against and --cache are for --perplexity stream; leave them out"],
     );
 }

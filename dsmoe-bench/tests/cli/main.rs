@@ -14,6 +14,7 @@ mod golden;
 mod prune;
 mod reproduce;
 mod snapshots;
+mod sweep;
 mod track;
 mod variants;
 mod world;

@@ -369,3 +369,180 @@ fn the_readme_shows_the_records() {
         assert!(agrees, "{}: {text}", record.display());
     }
 }
+
+/// Several budgets on text of its own, with the dense model as the teacher: the path of the profile `smollm2-135m`.
+const BUDGETS: &str = r#"
+name = "budgets"
+about = "seconds"
+seeds = 1
+active = 0.5
+budgets = [0.5, 0.75]
+outputs = ["frontier", "budget", "speed"]
+paper = "1b"
+milestones = [0, 0.5, 1]
+source = [{ name = "world", data = "text.txt", doc_separator = "<|endoftext|>", part = "train", document_chars = 400 }]
+held_out = [
+    { name = "final", data = "text.txt", doc_separator = "<|endoftext|>", part = "final", weight = 3 },
+    { name = "whole", data = "text.txt" },
+]
+model = {}
+train = { steps = 6, batch = 2, seq = 32, lr = 1e-3, dtype = "bf16", teacher_weight = 0.9, save_every = 2 }
+calibration = { samples = 16 }
+
+[measure]
+windows = 40
+sweep_windows = 2
+items = 4
+thresholds = []
+late_step = 0.2
+prefill = 64
+decode = 4
+resamples = 100
+dtype = "bf16"
+agreement_windows = 4
+speed = { threads = [1], batches = [1, 2], processes = 2 }
+
+[[method]]
+name = "dense"
+role = "dense"
+make = "dense"
+
+[[method]]
+name = "dsmoe"
+role = "dsmoe"
+make = "dsmoe"
+
+[[method]]
+name = "elastic"
+role = "elastic"
+make = "dsmoe"
+train = { active_range = [0.5, 0.75] }
+
+[[method]]
+name = "static-core"
+role = "baseline"
+make = "static-core"
+train = { teacher_weight = 0 }
+
+[[method]]
+name = "oracle-50"
+role = "control"
+make = "dsmoe"
+active = 0.5
+untrained = true
+router = "oracle"
+"#;
+
+#[test]
+fn one_profile_has_several_budgets() {
+    write("reproduce/budgets.toml", BUDGETS);
+    let line = |out: &str| {
+        format!(
+            "reproduce --profile reproduce/budgets.toml --model dense --data . --out reproduce/{out} --quiet"
+        )
+    };
+    let plan = json_of(&format!("{} --dry-run", line("never")));
+    let rows = list(&plan["rows"]);
+    assert_eq!(rows.len(), 8, "{plan}");
+    // An elastic model is trained once.
+    let steps = |name: &str| &rows.iter().find(|row| row["run"] == name).unwrap()["steps"];
+    assert_eq!(
+        (steps("elastic-50-s0"), steps("elastic-75-s0"), steps("oracle-50-s0")),
+        (&6.into(), &0.into(), &0.into())
+    );
+    // Stopped on the way, and without models that were measured.
+    succeeds(&format!("{} --discard --stop-after 9", line("budgets")));
+    succeeds(&format!("{} --discard --resume", line("budgets")));
+    let weights = |stage: fs::DirEntry| {
+        let model = |name: &str| stage.path().join(name).join("model.safetensors").is_file();
+        model("model") || model("run")
+    };
+    let stages = fs::read_dir(path("reproduce/budgets/cache")).unwrap();
+    assert!(!stages.into_iter().any(|stage| weights(stage.unwrap())));
+    let results_before = results("budgets");
+    succeeds(&format!("{} --discard --resume", line("budgets")));
+    assert_eq!(results("budgets"), results_before);
+    let found = found("budgets");
+    let methods = list(&found["methods"]);
+    let names = texts(&found["methods"], "name");
+    let rows =
+        ["dsmoe-50", "elastic-50", "static-core-50", "oracle-50", "dsmoe-75", "elastic-75", "static-core-75"];
+    assert_eq!(names, [&["base", "dense"][..], &rows].concat());
+    let of = |name: &str| &methods[names.iter().position(|other| *other == name).unwrap()];
+    for name in rows {
+        let method = of(name);
+        for domain in list(&method["domains"]) {
+            let (kl, top1) = (number(&domain["kl"]), number(&domain["top1"]));
+            assert!(kl > 0.0 && (0.0..=1.0).contains(&top1), "{name}: {domain}");
+        }
+        assert_eq!(number(&method["active"]), if name.ends_with("75") { 0.75 } else { 0.5 }, "{name}");
+        assert!((number(&method["of_budget"]) - 1.0).abs() < 0.2, "{name}: {method}");
+        let timed = if name == "oracle-50" { 0 } else { 3 };
+        assert_eq!(list(method.get("speeds").unwrap_or(&json!([]))).len(), timed, "{name}");
+        let stones = if name == "oracle-50" { 0 } else { 3 };
+        assert_eq!(list(&method["milestones"]).len(), stones, "{name}");
+    }
+    // Both budgets are served by one model, which was trained once.
+    let stages = |name: &str| {
+        let all = fs::read_dir(path("reproduce/budgets/cache")).unwrap();
+        all.filter(|stage| stage.as_ref().unwrap().file_name().to_string_lossy().starts_with(name)).count()
+    };
+    assert_eq!((stages("make-"), stages("train-")), (5, 6));
+    assert!(number(&of("elastic-75")["active_ratio"]) > number(&of("elastic-50")["active_ratio"]));
+    assert_ne!(of("elastic-75")["nll"]["mean"], of("elastic-50")["nll"]["mean"]);
+    // The teacher is the dense model, for all rows but the one that wants none.
+    let configs = fs::read_dir(path("reproduce/budgets/cache")).unwrap();
+    let configs =
+        configs.filter_map(|stage| fs::read_to_string(stage.unwrap().path().join("run/run.toml")).ok());
+    assert_eq!(configs.filter(|text| text.contains("teacher_weight = 0.9")).count(), 4);
+    // Rows are compared with those of their budget, over documents.
+    let comparisons = list(&found["comparisons"]);
+    let of_one = comparisons.iter().filter(|one| one["dsmoe"] == "dsmoe-75");
+    let others: Vec<&str> = of_one.map(|one| one["other"].as_str().unwrap()).collect();
+    assert_eq!(others, ["base", "dense", "elastic-75", "static-core-75"]);
+    assert_eq!(comparisons[0]["test"], "bootstrap over held-out documents");
+    if let Some((agrees, text)) = check_report(&path("reproduce/budgets")) {
+        assert!(agrees, "{text}");
+    }
+    shows(
+        &read("reproduce/budgets/report.md"),
+        &["50 % of the FFNs", "75 % of the FFNs", "decode, batch 2", "By text"],
+    );
+    write("reproduce/spliced.md", "<!-- reproduce budgets -->\n<!-- /reproduce -->\n");
+    succeeds("reproduce splice reproduce/spliced.md");
+    let spliced = read("reproduce/spliced.md");
+    shows(&spliced, &["| elastic-50 |", "frontier-chart.svg"]);
+    assert!(!spliced.contains("elastic-75"), "{spliced}");
+}
+
+#[test]
+fn budgets_and_methods_are_chosen_by_name() {
+    write("reproduce/chosen.toml", BUDGETS);
+    let plan = |rest: &str| -> Vec<String> {
+        let line =
+            format!("reproduce --profile reproduce/chosen.toml --model dense --data . --dry-run {rest}");
+        texts(&json_of(&line)["rows"], "run").iter().map(|name| (*name).to_owned()).collect()
+    };
+    assert_eq!(plan("--methods dsmoe"), ["dsmoe-50-s0", "dsmoe-75-s0"]);
+    assert_eq!(plan("--methods dsmoe,elastic-75 --budgets 0.75"), ["dsmoe-75-s0", "elastic-75-s0"]);
+    let asked = "reproduce --profile reproduce/chosen.toml --model dense";
+    fails(
+        &format!("{asked} --data . --budgets 0.6 --out reproduce/never"),
+        &["--budgets 0.6", "no such budget"],
+    );
+    fails(&format!("{asked} --out reproduce/never"), &["needs text"]);
+    fails(&format!("{asked} --data a b --out reproduce/never"), &["[[source]]", "--data"]);
+    for (from, to, says) in [
+        ("active = 0.5\nbudgets", "active = 0.6\nbudgets", "must be one of them"),
+        ("\"final\", weight", "\"last\", weight", "last"),
+        ("router = \"oracle\"", "router = \"best\"", "best"),
+        ("outputs = [\"frontier\"", "outputs = [\"table9\"", "table9"),
+        ("processes = 2", "processes = 0", "measure.speed"),
+    ] {
+        assert_eq!(BUDGETS.matches(from).count(), 1, "{from}");
+        write("reproduce/wrong-budgets.toml", BUDGETS.replace(from, to));
+        let line =
+            "reproduce --profile reproduce/wrong-budgets.toml --model dense --data . --out reproduce/never";
+        fails(line, &[says]);
+    }
+}

@@ -180,6 +180,41 @@ fn code_goes_with_models_that_transformers_does_not_know() {
     }
 }
 
+/// Phi-3 stores joined matrices and is exported on its own class, which derives the factors of longrope from the hidden size.
+#[test]
+fn longrope_of_a_pruned_phi3_is_refused() {
+    let work = tempfile::tempdir().unwrap();
+    let json = json!({
+        "model_type": "phi3", "vocab_size": 16, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64,
+        "original_max_position_embeddings": 32, "rms_norm_eps": 1e-5, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.0, 1.0, 1.0], "long_factor": [2.0, 2.0, 2.0, 2.0]},
+    });
+    let hf = ExportOptions::new(ExportAs::Transformers);
+    let dir = |name: &str, config: &Config| {
+        let dir = work.path().join(name);
+        init(config, &dir, &InitOptions::default(), &mut quiet).unwrap();
+        dir
+    };
+    let config = Config::from_json("config.json".as_ref(), &json.to_string()).unwrap();
+    let whole = dir("whole", &config);
+    export(&whole, &work.path().join("whole-out"), &hf, &mut quiet).unwrap();
+    let (mut pruned, mut plain) = (config.clone(), json.clone());
+    pruned.set_hidden(12);
+    let parts = ["config.json: hidden_size is 12", "3 longrope factors and not 4", "export it as native"];
+    let model = dir("pruned", &pruned);
+    refused(export(&model, &work.path().join("out"), &hf, &mut quiet), &parts);
+    assert!(!work.path().join("out").exists());
+    export(&model, &work.path().join("native"), &ExportOptions::new(ExportAs::Native), &mut quiet).unwrap();
+    // Without longrope there is nothing to derive, and transformers reads `head_dim`.
+    plain["rope_scaling"] = Value::Null;
+    let mut plain = Config::from_json("config.json".as_ref(), &plain.to_string()).unwrap();
+    plain.set_hidden(12);
+    let out = work.path().join("plain-out");
+    export(&dir("plain", &plain), &out, &hf, &mut quiet).unwrap();
+    assert_eq!((&json_of(&out)["model_type"], &json_of(&out)["head_dim"]), (&json!("phi3"), &json!(8)));
+}
+
 #[test]
 fn licences_and_cards_go_along() {
     let work = tempfile::tempdir().unwrap();

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use dsmoe_core::calibrate::{Input, LayerStream};
 use dsmoe_core::checkpoint::{Checkpoint, Dtype};
 use dsmoe_core::config::Config;
-use dsmoe_core::convert::start::{RouterTarget, Start, StartSettings, Started, start};
+use dsmoe_core::convert::start::{RouterTarget, Start, StartSettings, Started, Widths, start};
 use dsmoe_core::model::{Batch, Inference, Model, Workspace};
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::rng::Rng;
@@ -55,8 +55,14 @@ fn text(seed: u64) -> Vec<Vec<u32>> {
 
 fn options(active: f64) -> Start {
     let router = RouterConfig { gate_value: GateValue::Binary, ..RouterConfig::new(EXPERTS) };
-    let settings =
-        StartSettings { budgets: Some(vec![0.5, 0.75, 1.0]), massive: 2, ..StartSettings::default() };
+    let settings = StartSettings {
+        core_first: 0.5,
+        widths: Widths::Uniform,
+        massive: 2,
+        budgets: Some(vec![0.5, 0.75, 1.0]),
+        elastic: false,
+        ..StartSettings::default()
+    };
     Start { sequences: text(1), active, router, settings, seed: 3, force: true }
 }
 
@@ -349,6 +355,43 @@ fn all_open_it_is_the_dense_model() {
         assert!(pairs.clone().all(|(after, before)| after < before), "{keys}: {pairs:?}");
         let config = Config::load(&out).unwrap();
         assert_eq!(config.architecture.output_bias, keys.get("mlp_bias").is_none());
+    }
+}
+
+/// A layer that adds little gives its experts to the other one at every budget, and the cores keep their sum.
+#[test]
+fn layers_share_the_budgets_by_what_their_experts_add() {
+    let work = tempfile::tempdir().unwrap();
+    let model = dense(work.path(), &json!({}));
+    let mut quieter = Model::load(&model).unwrap();
+    let range = quieter.layout().get("model.layers.1.mlp.down_proj.weight").unwrap().range.clone();
+    quieter.params_mut()[range].iter_mut().for_each(|w| *w *= 0.1);
+    quieter.save(&model, Dtype::F32).unwrap();
+    let mut options = options(0.5);
+    options.router.num_experts = 12;
+    let settings =
+        StartSettings { widths: Widths::Kl, budgets: Some(vec![0.4, 0.75, 1.0]), ..options.settings };
+    for (core, elastic) in [(0.5, false), (0.5, true), (0.0, false)] {
+        options.settings = StartSettings { core, core_first: 1.0 / 3.0, elastic, ..settings.clone() };
+        let (out, started) = made(&model, &options);
+        let [loud, quiet] = started.shares[..] else { panic!("{:?}", started.shares) };
+        assert!(loud > quiet + 0.1 && (loud + quiet - 1.0).abs() < 1e-9, "{loud} {quiet}");
+        let moe = Config::load(&out).unwrap().moe.unwrap();
+        assert_eq!(moe.parts.core.iter().sum::<usize>(), if core > 0.0 { 2 + 3 } else { 0 });
+        // On the text that placed the thresholds every budget holds, mean over layers.
+        for budget in &moe.parts.budgets {
+            let mut model = Inference::load(&out, Precision::F32).unwrap();
+            model.set_active(budget.active).unwrap();
+            let inputs = options.sequences[FITTED..].concat();
+            let (mut losses, mut stats) = (vec![0.0; inputs.len()], model.new_stats());
+            let batch = Batch { inputs: &inputs, targets: &inputs, seq: SEQ };
+            model.score(&mut losses, batch, stats.as_mut(), &mut Workspace::default()).unwrap();
+            let share = stats.unwrap().active_ratio();
+            let is_own = budget.active == 0.5;
+            let bound = if is_own { 0.012 } else { 0.05 };
+            assert!((share - budget.active).abs() < bound, "{share} of {}", budget.active);
+            assert!(!is_own || (share - started.active).abs() < 1e-3, "{share} {}", started.active);
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 mod calibrate;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod divergence;
 mod golden;
 mod golden_layer;
 mod golden_model;

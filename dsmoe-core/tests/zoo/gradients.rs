@@ -31,6 +31,7 @@ pub(crate) fn families() -> Vec<(&'static str, Value)> {
         ("llama", json!({"rope_scaling": {"type": "dynamic", "factor": 4.0}, "max_position_embeddings": 4})),
         ("llama", json!({"output_bias": true})),
         ("mistral", json!({"sliding_window": 2})),
+        ("ministral", json!({"sliding_window": 2, "layer_types": ["full_attention", "sliding_attention"]})),
         ("qwen2", json!({"use_sliding_window": true, "sliding_window": 3, "max_window_layers": 1})),
         ("qwen3", json!({"attention_bias": true})),
         ("smollm3", json!({"no_rope_layers": [0, 1], "use_sliding_window": true, "sliding_window": 2})),
@@ -99,6 +100,39 @@ pub(crate) fn random(config: Config) -> Model {
     model
 }
 
+/// The slope of the loss along one parameter.
+fn difference(reference: &mut Reference, name: &str, i: usize, (inputs, targets): (&[u32], &[u32])) -> f64 {
+    let mut at = |h: f64| {
+        *reference.value(name, i) += h;
+        let loss = reference.loss(inputs, targets, SEQ);
+        *reference.value(name, i) -= h;
+        loss
+    };
+    (at(1e-5) - at(-1e-5)) / 2e-5
+}
+
+/// Bounds what rounding may do to a gradient, in models of so few values that one of them is ill-conditioned.
+///
+/// The exact gradient is taken at parameters that move by their rounding, 3e-8 of each. A pass in f32 rounds several
+/// values for each parameter, and its error is at most 4.8 times the spread of these gradients over all cases here and four
+/// more seeds. It has the same multiple of the spread in every tensor of a model, as one rounded activation makes it.
+fn rounding(model: &Model, name: &str, i: usize, batch: (&[u32], &[u32])) -> f64 {
+    const TRIALS: usize = 20;
+    let exact = difference(&mut Reference::new(model), name, i, batch);
+    let mut rng = Rng::new(5, 5);
+    let mut squares = 0.0;
+    for _ in 0..TRIALS {
+        let mut moved = Reference::new(model);
+        for entry in model.layout().entries() {
+            for j in 0..entry.range.len() {
+                *moved.value(&entry.spec.name, j) *= 1.0 + 3e-8 * f64::from(rng.normal());
+            }
+        }
+        squares += (difference(&mut moved, name, i, batch) - exact).powi(2);
+    }
+    8.0 * (squares / TRIALS as f64).sqrt()
+}
+
 #[test]
 fn gradients_are_differences_of_the_reference() {
     let inputs: Vec<u32> = (0..TOKENS).map(|i| (i * i + 3 * i + 1) as u32 % VOCAB as u32).collect();
@@ -129,15 +163,11 @@ fn gradients_are_differences_of_the_reference() {
                 let scale = got.iter().fold(1e-2f64, |most, &g| most.max(f64::from(g).abs()));
                 largest = largest.max(scale);
                 for i in (0..got.len()).step_by(got.len().div_ceil(24)) {
-                    let mut at = |h: f64| {
-                        *reference.value(name, i) += h;
-                        let loss = reference.loss(&inputs, &targets, SEQ);
-                        *reference.value(name, i) -= h;
-                        loss
-                    };
-                    let want = (at(1e-5) - at(-1e-5)) / 2e-5;
+                    let want = difference(&mut reference, name, i, (&inputs, &targets));
                     let differs = (f64::from(got[i]) - want).abs();
-                    assert!(differs < 3e-5 * scale, "{what}, {name}[{i}]: {} and {want}", got[i]);
+                    let near = differs < 3e-5 * scale
+                        || differs < rounding(&model, name, i, (&inputs, &targets)).min(2e-4 * scale);
+                    assert!(near, "{what}, {name}[{i}]: {} and {want}", got[i]);
                 }
             }
             assert!(largest > 0.1, "{what}: all gradients are small");

@@ -1,17 +1,18 @@
 //! `dsmoe eval --data`: measures perplexity and active share on text.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use dsmoe_core::Inference;
 use dsmoe_core::config::MoeConfig;
 use dsmoe_datasets::tasks::Profile;
 use dsmoe_datasets::{Bos, Corpus, Tokenizer};
-use dsmoe_train::eval::{Domain, EvalOptions, EvalReport};
+use dsmoe_train::eval::{Agreement, Domain, EvalOptions, EvalReport, agreement};
 use dsmoe_train::tasks::{Ran, Responder, RollingReport, rolling};
 use serde::Serialize;
 
 use crate::cli::eval::{Eval, Perplexity};
+use crate::cli::gates::GateArgs;
 use crate::evaluation::{domain_table, measure, measure_domains};
 use crate::files::lossy;
 use crate::format;
@@ -60,6 +61,17 @@ struct Stream {
     stride: usize,
     #[serde(flatten)]
     result: EvalReport,
+    /// The distance from another model, by source.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    agreement: Vec<Compared>,
+}
+
+/// The distance from another model on a source.
+#[derive(Debug, Serialize)]
+struct Compared {
+    name: String,
+    #[serde(flatten)]
+    found: Agreement,
 }
 
 /// Documents joined by blank lines and encoded as one text, in whole windows.
@@ -85,8 +97,11 @@ struct Rolling {
 pub(crate) fn run(args: &Eval, ui: &mut Ui) -> Result<()> {
     let texts = open(&args.data, &options(&args.data))?;
     if args.perplexity[..] != [Perplexity::Stream] {
-        if args.stride.is_some() || args.limit_tokens.is_some() || args.data.cache.is_some() {
-            bail!("--stride, --limit-tokens and --cache are for --perplexity stream; leave them out");
+        let streamed = [args.stride.is_some(), args.limit_tokens.is_some(), args.against.is_some()];
+        if streamed.contains(&true) || args.data.cache.is_some() {
+            bail!(
+                "--stride, --limit-tokens, --against and --cache are for --perplexity stream; leave them out"
+            );
         }
         if texts.len() > 1 {
             bail!("--perplexity window and rolling measure one text; give one source in --data");
@@ -150,7 +165,31 @@ fn stream(
     let seq = args.seq.unwrap_or(SEQ.min(model.config().max_position));
     let stride = args.stride.unwrap_or(seq);
     let result = measure_domains(model, &domains, EvalOptions { stride, ..EvalOptions::new(seq) }, ui)?;
-    Ok(Stream { seq, stride, result })
+    let agreement = match &args.against {
+        Some(other) => compare(args, model, other, &domains, ui)?,
+        None => Vec::new(),
+    };
+    Ok(Stream { seq, stride, result, agreement })
+}
+
+/// Compares the distributions of a model with those of the one in `other`, in windows that do not overlap.
+fn compare(
+    args: &Eval,
+    model: &Inference,
+    other: &Path,
+    domains: &[Domain<'_>],
+    ui: &Ui,
+) -> Result<Vec<Compared>> {
+    let reference = load_inference(other, args.precision(), args.device, GateArgs::default())?;
+    let seq = args.seq.unwrap_or(SEQ.min(model.config().max_position)).min(reference.config().max_position);
+    let domains = domains.iter().filter(|domain| domain.ids.len() > 1);
+    let compared = domains.map(|domain| {
+        let found = Progress::during(ui, "comparing", Unit::Windows, |show| {
+            agreement(model, &reference, domain.ids, seq, &mut |done, all| show(done as u64, all as u64))
+        })?;
+        Ok(Compared { name: domain.name.to_owned(), found })
+    });
+    compared.collect()
 }
 
 fn window(
@@ -191,7 +230,15 @@ fn by_word(model: &Inference, tokenizer: &Tokenizer, corpus: &Corpus, bos: Bos, 
 
 fn show(report: &PerplexityReport<'_>) -> String {
     let mut blocks = Vec::new();
-    if let Some(Stream { seq, stride, result }) = &report.stream {
+    if let Some(Stream { seq, stride, result, agreement }) = &report.stream {
+        for Compared { name, found } in agreement {
+            let Agreement { tokens, kl, top1 } = found;
+            let (tokens, top1) = (format::count(*tokens as u64), format::percent(*top1));
+            let of = if agreement.len() > 1 { format!("{name}: ") } else { String::new() };
+            blocks.push(format!(
+                "{of}KL {kl:.6} nats from the other model, same first token {top1} of {tokens} tokens\n"
+            ));
+        }
         blocks.push(show_windows(result, "perplexity", &format!("windows of {seq} every {stride}")));
     }
     if let Some(Window { seq, windows, result }) = &report.window {

@@ -143,6 +143,9 @@ impl TaskResults<'_> {
                 scored.unscored.iter().map(|(id, reason)| json!({ "doc_id": id, "reason": reason }));
             let mut fields = json!({ "unscored": unscored.collect::<Vec<_>>(), "seconds": seconds });
             self.add_cost(&mut fields, ran);
+            if let Some(nll) = task.loaded.gold_nll(scored) {
+                fields["gold_nll"] = nll.into();
+            }
             (task.loaded.name().to_owned(), fields)
         });
         extras["tasks"] = Value::Object(tasks.collect());
@@ -199,6 +202,13 @@ impl TaskResults<'_> {
         }
         let accounting = self.model.accounting();
         fields.push(("parameters", format::activated(accounting.activated(active), accounting.total)));
+        let gold = |task: &TaskResult| {
+            Some(format!("{} {:.4}", task.loaded.name(), task.loaded.gold_nll(&task.scored)?))
+        };
+        let gold: Vec<String> = self.tasks.iter().filter_map(gold).collect();
+        if !gold.is_empty() {
+            fields.push(("loss of right answers", format!("{}, nats by item", gold.join(", "))));
+        }
         let (tokens, time) = (format::count(ran.tokens), format::duration(seconds));
         fields.push(("tokens", format!("{tokens} run in {time}")));
         if let Some(file) = self.files.first() {

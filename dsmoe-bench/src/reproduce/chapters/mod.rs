@@ -4,6 +4,7 @@ mod figures;
 mod tables;
 
 use super::collected::Collected;
+use super::frontier;
 use super::outputs::Output;
 use super::paper;
 use super::profile::{PaperModel, Role};
@@ -39,8 +40,11 @@ impl View<'_> {
         self.results.setup.profile.paper
     }
 
+    /// Returns the row of a role, of several budgets at the profile's.
     fn method(&self, role: Role) -> Option<&MethodResult> {
-        self.results.methods.iter().find(|method| method.role == Some(role))
+        let mut rows = self.results.methods.iter().filter(|method| method.role == Some(role));
+        let main = |method: &&MethodResult| method.active == Some(self.results.setup.profile.active);
+        rows.clone().find(main).or_else(|| rows.next())
     }
 
     fn gated(&self) -> impl Iterator<Item = &MethodResult> {
@@ -79,6 +83,7 @@ impl View<'_> {
             Output::Pareto => ("Perplexity against arithmetic", self.pareto()),
             Output::Difficulty => ("Active experts against the difficulty of tokens", self.difficulty()),
             Output::Budget => ("Perplexity during training", self.budget()),
+            Output::Frontier => ("Loss, tasks and time by budget", frontier::blocks(self.results)),
         };
         (!blocks.is_empty()).then(|| Chapter::new(&word(&output), title, blocks))
     }

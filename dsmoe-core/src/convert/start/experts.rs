@@ -5,6 +5,9 @@ use crate::calibrate::{LayerStream, LayerWeights};
 use crate::error::Result;
 use crate::partition::clusters;
 
+/// Tokens that the sizes of neurons are taken on, at most.
+const MOST_TOKENS: usize = 16_384;
+
 /// The experts of a layer.
 #[derive(Clone, Debug)]
 pub(super) struct Experts {
@@ -26,11 +29,13 @@ impl Experts {
     ) -> Result<Experts> {
         let [.., gate, _, down] = &weights.linears;
         let width = gate.outputs / plan.num_experts;
-        let core = plan.core * width;
+        let core = plan.cores[weights.layer] * width;
         let lengths = column_lengths(&down.weight, down.inputs);
         let mut seen = Seen::new(gate.outputs);
         let seq = stream.seq();
-        stream.see_ffn(weights, &mut |tap| seen.add(tap.neurons, seq));
+        let every = (plan.sequences * seq).div_ceil(MOST_TOKENS).max(1);
+        let is_seen = |sequence: usize| sequence.is_multiple_of(every);
+        stream.see_ffn_of(weights, &is_seen, &mut |tap| seen.add(tap.neurons, seq));
         let mut importance: Vec<f64> = seen
             .sizes(options.settings.intercept)
             .zip(&lengths)
@@ -47,7 +52,7 @@ impl Experts {
         let rows: Vec<f32> =
             rest.iter().flat_map(|&j| &gate.weight[j * gate.inputs..][..gate.inputs]).copied().collect();
         let seed = options.seed ^ weights.layer as u64;
-        let (clustered, _) = clusters::neurons(rows, gate.inputs, plan.routed(), seed);
+        let (clustered, _) = clusters::neurons(rows, gate.inputs, plan.routed(weights.layer), seed);
         order.extend(clustered.iter().map(|&at| rest[at as usize]));
         Ok(Experts { order: order.into_iter().map(|neuron| neuron as u32).collect(), core, width })
     }

@@ -4,7 +4,7 @@ use super::down::Fitted;
 use super::experts::Experts;
 use super::plan::{Plan, Start};
 use super::router::Router;
-use crate::calibrate::{LayerStream, LayerWeights};
+use crate::calibrate::{Down, FfnTap, LayerStream, LayerWeights};
 use crate::error::Result;
 
 /// A layer of the start.
@@ -12,6 +12,14 @@ pub(super) struct Layer {
     pub(super) experts: Experts,
     pub(super) router: Router,
     pub(super) fitted: Fitted,
+}
+
+/// What a layer does on the sequences that place thresholds.
+pub(super) struct Measured {
+    /// Squared error of the output over its squared size.
+    pub(super) error: f64,
+    /// The share of experts that ran.
+    pub(super) active: f64,
 }
 
 impl Layer {
@@ -29,11 +37,36 @@ impl Layer {
         Ok(Layer { experts, router, fitted })
     }
 
-    /// Completes the layer in the states.
-    pub(super) fn advance(&self, stream: &mut LayerStream, weights: &LayerWeights) {
+    /// Sets `y` to the output of the FFN at the budget of that place.
+    pub(super) fn forward(&self, y: &mut [f32], tap: FfnTap<'_>, budget: usize) -> usize {
+        let bar = self.router.thresholds[budget];
+        let (open, running) = self.router.open(&self.experts, (tap.x, tap.neurons), bar);
+        self.fitted.forward(y, &open);
+        running
+    }
+
+    /// Completes the layer in the states, every sequence at its budget, and measures it on those that place thresholds.
+    pub(super) fn advance(&self, stream: &mut LayerStream, weights: &LayerWeights, plan: &Plan) -> Measured {
+        let hidden = weights.linears[6].outputs;
+        let whole = Down::of(stream.precision(), weights);
+        let mut dense = vec![0.0; stream.seq() * hidden];
+        let (mut error, mut size, mut running, mut tokens) = (0.0, 0.0, 0, 0);
         stream.join_ffn(weights, &mut |y, tap| {
-            let (open, _) = self.router.open(&self.experts, (tap.x, tap.neurons), self.router.bar);
-            self.fitted.forward(y, &open);
+            let open = self.forward(y, tap, plan.budget_of(tap.sequence));
+            if plan.is_measured(tap.sequence) {
+                whole.forward(&mut dense, tap.neurons);
+                running += open;
+                tokens += tap.x.len() / hidden;
+                for (a, b) in dense.iter().zip(&*y).skip(hidden) {
+                    error += (f64::from(*a) - f64::from(*b)).powi(2);
+                    size += f64::from(*a).powi(2);
+                }
+            }
         });
+        let routed = running as f64 / tokens.max(1) as f64;
+        Measured {
+            error: error / f64::max(size, f64::MIN_POSITIVE),
+            active: (plan.cores[weights.layer] as f64 + routed) / plan.num_experts as f64,
+        }
     }
 }

@@ -2,6 +2,7 @@
 //! is fitted on the inputs that the layers before it give as they will run.
 //!
 //! ```text
+//! first:      the experts of each layer that run, and its core, by what they cost alone    see `costs`
 //! per layer:  states += attention(states)
 //!             core     = the neurons that give most, and those of the first position's massive values
 //!             experts  = similar neurons of the rest (balanced k-means of the rows of gate_proj)
@@ -13,6 +14,7 @@
 //! The first position of a sequence is left out of all fits: its states are of another size than all others, and they
 //! would own every sum.
 
+mod costs;
 mod down;
 mod experts;
 mod layer;
@@ -24,7 +26,7 @@ mod write;
 use std::path::Path;
 
 pub use plan::Start;
-pub use settings::{BUDGETS, RIDGE_TOKENS, RouterTarget, StartSettings, default_width};
+pub use settings::{BUDGETS, RIDGE_TOKENS, RouterTarget, StartSettings, Widths, default_width};
 
 use self::layer::Layer;
 use self::plan::Plan;
@@ -45,6 +47,8 @@ pub struct Started {
     pub errors: Vec<f64>,
     /// The share of experts that ran on the same sequences.
     pub active: f64,
+    /// The share of each layer's experts that is to run.
+    pub shares: Vec<f64>,
 }
 
 /// Converts the dense model in `model` to a DSMoE model in the new directory `out` that is fitted to calibration text.
@@ -70,8 +74,17 @@ pub fn start(
         return Err(Error::path(&model.join(MASKS_FILE), problem, "use the dense model it was made from"));
     }
     check_router_text(&options.sequences)?;
-    let plan = Plan::of(options)?;
-    let mut stream = LayerStream::open(model, &options.sequences)?;
+    let mut plan = Plan::of(options, config.num_layers)?;
+    if options.settings.widths == Widths::Kl && config.num_layers > 1 && options.active < 1.0 {
+        let costs = costs::of_layers(model, options, &plan, progress)?;
+        plan.allot(&costs, &options.settings);
+        set_cores(&mut planned, &plan);
+    }
+    let mut sequences = options.sequences.clone();
+    plan.copy_held(&mut sequences);
+    let mut stream = LayerStream::open(model, &sequences)?;
+    let precision = stream.checkpoint().precision();
+    stream = stream.in_precision(precision);
     let mut writer = write::Writing::begin(model, out, options.force, &planned, &stream)?;
     let (mut thresholds, mut errors) = (vec![Vec::new(); plan.budgets.len()], Vec::new());
     let mut active = 0.0;
@@ -82,23 +95,27 @@ pub fn start(
         for (of_budget, &threshold) in thresholds.iter_mut().zip(&layer.router.thresholds) {
             of_budget.push(threshold);
         }
-        errors.push(layer.fitted.error);
-        active += layer.fitted.active / config.num_layers as f64;
         writer.layer(&stream, &weights, &layer)?;
-        if i + 1 < config.num_layers {
-            layer.advance(&mut stream, &weights);
-        }
+        let measured = layer.advance(&mut stream, &weights, &plan);
+        errors.push(measured.error);
+        active += measured.active / config.num_layers as f64;
     }
     if let Some(moe) = &mut planned.moe {
         let budgets = plan.budgets.iter().zip(thresholds);
         moe.parts.budgets = budgets.map(|(&active, thresholds)| Budget { active, thresholds }).collect();
     }
     let report = writer.finish(model, &stream, &planned)?;
-    Ok(Started { report, errors, active })
+    Ok(Started { report, errors, active, shares: plan.shares().collect() })
+}
+
+fn set_cores(planned: &mut Config, plan: &Plan) {
+    if let Some(moe) = &mut planned.moe {
+        moe.parts.core.clone_from(&plan.cores);
+    }
 }
 
 /// Returns the configuration that a start makes of the dense `config`, without the thresholds of its budgets. No text is
-/// needed.
+/// needed; text moves parts of the cores from layer to layer, and their sum stays.
 ///
 /// # Errors
 /// The FFNs cannot be cut into that many experts; a setting is out of range.
@@ -117,7 +134,7 @@ pub fn planned(config: &Config, options: &Start) -> Result<Config> {
     for shape in config.layers() {
         check_divisible(shape.intermediate, options.router.num_experts, None)?;
     }
-    let plan = Plan::of(options)?;
+    let plan = Plan::of(options, config.num_layers)?;
     let settings = &options.settings;
     let mut planned = config.clone();
     planned.moe = Some(MoeConfig {
@@ -125,7 +142,7 @@ pub fn planned(config: &Config, options: &Start) -> Result<Config> {
         router_bias: true,
         active_target: Some(options.active),
         untrained: settings.least_squares.is_none(),
-        parts: MoeParts { core: vec![plan.core; config.num_layers], ..MoeParts::default() },
+        parts: MoeParts { core: plan.cores, ..MoeParts::default() },
         ..MoeConfig::new(options.router.clone())
     });
     let has_intercept = settings.intercept && settings.least_squares.is_some();

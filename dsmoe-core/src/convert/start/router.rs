@@ -35,8 +35,6 @@ pub(super) struct Router {
     pub(super) bias: Vec<f32>,
     /// The threshold of logits for each budget.
     pub(super) thresholds: Vec<f32>,
-    /// The one of the start.
-    pub(super) bar: f32,
 }
 
 impl Router {
@@ -48,17 +46,15 @@ impl Router {
         options: &Start,
     ) -> Result<Router> {
         let [.., down] = &weights.linears;
-        let (hidden, routed, seq) = (down.outputs, plan.routed(), stream.seq());
+        let (hidden, routed, seq) = (down.outputs, plan.routed(weights.layer), stream.seq());
         let scores = Scores::new(experts, &down.weight, down.inputs, options.settings.target);
-        let mut sums = LeastSquares::new(hidden, routed);
+        let mut sums = LeastSquares::new(hidden, routed).in_precision(stream.precision());
         // The first position is left out.
         let mut factors = vec![1.0; seq];
         factors[0] = 0.0;
-        stream.see_ffn(weights, &mut |tap| {
-            if plan.is_fitted(tap.sequence) {
-                let residuals = scores.of(tap.neurons);
-                sums.add(Rows { inputs: tap.x, residuals: &residuals, factors: &factors });
-            }
+        stream.see_ffn_of(weights, &|sequence| plan.is_fitted(sequence), &mut |tap| {
+            let residuals = scores.of(tap.neurons);
+            sums.add(Rows { inputs: tap.x, residuals: &residuals, factors: &factors });
         });
         let solved = sums.solve(plan.ridge(RIDGE, seq), true).ok_or_else(|| not_finite(weights.layer))?;
         let mut weight = vec![0.0; routed * hidden];
@@ -66,44 +62,48 @@ impl Router {
             *value = solved.weight[at % hidden * routed + at / hidden];
         }
         let bias = solved.bias.unwrap_or_else(|| vec![0.0; routed]);
-        let mut router = Router { weight, bias, thresholds: Vec::new(), bar: 0.0 };
+        let mut router = Router { weight, bias, thresholds: Vec::new() };
         let held = router.held_out(stream, weights, plan);
-        router.place(held, plan).then_some(router).ok_or_else(|| not_finite(weights.layer))
+        router.place(held, (plan, weights.layer)).then_some(router).ok_or_else(|| not_finite(weights.layer))
     }
 
-    /// Returns the logits of an even choice of the tokens that place thresholds.
-    fn held_out(&self, stream: &mut LayerStream, weights: &LayerWeights, plan: &Plan) -> Vec<f32> {
-        let (seq, routed) = (stream.seq(), plan.routed());
+    /// Returns the logits of an even choice of the tokens that place thresholds, for each budget.
+    fn held_out(&self, stream: &mut LayerStream, weights: &LayerWeights, plan: &Plan) -> Vec<Vec<f32>> {
+        let (seq, routed) = (stream.seq(), plan.routed(weights.layer));
         let sequences = (0..plan.sequences).filter(|&sequence| plan.is_held(sequence)).count();
         let every = (sequences * seq).div_ceil(MOST_TOKENS);
-        let (mut logits, mut all) = (Buf::default(), Vec::new());
-        stream.see_ffn(weights, &mut |FfnTap { sequence, x, .. }| {
-            if plan.is_held(sequence) {
+        let (mut logits, mut all) = (Buf::default(), vec![Vec::new(); plan.budgets.len()]);
+        stream.see_ffn_of(
+            weights,
+            &|sequence| plan.is_held(sequence),
+            &mut |FfnTap { sequence, x, .. }| {
                 self.logits(&mut logits, x);
                 let rows = logits.chunks_exact(routed).enumerate().skip(1);
                 let chosen = rows.filter(|(t, _)| (sequence * seq + t).is_multiple_of(every));
-                chosen.for_each(|(_, row)| all.extend_from_slice(row));
-            }
-        });
+                chosen.for_each(|(_, row)| all[plan.budget_of(sequence)].extend_from_slice(row));
+            },
+        );
         all
     }
 
     /// Scales the logits, moves them so that the share of the start is above 0, and sets the thresholds of all budgets;
-    /// returns whether all is finite.
-    fn place(&mut self, mut logits: Vec<f32>, plan: &Plan) -> bool {
-        logits.sort_unstable_by(f32::total_cmp);
+    /// returns whether all is finite. A budget without logits of its own has those of the start.
+    fn place(&mut self, mut all: Vec<Vec<f32>>, (plan, layer): (&Plan, usize)) -> bool {
+        all.iter_mut().for_each(|logits| logits.sort_unstable_by(f32::total_cmp));
+        let logits = &all[plan.chosen];
         let count = logits.len().max(1) as f64;
         let mean = logits.iter().map(|&z| f64::from(z)).sum::<f64>() / count;
         let variance = logits.iter().map(|&z| (f64::from(z) - mean).powi(2)).sum::<f64>() / count;
         // Constant predictions have no spread to scale.
         let scale = if variance > 0.0 { SPREAD / variance.sqrt() } else { 1.0 };
+        let of_budget =
+            |own: &Vec<f32>, share| quantile(if own.is_empty() { logits } else { own }, share, scale);
         let bars: Vec<f64> =
-            plan.budgets.iter().map(|&budget| quantile(&logits, plan.routed_share(budget), scale)).collect();
+            all.iter().zip(plan.routed_shares(layer)).map(|(own, share)| of_budget(own, share)).collect();
         let Some(&centre) = bars.get(plan.chosen) else { return false };
         self.thresholds = bars.iter().map(|bar| (scale * (bar - centre)) as f32).collect();
         self.weight.iter_mut().for_each(|w| *w = (scale * f64::from(*w)) as f32);
         self.bias.iter_mut().for_each(|b| *b = (scale * (f64::from(*b) - centre)) as f32);
-        self.bar = 0.0;
         let values = self.weight.iter().chain(&self.bias).chain(&self.thresholds);
         values.into_iter().all(|value| value.is_finite())
     }

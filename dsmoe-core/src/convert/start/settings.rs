@@ -16,6 +16,10 @@ pub const RIDGE_TOKENS: usize = 16_384;
 pub struct StartSettings {
     /// The core's share of the experts that run; 0 for none.
     pub core: f64,
+    /// The same in the first layer, where a smaller core serves better; not above `core`.
+    pub core_first: f64,
+    /// How layers share the budgets.
+    pub widths: Widths,
     /// Neurons with the largest output at first positions that join the core, whatever they give elsewhere.
     pub massive: usize,
     /// What routers predict.
@@ -30,8 +34,17 @@ pub struct StartSettings {
     /// Shares of experts that thresholds are stored for, beside that of the start; none for those of [`BUDGETS`] that are
     /// above the share of the core.
     pub budgets: Option<Vec<f64>>,
-    /// Whether every other sequence is fitted at another of the budgets, in turn, so that the projections serve all.
+    /// Whether sequences are fitted at the budgets in turn, so that the projections serve all.
     pub elastic: bool,
+}
+
+/// How layers share a budget.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Widths {
+    /// All layers run the same share of their experts.
+    Uniform,
+    /// The shares that change the model's output least, by the divergence of each layer changed alone.
+    Kl,
 }
 
 /// What the router of an expert predicts.
@@ -49,13 +62,15 @@ impl Default for StartSettings {
     fn default() -> StartSettings {
         StartSettings {
             core: 0.5,
+            core_first: 1.0 / 3.0,
+            widths: Widths::Kl,
             massive: 16,
             target: RouterTarget::Norm,
             least_squares: Some(0.1),
             intercept: true,
             relative: false,
             budgets: None,
-            elastic: false,
+            elastic: true,
         }
     }
 }
@@ -66,13 +81,43 @@ impl StartSettings {
     /// # Errors
     /// A field is out of range.
     pub fn validate(&self) -> Result<()> {
-        if !(0.0..=1.0).contains(&self.core) {
-            return Err(Error::argument(format!("a core of {}", self.core), "use a share from 0 to 1"));
+        for core in [self.core, self.core_first] {
+            if !(0.0..=1.0).contains(&core) {
+                return Err(Error::argument(format!("a core of {core}"), "use a share from 0 to 1"));
+            }
         }
         if let Some(ridge) = self.least_squares.filter(|ridge| !(*ridge > 0.0 && ridge.is_finite())) {
             return Err(Error::argument(format!("a ridge of {ridge}"), "use a positive number, such as 0.1"));
         }
         Ok(())
+    }
+}
+
+impl StartSettings {
+    /// Returns the core's share of the experts that run in a layer.
+    pub(super) fn core_of(&self, layer: usize) -> f64 {
+        if layer == 0 { self.core.min(self.core_first) } else { self.core }
+    }
+}
+
+impl FromStr for Widths {
+    type Err = Error;
+
+    fn from_str(word: &str) -> Result<Widths> {
+        match word {
+            "uniform" => Ok(Widths::Uniform),
+            "kl" => Ok(Widths::Kl),
+            _ => Err(Error::argument(format!("unknown widths of layers `{word}`"), "use kl or uniform")),
+        }
+    }
+}
+
+impl fmt::Display for Widths {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Widths::Uniform => "uniform",
+            Widths::Kl => "kl",
+        })
     }
 }
 
@@ -131,10 +176,15 @@ mod tests {
         for target in [RouterTarget::LogNorm, RouterTarget::Norm, RouterTarget::Square] {
             assert_eq!(target.to_string().parse::<RouterTarget>().unwrap(), target);
         }
+        for widths in [Widths::Uniform, Widths::Kl] {
+            assert_eq!(widths.to_string().parse::<Widths>().unwrap(), widths);
+        }
+        assert!("wide".parse::<Widths>().unwrap_err().to_string().contains("use kl or uniform"));
         assert!("size".parse::<RouterTarget>().unwrap_err().to_string().contains("log-norm"));
         assert!(StartSettings::default().validate().is_ok());
         for core in [-0.1, 1.1, f64::NAN] {
             assert!(StartSettings { core, ..StartSettings::default() }.validate().is_err());
+            assert!(StartSettings { core_first: core, ..StartSettings::default() }.validate().is_err());
         }
         for ridge in [0.0, -1.0, f64::INFINITY] {
             let settings = StartSettings { least_squares: Some(ridge), ..StartSettings::default() };

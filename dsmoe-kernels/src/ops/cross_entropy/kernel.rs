@@ -174,17 +174,39 @@ pub(super) struct DistilledRow<'a> {
     pub(super) weight: f32,
 }
 
-/// Sums over a row: of e^z, of e^u, and of e^u (u - z), all less their maxima.
+/// Sums of e^z, of e^u, and of e^u (u - z), all less their maxima.
 #[derive(Clone, Copy, Default)]
-struct DistilledSums {
-    student: f32,
-    teacher: f32,
-    products: f32,
+struct DistilledSums<T> {
+    student: T,
+    teacher: T,
+    products: T,
 }
+
+/// Values of a row that are added in f32, before their sums are added in f64: rounding in lanes that add thousands of values
+/// would show in a divergence, which is small beside the sums.
+const SUMMED: usize = 1024;
 
 /// Sets `z` to e^(z - max z) and `u` to e^(u - max u), and returns their sums.
 #[inline(always)]
-fn distilled_terms<S: Simd>(s: S, z: &mut [f32], u: &mut [f32], [max_z, max_u]: [f32; 2]) -> DistilledSums {
+fn distilled_terms<S: Simd>(s: S, z: &mut [f32], u: &mut [f32], maxima: [f32; 2]) -> DistilledSums<f64> {
+    let mut all = DistilledSums::default();
+    for (z, u) in z.chunks_mut(SUMMED).zip(u.chunks_mut(SUMMED)) {
+        let DistilledSums { student, teacher, products } = distilled_block(s, z, u, maxima);
+        all.student += f64::from(student);
+        all.teacher += f64::from(teacher);
+        all.products += f64::from(products);
+    }
+    all
+}
+
+/// Does the same as [`distilled_terms`] for a part of the rows, with sums in f32.
+#[inline(always)]
+fn distilled_block<S: Simd>(
+    s: S,
+    z: &mut [f32],
+    u: &mut [f32],
+    [max_z, max_u]: [f32; 2],
+) -> DistilledSums<f32> {
     let (m, n) = (s.splat(max_z), s.splat(max_u));
     let mut sums = [s.splat(0.0); 3];
     let whole = z.len() - z.len() % S::LANES;
@@ -226,7 +248,8 @@ impl Kernel for DistilledRow<'_> {
         let at_target = z[target];
         let maxima = [max_of(s, z), max_of(s, u)];
         let sums = distilled_terms(s, z, u, maxima);
-        let (of_z, of_u) = (s.splat(scale / sums.student), s.splat(scale * weight / sums.teacher));
+        let of_z = s.splat((f64::from(scale) / sums.student) as f32);
+        let of_u = s.splat((f64::from(scale * weight) / sums.teacher) as f32);
         for (z, u) in z.chunks_mut(S::LANES).zip(u.chunks(S::LANES)) {
             let v = s.sub(s.mul(s.load_tail(z), of_z), s.mul(s.load_tail(u), of_u));
             s.store_tail(z, v);
@@ -234,7 +257,8 @@ impl Kernel for DistilledRow<'_> {
         z[target] -= scale * (1.0 - weight);
         let log_student = sums.student.ln();
         let divergence = sums.products / sums.teacher - (sums.teacher.ln() - log_student);
-        [log_student - (at_target - maxima[0]), divergence]
+        let loss = log_student - f64::from(at_target - maxima[0]);
+        [loss as f32, divergence as f32]
     }
 }
 

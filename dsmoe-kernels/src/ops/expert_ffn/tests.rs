@@ -347,17 +347,18 @@ fn the_dense_entry_is_one_expert_always_on() {
         let mut scratch = Scratch::default();
         let (y, dense) = problem.dense(&mut scratch);
         let routed = problem.forward(Isa::current(), &mut scratch);
-        assert_close(&format!("forward of {:?}", problem.dims), &y, &f64s(&routed), TOLERANCE);
+        // Experts add their neurons strip by strip, the dense FFN all of them in one sum: the differences are up to 1e-6 of y
+        // and 1.7e-6 of dx, whose values reach 3. Gradients of weights are sums over tokens in the same order.
+        let near = |name: &str, dense: &[f32], routed: &[f32]| {
+            assert_close(&format!("{name} of {:?}", problem.dims), dense, &f64s(routed), 1e-6);
+        };
+        near("forward", &y, &routed);
         let routed = problem.train(Isa::current(), &mut scratch);
-        for (name, dense, routed) in [
-            ("y", &dense.y, &routed.y),
-            ("dx", &dense.dx, &routed.dx),
-            ("dgate", &dense.dgate, &routed.dgate),
-            ("dup", &dense.dup, &routed.dup),
-            ("ddown", &dense.ddown, &routed.ddown),
-        ] {
-            assert_close(&format!("{name} of {:?}", problem.dims), dense, &f64s(routed), TOLERANCE);
-        }
+        near("y", &dense.y, &routed.y);
+        near("dx", &dense.dx, &routed.dx);
+        assert_eq!(dense.dgate, routed.dgate, "dgate of {:?}", problem.dims);
+        assert_eq!(dense.dup, routed.dup, "dup of {:?}", problem.dims);
+        assert_eq!(dense.ddown, routed.ddown, "ddown of {:?}", problem.dims);
     }
 }
 
