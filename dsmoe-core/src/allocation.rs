@@ -1,12 +1,12 @@
 //! Sizes for all layers together, that cost a model's output least.
 //!
 //! ```text
-//! f_l(n)     what the output loses when layer l alone has n of its N_l units; known at a few n, 0 at all of them
-//! between    f_l(n) = c (1 - n/N_l)^2, ln c linear in n: the line nearest to those of known n
-//! minimise   sum over layers of f_l(n_l),  sum of n_l as wanted,  n_l from the least to the most of each layer
+//! f_l(n)     what the output loses when layer l alone has n of its N_l units; known at a few n
+//! between    ln f_l(n) = a - c n / N_l, the line nearest to what is known, c at least 0
+//! minimise   sum over layers of f_l(n_l),  sum of n_l as wanted,  n_l from the least to all of each layer
 //! ```
-//! The error of an FFN's output grows about linearly with what is left out, and the divergence with its square: c changes
-//! little. A curve through all known points would have kinks there, at which layers stop. Of each curve its lower convex hull counts, whose pieces are bought by their gain per unit.
+//! Divergences of FFNs that lack neurons lie near such lines. A curve through all known points would have kinks there, at which
+//! layers stop. The curves are convex: units are given one by one to the layer that gains most.
 
 /// What the sizes of a layer cost.
 #[derive(Clone, Debug, PartialEq)]
@@ -22,21 +22,16 @@ pub struct Costs {
 /// Chooses the sizes of layers, `total` together. Layers get less than their least only if all together have less.
 pub fn choose(layers: &[Costs], total: usize) -> Vec<usize> {
     let mut sizes: Vec<usize> = layers.iter().map(|layer| layer.least.min(layer.size)).collect();
-    let mut pieces: Vec<(f64, usize, usize)> = Vec::new();
-    for (layer, costs) in layers.iter().enumerate() {
-        let curve: Vec<(usize, f64)> = (sizes[layer]..=costs.size).map(|n| (n, costs.at(n))).collect();
-        for pair in hull(&curve).windows(2) {
-            let units = pair[1].0 - pair[0].0;
-            pieces.push(((pair[0].1 - pair[1].1) / units as f64, layer, units));
-        }
+    let mut gains: Vec<(f64, usize)> = Vec::new();
+    for (layer, (costs, &size)) in layers.iter().zip(&sizes).enumerate() {
+        let line = costs.line();
+        gains.extend((size..costs.size).map(|n| (line.at(n) - line.at(n + 1), layer)));
     }
-    // Along a hull the gain falls: pieces of a layer come in order.
-    pieces.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+    gains.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
     let mut left = total as isize - sizes.iter().sum::<usize>() as isize;
-    for (_, layer, units) in pieces {
-        let bought = (units as isize).min(left).max(0);
-        sizes[layer] += bought as usize;
-        left -= bought;
+    for (_, layer) in gains.into_iter().take(left.max(0) as usize) {
+        sizes[layer] += 1;
+        left -= 1;
     }
     while left < 0 && sizes.iter().any(|&size| size > 1) {
         // The least sizes are too many: all give alike.
@@ -86,43 +81,37 @@ pub fn proportional(weights: &[f64], bounds: &[usize], total: usize) -> Vec<usiz
     parts
 }
 
-impl Costs {
-    /// Returns the cost of `n` units.
-    pub fn at(&self, n: usize) -> f64 {
-        if n >= self.size {
-            return 0.0;
-        }
-        let share = |n: usize| n as f64 / self.size as f64;
-        let factor = |(n, cost): (usize, f64)| {
-            let ln = (cost.max(f64::MIN_POSITIVE) / (1.0 - share(n)).powi(2)).ln();
-            (share(n), ln)
-        };
-        let known: Vec<(f64, f64)> =
-            self.known.iter().filter(|(n, _)| *n < self.size).map(|&of| factor(of)).collect();
-        if known.is_empty() {
-            return 0.0;
-        }
-        let mean = |of: &dyn Fn(&(f64, f64)) -> f64| known.iter().map(of).sum::<f64>() / known.len() as f64;
-        let [x, y] = [mean(&|of| of.0), mean(&|of| of.1)];
-        let spread = mean(&|of| (of.0 - x).powi(2));
-        let slope = if spread > 0.0 { mean(&|of| (of.0 - x) * (of.1 - y)) / spread } else { 0.0 };
-        (1.0 - share(n)).powi(2) * (y + slope * (share(n) - x)).exp()
+/// `e^(start - fall n / size)`
+#[derive(Clone, Copy, Debug)]
+struct Line {
+    start: f64,
+    fall: f64,
+    size: f64,
+}
+
+impl Line {
+    fn at(self, n: usize) -> f64 {
+        (self.start - self.fall * n as f64 / self.size).exp()
     }
 }
 
-/// Returns the points of the lower convex hull of a curve that ends at its least.
-fn hull(curve: &[(usize, f64)]) -> Vec<(usize, f64)> {
-    let mut hull: Vec<(usize, f64)> = Vec::new();
-    let slope = |a: (usize, f64), b: (usize, f64)| (b.1 - a.1) / (b.0 - a.0) as f64;
-    for &point in curve {
-        while let [.., before, last] = hull[..]
-            && slope(before, last) >= slope(last, point)
-        {
-            hull.pop();
-        }
-        hull.push(point);
+impl Costs {
+    /// Returns the line nearest to the logarithms of what is known. One point alone falls as the square of the missing share.
+    fn line(&self) -> Line {
+        let size = self.size.max(1) as f64;
+        let point = |&(n, cost): &(usize, f64)| (n as f64 / size, cost.max(f64::MIN_POSITIVE).ln());
+        let known: Vec<(f64, f64)> = self.known.iter().map(point).collect();
+        let count = known.len().max(1) as f64;
+        let mean = |of: &dyn Fn(&(f64, f64)) -> f64| known.iter().map(of).sum::<f64>() / count;
+        let [x, y] = [mean(&|of| of.0), mean(&|of| of.1)];
+        let spread = mean(&|of| (of.0 - x).powi(2));
+        let fall = match known.len() {
+            0 => 0.0,
+            _ if spread > 0.0 => (-mean(&|of| (of.0 - x) * (of.1 - y)) / spread).max(0.0),
+            _ => 2.0 / (1.0 - x).max(1.0 / size),
+        };
+        Line { start: y + fall * x, fall, size }
     }
-    hull
 }
 
 #[cfg(test)]
@@ -130,40 +119,30 @@ mod tests {
     use super::*;
 
     #[test]
-    fn hulls_are_convex_and_below() {
-        let curve = [(1, 9.0), (2, 8.5), (3, 2.0), (4, 2.0), (6, 0.0)];
-        assert_eq!(hull(&curve), [(1, 9.0), (3, 2.0), (6, 0.0)]);
-        assert_eq!(hull(&[(5, 0.0)]), [(5, 0.0)]);
+    fn curves_are_the_nearest_lines_of_logarithms() {
+        let of = |known: &[(usize, f64)]| Costs { known: known.to_vec(), size: 10, least: 1 }.line();
+        let two = of(&[(2, 8.0), (5, 1.0)]);
+        let wanted = [(2, 8.0), (5, 1.0), (3, 4.0), (8, 0.125)];
+        assert!(wanted.iter().all(|&(n, cost)| (two.at(n) - cost).abs() < 1e-12), "{two:?}");
+        // The middle one of three lies off the line by a factor of 8, of which two thirds are left to it.
+        let three = of(&[(2, 16.0), (4, 8.0 * 4.0), (6, 1.0)]);
+        assert!((three.at(4) - 8.0).abs() < 1e-12 && (three.at(2) - 32.0).abs() < 1e-12, "{three:?}");
+        // Rising costs are noise.
+        assert_eq!(of(&[(2, 1.0), (4, 4.0)]).fall, 0.0);
+        assert!((of(&[(5, 3.0)]).at(5) - 3.0).abs() < 1e-12 && (of(&[(5, 3.0)]).fall - 4.0).abs() < 1e-12);
+        assert_eq!(of(&[]).fall, 0.0);
     }
 
     #[test]
-    fn curves_are_squares_times_what_changes_exponentially() {
-        let costs = Costs { known: vec![(2, 6.4), (5, 1.0)], size: 10, least: 1 };
-        assert!((costs.at(2) - 6.4).abs() < 1e-12 && (costs.at(5) - 1.0).abs() < 1e-12);
-        // 6.4 / 0.8^2 = 10 and 1 / 0.5^2 = 4: each unit more has 0.4^(1/3) times that.
-        assert!((costs.at(8) - 0.04 * 1.6).abs() < 1e-12);
-        let three = Costs { known: vec![(2, 0.64 * 8.0), (4, 0.36 * 1.0), (6, 0.16 * 8.0)], ..costs.clone() };
-        assert!((2..8).all(|n| (three.at(n) / (1.0 - n as f64 / 10.0).powi(2) - 4.0).abs() < 1e-12));
-        let one = Costs { known: vec![(5, 1.0)], ..costs.clone() };
-        assert!((one.at(0) - 4.0).abs() < 1e-12);
-        assert_eq!((costs.at(10), costs.at(11)), (0.0, 0.0));
-        assert_eq!(Costs { known: Vec::new(), size: 3, least: 0 }.at(1), 0.0);
-    }
-
-    /// Against all choices, of curves that are convex already.
-    #[test]
-    fn the_best_sizes_are_chosen() {
+    fn no_other_choice_costs_less() {
         let layer = |known: &[(usize, f64)], size, least| Costs { known: known.to_vec(), size, least };
         let layers = [
             layer(&[(1, 8.0), (2, 3.0), (4, 0.5)], 6, 1),
-            layer(&[(1, 1.28), (3, 0.32)], 5, 1),
+            layer(&[(1, 2.0), (3, 1.0)], 5, 1),
             layer(&[(2, 6.0), (4, 2.9)], 6, 2),
         ];
-        for costs in &layers {
-            let gains: Vec<f64> = (costs.least..costs.size).map(|n| costs.at(n) - costs.at(n + 1)).collect();
-            assert!(gains.is_sorted_by(|a, b| a >= b), "{gains:?}");
-        }
-        let cost = |sizes: &[usize]| -> f64 { layers.iter().zip(sizes).map(|(of, &n)| of.at(n)).sum() };
+        let cost =
+            |sizes: &[usize]| -> f64 { layers.iter().zip(sizes).map(|(of, &n)| of.line().at(n)).sum() };
         for total in 4..=17 {
             let found = choose(&layers, total);
             assert_eq!(found.iter().sum::<usize>(), total);
@@ -178,7 +157,7 @@ mod tests {
 
     #[test]
     fn a_layer_that_costs_nothing_gets_its_least() {
-        let free = Costs { known: vec![(10, 0.0), (20, 0.0)], size: 64, least: 10 };
+        let free = Costs { known: Vec::new(), size: 64, least: 10 };
         let dear = Costs { known: vec![(10, 5.0), (20, 1.0)], size: 64, least: 10 };
         assert_eq!(choose(&[free, dear], 60), [10, 50]);
     }
