@@ -95,12 +95,19 @@ pub fn backward(
             };
             let mut dq = dcoef[t * n + i] * scale(config, mask) * ds_dq;
             // forward: loss += weight * sum of the counted gates.
-            if mask[i] || over == SparsityOver::All {
+            if mask[i] || over != SparsityOver::Active {
                 dq += weight;
             }
             // forward: q = sigmoid(z).
             dlogits[t * n + i] = dq * q * (1.0 - q);
         }
+    }
+    if over == SparsityOver::Held {
+        // The weight of the sum of q at which the rest of the gradients sums to 0, in addition to `weight`.
+        let slope = |q: f64| q * (1.0 - q);
+        let slopes: f64 = routed.gates.iter().map(|&q| slope(q)).sum();
+        let held = weight - dlogits.iter().sum::<f64>() / slopes.max(f64::MIN_POSITIVE);
+        dlogits.iter_mut().zip(&routed.gates).for_each(|(dz, &q)| *dz += held * slope(q));
     }
     dlogits
 }
@@ -110,7 +117,7 @@ pub fn backward(
 pub fn sparsity(routed: &RoutedF64, over: SparsityOver) -> f64 {
     let mut sum = 0.0;
     for (q, active) in routed.gates.iter().zip(&routed.mask) {
-        if *active || over == SparsityOver::All {
+        if *active || over != SparsityOver::Active {
             sum += q;
         }
     }

@@ -4,6 +4,10 @@
 //! Active   L = 1/(T n) sum over tokens and experts of q m      the paper's: G stands in eq. 19, not q
 //! All      L = 1/(T n) sum over tokens and experts of q        the mean gate, which also moves shut gates
 //! ```
+//! [`SparsityOver::Held`] is the gradient of `All` with a weight of the layer's own in addition: the one at which its gates as
+//! a whole are neither opened nor closed. It is for gates whose thresholds hold the share, which a common shift of all logits
+//! would only make move.
+//!
 //! The value is that of the sigmoid gate also where gates are binary. Sums are in f64 and in one order.
 
 use crate::Routed;
@@ -15,6 +19,8 @@ pub enum SparsityOver {
     Active,
     /// Every gate.
     All,
+    /// Every gate, with a further weight at which the logits' gradients of a layer sum to 0. A GPU leaves that weight out.
+    Held,
 }
 
 /// The sparsity term of a gradient.
@@ -28,7 +34,7 @@ pub struct SparsityGrad {
 
 /// Computes the sparsity loss of the layer, in 0..=1; 0 without tokens. [`crate::ste::backward`] holds its gradient.
 pub fn loss(routed: &Routed, over: SparsityOver) -> f64 {
-    let counted = |active: bool| active || over == SparsityOver::All;
+    let counted = |active: bool| active || over != SparsityOver::Active;
     let pairs = routed.gates.iter().zip(&routed.mask);
     let sum: f64 = pairs.filter(|(_, active)| counted(**active)).map(|(&q, _)| f64::from(q)).sum();
     sum / routed.gates.len().max(1) as f64

@@ -18,6 +18,7 @@ use crate::{GateValue, Routed, RouterConfig};
 /// without          dq = c dcoefficient m                     sigmoid gates: the derivative of G
 ///                  dq = 0                                    binary gates
 /// sparsity         dq += weight m   or   weight              Active (eq. 19) or All
+///                  dq += weight - sum dq q (1 - q) / sum q (1 - q)     Held, sums over tokens and experts
 ///                  dz = dq q (1 - q)
 /// ```
 ///
@@ -33,6 +34,7 @@ pub fn backward(
     let shape = routed.gates.dim();
     let dims = [dcoefficients.dim(), dlogits.dim()];
     assert_eq!(dims, [shape; 2], "ste::backward: dcoefficients and dlogits of gates {shape:?}");
+    let (mut sum, mut slopes) = (0.0, 0.0);
     for (t, mut dz) in dlogits.outer_iter_mut().enumerate() {
         let mask = routed.mask.row(t);
         let scale = scale(config, mask);
@@ -40,10 +42,16 @@ pub fn backward(
             let (q, active) = (routed.gates[[t, i]], mask[i]);
             let passes = config.ste || (active && config.gate_value == GateValue::Sigmoid);
             let mut dq = if passes { scale * dcoefficients[[t, i]] } else { 0.0 };
-            if active || sparsity.over == SparsityOver::All {
+            if active && sparsity.over == SparsityOver::Active || sparsity.over == SparsityOver::All {
                 dq += sparsity.weight;
             }
             *dz = dq * q * (1.0 - q);
+            sum += f64::from(*dz);
+            slopes += f64::from(q * (1.0 - q));
         }
+    }
+    if sparsity.over == SparsityOver::Held && slopes > 0.0 {
+        let dq = (f64::from(sparsity.weight) - sum / slopes) as f32;
+        dlogits.zip_mut_with(&routed.gates, |dz, &q| *dz += dq * q * (1.0 - q));
     }
 }

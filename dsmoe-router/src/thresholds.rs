@@ -7,9 +7,10 @@
 //! after a micro-batch at budget b, for the knots next to b (one knot: the target), of weight w
 //!   wanted      = the knot's share; of one knot that starts far away, a ramp from the first measured share
 //!   shift       = what has to be added to the knot's thresholds for the batch to open `wanted`
-//!   thresholds <- thresholds + w shift / 2
+//!   thresholds <- thresholds + w shift / 4
 //! ```
-//! Half of a shift filters the text's own variation and still follows logits that move by a tenth per step.
+//! A quarter of a shift filters the text's own variation. It suffices where the gradient leaves a layer's gates as a whole as
+//! they are ([`crate::SparsityOver::Held`]): logits then move against each other, and little together.
 
 use serde::{Deserialize, Serialize};
 
@@ -17,7 +18,7 @@ use crate::counts::LogitCounts;
 use crate::{Error, Result};
 
 /// Part of a shift that is made at once.
-const RATE: f64 = 0.5;
+const RATE: f64 = 0.25;
 /// A start this close to the target is not ramped.
 const CLOSE: f64 = 0.1;
 /// Thresholds stay within this; logits far beyond it are those of a broken router.
@@ -86,13 +87,18 @@ impl ThresholdController {
     pub fn bars(&self, active: &[f64]) -> Vec<f32> {
         assert_eq!(active.len(), self.knots[0].bars.len(), "thresholds: budgets and layers");
         let bar = |(layer, &active): (usize, &f64)| {
-            if active >= 1.0 && self.knots.len() > 1 {
+            if self.opens_all(active) {
                 return f32::NEG_INFINITY;
             }
             self.beside(active).iter().map(|&(at, weight)| weight * self.knots[at].bars[layer]).sum::<f64>()
                 as f32
         };
         active.iter().enumerate().map(bar).collect()
+    }
+
+    /// Returns whether all gates are open at a budget, whatever its thresholds are.
+    pub fn opens_all(&self, active: f64) -> bool {
+        active >= 1.0 && self.knots.len() > 1
     }
 
     /// Returns the knots beside a budget, with their weights.

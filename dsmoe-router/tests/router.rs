@@ -146,7 +146,7 @@ fn f32_agrees_with_the_reference() {
             }
             assert_close(&name("coefficients"), &coef, &want.coef, 2e-7);
 
-            for over in [SparsityOver::Active, SparsityOver::All] {
+            for over in [SparsityOver::Active, SparsityOver::All, SparsityOver::Held] {
                 let value = sparsity::loss(&got, over);
                 assert_close_f64(&name("sparsity"), &[value], &[reference::sparsity(&want, over)], 2e-7);
                 let mut dlogits = Array2::from_elem(shape, f32::NAN);
@@ -158,6 +158,42 @@ fn f32_agrees_with_the_reference() {
             }
         }
     }
+}
+
+/// Gates that are held are neither opened nor closed as a whole, and a weight moves them as it moves all gates.
+#[test]
+fn held_gates_move_against_each_other_alone() {
+    let (tokens, n) = (37, 5);
+    let shaped =
+        |seed, scale: f32| Array2::from_shape_vec((tokens, n), normals(tokens * n, seed)).unwrap() * scale;
+    let (logits, dcoef) = (shaped(3, 2.0), shaped(4, 1.0) - 3.0);
+    for config in configs(n) {
+        let routed = route(&config, logits.view());
+        let dlogits = |weight: f32, over: SparsityOver| {
+            let mut dlogits = Array2::zeros((tokens, n));
+            ste::backward(&config, &routed, dcoef.view(), SparsityGrad { weight, over }, dlogits.view_mut());
+            dlogits
+        };
+        let held = dlogits(0.0, SparsityOver::Held);
+        assert!(held.sum().abs() < 1e-3, "{config:?}: {}", held.sum());
+        let (pushed, all) = (dlogits(0.5, SparsityOver::Held), dlogits(0.5, SparsityOver::All));
+        let moved = &all - &dlogits(0.0, SparsityOver::All);
+        let push = (pushed - &held).sum();
+        assert!((push - moved.sum()).abs() < 1e-3 * moved.sum(), "{config:?}: {push} for {}", moved.sum());
+        // The differences between gates of one value of q are those that they have otherwise.
+        let open = dlogits(0.0, SparsityOver::All);
+        let slope = |at: (usize, usize)| routed.gates[at] * (1.0 - routed.gates[at]);
+        let [a, b] = [(0, 0), (1, 1)].map(|at| (held[at] - open[at]) / slope(at));
+        assert!((a - b).abs() < 1e-3 * a.abs().max(1.0), "{config:?}: {a} {b}");
+    }
+    // Gates that are all open have no slope.
+    let open = RouterConfig { gate_value: GateValue::Binary, ..RouterConfig::new(n) };
+    let mut routed = route(&open, logits.view());
+    routed.rebuild_above(&open, Some(f32::NEG_INFINITY), f32::NEG_INFINITY, logits.view());
+    let mut dlogits = Array2::from_elem((tokens, n), f32::NAN);
+    let held = SparsityGrad { weight: 0.0, over: SparsityOver::Held };
+    ste::backward(&open, &routed, dcoef.view(), held, dlogits.view_mut());
+    assert!(dlogits.iter().all(|&dz| dz == 0.0));
 }
 
 #[test]

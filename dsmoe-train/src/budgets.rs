@@ -18,9 +18,11 @@ const JITTER: f64 = 0.25;
 const SAME: f64 = 1e-3;
 /// Micro-batches after which the least and the largest budget come again.
 const CYCLE: u64 = 8;
-/// Tokens that the thresholds of a single budget are fitted to at the end of a run, and those of each of several.
+/// Tokens that the thresholds of a target are fitted to, and those of each budget of a range.
 const FIT_TOKENS: [usize; 2] = [32_768, 16_384];
-/// Passes over that text. Thresholds change what later layers read, so the first pass is not exact.
+/// Parts of that text that the budgets beside a target are fitted to.
+const PARTS_BESIDE_TARGET: usize = 4;
+/// Passes, each over a part of the text: thresholds change what later layers read, so the first one is not exact.
 const FIT_PASSES: usize = 2;
 /// Tokens of a forward pass of it.
 const BATCH_TOKENS: usize = 1024;
@@ -115,30 +117,37 @@ pub(crate) fn threshold_of(controller: &ThresholdController, target: Option<f64>
     mean(&knots.iter().find(is_target).unwrap_or(&knots[0]).bars)
 }
 
-/// Returns the number of tokens that [`fit`] reads.
-pub(crate) fn fit_tokens(controller: &ThresholdController) -> usize {
-    FIT_TOKENS[usize::from(controller.knots().len() > 1)]
+/// Returns the number of tokens that [`fit`] reads, under a `target` or for a range.
+pub(crate) fn fit_tokens(target: Option<f64>) -> usize {
+    FIT_TOKENS[usize::from(target.is_none())]
 }
 
-/// Fits the thresholds of every budget to a text: the share of the text that they open is the budget's. `ids` are
-/// sequences of `seq` tokens.
+/// Fits the thresholds of every budget to a text: the share of the text that they open is the budget's. The text is of
+/// sequences of `seq` tokens; the budgets beside a `target` take a part of it.
 pub(crate) fn fit(
     controller: &mut ThresholdController,
     model: &mut Inference,
-    ids: &[u32],
-    seq: usize,
+    (ids, seq): (&[u32], usize),
+    target: Option<f64>,
 ) -> Result<()> {
     let (layers, mut workspace) = (model.config().num_layers, Workspace::default());
     let batch = (BATCH_TOKENS / seq).max(1) * seq;
     let (targets, mut losses) = (vec![IGNORE; batch], vec![0.0; batch]);
+    let sequences = ids.len() / seq;
     for at in 0..controller.knots().len() {
-        for _ in 0..FIT_PASSES {
+        let active = controller.knots()[at].active;
+        if controller.opens_all(active) {
+            continue;
+        }
+        let is_beside = target.is_some_and(|target| (active - target).abs() > SAME);
+        let whole = (sequences / if is_beside { PARTS_BESIDE_TARGET } else { 1 }).max(1);
+        for text in ids[..whole * seq].chunks(whole.div_ceil(FIT_PASSES) * seq) {
             let Some(stats) = model.new_stats() else { return Ok(()) };
             let mut stats = stats.with_logits();
             let bars: Vec<f32> = controller.knots()[at].bars.iter().map(|&bar| bar as f32).collect();
             debug_assert_eq!(bars.len(), layers);
             model.set_thresholds(&bars)?;
-            for inputs in ids.chunks(batch) {
+            for inputs in text.chunks(batch) {
                 let of = Batch { inputs, targets: &targets[..inputs.len()], seq };
                 model.score(&mut losses[..inputs.len()], of, Some(&mut stats), &mut workspace)?;
             }

@@ -272,7 +272,8 @@ impl Trainer {
             self.write_final()?;
             return Ok(Outcome::Finished);
         }
-        if self.state.step == 0 && matches!(self.state.config.budget(), Budget::Range(..)) {
+        let stores = self.model.config().moe.as_ref().is_some_and(|moe| !moe.parts.budgets.is_empty());
+        if self.state.step == 0 && !stores && matches!(self.state.config.budget(), Budget::Range(..)) {
             observer.note("the thresholds of the budgets are fitted to the first training text");
             self.fit_thresholds()?;
         }
@@ -285,7 +286,7 @@ impl Trainer {
             let step = self.state.step;
             let due = |every: Option<u64>| every.is_some_and(|every| step.is_multiple_of(every));
             if step == total && self.state.thresholds.is_some() {
-                observer.note("the thresholds are fitted to the last training text");
+                observer.note("the thresholds are fitted to the training text that comes next");
                 self.fit_thresholds()?;
             }
             if due(self.state.config.eval_every) || step == total {
@@ -311,6 +312,7 @@ impl Trainer {
         }
         let (over, penalty): (_, fn(&StepResult) -> f64) = match self.state.config.budget() {
             Budget::Weight(_) => (SparsityOver::Active, |result| result.sparsity_loss),
+            _ if self.state.thresholds.is_some() => (SparsityOver::Held, |result| result.mean_gate),
             Budget::Target(_) | Budget::Range(..) => (SparsityOver::All, |result| result.mean_gate),
         };
         let step = self.state.step;
@@ -410,27 +412,27 @@ impl Trainer {
         }
     }
 
-    /// Fits the thresholds of all budgets to the text of the last steps, before any step to that of the first ones.
+    /// Fits the thresholds of all budgets to the text that the next steps would read: in the first epoch the model has not seen
+    /// it, and routers open more of text that they have seen.
     fn fit_thresholds(&mut self) -> Result<()> {
         let Some(mut controller) = self.state.thresholds.take() else { return Ok(()) };
-        let ids = self.text_nearby(budgets::fit_tokens(&controller))?;
+        let ids = self.text_nearby(budgets::fit_tokens(self.state.config.active_target))?;
         self.stepper.engine.fetch(&mut self.model)?;
         self.stepper.engine.release();
         let mut model = Inference::new_on(&self.model, self.state.config.dtype, self.options.device)?;
-        budgets::fit(&mut controller, &mut model, &ids, self.state.config.seq)?;
+        let text = (&ids[..], self.state.config.seq);
+        budgets::fit(&mut controller, &mut model, text, self.state.config.active_target)?;
         self.state.thresholds = Some(controller);
         self.store_thresholds()
     }
 
-    /// Returns whole sequences of the training text, up to `tokens` of them but at least one: those that the last steps
-    /// read, before any step those that the first ones will.
+    /// Returns whole sequences of the training text, up to `tokens` of them but at least one, that the next steps would read.
     fn text_nearby(&mut self, tokens: usize) -> Result<Vec<u32>> {
         let (seq, accumulate) = (self.state.config.seq, self.state.config.accumulate as u64);
         let done = self.state.step * accumulate;
         let count = (tokens / (self.state.config.batch * seq)).max(1) as u64;
-        let batches = if done == 0 { 0..count } else { done.saturating_sub(count)..done };
         let (mut ids, mut window) = (Vec::new(), Vec::new());
-        for batch in batches {
+        for batch in done..done + count {
             for sample in self.order.batch_at(batch) {
                 if ids.len() + seq > tokens.max(seq) {
                     return Ok(ids);

@@ -5,6 +5,7 @@ use std::path::Path;
 use crate::common::*;
 use dsmoe_core::model::{Batch, Workspace};
 use dsmoe_core::{Inference, Model};
+use dsmoe_datasets::TokenStream;
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::cross_entropy::IGNORE;
 use dsmoe_router::BudgetController;
@@ -95,7 +96,7 @@ fn a_range_of_budgets_makes_a_model_for_all_of_them() {
     let bed = switched();
     let more = ["active_range=[0.25, 1.0]", "steps=80", "accumulate=4", "lr=1e-2"];
     let heard = bed.whole("out", &more);
-    heard.noted(&["fitted to the first training text", "fitted to the last training text"]);
+    heard.noted(&["fitted to the first training text", "fitted to the training text that comes next"]);
     let far =
         heard.records[20..].iter().map(|record| (record.activation_ratio.unwrap(), record.budget.unwrap()));
     let far: Vec<_> = far.filter(|(share, budget)| (share - budget).abs() > 0.12).collect();
@@ -123,6 +124,57 @@ fn a_range_of_budgets_makes_a_model_for_all_of_them() {
         train(&text(1), settings(&["active_target=0.5", "steps=4", "hold=threshold"]), again).unwrap();
     assert_eq!(end, Outcome::Finished);
     assert!((heard.records[0].activation_ratio.unwrap() - 0.5).abs() < 0.1, "{heard:?}");
+}
+
+/// Some text of one kind, in several seeds.
+fn texts(seeds: std::ops::Range<u64>) -> TokenStream {
+    let mut all = TokenStream { ids: Vec::new(), doc_starts: Vec::new() };
+    for seed in seeds {
+        let part = text(seed);
+        all.doc_starts.extend(part.doc_starts.iter().map(|start| start + all.ids.len()));
+        all.ids.extend(part.ids);
+    }
+    all
+}
+
+/// A run of 60 steps and one of 600, from gates that are all open and from gates that open the share, end at the share on
+/// text that neither has seen.
+#[test]
+fn short_and_long_runs_land_within_a_point() {
+    let bed = switched();
+    let (train_text, other) = (texts(1..13), texts(50..62));
+    let target = 0.4;
+    let run = |name: &str, more: &[&str], source: &Path| {
+        let target = format!("active_target={target}");
+        let settings =
+            settings(&[&[&target[..], "hold=threshold", "accumulate=1", "batch=4"], more].concat());
+        let (_, heard) =
+            train(&train_text, settings, RunOptions { source: source.to_owned(), ..bed.options(name) })
+                .unwrap();
+        let model = Inference::load(&bed.path(name), Precision::F32).unwrap();
+        (share(&model, &other.ids), heard)
+    };
+    // A start whose gates open the share and have learned nothing.
+    run("start", &["steps=30", "lr=0"], &bed.source);
+    let started = bed.path("start");
+    for (name, steps, source) in [
+        ("open 60", "steps=60", &bed.source),
+        ("open 600", "steps=600", &bed.source),
+        ("started 60", "steps=60", &started),
+        ("started 600", "steps=600", &started),
+    ] {
+        let (share, heard) = run(name, &[steps, "lr=3e-3"], source);
+        assert!((share - target).abs() < 0.01, "{name}: {share}");
+        if source == &started {
+            let shares = heard.records.iter().map(|record| record.activation_ratio.unwrap());
+            let far = shares.filter(|share| (share - target).abs() > 0.06).count();
+            assert!(far * 20 < heard.records.len(), "{name}: {far} steps far from the target");
+        }
+        // The gradient does not open the gates as a whole, so thresholds stay where they are.
+        let bars: Vec<f64> = heard.records.iter().map(|record| record.threshold_logit.unwrap()).collect();
+        let (settled, last) = (bars[bars.len() / 2], bars[bars.len() - 1]);
+        assert!((settled - last).abs() < 0.5, "{name}: thresholds from {settled} to {last}");
+    }
 }
 
 #[test]

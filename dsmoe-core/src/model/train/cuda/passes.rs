@@ -132,7 +132,7 @@ impl CudaTrainer {
         let sparsity = Sparsity {
             weight: &self.sparsity_weight,
             factor: 1.0,
-            all: args.sparsity_over == SparsityOver::All,
+            all: args.sparsity_over != SparsityOver::Active,
         };
         let mut gradients = Gradients { block, params: &self.params, grads, partials };
         let Stream { x, rstd } = &streams[ranges.layers.len()];
