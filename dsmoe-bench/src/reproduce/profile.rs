@@ -589,12 +589,12 @@ impl Profile {
     /// Returns the share of active experts at which a gated row has the budget. It differs from `active` by the cost of
     /// the row's own routers.
     pub(crate) fn active_of(&self, spec: &MethodSpec, dense: &Config) -> Result<f64> {
-        if self.experts.is_none() {
+        let Some(own) = self.experts_of(spec)?.filter(|_| self.experts.is_some()) else {
             return Ok(self.plan_of(spec, dense)?.active_target.unwrap_or(self.share_of(spec)));
-        }
+        };
         let counts = |experts| Accounting::of(&gated(dense, experts));
         let budget = counts(self.budget_experts()?);
-        let own = counts(self.experts_of(spec)?.unwrap_or_else(|| self.default_experts()));
+        let own = counts(own);
         Ok(self.share_of(spec) + (budget.router as f64 - own.router as f64) / own.ffn as f64)
     }
 
