@@ -2,11 +2,11 @@
 //!
 //! ```text
 //! f_l(n)     what the output loses when layer l alone has n of its N_l units; known at a few n, 0 at all of them
-//! between    f_l(n) = c (1 - n/N_l)^2, ln c linear between known n and constant outside
+//! between    f_l(n) = c (1 - n/N_l)^2, ln c linear in n: the line nearest to those of known n
 //! minimise   sum over layers of f_l(n_l),  sum of n_l as wanted,  n_l from the least to the most of each layer
 //! ```
 //! The error of an FFN's output grows about linearly with what is left out, and the divergence with its square: c changes
-//! little. Of each curve its lower convex hull counts, whose pieces are bought by their gain per unit.
+//! little. A curve through all known points would have kinks there, at which layers stop. Of each curve its lower convex hull counts, whose pieces are bought by their gain per unit.
 
 /// What the sizes of a layer cost.
 #[derive(Clone, Debug, PartialEq)]
@@ -92,20 +92,21 @@ impl Costs {
         if n >= self.size {
             return 0.0;
         }
-        let missing = |n: usize| 1.0 - n as f64 / self.size as f64;
-        let factor = |(n, cost): (usize, f64)| (cost.max(f64::MIN_POSITIVE) / missing(n).powi(2)).ln();
-        let known = || self.known.iter().copied().filter(|(n, _)| *n < self.size);
-        let below = known().take_while(|(known, _)| *known <= n).last();
-        let above = known().find(|(known, _)| *known > n);
-        let ln = match (below, above) {
-            (None, None) => return 0.0,
-            (Some(one), None) | (None, Some(one)) => factor(one),
-            (Some(a), Some(b)) => {
-                let share = (n - a.0) as f64 / (b.0 - a.0) as f64;
-                factor(a) * (1.0 - share) + factor(b) * share
-            }
+        let share = |n: usize| n as f64 / self.size as f64;
+        let factor = |(n, cost): (usize, f64)| {
+            let ln = (cost.max(f64::MIN_POSITIVE) / (1.0 - share(n)).powi(2)).ln();
+            (share(n), ln)
         };
-        missing(n).powi(2) * ln.exp()
+        let known: Vec<(f64, f64)> =
+            self.known.iter().filter(|(n, _)| *n < self.size).map(|&of| factor(of)).collect();
+        if known.is_empty() {
+            return 0.0;
+        }
+        let mean = |of: &dyn Fn(&(f64, f64)) -> f64| known.iter().map(of).sum::<f64>() / known.len() as f64;
+        let [x, y] = [mean(&|of| of.0), mean(&|of| of.1)];
+        let spread = mean(&|of| (of.0 - x).powi(2));
+        let slope = if spread > 0.0 { mean(&|of| (of.0 - x) * (of.1 - y)) / spread } else { 0.0 };
+        (1.0 - share(n)).powi(2) * (y + slope * (share(n) - x)).exp()
     }
 }
 
@@ -136,12 +137,15 @@ mod tests {
     }
 
     #[test]
-    fn curves_pass_through_what_is_known_and_are_squares_beside_it() {
+    fn curves_are_squares_times_what_changes_exponentially() {
         let costs = Costs { known: vec![(2, 6.4), (5, 1.0)], size: 10, least: 1 };
         assert!((costs.at(2) - 6.4).abs() < 1e-12 && (costs.at(5) - 1.0).abs() < 1e-12);
-        // 6.4 / 0.8^2 = 10 below, 1 / 0.5^2 = 4 above, and the geometric mean between.
-        assert!((costs.at(0) - 10.0).abs() < 1e-12 && (costs.at(9) - 0.04).abs() < 1e-12);
-        assert!((costs.at(3) - 0.49 * (10f64.ln() * 2.0 / 3.0 + 4f64.ln() / 3.0).exp()).abs() < 1e-12);
+        // 6.4 / 0.8^2 = 10 and 1 / 0.5^2 = 4: each unit more has 0.4^(1/3) times that.
+        assert!((costs.at(8) - 0.04 * 1.6).abs() < 1e-12);
+        let three = Costs { known: vec![(2, 0.64 * 8.0), (4, 0.36 * 1.0), (6, 0.16 * 8.0)], ..costs.clone() };
+        assert!((2..8).all(|n| (three.at(n) / (1.0 - n as f64 / 10.0).powi(2) - 4.0).abs() < 1e-12));
+        let one = Costs { known: vec![(5, 1.0)], ..costs.clone() };
+        assert!((one.at(0) - 4.0).abs() < 1e-12);
         assert_eq!((costs.at(10), costs.at(11)), (0.0, 0.0));
         assert_eq!(Costs { known: Vec::new(), size: 3, least: 0 }.at(1), 0.0);
     }
@@ -152,7 +156,7 @@ mod tests {
         let layer = |known: &[(usize, f64)], size, least| Costs { known: known.to_vec(), size, least };
         let layers = [
             layer(&[(1, 8.0), (2, 3.0), (4, 0.5)], 6, 1),
-            layer(&[(1, 2.0), (3, 1.0)], 5, 1),
+            layer(&[(1, 1.28), (3, 0.32)], 5, 1),
             layer(&[(2, 6.0), (4, 2.9)], 6, 2),
         ];
         for costs in &layers {

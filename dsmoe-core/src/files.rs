@@ -74,5 +74,8 @@ pub(crate) fn check_exists(dir: &Path) -> crate::Result<()> {
         let help = format!("download it first: `hf download {}` prints the directory", dir.display());
         return Err(Error::path(dir, problem, help));
     }
-    Err(Error::path(dir, "there is no such directory", "name a model directory"))
+    if dir.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) {
+        return Err(Error::path(dir, "there is no such file", "name a GGUF file or a model directory"));
+    }
+    Err(Error::path(dir, "there is no such directory", "name a model directory or a GGUF file"))
 }

@@ -46,7 +46,7 @@ pub(crate) enum LessonsOf {
         /// Their number.
         top: usize,
         /// Holds the rows of sequences of earlier steps and runs.
-        cache: Option<TeacherCache>,
+        cache: Option<Box<TeacherCache>>,
         /// The rows of the micro-batch at work.
         rows: TopRows,
     },
@@ -57,7 +57,7 @@ impl Lessons {
     pub(crate) fn new(teacher: Teacher, top: Option<usize>, cache: Option<TeacherCache>) -> Lessons {
         let of = match top {
             None => LessonsOf::All,
-            Some(top) => LessonsOf::Top { top, cache, rows: TopRows::default() },
+            Some(top) => LessonsOf::Top { top, cache: cache.map(Box::new), rows: TopRows::default() },
         };
         Lessons { teacher, of }
     }

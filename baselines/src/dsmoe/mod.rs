@@ -230,6 +230,12 @@ impl Dsmoe {
         let errors = done.errors.iter().enumerate();
         let mut measured: Vec<(String, f64)> =
             errors.map(|(layer, &error)| (format!("layer {layer} error"), error)).collect();
+        for (layer, costs) in done.costs.iter().enumerate() {
+            let named = |(n, cost): &(usize, f64)| {
+                (format!("layer {layer}: divergence with {n} experts alone"), *cost)
+            };
+            measured.extend(costs.iter().map(named));
+        }
         let shares = done.shares.iter().enumerate();
         measured.extend(shares.map(|(layer, &share)| (format!("layer {layer} share"), share)));
         measured.push(("active".to_owned(), done.active));

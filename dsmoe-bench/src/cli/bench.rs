@@ -147,6 +147,9 @@ pub(crate) struct Architecture {
     /// Share of active pairs of a token and an expert, 0 to 1
     #[arg(long, value_name = "SHARE", default_value_t = 0.375, allow_negative_numbers = true)]
     pub(crate) active: f64,
+    /// The part of --active that is a core, experts that run for every token: 0 to 1
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0, allow_negative_numbers = true)]
+    pub(crate) core: f64,
 }
 
 #[derive(Debug, Args)]

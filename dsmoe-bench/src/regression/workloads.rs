@@ -186,7 +186,7 @@ fn ids(count: usize, stream: u64) -> Vec<u32> {
 /// Takes a step of 4 x 64 tokens.
 fn train(experts: bool, precision: Precision) -> Result<Task> {
     const STEP_SEQ: usize = 64;
-    let [dense, dsmoe] = configs(EXPERTS, SIZES, STEP_SEQ)?;
+    let [dense, dsmoe] = configs(COARSE, SIZES, STEP_SEQ)?;
     let ids = ids(4 * STEP_SEQ + 1, 0);
     let mut run = Run::new(if experts { dsmoe } else { dense }, &ids, STEP_SEQ, precision, Device::Cpu)?;
     if experts {
@@ -196,7 +196,7 @@ fn train(experts: bool, precision: Precision) -> Result<Task> {
 }
 
 fn decoding(experts: bool, precision: Precision) -> Result<Task> {
-    let [dense, dsmoe] = configs(EXPERTS, SIZES, PROMPT + NEW_TOKENS + 1)?;
+    let [dense, dsmoe] = configs(COARSE, SIZES, PROMPT + NEW_TOKENS + 1)?;
     let prompt = ids(PROMPT, 1);
     let mut model = Inference::new(&random_model(if experts { dsmoe } else { dense }), precision);
     if experts {
@@ -210,7 +210,7 @@ fn decoding(experts: bool, precision: Precision) -> Result<Task> {
 
 fn conversion() -> Result<Task> {
     let dir = tempfile::tempdir().context("cannot make a temporary directory; set TMPDIR")?;
-    let [dense, _] = configs(EXPERTS, SIZES, SEQ)?;
+    let [dense, _] = configs(COARSE, SIZES, SEQ)?;
     let from = dir.path().join("dense");
     init(&dense, &from, &InitOptions::default(), &mut |_| {})?;
     Ok(Box::new(move || {

@@ -50,6 +50,11 @@ impl Cache {
         self.dir.join(format!("{stage}-{}", &key.0[..16]))
     }
 
+    /// Returns a directory that stages share.
+    pub(crate) fn shared(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
     /// Returns the result of a stage, if it was done.
     pub(crate) fn get<T: DeserializeOwned>(&self, stage: &str, key: &Key) -> Option<T> {
         read_json(&self.dir(stage, key).join(RESULT)).ok()

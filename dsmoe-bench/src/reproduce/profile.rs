@@ -671,6 +671,7 @@ impl Profile {
         }
         // Without weight there is no teacher.
         config.teacher_weight = config.teacher_weight.filter(|weight| *weight > 0.0);
+        config.teacher_top = config.teacher_top.filter(|_| config.teacher_weight.is_some());
         config.seed += seed;
         Ok(config)
     }

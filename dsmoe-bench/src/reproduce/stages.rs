@@ -176,6 +176,8 @@ impl Stages<'_> {
         let key = self.train_key(job, base)?;
         let cost = costs.train(&config)? + (milestones.len() * serves.len()) as f64 * costs.text();
         let stage = Stage { name: "train", of: &id, key: &key, cost };
+        // Whole distributions are computed anew in every training.
+        let lessons = config.teacher_top.map(|_| self.work.cache.shared("teacher"));
         let steps_left = &mut self.steps_left;
         let mut trained: Trained = self.work.stage(stage, |dir| {
             let file = |share: f64| dir.join(format!("at-{share}.json"));
@@ -185,7 +187,7 @@ impl Stages<'_> {
                 config: config.clone(),
                 milestones: &milestones,
                 data: text.train_data(),
-                teacher: config.teacher_weight.map(|_| base.dir.clone()),
+                teacher: config.teacher_weight.map(|_| (base.dir.clone(), lessons.clone())),
                 device,
                 name: &id,
             };

@@ -24,8 +24,8 @@ pub(crate) struct Training<'a> {
     /// Shares of the steps at which the model is measured, ascending.
     pub(crate) milestones: &'a [f64],
     pub(crate) data: TrainData,
-    /// The model whose distribution is learnt.
-    pub(crate) teacher: Option<PathBuf>,
+    /// The model whose distribution is learnt, and the directory that keeps its likeliest tokens for other trainings.
+    pub(crate) teacher: Option<(PathBuf, Option<PathBuf>)>,
     pub(crate) device: Device,
     /// The name of the model for progress lines.
     pub(crate) name: &'a str,
@@ -40,10 +40,12 @@ impl Training<'_> {
         ui: Ui,
         at: &mut dyn FnMut(f64, u64, &Model) -> Result<()>,
     ) -> Result<()> {
+        let (teacher, teacher_cache) = self.teacher.unzip();
         let options = RunOptions {
             resume: true,
             device: self.device,
-            teacher: self.teacher,
+            teacher,
+            teacher_cache: teacher_cache.flatten(),
             ..RunOptions::new(self.source, self.out)
         };
         let mut trainer = Trainer::new(Model::load(self.source)?, self.data, self.config, options)?;

@@ -36,3 +36,10 @@ pub(crate) fn check_memory(bytes: u128) -> Result<()> {
     let bytes = u64::try_from(bytes).unwrap_or(u64::MAX);
     memory::check("this shape", bytes, memory::total(), "use a smaller one")
 }
+
+pub(crate) fn check_core(core: f64) -> Result<()> {
+    if !(0.0..=1.0).contains(&core) {
+        bail!("--core {core} is not a share; use 0 to 1");
+    }
+    Ok(())
+}

@@ -29,7 +29,7 @@ pub(crate) fn check(args: &Decode) -> Result<()> {
     check_size("tokens", args.tokens)?;
     for sizes in args.architecture.sizes(&DEFAULT) {
         args.architecture.check(sizes)?;
-        let [_, dsmoe] = configs(args.architecture.experts, sizes, args.prompt + args.tokens + 1)?;
+        let [_, dsmoe] = configs(args.architecture.shape(), sizes, args.prompt + args.tokens + 1)?;
         for precision in args.common.precisions(&PRECISIONS) {
             // A model in f32 while it is packed, and two packed ones.
             check_memory(parameters(&dsmoe) * (4 + 2 * precision.bytes() as u128))?;
@@ -46,7 +46,7 @@ pub(crate) fn run(args: &Decode, output: &mut Output<'_>) -> Result<()> {
 }
 
 fn measure(args: &Decode, sizes: Sizes, precision: Precision, output: &mut Output<'_>) -> Result<Vec<Row>> {
-    let configs = configs(args.architecture.experts, sizes, args.prompt + args.tokens + 1)?;
+    let configs = configs(args.architecture.shape(), sizes, args.prompt + args.tokens + 1)?;
     let prompt = random_ids(args.prompt, configs[0].vocab_size, Rng::new(0x9a, 0));
     let [dense, dsmoe] =
         configs.map(|config| Inference::new_on(&random_model(config), precision, args.device));
@@ -63,19 +63,20 @@ fn measure(args: &Decode, sizes: Sizes, precision: Precision, output: &mut Outpu
     })?;
     let shares = [None, Some((args.architecture.active, active))];
     let rows = models.into_iter().zip(&times).zip(shares).zip(["dense", "dsmoe"]);
+    // The positions in the cache, mean over the new tokens.
+    let context = args.prompt as f64 + args.tokens as f64 / 2.0;
+    let of_dense = cost(dense.config(), precision, 1.0, context).bytes;
     rows.map(|(((model, &seconds), share), name)| {
         let config = model.config();
         let mut row = Row::new("decode", name, args.tokens, config.hidden, precision);
         describe(&mut row, config, share);
         let (mut cache, mut workspace) = (Cache::new(model, prompt.len()), Workspace::default());
         row.bits = bits(&[model.decode(&prompt, &mut cache, None, &mut workspace)?]);
-        // The positions in the cache, mean over the new tokens.
-        let context = args.prompt as f64 + args.tokens as f64 / 2.0;
         let cost = cost(config, precision, share.map_or(1.0, |share| share.1), context);
         row.measured_on(args.device, seconds / args.tokens as f64, cost, precision, &mut output.ceilings);
         row.seconds = seconds;
         row.tokens_per_s = Some(args.tokens as f64 / seconds);
-        row.against_dense(times[0]);
+        row.against_dense(times[0], cost.bytes / of_dense);
         Ok(row)
     })
     .collect()

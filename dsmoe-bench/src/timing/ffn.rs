@@ -4,12 +4,13 @@ use std::cell::RefCell;
 
 use anyhow::{Result, bail};
 use dsmoe_core::ffn::routes;
+use dsmoe_kernels::crew::with_crew;
 use dsmoe_kernels::expert_ffn::{self, Dims, PackedWeights, Pairs, Saved, Scratch, WeightGrads, Weights};
-use dsmoe_kernels::{Activation, Precision};
+use dsmoe_kernels::{Activation, Precision, attention};
 use dsmoe_router::Routing;
 
 use super::ceilings::Cost;
-use super::checks::{check_active, check_experts, check_memory, check_size};
+use super::checks::{check_active, check_core, check_experts, check_memory, check_size};
 use super::output::Output;
 use super::routing::{experts_in_use, routing};
 use super::row::{Row, bits, find_break_evens};
@@ -23,9 +24,7 @@ pub(crate) fn check(args: &Ffn) -> Result<()> {
     args.tokens.iter().try_for_each(|&tokens| check_size("tokens", tokens.max(1)))?;
     args.experts.iter().try_for_each(|&experts| check_experts(experts, args.intermediate))?;
     args.active.iter().try_for_each(|&active| check_active(active))?;
-    if !(0.0..=1.0).contains(&args.core) {
-        bail!("--core {} is not a share; use 0 to 1", args.core);
-    }
+    check_core(args.core)?;
     if let Some(&experts) = args.experts.iter().max()
         && let Some(&tokens) = args.tokens.iter().max()
         && u32::try_from(experts as u128 * tokens as u128).is_err()
@@ -81,9 +80,8 @@ pub(crate) struct Shape {
 impl Shape {
     pub(crate) const DENSE: Shape = Shape { experts: 1, core: 0 };
 
-    /// Returns the shape of `experts` experts, a share `active` of which runs; random routings leave a part to the core.
-    fn new(args: &Ffn, experts: usize, active: f64) -> Shape {
-        let part = if args.routing == Routes::Random { args.core } else { 0.0 };
+    /// Returns the shape of `experts` experts, a share `active` of which runs, with the part `part` of these as the core.
+    pub(crate) fn new(experts: usize, active: f64, part: f64) -> Shape {
         Shape { experts, core: (experts as f64 * active * part).round() as usize }
     }
 
@@ -118,12 +116,17 @@ fn shares(args: &Ffn, experts: usize) -> Vec<f64> {
     }
 }
 
+/// Returns the part of the active experts that is the core: random routings leave one to it.
+fn core_part(args: &Ffn) -> f64 {
+    if args.routing == Routes::Random { args.core } else { 0.0 }
+}
+
 /// Lists the shapes that are timed.
 fn shapes(args: &Ffn) -> Vec<Shape> {
     let mut shapes = Vec::new();
     for &experts in &args.experts {
         for active in shares(args, experts) {
-            let shape = Shape::new(args, experts, active);
+            let shape = Shape::new(experts, active, core_part(args));
             if !shapes.contains(&shape) {
                 shapes.push(shape);
             }
@@ -136,7 +139,7 @@ fn contestants(args: &Ffn, shapes: &[Shape], tokens: usize) -> Vec<Contestant> {
     let mut contestants = Vec::new();
     for &experts in &args.experts {
         for active in shares(args, experts) {
-            let shape = Shape::new(args, experts, active);
+            let shape = Shape::new(experts, active, core_part(args));
             let index = shapes.iter().position(|&other| other == shape).expect("every shape is listed");
             let open = (experts as f64 * active - shape.core as f64).max(0.0);
             let routing = routing(args.routing, tokens, shape.routed(), open / shape.routed().max(1) as f64);
@@ -247,6 +250,18 @@ impl Layer {
         packed: &[PackedWeights],
         args: &Ffn,
     ) -> Measured {
+        let run = || self.infer_here(tokens, contestants, packed, args);
+        // As in a model: on a thread of the pool, with a crew for a few tokens.
+        rayon::scope(|_| if tokens <= attention::DECODE_QUERIES { with_crew(run) } else { run() })
+    }
+
+    fn infer_here(
+        self,
+        tokens: usize,
+        contestants: &[Contestant],
+        packed: &[PackedWeights],
+        args: &Ffn,
+    ) -> Measured {
         let x = &random(tokens * self.hidden, 1.0, 4);
         let space = &RefCell::new((vec![0.0; x.len()], Scratch::default()));
         let call = |weights, routing| -> Task<'_> {
@@ -291,6 +306,7 @@ impl Layer {
             (Some(one), experts, one.routing.num_routed() + core * tokens, touched)
         });
         let rows = [dense].into_iter().chain(split).zip(&times).zip(hashes);
+        let of_dense = self.cost(tokens, tokens, 1, 1.0, args.backward).flops.max(1.0);
         let mut rows: Vec<Row> = rows
             .map(|(((contestant, experts, pairs, touched), &seconds), bits)| {
                 let name = if contestant.is_some() { "dsmoe" } else { "dense" };
@@ -310,7 +326,7 @@ impl Layer {
                 row.bits = bits;
                 let cost = self.cost(tokens, pairs, experts, touched, args.backward);
                 row.measured(seconds, cost, self.precision, &mut output.ceilings);
-                row.against_dense(times[0]);
+                row.against_dense(times[0], cost.flops / of_dense);
                 row
             })
             .collect();

@@ -8,7 +8,8 @@ use dsmoe_core::init::LlamaSizes;
 use dsmoe_router::RouterConfig;
 use rayon::prelude::*;
 
-use super::checks::{check_active, check_experts, check_size};
+use super::checks::{check_active, check_core, check_experts, check_size};
+use super::ffn::Shape;
 use super::row::Row;
 use super::values::fill_random;
 use crate::cli::bench::Architecture;
@@ -42,18 +43,32 @@ impl Architecture {
             bail!("--kv-heads {kv_heads} does not divide --heads {heads}; use a divisor");
         }
         check_experts(self.experts, intermediate)?;
-        check_active(self.active)
+        check_core(self.core)?;
+        check_active(self.active)?;
+        if self.shape().routed() == 0 {
+            bail!("--core {} leaves no expert to the router; use less", self.core);
+        }
+        Ok(())
+    }
+
+    /// Returns the cut of an FFN into experts.
+    pub(crate) fn shape(&self) -> Shape {
+        Shape::new(self.experts, self.active, self.core)
     }
 }
 
 /// Returns the dense configuration of `sizes` with `positions`, and the DSMoE one.
-pub(crate) fn configs(experts: usize, sizes: Sizes, positions: usize) -> Result<[Config; 2]> {
+pub(crate) fn configs(shape: Shape, sizes: Sizes, positions: usize) -> Result<[Config; 2]> {
     let [hidden, intermediate, layers, heads, kv_heads, vocab] = sizes;
     let bos_eos = [1, 2];
     let sizes = LlamaSizes { vocab, hidden, intermediate, layers, heads, kv_heads, positions, bos_eos };
     let dense = sizes.config()?;
     let mut dsmoe = dense.clone();
-    dsmoe.moe = Some(MoeConfig { router_bias: true, ..MoeConfig::new(RouterConfig::new(experts)) });
+    let mut moe = MoeConfig { router_bias: true, ..MoeConfig::new(RouterConfig::new(shape.experts)) };
+    if shape.core > 0 {
+        moe.parts.core = vec![shape.core; dense.num_layers];
+    }
+    dsmoe.moe = Some(moe);
     Ok([dense, dsmoe])
 }
 

@@ -32,6 +32,10 @@ pub(crate) struct Row {
     pub(crate) peak_share: Option<f64>,
     /// `seconds / dense_seconds`.
     pub(crate) ratio_to_dense: Option<f64>,
+    /// The share of the dense one's work that is left: of the bytes that one token reads, or of the arithmetic of several.
+    pub(crate) work_share: Option<f64>,
+    /// `ratio_to_dense / work_share`: 1 where all of the saved work is saved time.
+    pub(crate) ratio_to_work: Option<f64>,
     /// Share of pairs that were active.
     pub(crate) active_measured: Option<f64>,
     /// The active share above which the dense one is faster; 1 if it never is.
@@ -112,10 +116,13 @@ impl Row {
         self.gb_per_s = Some(cost.bytes / seconds / 1e9);
     }
 
-    /// Compares with the dense one on the same work.
-    pub(crate) fn against_dense(&mut self, dense_seconds: f64) {
+    /// Compares with the dense one on the same work, of which a share is left.
+    pub(crate) fn against_dense(&mut self, dense_seconds: f64, work_share: f64) {
+        let ratio = self.seconds / dense_seconds;
         self.dense_seconds = Some(dense_seconds);
-        self.ratio_to_dense = Some(self.seconds / dense_seconds);
+        self.ratio_to_dense = Some(ratio);
+        self.work_share = Some(work_share);
+        self.ratio_to_work = (work_share > 0.0).then_some(ratio / work_share);
     }
 }
 
@@ -162,8 +169,8 @@ pub(crate) fn bits(parts: &[&[f32]]) -> Option<String> {
 /// Formats all rows as a table.
 pub(crate) fn show(rows: &[Row]) -> String {
     let mut table = Table::new([
-        "work", "tokens", "hidden", "width", "experts", "active", "dtype", "time", "of dense", "of peak",
-        "GFLOP/s", "GB/s", "tokens/s", "memory",
+        "work", "tokens", "hidden", "width", "experts", "active", "dtype", "time", "of dense", "of work",
+        "of peak", "GFLOP/s", "GB/s", "tokens/s", "memory",
     ]);
     let number = |n: Option<usize>| format::or_dash(n, |n| n.to_string());
     for row in rows {
@@ -177,6 +184,7 @@ pub(crate) fn show(rows: &[Row]) -> String {
             row.dtype.to_owned(),
             time(row.seconds),
             format::or_dash(row.ratio_to_dense, |ratio| format!("{ratio:.3}")),
+            format::or_dash(row.ratio_to_work, |ratio| format!("{ratio:.3}")),
             format::or_dash(row.peak_share, format::percent),
             format::or_dash(row.gflops, |rate| format!("{rate:.1}")),
             format::or_dash(row.gb_per_s, |rate| format!("{rate:.1}")),

@@ -39,7 +39,7 @@ pub(crate) fn check(args: &Train) -> Result<()> {
     check_size("batch times --seq", args.batch.saturating_mul(args.seq))?;
     for sizes in args.architecture.sizes(&DEFAULTS) {
         args.architecture.check(sizes)?;
-        let [_, dsmoe] = configs(args.architecture.experts, sizes, args.seq)?;
+        let [_, dsmoe] = configs(args.architecture.shape(), sizes, args.seq)?;
         let [hidden, intermediate, layers, ..] = sizes.map(|size| size as u128);
         let saved = (args.batch * args.seq) as u128 * layers * (8 * hidden + 2 * intermediate);
         // Two models with gradients and moments, and what their forward passes keep.
@@ -56,7 +56,7 @@ pub(crate) fn run(args: &Train, output: &mut Output<'_>) -> Result<()> {
 }
 
 fn measure(args: &Train, sizes: Sizes, precision: Precision, output: &mut Output<'_>) -> Result<Vec<Row>> {
-    let configs = configs(args.architecture.experts, sizes, args.seq)?;
+    let configs = configs(args.architecture.shape(), sizes, args.seq)?;
     let tokens = args.batch * args.seq;
     let ids = random_ids(tokens + 1, configs[0].vocab_size, Rng::new(0x7a, 0));
 
@@ -89,6 +89,7 @@ fn measure(args: &Train, sizes: Sizes, precision: Precision, output: &mut Output
         }
         Ok(started.elapsed().as_secs_f64() / *steps as f64)
     })?;
+    let of_dense = cost(contestants[0].1.model.config(), 1.0, tokens, args.seq).flops;
     let rows = contestants.into_iter().zip(&times).map(|((name, run, share, bits, memory, _), &seconds)| {
         let config = run.model.config();
         let mut row = Row::new("train", name, tokens, config.hidden, precision);
@@ -98,7 +99,7 @@ fn measure(args: &Train, sizes: Sizes, precision: Precision, output: &mut Output
         let cost = cost(config, share.unwrap_or(1.0), tokens, args.seq);
         row.measured_on(args.device, seconds, cost, precision, &mut output.ceilings);
         row.tokens_per_s = Some(tokens as f64 / seconds);
-        row.against_dense(times[0]);
+        row.against_dense(times[0], cost.flops / of_dense);
         row
     });
     Ok(rows.collect())

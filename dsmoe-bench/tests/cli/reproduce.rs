@@ -386,7 +386,7 @@ held_out = [
     { name = "whole", data = "text.txt" },
 ]
 model = {}
-train = { steps = 6, batch = 2, seq = 32, lr = 1e-3, dtype = "bf16", teacher_weight = 0.9, save_every = 2 }
+train = { steps = 6, batch = 2, seq = 32, lr = 1e-3, dtype = "bf16", teacher_weight = 0.9, teacher_top = 8, save_every = 2 }
 calibration = { samples = 16 }
 
 [measure]

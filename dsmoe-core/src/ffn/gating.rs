@@ -8,6 +8,7 @@
 //! ```
 //! n is the number of routed experts. All values are f32 in every precision: rounded logits would open other experts.
 
+#[cfg(feature = "cuda")]
 use std::ops::Range;
 
 use dsmoe_kernels::buf::Buf;
@@ -15,7 +16,9 @@ use dsmoe_kernels::matmul::{Mat, Matmul};
 use dsmoe_kernels::{Precision, linear};
 
 use super::{split, split_mut};
-use crate::params::{TensorSpec, padded};
+use crate::params::TensorSpec;
+#[cfg(feature = "cuda")]
+use crate::params::padded;
 
 /// Sizes of the router and of what is added to the output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,6 +94,7 @@ impl Gating {
 
     /// Returns the ranges of its tensors from `start` on, in an FFN's part of the arena: Y or A, B, the bias, and C, transposed;
     /// those that are not there are empty.
+    #[cfg(feature = "cuda")]
     pub(crate) fn ranges(&self, mut start: usize) -> [Range<usize>; 4] {
         self.lens().map(|len| {
             let range = start..start + len;

@@ -227,6 +227,10 @@ fn names_of_the_hub_are_told_from_missing_directories() {
     let missing = work.path().join("model");
     let error = Config::load(&missing).unwrap_err().to_string();
     assert!(error.contains("there is no such directory") && !error.contains("Hub"), "{error}");
+    refused(
+        Config::load(&missing.with_extension("gguf")),
+        &["model.gguf", "there is no such file", "GGUF file"],
+    );
 }
 
 #[test]

@@ -410,7 +410,7 @@ fn parts_are_switched_off_one_by_one() {
     assert_eq!(Config::load(&out).unwrap().moe.unwrap().parts.budgets.len(), 1);
     // A core that takes the whole budget leaves no routed expert to run.
     let mut all = options(0.5);
-    all.settings = StartSettings { core: 1.0, budgets: Some(vec![0.75]), ..all.settings };
+    all.settings = StartSettings { core: 1.0, core_first: 1.0, budgets: Some(vec![0.75]), ..all.settings };
     refused(start(&model, &work.path().join("none"), &all, &mut quiet), &["not above the share of the core"]);
 }
 

@@ -55,6 +55,25 @@ pub(crate) trait Product: Simd {
     fn widen(self, pairs: &[u32]) -> (Self::V, Self::V);
     /// Returns `acc + even(a) even(b) + odd(a) odd(b)` in every lane.
     fn dot(self, acc: Self::V, a: u32, b: &[u32]) -> Self::V;
+    /// Does the same for pairs in a register. Used only if [`Product::DOTS`].
+    #[inline(always)]
+    fn dot_pairs(self, acc: Self::V, a: u32, b: Self::V) -> Self::V {
+        let mut pairs = [0.0; SQUARE];
+        self.store(&mut pairs, b);
+        self.dot(acc, a, bytemuck::cast_slice(&pairs))
+    }
+    /// Returns the pairs of two rows of 32 bf16: of the first 16 columns, and of the others. Used only if
+    /// [`Product::DOTS`].
+    #[inline(always)]
+    fn pairs_of_rows(self, even: &[f32], odd: &[f32]) -> [Self::V; 2] {
+        let [even, odd]: [&[bf16]; 2] = [bytemuck::cast_slice(even), bytemuck::cast_slice(odd)];
+        let mut pairs = [0; 2 * SQUARE];
+        for (pair, (even, odd)) in pairs.iter_mut().zip(even.iter().zip(odd)) {
+            *pair = u32::from(even.to_bits()) | u32::from(odd.to_bits()) << 16;
+        }
+        let pairs: &[f32] = bytemuck::cast_slice(&pairs);
+        [self.load(pairs), self.load(&pairs[SQUARE..])]
+    }
 }
 
 /// A [`super::Kernel`] whose body needs [`Product`].

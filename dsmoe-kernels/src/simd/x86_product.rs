@@ -219,7 +219,42 @@ sixteen_lanes!(Avx512Bf16, run_product_avx512bf16, true, pair_dot, converted_pai
         // SAFETY: token: AVX-512 VL is present; the mask leaves out the places that `out` does not have.
         unsafe { _mm256_mask_storeu_epi32(out.as_mut_ptr().cast(), mask, pairs) }
     }
+    #[inline(always)]
+    fn dot_pairs(self, acc: Self::V, a: u32, b: Self::V) -> Self::V {
+        // SAFETY: token: AVX-512 F is present.
+        let b = unsafe { _mm512_castps_si512(b) };
+        // SAFETY: token: AVX512_BF16 is present.
+        unsafe { dot16(acc, a, b) }
+    }
+    #[inline(always)]
+    fn pairs_of_rows(self, even: &[f32], odd: &[f32]) -> [Self::V; 2] {
+        let (even, odd) = (self.load(even), self.load(odd));
+        // SAFETY: token: AVX-512 F and BW are present.
+        unsafe { interleaved(even, odd) }
+    }
 });
+
+/// Interleaves 16-bit values: those of the first halves, and those of the second halves.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn interleaved(even: __m512, odd: __m512) -> [__m512; 2] {
+    /// Value `i / 2` of the even row for even i, and of the odd row for odd i.
+    const FIRST: [u16; 32] = {
+        let mut places = [0; 32];
+        let mut i = 0;
+        while i < 32 {
+            places[i] = (i / 2 + 32 * (i % 2)) as u16;
+            i += 1;
+        }
+        places
+    };
+    // SAFETY: both are 512 bits of integers.
+    let first = unsafe { std::mem::transmute::<[u16; 32], __m512i>(FIRST) };
+    let second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+    let (even, odd) = (_mm512_castps_si512(even), _mm512_castps_si512(odd));
+    let left = _mm512_castsi512_ps(_mm512_permutex2var_epi16(even, first, odd));
+    [left, _mm512_castsi512_ps(_mm512_permutex2var_epi16(even, second, odd))]
+}
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bf16")]

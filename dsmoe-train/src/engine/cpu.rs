@@ -64,7 +64,7 @@ impl Engine for CpuEngine {
                 model.distill_step(grads, batch, args, teacher, workspace)?
             }
             Some(Lessons { teacher, of: LessonsOf::Top { top, cache, rows } }) => {
-                learn(teacher, cache.as_mut(), (batch.inputs, batch.seq), *top, rows)?;
+                learn(teacher, cache.as_deref_mut(), (batch.inputs, batch.seq), *top, rows)?;
                 model.distill_step_from(grads, batch, args, (rows, teacher.weight()), workspace)?
             }
         };

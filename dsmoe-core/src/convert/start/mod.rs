@@ -49,6 +49,8 @@ pub struct Started {
     pub active: f64,
     /// The share of each layer's experts that is to run.
     pub shares: Vec<f64>,
+    /// Numbers of experts of each layer and what they cost the model's output alone, where that was measured.
+    pub costs: Vec<Vec<(usize, f64)>>,
 }
 
 /// Converts the dense model in `model` to a DSMoE model in the new directory `out` that is fitted to calibration text.
@@ -75,8 +77,9 @@ pub fn start(
     }
     check_router_text(&options.sequences)?;
     let mut plan = Plan::of(options, config.num_layers)?;
+    let mut costs = Vec::new();
     if options.settings.widths == Widths::Kl && config.num_layers > 1 && options.active < 1.0 {
-        let costs = costs::of_layers(model, options, &plan, progress)?;
+        costs = costs::of_layers(model, options, &plan, progress)?;
         plan.allot(&costs, &options.settings);
         set_cores(&mut planned, &plan);
     }
@@ -105,7 +108,7 @@ pub fn start(
         moe.parts.budgets = budgets.map(|(&active, thresholds)| Budget { active, thresholds }).collect();
     }
     let report = writer.finish(model, &stream, &planned)?;
-    Ok(Started { report, errors, active, shares: plan.shares().collect() })
+    Ok(Started { report, errors, active, shares: plan.shares().collect(), costs })
 }
 
 fn set_cores(planned: &mut Config, plan: &Plan) {

@@ -1,6 +1,7 @@
 //! Inference on the host: scoring windows of text, and decoding with a cache.
 
 use dsmoe_kernels::buf::Buf;
+use dsmoe_kernels::crew::with_crew;
 use dsmoe_kernels::matmul::Packed;
 use dsmoe_kernels::{Precision, attention, cross_entropy, linear};
 use dsmoe_router::RoutingStats;
@@ -172,11 +173,13 @@ impl CpuInference {
         stats: Option<&mut RoutingStats>,
         workspace: &mut Workspace,
     ) {
-        in_pool(|| {
+        let run = || {
             self.hidden_states(ids, ids.len(), Some(cache), stats, workspace);
             let Workspace { h, logits, .. } = &mut *workspace;
             self.head(logits, &h[(ids.len() - last) * self.config.hidden..], last);
-        });
+        };
+        // A crew serves the ops that are made for a few tokens.
+        in_pool(|| if ids.len() <= attention::DECODE_QUERIES { with_crew(run) } else { run() });
     }
 
     /// Sets `logits` from `rows` normed hidden states.
@@ -300,11 +303,9 @@ impl Layer {
 
     /// Sets queries, keys and values from attention's input.
     fn project(&self, outputs: [&mut Buf; 3], x: &[f32], rows: usize) {
-        let weights = [&self.q, &self.k, &self.v];
-        for (i, (y, w)) in outputs.into_iter().zip(weights).enumerate() {
-            let bias = self.qkv_bias.as_ref().map(|biases| &biases[i][..]);
-            linear::ForwardPacked { y, x, w, bias, rows }.run();
-        }
+        let bias = |i: usize| self.qkv_bias.as_ref().map(|biases| &biases[i][..]);
+        let (ys, ws) = (outputs.map(|y| &mut **y), [&self.q, &self.k, &self.v]);
+        linear::ForwardPackedEach { ys, x, ws, biases: [bias(0), bias(1), bias(2)], rows }.run();
     }
 
     /// Norms queries and keys, where the family does.

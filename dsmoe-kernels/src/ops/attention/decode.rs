@@ -89,7 +89,12 @@ fn dots<S: Simd, const N: usize>(s: S, q: &[f32], k: &[f32], stride: usize) -> [
         }
         d = end;
     }
-    sums.map(|[a, b]| s.reduce_add(s.add(a, b)))
+    // A loop: closures may not be inlined into the code of the tier.
+    let mut dots = [0.0; N];
+    for (dot, [a, b]) in dots.iter_mut().zip(sums) {
+        *dot = s.reduce_add(s.add(a, b));
+    }
+    dots
 }
 
 /// Turns scores into e^(score - largest) and returns their sum.

@@ -29,7 +29,9 @@ use rayon::prelude::*;
 
 use super::blocks::each_when;
 use crate::buf::SharedRows;
+use crate::crew;
 use crate::isa::Isa;
+use crate::matmul::{for_tasks_when, tasks_for};
 use tile::View;
 
 /// Most queries of [`Decode`].
@@ -160,23 +162,30 @@ impl Decode<'_> {
     pub fn run_on(self, isa: Isa) {
         let Decode { out, q, k, v, dims } = self;
         dims.check("attention::Decode", &[out.len(), q.len()], &[k.len(), v.len()]);
-        let Dims { queries, keys, kv_heads, head_dim, .. } = dims;
+        let Dims { queries, keys, heads, kv_heads, head_dim, .. } = dims;
         assert!(
             queries <= DECODE_QUERIES,
             "attention::Decode: more than {DECODE_QUERIES} queries in {dims:?}"
         );
-        let width = dims.group() * head_dim;
-        let parallel = q.len() * keys.min(dims.scores.window.unwrap_or(keys)) > SERIAL_WORK;
-        let groups = out.par_chunks_mut(width).zip(q.par_chunks(width)).enumerate();
-        each_when(parallel, groups, |(i, (out, q))| {
-            let (row, kv_head) = (i / kv_heads, i % kv_heads);
+        let work = q.len() * keys.min(dims.scores.window.unwrap_or(keys));
+        // A group reads its keys once. Where there are few groups, every head is a task.
+        let groups = out.len() / (dims.group() * head_dim).max(1);
+        let tasks = if crew::is_led() { tasks_for(work) } else { usize::from(work > SERIAL_WORK) * groups };
+        let at_once = if tasks > groups { 1 } else { dims.group() };
+        let (width, parts) = (at_once * head_dim, dims.group() / at_once.max(1));
+        let (all, shared) = (groups * parts, SharedRows::new(out, width));
+        let attend = |i: usize| {
+            // SAFETY: every task has other heads.
+            let (out, q) = (unsafe { shared.row(i, 0, width) }, &q[i * width..][..width]);
+            let (row, kv_head) = (i * at_once / heads, i / parts % kv_heads);
             let (item, i) = (row / queries, row % queries);
             let first_seen = dims.first_seen(i);
             let first = (item * keys + first_seen) * dims.kv_width() + kv_head * head_dim;
             let (k, v) = (&k[first..], &v[first..]);
             let visible = dims.visible(i) - first_seen;
             isa.run(decode::Group { out, q, k, v, visible, dims });
-        });
+        };
+        for_tasks_when(tasks > 1, all, attend);
     }
 }
 

@@ -345,7 +345,7 @@ impl Kernel for MostLikelyRow<'_> {
             }
             for (i, &value) in values.iter().enumerate() {
                 // A NaN is found, and then is in all results.
-                if !full || !(value <= least) {
+                if !full || value > least || value.is_nan() {
                     found.push((value, (first + i) as u32));
                 }
             }

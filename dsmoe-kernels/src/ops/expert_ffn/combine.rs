@@ -19,7 +19,7 @@ use super::scratch::{Stored, recycled};
 use super::strips::{Run, Sum, list};
 use crate::blocks::each_when;
 use crate::buf::{Buf, SharedRows};
-use crate::matmul::picked::row_words;
+use crate::matmul::picked::{Strided, row_words};
 use crate::matmul::{
     Block, Grid, PANEL, PackRight, Panels, RIGHT_LEN, ROUND, Rows, for_tasks, right_len, right_panels,
     storage, tasks_for, with_right,
@@ -115,7 +115,10 @@ fn routed<A: Neurons, const N: usize>(
     let all = SharedRows::new(y, hidden);
     let neurons = &words[..];
     with_packed(weights, plan, |first, count, right, len| {
-        let weights = |run: &Run<'_>| (&right[run.expert * count * len..(run.expert + 1) * count * len], len);
+        let weights = |run: &Run<'_>| {
+            let words = &right[run.expert * count * len..(run.expert + 1) * count * len];
+            Strided { words, panel: len, group: right_len(isa, precision, NEURONS) }
+        };
         let (y, left) = (all.starting_at(first * PANEL), hidden - first * PANEL);
         let (columns, stored) = (left.min(count * PANEL), storage(isa, precision));
         Sum { y, columns, block: 0..tokens, runs: &runs, neurons, weights, stored }.run(plan, rows_of_strips);

@@ -2,19 +2,21 @@
 //!
 //! The work is one list of panels: 16 neurons of an expert with the tokens that run it. Rows of x are not copied expert by
 //! expert. They are stored once in the words that products read, and a product reads the rows that it needs where they lie.
-//! It computes `c = coefficient * act(a) * b` for every panel of the list. What the experts make of c is added by strips.
+//! It computes `c = coefficient * act(a) * b` for every panel of the list. What the experts make of c is added by strips; for
+//! a few tokens by the task that has computed c, see [`few`](super::few).
 
 use std::marker::PhantomData;
 use std::ops::Range;
 
 use super::dims::Dims;
+use super::few::{self, FEW};
 use super::kernel::gated;
 use super::packed::{NEURONS, PackedExperts, PackedWeights};
 use super::plan::Plan;
 use super::scratch::{Stored, recycled};
 use super::strips::{Run, Sum, list};
 use crate::buf::{Buf, SharedRows, with_spare};
-use crate::matmul::picked::{Products, Step, most_rows, row_words, with_rows, with_step};
+use crate::matmul::picked::{Products, Step, Strided, most_rows, row_words, with_rows, with_step};
 use crate::matmul::{PANEL, Precision, for_tasks, tasks_for, tiles};
 use crate::simd::{Product, ProductKernel, SQUARE};
 use crate::swiglu::Activation;
@@ -26,10 +28,12 @@ const BLOCK: usize = 512;
 /// The memory of a forward.
 #[derive(Debug, Default)]
 pub(super) struct Words {
-    x: Buf,
-    c: Buf,
-    panels: Vec<Panel<'static>>,
-    cut: Vec<Range<usize>>,
+    pub(super) x: Buf,
+    pub(super) c: Buf,
+    /// What parts of a list of panels add to y.
+    pub(super) parts: Buf,
+    pub(super) panels: Vec<Panel<'static>>,
+    pub(super) cut: Vec<Range<usize>>,
 }
 
 /// Sets y to the sum of the core and of the open experts; see [`ForwardPacked`](super::ForwardPacked).
@@ -42,16 +46,17 @@ pub(super) fn forward(
     stored: &mut Stored,
 ) {
     let Plan { dims: Dims { tokens, hidden, .. }, isa, precision, .. } = *plan;
-    let Words { x: words_of_x, c, panels: list_of_panels, cut } = words;
+    if tokens <= FEW {
+        return few::forward(y, x, weights, plan, words, stored);
+    }
+    let Words { x: words_of_x, c, panels: list_of_panels, cut, .. } = words;
     let mut runs = recycled(std::mem::take(&mut stored.runs));
     let x = Rows::new(words_of_x, x, plan);
     let group = row_words(isa, precision, NEURONS);
     for start in (0..tokens).step_by(BLOCK) {
         let block = start..tokens.min(start + BLOCK);
         let rows = list(&mut runs, plan, 1, &block);
-        let mut panels: Vec<Panel<'_>> = recycled(std::mem::take(list_of_panels));
-        panels.reserve(plan.dims.num_experts * plan.dims.expert_width().div_ceil(NEURONS));
-        panels.extend(runs.iter().flat_map(|run| Panel::all(run, weights)));
+        let panels = Panel::list(list_of_panels, &runs, weights, plan);
         c.resize(rows * group);
         let shared = SharedRows::new(c, group);
         set_cut(cut, &panels, tasks_for(2 * rows * NEURONS * hidden));
@@ -74,7 +79,7 @@ pub(super) fn forward(
 
 /// Rows of x in words.
 #[derive(Clone, Copy)]
-struct Rows<'a> {
+pub(super) struct Rows<'a> {
     words: &'a [f32],
     stride: usize,
 }
@@ -82,7 +87,7 @@ struct Rows<'a> {
 impl<'a> Rows<'a> {
     /// Stores the rows of x, rounded. Rows are an odd number of cache lines apart, so that they do not share places of the
     /// cache.
-    fn new(words: &'a mut Buf, x: &[f32], plan: &Plan<'_>) -> Rows<'a> {
+    pub(super) fn new(words: &'a mut Buf, x: &[f32], plan: &Plan<'_>) -> Rows<'a> {
         let Plan { dims: Dims { tokens, hidden, .. }, isa, precision, .. } = *plan;
         let len = row_words(isa, precision, hidden);
         let stride = (len.div_ceil(SQUARE) | 1) * SQUARE;
@@ -137,20 +142,37 @@ impl SetRows<'_> {
 
 /// A panel of an open expert.
 #[derive(Clone, Copy, Debug)]
-struct Panel<'a> {
-    run: &'a Run<'a>,
+pub(super) struct Panel<'a> {
+    pub(super) run: &'a Run<'a>,
     experts: &'a PackedExperts,
     panel: usize,
 }
 
 impl<'a> Panel<'a> {
-    /// Lists the panels of a run.
-    fn all(run: &'a Run<'a>, weights: &'a PackedWeights) -> impl Iterator<Item = Panel<'a>> {
-        (0..run.groups).map(move |panel| Panel { run, experts: &weights.parts()[run.part], panel })
+    /// Lists the panels of some runs, in the memory of another list.
+    pub(super) fn list(
+        memory: &mut Vec<Panel<'static>>,
+        runs: &'a [Run<'a>],
+        weights: &'a PackedWeights,
+        plan: &Plan<'_>,
+    ) -> Vec<Panel<'a>> {
+        let mut panels = recycled(std::mem::take(memory));
+        panels.reserve(plan.dims.num_experts * plan.dims.expert_width().div_ceil(NEURONS));
+        panels.extend(runs.iter().flat_map(|run| {
+            let experts = &weights.parts()[run.part];
+            (0..run.groups).map(move |panel| Panel { run, experts, panel })
+        }));
+        panels
+    }
+
+    /// Returns the down weights of the panel's neurons.
+    pub(super) fn down(self) -> Strided<'a> {
+        let all = self.experts.down_words(self.run.expert);
+        Strided { words: all.from(0, self.panel), ..all }
     }
 
     /// Returns the gate and up weights.
-    fn words(self) -> &'a [f32] {
+    pub(super) fn words(self) -> &'a [f32] {
         let (words, len) = self.experts.gate_up_words(self.run.expert);
         &words[self.panel * len..][..len]
     }
@@ -162,13 +184,13 @@ impl<'a> Panel<'a> {
     }
 
     /// Returns the panel's first row of neurons.
-    fn first(self) -> usize {
+    pub(super) fn first(self) -> usize {
         self.run.first + self.panel * self.run.len()
     }
 }
 
 /// Sets `cut` to about `tasks` ranges of the panels with about as many pairs each.
-fn set_cut(cut: &mut Vec<Range<usize>>, panels: &[Panel<'_>], tasks: usize) {
+pub(super) fn set_cut(cut: &mut Vec<Range<usize>>, panels: &[Panel<'_>], tasks: usize) {
     let total: usize = panels.iter().map(|panel| panel.run.len()).sum();
     cut.clear();
     cut.reserve(tasks);
@@ -183,12 +205,13 @@ fn set_cut(cut: &mut Vec<Range<usize>>, panels: &[Panel<'_>], tasks: usize) {
 }
 
 /// Sets the activations of some panels.
-struct GateUp<'a> {
-    x: Rows<'a>,
-    panels: &'a [Panel<'a>],
-    c: SharedRows<'a>,
-    precision: Precision,
-    activation: Activation,
+#[derive(Clone, Copy)]
+pub(super) struct GateUp<'a> {
+    pub(super) x: Rows<'a>,
+    pub(super) panels: &'a [Panel<'a>],
+    pub(super) c: SharedRows<'a>,
+    pub(super) precision: Precision,
+    pub(super) activation: Activation,
 }
 
 /// The op and memory for the products of a panel.
@@ -206,11 +229,23 @@ impl GateUp<'_> {
     fn set<S: Product, M: Step>(&self, s: S, sums: &mut [[f32; PANEL]]) {
         for (i, &panel) in self.panels.iter().enumerate() {
             let next = self.panels.get(i + 1).map_or(&[][..], |next| next.words());
-            let sums = &mut sums[..panel.run.len()];
-            sums.as_flattened_mut().fill(0.0);
-            self.multiply::<S, M>(s, panel, sums, next);
-            with_unit!(self.activation, unit => self.activate::<S, M, _>(s, unit, panel, sums));
+            self.set_panel::<S, M>(s, panel, sums, next);
         }
+    }
+
+    /// Sets the activations of one panel; `next` is read afterwards.
+    #[inline(always)]
+    pub(super) fn set_panel<S: Product, M: Step>(
+        &self,
+        s: S,
+        panel: Panel<'_>,
+        sums: &mut [[f32; PANEL]],
+        next: &[f32],
+    ) {
+        let sums = &mut sums[..panel.run.len()];
+        sums.as_flattened_mut().fill(0.0);
+        self.multiply::<S, M>(s, panel, sums, next);
+        with_unit!(self.activation, unit => self.activate::<S, M, _>(s, unit, panel, sums));
     }
 
     /// Adds the products of the panel's rows to `sums`.

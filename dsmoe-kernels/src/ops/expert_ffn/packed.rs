@@ -5,6 +5,7 @@ use rayon::prelude::*;
 use super::dims::{Biases, Dims, Weights, check};
 use crate::buf::Buf;
 use crate::isa::Isa;
+use crate::matmul::picked::Strided;
 use crate::matmul::{Mat, PANEL, PackPanel, Panels, Precision, Source, panel_len, panels};
 
 /// Neurons of a panel of gate and up weights: its first half holds gate rows, its second half up rows.
@@ -13,7 +14,9 @@ pub(super) const NEURONS: usize = PANEL / 2;
 /// The three matrices of an expert FFN for inference, f32 or bf16.
 ///
 /// An expert's gate and up rows are interleaved by 16 neurons, so one product gives both inputs of their SwiGLU. The
-/// experts are stored apart: inactive experts are not read. The core is stored as one expert.
+/// experts are stored apart: inactive experts are not read. The core is stored as one expert. Down weights of several
+/// experts are stored by 16 neurons, so that what a token reads of an expert is contiguous; those of a dense FFN by 32
+/// columns.
 #[derive(Clone, Debug)]
 pub struct PackedWeights {
     precision: Precision,
@@ -35,8 +38,10 @@ impl PackedWeights {
         let core = dims.core_neurons();
         let parts = [(dims.of_core(), 0..core), (dims.of_routed(), core..dims.intermediate)];
         let parts = parts.into_iter().filter(|(_, neurons)| !neurons.is_empty());
-        let parts = parts
-            .map(|(dims, neurons)| PackedExperts::new(precision, &weights.of(neurons, dims.hidden), dims));
+        let by_neurons = dims.num_experts > 1;
+        let parts = parts.map(|(dims, neurons)| {
+            PackedExperts::new(precision, &weights.of(neurons, dims.hidden), dims, by_neurons)
+        });
         let down_bias = weights.biases.map(|biases| {
             let mut down = Buf::zeros(biases.down.len());
             down.copy_from_slice(biases.down);
@@ -80,13 +85,15 @@ pub(super) struct PackedExperts {
     gate_up: Buf,
     gate_up_len: usize,
     down: Buf,
-    down_len: usize,
+    /// Words of the down weights from a panel of columns to the next, and from a group of neurons to the next.
+    down_strides: [usize; 2],
     /// The biases in f32, a value for every column of the panels of gate and up weights, expert after expert.
     gate_up_biases: Option<Buf>,
 }
 
 impl PackedExperts {
-    fn new(precision: Precision, weights: &Weights<'_>, dims: Dims) -> PackedExperts {
+    /// Packs the experts, their down weights by groups of neurons if `by_neurons`, or by columns.
+    fn new(precision: Precision, weights: &Weights<'_>, dims: Dims, by_neurons: bool) -> PackedExperts {
         let Dims { hidden, num_experts, .. } = dims;
         let sizes = Sizes { precision, hidden, width: dims.expert_width() };
         let mut packed = PackedExperts {
@@ -95,7 +102,10 @@ impl PackedExperts {
             gate_up: Buf::zeros(num_experts * sizes.gate_up_panels() * sizes.gate_up_len()),
             down: Buf::zeros(num_experts * sizes.down_panels() * sizes.down_len()),
             gate_up_len: sizes.gate_up_len(),
-            down_len: sizes.down_len(),
+            down_strides: match by_neurons {
+                true => [sizes.group_len(), sizes.down_panels() * sizes.group_len()],
+                false => [sizes.down_len(), sizes.group_len()],
+            },
             gate_up_biases: weights.biases.map(|biases| gate_up_biases(biases, sizes, num_experts)),
         };
         if hidden == 0 {
@@ -107,10 +117,16 @@ impl PackedExperts {
             let parts = gate_up_parts(weights, hidden, sizes.width, expert, panel);
             isa.run_product(PackPanel { out, parts, ks: 0..hidden, precision });
         });
-        packed.down.par_chunks_exact_mut(sizes.down_len()).enumerate().for_each(|(i, out)| {
-            let (expert, panel) = (i / sizes.down_panels(), i % sizes.down_panels());
+        let [panel_stride, group_stride] = packed.down_strides;
+        let expert_len = sizes.down_panels() * sizes.down_len();
+        packed.down.par_chunks_exact_mut(sizes.group_len()).enumerate().for_each(|(i, out)| {
+            let (expert, at) = (i * sizes.group_len() / expert_len, i * sizes.group_len() % expert_len);
+            let (panel, group) = match by_neurons {
+                true => (at % group_stride / panel_stride, at / group_stride),
+                false => (at / panel_stride, at % panel_stride / group_stride),
+            };
             let part = row_columns(weights.down, hidden, panel);
-            let ks = expert * sizes.width..(expert + 1) * sizes.width;
+            let ks = panel_neurons(sizes.width, expert, group);
             isa.run_product(PackPanel { out, parts: [part], ks, precision });
         });
         packed
@@ -126,6 +142,7 @@ impl PackedExperts {
         panels(self.precision, &self.gate_up[expert * len..][..len])
     }
 
+    /// Returns the panels of down weights of an expert, for those of a dense FFN.
     pub(super) fn down(&self, expert: usize) -> Panels<'_> {
         let len = self.down.len() / self.num_experts;
         panels(self.precision, &self.down[expert * len..][..len])
@@ -137,10 +154,10 @@ impl PackedExperts {
         (&self.gate_up[expert * len..][..len], self.gate_up_len)
     }
 
-    /// Does the same for the panels of down weights.
-    pub(super) fn down_words(&self, expert: usize) -> (&[f32], usize) {
-        let len = self.down.len() / self.num_experts;
-        (&self.down[expert * len..][..len], self.down_len)
+    /// Returns the down weights of an expert.
+    pub(super) fn down_words(&self, expert: usize) -> Strided<'_> {
+        let (len, [panel, group]) = (self.down.len() / self.num_experts, self.down_strides);
+        Strided { words: &self.down[expert * len..][..len], panel, group }
     }
 
     /// Returns the biases of the columns of an expert's panels of gate and up weights.
@@ -186,6 +203,10 @@ impl Sizes {
 
     fn down_len(self) -> usize {
         panel_len(self.precision, tile_depth(self.width))
+    }
+
+    fn group_len(self) -> usize {
+        panel_len(self.precision, NEURONS)
     }
 }
 

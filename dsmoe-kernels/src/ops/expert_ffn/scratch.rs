@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use super::dims::Dims;
 use super::open::Words;
+use super::outer;
 use super::packed::tile_depth;
 use super::strips::Run;
 use crate::buf::Buf;
@@ -37,6 +38,7 @@ pub struct Scratch {
     pub(super) db: Buf,
     pub(super) scaled: Buf,
     pub(super) dpairs: Buf,
+    pub(super) outer: outer::Words,
 }
 
 impl Scratch {

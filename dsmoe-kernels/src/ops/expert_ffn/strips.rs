@@ -7,14 +7,14 @@ use std::ops::Range;
 use super::packed::NEURONS;
 use super::plan::{Pairs, Plan};
 use crate::buf::{SharedRows, with_spare};
-use crate::matmul::picked::{AHEAD, AddToStrips, Places, Step, most_rows, row_words, with_rows, with_step};
+use crate::matmul::picked::{AddToStrips, Places, Step, Strided, most_rows, row_words, with_rows, with_step};
 use crate::matmul::{PANEL, Precision, for_tasks, tasks_for};
 use crate::simd::{Product, ProductKernel};
 
 /// Most tokens of a strip: it stays in a near cache, and an expert has enough of the tokens.
 const STRIP: usize = 512;
 /// Most rows of a tile. Larger ones leave more rows over, since an expert has few.
-const ROWS: usize = 8;
+pub(super) const ROWS: usize = 8;
 /// Groups of neurons that are added to a strip at a time: their weights stay in the first-level cache.
 const GROUPS: usize = 16;
 
@@ -53,7 +53,7 @@ impl Run<'_> {
     }
 
     /// Returns the places of the rows in a strip of some tokens of the block.
-    fn places(&self, tokens: &Range<usize>) -> Places<'_> {
+    pub(super) fn places(&self, tokens: &Range<usize>) -> Places<'_> {
         match self.routed {
             None => Places { list: None, first: tokens.start - self.block.start },
             Some((list, _)) => Places { list: Some(list), first: tokens.start },
@@ -117,13 +117,13 @@ pub(super) struct Sum<'a, W> {
     pub(super) runs: &'a [Run<'a>],
     /// Neurons in words: row `first + group * len + row` of a run.
     pub(super) neurons: &'a [f32],
-    /// Returns the weights of a run for all panels of columns, and the words of a panel.
+    /// Returns the weights of a run for all panels of columns.
     pub(super) weights: W,
     /// The precision of the words.
     pub(super) stored: Precision,
 }
 
-impl<'a, W: Fn(&Run<'_>) -> (&'a [f32], usize) + Sync> Sum<'a, W> {
+impl<'a, W: Fn(&Run<'_>) -> Strided<'a> + Sync> Sum<'a, W> {
     /// Sets the rows of the block, or adds to them. `rows` is memory.
     pub(super) fn run(&self, plan: &Plan<'_>, rows: &mut Vec<Range<usize>>) {
         let Plan { isa, accumulate, .. } = *plan;
@@ -164,7 +164,7 @@ struct Task<'a, 's, W> {
     accumulate: bool,
 }
 
-impl<'s, W: Fn(&Run<'_>) -> (&'s [f32], usize) + Sync> ProductKernel for Task<'_, 's, W> {
+impl<'s, W: Fn(&Run<'_>) -> Strided<'s> + Sync> ProductKernel for Task<'_, 's, W> {
     type Output = ();
     #[inline(always)]
     fn body<S: Product>(self, s: S) {
@@ -179,7 +179,7 @@ impl<'s, W: Fn(&Run<'_>) -> (&'s [f32], usize) + Sync> ProductKernel for Task<'_
     }
 }
 
-impl<'s, W: Fn(&Run<'_>) -> (&'s [f32], usize) + Sync> Sum<'s, W> {
+impl<'s, W: Fn(&Run<'_>) -> Strided<'s> + Sync> Sum<'s, W> {
     /// Adds every expert to the strips of some panels.
     #[inline(always)]
     fn add<S: Product, M: Step>(
@@ -189,17 +189,13 @@ impl<'s, W: Fn(&Run<'_>) -> (&'s [f32], usize) + Sync> Sum<'s, W> {
         (tokens, rows): (&Range<usize>, &[Range<usize>]),
         panels: &Range<usize>,
     ) {
-        let group_len = M::GROUP_STEPS * PANEL;
         for (i, (run, rows)) in self.runs.iter().zip(rows).enumerate() {
             let next = self.runs.get(i + 1).map_or(&[][..], |next| {
-                let (b, b_stride) = (self.weights)(next);
-                let len = (panels.len() - 1) * b_stride + next.groups * group_len;
-                &b[panels.start * b_stride..][..len.min(AHEAD)]
+                let words = (self.weights)(next).from(panels.start, 0);
+                &words[..words.len().min(panels.len() * next.groups * M::GROUP_STEPS * PANEL)]
             });
-            let (b, b_stride) = (self.weights)(run);
-            let b = &b[panels.start * b_stride..];
+            let b = (self.weights)(run).starting_at(panels.start);
             for group in (0..run.groups).step_by(GROUPS) {
-                let b_part = group * group_len..run.groups.min(group + GROUPS) * group_len;
                 let a = &self.neurons[(run.first + group * run.len()) * M::GROUP_WORDS..];
                 let mut start = rows.start;
                 while start < rows.end {
@@ -213,8 +209,7 @@ impl<'s, W: Fn(&Run<'_>) -> (&'s [f32], usize) + Sync> Sum<'s, W> {
                         rows: start..end,
                         to: run.places(tokens),
                         b,
-                        b_part: b_part.clone(),
-                        b_stride,
+                        groups: group..run.groups.min(group + GROUPS),
                         next: if start == rows.start && group == 0 { next } else { &[] },
                         step: PhantomData,
                     }));

@@ -1,5 +1,6 @@
 use super::*;
 use crate::Activation;
+use crate::crew::with_crew;
 use crate::isa::Isa;
 use crate::matmul::Precision;
 use crate::testing::{assert_close, assert_close_f64, f64s, finite_differences, normals, with_threads};
@@ -307,6 +308,12 @@ fn problems_with_a_core() -> impl Iterator<Item = Problem> {
         (dims(40, 70, 33, 5), 5),
         (dims(0, 5, 3, 2), 1),
         (dims(90, 90, 16, 12), 5),
+        (dims(2, 33, 17, 6), 2),
+        (dims(3, 70, 3, 9), 4),
+        (dims(1, 40, 32, 5), 5),
+        (dims(4, 100, 1, 130), 30),
+        // Sums over more tokens than one step of the gradients takes.
+        (dims(600, 20, 16, 3), 1),
     ];
     let cores = cores.into_iter().map(|(dims, core)| Dims { core, ..dims });
     let patterns: [Active; 3] = [scattered, |_, _| true, |t, i| i != 1 && t % 5 != 1 && scattered(t, i)];
@@ -412,7 +419,7 @@ fn all_experts_with_coefficient_one_are_the_dense_ffn() {
 
 #[test]
 fn threads_do_not_change_a_bit() {
-    for tokens in [2, 20, 150] {
+    for tokens in [1, 2, 20, 150] {
         for all_pairs in [true, false] {
             let core = if all_pairs { 0 } else { 2 };
             let problem = Problem::new(Dims { all_pairs, core, ..dims(tokens, 160, 96, 5) }, scattered);
@@ -429,6 +436,9 @@ fn threads_do_not_change_a_bit() {
             let one = run(1);
             for threads in [2, 3] {
                 assert!(run(threads) == one, "{tokens} tokens on {threads} threads");
+                let forward = || problem.forward(Isa::current(), &mut Scratch::default());
+                let crew = with_threads(threads, || with_crew(forward));
+                assert!(crew == one.0, "{tokens} tokens in a crew of {threads}");
             }
         }
     }

@@ -5,6 +5,7 @@ use rayon::prelude::*;
 use super::combine;
 use super::dims::{BiasGrads, Dims, Saved, WeightGrads, Weights, check, check_grads, is_empty};
 use super::kernel::{GateBackward, Gated, GatedDots, Plain};
+use super::outer;
 use super::plan::{Pairs, Plan, check_pairs};
 use super::scratch::{Scratch, Stored};
 use crate::blocks::{BLOCK, each_when};
@@ -235,7 +236,7 @@ fn backward(dx: &mut [f32], part: BackwardPart<'_>, scratch: &mut Scratch, plan:
     let BackwardPart { dcoefficients, grads, dy, saved: [a, b], x, weights } = part;
     let layout = Layout(plan);
     let width = plan.dims.expert_width();
-    let Scratch { g, da, db, scaled, dpairs, stored, .. } = scratch;
+    let Scratch { g, da, db, scaled, dpairs, stored, outer, .. } = scratch;
     g.resize(plan.saved_len());
     project(g, dy, weights.down, plan);
     for buf in [&mut *da, db, scaled] {
@@ -263,7 +264,7 @@ fn backward(dx: &mut [f32], part: BackwardPart<'_>, scratch: &mut Scratch, plan:
     if let Some(dcoefficients) = dcoefficients {
         coefficient_gradients(dcoefficients, dpairs, [a, b, g], plan);
     }
-    weight_gradients(grads, [da, db, scaled], x, dy, plan);
+    weight_gradients(grads, [da, db, scaled], [x, dy], plan, outer);
     let terms = [&Plain { values: da, width }, &Plain { values: db, width }];
     combine::row_major(dx, terms, [weights.gate, weights.up], plan, stored);
 }
@@ -332,17 +333,15 @@ fn coefficient_gradients(dcoefficients: &mut [f32], dpairs: &[f32], [a, b, g]: [
 }
 
 /// Adds `da^T x`, `db^T x` and `scaled^T dy` of every expert's pairs to its rows of the gradients.
-fn weight_gradients(grads: WeightGrads<'_>, lefts: [&[f32]; 3], x: &[f32], dy: &[f32], plan: &Plan<'_>) {
+fn weight_gradients(
+    grads: WeightGrads<'_>,
+    lefts: [&[f32]; 3],
+    [x, dy]: [&[f32]; 2],
+    plan: &Plan<'_>,
+    memory: &mut outer::Words,
+) {
     let Plan { dims: Dims { tokens, hidden, .. }, isa, precision, .. } = *plan;
     let width = plan.dims.expert_width();
-    let multiply = |expert: usize, dw: &mut [f32], left: &[f32], right: &[f32], parallel: bool| {
-        let pairs = plan.pairs_of(expert);
-        let left = Mat::new(&left[pairs.start * width..pairs.end * width], pairs.len(), width);
-        let a = Source::rows(left.t());
-        let k = pairs.len();
-        let b = Source::columns_of_picked_rows(Mat::new(right, tokens, hidden), plan.tokens(pairs));
-        Operands { a, b, m: width, n: hidden, k, precision }.multiply(isa, dw, true, parallel);
-    };
     let WeightGrads { gate, up, down, biases } = grads;
     let [da, db, scaled] = lefts;
     if let Some(BiasGrads { gate, up, .. }) = biases {
@@ -353,21 +352,13 @@ fn weight_gradients(grads: WeightGrads<'_>, lefts: [&[f32]; 3], x: &[f32], dy: &
             }
         }
     }
-    let experts = |dw: &mut [f32], left: &[f32], right: &[f32]| {
-        dw.par_chunks_exact_mut(width * hidden).with_max_len(1).enumerate().for_each(|(expert, dw)| {
-            multiply(expert, dw, left, right, false);
-        });
-    };
-    if alike(plan) {
-        rayon::join(
-            || experts(gate, da, x),
-            || rayon::join(|| experts(up, db, x), || experts(down, scaled, dy)),
-        );
+    if let Pairs::Routed(_) = plan.pairs {
+        outer::Gradients { grads: [gate, up, down], neurons: lefts, x, dy }.add(plan, memory);
         return;
     }
     for (dw, left, right) in [(gate, da, x), (up, db, x), (down, scaled, dy)] {
-        for (expert, dw) in dw.chunks_exact_mut(width * hidden).enumerate() {
-            multiply(expert, dw, left, right, true);
-        }
+        let a = Source::rows(Mat::new(left, tokens, width).t());
+        let b = Source::rows(Mat::new(right, tokens, hidden).t());
+        Operands { a, b, m: width, n: hidden, k: tokens, precision }.multiply(isa, dw, true, true);
     }
 }

@@ -1,13 +1,10 @@
 //! Vector bodies: the bias, its gradient, and `y = x W^T` for a few rows, whose time is that of reading W, so W is read once.
 
-use rayon::prelude::*;
-
 use super::Dims;
+use crate::buf::SharedRows;
 use crate::isa::Isa;
+use crate::matmul::{for_tasks, tasks_for};
 use crate::simd::{Kernel, Simd, axpy, dot};
-
-/// Weights read by one task.
-const TASK_WEIGHTS: usize = 1 << 16;
 
 /// Sets y; see [`super::Forward`].
 pub(super) fn few_rows(isa: Isa, y: &mut [f32], x: &[f32], w: &[f32], dims: Dims) {
@@ -15,17 +12,21 @@ pub(super) fn few_rows(isa: Isa, y: &mut [f32], x: &[f32], w: &[f32], dims: Dims
     if rows == 0 || outputs == 0 {
         return;
     }
-    let block = (TASK_WEIGHTS / inputs.max(1)).clamp(1, outputs);
-    if rows == 1 {
-        y.par_chunks_mut(block).enumerate().for_each(|(i, y)| {
-            isa.run(Block { y, stride: 1, x, w: &w[i * block * inputs..], rows, inputs });
+    let blocks = |y: &mut [f32]| {
+        let (y, tasks) = (SharedRows::new(y, rows), tasks_for(rows * inputs * outputs).min(outputs));
+        for_tasks(tasks, |task| {
+            let outputs = task * outputs / tasks..(task + 1) * outputs / tasks;
+            // SAFETY: tasks have different outputs.
+            let y = unsafe { y.values(outputs.start * rows, outputs.len() * rows) };
+            isa.run(Block { y, stride: rows, x, w: &w[outputs.start * inputs..], rows, inputs });
         });
+    };
+    if rows == 1 {
+        blocks(y);
     } else {
         // y is token-major; the blocks are computed output-major and transposed, a copy of rows * outputs values.
         let mut columns = vec![0.0; rows * outputs];
-        columns.par_chunks_mut(block * rows).enumerate().for_each(|(i, y)| {
-            isa.run(Block { y, stride: rows, x, w: &w[i * block * inputs..], rows, inputs });
-        });
+        blocks(&mut columns);
         for (o, column) in columns.chunks_exact(rows).enumerate() {
             for (t, &value) in column.iter().enumerate() {
                 y[t * outputs + o] = value;

@@ -19,7 +19,7 @@ use super::blocks::{BLOCK, block_rows, each};
 use crate::add::Add;
 use crate::buf::with_spare;
 use crate::isa::Isa;
-use crate::matmul::{Mat, Matmul, MatmulPacked, Packed, Precision};
+use crate::matmul::{Mat, Matmul, Packed, Precision, multiply_packed};
 
 /// The sizes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,6 +74,21 @@ pub struct ForwardPacked<'a> {
     pub w: &'a Packed,
     /// `[outputs]`
     pub bias: Option<&'a [f32]>,
+    /// Rows of x and y: tokens.
+    pub rows: usize,
+}
+
+/// Does as [`ForwardPacked`] for several layers with the same input, such as queries, keys and values.
+#[derive(Debug)]
+pub struct ForwardPackedEach<'a, const N: usize> {
+    /// `[rows, outputs]` of each layer, set.
+    pub ys: [&'a mut [f32]; N],
+    /// `[rows, inputs]`
+    pub x: &'a [f32],
+    /// The weights.
+    pub ws: [&'a Packed; N],
+    /// `[outputs]` of each layer.
+    pub biases: [Option<&'a [f32]>; N],
     /// Rows of x and y: tokens.
     pub rows: usize,
 }
@@ -155,16 +170,39 @@ impl ForwardPacked<'_> {
     /// Lengths do not fit.
     pub fn run_on(self, isa: Isa) {
         let ForwardPacked { y, x, w, bias, rows } = self;
-        assert!(
-            x.len() == rows * w.inputs() && y.len() == rows * w.outputs(),
-            "linear::ForwardPacked: x {}, y {} values for {rows} rows of [{}, {}]",
-            x.len(),
-            y.len(),
-            w.outputs(),
-            w.inputs()
-        );
-        MatmulPacked { c: &mut *y, a: Mat::new(x, rows, w.inputs()), w }.run_on(isa);
-        add_bias("linear::ForwardPacked", isa, y, bias, w.outputs());
+        ForwardPackedEach { ys: [y], x, ws: [w], biases: [bias], rows }.run_on(isa);
+    }
+}
+
+impl<const N: usize> ForwardPackedEach<'_, N> {
+    /// Runs the op on the tier of [`Isa::current`].
+    ///
+    /// # Panics
+    /// Panics under the conditions of [`Self::run_on`].
+    pub fn run(self) {
+        self.run_on(Isa::current());
+    }
+
+    /// Runs the op on a given tier.
+    ///
+    /// # Panics
+    /// Lengths do not fit.
+    pub fn run_on(self, isa: Isa) {
+        let ForwardPackedEach { mut ys, x, ws, biases, rows } = self;
+        for (y, w) in ys.iter().zip(ws) {
+            let (inputs, outputs) = (w.inputs(), w.outputs());
+            assert!(
+                x.len() == rows * inputs && y.len() == rows * outputs,
+                "linear::ForwardPacked: x {}, y {} values for {rows} rows of [{outputs}, {inputs}]",
+                x.len(),
+                y.len()
+            );
+        }
+        let inputs = ws.first().map_or(0, |w| w.inputs());
+        multiply_packed(isa, ys.each_mut().map(|y| &mut **y), Mat::new(x, rows, inputs), ws);
+        for ((y, w), bias) in ys.into_iter().zip(ws).zip(biases) {
+            add_bias("linear::ForwardPacked", isa, y, bias, w.outputs());
+        }
     }
 }
 

@@ -1,4 +1,6 @@
-use super::{BackwardBias, BackwardInput, BackwardWeight, Dims, Forward, ForwardPacked, reference};
+use super::{
+    BackwardBias, BackwardInput, BackwardWeight, Dims, Forward, ForwardPacked, ForwardPackedEach, reference,
+};
 use crate::Precision;
 use crate::isa::Isa;
 use crate::matmul::{Mat, Packed};
@@ -100,4 +102,30 @@ fn threads_do_not_change_a_bit_of_the_bias() {
 fn a_bias_of_another_length_is_refused() {
     let dims = Dims { rows: 1, inputs: 1, outputs: 3, precision: Precision::F32 };
     Forward { y: &mut [0.0; 3], x: &[0.0], w: &[0.0; 3], bias: Some(&[0.0; 2]), dims }.run();
+}
+
+#[test]
+fn several_layers_of_one_input_are_those_layers() {
+    const OUTPUTS: [usize; 3] = [70, 0, 33];
+    for (rows, inputs) in [(1, 65), (3, 2100), (40, 31), (2, 0), (0, 7)] {
+        let x = normals(rows * inputs, 1);
+        let ws = OUTPUTS.map(|outputs| normals(outputs * inputs, 2));
+        let biases = OUTPUTS.map(|outputs| normals(outputs, 3));
+        for (isa, precision) in Isa::available()
+            .into_iter()
+            .flat_map(|isa| [Precision::F32, Precision::Bf16].map(|precision| (isa, precision)))
+        {
+            let packed: [Packed; 3] =
+                std::array::from_fn(|i| Packed::new(precision, Mat::new(&ws[i], OUTPUTS[i], inputs)));
+            let biases = [Some(&biases[0][..]), None, Some(&biases[2][..])];
+            let mut together = OUTPUTS.map(|outputs| vec![f32::NAN; rows * outputs]);
+            let ys = together.each_mut().map(|y| &mut y[..]);
+            ForwardPackedEach { ys, x: &x, ws: packed.each_ref(), biases, rows }.run_on(isa);
+            for i in 0..3 {
+                let mut alone = vec![f32::NAN; rows * OUTPUTS[i]];
+                ForwardPacked { y: &mut alone, x: &x, w: &packed[i], bias: biases[i], rows }.run_on(isa);
+                assert_eq!(together[i], alone, "{rows} rows of {inputs}, layer {i}, {}", isa.name());
+            }
+        }
+    }
 }

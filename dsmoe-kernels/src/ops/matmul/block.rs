@@ -8,6 +8,7 @@ use super::pack::{
     DEPTH, PANEL, Part, SLACK, Source, copied_pair_tiles, copied_tiles, pack, pack_pairs, packs_pairs, pairs,
     round,
 };
+use super::picked::AHEAD;
 use super::tile::{Depth, Next, product};
 use crate::buf::Buf;
 use crate::isa::Isa;
@@ -152,7 +153,7 @@ impl<K: Sink> ProductKernel for Task<'_, '_, K> {
             Passes { s, block: &block, values, paired, sums, widened, rows, depth, layout, panel_layout };
         let mut panel = block.range.start;
         if const { S::ROWS_OF_WIDE > 0 } {
-            while most <= S::ROWS_OF_WIDE && panel + 2 <= block.range.end {
+            while rows > 1 && most <= S::ROWS_OF_WIDE && panel + 2 <= block.range.end {
                 passes.panels::<2>(panel);
                 panel += 2;
             }
@@ -308,10 +309,13 @@ impl<S: Product, K: Sink> Passes<'_, '_, S, K> {
                 widen(s, self.widened, b);
             }
             // What the next pass reads of B: the first tiles ask for it.
-            let next: &[f32] = match block.panels {
-                Panels::F32(b) => &b[panel_at(P - 1, end)..],
-                Panels::Pairs(b) => bytemuck::cast_slice(&b[panel_at(P - 1, end) / 2..]),
+            let from = |p, k| -> &[f32] {
+                match block.panels {
+                    Panels::F32(b) => &b[panel_at(p, k)..],
+                    Panels::Pairs(b) => bytemuck::cast_slice(&b[panel_at(p, k) / 2..]),
+                }
             };
+            let (this, next) = (from(0, start), from(P - 1, end));
             for (i, tile) in tiles(rows, S::ROWS).enumerate() {
                 let at = |p| At { row: block.rows.start + tile.start, rows: tile.len(), panel: first + p };
                 let mut halves = sums.iter_mut();
@@ -344,8 +348,12 @@ impl<S: Product, K: Sink> Passes<'_, '_, S, K> {
                 // the tile after them.
                 let turns = if matches!(pass, Depth::F32(..)) { end - start } else { (end - start) / 2 };
                 let line = |i: usize| next.get(i * turns * SQUARE..).unwrap_or(&[]);
-                let next = if rows == tile.len() {
-                    Next { line: line(0), part: line(1), step: SQUARE }
+                // A lone row takes as long as reading B. It asks for what is read soon, in the order of memory.
+                let near = |i: usize| this.get(AHEAD + i * SQUARE..).unwrap_or(&[]);
+                let next = if rows == 1 {
+                    Next { line: near(0), part: near(1), step: 2 * SQUARE, line_step: 2 * SQUARE }
+                } else if rows == tile.len() {
+                    Next { line: line(0), part: line(1), step: SQUARE, line_step: SQUARE }
                 } else {
                     let len = tile.len();
                     let at = a_at(start) + len * layout.0;
@@ -354,7 +362,7 @@ impl<S: Product, K: Sink> Passes<'_, '_, S, K> {
                     } else {
                         self.values.get(at..).unwrap_or(&[])
                     };
-                    Next { line: line(i), part, step: len }
+                    Next { line: line(i), part, step: len, line_step: SQUARE }
                 };
                 let mut parts = part.iter_mut();
                 let sums: [&mut [f32]; P] = std::array::from_fn(|_| &mut **parts.next().expect("P parts"));

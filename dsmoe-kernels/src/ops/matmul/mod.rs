@@ -25,8 +25,8 @@ pub(crate) use pack::{PANEL, Source};
 pub use packed::Packed;
 pub(crate) use packed::{PackPanel, panel_len, panels};
 pub(crate) use product::{
-    Grid, Operands, PackRight, RIGHT_LEN, ROUND, Rows, for_tasks, right_len, right_panels, storage,
-    tasks_for, with_right,
+    Grid, Operands, PackRight, RIGHT_LEN, ROUND, Rows, for_tasks, for_tasks_when, right_len, right_panels,
+    storage, tasks_for, with_right,
 };
 
 use crate::isa::Isa;
@@ -80,12 +80,25 @@ impl MatmulPacked<'_> {
     /// Shapes do not fit.
     pub fn run_on(self, isa: Isa) {
         let MatmulPacked { c, a, w } = self;
+        multiply_packed(isa, [c], a, [w]);
+    }
+}
+
+/// Sets every C to `A W^T`, as one loop over all of them.
+pub(crate) fn multiply_packed<const N: usize>(
+    isa: Isa,
+    mut cs: [&mut [f32]; N],
+    a: Mat<'_>,
+    ws: [&Packed; N],
+) {
+    for (c, w) in cs.iter_mut().zip(ws) {
         let sizes = [a.cols, c.len()];
         assert_eq!(sizes, [w.inputs(), a.rows * w.outputs()], "MatmulPacked: columns of a, values of c");
         if a.cols == 0 {
             c.fill(0.0);
-        } else if !c.is_empty() {
-            product::product_packed(isa, c, a, w);
         }
+    }
+    if a.cols > 0 && cs.iter().any(|c| !c.is_empty()) {
+        product::products_packed(isa, cs, a, ws);
     }
 }

@@ -15,31 +15,25 @@ pub(crate) const DEPTH: usize = 256;
 /// Values past a tile's end that packing may overwrite.
 pub(crate) const SLACK: usize = SQUARE;
 
-/// A matrix of lanes by k, whose lanes or k may be picked by a list.
+/// A matrix of lanes by k, whose lanes may be picked by a list.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Source<'a> {
     data: &'a [f32],
     lane_stride: usize,
     k_stride: usize,
     lanes: Option<&'a [u32]>,
-    ks: Option<&'a [u32]>,
 }
 
 impl<'a> Source<'a> {
     /// Takes rows as lanes.
     pub(crate) fn rows(mat: Mat<'a>) -> Source<'a> {
         let Mat { data, row_stride, col_stride, .. } = mat;
-        Source { data, lane_stride: row_stride, k_stride: col_stride, lanes: None, ks: None }
+        Source { data, lane_stride: row_stride, k_stride: col_stride, lanes: None }
     }
 
     /// Takes row `list[lane]` for every lane.
     pub(crate) fn picked_rows(mat: Mat<'a>, list: Option<&'a [u32]>) -> Source<'a> {
         Source { lanes: list, ..Source::rows(mat) }
-    }
-
-    /// Takes columns as lanes, and row `list[k]` as k.
-    pub(crate) fn columns_of_picked_rows(mat: Mat<'a>, list: Option<&'a [u32]>) -> Source<'a> {
-        Source { ks: list, ..Source::rows(mat.t()) }
     }
 
     /// Tells whether neighbouring lanes lie side by side.
@@ -49,7 +43,7 @@ impl<'a> Source<'a> {
 
     /// Tells whether the values of a lane lie side by side.
     fn k_is_dense(&self) -> bool {
-        self.k_stride == 1 && self.ks.is_none()
+        self.k_stride == 1
     }
 
     fn at_lane(&self, lane: usize) -> usize {
@@ -57,7 +51,7 @@ impl<'a> Source<'a> {
     }
 
     fn at_k(&self, k: usize) -> usize {
-        self.ks.map_or(k, |list| list[k] as usize) * self.k_stride
+        k * self.k_stride
     }
 }
 
@@ -95,6 +89,11 @@ static WIDE_ZEROS: [f32; 2 * SQUARE] = [0.0; 2 * SQUARE];
 #[inline(always)]
 fn transposed<S: Product>(s: S, out: &mut [f32], (width, stride): (usize, usize), part: Part<'_>) {
     let Part { source, lanes, ks } = part;
+    if (width, stride, lanes.len()) == (1, 1, 1) {
+        // A token by itself is its row.
+        out[..ks.len()].copy_from_slice(&source.data[source.at_lane(lanes.start) + ks.start..][..ks.len()]);
+        return;
+    }
     let squares = ks.len() / SQUARE;
     for first in (0..width).step_by(SQUARE) {
         let mut rows = [&ZEROS[..0]; SQUARE];
@@ -239,6 +238,15 @@ pub(crate) fn pack_pairs<S: Product>(s: S, out: &mut [u32], (width, stride): (us
                 let part = |row: &'_ [f32]| s.load_tail(&row[first.min(row.len())..]);
                 s.store_pairs(&mut out[first..], part(even), part(odd));
             }
+        }
+        return;
+    }
+    if (width, stride, lanes.len()) == (1, 1, 1) {
+        // A token by itself is its row.
+        let row = &source.data[source.at_lane(lanes.start) + ks.start..][..ks.len()];
+        let out = &mut out[..ks.len().div_ceil(2)];
+        for (out, row) in out.chunks_mut(S::LANES / 2).zip(row.chunks(S::LANES)) {
+            s.store_bf16(out, s.load_tail(row));
         }
         return;
     }

@@ -158,6 +158,9 @@ fn accumulate<S: Product, M: Step, const R: usize>(
     }
 }
 
+/// About the words of a group of a panel.
+const LEN_OF_GROUP: usize = GROUP / 2 * PANEL;
+
 /// Steps between two looks ahead, and the words of B that a look is ahead.
 const LOOK: usize = 8;
 pub(crate) const AHEAD: usize = 1024;
@@ -227,6 +230,35 @@ impl Places<'_> {
     }
 }
 
+/// Panels of weights in words, by groups of [`GROUP`] rows.
+#[derive(Clone, Copy)]
+pub(crate) struct Strided<'a> {
+    pub(crate) words: &'a [f32],
+    /// Words from a panel to the next, and from a group to the next.
+    pub(crate) panel: usize,
+    pub(crate) group: usize,
+}
+
+impl<'a> Strided<'a> {
+    /// Returns the words from a group of a panel on.
+    #[inline(always)]
+    pub(crate) fn from(self, panel: usize, group: usize) -> &'a [f32] {
+        &self.words[panel * self.panel + group * self.group..]
+    }
+
+    /// Returns the same weights, with another panel as the first.
+    #[inline(always)]
+    pub(crate) fn starting_at(self, panel: usize) -> Strided<'a> {
+        Strided { words: self.from(panel, 0), ..self }
+    }
+
+    /// Returns a group of a panel.
+    #[inline(always)]
+    fn group(self, panel: usize, group: usize, steps: usize) -> &'a [[f32; PANEL]] {
+        self.from(panel, group)[..steps * PANEL].as_chunks().0
+    }
+}
+
 /// Adds the products of short rows with panels to rows of strips.
 pub(crate) struct AddToStrips<'a, M, const R: usize> {
     /// A strip of `strip_len` rows for each panel.
@@ -238,11 +270,10 @@ pub(crate) struct AddToStrips<'a, M, const R: usize> {
     /// A multiple of R.
     pub(crate) rows: Range<usize>,
     pub(crate) to: Places<'a>,
-    /// The steps of the groups for the first panel, and the words from a panel to the next.
-    pub(crate) b: &'a [f32],
-    pub(crate) b_part: Range<usize>,
-    pub(crate) b_stride: usize,
-    /// What the next call reads of its `b` first: it is prefetched.
+    /// The weights of the first panel, and of the panels after it, for some groups.
+    pub(crate) b: Strided<'a>,
+    pub(crate) groups: Range<usize>,
+    /// What is read after this: its first words are prefetched.
     pub(crate) next: &'a [f32],
     pub(crate) step: PhantomData<M>,
 }
@@ -251,18 +282,26 @@ impl<M: Step, const R: usize> ProductKernel for AddToStrips<'_, M, R> {
     type Output = ();
     #[inline(always)]
     fn body<S: Product>(self, s: S) {
-        let AddToStrips { strips, strip_len, a, group_rows, rows, to, b, b_part, b_stride, next, .. } = self;
-        for line in (0..next.len()).step_by(SQUARE) {
-            s.prefetch(next, line);
-        }
+        let AddToStrips { strips, strip_len, a, group_rows, rows, to, b, groups, next, .. } = self;
+        // A little with every panel: many requests at once would hold up the loads.
+        let (panels, next) = (strips.len() / strip_len, &next[..next.len().min(AHEAD)]);
+        let at_once = next.len().div_ceil(SQUARE).div_ceil(panels.max(1)) * SQUARE;
         for (panel, strip) in strips.chunks_exact_mut(strip_len).enumerate() {
-            let b = &b[panel * b_stride..][b_part.clone()];
-            let b = b.as_chunks::<PANEL>().0;
+            for line in (panel * at_once..next.len().min((panel + 1) * at_once)).step_by(SQUARE) {
+                s.prefetch(next, line);
+            }
+            if !next.is_empty() && panel + AHEAD / LEN_OF_GROUP < panels {
+                let ahead = b.from(panel + AHEAD / LEN_OF_GROUP, groups.start);
+                for line in (0..M::GROUP_STEPS * PANEL).step_by(SQUARE) {
+                    s.prefetch(ahead, line);
+                }
+            }
             for row in rows.clone().step_by(R) {
                 for first in (0..PANEL).step_by(2 * S::LANES) {
                     let mut acc: Sums<S::V, R> = [[s.splat(0.0); 2]; R];
-                    for (group, b) in b.chunks_exact(M::GROUP_STEPS).enumerate() {
-                        let a = &a[(group * group_rows + row) * M::GROUP_WORDS..][..R * M::GROUP_WORDS];
+                    for (i, group) in groups.clone().enumerate() {
+                        let b = b.group(panel, group, M::GROUP_STEPS);
+                        let a = &a[(i * group_rows + row) * M::GROUP_WORDS..][..R * M::GROUP_WORDS];
                         let a = std::array::from_fn(|r| &a[r * M::GROUP_WORDS..(r + 1) * M::GROUP_WORDS]);
                         accumulate::<S, M, R>(s, &mut acc, a, b, first);
                     }

@@ -11,11 +11,14 @@ use super::pack::{PANEL, Source, round};
 use super::packed::{PackPanel, panel_len, panels};
 use crate::blocks::each_when;
 use crate::buf::{Buf, SharedRows};
+use crate::crew;
 use crate::isa::Isa;
 use crate::simd::{Product, ProductKernel};
 
 /// Multiply-adds below which waking a second thread costs more than it saves.
 const SERIAL_WORK: usize = 1 << 18;
+/// The same for threads that wait in a crew.
+const SERIAL_WORK_OF_CREW: usize = 1 << 15;
 /// Inner dimension of one round over C: the part of A that a task packs stays in the second-level cache.
 pub(crate) const ROUND: usize = 2048;
 /// Approximate f32 values of A that a task packs.
@@ -146,16 +149,24 @@ fn part(i: usize, of: usize, total: usize) -> Range<usize> {
 /// Returns the number of tasks to aim for with `work` multiply-adds.
 pub(crate) fn tasks_for(work: usize) -> usize {
     let threads = rayon::current_num_threads();
-    if threads == 1 || work < SERIAL_WORK {
-        1
-    } else {
-        (TASKS_PER_THREAD * threads).min(work / (SERIAL_WORK / 4))
-    }
+    let (serial, most) = match crew::is_led() {
+        // All tasks of a loop take as long: as many for each thread.
+        true => (SERIAL_WORK_OF_CREW, work / (SERIAL_WORK_OF_CREW / 2) / threads * threads),
+        false => (SERIAL_WORK, work / (SERIAL_WORK / 4)),
+    };
+    if threads == 1 || work < serial { 1 } else { (TASKS_PER_THREAD * threads).min(most).max(1) }
 }
 
 /// Runs `task` for 0..tasks, in parallel if there are several.
 pub(crate) fn for_tasks(tasks: usize, task: impl Fn(usize) + Send + Sync) {
-    each_when(tasks > 1, (0..tasks).into_par_iter().with_max_len(1), task);
+    if tasks <= 1 || !crew::run(tasks, &task) {
+        each_when(tasks > 1, (0..tasks).into_par_iter().with_max_len(1), task);
+    }
+}
+
+/// Does as [`for_tasks`] if `parallel`, else runs the tasks on this thread.
+pub(crate) fn for_tasks_when(parallel: bool, tasks: usize, task: impl Fn(usize) + Send + Sync) {
+    if parallel { for_tasks(tasks, task) } else { (0..tasks).for_each(task) }
 }
 
 thread_local! {
@@ -335,20 +346,36 @@ impl Round<'_> {
     }
 }
 
-/// Sets `C = A W^T` with packed weights.
-pub(super) fn product_packed(isa: Isa, c: &mut [f32], a: Mat<'_>, w: &super::packed::Packed) {
-    let (m, n, k) = (a.rows, w.outputs(), a.cols);
-    let panels = n.div_ceil(PANEL);
+/// Sets `C = A W^T` for each of some packed W with as many columns.
+pub(super) fn products_packed<const N: usize>(
+    isa: Isa,
+    cs: [&mut [f32]; N],
+    a: Mat<'_>,
+    ws: [&super::packed::Packed; N],
+) {
+    let (m, k) = (a.rows, a.cols);
+    let outputs: usize = ws.iter().map(|w| w.outputs()).sum();
+    let mut columns = ws.iter().map(|w| w.outputs());
+    // SAFETY: C is borrowed mutably, and the grid's tasks differ in rows or panels.
+    let sinks = cs.map(|c| unsafe { Rows::new(c, columns.next().unwrap_or(0), false) });
     for start in (0..k).step_by(ROUND) {
-        // SAFETY: C is borrowed mutably, and the grid's tasks differ in rows or panels.
-        let sink = unsafe { Rows::new(c, n, start > 0) };
         let ks = start..k.min(start + ROUND);
-        let grid = Grid::new(m, panels, ks.len(), tasks_for(m * n * ks.len()));
-        for_tasks(grid.len(), |task| {
-            let (rows, range) = grid.get(task);
+        let tasks = tasks_for(m * outputs * ks.len());
+        let grids = ws.map(|w| {
+            let tasks = (tasks * w.outputs()).div_ceil(outputs);
+            Grid::new(m, w.outputs().div_ceil(PANEL), ks.len(), tasks)
+        });
+        let sinks = sinks.map(|rows| Rows { accumulate: start > 0, ..rows });
+        for_tasks_when(tasks > 1, grids.iter().map(Grid::len).sum(), |mut task| {
+            let mut product = 0;
+            while task >= grids[product].len() {
+                task -= grids[product].len();
+                product += 1;
+            }
+            let (w, (rows, range)) = (ws[product], grids[product].get(task));
             let left = Left::Source(Source::rows(a), w.precision() == Precision::Bf16);
             let (ks, panels) = (ks.clone(), w.panels());
-            Block { left, rows, ks, panels, panel_ks: 0..k, range, sink: &sink }.run(isa);
+            Block { left, rows, ks, panels, panel_ks: 0..k, range, sink: &sinks[product] }.run(isa);
         });
     }
 }

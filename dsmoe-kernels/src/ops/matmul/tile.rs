@@ -4,7 +4,7 @@
 //! number of passes, not with the whole inner dimension.
 
 use super::pack::PANEL;
-use crate::simd::{Product, ProductKernel, SQUARE};
+use crate::simd::{Product, ProductKernel};
 
 /// The operands of one pass.
 #[derive(Clone, Copy)]
@@ -20,8 +20,9 @@ pub(super) enum Depth<'a, const P: usize> {
 /// Memory that a pass prefetches, a little with every k.
 #[derive(Clone, Copy)]
 pub(super) struct Next<'a> {
-    /// A cache line with every k.
+    /// `line_step` values, a cache line at least, with every k.
     pub(super) line: &'a [f32],
+    pub(super) line_step: usize,
     /// `step` values with every k.
     pub(super) part: &'a [f32],
     pub(super) step: usize,
@@ -30,7 +31,7 @@ pub(super) struct Next<'a> {
 impl Next<'_> {
     #[inline(always)]
     fn ask<S: Product>(self, s: S, k: usize) {
-        s.prefetch(self.line, k * SQUARE);
+        s.prefetch(self.line, k * self.line_step);
         s.prefetch(self.part, k * self.step);
     }
 }

@@ -336,7 +336,7 @@ impl Weights<'_> {
         if gated.bias {
             for (bias, dy) in [(of_gate, &**da), (of_up, &**db)] {
                 let range = bias.start + neurons.start..bias.start + neurons.end;
-                linear::BackwardBias { db: &mut grads.part_mut(range), dy, partials: &mut **sums }.run()?;
+                linear::BackwardBias { db: &mut grads.part_mut(range), dy, partials: sums }.run()?;
             }
         }
         // dW_down^T = c^T dy, [width, hidden]
@@ -347,7 +347,7 @@ impl Weights<'_> {
         match (lists, parts) {
             (Some(lists), Some(parts)) => {
                 experts::BackwardWeights { dgate, dup, ddown, da, db, c, x: h, dy, lists }.run()?;
-                experts::BackwardInput { dx: &mut **dh, parts, da, db, gate, up, lists }.run()?;
+                experts::BackwardInput { dx: dh, parts, da, db, gate, up, lists }.run()?;
             }
             _ => {
                 linear::BackwardWeight { dw: ddown, dy: c, x: dy }.run()?;

@@ -237,7 +237,7 @@ fn cuda_logits_are_counted_in_bins() {
     for &z in &z {
         want[(((f64::from(z) + 2.0) * 4.0) as usize).min(15)] += 1;
     }
-    let mut bins = gpu.upload(&vec![1u64; 16]).unwrap();
+    let mut bins = gpu.upload(&[1u64; 16]).unwrap();
     router::CountLogits { bins: &mut bins, z: &gpu.upload(&z).unwrap(), per_unit: 4.0 }.run().unwrap();
     assert_eq!(bins.download().unwrap(), want);
 }
