@@ -19,7 +19,7 @@ pub enum SparsityOver {
     Active,
     /// Every gate.
     All,
-    /// Every gate, with a further weight at which the logits' gradients of a layer sum to 0. A GPU leaves that weight out.
+    /// Every gate, with a further weight at which the logits' gradients of a layer sum to 0.
     Held,
 }
 

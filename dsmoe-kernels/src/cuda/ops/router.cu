@@ -229,8 +229,8 @@ count_logits(u64* bins, const float* z, i64 total, int count, double largest, do
 
 // A thread per token; see the straight-through rule of the router crate.
 extern "C" __global__ void backward(float* dz, const float* dcoefficients, const float* gates, const u8* mask,
-                                    const u32* active, int tokens, int n, const float* weight, float factor, int all,
-                                    int binary, int rescale, int ste) {
+                                    const u32* active, int tokens, int n, const float* weight, float factor, int opened,
+                                    int all, int binary, int rescale, int ste) {
   const int t = blockIdx.x * blockDim.x + threadIdx.x;
   if (t >= tokens) return;
   const u32 k = active[t];
@@ -239,10 +239,31 @@ extern "C" __global__ void backward(float* dz, const float* dcoefficients, const
     const i64 i = (i64)t * n + e;
     const bool on = mask[i];
     float dq = ste || (on && !binary) ? scale * dcoefficients[i] : 0.0f;
-    if (on || all) dq += *weight * factor;
+    if (all || (on && opened)) dq += *weight * factor;
     const float q = gates[i];
     dz[i] = dq * q * (1.0f - q);
   }
+}
+
+// One block: what all gates get so that their logits' gradients sum to weight factor times the sum of q (1 - q).
+extern "C" __global__ void __launch_bounds__(1024)
+held(float* shift, const float* dz, const float* gates, i64 total, const float* weight, float factor) {
+  __shared__ double shared[32];
+  double sum = 0.0, slopes = 0.0;
+  for (i64 i = threadIdx.x; i < total; i += blockDim.x) {
+    const float q = gates[i];
+    sum += dz[i];
+    slopes += q * (1.0f - q);
+  }
+  sum = block_sum(sum, shared);
+  slopes = block_sum(slopes, shared);
+  if (threadIdx.x == 0) *shift = slopes > 0.0 ? (float)((double)(*weight * factor) - sum / slopes) : 0.0f;
+}
+extern "C" __global__ void hold(float* dz, const float* gates, const float* shift, i64 total) {
+  const i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= total) return;
+  const float q = gates[i];
+  dz[i] += *shift * q * (1.0f - q);
 }
 
 // partials [blocks, n, hidden] and [blocks, n]: dz^T h and the sums of dz over the tokens b, b + blocks, ... of block b;

@@ -58,8 +58,19 @@ pub struct Sparsity<'a> {
     pub weight: &'a Matrix<f32>,
     /// Multiplies the amount.
     pub factor: f32,
-    /// All gates count; otherwise only active ones do.
-    pub all: bool,
+    /// The gates that count.
+    pub over: Over,
+}
+
+/// The gates that a sparsity loss counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Over {
+    /// Active ones.
+    Active,
+    /// All.
+    All,
+    /// All, with a further amount of its own at which, but for the first amount, the gradients of logits sum to 0.
+    Held,
 }
 
 /// The routing of a batch of tokens. Its memory serves any number of experts up to the one it was made for.
@@ -370,6 +381,8 @@ pub struct Backward<'a> {
     pub routed: &'a Routed,
     /// The sparsity loss.
     pub sparsity: Sparsity<'a>,
+    /// Scratch memory for the amount of [`Over::Held`]: one value.
+    pub held: &'a mut Matrix<f32>,
     /// The settings.
     pub gates: &'a Gates,
 }
@@ -380,17 +393,26 @@ impl Backward<'_> {
     /// # Panics
     /// A size does not fit.
     pub fn run(self) -> Result<()> {
-        let Backward { dz, dcoefficients, routed, sparsity, gates } = self;
+        let Backward { dz, dcoefficients, routed, sparsity, held, gates } = self;
         let (tokens, n) = (routed.tokens, routed.num_experts);
-        let lens = [dz.len(), dcoefficients.len(), gates.num_experts, sparsity.weight.len()];
-        let want = [tokens * n, tokens * n, n, 1];
-        assert_eq!(lens, want, "cuda router::backward: dz, dcoefficients, experts, sparsity");
+        let lens = [dz.len(), dcoefficients.len(), gates.num_experts, sparsity.weight.len(), held.len()];
+        let want = [tokens * n, tokens * n, n, 1, 1];
+        assert_eq!(lens, want, "cuda router::backward: dz, dcoefficients, experts, sparsity, held");
         let Routed { gates: sigmoids, mask, active, .. } = routed;
         let pointers = [dz.arg(), dcoefficients.arg(), sigmoids.arg(), mask.arg(), active.arg()];
-        let flags = [sparsity.all, gates.binary, gates.rescale, gates.ste].map(Arg::from);
+        let counted = [sparsity.over == Over::Active, sparsity.over == Over::All];
+        let flags = [counted[0], counted[1], gates.binary, gates.rescale, gates.ste].map(Arg::from);
         let weight = [sparsity.weight.arg(), Arg::F32(sparsity.factor)];
         let args = [&pointers[..], &[tokens.into(), n.into()], &weight, &flags].concat();
-        start(mask.gpu(), "backward", Grid::row(tokens.div_ceil(128), 128), &args)
+        let gpu = mask.gpu();
+        start(gpu, "backward", Grid::row(tokens.div_ceil(128), 128), &args)?;
+        if sparsity.over != Over::Held {
+            return Ok(());
+        }
+        let (dz, q, total) = (dz.arg(), sigmoids.arg(), Arg::I64((tokens * n) as i64));
+        let args = [&[held.arg(), dz, q, total][..], &weight].concat();
+        start(gpu, "held", Grid::row(1, 1024), &args)?;
+        start(gpu, "hold", Grid::row((tokens * n).div_ceil(256), 256), &[dz, q, held.arg(), total])
     }
 }
 

@@ -65,6 +65,8 @@ pub(super) struct Scratch {
     /// As the values of a layer's router, rounded, and their gradient.
     low_rounded: GpuBuf<bf16>,
     dlow: GpuBuf<f32>,
+    /// What a layer's gates get in addition where thresholds hold the share: one value.
+    held: GpuBuf<f32>,
     /// Ones, as many as tokens and as the rank of routers.
     ones: GpuBuf<f32>,
     partials: GpuBuf<f32>,
@@ -123,6 +125,7 @@ impl Scratch {
             dlogits: gpu.zeros(pairs)?,
             low_rounded: gpu.zero_rows(tokens, rank)?,
             dlow: gpu.zero_rows(tokens, rank)?,
+            held: gpu.zeros(1)?,
             ones: gpu.upload(&vec![1.0; if rank > 0 { tokens.max(rank) } else { 0 }])?,
             partials: gpu.zeros(router::partials_len(hidden, experts.max(rank)))?,
             staging: hosted.then(|| Staging::new(gpu, tokens * hidden)).transpose()?,
@@ -362,7 +365,8 @@ impl Weights<'_> {
         let Backward { dh, grads, dy, acts, input, sparsity, .. } = args;
         let Input { h, normed, training } = input;
         let (Some(n), Some(routed)) = (self.kind.routed(), &acts.routed) else { return Ok(()) };
-        let Scratch { dcoefficients, dlogits, partials, staging, low_rounded, dlow, ones, .. } = scratch;
+        let Scratch { dcoefficients, dlogits, partials, staging, low_rounded, dlow, held, ones, .. } =
+            scratch;
         let dcoefficients = &dcoefficients.shaped(h.rows(), n);
         if let (Some(hosted), Some(staging)) = (&acts.hosted, staging) {
             let range = self.kind.gate_params(grads.len());
@@ -372,7 +376,7 @@ impl Weights<'_> {
         let Tensors { first, second, bias, correction } = router.tensors();
         let (mut dz, gates) = (dlogits.shaped_mut(h.rows(), n), &gates(&router.form.gates()));
         let sparsity = Sparsity { factor: router.form.sparsity_factor(), ..sparsity };
-        router::Backward { dz: &mut dz, dcoefficients, routed, sparsity, gates }.run()?;
+        router::Backward { dz: &mut dz, dcoefficients, routed, sparsity, held, gates }.run()?;
         let [dfirst, dsecond, dbias, dcorrection] = &mut grads.parts(gating.ranges(self.kind.gated().len()));
         let dbias = bias.map(|_| &mut **dbias);
         let Some(second) = second else {

@@ -6,7 +6,7 @@ use dsmoe_kernels::cuda::Matrix;
 use dsmoe_kernels::cuda::ops::elementwise::{self, Cast};
 use dsmoe_kernels::cuda::ops::optim::AddSum;
 use dsmoe_kernels::cuda::ops::rope::Positions;
-use dsmoe_kernels::cuda::ops::router::{CountLogits, Normed, Sparsity};
+use dsmoe_kernels::cuda::ops::router::{CountLogits, Normed, Over, Sparsity};
 use dsmoe_kernels::cuda::ops::{attention, cross_entropy, embedding, linear, rms_norm};
 use dsmoe_router::SparsityOver;
 use dsmoe_router::counts::PER_UNIT;
@@ -129,11 +129,12 @@ impl CudaTrainer {
             partials,
             ..
         } = &mut self.acts;
-        let sparsity = Sparsity {
-            weight: &self.sparsity_weight,
-            factor: 1.0,
-            all: args.sparsity_over != SparsityOver::Active,
+        let over = match args.sparsity_over {
+            SparsityOver::Active => Over::Active,
+            SparsityOver::All => Over::All,
+            SparsityOver::Held => Over::Held,
         };
+        let sparsity = Sparsity { weight: &self.sparsity_weight, factor: 1.0, over };
         let mut gradients = Gradients { block, params: &self.params, grads, partials };
         let Stream { x, rstd } = &streams[ranges.layers.len()];
         gradients.backward(&ranges.norm, dx, dh, [x, rstd], false)?;

@@ -38,7 +38,7 @@ fn kernels() -> [Spec; 13] {
         rms_norm::defines(width, variant).to_vec()
     });
     let either = [false, true];
-    let of_routers = "logits logits_of_many route count scan scan_tokens fill stats count_logits backward backward_weights \
+    let of_routers = "logits logits_of_many route count scan scan_tokens fill stats count_logits backward held hold backward_weights \
                       backward_input";
     [
         (&attention::SOURCE, "forward ragged deltas backward_queries backward_keys", 255, of_heads),

@@ -1,5 +1,5 @@
 use super::{check_close, gpu_or_skip, to_f32, values};
-use crate::cuda::ops::router::{self, Gates, Lists, Normed, Routed, Sparsity};
+use crate::cuda::ops::router::{self, Gates, Lists, Normed, Over, Routed, Sparsity};
 
 fn gates(num_experts: usize) -> Gates {
     Gates { num_experts, binary: false, rescale: false, force_argmax: false, ste: true }
@@ -119,22 +119,31 @@ fn cuda_router_is_the_reference() {
             let dk = to_f32(&values(tokens * n, 6));
             let dcoefficients = &gpu.upload(&dk).unwrap();
             let weight = &gpu.upload(&[0.25f32]).unwrap();
-            for all in [false, true] {
-                let sparsity = Sparsity { weight, factor: 1.5, all };
-                let want_dz: Vec<f64> = (0..tokens * n)
+            for over in [Over::Active, Over::All, Over::Held] {
+                let sparsity = Sparsity { weight, factor: 1.5, over };
+                let mut want_dz: Vec<f64> = (0..tokens * n)
                     .map(|at| {
                         let (q, on, k) = (want.gates[at], want.mask[at] != 0, want.active[at / n]);
                         let scale = if set.rescale { n as f64 / f64::from(k.max(1)) } else { 1.0 };
                         let passes = set.ste || (on && !set.binary);
                         let mut dq = if passes { scale * f64::from(dk[at]) } else { 0.0 };
-                        if on || all {
+                        if (on && over == Over::Active) || over == Over::All {
                             dq += 0.25 * 1.5;
                         }
                         dq * q * (1.0 - q)
                     })
                     .collect();
+                if over == Over::Held {
+                    let slope = |q: f64| q * (1.0 - q);
+                    let slopes: f64 = want.gates.iter().map(|&q| slope(q)).sum();
+                    let shift = 0.25 * 1.5 - want_dz.iter().sum::<f64>() / slopes;
+                    want_dz.iter_mut().zip(&want.gates).for_each(|(dz, &q)| *dz += shift * slope(q));
+                }
                 let mut dz = gpu.zeros::<f32>(tokens * n).unwrap();
-                router::Backward { dz: &mut dz, dcoefficients, routed, sparsity, gates: &set }.run().unwrap();
+                let held = &mut gpu.upload(&[f32::NAN]).unwrap();
+                router::Backward { dz: &mut dz, dcoefficients, routed, sparsity, held, gates: &set }
+                    .run()
+                    .unwrap();
                 check_close("dlogits", &dz.download().unwrap(), &want_dz, |_| 1e-5);
             }
         }
