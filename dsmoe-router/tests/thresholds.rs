@@ -104,7 +104,8 @@ fn a_start_from_afar_is_a_ramp_and_one_nearby_is_none() {
     let largest = shares.windows(2).map(|pair| pair[0] - pair[1]).fold(0.0, f64::max);
     assert!(largest < 0.06 && shares[0] > 0.95 && (shares[45] - 0.375).abs() < 0.02, "{shares:?}");
     let mut controller = single(0.9, 0.0, 90);
-    (0..6).for_each(|_| controller.update(0.9, &plant.batch()));
+    // A ramp of 90 updates would be at a sixth of its way.
+    (0..16).for_each(|_| controller.update(0.9, &plant.batch()));
     let share = plant.batch().curves().share(&controller.knots()[0].bars);
     assert!((share - 0.9).abs() < 0.02, "{share}");
 }

@@ -111,7 +111,8 @@ fn the_most_likely_tokens_teach_what_the_whole_teacher_does() {
         teacher.most_likely(&inputs, 8, top, &mut rows).unwrap();
         let mut grads = vec![0.0; want.len()];
         let output = model.distill_step_from(&mut grads, batch, &args, (&rows, 0.8), &mut workspace).unwrap();
-        assert_eq!(output.loss_sum, whole.loss_sum);
+        // Two kernels of the same loss.
+        assert!((output.loss_sum - whole.loss_sum).abs() < 1e-7 * whole.loss_sum, "{output:?} {whole:?}");
         assert!(output.divergence_sum > last && output.divergence_sum < whole.divergence_sum + 1e-3, "{top}");
         last = output.divergence_sum;
         if top == 61 {
@@ -125,5 +126,7 @@ fn the_most_likely_tokens_teach_what_the_whole_teacher_does() {
     teacher.most_likely(&inputs, 8, 5, &mut rows).unwrap();
     teacher.most_likely(&inputs[8..16], 8, 5, &mut alone).unwrap();
     assert_eq!((&alone.ids[..], &alone.log_p[..]), (&rows.ids[40..80], &rows.log_p[48..96]));
-    assert!(teacher.most_likely(&inputs, 8, 62, &mut rows).unwrap_err().to_string().contains("62 most likely"));
+    assert!(
+        teacher.most_likely(&inputs, 8, 62, &mut rows).unwrap_err().to_string().contains("62 most likely")
+    );
 }

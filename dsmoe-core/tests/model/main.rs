@@ -3,6 +3,7 @@
 mod calibrate;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod distill;
 mod divergence;
 mod golden;
 mod golden_layer;

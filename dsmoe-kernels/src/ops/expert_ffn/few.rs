@@ -2,13 +2,14 @@
 //!
 //! Its time is that of reading the weights. The list of panels is cut into parts, and a task reads all weights of its panels
 //! one after the other: gate and up, then down. It adds what the neurons make of x to a sum of its own, and y is the sum of
-//! these, in the order of the list. So threads meet once.
+//! these, in the order of the list. So threads meet once. A part is a fixed range of all panels of the FFN, open or not, so that
+//! the sum of a token does not depend on the experts that others open.
 
 use std::marker::PhantomData;
 use std::ops::Range;
 
 use super::dims::Dims;
-use super::open::{GateUp, Panel, Rows, Words, set_cut};
+use super::open::{GateUp, Panel, Rows, Words};
 use super::packed::{NEURONS, PackedWeights};
 use super::plan::Plan;
 use super::scratch::{Stored, recycled};
@@ -38,7 +39,7 @@ pub(super) fn forward(
     let x = Rows::new(words_of_x, x, plan);
     let rows = list(&mut runs, plan, 1, &(0..tokens));
     let panels = Panel::list(list_of_panels, &runs, weights, plan);
-    set_cut(cut, &panels, PARTS.min(panels.len()));
+    set_cut(cut, &panels, plan);
     let group = row_words(isa, precision, NEURONS);
     c.resize(rows * group);
     let c = SharedRows::new(c, group);
@@ -70,6 +71,27 @@ pub(super) fn forward(
     });
     *list_of_panels = recycled(panels);
     stored.runs = recycled(runs);
+}
+
+/// Sets `cut` to the ranges of the listed panels that are in one of at most [`PARTS`] ranges of all panels.
+fn set_cut(cut: &mut Vec<Range<usize>>, panels: &[Panel<'_>], plan: &Plan<'_>) {
+    let of = |dims: Dims| dims.num_experts * dims.expert_width().div_ceil(NEURONS);
+    let (mut firsts, mut all) = ([0; 2], 0);
+    for ((part, _), first) in plan.parts().zip(&mut firsts) {
+        *first = all;
+        all += of(part.dims);
+    }
+    let len = all.div_ceil(PARTS).max(1);
+    let part_of = |panel: &Panel<'_>| (firsts[panel.run.part] + panel.place()) / len;
+    cut.clear();
+    cut.reserve(PARTS);
+    let mut start = 0;
+    for end in 1..=panels.len() {
+        if end == panels.len() || part_of(&panels[end]) != part_of(&panels[end - 1]) {
+            cut.push(start..end);
+            start = end;
+        }
+    }
 }
 
 /// Sets `sum`, a strip for every panel of columns, to what some panels of neurons add to y.

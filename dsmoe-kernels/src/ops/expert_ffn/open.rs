@@ -183,6 +183,11 @@ impl<'a> Panel<'a> {
         Some(&biases[self.panel * PANEL..][..PANEL])
     }
 
+    /// Returns the panel's place among those of all experts of its kind.
+    pub(super) fn place(self) -> usize {
+        self.run.expert * self.run.groups + self.panel
+    }
+
     /// Returns the panel's first row of neurons.
     pub(super) fn first(self) -> usize {
         self.run.first + self.panel * self.run.len()
@@ -190,7 +195,7 @@ impl<'a> Panel<'a> {
 }
 
 /// Sets `cut` to about `tasks` ranges of the panels with about as many pairs each.
-pub(super) fn set_cut(cut: &mut Vec<Range<usize>>, panels: &[Panel<'_>], tasks: usize) {
+fn set_cut(cut: &mut Vec<Range<usize>>, panels: &[Panel<'_>], tasks: usize) {
     let total: usize = panels.iter().map(|panel| panel.run.len()).sum();
     cut.clear();
     cut.reserve(tasks);
