@@ -166,10 +166,13 @@ fn short_and_long_runs_land_within_a_point() {
         let (share, heard) = run(name, &[steps, "lr=3e-3"], source);
         assert!((share - target).abs() < 0.01, "{name}: {share}");
         if source == &started {
+            // A batch of 64 tokens opens what its text asks for: 4.7 points of standard deviation. Ten have 1.5.
             let shares: Vec<f64> =
                 heard.records.iter().map(|record| record.activation_ratio.unwrap()).collect();
-            let far = shares.iter().filter(|&share| (share - target).abs() > 0.06).count();
-            assert!(far * 20 < heard.records.len(), "{name}: {far} steps far from the target: {shares:?}");
+            for part in shares.chunks_exact(10) {
+                let mean = part.iter().sum::<f64>() / 10.0;
+                assert!((mean - target).abs() < 0.05, "{name}: {part:?}");
+            }
         }
         // The gradient does not open the gates as a whole, so thresholds stay where they are.
         let bars: Vec<f64> = heard.records.iter().map(|record| record.threshold_logit.unwrap()).collect();
