@@ -277,12 +277,14 @@ fn projections_are_the_least_squares_on_what_is_left() {
         let rows: Vec<(Vec<f64>, Vec<f64>, f64)> = (0..seen.x.len())
             .filter(|&t| is_fitted(t))
             .map(|t| {
-                let open = open(t);
-                let lost = |o: usize| {
+                let mut open = open(t);
+                let lost = |o: usize| -> f64 {
                     (0..NEURONS).map(|j| down[o * NEURONS + j] * (seen.neurons[t][j] - open[j])).sum()
                 };
                 let norm = seen.residual[t].iter().map(|x| x * x).sum::<f64>().sqrt();
                 let lost = (0..HIDDEN).map(lost).collect();
+                // The massive neurons, the first of the core, keep their columns.
+                order[..2].iter().for_each(|&j| open[j] = 0.0);
                 (open, lost, if relative { 1.0 / norm } else { 1.0 })
             })
             .collect();

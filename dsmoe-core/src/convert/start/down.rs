@@ -5,6 +5,7 @@ use dsmoe_kernels::buf::Buf;
 use super::experts::Experts;
 use super::plan::{Plan, Start, not_finite};
 use super::router::Router;
+use super::sinks::Sinks;
 use crate::calibrate::{Down, LayerStream, LayerWeights};
 use crate::compensate::{LeastSquares, Rows};
 use crate::error::{Error, Result};
@@ -25,13 +26,13 @@ impl Fitted {
     pub(super) fn fit(
         stream: &mut LayerStream,
         weights: &LayerWeights,
-        (plan, experts, router): (&Plan, &Experts, &Router),
+        (plan, sinks, experts, router): (&Plan, &Sinks, &Experts, &Router),
         options: &Start,
     ) -> Result<Fitted> {
         let [.., down] = &weights.linears;
         let (mut weight, mut bias) = (down.weight.clone(), down.bias.as_ref().map(|bias| bias.to_vec()));
         if let Some(ridge) = options.settings.least_squares {
-            let sums = Fitted::sums(stream, weights, (plan, experts, router), options);
+            let sums = Fitted::sums(stream, weights, (plan, sinks, experts, router), options);
             let solved = sums
                 .solve(plan.ridge(ridge, stream.seq()), options.settings.intercept)
                 .ok_or_else(|| not_finite(weights.layer))?;
@@ -61,7 +62,7 @@ impl Fitted {
     fn sums(
         stream: &mut LayerStream,
         weights: &LayerWeights,
-        (plan, experts, router): (&Plan, &Experts, &Router),
+        (plan, sinks, experts, router): (&Plan, &Sinks, &Experts, &Router),
         options: &Start,
     ) -> LeastSquares {
         let [.., down] = &weights.linears;
@@ -71,10 +72,16 @@ impl Fitted {
         let whole = Down::new(precision, &down.weight, down.inputs, None);
         stream.see_ffn_of(weights, &|sequence| plan.is_fitted(sequence), &mut |tap| {
             let bar = router.thresholds[plan.budget_of(tap.sequence)];
-            let (open, _) = router.open(experts, (tap.x, tap.neurons), bar);
+            let (mut open, _) = router.open(experts, (tap.x, tap.neurons), bar);
             let closed: Vec<f32> = tap.neurons.iter().zip(&open).map(|(all, open)| all - open).collect();
             whole.forward(&mut lost, &closed);
-            let factors = factors(tap.residual, down.outputs, options.settings.relative);
+            let mut factors = sinks.factors(tap.neurons);
+            if options.settings.relative {
+                relate(&mut factors, tap.residual, down.outputs);
+            }
+            for row in open.chunks_exact_mut(down.inputs) {
+                experts.massive.iter().for_each(|&neuron| row[neuron as usize] = 0.0);
+            }
             sums.add(Rows { inputs: &open, residuals: &lost, factors: &factors });
         });
         sums
@@ -86,16 +93,12 @@ impl Fitted {
     }
 }
 
-/// Returns the factors of the tokens of a sequence: 0 for the first, 1 or one over the norm of the residual stream for the
-/// others.
-fn factors(residual: &[f32], hidden: usize, relative: bool) -> Vec<f32> {
-    let factor = |(t, row): (usize, &[f32])| {
+/// Divides the factors of tokens by the norms of their residual stream.
+fn relate(factors: &mut [f32], residual: &[f32], hidden: usize) {
+    for (factor, row) in factors.iter_mut().zip(residual.chunks_exact(hidden)) {
         let square: f64 = row.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
-        match (t, relative) {
-            (0, _) => 0.0,
-            (_, true) if square > 0.0 => (1.0 / square.sqrt()) as f32,
-            _ => 1.0,
+        if square > 0.0 {
+            *factor /= square.sqrt() as f32;
         }
-    };
-    residual.chunks_exact(hidden).enumerate().map(factor).collect()
+    }
 }

@@ -1,6 +1,7 @@
 //! The neurons of the core and of the experts.
 
 use super::plan::{Plan, Start};
+use super::sinks::Sinks;
 use crate::calibrate::{LayerStream, LayerWeights};
 use crate::error::Result;
 use crate::partition::clusters;
@@ -17,6 +18,8 @@ pub(super) struct Experts {
     pub(super) core: usize,
     /// Neurons of an expert.
     pub(super) width: usize,
+    /// Neurons of the core that write massive values. A fit to other tokens does not know what a change of them does there.
+    pub(super) massive: Vec<u32>,
 }
 
 impl Experts {
@@ -24,28 +27,25 @@ impl Experts {
     pub(super) fn choose(
         stream: &mut LayerStream,
         weights: &LayerWeights,
-        plan: &Plan,
+        (plan, sinks): (&Plan, &Sinks),
         options: &Start,
     ) -> Result<Experts> {
-        let [.., gate, _, down] = &weights.linears;
+        let [.., gate, _, _] = &weights.linears;
         let width = gate.outputs / plan.num_experts;
         let core = plan.cores[weights.layer] * width;
-        let lengths = column_lengths(&down.weight, down.inputs);
+        let lengths = &sinks.lengths;
         let mut seen = Seen::new(gate.outputs);
         let seq = stream.seq();
         let every = (plan.sequences * seq).div_ceil(MOST_TOKENS).max(1);
         let is_seen = |sequence: usize| sequence.is_multiple_of(every);
-        stream.see_ffn_of(weights, &is_seen, &mut |tap| seen.add(tap.neurons, seq));
-        let mut importance: Vec<f64> = seen
-            .sizes(options.settings.intercept)
-            .zip(&lengths)
-            .map(|(size, length)| size * length)
-            .collect();
+        stream.see_ffn_of(weights, &is_seen, &mut |tap| seen.add(tap.neurons, &sinks.of(tap.neurons)));
+        let mut importance: Vec<f64> =
+            seen.sizes(options.settings.intercept).zip(lengths).map(|(size, length)| size * length).collect();
         let massive: Vec<f64> =
-            seen.first.iter().zip(&lengths).map(|(value, length)| value * length).collect();
-        for &neuron in descending(&massive).iter().take(options.settings.massive.min(core)) {
-            importance[neuron] = f64::INFINITY;
-        }
+            seen.massive.iter().zip(lengths).map(|(value, length)| value * length).collect();
+        let mut massive = descending(&massive);
+        massive.truncate(options.settings.massive.min(core));
+        massive.iter().for_each(|&neuron| importance[neuron] = f64::INFINITY);
         let mut order = descending(&importance);
         let mut rest = order.split_off(core);
         rest.sort_unstable();
@@ -54,7 +54,8 @@ impl Experts {
         let seed = options.seed ^ weights.layer as u64;
         let (clustered, _) = clusters::neurons(rows, gate.inputs, plan.routed(weights.layer), seed);
         order.extend(clustered.iter().map(|&at| rest[at as usize]));
-        Ok(Experts { order: order.into_iter().map(|neuron| neuron as u32).collect(), core, width })
+        let numbers = |neurons: Vec<usize>| neurons.into_iter().map(|neuron| neuron as u32).collect();
+        Ok(Experts { order: numbers(order), core, width, massive: numbers(massive) })
     }
 
     /// Returns the neurons of the routed experts, one expert after the other.
@@ -65,30 +66,30 @@ impl Experts {
 
 /// Sizes of the values of each neuron.
 struct Seen {
-    /// Sums, and sums of squares, at all positions but the first.
+    /// Sums, and sums of squares, of all tokens that fits have.
     sums: Vec<f64>,
     squares: Vec<f64>,
     tokens: usize,
-    /// Largest value at first positions.
-    first: Vec<f64>,
+    /// Largest value of a token that they leave out.
+    massive: Vec<f64>,
 }
 
 impl Seen {
     fn new(neurons: usize) -> Seen {
         let zeros = || vec![0.0; neurons];
-        Seen { sums: zeros(), squares: zeros(), tokens: 0, first: zeros() }
+        Seen { sums: zeros(), squares: zeros(), tokens: 0, massive: zeros() }
     }
 
-    /// Adds the neurons of a sequence of `seq` tokens.
-    fn add(&mut self, neurons: &[f32], seq: usize) {
+    /// Adds the neurons of a sequence, with the tokens that fits leave out.
+    fn add(&mut self, neurons: &[f32], left_out: &[bool]) {
         let width = self.squares.len();
-        self.tokens += seq.saturating_sub(1);
-        for (t, row) in neurons.chunks_exact(width).enumerate().take(seq) {
+        self.tokens += left_out.iter().filter(|is_left_out| !**is_left_out).count();
+        for (is_left_out, row) in left_out.iter().zip(neurons.chunks_exact(width)) {
             for (j, &value) in row.iter().enumerate() {
                 let value = f64::from(value);
-                match t {
-                    0 => self.first[j] = self.first[j].max(value.abs()),
-                    _ => {
+                match is_left_out {
+                    true => self.massive[j] = self.massive[j].max(value.abs()),
+                    false => {
                         self.sums[j] += value;
                         self.squares[j] += value * value;
                     }
@@ -105,15 +106,6 @@ impl Seen {
             (square / tokens - mean * mean).max(0.0).sqrt()
         })
     }
-}
-
-/// Returns the lengths of the columns of a matrix with that many.
-fn column_lengths(matrix: &[f32], columns: usize) -> Vec<f64> {
-    let mut squares = vec![0.0; columns];
-    for row in matrix.chunks_exact(columns) {
-        squares.iter_mut().zip(row).for_each(|(sum, &x)| *sum += f64::from(x) * f64::from(x));
-    }
-    squares.into_iter().map(f64::sqrt).collect()
 }
 
 /// Returns the places of values from the largest to the smallest, the first among equals first.

@@ -4,11 +4,13 @@ use super::down::Fitted;
 use super::experts::Experts;
 use super::plan::{Plan, Start};
 use super::router::Router;
+use super::sinks::Sinks;
 use crate::calibrate::{Down, FfnTap, LayerStream, LayerWeights};
 use crate::error::Result;
 
 /// A layer of the start.
 pub(super) struct Layer {
+    sinks: Sinks,
     pub(super) experts: Experts,
     pub(super) router: Router,
     pub(super) fitted: Fitted,
@@ -31,10 +33,11 @@ impl Layer {
         options: &Start,
     ) -> Result<Layer> {
         stream.attend(weights);
-        let experts = Experts::choose(stream, weights, plan, options)?;
-        let router = Router::fit(stream, weights, (plan, &experts), options)?;
-        let fitted = Fitted::fit(stream, weights, (plan, &experts, &router), options)?;
-        Ok(Layer { experts, router, fitted })
+        let sinks = Sinks::new(&weights.linears[6]);
+        let experts = Experts::choose(stream, weights, (plan, &sinks), options)?;
+        let router = Router::fit(stream, weights, (plan, &sinks, &experts), options)?;
+        let fitted = Fitted::fit(stream, weights, (plan, &sinks, &experts, &router), options)?;
+        Ok(Layer { sinks, experts, router, fitted })
     }
 
     /// Sets `y` to the output of the FFN at the budget of that place.
@@ -57,9 +60,13 @@ impl Layer {
                 whole.forward(&mut dense, tap.neurons);
                 running += open;
                 tokens += tap.x.len() / hidden;
-                for (a, b) in dense.iter().zip(&*y).skip(hidden) {
-                    error += (f64::from(*a) - f64::from(*b)).powi(2);
-                    size += f64::from(*a).powi(2);
+                let rows = dense.chunks_exact(hidden).zip(y.chunks_exact(hidden));
+                let left_out = self.sinks.of(tap.neurons);
+                for ((dense, y), _) in rows.zip(left_out).filter(|(_, is_left_out)| !is_left_out) {
+                    for (a, b) in dense.iter().zip(y) {
+                        error += (f64::from(*a) - f64::from(*b)).powi(2);
+                        size += f64::from(*a).powi(2);
+                    }
                 }
             }
         });

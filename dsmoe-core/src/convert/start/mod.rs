@@ -11,8 +11,8 @@
 //!             down     = least squares of the FFN's output on the neurons left           see `down`
 //!             states  += sparse FFN(states)
 //! ```
-//! The first position of a sequence is left out of all fits: its states are of another size than all others, and they
-//! would own every sum.
+//! The first position of a sequence, and tokens with massive values like it, are left out of all fits: they would own every
+//! sum (see `sinks`).
 
 mod costs;
 mod down;
@@ -21,6 +21,7 @@ mod layer;
 mod plan;
 mod router;
 mod settings;
+mod sinks;
 mod write;
 
 use std::path::Path;

@@ -14,6 +14,7 @@ use rayon::prelude::*;
 use super::experts::Experts;
 use super::plan::{Plan, Start, not_finite};
 use super::settings::RouterTarget;
+use super::sinks::Sinks;
 use crate::calibrate::{FfnTap, LayerStream, LayerWeights};
 use crate::compensate::{LeastSquares, Rows};
 use crate::error::Result;
@@ -42,19 +43,16 @@ impl Router {
     pub(super) fn fit(
         stream: &mut LayerStream,
         weights: &LayerWeights,
-        (plan, experts): (&Plan, &Experts),
+        (plan, sinks, experts): (&Plan, &Sinks, &Experts),
         options: &Start,
     ) -> Result<Router> {
         let [.., down] = &weights.linears;
         let (hidden, routed, seq) = (down.outputs, plan.routed(weights.layer), stream.seq());
         let scores = Scores::new(experts, &down.weight, down.inputs, options.settings.target);
         let mut sums = LeastSquares::new(hidden, routed).in_precision(stream.precision());
-        // The first position is left out.
-        let mut factors = vec![1.0; seq];
-        factors[0] = 0.0;
         stream.see_ffn_of(weights, &|sequence| plan.is_fitted(sequence), &mut |tap| {
             let residuals = scores.of(tap.neurons);
-            sums.add(Rows { inputs: tap.x, residuals: &residuals, factors: &factors });
+            sums.add(Rows { inputs: tap.x, residuals: &residuals, factors: &sinks.factors(tap.neurons) });
         });
         let solved = sums.solve(plan.ridge(RIDGE, seq), true).ok_or_else(|| not_finite(weights.layer))?;
         let mut weight = vec![0.0; routed * hidden];
@@ -63,12 +61,17 @@ impl Router {
         }
         let bias = solved.bias.unwrap_or_else(|| vec![0.0; routed]);
         let mut router = Router { weight, bias, thresholds: Vec::new() };
-        let held = router.held_out(stream, weights, plan);
+        let held = router.held_out(stream, weights, (plan, sinks));
         router.place(held, (plan, weights.layer)).then_some(router).ok_or_else(|| not_finite(weights.layer))
     }
 
     /// Returns the logits of an even choice of the tokens that place thresholds, for each budget.
-    fn held_out(&self, stream: &mut LayerStream, weights: &LayerWeights, plan: &Plan) -> Vec<Vec<f32>> {
+    fn held_out(
+        &self,
+        stream: &mut LayerStream,
+        weights: &LayerWeights,
+        (plan, sinks): (&Plan, &Sinks),
+    ) -> Vec<Vec<f32>> {
         let (seq, routed) = (stream.seq(), plan.routed(weights.layer));
         let sequences = (0..plan.sequences).filter(|&sequence| plan.is_held(sequence)).count();
         let every = (sequences * seq).div_ceil(MOST_TOKENS);
@@ -76,10 +79,12 @@ impl Router {
         stream.see_ffn_of(
             weights,
             &|sequence| plan.is_held(sequence),
-            &mut |FfnTap { sequence, x, .. }| {
+            &mut |FfnTap { sequence, x, neurons, .. }| {
                 self.logits(&mut logits, x);
-                let rows = logits.chunks_exact(routed).enumerate().skip(1);
-                let chosen = rows.filter(|(t, _)| (sequence * seq + t).is_multiple_of(every));
+                let left_out = sinks.of(neurons);
+                let rows = logits.chunks_exact(routed).enumerate();
+                let chosen =
+                    rows.filter(|(t, _)| !left_out[*t] && (sequence * seq + t).is_multiple_of(every));
                 chosen.for_each(|(_, row)| all[plan.budget_of(sequence)].extend_from_slice(row));
             },
         );
