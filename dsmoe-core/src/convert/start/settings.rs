@@ -63,7 +63,7 @@ impl Default for StartSettings {
         StartSettings {
             core: 0.5,
             core_first: 1.0 / 3.0,
-            widths: Widths::Kl,
+            widths: Widths::Uniform,
             massive: 16,
             target: RouterTarget::Norm,
             least_squares: Some(0.1),
