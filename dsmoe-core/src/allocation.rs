@@ -8,7 +8,7 @@
 //! Divergences of FFNs that lack neurons lie near such lines. A curve through all known points would have kinks there, at which
 //! layers stop. The curves are convex: units are given one by one to the layer that gains most.
 
-/// What the sizes of a layer cost.
+/// The cost of each size of a layer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Costs {
     /// Known sizes, ascending, and what they cost; without any the layer costs nothing.

@@ -1,5 +1,5 @@
-//! What a dense model's output loses when one layer alone is changed: the divergence of the distributions of the next
-//! token, on a little text.
+//! This module changes one layer of a dense model at a time and measures how far the distributions of the next token move:
+//! their divergence, on a little text.
 //!
 //! ```text
 //! per layer:  the text and all copies pass the layer; for every change of it a copy of the text passes the changed one

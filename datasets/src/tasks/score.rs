@@ -82,8 +82,8 @@ impl Loaded {
 }
 
 impl Loaded {
-    /// Returns the mean negative log-likelihood of the right answers, nats by document; none for a task whose answers are
-    /// not told apart by their likelihoods.
+    /// Returns the mean negative log-likelihood of the right answers, in nats by document. A task that does not
+    /// compare the likelihoods of its answers has none.
     pub fn gold_nll(&self, scored: &Scored) -> Option<f64> {
         let first = scored.samples.first()?.filter;
         let samples = scored.samples.iter().filter(|sample| sample.filter == first);

@@ -117,7 +117,7 @@ pub(crate) struct Speed {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct GridSpeeds {
     pub(crate) prefill_tokens_per_s: f64,
-    /// By the number of texts side by side, in the order asked for.
+    /// One entry for each batch size, in the order of the request.
     pub(crate) decode_tokens_per_s: Vec<f64>,
 }
 

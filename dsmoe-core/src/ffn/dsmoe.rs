@@ -25,7 +25,7 @@ pub struct DsmoeFfn {
     form: DsmoeForm,
     /// The gates of the routed experts.
     gates: RouterConfig,
-    /// What a logit has to exceed; none where every gate is open.
+    /// The threshold of the logits. It is none where every gate is open.
     bar: Option<f32>,
     /// The logit at which a gate that switches its expert is a half in the straight-through rule.
     centre: f32,

@@ -1,5 +1,5 @@
-//! What budgets cost each layer, before anything is fitted: layer after layer is cut alone, on the dense model's stream, and
-//! the divergence of the final output is taken.
+//! This pass measures the cost of budgets for each layer, before the fit. It cuts one layer at a time, on the dense model's
+//! stream, and takes the divergence of the final output.
 
 use std::path::Path;
 

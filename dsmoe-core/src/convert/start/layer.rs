@@ -16,7 +16,7 @@ pub(super) struct Layer {
     pub(super) fitted: Fitted,
 }
 
-/// What a layer does on the sequences that place thresholds.
+/// The error and the active share of a layer, measured on the sequences that place thresholds.
 pub(super) struct Measured {
     /// Squared error of the output over its squared size.
     pub(super) error: f64,

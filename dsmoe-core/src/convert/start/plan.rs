@@ -35,13 +35,13 @@ pub(super) struct Plan {
     pub(super) chosen: usize,
     /// Experts of each layer that run, mean over tokens and the core included, for each budget.
     open: Vec<Vec<f64>>,
-    /// Whether sequences are fitted at the budgets in turn.
+    /// If true, the fit takes the budgets in turn, one per sequence.
     elastic: bool,
     /// Sequences that routers and projections are fitted to; the others place the thresholds.
     pub(super) fitted: usize,
     pub(super) sequences: usize,
-    /// Of the sequences that place thresholds, those that pass the layers at every other budget as well, as copies behind
-    /// all sequences.
+    /// Number of the threshold-placing sequences that have copies, one for every other budget. The copies follow all
+    /// sequences.
     copied: usize,
 }
 

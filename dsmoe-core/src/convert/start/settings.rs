@@ -34,7 +34,7 @@ pub struct StartSettings {
     /// Shares of experts that thresholds are stored for, beside that of the start; none for those of [`BUDGETS`] that are
     /// above the share of the core.
     pub budgets: Option<Vec<f64>>,
-    /// Whether sequences are fitted at the budgets in turn, so that the projections serve all.
+    /// If true, the fit takes the budgets in turn, one per sequence, so that the projections serve all budgets.
     pub elastic: bool,
 }
 

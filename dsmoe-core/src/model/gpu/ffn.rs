@@ -30,7 +30,7 @@ pub(crate) struct Rows<'a> {
     pub(crate) gate: View<'a, bf16>,
     pub(crate) up: View<'a, bf16>,
     pub(crate) down: View<'a, bf16>,
-    /// Of gate and up.
+    /// The biases of the gate and up projections.
     biases: Option<[View<'a, f32>; 2]>,
 }
 

@@ -43,7 +43,7 @@ pub(crate) struct Forward<'a> {
     pub(crate) low: Low<'a>,
     pub(crate) normed: Normed<'a>,
     pub(crate) tensors: Tensors<'a>,
-    /// What a logit has to exceed, and where a gate is a half.
+    /// The threshold of the logits, and the logit at which a gate is one half.
     pub(crate) thresholds: &'a Matrix<f32>,
     pub(crate) gates: Gates,
 }

@@ -5,7 +5,7 @@ fn gates(num_experts: usize) -> Gates {
     Gates { num_experts, binary: false, rescale: false, force_argmax: false, ste: true }
 }
 
-/// What a logit has to exceed, and where a gate is a half.
+/// The threshold of the logits, and the logit at which a gate is one half.
 const THRESHOLDS: [f32; 2] = [0.1, 0.0];
 
 /// Logits, gates, mask and coefficients as the router crate defines them.
