@@ -4,6 +4,7 @@ mod common;
 mod determinism;
 mod evaluation;
 mod held;
+mod lanes;
 mod masked;
 mod mixture;
 mod optimizer;
