@@ -10,6 +10,7 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 pub mod buf;
+pub mod comm;
 pub mod crew;
 #[cfg(feature = "cuda")]
 pub mod cuda;
