@@ -81,7 +81,9 @@ impl Shards {
     /// There is no such process.
     pub fn owned(&self, rank: usize) -> Vec<Range<usize>> {
         let mut owned: Vec<Range<usize>> = Vec::new();
-        for piece in (0..self.units.len()).map(|unit| self.piece(unit, rank)).filter(|piece| !piece.is_empty()) {
+        for piece in
+            (0..self.units.len()).map(|unit| self.piece(unit, rank)).filter(|piece| !piece.is_empty())
+        {
             match owned.last_mut() {
                 Some(last) if last.end == piece.start => last.end = piece.end,
                 _ => owned.push(piece),

@@ -26,8 +26,8 @@ pub struct GradNorms {
 /// Computes the norms of `grads`, laid out as `layout`. See [`Squares`].
 pub fn grad_norms(layout: &Layout, grads: &[f32]) -> GradNorms {
     let mut squares = Squares::new(layout, &Shards::new(layout, 1), 0);
-    let own = squares.of(grads).to_vec();
-    squares.norms(&own)
+    squares.compute(grads);
+    squares.norms(squares.sums())
 }
 
 /// The sums of squares that the norms of a gradient are made of: one per piece, which is what a block of
@@ -50,9 +50,8 @@ impl Squares {
     pub(crate) fn new(layout: &Layout, shards: &Shards, rank: usize) -> Squares {
         let same_kind = |a: &Entry, b: &Entry| a.spec.router == b.spec.router;
         let runs = layout.entries().chunk_by(same_kind);
-        let runs: Vec<(Range<usize>, bool)> = runs
-            .map(|run| (run[0].range.start..run[run.len() - 1].range.end, run[0].spec.router))
-            .collect();
+        let runs: Vec<(Range<usize>, bool)> =
+            runs.map(|run| (run[0].range.start..run[run.len() - 1].range.end, run[0].spec.router)).collect();
         let mut squares =
             Squares { pieces: Vec::new(), own: Vec::new(), sums: Vec::new(), counts: vec![0; shards.size()] };
         let mut first = 0;
@@ -84,10 +83,14 @@ impl Squares {
         &self.counts
     }
 
-    /// Returns the sums of this process's pieces of `grads`.
-    pub(crate) fn of(&mut self, grads: &[f32]) -> &[f64] {
+    /// Computes the sums of this process's pieces of `grads`.
+    pub(crate) fn compute(&mut self, grads: &[f32]) {
         let pieces = self.sums.par_iter_mut().zip(&self.own);
         pieces.for_each(|(sum, piece)| *sum = adamw::sum_of_squares(&grads[piece.clone()]));
+    }
+
+    /// Returns the sums of this process's pieces.
+    pub(crate) fn sums(&self) -> &[f64] {
         &self.sums
     }
 
@@ -235,12 +238,14 @@ mod tests {
         for size in [2, 3, 5] {
             let shards = Shards::new(layout, size);
             let mut all: Vec<Squares> = (0..size).map(|rank| Squares::new(layout, &shards, rank)).collect();
-            let sums: Vec<f64> = all.iter_mut().flat_map(|squares| squares.of(&grads).to_vec()).collect();
+            all.iter_mut().for_each(|squares| squares.compute(&grads));
+            let sums: Vec<f64> = all.iter().flat_map(|squares| squares.sums()).copied().collect();
             assert_eq!(all[0].norms(&sums), want, "{size}");
         }
         let by_entry = |router: bool| -> f64 {
             let entries = layout.entries().iter().filter(|entry| entry.spec.router || !router);
-            let squares = entries.flat_map(|entry| &grads[entry.range.clone()]).map(|&x| f64::from(x).powi(2));
+            let squares =
+                entries.flat_map(|entry| &grads[entry.range.clone()]).map(|&x| f64::from(x).powi(2));
             squares.sum::<f64>().sqrt()
         };
         for (got, want) in [(want.all, by_entry(false)), (want.router, by_entry(true))] {

@@ -8,6 +8,7 @@ mod lanes;
 mod masked;
 mod mixture;
 mod optimizer;
+mod processes;
 mod reconstruct;
 mod run_directory;
 mod teacher;
