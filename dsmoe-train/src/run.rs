@@ -34,7 +34,7 @@ use crate::checkpoint::{self, FORMAT_VERSION, State};
 use crate::config::{Budget, Hold, NearDuplicates, TEACHER_TOP, TEACHER_WEIGHT, TrainConfig};
 use crate::engine::StepResult;
 use crate::error::{Error, Result};
-use crate::eval::{Domain, EvalOptions, EvalReport, evaluate_domains};
+use crate::eval::{Domain, EvalOptions, EvalReport, evaluate_domains_on};
 use crate::files;
 use crate::metrics::{METRICS_FILE, Metrics, StepRecord, eval_line, resident_bytes, step_line};
 use crate::optim::AdamW;
@@ -444,7 +444,8 @@ impl Trainer {
         let seq = (self.state.config.seq + 1).max(2);
         self.stepper.engine.release();
         let model = Inference::new_on(&self.model, self.state.config.dtype, self.options.device)?;
-        let report = evaluate_domains(&model, &domains, EvalOptions::new(seq), &mut |_, _| {})?;
+        let (comm, options) = (&*self.options.comm, EvalOptions::new(seq));
+        let report = evaluate_domains_on(comm, &model, &domains, options, &mut |_, _| {})?;
         let step = self.state.step;
         if let Some(records) = &mut self.records {
             records.evaluation(step, &report)?;

@@ -161,7 +161,10 @@ fn any_number_of_processes_leaves_the_same_bytes() {
     for (kind, more) in [
         ("dense", &["sparsity=1", "lanes=4"][..]),
         ("dsmoe", &["lanes=4", "accumulate=3", "dtype=bf16", "clip=0.5"]),
-        ("masked", &["sparsity=1", "lanes=4", "accumulate=3", "clip=0.5"]),
+        (
+            "masked",
+            &["sparsity=1", "lanes=4", "accumulate=3", "clip=0.5", "valid_fraction=0.5", "eval_every=2"],
+        ),
     ] {
         let source = wide(dir.path(), kind);
         let out = |size: usize| dir.path().join(format!("{kind} {size}"));
