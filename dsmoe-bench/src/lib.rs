@@ -12,6 +12,7 @@ mod interrupts;
 mod machine;
 mod memory;
 mod models;
+mod mpi;
 mod progress;
 mod regression;
 mod remedies;

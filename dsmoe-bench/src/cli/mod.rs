@@ -83,7 +83,7 @@ pub(crate) enum Command {
     Generate(Generate),
     /// Make a model with random weights in Hugging Face layout
     Init(Init),
-    /// Show CPU features, threads, memory and GPUs, and report missing CUDA libraries and test data
+    /// Show CPU features, threads, memory, GPUs and MPI, and report missing libraries and test data
     Doctor(Doctor),
     /// Prepare, verify, count and generate text for training; train a tokenizer
     Data(Data),

@@ -12,6 +12,7 @@ use crate::format;
 use crate::gpu::{Gpus, gpus};
 use crate::machine::Machine;
 use crate::memory;
+use crate::mpi::{Mpi, mpi};
 use crate::ui::Ui;
 
 /// The models, files and corpora that the checks on real models read.
@@ -31,6 +32,7 @@ struct DoctorReport {
     memory_total_bytes: Option<u64>,
     memory_available_bytes: Option<u64>,
     gpu: Gpus,
+    mpi: Mpi,
     data: Data,
 }
 
@@ -60,6 +62,7 @@ pub(crate) fn run(args: &Doctor, ui: &mut Ui) -> Result<()> {
         memory_total_bytes: memory::total(),
         memory_available_bytes: memory::available(),
         gpu: gpus(),
+        mpi: mpi(),
         data: look_into(data),
     };
     ui.result(&report, show)
@@ -96,6 +99,7 @@ fn show(report: &DoctorReport) -> String {
         ("memory", format!("{total}, {available} available")),
     ];
     fields.extend(report.gpu.fields());
+    fields.extend(report.mpi.fields());
     fields.push(("data folder", report.data.path.display().to_string()));
     let mut out = format::fields(fields);
     if !report.data.found {

@@ -187,6 +187,18 @@ fn doctor_names_what_is_missing() {
         shows(&human, &["built without CUDA; build it with the feature `cuda`"]);
     }
 
+    let mpi = &report["mpi"];
+    has(mpi, "library interface version launcher problem");
+    assert_eq!(mpi["problem"].is_null(), mpi["version"].is_string(), "{mpi}");
+    let shown = ["version", "problem"].into_iter().find_map(|key| mpi[key].as_str()).unwrap();
+    shows(&human, &[shown]);
+    let mut without = command("doctor --data nowhere");
+    without.env("DSMOE_MPI_LIB", "/nowhere/libmpi.so");
+    shows(
+        &finish(without).stdout,
+        &["/nowhere/libmpi.so is not found", "openmpi-bin or mpich, or set DSMOE_MPI_LIB"],
+    );
+
     let mut wrong = command("doctor --json");
     wrong.env("DSMOE_ISA", "sse9");
     let run = finish(wrong);

@@ -1,5 +1,9 @@
 //! Helpers for tests, here and in the crates that build on this one.
 
+mod launchers;
+
+pub use launchers::{MpiLauncher, mpi_launchers};
+
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
