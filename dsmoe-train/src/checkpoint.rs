@@ -44,6 +44,8 @@ const OPTIMIZER_FILE: &str = "optimizer.safetensors";
 const IDENTITY_VALUES: usize = 1024;
 /// Values of the moments that are sent at once.
 const SENT_AT_ONCE: usize = 1 << 24;
+/// Not of a step: what writes files may take longer.
+const CHECKPOINT: What = What::of("a checkpoint");
 
 /// Settings that a resumed run may change. With any other change the weights would not be those of one run. The hash of
 /// the tokens covers the settings by which text is read.
@@ -182,9 +184,9 @@ pub(crate) fn save(
     optimizer: &AdamW,
     comm: &dyn Communicator,
 ) -> Result<PathBuf> {
-    let of = What::at(state.step, "a checkpoint");
+    let of = CHECKPOINT;
     let temporary = dir.join(format!(".{}.tmp", dir_name(state.step)));
-    let written = write_together(&temporary, state, model, optimizer, comm);
+    let written = write_together(&temporary, model, optimizer, comm);
     let finished = written.and_then(|()| by_first(comm, of, || finish(dir, &temporary, state)));
     if finished.is_err() && comm.rank() == 0 {
         // Frees the disk; the error that matters is the first one.
@@ -195,14 +197,8 @@ pub(crate) fn save(
 }
 
 /// Writes the model and the moments into the new directory `temporary`.
-fn write_together(
-    temporary: &Path,
-    state: &State,
-    model: &Model,
-    optimizer: &AdamW,
-    comm: &dyn Communicator,
-) -> Result<()> {
-    let of = What::at(state.step, "a checkpoint");
+fn write_together(temporary: &Path, model: &Model, optimizer: &AdamW, comm: &dyn Communicator) -> Result<()> {
+    let of = CHECKPOINT;
     by_first(comm, of, || {
         files::remove_dir(temporary)?;
         fs::create_dir_all(temporary).map_err(Error::io(temporary))

@@ -372,7 +372,7 @@ impl Trainer {
         }
         if let Some(place) = result.non_finite {
             self.records.as_ref().map_or(Ok(()), |records| records.metrics.sync())?;
-            let of = What::at(record.step, "what is not finite");
+            let of = What::of("what is not finite");
             return agree(&*self.options.comm, of, Err(self.non_finite(place)));
         }
         if let Some(records) = &mut self.records {

@@ -108,12 +108,13 @@ impl Exchange {
         let own_words = Record::WORDS * own.records.len() + own.counts.len();
         lens.clear();
         lens.extend(pieces.iter().map(|squares| HEAD + WORD * (own_words + squares)));
-        let name = own.non_finite.map_or("", |name| &name[..name.floor_char_boundary(NAME)]);
+        let name = own.non_finite.map_or(&[][..], str::as_bytes);
+        let name = &name[..name.len().min(NAME)];
         sent.clear();
         for word in [u64::from(own.stop), name.len() as u64] {
             sent.extend(word.to_le_bytes());
         }
-        sent.extend(name.as_bytes());
+        sent.extend(name);
         sent.resize(HEAD, 0);
         let records = own.records.iter().flat_map(Record::words);
         let squares = own.squares.iter().map(|square| square.to_bits());
