@@ -18,7 +18,7 @@ fn main() -> Result<(), CommError> {
     let mut mib = std::env::args().skip(1).map(|argument| argument.parse().expect("a number of MiB"));
     let (bucket, all) = (mib.next().unwrap_or(1) << 18, mib.next().unwrap_or(4) << 18);
     let (size, rank) = (comm.size(), comm.rank());
-    assert!(TERMS % size == 0, "a number of processes that divides {TERMS}");
+    assert!(TERMS.is_multiple_of(size), "a number of processes that divides {TERMS}");
 
     let values = normals(1 << 16, 1);
     let mut tree = Tree::new();
