@@ -18,8 +18,8 @@ use crate::params::{Entry, Layout};
 
 /// Values of a block.
 pub const BLOCK: usize = 1 << 16;
-/// Values that a process sends in one call at the most.
-const BUCKET: usize = 1 << 24;
+/// Values that a process sends in one call at the most: small calls overlap with each other and with additions.
+const BUCKET: usize = 1 << 20;
 
 /// The division of an arena among processes.
 #[derive(Clone, Debug, PartialEq, Eq)]

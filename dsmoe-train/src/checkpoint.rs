@@ -43,7 +43,7 @@ const OPTIMIZER_FILE: &str = "optimizer.safetensors";
 /// Values of each tensor that the identity of a model covers.
 const IDENTITY_VALUES: usize = 1024;
 /// Values of the moments that are sent at once.
-const SENT_AT_ONCE: usize = 1 << 24;
+const SENT_AT_ONCE: usize = 1 << 22;
 /// Not of a step: what writes files may take longer.
 const CHECKPOINT: What = What::of("a checkpoint");
 
