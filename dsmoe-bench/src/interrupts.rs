@@ -14,11 +14,18 @@ pub(crate) static STOP: AtomicBool = AtomicBool::new(false);
 
 /// Makes the first Ctrl-C or SIGTERM raise [`STOP`], and the second end the process.
 pub(crate) fn catch_interrupts() -> Result<()> {
-    ctrlc::set_handler(|| {
+    catch_interrupts_of(true)
+}
+
+/// Does as [`catch_interrupts`], without a line on stderr unless `tells`.
+pub(crate) fn catch_interrupts_of(tells: bool) -> Result<()> {
+    ctrlc::set_handler(move || {
         if STOP.swap(true, Ordering::Relaxed) {
             std::process::exit(i32::from(INTERRUPTED));
         }
-        stderr_line("dsmoe: stopping after this step; interrupt again to stop at once");
+        if tells {
+            stderr_line("dsmoe: stopping after this step; interrupt again to stop at once");
+        }
     })
     .context("cannot listen for Ctrl-C")
 }

@@ -13,6 +13,7 @@ mod machine;
 mod memory;
 mod models;
 mod mpi;
+mod processes;
 mod progress;
 mod regression;
 mod remedies;
@@ -38,7 +39,7 @@ pub fn run() -> ExitCode {
 pub fn run_from<T: Into<OsString> + Clone>(args: impl IntoIterator<Item = T>) -> ExitCode {
     let cli = cli::Cli::parse_from(args);
     dsmoe_baselines::register();
-    let mut ui = ui::Ui { json: cli.json, quiet: cli.quiet };
+    let mut ui = ui::Ui { json: cli.json, quiet: cli.quiet, muted: false };
     match commands::run(cli, &mut ui) {
         Ok(code) => code,
         Err(error) => ui.fail(&error),

@@ -9,6 +9,7 @@ use dsmoe_core::config::Config;
 use dsmoe_core::model::TrainWorkspace;
 #[cfg(feature = "cuda")]
 use dsmoe_core::model::cuda::CudaTrainer;
+use dsmoe_core::shard::Staging;
 use dsmoe_datasets::overlap::Removed;
 use dsmoe_kernels::cross_entropy;
 use dsmoe_train::config::{Budget, TrainConfig};
@@ -133,12 +134,13 @@ pub(crate) fn drive(trainer: &mut Trainer, what: &str, out: &Path, ui: &Ui) -> R
     })
 }
 
-/// Returns the memory of a training, from the sizes alone: the arenas, the work space of a micro-batch, the text.
+/// Returns the memory of one of the processes that share a training, from the sizes alone: the arenas, the work space of a
+/// micro-batch, the text.
 pub(crate) fn memory_plan(
     model: &Config,
     config: &TrainConfig,
-    params: u64,
-    data_bytes: u64,
+    (params, data_bytes): (u64, u64),
+    processes: usize,
 ) -> Vec<MemoryUse> {
     let active = match config.budget() {
         _ if model.moe.is_none() => {
@@ -148,19 +150,21 @@ pub(crate) fn memory_plan(
         Budget::Weight(_) => 1.0,
     };
     let memory = |what, bytes| MemoryUse { what, bytes };
-    let gradients = 4 * params * gradient_arenas(config.lanes());
+    let gradients = 4 * params * gradient_arenas(config.lanes() / processes);
+    let moments = 8 * params.div_ceil(processes as u64);
     let arenas =
-        [memory("  weights", 4 * params), memory("  gradients", gradients), memory("  moments", 8 * params)];
+        [memory("  weights", 4 * params), memory("  gradients", gradients), memory("  moments", moments)];
     let step = TrainWorkspace::memory(model, config.batch * config.seq, active);
     let step = step.iter().map(|part| memory(part.what, part.bytes as u64));
     // A token of text is about four bytes, and four bytes as a number.
-    arenas.into_iter().chain(step).chain([memory("  text", data_bytes)]).collect()
+    let exchange = (processes > 1).then(|| memory("  exchange", Staging::bytes(params)));
+    arenas.into_iter().chain(step).chain([memory("  text", data_bytes)]).chain(exchange).collect()
 }
 
 /// Returns the number of arenas of gradients of a process that computes so many lanes: the nodes of the tree that wait for a
 /// neighbour, and the lane at work.
 fn gradient_arenas(lanes: usize) -> u64 {
-    if lanes == 1 { 1 } else { u64::from((lanes + 1).ilog2()) + 1 }
+    if lanes <= 1 { 1 } else { u64::from((lanes + 1).ilog2()) + 1 }
 }
 
 /// Returns the memory of a teacher of `config`: weights in bf16, one chunk of logits, and the activations of a layer.

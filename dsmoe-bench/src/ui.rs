@@ -19,11 +19,16 @@ struct ClosedPipe;
 pub(crate) struct Ui {
     pub(crate) json: bool,
     pub(crate) quiet: bool,
+    /// True where another process prints the results.
+    pub(crate) muted: bool,
 }
 
 impl Ui {
     /// Writes text to stdout unchanged, and flushes it.
     pub(crate) fn text(&mut self, text: &str) -> Result<()> {
+        if self.muted {
+            return Ok(());
+        }
         let mut stdout = io::stdout().lock();
         match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
             Err(cause) if cause.kind() == io::ErrorKind::BrokenPipe => Err(ClosedPipe.into()),

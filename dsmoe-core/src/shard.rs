@@ -36,6 +36,13 @@ pub struct Staging {
     recv: Buf,
 }
 
+impl Staging {
+    /// Returns the bytes that the exchange of an arena of `len` values takes at the most.
+    pub fn bytes(len: u64) -> u64 {
+        2 * size_of::<f32>() as u64 * len.min(BUCKET as u64)
+    }
+}
+
 impl Shards {
     /// Divides an arena among `size` processes.
     ///

@@ -8,7 +8,7 @@
 //! checkpoints/.step-00000020.tmp/                            the same while it is written
 //! ```
 //! Several processes write the files of a single one, byte for byte: the first process the model and the state, the last one the
-//! moments, which their owners send piece by piece.
+//! moments, which their owners share piece by piece.
 
 use std::fs;
 use std::ops::Range;
@@ -42,8 +42,8 @@ const STATE_FILE: &str = "state.json";
 const OPTIMIZER_FILE: &str = "optimizer.safetensors";
 /// Values of each tensor that the identity of a model covers.
 const IDENTITY_VALUES: usize = 1024;
-/// Values of the moments that are sent at once.
-const SENT_AT_ONCE: usize = 1 << 22;
+/// Values of the moments that are shared at once.
+const SHARED_AT_ONCE: usize = 1 << 22;
 /// Not of a step: what writes files may take longer.
 const CHECKPOINT: What = What::of("a checkpoint");
 
@@ -208,7 +208,7 @@ fn write_together(temporary: &Path, model: &Model, optimizer: &AdamW, comm: &dyn
     agree(comm, of, moments.and(weights.map_err(Error::from)))
 }
 
-/// Writes the moments of all tensors, which their owners send to the last process. Returns that process's outcome inside the
+/// Writes the moments of all tensors, which their owners share, in the last process. Returns that process's outcome inside the
 /// result of the communication: a process that cannot write receives the rest all the same.
 fn write_moments(
     path: &Path,
@@ -223,8 +223,8 @@ fn write_moments(
     for entry in layout.entries() {
         for (moment, values) in [("m", &optimizer.m), ("v", &optimizer.v)] {
             each(&mut writer, |writer| writer.begin(&format!("{}.{moment}", entry.spec.name)));
-            for start in entry.range.clone().step_by(SENT_AT_ONCE) {
-                let part = start..entry.range.end.min(start + SENT_AT_ONCE);
+            for start in entry.range.clone().step_by(SHARED_AT_ONCE) {
+                let part = start..entry.range.end.min(start + SHARED_AT_ONCE);
                 receive(&part, (optimizer, values), &shards, (comm, of), &mut received)?;
                 each(&mut writer, |writer| writer.write_f32_chunk(&received));
             }
@@ -257,7 +257,7 @@ fn each(
     }
 }
 
-/// Sets `received`, in the last process, to the part `part` of `moments`, an array of the moments; in others it is empty.
+/// Sets `received` to the part `part` of `moments`, an array of the moments, of which every process has what it owns.
 fn receive(
     part: &Range<usize>,
     (optimizer, moments): (&AdamW, &[f32]),
@@ -265,24 +265,18 @@ fn receive(
     (comm, of): (&dyn Communicator, What),
     received: &mut Buf,
 ) -> Result<()> {
-    let (size, last) = (comm.size(), comm.size() - 1);
     // A tensor lies in one unit, of which a process has one piece.
     let own = optimizer.places(part.clone()).next().map_or(0..0, |(_, place)| place);
-    let send: &[u8] = bytemuck::cast_slice(&moments[own]);
-    let mut sent = vec![0; size];
-    sent[last] = send.len();
-    let mut lens = vec![0; size];
-    if comm.rank() == last {
-        let owned = |rank| {
-            let parts = shards.owned(rank).into_iter();
-            let within =
-                |owned: Range<usize>| owned.end.min(part.end).saturating_sub(owned.start.max(part.start));
-            parts.map(within).sum::<usize>()
-        };
-        lens = (0..size).map(|rank| size_of::<f32>() * owned(rank)).collect();
-    }
-    received.resize(lens.iter().sum::<usize>() / size_of::<f32>());
-    Ok(comm.all_to_all(of, send, &sent, bytemuck::cast_slice_mut(received), &lens)?)
+    let owned = |rank| {
+        let parts = shards.owned(rank).into_iter();
+        let within =
+            |owned: Range<usize>| owned.end.min(part.end).saturating_sub(owned.start.max(part.start));
+        size_of::<f32>() * parts.map(within).sum::<usize>()
+    };
+    let lens: Vec<usize> = (0..comm.size()).map(owned).collect();
+    received.resize(part.len());
+    let (send, recv) = (bytemuck::cast_slice(&moments[own]), bytemuck::cast_slice_mut(received));
+    Ok(comm.all_gather(of, send, recv, &lens)?)
 }
 
 /// Writes the state into the complete directory `temporary`, gives it its name in `dir`, and removes what is not to be kept.

@@ -7,6 +7,7 @@ pub(crate) mod eval;
 pub(crate) mod gates;
 pub(crate) mod generate;
 pub(crate) mod model;
+pub(crate) mod processes;
 pub(crate) mod prune;
 pub(crate) mod reconstruct;
 pub(crate) mod reproduce;
@@ -22,6 +23,7 @@ use self::doctor::Doctor;
 use self::eval::Eval;
 use self::generate::Generate;
 use self::model::{Convert, Export, Import, Init, Inspect};
+use self::processes::ProcessArgs;
 use self::prune::Prune;
 use self::reconstruct::Reconstruct;
 use self::reproduce::Reproduce;
@@ -40,7 +42,7 @@ pub(crate) struct Cli {
     /// Print no progress and no notes on stderr
     #[arg(long, short, global = true, display_order = 101)]
     pub(crate) quiet: bool,
-    /// Worker threads; results do not depend on it [default: all cores]
+    /// Worker threads; results do not depend on it [default: all cores, divided by the processes that share them]
     #[arg(long, global = true, value_name = "N", display_order = 102,
         value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub(crate) threads: Option<u16>,
@@ -99,5 +101,15 @@ mod tests {
     fn the_definition_is_sound() {
         use clap::CommandFactory;
         Cli::command().debug_assert();
+    }
+}
+
+impl Command {
+    /// Returns how processes are connected that share the command; none for a command of a single process.
+    pub(crate) fn processes(&self) -> Option<&ProcessArgs> {
+        match self {
+            Command::Train(args) => Some(&args.processes),
+            _ => None,
+        }
     }
 }

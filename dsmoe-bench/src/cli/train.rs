@@ -10,6 +10,7 @@ use dsmoe_train::TrainConfig;
 use dsmoe_train::config::{Hold, NearDuplicates};
 
 use super::data::DataArgs;
+use super::processes::ProcessArgs;
 use super::values::{Active, active, quantity, words};
 
 /// The keys of a run's TOML file.
@@ -97,6 +98,8 @@ pub(crate) struct Train {
     /// Device that computes: cpu, or a GPU such as cuda:0 (matrix products in bf16)
     #[arg(long, value_name = "cpu|cuda:N", default_value_t)]
     pub(crate) device: Device,
+    #[command(flatten)]
+    pub(crate) processes: ProcessArgs,
     /// Seed of the order of the text [default: 0]
     #[arg(long)]
     pub(crate) seed: Option<u64>,

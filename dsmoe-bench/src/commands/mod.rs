@@ -19,22 +19,31 @@ mod sweep;
 mod train;
 
 use std::process::ExitCode;
-use std::sync::Once;
+use std::sync::{Arc, Once};
 
 use anyhow::{Context, Result};
 use dsmoe_kernels::Isa;
+use dsmoe_kernels::comm::Communicator;
 
 use crate::cli::{Cli, Command};
+use crate::processes;
 use crate::ui::Ui;
 
 /// Runs the command that `cli` names.
 pub(crate) fn run(cli: Cli, ui: &mut Ui) -> Result<ExitCode> {
     Isa::from_env()?;
+    let comm = processes::connect(cli.command.processes())?;
+    let outcome = run_on(&comm, cli, &mut processes::ui_of(&*comm, *ui));
+    processes::ended(&*comm, outcome, ui)
+}
+
+/// Runs the command on the processes of `comm`.
+fn run_on(comm: &Arc<dyn Communicator>, cli: Cli, ui: &mut Ui) -> Result<ExitCode> {
     static POOL: Once = Once::new();
     let mut started = Ok(());
     POOL.call_once(|| {
         let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(cli.threads.map_or(0, usize::from))
+            .num_threads(processes::threads_of(&**comm, cli.threads))
             // Commands run on these threads; see `on_worker`.
             .stack_size(8 << 20);
         started = pool.build_global();
@@ -48,7 +57,7 @@ pub(crate) fn run(cli: Cli, ui: &mut Ui) -> Result<ExitCode> {
         Command::Methods => methods::run(ui)?,
         Command::Export(args) => export::run(args, ui)?,
         Command::Import(args) => import::run(args, ui)?,
-        Command::Train(args) => return train::run(args, cli.threads, ui),
+        Command::Train(args) => return train::run(args, cli.threads, comm, ui),
         Command::Eval(args) => return on_worker(|| eval::run(args, ui)),
         Command::Sweep(args) => return on_worker(|| sweep::run(args, ui)),
         Command::Generate(args) => on_worker(|| generate::run(args, ui))?,

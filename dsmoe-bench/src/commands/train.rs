@@ -2,14 +2,17 @@
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use anyhow::{Result, bail};
 use dsmoe_core::Device;
+use dsmoe_core::Model;
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::config::Config;
-use dsmoe_datasets::CorpusOptions;
+use dsmoe_datasets::{CorpusOptions, TokenSource, Tokenizer};
 use dsmoe_kernels::Precision;
+use dsmoe_kernels::comm::{Communicator, What};
 use dsmoe_train::config::{Budget, NearDuplicates, TEACHER_TOP, TrainConfig};
 use dsmoe_train::run::{RunOptions, TrainData, Trainer, lanes_of};
 use dsmoe_train::{LARGEST_CACHE, RowShape};
@@ -19,9 +22,10 @@ use crate::cli::train::Train;
 use crate::cli::values::Active;
 use crate::files::lossy;
 use crate::format;
-use crate::interrupts::{INTERRUPTED, STOP, catch_interrupts};
+use crate::interrupts::{INTERRUPTED, STOP, catch_interrupts_of};
 use crate::memory;
 use crate::models::{load_model, show_config_notices, tokenizer};
+use crate::processes::agree;
 use crate::texts::{Text, load, open, total_bytes};
 #[cfg(feature = "cuda")]
 use crate::training::host_plan;
@@ -57,27 +61,18 @@ struct TrainPlan {
     config: TrainConfig,
 }
 
-pub(crate) fn run(args: &Train, threads: Option<u16>, ui: &mut Ui) -> Result<ExitCode> {
-    let config = settings(args, threads)?;
-    keep_apart(&args.model, &args.out)?;
-    let options = CorpusOptions {
-        doc_separator: config.doc_separator.clone(),
-        text_column: config.text_column.clone(),
-        ..CorpusOptions::default()
-    };
-    let texts = open(&args.data, &options)?;
-    // Wrong settings are reported before the model and the text are read.
-    let plan = plan(args, config.clone(), &texts)?;
-    if args.dry_run {
-        ui.result(&plan, show_plan)?;
-        return Ok(ExitCode::SUCCESS);
-    }
-    let help = "use a smaller --batch and a larger --accumulate";
-    memory::check("training", plan.memory_bytes, memory::total(), help)?;
-    let model = load_model(&args.model)?;
-    show_config_notices(model.config(), ui);
-    let tokenizer = tokenizer(&args.model, model.config(), ui)?;
-    let sources = load(&texts, &tokenizer, config.bos, args.data.cache.as_deref(), ui)?;
+const START: What = What::of("the start of the training");
+
+pub(crate) fn run(
+    args: &Train,
+    threads: Option<u16>,
+    comm: &Arc<dyn Communicator>,
+    ui: &mut Ui,
+) -> Result<ExitCode> {
+    let prepared = prepare(args, threads, &**comm, ui);
+    let Some((config, texts)) = agree(&**comm, START, prepared)? else { return Ok(ExitCode::SUCCESS) };
+    let (model, tokenizer) = agree(&**comm, START, model_of(args, ui))?;
+    let sources = sources(args, &texts, (&tokenizer, &config), &**comm, ui)?;
     let filter = texts.len() > 1 || config.near_duplicates == Some(NearDuplicates::Drop);
     let data = TrainData { sources, texts: filter.then(|| tokenizer.token_texts()) };
     let options = RunOptions {
@@ -87,10 +82,11 @@ pub(crate) fn run(args: &Train, threads: Option<u16>, ui: &mut Ui) -> Result<Exi
         teacher: args.teacher.clone(),
         teacher_cache: args.teacher_cache.clone(),
         device: args.device,
+        comm: comm.clone(),
         ..RunOptions::new(&args.model, &args.out)
     };
     let mut trainer = Trainer::new(model, data, config, options)?;
-    catch_interrupts()?;
+    catch_interrupts_of(comm.rank() == 0)?;
 
     let summary = drive(&mut trainer, "training", &args.out, ui)?;
     ui.result(&summary, show_summary)?;
@@ -98,12 +94,72 @@ pub(crate) fn run(args: &Train, threads: Option<u16>, ui: &mut Ui) -> Result<Exi
         return Ok(ExitCode::SUCCESS);
     }
     let advice = format!("continue with: {}", resume_command(std::env::args()));
-    if STOP.load(Ordering::Relaxed) {
-        stderr_line(advice);
-        return Ok(ExitCode::from(INTERRUPTED));
+    if !STOP.load(Ordering::Relaxed) {
+        ui.note(advice);
+        return Ok(ExitCode::SUCCESS);
     }
-    ui.note(advice);
-    Ok(ExitCode::SUCCESS)
+    if comm.rank() == 0 {
+        stderr_line(advice);
+    }
+    Ok(ExitCode::from(INTERRUPTED))
+}
+
+/// Reads the settings and opens the text. Wrong settings are reported before the model and the text are read. Returns nothing
+/// when the plan was all that is wanted.
+fn prepare(
+    args: &Train,
+    threads: Option<u16>,
+    comm: &dyn Communicator,
+    ui: &mut Ui,
+) -> Result<Option<(TrainConfig, Vec<Text>)>> {
+    let mut config = settings(args, threads)?;
+    config.lanes.get_or_insert(comm.size());
+    keep_apart(&args.model, &args.out)?;
+    let options = CorpusOptions {
+        doc_separator: config.doc_separator.clone(),
+        text_column: config.text_column.clone(),
+        ..CorpusOptions::default()
+    };
+    let texts = open(&args.data, &options)?;
+    let plan = plan(args, config.clone(), &texts, comm.size())?;
+    if args.dry_run {
+        ui.result(&plan, show_plan)?;
+        return Ok(None);
+    }
+    let help = "use a smaller --batch and a larger --accumulate";
+    let here = plan.memory_bytes.saturating_mul(comm.place().locals as u64);
+    memory::check("training", here, memory::total(), help)?;
+    Ok(Some((config, texts)))
+}
+
+fn model_of(args: &Train, ui: &mut Ui) -> Result<(Model, Tokenizer)> {
+    let model = load_model(&args.model)?;
+    show_config_notices(model.config(), ui);
+    let tokenizer = tokenizer(&args.model, model.config(), ui)?;
+    Ok((model, tokenizer))
+}
+
+/// Tokenizes the text. A cache is filled by the first process, while the others wait.
+fn sources(
+    args: &Train,
+    texts: &[Text],
+    (tokenizer, config): (&Tokenizer, &TrainConfig),
+    comm: &dyn Communicator,
+    ui: &Ui,
+) -> Result<Vec<TokenSource>> {
+    let of = What::of("the tokens of the text");
+    let cache = args.data.cache.as_deref();
+    let read = || load(texts, tokenizer, config.bos, cache, ui);
+    let first = cache.is_some() && comm.size() > 1;
+    if !first {
+        return agree(comm, of, read());
+    }
+    let of_first = if comm.rank() == 0 { read().map(Some) } else { Ok(None) };
+    let of_others = match agree(comm, of, of_first)? {
+        Some(sources) => Ok(sources),
+        None => read(),
+    };
+    agree(comm, of, of_others)
 }
 
 /// Reads the settings of the file, overridden by flags, overridden by `--set`.
@@ -162,7 +218,7 @@ fn settings(args: &Train, threads: Option<u16>) -> Result<TrainConfig> {
     Ok(config)
 }
 
-fn plan(args: &Train, config: TrainConfig, texts: &[Text]) -> Result<TrainPlan> {
+fn plan(args: &Train, config: TrainConfig, texts: &[Text], processes: usize) -> Result<TrainPlan> {
     let model = Config::load(&args.model)?;
     let config = config.resolve_for(&model)?;
     let accounting = Accounting::of(&model);
@@ -172,7 +228,7 @@ fn plan(args: &Train, config: TrainConfig, texts: &[Text]) -> Result<TrainPlan> 
     let flops_per_token = 3.0 * accounting.mean_flops_per_token(all_experts, config.seq);
     let text = if args.data.cache.is_some() { 0 } else { total_bytes(texts) };
     let mut memory = match args.device {
-        Device::Cpu => memory_plan(&model, &config, accounting.total, text),
+        Device::Cpu => memory_plan(&model, &config, (accounting.total, text), processes),
         #[cfg(feature = "cuda")]
         Device::Cuda(_) => host_plan(accounting.total, text),
     };

@@ -1,0 +1,35 @@
+//! The arguments of commands that several processes share.
+
+use clap::Args;
+use dsmoe_kernels::comm::{Engine, Settings};
+
+use super::values::words;
+
+#[derive(Debug, Args)]
+pub(crate) struct ProcessArgs {
+    /// What connects the processes that share the work: mpi for those that mpirun or srun started, none for a single process,
+    /// auto to decide by the launcher's variables
+    #[arg(long, default_value = "auto", value_parser = words::<EngineWord>(&["auto", "none", "mpi"]))]
+    pub(crate) dist: EngineWord,
+    /// Seconds that one exchange between processes may take within a step; three times that outside of steps
+    #[arg(long, value_name = "SECONDS", default_value_t = Settings::DEADLINE.as_secs(),
+        value_parser = clap::value_parser!(u64).range(1..=604_800))]
+    pub(crate) deadline: u64,
+}
+
+/// An engine by its word.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct EngineWord(pub(crate) Engine);
+
+impl std::str::FromStr for EngineWord {
+    type Err = String;
+
+    fn from_str(word: &str) -> Result<EngineWord, String> {
+        match word {
+            "auto" => Ok(EngineWord(Engine::Auto)),
+            "none" => Ok(EngineWord(Engine::None)),
+            "mpi" => Ok(EngineWord(Engine::Mpi)),
+            _ => Err(format!("no engine `{word}`")),
+        }
+    }
+}

@@ -1,0 +1,141 @@
+//! The processes that share a command: how they start, who prints, and how they end when one fails.
+
+use std::process::ExitCode;
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use dsmoe_kernels::comm::{self, Alone, CommError, Communicator, Settings, What};
+
+use crate::cli::processes::ProcessArgs;
+use crate::ui::{Ui, stderr_line};
+
+/// How long a process waits to be ended by the one whose error it has been told.
+const TO_BE_ENDED: Duration = Duration::from_secs(10);
+
+/// Connects the processes of a command that several can share, before it starts threads.
+pub(crate) fn connect(args: Option<&ProcessArgs>) -> Result<Arc<dyn Communicator>> {
+    let Some(args) = args else { return Ok(Arc::new(Alone)) };
+    let settings = Settings {
+        deadline: Duration::from_secs(args.deadline),
+        last_words: |error| stderr_line(format_args!("dsmoe: error: {error}")),
+    };
+    let comm: Arc<dyn Communicator> = comm::start(args.dist.0, settings)?.into();
+    if comm.size() > 1 {
+        end_all_on_panic(Arc::downgrade(&comm));
+    }
+    Ok(comm)
+}
+
+/// Makes a panic of any thread end all processes: the others would wait for this one.
+fn end_all_on_panic(comm: Weak<dyn Communicator>) {
+    let print = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        print(panic);
+        if let Some(comm) = comm.upgrade() {
+            let what = panic.payload_as_str().unwrap_or("a panic");
+            stderr_line(format_args!("dsmoe: error: {}: {what}", name(&*comm)));
+            comm.abort(101);
+        }
+    }));
+}
+
+/// The name of a process in messages.
+fn name(comm: &dyn Communicator) -> String {
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    match host.trim() {
+        "" => format!("rank {}", comm.rank()),
+        host => format!("rank {} ({host})", comm.rank()),
+    }
+}
+
+/// Returns the output of this process: the first one prints results and notes.
+pub(crate) fn ui_of(comm: &dyn Communicator, ui: Ui) -> Ui {
+    let other = comm.rank() > 0;
+    Ui { json: ui.json, quiet: ui.quiet || other, muted: other }
+}
+
+/// Returns the worker threads of this process, unless `asked` says: the cores of its machine are divided.
+pub(crate) fn threads_of(comm: &dyn Communicator, asked: Option<u16>) -> usize {
+    let shared = || std::thread::available_parallelism().map_or(1, |cores| cores.get() / comm.place().locals);
+    match asked {
+        Some(threads) => usize::from(threads),
+        // All cores, as the pool counts them.
+        None if comm.size() == 1 => 0,
+        None => shared().max(1),
+    }
+}
+
+/// Shares an outcome, as [`comm::agree`] does: the process that failed first keeps its error.
+pub(crate) fn agree<T>(comm: &dyn Communicator, of: What, outcome: Result<T>) -> Result<T> {
+    if comm.size() == 1 {
+        return outcome;
+    }
+    let (told, own) = match outcome {
+        Ok(value) => (Ok(value), None),
+        Err(error) => (Err(format!("{error:#}")), Some(error)),
+    };
+    match (comm::agree(comm, of, told), own) {
+        (Err(CommError::Reported { other, .. }), Some(error)) if other == comm.rank() => Err(error),
+        (outcome, _) => Ok(outcome?),
+    }
+}
+
+/// Returns the status of a command. After an error of several processes the one that has it prints it with its rank, and ends
+/// all.
+pub(crate) fn ended(comm: &dyn Communicator, outcome: Result<ExitCode>, ui: &Ui) -> Result<ExitCode> {
+    let error = match outcome {
+        Err(error) if comm.size() > 1 => error,
+        outcome => return outcome,
+    };
+    match of_comm(&error) {
+        // The process that has the error ends this one.
+        Some(CommError::Reported { .. }) => std::thread::sleep(TO_BE_ENDED),
+        // Such a message names the rank.
+        Some(_) => drop(Ui { muted: false, ..*ui }.fail(&error)),
+        None => {
+            let named: Result<()> = Err(error).with_context(|| name(comm));
+            if let Err(error) = named {
+                Ui { muted: false, ..*ui }.fail(&error);
+            }
+        }
+    }
+    comm.abort(1)
+}
+
+/// Returns the error of communication in a chain.
+fn of_comm(error: &anyhow::Error) -> Option<&CommError> {
+    error.chain().find_map(|cause| match cause.downcast_ref::<dsmoe_train::Error>() {
+        Some(dsmoe_train::Error::Comm(error)) => Some(error),
+        _ => cause.downcast_ref(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_of_communication_are_found_in_a_chain() {
+        let reported = || CommError::Reported { other: 2, problem: "no space".to_owned() };
+        for error in [
+            anyhow::Error::new(dsmoe_train::Error::Comm(reported())),
+            anyhow::Error::new(reported()).context("training"),
+        ] {
+            assert!(matches!(of_comm(&error), Some(CommError::Reported { other: 2, .. })), "{error:?}");
+        }
+        assert!(of_comm(&anyhow::anyhow!("no space")).is_none());
+    }
+
+    #[test]
+    fn the_first_process_prints_and_cores_are_divided() {
+        let ui = Ui { json: true, quiet: false, muted: false };
+        let printing = comm::threads::on_threads(2, |comm| {
+            let ui = ui_of(comm, ui);
+            (ui.quiet, ui.muted, threads_of(comm, Some(3)), threads_of(comm, None))
+        });
+        let each = std::thread::available_parallelism().map_or(1, |cores| (cores.get() / 2).max(1));
+        assert_eq!(printing, [(false, false, 3, each), (true, true, 3, each)]);
+        assert_eq!((threads_of(&Alone, None), threads_of(&Alone, Some(2))), (0, 2));
+    }
+}

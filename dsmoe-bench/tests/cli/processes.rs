@@ -1,0 +1,294 @@
+//! Trainings that several processes share, under every launcher of MPI on this machine.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Once;
+use std::time::{Duration, Instant};
+
+use dsmoe_kernels::testing::{MpiLauncher, mpi_launchers};
+use serde_json::Value;
+
+use crate::common::{
+    PROGRAM, Run, config, folder, on_text, path, read, shows, succeeds, wait_until, weights, write,
+};
+
+/// What a failing training must not take longer than; the deadline of a hang is less.
+const SOON: Duration = Duration::from_secs(20);
+
+/// Makes the models: their layers are of several blocks, so that all processes own a part.
+fn models() {
+    static MADE: Once = Once::new();
+    MADE.call_once(|| {
+        let mut wide = config();
+        wide["hidden_size"] = 64.into();
+        wide["intermediate_size"] = 1536.into();
+        write("wide.json", wide.to_string());
+        let calibration = format!(
+            "--calib text.txt --doc-separator {} --samples 8 --seq 32",
+            dsmoe_datasets::DOC_SEPARATOR
+        );
+        for line in [
+            "init --config wide.json --tokenizer tokenizer.json --out wide",
+            "convert wide --experts 4 --out wide-moe",
+            &format!("prune wide --method wanda --budget 0.85 {calibration} --out wide-masked"),
+            "prune wide --method llama-moe --set experts=4 --budget 0.85 --out wide-topk",
+        ] {
+            succeeds(line);
+        }
+    });
+}
+
+/// The arguments of a training of `model` in four lanes, on one thread.
+fn training(model: &str, out: &str, more: &str) -> String {
+    let text = on_text();
+    format!("train {model} {text} --out {out} --batch 1 --seq 32 --lr 1e-3 --threads 1 --lanes 4 {more}")
+}
+
+/// The command in the folder of the models, on so many processes.
+fn shared(launcher: &MpiLauncher, processes: usize, line: &str) -> Command {
+    let mut command = launcher.command(processes, Path::new(PROGRAM));
+    command.args(line.split_whitespace()).current_dir(folder());
+    command.stdin(Stdio::null()).env_remove("DSMOE_ISA").env_remove("DSMOE_SHARED");
+    command
+}
+
+/// The command, of which process `rank` runs `first`, a line for the shell that may change its words.
+fn but_for(launcher: &MpiLauncher, processes: usize, (rank, first): (usize, &str), line: &str) -> Command {
+    let mut command = launcher.command(processes, Path::new("/bin/sh"));
+    let script = format!(
+        "if [ \"${{OMPI_COMM_WORLD_RANK:-$PMI_RANK}}\" = {rank} ]; then {first}; fi; exec \"{PROGRAM}\" \"$@\""
+    );
+    command.args(["-c", &script, "sh"]).args(line.split_whitespace()).current_dir(folder());
+    command.stdin(Stdio::null()).env_remove("DSMOE_ISA").env_remove("DSMOE_SHARED");
+    command
+}
+
+fn finish(command: &mut Command) -> Run {
+    command.output().unwrap().into()
+}
+
+/// All files below `dir` but the history, whose times differ.
+fn files(dir: &str) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut found = BTreeMap::new();
+    let mut folders = vec![path(dir)];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).unwrap() {
+            let file = entry.unwrap().path();
+            let name = file.file_name().unwrap().to_string_lossy().into_owned();
+            if file.is_dir() {
+                folders.push(file);
+            } else if name != "metrics.jsonl" && !name.starts_with("events.") {
+                found.insert(file.strip_prefix(path(dir)).unwrap().to_path_buf(), fs::read(&file).unwrap());
+            }
+        }
+    }
+    found
+}
+
+/// The metrics without times.
+fn history(dir: &str) -> Vec<Value> {
+    let times = ["tokens_per_s", "wall_s", "rss_bytes", "eval_seconds", "eval_tokens_per_s"];
+    let line = |line: &str| {
+        let mut line: Value = serde_json::from_str(line).unwrap();
+        times.iter().for_each(|time| drop(line.as_object_mut().unwrap().remove(*time)));
+        line
+    };
+    read(&format!("{dir}/metrics.jsonl")).lines().map(line).collect()
+}
+
+#[track_caller]
+fn assert_same(one: &str, other: &str) {
+    let (ones, others) = (files(one), files(other));
+    assert_eq!(ones.keys().collect::<Vec<_>>(), others.keys().collect::<Vec<_>>(), "{other}");
+    for (name, bytes) in &ones {
+        assert!(others[name] == *bytes, "{other}: {} differs", name.display());
+    }
+    assert_eq!(history(one), history(other), "{other}");
+}
+
+#[test]
+fn any_mpi_and_any_number_of_processes_leave_the_same_bytes() {
+    let launchers = mpi_launchers("any_mpi_and_any_number_of_processes_leave_the_same_bytes");
+    if launchers.is_empty() {
+        return;
+    }
+    models();
+    for (model, more) in [
+        ("wide", "--sparsity 1 --accumulate 3"),
+        ("wide-moe", "--active-target 0.5 --dtype bf16"),
+        ("wide-masked", "--sparsity 1"),
+        ("wide-topk", "--accumulate 3 --dtype bf16"),
+    ] {
+        let more = format!("{more} --steps 4 --save-every 2 --eval-every 2");
+        let alone = format!("{model}-alone");
+        succeeds(&training(model, &alone, &more));
+        for (number, launcher) in launchers.iter().enumerate() {
+            for processes in [2, 4] {
+                let out = format!("{model}-{number}-{processes}");
+                let run = finish(&mut shared(launcher, processes, &training(model, &out, &more)));
+                assert_eq!(run.code, 0, "{}: {}", launcher.name, run.stderr);
+                assert_eq!(run.stdout.matches("finished").count(), 1, "{}", run.stdout);
+                shows(&run.stderr, &[&format!("{processes} processes share 4 lanes")]);
+                assert_same(&alone, &out);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_training_resumes_on_any_number_and_stops_by_a_file() {
+    models();
+    for launcher in mpi_launchers("a_training_resumes_on_any_number_and_stops_by_a_file") {
+        let more = "--active-target 0.5 --steps 7";
+        for out in ["resumed", "whole"] {
+            fs::remove_dir_all(path(out)).unwrap_or_default();
+        }
+        succeeds(&training("wide-moe", "whole", more));
+        for (processes, part) in
+            [(4, "--stop-after 2"), (2, "--resume --stop-after 1"), (1, "--resume --stop-after 2")]
+        {
+            let line = training("wide-moe", "resumed", &format!("{more} {part}"));
+            let run = finish(&mut shared(&launcher, processes, &line));
+            assert_eq!(run.code, 0, "{}: {}", launcher.name, run.stderr);
+            shows(&run.stderr, &["continue with"]);
+        }
+        let line = training("wide-moe", "resumed", &format!("{more} --resume"));
+        // The lanes of a resumed training are those of the run.
+        let run = finish(&mut shared(&launcher, 4, &line.replace("--lanes 4", "")));
+        assert_eq!(run.code, 0, "{}: {}", launcher.name, run.stderr);
+        assert!(weights("resumed") == weights("whole"), "{}", launcher.name);
+
+        fs::remove_dir_all(path("stopped")).unwrap_or_default();
+        let long = "--active-target 0.5 --steps 100000";
+        let child = shared(&launcher, 2, &training("wide-moe", "stopped", long))
+            .stderr(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn();
+        let mut child = child.unwrap();
+        wait_for_steps("stopped");
+        write("stopped/stop", "");
+        assert!(child.wait().unwrap().success(), "{}", launcher.name);
+        assert!(!path("stopped/stop").exists());
+        assert_eq!(fs::read_dir(path("stopped/checkpoints")).unwrap().count(), 1);
+    }
+}
+
+/// Waits until the training in `out` has taken some steps.
+fn wait_for_steps(out: &str) {
+    let metrics = path(out).join("metrics.jsonl");
+    wait_until("steps", || fs::read_to_string(&metrics).is_ok_and(|text| text.lines().count() > 4));
+}
+
+/// Waits for the end of a training in which a process fails, and returns its standard error.
+fn failed(launcher: &MpiLauncher, mut child: Child) -> String {
+    let began = Instant::now();
+    let ended = loop {
+        match child.try_wait().unwrap() {
+            Some(status) => break status,
+            None if began.elapsed() > SOON => {
+                child.kill().unwrap();
+                panic!("{}: the other processes go on", launcher.name);
+            }
+            None => std::thread::sleep(Duration::from_millis(20)),
+        }
+    };
+    assert!(!ended.success(), "{}", launcher.name);
+    let text = child.wait_with_output().unwrap();
+    [&text.stdout[..], &text.stderr].concat().iter().map(|&byte| char::from(byte)).collect()
+}
+
+/// The process of rank `rank` of the training in `out`.
+fn process_of(out: &str, rank: usize) -> String {
+    let found = fs::read_dir("/proc").unwrap().filter_map(|entry| {
+        let folder = entry.ok()?.path();
+        let read =
+            |name: &str| Some(String::from_utf8_lossy(&fs::read(folder.join(name)).ok()?).into_owned());
+        let words = read("cmdline")?;
+        let is_program = words.starts_with(PROGRAM) && words.split('\0').any(|word| word == out);
+        let variables = read("environ")?;
+        let ranks = ["OMPI_COMM_WORLD_RANK", "PMI_RANK"].map(|name| format!("{name}={rank}"));
+        let is_rank = variables.split('\0').any(|variable| ranks.iter().any(|rank| rank == variable));
+        (is_program && is_rank).then(|| folder.file_name().unwrap().to_string_lossy().into_owned())
+    });
+    found.last().expect("the process")
+}
+
+#[test]
+fn a_process_that_is_killed_or_hangs_ends_all() {
+    models();
+    for launcher in mpi_launchers("a_process_that_is_killed_or_hangs_ends_all") {
+        for (out, signal, message) in
+            [("killed-rank", "-KILL", ""), ("hanging-rank", "-STOP", "did not finish in")]
+        {
+            fs::remove_dir_all(path(out)).unwrap_or_default();
+            let more = "--active-target 0.5 --steps 100000 --save-every 3 --deadline 4 --quiet";
+            let mut command = shared(&launcher, 4, &training("wide-moe", out, more));
+            let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+            wait_for_steps(out);
+            let process = process_of(out, 2);
+            assert!(Command::new("kill").args([signal, &process]).status().unwrap().success());
+            let told = failed(&launcher, child);
+            // A stopped process does not end by itself.
+            let _ = Command::new("kill").args(["-KILL", &process]).stderr(Stdio::null()).status();
+            shows(&told, &[message]);
+            // What is there resumes, on one process.
+            succeeds(&training(
+                "wide-moe",
+                out,
+                "--active-target 0.5 --steps 100000 --resume --stop-after 1",
+            ));
+        }
+    }
+}
+
+#[test]
+fn an_error_of_one_process_ends_all_with_its_rank() {
+    models();
+    for launcher in mpi_launchers("an_error_of_one_process_ends_all_with_its_rank") {
+        let out = "error-rank";
+        let more = "--active-target 0.5 --steps 8 --save-every 2 --quiet";
+        for (rank, what, parts) in [
+            // The last process writes the moments, the first one the model.
+            (3, "trap '' XFSZ; ulimit -f 100", ["dsmoe: error: rank 3 (", "optimizer.safetensors"]),
+            (0, "trap '' XFSZ; ulimit -f 100", ["dsmoe: error: rank 0 (", "model.safetensors"]),
+            (
+                2,
+                "export DSMOE_ISA=scalar",
+                ["dsmoe: error: rank 0 (", "the processes differ in the instruction set"],
+            ),
+            (
+                1,
+                "set -- \"$@\" --separability 0.5",
+                ["dsmoe: error: rank 0 (", "differ in separability: 0.0 on ranks 0, 2 and 3; 0.5 on rank 1"],
+            ),
+            (
+                1,
+                "mkdir -p elsewhere; cp -r wide-moe text.txt elsewhere; cd elsewhere",
+                ["rank 1 (", "is not the directory that rank 0 sees"],
+            ),
+            (2, "set -- \"$@\" --data nothing.txt", ["dsmoe: error: rank 2 (", "nothing.txt"]),
+        ] {
+            fs::remove_dir_all(path(out)).unwrap_or_default();
+            let began = Instant::now();
+            let run = finish(&mut but_for(&launcher, 4, (rank, what), &training("wide-moe", out, more)));
+            assert!(run.code != 0 && began.elapsed() < SOON, "{}, {what}: {}", launcher.name, run.stderr);
+            shows(&run.stderr, &parts);
+            assert_eq!(
+                run.stderr.matches("dsmoe: error").count(),
+                1,
+                "{}, {what}: {}",
+                launcher.name,
+                run.stderr
+            );
+            let checkpoints = fs::read_dir(path(out).join("checkpoints"));
+            assert_eq!(checkpoints.map_or(0, Iterator::count), 0, "{}, {what}", launcher.name);
+        }
+        let run = finish(&mut shared(&launcher, 3, &training("wide-moe", out, more)));
+        shows(
+            &run.stderr,
+            &["lanes is 4 on 3 processes; use 1, 2 or 4 processes, or another number of --lanes"],
+        );
+    }
+}
