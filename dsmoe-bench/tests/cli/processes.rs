@@ -270,6 +270,10 @@ fn an_error_of_one_process_ends_all_with_its_rank() {
             ),
             (2, "set -- \"$@\" --data nothing.txt", ["dsmoe: error: rank 2 (", "nothing.txt"]),
         ] {
+            if what.contains("ulimit") && launcher.name != "Open MPI" {
+                // MPICH shares memory by files, which the limit stops too.
+                continue;
+            }
             fs::remove_dir_all(path(out)).unwrap_or_default();
             let began = Instant::now();
             let run = finish(&mut but_for(&launcher, 4, (rank, what), &training("wide-moe", out, more)));
