@@ -33,7 +33,9 @@ fn end_all_on_panic(comm: Weak<dyn Communicator>) {
     std::panic::set_hook(Box::new(move |panic| {
         print(panic);
         if let Some(comm) = comm.upgrade() {
-            let what = panic.payload_as_str().unwrap_or("a panic");
+            let text = panic.payload().downcast_ref::<&str>().copied();
+            let what = text.or_else(|| panic.payload().downcast_ref::<String>().map(String::as_str));
+            let what = what.unwrap_or("a panic");
             stderr_line(format_args!("dsmoe: error: {}: {what}", name(&*comm)));
             comm.abort(101);
         }

@@ -93,6 +93,16 @@ pub(crate) enum Command {
     Bench(Bench),
 }
 
+impl Command {
+    /// Returns how processes are connected that share the command; none for a command of a single process.
+    pub(crate) fn processes(&self) -> Option<&ProcessArgs> {
+        match self {
+            Command::Train(args) => Some(&args.processes),
+            _ => None,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -101,15 +111,5 @@ mod tests {
     fn the_definition_is_sound() {
         use clap::CommandFactory;
         Cli::command().debug_assert();
-    }
-}
-
-impl Command {
-    /// Returns how processes are connected that share the command; none for a command of a single process.
-    pub(crate) fn processes(&self) -> Option<&ProcessArgs> {
-        match self {
-            Command::Train(args) => Some(&args.processes),
-            _ => None,
-        }
     }
 }
