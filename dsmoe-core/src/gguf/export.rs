@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::Path;
 use std::str::FromStr;
 
-use super::arch::Arch;
+use super::arch::{Arch, Head};
 use super::blocks::encode_q8_0;
 use super::config::ARCHITECTURE_KEY;
 use super::keys;
@@ -14,8 +14,8 @@ use super::value::Value;
 use super::vocab::Files;
 use super::write::{Declared, GgufWriter};
 use crate::checkpoint::{
-    Change, Checkpoint, Dtype, Meter, Progress, TensorSource, check_llama_tensors, decode, encode,
-    is_too_large, open_model, tensor_names,
+    Change, Checkpoint, Dtype, EMBEDDING, Meter, Progress, TensorSource, check_llama_tensors, decode, encode,
+    is_too_large, open_model, tensor_names, too_large,
 };
 use crate::config::{CONFIG_FILE, Config};
 use crate::error::{Error, Result, shown};
@@ -91,7 +91,7 @@ impl FromStr for GgufType {
 ///
 /// # Errors
 /// `model` cannot be read, has experts or layers of different shapes, is of a family or has a tokenizer that GGUF
-/// cannot state; a weight is too large for `kind`; `out` is there and `force` is not set; the file system refuses.
+/// cannot state; a weight is not finite, or too large for `kind`; `out` is there and `force` is not set; the file system refuses.
 pub fn export_gguf(
     model: &Path,
     out: &Path,
@@ -180,12 +180,13 @@ fn check(model: &Path, config: &Config) -> Result<&'static Arch> {
         let problem = "is true, and llama.cpp has no bias of an FFN's output without those of gate and up";
         return fail("output_bias", problem.to_owned(), "export it as native");
     }
-    match Arch::of_model_type(config.model_type()) {
-        Some(arch) => Ok(arch),
-        None => {
-            let problem = format!("is {:?}, which is not written as GGUF", shown(config.model_type()));
-            fail("model_type", problem, "export it as native")
-        }
+    let Some(arch) = Arch::of_model_type(config.model_type()) else {
+        let problem = format!("is {:?}, which is not written as GGUF", shown(config.model_type()));
+        return fail("model_type", problem, "export it as native");
+    };
+    match arch.lacks(config) {
+        Some((field, problem)) => fail(field, problem, "export it as native or hf"),
+        None => Ok(arch),
     }
 }
 
@@ -221,6 +222,11 @@ fn tensors(model: &Path, config: &Config, arch: &Arch, kind: GgufType) -> Result
         let kind = shape.last().filter(|_| shape.len() > 1).map_or(TensorType::F32, of_matrix);
         made.push(Made { tensor: Declared { name: gguf, kind, shape }, sources: vec![name] });
     }
+    if arch.head == Head::Own && config.tie_word_embeddings {
+        let (name, shape) = ("output.weight".to_owned(), vec![config.vocab_size, config.hidden]);
+        let tensor = Declared { name, kind: kind.of_matrix(config.hidden), shape };
+        made.push(Made { tensor, sources: vec![EMBEDDING.to_owned()] });
+    }
     Ok(made)
 }
 
@@ -251,15 +257,15 @@ impl Copy<'_> {
         let plus_one = self.arch.norm_plus_one && name.ends_with("norm.weight");
         let path = self.checkpoint.files().nth(view.file).unwrap_or(self.checkpoint.path());
         let (mut values, mut out) = (Vec::new(), Vec::new());
-        self.source.stream(name, change, |bytes| {
+        self.source.copy(name, change, |bytes| {
             values.resize(bytes.len() / dtype.size(), 0.0);
             decode(&mut values, bytes, dtype);
             if plus_one {
                 values.iter_mut().for_each(|value| *value += 1.0);
             }
             pack(&mut out, &values, tensor.kind).map_err(|value| {
-                let problem = format!("holds {value}, which {} cannot store", tensor.kind);
-                Error::tensor(path, name, problem, "set {dtype} to bf16 or f32")
+                let (problem, help) = too_large(value, tensor.kind);
+                Error::tensor(path, name, problem, help)
             })?;
             sink(&out)
         })

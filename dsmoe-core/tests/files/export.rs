@@ -247,10 +247,16 @@ fn licences_and_cards_go_along() {
         "| active experts | 50.0 % on average",
         "| perplexity | 7.2500 (some text) |",
         "trust_remote_code=True",
-        SOURCE_CARD_FILE,
+        "dtype=\"auto\")  # before 4.56: torch_dtype\n",
+        "\nThe card of the base model is SOURCE_README.md.\n",
+        "\nThe licence files beside the weights are those of the base model.\n",
     ] {
         assert!(card.contains(part), "{part} is not in {card}");
     }
+    fs::remove_file(at("sparse").join("LICENSE.txt")).unwrap();
+    export(&at("sparse"), &out, &hf, &mut quiet).unwrap();
+    let card = fs::read_to_string(out.join(CARD_FILE)).unwrap();
+    assert!(card.contains("SOURCE_README.md") && !card.contains("licence files"), "{card}");
     // A card of ours is written again, one of somebody else is kept.
     let dense = ExportOptions { force: true, ..dense() };
     assert!(export(&at("sparse"), &out, &dense, &mut quiet).unwrap().card_written);

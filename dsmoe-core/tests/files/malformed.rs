@@ -127,7 +127,26 @@ fn no_weights() {
     let work = tempfile::tempdir().unwrap();
     let parts = ["no model.safetensors", "model.safetensors.index.json", "save_pretrained"];
     refused(Checkpoint::open(work.path()), &parts);
-    refused(Config::load(work.path()), &["config.json", "No such file"]);
+    refused(
+        Config::load(work.path()),
+        &["there is no config.json and no GGUF file in it; name a directory that"],
+    );
+}
+
+#[test]
+fn directories_that_are_no_models_are_named() {
+    let work = tempfile::tempdir().unwrap();
+    let [adapter, empty, cache] =
+        ["adapter", "models--a--b", "models--c--d"].map(|name| work.path().join(name));
+    for dir in [&adapter, &empty.join("snapshots"), &cache.join("snapshots/1"), &cache.join("snapshots/2")] {
+        fs::create_dir_all(dir).unwrap();
+    }
+    fs::write(adapter.join("adapter_config.json"), "{}").unwrap();
+    refused(Config::load(&adapter), &["is an adapter and no whole model; merge it into its base model"]);
+    refused(Config::load(&empty), &["is a folder of the Hub's cache", "hf download OWNER/NAME"]);
+    fs::write(cache.join("snapshots/2/config.json"), "{}").unwrap();
+    let second = format!("name a directory in it: {}", cache.join("snapshots/2").display());
+    refused(Config::load(&cache), &["is a folder of the Hub's cache", &second]);
 }
 
 #[test]
@@ -176,6 +195,19 @@ fn tensors_that_old_conversions_list_or_keep_are_ignored() {
     json["weight_map"]["lm_head.weight"] = shard;
     fs::write(&index, json.to_string()).unwrap();
     fixture.check().unwrap();
+    // Nor is the shard needed that holds nothing else.
+    json["weight_map"]["model.layers.0.self_attn.rotary_emb.inv_freq"] =
+        "model-00009-of-00009.safetensors".into();
+    json["weight_map"]["lm_head.weight"] = "model-00008-of-00009.safetensors".into();
+    fs::write(&index, json.to_string()).unwrap();
+    fixture.check().unwrap();
+    json["weight_map"]["model.norm.weight"] = "model-00009-of-00009.safetensors".into();
+    fs::write(&index, json.to_string()).unwrap();
+    fixture.refused(&[
+        "tensor model.norm.weight is in shard model-00009-of-00009",
+        "is missing",
+        "copy that file",
+    ]);
 }
 
 #[test]
@@ -208,6 +240,13 @@ fn git_lfs_pointers_are_named() {
         fs::write(fixture.dir.join(file), pointer).unwrap();
         fixture.refused(&[file, "is a Git LFS pointer", "git lfs pull"]);
     }
+    let gguf = fixture.work.path().join("pointer.gguf");
+    fs::write(&gguf, pointer).unwrap();
+    for error in [Config::load(&gguf).map(|_| ()), Checkpoint::open(&gguf).map(|_| ())] {
+        refused(error, &["pointer.gguf: is a Git LFS pointer", "git lfs pull"]);
+    }
+    fs::write(&gguf, "version 1 of something else altogether\n").unwrap();
+    refused(Config::load(&gguf), &["pointer.gguf: header is not that of GGUF"]);
 }
 
 #[test]
