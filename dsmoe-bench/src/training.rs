@@ -148,12 +148,19 @@ pub(crate) fn memory_plan(
         Budget::Weight(_) => 1.0,
     };
     let memory = |what, bytes| MemoryUse { what, bytes };
+    let gradients = 4 * params * gradient_arenas(config.lanes());
     let arenas =
-        [memory("  weights", 4 * params), memory("  gradients", 4 * params), memory("  moments", 8 * params)];
+        [memory("  weights", 4 * params), memory("  gradients", gradients), memory("  moments", 8 * params)];
     let step = TrainWorkspace::memory(model, config.batch * config.seq, active);
     let step = step.iter().map(|part| memory(part.what, part.bytes as u64));
     // A token of text is about four bytes, and four bytes as a number.
     arenas.into_iter().chain(step).chain([memory("  text", data_bytes)]).collect()
+}
+
+/// Returns the number of arenas of gradients of a process that computes so many lanes: the nodes of the tree that wait for a
+/// neighbour, and the lane at work.
+fn gradient_arenas(lanes: usize) -> u64 {
+    if lanes == 1 { 1 } else { u64::from((lanes + 1).ilog2()) + 1 }
 }
 
 /// Returns the memory of a teacher of `config`: weights in bf16, one chunk of logits, and the activations of a layer.
@@ -257,5 +264,27 @@ impl Observer for View {
 
     fn note(&mut self, message: &str) {
         self.progress.note(message);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use dsmoe_kernels::buf::Buf;
+    use dsmoe_kernels::comm::Tree;
+
+    use super::gradient_arenas;
+
+    #[test]
+    fn arenas_of_gradients_are_those_that_the_tree_takes() {
+        for lanes in [2, 3, 4, 6, 7, 8, 12, 63, 64] {
+            let (mut tree, mut leaf) = (Tree::new(), Buf::zeros(16));
+            let most = (0..lanes).map(|_| {
+                tree.push(&mut leaf);
+                // The lane at work is one more.
+                tree.arrays() + 1
+            });
+            assert_eq!(gradient_arenas(lanes), most.max().unwrap() as u64, "{lanes}");
+        }
+        assert_eq!(gradient_arenas(1), 1);
     }
 }

@@ -26,6 +26,7 @@ pub mod model;
 pub mod params;
 pub mod partition;
 mod remedy;
+pub mod shard;
 
 pub use config::Config;
 pub use device::Device;

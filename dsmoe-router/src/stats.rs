@@ -217,6 +217,24 @@ impl RoutingStats {
         self.add_counts(layer, &behind(tokens, load), &behind(0, histogram));
     }
 
+    /// Returns all counts of tokens in one order, for [`RoutingStats::add_all`].
+    pub fn counts(&self) -> impl Iterator<Item = u64> + '_ {
+        self.layers.iter().flat_map(|layer| layer.load.iter().chain(&layer.histogram)).copied()
+    }
+
+    /// Adds what [`RoutingStats::counts`] returned elsewhere.
+    ///
+    /// # Panics
+    /// The counts are of other layers or experts.
+    pub fn add_all(&mut self, counts: &[u64]) {
+        let of_layer = 2 * self.num_experts + 1;
+        assert_eq!(counts.len(), of_layer * self.layers.len(), "routing stats: counts");
+        for (layer, counts) in counts.chunks(of_layer).enumerate() {
+            let (load, histogram) = counts.split_at(self.num_experts);
+            self.add_counts(layer, load, histogram);
+        }
+    }
+
     /// Returns whether `other` has the same layers and experts, so that [`RoutingStats::merge`] takes it.
     pub fn is_like(&self, other: &RoutingStats) -> bool {
         let shape = |stats: &RoutingStats| -> Vec<(usize, usize)> {
@@ -346,6 +364,13 @@ mod tests {
         assert_eq!(summary.load_per_layer, [[0.75, 0.25], [1.0, 1.0]]);
         assert!((summary.load_entropy_per_layer[0] - 0.811_278).abs() < 1e-6);
         assert_eq!(summary.load_entropy_per_layer[1], 1.0);
+        let counts: Vec<u64> = stats.counts().collect();
+        let mut twice = stats.clone();
+        twice.add_all(&counts);
+        let mut merged = stats.clone();
+        merged.merge(&stats);
+        assert_eq!(twice.counts().collect::<Vec<_>>(), merged.counts().collect::<Vec<_>>());
+        assert_eq!(twice.counts().sum::<u64>(), 2 * counts.iter().sum::<u64>());
         let json = serde_json::to_value(&summary).unwrap();
         assert_eq!(json["active_ratio_per_layer"][1], 1.0);
     }

@@ -7,17 +7,23 @@
 //!                           state.json                       step, controller, identities, fixed settings
 //! checkpoints/.step-00000020.tmp/                            the same while it is written
 //! ```
+//! Several processes write the files of a single one, byte for byte: the first process the model and the state, the last one the
+//! moments, which their owners send piece by piece.
 
 use std::fs;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use dsmoe_core::checkpoint::{Checkpoint, Dtype, TensorInfo, Writer};
 use dsmoe_core::files::write_synced;
-use dsmoe_core::params::Layout;
+use dsmoe_core::params::{Entry, Layout};
+use dsmoe_core::shard::Shards;
 use dsmoe_core::{Masks, Model};
 use dsmoe_datasets::TokenSource;
 use dsmoe_datasets::files::hex;
 use dsmoe_datasets::tokens::identity;
+use dsmoe_kernels::buf::Buf;
+use dsmoe_kernels::comm::{Communicator, What};
 use dsmoe_router::{BudgetController, ThresholdController};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -27,6 +33,7 @@ use crate::config::{Hold, TrainConfig};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::optim::AdamW;
+use crate::ranks::{agree, by_first};
 use crate::teacher::TeacherId;
 
 /// Version of `state.json` and of the header of `metrics.jsonl`.
@@ -35,6 +42,10 @@ const STATE_FILE: &str = "state.json";
 const OPTIMIZER_FILE: &str = "optimizer.safetensors";
 /// Values of each tensor that the identity of a model covers.
 const IDENTITY_VALUES: usize = 1024;
+/// Values of the moments that are sent at once.
+const SENT_AT_ONCE: usize = 1 << 22;
+/// Not of a step: what writes files may take longer.
+const CHECKPOINT: What = What::of("a checkpoint");
 
 /// Settings that a resumed run may change. With any other change the weights would not be those of one run. The hash of
 /// the tokens covers the settings by which text is read.
@@ -142,6 +153,11 @@ pub(crate) fn data_identity(sources: &[TokenSource]) -> Result<String> {
     Ok(hex(&hasher.finalize()))
 }
 
+/// Returns the checkpoint of step `step` in `dir`.
+pub(crate) fn path_of(dir: &Path, step: u64) -> PathBuf {
+    dir.join(dir_name(step))
+}
+
 fn dir_name(step: u64) -> String {
     format!("step-{step:08}")
 }
@@ -160,14 +176,124 @@ pub(crate) fn list(dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
 }
 
 /// Writes the checkpoint of `state.step` to `dir`. Then removes all but the newest ones to keep, those of later steps (of a
-/// run that was resumed before them), and the rest of an interrupted write.
-pub(crate) fn save(dir: &Path, state: &State, model: &Model, optimizer: &AdamW) -> Result<PathBuf> {
-    fs::create_dir_all(dir).map_err(Error::io(dir))?;
-    let path = dir.join(dir_name(state.step));
+/// run that was resumed before them), and the rest of an interrupted write. If one process fails all do, and nothing is left.
+pub(crate) fn save(
+    dir: &Path,
+    state: &State,
+    model: &Model,
+    optimizer: &AdamW,
+    comm: &dyn Communicator,
+) -> Result<PathBuf> {
+    let of = CHECKPOINT;
     let temporary = dir.join(format!(".{}.tmp", dir_name(state.step)));
-    files::fill_dir(&temporary, |temporary| write(temporary, state, model, optimizer))?;
+    let written = write_together(&temporary, model, optimizer, comm);
+    let finished = written.and_then(|()| by_first(comm, of, || finish(dir, &temporary, state)));
+    if finished.is_err() && comm.rank() == 0 {
+        // Frees the disk; the error that matters is the first one.
+        drop(files::remove_dir(&temporary));
+    }
+    finished?;
+    Ok(path_of(dir, state.step))
+}
+
+/// Writes the model and the moments into the new directory `temporary`.
+fn write_together(temporary: &Path, model: &Model, optimizer: &AdamW, comm: &dyn Communicator) -> Result<()> {
+    let of = CHECKPOINT;
+    by_first(comm, of, || {
+        files::remove_dir(temporary)?;
+        fs::create_dir_all(temporary).map_err(Error::io(temporary))
+    })?;
+    let moments = write_moments(&temporary.join(OPTIMIZER_FILE), model.layout(), optimizer, (comm, of))?;
+    let weights = if comm.rank() == 0 { model.save(temporary, Dtype::F32) } else { Ok(()) };
+    agree(comm, of, moments.and(weights.map_err(Error::from)))
+}
+
+/// Writes the moments of all tensors, which their owners send to the last process. Returns that process's outcome inside the
+/// result of the communication: a process that cannot write receives the rest all the same.
+fn write_moments(
+    path: &Path,
+    layout: &Layout,
+    optimizer: &AdamW,
+    (comm, of): (&dyn Communicator, What),
+) -> Result<Result<()>> {
+    let (size, writes) = (comm.size(), comm.rank() + 1 == comm.size());
+    let shards = Shards::new(layout, size);
+    let mut writer = writes.then(|| Writer::create_file(path, moment_infos(layout)));
+    let mut received = Buf::default();
+    for entry in layout.entries() {
+        for (moment, values) in [("m", &optimizer.m), ("v", &optimizer.v)] {
+            each(&mut writer, |writer| writer.begin(&format!("{}.{moment}", entry.spec.name)));
+            for start in entry.range.clone().step_by(SENT_AT_ONCE) {
+                let part = start..entry.range.end.min(start + SENT_AT_ONCE);
+                receive(&part, (optimizer, values), &shards, (comm, of), &mut received)?;
+                each(&mut writer, |writer| writer.write_f32_chunk(&received));
+            }
+        }
+    }
+    Ok(match writer {
+        Some(writer) => writer.and_then(Writer::finish).map_err(Error::from),
+        None => Ok(()),
+    })
+}
+
+/// Describes the moments of all tensors.
+fn moment_infos(layout: &Layout) -> Vec<TensorInfo> {
+    let info = |entry: &Entry, moment: &str| {
+        let name = format!("{}.{moment}", entry.spec.name);
+        TensorInfo { name, dtype: Dtype::F32, shape: entry.spec.shape.clone() }
+    };
+    layout.entries().iter().flat_map(|entry| ["m", "v"].map(|moment| info(entry, moment))).collect()
+}
+
+/// Calls `work` with the writer that there is, unless it failed before.
+fn each(
+    writer: &mut Option<dsmoe_core::Result<Writer>>,
+    work: impl FnOnce(&mut Writer) -> dsmoe_core::Result<()>,
+) {
+    if let Some(Ok(open)) = writer
+        && let Err(error) = work(open)
+    {
+        *writer = Some(Err(error));
+    }
+}
+
+/// Sets `received`, in the last process, to the part `part` of `moments`, an array of the moments; in others it is empty.
+fn receive(
+    part: &Range<usize>,
+    (optimizer, moments): (&AdamW, &[f32]),
+    shards: &Shards,
+    (comm, of): (&dyn Communicator, What),
+    received: &mut Buf,
+) -> Result<()> {
+    let (size, last) = (comm.size(), comm.size() - 1);
+    // A tensor lies in one unit, of which a process has one piece.
+    let own = optimizer.places(part.clone()).next().map_or(0..0, |(_, place)| place);
+    let send: &[u8] = bytemuck::cast_slice(&moments[own]);
+    let mut sent = vec![0; size];
+    sent[last] = send.len();
+    let mut lens = vec![0; size];
+    if comm.rank() == last {
+        let owned = |rank| {
+            let parts = shards.owned(rank).into_iter();
+            let within =
+                |owned: Range<usize>| owned.end.min(part.end).saturating_sub(owned.start.max(part.start));
+            parts.map(within).sum::<usize>()
+        };
+        lens = (0..size).map(|rank| size_of::<f32>() * owned(rank)).collect();
+    }
+    received.resize(lens.iter().sum::<usize>() / size_of::<f32>());
+    Ok(comm.all_to_all(of, send, &sent, bytemuck::cast_slice_mut(received), &lens)?)
+}
+
+/// Writes the state into the complete directory `temporary`, gives it its name in `dir`, and removes what is not to be kept.
+fn finish(dir: &Path, temporary: &Path, state: &State) -> Result<()> {
+    let text = serde_json::to_string_pretty(state).expect("numbers and strings are JSON");
+    let file = temporary.join(STATE_FILE);
+    write_synced(&file, text.as_bytes()).map_err(Error::io(&file))?;
+    files::sync_dir(temporary)?;
+    let path = path_of(dir, state.step);
     files::remove_dir(&path)?;
-    fs::rename(&temporary, &path).map_err(Error::io(&path))?;
+    fs::rename(temporary, &path).map_err(Error::io(&path))?;
     files::sync_dir(dir)?;
 
     let mut kept = 0;
@@ -182,29 +308,7 @@ pub(crate) fn save(dir: &Path, state: &State, model: &Model, optimizer: &AdamW) 
             files::remove_dir(&dir.join(name))?;
         }
     }
-    Ok(path)
-}
-
-fn write(dir: &Path, state: &State, model: &Model, optimizer: &AdamW) -> Result<()> {
-    model.save(dir, Dtype::F32)?;
-    let mut infos = Vec::new();
-    for entry in model.layout().entries() {
-        for moment in ["m", "v"] {
-            let name = format!("{}.{moment}", entry.spec.name);
-            infos.push(TensorInfo { name, dtype: Dtype::F32, shape: entry.spec.shape.clone() });
-        }
-    }
-    let mut writer = Writer::create_file(&dir.join(OPTIMIZER_FILE), infos)?;
-    for entry in model.layout().entries() {
-        for (moment, values) in [("m", &optimizer.m), ("v", &optimizer.v)] {
-            writer.write_f32(&format!("{}.{moment}", entry.spec.name), &values[entry.range.clone()])?;
-        }
-    }
-    writer.finish()?;
-    let state = serde_json::to_string_pretty(state).expect("numbers and strings are JSON");
-    let file = dir.join(STATE_FILE);
-    write_synced(&file, state.as_bytes()).map_err(Error::io(&file))?;
-    files::sync_dir(dir)
+    Ok(())
 }
 
 /// Reads the state of the run in the checkpoint `path`.
@@ -222,8 +326,10 @@ pub(crate) fn read_state(path: &Path) -> Result<State> {
         // Runs of before there was a choice.
         state.config.hold.get_or_insert(Hold::Loss);
     }
+    // Runs of before there were several.
+    state.config.lanes.get_or_insert(1);
     let config = state.config.clone().resolve()?;
-    let samples = (config.batch * config.accumulate) as u64;
+    let samples = config.batch as u64 * config.micro_batches();
     let counts = (state.step.checked_mul(config.tokens_per_step()), state.step.checked_mul(samples));
     if counts != (Some(state.tokens), Some(state.data_cursor)) {
         return Err(bad(format!("step {}, tokens {} and data_cursor disagree", state.step, state.tokens)));
@@ -231,9 +337,14 @@ pub(crate) fn read_state(path: &Path) -> Result<State> {
     Ok(state)
 }
 
-/// Reads the weights and moments of the checkpoint `path`, which must be those of a model laid out as `layout` and
-/// masked by `masks`.
-pub(crate) fn load(path: &Path, layout: &Layout, masks: Option<&Masks>) -> Result<(Model, AdamW)> {
+/// Reads the weights of the checkpoint `path`, which must be those of a model laid out as `layout` and masked by `masks`, and
+/// the moments that this process owns.
+pub(crate) fn load(
+    path: &Path,
+    layout: &Layout,
+    masks: Option<&Masks>,
+    comm: &dyn Communicator,
+) -> Result<(Model, AdamW)> {
     let model = Model::load(path)?;
     if model.layout().entries() != layout.entries() {
         return Err(Error::checkpoint(path, "its tensors are not those of the starting model"));
@@ -242,10 +353,18 @@ pub(crate) fn load(path: &Path, layout: &Layout, masks: Option<&Masks>) -> Resul
         return Err(Error::checkpoint(path, "its masks are not those of the starting model"));
     }
     let moments = Checkpoint::open_file(&path.join(OPTIMIZER_FILE))?;
-    let mut optimizer = AdamW::new(layout);
+    let mut optimizer = AdamW::of(&Shards::new(layout, comm.size()), comm.rank());
     for entry in layout.entries() {
-        moments.read_f32(&format!("{}.m", entry.spec.name), &mut optimizer.m[entry.range.clone()])?;
-        moments.read_f32(&format!("{}.v", entry.spec.name), &mut optimizer.v[entry.range.clone()])?;
+        let (name, shape) = (&entry.spec.name, &entry.spec.shape);
+        let places: Vec<_> = optimizer.places(entry.range.clone()).collect();
+        for (moment, values) in [("m", &mut optimizer.m), ("v", &mut optimizer.v)] {
+            let name = format!("{name}.{moment}");
+            moments.check_shape(&name, shape)?;
+            for (owned, place) in &places {
+                let first = owned.start - entry.range.start;
+                moments.read_f32_at(&name, first, &mut values[place.clone()])?;
+            }
+        }
     }
     Ok((model, optimizer))
 }

@@ -47,8 +47,12 @@ dsmoe_core::with_defaults! {
         /// gradients, moments, sums, norms, softmax and routers are f32 either way.
         #[serde(with = "precision")]
         pub dtype: Precision = Precision::F32,
-        /// Micro-batches per optimiser step; default 1.
+        /// Micro-batches of a lane, added up one after the other; default 1.
         pub accumulate: usize = 1,
+        /// Lanes of an optimiser step, each of `accumulate` micro-batches. The gradients of lanes are added along a binary tree,
+        /// so that any number of processes that divides the lanes into equal powers of two computes the same bits; default the
+        /// number of processes.
+        pub lanes: Option<usize> = None,
         /// Peak learning rate; default 2e-5.
         pub lr: f64 = 2e-5,
         /// The cosine ends at this share of `lr`; default 0.1.
@@ -267,6 +271,7 @@ impl TrainConfig {
         in_range("batch", self.batch, 1..=MAX_MICRO_TOKENS)?;
         in_range("seq", self.seq, 1..=MAX_MICRO_TOKENS)?;
         in_range("accumulate", self.accumulate, 1..=1 << 20)?;
+        in_range("lanes", *self.lanes.get_or_insert(1), 1..=1 << 16)?;
         let micro = self.batch.saturating_mul(self.seq);
         if micro > MAX_MICRO_TOKENS {
             let found = format!("{} x seq {}", self.batch, self.seq);
@@ -340,7 +345,17 @@ impl TrainConfig {
 
     /// Returns the number of tokens predicted in one optimiser step.
     pub fn tokens_per_step(&self) -> u64 {
-        self.batch as u64 * self.accumulate as u64 * self.seq as u64
+        self.micro_batches() * (self.batch as u64 * self.seq as u64)
+    }
+
+    /// Returns the number of lanes; 1 unless there is another.
+    pub fn lanes(&self) -> usize {
+        self.lanes.unwrap_or(1)
+    }
+
+    /// Returns the number of micro-batches in one optimiser step.
+    pub fn micro_batches(&self) -> u64 {
+        self.lanes() as u64 * self.accumulate as u64
     }
 
     /// Returns the learning rate of every step, of a resolved configuration.
@@ -406,6 +421,9 @@ mod tests {
         let config = with(&[]).unwrap();
         assert_eq!((config.steps, config.warmup_steps, config.sparsity), (Some(50), Some(5), Some(1.0)));
         assert_eq!(config.budget(), Budget::Weight(1.0));
+        assert_eq!((config.lanes, config.tokens_per_step()), (Some(1), 32 * 1024));
+        let lanes = with(&["lanes=6", "accumulate=2"]).unwrap();
+        assert_eq!((lanes.micro_batches(), lanes.tokens_per_step()), (12, 12 * 32 * 1024));
         let long = with(&["tokens=1_000_000_000", "batch=4"]).unwrap();
         assert_eq!((long.steps, long.warmup_steps, long.tokens), (Some(244_141), Some(100), None));
         assert_eq!(with(&["warmup_steps=7"]).unwrap().warmup_steps, Some(7));
@@ -447,6 +465,7 @@ mod tests {
             (vec!["active_range=[0.5, 1.0]", "hold=loss"], ["hold is loss", "threshold"]),
             (vec!["hold=loss"], ["hold is set", "active_target"]),
             (vec!["keep=0"], ["keep is 0", "use 1 to"]),
+            (vec!["lanes=0"], ["lanes is 0", "use 1 to"]),
             (vec!["steps=0"], ["steps is 0", "use 1 to"]),
             (vec!["valid_fraction=0", "eval_every=5"], ["eval_every", "valid_fraction above 0"]),
         ] {

@@ -4,6 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use dsmoe_datasets::Remedy;
+use dsmoe_kernels::comm::CommError;
 
 static THREADS: Remedy = Remedy::fixed("use fewer {threads}");
 static NOT_EMPTY: Remedy =
@@ -14,6 +15,10 @@ static CHECKPOINT: Remedy =
     Remedy::fixed("delete this checkpoint to resume from an older one, or set {force} to start over");
 static BROKEN_RESPONSES: Remedy = Remedy::fixed("delete the file, or choose another {out}");
 static RESPONSES: Remedy = Remedy::fixed("choose another {out}, or delete the file");
+static ALIKE: Remedy = Remedy::fixed(
+    "start all processes with the same program, settings, files and value of DSMOE_ISA, on machines of one kind",
+);
+static SHARED: Remedy = Remedy::fixed("choose an {out} on a file system that all machines share");
 static LR: Remedy = Remedy::fixed("use a smaller {lr} or look at the data");
 
 /// An error of training or evaluation.
@@ -29,6 +34,20 @@ pub enum Error {
     /// A router's setting.
     #[error(transparent)]
     Router(#[from] dsmoe_router::Error),
+    /// Communication with the other processes of a run, or an error of one of them.
+    #[error(transparent)]
+    Comm(#[from] CommError),
+    /// Processes of a run that would not compute the same.
+    #[error("the processes differ in {name}: {table}; {}", ALIKE)]
+    RanksDiffer {
+        /// What differs.
+        name: String,
+        /// Which ranks have which value.
+        table: String,
+    },
+    /// A process sees another run directory than the first one.
+    #[error("{0} is not the directory that rank 0 sees under this name; {help}", help = SHARED)]
+    NotShared(PathBuf),
     /// The file system.
     #[error("{path}: {cause}")]
     Io {
@@ -163,6 +182,8 @@ impl Error {
             Error::Data(error) => error.help(),
             Error::Field { allowed: help, .. } | Error::ResumeMismatch { help, .. } => Some(help),
             Error::Threads { .. } => Some(&THREADS),
+            Error::RanksDiffer { .. } => Some(&ALIKE),
+            Error::NotShared(_) => Some(&SHARED),
             Error::OutNotEmpty(_) => Some(&NOT_EMPTY),
             Error::OutHoldsSource(_) | Error::NotARun(_) => Some(&ANOTHER_OUT),
             Error::Busy(_) => Some(&WAIT),

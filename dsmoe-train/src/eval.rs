@@ -1,15 +1,18 @@
 //! Evaluation: negative log-likelihood of a token stream in windows, with the share of experts that are active.
 
+use std::ops::Range;
 use std::time::Instant;
 
 use dsmoe_core::Inference;
 use dsmoe_core::model::{Batch, Cache, Workspace};
 use dsmoe_datasets::{EvalWindow, eval_windows};
+use dsmoe_kernels::comm::{self, Alone, Communicator, What};
 use dsmoe_router::RoutingStats;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::ranks::agree;
 
 /// Options for cutting a stream into windows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -147,9 +150,24 @@ pub fn evaluate_domains(
     options: EvalOptions,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<EvalReport> {
+    evaluate_domains_on(&Alone, model, domains, options, progress)
+}
+
+/// Does as [`evaluate_domains`] on the processes of `comm`, which divide the forward passes. All get the report of a single
+/// process, but for times.
+///
+/// # Errors
+/// Those of [`evaluate_domains`]; an error of another process.
+pub fn evaluate_domains_on(
+    comm: &dyn Communicator,
+    model: &Inference,
+    domains: &[Domain<'_>],
+    options: EvalOptions,
+    progress: &mut dyn FnMut(usize, usize),
+) -> Result<EvalReport> {
     let domains: Vec<&Domain<'_>> = domains.iter().filter(|domain| domain.ids.len() > 1).collect();
     let [_, _, ..] = domains[..] else {
-        return evaluate(model, domains.first().map_or(&[], |domain| domain.ids), options, progress);
+        return measure(comm, model, domains.first().map_or(&[], |domain| domain.ids), options, progress);
     };
     let cut = |domain: &&Domain<'_>| Ok(eval_windows(domain.ids.len(), options.seq, options.stride)?.len());
     let windows = domains.iter().map(cut).collect::<Result<Vec<usize>>>()?;
@@ -157,7 +175,7 @@ pub fn evaluate_domains(
     let total: f64 = domains.iter().map(|domain| domain.weight).sum();
     let mut reports = Vec::new();
     for (domain, windows) in domains.iter().zip(windows) {
-        let report = evaluate(model, domain.ids, options, &mut |done, _| progress(before + done, all))?;
+        let report = measure(comm, model, domain.ids, options, &mut |done, _| progress(before + done, all))?;
         before += windows;
         reports.push((domain.weight / total, report));
     }
@@ -210,7 +228,7 @@ pub fn evaluate(
     options: EvalOptions,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<EvalReport> {
-    measure(model, ids, options, None, progress)
+    measure(&Alone, model, ids, options, progress)
 }
 
 /// Evaluates as [`evaluate`] does and returns the results of single windows and tokens too.
@@ -223,9 +241,19 @@ pub fn evaluate_detailed(
     options: EvalOptions,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<(EvalReport, EvalDetail)> {
-    let mut detail = EvalDetail::default();
-    let report = measure(model, ids, options, Some(&mut detail), progress)?;
-    Ok((report, detail))
+    let started = Instant::now();
+    let batches = Batches::cut(ids, options)?;
+    let (mut detail, mut sums) = (EvalDetail::default(), Sums::new(model));
+    sums.stats = sums.stats.map(|stats| stats.traced().weighted());
+    for windows in batches.iter() {
+        sums.add(model, ids, windows, Some(&mut detail))?;
+        progress(sums.windows, batches.windows.len());
+    }
+    if !model.device().is_gpu() {
+        detail.mean_coefficients = sums.stats.as_ref().and_then(RoutingStats::mean_coefficients);
+    }
+    let nll_sum = sums.nll.iter().sum();
+    Ok((batches.report(model, nll_sum, sums.stats, started), detail))
 }
 
 /// Logits of a forward pass of [`agreement`] at the most.
@@ -293,73 +321,172 @@ fn divergence(p: &[f32], q: &[f32]) -> (f64, bool) {
 }
 
 fn measure(
+    comm: &dyn Communicator,
     model: &Inference,
     ids: &[u32],
     options: EvalOptions,
-    mut detail: Option<&mut EvalDetail>,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<EvalReport> {
     let started = Instant::now();
-    let windows = eval_windows(ids.len(), options.seq, options.stride)?;
-    let mut stats =
-        model.new_stats().map(|stats| if detail.is_some() { stats.traced().weighted() } else { stats });
-    let mut workspace = Workspace::default();
-    let (mut inputs, mut targets, mut losses) = (Vec::new(), Vec::new(), Vec::new());
-    let (mut nll_sum, mut predicted, mut run, mut done) = (0.0f64, 0, 0, 0);
-    let mut rest = &windows[..];
-    while let Some(first) = rest.first() {
-        let len = first.end - first.start - 1;
-        let most = (options.batch_tokens / len).max(1);
-        let same = rest.iter().take(most).take_while(|w| w.end - w.start - 1 == len).count();
-        let (batch, later) = rest.split_at(same);
-        rest = later;
+    let batches = Batches::cut(ids, options)?;
+    let mut sums = Sums::new(model);
+    let mut run = || -> Result<()> {
+        for windows in batches.iter().skip(comm.rank()).step_by(comm.size()) {
+            sums.add(model, ids, windows, None)?;
+            progress((sums.windows * comm.size()).min(batches.windows.len()), batches.windows.len());
+        }
+        Ok(())
+    };
+    agree(comm, EVALUATION, run())?;
+    let (nll_sum, stats) = sums.join(comm)?;
+    Ok(batches.report(model, nll_sum, stats, started))
+}
+
+const EVALUATION: What = What::of("an evaluation");
+
+/// The windows of a stream, and the ranges of those that run together.
+struct Batches<'a> {
+    ids: &'a [u32],
+    options: EvalOptions,
+    windows: Vec<EvalWindow>,
+    ranges: Vec<Range<usize>>,
+}
+
+impl<'a> Batches<'a> {
+    fn cut(ids: &'a [u32], options: EvalOptions) -> Result<Batches<'a>> {
+        let windows = eval_windows(ids.len(), options.seq, options.stride)?;
+        let mut ranges = Vec::new();
+        let mut start = 0;
+        while let Some(first) = windows.get(start) {
+            let len = inputs_of(first);
+            let most = (options.batch_tokens / len).max(1);
+            let same = windows[start..].iter().take(most).take_while(|window| inputs_of(window) == len);
+            let end = start + same.count();
+            ranges.push(start..end);
+            start = end;
+        }
+        Ok(Batches { ids, options, windows, ranges })
+    }
+
+    fn iter(&self) -> impl Iterator<Item = &[EvalWindow]> {
+        self.ranges.iter().map(|range| &self.windows[range.clone()])
+    }
+
+    /// Returns the report of an evaluation of all windows.
+    fn report(
+        &self,
+        model: &Inference,
+        nll_sum: f64,
+        stats: Option<RoutingStats>,
+        started: Instant,
+    ) -> EvalReport {
+        let predicted = self.windows.iter().map(|window| window.end - window.first_target).sum();
+        let run: usize = self.windows.iter().map(inputs_of).sum();
+        let routing = stats.map(|stats| stats.summary());
+        let accounting = model.accounting();
+        let active = routing.as_ref().map_or(0.0, |routing| routing.active_experts);
+        let nll = nll_sum / predicted as f64;
+        let seconds = started.elapsed().as_secs_f64();
+        EvalReport {
+            tokens: self.ids.len(),
+            predicted,
+            nll,
+            ppl: nll.exp(),
+            active_ratio: routing.as_ref().map(|routing| routing.active_ratio),
+            active_ratio_per_layer: routing.as_ref().map(|routing| routing.active_ratio_per_layer.clone()),
+            zero_active_share: routing.as_ref().map(|routing| routing.zero_active_share),
+            params_total: accounting.total,
+            params_activated: accounting.activated(active),
+            flops_per_token: accounting.mean_flops_per_token(active, self.options.seq),
+            tokens_per_s: run as f64 / seconds.max(1e-9),
+            seconds,
+            domains: Vec::new(),
+        }
+    }
+}
+
+fn inputs_of(window: &EvalWindow) -> usize {
+    window.end - window.start - 1
+}
+
+/// What the batches of one process have summed up.
+struct Sums {
+    /// The loss of every batch.
+    nll: Vec<f64>,
+    stats: Option<RoutingStats>,
+    windows: usize,
+    /// Tokens that were run.
+    run: usize,
+    workspace: Workspace,
+    inputs: Vec<u32>,
+    targets: Vec<u32>,
+    losses: Vec<f32>,
+}
+
+impl Sums {
+    fn new(model: &Inference) -> Sums {
+        Sums {
+            nll: Vec::new(),
+            stats: model.new_stats(),
+            windows: 0,
+            run: 0,
+            workspace: Workspace::default(),
+            inputs: Vec::new(),
+            targets: Vec::new(),
+            losses: Vec::new(),
+        }
+    }
+
+    /// Runs a batch of windows of one length.
+    fn add(
+        &mut self,
+        model: &Inference,
+        ids: &[u32],
+        windows: &[EvalWindow],
+        detail: Option<&mut EvalDetail>,
+    ) -> Result<()> {
+        let Sums { inputs, targets, losses, stats, .. } = self;
+        let len = windows.first().map_or(0, inputs_of);
         inputs.clear();
         targets.clear();
-        for window in batch {
-            gather(window, ids, &mut inputs, &mut targets);
-            predicted += window.end - window.first_target;
+        for window in windows {
+            gather(window, ids, inputs, targets);
         }
         losses.resize(inputs.len(), 0.0f32);
-        let tokens = Batch { inputs: &inputs, targets: &targets, seq: len };
-        model.score(&mut losses, tokens, stats.as_mut(), &mut workspace)?;
-        nll_sum += losses.iter().map(|&loss| f64::from(loss)).sum::<f64>();
-        if let Some(detail) = &mut detail {
-            let active = stats.as_ref().map_or(&[][..], |stats| &stats.active_of_tokens()[run..]);
-            for (at, window) in batch.iter().enumerate() {
+        let tokens = Batch { inputs, targets, seq: len };
+        model.score(losses, tokens, stats.as_mut(), &mut self.workspace)?;
+        self.nll.push(losses.iter().map(|&loss| f64::from(loss)).sum());
+        if let Some(detail) = detail {
+            let active = stats.as_ref().map_or(&[][..], |stats| &stats.active_of_tokens()[self.run..]);
+            for (at, window) in windows.iter().enumerate() {
                 let scored = (at + 1) * len + window.first_target - window.end..(at + 1) * len;
                 detail.add(&losses[scored.clone()], active.get(scored).unwrap_or_default());
             }
         }
-        run += inputs.len();
-        done += batch.len();
-        progress(done, windows.len());
+        self.run += inputs.len();
+        self.windows += windows.len();
+        Ok(())
     }
 
-    if let Some(detail) = detail
-        && !model.device().is_gpu()
-    {
-        detail.mean_coefficients = stats.as_ref().and_then(RoutingStats::mean_coefficients);
+    /// Returns the losses of all processes, added in the order of batches, and all their routing.
+    fn join(mut self, comm: &dyn Communicator) -> Result<(f64, Option<RoutingStats>)> {
+        let counts: Vec<u64> = self.stats.iter().flat_map(RoutingStats::counts).collect();
+        let words = counts.iter().copied().chain(self.nll.iter().map(|nll| nll.to_bits()));
+        let message: Vec<u8> = words.flat_map(u64::to_le_bytes).collect();
+        let all = comm::gather(comm, EVALUATION, &message)?;
+        let all: Vec<Vec<u64>> = all
+            .iter()
+            .map(|message| message.as_chunks().0.iter().map(|word| u64::from_le_bytes(*word)).collect())
+            .collect();
+        if let Some(stats) = self.stats.as_mut().filter(|_| comm.size() > 1) {
+            stats.clear();
+            all.iter().for_each(|words| stats.add_all(&words[..counts.len()]));
+        }
+        let most = all.iter().map(|words| words.len() - counts.len()).max().unwrap_or(0);
+        let in_order = (0..most).flat_map(|round| all.iter().map(move |words| (round, words)));
+        let losses = in_order.filter_map(|(round, words)| words.get(counts.len() + round));
+        Ok((losses.map(|&nll| f64::from_bits(nll)).sum(), self.stats))
     }
-    let routing = stats.map(|stats| stats.summary());
-    let accounting = model.accounting();
-    let active = routing.as_ref().map_or(0.0, |routing| routing.active_experts);
-    let nll = nll_sum / predicted as f64;
-    let seconds = started.elapsed().as_secs_f64();
-    Ok(EvalReport {
-        tokens: ids.len(),
-        predicted,
-        nll,
-        ppl: nll.exp(),
-        active_ratio: routing.as_ref().map(|routing| routing.active_ratio),
-        active_ratio_per_layer: routing.as_ref().map(|routing| routing.active_ratio_per_layer.clone()),
-        zero_active_share: routing.as_ref().map(|routing| routing.zero_active_share),
-        params_total: accounting.total,
-        params_activated: accounting.activated(active),
-        flops_per_token: accounting.mean_flops_per_token(active, options.seq),
-        tokens_per_s: run as f64 / seconds.max(1e-9),
-        seconds,
-        domains: Vec::new(),
-    })
 }
 
 /// Appends a window's inputs, and its targets. Targets that an earlier window scored are masked.

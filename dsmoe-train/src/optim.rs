@@ -4,8 +4,10 @@
 use std::ops::Range;
 
 use dsmoe_core::params::{Entry, Layout, TensorSpec};
+use dsmoe_core::shard::{BLOCK, Shards};
 use dsmoe_kernels::adamw;
 use dsmoe_kernels::buf::Buf;
+use rayon::prelude::*;
 
 use crate::config::TrainConfig;
 
@@ -21,17 +23,95 @@ pub struct GradNorms {
     pub router: f64,
 }
 
-/// Computes the norms of `grads`, laid out as `layout`, summed in f64 in the order of the layout.
+/// Computes the norms of `grads`, laid out as `layout`. See [`Squares`].
 pub fn grad_norms(layout: &Layout, grads: &[f32]) -> GradNorms {
-    let (mut all, mut router) = (0.0, 0.0);
-    for (spec, range) in runs(layout) {
-        let squares = adamw::sum_of_squares(&grads[range]);
-        all += squares;
-        if spec.router {
-            router += squares;
+    let mut squares = Squares::new(layout, &Shards::new(layout, 1), 0);
+    squares.compute(grads);
+    squares.norms(squares.sums())
+}
+
+/// The sums of squares that the norms of a gradient are made of: one per piece, which is what a block of
+/// [`Shards`] has of routers or of other tensors. A piece is summed in f64 by its owner, and everyone adds the pieces in the
+/// order of the arena.
+#[derive(Debug)]
+pub(crate) struct Squares {
+    /// The owner of every piece, and whether it belongs to routers, in the order of the arena.
+    pieces: Vec<(usize, bool)>,
+    /// The pieces of this process.
+    own: Vec<Range<usize>>,
+    /// Their sums.
+    sums: Vec<f64>,
+    /// Pieces of each process.
+    counts: Vec<usize>,
+}
+
+impl Squares {
+    /// Cuts a gradient for process `rank`.
+    pub(crate) fn new(layout: &Layout, shards: &Shards, rank: usize) -> Squares {
+        let same_kind = |a: &Entry, b: &Entry| a.spec.router == b.spec.router;
+        let runs = layout.entries().chunk_by(same_kind);
+        let runs: Vec<(Range<usize>, bool)> =
+            runs.map(|run| (run[0].range.start..run[run.len() - 1].range.end, run[0].spec.router)).collect();
+        let mut squares =
+            Squares { pieces: Vec::new(), own: Vec::new(), sums: Vec::new(), counts: vec![0; shards.size()] };
+        let mut first = 0;
+        for unit in 0..shards.units().len() {
+            for owner in 0..shards.size() {
+                let owned = shards.piece(unit, owner);
+                for start in owned.clone().step_by(BLOCK) {
+                    let block = start..owned.end.min(start + BLOCK);
+                    while runs.get(first).is_some_and(|(run, _)| run.end <= block.start) {
+                        first += 1;
+                    }
+                    let in_block = runs[first..].iter().take_while(|(run, _)| run.start < block.end);
+                    for (run, router) in in_block {
+                        squares.pieces.push((owner, *router));
+                        squares.counts[owner] += 1;
+                        if owner == rank {
+                            squares.own.push(run.start.max(block.start)..run.end.min(block.end));
+                        }
+                    }
+                }
+            }
         }
+        squares.sums = vec![0.0; squares.own.len()];
+        squares
     }
-    GradNorms { all: all.sqrt(), router: router.sqrt() }
+
+    /// Returns the number of pieces of every process.
+    pub(crate) fn counts(&self) -> &[usize] {
+        &self.counts
+    }
+
+    /// Computes the sums of this process's pieces of `grads`.
+    pub(crate) fn compute(&mut self, grads: &[f32]) {
+        let pieces = self.sums.par_iter_mut().zip(&self.own);
+        pieces.for_each(|(sum, piece)| *sum = adamw::sum_of_squares(&grads[piece.clone()]));
+    }
+
+    /// Returns the sums of this process's pieces.
+    pub(crate) fn sums(&self) -> &[f64] {
+        &self.sums
+    }
+
+    /// Returns the norms, from the sums of all processes, one process after the other.
+    pub(crate) fn norms(&self, sums: &[f64]) -> GradNorms {
+        let starts = self.counts.iter().scan(0, |end, count| {
+            *end += count;
+            Some(*end - count)
+        });
+        let mut next: Vec<usize> = starts.collect();
+        let (mut all, mut router) = (0.0, 0.0);
+        for &(owner, is_router) in &self.pieces {
+            let squares = sums[next[owner]];
+            next[owner] += 1;
+            all += squares;
+            if is_router {
+                router += squares;
+            }
+        }
+        GradNorms { all: all.sqrt(), router: router.sqrt() }
+    }
 }
 
 /// Joins neighbours in the layout that are updated alike: the first of them, and their range. The padding between them
@@ -84,33 +164,113 @@ impl Update<'_> {
     }
 }
 
-/// The optimiser's state: first and second moments, laid out as the parameters.
+/// The optimiser's state: the first and second moments of all parameters, or of those that a process owns.
 #[derive(Debug)]
 pub struct AdamW {
-    /// First moments.
+    /// First moments, laid out as the parameters, without those of other owners.
     pub m: Buf,
-    /// Second moments.
+    /// Second moments, likewise.
     pub v: Buf,
+    /// The parameters, in arena order.
+    owned: Vec<Range<usize>>,
 }
 
 impl AdamW {
-    /// Moments of zero.
+    /// Moments of zero, of all parameters.
     pub fn new(layout: &Layout) -> AdamW {
-        AdamW { m: Buf::zeros(layout.len()), v: Buf::zeros(layout.len()) }
+        AdamW::of(&Shards::new(layout, 1), 0)
     }
 
-    /// Takes one step.
+    /// Moments of zero, of the parameters that process `rank` owns.
+    pub fn of(shards: &Shards, rank: usize) -> AdamW {
+        let owned = shards.owned(rank);
+        let len = owned.iter().map(|range| range.len()).sum();
+        AdamW { m: Buf::zeros(len), v: Buf::zeros(len), owned }
+    }
+
+    /// Returns the places in the moments of the parameters in `range` that are owned: the parameters, and the moments.
+    pub fn places(&self, range: Range<usize>) -> impl Iterator<Item = (Range<usize>, Range<usize>)> + '_ {
+        let mut end = 0;
+        self.owned.iter().filter_map(move |owned| {
+            end += owned.len();
+            let (first, last) = (owned.start.max(range.start), owned.end.min(range.end));
+            // What is owned of it lies `owned.end - first` values before the end of this part of the moments.
+            (first < last).then(|| (first..last, end - (owned.end - first)..end - (owned.end - last)))
+        })
+    }
+
+    /// Takes one step with the parameters that are owned.
     ///
     /// # Panics
-    /// A slice is not as long as the layout.
+    /// `params` or `grads` is not as long as the layout, or the moments are of another one.
     pub fn step(&mut self, params: &mut [f32], grads: &[f32], layout: &Layout, update: &Update<'_>) {
-        let lens = [params.len(), grads.len(), self.m.len(), self.v.len()];
-        assert_eq!(lens, [layout.len(); 4], "adamw: parameters, gradients and moments for the layout");
+        let lens = [params.len(), grads.len()];
+        assert_eq!(lens, [layout.len(); 2], "adamw: parameters and gradients for the layout");
         for (spec, range) in runs(layout) {
             let hyper = update.hyper(spec.decay, spec.router);
-            let (m, v) = (&mut self.m[range.clone()], &mut self.v[range.clone()]);
-            let (param, grad, grad_scale) = (&mut params[range.clone()], &grads[range], update.scale);
-            adamw::Step { param, m, v, grad, grad_scale, hyper: &hyper }.run();
+            let places: Vec<_> = self.places(range).collect();
+            for (range, place) in places {
+                let (m, v) = (&mut self.m[place.clone()], &mut self.v[place]);
+                let (param, grad, grad_scale) = (&mut params[range.clone()], &grads[range], update.scale);
+                adamw::Step { param, m, v, grad, grad_scale, hyper: &hyper }.run();
+            }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use dsmoe_kernels::rng::Rng;
+
+    use super::*;
+
+    #[test]
+    fn norms_do_not_depend_on_the_owners() {
+        let matrix = |name: &str, rows| TensorSpec::matrix(name, rows, 40_000);
+        let router = TensorSpec::router("router", vec![3, 40_000]);
+        let tensors = vec![matrix("a", 5), TensorSpec::norm("norm", 7), router, matrix("b", 3)];
+        let layout = &Layout::of(tensors);
+        let mut grads = vec![0.0; layout.len()];
+        for entry in layout.entries() {
+            Rng::new(3, entry.range.start as u64).fill_normal(&mut grads[entry.range.clone()], 0.1);
+        }
+        let want = grad_norms(layout, &grads);
+        for size in [2, 3, 5] {
+            let shards = Shards::new(layout, size);
+            let mut all: Vec<Squares> = (0..size).map(|rank| Squares::new(layout, &shards, rank)).collect();
+            all.iter_mut().for_each(|squares| squares.compute(&grads));
+            let sums: Vec<f64> = all.iter().flat_map(|squares| squares.sums()).copied().collect();
+            assert_eq!(all[0].norms(&sums), want, "{size}");
+        }
+        let by_entry = |router: bool| -> f64 {
+            let entries = layout.entries().iter().filter(|entry| entry.spec.router || !router);
+            let squares =
+                entries.flat_map(|entry| &grads[entry.range.clone()]).map(|&x| f64::from(x).powi(2));
+            squares.sum::<f64>().sqrt()
+        };
+        for (got, want) in [(want.all, by_entry(false)), (want.router, by_entry(true))] {
+            assert!((got / want - 1.0).abs() < 1e-12, "{got} is not {want}");
+        }
+    }
+
+    #[test]
+    fn owners_take_the_step_of_one_process() {
+        let layout = &Layout::of(vec![TensorSpec::matrix("a", 5, 40_000), TensorSpec::norm("b", 70_000)]);
+        let config = TrainConfig::default();
+        let update = Update { config: &config, lr: 0.1, scale: 0.5, step: 1 };
+        let mut grads = vec![0.0; layout.len()];
+        Rng::new(1, 0).fill_normal(&mut grads, 1.0);
+        let mut want = vec![1.0; layout.len()];
+        let mut whole = AdamW::new(layout);
+        whole.step(&mut want, &grads, layout, &update);
+        let mut got = vec![1.0; layout.len()];
+        for rank in 0..3 {
+            let mut part = AdamW::of(&Shards::new(layout, 3), rank);
+            part.step(&mut got, &grads, layout, &update);
+            for (range, place) in part.places(0..layout.len()) {
+                assert_eq!(part.m[place], whole.m[range]);
+            }
+        }
+        assert_eq!(got, want);
     }
 }

@@ -6,19 +6,26 @@
 //! OUT/events.out.tfevents.*        the same for TensorBoard, one file per invocation
 //! OUT/checkpoints/step-00000020/   see the checkpoint files there
 //! OUT/config.json, *.safetensors   the trained model, with its tokenizer, once the run is finished
+//! OUT/stop                         made by the user: stop after this step, with a checkpoint
 //! ```
+//! Several processes may share the steps of a run. The first one writes all files but those of checkpoints.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use dsmoe_core::checkpoint::{Dtype, copy_companions};
 use dsmoe_core::masks::MASKS_FILE;
+use dsmoe_core::shard::Shards;
 use dsmoe_core::{Device, Inference, Model};
 use dsmoe_datasets::mixture::UNNAMED;
 use dsmoe_datasets::overlap::TokenTexts;
 use dsmoe_datasets::{Interleaving, Mixture, TokenSource, TokenStream};
+use dsmoe_kernels::Isa;
+use dsmoe_kernels::comm::{Alone, Communicator, What};
 use dsmoe_router::{BudgetController, RoutingSummary, SparsityOver, ThresholdController};
 use serde_json::{Value, json};
 
@@ -27,11 +34,12 @@ use crate::checkpoint::{self, FORMAT_VERSION, State};
 use crate::config::{Budget, Hold, NearDuplicates, TEACHER_TOP, TEACHER_WEIGHT, TrainConfig};
 use crate::engine::StepResult;
 use crate::error::{Error, Result};
-use crate::eval::{Domain, EvalOptions, EvalReport, evaluate_domains};
+use crate::eval::{Domain, EvalOptions, EvalReport, evaluate_domains_on};
 use crate::files;
 use crate::metrics::{METRICS_FILE, Metrics, StepRecord, eval_line, resident_bytes, step_line};
 use crate::optim::AdamW;
-use crate::step::{Gates, StepText, Stepper};
+use crate::ranks::{agree, by_first, check_alike, check_shared, from_first, own_lanes};
+use crate::step::{Gates, Setup, StepText, Stepper};
 use crate::teacher::{self, Lessons, TeacherId};
 use crate::teacher_cache::{RowShape, TeacherCache};
 use crate::tensorboard::EventWriter;
@@ -39,6 +47,10 @@ use crate::tensorboard::EventWriter;
 const CONFIG_FILE: &str = "run.toml";
 const CHECKPOINTS: &str = "checkpoints";
 const FINAL_TEMPORARY: &str = ".final.tmp";
+const STOP_FILE: &str = "stop";
+/// Settings that may differ between processes: results do not depend on them.
+const MAY_DIFFER: [&str; 2] = ["threads", "log_every"];
+const START: What = What::of("the start of the run");
 /// The share of active experts approaches its target over one part in so many of the run.
 const RAMP_SHARE: u64 = 3;
 /// The directories and the device of a run, and how it starts and stops.
@@ -60,10 +72,13 @@ pub struct RunOptions {
     pub teacher_cache: Option<PathBuf>,
     /// The device to train and evaluate on. A run may resume on another; its numbers then differ in the last bits.
     pub device: Device,
+    /// The processes that share the steps. Results do not depend on their number, and a run may resume with another.
+    pub comm: Arc<dyn Communicator>,
 }
 
 impl RunOptions {
-    /// Starts a new run of the model in `source` into the empty directory `out`, on the processor, to its end.
+    /// Starts a new run of the model in `source` into the empty directory `out`, on the processor, in this process alone, to
+    /// its end.
     pub fn new(source: &Path, out: &Path) -> RunOptions {
         let (out, source, device) = (out.to_path_buf(), source.to_path_buf(), Device::Cpu);
         RunOptions {
@@ -75,6 +90,7 @@ impl RunOptions {
             teacher: None,
             teacher_cache: None,
             device,
+            comm: Arc::new(Alone),
         }
     }
 }
@@ -122,6 +138,12 @@ pub enum Outcome {
     },
 }
 
+/// Returns the lanes of the run in `out`, from its newest checkpoint that can be read; none without one.
+pub fn lanes_of(out: &Path) -> Option<usize> {
+    let newest_first = checkpoint::list(&out.join(CHECKPOINTS)).ok()?;
+    newest_first.iter().find_map(|(_, path)| Some(checkpoint::read_state(path).ok()?.config.lanes()))
+}
+
 /// A run that is ready to start or resume.
 pub struct Trainer {
     options: RunOptions,
@@ -130,8 +152,8 @@ pub struct Trainer {
     order: Interleaving,
     stepper: Stepper,
     state: State,
-    metrics: Metrics,
-    events: EventWriter,
+    /// The records of the run, which the first process writes.
+    records: Option<Records>,
     pool: Option<rayon::ThreadPool>,
     notes: Vec<String>,
     /// Step of the newest checkpoint.
@@ -141,65 +163,45 @@ pub struct Trainer {
 }
 
 impl Trainer {
-    /// Prepares a run of `model` on `data`: checks everything, and makes the run directory or reads its state.
+    /// Prepares a run of `model` on `data`: checks everything, and makes the run directory or reads its state. All processes
+    /// of [`RunOptions::comm`] do so together, and return an error if one of them does.
     ///
     /// # Errors
-    /// The configuration, text and model do not fit together; the directory is not empty or holds another run.
+    /// The configuration, text and model do not fit together; the directory is not empty or holds another run; the processes
+    /// differ in what they compute.
     pub fn new(
         model: Model,
         data: impl Into<TrainData>,
         config: TrainConfig,
         options: RunOptions,
     ) -> Result<Trainer> {
-        let data = data.into();
+        let (data, comm) = (data.into(), options.comm.clone());
         let wished_warmup = config.warmup_steps;
         let made_for = config.made_for(model.config());
-        let mut config = config.resolve_for(model.config())?;
-        check_fit(&model, &data, &config)?;
-        let filter = near_duplicates(&data, &mut config)?;
-        let mixture = Mixture::new(&data.sources, config.split_options(), filter)?;
-        let order = mixture.interleaving(config.batch, config.seed)?;
-        let (lessons, teacher_id) = lessons_of(&model, &mut config, &options)?.unzip();
-        let pool = config.threads.map(thread_pool).transpose()?;
-        let Held { controller, thresholds, weight: sparsity_weight } =
-            held(&model, &mut config, options.device)?;
-        let mut state = State {
-            format_version: FORMAT_VERSION,
-            step: 0,
-            tokens: 0,
-            data_cursor: 0,
-            sparsity_weight,
-            controller,
-            thresholds,
-            model_sha256: checkpoint::model_identity(&model),
-            data_sha256: checkpoint::data_identity(&data.sources)?,
-            teacher: teacher_id,
-            config,
-        };
-        let lock = prepare_directory(&options)?;
+        let prepared = agree(&*comm, START, Prepared::new(&model, &data, config, &options))?;
+        let Prepared { mixture, order, lessons, pool, mut state } = prepared;
+        check_alike(&*comm, &alike(&state, &options))?;
+        let lock = by_first(&*comm, START, || prepare_directory(&options))?.flatten();
+        check_shared(&*comm, &options.out)?;
 
         let mut notes = mixture_notes(&mixture);
+        notes.extend(processes_note(&*comm, &state.config));
         if let Some(share) = made_for {
             notes.push(format!("active_target is {share}, the share of experts that the model was made for"));
         }
         let (model, optimizer) = match options.resume {
-            true => load_newest(&options.out, model, &mut state, wished_warmup, &mut notes)?,
+            true => load_newest(&options, model, &mut state, wished_warmup, &mut notes)?,
             false => (model, None),
         };
         let saved = optimizer.as_ref().map(|_| state.step);
-        let optimizer = optimizer.unwrap_or_else(|| AdamW::new(model.layout()));
+        let optimizer =
+            optimizer.unwrap_or_else(|| AdamW::of(&Shards::new(model.layout(), comm.size()), comm.rank()));
 
         let origin = made_for.map_or("", |_| "# active_target is the model's own.\n");
-        let resolved = format!("{origin}{}", state.config.to_toml());
-        files::replace(&options.out.join(CONFIG_FILE), resolved.as_bytes())?;
         let header = header(&model, &mixture, &state);
-        let path = options.out.join(METRICS_FILE);
-        let metrics = match saved {
-            Some(step) => Metrics::resume(&path, step, &header)?,
-            None => Metrics::create(&path, &header)?,
-        };
-        let events = EventWriter::create(&options.out, options.resume.then_some(state.step))?;
-        let mut stepper = Stepper::new(&model, optimizer, &state.config, options.device, lessons)?;
+        let records = by_first(&*comm, START, || Records::open(&options, &state, saved, (origin, &header)))?;
+        let setup = Setup { optimizer, device: options.device, lessons, comm: comm.clone() };
+        let mut stepper = agree(&*comm, START, Stepper::new(&model, &state.config, setup))?;
         if state.thresholds.is_some() {
             stepper.engine.count_logits()?;
         }
@@ -210,8 +212,7 @@ impl Trainer {
             order,
             stepper,
             state,
-            metrics,
-            events,
+            records,
             pool,
             notes,
             saved,
@@ -280,7 +281,7 @@ impl Trainer {
         let last = self.options.stop_after.map_or(total, |n| total.min(self.state.step.saturating_add(n)));
         let started = Instant::now();
         while self.state.step < last {
-            let Some(record) = self.take_step(started, stop)? else { break };
+            let Some((record, stopping)) = self.take_step(started, stop)? else { break };
             observer.step(&record);
             self.stepper.engine.notes().iter().for_each(|note| observer.note(note));
             let step = self.state.step;
@@ -295,21 +296,25 @@ impl Trainer {
             if due(self.state.config.save_every) {
                 self.save(observer)?;
             }
+            if stopping && step < total {
+                break;
+            }
         }
         self.save(observer)?;
         if self.state.step < total {
+            by_first(&*self.options.comm, START, || remove_stop_file(&self.options.out))?;
             return Ok(Outcome::Interrupted { step: self.state.step });
         }
         self.write_final()?;
         Ok(Outcome::Finished)
     }
 
-    /// Takes one step and writes its records. Returns `None`, with nothing changed, when `stop` was raised.
-    fn take_step(&mut self, started: Instant, stop: &AtomicBool) -> Result<Option<StepRecord>> {
+    /// Takes one step and writes its records. Returns `None`, with nothing changed, when a single process is to stop. Also
+    /// returns whether all processes are to stop after this step.
+    fn take_step(&mut self, started: Instant, stop: &AtomicBool) -> Result<Option<(StepRecord, bool)>> {
         let began = Instant::now();
-        if stop.load(Ordering::Relaxed) {
-            return Ok(None);
-        }
+        let stop_file = (self.options.comm.rank() == 0).then(|| self.options.out.join(STOP_FILE));
+        let asked = || stop.load(Ordering::Relaxed) || stop_file.as_ref().is_some_and(|file| file.exists());
         let (over, penalty): (_, fn(&StepResult) -> f64) = match self.state.config.budget() {
             Budget::Weight(_) => (SparsityOver::Active, |result| result.sparsity_loss),
             _ if self.state.thresholds.is_some() => (SparsityOver::Held, |result| result.mean_gate),
@@ -325,7 +330,7 @@ impl Trainer {
             .map(|held| budgets::threshold_of(held, self.state.config.active_target));
         let thresholds = self.state.thresholds.as_mut();
         let gates = Gates { sparsity: self.state.sparsity_weight, over, thresholds };
-        let result = self.stepper.take(&mut self.model, text, gates, stop)?;
+        let result = self.stepper.take(&mut self.model, text, gates, &asked)?;
         let Some(result) = result else { return Ok(None) };
 
         let routing = self.stepper.engine.stats().map(|stats| stats.summary());
@@ -362,45 +367,25 @@ impl Trainer {
         };
         record.tokens_per_s = step_tokens as f64 / began.elapsed().as_secs_f64().max(1e-9);
         record.wall_s = started.elapsed().as_secs_f64();
-        self.metrics.line(&step_line(&record))?;
-        if let Some(place) = result.non_finite {
-            self.metrics.sync()?;
-            return Err(self.non_finite(place));
+        if let Some(records) = &mut self.records {
+            records.metrics.line(&step_line(&record))?;
         }
-        self.write_events(&record)?;
+        if let Some(place) = result.non_finite {
+            self.records.as_ref().map_or(Ok(()), |records| records.metrics.sync())?;
+            let of = What::of("what is not finite");
+            return agree(&*self.options.comm, of, Err(self.non_finite(place)));
+        }
+        if let Some(records) = &mut self.records {
+            records.events_of(&record)?;
+        }
 
         if let (Some(controller), Some(share)) = (&mut self.state.controller, record.activation_ratio) {
             self.state.sparsity_weight = controller.update(share as f32);
         }
         self.state.step = record.step;
         self.state.tokens = record.tokens;
-        self.state.data_cursor =
-            record.step * (self.state.config.batch * self.state.config.accumulate) as u64;
-        Ok(Some(record))
-    }
-
-    fn write_events(&mut self, record: &StepRecord) -> Result<()> {
-        let mut values = vec![
-            ("train/loss", record.loss),
-            ("train/lm_loss", record.lm_loss),
-            ("train/learning_rate", record.lr),
-            ("train/grad_norm", record.grad_norm),
-            ("train/tokens_per_s", record.tokens_per_s),
-        ];
-        let routing = [
-            ("train/kl", record.kl),
-            ("train/separability_loss", record.separability_loss),
-            ("train/budget", record.budget),
-            ("train/threshold_logit", record.threshold_logit),
-            ("train/sparsity_loss", record.sparsity_loss),
-            ("train/sparsity_weight", record.sparsity_weight),
-            ("train/balance_loss", record.balance_loss),
-            ("train/activation_ratio", record.activation_ratio),
-            ("train/zero_active_share", record.zero_active_share),
-            ("train/router_grad_norm", record.router_grad_norm),
-        ];
-        values.extend(routing.into_iter().filter_map(|(tag, value)| value.map(|value| (tag, value))));
-        self.events.scalars(record.step, &values)
+        self.state.data_cursor = record.step * samples_per_step(&self.state.config);
+        Ok(Some((record, result.stop)))
     }
 
     /// Writes the thresholds of the controller into the model's configuration, and opens its gates as the default budget
@@ -428,8 +413,8 @@ impl Trainer {
 
     /// Returns whole sequences of the training text, up to `tokens` of them but at least one, that the next steps would read.
     fn text_nearby(&mut self, tokens: usize) -> Result<Vec<u32>> {
-        let (seq, accumulate) = (self.state.config.seq, self.state.config.accumulate as u64);
-        let done = self.state.step * accumulate;
+        let seq = self.state.config.seq;
+        let done = self.state.step * self.state.config.micro_batches();
         let count = (tokens / (self.state.config.batch * seq)).max(1) as u64;
         let (mut ids, mut window) = (Vec::new(), Vec::new());
         for batch in done..done + count {
@@ -459,15 +444,12 @@ impl Trainer {
         let seq = (self.state.config.seq + 1).max(2);
         self.stepper.engine.release();
         let model = Inference::new_on(&self.model, self.state.config.dtype, self.options.device)?;
-        let report = evaluate_domains(&model, &domains, EvalOptions::new(seq), &mut |_, _| {})?;
+        let (comm, options) = (&*self.options.comm, EvalOptions::new(seq));
+        let report = evaluate_domains_on(comm, &model, &domains, options, &mut |_, _| {})?;
         let step = self.state.step;
-        self.metrics.line(&eval_line(step, &report))?;
-        let mut values = vec![("eval/nll", report.nll), ("eval/ppl", report.ppl)];
-        values.extend(report.active_ratio.map(|ratio| ("eval/activation_ratio", ratio)));
-        let tags: Vec<(String, f64)> =
-            report.domains.iter().map(|domain| (format!("eval/ppl/{}", domain.name), domain.ppl)).collect();
-        values.extend(tags.iter().map(|(tag, ppl)| (&tag[..], *ppl)));
-        self.events.scalars(step, &values)?;
+        if let Some(records) = &mut self.records {
+            records.evaluation(step, &report)?;
+        }
         observer.evaluated(step, &report);
         Ok(())
     }
@@ -480,17 +462,20 @@ impl Trainer {
         self.stepper.engine.fetch(&mut self.model)?;
         self.store_thresholds()?;
         let layout = self.model.layout();
+        let comm = &*self.options.comm;
         if let Some(entry) = crate::optim::last_non_finite(layout, self.model.params()) {
             let place = entry.spec.name.clone();
-            return Err(self.non_finite(place));
+            return agree(comm, What::of("what is not finite"), Err(self.non_finite(place)));
         }
         if let Some(masks) = self.model.masks() {
             let wrong = masks.first_nonzero(self.model.params(), layout);
             assert!(wrong.is_none(), "train: a weight that is not kept is not 0: {wrong:?}");
         }
-        self.metrics.sync()?;
         let dir = self.options.out.join(CHECKPOINTS);
-        let path = checkpoint::save(&dir, &self.state, &self.model, self.stepper.engine.optimizer())?;
+        if let Some(records) = &self.records {
+            records.metrics.sync()?;
+        }
+        let path = checkpoint::save(&dir, &self.state, &self.model, self.stepper.engine.optimizer(), comm)?;
         self.saved = Some(self.state.step);
         observer.saved(self.state.step, &path);
         Ok(())
@@ -500,11 +485,14 @@ impl Trainer {
     fn write_final(&self) -> Result<()> {
         let out = &self.options.out;
         let temporary = out.join(FINAL_TEMPORARY);
-        files::fill_dir(&temporary, |dir| {
-            self.model.save(dir, Dtype::F32)?;
-            Ok(copy_companions(&self.options.source, dir)?)
-        })?;
-        files::move_into(&temporary, out)
+        let write = || {
+            files::fill_dir(&temporary, |dir| {
+                self.model.save(dir, Dtype::F32)?;
+                Ok(copy_companions(&self.options.source, dir)?)
+            })?;
+            files::move_into(&temporary, out)
+        };
+        by_first(&*self.options.comm, What::of("the trained model"), write).map(drop)
     }
 
     fn non_finite(&self, place: String) -> Error {
@@ -513,6 +501,152 @@ impl Trainer {
             None => "no checkpoint was saved yet".to_owned(),
         };
         Error::NonFinite { step: self.state.step + 1, place, intact }
+    }
+}
+
+/// What a process prepares by itself.
+struct Prepared {
+    mixture: Mixture,
+    order: Interleaving,
+    lessons: Option<Lessons>,
+    pool: Option<rayon::ThreadPool>,
+    /// The state at the start of the run.
+    state: State,
+}
+
+impl Prepared {
+    fn new(model: &Model, data: &TrainData, config: TrainConfig, options: &RunOptions) -> Result<Prepared> {
+        let mut config = config.resolve_for(model.config())?;
+        check_fit(model, data, &config)?;
+        own_lanes(config.lanes(), &*options.comm)?;
+        let filter = near_duplicates(data, &mut config)?;
+        let mixture = Mixture::new(&data.sources, config.split_options(), filter)?;
+        let order = mixture.interleaving(config.batch, config.seed)?;
+        let (lessons, teacher) = lessons_of(model, &mut config, options)?.unzip();
+        let pool = config.threads.map(thread_pool).transpose()?;
+        let Held { controller, thresholds, weight: sparsity_weight } =
+            held(model, &mut config, options.device)?;
+        let state = State {
+            format_version: FORMAT_VERSION,
+            step: 0,
+            tokens: 0,
+            data_cursor: 0,
+            sparsity_weight,
+            controller,
+            thresholds,
+            model_sha256: checkpoint::model_identity(model),
+            data_sha256: checkpoint::data_identity(&data.sources)?,
+            teacher,
+            config,
+        };
+        Ok(Prepared { mixture, order, lessons, pool, state })
+    }
+}
+
+/// Returns what has to be equal in all processes, by name.
+fn alike(state: &State, options: &RunOptions) -> BTreeMap<String, String> {
+    let settings = serde_json::to_value(&state.config).unwrap_or_default();
+    let settings = settings.as_object().into_iter().flatten();
+    let settings = settings.filter(|(name, _)| !MAY_DIFFER.contains(&&name[..]));
+    let mut values: BTreeMap<String, String> =
+        settings.map(|(name, value)| (name.clone(), value.to_string())).collect();
+    let RunOptions { resume, force, stop_after, device, .. } = options;
+    let teacher = state.teacher.as_ref().map(|teacher| &teacher.sha256[..]);
+    for (name, value) in [
+        ("the version", env!("CARGO_PKG_VERSION").to_owned()),
+        ("the instruction set", Isa::current().name().to_owned()),
+        ("the device", if device.is_gpu() { "a GPU" } else { "cpu" }.to_owned()),
+        ("the starting model", state.model_sha256.clone()),
+        ("the text", state.data_sha256.clone()),
+        ("the teacher", teacher.unwrap_or("none").to_owned()),
+        ("resume", resume.to_string()),
+        ("force", force.to_string()),
+        ("stop_after", format!("{stop_after:?}")),
+    ] {
+        values.insert(name.to_owned(), value);
+    }
+    values
+}
+
+/// A note of several processes and lanes.
+fn processes_note(comm: &dyn Communicator, config: &TrainConfig) -> Option<String> {
+    let (size, lanes) = (comm.size(), config.lanes());
+    let machines = comm.place().machines;
+    let on = if machines > 1 { format!(" on {machines} machines") } else { String::new() };
+    (size > 1).then(|| format!("{size} processes{on} share {lanes} lanes and the optimiser's state"))
+}
+
+fn samples_per_step(config: &TrainConfig) -> u64 {
+    config.batch as u64 * config.micro_batches()
+}
+
+fn remove_stop_file(out: &Path) -> Result<()> {
+    let path = out.join(STOP_FILE);
+    match fs::remove_file(&path) {
+        Err(cause) if cause.kind() != std::io::ErrorKind::NotFound => Err(Error::io(&path)(cause)),
+        _ => Ok(()),
+    }
+}
+
+/// The files that tell the history of a run.
+struct Records {
+    metrics: Metrics,
+    events: EventWriter,
+}
+
+impl Records {
+    /// Writes run.toml, and opens the others where the checkpoint of step `saved` left them. `header` is what run.toml begins
+    /// with and the first line of the metrics.
+    fn open(
+        options: &RunOptions,
+        state: &State,
+        saved: Option<u64>,
+        header: (&str, &Value),
+    ) -> Result<Records> {
+        let (origin, header) = header;
+        let resolved = format!("{origin}{}", state.config.to_toml());
+        files::replace(&options.out.join(CONFIG_FILE), resolved.as_bytes())?;
+        let path = options.out.join(METRICS_FILE);
+        let metrics = match saved {
+            Some(step) => Metrics::resume(&path, step, header)?,
+            None => Metrics::create(&path, header)?,
+        };
+        let events = EventWriter::create(&options.out, options.resume.then_some(state.step))?;
+        Ok(Records { metrics, events })
+    }
+
+    fn events_of(&mut self, record: &StepRecord) -> Result<()> {
+        let mut values = vec![
+            ("train/loss", record.loss),
+            ("train/lm_loss", record.lm_loss),
+            ("train/learning_rate", record.lr),
+            ("train/grad_norm", record.grad_norm),
+            ("train/tokens_per_s", record.tokens_per_s),
+        ];
+        let routing = [
+            ("train/kl", record.kl),
+            ("train/separability_loss", record.separability_loss),
+            ("train/budget", record.budget),
+            ("train/threshold_logit", record.threshold_logit),
+            ("train/sparsity_loss", record.sparsity_loss),
+            ("train/sparsity_weight", record.sparsity_weight),
+            ("train/balance_loss", record.balance_loss),
+            ("train/activation_ratio", record.activation_ratio),
+            ("train/zero_active_share", record.zero_active_share),
+            ("train/router_grad_norm", record.router_grad_norm),
+        ];
+        values.extend(routing.into_iter().filter_map(|(tag, value)| value.map(|value| (tag, value))));
+        self.events.scalars(record.step, &values)
+    }
+
+    fn evaluation(&mut self, step: u64, report: &EvalReport) -> Result<()> {
+        self.metrics.line(&eval_line(step, report))?;
+        let mut values = vec![("eval/nll", report.nll), ("eval/ppl", report.ppl)];
+        values.extend(report.active_ratio.map(|ratio| ("eval/activation_ratio", ratio)));
+        let tags: Vec<(String, f64)> =
+            report.domains.iter().map(|domain| (format!("eval/ppl/{}", domain.name), domain.ppl)).collect();
+        values.extend(tags.iter().map(|(tag, ppl)| (&tag[..], *ppl)));
+        self.events.scalars(step, &values)
     }
 }
 
@@ -640,7 +774,12 @@ fn held(model: &Model, config: &mut TrainConfig, device: Device) -> Result<Held>
         Budget::Range(..) => Hold::Threshold,
         _ => Hold::Loss,
     };
-    match *config.hold.get_or_insert(by_default) {
+    let (hold, lanes) = (*config.hold.get_or_insert(by_default), config.lanes());
+    match hold {
+        Hold::Threshold if lanes > 1 => {
+            let allowed = "1 where thresholds hold the share, or {hold} loss";
+            Err(Error::field("lanes", lanes, allowed))
+        }
         Hold::Threshold => {
             let thresholds = budgets::controller(model, config, ramp * config.accumulate as u64)?;
             Ok(Held { thresholds: Some(thresholds), ..none })
@@ -663,11 +802,17 @@ fn prepare_directory(options: &RunOptions) -> Result<Option<fs::File>> {
     let out = &options.out;
     let names = files::names(out)?;
     let ours = |name: &str| {
-        [METRICS_FILE, CHECKPOINTS, FINAL_TEMPORARY].contains(&name) || name.starts_with(CONFIG_FILE)
+        [METRICS_FILE, CHECKPOINTS, FINAL_TEMPORARY, STOP_FILE].contains(&name)
+            || name.starts_with(CONFIG_FILE)
     };
     if options.resume {
         let is_run = names.is_empty() || names.iter().any(|name| ours(name));
-        return if is_run { files::lock_dir(out) } else { Err(Error::NotARun(out.clone())) };
+        if !is_run {
+            return Err(Error::NotARun(out.clone()));
+        }
+        let held = files::lock_dir(out)?;
+        remove_stop_file(out)?;
+        return Ok(held);
     }
     if !names.is_empty() && !options.force {
         return Err(Error::OutNotEmpty(out.clone()));
@@ -697,26 +842,28 @@ fn prepare_directory(options: &RunOptions) -> Result<Option<fs::File>> {
 }
 
 /// Loads the newest complete checkpoint and sets `state` to it. Returns `model` when there is none yet. Checkpoints
-/// that cannot be read are skipped with a note.
+/// that a process cannot read are skipped by all, with a note.
 fn load_newest(
-    out: &Path,
+    options: &RunOptions,
     model: Model,
     state: &mut State,
     wished_warmup: Option<u64>,
     notes: &mut Vec<String>,
 ) -> Result<(Model, Option<AdamW>)> {
+    let (out, comm) = (&options.out, &*options.comm);
+    let of = What::of("a checkpoint");
     let (layout, masks) = (model.layout().clone(), model.masks().cloned());
     let mut start = Some(model);
     let mut newest_error = None;
-    for (_, path) in checkpoint::list(&out.join(CHECKPOINTS))? {
-        let loaded = match checkpoint::read_state(&path) {
+    for path in checkpoints_of_first(comm, &out.join(CHECKPOINTS))? {
+        let loaded = match agree(comm, of, checkpoint::read_state(&path)) {
             Ok(saved) => {
                 let mut now = state.clone();
                 now.config.warmup_steps = wished_warmup.or(saved.config.warmup_steps);
-                saved.check(&path, &now)?;
+                agree(comm, of, saved.check(&path, &now))?;
                 // Two models at once may be more than the memory holds.
                 start = None;
-                checkpoint::load(&path, &layout, masks.as_ref())
+                agree(comm, of, checkpoint::load(&path, &layout, masks.as_ref(), comm))
                     .map(|(model, optimizer)| (saved, now.config, model, optimizer))
             }
             Err(error) => Err(error),
@@ -745,6 +892,16 @@ fn load_newest(
         }
         (error, _) => Err(error.unwrap_or(Error::NotARun(out.to_path_buf()))),
     }
+}
+
+/// Lists the checkpoints that the first process sees in `dir`, newest first: what others see may be older.
+fn checkpoints_of_first(comm: &dyn Communicator, dir: &Path) -> Result<Vec<PathBuf>> {
+    let of = What::of("the list of checkpoints");
+    let listed = by_first(comm, of, || checkpoint::list(dir))?.unwrap_or_default();
+    let steps: Vec<String> = listed.iter().map(|(step, _)| step.to_string()).collect();
+    let steps = from_first(comm, of, &steps.join(" "))?;
+    let steps = steps.split_whitespace().filter_map(|step| step.parse().ok());
+    Ok(steps.map(|step| checkpoint::path_of(dir, step)).collect())
 }
 
 /// Returns the first line of the metrics file.

@@ -1,10 +1,12 @@
 //! One optimiser step: micro-batches forward and backward, clipping, AdamW.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::ops::Range;
+use std::sync::Arc;
 
 use dsmoe_core::model::{Batch, StepArgs};
 use dsmoe_core::{Device, Model};
 use dsmoe_datasets::{Interleaving, Mixture};
+use dsmoe_kernels::comm::Communicator;
 use dsmoe_kernels::rng::Rng;
 use dsmoe_router::{SparsityOver, ThresholdController};
 
@@ -13,12 +15,16 @@ use crate::config::{Budget, TrainConfig};
 use crate::engine::{self, Engine, EngineOptions, StepResult};
 use crate::error::Result;
 use crate::optim::{AdamW, Update, clip_scale};
+use crate::ranks::own_lanes;
 use crate::teacher::Lessons;
 
 /// Takes optimiser steps on the text of a run.
 #[derive(Debug)]
 pub(crate) struct Stepper {
     pub(crate) engine: Box<dyn Engine>,
+    /// The lanes of this process.
+    lanes: Range<u64>,
+    alone: bool,
     inputs: Vec<u32>,
     targets: Vec<u32>,
     window: Vec<u32>,
@@ -45,76 +51,84 @@ pub(crate) struct StepText<'a> {
     pub(crate) step: u64,
 }
 
+/// The memory of a run and the processes that share its steps.
+pub(crate) struct Setup {
+    /// The moments of the parameters that this process owns.
+    pub(crate) optimizer: AdamW,
+    pub(crate) device: Device,
+    pub(crate) lessons: Option<Lessons>,
+    pub(crate) comm: Arc<dyn Communicator>,
+}
+
 impl Stepper {
-    /// Allocates the memory to train `model` under a resolved `config` on `device`.
-    pub(crate) fn new(
-        model: &Model,
-        optimizer: AdamW,
-        config: &TrainConfig,
-        device: Device,
-        lessons: Option<Lessons>,
-    ) -> Result<Stepper> {
+    /// Allocates the memory to train `model` under a resolved `config`.
+    pub(crate) fn new(model: &Model, config: &TrainConfig, setup: Setup) -> Result<Stepper> {
+        let Setup { optimizer, device, lessons, comm } = setup;
         let (seq, precision) = (config.seq, config.dtype);
         let tokens = config.batch * seq;
-        let mut engine = engine::new(model, optimizer, EngineOptions { tokens, seq, precision, device })?;
+        let lanes = own_lanes(config.lanes(), &*comm)?;
+        let options = EngineOptions { tokens, seq, lanes: lanes.clone().count(), precision, device };
+        let alone = comm.size() == 1;
+        let mut engine = engine::new(model, optimizer, options, comm)?;
         if let Some(lessons) = lessons {
             engine.set_teacher(lessons)?;
         }
         Ok(Stepper {
             engine,
+            lanes,
+            alone,
             inputs: Vec::with_capacity(tokens),
             targets: Vec::with_capacity(tokens),
             window: Vec::with_capacity(seq + 1),
         })
     }
 
-    /// Takes a step. Returns `None`, with nothing changed but the gates' thresholds in `model`, when `stop` was raised
-    /// meanwhile. A step with a NaN or infinity leaves the parameters alone.
+    /// Takes a step. Returns `None`, with nothing changed but the gates' thresholds in `model`, when `stop` says so meanwhile in
+    /// a single process; several processes finish the step, and the result tells all of them. A step with a NaN or infinity
+    /// leaves the parameters alone.
     pub(crate) fn take(
         &mut self,
         model: &mut Model,
         mut of: StepText<'_>,
         gates: Gates<'_>,
-        stop: &AtomicBool,
+        stop: &dyn Fn() -> bool,
     ) -> Result<Option<StepResult>> {
         let (config, step) = (of.config, of.step);
         let mut held = gates.thresholds.as_deref().cloned();
         let mut budgets = 0.0;
-        let micro_batches = config.accumulate as u64;
+        let micro_batches = config.micro_batches();
+        let accumulate = config.accumulate as u64;
         self.engine.begin(micro_batches)?;
-        for micro in 0..micro_batches {
-            if stop.load(Ordering::Relaxed) {
-                return Ok(None);
-            }
-            let args = StepArgs {
-                loss_scale: (1.0 / config.tokens_per_step() as f64) as f32,
-                sparsity_weight: gates.sparsity / micro_batches as f32,
-                sparsity_over: gates.over,
-                separability_weight: config.separability as f32 / micro_batches as f32,
-                balance_scale: 1.0 / micro_batches as f32,
-                // Depends on the seed and the position only, so that a resumed run draws the same noise.
-                seed: Rng::new(config.seed, step * micro_batches + micro).next_u64(),
-            };
-            let active = match &held {
-                None => Vec::new(),
-                Some(held) => {
-                    let active = budgets_at(config, model.config().num_layers, step * micro_batches + micro);
-                    self.engine.set_thresholds(model, &held.bars(&active))?;
-                    active
+        'lanes: for lane in self.lanes.clone() {
+            for micro in lane * accumulate..(lane + 1) * accumulate {
+                if self.alone && stop() {
+                    return Ok(None);
                 }
-            };
-            self.gather(&mut of, micro)?;
-            let batch = Batch { inputs: &self.inputs, targets: &self.targets, seq: config.seq };
-            if !self.engine.micro_batch(model, batch, &args)? {
-                break;
+                let index = step * micro_batches + micro;
+                let args = step_args(config, &gates, index);
+                let active = match &held {
+                    None => Vec::new(),
+                    Some(held) => {
+                        let active = budgets_at(config, model.config().num_layers, index);
+                        self.engine.set_thresholds(model, &held.bars(&active))?;
+                        active
+                    }
+                };
+                self.gather(&mut of, micro)?;
+                let batch = Batch { inputs: &self.inputs, targets: &self.targets, seq: config.seq };
+                if !self.engine.micro_batch(model, batch, &args)? {
+                    self.engine.end_lane()?;
+                    break 'lanes;
+                }
+                if let (Some(held), Some(counts)) = (&mut held, self.engine.logits()) {
+                    let active = budgets::mean(&active);
+                    budgets += active / micro_batches as f64;
+                    held.update(active, counts);
+                }
             }
-            if let (Some(held), Some(counts)) = (&mut held, self.engine.logits()) {
-                let active = budgets::mean(&active);
-                budgets += active / micro_batches as f64;
-                held.update(active, counts);
-            }
+            self.engine.end_lane()?;
         }
-        let mut result = self.engine.finish(model)?;
+        let mut result = self.engine.finish(model, step + 1, stop())?;
         if result.non_finite.is_none() {
             let scale = clip_scale(result.norms.all, config.clip);
             let lr = config.schedule().lr_at(step);
@@ -131,13 +145,28 @@ impl Stepper {
     fn gather(&mut self, of: &mut StepText<'_>, micro: u64) -> Result<()> {
         self.inputs.clear();
         self.targets.clear();
-        for sample in of.order.batch_at(of.step * of.config.accumulate as u64 + micro) {
+        for sample in of.order.batch_at(of.step * of.config.micro_batches() + micro) {
             self.window.clear();
             of.mixture.window(sample, &mut self.window)?;
             self.inputs.extend_from_slice(&self.window[..of.config.seq]);
             self.targets.extend_from_slice(&self.window[1..]);
         }
         Ok(())
+    }
+}
+
+/// Returns the weights of the losses in micro-batch `index` of the run. They depend on the number of micro-batches of a step,
+/// not on where these are computed.
+fn step_args(config: &TrainConfig, gates: &Gates<'_>, index: u64) -> StepArgs {
+    let micro_batches = config.micro_batches() as f32;
+    StepArgs {
+        loss_scale: (1.0 / config.tokens_per_step() as f64) as f32,
+        sparsity_weight: gates.sparsity / micro_batches,
+        sparsity_over: gates.over,
+        separability_weight: config.separability as f32 / micro_batches,
+        balance_scale: 1.0 / micro_batches,
+        // Depends on the seed and the position only, so that a resumed run draws the same noise.
+        seed: Rng::new(config.seed, index).next_u64(),
     }
 }
 

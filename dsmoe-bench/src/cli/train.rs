@@ -42,9 +42,14 @@ pub(crate) struct Train {
     /// Tokens per sequence [default: 1024]
     #[arg(long, value_name = "TOKENS")]
     pub(crate) seq: Option<usize>,
-    /// Micro-batches per optimiser step [default: 1]
+    /// Micro-batches per lane of an optimiser step [default: 1]
     #[arg(long, value_name = "N")]
     pub(crate) accumulate: Option<usize>,
+    /// Lanes of an optimiser step, each of --accumulate micro-batches, whose gradients are added along a binary tree. The
+    /// result does not depend on the number of processes that share the lanes [default: the number of processes, on --resume
+    /// that of the run]
+    #[arg(long, value_name = "N")]
+    pub(crate) lanes: Option<usize>,
     /// Peak learning rate [default: 2e-5]
     #[arg(long, value_name = "X")]
     pub(crate) lr: Option<f64>,

@@ -11,7 +11,7 @@ use dsmoe_core::config::Config;
 use dsmoe_datasets::CorpusOptions;
 use dsmoe_kernels::Precision;
 use dsmoe_train::config::{Budget, NearDuplicates, TEACHER_TOP, TrainConfig};
-use dsmoe_train::run::{RunOptions, TrainData, Trainer};
+use dsmoe_train::run::{RunOptions, TrainData, Trainer, lanes_of};
 use dsmoe_train::{LARGEST_CACHE, RowShape};
 use serde::Serialize;
 
@@ -81,14 +81,13 @@ pub(crate) fn run(args: &Train, threads: Option<u16>, ui: &mut Ui) -> Result<Exi
     let filter = texts.len() > 1 || config.near_duplicates == Some(NearDuplicates::Drop);
     let data = TrainData { sources, texts: filter.then(|| tokenizer.token_texts()) };
     let options = RunOptions {
-        out: args.out.clone(),
-        source: args.model.clone(),
         resume: args.resume,
         force: args.force,
         stop_after: args.stop_after,
         teacher: args.teacher.clone(),
         teacher_cache: args.teacher_cache.clone(),
         device: args.device,
+        ..RunOptions::new(&args.model, &args.out)
     };
     let mut trainer = Trainer::new(model, data, config, options)?;
     catch_interrupts()?;
@@ -132,6 +131,7 @@ fn settings(args: &Train, threads: Option<u16>) -> Result<TrainConfig> {
     over(&mut config.batch, &args.batch);
     over(&mut config.seq, &args.seq);
     over(&mut config.accumulate, &args.accumulate);
+    config.lanes = args.lanes.or(config.lanes);
     over(&mut config.lr, &args.lr);
     over(&mut config.router_lr_scale, &args.router_lr_scale);
     over(&mut config.separability, &args.separability);
@@ -155,6 +155,9 @@ fn settings(args: &Train, threads: Option<u16>) -> Result<TrainConfig> {
     config.threads = threads.map(usize::from).or(config.threads);
     for setting in &args.set {
         config.set(setting)?;
+    }
+    if args.resume {
+        config.lanes = config.lanes.or_else(|| lanes_of(&args.out));
     }
     Ok(config)
 }

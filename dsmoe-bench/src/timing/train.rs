@@ -1,5 +1,6 @@
 //! `dsmoe bench train`: times whole optimiser steps of a dense and a DSMoE model.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::Result;
@@ -8,6 +9,7 @@ use dsmoe_core::config::Config;
 use dsmoe_core::model::{Batch, StepArgs};
 use dsmoe_core::{Device, Model};
 use dsmoe_kernels::Precision;
+use dsmoe_kernels::comm::Alone;
 use dsmoe_kernels::rng::Rng;
 use dsmoe_router::{RoutingStats, SparsityOver};
 use dsmoe_train::TrainConfig;
@@ -127,9 +129,9 @@ impl Run {
     ) -> Result<Run> {
         let model = random_model(config);
         let tokens = ids.len() - 1;
-        let options = EngineOptions { tokens, seq, precision, device };
+        let options = EngineOptions { tokens, seq, lanes: 1, precision, device };
         Ok(Run {
-            engine: engine::new(&model, AdamW::new(model.layout()), options)?,
+            engine: engine::new(&model, AdamW::new(model.layout()), options, Arc::new(Alone))?,
             inputs: ids[..tokens].to_vec(),
             targets: ids[1..].to_vec(),
             seq,
@@ -152,7 +154,8 @@ impl Run {
         let batch = Batch { inputs: &self.inputs, targets: &self.targets, seq: self.seq };
         self.engine.begin(1)?;
         self.engine.micro_batch(&self.model, batch, &args)?;
-        Ok(self.engine.finish(&self.model)?)
+        self.engine.end_lane()?;
+        Ok(self.engine.finish(&self.model, self.steps + 1, false)?)
     }
 
     /// Returns the share of active experts of a step.

@@ -345,6 +345,35 @@ impl Checkpoint {
         Ok(())
     }
 
+    /// Checks that a tensor of a float type has `shape`.
+    ///
+    /// # Errors
+    /// There is no such tensor, it is not of a float type, or has another shape.
+    pub fn check_shape(&self, name: &str, shape: &[usize]) -> Result<()> {
+        let view = self.need_float(name)?;
+        if view.shape != shape {
+            let problem = format!("has shape {:?}, not {shape:?}", view.shape);
+            return Err(self.wrong(name, view, problem, "use the weights of this model"));
+        }
+        Ok(())
+    }
+
+    /// Sets `out` to the elements of a tensor of any float type from element `first` on.
+    ///
+    /// # Errors
+    /// There is no such tensor, it is not of a float type, or has fewer elements.
+    pub fn read_f32_at(&self, name: &str, first: usize, out: &mut [f32]) -> Result<()> {
+        let view = self.need_float(name)?;
+        let end = first.checked_add(out.len()).filter(|&end| end <= view.numel()).ok_or_else(|| {
+            let problem =
+                format!("has shape {:?}, too few for {} elements from {first} on", view.shape, out.len());
+            self.wrong(name, view, problem, "use the weights of this model")
+        })?;
+        let size = view.dtype.size();
+        decode(out, &self.bytes(name)?[first * size..end * size], view.dtype);
+        Ok(())
+    }
+
     /// Reads a tensor of type I32, flat.
     ///
     /// # Errors

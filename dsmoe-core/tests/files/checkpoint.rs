@@ -87,6 +87,33 @@ fn what_the_safetensors_crate_writes_is_read() {
 }
 
 #[test]
+fn elements_are_read_from_any_place() {
+    let dir = tempfile::tempdir().unwrap();
+    let all = values(40);
+    for dtype in [Dtype::F32, Dtype::F64] {
+        let path = dir.path().join(format!("{dtype}.safetensors"));
+        let infos = vec![info("before", dtype, &[3]), info("a", dtype, &[4, 10])];
+        let mut writer = Writer::create_file(&path, infos).unwrap();
+        writer.write_f32("before", &[7.0; 3]).unwrap();
+        writer.write_f32("a", &all).unwrap();
+        writer.finish().unwrap();
+        let checkpoint = Checkpoint::open_file(&path).unwrap();
+        for (first, len) in [(0, 40), (3, 17), (39, 1), (40, 0)] {
+            let mut out = vec![-1.0; len];
+            checkpoint.read_f32_at("a", first, &mut out).unwrap();
+            assert_eq!(out, all[first..first + len]);
+        }
+        let message = |first| checkpoint.read_f32_at("a", first, &mut [0.0; 2]).unwrap_err().to_string();
+        for first in [39, usize::MAX] {
+            assert!(message(first).contains("too few for 2 elements from"), "{}", message(first));
+        }
+        checkpoint.check_shape("a", &[4, 10]).unwrap();
+        let wrong = checkpoint.check_shape("a", &[10, 4]).unwrap_err().to_string();
+        assert!(wrong.contains("has shape [4, 10], not [10, 4]"), "{wrong}");
+    }
+}
+
+#[test]
 fn shards_hold_at_most_their_limit_and_the_index_finds_all() {
     let work = tempfile::tempdir().unwrap();
     let sizes = [3usize, 3, 30, 1, 2, 4];

@@ -1,19 +1,24 @@
 //! Optimiser steps on the processor.
 
 use std::borrow::Cow;
+use std::sync::Arc;
 
 use dsmoe_core::Model;
-use dsmoe_core::model::{Batch, StepArgs, TrainWorkspace};
-use dsmoe_core::params::Layout;
+use dsmoe_core::model::{Batch, StepArgs, StepOutput, TrainWorkspace};
+use dsmoe_core::params::{Entry, Layout};
+use dsmoe_core::shard::{Shards, Staging};
 use dsmoe_kernels::buf::Buf;
+use dsmoe_kernels::comm::{Communicator, Tree, What};
 use dsmoe_router::{LogitCounts, RoutingStats};
 
+use super::report::{All, Exchange, Own, Record};
 use super::{Engine, EngineOptions, StepResult};
 use crate::error::Result;
-use crate::optim::{AdamW, Update, grad_norms};
+use crate::optim::{AdamW, Squares, Update};
 use crate::teacher::{Lessons, LessonsOf, learn};
 
-/// The memory of training on the processor.
+/// The memory of training on the processors of one or several processes. Each computes its lanes; then each owns a part of
+/// the summed gradient and of the moments, updates its part of the parameters, and gets the others (ZeRO stage 1).
 #[derive(Debug)]
 pub(super) struct CpuEngine {
     optimizer: AdamW,
@@ -22,25 +27,62 @@ pub(super) struct CpuEngine {
     grads: Buf,
     workspace: Box<TrainWorkspace>,
     lessons: Option<Box<Lessons>>,
-    /// The losses of the step so far.
-    result: StepResult,
+    /// The lanes of this process that are done. A single one is in `grads` and needs no tree.
+    tree: Tree,
+    lanes: usize,
+    lanes_done: usize,
+    /// The micro-batches of this process so far.
+    records: Vec<Record>,
+    non_finite: Option<String>,
+    /// The micro-batches of the step, in all processes.
     micro_batches: u64,
-    predicted: usize,
+    comm: Arc<dyn Communicator>,
+    shards: Shards,
+    squares: Squares,
+    staging: Staging,
+    exchange: Exchange,
+    /// Routing counts, as they are sent.
+    counts: Vec<u64>,
 }
 
 impl CpuEngine {
-    pub(super) fn new(model: &Model, optimizer: AdamW, options: EngineOptions) -> CpuEngine {
+    pub(super) fn new(
+        model: &Model,
+        optimizer: AdamW,
+        options: EngineOptions,
+        comm: Arc<dyn Communicator>,
+    ) -> CpuEngine {
+        let layout = model.layout().clone();
+        let shards = Shards::new(&layout, comm.size());
         CpuEngine {
             optimizer,
             stats: model.new_stats(),
-            layout: model.layout().clone(),
-            grads: Buf::zeros(model.layout().len()),
+            grads: Buf::zeros(layout.len()),
             workspace: Box::new(TrainWorkspace::new(model, options.tokens, options.precision)),
             lessons: None,
-            result: StepResult::default(),
+            tree: Tree::new(),
+            lanes: options.lanes,
+            lanes_done: 0,
+            records: Vec::new(),
+            non_finite: None,
             micro_batches: 1,
-            predicted: 0,
+            squares: Squares::new(&layout, &shards, comm.rank()),
+            shards,
+            staging: Staging::default(),
+            exchange: Exchange::default(),
+            counts: Vec::new(),
+            comm,
+            layout,
         }
+    }
+
+    /// Replaces this process's part of the gradients by the sum over processes.
+    fn reduce(&mut self, step: u64) -> Result<()> {
+        let of = What::at(step, "gradients");
+        for unit in 0..self.shards.units().len() {
+            self.shards.reduce(&*self.comm, of, unit, &mut self.grads, &mut self.staging)?;
+        }
+        Ok(())
     }
 }
 
@@ -51,8 +93,12 @@ impl Engine for CpuEngine {
         if let Some(stats) = &mut self.stats {
             stats.clear();
         }
-        self.result = StepResult::default();
-        (self.micro_batches, self.predicted) = (micro_batches, 0);
+        if self.lanes_done > 0 {
+            // Those of a step that was given up.
+            self.tree = Tree::new();
+        }
+        self.records.clear();
+        (self.micro_batches, self.lanes_done, self.non_finite) = (micro_batches, 0, None);
         Ok(())
     }
 
@@ -68,34 +114,78 @@ impl Engine for CpuEngine {
                 model.distill_step_from(grads, batch, args, (rows, teacher.weight()), workspace)?
             }
         };
-        self.predicted += batch.targets.len();
-        let (result, parts) = (&mut self.result, self.micro_batches as f64);
-        result.lm_loss += output.loss_sum;
-        result.divergence += output.divergence_sum;
-        result.sparsity_loss += output.sparsity_loss / parts;
-        result.mean_gate += output.mean_gate / parts;
-        result.balance_loss += output.balance_loss;
-        result.separability += output.separability / parts;
-        result.non_finite = output.non_finite;
+        self.records.push(record_of(&output, batch.targets.len()));
         if let (Some(sum), Some(part)) = (&mut self.stats, self.workspace.stats()) {
             sum.merge(part);
         }
-        Ok(self.result.non_finite.is_none())
+        self.non_finite = output.non_finite;
+        Ok(self.non_finite.is_none())
     }
 
-    fn end(&mut self, model: &Model) -> Result<StepResult> {
+    fn end_lane(&mut self) -> Result<()> {
+        if self.lanes > 1 {
+            self.tree.push(&mut self.grads);
+            self.lanes_done += 1;
+            if self.lanes_done < self.lanes {
+                self.grads.clear();
+            }
+        }
+        Ok(())
+    }
+
+    fn end(&mut self, model: &Model, step: u64, stop: bool) -> Result<StepResult> {
+        if self.lanes_done > 0 {
+            self.tree.finish(&mut self.grads);
+            self.lanes_done = 0;
+        }
         if let Some(masks) = model.masks() {
             masks.apply(&mut self.grads, &self.layout);
         }
-        let mut result = self.result.clone();
-        result.norms = grad_norms(&self.layout, &self.grads);
-        result.lm_loss /= self.predicted as f64;
-        result.divergence /= self.predicted as f64;
-        Ok(result)
+        self.reduce(step)?;
+        self.squares.compute(&self.grads);
+        let own_micro_batches = self.micro_batches as usize / self.comm.size();
+        self.records.resize(own_micro_batches, Record::default());
+        self.counts.clear();
+        self.counts.extend(self.stats.iter().flat_map(RoutingStats::counts));
+        let own = Own {
+            stop,
+            non_finite: self.non_finite.as_deref(),
+            records: &self.records,
+            counts: &self.counts,
+            squares: self.squares.sums(),
+        };
+        let pieces = self.squares.counts();
+        let all = self.exchange.share(&*self.comm, What::at(step, "results"), &own, pieces)?;
+        if let Some(stats) = &mut self.stats {
+            stats.clear();
+            stats.add_all(&all.counts);
+        }
+        let norms = self.squares.norms(&all.squares);
+        Ok(StepResult { norms, ..fold(all, self.micro_batches) })
+    }
+
+    fn gradient_not_finite(&mut self, model: &Model, step: u64) -> Result<String> {
+        let is_wrong = |entry: &Entry| {
+            let mut places = self.optimizer.places(entry.range.clone());
+            places.any(|(owned, _)| self.grads[owned].iter().any(|x| !x.is_finite()))
+        };
+        let entries = model.layout().entries();
+        let mine = entries.iter().rposition(is_wrong).map_or(0, |at| at as u64 + 1);
+        let mut all = vec![0; 8 * self.comm.size()];
+        let lens = vec![8; self.comm.size()];
+        let of = What::at(step, "what is not finite");
+        self.comm.all_gather(of, &mine.to_le_bytes(), &mut all, &lens)?;
+        let last = all.as_chunks().0.iter().map(|at| u64::from_le_bytes(*at)).max().unwrap_or(0);
+        let entry = last.checked_sub(1).and_then(|at| entries.get(at as usize));
+        Ok(entry.map_or("a tensor", |entry| &entry.spec.name).to_owned())
     }
 
     fn update(&mut self, model: &mut Model, update: &Update<'_>) -> Result<()> {
         self.optimizer.step(model.params_mut(), &self.grads, &self.layout, update);
+        let of = What::at(update.step, "parameters");
+        for unit in 0..self.shards.units().len() {
+            self.shards.gather(&*self.comm, of, unit, model.params_mut(), &mut self.staging)?;
+        }
         model.apply_masks();
         Ok(())
     }
@@ -132,5 +222,37 @@ impl Engine for CpuEngine {
 
     fn release(&mut self) {
         self.grads = Buf::zeros(0);
+        self.tree = Tree::new();
     }
+}
+
+fn record_of(output: &StepOutput, predicted: usize) -> Record {
+    Record {
+        loss: output.loss_sum,
+        divergence: output.divergence_sum,
+        sparsity_loss: output.sparsity_loss,
+        mean_gate: output.mean_gate,
+        balance_loss: output.balance_loss,
+        separability: output.separability,
+        predicted: predicted as u64,
+    }
+}
+
+/// Returns the losses of a step of so many micro-batches, which are added up in their order.
+fn fold(all: &All, micro_batches: u64) -> StepResult {
+    let mut result =
+        StepResult { stop: all.stop, non_finite: all.non_finite.clone(), ..StepResult::default() };
+    let (parts, mut predicted) = (micro_batches as f64, 0);
+    for record in &all.records {
+        predicted += record.predicted;
+        result.lm_loss += record.loss;
+        result.divergence += record.divergence;
+        result.sparsity_loss += record.sparsity_loss / parts;
+        result.mean_gate += record.mean_gate / parts;
+        result.balance_loss += record.balance_loss;
+        result.separability += record.separability / parts;
+    }
+    result.lm_loss /= predicted as f64;
+    result.divergence /= predicted as f64;
+    result
 }

@@ -57,7 +57,7 @@ impl Engine for CudaEngine {
         Ok(true)
     }
 
-    fn end(&mut self, model: &Model) -> Result<StepResult> {
+    fn end(&mut self, model: &Model, _step: u64, stop: bool) -> Result<StepResult> {
         let sums = self.trainer.finish(self.stats.as_mut())?;
         let tokens = self.predicted * model.config().num_layers;
         Ok(StepResult {
@@ -68,6 +68,7 @@ impl Engine for CudaEngine {
             balance_loss: sums.balance_loss,
             separability: 0.0,
             budget: 0.0,
+            stop,
             norms: GradNorms { all: sums.squares.sqrt(), router: sums.router_squares.sqrt() },
             non_finite: if sums.loss.is_finite() { None } else { Some(self.trainer.first_non_finite()?) },
         })

@@ -2,8 +2,9 @@
 //!
 //! ```text
 //! begin                     gradients and sums are zero
-//! micro_batch (repeated)    forward and backward, added to the gradients
-//! finish                    losses, gradient norms, the first non-finite place
+//! micro_batch (repeated)    forward and backward, added to the gradients of the lane
+//! end_lane                  they are a leaf of the tree of lanes; for the next lane gradients are zero again
+//! finish                    gradients and losses of all processes, gradient norms, the first non-finite place
 //! update                    AdamW, scaled by the clipping factor
 //! fetch                     parameters and moments reach the host
 //! ```
@@ -11,13 +12,16 @@
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod report;
 
 use std::borrow::Cow;
 use std::fmt::Debug;
+use std::sync::Arc;
 
 use dsmoe_core::model::{Batch, StepArgs};
 use dsmoe_core::{Device, Model};
 use dsmoe_kernels::Precision;
+use dsmoe_kernels::comm::Communicator;
 use dsmoe_router::{LogitCounts, RoutingStats};
 
 use self::cpu::CpuEngine;
@@ -34,6 +38,8 @@ pub struct EngineOptions {
     pub tokens: usize,
     /// Tokens in a sequence.
     pub seq: usize,
+    /// Lanes of a step that this process computes.
+    pub lanes: usize,
     /// The precision to which operands of matrix products are rounded.
     pub precision: Precision,
     /// The device that computes.
@@ -59,14 +65,16 @@ pub struct StepResult {
     pub budget: f64,
     /// Norms of the gradient.
     pub norms: GradNorms,
+    /// True if a process asks to stop after this step.
+    pub stop: bool,
     /// The first place with a NaN or infinity. Such a step must not be applied.
     pub non_finite: Option<String>,
 }
 
-/// The memory of training on one device, with the optimiser's state. Steps allocate nothing, except to read and write a
-/// teacher's cache.
+/// The memory of training on one device, with the optimiser's state. Steps allocate next to nothing, except to read and write
+/// a teacher's cache. What takes part in sums over processes is called by all of them.
 pub trait Engine: Debug + Send {
-    /// Starts a step of so many micro-batches: sets gradients and sums to zero.
+    /// Starts a step of so many micro-batches, those of other processes included: sets gradients and sums to zero.
     ///
     /// # Errors
     /// The device fails.
@@ -82,33 +90,50 @@ pub trait Engine: Debug + Send {
     /// The batch has not [`EngineOptions::tokens`] tokens, or these are no multiple of its `seq`.
     fn micro_batch(&mut self, model: &Model, batch: Batch<'_>, args: &StepArgs) -> Result<bool>;
 
-    /// Ends the backward passes of the step and returns its losses and norms as the device has them.
+    /// Ends a lane of the step, whose micro-batches are done.
     ///
     /// # Errors
     /// The device fails.
-    fn end(&mut self, model: &Model) -> Result<StepResult>;
+    fn end_lane(&mut self) -> Result<()> {
+        Ok(())
+    }
 
-    /// Ends the backward passes of the step and returns its losses and norms, with the first place that is not finite.
+    /// Ends the backward passes of step `step` and returns its losses and norms as the device has them. `stop` asks all
+    /// processes to stop after it.
     ///
     /// # Errors
-    /// The device fails.
-    fn finish(&mut self, model: &Model) -> Result<StepResult> {
-        let mut result = self.end(model)?;
+    /// The device or the communication fails.
+    fn end(&mut self, model: &Model, step: u64, stop: bool) -> Result<StepResult>;
+
+    /// Does as [`Engine::end`], and names the first place that is not finite.
+    ///
+    /// # Errors
+    /// The device or the communication fails.
+    fn finish(&mut self, model: &Model, step: u64, stop: bool) -> Result<StepResult> {
+        let mut result = self.end(model, step, stop)?;
         if result.non_finite.is_none() && !result.lm_loss.is_finite() {
             result.non_finite = Some("loss".to_owned());
         }
         if result.non_finite.is_none() && !result.norms.all.is_finite() {
-            let grads = self.grads()?;
-            let name = last_non_finite(model.layout(), &grads).map_or("a tensor", |entry| &entry.spec.name);
-            result.non_finite = Some(format!("gradient of {name}"));
+            result.non_finite = Some(format!("gradient of {}", self.gradient_not_finite(model, step)?));
         }
         Ok(result)
+    }
+
+    /// Returns the name of the tensor nearest to the loss whose gradient is not finite.
+    ///
+    /// # Errors
+    /// The device or the communication fails.
+    fn gradient_not_finite(&mut self, model: &Model, _step: u64) -> Result<String> {
+        let grads = self.grads()?;
+        let entry = last_non_finite(model.layout(), &grads);
+        Ok(entry.map_or("a tensor", |entry| &entry.spec.name).to_owned())
     }
 
     /// Updates the parameters from the gradients. On a GPU `model` changes with [`Engine::fetch`] only.
     ///
     /// # Errors
-    /// The device fails.
+    /// The device or the communication fails.
     fn update(&mut self, model: &mut Model, update: &Update<'_>) -> Result<()>;
 
     /// Copies parameters and moments from the device to `model` and to [`Engine::optimizer`], where the host has not
@@ -120,7 +145,7 @@ pub trait Engine: Debug + Send {
         Ok(())
     }
 
-    /// Returns the gradients, laid out as the parameters.
+    /// Returns the gradients, laid out as the parameters; those of other owners are unspecified.
     ///
     /// # Errors
     /// The device fails.
@@ -174,13 +199,28 @@ pub trait Engine: Debug + Send {
     fn release(&mut self) {}
 }
 
-/// Allocates the memory to train `model` from the given state of the optimiser.
+/// Allocates the memory to train `model` from the given state of the optimiser, of the parameters that this process owns.
 ///
 /// # Errors
-/// The device is not there, its memory does not suffice, or it does not support the model's FFNs or the precision.
-pub fn new(model: &Model, optimizer: AdamW, options: EngineOptions) -> Result<Box<dyn Engine>> {
+/// The device is not there, its memory does not suffice, or it does not support the model's FFNs, the precision, or several
+/// lanes or processes.
+pub fn new(
+    model: &Model,
+    optimizer: AdamW,
+    options: EngineOptions,
+    comm: Arc<dyn Communicator>,
+) -> Result<Box<dyn Engine>> {
     Ok(match options.device {
-        Device::Cpu => Box::new(CpuEngine::new(model, optimizer, options)),
+        Device::Cpu => Box::new(CpuEngine::new(model, optimizer, options, comm)),
+        #[cfg(feature = "cuda")]
+        Device::Cuda(_) if comm.size() > 1 => {
+            let found = format!("a GPU with {} processes", comm.size());
+            return Err(Error::field("device", found, "cpu, or one process"));
+        }
+        #[cfg(feature = "cuda")]
+        Device::Cuda(_) if options.lanes > 1 => {
+            return Err(Error::field("lanes", options.lanes, "1 on a GPU, and a larger {accumulate}"));
+        }
         #[cfg(feature = "cuda")]
         Device::Cuda(ordinal) => Box::new(CudaEngine::new(model, optimizer, options, ordinal)?),
     })

@@ -8,7 +8,7 @@ use dsmoe_train::RunOptions;
 use crate::common::{Bed, refused, settings, text, weights};
 
 /// A dense model of which every row of every linear keeps two weights of five.
-fn pruned() -> Bed {
+pub(crate) fn pruned() -> Bed {
     let mut bed = Bed::new(false);
     let mut model = Model::load(&bed.source).unwrap();
     let mut masks = Masks::new();

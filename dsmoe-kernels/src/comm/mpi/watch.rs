@@ -1,6 +1,7 @@
 //! Bounded time for work that cannot be asked whether it has finished.
 
 use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::thread::Builder;
 use std::time::Duration;
 
 use crate::comm::error::CommError;
@@ -13,7 +14,8 @@ const EXIT: Duration = Duration::from_secs(3);
 pub(super) fn watched<R>(late: &'static str, settings: Settings, work: impl FnOnce() -> R) -> R {
     let (done, watch) = channel::<()>();
     let deadline = settings.deadline.saturating_mul(Settings::OUTSIDE);
-    std::thread::spawn(move || {
+    // Without room for a thread the work is not watched.
+    let _ = Builder::new().spawn(move || {
         if watch.recv_timeout(deadline) == Err(RecvTimeoutError::Timeout) {
             let seconds = deadline.as_secs_f64();
             (settings.last_words)(&CommError::Start(format!("{late} (waited {seconds:.1} s)")));
@@ -27,7 +29,8 @@ pub(super) fn watched<R>(late: &'static str, settings: Settings, work: impl FnOn
 
 /// Runs `last` and ends this process, by force if that takes long.
 pub(super) fn leave(status: i32, last: impl FnOnce()) -> ! {
-    std::thread::spawn(|| {
+    // A panic here would end a panic hook too early, so a failure to start the thread is no error.
+    let _ = Builder::new().spawn(|| {
         std::thread::sleep(EXIT);
         std::process::abort();
     });

@@ -17,6 +17,7 @@ pub mod rope;
 pub mod router;
 #[cfg(test)]
 mod tests;
+pub mod tree;
 
 pub(crate) use super::buf::{Matrix, optional};
 pub(crate) use super::compile::{Define, Source};

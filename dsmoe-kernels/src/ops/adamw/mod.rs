@@ -83,16 +83,7 @@ impl Step<'_> {
     }
 }
 
-/// Most blocks of [`sum_of_squares`].
-const MOST_SUMS: usize = 64;
-
-/// Returns the sum of the squares of `x`, in f64. Each block is summed, then the blocks in order; the length alone
-/// determines the blocks.
+/// Returns the sum of the squares of `x`, in f64, computed by the calling thread. The length alone determines the order.
 pub fn sum_of_squares(x: &[f32]) -> f64 {
-    let isa = Isa::current();
-    let block = x.len().div_ceil(MOST_SUMS).next_multiple_of(BLOCK).max(1);
-    let mut sums = [0.0; MOST_SUMS];
-    let sums = &mut sums[..x.len().div_ceil(block)];
-    each(sums.par_iter_mut().zip(x.par_chunks(block)), |(sum, x)| *sum = isa.run(kernel::SumOfSquares(x)));
-    sums.iter().sum()
+    Isa::current().run(kernel::SumOfSquares(x))
 }

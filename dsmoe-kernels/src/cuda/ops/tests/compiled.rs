@@ -5,7 +5,7 @@ use crate::attention::Scores;
 use crate::cuda::ops::attention::{self, Heads};
 use crate::cuda::ops::{
     Define, Source, cross_entropy, decode, elementwise, embedding, experts, ffn, gemv, matmul, optim,
-    rms_norm, rope, router,
+    rms_norm, rope, router, tree,
 };
 use crate::cuda::{compile, nvrtc_version};
 use crate::testing::{required, skipped};
@@ -14,7 +14,7 @@ use crate::testing::{required, skipped};
 type Spec = (&'static Source, &'static str, u32, Vec<Vec<Define>>);
 
 /// Returns all kernels.
-fn kernels() -> [Spec; 13] {
+fn kernels() -> [Spec; 14] {
     let heads = |head_dim| Heads { heads: 1, kv_heads: 1, head_dim, scores: Scores::plain(head_dim) };
     let varied = |head_dim, window, cap| {
         let heads = heads(head_dim);
@@ -74,6 +74,7 @@ fn kernels() -> [Spec; 13] {
         ),
         (&rope::SOURCE, "turn", 40, plain()),
         (&router::SOURCE, of_routers, 64, either.map(|offset| router::defines(offset).to_vec()).to_vec()),
+        (&tree::SOURCE, "comm_tree", 64, plain()),
     ]
 }
 

@@ -8,6 +8,7 @@ mod gemv;
 mod matmul;
 mod router;
 mod rows;
+mod tree;
 
 use crate::cuda::Gpu;
 

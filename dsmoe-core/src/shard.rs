@@ -1,0 +1,272 @@
+//! The shares of a model's arena that processes own.
+//!
+//! ```text
+//! unit     the embedding, a layer, or the final norm with the head
+//! block    65,536 values, counted from the start of a unit
+//! piece    what one process owns of one unit: whole blocks
+//! ```
+//! The reduced gradient of a value and its moments lie where the value is owned. Blocks do not depend on the number of
+//! processes, so sums over blocks do not either.
+
+use std::ops::Range;
+
+use dsmoe_kernels::buf::Buf;
+use dsmoe_kernels::comm::tree::sum_parts;
+use dsmoe_kernels::comm::{Communicator, Result, What};
+
+use crate::params::{Entry, Layout};
+
+/// Values of a block.
+pub const BLOCK: usize = 1 << 16;
+/// Values that a process sends in one call at the most: small calls overlap with each other and with additions.
+const BUCKET: usize = 1 << 20;
+
+/// The division of an arena among processes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shards {
+    units: Vec<Range<usize>>,
+    size: usize,
+    bucket: usize,
+}
+
+/// Memory of what is sent and received.
+#[derive(Debug, Default)]
+pub struct Staging {
+    send: Buf,
+    recv: Buf,
+}
+
+impl Shards {
+    /// Divides an arena among `size` processes.
+    ///
+    /// # Panics
+    /// `size` is 0.
+    pub fn new(layout: &Layout, size: usize) -> Shards {
+        assert!(size > 0, "shards: processes");
+        let groups = layout.entries().chunk_by(|a: &Entry, b: &Entry| a.layer == b.layer);
+        let mut units: Vec<Range<usize>> = groups.map(|unit| unit[0].range.start..0).collect();
+        let mut end = layout.len();
+        for unit in units.iter_mut().rev() {
+            unit.end = end;
+            end = unit.start;
+        }
+        Shards { units, size, bucket: BUCKET }
+    }
+
+    /// Returns the ranges of the units, in arena order.
+    pub fn units(&self) -> &[Range<usize>] {
+        &self.units
+    }
+
+    /// Returns the number of processes.
+    pub fn size(&self) -> usize {
+        self.size
+    }
+
+    /// Returns what process `rank` owns of unit `unit`.
+    ///
+    /// # Panics
+    /// There is no such unit or process.
+    pub fn piece(&self, unit: usize, rank: usize) -> Range<usize> {
+        assert!(rank < self.size, "shards: rank {rank} of {}", self.size);
+        let Range { start, end } = self.units[unit];
+        let blocks = (end - start).div_ceil(BLOCK);
+        let cut = |rank: usize| (start + blocks * rank / self.size * BLOCK).min(end);
+        cut(rank)..cut(rank + 1)
+    }
+
+    /// Returns all that process `rank` owns, in arena order; neighbours are one range.
+    ///
+    /// # Panics
+    /// There is no such process.
+    pub fn owned(&self, rank: usize) -> Vec<Range<usize>> {
+        let mut owned: Vec<Range<usize>> = Vec::new();
+        for piece in
+            (0..self.units.len()).map(|unit| self.piece(unit, rank)).filter(|piece| !piece.is_empty())
+        {
+            match owned.last_mut() {
+                Some(last) if last.end == piece.start => last.end = piece.end,
+                _ => owned.push(piece),
+            }
+        }
+        owned
+    }
+
+    /// Adds the gradients of unit `unit` of all processes along the tree over their ranks. The sum of the own piece replaces
+    /// it; the rest of the unit is left as it was.
+    ///
+    /// # Errors
+    /// Communication fails.
+    ///
+    /// # Panics
+    /// `comm` has another number of processes, or `grads` is shorter than the arena.
+    pub fn reduce(
+        &self,
+        comm: &dyn Communicator,
+        of: What,
+        unit: usize,
+        grads: &mut [f32],
+        staging: &mut Staging,
+    ) -> Result<()> {
+        let Staging { send, recv } = staging;
+        self.buckets(comm, unit, |cut, own| {
+            let mut filled = 0;
+            send.resize(cut.iter().map(|piece| piece.len()).sum());
+            for piece in cut {
+                send[filled..filled + piece.len()].copy_from_slice(&grads[piece.clone()]);
+                filled += piece.len();
+            }
+            recv.resize(own.len() * self.size);
+            let sent: Vec<usize> = cut.iter().map(|piece| size_of::<f32>() * piece.len()).collect();
+            let received = vec![size_of::<f32>() * own.len(); self.size];
+            let (from, to) = (bytemuck::cast_slice(send), bytemuck::cast_slice_mut(recv));
+            comm.all_to_all(of.unit(unit), from, &sent, to, &received)?;
+            sum_parts(recv, own.len());
+            grads[own.clone()].copy_from_slice(&recv[..own.len()]);
+            Ok(())
+        })
+    }
+
+    /// Sets all pieces of unit `unit` to those of their owners.
+    ///
+    /// # Errors
+    /// Communication fails.
+    ///
+    /// # Panics
+    /// `comm` has another number of processes, or `values` is shorter than the arena.
+    pub fn gather(
+        &self,
+        comm: &dyn Communicator,
+        of: What,
+        unit: usize,
+        values: &mut [f32],
+        staging: &mut Staging,
+    ) -> Result<()> {
+        let Staging { send, recv } = staging;
+        self.buckets(comm, unit, |cut, own| {
+            send.resize(own.len());
+            send.copy_from_slice(&values[own.clone()]);
+            recv.resize(cut.iter().map(|piece| piece.len()).sum());
+            let lens: Vec<usize> = cut.iter().map(|piece| size_of::<f32>() * piece.len()).collect();
+            let (from, to) = (bytemuck::cast_slice(send), bytemuck::cast_slice_mut(recv));
+            comm.all_gather(of.unit(unit), from, to, &lens)?;
+            let mut taken = 0;
+            for piece in cut {
+                values[piece.clone()].copy_from_slice(&recv[taken..taken + piece.len()]);
+                taken += piece.len();
+            }
+            Ok(())
+        })
+    }
+
+    /// Calls `work` with as much of every piece of unit `unit` as moves in one call, and with this process's part of it, until
+    /// all is moved. A single process moves nothing.
+    fn buckets(
+        &self,
+        comm: &dyn Communicator,
+        unit: usize,
+        mut work: impl FnMut(&[Range<usize>], &Range<usize>) -> Result<()>,
+    ) -> Result<()> {
+        assert_eq!(comm.size(), self.size, "shards: processes");
+        if self.size == 1 {
+            return Ok(());
+        }
+        let pieces: Vec<Range<usize>> = (0..self.size).map(|rank| self.piece(unit, rank)).collect();
+        let longest = pieces.iter().map(|piece| piece.len()).max().unwrap_or(0);
+        let at_once = (self.bucket / self.size).max(1);
+        for first in (0..longest).step_by(at_once) {
+            let part = |piece: &Range<usize>| {
+                let at = |offset: usize| piece.start + offset.min(piece.len());
+                at(first)..at(first + at_once)
+            };
+            let cut: Vec<Range<usize>> = pieces.iter().map(part).collect();
+            work(&cut, &cut[comm.rank()])?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use dsmoe_kernels::comm::threads::on_threads;
+    use dsmoe_kernels::testing::normals;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::params::TensorSpec;
+
+    const OF: What = What::of("values");
+
+    /// Layers of these numbers of values between an embedding and a head.
+    fn layout(layers: &[usize]) -> Layout {
+        let mut layout = Layout::default();
+        layout.push(TensorSpec::matrix("embedding", 3, 50_000), None);
+        for (i, &len) in layers.iter().enumerate() {
+            layout.push(TensorSpec::matrix(format!("{i}.w"), 1, len), Some(i));
+            layout.push(TensorSpec::norm(format!("{i}.norm"), 5), Some(i));
+        }
+        layout.push(TensorSpec::norm("norm", 7), None);
+        layout
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn every_value_has_one_owner_and_pieces_are_whole_blocks(
+            layers in prop::collection::vec(1usize..400_000, 0..5), size in 1usize..9,
+        ) {
+            let layout = layout(&layers);
+            let shards = Shards::new(&layout, size);
+            let mut end = 0;
+            for (number, unit) in shards.units().iter().enumerate() {
+                prop_assert_eq!(unit.start, end);
+                for rank in 0..size {
+                    let piece = shards.piece(number, rank);
+                    prop_assert_eq!(piece.start, end);
+                    prop_assert!((piece.start - unit.start).is_multiple_of(BLOCK) || piece.is_empty());
+                    end = piece.end;
+                }
+                prop_assert_eq!(unit.end, end);
+            }
+            prop_assert_eq!(end, layout.len());
+            let owned: usize = (0..size).flat_map(|rank| shards.owned(rank)).map(|range| range.len()).sum();
+            prop_assert_eq!(owned, layout.len());
+            prop_assert_eq!(Shards::new(&layout, 1).owned(0), vec![0..layout.len()]);
+        }
+    }
+
+    #[test]
+    fn a_layer_is_a_unit() {
+        let shards = Shards::new(&layout(&[20, 30]), 2);
+        assert_eq!(shards.units(), [0..150_000, 150_000..150_048, 150_048..150_096, 150_096..150_112]);
+        assert_eq!([shards.piece(0, 0), shards.piece(0, 1)], [0..65_536, 65_536..150_000]);
+        assert_eq!([shards.owned(0), shards.owned(1)].concat(), [0..65_536, 65_536..150_112]);
+    }
+
+    /// In one bucket and in many: the own piece is the sum along the tree, and everyone gathers the same.
+    #[test]
+    fn reduced_and_gathered_is_the_sum_along_the_tree() {
+        let layout = layout(&[200_000, 70_000]);
+        let leaf = |rank: usize| normals(layout.len(), rank as u64 + 1);
+        for (size, bucket) in [(1, BUCKET), (2, BUCKET), (3, 50_000), (4, BUCKET), (4, 10_001)] {
+            let mut want: Vec<f32> = (0..size).flat_map(leaf).collect();
+            sum_parts(&mut want, layout.len());
+            want.truncate(layout.len());
+            let results = on_threads(size, |comm| {
+                let shards = Shards { bucket, ..Shards::new(&layout, size) };
+                let (mut values, mut staging) = (leaf(comm.rank()), Staging::default());
+                for unit in 0..shards.units().len() {
+                    shards.reduce(comm, OF, unit, &mut values, &mut staging).unwrap();
+                }
+                for range in shards.owned(comm.rank()) {
+                    assert_eq!(values[range.clone()], want[range]);
+                }
+                for unit in 0..shards.units().len() {
+                    shards.gather(comm, OF, unit, &mut values, &mut staging).unwrap();
+                }
+                values
+            });
+            assert!(results.iter().all(|values| values == &want), "{size} processes, buckets of {bucket}");
+        }
+    }
+}

@@ -1,0 +1,394 @@
+//! Processes that share a run: the bytes that it leaves do not tell their number. Here they are threads.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use dsmoe_core::checkpoint::{Dtype, tensor_names};
+use dsmoe_core::config::MoeConfig;
+use dsmoe_core::init::LlamaSizes;
+use dsmoe_core::{Masks, Model};
+use dsmoe_kernels::comm::threads::{Member, members};
+use dsmoe_kernels::comm::{Communicator, Place, Result as CommResult, What};
+use dsmoe_kernels::rng::Rng;
+use dsmoe_router::RouterConfig;
+use dsmoe_train::{Observer, Outcome, Result, RunOptions, StepRecord, TrainConfig, Trainer};
+use serde_json::Value;
+
+use crate::common::{metrics, settings, text};
+
+const DEADLINE: Duration = Duration::from_secs(120);
+
+/// A model directory of 2 layers whose embedding and layers are of several blocks each, so that every process owns some.
+fn wide(parent: &Path, kind: &str) -> PathBuf {
+    let [hidden, intermediate, layers, heads, kv_heads, positions] = [64, 1024, 2, 4, 2, 64];
+    let (vocab, bos_eos) = (4500, [1, 2]);
+    let sizes = LlamaSizes { vocab, hidden, intermediate, layers, heads, kv_heads, positions, bos_eos };
+    let mut config = sizes.config().unwrap();
+    if kind == "dsmoe" {
+        config.moe = Some(MoeConfig { router_bias: true, ..MoeConfig::new(RouterConfig::new(4)) });
+    }
+    let mut model = Model::new(config);
+    for entry in model.layout().entries().to_vec() {
+        let values = &mut model.params_mut()[entry.range.clone()];
+        match entry.spec.shape.len() {
+            1 => values.fill(1.0),
+            _ => Rng::new(5, entry.range.start as u64).fill_normal(values, 0.05),
+        }
+    }
+    if kind == "masked" {
+        let mut masks = Masks::new();
+        let linears = tensor_names(model.config()).filter(|(name, _)| name.ends_with("_proj.weight"));
+        for (name, shape) in linears {
+            masks.insert(name, shape[0], shape[1], |row, col| (3 * row + col) % 5 < 2);
+        }
+        model.set_masks(masks).unwrap();
+    }
+    let dir = parent.join(kind);
+    std::fs::create_dir(&dir).unwrap();
+    model.save(&dir, Dtype::F32).unwrap();
+    std::fs::write(dir.join("tokenizer.json"), "{\"made\": \"up\"}").unwrap();
+    dir
+}
+
+/// The settings of all runs here: every process has a thread of its own, since threads that wait for each other may not share
+/// a pool.
+fn shared(more: &[&str]) -> TrainConfig {
+    settings(&[&["steps=5", "batch=1", "accumulate=1", "threads=1", "save_every=2"], more].concat())
+}
+
+/// A run that `size` processes share; each goes on by `steps` steps, or to the end.
+struct Shared<'a> {
+    source: &'a Path,
+    out: &'a Path,
+    size: usize,
+    steps: Option<u64>,
+    resume: bool,
+}
+
+impl Shared<'_> {
+    fn options(&self, comm: Arc<dyn Communicator>) -> RunOptions {
+        let (stop_after, resume) = (self.steps, self.resume);
+        RunOptions { stop_after, resume, comm, ..RunOptions::new(self.source, self.out) }
+    }
+
+    /// Runs it, process `rank` with the communicator and the settings that `of` returns, and returns all outcomes.
+    fn run_with(
+        &self,
+        of: impl Fn(Member) -> (Arc<dyn Communicator>, TrainConfig) + Sync,
+    ) -> Vec<Result<Outcome>> {
+        std::thread::scope(|scope| {
+            let start = |member: Member| {
+                let of = &of;
+                scope.spawn(move || {
+                    let (comm, config) = of(member);
+                    let model = Model::load(self.source)?;
+                    let mut trainer = Trainer::new(model, &text(1), config, self.options(comm))?;
+                    trainer.run(&mut (), &AtomicBool::new(false))
+                })
+            };
+            let threads: Vec<_> = members(self.size, DEADLINE).into_iter().map(start).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        })
+    }
+
+    fn run(&self, more: &[&str]) {
+        for outcome in self.run_with(|member| (Arc::new(member), shared(more))) {
+            match (outcome.unwrap(), self.steps) {
+                (Outcome::Finished, None) | (Outcome::Interrupted { .. }, Some(_)) => {}
+                (outcome, _) => panic!("{outcome:?}"),
+            }
+        }
+    }
+}
+
+/// Runs to the end on `size` processes.
+fn whole(source: &Path, out: &Path, size: usize, more: &[&str]) {
+    Shared { source, out, size, steps: None, resume: false }.run(more);
+}
+
+/// All files below `dir` but the history, whose times differ.
+fn files(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut found = BTreeMap::new();
+    let mut folders = vec![dir.to_path_buf()];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            let name = path.file_name().unwrap().to_string_lossy().into_owned();
+            if path.is_dir() {
+                folders.push(path);
+            } else if name != "metrics.jsonl" && !name.starts_with("events.") {
+                found.insert(path.strip_prefix(dir).unwrap().to_path_buf(), std::fs::read(&path).unwrap());
+            }
+        }
+    }
+    found
+}
+
+/// The metrics without times.
+fn history(out: &Path) -> Vec<Value> {
+    let mut lines = metrics(out);
+    for line in lines.iter_mut().filter_map(Value::as_object_mut) {
+        let times = [
+            "tokens_per_s",
+            "wall_s",
+            "rss_bytes",
+            "eval_seconds",
+            "eval_tokens_per_s",
+            "eval_flops_per_token",
+        ];
+        times.iter().for_each(|time| drop(line.remove(*time)));
+    }
+    lines
+}
+
+#[track_caller]
+fn assert_same(one: &Path, other: &Path) {
+    let (one_files, other_files) = (files(one), files(other));
+    let names = |files: &BTreeMap<PathBuf, Vec<u8>>| files.keys().cloned().collect::<Vec<_>>();
+    assert_eq!(names(&one_files), names(&other_files));
+    for (name, bytes) in &one_files {
+        assert!(other_files[name] == *bytes, "{} of {}", name.display(), other.display());
+    }
+    assert_eq!(history(one), history(other), "{}", other.display());
+}
+
+#[test]
+fn any_number_of_processes_leaves_the_same_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    for (kind, more) in [
+        ("dense", &["sparsity=1", "lanes=4"][..]),
+        ("dsmoe", &["lanes=4", "accumulate=3", "dtype=bf16", "clip=0.5"]),
+        (
+            "masked",
+            &["sparsity=1", "lanes=4", "accumulate=3", "clip=0.5", "valid_fraction=0.5", "eval_every=2"],
+        ),
+    ] {
+        let source = wide(dir.path(), kind);
+        let out = |size: usize| dir.path().join(format!("{kind} {size}"));
+        whole(&source, &out(1), 1, more);
+        let checkpoints = files(&out(1)).into_keys().filter(|path| path.starts_with("checkpoints"));
+        assert!(checkpoints.count() >= 8);
+        for size in [2, 4] {
+            whole(&source, &out(size), size, more);
+            assert_same(&out(1), &out(size));
+        }
+    }
+    let source = dir.path().join("dsmoe");
+    let out = |name: &str| dir.path().join(name);
+    whole(&source, &out("12 on 1"), 1, &["lanes=12", "dtype=bf16"]);
+    whole(&source, &out("12 on 3"), 3, &["lanes=12", "dtype=bf16"]);
+    assert_same(&out("12 on 1"), &out("12 on 3"));
+}
+
+#[test]
+fn a_run_resumes_on_any_number_of_processes() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = wide(dir.path(), "dsmoe");
+    let (out, all) = (dir.path().join("parts"), dir.path().join("all"));
+    let more = ["lanes=4", "steps=7"];
+    for (size, steps) in [(4, Some(2)), (2, Some(1)), (1, Some(3)), (4, None)] {
+        Shared { source: &source, out: &out, size, steps, resume: size != 4 || steps.is_none() }.run(&more);
+    }
+    whole(&source, &all, 2, &more);
+    for name in ["model.safetensors", "checkpoints/step-00000007/optimizer.safetensors"] {
+        assert!(std::fs::read(out.join(name)).unwrap() == std::fs::read(all.join(name)).unwrap(), "{name}");
+    }
+    assert_eq!(history(&out), history(&all));
+}
+
+/// A member that meddles with the file system: once it has agreed on the start of a checkpoint after `step`, there is a
+/// directory where it is to write the moments.
+#[derive(Debug)]
+struct Meddler {
+    member: Member,
+    checkpoints: PathBuf,
+    step: u64,
+    met: AtomicU64,
+}
+
+impl Communicator for Meddler {
+    fn rank(&self) -> usize {
+        self.member.rank()
+    }
+
+    fn size(&self) -> usize {
+        self.member.size()
+    }
+
+    fn place(&self) -> Place {
+        self.member.place()
+    }
+
+    fn all_to_all(
+        &self,
+        of: What,
+        send: &[u8],
+        sent: &[usize],
+        recv: &mut [u8],
+        received: &[usize],
+    ) -> CommResult<()> {
+        self.member.all_to_all(of, send, sent, recv, received)
+    }
+
+    fn all_gather(&self, of: What, send: &[u8], recv: &mut [u8], lens: &[usize]) -> CommResult<()> {
+        let result = self.member.all_gather(of, send, recv, lens);
+        let path = self.checkpoints.join(format!(".step-{:08}.tmp", self.step));
+        if of.what == "a checkpoint" && path.is_dir() && self.met.swap(1, Ordering::Relaxed) == 0 {
+            std::fs::create_dir(path.join("optimizer.safetensors")).unwrap();
+        }
+        result
+    }
+
+    fn broadcast(&self, of: What, from: usize, bytes: &mut [u8]) -> CommResult<()> {
+        self.member.broadcast(of, from, bytes)
+    }
+
+    fn barrier(&self, of: What) -> CommResult<()> {
+        self.member.barrier(of)
+    }
+
+    fn abort(&self, status: i32) -> ! {
+        self.member.abort(status)
+    }
+}
+
+#[test]
+fn a_process_that_cannot_write_stops_all_and_leaves_no_half_checkpoint() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = wide(dir.path(), "dsmoe");
+    let (out, whole_run) = (dir.path().join("out"), dir.path().join("whole"));
+    let run = Shared { source: &source, out: &out, size: 4, steps: None, resume: false };
+    let outcomes = run.run_with(|member| {
+        let comm: Arc<dyn Communicator> = match member.rank() {
+            3 => Arc::new(Meddler {
+                member,
+                checkpoints: out.join("checkpoints"),
+                step: 4,
+                met: AtomicU64::new(0),
+            }),
+            _ => Arc::new(member),
+        };
+        (comm, shared(&["lanes=4"]))
+    });
+    let told: Vec<String> = outcomes.into_iter().map(|outcome| outcome.unwrap_err().to_string()).collect();
+    assert!(told[3].contains("optimizer.safetensors"), "{told:?}");
+    assert!(told[..3].iter().all(|message| *message == format!("rank 3: {}", told[3])), "{told:?}");
+    let names = |dir: &Path| {
+        let names = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name());
+        names.map(|name| name.into_string().unwrap()).collect::<Vec<_>>()
+    };
+    assert_eq!(names(&out.join("checkpoints")), ["step-00000002"]);
+
+    Shared { resume: true, size: 2, ..run }.run(&["lanes=4"]);
+    whole(&source, &whole_run, 1, &["lanes=4"]);
+    assert_eq!(files(&out), files(&whole_run));
+}
+
+#[test]
+fn processes_must_agree_and_fit() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = wide(dir.path(), "dense");
+    let out = dir.path().join("out");
+    let run = |size| Shared { source: &source, out: &out, size, steps: None, resume: false };
+    let told = |outcomes: Vec<Result<Outcome>>| -> Vec<String> {
+        outcomes.into_iter().map(|outcome| outcome.unwrap_err().to_string()).collect()
+    };
+    let alike = |more: &'static [&str], size| {
+        told(run(size).run_with(|member| (Arc::new(member), shared(&[&["sparsity=1"], more].concat()))))
+    };
+    let wanted = "lanes is 4 on 3 processes; use 1, 2 or 4 processes, or another number of lanes";
+    assert_eq!(alike(&["lanes=4"], 3)[0], wanted);
+    assert!(!out.join("run.toml").exists());
+    let of_lr = told(run(2).run_with(|member| {
+        let lr = if member.rank() == 1 { "lr=0.1" } else { "lr=0.2" };
+        (Arc::new(member), shared(&["sparsity=1", "lanes=2", lr]))
+    }));
+    assert!(of_lr[0].contains("the processes differ in lr: 0.2 on rank 0; 0.1 on rank 1"), "{of_lr:?}");
+    assert_eq!(of_lr[1], format!("rank 0: {}", of_lr[0]));
+    // What one process alone finds wrong.
+    let of_seq = told(run(2).run_with(|member| {
+        let seq = if member.rank() == 1 { "seq=100" } else { "seq=16" };
+        (Arc::new(member), shared(&["sparsity=1", "lanes=2", seq]))
+    }));
+    assert!(of_seq[0].starts_with("rank 1: seq is 100") && of_seq[1].starts_with("seq is 100"), "{of_seq:?}");
+    assert!(!out.exists());
+}
+
+/// Asks for a stop after step 3 by the file.
+struct StopByFile(PathBuf);
+
+impl Observer for StopByFile {
+    fn step(&mut self, record: &StepRecord) {
+        if record.step == 3 {
+            std::fs::write(&self.0, "").unwrap();
+        }
+    }
+}
+
+#[test]
+fn all_stop_after_the_same_step_and_go_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = wide(dir.path(), "dense");
+    let more = ["sparsity=1", "lanes=2"];
+    let all = dir.path().join("all");
+    whole(&source, &all, 1, &more);
+    for (size, step) in [(1, 3), (2, 4)] {
+        let out = dir.path().join(format!("out {size}"));
+        let run = Shared { source: &source, out: &out, size, steps: None, resume: false };
+        std::thread::scope(|scope| {
+            for member in members(size, DEADLINE) {
+                scope.spawn(|| {
+                    let first = member.rank() == 0;
+                    let options = run.options(Arc::new(member));
+                    let model = Model::load(&source).unwrap();
+                    let mut trainer = Trainer::new(model, &text(1), shared(&more), options).unwrap();
+                    let (mut stop, mut ignore) = (StopByFile(out.join("stop")), ());
+                    let observer: &mut dyn Observer = if first { &mut stop } else { &mut ignore };
+                    let outcome = trainer.run(observer, &AtomicBool::new(false)).unwrap();
+                    assert_eq!(outcome, Outcome::Interrupted { step });
+                });
+            }
+        });
+        assert!(!out.join("stop").exists());
+        Shared { resume: true, ..run }.run(&more);
+        let model = |out: &Path| std::fs::read(out.join("model.safetensors")).unwrap();
+        assert!(model(&out) == model(&all));
+    }
+}
+
+#[test]
+fn the_others_learn_of_a_process_that_leaves() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = wide(dir.path(), "dense");
+    let out = dir.path().join("out");
+    /// Gives up after its first step.
+    struct GiveUp;
+    impl Observer for GiveUp {
+        fn step(&mut self, _: &StepRecord) {
+            panic!("gives up, as this test wants");
+        }
+    }
+    let run = Shared { source: &source, out: &out, size: 2, steps: None, resume: false };
+    let told = std::thread::scope(|scope| {
+        let start = |member: Member| {
+            let run = &run;
+            scope.spawn(move || {
+                let gives_up = member.rank() == 1;
+                let options = run.options(Arc::new(member));
+                let config = shared(&["sparsity=1", "lanes=2"]);
+                let mut trainer = Trainer::new(Model::load(run.source)?, &text(1), config, options)?;
+                let (mut give_up, mut ignore) = (GiveUp, ());
+                let observer: &mut dyn Observer = if gives_up { &mut give_up } else { &mut ignore };
+                trainer.run(observer, &AtomicBool::new(false))
+            })
+        };
+        let threads: Vec<_> = members(2, DEADLINE).into_iter().map(start).collect();
+        threads.into_iter().map(std::thread::ScopedJoinHandle::join).collect::<Vec<_>>()
+    });
+    assert!(told[1].is_err());
+    let error = told[0].as_ref().unwrap().as_ref().unwrap_err().to_string();
+    assert!(error.starts_with("rank 0: step 2, ") && error.contains("rank 1 has left"), "{error}");
+}
