@@ -306,11 +306,13 @@ pub(crate) fn check_start(path: &Path, start: &[u8], ending: &str) -> Result<()>
 
 /// Returns whether the first bytes of a file are those of a text in UTF-8.
 fn is_text(start: &[u8]) -> bool {
+    /// A shorter one may be the start of a compressed file.
+    const LEAST: usize = 10;
     let start = &start[..start.len().min(512)];
     let is_control = |byte: &u8| byte.is_ascii_control() && !byte.is_ascii_whitespace();
     // A character may go on behind the first bytes.
     let is_utf8 = str::from_utf8(start).map_or_else(|cause| cause.error_len().is_none(), |_| true);
-    !start.is_empty() && is_utf8 && !start.iter().any(is_control)
+    start.len() >= LEAST && is_utf8 && !start.iter().any(is_control)
 }
 
 /// Returns the text of the error that caused all others.
@@ -549,8 +551,12 @@ mod tests {
             (".gz", b"\x28\xb5\x2f\xfd\0", "it holds Zstandard data; end its name in .zst"),
             (".parquet", b"\x28\xb5\x2f\xfd\0", "it holds Zstandard data; end its name in .zst"),
             (".xz", b"BZh91AY&SY", "it holds bzip2 data; end its name in .bz2"),
-            (".gz", "Once, é".as_bytes(), "it holds text that is not compressed; take .gz off its name"),
-            (".gz", b"caf\xc3", "it holds text that is not compressed; take .gz off its name"),
+            (
+                ".gz",
+                "Once upon a time, é".as_bytes(),
+                "it holds text that is not compressed; take .gz off its name",
+            ),
+            (".gz", b"once a caf\xc3", "it holds text that is not compressed; take .gz off its name"),
             (".gz", b"\xc3\x28", ""),
             ("", b"\x5d\0\0\x80\0", "it holds LZMA data; unpack it (xz --format=lzma -dc OLD.lzma > NEW)"),
             ("", b"\xff\xfe\0\0a\0\0\0", "it holds text in UTF-32; convert it (iconv -f UTF-32 -t UTF-8)"),

@@ -107,16 +107,17 @@ pub fn export_gguf(
         Some(kind) => kind,
         None => stored_kind(&config, &checkpoint)?,
     };
+    let (own, ropes) = keys::of_config(&model.join(CONFIG_FILE), &config, arch)?;
+    let tokenizer = Files::read(model)?.metadata(&config)?;
     let mut metadata = vec![
         (ARCHITECTURE_KEY.to_owned(), Value::Text(arch.name.to_owned())),
         ("general.type".to_owned(), Value::Text("model".to_owned())),
-        ("general.name".to_owned(), Value::Text(model_name(model))),
+        ("general.name".to_owned(), Value::Text(readable_name(model_name(model), &tokenizer))),
         ("general.file_type".to_owned(), Value::Unsigned(kind.file_type())),
         ("general.quantization_version".to_owned(), Value::Unsigned(QUANTIZATION_VERSION)),
     ];
-    let (own, ropes) = keys::of_config(&model.join(CONFIG_FILE), &config, arch)?;
     metadata.extend(own.into_iter().map(|(key, value)| (format!("{}.{key}", arch.name), value)));
-    metadata.extend(Files::read(model)?.metadata(&config)?);
+    metadata.extend(tokenizer);
     let made = tensors(model, &config, arch, kind)?;
     let mut declared: Vec<Declared> = made.iter().map(|made| made.tensor.clone()).collect();
     declared.extend(ropes.iter().map(|(name, values)| Declared {
@@ -157,6 +158,21 @@ fn model_name(model: &Path) -> String {
     let name = model.canonicalize().ok();
     let name = name.as_deref().unwrap_or(model).file_stem();
     name.map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned())
+}
+
+/// Returns `name`, or another one if llama.cpp could not load a model of that name: it looks up tokens of Phi-3's
+/// vocabulary in every model whose name says so.
+fn readable_name(name: String, tokenizer: &[(String, Value)]) -> String {
+    const NAMES: [&str; 2] = ["phi-3", "phi3"];
+    const TOKENS: [&str; 4] = ["</s>", "<unk>", "<s>", "<|endoftext|>"];
+    let lower = name.to_lowercase();
+    if !NAMES.iter().any(|known| lower.contains(known)) {
+        return name;
+    }
+    let tokens = tokenizer.iter().find(|(key, _)| key == "tokenizer.ggml.tokens");
+    let tokens = tokens.and_then(|(_, value)| value.as_list()).unwrap_or_default();
+    let has = |token: &&str| tokens.iter().any(|value| value.as_str() == Some(token));
+    if TOKENS.iter().all(has) { name } else { "model".to_owned() }
 }
 
 /// Refuses a model that llama.cpp has no graph for.

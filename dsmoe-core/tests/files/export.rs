@@ -42,7 +42,7 @@ fn a_trained_model_is_no_dense_model() {
     assert!(json_of(&work.path().join("converted"))["dsmoe"]["untrained"].as_bool().unwrap());
     assert!(json_of(&model)["dsmoe"].get("untrained").is_none());
     let out = work.path().join("out");
-    let parts = ["trained: was trained with gates", "export it as hf", "fold mean with data"];
+    let parts = ["trained: was fitted or trained with gates", "export it as hf", "fold mean with data"];
     refused(export(&model, &out, &dense(), &mut quiet), &parts);
     assert!(!out.exists());
     let untrained = export(&work.path().join("converted"), &out, &dense(), &mut quiet).unwrap();

@@ -382,14 +382,17 @@ fn options_that_cannot_work() {
 }
 
 #[test]
-fn centroids_of_weights_that_are_not_numbers() {
+fn centroids_of_weights_that_have_none() {
     let fixture = Fixture::new();
     let checkpoint = Checkpoint::open(&fixture.dir).unwrap();
-    let offset = checkpoint.tensor("model.layers.1.mlp.gate_proj.weight").unwrap().offset;
-    fixture.overwrite(&fixture.dir, offset, &f32::NAN.to_le_bytes());
+    let name = "model.layers.1.mlp.gate_proj.weight";
+    let (offset, len) = checkpoint.tensor(name).map(|view| (view.offset, view.len as usize)).unwrap();
+    fixture.overwrite(&fixture.dir, offset, &vec![0; len]);
     let options =
         ConvertOptions { routers: RouterStart::Init(RouterInit::Centroid), ..ConvertOptions::new(4) };
     refused(fixture.convert(&options), &["centroid of expert 0 in layer 1", "use router init `open`"]);
+    fixture.overwrite(&fixture.dir, offset, &f32::NAN.to_le_bytes());
+    refused(fixture.convert(&options), &[name, "holds a value that is not finite", "undamaged copy"]);
 }
 
 #[test]

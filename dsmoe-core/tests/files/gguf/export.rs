@@ -465,6 +465,24 @@ fn a_model_from_a_file_goes_on_with_its_name() {
     assert_eq!(tokenizer["model_input_names"], json!(["input_ids", "attention_mask"]));
 }
 
+/// llama.cpp fails on a model whose name is that of Phi-3 and whose vocabulary is another.
+#[test]
+fn a_name_that_stands_for_a_vocabulary_is_kept_with_that_vocabulary() {
+    let work = tempfile::tempdir().unwrap();
+    let phi = r#"{"model": {"type": "BPE", "vocab": {"a": 0, "</s>": 1, "<unk>": 2, "<s>": 3, "<|endoftext|>": 4},
+        "merges": []}, "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false}}"#;
+    for (name, tokenizer, wanted) in
+        [("Tiny-Phi3", TOKENIZER, "model"), ("Tiny-Phi3.5", phi, "Tiny-Phi3"), ("other", TOKENIZER, "other")]
+    {
+        let (model, out) = (work.path().join(name), work.path().join(format!("{name}.gguf")));
+        tiny(&model, "llama", 2, &json!({}));
+        fs::write(model.join("tokenizer.json"), tokenizer).unwrap();
+        write(&model, &out, None).unwrap();
+        let found = Container::open(&out).unwrap().metadata["general.name"].as_str().map(str::to_owned);
+        assert_eq!(found.as_deref(), Some(wanted), "{name}");
+    }
+}
+
 /// A file that another program wrote is written again: the same tensors, and a configuration of the same model.
 #[test]
 fn a_file_is_written_again_as_it_was() {
