@@ -181,8 +181,7 @@ impl Mpi {
         // A call that did not start uses no memory.
         let mut request = started.map_err(|code| self.failed(call, code))?;
         let (began, Call { of, name, bytes }) = (Instant::now(), call);
-        let outside = if of.step.is_some() { 1 } else { Settings::OUTSIDE };
-        let deadline = self.settings.deadline.saturating_mul(outside);
+        let deadline = self.settings.deadline_of(of);
         let awake = AWAKE + Duration::from_secs_f64(bytes as f64 / SLOW);
         loop {
             let done = {
