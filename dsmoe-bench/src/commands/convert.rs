@@ -9,7 +9,8 @@ use dsmoe_core::accounting::Accounting;
 use dsmoe_core::config::Config;
 use dsmoe_core::convert::start::{self, Start, StartSettings, default_width};
 use dsmoe_core::convert::{
-    Calibration, ConvertOptions, ConvertProgress, PartitionSpec, RouterStart, UpcycleOptions, convert, upcycle,
+    Calibration, ConvertOptions, ConvertProgress, PartitionSpec, RouterStart, UpcycleOptions, convert,
+    upcycle,
 };
 use dsmoe_router::{GateValue, RouterConfig, RouterInit};
 use serde::Serialize;

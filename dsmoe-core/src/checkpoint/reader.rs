@@ -151,7 +151,13 @@ impl Checkpoint {
     pub fn open_file(path: &Path) -> Result<Checkpoint> {
         let (shard, header) = open_shard(path)?;
         let tensors = views(header, 0).collect();
-        Ok(Checkpoint { path: path.to_path_buf(), files: vec![shard], tensors, disputed: BTreeMap::new(), renames: &[] })
+        Ok(Checkpoint {
+            path: path.to_path_buf(),
+            files: vec![shard],
+            tensors,
+            disputed: BTreeMap::new(),
+            renames: &[],
+        })
     }
 
     fn open_gguf(path: &Path) -> Result<Checkpoint> {
@@ -404,8 +410,9 @@ impl Checkpoint {
     pub(crate) fn need(&self, name: &str) -> Result<&TensorView> {
         self.tensor(name).ok_or_else(|| {
             let stored = stored_name(self.renames, name);
-            let wrong =
-                |path: &Path, problem: String, help: &'static str| Error::tensor(path, &stored, problem, help);
+            let wrong = |path: &Path, problem: String, help: &'static str| {
+                Error::tensor(path, &stored, problem, help)
+            };
             match self.disputed.get(name) {
                 None => {
                     wrong(&self.path, "is missing".into(), "use the weights that belong to this config.json")

@@ -116,7 +116,8 @@ impl<'a> Fields<'a> {
         match width.checked_mul(count) {
             Some(all) if all as u64 <= LARGEST_DIMENSION => Ok(()),
             _ => {
-                let problem = format!("is {width}, and {count} experts of it are more than {LARGEST_DIMENSION}");
+                let problem =
+                    format!("is {width}, and {count} experts of it are more than {LARGEST_DIMENSION}");
                 Err(self.wrong(key, problem, "correct one of the sizes"))
             }
         }

@@ -6,20 +6,21 @@ use dsmoe_router::mixture::MixtureConfig;
 use serde_json::{Map, Value, json};
 
 use super::fields::Fields;
-use super::{BASE_KEY, Config};
+use super::{BASE_KEY, Config, MixtureSpec};
 use crate::error::{Error, Result};
 use crate::family::Family;
-use crate::ffn::MixtureSpec;
 use crate::json::object;
 
-/// Reads the experts of a family of mixtures.
-pub(super) fn read(fields: &Fields<'_>, family: &Family) -> Result<Option<MixtureSpec>> {
-    let Some(mixture) = &family.mixture else { return Ok(None) };
-    if fields.get(BASE_KEY).is_some() {
-        let problem = format!("is {:?}, whose FFNs are experts already", family.model_type);
-        return Err(fields.wrong(BASE_KEY, problem, "name the family of a dense model"));
+impl Fields<'_> {
+    /// Reads the experts of a family of mixtures.
+    pub(super) fn mixture(&self, family: &Family) -> Result<Option<MixtureSpec>> {
+        let Some(mixture) = &family.mixture else { return Ok(None) };
+        if self.get(BASE_KEY).is_some() {
+            let problem = format!("is {:?}, whose FFNs are experts already", family.model_type);
+            return Err(self.wrong(BASE_KEY, problem, "name the family of a dense model"));
+        }
+        mixture.read(self).map(Some)
     }
-    mixture.read(fields).map(Some)
 }
 
 impl Config {
@@ -35,9 +36,8 @@ impl Config {
         family: &'static Family,
         [num_experts, top_k]: [usize; 2],
     ) -> Result<Config> {
-        let wrong = |field: &str, problem: String, help: &'static str| {
-            Err(Error::field(path, field, problem, help))
-        };
+        let wrong =
+            |field: &str, problem: String, help: &'static str| Err(Error::field(path, field, problem, help));
         let Some(mixture) = family.mixture.as_ref().filter(|mixture| !mixture.shared) else {
             let problem = format!("models of type {} are not made of a dense one", family.model_type);
             return Err(Error::argument(problem, "use mixtral, qwen3_moe or olmoe"));

@@ -1,6 +1,7 @@
 //! `config.json` of a model directory, dense or DSMoE: reading, checking, writing.
 
 pub(crate) mod arch;
+pub(crate) mod experts;
 pub(crate) mod fields;
 mod mixture;
 mod moe;
@@ -28,6 +29,7 @@ use crate::json::{parse_object, read_json};
 use crate::partition;
 pub use arch::{Architecture, LayerAttention, Norms, QkNorm};
 pub use dsmoe_kernels::Activation;
+pub use experts::MixtureSpec;
 use fields::Fields;
 use moe::MoeSizes;
 pub use moe::{Budget, MoeConfig, MoeParts, PartitionKind};
@@ -170,7 +172,7 @@ impl Config {
         let head_dim = head_dim(&fields, family, hidden, num_heads)?;
         let num_layers = fields.integer("num_hidden_layers", LARGEST_LAYERS)?;
         let moe = moe::read(&fields, MoeSizes { num_layers, hidden })?;
-        let mixture = mixture::read(&fields, family)?;
+        let mixture = fields.mixture(family)?;
         let max_position = fields.dimension_or("max_position_embeddings", defaults.max_position)?;
         let mut architecture =
             family.architecture(&fields, Sizes { hidden, num_layers, head_dim, max_position })?;

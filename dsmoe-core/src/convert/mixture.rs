@@ -11,7 +11,8 @@ use super::ConvertProgress;
 use crate::accounting::Accounting;
 use crate::checkpoint::{
     CONFIG_FILE, Change, Checkpoint, DEFAULT_SHARD_BYTES, Dtype, LlamaTensors, Meter, OutputDir, Progress,
-    TensorInfo, TensorSource, check_llama_tensors, copy_companions, ffn_name, model_writer, open_model, tensor_names,
+    TensorInfo, TensorSource, check_llama_tensors, copy_companions, ffn_name, model_writer, open_model,
+    tensor_names,
 };
 use crate::config::Config;
 use crate::error::{Error, Result, shown};

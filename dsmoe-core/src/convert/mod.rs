@@ -9,9 +9,9 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 pub use calibrated::Calibration;
-pub use mixture::{UpcycleOptions, UpcycleReport, upcycle};
 use dsmoe_kernels::buf::Buf;
 use dsmoe_router::{RouterConfig, RouterInit, RouterValues, router_weights};
+pub use mixture::{UpcycleOptions, UpcycleReport, upcycle};
 use ndarray::Array2;
 
 use crate::accounting::Accounting;

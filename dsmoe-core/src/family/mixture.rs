@@ -1,13 +1,12 @@
 //! What config.json says of the experts of a family of mixtures.
 
+use dsmoe_router::mixture::MixtureConfig;
 use serde_json::{Map, Value, json};
 
-use dsmoe_router::mixture::MixtureConfig;
-
 use crate::checkpoint::Renames;
+use crate::config::experts::MixtureSpec;
 use crate::config::fields::Fields;
 use crate::error::Result;
-use crate::ffn::MixtureSpec;
 
 const TOP_K: &str = "num_experts_per_tok";
 const SHARED_WIDTH: &str = "shared_expert_intermediate_size";

@@ -29,8 +29,7 @@ pub(super) static QWEN2_MOE: Family = Family {
         let first_without = fields.count_or("max_window_layers", 28)?;
         let used = fields.flag("use_sliding_window")?.unwrap_or(false);
         let width = if used { window(fields, Some(WINDOW))? } else { None };
-        let sliding =
-            sliding_layers(fields, sizes.num_layers, |i| i.is_multiple_of(2) && i < first_without)?;
+        let sliding = sliding_layers(fields, sizes.num_layers, |i| i.is_multiple_of(2) && i < first_without)?;
         set_windows(architecture, width, &sliding);
         Ok(())
     },

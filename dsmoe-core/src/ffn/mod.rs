@@ -37,8 +37,8 @@ pub use form::DsmoeForm;
 pub use gated::{Gated, add_output_bias};
 #[cfg(feature = "cuda")]
 pub(crate) use gating::Gating;
+pub use mixture::MixtureFfn;
 pub(crate) use mixture::SHARED_EXPERT;
-pub use mixture::{MixtureFfn, MixtureSpec};
 
 use crate::config::Config;
 use crate::error::{Error, Result, shown};

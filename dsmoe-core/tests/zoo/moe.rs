@@ -8,8 +8,10 @@ use std::path::{Path, PathBuf};
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::checkpoint::{Checkpoint, Dtype};
 use dsmoe_core::config::Config;
+use dsmoe_core::convert::{ConvertOptions, UpcycleOptions, convert, upcycle};
 use dsmoe_core::export::{ExportAs, ExportOptions, export};
 use dsmoe_core::generate::{GenerateOptions, generate};
+use dsmoe_core::init::{InitOptions, init};
 use dsmoe_core::model::{Batch, Cache, Inference, Model, StepArgs, TrainWorkspace, Workspace};
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::buf::Buf;
@@ -68,7 +70,10 @@ fn compare(name: &str, dir: &Path) {
     for kv_cache in [true, false] {
         let options = GenerateOptions { max_tokens: golden.greedy.len(), kv_cache, ..Default::default() };
         let text = generate(&model, &golden.rows[0], &options, |_| true).unwrap().tokens;
-        assert!(golden.greedy.starts_with(&text) && !text.is_empty(), "{name} with cache {kv_cache}: {text:?}");
+        assert!(
+            golden.greedy.starts_with(&text) && !text.is_empty(),
+            "{name} with cache {kv_cache}: {text:?}"
+        );
     }
 }
 
@@ -182,11 +187,11 @@ fn wrong_files_are_refused_by_name() {
         ("mixtral", vec![("num_experts_per_tok", json!(0))], vec!["num_experts_per_tok is 0"]),
         ("mixtral", vec![("num_local_experts", Value::Null)], vec!["num_local_experts is missing", "add it"]),
         ("mixtral", vec![("intermediate_size", json!(1 << 23))], vec!["intermediate_size is", "4 experts"]),
-        ("qwen3_moe", vec![("num_experts", json!(7)), ("num_local_experts", json!(6))], vec![
-            "is 6 and",
-            "is 7",
-            "correct one",
-        ]),
+        (
+            "qwen3_moe",
+            vec![("num_experts", json!(7)), ("num_local_experts", json!(6))],
+            vec!["is 6 and", "is 7", "correct one"],
+        ),
         ("qwen2_moe", vec![("mlp_only_layers", json!([1]))], vec!["mlp_only_layers is [1]", "not supported"]),
         ("qwen2_moe", vec![("decoder_sparse_step", json!(2))], vec!["decoder_sparse_step is 2"]),
         ("qwen2_moe", vec![("shared_expert_intermediate_size", Value::Null)], vec!["is missing"]),
@@ -219,4 +224,114 @@ fn parameters_are_counted_by_hand() {
     assert_eq!(counts.activated(0.0), active);
     let matrices = 2 * (attention + 2 * expert + shared + router) + 64 * 16;
     assert_eq!(counts.flops_per_token(0.0, 0.0), 2.0 * matrices as f64);
+}
+
+/// Writes a dense model with random weights, and keys beside its sizes, to `dir`.
+fn dense(dir: &Path, keys: &Value) {
+    let mut json = json!({
+        "model_type": "llama", "vocab_size": 64, "hidden_size": 12, "intermediate_size": 9, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32, "rope_theta": 5000.0,
+        "initializer_range": 0.4,
+    });
+    json.as_object_mut().unwrap().extend(keys.as_object().unwrap().clone());
+    let config = Config::from_json(Path::new("config.json"), &json.to_string()).unwrap();
+    init(&config, dir, &InitOptions { dtype: Dtype::BF16, ..Default::default() }, &mut |_| {}).unwrap();
+}
+
+fn options(family: &str, num_experts: usize, top_k: usize) -> UpcycleOptions {
+    UpcycleOptions { family: family.to_owned(), num_experts, top_k, seed: 1, force: false }
+}
+
+#[test]
+fn an_upcycled_model_has_the_logits_of_the_dense_one() {
+    let rows: Vec<Vec<u32>> = golden("mixtral").rows;
+    for (i, (keys, family)) in [
+        (json!({}), "mixtral"),
+        (json!({"tie_word_embeddings": true, "rms_norm_eps": 0.01}), "mixtral"),
+        (json!({"model_type": "mistral", "sliding_window": 3}), "mixtral"),
+        (json!({"model_type": "qwen3", "head_dim": 8}), "qwen3_moe"),
+        (json!({"rope_scaling": {"rope_type": "linear", "factor": 4.0}}), "qwen3_moe"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let work = tempfile::tempdir().unwrap();
+        let [from, out] = ["dense", "moe"].map(|name| work.path().join(name));
+        dense(&from, &keys);
+        let made = upcycle(&from, &out, &options(family, 5, 2), &mut |_| {});
+        if i == 4 {
+            // Qwen3 norms queries and keys, and LLaMA does not.
+            refused(made, &["model_type is \"llama\"", "a model of type qwen3_moe"]);
+            assert!(!out.exists());
+            continue;
+        }
+        let made = made.unwrap();
+        let config = Config::load(&out).unwrap();
+        assert_eq!((config.model_type(), config.num_experts()), (family, Some(5)));
+        assert_eq!((made.expert_width, made.router_params), (9, 2 * 5 * 12));
+        assert_eq!(
+            made.total,
+            Accounting::of(&Config::load(&from).unwrap()).total + 2 * (4 * 3 * 9 * 12 + 5 * 12)
+        );
+        let [a, b] = [&from, &out].map(|dir| {
+            let model = Inference::load(dir, Precision::F32).unwrap();
+            logits(&model, &rows, LENGTH)
+        });
+        let differs = worst(&b, a.iter().copied());
+        assert!(differs < 1e-5 && a.iter().any(|z| z.abs() > 0.5), "{keys}: {differs}");
+        // Equal arguments make equal bytes, and routers differ by layer and by seed.
+        let again = work.path().join("again");
+        upcycle(&from, &again, &options(family, 5, 2), &mut |_| {}).unwrap();
+        assert!(tensors(&again) == tensors(&out));
+        let routers: Vec<Vec<u8>> = tensors(&out)
+            .into_iter()
+            .filter(|(name, _)| name.ends_with(".gate.weight"))
+            .map(|(_, (dtype, bytes))| {
+                assert_eq!(dtype, Dtype::F32);
+                bytes
+            })
+            .collect();
+        assert!(routers.len() == 2 && routers[0] != routers[1]);
+        // It trains: experts that ran get different gradients.
+        let model = Model::load(&out).unwrap();
+        let [inputs, targets] = batch(&rows);
+        let mut grads = Buf::zeros(model.params().len());
+        let mut workspace = TrainWorkspace::new(&model, inputs.len(), Precision::F32);
+        let batch = Batch { inputs: &inputs, targets: &targets, seq: LENGTH - 1 };
+        let step = model.train_step(&mut grads, batch, &StepArgs::default(), &mut workspace).unwrap();
+        assert!(step.balance_loss > 0.0, "{}", step.balance_loss);
+        let of = |e: usize| {
+            let name = format!("model.layers.0.mlp.experts.{e}.gate_proj.weight");
+            &grads[model.layout().get(&name).unwrap().range.clone()]
+        };
+        assert!((1..5).any(|e| of(e) != of(0)), "experts have one gradient");
+    }
+}
+
+#[test]
+fn what_cannot_be_upcycled_is_refused() {
+    let work = tempfile::tempdir().unwrap();
+    let out = work.path().join("out");
+    let from = work.path().join("dense");
+    dense(&from, &json!({}));
+    let refused_by = |from: &Path, options: &UpcycleOptions, parts: &[&str]| {
+        refused(upcycle(from, &out, options, &mut |_| {}), parts);
+        assert!(!out.exists());
+    };
+    refused_by(&from, &options("mixtral", 4, 5), &["top_k", "4"]);
+    refused_by(&from, &options("qwen2_moe", 4, 2), &["qwen2_moe are not made of a dense one", "use mixtral"]);
+    refused_by(&from, &options("llama", 4, 2), &["llama are not made", "use mixtral"]);
+    refused_by(&from, &options("bert", 4, 2), &["unknown family", "bert"]);
+    refused_by(&from, &options("mixtral", 1 << 22, 2), &["intermediate_size is 9", "experts"]);
+    refused_by(&case("olmoe"), &options("mixtral", 4, 2), &["model_type is \"olmoe\"", "experts already"]);
+    let biased = work.path().join("biased");
+    dense(&biased, &json!({"attention_bias": true}));
+    refused_by(
+        &biased,
+        &options("mixtral", 4, 2),
+        &["model_type is \"llama\"", "cannot be the same function"],
+    );
+    // Nor is a mixture cut into experts again.
+    let again = convert(&case("mixtral"), &out, &ConvertOptions::new(3), &mut |_| {});
+    refused(again, &["model_type is already mixtral", "use a dense model"]);
 }

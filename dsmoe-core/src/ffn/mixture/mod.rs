@@ -17,12 +17,12 @@ use dsmoe_kernels::Precision;
 use dsmoe_kernels::expert_ffn::{self, Dims, PackedWeights, Pairs, Saved};
 
 pub(crate) use shared::SHARED_EXPERT;
-pub use spec::MixtureSpec;
 
 use super::{
     DeviceFfn, Ffn, FfnBackward, FfnForward, FfnInference, FfnKind, FfnReport, FfnScratch, GateBackward,
     Gated, HostGate, HostRouted, PackedFfn, Record, routes,
 };
+use crate::config::MixtureSpec;
 use crate::params::{TensorSpec, padded};
 use router::{MixtureRouter, RouterSaved};
 use shared::{PackedShared, Shared, SharedBackward, SharedSaved};
@@ -114,7 +114,8 @@ impl PackedFfn for PackedMixture {
         count(record, routed);
         let (dims, routes) = (self.ffn.dims(x.len() / self.ffn.gated.hidden), routes(routed.routing));
         let (pairs, weights) = (Pairs::Routed(&routes), &self.weights);
-        expert_ffn::ForwardPacked { y: &mut *y, x, weights, pairs, dims, scratch: &mut scratch.experts }.run();
+        expert_ffn::ForwardPacked { y: &mut *y, x, weights, pairs, dims, scratch: &mut scratch.experts }
+            .run();
         if let Some(shared) = &self.shared {
             shared.forward(y, x, scratch);
         }

@@ -141,7 +141,8 @@ impl PackedShared {
         let FfnScratch { experts: scratch, shared: output, .. } = scratch;
         output.resize(x.len());
         let (weights, dims) = (&self.weights, gated.dims(x.len() / gated.hidden));
-        expert_ffn::ForwardPacked { y: &mut output[..], x, weights, pairs: Pairs::Dense, dims, scratch }.run();
+        expert_ffn::ForwardPacked { y: &mut output[..], x, weights, pairs: Pairs::Dense, dims, scratch }
+            .run();
         for ((y, out), x) in y
             .chunks_exact_mut(gated.hidden)
             .zip(output.chunks_exact(gated.hidden))
