@@ -11,6 +11,8 @@ pub(crate) struct Gpus {
     driver: Option<String>,
     nvrtc: Option<String>,
     cublaslt: Option<String>,
+    /// NCCL, which connects several GPUs; a defect where there are some.
+    nccl: Option<String>,
     /// The defects and their fixes, one line each.
     problems: Vec<String>,
 }
@@ -36,10 +38,14 @@ pub(crate) fn gpus() -> Gpus {
     let found = cuda::detect();
     let mut problems: Vec<String> = found.problem().into_iter().collect();
     problems.extend(cuda::libraries().problems());
+    let nccl = cuda::find_nccl();
     let devices = match found {
         cuda::Detection::Devices(devices) => devices,
         _ => Vec::new(),
     };
+    if let (2.., Err(problem)) = (devices.len(), &nccl) {
+        problems.push(problem.to_string());
+    }
     let info = |(ordinal, device): (usize, cuda::DeviceInfo)| GpuInfo {
         device: format!("cuda:{ordinal}"),
         name: device.name,
@@ -53,6 +59,7 @@ pub(crate) fn gpus() -> Gpus {
         driver: cuda::driver_version().map(dotted),
         nvrtc: cuda::nvrtc_version().map(dotted),
         cublaslt: cuda::cublaslt_version().map(|version| version.to_string()),
+        nccl: nccl.ok().map(|library| library.version),
         problems,
     }
 }
@@ -69,6 +76,7 @@ impl Gpus {
         fields.extend(version("CUDA driver", &self.driver));
         fields.extend(version("NVRTC", &self.nvrtc));
         fields.extend(version("cuBLASLt", &self.cublaslt));
+        fields.extend(version("NCCL", &self.nccl));
         fields.extend(self.problems.iter().map(|problem| ("GPU", problem.clone())));
         fields
     }

@@ -171,7 +171,7 @@ fn doctor_names_what_is_missing() {
     let human = succeeds("doctor --data nowhere");
     shows(&human, &["missing  the folder itself"]);
     let gpu = &report["gpu"];
-    has(gpu, "built devices driver nvrtc cublaslt problems");
+    has(gpu, "built devices driver nvrtc cublaslt nccl problems");
     assert_eq!(gpu["built"], cfg!(feature = "cuda"));
     for problem in list(&gpu["problems"]) {
         shows(&human, &[problem.as_str().unwrap()]);

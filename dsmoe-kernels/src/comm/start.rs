@@ -6,6 +6,7 @@ use super::alone::Alone;
 use super::communicator::Communicator;
 use super::error::{CommError, Result};
 use super::launch::{Launch, Launcher};
+use super::what::What;
 
 /// The engine that moves bytes between processes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -36,6 +37,11 @@ impl Settings {
 
     /// The factor of the deadline of calls outside of steps.
     pub const OUTSIDE: u32 = 3;
+
+    /// Returns how long a call that moves `of` may take.
+    pub fn deadline_of(&self, of: What) -> Duration {
+        self.deadline.saturating_mul(if of.step.is_some() { 1 } else { Settings::OUTSIDE })
+    }
 }
 
 /// Starts `engine`. Call it once, before threads are started, and drop the communicator in the same thread.

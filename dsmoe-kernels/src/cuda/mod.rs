@@ -19,6 +19,7 @@ mod device;
 mod error;
 mod graph;
 mod kernel;
+mod nccl;
 pub mod ops;
 mod stream;
 
@@ -28,3 +29,4 @@ pub use detect::{Detection, DeviceInfo, Libraries, cublaslt_version, detect, dri
 pub use device::Gpu;
 pub use error::{CudaError, Result};
 pub use graph::Recorded;
+pub use nccl::{Nccl, NcclLibrary, find_nccl};

@@ -88,6 +88,16 @@ impl Stream {
         unsafe { result::stream::synchronize(stream) }.map_err(driver("waiting for the device"))
     }
 
+    /// Returns true when everything queued has run.
+    pub(super) fn is_idle(&self) -> Result<bool> {
+        let stream = self.bind()?;
+        // SAFETY: the stream is open as long as `self`.
+        match unsafe { sys::cuStreamQuery(stream) } {
+            sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            code => code.result().map(|()| true).map_err(driver("asking the stream")),
+        }
+    }
+
     /// Makes this thread use the device. Returns the stream.
     pub(super) fn bind(&self) -> Result<sys::CUstream> {
         self.context.bind_to_thread().map_err(driver("using the device"))?;
