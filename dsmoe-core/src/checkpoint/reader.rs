@@ -102,6 +102,8 @@ pub struct Checkpoint {
 enum Disputed {
     /// The index lists it in a shard that does not hold it.
     NotIn(String),
+    /// The index lists it in a shard that is missing.
+    Missing(String),
     /// A shard holds it that the index does not list it in.
     NotListed,
 }
@@ -188,12 +190,10 @@ impl Checkpoint {
                 let problem = format!("is mapped to {:?}, not a file name", shown(name));
                 return Err(Error::tensor(path, tensor, problem, "name a file of the same directory"));
             }
-            if !numbers.contains_key(name.as_str()) && !dir.join(name).is_file() {
-                let problem = format!("is in shard {}, which is missing", shown(name));
-                return Err(Error::tensor(path, tensor, problem, "copy that file into the directory"));
+            if numbers.contains_key(name.as_str()) || dir.join(name).is_file() {
+                let next = numbers.len();
+                numbers.entry(name).or_insert(next);
             }
-            let next = numbers.len();
-            numbers.entry(name).or_insert(next);
         }
         let mut files: Vec<(usize, Shard)> = Vec::new();
         let mut found: HashMap<(usize, String), TensorView> = HashMap::new();
@@ -208,7 +208,12 @@ impl Checkpoint {
         files.sort_by_key(|(number, _)| *number);
         let (mut tensors, mut disputed) = (BTreeMap::new(), BTreeMap::new());
         for (tensor, name) in &index.weight_map {
-            match found.remove(&(numbers[name.as_str()], tensor.clone())) {
+            let Some(&number) = numbers.get(name.as_str()) else {
+                // Published indices list tensors that nobody needs, in shards that were not published.
+                disputed.insert(tensor.clone(), Disputed::Missing(name.clone()));
+                continue;
+            };
+            match found.remove(&(number, tensor.clone())) {
                 Some(view) => {
                     tensors.insert(tensor.clone(), view);
                 }
@@ -419,6 +424,10 @@ impl Checkpoint {
                 }
                 Some(Disputed::NotListed) => {
                     wrong(&self.path.join(INDEX_FILE), "is in a shard and not listed".into(), "add it")
+                }
+                Some(Disputed::Missing(shard)) => {
+                    let problem = format!("is in shard {}, which is missing", shown(shard));
+                    wrong(&self.path.join(INDEX_FILE), problem, "copy that file into the directory")
                 }
                 Some(Disputed::NotIn(shard)) => {
                     let problem = format!("is not in the shard {} the index names", shown(shard));

@@ -11,7 +11,8 @@ pub(crate) mod rope_keys;
 mod transformers;
 mod wrapped;
 
-use std::path::Path;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -37,6 +38,10 @@ pub use rope::{Rope, RopeScaling};
 
 /// The configuration of Mistral's own format, whose tensors have other names and layouts.
 const MISTRAL_CONFIG_FILE: &str = "params.json";
+/// The configuration of an adapter of PEFT, such as LoRA.
+const ADAPTER_CONFIG_FILE: &str = "adapter_config.json";
+/// The folder of the Hub's cache that holds the model directories.
+const SNAPSHOTS: &str = "snapshots";
 const GENERATION_CONFIG_FILE: &str = "generation_config.json";
 const LARGEST_LAYERS: u64 = 1 << 12;
 const LARGEST_MODEL: u128 = 1 << 42;
@@ -126,6 +131,9 @@ impl Config {
             let problem =
                 format!("there is no {CONFIG_FILE}; {MISTRAL_CONFIG_FILE} is of Mistral's own format");
             return Err(Error::path(dir, problem, "take the model in Hugging Face's format"));
+        }
+        if dir.is_dir() && fs::symlink_metadata(&path).is_err() {
+            return Err(no_config(dir));
         }
         let mut config = Config::from_json(&path, &read_json(&path)?)?;
         let path = dir.join(GENERATION_CONFIG_FILE);
@@ -543,4 +551,29 @@ fn largest(layers: &[LayerShape]) -> LayerShape {
         num_kv_heads: most(|layer| layer.num_kv_heads),
         intermediate: most(|layer| layer.intermediate),
     }
+}
+
+/// Says what a directory without config.json is, as far as its files tell.
+fn no_config(dir: &Path) -> Error {
+    if dir.join(ADAPTER_CONFIG_FILE).is_file() {
+        let problem = "is an adapter and no whole model";
+        return Error::path(
+            dir,
+            problem,
+            "merge it into its base model (peft: merge_and_unload, save_pretrained)",
+        );
+    }
+    let snapshots = dir.join(SNAPSHOTS);
+    if snapshots.is_dir() {
+        let entries = fs::read_dir(&snapshots).into_iter().flatten().flatten().map(|entry| entry.path());
+        let mut found: Vec<PathBuf> = entries.filter(|path| path.join(CONFIG_FILE).is_file()).collect();
+        found.sort();
+        let help = match &found[..] {
+            [] => "download the model again: `hf download OWNER/NAME` prints its directory".to_owned(),
+            [first, ..] => format!("name a directory in it: {}", first.display()),
+        };
+        return Error::path(dir, "is a folder of the Hub's cache and not the model's directory", help);
+    }
+    let help = "name a directory that transformers' save_pretrained wrote, or a GGUF file";
+    Error::path(dir, format!("there is no {CONFIG_FILE} and no GGUF file in it"), help)
 }

@@ -224,7 +224,7 @@ pub fn convert(
         writer.begin(name)?;
         let change = ffn_change(name, |layer| partitions[layer].order());
         let mut tap = centroids.as_mut().and_then(|centroids| centroids.tap(name, &checkpoint));
-        source.stream(name, change, |bytes| {
+        source.copy(name, change, |bytes| {
             if let Some(tap) = &mut tap {
                 tap.add(bytes);
             }

@@ -147,7 +147,7 @@ fn a_type_that_transformers_does_not_read_is_noticed() {
         of_family(family, &keys).unwrap().notices().to_vec()
     };
     for family in ["gemma3_text", "olmo3"] {
-        let notice = "rope_scaling: transformers 5 does not read type in this family, but rope_type";
+        let notice = "rope_scaling: the key `type` is used here; transformers 5 reads only `rope_type` in this family and would ignore it";
         assert_eq!((of(family, "type"), of(family, "rope_type")), (vec![notice.to_owned()], vec![]));
     }
     assert!(of("llama", "type").is_empty());
