@@ -75,7 +75,10 @@ fn mixtures_that_cannot_be_made_are_refused() {
         ("convert mixtral-of-three --out no", &["model_type is already mixtral"][..]),
         ("prune mixtral-of-three --method llama-moe --budget 0.85 --out no", &["experts already"]),
         ("export mixtral-of-three --as dense --out no", &["mixture", "no dense form"]),
-        ("export mixtral-of-three --as gguf --out no.gguf", &["ffn.type is \"mixture\"", "export it as native"]),
+        (
+            "export mixtral-of-three --as gguf --out no.gguf",
+            &["ffn.type is \"mixture\"", "export it as native"],
+        ),
     ] {
         fails(line, parts);
         assert!(!path("no").exists() && !path("no.gguf").exists(), "{line}");
