@@ -40,13 +40,21 @@ pub(crate) struct Convert {
     /// Directory to write
     #[arg(long, value_name = "DIR")]
     pub(crate) out: PathBuf,
+    /// dsmoe: experts that are parts of the FFN, behind sigmoid gates; mixtral, qwen3_moe or olmoe: a mixture of that family
+    /// whose experts are copies of the FFN, with the outputs of the dense model
+    #[arg(long = "as", value_name = "FORM", default_value = "dsmoe",
+        value_parser = ["dsmoe", "mixtral", "qwen3_moe", "olmoe"])]
+    pub(crate) form: String,
+    /// Experts that every token runs, of a mixture [default: 2]
+    #[arg(long, value_name = "K", value_parser = clap::value_parser!(u32).range(1..=65536))]
+    pub(crate) top_k: Option<u32>,
     #[command(flatten)]
     pub(crate) calibration: CalibrationArgs,
     /// Share of experts to be active, mean over tokens and layers; it is stored with the model, and `dsmoe train` reaches
     /// it; 0.375 is 3 of 8
     #[arg(long, value_name = "SHARE")]
     pub(crate) active_target: Option<f64>,
-    /// Experts in each FFN; must divide intermediate_size [default: of 16 neurons with --calib, else 8]
+    /// Experts in each FFN; they must divide intermediate_size, but for copies [default: of 16 neurons with --calib, else 8]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub(crate) experts: Option<u32>,
     /// Assignment of neurons to experts: contiguous, random, clusters (of similar neurons), or a JSON file
@@ -90,6 +98,24 @@ pub(crate) struct Convert {
     /// Replace the output directory if it exists
     #[arg(long)]
     pub(crate) force: bool,
+}
+
+impl Convert {
+    /// Returns the first option that is of gated experts alone and not as it is by default.
+    pub(crate) fn of_gates(&self) -> Option<&'static str> {
+        let given = [
+            ("--calib", !self.calibration.calib.is_empty()),
+            ("--active-target", self.active_target.is_some()),
+            ("--partition", self.partition.is_some()),
+            ("--router-init", self.router_init.is_some()),
+            ("--threshold", self.threshold != 0.5),
+            ("--gate-value", self.gate_value.is_some()),
+            ("--rescale", self.rescale != Rescale::None),
+            ("--zero-active", self.zero_active != ZeroActive::Skip),
+            ("--no-ste", self.no_ste),
+        ];
+        given.iter().find(|(_, is_given)| *is_given).map(|(name, _)| *name)
+    }
 }
 
 const ABOUT_EXPORT: &str = "\

@@ -22,7 +22,8 @@ pub use llama::{
 };
 pub use names::is_router;
 pub(crate) use names::{
-    EMBEDDING, LayerNorm, attention_name, ffn_name, is_ignored, partition_name, router_bias_name, router_name,
+    EMBEDDING, LayerNorm, Renames, attention_name, ffn_name, is_ignored, partition_name, router_bias_name,
+    router_name,
 };
 pub use output::OutputDir;
 pub use reader::{Checkpoint, TensorView};

@@ -12,7 +12,7 @@ use dsmoe_kernels::mmap::Mmap;
 use serde::Deserialize;
 
 use super::dtype::decode;
-use super::names::{is_router, name_in_text_model};
+use super::names::{Renames, is_router, name_in_text_model, own_name, stored_name};
 use super::{Dtype, Header, HeaderEntry, INDEX_FILE, SINGLE_FILE};
 use crate::error::{Error, Result, shown};
 use crate::files::{check_exists, open_regular};
@@ -93,6 +93,8 @@ pub struct Checkpoint {
     tensors: BTreeMap<String, TensorView>,
     /// Tensors on which index and shards disagree, and how. Nobody reads those of published checkpoints.
     disputed: BTreeMap<String, Disputed>,
+    /// Names that the files have in place of those here.
+    renames: Renames,
 }
 
 /// A disagreement of index and shards about a tensor.
@@ -151,7 +153,13 @@ impl Checkpoint {
     pub fn open_file(path: &Path) -> Result<Checkpoint> {
         let (shard, header) = open_shard(path)?;
         let tensors = views(header, 0).collect();
-        Ok(Checkpoint { path: path.to_path_buf(), files: vec![shard], tensors, disputed: BTreeMap::new() })
+        Ok(Checkpoint {
+            path: path.to_path_buf(),
+            files: vec![shard],
+            tensors,
+            disputed: BTreeMap::new(),
+            renames: &[],
+        })
     }
 
     fn open_gguf(path: &Path) -> Result<Checkpoint> {
@@ -171,7 +179,7 @@ impl Checkpoint {
             Ok(Shard { path, file, map: OnceLock::new() })
         };
         let files = container.files.into_iter().map(shard).collect::<Result<_>>()?;
-        Ok(Checkpoint { path: path.to_path_buf(), files, tensors, disputed: BTreeMap::new() })
+        Ok(Checkpoint { path: path.to_path_buf(), files, tensors, disputed: BTreeMap::new(), renames: &[] })
     }
 
     fn open_index(dir: &Path, path: &Path) -> Result<Checkpoint> {
@@ -218,7 +226,7 @@ impl Checkpoint {
             disputed.entry(tensor).or_insert(Disputed::NotListed);
         }
         let files = files.into_iter().map(|(_, shard)| shard).collect();
-        Ok(Checkpoint { path: dir.to_path_buf(), files, tensors, disputed })
+        Ok(Checkpoint { path: dir.to_path_buf(), files, tensors, disputed, renames: &[] })
     }
 
     /// Keeps the text model of a model that reads images, too, under the names that it has alone.
@@ -232,6 +240,21 @@ impl Checkpoint {
         }
         let disputed = std::mem::take(&mut self.disputed).into_iter();
         self.disputed = disputed.filter_map(|(name, how)| Some((name_in_text_model(&name)?, how))).collect();
+        Ok(())
+    }
+
+    /// Calls tensors by other names than the files do; messages keep those of the files.
+    pub(super) fn rename(&mut self, renames: Renames) -> Result<()> {
+        for (name, view) in std::mem::take(&mut self.tensors) {
+            let own = own_name(renames, &name);
+            if self.tensors.contains_key(&own) {
+                return Err(self.wrong(&name, &view, "is there under two names", "remove one of them"));
+            }
+            self.tensors.insert(own, view);
+        }
+        let disputed = std::mem::take(&mut self.disputed).into_iter();
+        self.disputed = disputed.map(|(name, how)| (own_name(renames, &name), how)).collect();
+        self.renames = renames;
         Ok(())
     }
 
@@ -391,8 +414,10 @@ impl Checkpoint {
 
     pub(crate) fn need(&self, name: &str) -> Result<&TensorView> {
         self.tensor(name).ok_or_else(|| {
-            let wrong =
-                |path: &Path, problem: String, help: &'static str| Error::tensor(path, name, problem, help);
+            let stored = stored_name(self.renames, name);
+            let wrong = |path: &Path, problem: String, help: &'static str| {
+                Error::tensor(path, &stored, problem, help)
+            };
             match self.disputed.get(name) {
                 None => {
                     wrong(&self.path, "is missing".into(), "use the weights that belong to this config.json")
@@ -430,7 +455,8 @@ impl Checkpoint {
         problem: impl Into<String>,
         help: impl Into<Remedy>,
     ) -> Error {
-        Error::tensor(&self.files[view.file].path, name, problem, help)
+        let name = stored_name(self.renames, name);
+        Error::tensor(&self.files[view.file].path, &name, problem, help)
     }
 }
 

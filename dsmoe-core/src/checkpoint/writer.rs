@@ -63,7 +63,7 @@ struct Shard {
     tensors: Range<usize>,
 }
 
-/// Declared tensors that are stored as one, their rows one after the other.
+/// Declared tensors that are stored as one, their rows one after the other, or one tensor that is stored under another name.
 #[derive(Clone, Debug)]
 pub(crate) struct Join {
     /// Name of the stored tensor.

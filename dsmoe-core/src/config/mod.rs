@@ -1,7 +1,9 @@
 //! `config.json` of a model directory, dense or DSMoE: reading, checking, writing.
 
 pub(crate) mod arch;
+pub(crate) mod experts;
 pub(crate) mod fields;
+mod mixture;
 mod moe;
 mod own;
 pub(crate) mod rope;
@@ -28,6 +30,7 @@ use crate::json::{parse_object, read_json};
 use crate::partition;
 pub use arch::{Architecture, LayerAttention, Norms, QkNorm};
 pub use dsmoe_kernels::Activation;
+pub use experts::MixtureSpec;
 use fields::Fields;
 use moe::MoeSizes;
 pub use moe::{Budget, MoeConfig, MoeParts, PartitionKind};
@@ -177,6 +180,7 @@ impl Config {
         let head_dim = head_dim(&fields, family, hidden, num_heads)?;
         let num_layers = fields.integer("num_hidden_layers", LARGEST_LAYERS)?;
         let moe = moe::read(&fields, MoeSizes { num_layers, hidden })?;
+        let mixture = fields.mixture(family)?;
         let max_position = fields.dimension_or("max_position_embeddings", defaults.max_position)?;
         let mut architecture =
             family.architecture(&fields, Sizes { hidden, num_layers, head_dim, max_position })?;
@@ -189,7 +193,10 @@ impl Config {
         let config = Config {
             vocab_size: fields.dimension("vocab_size")?,
             hidden,
-            intermediate: fields.dimension("intermediate_size")?,
+            intermediate: match &mixture {
+                Some(spec) => spec.neurons(),
+                None => fields.dimension("intermediate_size")?,
+            },
             num_layers,
             num_heads,
             num_kv_heads,
@@ -217,8 +224,14 @@ impl Config {
                 partition::check_divisible(config.layer(i).intermediate, moe.router.num_experts, Some(path))?;
             }
         }
-        let ffn = fields.ffn()?.map(|(kind, settings)| ffn::read_spec(path, kind, &config, &settings));
-        Ok(Config { ffn: ffn.transpose()?, raw: raw.clone(), ..config })
+        let ffn = match mixture {
+            Some(spec) => Some(Arc::new(spec) as Arc<dyn FfnSpec>),
+            None => {
+                let read = |(kind, settings): (&str, _)| ffn::read_spec(path, kind, &config, &settings);
+                fields.ffn()?.map(read).transpose()?
+            }
+        };
+        Ok(Config { ffn, raw: raw.clone(), ..config })
     }
 
     /// Returns the sizes of layer `i`.
@@ -358,7 +371,8 @@ impl Config {
 
     /// Returns `model_type` of config.json: the family's for a model that transformers loads directly.
     pub fn model_type(&self) -> &'static str {
-        let plain = self.is_dense() && self.is_even() && !self.architecture.output_bias;
+        let of_family = self.moe.is_none() && self.ffn.is_some() == self.family.has_experts();
+        let plain = of_family && self.is_even() && !self.architecture.output_bias;
         if plain { self.family.model_type } else { "dsmoe" }
     }
 
@@ -414,7 +428,7 @@ impl Config {
         }
         rope_keys::write_both(&mut raw, &self.family.rope, &self.architecture.ropes);
         let base = (is_native && self.family.model_type != "llama").then(|| json!(self.family.model_type));
-        let ffn = self.ffn.as_ref().map(|spec| {
+        let ffn = self.ffn.as_ref().filter(|_| is_native).map(|spec| {
             let kind = std::iter::once(("type".to_owned(), json!(spec.kind())));
             Value::Object(kind.chain(spec.settings()).collect())
         });

@@ -102,6 +102,9 @@ impl Card<'_> {
             (None, Some(_), _) => {
                 "A sparse model: every FFN is cut into experts, and gates decide for each token which of them run"
             }
+            (None, None, Some(_)) if self.config.family().has_experts() => {
+                "A mixture of experts, a fixed number of which run for each token"
+            }
             (None, None, Some(_)) => {
                 "A sparse model: every FFN is cut into experts, a fixed number of which run for each token"
             }

@@ -185,7 +185,7 @@ fn check(model: &Path, config: &Config) -> Result<&'static Arch> {
         return fail("dsmoe", problem, "export the model as dense first, and that as GGUF");
     }
     if let Some(spec) = &config.ffn {
-        let problem = format!("is {:?}, for which llama.cpp has no graph", spec.kind());
+        let problem = format!("is {:?}, which is not written as GGUF", spec.kind());
         return fail("ffn.type", problem, "export it as native");
     }
     if !config.is_even() {

@@ -180,13 +180,10 @@ fn config_with_wrong_sizes() {
 #[test]
 fn config_of_another_kind_of_model() {
     for (kind, reason) in [
-        ("llama4", "mixtures of experts already"),
-        ("llama4_text", "mixtures of experts already"),
-        ("mixtral", "a mixture of experts already"),
-        ("qwen2_moe", "a mixture of experts already"),
-        ("qwen3_moe", "a mixture of experts already"),
-        ("phimoe", "a mixture of experts already"),
-        ("granitemoehybrid", "a mixture of experts already"),
+        ("llama4", "mixtures of experts of another kind"),
+        ("llama4_text", "mixtures of experts of another kind"),
+        ("phimoe", "a mixture of experts of another kind"),
+        ("granitemoehybrid", "a mixture of experts of another kind"),
         ("gemma3n_text", "inputs of their own"),
         ("gemma4", "inputs of their own"),
         ("qwen2_vl", "reads images"),
