@@ -412,7 +412,7 @@ impl Documents<'_> {
                 let mut scanner = Scanner::new(&text, 0);
                 let row = scanner.only_row(&self.columns);
                 self.notes.surrogates += scanner.surrogates;
-                let row = row.map_err(|cause| wrong(path, *line, scanner.position(), cause))?;
+                let row = row.map_err(|cause| wrong_line(path, *line, &text, scanner.position(), cause))?;
                 return Ok(Some((*line, row)));
             },
         }
@@ -528,8 +528,30 @@ fn wrong(path: &Path, line: u64, column: usize, cause: Wrong) -> Error {
     let path = path.to_path_buf();
     match cause {
         Wrong::Syntax(reason) => {
-            Error::Json { path, line, reason: format!("{reason} at column {}", column + 1) }
+            let reason = format!("{reason} at column {}", column + 1);
+            Error::Json {
+                path,
+                line,
+                reason,
+                help: "expected one JSON object per line, or one array of objects",
+            }
         }
         Wrong::Column(reason) => Error::Column { path, line, reason },
+    }
+}
+
+/// Makes the error for a line that is no row.
+fn wrong_line(path: &Path, line: u64, text: &str, column: usize, cause: Wrong) -> Error {
+    let json =
+        |reason: &str, help| Error::Json { path: path.to_path_buf(), line, reason: reason.into(), help };
+    match cause {
+        Wrong::Syntax(_) if line == 1 && text.trim_start().starts_with('[') => {
+            json("an array and not an object", "end the name of a file that is one array of objects in .json")
+        }
+        Wrong::Syntax(_) if text.trim_start().starts_with('{') && column >= text.trim_end().len() => {
+            let help = "write each object in a line of its own (jq -c . OLD > NEW), or fetch the file again if its end is missing";
+            json("the object does not end in this line", help)
+        }
+        cause => wrong(path, line, column, cause),
     }
 }

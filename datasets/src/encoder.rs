@@ -225,8 +225,10 @@ struct Pairs {
     /// True where `a` then `b` stand side by side in a token, for ASCII and [`SPACE`] (written as a space).
     ascii: Vec<bool>,
     others: HashSet<(char, char), BuildHasherDefault<WordHasher>>,
-    /// Characters before which a cut is harmless although the one before may be unknown; none: before all.
+    /// Characters that are tokens, where others are unknown to the model; none: it spells all.
     known: Option<HashSet<char>>,
+    /// True if the model leaves out what it does not know, so that the characters around it join.
+    drops_unknown: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -280,6 +282,7 @@ impl Pairs {
             ascii: vec![false; 128 * 128],
             others: HashSet::default(),
             known: (!all_bytes).then(HashSet::new),
+            drops_unknown: !model["unk_token"].is_string(),
         };
         for token in vocab.keys() {
             // A merge of byte tokens joins characters that its text does not show.
@@ -311,8 +314,9 @@ impl Pairs {
             Some(at) => self.ascii[at],
             None => self.others.contains(&(a, b)),
         };
-        (!joined || (self.at_spaces && b == SPACE))
-            && self.known.as_ref().is_none_or(|known| known.contains(&b))
+        let known = |c: char| self.known.as_ref().is_none_or(|known| known.contains(&c));
+        // Unknown characters that stand side by side may become one token.
+        (self.at_spaces && b == SPACE) || (!joined && known(b) && (!self.drops_unknown || known(a)))
     }
 
     fn split(
@@ -495,6 +499,15 @@ mod tests {
             json!({"normalizer": null,
                 "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": split}})
         };
+        // Unknown characters vanish, and the space is one of them.
+        let dropping = |changes: Value| {
+            let mut json = sentence_piece(false, false, changes);
+            let model = json["model"].as_object_mut().unwrap();
+            model.remove("unk_token");
+            model["vocab"].as_object_mut().unwrap().retain(|token, _| token != "▁" && token != "<unk>");
+            model["merges"].as_array_mut().unwrap().retain(|merge| !merge.to_string().contains('▁'));
+            json
+        };
         vec![
             byte_level(byte(false), false),
             byte_level(byte(true), false),
@@ -506,6 +519,9 @@ mod tests {
             sentence_piece(true, true, meta("first", false)),
             sentence_piece(false, true, meta("always", true)),
             sentence_piece(true, false, meta("never", true)),
+            dropping(json!({})),
+            dropping(meta("never", false)),
+            dropping(meta("always", true)),
         ]
     }
 
@@ -527,8 +543,23 @@ mod tests {
     #[test]
     fn ids_are_those_of_the_crate() {
         for json in kinds() {
-            for text in [TEXT, "", " ", "  ", "\n", "a", " a", "▁a", "  day", "day ", "zz日z", "🦊🦊 🦊"]
-            {
+            for text in [
+                TEXT,
+                "",
+                " ",
+                "  ",
+                "\n",
+                "a",
+                " a",
+                "▁a",
+                "  day",
+                "day ",
+                "zz日z",
+                "🦊🦊 🦊",
+                "a y",
+                "aéy",
+                "s  a",
+            ] {
                 let (ours, crates) = both(&json, text);
                 assert_eq!(ours, Some(crates), "{text:?} {} {}", json["pre_tokenizer"], json["normalizer"]);
             }
@@ -582,7 +613,7 @@ mod tests {
         #[test]
         fn any_text_has_the_ids_of_the_crate(
             text in "([ \\n\\t\\r]|\\PC|[a-eyst'.,▁ ]|'s| day|\u{2003}|日|[0-9]){0,40}",
-            kind in 0usize..10,
+            kind in 0usize..13,
         ) {
             let json = &kinds()[kind];
             let (ours, crates) = both(json, &text);

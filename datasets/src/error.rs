@@ -80,7 +80,7 @@ pub enum Error {
         limit: u64,
     },
     /// A JSON line or file that does not parse as objects.
-    #[error("{}: line {line}: {reason}; expected one JSON object per line, or one array of objects", path.display())]
+    #[error("{}: line {line}: {reason}; {help}", path.display())]
     Json {
         /// The file.
         path: PathBuf,
@@ -88,6 +88,8 @@ pub enum Error {
         line: u64,
         /// The message of the parser.
         reason: String,
+        /// What such a file has to hold.
+        help: &'static str,
     },
     /// A JSON object without text in the text column.
     #[error("{}: line {line}: {reason}; {}", path.display(), COLUMN)]

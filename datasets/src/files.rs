@@ -49,16 +49,29 @@ pub fn lock_dir(dir: &Path) -> io::Result<Option<File>> {
     }
 }
 
+/// The first bytes of what Git leaves of a large file that it did not download.
+pub(crate) const LFS_POINTER: &[u8] = b"version https://git-lfs.github.com/spec/";
+/// What such a file is, and what helps.
+pub(crate) const IS_LFS_POINTER: (&str, &str) = (
+    "is a Git LFS pointer and not the file itself",
+    "run `git lfs pull` in that repository, or download the file",
+);
+
 /// Reads a file of at most `limit` bytes. A pipe is read to its end; a device without an end gives an error.
 ///
 /// # Errors
-/// [`io::ErrorKind::FileTooLarge`] for more bytes, or the error of the file system.
+/// [`io::ErrorKind::FileTooLarge`] for more bytes, [`io::ErrorKind::InvalidData`] for the pointer that Git LFS leaves of
+/// a file, or the error of the file system.
 pub fn read_at_most(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     File::open(path)?.take(limit.saturating_add(1)).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > limit {
         let reason = format!("more than {limit} bytes, too many for such a file");
         return Err(io::Error::new(io::ErrorKind::FileTooLarge, reason));
+    }
+    if bytes.starts_with(LFS_POINTER) {
+        let (what, help) = IS_LFS_POINTER;
+        return Err(io::Error::new(io::ErrorKind::InvalidData, format!("{what}; {help}")));
     }
     Ok(bytes)
 }
@@ -101,6 +114,12 @@ mod tests {
         std::fs::write(file.path(), b"abc").unwrap();
         assert_eq!(read_at_most(file.path(), 3).unwrap(), b"abc");
         assert_eq!(read_at_most(file.path(), 2).unwrap_err().kind(), io::ErrorKind::FileTooLarge);
+        std::fs::write(file.path(), [LFS_POINTER, b"v1\n"].concat()).unwrap();
+        let error = read_at_most(file.path(), 100).unwrap_err();
+        assert!(
+            error.to_string().contains("Git LFS pointer")
+                && error.to_string().contains("; run `git lfs pull`")
+        );
         if cfg!(unix) {
             let error = read_at_most(Path::new("/dev/zero"), 1 << 20).unwrap_err();
             assert!(error.to_string().contains("1048576"), "{error}");

@@ -12,6 +12,7 @@ pub mod manifest;
 pub mod mixture;
 mod notes;
 pub mod overlap;
+mod panics;
 mod parquet_pages;
 mod parquet_rows;
 mod reader;

@@ -1,7 +1,7 @@
 //! Rows of a Parquet file, a few at a time, of all columns or of text columns alone.
 
 use std::fs::File;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,7 +14,9 @@ use parquet::schema::types::{SchemaDescPtr, SchemaDescriptor, Type};
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result, shown};
+use crate::panics::caught;
 use crate::parquet_pages::Group;
+use crate::reader::check_start;
 use crate::remedy::Remedy;
 use crate::row_text::{Joined, RowText};
 
@@ -45,6 +47,9 @@ impl ParquetRows {
     pub(crate) fn open(path: &Path, bytes_read: Arc<AtomicU64>) -> Result<ParquetRows> {
         let file = File::open(path).map_err(Error::io(path))?;
         let uncounted = file.metadata().map_err(Error::io(path))?.len();
+        let mut start = Vec::new();
+        (&file).take(64).read_to_end(&mut start).map_err(Error::io(path))?;
+        check_start(path, &start, ".parquet")?;
         let again = file.try_clone().map_err(Error::io(path))?;
         let reader =
             guarded(|| SerializedFileReader::new(again)).map_err(|reason| broken(path, 1, reason))?;
@@ -191,12 +196,12 @@ fn broken(path: &Path, row: u64, reason: String) -> Error {
 
 /// Runs `read` and turns panics into errors: the library panics on some damaged files.
 fn guarded<T>(read: impl FnOnce() -> parquet::errors::Result<T>) -> std::result::Result<T, String> {
-    match catch_unwind(AssertUnwindSafe(read)) {
+    match caught(read) {
         // Some messages repeat the bytes of the text.
-        Ok(read) => read.map_err(|cause| {
+        Some(read) => read.map_err(|cause| {
             let message = cause.to_string();
             shown(message.split(" Bytes: ").next().unwrap_or_default())
         }),
-        Err(_) => Err("its pages contradict its footer".into()),
+        None => Err("its pages contradict its footer".into()),
     }
 }

@@ -1,6 +1,7 @@
 //! Reads records of one file: decompresses it, cuts it at a delimiter, and holds one record in memory.
 
 use crate::error::{Error, Result};
+use crate::files::{IS_LFS_POINTER, LFS_POINTER};
 use bzip2::bufread::BzDecoder;
 use flate2::bufread::GzDecoder;
 use lzma_rust2::XzReader;
@@ -50,6 +51,17 @@ impl Packing {
         (extension(&path.with_extension("")), packing)
     }
 
+    /// Returns how names of such files end.
+    fn ending(self) -> &'static str {
+        match self {
+            Packing::Plain => "",
+            Packing::Gzip => ".gz",
+            Packing::Zstd => ".zst",
+            Packing::Bzip2 => ".bz2",
+            Packing::Xz => ".xz",
+        }
+    }
+
     fn name(self) -> &'static str {
         match self {
             Packing::Plain => "plain",
@@ -96,11 +108,9 @@ impl Records {
         }
         let file = File::open(path).map_err(Error::io(path))?;
         let mut file = BufReader::new(Counted { file, bytes_read });
+        check_start(path, file.fill_buf().map_err(Error::io(path))?, packing.ending())?;
         let reader: Box<dyn Read + Send> = match packing {
-            Packing::Plain => {
-                check_plain(path, file.fill_buf().map_err(Error::io(path))?)?;
-                Box::new(file)
-            }
+            Packing::Plain => Box::new(file),
             Packing::Gzip => Box::new(Members::<_, GzDecoder<_>>::new(file)),
             Packing::Zstd => Box::new(ZstdReader::new(file)),
             Packing::Bzip2 => Box::new(Members::<_, BzDecoder<_>>::new(file)),
@@ -245,25 +255,64 @@ impl Read for Counted {
     }
 }
 
-/// Refuses a file that is compressed, or in another encoding, and whose name does not say so. `start` is its start.
-fn check_plain(path: &Path, start: &[u8]) -> Result<()> {
-    /// The place of the bytes that a kind of file has, the bytes, what it is and what helps.
-    const KNOWN: [(usize, &[u8], &str, &str); 8] = [
-        (0, b"\x1f\x8b\x08", "gzip data", "end its name in .gz"),
-        (0, b"\x28\xb5\x2f\xfd", "Zstandard data", "end its name in .zst"),
+/// Refuses a file that is compressed in another way than its name says, or that is in another encoding. `start` is its
+/// start, and `ending` the end of its name that says what it holds: `.gz` or another packing, `.parquet`, or nothing.
+pub(crate) fn check_start(path: &Path, start: &[u8], ending: &str) -> Result<()> {
+    const UTF16: &str = "convert it (iconv -f UTF-16 -t UTF-8)";
+    const UTF32: &str = "convert it (iconv -f UTF-32 -t UTF-8)";
+    const UNPACK: &str = "unpack it";
+    /// The place of the bytes that a kind of file has, the bytes, what it is, the ending of its name, and what helps
+    /// where files of that kind are not read.
+    const KNOWN: [(usize, &[u8], &str, &str, &str); 17] = [
+        (0, b"\x1f\x8b\x08", "gzip data", ".gz", ""),
+        (0, b"\x28\xb5\x2f\xfd", "Zstandard data", ".zst", ""),
         // After "BZh" and the level.
-        (4, b"1AY&SY", "bzip2 data", "end its name in .bz2"),
-        (0, b"\xfd7zXZ\0", "xz data", "end its name in .xz"),
-        (0, b"PAR1\x15", "Parquet data", "end its name in .parquet"),
-        (0, b"PK\x03\x04", "a ZIP archive", "unpack it"),
-        (0, b"\xff\xfe", "text in UTF-16", "convert it (iconv -f UTF-16 -t UTF-8)"),
-        (0, b"\xfe\xff", "text in UTF-16", "convert it (iconv -f UTF-16 -t UTF-8)"),
+        (4, b"1AY&SY", "bzip2 data", ".bz2", ""),
+        (0, b"\xfd7zXZ\0", "xz data", ".xz", ""),
+        (0, b"PAR1\x15", "Parquet data", ".parquet", ""),
+        (0, b"\x5d\0\0", "LZMA data", "", "unpack it (xz --format=lzma -dc OLD.lzma > NEW)"),
+        (0, b"LZIP", "lzip data", "", UNPACK),
+        (0, b"\x04\x22\x4d\x18", "LZ4 data", "", "unpack it (lz4 -dc OLD.lz4 > NEW)"),
+        (0, b"\x1f\x9d", "data of compress", "", UNPACK),
+        (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive", "", UNPACK),
+        (0, b"Rar!\x1a\x07", "a RAR archive", "", UNPACK),
+        (0, b"PK\x03\x04", "a ZIP archive", "", UNPACK),
+        (0, b"%PDF-", "a PDF document", "", "extract its text (pdftotext)"),
+        // Before UTF-16, whose mark is the start of this one.
+        (0, b"\xff\xfe\0\0", "text in UTF-32", "", UTF32),
+        (0, b"\0\0\xfe\xff", "text in UTF-32", "", UTF32),
+        (0, b"\xff\xfe", "text in UTF-16", "", UTF16),
+        (0, b"\xfe\xff", "text in UTF-16", "", UTF16),
     ];
+    if start.starts_with(LFS_POINTER) {
+        let (what, help) = IS_LFS_POINTER;
+        return Err(Error::file(path, what, help));
+    }
     let is = |at: usize, magic: &[u8]| start.get(at..).is_some_and(|bytes| bytes.starts_with(magic));
     match KNOWN.iter().find(|(at, magic, ..)| is(*at, magic)) {
-        Some(&(.., what, help)) => Err(Error::file(path, format!("it holds {what}"), help)),
+        Some(&(.., own, "")) if own == ending => Ok(()),
+        Some(&(.., what, own, "")) => {
+            Err(Error::file(path, format!("it holds {what}"), format!("end its name in {own}")))
+        }
+        Some(&(.., what, _, help)) => Err(Error::file(path, format!("it holds {what}"), help)),
+        None if ending != ".parquet" && !ending.is_empty() && is_text(start) => Err(Error::file(
+            path,
+            "it holds text that is not compressed",
+            format!("take {ending} off its name"),
+        )),
         None => Ok(()),
     }
+}
+
+/// Returns whether the first bytes of a file are those of a text in UTF-8.
+fn is_text(start: &[u8]) -> bool {
+    /// A shorter one may be the start of a compressed file.
+    const LEAST: usize = 10;
+    let start = &start[..start.len().min(512)];
+    let is_control = |byte: &u8| byte.is_ascii_control() && !byte.is_ascii_whitespace();
+    // A character may go on behind the first bytes.
+    let is_utf8 = str::from_utf8(start).map_or_else(|cause| cause.error_len().is_none(), |_| true);
+    start.len() >= LEAST && is_utf8 && !start.iter().any(is_control)
 }
 
 /// Returns the text of the error that caused all others.
@@ -484,6 +533,47 @@ mod tests {
         assert!(matches!(records.next(), Err(Error::TooLarge { .. })));
         let (_file, mut records) = open(&[b'x'; 1000], "", 1000);
         assert_eq!(records.next().unwrap().unwrap().len(), 1000);
+    }
+
+    #[test]
+    fn a_file_that_is_not_what_its_name_says_is_named() {
+        let pointer = [LFS_POINTER, b"v1\noid sha256:0\nsize 9\n"].concat();
+        for (ending, start, wanted) in [
+            ("", &b"Once"[..], ""),
+            ("", b"", ""),
+            (".gz", b"", ""),
+            (".gz", b"\x1f\x8b\x08\0", ""),
+            // A skippable frame may be the first one.
+            (".zst", b"\x50\x2a\x4d\x18\x04\0\0\0abcd", ""),
+            (".parquet", b"PAR1\x15\0", ""),
+            (".parquet", b"PAR1", ""),
+            ("", b"\x1f\x8b\x08\0", "it holds gzip data; end its name in .gz"),
+            (".gz", b"\x28\xb5\x2f\xfd\0", "it holds Zstandard data; end its name in .zst"),
+            (".parquet", b"\x28\xb5\x2f\xfd\0", "it holds Zstandard data; end its name in .zst"),
+            (".xz", b"BZh91AY&SY", "it holds bzip2 data; end its name in .bz2"),
+            (
+                ".gz",
+                "Once upon a time, é".as_bytes(),
+                "it holds text that is not compressed; take .gz off its name",
+            ),
+            (".gz", b"once a caf\xc3", "it holds text that is not compressed; take .gz off its name"),
+            (".gz", b"\xc3\x28", ""),
+            ("", b"\x5d\0\0\x80\0", "it holds LZMA data; unpack it (xz --format=lzma -dc OLD.lzma > NEW)"),
+            ("", b"\xff\xfe\0\0a\0\0\0", "it holds text in UTF-32; convert it (iconv -f UTF-32 -t UTF-8)"),
+            ("", b"\0\0\xfe\xff\0\0\0a", "it holds text in UTF-32; convert it (iconv -f UTF-32 -t UTF-8)"),
+            ("", b"\xff\xfea\0", "it holds text in UTF-16; convert it (iconv -f UTF-16 -t UTF-8)"),
+            ("", &pointer, "is a Git LFS pointer and not the file itself; run `git lfs pull`"),
+            (".gz", &pointer, "is a Git LFS pointer and not the file itself; run `git lfs pull`"),
+            (".parquet", &pointer, "is a Git LFS pointer and not the file itself; run `git lfs pull`"),
+        ] {
+            let message =
+                check_start(Path::new("f"), start, ending).map_or_else(|e| e.to_string(), |()| String::new());
+            let wanted = if wanted.is_empty() { String::new() } else { format!("f: {wanted}") };
+            assert!(
+                message.starts_with(&wanted) && message.is_empty() == wanted.is_empty(),
+                "{ending}: {message}"
+            );
+        }
     }
 
     #[test]

@@ -86,9 +86,41 @@ fn messages_are_read_from_a_file() {
         ("{}", "not a list"),
         ("[{\"role\": \"user\"}, 1]", "message 2 has no role"),
         ("[", "EOF"),
+        ("version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
     ] {
         let message = read(text).unwrap_err();
         assert!(message.contains(wanted) && message.contains("messages.json: "), "{message}");
+    }
+}
+
+#[test]
+fn a_template_that_cannot_be_used_is_named() {
+    let error = |template: Value| {
+        let files = TokenizerFiles {
+            path: "m/tokenizer.json".into(),
+            config: Some(json!({"chat_template": template}).to_string().into_bytes()),
+            ..TokenizerFiles::default()
+        };
+        let rendered =
+            ChatTemplate::new(&files, false).and_then(|template| template.render(&Chat::of(None, "a")));
+        rendered.unwrap_err().to_string()
+    };
+    let other = "make it a text, or write the template to chat_template.jinja";
+    assert_eq!(
+        error(json!([{"name": "tool_use", "template": "B"}, {"name": "default"}])),
+        format!(
+            "m/tokenizer_config.json: chat_template is a list that has no template \"default\", but [\"tool_use\"]; {other}"
+        )
+    );
+    assert_eq!(
+        error(json!(5)),
+        format!("m/tokenizer_config.json: chat_template is 5 and not a text; {other}")
+    );
+    assert!(error(json!([])).contains("no chat template here"));
+    assert!(error(Value::Null).contains("no chat template here"));
+    for empty in ["", "{# x #}"] {
+        let message = error(json!(empty));
+        assert!(message.contains("it gives an empty text"), "{message}");
     }
 }
 

@@ -91,6 +91,51 @@ fn json_lines_and_arrays() {
 }
 
 #[test]
+fn json_in_another_form_is_named_with_what_helps() {
+    let array = message("a.jsonl", "[{\"text\": \"one\"},\n {\"text\": \"two\"}]");
+    assert_eq!(
+        array,
+        "line 1: an array and not an object; end the name of a file that is one array of objects in .json"
+    );
+    for name in ["a.json", "a.jsonl"] {
+        let pretty = message(name, "{\n \"text\": \"one\"\n}\n");
+        assert!(
+            pretty.starts_with("line 1: the object does not end in this line; write each object in"),
+            "{pretty}"
+        );
+    }
+    let cut = message("a.jsonl", "{\"text\": \"one\"}\n{\"text\": \"tw");
+    assert!(cut.starts_with("line 2: the object does not end in this line"), "{cut}");
+    let word = message("a.jsonl", "{\"text\": one}");
+    assert_eq!(
+        word,
+        "line 1: expected a value at column 10; expected one JSON object per line, or one array of objects"
+    );
+    assert!(
+        message("a.jsonl", "{\"text\": \"a\"}\n[1]").starts_with("line 2: expected an object at column 1; ")
+    );
+}
+
+#[test]
+fn files_that_are_not_what_their_names_say_are_named() {
+    let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n";
+    for name in
+        ["a.txt", "a.jsonl", "a.json", "a.txt.gz", "a.jsonl.zst", "a.txt.bz2", "a.txt.xz", "a.parquet"]
+    {
+        assert!(
+            message(name, pointer).starts_with("is a Git LFS pointer and not the file itself; run"),
+            "{name}"
+        );
+    }
+    assert_eq!(message("a.txt.gz", zstd(b"one")), "it holds Zstandard data; end its name in .zst");
+    assert_eq!(message("a.parquet", gzip(b"one")), "it holds gzip data; end its name in .gz");
+    assert_eq!(
+        message("a.txt.xz", "once upon a time"),
+        "it holds text that is not compressed; take .xz off its name"
+    );
+}
+
+#[test]
 fn compressed_files_read_as_plain_ones() {
     let long: String = (0..20_000).map(|i| format!("{{\"text\": \"line {i}\"}}\n")).collect();
     let plain = read("a.jsonl", &long).unwrap();
@@ -296,13 +341,13 @@ fn broken_files_are_named_with_the_fix() {
         let message = message(name, content);
         assert!(message.starts_with(start), "{message}");
     }
-    for (name, content) in [
-        ("a.jsonl", "{\"text\": \"a\"}\n{\"text\": \"b"),
-        ("a.json", "[{\"text\": \"a\"},\n{\"text\": \"b"),
-        ("a.json", "[{\"text\": \"a\"}\n]]"),
+    for (name, content, end) in [
+        ("a.jsonl", "{\"text\": \"a\"}\n{\"text\": \"b", "or fetch the file again if its end is missing"),
+        ("a.json", "[{\"text\": \"a\"},\n{\"text\": \"b", "one array of objects"),
+        ("a.json", "[{\"text\": \"a\"}\n]]", "one array of objects"),
     ] {
         let text = message(name, content);
-        assert!(text.starts_with("line 2: ") && text.ends_with("one array of objects"), "{text}");
+        assert!(text.starts_with("line 2: ") && text.ends_with(end), "{text}");
     }
     for content in ["[1]", "[\"a\"]", "1", "\"a\"", "{", &"[".repeat(100_000), &"{\"a\":".repeat(100_000)] {
         message("a.json", content);
@@ -329,7 +374,7 @@ fn damaged_compression_is_an_error_wherever_it_is_cut() {
                 assert_eq!(read, [String::from_utf8_lossy(&content).trim()], "{name} changed at {at}");
             }
         }
-        assert!(message(name, b"no such format").starts_with("damaged or truncated "));
+        assert!(message(name, b"\x80no such format").starts_with("damaged or truncated "));
     }
     for empty in ["a.txt.zst", "a.txt.gz", "a.txt.xz"] {
         assert!(message(empty, b"").starts_with("damaged or truncated "), "{empty}");

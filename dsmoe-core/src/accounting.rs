@@ -4,7 +4,8 @@
 //! attention  = sum over layers of 2 d H hd + 2 d KV hd          ffn = sum over layers of 3 d D, biases of gate and up
 //! embedding  = vocab d (twice when untied)                      norms = those of the layers, of heads, and the last
 //! total      = attention + ffn + router + embedding + norms + biases (of q, k, v, o and down)
-//! activated  = attention + embedding + norms + biases + ffn k / n + router, of masked matrices the kept weights
+//! activated  = attention + embedding + norms + biases + (ffn - shared) k / n + shared + router, of masked matrices the
+//!              kept weights; shared are experts that every token runs beside those that it is routed to
 //! flops      = 2 (activated matrix weights, head included, embedding excluded) + sum over layers of 4 H hd context
 //! ```
 //!
@@ -51,6 +52,8 @@ pub struct Accounting {
     query_width: u64,
     /// Width of the query heads of all layers with a window, and the window.
     windowed: (u64, u64),
+    /// Weights of experts that every token runs beside those that it is routed to, which are in `ffn`.
+    shared: u64,
     /// Masked weights of attention and of FFNs.
     pruned_attention: u64,
     pruned_ffn: u64,
@@ -64,7 +67,7 @@ impl Accounting {
         let architecture = &config.architecture;
         let (mut query_width, mut windowed, mut attention) = (0, (0, 0), 0);
         let (mut norms, mut biases, mut expert_biases) = (hidden, 0, 0);
-        let (mut ffn, mut router, mut router_matrices) = (0, 0, 0);
+        let (mut ffn, mut shared, mut router, mut router_matrices) = (0, 0, 0, 0);
         let layer_norms = if architecture.norms == Norms::Both { 4 } else { 2 };
         for i in 0..config.num_layers {
             let [queries, keys] = config.attention_widths(i).map(wide);
@@ -83,6 +86,7 @@ impl Accounting {
                     false if [ffn::DOWN_BIAS, ffn::OUTPUT_BIAS].contains(&&*spec.name) => biases += values,
                     false => {
                         ffn += values;
+                        shared += if spec.name.starts_with(ffn::SHARED_EXPERT) { values } else { 0 };
                         expert_biases += if spec.shape.len() == 1 { values } else { 0 };
                     }
                     true => {
@@ -112,6 +116,7 @@ impl Accounting {
             expert_biases,
             query_width,
             windowed,
+            shared,
             pruned_attention: 0,
             pruned_ffn: 0,
         }
@@ -168,6 +173,6 @@ impl Accounting {
             None if self.router == 0 => self.num_experts as f64,
             None => mean_active_experts,
         };
-        values as f64 * active / self.num_experts as f64
+        self.shared as f64 + (values - self.shared) as f64 * active / self.num_experts as f64
     }
 }

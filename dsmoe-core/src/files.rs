@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read, Result, Write};
-use std::path::{Component, Path};
+use std::path::Path;
 
 use crate::error::Error;
 
@@ -61,21 +61,103 @@ pub(crate) fn lfs_pointer(path: &Path) -> Error {
     Error::path(path, problem, "run `git lfs pull` in that repository, or download the file")
 }
 
-/// Checks that a model's directory is there. A name such as `org/name` that is no directory is taken for that of a model on
-/// the Hugging Face Hub.
+/// Checks that a model's directory is there. A name such as `org/name` that is no directory, or an address, is taken for
+/// that of a model on the Hugging Face Hub.
 pub(crate) fn check_exists(dir: &Path) -> crate::Result<()> {
     if fs::symlink_metadata(dir).is_ok() {
         return Ok(());
     }
-    let mut names = dir.components().map(|component| matches!(component, Component::Normal(_)));
-    let is_id = names.next() == Some(true) && names.next() == Some(true) && names.next().is_none();
-    if is_id && !parent(dir).exists() {
-        let problem = "there is no such directory; it looks like a name on the Hugging Face Hub";
-        let help = format!("download it first: `hf download {}` prints the directory", dir.display());
+    if let Some(Hub { id, file }) = dir.to_str().and_then(Hub::of) {
+        let missing = if file.is_some() { "file" } else { "directory" };
+        let problem = format!("there is no such {missing}; it looks like a name on the Hugging Face Hub");
+        let file = file.map(|file| format!(" {file}")).unwrap_or_default();
+        let help = format!("download it first: `hf download {id}{file}` prints the {missing}");
         return Err(Error::path(dir, problem, help));
     }
     if dir.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) {
         return Err(Error::path(dir, "there is no such file", "name a GGUF file or a model directory"));
     }
-    Err(Error::path(dir, "there is no such directory", "name a model directory or a GGUF file"))
+    let help = match dir.to_str().filter(|name| is_hub_part(name)) {
+        Some(name) => format!(
+            "name a model directory or a GGUF file; one of the Hugging Face Hub is downloaded first: `hf download {name}` \
+             prints the directory"
+        ),
+        None => "name a model directory or a GGUF file".to_owned(),
+    };
+    Err(Error::path(dir, "there is no such directory", help))
+}
+
+/// A model on the Hugging Face Hub, or a file of it.
+#[derive(Debug, PartialEq, Eq)]
+struct Hub {
+    /// Owner and name.
+    id: String,
+    file: Option<String>,
+}
+
+impl Hub {
+    /// Reads an address, `owner/name`, or a weights file as `owner/name/file`. A path of which the first directory is there
+    /// is none of them.
+    fn of(text: &str) -> Option<Hub> {
+        const ADDRESSES: [&str; 5] = [
+            "https://huggingface.co/",
+            "http://huggingface.co/",
+            "huggingface.co/",
+            "https://hf.co/",
+            "hf://",
+        ];
+        let address = ADDRESSES.iter().find_map(|start| text.strip_prefix(start));
+        let path = address.unwrap_or(text).trim_end_matches('/');
+        let parts: Vec<&str> = path.split(['?', '#']).next()?.split('/').collect();
+        let [owner, name, rest @ ..] = &parts[..] else { return None };
+        // An address names the revision before the file.
+        let rest = match rest {
+            ["resolve" | "blob" | "tree", _, file @ ..] if address.is_some() => file,
+            rest => rest,
+        };
+        let is_weights = |file: &str| file.ends_with(".gguf") || file.ends_with(".safetensors");
+        let is_known = rest.last().is_none_or(|file| address.is_some() || is_weights(file));
+        let is_free = address.is_some() || !Path::new(owner).exists();
+        let is_id = is_known && is_free && parts.iter().all(|part| is_hub_part(part));
+        let file = (!rest.is_empty()).then(|| rest.join("/"));
+        is_id.then(|| Hub { id: format!("{owner}/{name}"), file })
+    }
+}
+
+/// Returns whether a name on the Hub may have this part.
+fn is_hub_part(part: &str) -> bool {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+    !part.is_empty() && part.len() <= 96 && part.chars().all(is_plain) && !part.starts_with(['.', '-'])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_on_the_hub_are_told_from_paths() {
+        for (text, wanted) in [
+            ("no-org/no-name", "no-org/no-name"),
+            ("no-org/no-name/", "no-org/no-name"),
+            ("no-org/no-name/x.Q4_0.gguf", "no-org/no-name x.Q4_0.gguf"),
+            ("https://huggingface.co/a/b", "a/b"),
+            ("https://huggingface.co/a/b/tree/main", "a/b"),
+            ("https://huggingface.co/a/b/resolve/main/dir/x.gguf?download=true", "a/b dir/x.gguf"),
+            ("hf://a/b", "a/b"),
+            ("gpt2", ""),
+            ("no-org/no-name/part", ""),
+            ("src/no-name", ""),
+            ("../a/b", ""),
+            ("./a/b", ""),
+            ("/no-org/no-name", ""),
+            ("no org/name", ""),
+            ("https://other.org/a/b", ""),
+        ] {
+            let found = Hub::of(text).map(|Hub { id, file }| match file {
+                Some(file) => format!("{id} {file}"),
+                None => id,
+            });
+            assert_eq!(found.unwrap_or_default(), wanted, "{text}");
+        }
+    }
 }

@@ -41,8 +41,23 @@ pub(crate) fn parse<T: DeserializeOwned>(
     what: &str,
     help: &'static str,
 ) -> Result<T> {
-    serde_json::from_str(text)
-        .map_err(|cause| Error::path(path, format!("not {what}: {}", shown(&cause.to_string())), help))
+    serde_json::from_str(text).map_err(|cause| match python_number(text, &cause) {
+        Some(word) => {
+            let problem = format!("line {} holds {word}, which JSON does not have", cause.line());
+            Error::path(path, problem, "write a number or null there")
+        }
+        None => Error::path(path, format!("not {what}: {}", shown(&cause.to_string())), help),
+    })
+}
+
+/// Returns the number that Python writes and JSON does not have, if the parser stopped there.
+fn python_number(text: &str, cause: &serde_json::Error) -> Option<&'static str> {
+    let line = text.lines().nth(cause.line().checked_sub(1)?)?;
+    let before = line.get(..cause.column().checked_sub(1)?)?;
+    // The parser stops at the first letter, or behind it.
+    let word = before.rfind(|c: char| !c.is_ascii_alphabetic() && c != '-').map_or(0, |at| at + 1);
+    let word = line.get(word..).filter(|_| cause.is_syntax())?;
+    ["NaN", "Infinity", "-Infinity"].into_iter().find(|number| word.starts_with(number))
 }
 
 /// Parses a JSON object; `path` is for messages.
@@ -56,4 +71,25 @@ pub(crate) fn parse_object(path: &Path, text: &str) -> Result<Map<String, Value>
 /// `text` is not a JSON object.
 pub(crate) fn object(text: &str) -> Map<String, Value> {
     serde_json::from_str(text).expect("an object that was written as one")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_of_python_are_named() {
+        for (text, wanted) in [
+            ("{\n\"a\": NaN}", "c: line 2 holds NaN, which JSON does not have; write a number or null there"),
+            ("{\"a\":-Infinity}", "c: line 1 holds -Infinity, which"),
+            ("{\"a\": [1, Infinity]}", "c: line 1 holds Infinity, which"),
+            ("{\"a\": NaN", "c: line 1 holds NaN, which"),
+            ("{\"é\": \"NaN\", x}", "c: not a JSON object: key must be a string at line 1 column"),
+            ("{\"a\": nan}", "c: not a JSON object: expected"),
+            ("", "c: not a JSON object: EOF"),
+        ] {
+            let message = parse_object(Path::new("c"), text).unwrap_err().to_string();
+            assert!(message.starts_with(wanted), "{text}: {message}");
+        }
+    }
 }

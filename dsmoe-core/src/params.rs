@@ -29,6 +29,8 @@ pub struct TensorSpec {
     pub router: bool,
     /// True if only training reads it, as the noise of a gate; counts of parameters leave it out.
     pub training_only: bool,
+    /// True if it lies directly behind the tensor before it: matrices of one width are then one matrix.
+    pub joined: bool,
 }
 
 impl TensorSpec {
@@ -50,7 +52,7 @@ impl TensorSpec {
     /// Describes a router's tensor: no decay.
     pub fn router(name: impl Into<String>, shape: Vec<usize>) -> TensorSpec {
         let (name, stored) = (name.into(), Stored::AsIs);
-        TensorSpec { name, shape, stored, decay: false, router: true, training_only: false }
+        TensorSpec { name, shape, stored, decay: false, router: true, training_only: false, joined: false }
     }
 
     /// Returns the description of the transposed tensor.
@@ -126,6 +128,9 @@ impl Layout {
     }
 
     fn place(&mut self, spec: TensorSpec, layer: Option<usize>) -> Range<usize> {
+        if spec.joined {
+            self.len = self.entries.last().map_or(0, |entry| entry.range.end);
+        }
         let range = self.len..self.len + spec.numel();
         self.len = range.end;
         let taken = self.by_name.insert(spec.name.clone(), self.entries.len());

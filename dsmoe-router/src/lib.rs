@@ -9,6 +9,7 @@ mod error;
 pub mod gate;
 pub mod init;
 pub mod linalg;
+pub mod mixture;
 pub mod reference;
 pub mod routing;
 pub mod separability;

@@ -148,7 +148,7 @@ pub(crate) fn write(
         progress(Progress { stage: "writing", done, total });
         writer.begin(&info.name)?;
         let change = ffn_change(&info.name, |layer| layers.get(layer).map(|layer| &layer.order[..]));
-        source.stream(&info.name, change, |bytes| writer.write_chunk(bytes))?;
+        source.copy(&info.name, change, |bytes| writer.write_chunk(bytes))?;
     }
     for (i, layer) in layers.iter().enumerate() {
         for (tensor, values) in gate.iter().zip(&layer.gate) {

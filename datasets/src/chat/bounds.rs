@@ -1,11 +1,11 @@
 //! Runs the template engine within bounds of size, nesting, work and time.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
 use super::source::longest_tag;
+use crate::panics::caught;
 
 /// The largest template, in bytes; those in use have some 20 thousand.
 const LARGEST: usize = 1 << 20;
@@ -36,8 +36,7 @@ pub(super) fn run<T: Send + 'static>(
 ) -> Result<T, String> {
     let (send, receive) = mpsc::channel();
     let guarded = move || {
-        let done = catch_unwind(AssertUnwindSafe(work));
-        let _ = send.send(done.unwrap_or_else(|_| Err("the template engine fails on it".into())));
+        let _ = send.send(caught(work).unwrap_or_else(|| Err("the template engine fails on it".into())));
     };
     thread::Builder::new()
         .name("chat template".into())

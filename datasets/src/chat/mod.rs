@@ -102,28 +102,37 @@ impl ChatTemplate {
             return Ok(ChatTemplate { path, source, special_tokens });
         }
         let path = files.config_path();
+        let wrong = |reason: String| {
+            let help = "make it a text, or write the template to chat_template.jinja";
+            Err(Error::file(&path, format!("chat_template {reason}"), help))
+        };
         let source = match settings.chat_template {
-            Value::String(source) => Some(source),
-            Value::Array(templates) => {
+            Value::String(source) => source,
+            Value::Array(templates) if !templates.is_empty() => {
                 let named = |name: &str| {
                     let found = templates.iter().find(|template| template["name"] == name)?;
                     found["template"].as_str().map(str::to_owned)
                 };
                 let for_tools = if tools { named("tool_use") } else { None };
-                for_tools.or_else(|| named("default"))
+                let Some(source) = for_tools.or_else(|| named("default")) else {
+                    let with_text = templates.iter().filter(|template| template["template"].is_string());
+                    let names = with_text.filter_map(|template| template["name"].as_str());
+                    let names: Vec<String> = names.map(|name| format!("{name:?}")).collect();
+                    let names = shown(&names.join(", "));
+                    return wrong(format!("is a list that has no template \"default\", but [{names}]"));
+                };
+                source
             }
-            _ => None,
+            Value::Null | Value::Array(_) => return Err(Error::NoChatTemplate { path }),
+            other => return wrong(format!("is {} and not a text", shown(&other.to_string()))),
         };
-        match source {
-            Some(source) => Ok(ChatTemplate { path, source, special_tokens }),
-            None => Err(Error::NoChatTemplate { path }),
-        }
+        Ok(ChatTemplate { path, source, special_tokens })
     }
 
     /// Renders a conversation. The text is to be encoded without BOS, which the template writes itself.
     ///
     /// # Errors
-    /// A template with an error, or one that refuses the conversation.
+    /// A template with an error, one that refuses the conversation, or one that gives an empty text for it.
     pub fn render(&self, chat: &Chat) -> Result<String> {
         self.render_at(chat, Local::now().naive_local())
     }
@@ -144,8 +153,13 @@ impl ChatTemplate {
                 .render_named_str("chat template", &source, variables)
                 .map_err(|cause| reason(&cause))
         };
+        let not_empty = |text: String| match text.is_empty() {
+            true => Err("it gives an empty text".to_owned()),
+            false => Ok(text),
+        };
         bounds::check(&self.source)
             .and_then(|()| bounds::run(work))
+            .and_then(not_empty)
             .map_err(|reason| Error::ChatTemplate { path: self.path.clone(), reason })
     }
 
@@ -307,7 +321,10 @@ mod tests {
             let longer = chain(start, link, end).replace(link, &link.repeat(2));
             assert!(render(&longer).contains("a tag of "), "{link}");
         }
-        assert_eq!(render(&format!("{{% if 0 %}}{}x{{% endif %}}", "{% elif 0 %}".repeat(50_000))), "");
+        assert_eq!(
+            render(&format!("{{% if 0 %}}{}x{{% else %}}y{{% endif %}}", "{% elif 0 %}".repeat(50_000))),
+            "y"
+        );
         // Many levels for little fuel.
         let nested = format!("{}ns.x{}", "[".repeat(40), "]".repeat(40));
         let uses = ["{{ ns.x }}", "{{ ns.x | tojson }}", "{{ ns.x == [ns.x] }}", "{{ ns.x ~ 1 }}"];

@@ -344,6 +344,8 @@ pub fn train_bpe(texts: impl Iterator<Item = String>, vocab_size: usize, out_dir
     let config = serde_json::json!({
         "add_bos_token": true, "add_eos_token": false, "bos_token": "<s>", "eos_token": "</s>",
         "clean_up_tokenization_spaces": false, "tokenizer_class": "PreTrainedTokenizerFast",
+        // Of its own this class of transformers gives token_type_ids too, which models of these families do not take.
+        "model_input_names": ["input_ids", "attention_mask"],
     });
     let special = serde_json::json!({ "bos_token": "<s>", "eos_token": "</s>" });
     fs::create_dir_all(out_dir).map_err(Error::io(out_dir))?;

@@ -1,9 +1,9 @@
 //! Checks of `tokenizer.json` before the tokenizers crate reads it: the crate panics on files that contradict themselves.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
-
 use serde_json::{Map, Value};
 use tokenizers::Tokenizer;
+
+use crate::panics::caught;
 
 /// Parses `tokenizer.json`, given also as `json`. Whatever else the crate panics on is an error too.
 pub(super) fn parse(bytes: &[u8], json: &Value) -> tokenizers::Result<Tokenizer> {
@@ -13,8 +13,7 @@ pub(super) fn parse(bytes: &[u8], json: &Value) -> tokenizers::Result<Tokenizer>
 
 /// Runs `use_tokenizer` and turns a panic of the crate into an error.
 pub(super) fn guarded<T>(use_tokenizer: impl FnOnce() -> tokenizers::Result<T>) -> tokenizers::Result<T> {
-    catch_unwind(AssertUnwindSafe(use_tokenizer))
-        .unwrap_or_else(|_| Err("a field has a value of the wrong kind".into()))
+    caught(use_tokenizer).unwrap_or_else(|| Err("a field has a value of the wrong kind".into()))
 }
 
 /// Checks what the crate takes for granted.

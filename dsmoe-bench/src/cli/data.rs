@@ -6,7 +6,7 @@ use clap::{Args, Subcommand};
 use dsmoe_datasets::Bos;
 use dsmoe_datasets::world::ITEMS;
 
-use super::values::{quantity, words};
+use super::values::{quantity, separator, words};
 
 /// The arguments that name text.
 #[derive(Debug, Args)]
@@ -22,8 +22,9 @@ pub(crate) struct DataArgs {
     /// Folder of token caches: text is tokenized into it once and read from it, also text larger than the memory
     #[arg(long, value_name = "DIR")]
     pub(crate) cache: Option<PathBuf>,
-    /// Separator of the documents in a text file [default: a text file is one document]
-    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    /// Separator of the documents in a text file; \n, \t, \r and \\ stand for a line end, a tab, a carriage return and a
+    /// backslash [default: a text file is one document]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true, value_parser = separator)]
     pub(crate) doc_separator: Option<String>,
     /// Field of a JSON object or column of a Parquet file with the text; several, separated by commas, are joined by
     /// line ends [default: text]

@@ -12,7 +12,7 @@ use dsmoe_core::gguf::GgufType;
 use dsmoe_router::{GateValue, Rescale, ZeroActive};
 
 use super::prune::CalibrationArgs;
-use super::values::{quantity, words};
+use super::values::{quantity, separator, words};
 
 #[derive(Debug, Args)]
 pub(crate) struct Inspect {
@@ -28,8 +28,8 @@ pub(crate) struct Inspect {
 
 const ABOUT_CONVERT: &str = "\
 With --calib, the conversion makes DSMoE's best start, as `dsmoe prune --method dsmoe` does: experts of similar neurons \
-(clusters), routers fitted to the text so that they open --active-target of the experts (calibrated), and gates of 1 \
-(binary). Without --calib it makes the paper's start: contiguous experts, random routers and sigmoid gates. An option \
+(clusters), a core of them that always runs (--core), routers fitted to the text so that with the core they open \
+--active-target of the experts (fitted), down_proj fitted to the experts that run (--ridge), and gates of 1 (binary). Without --calib it makes the paper's start: contiguous experts, random routers and sigmoid gates. An option \
 that is given replaces its part of either start.";
 
 #[derive(Debug, Args)]
@@ -40,13 +40,21 @@ pub(crate) struct Convert {
     /// Directory to write
     #[arg(long, value_name = "DIR")]
     pub(crate) out: PathBuf,
+    /// dsmoe: experts that are parts of the FFN, behind sigmoid gates; mixtral, qwen3_moe or olmoe: a mixture of that family
+    /// whose experts are copies of the FFN, with the outputs of the dense model
+    #[arg(long = "as", value_name = "FORM", default_value = "dsmoe",
+        value_parser = ["dsmoe", "mixtral", "qwen3_moe", "olmoe"])]
+    pub(crate) form: String,
+    /// Experts that every token runs, of a mixture [default: 2]
+    #[arg(long, value_name = "K", value_parser = clap::value_parser!(u32).range(1..=65536))]
+    pub(crate) top_k: Option<u32>,
     #[command(flatten)]
     pub(crate) calibration: CalibrationArgs,
     /// Share of experts to be active, mean over tokens and layers; it is stored with the model, and `dsmoe train` reaches
     /// it; 0.375 is 3 of 8
     #[arg(long, value_name = "SHARE")]
     pub(crate) active_target: Option<f64>,
-    /// Experts in each FFN; must divide intermediate_size [default: of 16 neurons with --calib, else 8]
+    /// Experts in each FFN; they must divide intermediate_size, but for copies [default: of 16 neurons with --calib, else 8]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub(crate) experts: Option<u32>,
     /// Assignment of neurons to experts: contiguous, random, clusters (of similar neurons), or a JSON file
@@ -92,9 +100,27 @@ pub(crate) struct Convert {
     pub(crate) force: bool,
 }
 
+impl Convert {
+    /// Returns the first option that is of gated experts alone and not as it is by default.
+    pub(crate) fn of_gates(&self) -> Option<&'static str> {
+        let given = [
+            ("--calib", !self.calibration.calib.is_empty()),
+            ("--active-target", self.active_target.is_some()),
+            ("--partition", self.partition.is_some()),
+            ("--router-init", self.router_init.is_some()),
+            ("--threshold", self.threshold != 0.5),
+            ("--gate-value", self.gate_value.is_some()),
+            ("--rescale", self.rescale != Rescale::None),
+            ("--zero-active", self.zero_active != ZeroActive::Skip),
+            ("--no-ste", self.no_ste),
+        ];
+        given.iter().find(|(_, is_given)| *is_given).map(|(name, _)| *name)
+    }
+}
+
 const ABOUT_EXPORT: &str = "\
 hf is the form for Python: transformers loads it with trust_remote_code=True, experts and gates included. dense leaves the \
-gates out, which is exact for a model that was not trained since its conversion (the result is the dense model that it was \
+gates out, which is exact for a model that was neither fitted to text nor trained (the result is the dense model that it was \
 made from) and for gates that are 1 for every expert and token; for other models it is refused. --fold mean approximates \
 them: the mean factor of every expert on the text of --data goes into its weights, and the perplexity on that text before \
 and after is printed.";
@@ -127,7 +153,7 @@ pub(crate) struct Export {
 
 #[derive(Debug, Args)]
 pub(crate) struct Import {
-    /// GGUF file, or the first part of a split one
+    /// GGUF file, or any part of a split one
     pub(crate) model: PathBuf,
     /// Directory to write
     #[arg(long, value_name = "DIR")]
@@ -149,8 +175,9 @@ pub(crate) struct FoldArgs {
     /// Text files or folders for --fold
     #[arg(long, value_name = "PATH", num_args = 1.., requires = "fold")]
     pub(crate) data: Vec<PathBuf>,
-    /// Separator of the documents in a text file [default: a text file is one document]
-    #[arg(long, value_name = "TEXT", allow_hyphen_values = true, requires = "fold")]
+    /// Separator of the documents in a text file; \n, \t, \r and \\ stand for a line end, a tab, a carriage return and a
+    /// backslash [default: a text file is one document]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true, value_parser = separator, requires = "fold")]
     pub(crate) doc_separator: Option<String>,
     /// Field of a JSON object or column of a Parquet file with the text; several, separated by commas, are joined by
     /// line ends [default: text]

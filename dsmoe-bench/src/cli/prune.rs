@@ -6,7 +6,7 @@ use clap::Args;
 use dsmoe_baselines::Budget;
 use dsmoe_datasets::Bos;
 
-use super::values::words;
+use super::values::{separator, words};
 
 /// Calibration text and its form.
 #[derive(Debug, Args)]
@@ -15,8 +15,9 @@ pub(crate) struct CalibrationArgs {
     /// training with default settings holds out is not read
     #[arg(long, value_name = "PATH", num_args = 1..)]
     pub(crate) calib: Vec<PathBuf>,
-    /// Separator of the documents in a text file [default: a text file is one document]
-    #[arg(long, value_name = "TEXT", allow_hyphen_values = true, requires = "calib")]
+    /// Separator of the documents in a text file; \n, \t, \r and \\ stand for a line end, a tab, a carriage return and a
+    /// backslash [default: a text file is one document]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true, value_parser = separator, requires = "calib")]
     pub(crate) doc_separator: Option<String>,
     /// Field of a JSON object or column of a Parquet file with the text; several, separated by commas, are joined by
     /// line ends [default: text]

@@ -45,6 +45,29 @@ pub(crate) fn quantity(text: &str) -> Result<u64, String> {
     }
 }
 
+/// A separator of documents, in which `\n`, `\t`, `\r` and `\\` stand for a line end, a tab, a carriage return and a backslash;
+/// other characters after a backslash stand for themselves, as does the backslash.
+pub(crate) fn separator(text: &str) -> Result<String, std::convert::Infallible> {
+    let mut separator = String::new();
+    let mut rest = text.chars();
+    while let Some(c) = rest.next() {
+        let escape = if c == '\\' { rest.clone().next() } else { None };
+        let meant = match escape {
+            Some('n') => '\n',
+            Some('t') => '\t',
+            Some('r') => '\r',
+            Some('\\') => '\\',
+            _ => {
+                separator.push(c);
+                continue;
+            }
+        };
+        rest.next();
+        separator.push(meant);
+    }
+    Ok(separator)
+}
+
 /// A share of active experts, or the least and the largest of a range.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Active {
@@ -92,6 +115,21 @@ mod tests {
         assert_eq!(template_arg("a=[1, \"x=y\"]").unwrap(), ("a".into(), serde_json::json!([1, "x=y"])));
         assert!(template_arg("a").unwrap_err().contains("NAME=JSON"));
         assert!(template_arg("a=text").unwrap_err().contains("a='\"text\"'"));
+    }
+
+    #[test]
+    fn separators_may_be_written_with_escapes() {
+        for (text, wanted) in [
+            ("<|end|>", "<|end|>"),
+            (r"\n\n", "\n\n"),
+            (r"a\tb\r\n", "a\tb\r\n"),
+            (r"\\n", r"\n"),
+            (r"\section\", r"\section\"),
+            ("\n===\n", "\n===\n"),
+            ("", ""),
+        ] {
+            assert_eq!(separator(text), Ok(wanted.to_owned()), "{text}");
+        }
     }
 
     #[test]

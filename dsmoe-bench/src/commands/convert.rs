@@ -1,4 +1,4 @@
-//! `dsmoe convert`: cuts the FFNs of a dense model into experts.
+//! `dsmoe convert`: cuts the FFNs of a dense model into experts, or copies them.
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -9,7 +9,8 @@ use dsmoe_core::accounting::Accounting;
 use dsmoe_core::config::Config;
 use dsmoe_core::convert::start::{self, Start, StartSettings, default_width};
 use dsmoe_core::convert::{
-    Calibration, ConvertOptions, ConvertProgress, PartitionSpec, RouterStart, convert,
+    Calibration, ConvertOptions, ConvertProgress, PartitionSpec, RouterStart, UpcycleOptions, convert,
+    upcycle,
 };
 use dsmoe_router::{GateValue, RouterConfig, RouterInit};
 use serde::Serialize;
@@ -23,6 +24,10 @@ use crate::ui::Ui;
 
 /// Experts per layer by default.
 const DEFAULT_EXPERTS: usize = 8;
+/// Experts of a mixture that every token runs by default.
+const DEFAULT_TOP_K: usize = 2;
+/// The form with gated experts.
+const DSMOE: &str = "dsmoe";
 
 #[derive(Debug, Serialize)]
 struct Report {
@@ -45,7 +50,78 @@ struct Report {
     seconds: f64,
 }
 
+/// The result of making a mixture.
+#[derive(Debug, Serialize)]
+struct Upcycled {
+    #[serde(serialize_with = "lossy")]
+    model: PathBuf,
+    #[serde(serialize_with = "lossy")]
+    out: PathBuf,
+    family: String,
+    experts: usize,
+    top_k: usize,
+    expert_width: usize,
+    params_total: u64,
+    params_activated: f64,
+    params_router: u64,
+    bytes: u64,
+    seconds: f64,
+}
+
+/// Makes a mixture whose experts are copies of the FFN.
+fn mixture(args: &Convert, ui: &mut Ui) -> Result<()> {
+    if let Some(option) = args.of_gates() {
+        bail!("{option} is of gated experts; leave it or --as {} out", args.form);
+    }
+    let options = UpcycleOptions {
+        family: args.form.clone(),
+        num_experts: args.experts.map_or(DEFAULT_EXPERTS, |experts| experts as usize),
+        top_k: args.top_k.map_or(DEFAULT_TOP_K, |k| k as usize),
+        seed: args.seed,
+        force: args.force,
+    };
+    let started = Instant::now();
+    let mut stages = Stages::new(ui);
+    let mut shown = |at: ConvertProgress| stages.set(at.stage, at.done, at.total);
+    let done = upcycle(&args.model, &args.out, &options, &mut shown);
+    stages.finish();
+    let done = done?;
+    show_config_notices(&Config::load(&args.model)?, ui);
+    let report = Upcycled {
+        model: args.model.clone(),
+        out: args.out.clone(),
+        family: options.family,
+        experts: options.num_experts,
+        top_k: options.top_k,
+        expert_width: done.expert_width,
+        params_total: done.total,
+        params_activated: done.activated,
+        params_router: done.router_params,
+        bytes: done.bytes,
+        seconds: started.elapsed().as_secs_f64(),
+    };
+    ui.result(&report, |report| {
+        format!(
+            "{}: {} with {} experts of width {} per layer, {} of them for each token, {} parameters ({} activated), {}",
+            report.out.display(),
+            report.family,
+            report.experts,
+            report.expert_width,
+            report.top_k,
+            format::count(report.params_total),
+            format::count(report.params_activated as u64),
+            format::bytes(report.bytes),
+        )
+    })
+}
+
 pub(crate) fn run(args: &Convert, ui: &mut Ui) -> Result<()> {
+    if args.form != DSMOE {
+        return mixture(args, ui);
+    }
+    if args.top_k.is_some() {
+        bail!("--top-k is of a mixture; add --as mixtral, or leave it out");
+    }
     let calibrated = !args.calibration.calib.is_empty();
     let routers = args.router_init.unwrap_or(match calibrated {
         true => Routers::Fitted,

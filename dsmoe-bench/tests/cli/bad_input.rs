@@ -68,10 +68,10 @@ fn configurations() {
             &["config.json", "rope_scaling", "mrope", "llama3"],
         ),
         (
-            "mixtral",
+            "phimoe",
             "model_type",
-            json!("mixtral"),
-            &["config.json", "model_type", "mixtral", "experts already", "qwen3"],
+            json!("phimoe"),
+            &["config.json", "model_type", "phimoe", "experts of another kind", "qwen3"],
         ),
         ("huge", "hidden_size", json!(1u64 << 60), &["config.json", "hidden_size", "; "]),
         ("zero", "num_hidden_layers", json!(0), &["config.json", "num_hidden_layers", "; "]),

@@ -171,6 +171,16 @@ fn tokenizers_are_trained() {
 }
 
 #[test]
+fn separators_are_typed_with_escapes() {
+    write("escapes.txt", "one\n\ntwo\n\nthree\\nfour");
+    let count =
+        |rest: &str| json_of(&format!("data stats --data escapes.txt {rest}"))["total"]["documents"].clone();
+    assert_eq!(count(""), 1);
+    assert_eq!(count(r"--doc-separator '\n\n'"), 3);
+    assert_eq!(count(r"--doc-separator '\\n'"), 2);
+}
+
+#[test]
 fn what_is_wrong_with_sources_is_said() {
     mixture("bad");
     for (name, bytes, parts) in [

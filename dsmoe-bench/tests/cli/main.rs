@@ -11,6 +11,7 @@ mod export;
 mod families;
 mod faults;
 mod golden;
+mod mixtures;
 mod prune;
 mod reproduce;
 mod snapshots;

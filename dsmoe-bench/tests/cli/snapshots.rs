@@ -7,10 +7,12 @@ use std::fmt::Write as _;
 use std::fs;
 use std::path::PathBuf;
 
-use crate::common::{Run, run, succeeds};
+use serde_json::{Value, json};
+
+use crate::common::{Run, config, copy_of_dense, path, read, run, succeeds, weights, write};
 
 /// Command lines that fail, run in the folder of the models `dense` and `moe` and the text `text.txt`.
-const WRONG: [&str; 44] = [
+const WRONG: [&str; 71] = [
     "",
     "nonsense",
     "inspect nowhere",
@@ -55,7 +57,81 @@ const WRONG: [&str; 44] = [
     "bench ffn --experts 3 --repeats 1",
     "bench compare text.txt text.txt",
     "reproduce --profile nonsense",
+    "inspect nowhere/name",
+    "inspect nowhere/name/",
+    "inspect nowhere/name/x.gguf",
+    "inspect https://huggingface.co/nowhere/name",
+    "inspect hf://nowhere/name",
+    "inspect wrong/nothing",
+    "inspect wrong/adapter",
+    "inspect wrong/models--a--b",
+    "inspect wrong/pointer.gguf",
+    "inspect wrong/nan",
+    "eval dense --data wrong/pointer.txt",
+    "eval dense --data wrong/pointer.txt.gz",
+    "eval dense --data wrong/pointer.parquet",
+    "eval dense --data wrong/text.txt.gz",
+    "eval dense --data wrong/lzma.txt.lzma",
+    "eval dense --data wrong/utf32.txt",
+    "eval dense --data wrong/array.jsonl",
+    "eval dense --data wrong/pretty.json",
+    "generate wrong/pointer --prompt x",
+    "generate wrong/panic --prompt x",
+    "generate wrong/list --chat --prompt x",
+    "generate wrong/number --chat --prompt x",
+    "generate wrong/empty --chat --prompt x",
+    "export wrong/bias --as gguf --out out-snapshot",
+    "export wrong/untied --as gguf --out out-snapshot",
+    "export wrong/infinite --as hf --out out-snapshot",
+    "export wrong/large --as hf --dtype bf16 --out out-snapshot",
 ];
+
+/// Writes what the lines about `wrong/` are about.
+fn write_wrong() {
+    let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n";
+    for name in ["nothing", "adapter", "models--a--b/snapshots/abc", "nan"] {
+        fs::create_dir_all(path(&format!("wrong/{name}"))).unwrap();
+    }
+    write("wrong/adapter/adapter_config.json", "{}");
+    write("wrong/models--a--b/snapshots/abc/config.json", "{}");
+    write("wrong/nan/config.json", "{\n \"model_type\": \"llama\",\n \"router_aux\": NaN\n}");
+    for name in ["pointer.gguf", "pointer.txt", "pointer.txt.gz", "pointer.parquet"] {
+        write(&format!("wrong/{name}"), pointer);
+    }
+    write("wrong/text.txt.gz", "once upon a time");
+    write("wrong/lzma.txt.lzma", b"\x5d\0\0\x80\0\xff\xff");
+    write("wrong/utf32.txt", b"\xff\xfe\0\0a\0\0\0");
+    write("wrong/array.jsonl", "[{\"text\": \"a\"}]");
+    write("wrong/pretty.json", "{\n \"text\": \"a\"\n}");
+    for name in ["pointer", "panic", "list", "number", "empty", "infinite", "large"] {
+        copy_of_dense(&format!("wrong/{name}"));
+    }
+    write("wrong/pointer/tokenizer.json", pointer);
+    let mut tokenizer: Value = serde_json::from_str(&read("tokenizer.json")).unwrap();
+    // The tokenizers crate panics on a map that is none.
+    tokenizer["normalizer"] = json!({"type": "Precompiled", "precompiled_charsmap": "AAAA"});
+    write("wrong/panic/tokenizer.json", tokenizer.to_string());
+    let templates = json!([{"name": "tool_use", "template": "x"}]);
+    for (name, template) in [("list", templates), ("number", json!(5)), ("empty", json!(""))] {
+        let config = json!({"bos_token": "<s>", "chat_template": template});
+        write(&format!("wrong/{name}/tokenizer_config.json"), config.to_string());
+    }
+    for (name, value) in [("infinite", f32::INFINITY), ("large", 3.4e38)] {
+        let mut bytes = weights(&format!("wrong/{name}"));
+        let end = bytes.len() - 4;
+        bytes[end..].copy_from_slice(&value.to_le_bytes());
+        write(&format!("wrong/{name}/model.safetensors"), bytes);
+    }
+    for (name, changes) in [
+        ("bias", json!({"model_type": "qwen3", "attention_bias": true})),
+        ("untied", json!({"model_type": "gemma", "tie_word_embeddings": false})),
+    ] {
+        let mut config = config();
+        config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+        write(&format!("wrong/{name}.json"), config.to_string());
+        succeeds(&format!("init --config wrong/{name}.json --tokenizer tokenizer.json --out wrong/{name}"));
+    }
+}
 
 #[test]
 fn help_is_as_it_was() {
@@ -77,6 +153,7 @@ fn help_is_as_it_was() {
 
 #[test]
 fn errors_are_as_they_were() {
+    write_wrong();
     let mut text = String::new();
     for line in WRONG {
         let Run { code, stdout, stderr } = run(&format!("{line} --quiet"));

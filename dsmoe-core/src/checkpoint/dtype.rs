@@ -161,6 +161,18 @@ pub(crate) fn is_too_large(values: &[f32], dtype: Dtype) -> Option<f32> {
     values.par_chunks(TASK).find_map_first(large)
 }
 
+/// Says that a tensor holds `value`, which is too large for `kind`, and which types hold it.
+pub(crate) fn too_large(value: f32, kind: impl fmt::Display) -> (String, &'static str) {
+    let fits = is_too_large(&[value], Dtype::BF16).is_none();
+    let help = if fits { "set {dtype} to bf16 or f32" } else { "set {dtype} to f32" };
+    (format!("holds {value}, which {kind} cannot store"), help)
+}
+
+/// Returns whether all `values` are finite.
+pub(crate) fn all_finite(values: &[f32]) -> bool {
+    values.par_chunks(TASK).all(|values| values.iter().all(|x| x.is_finite()))
+}
+
 /// Converts elements `[rows, cols]` of `dtype` to f32 `[cols, rows]`.
 ///
 /// # Panics
@@ -238,6 +250,18 @@ mod tests {
             dtype.round(&mut rounded);
             assert_eq!(rounded, back, "{dtype}");
         }
+    }
+
+    #[test]
+    fn a_value_that_is_too_large_is_said_to_fit_where_it_does() {
+        assert_eq!(is_too_large(&[1.0, f32::INFINITY, -65520.0], Dtype::F16), Some(-65520.0));
+        assert_eq!(is_too_large(&[3.38e38, 3.4e38], Dtype::BF16), Some(3.4e38));
+        assert_eq!(is_too_large(&[3.4e38], Dtype::F32), None);
+        assert_eq!(too_large(7e4, Dtype::F16).1, "set {dtype} to bf16 or f32");
+        assert_eq!(too_large(-3.4e38, Dtype::BF16).1, "set {dtype} to f32");
+        assert_eq!(too_large(3.4e38, Dtype::F16).1, "set {dtype} to f32");
+        assert!(all_finite(&[0.0, -f32::MAX]) && all_finite(&[]));
+        assert!(!all_finite(&[0.0, f32::NAN]) && !all_finite(&[f32::NEG_INFINITY]));
     }
 
     #[test]

@@ -28,7 +28,8 @@ pub(super) fn copy(from: &Path, to: &Path) -> Result<()> {
         let name = entry.map_err(Error::io(from))?.file_name();
         let upper = name.to_string_lossy().to_uppercase();
         if PREFIXES.iter().any(|prefix| upper.starts_with(prefix)) {
-            copy_file(&from.join(&name), &to.join(&name))?;
+            let (from, to) = (from.join(&name), to.join(&name));
+            if from.is_dir() { copy_folder(&from, &to)? } else { copy_file(&from, &to)? }
         }
     }
     let source = from.join(SOURCE_CARD_FILE);
@@ -40,6 +41,25 @@ pub(super) fn copy(from: &Path, to: &Path) -> Result<()> {
         copy_file(&card, &to.join(SOURCE_CARD_FILE))?;
     }
     Ok(())
+}
+
+/// Copies the files of a folder, such as `LICENSES`; folders in it are left out.
+fn copy_folder(from: &Path, to: &Path) -> Result<()> {
+    for entry in fs::read_dir(from).map_err(Error::io(from))? {
+        let path = entry.map_err(Error::io(from))?.path();
+        if let Some(name) = path.file_name().filter(|_| path.is_file()) {
+            fs::create_dir_all(to).map_err(Error::io(to))?;
+            copy_file(&path, &to.join(name))?;
+        }
+    }
+    Ok(())
+}
+
+/// Returns whether a directory holds licence files.
+pub(crate) fn has_licences(dir: &Path) -> bool {
+    let names = fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.file_name());
+    let mut names = names.map(|name| name.to_string_lossy().to_uppercase());
+    names.any(|name| PREFIXES.iter().any(|prefix| name.starts_with(prefix)))
 }
 
 /// Copies a file and waits until it is on the disk; anything else of that name is left out.
@@ -94,10 +114,19 @@ mod tests {
         ] {
             fs::write(first.join(name), text).unwrap();
         }
-        fs::create_dir(first.join("LICENSES")).unwrap();
+        fs::create_dir_all(first.join("LICENSES/deeper")).unwrap();
+        fs::create_dir(first.join("Notices")).unwrap();
+        assert!(!has_licences(&second));
         copy(&first, &second).unwrap();
         let expected = ["LICENSE", "Notice", "SOURCE_README.md", "USE_POLICY.md", "license-MIT.txt"];
         assert_eq!(names(&second), expected);
+        assert!(has_licences(&second));
+        fs::write(first.join("LICENSES/MIT.txt"), "f").unwrap();
+        copy(&first, &second).unwrap();
+        assert_eq!(fs::read(second.join("LICENSES/MIT.txt")).unwrap(), b"f");
+        assert_eq!(names(&second.join("LICENSES")), ["MIT.txt"]);
+        let expected =
+            ["LICENSE", "LICENSES", "Notice", "SOURCE_README.md", "USE_POLICY.md", "license-MIT.txt"];
 
         fs::write(second.join("README.md"), format!("---\n---\n{GENERATED}\n# Card\n")).unwrap();
         copy(&second, &third).unwrap();

@@ -3,7 +3,9 @@
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
-use super::names::{EMBEDDING, HEAD, LayerNorm, attention_name, ffn_name, is_ignored, partition_name};
+use super::names::{
+    EMBEDDING, HEAD, LayerNorm, attention_name, ffn_name, is_ignored, partition_name, stored_name,
+};
 use super::stream::same_bytes;
 use super::writer::{Join, TensorInfo, Writer};
 use super::{Checkpoint, Dtype};
@@ -75,7 +77,8 @@ pub fn norm_names(config: &Config, i: usize) -> [Option<String>; 4] {
 }
 
 /// Opens the weights of the model of `config` in `dir`. Projections that the family stores as one matrix are seen one by
-/// one, and of a model that reads images, too, only the text model is seen.
+/// one, tensors that it stores under other names are seen under those here, and of a model that reads images, too, only the
+/// text model is seen.
 ///
 /// # Errors
 /// Those of [`Checkpoint::open`]; a joined matrix has other rows than its projections.
@@ -83,6 +86,9 @@ pub fn open_model(dir: &Path, config: &Config) -> Result<Checkpoint> {
     let mut checkpoint = Checkpoint::open(dir)?;
     if config.is_part() {
         checkpoint.keep_text_model()?;
+    }
+    if !config.family().renames().is_empty() {
+        checkpoint.rename(config.family().renames())?;
     }
     if config.family().fused {
         for i in 0..config.num_layers {
@@ -134,7 +140,8 @@ pub fn in_stored_order(config: &Config, infos: Vec<TensorInfo>) -> Vec<TensorInf
 }
 
 /// Makes a writer of the weights of the model of `config`, in the order of [`in_stored_order`], into the existing
-/// directory `dir`: what its family stores as one matrix is joined, and shards have at most `max_shard_bytes`.
+/// directory `dir`: what its family stores as one matrix is joined, tensors have the names that it stores them by, and
+/// shards have at most `max_shard_bytes`.
 ///
 /// # Errors
 /// Projections that are stored as one matrix have different types; the file system refuses.
@@ -162,6 +169,11 @@ pub fn model_writer(
             }
             joins.push(Join { name: fused.name, tensors });
         }
+    }
+    if config.model_type() == config.family().model_type {
+        let stored = infos.iter().map(|info| stored_name(config.family().renames(), &info.name));
+        let renamed = stored.enumerate().filter(|(i, name)| *name != infos[*i].name);
+        joins.extend(renamed.map(|(i, name)| Join { name, tensors: i..i + 1 }));
     }
     Writer::create_joined(dir, infos, joins, max_shard_bytes)
 }

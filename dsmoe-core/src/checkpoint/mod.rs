@@ -12,17 +12,18 @@ mod weights;
 mod writer;
 
 pub use dtype::{Dtype, transpose};
-pub(crate) use dtype::{decode, encode, is_too_large};
+pub(crate) use dtype::{decode, encode, is_too_large, too_large};
 pub use header::{Header, HeaderEntry};
 pub use licences::{CARD_FILE, SOURCE_CARD_FILE};
-pub(crate) use licences::{GENERATED, is_generated, read_card};
+pub(crate) use licences::{GENERATED, has_licences, is_generated, read_card};
 pub(crate) use llama::read_partitions;
 pub use llama::{
     LlamaTensors, check_llama_tensors, in_stored_order, model_writer, norm_names, open_model, tensor_names,
 };
 pub use names::is_router;
 pub(crate) use names::{
-    EMBEDDING, LayerNorm, attention_name, ffn_name, is_ignored, partition_name, router_bias_name, router_name,
+    EMBEDDING, LayerNorm, Renames, attention_name, ffn_name, is_ignored, partition_name, router_bias_name,
+    router_name,
 };
 pub use output::OutputDir;
 pub use reader::{Checkpoint, TensorView};

@@ -26,6 +26,19 @@ pub(super) fn name_in_text_model(name: &str) -> Option<String> {
     Some(renamed.unwrap_or_else(|| name.to_owned()))
 }
 
+/// Parts of the names of tensors: as a family stores them, and as they are called here. Empty where they are the same.
+pub(crate) type Renames = &'static [(&'static str, &'static str)];
+
+/// Returns how a tensor is called here that a family stores as `name`.
+pub(super) fn own_name(renames: Renames, name: &str) -> String {
+    renames.iter().fold(name.to_owned(), |name, (stored, own)| name.replacen(stored, own, 1))
+}
+
+/// Returns how a family stores the tensor `name`.
+pub(super) fn stored_name(renames: Renames, name: &str) -> String {
+    renames.iter().fold(name.to_owned(), |name, (stored, own)| name.replacen(own, stored, 1))
+}
+
 /// Returns the full name of a layer's FFN tensor.
 pub(crate) fn ffn_name(layer: usize, name: &str) -> String {
     format!("model.layers.{layer}.mlp.{name}")

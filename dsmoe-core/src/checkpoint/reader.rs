@@ -12,7 +12,7 @@ use dsmoe_kernels::mmap::Mmap;
 use serde::Deserialize;
 
 use super::dtype::decode;
-use super::names::{is_router, name_in_text_model};
+use super::names::{Renames, is_router, name_in_text_model, own_name, stored_name};
 use super::{Dtype, Header, HeaderEntry, INDEX_FILE, SINGLE_FILE};
 use crate::error::{Error, Result, shown};
 use crate::files::{check_exists, open_regular};
@@ -93,6 +93,8 @@ pub struct Checkpoint {
     tensors: BTreeMap<String, TensorView>,
     /// Tensors on which index and shards disagree, and how. Nobody reads those of published checkpoints.
     disputed: BTreeMap<String, Disputed>,
+    /// Names that the files have in place of those here.
+    renames: Renames,
 }
 
 /// A disagreement of index and shards about a tensor.
@@ -100,6 +102,8 @@ pub struct Checkpoint {
 enum Disputed {
     /// The index lists it in a shard that does not hold it.
     NotIn(String),
+    /// The index lists it in a shard that is missing.
+    Missing(String),
     /// A shard holds it that the index does not list it in.
     NotListed,
 }
@@ -149,7 +153,13 @@ impl Checkpoint {
     pub fn open_file(path: &Path) -> Result<Checkpoint> {
         let (shard, header) = open_shard(path)?;
         let tensors = views(header, 0).collect();
-        Ok(Checkpoint { path: path.to_path_buf(), files: vec![shard], tensors, disputed: BTreeMap::new() })
+        Ok(Checkpoint {
+            path: path.to_path_buf(),
+            files: vec![shard],
+            tensors,
+            disputed: BTreeMap::new(),
+            renames: &[],
+        })
     }
 
     fn open_gguf(path: &Path) -> Result<Checkpoint> {
@@ -169,7 +179,7 @@ impl Checkpoint {
             Ok(Shard { path, file, map: OnceLock::new() })
         };
         let files = container.files.into_iter().map(shard).collect::<Result<_>>()?;
-        Ok(Checkpoint { path: path.to_path_buf(), files, tensors, disputed: BTreeMap::new() })
+        Ok(Checkpoint { path: path.to_path_buf(), files, tensors, disputed: BTreeMap::new(), renames: &[] })
     }
 
     fn open_index(dir: &Path, path: &Path) -> Result<Checkpoint> {
@@ -180,12 +190,10 @@ impl Checkpoint {
                 let problem = format!("is mapped to {:?}, not a file name", shown(name));
                 return Err(Error::tensor(path, tensor, problem, "name a file of the same directory"));
             }
-            if !numbers.contains_key(name.as_str()) && !dir.join(name).is_file() {
-                let problem = format!("is in shard {}, which is missing", shown(name));
-                return Err(Error::tensor(path, tensor, problem, "copy that file into the directory"));
+            if numbers.contains_key(name.as_str()) || dir.join(name).is_file() {
+                let next = numbers.len();
+                numbers.entry(name).or_insert(next);
             }
-            let next = numbers.len();
-            numbers.entry(name).or_insert(next);
         }
         let mut files: Vec<(usize, Shard)> = Vec::new();
         let mut found: HashMap<(usize, String), TensorView> = HashMap::new();
@@ -200,7 +208,12 @@ impl Checkpoint {
         files.sort_by_key(|(number, _)| *number);
         let (mut tensors, mut disputed) = (BTreeMap::new(), BTreeMap::new());
         for (tensor, name) in &index.weight_map {
-            match found.remove(&(numbers[name.as_str()], tensor.clone())) {
+            let Some(&number) = numbers.get(name.as_str()) else {
+                // Published indices list tensors that nobody needs, in shards that were not published.
+                disputed.insert(tensor.clone(), Disputed::Missing(name.clone()));
+                continue;
+            };
+            match found.remove(&(number, tensor.clone())) {
                 Some(view) => {
                     tensors.insert(tensor.clone(), view);
                 }
@@ -213,7 +226,7 @@ impl Checkpoint {
             disputed.entry(tensor).or_insert(Disputed::NotListed);
         }
         let files = files.into_iter().map(|(_, shard)| shard).collect();
-        Ok(Checkpoint { path: dir.to_path_buf(), files, tensors, disputed })
+        Ok(Checkpoint { path: dir.to_path_buf(), files, tensors, disputed, renames: &[] })
     }
 
     /// Keeps the text model of a model that reads images, too, under the names that it has alone.
@@ -227,6 +240,21 @@ impl Checkpoint {
         }
         let disputed = std::mem::take(&mut self.disputed).into_iter();
         self.disputed = disputed.filter_map(|(name, how)| Some((name_in_text_model(&name)?, how))).collect();
+        Ok(())
+    }
+
+    /// Calls tensors by other names than the files do; messages keep those of the files.
+    pub(super) fn rename(&mut self, renames: Renames) -> Result<()> {
+        for (name, view) in std::mem::take(&mut self.tensors) {
+            let own = own_name(renames, &name);
+            if self.tensors.contains_key(&own) {
+                return Err(self.wrong(&name, &view, "is there under two names", "remove one of them"));
+            }
+            self.tensors.insert(own, view);
+        }
+        let disputed = std::mem::take(&mut self.disputed).into_iter();
+        self.disputed = disputed.map(|(name, how)| (own_name(renames, &name), how)).collect();
+        self.renames = renames;
         Ok(())
     }
 
@@ -386,14 +414,20 @@ impl Checkpoint {
 
     pub(crate) fn need(&self, name: &str) -> Result<&TensorView> {
         self.tensor(name).ok_or_else(|| {
-            let wrong =
-                |path: &Path, problem: String, help: &'static str| Error::tensor(path, name, problem, help);
+            let stored = stored_name(self.renames, name);
+            let wrong = |path: &Path, problem: String, help: &'static str| {
+                Error::tensor(path, &stored, problem, help)
+            };
             match self.disputed.get(name) {
                 None => {
                     wrong(&self.path, "is missing".into(), "use the weights that belong to this config.json")
                 }
                 Some(Disputed::NotListed) => {
                     wrong(&self.path.join(INDEX_FILE), "is in a shard and not listed".into(), "add it")
+                }
+                Some(Disputed::Missing(shard)) => {
+                    let problem = format!("is in shard {}, which is missing", shown(shard));
+                    wrong(&self.path.join(INDEX_FILE), problem, "copy that file into the directory")
                 }
                 Some(Disputed::NotIn(shard)) => {
                     let problem = format!("is not in the shard {} the index names", shown(shard));
@@ -421,7 +455,8 @@ impl Checkpoint {
         problem: impl Into<String>,
         help: impl Into<Remedy>,
     ) -> Error {
-        Error::tensor(&self.files[view.file].path, name, problem, help)
+        let name = stored_name(self.renames, name);
+        Error::tensor(&self.files[view.file].path, &name, problem, help)
     }
 }
 

@@ -2,6 +2,8 @@
 
 use rayon::prelude::*;
 
+use super::dtype::decode;
+use super::weights::check_finite;
 use super::{Checkpoint, TensorView};
 use crate::error::Result;
 
@@ -105,6 +107,34 @@ impl<'a> TensorSource<'a> {
             }
         }
         Ok(())
+    }
+}
+
+impl TensorSource<'_> {
+    /// Does what [`TensorSource::stream`] does for a model that others read: a float that is not finite is refused.
+    ///
+    /// # Errors
+    /// Those of [`TensorSource::stream`], or a value is not finite.
+    ///
+    /// # Panics
+    /// As [`TensorSource::stream`].
+    pub fn copy(
+        &mut self,
+        name: &str,
+        change: Change<'_>,
+        mut sink: impl FnMut(&[u8]) -> Result<()>,
+    ) -> Result<()> {
+        let checkpoint = self.checkpoint;
+        let dtype = checkpoint.need(name)?.dtype;
+        let mut values = Vec::new();
+        self.stream(name, change, |bytes| {
+            if dtype.is_float() {
+                values.resize(bytes.len() / dtype.size(), 0.0);
+                decode(&mut values, bytes, dtype);
+                check_finite(checkpoint.path(), name, &values)?;
+            }
+            sink(bytes)
+        })
     }
 }
 

@@ -2,18 +2,13 @@
 
 use std::path::Path;
 
-use rayon::prelude::*;
-
-use super::dtype::{decode, decode_transposed};
+use super::dtype::{all_finite, decode, decode_transposed};
 use super::stream::{Change, TensorSource};
 use super::{Checkpoint, LlamaTensors, check_llama_tensors};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::masks::{MASKS_FILE, Masks};
 use crate::params::{Stored, TensorSpec};
-
-/// Values checked by one task.
-const TASK: usize = 1 << 16;
 
 /// The weights of a checked checkpoint, in f32. A value that is not finite is refused, and one that is masked and not
 /// 0.
@@ -96,8 +91,9 @@ impl<'a> WeightReader<'a> {
     }
 }
 
-fn check_finite(path: &Path, name: &str, values: &[f32]) -> Result<()> {
-    if values.par_chunks(TASK).all(|values| values.iter().all(|x| x.is_finite())) {
+/// Refuses a value that is not finite, in the tensor `name` of the checkpoint at `path`.
+pub(crate) fn check_finite(path: &Path, name: &str, values: &[f32]) -> Result<()> {
+    if all_finite(values) {
         return Ok(());
     }
     let problem = "holds a value that is not finite";

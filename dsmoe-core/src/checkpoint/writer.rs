@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
-use super::dtype::{encode, is_too_large};
+use super::dtype::{encode, is_too_large, too_large};
 use super::{Dtype, INDEX_FILE, SINGLE_FILE};
 use crate::error::{Error, Result};
 use crate::files::write_synced;
@@ -63,7 +63,7 @@ struct Shard {
     tensors: Range<usize>,
 }
 
-/// Declared tensors that are stored as one, their rows one after the other.
+/// Declared tensors that are stored as one, their rows one after the other, or one tensor that is stored under another name.
 #[derive(Clone, Debug)]
 pub(crate) struct Join {
     /// Name of the stored tensor.
@@ -249,8 +249,8 @@ impl Writer {
         let dtype = self.infos[self.next].dtype;
         if let Some(value) = is_too_large(values, dtype) {
             let (path, name) = (&self.shards[self.shard].path, &self.infos[self.next].name);
-            let problem = format!("holds {value}, which {dtype} cannot store");
-            return Err(Error::tensor(path, name, problem, "set {dtype} to bf16 or f32"));
+            let (problem, help) = too_large(value, dtype);
+            return Err(Error::tensor(path, name, problem, help));
         }
         let mut scratch = std::mem::take(&mut self.scratch);
         for values in values.chunks(BUFFER) {

@@ -111,6 +111,18 @@ impl<'a> Fields<'a> {
         self.integer_opt(key, LARGEST_DIMENSION)
     }
 
+    /// Checks that `count` times the value `width` of a key is a dimension.
+    pub(crate) fn bounded(&self, key: &str, width: usize, count: usize) -> Result<()> {
+        match width.checked_mul(count) {
+            Some(all) if all as u64 <= LARGEST_DIMENSION => Ok(()),
+            _ => {
+                let problem =
+                    format!("is {width}, and {count} experts of it are more than {LARGEST_DIMENSION}");
+                Err(self.wrong(key, problem, "correct one of the sizes"))
+            }
+        }
+    }
+
     /// Reads an integer of at least 0.
     pub(crate) fn count_or(&self, key: &str, default: usize) -> Result<usize> {
         let Some(value) = self.get(key) else { return Ok(default) };

@@ -1,7 +1,9 @@
 //! `config.json` of a model directory, dense or DSMoE: reading, checking, writing.
 
 pub(crate) mod arch;
+pub(crate) mod experts;
 pub(crate) mod fields;
+mod mixture;
 mod moe;
 mod own;
 pub(crate) mod rope;
@@ -9,7 +11,8 @@ pub(crate) mod rope_keys;
 mod transformers;
 mod wrapped;
 
-use std::path::Path;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -27,6 +30,7 @@ use crate::json::{parse_object, read_json};
 use crate::partition;
 pub use arch::{Architecture, LayerAttention, Norms, QkNorm};
 pub use dsmoe_kernels::Activation;
+pub use experts::MixtureSpec;
 use fields::Fields;
 use moe::MoeSizes;
 pub use moe::{Budget, MoeConfig, MoeParts, PartitionKind};
@@ -34,6 +38,10 @@ pub use rope::{Rope, RopeScaling};
 
 /// The configuration of Mistral's own format, whose tensors have other names and layouts.
 const MISTRAL_CONFIG_FILE: &str = "params.json";
+/// The configuration of an adapter of PEFT, such as LoRA.
+const ADAPTER_CONFIG_FILE: &str = "adapter_config.json";
+/// The folder of the Hub's cache that holds the model directories.
+const SNAPSHOTS: &str = "snapshots";
 const GENERATION_CONFIG_FILE: &str = "generation_config.json";
 const LARGEST_LAYERS: u64 = 1 << 12;
 const LARGEST_MODEL: u128 = 1 << 42;
@@ -124,6 +132,9 @@ impl Config {
                 format!("there is no {CONFIG_FILE}; {MISTRAL_CONFIG_FILE} is of Mistral's own format");
             return Err(Error::path(dir, problem, "take the model in Hugging Face's format"));
         }
+        if dir.is_dir() && fs::symlink_metadata(&path).is_err() {
+            return Err(no_config(dir));
+        }
         let mut config = Config::from_json(&path, &read_json(&path)?)?;
         let path = dir.join(GENERATION_CONFIG_FILE);
         if path.is_file() {
@@ -169,6 +180,7 @@ impl Config {
         let head_dim = head_dim(&fields, family, hidden, num_heads)?;
         let num_layers = fields.integer("num_hidden_layers", LARGEST_LAYERS)?;
         let moe = moe::read(&fields, MoeSizes { num_layers, hidden })?;
+        let mixture = fields.mixture(family)?;
         let max_position = fields.dimension_or("max_position_embeddings", defaults.max_position)?;
         let mut architecture =
             family.architecture(&fields, Sizes { hidden, num_layers, head_dim, max_position })?;
@@ -181,7 +193,10 @@ impl Config {
         let config = Config {
             vocab_size: fields.dimension("vocab_size")?,
             hidden,
-            intermediate: fields.dimension("intermediate_size")?,
+            intermediate: match &mixture {
+                Some(spec) => spec.neurons(),
+                None => fields.dimension("intermediate_size")?,
+            },
             num_layers,
             num_heads,
             num_kv_heads,
@@ -209,8 +224,14 @@ impl Config {
                 partition::check_divisible(config.layer(i).intermediate, moe.router.num_experts, Some(path))?;
             }
         }
-        let ffn = fields.ffn()?.map(|(kind, settings)| ffn::read_spec(path, kind, &config, &settings));
-        Ok(Config { ffn: ffn.transpose()?, raw: raw.clone(), ..config })
+        let ffn = match mixture {
+            Some(spec) => Some(Arc::new(spec) as Arc<dyn FfnSpec>),
+            None => {
+                let read = |(kind, settings): (&str, _)| ffn::read_spec(path, kind, &config, &settings);
+                fields.ffn()?.map(read).transpose()?
+            }
+        };
+        Ok(Config { ffn, raw: raw.clone(), ..config })
     }
 
     /// Returns the sizes of layer `i`.
@@ -350,7 +371,8 @@ impl Config {
 
     /// Returns `model_type` of config.json: the family's for a model that transformers loads directly.
     pub fn model_type(&self) -> &'static str {
-        let plain = self.is_dense() && self.is_even() && !self.architecture.output_bias;
+        let of_family = self.moe.is_none() && self.ffn.is_some() == self.family.has_experts();
+        let plain = of_family && self.is_even() && !self.architecture.output_bias;
         if plain { self.family.model_type } else { "dsmoe" }
     }
 
@@ -406,7 +428,7 @@ impl Config {
         }
         rope_keys::write_both(&mut raw, &self.family.rope, &self.architecture.ropes);
         let base = (is_native && self.family.model_type != "llama").then(|| json!(self.family.model_type));
-        let ffn = self.ffn.as_ref().map(|spec| {
+        let ffn = self.ffn.as_ref().filter(|_| is_native).map(|spec| {
             let kind = std::iter::once(("type".to_owned(), json!(spec.kind())));
             Value::Object(kind.chain(spec.settings()).collect())
         });
@@ -529,4 +551,29 @@ fn largest(layers: &[LayerShape]) -> LayerShape {
         num_kv_heads: most(|layer| layer.num_kv_heads),
         intermediate: most(|layer| layer.intermediate),
     }
+}
+
+/// Says what a directory without config.json is, as far as its files tell.
+fn no_config(dir: &Path) -> Error {
+    if dir.join(ADAPTER_CONFIG_FILE).is_file() {
+        let problem = "is an adapter and no whole model";
+        return Error::path(
+            dir,
+            problem,
+            "merge it into its base model (peft: merge_and_unload, save_pretrained)",
+        );
+    }
+    let snapshots = dir.join(SNAPSHOTS);
+    if snapshots.is_dir() {
+        let entries = fs::read_dir(&snapshots).into_iter().flatten().flatten().map(|entry| entry.path());
+        let mut found: Vec<PathBuf> = entries.filter(|path| path.join(CONFIG_FILE).is_file()).collect();
+        found.sort();
+        let help = match &found[..] {
+            [] => "download the model again: `hf download OWNER/NAME` prints its directory".to_owned(),
+            [first, ..] => format!("name a directory in it: {}", first.display()),
+        };
+        return Error::path(dir, "is a folder of the Hub's cache and not the model's directory", help);
+    }
+    let help = "name a directory that transformers' save_pretrained wrote, or a GGUF file";
+    Error::path(dir, format!("there is no {CONFIG_FILE} and no GGUF file in it"), help)
 }

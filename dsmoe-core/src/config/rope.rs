@@ -187,7 +187,7 @@ pub(super) fn yarn_factor(factor: f64, weight: f64) -> f64 {
 }
 
 /// Returns LongRoPE's factor of cosines and sines for `factor` times the original positions.
-pub(super) fn longrope_factor(factor: f64, original_max_position: usize) -> f64 {
+pub(crate) fn longrope_factor(factor: f64, original_max_position: usize) -> f64 {
     if factor <= 1.0 { 1.0 } else { (1.0 + factor.ln() / (original_max_position as f64).ln()).sqrt() }
 }
 

@@ -325,7 +325,9 @@ pub(crate) fn notices(top: &Fields<'_>, rules: &RopeRules, ropes: &[Rope]) -> Ve
     }
     // It puts a type of its own beside that of the file, under the other name.
     if rules.sliding.is_some() && key == V4 && map.contains_key("type") && !map.contains_key("rope_type") {
-        found.push(format!("{V4}: transformers 5 does not read type in this family, but rope_type"));
+        found.push(format!(
+            "{V4}: the key `type` is used here; transformers 5 reads only `rope_type` in this family and would ignore it"
+        ));
     }
     if !by_kind(map)
         && let Some(other) = map.get("rope_theta").and_then(|_| top.get("rope_theta"))

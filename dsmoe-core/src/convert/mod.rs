@@ -1,6 +1,7 @@
 //! Converts a dense LLaMA directory to a DSMoE directory, streaming.
 
 mod calibrated;
+mod mixture;
 pub mod start;
 
 use std::fmt;
@@ -10,6 +11,7 @@ use std::str::FromStr;
 pub use calibrated::Calibration;
 use dsmoe_kernels::buf::Buf;
 use dsmoe_router::{RouterConfig, RouterInit, RouterValues, router_weights};
+pub use mixture::{UpcycleOptions, UpcycleReport, upcycle};
 use ndarray::Array2;
 
 use crate::accounting::Accounting;
@@ -148,7 +150,8 @@ pub fn convert(
     let config_path = model.join(CONFIG_FILE);
     if !config.is_dense() {
         let help = "use a dense model, or export this one as a dense model first";
-        return Err(Error::field(&config_path, "model_type", "is already dsmoe", help));
+        let problem = format!("is already {}", config.model_type());
+        return Err(Error::field(&config_path, "model_type", problem, help));
     }
     options.router.validate()?;
     let num_experts = options.router.num_experts;
@@ -221,7 +224,7 @@ pub fn convert(
         writer.begin(name)?;
         let change = ffn_change(name, |layer| partitions[layer].order());
         let mut tap = centroids.as_mut().and_then(|centroids| centroids.tap(name, &checkpoint));
-        source.stream(name, change, |bytes| {
+        source.copy(name, change, |bytes| {
             if let Some(tap) = &mut tap {
                 tap.add(bytes);
             }

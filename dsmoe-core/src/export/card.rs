@@ -4,11 +4,12 @@ use std::path::Path;
 
 use super::{DenseForm, ExportAs, Measured};
 use crate::accounting::Accounting;
-use crate::checkpoint::{CARD_FILE, GENERATED, SOURCE_CARD_FILE, is_generated, read_card};
+use crate::checkpoint::{CARD_FILE, GENERATED, SOURCE_CARD_FILE, has_licences, is_generated, read_card};
 use crate::config::{Config, MoeConfig};
 use crate::error::{Error, Result};
 use crate::ffn::DsmoeForm;
 use crate::files::write_synced;
+use crate::gguf;
 use crate::masks::Masks;
 
 /// Keys of the source's front matter that state its licence.
@@ -37,13 +38,14 @@ pub(super) fn write(card: &Card<'_>, dir: &Path, target: &Path) -> Result<bool> 
     }
     let source = dir.join(SOURCE_CARD_FILE);
     let source = if source.is_file() { Some(read_card(&source)?) } else { None };
-    let text = card.text(source.as_deref());
+    let text = card.text(source.as_deref(), has_licences(dir));
     write_synced(&path, text.as_bytes()).map_err(Error::io(&path))?;
     Ok(true)
 }
 
 impl Card<'_> {
-    fn text(&self, source: Option<&str>) -> String {
+    /// Returns the text. `source` is the card of the base model; `licences` says whether its licence files are there.
+    fn text(&self, source: Option<&str>, licences: bool) -> String {
         let remote = self.form != ExportAs::Dense && self.config.needs_remote_code();
         let mut front = vec![
             "---".to_owned(),
@@ -59,18 +61,18 @@ impl Card<'_> {
         front.extend(source.map(licence).unwrap_or_default());
         front.push("---".to_owned());
         let mut rows: Vec<(&str, String)> =
-            self.config.source_name().map(|name| ("base model", name)).into_iter().collect();
+            self.base_model(source).map(|name| ("base model", name)).into_iter().collect();
         rows.push(("method", self.method()));
         rows.extend(self.sizes());
         rows.extend(self.measured.iter().map(row));
         let table: Vec<String> = rows.iter().map(|(key, value)| format!("| {key} | {value} |")).collect();
-        let notes = if source.is_some() {
-            format!(
-                "\nThe card of the base model is {SOURCE_CARD_FILE}. The licence files beside the weights are those of the base model.\n"
-            )
-        } else {
-            String::new()
-        };
+        let mut notes = String::new();
+        if source.is_some() {
+            notes += &format!("\nThe card of the base model is {SOURCE_CARD_FILE}.\n");
+        }
+        if licences {
+            notes += "\nThe licence files beside the weights are those of the base model.\n";
+        }
         format!(
             "{}\n{GENERATED}\n\n# {}\n\n{}\n\n| | |\n| --- | --- |\n{}\n\n## Use\n\n{}{notes}",
             front.join("\n"),
@@ -79,6 +81,11 @@ impl Card<'_> {
             table.join("\n"),
             self.usage(remote),
         )
+    }
+
+    /// Returns the name of the base model on the Hub, or the one in the metadata of a GGUF file.
+    fn base_model(&self, source: Option<&str>) -> Option<String> {
+        self.config.source_name().or_else(|| source.and_then(gguf::name_in_card).map(plain))
     }
 
     fn summary(&self) -> String {
@@ -94,6 +101,9 @@ impl Card<'_> {
             }
             (None, Some(_), _) => {
                 "A sparse model: every FFN is cut into experts, and gates decide for each token which of them run"
+            }
+            (None, None, Some(_)) if self.config.family().has_experts() => {
+                "A mixture of experts, a fixed number of which run for each token"
             }
             (None, None, Some(_)) => {
                 "A sparse model: every FFN is cut into experts, a fixed number of which run for each token"
@@ -174,7 +184,7 @@ impl Card<'_> {
         format!(
             "{hint}```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n\
              tokenizer = AutoTokenizer.from_pretrained(\"DIRECTORY\"{trust})\n\
-             model = AutoModelForCausalLM.from_pretrained(\"DIRECTORY\"{trust}, dtype=\"auto\")\n\
+             model = AutoModelForCausalLM.from_pretrained(\"DIRECTORY\"{trust}, dtype=\"auto\")  # before 4.56: torch_dtype\n\
              inputs = tokenizer(\"Once upon a time\", return_tensors=\"pt\")\n\
              print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))\n```\n"
         )
@@ -233,17 +243,19 @@ fn row(Measured { text, perplexity }: &Measured) -> (&'static str, String) {
 
 /// Returns the lines of a card's front matter that state its licence.
 fn licence(card: &str) -> Vec<String> {
-    let mut lines = card.lines();
+    // Some editors write a byte-order mark.
+    let mut lines = card.trim_start_matches('\u{FEFF}').lines().map(str::trim_end);
     if lines.next() != Some("---") {
         return Vec::new();
     }
-    let is_licence = |line: &&str| {
-        let known = line.split_once(':').is_some_and(|(key, value)| {
-            LICENCE_KEYS.contains(&key) && !value.trim().is_empty() && value.len() <= LONGEST_VALUE
-        });
-        known && !line.chars().any(char::is_control)
+    let licence = |line: &str| {
+        let (key, value) = line.split_once(':')?;
+        let (key, value) = (key.trim_end(), value.trim());
+        let is_plain =
+            !value.is_empty() && value.len() <= LONGEST_VALUE && !value.chars().any(char::is_control);
+        (LICENCE_KEYS.contains(&key) && is_plain).then(|| format!("{key}: {value}"))
     };
-    lines.take_while(|line| *line != "---").filter(is_licence).map(str::to_owned).collect()
+    lines.take_while(|line| *line != "---").filter_map(licence).collect()
 }
 
 /// Returns text without what would break a table or a line.
@@ -262,6 +274,11 @@ mod tests {
         assert_eq!(licence(card), ["license: llama2", "license_link: https://x.org/y"]);
         assert_eq!(licence("# Card\n---\nlicense: mit\n---\n"), Vec::<String>::new());
         assert_eq!(licence("---\nlicense:\n- mit\n---\n"), Vec::<String>::new());
+        assert_eq!(
+            licence("\u{FEFF}---\r\nlicense:\tmit \r\nlicense_name : x\r\n---\r\n"),
+            ["license: mit", "license_name: x"]
+        );
+        assert_eq!(licence("---\nlicense: a\u{1b}[m\n---\n"), Vec::<String>::new());
         let long = format!("---\nlicense: {}\n---\n", "x".repeat(300));
         assert_eq!(licence(&long), Vec::<String>::new());
     }

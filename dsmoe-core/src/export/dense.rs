@@ -123,7 +123,7 @@ fn exact_form(dir: &Path, config: &Config, checkpoint: &Checkpoint) -> Result<De
         }
         _ => {}
     }
-    let problem = "was trained with gates, and without them it computes something else";
+    let problem = "was fitted or trained with gates, and without them it computes something else";
     Err(Error::path(dir, problem, KEEP_OR_FOLD))
 }
 

@@ -13,7 +13,7 @@ pub use dense::DenseForm;
 use crate::checkpoint::{
     CONFIG_FILE, Checkpoint, DEFAULT_SHARD_BYTES, Dtype, Meter, OutputDir, Progress, TensorInfo,
     TensorSource, check_llama_tensors, copy_companions, decode, encode, in_stored_order, is_router,
-    is_too_large, model_writer, open_model,
+    is_too_large, model_writer, open_model, too_large,
 };
 use crate::config::{Config, RopeScaling};
 use crate::convert::{ffn_change, masks_of_other_order, source_infos};
@@ -121,7 +121,7 @@ fn check_longrope(model: &Path, config: &Config) -> Result<()> {
 /// # Errors
 /// `model` cannot be read or is not what its configuration says; a dense export of a model without experts, or of one
 /// whose gates cannot be left out; factors to be folded in another form or of another model; the dtype is not a float;
-/// `out` is not empty; the file system refuses.
+/// a weight is not finite or too large for the dtype; `out` is not empty; the file system refuses.
 pub fn export(
     model: &Path,
     out: &Path,
@@ -220,7 +220,7 @@ impl Tensors<'_> {
             let (from, to) = (info.dtype, self.cast(info));
             let change = ffn_change(&info.name, |layer| self.dense?.orders.get(layer)?.as_deref());
             let factors = self.dense.and_then(|dense| dense.factors(&info.name));
-            source.stream(&info.name, change, |bytes| {
+            source.copy(&info.name, change, |bytes| {
                 if from == to && factors.is_none() {
                     meter.add(bytes.len());
                     return writer.write_chunk(bytes);
@@ -231,9 +231,8 @@ impl Tensors<'_> {
                     scale_columns(&mut values, factors);
                 }
                 if let Some(value) = is_too_large(&values, to) {
-                    let problem = format!("holds {value}, which {to} cannot store");
-                    let path = self.checkpoint.path();
-                    return Err(Error::tensor(path, &info.name, problem, "set {dtype} to bf16 or f32"));
+                    let (problem, help) = too_large(value, to);
+                    return Err(Error::tensor(self.checkpoint.path(), &info.name, problem, help));
                 }
                 casted.resize(values.len() * to.size(), 0);
                 encode(&mut casted, &values, to);

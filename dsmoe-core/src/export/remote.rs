@@ -46,18 +46,30 @@ fn config_class(model: &str) -> String {
     }
 }
 
+/// The class of transformers for any tokenizer.json.
+const ANY_CLASS: &str = "PreTrainedTokenizerFast";
+
 /// Returns `tokenizer_config.json` with a class for the tokenizer, if it names none: transformers would look for one
-/// by the type of the model, which it does not know.
+/// by the type of the model, which it does not know. Of its own the class for any tokenizer gives token_type_ids, which
+/// the models do not take.
 fn tokenizer_config(dir: &Path) -> Result<Option<String>> {
     if !dir.join(TOKENIZER_FILE).is_file() {
         return Ok(None);
     }
     let path = dir.join(TOKENIZER_CONFIG_FILE);
     let mut map = if path.is_file() { parse_object(&path, &read_json(&path)?)? } else { Map::new() };
-    if map.contains_key("tokenizer_class") {
+    let class = map.entry("tokenizer_class").or_insert(Value::Null);
+    let named = !class.is_null();
+    if !named {
+        *class = json!(ANY_CLASS);
+    }
+    let gives_all = *class == ANY_CLASS && map.get("model_input_names").is_none_or(Value::is_null);
+    if gives_all {
+        map.insert("model_input_names".to_owned(), json!(["input_ids", "attention_mask"]));
+    }
+    if named && !gives_all {
         return Ok(None);
     }
-    map.insert("tokenizer_class".to_owned(), json!("PreTrainedTokenizerFast"));
     Ok(Some(format!("{:#}\n", Value::Object(map))))
 }
 
@@ -83,10 +95,25 @@ mod tests {
         put(TOKENIZER_FILE, "{}");
         let made = tokenizer_config(work.path()).unwrap().unwrap();
         assert!(made.contains("PreTrainedTokenizerFast"));
-        put(TOKENIZER_CONFIG_FILE, r#"{"add_bos_token": true}"#);
-        let made = tokenizer_config(work.path()).unwrap().unwrap();
-        assert!(made.contains("add_bos_token") && made.contains("PreTrainedTokenizerFast"));
-        put(TOKENIZER_CONFIG_FILE, r#"{"tokenizer_class": "LlamaTokenizer"}"#);
-        assert_eq!(tokenizer_config(work.path()).unwrap(), None);
+        let inputs = json!(["input_ids", "attention_mask"]);
+        for (config, class) in [
+            (r#"{"add_bos_token": true}"#, ANY_CLASS),
+            (r#"{"add_bos_token": true, "tokenizer_class": null}"#, ANY_CLASS),
+            (r#"{"add_bos_token": true, "tokenizer_class": "PreTrainedTokenizerFast"}"#, ANY_CLASS),
+        ] {
+            put(TOKENIZER_CONFIG_FILE, config);
+            let made = tokenizer_config(work.path()).unwrap().unwrap();
+            let made: Value = serde_json::from_str(&made).unwrap();
+            let expected =
+                json!({"add_bos_token": true, "tokenizer_class": class, "model_input_names": inputs});
+            assert_eq!(made, expected, "{config}");
+        }
+        for config in [
+            r#"{"tokenizer_class": "LlamaTokenizer"}"#,
+            r#"{"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids"]}"#,
+        ] {
+            put(TOKENIZER_CONFIG_FILE, config);
+            assert_eq!(tokenizer_config(work.path()).unwrap(), None, "{config}");
+        }
     }
 }

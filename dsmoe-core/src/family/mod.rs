@@ -1,4 +1,4 @@
-//! The families of dense decoders that are read, trained and converted: one table, and one file per family.
+//! The families of decoders that are read and trained: one table, and one file per family.
 //!
 //! A family says what its config.json leaves unsaid and which switches ([`Architecture`]) its models set. The passes know the
 //! switches alone. Everything in `config.json` that changes a model's function and is not a switch here is refused.
@@ -9,16 +9,20 @@ mod gemma;
 mod granite;
 mod llama;
 mod mistral;
+mod mixtral;
+pub(crate) mod mixture;
 mod olmo;
+mod olmoe;
 mod phi3;
 mod qwen;
+mod qwen_moe;
 mod smollm3;
 pub(crate) mod spec;
 
 pub use spec::Family;
 
 /// All families.
-static FAMILIES: [&Family; 13] = [
+static FAMILIES: [&Family; 17] = [
     &llama::LLAMA,
     &mistral::MISTRAL,
     &mistral::MINISTRAL,
@@ -32,17 +36,17 @@ static FAMILIES: [&Family; 13] = [
     &gemma::GEMMA2,
     &gemma::GEMMA3_TEXT,
     &granite::GRANITE,
+    &mixtral::MIXTRAL,
+    &qwen_moe::QWEN2_MOE,
+    &qwen_moe::QWEN3_MOE,
+    &olmoe::OLMOE,
 ];
 
 /// Model types that are known and not supported, where `*` stands for any end, and the reason.
-const REFUSED: [(&str, &str); 32] = [
-    ("llama4*", "all models of Llama 4 are mixtures of experts already"),
-    ("mixtral", EXPERTS),
-    ("qwen2_moe", EXPERTS),
-    ("qwen3_moe", EXPERTS),
+const REFUSED: [(&str, &str); 28] = [
+    ("llama4*", "all models of Llama 4 are mixtures of experts of another kind"),
     ("phimoe", EXPERTS),
     ("granitemoe*", EXPERTS),
-    ("olmoe", EXPERTS),
     ("deepseek*", EXPERTS),
     ("gpt_oss", EXPERTS),
     ("gemma3n*", "its layers have inputs of their own"),
@@ -70,7 +74,7 @@ const REFUSED: [(&str, &str); 32] = [
     ("olmo", "it has LayerNorm"),
 ];
 
-const EXPERTS: &str = "it is a mixture of experts already";
+const EXPERTS: &str = "it is a mixture of experts of another kind";
 const IMAGES: &str = "it reads images, too";
 const UNGATED: &str = "its FFN has no gate";
 

@@ -15,6 +15,7 @@ pub(super) static PHI3: Family = Family {
         ..RopeRules::LLAMA
     },
     fused: true,
+    mixture: None,
     switches: |architecture, fields, sizes| {
         set_windows(architecture, window(fields, None)?, &vec![true; sizes.num_layers]);
         Ok(())

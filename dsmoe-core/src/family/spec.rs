@@ -2,13 +2,15 @@
 
 use dsmoe_kernels::Activation;
 
+use super::mixture::Mixture;
+use crate::checkpoint::Renames;
 use crate::config::arch::{Architecture, LayerAttention};
 use crate::config::fields::Fields;
 use crate::config::rope::Rope;
 use crate::config::rope_keys::{self, RopeRules, RopeSizes};
 use crate::error::{Result, shown};
 
-/// A family of dense decoders: how its config.json is read, and what its tensors are called.
+/// A family of decoders: how its config.json is read, and what its tensors are called.
 #[derive(Debug)]
 pub struct Family {
     /// `model_type` in config.json.
@@ -19,6 +21,8 @@ pub struct Family {
     pub(crate) rope: RopeRules,
     /// True if q, k and v are stored as `qkv_proj`, and gate and up as `gate_up_proj`.
     pub(crate) fused: bool,
+    /// The experts of its FFNs; none for a family of dense models.
+    pub(crate) mixture: Option<Mixture>,
     /// Sets the switches in which a model differs from LLaMA.
     pub(crate) switches: fn(&mut Architecture, &Fields<'_>, Sizes) -> Result<()>,
 }
@@ -90,6 +94,7 @@ impl Family {
         defaults: Defaults::LLAMA,
         rope: RopeRules::LLAMA,
         fused: false,
+        mixture: None,
         switches: |_, _, _| Ok(()),
     };
 
@@ -103,6 +108,16 @@ impl Family {
         architecture.activation = self.activation(fields)?;
         (self.switches)(&mut architecture, fields, sizes)?;
         Ok(architecture)
+    }
+
+    /// Returns whether its models are mixtures of experts.
+    pub fn has_experts(&self) -> bool {
+        self.mixture.is_some()
+    }
+
+    /// Returns the names that its tensors have in files.
+    pub(crate) fn renames(&self) -> Renames {
+        self.mixture.as_ref().map_or(&[], |mixture| mixture.renames)
     }
 
     fn activation(&self, fields: &Fields<'_>) -> Result<Activation> {

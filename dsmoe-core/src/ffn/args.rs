@@ -21,6 +21,8 @@ pub struct FfnScratch {
     pub dcoefficients: Buf,
     /// Gradient of the router logits, `[tokens, experts]`.
     pub dlogits: Buf,
+    /// Output of an expert that every token runs beside the routed ones, `[tokens, hidden]`.
+    pub shared: Buf,
     /// Routing of an inference pass.
     pub routed: Routed,
 }

@@ -4,7 +4,11 @@ use crate::params::{TensorSpec, padded};
 
 /// Returns the length of `tensors` in the arena.
 pub fn block_len(tensors: &[TensorSpec]) -> usize {
-    tensors.iter().map(|t| padded(t.numel())).sum()
+    let len = tensors.iter().fold(0, |len, tensor| {
+        let start = if tensor.joined { len } else { padded(len) };
+        start + tensor.numel()
+    });
+    padded(len)
 }
 
 /// Returns the views of tensors with `lens` values in an FFN's part of an arena.

@@ -14,6 +14,7 @@ mod dsmoe;
 mod form;
 mod gated;
 mod gating;
+mod mixture;
 
 use std::any::Any;
 use std::collections::BTreeMap;
@@ -36,6 +37,8 @@ pub use form::DsmoeForm;
 pub use gated::{Gated, add_output_bias};
 #[cfg(feature = "cuda")]
 pub(crate) use gating::Gating;
+pub use mixture::MixtureFfn;
+pub(crate) use mixture::SHARED_EXPERT;
 
 use crate::config::Config;
 use crate::error::{Error, Result, shown};

@@ -1,5 +1,18 @@
 //! The architectures of GGUF files that are read.
 
+use crate::config::{Config, RopeScaling};
+
+/// The tensors that llama.cpp takes for the output head.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Head {
+    /// `output.weight`, or the embedding where that is absent.
+    Either,
+    /// `output.weight`, which must be there.
+    Own,
+    /// The embedding; another tensor is refused.
+    Embedding,
+}
+
 /// One architecture: how its files differ from Hugging Face's.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Arch {
@@ -17,6 +30,14 @@ pub(crate) struct Arch {
     pub(crate) post_norms: bool,
     /// True if q, k, v are one tensor, and gate and up another.
     pub(crate) fused: bool,
+    /// True if attention's output projection and the FFN may have biases. Those of q, k and v are read in every graph.
+    pub(crate) other_biases: bool,
+    /// True if the divisors of Llama 3's RoPE are read.
+    pub(crate) divisors: bool,
+    /// True if the heads of queries are read only where they are together as wide as the hidden size.
+    pub(crate) square: bool,
+    /// The output head.
+    pub(crate) head: Head,
 }
 
 const LLAMA: Arch = Arch {
@@ -27,30 +48,70 @@ const LLAMA: Arch = Arch {
     norm_plus_one: false,
     post_norms: false,
     fused: false,
+    other_biases: true,
+    divisors: true,
+    square: false,
+    head: Head::Either,
+};
+const QWEN3: Arch = Arch {
+    name: "qwen3",
+    model_type: "qwen3",
+    class: "Qwen3ForCausalLM",
+    interleaved: false,
+    other_biases: false,
+    divisors: false,
+    ..LLAMA
 };
 const QWEN2: Arch =
-    Arch { name: "qwen2", model_type: "qwen2", class: "Qwen2ForCausalLM", interleaved: false, ..LLAMA };
-const GEMMA: Arch =
-    Arch { name: "gemma", model_type: "gemma", class: "GemmaForCausalLM", norm_plus_one: true, ..QWEN2 };
+    Arch { name: "qwen2", model_type: "qwen2", class: "Qwen2ForCausalLM", square: true, ..QWEN3 };
+const GEMMA: Arch = Arch {
+    name: "gemma",
+    model_type: "gemma",
+    class: "GemmaForCausalLM",
+    norm_plus_one: true,
+    head: Head::Embedding,
+    ..QWEN3
+};
 const GEMMA2: Arch =
     Arch { name: "gemma2", model_type: "gemma2", class: "Gemma2ForCausalLM", post_norms: true, ..GEMMA };
+const OLMO2: Arch = Arch {
+    name: "olmo2",
+    model_type: "olmo2",
+    class: "Olmo2ForCausalLM",
+    post_norms: true,
+    head: Head::Own,
+    ..QWEN2
+};
 
 /// All of them. The first of a name is that of its files; mistral, ministral and olmo3 share a name with another.
 const ARCHS: [Arch; 14] = [
     LLAMA,
     QWEN2,
-    Arch { name: "qwen3", model_type: "qwen3", class: "Qwen3ForCausalLM", ..QWEN2 },
+    QWEN3,
     GEMMA,
     GEMMA2,
-    Arch { name: "gemma3", model_type: "gemma3_text", class: "Gemma3ForCausalLM", ..GEMMA2 },
+    Arch {
+        name: "gemma3",
+        model_type: "gemma3_text",
+        class: "Gemma3ForCausalLM",
+        head: Head::Either,
+        ..GEMMA2
+    },
     Arch { name: "phi3", model_type: "phi3", class: "Phi3ForCausalLM", fused: true, ..QWEN2 },
-    Arch { name: "olmo2", model_type: "olmo2", class: "Olmo2ForCausalLM", post_norms: true, ..QWEN2 },
+    OLMO2,
     Arch { name: "granite", model_type: "granite", class: "GraniteForCausalLM", ..LLAMA },
-    Arch { name: "smollm3", model_type: "smollm3", class: "SmolLM3ForCausalLM", ..LLAMA },
+    Arch {
+        name: "smollm3",
+        model_type: "smollm3",
+        class: "SmolLM3ForCausalLM",
+        other_biases: false,
+        divisors: false,
+        ..LLAMA
+    },
     Arch { name: "mistral3", model_type: "mistral", class: "MistralForCausalLM", ..LLAMA },
     Arch { name: "llama", model_type: "mistral", class: "MistralForCausalLM", ..LLAMA },
     Arch { name: "llama", model_type: "ministral", class: "MinistralForCausalLM", ..LLAMA },
-    Arch { name: "olmo2", model_type: "olmo3", class: "Olmo3ForCausalLM", post_norms: true, ..QWEN2 },
+    Arch { name: "olmo2", model_type: "olmo3", class: "Olmo3ForCausalLM", ..OLMO2 },
 ];
 
 impl Arch {
@@ -69,6 +130,33 @@ impl Arch {
     pub(crate) fn variant(&self, model_type: &str) -> &'static Arch {
         let found = ARCHS.iter().find(|arch| arch.name == self.name && arch.model_type == model_type);
         found.unwrap_or(&LLAMA)
+    }
+
+    /// Returns what of `config` llama.cpp's graph lacks: a field of config.json, and what is wrong with it.
+    pub(crate) fn lacks(&self, config: &Config) -> Option<(&'static str, String)> {
+        let (architecture, name) = (&config.architecture, self.name);
+        let heads = config.num_heads * config.head_dim;
+        let llama3 = architecture.ropes.iter().any(|rope| matches!(rope.scaling, RopeScaling::Llama3 { .. }));
+        if !self.other_biases && architecture.o_bias {
+            let problem = format!("is true, and llama.cpp reads no bias of o_proj for {name}");
+            Some(("attention_bias", problem))
+        } else if !self.other_biases && architecture.mlp_bias {
+            Some(("mlp_bias", format!("is true, and llama.cpp reads no biases of FFNs for {name}")))
+        } else if self.head == Head::Embedding && !config.tie_word_embeddings {
+            let problem = format!("is false, and llama.cpp takes the embedding as the output head of {name}");
+            Some(("tie_word_embeddings", problem))
+        } else if !self.divisors && llama3 {
+            let problem = format!("is llama3, whose divisors llama.cpp does not read for {name}");
+            Some(("rope_scaling.rope_type", problem))
+        } else if self.square && heads != config.hidden {
+            let problem = format!(
+                "is {} with heads of {}, which llama.cpp reads for {name} only if they make up hidden_size {}",
+                config.num_heads, config.head_dim, config.hidden
+            );
+            Some(("num_attention_heads", problem))
+        } else {
+            None
+        }
     }
 
     /// Returns the names that are read, for messages.

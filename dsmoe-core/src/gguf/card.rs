@@ -6,9 +6,14 @@ use super::container::Container;
 use super::value::Value;
 use crate::error::{Result, shown};
 
+/// What stands above the keys in a card.
+const HEADLINE: &str = "The metadata of the GGUF file that the weights are from:";
+/// The name of the model.
+const NAME_KEY: &str = "general.name";
+
 /// Keys of the origin, in the order of the card.
 const KEYS: [&str; 14] = [
-    "general.name",
+    NAME_KEY,
     "general.author",
     "general.organization",
     "general.license",
@@ -53,10 +58,18 @@ pub(crate) fn source_card(path: &Path) -> Result<Option<String>> {
     let front = if front.is_empty() { String::new() } else { format!("---\n{}---\n", front.concat()) };
     let file = path.file_name().unwrap_or_default().to_string_lossy();
     Ok(Some(format!(
-        "{front}# {}\n\nThe metadata of the GGUF file that the weights are from:\n\n| key | value |\n| --- | --- |\n{}\n",
+        "{front}# {}\n\n{HEADLINE}\n\n| key | value |\n| --- | --- |\n{}\n",
         shown(&file),
         rows.join("\n")
     )))
+}
+
+/// Returns the name of the model in a card that [`source_card`] made; none in another card.
+pub(crate) fn name_in_card(card: &str) -> Option<&str> {
+    let start = format!("| {NAME_KEY} | ");
+    let (_, rows) = card.split_once(HEADLINE)?;
+    let name = rows.lines().find_map(|line| line.strip_prefix(&start))?;
+    name.strip_suffix('|').map(str::trim)
 }
 
 #[cfg(test)]
@@ -83,6 +96,10 @@ mod tests {
         let card = source_card(found.path()).unwrap().unwrap();
         assert!(card.starts_with("---\nlicense: \"apache-2.0\"\n---\n# "), "{card}");
         assert!(card.contains("| general.name | A\\n  b |\n| general.license | apache-2.0 |\n"), "{card}");
+        assert_eq!(name_in_card(&card), Some("A\\n  b"));
+        assert_eq!(name_in_card("# Card\n| general.name | x |\n"), None);
+        let unnamed = source_card(file(&[("general.license", "mit")]).path()).unwrap().unwrap();
+        assert_eq!(name_in_card(&unnamed), None);
         assert_eq!(source_card(file(&[("general.type", "model")]).path()).unwrap(), None);
     }
 }

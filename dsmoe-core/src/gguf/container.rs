@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use super::types::TensorType;
 use super::value::Value;
 use crate::error::{Error, Result, shown};
-use crate::files::open_regular;
+use crate::files::{LFS_POINTER, lfs_pointer, open_regular};
 
 pub(crate) const MAGIC: [u8; 4] = *b"GGUF";
 /// Number of files of a model that was split.
@@ -104,6 +104,12 @@ impl Container {
             return Err(input.wrong(format!("is missing: the file has {len} bytes"), COPY));
         }
         input.fill(&mut magic)?;
+        if LFS_POINTER.starts_with(&magic) {
+            let mut rest = vec![0; LFS_POINTER.len() - magic.len()];
+            if input.fill(&mut rest).is_ok() && LFS_POINTER.ends_with(&rest) {
+                return Err(lfs_pointer(path));
+            }
+        }
         if magic != MAGIC {
             return Err(input.wrong("is not that of GGUF", "name a .gguf file or a model directory"));
         }

@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::Path;
 use std::str::FromStr;
 
-use super::arch::Arch;
+use super::arch::{Arch, Head};
 use super::blocks::encode_q8_0;
 use super::config::ARCHITECTURE_KEY;
 use super::keys;
@@ -14,8 +14,8 @@ use super::value::Value;
 use super::vocab::Files;
 use super::write::{Declared, GgufWriter};
 use crate::checkpoint::{
-    Change, Checkpoint, Dtype, Meter, Progress, TensorSource, check_llama_tensors, decode, encode,
-    is_too_large, open_model, tensor_names,
+    Change, Checkpoint, Dtype, EMBEDDING, Meter, Progress, TensorSource, check_llama_tensors, decode, encode,
+    is_too_large, open_model, tensor_names, too_large,
 };
 use crate::config::{CONFIG_FILE, Config};
 use crate::error::{Error, Result, shown};
@@ -91,7 +91,7 @@ impl FromStr for GgufType {
 ///
 /// # Errors
 /// `model` cannot be read, has experts or layers of different shapes, is of a family or has a tokenizer that GGUF
-/// cannot state; a weight is too large for `kind`; `out` is there and `force` is not set; the file system refuses.
+/// cannot state; a weight is not finite, or too large for `kind`; `out` is there and `force` is not set; the file system refuses.
 pub fn export_gguf(
     model: &Path,
     out: &Path,
@@ -107,16 +107,17 @@ pub fn export_gguf(
         Some(kind) => kind,
         None => stored_kind(&config, &checkpoint)?,
     };
+    let (own, ropes) = keys::of_config(&model.join(CONFIG_FILE), &config, arch)?;
+    let tokenizer = Files::read(model)?.metadata(&config)?;
     let mut metadata = vec![
         (ARCHITECTURE_KEY.to_owned(), Value::Text(arch.name.to_owned())),
         ("general.type".to_owned(), Value::Text("model".to_owned())),
-        ("general.name".to_owned(), Value::Text(model_name(model))),
+        ("general.name".to_owned(), Value::Text(readable_name(model_name(model), &tokenizer))),
         ("general.file_type".to_owned(), Value::Unsigned(kind.file_type())),
         ("general.quantization_version".to_owned(), Value::Unsigned(QUANTIZATION_VERSION)),
     ];
-    let (own, ropes) = keys::of_config(&model.join(CONFIG_FILE), &config, arch)?;
     metadata.extend(own.into_iter().map(|(key, value)| (format!("{}.{key}", arch.name), value)));
-    metadata.extend(Files::read(model)?.metadata(&config)?);
+    metadata.extend(tokenizer);
     let made = tensors(model, &config, arch, kind)?;
     let mut declared: Vec<Declared> = made.iter().map(|made| made.tensor.clone()).collect();
     declared.extend(ropes.iter().map(|(name, values)| Declared {
@@ -159,6 +160,21 @@ fn model_name(model: &Path) -> String {
     name.map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned())
 }
 
+/// Returns `name`, or another one if llama.cpp could not load a model of that name: it looks up tokens of Phi-3's
+/// vocabulary in every model whose name says so.
+fn readable_name(name: String, tokenizer: &[(String, Value)]) -> String {
+    const NAMES: [&str; 2] = ["phi-3", "phi3"];
+    const TOKENS: [&str; 4] = ["</s>", "<unk>", "<s>", "<|endoftext|>"];
+    let lower = name.to_lowercase();
+    if !NAMES.iter().any(|known| lower.contains(known)) {
+        return name;
+    }
+    let tokens = tokenizer.iter().find(|(key, _)| key == "tokenizer.ggml.tokens");
+    let tokens = tokens.and_then(|(_, value)| value.as_list()).unwrap_or_default();
+    let has = |token: &&str| tokens.iter().any(|value| value.as_str() == Some(token));
+    if TOKENS.iter().all(has) { name } else { "model".to_owned() }
+}
+
 /// Refuses a model that llama.cpp has no graph for.
 fn check(model: &Path, config: &Config) -> Result<&'static Arch> {
     let path = model.join(CONFIG_FILE);
@@ -169,7 +185,7 @@ fn check(model: &Path, config: &Config) -> Result<&'static Arch> {
         return fail("dsmoe", problem, "export the model as dense first, and that as GGUF");
     }
     if let Some(spec) = &config.ffn {
-        let problem = format!("is {:?}, for which llama.cpp has no graph", spec.kind());
+        let problem = format!("is {:?}, which is not written as GGUF", spec.kind());
         return fail("ffn.type", problem, "export it as native");
     }
     if !config.is_even() {
@@ -180,12 +196,13 @@ fn check(model: &Path, config: &Config) -> Result<&'static Arch> {
         let problem = "is true, and llama.cpp has no bias of an FFN's output without those of gate and up";
         return fail("output_bias", problem.to_owned(), "export it as native");
     }
-    match Arch::of_model_type(config.model_type()) {
-        Some(arch) => Ok(arch),
-        None => {
-            let problem = format!("is {:?}, which is not written as GGUF", shown(config.model_type()));
-            fail("model_type", problem, "export it as native")
-        }
+    let Some(arch) = Arch::of_model_type(config.model_type()) else {
+        let problem = format!("is {:?}, which is not written as GGUF", shown(config.model_type()));
+        return fail("model_type", problem, "export it as native");
+    };
+    match arch.lacks(config) {
+        Some((field, problem)) => fail(field, problem, "export it as native or hf"),
+        None => Ok(arch),
     }
 }
 
@@ -221,6 +238,11 @@ fn tensors(model: &Path, config: &Config, arch: &Arch, kind: GgufType) -> Result
         let kind = shape.last().filter(|_| shape.len() > 1).map_or(TensorType::F32, of_matrix);
         made.push(Made { tensor: Declared { name: gguf, kind, shape }, sources: vec![name] });
     }
+    if arch.head == Head::Own && config.tie_word_embeddings {
+        let (name, shape) = ("output.weight".to_owned(), vec![config.vocab_size, config.hidden]);
+        let tensor = Declared { name, kind: kind.of_matrix(config.hidden), shape };
+        made.push(Made { tensor, sources: vec![EMBEDDING.to_owned()] });
+    }
     Ok(made)
 }
 
@@ -251,15 +273,15 @@ impl Copy<'_> {
         let plus_one = self.arch.norm_plus_one && name.ends_with("norm.weight");
         let path = self.checkpoint.files().nth(view.file).unwrap_or(self.checkpoint.path());
         let (mut values, mut out) = (Vec::new(), Vec::new());
-        self.source.stream(name, change, |bytes| {
+        self.source.copy(name, change, |bytes| {
             values.resize(bytes.len() / dtype.size(), 0.0);
             decode(&mut values, bytes, dtype);
             if plus_one {
                 values.iter_mut().for_each(|value| *value += 1.0);
             }
             pack(&mut out, &values, tensor.kind).map_err(|value| {
-                let problem = format!("holds {value}, which {} cannot store", tensor.kind);
-                Error::tensor(path, name, problem, "set {dtype} to bf16 or f32")
+                let (problem, help) = too_large(value, tensor.kind);
+                Error::tensor(path, name, problem, help)
             })?;
             sink(&out)
         })

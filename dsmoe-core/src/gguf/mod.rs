@@ -23,7 +23,7 @@ mod write;
 
 use std::path::{Path, PathBuf};
 
-pub(crate) use card::source_card;
+pub(crate) use card::{name_in_card, source_card};
 pub(crate) use config::config_json;
 pub use container::{Container, TensorPlace};
 pub use export::{GgufReport, GgufType, export_gguf};

@@ -8,6 +8,7 @@ use serde_json::{Map, Value as Json, json};
 use super::config::Keys;
 use super::types::TensorType;
 use super::value::shortest;
+use crate::config::rope::longrope_factor;
 use crate::error::{Error, Result, shown};
 use crate::files::open_regular;
 
@@ -49,7 +50,7 @@ pub(crate) fn from_keys(keys: &Keys<'_>) -> Result<Map<String, Json>> {
         map.insert("partial_rotary_factor".into(), json!(width as f64 / head_dim as f64));
     }
     let original = keys.count("rope.scaling.original_context_length")?;
-    let scaling = match longrope(keys)? {
+    let scaling = match longrope(keys, original)? {
         Some(scaling) => {
             if let Some(original) = original {
                 map.insert("original_max_position_embeddings".into(), json!(original));
@@ -122,7 +123,7 @@ fn yarn(keys: &Keys<'_>, factor: f64, original: Option<u64>) -> Result<Json> {
     Ok(Json::Object(map))
 }
 
-fn longrope(keys: &Keys<'_>) -> Result<Option<Json>> {
+fn longrope(keys: &Keys<'_>, original: Option<u64>) -> Result<Option<Json>> {
     let (Some(short), Some(long)) = (floats(keys, SHORT)?, floats(keys, LONG)?) else { return Ok(None) };
     let list = |values: &[f32]| values.iter().copied().map(shortest).collect::<Vec<f64>>();
     let mut map = Map::new();
@@ -130,7 +131,14 @@ fn longrope(keys: &Keys<'_>) -> Result<Option<Json>> {
     map.insert("short_factor".into(), json!(list(&short)));
     map.insert("long_factor".into(), json!(list(&long)));
     if let Some(factor) = keys.number("rope.scaling.attn_factor")? {
-        map.insert("attention_factor".into(), json!(factor));
+        // Where config.json would have the same factor by itself, it keeps all digits of it.
+        let positions = keys.count("context_length")?;
+        let derived = positions.zip(original).filter(|&(_, original)| original > 1).map(|(all, original)| {
+            longrope_factor(all as f64 / original as f64, usize::try_from(original).unwrap_or(usize::MAX))
+        });
+        if derived.is_none_or(|derived| derived as f32 != factor as f32) {
+            map.insert("attention_factor".into(), json!(factor));
+        }
     }
     Ok(Some(Json::Object(map)))
 }

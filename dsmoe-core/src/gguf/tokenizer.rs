@@ -177,6 +177,8 @@ impl<'a> Tokenizer<'a> {
         let mut map = Map::new();
         let mut put = |key: &str, value: Json| drop(map.insert(key.to_owned(), value));
         put("tokenizer_class", json!("PreTrainedTokenizerFast"));
+        // Of its own this class gives token_type_ids too, which the models do not take.
+        put("model_input_names", json!(["input_ids", "attention_mask"]));
         put("clean_up_tokenization_spaces", json!(false));
         put("add_bos_token", json!(self.add_bos));
         put("add_eos_token", json!(false));

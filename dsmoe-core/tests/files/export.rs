@@ -42,7 +42,7 @@ fn a_trained_model_is_no_dense_model() {
     assert!(json_of(&work.path().join("converted"))["dsmoe"]["untrained"].as_bool().unwrap());
     assert!(json_of(&model)["dsmoe"].get("untrained").is_none());
     let out = work.path().join("out");
-    let parts = ["trained: was trained with gates", "export it as hf", "fold mean with data"];
+    let parts = ["trained: was fitted or trained with gates", "export it as hf", "fold mean with data"];
     refused(export(&model, &out, &dense(), &mut quiet), &parts);
     assert!(!out.exists());
     let untrained = export(&work.path().join("converted"), &out, &dense(), &mut quiet).unwrap();
@@ -247,10 +247,16 @@ fn licences_and_cards_go_along() {
         "| active experts | 50.0 % on average",
         "| perplexity | 7.2500 (some text) |",
         "trust_remote_code=True",
-        SOURCE_CARD_FILE,
+        "dtype=\"auto\")  # before 4.56: torch_dtype\n",
+        "\nThe card of the base model is SOURCE_README.md.\n",
+        "\nThe licence files beside the weights are those of the base model.\n",
     ] {
         assert!(card.contains(part), "{part} is not in {card}");
     }
+    fs::remove_file(at("sparse").join("LICENSE.txt")).unwrap();
+    export(&at("sparse"), &out, &hf, &mut quiet).unwrap();
+    let card = fs::read_to_string(out.join(CARD_FILE)).unwrap();
+    assert!(card.contains("SOURCE_README.md") && !card.contains("licence files"), "{card}");
     // A card of ours is written again, one of somebody else is kept.
     let dense = ExportOptions { force: true, ..dense() };
     assert!(export(&at("sparse"), &out, &dense, &mut quiet).unwrap().card_written);

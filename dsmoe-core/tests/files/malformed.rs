@@ -127,7 +127,26 @@ fn no_weights() {
     let work = tempfile::tempdir().unwrap();
     let parts = ["no model.safetensors", "model.safetensors.index.json", "save_pretrained"];
     refused(Checkpoint::open(work.path()), &parts);
-    refused(Config::load(work.path()), &["config.json", "No such file"]);
+    refused(
+        Config::load(work.path()),
+        &["there is no config.json and no GGUF file in it; name a directory that"],
+    );
+}
+
+#[test]
+fn directories_that_are_no_models_are_named() {
+    let work = tempfile::tempdir().unwrap();
+    let [adapter, empty, cache] =
+        ["adapter", "models--a--b", "models--c--d"].map(|name| work.path().join(name));
+    for dir in [&adapter, &empty.join("snapshots"), &cache.join("snapshots/1"), &cache.join("snapshots/2")] {
+        fs::create_dir_all(dir).unwrap();
+    }
+    fs::write(adapter.join("adapter_config.json"), "{}").unwrap();
+    refused(Config::load(&adapter), &["is an adapter and no whole model; merge it into its base model"]);
+    refused(Config::load(&empty), &["is a folder of the Hub's cache", "hf download OWNER/NAME"]);
+    fs::write(cache.join("snapshots/2/config.json"), "{}").unwrap();
+    let second = format!("name a directory in it: {}", cache.join("snapshots/2").display());
+    refused(Config::load(&cache), &["is a folder of the Hub's cache", &second]);
 }
 
 #[test]
@@ -176,6 +195,19 @@ fn tensors_that_old_conversions_list_or_keep_are_ignored() {
     json["weight_map"]["lm_head.weight"] = shard;
     fs::write(&index, json.to_string()).unwrap();
     fixture.check().unwrap();
+    // Nor is the shard needed that holds nothing else.
+    json["weight_map"]["model.layers.0.self_attn.rotary_emb.inv_freq"] =
+        "model-00009-of-00009.safetensors".into();
+    json["weight_map"]["lm_head.weight"] = "model-00008-of-00009.safetensors".into();
+    fs::write(&index, json.to_string()).unwrap();
+    fixture.check().unwrap();
+    json["weight_map"]["model.norm.weight"] = "model-00009-of-00009.safetensors".into();
+    fs::write(&index, json.to_string()).unwrap();
+    fixture.refused(&[
+        "tensor model.norm.weight is in shard model-00009-of-00009",
+        "is missing",
+        "copy that file",
+    ]);
 }
 
 #[test]
@@ -208,6 +240,13 @@ fn git_lfs_pointers_are_named() {
         fs::write(fixture.dir.join(file), pointer).unwrap();
         fixture.refused(&[file, "is a Git LFS pointer", "git lfs pull"]);
     }
+    let gguf = fixture.work.path().join("pointer.gguf");
+    fs::write(&gguf, pointer).unwrap();
+    for error in [Config::load(&gguf).map(|_| ()), Checkpoint::open(&gguf).map(|_| ())] {
+        refused(error, &["pointer.gguf: is a Git LFS pointer", "git lfs pull"]);
+    }
+    fs::write(&gguf, "version 1 of something else altogether\n").unwrap();
+    refused(Config::load(&gguf), &["pointer.gguf: header is not that of GGUF"]);
 }
 
 #[test]
@@ -343,14 +382,17 @@ fn options_that_cannot_work() {
 }
 
 #[test]
-fn centroids_of_weights_that_are_not_numbers() {
+fn centroids_of_weights_that_have_none() {
     let fixture = Fixture::new();
     let checkpoint = Checkpoint::open(&fixture.dir).unwrap();
-    let offset = checkpoint.tensor("model.layers.1.mlp.gate_proj.weight").unwrap().offset;
-    fixture.overwrite(&fixture.dir, offset, &f32::NAN.to_le_bytes());
+    let name = "model.layers.1.mlp.gate_proj.weight";
+    let (offset, len) = checkpoint.tensor(name).map(|view| (view.offset, view.len as usize)).unwrap();
+    fixture.overwrite(&fixture.dir, offset, &vec![0; len]);
     let options =
         ConvertOptions { routers: RouterStart::Init(RouterInit::Centroid), ..ConvertOptions::new(4) };
     refused(fixture.convert(&options), &["centroid of expert 0 in layer 1", "use router init `open`"]);
+    fixture.overwrite(&fixture.dir, offset, &f32::NAN.to_le_bytes());
+    refused(fixture.convert(&options), &[name, "holds a value that is not finite", "undamaged copy"]);
 }
 
 #[test]

@@ -3,6 +3,7 @@
 #[cfg(feature = "cuda")]
 mod cuda;
 mod gradients;
+mod moe;
 mod reference;
 mod small;
 

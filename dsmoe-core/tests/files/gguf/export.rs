@@ -17,9 +17,9 @@ use crate::support::small_config;
 use dsmoe_kernels::testing::{refused, shared};
 use serde_json::{Map, Value, json};
 
-/// Models of the zoo that llama.cpp has no graph for: windows in other layers than its own, another attention scale, and
-/// RoPE that GGUF cannot state.
-const REFUSED: [&str; 16] = [
+/// Models of the zoo that llama.cpp has no graph for: windows in other layers than its own, another attention scale, a bias
+/// that it does not read, and RoPE that GGUF cannot state.
+const REFUSED: [&str; 17] = [
     "gemma2",
     "gemma3-v5",
     "gemma3",
@@ -31,6 +31,7 @@ const REFUSED: [&str; 16] = [
     "phi3-window",
     "qwen2-v5",
     "qwen2-window",
+    "qwen3-bias-v5",
     "rope-dynamic-v4",
     "rope-dynamic-v5",
     "rope-longrope",
@@ -225,21 +226,8 @@ fn odd_windows_and_ropes_read_back_or_are_refused() {
         ),
     ] {
         let work = tempfile::tempdir().unwrap();
-        let mut json = json!({
-            "model_type": family, "vocab_size": 20, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": layers,
-            "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64,
-            "sliding_window": 9, "query_pre_attn_scalar": 16, "attention_multiplier": 0.25,
-        });
-        let all = json.as_object_mut().unwrap();
-        all.extend(keys.as_object().unwrap().clone());
-        let what = json.to_string();
-        fs::write(work.path().join("config.json"), &what).unwrap();
         let (model, out) = (work.path().join("model"), work.path().join("out.gguf"));
-        let config = Config::load(work.path()).unwrap();
-        init(&config, &model, &InitOptions::default(), &mut quiet).unwrap();
-        let tokenizer = r#"{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "pre_tokenizer":
-            {"type": "ByteLevel", "add_prefix_space": false}}"#;
-        fs::write(model.join("tokenizer.json"), tokenizer).unwrap();
+        let (config, what) = tiny(&model, family, layers, &keys);
         match write(&model, &out, None) {
             Ok(()) => {
                 assert_eq!(refusal, "", "{what} is written");
@@ -270,6 +258,152 @@ fn odd_windows_and_ropes_read_back_or_are_refused() {
     }
 }
 
+/// Makes a tiny random model of `family` with `keys` in its configuration, which is returned with its text.
+fn tiny(model: &Path, family: &str, layers: usize, keys: &Value) -> (Config, String) {
+    let mut json = json!({
+        "model_type": family, "vocab_size": 20, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": layers,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64,
+        "sliding_window": 9, "query_pre_attn_scalar": 16, "attention_multiplier": 0.25,
+    });
+    json.as_object_mut().unwrap().extend(keys.as_object().unwrap().clone());
+    let what = json.to_string();
+    let config = Config::from_json(Path::new("config.json"), &what).unwrap();
+    init(&config, model, &InitOptions::default(), &mut quiet).unwrap();
+    fs::write(model.join("tokenizer.json"), TOKENIZER).unwrap();
+    (config, what)
+}
+
+/// llama.cpp refuses a file with a tensor that the graph of its architecture does not take, and one without a tensor
+/// that it needs.
+#[test]
+fn models_whose_tensors_llama_cpp_does_not_read_are_refused() {
+    let bias = json!({"attention_bias": true});
+    let (ffn_bias, untied) = (json!({"mlp_bias": true}), json!({"tie_word_embeddings": false}));
+    let few_heads = json!({"num_attention_heads": 1, "num_key_value_heads": 1});
+    let llama3 = json!({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 32}});
+    let o_proj = "attention_bias is true, and llama.cpp reads no bias of o_proj";
+    let head = "tie_word_embeddings is false, and llama.cpp takes the embedding";
+    let square = "num_attention_heads is 1 with heads of 16";
+    let divisors = "rope_scaling.rope_type is llama3, whose divisors";
+    for (family, keys, refusal) in [
+        ("llama", &bias, ""),
+        ("granite", &bias, ""),
+        ("qwen3", &bias, o_proj),
+        ("smollm3", &bias, o_proj),
+        ("olmo2", &bias, o_proj),
+        ("olmo3", &bias, o_proj),
+        ("gemma", &bias, o_proj),
+        ("gemma2", &bias, o_proj),
+        ("gemma3_text", &bias, o_proj),
+        ("llama", &ffn_bias, ""),
+        ("granite", &ffn_bias, ""),
+        ("smollm3", &ffn_bias, "mlp_bias is true, and llama.cpp reads no biases of FFNs"),
+        ("gemma", &untied, head),
+        ("gemma2", &untied, head),
+        ("gemma3_text", &untied, ""),
+        ("qwen2", &few_heads, square),
+        ("phi3", &few_heads, square),
+        ("olmo2", &few_heads, square),
+        ("qwen3", &few_heads, ""),
+        ("llama", &few_heads, ""),
+        ("mistral", &llama3, ""),
+        ("qwen2", &llama3, divisors),
+        ("qwen3", &llama3, divisors),
+        ("smollm3", &llama3, divisors),
+        ("olmo2", &llama3, divisors),
+    ] {
+        let work = tempfile::tempdir().unwrap();
+        let (model, out) = (work.path().join("model"), work.path().join("out.gguf"));
+        let mut keys = keys.clone();
+        if family == "mistral" {
+            keys["sliding_window"] = Value::Null;
+        }
+        let (config, what) = tiny(&model, family, 4, &keys);
+        match write(&model, &out, None) {
+            Ok(()) => {
+                assert_eq!(refusal, "", "{what} is written");
+                let again = Config::load(&out).unwrap();
+                close(&what, &config, &again);
+                let (a, b) = (open_model(&model, &config).unwrap(), open_model(&out, &again).unwrap());
+                assert!(difference(&config, &a, &b) < 1e-7, "{what}");
+            }
+            Err(error) => {
+                let text = error.to_string();
+                assert!(!refusal.is_empty() && text.contains(refusal), "{what}: {text}");
+                assert!(!out.exists(), "{what}");
+            }
+        }
+    }
+}
+
+/// llama.cpp reads no OLMo 2 without `output.weight`, though a model may use its embedding there.
+#[test]
+fn a_tied_head_is_written_where_it_has_to_be() {
+    let work = tempfile::tempdir().unwrap();
+    for (family, tied, has_head) in [("olmo2", true, true), ("olmo3", true, true), ("llama", true, false)] {
+        let (model, out) = (work.path().join(family), work.path().join(format!("{family}.gguf")));
+        tiny(&model, family, 4, &json!({"tie_word_embeddings": tied}));
+        write(&model, &out, Some(GgufType::Q8_0)).unwrap();
+        let tensors = stored(&out);
+        let tensor =
+            |name: &str| tensors.iter().find(|tensor| tensor.0 == name).map(|(_, a, b, c)| (a, b, c));
+        let expected = tensor("token_embd.weight").filter(|_| has_head);
+        assert_eq!(tensor("output.weight"), expected, "{family}");
+        assert_eq!(Config::load(&out).unwrap().tie_word_embeddings, !has_head);
+        read(&Checkpoint::open(&out).unwrap(), "model.embed_tokens.weight");
+    }
+}
+
+/// The factor of cosines and sines that a configuration leaves out comes back with all its digits.
+#[test]
+fn the_factor_of_longrope_reads_back_to_the_bit() {
+    for (given, growth) in [(json!({}), 4), (json!({"attention_factor": 1.25}), 4), (json!({}), 1)] {
+        let work = tempfile::tempdir().unwrap();
+        let (model, out) = (work.path().join("model"), work.path().join("out.gguf"));
+        let mut scaling = json!({"type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
+            "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]});
+        scaling.as_object_mut().unwrap().extend(given.as_object().unwrap().clone());
+        let keys = json!({"rope_scaling": scaling, "original_max_position_embeddings": 64 / growth,
+            "sliding_window": null});
+        let (config, what) = tiny(&model, "phi3", 2, &keys);
+        write(&model, &out, None).unwrap();
+        assert_eq!(Config::load(&out).unwrap().architecture.ropes, config.architecture.ropes, "{what}");
+    }
+}
+
+#[test]
+fn weights_that_are_not_finite_are_not_passed_on() {
+    let work = tempfile::tempdir().unwrap();
+    for (value, at) in [(f32::NAN, 0), (f32::INFINITY, 1)] {
+        let model = work.path().join(format!("{at}"));
+        tiny(&model, "llama", 2, &json!({}));
+        let name = "model.layers.1.mlp.up_proj.weight";
+        let place = Checkpoint::open(&model).unwrap().tensor(name).map(|view| view.offset as usize).unwrap();
+        let path = model.join("model.safetensors");
+        let mut file = fs::read(&path).unwrap();
+        file[place + 4 * at..][..4].copy_from_slice(&value.to_le_bytes());
+        fs::write(&path, file).unwrap();
+        let says = [name, "holds a value that is not finite", "undamaged copy"];
+        let out = work.path().join("out");
+        for kind in [None, Some(GgufType::Float(Dtype::F16)), Some(GgufType::Q8_0)] {
+            refused(write(&model, &out, kind), &says);
+        }
+        for (form, dtype) in [
+            (ExportAs::Native, None),
+            (ExportAs::Transformers, None),
+            (ExportAs::Transformers, Some(Dtype::BF16)),
+        ] {
+            refused(
+                export(&model, &out, &ExportOptions { dtype, ..ExportOptions::new(form) }, &mut quiet),
+                &says,
+            );
+        }
+        refused(convert(&model, &out, &ConvertOptions::new(2), &mut quiet), &says);
+        assert!(!out.exists());
+    }
+}
+
 /// The layers with windows, the rotations and the scales that published models have are those of llama.cpp's graphs.
 #[test]
 fn the_patterns_of_published_models_are_written() {
@@ -292,7 +426,7 @@ fn the_patterns_of_published_models_are_written() {
         "sliding_window": 16});
     let olmo3 = |layers: usize, scaling: &Value| {
         json!({"model_type": "olmo3", "num_hidden_layers": layers, "sliding_window": 16, "rope_theta": 5e5,
-            "rope_scaling": scaling, "layer_types": kinds(4, layers)})
+            "tie_word_embeddings": false, "rope_scaling": scaling, "layer_types": kinds(4, layers)})
     };
     let cases = [gemma3(6), gemma3(13), by_default, gemma2, olmo3(4, &Value::Null), olmo3(8, &yarn)];
     for (i, keys) in cases.into_iter().enumerate() {
@@ -311,6 +445,41 @@ fn the_patterns_of_published_models_are_written() {
         close(&keys.to_string(), &config, &again);
         let (a, b) = (open_model(&model, &config).unwrap(), open_model(&out, &again).unwrap());
         assert!(difference(&config, &a, &b) < 1e-7, "{keys}");
+    }
+}
+
+/// The card of what is made of a file names its model, and the tokenizer gives what models take.
+#[test]
+fn a_model_from_a_file_goes_on_with_its_name() {
+    let work = tempfile::tempdir().unwrap();
+    let (model, file, out) =
+        (work.path().join("Tiny-1B"), work.path().join("file.gguf"), work.path().join("out"));
+    tiny(&model, "llama", 2, &json!({}));
+    write(&model, &file, None).unwrap();
+    export(&file, &out, &ExportOptions::new(ExportAs::Transformers), &mut quiet).unwrap();
+    let card = fs::read_to_string(out.join("README.md")).unwrap();
+    assert!(card.contains("\n| base model | Tiny-1B |\n") && !card.contains("base_model:"), "{card}");
+    assert!(!card.contains("licence files"), "{card}");
+    let tokenizer: Value =
+        serde_json::from_slice(&fs::read(out.join("tokenizer_config.json")).unwrap()).unwrap();
+    assert_eq!(tokenizer["model_input_names"], json!(["input_ids", "attention_mask"]));
+}
+
+/// llama.cpp fails on a model whose name is that of Phi-3 and whose vocabulary is another.
+#[test]
+fn a_name_that_stands_for_a_vocabulary_is_kept_with_that_vocabulary() {
+    let work = tempfile::tempdir().unwrap();
+    let phi = r#"{"model": {"type": "BPE", "vocab": {"a": 0, "</s>": 1, "<unk>": 2, "<s>": 3, "<|endoftext|>": 4},
+        "merges": []}, "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false}}"#;
+    for (name, tokenizer, wanted) in
+        [("Tiny-Phi3", TOKENIZER, "model"), ("Tiny-Phi3.5", phi, "Tiny-Phi3"), ("other", TOKENIZER, "other")]
+    {
+        let (model, out) = (work.path().join(name), work.path().join(format!("{name}.gguf")));
+        tiny(&model, "llama", 2, &json!({}));
+        fs::write(model.join("tokenizer.json"), tokenizer).unwrap();
+        write(&model, &out, None).unwrap();
+        let found = Container::open(&out).unwrap().metadata["general.name"].as_str().map(str::to_owned);
+        assert_eq!(found.as_deref(), Some(wanted), "{name}");
     }
 }
 
@@ -427,6 +596,6 @@ fn a_value_beyond_f16_is_refused_by_every_writer() {
     let mut writer = Writer::create_file(&work.path().join("t.safetensors"), infos).unwrap();
     refused(writer.write_f32("t", &[1.0, 1e6]), &["tensor t holds 1000000, which F16 cannot store"]);
     refused(write(&model, work.path(), Some(GgufType::Float(Dtype::BF16))), &["is a directory"]);
-    // Values up to the largest are written, and infinities as they are.
+    // Values up to the largest are written.
     write(&model, &out, Some(GgufType::Float(Dtype::BF16))).unwrap();
 }

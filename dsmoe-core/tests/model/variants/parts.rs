@@ -140,7 +140,7 @@ fn exports_keep_the_parts_or_refuse() {
         assert_eq!(run(&Inference::load(&at("out"), Precision::F32).unwrap()), run(&chosen));
     }
     refused(to("parts", ExportAs::Native, Some(0.2), None), &["outside of the model's budgets"]);
-    refused(to("core", ExportAs::Dense, None, None), &["was trained with gates"]);
+    refused(to("core", ExportAs::Dense, None, None), &["was fitted or trained with gates"]);
     refused(to("core", ExportAs::Dense, Some(0.6), None), &["a dense export has no gates"]);
     let ones = vec![vec![1.0; EXPERTS]; LAYERS];
     refused(to("parts", ExportAs::Dense, None, Some(ones.clone())), &["dsmoe.correction is true", "hf"]);

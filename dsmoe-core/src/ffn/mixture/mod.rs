@@ -1,0 +1,239 @@
+//! The FFN of models that were trained as mixtures of experts (Mixtral, Qwen-MoE, OLMoE).
+//!
+//! `y = sum over the k selected experts of c_e f_e(x)`, and the shared expert where there is one; c is the rule of
+//! [`dsmoe_router::mixture`]. The experts of a layer are stored tensor by tensor, and in an arena those of one kind follow each
+//! other, so that they are one matrix for the kernels.
+
+mod router;
+mod shared;
+mod spec;
+#[cfg(test)]
+mod tests;
+
+use std::any::Any;
+use std::sync::Arc;
+
+use dsmoe_kernels::Precision;
+use dsmoe_kernels::expert_ffn::{self, Dims, PackedWeights, Pairs, Saved};
+
+pub(crate) use shared::SHARED_EXPERT;
+
+use super::{
+    DeviceFfn, Ffn, FfnBackward, FfnForward, FfnInference, FfnKind, FfnReport, FfnScratch, GateBackward,
+    Gated, HostGate, HostRouted, PackedFfn, Record, routes,
+};
+use crate::config::MixtureSpec;
+use crate::params::{TensorSpec, padded};
+use router::{MixtureRouter, RouterSaved};
+use shared::{PackedShared, Shared, SharedBackward, SharedSaved};
+
+/// The FFN of a layer of a mixture.
+#[derive(Clone, Debug)]
+pub struct MixtureFfn {
+    /// All experts that are chosen from.
+    gated: Gated,
+    spec: MixtureSpec,
+    /// Weight of the balance loss of this layer.
+    balance_weight: f64,
+}
+
+/// Values that the backward pass needs.
+#[derive(Debug)]
+struct MixtureSaved {
+    experts: Saved,
+    router: RouterSaved,
+    shared: Option<SharedSaved>,
+}
+
+/// The FFN of a mixture for inference; routers stay f32.
+#[derive(Debug)]
+struct PackedMixture {
+    ffn: MixtureFfn,
+    weights: PackedWeights,
+    router: Vec<f32>,
+    shared: Option<PackedShared>,
+}
+
+impl MixtureFfn {
+    /// Creates the FFN of `spec` with the activation and the input of `gated`, which has the neurons of all experts and no biases.
+    ///
+    /// # Panics
+    /// `gated` has other neurons, or biases.
+    pub fn new(gated: Gated, spec: MixtureSpec, balance_weight: f64) -> MixtureFfn {
+        let fits = gated.intermediate == spec.neurons() && !gated.bias && !gated.output_bias;
+        assert!(fits, "mixture: {gated:?} for {spec:?}");
+        MixtureFfn { gated, spec, balance_weight }
+    }
+
+    fn router(&self) -> MixtureRouter {
+        let MixtureFfn { gated, spec, balance_weight } = *self;
+        MixtureRouter { hidden: gated.hidden, config: spec.router, balance_weight }
+    }
+
+    fn shared(&self) -> Option<Shared> {
+        self.spec.shared.map(|intermediate| Shared(Gated { intermediate, ..self.gated }))
+    }
+
+    /// Returns the starts of the parameters of the router and of the shared expert.
+    fn starts(&self) -> [usize; 2] {
+        let router = self.gated.len();
+        [router, router + padded(self.router().len())]
+    }
+
+    fn dims(&self, tokens: usize) -> Dims {
+        let num_experts = self.spec.router.num_experts;
+        Dims { num_experts, all_pairs: false, ..self.gated.dims(tokens) }
+    }
+
+    /// Returns the projections of the experts, under their names in a checkpoint.
+    fn experts(&self) -> impl Iterator<Item = TensorSpec> + '_ {
+        let MixtureSpec { router, width, .. } = self.spec;
+        ["gate", "up", "down"].into_iter().flat_map(move |which| {
+            (0..router.num_experts).map(move |e| {
+                let name = format!("experts.{e}.{which}_proj.weight");
+                let spec = TensorSpec::matrix(name, width, self.gated.hidden);
+                let spec = if which == "down" { spec.transposed() } else { spec };
+                TensorSpec { joined: e > 0, ..spec }
+            })
+        })
+    }
+}
+
+/// Adds the routing to `record`.
+fn count(record: Option<Record<'_>>, routed: HostRouted<'_>) {
+    if let Some(Record { stats, layer }) = record {
+        stats.add(layer, routed.routing);
+    }
+}
+
+impl PackedFfn for PackedMixture {
+    fn forward(&self, args: FfnInference<'_>) {
+        let FfnInference { y, x, record, scratch } = args;
+        let mut saved = RouterSaved::default();
+        let routed = self.ffn.router().forward(&mut saved, x, &self.router, None);
+        count(record, routed);
+        let (dims, routes) = (self.ffn.dims(x.len() / self.ffn.gated.hidden), routes(routed.routing));
+        let (pairs, weights) = (Pairs::Routed(&routes), &self.weights);
+        expert_ffn::ForwardPacked { y: &mut *y, x, weights, pairs, dims, scratch: &mut scratch.experts }
+            .run();
+        if let Some(shared) = &self.shared {
+            shared.forward(y, x, scratch);
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        self.weights.bytes() + 4 * self.router.len() + self.shared.as_ref().map_or(0, PackedShared::bytes)
+    }
+
+    fn num_experts(&self) -> Option<usize> {
+        self.ffn.num_experts()
+    }
+}
+
+impl Ffn for MixtureFfn {
+    fn tensors(&self) -> Vec<TensorSpec> {
+        let router = TensorSpec::router("gate.weight", vec![self.spec.router.num_experts, self.gated.hidden]);
+        let shared = self.shared().map(|shared| shared.tensors()).unwrap_or_default();
+        self.experts().chain([router]).chain(shared).collect()
+    }
+
+    fn num_experts(&self) -> Option<usize> {
+        Some(self.spec.router.num_experts)
+    }
+
+    fn kind(&self) -> Option<FfnKind> {
+        Some(FfnKind::Spec(Arc::new(self.spec)))
+    }
+
+    fn on_device(&self) -> Option<DeviceFfn> {
+        // A device runs no expert beside those that are routed.
+        self.spec.shared.is_none().then(|| DeviceFfn::Hosted {
+            gated: self.gated,
+            num_experts: self.spec.router.num_experts,
+            gate: Arc::new(self.router()),
+        })
+    }
+
+    fn pack(&self, params: &[f32], precision: Precision) -> Box<dyn PackedFfn> {
+        let [router, shared] = self.starts();
+        Box::new(PackedMixture {
+            ffn: self.clone(),
+            weights: PackedWeights::new(precision, &self.gated.weights(params), self.dims(0)),
+            router: params[router..][..self.router().len()].to_vec(),
+            shared: self.shared().map(|expert| expert.pack(&params[shared..], precision)),
+        })
+    }
+
+    fn new_saved(&self, tokens: usize) -> Box<dyn Any + Send> {
+        let experts = Saved::with_room(self.dims(tokens));
+        let shared = self.shared().map(|shared| shared.new_saved(tokens));
+        Box::new(MixtureSaved { experts, router: RouterSaved::default(), shared })
+    }
+
+    fn reserve(&self, scratch: &mut FfnScratch, tokens: usize) {
+        scratch.experts.reserve(self.dims(tokens));
+    }
+
+    fn forward_train(&self, args: FfnForward<'_>) -> FfnReport {
+        let FfnForward { y, saved, x, params, training, record, scratch } = args;
+        let MixtureSaved { experts, router, shared } =
+            saved.downcast_mut().expect("saved by the FFN of a mixture");
+        let [of_router, of_shared] = self.starts();
+        let routed = self.router().forward(router, x, &params[of_router..], Some(training));
+        count(record, routed);
+        let (weights, routes) = (&self.gated.weights(params), routes(routed.routing));
+        let (pairs, dims) = (Pairs::Routed(&routes), self.dims(x.len() / self.gated.hidden));
+        expert_ffn::ForwardTrain {
+            y: &mut *y,
+            saved: experts,
+            x,
+            weights,
+            pairs,
+            dims,
+            scratch: &mut scratch.experts,
+        }
+        .run();
+        if let (Some(expert), Some(saved)) = (self.shared(), shared) {
+            expert.forward_train(y, saved, x, &params[of_shared..], scratch);
+        }
+        FfnReport { balance_loss: routed.balance_loss, ..FfnReport::default() }
+    }
+
+    fn backward(&self, args: FfnBackward<'_>) {
+        let FfnBackward { dx, grads, dy, saved, x, params, training, scratch, .. } = args;
+        let MixtureSaved { experts: saved, router, shared } =
+            saved.downcast_mut().expect("saved by the FFN of a mixture");
+        let routed = router.0.as_ref().expect("a forward before the backward");
+        let [of_router, of_shared] = self.starts();
+        let dims = self.dims(x.len() / self.gated.hidden);
+        let FfnScratch { experts: scratch_of_experts, dcoefficients: by_pair, .. } = &mut *scratch;
+        by_pair.resize(dims.tokens * dims.num_experts);
+        let routes = routes(&routed.routing);
+        expert_ffn::Backward {
+            dx: &mut *dx,
+            dcoefficients: Some(&mut by_pair[..]),
+            grads: self.gated.grads(&mut grads[..of_router]),
+            dy,
+            saved,
+            x,
+            weights: &self.gated.weights(params),
+            pairs: Pairs::Routed(&routes),
+            dims,
+            scratch: scratch_of_experts,
+        }
+        .run();
+        self.router().backward(GateBackward {
+            dx: &mut *dx,
+            grads: &mut grads[of_router..of_shared],
+            dcoefficients: &by_pair[..],
+            saved: router,
+            x,
+            params: &params[of_router..],
+            training,
+        });
+        if let (Some(expert), Some(saved)) = (self.shared(), shared) {
+            let (grads, params) = (&mut grads[of_shared..], &params[of_shared..]);
+            expert.backward(SharedBackward { dx, grads, dy, saved, x, params, scratch });
+        }
+    }
+}
