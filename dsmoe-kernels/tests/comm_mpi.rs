@@ -93,6 +93,13 @@ fn all_calls(comm: &dyn Communicator) {
         }
         comm.barrier(of).unwrap();
     }
+    // Only the last process sends, to itself.
+    let mut own = vec![0; size];
+    own[size - 1] = if me + 1 == size { 3 } else { 0 };
+    let send = vec![7u8; own[size - 1]];
+    let mut recv = vec![0; send.len()];
+    comm.all_to_all(OF, &send, &own, &mut recv, &own).unwrap();
+    assert_eq!(recv, send);
     let names: Vec<String> = (0..size).map(|rank| "x".repeat(rank)).collect();
     assert_eq!(
         gather(comm, OF, names[me].as_bytes()).unwrap(),
