@@ -23,7 +23,8 @@ pub struct GradNorms {
     pub router: f64,
 }
 
-/// Computes the norms of `grads`, laid out as `layout`. See [`Squares`].
+/// Computes the norms of `grads`, laid out as `layout`. Squares are summed by pieces of at most 65,536 values, and
+/// the pieces in order.
 pub fn grad_norms(layout: &Layout, grads: &[f32]) -> GradNorms {
     let mut squares = Squares::new(layout, &Shards::new(layout, 1), 0);
     squares.compute(grads);
