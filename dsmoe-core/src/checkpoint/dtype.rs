@@ -1,6 +1,7 @@
 //! Element types of stored tensors, and their conversion from and to f32.
 
 use std::fmt;
+use std::path::Path;
 use std::str::FromStr;
 
 use half::{bf16, f16};
@@ -216,6 +217,15 @@ fn transpose_by(out: &mut [f32], rows: usize, cols: usize, value: impl Fn(usize)
             }
         }
     });
+}
+
+/// Refuses a value that is not finite, in the tensor `name` of the checkpoint at `path`.
+pub(crate) fn check_finite(path: &Path, name: &str, values: &[f32]) -> Result<()> {
+    if all_finite(values) {
+        return Ok(());
+    }
+    let problem = "holds a value that is not finite";
+    Err(Error::tensor(path, name, problem, "take an undamaged copy of the checkpoint"))
 }
 
 #[cfg(test)]

@@ -2,8 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::dtype::decode;
-use super::weights::check_finite;
+use super::dtype::{check_finite, decode};
 use super::{Checkpoint, TensorView};
 use crate::error::Result;
 

@@ -1,12 +1,10 @@
 //! Reading a model's weights tensor by tensor, in memory of bounded size.
 
-use std::path::Path;
-
-use super::dtype::{all_finite, decode, decode_transposed};
+use super::dtype::{check_finite, decode, decode_transposed};
 use super::stream::{Change, TensorSource};
 use super::{Checkpoint, LlamaTensors, check_llama_tensors};
 use crate::config::Config;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::masks::{MASKS_FILE, Masks};
 use crate::params::{Stored, TensorSpec};
 
@@ -89,15 +87,6 @@ impl<'a> WeightReader<'a> {
             Ok(())
         })
     }
-}
-
-/// Refuses a value that is not finite, in the tensor `name` of the checkpoint at `path`.
-pub(crate) fn check_finite(path: &Path, name: &str, values: &[f32]) -> Result<()> {
-    if all_finite(values) {
-        return Ok(());
-    }
-    let problem = "holds a value that is not finite";
-    Err(Error::tensor(path, name, problem, "take an undamaged copy of the checkpoint"))
 }
 
 fn check_masked(checkpoint: &Checkpoint, name: &str, wrong: Option<(usize, usize)>) -> Result<()> {

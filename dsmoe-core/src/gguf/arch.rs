@@ -1,7 +1,5 @@
 //! The architectures of GGUF files that are read.
 
-use crate::config::{Config, RopeScaling};
-
 /// The tensors that llama.cpp takes for the output head.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Head {
@@ -130,33 +128,6 @@ impl Arch {
     pub(crate) fn variant(&self, model_type: &str) -> &'static Arch {
         let found = ARCHS.iter().find(|arch| arch.name == self.name && arch.model_type == model_type);
         found.unwrap_or(&LLAMA)
-    }
-
-    /// Returns what of `config` llama.cpp's graph lacks: a field of config.json, and what is wrong with it.
-    pub(crate) fn lacks(&self, config: &Config) -> Option<(&'static str, String)> {
-        let (architecture, name) = (&config.architecture, self.name);
-        let heads = config.num_heads * config.head_dim;
-        let llama3 = architecture.ropes.iter().any(|rope| matches!(rope.scaling, RopeScaling::Llama3 { .. }));
-        if !self.other_biases && architecture.o_bias {
-            let problem = format!("is true, and llama.cpp reads no bias of o_proj for {name}");
-            Some(("attention_bias", problem))
-        } else if !self.other_biases && architecture.mlp_bias {
-            Some(("mlp_bias", format!("is true, and llama.cpp reads no biases of FFNs for {name}")))
-        } else if self.head == Head::Embedding && !config.tie_word_embeddings {
-            let problem = format!("is false, and llama.cpp takes the embedding as the output head of {name}");
-            Some(("tie_word_embeddings", problem))
-        } else if !self.divisors && llama3 {
-            let problem = format!("is llama3, whose divisors llama.cpp does not read for {name}");
-            Some(("rope_scaling.rope_type", problem))
-        } else if self.square && heads != config.hidden {
-            let problem = format!(
-                "is {} with heads of {}, which llama.cpp reads for {name} only if they make up hidden_size {}",
-                config.num_heads, config.head_dim, config.hidden
-            );
-            Some(("num_attention_heads", problem))
-        } else {
-            None
-        }
     }
 
     /// Returns the names that are read, for messages.

@@ -17,7 +17,7 @@ use crate::checkpoint::{
     Change, Checkpoint, Dtype, EMBEDDING, Meter, Progress, TensorSource, check_llama_tensors, decode, encode,
     is_too_large, open_model, tensor_names, too_large,
 };
-use crate::config::{CONFIG_FILE, Config};
+use crate::config::{CONFIG_FILE, Config, RopeScaling};
 use crate::error::{Error, Result, shown};
 
 /// Version of the quantisation formats.
@@ -200,7 +200,7 @@ fn check(model: &Path, config: &Config) -> Result<&'static Arch> {
         let problem = format!("is {:?}, which is not written as GGUF", shown(config.model_type()));
         return fail("model_type", problem, "export it as native");
     };
-    match arch.lacks(config) {
+    match lacks(arch, config) {
         Some((field, problem)) => fail(field, problem, "export it as native or hf"),
         None => Ok(arch),
     }
@@ -313,4 +313,31 @@ fn pack(out: &mut Vec<u8>, values: &[f32], kind: TensorType) -> std::result::Res
     out.resize(values.len() * dtype.size(), 0);
     encode(out, values, dtype);
     Ok(())
+}
+
+/// Returns what of `config` llama.cpp's graph of `arch` lacks: a field of config.json, and what is wrong with it.
+fn lacks(arch: &Arch, config: &Config) -> Option<(&'static str, String)> {
+    let (architecture, name) = (&config.architecture, arch.name);
+    let heads = config.num_heads * config.head_dim;
+    let llama3 = architecture.ropes.iter().any(|rope| matches!(rope.scaling, RopeScaling::Llama3 { .. }));
+    if !arch.other_biases && architecture.o_bias {
+        let problem = format!("is true, and llama.cpp reads no bias of o_proj for {name}");
+        Some(("attention_bias", problem))
+    } else if !arch.other_biases && architecture.mlp_bias {
+        Some(("mlp_bias", format!("is true, and llama.cpp reads no biases of FFNs for {name}")))
+    } else if arch.head == Head::Embedding && !config.tie_word_embeddings {
+        let problem = format!("is false, and llama.cpp takes the embedding as the output head of {name}");
+        Some(("tie_word_embeddings", problem))
+    } else if !arch.divisors && llama3 {
+        let problem = format!("is llama3, whose divisors llama.cpp does not read for {name}");
+        Some(("rope_scaling.rope_type", problem))
+    } else if arch.square && heads != config.hidden {
+        let problem = format!(
+            "is {} with heads of {}, which llama.cpp reads for {name} only if they make up hidden_size {}",
+            config.num_heads, config.head_dim, config.hidden
+        );
+        Some(("num_attention_heads", problem))
+    } else {
+        None
+    }
 }
