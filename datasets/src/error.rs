@@ -88,7 +88,7 @@ pub enum Error {
         line: u64,
         /// The message of the parser.
         reason: String,
-        /// What such a file has to hold.
+        /// The content that the file should have.
         help: &'static str,
     },
     /// A JSON object without text in the text column.

@@ -51,7 +51,7 @@ pub fn lock_dir(dir: &Path) -> io::Result<Option<File>> {
 
 /// The first bytes of what Git leaves of a large file that it did not download.
 pub(crate) const LFS_POINTER: &[u8] = b"version https://git-lfs.github.com/spec/";
-/// What such a file is, and what helps.
+/// The problem of such a file, and the remedy.
 pub(crate) const IS_LFS_POINTER: (&str, &str) = (
     "is a Git LFS pointer and not the file itself",
     "run `git lfs pull` in that repository, or download the file",

@@ -43,7 +43,7 @@ mod tests {
         assert_eq!(caught(|| 5), Some(5));
         let nested = caught(|| {
             assert_eq!(caught(|| -> u8 { panic!("inner") }), None);
-            assert!(CAUGHT.get(), "the outer work goes on");
+            assert!(CAUGHT.get(), "a panic inside does not end the silence around it");
             assert!(!std::thread::spawn(|| CAUGHT.get()).join().unwrap(), "another thread is not silent");
             panic!("outer")
         });

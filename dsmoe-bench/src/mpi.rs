@@ -9,7 +9,7 @@ pub(crate) struct Mpi {
     library: Option<String>,
     interface: Option<String>,
     version: Option<String>,
-    /// What started this process, unless it is a shell.
+    /// The launcher that started this process, if one did.
     launcher: Option<String>,
     /// The defect and its fix.
     problem: Option<String>,

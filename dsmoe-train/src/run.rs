@@ -10,25 +10,30 @@
 //! ```
 //! Several processes may share the steps of a run. The first one writes all files but those of checkpoints.
 
+mod directory;
+mod options;
+mod records;
+
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use dsmoe_core::checkpoint::{Dtype, copy_companions};
-use dsmoe_core::masks::MASKS_FILE;
 use dsmoe_core::shard::Shards;
 use dsmoe_core::{Device, Inference, Model};
-use dsmoe_datasets::mixture::UNNAMED;
 use dsmoe_datasets::overlap::TokenTexts;
-use dsmoe_datasets::{Interleaving, Mixture, TokenSource, TokenStream};
+use dsmoe_datasets::{Interleaving, Mixture};
 use dsmoe_kernels::Isa;
-use dsmoe_kernels::comm::{Alone, Communicator, What};
+use dsmoe_kernels::comm::{Communicator, What};
 use dsmoe_router::{BudgetController, RoutingSummary, SparsityOver, ThresholdController};
-use serde_json::{Value, json};
 
+use self::directory::{
+    CHECKPOINTS, FINAL_TEMPORARY, STOP_FILE, load_newest, prepare_directory, remove_stop_file,
+};
+pub use self::options::{RunOptions, TrainData};
+use self::records::{Records, header};
 use crate::budgets;
 use crate::checkpoint::{self, FORMAT_VERSION, State};
 use crate::config::{Budget, Hold, NearDuplicates, TEACHER_TOP, TEACHER_WEIGHT, TrainConfig};
@@ -36,81 +41,18 @@ use crate::engine::StepResult;
 use crate::error::{Error, Result};
 use crate::eval::{Domain, EvalOptions, EvalReport, evaluate_domains_on};
 use crate::files;
-use crate::metrics::{METRICS_FILE, Metrics, StepRecord, eval_line, resident_bytes, step_line};
+use crate::metrics::{StepRecord, resident_bytes, step_line};
 use crate::optim::AdamW;
-use crate::ranks::{agree, by_first, check_alike, check_shared, from_first, own_lanes};
+use crate::ranks::{agree, by_first, check_alike, check_shared, own_lanes};
 use crate::step::{Gates, Setup, StepText, Stepper};
 use crate::teacher::{self, Lessons, TeacherId};
 use crate::teacher_cache::{RowShape, TeacherCache};
-use crate::tensorboard::EventWriter;
 
-const CONFIG_FILE: &str = "run.toml";
-const CHECKPOINTS: &str = "checkpoints";
-const FINAL_TEMPORARY: &str = ".final.tmp";
-const STOP_FILE: &str = "stop";
 /// Settings that may differ between processes: results do not depend on them.
 const MAY_DIFFER: [&str; 2] = ["threads", "log_every"];
 const START: What = What::of("the start of the run");
 /// The share of active experts approaches its target over one part in so many of the run.
 const RAMP_SHARE: u64 = 3;
-/// The directories and the device of a run, and how it starts and stops.
-#[derive(Clone, Debug)]
-pub struct RunOptions {
-    /// The run directory.
-    pub out: PathBuf,
-    /// The directory the model was loaded from; its tokenizer goes into the result.
-    pub source: PathBuf,
-    /// Resume from the newest checkpoint in `out`, or start if there is none.
-    pub resume: bool,
-    /// Start over in an `out` that is not empty. Only files of runs and models are removed from it.
-    pub force: bool,
-    /// Stop with a checkpoint after so many steps of this invocation, as if interrupted.
-    pub stop_after: Option<u64>,
-    /// A model directory whose distributions of the next token the run learns too.
-    pub teacher: Option<PathBuf>,
-    /// A directory that keeps the teacher's most likely tokens, for later epochs and other runs.
-    pub teacher_cache: Option<PathBuf>,
-    /// The device to train and evaluate on. A run may resume on another; its numbers then differ in the last bits.
-    pub device: Device,
-    /// The processes that share the steps. Results do not depend on their number, and a run may resume with another.
-    pub comm: Arc<dyn Communicator>,
-}
-
-impl RunOptions {
-    /// Starts a new run of the model in `source` into the empty directory `out`, on the processor, in this process alone, to
-    /// its end.
-    pub fn new(source: &Path, out: &Path) -> RunOptions {
-        let (out, source, device) = (out.to_path_buf(), source.to_path_buf(), Device::Cpu);
-        RunOptions {
-            out,
-            source,
-            resume: false,
-            force: false,
-            stop_after: None,
-            teacher: None,
-            teacher_cache: None,
-            device,
-            comm: Arc::new(Alone),
-        }
-    }
-}
-
-/// The text of a run.
-#[derive(Clone, Debug)]
-pub struct TrainData {
-    /// Its sources.
-    pub sources: Vec<TokenSource>,
-    /// The bytes of the tokens, to compare text by; without them nothing can be dropped as a near duplicate.
-    pub texts: Option<TokenTexts>,
-}
-
-impl From<&TokenStream> for TrainData {
-    fn from(stream: &TokenStream) -> TrainData {
-        let source = TokenSource { name: UNNAMED.to_owned(), weight: 1.0, tokens: stream.into() };
-        TrainData { sources: vec![source], texts: None }
-    }
-}
-
 /// Receives the events of a run.
 pub trait Observer: Send {
     /// Receives a finished step.
@@ -580,76 +522,6 @@ fn samples_per_step(config: &TrainConfig) -> u64 {
     config.batch as u64 * config.micro_batches()
 }
 
-fn remove_stop_file(out: &Path) -> Result<()> {
-    let path = out.join(STOP_FILE);
-    match fs::remove_file(&path) {
-        Err(cause) if cause.kind() != std::io::ErrorKind::NotFound => Err(Error::io(&path)(cause)),
-        _ => Ok(()),
-    }
-}
-
-/// The files that tell the history of a run.
-struct Records {
-    metrics: Metrics,
-    events: EventWriter,
-}
-
-impl Records {
-    /// Writes run.toml, and opens the others where the checkpoint of step `saved` left them. `header` is what run.toml begins
-    /// with and the first line of the metrics.
-    fn open(
-        options: &RunOptions,
-        state: &State,
-        saved: Option<u64>,
-        header: (&str, &Value),
-    ) -> Result<Records> {
-        let (origin, header) = header;
-        let resolved = format!("{origin}{}", state.config.to_toml());
-        files::replace(&options.out.join(CONFIG_FILE), resolved.as_bytes())?;
-        let path = options.out.join(METRICS_FILE);
-        let metrics = match saved {
-            Some(step) => Metrics::resume(&path, step, header)?,
-            None => Metrics::create(&path, header)?,
-        };
-        let events = EventWriter::create(&options.out, options.resume.then_some(state.step))?;
-        Ok(Records { metrics, events })
-    }
-
-    fn events_of(&mut self, record: &StepRecord) -> Result<()> {
-        let mut values = vec![
-            ("train/loss", record.loss),
-            ("train/lm_loss", record.lm_loss),
-            ("train/learning_rate", record.lr),
-            ("train/grad_norm", record.grad_norm),
-            ("train/tokens_per_s", record.tokens_per_s),
-        ];
-        let routing = [
-            ("train/kl", record.kl),
-            ("train/separability_loss", record.separability_loss),
-            ("train/budget", record.budget),
-            ("train/threshold_logit", record.threshold_logit),
-            ("train/sparsity_loss", record.sparsity_loss),
-            ("train/sparsity_weight", record.sparsity_weight),
-            ("train/balance_loss", record.balance_loss),
-            ("train/activation_ratio", record.activation_ratio),
-            ("train/zero_active_share", record.zero_active_share),
-            ("train/router_grad_norm", record.router_grad_norm),
-        ];
-        values.extend(routing.into_iter().filter_map(|(tag, value)| value.map(|value| (tag, value))));
-        self.events.scalars(record.step, &values)
-    }
-
-    fn evaluation(&mut self, step: u64, report: &EvalReport) -> Result<()> {
-        self.metrics.line(&eval_line(step, report))?;
-        let mut values = vec![("eval/nll", report.nll), ("eval/ppl", report.ppl)];
-        values.extend(report.active_ratio.map(|ratio| ("eval/activation_ratio", ratio)));
-        let tags: Vec<(String, f64)> =
-            report.domains.iter().map(|domain| (format!("eval/ppl/{}", domain.name), domain.ppl)).collect();
-        values.extend(tags.iter().map(|(tag, ppl)| (&tag[..], *ppl)));
-        self.events.scalars(step, &values)
-    }
-}
-
 /// Checks that model, text and configuration fit together.
 fn check_fit(model: &Model, data: &TrainData, config: &TrainConfig) -> Result<()> {
     let of = model.config();
@@ -795,135 +667,4 @@ fn held(model: &Model, config: &mut TrainConfig, device: Device) -> Result<Held>
 fn thread_pool(threads: usize) -> Result<rayon::ThreadPool> {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
     pool.map_err(|cause| Error::Threads { threads, cause })
-}
-
-/// Checks that the run directory may be used, and locks it.
-fn prepare_directory(options: &RunOptions) -> Result<Option<fs::File>> {
-    let out = &options.out;
-    let names = files::names(out)?;
-    let ours = |name: &str| {
-        [METRICS_FILE, CHECKPOINTS, FINAL_TEMPORARY, STOP_FILE].contains(&name)
-            || name.starts_with(CONFIG_FILE)
-    };
-    if options.resume {
-        let is_run = names.is_empty() || names.iter().any(|name| ours(name));
-        if !is_run {
-            return Err(Error::NotARun(out.clone()));
-        }
-        let held = files::lock_dir(out)?;
-        remove_stop_file(out)?;
-        return Ok(held);
-    }
-    if !names.is_empty() && !options.force {
-        return Err(Error::OutNotEmpty(out.clone()));
-    }
-    if let (Ok(source), Ok(inside)) = (options.source.canonicalize(), out.canonicalize())
-        && source.starts_with(inside)
-    {
-        return Err(Error::OutHoldsSource(out.clone()));
-    }
-    if !names.is_empty() && !names.iter().any(|name| ours(name) || name == "config.json") {
-        return Err(Error::NotARun(out.clone()));
-    }
-    let starts = ["tokenizer", "chat_template.", "events.out.tfevents."];
-    let model_file = |name: &str| {
-        ["config.json", MASKS_FILE, "generation_config.json", "special_tokens_map.json"].contains(&name)
-            || starts.iter().any(|start| name.starts_with(start))
-            || name.starts_with("model")
-                && [".safetensors", ".index.json"].iter().any(|end| name.ends_with(end))
-    };
-    let held = files::lock_dir(out)?;
-    for name in names.iter().filter(|name| ours(name) || model_file(name)) {
-        let path = out.join(name);
-        let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
-        removed.map_err(Error::io(&path))?;
-    }
-    Ok(held)
-}
-
-/// Loads the newest complete checkpoint and sets `state` to it. Returns `model` when there is none yet. Checkpoints
-/// that a process cannot read are skipped by all, with a note.
-fn load_newest(
-    options: &RunOptions,
-    model: Model,
-    state: &mut State,
-    wished_warmup: Option<u64>,
-    notes: &mut Vec<String>,
-) -> Result<(Model, Option<AdamW>)> {
-    let (out, comm) = (&options.out, &*options.comm);
-    let of = What::of("a checkpoint");
-    let (layout, masks) = (model.layout().clone(), model.masks().cloned());
-    let mut start = Some(model);
-    let mut newest_error = None;
-    for path in checkpoints_of_first(comm, &out.join(CHECKPOINTS))? {
-        let loaded = match agree(comm, of, checkpoint::read_state(&path)) {
-            Ok(saved) => {
-                let mut now = state.clone();
-                now.config.warmup_steps = wished_warmup.or(saved.config.warmup_steps);
-                agree(comm, of, saved.check(&path, &now))?;
-                // Two models at once may be more than the memory holds.
-                start = None;
-                agree(comm, of, checkpoint::load(&path, &layout, masks.as_ref(), comm))
-                    .map(|(model, optimizer)| (saved, now.config, model, optimizer))
-            }
-            Err(error) => Err(error),
-        };
-        match loaded {
-            Ok((saved, config, model, optimizer)) => {
-                let (then, steps) = (saved.config.steps.unwrap_or(0), config.steps.unwrap_or(0));
-                notes.push(format!("resumed from {} at step {} of {steps}", path.display(), saved.step));
-                if then != steps {
-                    let note = "the learning rate follows the new end";
-                    notes.push(format!("steps was {then} and is now {steps}: {note}"));
-                }
-                *state = State { config, ..saved };
-                return Ok((model, Some(optimizer)));
-            }
-            Err(error) => {
-                notes.push(format!("skipped a broken checkpoint: {error}"));
-                newest_error.get_or_insert(error);
-            }
-        }
-    }
-    match (newest_error, start) {
-        (None, Some(model)) => {
-            notes.push(format!("{} has no checkpoint yet; starting from step 0", out.display()));
-            Ok((model, None))
-        }
-        (error, _) => Err(error.unwrap_or(Error::NotARun(out.to_path_buf()))),
-    }
-}
-
-/// Lists the checkpoints that the first process sees in `dir`, newest first: what others see may be older.
-fn checkpoints_of_first(comm: &dyn Communicator, dir: &Path) -> Result<Vec<PathBuf>> {
-    let of = What::of("the list of checkpoints");
-    let listed = by_first(comm, of, || checkpoint::list(dir))?.unwrap_or_default();
-    let steps: Vec<String> = listed.iter().map(|(step, _)| step.to_string()).collect();
-    let steps = from_first(comm, of, &steps.join(" "))?;
-    let steps = steps.split_whitespace().filter_map(|step| step.parse().ok());
-    Ok(steps.map(|step| checkpoint::path_of(dir, step)).collect())
-}
-
-/// Returns the first line of the metrics file.
-fn header(model: &Model, mixture: &Mixture, state: &State) -> Value {
-    let mut header = json!({
-        "format_version": FORMAT_VERSION, "program": concat!("dsmoe-train ", env!("CARGO_PKG_VERSION")),
-        "model_sha256": state.model_sha256, "data_sha256": state.data_sha256,
-        "params": model.layout().entries().iter().map(|entry| entry.range.len()).sum::<usize>(),
-        "num_experts": model.num_experts(), "train_tokens": mixture.train_len(),
-        "valid_tokens": mixture.valid_len(), "config": state.config,
-    });
-    if let Some(teacher) = &state.teacher {
-        header["teacher"] = json!(teacher);
-    }
-    if mixture.parts().len() > 1 || mixture.filtered() {
-        let part = |part: &dsmoe_datasets::mixture::Part| {
-            json!({
-                "name": part.name, "share": part.share, "removed": part.removed,
-                "train_tokens": part.split.train_len(), "valid_tokens": part.split.valid_tokens().len(),
-            })
-        };
-        header["sources"] = mixture.parts().iter().map(part).collect();
-    }
-    header
 }

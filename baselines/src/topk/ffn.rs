@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use dsmoe_core::ffn::{
     DeviceFfn, Ffn, FfnBackward, FfnForward, FfnInference, FfnKind, FfnReport, FfnScratch, GateBackward,
-    Gated, HostGate, HostRouted, PackedFfn, Record, add_output_bias, routes,
+    Gated, HostGate, PackedFfn, add_output_bias, routes,
 };
 use dsmoe_core::params::TensorSpec;
 use dsmoe_kernels::Precision;
@@ -65,13 +65,6 @@ impl TopkMoeFfn {
     }
 }
 
-/// Adds the routing to `record`.
-fn count(record: Option<Record<'_>>, routed: HostRouted<'_>) {
-    if let Some(Record { stats, layer }) = record {
-        stats.add(layer, routed.routing);
-    }
-}
-
 /// A top-k FFN for inference; the gate stays f32.
 #[derive(Debug)]
 struct PackedTopk {
@@ -87,7 +80,7 @@ impl PackedFfn for PackedTopk {
         let FfnInference { y, x, record, scratch } = args;
         let mut saved = RouterSaved::default();
         let routed = self.ffn.router().forward(&mut saved, x, &self.router, None);
-        count(record, routed);
+        routed.count(record);
         let (dims, routes) = (self.ffn.dims(x.len() / self.ffn.gated.hidden), routes(routed.routing));
         let (pairs, weights, scratch) = (Pairs::Routed(&routes), &self.weights, &mut scratch.experts);
         expert_ffn::ForwardPacked { y, x, weights, pairs, dims, scratch }.run();
@@ -146,7 +139,7 @@ impl Ffn for TopkMoeFfn {
         let saved = saved.downcast_mut::<TopkSaved>().expect("saved by a top-k FFN");
         let of_router = &params[self.router_start()..];
         let routed = self.router().forward(&mut saved.router, x, of_router, Some(training));
-        count(record, routed);
+        routed.count(record);
         let (weights, routes) = (&self.gated.weights(params), routes(routed.routing));
         let (pairs, dims) = (Pairs::Routed(&routes), self.dims(x.len() / self.gated.hidden));
         let (saved, scratch) = (&mut saved.experts, &mut scratch.experts);

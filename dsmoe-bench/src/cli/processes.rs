@@ -7,7 +7,7 @@ use super::values::words;
 
 #[derive(Debug, Args)]
 pub(crate) struct ProcessArgs {
-    /// What connects the processes that share the work: mpi for those that mpirun or srun started, none for a single process,
+    /// Engine between the processes that share the work: mpi for those that mpirun or srun started, none for a single process,
     /// auto to decide by the launcher's variables
     #[arg(long, default_value = "auto", value_parser = words::<EngineWord>(&["auto", "none", "mpi"]))]
     pub(crate) dist: EngineWord,

@@ -14,7 +14,7 @@ use crate::common::{
     PROGRAM, Run, config, folder, on_text, path, read, shows, succeeds, wait_until, weights, write,
 };
 
-/// What a failing training must not take longer than; the deadline of a hang is less.
+/// The longest time that a failing training may take. The deadline of a hang is shorter.
 const SOON: Duration = Duration::from_secs(20);
 
 /// Makes the models: their layers are of several blocks, so that all processes own a part.

@@ -8,8 +8,9 @@ use regex::Captures;
 use crate::imports::{comments_and_literals, files, without_tests};
 use crate::{LAYERS, source_folder};
 
-/// Flags of other programs: of cargo, of the compiler of GPU kernels, of xz, and of the download commands of datasets.
-const OTHERS: &str = "--features --gpu-architecture --std --ptxas-options --no-cache --format --repo-type --include --local-dir";
+/// Flags of other programs: of cargo, of the compiler of GPU kernels, and of the download commands of datasets.
+const OTHERS: &str =
+    "--features --gpu-architecture --std --ptxas-options --no-cache --repo-type --include --local-dir";
 
 #[test]
 fn no_string_of_a_library_names_a_flag() {

@@ -116,7 +116,7 @@ impl TensorSource<'_> {
     /// Those of [`TensorSource::stream`], or a value is not finite.
     ///
     /// # Panics
-    /// As [`TensorSource::stream`].
+    /// It panics where [`TensorSource::stream`] does.
     pub fn copy(
         &mut self,
         name: &str,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use dsmoe_router::Routing;
 
-use super::args::GateTraining;
+use super::args::{GateTraining, Record};
 use super::{DsmoeForm, Gated};
 
 /// Arguments of [`HostGate::backward`].
@@ -34,6 +34,15 @@ pub struct HostRouted<'a> {
     pub routing: &'a Routing,
     /// The loss of [`FfnReport::balance_loss`](super::FfnReport::balance_loss); 0 in inference.
     pub balance_loss: f64,
+}
+
+impl HostRouted<'_> {
+    /// Adds the routing to `record`, if there is one.
+    pub fn count(&self, record: Option<Record<'_>>) {
+        if let Some(Record { stats, layer }) = record {
+            stats.add(layer, self.routing);
+        }
+    }
 }
 
 /// A gate that the host computes wherever the experts run. Its data is small, `[tokens, experts]`, and its forms are

@@ -6,7 +6,7 @@ use super::container::Container;
 use super::value::Value;
 use crate::error::{Result, shown};
 
-/// What stands above the keys in a card.
+/// The line above the keys in a card.
 const HEADLINE: &str = "The metadata of the GGUF file that the weights are from:";
 /// The name of the model.
 const NAME_KEY: &str = "general.name";

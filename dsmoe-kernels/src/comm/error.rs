@@ -55,7 +55,7 @@ pub enum CommError {
         bytes: usize,
         /// The other rank.
         other: usize,
-        /// What the other does.
+        /// The call that the other rank makes instead.
         theirs: String,
     },
     /// The bytes of a call are more than an engine counts.

@@ -20,7 +20,7 @@ pub(crate) use shared::SHARED_EXPERT;
 
 use super::{
     DeviceFfn, Ffn, FfnBackward, FfnForward, FfnInference, FfnKind, FfnReport, FfnScratch, GateBackward,
-    Gated, HostGate, HostRouted, PackedFfn, Record, routes,
+    Gated, HostGate, PackedFfn, routes,
 };
 use crate::config::MixtureSpec;
 use crate::params::{TensorSpec, padded};
@@ -99,19 +99,12 @@ impl MixtureFfn {
     }
 }
 
-/// Adds the routing to `record`.
-fn count(record: Option<Record<'_>>, routed: HostRouted<'_>) {
-    if let Some(Record { stats, layer }) = record {
-        stats.add(layer, routed.routing);
-    }
-}
-
 impl PackedFfn for PackedMixture {
     fn forward(&self, args: FfnInference<'_>) {
         let FfnInference { y, x, record, scratch } = args;
         let mut saved = RouterSaved::default();
         let routed = self.ffn.router().forward(&mut saved, x, &self.router, None);
-        count(record, routed);
+        routed.count(record);
         let (dims, routes) = (self.ffn.dims(x.len() / self.ffn.gated.hidden), routes(routed.routing));
         let (pairs, weights) = (Pairs::Routed(&routes), &self.weights);
         expert_ffn::ForwardPacked { y: &mut *y, x, weights, pairs, dims, scratch: &mut scratch.experts }
@@ -180,7 +173,7 @@ impl Ffn for MixtureFfn {
             saved.downcast_mut().expect("saved by the FFN of a mixture");
         let [of_router, of_shared] = self.starts();
         let routed = self.router().forward(router, x, &params[of_router..], Some(training));
-        count(record, routed);
+        routed.count(record);
         let (weights, routes) = (&self.gated.weights(params), routes(routed.routing));
         let (pairs, dims) = (Pairs::Routed(&routes), self.dims(x.len() / self.gated.hidden));
         expert_ffn::ForwardTrain {

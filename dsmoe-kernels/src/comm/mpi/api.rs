@@ -68,7 +68,7 @@ pub(super) struct Api {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Comm(Handle);
 
-/// A call that goes on.
+/// A non-blocking call that has started and not completed.
 #[derive(Debug)]
 pub(super) struct Request(Handle);
 
@@ -137,7 +137,7 @@ impl Api {
 
     /// Ends MPI. Waits for the other processes.
     pub(super) fn finalize(&self) {
-        // SAFETY: MPI has started, and no call goes on: those that fail end the process.
+        // SAFETY: MPI has started, and no call is incomplete: a call that fails ends the process.
         unsafe { (self.table.finalize)() };
     }
 

@@ -65,7 +65,7 @@ pub(super) struct Scratch {
     /// As the values of a layer's router, rounded, and their gradient.
     low_rounded: GpuBuf<bf16>,
     dlow: GpuBuf<f32>,
-    /// What a layer's gates get in addition where thresholds hold the share: one value.
+    /// The addition to the gradient of every gate of a layer whose thresholds hold the share: one value.
     held: GpuBuf<f32>,
     /// Ones, as many as tokens and as the rank of routers.
     ones: GpuBuf<f32>,

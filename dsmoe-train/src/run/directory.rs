@@ -1,0 +1,136 @@
+//! The directory of a run: whether it may be used, and the checkpoint that a run resumes from.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use dsmoe_core::Model;
+use dsmoe_core::masks::MASKS_FILE;
+use dsmoe_kernels::comm::{Communicator, What};
+
+use super::options::RunOptions;
+use crate::checkpoint::{self, State};
+use crate::error::{Error, Result};
+use crate::files;
+use crate::metrics::METRICS_FILE;
+use crate::optim::AdamW;
+use crate::ranks::{agree, by_first, from_first};
+
+pub(super) const CONFIG_FILE: &str = "run.toml";
+pub(super) const CHECKPOINTS: &str = "checkpoints";
+pub(super) const FINAL_TEMPORARY: &str = ".final.tmp";
+pub(super) const STOP_FILE: &str = "stop";
+
+pub(super) fn remove_stop_file(out: &Path) -> Result<()> {
+    let path = out.join(STOP_FILE);
+    match fs::remove_file(&path) {
+        Err(cause) if cause.kind() != std::io::ErrorKind::NotFound => Err(Error::io(&path)(cause)),
+        _ => Ok(()),
+    }
+}
+
+/// Checks that the run directory may be used, and locks it.
+pub(super) fn prepare_directory(options: &RunOptions) -> Result<Option<fs::File>> {
+    let out = &options.out;
+    let names = files::names(out)?;
+    let ours = |name: &str| {
+        [METRICS_FILE, CHECKPOINTS, FINAL_TEMPORARY, STOP_FILE].contains(&name)
+            || name.starts_with(CONFIG_FILE)
+    };
+    if options.resume {
+        let is_run = names.is_empty() || names.iter().any(|name| ours(name));
+        if !is_run {
+            return Err(Error::NotARun(out.clone()));
+        }
+        let held = files::lock_dir(out)?;
+        remove_stop_file(out)?;
+        return Ok(held);
+    }
+    if !names.is_empty() && !options.force {
+        return Err(Error::OutNotEmpty(out.clone()));
+    }
+    if let (Ok(source), Ok(inside)) = (options.source.canonicalize(), out.canonicalize())
+        && source.starts_with(inside)
+    {
+        return Err(Error::OutHoldsSource(out.clone()));
+    }
+    if !names.is_empty() && !names.iter().any(|name| ours(name) || name == "config.json") {
+        return Err(Error::NotARun(out.clone()));
+    }
+    let starts = ["tokenizer", "chat_template.", "events.out.tfevents."];
+    let model_file = |name: &str| {
+        ["config.json", MASKS_FILE, "generation_config.json", "special_tokens_map.json"].contains(&name)
+            || starts.iter().any(|start| name.starts_with(start))
+            || name.starts_with("model")
+                && [".safetensors", ".index.json"].iter().any(|end| name.ends_with(end))
+    };
+    let held = files::lock_dir(out)?;
+    for name in names.iter().filter(|name| ours(name) || model_file(name)) {
+        let path = out.join(name);
+        let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+        removed.map_err(Error::io(&path))?;
+    }
+    Ok(held)
+}
+
+/// Loads the newest complete checkpoint and sets `state` to it. Returns `model` when there is none yet. Checkpoints
+/// that a process cannot read are skipped by all, with a note.
+pub(super) fn load_newest(
+    options: &RunOptions,
+    model: Model,
+    state: &mut State,
+    wished_warmup: Option<u64>,
+    notes: &mut Vec<String>,
+) -> Result<(Model, Option<AdamW>)> {
+    let (out, comm) = (&options.out, &*options.comm);
+    let of = What::of("a checkpoint");
+    let (layout, masks) = (model.layout().clone(), model.masks().cloned());
+    let mut start = Some(model);
+    let mut newest_error = None;
+    for path in checkpoints_of_first(comm, &out.join(CHECKPOINTS))? {
+        let loaded = match agree(comm, of, checkpoint::read_state(&path)) {
+            Ok(saved) => {
+                let mut now = state.clone();
+                now.config.warmup_steps = wished_warmup.or(saved.config.warmup_steps);
+                agree(comm, of, saved.check(&path, &now))?;
+                // Two models at once may be more than the memory holds.
+                start = None;
+                agree(comm, of, checkpoint::load(&path, &layout, masks.as_ref(), comm))
+                    .map(|(model, optimizer)| (saved, now.config, model, optimizer))
+            }
+            Err(error) => Err(error),
+        };
+        match loaded {
+            Ok((saved, config, model, optimizer)) => {
+                let (then, steps) = (saved.config.steps.unwrap_or(0), config.steps.unwrap_or(0));
+                notes.push(format!("resumed from {} at step {} of {steps}", path.display(), saved.step));
+                if then != steps {
+                    let note = "the learning rate follows the new end";
+                    notes.push(format!("steps was {then} and is now {steps}: {note}"));
+                }
+                *state = State { config, ..saved };
+                return Ok((model, Some(optimizer)));
+            }
+            Err(error) => {
+                notes.push(format!("skipped a broken checkpoint: {error}"));
+                newest_error.get_or_insert(error);
+            }
+        }
+    }
+    match (newest_error, start) {
+        (None, Some(model)) => {
+            notes.push(format!("{} has no checkpoint yet; starting from step 0", out.display()));
+            Ok((model, None))
+        }
+        (error, _) => Err(error.unwrap_or(Error::NotARun(out.to_path_buf()))),
+    }
+}
+
+/// Lists the checkpoints that the first process sees in `dir`, newest first: what others see may be older.
+pub(super) fn checkpoints_of_first(comm: &dyn Communicator, dir: &Path) -> Result<Vec<PathBuf>> {
+    let of = What::of("the list of checkpoints");
+    let listed = by_first(comm, of, || checkpoint::list(dir))?.unwrap_or_default();
+    let steps: Vec<String> = listed.iter().map(|(step, _)| step.to_string()).collect();
+    let steps = from_first(comm, of, &steps.join(" "))?;
+    let steps = steps.split_whitespace().filter_map(|step| step.parse().ok());
+    Ok(steps.map(|step| checkpoint::path_of(dir, step)).collect())
+}
