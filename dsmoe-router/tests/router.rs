@@ -220,6 +220,22 @@ fn other_bars_and_centres_are_those_of_the_reference() {
 }
 
 #[test]
+fn inference_routes_as_training_does() {
+    let (tokens, n) = (37, 5);
+    let logits = Array2::from_shape_vec((tokens, n), normals(tokens * n, 3)).unwrap();
+    for config in configs(n) {
+        let mut got = route(&config, logits.view());
+        for bar in [None, Some(0.4), Some(9.0)] {
+            let mut want = route(&config, logits.view());
+            want.rebuild_above(&config, bar, 0.0, logits.view());
+            got.rebuild_for_inference(&config, bar, logits.view());
+            assert!(got.routing.is_consistent());
+            assert_eq!((&got.mask, &got.routing), (&want.mask, &want.routing), "{config:?} above {bar:?}");
+        }
+    }
+}
+
+#[test]
 fn threshold_is_strict_and_its_ends_open_and_shut_all() {
     let logits = array![[0.0f32, f32::MIN_POSITIVE, -200.0, 200.0]];
     let mask = |threshold| route(&RouterConfig { threshold, ..RouterConfig::new(4) }, logits.view()).mask;

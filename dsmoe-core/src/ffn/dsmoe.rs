@@ -169,7 +169,10 @@ impl PackedFfn for PackedDsmoe {
         let FfnScratch { experts, logits, low, routed, .. } = scratch;
         let gating = self.ffn.gating();
         let weights = gating.weights(&self.gating);
-        self.ffn.route(routed, [logits, low], x, weights);
+        gating.forward(logits, low, x, weights);
+        let (tokens, gates) = (x.len() / self.ffn.gated.hidden, &self.ffn.gates);
+        let logits = matrix(logits, tokens, self.ffn.form.routed());
+        routed.rebuild_for_inference(gates, self.ffn.bar, logits);
         if let Some(bound) = self.bound {
             let scores = match bound {
                 RouterBound::Oracle => self.contributions(x, experts),
