@@ -25,5 +25,6 @@ pub use config::TrainConfig;
 pub use error::{Error, Result};
 pub use eval::{EvalOptions, EvalReport, evaluate};
 pub use metrics::StepRecord;
+pub use ranks::Zero;
 pub use run::{Observer, Outcome, RunOptions, TrainData, Trainer};
 pub use teacher_cache::{LARGEST_CACHE, RowShape};
