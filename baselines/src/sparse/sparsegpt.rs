@@ -88,7 +88,7 @@ fn prune(layer: &mut Layer<'_>, settings: &SparseGptSettings, sparsity: &Sparsit
             if let Some(at) = inputs.iter().position(|&input| input == tap.input) {
                 hessians[at].add(tap.x);
             }
-        });
+        })?;
         for (&input, hessian) in inputs.iter().zip(hessians) {
             let place = format!("layer {} {}", layer.weights.layer, readers(input));
             let factored = hessian.factorise(settings.damp, &place)?;

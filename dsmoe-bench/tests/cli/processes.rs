@@ -1,4 +1,4 @@
-//! Trainings that several processes share, under every launcher of MPI on this machine.
+//! Commands that several processes share, under every launcher of MPI on this machine.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -294,5 +294,167 @@ fn an_error_of_one_process_ends_all_with_its_rank() {
             &run.stderr,
             &["lanes is 4 on 3 processes; use 1, 2 or 4 processes, or another number of --lanes"],
         );
+    }
+}
+
+/// Calibration text of 11 sequences, which no number of processes divides.
+fn calibration() -> String {
+    format!("--calib text.txt --doc-separator {} --samples 11 --seq 32", dsmoe_datasets::DOC_SEPARATOR)
+}
+
+/// The result of a command in JSON, without times, dates and names of files.
+fn measured(mut run: Value) -> Value {
+    const OF_A_RUN: [&str; 6] =
+        ["seconds", "tokens_per_s", "date", "files", "total_evaluation_time_seconds", "out"];
+    fn strip(value: &mut Value) {
+        match value {
+            Value::Object(fields) => {
+                OF_A_RUN.iter().for_each(|name| drop(fields.remove(*name)));
+                fields.values_mut().for_each(strip);
+            }
+            Value::Array(values) => values.iter_mut().for_each(strip),
+            _ => {}
+        }
+    }
+    strip(&mut run);
+    run
+}
+
+#[test]
+fn evaluations_do_not_know_the_number_of_processes() {
+    let launchers = mpi_launchers("evaluations_do_not_know_the_number_of_processes");
+    if launchers.is_empty() {
+        return;
+    }
+    models();
+    let text = on_text();
+    for line in [
+        format!("eval wide-moe {text} --seq 32 --stride 24 --against wide"),
+        format!("eval wide-moe {text} --seq 32 --cache tokens --limit-tokens 3000"),
+        format!("eval wide-topk {text} --seq 64 --perplexity window,rolling"),
+        "eval wide-moe --tasks world --limit 9 --out RESULTS".to_owned(),
+    ] {
+        let line = format!("{line} --json --threads 1");
+        let results = |out: &str| line.replace("RESULTS", out);
+        let run = |mut command: Command, name: &str| {
+            let run = finish(&mut command);
+            assert_eq!(run.code, 0, "{name}: {}", run.stderr);
+            measured(serde_json::from_str(&run.stdout).expect("one result"))
+        };
+        fs::remove_dir_all(path("results")).unwrap_or_default();
+        let alone = run(crate::common::command(&results("results/alone")), "alone");
+        for (number, launcher) in launchers.iter().enumerate() {
+            let counts: &[usize] = if number == 0 { &[2, 4] } else { &[3] };
+            for &processes in counts {
+                let out = format!("results/{number}-{processes}");
+                let shared = run(shared(launcher, processes, &results(&out)), launcher.name);
+                assert_eq!(shared, alone, "{}, {processes}: {line}", launcher.name);
+                if line.contains("tasks") {
+                    let samples = |out: &str| -> BTreeMap<String, Vec<u8>> {
+                        let of_file = |(name, bytes): (PathBuf, Vec<u8>)| {
+                            let name = name.to_string_lossy().into_owned();
+                            Some((
+                                name.strip_prefix("wide-moe/samples_")?.split("_20").next()?.to_owned(),
+                                bytes,
+                            ))
+                        };
+                        files(out).into_iter().filter_map(of_file).collect()
+                    };
+                    assert!(samples(&out).len() > 8);
+                    assert_eq!(samples(&out), samples("results/alone"), "{}, {processes}", launcher.name);
+                    // The answers that were kept for an interruption are gone.
+                    assert!(files(&out).keys().all(|name| !name.to_string_lossy().contains("answers_")));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn calibrated_models_do_not_know_the_number_of_processes() {
+    let launchers = mpi_launchers("calibrated_models_do_not_know_the_number_of_processes");
+    let Some(first) = launchers.first() else { return };
+    models();
+    let calibration = calibration();
+    let budgets = [
+        ("sparsegpt", "0.7", "true_sequential=true"),
+        ("sparsegpt", "0.7", ""),
+        ("wanda", "0.7", ""),
+        ("flap", "0.8", ""),
+        ("static-core", "0.8", "widths=divergence"),
+        ("cmoe", "0.85", "experts=8"),
+        ("moefication", "0.85", "experts=4"),
+        ("depth", "0.6", "score=angle choice=independent"),
+        ("depth", "0.6", ""),
+        ("llm-pruner-block", "0.85", ""),
+        ("dsmoe", "0.85", "experts=8 routers=fitted"),
+    ];
+    let pruned = budgets.map(|(method, budget, set)| {
+        let set: String = set.split_whitespace().map(|set| format!(" --set {set}")).collect();
+        format!("prune wide --method {method} --budget {budget}{set} {calibration}")
+    });
+    let converted = ["fitted --experts 12 --core 0.25", "calibrated --experts 8"]
+        .map(|how| format!("convert wide --active-target 0.5 --router-init {how} {calibration}"));
+    for (at, line) in pruned.into_iter().chain(converted).enumerate() {
+        let alone = format!("calibrated-{at}");
+        succeeds(&format!("{line} --out {alone} --threads 1"));
+        let few = [(first, 2), (first, 4)];
+        let others =
+            launchers.iter().skip(1).filter(|_| at == 0 || line.contains("fitted")).map(|other| (other, 3));
+        for (launcher, processes) in few.into_iter().chain(others) {
+            let out = format!("{alone}-{processes}-{}", launcher.name.replace(' ', ""));
+            let line = format!("{line} --out {out} --threads 1");
+            let run = finish(&mut shared(launcher, processes, &line));
+            assert_eq!(run.code, 0, "{}: {line}: {}", launcher.name, run.stderr);
+            let (ones, others) = (files(&alone), files(&out));
+            assert_eq!(ones.keys().collect::<Vec<_>>(), others.keys().collect::<Vec<_>>(), "{out}");
+            for (name, bytes) in &ones {
+                assert!(others[name] == *bytes, "{line}: {} differs", name.display());
+            }
+            fs::remove_dir_all(path(&out)).unwrap();
+        }
+    }
+}
+
+#[test]
+fn an_error_in_an_evaluation_or_a_calibration_ends_all_with_its_rank() {
+    models();
+    let calibration = calibration();
+    for launcher in mpi_launchers("an_error_in_an_evaluation_or_a_calibration_ends_all_with_its_rank") {
+        for (rank, what, line, parts) in [
+            (
+                2,
+                "export DSMOE_ISA=scalar",
+                format!("prune wide --method wanda --budget 0.7 {calibration} --out ended"),
+                ["dsmoe: error: rank 0 (", "the processes differ in the instruction set"],
+            ),
+            (
+                1,
+                "set -- \"$@\" --seed 3",
+                format!("convert wide --active-target 0.5 {calibration} --out ended"),
+                ["dsmoe: error: rank 0 (", "the processes differ in the arguments"],
+            ),
+            (
+                0,
+                "trap '' XFSZ; ulimit -f 100",
+                format!("prune wide --method wanda --budget 0.7 {calibration} --out ended"),
+                ["dsmoe: error: rank 0 (", "model.safetensors"],
+            ),
+        ] {
+            if what.contains("ulimit") && launcher.name != "Open MPI" {
+                continue;
+            }
+            let began = Instant::now();
+            let run = finish(&mut but_for(&launcher, 3, (rank, what), &line));
+            assert!(run.code != 0 && began.elapsed() < SOON, "{}, {what}: {}", launcher.name, run.stderr);
+            shows(&run.stderr, &parts);
+            assert_eq!(run.stderr.matches("dsmoe: error").count(), 1, "{what}: {}", run.stderr);
+            assert!(!path("ended").exists(), "{what}");
+        }
+        // An error that all have is printed once.
+        let run = finish(&mut shared(&launcher, 3, "eval wide --data nothing.txt"));
+        assert!(run.code != 0);
+        assert_eq!(run.stderr.matches("dsmoe: error").count(), 1, "{}", run.stderr);
+        shows(&run.stderr, &["rank 0 (", "nothing.txt"]);
     }
 }
