@@ -13,6 +13,12 @@ use crate::error::Result;
 /// Bytes that are sent at a time, at most.
 const PIECE: usize = 256 << 20;
 
+/// Sets `values` to those of rank `from`.
+pub(crate) fn broadcast(comm: &dyn Communicator, of: What, from: usize, values: &mut [f32]) -> Result<()> {
+    let mut pieces = bytemuck::cast_slice_mut(values).chunks_mut(PIECE);
+    Ok(pieces.try_for_each(|piece| comm.broadcast(of, from, piece))?)
+}
+
 /// The rounds of a group of processes.
 #[derive(Debug)]
 pub(crate) struct Rounds {
@@ -58,9 +64,7 @@ impl Rounds {
             }
             for (rank, &sequence) in round.iter().enumerate() {
                 let values = if rank == comm.rank() { &mut *mine } else { &mut *theirs };
-                for piece in bytemuck::cast_slice_mut(values).chunks_mut(PIECE) {
-                    comm.broadcast(of, rank, piece)?;
-                }
+                broadcast(&**comm, of, rank, values)?;
                 see(states, sequence, values);
             }
         }

@@ -166,7 +166,7 @@ impl StaticCore {
     fn see(&self, stream: &mut LayerStream, weights: &LayerWeights) -> Result<Seen> {
         let down = &weights.linears[6];
         let mut sums = vec![Sums::default(); down.inputs];
-        let (mut moments, mut tokens) = (Moments::new(down.inputs), 0);
+        let (mut moments, mut tokens) = (Moments::new(down.inputs).on(stream.comm()), 0);
         stream.see_ffn(weights, &mut |tap| {
             let seq = tap.neurons.len() / sums.len();
             tokens += seq - 1;
@@ -175,6 +175,7 @@ impl StaticCore {
                 moments.add(tap.neurons, &self.factors(tap.residual, seq));
             }
         })?;
+        moments.complete()?;
         let (norms, tokens) = (column_norms(down), tokens as f64);
         let first: Vec<f64> = sums.iter().zip(&norms).map(|(of, norm)| of.first * norm).collect();
         let scored = sums.iter().zip(&norms);

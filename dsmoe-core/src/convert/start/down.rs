@@ -67,7 +67,7 @@ impl Fitted {
     ) -> Result<LeastSquares> {
         let [.., down] = &weights.linears;
         let precision = stream.precision();
-        let mut sums = LeastSquares::new(down.inputs, down.outputs).in_precision(precision);
+        let mut sums = LeastSquares::new(down.inputs, down.outputs).in_precision(precision).on(stream.comm());
         let mut lost = vec![0.0; stream.seq() * down.outputs];
         let whole = Down::new(precision, &down.weight, down.inputs, None);
         stream.see_ffn_of(weights, &|sequence| plan.is_fitted(sequence), &mut |tap| {
@@ -84,6 +84,7 @@ impl Fitted {
             }
             sums.add(Rows { inputs: &open, residuals: &lost, factors: &factors });
         })?;
+        sums.complete()?;
         Ok(sums)
     }
 

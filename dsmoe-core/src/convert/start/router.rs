@@ -49,11 +49,12 @@ impl Router {
         let [.., down] = &weights.linears;
         let (hidden, routed, seq) = (down.outputs, plan.routed(weights.layer), stream.seq());
         let scores = Scores::new(experts, &down.weight, down.inputs, options.settings.target);
-        let mut sums = LeastSquares::new(hidden, routed).in_precision(stream.precision());
+        let mut sums = LeastSquares::new(hidden, routed).in_precision(stream.precision()).on(stream.comm());
         stream.see_ffn_of(weights, &|sequence| plan.is_fitted(sequence), &mut |tap| {
             let residuals = scores.of(tap.neurons);
             sums.add(Rows { inputs: tap.x, residuals: &residuals, factors: &sinks.factors(tap.neurons) });
         })?;
+        sums.complete()?;
         let solved = sums.solve(plan.ridge(RIDGE, seq), true).ok_or_else(|| not_finite(weights.layer))?;
         let mut weight = vec![0.0; routed * hidden];
         for (at, value) in weight.iter_mut().enumerate() {
