@@ -141,22 +141,22 @@ pub(crate) fn ended(comm: &dyn Communicator, outcome: Result<ExitCode>, ui: &Ui)
 /// Returns the error of communication in a chain.
 fn of_comm(error: &anyhow::Error) -> Option<&CommError> {
     error.chain().find_map(|cause| {
-        let core = |error| match error {
-            &dsmoe_core::Error::Comm(ref error) => Some(error),
-            _ => None,
-        };
-        if let Some(error) = cause.downcast_ref() {
-            core(error)
-        } else if let Some(dsmoe_baselines::Error::Core(error)) = cause.downcast_ref() {
-            core(error)
-        } else {
-            match cause.downcast_ref() {
-                Some(dsmoe_train::Error::Comm(error)) => Some(error),
-                Some(dsmoe_train::Error::Core(error)) => core(error),
-                _ => cause.downcast_ref(),
-            }
+        if let Some(dsmoe_baselines::Error::Core(error)) = cause.downcast_ref() {
+            return of_core(error);
+        }
+        match cause.downcast_ref() {
+            Some(dsmoe_train::Error::Comm(error)) => Some(error),
+            Some(dsmoe_train::Error::Core(error)) => of_core(error),
+            _ => cause.downcast_ref().and_then(of_core).or_else(|| cause.downcast_ref()),
         }
     })
+}
+
+fn of_core(error: &dsmoe_core::Error) -> Option<&CommError> {
+    match error {
+        dsmoe_core::Error::Comm(error) => Some(error),
+        _ => None,
+    }
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Once;
 use std::time::{Duration, Instant};
 
-use dsmoe_kernels::testing::{MpiLauncher, mpi_launchers};
+use dsmoe_kernels::testing::{MpiLauncher, mpi_launchers, skipped};
 use serde_json::Value;
 
 use crate::common::{
@@ -294,6 +294,96 @@ fn an_error_of_one_process_ends_all_with_its_rank() {
             &run.stderr,
             &["lanes is 4 on 3 processes; use 1, 2 or 4 processes, or another number of --lanes"],
         );
+    }
+}
+
+#[test]
+fn a_process_that_exits_or_is_asked_to_end_ends_all() {
+    models();
+    let more = "--active-target 0.5 --steps 100000 --deadline 4 --quiet";
+    for launcher in mpi_launchers("a_process_that_exits_or_is_asked_to_end_ends_all") {
+        let out = "leaving-rank";
+        // One that exits before it joins the others.
+        fs::remove_dir_all(path(out)).unwrap_or_default();
+        let mut command = but_for(&launcher, 4, (2, "exit 3"), &training("wide-moe", out, more));
+        failed(&launcher, command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap());
+
+        // One that is interrupted: all stop after the same step, with a checkpoint.
+        fs::remove_dir_all(path(out)).unwrap_or_default();
+        let mut command = shared(&launcher, 4, &training("wide-moe", out, more));
+        let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        wait_for_steps(out);
+        assert!(Command::new("kill").args(["-TERM", &process_of(out, 2)]).status().unwrap().success());
+        let began = Instant::now();
+        while child.try_wait().unwrap().is_none() {
+            assert!(began.elapsed() < SOON, "{}: they go on", launcher.name);
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let checkpoints: Vec<String> = checkpoints(out);
+        let [checkpoint] = &checkpoints[..] else { panic!("{}: {checkpoints:?}", launcher.name) };
+        let step: u64 = checkpoint.trim_start_matches(|c: char| !c.is_ascii_digit()).parse().unwrap();
+        // What was left resumes, and the result is that of a run of as many steps.
+        let line = |out: &str, more: &str| {
+            training("wide-moe", out, &format!("--active-target 0.5 --steps 100000 --quiet {more}"))
+        };
+        let last = step + 1;
+        succeeds(&line(out, "--resume --stop-after 1"));
+        fs::remove_dir_all(path("not-leaving")).unwrap_or_default();
+        succeeds(&line("not-leaving", &format!("--stop-after {last}")));
+        let of = |out: &str| {
+            let newest = self::checkpoints(out).pop().unwrap();
+            fs::read(path(out).join("checkpoints").join(newest).join("model.safetensors")).unwrap()
+        };
+        assert!(of(out) == of("not-leaving"), "{}: step {last} differs", launcher.name);
+    }
+}
+
+/// The names of the checkpoints of a run, in order.
+fn checkpoints(out: &str) -> Vec<String> {
+    let entries = fs::read_dir(path(out).join("checkpoints")).unwrap();
+    let names = entries.map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned());
+    let mut names: Vec<String> = names.collect();
+    names.sort_by_key(|name| (name.len(), name.clone()));
+    names
+}
+
+/// A process is killed by strace when it is about to sync or rename a file for the n-th time, for every n.
+#[test]
+fn a_process_killed_between_writes_of_a_checkpoint_leaves_what_resumes() {
+    const TEST: &str = "a_process_killed_between_writes_of_a_checkpoint_leaves_what_resumes";
+    let launchers = mpi_launchers(TEST);
+    let Some(launcher) = launchers.first() else { return };
+    if Command::new("strace").arg("-V").output().is_err() {
+        return skipped(TEST, "no strace");
+    }
+    models();
+    let line = |out: &str, more: &str| {
+        training("wide-moe", out, &format!("--active-target 0.5 --steps 3 --save-every 2 --quiet {more}"))
+    };
+    fs::remove_dir_all(path("unharmed")).unwrap_or_default();
+    succeeds(&line("unharmed", ""));
+    for rank in [0, 1] {
+        let mut kills = 0;
+        for nth in 1.. {
+            fs::remove_dir_all(path("harmed")).unwrap_or_default();
+            let calls = "fsync,/^rename";
+            let kill = format!(
+                "exec strace -f -qq -o /dev/null -e trace={calls} -e inject={calls}:signal=KILL:when={nth} {PROGRAM} \"$@\""
+            );
+            let run = finish(&mut but_for(launcher, 2, (rank, &kill), &line("harmed", "--stop-after 2")));
+            if run.code == 0 {
+                break;
+            }
+            kills += 1;
+            succeeds(&line("harmed", "--resume"));
+            assert!(weights("harmed") == weights("unharmed"), "rank {rank}, killed at call {nth}");
+            assert!(
+                checkpoints("harmed").iter().all(|name| !name.starts_with('.')),
+                "{:?}",
+                checkpoints("harmed")
+            );
+        }
+        assert!(kills >= [6, 1][rank], "rank {rank} was killed {kills} times");
     }
 }
 
