@@ -3,17 +3,12 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use dsmoe_kernels::comm::CommError;
-
 use crate::remedy::Remedy;
 
 /// An error about a model directory or a request. Every message is one line that ends with its remedy.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// Another process failed, or does not take part.
-    #[error(transparent)]
-    Comm(#[from] CommError),
     /// An error of the file system.
     #[error("{}: {cause}", .path.display())]
     Io {
@@ -106,6 +101,9 @@ pub enum Error {
     /// An error in a router's configuration or initialisation.
     #[error(transparent)]
     Router(#[from] dsmoe_router::Error),
+    /// Another process failed, or does not take part.
+    #[error(transparent)]
+    Comm(#[from] dsmoe_kernels::comm::CommError),
 }
 
 /// Result of this crate.
