@@ -10,7 +10,7 @@ use dsmoe_core::Device;
 use dsmoe_core::Model;
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::config::Config;
-use dsmoe_datasets::{CorpusOptions, TokenSource, Tokenizer};
+use dsmoe_datasets::{CorpusOptions, Tokenizer};
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::comm::{Communicator, What};
 use dsmoe_train::config::{Budget, NearDuplicates, TEACHER_TOP, TrainConfig};
@@ -27,7 +27,7 @@ use crate::interrupts::{INTERRUPTED, STOP, catch_interrupts_of};
 use crate::memory;
 use crate::models::{load_model, show_config_notices, tokenizer};
 use crate::processes::agree;
-use crate::texts::{Text, load, open, total_bytes};
+use crate::texts::{Text, load_on, open, total_bytes};
 #[cfg(feature = "cuda")]
 use crate::training::host_plan;
 use crate::training::{MemoryUse, device_plan, drive, memory_plan, show_summary, teacher_memory};
@@ -75,7 +75,8 @@ pub(crate) fn run(
     let zero = Zero::of(args.zero).unwrap_or_default();
     let outline = zero.on(comm.size()) == Zero::Parameters;
     let (model, tokenizer) = agree(&**comm, START, model_of(args, outline, ui))?;
-    let sources = sources(args, &texts, (&tokenizer, &config), &**comm, ui)?;
+    let cache = args.data.cache.as_deref();
+    let sources = load_on(&**comm, &texts, (&tokenizer, config.bos), cache, ui)?;
     let filter = texts.len() > 1 || config.near_duplicates == Some(NearDuplicates::Drop);
     let data = TrainData { sources, texts: filter.then(|| tokenizer.token_texts()) };
     let options = RunOptions {
@@ -142,29 +143,6 @@ fn model_of(args: &Train, outline: bool, ui: &mut Ui) -> Result<(Model, Tokenize
     show_config_notices(model.config(), ui);
     let tokenizer = tokenizer(&args.model, model.config(), ui)?;
     Ok((model, tokenizer))
-}
-
-/// Tokenizes the text. A cache is filled by the first process, while the others wait.
-fn sources(
-    args: &Train,
-    texts: &[Text],
-    (tokenizer, config): (&Tokenizer, &TrainConfig),
-    comm: &dyn Communicator,
-    ui: &Ui,
-) -> Result<Vec<TokenSource>> {
-    let of = What::of("the tokens of the text");
-    let cache = args.data.cache.as_deref();
-    let read = || load(texts, tokenizer, config.bos, cache, ui);
-    let first = cache.is_some() && comm.size() > 1;
-    if !first {
-        return agree(comm, of, read());
-    }
-    let of_first = if comm.rank() == 0 { read().map(Some) } else { Ok(None) };
-    let of_others = match agree(comm, of, of_first)? {
-        Some(sources) => Ok(sources),
-        None => read(),
-    };
-    agree(comm, of, of_others)
 }
 
 /// Reads the settings of the file, overridden by flags, overridden by `--set`.
