@@ -3,11 +3,13 @@
 mod cpu;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
+mod units;
 mod workspace;
 
 use dsmoe_kernels::cross_entropy;
 use dsmoe_kernels::rng::Rng;
 use dsmoe_router::SparsityOver;
+pub use units::{Grads, Params, Units, Whole};
 pub use workspace::TrainWorkspace;
 
 use crate::config::Config;
@@ -54,6 +56,8 @@ pub struct StepOutput {
     pub separability: f64,
     /// The first place with a NaN or infinity in the forward pass, e.g. `layer 3 ffn`, when the loss has one.
     pub non_finite: Option<String>,
+    /// True if there was a backward pass: the losses are finite, those of processes that go on together included.
+    pub went_back: bool,
 }
 
 /// The sum of the tokens' losses, without a sparsity loss.
@@ -156,4 +160,16 @@ pub struct TopRows {
     pub ids: Vec<u32>,
     /// `[tokens, top + 1]`: the logarithms of their probabilities, then that of all other tokens together.
     pub log_p: Vec<f32>,
+}
+
+/// What a micro-batch learns from beside its text.
+#[derive(Debug)]
+pub enum Teaching<'a> {
+    /// Nothing.
+    None,
+    /// The distributions of a teacher: [`Model::distill_step`](crate::Model::distill_step).
+    Of(&'a mut Teacher),
+    /// The most likely tokens of a teacher, and the weight of the divergence:
+    /// [`Model::distill_step_from`](crate::Model::distill_step_from).
+    Rows(&'a TopRows, f32),
 }
