@@ -27,6 +27,7 @@ pub mod params;
 pub mod partition;
 mod remedy;
 pub mod shard;
+pub mod surgery;
 
 pub use config::Config;
 pub use device::Device;

@@ -222,7 +222,7 @@ impl Dsmoe {
             sequences: job.calibration.to_vec(),
             seed: job.seed,
             force: job.force,
-            ..self.start(config, experts / counts.num_experts as f64)
+            ..self.start(config, experts / counts.num_experts)
         };
         let done = start(job.model, job.out, &options, &mut |at| {
             progress(Progress { stage: at.stage, done: at.done, total: at.total });
@@ -256,7 +256,7 @@ impl Configured for Dsmoe {
     fn plan(&self, config: &Config, budget: Budget) -> Result<Plan> {
         let (counts, experts) = self.experts(config, budget)?;
         let num_experts = counts.num_experts;
-        let share = experts / num_experts as f64;
+        let share = experts / num_experts;
         let of = format!("{experts:.2} of {num_experts}");
         let reached_by = match self.trains_threshold {
             true => format!("training to an active share of {share:.4} ({of} experts)"),
@@ -285,7 +285,7 @@ impl Configured for Dsmoe {
             Routers::Untrained(init) => RouterStart::Init(init),
             Routers::Calibrated | Routers::Fitted => {
                 let (counts, experts) = self.experts(&config, job.budget)?;
-                let active = experts / counts.num_experts as f64;
+                let active = experts / counts.num_experts;
                 RouterStart::Calibrated(Calibration { sequences: job.calibration.to_vec(), active })
             }
         };

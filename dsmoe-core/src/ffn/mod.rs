@@ -40,7 +40,7 @@ pub(crate) use gating::Gating;
 pub use mixture::MixtureFfn;
 pub(crate) use mixture::SHARED_EXPERT;
 
-use crate::config::Config;
+use crate::config::{Config, MixtureSpec};
 use crate::error::{Error, Result, shown};
 use crate::params::TensorSpec;
 
@@ -145,8 +145,13 @@ pub trait FfnSpec: std::fmt::Debug + Send + Sync {
     /// [`crate::params::TensorSpec::training_only`].
     fn build(&self, config: &Config, layer: usize) -> Box<dyn Ffn>;
 
-    /// Returns the number of experts per layer.
-    fn num_experts(&self) -> usize;
+    /// Returns the number of experts of a layer.
+    fn num_experts(&self, layer: usize) -> usize;
+
+    /// Returns the experts of a mixture; none for another kind.
+    fn as_mixture(&self) -> Option<&MixtureSpec> {
+        None
+    }
 
     /// Returns the number of experts that every token runs, mean over layers, where it is fixed.
     fn active_experts(&self) -> Option<f64>;
