@@ -82,6 +82,7 @@ pub(crate) const NO_THRESHOLD: Entry<Settings> = Entry {
     defaults: || Settings { threshold: 0.0, ..Settings::default() },
     fixed: &["threshold"],
     configure: |settings| Dsmoe { settings, ste: true, trains_threshold: false }.checked(),
+    ..PAPER
 };
 
 /// A DSMoE method with its settings. The model has all experts; training brings it to the budget.

@@ -45,7 +45,10 @@ impl MixtureSpec {
             expert_width: self.width,
             shared_width: self.shared,
             balance_weight: self.balance_weight,
-            expert_map: self.maps.as_ref().map(|maps| maps.iter().map(|map| map.of_gates().to_vec()).collect()),
+            expert_map: self
+                .maps
+                .as_ref()
+                .map(|maps| maps.iter().map(|map| map.of_gates().to_vec()).collect()),
         };
         match serde_json::to_value(stored) {
             Ok(Value::Object(map)) => map,
@@ -141,7 +144,8 @@ impl Fields<'_> {
         let differs = |&layer: &usize| config.layer(layer).intermediate != spec.neurons(layer);
         let Some(layer) = (0..config.num_layers).find(differs) else { return Ok(()) };
         let (experts, width, neurons) = (spec.experts[layer], spec.width, config.layer(layer).intermediate);
-        let problem = format!("has {neurons} neurons in layer {layer}, and {experts} experts of {width} are there");
+        let problem =
+            format!("has {neurons} neurons in layer {layer}, and {experts} experts of {width} are there");
         Err(self.wrong("layer_shapes", problem, "make the model again"))
     }
 }

@@ -87,7 +87,8 @@ impl Mixture {
 
     /// Takes the experts out of a config.json that describes them in another object.
     pub(crate) fn remove(&self, raw: &mut Map<String, Value>) {
-        let keys = self.count.iter().chain(&self.renormalise).chain([&TOP_K, &self.width, &SHARED_WIDTH, &BALANCE]);
+        let keys =
+            self.count.iter().chain(&self.renormalise).chain([&TOP_K, &self.width, &SHARED_WIDTH, &BALANCE]);
         for key in keys {
             raw.shift_remove(*key);
         }

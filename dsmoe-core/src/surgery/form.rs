@@ -62,7 +62,8 @@ impl Projection {
 impl Form {
     /// Returns the form of the experts of `config`.
     pub(super) fn of(path: &Path, config: &Config) -> Result<Form> {
-        let wrong = |problem: String, help: &'static str| Err(Error::field(path, "model_type", problem, help));
+        let wrong =
+            |problem: String, help: &'static str| Err(Error::field(path, "model_type", problem, help));
         match config.mixture() {
             Some(spec) if spec.maps.is_some() => {
                 let problem = "is of a model whose gates share experts already".to_owned();
@@ -75,7 +76,8 @@ impl Form {
             }
             None => {
                 let kind = config.ffn.as_ref().map_or("dsmoe", |spec| spec.kind());
-                let problem = format!("is of a model with experts of type {kind}, which cannot be changed one by one");
+                let problem =
+                    format!("is of a model with experts of type {kind}, which cannot be changed one by one");
                 wrong(problem, "use Mixtral, Qwen-MoE or OLMoE")
             }
         }
@@ -134,7 +136,8 @@ impl Form {
         spec.top_k = top_k.unwrap_or(spec.top_k);
         let fewest = (0..layers.len()).map(|layer| spec.gates(layer)).min().unwrap_or(0);
         if !(1..=fewest).contains(&spec.top_k) {
-            let problem = format!("{} experts of a token are more than the {fewest} gates that are left", spec.top_k);
+            let problem =
+                format!("{} experts of a token are more than the {fewest} gates that are left", spec.top_k);
             return Err(Error::argument(problem, format!("keep more experts, or let a token run {fewest}")));
         }
         let mut after = config.clone();

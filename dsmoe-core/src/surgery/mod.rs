@@ -215,7 +215,8 @@ pub fn operate(
         match from {
             Source::Same => {
                 writer.begin(&info.name)?;
-                source.copy(names.stored_name(&info.name), Change::None, |bytes| writer.write_chunk(bytes))?;
+                source
+                    .copy(names.stored_name(&info.name), Change::None, |bytes| writer.write_chunk(bytes))?;
             }
             Source::Experts { layer, experts: range, which } => {
                 experts.write(&mut writer, info, &layers[*layer].experts[range.clone()], which)?;

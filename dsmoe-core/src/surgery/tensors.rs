@@ -107,7 +107,13 @@ fn write_row(writer: &mut Writer, dtype: Dtype, parts: &[Part], old: &[Stored], 
 }
 
 /// Writes row `row` of an expert whose neurons are columns.
-fn write_columns(writer: &mut Writer, dtype: Dtype, parts: &[Part], old: &[Stored], row: usize) -> Result<()> {
+fn write_columns(
+    writer: &mut Writer,
+    dtype: Dtype,
+    parts: &[Part],
+    old: &[Stored],
+    row: usize,
+) -> Result<()> {
     if let ([Part { neurons, .. }], [stored]) = (parts, old)
         && stored.dtype == dtype
     {

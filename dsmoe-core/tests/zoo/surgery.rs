@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use dsmoe_core::accounting::Accounting;
+use dsmoe_core::calibrate::{ExpertSums, LayerStream};
 use dsmoe_core::checkpoint::Dtype;
 use dsmoe_core::config::Config;
 use dsmoe_core::convert::upcycle;
@@ -12,7 +13,7 @@ use dsmoe_core::model::{Batch, Inference, Model, StepArgs, TrainWorkspace, Works
 use dsmoe_core::surgery::{LayerSurgery, NewExpert, Part, RouterRule, operate};
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::buf::Buf;
-use dsmoe_kernels::testing::refused;
+use dsmoe_kernels::testing::{assert_close_f64, refused};
 use serde_json::{Value, json};
 
 use crate::moe::{LENGTH, MIXTURES, batch, case, changed, dense, golden, logits, options, tensors};
@@ -76,6 +77,60 @@ fn merged_experts_have_the_logits_of_transformers_with_copies_tied() {
         assert!(worst(&logits_of(&saved, name), found.iter().copied()) < 1e-6, "{name}");
         assert_eq!(Config::load(&saved).unwrap().mixture(), config.mixture(), "{name}");
     }
+}
+
+#[test]
+fn what_tokens_say_of_experts_is_what_numpy_computes() {
+    for name in MIXTURES {
+        let golden = surgery_case(name);
+        let sequences: Vec<Vec<u32>> = serde_json::from_value(golden["calibration"].clone()).unwrap();
+        let mut stream = LayerStream::open_experts(&case(name), &sequences).unwrap();
+        for (i, want) in golden["layers"].as_array().unwrap().iter().enumerate() {
+            let (weights, experts) = (stream.layer(i).unwrap(), stream.experts(i).unwrap());
+            stream.attend(&weights);
+            let stats = stream.expert_stats(&weights, &experts, true);
+            let n = experts.num_experts();
+            let tokens = stats.tokens as f64;
+            let list = |key: &str| -> Vec<f64> { serde_json::from_value(want[key].clone()).unwrap() };
+            let hard: Vec<f64> = stats.experts.iter().map(|sums| sums.hard).collect();
+            assert_eq!(hard, list("hard"), "{name} layer {i}");
+            let ean = |sums: &ExpertSums| sums.squares.iter().map(|square| square.sqrt()).sum();
+            let of =
+                |value: &dyn Fn(&ExpertSums) -> f64| stats.experts.iter().map(value).collect::<Vec<f64>>();
+            for (key, got) in [
+                ("soft", of(&|sums| sums.soft)),
+                ("gate_sum", of(&|sums| sums.coefficients)),
+                ("norm_sum", of(&|sums| sums.norms)),
+                ("weighted_norm", of(&|sums| sums.weighted_norms)),
+                ("ean", of(&ean)),
+            ] {
+                assert_close_f64(&format!("{name} layer {i} {key}"), &got, &list(key), 1e-5);
+            }
+            let means: Vec<Vec<f64>> = serde_json::from_value(want["mean_all"].clone()).unwrap();
+            let correlations: Vec<Vec<f64>> = serde_json::from_value(want["correlation"].clone()).unwrap();
+            for e in 0..n {
+                let got: Vec<f64> = stats.experts[e].outputs.iter().map(|sum| sum / tokens).collect();
+                assert_close_f64(&format!("{name} layer {i} mean {e}"), &got, &means[e], 1e-5);
+                let got: Vec<f64> = (0..n).map(|other| stats.correlation(e, other)).collect();
+                assert_close_f64(&format!("{name} layer {i} correlation {e}"), &got, &correlations[e], 1e-5);
+            }
+            stream.join_experts(&weights, &experts);
+        }
+    }
+}
+
+#[test]
+fn a_stream_of_experts_needs_experts() {
+    let work = tempfile::tempdir().unwrap();
+    let (from, merged_once) = (work.path().join("dense"), work.path().join("merged"));
+    dense(&from, &json!({}));
+    refused(
+        LayerStream::open_experts(&from, &[vec![1, 2]]),
+        &["of a model without experts", "use a model with"],
+    );
+    refused(LayerStream::open(&case("mixtral"), &[vec![1, 2]]), &["is of a model with experts"]);
+    run(&case("mixtral"), &merged_once, &merged(&surgery_case("mixtral")));
+    refused(LayerStream::open_experts(&merged_once, &[vec![1, 2]]), &["cannot be seen one by one"]);
 }
 
 #[test]
@@ -158,7 +213,10 @@ fn equal_experts_may_be_dropped_and_merged_at_will() {
         vec![LayerSurgery::keep([1, 2, 4]), LayerSurgery::keep([0, 3])],
         vec![all(RouterRule::Map), all(RouterRule::Map)],
         vec![
-            LayerSurgery { experts: [0, 1].map(|e| NewExpert::merged([(e, 0.5), (e + 2, 0.5)])).to_vec(), ..all(RouterRule::Mean) },
+            LayerSurgery {
+                experts: [0, 1].map(|e| NewExpert::merged([(e, 0.5), (e + 2, 0.5)])).to_vec(),
+                ..all(RouterRule::Mean)
+            },
             LayerSurgery::keep(0..5),
         ],
     ]
@@ -200,7 +258,12 @@ fn equal_experts_may_be_dropped_and_merged_at_will() {
         model.save(&saved, Dtype::F32).unwrap();
         assert_eq!(Model::load(&saved).unwrap().params(), model.params());
         // Copies for other programs are refused or exact.
-        let native = export(&out, &work.path().join(format!("native-{i}")), &ExportOptions::new(ExportAs::Native), &mut |_| {});
+        let native = export(
+            &out,
+            &work.path().join(format!("native-{i}")),
+            &ExportOptions::new(ExportAs::Native),
+            &mut |_| {},
+        );
         native.unwrap();
         let hf = work.path().join(format!("hf-{i}"));
         let error = export(&out, &hf, &ExportOptions::new(ExportAs::Transformers), &mut |_| {});
@@ -226,7 +289,12 @@ fn what_surgery_cannot_do_is_refused() {
     let mixed = [merged(&surgery_case("mixtral")).remove(0), LayerSurgery::keep([0, 1])];
     refused_by(&case("mixtral"), &mixed, None, &["all gates of some layers only"]);
     run(&case("mixtral"), &merged_once, &merged(&surgery_case("mixtral")));
-    refused_by(&merged_once, &keep(&[0, 1]), None, &["gates share experts already", "before its experts were merged"]);
+    refused_by(
+        &merged_once,
+        &keep(&[0, 1]),
+        None,
+        &["gates share experts already", "before its experts were merged"],
+    );
 }
 
 #[test]
@@ -241,29 +309,45 @@ fn wrong_descriptions_of_experts_are_refused_by_name() {
     for (key, value, parts) in [
         ("num_experts", json!(4), vec!["ffn.expert_map is wrong in layer 0", "expert 3"]),
         ("num_experts", json!(0), vec!["ffn.num_experts is 0"]),
-        ("expert_width", json!(8), vec!["expert_map"]),
+        ("expert_width", json!(8), vec!["experts.0.gate_proj.weight has shape [9, 12]"]),
         ("expert_width", json!(1 << 24), vec!["ffn.expert_width is 16777216", "3 experts"]),
         ("top_k", json!(5), vec!["ffn.top_k is 5 and a layer has 4 gates", "1 to 4"]),
         ("top_k", json!(0), vec!["ffn.top_k is 0"]),
         ("balance_weight", json!(-1), vec!["ffn.balance_weight is -1"]),
         ("shared_width", json!(3), vec!["ffn.shared_width is present", "no shared expert"]),
-        ("experts_per_layer", json!([3]), vec!["ffn.experts_per_layer has 1 entries", "num_hidden_layers is 2"]),
-        ("experts_per_layer", json!([3, 4]), vec!["ffn.experts_per_layer is 4 for layer 1", "1 to num_experts, 3"]),
+        (
+            "experts_per_layer",
+            json!([3]),
+            vec!["ffn.experts_per_layer has 1 entries", "num_hidden_layers is 2"],
+        ),
+        (
+            "experts_per_layer",
+            json!([3, 4]),
+            vec!["ffn.experts_per_layer is 4 for layer 1", "1 to num_experts, 3"],
+        ),
         ("experts_per_layer", json!([2, 2]), vec!["ffn.num_experts is 3 and no entry"]),
         ("experts_per_layer", json!([3, 2]), vec!["expert_map is wrong in layer 1"]),
         ("expert_map", json!([[0, 1, 2, 0]]), vec!["ffn.expert_map has 1 lists"]),
-        ("expert_map", json!([[0, 1, 2, 0], [0, 1, 3, 0]]), vec!["ffn.expert_map is wrong in layer 1", "below 3"]),
-        ("expert_map", json!([[0, 1, 1, 0], [0, 1, 2, 0]]), vec!["ffn.expert_map is wrong in layer 0", "expert 2"]),
-        ("expert_map", json!([[0, 1, 2], [0, 1, 2]]), vec!["gate.weight", "shape"]),
+        (
+            "expert_map",
+            json!([[0, 1, 2, 0], [0, 1, 3, 0]]),
+            vec!["ffn.expert_map is wrong in layer 1", "below 3"],
+        ),
+        (
+            "expert_map",
+            json!([[0, 1, 1, 0], [0, 1, 2, 0]]),
+            vec!["ffn.expert_map is wrong in layer 0", "expert 2"],
+        ),
+        ("expert_map", json!([[0, 1, 2], [0, 1, 2]]), vec!["gate.weight has shape [4, 12]"]),
         ("extra", json!(1), vec!["ffn is not of type mixture", "extra"]),
         ("type", json!("topk"), vec!["base_model_type is \"mixtral\", whose FFNs are experts already"]),
     ] {
         let mut json: Value = serde_json::from_str(&text).unwrap();
         json["ffn"][key] = value;
         fs::write(dir.join("config.json"), json.to_string()).unwrap();
-        let all: Vec<&str> = parts.iter().copied().chain(["config.json"]).collect();
-        let all = if key == "expert_map" && parts.contains(&"shape") { &parts } else { &all };
-        refused(Inference::load(&dir, Precision::F32), all);
+        let of_file = (!parts[0].contains("has shape")).then_some("config.json");
+        let all: Vec<&str> = parts.into_iter().chain(of_file).collect();
+        refused(Inference::load(&dir, Precision::F32), &all);
     }
     assert!(ffn["expert_map"].is_array());
     // The format of the family has none of this.

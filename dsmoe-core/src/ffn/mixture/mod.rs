@@ -19,8 +19,8 @@ use dsmoe_kernels::expert_ffn::{self, Dims, PackedWeights, Pairs, Saved};
 pub(crate) use shared::SHARED_EXPERT;
 
 use super::{
-    DeviceFfn, Ffn, FfnBackward, FfnForward, FfnInference, FfnKind, FfnReport, FfnScratch, GateBackward,
-    Gated, HostGate, PackedFfn, routes,
+    Decision, DeviceFfn, Ffn, FfnBackward, FfnForward, FfnInference, FfnKind, FfnReport, FfnScratch,
+    GateBackward, Gated, HostGate, PackedFfn, routes,
 };
 use crate::config::MixtureSpec;
 use crate::params::{TensorSpec, padded};
@@ -143,6 +143,23 @@ impl Ffn for MixtureFfn {
             num_experts: self.spec.experts[self.layer],
             gate: Arc::new(self.router.clone()),
         })
+    }
+
+    fn expert_parts(&self) -> Option<(Gated, usize)> {
+        let has_gates = self.spec.maps.is_none();
+        has_gates.then(|| (self.gated, self.spec.experts[self.layer]))
+    }
+
+    fn with_experts(&self, count: usize) -> Option<Box<dyn Ffn>> {
+        let mut spec = (*self.spec).clone();
+        (spec.experts[self.layer], spec.maps) = (count, None);
+        let gated = Gated { intermediate: spec.neurons(self.layer), ..self.gated };
+        let balance_weight = self.router.balance_weight;
+        Some(Box::new(MixtureFfn::new(gated, Arc::new(spec), self.layer, balance_weight)))
+    }
+
+    fn decide(&self, params: &[f32], x: &[f32]) -> Option<Decision> {
+        self.expert_parts().map(|_| self.router.decide(x, &params[self.starts()[0]..]))
     }
 
     fn pack(&self, params: &[f32], precision: Precision) -> Box<dyn PackedFfn> {

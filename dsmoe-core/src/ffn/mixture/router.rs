@@ -9,9 +9,9 @@ use dsmoe_kernels::{Precision, linear};
 use dsmoe_router::Routing;
 use dsmoe_router::expert_map::ExpertMap;
 use dsmoe_router::mixture::{self, MixtureConfig, MixtureRouted};
-use ndarray::{ArrayView2, ArrayViewMut2};
+use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 
-use crate::ffn::{GateBackward, GateTraining, HostGate, HostRouted};
+use crate::ffn::{Decision, GateBackward, GateTraining, HostGate, HostRouted};
 
 /// Routes inputs of width `hidden`; its parameters are the matrix `[n, hidden]`.
 #[derive(Clone, Debug)]
@@ -51,6 +51,21 @@ impl MixtureRouter {
         linear::Dims { rows, inputs: self.hidden, outputs, precision: Precision::F32 }
     }
 
+    /// Returns what the gates decide for `x`.
+    pub(super) fn decide(&self, x: &[f32], params: &[f32]) -> Decision {
+        let logits = self.logits(x, params);
+        let MixtureRouted { probabilities, routing } = mixture::route(&self.config, logits.view());
+        Decision { logits, soft: probabilities, routing }
+    }
+
+    fn logits(&self, x: &[f32], params: &[f32]) -> Array2<f32> {
+        let shape = (x.len() / self.hidden, self.config.num_experts);
+        let mut logits = Array2::zeros(shape);
+        let y = logits.as_slice_mut().expect("a new array is contiguous");
+        linear::Forward { y, x, w: &params[..self.len()], bias: None, dims: self.dims(shape.0) }.run();
+        logits
+    }
+
     fn weight(&self, training: GateTraining) -> f64 {
         f64::from(training.balance_scale) * self.balance_weight
     }
@@ -69,12 +84,7 @@ impl HostGate for MixtureRouter {
         training: Option<GateTraining>,
     ) -> HostRouted<'a> {
         let saved: &mut RouterSaved = saved.downcast_mut().expect("saved by the router of a mixture");
-        let (tokens, n) = (x.len() / self.hidden, self.config.num_experts);
-        let mut logits = Buf::zeros(tokens * n);
-        let w = &params[..self.len()];
-        linear::Forward { y: &mut logits, x, w, bias: None, dims: self.dims(tokens) }.run();
-        let logits = ArrayView2::from_shape((tokens, n), &logits[..]).expect("tokens * experts values");
-        let routed = saved.gates.insert(mixture::route(&self.config, logits));
+        let routed = saved.gates.insert(mixture::route(&self.config, self.logits(x, params).view()));
         let weight = training.map_or(0.0, |training| self.weight(training));
         let balance_loss = if weight == 0.0 { 0.0 } else { weight * mixture::balance_loss(routed) };
         let routing = match &self.map {

@@ -118,7 +118,8 @@ fn loss(ffn: &MixtureFfn, x: &[f32], params: &[f32], dy: &[f32]) -> (f64, Vec<u3
 #[test]
 fn gradients_are_differences_while_the_selection_holds() {
     let plain = [spec(true, None, 0.0), spec(false, None, 0.5), spec(false, Some(7), 0.5)];
-    let mapped = [true, false].map(|renormalise| shared_gates(spec(renormalise, None, 0.5), &[2, 0, 1, 2, 3, 2, 0]));
+    let mapped =
+        [true, false].map(|renormalise| shared_gates(spec(renormalise, None, 0.5), &[2, 0, 1, 2, 3, 2, 0]));
     for spec in plain.into_iter().chain(mapped) {
         let ffn = ffn(spec.clone());
         let (params, dy) = (params(&ffn, 3), normals(TOKENS * HIDDEN, 5));
