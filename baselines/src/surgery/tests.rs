@@ -145,7 +145,8 @@ fn norms_of_outputs_are_scored_as_by_hand() {
 #[test]
 fn shares_of_all_layers_leave_every_layer_its_fewest() {
     let values = [vec![0.9, 0.05, 0.05], vec![0.4, 0.3, 0.3], vec![0.0; 3]];
-    assert_eq!(shares(&values, 6, 1), [1, 3, 2]);
+    assert_eq!(shares(&values, 5, 1), [1, 3, 1]);
+    assert_eq!(shares(&values, 6, 1), [2, 3, 1]);
     assert_eq!(shares(&values, 3, 1), [1, 1, 1]);
     assert_eq!(shares(&values, 7, 2), [2, 3, 2]);
     assert_eq!(shares(&values, 9, 1), [3, 3, 3]);
@@ -256,7 +257,7 @@ fn neurons_in_another_order_are_found() {
 /// babyllama-1m in eight experts, two of which run.
 fn upcycled() -> Config {
     let json = json!({
-        "model_type": "mixtral", "vocab_size": 1024, "hidden_size": 128, "intermediate_size": 352,
+        "model_type": "mixtral", "vocab_size": 361, "hidden_size": 128, "intermediate_size": 352,
         "num_hidden_layers": 5, "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 512,
         "num_local_experts": 8, "num_experts_per_tok": 2, "tie_word_embeddings": true,
     });
@@ -270,6 +271,9 @@ fn budgets_hold_what_the_fixture_says() {
     let expert = 3.0 * 352.0 * 128.0;
     let held = |keeps_gates| Held::of(&config, keeps_gates).unwrap();
     let all = counts.total as f64;
+    assert_eq!((counts.non_ffn, counts.router, counts.total), (293_376, 5_120, 5_705_216));
+    assert_eq!((held(false).params(30), held(true).params(30)), (4_352_256.0, 4_353_536.0));
+    assert_eq!((held(false).params(20), counts.activated(0.0)), (2_999_296.0, 1_650_176.0));
     assert_eq!(held(true).params(40), all);
     assert_eq!(held(false).params(30), all - 10.0 * (expert + 128.0));
     assert_eq!(held(true).params(30), all - 10.0 * expert);
