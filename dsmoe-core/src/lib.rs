@@ -26,6 +26,7 @@ pub mod model;
 pub mod params;
 pub mod partition;
 mod remedy;
+mod rounds;
 pub mod shard;
 pub mod surgery;
 

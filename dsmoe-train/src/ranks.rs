@@ -69,7 +69,10 @@ pub(crate) fn from_first(comm: &dyn Communicator, of: What, message: &str) -> Re
 }
 
 /// Checks that these values, by name, are equal in all processes.
-pub(crate) fn check_alike(comm: &dyn Communicator, values: &BTreeMap<String, String>) -> Result<()> {
+///
+/// # Errors
+/// They are not; the error names the ranks that have each value.
+pub fn check_alike(comm: &dyn Communicator, values: &BTreeMap<String, String>) -> Result<()> {
     let of = What::of("settings");
     let message = serde_json::to_vec(values).expect("strings are JSON");
     let all = comm::gather(comm, of, &message)?;

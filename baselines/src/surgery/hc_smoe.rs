@@ -151,7 +151,7 @@ impl Configured for HcSmoe {
         self.plan(&config, job.budget)?;
         let held = Held::of(&config, true)?;
         let mut layers = Vec::new();
-        survey(job.model, job.calibration, None, self.needs_outputs(), progress, &mut |seen| {
+        survey(job, None, self.needs_outputs(), progress, &mut |seen| {
             let distances = self.distances(&seen, job.seed);
             layers.push(Layer { usage: seen.stats.usage(), distances });
             Ok(())

@@ -76,18 +76,17 @@ struct Seen<'a> {
     stats: &'a ExpertStats,
 }
 
-/// Shows every layer of the model in `model` to `see`, on the states of calibration text that its layers before it give; of the
+/// Shows every layer of a job's model to `see`, on the states of calibration text that its layers before it give; of the
 /// experts, those that are `kept` alone.
 fn survey(
-    model: &Path,
-    sequences: &[Vec<u32>],
+    job: &Job<'_>,
     kept: Option<&[Vec<usize>]>,
     with_outputs: bool,
     progress: &mut dyn FnMut(Progress),
     see: &mut dyn FnMut(Seen<'_>) -> Result<()>,
 ) -> Result<()> {
-    check_text(sequences, 1, "the statistics of experts")?;
-    let mut stream = LayerStream::open_experts(model, sequences)?;
+    check_text(job.calibration, 1, "the statistics of experts")?;
+    let mut stream = LayerStream::open_experts_on(job.comm, job.model, job.calibration)?;
     let layers = stream.config().num_layers;
     for layer in 0..layers {
         progress(Progress { stage: "experts", done: layer as u64, total: layers as u64 });
@@ -95,7 +94,7 @@ fn survey(
         if let Some(kept) = kept.map(|kept| &kept[layer]).filter(|kept| kept.len() < experts.num_experts()) {
             experts = experts.keep(kept);
         }
-        stream.attend(&weights);
+        stream.attend(&weights)?;
         let stats = stream.expert_stats(&weights, &experts, with_outputs);
         see(Seen { layer, experts: &experts, stats: &stats })?;
         stream.join_experts(&weights, &experts);
@@ -133,7 +132,8 @@ fn write(
     top_k: usize,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<()> {
-    surgery::operate(job.model, job.out, (layers, Some(top_k)), job.force, &mut |at| {
+    let changes = (layers, Some(top_k));
+    surgery::operate_on(job.comm, [job.model, job.out], changes, job.force, &mut |at| {
         progress(Progress { stage: "writing", done: at.done_bytes, total: at.total_bytes });
     })?;
     Ok(())

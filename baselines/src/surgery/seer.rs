@@ -98,7 +98,7 @@ impl Configured for Seer {
         let (mut kept, mut entropies) = (all.clone(), Vec::new());
         loop {
             let mut scores = Vec::new();
-            survey(job.model, job.calibration, Some(&kept), self.needs_outputs(), progress, &mut |seen| {
+            survey(job, Some(&kept), self.needs_outputs(), progress, &mut |seen| {
                 if kept == all {
                     entropies.push(entropy(&seen.stats.usage()));
                 }

@@ -82,7 +82,7 @@ impl Configured for Uncurl {
         let plan = self.plan(&config, job.budget)?;
         let r = self.held(&config)?.per_layer(job.budget, 1)?;
         let (mut layers, mut entropies) = (Vec::new(), Vec::new());
-        survey(job.model, job.calibration, None, false, progress, &mut |seen| {
+        survey(job, None, false, progress, &mut |seen| {
             let affinity = affinities(self.0.affinity, seen.stats);
             let clusters = r.min(seen.stats.experts.len());
             let labels = spectral::cluster(&affinity, clusters, job.seed.wrapping_add(seen.layer as u64));

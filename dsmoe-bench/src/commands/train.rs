@@ -10,7 +10,7 @@ use dsmoe_core::Device;
 use dsmoe_core::Model;
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::config::Config;
-use dsmoe_datasets::{CorpusOptions, TokenSource, Tokenizer};
+use dsmoe_datasets::{CorpusOptions, Tokenizer};
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::comm::{Communicator, What};
 use dsmoe_train::config::{Budget, NearDuplicates, TEACHER_TOP, TrainConfig};
@@ -26,7 +26,7 @@ use crate::interrupts::{INTERRUPTED, STOP, catch_interrupts_of};
 use crate::memory;
 use crate::models::{load_model, show_config_notices, tokenizer};
 use crate::processes::agree;
-use crate::texts::{Text, load, open, total_bytes};
+use crate::texts::{Text, load_on, open, total_bytes};
 #[cfg(feature = "cuda")]
 use crate::training::host_plan;
 use crate::training::{MemoryUse, device_plan, drive, memory_plan, show_summary, teacher_memory};
@@ -72,7 +72,8 @@ pub(crate) fn run(
     let prepared = prepare(args, threads, &**comm, ui);
     let Some((config, texts)) = agree(&**comm, START, prepared)? else { return Ok(ExitCode::SUCCESS) };
     let (model, tokenizer) = agree(&**comm, START, model_of(args, ui))?;
-    let sources = sources(args, &texts, (&tokenizer, &config), &**comm, ui)?;
+    let cache = args.data.cache.as_deref();
+    let sources = load_on(&**comm, &texts, (&tokenizer, config.bos), cache, ui)?;
     let filter = texts.len() > 1 || config.near_duplicates == Some(NearDuplicates::Drop);
     let data = TrainData { sources, texts: filter.then(|| tokenizer.token_texts()) };
     let options = RunOptions {
@@ -82,6 +83,7 @@ pub(crate) fn run(
         teacher: args.teacher.clone(),
         teacher_cache: args.teacher_cache.clone(),
         device: args.device,
+        recompute: args.recompute,
         comm: comm.clone(),
         ..RunOptions::new(&args.model, &args.out)
     };
@@ -137,29 +139,6 @@ fn model_of(args: &Train, ui: &mut Ui) -> Result<(Model, Tokenizer)> {
     show_config_notices(model.config(), ui);
     let tokenizer = tokenizer(&args.model, model.config(), ui)?;
     Ok((model, tokenizer))
-}
-
-/// Tokenizes the text. A cache is filled by the first process, while the others wait.
-fn sources(
-    args: &Train,
-    texts: &[Text],
-    (tokenizer, config): (&Tokenizer, &TrainConfig),
-    comm: &dyn Communicator,
-    ui: &Ui,
-) -> Result<Vec<TokenSource>> {
-    let of = What::of("the tokens of the text");
-    let cache = args.data.cache.as_deref();
-    let read = || load(texts, tokenizer, config.bos, cache, ui);
-    let first = cache.is_some() && comm.size() > 1;
-    if !first {
-        return agree(comm, of, read());
-    }
-    let of_first = if comm.rank() == 0 { read().map(Some) } else { Ok(None) };
-    let of_others = match agree(comm, of, of_first)? {
-        Some(sources) => Ok(sources),
-        None => read(),
-    };
-    agree(comm, of, of_others)
 }
 
 /// Reads the settings of the file, overridden by flags, overridden by `--set`.
@@ -228,7 +207,7 @@ fn plan(args: &Train, config: TrainConfig, texts: &[Text], processes: usize) -> 
     let flops_per_token = 3.0 * accounting.mean_flops_per_token(all_experts, config.seq);
     let text = if args.data.cache.is_some() { 0 } else { total_bytes(texts) };
     let mut memory = match args.device {
-        Device::Cpu => memory_plan(&model, &config, (accounting.total, text), processes),
+        Device::Cpu => memory_plan(&model, &config, (accounting.total, text), (processes, args.recompute)),
         #[cfg(feature = "cuda")]
         Device::Cuda(_) => host_plan(accounting.total, text),
     };

@@ -10,9 +10,11 @@
 //! ```
 
 use std::path::Path;
+use std::sync::Arc;
 
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::buf::Buf;
+use dsmoe_kernels::comm::{Communicator, alone};
 use dsmoe_kernels::expert_ffn::{self, PackedWeights, Pairs, Weights};
 use rayon::prelude::*;
 
@@ -80,6 +82,19 @@ impl LayerStream {
     /// # Errors
     /// `dir` holds a model without experts, or whose experts cannot be told apart; those of [`LayerStream::open`].
     pub fn open_experts(dir: &Path, sequences: &[Vec<u32>]) -> Result<LayerStream> {
+        LayerStream::open_experts_on(alone(), dir, sequences)
+    }
+
+    /// Does as [`LayerStream::open_experts`] on the processes of `comm`, as [`LayerStream::open_on`] does. They divide attention
+    /// among them, and each runs all experts.
+    ///
+    /// # Errors
+    /// Those of [`LayerStream::open_experts`].
+    pub fn open_experts_on(
+        comm: &Arc<dyn Communicator>,
+        dir: &Path,
+        sequences: &[Vec<u32>],
+    ) -> Result<LayerStream> {
         let config = Config::load(dir)?;
         let wrong = |problem: &str, help: &'static str| {
             Err(Error::field(&dir.join(CONFIG_FILE), "model_type", problem, help))
@@ -94,7 +109,7 @@ impl LayerStream {
                 return wrong(problem, "use experts without a core and biases, each with a gate of its own");
             }
         }
-        LayerStream::open_model(dir, config, sequences)
+        LayerStream::open_model(comm, dir, config, sequences)
     }
 
     /// Reads the experts of layer `i`.
@@ -428,7 +443,7 @@ mod tests {
             let mut stream = LayerStream::open_experts(&dir, &sequences).unwrap();
             for i in 0..stream.config().num_layers {
                 let (weights, experts) = (stream.layer(i).unwrap(), stream.experts(i).unwrap());
-                stream.attend(&weights);
+                stream.attend(&weights).unwrap();
                 let stats = stream.expert_stats(&weights, &experts, true);
                 let mut x = Vec::new();
                 stream.each_input(&weights, &mut |_, of_sequence, _| x.extend_from_slice(of_sequence));

@@ -1,6 +1,5 @@
 //! A model with all its parameters in one arena: made, loaded, changed and saved.
 
-use std::ops::Range;
 use std::path::Path;
 
 use dsmoe_kernels::buf::Buf;
@@ -265,9 +264,5 @@ impl Model {
     pub fn new_stats(&self) -> Option<RoutingStats> {
         let experts: Option<Vec<usize>> = self.ffns.iter().map(|ffn| ffn.num_experts()).collect();
         experts.map(RoutingStats::of_layers)
-    }
-
-    pub(crate) fn param(&self, range: &Range<usize>) -> &[f32] {
-        &self.params[range.clone()]
     }
 }

@@ -14,11 +14,14 @@ mod form;
 mod tensors;
 
 use std::path::Path;
+use std::sync::Arc;
+
+use dsmoe_kernels::comm::{Communicator, alone};
 
 use crate::accounting::Accounting;
 use crate::checkpoint::{
-    CONFIG_FILE, Change, DEFAULT_SHARD_BYTES, Meter, OutputDir, Progress, TensorInfo, TensorSource,
-    check_llama_tensors, copy_companions, model_writer, open_model,
+    CONFIG_FILE, Change, Meter, OutputDir, Progress, TensorInfo, TensorSource, check_llama_tensors,
+    copy_companions, open_model,
 };
 use crate::config::Config;
 use crate::error::{Error, Result};
@@ -186,6 +189,21 @@ pub fn operate(
     force: bool,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<SurgeryReport> {
+    operate_on(alone(), [model, out], (layers, top_k), force, progress)
+}
+
+/// Does as [`operate`] from the first to the second directory on the processes of `comm`: the first one writes, and all return its
+/// outcome.
+///
+/// # Errors
+/// Those of [`operate`]; another process fails.
+pub fn operate_on(
+    comm: &Arc<dyn Communicator>,
+    [model, out]: [&Path; 2],
+    (layers, top_k): (&[LayerSurgery], Option<usize>),
+    force: bool,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<SurgeryReport> {
     let path = model.join(CONFIG_FILE);
     let config = Config::load(model)?;
     let form = Form::of(&path, &config)?;
@@ -206,9 +224,9 @@ pub fn operate(
     }
     let infos: Vec<TensorInfo> = tensors.iter().map(|(info, _)| info.clone()).collect();
     let bytes = infos.iter().map(TensorInfo::len_bytes).sum();
-    let output = OutputDir::create_from(model, out, force)?;
+    let output = OutputDir::create_on(comm, model, out, force)?;
     let mut meter = Meter::new(bytes, progress);
-    let mut writer = model_writer(&after, output.path(), infos, DEFAULT_SHARD_BYTES)?;
+    let mut writer = output.model_writer(&after, infos)?;
     let mut source = TensorSource::new(&checkpoint);
     let experts = Experts::new(&checkpoint, form.width(&config));
     for (info, from) in &tensors {
@@ -226,9 +244,10 @@ pub fn operate(
         meter.add(info.len_bytes() as usize);
     }
     writer.finish()?;
-    copy_companions(model, output.path())?;
-    after.save(output.path())?;
-    output.commit()?;
+    output.commit_with(|dir| {
+        copy_companions(model, dir)?;
+        after.save(dir)
+    })?;
     let counts = Accounting::of(&after);
     Ok(SurgeryReport {
         total_before: Accounting::of(&config).total,

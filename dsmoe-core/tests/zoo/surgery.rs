@@ -87,7 +87,7 @@ fn what_tokens_say_of_experts_is_what_numpy_computes() {
         let mut stream = LayerStream::open_experts(&case(name), &sequences).unwrap();
         for (i, want) in golden["layers"].as_array().unwrap().iter().enumerate() {
             let (weights, experts) = (stream.layer(i).unwrap(), stream.experts(i).unwrap());
-            stream.attend(&weights);
+            stream.attend(&weights).unwrap();
             let stats = stream.expert_stats(&weights, &experts, true);
             let n = experts.num_experts();
             let tokens = stats.tokens as f64;
