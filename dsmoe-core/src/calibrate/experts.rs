@@ -75,6 +75,9 @@ pub struct ExpertSums {
     pub routed_outputs: Vec<f64>,
 }
 
+/// Receives the states of a sequence, what the FFN reads of them, and memory for a norm.
+type SeeInput<'a> = dyn FnMut(&mut [f32], &[f32], [&mut Buf; 2]) + Send + 'a;
+
 impl LayerStream {
     /// Opens the model with experts in `dir` and embeds `sequences`, which are of one length. Its layers are seen by
     /// [`LayerStream::attend`], [`LayerStream::expert_stats`] and [`LayerStream::join_experts`].
@@ -164,11 +167,7 @@ impl LayerStream {
     }
 
     /// Shows what the FFN of a layer reads, sequence by sequence, with the states and memory for a norm.
-    fn each_input(
-        &mut self,
-        weights: &LayerWeights,
-        see: &mut (dyn FnMut(&mut [f32], &[f32], [&mut Buf; 2]) + Send),
-    ) {
+    fn each_input(&mut self, weights: &LayerWeights, see: &mut SeeInput<'_>) {
         let LayerStream { config, seq, states, scratch, .. } = self;
         let len = (*seq * config.hidden).max(1);
         let block = Block::of(config);
