@@ -38,8 +38,10 @@ pub fn grad_norms(layout: &Layout, grads: &[f32]) -> GradNorms {
 pub(crate) struct Squares {
     /// The owner of every piece, and whether it belongs to routers, in the order of the arena.
     pieces: Vec<(usize, bool)>,
-    /// The pieces of this process.
-    own: Vec<Range<usize>>,
+    /// The pieces of this process: their places in the arena, and among all that it owns.
+    own: Vec<[Range<usize>; 2]>,
+    /// Values that it owns.
+    owned: usize,
     /// Their sums.
     sums: Vec<f64>,
     /// Pieces of each process.
@@ -53,12 +55,14 @@ impl Squares {
         let runs = layout.entries().chunk_by(same_kind);
         let runs: Vec<(Range<usize>, bool)> =
             runs.map(|run| (run[0].range.start..run[run.len() - 1].range.end, run[0].spec.router)).collect();
-        let mut squares =
-            Squares { pieces: Vec::new(), own: Vec::new(), sums: Vec::new(), counts: vec![0; shards.size()] };
+        let (counts, owned) = (vec![0; shards.size()], 0);
+        let mut squares = Squares { pieces: Vec::new(), own: Vec::new(), owned, sums: Vec::new(), counts };
         let mut first = 0;
         for unit in 0..shards.units().len() {
             for owner in 0..shards.size() {
                 let owned = shards.piece(unit, owner);
+                let before = squares.owned;
+                squares.owned += if owner == rank { owned.len() } else { 0 };
                 for start in owned.clone().step_by(BLOCK) {
                     let block = start..owned.end.min(start + BLOCK);
                     while runs.get(first).is_some_and(|(run, _)| run.end <= block.start) {
@@ -69,7 +73,9 @@ impl Squares {
                         squares.pieces.push((owner, *router));
                         squares.counts[owner] += 1;
                         if owner == rank {
-                            squares.own.push(run.start.max(block.start)..run.end.min(block.end));
+                            let piece = run.start.max(block.start)..run.end.min(block.end);
+                            let place = before + piece.start - owned.start;
+                            squares.own.push([piece.clone(), place..place + piece.len()]);
                         }
                     }
                 }
@@ -84,10 +90,11 @@ impl Squares {
         &self.counts
     }
 
-    /// Computes the sums of this process's pieces of `grads`.
+    /// Computes the sums of this process's pieces of `grads`: an arena, or what it owns of one.
     pub(crate) fn compute(&mut self, grads: &[f32]) {
+        let apart = usize::from(grads.len() == self.owned);
         let pieces = self.sums.par_iter_mut().zip(&self.own);
-        pieces.for_each(|(sum, piece)| *sum = adamw::sum_of_squares(&grads[piece.clone()]));
+        pieces.for_each(|(sum, piece)| *sum = adamw::sum_of_squares(&grads[piece[apart].clone()]));
     }
 
     /// Returns the sums of this process's pieces.
@@ -172,7 +179,9 @@ pub struct AdamW {
     pub m: Buf,
     /// Second moments, likewise.
     pub v: Buf,
-    /// The parameters, in arena order.
+    /// The parameters that are owned, likewise, where the model is without them; empty else.
+    pub params: Buf,
+    /// Their places in the arena, in order.
     owned: Vec<Range<usize>>,
 }
 
@@ -186,37 +195,58 @@ impl AdamW {
     pub fn of(shards: &Shards, rank: usize) -> AdamW {
         let owned = shards.owned(rank);
         let len = owned.iter().map(|range| range.len()).sum();
-        AdamW { m: Buf::zeros(len), v: Buf::zeros(len), owned }
+        AdamW { m: Buf::zeros(len), v: Buf::zeros(len), params: Buf::zeros(0), owned }
     }
 
     /// Returns the places in the moments of the parameters in `range` that are owned: the parameters, and the moments.
     pub fn places(&self, range: Range<usize>) -> impl Iterator<Item = (Range<usize>, Range<usize>)> + '_ {
-        let mut end = 0;
-        self.owned.iter().filter_map(move |owned| {
-            end += owned.len();
-            let (first, last) = (owned.start.max(range.start), owned.end.min(range.end));
-            // What is owned of it lies `owned.end - first` values before the end of this part of the moments.
-            (first < last).then(|| (first..last, end - (owned.end - first)..end - (owned.end - last)))
-        })
+        places(&self.owned, range)
     }
 
-    /// Takes one step with the parameters that are owned.
+    /// Finds the tensor with a NaN or infinity in [`AdamW::params`] that lies nearest to the loss.
+    pub fn last_non_finite<'l>(&self, layout: &'l Layout) -> Option<&'l Entry> {
+        let is_wrong = |place: Range<usize>| self.params[place].iter().any(|x| !x.is_finite());
+        let mut entries = layout.entries().iter().rev();
+        entries.find(|entry| self.places(entry.range.clone()).any(|(_, place)| is_wrong(place)))
+    }
+
+    /// Takes one step with the parameters that are owned. Parameters and gradients are each an arena, or what is owned of it,
+    /// one after the other; without `params` they are [`AdamW::params`].
     ///
     /// # Panics
-    /// `params` or `grads` is not as long as the layout, or the moments are of another one.
-    pub fn step(&mut self, params: &mut [f32], grads: &[f32], layout: &Layout, update: &Update<'_>) {
-        let lens = [params.len(), grads.len()];
-        assert_eq!(lens, [layout.len(); 2], "adamw: parameters and gradients for the layout");
+    /// `params` or `grads` is neither as long as the layout nor as what is owned, or the moments are of another layout.
+    pub fn step(&mut self, params: Option<&mut [f32]>, grads: &[f32], layout: &Layout, update: &Update<'_>) {
+        let AdamW { m, v, params: own, owned } = self;
+        let params = params.unwrap_or(own);
+        for values in [&*params, grads] {
+            let fits = [layout.len(), m.len()].contains(&values.len());
+            assert!(fits, "adamw: {} values for the layout", values.len());
+        }
+        let [params_apart, grads_apart] = [params.len(), grads.len()].map(|len| len == m.len());
         for (spec, range) in runs(layout) {
             let hyper = update.hyper(spec.decay, spec.router);
-            let places: Vec<_> = self.places(range).collect();
-            for (range, place) in places {
-                let (m, v) = (&mut self.m[place.clone()], &mut self.v[place]);
-                let (param, grad, grad_scale) = (&mut params[range.clone()], &grads[range], update.scale);
-                adamw::Step { param, m, v, grad, grad_scale, hyper: &hyper }.run();
+            for (range, place) in places(owned, range) {
+                let at = |apart| if apart { place.clone() } else { range.clone() };
+                let (m, v) = (&mut m[place.clone()], &mut v[place.clone()]);
+                let (param, grad) = (&mut params[at(params_apart)], &grads[at(grads_apart)]);
+                adamw::Step { param, m, v, grad, grad_scale: update.scale, hyper: &hyper }.run();
             }
         }
     }
+}
+
+/// Returns the parts of `range` that are in `owned`, and their places when all that is owned lies one after the other.
+fn places(
+    owned: &[Range<usize>],
+    range: Range<usize>,
+) -> impl Iterator<Item = (Range<usize>, Range<usize>)> + '_ {
+    let mut end = 0;
+    owned.iter().filter_map(move |owned| {
+        end += owned.len();
+        let (first, last) = (owned.start.max(range.start), owned.end.min(range.end));
+        // What is owned of it lies `owned.end - first` values before the end of this part.
+        (first < last).then(|| (first..last, end - (owned.end - first)..end - (owned.end - last)))
+    })
 }
 
 #[cfg(test)]
@@ -242,6 +272,13 @@ mod tests {
             all.iter_mut().for_each(|squares| squares.compute(&grads));
             let sums: Vec<f64> = all.iter().flat_map(|squares| squares.sums()).copied().collect();
             assert_eq!(all[0].norms(&sums), want, "{size}");
+            for (rank, squares) in all.iter_mut().enumerate() {
+                let sums = squares.sums().to_vec();
+                let own: Vec<f32> =
+                    shards.owned(rank).into_iter().flat_map(|range| grads[range].to_vec()).collect();
+                squares.compute(&own);
+                assert_eq!(squares.sums(), sums);
+            }
         }
         let by_entry = |router: bool| -> f64 {
             let entries = layout.entries().iter().filter(|entry| entry.spec.router || !router);
@@ -263,13 +300,20 @@ mod tests {
         Rng::new(1, 0).fill_normal(&mut grads, 1.0);
         let mut want = vec![1.0; layout.len()];
         let mut whole = AdamW::new(layout);
-        whole.step(&mut want, &grads, layout, &update);
+        whole.step(Some(&mut want), &grads, layout, &update);
         let mut got = vec![1.0; layout.len()];
         for rank in 0..3 {
             let mut part = AdamW::of(&Shards::new(layout, 3), rank);
-            part.step(&mut got, &grads, layout, &update);
+            let own_grads: Vec<f32> =
+                part.places(0..layout.len()).flat_map(|(range, _)| grads[range].to_vec()).collect();
+            let mut apart = AdamW::of(&Shards::new(layout, 3), rank);
+            apart.params = Buf::zeros(own_grads.len());
+            apart.params.fill(1.0);
+            apart.step(None, &own_grads, layout, &update);
+            part.step(Some(&mut got), &grads, layout, &update);
             for (range, place) in part.places(0..layout.len()) {
-                assert_eq!(part.m[place], whole.m[range]);
+                assert_eq!(part.m[place.clone()], whole.m[range.clone()]);
+                assert_eq!((&part.m[..], &apart.params[place]), (&apart.m[..], &want[range]));
             }
         }
         assert_eq!(got, want);

@@ -602,7 +602,7 @@ impl<'a> Learner<'a> {
         }
         let (lr, scale) = (self.config.schedule().lr_at(step), clip_scale(norm, self.config.clip));
         let update = Update { config: &self.config, lr, scale, step: step + 1 };
-        self.optimizer.step(params, &self.grads, &self.layout, &update);
+        self.optimizer.step(Some(params), &self.grads, &self.layout, &update);
         if let (Some(held), Some(counts)) = (held, self.stats.as_ref().and_then(RoutingStats::logits)) {
             held.update(held.knots()[0].active, counts);
         }

@@ -14,8 +14,9 @@ use dsmoe_datasets::{CorpusOptions, Tokenizer};
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::comm::{Communicator, What};
 use dsmoe_train::config::{Budget, NearDuplicates, TEACHER_TOP, TrainConfig};
+use dsmoe_train::engine::Share;
 use dsmoe_train::run::{RunOptions, TrainData, Trainer, lanes_of};
-use dsmoe_train::{LARGEST_CACHE, RowShape};
+use dsmoe_train::{LARGEST_CACHE, RowShape, Zero};
 use serde::Serialize;
 
 use crate::cli::train::Train;
@@ -71,7 +72,9 @@ pub(crate) fn run(
 ) -> Result<ExitCode> {
     let prepared = prepare(args, threads, &**comm, ui);
     let Some((config, texts)) = agree(&**comm, START, prepared)? else { return Ok(ExitCode::SUCCESS) };
-    let (model, tokenizer) = agree(&**comm, START, model_of(args, ui))?;
+    let zero = Zero::of(args.zero).unwrap_or_default();
+    let outline = zero.on(comm.size()) == Zero::Parameters;
+    let (model, tokenizer) = agree(&**comm, START, model_of(args, outline, ui))?;
     let cache = args.data.cache.as_deref();
     let sources = load_on(&**comm, &texts, (&tokenizer, config.bos), cache, ui)?;
     let filter = texts.len() > 1 || config.near_duplicates == Some(NearDuplicates::Drop);
@@ -84,6 +87,7 @@ pub(crate) fn run(
         teacher_cache: args.teacher_cache.clone(),
         device: args.device,
         recompute: args.recompute,
+        zero,
         comm: comm.clone(),
         ..RunOptions::new(&args.model, &args.out)
     };
@@ -134,8 +138,8 @@ fn prepare(
     Ok(Some((config, texts)))
 }
 
-fn model_of(args: &Train, ui: &mut Ui) -> Result<(Model, Tokenizer)> {
-    let model = load_model(&args.model)?;
+fn model_of(args: &Train, outline: bool, ui: &mut Ui) -> Result<(Model, Tokenizer)> {
+    let model = if outline { Model::load_outline(&args.model)? } else { load_model(&args.model)? };
     show_config_notices(model.config(), ui);
     let tokenizer = tokenizer(&args.model, model.config(), ui)?;
     Ok((model, tokenizer))
@@ -207,7 +211,11 @@ fn plan(args: &Train, config: TrainConfig, texts: &[Text], processes: usize) -> 
     let flops_per_token = 3.0 * accounting.mean_flops_per_token(all_experts, config.seq);
     let text = if args.data.cache.is_some() { 0 } else { total_bytes(texts) };
     let mut memory = match args.device {
-        Device::Cpu => memory_plan(&model, &config, (accounting.total, text), (processes, args.recompute)),
+        Device::Cpu => {
+            let (lanes, zero) = (config.lanes() / processes, Zero::of(args.zero).unwrap_or_default());
+            let share = Share { processes, lanes, accumulate: config.accumulate, zero };
+            memory_plan(&model, &config, text, (share, args.recompute))
+        }
         #[cfg(feature = "cuda")]
         Device::Cuda(_) => host_plan(accounting.total, text),
     };

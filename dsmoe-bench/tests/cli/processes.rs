@@ -138,6 +138,34 @@ fn any_mpi_and_any_number_of_processes_leave_the_same_bytes() {
 }
 
 #[test]
+fn any_stage_leaves_the_bytes_of_one_process() {
+    let launchers = mpi_launchers("any_stage_leaves_the_bytes_of_one_process");
+    if launchers.is_empty() {
+        return;
+    }
+    models();
+    for (model, more) in [
+        ("wide", "--sparsity 1 --accumulate 3"),
+        ("wide-moe", "--active-target 0.5 --dtype bf16 --recompute"),
+        ("wide-masked", "--sparsity 1"),
+        ("wide-topk", "--dtype bf16"),
+    ] {
+        let more = format!("{more} --steps 3 --save-every 2 --valid-fraction 0");
+        let alone = format!("{model}-one-stage");
+        succeeds(&training(model, &alone, &more));
+        for (number, launcher) in launchers.iter().enumerate() {
+            for (stage, processes) in [(2, 4), (3, 2), (3, 4)] {
+                let out = format!("{model}-{number}-{processes}-stage-{stage}");
+                let line = training(model, &out, &format!("{more} --zero {stage}"));
+                let run = finish(&mut shared(launcher, processes, &line));
+                assert_eq!(run.code, 0, "{}: {}", launcher.name, run.stderr);
+                assert_same(&alone, &out);
+            }
+        }
+    }
+}
+
+#[test]
 fn a_training_resumes_on_any_number_and_stops_by_a_file() {
     models();
     for launcher in mpi_launchers("a_training_resumes_on_any_number_and_stops_by_a_file") {
