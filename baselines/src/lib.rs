@@ -10,6 +10,7 @@ pub mod dsmoe;
 mod error;
 mod experts;
 mod gradients;
+pub mod grow;
 mod linalg;
 pub mod llama_moe;
 pub mod llm_pruner;
@@ -18,8 +19,10 @@ pub mod moefication;
 mod neurons;
 mod random_k;
 mod registry;
+mod regressor;
 mod settings;
 pub mod sparse;
+mod thresholds;
 pub mod topk;
 
 pub use error::{Error, Result};

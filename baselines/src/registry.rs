@@ -2,7 +2,9 @@
 
 use crate::error::{Error, Result};
 use crate::method::Method;
-use crate::{cmoe, controls, depth, dsmoe, llama_moe, llm_pruner, moefication, neurons, random_k, sparse};
+use crate::{
+    cmoe, controls, depth, dsmoe, llama_moe, llm_pruner, moefication, neurons, random_k, sparse, thresholds,
+};
 
 /// Lists all methods.
 pub fn methods() -> &'static [&'static dyn Method] {
@@ -16,6 +18,7 @@ pub fn methods() -> &'static [&'static dyn Method] {
         &sparse::SPARSEGPT,
         &sparse::WANDA,
         &sparse::MAGNITUDE,
+        &thresholds::THRESHOLDS,
         &llama_moe::LLAMA_MOE,
         &moefication::MOEFICATION,
         &cmoe::CMOE,

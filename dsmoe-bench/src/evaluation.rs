@@ -2,7 +2,7 @@
 
 use anyhow::{Result, bail};
 use dsmoe_core::Inference;
-use dsmoe_train::eval::{Domain, DomainReport, EvalOptions, EvalReport, evaluate_domains};
+use dsmoe_train::eval::{Domain, DomainReport, EvalOptions, EvalReport, UsedShares, evaluate_domains};
 
 use crate::format::{self, Table};
 use crate::progress::{Progress, Unit};
@@ -45,4 +45,11 @@ pub(crate) fn domain_table(domains: &[DomainReport]) -> String {
         ]);
     }
     table.show()
+}
+
+/// Words the shares of weights that a token uses.
+pub(crate) fn used_weights(used: &UsedShares) -> String {
+    let UsedShares { attention, heads, ffn, neurons, all } = *used;
+    let [attention, heads, ffn, neurons, all] = [attention, heads, ffn, neurons, all].map(format::percent);
+    format!("{all} of the linears'; q, k, v {attention}, o {heads}, gate and up {ffn}, down {neurons}")
 }

@@ -6,6 +6,8 @@ use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::expert_ffn;
 use dsmoe_router::{Routed, RoutingStats, SparsityGrad};
 
+use crate::kept::KeptScratch;
+
 /// The memory an FFN works in. One serves all layers; no value in it outlives a call.
 #[derive(Debug, Default)]
 pub struct FfnScratch {
@@ -25,6 +27,8 @@ pub struct FfnScratch {
     pub shared: Buf,
     /// Routing of an inference pass.
     pub routed: Routed,
+    /// Memory of layers with thresholds of inputs.
+    pub kept: KeptScratch,
 }
 
 /// Statistics to which the routing of one layer is added.
